@@ -1,0 +1,1 @@
+"""minigpt trains a small GPT, samples from it, and shows what each generated token attended to."""

@@ -1,0 +1,417 @@
+"""Every setting: frozen dataclasses that check themselves, and TOML in and out.
+
+A config that exists is valid: a bad value is a ConfigError when it is made. A field of 0 that
+is said to be derived is filled in at the same moment, so that what is written down is complete.
+"""
+
+import dataclasses
+import math
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tomli_w
+
+from minigpt.errors import ConfigError, nearest
+
+FAMILIES = ("llama", "gpt2")
+ACTIVATIONS = ("silu", "relu2", "gelu_tanh", "gelu")
+SCHEDULES = ("wsd", "cosine", "linear", "constant")
+OPTIMIZERS = ("muon", "adamw")
+DEVICES = ("auto", "cpu", "cuda", "mps")
+DTYPES = ("auto", "float32", "bfloat16")
+
+T = TypeVar("T")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} is {value!r}, which does not exist. {nearest(value, choices)}")
+
+
+def _between(name: str, value: float, low: float, high: float = math.inf) -> None:
+    if not low <= value <= high:
+        bound = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+        raise ConfigError(f"{name} must be {bound}: it is {value}.")
+
+
+def _above(name: str, value: float, low: float) -> None:
+    if not low < value < math.inf:
+        raise ConfigError(f"{name} must be a finite number above {low}: it is {value}.")
+
+
+def round_up(value: float, multiple: int) -> int:
+    """Return the least multiple of ``multiple`` that is at least ``value``."""
+    return math.ceil(value / multiple) * multiple
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The shape of a decoder-only Transformer; enough to build it and to write its config.json."""
+
+    vocab_size: int
+    """Tokens in the vocabulary, V."""
+    context_length: int
+    """The most positions that the model can see, prompt included."""
+    n_layer: int
+    """Blocks."""
+    n_head: int
+    """Query heads in each block, H."""
+    d_model: int
+    """Width of the residual stream, C."""
+    family: str = "llama"
+    """Block layout: llama (RMSNorm, rotary, gated MLP) or gpt2 (LayerNorm, learned positions)."""
+    n_kv_head: int = 0
+    """Key/value heads, G; they divide n_head. 0 derives n_head."""
+    d_head: int = 0
+    """Width of one head, D; even for llama. 0 derives d_model / n_head."""
+    d_mlp: int = 0
+    """Hidden width of the MLP. 0 derives 4 d_model (gpt2) or 8/3 d_model in steps of 32 (llama)."""
+    activation: str = ""
+    """silu, relu2, gelu_tanh or gelu. Empty derives silu (llama) or gelu_tanh (gpt2)."""
+    qk_norm: bool = False
+    """RMSNorm on each head's queries and keys (llama; Hugging Face calls this layout qwen3)."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary wavelengths (llama)."""
+    norm_eps: float = 1e-5
+    """Added under the root of every norm."""
+    tie_embeddings: bool = False
+    """Use the token embedding as the output projection too."""
+    dropout: float = 0.0
+    """Share of residual-branch outputs and embeddings dropped in training, 0 to below 1."""
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "context_length", "n_layer", "n_head", "d_model"):
+            _between(name, getattr(self, name), 1)
+        _choice("family", self.family, FAMILIES)
+        is_llama = self.family == "llama"
+        if not self.d_head:
+            self._check_n_head_divides()
+        derived = {
+            "n_kv_head": self.n_head,
+            "d_head": self.d_model // self.n_head,
+            "d_mlp": round_up(self.d_model * 8 / 3, 32) if is_llama else 4 * self.d_model,
+            "activation": "silu" if is_llama else "gelu_tanh",
+        }
+        for name, value in derived.items():
+            object.__setattr__(self, name, getattr(self, name) or value)
+        _choice("activation", self.activation, ACTIVATIONS)
+        for name in ("n_kv_head", "d_head", "d_mlp"):
+            _between(name, getattr(self, name), 1)
+        _require(
+            self.n_head % self.n_kv_head == 0,
+            f"n_kv_head must divide n_head: {self.n_kv_head} does not divide {self.n_head}.",
+        )
+        if is_llama:
+            _require(
+                self.d_head % 2 == 0,
+                f"rotary positions turn pairs, so d_head must be even: it is {self.d_head}. "
+                f"Try d_model {self.n_head * (self.d_head + 1)}.",
+            )
+        else:
+            _require(
+                not self.qk_norm and self.n_kv_head == self.n_head,
+                "the gpt2 family has neither qk_norm nor grouped heads. Use family llama.",
+            )
+            self._check_n_head_divides()
+            _require(
+                self.d_head == self.d_model // self.n_head,
+                f"the gpt2 family needs d_head = d_model / n_head: d_head is {self.d_head}.",
+            )
+        _above("rope_theta", self.rope_theta, 0)
+        _above("norm_eps", self.norm_eps, 0)
+        _require(0 <= self.dropout < 1, f"dropout must be in [0, 1): it is {self.dropout}.")
+
+    def _check_n_head_divides(self) -> None:
+        _require(
+            self.d_model % self.n_head == 0,
+            f"n_head must divide d_model: {self.n_head} does not divide {self.d_model}. "
+            f"Try d_model {round_up(self.d_model, self.n_head)}.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which text is trained on, and how it becomes tokens."""
+
+    paths: tuple[str, ...] = ()
+    """Files, folders, globs, names of corpora, or - for standard input; empty: the built-in one."""
+    tokenizer: str = "bytes"
+    """bytes, bpe:N (trained on the corpus), gpt2, cl100k_base or o200k_base."""
+    val_fraction: float = 0.1
+    """The last share of the tokens, in order, kept for validation."""
+
+    def __post_init__(self) -> None:
+        _require(
+            0 < self.val_fraction < 1,
+            f"val_fraction must be between 0 and 1: it is {self.val_fraction}.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How the weights are found: budget, optimizer, schedule, and when to look."""
+
+    max_steps: int = 0
+    """Optimizer steps; 0 sets no limit, and then max_minutes must."""
+    max_minutes: float = 0.0
+    """Minutes of training, evaluation left out; 0 sets no limit. The schedule ends with it."""
+    batch_size: int = 16
+    """Sequences per optimizer step, over all ranks."""
+    micro_batch_size: int = 0
+    """Sequences per forward pass; the gradients of several add up. 0 derives batch_size."""
+    optimizer: str = "muon"
+    """muon (Muon on the matrices, AdamW on the rest) or adamw (AdamW on everything)."""
+    lr: float = 0.01
+    """Peak learning rate of the matrices, in AdamW's scale (Muon's updates are matched to it)."""
+    embedding_lr: float = 0.01
+    """Peak learning rate of embeddings, output projection, norms and biases (AdamW)."""
+    weight_decay: float = 0.0
+    """Decoupled decay of the matrices, times the learning rate."""
+    momentum: float = 0.95
+    """Muon's Nesterov momentum."""
+    newton_schulz_steps: int = 5
+    """Iterations of Muon's orthogonalisation."""
+    beta1: float = 0.9
+    """AdamW's decay of the mean gradient."""
+    beta2: float = 0.95
+    """AdamW's decay of the mean squared gradient."""
+    grad_clip: float = 1.0
+    """Largest global gradient norm; 0 does not clip."""
+    schedule: str = "wsd"
+    """wsd (warm-up, stable, decay), cosine, linear or constant."""
+    warmup_fraction: float = 0.02
+    """Share of the budget over which the learning rate rises."""
+    decay_fraction: float = 0.6
+    """wsd: the last share of the budget, over which the learning rate falls."""
+    final_lr_fraction: float = 0.0
+    """Learning rate at the end over its peak."""
+    eval_every: int = 250
+    """Steps between validation passes; 0 evaluates only at the end."""
+    eval_tokens: int = 262_144
+    """The most validation tokens in a pass; more are thinned to evenly spread windows."""
+    save_every: int = 500
+    """Steps between checkpoints; 0 saves only at the end."""
+    keep: int = 2
+    """Checkpoints kept besides best and latest."""
+    sample_every: int = 0
+    """Steps between printed samples; 0 prints none."""
+    seed: int = 1337
+    """Of the initial weights, the order of the data and dropout."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+    dtype: str = "auto"
+    """auto, float32 or bfloat16 (autocast; the weights stay float32)."""
+    compile: bool = False
+    """Run the model through torch.compile."""
+
+    def __post_init__(self) -> None:
+        if not self.micro_batch_size:
+            object.__setattr__(self, "micro_batch_size", self.batch_size)
+        for name in ("batch_size", "micro_batch_size", "eval_tokens", "newton_schulz_steps"):
+            _between(name, getattr(self, name), 1)
+        for name in (
+            "max_steps",
+            "max_minutes",
+            "weight_decay",
+            "grad_clip",
+            "eval_every",
+            "save_every",
+            "sample_every",
+            "keep",
+            "seed",
+        ):
+            _between(name, getattr(self, name), 0)
+        _require(
+            bool(self.max_steps or self.max_minutes),
+            "training needs an end: set max_steps or max_minutes.",
+        )
+        _require(
+            self.batch_size % self.micro_batch_size == 0,
+            f"micro_batch_size must divide batch_size: {self.micro_batch_size} does not divide "
+            f"{self.batch_size}.",
+        )
+        for name in ("lr", "embedding_lr"):
+            _above(name, getattr(self, name), 0)
+        for name in ("momentum", "beta1", "beta2"):
+            _require(
+                0 <= getattr(self, name) < 1,
+                f"{name} must be in [0, 1): it is {getattr(self, name)}.",
+            )
+        for name in ("warmup_fraction", "decay_fraction", "final_lr_fraction"):
+            _between(name, getattr(self, name), 0, 1)
+        _choice("optimizer", self.optimizer, OPTIMIZERS)
+        _choice("schedule", self.schedule, SCHEDULES)
+        _choice("device", self.device, DEVICES)
+        _choice("dtype", self.dtype, DTYPES)
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Forward passes whose gradients make one optimizer step."""
+        return self.batch_size // self.micro_batch_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How the next token is drawn from the logits, and when to stop."""
+
+    max_new_tokens: int = 256
+    """The most tokens generated after the prompt."""
+    temperature: float = 0.8
+    """Divides the logits; 0 takes the most probable token."""
+    top_k: int = 0
+    """Draw from the k most probable tokens; 0 from all."""
+    top_p: float = 1.0
+    """Draw from the fewest tokens whose probabilities sum to p, in (0, 1]."""
+    min_p: float = 0.0
+    """Draw from tokens at least min_p times as probable as the best, in [0, 1]."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens already there (Keskar 2019)."""
+    seed: int | None = None
+    """Of the draws; None takes a fresh one."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the generation; they are not part of the result."""
+    num_samples: int = 1
+    """Independent continuations of the prompt."""
+
+    def __post_init__(self) -> None:
+        _between("max_new_tokens", self.max_new_tokens, 1)
+        _between("num_samples", self.num_samples, 1)
+        _between("top_k", self.top_k, 0)
+        _between("min_p", self.min_p, 0, 1)
+        _require(
+            0 <= self.temperature < math.inf,
+            f"temperature must be 0 or more and finite: it is {self.temperature}.",
+        )
+        _require(0 < self.top_p <= 1, f"top_p must be in (0, 1]: it is {self.top_p}.")
+        _above("repetition_penalty", self.repetition_penalty, 0)
+        if self.seed is not None:
+            _between("seed", self.seed, 0, 2**63 - 1)
+        _require(all(self.stop), "stop must not be the empty text.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One training run, whole: what config.toml in its folder says."""
+
+    model: ModelConfig
+    training: TrainingConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    preset: str = "nano"
+    """The preset that the run started from."""
+
+
+def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
+    """Build a config dataclass from plain values, strictly.
+
+    Args: values, field name -> value, nested for nested dataclasses; where, a prefix for messages.
+    Raises: ConfigError for an unknown key (naming the nearest known one), a missing one, or a
+        value of another type.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    checked: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in fields:
+            raise ConfigError(f"unknown setting {where}{key}. {nearest(key, fields)}")
+        checked[key] = _checked(hints[key], value, f"{where}{key}")
+    for name, f in fields.items():
+        is_required = f.default is f.default_factory is dataclasses.MISSING
+        if is_required and name not in checked:
+            raise ConfigError(f"the setting {where}{name} is missing.")
+    return cls(**checked)
+
+
+def _checked(hint: Any, value: Any, name: str) -> Any:
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{name} must be a table of settings: it is {value!r}.")
+        return build(hint, value, f"{name}.")
+    if isinstance(hint, types.UnionType):
+        if value is None:
+            return None
+        hint = typing.get_args(hint)[0]
+    if typing.get_origin(hint) is tuple:
+        is_texts = isinstance(value, list | tuple) and all(isinstance(v, str) for v in value)
+        if not is_texts:
+            raise ConfigError(f"{name} must be a list of texts: it is {value!r}.")
+        return tuple(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ConfigError(f"{name} must be of type {hint.__name__}: it is {value!r}.")
+    return value
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return a config dataclass as plain nested values; fields that are None are left out."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items() if v is not None}
+        return list(value) if isinstance(value, tuple) else value
+
+    result = plain(dataclasses.asdict(config))
+    assert isinstance(result, dict)
+    return result
+
+
+def to_toml(config: RunConfig) -> str:
+    """Return a run's config as TOML that ``read_toml`` and ``build`` turn back into an equal one."""
+    return tomli_w.dumps(to_dict(config))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file as plain nested values.
+
+    Raises: ConfigError if it is missing, unreadable or not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"the config file {path} does not exist.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the config file {path} is not valid TOML: {error}.") from None
+    except OSError as error:
+        raise ConfigError(f"the config file {path} cannot be read: {error.strerror}.") from None
+
+
+def parse_assignment(text: str) -> dict[str, Any]:
+    """Parse ``a.b=c`` into ``{"a": {"b": c}}``; c is a TOML value, else plain text.
+
+    Raises: ConfigError if there is no name or no equals sign.
+    """
+    name, equals, raw = text.partition("=")
+    keys = name.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"--set takes name=value, as in model.n_layer=4: it is {text!r}.")
+    try:
+        value: Any = tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = raw
+    for key in reversed(keys):
+        value = {key: value}
+    assert isinstance(value, dict)
+    return value
+
+
+def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge nested settings; what comes later wins, table by table."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            if isinstance(value, Mapping) and isinstance(merged.get(key), dict):
+                merged[key] = merge(merged[key], value)
+            else:
+                merged[key] = merge(value) if isinstance(value, Mapping) else value
+    return merged
+

@@ -1,0 +1,57 @@
+"""The exceptions of minigpt, each with the exit code that the command line gives it.
+
+A message says what is wrong, the value, and the remedy, in one line.
+"""
+
+import difflib
+from collections.abc import Iterable
+from typing import ClassVar
+
+
+class MinigptError(Exception):
+    """Base of every error that is the user's world's fault and not a bug of ours."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class ConfigError(MinigptError):
+    """A setting is unknown, out of range or contradicts another; exit code 2."""
+
+    exit_code = 2
+
+
+class DataError(MinigptError):
+    """A corpus or prompt is missing, empty, binary, too short or cannot be had; exit code 3."""
+
+    exit_code = 3
+
+
+class CheckpointError(MinigptError):
+    """A model folder is missing, incomplete, damaged or of a kind that we do not read; exit 4."""
+
+    exit_code = 4
+
+
+class DivergedError(MinigptError):
+    """Training left the finite numbers; exit code 5."""
+
+    exit_code = 5
+
+
+class ResourceError(MinigptError):
+    """Disk, memory or permission ran out; exit code 6."""
+
+    exit_code = 6
+
+
+class LockedError(MinigptError):
+    """Another process is writing the same run folder; exit code 7."""
+
+    exit_code = 7
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """Return the remedy for a misspelt name: the nearest choice, else all of them."""
+    names = list(choices)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    return f"Did you mean {close[0]}?" if close else f"Choose from {', '.join(names)}."

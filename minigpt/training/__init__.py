@@ -1,0 +1,1 @@
+"""From a corpus and a config to weights: optimizers, schedule, the loop, and exact resume."""

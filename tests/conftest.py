@@ -1,0 +1,15 @@
+"""Fixtures that several rooms share."""
+
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture
+def shared() -> Path:
+    """The folder of real corpora and weights beside the project; its tests skip without it."""
+    if not SHARED.is_dir():
+        pytest.skip(f"needs the real data and weights of {SHARED.name}/ beside the project")
+    return SHARED
