@@ -1,0 +1,92 @@
+"""Causal multi-head self-attention with grouped heads, QK-norm, rotary positions and a cache.
+
+Shapes: B batch, T queries, S keys, H query heads, G key/value heads, D head dim, C model dim.
+"""
+
+from typing import Protocol
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minigpt.config import ModelConfig
+from minigpt.model.cache import KVCache
+from minigpt.model.layers import rotate
+from minigpt.model.scores import causal_mask
+
+
+class Recorder(Protocol):
+    """What forward tells of each layer's attention; it must change nothing that it is given."""
+
+    def record(
+        self, layer: int, q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, context_BHTD: Tensor
+    ) -> None:
+        """Take a layer's queries, all keys and values in view, and each head's output."""
+
+
+class Attention(nn.Module):
+    """Each position looks at itself and those before it: (B, T, C) -> (B, T, C).
+
+    Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.2.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.d_head = config.d_head
+        self.is_grouped = config.n_kv_head != config.n_head
+        has_bias = config.family == "gpt2"
+        d_query = config.n_head * config.d_head
+        d_key = config.n_kv_head * config.d_head
+        self.query = nn.Linear(config.d_model, d_query, bias=has_bias)
+        self.key = nn.Linear(config.d_model, d_key, bias=has_bias)
+        self.value = nn.Linear(config.d_model, d_key, bias=has_bias)
+        self.output = nn.Linear(d_query, config.d_model, bias=has_bias)
+        if config.qk_norm:
+            # Source: Henry et al. 2020, arXiv:2010.04245; RMSNorm per head as in Qwen3.
+            self.query_norm: nn.Module = nn.RMSNorm(config.d_head, eps=config.norm_eps)
+            self.key_norm: nn.Module = nn.RMSNorm(config.d_head, eps=config.norm_eps)
+        else:
+            self.query_norm = self.key_norm = nn.Identity()
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        cache: KVCache | None = None,
+        recorder: Recorder | None = None,
+    ) -> Tensor:
+        """Attend; with a cache, also to the positions that it holds, and add these to it.
+
+        Args: x (B, T, C), normed; rotary, cos and sin of these positions, each (T, D / 2).
+        """
+        q_BHTD = self.query_norm(self._split_heads(self.query(x)))
+        k_BGSD = self.key_norm(self._split_heads(self.key(x)))
+        v_BGSD = self._split_heads(self.value(x))
+        if rotary is not None:
+            q_BHTD = rotate(q_BHTD, *rotary)
+            k_BGSD = rotate(k_BGSD, *rotary)
+        if cache is not None:
+            k_BGSD, v_BGSD = cache.write(self.layer, k_BGSD, v_BGSD)
+        context_BHTD = self._attend(q_BHTD, k_BGSD, v_BGSD)
+        if recorder is not None:
+            recorder.record(self.layer, q_BHTD, k_BGSD, v_BGSD, context_BHTD)
+        output: Tensor = self.output(context_BHTD.transpose(1, 2).flatten(2))  # (B, T, C)
+        return output
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.d_head)).transpose(1, 2)  # (B, H, T, D)
+
+    def _attend(self, q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor) -> Tensor:
+        n_query, n_key = q_BHTD.shape[2], k_BGSD.shape[2]
+        is_square = n_query == n_key
+        # SDPA's own causal mask is aligned upper-left; after a cached prefix it must be
+        # lower-right, so that the last query sees every key.
+        needs_mask = not is_square and n_query > 1
+        return F.scaled_dot_product_attention(
+            q_BHTD,
+            k_BGSD,
+            v_BGSD,
+            attn_mask=causal_mask(n_query, n_key, q_BHTD.device) if needs_mask else None,
+            is_causal=is_square and n_query > 1,
+            enable_gqa=self.is_grouped,
+        )

@@ -1,0 +1,63 @@
+"""The KV cache: the keys and values of every position so far, preallocated.
+
+Shapes: L layers, B batch, G key/value heads, S positions, D head dim, T new positions.
+"""
+
+import torch
+from torch import Tensor
+
+from minigpt.config import ModelConfig
+
+
+class KVCache:
+    """One tensor pair for the whole model, filled from the left.
+
+    ``length`` positions are filled. It is a Python int, so that slicing to what is filled costs
+    no synchronisation with the device. ``write`` is called by each layer, ``advance`` once per
+    forward pass by the model.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        batch_size: int = 1,
+        capacity: int | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """Allocate for ``capacity`` positions (default: the model's context_length)."""
+        self.capacity = capacity or config.context_length
+        self.length = 0
+        shape = (config.n_layer, batch_size, config.n_kv_head, self.capacity, config.d_head)
+        self.keys_LBGSD = torch.empty(shape, device=device, dtype=dtype)
+        self.values_LBGSD = torch.empty(shape, device=device, dtype=dtype)
+
+    def write(self, layer: int, k_BGTD: Tensor, v_BGTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Store a layer's new keys and values; return views of all its filled positions.
+
+        Returns: keys and values, each (B, G, length + T, D).
+        Raises: ValueError if they do not fit.
+        """
+        end = self.length + k_BGTD.shape[2]
+        if end > self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} positions; {end} were asked for")
+        keys_BGSD, values_BGSD = self.keys_LBGSD[layer], self.values_LBGSD[layer]
+        keys_BGSD[:, :, self.length : end] = k_BGTD
+        values_BGSD[:, :, self.length : end] = v_BGTD
+        return keys_BGSD[:, :, :end], values_BGSD[:, :, :end]
+
+    def advance(self, n_positions: int) -> None:
+        """Count the positions that every layer has now written."""
+        self.length += n_positions
+
+    def truncate(self, length: int) -> None:
+        """Forget every position from ``length`` on."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot truncate a cache of {self.length} positions to {length}")
+        self.length = length
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes allocated."""
+        return self.keys_LBGSD.nbytes + self.values_LBGSD.nbytes

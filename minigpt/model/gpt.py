@@ -1,0 +1,143 @@
+"""The decoder-only Transformer, in GPT-2's block layout and in Llama's.
+
+Shapes: B batch, T new tokens, C model dim, V vocabulary.
+"""
+
+from collections.abc import Mapping
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minigpt.config import ModelConfig
+from minigpt.model.attention import Attention, Recorder
+from minigpt.model.cache import KVCache
+from minigpt.model.layers import MLP, GatedMLP, make_norm, rotary_table
+
+
+class Block(nn.Module):
+    """Attention, then MLP, each normed before and added to the stream: (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = make_norm(config, config.d_model)
+        self.attention = Attention(config, layer)
+        self.mlp_norm = make_norm(config, config.d_model)
+        self.mlp = MLP(config) if config.family == "gpt2" else GatedMLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        cache: KVCache | None = None,
+        recorder: Recorder | None = None,
+    ) -> Tensor:
+        """Add what attention and then the MLP make of x to x."""
+        x = x + self.dropout(self.attention(self.attention_norm(x), rotary, cache, recorder))
+        x = x + self.dropout(self.mlp(self.mlp_norm(x)))
+        return x
+
+
+class GPT(nn.Module):
+    """A causal language model: token ids in, logits of each next token out.
+
+    Source: Radford et al. 2019 (GPT-2); Touvron et al. 2023, arXiv:2302.13971 (Llama).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        """Build with weights as torch makes them; ``init_weights`` or ``from_tensors`` come next."""
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        if config.family == "gpt2":
+            self.positions = nn.Embedding(config.context_length, config.d_model)
+        else:
+            self._make_rotary()
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.final_norm = make_norm(config, config.d_model)
+        if not config.tie_embeddings:
+            self.unembedding = nn.Linear(config.d_model, config.vocab_size, bias=False)
+
+    def _make_rotary(self) -> None:
+        cos, sin = rotary_table(self.config)
+        self.register_buffer("rotary_cos", cos, persistent=False)
+        self.register_buffer("rotary_sin", sin, persistent=False)
+
+    @classmethod
+    def from_tensors(cls, config: ModelConfig, tensors: Mapping[str, Tensor]) -> Self:
+        """Build a model around loaded weights without allocating them twice.
+
+        Raises: RuntimeError, as load_state_dict, for missing, extra or wrongly shaped tensors.
+        """
+        with torch.device("meta"):
+            model = cls(config)
+        model.load_state_dict(tensors, strict=True, assign=True)
+        if config.family == "llama":
+            weight = model.embedding.weight
+            model._make_rotary()
+            model.rotary_cos = model.rotary_cos.to(weight.device, weight.dtype)
+            model.rotary_sin = model.rotary_sin.to(weight.device, weight.dtype)
+        return model
+
+    def forward(
+        self,
+        tokens: Tensor,
+        cache: KVCache | None = None,
+        recorder: Recorder | None = None,
+        *,
+        logits_to_keep: int = 0,
+    ) -> Tensor:
+        """Return the logits of the token after each position.
+
+        Args: tokens (B, T), ids below V. With a cache, they come after the positions that it
+            holds, and are added to it. recorder is shown every layer's attention.
+            logits_to_keep: only of the last so many positions; 0 for all.
+        Returns: (B, T, V), or (B, logits_to_keep, V).
+        Raises: ValueError if more than context_length positions would be in view.
+        """
+        start = cache.length if cache is not None else 0
+        end = start + tokens.shape[1]
+        if end > self.config.context_length:
+            raise ValueError(
+                f"the model sees {self.config.context_length} positions; {end} were given"
+            )
+        x = self.embedding(tokens)
+        rotary = None
+        if self.config.family == "gpt2":
+            x = x + self.positions.weight[start:end]
+        else:
+            rotary = self.rotary_cos[start:end], self.rotary_sin[start:end]
+        x = self.dropout(x)
+        for block in self.blocks:
+            x = block(x, rotary, cache, recorder)
+        if cache is not None:
+            cache.advance(tokens.shape[1])
+        x = self.final_norm(x[:, -logits_to_keep:])  # [-0:] is all of them
+        is_tied = self.config.tie_embeddings
+        return F.linear(x, self.embedding.weight if is_tied else self.unembedding.weight)
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Draw initial weights in place.
+
+        gpt2: normal, std 0.02, the residual branches' outputs shrunk by sqrt(2 n_layer) (Radford
+        et al. 2019). llama: normal, std 1 / sqrt(fan-in), and the residual branches' outputs zero,
+        so that every block begins as the identity (Zhang et al. 2019, arXiv:1901.09321).
+        """
+        is_gpt2 = self.config.family == "gpt2"
+        for name, parameter in self.named_parameters():
+            is_branch_output = name.endswith(("attention.output.weight", "mlp.down.weight"))
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif "norm" in name:
+                nn.init.ones_(parameter)
+            elif is_gpt2:
+                std = 0.02 / (2 * self.config.n_layer) ** 0.5 if is_branch_output else 0.02
+                nn.init.normal_(parameter, std=std, generator=generator)
+            elif is_branch_output or name == "unembedding.weight":
+                nn.init.zeros_(parameter)
+            else:
+                std = parameter.shape[1] ** -0.5
+                nn.init.normal_(parameter, std=std, generator=generator)
