@@ -195,12 +195,14 @@ class TrainingConfig:
     """wsd: the last share of the budget, over which the learning rate falls."""
     final_lr_fraction: float = 0.0
     """Learning rate at the end over its peak."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl; the loss is read from the device only then."""
     eval_every: int = 250
     """Steps between validation passes; 0 evaluates only at the end."""
     eval_tokens: int = 262_144
     """The most validation tokens in a pass; more are thinned to evenly spread windows."""
-    save_every: int = 500
-    """Steps between checkpoints; 0 saves only at the end."""
+    save_every: int = 250
+    """Steps between checkpoints, each with its validation loss; 0 saves only at the end."""
     keep: int = 2
     """Checkpoints kept besides best and latest."""
     sample_every: int = 0
@@ -217,7 +219,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         if not self.micro_batch_size:
             object.__setattr__(self, "micro_batch_size", self.batch_size)
-        for name in ("batch_size", "micro_batch_size", "eval_tokens", "newton_schulz_steps"):
+        for name in ("batch_size", "micro_batch_size", "eval_tokens", "newton_schulz_steps", "log_every"):
             _between(name, getattr(self, name), 1)
         for name in (
             "max_steps",

@@ -1,0 +1,41 @@
+"""What a model costs, counted from its config: parameters, FLOPs and cache bytes."""
+
+from minigpt.config import ModelConfig
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """Return the number of weights, each counted once."""
+    d_query = config.n_head * config.d_head
+    d_key = config.n_kv_head * config.d_head
+    is_gpt2 = config.family == "gpt2"
+    attention = config.d_model * (2 * d_query + 2 * d_key)
+    mlp = config.d_model * config.d_mlp * (2 if is_gpt2 else 3)
+    norm = config.d_model * (2 if is_gpt2 else 1)
+    block = attention + mlp + 2 * norm
+    if is_gpt2:
+        block += d_query + 2 * d_key + 2 * config.d_model + config.d_mlp  # biases
+    if config.qk_norm:
+        block += 2 * config.d_head
+    embeddings = config.vocab_size * config.d_model * (1 if config.tie_embeddings else 2)
+    positions = config.context_length * config.d_model if is_gpt2 else 0
+    return embeddings + positions + config.n_layer * block + norm
+
+
+def training_flops_per_token(config: ModelConfig) -> int:
+    """Return the FLOPs of a forward and backward pass over one token of a full context.
+
+    Six per weight that multiplies (the embeddings only look up), and twelve per layer, head
+    dimension and key in view: half the context on average, as the mask is causal.
+    Source: Chowdhery et al. 2022, arXiv:2204.02311, appendix B.
+    """
+    lookups = config.vocab_size * config.d_model * (0 if config.tie_embeddings else 1)
+    if config.family == "gpt2":
+        lookups += config.context_length * config.d_model
+    weights = parameter_count(config) - lookups
+    attention = 12 * config.n_layer * config.n_head * config.d_head * config.context_length // 2
+    return 6 * weights + attention
+
+
+def cache_bytes_per_token(config: ModelConfig, bytes_per_value: int = 4) -> int:
+    """Return the KV cache bytes that one position of one sequence takes."""
+    return 2 * config.n_layer * config.n_kv_head * config.d_head * bytes_per_value

@@ -1,0 +1,77 @@
+"""Which device and dtype to compute with, and how fast the hardware could at most be."""
+
+from contextlib import AbstractContextManager
+
+import torch
+
+from minigpt.errors import ConfigError
+
+
+def resolve_device(name: str) -> torch.device:
+    """Turn auto, cpu, cuda or mps into a device that is there; auto takes the fastest.
+
+    Raises: ConfigError if the one asked for is not available.
+    """
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        return torch.device(next(kind for kind, is_there in available.items() if is_there))
+    if not available[name]:
+        there = ", ".join(kind for kind, is_there in available.items() if is_there)
+        raise ConfigError(f"device {name} is not available here. Use auto or one of: {there}.")
+    return torch.device(name)
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Tell whether the hardware multiplies bfloat16 faster than float32.
+
+    A CPU without the instructions still computes bfloat16, several times slower than float32.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        abilities = torch.cpu.get_capabilities()
+        return any(abilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return False
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Turn auto, float32 or bfloat16 into a dtype; auto takes bfloat16 where it is fast."""
+    if name == "auto":
+        return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
+    """Return the context in which float32 weights compute in ``dtype``."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+# Dense bfloat16 tensor-core peaks, FLOP/s, from NVIDIA's datasheets (without sparsity). The first
+# name that the device's name contains is taken, so the longer names come first.
+_BFLOAT16_PEAKS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "RTX 5090": 209.5e12,
+    "RTX 4090": 165.2e12,
+    "RTX 3090": 71e12,
+}
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Return the hardware's peak FLOP/s in ``dtype``; None where we do not know it."""
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in _BFLOAT16_PEAKS.items() if key in name), None)

@@ -1,0 +1,41 @@
+"""The learning rate over a run: a pure function of how much of the budget is used."""
+
+import math
+
+from minigpt.config import TrainingConfig
+
+
+def progress(config: TrainingConfig, step: int, elapsed_s: float) -> float:
+    """Return the share of the budget used, 0 to 1: of the steps or the minutes, what ends first.
+
+    With a limit of steps alone it depends on nothing but the step. With a limit of minutes the
+    learning rate reaches its end exactly when the time does, however fast the machine.
+    """
+    shares = [0.0]
+    if config.max_steps:
+        shares.append(step / config.max_steps)
+    if config.max_minutes:
+        shares.append(elapsed_s / (60 * config.max_minutes))
+    return min(1.0, max(shares))
+
+
+def lr_scale(config: TrainingConfig, progress: float) -> float:
+    """Return the learning rate over its peak, at ``progress`` in [0, 1] of the budget.
+
+    Source: wsd, Hu et al. 2024, arXiv:2404.06395; cosine, Loshchilov & Hutter 2017,
+        arXiv:1608.03983.
+    """
+    if progress < config.warmup_fraction:
+        # Not from zero: the first step would be lost.
+        return 0.1 + 0.9 * progress / config.warmup_fraction
+    after_warmup = (progress - config.warmup_fraction) / max(1 - config.warmup_fraction, 1e-12)
+    match config.schedule:
+        case "constant":
+            shape = 1.0
+        case "linear":
+            shape = 1 - after_warmup
+        case "cosine":
+            shape = 0.5 * (1 + math.cos(math.pi * after_warmup))
+        case _:
+            shape = min(1.0, (1 - progress) / max(config.decay_fraction, 1e-12))
+    return config.final_lr_fraction + (1 - config.final_lr_fraction) * shape

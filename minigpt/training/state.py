@@ -1,0 +1,96 @@
+"""Everything beside the weights that a resumed run needs, as safetensors and JSON.
+
+There is little of it: the order of the data and the dropout masks are pure functions of the seed
+and the step, so no generator's state is kept.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from minigpt.config import build
+from minigpt.errors import CheckpointError, ConfigError
+
+STATE_FOLDER = "training_state"
+_OPTIMIZER_FILE = "optimizer.safetensors"
+_PROGRESS_FILE = "progress.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a run has come."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    elapsed_s: float = 0.0
+    """Seconds of training steps; evaluation and saving are left out."""
+    corpus: str = ""
+    """Fingerprint of the tokens that it is trained on."""
+
+
+def _moments(
+    model: nn.Module, optimizers: list[Optimizer]
+) -> Iterator[tuple[str, Optimizer, nn.Parameter]]:
+    """Yield each parameter with its name and the optimizer that serves it."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                yield names[parameter], optimizer, parameter
+
+
+def write_state(
+    folder: Path, model: nn.Module, optimizers: list[Optimizer], progress: Progress
+) -> None:
+    """Write ``folder``/training_state; the weights are elsewhere."""
+    folder = folder / STATE_FOLDER
+    folder.mkdir()
+    tensors: dict[str, Tensor] = {}
+    for name, optimizer, parameter in _moments(model, optimizers):
+        for key, tensor in optimizer.state[parameter].items():
+            tensors[f"{name}/{key}"] = tensor
+    save_file(tensors, folder / _OPTIMIZER_FILE)
+    (folder / _PROGRESS_FILE).write_text(json.dumps(asdict(progress), indent=2) + "\n")
+
+
+def read_state(folder: Path, model: nn.Module, optimizers: list[Optimizer]) -> Progress:
+    """Fill the optimizers from ``folder``/training_state and return how far the run had come.
+
+    Raises: CheckpointError if it is missing, damaged, or of other optimizers or another model.
+    """
+    path = folder / STATE_FOLDER
+    try:
+        tensors = load_file(path / _OPTIMIZER_FILE)
+        values: Any = json.loads((path / _PROGRESS_FILE).read_text())
+        progress = build(Progress, values)
+    except (OSError, SafetensorError, json.JSONDecodeError, ConfigError, AttributeError) as error:
+        raise CheckpointError(
+            f"{str(path)!r} cannot be resumed from: {error}. Resume from an older step, or start "
+            "a new run."
+        ) from None
+    found: dict[str, dict[str, Tensor]] = {}
+    for full_name, tensor in tensors.items():
+        name, _, key = full_name.rpartition("/")
+        found.setdefault(name, {})[key] = tensor
+    for name, optimizer, parameter in _moments(model, optimizers):
+        state = found.pop(name, {})
+        for key, tensor in state.items():
+            if tensor.ndim and tensor.shape != parameter.shape:
+                raise CheckpointError(
+                    f"{str(path)!r}: {name}/{key} has shape {tuple(tensor.shape)}, the weight "
+                    f"{tuple(parameter.shape)}. The state belongs to another model."
+                )
+            optimizer.state[parameter][key] = tensor.to(parameter.device)
+    if found:
+        raise CheckpointError(
+            f"{str(path)!r} has state for {min(found)!r}, which the model lacks. "
+            "The state belongs to another model."
+        )
+    return progress

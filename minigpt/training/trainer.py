@@ -1,0 +1,335 @@
+"""The training loop: it yields what happens, and leaves showing it to others."""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minigpt.checkpoint.folder import RunFolder
+from minigpt.checkpoint.model_folder import read_model, write_model
+from minigpt.config import RunConfig
+from minigpt.errors import CheckpointError, DataError, DivergedError
+from minigpt.evaluation import Evaluation, evaluate
+from minigpt.model.cost import training_flops_per_token
+from minigpt.model.device import autocast, has_fast_bfloat16, peak_flops
+from minigpt.model.gpt import GPT
+from minigpt.text.batches import batch, validation_batches
+from minigpt.text.shards import PreparedData
+from minigpt.training.optim import make_optimizers
+from minigpt.training.schedule import lr_scale, progress
+from minigpt.training.state import Progress, read_state, write_state
+
+
+@dataclass(frozen=True)
+class StepEvent:
+    """An optimizer step was taken."""
+
+    step: int
+    """Steps done, this one included."""
+    progress: float
+    """Share of the budget used, 0 to 1."""
+    train_loss: float
+    """Mean cross-entropy over the step's batch, nats/token, before the step."""
+    lr: float
+    """Learning rate of the matrices."""
+    grad_norm: float
+    """Global norm of the gradient before clipping."""
+    tokens_per_s: float
+    """Training speed since the last event."""
+    mfu: float | None
+    """Model FLOPs utilisation: share of the hardware's peak; None where that is unknown."""
+    elapsed_s: float
+    """Seconds of training so far, without evaluation and saving."""
+    remaining_s: float
+    """Seconds of training left, at the speed so far."""
+
+
+@dataclass(frozen=True)
+class EvalEvent:
+    """A pass over the validation text was made."""
+
+    step: int
+    val_loss: float
+    """Nats/token."""
+    bits_per_byte: float
+    n_tokens: int
+    """Validation tokens predicted."""
+    elapsed_s: float
+    """Seconds of training before it."""
+    eval_s: float
+    """Seconds that it took."""
+
+
+@dataclass(frozen=True)
+class SaveEvent:
+    """A checkpoint is on the disk."""
+
+    step: int
+    folder: Path
+    val_loss: float
+    is_best: bool
+    """Its validation loss is the least of the run's checkpoints."""
+
+
+@dataclass(frozen=True)
+class SampleEvent:
+    """It is time to show a sample: the consumer draws one, and the loop waits."""
+
+    step: int
+
+
+Event = StepEvent | EvalEvent | SaveEvent | SampleEvent
+
+
+class Trainer:
+    """One run: a model, its optimizers and its place in the data. ``run`` moves it."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        data: PreparedData,
+        run: RunFolder,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        resume_from: Path | None = None,
+    ) -> None:
+        """Start a run, or take one up from the checkpoint ``resume_from``.
+
+        Raises: DataError if the corpus is too short or not the one that the run began with.
+        """
+        self.config = config
+        self.data = data
+        self.folder = run
+        self.device = device
+        self.dtype = dtype
+        self.train_tokens, self.val_tokens = data.tokens.split(config.data.val_fraction)
+        self.model = self._load(resume_from) if resume_from else self._make()
+        product_dtype = torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
+        self.optimizers = make_optimizers(self.model, config.training, product_dtype)
+        self.step = 0
+        self.elapsed_s = 0.0
+        if resume_from:
+            self._restore(resume_from)
+        self._forward = torch.compile(self.model) if config.training.compile else self.model
+        self._stop_is_requested = False
+        self._last_evaluation: tuple[int, Evaluation] | None = None
+
+    def _make(self) -> GPT:
+        model = GPT(self.config.model)
+        # Drawn on the CPU: every device starts from the same weights.
+        model.init_weights(torch.Generator().manual_seed(self.config.training.seed))
+        return model.to(self.device)
+
+    def _load(self, folder: Path) -> GPT:
+        model = read_model(folder, device=self.device, dtype=torch.float32).model
+        if model.config != self.config.model:
+            # Dropout is no part of a Hugging Face config of every family: the run's config rules.
+            fresh = GPT(self.config.model)
+            try:
+                fresh.load_state_dict(model.state_dict())
+            except RuntimeError:
+                raise CheckpointError(
+                    f"{str(folder)!r} is not of the shape that the run's config says. "
+                    "Resume with the run's own settings."
+                ) from None
+            model = fresh.to(self.device)
+        return model
+
+    def _restore(self, folder: Path) -> None:
+        state = read_state(folder, self.model, self.optimizers)
+        if state.corpus != self.data.tokens.fingerprint:
+            raise DataError(
+                "the corpus is not the one that this run began with. Give the same text, or "
+                "start a new run under another --name."
+            )
+        self.step, self.elapsed_s = state.step, state.elapsed_s
+
+    @property
+    def progress(self) -> float:
+        """Share of the budget used, 0 to 1."""
+        return progress(self.config.training, self.step, self.elapsed_s)
+
+    def request_stop(self) -> None:
+        """Ask ``run`` to save at the next step's end and return; safe in a signal handler."""
+        self._stop_is_requested = True
+
+    @property
+    def was_stopped(self) -> bool:
+        """Whether ``run`` ended because of ``request_stop`` and not because it was done."""
+        return self._stop_is_requested and self.progress < 1
+
+    def run(self) -> Iterator[Event]:
+        """Train until the budget is used or a stop is requested, then save.
+
+        Raises: DivergedError if loss or gradient leave the finite numbers.
+        """
+        config = self.config.training
+        self.model.train()
+        timer = _Timer(self)
+        saved_step = self.step if self.step else None
+        while self.progress < 1 and not self._stop_is_requested:
+            report = self._take_step()
+            if self.step % config.log_every == 0 or self.progress >= 1:
+                yield timer.event(*report)
+            if _is_due(self.step, config.eval_every) and self.progress < 1:
+                yield self._evaluate()
+            if _is_due(self.step, config.save_every) and self.progress < 1:
+                yield from self._evaluate_and_save()
+                saved_step = self.step
+            if _is_due(self.step, config.sample_every) or (
+                config.sample_every and self.progress >= 1
+            ):
+                yield SampleEvent(self.step)
+        if saved_step != self.step:
+            yield from self._evaluate_and_save()
+
+    def _take_step(self) -> tuple[Tensor, Tensor, float]:
+        """Take one optimizer step; return the loss, the gradient norm and the learning rate."""
+        config = self.config.training
+        started = time.perf_counter()
+        scale = lr_scale(config, self.progress)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * scale
+        if self.config.model.dropout:
+            # The masks too are a pure function of seed and step, so that resume is exact.
+            torch.manual_seed(config.seed + 1_000_003 * (self.step + 1))
+        loss = self._accumulate_gradients()
+        parameters = list(self.model.parameters())
+        norm = torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip or math.inf)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if self.device.type == "cuda" and (self.step + 1) % config.log_every == 0:
+            torch.cuda.synchronize()
+        self.step += 1
+        self.elapsed_s += time.perf_counter() - started
+        return loss, norm, config.lr * scale
+
+    def _accumulate_gradients(self) -> Tensor:
+        """Add up the gradients of one batch; return its mean loss."""
+        config = self.config.training
+        inputs, targets = batch(
+            self.train_tokens,
+            self.config.model.context_length,
+            config.batch_size,
+            seed=config.seed,
+            step=self.step,
+        )
+        total = torch.zeros((), device=self.device)
+        micro_batches = zip(
+            inputs.split(config.micro_batch_size),
+            targets.split(config.micro_batch_size),
+            strict=True,
+        )
+        for micro_inputs, micro_targets in micro_batches:
+            with autocast(self.device, self.dtype):
+                logits = self._forward(micro_inputs.to(self.device))
+            loss = F.cross_entropy(
+                logits.float().flatten(0, 1), micro_targets.to(self.device).flatten()
+            )
+            loss = loss / config.accumulation_steps
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        return total
+
+    def _evaluate(self) -> EvalEvent:
+        config = self.config.training
+        started = time.perf_counter()
+        batches = validation_batches(
+            self.val_tokens,
+            self.config.model.context_length,
+            config.eval_tokens,
+            batch_size=max(1, 16_384 // self.config.model.context_length),
+        )
+        lengths = self.data.tokenizer.token_byte_lengths
+        result = evaluate(self.model, batches, lengths, dtype=self.dtype)
+        if not math.isfinite(result.nats):
+            raise self._diverged("validation loss", result.nats)
+        self._last_evaluation = self.step, result
+        return EvalEvent(
+            step=self.step,
+            val_loss=result.nats_per_token,
+            bits_per_byte=result.bits_per_byte,
+            n_tokens=result.n_tokens,
+            elapsed_s=self.elapsed_s,
+            eval_s=time.perf_counter() - started,
+        )
+
+    def _evaluate_and_save(self) -> Iterator[Event]:
+        """Save this step; every checkpoint has its validation loss, and the least one is best."""
+        if self._last_evaluation is None or self._last_evaluation[0] != self.step:
+            yield self._evaluate()
+        assert self._last_evaluation is not None
+        result = self._last_evaluation[1]
+        facts = {"val_loss": result.nats_per_token, "bits_per_byte": result.bits_per_byte}
+        state = Progress(
+            step=self.step, elapsed_s=self.elapsed_s, corpus=self.data.tokens.fingerprint
+        )
+        with self.folder.writing_step(self.step) as folder:
+            write_model(folder, self.model, self.data.tokenizer)
+            write_state(folder, self.model, self.optimizers, state)
+        self.folder.point("latest", self.step, **facts)
+        best = self.folder.best()
+        is_best = best is None or facts["val_loss"] < best.facts.get("val_loss", math.inf)
+        if is_best:
+            self.folder.point("best", self.step, **facts)
+        self.folder.prune(self.config.training.keep)
+        yield SaveEvent(
+            step=self.step,
+            folder=self.folder.step_folder(self.step),
+            val_loss=facts["val_loss"],
+            is_best=is_best,
+        )
+
+    def _diverged(self, what: str, value: float) -> DivergedError:
+        return DivergedError(
+            f"training diverged: {what} is {value} at step {self.step}, "
+            f"lr {self.config.training.lr:g} (peak). The last checkpoint is kept; try a lower --lr."
+        )
+
+
+class _Timer:
+    """Turns steps into events with speeds measured between them."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.start = self.last = (trainer.step, trainer.elapsed_s, trainer.progress)
+        model = trainer.config.model
+        self.step_tokens = trainer.config.training.batch_size * model.context_length
+        self.flops_per_token = training_flops_per_token(model)
+        self.peak_flops = peak_flops(trainer.device, trainer.dtype)
+
+    def event(self, loss: Tensor, grad_norm: Tensor, lr: float) -> StepEvent:
+        trainer = self.trainer
+        train_loss, norm = loss.item(), grad_norm.item()
+        if not math.isfinite(train_loss) or not math.isfinite(norm):
+            name, value = ("gradient norm", norm) if math.isfinite(train_loss) else ("loss", train_loss)
+            raise trainer._diverged(name, value)
+        steps = trainer.step - self.last[0]
+        seconds = trainer.elapsed_s - self.last[1]
+        tokens_per_s = steps * self.step_tokens / seconds
+        used = trainer.progress - self.start[2]
+        rate = (trainer.elapsed_s - self.start[1]) / used if used else 0.0
+        self.last = (trainer.step, trainer.elapsed_s, trainer.progress)
+        return StepEvent(
+            step=trainer.step,
+            progress=trainer.progress,
+            train_loss=train_loss,
+            lr=lr,
+            grad_norm=norm,
+            tokens_per_s=tokens_per_s,
+            mfu=tokens_per_s * self.flops_per_token / self.peak_flops if self.peak_flops else None,
+            elapsed_s=trainer.elapsed_s,
+            remaining_s=rate * (1 - trainer.progress),
+        )
+
+
+def _is_due(step: int, every: int) -> bool:
+    return bool(every) and step % every == 0
