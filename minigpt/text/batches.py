@@ -1,0 +1,165 @@
+"""Which windows of tokens step i sees: a pure function of (seed, step, rank).
+
+An epoch cuts the span into windows that do not overlap and visits each once, in an order that is
+shuffled without holding it: a keyed permutation turns the place in the order into the window.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from minigpt.errors import DataError
+from minigpt.text.shards import TokenSpan
+
+if TYPE_CHECKING:
+    import torch
+
+N_ROUNDS = 3
+
+
+def require_length(span: TokenSpan, context_length: int) -> None:
+    """Check that a span holds at least one window and its last target.
+
+    Raises: DataError if it is shorter than context_length + 1 tokens.
+    """
+    if len(span) < context_length + 1:
+        raise DataError(
+            f"too little text: the {span.name} part has {len(span)} tokens, and a context of "
+            f"{context_length} needs at least {context_length + 1}. Use a shorter "
+            "--context-length or more text."
+        )
+
+
+def window_starts(
+    n_tokens: int,
+    context_length: int,
+    batch_size: int,
+    *,
+    seed: int,
+    step: int,
+    rank: int = 0,
+    world_size: int = 1,
+) -> npt.NDArray[np.int64]:
+    """Return where the windows of one step begin.
+
+    The batch_size windows of a step depend on seed and step alone; a rank takes its slice of
+    them. Every epoch shifts the grid of windows by another phase in [0, context_length), so that
+    a token meets other contexts; only tokens outside the grid, at the two ends, are left out.
+
+    Args: n_tokens, at least context_length + 1; world_size divides batch_size.
+    Returns: (batch_size // world_size,), each at most n_tokens - context_length - 1.
+    """
+    assert n_tokens > context_length
+    assert batch_size % world_size == 0
+    n_local = batch_size // world_size
+    place = step * batch_size + rank * n_local + np.arange(n_local, dtype=np.uint64)
+    # One window fewer than fit, so that all phases have the same number of them.
+    n_windows = max(1, (n_tokens - context_length) // context_length)
+    n_phases = min(context_length, n_tokens - n_windows * context_length)
+    epoch, index = np.divmod(place, np.uint64(n_windows))
+    key = _mix(epoch + _mix(np.full(1, seed % 2**64, np.uint64)))
+    window = _permute(index, n_windows, key)
+    phase = _mix(key) % np.uint64(n_phases)
+    return (window * np.uint64(context_length) + phase).astype(np.int64)
+
+
+def batch(
+    span: TokenSpan,
+    context_length: int,
+    batch_size: int,
+    *,
+    seed: int,
+    step: int,
+    rank: int = 0,
+    world_size: int = 1,
+) -> tuple["torch.Tensor", "torch.Tensor"]:
+    """Return the inputs of one step and the tokens that follow them.
+
+    Returns: inputs and targets, each (batch_size // world_size, T), int64.
+    Raises: DataError if the span is shorter than context_length + 1 tokens.
+    """
+    require_length(span, context_length)
+    starts = window_starts(
+        len(span),
+        context_length,
+        batch_size,
+        seed=seed,
+        step=step,
+        rank=rank,
+        world_size=world_size,
+    )
+    return _inputs_and_targets(span.windows(starts, context_length + 1))
+
+
+def validation_windows(
+    span: TokenSpan, context_length: int, max_tokens: int, batch_size: int
+) -> Iterator[tuple["torch.Tensor", "torch.Tensor"]]:
+    """Yield one pass over a span: every token but the first is a target exactly once.
+
+    The windows do not overlap; the last one is shorter and comes by itself. If the targets are
+    more than max_tokens, evenly spread whole windows are taken instead, at least one.
+
+    Returns: inputs and targets, each (B, T) with B at most batch_size, int64.
+    Raises: DataError if the span is shorter than context_length + 1 tokens.
+    """
+    require_length(span, context_length)
+    n_windows, n_rest = divmod(len(span) - 1, context_length)
+    windows = np.arange(n_windows)
+    if len(span) - 1 > max_tokens:
+        n_kept = max(1, max_tokens // context_length)
+        windows = np.arange(n_kept) * n_windows // n_kept
+        n_rest = 0
+    for first in range(0, len(windows), batch_size):
+        starts = windows[first : first + batch_size] * context_length
+        yield _inputs_and_targets(span.windows(starts, context_length + 1))
+    if n_rest:
+        starts = np.array([n_windows * context_length])
+        yield _inputs_and_targets(span.windows(starts, n_rest + 1))
+
+
+def _inputs_and_targets(windows: npt.NDArray[np.int64]) -> tuple["torch.Tensor", "torch.Tensor"]:
+    import torch
+
+    tokens = torch.from_numpy(windows)
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Hash 64-bit numbers, one to one.
+
+    Source: splitmix64, Steele et al. 2014, doi:10.1145/2660193.2660195.
+    """
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _permute(
+    index: npt.NDArray[np.uint64], n: int, key: npt.NDArray[np.uint64]
+) -> npt.NDArray[np.uint64]:
+    """Map each index in [0, n) to another, one to one for each key.
+
+    A Feistel network (Luby and Rackoff 1988, doi:10.1137/0217022) over pairs left < n_left,
+    right < n_right, of which there are hardly more than n; where it leaves [0, n) it is applied
+    again. Both ideas: Black and Rogaway 2002, doi:10.1007/3-540-45760-7_9.
+    """
+    n_left = np.uint64(math.isqrt(n - 1) + 1)
+    n_right = np.uint64(-(-n // int(n_left)))
+
+    def encrypt(x: npt.NDArray[np.uint64], key: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+        left, right = np.divmod(x, n_right)
+        for _ in range(N_ROUNDS):
+            key = _mix(key)
+            left = (left + _mix(right ^ key) % n_left) % n_left
+            key = _mix(key)
+            right = (right + _mix(left ^ key) % n_right) % n_right
+        return left * n_right + right
+
+    window = encrypt(index, key)
+    while (is_outside := window >= n).any():
+        window[is_outside] = encrypt(window[is_outside], key[is_outside])
+    return window

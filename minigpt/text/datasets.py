@@ -1,0 +1,177 @@
+"""Corpora that have a name: the built-in one, and downloads checked by size and sha256."""
+
+import ast
+import hashlib
+import http.client
+import json
+import platform
+import re
+import sys
+import sysconfig
+import textwrap
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from minigpt.errors import DataError, nearest
+from minigpt.text.cache import written_aside
+
+BUILTIN = "builtin"
+BLOCK_BYTES = 2**16
+TIMEOUT_S = 30.0
+
+# Some systems package these apart from the rest of the standard library, or not at all: without
+# them, one version of Python gives one corpus.
+OPTIONAL_MODULES = frozenset(
+    ["distutils", "ensurepip", "idlelib", "lib2to3", "test", "tkinter", "turtle", "turtledemo"]
+)
+
+
+@dataclass(frozen=True)
+class Download:
+    """A corpus on the web, and how to know that it is the right one."""
+
+    url: str
+    """Where it is."""
+    size: int
+    """Bytes."""
+    sha256: str
+    """Of the whole file, in hex."""
+    licence: str
+    """Under which terms it may be used."""
+
+
+DOWNLOADS = {
+    "shakespeare": Download(
+        url="https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+        size=1_115_394,
+        sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+        licence="public domain",
+    ),
+}
+
+
+def dataset_path(
+    name: str, cache: Path, on_progress: Callable[[int, int], None] | None = None
+) -> Path:
+    """Return the file of a named corpus, made or downloaded if it is not in the cache yet.
+
+    Args: on_progress, called with the bytes done and the bytes in all, while downloading.
+    Raises: DataError for an unknown name or a failed download; ResourceError if the cache cannot
+        be written.
+    """
+    return builtin(cache) if name == BUILTIN else fetch_dataset(name, cache, on_progress)
+
+
+def fetch_dataset(
+    name: str, cache: Path, on_progress: Callable[[int, int], None] | None = None
+) -> Path:
+    """Return the file of a downloadable corpus; what is in the cache is not fetched again.
+
+    Args: on_progress, called with the bytes done and the bytes in all.
+    Raises: DataError for an unknown name, a failed download, or a file of another size or hash;
+        ResourceError if the cache cannot be written.
+    """
+    if name not in DOWNLOADS:
+        raise DataError(f"unknown corpus {name!r}. {nearest(name, [BUILTIN, *DOWNLOADS])}")
+    wanted = DOWNLOADS[name]
+    path = cache / "downloads" / f"{name}.txt"
+    if path.is_file() and path.stat().st_size == wanted.size:
+        return path
+    digest, n_bytes = hashlib.sha256(), 0
+    with written_aside(path) as file:
+        for block in _received(name, wanted):
+            file.write(block)
+            digest.update(block)
+            n_bytes += len(block)
+            if on_progress:
+                on_progress(n_bytes, wanted.size)
+        if n_bytes != wanted.size or digest.hexdigest() != wanted.sha256:
+            raise _failed(
+                name, f"{n_bytes} bytes came that are not the {wanted.size} expected ones"
+            )
+    return path
+
+
+def _received(name: str, wanted: Download) -> Iterator[bytes]:
+    """Yield what the server sends, but no more than a block past the size we want."""
+    request = urllib.request.Request(wanted.url, headers={"User-Agent": "minigpt"})
+    n_bytes = 0
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
+            while n_bytes <= wanted.size and (block := response.read(BLOCK_BYTES)):
+                n_bytes += len(block)
+                yield block
+    except urllib.error.HTTPError as error:
+        error.close()
+        raise _failed(name, f"the server answered {error.code}") from None
+    except (OSError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", None) or error
+        raise _failed(name, str(reason)) from None
+
+
+def _failed(name: str, reason: str) -> DataError:
+    return DataError(
+        f"could not download {name} from {DOWNLOADS[name].url}: {reason}. Check the network, or "
+        "download the file otherwise and pass its path."
+    )
+
+
+def builtin(cache: Path) -> Path:
+    """Return the built-in corpus: the English prose that this Python carries, as JSONL.
+
+    The language reference (``pydoc_data.topics``), then the docstrings of the standard library,
+    module by module; of both only the paragraphs that read as sentences. No module is imported
+    for it. The same on every machine with the same version of Python.
+    """
+    path = cache / f"builtin-1-python-{platform.python_version()}.jsonl"
+    if not path.is_file():
+        with written_aside(path) as file:
+            for text in _reference_topics() + _library_docstrings():
+                if prose := "\n\n".join(_prose(text)):
+                    file.write(json.dumps({"text": prose + "\n"}).encode() + b"\n")
+    return path
+
+
+def _reference_topics() -> list[str]:
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:  # some minimal systems leave it out
+        return []
+    return [topics[name] for name in sorted(topics)]
+
+
+def _library_docstrings() -> list[str]:
+    library = Path(sysconfig.get_path("stdlib"))
+    modules = sorted(sys.stdlib_module_names - OPTIONAL_MODULES)
+    texts = []
+    for module in modules:
+        folder = library / module
+        files = sorted(folder.rglob("*.py")) if folder.is_dir() else [library / f"{module}.py"]
+        for path in files:
+            if path.is_file() and not {"test", "tests"} & set(path.relative_to(library).parts):
+                tree = ast.parse(path.read_bytes())
+                texts.append("\n\n".join(_docstrings(tree)))
+    return texts
+
+
+def _docstrings(
+    node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef,
+) -> Iterator[str]:
+    """Yield a module's docstrings in the order of its lines."""
+    if text := ast.get_docstring(node):
+        yield text
+    for child in node.body:
+        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from _docstrings(child)
+
+
+def _prose(text: str) -> Iterator[str]:
+    """Yield the paragraphs that are sentences: hardly anything but letters, and a full stop."""
+    for paragraph in re.split(r"\n\s*\n", text):
+        paragraph = textwrap.dedent(paragraph).strip()
+        n_plain = sum(c.isalpha() or c in " \n,." for c in paragraph)
+        if len(paragraph) >= 60 and n_plain >= 0.93 * len(paragraph) and paragraph[-1] in ".:!?":
+            yield paragraph

@@ -1,0 +1,270 @@
+"""One Tokenizer over a ``tiktoken.Encoding``: single bytes, trained BPE, named encodings.
+
+tiktoken and rustbpe panic on some inputs, with an exception that ``except Exception`` lets pass;
+everything that could make them panic is caught here first.
+"""
+
+import base64
+import binascii
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import rustbpe
+import tiktoken
+
+from minigpt.errors import ConfigError, DataError, nearest
+
+END_OF_TEXT = "<|endoftext|>"
+NAMED_ENCODINGS = ("gpt2", "cl100k_base", "o200k_base")
+
+BYTES_PATTERN = r"(?s:.)"
+# How GPT-4 and Llama 3 split text before merging: Dubey et al. 2024, arXiv:2407.21783, and
+# tiktoken's cl100k_base. It uses no possessive quantifiers, so every regex engine reads it.
+BPE_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+BPE_TRAINING_BYTES = 64 * 2**20
+
+# The backtracking of \s+(?!\S) overflows the regex engine's stack at about a million blanks.
+_LONG_BLANK = re.compile(r"(\s{65536})")
+
+
+class Tokenizer:
+    """Text <-> token ids, over one ``tiktoken.Encoding``."""
+
+    def __init__(self, name: str, encoding: tiktoken.Encoding) -> None:
+        """Args: name, what makes it again (``bytes``, ``bpe:1024``, ``gpt2``); encoding."""
+        self.name = name
+        self.encoding = encoding
+        self.vocab_size = encoding.n_vocab
+        """Ids run from 0 to vocab_size - 1; some encodings leave holes among them."""
+        self.end_of_text: int | None = encoding._special_tokens.get(END_OF_TEXT)
+        """The id that stands before each document, None if the vocabulary has none."""
+        ranks = encoding._mergeable_ranks
+        self._single_bytes = bytes(b for b in range(256) if bytes([b]) in ranks)
+        self._is_bytes = len(ranks) == 256 and all(ranks.get(bytes([b])) == b for b in range(256))
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text; ``<|endoftext|>`` in it is plain text.
+
+        Lone surrogates become U+FFFD.
+        Raises: DataError if the vocabulary lacks one of the text's bytes.
+        """
+        text = well_formed(text)
+        self._check_bytes(text)
+        ids: list[int] = []
+        for part in _parts(text):
+            ids += self._encode_part(part)
+        return ids
+
+    def encode_array(self, text: str) -> npt.NDArray[np.uint32]:
+        """Return what ``encode`` returns, as uint32; for single bytes without tiktoken."""
+        if self._is_bytes:
+            return np.frombuffer(well_formed(text).encode(), np.uint8).astype(np.uint32)
+        return np.array(self.encode(text), np.uint32)
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Return the bytes of the ids; an id that the vocabulary does not use has none."""
+        return b"".join(map(self.token_bytes, ids))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of the ids; what is no UTF-8 becomes U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", "replace")
+
+    def token_bytes(self, token: int) -> bytes:
+        """Return the bytes of one id: a special token's text, b"" if the id is not used.
+
+        Models often have more rows than the vocabulary has tokens, and may draw one of them.
+        """
+        return self._bytes_of.get(int(token), b"")
+
+    @cached_property
+    def token_byte_lengths(self) -> npt.NDArray[np.int32]:
+        """Bytes of text that each id stands for, (V,); 0 for special tokens and holes."""
+        lengths = np.zeros(self.vocab_size, np.int32)
+        for token_bytes, token in self.encoding._mergeable_ranks.items():
+            lengths[token] = len(token_bytes)
+        return lengths
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over pattern, ranks and special tokens: equal iff they encode alike."""
+        parts = {key: value for key, value in self.to_dict().items() if key != "name"}
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the whole tokenizer as JSON values, for ``from_dict``; tokens are base64."""
+        ranks = sorted(self.encoding._mergeable_ranks.items(), key=lambda item: item[1])
+        return {
+            "name": self.name,
+            "pattern": self.encoding._pat_str,
+            "ranks": {base64.b64encode(token).decode(): rank for token, rank in ranks},
+            "specials": dict(self.encoding._special_tokens),
+        }
+
+    @classmethod
+    def from_dict(cls, parts: Mapping[str, Any]) -> "Tokenizer":
+        """Rebuild a tokenizer from ``to_dict``.
+
+        Raises: DataError if a part is missing or damaged.
+        """
+        try:
+            name, pattern = str(parts["name"]), str(parts["pattern"])
+            ranks = {base64.b64decode(t, validate=True): int(r) for t, r in parts["ranks"].items()}
+            specials = {str(text): int(token) for text, token in parts["specials"].items()}
+        except (KeyError, TypeError, ValueError, AttributeError, binascii.Error) as error:
+            raise DataError(f"the saved vocabulary is damaged: {error!r}.") from None
+        return cls(name, make_encoding(name, pattern, ranks, specials))
+
+    @cached_property
+    def _bytes_of(self) -> dict[int, bytes]:
+        tokens = {rank: token for token, rank in self.encoding._mergeable_ranks.items()}
+        return tokens | {i: text.encode() for text, i in self.encoding._special_tokens.items()}
+
+    def _check_bytes(self, text: str) -> None:
+        if len(self._single_bytes) == 256:
+            return
+        lacking = text.encode().translate(None, self._single_bytes)
+        if lacking:
+            raise DataError(
+                f"the vocabulary {self.name!r} has no token for the byte {lacking[:1]!r}. "
+                "Leave that character out of the text."
+            )
+
+    def _encode_part(self, part: str) -> list[int]:
+        try:
+            return self.encoding.encode_ordinary(part)
+        except BaseException as error:
+            # PanicException cannot be imported, and is no Exception.
+            if type(error).__name__ != "PanicException":
+                raise
+            raise DataError(
+                f"the split pattern of {self.name!r} gave up on this text ({error}). "
+                "Break its longest runs of the same character."
+            ) from None
+
+
+def make_encoding(
+    name: str, pattern: str, ranks: Mapping[bytes, int], specials: Mapping[str, int]
+) -> tiktoken.Encoding:
+    """Build a ``tiktoken.Encoding`` from its parts.
+
+    Args: pattern, the regex that splits text before merging; ranks, token bytes -> id, where a
+        lower id merges first; specials, text -> id.
+    Raises: DataError if there are no ranks, two tokens share an id, or the pattern is no regex.
+    """
+    ids = [*ranks.values(), *specials.values()]
+    if not ranks or len(set(ids)) != len(ids) or min(ids) < 0:
+        raise DataError(f"the vocabulary {name!r} is empty, or two of its tokens share an id.")
+    try:
+        return tiktoken.Encoding(
+            name, pat_str=pattern, mergeable_ranks=dict(ranks), special_tokens=dict(specials)
+        )
+    except ValueError as error:
+        raise DataError(f"the split pattern of {name!r} is no regex: {error}.") from None
+
+
+def bytes_tokenizer() -> Tokenizer:
+    """Return the tokenizer whose ids are the bytes themselves, and 256 for ``<|endoftext|>``."""
+    ranks = {bytes([b]): b for b in range(256)}
+    return Tokenizer("bytes", make_encoding("bytes", BYTES_PATTERN, ranks, {END_OF_TEXT: 256}))
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Learn byte-pair merges from texts, with rustbpe.
+
+    Only the first BPE_TRAINING_BYTES of text are read. A corpus with too few distinct pairs gives
+    a smaller vocabulary than asked for.
+
+    Args: vocab_size, all tokens: 256 bytes, the merges, ``<|endoftext|>`` last.
+    Raises: ConfigError if vocab_size leaves no room for a merge.
+    Source: Sennrich et al. 2016, arXiv:1508.07909.
+    """
+    if vocab_size <= 257:
+        raise ConfigError(
+            f"bpe:{vocab_size} leaves no room for merges: 256 bytes and {END_OF_TEXT} are always "
+            "there. Try bpe:1024, or the tokenizer bytes."
+        )
+    trainer = rustbpe.Tokenizer()
+    trainer.train_from_iterator(_first_bytes(texts), vocab_size - 1, pattern=BPE_PATTERN)
+    ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
+    name = f"bpe:{vocab_size}"
+    return Tokenizer(name, make_encoding(name, BPE_PATTERN, ranks, {END_OF_TEXT: len(ranks)}))
+
+
+def named_tokenizer(name: str) -> Tokenizer:
+    """Return one of OpenAI's published tokenizers; the first use downloads its ranks.
+
+    Raises: DataError if they can neither be found in tiktoken's cache nor downloaded.
+    """
+    try:
+        return Tokenizer(name, tiktoken.get_encoding(name))
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"the tokenizer {name} could not be downloaded ({type(error).__name__}). Connect to "
+            "the internet once, point TIKTOKEN_CACHE_DIR at a folder that has its ranks, or use "
+            "--tokenizer bytes."
+        ) from None
+
+
+def parse_spec(spec: str) -> tuple[str, int]:
+    """Split a tokenizer's spec into its kind and vocabulary size: ``bpe:1024`` -> (bpe, 1024).
+
+    The size is 0 where the kind settles it.
+    Raises: ConfigError for an unknown spec, naming the nearest one.
+    """
+    kind, _, size = spec.partition(":")
+    if kind == "bpe":
+        if not re.fullmatch("[0-9]{1,9}", size):
+            raise ConfigError(
+                f"the tokenizer {spec!r} needs its vocabulary size in digits, as in bpe:1024."
+            )
+        return kind, int(size)
+    if spec not in ("bytes", *NAMED_ENCODINGS):
+        choices = ("bytes", "bpe:1024", *NAMED_ENCODINGS)
+        raise ConfigError(f"unknown tokenizer {spec!r}. {nearest(spec, choices)}")
+    return spec, 0
+
+
+def make_tokenizer(spec: str, texts: Iterable[str]) -> Tokenizer:
+    """Make the tokenizer that a spec names; texts are read only if it has to be trained.
+
+    Raises: ConfigError for an unknown spec; DataError if it cannot be had.
+    """
+    kind, vocab_size = parse_spec(spec)
+    if kind == "bytes":
+        return bytes_tokenizer()
+    return train_bpe(texts, vocab_size) if kind == "bpe" else named_tokenizer(kind)
+
+
+def well_formed(text: str) -> str:
+    """Return the text with surrogate pairs joined and lone surrogates replaced by U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def _parts(text: str) -> list[str]:
+    """Cut a text inside its very long blanks, so that no regex overflows on them."""
+    # Such a blank holds at least 15 neighbouring samples: most texts need no full search.
+    if not re.search(r"\s{15}", text[::4096]):
+        return [text]
+    return [part for part in _LONG_BLANK.split(text) if part]
+
+
+def _first_bytes(texts: Iterable[str]) -> Iterator[str]:
+    n_bytes = 0
+    for text in texts:
+        yield from _parts(well_formed(text))
+        n_bytes += len(text.encode("utf-8", "replace"))
+        if n_bytes >= BPE_TRAINING_BYTES:
+            return
