@@ -1,0 +1,226 @@
+"""A model folder: config.json, model.safetensors, tokenizer.json, as Hugging Face lays it out."""
+
+import errno
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from minigpt.checkpoint.disk import read_json, resource_errors, to_json
+from minigpt.checkpoint.families import (
+    canonical_names,
+    model_config_from_hf,
+    model_config_to_hf,
+    tensors_from_hf,
+    tensors_to_hf,
+)
+from minigpt.checkpoint.tokenizer_json import (
+    NAME_FIELD,
+    tokenizer_config,
+    tokenizer_from_json,
+    tokenizer_to_json,
+)
+from minigpt.config import ModelConfig
+from minigpt.errors import CheckpointError
+from minigpt.model.gpt import GPT
+from minigpt.text.tokenizer import Tokenizer
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+TOKENIZER = "tokenizer.json"
+
+_GENERATION_CONFIG = "generation_config.json"
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+_INDEX = "model.safetensors.index.json"
+_DTYPES = {"F64", "F32", "F16", "BF16"}
+_LARGEST_WIDTH = 2**28
+_LARGEST_CONTEXT = 2**22
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """What a model folder holds."""
+
+    model: GPT
+    """In evaluation mode."""
+    tokenizer: Tokenizer | None
+    """None if the folder has no tokenizer.json."""
+    folder: Path
+    """Where it was read."""
+
+
+def write_model(folder: Path, model: GPT, tokenizer: Tokenizer | None) -> None:
+    """Write a folder that transformers and read_model read; complete, but not synced to the disk.
+
+    Raises: ResourceError if the disk is full or the folder is not ours to write.
+    """
+    tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
+    config = model_config_to_hf(model.config, tokenizer) | {"torch_dtype": dtype}
+    specials = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    files = {CONFIG: config, _GENERATION_CONFIG: {"_from_model_config": True} | specials}
+    if tokenizer is not None:
+        files[TOKENIZER] = tokenizer_to_json(tokenizer)
+        files[_TOKENIZER_CONFIG] = tokenizer_config(tokenizer, model.config.context_length)
+    with resource_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, value in files.items():
+            (folder / name).write_bytes(to_json(value))
+    save_tensors(folder / WEIGHTS, tensors_to_hf(model.config, tensors), {"format": "pt"})
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file.
+
+    Raises: ResourceError if the disk is full or the folder is not ours to write.
+    """
+    with resource_errors(path):
+        try:
+            save_file(tensors, path, metadata)
+        except SafetensorError as error:  # it wraps the system's errors in words
+            code = re.search(r"os error (\d+)", str(error))
+            number = int(code[1]) if code else errno.EIO
+            raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """Read a folder's config.json.
+
+    Raises: CheckpointError if it is missing, not JSON, or of a model that ours cannot compute.
+    """
+    return model_config_from_hf(read_json(folder / CONFIG))
+
+
+def read_model(
+    folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> LoadedModel:
+    """Read a model folder, strictly; names, shapes and sizes are checked before any weight is.
+
+    Args: dtype, of the weights; None for what is stored.
+    Raises: CheckpointError naming the file, what is wrong with it and the remedy.
+    """
+    config = read_config(folder)
+    paths = _weight_files(folder)
+    _check_tensors(config, paths)
+    tensors: dict[str, Tensor] = {}
+    for path in paths:
+        with _opened(path) as file:
+            for name, stored in canonical_names(config, file.keys()).items():
+                tensors[name] = file.get_tensor(stored).to(device, dtype)
+    model = GPT.from_tensors(config, tensors_from_hf(config, tensors))
+    tokenizer = _read_tokenizer(folder)
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+        raise CheckpointError(
+            f"{str(folder / TOKENIZER)!r} has {tokenizer.vocab_size} tokens, and the model only "
+            f"{config.vocab_size}. Take both from the same place."
+        )
+    return LoadedModel(model.eval(), tokenizer, folder)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with resource_errors(path), safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{str(path)!r} is no whole safetensors file ({error}). Write or download it again."
+        ) from None
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / WEIGHTS).exists():
+        return [folder / WEIGHTS]
+    if (folder / _INDEX).exists():
+        shards = read_json(folder / _INDEX).get("weight_map")
+        names = set(shards.values()) if isinstance(shards, dict) else set()
+        # Nothing outside the folder is opened, whatever the index says.
+        if names and all(isinstance(n, str) and re.fullmatch(r"[\w.-]+", n) for n in names):
+            return [folder / name for name in sorted(names)]
+        raise CheckpointError(
+            f"{str(folder / _INDEX)!r} does not map tensors to files of its folder. "
+            "Download it again."
+        )
+    pickled = sorted(path.name for path in folder.glob("*.bin")) + sorted(
+        path.name for path in folder.glob("*.pt*")
+    )
+    if pickled:
+        raise CheckpointError(
+            f"{str(folder)!r} has its weights in {pickled[0]!r}, a pickle, which can run any code "
+            f"and is never opened. Save the model as {WEIGHTS}."
+        )
+    raise CheckpointError(f"{WEIGHTS} is missing in {str(folder)!r}. Write or download it again.")
+
+
+def _check_tensors(config: ModelConfig, paths: list[Path]) -> None:
+    """Compare names, shapes and dtypes with what the config asks for, from the headers alone."""
+    folder = paths[0].parent
+    found: dict[str, tuple[list[int], str]] = {}
+    for path in paths:
+        with _opened(path) as file:
+            for name, stored in canonical_names(config, file.keys()).items():
+                header = file.get_slice(stored)
+                found[name] = header.get_shape(), header.get_dtype()
+    _check_size(config, len(found))
+    with torch.device("meta"):
+        expected = tensors_to_hf(config, GPT(config).state_dict())
+    problem = _first_problem(expected, found, is_tied=config.tie_embeddings)
+    if problem:
+        raise CheckpointError(
+            f"the weights in {str(folder)!r} do not fit {CONFIG}: {problem}. "
+            "Take both from the same place."
+        )
+
+
+def _check_size(config: ModelConfig, n_tensors: int) -> None:
+    """Refuse sizes that no model has, before anything is made of them."""
+    sizes = {
+        "vocabulary": (config.vocab_size, _LARGEST_WIDTH),
+        "width": (config.d_model, _LARGEST_WIDTH),
+        "width of the MLP": (config.d_mlp, _LARGEST_WIDTH),
+        "width of all heads": (config.n_head * config.d_head, _LARGEST_WIDTH),
+        "context": (config.context_length, _LARGEST_CONTEXT),
+        "number of layers": (config.n_layer, n_tensors),
+    }
+    for what, (size, largest) in sizes.items():
+        if size > largest:
+            raise CheckpointError(
+                f"{CONFIG} asks for a {what} of {size}, and at most {largest} is possible here. "
+                "Download it again."
+            )
+
+
+def _first_problem(
+    expected: Mapping[str, Tensor], found: Mapping[str, tuple[list[int], str]], *, is_tied: bool
+) -> str | None:
+    expected = dict(expected)
+    if is_tied and "lm_head.weight" in found:  # some files hold the tied one twice
+        embedding = next(iter(expected))
+        expected["lm_head.weight"] = expected[embedding]
+    if missing := [name for name in expected if name not in found]:
+        return f"{missing[0]!r} is missing ({len(missing)} of {len(expected)} are)"
+    if extra := [name for name in found if name not in expected]:
+        return f"{extra[0]!r} has no place in the model ({len(extra)} have none)"
+    for name, (shape, dtype) in found.items():
+        if tuple(shape) != tuple(expected[name].shape):
+            return f"{name!r} has shape {shape}, not {list(expected[name].shape)}"
+        if dtype not in _DTYPES:
+            return f"{name!r} is stored as {dtype}, and only {', '.join(sorted(_DTYPES))} are read"
+    return None
+
+
+def _read_tokenizer(folder: Path) -> Tokenizer | None:
+    if not (folder / TOKENIZER).exists():
+        return None
+    has_config = (folder / _TOKENIZER_CONFIG).exists()
+    named = read_json(folder / _TOKENIZER_CONFIG).get(NAME_FIELD) if has_config else None
+    name = named if isinstance(named, str) else folder.name
+    return tokenizer_from_json(read_json(folder / TOKENIZER), name)

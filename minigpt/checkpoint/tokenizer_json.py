@@ -1,0 +1,259 @@
+"""tokenizer.json of Hugging Face's tokenizers library <-> Tokenizer, for byte-level BPE.
+
+tiktoken knows ranks: of all neighbouring parts whose union is a token, the one of least rank is
+merged, leftmost first. tokenizers knows merges: an ordered list of pairs. One determines the
+other. Parts that end up inside a token were merged as if it stood alone, since any merge across
+its borders would have swallowed a border for good; so each token has one pair that can make it,
+the last of its merges in isolation, and pairs in the order of their tokens' ranks merge alike.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from tiktoken_ext.openai_public import r50k_pat_str  # type: ignore[import-untyped]
+
+from minigpt.errors import CheckpointError, DataError
+from minigpt.text.tokenizer import END_OF_TEXT, Tokenizer, make_encoding
+
+NAME_FIELD = "name_or_path"
+"""Where tokenizer_config.json keeps Tokenizer.name."""
+
+_NO_RANK = 2**32
+_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
+_PLAIN_BPE = {
+    "type": "BPE",
+    "dropout": None,
+    "unk_token": None,
+    "continuing_subword_prefix": None,
+    "end_of_word_suffix": None,
+    "fuse_unk": False,
+    "byte_fallback": False,
+}
+
+_PROBE = "Don't WE\u2019LL x_1234567  \t\r\n\n é 漢字 ١٢ 🙂\u0301\u200d\u00a0\x00\x7f\u0085 end \n"
+
+
+def _byte_alphabet() -> dict[int, str]:
+    # GPT-2's bijection of bytes to printable characters: Radford et al. 2019, encoder.py.
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    alphabet = {byte: chr(byte) for byte in printable}
+    return alphabet | {byte: chr(256 + n) for n, byte in enumerate(others)}
+
+
+_CHARACTERS = _byte_alphabet()
+_BYTES = {character: byte for byte, character in _CHARACTERS.items()}
+
+
+def _to_characters(token: bytes) -> str:
+    return token.decode("latin-1").translate(_CHARACTERS)
+
+
+def _to_bytes(token: str) -> bytes:
+    return bytes(_BYTES[character] for character in token)
+
+
+def merges_of(ranks: Mapping[bytes, int]) -> dict[bytes, tuple[bytes, bytes]]:
+    """Return the pair that makes each token, in the order of the ranks.
+
+    Single bytes have none, nor has a token that merging does not reach.
+    """
+    by_rank = sorted((token for token in ranks if len(token) > 1), key=ranks.__getitem__)
+    borders = ((token, _last_border(token, ranks)) for token in by_rank)
+    return {token: (token[:border], token[border:]) for token, border in borders if border}
+
+
+def _last_border(token: bytes, ranks: Mapping[bytes, int]) -> int:
+    """Merge a token's bytes until two parts are left; return where they meet, 0 if never."""
+    rank_of = ranks.get
+    borders = list(range(len(token) + 1))
+    pair_ranks = [rank_of(token[i : i + 2], _NO_RANK) for i in range(len(token) - 1)]
+    while len(pair_ranks) > 1:
+        least = min(pair_ranks)
+        if least == _NO_RANK:
+            return 0
+        i = pair_ranks.index(least)
+        del pair_ranks[i], borders[i + 1]
+        if i > 0:
+            pair_ranks[i - 1] = rank_of(token[borders[i - 1] : borders[i + 1]], _NO_RANK)
+        if i < len(pair_ranks):
+            pair_ranks[i] = rank_of(token[borders[i] : borders[i + 2]], _NO_RANK)
+    return borders[1]
+
+
+def tokenizer_to_json(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return tokenizer.json: the tokenizers library gives every text the same ids.
+
+    As always there, special tokens in a text are found unless it is told not to look for them.
+    Raises: CheckpointError if the split pattern cannot be said in the library's regex dialect.
+    """
+    ranks, specials = tokenizer.encoding._mergeable_ranks, tokenizer.encoding._special_tokens
+    merges = merges_of(ranks)
+    n_merged = sum(len(token) > 1 for token in ranks)
+    vocab = {_to_characters(token): rank for token, rank in ranks.items()} | specials
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": id_, "content": text, "special": True, "normalized": False}
+            | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+            for text, id_ in sorted(specials.items(), key=lambda item: item[1])
+        ],
+        "normalizer": None,
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                {
+                    "type": "Split",
+                    "pattern": {"Regex": _pattern_to_oniguruma(tokenizer.encoding._pat_str)},
+                    "behavior": "Isolated",
+                    "invert": False,
+                },
+                _BYTE_LEVEL | {"use_regex": False},
+            ],
+        },
+        "post_processor": None,
+        "decoder": _BYTE_LEVEL,
+        "model": _PLAIN_BPE
+        | {
+            # tiktoken takes a piece that is a token whole, even one that merging does not reach.
+            "ignore_merges": len(merges) < n_merged,
+            "vocab": dict(sorted(vocab.items(), key=lambda item: item[1])),
+            "merges": [" ".join(map(_to_characters, pair)) for pair in merges.values()],
+        },
+    }
+
+
+def tokenizer_config(tokenizer: Tokenizer, context_length: int) -> dict[str, Any]:
+    """Return tokenizer_config.json, for transformers; the name in it is ours."""
+    has_end = tokenizer.end_of_text is not None
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": context_length,
+        "clean_up_tokenization_spaces": False,
+        "bos_token": END_OF_TEXT if has_end else None,
+        "eos_token": END_OF_TEXT if has_end else None,
+        NAME_FIELD: tokenizer.name,
+    }
+
+
+def tokenizer_from_json(data: Mapping[str, Any], name: str) -> Tokenizer:
+    """Read a tokenizer.json of byte-level BPE.
+
+    Every added token becomes a special one: never found in a text, only put in by id.
+
+    Args: data, the parsed file; name, for the Tokenizer.
+    Raises: CheckpointError naming the part that is damaged, or that Tokenizer cannot do.
+    """
+    try:
+        model = _checked_model(data)
+        specials = {token["content"]: token["id"] for token in data.get("added_tokens") or ()}
+        vocab = {token: id_ for token, id_ in model["vocab"].items() if token not in specials}
+        ids = [*specials.values(), *vocab.values()]
+        if not all(type(id_) is int and 0 <= id_ < _NO_RANK for id_ in ids):
+            raise _unsupported("an id that is no 32-bit number")
+        ranks = {_to_bytes(token): id_ for token, id_ in vocab.items()}
+        _check_merges(ranks, model["merges"], is_whole_first=model.get("ignore_merges") is True)
+        encoding = make_encoding(name, _split_pattern(data["pre_tokenizer"]), ranks, specials)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"tokenizer.json is damaged ({type(error).__name__}: {str(error)[:80]!r}). "
+            "Write or download it again."
+        ) from None
+    except DataError as error:
+        raise CheckpointError(f"tokenizer.json: {error}") from None
+    return _probed(Tokenizer(name, encoding))
+
+
+def _unsupported(what: str) -> CheckpointError:
+    return CheckpointError(
+        f"tokenizer.json has {what}, and only plain byte-level BPE is read. Choose a model that "
+        "uses GPT-2's or Llama 3's kind of tokenizer."
+    )
+
+
+def _require(part: str, found: Any, allowed: Any) -> None:
+    if found is not None and found != allowed:
+        raise _unsupported(f"{part} {str(found)[:60]!r}")
+
+
+def _checked_model(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    for part in ("normalizer", "truncation", "padding"):
+        _require(f"the {part}", data.get(part), None)
+    # Llama 3 puts a token before each text with another one; ByteLevel moves only the offsets.
+    _require("the post-processor", (data.get("post_processor") or {}).get("type"), "ByteLevel")
+    _require("the decoder", (data.get("decoder") or {}).get("type"), "ByteLevel")
+    model: Mapping[str, Any] = data["model"]
+    for field, value in _PLAIN_BPE.items():
+        found = model.get(field)
+        _require(f"the model's {field}", found if found != "" else None, value)
+    return model
+
+
+def _check_merges(
+    ranks: Mapping[bytes, int], merges: Iterable[str | list[str]], *, is_whole_first: bool
+) -> None:
+    found: dict[bytes, tuple[bytes, bytes]] = {}
+    for merge in merges:
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        pair = _to_bytes(left), _to_bytes(right)
+        if found.setdefault(b"".join(pair), pair) != pair:
+            raise _unsupported("two ways to merge a token")
+    expected = merges_of(ranks)
+    n_merged = sum(len(token) > 1 for token in ranks)
+    is_same = list(found.items()) == list(expected.items())
+    if not is_same or not (is_whole_first or len(expected) == n_merged):
+        raise _unsupported("merges that do not follow the order of its ids")
+
+
+def _split_pattern(pre_tokenizer: Any) -> str:
+    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    kinds = [step["type"] for step in steps]
+    _require("the pre-tokenizers", [kind for kind in kinds if kind != "Split"], ["ByteLevel"])
+    _require("the option add_prefix_space", steps[-1].get("add_prefix_space", True), False)
+    uses_regex = steps[-1].get("use_regex", True)
+    if kinds == ["ByteLevel"] and uses_regex:
+        return str(r50k_pat_str)  # GPT-2's own, said in a faster way
+    _require("the pre-tokenizers", kinds, ["Split", "ByteLevel"])
+    _require("the option use_regex", uses_regex, False)
+    _require("the split's behavior", steps[0]["behavior"], "Isolated")
+    _require("the split's invert", steps[0]["invert"], False)
+    return _pattern_from_oniguruma(steps[0]["pattern"]["Regex"])
+
+
+def _probed(tokenizer: Tokenizer) -> Tokenizer:
+    # tokenizers keeps what lies between a pattern's matches as pieces; tiktoken drops it.
+    for text in (_PROBE, *_PROBE):
+        try:
+            is_kept = tokenizer.decode(tokenizer.encode(text)) == text
+        except DataError:  # a vocabulary without all bytes, which is its right
+            continue
+        if not is_kept:
+            raise _unsupported("a split pattern that does not match all of a text")
+    return tokenizer
+
+
+# Oniguruma, which tokenizers uses, and fancy-regex, which tiktoken uses, disagree on these:
+# X{1,3}+ is possessive only in fancy-regex, and (?s:.) exists only there.
+_ATOM_INTERVAL = r"(?P<atom>\\p\{\w+\}|\[[^\]]+\]|\\?[^\s{}()\[\]])(?P<interval>\{\d+(?:,\d*)?\})"
+_POSSESSIVE = re.compile(_ATOM_INTERVAL + r"\+")
+_ATOMIC = re.compile(rf"\(\?>{_ATOM_INTERVAL}\)")
+_AMBIGUOUS = re.compile(r"\{\d+(?:,\d*)?\}\+|\(\?\w*[ms]\w*[:)]")
+
+
+def _pattern_to_oniguruma(pattern: str) -> str:
+    pattern = _POSSESSIVE.sub(r"(?>\g<atom>\g<interval>)", pattern.replace("(?s:.)", r"[\s\S]"))
+    if found := _AMBIGUOUS.search(pattern):
+        raise CheckpointError(
+            f"the split pattern's {found[0]!r} means something else in tokenizer.json. "
+            "Write the pattern without it."
+        )
+    return pattern
+
+
+def _pattern_from_oniguruma(pattern: str) -> str:
+    if found := _AMBIGUOUS.search(pattern):
+        raise _unsupported(f"a split pattern with {found[0]!r}")
+    return _ATOMIC.sub(r"\g<atom>\g<interval>+", pattern.replace(r"[\s\S]", "(?s:.)"))
