@@ -1,0 +1,45 @@
+"""Untrusted text made safe and visible: nothing that steers a terminal gets through."""
+
+import unicodedata
+
+# What moves the cursor, joins or reorders its neighbours, or cannot be seen.
+_UNSAFE_CATEGORIES = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+_NAMED = {"\n": "\\n", "\r": "\\r", "\t": "\\t", "\\": "\\\\", " ": "␣"}
+
+
+def _escape(character: str) -> str:
+    code = ord(character)
+    if code < 0x100:
+        return f"\\x{code:02x}"
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def _is_unsafe(character: str) -> bool:
+    return unicodedata.category(character) in _UNSAFE_CATEGORIES
+
+
+def printable(text: str) -> str:
+    """Escape what could steer a terminal; line breaks and tabs stay."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(_escape(c) if _is_unsafe(c) and c not in "\n\t" else c for c in text)
+
+
+def visible(data: bytes) -> str:
+    """Show a token's bytes on one line, with nothing hidden: ``b" a\\n"`` is ``␣a\\n``.
+
+    Bytes that are no UTF-8 by themselves, such as half a character, become ``\\xe2``; a mark that
+    would join the character before it is escaped too.
+    """
+    shown = []
+    for character in data.decode("utf-8", errors="surrogateescape"):
+        code = ord(character)
+        if character in _NAMED:
+            shown.append(_NAMED[character])
+        elif 0xDC80 <= code <= 0xDCFF:  # a byte that surrogateescape could not decode
+            shown.append(f"\\x{code - 0xDC00:02x}")
+        elif _is_unsafe(character) or unicodedata.category(character).startswith(("M", "Z")):
+            shown.append(_escape(character))
+        else:
+            shown.append(character)
+    return "".join(shown)

@@ -1,0 +1,94 @@
+"""Which heads a trace looks at: ``0,2,4-6`` for layers, ``4.2,5.*`` for layer.head."""
+
+from dataclasses import dataclass
+
+from minigpt.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class HeadSelection:
+    """The chosen heads of each layer."""
+
+    heads_by_layer: tuple[tuple[int, ...], ...]
+    """For each layer, the chosen heads in order; empty where the layer is left out."""
+    n_head: int
+    """Heads that each layer has."""
+
+    @property
+    def n_chosen(self) -> int:
+        """Heads chosen in all layers together."""
+        return sum(len(heads) for heads in self.heads_by_layer)
+
+    @property
+    def is_all(self) -> bool:
+        """Whether no head is left out."""
+        return self.n_chosen == self.n_head * len(self.heads_by_layer)
+
+    def as_text(self) -> str:
+        """Return the chosen heads as ``4.2,5.*``, which ``select_heads`` reads."""
+        parts = []
+        for layer, heads in enumerate(self.heads_by_layer):
+            if len(heads) == self.n_head:
+                parts.append(f"{layer}.*")
+            else:
+                parts += [f"{layer}.{head}" for head in heads]
+        return ",".join(parts)
+
+
+def select_heads(
+    n_layer: int, n_head: int, *, layers: str | None = None, heads: str | None = None
+) -> HeadSelection:
+    """Return the heads that are in ``layers`` and in ``heads``; None leaves none out.
+
+    Raises: ConfigError for text that does not parse, numbers that the model lacks, or if none is
+        left.
+    """
+    chosen_layers = _numbers(layers or "*", n_layer, "--layers", "layer")
+    chosen_heads = {
+        (layer, head)
+        for part in (heads or "*.*").split(",")
+        for layer, head in _layer_heads(part, n_layer, n_head)
+    }
+    selection = HeadSelection(
+        tuple(
+            tuple(
+                head
+                for head in range(n_head)
+                if layer in chosen_layers and (layer, head) in chosen_heads
+            )
+            for layer in range(n_layer)
+        ),
+        n_head,
+    )
+    if not selection.n_chosen:
+        raise ConfigError(f"--layers {layers} and --heads {heads} have no head in common.")
+    return selection
+
+
+def _layer_heads(part: str, n_layer: int, n_head: int) -> list[tuple[int, int]]:
+    layer, dot, head = part.strip().partition(".")
+    if not dot:
+        raise ConfigError(f"--heads takes layer.head, as in 4.2 or 5.*: it is {part!r}.")
+    return [
+        (layer_index, head_index)
+        for layer_index in _numbers(layer, n_layer, "--heads", "layer")
+        for head_index in _numbers(head, n_head, "--heads", "head")
+    ]
+
+
+def _numbers(text: str, n: int, option: str, noun: str) -> set[int]:
+    """Parse ``*`` or a list of numbers and ranges, each below n."""
+    if text.strip() == "*":
+        return set(range(n))
+    numbers: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise ConfigError(f"{option} takes numbers and ranges, as in 0,2,4-6: it is {text!r}.")
+        low, high = int(first), int(last or first)
+        if low > high or high >= n:
+            raise ConfigError(
+                f"{option} {part.strip()} is out of range: the model has {noun}s 0 to {n - 1}."
+            )
+        numbers.update(range(low, high + 1))
+    return numbers
