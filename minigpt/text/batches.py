@@ -62,7 +62,7 @@ def window_starts(
     epoch, index = np.divmod(place, np.uint64(n_windows))
     key = _mix(epoch + _mix(np.full(1, seed % 2**64, np.uint64)))
     window = _permute(index, n_windows, key)
-    phase = _mix(key) % np.uint64(n_phases)
+    phase = _mix(~key) % np.uint64(n_phases)
     return (window * np.uint64(context_length) + phase).astype(np.int64)
 
 

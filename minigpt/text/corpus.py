@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import sys
-import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from minigpt.errors import DataError, ResourceError, nearest
-from minigpt.text.cache import cache_folder, writing
+from minigpt.text.cache import writing
 from minigpt.text.datasets import BUILTIN, DOWNLOADS, dataset_path
 from minigpt.text.tokenizer import well_formed
 
@@ -44,8 +43,6 @@ class Source:
     """Where its bytes are."""
     name: str
     """What the user calls it."""
-    is_spooled: bool = False
-    """It is a copy of a stream, to be deleted after use."""
 
     @property
     def is_jsonl(self) -> bool:
@@ -69,7 +66,8 @@ class Document:
 
 def find_sources(
     paths: Sequence[str],
-    cache: Path | None = None,
+    cache: Path,
+    spool: Path,
     *,
     stdin: BinaryIO | None = None,
     on_download: Callable[[int, int], None] | None = None,
@@ -81,20 +79,20 @@ def find_sources(
     too), a named corpus, or ``-`` for standard input. What is on the disk goes before a named
     corpus of that name. No words at all stand for the built-in corpus.
 
-    Args: cache, the folder for downloads and spooled streams; stdin, read for ``-``;
-        on_download, called with the bytes done and in all.
+    Args: cache, where downloads are kept; spool, a folder for the copies of streams, which are
+        read more than once and are the caller's to delete; stdin, read for ``-``; on_download,
+        called with the bytes done and in all.
     Returns: each file once.
     Raises: DataError if there is none; ResourceError if a folder may not be read.
     """
-    cache = cache or cache_folder()
     sources: list[Source] = []
     for word in paths or (BUILTIN,):
         path = Path(word).expanduser()
         if word == "-":
-            sources.append(_spooled(stdin or sys.stdin.buffer, cache, "standard input"))
+            sources.append(_spooled(stdin or sys.stdin.buffer, spool, "standard input"))
         elif path.is_fifo():
             with _reading(word), path.open("rb") as stream:
-                sources.append(_spooled(stream, cache, word))
+                sources.append(_spooled(stream, spool, word))
         elif path.is_dir():
             sources += _files_in(path)
         elif path.exists():
@@ -182,14 +180,11 @@ def _missing(path: Path) -> str:
     return f"there is no file or folder {str(path)!r}. {remedy}"
 
 
-def _spooled(stream: BinaryIO, cache: Path, name: str) -> Source:
-    """Copy a stream to a file, because a corpus is read more than once."""
-    with writing(cache):
-        cache.mkdir(parents=True, exist_ok=True)
-        descriptor, path = tempfile.mkstemp(prefix="stream-", suffix=".txt", dir=cache)
-        with os.fdopen(descriptor, "wb") as file:
-            shutil.copyfileobj(stream, file, BLOCK_BYTES)
-    return Source(Path(path), name, is_spooled=True)
+def _spooled(stream: BinaryIO, spool: Path, name: str) -> Source:
+    path = spool / f"stream-{len(os.listdir(spool))}.txt"
+    with writing(path), path.open("wb") as file:
+        shutil.copyfileobj(stream, file, BLOCK_BYTES)
+    return Source(path, name)
 
 
 @contextmanager
@@ -290,9 +285,9 @@ def _pieces(texts: Iterable[str]) -> Iterator[str]:
     waiting = ""
     for text in texts:
         waiting += text
-        while len(waiting) >= PIECE_CHARS + LOOKAHEAD_CHARS:
-            matches = (border.search(waiting, PIECE_CHARS) for border in _BORDERS)
-            cut = next((match.end() for match in matches if match), len(waiting))
+        while len(waiting) >= (longest := PIECE_CHARS + LOOKAHEAD_CHARS):
+            matches = (border.search(waiting, PIECE_CHARS, longest) for border in _BORDERS)
+            cut = next((match.end() for match in matches if match), longest)
             yield waiting[:cut]
             waiting = waiting[cut:]
     if waiting:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -176,24 +177,23 @@ def prepare(
     report = on_progress or (lambda progress: None)
     parse_spec(data.tokenizer)  # before a download, not after
     cache = cache_dir or cache_folder()
-    sources = find_sources(
-        data.paths, cache, on_download=lambda *n: report(PrepareProgress("download", *n))
-    )
-    try:
-        what = f"{SCHEMA_VERSION} {data.tokenizer} {content_hash(sources)}"
-        folder = cache / "prepared" / hashlib.sha256(what.encode()).hexdigest()[:32]
-        with writing(folder):
-            folder.parent.mkdir(parents=True, exist_ok=True)
+    with writing(cache):
+        (cache / "prepared").mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="streams-", dir=cache) as spool:
+            sources = find_sources(
+                data.paths,
+                cache,
+                Path(spool),
+                on_download=lambda *n: report(PrepareProgress("download", *n)),
+            )
+            what = f"{SCHEMA_VERSION} {data.tokenizer} {content_hash(sources)}"
+            folder = cache / "prepared" / hashlib.sha256(what.encode()).hexdigest()[:32]
             with FileLock(f"{folder}.lock"):
                 try:
                     return open_prepared(folder)
                 except DataError:
-                    _build(folder, data.tokenizer, sources, report)
+                    _replace(folder, data.tokenizer, sources, report)
                 return open_prepared(folder)
-    finally:
-        for source in sources:
-            if source.is_spooled:
-                source.path.unlink(missing_ok=True)
 
 
 def open_prepared(folder: Path) -> PreparedData:
@@ -228,7 +228,7 @@ def _read_manifest(path: Path) -> Manifest:
     return Manifest(**values)
 
 
-def _build(
+def _replace(
     folder: Path, spec: str, sources: list[Source], report: Callable[[PrepareProgress], None]
 ) -> None:
     """Write a prepared corpus aside and rename it; an unusable one in its place goes first."""
@@ -236,11 +236,21 @@ def _build(
     for leftover in (aside, folder):
         shutil.rmtree(leftover, ignore_errors=True)
     aside.mkdir()
+    try:
+        _build(aside, spec, sources, report)
+        aside.rename(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _build(
+    folder: Path, spec: str, sources: list[Source], report: Callable[[PrepareProgress], None]
+) -> None:
     training = _reported(iter_documents(sources), sources, "train tokenizer", report)
     tokenizer = make_tokenizer(spec, (document.text for document in training))
-    _write_json(aside / "vocabulary.json", tokenizer.to_dict())
+    _write_json(folder / "vocabulary.json", tokenizer.to_dict())
 
-    writer = _ShardWriter(aside, "<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
+    writer = _ShardWriter(folder, "<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
     assert tokenizer.end_of_text is not None  # every spec makes one
     separator = np.array([tokenizer.end_of_text])
     lengths = tokenizer.token_byte_lengths
@@ -264,8 +274,7 @@ def _build(
         shards=shards,
         sources=tuple(source.name for source in sources),
     )
-    _write_json(aside / "manifest.json", dataclasses.asdict(manifest))
-    aside.rename(folder)
+    _write_json(folder / "manifest.json", dataclasses.asdict(manifest))
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

@@ -1,0 +1,306 @@
+"""What the user's words stand for, and what the files say."""
+
+import codecs
+import gzip
+import io
+import json
+import lzma
+import os
+import threading
+import tracemalloc
+from pathlib import Path
+
+import pytest
+
+from minigpt.errors import DataError, MinigptError, ResourceError
+from minigpt.text import corpus
+from minigpt.text.corpus import Document, content_hash, find_sources, iter_documents
+from minigpt.text.tokenizer import bytes_tokenizer, named_tokenizer, train_bpe
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder; cache and spool are beside it."""
+    work = tmp_path / "work"
+    for path in (work, tmp_path / "cache", tmp_path / "spool"):
+        path.mkdir()
+    monkeypatch.chdir(work)
+    return work
+
+
+def documents(*words: str, stdin: bytes = b"") -> list[Document]:
+    beside = Path.cwd().parent
+    sources = find_sources(words, beside / "cache", beside / "spool", stdin=io.BytesIO(stdin))
+    return list(iter_documents(sources))
+
+
+def texts(*words: str, stdin: bytes = b"") -> list[str]:
+    return [document.text for document in documents(*words, stdin=stdin)]
+
+
+def error(*words: str) -> MinigptError:
+    with pytest.raises(MinigptError) as caught:
+        documents(*words)
+    assert "\n" not in str(caught.value)
+    return caught.value
+
+
+def write(name: str, data: str | bytes) -> None:
+    path = Path(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+
+
+def test_files_are_read_in_the_order_given_whatever_their_suffix(folder: Path) -> None:
+    write("b.txt", "b")
+    write("a.py", "a")
+    assert texts("b.txt", "a.py") == ["b", "a"]
+
+
+def test_a_folder_gives_its_text_files_sorted_at_any_depth_without_hidden_ones(
+    folder: Path,
+) -> None:
+    names = ["z.txt", "b/c.md", "b/a.txt", "b.txt", "x.jsonl", "A.TXT"]
+    for name in names:
+        write(f"d/{name}", json.dumps({"text": name}) if name == "x.jsonl" else name)
+    for name in ("p.py", ".hidden.txt", ".git/h.txt", "image.png"):
+        write(f"d/{name}", "no")
+    assert texts("d") == ["A.TXT", "b/a.txt", "b/c.md", "b.txt", "x.jsonl", "z.txt"]
+
+
+def test_a_glob_gives_its_files_sorted_and_each_file_comes_once(folder: Path) -> None:
+    for name in ("d/b.py", "d/e/a.py", "d/e/t.txt"):
+        write(name, name)
+    assert texts("d/**/*.py") == ["d/b.py", "d/e/a.py"]
+    assert texts("d/e/a.py", "d/**/*.py", "./d/e/a.py") == ["d/e/a.py", "d/b.py"]
+
+
+def test_a_file_with_glob_characters_in_its_name_is_that_file(folder: Path) -> None:
+    write("a[1].txt", "here")
+    assert texts("a[1].txt") == ["here"]
+
+
+def test_jsonl_gives_one_document_a_line(folder: Path) -> None:
+    write("a.jsonl", '\ufeff{"text": "one\\n", "n": 1}\n\n  \n{"text": ""}\n{"text": "t\\u00e9"}')
+    found = documents("a.jsonl")
+    assert [d.text for d in found] == ["one\n", "té"]
+    assert all(d.is_start for d in found)
+
+
+def test_lone_surrogates_in_jsonl_become_the_replacement_character(folder: Path) -> None:
+    write("a.jsonl", '{"text": "a\\ud800b \\ud83d\\ude00"}')
+    assert texts("a.jsonl") == ["a\ufffdb 😀"]
+
+
+@pytest.mark.parametrize(("suffix", "module"), [(".gz", gzip), (".xz", lzma)])
+def test_packed_files_say_what_they_say_unpacked(folder: Path, suffix: str, module) -> None:  # type: ignore[no-untyped-def]
+    write(f"d/a.txt{suffix}", module.compress("café".encode()))
+    write(f"d/b.jsonl{suffix}", module.compress(b'{"text": "one"}\n{"text": "two"}\n'))
+    assert texts("d") == ["café", "one", "two"]
+
+
+def test_a_byte_order_mark_is_dropped_and_line_ends_are_kept(folder: Path) -> None:
+    write("a.txt", codecs.BOM_UTF8 + b"a\r\nb\rc\n\xef\xbb\xbf")
+    assert texts("a.txt") == ["a\r\nb\rc\n\ufeff"]
+
+
+def test_standard_input_is_a_document(folder: Path) -> None:
+    write("a.txt", "a")
+    assert texts("-", "a.txt", stdin="né\n".encode()) == ["né\n", "a"]
+    assert documents("-", stdin=b"x")[0].source.name == "standard input"
+
+
+def test_a_pipe_is_read_like_a_file(folder: Path) -> None:
+    os.mkfifo("pipe")
+    writer = threading.Thread(target=write, args=("pipe", "from a pipe"))
+    writer.start()
+    assert texts("pipe") == ["from a pipe"]
+    writer.join()
+
+
+def test_no_words_stand_for_the_builtin_corpus_and_a_name_for_its_own(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpus, "dataset_path", lambda name, *_: Path(f"{name}.txt"))
+    write("builtin.txt", "prose")
+    write("shakespeare.txt", "verse")
+    assert texts() == texts("builtin") == ["prose"]
+    assert texts("shakespeare", "builtin") == ["verse", "prose"]
+
+
+def test_a_path_goes_before_a_corpus_of_the_same_name(folder: Path) -> None:
+    write("shakespeare", "mine")
+    assert texts("shakespeare") == ["mine"]
+
+
+def test_pieces_join_to_the_document_and_only_the_first_is_its_start(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpus, "PIECE_CHARS", 50)
+    monkeypatch.setattr(corpus, "LOOKAHEAD_CHARS", 20)
+    monkeypatch.setattr(corpus, "BLOCK_BYTES", 7)
+    text = "é word and\nline 😀\n\n" * 40 + "x" * 300 + "\n" * 300
+    write("a.txt", text)
+    write("b.jsonl", json.dumps({"text": text}) + "\n" + json.dumps({"text": text}))
+    for name, n_documents in (("a.txt", 1), ("b.jsonl", 2)):
+        found = documents(name)
+        assert "".join(d.text for d in found) == text * n_documents
+        assert [d.is_start for d in found].count(True) == n_documents
+        assert found[0].is_start
+        assert max(len(d.text) for d in found) <= 70
+        assert found[-1].file_position == Path(name).stat().st_size
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("name", ["bytes", "bpe:400", "gpt2", "cl100k_base"])
+def test_tokens_of_the_pieces_are_those_of_the_whole(
+    folder: Path, shared: Path, monkeypatch: pytest.MonkeyPatch, name: str, newline: str
+) -> None:
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared / "tiktoken"))
+    monkeypatch.setattr(corpus, "PIECE_CHARS", 100)
+    monkeypatch.setattr(corpus, "LOOKAHEAD_CHARS", 100)
+    monkeypatch.setattr(corpus, "BLOCK_BYTES", 500)
+    text = (shared / "data" / "tinyshakespeare.txt").read_text()[:60_000]
+    text += (shared / "data" / "fairytales.txt").read_text(encoding="utf-8")[:60_000]
+    text = text.replace("\n", newline)
+    if name == "bytes":
+        tokenizer = bytes_tokenizer()
+    else:
+        tokenizer = train_bpe([text], 400) if name == "bpe:400" else named_tokenizer(name)
+    write("a.txt", text)
+    pieces = texts("a.txt")
+    assert len(pieces) > 500
+    assert [i for piece in pieces for i in tokenizer.encode(piece)] == tokenizer.encode(text)
+
+
+def test_a_long_file_is_read_in_bounded_memory(folder: Path) -> None:
+    with open("a.txt", "w") as file:
+        for _ in range(30):
+            file.write("a line of words\n" * 2**16)
+    tracemalloc.start()
+    n_chars = 0
+    for document in iter_documents(find_sources(["a.txt"], folder, folder)):
+        n_chars += len(document.text)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert n_chars == Path("a.txt").stat().st_size == 30 * 2**20
+    assert peak < 10 * 2**20
+
+
+def test_the_content_hash_follows_what_files_say_and_not_their_names(folder: Path) -> None:
+    def of(*words: str) -> str:
+        return content_hash(find_sources(words, folder, folder))
+
+    for name, data in (("a.txt", "1"), ("b.txt", "2"), ("c.txt", "1"), ("d.txt", "12")):
+        write(name, data)
+    write("a.jsonl", "1")
+    hashes = [of("a.txt"), of("b.txt"), of("a.txt", "b.txt"), of("b.txt", "a.txt"), of("d.txt")]
+    assert len({*hashes, of("a.jsonl")}) == 6
+    assert of("a.txt") == of("c.txt")
+
+
+def test_a_missing_path_names_the_nearest_existing_one(folder: Path) -> None:
+    write("d/stories.txt", "x")
+    assert str(error("d/storys.txt")) == (
+        "there is no file or folder 'd/storys.txt'. Did you mean 'stories.txt'?"
+    )
+    assert "Did you mean 'shakespeare'?" in str(error("shakespear"))
+    assert "the named corpora are builtin, shakespeare" in str(error("qqqqqqqq"))
+    assert "the folder 'nowhere' does not exist" in str(error("nowhere/a.txt"))
+
+
+def test_control_bytes_of_file_names_do_not_reach_the_message(folder: Path) -> None:
+    write("evil\x1b[31m.txt", "x")
+    assert "\x1b" not in str(error("evil\x1b[3m.txt"))
+
+
+def test_an_empty_corpus_is_a_data_error(folder: Path) -> None:
+    write("a.txt", "")
+    write("b.jsonl", '{"text": ""}\n')
+    assert "the corpus is empty: 'a.txt', 'b.jsonl' has no text" in str(error("a.txt", "b.jsonl"))
+    with pytest.raises(DataError, match="'standard input' has no text"):
+        documents("-", stdin=b"")
+
+
+def test_a_folder_or_glob_without_text_files_says_how_to_name_others(folder: Path) -> None:
+    write("d/a.py", "x")
+    assert "has no .txt" in str(error("d"))
+    assert "'d/**/*.py'" in str(error("d"))
+    assert "no file matches 'd/*.txt'" in str(error("d/*.txt"))
+
+
+def test_a_binary_file_names_the_place_of_its_nul_byte(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpus, "BLOCK_BYTES", 8)
+    write("a.txt", b"0123456789\0rest")
+    assert "'a.txt' looks binary: byte 10 is NUL" in str(error("a.txt"))
+
+
+@pytest.mark.parametrize("block_bytes", [1, 4, 100])
+def test_a_file_that_is_not_utf8_names_the_place_and_the_remedy(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int
+) -> None:
+    monkeypatch.setattr(corpus, "BLOCK_BYTES", block_bytes)
+    data = "né".encode() + b"xyz caf\xe9 x"
+    with pytest.raises(UnicodeDecodeError) as oracle:
+        data.decode()
+    write("a.txt", data)
+    message = str(error("a.txt"))
+    assert f"'a.txt' is not UTF-8: byte {oracle.value.start} does" in message
+    assert "iconv -f LATIN1 -t UTF-8" in message
+    write("b.txt", b"cut \xe2\x82")
+    assert "byte 4 does" in str(error("b.txt"))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
+def test_a_utf16_file_is_told_how_to_be_converted(folder: Path, encoding: str) -> None:
+    write("a.txt", "\ufeff".encode(encoding) * (encoding != "utf-16") + "text".encode(encoding))
+    assert "iconv -f UTF-16 -t UTF-8" in str(error("a.txt"))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{oops}", "line 2 of 'a.jsonl' is not JSON"),
+        ('"text"', "line 2 of 'a.jsonl' is no object with a \"text\" string"),
+        ('{"body": "x"}', "no object with"),
+        ('{"text": 1}', "no object with"),
+        (b'{"text": "\xff"}', "is not JSON: 'utf-8' codec can't decode"),
+        ("[" * 100_000, "is not JSON"),
+    ],
+)
+def test_a_bad_jsonl_line_is_named(folder: Path, line: str | bytes, message: str) -> None:
+    data = line if isinstance(line, bytes) else line.encode()
+    write("a.jsonl", b'{"text": "fine"}\n' + data + b"\n")
+    assert message in str(error("a.jsonl"))
+
+
+@pytest.mark.parametrize(("name", "pack"), [("a.txt.gz", gzip.compress), ("a.xz", lzma.compress)])
+def test_a_damaged_packed_file_is_a_data_error(folder: Path, name: str, pack) -> None:  # type: ignore[no-untyped-def]
+    packed = pack(os.urandom(1000).hex().encode())
+    for data in (packed[:-20], b"no " + packed):
+        write(name, data)
+        assert f"'{name}' cannot be unpacked" in str(error(name))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_without_permission_is_a_resource_error(folder: Path) -> None:
+    write("a.txt", "x")
+    Path("a.txt").chmod(0)
+    refused = error("a.txt")
+    assert isinstance(refused, ResourceError)
+    assert "permission denied" in str(refused)
+
+
+def test_a_refused_file_or_folder_is_a_resource_error(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    write("d/a.txt", "x")
+    monkeypatch.setattr(Path, "open", refuse)
+    assert isinstance(error("d/a.txt"), ResourceError)
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert "'d' may not be read: permission denied" in str(error("d"))

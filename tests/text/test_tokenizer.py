@@ -1,0 +1,242 @@
+"""Tokenizers against plain loops and tiktoken itself."""
+
+import json
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import regex
+import tiktoken
+
+from minigpt.errors import ConfigError, DataError
+from minigpt.text import tokenizer as module
+from minigpt.text.tokenizer import (
+    BPE_PATTERN,
+    END_OF_TEXT,
+    Tokenizer,
+    bytes_tokenizer,
+    make_encoding,
+    make_tokenizer,
+    named_tokenizer,
+    parse_spec,
+    train_bpe,
+)
+
+PROSE = (
+    "It's the owl's 1234 nests! We'll see them, they said;  and\n\nthe owls don't mind: "
+    "über-owls €5.  The nest of the owl, the nests of the owls. THE END\r\n"
+) * 3
+UNICODE = "naïve 😀 \ufeff 東京\t\x00 e\u0301\n"
+
+
+@pytest.fixture(scope="module")
+def bpe() -> Tokenizer:
+    return train_bpe([PROSE], 300)
+
+
+def learn_merges(text: str, n_merges: int) -> list[bytes]:
+    """Byte-pair encoding as the paper has it: join the most frequent pair, the smallest of ties."""
+    words = [list(piece.encode()) for piece in regex.findall(BPE_PATTERN, text)]
+    tokens = [bytes([b]) for b in range(256)]
+    for _ in range(n_merges):
+        pairs = Counter(pair for word in words for pair in pairwise(word))
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        for word in words:
+            i = 0
+            while i < len(word) - 1:
+                if (word[i], word[i + 1]) == best:
+                    word[i : i + 2] = [len(tokens)]
+                i += 1
+        tokens.append(tokens[best[0]] + tokens[best[1]])
+    return tokens
+
+
+def test_bpe_learns_the_merges_of_a_plain_loop(bpe: Tokenizer) -> None:
+    expected = learn_merges(PROSE, 300 - 257)
+    assert [bpe.token_bytes(i) for i in range(299)] == expected
+
+
+def test_bpe_ids_are_all_in_a_vocabulary_that_ends_with_end_of_text(bpe: Tokenizer) -> None:
+    assert (bpe.vocab_size, bpe.end_of_text, bpe.name) == (300, 299, "bpe:300")
+    assert bpe.token_bytes(299) == END_OF_TEXT.encode()
+
+
+def test_bpe_of_a_text_with_few_pairs_is_smaller_than_asked_for() -> None:
+    tiny = train_bpe(["ab ab"], 1000)
+    assert tiny.vocab_size == 256 + 2 + 1  # ab, " ab" and the end of text
+    assert tiny.decode(tiny.encode("ab ab xyz")) == "ab ab xyz"
+
+
+def test_bpe_reads_no_more_text_than_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BPE_TRAINING_BYTES", 100)
+    n_read = 0
+
+    def texts():  # type: ignore[no-untyped-def]
+        nonlocal n_read
+        while True:
+            n_read += 1
+            yield "the owl and the nest "
+
+    train_bpe(texts(), 300)
+    assert n_read == 5
+
+
+@pytest.mark.parametrize("vocab_size", [0, 256, 257])
+def test_bpe_without_room_for_a_merge_is_a_config_error(vocab_size: int) -> None:
+    with pytest.raises(ConfigError, match=f"bpe:{vocab_size} leaves no room"):
+        train_bpe(["text"], vocab_size)
+
+
+def test_byte_ids_are_the_bytes_and_equal_those_of_the_encoding() -> None:
+    tokenizer = bytes_tokenizer()
+    text = PROSE + UNICODE + END_OF_TEXT
+    assert tokenizer.encode(text) == list(text.encode())
+    assert tokenizer.encode_array(text).tolist() == tokenizer.encoding.encode_ordinary(text)
+    assert (tokenizer.vocab_size, tokenizer.end_of_text) == (257, 256)
+
+
+@pytest.mark.parametrize("spec", ["bytes", "bpe:300", "gpt2", "cl100k_base"])
+def test_decoding_gives_back_any_text(
+    spec: str, shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared / "tiktoken"))
+    tokenizer = make_tokenizer(spec, [PROSE])
+    text = PROSE + UNICODE + END_OF_TEXT
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode(ids) == tokenizer.encoding.decode(ids)
+    assert tokenizer.encode_array(text).tolist() == ids
+    assert tokenizer.encode_array(text).dtype == np.uint32
+    assert tokenizer.token_byte_lengths[ids].sum() == len(text.encode())
+
+
+def test_end_of_text_in_a_text_is_plain_text(bpe: Tokenizer) -> None:
+    for tokenizer in (bpe, bytes_tokenizer()):
+        assert tokenizer.end_of_text not in tokenizer.encode(f"a{END_OF_TEXT}b")
+
+
+def test_lone_surrogates_become_the_replacement_character(bpe: Tokenizer) -> None:
+    for tokenizer in (bpe, bytes_tokenizer()):
+        assert tokenizer.decode(tokenizer.encode("a\ud800b\udcff")) == "a\ufffdb\ufffd"
+        assert tokenizer.encode_array("\ud83d\ude00").tolist() == tokenizer.encode("😀")
+
+
+def test_a_named_tokenizer_is_tiktokens(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared / "tiktoken"))
+    gpt2 = named_tokenizer("gpt2")
+    assert gpt2.encode("hello world") == [31373, 995]  # tiktoken's own documentation
+    assert (gpt2.vocab_size, gpt2.end_of_text) == (50257, 50256)
+
+
+def test_holes_and_special_tokens_have_no_bytes_of_text(
+    shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared / "tiktoken"))
+    cl100k = named_tokenizer("cl100k_base")
+    lengths = cl100k.token_byte_lengths
+    assert lengths.shape == (cl100k.vocab_size,) == (100277,)
+    assert np.flatnonzero(lengths == 0).tolist() == list(range(100256, 100277))
+    assert cl100k.token_bytes(100256) == b""  # a hole
+    assert cl100k.token_bytes(100257) == END_OF_TEXT.encode()
+
+
+def test_an_id_that_the_vocabulary_does_not_use_has_no_text(bpe: Tokenizer) -> None:
+    assert bpe.decode([*bpe.encode("a"), 300, 10**12, -1, *bpe.encode("b")]) == "ab"
+
+
+def test_a_named_tokenizer_without_network_names_the_cache_variable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.delitem(tiktoken.registry.ENCODINGS, "o200k_base", raising=False)
+    for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
+    with pytest.raises(DataError, match=r"o200k_base could not be downloaded.*TIKTOKEN_CACHE_DIR"):
+        named_tokenizer("o200k_base")
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("byte", "unknown tokenizer 'byte'. Did you mean bytes?"),
+        ("gpt-2", "Did you mean gpt2?"),
+        ("cl100k", "Did you mean cl100k_base?"),
+        ("bpe", "in digits, as in bpe:1024"),
+        ("bpe:", "in digits"),
+        ("bpe:1k", "in digits"),
+        ("bpe:-5", "in digits"),
+        ("", "Choose from bytes"),
+    ],
+)
+def test_an_unknown_spec_names_the_nearest_one(spec: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_spec(spec)
+    assert message in str(caught.value)
+
+
+def test_a_saved_tokenizer_is_rebuilt_whole(bpe: Tokenizer) -> None:
+    again = Tokenizer.from_dict(json.loads(json.dumps(bpe.to_dict())))
+    assert again.name == bpe.name
+    assert again.fingerprint == bpe.fingerprint
+    assert again.encode(PROSE + UNICODE) == bpe.encode(PROSE + UNICODE)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"ranks": {"YQ": 0}},
+        {"ranks": {"YQ==": 0, "Yg==": 0}},
+        {"ranks": {}},
+        {"ranks": None},
+        {"pattern": "("},
+    ],
+)
+def test_a_damaged_vocabulary_is_a_data_error(bpe: Tokenizer, damage: dict[str, object]) -> None:
+    with pytest.raises(DataError):
+        Tokenizer.from_dict(bpe.to_dict() | damage)
+    with pytest.raises(DataError):
+        Tokenizer.from_dict({"name": "bpe:300"})
+
+
+def test_the_fingerprint_tells_pattern_ranks_and_specials_apart_but_not_names() -> None:
+    ranks = {b"a": 0, b"b": 1}
+
+    def fingerprint(name="n", pattern=".", ranks=ranks, specials=None):  # type: ignore[no-untyped-def]
+        return Tokenizer(name, make_encoding(name, pattern, ranks, specials or {})).fingerprint
+
+    others = [
+        fingerprint(pattern="..?"),
+        fingerprint(ranks={b"a": 1, b"b": 0}),
+        fingerprint(specials={END_OF_TEXT: 2}),
+        fingerprint(),
+    ]
+    assert len(set(others)) == 4
+    assert fingerprint(name="m") == fingerprint()
+
+
+def test_a_byte_that_the_vocabulary_lacks_is_a_data_error_not_a_panic() -> None:
+    tokenizer = Tokenizer("abc", make_encoding("abc", ".", {b"a": 0, b"b": 1}, {}))
+    assert tokenizer.encode("abba") == [0, 1, 1, 0]
+    with pytest.raises(DataError, match=r"'abc' has no token for the byte b'c'"):
+        tokenizer.encode("abc")
+    with pytest.raises(DataError, match=r"b'\\xc3'"):
+        tokenizer.encode_array("é")
+
+
+@pytest.mark.parametrize("blank", [" ", "\r\n"])
+def test_a_million_blanks_are_encoded_without_a_panic(bpe: Tokenizer, blank: str) -> None:
+    text = "owl" + blank * 1_100_000 + "nest"
+    assert bpe.decode(bpe.encode(text)) == text
+
+
+def test_bpe_trains_on_a_million_blanks_without_a_panic() -> None:
+    assert train_bpe(["owl owl" + " " * 1_100_000 + "nest"], 260).vocab_size == 260
+
+
+def test_a_pattern_that_gives_up_is_a_data_error_not_a_panic() -> None:
+    ranks = {bytes([b]): b for b in range(256)}
+    tokenizer = Tokenizer("odd", make_encoding("odd", r"x+(?!x)$|.", ranks, {}))
+    with pytest.raises(DataError, match="the split pattern of 'odd' gave up"):
+        tokenizer.encode("x" * 1_100_000 + "y")
