@@ -302,7 +302,7 @@ def _reported(
     for document in documents:
         yield document
         done = before[document.source] + document.file_position
-        if done - reported >= PROGRESS_BYTES or done == total:
+        if done - reported >= min(PROGRESS_BYTES, total - reported) > 0:
             report(PrepareProgress(stage, done, total))
             reported = done
 

@@ -1,0 +1,284 @@
+"""Prepared corpora: exact tokens, whole or not at all, and memory that stays bounded."""
+
+import errno
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from minigpt.config import DataConfig
+from minigpt.errors import ConfigError, DataError, ResourceError
+from minigpt.text import shards
+from minigpt.text.batches import window_starts
+from minigpt.text.shards import PreparedData, PrepareProgress, TokenSpan, open_prepared, prepare
+from minigpt.text.tokenizer import Tokenizer
+
+Prepare = Callable[..., PreparedData]
+
+
+@pytest.fixture
+def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Prepare:
+    """Write texts into the working folder and prepare them."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+
+    def run(*texts: str, tokenizer: str = "bytes", **options: object) -> PreparedData:
+        for i, text in enumerate(texts):
+            Path(f"{i}.txt").write_bytes(text.encode())
+        paths = tuple(f"{i}.txt" for i in range(len(texts)))
+        return prepare(DataConfig(paths=paths, tokenizer=tokenizer), tmp_path / "cache", **options)  # type: ignore[arg-type]
+
+    return run
+
+
+def tokens_of(data: PreparedData) -> list[int]:
+    whole = TokenSpan(data.tokens, 0, len(data.tokens), "whole")
+    return whole.windows(np.array([0]), len(whole))[0].tolist()
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize(("tokenizer", "dtype"), [("bytes", "<u2"), ("bpe:300", "<u2")])
+def test_each_document_comes_after_end_of_text(
+    prepared: Prepare, tokenizer: str, dtype: str
+) -> None:
+    texts = ["the owl\n" * 30, "né <|endoftext|> the nest"]
+    data = prepared(*texts, tokenizer=tokenizer)
+    end = data.tokenizer.end_of_text
+    encode = data.tokenizer.encoding.encode_ordinary
+    assert tokens_of(data) == [end, *encode(texts[0]), end, *encode(texts[1])]
+    manifest = data.manifest
+    assert manifest.n_tokens == len(data.tokens) == len(tokens_of(data))
+    assert manifest.n_bytes == sum(len(text.encode()) for text in texts)
+    assert (manifest.n_documents, manifest.dtype) == (2, dtype)
+    assert manifest.tokenizer == data.tokenizer.name == tokenizer
+    assert manifest.tokenizer_fingerprint == data.tokenizer.fingerprint
+    assert manifest.sources == ("0.txt", "1.txt")
+
+
+def test_large_vocabularies_are_stored_as_four_bytes(
+    prepared: Prepare, shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared / "tiktoken"))
+    data = prepared("hello world", tokenizer="cl100k_base")
+    assert data.manifest.dtype == "<u4"
+    assert tokens_of(data) == [100257, 15339, 1917]  # tiktoken's cookbook
+
+
+def test_shakespeare_leaves_exactly_nanogpts_validation_text(shared: Path, tmp_path: Path) -> None:
+    path = shared / "data" / "tinyshakespeare.txt"
+    text = path.read_bytes()
+    data = prepare(DataConfig(paths=(str(path),)), tmp_path)
+    assert len(data.tokens) == 1_115_395
+    train, val = data.tokens.split(0.1)
+    # nanoGPT: data[:int(n * 0.9)] trains, data[int(n * 0.9):] validates.
+    border = int(len(text) * 0.9)
+    assert bytes(val.windows(np.array([0]), len(val))[0].tolist()) == text[border:]
+    assert bytes(train.windows(np.array([1]), len(train) - 1)[0].tolist()) == text[:border]
+
+
+def test_windows_cross_the_borders_of_shards(
+    prepared: Prepare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "MAX_SHARD_TOKENS", 10)
+    text = "".join(chr(33 + i % 90) for i in range(203))
+    data = prepared(text)
+    assert [shard.n_tokens for shard in data.manifest.shards] == [10] * 20 + [4]
+    whole = np.array([256, *text.encode()])
+    span = TokenSpan(data.tokens, 7, 200, "middle")
+    starts = np.array([0, 2, 3, 4, 158, 90])
+    windows = span.windows(starts, 35)
+    assert windows.dtype == np.int64
+    assert windows.tolist() == [whole[7 + start : 42 + start].tolist() for start in starts]
+    with pytest.raises(AssertionError):
+        span.windows(np.array([159]), 35)
+
+
+def test_a_corpus_is_prepared_once(prepared: Prepare, tmp_path: Path) -> None:
+    first = prepared("a text", tokenizer="bpe:300")
+    before = {path: path.stat().st_mtime_ns for path in first.folder.iterdir()}
+    stages: list[PrepareProgress] = []
+    again = prepared("a text", tokenizer="bpe:300", on_progress=stages.append)
+    assert again.folder == first.folder
+    assert again.tokens.fingerprint == first.tokens.fingerprint
+    assert {path: path.stat().st_mtime_ns for path in first.folder.iterdir()} == before
+    assert stages == []
+    assert tokens_of(open_prepared(first.folder)) == tokens_of(first)
+
+
+def test_another_text_or_tokenizer_is_another_corpus(prepared: Prepare) -> None:
+    made = [
+        prepared("one"),
+        prepared("two"),
+        prepared("o", "ne"),
+        prepared("one", tokenizer="bpe:300"),
+    ]
+    assert len({data.folder for data in made}) == 4
+    assert len({data.tokens.fingerprint for data in made}) == 4
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "vocabulary.json", "tokens-00000.bin"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "flipped", "empty"])
+def test_a_damaged_cache_is_prepared_again(prepared: Prepare, name: str, damage: str) -> None:
+    data = prepared("a text to damage", tokenizer="bpe:300")
+    expected = tokens_of(data)
+    path = data.folder / name
+    content = bytearray(path.read_bytes())
+    if damage == "missing":
+        path.unlink()
+    else:
+        content[len(content) // 2] ^= 1
+        kept = {"cut": len(content) // 2, "empty": 0, "flipped": len(content)}[damage]
+        path.write_bytes(content[:kept])
+    if damage != "flipped" or name != "manifest.json":
+        with pytest.raises(DataError, match="prepared corpus"):
+            open_prepared(data.folder)
+    assert tokens_of(prepared("a text to damage", tokenizer="bpe:300")) == expected
+
+
+def test_a_killed_preparation_leaves_nothing_that_is_used(tmp_path: Path) -> None:
+    corpus = tmp_path / "a.txt"
+    corpus.write_text("the owl and the nest\n" * 150_000)
+    code = """
+import os, signal, sys, pathlib
+from minigpt.config import DataConfig
+from minigpt.text.shards import prepare
+def kill(progress):
+    if progress.stage == "encode":
+        os.kill(os.getpid(), signal.SIGKILL)
+prepare(DataConfig(paths=(sys.argv[1],)), pathlib.Path(sys.argv[2]), kill)
+"""
+    cache = tmp_path / "cache"
+    killed = subprocess.run([sys.executable, "-c", code, str(corpus), str(cache)])
+    assert killed.returncode == -signal.SIGKILL
+    assert "tokens-00000.bin" in files(cache)
+    assert "manifest.json" not in files(cache)
+    data = prepare(DataConfig(paths=(str(corpus),)), cache)
+    assert len(data.tokens) == corpus.stat().st_size + 1
+    assert not list(cache.rglob("*.partial"))
+
+
+def test_a_full_disk_is_a_resource_error_and_gives_its_space_back(
+    prepared: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(ResourceError, match=r"No space left on device.*MINIGPT_CACHE_DIR"):
+            prepared("a text")
+    assert [name for name in files(tmp_path / "cache") if not name.endswith(".lock")] == []
+    assert len(prepared("a text").tokens) == 7
+
+
+def test_a_cache_that_is_no_folder_is_a_resource_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(ResourceError, match="cannot write"):
+        prepare(DataConfig(paths=(str(tmp_path / "a.txt"),)), tmp_path / "file")
+
+
+def test_a_misspelt_tokenizer_fails_before_the_corpus_is_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="Did you mean gpt2"):
+        prepare(DataConfig(paths=("/nowhere",), tokenizer="gpt3"), tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_an_empty_corpus_leaves_no_cache(prepared: Prepare, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="the corpus is empty"):
+        prepared("")
+    assert [name for name in files(tmp_path / "cache") if not name.endswith(".lock")] == []
+
+
+def test_standard_input_is_prepared_and_its_copy_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(2):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"piped text")))
+        data = prepare(DataConfig(paths=("-",)), tmp_path)
+        assert bytes(tokens_of(data)[1:]) == b"piped text"
+    assert [name for name in files(tmp_path) if name.startswith("stream")] == []
+    assert len(list((tmp_path / "prepared").glob("*/manifest.json"))) == 1
+
+
+def test_progress_ends_with_all_bytes_in_every_stage(prepared: Prepare) -> None:
+    seen: list[PrepareProgress] = []
+    texts = ["the owl\n" * 200_000, "the nest\n" * 200_000]
+    prepared(*texts, tokenizer="bpe:300", on_progress=seen.append)
+    total = sum(map(len, texts))
+    for stage in ("train tokenizer", "encode"):
+        done = [progress.done for progress in seen if progress.stage == stage]
+        assert len(done) >= 3
+        assert done == sorted(set(done))
+        assert done[-1] == total
+    assert {progress.total for progress in seen} == {total}
+
+
+def test_the_cache_holds_no_pickle(prepared: Prepare) -> None:
+    data = prepared("a text", tokenizer="bpe:300")
+    json.loads((data.folder / "manifest.json").read_text())
+    vocabulary = json.loads((data.folder / "vocabulary.json").read_text())
+    assert Tokenizer.from_dict(vocabulary).fingerprint == data.tokenizer.fingerprint
+    assert files(data.folder) == ["manifest.json", "tokens-00000.bin", "vocabulary.json"]
+
+
+def test_preparing_and_reading_take_bounded_memory(prepared: Prepare) -> None:
+    text = "the owl and the nest and the tree\n" * 700_000  # 24 MB, 48 MB as tokens
+    Path("0.txt").write_text(text)
+    n_bytes = len(text)
+    del text
+    tracemalloc.start()
+    data = prepare(DataConfig(paths=("0.txt",)), Path("cache"))
+    train, _ = data.tokens.split(0.1)
+    for step in range(20):
+        train.windows(window_starts(len(train), 256, 64, seed=1, step=step), 257)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(data.tokens) == n_bytes + 1
+    assert peak < 24 * 2**20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tokenizer", "limit_mib"), [("bytes", 100), ("bpe:1024", 400)])
+def test_a_corpus_of_128_mb_is_prepared_and_read_in_bounded_memory(
+    tmp_path: Path, tokenizer: str, limit_mib: int
+) -> None:
+    """The limit of BPE holds the text it is trained on, which is bounded too."""
+    corpus = tmp_path / "a.txt"
+    with corpus.open("w") as file:
+        for i in range(128):
+            file.write(f"chapter {i}: the owl and the nest and the tree\n" * (2**20 // 46))
+    code = """
+import resource, sys, pathlib, numpy as np
+from minigpt.config import DataConfig
+from minigpt.text.batches import window_starts
+from minigpt.text.shards import prepare
+def anonymous_mib():
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon"))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+data = prepare(DataConfig(paths=(sys.argv[1],), tokenizer=sys.argv[3]), pathlib.Path(sys.argv[2]))
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+reading = anonymous_mib()
+train, _ = data.tokens.split(0.1)
+for step in range(1000):
+    train.windows(window_starts(len(train), 256, 64, seed=1, step=step), 257)
+print(len(data.tokens), peak, anonymous_mib() - reading)
+"""
+    command = [sys.executable, "-c", code, str(corpus), str(tmp_path / "cache"), tokenizer]
+    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    n_tokens, peak_mib, reading_mib = map(float, result.stdout.split())
+    assert n_tokens > 2_000_000
+    assert peak_mib < limit_mib
+    assert reading_mib < 10
