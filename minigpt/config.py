@@ -219,7 +219,13 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         if not self.micro_batch_size:
             object.__setattr__(self, "micro_batch_size", self.batch_size)
-        for name in ("batch_size", "micro_batch_size", "eval_tokens", "newton_schulz_steps", "log_every"):
+        for name in (
+            "batch_size",
+            "micro_batch_size",
+            "eval_tokens",
+            "newton_schulz_steps",
+            "log_every",
+        ):
             _between(name, getattr(self, name), 1)
         for name in (
             "max_steps",
@@ -368,7 +374,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def to_toml(config: RunConfig) -> str:
-    """Return a run's config as TOML that ``read_toml`` and ``build`` turn back into an equal one."""
+    """Return a run as TOML; ``read_toml`` and ``build`` turn it back into an equal one."""
     return tomli_w.dumps(to_dict(config))
 
 
@@ -416,4 +422,3 @@ def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
             else:
                 merged[key] = merge(value) if isinstance(value, Mapping) else value
     return merged
-

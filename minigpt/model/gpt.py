@@ -47,9 +47,11 @@ class GPT(nn.Module):
     """
 
     def __init__(self, config: ModelConfig) -> None:
-        """Build with weights as torch makes them; ``init_weights`` or ``from_tensors`` come next."""
+        """Build with torch's own initial weights; ``init_weights`` draws ours."""
         super().__init__()
         self.config = config
+        self.rotary_cos: Tensor
+        self.rotary_sin: Tensor
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         if config.family == "gpt2":
             self.positions = nn.Embedding(config.context_length, config.d_model)
@@ -107,7 +109,7 @@ class GPT(nn.Module):
         x = self.embedding(tokens)
         rotary = None
         if self.config.family == "gpt2":
-            x = x + self.positions.weight[start:end]
+            x = x + self.positions(torch.arange(start, end, device=tokens.device))
         else:
             rotary = self.rotary_cos[start:end], self.rotary_sin[start:end]
         x = self.dropout(x)

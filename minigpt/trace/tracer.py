@@ -133,28 +133,25 @@ def trace(
     worst, finish, n_generated = 0.0, None, 0
     end_of_text = tokenizer.end_of_text if stop_at_end_of_text else None
     steps = decoder.generate(sampling, seed=seed, end_of_text=end_of_text)
-    try:
-        for item in stream_text(steps, tokenizer, sampling.stop):
-            step = item.step
-            summary = summarize_row(recorder.row(), n_sources)
-            worst = max(worst, abs(summary.total - 1))
-            tokens.append(Token(step.position, step.token, tokenizer.token_bytes(step.token)))
-            finish, n_generated = step.finish, n_generated + 1
-            yield TraceStep(
-                index=step.index,
-                token=tokens[-1],
-                log_probability=step.log_probability,
-                sink=summary.sink,
-                sources=tuple(
-                    Source(tokens[position], weight)
-                    for position, weight in zip(summary.positions, summary.weights, strict=True)
-                ),
-                rest=summary.rest if sums_to_one else None,
-                text=item.text,
-                finish=finish,
-            )
-    finally:
-        steps.close()
+    for item in stream_text(steps, tokenizer, sampling.stop):
+        step = item.step
+        summary = summarize_row(recorder.row(), n_sources)
+        worst = max(worst, abs(summary.total - 1))
+        tokens.append(Token(step.position, step.token, tokenizer.token_bytes(step.token)))
+        finish, n_generated = step.finish, n_generated + 1
+        yield TraceStep(
+            index=step.index,
+            token=tokens[-1],
+            log_probability=step.log_probability,
+            sink=summary.sink,
+            sources=tuple(
+                Source(tokens[position], weight)
+                for position, weight in zip(summary.positions, summary.weights, strict=True)
+            ),
+            rest=summary.rest if sums_to_one else None,
+            text=item.text,
+            finish=finish,
+        )
     yield TraceFooter(
         n_tokens=n_generated,
         finish=finish,

@@ -53,7 +53,7 @@ class Muon(torch.optim.Muon):
         """Take one step along the orthogonalised momentum."""
         assert closure is None
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
+            by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     by_shape[parameter.shape].append(parameter)
@@ -61,9 +61,9 @@ class Muon(torch.optim.Muon):
                 self._step_shape(group, shape, parameters)
 
     def _step_shape(
-        self, group: dict[str, Any], shape: torch.Size, parameters: list[nn.Parameter]
+        self, group: dict[str, Any], shape: torch.Size, parameters: list[Tensor]
     ) -> None:
-        gradients = [p.grad for p in parameters]
+        gradients = [p.grad for p in parameters if p.grad is not None]
         momenta = []
         for p in parameters:
             if "momentum_buffer" not in self.state[p]:

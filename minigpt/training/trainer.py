@@ -18,7 +18,7 @@ from minigpt.evaluation import Evaluation, evaluate
 from minigpt.model.cost import training_flops_per_token
 from minigpt.model.device import autocast, has_fast_bfloat16, peak_flops
 from minigpt.model.gpt import GPT
-from minigpt.text.batches import batch, validation_batches
+from minigpt.text.batches import batch, validation_windows
 from minigpt.text.shards import PreparedData
 from minigpt.training.optim import make_optimizers
 from minigpt.training.schedule import lr_scale, progress
@@ -160,6 +160,10 @@ class Trainer:
         self._stop_is_requested = True
 
     @property
+    def _lr(self) -> float:
+        return self.config.training.lr * lr_scale(self.config.training, self.progress)
+
+    @property
     def was_stopped(self) -> bool:
         """Whether ``run`` ended because of ``request_stop`` and not because it was done."""
         return self._stop_is_requested and self.progress < 1
@@ -235,14 +239,14 @@ class Trainer:
                 logits.float().flatten(0, 1), micro_targets.to(self.device).flatten()
             )
             loss = loss / config.accumulation_steps
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             total += loss.detach()
         return total
 
     def _evaluate(self) -> EvalEvent:
         config = self.config.training
         started = time.perf_counter()
-        batches = validation_batches(
+        batches = validation_windows(
             self.val_tokens,
             self.config.model.context_length,
             config.eval_tokens,
@@ -251,7 +255,7 @@ class Trainer:
         lengths = self.data.tokenizer.token_byte_lengths
         result = evaluate(self.model, batches, lengths, dtype=self.dtype)
         if not math.isfinite(result.nats):
-            raise self._diverged("validation loss", result.nats)
+            raise self.diverged(f"validation loss {result.nats_per_token}", self._lr)
         self._last_evaluation = self.step, result
         return EvalEvent(
             step=self.step,
@@ -272,12 +276,12 @@ class Trainer:
         state = Progress(
             step=self.step, elapsed_s=self.elapsed_s, corpus=self.data.tokens.fingerprint
         )
+        best = self.folder.best()
+        is_best = best is None or facts["val_loss"] < best.facts.get("val_loss", math.inf)
         with self.folder.writing_step(self.step) as folder:
             write_model(folder, self.model, self.data.tokenizer)
             write_state(folder, self.model, self.optimizers, state)
         self.folder.point("latest", self.step, **facts)
-        best = self.folder.best()
-        is_best = best is None or facts["val_loss"] < best.facts.get("val_loss", math.inf)
         if is_best:
             self.folder.point("best", self.step, **facts)
         self.folder.prune(self.config.training.keep)
@@ -288,10 +292,11 @@ class Trainer:
             is_best=is_best,
         )
 
-    def _diverged(self, what: str, value: float) -> DivergedError:
+    def diverged(self, facts: str, lr: float) -> DivergedError:
+        """Return the error that ends a run whose numbers are no longer finite."""
         return DivergedError(
-            f"training diverged: {what} is {value} at step {self.step}, "
-            f"lr {self.config.training.lr:g} (peak). The last checkpoint is kept; try a lower --lr."
+            f"training diverged at step {self.step}: {facts}, lr {lr:.3g}. "
+            "The last checkpoint is kept. Try a lower --lr."
         )
 
 
@@ -310,8 +315,7 @@ class _Timer:
         trainer = self.trainer
         train_loss, norm = loss.item(), grad_norm.item()
         if not math.isfinite(train_loss) or not math.isfinite(norm):
-            name, value = ("gradient norm", norm) if math.isfinite(train_loss) else ("loss", train_loss)
-            raise trainer._diverged(name, value)
+            raise trainer.diverged(f"loss {train_loss}, gradient norm {norm}", lr)
         steps = trainer.step - self.last[0]
         seconds = trainer.elapsed_s - self.last[1]
         tokens_per_s = steps * self.step_tokens / seconds

@@ -1,0 +1,6 @@
+"""python -m minigpt."""
+
+from minigpt.commands import main
+
+if __name__ == "__main__":
+    main()

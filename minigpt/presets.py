@@ -1,0 +1,68 @@
+"""Named starting points for a run: shape, budget and settings that were measured together.
+
+docs/training.md has the measurements. Every value can be changed by a flag, a TOML file or --set.
+"""
+
+from typing import Any
+
+from minigpt.config import merge
+from minigpt.errors import ConfigError, nearest
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # About 1M parameters: a minute on a laptop CPU.
+    "nano": {
+        "model": {
+            "n_layer": 4,
+            "n_head": 4,
+            "d_model": 128,
+            "context_length": 256,
+            "qk_norm": True,
+        },
+        "training": {"max_steps": 500, "batch_size": 8, "lr": 0.01, "embedding_lr": 0.01},
+        "data": {"tokenizer": "bytes"},
+    },
+    # About 10M parameters: minutes on a GPU, hours on a CPU.
+    "mini": {
+        "model": {
+            "n_layer": 6,
+            "n_head": 6,
+            "d_model": 384,
+            "context_length": 256,
+            "qk_norm": True,
+        },
+        "training": {"max_steps": 2000, "batch_size": 32, "lr": 0.006, "embedding_lr": 0.006},
+        "data": {"tokenizer": "bytes"},
+    },
+    # The shape of GPT-2's smallest, 124M parameters with its vocabulary.
+    "small": {
+        "model": {
+            "n_layer": 12,
+            "n_head": 12,
+            "d_model": 768,
+            "context_length": 1024,
+            "qk_norm": True,
+            "tie_embeddings": True,
+        },
+        "training": {
+            "max_steps": 20_000,
+            "batch_size": 128,
+            "micro_batch_size": 16,
+            "lr": 0.003,
+            "embedding_lr": 0.003,
+            "eval_every": 500,
+            "save_every": 1000,
+            "eval_tokens": 1_048_576,
+        },
+        "data": {"tokenizer": "gpt2"},
+    },
+}
+
+
+def preset(name: str) -> dict[str, Any]:
+    """Return a preset's settings, nested as in RunConfig.
+
+    Raises: ConfigError for an unknown name, with the nearest one.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"there is no preset {name!r}. {nearest(name, PRESETS)}")
+    return merge(PRESETS[name])
