@@ -124,11 +124,13 @@ class RunFolder:
             os.rename(final, replaced)
         try:
             os.rename(aside, final)
+            sync_folder(self.path)
         except BaseException:
+            if final.exists():
+                os.rename(final, aside)
             if replaced.exists():
                 os.rename(replaced, final)
             raise
-        sync_folder(self.path)
         _remove(replaced)
 
     def point(self, name: Literal["best", "latest"], step: int, **facts: Any) -> None:
@@ -259,7 +261,8 @@ def resolve_model(spec: str | None, root: Path = ROOT) -> Path:
                 f"{_remedy(place.name, root)}"
             )
     where = f" in {str(root)!r}" if is_name else ""
-    raise CheckpointError(f"there is no model {spec!r}{where}. {_remedy(places[0].name, root)}")
+    shown = spec if len(spec) <= 120 else f"{spec[:120]}..."
+    raise CheckpointError(f"there is no model {shown!r}{where}. {_remedy(places[0].name, root)}")
 
 
 def _holds_model(place: Path) -> bool:

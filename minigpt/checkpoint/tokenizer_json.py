@@ -43,7 +43,8 @@ def _byte_alphabet() -> dict[int, str]:
 
 
 _CHARACTERS = _byte_alphabet()
-_BYTES = {character: byte for byte, character in _CHARACTERS.items()}
+# Characters of the first 256 that stand for no byte become one that Latin-1 cannot encode.
+_BYTES = dict.fromkeys(range(256), 0x10FFFF) | {ord(c): byte for byte, c in _CHARACTERS.items()}
 
 
 def _to_characters(token: bytes) -> str:
@@ -51,46 +52,66 @@ def _to_characters(token: bytes) -> str:
 
 
 def _to_bytes(token: str) -> bytes:
-    return bytes(_BYTES[character] for character in token)
+    return token.translate(_BYTES).encode("latin-1")
 
 
-def merges_of(ranks: Mapping[bytes, int]) -> dict[bytes, tuple[bytes, bytes]]:
-    """Return the pair that makes each token, in the order of the ranks.
+def merges_of(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """Return the pair that makes each token of more than one byte, in the order of the ranks.
 
-    Single bytes have none, nor has a token that merging does not reach.
+    Raises: CheckpointError if merging does not reach a token from tokens of lesser rank.
     """
-    by_rank = sorted((token for token in ranks if len(token) > 1), key=ranks.__getitem__)
-    borders = ((token, _last_border(token, ranks)) for token in by_rank)
-    return {token: (token[:border], token[border:]) for token, border in borders if border}
+    made = _single_bytes(ranks)
+    merges = []
+    for token in sorted((token for token in ranks if len(token) > 1), key=ranks.__getitem__):
+        pairs = ((token[:i], token[i:]) for i in range(1, len(token)))
+        pair = next((pair for pair in pairs if _is_last_merge(*pair, made, ranks)), None)
+        if pair is None:
+            raise CheckpointError(
+                f"merging never makes the token {token!r}, which tokenizer.json cannot express. "
+                "Train the vocabulary again."
+            )
+        merges.append(pair)
+        made[token] = (ranks[token], *pair)
+    return merges
 
 
-def _last_border(token: bytes, ranks: Mapping[bytes, int]) -> int:
-    """Merge a token's bytes until two parts are left; return where they meet, 0 if never."""
-    rank_of = ranks.get
-    borders = list(range(len(token) + 1))
-    pair_ranks = [rank_of(token[i : i + 2], _NO_RANK) for i in range(len(token) - 1)]
-    while len(pair_ranks) > 1:
-        least = min(pair_ranks)
-        if least == _NO_RANK:
-            return 0
-        i = pair_ranks.index(least)
-        del pair_ranks[i], borders[i + 1]
-        if i > 0:
-            pair_ranks[i - 1] = rank_of(token[borders[i - 1] : borders[i + 1]], _NO_RANK)
-        if i < len(pair_ranks):
-            pair_ranks[i] = rank_of(token[borders[i] : borders[i + 2]], _NO_RANK)
-    return borders[1]
+_Made = dict[bytes, tuple[int, bytes, bytes]]  # token -> when it is made, and of which parts
+
+
+def _single_bytes(ranks: Mapping[bytes, int]) -> _Made:
+    return {token: (-1, b"", b"") for token in ranks if len(token) == 1}
+
+
+def _is_last_merge(left: bytes, right: bytes, made: _Made, ranks: Mapping[bytes, int]) -> bool:
+    """Tell whether the bytes of left + right, merged as if alone, end as these two parts.
+
+    Takes the merges of both apart, the last one first: at no moment may the two parts that meet
+    at the border have been next in the order of ranks.
+    """
+    if left not in made or right not in made:
+        return False
+    left_until = right_until = _NO_RANK  # when the part at the border is merged into a larger one
+    while True:
+        (left_rank, _, tail), (right_rank, head, _) = made[left], made[right]
+        if left_rank > right_rank:
+            left, left_until = tail, left_rank
+        elif right_rank >= 0:  # of equal ranks the rightmost is merged last
+            right, right_until = head, right_rank
+        else:
+            return True
+        rank = ranks.get(left + right, _NO_RANK)
+        if rank < left_until and rank <= right_until:
+            return False
 
 
 def tokenizer_to_json(tokenizer: Tokenizer) -> dict[str, Any]:
     """Return tokenizer.json: the tokenizers library gives every text the same ids.
 
     As always there, special tokens in a text are found unless it is told not to look for them.
-    Raises: CheckpointError if the split pattern cannot be said in the library's regex dialect.
+    Raises: CheckpointError if the split pattern cannot be said in the library's regex dialect, or
+        merging does not reach a token.
     """
     ranks, specials = tokenizer.encoding._mergeable_ranks, tokenizer.encoding._special_tokens
-    merges = merges_of(ranks)
-    n_merged = sum(len(token) > 1 for token in ranks)
     vocab = {_to_characters(token): rank for token, rank in ranks.items()} | specials
     return {
         "version": "1.0",
@@ -118,10 +139,9 @@ def tokenizer_to_json(tokenizer: Tokenizer) -> dict[str, Any]:
         "decoder": _BYTE_LEVEL,
         "model": _PLAIN_BPE
         | {
-            # tiktoken takes a piece that is a token whole, even one that merging does not reach.
-            "ignore_merges": len(merges) < n_merged,
+            "ignore_merges": False,
             "vocab": dict(sorted(vocab.items(), key=lambda item: item[1])),
-            "merges": [" ".join(map(_to_characters, pair)) for pair in merges.values()],
+            "merges": [" ".join(map(_to_characters, pair)) for pair in merges_of(ranks)],
         },
     }
 
@@ -154,8 +174,9 @@ def tokenizer_from_json(data: Mapping[str, Any], name: str) -> Tokenizer:
         ids = [*specials.values(), *vocab.values()]
         if not all(type(id_) is int and 0 <= id_ < _NO_RANK for id_ in ids):
             raise _unsupported("an id that is no 32-bit number")
-        ranks = {_to_bytes(token): id_ for token, id_ in vocab.items()}
-        _check_merges(ranks, model["merges"], is_whole_first=model.get("ignore_merges") is True)
+        tokens = {token: _to_bytes(token) for token in vocab}
+        ranks = {tokens[token]: id_ for token, id_ in vocab.items()}
+        _check_merges(ranks, model["merges"], tokens)
         encoding = make_encoding(name, _split_pattern(data["pre_tokenizer"]), ranks, specials)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
@@ -193,19 +214,22 @@ def _checked_model(data: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _check_merges(
-    ranks: Mapping[bytes, int], merges: Iterable[str | list[str]], *, is_whole_first: bool
+    ranks: Mapping[bytes, int], merges: Iterable[str | list[str]], tokens: Mapping[str, bytes]
 ) -> None:
-    found: dict[bytes, tuple[bytes, bytes]] = {}
+    """Refuse merges that are not ``merges_of`` the ranks, without having to search for those."""
+    made = _single_bytes(ranks)
+    last_rank = -1
     for merge in merges:
-        left, right = merge.split(" ") if isinstance(merge, str) else merge
-        pair = _to_bytes(left), _to_bytes(right)
-        if found.setdefault(b"".join(pair), pair) != pair:
-            raise _unsupported("two ways to merge a token")
-    expected = merges_of(ranks)
-    n_merged = sum(len(token) > 1 for token in ranks)
-    is_same = list(found.items()) == list(expected.items())
-    if not is_same or not (is_whole_first or len(expected) == n_merged):
-        raise _unsupported("merges that do not follow the order of its ids")
+        first, second = merge.split(" ") if isinstance(merge, str) else merge
+        left, right = tokens[first], tokens[second]
+        rank = ranks[left + right]
+        if rank <= last_rank or not _is_last_merge(left, right, made, ranks):
+            raise _unsupported(f"the merge {merge!r} out of the order of its ids")
+        made[left + right] = rank, left, right
+        last_rank = rank
+    # Whether ignore_merges is set does not matter then: a piece that is a token merges to it.
+    if len(made) < len(ranks):
+        raise _unsupported(f"{len(ranks) - len(made)} tokens that no merge makes")
 
 
 def _split_pattern(pre_tokenizer: Any) -> str:

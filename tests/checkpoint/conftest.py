@@ -1,0 +1,44 @@
+"""Small models of every layout, with no weight left at a value that would hide a mistake."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from minigpt.config import ModelConfig
+from minigpt.model.gpt import GPT
+
+LAYOUTS = {
+    "gpt2-tied": {"family": "gpt2", "tie_embeddings": True, "dropout": 0.1},
+    "gpt2-untied": {"family": "gpt2", "d_mlp": 40, "activation": "gelu", "norm_eps": 1e-3},
+    "llama-grouped": {"n_kv_head": 2, "rope_theta": 500.0},
+    "llama-tied": {"tie_embeddings": True, "activation": "relu2"},
+    "qwen3": {"qk_norm": True, "n_kv_head": 1, "d_head": 6, "norm_eps": 1e-4},
+}
+
+
+def make_model(vocab_size: int, layout: str) -> GPT:
+    config = ModelConfig(
+        vocab_size=vocab_size,
+        context_length=32,
+        n_layer=2,
+        n_head=4,
+        d_model=16,
+        **LAYOUTS[layout],
+    )
+    model = GPT(config)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.5, generator=generator)
+    return model.eval()
+
+
+@pytest.fixture(params=LAYOUTS)
+def model(request: pytest.FixtureRequest) -> GPT:
+    return make_model(259, request.param)
+
+
+@pytest.fixture
+def make() -> Callable[[int, str], GPT]:
+    return make_model
