@@ -1,0 +1,41 @@
+# Every target makes its own .venv first; nothing else is needed.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: help demo test test-slow test-gpu check format bench clean
+help: ## List the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /: /' | column -t -s :
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(INSTALLED) ## Train a small model on text that comes with Python, sample it, trace it
+	sh demo.sh $(BIN)/minigpt
+
+test: $(INSTALLED) ## Run the tests
+	$(BIN)/python -m pytest -m 'not slow and not gpu'
+
+test-slow: $(INSTALLED) ## Run the slow tests too
+	$(BIN)/python -m pytest -m 'not gpu'
+
+test-gpu: $(INSTALLED) ## Run the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+check: $(INSTALLED) ## Lint, check types, and check the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(INSTALLED) ## Format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(INSTALLED) ## Time training to 1.88 nats/byte on tinyshakespeare
+	$(BIN)/python benchmarks/training.py
+
+clean: ## Remove the environment and caches; runs stay
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info
