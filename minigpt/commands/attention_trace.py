@@ -84,7 +84,7 @@ def attention_trace(
     console = make_console(is_stderr=False)
     layout = terminal.TraceLayout(
         console.width,
-        token_width=terminal.token_width(config.vocab_size),
+        vocab_size=config.vocab_size,
         n_positions=min(config.context_length, len(ready.prompt) + sampling.max_new_tokens),
         n_sources=sources,
     )
