@@ -13,6 +13,7 @@ from minigpt.errors import CheckpointError, ResourceError
 
 _SPACE = "Free some space there, or choose another disk."
 _PERMISSION = "Check the owner and the permissions, or choose another folder."
+_NAME = "Choose another name or folder."
 _REMEDIES = {
     errno.ENOSPC: _SPACE,
     errno.EDQUOT: _SPACE,
@@ -20,6 +21,10 @@ _REMEDIES = {
     errno.EACCES: _PERMISSION,
     errno.EPERM: _PERMISSION,
     errno.EROFS: _PERMISSION,
+    errno.EEXIST: _NAME,
+    errno.ENOTDIR: _NAME,
+    errno.ENAMETOOLONG: _NAME,
+    errno.EIO: "The disk may be failing: choose another one.",
 }
 
 

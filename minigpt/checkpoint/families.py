@@ -202,7 +202,8 @@ def model_config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
         )
     for field, value in {**family.fixed, **_FIXED_EVERYWHERE}.items():
         _check_fixed(field, config.get(field), value)
-    for layer in config.get("layer_types") or ():
+    layers = config.get("layer_types")
+    for layer in layers if isinstance(layers, list) else [layers]:
         _check_fixed("layer_types", layer, "full_attention")
     values = {field: _field(config, family, theirs) for field, theirs in family.fields.items()}
     values = {field: value for field, value in values.items() if value is not None}

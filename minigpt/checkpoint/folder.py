@@ -308,5 +308,5 @@ def _models(root: Path) -> list[Path]:
 
 
 def _remedy(word: str, root: Path) -> str:
-    names = [place.name for place in _models(root)]
+    names = [place.name for place in _models(root) if place.name.isprintable()]
     return nearest(word, names) if names else "Make one with `minigpt train`."

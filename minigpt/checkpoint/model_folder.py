@@ -42,7 +42,7 @@ _TOKENIZER_CONFIG = "tokenizer_config.json"
 _INDEX = "model.safetensors.index.json"
 _DTYPES = {"F64", "F32", "F16", "BF16"}
 _LARGEST_WIDTH = 2**28
-_LARGEST_CONTEXT = 2**22
+_LARGEST_CONTEXT = 2**20  # rotary tables of all positions are made
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,8 @@ def read_model(
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     try:
-        with resource_errors(path), safe_open(path, framework="pt") as file:
+        # Read, not mapped: a file that shrinks under a mapping kills the process (SIGBUS).
+        with resource_errors(path), safe_open(path, framework="pt", backend="pread") as file:
             yield file
     except (SafetensorError, OSError) as error:
         raise CheckpointError(

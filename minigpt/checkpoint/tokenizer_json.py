@@ -203,14 +203,22 @@ def _require(part: str, found: Any, allowed: Any) -> None:
 def _checked_model(data: Mapping[str, Any]) -> Mapping[str, Any]:
     for part in ("normalizer", "truncation", "padding"):
         _require(f"the {part}", data.get(part), None)
-    # Llama 3 puts a token before each text with another one; ByteLevel moves only the offsets.
-    _require("the post-processor", (data.get("post_processor") or {}).get("type"), "ByteLevel")
+    _check_post_processor(data.get("post_processor") or {})
     _require("the decoder", (data.get("decoder") or {}).get("type"), "ByteLevel")
     model: Mapping[str, Any] = data["model"]
     for field, value in _PLAIN_BPE.items():
         found = model.get(field)
         _require(f"the model's {field}", found if found != "" else None, value)
     return model
+
+
+def _check_post_processor(found: Mapping[str, Any]) -> None:
+    # A template that adds no token is what transformers writes; ByteLevel moves only the offsets.
+    is_idle = found.get("type") == "TemplateProcessing" and all(
+        part.keys() == {"Sequence"} for part in found["single"]
+    )
+    if not is_idle:
+        _require("the post-processor", found.get("type"), "ByteLevel")
 
 
 def _check_merges(

@@ -246,6 +246,13 @@ def test_permission_is_a_resource_error(
         write_step(run, 3)
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "file/run"])
+def test_impossible_run_name_is_an_error_of_one_line(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ResourceError, match="Choose another name"):
+        RunFolder(tmp_path / name).lock().__enter__()
+
+
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "is missing": lambda folder: (folder / "training_state" / "momentum").unlink(),
     "has 3 bytes, 7 when": lambda folder: (folder / "training_state" / "momentum").write_text(
@@ -356,6 +363,8 @@ def test_without_a_name_the_newest_run_is_meant_then_what_ships(tmp_path: Path) 
 def test_wrong_name_is_told_the_nearest_run(run: RunFolder, tmp_path: Path) -> None:
     root = run.path.parent
     (root / "empty").mkdir()
+    (root / "\x1b[31mtails").mkdir()
+    (root / "\x1b[31mtails" / "config.json").write_text("{}")
     for spec, says in {
         "tails": "there is no model 'tails' in .*Did you mean tales",
         str(tmp_path / "tals"): "there is no model .*Did you mean tales",

@@ -1,0 +1,181 @@
+"""config.json and tensor names of GPT-2, Llama and Qwen3, both ways."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from minigpt.checkpoint.families import (
+    canonical_names,
+    model_config_from_hf,
+    model_config_to_hf,
+    tensors_from_hf,
+    tensors_to_hf,
+)
+from minigpt.config import ModelConfig
+from minigpt.errors import CheckpointError
+from minigpt.model.gpt import GPT
+
+# As OpenAI's gpt2 and Qwen's Qwen3-0.6B publish them, less the fields that no reader needs.
+GPT2 = {
+    "activation_function": "gelu_new",
+    "architectures": ["GPT2LMHeadModel"],
+    "attn_pdrop": 0.1,
+    "bos_token_id": 50256,
+    "embd_pdrop": 0.1,
+    "eos_token_id": 50256,
+    "layer_norm_epsilon": 1e-05,
+    "model_type": "gpt2",
+    "n_ctx": 1024,
+    "n_embd": 768,
+    "n_head": 12,
+    "n_layer": 12,
+    "n_positions": 1024,
+    "resid_pdrop": 0.1,
+    "vocab_size": 50257,
+}
+QWEN3 = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 28,
+    "model_type": "qwen3",
+    "num_attention_heads": 16,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "tie_word_embeddings": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+
+
+def test_published_configs_are_read() -> None:
+    assert model_config_from_hf(GPT2) == ModelConfig(
+        vocab_size=50257,
+        context_length=1024,
+        n_layer=12,
+        n_head=12,
+        d_model=768,
+        family="gpt2",
+        tie_embeddings=True,
+        dropout=0.1,
+    )
+    assert model_config_from_hf(QWEN3) == ModelConfig(
+        vocab_size=151936,
+        context_length=40960,
+        n_layer=28,
+        n_head=16,
+        d_model=1024,
+        n_kv_head=8,
+        d_head=128,
+        d_mlp=3072,
+        qk_norm=True,
+        rope_theta=1e6,
+        norm_eps=1e-6,
+        tie_embeddings=True,
+    )
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_theta": 123.0},
+        {"rope_theta": 123.0, "rope_scaling": {"type": "default"}},
+        {"rope_parameters": {"rope_theta": 123.0, "rope_type": "default"}, "rope_theta": None},
+        {"rope_parameters": {"rope_theta": 123.0}, "rope_theta": 9.0},
+    ],
+)
+def test_rotary_base_is_read_where_any_version_of_transformers_puts_it(
+    rope: dict[str, Any],
+) -> None:
+    assert model_config_from_hf(QWEN3 | rope).rope_theta == 123.0
+
+
+def test_config_survives_the_round_trip(model: GPT) -> None:
+    assert model_config_from_hf(model_config_to_hf(model.config, None)) == model.config
+
+
+UNSUPPORTED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    (GPT2, {"model_type": "mamba"}, "model_type is 'mamba'"),
+    (GPT2, {"model_type": ["gpt2"]}, "model_type is"),
+    (GPT2, {"activation_function": "tanh"}, "activation_function is 'tanh'"),
+    (GPT2, {"scale_attn_weights": False}, "scale_attn_weights is False"),
+    (GPT2, {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
+    (GPT2, {"add_cross_attention": True}, "add_cross_attention is True"),
+    (GPT2, {"quantization_config": {"bits": 4}}, "quantization_config is"),
+    (GPT2, {"n_layer": None}, "n_layer is missing"),
+    (GPT2, {"n_layer": "12"}, "n_layer must be of type int"),
+    (GPT2, {"n_head": 7}, "n_head must divide"),
+    (GPT2, {"resid_pdrop": 1.5}, "dropout must be"),
+    (QWEN3, {"attention_bias": True}, "attention_bias is True"),
+    (QWEN3, {"mlp_bias": True}, "mlp_bias is True"),
+    (QWEN3, {"use_sliding_window": True}, "use_sliding_window is True"),
+    (QWEN3, {"layer_types": ["sliding_attention"]}, "layer_types is 'sliding_attention'"),
+    (QWEN3, {"layer_types": 5}, "layer_types is 5"),
+    (QWEN3, {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+    (QWEN3, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling.rope_type is"),
+    (QWEN3, {"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_scaling.type is 'linear'"),
+    (QWEN3, {"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters.rope_type is 'llama3'"),
+    (QWEN3, {"rope_parameters": {"full_attention": {}}}, "rope_parameters.full_attention is"),
+    (QWEN3, {"rope_parameters": "yarn"}, "rope_parameters is 'yarn'"),
+    (QWEN3, {"rope_theta": "big"}, "rope_theta must be of type float"),
+    (QWEN3, {"rope_theta": float("nan")}, "rope_theta must be a finite number"),
+    (QWEN3, {"hidden_act": "\x1b[31m" * 99}, r"hidden_act is '\\x1b"),
+]
+
+
+@pytest.mark.parametrize(("config", "change", "says"), UNSUPPORTED)
+def test_field_that_would_change_the_computation_is_refused_by_name(
+    config: dict[str, Any], change: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(CheckpointError, match=says) as caught:
+        model_config_from_hf(config | change)
+    assert len(str(caught.value)) < 300
+
+
+def test_fused_and_transposed_tensors_are_those_of_gpt2(make: Callable[[int, str], GPT]) -> None:
+    model = make(50, "gpt2-untied")
+    ours = model.state_dict()
+    theirs = tensors_to_hf(model.config, ours)
+    x = torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
+    # Conv1D of Hugging Face: x @ weight + bias, and then query, key and value side by side.
+    weight, bias = (theirs[f"transformer.h.1.attn.c_attn.{name}"] for name in ("weight", "bias"))
+    query, key, value = (x @ weight + bias).split(16, dim=1)
+    attention = model.blocks[1].attention
+    for got, layer in ((query, attention.query), (key, attention.key), (value, attention.value)):
+        torch.testing.assert_close(got, layer(x), rtol=1e-5, atol=1e-5)  # order of float32 sums
+    assert theirs["lm_head.weight"].shape == (50, 16)
+    assert theirs["transformer.wpe.weight"] is ours["positions.weight"]
+
+
+def test_tensors_survive_the_round_trip_bit_for_bit(model: GPT) -> None:
+    ours = model.state_dict()
+    again = tensors_from_hf(model.config, tensors_to_hf(model.config, ours))
+    assert again.keys() == ours.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(again[name], tensor)
+
+
+def test_bare_model_and_old_buffers_are_understood(make: Callable[[int, str], GPT]) -> None:
+    config = make(50, "gpt2-tied").config
+    found = ["wte.weight", "h.0.attn.bias", "h.0.attn.masked_bias", "h.0.attn.c_attn.bias"]
+    assert canonical_names(config, found) == {
+        "transformer.wte.weight": "wte.weight",
+        "transformer.h.0.attn.c_attn.bias": "h.0.attn.c_attn.bias",
+    }
+    config = make(50, "llama-grouped").config
+    found = ["norm.weight", "lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"]
+    assert canonical_names(config, found) == {
+        "model.norm.weight": "norm.weight",
+        "lm_head.weight": "lm_head.weight",
+    }
