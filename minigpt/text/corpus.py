@@ -87,22 +87,23 @@ def find_sources(
     """
     sources: list[Source] = []
     for word in paths or (BUILTIN,):
-        path = Path(word).expanduser()
-        if word == "-":
-            sources.append(_spooled(stdin or sys.stdin.buffer, spool, "standard input"))
-        elif path.is_fifo():
-            with _reading(word), path.open("rb") as stream:
-                sources.append(_spooled(stream, spool, word))
-        elif path.is_dir():
-            sources += _files_in(path)
-        elif path.exists():
-            sources.append(Source(path, word))
-        elif glob.has_magic(word):
-            sources += _files_matching(str(path))
-        elif word in (BUILTIN, *DOWNLOADS):
-            sources.append(Source(dataset_path(word, cache, on_download), word))
-        else:
-            raise DataError(_missing(path))
+        path = Path(os.path.expanduser(word))
+        with _reading(word):
+            if word == "-":
+                sources.append(_spooled(stdin or sys.stdin.buffer, spool, "standard input"))
+            elif path.is_fifo():
+                with path.open("rb") as stream:
+                    sources.append(_spooled(stream, spool, word))
+            elif path.is_dir():
+                sources += _files_in(path)
+            elif path.exists():
+                sources.append(Source(path, word))
+            elif glob.has_magic(word):
+                sources += _files_matching(str(path))
+            elif word in (BUILTIN, *DOWNLOADS):
+                sources.append(Source(dataset_path(word, cache, on_download), word))
+            else:
+                raise DataError(_missing(path))
     return list({source.path.resolve(): source for source in sources}.values())
 
 
@@ -123,7 +124,7 @@ def iter_documents(sources: Iterable[Source]) -> Iterator[Document]:
             yield document
     if is_empty:
         names = ", ".join(repr(source.name) for source in sources[:3])
-        raise DataError(f"the corpus is empty: {names} has no text. Pass files that do.")
+        raise DataError(f"the corpus is empty: no text in {names}. Pass files that have some.")
 
 
 def content_hash(sources: Iterable[Source]) -> str:
@@ -149,10 +150,9 @@ def _files_in(folder: Path) -> list[Source]:
         raise error
 
     found = []
-    with _reading(str(folder)):
-        for root, folders, files in os.walk(folder, onerror=refuse):
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            found += [Path(root, name) for name in files if not name.startswith(".")]
+    for root, folders, files in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(root, name) for name in files if not name.startswith(".")]
     found = sorted(path for path in found if _unpacked_suffix(path) in TEXT_SUFFIXES)
     if not found:
         raise DataError(

@@ -54,7 +54,7 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text; ``<|endoftext|>`` in it is plain text.
 
-        Lone surrogates become U+FFFD.
+        Lone surrogates become U+FFFD; blanks of 65,536 characters and more are cut.
         Raises: DataError if the vocabulary lacks one of the text's bytes.
         """
         text = well_formed(text)

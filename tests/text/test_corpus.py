@@ -209,6 +209,10 @@ def test_a_missing_path_names_the_nearest_existing_one(folder: Path) -> None:
     assert "the folder 'nowhere' does not exist" in str(error("nowhere/a.txt"))
 
 
+def test_a_text_given_as_a_path_is_a_data_error(folder: Path) -> None:
+    assert "cannot be read: File name too long" in str(error("once upon a time " * 100))
+
+
 def test_control_bytes_of_file_names_do_not_reach_the_message(folder: Path) -> None:
     write("evil\x1b[31m.txt", "x")
     assert "\x1b" not in str(error("evil\x1b[3m.txt"))
@@ -217,8 +221,8 @@ def test_control_bytes_of_file_names_do_not_reach_the_message(folder: Path) -> N
 def test_an_empty_corpus_is_a_data_error(folder: Path) -> None:
     write("a.txt", "")
     write("b.jsonl", '{"text": ""}\n')
-    assert "the corpus is empty: 'a.txt', 'b.jsonl' has no text" in str(error("a.txt", "b.jsonl"))
-    with pytest.raises(DataError, match="'standard input' has no text"):
+    assert "the corpus is empty: no text in 'a.txt', 'b.jsonl'." in str(error("a.txt", "b.jsonl"))
+    with pytest.raises(DataError, match="no text in 'standard input'"):
         documents("-", stdin=b"")
 
 

@@ -4,11 +4,13 @@ import errno
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tracemalloc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +118,25 @@ def test_a_corpus_is_prepared_once(prepared: Prepare, tmp_path: Path) -> None:
     assert tokens_of(open_prepared(first.folder)) == tokens_of(first)
 
 
+def test_ranks_that_prepare_together_share_one_preparation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").write_text("a text " * 1000)
+    data = DataConfig(paths=(str(tmp_path / "a.txt"),))
+    built: list[Path] = []
+    build = shards._build
+
+    def counted(folder: Path, *rest: object) -> None:
+        built.append(folder)
+        build(folder, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(shards, "_build", counted)
+    with ThreadPoolExecutor(4) as ranks:
+        made = list(ranks.map(lambda _: prepare(data, tmp_path / "cache"), range(4)))
+    assert len(built) == 1
+    assert len({prepared.tokens.fingerprint for prepared in made}) == 1
+
+
 def test_another_text_or_tokenizer_is_another_corpus(prepared: Prepare) -> None:
     made = [
         prepared("one"),
@@ -140,10 +161,18 @@ def test_a_damaged_cache_is_prepared_again(prepared: Prepare, name: str, damage:
         content[len(content) // 2] ^= 1
         kept = {"cut": len(content) // 2, "empty": 0, "flipped": len(content)}[damage]
         path.write_bytes(content[:kept])
+        os.utime(path, (1, 1))  # the clock of some file systems is coarse
     if damage != "flipped" or name != "manifest.json":
         with pytest.raises(DataError, match="prepared corpus"):
             open_prepared(data.folder)
     assert tokens_of(prepared("a text to damage", tokenizer="bpe:300")) == expected
+
+
+def test_a_copied_cache_is_checked_by_its_hashes(prepared: Prepare, tmp_path: Path) -> None:
+    data = prepared("a text to copy")
+    copy = shutil.copytree(data.folder, tmp_path / "copy", copy_function=shutil.copyfile)
+    os.utime(copy / "tokens-00000.bin", (0, 0))
+    assert tokens_of(open_prepared(copy)) == tokens_of(data)
 
 
 def test_a_killed_preparation_leaves_nothing_that_is_used(tmp_path: Path) -> None:
@@ -219,7 +248,7 @@ def test_progress_ends_with_all_bytes_in_every_stage(prepared: Prepare) -> None:
     total = sum(map(len, texts))
     for stage in ("train tokenizer", "encode"):
         done = [progress.done for progress in seen if progress.stage == stage]
-        assert len(done) >= 3
+        assert len(done) >= 2
         assert done == sorted(set(done))
         assert done[-1] == total
     assert {progress.total for progress in seen} == {total}
