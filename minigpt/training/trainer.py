@@ -18,7 +18,7 @@ from minigpt.evaluation import Evaluation, evaluate
 from minigpt.model.cost import training_flops_per_token
 from minigpt.model.device import autocast, has_fast_bfloat16, peak_flops
 from minigpt.model.gpt import GPT
-from minigpt.text.batches import batch, validation_windows
+from minigpt.text.batches import batch, require_length, validation_windows
 from minigpt.text.shards import PreparedData
 from minigpt.training.optim import make_optimizers
 from minigpt.training.schedule import lr_scale, progress
@@ -109,6 +109,8 @@ class Trainer:
         self.device = device
         self.dtype = dtype
         self.train_tokens, self.val_tokens = data.tokens.split(config.data.val_fraction)
+        for span in (self.train_tokens, self.val_tokens):
+            require_length(span, config.model.context_length)
         self.model = self._load(resume_from) if resume_from else self._make()
         product_dtype = torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
         self.optimizers = make_optimizers(self.model, config.training, product_dtype)
