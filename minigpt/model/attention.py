@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from minigpt.config import ModelConfig
 from minigpt.model.cache import KVCache
-from minigpt.model.layers import rotate
+from minigpt.model.layers import RMSNorm, rotate
 from minigpt.model.scores import causal_mask
 
 
@@ -43,8 +43,8 @@ class Attention(nn.Module):
         self.output = nn.Linear(d_query, config.d_model, bias=has_bias)
         if config.qk_norm:
             # Source: Henry et al. 2020, arXiv:2010.04245; RMSNorm per head as in Qwen3.
-            self.query_norm: nn.Module = nn.RMSNorm(config.d_head, eps=config.norm_eps)
-            self.key_norm: nn.Module = nn.RMSNorm(config.d_head, eps=config.norm_eps)
+            self.query_norm: nn.Module = RMSNorm(config.d_head, eps=config.norm_eps)
+            self.key_norm: nn.Module = RMSNorm(config.d_head, eps=config.norm_eps)
         else:
             self.query_norm = self.key_norm = nn.Identity()
 

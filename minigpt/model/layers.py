@@ -14,6 +14,13 @@ _ACTIVATIONS = {
 }
 
 
+class RMSNorm(nn.RMSNorm):
+    """torch's, in the dtype of what it norms: under autocast that is not the weight's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 def make_norm(config: ModelConfig, width: int) -> nn.Module:
     """Return the family's norm over the last axis.
 
@@ -22,7 +29,7 @@ def make_norm(config: ModelConfig, width: int) -> nn.Module:
     """
     if config.family == "gpt2":
         return nn.LayerNorm(width, eps=config.norm_eps)
-    return nn.RMSNorm(width, eps=config.norm_eps)
+    return RMSNorm(width, eps=config.norm_eps)
 
 
 class MLP(nn.Module):

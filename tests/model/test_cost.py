@@ -1,0 +1,85 @@
+"""Costs counted from a config against what torch counts on the model itself."""
+
+from typing import Any
+
+import pytest
+import torch
+from small_models import LAYOUTS, random_tokens, small_config
+from torch.utils.flop_counter import FlopCounterMode
+
+from minigpt.model.cache import KVCache
+from minigpt.model.cost import cache_bytes_per_token, parameter_count, training_flops_per_token
+from minigpt.model.gpt import GPT
+from minigpt.presets import PRESETS
+
+SHAPES: list[dict[str, Any]] = [
+    {},
+    {"tie_embeddings": True},
+    {"n_layer": 1, "n_head": 2, "n_kv_head": 2, "d_head": 16, "d_mlp": 7},
+    {"vocab_size": 1, "context_length": 1},
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_parameters_counted_are_those_of_the_model(layout: str, shape: dict[str, Any]) -> None:
+    config = small_config(layout, **shape)
+    with torch.device("meta"):
+        model = GPT(config)
+    assert parameter_count(config) == sum(p.numel() for p in model.parameters())
+
+
+def test_the_small_gpt2_has_its_published_size() -> None:
+    """124,439,808: openai-community/gpt2, whose output projection is the embedding."""
+    config = small_config(
+        "gpt2-tied", vocab_size=50257, context_length=1024, n_layer=12, n_head=12, d_model=768
+    )
+    assert parameter_count(config) == 124_439_808
+
+
+@pytest.mark.parametrize(
+    ("preset", "millions"), [("nano", (0.7, 1.5)), ("mini", (8, 13)), ("small", (100, 150))]
+)
+def test_presets_have_about_the_size_that_they_are_said_to_have(
+    preset: str, millions: tuple[float, float]
+) -> None:
+    vocab_size = 50257 if preset == "small" else 257
+    config = small_config(**{"d_model": 32, "vocab_size": vocab_size, **PRESETS[preset]["model"]})
+    assert millions[0] * 1e6 < parameter_count(config) < millions[1] * 1e6
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_training_flops_agree_with_torch_s_counter(layout: str) -> None:
+    config = small_config(layout, context_length=64)
+    model = GPT(config)
+    tokens = random_tokens(1, 64)
+    # The counter takes attention for a full square, and does not know torch's CPU kernel at all:
+    # it is added here as the causal half that ours counts, in three products as one plus two.
+    with FlopCounterMode(display=False) as counter:
+        model(tokens).sum().backward()
+    counts = counter.get_flop_counts()["Global"]
+    products = sum(n for op, n in counts.items() if "attention" not in str(op))
+    n_pairs = 64 * 64 // 2
+    attention = config.n_layer * config.n_head * n_pairs * config.d_head * 2 * 2 * 3
+    # Ours adds six for each norm's weight and bias, under 4 % here, which are no products.
+    assert training_flops_per_token(config) * 64 == pytest.approx(products + attention, rel=0.04)
+    assert training_flops_per_token(config) * 64 >= products + attention
+
+
+def test_training_flops_of_a_tiny_model_worked_out_by_hand() -> None:
+    config = small_config("llama", vocab_size=10, n_layer=1, n_head=1, d_model=4, d_mlp=8)
+    # four 4 x 4 projections, three 4 x 8 matrices, three norms of 4, a 4 x 10 output projection;
+    # the 10 x 4 embedding only looks up
+    weights = 4 * 16 + 3 * 32 + 3 * 4 + 40
+    # a query sees 12 of 24 keys: 2 products of 2 * 4 FLOPs a key, three times (forward, backward)
+    attention = 12 * 2 * 2 * 4 * 3
+    assert training_flops_per_token(config) == 6 * weights + attention
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_cache_bytes_are_those_that_the_cache_allocates(layout: str) -> None:
+    config = small_config(layout)
+    cache = KVCache(config, batch_size=3, capacity=5)
+    assert cache.n_bytes == cache_bytes_per_token(config) * 3 * 5
+    half = KVCache(config, capacity=7, dtype=torch.bfloat16)
+    assert half.n_bytes == cache_bytes_per_token(config, bytes_per_value=2) * 7

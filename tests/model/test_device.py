@@ -1,0 +1,79 @@
+"""Devices and dtypes: what is asked for, or an error that says what is there."""
+
+import pytest
+import torch
+
+from minigpt.errors import ConfigError
+from minigpt.model.device import (
+    autocast,
+    has_fast_bfloat16,
+    peak_flops,
+    resolve_device,
+    resolve_dtype,
+)
+
+CPU = torch.device("cpu")
+
+
+def test_auto_takes_the_fastest_device_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert resolve_device("auto") == CPU
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert resolve_device("auto").type == "mps"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert resolve_device("auto").type == "cuda"
+    assert resolve_device("cpu") == CPU
+
+
+def test_a_device_that_is_not_there_is_an_error_that_names_those_that_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(ConfigError) as caught:
+        resolve_device("cuda")
+    assert str(caught.value) == ("device cuda is not available here. Use auto or one of: cpu.")
+
+
+@pytest.mark.parametrize(
+    ("abilities", "is_fast"),
+    [({"avx512_bf16": True}, True), ({"bf16": True}, True), ({"avx2": True}, False), ({}, False)],
+)
+def test_auto_takes_bfloat16_on_a_cpu_that_has_the_instructions(
+    monkeypatch: pytest.MonkeyPatch, abilities: dict[str, bool], is_fast: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: abilities)
+    assert has_fast_bfloat16(CPU) == is_fast
+    assert resolve_dtype("auto", CPU) == (torch.bfloat16 if is_fast else torch.float32)
+    assert resolve_dtype("bfloat16", CPU) == torch.bfloat16
+    assert resolve_dtype("float32", CPU) == torch.float32
+
+
+def test_autocast_computes_products_in_the_dtype_asked_for() -> None:
+    x = torch.ones(2, 2)
+    with autocast(CPU, torch.bfloat16):
+        assert (x @ x).dtype == torch.bfloat16
+    with autocast(CPU, torch.float32):
+        assert (x @ x).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA A10G", 70e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA GeForce GTX 1080", None),
+    ],
+)
+def test_the_peak_is_that_of_the_datasheet_or_unknown(
+    monkeypatch: pytest.MonkeyPatch, name: str, peak: float | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda"), torch.bfloat16) == peak
+    assert peak_flops(torch.device("cuda"), torch.float32) is None
+    assert peak_flops(CPU, torch.bfloat16) is None
