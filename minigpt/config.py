@@ -39,6 +39,7 @@ def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def _between(name: str, value: float, low: float, high: float = math.inf) -> None:
+    _require(value != math.inf, f"{name} must be a finite number: it is {value}.")
     if not low <= value <= high:
         bound = f"at least {low}" if high == math.inf else f"between {low} and {high}"
         raise ConfigError(f"{name} must be {bound}: it is {value}.")
@@ -236,9 +237,9 @@ class TrainingConfig:
             "save_every",
             "sample_every",
             "keep",
-            "seed",
         ):
             _between(name, getattr(self, name), 0)
+        _between("seed", self.seed, 0, 2**63 - 1)
         _require(
             bool(self.max_steps or self.max_minutes),
             "training needs an end: set max_steps or max_minutes.",
@@ -403,8 +404,9 @@ def parse_assignment(text: str) -> dict[str, Any]:
     if not equals or not all(keys):
         raise ConfigError(f"--set takes name=value, as in model.n_layer=4: it is {text!r}.")
     try:
-        value: Any = tomllib.loads(f"value = {raw}")["value"]
-    except tomllib.TOMLDecodeError:
+        value: Any
+        (value,) = tomllib.loads(f"value = {raw}").values()  # one, whatever a line break hides
+    except ValueError:
         value = raw
     for key in reversed(keys):
         value = {key: value}
