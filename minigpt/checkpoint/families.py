@@ -215,7 +215,7 @@ def model_config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
     try:
         return build(ModelConfig, values)
     except ConfigError as error:
-        raise CheckpointError(f"config.json: {error}") from None
+        raise CheckpointError(f"config.json: {str(error)[:200]}") from None
 
 
 def _unsupported(field: str, value: Any, supported: Any) -> CheckpointError:
@@ -306,14 +306,17 @@ def canonical_names(config: ModelConfig, names: Iterable[str]) -> dict[str, str]
     """Return the names that ``tensors_from_hf`` takes -> the names found, where they differ or not.
 
     Adds the prefix that files of the bare model lack, and leaves out tensors that hold no weights.
+    Raises: CheckpointError if a tensor is there with the prefix and without.
     """
     family = FAMILIES[model_type(config)]
-    canonical = {}
+    canonical: dict[str, str] = {}
     for name in names:
         has_prefix = name.startswith(family.prefix) or name == _HEAD.theirs
         full = name if has_prefix else family.prefix + name
-        if not family.ignored.fullmatch(full):
-            canonical[full] = name
+        if family.ignored.fullmatch(full):
+            continue
+        if canonical.setdefault(full, name) != name:
+            raise CheckpointError(f"the tensor {full!r} is there twice. Download the model again.")
     return canonical
 
 

@@ -228,14 +228,14 @@ def verify(step_folder: Path, *, hashes: bool = False) -> None:
         if not path.is_file():
             problem = "is missing"
         elif path.stat().st_size != facts.get("bytes"):
-            problem = f"has {path.stat().st_size} bytes, {facts.get('bytes')} when it was written"
+            problem = f"has {path.stat().st_size} bytes, {facts.get('bytes')!r} when written"
         elif hashes and sha256(path) != facts.get("sha256"):
             problem = "is not as it was written (its SHA-256 differs)"
         else:
             continue
         raise CheckpointError(
-            f"the checkpoint {str(step_folder)!r} is damaged: {name} {problem}. Use another step; "
-            f"if you changed it on purpose, delete {MANIFEST} there."
+            f"the checkpoint {str(step_folder)!r} is damaged: {name!r} {problem}. Use another "
+            f"step; if you changed it on purpose, delete {MANIFEST} there."
         )
 
 
@@ -304,7 +304,10 @@ def _newest(root: Path) -> Path:
 
 
 def _models(root: Path) -> list[Path]:
-    return sorted(place for place in root.iterdir() if _holds_model(place)) if root.is_dir() else []
+    if not root.is_dir():
+        return []
+    with resource_errors(root):
+        return sorted(place for place in root.iterdir() if _holds_model(place))
 
 
 def _remedy(word: str, root: Path) -> str:

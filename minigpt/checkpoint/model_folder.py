@@ -110,18 +110,13 @@ def read_model(
     config = read_config(folder)
     paths = _weight_files(folder)
     _check_tensors(config, paths)
+    tokenizer = _read_tokenizer(folder, config)
     tensors: dict[str, Tensor] = {}
     for path in paths:
         with _opened(path) as file:
             for name, stored in canonical_names(config, file.keys()).items():
                 tensors[name] = file.get_tensor(stored).to(device, dtype)
     model = GPT.from_tensors(config, tensors_from_hf(config, tensors))
-    tokenizer = _read_tokenizer(folder)
-    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
-        raise CheckpointError(
-            f"{str(folder / TOKENIZER)!r} has {tokenizer.vocab_size} tokens, and the model only "
-            f"{config.vocab_size}. Take both from the same place."
-        )
     return LoadedModel(model.eval(), tokenizer, folder)
 
 
@@ -133,7 +128,8 @@ def _opened(path: Path) -> Iterator[Any]:
             yield file
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{str(path)!r} is no whole safetensors file ({error}). Write or download it again."
+            f"{str(path)!r} is no whole safetensors file ({str(error)[:120]!r}). "
+            "Write or download it again."
         ) from None
 
 
@@ -218,10 +214,16 @@ def _first_problem(
     return None
 
 
-def _read_tokenizer(folder: Path) -> Tokenizer | None:
+def _read_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer | None:
     if not (folder / TOKENIZER).exists():
         return None
     has_config = (folder / _TOKENIZER_CONFIG).exists()
     named = read_json(folder / _TOKENIZER_CONFIG).get(NAME_FIELD) if has_config else None
     name = named if isinstance(named, str) else folder.name
-    return tokenizer_from_json(read_json(folder / TOKENIZER), name)
+    tokenizer = tokenizer_from_json(read_json(folder / TOKENIZER), name)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise CheckpointError(
+            f"{str(folder / TOKENIZER)!r} has {tokenizer.vocab_size} tokens, and the model only "
+            f"{config.vocab_size}. Take both from the same place."
+        )
+    return tokenizer

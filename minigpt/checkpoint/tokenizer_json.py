@@ -178,20 +178,18 @@ def tokenizer_from_json(data: Mapping[str, Any], name: str) -> Tokenizer:
         ranks = {tokens[token]: id_ for token, id_ in vocab.items()}
         _check_merges(ranks, model["merges"], tokens)
         encoding = make_encoding(name, _split_pattern(data["pre_tokenizer"]), ranks, specials)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, DataError) as error:
         raise CheckpointError(
-            f"tokenizer.json is damaged ({type(error).__name__}: {str(error)[:80]!r}). "
+            f"tokenizer.json is damaged ({type(error).__name__}: {str(error)[:120]!r}). "
             "Write or download it again."
         ) from None
-    except DataError as error:
-        raise CheckpointError(f"tokenizer.json: {error}") from None
     return _probed(Tokenizer(name, encoding))
 
 
 def _unsupported(what: str) -> CheckpointError:
     return CheckpointError(
-        f"tokenizer.json has {what}, and only plain byte-level BPE is read. Choose a model that "
-        "uses GPT-2's or Llama 3's kind of tokenizer."
+        f"tokenizer.json has {what}, and only plain byte-level BPE is read. Choose a model "
+        "with GPT-2's kind of tokenizer."
     )
 
 
@@ -201,8 +199,7 @@ def _require(part: str, found: Any, allowed: Any) -> None:
 
 
 def _checked_model(data: Mapping[str, Any]) -> Mapping[str, Any]:
-    for part in ("normalizer", "truncation", "padding"):
-        _require(f"the {part}", data.get(part), None)
+    _require("the normalizer", data.get("normalizer"), None)
     _check_post_processor(data.get("post_processor") or {})
     _require("the decoder", (data.get("decoder") or {}).get("type"), "ByteLevel")
     model: Mapping[str, Any] = data["model"]
@@ -268,11 +265,14 @@ def _probed(tokenizer: Tokenizer) -> Tokenizer:
 
 
 # Oniguruma, which tokenizers uses, and fancy-regex, which tiktoken uses, disagree on these:
-# X{1,3}+ is possessive only in fancy-regex, and (?s:.) exists only there.
+# X{1,3}+ is possessive only in fancy-regex, (?s:.) exists only there, and ^ and $ stand at every
+# line's border in Oniguruma. After \s++ that is no difference: no line break can follow.
 _ATOM_INTERVAL = r"(?P<atom>\\p\{\w+\}|\[[^\]]+\]|\\?[^\s{}()\[\]])(?P<interval>\{\d+(?:,\d*)?\})"
 _POSSESSIVE = re.compile(_ATOM_INTERVAL + r"\+")
 _ATOMIC = re.compile(rf"\(\?>{_ATOM_INTERVAL}\)")
-_AMBIGUOUS = re.compile(r"\{\d+(?:,\d*)?\}\+|\(\?\w*[ms]\w*[:)]")
+_AMBIGUOUS = re.compile(
+    r"\{\d+(?:,\d*)?\}\+|\(\?\w*[ms]\w*[:)]|(?<![\[\\])\^|(?<!\\)(?<!\\s\+\+)\$"
+)
 
 
 def _pattern_to_oniguruma(pattern: str) -> str:

@@ -186,6 +186,8 @@ def test_kill_at_any_moment_costs_no_checkpoint(tmp_path: Path) -> None:
             assert latest is not None
             assert latest.step >= newest  # a later death never has less
             newest = latest.step
+            for step in run.steps():
+                verify(run.step_folder(step), hashes=True)
     assert runs[-1].steps() == [1, 3]
 
 
