@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from minigpt.checkpoint.disk import write_atomically
 from minigpt.training.trainer import EvalEvent, Event, SaveEvent, StepEvent
 
 _KINDS = {StepEvent: "step", EvalEvent: "eval", SaveEvent: "save"}
@@ -16,7 +17,7 @@ class MetricsLog:
         """Open the log, keeping what it says of steps up to ``from_step``."""
         self.path = path
         kept = [line for line in self._lines() if json.loads(line)["step"] <= from_step]
-        self.path.write_text("".join(kept), encoding="utf-8")
+        write_atomically(path, "".join(kept).encode())
 
     def _lines(self) -> list[str]:
         if not self.path.exists():

@@ -11,16 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 
+from minigpt.checkpoint.model_folder import save_tensors
 from minigpt.config import build
 from minigpt.errors import CheckpointError, ConfigError
+from minigpt.training.optim import Muon
 
 STATE_FOLDER = "training_state"
 _OPTIMIZER_FILE = "optimizer.safetensors"
 _PROGRESS_FILE = "progress.json"
+_KEPT: dict[type[Optimizer], set[str]] = {
+    Muon: {"momentum_buffer"},
+    AdamW: {"step", "exp_avg", "exp_avg_sq"},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,14 +55,17 @@ def _moments(
 def write_state(
     folder: Path, model: nn.Module, optimizers: list[Optimizer], progress: Progress
 ) -> None:
-    """Write ``folder``/training_state; the weights are elsewhere."""
+    """Write ``folder``/training_state; the weights are elsewhere.
+
+    Raises: ResourceError if the disk is full or the folder is not ours to write.
+    """
     folder = folder / STATE_FOLDER
     folder.mkdir()
     tensors: dict[str, Tensor] = {}
     for name, optimizer, parameter in _moments(model, optimizers):
         for key, tensor in optimizer.state[parameter].items():
             tensors[f"{name}/{key}"] = tensor
-    save_file(tensors, folder / _OPTIMIZER_FILE)
+    save_tensors(folder / _OPTIMIZER_FILE, tensors, {})
     (folder / _PROGRESS_FILE).write_text(json.dumps(asdict(progress), indent=2) + "\n")
 
 
@@ -70,7 +79,7 @@ def read_state(folder: Path, model: nn.Module, optimizers: list[Optimizer]) -> P
         tensors = load_file(path / _OPTIMIZER_FILE)
         values: Any = json.loads((path / _PROGRESS_FILE).read_text())
         progress = build(Progress, values)
-    except (OSError, SafetensorError, json.JSONDecodeError, ConfigError, AttributeError) as error:
+    except (OSError, SafetensorError, ValueError, ConfigError, AttributeError) as error:
         raise CheckpointError(
             f"{str(path)!r} cannot be resumed from: {error}. Resume from an older step, or start "
             "a new run."
@@ -81,8 +90,13 @@ def read_state(folder: Path, model: nn.Module, optimizers: list[Optimizer]) -> P
         found.setdefault(name, {})[key] = tensor
     for name, optimizer, parameter in _moments(model, optimizers):
         state = found.pop(name, {})
+        if progress.step and state.keys() != _KEPT[type(optimizer)]:
+            raise CheckpointError(
+                f"{str(path)!r} has not what {type(optimizer).__name__} keeps of {name}. "
+                "Resume with the run's own settings."
+            )
         for key, tensor in state.items():
-            if tensor.ndim and tensor.shape != parameter.shape:
+            if key != "step" and tensor.shape != parameter.shape:
                 raise CheckpointError(
                     f"{str(path)!r}: {name}/{key} has shape {tuple(tensor.shape)}, the weight "
                     f"{tuple(parameter.shape)}. The state belongs to another model."

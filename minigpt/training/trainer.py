@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -101,7 +101,8 @@ class Trainer:
     ) -> None:
         """Start a run, or take one up from the checkpoint ``resume_from``.
 
-        Raises: DataError if the corpus is too short or not the one that the run began with.
+        Raises: DataError if the corpus is too short or not the one that the run began with;
+            CheckpointError if the checkpoint is damaged or of another model.
         """
         self.config = config
         self.data = data
@@ -130,18 +131,13 @@ class Trainer:
 
     def _load(self, folder: Path) -> GPT:
         model = read_model(folder, device=self.device, dtype=torch.float32).model
-        if model.config != self.config.model:
-            # Dropout is no part of a Hugging Face config of every family: the run's config rules.
-            fresh = GPT(self.config.model)
-            try:
-                fresh.load_state_dict(model.state_dict())
-            except RuntimeError:
-                raise CheckpointError(
-                    f"{str(folder)!r} is not of the shape that the run's config says. "
-                    "Resume with the run's own settings."
-                ) from None
-            model = fresh.to(self.device)
-        return model
+        # Dropout has no weights, and may change from one part of a run to the next.
+        if replace(model.config, dropout=self.config.model.dropout) != self.config.model:
+            raise CheckpointError(
+                f"{str(folder)!r} is not of the shape that the run's config says. "
+                "Resume with the run's own settings."
+            )
+        return GPT.from_tensors(self.config.model, model.state_dict())
 
     def _restore(self, folder: Path) -> None:
         state = read_state(folder, self.model, self.optimizers)

@@ -1,0 +1,11 @@
+"""One small corpus for all runs."""
+
+import pytest
+from small_runs import data_of, text
+
+from minigpt.text.shards import PreparedData
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
+    return data_of(text(600), tmp_path_factory.mktemp("corpus"))
