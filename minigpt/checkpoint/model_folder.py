@@ -77,7 +77,9 @@ def write_model(folder: Path, model: GPT, tokenizer: Tokenizer | None) -> None:
     save_tensors(folder / WEIGHTS, tensors_to_hf(model.config, tensors), {"format": "pt"})
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def save_tensors(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
     """Write a safetensors file.
 
     Raises: ResourceError if the disk is full or the folder is not ours to write.

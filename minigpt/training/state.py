@@ -65,7 +65,7 @@ def write_state(
     for name, optimizer, parameter in _moments(model, optimizers):
         for key, tensor in optimizer.state[parameter].items():
             tensors[f"{name}/{key}"] = tensor
-    save_tensors(folder / _OPTIMIZER_FILE, tensors, {})
+    save_tensors(folder / _OPTIMIZER_FILE, tensors)
     (folder / _PROGRESS_FILE).write_text(json.dumps(asdict(progress), indent=2) + "\n")
 
 

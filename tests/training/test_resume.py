@@ -256,6 +256,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import torch
+import torch._dynamo  # every optimizer imports it at its first step: once here, not in each child
 from minigpt.text.shards import open_prepared
 from minigpt.training import trainer as trainer_module
 from minigpt.training.trainer import SaveEvent, Trainer

@@ -1,0 +1,116 @@
+"""The validation loss against a plain loop over tokens."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from small_models import LAYOUTS, random_tokens, small_model
+
+from minigpt.evaluation import Evaluation, evaluate
+from minigpt.model.gpt import GPT
+from minigpt.text.batches import validation_windows
+from minigpt.text.shards import TokenDataset, TokenSpan
+
+CONTEXT = 24
+
+
+def span_of(tokens: list[int]) -> TokenSpan:
+    array = np.array(tokens, dtype=np.uint16)
+    cut = len(tokens) // 3  # two shards
+    return TokenSpan(TokenDataset([array[:cut], array[cut:]], "x"), 0, len(tokens), "validation")
+
+
+def plain_nats(model: GPT, tokens: list[int]) -> list[float]:
+    """-ln p of each token but the first, one at a time: no batch, no cross_entropy."""
+    nats = []
+    for target in range(1, len(tokens)):
+        start = (target - 1) // CONTEXT * CONTEXT
+        logits = model(torch.tensor([tokens[start:target]]))[0, -1].double().tolist()
+        total = sum(math.exp(logit - max(logits)) for logit in logits)
+        nats.append(math.log(total) + max(logits) - logits[tokens[target]])
+    return nats
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
+def test_the_loss_equals_a_plain_loop_with_every_token_counted_once(layout: str) -> None:
+    model = small_model(layout)
+    tokens = random_tokens(2 * CONTEXT + 12).tolist()  # the last window is a part of one
+    lengths = np.arange(61, dtype=np.int32) % 4  # some tokens stand for no byte
+    expected = plain_nats(model, tokens)
+    for batch_size in (1, 2, 100):
+        windows = validation_windows(span_of(tokens), CONTEXT, 10**6, batch_size)
+        result = evaluate(model, windows, lengths)
+        assert result.n_tokens == len(tokens) - 1
+        assert result.n_bytes == sum(token % 4 for token in tokens[1:])
+        # float32 logits of order ten, softmaxed.
+        assert result.nats == pytest.approx(sum(expected), rel=1e-5)
+        assert result.nats_per_token == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+        bits = sum(expected) / math.log(2)
+        assert result.bits_per_byte == pytest.approx(bits / result.n_bytes, rel=1e-5)
+        assert result.perplexity == pytest.approx(math.exp(sum(expected) / len(expected)), rel=1e-4)
+
+
+@torch.no_grad()
+def test_a_thinned_pass_counts_whole_windows_only() -> None:
+    model = small_model()
+    tokens = random_tokens(10 * CONTEXT + 5).tolist()
+    windows = list(validation_windows(span_of(tokens), CONTEXT, 3 * CONTEXT, 2))
+    result = evaluate(model, windows, np.ones(61, np.int32))
+    expected = 0.0
+    for inputs, targets in windows:
+        for row, answer in zip(inputs, targets, strict=True):
+            losses = -model(row[None])[0].double().log_softmax(dim=-1)
+            expected += losses[torch.arange(CONTEXT), answer].sum().item()
+    assert result.n_tokens == result.n_bytes == 3 * CONTEXT
+    assert result.nats == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+def test_a_pass_draws_no_random_number_and_leaves_the_model_as_it_was(is_training: bool) -> None:
+    model = small_model("gpt2", dropout=0.5)
+    model.train(is_training)
+    tokens = random_tokens(60).tolist()
+    state = torch.random.get_rng_state()
+    results = {
+        evaluate(
+            model, validation_windows(span_of(tokens), CONTEXT, 10**6, 4), np.ones(61, np.int32)
+        ).nats
+        for _ in range(3)
+    }
+    assert len(results) == 1
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert model.training == is_training
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_bfloat16_is_close_to_float32() -> None:
+    model = small_model("qwen3")
+    tokens = random_tokens(100).tolist()
+    exact, close = (
+        evaluate(
+            model,
+            validation_windows(span_of(tokens), CONTEXT, 10**6, 4),
+            np.ones(61, np.int32),
+            dtype=dtype,
+        ).nats_per_token
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert close == pytest.approx(exact, rel=0.02)  # logits rounded to 1 in 256
+    assert close != exact
+
+
+def test_tokens_that_stand_for_no_byte_have_no_bits_per_byte() -> None:
+    assert math.isnan(Evaluation(nats=1.0, n_tokens=2, n_bytes=0).bits_per_byte)
+    assert Evaluation(nats=math.log(2) * 6, n_tokens=3, n_bytes=4).bits_per_byte == 1.5
+
+
+@torch.no_grad()
+def test_an_untrained_even_model_has_a_loss_of_ln_v() -> None:
+    model = small_model("llama")
+    model.unembedding.weight.zero_()
+    windows = validation_windows(span_of(random_tokens(500).tolist()), CONTEXT, 10**6, 8)
+    result = evaluate(model, windows, np.ones(61, np.int32))
+    assert result.nats_per_token == pytest.approx(math.log(61), rel=1e-6)
+    assert result.perplexity == pytest.approx(61, rel=1e-5)

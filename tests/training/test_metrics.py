@@ -1,0 +1,112 @@
+"""metrics.jsonl: one line an event, cut back to where a run resumes."""
+
+import json
+from pathlib import Path
+
+import pytest
+from small_runs import config_of, run_until, trainer_of
+
+from minigpt.text.shards import PreparedData
+from minigpt.training.metrics import MetricsLog
+from minigpt.training.trainer import EvalEvent, Event, SampleEvent, SaveEvent, StepEvent
+
+
+def step(number: int) -> StepEvent:
+    return StepEvent(
+        step=number,
+        progress=0.5,
+        train_loss=1.25,
+        lr=0.01,
+        grad_norm=2.0,
+        tokens_per_s=100.0,
+        mfu=None,
+        elapsed_s=3.0,
+        remaining_s=3.0,
+    )
+
+
+def lines_of(path: Path) -> list[dict[str, object]]:
+    text = path.read_text(encoding="utf-8")
+    assert text == "" or text.endswith("\n")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_each_event_but_a_sample_is_one_line_with_its_facts(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path)
+    events: list[Event] = [
+        step(1),
+        EvalEvent(step=1, val_loss=1.5, bits_per_byte=2.1, n_tokens=10, elapsed_s=3.0, eval_s=0.1),
+        SampleEvent(step=1),
+        SaveEvent(step=1, folder=tmp_path / "step-000001", val_loss=1.5, is_best=True),
+    ]
+    for event in events:
+        log.write(event)
+    lines = lines_of(path)
+    assert [line["event"] for line in lines] == ["step", "eval", "save"]
+    assert lines[0] == {
+        "event": "step",
+        "step": 1,
+        "progress": 0.5,
+        "train_loss": 1.25,
+        "lr": 0.01,
+        "grad_norm": 2.0,
+        "tokens_per_s": 100.0,
+        "mfu": None,
+        "elapsed_s": 3.0,
+        "remaining_s": 3.0,
+    }
+    assert lines[2] == {"event": "save", "step": 1, "val_loss": 1.5, "is_best": True}
+
+
+def test_a_resumed_log_drops_what_came_after_its_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path)
+    for number in (5, 10, 15, 20):
+        log.write(step(number))
+    MetricsLog(path, from_step=10).write(step(15))
+    assert [line["step"] for line in lines_of(path)] == [5, 10, 15]
+
+
+@pytest.mark.parametrize("rest", ['{"event": "st', '{"event": "step", "step": 12', "\0\0\0\0"])
+def test_a_line_that_a_kill_cut_is_dropped(rest: str, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    MetricsLog(path).write(step(10))
+    with path.open("a") as file:
+        file.write(rest)
+    MetricsLog(path, from_step=10).write(step(11))
+    assert [line["step"] for line in lines_of(path)] == [10, 11]
+
+
+def test_a_new_run_begins_a_new_log(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    MetricsLog(path).write(step(10))
+    MetricsLog(path)
+    assert lines_of(path) == []
+
+
+def test_the_log_of_a_stopped_and_resumed_run_is_that_of_one_run(
+    data: PreparedData, tmp_path: Path
+) -> None:
+    def facts(path: Path) -> list[tuple[object, ...]]:
+        names = ("event", "step", "train_loss", "val_loss", "lr", "grad_norm")
+        return [tuple(line.get(name) for name in names) for line in lines_of(path)]
+
+    config = config_of(max_steps=6, save_every=2)
+    straight = MetricsLog(tmp_path / "straight.jsonl")
+    for event in trainer_of(config, data, tmp_path / "straight").run():
+        straight.write(event)
+
+    first = trainer_of(config, data, tmp_path / "parted")
+    log = MetricsLog(tmp_path / "parted.jsonl")
+    events = first.run()  # killed, so to speak, at step 5: its lines outlive the checkpoint at 4
+    for event in events:
+        log.write(event)
+        if event.step == 5:
+            break
+    events.close()
+    second = trainer_of(config, data, tmp_path / "parted", resume=True)
+    log = MetricsLog(tmp_path / "parted.jsonl", from_step=second.step)
+    for event in run_until(second, 100):
+        log.write(event)
+    assert facts(tmp_path / "parted.jsonl") == facts(tmp_path / "straight.jsonl")

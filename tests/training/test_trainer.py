@@ -1,0 +1,334 @@
+"""The loop against a plain one, and what it does when a run goes well or badly."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small_models import small_config
+from small_runs import bits, config_of, data_of, differing, run_until, text, trainer_of
+
+from minigpt.checkpoint.folder import RunFolder
+from minigpt.checkpoint.model_folder import read_model
+from minigpt.config import DataConfig
+from minigpt.errors import DataError, DivergedError
+from minigpt.evaluation import evaluate
+from minigpt.model.gpt import GPT
+from minigpt.text.batches import batch, validation_windows
+from minigpt.text.shards import PreparedData, prepare
+from minigpt.training import trainer as trainer_module
+from minigpt.training.schedule import lr_scale
+from minigpt.training.trainer import EvalEvent, SampleEvent, SaveEvent, StepEvent, Trainer
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.5])
+def test_the_loop_equals_a_plain_one(clip: float, data: PreparedData, tmp_path: Path) -> None:
+    config = config_of(
+        "gpt2", optimizer="adamw", max_steps=6, lr=0.01, embedding_lr=0.01, grad_clip=clip, seed=5
+    )
+    trainer = trainer_of(config, data, tmp_path)
+    events = [event for event in trainer.run() if isinstance(event, StepEvent)]
+
+    model = GPT(config.model)
+    model.init_weights(torch.Generator().manual_seed(5))
+    adamw = torch.optim.AdamW(
+        model.parameters(), betas=(0.9, 0.95), eps=1e-10, weight_decay=0, fused=True
+    )
+    train, _ = data.tokens.split(0.1)
+    for step, event in enumerate(events):
+        scale = lr_scale(config.training, step / 6)
+        inputs, targets = batch(train, 16, 6, seed=5, step=step)
+        loss = F.cross_entropy(model(inputs).transpose(1, 2), targets)
+        loss.backward()
+        norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
+        for parameter in model.parameters():
+            parameter.grad *= min(1, (clip or math.inf) / norm)
+        adamw.param_groups[0]["lr"] = 0.01 * scale
+        adamw.step()
+        adamw.zero_grad()
+        # float32, in another order of sums.
+        assert event.train_loss == pytest.approx(loss.item(), rel=1e-4)
+        assert event.grad_norm == pytest.approx(norm, rel=1e-3)
+        assert event.lr == pytest.approx(0.01 * scale)
+        assert event.step == step + 1
+        assert event.progress == pytest.approx((step + 1) / 6)
+    for (name, ours), theirs in zip(
+        trainer.model.named_parameters(), model.parameters(), strict=True
+    ):
+        if name.endswith("key.bias"):
+            continue  # no softmax feels it: its gradient is noise, which AdamW makes steps of
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-3, msg=name)
+
+
+def test_accumulated_micro_batches_equal_the_big_batch(data: PreparedData, tmp_path: Path) -> None:
+    runs = {}
+    for size in (6, 3, 2, 1):
+        config = config_of("llama", max_steps=4, micro_batch_size=size)
+        trainer = trainer_of(config, data, tmp_path / str(size))
+        events = [event for event in trainer.run() if isinstance(event, StepEvent)]
+        runs[size] = [[event.train_loss, event.grad_norm] for event in events], bits(trainer)
+    facts, tensors = runs[6]
+    for size in (3, 2, 1):
+        # The same sums in other parts.
+        torch.testing.assert_close(
+            torch.tensor(runs[size][0]), torch.tensor(facts), rtol=1e-3, atol=0
+        )
+        for name in ("blocks.0.mlp.up.weight/momentum_buffer", "blocks.1.attention.output.weight"):
+            torch.testing.assert_close(runs[size][1][name], tensors[name], rtol=1e-2, atol=1e-4)
+
+
+def test_evaluation_and_checkpoints_change_nothing(data: PreparedData, tmp_path: Path) -> None:
+    plain = trainer_of(config_of("qwen3", dropout=0.2, max_steps=6), data, tmp_path / "plain")
+    watched = trainer_of(
+        config_of("qwen3", dropout=0.2, max_steps=6, eval_every=1, save_every=2, log_every=5),
+        data,
+        tmp_path / "watched",
+    )
+    list(plain.run())
+    assert sum(isinstance(event, EvalEvent) for event in watched.run()) == 6
+    assert differing(bits(plain), bits(watched)) == []
+
+
+def test_the_loss_falls_to_the_entropy_of_a_repetitive_text(tmp_path: Path) -> None:
+    data = data_of("abcdefgh " * 400, tmp_path / "corpus")
+    config = config_of("llama", max_steps=80, lr=0.02, embedding_lr=0.02, log_every=80)
+    final = [
+        e for e in trainer_of(config, data, tmp_path / "run").run() if isinstance(e, EvalEvent)
+    ]
+    # Every letter says which one follows: the entropy is zero.
+    assert final[-1].val_loss < 0.02
+    assert final[-1].bits_per_byte == pytest.approx(final[-1].val_loss / math.log(2))
+
+
+def test_events_come_when_they_are_due(data: PreparedData, tmp_path: Path) -> None:
+    config = config_of(max_steps=10, log_every=4, eval_every=3, save_every=5, sample_every=6)
+    seen = [(type(e).__name__[:-5], e.step) for e in trainer_of(config, data, tmp_path).run()]
+    assert seen == [
+        ("Eval", 3),
+        ("Step", 4),
+        ("Eval", 5),  # every checkpoint has its loss
+        ("Save", 5),
+        ("Eval", 6),
+        ("Sample", 6),
+        ("Step", 8),
+        ("Eval", 9),
+        ("Step", 10),
+        ("Sample", 10),
+        ("Eval", 10),
+        ("Save", 10),
+    ]
+
+
+def test_a_run_without_cadences_evaluates_and_saves_at_its_end(
+    data: PreparedData, tmp_path: Path
+) -> None:
+    events = list(trainer_of(config_of(max_steps=2, log_every=50), data, tmp_path).run())
+    assert [(type(e), e.step) for e in events] == [
+        (StepEvent, 2),
+        (EvalEvent, 2),
+        (SaveEvent, 2),
+    ]
+    assert not any(isinstance(event, SampleEvent) for event in events)
+
+
+def test_a_stop_saves_what_was_reached(data: PreparedData, tmp_path: Path) -> None:
+    trainer = trainer_of(config_of(log_every=1), data, tmp_path)
+    events = run_until(trainer, 3)
+    assert [(type(e), e.step) for e in events[-2:]] == [(EvalEvent, 3), (SaveEvent, 3)]
+    assert trainer.was_stopped
+    latest = RunFolder(tmp_path).latest()
+    assert latest is not None
+    assert differing(read_model(latest.folder).model.state_dict(), trainer.model.state_dict()) == []
+    assert latest.facts["val_loss"] == events[-1].val_loss
+
+
+def test_a_stop_before_the_first_step_saves_too(data: PreparedData, tmp_path: Path) -> None:
+    trainer = trainer_of(config_of(), data, tmp_path)
+    trainer.request_stop()
+    assert [(type(e), e.step) for e in trainer.run()] == [(EvalEvent, 0), (SaveEvent, 0)]
+    resumed = trainer_of(config_of(max_steps=3), data, tmp_path, resume=True)
+    fresh = trainer_of(config_of(max_steps=3), data, tmp_path / "fresh")
+    list(resumed.run())
+    list(fresh.run())
+    assert differing(bits(resumed), bits(fresh)) == []
+
+
+def test_the_validation_loss_is_that_of_the_checkpoint_over_the_last_tenth(
+    data: PreparedData, tmp_path: Path
+) -> None:
+    config = config_of("gpt2", max_steps=4, save_every=2, eval_tokens=10**9)
+    events = list(trainer_of(config, data, tmp_path).run())
+    n_val = len(data.tokens) - int(len(data.tokens) * 0.9)
+    for save in (event for event in events if isinstance(event, SaveEvent)):
+        model = read_model(save.folder).model
+        _, val = data.tokens.split(0.1)
+        result = evaluate(
+            model, validation_windows(val, 16, 10**9, 1), data.tokenizer.token_byte_lengths
+        )
+        assert save.val_loss == pytest.approx(result.nats_per_token, rel=1e-5)
+    evaluations = [event for event in events if isinstance(event, EvalEvent)]
+    assert [event.n_tokens for event in evaluations] == [n_val - 1] * 2
+
+
+def spoil(trainer: Trainer, value: float) -> None:
+    with torch.no_grad():
+        trainer.model.blocks[0].mlp.up.weight[3, 4] = value
+
+
+def run_and_spoil(trainer: Trainer, *, after_step: int, value: float) -> None:
+    for event in trainer.run():
+        if isinstance(event, SaveEvent) and event.step == after_step:
+            spoil(trainer, value)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_diverged_run_raises_and_leaves_the_last_finite_checkpoint(
+    value: float, data: PreparedData, tmp_path: Path
+) -> None:
+    trainer = trainer_of(config_of("llama", save_every=2), data, tmp_path)
+    with pytest.raises(DivergedError) as caught:
+        run_and_spoil(trainer, after_step=4, value=value)
+    message = str(caught.value)
+    assert message.startswith("training diverged at step 5: loss nan, gradient norm nan, lr 0.01.")
+    assert "Try a lower --lr." in message
+    latest, best = RunFolder(tmp_path).latest(), RunFolder(tmp_path).best()
+    assert latest is not None
+    assert best is not None
+    for pointer in (latest, best):
+        tensors = read_model(pointer.folder).model.state_dict().values()
+        assert all(tensor.isfinite().all() for tensor in tensors)
+    assert latest.step == 4
+
+
+@pytest.mark.parametrize("cadence", [{"save_every": 2}, {"eval_every": 1, "save_every": 3}])
+def test_nothing_that_diverged_between_two_log_lines_is_saved(
+    cadence: dict[str, int], data: PreparedData, tmp_path: Path
+) -> None:
+    config = config_of("llama", log_every=1000, max_steps=20, sample_every=1, **cadence)
+    trainer = trainer_of(config, data, tmp_path)
+    with pytest.raises(DivergedError, match=r"at step (4|5): validation loss nan, lr"):
+        run_and_spoil(trainer, after_step=cadence["save_every"], value=math.nan)
+    assert RunFolder(tmp_path).steps() == [cadence["save_every"]]
+
+
+def test_a_learning_rate_that_is_far_too_high_is_a_diverged_run(
+    data: PreparedData, tmp_path: Path
+) -> None:
+    config = config_of(
+        "gpt2", optimizer="adamw", lr=1e25, embedding_lr=1e25, warmup_fraction=0.0, max_steps=50
+    )
+    with pytest.raises(DivergedError):
+        list(trainer_of(config, data, tmp_path).run())
+    assert RunFolder(tmp_path).steps() == []
+
+
+def test_a_stop_of_a_diverged_run_saves_nothing(data: PreparedData, tmp_path: Path) -> None:
+    trainer = trainer_of(config_of(log_every=1000), data, tmp_path)
+    spoil(trainer, math.nan)
+    trainer.request_stop()
+    with pytest.raises(DivergedError):
+        list(trainer.run())
+    assert RunFolder(tmp_path).steps() == []
+
+
+def test_best_names_the_least_validation_loss_of_all_checkpoints(
+    data: PreparedData, tmp_path: Path
+) -> None:
+    config = config_of("llama", max_steps=10, save_every=2, keep=1)
+    trainer = trainer_of(config, data, tmp_path)
+    saves = []
+    for event in trainer.run():
+        if isinstance(event, SaveEvent):
+            saves.append(event)
+            if event.step == 4:  # what was learned is lost: later checkpoints are worse
+                with torch.no_grad():
+                    trainer.model.unembedding.weight.normal_(std=3.0)
+    losses = [event.val_loss for event in saves]
+    assert losses.index(min(losses)) == 1
+    assert [event.is_best for event in saves] == [True, True, False, False, False]
+    run = RunFolder(tmp_path)
+    best, latest = run.best(), run.latest()
+    assert best is not None
+    assert latest is not None
+    assert (best.step, best.facts["val_loss"]) == (4, losses[1])
+    assert json.loads((tmp_path / "best.json").read_text())["step"] == 4
+    assert (latest.step, latest.facts["val_loss"]) == (10, losses[4])
+    assert run.steps() == [4, 8, 10]  # best, one kept, latest
+
+    again = trainer_of(config_of("llama", max_steps=11, keep=1), data, tmp_path, resume=True)
+    assert [event.is_best for event in again.run() if isinstance(event, SaveEvent)] == [False]
+    best = run.best()
+    assert best is not None
+    assert best.step == 4
+
+
+def test_a_budget_of_minutes_ends_with_them_and_evaluation_is_not_counted(
+    data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each look at the clock moves it by a second: a step takes one, and so does an evaluation."""
+    ticks = iter(range(10**6))
+    monkeypatch.setattr(trainer_module.time, "perf_counter", lambda: float(next(ticks)))
+    config = config_of(max_steps=0, max_minutes=10 / 60, eval_every=2, warmup_fraction=0.0)
+    events = list(trainer_of(config, data, tmp_path).run())
+    steps = [event for event in events if isinstance(event, StepEvent)]
+    assert [event.elapsed_s for event in steps] == list(range(1, 11))
+    assert [event.remaining_s for event in steps] == pytest.approx(list(range(9, -1, -1)))
+    assert {event.tokens_per_s for event in steps} == {6 * 16}
+    assert [event.progress for event in steps] == pytest.approx([i / 10 for i in range(1, 11)])
+    # The learning rate falls over the last 0.6 of the time.
+    expected = [0.01 * min(1, (1 - i / 10) / 0.6) for i in range(10)]
+    assert [event.lr for event in steps] == pytest.approx(expected)
+    assert {event.eval_s for event in events if isinstance(event, EvalEvent)} == {1}
+
+
+def test_two_runs_of_one_seed_are_the_same_and_of_two_are_not(
+    data: PreparedData, tmp_path: Path
+) -> None:
+    runs = []
+    for number, seed in enumerate((3, 3, 4)):
+        torch.manual_seed(number)
+        trainer = trainer_of(
+            config_of(dropout=0.1, max_steps=3, seed=seed), data, tmp_path / str(number)
+        )
+        list(trainer.run())
+        runs.append(bits(trainer))
+    assert differing(runs[0], runs[1]) == []
+    assert "embedding.weight" in differing(runs[0], runs[2])
+
+
+@pytest.mark.parametrize("seed", [0, 2**63 - 1])
+def test_the_first_and_last_seeds_work(seed: int, data: PreparedData, tmp_path: Path) -> None:
+    trainer = trainer_of(config_of(dropout=0.1, max_steps=2, seed=seed), data, tmp_path)
+    assert isinstance(list(trainer.run())[-1], SaveEvent)
+
+
+@pytest.mark.parametrize(("n_words", "part"), [(2, "training"), (30, "validation")])
+def test_too_little_text_is_refused_before_the_first_step(
+    n_words: int, part: str, tmp_path: Path
+) -> None:
+    data = data_of(text(n_words), tmp_path / "corpus")
+    with pytest.raises(DataError, match=f"too little text: the {part} part has"):
+        trainer_of(config_of(), data, tmp_path / "run")
+
+
+def test_a_trained_tokenizer_goes_into_the_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "corpus.txt"
+    path.write_text(text(800))
+    data = prepare(DataConfig(paths=(str(path),), tokenizer="bpe:300"), cache_dir=tmp_path / "c")
+    shape: dict[str, Any] = {"vocab_size": data.tokenizer.vocab_size, "context_length": 16}
+    config = config_of(max_steps=2)
+    object.__setattr__(config, "model", small_config(**shape))
+    events = list(trainer_of(config, data, tmp_path / "run").run())
+    loaded = read_model(events[-1].folder)
+    assert loaded.tokenizer is not None
+    assert loaded.tokenizer.fingerprint == data.tokenizer.fingerprint
+    evaluation = next(event for event in events if isinstance(event, EvalEvent))
+    nats_per_byte = evaluation.bits_per_byte * math.log(2)
+    _, val = data.tokens.split(0.1)
+    windows = list(validation_windows(val, 16, 160, 10**6))
+    tokens = torch.cat([targets.flatten() for _, targets in windows]).tolist()
+    n_bytes = len(data.tokenizer.decode_bytes(tokens))
+    assert nats_per_byte == pytest.approx(evaluation.val_loss * len(tokens) / n_bytes)
