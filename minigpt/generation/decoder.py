@@ -85,6 +85,10 @@ class Decoder:
         When a Step is yielded, the recorder has last seen the forward pass whose final query
         produced its token.
         """
+        if self.recorder is not None and self.cache.length > len(self.prompt):
+            # It has seen later passes since, and the first token's is the prompt's.
+            self.cache.truncate(0)
+            self.prompt_logits = self.logits(self.prompt)
         self.cache.truncate(len(self.prompt))
         sampler = Sampler(config, seed=seed, device=self.device)
         context = list(self.prompt)

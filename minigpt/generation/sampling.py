@@ -66,8 +66,10 @@ class Sampler:
         config = self.config
         if config.repetition_penalty != 1:
             logits = penalize_repetition(logits, seen, config.repetition_penalty)
-        # A tiny temperature would overflow before the softmax could subtract the largest logit.
-        logits = (logits - logits.max()) / config.temperature
+        # A tiny temperature would overflow before the softmax could subtract the largest logit, and
+        # one below float32's range would be 0 there, and 0 / 0 no number.
+        temperature = max(config.temperature, torch.finfo(logits.dtype).tiny)
+        logits = (logits - logits.max()) / temperature
         if config.top_k:
             logits = keep_top_k(logits, config.top_k)
         if config.top_p < 1:

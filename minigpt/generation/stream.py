@@ -30,11 +30,13 @@ class StopFinder:
         if self.is_found:
             return ""
         text = self._held + text
-        found = [at for stop in self.stops if (at := text.find(stop)) >= 0]
+        found = [(at + len(stop), at) for stop in self.stops if (at := text.find(stop)) >= 0]
         if found:
             self.is_found = True
             self._held = ""
-            return text[: min(found)]
+            # The one that is complete first, as if the text came character by character: where
+            # tokens happen to end must not matter.
+            return text[: min(found)[1]]
         n_held = max((_overlap(text, stop) for stop in self.stops), default=0)
         self._held = text[len(text) - n_held :]
         return text[: len(text) - n_held]

@@ -1,0 +1,174 @@
+"""Cached generation against a plain loop of full forward passes."""
+
+from typing import Any
+
+import pytest
+import torch
+from small_models import LAYOUTS, random_tokens, small_model
+
+from minigpt.config import SamplingConfig
+from minigpt.errors import DataError
+from minigpt.generation.decoder import Decoder, Step, fresh_seed
+from minigpt.generation.sampling import Sampler
+from minigpt.model.gpt import GPT
+
+PROMPT = random_tokens(5).tolist()
+
+
+def plain_generation(
+    model: GPT, prompt: list[int], config: SamplingConfig, seed: int
+) -> list[tuple[int, float]]:
+    """No cache: all tokens so far go through the model for each new one."""
+    sampler = Sampler(config, seed=seed, device=torch.device("cpu"))
+    context, result = list(prompt), []
+    while len(result) < config.max_new_tokens and len(context) <= model.config.context_length:
+        with torch.no_grad():
+            logits = model(torch.tensor([context]))[0, -1]
+        token = int(sampler.draw(logits, torch.tensor(context)))
+        result.append((token, logits.log_softmax(dim=0)[token].item()))
+        context.append(token)
+    return result
+
+
+def generated(
+    model: GPT, prompt: list[int], *, seed: int = 1, end_of_text: int | None = None, **options: Any
+) -> list[Step]:
+    config = SamplingConfig(**options)
+    return list(Decoder(model, prompt).generate(config, seed=seed, end_of_text=end_of_text))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.0},
+        {"temperature": 0.0, "repetition_penalty": 1.5},
+        {"temperature": 1.0},
+        {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.2},
+    ],
+    ids=["greedy", "greedy-penalized", "plain", "all"],
+)
+def test_generation_with_the_cache_equals_full_forward_passes(
+    layout: str, options: dict[str, Any]
+) -> None:
+    model = small_model(layout)
+    for seed in range(3):
+        prompt = random_tokens(1 + 4 * seed, seed=seed).tolist()
+        steps = generated(model, prompt, seed=seed, max_new_tokens=12, **options)
+        expected = plain_generation(
+            model, prompt, SamplingConfig(max_new_tokens=12, **options), seed
+        )
+        assert [step.token for step in steps] == [token for token, _ in expected]
+        # The model's own probability, whatever the options; float32 in another order.
+        assert [step.log_probability for step in steps] == pytest.approx(
+            [log_probability for _, log_probability in expected], abs=1e-3
+        )
+        assert [step.index for step in steps] == list(range(12))
+        assert [step.position for step in steps] == list(range(len(prompt), len(prompt) + 12))
+
+
+@pytest.mark.parametrize("n_prompt", [1, 5, 23, 24])
+def test_generation_ends_when_the_context_is_full(n_prompt: int) -> None:
+    """The last query stands on the last position, and its token is generated still."""
+    model = small_model("gpt2")
+    steps = generated(model, random_tokens(n_prompt).tolist(), max_new_tokens=1000)
+    assert len(steps) == 24 - n_prompt + 1
+    assert [step.finish for step in steps] == [None] * (24 - n_prompt) + ["context"]
+    assert steps[-1].position == 24
+
+
+@pytest.mark.parametrize("n", [1, 7])
+def test_generation_ends_after_max_new_tokens(n: int) -> None:
+    steps = generated(small_model(), PROMPT, max_new_tokens=n)
+    assert [step.finish for step in steps] == [None] * (n - 1) + ["length"]
+
+
+def test_a_limit_that_is_met_exactly_at_the_end_of_the_context_is_a_limit() -> None:
+    steps = generated(small_model(), PROMPT, max_new_tokens=20)
+    assert len(steps) == 20
+    assert steps[-1].finish == "length"
+
+
+def test_generation_ends_with_the_end_of_text_and_only_where_it_is_one() -> None:
+    model = small_model()
+    free = generated(model, PROMPT, temperature=0.0, max_new_tokens=10)
+    end = free[6].token
+    first = [step.token for step in free].index(end)
+    ended = generated(model, PROMPT, temperature=0.0, max_new_tokens=10, end_of_text=end)
+    assert [step.token for step in ended] == [step.token for step in free[: first + 1]]
+    assert [step.finish for step in ended] == [None] * first + ["end_of_text"]
+
+
+def test_the_same_seed_gives_the_same_tokens_and_another_seed_others() -> None:
+    model = small_model("qwen3")
+    torch.manual_seed(3)
+    state = torch.random.get_rng_state()
+    one = generated(model, PROMPT, seed=8, max_new_tokens=15, temperature=1.5)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.manual_seed(4)
+    assert generated(model, PROMPT, seed=8, max_new_tokens=15, temperature=1.5) == one
+    assert generated(model, PROMPT, seed=9, max_new_tokens=15, temperature=1.5) != one
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_generations_from_one_prefill_equal_those_from_fresh_ones(layout: str) -> None:
+    model = small_model(layout)
+    decoder = Decoder(model, PROMPT)
+    config = SamplingConfig(max_new_tokens=10, temperature=1.0)
+    for seed in (1, 2, 1):
+        steps = list(decoder.generate(config, seed=seed))
+        assert steps == list(Decoder(model, PROMPT).generate(config, seed=seed))
+    partial = decoder.generate(config, seed=5)
+    next(partial)
+    next(partial)  # left in the middle
+    assert list(decoder.generate(config, seed=1)) == generated(
+        model, PROMPT, seed=1, max_new_tokens=10, temperature=1.0
+    )
+
+
+def test_the_recorder_has_last_seen_the_pass_of_each_token() -> None:
+    class LastKeys:
+        def record(self, layer: int, q: Any, k: Any, v: Any, context: Any) -> None:
+            self.q, self.k = q, k
+
+    recorder = LastKeys()
+    decoder = Decoder(small_model(), PROMPT, recorder)
+    first_queries = []
+    for n in (4, 1, 2):
+        for step in decoder.generate(SamplingConfig(max_new_tokens=n), seed=1):
+            assert recorder.k.shape[2] == step.position
+            if step.index == 0:
+                first_queries.append(recorder.q[:, :, -1].clone())
+    assert torch.equal(first_queries[0], first_queries[1])
+    assert torch.equal(first_queries[0], first_queries[2])
+
+
+def test_an_empty_prompt_is_a_data_error() -> None:
+    with pytest.raises(DataError, match=r"^the prompt is empty\. Give at least one character"):
+        Decoder(small_model(), [])
+
+
+def test_a_prompt_longer_than_the_context_is_a_data_error_with_both_numbers() -> None:
+    with pytest.raises(DataError) as caught:
+        Decoder(small_model(), random_tokens(25).tolist())
+    assert str(caught.value) == (
+        "the prompt has 25 tokens, the model sees 24. Shorten the prompt, or train with a larger "
+        "--context-length."
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_bfloat16_model_decodes_with_a_bfloat16_cache(layout: str) -> None:
+    model = small_model(layout).bfloat16()
+    decoder = Decoder(model, PROMPT)
+    assert decoder.cache.keys_LBGSD.dtype == torch.bfloat16
+    steps = list(decoder.generate(SamplingConfig(max_new_tokens=5), seed=1))
+    assert len(steps) == 5
+    assert all(step.log_probability <= 0 for step in steps)
+
+
+def test_fresh_seeds_differ_and_are_accepted() -> None:
+    seeds = {fresh_seed() for _ in range(20)}
+    assert len(seeds) == 20
+    for seed in seeds:
+        assert SamplingConfig(seed=seed).seed == seed

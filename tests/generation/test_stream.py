@@ -1,0 +1,158 @@
+"""Streamed text against text that is decoded and cut all at once."""
+
+import random
+from collections.abc import Sequence
+
+import pytest
+
+from minigpt.generation.decoder import FinishReason, Step
+from minigpt.generation.stream import StopFinder, TextStep, stream_text
+from minigpt.text.tokenizer import END_OF_TEXT, Tokenizer, bytes_tokenizer, make_encoding
+
+BYTES = bytes_tokenizer()
+PIECES = [
+    b"ab",
+    b"abc",
+    b"bca",
+    "é".encode(),
+    b"\xc3",
+    "ab日".encode()[:-1],
+    b" a",
+    "🙂🙂".encode(),
+]
+RANKS = {bytes([b]): b for b in range(256)} | {p: 256 + i for i, p in enumerate(PIECES[:4])}
+RANKS |= {p: 256 + i for i, p in enumerate(PIECES) if p not in RANKS}
+WIDE = Tokenizer("wide", make_encoding("wide", r"(?s:.)+", RANKS, {END_OF_TEXT: 300}))
+
+
+def steps_of(tokens: Sequence[int], finish: FinishReason | None = "length") -> list[Step]:
+    last = len(tokens) - 1
+    return [Step(i, i, t, -1.0, finish if i == last else None) for i, t in enumerate(tokens)]
+
+
+def streamed(
+    tokens: Sequence[int],
+    stops: Sequence[str] = (),
+    tokenizer: Tokenizer = BYTES,
+    finish: FinishReason = "length",
+) -> list[TextStep]:
+    return list(stream_text(steps_of(tokens, finish), tokenizer, stops))
+
+
+def joined(items: list[TextStep]) -> str:
+    return "".join(item.text for item in items)
+
+
+def cut(text: str, stops: Sequence[str]) -> tuple[str, bool]:
+    """Cut before the stop text that is complete first, the longest of those: a plain search."""
+    for end in range(len(text) + 1):
+        endings = [stop for stop in stops if text[:end].endswith(stop)]
+        if endings:
+            return text[: end - max(map(len, endings))], True
+    return text, False
+
+
+@pytest.mark.parametrize("tokenizer", [BYTES, WIDE], ids=["bytes", "wide"])
+def test_streamed_text_equals_text_decoded_at_once_and_cut(tokenizer: Tokenizer) -> None:
+    source = random.Random(1)
+    stop_choices = ["ab", "b", "abc", "bca", "aab", "é", "bé", "日", "a日", "\ufffd", "aa", "ca c"]
+    ids = [97, 98, 99, 32] * 3 + [0xC3, 0xA9, 0xE6, 0x97, 0xA5, 0xFF]
+    if tokenizer is WIDE:
+        ids += list(range(256, 256 + len(PIECES)))
+    n_found = 0
+    for _ in range(2000):
+        tokens = source.choices(ids, k=source.randint(1, 14))
+        stops = source.sample(stop_choices, k=source.randint(0, 3))
+        items = streamed(tokens, stops, tokenizer)
+        whole = tokenizer.decode_bytes(tokens).decode("utf-8", "replace")
+        expected, is_found = cut(whole, stops)
+        assert joined(items) == expected, (tokens, stops)
+        assert items[-1].step.finish == ("stop" if is_found else "length")
+        n_found += is_found
+    assert 300 < n_found < 1900  # both ends were tried
+
+
+@pytest.mark.parametrize(
+    ("text", "stops", "expected"),
+    [
+        ("one. two", (".",), "one"),
+        ("aaab", ("aab",), "a"),
+        ("ababac", ("abac",), "ab"),
+        ("xabcd", ("abcd", "bc"), "xa"),  # bc is complete first
+        ("xabc", ("bc", "abc"), "x"),  # complete together: all of the longer one is kept back
+        ("abab", ("abc",), "abab"),
+        ("", ("a",), ""),
+        ("stop", ("stop",), ""),
+        ("a\n\nb", ("\n\n",), "a"),
+        ("caf\u00e9!", ("\u00e9",), "caf"),
+        ("日本", ("本",), "日"),
+    ],
+)
+def test_where_tokens_end_does_not_matter_to_a_stop_text(
+    text: str, stops: tuple[str, ...], expected: str
+) -> None:
+    source = random.Random(2)
+    for _ in range(50):
+        cuts = sorted(source.choices(range(len(text) + 1), k=source.randint(0, 4)))
+        pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+        finder = StopFinder(stops)
+        result = "".join(finder.push(piece) for piece in pieces) + finder.finish()
+        assert result == expected, pieces
+        assert finder.is_found == (expected != text)
+
+
+def test_a_stop_ends_the_stream_at_its_step() -> None:
+    items = streamed(b"one two three", stops=("two",))
+    assert len(items) == 7
+    assert items[-1].step.finish == "stop"
+    assert items[-1].step.index == 6
+    assert [item.step.finish for item in items[:-1]] == [None] * 6
+
+
+def test_a_stop_takes_no_token_more_from_the_model() -> None:
+    taken = []
+
+    def steps():  # type: ignore[no-untyped-def]
+        for step in steps_of(b"a.b"):
+            taken.append(step.token)
+            yield step
+
+    list(stream_text(steps(), BYTES, (".",)))
+    assert bytes(taken) == b"a."
+
+
+def test_text_comes_as_soon_as_it_is_certain() -> None:
+    assert [item.text for item in streamed("aé日".encode())] == ["a", "", "é", "", "", "日"]
+    items = streamed(b"xstay", stops=("stop",))
+    assert [item.text for item in items] == ["x", "", "", "sta", "y"]
+
+
+def test_text_that_was_held_back_in_vain_comes_with_the_last_step() -> None:
+    assert [item.text for item in streamed(b"ab st", stops=("stop",))] == ["a", "b", " ", "", "st"]
+    # half a character at the end becomes U+FFFD, after what was held
+    assert [item.text for item in streamed(b"st\xe6", stops=("stop",))] == ["", "", "st\ufffd"]
+
+
+def test_a_stop_text_that_the_end_completes_is_found() -> None:
+    items = streamed(b"a\xe6", stops=("\ufffd",))
+    assert joined(items) == "a"
+    assert items[-1].step.finish == "stop"
+
+
+def test_the_end_of_text_has_no_text_and_releases_what_was_held() -> None:
+    items = streamed([*b"hi s", 256], stops=("stop",), finish="end_of_text")
+    assert joined(items) == "hi s"
+    assert items[-1].step.finish == "end_of_text"
+    assert items[-1].text == "s"
+
+
+def test_a_special_token_that_ends_nothing_is_shown() -> None:
+    assert joined(streamed([*b"a", 256, *b"b"])) == f"a{END_OF_TEXT}b"
+
+
+def test_ids_that_the_vocabulary_lacks_have_no_text() -> None:
+    assert joined(streamed([97, 299, 98], tokenizer=WIDE)) == "ab"
+
+
+def test_no_steps_give_no_text() -> None:
+    assert list(stream_text([], BYTES, ("a",))) == []
