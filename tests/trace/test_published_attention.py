@@ -1,0 +1,95 @@
+"""A published model's attention is the one that was published with it."""
+
+import base64
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from minigpt.checkpoint.model_folder import read_model
+from minigpt.model.cache import KVCache
+from minigpt.model.gpt import GPT
+from minigpt.model.scores import attention_weights
+from minigpt.trace.recorder import RowRecorder
+from minigpt.trace.selection import select_heads
+
+# The published numbers are float32 too, of another torch on another machine.
+CLOSE = {"rtol": 0, "atol": 1e-5}
+
+
+class Collector:
+    """Keeps what every layer shows."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, tuple[Tensor, ...]] = {}
+
+    def record(self, layer: int, *tensors: Tensor) -> None:
+        self.layers[layer] = tensors
+
+
+@pytest.fixture
+def model(shared: Path) -> GPT:
+    return read_model(shared / "weights" / "gpt-nano-sort").model
+
+
+@pytest.fixture
+def published(shared: Path) -> Callable[[str], Tensor]:
+    path = shared / "weights" / "gpt-nano-sort" / "gpt-nano-sort-t0-partials.json"
+    values = json.loads(path.read_text())
+
+    def tensor(name: str) -> Tensor:
+        data = bytearray(base64.b64decode(values[name]["data"]))
+        return torch.frombuffer(data, dtype=torch.float32).view(values[name]["shape"])
+
+    return tensor
+
+
+@torch.no_grad()
+def test_the_attention_of_the_first_layer_is_the_published_one(
+    model: GPT, published: Callable[[str], Tensor]
+) -> None:
+    collector = Collector()
+    model(published("idx").long(), recorder=collector)
+    q, k, v, context = collector.layers[0]
+    for ours, name in ((q, "q"), (k, "k"), (v, "v")):
+        torch.testing.assert_close(ours, published(name), **CLOSE)
+    torch.testing.assert_close(attention_weights(q, k), published("attSm"), **CLOSE)
+    torch.testing.assert_close(context.transpose(1, 2).flatten(2), published("y"), **CLOSE)
+
+
+@torch.no_grad()
+def test_every_block_and_the_logits_are_the_published_ones(
+    model: GPT, published: Callable[[str], Tensor]
+) -> None:
+    """The file has the attention of the first layer alone; later ones show in what they add."""
+    outputs: list[Tensor] = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    logits = model(published("idx").long())
+    for i, output in enumerate(outputs):
+        torch.testing.assert_close(output, published(f"block{i}"), **CLOSE)
+    torch.testing.assert_close(logits, published("lm_head"), **CLOSE)
+    torch.testing.assert_close(logits.softmax(dim=-1), published("probs"), **CLOSE)
+
+
+@pytest.mark.parametrize("n_prefill", [1, 6, 11])
+@torch.no_grad()
+def test_the_traced_rows_are_the_published_ones(
+    n_prefill: int, model: GPT, published: Callable[[str], Tensor]
+) -> None:
+    for sequence in range(3):
+        tokens = published("idx").long()[sequence : sequence + 1]
+        expected = published("attSm")[sequence]  # (H, T, S)
+        for heads, weights in (("0.*", expected.mean(dim=0)), ("0.1", expected[1])):
+            recorder = RowRecorder(select_heads(3, 3, heads=heads))
+            cache = KVCache(model.config)
+            for part in (tokens[:, :n_prefill], *tokens[:, n_prefill:].split(1, dim=1)):
+                if part.numel():
+                    model(part, cache, recorder)
+                    row = recorder.row()
+                    torch.testing.assert_close(
+                        row, weights[cache.length - 1, : cache.length], **CLOSE
+                    )
