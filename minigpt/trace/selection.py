@@ -1,8 +1,11 @@
 """Which heads a trace looks at: ``0,2,4-6`` for layers, ``4.2,5.*`` for layer.head."""
 
+import re
 from dataclasses import dataclass
 
 from minigpt.errors import ConfigError
+
+_RANGE = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?")
 
 
 @dataclass(frozen=True)
@@ -43,10 +46,10 @@ def select_heads(
     Raises: ConfigError for text that does not parse, numbers that the model lacks, or if none is
         left.
     """
-    chosen_layers = _numbers(layers or "*", n_layer, "--layers", "layer")
+    chosen_layers = _numbers("*" if layers is None else layers, n_layer, "--layers", "layer")
     chosen_heads = {
         (layer, head)
-        for part in (heads or "*.*").split(",")
+        for part in ("*.*" if heads is None else heads).split(",")
         for layer, head in _layer_heads(part, n_layer, n_head)
     }
     selection = HeadSelection(
@@ -82,10 +85,10 @@ def _numbers(text: str, n: int, option: str, noun: str) -> set[int]:
         return set(range(n))
     numbers: set[int] = set()
     for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
+        match = _RANGE.fullmatch(part.strip())
+        if not match:
             raise ConfigError(f"{option} takes numbers and ranges, as in 0,2,4-6: it is {text!r}.")
-        low, high = int(first), int(last or first)
+        low, high = int(match[1]), int(match[2] or match[1])
         if low > high or high >= n:
             raise ConfigError(
                 f"{option} {part.strip()} is out of range: the model has {noun}s 0 to {n - 1}."

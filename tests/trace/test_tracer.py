@@ -1,0 +1,185 @@
+"""A trace is a generation with its sources beside it, and nothing else changes."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from small_models import LAYOUTS, small_model
+
+from minigpt.config import SamplingConfig
+from minigpt.errors import DataError
+from minigpt.generation.decoder import Decoder
+from minigpt.generation.stream import stream_text
+from minigpt.model.gpt import GPT
+from minigpt.text.tokenizer import bytes_tokenizer
+from minigpt.trace.recorder import RowRecorder
+from minigpt.trace.selection import select_heads
+from minigpt.trace.tracer import TraceEvent, TraceFooter, TraceHeader, TraceStep, trace
+
+TOKENIZER = bytes_tokenizer()
+PROMPT = list(b"to be or")
+EVERY_HEAD = select_heads(2, 4)
+
+
+def model_of(layout: str = "qwen3") -> GPT:
+    return small_model(layout, vocab_size=257)
+
+
+def traced(
+    model: GPT, sampling: SamplingConfig, *, seed: int = 1, **options: Any
+) -> tuple[TraceHeader, list[TraceStep], TraceFooter]:
+    options = {"selection": EVERY_HEAD} | options
+    events: list[TraceEvent] = list(trace(model, TOKENIZER, PROMPT, sampling, seed=seed, **options))
+    header, *steps, footer = events
+    assert isinstance(header, TraceHeader)
+    assert isinstance(footer, TraceFooter)
+    assert all(isinstance(step, TraceStep) for step in steps)
+    return header, steps, footer
+
+
+@pytest.mark.parametrize("reduce", ["mean", "max"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_trace_generates_what_generation_does(layout: str, reduce: str) -> None:
+    model = model_of(layout)
+    sampling = SamplingConfig(temperature=1.1, top_p=0.95, max_new_tokens=12, stop=("zz",))
+    for seed in range(3):
+        _, steps, footer = traced(model, sampling, seed=seed, reduce=reduce)
+        plain = list(
+            stream_text(
+                Decoder(model, PROMPT).generate(sampling, seed=seed, end_of_text=256),
+                TOKENIZER,
+                ("zz",),
+            )
+        )
+        assert [
+            (s.index, s.token.position, s.token.id, s.log_probability, s.finish, s.text)
+            for s in steps
+        ] == [
+            (
+                p.step.index,
+                p.step.position,
+                p.step.token,
+                p.step.log_probability,
+                p.step.finish,
+                p.text,
+            )
+            for p in plain
+        ]
+        assert footer.n_tokens == len(plain)
+        assert footer.finish == plain[-1].step.finish
+
+
+def test_each_row_accounts_for_all_of_the_attention() -> None:
+    for n_sources in (0, 1, 3, 100):
+        _, steps, footer = traced(
+            model_of(), SamplingConfig(max_new_tokens=16), n_sources=n_sources
+        )
+        for step in steps:
+            assert step.rest is not None
+            shares = [source.weight for source in step.sources]
+            assert len(shares) == min(n_sources, step.token.position - 1)
+            assert step.sink + sum(shares) + step.rest == pytest.approx(1, abs=1e-6)
+            assert shares == sorted(shares, reverse=True)
+        assert footer.worst_row_sum_error is not None
+        assert footer.worst_row_sum_error < 1e-6
+
+
+def test_a_maximum_has_no_rest_because_it_does_not_sum_to_one() -> None:
+    _, steps, footer = traced(model_of(), SamplingConfig(max_new_tokens=5), reduce="max")
+    assert {step.rest for step in steps} == {None}
+    assert footer.worst_row_sum_error is None
+
+
+def test_sources_are_earlier_tokens_with_their_own_weights() -> None:
+    model = model_of()
+    sampling = SamplingConfig(max_new_tokens=14, temperature=1.0)
+    _, steps, _ = traced(model, sampling, n_sources=100, seed=5)
+    context = list(PROMPT)
+    for step in steps:
+        recorder = RowRecorder(EVERY_HEAD)
+        with torch.no_grad():
+            model(torch.tensor([context]), recorder=recorder)
+        row = recorder.row().tolist()
+        assert step.sink == pytest.approx(row[0], abs=1e-5)
+        assert sorted(s.token.position for s in step.sources) == list(range(1, len(context)))
+        for source in step.sources:
+            position = source.token.position
+            assert source.weight == pytest.approx(row[position], abs=1e-5)
+            assert source.token.id == context[position]
+            assert source.token.data == TOKENIZER.token_bytes(context[position])
+        assert step.token.position == len(context)
+        context.append(step.token.id)
+
+
+def test_the_header_says_what_is_traced() -> None:
+    sampling = SamplingConfig(max_new_tokens=1)
+    selection = select_heads(2, 4, heads="1.2,0.*")
+    header, _, _ = traced(
+        model_of(), sampling, seed=9, selection=selection, reduce="max", model_name="runs/x"
+    )
+    assert (header.model, header.n_layer, header.n_head, header.seed) == ("runs/x", 2, 4, 9)
+    assert (header.selection, header.reduce, header.sampling) == (selection, "max", sampling)
+    assert bytes(token.id for token in header.prompt) == b"to be or"
+    assert [token.position for token in header.prompt] == list(range(8))
+
+
+def test_the_probability_is_the_model_s_own_before_any_option() -> None:
+    model = model_of()
+    _, steps, _ = traced(model, SamplingConfig(max_new_tokens=3, temperature=0.0))
+    context = list(PROMPT)
+    for step in steps:
+        with torch.no_grad():
+            p = model(torch.tensor([context]))[0, -1].softmax(dim=0)
+        assert step.probability == pytest.approx(p.max().item(), rel=1e-3)
+        assert step.probability == math.exp(step.log_probability)
+        context.append(step.token.id)
+
+
+@pytest.mark.parametrize("stops_there", [True, False])
+def test_the_end_of_text_ends_a_trace_if_it_is_to(stops_there: bool) -> None:
+    model = model_of("gpt2")
+    with torch.no_grad():
+        model.unembedding.weight[256] = model.final_norm.bias * 100  # <|endoftext|>, always
+        model.final_norm.weight.zero_()
+    _, steps, footer = traced(
+        model, SamplingConfig(max_new_tokens=4), stop_at_end_of_text=stops_there
+    )
+    assert {step.token.id for step in steps} == {256}
+    assert len(steps) == (1 if stops_there else 4)
+    assert footer.finish == ("end_of_text" if stops_there else "length")
+
+
+def test_a_trace_ends_with_the_context() -> None:
+    _, steps, footer = traced(model_of(), SamplingConfig(max_new_tokens=100), n_sources=2)
+    assert len(steps) == 24 - 8 + 1
+    assert footer.finish == "context"
+
+
+def test_tracing_one_prompt_token_has_nothing_but_the_sink() -> None:
+    events = list(
+        trace(
+            model_of(),
+            TOKENIZER,
+            [97],
+            SamplingConfig(max_new_tokens=1),
+            selection=EVERY_HEAD,
+            seed=1,
+        )
+    )
+    step = events[1]
+    assert isinstance(step, TraceStep)
+    assert (step.sink, step.sources, step.rest) == (
+        pytest.approx(1),
+        (),
+        pytest.approx(0, abs=1e-6),
+    )
+
+
+def test_an_empty_or_long_prompt_is_a_data_error() -> None:
+    for prompt in ([], list(b"x" * 25)):
+        events = trace(
+            model_of(), TOKENIZER, prompt, SamplingConfig(), selection=EVERY_HEAD, seed=1
+        )
+        with pytest.raises(DataError):
+            next(events)
