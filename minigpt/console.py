@@ -3,8 +3,11 @@
 stdout carries the result, stderr everything else.
 """
 
+import os
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
+from typing import IO, Any, cast
 
 from rich.console import Console
 from rich.text import Text
@@ -17,24 +20,24 @@ _THEME = Theme(
     {
         "plain": "none",
         "token": "bold",
-        "sink": "dim",
         "heat0": "dim",
         "heat1": "#4c9bc6",
         "heat2": "#2aa198",
         "heat3": "#cb8b16",
         "heat4": "bold #e0561f",
-        "good": "green",
-        "bad": "bold red",
     }
 )
 _PIPE_WIDTH = 100
 
 
 def make_console(*, is_stderr: bool) -> Console:
-    """Return a console on the current stdout or stderr; plain where that is no terminal."""
+    """Return a console on the current stdout or stderr; plain where that is no terminal.
+
+    The one on stderr never fails: who hangs up or closes a pipe must not end a training run.
+    """
     stream = sys.stderr if is_stderr else sys.stdout
     return Console(
-        stderr=is_stderr,
+        file=cast("IO[str]", _Unfailing(stream)) if is_stderr else None,
         theme=_THEME,
         highlight=False,
         emoji=False,
@@ -42,6 +45,37 @@ def make_console(*, is_stderr: bool) -> Console:
         soft_wrap=True,
         width=None if stream.isatty() else _PIPE_WIDTH,
     )
+
+
+class _Unfailing:
+    """A stream that is silent once it cannot be written."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            silence(self._stream)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            silence(self._stream)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def silence(stream: IO[str]) -> None:
+    """Send what a stream holds, and what is written to it from now on, nowhere."""
+    with suppress(OSError, ValueError):  # a stream without a descriptor
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
 
 
 def spans_to_text(spans: Iterable[tuple[str, str]]) -> Text:

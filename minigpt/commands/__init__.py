@@ -4,68 +4,111 @@ Nothing here imports torch before a command runs, so that --help answers at once
 """
 
 import os
+import platform
+import signal
 import sys
-import traceback
+from types import FrameType
+from typing import Annotated, NoReturn
 
 import typer
 
-from minigpt.commands.attention_trace import attention_trace
-from minigpt.commands.generate import generate
-from minigpt.commands.train import train
-from minigpt.errors import MinigptError
+from minigpt.commands.failures import describe
+from minigpt.commands.layout import Commands
 from minigpt.text.visible import printable
 
 app = typer.Typer(
-    help="Train a small GPT, sample from it, and see what each generated token attended to.",
-    no_args_is_help=True,
+    cls=Commands,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command(short_help="Train a model from text")(train)
-app.command(short_help="Continue a prompt with a trained model")(generate)
-app.command(name="attention-trace", short_help="Show what each generated token attended to")(
-    attention_trace
-)
 
 
-def main() -> None:
-    """Run the command line and exit with DESIGN's codes: one line an error, on stderr."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # no character that the encoding lacks may raise
-            stream.reconfigure(errors="backslashreplace")
+def _show_version(is_asked: bool) -> None:
+    if not is_asked:
+        return
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
-        status = app(standalone_mode=False)
-    except Exception as error:
-        if "--debug" in sys.argv:
-            traceback.print_exc()
-        sys.exit(_report(error))
-    except KeyboardInterrupt:
-        sys.exit(130)
+        number = version("minigpt")
+    except PackageNotFoundError:  # run by cli.py from the source tree
+        number = "of the source tree"
+    python = platform.python_version()
+    typer.echo(f"minigpt {number} (torch {version('torch')}, Python {python})")
+    raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def minigpt(
+    context: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version", callback=_show_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Train a small GPT, sample from it, and see what each generated token attended to."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help(), err=True)
+        raise typer.Exit(2)
+
+
+def main() -> NoReturn:
+    """Run the command line and exit with DESIGN's codes: one line an error, on stderr."""
+    _open_streams()
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        status = app(prog_name="minigpt", standalone_mode=False)
+        sys.stdout.flush()
+    except SystemExit as error:
+        # typer ends with 1 where the reader of a pipe has gone, as in `| head`: that is no failure.
+        status = 0 if isinstance(error.__context__, BrokenPipeError) else error.code
+    except BrokenPipeError:
+        status = 0
+    except (KeyboardInterrupt, typer.Abort):
+        status = 128 + signal.SIGINT
+    except BaseException as error:
+        status = _report(error)
+    finally:
+        _close_streams()
     sys.exit(status if isinstance(status, int) else 0)
 
 
-def _report(error: Exception) -> int:
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    """End as on any other way out, so that what is half done is cleared away."""
+    sys.exit(128 + number)
+
+
+def _report(error: BaseException) -> int:
     """Print one line about an error and return its exit code."""
-    if isinstance(error, BrokenPipeError):
-        # The reader has gone, as with `| head`. What is still buffered has nowhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    if hasattr(error, "format_message"):  # click's usage errors
-        message, code = error.format_message(), getattr(error, "exit_code", 2)
-    elif isinstance(error, MinigptError):
-        message, code = str(error), error.exit_code
-    elif (
-        isinstance(error, MemoryError)
-        or "OutOfMemory" in type(error).__name__
-        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
-    ):
-        message, code = "out of memory. Try a smaller model, --batch-size or --context-length.", 6
-    else:
-        message = f"{type(error).__name__}: {error}. This is a bug of minigpt; --debug shows more."
-        code = 1
-    if message:
-        line = " ".join(printable(message).split())
-        print(f"error: {line}", file=sys.stderr)  # noqa: T201
-    return int(code)
+    if "--debug" in sys.argv:
+        import traceback
+
+        traceback.print_exception(error)
+    message, code = describe(error)
+    line = " ".join(printable(message).split())
+    print(f"error: {line}", file=sys.stderr)  # noqa: T201
+    return code
+
+
+def _open_streams() -> None:
+    """See to it that stdin, stdout and stderr are there, and that no character makes them fail."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by the caller, as with >&-
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _close_streams() -> None:
+    """Silence what can no longer be written, so that Python's own last flush is no error."""
+    for stream in (sys.stdout, sys.stderr, sys.__stdout__):
+        if stream is None:
+            continue
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            from minigpt.console import silence
+
+            silence(stream)

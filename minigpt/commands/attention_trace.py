@@ -1,120 +1,167 @@
-"""minigpt attention-trace."""
+"""minigpt attention-trace; the docstring of the command is its --help."""
 
-from typing import Annotated
+import time
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from minigpt.commands import options
+from minigpt.errors import ConfigError
+
+if TYPE_CHECKING:
+    from minigpt.trace.terminal import TraceLayout
+    from minigpt.trace.tracer import TraceEvent
+
+_GROUP = "Attention"
+_REDUCTIONS = ("mean", "max")
+_JSON_SOURCES = 8
 
 
 def attention_trace(
     prompt: options.Prompt = None,
     model: options.Model = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
     layers: Annotated[
         str | None,
-        typer.Option(help="Layers to look at, as in 0,2,4-6", show_default="all"),
+        options.option(
+            "--layers",
+            "Layers to look at, as in 0,2,4-6",
+            group=_GROUP,
+            metavar="LIST",
+            default="all",
+        ),
     ] = None,
     heads: Annotated[
         str | None,
-        typer.Option(help="Heads to look at, layer.head, as in 4.2,5.*", show_default="all"),
-    ] = None,
-    sources: Annotated[
-        int | None,
-        typer.Option(
-            help="Earlier tokens to show per token",
-            show_default="as many as fit the line; 8 with --json",
-            min=0,
+        options.option(
+            "--heads",
+            "Heads, layer.head, as in 4.2,5.*",
+            group=_GROUP,
+            metavar="LIST",
+            default="all",
         ),
     ] = None,
     reduce: Annotated[
-        str, typer.Option(help="How heads become one row: mean, or max of each position")
-    ] = "mean",
+        str | None,
+        options.choice("--reduce", _REDUCTIONS, group=_GROUP, default=_REDUCTIONS[0]),
+    ] = None,
+    sources: Annotated[
+        int | None,
+        options.number(
+            "--sources",
+            int,
+            "Earlier tokens to show",
+            group=_GROUP,
+            default=f"what fits; JSON {_JSON_SOURCES}",
+        ),
+    ] = None,
     max_new_tokens: options.MaxNewTokens = None,
     temperature: options.Temperature = None,
     top_k: options.TopK = None,
     top_p: options.TopP = None,
     min_p: options.MinP = None,
     repetition_penalty: options.RepetitionPenalty = None,
-    seed: options.Seed = None,
     stop: options.Stop = None,
     num_samples: options.NumSamples = None,
+    seed: options.Seed = None,
     as_json: options.Json = False,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
     debug: options.Debug = False,
 ) -> None:
-    """Continue a prompt and show what each generated token attended to.
+    r"""Continue a prompt and show what each generated token attended to.
 
     A line per token, as it is generated: its probability; the share of attention that went to
     position 0, where heads put what they have no use for (the sink); the earlier tokens that got
-    the most; and the rest. A row accounts for 100 %.
+    the most; and the rest. A row accounts for 100 %. It is the mean over the --heads of the
+    --layers, or of each position the largest (--reduce max, which does not sum to 100 %).
 
     The attention of a token is the row of the query that produced it, at the position before it,
     so a token is not among its own sources. Attention says where a head looked, not why the token
     came: weight is not influence.
 
-    A token's spaces are shown as ␣, its line breaks as \\\\n, bytes that are no text as \\\\xe2.
+    A token's spaces are shown as ␣, its line breaks as \n, bytes that are no text as \xe2.
     """
-    sampling = options.sampling_config(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-        stop=stop,
-        num_samples=num_samples,
-    )
-    from minigpt.errors import ConfigError, nearest
-
-    if reduce not in ("mean", "max"):
-        raise ConfigError(f"there is no --reduce {reduce!r}. {nearest(reduce, ('mean', 'max'))}")
+    sampling = options.sampling_config(locals())
+    if sources is not None and sources < 0:
+        raise ConfigError(f"--sources must be at least 0: it is {sources}.")
     from minigpt.commands.loading import load
-    from minigpt.console import make_console, spans_to_text, write_result
+    from minigpt.console import make_console
     from minigpt.generation.decoder import fresh_seed
-    from minigpt.trace import terminal
-    from minigpt.trace.file import to_json_line
     from minigpt.trace.selection import select_heads
-    from minigpt.trace.tracer import TraceHeader, TraceStep, trace
+    from minigpt.trace.terminal import TraceLayout
+    from minigpt.trace.tracer import trace
 
     ready = load(model, prompt, device, dtype)
     config = ready.model.config
     selection = select_heads(config.n_layer, config.n_head, layers=layers, heads=heads)
-    console = make_console(is_stderr=False)
-    layout = terminal.TraceLayout(
-        console.width,
+    layout = TraceLayout(
+        make_console(is_stderr=False).width,
         vocab_size=config.vocab_size,
         n_positions=min(config.context_length, len(ready.prompt) + sampling.max_new_tokens),
         n_sources=sources,
     )
     first_seed = fresh_seed() if sampling.seed is None else sampling.seed
-    for number in range(sampling.num_samples):
+    for seed in range(first_seed, first_seed + sampling.num_samples):
         events = trace(
             ready.model,
             ready.tokenizer,
             ready.prompt,
             sampling,
             selection=selection,
-            reduce="mean" if reduce == "mean" else "max",
-            n_sources=8 if as_json and sources is None else layout.n_sources,
-            seed=first_seed + number,
+            reduce="max" if reduce == "max" else "mean",
+            n_sources=_JSON_SOURCES if as_json and sources is None else layout.n_sources,
+            seed=seed,
             model_name=str(ready.folder),
         )
-        pieces = []
+        is_whole = _show(events, _show_json if as_json else _Lines(layout))
+        make_console(is_stderr=True).print(f"seed {seed}", style="dim")
+        if not is_whole:
+            raise typer.Exit(130)
+
+
+def _show(events: "Iterable[TraceEvent]", show: "Callable[[TraceEvent], None]") -> bool:
+    """Show a trace to its end, or to a footer when Ctrl-C ends it; tell whether it was whole."""
+    from minigpt.trace.tracer import TraceFooter, TraceStep
+
+    started, n_tokens = time.perf_counter(), 0
+    try:
         for event in events:
-            if as_json:
-                write_result(to_json_line(event) + "\n")
-                continue
-            if isinstance(event, TraceHeader):
-                lines = [*terminal.header_lines(event, console.width), layout.heading()]
-            elif isinstance(event, TraceStep):
-                pieces.append(event.text)
-                lines = layout.step(event)
-            else:
-                lines = terminal.footer_lines(event)
-            for line in lines:
-                console.print(spans_to_text(line))
-        if not as_json:
-            console.print(spans_to_text([("".join(pieces), "token")]))
-        make_console(is_stderr=True).print(f"seed {first_seed + number}", style="dim")
+            show(event)
+            n_tokens += isinstance(event, TraceStep)
+    except KeyboardInterrupt:
+        seconds = time.perf_counter() - started
+        show(TraceFooter(n_tokens, finish=None, seconds=seconds, worst_row_sum_error=None))
+        return False
+    return True
+
+
+def _show_json(event: "TraceEvent") -> None:
+    from minigpt.console import write_result
+    from minigpt.trace.file import to_json_line
+
+    write_result(to_json_line(event) + "\n")
+
+
+class _Lines:
+    """Shows events as lines, and below the footer the text that came of them."""
+
+    def __init__(self, layout: "TraceLayout") -> None:
+        self.layout = layout
+        self.pieces: list[str] = []
+
+    def __call__(self, event: "TraceEvent") -> None:
+        from minigpt.console import make_console, spans_to_text
+        from minigpt.trace import terminal
+        from minigpt.trace.tracer import TraceHeader, TraceStep
+
+        console = make_console(is_stderr=False)
+        if isinstance(event, TraceHeader):
+            lines = [*terminal.header_lines(event, console.width), self.layout.heading()]
+        elif isinstance(event, TraceStep):
+            self.pieces.append(event.text)
+            lines = self.layout.step(event)
+        else:
+            lines = [*terminal.footer_lines(event), [], [("".join(self.pieces), "token")]]
+        for line in lines:
+            console.print(spans_to_text(line))

@@ -11,6 +11,8 @@ from minigpt.model.device import resolve_device, resolve_dtype
 from minigpt.model.gpt import GPT
 from minigpt.text.tokenizer import Tokenizer
 
+_LONGEST_PROMPT_BYTES = 2**24
+
 
 @dataclass(frozen=True)
 class Ready:
@@ -19,45 +21,70 @@ class Ready:
     model: GPT
     tokenizer: Tokenizer
     folder: Path
+    text: str
+    """The prompt as it was given; empty for the start of a new document."""
     prompt: list[int]
+    """Its tokens."""
 
 
-def load(spec: str | None, prompt: str | None, device_name: str, dtype_name: str) -> Ready:
-    """Read a model and encode a prompt for it.
+def load(
+    spec: str | None, prompt: str | None, device_name: str | None, dtype_name: str | None
+) -> Ready:
+    """Read a model and encode a prompt for it; None is the start of a document.
 
-    No prompt is the beginning of a document, ``<|endoftext|>``.
+    Raises: DataError for a prompt that is empty, no text or, by far, too long; CheckpointError
+        for a model that is missing, damaged or has no tokenizer; ConfigError for a device that is
+        not there.
     """
-    text = _read_prompt(prompt)
+    text = read_prompt(prompt)
     folder = resolve_model(spec)
-    device = resolve_device(device_name)
+    device = resolve_device(device_name or "auto")
     # A cached decoding step at batch 1 is bound by memory and, on a CPU, by calls: bfloat16 has to
     # be asked for there.
-    is_plain_cpu = dtype_name == "auto" and device.type == "cpu"
-    dtype = resolve_dtype("float32" if is_plain_cpu else dtype_name, device)
+    automatic = "float32" if device.type == "cpu" else "auto"
+    dtype = resolve_dtype(automatic if dtype_name in (None, "auto") else dtype_name, device)
     loaded = read_model(folder, device=device, dtype=dtype)
-    if loaded.tokenizer is None:
+    tokenizer = loaded.tokenizer
+    if tokenizer is None:
         raise CheckpointError(
             f"{str(folder)!r} has no tokenizer.json, so text means nothing to it. "
             "Add the tokenizer.json that the model was trained with."
         )
-    tokenizer = loaded.tokenizer
     if text:
         ids = tokenizer.encode(text)
     elif tokenizer.end_of_text is not None:
         ids = [tokenizer.end_of_text]
     else:
         raise DataError("this model has no token that begins a document. Give a prompt.")
-    return Ready(loaded.model, tokenizer, folder, ids)
+    return Ready(loaded.model, tokenizer, folder, text, ids)
 
 
-def _read_prompt(prompt: str | None) -> str:
-    if prompt != "-":
-        return prompt or ""
-    data = sys.stdin.buffer.read()
+def read_prompt(prompt: str | None) -> str:
+    """Return the prompt's text, to the last byte: as given, or for ``-`` from standard input.
+
+    Raises: DataError if it is there and empty, is not UTF-8, or could fit no context.
+    """
+    if prompt is None:
+        return ""
+    data = _standard_input() if prompt == "-" else prompt.encode(errors="surrogateescape")
+    where = "the prompt on standard input" if prompt == "-" else "the prompt"
+    if not data:
+        raise DataError(f"{where} is empty. Give some text, or no prompt for a new document.")
+    if len(data) > _LONGEST_PROMPT_BYTES:
+        raise DataError(
+            f"{where} is longer than {_LONGEST_PROMPT_BYTES // 2**20} MiB, and no model sees as "
+            "much. Give its end only."
+        )
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(
-            f"the prompt on standard input is not UTF-8 text (at byte {error.start}). "
-            "Convert it first."
+            f"{where} is not UTF-8 text: byte {error.start} does not fit. Convert it first, as "
+            "with iconv."
         ) from None
+
+
+def _standard_input() -> bytes:
+    if sys.stdin.isatty():
+        print("Type the prompt; Ctrl-D ends it.", file=sys.stderr)  # noqa: T201
+    return sys.stdin.buffer.read(_LONGEST_PROMPT_BYTES + 1)

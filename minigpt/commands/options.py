@@ -1,70 +1,129 @@
-"""The options that several commands share, as typer annotations."""
+"""How options are declared, and those that several commands share, as typer annotations.
 
+Every option says its default in its help, and checks its own value: what typer says of a bad one
+changes from version to version.
+"""
+
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Annotated, Any
 
 import typer
 
-from minigpt.config import SamplingConfig, build
+from minigpt.config import DEVICES, DTYPES, SamplingConfig, build
+from minigpt.errors import ConfigError, nearest
 
 _DEFAULTS = {f.name: f.default for f in fields(SamplingConfig)}
 
 
-def _option(flag: str, text: str) -> Any:
-    """Return an option of SamplingConfig; left out, the config's own default holds."""
+def option(
+    flag: str,
+    text: str,
+    *,
+    group: str,
+    metavar: str | None = None,
+    default: object = None,
+    parse: Callable[[str], Any] | None = None,
+) -> Any:
+    """Declare an option under a heading of --help; ``default`` is shown, and not applied."""
+    shown = text if default is None else f"{text} [{default}]"
+    return typer.Option(
+        flag, help=shown, metavar=metavar, show_default=False, rich_help_panel=group, parser=parse
+    )
+
+
+def number(
+    flag: str, kind: type[int] | type[float], text: str, *, group: str, default: object = None
+) -> Any:
+    """Declare an option that takes a number."""
+
+    def parse(given: str) -> int | float:
+        try:
+            return kind(given)
+        except ValueError:
+            what = "a whole number" if kind is int else "a number"
+            raise ConfigError(f"{flag} takes {what}: it is {given!r}.") from None
+
+    return option(flag, text, group=group, metavar="N", default=default, parse=parse)
+
+
+def choice(flag: str, choices: tuple[str, ...], *, group: str, default: object = None) -> Any:
+    """Declare an option that takes one of a few words."""
+
+    def parse(given: str) -> str:
+        if given not in choices:
+            raise ConfigError(f"there is no {flag} {given!r}. {nearest(given, choices)}")
+        return given
+
+    text = f"{', '.join(choices[:-1])} or {choices[-1]}"
+    return option(flag, text, group=group, metavar="NAME", default=default, parse=parse)
+
+
+def _sampling(flag: str, kind: type[int] | type[float], text: str) -> Any:
     default = _DEFAULTS[flag.removeprefix("--").replace("-", "_")]
-    shown = str(default) if isinstance(default, int | float) else False
-    return typer.Option(flag, help=text, show_default=shown)
+    return number(flag, kind, text, group="Sampling", default=default)
 
 
 Prompt = Annotated[
     str | None,
-    typer.Argument(help="Text to continue; - reads standard input; none starts a new document"),
+    typer.Argument(
+        metavar="PROMPT",
+        help="Text to continue, or - for standard input [none]",
+        show_default=False,
+    ),
 ]
 Model = Annotated[
     str | None,
-    typer.Option(
+    option(
         "--model",
-        help="Run, checkpoint or Hugging Face folder, or a run's name",
-        show_default="the newest run in checkpoints/",
+        "Model folder, or the name of a run",
+        group="Model",
+        metavar="PATH",
+        default="the newest run",
     ),
 ]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps")]
+Device = Annotated[str | None, choice("--device", DEVICES, group="Model", default="auto")]
 Dtype = Annotated[
-    str, typer.Option("--dtype", help="auto, float32 or bfloat16; auto is float32 on a CPU")
+    str | None, choice("--dtype", DTYPES, group="Model", default="auto, float32 on a CPU")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs")]
+Json = Annotated[
+    bool,
+    typer.Option("--json", help="Print JSON, an object a line", rich_help_panel="Output"),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error")]
 
 MaxNewTokens = Annotated[
-    int | None, _option("--max-new-tokens", "Stop after so many generated tokens")
+    int | None, _sampling("--max-new-tokens", int, "Stop after so many generated tokens")
 ]
 Temperature = Annotated[
-    float | None, _option("--temperature", "Flatten (above 1) or sharpen; 0 is greedy")
+    float | None, _sampling("--temperature", float, "Above 1 flattens, below sharpens; 0 is greedy")
 ]
-TopK = Annotated[int | None, _option("--top-k", "Draw from the k most probable; 0 is off")]
-TopP = Annotated[float | None, _option("--top-p", "Draw from the fewest that sum to p")]
-MinP = Annotated[float | None, _option("--min-p", "Draw from those at least p times the best")]
+TopK = Annotated[int | None, _sampling("--top-k", int, "Draw from the N most probable; 0 is off")]
+TopP = Annotated[float | None, _sampling("--top-p", float, "Draw from the fewest that sum to N")]
+MinP = Annotated[
+    float | None, _sampling("--min-p", float, "Draw from those at least N times the best")
+]
 RepetitionPenalty = Annotated[
-    float | None, _option("--repetition-penalty", "Above 1 makes tokens already there rarer")
+    float | None,
+    _sampling("--repetition-penalty", float, "Above 1 makes tokens already there rarer"),
 ]
 Seed = Annotated[
     int | None,
-    typer.Option("--seed", help="Of the draws", show_default="a fresh one, printed"),
+    number("--seed", int, "Of the draws", group="Sampling", default="a fresh one, printed"),
 ]
 Stop = Annotated[
     list[str] | None,
-    typer.Option("--stop", help="End before this text; repeat for more", show_default=False),
+    option("--stop", "End before this text; repeat for more", group="Sampling", metavar="TEXT"),
 ]
-NumSamples = Annotated[int | None, _option("--num-samples", "Continuations, one after another")]
+NumSamples = Annotated[
+    int | None, _sampling("--num-samples", int, "Continuations, one after another")
+]
 
 
-def sampling_config(**values: Any) -> SamplingConfig:
-    """Build a SamplingConfig of the options that were given.
+def sampling_config(given: Mapping[str, Any]) -> SamplingConfig:
+    """Build a SamplingConfig of those options in ``given`` that are its fields and were set.
 
     Raises: ConfigError for a value out of range.
     """
-    given = {name: value for name, value in values.items() if value is not None}
-    if "stop" in given:
-        given["stop"] = tuple(given["stop"])
-    return build(SamplingConfig, given)
+    values = {name: given[name] for name in _DEFAULTS if given.get(name) is not None}
+    return build(SamplingConfig, values)

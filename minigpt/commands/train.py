@@ -1,4 +1,4 @@
-"""minigpt train."""
+"""minigpt train; the docstring of the command is its --help."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -6,6 +6,14 @@ from typing import Annotated, Any
 import typer
 
 from minigpt.commands import options
+from minigpt.config import DEVICES, DTYPES, FAMILIES, RunConfig, build, merge
+from minigpt.presets import PRESETS
+from minigpt.presets import preset as preset_settings
+
+_DEFAULT_PRESET = "nano"
+_DEFAULTS = build(
+    RunConfig, merge(preset_settings(_DEFAULT_PRESET), {"model": {"vocab_size": 257}})
+)
 
 # Where each flag's value belongs in RunConfig.
 _FLAG_PLACES = {
@@ -29,107 +37,147 @@ _FLAG_PLACES = {
 }
 
 
+def _default(flag: str) -> Any:
+    name = flag.removeprefix("--").replace("-", "_")
+    return getattr(getattr(_DEFAULTS, _FLAG_PLACES[name]), name)
+
+
+def _number(flag: str, kind: type[int] | type[float], text: str, group: str) -> Any:
+    return options.number(flag, kind, text, group=group, default=_default(flag))
+
+
+def _choice(flag: str, choices: tuple[str, ...], group: str) -> Any:
+    return options.choice(flag, choices, group=group, default=_default(flag))
+
+
 def train(
     data: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Files, folders, globs, .jsonl, - for standard input, or shakespeare",
-            show_default="English prose that comes with Python",
+            metavar="DATA",
+            help="Files, folders, globs, - for standard input, or shakespeare [the "
+            "English prose in Python]",
+            show_default=False,
         ),
     ] = None,
     name: Annotated[
         str | None,
-        typer.Option(help="The run's folder in checkpoints/", show_default="corpus-preset"),
+        options.option(
+            "--name",
+            "Folder in checkpoints/",
+            group="Run",
+            metavar="NAME",
+            default="of data and preset",
+        ),
     ] = None,
     preset: Annotated[
-        str | None, typer.Option(help="nano, mini or small", show_default="nano")
-    ] = None,
-    tokenizer: Annotated[
         str | None,
-        typer.Option(
-            help="bytes, bpe:N (trained here), gpt2, cl100k_base or o200k_base",
-            show_default="the preset's",
-        ),
+        options.choice("--preset", tuple(PRESETS), group="Run", default=_DEFAULT_PRESET),
     ] = None,
-    max_steps: Annotated[
-        int | None, typer.Option(help="Optimizer steps", show_default="the preset's")
-    ] = None,
-    max_minutes: Annotated[
-        float | None,
-        typer.Option(help="Minutes of training; the schedule ends with it", show_default=False),
-    ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Sequences per step", show_default="the preset's")
-    ] = None,
-    context_length: Annotated[
-        int | None, typer.Option(help="Tokens that the model sees", show_default="the preset's")
-    ] = None,
-    family: Annotated[
-        str | None, typer.Option(help="Block layout: llama or gpt2", show_default="llama")
-    ] = None,
-    n_layer: Annotated[int | None, typer.Option(help="Blocks", show_default=False)] = None,
-    n_head: Annotated[int | None, typer.Option(help="Query heads", show_default=False)] = None,
-    d_model: Annotated[int | None, typer.Option(help="Width", show_default=False)] = None,
-    lr: Annotated[
-        float | None, typer.Option(help="Peak learning rate", show_default="the preset's")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of weights, data order and dropout")] = None,
-    device: Annotated[
-        str | None, typer.Option(help="auto, cpu, cuda or mps", show_default="auto")
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="auto, float32 or bfloat16; auto is bfloat16 where it is fast", show_default="auto"
-        ),
-    ] = None,
-    compile: Annotated[
-        bool | None,
-        typer.Option("--compile/--no-compile", help="Use torch.compile", show_default="no-compile"),
-    ] = None,
-    eval_every: Annotated[
-        int | None, typer.Option(help="Steps between validation passes", show_default=False)
-    ] = None,
-    save_every: Annotated[
-        int | None, typer.Option(help="Steps between checkpoints", show_default=False)
-    ] = None,
-    sample_every: Annotated[
-        int | None, typer.Option(help="Steps between printed samples", show_default=False)
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with a run: --name, or the newest")
-    ] = False,
     config: Annotated[
-        Path | None, typer.Option(help="Settings from a TOML file", show_default=False)
+        str | None,
+        options.option("--config", "Settings from a TOML file", group="Run", metavar="FILE"),
     ] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option(
-            "--set", help="Any setting, as in model.n_layer=4; repeat", show_default=False
+        options.option(
+            "--set",
+            "Any setting, as in model.d_mlp=512; repeat",
+            group="Run",
+            metavar="NAME=VALUE",
         ),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on with --name, or the newest run", rich_help_panel="Run"
+        ),
+    ] = False,
+    tokenizer: Annotated[
+        str | None,
+        options.option(
+            "--tokenizer",
+            "bytes, bpe:N, gpt2, cl100k_base, o200k_base",
+            group="Model",
+            metavar="NAME",
+            default=_default("--tokenizer"),
+        ),
+    ] = None,
+    context_length: Annotated[
+        int | None, _number("--context-length", int, "Tokens that the model sees", "Model")
+    ] = None,
+    family: Annotated[str | None, _choice("--family", FAMILIES, "Model")] = None,
+    n_layer: Annotated[int | None, _number("--n-layer", int, "Blocks", "Model")] = None,
+    n_head: Annotated[int | None, _number("--n-head", int, "Query heads", "Model")] = None,
+    d_model: Annotated[int | None, _number("--d-model", int, "Width", "Model")] = None,
+    max_steps: Annotated[
+        int | None, _number("--max-steps", int, "Optimizer steps", "Training")
+    ] = None,
+    max_minutes: Annotated[
+        float | None,
+        options.number(
+            "--max-minutes", float, "Minutes of training, in place of steps", group="Training"
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int | None, _number("--batch-size", int, "Sequences per step", "Training")
+    ] = None,
+    lr: Annotated[
+        float | None, _number("--lr", float, "Peak learning rate of the matrices", "Training")
+    ] = None,
+    seed: Annotated[
+        int | None, _number("--seed", int, "Of weights, data order and dropout", "Training")
+    ] = None,
+    device: Annotated[str | None, _choice("--device", DEVICES, "Training")] = None,
+    dtype: Annotated[str | None, _choice("--dtype", DTYPES, "Training")] = None,
+    compile: Annotated[
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile",
+            help="Run through torch.compile [no-compile]",
+            show_default=False,
+            rich_help_panel="Training",
+        ),
+    ] = None,
+    eval_every: Annotated[
+        int | None, _number("--eval-every", int, "Steps between validation passes", "Reports")
+    ] = None,
+    save_every: Annotated[
+        int | None, _number("--save-every", int, "Steps between checkpoints", "Reports")
+    ] = None,
+    sample_every: Annotated[
+        int | None,
+        _number("--sample-every", int, "Steps between printed samples; 0 is off", "Reports"),
     ] = None,
     debug: options.Debug = False,
 ) -> None:
     """Train a model from text.
 
     Writes checkpoints/NAME: a Hugging Face model folder per checkpoint, config.toml and
-    metrics.jsonl. Later settings win: preset, --config, flags, --set.
+    metrics.jsonl. Ctrl-C saves and says how to go on.
+
+    Later settings win: preset, --config, options, --set. With --resume, the model, the text, the
+    seed, the batch size and the optimizer are the run's own; all else may change.
+
+    In brackets: what holds if the option is left out, for the preset nano.
     """
     flags = {key: value for key, value in locals().items() if key in _FLAG_PLACES}
     overrides = _overrides(data, flags, config, set_ or [])
+    if preset is not None:
+        overrides["preset"] = preset
     from minigpt.commands.training_run import resume_run, start_run
 
     if resume:
         resume_run(name, overrides)
     else:
-        start_run(name, preset, overrides)
+        start_run(name, overrides)
 
 
 def _overrides(
-    data: list[str] | None, flags: dict[str, Any], config: Path | None, assignments: list[str]
+    data: list[str] | None, flags: dict[str, Any], config: str | None, assignments: list[str]
 ) -> dict[str, Any]:
     """Return what the user asked for beyond the preset, nested as in RunConfig."""
-    from minigpt.config import merge, parse_assignment, read_toml
+    from minigpt.config import parse_assignment, read_toml
 
     given: dict[str, Any] = {}
     for flag, value in flags.items():
@@ -137,6 +185,6 @@ def _overrides(
             given.setdefault(_FLAG_PLACES[flag], {})[flag] = value
     if data:
         given.setdefault("data", {})["paths"] = data
-    layers = [read_toml(config)] if config else []
+    layers = [read_toml(Path(config))] if config else []
     layers += [given, *(parse_assignment(text) for text in assignments)]
     return merge(*layers)

@@ -1,15 +1,16 @@
 """A training run as it is seen on stderr: live on a terminal, plain lines elsewhere."""
 
-import shlex
+import sys
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.live import Live
 
-from minigpt.checkpoint.folder import RunFolder
+from minigpt.commands.status_line import StatusLine
 from minigpt.config import SamplingConfig
-from minigpt.console import make_console
+from minigpt.console import make_console, spans_to_text
 from minigpt.generation.decoder import Decoder
 from minigpt.generation.stream import stream_text
 from minigpt.model.cost import parameter_count
@@ -19,6 +20,8 @@ from minigpt.training.trainer import EvalEvent, Event, SampleEvent, StepEvent, T
 
 _SAMPLE = SamplingConfig(max_new_tokens=200, temperature=0.8)
 _PLAIN_EVERY_S = 5.0
+_LOSSES = {"val_loss": "nats/token", "bits_per_byte": "bits/byte"}
+_STAGES = {"download": "downloading", "train tokenizer": "learning tokens", "encode": "encoding"}
 
 
 def duration(seconds: float) -> str:
@@ -31,28 +34,43 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
+def clock(seconds: float) -> str:
+    """Return a time in few cells: 0:42, 3:05, 2:10:00."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def short(number: float) -> str:
+    """Return a number in three digits: 987, 12.3k, 1.05M."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= 0.9995 * size:
+            digits = f"{number / size:.3g}"
+            return f"{float(digits):.0f}{letter}" if "e" in digits else f"{digits}{letter}"
+    return f"{number:.3g}"
+
+
 class TrainingDisplay:
     """Shows preparation and training; use it as a context."""
 
     def __init__(self) -> None:
         self.console = make_console(is_stderr=True)
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None, complete_style="cyan", finished_style="cyan"),
-            TextColumn("{task.fields[facts]}"),
+        self.is_live = sys.stderr.isatty() and not self.console.is_dumb_terminal
+        self.line = StatusLine()
+        self.live = Live(
+            self.line,
             console=self.console,
+            refresh_per_second=4,
             transient=True,
-            disable=not self.console.is_terminal,
-            expand=True,
+            redirect_stdout=False,
         )
-        self._task: TaskID | None = None
-        self._stage = ""
         self._trainer: Trainer | None = None
         self._val_loss: float | None = None
-        self._last_line_at = 0.0
+        self._last_line_at = time.monotonic()
 
     def __enter__(self) -> Self:
-        self.progress.start()
+        if self.is_live:
+            self.live.start()
         return self
 
     def __exit__(
@@ -61,45 +79,57 @@ class TrainingDisplay:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.progress.stop()
+        self.live.stop()
 
     def preparing(self, progress: PrepareProgress) -> None:
         """Show how far the preparation of the text is."""
-        if progress.stage != self._stage:
-            self._stage = progress.stage
-            self._new_task(progress.stage, progress.total)
-        assert self._task is not None
-        facts = f"{progress.done / 1e6:.1f} of {progress.total / 1e6:.1f} MB"
-        self.progress.update(self._task, completed=progress.done, facts=facts)
-
-    def _new_task(self, description: str, total: float) -> None:
-        if self._task is not None:
-            self.progress.remove_task(self._task)
-        self._task = self.progress.add_task(description, total=total, facts="")
+        self.line.label = _STAGES.get(progress.stage, progress.stage)
+        self.line.share = progress.done / progress.total if progress.total else 0.0
+        facts = [f"{progress.done / 1e6:.1f} of {progress.total / 1e6:.1f} MB"]
+        self._update(facts, is_due=False)
 
     def start(self, trainer: Trainer) -> None:
         """Say what will be trained on what."""
         self._trainer = trainer
         config, manifest = trainer.config, trainer.data.manifest
-        n_parameters = parameter_count(config.model)
+        model = config.model
         dtype = str(trainer.dtype).removeprefix("torch.")
-        budget = [
-            f"{config.training.max_steps} steps" if config.training.max_steps else "",
-            duration(60 * config.training.max_minutes) if config.training.max_minutes else "",
+        where = f", from step {trainer.step} on" if trainer.step else ""
+        self._print_fact(
+            "text",
+            f"{manifest.n_tokens:,} tokens ({config.data.tokenizer}) of {manifest.n_bytes:,} "
+            f"bytes; the last {config.data.val_fraction:.0%} validate",
+        )
+        self._print_fact(
+            "model",
+            f"{short(parameter_count(model))} parameters ({model.family}): "
+            f"{_count(model.n_layer, 'layer')}, {_count(model.n_head, 'head')}, "
+            f"width {model.d_model}, context {model.context_length}",
+        )
+        self._print_fact(
+            "run",
+            f"{trainer.folder.path}: {self._budget()} on {trainer.device.type} in {dtype}{where}",
+        )
+        self.line.label, self.line.share = "train", trainer.progress
+        self.line.facts = [self._place(trainer.step), "Ctrl-C saves and stops"]
+
+    def _budget(self) -> str:
+        assert self._trainer is not None
+        config = self._trainer.config.training
+        limits = [
+            f"{config.max_steps} steps" if config.max_steps else "",
+            duration(60 * config.max_minutes) if config.max_minutes else "",
         ]
-        self._print(
-            f"{manifest.n_tokens:,} tokens ({config.data.tokenizer}) of {manifest.n_bytes:,} bytes; "
-            f"the last {config.data.val_fraction:.0%} validate"
-        )
-        self._print(
-            f"{n_parameters / 1e6:.3g}M parameters, {config.model.n_layer} layers, "
-            f"{config.model.n_head} heads, width {config.model.d_model}, "
-            f"context {config.model.context_length}; {trainer.device.type}, {dtype}"
-        )
-        where = f", from step {trainer.step}" if trainer.step else ""
-        limit = " or ".join(filter(None, budget))
-        self._print(f"run {str(trainer.folder.path)!r}: {limit}{where}. Ctrl-C saves and stops.")
-        self._new_task("train", 1.0)
+        return " or ".join(filter(None, limits))
+
+    def _place(self, step: int) -> str:
+        assert self._trainer is not None
+        max_steps = self._trainer.config.training.max_steps
+        return f"{step:>{len(str(max_steps))}}/{max_steps}" if max_steps else f"step {step}"
+
+    def stopping(self) -> None:
+        """Show that the end was asked for; safe in a signal handler."""
+        self.line.label = "saving"
 
     def show(self, event: Event) -> None:
         """Show one event."""
@@ -116,51 +146,61 @@ class TrainingDisplay:
                 self._show_sample()
 
     def _show_step(self, event: StepEvent) -> None:
+        self.line.share = event.progress
         facts = [
-            f"step {event.step}",
+            self._place(event.step),
             f"loss {event.train_loss:.3f}",
             f"val {self._val_loss:.3f}" if self._val_loss is not None else "",
-            f"lr {event.lr:.2g}",
-            f"{event.tokens_per_s:,.0f} tok/s",
+            f"lr {event.lr:.1e}",
+            f"{short(event.tokens_per_s):>5} tok/s",
             f"MFU {event.mfu:.0%}" if event.mfu is not None else "",
-            f"{duration(event.remaining_s)} left",
+            f"{clock(event.remaining_s)} left",
         ]
-        if self.console.is_terminal:
-            assert self._task is not None
-            text = "  ".join(filter(None, facts))
-            self.progress.update(self._task, completed=event.progress, facts=text)
-        elif event.progress >= 1 or time.monotonic() - self._last_line_at >= _PLAIN_EVERY_S:
+        self._update([fact for fact in facts if fact], is_due=event.progress >= 1)
+
+    def _update(self, facts: Sequence[str], *, is_due: bool) -> None:
+        """Show where the work is: in the live line, or now and then in a line of its own."""
+        self.line.facts = facts
+        is_due = is_due or time.monotonic() - self._last_line_at >= _PLAIN_EVERY_S
+        if is_due and not self.is_live:
             self._last_line_at = time.monotonic()
-            self._print("  ".join(filter(None, facts)))
+            self._print("  ".join([self.line.label, *facts]))
 
     def _show_sample(self) -> None:
         assert self._trainer is not None
-        self._print(f"--- sample at step {self._trainer.step}")
-        self._print(draw_sample(self._trainer))
-        self._print("---")
+        self._print(f"step {self._trainer.step:>6}  sample")
+        # A bar before each line: the model's text can never pass for ours.
+        for line in draw_sample(self._trainer).splitlines():
+            self._print(f"  | {line}")
 
-    def finish(self, run: RunFolder, resume_command: str | None) -> None:
-        """Say where the result is and what to try next."""
-        self.progress.stop()
-        best = run.best()
-        if best is not None:
-            facts = best.facts
-            self._print(
-                f"best checkpoint {str(best.folder)!r}: val loss {facts['val_loss']:.4f} "
-                f"nats/token, {facts['bits_per_byte']:.4f} bits/byte"
-            )
-        if resume_command:
-            self._print(f"stopped and saved. Go on with:\n  {resume_command}")
-            return
-        name = shlex.quote(run.path.name)
-        self._print(
-            "try next:\n"
-            f"  minigpt generate --model {name} 'Once upon a time'\n"
-            f"  minigpt attention-trace --model {name} --max-new-tokens 40 'Once upon a time'"
-        )
+    def finish(self) -> None:
+        """Say what came of it and where it is."""
+        self.live.stop()
+        assert self._trainer is not None
+        best = self._trainer.folder.best()
+        assert best is not None, "a run ends with a checkpoint"
+        # The facts are missing where best.json was damaged, and the latest step stands in for it.
+        losses = [
+            f"{best.facts[key]:.4f} {unit}" for key, unit in _LOSSES.items() if key in best.facts
+        ]
+        loss = f": val loss {', '.join(losses)}" if losses else ""
+        self._print_fact("best", f"{best.folder}{loss}")
+
+    def propose(self, name: str, commands: Sequence[str]) -> None:
+        """Name commands that are worth pasting."""
+        for command in commands:
+            self._print_fact(name, command)
+            name = ""
+
+    def _print_fact(self, name: str, fact: str) -> None:
+        self.console.print(spans_to_text([(f"{name:<7}", "dim"), (fact, "plain")]))
 
     def _print(self, text: str) -> None:
-        self.progress.console.print(printable(text))
+        self.console.print(printable(text))
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def draw_sample(trainer: Trainer) -> str:

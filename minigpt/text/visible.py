@@ -4,6 +4,8 @@ import unicodedata
 
 # What moves the cursor, joins or reorders its neighbours, or cannot be seen.
 _UNSAFE_CATEGORIES = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+# What steers nothing, though its category is unsafe: Persian and emoji are wrong without joiners.
+_HARMLESS = "\n\t\u200c\u200d"
 _NAMED = {"\n": "\\n", "\r": "\\r", "\t": "\\t", "\\": "\\\\", " ": "␣"}
 
 
@@ -19,10 +21,10 @@ def _is_unsafe(character: str) -> bool:
 
 
 def printable(text: str) -> str:
-    """Escape what could steer a terminal; line breaks and tabs stay."""
+    """Escape what could steer a terminal; line breaks, tabs and joiners stay."""
     if text.isascii() and text.isprintable():
         return text
-    return "".join(_escape(c) if _is_unsafe(c) and c not in "\n\t" else c for c in text)
+    return "".join(c if c in _HARMLESS or not _is_unsafe(c) else _escape(c) for c in text)
 
 
 def visible(data: bytes) -> str:

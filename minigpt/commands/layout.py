@@ -1,0 +1,81 @@
+"""How the command line is laid out: commands that are read when called, options in groups."""
+
+from collections.abc import Iterable
+from importlib import import_module
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from minigpt.errors import ConfigError, nearest
+
+COMMANDS = {
+    "train": "Train a model from text",
+    "generate": "Continue a prompt with a trained model",
+    "attention-trace": "Show what each generated token attended to",
+}
+"""Each command and its line in ``minigpt --help``; its module is named as it is."""
+
+
+class Commands(TyperGroup):
+    """The program: reads a command's module when it is called, so that --help answers at once."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the commands in the order of --help."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Return a command, ready to run.
+
+        Raises: ConfigError if there is none of that name.
+        """
+        if cmd_name not in COMMANDS:
+            raise ConfigError(f"there is no command {cmd_name!r}. {nearest(cmd_name, COMMANDS)}")
+        name = cmd_name.replace("-", "_")
+        function = getattr(import_module(f"minigpt.commands.{name}"), name)
+        app = typer.Typer(rich_markup_mode=None, add_completion=False)
+        app.command(cmd_name, cls=Command, help=_help(function))(function)
+        return typer.main.get_command(app)
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write options and commands, without reading the commands' modules."""
+        _write_groups(formatter, self.get_params(ctx))
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+class Command(TyperCommand):
+    """A command whose --help has its options under headings, in aligned columns."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write arguments and options, each under its ``rich_help_panel``."""
+        _write_groups(formatter, self.get_params(ctx))
+
+
+def _write_groups(formatter: Any, parameters: Iterable[Any]) -> None:
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for parameter in parameters:
+        is_argument = parameter.param_type_name == "argument"
+        heading = "Arguments" if is_argument else parameter.rich_help_panel or "General"
+        row = (_left(parameter), parameter.help.rstrip("."))
+        groups.setdefault(heading, []).append(row)
+    width = max(len(left) for rows in groups.values() for left, _ in rows)
+    for heading, rows in groups.items():
+        with formatter.section(heading):
+            formatter.write_dl([(left.ljust(width), text) for left, text in rows], width)
+
+
+def _left(parameter: Any) -> str:
+    """Return a parameter as it is typed."""
+    if parameter.param_type_name == "argument":
+        return f"{parameter.metavar}..." if parameter.nargs != 1 else str(parameter.metavar)
+    names = ", ".join(sorted(parameter.opts, key=len))
+    if parameter.secondary_opts:
+        return names.replace("--", "--[no-]")
+    return names if parameter.is_flag else f"{names} {parameter.metavar}"
+
+
+def _help(function: Any) -> str:
+    """Return a command's docstring, its first line without the full stop that code has."""
+    first, break_, rest = str(function.__doc__).partition("\n")
+    return first.rstrip(".") + break_ + rest

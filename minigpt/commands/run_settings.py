@@ -1,0 +1,109 @@
+"""What a run is to be: its settings, from a preset and the user's words, and its name."""
+
+import re
+from collections.abc import Mapping
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from minigpt.checkpoint.folder import ROOT, RunFolder
+from minigpt.config import DataConfig, RunConfig, build, merge, to_dict
+from minigpt.errors import ConfigError
+from minigpt.presets import preset as preset_settings
+
+_NAME = re.compile(r"\w[\w.-]{0,99}")
+# What a checkpoint was made with and cannot be taken out of it. The text is not among them: it may
+# have moved, and the trainer compares the tokens themselves.
+_FIXED = (
+    "preset",
+    "model",
+    "data.tokenizer",
+    "data.val_fraction",
+    "training.seed",
+    "training.batch_size",
+    "training.optimizer",
+)
+
+
+def settings_of(overrides: dict[str, Any]) -> dict[str, Any]:
+    """Lay what the user asked for over a preset.
+
+    Raises: ConfigError for all that can be refused before there is a vocabulary.
+    """
+    overrides = {"preset": "nano"} | overrides
+    if not isinstance(overrides["preset"], str):
+        raise ConfigError(f"preset must be the name of one: it is {overrides['preset']!r}.")
+    settings = merge(preset_settings(overrides["preset"]), one_budget(overrides))
+    build(RunConfig, merge({"model": {"vocab_size": 1}}, settings))
+    return settings
+
+
+def one_budget(overrides: dict[str, Any]) -> dict[str, Any]:
+    """Let one limit that the user gives replace the other one of the preset."""
+    training = overrides.get("training")
+    if isinstance(training, Mapping):
+        given = {"max_steps", "max_minutes"} & training.keys()
+        if given == {"max_minutes"}:
+            return merge({"training": {"max_steps": 0}}, overrides)
+        if given == {"max_steps"}:
+            return merge({"training": {"max_minutes": 0.0}}, overrides)
+    return overrides
+
+
+def with_vocabulary(settings: dict[str, Any], vocab_size: int) -> RunConfig:
+    """Build the run's config, now that the tokenizer is there.
+
+    Raises: ConfigError if the user asked for a vocabulary that does not hold it.
+    """
+    config = build(RunConfig, merge({"model": {"vocab_size": vocab_size}}, settings))
+    if config.model.vocab_size < vocab_size:
+        raise ConfigError(
+            f"model.vocab_size must hold the tokenizer's {vocab_size} tokens: it is "
+            f"{config.model.vocab_size}. Leave it out."
+        )
+    return config
+
+
+def require_same(saved: RunConfig, wanted: RunConfig) -> None:
+    """Raise ConfigError if a setting differs that a checkpoint cannot be taken out of."""
+    before, after = _flat(to_dict(saved)), _flat(to_dict(wanted))
+    for key in before | after:
+        is_fixed = any(key == fixed or key.startswith(f"{fixed}.") for fixed in _FIXED)
+        if is_fixed and before.get(key) != after.get(key):
+            raise ConfigError(
+                f"--resume cannot change {key}: it is {before.get(key)!r} in this run, not "
+                f"{after.get(key)!r}. Leave it out, or start a new run under another --name."
+            )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        is_table = isinstance(value, Mapping)
+        flat |= _flat(value, f"{prefix}{key}.") if is_table else {f"{prefix}{key}": value}
+    return flat
+
+
+def checked_name(name: str) -> str:
+    """Return a name that is one folder's, on every system.
+
+    Raises: ConfigError if it is not.
+    """
+    if not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"--name {name[:120]!r} is no name for a folder. Use up to 100 letters, digits, '.', "
+            "'_' and '-', the first one a letter or digit."
+        )
+    return name
+
+
+def fresh_name(data: DataConfig, preset: str) -> str:
+    """Return a name that says what the run is of, and that no run under ROOT has."""
+    corpus = "python"
+    if data.paths:
+        first = data.paths[0]
+        corpus = "stdin" if first == "-" else Path(first).name.split(".")[0]
+    corpus = re.sub(r"[^A-Za-z0-9_-]+", "-", corpus).strip("-_")[:60] or "text"
+    stem = f"{corpus}-{preset}"
+    names = (stem if number == 1 else f"{stem}-{number}" for number in count(1))
+    return next(name for name in names if not RunFolder(ROOT / name).steps())

@@ -1,0 +1,93 @@
+"""The streams: what reaches a terminal, what reaches a pipe, and what a closed one does."""
+
+import os
+import sys
+from io import StringIO
+
+import pytest
+
+from minigpt.console import make_console, silence, spans_to_text, write_result
+
+HOSTILE = "\x1b[31mred\x07\u202e\x9b2J\x00 end\n"
+
+
+class Terminal(StringIO):
+    """A stream that says it is a terminal."""
+
+    encoding = "utf-8"
+
+    def isatty(self) -> bool:
+        return True
+
+
+def attach_terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    """Put a terminal in the place of stdout and stderr.
+
+    In the test itself: between a fixture and its test, pytest puts back its own streams.
+    """
+    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "COLUMNS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "stderr", stream)
+    return stream
+
+
+def test_results_reach_a_pipe_exactly(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    write_result(HOSTILE)
+    assert capfdbinary.readouterr().out == HOSTILE.encode()
+
+
+def test_results_reach_a_terminal_without_control_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = attach_terminal(monkeypatch)
+    write_result(HOSTILE)
+    assert terminal.getvalue() == "\\x1b[31mred\\x07\\u202e\\x9b2J\\x00 end\n"
+
+
+def test_spans_cannot_steer_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = attach_terminal(monkeypatch)
+    make_console(is_stderr=False).print(spans_to_text([(HOSTILE, "plain")]), end="")
+    assert terminal.getvalue() == "\\x1b[31mred\\x07\\u202e\\x9b2J\\x00 end\n"
+
+
+def test_untrusted_text_is_no_markup(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = attach_terminal(monkeypatch)
+    make_console(is_stderr=True).print("[red]a[/red] :smile: 123")
+    assert terminal.getvalue() == "[red]a[/red] :smile: 123\n"
+
+
+def test_a_terminal_gets_colour_unless_no_color_is_set(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    terminal = attach_terminal(monkeypatch)
+    make_console(is_stderr=False).print(spans_to_text([("hot", "heat4")]))
+    assert "\x1b[1;38;" in terminal.getvalue()
+    terminal = attach_terminal(monkeypatch)
+    monkeypatch.setenv("NO_COLOR", "1")
+    make_console(is_stderr=False).print(spans_to_text([("hot", "heat4")]))
+    assert "38;" not in terminal.getvalue()
+
+
+def test_a_pipe_gets_neither_colour_nor_a_wrapped_line(capfd: pytest.CaptureFixture[str]) -> None:
+    make_console(is_stderr=False).print(spans_to_text([("hot" * 100, "heat4")]))
+    assert capfd.readouterr().out == "hot" * 100 + "\n"
+
+
+def test_stderr_never_fails_when_its_reader_has_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "w") as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        os.close(reader)
+        console = make_console(is_stderr=True)
+        for _ in range(3):
+            console.print("training goes on")
+
+
+def test_a_silenced_stream_fails_no_more() -> None:
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "w") as stream:
+        os.close(reader)
+        stream.write("lost")
+        silence(stream)
+        stream.flush()

@@ -1,0 +1,56 @@
+"""Untrusted text on a terminal: held to the lists of what terminals and Unicode take as orders."""
+
+import sys
+import unicodedata
+
+import pytest
+
+from minigpt.text.visible import printable, visible
+
+# Unicode's Bidi_Control property (PropList.txt), and the terminal's own control characters.
+BIDI_CONTROLS = [0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
+C0_AND_C1 = [*range(0x20), *range(0x7F, 0xA0)]
+
+
+def test_no_character_that_steers_a_terminal_is_printable() -> None:
+    steering = {*map(chr, [*C0_AND_C1, *BIDI_CONTROLS, 0x2028, 0x2029, 0xFEFF, 0xD800, 0xDFFF])}
+    steering -= {"\n", "\t"}
+    for character in steering:
+        assert not steering & set(printable(f"a{character}b")), hex(ord(character))
+
+
+def test_what_is_shown_of_any_character_at_all_can_be_encoded_and_steers_nothing() -> None:
+    every = "".join(map(chr, range(sys.maxunicode + 1)))
+    for shown in (printable(every), visible(every.encode("utf-8", "surrogatepass"))):
+        shown.encode("utf-8")
+        left = {unicodedata.category(c) for c in set(shown) - set("\n\t\u200c\u200d")}
+        assert not left & {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+
+
+@pytest.mark.parametrize(
+    "text", ["", "plain", "Grüße, 世界\n\tend", "e\u0301", "می\u200cشود", "👩\u200d🚀"]
+)
+def test_text_that_steers_nothing_is_printed_as_it_is(text: str) -> None:
+    assert printable(text) == text
+
+
+def test_escapes_name_the_character() -> None:
+    hostile = "\x1b]0;title\x07 \x9b31m \u202e \U000e0041"
+    assert printable(hostile) == r"\x1b]0;title\x07 \x9b31m \u202e \U000e0041"
+
+
+def test_a_token_shows_its_blanks_breaks_and_half_characters() -> None:
+    assert visible(b" a\n\t\r\\") == r"␣a\n\t\r\\"
+    assert visible("é".encode()[:1]) == r"\xc3"
+    assert visible("é".encode()[1:]) == r"\xa9"
+    assert visible(b"\xff\xfe") == r"\xff\xfe"
+
+
+def test_a_token_is_one_line_with_nothing_hidden_or_joined() -> None:
+    assert visible("\u0301a".encode()) == r"\u0301a"  # a mark that would join the column before it
+    assert visible("\u00a0\u3000\u200d".encode()) == r"\xa0\u3000\u200d"
+
+
+def test_different_tokens_of_one_byte_are_shown_differently() -> None:
+    shown = [visible(bytes([b])) for b in range(256)]
+    assert len(set(shown)) == 256
