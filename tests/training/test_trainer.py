@@ -13,9 +13,10 @@ from small_runs import bits, config_of, data_of, differing, run_until, text, tra
 
 from minigpt.checkpoint.folder import RunFolder
 from minigpt.checkpoint.model_folder import read_model
-from minigpt.config import DataConfig
+from minigpt.config import DataConfig, SamplingConfig
 from minigpt.errors import DataError, DivergedError
 from minigpt.evaluation import evaluate
+from minigpt.generation.decoder import Decoder
 from minigpt.model.gpt import GPT
 from minigpt.text.batches import batch, validation_windows
 from minigpt.text.shards import PreparedData, prepare
@@ -80,15 +81,23 @@ def test_accumulated_micro_batches_equal_the_big_batch(data: PreparedData, tmp_p
             torch.testing.assert_close(runs[size][1][name], tensors[name], rtol=1e-2, atol=1e-4)
 
 
-def test_evaluation_and_checkpoints_change_nothing(data: PreparedData, tmp_path: Path) -> None:
+def test_evaluation_checkpoints_and_samples_change_nothing(
+    data: PreparedData, tmp_path: Path
+) -> None:
     plain = trainer_of(config_of("qwen3", dropout=0.2, max_steps=6), data, tmp_path / "plain")
+    cadence = {"eval_every": 1, "save_every": 2, "sample_every": 2, "log_every": 5}
     watched = trainer_of(
-        config_of("qwen3", dropout=0.2, max_steps=6, eval_every=1, save_every=2, log_every=5),
-        data,
-        tmp_path / "watched",
+        config_of("qwen3", dropout=0.2, max_steps=6, **cadence), data, tmp_path / "watched"
     )
     list(plain.run())
-    assert sum(isinstance(event, EvalEvent) for event in watched.run()) == 6
+    n_evaluations = 0
+    for event in watched.run():
+        n_evaluations += isinstance(event, EvalEvent)
+        if isinstance(event, SampleEvent):
+            watched.model.eval()
+            assert list(Decoder(watched.model, [256]).generate(SamplingConfig(), seed=event.step))
+            watched.model.train()
+    assert n_evaluations == 6
     assert differing(bits(plain), bits(watched)) == []
 
 
@@ -332,3 +341,17 @@ def test_a_trained_tokenizer_goes_into_the_checkpoint(tmp_path: Path) -> None:
     tokens = torch.cat([targets.flatten() for _, targets in windows]).tolist()
     n_bytes = len(data.tokenizer.decode_bytes(tokens))
     assert nats_per_byte == pytest.approx(evaluation.val_loss * len(tokens) / n_bytes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["gpt2", "qwen3"])
+def test_a_compiled_run_equals_an_eager_one(
+    layout: str, data: PreparedData, tmp_path: Path
+) -> None:
+    losses = []
+    for is_compiled in (False, True):
+        config = config_of(layout, optimizer="adamw", max_steps=4, lr=1e-3, compile=is_compiled)
+        trainer = trainer_of(config, data, tmp_path / str(is_compiled))
+        losses.append([e.train_loss for e in trainer.run() if isinstance(e, StepEvent)])
+    # Fused kernels round elsewhere.
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
