@@ -170,6 +170,11 @@ class TrainingConfig:
     """Sequences per optimizer step, over all ranks."""
     micro_batch_size: int = 0
     """Sequences per forward pass; the gradients of several add up. 0 derives batch_size."""
+    context_warmup_length: int = 0
+    """Tokens per sequence at first, as many more sequences as make up for it; 0 is off. It
+    divides context_length."""
+    context_warmup_fraction: float = 0.5
+    """Share of the budget over which context_warmup_length holds."""
     optimizer: str = "muon"
     """muon (Muon on the matrices, AdamW on the rest) or adamw (AdamW on everything)."""
     lr: float = 0.01
@@ -231,6 +236,7 @@ class TrainingConfig:
         for name in (
             "max_steps",
             "max_minutes",
+            "context_warmup_length",
             "weight_decay",
             "grad_clip",
             "eval_every",
@@ -256,7 +262,12 @@ class TrainingConfig:
                 0 <= getattr(self, name) < 1,
                 f"{name} must be in [0, 1): it is {getattr(self, name)}.",
             )
-        for name in ("warmup_fraction", "decay_fraction", "final_lr_fraction"):
+        for name in (
+            "warmup_fraction",
+            "decay_fraction",
+            "final_lr_fraction",
+            "context_warmup_fraction",
+        ):
             _between(name, getattr(self, name), 0, 1)
         _choice("optimizer", self.optimizer, OPTIMIZERS)
         _choice("schedule", self.schedule, SCHEDULES)
@@ -317,6 +328,14 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     preset: str = "nano"
     """The preset that the run started from."""
+
+    def __post_init__(self) -> None:
+        short, full = self.training.context_warmup_length, self.model.context_length
+        _require(
+            not short or full % short == 0,
+            f"training.context_warmup_length must divide model.context_length: {short} does not "
+            f"divide {full}. Use 0 for none.",
+        )
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:

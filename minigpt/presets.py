@@ -18,7 +18,13 @@ PRESETS: dict[str, dict[str, Any]] = {
             "context_length": 256,
             "qk_norm": True,
         },
-        "training": {"max_steps": 500, "batch_size": 8, "lr": 0.01, "embedding_lr": 0.01},
+        "training": {
+            "max_steps": 500,
+            "batch_size": 4,
+            "context_warmup_length": 64,
+            "lr": 0.005,
+            "embedding_lr": 0.02,
+        },
         "data": {"tokenizer": "bytes"},
     },
     # About 10M parameters: minutes on a GPU, hours on a CPU.

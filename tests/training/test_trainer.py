@@ -14,7 +14,7 @@ from small_runs import bits, config_of, data_of, differing, run_until, text, tra
 from minigpt.checkpoint.folder import RunFolder
 from minigpt.checkpoint.model_folder import read_model
 from minigpt.config import DataConfig, SamplingConfig
-from minigpt.errors import DataError, DivergedError
+from minigpt.errors import ConfigError, DataError, DivergedError
 from minigpt.evaluation import evaluate
 from minigpt.generation.decoder import Decoder
 from minigpt.model.gpt import GPT
@@ -355,3 +355,21 @@ def test_a_compiled_run_equals_an_eager_one(
         losses.append([e.train_loss for e in trainer.run() if isinstance(e, StepEvent)])
     # Fused kernels round elsewhere.
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_a_short_context_at_first_sees_as_many_tokens_in_more_sequences(
+    data: PreparedData, tmp_path: Path
+) -> None:
+    config = config_of(max_steps=8, context_warmup_length=4, context_warmup_fraction=0.5)
+    trainer = trainer_of(config, data, tmp_path / "run")
+    shapes = []
+    trainer.model.register_forward_pre_hook(
+        lambda module, arguments: shapes.append(tuple(arguments[0].shape)) if module.training else 0
+    )
+    run_until(trainer, 8)
+    assert shapes == [(24, 4)] * 4 + [(6, 16)] * 4
+
+
+def test_a_short_context_must_divide_the_context() -> None:
+    with pytest.raises(ConfigError, match=r"3 does not divide 16"):
+        config_of(context_warmup_length=3)
