@@ -364,7 +364,7 @@ def test_a_short_context_at_first_sees_as_many_tokens_in_more_sequences(
     trainer = trainer_of(config, data, tmp_path / "run")
     shapes = []
     trainer.model.register_forward_pre_hook(
-        lambda module, arguments: shapes.append(tuple(arguments[0].shape)) if module.training else 0
+        lambda module, arguments: shapes.append(tuple(arguments[0].shape)) if module.training else None
     )
     run_until(trainer, 8)
     assert shapes == [(24, 4)] * 4 + [(6, 16)] * 4
