@@ -85,6 +85,15 @@ def test_each_row_accounts_for_all_of_the_attention() -> None:
         assert footer.worst_row_sum_error < 1e-6
 
 
+def test_a_row_that_does_not_sum_to_one_would_be_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    true_row, calls = RowRecorder.row, iter(range(100))
+    monkeypatch.setattr(
+        RowRecorder, "row", lambda self: true_row(self) * (1.5 if next(calls) == 2 else 1)
+    )
+    _, _, footer = traced(model_of(), SamplingConfig(max_new_tokens=5))
+    assert footer.worst_row_sum_error == pytest.approx(0.5, abs=1e-6)
+
+
 def test_a_maximum_has_no_rest_because_it_does_not_sum_to_one() -> None:
     _, steps, footer = traced(model_of(), SamplingConfig(max_new_tokens=5), reduce="max")
     assert {step.rest for step in steps} == {None}

@@ -308,6 +308,28 @@ def test_two_runs_of_one_seed_are_the_same_and_of_two_are_not(
     assert "embedding.weight" in differing(runs[0], runs[2])
 
 
+def test_dropout_masks_differ_from_step_to_step_and_from_seed_to_seed(
+    data: PreparedData, tmp_path: Path
+) -> None:
+    masks: list[torch.Tensor] = []
+    for seed in (3, 4):
+        trainer = trainer_of(
+            config_of(dropout=0.25, max_steps=3, seed=seed, micro_batch_size=3),
+            data,
+            tmp_path / str(seed),
+        )
+        trainer.model.dropout.register_forward_hook(
+            lambda module, inputs, output: masks.append(output == 0) if module.training else None
+        )
+        list(trainer.run())
+    assert len(masks) == 2 * 3 * 2  # seeds, steps, micro-batches
+    n = masks[0].numel()
+    for i, mask in enumerate(masks):
+        assert abs(mask.sum().item() - n / 4) < 4 * math.sqrt(n * 3 / 16)
+        for other in masks[:i]:  # independent ones are both zero in a sixteenth of the places
+            assert abs((mask & other).sum().item() - n / 16) < 5 * math.sqrt(n * 15 / 256)
+
+
 @pytest.mark.parametrize("seed", [0, 2**63 - 1])
 def test_the_first_and_last_seeds_work(seed: int, data: PreparedData, tmp_path: Path) -> None:
     trainer = trainer_of(config_of(dropout=0.1, max_steps=2, seed=seed), data, tmp_path)
@@ -364,7 +386,9 @@ def test_a_short_context_at_first_sees_as_many_tokens_in_more_sequences(
     trainer = trainer_of(config, data, tmp_path / "run")
     shapes = []
     trainer.model.register_forward_pre_hook(
-        lambda module, arguments: shapes.append(tuple(arguments[0].shape)) if module.training else None
+        lambda module, arguments: (
+            shapes.append(tuple(arguments[0].shape)) if module.training else None
+        )
     )
     run_until(trainer, 8)
     assert shapes == [(24, 4)] * 4 + [(6, 16)] * 4
