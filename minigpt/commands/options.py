@@ -4,6 +4,7 @@ Every option says its default in its help, and checks its own value: what typer 
 changes from version to version.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Annotated, Any
@@ -64,6 +65,12 @@ def _sampling(flag: str, kind: type[int] | type[float], text: str) -> Any:
     return number(flag, kind, text, group="Sampling", default=default)
 
 
+def _unescape(text: str) -> str:
+    r"""Read \n, \r, \t and \\, hard to type in a shell, as the characters that they stand for."""
+    meanings = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
+    return re.sub(r"\\([nrt\\])", lambda match: meanings[match[1]], text)
+
+
 Prompt = Annotated[
     str | None,
     typer.Argument(
@@ -113,7 +120,13 @@ Seed = Annotated[
 ]
 Stop = Annotated[
     list[str] | None,
-    option("--stop", "End before this text; repeat for more", group="Sampling", metavar="TEXT"),
+    option(
+        "--stop",
+        r"End before this text (\n: line break); repeat for more",
+        group="Sampling",
+        metavar="TEXT",
+        parse=_unescape,
+    ),
 ]
 NumSamples = Annotated[
     int | None, _sampling("--num-samples", int, "Continuations, one after another")

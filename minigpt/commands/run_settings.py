@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from itertools import count
+from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -33,21 +34,38 @@ def settings_of(overrides: dict[str, Any]) -> dict[str, Any]:
     overrides = {"preset": "nano"} | overrides
     if not isinstance(overrides["preset"], str):
         raise ConfigError(f"preset must be the name of one: it is {overrides['preset']!r}.")
-    settings = merge(preset_settings(overrides["preset"]), one_budget(overrides))
+    preset = _fitting(preset_settings(overrides["preset"]), overrides)
+    settings = merge(preset, one_budget(overrides))
     build(RunConfig, merge({"model": {"vocab_size": 1}}, settings))
     return settings
 
 
-def one_budget(overrides: dict[str, Any]) -> dict[str, Any]:
+def one_budget(overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Let one limit that the user gives replace the other one of the preset."""
-    training = overrides.get("training")
-    if isinstance(training, Mapping):
-        given = {"max_steps", "max_minutes"} & training.keys()
-        if given == {"max_minutes"}:
-            return merge({"training": {"max_steps": 0}}, overrides)
-        if given == {"max_steps"}:
-            return merge({"training": {"max_minutes": 0.0}}, overrides)
-    return overrides
+    steps, minutes = (_given(overrides, "training", f"max_{unit}") for unit in ("steps", "minutes"))
+    if minutes is not None and steps is None:
+        return merge({"training": {"max_steps": 0}}, overrides)
+    if steps is not None and minutes is None:
+        return merge({"training": {"max_minutes": 0.0}}, overrides)
+    return dict(overrides)
+
+
+def _fitting(preset: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Adapt what a preset divides context and batch into to the user's own context and batch."""
+    training = dict(preset["training"])
+    context = _given(overrides, "model", "context_length")
+    if isinstance(context, int) and context % training.get("context_warmup_length", 1):
+        training["context_warmup_length"] = 0
+    batch = _given(overrides, "training", "batch_size")
+    if isinstance(batch, int) and "micro_batch_size" in training:
+        training["micro_batch_size"] = gcd(batch, training["micro_batch_size"])
+    return preset | {"training": training}
+
+
+def _given(overrides: Mapping[str, Any], table: str, name: str) -> Any:
+    """Return what the user said of a setting; None if nothing, or no table at all."""
+    values = overrides.get(table)
+    return values.get(name) if isinstance(values, Mapping) else None
 
 
 def with_vocabulary(settings: dict[str, Any], vocab_size: int) -> RunConfig:

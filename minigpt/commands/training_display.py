@@ -110,6 +110,8 @@ class TrainingDisplay:
             "run",
             f"{trainer.folder.path}: {self._budget()} on {trainer.device.type} in {dtype}{where}",
         )
+        if trainer.progress >= 1:
+            self._print_fact("", "nothing is left to do: give it more --max-steps or --max-minutes")
         self.line.label, self.line.share = "train", trainer.progress
         self.line.facts = [self._place(trainer.step), "Ctrl-C saves and stops"]
 

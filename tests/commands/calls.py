@@ -1,0 +1,34 @@
+"""Calls of the program, and what they must look like."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+_TINY = """
+--max-steps 4 --context-length 64 --batch-size 2 --n-layer 2 --n-head 2 --d-model 16
+--set model.d_mlp=16 --set training.eval_tokens=256 --set training.log_every=1
+"""
+TINY = _TINY.split()
+"""Options of a run that takes a moment."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a call of the program ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Result]
+
+
+def error_line(result: Result) -> str:
+    """Return what a failed call says, having checked that it says it as all errors are said."""
+    assert result.out == ""
+    assert result.err.startswith("error: "), result.err
+    assert result.err.endswith("\n")
+    line = result.err.removeprefix("error: ").removesuffix("\n")
+    assert line.isprintable(), line  # no line break either
+    assert "bug of minigpt" not in line, line
+    return line

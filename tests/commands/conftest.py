@@ -1,0 +1,79 @@
+"""One tiny trained run, and ways to call the program as a user would."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from io import BytesIO, TextIOWrapper
+from pathlib import Path
+
+import pytest
+from calls import TINY, Result, Run
+
+from minigpt.commands import main
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with corpus.txt and the run checkpoints/tiny; not to be written to."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("MINIGPT_CACHE_DIR", str(folder / "cache"))
+        (folder / "corpus.txt").write_text("The king said: once upon a time.\n" * 90)
+        patch.setattr(sys, "argv", ["minigpt", "train", "corpus.txt", "--name", "tiny", *TINY])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 0
+        yield folder
+
+
+@pytest.fixture
+def workplace(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory, where nothing of the user's own is seen."""
+    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "COLUMNS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MINIGPT_CACHE_DIR", str(trained / "cache"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def run(workplace: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """Call ``main`` in this process: run("generate", "text", stdin=b"...") -> Result."""
+
+    def call(*words: str, stdin: bytes = b"") -> Result:
+        monkeypatch.setattr(sys, "argv", ["minigpt", *words])
+        monkeypatch.setattr(sys, "stdin", TextIOWrapper(BytesIO(stdin)))
+        capfd.readouterr()
+        terminate = signal.getsignal(signal.SIGTERM)
+        with pytest.raises(SystemExit) as ended:
+            main()
+        signal.signal(signal.SIGTERM, terminate)
+        out, err = capfd.readouterr()
+        assert isinstance(ended.value.code, int)
+        return Result(ended.value.code, out, err)
+
+    return call
+
+
+@pytest.fixture
+def start(workplace: Path) -> Callable[..., "subprocess.Popen[bytes]"]:
+    """Start the program as a process of its own: start("train", ..., cwd=...) -> Popen."""
+
+    def begin(
+        *words: str, cwd: Path = workplace, env: dict[str, str] | None = None
+    ) -> "subprocess.Popen[bytes]":
+        return subprocess.Popen(
+            [sys.executable, "-m", "minigpt", *words],
+            cwd=cwd,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | (env or {}),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+
+    return begin

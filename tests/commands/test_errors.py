@@ -1,0 +1,419 @@
+"""Every mistake that a user can make ends in one line: what, the value, the remedy."""
+
+import resource
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from calls import TINY, Run, error_line
+
+from minigpt.checkpoint.folder import RunFolder
+
+LONG = "word " * 40
+
+
+@pytest.fixture
+def at_trained(trained: Path, workplace: Path) -> Path:
+    """The working directory, with a copy of the tiny run and its text in it."""
+    shutil.copytree(trained / "checkpoints", workplace / "checkpoints")
+    shutil.copy(trained / "corpus.txt", workplace)
+    return workplace
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["trian"], ["'trian'", "Did you mean train?"]),
+        (["--tempurature"], ["'--tempurature'"]),
+        (["generate", "--tempurature", "1"], ["'--tempurature'", "Did you mean --temperature?"]),
+        (["train", "--max-step", "1"], ["'--max-step'", "Did you mean --max-steps?"]),
+        (["attention-trace", "--layer", "1"], ["'--layer'", "Did you mean --layers?"]),
+        (["train", "--xyzzy"], ["'--xyzzy'", "See minigpt train --help."]),
+        (["generate", "--top-k"], ["--top-k", "requires an argument", "minigpt generate --help"]),
+        (["generate", "--top-k", "many"], ["--top-k", "'many'", "whole number"]),
+        (["generate", "--top-p", "half"], ["--top-p", "'half'", "a number"]),
+        (["generate", "once", "upon"], ["upon", "quotes"]),
+        (["generate", "-- a list"], ["'-- a list'", "Put -- before"]),
+        (["generate", "x", "--device", "cud"], ["--device", "'cud'", "Did you mean cuda?"]),
+        (["generate", "x", "--dtype", "float16"], ["'float16'", "Did you mean bfloat16?"]),
+        (["attention-trace", "x", "--reduce", "men"], ["'men'", "Did you mean mean?"]),
+        (["train", "--preset", "nanoo"], ["'nanoo'", "Did you mean nano?"]),
+        (["train", "--tokenizer", "gpt3"], ["'gpt3'", "Did you mean gpt2?"]),
+        (["train", "--tokenizer", "bpe"], ["'bpe'", "bpe:1024"]),
+        (["train", "--family", "lama"], ["'lama'", "Did you mean llama?"]),
+    ],
+)
+def test_a_misspelt_word_is_named_with_the_nearest_one(
+    run: Run, words: list[str], said: list[str]
+) -> None:
+    result = run(*words)
+    line = error_line(result)
+    assert result.code == 2
+    assert all(part in line for part in said), line
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--temperature -1", ["temperature", "-1"]),
+        ("--temperature nan", ["temperature", "nan"]),
+        ("--top-k -1", ["top_k", "-1", "at least 0"]),
+        ("--top-p 0", ["top_p", "(0, 1]", "0.0"]),
+        ("--top-p 1.5", ["top_p", "1.5"]),
+        ("--min-p 2", ["min_p", "2.0", "between 0 and 1"]),
+        ("--repetition-penalty 0", ["repetition_penalty", "0.0"]),
+        ("--max-new-tokens 0", ["max_new_tokens", "0", "at least 1"]),
+        ("--num-samples 0", ["num_samples", "0"]),
+        ("--seed -1", ["seed", "-1"]),
+        ("--seed 99999999999999999999", ["seed", "99999999999999999999"]),
+    ],
+)
+@pytest.mark.parametrize("command", ["generate", "attention-trace"])
+def test_sampling_values_out_of_range_are_refused(
+    run: Run, command: str, words: str, said: list[str]
+) -> None:
+    result = run(command, "text", *words.split())
+    line = error_line(result)
+    assert result.code == 2
+    assert all(part in line for part in said), line
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--n-head 3", ["n_head", "3 does not divide 128", "Try d_model 129"]),
+        ("--n-head 4 --d-model 12", ["even", "3", "Try d_model 16"]),
+        ("--set model.n_kv_head=3", ["n_kv_head", "3 does not divide 4"]),
+        ("--family gpt2 --set model.qk_norm=true", ["gpt2", "qk_norm", "llama"]),
+        ("--n-layer 0", ["n_layer", "0", "at least 1"]),
+        ("--context-length 0", ["context_length", "0"]),
+        ("--batch-size 0", ["batch_size", "0"]),
+        ("--batch-size 6 --set training.micro_batch_size=4", ["micro_batch_size", "4", "6"]),
+        ("--lr 0", ["lr", "0.0"]),
+        ("--max-steps 0", ["max_steps or max_minutes"]),
+        ("--max-minutes -1", ["max_minutes", "-1"]),
+        ("--set model.n_layr=2", ["model.n_layr", "Did you mean n_layer?"]),
+        ("--set modle.n_layer=2", ["modle", "Did you mean model?"]),
+        ("--set model.n_layer=two", ["model.n_layer", "int", "'two'"]),
+        ("--set model=2", ["model", "table", "2"]),
+        ("--set training=2", ["training", "table", "2"]),
+        ("--set data=2", ["data", "table", "2"]),
+        ("--set preset=2", ["preset", "2"]),
+        ("--set n_layer", ["'n_layer'", "model.n_layer=4"]),
+        ("--set model.vocab_size=10", ["vocab_size", "257", "10"]),
+        ("--set data.val_fraction=1", ["val_fraction", "1"]),
+        ("--config missing.toml", ["missing.toml", "does not exist"]),
+        ("--config .", ["cannot be read"]),
+        ("--name a/b", ["'a/b'", "letters, digits"]),
+        ("--name ..", ["'..'"]),
+        ("--name \x1b[31m", ["\\x1b[31m"]),
+        (f"--name {'x' * 101}", ["up to 100"]),
+    ],
+)
+def test_impossible_settings_are_refused(
+    run: Run, workplace: Path, words: str, said: list[str]
+) -> None:
+    (workplace / "text.txt").write_text("text " * 2000)
+    result = run("train", "text.txt", *words.split(" "))
+    line = error_line(result)
+    assert result.code == 2
+    assert all(part in line for part in said), line
+    assert not list(workplace.glob("checkpoints/*/step-*"))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("[model]\nn_layers = 2\n", ["model.n_layers", "Did you mean n_layer?"]),
+        ("modell.n_layer = 2\n", ["modell", "Did you mean model?"]),
+        ("n_layer = \n", ["settings.toml", "TOML"]),
+        ('[training]\nlr = "high"\n', ["training.lr", "float", "'high'"]),
+    ],
+)
+def test_a_config_file_is_read_strictly(
+    run: Run, workplace: Path, content: str, said: list[str]
+) -> None:
+    (workplace / "settings.toml").write_text(content)
+    result = run("train", "--config", "settings.toml")
+    line = error_line(result)
+    assert result.code == 2
+    assert all(part in line for part in said), line
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("missing.txt", None, ["missing.txt", "no file or folder"]),
+        ("empty.txt", b"", ["empty", "empty.txt"]),
+        ("blob.txt", b"text\0" * 900, ["binary", "byte 4"]),
+        ("latin.txt", "café ".encode("latin1") * 900, ["not UTF-8", "byte 3", "iconv"]),
+        ("short.txt", b"too short", ["too little text", "--context-length"]),
+        ("lines.jsonl", b'{"txt": "a"}\n', ["line 1", '"text"']),
+        ("missing*.txt", None, ["'missing*.txt'", "no file matches"]),
+        ("gone\x1b[2J/a.txt", None, ["\\x1b[2J"]),
+    ],
+)
+def test_a_corpus_that_cannot_be_used_is_refused(
+    run: Run, workplace: Path, name: str, content: bytes | None, said: list[str]
+) -> None:
+    if content is not None:
+        (workplace / name).write_bytes(content)
+    result = run("train", name, *TINY)
+    line = error_line(result)
+    assert result.code == 3
+    assert all(part in line for part in said), line
+
+
+def test_an_empty_standard_input_is_no_corpus(run: Run) -> None:
+    result = run("train", "-", *TINY)
+    assert "standard input" in error_line(result)
+    assert result.code == 3
+
+
+@pytest.mark.parametrize("command", ["generate", "attention-trace"])
+@pytest.mark.parametrize(
+    ("prompt", "stdin", "said"),
+    [
+        (LONG, b"", ["200 tokens", "64", "--context-length"]),
+        ("-", LONG.encode(), ["200 tokens", "64"]),
+        ("", b"", ["the prompt is empty", "new document"]),
+        ("-", b"", ["standard input is empty"]),
+        ("-", b"caf\xe9", ["standard input", "not UTF-8", "byte 3", "iconv"]),
+        ("caf\udce9", b"", ["the prompt", "not UTF-8", "byte 3"]),
+        ("-", b"a" * (2**24 + 1), ["longer than 16 MiB"]),
+    ],
+)
+def test_a_prompt_that_cannot_be_read_is_refused(
+    run: Run, at_trained: Path, command: str, prompt: str, stdin: bytes, said: list[str]
+) -> None:
+    result = run(command, prompt, stdin=stdin)
+    line = error_line(result)
+    assert result.code == 3
+    assert all(part in line for part in said), line
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--layers 9", ["--layers 9", "0 to 1"]),
+        ("--layers x", ["--layers", "'x'"]),
+        ("--layers 1-0", ["--layers", "1-0"]),
+        ("--heads 3", ["--heads", "'3'", "layer.head"]),
+        ("--heads 0.7", ["--heads 7", "0 to 1"]),
+        ("--layers 0 --heads 1.*", ["no head in common"]),
+        ("--sources -1", ["--sources", "-1"]),
+        ("--sources few", ["--sources", "'few'"]),
+    ],
+)
+def test_heads_that_the_model_lacks_are_refused(
+    run: Run, at_trained: Path, words: str, said: list[str]
+) -> None:
+    result = run("attention-trace", "text", *words.split())
+    line = error_line(result)
+    assert result.code == 2
+    assert all(part in line for part in said), line
+
+
+@pytest.mark.parametrize("command", ["generate", "attention-trace"])
+def test_no_checkpoint_at_all_names_the_command_that_makes_one(run: Run, command: str) -> None:
+    result = run(command, "text")
+    line = error_line(result)
+    assert result.code == 4
+    assert "no checkpoint" in line
+    assert "`minigpt train`" in line
+
+
+def test_a_model_that_is_not_there_is_named_with_the_nearest(run: Run, at_trained: Path) -> None:
+    (at_trained / "empty").mkdir()
+    cases = {
+        "tinny": ["'tinny'", "Did you mean tiny?"],
+        "empty": ["'empty' holds no checkpoint"],
+        "no/such": ["'no/such'"],
+        "x" * 5000: ["xxx..."],
+        "\x1b[2J": ["\\x1b[2J"],
+    }
+    for model, said in cases.items():
+        result = run("generate", "text", "--model", model)
+        line = error_line(result)
+        assert result.code == 4
+        assert all(part in line for part in said), line
+
+
+@pytest.mark.parametrize("part", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_half_written_checkpoint_is_named_with_its_damaged_file(
+    run: Run, at_trained: Path, part: str
+) -> None:
+    path = at_trained / "checkpoints/tiny/step-000004" / part
+    path.write_bytes(path.read_bytes()[:-9])
+    result = run("generate", "text", "--model", str(path.parent))
+    line = error_line(result)
+    assert result.code == 4
+    assert part in line
+
+
+def test_a_run_that_is_there_already_is_never_overwritten(run: Run, at_trained: Path) -> None:
+    before = {p: p.read_bytes() for p in at_trained.rglob("checkpoints/**/*") if p.is_file()}
+    result = run("train", "corpus.txt", "--name", "tiny", *TINY)
+    line = error_line(result)
+    assert result.code == 2
+    assert all(part in line for part in ("'tiny'", "--resume", "--name"))
+    assert before == {p: p.read_bytes() for p in before}
+
+
+@pytest.mark.parametrize("resume", [[], ["--resume"]])
+def test_a_run_that_another_process_writes_is_left_alone(
+    run: Run, at_trained: Path, resume: list[str]
+) -> None:
+    name = "tiny" if resume else "other"
+    with RunFolder(Path("checkpoints", name)).lock():
+        result = run("train", "corpus.txt", "--name", name, *resume)
+    assert result.code == 7
+    assert name in error_line(result)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--n-layer 3", ["model.n_layer", "2", "3"]),
+        ("--context-length 32", ["model.context_length", "64", "32"]),
+        ("--seed 1", ["training.seed", "1337", "1"]),
+        ("--batch-size 4", ["training.batch_size", "2", "4"]),
+        ("--tokenizer bpe:300", ["data.tokenizer", "'bytes'", "'bpe:300'"]),
+        ("--preset mini", ["preset", "'nano'", "'mini'"]),
+        ("--set training.optimizer=adamw", ["training.optimizer", "'muon'", "'adamw'"]),
+        ("--set model.n_layr=3", ["model.n_layr", "Did you mean n_layer?"]),
+    ],
+)
+def test_a_resumed_run_keeps_what_its_checkpoint_was_made_with(
+    run: Run, at_trained: Path, words: str, said: list[str]
+) -> None:
+    result = run("train", "--resume", "--name", "tiny", *words.split())
+    line = error_line(result)
+    assert result.code == 2
+    assert all(part in line for part in said), line
+
+
+def test_another_text_cannot_be_resumed_with(run: Run, at_trained: Path) -> None:
+    (at_trained / "corpus.txt").write_text("Another text altogether.\n" * 100)
+    result = run("train", "--resume", "--name", "tiny", "--max-steps", "6")
+    assert result.code == 3
+    assert "corpus" in error_line(result)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("tinny", "Did you mean tiny?"), (None, "Start one")], ids=["name", "newest"]
+)
+def test_a_run_that_is_not_there_cannot_be_resumed(
+    run: Run, workplace: Path, trained: Path, name: str | None, said: str
+) -> None:
+    if name:
+        shutil.copytree(trained / "checkpoints", workplace / "checkpoints")
+    result = run("train", "--resume", *(["--name", name] if name else []))
+    assert result.code == 4
+    assert said in error_line(result)
+    assert not Path("checkpoints/tinny").exists()
+
+
+def test_a_device_that_is_not_there_is_refused(
+    run: Run, at_trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for words in (["generate", "x"], ["attention-trace", "x"], ["train", "corpus.txt"]):
+        result = run(*words, "--device", "cuda")
+        line = error_line(result)
+        assert result.code == 2
+        assert "cuda is not available" in line
+        assert "cpu" in line
+
+
+def test_a_full_disk_costs_no_checkpoint_and_says_so(run: Run, at_trained: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # the weights have more
+    try:
+        result = run("train", "--resume", "--name", "tiny", "--max-steps", "6")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert result.code == 6
+    assert "error: " in result.err.splitlines()[-1]
+    assert "File too large" in result.err.splitlines()[-1]
+    assert run("generate", "text", "--max-new-tokens", "1").code == 0
+
+
+def test_a_folder_that_may_not_be_written_is_named(
+    run: Run, at_trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = Path.mkdir
+
+    def refuse(path: Path, *words: Any, **more: Any) -> None:
+        if path.name == "new":  # root may write everywhere, so permissions alone are no test
+            raise PermissionError(13, "Permission denied", str(path))
+        make(path, *words, **more)
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    result = run("train", "corpus.txt", "--name", "new", *TINY)
+    assert result.code == 6
+    assert "'checkpoints/new': Permission denied" in error_line(result)
+
+
+def test_a_file_in_the_place_of_the_runs_folder_is_one_line(run: Run, workplace: Path) -> None:
+    (workplace / "checkpoints").write_text("a file")
+    (workplace / "corpus.txt").write_text("Once upon a time.\n" * 100)
+    result = run("train", "corpus.txt", *TINY)
+    assert result.code == 6
+    assert "checkpoints" in error_line(result)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (OSError(28, "No space left on device", "/a/\x1bb"), 6, ["'/a/\\x1bb'", "No space left"]),
+        (PermissionError(13, "Permission denied", "/a"), 6, ["'/a'", "Permission denied"]),
+        (OSError(5, "Input/output error"), 1, ["Input/output error"]),
+        (MemoryError(), 6, ["out of memory", "--batch-size"]),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 6, ["out of memory"]),
+        (ModuleNotFoundError("No module named 'rich'", name="rich"), 1, ["rich", "not installed"]),
+    ],
+)
+def test_what_the_system_refuses_is_one_line_too(
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    code: int,
+    said: list[str],
+) -> None:
+    from minigpt.commands import loading
+
+    def fail(*words: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(loading, "resolve_model", fail)
+    result = run("generate", "text")
+    line = error_line(result)
+    assert result.code == code
+    assert all(part in line for part in said), line
+
+
+def test_a_bug_of_ours_is_one_line_and_debug_shows_where(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from minigpt.commands import loading
+
+    class PanicError(BaseException):
+        """As tiktoken's panics are: no Exception."""
+
+    def fail(*words: Any) -> None:
+        raise PanicError("line one\nline \x1b[31m two")
+
+    monkeypatch.setattr(loading, "resolve_model", fail)
+    plain = run("generate", "text")
+    assert plain.code == 1
+    expected = "error: PanicError: line one line \\x1b[31m two. This is a bug of minigpt; --debug"
+    assert plain.err.startswith(expected)
+    assert plain.err.count("\n") == 1
+    traced = run("generate", "text", "--debug")
+    assert traced.code == 1
+    assert "Traceback (most recent call last)" in traced.err
+    assert traced.err.splitlines()[-1] == plain.err.rstrip("\n")

@@ -1,0 +1,52 @@
+"""What the program imports before it has to: nothing heavy for --help, no training to generate."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAVY = ["torch", "numpy", "rich", "tiktoken", "safetensors", "transformers"]
+
+
+def modules_after(*words: str, cwd: Path = ROOT) -> set[str]:
+    """Return the modules that a call of the program had imported when it ended."""
+    program = (
+        "import json, sys\n"
+        "from minigpt.commands import main\n"
+        "try:\n    main()\n"
+        "finally:\n    print(json.dumps(list(sys.modules)), file=sys.stderr)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *words],
+        cwd=cwd,
+        env={"PYTHONPATH": str(ROOT), "PATH": "", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        check=True,
+    )
+    return set(json.loads(done.stderr.splitlines()[-1]))
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["train", "--help"], ["attention-trace", "--help"], ["--version"]]
+)
+def test_help_imports_nothing_heavy(words: list[str]) -> None:
+    assert not modules_after(*words) & set(HEAVY)
+
+
+def test_the_first_help_reads_no_command() -> None:
+    imported = modules_after("--help")
+    assert "minigpt.config" not in imported
+    assert {name for name in imported if name.startswith("minigpt.commands")} == {
+        "minigpt.commands",
+        "minigpt.commands.failures",
+        "minigpt.commands.layout",
+    }
+
+
+def test_generate_imports_nothing_of_training(trained: Path) -> None:
+    imported = modules_after("generate", "x", "--max-new-tokens", "1", cwd=trained)
+    training = {n for n in imported if n.startswith(("minigpt.training", "minigpt.evaluation"))}
+    assert not training

@@ -1,0 +1,50 @@
+"""The line that is redrawn while work goes on."""
+
+import pytest
+
+from minigpt.commands.status_line import StatusLine
+from minigpt.commands.training_display import clock, duration, short
+
+FACTS = [
+    "20000/20000",
+    "loss 10.234",
+    "val 10.345",
+    "lr 1.0e-02",
+    "1.23M tok/s",
+    "MFU 41%",
+    "9:59 left",
+]
+
+
+def line_of(facts: list[str], share: float = 0.5) -> StatusLine:
+    line = StatusLine()
+    line.label, line.share, line.facts = "train", share, facts
+    return line
+
+
+@pytest.mark.parametrize("facts", [FACTS, FACTS[:4], FACTS[:1], []])
+def test_it_is_never_wider_than_the_terminal(facts: list[str]) -> None:
+    for width in range(1, 200):
+        text = line_of(facts).draw(width).plain
+        assert len(text) <= width
+        assert "\n" not in text
+
+
+def test_every_fact_fits_80_columns() -> None:
+    text = line_of(FACTS).draw(77).plain
+    assert all(fact in text for fact in FACTS)
+
+
+@pytest.mark.parametrize(("share", "n_full"), [(-1, 0), (0, 0), (0.25, 10), (1, 40), (7, 40)])
+def test_the_bar_is_as_full_as_the_work_is_done(share: float, n_full: int) -> None:
+    text = line_of(["a fact"], share).draw(120, is_ascii=True).plain
+    assert text == f"train {'#' * n_full}{'-' * (40 - n_full)}  a fact"
+
+
+def test_numbers_have_three_digits_and_times_few_cells() -> None:
+    numbers = [0.5, 987, 999.9, 12_345, 999_940, 999_960, 1_050_000, 124_000_000, 1_500_000_000]
+    expected = ["0.5", "987", "1k", "12.3k", "1M", "1M", "1.05M", "124M", "1.5B"]
+    assert [short(number) for number in numbers] == expected
+    assert [clock(s) for s in (0.4, 42, 185, 7800)] == ["0:00", "0:42", "3:05", "2:10:00"]
+    times = ["42 s", "3 min 05 s", "2 h 10 min"]
+    assert [duration(s) for s in (42, 185, 7800)] == times

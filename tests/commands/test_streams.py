@@ -1,0 +1,224 @@
+"""Terminals, pipes and closed streams: what each gets, and what never reaches a terminal."""
+
+import io
+import os
+import re
+import subprocess
+import sys
+import termios
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from calls import TINY, Result, Run
+
+from minigpt.checkpoint.model_folder import read_model
+from minigpt.commands import training_display
+from minigpt.config import SamplingConfig
+from minigpt.generation.decoder import Decoder
+from minigpt.generation.stream import stream_text
+
+Start = Callable[..., Any]
+pty = pytest.importorskip("pty", reason="needs a system with pseudo-terminals")
+
+HOSTILE = "\x1b]0;title\x07\x1b[2J\x9b31m\u202egnp.exe\r\x7f"
+# What rich itself writes to a terminal: colours, and cursor moves to redraw the live line.
+OURS = re.compile(r"\x1b\[[\d;]*[mKA]|\x1b\[\?25[lh]|\r\n|\r")
+
+
+class Screen:
+    """A terminal of 80 x 24 in the place of stdout and stderr, and all that was written to it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.master, slave = pty.openpty()
+        termios.tcsetwinsize(slave, (24, 80))
+        self.received = b""
+        self.reader = threading.Thread(target=self._read)
+        self.reader.start()
+        self.stream = os.fdopen(slave, "w", encoding="utf-8")
+        for name in ("stdout", "stderr"):
+            monkeypatch.setattr(sys, name, self.stream)
+        monkeypatch.setenv("TERM", "xterm-256color")
+        monkeypatch.setenv("COLUMNS", "80")
+
+    def _read(self) -> None:
+        try:
+            while data := os.read(self.master, 4096):
+                self.received += data
+        except OSError:  # so Linux says that the other end is closed
+            pass
+
+    def text(self) -> str:
+        """Close the terminal and return what it got."""
+        self.stream.close()
+        self.reader.join()
+        os.close(self.master)
+        return self.received.decode("utf-8")
+
+
+@pytest.fixture
+def on_terminal(
+    workplace: Path, trained: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., str]:
+    """Call the program in a terminal, where the tiny run is; return what the terminal got."""
+
+    def call(*words: str, cwd: Path = trained) -> str:
+        with monkeypatch.context() as patch:
+            patch.chdir(cwd)
+            screen = Screen(patch)
+            result = run(*words)
+        shown = screen.text()
+        assert result.code == 0, shown
+        return shown
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def hostile(trained: Path) -> tuple[list[str], str]:
+    """Options with which the tiny model, hardly trained, draws ESC and bytes that are no UTF-8.
+
+    Returns: the options, prompt included, and the text that comes of them.
+    """
+    loaded = read_model(trained / "checkpoints/tiny/step-000004")
+    assert loaded.tokenizer is not None
+    decoder = Decoder(loaded.model, loaded.tokenizer.encode("x"))
+    config, end = SamplingConfig(temperature=99), loaded.tokenizer.end_of_text
+    for seed in range(1000):
+        steps = decoder.generate(config, seed=seed, end_of_text=end)
+        text = "".join(item.text for item in stream_text(steps, loaded.tokenizer))
+        if {"\x1b", "\ufffd"} <= set(text):
+            return ["x", "--temperature", "99", "--seed", str(seed)], text
+    raise AssertionError("no such text")
+
+
+def steering(shown: str) -> set[str]:
+    """Return the characters that could steer a terminal and are not our own doing."""
+    return {c for c in OURS.sub("", shown) if not c.isprintable()} - {"\n", "\t"}
+
+
+def test_model_text_reaches_a_pipe_to_its_last_byte(
+    run: Run, trained: Path, hostile: tuple[list[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words, text = hostile
+    monkeypatch.chdir(trained)
+    assert run("generate", *words).out == text + "\n"
+
+
+@pytest.mark.parametrize("command", ["generate", "attention-trace"])
+def test_model_text_cannot_steer_a_terminal(
+    on_terminal: Callable[..., str], hostile: tuple[list[str], str], command: str
+) -> None:
+    shown = on_terminal(command, *hostile[0])
+    assert r"\x1b" in shown
+    assert not steering(shown)
+
+
+@pytest.mark.parametrize("command", ["generate", "attention-trace"])
+def test_a_hostile_prompt_cannot_steer_a_terminal(
+    on_terminal: Callable[..., str], command: str
+) -> None:
+    shown = on_terminal(command, HOSTILE, "--max-new-tokens", "1")
+    assert r"gnp.exe\x0d\x7f" in shown.replace(r"\r", r"\x0d")  # a token shows a return as \r
+    assert not steering(shown)
+
+
+def test_a_sample_cannot_steer_the_terminal_of_train_nor_pass_for_our_lines(
+    on_terminal: Callable[..., str], trained: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        training_display, "draw_sample", lambda trainer: f"{HOSTILE}\nbest   fake\x0bnext\u2028fake"
+    )
+    text = str(trained / "corpus.txt")
+    shown = on_terminal("train", text, *TINY, "--sample-every", "4", cwd=workplace)
+    assert not steering(shown)
+    left = OURS.sub("", shown)
+    assert r"| \x1b]0;title\x07\x1b[2J\x9b31m\u202egnp.exe" in left
+    assert "| best   fake" in left
+    assert not re.search(r"(?m)^(next|fake)", left.split("best   checkpoints")[0])
+
+
+def test_a_terminal_shows_the_prompt_where_the_text_goes_on(
+    on_terminal: Callable[..., str], run: Run, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["generate", "The king", "--temperature", "0", "--max-new-tokens", "5"]
+    monkeypatch.chdir(trained)
+    assert on_terminal(*words).startswith("The king" + run(*words).out.splitlines()[0])
+
+
+def test_the_live_line_is_drawn_within_80_columns_and_leaves_nothing(
+    on_terminal: Callable[..., str], trained: Path, workplace: Path
+) -> None:
+    text = str(trained / "corpus.txt")
+    words = ["train", text, *TINY, "--max-steps", "30", "--eval-every", "10"]
+    shown = on_terminal(*words, cwd=workplace)
+    assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") == 1  # the cursor is back
+    pieces = [re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", p) for p in re.split(r"[\r\n]+", shown)]
+    live = [piece for piece in pieces if piece.startswith("train ")]
+    assert live
+    assert all(len(piece) < 78 for piece in live)  # with room for ^C
+    # Each drawn line is erased (2K) before anything else is written.
+    assert len(re.findall(r"\x1b\[2K", shown)) >= len(live)
+    assert "next" in shown.split("\x1b[?25h")[1]
+
+
+def test_no_color_keeps_colour_off_a_terminal(
+    on_terminal: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["attention-trace", "The king", "--max-new-tokens", "3"]
+    colour = re.compile(r"\x1b\[(?:\d;)?[34]8;|\x1b\[(?:\d;)?[39]\d")
+    assert colour.search(on_terminal(*words))
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not colour.search(on_terminal(*words))
+
+
+def test_a_narrow_encoding_shows_escapes_and_fails_nothing(
+    run: Run, trained: Path, hostile: tuple[list[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ascii_run(*words: str) -> tuple[Result, bytes]:
+        out = io.BytesIO()
+        with monkeypatch.context() as patch:
+            patch.chdir(trained)
+            patch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding="ascii"))
+            result = run(*words)
+            return result, out.getvalue()
+
+    result, out = ascii_run("generate", *hostile[0])
+    assert result.code == 0
+    assert b"\\ufffd" in out
+    result, out = ascii_run("attention-trace", "a b", "--max-new-tokens", "2")
+    assert result.code == 0
+    assert b"\\u2423" in out  # the sign for a space
+
+
+def test_a_reader_that_leaves_ends_the_program_quietly(
+    start: Start, trained: Path, run: Run
+) -> None:
+    with start("generate", "x", "--num-samples", "1000", cwd=trained) as process:
+        process.stdout.read(1)
+        process.stdout.close()
+        err = process.stderr.read().decode()
+    assert process.returncode == 0
+    assert all(re.fullmatch(r"\d+ tokens, .* seed \d+.*", line) for line in err.splitlines())
+
+
+def test_a_full_device_and_closed_streams_are_no_traceback(workplace: Path) -> None:
+    def shell(redirection: str) -> subprocess.CompletedProcess[str]:
+        line = f'"{sys.executable}" -m minigpt --help {redirection}'
+        root = Path(__file__).resolve().parents[2]
+        return subprocess.run(
+            ["sh", "-c", line],
+            env=os.environ | {"PYTHONPATH": str(root)},
+            capture_output=True,
+            text=True,
+        )
+
+    closed = shell(">&-")
+    assert (closed.returncode, closed.stderr) == (0, "")
+    assert shell("2>&-").returncode == 0
+    if Path("/dev/full").exists():
+        full = shell("> /dev/full")
+        assert full.returncode == 6
+        assert re.fullmatch(r"error: No space left on device\. .*\n", full.stderr)

@@ -1,0 +1,212 @@
+"""minigpt train: what it says and writes, how it is stopped, and how it goes on."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import Popen
+
+import pytest
+from calls import TINY, Run
+
+from minigpt.checkpoint.folder import RunFolder
+from minigpt.commands import training_run
+from minigpt.commands.training_display import TrainingDisplay
+from minigpt.config import read_toml
+from minigpt.training.trainer import Event, StepEvent
+
+Start = Callable[..., "Popen[bytes]"]
+
+
+@pytest.fixture(autouse=True)
+def corpus(trained: Path, workplace: Path) -> None:
+    shutil.copy(trained / "corpus.txt", workplace)
+
+
+def proposed(err: str, label: str) -> list[list[str]]:
+    """Return the commands below a label at the end of stderr, as words after the program's."""
+    lines = err[err.index(f"\n{label}") + 1 :].splitlines()
+    commands = [shlex.split(line[7:]) for line in lines]
+    assert all(command[0].endswith("minigpt") for command in commands), commands
+    return [command[1:] for command in commands]
+
+
+def test_the_end_says_where_the_checkpoint_is_how_good_it_is_and_what_to_try(run: Run) -> None:
+    result = run("train", "corpus.txt", "--name", "my-run", *TINY)
+    assert (result.code, result.out) == (0, "")
+    best = json.loads(Path("checkpoints/my-run/best.json").read_text())
+    said = re.search(
+        r"\nbest +(\S+): val loss ([\d.]+) nats/token, ([\d.]+) bits/byte\n", result.err
+    )
+    assert said
+    assert Path(said[1], "model.safetensors").is_file()
+    assert float(said[2]) == pytest.approx(best["val_loss"], abs=5e-5)
+    assert float(said[3]) == pytest.approx(best["bits_per_byte"], abs=5e-5)
+    commands = proposed(result.err, "next")
+    assert [words[0] for words in commands] == ["generate", "attention-trace"]
+    for words in commands:
+        assert run(*words).code == 0
+
+
+def test_proposed_commands_fit_a_short_context(run: Run) -> None:
+    result = run("train", "corpus.txt", *TINY, "--context-length", "8")
+    assert result.code == 0
+    assert all(run(*words).code == 0 for words in proposed(result.err, "next"))
+
+
+def test_a_pipe_gets_the_facts_without_control_bytes(run: Run) -> None:
+    err = run("train", "corpus.txt", "--sample-every", "2", *TINY).err
+    assert all(line.isprintable() for line in err.split("\n"))
+    assert err.count("sample") == 2
+    for fact in ("2,971 tokens (bytes)", "2 layers, 2 heads, width 16", "4 steps on cpu", "4/4"):
+        assert fact in err
+
+
+def test_settings_win_in_the_order_preset_file_option_set(run: Run) -> None:
+    Path("a.toml").write_text("[training]\nlr = 0.5\nbeta1 = 0.5\nbeta2 = 0.5\nseed = 5\n")
+    words = ["--config", "a.toml", "--lr", "0.25", "--set", "training.beta1=0.125"]
+    assert run("train", "corpus.txt", "--name", "a", *TINY, *words).code == 0
+    training = read_toml(Path("checkpoints/a/config.toml"))["training"]
+    assert (training["momentum"], training["seed"]) == (0.95, 5)
+    assert (training["lr"], training["beta1"], training["beta2"]) == (0.25, 0.125, 0.5)
+
+
+def test_a_run_can_be_made_again_from_its_own_config(run: Run, trained: Path) -> None:
+    config = trained / "checkpoints/tiny/config.toml"
+    assert run("train", "--config", str(config), "--name", "again").code == 0
+    weights = "step-000004/model.safetensors"
+    before = (trained / "checkpoints/tiny" / weights).read_bytes()
+    assert Path("checkpoints/again", weights).read_bytes() == before
+
+
+def test_a_preset_adapts_to_the_batch_and_context_of_the_user(run: Run) -> None:
+    words = ["--context-length", "40", "--batch-size", "6", "--tokenizer", "bytes"]
+    result = run("train", "corpus.txt", "--preset", "small", "--name", "a", *TINY, *words)
+    assert result.code == 0, result.err
+    assert read_toml(Path("checkpoints/a/config.toml"))["training"]["micro_batch_size"] == 2
+    assert run("train", "corpus.txt", "--name", "b", *TINY, *words).code == 0
+
+
+def test_one_limit_replaces_the_other(run: Run) -> None:
+    assert run("train", "corpus.txt", "--name", "a", *TINY, "--max-steps", "3").code == 0
+    result = run("train", "--resume", "--name", "a", "--max-minutes", "0.0001")
+    assert result.code == 0
+    training = read_toml(Path("checkpoints/a/config.toml"))["training"]
+    assert (training["max_steps"], training["max_minutes"]) == (0, 0.0001)
+
+
+def test_runs_without_a_name_are_called_after_text_and_preset_and_never_collide(run: Run) -> None:
+    Path("odd name;$(x).v2.txt").write_text(Path("corpus.txt").read_text())
+    words = ["train", "odd name;$(x).v2.txt", *TINY, "--max-steps", "1"]
+    assert run(*words).code == run(*words).code == 0
+    assert {path.name for path in Path("checkpoints").iterdir()} == {
+        "odd-name-x-nano",
+        "odd-name-x-nano-2",
+    }
+
+
+def test_text_on_standard_input_is_trained_on_and_resumed_with(run: Run) -> None:
+    text = Path("corpus.txt").read_bytes()
+    assert run("train", "-", *TINY, stdin=text).code == 0
+    assert Path("checkpoints/stdin-nano/step-000004").is_dir()
+    assert run("train", "--resume", "--max-steps", "5", stdin=text).code == 0
+    assert Path("checkpoints/stdin-nano/step-000005").is_dir()
+
+
+def test_a_budget_can_be_raised_and_a_moved_text_named_anew(run: Run) -> None:
+    assert run("train", "corpus.txt", "--name", "a", *TINY).code == 0
+    Path("corpus.txt").rename("moved.txt")
+    words = ["--max-steps", "6", "--eval-every", "1", "--save-every", "5", "--lr", "0.001"]
+    result = run("train", "moved.txt", "--resume", *words)
+    assert result.code == 0
+    assert "from step 4 on" in result.err
+    assert RunFolder(Path("checkpoints/a")).steps() == [4, 5, 6]
+
+
+def test_a_run_that_is_done_is_left_as_it_is(run: Run) -> None:
+    assert run("train", "corpus.txt", "--name", "a", *TINY).code == 0
+    weights = Path("checkpoints/a/step-000004/model.safetensors")
+    before = weights.read_bytes(), weights.stat().st_mtime_ns
+    result = run("train", "--resume", "--name", "a")
+    assert result.code == 0
+    assert "nothing is left to do" in result.err
+    assert before == (weights.read_bytes(), weights.stat().st_mtime_ns)
+
+
+def press_at(step: int, number: int, monkeypatch: pytest.MonkeyPatch, times: int = 1) -> None:
+    """Let a signal come when a step is shown."""
+    show = TrainingDisplay.show
+
+    def show_and_press(display: TrainingDisplay, event: Event) -> None:
+        show(display, event)
+        if isinstance(event, StepEvent) and event.step == step:
+            for _ in range(times):
+                signal.raise_signal(number)
+
+    monkeypatch.setattr(TrainingDisplay, "show", show_and_press)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_saves_and_the_resumed_run_ends_as_if_there_had_been_none(
+    run: Run, trained: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    number = signal.Signals[name]
+    monkeypatch.setattr(training_run, "_ending_signals", lambda: [number])  # even under nohup
+    with monkeypatch.context() as patch:
+        press_at(2, number, patch)
+        stopped = run("train", "corpus.txt", "--name", "a", *TINY)
+    assert stopped.code == 128 + number
+    assert RunFolder(Path("checkpoints/a")).steps() == [2]
+    [words] = proposed(stopped.err, "resume")
+    assert run(*words).code == 0
+    weights = "step-000004/model.safetensors"
+    straight = (trained / "checkpoints/tiny" / weights).read_bytes()
+    assert Path("checkpoints/a", weights).read_bytes() == straight
+
+
+def test_a_second_ctrl_c_stops_at_once_and_costs_no_checkpoint(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        press_at(3, signal.SIGINT, patch, times=2)
+        result = run("train", "corpus.txt", "--name", "a", *TINY, "--save-every", "2")
+    assert result.code == 130
+    assert RunFolder(Path("checkpoints/a")).steps() == [2]
+    assert run("train", "--resume", "--name", "a").code == 0
+
+
+def test_who_hangs_up_on_stderr_does_not_end_the_run(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        assert run("train", "corpus.txt", "--name", "a", *TINY).code == 0
+    assert RunFolder(Path("checkpoints/a")).steps() == [4]
+
+
+def test_ctrl_c_on_a_real_process_saves_and_says_how_to_go_on(run: Run, start: Start) -> None:
+    process = start("train", "corpus.txt", "--name", "a", *TINY, "--max-steps", "100000")
+    metrics = Path("checkpoints/a/metrics.jsonl")
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and metrics.read_text().count("\n") > 3):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, b"")
+    [step] = RunFolder(Path("checkpoints/a")).steps()
+    command = err.decode().splitlines()[-1].split(maxsplit=1)
+    assert command[0] == "resume"
+    words = shlex.split(command[1])
+    assert words[1:3] == ["-m", "minigpt"]  # as it was called
+    assert run(*words[3:], "--max-steps", str(step + 1)).code == 0
+    assert Path(f"checkpoints/a/step-{step + 1:06d}").is_dir()
