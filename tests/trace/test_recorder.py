@@ -59,7 +59,7 @@ def test_watching_changes_no_bit_of_the_logits(layout: str, dtype: torch.dtype) 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_watching_changes_no_token(layout: str, dtype: torch.dtype) -> None:
     model = small_model(layout).to(dtype)
-    config = SamplingConfig(temperature=1.2, top_k=30, max_new_tokens=15)
+    config = SamplingConfig(temperature=1.2, top_k=30, max_new_tokens=8)
 
     def steps(seed: int, recorder: RowRecorder | None) -> list[Step]:
         prompt = random_tokens(4, seed=seed).tolist()
@@ -70,7 +70,7 @@ def test_watching_changes_no_token(layout: str, dtype: torch.dtype) -> None:
             result.append(step)
         return result
 
-    for seed in range(4):
+    for seed in range(2):
         plain = steps(seed, None)
         for reduce in ("mean", "max"):
             assert steps(seed, RowRecorder(EVERY_HEAD, reduce)) == plain
