@@ -39,7 +39,7 @@ class Commands(TyperGroup):
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write options and commands, without reading the commands' modules."""
-        _write_groups(formatter, self.get_params(ctx))
+        _write_groups(ctx, formatter, self.get_params(ctx))
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 
@@ -49,16 +49,17 @@ class Command(TyperCommand):
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write arguments and options, each under its ``rich_help_panel``."""
-        _write_groups(formatter, self.get_params(ctx))
+        _write_groups(ctx, formatter, self.get_params(ctx))
 
 
-def _write_groups(formatter: Any, parameters: Iterable[Any]) -> None:
+def _write_groups(ctx: Any, formatter: Any, parameters: Iterable[Any]) -> None:
     groups: dict[str, list[tuple[str, str]]] = {}
     for parameter in parameters:
         is_argument = parameter.param_type_name == "argument"
-        heading = "Arguments" if is_argument else parameter.rich_help_panel or "General"
-        row = (_left(parameter), parameter.help.rstrip("."))
-        groups.setdefault(heading, []).append(row)
+        panel = getattr(parameter, "rich_help_panel", None)  # click's own --help has none
+        heading = "Arguments" if is_argument else panel or "General"
+        _, text = parameter.get_help_record(ctx)
+        groups.setdefault(heading, []).append((_left(parameter), text.rstrip(".")))
     width = max(len(left) for rows in groups.values() for left, _ in rows)
     for heading, rows in groups.items():
         with formatter.section(heading):
