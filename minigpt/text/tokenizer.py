@@ -19,6 +19,7 @@ import rustbpe
 import tiktoken
 
 from minigpt.errors import ConfigError, DataError, nearest
+from minigpt.text.rules import NO_RULES, NORMALIZATIONS, Rules
 
 END_OF_TEXT = "<|endoftext|>"
 NAMED_ENCODINGS = ("gpt2", "cl100k_base", "o200k_base")
@@ -39,17 +40,25 @@ _LONG_BLANK = re.compile(r"(\s{65536})")
 class Tokenizer:
     """Text <-> token ids, over one ``tiktoken.Encoding``."""
 
-    def __init__(self, name: str, encoding: tiktoken.Encoding) -> None:
-        """Args: name, what makes it again (``bytes``, ``bpe:1024``, ``gpt2``); encoding."""
+    def __init__(self, name: str, encoding: tiktoken.Encoding, rules: Rules = NO_RULES) -> None:
+        """Args: name, what makes it again (``bytes``, ``bpe:1024``, ``gpt2``); encoding; rules."""
         self.name = name
         self.encoding = encoding
-        self.vocab_size = encoding.n_vocab
+        self.rules = rules
+        self.vocab_size = len(rules.tokens) or encoding.n_vocab
         """Ids run from 0 to vocab_size - 1; some encodings leave holes among them."""
-        self.end_of_text: int | None = encoding._special_tokens.get(END_OF_TEXT)
+        specials = encoding._special_tokens.items()
+        self.special_ids: Mapping[str, int] = {text: self._ids([n])[0] for text, n in specials}
+        """Special tokens, such as ``<|endoftext|>``."""
+        self.end_of_text: int | None = self.special_ids.get(END_OF_TEXT, rules.end_of_text)
         """The id that stands before each document, None if the vocabulary has none."""
         ranks = encoding._mergeable_ranks
         self._single_bytes = bytes(b for b in range(256) if bytes([b]) in ranks)
-        self._is_bytes = len(ranks) == 256 and all(ranks.get(bytes([b])) == b for b in range(256))
+        is_plain = len(ranks) == 256 and all(ranks.get(bytes([b])) == b for b in range(256))
+        self._is_bytes = is_plain and rules == NO_RULES
+        self._normalize = NORMALIZATIONS[rules.normalization]
+        longest_first = sorted(rules.added, key=len, reverse=True)
+        self._added = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text; ``<|endoftext|>`` in it is plain text.
@@ -58,11 +67,25 @@ class Tokenizer:
         Raises: DataError if the vocabulary lacks one of the text's bytes.
         """
         text = well_formed(text)
+        if not self.rules.added:
+            return self._encode_plain(text)
+        ids: list[int] = []
+        for i, part in enumerate(self._added.split(text)):
+            is_added = i % 2 == 1  # what a group of the pattern matched stands at the odd places
+            ids += [self.special_ids[part]] if is_added else self._encode_plain(part)
+        return ids
+
+    def _encode_plain(self, text: str) -> list[int]:
+        text = self._normalize(text)
         self._check_bytes(text)
         ids: list[int] = []
         for part in _parts(text):
-            ids += self._encode_part(part)
+            ids += self._ids(self._encode_part(part))
         return ids
+
+    def _ids(self, numbers: list[int]) -> list[int]:
+        of_number = self.rules.ids
+        return [i for n in numbers for i in of_number[n]] if of_number else numbers
 
     def encode_array(self, text: str) -> npt.NDArray[np.uint32]:
         """Return what ``encode`` returns, as uint32; for single bytes without tiktoken."""
@@ -89,25 +112,28 @@ class Tokenizer:
     def token_byte_lengths(self) -> npt.NDArray[np.int32]:
         """Bytes of text that each id stands for, (V,); 0 for special tokens and holes."""
         lengths = np.zeros(self.vocab_size, np.int32)
-        for token_bytes, token in self.encoding._mergeable_ranks.items():
+        for token, token_bytes in self._bytes_of.items():
             lengths[token] = len(token_bytes)
+        are_no_text = self.special_ids.keys() - set(self.rules.added)
+        lengths[[self.special_ids[text] for text in are_no_text]] = 0
         return lengths
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over pattern, ranks and special tokens: equal iff they encode alike."""
+        """sha256 over pattern, ranks, special tokens and rules: equal iff they encode alike."""
         parts = {key: value for key, value in self.to_dict().items() if key != "name"}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the whole tokenizer as JSON values, for ``from_dict``; tokens are base64."""
         ranks = sorted(self.encoding._mergeable_ranks.items(), key=lambda item: item[1])
-        return {
+        parts = {
             "name": self.name,
             "pattern": self.encoding._pat_str,
             "ranks": {base64.b64encode(token).decode(): rank for token, rank in ranks},
             "specials": dict(self.encoding._special_tokens),
         }
+        return parts if self.rules == NO_RULES else parts | {"rules": self.rules.to_dict()}
 
     @classmethod
     def from_dict(cls, parts: Mapping[str, Any]) -> "Tokenizer":
@@ -119,14 +145,17 @@ class Tokenizer:
             name, pattern = str(parts["name"]), str(parts["pattern"])
             ranks = {base64.b64decode(t, validate=True): int(r) for t, r in parts["ranks"].items()}
             specials = {str(text): int(token) for text, token in parts["specials"].items()}
+            rules = Rules.from_dict(parts["rules"]) if "rules" in parts else NO_RULES
         except (KeyError, TypeError, ValueError, AttributeError, binascii.Error) as error:
             raise DataError(f"the saved vocabulary is damaged: {error!r}.") from None
-        return cls(name, make_encoding(name, pattern, ranks, specials))
+        return cls(name, make_encoding(name, pattern, ranks, specials), rules)
 
     @cached_property
     def _bytes_of(self) -> dict[int, bytes]:
         tokens = {rank: token for token, rank in self.encoding._mergeable_ranks.items()}
-        return tokens | {i: text.encode() for text, i in self.encoding._special_tokens.items()}
+        if self.rules.tokens:
+            tokens = dict(enumerate(self.rules.tokens))
+        return tokens | {i: text.encode() for text, i in self.special_ids.items()}
 
     def _check_bytes(self, text: str) -> None:
         if len(self._single_bytes) == 256:
