@@ -22,6 +22,7 @@ from minigpt.checkpoint.families import (
     tensors_from_hf,
     tensors_to_hf,
 )
+from minigpt.checkpoint.sentencepiece import json_from_scores
 from minigpt.checkpoint.tokenizer_json import (
     NAME_FIELD,
     tokenizer_config,
@@ -36,6 +37,8 @@ from minigpt.text.tokenizer import Tokenizer
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 TOKENIZER = "tokenizer.json"
+SCORES = "sp_vocab.json"
+"""The vocabulary of a llama2.c model, read where there is no tokenizer.json."""
 
 _GENERATION_CONFIG = "generation_config.json"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -55,6 +58,8 @@ class LoadedModel:
     """None if the folder has no tokenizer.json."""
     folder: Path
     """Where it was read."""
+    end_of_text_ids: tuple[int, ...] = ()
+    """The ids that end a generation."""
 
 
 def write_model(folder: Path, model: GPT, tokenizer: Tokenizer | None) -> None:
@@ -109,17 +114,48 @@ def read_model(
     Args: dtype, of the weights; None for what is stored.
     Raises: CheckpointError naming the file, what is wrong with it and the remedy.
     """
-    config = read_config(folder)
-    paths = _weight_files(folder)
-    _check_tensors(config, paths)
-    tokenizer = _read_tokenizer(folder, config)
-    tensors: dict[str, Tensor] = {}
-    for path in paths:
-        with _opened(path) as file:
-            for name, stored in canonical_names(config, file.keys()).items():
-                tensors[name] = file.get_tensor(stored).to(device, dtype)
-    model = GPT.from_tensors(config, tensors_from_hf(config, tensors))
-    return LoadedModel(model.eval(), tokenizer, folder)
+    settings = read_json(folder / CONFIG)
+    config = model_config_from_hf(settings)
+    weights = _Weights(_checked_tensors(config, _weight_files(folder)), device, dtype)
+    ends = _end_of_text_ids(folder, settings)
+    tokenizer = _read_tokenizer(folder, config, ends)
+    if tokenizer is not None and tokenizer.end_of_text is not None and not ends:
+        ends = (tokenizer.end_of_text,)
+    model = GPT.from_tensors(config, tensors_from_hf(config, weights))
+    return LoadedModel(model.eval(), tokenizer, folder, ends)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Where a tensor lies, and what its header says."""
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class _Weights(Mapping[str, Tensor]):
+    """Tensors by canonical name, each read when it is asked for: no two copies of all at once."""
+
+    def __init__(
+        self,
+        stored: Mapping[str, _Stored],
+        device: torch.device | str,
+        dtype: torch.dtype | None,
+    ) -> None:
+        self._stored, self._device, self._dtype = stored, device, dtype
+
+    def __getitem__(self, name: str) -> Tensor:
+        stored = self._stored[name]
+        with _opened(stored.path) as file:
+            return file.get_tensor(stored.name).to(self._device, self._dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
 
 
 @contextmanager
@@ -159,24 +195,29 @@ def _weight_files(folder: Path) -> list[Path]:
     raise CheckpointError(f"{WEIGHTS} is missing in {str(folder)!r}. Write or download it again.")
 
 
-def _check_tensors(config: ModelConfig, paths: list[Path]) -> None:
+def _checked_tensors(config: ModelConfig, paths: list[Path]) -> dict[str, _Stored]:
     """Compare names, shapes and dtypes with what the config asks for, from the headers alone."""
-    folder = paths[0].parent
-    found: dict[str, tuple[list[int], str]] = {}
+    found: dict[str, _Stored] = {}
     for path in paths:
         with _opened(path) as file:
             for name, stored in canonical_names(config, file.keys()).items():
                 header = file.get_slice(stored)
-                found[name] = header.get_shape(), header.get_dtype()
+                shape, dtype = tuple(header.get_shape()), header.get_dtype()
+                if found.setdefault(name, _Stored(path, stored, shape, dtype)).path != path:
+                    raise CheckpointError(
+                        f"the tensor {name!r} is there twice, in {str(found[name].path)!r} and in "
+                        f"{path.name!r}. Download the model again."
+                    )
     _check_size(config, len(found))
     with torch.device("meta"):
         expected = tensors_to_hf(config, GPT(config).state_dict())
     problem = _first_problem(expected, found, is_tied=config.tie_embeddings)
     if problem:
         raise CheckpointError(
-            f"the weights in {str(folder)!r} do not fit {CONFIG}: {problem}. "
+            f"the weights in {str(paths[0].parent)!r} do not fit {CONFIG}: {problem}. "
             "Take both from the same place."
         )
+    return found
 
 
 def _check_size(config: ModelConfig, n_tensors: int) -> None:
@@ -198,7 +239,7 @@ def _check_size(config: ModelConfig, n_tensors: int) -> None:
 
 
 def _first_problem(
-    expected: Mapping[str, Tensor], found: Mapping[str, tuple[list[int], str]], *, is_tied: bool
+    expected: Mapping[str, Tensor], found: Mapping[str, _Stored], *, is_tied: bool
 ) -> str | None:
     expected = dict(expected)
     if is_tied and "lm_head.weight" in found:  # some files hold the tied one twice
@@ -208,24 +249,47 @@ def _first_problem(
         return f"{missing[0]!r} is missing ({len(missing)} of {len(expected)} are)"
     if extra := [name for name in found if name not in expected]:
         return f"{extra[0]!r} has no place in the model ({len(extra)} have none)"
-    for name, (shape, dtype) in found.items():
-        if tuple(shape) != tuple(expected[name].shape):
-            return f"{name!r} has shape {shape}, not {list(expected[name].shape)}"
-        if dtype not in _DTYPES:
-            return f"{name!r} is stored as {dtype}, and only {', '.join(sorted(_DTYPES))} are read"
+    for name, stored in found.items():
+        if stored.shape != tuple(expected[name].shape):
+            return f"{name!r} has shape {list(stored.shape)}, not {list(expected[name].shape)}"
+        if stored.dtype not in _DTYPES:
+            readable = ", ".join(sorted(_DTYPES))
+            return f"{name!r} is stored as {stored.dtype}, and only {readable} are read"
     return None
 
 
-def _read_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer | None:
-    if not (folder / TOKENIZER).exists():
+def _end_of_text_ids(folder: Path, settings: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return what generation_config.json, else config.json, says ends a text: an id, or several."""
+    generation = _read_if_there(folder / _GENERATION_CONFIG)
+    ends = generation.get("eos_token_id", settings.get("eos_token_id"))
+    ids = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if not all(type(id_) is int and id_ >= 0 for id_ in ids):
+        raise CheckpointError(
+            f"the eos_token_id of {str(folder)!r} is {str(ends)[:80]!r}, and not an id or a list "
+            "of ids. Download its JSON files again."
+        )
+    return tuple(ids)
+
+
+def _read_if_there(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.exists() else {}
+
+
+def _read_tokenizer(folder: Path, config: ModelConfig, ends: tuple[int, ...]) -> Tokenizer | None:
+    settings = _read_if_there(folder / _TOKENIZER_CONFIG)
+    if (folder / TOKENIZER).exists():
+        data = read_json(folder / TOKENIZER)
+    elif (folder / SCORES).exists():
+        data = json_from_scores(read_json(folder / SCORES))
+    else:
         return None
-    has_config = (folder / _TOKENIZER_CONFIG).exists()
-    named = read_json(folder / _TOKENIZER_CONFIG).get(NAME_FIELD) if has_config else None
+    named = settings.get(NAME_FIELD)
     name = named if isinstance(named, str) else folder.name
-    tokenizer = tokenizer_from_json(read_json(folder / TOKENIZER), name)
+    end = ends[0] if ends else None
+    tokenizer = tokenizer_from_json(data, name, config=settings, end_of_text=end)
     if tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(
-            f"{str(folder / TOKENIZER)!r} has {tokenizer.vocab_size} tokens, and the model only "
-            f"{config.vocab_size}. Take both from the same place."
+            f"the vocabulary in {str(folder)!r} has {tokenizer.vocab_size} tokens, and the model "
+            f"only {config.vocab_size}. Take both from the same place."
         )
     return tokenizer

@@ -1,25 +1,22 @@
-"""tokenizer.json of Hugging Face's tokenizers library <-> Tokenizer, for byte-level BPE.
+"""tokenizer.json of Hugging Face's tokenizers library <-> Tokenizer, for byte-level BPE."""
 
-tiktoken knows ranks: of all neighbouring parts whose union is a token, the one of least rank is
-merged, leftmost first. tokenizers knows merges: an ordered list of pairs. One determines the
-other. Parts that end up inside a token were merged as if it stood alone, since any merge across
-its borders would have swallowed a border for good; so each token has one pair that can make it,
-the last of its merges in isolation, and pairs in the order of their tokens' ranks merge alike.
-"""
-
-import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
-from tiktoken_ext.openai_public import r50k_pat_str  # type: ignore[import-untyped]
-
+from minigpt.checkpoint import sentencepiece
+from minigpt.checkpoint.merges import merge_order, merges_of, unsupported
+from minigpt.checkpoint.split_pattern import pattern_from_json, pattern_to_json
 from minigpt.errors import CheckpointError, DataError
+from minigpt.text.rules import Rules
 from minigpt.text.tokenizer import END_OF_TEXT, Tokenizer, make_encoding
 
 NAME_FIELD = "name_or_path"
 """Where tokenizer_config.json keeps Tokenizer.name."""
 
-_NO_RANK = 2**32
+_LARGEST_ID = 2**32 - 1
+_LARGEST_HOLE = 2**20
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
 _PLAIN_BPE = {
     "type": "BPE",
@@ -30,6 +27,7 @@ _PLAIN_BPE = {
     "fuse_unk": False,
     "byte_fallback": False,
 }
+_UNKNOWN = ("unk_token", "fuse_unk", "byte_fallback")
 
 _PROBE = "Don't WE\u2019LL x_1234567  \t\r\n\n é 漢字 ١٢ 🙂\u0301\u200d\u00a0\x00\x7f\u0085 end \n"
 
@@ -55,201 +53,256 @@ def _to_bytes(token: str) -> bytes:
     return token.translate(_BYTES).encode("latin-1")
 
 
-def merges_of(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """Return the pair that makes each token of more than one byte, in the order of the ranks.
-
-    Raises: CheckpointError if merging does not reach a token from tokens of lesser rank.
-    """
-    made = _single_bytes(ranks)
-    merges = []
-    for token in sorted((token for token in ranks if len(token) > 1), key=ranks.__getitem__):
-        pairs = ((token[:i], token[i:]) for i in range(1, len(token)))
-        pair = next((pair for pair in pairs if _is_last_merge(*pair, made, ranks)), None)
-        if pair is None:
-            raise CheckpointError(
-                f"merging never makes the token {token!r}, which tokenizer.json cannot express. "
-                "Train the vocabulary again."
-            )
-        merges.append(pair)
-        made[token] = (ranks[token], *pair)
-    return merges
-
-
-_Made = dict[bytes, tuple[int, bytes, bytes]]  # token -> when it is made, and of which parts
-
-
-def _single_bytes(ranks: Mapping[bytes, int]) -> _Made:
-    return {token: (-1, b"", b"") for token in ranks if len(token) == 1}
-
-
-def _is_last_merge(left: bytes, right: bytes, made: _Made, ranks: Mapping[bytes, int]) -> bool:
-    """Tell whether the bytes of left + right, merged as if alone, end as these two parts.
-
-    Takes the merges of both apart, the last one first: at no moment may the two parts that meet
-    at the border have been next in the order of ranks.
-    """
-    if left not in made or right not in made:
-        return False
-    left_until = right_until = _NO_RANK  # when the part at the border is merged into a larger one
-    while True:
-        (left_rank, _, tail), (right_rank, head, _) = made[left], made[right]
-        if left_rank > right_rank:
-            left, left_until = tail, left_rank
-        elif right_rank >= 0:  # of equal ranks the rightmost is merged last
-            right, right_until = head, right_rank
-        else:
-            return True
-        rank = ranks.get(left + right, _NO_RANK)
-        if rank < left_until and rank <= right_until:
-            return False
-
-
 def tokenizer_to_json(tokenizer: Tokenizer) -> dict[str, Any]:
     """Return tokenizer.json: the tokenizers library gives every text the same ids.
 
     As always there, special tokens in a text are found unless it is told not to look for them.
-    Raises: CheckpointError if the split pattern cannot be said in the library's regex dialect, or
-        merging does not reach a token.
+    Raises: CheckpointError if the split pattern cannot be said in the library's regex dialect.
     """
-    ranks, specials = tokenizer.encoding._mergeable_ranks, tokenizer.encoding._special_tokens
-    vocab = {_to_characters(token): rank for token, rank in ranks.items()} | specials
+    rules, specials = tokenizer.rules, tokenizer.special_ids
+    parts = (
+        sentencepiece.pieces_to_json(tokenizer)
+        if rules.normalization.startswith("metaspace")
+        else _byte_level_to_json(tokenizer)
+    )
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            {"id": id_, "content": text, "special": True, "normalized": False}
+            {"id": id_, "content": text, "special": text not in rules.added, "normalized": False}
             | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
             for text, id_ in sorted(specials.items(), key=lambda item: item[1])
         ],
-        "normalizer": None,
+        "normalizer": parts["normalizer"],
+        "pre_tokenizer": parts["pre_tokenizer"],
+        "post_processor": _prefix_to_json(rules.prefix, specials),
+        "decoder": parts["decoder"],
+        "model": _PLAIN_BPE
+        | {name: parts[name] for name in ("fuse_unk", "byte_fallback") if name in parts}
+        | {
+            "ignore_merges": parts.get("ignore_merges", False),
+            "vocab": dict(sorted((parts["vocab"] | specials).items(), key=lambda item: item[1])),
+            "merges": [" ".join(pair) for pair in parts["merges"]],
+        },
+    }
+
+
+def _byte_level_to_json(tokenizer: Tokenizer) -> dict[str, Any]:
+    ranks, rules = tokenizer.encoding._mergeable_ranks, tokenizer.rules
+    tokens = {token: id_ for id_, token in enumerate(rules.tokens) if token} or ranks
+    merges = merges_of(ranks)
+    n_reached = len(merges) + sum(len(token) == 1 for token in ranks)
+    return {
+        "normalizer": {"type": rules.normalization} if rules.normalization else None,
         "pre_tokenizer": {
             "type": "Sequence",
             "pretokenizers": [
-                {
-                    "type": "Split",
-                    "pattern": {"Regex": _pattern_to_oniguruma(tokenizer.encoding._pat_str)},
-                    "behavior": "Isolated",
-                    "invert": False,
-                },
+                pattern_to_json(tokenizer.encoding._pat_str),
                 _BYTE_LEVEL | {"use_regex": False},
             ],
         },
-        "post_processor": None,
         "decoder": _BYTE_LEVEL,
-        "model": _PLAIN_BPE
-        | {
-            "ignore_merges": False,
-            "vocab": dict(sorted(vocab.items(), key=lambda item: item[1])),
-            "merges": [" ".join(map(_to_characters, pair)) for pair in merges_of(ranks)],
-        },
+        "vocab": {_to_characters(token): id_ for token, id_ in tokens.items()},
+        "merges": [tuple(map(_to_characters, pair)) for pair in merges],
+        "ignore_merges": n_reached < len(ranks),
+    }
+
+
+def _prefix_to_json(prefix: Iterable[int], specials: Mapping[str, int]) -> dict[str, Any] | None:
+    texts = {id_: text for text, id_ in specials.items()}
+    used = {texts[id_]: {"id": texts[id_], "ids": [id_], "tokens": [texts[id_]]} for id_ in prefix}
+    if not used:
+        return None
+
+    def template(sequence: str, type_id: int) -> list[dict[str, Any]]:
+        parts = [("SpecialToken", text) for text in used] + [("Sequence", sequence)]
+        return [{kind: {"id": id_, "type_id": type_id}} for kind, id_ in parts]
+
+    return {
+        "type": "TemplateProcessing",
+        "single": template("A", 0),
+        "pair": template("A", 0) + template("B", 1),
+        "special_tokens": used,
     }
 
 
 def tokenizer_config(tokenizer: Tokenizer, context_length: int) -> dict[str, Any]:
     """Return tokenizer_config.json, for transformers; the name in it is ours."""
-    has_end = tokenizer.end_of_text is not None
+    texts = {id_: text for text, id_ in tokenizer.special_ids.items()}
+    end = texts.get(-1 if tokenizer.end_of_text is None else tokenizer.end_of_text)
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": context_length,
         "clean_up_tokenization_spaces": False,
-        "bos_token": END_OF_TEXT if has_end else None,
-        "eos_token": END_OF_TEXT if has_end else None,
+        "bos_token": texts[tokenizer.rules.prefix[0]] if tokenizer.rules.prefix else end,
+        "eos_token": end,
         NAME_FIELD: tokenizer.name,
     }
 
 
-def tokenizer_from_json(data: Mapping[str, Any], name: str) -> Tokenizer:
-    """Read a tokenizer.json of byte-level BPE.
+def tokenizer_from_json(
+    data: Mapping[str, Any],
+    name: str,
+    *,
+    config: Mapping[str, Any] | None = None,
+    end_of_text: int | None = None,
+) -> Tokenizer:
+    """Read a tokenizer.json of byte-level BPE, or of SentencePiece's BPE with byte fallback.
 
-    Every added token becomes a special one: never found in a text, only put in by id.
+    Every added token becomes a special one, only put in by id; those that are not special there
+    are found in a text too, as there.
 
-    Args: data, the parsed file; name, for the Tokenizer.
+    Args: data, the parsed file; name, for the Tokenizer; config, the parsed tokenizer_config.json,
+        whose add_bos_token wins; end_of_text, the id that ends a text in a vocabulary without
+        ``<|endoftext|>``.
     Raises: CheckpointError naming the part that is damaged, or that Tokenizer cannot do.
     """
     try:
         model = _checked_model(data)
-        specials = {token["content"]: token["id"] for token in data.get("added_tokens") or ()}
+        added = data.get("added_tokens") or ()
+        specials = {token["content"]: token["id"] for token in added}
         vocab = {token: id_ for token, id_ in model["vocab"].items() if token not in specials}
         ids = [*specials.values(), *vocab.values()]
-        if not all(type(id_) is int and 0 <= id_ < _NO_RANK for id_ in ids):
-            raise _unsupported("an id that is no 32-bit number")
-        tokens = {token: _to_bytes(token) for token in vocab}
-        ranks = {tokens[token]: id_ for token, id_ in vocab.items()}
-        _check_merges(ranks, model["merges"], tokens)
-        encoding = make_encoding(name, _split_pattern(data["pre_tokenizer"]), ranks, specials)
-    except (KeyError, TypeError, ValueError, AttributeError, DataError) as error:
+        if not all(type(id_) is int and 0 <= id_ <= _LARGEST_ID for id_ in ids):
+            raise unsupported("an id that is no 32-bit number")
+        merges = [_pair(merge) for merge in model["merges"]]
+        rules = Rules(
+            added=_found_in_texts(added),
+            prefix=_prefix(data.get("post_processor"), specials, config or {}),
+            end_of_text=None if END_OF_TEXT in specials else end_of_text,
+        )
+        if sentencepiece.is_sentencepiece(data):
+            return _from_sentencepiece(data, name, vocab, merges, specials, rules)
+        return _from_byte_level(data, name, vocab, merges, specials, rules)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, DataError) as error:
         raise CheckpointError(
             f"tokenizer.json is damaged ({type(error).__name__}: {str(error)[:120]!r}). "
             "Write or download it again."
         ) from None
-    return _probed(Tokenizer(name, encoding))
 
 
-def _unsupported(what: str) -> CheckpointError:
-    return CheckpointError(
-        f"tokenizer.json has {what}, and only plain byte-level BPE is read. Choose a model "
-        "with GPT-2's kind of tokenizer."
+def _from_byte_level(
+    data: Mapping[str, Any],
+    name: str,
+    vocab: Mapping[str, int],
+    merges: Iterable[tuple[str, str]],
+    specials: Mapping[str, int],
+    rules: Rules,
+) -> Tokenizer:
+    model = data["model"]
+    tokens = {token: _to_bytes(token) for token in vocab}
+    ids = {tokens[token]: id_ for token, id_ in vocab.items()}
+    atoms = [token for token in ids if len(token) == 1]
+    if len(atoms) < 256:  # else no byte is unknown
+        for field in _UNKNOWN:
+            _require(f"the model's {field}", model.get(field), _PLAIN_BPE[field])
+    normalizer = data.get("normalizer") or {"type": ""}
+    if normalizer not in ({"type": ""}, {"type": "NFC"}):
+        raise unsupported(f"the normalizer {str(normalizer)[:60]!r}")
+    rules = replace(rules, normalization=normalizer["type"])
+    pattern = pattern_from_json(data["pre_tokenizer"])
+    pairs = [(tokens[left], tokens[right]) for left, right in merges]
+    order = merge_order(pairs, ids, atoms, keeps_whole=bool(model.get("ignore_merges")))
+    if len(atoms) + len(order) == len(ids) and all(ids[a] < ids[b] for a, b in pairwise(order)):
+        return _probed(Tokenizer(name, make_encoding(name, pattern, ids, specials), rules))
+    numbered = {token: (ids[token],) for token in [*sorted(atoms), *order]}
+    texts = {id_: token for token, id_ in ids.items()}
+    return _probed(_renumbered(name, pattern, numbered, texts, specials, rules))
+
+
+def _from_sentencepiece(
+    data: Mapping[str, Any],
+    name: str,
+    vocab: Mapping[str, int],
+    merges: Iterable[tuple[str, str]],
+    specials: Mapping[str, int],
+    rules: Rules,
+) -> Tokenizer:
+    _require("the model's ignore_merges", data["model"].get("ignore_merges") or None, None)
+    if rules.added:
+        raise unsupported(f"the added token {rules.added[0]!r}, which is not special")
+    rules = replace(rules, normalization=sentencepiece.normalization_of(data))
+    pieces = sentencepiece.pieces_from_json(vocab, merges)
+    return _renumbered(name, pieces.pattern, pieces.ids, pieces.tokens, specials, rules)
+
+
+def _renumbered(
+    name: str,
+    pattern: str,
+    numbered: Mapping[bytes, tuple[int, ...]],
+    texts: Mapping[int, bytes],
+    specials: Mapping[str, int],
+    rules: Rules,
+) -> Tokenizer:
+    """Build a tokenizer whose ids are not in the order in which its tokens are merged.
+
+    Args: numbered, the tokens in that order and the ids that each stands for; texts, of all ids
+        that are not special.
+    """
+    ranks = {token: rank for rank, token in enumerate(numbered)}
+    numbers = {text: len(ranks) + n for n, text in enumerate(specials)}
+    size = 1 + max([*texts, *specials.values()])
+    if size > _LARGEST_HOLE + len(texts) + len(specials):
+        raise unsupported(f"the id {size - 1}, far above all others")
+    rules = replace(
+        rules,
+        ids=(*numbered.values(), *((id_,) for id_ in specials.values())),
+        tokens=tuple(texts.get(id_, b"") for id_ in range(size)),
     )
+    return Tokenizer(name, make_encoding(name, pattern, ranks, numbers), rules)
 
 
 def _require(part: str, found: Any, allowed: Any) -> None:
     if found is not None and found != allowed:
-        raise _unsupported(f"{part} {str(found)[:60]!r}")
+        raise unsupported(f"{part} {str(found)[:60]!r}")
 
 
 def _checked_model(data: Mapping[str, Any]) -> Mapping[str, Any]:
-    _require("the normalizer", data.get("normalizer"), None)
-    _check_post_processor(data.get("post_processor") or {})
-    _require("the decoder", (data.get("decoder") or {}).get("type"), "ByteLevel")
+    if not sentencepiece.is_sentencepiece(data):
+        _require("the decoder", (data.get("decoder") or {}).get("type"), "ByteLevel")
     model: Mapping[str, Any] = data["model"]
     for field, value in _PLAIN_BPE.items():
         found = model.get(field)
-        _require(f"the model's {field}", found if found != "" else None, value)
+        if field not in _UNKNOWN:
+            _require(f"the model's {field}", found if found != "" else None, value)
     return model
 
 
-def _check_post_processor(found: Mapping[str, Any]) -> None:
-    # A template that adds no token is what transformers writes; ByteLevel moves only the offsets.
-    is_idle = found.get("type") == "TemplateProcessing" and all(
-        part.keys() == {"Sequence"} for part in found["single"]
-    )
-    if not is_idle:
-        _require("the post-processor", found.get("type"), "ByteLevel")
+def _pair(merge: str | list[str]) -> tuple[str, str]:
+    left, right = merge.split(" ") if isinstance(merge, str) else merge
+    return left, right
 
 
-def _check_merges(
-    ranks: Mapping[bytes, int], merges: Iterable[str | list[str]], tokens: Mapping[str, bytes]
-) -> None:
-    """Refuse merges that are not ``merges_of`` the ranks, without having to search for those."""
-    made = _single_bytes(ranks)
-    last_rank = -1
-    for merge in merges:
-        first, second = merge.split(" ") if isinstance(merge, str) else merge
-        left, right = tokens[first], tokens[second]
-        rank = ranks[left + right]
-        if rank <= last_rank or not _is_last_merge(left, right, made, ranks):
-            raise _unsupported(f"the merge {merge!r} out of the order of its ids")
-        made[left + right] = rank, left, right
-        last_rank = rank
-    # Whether ignore_merges is set does not matter then: a piece that is a token merges to it.
-    if len(made) < len(ranks):
-        raise _unsupported(f"{len(ranks) - len(made)} tokens that no merge makes")
+def _found_in_texts(added: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
+    plain = [token for token in added if not token.get("special", True)]
+    for token in plain:
+        for option in ("lstrip", "rstrip", "single_word"):
+            _require(
+                f"the added token {token['content']!r} with {option}", token.get(option), False
+            )
+    return tuple(token["content"] for token in plain)
 
 
-def _split_pattern(pre_tokenizer: Any) -> str:
-    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
-    kinds = [step["type"] for step in steps]
-    _require("the pre-tokenizers", [kind for kind in kinds if kind != "Split"], ["ByteLevel"])
-    _require("the option add_prefix_space", steps[-1].get("add_prefix_space", True), False)
-    uses_regex = steps[-1].get("use_regex", True)
-    if kinds == ["ByteLevel"] and uses_regex:
-        return str(r50k_pat_str)  # GPT-2's own, said in a faster way
-    _require("the pre-tokenizers", kinds, ["Split", "ByteLevel"])
-    _require("the option use_regex", uses_regex, False)
-    _require("the split's behavior", steps[0]["behavior"], "Isolated")
-    _require("the split's invert", steps[0]["invert"], False)
-    return _pattern_from_oniguruma(steps[0]["pattern"]["Regex"])
+def _prefix(
+    found: Mapping[str, Any] | None, specials: Mapping[str, int], config: Mapping[str, Any]
+) -> tuple[int, ...]:
+    begins = config.get("add_bos_token")
+    if begins is not None:  # as transformers has it, this wins
+        token = config.get("bos_token")
+        token = token["content"] if isinstance(token, dict) else token
+        return (specials[token],) if begins and token is not None else ()
+    steps = (found or {}).get("processors", [found] if found else [])
+    prefix: list[int] = []
+    for step in steps:
+        if step["type"] == "ByteLevel":  # moves only the offsets
+            continue
+        _require("the post-processor", step["type"], "TemplateProcessing")
+        *before, text = step["single"]
+        _require("the post-processor's end", [*text], ["Sequence"])
+        for part in before:
+            prefix += step["special_tokens"][part["SpecialToken"]["id"]]["ids"]
+    return tuple(prefix)
 
 
 def _probed(tokenizer: Tokenizer) -> Tokenizer:
@@ -260,32 +313,5 @@ def _probed(tokenizer: Tokenizer) -> Tokenizer:
         except DataError:  # a vocabulary without all bytes, which is its right
             continue
         if not is_kept:
-            raise _unsupported("a split pattern that does not match all of a text")
+            raise unsupported("a split pattern that does not match all of a text")
     return tokenizer
-
-
-# Oniguruma, which tokenizers uses, and fancy-regex, which tiktoken uses, disagree on these:
-# X{1,3}+ is possessive only in fancy-regex, (?s:.) exists only there, and ^ and $ stand at every
-# line's border in Oniguruma. After \s++ that is no difference: no line break can follow.
-_ATOM_INTERVAL = r"(?P<atom>\\p\{\w+\}|\[[^\]]+\]|\\?[^\s{}()\[\]])(?P<interval>\{\d+(?:,\d*)?\})"
-_POSSESSIVE = re.compile(_ATOM_INTERVAL + r"\+")
-_ATOMIC = re.compile(rf"\(\?>{_ATOM_INTERVAL}\)")
-_AMBIGUOUS = re.compile(
-    r"\{\d+(?:,\d*)?\}\+|\(\?\w*[ms]\w*[:)]|(?<![\[\\])\^|(?<!\\)(?<!\\s\+\+)\$"
-)
-
-
-def _pattern_to_oniguruma(pattern: str) -> str:
-    pattern = _POSSESSIVE.sub(r"(?>\g<atom>\g<interval>)", pattern.replace("(?s:.)", r"[\s\S]"))
-    if found := _AMBIGUOUS.search(pattern):
-        raise CheckpointError(
-            f"the split pattern's {found[0]!r} means something else in tokenizer.json. "
-            "Write the pattern without it."
-        )
-    return pattern
-
-
-def _pattern_from_oniguruma(pattern: str) -> str:
-    if found := _AMBIGUOUS.search(pattern):
-        raise _unsupported(f"a split pattern with {found[0]!r}")
-    return _ATOMIC.sub(r"\g<atom>\g<interval>+", pattern.replace(r"[\s\S]", "(?s:.)"))

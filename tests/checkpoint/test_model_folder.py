@@ -194,8 +194,8 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
     r"number of layers of 1000000000": lambda f: change_config(f, n_layer=10**9),
     r"vocabulary of 1000000000000": lambda f: change_config(f, vocab_size=10**12),
     r"context of 1000000000000": lambda f: change_config(f, n_positions=10**12),
-    r"tokenizer\.json has the normalizer": lambda f: (f / "tokenizer.json").write_text(
-        '{"normalizer": {"type": "NFC"}}'
+    r"tokenizer\.json has the decoder": lambda f: (f / "tokenizer.json").write_text(
+        '{"decoder": {"type": "WordPiece"}}'
     ),
     r"tokenizer\.json' is not JSON": lambda f: (f / "tokenizer.json").write_text(""),
 }
