@@ -147,21 +147,23 @@ class _Lines:
     """Shows events as lines, and below the footer the text that came of them."""
 
     def __init__(self, layout: "TraceLayout") -> None:
+        from minigpt.console import make_console
+
         self.layout = layout
+        self.console = make_console(is_stderr=False)
         self.pieces: list[str] = []
 
     def __call__(self, event: "TraceEvent") -> None:
-        from minigpt.console import make_console, spans_to_text
+        from minigpt.console import spans_to_text
         from minigpt.trace import terminal
         from minigpt.trace.tracer import TraceHeader, TraceStep
 
-        console = make_console(is_stderr=False)
         if isinstance(event, TraceHeader):
-            lines = [*terminal.header_lines(event, console.width), self.layout.heading()]
+            lines = [*terminal.header_lines(event, self.console.width), self.layout.heading()]
         elif isinstance(event, TraceStep):
             self.pieces.append(event.text)
             lines = self.layout.step(event)
         else:
             lines = [*terminal.footer_lines(event), [], [("".join(self.pieces), "token")]]
         for line in lines:
-            console.print(spans_to_text(line))
+            self.console.print(spans_to_text(line))

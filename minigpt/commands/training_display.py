@@ -149,6 +149,8 @@ class TrainingDisplay:
 
     def _show_step(self, event: StepEvent) -> None:
         self.line.share = event.progress
+        if event.progress >= 1:
+            self.line.label = "saving"
         facts = [
             self._place(event.step),
             f"loss {event.train_loss:.3f}",
