@@ -3,7 +3,8 @@
 import pytest
 
 from minigpt.commands.status_line import StatusLine
-from minigpt.commands.training_display import clock, duration, short
+from minigpt.commands.training_display import TrainingDisplay, clock, duration, short
+from minigpt.text.shards import PrepareProgress
 
 FACTS = [
     "20000/20000",
@@ -48,3 +49,10 @@ def test_numbers_have_three_digits_and_times_few_cells() -> None:
     assert [clock(s) for s in (0.4, 42, 185, 7800)] == ["0:00", "0:42", "3:05", "2:10:00"]
     times = ["42 s", "3 min 05 s", "2 h 10 min"]
     assert [duration(s) for s in (42, 185, 7800)] == times
+
+
+def test_a_download_shows_how_much_of_it_is_there() -> None:
+    display = TrainingDisplay()
+    display.preparing(PrepareProgress("download", 300_000, 1_200_000))
+    text = display.line.draw(80, is_ascii=True).plain
+    assert text == f"downloading {'#' * 10}{'-' * 30}  0.3 of 1.2 MB"
