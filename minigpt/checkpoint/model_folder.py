@@ -58,8 +58,6 @@ class LoadedModel:
     """None if the folder has no tokenizer.json."""
     folder: Path
     """Where it was read."""
-    end_of_text_ids: tuple[int, ...] = ()
-    """The ids that end a generation."""
 
 
 def write_model(folder: Path, model: GPT, tokenizer: Tokenizer | None) -> None:
@@ -117,12 +115,9 @@ def read_model(
     settings = read_json(folder / CONFIG)
     config = model_config_from_hf(settings)
     weights = _Weights(_checked_tensors(config, _weight_files(folder)), device, dtype)
-    ends = _end_of_text_ids(folder, settings)
-    tokenizer = _read_tokenizer(folder, config, ends)
-    if tokenizer is not None and tokenizer.end_of_text is not None and not ends:
-        ends = (tokenizer.end_of_text,)
+    tokenizer = _read_tokenizer(folder, config, _end_of_text_ids(folder, settings))
     model = GPT.from_tensors(config, tensors_from_hf(config, weights))
-    return LoadedModel(model.eval(), tokenizer, folder, ends)
+    return LoadedModel(model.eval(), tokenizer, folder)
 
 
 @dataclass(frozen=True)
@@ -285,8 +280,7 @@ def _read_tokenizer(folder: Path, config: ModelConfig, ends: tuple[int, ...]) ->
         return None
     named = settings.get(NAME_FIELD)
     name = named if isinstance(named, str) else folder.name
-    end = ends[0] if ends else None
-    tokenizer = tokenizer_from_json(data, name, config=settings, end_of_text=end)
+    tokenizer = tokenizer_from_json(data, name, config=settings, end_of_text=ends)
     if tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(
             f"the vocabulary in {str(folder)!r} has {tokenizer.vocab_size} tokens, and the model "

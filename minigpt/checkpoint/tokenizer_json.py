@@ -146,7 +146,7 @@ def tokenizer_from_json(
     name: str,
     *,
     config: Mapping[str, Any] | None = None,
-    end_of_text: int | None = None,
+    end_of_text: tuple[int, ...] = (),
 ) -> Tokenizer:
     """Read a tokenizer.json of byte-level BPE, or of SentencePiece's BPE with byte fallback.
 
@@ -154,8 +154,7 @@ def tokenizer_from_json(
     are found in a text too, as there.
 
     Args: data, the parsed file; name, for the Tokenizer; config, the parsed tokenizer_config.json,
-        whose add_bos_token wins; end_of_text, the id that ends a text in a vocabulary without
-        ``<|endoftext|>``.
+        whose add_bos_token wins; end_of_text, the ids that end a text; none: ``<|endoftext|>``.
     Raises: CheckpointError naming the part that is damaged, or that Tokenizer cannot do.
     """
     try:
@@ -170,7 +169,7 @@ def tokenizer_from_json(
         rules = Rules(
             added=_found_in_texts(added),
             prefix=_prefix(data.get("post_processor"), specials, config or {}),
-            end_of_text=None if END_OF_TEXT in specials else end_of_text,
+            end_of_text=() if end_of_text == (specials.get(END_OF_TEXT),) else end_of_text,
         )
         if sentencepiece.is_sentencepiece(data):
             return _from_sentencepiece(data, name, vocab, merges, specials, rules)

@@ -39,8 +39,8 @@ class Rules:
     """Special tokens that are found in a text all the same."""
     prefix: tuple[int, ...] = ()
     """Ids that stand before every prompt, such as the beginning of a text."""
-    end_of_text: int | None = None
-    """The id that ends a document, where that is not ``<|endoftext|>``."""
+    end_of_text: tuple[int, ...] = ()
+    """The ids that end a text, where that is not ``<|endoftext|>`` alone."""
     ids: tuple[tuple[int, ...], ...] = ()
     """What each number of the encoding stands for, where ids are not in the order of merging."""
     tokens: tuple[bytes, ...] = ()
@@ -63,7 +63,7 @@ class Rules:
             normalization=parts["normalization"],
             added=tuple(map(str, parts["added"])),
             prefix=tuple(map(int, parts["prefix"])),
-            end_of_text=None if parts["end_of_text"] is None else int(parts["end_of_text"]),
+            end_of_text=tuple(map(int, parts["end_of_text"])),
             ids=tuple(tuple(map(int, ids)) for ids in parts["ids"]),
             tokens=tuple(base64.b64decode(token, validate=True) for token in parts["tokens"]),
         )

@@ -50,8 +50,11 @@ class Tokenizer:
         specials = encoding._special_tokens.items()
         self.special_ids: Mapping[str, int] = {text: self._ids([n])[0] for text, n in specials}
         """Special tokens, such as ``<|endoftext|>``."""
-        self.end_of_text: int | None = self.special_ids.get(END_OF_TEXT, rules.end_of_text)
+        usual = [self.special_ids[END_OF_TEXT]] if END_OF_TEXT in self.special_ids else []
+        self.end_of_text: int | None = next(iter([*usual, *rules.end_of_text]), None)
         """The id that stands before each document, None if the vocabulary has none."""
+        self.end_of_text_ids = rules.end_of_text or tuple(usual)
+        """The ids with which a model ends a text."""
         ranks = encoding._mergeable_ranks
         self._single_bytes = bytes(b for b in range(256) if bytes([b]) in ranks)
         is_plain = len(ranks) == 256 and all(ranks.get(bytes([b])) == b for b in range(256))

@@ -22,6 +22,7 @@ from minigpt.checkpoint.tokenizer_json import (
     tokenizer_to_json,
 )
 from minigpt.errors import CheckpointError
+from minigpt.text.rules import NO_RULES
 from minigpt.text.tokenizer import Tokenizer
 
 tokenizers = pytest.importorskip("tokenizers", reason="compares with the tokenizers library")
@@ -306,15 +307,21 @@ def test_tokenizer_config_decides_whether_prompts_begin_with_a_token() -> None:
         prefix(data, add_bos_token=True, bos_token="nowhere")
 
 
-def test_end_of_text_is_the_usual_one_or_the_one_that_is_said() -> None:
-    assert tokenizer_from_json(published(llama3)[0], "x").end_of_text is None
+def test_texts_end_as_is_said_or_with_the_usual_token() -> None:
     data, _ = published(llama3)
+    assert tokenizer_from_json(data, "x").end_of_text is None
     end = data["added_tokens"][1]["id"]
-    ours = tokenizer_from_json(data, "x", end_of_text=end)
-    assert ours.end_of_text == Tokenizer.from_dict(ours.to_dict()).end_of_text == end
+    ours = tokenizer_from_json(data, "x", end_of_text=(end, 7))
+    again = Tokenizer.from_dict(json.loads(json.dumps(ours.to_dict())))
+    assert again.end_of_text_ids == ours.end_of_text_ids == (end, 7)
+    assert again.end_of_text == ours.end_of_text == end
     written = tokenizer_config(ours, 32)
     assert (written["bos_token"], written["eos_token"]) == ("<|begin_of_text|>", "<|eot_id|>")
-    assert tokenizer_from_json(published(qwen3)[0], "x", end_of_text=5).end_of_text == 700
+    usual = tokenizer_from_json(published(qwen3)[0], "x", end_of_text=(701,))
+    assert (usual.end_of_text, usual.end_of_text_ids) == (700, (701,))
+    plain = tokenizer_from_json(published(gpt2)[0], "x", end_of_text=(700,))
+    assert plain.rules == NO_RULES
+    assert plain.end_of_text_ids == (700,)
 
 
 def test_merges_that_were_tampered_with_encode_alike_or_are_refused() -> None:
