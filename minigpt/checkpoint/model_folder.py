@@ -205,7 +205,7 @@ def _checked_tensors(config: ModelConfig, paths: list[Path]) -> dict[str, _Store
                     )
     _check_size(config, len(found))
     with torch.device("meta"):
-        expected = tensors_to_hf(config, GPT(config).state_dict())
+        expected = tensors_to_hf(config, GPT.without_weights(config).state_dict())
     problem = _first_problem(expected, found, is_tied=config.tie_embeddings)
     if problem:
         raise CheckpointError(

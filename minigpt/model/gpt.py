@@ -3,17 +3,34 @@
 Shapes: B batch, T new tokens, C model dim, V vocabulary.
 """
 
-from collections.abc import Mapping
-from typing import Self
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from minigpt.config import ModelConfig
 from minigpt.model.attention import Attention, Recorder
 from minigpt.model.cache import KVCache
 from minigpt.model.layers import MLP, GatedMLP, make_norm, rotary_table
+
+
+class _WithoutInit(TorchFunctionMode):
+    """Leaves out the initial weights that torch's modules draw."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
 
 
 class Block(nn.Module):
@@ -55,7 +72,7 @@ class GPT(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         if config.family == "gpt2":
             self.positions = nn.Embedding(config.context_length, config.d_model)
-        else:
+        elif not self.embedding.weight.is_meta:  # a shape without weights needs no tables
             self._make_rotary()
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
@@ -69,13 +86,19 @@ class GPT(nn.Module):
         self.register_buffer("rotary_sin", sin, persistent=False)
 
     @classmethod
+    def without_weights(cls, config: ModelConfig) -> Self:
+        """Build the shape of a model on the meta device: no memory, no weights, no tables."""
+        # Drawing on the meta device would import torch's compiler: over a second, for nothing.
+        with torch.device("meta"), _WithoutInit():
+            return cls(config)
+
+    @classmethod
     def from_tensors(cls, config: ModelConfig, tensors: Mapping[str, Tensor]) -> Self:
         """Build a model around loaded weights without allocating them twice.
 
         Raises: RuntimeError, as load_state_dict, for missing, extra or wrongly shaped tensors.
         """
-        with torch.device("meta"):
-            model = cls(config)
+        model = cls.without_weights(config)
         model.load_state_dict(tensors, strict=True, assign=True)
         if config.family == "llama":
             weight = model.embedding.weight

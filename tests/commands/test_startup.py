@@ -50,3 +50,4 @@ def test_generate_imports_nothing_of_training(trained: Path) -> None:
     imported = modules_after("generate", "x", "--max-new-tokens", "1", cwd=trained)
     training = {n for n in imported if n.startswith(("minigpt.training", "minigpt.evaluation"))}
     assert not training
+    assert "torch._dynamo" not in imported, "over a second that nothing of it needs"

@@ -1,0 +1,60 @@
+"""The README tells the truth: every minigpt command that it shows runs, in its order."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from minigpt.commands import app
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# The same commands on a model that trains in a second: only the size is another.
+TINY = (
+    "--max-steps 2 --context-length 32 --batch-size 2 --set model.d_model=16 "
+    "--set model.n_head=4 --set model.d_mlp=16 --set training.micro_batch_size=2"
+).split()
+
+
+def shown_commands() -> list[str]:
+    blocks = re.findall(r"```console\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if "minigpt " in line]
+
+
+def run(line: str) -> tuple[int, str]:
+    before, _, command = line.rpartition("| ")
+    given = shlex.split(before)[1] + "\n" if before else None
+    arguments = shlex.split(command)[1:]
+    if arguments[0] == "train" and "--resume" not in arguments:
+        arguments += TINY
+    elif arguments[0] == "train":
+        arguments[arguments.index("--max-steps") + 1] = "4"
+    elif "--max-new-tokens" not in arguments:
+        arguments += ["--max-new-tokens", "4"]
+    result = CliRunner().invoke(app, arguments, input=given)
+    return result.exit_code, f"{line}\n{result.output}\n{result.exception!r}"
+
+
+def test_every_command_that_the_readme_shows_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MINIGPT_CACHE_DIR", str(tmp_path / "cache"))
+    text = "The king said: once upon a time there was a book. To be, or not to be!\n" * 60
+    (tmp_path / "my-book.txt").write_text(text)
+    commands = shown_commands()
+    assert len(commands) >= 9, "the README shows the three jobs"
+    for line in commands:
+        code, output = run(line)
+        assert code == 0, output
+
+
+def test_the_first_two_commands_are_demo_and_test() -> None:
+    first_block = re.search(r"```console\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert first_block is not None
+    targets = [line.split("#")[0].strip() for line in first_block[1].splitlines()]
+    assert targets == ["make demo", "make test"]
+    makefile = (ROOT / "Makefile").read_text()
+    assert all(f"\n{target.split()[1]}: $(INSTALLED)" in makefile for target in targets)
