@@ -12,10 +12,10 @@ from minigpt.commands import app
 ROOT = Path(__file__).resolve().parents[1]
 
 # The same commands on a model that trains in a second: only the size is another.
-TINY = (
+TINY = shlex.split(
     "--max-steps 2 --context-length 32 --batch-size 2 --set model.d_model=16 "
     "--set model.n_head=4 --set model.d_mlp=16 --set training.micro_batch_size=2"
-).split()
+)
 
 
 def shown_commands() -> list[str]:

@@ -1,11 +1,14 @@
 """Untrusted text made safe and visible: nothing that steers a terminal gets through."""
 
+import re
 import unicodedata
 
 # What moves the cursor, joins or reorders its neighbours, or cannot be seen.
 _UNSAFE_CATEGORIES = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 # What steers nothing, though its category is unsafe: Persian and emoji are wrong without joiners.
 _HARMLESS = "\n\t\u200c\u200d"
+# Jamo that join a syllable, Hangul fillers that show nothing, skin tones: no mark by category.
+_JOINING = re.compile("[\u115f-\u11ff\u3164\ud7b0-\ud7fb\uffa0\U0001f3fb-\U0001f3ff]")
 _NAMED = {"\n": "\\n", "\r": "\\r", "\t": "\\t", "\\": "\\\\", " ": "␣"}
 
 
@@ -18,6 +21,11 @@ def _escape(character: str) -> str:
 
 def _is_unsafe(character: str) -> bool:
     return unicodedata.category(character) in _UNSAFE_CATEGORIES
+
+
+def _joins_or_hides(character: str) -> bool:
+    is_mark_or_space = unicodedata.category(character).startswith(("M", "Z"))
+    return is_mark_or_space or bool(_JOINING.match(character))
 
 
 def printable(text: str) -> str:
@@ -40,7 +48,7 @@ def visible(data: bytes) -> str:
             shown.append(_NAMED[character])
         elif 0xDC80 <= code <= 0xDCFF:  # a byte that surrogateescape could not decode
             shown.append(f"\\x{code - 0xDC00:02x}")
-        elif _is_unsafe(character) or unicodedata.category(character).startswith(("M", "Z")):
+        elif _is_unsafe(character) or _joins_or_hides(character):
             shown.append(_escape(character))
         else:
             shown.append(character)

@@ -29,7 +29,7 @@ def to_json_line(event: TraceEvent) -> str:
         case TraceStep():
             value = _step(event)
         case TraceFooter():
-            value = {"type": "footer", **asdict(event)}
+            value = _footer(event)
     return json.dumps(value, allow_nan=False)
 
 
@@ -72,5 +72,15 @@ def _step(step: TraceStep) -> dict[str, Any]:
             {**_token(source.token), "weight": round(source.weight, 6)} for source in step.sources
         ],
         "rest": None if step.rest is None else round(step.rest, 6),
-        "finish": step.finish,
+        "finish_reason": step.finish,
+    }
+
+
+def _footer(footer: TraceFooter) -> dict[str, Any]:
+    return {
+        "type": "footer",
+        "n_tokens": footer.n_tokens,
+        "finish_reason": footer.finish or "interrupted",
+        "seconds": round(footer.seconds, 6),
+        "worst_row_sum_error": footer.worst_row_sum_error,
     }

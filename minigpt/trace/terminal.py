@@ -132,9 +132,8 @@ def header_lines(header: TraceHeader, width: int) -> list[Line]:
     if n_heads == 1:
         heads = f"head {header.selection.as_text()}"
     elif header.selection.is_all:
-        heads = (
-            f"{header.reduce} of all {n_heads} heads ({header.n_layer} layers x {header.n_head})"
-        )
+        layers = f"{header.n_layer} layer{'s' if header.n_layer > 1 else ''}"
+        heads = f"{header.reduce} of all {n_heads} heads ({layers} x {header.n_head})"
     else:
         heads = f"{header.reduce} of {n_heads} heads ({header.selection.as_text()})"
     prompt = f"prompt   positions 0 to {len(header.prompt) - 1}: "

@@ -36,7 +36,8 @@ def test_json_is_a_header_a_step_for_each_token_and_a_footer(run: Run) -> None:
     assert (header["type"], header["seed"]) == ("header", 7)
     assert str(header["schema"]).startswith("minigpt-trace/")
     assert [step["step"] for step in steps] == [1, 2, 3, 4, 5, 6]
-    assert (footer["type"], footer["n_tokens"], footer["finish"]) == ("footer", 6, "length")
+    assert (footer["type"], footer["n_tokens"]) == ("footer", 6)
+    assert footer["finish_reason"] == "length"
     assert result.err == "seed 7\n"
 
 
@@ -76,7 +77,7 @@ def test_ctrl_c_still_ends_with_a_footer(
     assert result.code == 130
     if as_json:
         assert [o["type"] for o in objects(result)] == ["header", *["step"] * 3, "footer"]
-        assert objects(result)[-1]["finish"] is None
+        assert objects(result)[-1]["finish_reason"] == "interrupted"
     else:
         ending = terminal.footer_lines(tracer.TraceFooter(3, None, 1.0, None))
         assert "".join(text for text, _ in ending[1]) in result.out

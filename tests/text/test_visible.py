@@ -56,3 +56,9 @@ def test_a_token_is_one_line_with_nothing_hidden_or_joined() -> None:
 def test_different_tokens_of_one_byte_are_shown_differently() -> None:
     shown = [visible(bytes([b])) for b in range(256)]
     assert len(set(shown)) == 256
+
+
+def test_jamo_and_skin_tones_stand_alone_and_fillers_show() -> None:
+    for hidden in "\u1160\u3164\uffa0\ud7b0\U0001f3fd":
+        assert visible(hidden.encode()) == hidden.encode("unicode_escape").decode()
+    assert visible("\uac00\u1100".encode()) == "\uac00\u1100"  # a syllable, a first consonant

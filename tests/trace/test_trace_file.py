@@ -127,18 +127,19 @@ def test_a_whole_trace_is_a_header_steps_and_a_footer() -> None:
             "sink",
             "sources",
             "rest",
-            "finish",
+            "finish_reason",
         ]
         assert (step["type"], step["step"], step["position"]) == ("step", number + 1, number + 3)
         assert step["token"] == event.token.id
-        assert step["finish"] == ("length" if number == 8 else None)
+        assert step["finish_reason"] == ("length" if number == 8 else None)
         assert math.exp(step["log_probability"]) == pytest.approx(step["probability"], abs=2e-6)
         weights = [source["weight"] for source in step["sources"]]
         assert weights == [round(source.weight, 6) for source in event.sources]
         # Six digits each.
         assert step["sink"] + sum(weights) + step["rest"] == pytest.approx(1, abs=5e-6)
-    assert set(footer) == {"type", "n_tokens", "finish", "seconds", "worst_row_sum_error"}
-    assert (footer["type"], footer["n_tokens"], footer["finish"]) == ("footer", 9, "length")
+    assert set(footer) == {"type", "n_tokens", "finish_reason", "seconds", "worst_row_sum_error"}
+    assert (footer["type"], footer["n_tokens"]) == ("footer", 9)
+    assert footer["finish_reason"] == "length"
 
 
 def test_the_bytes_of_any_token_come_back_exactly() -> None:
@@ -157,7 +158,7 @@ def test_a_maximum_has_null_for_its_rest() -> None:
     assert parsed(to_json_line(footer)) == {
         "type": "footer",
         "n_tokens": 0,
-        "finish": None,
+        "finish_reason": "interrupted",
         "seconds": 0.1,
         "worst_row_sum_error": None,
     }
