@@ -19,6 +19,7 @@ import tomli_w
 from minigpt.errors import ConfigError, nearest
 
 FAMILIES = ("llama", "gpt2")
+ATTENTION_BIASES = ("none", "qkv", "all")
 ACTIVATIONS = ("silu", "relu2", "gelu_tanh", "gelu")
 SCHEDULES = ("wsd", "cosine", "linear", "constant")
 OPTIMIZERS = ("muon", "adamw")
@@ -81,14 +82,28 @@ class ModelConfig:
     """silu, relu2, gelu_tanh or gelu. Empty derives silu (llama) or gelu_tanh (gpt2)."""
     qk_norm: bool = False
     """RMSNorm on each head's queries and keys (llama; Hugging Face calls this layout qwen3)."""
+    attention_bias: str = "none"
+    """Biases of attention's projections (llama): none, qkv, or all with the output's."""
+    mlp_bias: bool = False
+    """Biases of the MLP's projections (llama; gpt2 always has all biases)."""
     rope_theta: float = 10_000.0
     """Base of the rotary wavelengths (llama)."""
+    rope_scaling_factor: float = 1.0
+    """By how much long rotary wavelengths are stretched, as in Llama 3; 1 leaves them alone."""
+    rope_low_freq_factor: float = 1.0
+    """Wavelengths above rope_original_context over this are stretched in full."""
+    rope_high_freq_factor: float = 4.0
+    """Wavelengths below rope_original_context over this stay; those between, in part."""
+    rope_original_context: int = 8192
+    """Positions that were seen before the wavelengths were stretched."""
     norm_eps: float = 1e-5
     """Added under the root of every norm."""
     tie_embeddings: bool = False
     """Use the token embedding as the output projection too."""
     dropout: float = 0.0
     """Share of residual-branch outputs and embeddings dropped in training, 0 to below 1."""
+    model_type: str = ""
+    """Hugging Face's name of this layout. Empty derives gpt2, llama, qwen2 or qwen3."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context_length", "n_layer", "n_head", "d_model"):
@@ -102,6 +117,7 @@ class ModelConfig:
             "d_head": self.d_model // self.n_head,
             "d_mlp": round_up(self.d_model * 8 / 3, 32) if is_llama else 4 * self.d_model,
             "activation": "silu" if is_llama else "gelu_tanh",
+            "model_type": self._layout(),
         }
         for name, value in derived.items():
             object.__setattr__(self, name, getattr(self, name) or value)
@@ -123,14 +139,43 @@ class ModelConfig:
                 not self.qk_norm and self.n_kv_head == self.n_head,
                 "the gpt2 family has neither qk_norm nor grouped heads. Use family llama.",
             )
+            _require(
+                self.attention_bias == "none" and not self.mlp_bias,
+                "the gpt2 family always has all biases: leave attention_bias and mlp_bias alone.",
+            )
             self._check_n_head_divides()
             _require(
                 self.d_head == self.d_model // self.n_head,
                 f"the gpt2 family needs d_head = d_model / n_head: d_head is {self.d_head}.",
             )
+        self._check_layout()
         _above("rope_theta", self.rope_theta, 0)
+        _above("rope_scaling_factor", self.rope_scaling_factor, 0)
+        _above("rope_low_freq_factor", self.rope_low_freq_factor, 0)
+        _above("rope_high_freq_factor", self.rope_high_freq_factor, self.rope_low_freq_factor)
+        _between("rope_original_context", self.rope_original_context, 1)
         _above("norm_eps", self.norm_eps, 0)
         _require(0 <= self.dropout < 1, f"dropout must be in [0, 1): it is {self.dropout}.")
+
+    def _layout(self) -> str:
+        if self.family == "gpt2" or self.qk_norm:
+            return "gpt2" if self.family == "gpt2" else "qwen3"
+        return "qwen2" if self.attention_bias == "qkv" else "llama"
+
+    def _check_layout(self) -> None:
+        _choice("attention_bias", self.attention_bias, ATTENTION_BIASES)
+        layout = self._layout()
+        known = {"llama": ("llama", "mistral")}.get(layout, (layout,))
+        _choice("model_type", self.model_type, known)
+        # What we train must open elsewhere: these have no name there.
+        _require(
+            not (self.qk_norm and self.attention_bias == "qkv"),
+            "no published layout has qk_norm and biases of qkv only. Use attention_bias all.",
+        )
+        _require(
+            not self.mlp_bias or self.model_type == "llama",
+            f"the layout {self.model_type} has no biases in its MLP. Set mlp_bias to false.",
+        )
 
     def _check_n_head_divides(self) -> None:
         _require(

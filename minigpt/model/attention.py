@@ -34,13 +34,14 @@ class Attention(nn.Module):
         self.layer = layer
         self.d_head = config.d_head
         self.is_grouped = config.n_kv_head != config.n_head
-        has_bias = config.family == "gpt2"
+        has_output_bias = config.family == "gpt2" or config.attention_bias == "all"
+        has_bias = has_output_bias or config.attention_bias == "qkv"
         d_query = config.n_head * config.d_head
         d_key = config.n_kv_head * config.d_head
         self.query = nn.Linear(config.d_model, d_query, bias=has_bias)
         self.key = nn.Linear(config.d_model, d_key, bias=has_bias)
         self.value = nn.Linear(config.d_model, d_key, bias=has_bias)
-        self.output = nn.Linear(d_query, config.d_model, bias=has_bias)
+        self.output = nn.Linear(d_query, config.d_model, bias=has_output_bias)
         if config.qk_norm:
             # Source: Henry et al. 2020, arXiv:2010.04245; RMSNorm per head as in Qwen3.
             self.query_norm: nn.Module = RMSNorm(config.d_head, eps=config.norm_eps)

@@ -12,8 +12,12 @@ def parameter_count(config: ModelConfig) -> int:
     mlp = config.d_model * config.d_mlp * (2 if is_gpt2 else 3)
     norm = config.d_model * (2 if is_gpt2 else 1)
     block = attention + mlp + 2 * norm
-    if is_gpt2:
-        block += d_query + 2 * d_key + 2 * config.d_model + config.d_mlp  # biases
+    has_output_bias = is_gpt2 or config.attention_bias == "all"
+    if has_output_bias or config.attention_bias == "qkv":
+        block += d_query + 2 * d_key
+    block += config.d_model if has_output_bias else 0
+    if is_gpt2 or config.mlp_bias:
+        block += config.d_model + config.d_mlp * (1 if is_gpt2 else 2)
     if config.qk_norm:
         block += 2 * config.d_head
     embeddings = config.vocab_size * config.d_model * (1 if config.tie_embeddings else 2)

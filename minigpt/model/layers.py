@@ -1,5 +1,7 @@
 """Norms, MLPs and rotary positions: the parts of a block that are not attention."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -54,9 +56,9 @@ class GatedMLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate = nn.Linear(config.d_model, config.d_mlp, bias=False)
-        self.up = nn.Linear(config.d_model, config.d_mlp, bias=False)
-        self.down = nn.Linear(config.d_mlp, config.d_model, bias=False)
+        self.gate = nn.Linear(config.d_model, config.d_mlp, bias=config.mlp_bias)
+        self.up = nn.Linear(config.d_model, config.d_mlp, bias=config.mlp_bias)
+        self.down = nn.Linear(config.d_mlp, config.d_model, bias=config.mlp_bias)
         self.activation = _ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -69,13 +71,26 @@ def rotary_table(config: ModelConfig) -> tuple[Tensor, Tensor]:
 
     Source: Su et al. 2021, arXiv:2104.09864, section 3.2.2.
     """
-    # On the CPU whatever the default device is: a model that is built on the meta device to
-    # receive loaded weights still needs real tables.
+    # On the CPU whatever the default device is: every device then turns by the same angles.
     exponent = torch.arange(0, config.d_head, 2, device="cpu", dtype=torch.float32) / config.d_head
-    frequency = 1.0 / config.rope_theta**exponent
+    frequency = _stretched(1.0 / config.rope_theta**exponent, config)
     position = torch.arange(config.context_length, device="cpu", dtype=torch.float32)
     angle = torch.outer(position, frequency)  # (T, D / 2)
     return angle.cos(), angle.sin()
+
+
+def _stretched(frequency: Tensor, config: ModelConfig) -> Tensor:
+    """Divide low frequencies by the scaling factor, high ones not, and those between in part.
+
+    Source: Llama 3.1's reference implementation, apply_scaling; Dubey et al. 2024,
+        arXiv:2407.21783.
+    """
+    if config.rope_scaling_factor == 1:
+        return frequency
+    low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
+    turns = config.rope_original_context * frequency / (2 * math.pi)  # in the original context
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return kept * frequency + (1 - kept) * frequency / config.rope_scaling_factor
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -83,3 +83,14 @@ def test_cache_bytes_are_those_that_the_cache_allocates(layout: str) -> None:
     assert cache.n_bytes == cache_bytes_per_token(config) * 3 * 5
     half = KVCache(config, capacity=7, dtype=torch.bfloat16)
     assert half.n_bytes == cache_bytes_per_token(config, bytes_per_value=2) * 7
+
+
+@pytest.mark.parametrize(
+    "biases",
+    [{"attention_bias": "qkv", "n_kv_head": 2}, {"attention_bias": "all"}, {"mlp_bias": True}],
+)
+def test_the_biases_of_llama_layouts_are_counted(biases: dict[str, Any]) -> None:
+    config = small_config("llama", **biases)
+    with torch.device("meta"):
+        model = GPT(config)
+    assert parameter_count(config) == sum(p.numel() for p in model.parameters())
