@@ -1,99 +1,76 @@
-"""Our names and settings <-> Hugging Face's, in pairs: GPT-2, Llama and Qwen3.
+"""Our settings of a model <-> config.json: GPT-2, Llama, Mistral, Qwen2 and Qwen3.
 
-A new model type is one more entry in FAMILIES and, if its tensors have other names, in the lists
-of renamings.
+Each field of a config.json is used, known to change nothing, or refused. A new model type is one
+more entry in FAMILIES.
 """
 
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from minigpt.config import ModelConfig, build
 from minigpt.errors import CheckpointError, ConfigError
 from minigpt.text.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True)
-class Renaming:
-    """One tensor of theirs and what it is with us; ``{i}`` stands for the block."""
-
-    theirs: str
-    """Without the prefix of the bare model."""
-    ours: tuple[str, ...]
-    """Several if theirs is ours fused, in this order, along the outputs."""
-    is_transposed: bool = False
-    """Theirs is (in, out), as GPT-2's Conv1D keeps it; ours is nn.Linear's (out, in)."""
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """A Hugging Face model type in terms of ModelConfig."""
 
-    ours: str
-    """ModelConfig.family."""
     architecture: str
-    prefix: str
-    """What the language-model class puts before the names of the bare model."""
     fields: Mapping[str, str]
     """ModelConfig field -> config.json field."""
     defaults: Mapping[str, Any]
     """config.json field -> what transformers takes if it is absent."""
     fixed: Mapping[str, Any]
     """config.json field -> the only value that we compute; absent and null mean it too."""
-    renamings: tuple[Renaming, ...]
-    ignored: re.Pattern[str]
-    """Tensors of old files that hold no weights: causal masks, rotary tables."""
+    harmless: frozenset[str]
+    """config.json fields that change no logits."""
+    constants: Mapping[str, Any]
+    """ModelConfig field -> the value that the model type implies."""
+    written: Mapping[str, Any]
+    """config.json field -> what it must say of any model of ours."""
 
 
-def _same(theirs: str, ours: str, suffixes: tuple[str, ...] = ("weight",)) -> list[Renaming]:
-    return [Renaming(f"{theirs}.{s}", (f"{ours}.{s}",)) for s in suffixes]
+_GENERIC = """
+    architectures auto_map bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward
+    cls_token_id decoder_start_token_id diversity_penalty do_sample dtype early_stopping
+    encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task
+    forced_bos_token_id forced_eos_token_id gradient_checkpointing id2label initializer_range
+    is_decoder is_llama_config label2id length_penalty license mask_token_id max_length min_length
+    model_type name_or_path no_repeat_ngram_size num_beam_groups num_beams num_labels
+    num_return_sequences output_attentions output_hidden_states output_past output_scores
+    pad_token_id prefix problem_type remove_invalid_values repetition_penalty return_dict
+    return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature
+    tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript
+    transformers.js_config transformers_version typical_p unk_token_id unsloth_fixed
+    unsloth_version use_bfloat16 use_cache vocab_file
+"""
+_HARMLESS = frozenset(_GENERIC.split())
+_FIXED_EVERYWHERE = {
+    "add_cross_attention": False,
+    "is_encoder_decoder": False,
+    "pruned_heads": {},
+    "quantization_config": None,
+}
 
-
-def _conv1d(theirs: str, *ours: str) -> list[Renaming]:
-    return [
-        Renaming(f"{theirs}.weight", tuple(f"{name}.weight" for name in ours), is_transposed=True),
-        Renaming(f"{theirs}.bias", tuple(f"{name}.bias" for name in ours)),
-    ]
-
-
-_BOTH = ("weight", "bias")
-_QKV = ("query", "key", "value")
-
-_GPT2_RENAMINGS = (
-    *_same("wte", "embedding"),
-    *_same("wpe", "positions"),
-    *_same("h.{i}.ln_1", "blocks.{i}.attention_norm", _BOTH),
-    *_conv1d("h.{i}.attn.c_attn", *(f"blocks.{{i}}.attention.{name}" for name in _QKV)),
-    *_conv1d("h.{i}.attn.c_proj", "blocks.{i}.attention.output"),
-    *_same("h.{i}.ln_2", "blocks.{i}.mlp_norm", _BOTH),
-    *_conv1d("h.{i}.mlp.c_fc", "blocks.{i}.mlp.up"),
-    *_conv1d("h.{i}.mlp.c_proj", "blocks.{i}.mlp.down"),
-    *_same("ln_f", "final_norm", _BOTH),
-)
-_LLAMA_RENAMINGS = (
-    *_same("embed_tokens", "embedding"),
-    *_same("layers.{i}.input_layernorm", "blocks.{i}.attention_norm"),
-    *_same("layers.{i}.self_attn.q_proj", "blocks.{i}.attention.query"),
-    *_same("layers.{i}.self_attn.k_proj", "blocks.{i}.attention.key"),
-    *_same("layers.{i}.self_attn.v_proj", "blocks.{i}.attention.value"),
-    *_same("layers.{i}.self_attn.o_proj", "blocks.{i}.attention.output"),
-    *_same("layers.{i}.post_attention_layernorm", "blocks.{i}.mlp_norm"),
-    *_same("layers.{i}.mlp.gate_proj", "blocks.{i}.mlp.gate"),
-    *_same("layers.{i}.mlp.up_proj", "blocks.{i}.mlp.up"),
-    *_same("layers.{i}.mlp.down_proj", "blocks.{i}.mlp.down"),
-    *_same("norm", "final_norm"),
-)
-_QWEN3_RENAMINGS = (
-    *_LLAMA_RENAMINGS,
-    *_same("layers.{i}.self_attn.q_norm", "blocks.{i}.attention.query_norm"),
-    *_same("layers.{i}.self_attn.k_norm", "blocks.{i}.attention.key_norm"),
-)
-_HEAD = Renaming("lm_head.weight", ("unembedding.weight",))
-
+_GPT2_FIELDS = {
+    "vocab_size": "vocab_size",
+    "context_length": "n_positions",
+    "n_layer": "n_layer",
+    "n_head": "n_head",
+    "d_model": "n_embd",
+    "d_mlp": "n_inner",
+    "activation": "activation_function",
+    "norm_eps": "layer_norm_epsilon",
+    "tie_embeddings": "tie_word_embeddings",
+    "dropout": "resid_pdrop",
+}
+# How much is dropped at other places matters in training only, and in ours nothing is.
+_GPT2_HARMLESS = """
+    attn_pdrop embd_pdrop n_ctx reorder_and_upcast_attn summary_activation summary_first_dropout
+    summary_proj_to_labels summary_type summary_use_proj
+"""
 _LLAMA_FIELDS = {
     "vocab_size": "vocab_size",
     "context_length": "max_position_embeddings",
@@ -106,64 +83,92 @@ _LLAMA_FIELDS = {
     "activation": "hidden_act",
     "norm_eps": "rms_norm_eps",
     "tie_embeddings": "tie_word_embeddings",
+    "dropout": "resid_pdrop",
 }
-_LLAMA_DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
-_LLAMA_FIXED = {
+_LLAMA_DEFAULTS = {
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "resid_pdrop": 0.0,
     "attention_bias": False,
     "mlp_bias": False,
-    "partial_rotary_factor": 1.0,
-    "use_sliding_window": False,
+    "sliding_window": None,
 }
+_LLAMA_FIXED = {"partial_rotary_factor": 1.0, "rope_interleaved": False, "use_mrope": False}
+# pretraining_tp says in how many parts products are computed.
+_LLAMA_HARMLESS = "attention_dropout embd_pdrop pretraining_tp"
+# Read by _rope and _check_window.
+_ROPE = ("rope_theta", "rope_scaling", "rope_parameters")
+_WINDOW = ("sliding_window", "use_sliding_window", "layer_types", "max_window_layers")
+_BIASED = {"attention_bias": "attention_bias"}
+_NO_BIASES = {"attention_bias": False, "mlp_bias": False}
+_QWEN_DEFAULTS = {"num_key_value_heads": 32, "sliding_window": 4096, "use_sliding_window": False}
+
+
+def _llama_like(
+    architecture: str,
+    *,
+    fields: Mapping[str, str],
+    defaults: Mapping[str, Any],
+    constants: Mapping[str, Any],
+    written: Mapping[str, Any],
+) -> Family:
+    return Family(
+        architecture=architecture,
+        fields={**_LLAMA_FIELDS, **fields},
+        defaults={**_LLAMA_DEFAULTS, **defaults},
+        fixed=_LLAMA_FIXED | {name: no for name, no in _NO_BIASES.items() if name not in fields},
+        harmless=_HARMLESS.union(_LLAMA_HARMLESS.split(), _ROPE, _WINDOW),
+        constants={"family": "llama", **constants},
+        written=written,
+    )
+
 
 FAMILIES = {
     "gpt2": Family(
-        ours="gpt2",
         architecture="GPT2LMHeadModel",
-        prefix="transformer.",
-        fields={
-            "vocab_size": "vocab_size",
-            "context_length": "n_positions",
-            "n_layer": "n_layer",
-            "n_head": "n_head",
-            "d_model": "n_embd",
-            "d_mlp": "n_inner",
-            "activation": "activation_function",
-            "norm_eps": "layer_norm_epsilon",
-            "tie_embeddings": "tie_word_embeddings",
-        },
+        fields=_GPT2_FIELDS,
         defaults={
             "n_inner": None,
             "activation_function": "gelu_new",
             "layer_norm_epsilon": 1e-5,
             "tie_word_embeddings": True,
+            "resid_pdrop": 0.1,
         },
-        fixed={
-            "scale_attn_weights": True,
-            "scale_attn_by_inverse_layer_idx": False,
-            "add_cross_attention": False,
-        },
-        renamings=_GPT2_RENAMINGS,
-        ignored=re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)"),
+        fixed={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
+        harmless=_HARMLESS.union(_GPT2_HARMLESS.split()),
+        constants={"family": "gpt2"},
+        written={"attn_pdrop": 0.0},
     ),
-    "llama": Family(
-        ours="llama",
-        architecture="LlamaForCausalLM",
-        prefix="model.",
-        fields=_LLAMA_FIELDS,
-        defaults=_LLAMA_DEFAULTS | {"num_key_value_heads": None, "head_dim": None},
-        fixed=_LLAMA_FIXED,
-        renamings=_LLAMA_RENAMINGS,
-        ignored=re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"),
+    "llama": _llama_like(
+        "LlamaForCausalLM",
+        fields={**_BIASED, "mlp_bias": "mlp_bias"},
+        defaults={},
+        constants={},
+        written={},
     ),
-    "qwen3": Family(
-        ours="llama",
-        architecture="Qwen3ForCausalLM",
-        prefix="model.",
-        fields=_LLAMA_FIELDS,
-        defaults=_LLAMA_DEFAULTS | {"num_key_value_heads": 32, "head_dim": 128},
-        fixed=_LLAMA_FIXED,
-        renamings=_QWEN3_RENAMINGS,
-        ignored=re.compile(r"(?!)"),
+    "mistral": _llama_like(
+        "MistralForCausalLM",
+        fields={},
+        defaults={"num_key_value_heads": 8, "sliding_window": 4096},
+        constants={},
+        written={"sliding_window": None},
+    ),
+    "qwen2": _llama_like(
+        "Qwen2ForCausalLM",
+        fields={},
+        defaults=_QWEN_DEFAULTS,
+        constants={"attention_bias": "qkv"},
+        written={"use_sliding_window": False, "sliding_window": None},
+    ),
+    "qwen3": _llama_like(
+        "Qwen3ForCausalLM",
+        fields=_BIASED,
+        defaults=_QWEN_DEFAULTS | {"head_dim": 128},
+        constants={"qk_norm": True},
+        written={"use_sliding_window": False, "sliding_window": None},
     ),
 }
 """Model type, as config.json names it, -> how we read and write it."""
@@ -178,44 +183,56 @@ _ACTIVATIONS = {
 }
 _ACTIVATIONS_TO_HF = {"silu": "silu", "relu2": "relu2", "gelu": "gelu"}
 _TANH_GELU = {"gpt2": "gelu_new", "llama": "gelu_pytorch_tanh"}  # one function, two names
-_FIXED_EVERYWHERE = {"quantization_config": None, "is_encoder_decoder": False}
-_DROPOUTS = ("resid_pdrop", "embd_pdrop")
-
-
-def model_type(config: ModelConfig) -> str:
-    """Return the Hugging Face model type whose layout a config has."""
-    return "qwen3" if config.qk_norm else config.family
+_DERIVED = ("n_inner", "num_key_value_heads", "head_dim")
+"""Fields that are derived from others where they are null."""
+_LLAMA3_ROPE = {
+    "rope_scaling_factor": "factor",
+    "rope_low_freq_factor": "low_freq_factor",
+    "rope_high_freq_factor": "high_freq_factor",
+    "rope_original_context": "original_max_position_embeddings",
+}
 
 
 def model_config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
     """Read a parsed config.json.
 
     Raises: CheckpointError naming the field, if one is missing or of the wrong type, or would
-        make the model compute what ours cannot.
+        make the model compute what ours cannot, or is not known.
     """
     name = config.get("model_type")
     family = FAMILIES.get(name) if isinstance(name, str) else None
     if family is None:
         raise CheckpointError(
-            f"config.json: model_type is {name!r}, which is not read. "
+            f"config.json: model_type is {str(name)[:80]!r}, which is not read. "
             f"Choose a model of type {', '.join(FAMILIES)}."
         )
-    for field, value in {**family.fixed, **_FIXED_EVERYWHERE}.items():
+    fixed = {**family.fixed, **_FIXED_EVERYWHERE}
+    _check_known(config, {*family.fields.values(), *fixed, *family.harmless})
+    for field, value in fixed.items():
         _check_fixed(field, config.get(field), value)
-    layers = config.get("layer_types")
-    for layer in layers if isinstance(layers, list) else [layers]:
-        _check_fixed("layer_types", layer, "full_attention")
-    values = {field: _field(config, family, theirs) for field, theirs in family.fields.items()}
-    values = {field: value for field, value in values.items() if value is not None}
+    values = {ours: _value(config, family, theirs) for ours, theirs in family.fields.items()}
+    values = {ours: value for ours, value in values.items() if value is not None}
     values["activation"] = _activation(family.fields["activation"], values["activation"])
-    values |= {"family": family.ours, "qk_norm": name == "qwen3"}
-    values["dropout"] = config.get(_DROPOUTS[0]) or 0.0
-    if family.ours == "llama":
-        values["rope_theta"] = _rope_theta(config)
+    if "attention_bias" in values:
+        values["attention_bias"] = "all" if values["attention_bias"] else "none"
+    values |= {"model_type": name, **family.constants}
+    if values["family"] == "llama":
+        values |= _rope(config)
     try:
-        return build(ModelConfig, values)
+        model = build(ModelConfig, values)
     except ConfigError as error:
         raise CheckpointError(f"config.json: {str(error)[:200]}") from None
+    _check_window(config, family, model)
+    return model
+
+
+def _check_known(config: Mapping[str, Any], known: set[str]) -> None:
+    for name, value in config.items():
+        if name not in known and not name.startswith("_") and value is not None:
+            raise CheckpointError(
+                f"config.json: {name[:80]!r} is {repr(value)[:80]}, a field that is not known. "
+                "If it does not change what the model computes, take it out."
+            )
 
 
 def _unsupported(field: str, value: Any, supported: Any) -> CheckpointError:
@@ -231,121 +248,98 @@ def _check_fixed(field: str, value: Any, supported: Any) -> None:
         raise _unsupported(field, value, supported)
 
 
-def _field(config: Mapping[str, Any], family: Family, name: str) -> Any:
-    value = config.get(name)
-    if value is None and name not in family.defaults:
-        raise CheckpointError(
-            f"config.json: the field {name} is missing. Download config.json again."
-        )
-    return family.defaults[name] if value is None else value
+def _value(config: Mapping[str, Any], family: Family, name: str) -> Any:
+    value = config.get(name, family.defaults.get(name))
+    if value is None and name not in _DERIVED:
+        value = family.defaults.get(name)
+        if value is None:
+            raise CheckpointError(
+                f"config.json: the field {name} is missing. Download config.json again."
+            )
+    return value
 
 
-def _activation(field: str, value: Any) -> str:
+def _activation(name: str, value: Any) -> str:
     if not isinstance(value, str) or value not in _ACTIVATIONS:
-        raise _unsupported(field, value, ", ".join(_ACTIVATIONS))
+        raise _unsupported(name, value, ", ".join(_ACTIVATIONS))
     return _ACTIVATIONS[value]
 
 
-def _rope_theta(config: Mapping[str, Any]) -> Any:
-    theta = config.get("rope_theta")
+def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     # transformers before 5 calls it rope_scaling, and keeps the theta beside it.
-    for field in ("rope_scaling", "rope_parameters"):
-        rope = config.get(field) or {}
-        if not isinstance(rope, Mapping):
-            raise _unsupported(field, rope, {"rope_type": "default"})
-        known = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0}
-        for key, value in rope.items():
-            if key != "rope_theta":
-                _check_fixed(f"{field}.{key}", value, known.get(key))
-        theta = rope.get("rope_theta", theta)
-    return 10_000.0 if theta is None else theta
+    name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    rope = config.get(name) or {}
+    if not isinstance(rope, Mapping):
+        raise _unsupported(name, rope, {"rope_type": "default"})
+    theta = rope.get("rope_theta", config.get("rope_theta"))
+    values: dict[str, Any] = {"rope_theta": 10_000.0 if theta is None else theta}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    known = {"rope_type": kind, "type": kind, "partial_rotary_factor": 1.0, "rope_theta": theta}
+    if kind == "llama3":
+        known |= {key: rope.get(key) for key in _LLAMA3_ROPE.values()}
+        given = {"original_max_position_embeddings": config.get("max_position_embeddings"), **rope}
+        for ours, theirs in _LLAMA3_ROPE.items():
+            if given.get(theirs) is None:
+                raise CheckpointError(
+                    f"config.json: {name}.{theirs} is missing. Download it again."
+                )
+            values[ours] = given[theirs]
+    elif kind != "default":
+        raise _unsupported(f"{name}.rope_type", kind, "default, llama3")
+    for key, value in rope.items():
+        _check_fixed(f"{name}.{key}", value, known.get(key))
+    return values
+
+
+def _check_window(config: Mapping[str, Any], family: Family, model: ModelConfig) -> None:
+    """Refuse a sliding window that hides any of the positions in the context."""
+    layers = config.get("layer_types")
+    for layer in layers if isinstance(layers, list) else [layers]:
+        _check_fixed("layer_types", layer, "full_attention")
+    if model.family == "gpt2":
+        return
+    window = config.get("sliding_window", family.defaults["sliding_window"])
+    slides = config.get("use_sliding_window", family.defaults.get("use_sliding_window"))
+    if slides is False or window is None:
+        return
+    if not isinstance(window, int) or window < model.context_length:
+        raise CheckpointError(
+            f"config.json: sliding_window is {repr(window)[:80]}, and this program computes only "
+            "full attention. Up to so many positions that is the same: set "
+            "max_position_embeddings to it there."
+        )
 
 
 def model_config_to_hf(config: ModelConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """Return config.json as transformers, 4 and 5, reads it."""
-    name = model_type(config)
-    family = FAMILIES[name]
-    end = None if tokenizer is None else tokenizer.end_of_text
+    family = FAMILIES[config.model_type]
+    ends = () if tokenizer is None else tokenizer.end_of_text_ids
+    prefix = () if tokenizer is None else tokenizer.rules.prefix
+    begin = prefix[0] if prefix else None if tokenizer is None else tokenizer.end_of_text
     written: dict[str, Any] = {
         "architectures": [family.architecture],
-        "model_type": name,
-        "bos_token_id": end,
-        "eos_token_id": end,
+        "model_type": config.model_type,
+        "bos_token_id": begin,
+        "eos_token_id": ends[0] if len(ends) == 1 else list(ends) or None,
         "pad_token_id": None,
         "initializer_range": 0.02,
         "use_cache": True,
     }
-    written |= {theirs: getattr(config, field) for field, theirs in family.fields.items()}
+    written |= {theirs: getattr(config, ours) for ours, theirs in family.fields.items()}
     activation = _ACTIVATIONS_TO_HF.get(config.activation, _TANH_GELU[config.family])
     written[family.fields["activation"]] = activation
-    written |= family.fixed
-    if config.family == "gpt2":
-        written |= {"n_ctx": config.context_length, "attn_pdrop": 0.0}
-    else:
-        rope = {"rope_type": "default", "rope_theta": config.rope_theta}
-        written |= {"attention_dropout": 0.0, "rope_theta": config.rope_theta}
-        written["rope_parameters"] = rope
-    if name == "qwen3":
-        written |= {"sliding_window": None, "max_window_layers": config.n_layer}
-    return written | dict.fromkeys(_DROPOUTS, config.dropout)
+    if "attention_bias" in family.fields:
+        written["attention_bias"] = config.attention_bias == "all"
+    if config.family == "llama":
+        written |= _rope_to_hf(config)
+    return {**written, **family.written, "embd_pdrop": config.dropout}
 
 
-def _renamings(config: ModelConfig) -> Iterator[Renaming]:
-    family = FAMILIES[model_type(config)]
-    for renaming in family.renamings:
-        blocks = range(config.n_layer) if "{i}" in renaming.theirs else range(1)
-        for i in blocks:
-            theirs = family.prefix + renaming.theirs.format(i=i)
-            ours = tuple(name.format(i=i) for name in renaming.ours)
-            yield Renaming(theirs, ours, renaming.is_transposed)
-    if not config.tie_embeddings:
-        yield _HEAD
-
-
-def canonical_names(config: ModelConfig, names: Iterable[str]) -> dict[str, str]:
-    """Return the names that ``tensors_from_hf`` takes -> the names found, where they differ or not.
-
-    Adds the prefix that files of the bare model lack, and leaves out tensors that hold no weights.
-    Raises: CheckpointError if a tensor is there with the prefix and without.
-    """
-    family = FAMILIES[model_type(config)]
-    canonical: dict[str, str] = {}
-    for name in names:
-        has_prefix = name.startswith(family.prefix) or name == _HEAD.theirs
-        full = name if has_prefix else family.prefix + name
-        if family.ignored.fullmatch(full):
-            continue
-        if canonical.setdefault(full, name) != name:
-            raise CheckpointError(f"the tensor {full!r} is there twice. Download the model again.")
-    return canonical
-
-
-def tensors_to_hf(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename, fuse and transpose a GPT's state_dict to what transformers calls it."""
-    renamed = {}
-    for renaming in _renamings(config):
-        parts = [tensors[name] for name in renaming.ours]
-        tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
-        renamed[renaming.theirs] = (tensor.t() if renaming.is_transposed else tensor).contiguous()
-    return renamed
-
-
-def tensors_from_hf(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename, transpose and split tensors of canonical names to a GPT's state_dict.
-
-    Raises: CheckpointError if the embeddings are said to be tied but are two; KeyError if a name
-        is not there (``model_folder`` checks names and shapes first).
-    """
-    renamed = {}
-    for renaming in _renamings(config):
-        tensor = tensors[renaming.theirs]
-        tensor = tensor.t() if renaming.is_transposed else tensor
-        for name, part in zip(renaming.ours, tensor.chunk(len(renaming.ours)), strict=True):
-            renamed[name] = part.contiguous()
-    head = tensors.get(_HEAD.theirs, renamed["embedding.weight"])
-    if config.tie_embeddings and not torch.equal(head, renamed["embedding.weight"]):
-        raise CheckpointError(
-            "config.json: tie_word_embeddings is true, but lm_head.weight is not the embedding. "
-            "Set it to false there."
-        )
-    return renamed
+def _rope_to_hf(config: ModelConfig) -> dict[str, Any]:
+    scaling: dict[str, Any] | None = None
+    if config.rope_scaling_factor != 1:
+        scaling = {theirs: getattr(config, ours) for ours, theirs in _LLAMA3_ROPE.items()}
+        scaling = {"rope_type": "llama3"} | scaling
+    theta = {"rope_theta": config.rope_theta}
+    rope = {"rope_parameters": (scaling or {"rope_type": "default"}) | theta}
+    return theta | {"rope_scaling": scaling, "attention_dropout": 0.0} | rope

@@ -15,14 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minigpt.checkpoint.disk import read_json, resource_errors, to_json
-from minigpt.checkpoint.families import (
-    canonical_names,
-    model_config_from_hf,
-    model_config_to_hf,
-    tensors_from_hf,
-    tensors_to_hf,
-)
+from minigpt.checkpoint.families import model_config_from_hf, model_config_to_hf
 from minigpt.checkpoint.sentencepiece import json_from_scores
+from minigpt.checkpoint.tensor_names import canonical_names, tensors_from_hf, tensors_to_hf
 from minigpt.checkpoint.tokenizer_json import (
     NAME_FIELD,
     tokenizer_config,

@@ -6,13 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from minigpt.checkpoint.families import (
-    canonical_names,
-    model_config_from_hf,
-    model_config_to_hf,
-    tensors_from_hf,
-    tensors_to_hf,
-)
+from minigpt.checkpoint.families import model_config_from_hf, model_config_to_hf
+from minigpt.checkpoint.tensor_names import canonical_names, tensors_from_hf, tensors_to_hf
 from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError
 from minigpt.model.gpt import GPT
@@ -57,6 +52,117 @@ QWEN3 = {
     "use_sliding_window": False,
     "vocab_size": 151936,
 }
+# As Llama 3.1 8B, SmolLM2-135M, Qwen2.5-0.5B and Mistral 7B v0.1 are published.
+ROPE = {
+    "factor": 8.0,
+    "high_freq_factor": 4.0,
+    "low_freq_factor": 1.0,
+    "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}
+LLAMA3 = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 128000,
+    "eos_token_id": [128001, 128008, 128009],
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": ROPE,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.43.0.dev0",
+    "use_cache": True,
+    "vocab_size": 128256,
+}
+SMOLLM2 = {
+    "_attn_implementation_autoset": True,
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "hidden_act": "silu",
+    "hidden_size": 576,
+    "initializer_range": 0.041666666666666664,
+    "intermediate_size": 1536,
+    "is_llama_config": True,
+    "max_position_embeddings": 8192,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 9,
+    "num_hidden_layers": 30,
+    "num_key_value_heads": 3,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_interleaved": False,
+    "rope_scaling": None,
+    "rope_theta": 100000,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.47.1",
+    "use_cache": True,
+    "vocab_size": 49152,
+}
+QWEN2 = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151643,
+    "hidden_act": "silu",
+    "hidden_size": 896,
+    "initializer_range": 0.02,
+    "intermediate_size": 4864,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 24,
+    "model_type": "qwen2",
+    "num_attention_heads": 14,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 32768,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.40.1",
+    "use_cache": True,
+    "use_mrope": False,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+MISTRAL = {
+    "architectures": ["MistralForCausalLM"],
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "model_type": "mistral",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 10000.0,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.34.0.dev0",
+    "use_cache": True,
+    "vocab_size": 32000,
+}
 
 
 def test_published_configs_are_read() -> None:
@@ -84,6 +190,54 @@ def test_published_configs_are_read() -> None:
         norm_eps=1e-6,
         tie_embeddings=True,
     )
+    llama = {"n_layer": 32, "n_head": 32, "d_model": 4096, "n_kv_head": 8, "d_mlp": 14336}
+    assert model_config_from_hf(LLAMA3) == ModelConfig(
+        **llama,
+        vocab_size=128256,
+        context_length=131072,
+        rope_theta=500_000.0,
+        rope_scaling_factor=8.0,
+        rope_low_freq_factor=1.0,
+        rope_high_freq_factor=4.0,
+        rope_original_context=8192,
+    )
+    mistral = {"vocab_size": 32000, "context_length": 32768, "model_type": "mistral"}
+    assert model_config_from_hf(MISTRAL) == ModelConfig(**llama, **mistral)
+    assert model_config_from_hf(SMOLLM2) == ModelConfig(
+        vocab_size=49152,
+        context_length=8192,
+        n_layer=30,
+        n_head=9,
+        d_model=576,
+        n_kv_head=3,
+        d_mlp=1536,
+        rope_theta=100_000.0,
+        tie_embeddings=True,
+    )
+    assert model_config_from_hf(QWEN2) == ModelConfig(
+        vocab_size=151936,
+        context_length=32768,
+        n_layer=24,
+        n_head=14,
+        d_model=896,
+        n_kv_head=2,
+        d_mlp=4864,
+        attention_bias="qkv",
+        rope_theta=1e6,
+        norm_eps=1e-6,
+        tie_embeddings=True,
+    )
+
+
+def test_window_that_hides_nothing_is_no_window() -> None:
+    full = model_config_from_hf(MISTRAL)
+    assert model_config_from_hf(MISTRAL | {"sliding_window": 32768}) == full
+    short = model_config_from_hf(MISTRAL | {"max_position_embeddings": 4096})
+    absent = {k: v for k, v in MISTRAL.items() if k != "sliding_window"}
+    # transformers takes 4096 where the field is absent.
+    assert model_config_from_hf(absent | {"max_position_embeddings": 4096}) == short
+    with pytest.raises(CheckpointError, match="set max_position_embeddings to it"):
+        model_config_from_hf(absent)
 
 
 @pytest.mark.parametrize(
@@ -117,16 +271,39 @@ UNSUPPORTED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (GPT2, {"n_layer": "12"}, "n_layer must be of type int"),
     (GPT2, {"n_head": 7}, "n_head must divide"),
     (GPT2, {"resid_pdrop": 1.5}, "dropout must be"),
-    (QWEN3, {"attention_bias": True}, "attention_bias is True"),
+    (QWEN2, {"attention_bias": True}, "attention_bias is True"),
     (QWEN3, {"mlp_bias": True}, "mlp_bias is True"),
-    (QWEN3, {"use_sliding_window": True}, "use_sliding_window is True"),
+    (
+        QWEN2,
+        {"use_sliding_window": True, "sliding_window": 99},
+        "sliding_window is 99, .* only full attention",
+    ),
+    (QWEN2, {"use_sliding_window": True, "sliding_window": "x"}, "sliding_window is 'x'"),
+    (MISTRAL, {"sliding_window": 4096}, "sliding_window is 4096, .* only full attention"),
+    (QWEN3, {"use_mrope": True}, "use_mrope is True"),
+    (LLAMA3, {"rope_interleaved": True}, "rope_interleaved is True"),
+    (LLAMA3, {"logit_scale": 0.5}, "'logit_scale' is 0.5, a field that is not known"),
+    (GPT2, {"n_embd\x1b": 5}, r"'n_embd\\x1b' is 5"),
+    (LLAMA3, {"rms_norm_eps": None, "num_hidden_layers": None}, "num_hidden_layers is missing"),
+    (LLAMA3, {"attention_bias": True, "mlp_bias": "x"}, "mlp_bias must be of type bool"),
     (QWEN3, {"layer_types": ["sliding_attention"]}, "layer_types is 'sliding_attention'"),
     (QWEN3, {"layer_types": 5}, "layer_types is 5"),
     (QWEN3, {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
     (QWEN3, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling.rope_type is"),
-    (QWEN3, {"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_scaling.type is 'linear'"),
-    (QWEN3, {"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters.rope_type is 'llama3'"),
+    (
+        QWEN3,
+        {"rope_scaling": {"type": "linear", "factor": 4.0}},
+        "rope_scaling.rope_type is 'linear'",
+    ),
+    (QWEN3, {"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters.factor is missing"),
     (QWEN3, {"rope_parameters": {"full_attention": {}}}, "rope_parameters.full_attention is"),
+    (LLAMA3, {"rope_scaling": ROPE | {"factor": 0}}, "rope_scaling_factor must be"),
+    (LLAMA3, {"rope_scaling": ROPE | {"low_freq_factor": 4.0}}, "rope_high_freq_factor must be"),
+    (
+        LLAMA3,
+        {"rope_scaling": ROPE | {"attention_factor": 2.0}},
+        "rope_scaling.attention_factor is",
+    ),
     (QWEN3, {"rope_parameters": "yarn"}, "rope_parameters is 'yarn'"),
     (QWEN3, {"rope_theta": "big"}, "rope_theta must be of type float"),
     (QWEN3, {"rope_theta": float("nan")}, "rope_theta must be a finite number"),
