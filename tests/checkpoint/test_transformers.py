@@ -29,8 +29,10 @@ def tokenizer() -> Tokenizer:
 
 def load(transformers: Any, folder: Path) -> tuple[Any, Any]:
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return theirs.eval(), tokenizer
+    # AutoTokenizer splits as Qwen does in every folder of that type, whatever tokenizer.json says.
+    is_qwen2 = theirs.config.model_type == "qwen2"
+    kind = transformers.PreTrainedTokenizerFast if is_qwen2 else transformers.AutoTokenizer
+    return theirs.eval(), kind.from_pretrained(folder, local_files_only=True)
 
 
 def test_transformers_computes_the_logits_of_a_folder_of_ours(

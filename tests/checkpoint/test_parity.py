@@ -1,0 +1,185 @@
+"""Folders of tiny random models that transformers made, computed by it and by us."""
+
+import functools
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from minigpt.checkpoint.model_folder import WEIGHTS, LoadedModel, read_model, write_model
+from minigpt.config import SamplingConfig
+from minigpt.generation.decoder import Decoder
+from minigpt.trace.recorder import RowRecorder
+from minigpt.trace.selection import HeadSelection
+
+CONTEXT, NEW = 96, 64
+GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT}
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": CONTEXT,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+QWEN2 = LLAMA | {"model_type": "qwen2", "num_key_value_heads": 2, "sliding_window": 8}
+QWEN3 = LLAMA | {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 16}
+MISTRAL = LLAMA | {"model_type": "mistral", "num_key_value_heads": 1, "sliding_window": None}
+KINDS: dict[str, dict[str, Any]] = {
+    "gpt2-tied": GPT2,
+    "gpt2-untied": GPT2 | {"tie_word_embeddings": False, "n_inner": 40},
+    "gpt2-gelu": GPT2 | {"activation_function": "gelu", "layer_norm_epsilon": 1e-3},
+    "llama-1": LLAMA | {"num_key_value_heads": 1, "rms_norm_eps": 1e-3},
+    "llama-2": LLAMA | {"num_key_value_heads": 2, "rope_theta": 50.0},
+    "llama-4": LLAMA | {"num_key_value_heads": 4, "hidden_act": "gelu_pytorch_tanh"},
+    "llama-biases": LLAMA | {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 2},
+    "llama-tied": LLAMA | {"tie_word_embeddings": True},
+    "llama-3": LLAMA | {"rope_parameters": LLAMA3 | {"rope_theta": 500.0}, "head_dim": 12},
+    "mistral": MISTRAL,
+    "mistral-window": MISTRAL | {"sliding_window": CONTEXT, "head_dim": 12},
+    "qwen2": QWEN2,
+    "qwen2-tied": QWEN2 | {"tie_word_embeddings": True, "rope_theta": 1e6},
+    "qwen3": QWEN3,
+    "qwen3-biases": QWEN3 | {"attention_bias": True, "tie_word_embeddings": True},
+}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One folder, opened by both."""
+
+    folder: Path
+    theirs: Any
+    ours: LoadedModel
+
+
+@pytest.fixture(scope="module")
+def open_both() -> Iterator[Callable[[str], Pair]]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its imports
+        transformers = pytest.importorskip("transformers", reason="compares with Hugging Face's")
+    transformers.logging.set_verbosity_error()
+
+    with tempfile.TemporaryDirectory() as root:
+
+        @functools.cache
+        def open_kind(kind: str) -> Pair:
+            settings = {"vocab_size": 61, "bos_token_id": 1, "eos_token_id": 2} | KINDS[kind]
+            config = transformers.AutoConfig.for_model(**settings)
+            theirs = transformers.AutoModelForCausalLM.from_config(
+                config, attn_implementation="eager"
+            )
+            generator = torch.Generator().manual_seed(3)
+            with torch.no_grad():  # no bias at zero, no norm at one
+                for parameter in theirs.parameters():
+                    parameter.normal_(std=0.3, generator=generator)
+            theirs.eval().save_pretrained(folder := Path(root) / kind)
+            return Pair(folder, theirs, read_model(folder))
+
+        yield open_kind
+
+
+@pytest.fixture(params=KINDS)
+def pair(request: pytest.FixtureRequest, open_both: Callable[[str], Pair]) -> Pair:
+    return open_both(request.param)
+
+
+TOKENS = torch.randint(61, (2, CONTEXT), generator=torch.Generator().manual_seed(9))
+
+
+@torch.no_grad()
+def test_logits_are_those_of_transformers_at_every_position(pair: Pair) -> None:
+    expected = pair.theirs(TOKENS).logits
+    assert expected.std() > 0.3  # else any model would agree
+    torch.testing.assert_close(pair.ours.model(TOKENS), expected, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def assert_continues_alike(pair: Pair, prompt: list[int]) -> None:
+    """Each token that we draw greedily is the best one for transformers after those before it."""
+    sampling = SamplingConfig(temperature=0.0, max_new_tokens=NEW)
+    steps = Decoder(pair.ours.model, prompt).generate(sampling, seed=0)
+    tokens = prompt + [step.token for step in steps]
+    assert len(tokens) == len(prompt) + NEW
+    best = pair.theirs(torch.tensor([tokens])).logits[0].argmax(-1)
+    assert tokens[len(prompt) :] == best[len(prompt) - 1 : -1].tolist()
+
+
+def test_greedy_tokens_are_those_of_transformers(pair: Pair) -> None:
+    for length in (1, CONTEXT - NEW):
+        assert_continues_alike(pair, TOKENS[0, :length].tolist())
+
+
+@pytest.mark.slow
+def test_greedy_tokens_are_those_of_transformers_from_every_length(pair: Pair) -> None:
+    for length in range(1, CONTEXT - NEW + 1):
+        assert_continues_alike(pair, TOKENS[1, :length].tolist())
+    generated = pair.theirs.generate(
+        TOKENS[:1, :3], do_sample=False, max_new_tokens=NEW, eos_token_id=None, pad_token_id=0
+    )
+    sampling = SamplingConfig(temperature=0.0, max_new_tokens=NEW)
+    steps = Decoder(pair.ours.model, TOKENS[0, :3].tolist()).generate(sampling, seed=0)
+    assert [step.token for step in steps] == generated[0, 3:].tolist()
+
+
+@torch.no_grad()
+def test_traced_rows_are_the_attention_of_transformers(pair: Pair) -> None:
+    tokens = TOKENS[:1, :20]
+    layers = pair.theirs(tokens, output_attentions=True).attentions
+    config = pair.ours.model.config
+    for layer in range(config.n_layer):
+        for head in range(config.n_head):
+            chosen = [() if i != layer else (head,) for i in range(config.n_layer)]
+            recorder = RowRecorder(HeadSelection(tuple(chosen), config.n_head))
+            for n in (1, 2, 13, 20):
+                pair.ours.model(tokens[:, :n], recorder=recorder)
+                expected = layers[layer][0, head, n - 1, :n]
+                torch.testing.assert_close(recorder.row(), expected, rtol=0, atol=1e-5)
+
+
+def test_model_that_is_written_again_has_the_same_bytes(pair: Pair, tmp_path: Path) -> None:
+    write_model(tmp_path, pair.ours.model, None)
+    before, after = load_file(pair.folder / WEIGHTS), load_file(tmp_path / WEIGHTS)
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert tensor.dtype == after[name].dtype
+        assert tensor.numpy().tobytes() == after[name].numpy().tobytes()
+    assert read_model(tmp_path).model.config == pair.ours.model.config
+
+
+UNWRITTEN = {
+    "_name_or_path",
+    "attention_dropout",
+    "attn_pdrop",
+    "bos_token_id",  # the tokenizer's, and there is none here
+    "eos_token_id",
+    "max_window_layers",
+    "resid_pdrop",
+    "embd_pdrop",
+    "transformers_version",
+}
+
+
+def test_config_that_is_written_again_is_equal(pair: Pair, tmp_path: Path) -> None:
+    write_model(tmp_path, pair.ours.model, None)
+    again = type(pair.theirs.config).from_pretrained(tmp_path).to_dict()
+    expected = pair.theirs.config.to_dict()
+    if pair.ours.model.config.model_type == "mistral":  # a window as long as the context is none
+        expected["sliding_window"] = None
+    if expected.get("n_inner", 0) is None:
+        expected["n_inner"] = 4 * expected["n_embd"]
+    different = {key for key in expected if expected[key] != again.get(key)}
+    assert different <= UNWRITTEN
