@@ -24,6 +24,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "context_warmup_length": 64,
             "lr": 0.005,
             "embedding_lr": 0.02,
+            "momentum": 0.9,
         },
         "data": {"tokenizer": "bytes"},
     },
