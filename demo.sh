@@ -12,6 +12,6 @@ run() {
     "$minigpt" "$@"
 }
 
-run train --name "$name" --tokenizer bpe:1024 --max-minutes 1.5
-run generate --model "$name" --max-new-tokens 120 --seed 1 "$prompt"
-run attention-trace --model "$name" --max-new-tokens 24 --seed 1 "$prompt"
+run train --name "$name" --tokenizer bpe:1024 --max-minutes 1.75
+run generate --model "$name" --max-new-tokens 160 --temperature 0.6 --seed 1 "$prompt"
+run attention-trace --model "$name" --max-new-tokens 24 --temperature 0.6 --seed 1 "$prompt"
