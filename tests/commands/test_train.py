@@ -19,6 +19,7 @@ from minigpt.checkpoint.folder import RunFolder
 from minigpt.commands import training_run
 from minigpt.commands.training_display import TrainingDisplay
 from minigpt.config import read_toml
+from minigpt.presets import PRESETS
 from minigpt.training.trainer import Event, StepEvent
 
 Start = Callable[..., "Popen[bytes]"]
@@ -73,7 +74,8 @@ def test_settings_win_in_the_order_preset_file_option_set(run: Run) -> None:
     words = ["--config", "a.toml", "--lr", "0.25", "--set", "training.beta1=0.125"]
     assert run("train", "corpus.txt", "--name", "a", *TINY, *words).code == 0
     training = read_toml(Path("checkpoints/a/config.toml"))["training"]
-    assert (training["momentum"], training["seed"]) == (0.95, 5)
+    momentum = PRESETS["nano"]["training"]["momentum"]
+    assert (training["momentum"], training["seed"]) == (momentum, 5)
     assert (training["lr"], training["beta1"], training["beta2"]) == (0.25, 0.125, 0.5)
 
 
