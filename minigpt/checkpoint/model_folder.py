@@ -109,9 +109,9 @@ def read_model(
     """
     settings = read_json(folder / CONFIG)
     config = model_config_from_hf(settings)
-    weights = _Weights(_checked_tensors(config, _weight_files(folder)), device, dtype)
+    weights = _Weights(_checked_tensors(config, _weight_files(folder)))
     tokenizer = _read_tokenizer(folder, config, _end_of_text_ids(folder, settings))
-    model = GPT.from_tensors(config, tensors_from_hf(config, weights))
+    model = GPT.from_tensors(config, tensors_from_hf(config, weights, device=device, dtype=dtype))
     return LoadedModel(model.eval(), tokenizer, folder)
 
 
@@ -126,20 +126,16 @@ class _Stored:
 
 
 class _Weights(Mapping[str, Tensor]):
-    """Tensors by canonical name, each read when it is asked for: no two copies of all at once."""
+    """Tensors by canonical name, each read when it is asked for."""
 
-    def __init__(
-        self,
-        stored: Mapping[str, _Stored],
-        device: torch.device | str,
-        dtype: torch.dtype | None,
-    ) -> None:
-        self._stored, self._device, self._dtype = stored, device, dtype
+    def __init__(self, stored: Mapping[str, _Stored]) -> None:
+        self._stored = stored
 
     def __getitem__(self, name: str) -> Tensor:
         stored = self._stored[name]
         with _opened(stored.path) as file:
-            return file.get_tensor(stored.name).to(self._device, self._dtype)
+            tensor: Tensor = file.get_tensor(stored.name)
+            return tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._stored)

@@ -1,7 +1,7 @@
 """Our names of tensors <-> Hugging Face's, in pairs, for GPT-2's layout and Llama's."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -88,14 +88,15 @@ _IGNORED = re.compile(
 
 
 def _renamings(config: ModelConfig) -> Iterator[Renaming]:
+    # The largest first: room for a second copy of one is there while few others are.
+    if not config.tie_embeddings:
+        yield _HEAD
     for renaming in _layout(config):
         blocks = range(config.n_layer) if "{i}" in renaming.theirs else range(1)
         for i in blocks:
             theirs = _PREFIXES[config.family] + renaming.theirs.format(i=i)
             ours = tuple(name.format(i=i) for name in renaming.ours)
             yield Renaming(theirs, ours, renaming.is_transposed)
-    if not config.tie_embeddings:
-        yield _HEAD
 
 
 def _layout(config: ModelConfig) -> Iterator[Renaming]:
@@ -137,22 +138,43 @@ def tensors_to_hf(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[st
     return renamed
 
 
-def tensors_from_hf(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def tensors_from_hf(
+    config: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Tensor]:
     """Rename, transpose and split tensors of canonical names to a GPT's state_dict.
 
+    Each is asked for once and let go at once: where they are read from a file by then, there are
+    never two of all.
+
+    Args: device and dtype, of the result; None leaves them as they are.
     Raises: CheckpointError if the embeddings are said to be tied but are two; KeyError if a name
         is not there (``model_folder`` checks names and shapes first).
     """
-    renamed = {}
+    renamed: dict[str, Tensor] = {}
     for renaming in _renamings(config):
-        tensor = tensors[renaming.theirs]
-        tensor = tensor.t() if renaming.is_transposed else tensor
-        for name, part in zip(renaming.ours, tensor.chunk(len(renaming.ours)), strict=True):
-            renamed[name] = part.contiguous()
-    head = tensors.get(_HEAD.theirs, renamed["embedding.weight"])
-    if config.tie_embeddings and not torch.equal(head, renamed["embedding.weight"]):
-        raise CheckpointError(
-            "config.json: tie_word_embeddings is true, but lm_head.weight is not the embedding. "
-            "Set it to false there."
-        )
+        parts = _parts(tensors[renaming.theirs], renaming)
+        renamed |= zip(renaming.ours, (_placed(p, device, dtype) for p in parts), strict=True)
+        del parts
+    if config.tie_embeddings and _HEAD.theirs in tensors:  # as some files hold it
+        embedding = next(_renamings(config)).theirs
+        if not torch.equal(tensors[_HEAD.theirs], tensors[embedding]):
+            raise CheckpointError(
+                "config.json: tie_word_embeddings is true, but lm_head.weight is not the "
+                "embedding. Set it to false there."
+            )
     return renamed
+
+
+def _parts(tensor: Tensor, renaming: Renaming) -> Sequence[Tensor]:
+    return (tensor.t() if renaming.is_transposed else tensor).chunk(len(renaming.ours))
+
+
+def _placed(part: Tensor, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
+    if part.is_contiguous():
+        return part.to(device, dtype)
+    place = torch.empty(part.shape, device=device or part.device, dtype=dtype or part.dtype)
+    return place.copy_(part)
