@@ -246,8 +246,8 @@ def _first_problem(
 
 def _end_of_text_ids(folder: Path, settings: Mapping[str, Any]) -> tuple[int, ...]:
     """Return what generation_config.json, else config.json, says ends a text: an id, or several."""
-    generation = _read_if_there(folder / _GENERATION_CONFIG)
-    ends = generation.get("eos_token_id", settings.get("eos_token_id"))
+    ends = _read_if_there(folder / _GENERATION_CONFIG).get("eos_token_id")
+    ends = settings.get("eos_token_id") if ends is None else ends
     ids = ends if isinstance(ends, list) else [] if ends is None else [ends]
     if not all(type(id_) is int and id_ >= 0 for id_ in ids):
         raise CheckpointError(

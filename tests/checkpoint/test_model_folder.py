@@ -3,6 +3,8 @@
 import json
 import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minigpt.checkpoint.model_folder import read_config, read_model, write_model
+from minigpt.config import ModelConfig, SamplingConfig
 from minigpt.errors import CheckpointError, ResourceError
+from minigpt.generation.decoder import Decoder
 from minigpt.model.gpt import GPT
 from minigpt.text.tokenizer import bytes_tokenizer, train_bpe
 
@@ -71,21 +75,39 @@ def test_training_a_read_model_leaves_its_file_as_it_is(model: GPT, tmp_path: Pa
     assert (tmp_path / "model.safetensors").read_bytes() == before
 
 
+def shard(folder: Path, place: Callable[[str], str]) -> None:
+    """Move each tensor of a folder to the file that place says."""
+    tensors = weights(folder)
+    shards: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        shards.setdefault(place(name), {})[name] = tensor
+    for shard, held in shards.items():
+        save_file(held, folder / shard)
+    (folder / "model.safetensors").unlink()
+    write_index(folder, {name: place(name) for name in tensors})
+
+
+def write_index(folder: Path, weight_map: Any) -> None:
+    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 def test_sharded_folder_is_read(model: GPT, tmp_path: Path) -> None:
     write_model(tmp_path, model, None)
-    tensors = weights(tmp_path)
-    names = sorted(tensors)
-    shards = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
-    for shard, held in shards.items():
-        save_file({name: tensors[name] for name in held}, tmp_path / shard)
-    (tmp_path / "model.safetensors").unlink()
-    index = {"weight_map": {name: shard for shard, held in shards.items() for name in held}}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    shard(tmp_path, lambda name: f"model-0000{len(name) % 3 + 1}-of-00003.safetensors")
     assert torch.equal(read_model(tmp_path).model(TOKENS), model(TOKENS))
-    index["weight_map"][names[0]] = "../elsewhere.safetensors"
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match="does not map tensors to files of its folder"):
-        read_model(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_every_precision_are_read_in_the_one_asked_for(
+    model: GPT, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    write_model(tmp_path, model, None)
+    save(tmp_path, {name: tensor.to(dtype) for name, tensor in weights(tmp_path).items()})
+    for asked in (torch.float32, torch.bfloat16):
+        for name, tensor in read_model(tmp_path, dtype=asked).model.state_dict().items():
+            assert tensor.dtype == asked
+            assert torch.equal(tensor, model.state_dict()[name].to(dtype).to(asked))
 
 
 def test_published_gpt2_layout_is_read(shared: Path) -> None:
@@ -99,17 +121,90 @@ def test_published_gpt2_layout_is_read(shared: Path) -> None:
         assert model(tokens)[0, 5:].argmax(-1).tolist() == [0, 0, 1, 1, 2, 2]
 
 
-def test_published_llama_layout_is_read(shared: Path) -> None:
-    folder = shared / "weights" / "stories260K"
-    model = read_model(folder).model
-    assert sum(parameter.numel() for parameter in model.parameters()) == 260_032
-    vocab = json.loads((folder / "sp_vocab.json").read_text())["tokens"]
-    tokens = torch.tensor([[1]])  # the beginning of a text
-    with torch.no_grad():
-        for _ in range(30):
-            tokens = torch.cat((tokens, model(tokens)[:, -1:].argmax(-1)), dim=1)
-    text = "".join(vocab[token] for token in tokens[0, 1:])
-    assert text.startswith(" Once upon a time, there was a little girl named Lily.")
+def test_published_llama_layout_tells_its_story(shared: Path) -> None:
+    loaded = read_model(shared / "weights" / "stories260K")
+    assert sum(parameter.numel() for parameter in loaded.model.parameters()) == 260_032
+    tokenizer = loaded.tokenizer
+    assert tokenizer is not None
+    assert (tokenizer.end_of_text, tokenizer.end_of_text_ids) == (2, (2,))
+    prompt = [*tokenizer.rules.prefix, *tokenizer.encode("Once upon a time")]
+    sampling = SamplingConfig(temperature=0.0, max_new_tokens=24)
+    steps = Decoder(loaded.model, prompt).generate(sampling, seed=0)
+    text = tokenizer.decode([step.token for step in steps])
+    assert text.startswith(", there was a little girl named Lily.")
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"config.json": 5, "generation_config.json": None}, (5,)),
+        ({"config.json": 5, "generation_config.json": [6, 7]}, (6, 7)),
+        ({"config.json": [256, 8], "generation_config.json": ...}, (256, 8)),
+        ({"config.json": None, "generation_config.json": ...}, (256,)),
+    ],
+)
+def test_every_id_that_ends_a_text_is_known(
+    folder: Path, files: dict[str, Any], expected: tuple[int, ...]
+) -> None:
+    for name, ids in files.items():
+        path = folder / name
+        if ids is ...:
+            path.unlink()
+            continue
+        settings = json.loads(path.read_text()) | {"eos_token_id": ids}
+        path.write_text(json.dumps(settings))
+    loaded = read_model(folder)
+    assert loaded.tokenizer is not None
+    assert loaded.tokenizer.end_of_text_ids == expected
+    write_model(folder, loaded.model, loaded.tokenizer)
+    for name in files:
+        written = json.loads((folder / name).read_text())["eos_token_id"]
+        assert written == (list(expected) if len(expected) > 1 else expected[0])
+    again = read_model(folder).tokenizer
+    assert again is not None
+    assert again.end_of_text_ids == expected
+
+
+PEAK = """
+import sys
+from pathlib import Path
+import torch
+from minigpt.checkpoint.model_folder import read_model
+
+def kib(field):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+dtype = getattr(torch, sys.argv[3])
+read_model(Path(sys.argv[1]), dtype=dtype)
+before = kib("VmRSS")
+model = read_model(Path(sys.argv[2]), dtype=dtype).model
+weights = sum(parameter.nbytes for parameter in model.parameters())
+print((kib("VmHWM") - before) * 1024 / weights)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads its memory from /proc")
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_reading_takes_little_more_memory_than_the_weights(
+    tmp_path: Path, family: str, stored: torch.dtype
+) -> None:
+    for name, width, vocab_size in (("small", 32, 64), ("large", 512, 16_000)):
+        config = ModelConfig(
+            vocab_size=vocab_size,
+            context_length=256,
+            n_layer=6,
+            n_head=4,
+            d_model=width,
+            family=family,
+        )
+        write_model(tmp_path / name, GPT(config).to(stored), None)
+    for dtype in ("float32", "bfloat16"):
+        command = [sys.executable, "-c", PEAK, tmp_path / "small", tmp_path / "large", dtype]
+        result = subprocess.run(command, capture_output=True, check=True, text=True)
+        assert 0.9 < float(result.stdout) < 1.3
 
 
 @pytest.fixture
@@ -155,6 +250,38 @@ def change_shape(folder: Path) -> None:
     save(folder, tensors)
 
 
+def index_of(weight_map: Any) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        (folder / "model.safetensors").rename(folder.parent / "outside.safetensors")
+        write_index(folder, weight_map)
+
+    return damage
+
+
+def shard_twice(folder: Path) -> None:
+    tensors = weights(folder)
+    shard(folder, lambda name: "one.safetensors" if "wte" in name else "two.safetensors")
+    save_file(tensors, folder / "two.safetensors")
+
+
+def lose_shard(folder: Path) -> None:
+    shard(folder, lambda name: "one.safetensors" if "wte" in name else "two.safetensors")
+    (folder / "two.safetensors").unlink()
+
+
+def pickle_shard(folder: Path) -> None:
+    lose_shard(folder)
+    (folder / "two.safetensors").write_bytes(pickle.dumps(Bomb()))
+
+
+def claim_huge_tensors(folder: Path) -> None:
+    """A header of a petabyte, in a file of a few bytes."""
+    entry = {"dtype": "F32", "shape": [2**24, 2**24], "data_offsets": [0, 2**50]}
+    header = json.dumps({"transformer.wte.weight": entry}).encode()
+    data = len(header).to_bytes(8, "little") + header + bytes(4)
+    (folder / "model.safetensors").write_bytes(data)
+
+
 def write_false_shape(folder: Path) -> None:
     entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}
     header = json.dumps({"\x1b[31m\n": entry}).encode()
@@ -191,6 +318,24 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
     r"'transformer\.wpe\.weight' has shape \[32, 16\], not \[64, 16\]": lambda f: change_config(
         f, n_positions=64
     ),
+    r"tie_word_embeddings is true, but lm_head": lambda f: change_config(
+        f, tie_word_embeddings=True
+    ),
+    r"'logit_scale' is 2, a field that is not known": lambda f: change_config(f, logit_scale=2),
+    r"has shape \[257, 16\], not \[257, 268435456\]": lambda f: change_config(f, n_embd=2**28),
+    r"index\.json' does not map tensors": index_of({"a": "../outside.safetensors"}),
+    r"index\.json' does not map tensors to": index_of({"a": "/etc/outside.safetensors"}),
+    r"index\.json' does not map tensors to f": index_of({"a": "..\\outside.safetensors"}),
+    r"index\.json' does not map tensors to fi": index_of({"a": 5}),
+    r"index\.json' does not map tensors to fil": index_of([]),
+    r"/\.\.' is no whole safetensors file": index_of({"a": ".."}),
+    r"transformer\.wpe\.weight' is there twice, in '.*one|two": shard_twice,
+    r"two\.safetensors' is no whole safetensors file .*No such file": lose_shard,
+    r"two\.safetensors' is no whole safetensors file": pickle_shard,
+    r"no whole safetensors file .*(incomplete|Invalid|offset)": claim_huge_tensors,
+    r"the eos_token_id of .* is '\[True\]', and not an id": lambda f: (
+        f / "generation_config.json"
+    ).write_text('{"eos_token_id": [true]}'),
     r"number of layers of 1000000000": lambda f: change_config(f, n_layer=10**9),
     r"vocabulary of 1000000000000": lambda f: change_config(f, vocab_size=10**12),
     r"context of 1000000000000": lambda f: change_config(f, n_positions=10**12),
@@ -201,6 +346,20 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
 }
 
 
+@pytest.fixture
+def little_memory() -> Iterator[None]:
+    """Let no more than 256 MiB be allocated on top of what is there."""
+    resource = pytest.importorskip("resource", reason="needs the limits of a POSIX system")
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0]) if os.path.exists("/proc") else 0
+    if not pages:
+        pytest.skip("reads its memory from /proc")
+    resource.setrlimit(resource.RLIMIT_AS, (pages * os.sysconf("SC_PAGE_SIZE") + 2**28, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+@pytest.mark.usefixtures("little_memory")
 @pytest.mark.parametrize("says", DAMAGES)
 def test_damaged_folder_is_refused_in_one_line(folder: Path, says: str) -> None:
     DAMAGES[says](folder)
@@ -208,6 +367,16 @@ def test_damaged_folder_is_refused_in_one_line(folder: Path, says: str) -> None:
         read_model(folder)
     assert caught.value.exit_code == 4
     assert str(caught.value).isprintable()
+
+
+@pytest.mark.usefixtures("little_memory")
+def test_config_that_lies_about_its_heads_makes_nothing_large(
+    make: Callable[[int, str], GPT], tmp_path: Path
+) -> None:
+    write_model(tmp_path, make(50, "llama-grouped"), None)
+    change_config(tmp_path, head_dim=2**20, max_position_embeddings=2**20)
+    with pytest.raises(CheckpointError, match=r"has shape \[8, 16\], not \[2097152, 16\]"):
+        read_model(tmp_path)
 
 
 def test_tokenizer_that_outgrows_the_model_is_refused(
