@@ -78,6 +78,17 @@ class Tokenizer:
             ids += [self.special_ids[part]] if is_added else self._encode_plain(part)
         return ids
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Return the ids that a model goes on from: what stands before every prompt, then the text.
+
+        No text is the beginning of a document; it has no ids if the vocabulary has no token for it.
+        Raises: DataError as ``encode``.
+        """
+        begin = list(self.rules.prefix)
+        if not text and not begin and self.end_of_text is not None:
+            begin = [self.end_of_text]
+        return begin + self.encode(text)
+
     def _encode_plain(self, text: str) -> list[int]:
         text = self._normalize(text)
         self._check_bytes(text)

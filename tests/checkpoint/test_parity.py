@@ -183,3 +183,27 @@ def test_config_that_is_written_again_is_equal(pair: Pair, tmp_path: Path) -> No
         expected["n_inner"] = 4 * expected["n_embd"]
     different = {key for key in expected if expected[key] != again.get(key)}
     assert different <= UNWRITTEN
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["gpt2-tied", "llama-tied"])
+def test_bare_model_is_read_as_the_one_with_a_head(
+    open_both: Callable[[str], Pair], tmp_path: Path, kind: str
+) -> None:
+    pair = open_both(kind)
+    pair.theirs.base_model.save_pretrained(tmp_path)  # without the prefix of its names
+    assert not any(name.startswith(("model.", "transformer.")) for name in names_in(tmp_path))
+    expected = pair.ours.model(TOKENS)
+    assert torch.equal(read_model(tmp_path).model(TOKENS), expected)
+
+
+def names_in(folder: Path) -> list[str]:
+    return [name for path in folder.glob("*.safetensors") for name in load_file(path)]
+
+
+@torch.no_grad()
+def test_shards_of_transformers_are_read(open_both: Callable[[str], Pair], tmp_path: Path) -> None:
+    pair = open_both("qwen3")
+    pair.theirs.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 2
+    assert torch.equal(read_model(tmp_path).model(TOKENS), pair.ours.model(TOKENS))
