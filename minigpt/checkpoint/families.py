@@ -33,18 +33,19 @@ class Family:
 
 
 _GENERIC = """
-    architectures auto_map bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward
-    cls_token_id decoder_start_token_id diversity_penalty do_sample dtype early_stopping
-    encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task
-    forced_bos_token_id forced_eos_token_id gradient_checkpointing id2label initializer_range
-    is_decoder is_llama_config label2id length_penalty license mask_token_id max_length min_length
-    model_type name_or_path no_repeat_ngram_size num_beam_groups num_beams num_labels
-    num_return_sequences output_attentions output_hidden_states output_past output_scores
-    pad_token_id prefix problem_type remove_invalid_values repetition_penalty return_dict
-    return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature
-    tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript
-    transformers.js_config transformers_version typical_p unk_token_id unsloth_fixed
-    unsloth_version use_bfloat16 use_cache vocab_file
+    architectures auto_map bad_words_ids begin_suppress_tokens bos_token_id
+    chunk_size_feed_forward cls_token_id decoder_start_token_id diversity_penalty do_sample dtype
+    early_stopping encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty
+    finetuning_task forced_bos_token_id forced_eos_token_id gradient_checkpointing id2label
+    initializer_range is_decoder is_llama_config label2id length_penalty license mask_token_id
+    max_length max_sequence_length min_length model_max_length model_type name_or_path
+    no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences
+    output_attentions output_hidden_states output_past output_scores pad_token_id prefix
+    problem_type remove_invalid_values repetition_penalty return_dict return_dict_in_generate
+    sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss
+    tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript transformers.js_config
+    transformers_version typical_p unk_token_id unsloth_fixed unsloth_version use_bfloat16
+    use_cache vocab_file
 """
 _HARMLESS = frozenset(_GENERIC.split())
 _FIXED_EVERYWHERE = {
@@ -68,8 +69,8 @@ _GPT2_FIELDS = {
 }
 # How much is dropped at other places matters in training only, and in ours nothing is.
 _GPT2_HARMLESS = """
-    attn_pdrop embd_pdrop n_ctx reorder_and_upcast_attn summary_activation summary_first_dropout
-    summary_proj_to_labels summary_type summary_use_proj
+    attn_pdrop embd_pdrop n_ctx predict_special_tokens reorder_and_upcast_attn summary_activation
+    summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
 """
 _LLAMA_FIELDS = {
     "vocab_size": "vocab_size",
@@ -214,7 +215,7 @@ def model_config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
     values = {ours: value for ours, value in values.items() if value is not None}
     values["activation"] = _activation(family.fields["activation"], values["activation"])
     if "attention_bias" in values:
-        values["attention_bias"] = "all" if values["attention_bias"] else "none"
+        values["attention_bias"] = _attention_bias(values["attention_bias"])
     values |= {"model_type": name, **family.constants}
     if values["family"] == "llama":
         values |= _rope(config)
@@ -263,6 +264,12 @@ def _activation(name: str, value: Any) -> str:
     if not isinstance(value, str) or value not in _ACTIVATIONS:
         raise _unsupported(name, value, ", ".join(_ACTIVATIONS))
     return _ACTIVATIONS[value]
+
+
+def _attention_bias(value: Any) -> str:
+    if not isinstance(value, bool):
+        raise _unsupported("attention_bias", value, "true, false")
+    return "all" if value else "none"
 
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:

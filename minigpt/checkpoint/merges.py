@@ -22,8 +22,8 @@ _Made = dict[bytes, tuple[int, bytes, bytes]]  # token -> when it is made, and o
 def unsupported(what: str) -> CheckpointError:
     """Return the error for a tokenizer.json that would encode otherwise than we can."""
     return CheckpointError(
-        f"tokenizer.json has {what}, and only plain byte-level BPE is read. Choose a model "
-        "with GPT-2's kind of tokenizer."
+        f"tokenizer.json has {what}, which is not read. Choose a model with the BPE of GPT-2, "
+        "Llama, Mistral or Qwen."
     )
 
 

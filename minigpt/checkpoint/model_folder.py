@@ -162,10 +162,10 @@ def _weight_files(folder: Path) -> list[Path]:
         return [folder / WEIGHTS]
     if (folder / _INDEX).exists():
         shards = read_json(folder / _INDEX).get("weight_map")
-        names = set(shards.values()) if isinstance(shards, dict) else set()
+        names = list(shards.values()) if isinstance(shards, dict) else []
         # Nothing outside the folder is opened, whatever the index says.
         if names and all(isinstance(n, str) and re.fullmatch(r"[\w.-]+", n) for n in names):
-            return [folder / name for name in sorted(names)]
+            return [folder / name for name in sorted(set(names))]
         raise CheckpointError(
             f"{str(folder / _INDEX)!r} does not map tensors to files of its folder. "
             "Download it again."

@@ -47,7 +47,8 @@ class Pieces:
 
 def is_sentencepiece(data: Mapping[str, Any]) -> bool:
     """Tell whether a tokenizer.json has its bytes as tokens of their own."""
-    return (data.get("decoder") or {}).get("type") == "Sequence"
+    has_sequence = (data.get("decoder") or {}).get("type") == "Sequence"
+    return has_sequence and data["model"].get("byte_fallback") is True
 
 
 def normalization_of(data: Mapping[str, Any]) -> str:

@@ -301,6 +301,8 @@ def _prefix(
         _require("the post-processor's end", [*text], ["Sequence"])
         for part in before:
             prefix += step["special_tokens"][part["SpecialToken"]["id"]]["ids"]
+    if not set(prefix) <= set(specials.values()):
+        raise unsupported(f"the post-processor's ids {str(prefix)[:60]}, which are not special")
     return tuple(prefix)
 
 

@@ -285,6 +285,7 @@ UNSUPPORTED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (LLAMA3, {"logit_scale": 0.5}, "'logit_scale' is 0.5, a field that is not known"),
     (GPT2, {"n_embd\x1b": 5}, r"'n_embd\\x1b' is 5"),
     (LLAMA3, {"rms_norm_eps": None, "num_hidden_layers": None}, "num_hidden_layers is missing"),
+    (LLAMA3, {"attention_bias": 1}, "attention_bias is 1"),
     (LLAMA3, {"attention_bias": True, "mlp_bias": "x"}, "mlp_bias must be of type bool"),
     (QWEN3, {"layer_types": ["sliding_attention"]}, "layer_types is 'sliding_attention'"),
     (QWEN3, {"layer_types": 5}, "layer_types is 5"),

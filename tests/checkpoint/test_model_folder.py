@@ -328,6 +328,7 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
     r"index\.json' does not map tensors to f": index_of({"a": "..\\outside.safetensors"}),
     r"index\.json' does not map tensors to fi": index_of({"a": 5}),
     r"index\.json' does not map tensors to fil": index_of([]),
+    r"index\.json' does not map tensors to file": index_of({"a": ["outside.safetensors"]}),
     r"/\.\.' is no whole safetensors file": index_of({"a": ".."}),
     r"transformer\.wpe\.weight' is there twice, in '.*one|two": shard_twice,
     r"two\.safetensors' is no whole safetensors file .*No such file": lose_shard,

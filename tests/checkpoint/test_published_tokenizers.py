@@ -263,6 +263,26 @@ def test_published_tokenizer_is_written_again_with_the_same_ids(
     ) == ours.encode(SAMPLE)
 
 
+UNREADABLE: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "the normalizer .*Lowercase": lambda d: d.update(normalizer={"type": "Lowercase"}),
+    "the normalizer .*Prepend": lambda d: d.update(pre_tokenizer={"type": "Whitespace"}),
+    "no token for the byte 0x00": lambda d: d["model"]["vocab"].pop("<0x00>"),
+    "the added token 'x', which is not special": lambda d: d["added_tokens"].append(
+        special(3, "x", is_special=False)
+    ),
+    "ignore_merges 'True'": lambda d: d["model"].update(ignore_merges=True),
+    "the id 2000000000, far above": lambda d: d["model"]["vocab"].update({"qqq": 2_000_000_000}),
+}
+
+
+@pytest.mark.parametrize("says", UNREADABLE)
+def test_vocabulary_of_sentencepiece_that_would_encode_otherwise_is_refused(says: str) -> None:
+    data = json.loads(json.dumps(published(llama2)[0]))
+    UNREADABLE[says](data)
+    with pytest.raises(CheckpointError, match=says):
+        tokenizer_from_json(data, "x")
+
+
 def llama2_c(vocab: dict[str, int], scores: list[float], text: str) -> list[int]:
     """Merge as its run.c does: the pair whose union has the highest score, until there is none."""
     pieces = list(f" {text}") if text else []

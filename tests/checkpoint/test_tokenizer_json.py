@@ -176,6 +176,14 @@ UNREADABLE: dict[str, Callable[[dict[str, Any]], Any]] = {
             "single": [{"Sequence": {"id": "A"}}, {"SpecialToken": {"id": "<|endoftext|>"}}],
         }
     ),
+    "post-processor's ids .5., which are not special": lambda d: d.update(
+        post_processor={
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "a"}}, {"Sequence": {"id": "A"}}],
+            "special_tokens": {"a": {"ids": [5]}},
+        }
+    ),
+    "the decoder 'Sequence'": lambda d: d.update(decoder={"type": "Sequence"}),
     "added token 'x' with lstrip": lambda d: d["added_tokens"].append(
         {"id": 999, "content": "x", "special": False, "lstrip": True}
     ),
