@@ -17,6 +17,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+# As the command line sets it, and before torch starts OpenMP.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 import torch
 
 from minigpt.checkpoint.folder import RunFolder

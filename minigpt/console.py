@@ -16,7 +16,7 @@ from rich.theme import Theme
 from minigpt.text.visible import printable
 
 # Middle luminance, so that every step of the heat reads on dark and on light backgrounds.
-_THEME = Theme(
+THEME = Theme(
     {
         "plain": "none",
         "token": "bold",
@@ -27,6 +27,7 @@ _THEME = Theme(
         "heat4": "bold #e0561f",
     }
 )
+"""The colours of the style names that the trace uses."""
 _PIPE_WIDTH = 100
 
 
@@ -38,7 +39,7 @@ def make_console(*, is_stderr: bool) -> Console:
     stream = sys.stderr if is_stderr else sys.stdout
     return Console(
         file=cast("IO[str]", _Unfailing(stream)) if is_stderr else None,
-        theme=_THEME,
+        theme=THEME,
         highlight=False,
         emoji=False,
         markup=False,

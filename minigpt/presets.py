@@ -1,6 +1,7 @@
-"""Named starting points for a run: shape, budget and settings that were measured together.
+"""Named starting points for a run: shape, budget and settings that belong together.
 
-docs/training.md has the measurements. Every value can be changed by a flag, a TOML file or --set.
+docs/training.md says what was measured, and what was not. Every value can be changed by a flag, a
+TOML file or --set.
 """
 
 from typing import Any
@@ -28,7 +29,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
         "data": {"tokenizer": "bytes"},
     },
-    # About 10M parameters: minutes on a GPU, hours on a CPU.
+    # About 10M parameters: for a GPU. Its settings, and small's, are not measured yet.
     "mini": {
         "model": {
             "n_layer": 6,

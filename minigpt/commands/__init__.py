@@ -57,6 +57,9 @@ def main() -> NoReturn:
     """Run the command line and exit with DESIGN's codes: one line an error, on stderr."""
     _open_streams()
     signal.signal(signal.SIGTERM, _terminate)
+    # OpenMP's threads spin for each other; beside any other busy process that made a training step
+    # ten times as slow and more. Spinning for a shorter time costs a quiet machine about 3 %.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         status = app(prog_name="minigpt", standalone_mode=False)
         sys.stdout.flush()
