@@ -32,6 +32,7 @@ def draw(name: str, theme: TerminalTheme, lines: list[terminal.Line]) -> None:
     for line in lines:
         console.print(spans_to_text(line))
     svg = console.export_svg(title="minigpt attention-trace", theme=theme, unique_id=name)
+    svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.DOTALL)
     svg = re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL)
     svg = svg.replace("Fira Code", "DejaVu Sans Mono")
     (DOCS / f"{name}.svg").write_text(svg)
