@@ -50,11 +50,8 @@ def load(
             f"{str(folder)!r} has no tokenizer.json, so text means nothing to it. "
             "Add the tokenizer.json that the model was trained with."
         )
-    if text:
-        ids = tokenizer.encode(text)
-    elif tokenizer.end_of_text is not None:
-        ids = [tokenizer.end_of_text]
-    else:
+    ids = tokenizer.encode_prompt(text)
+    if not ids:
         raise DataError("this model has no token that begins a document. Give a prompt.")
     return Ready(loaded.model, tokenizer, folder, text, ids)
 
