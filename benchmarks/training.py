@@ -23,10 +23,11 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import torch
 
 from minigpt.checkpoint.folder import RunFolder
-from minigpt.config import RunConfig, build, merge
+from minigpt.config import RunConfig
 from minigpt.model.cost import parameter_count
 from minigpt.model.device import resolve_device, resolve_dtype
 from minigpt.presets import preset
+from minigpt.settings import build, merge
 from minigpt.text.shards import prepare
 from minigpt.training.trainer import EvalEvent, StepEvent, Trainer
 

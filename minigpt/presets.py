@@ -6,8 +6,8 @@ TOML file or --set.
 
 from typing import Any
 
-from minigpt.config import merge
 from minigpt.errors import ConfigError, nearest
+from minigpt.settings import merge
 
 PRESETS: dict[str, dict[str, Any]] = {
     # About 1M parameters: a minute on a laptop CPU.

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from minigpt.config import ModelConfig, build
+from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError, ConfigError
+from minigpt.settings import build
 from minigpt.text.tokenizer import Tokenizer
 
 

@@ -11,8 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
-from minigpt.config import DEVICES, DTYPES, SamplingConfig, build
+from minigpt.config import DEVICES, DTYPES, SamplingConfig
 from minigpt.errors import ConfigError, nearest
+from minigpt.settings import build
 
 _DEFAULTS = {f.name: f.default for f in fields(SamplingConfig)}
 

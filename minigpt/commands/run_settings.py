@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from minigpt.checkpoint.folder import ROOT, RunFolder
-from minigpt.config import DataConfig, RunConfig, build, merge, to_dict
+from minigpt.config import DataConfig, RunConfig
 from minigpt.errors import ConfigError
 from minigpt.presets import preset as preset_settings
+from minigpt.settings import build, merge, to_dict
 
 _NAME = re.compile(r"\w[\w.-]{0,99}")
 # What a checkpoint was made with and cannot be taken out of it. The text is not among them: it may

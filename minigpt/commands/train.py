@@ -6,9 +6,10 @@ from typing import Annotated, Any
 import typer
 
 from minigpt.commands import options
-from minigpt.config import DEVICES, DTYPES, FAMILIES, RunConfig, build, merge
+from minigpt.config import DEVICES, DTYPES, FAMILIES, RunConfig
 from minigpt.presets import PRESETS
 from minigpt.presets import preset as preset_settings
+from minigpt.settings import build, merge
 
 _DEFAULT_PRESET = "nano"
 _DEFAULTS = build(
@@ -177,7 +178,7 @@ def _overrides(
     data: list[str] | None, flags: dict[str, Any], config: str | None, assignments: list[str]
 ) -> dict[str, Any]:
     """Return what the user asked for beyond the preset, nested as in RunConfig."""
-    from minigpt.config import parse_assignment, read_toml
+    from minigpt.settings import parse_assignment, read_toml
 
     given: dict[str, Any] = {}
     for flag, value in flags.items():

@@ -22,9 +22,10 @@ from minigpt.commands.run_settings import (
     with_vocabulary,
 )
 from minigpt.commands.training_display import TrainingDisplay
-from minigpt.config import DataConfig, RunConfig, build, merge, read_toml, to_dict, to_toml
+from minigpt.config import DataConfig, RunConfig
 from minigpt.errors import CheckpointError, ConfigError, nearest
 from minigpt.model.device import resolve_device, resolve_dtype
+from minigpt.settings import build, merge, read_toml, to_dict, to_toml
 from minigpt.text.shards import PreparedData, prepare
 from minigpt.training.metrics import MetricsLog
 from minigpt.training.trainer import Trainer

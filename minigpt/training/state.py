@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from minigpt.checkpoint.model_folder import save_tensors
-from minigpt.config import build
 from minigpt.errors import CheckpointError, ConfigError
+from minigpt.settings import build
 from minigpt.training.optim import Muon
 
 STATE_FOLDER = "training_state"

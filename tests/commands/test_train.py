@@ -18,8 +18,8 @@ from calls import TINY, Run
 from minigpt.checkpoint.folder import RunFolder
 from minigpt.commands import training_run
 from minigpt.commands.training_display import TrainingDisplay
-from minigpt.config import read_toml
 from minigpt.presets import PRESETS
+from minigpt.settings import read_toml
 from minigpt.training.trainer import Event, StepEvent
 
 Start = Callable[..., "Popen[bytes]"]

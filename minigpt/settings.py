@@ -1,0 +1,123 @@
+"""Configs <-> plain values: TOML files, ``--set``, and layers of settings over each other."""
+
+import dataclasses
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tomli_w
+
+from minigpt.config import RunConfig
+from minigpt.errors import ConfigError, nearest
+
+T = TypeVar("T")
+
+
+def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
+    """Build a config dataclass from plain values, strictly.
+
+    Args: values, field name -> value, nested for nested dataclasses; where, a prefix for messages.
+    Raises: ConfigError for an unknown key (naming the nearest known one), a missing one, or a
+        value of another type.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    checked: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in fields:
+            raise ConfigError(f"unknown setting {where}{key}. {nearest(key, fields)}")
+        checked[key] = _checked(hints[key], value, f"{where}{key}")
+    for name, f in fields.items():
+        is_required = f.default is f.default_factory is dataclasses.MISSING
+        if is_required and name not in checked:
+            raise ConfigError(f"the setting {where}{name} is missing.")
+    return cls(**checked)
+
+
+def _checked(hint: Any, value: Any, name: str) -> Any:
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{name} must be a table of settings: it is {value!r}.")
+        return build(hint, value, f"{name}.")
+    if isinstance(hint, types.UnionType):
+        if value is None:
+            return None
+        hint = typing.get_args(hint)[0]
+    if typing.get_origin(hint) is tuple:
+        is_texts = isinstance(value, list | tuple) and all(isinstance(v, str) for v in value)
+        if not is_texts:
+            raise ConfigError(f"{name} must be a list of texts: it is {value!r}.")
+        return tuple(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ConfigError(f"{name} must be of type {hint.__name__}: it is {value!r}.")
+    return value
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return a config dataclass as plain nested values; fields that are None are left out."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items() if v is not None}
+        return list(value) if isinstance(value, tuple) else value
+
+    result = plain(dataclasses.asdict(config))
+    assert isinstance(result, dict)
+    return result
+
+
+def to_toml(config: RunConfig) -> str:
+    """Return a run as TOML; ``read_toml`` and ``build`` turn it back into an equal one."""
+    return tomli_w.dumps(to_dict(config))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file as plain nested values.
+
+    Raises: ConfigError if it is missing, unreadable or not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"the config file {path} does not exist.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the config file {path} is not valid TOML: {error}.") from None
+    except OSError as error:
+        raise ConfigError(f"the config file {path} cannot be read: {error.strerror}.") from None
+
+
+def parse_assignment(text: str) -> dict[str, Any]:
+    """Parse ``a.b=c`` into ``{"a": {"b": c}}``; c is a TOML value, else plain text.
+
+    Raises: ConfigError if there is no name or no equals sign.
+    """
+    name, equals, raw = text.partition("=")
+    keys = name.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"--set takes name=value, as in model.n_layer=4: it is {text!r}.")
+    try:
+        value: Any
+        (value,) = tomllib.loads(f"value = {raw}").values()  # one, whatever a line break hides
+    except ValueError:
+        value = raw
+    for key in reversed(keys):
+        value = {key: value}
+    assert isinstance(value, dict)
+    return value
+
+
+def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge nested settings; what comes later wins, table by table."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            if isinstance(value, Mapping) and isinstance(merged.get(key), dict):
+                merged[key] = merge(merged[key], value)
+            else:
+                merged[key] = merge(value) if isinstance(value, Mapping) else value
+    return merged
