@@ -64,7 +64,7 @@ def generate(
     from minigpt.generation.decoder import Decoder, fresh_seed
 
     ready = load(model, prompt, device, dtype)
-    decoder = Decoder(ready.model, ready.prompt)
+    decoder = Decoder(ready.model, ready.prompt, max_new_tokens=sampling.max_new_tokens)
     first_seed = fresh_seed() if sampling.seed is None else sampling.seed
     for number in range(sampling.num_samples):
         if number and not as_json:
@@ -108,7 +108,7 @@ def _draw(
     started = time.perf_counter()
     pieces: list[str] = []
     n_tokens, finish = 0, None
-    steps = decoder.generate(sampling, seed=seed, end_of_text=ready.tokenizer.end_of_text)
+    steps = decoder.generate(sampling, seed=seed, end_of_text=ready.tokenizer.end_of_text_ids)
     with suppress(KeyboardInterrupt):
         for item in stream_text(steps, ready.tokenizer, sampling.stop):
             n_tokens, finish = n_tokens + 1, item.step.finish

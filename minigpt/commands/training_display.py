@@ -11,6 +11,7 @@ from rich.live import Live
 from minigpt.commands.status_line import StatusLine
 from minigpt.config import SamplingConfig
 from minigpt.console import make_console, spans_to_text
+from minigpt.errors import CheckpointError
 from minigpt.generation.decoder import Decoder
 from minigpt.generation.stream import stream_text
 from minigpt.model.cost import parameter_count
@@ -212,8 +213,12 @@ def draw_sample(trainer: Trainer) -> str:
     tokenizer, model = trainer.data.tokenizer, trainer.model
     model.eval()
     assert tokenizer.end_of_text is not None
-    decoder = Decoder(model, [tokenizer.end_of_text])
+    decoder = Decoder(model, [tokenizer.end_of_text], max_new_tokens=_SAMPLE.max_new_tokens)
     steps = decoder.generate(_SAMPLE, seed=trainer.config.training.seed)
-    text = "".join(item.text for item in stream_text(steps, tokenizer))
+    try:
+        text = "".join(item.text for item in stream_text(steps, tokenizer))
+    except CheckpointError:  # logits that are no numbers; the weights are the run's own
+        lr = trainer.config.training.lr
+        raise trainer.diverged("a sample's logits are no finite numbers", lr) from None
     model.train()
     return text

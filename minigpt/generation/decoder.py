@@ -1,7 +1,8 @@
 """Prefill and decode: a prompt's token ids in, one Step per generated token out."""
 
+import math
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,14 +10,14 @@ import torch
 from torch import Tensor
 
 from minigpt.config import SamplingConfig
-from minigpt.errors import DataError
+from minigpt.errors import CheckpointError, DataError
 from minigpt.generation.sampling import Sampler
 from minigpt.model.attention import Recorder
 from minigpt.model.cache import KVCache
 from minigpt.model.gpt import GPT
 
 FinishReason = Literal["length", "stop", "end_of_text", "context"]
-"""max_new_tokens reached, a stop text found, ``<|endoftext|>`` drawn, or the window is full."""
+"""max_new_tokens reached, a stop text found, an end of text drawn, or the model's window full."""
 
 
 @dataclass(frozen=True)
@@ -57,18 +58,34 @@ class Decoder:
     time from the end of the prompt.
     """
 
-    def __init__(self, model: GPT, prompt: Sequence[int], recorder: Recorder | None = None) -> None:
+    def __init__(
+        self,
+        model: GPT,
+        prompt: Sequence[int],
+        recorder: Recorder | None = None,
+        *,
+        max_new_tokens: int | None = None,
+    ) -> None:
         """Prefill.
 
+        Args: max_new_tokens, the most that ``generate`` will be asked for, so that the cache is no
+            larger than that; None for all that the context has room for.
         Raises: DataError if the prompt is empty or longer than the context.
         """
-        check_prompt(prompt, model.config.context_length)
+        context_length = model.config.context_length
+        check_prompt(prompt, context_length)
         self.model = model
         self.prompt = list(prompt)
         self.recorder = recorder
         weight = model.embedding.weight
         self.device = weight.device
-        self.cache = KVCache(model.config, device=weight.device, dtype=weight.dtype)
+        wanted = context_length if max_new_tokens is None else len(prompt) + max_new_tokens
+        self.cache = KVCache(
+            model.config,
+            capacity=min(context_length, wanted),
+            device=weight.device,
+            dtype=weight.dtype,
+        )
         self.prompt_logits = self.logits(self.prompt)
 
     @torch.inference_mode()
@@ -78,13 +95,19 @@ class Decoder:
         return self.model(ids, self.cache, self.recorder, logits_to_keep=1)[0, -1].float()
 
     def generate(
-        self, config: SamplingConfig, *, seed: int, end_of_text: int | None = None
+        self, config: SamplingConfig, *, seed: int, end_of_text: Collection[int] = ()
     ) -> Iterator[Step]:
         """Yield tokens after the prompt until one is the last.
 
         When a Step is yielded, the recorder has last seen the forward pass whose final query
         produced its token.
+
+        Args: end_of_text, the ids of which any ends the text.
+        Raises: CheckpointError if the model's logits are no numbers.
         """
+        context_length = self.model.config.context_length
+        wanted = min(context_length, len(self.prompt) + config.max_new_tokens)
+        assert wanted <= self.cache.capacity, "the decoder was made for a smaller max_new_tokens"
         if self.recorder is not None and self.cache.length > len(self.prompt):
             # It has seen later passes since, and the first token's is the prompt's.
             self.cache.truncate(0)
@@ -96,11 +119,11 @@ class Decoder:
         for index in range(config.max_new_tokens):
             token, log_probability = self._choose(sampler, logits, context)
             finish: FinishReason | None = None
-            if token == end_of_text:
+            if token in end_of_text:
                 finish = "end_of_text"
             elif index + 1 == config.max_new_tokens:
                 finish = "length"
-            elif len(context) == self.cache.capacity:
+            elif len(context) == context_length:
                 finish = "context"
             yield Step(index, len(context), token, log_probability, finish)
             if finish:
@@ -116,4 +139,10 @@ class Decoder:
         log_probability = logits.log_softmax(dim=0)[token]
         # One copy, and so one synchronisation, a token: float64 holds any id exactly.
         drawn, value = torch.stack((token.double(), log_probability.double())).tolist()
+        # One logit that is nan or inf makes every log-probability nan, so this looks at them all.
+        if not math.isfinite(value):
+            raise CheckpointError(
+                f"the model's logits are no finite numbers at position {len(context)}, so its "
+                "weights are damaged. Use another checkpoint, or download it again."
+            )
         return int(drawn), value

@@ -112,12 +112,13 @@ def trace(
 
     The tokens are those that generation without a trace gives.
 
-    Raises: DataError if the prompt is empty or longer than the context.
+    Raises: DataError if the prompt is empty or longer than the context; CheckpointError if the
+        model's logits are no numbers.
     """
     tokens = [Token(i, token, tokenizer.token_bytes(token)) for i, token in enumerate(prompt)]
     started = time.perf_counter()
     recorder = RowRecorder(selection, reduce)
-    decoder = Decoder(model, prompt, recorder)
+    decoder = Decoder(model, prompt, recorder, max_new_tokens=sampling.max_new_tokens)
     config = model.config
     yield TraceHeader(
         model=model_name,
@@ -131,7 +132,7 @@ def trace(
     )
     sums_to_one = reduce == "mean"
     worst, finish, n_generated = 0.0, None, 0
-    end_of_text = tokenizer.end_of_text if stop_at_end_of_text else None
+    end_of_text = tokenizer.end_of_text_ids if stop_at_end_of_text else ()
     steps = decoder.generate(sampling, seed=seed, end_of_text=end_of_text)
     for item in stream_text(steps, tokenizer, sampling.stop):
         step = item.step

@@ -1,5 +1,6 @@
 """Cached generation against a plain loop of full forward passes."""
 
+from collections.abc import Collection
 from typing import Any
 
 import pytest
@@ -7,9 +8,10 @@ import torch
 from small_models import LAYOUTS, random_tokens, small_model
 
 from minigpt.config import SamplingConfig
-from minigpt.errors import DataError
+from minigpt.errors import CheckpointError, DataError
 from minigpt.generation.decoder import Decoder, Step, fresh_seed
 from minigpt.generation.sampling import Sampler
+from minigpt.model.cost import cache_bytes_per_token
 from minigpt.model.gpt import GPT
 
 PROMPT = random_tokens(5).tolist()
@@ -31,10 +33,16 @@ def plain_generation(
 
 
 def generated(
-    model: GPT, prompt: list[int], *, seed: int = 1, end_of_text: int | None = None, **options: Any
+    model: GPT,
+    prompt: list[int],
+    *,
+    seed: int = 1,
+    end_of_text: Collection[int] = (),
+    **options: Any,
 ) -> list[Step]:
     config = SamplingConfig(**options)
-    return list(Decoder(model, prompt).generate(config, seed=seed, end_of_text=end_of_text))
+    decoder = Decoder(model, prompt, max_new_tokens=config.max_new_tokens)
+    return list(decoder.generate(config, seed=seed, end_of_text=end_of_text))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -92,11 +100,50 @@ def test_a_limit_that_is_met_exactly_at_the_end_of_the_context_is_a_limit() -> N
 def test_generation_ends_with_the_end_of_text_and_only_where_it_is_one() -> None:
     model = small_model()
     free = generated(model, PROMPT, temperature=0.0, max_new_tokens=10)
-    end = free[6].token
-    first = [step.token for step in free].index(end)
-    ended = generated(model, PROMPT, temperature=0.0, max_new_tokens=10, end_of_text=end)
-    assert [step.token for step in ended] == [step.token for step in free[: first + 1]]
-    assert [step.finish for step in ended] == [None] * first + ["end_of_text"]
+    tokens = [step.token for step in free]
+    absent = next(token for token in range(61) if token not in tokens)
+    for ends in ([tokens[6]], [absent, tokens[6]], {tokens[4], tokens[8], absent}):
+        first = min(tokens.index(end) for end in ends if end != absent)
+        ended = generated(model, PROMPT, temperature=0.0, max_new_tokens=10, end_of_text=ends)
+        assert [step.token for step in ended] == tokens[: first + 1]
+        assert [step.finish for step in ended] == [None] * first + ["end_of_text"]
+    unended = generated(model, PROMPT, temperature=0.0, max_new_tokens=10, end_of_text=[absent])
+    assert unended == free
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_cache_holds_what_can_be_used_and_the_tokens_are_those_of_a_larger_one(
+    layout: str,
+) -> None:
+    model = small_model(layout, context_length=2000)
+    config = SamplingConfig(max_new_tokens=9, temperature=1.0)
+    tight, whole = Decoder(model, PROMPT, max_new_tokens=9), Decoder(model, PROMPT)
+    bytes_per_token = cache_bytes_per_token(model.config)
+    assert tight.cache.n_bytes == (5 + 9) * bytes_per_token
+    assert whole.cache.n_bytes == 2000 * bytes_per_token
+    # The log-probabilities too, to their last bit.
+    assert list(tight.generate(config, seed=3)) == list(whole.generate(config, seed=3))
+    assert Decoder(model, PROMPT, max_new_tokens=10**9).cache.capacity == 2000
+
+
+def test_fewer_tokens_than_the_decoder_was_made_for_end_by_their_own_limit() -> None:
+    decoder = Decoder(small_model(), PROMPT, max_new_tokens=8)
+    for n in (8, 3):
+        steps = list(decoder.generate(SamplingConfig(max_new_tokens=n), seed=1))
+        assert [step.finish for step in steps] == [None] * (n - 1) + ["length"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"temperature": 0.8, "top_p": 0.9}])
+def test_logits_that_are_no_numbers_are_a_checkpoint_error(
+    value: float, options: dict[str, Any]
+) -> None:
+    for name in ("unembedding", "blocks.1.mlp.down", "blocks.0.attention.value"):
+        model = small_model()
+        with torch.no_grad():
+            model.get_submodule(name).weight[7, 3] = value  # type: ignore[index]
+        with pytest.raises(CheckpointError, match="position 5, so its weights are damaged"):
+            generated(model, PROMPT, **options)
 
 
 def test_the_same_seed_gives_the_same_tokens_and_another_seed_others() -> None:

@@ -9,10 +9,13 @@ from small_models import LAYOUTS, small_model
 
 from minigpt.config import SamplingConfig
 from minigpt.errors import DataError
+from minigpt.generation import decoder
 from minigpt.generation.decoder import Decoder
 from minigpt.generation.stream import stream_text
+from minigpt.model.cache import KVCache
 from minigpt.model.gpt import GPT
-from minigpt.text.tokenizer import bytes_tokenizer
+from minigpt.text.rules import Rules
+from minigpt.text.tokenizer import Tokenizer, bytes_tokenizer
 from minigpt.trace.recorder import RowRecorder
 from minigpt.trace.selection import select_heads
 from minigpt.trace.tracer import TraceEvent, TraceFooter, TraceHeader, TraceStep, trace
@@ -47,7 +50,7 @@ def test_a_trace_generates_what_generation_does(layout: str, reduce: str) -> Non
         _, steps, footer = traced(model, sampling, seed=seed, reduce=reduce)
         plain = list(
             stream_text(
-                Decoder(model, PROMPT).generate(sampling, seed=seed, end_of_text=256),
+                Decoder(model, PROMPT).generate(sampling, seed=seed, end_of_text=[256]),
                 TOKENIZER,
                 ("zz",),
             )
@@ -157,6 +160,45 @@ def test_the_end_of_text_ends_a_trace_if_it_is_to(stops_there: bool) -> None:
     assert {step.token.id for step in steps} == {256}
     assert len(steps) == (1 if stops_there else 4)
     assert footer.finish == ("end_of_text" if stops_there else "length")
+
+
+def test_a_trace_ends_at_any_of_several_ends_of_text() -> None:
+    model = model_of()
+    _, free, _ = traced(model, SamplingConfig(max_new_tokens=9))
+    second = free[4].token.id
+    tokenizer = Tokenizer("bytes", TOKENIZER.encoding, Rules(end_of_text=(256, second)))
+    events = list(
+        trace(
+            model,
+            tokenizer,
+            PROMPT,
+            SamplingConfig(max_new_tokens=9),
+            selection=EVERY_HEAD,
+            seed=1,
+        )
+    )
+    ids = [event.token.id for event in events if isinstance(event, TraceStep)]
+    assert ids == [step.token.id for step in free[: len(ids)]]
+    assert second not in ids[:-1]
+    assert ids[-1] == second
+    assert isinstance(events[-1], TraceFooter)
+    assert events[-1].finish == "end_of_text"
+
+
+def test_a_trace_of_a_few_tokens_takes_no_cache_for_a_long_context(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    capacities = []
+
+    class Watched(KVCache):
+        def __init__(self, *words: Any, **options: Any) -> None:
+            super().__init__(*words, **options)
+            capacities.append(self.capacity)
+
+    monkeypatch.setattr(decoder, "KVCache", Watched)
+    model = small_model("qwen3", vocab_size=257, context_length=100_000)
+    traced(model, SamplingConfig(max_new_tokens=3))
+    assert capacities == [len(PROMPT) + 3]
 
 
 def test_a_trace_ends_with_the_context() -> None:
