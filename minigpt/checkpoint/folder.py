@@ -29,6 +29,7 @@ from minigpt.checkpoint.disk import (
     to_json,
     write_atomically,
 )
+from minigpt.checkpoint.hub import download_model, is_hub_name
 from minigpt.errors import CheckpointError, LockedError, MinigptError, nearest
 
 ROOT = Path("checkpoints")
@@ -243,9 +244,11 @@ def resolve_model(spec: str | None, root: Path = ROOT) -> Path:
     """Return the model folder that is meant, ready for ``read_model``.
 
     Args: spec, a run folder (its best step, else its latest), a step folder, any Hugging Face
-        folder, or the name of one of these under root. None: the newest run under root that has
-        a checkpoint, else what ships there.
-    Raises: CheckpointError if there is none, or it is half-written or damaged.
+        folder, the name of one of these under root, or, where there is no such path, a model of
+        the Hugging Face hub (org/name or org/name@revision), which is downloaded. None: the newest
+        run under root that has a checkpoint, else what ships there.
+    Raises: CheckpointError if there is none, it is half-written or damaged, or cannot be
+        downloaded; ResourceError if there is no room for it.
     """
     if spec is None:
         return _newest(root)
@@ -260,6 +263,8 @@ def resolve_model(spec: str | None, root: Path = ROOT) -> Path:
                 f"{str(place)!r} holds no checkpoint: no step folder, no config.json. "
                 f"{_remedy(place.name, root)}"
             )
+    if is_hub_name(spec) and not Path(spec).is_relative_to(root):
+        return download_model(spec)
     where = f" in {str(root)!r}" if is_name else ""
     shown = spec if len(spec) <= 120 else f"{spec[:120]}..."
     raise CheckpointError(f"there is no model {shown!r}{where}. {_remedy(places[0].name, root)}")

@@ -47,8 +47,8 @@ def load(
     tokenizer = loaded.tokenizer
     if tokenizer is None:
         raise CheckpointError(
-            f"{str(folder)!r} has no tokenizer.json, so text means nothing to it. "
-            "Add the tokenizer.json that the model was trained with."
+            f"{str(folder)!r} has neither tokenizer.json nor sp_vocab.json, so text means nothing "
+            "to it. Add the one that the model was trained with."
         )
     ids = tokenizer.encode_prompt(text)
     if not ids:

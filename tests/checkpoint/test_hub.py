@@ -1,0 +1,386 @@
+"""Models of the hub, from a server that answers as the hub does; each client is a process."""
+
+import errno
+import hashlib
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+import termios
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import pytest
+import torch
+from conftest import make_model
+
+from minigpt.checkpoint import folder
+from minigpt.checkpoint.folder import resolve_model
+from minigpt.checkpoint.hub import download_model, is_hub_name
+from minigpt.checkpoint.model_folder import read_model, save_tensors, write_model
+from minigpt.checkpoint.tensor_names import tensors_to_hf
+from minigpt.commands.loading import load
+from minigpt.errors import CheckpointError, ResourceError
+from minigpt.text.tokenizer import bytes_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+PICKLE = b"\x80\x04 what would run any code"
+RESOLVER = """
+import json, sys
+from minigpt.checkpoint import folder
+from minigpt.checkpoint.folder import resolve_model
+from minigpt.commands.loading import load
+from minigpt.errors import MinigptError
+for spec in sys.argv[1:]:
+    try:
+        print(json.dumps({"folder": str(resolve_model(spec))}))
+    except MinigptError as error:
+        print(json.dumps({"error": str(error), "code": error.exit_code}))
+"""
+
+
+@dataclass
+class Hub:
+    """A server with repositories: by name and revision, the files of a commit."""
+
+    repositories: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)
+    asked: list[str] = field(default_factory=list)
+    """Paths of all requests."""
+    url: str = ""
+
+    def files(self, name: str, revision: str) -> tuple[str, dict[str, bytes]] | None:
+        """Return the commit and its files."""
+        for known, files in self.repositories[name].items():
+            commit = hashlib.sha1(f"{name}@{known}".encode()).hexdigest()
+            if revision in (known, commit):
+                return commit, files
+        return None
+
+    def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
+        """Return status, headers and body, as huggingface.co's are documented and seen."""
+        match = re.fullmatch(
+            r"/(?:api/models/)?([^/]+/[^/]+)/(revision|tree|resolve)/([^/]+)/?(.*)", path
+        )
+        if not match or match[1] not in self.repositories:
+            return 404, {"X-Error-Code": "RepoNotFound"}, b"{}"
+        if match[1] == "tiny/down":
+            return 503, {}, b""
+        found = self.files(match[1], unquote(match[3]))
+        if found is None:
+            return 404, {"X-Error-Code": "RevisionNotFound"}, b"{}"
+        commit, files = found
+        if match[2] == "revision":
+            siblings = [{"rfilename": file} for file in files]
+            return (
+                200,
+                {},
+                json.dumps({"id": match[1], "sha": commit, "siblings": siblings}).encode(),
+            )
+        if match[2] == "tree":
+            tree = [
+                {
+                    "type": "file",
+                    "path": file,
+                    "size": len(data),
+                    "oid": hashlib.sha1(data).hexdigest(),
+                }
+                for file, data in files.items()
+            ]
+            return 200, {}, json.dumps(tree).encode()
+        if match[1] == "tiny/gated":
+            return 403, {"X-Error-Code": "GatedRepo"}, b"{}"
+        data = files[unquote(match[4])]
+        digest = hashlib.sha256(data).hexdigest()
+        headers = {
+            "ETag": f'"{digest}"',
+            "X-Repo-Commit": commit,
+            "X-Linked-Size": str(len(data)),
+            "X-Linked-ETag": f'"{digest}"',
+            "X-HF-Warning": "topic; \x1b[2J a server's words",
+        }
+        return 200, headers, data
+
+
+def handler_of(hub: Hub) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            path = urlsplit(self.path).path
+            hub.asked.append(path)
+            status, headers, body = hub.answer(path)
+            self.send_response(status)
+            for name, value in ({"Content-Length": str(len(body))} | headers).items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        do_HEAD = do_GET  # noqa: N815
+
+        def log_message(self, *words: object) -> None:
+            pass
+
+    return Handler
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of a model in one file, and of another in two with an index."""
+    places = {name: tmp_path_factory.mktemp(name) for name in ("one", "sharded")}
+    for place, layout in zip(places.values(), ("qwen3", "gpt2-tied"), strict=True):
+        write_model(place, make_model(257, layout), bytes_tokenizer())
+    sharded = places["sharded"]
+    model = read_model(sharded).model
+    tensors = tensors_to_hf(model.config, model.state_dict())
+    (sharded / "model.safetensors").unlink()
+    shards = {name: f"model-{i % 2 + 1:05}-of-00002.safetensors" for i, name in enumerate(tensors)}
+    for shard in set(shards.values()):
+        save_tensors(sharded / shard, {n: t for n, t in tensors.items() if shards[n] == shard})
+    index = {"metadata": {}, "weight_map": shards}
+    (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
+    return places
+
+
+@pytest.fixture(scope="module")
+def hub(models: dict[str, Path]) -> Iterator[Hub]:
+    one = files_of(models["one"])
+    hub = Hub()
+    hub.repositories = {
+        "tiny/story": {
+            "main": one
+            | {
+                "README.md": b"# A model",
+                "pytorch_model.bin": PICKLE,
+                "training_args.pt": PICKLE,
+                "tokenizer.pickle": PICKLE,
+                "modeling_tiny.py": b"raise SystemExit('remote code ran')",
+                "consolidated.safetensors": one["model.safetensors"],
+                "onnx/config.json": b"{}",
+                "fp16/model.safetensors": one["model.safetensors"],
+            },
+            "v2.0": one | {"generation_config.json": b'{"eos_token_id": [7, 8]}'},
+            "refs/pr/1": one,
+        },
+        "tiny/sharded": {"main": files_of(models["sharded"])},
+        "tiny/pickled": {"main": {"config.json": one["config.json"], "pytorch_model.bin": PICKLE}},
+        "tiny/bad": {"main": one | {"model.safetensors": PICKLE}},
+        "tiny/gated": {"main": one},
+        "tiny/down": {"main": one},
+    }
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler_of(hub))
+    hub.url = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield hub
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def installed() -> None:
+    pytest.importorskip("huggingface_hub", reason="the extra minigpt[hub] is not installed")
+
+
+def environment(home: Path, url: str, **more: str) -> dict[str, str]:
+    return {
+        "PATH": os.environ["PATH"],
+        "PYTHONPATH": str(ROOT),
+        "HF_HOME": str(home),
+        "HF_ENDPOINT": url,
+        "OMP_NUM_THREADS": "1",
+        **more,
+    }
+
+
+def resolve(cwd: Path, env: dict[str, str], *specs: str) -> list[dict[str, Any]]:
+    """Resolve each spec in one process; what it writes to stderr is checked to be nothing."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", RESOLVER, *specs],
+        cwd=cwd,
+        env=env,
+        capture_output=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.stderr == b"", done.stderr.decode()
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def folders(answers: list[dict[str, Any]]) -> list[Path]:
+    """Return the folders that specs were resolved to."""
+    return [Path(answer["folder"]) for answer in answers]
+
+
+def test_a_model_s_own_files_are_downloaded_and_nothing_else(
+    hub: Hub, models: dict[str, Path], tmp_path: Path
+) -> None:
+    hub.asked.clear()
+    answers = resolve(tmp_path, environment(tmp_path, hub.url), "tiny/story", "tiny/sharded")
+    for found, original in zip(folders(answers), models.values(), strict=True):
+        assert files_of(found) == files_of(original)
+        loaded, expected = read_model(found), read_model(original)
+        assert loaded.tokenizer is not None
+        assert loaded.model.config == expected.model.config
+        for name, tensor in expected.model.state_dict().items():
+            assert torch.equal(loaded.model.state_dict()[name], tensor)
+    fetched = {path.rpartition("/")[2] for path in hub.asked if "/resolve/" in path}
+    assert fetched == {name for original in models.values() for name in files_of(original)}
+    assert PICKLE not in [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_revision_is_a_branch_a_tag_or_a_commit(hub: Hub, tmp_path: Path) -> None:
+    found = hub.files("tiny/story", "v2.0")
+    assert found
+    specs = [f"tiny/story@{revision}" for revision in ("main", "v2.0", "refs/pr/1", found[0])]
+    answers = resolve(tmp_path, environment(tmp_path, hub.url), *specs)
+    main, tagged, proposed, by_commit = folders(answers)
+    assert len({main, tagged, proposed}) == 3
+    assert by_commit == tagged
+    tokenizers = [read_model(place).tokenizer for place in (main, tagged)]
+    assert [t.end_of_text_ids for t in tokenizers if t] == [(256,), (7, 8)]
+
+
+ERRORS = {
+    "tiny/none": "has no such repository for you. Check the name; if it is private, log in with",
+    "tiny/story@v3": "its repository has no revision 'v3'. Name a branch, a tag or a commit.",
+    "tiny/gated": "its repository is gated. Accept the terms at http://127.0.0.1:",
+    "tiny/down": "answered 503. Try again later",
+    "tiny/a--b": "no repository can have that name",
+    "tiny/pickled": "has no .safetensors file. Weights in pickles (.bin, .pt) can run any code and",
+}
+
+
+def test_what_cannot_be_had_is_one_line_each(hub: Hub, tmp_path: Path) -> None:
+    answers = resolve(tmp_path, environment(tmp_path, hub.url), *ERRORS)
+    for (spec, says), answer in zip(ERRORS.items(), answers, strict=True):
+        assert answer["code"] == 4
+        assert answer["error"].startswith(f"{spec!r} ")
+        assert says in answer["error"]
+        assert answer["error"].isprintable()
+
+
+@pytest.mark.parametrize("is_offline", [True, False], ids=["HF_HUB_OFFLINE", "no network"])
+def test_without_the_hub_its_cache_is_used_and_what_it_lacks_is_one_line(
+    hub: Hub, tmp_path: Path, is_offline: bool
+) -> None:
+    online = resolve(tmp_path, environment(tmp_path, hub.url), "tiny/story", "tiny/story@v2.0")
+    hub.asked.clear()
+    nowhere = "http://127.0.0.1:9"  # the port where nothing is ever served
+    env = (
+        environment(tmp_path, hub.url, HF_HUB_OFFLINE="1")
+        if is_offline
+        else environment(tmp_path, nowhere)
+    )
+    *cached, absent = resolve(tmp_path, env, "tiny/story", "tiny/story@v2.0", "tiny/sharded")
+    assert cached == online
+    assert absent["code"] == 4
+    assert absent["error"].startswith("'tiny/sharded' is no folder here, and ")
+    if is_offline:
+        assert "HF_HUB_OFFLINE allows what is in the hub's cache only" in absent["error"]
+    else:
+        assert f"the Hugging Face hub ({nowhere}) cannot be reached" in absent["error"]
+    assert hub.asked == []
+
+
+def test_a_download_that_was_cut_short_is_not_taken_for_a_model(hub: Hub, tmp_path: Path) -> None:
+    [found] = folders(resolve(tmp_path, environment(tmp_path, hub.url), "tiny/sharded"))
+    (found / "model-00002-of-00002.safetensors").unlink()
+    env = environment(tmp_path, hub.url, HF_HUB_OFFLINE="1")
+    [answer] = resolve(tmp_path, env, "tiny/sharded")
+    assert answer["code"] == 4
+    assert "in the hub's cache only, where it is not, or not whole" in answer["error"]
+
+
+def test_what_was_downloaded_is_read_as_strictly_as_any_folder(hub: Hub, tmp_path: Path) -> None:
+    [found] = folders(resolve(tmp_path, environment(tmp_path, hub.url), "tiny/bad"))
+    with pytest.raises(CheckpointError, match="is no whole safetensors file"):
+        read_model(found)
+
+
+def test_a_path_that_is_there_is_never_asked_of_the_hub(
+    hub: Hub, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "story").symlink_to(models["one"])
+    (tmp_path / "tiny" / "sharded").mkdir()
+    hub.asked.clear()
+    monkeypatch.chdir(tmp_path)
+    for name in ("huggingface_hub", "huggingface_hub.utils"):
+        monkeypatch.setitem(sys.modules, name, None)  # importing it fails
+    assert resolve_model("tiny/story") == Path("tiny/story")
+    for spec, says in {
+        "tiny/sharded": "'tiny/sharded' holds no checkpoint",
+        "checkpoints/tiny": "there is no model 'checkpoints/tiny'",
+        "./tiny/none": "there is no model",
+        "tiny/none/step-000001": "there is no model",
+        "tiny/gated": r"'tiny/gated' is no folder here\..* pip install 'minigpt\[hub\]'\.$",
+    }.items():
+        with pytest.raises(CheckpointError, match=says):
+            resolve_model(spec)
+    assert hub.asked == []
+
+
+def test_a_name_of_the_hub_is_told_from_other_words() -> None:
+    for spec in ("a/b", "Qwen/Qwen3-0.6B", "a_b/c.d@v1.0", "a/b@refs/pr/1", "0/_@main"):
+        assert is_hub_name(spec), spec
+    for spec in (
+        *("gpt2", "/a/b", "./a", "../a/b", "a/b/c", "a/b/", "a//b", "a/", "/b", "", "a b/c", "é/b"),
+        *("a/b@", "a@v/b", "a/b@v 1", "a/\x1b[2J", "a/b\n", f"a/{'b' * 97}", "a\\b", "~/a"),
+    ):
+        assert not is_hub_name(spec), spec
+
+
+def test_a_full_disk_is_a_resource_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(*words: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "blob"))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fill)
+    with pytest.raises(ResourceError, match=r"blob': No space left on device\. Free some space"):
+        download_model("tiny/story")
+
+
+def test_progress_is_drawn_on_a_terminal_s_stderr_and_nowhere_else(
+    hub: Hub, tmp_path: Path
+) -> None:
+    terminal, stderr = pty.openpty()
+    termios.tcsetwinsize(stderr, (24, 80))
+    done = subprocess.run(
+        [sys.executable, "-c", RESOLVER, "tiny/story"],
+        cwd=tmp_path,
+        env=environment(tmp_path, hub.url),
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        check=True,
+        timeout=60,
+    )
+    os.close(stderr)
+    drawn = b""
+    with suppress(OSError):  # Linux's way to say that nobody writes any more
+        while block := os.read(terminal, 2**16):
+            drawn += block
+    os.close(terminal)
+    assert b"100%" in drawn
+    assert b"words" not in drawn  # of the server's warning
+    assert len(done.stdout.splitlines()) == 1
+
+
+def test_a_name_of_the_hub_serves_as_a_model_of_the_commands(
+    models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(folder, "download_model", lambda spec: asked.append(spec) or models["one"])
+    ready = load("tiny/story@main", "ab", "cpu", None)
+    assert asked == ["tiny/story@main"]
+    assert (ready.folder, ready.prompt) == (models["one"], [97, 98])
