@@ -204,9 +204,11 @@ class TrainingConfig:
     """Sequences per optimizer step, over all ranks."""
     micro_batch_size: int = 0
     """Sequences per forward pass; the gradients of several add up. 0 derives batch_size."""
+    sequence_length: int = 0
+    """Tokens per training sequence; 0 is the model's context_length."""
     context_warmup_length: int = 0
     """Tokens per sequence at first, as many more sequences as make up for it; 0 is off. It
-    divides context_length."""
+    divides the sequences' later length."""
     context_warmup_fraction: float = 0.5
     """Share of the budget over which context_warmup_length holds."""
     optimizer: str = "muon"
@@ -270,6 +272,7 @@ class TrainingConfig:
         for name in (
             "max_steps",
             "max_minutes",
+            "sequence_length",
             "context_warmup_length",
             "weight_decay",
             "grad_clip",
@@ -361,12 +364,25 @@ class RunConfig:
     training: TrainingConfig
     data: DataConfig = field(default_factory=DataConfig)
     preset: str = "nano"
-    """The preset that the run started from."""
+    """The preset that the run started from; empty if it started from a model."""
+    from_: str | None = None
+    """The model folder whose weights it started from; None if its weights were drawn."""
 
     def __post_init__(self) -> None:
-        short, full = self.training.context_warmup_length, self.model.context_length
+        full = self.model.context_length
+        _require(
+            self.training.sequence_length <= full,
+            f"training.sequence_length (--context-length with --from) is "
+            f"{self.training.sequence_length}, and the model sees {full} tokens. Use at most that.",
+        )
+        short, full = self.training.context_warmup_length, self.sequence_length
         _require(
             not short or full % short == 0,
-            f"training.context_warmup_length must divide model.context_length: {short} does not "
-            f"divide {full}. Use 0 for none.",
+            f"training.context_warmup_length must divide model.context_length, or the "
+            f"sequence_length if there is one: {short} does not divide {full}. Use 0 for none.",
         )
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens per training sequence, a warm-up with shorter ones left out."""
+        return self.training.sequence_length or self.model.context_length

@@ -24,17 +24,22 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
         value of another type.
     """
     hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    fields = {_key(f.name): f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     checked: dict[str, Any] = {}
     for key, value in values.items():
         if key not in fields:
             raise ConfigError(f"unknown setting {where}{key}. {nearest(key, fields)}")
-        checked[key] = _checked(hints[key], value, f"{where}{key}")
-    for name, f in fields.items():
+        name = fields[key].name
+        checked[name] = _checked(hints[name], value, f"{where}{key}")
+    for key, f in fields.items():
         is_required = f.default is f.default_factory is dataclasses.MISSING
-        if is_required and name not in checked:
-            raise ConfigError(f"the setting {where}{name} is missing.")
+        if is_required and f.name not in checked:
+            raise ConfigError(f"the setting {where}{key} is missing.")
     return cls(**checked)
+
+
+def _key(name: str) -> str:
+    return name.removesuffix("_")  # from_ is a field, and no Python name without it
 
 
 def _checked(hint: Any, value: Any, name: str) -> Any:
@@ -63,7 +68,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
-            return {k: plain(v) for k, v in value.items() if v is not None}
+            return {_key(k): plain(v) for k, v in value.items() if v is not None}
         return list(value) if isinstance(value, tuple) else value
 
     result = plain(dataclasses.asdict(config))

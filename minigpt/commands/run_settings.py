@@ -18,11 +18,13 @@ _NAME = re.compile(r"\w[\w.-]{0,99}")
 # have moved, and the trainer compares the tokens themselves.
 _FIXED = (
     "preset",
+    "from",
     "model",
     "data.tokenizer",
     "data.val_fraction",
     "training.seed",
     "training.batch_size",
+    "training.sequence_length",
     "training.optimizer",
 )
 
@@ -43,7 +45,7 @@ def settings_of(overrides: dict[str, Any]) -> dict[str, Any]:
 
 def one_budget(overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Let one limit that the user gives replace the other one of the preset."""
-    steps, minutes = (_given(overrides, "training", f"max_{unit}") for unit in ("steps", "minutes"))
+    steps, minutes = (given(overrides, "training", f"max_{unit}") for unit in ("steps", "minutes"))
     if minutes is not None and steps is None:
         return merge({"training": {"max_steps": 0}}, overrides)
     if steps is not None and minutes is None:
@@ -54,16 +56,16 @@ def one_budget(overrides: Mapping[str, Any]) -> dict[str, Any]:
 def _fitting(preset: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Adapt what a preset divides context and batch into to the user's own context and batch."""
     training = dict(preset["training"])
-    context = _given(overrides, "model", "context_length")
+    context = given(overrides, "model", "context_length")
     if isinstance(context, int) and context % training.get("context_warmup_length", 1):
         training["context_warmup_length"] = 0
-    batch = _given(overrides, "training", "batch_size")
+    batch = given(overrides, "training", "batch_size")
     if isinstance(batch, int) and "micro_batch_size" in training:
         training["micro_batch_size"] = gcd(batch, training["micro_batch_size"])
     return preset | {"training": training}
 
 
-def _given(overrides: Mapping[str, Any], table: str, name: str) -> Any:
+def given(overrides: Mapping[str, Any], table: str, name: str) -> Any:
     """Return what the user said of a setting; None if nothing, or no table at all."""
     values = overrides.get(table)
     return values.get(name) if isinstance(values, Mapping) else None
@@ -85,7 +87,7 @@ def with_vocabulary(settings: dict[str, Any], vocab_size: int) -> RunConfig:
 
 def require_same(saved: RunConfig, wanted: RunConfig) -> None:
     """Raise ConfigError if a setting differs that a checkpoint cannot be taken out of."""
-    before, after = _flat(to_dict(saved)), _flat(to_dict(wanted))
+    before, after = flat(to_dict(saved)), flat(to_dict(wanted))
     for key in before | after:
         is_fixed = any(key == fixed or key.startswith(f"{fixed}.") for fixed in _FIXED)
         if is_fixed and before.get(key) != after.get(key):
@@ -95,12 +97,13 @@ def require_same(saved: RunConfig, wanted: RunConfig) -> None:
             )
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by their dotted names, as ``--set`` has them."""
+    result: dict[str, Any] = {}
     for key, value in values.items():
         is_table = isinstance(value, Mapping)
-        flat |= _flat(value, f"{prefix}{key}.") if is_table else {f"{prefix}{key}": value}
-    return flat
+        result |= flat(value, f"{prefix}{key}.") if is_table else {f"{prefix}{key}": value}
+    return result
 
 
 def checked_name(name: str) -> str:
@@ -116,13 +119,19 @@ def checked_name(name: str) -> str:
     return name
 
 
-def fresh_name(data: DataConfig, preset: str) -> str:
-    """Return a name that says what the run is of, and that no run under ROOT has."""
+def fresh_name(data: DataConfig, start: str) -> str:
+    """Return a name that says what the run is of, and that no run under ROOT has.
+
+    Args: start, the preset or the model that it starts from.
+    """
     corpus = "python"
     if data.paths:
         first = data.paths[0]
         corpus = "stdin" if first == "-" else Path(first).name.split(".")[0]
-    corpus = re.sub(r"[^A-Za-z0-9_-]+", "-", corpus).strip("-_")[:60] or "text"
-    stem = f"{corpus}-{preset}"
+    stem = f"{_plain(corpus) or 'text'}-{_plain(start) or 'model'}"
     names = (stem if number == 1 else f"{stem}-{number}" for number in count(1))
     return next(name for name in names if not RunFolder(ROOT / name).steps())
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-_")[:48]

@@ -7,9 +7,10 @@ import typer
 
 from minigpt.commands import options
 from minigpt.config import DEVICES, DTYPES, FAMILIES, RunConfig
+from minigpt.errors import ConfigError
 from minigpt.presets import PRESETS
 from minigpt.presets import preset as preset_settings
-from minigpt.settings import build, merge
+from minigpt.settings import build, merge, parse_assignment, read_toml
 
 _DEFAULT_PRESET = "nano"
 _DEFAULTS = build(
@@ -78,6 +79,15 @@ def train(
     config: Annotated[
         str | None,
         options.option("--config", "Settings from a TOML file", group="Run", metavar="FILE"),
+    ] = None,
+    from_: Annotated[
+        str | None,
+        options.option(
+            "--from",
+            "Go on from this model, in a new run: a folder, or the name of a run",
+            group="Run",
+            metavar="MODEL",
+        ),
     ] = None,
     set_: Annotated[
         list[str] | None,
@@ -160,32 +170,37 @@ def train(
     Later settings win: preset, --config, options, --set. With --resume, the model, the text, the
     seed, the batch size and the optimizer are the run's own; all else may change.
 
+    With --from, model and tokenizer are those of the folder, --context-length is that of the
+    training sequences alone, and what is left out suits fine-tuning: AdamW, low rates, few steps.
+
     In brackets: what holds if the option is left out, for the preset nano.
     """
     flags = {key: value for key, value in locals().items() if key in _FLAG_PLACES}
-    overrides = _overrides(data, flags, config, set_ or [])
-    if preset is not None:
-        overrides["preset"] = preset
-    from minigpt.commands.training_run import resume_run, start_run
+    given = {"preset": preset, "from": from_, "data": {"paths": data} if data else None}
+    overrides = _overrides(given, flags, config, set_ or [])
+    from minigpt.commands.training_run import resume_run, start_run, start_run_from
 
-    if resume:
-        resume_run(name, overrides)
-    else:
-        start_run(name, overrides)
+    if resume and from_ is not None:
+        raise ConfigError(
+            "--from starts a run, and --resume goes on with one. Give one of them; a run that "
+            "began with --from is resumed without it."
+        )
+    start = start_run_from if overrides.get("from") is not None else start_run
+    (resume_run if resume else start)(name, overrides)
 
 
 def _overrides(
-    data: list[str] | None, flags: dict[str, Any], config: str | None, assignments: list[str]
+    given: dict[str, Any], flags: dict[str, Any], config: str | None, assignments: list[str]
 ) -> dict[str, Any]:
     """Return what the user asked for beyond the preset, nested as in RunConfig."""
-    from minigpt.settings import parse_assignment, read_toml
-
-    given: dict[str, Any] = {}
+    given = {key: value for key, value in given.items() if value is not None}
+    file = read_toml(Path(config)) if config else {}
+    changes = [parse_assignment(text) for text in assignments]
+    has_model = "from" in merge(file, given, *changes)
     for flag, value in flags.items():
+        # The context of a model that is there is its own: we choose how much of it to train on.
+        is_sequence = flag == "context_length" and has_model
+        place = ("training", "sequence_length") if is_sequence else (_FLAG_PLACES[flag], flag)
         if value is not None:
-            given.setdefault(_FLAG_PLACES[flag], {})[flag] = value
-    if data:
-        given.setdefault("data", {})["paths"] = data
-    layers = [read_toml(Path(config))] if config else []
-    layers += [given, *(parse_assignment(text) for text in assignments)]
-    return merge(*layers)
+            given.setdefault(place[0], {})[place[1]] = value
+    return merge(file, given, *changes)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
+import numpy as np
 from rich.live import Live
 
 from minigpt.commands.status_line import StatusLine
@@ -96,6 +97,10 @@ class TrainingDisplay:
         model = config.model
         dtype = str(trainer.dtype).removeprefix("torch.")
         where = f", from step {trainer.step} on" if trainer.step else ""
+        is_shorter = config.sequence_length < model.context_length
+        sequences = f", trained on {config.sequence_length}" if is_shorter else ""
+        if config.from_ is not None and not trainer.step:
+            self._print_fact("from", config.from_)
         self._print_fact(
             "text",
             f"{manifest.n_tokens:,} tokens ({config.data.tokenizer}) of {manifest.n_bytes:,} "
@@ -105,7 +110,7 @@ class TrainingDisplay:
             "model",
             f"{short(parameter_count(model))} parameters ({model.family}): "
             f"{_count(model.n_layer, 'layer')}, {_count(model.n_head, 'head')}, "
-            f"width {model.d_model}, context {model.context_length}",
+            f"width {model.d_model}, context {model.context_length}{sequences}",
         )
         self._print_fact(
             "run",
@@ -212,8 +217,10 @@ def draw_sample(trainer: Trainer) -> str:
     """Return some text from the model as it stands, the same draws every time."""
     tokenizer, model = trainer.data.tokenizer, trainer.model
     model.eval()
-    assert tokenizer.end_of_text is not None
-    decoder = Decoder(model, [tokenizer.end_of_text], max_new_tokens=_SAMPLE.max_new_tokens)
+    # A vocabulary may have nothing that begins a text: then as the validation text begins.
+    first = trainer.val_tokens.windows(np.zeros(1, np.int64), 1)[0].tolist()
+    prompt = tokenizer.encode_prompt("") or first
+    decoder = Decoder(model, prompt, max_new_tokens=_SAMPLE.max_new_tokens)
     steps = decoder.generate(_SAMPLE, seed=trainer.config.training.seed)
     try:
         text = "".join(item.text for item in stream_text(steps, tokenizer))

@@ -12,6 +12,8 @@ import typer
 
 from minigpt.checkpoint.disk import resource_errors, write_atomically
 from minigpt.checkpoint.folder import ROOT, Pointer, RunFolder
+from minigpt.checkpoint.model_folder import read_model
+from minigpt.commands.finetuning import finetuning_config, one_lr, read_base
 from minigpt.commands.program import command_line
 from minigpt.commands.run_settings import (
     checked_name,
@@ -23,8 +25,9 @@ from minigpt.commands.run_settings import (
 )
 from minigpt.commands.training_display import TrainingDisplay
 from minigpt.config import DataConfig, RunConfig
-from minigpt.errors import CheckpointError, ConfigError, nearest
+from minigpt.errors import CheckpointError, ConfigError, DataError, nearest
 from minigpt.model.device import resolve_device, resolve_dtype
+from minigpt.model.gpt import GPT
 from minigpt.settings import build, merge, read_toml, to_dict, to_toml
 from minigpt.text.shards import PreparedData, prepare
 from minigpt.training.metrics import MetricsLog
@@ -51,7 +54,28 @@ def start_run(name: str | None, overrides: dict[str, Any]) -> None:
         with run.lock():
             _require_new(run)  # another process may have made it in the meantime
             config = with_vocabulary(settings, data.tokenizer.vocab_size)
-            _train(config, data, run, device, display, resume_from=None)
+            _train(config, data, run, device, display)
+
+
+def start_run_from(name: str | None, overrides: dict[str, Any]) -> None:
+    """Train a new run in checkpoints/NAME that goes on from the model ``overrides["from"]``.
+
+    Raises: CheckpointError if there is no such model, or no tokenizer with it; ConfigError if the
+        settings cannot be, or the run is there already.
+    """
+    if not isinstance(overrides["from"], str):
+        raise ConfigError(f"from must name a model: it is {overrides['from']!r}.")
+    if name:
+        _require_new(RunFolder(ROOT / checked_name(name)))
+    base = read_base(overrides["from"])
+    config = finetuning_config(overrides, base)
+    run = RunFolder(ROOT / (name or fresh_name(config.data, base.name)))
+    device = resolve_device(config.training.device)
+    with TrainingDisplay() as display:
+        data = prepare(config.data, on_progress=display.preparing, tokenizer=base.tokenizer)
+        with run.lock():
+            _require_new(run)
+            _train(config, data, run, device, display, start_from=base.model)
 
 
 def resume_run(name: str | None, overrides: dict[str, Any]) -> None:
@@ -63,11 +87,14 @@ def resume_run(name: str | None, overrides: dict[str, Any]) -> None:
     _require_steps(run)
     with TrainingDisplay() as display, run.lock():
         saved = build(RunConfig, read_toml(run.path / CONFIG_FILE))
-        config = build(RunConfig, merge(to_dict(saved), one_budget(overrides)))
+        changes = one_budget(overrides if saved.from_ is None else one_lr(overrides))
+        config = build(RunConfig, merge(to_dict(saved), changes))
         require_same(saved, config)
         device = resolve_device(config.training.device)
         latest = _require_steps(run)
-        data = prepare(config.data, on_progress=display.preparing)
+        # What it started from may be gone by now; the checkpoint has the tokenizer too.
+        tokenizer = read_model(latest.folder).tokenizer if saved.from_ is not None else None
+        data = prepare(config.data, on_progress=display.preparing, tokenizer=tokenizer)
         _train(config, data, run, device, display, resume_from=latest.folder)
 
 
@@ -112,10 +139,19 @@ def _train(
     device: torch.device,
     display: TrainingDisplay,
     *,
-    resume_from: Path | None,
+    start_from: GPT | None = None,
+    resume_from: Path | None = None,
 ) -> None:
     dtype = resolve_dtype(config.training.dtype, device)
-    trainer = Trainer(config, data, run, device=device, dtype=dtype, resume_from=resume_from)
+    trainer = Trainer(
+        config,
+        data,
+        run,
+        device=device,
+        dtype=dtype,
+        start_from=start_from,
+        resume_from=resume_from,
+    )
     write_atomically(run.path / CONFIG_FILE, to_toml(config).encode())
     with resource_errors(run.path):
         metrics = MetricsLog(run.path / METRICS_FILE, from_step=trainer.step)
@@ -139,12 +175,19 @@ def _resume_command(trainer: Trainer) -> str:
 
 def _next_commands(trainer: Trainer) -> list[str]:
     model = ["--model", trainer.folder.path.name]
-    fits = len(trainer.data.tokenizer.encode(_PROMPT)) <= trainer.config.model.context_length
-    prompt = [_PROMPT] if fits else []
+    prompt = [_PROMPT] if _fits(trainer, _PROMPT) else []
     return [
         command_line("generate", *model, *prompt),
         command_line("attention-trace", *model, "--max-new-tokens", "40", *prompt),
     ]
+
+
+def _fits(trainer: Trainer, prompt: str) -> bool:
+    try:
+        n_tokens = len(trainer.data.tokenizer.encode_prompt(prompt))
+    except DataError:  # a vocabulary without one of its characters
+        return False
+    return n_tokens <= trainer.config.model.context_length
 
 
 @contextmanager

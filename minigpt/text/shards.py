@@ -72,9 +72,9 @@ class Manifest:
     n_bytes: int
     """UTF-8 bytes of the text, without separators."""
     n_documents: int
-    """As many as there are separators."""
+    """How many were read."""
     tokenizer: str
-    """Its spec."""
+    """Its name: its spec, if it was made of one."""
     tokenizer_fingerprint: str
     """Its sha256."""
     shards: tuple[Shard, ...]
@@ -166,18 +166,22 @@ def prepare(
     data: DataConfig,
     cache_dir: Path | None = None,
     on_progress: Callable[[PrepareProgress], None] | None = None,
+    *,
+    tokenizer: Tokenizer | None = None,
 ) -> PreparedData:
     """Turn a corpus into tokens on disk, or find that it was done before.
 
-    ``<|endoftext|>`` stands before each document, the first too. Memory stays bounded, whatever
-    the size of the corpus. A preparation that is killed leaves nothing that is ever used.
+    ``Tokenizer.separator`` stands before each document, the first too. Memory stays bounded,
+    whatever the size of the corpus. A preparation that is killed leaves nothing that is ever used.
 
-    Args: cache_dir, the cache instead of the user's own.
+    Args: cache_dir, the cache instead of the user's own; tokenizer, one that is there already,
+        instead of making the one that ``data`` names.
     Raises: ConfigError for an unknown tokenizer; DataError for a corpus that cannot be used;
         ResourceError if a file may not be read or the cache cannot be written.
     """
     report = on_progress or (lambda progress: None)
-    parse_spec(data.tokenizer)  # before a download, not after
+    if tokenizer is None:
+        parse_spec(data.tokenizer)  # before a download, not after
     cache = cache_dir or cache_folder()
     with writing(cache):
         (cache / "prepared").mkdir(parents=True, exist_ok=True)
@@ -188,14 +192,18 @@ def prepare(
                 Path(spool),
                 on_download=lambda *n: report(PrepareProgress("download", *n)),
             )
-            what = f"{SCHEMA_VERSION} {data.tokenizer} {content_hash(sources)}"
+            # A name is not enough of a vocabulary that was not made here: two may share it.
+            vocabulary = data.tokenizer if tokenizer is None else tokenizer.fingerprint
+            what = f"{SCHEMA_VERSION} {vocabulary} {content_hash(sources)}"
             folder = cache / "prepared" / hashlib.sha256(what.encode()).hexdigest()[:32]
             with FileLock(f"{folder}.lock"):
                 try:
-                    return open_prepared(folder)
+                    prepared = open_prepared(folder)
                 except DataError:
-                    _replace(folder, data.tokenizer, sources, report)
-                return open_prepared(folder)
+                    _replace(folder, tokenizer or data.tokenizer, sources, report)
+                    prepared = open_prepared(folder)
+    # Of two vocabularies that differ in nothing but their name, the one that was given.
+    return prepared if tokenizer is None else dataclasses.replace(prepared, tokenizer=tokenizer)
 
 
 def open_prepared(folder: Path) -> PreparedData:
@@ -239,7 +247,10 @@ def _read_manifest(path: Path) -> Manifest:
 
 
 def _replace(
-    folder: Path, spec: str, sources: list[Source], report: Callable[[PrepareProgress], None]
+    folder: Path,
+    tokenizer: Tokenizer | str,
+    sources: list[Source],
+    report: Callable[[PrepareProgress], None],
 ) -> None:
     """Write a prepared corpus aside and rename it; an unusable one in its place goes first."""
     aside = folder.with_name(f"{folder.name}.partial")
@@ -247,31 +258,32 @@ def _replace(
         shutil.rmtree(leftover, ignore_errors=True)
     aside.mkdir()
     try:
-        _build(aside, spec, sources, report)
+        _build(aside, tokenizer, sources, report)
         aside.rename(folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
 def _build(
-    folder: Path, spec: str, sources: list[Source], report: Callable[[PrepareProgress], None]
+    folder: Path,
+    tokenizer: Tokenizer | str,
+    sources: list[Source],
+    report: Callable[[PrepareProgress], None],
 ) -> None:
-    training = _reported(iter_documents(sources), sources, "train tokenizer", report)
-    tokenizer = make_tokenizer(spec, (document.text for document in training))
+    if isinstance(tokenizer, str):
+        training = _reported(iter_documents(sources), sources, "train tokenizer", report)
+        tokenizer = make_tokenizer(tokenizer, (document.text for document in training))
     _write_json(folder / "vocabulary.json", tokenizer.to_dict())
 
     writer = _ShardWriter(folder, "<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
-    assert tokenizer.end_of_text is not None  # every spec makes one
-    separator = np.array([tokenizer.end_of_text])
-    lengths = tokenizer.token_byte_lengths
+    separator = np.array(tokenizer.separator, np.uint32)
     n_bytes = n_documents = 0
     for document in _reported(iter_documents(sources), sources, "encode", report):
         if document.is_start:
             n_documents += 1
             writer.write(separator)
-        tokens = tokenizer.encode_array(document.text)
-        writer.write(tokens)
-        n_bytes += int(lengths[tokens].sum())
+        writer.write(tokenizer.encode_array(document.text, is_start=document.is_start))
+        n_bytes += len(document.text.encode())
     shards = writer.close()
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
@@ -279,7 +291,7 @@ def _build(
         n_tokens=sum(shard.n_tokens for shard in shards),
         n_bytes=n_bytes,
         n_documents=n_documents,
-        tokenizer=spec,
+        tokenizer=tokenizer.name,
         tokenizer_fingerprint=tokenizer.fingerprint,
         shards=shards,
         sources=tuple(source.name for source in sources),

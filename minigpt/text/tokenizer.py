@@ -19,7 +19,7 @@ import rustbpe
 import tiktoken
 
 from minigpt.errors import ConfigError, DataError, nearest
-from minigpt.text.rules import NO_RULES, NORMALIZATIONS, Rules
+from minigpt.text.rules import NO_RULES, NORMALIZATIONS, VISIBLE_SPACE, Rules
 
 END_OF_TEXT = "<|endoftext|>"
 NAMED_ENCODINGS = ("gpt2", "cl100k_base", "o200k_base")
@@ -52,30 +52,40 @@ class Tokenizer:
         """Special tokens, such as ``<|endoftext|>``."""
         usual = [self.special_ids[END_OF_TEXT]] if END_OF_TEXT in self.special_ids else []
         self.end_of_text: int | None = next(iter([*usual, *rules.end_of_text]), None)
-        """The id that stands before each document, None if the vocabulary has none."""
+        """The id that ends a document, None if the vocabulary has none."""
         self.end_of_text_ids = rules.end_of_text or tuple(usual)
         """The ids with which a model ends a text."""
         ranks = encoding._mergeable_ranks
         self._single_bytes = bytes(b for b in range(256) if bytes([b]) in ranks)
         is_plain = len(ranks) == 256 and all(ranks.get(bytes([b])) == b for b in range(256))
         self._is_bytes = is_plain and rules == NO_RULES
-        self._normalize = NORMALIZATIONS[rules.normalization]
         longest_first = sorted(rules.added, key=len, reverse=True)
         self._added = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
 
-    def encode(self, text: str) -> list[int]:
+    @property
+    def separator(self) -> tuple[int, ...]:
+        """The ids before each document of a corpus: an end of text, then what begins a prompt.
+
+        A vocabulary that has neither gives none: documents then follow each other as they are.
+        """
+        if self.end_of_text is None or self.end_of_text in self.rules.prefix:
+            return self.rules.prefix
+        return (self.end_of_text, *self.rules.prefix)
+
+    def encode(self, text: str, *, is_start: bool = True) -> list[int]:
         """Return the ids of a text; ``<|endoftext|>`` in it is plain text.
 
         Lone surrogates become U+FFFD; blanks of 65,536 characters and more are cut.
+        Args: is_start, False for a later piece of a text, which gets no space before it.
         Raises: DataError if the vocabulary lacks one of the text's bytes.
         """
         text = well_formed(text)
         if not self.rules.added:
-            return self._encode_plain(text)
+            return self._encode_plain(text, is_start)
         ids: list[int] = []
         for i, part in enumerate(self._added.split(text)):
             is_added = i % 2 == 1  # what a group of the pattern matched stands at the odd places
-            ids += [self.special_ids[part]] if is_added else self._encode_plain(part)
+            ids += [self.special_ids[part]] if is_added else self._encode_plain(part, is_start)
         return ids
 
     def encode_prompt(self, text: str) -> list[int]:
@@ -89,8 +99,11 @@ class Tokenizer:
             begin = [self.end_of_text]
         return begin + self.encode(text)
 
-    def _encode_plain(self, text: str) -> list[int]:
-        text = self._normalize(text)
+    def _encode_plain(self, text: str, is_start: bool) -> list[int]:
+        if is_start or not self.rules.normalization.startswith("metaspace"):
+            text = NORMALIZATIONS[self.rules.normalization](text)
+        else:
+            text = text.replace(" ", VISIBLE_SPACE)
         self._check_bytes(text)
         ids: list[int] = []
         for part in _parts(text):
@@ -101,11 +114,11 @@ class Tokenizer:
         of_number = self.rules.ids
         return [i for n in numbers for i in of_number[n]] if of_number else numbers
 
-    def encode_array(self, text: str) -> npt.NDArray[np.uint32]:
+    def encode_array(self, text: str, *, is_start: bool = True) -> npt.NDArray[np.uint32]:
         """Return what ``encode`` returns, as uint32; for single bytes without tiktoken."""
         if self._is_bytes:
             return np.frombuffer(well_formed(text).encode(), np.uint8).astype(np.uint32)
-        return np.array(self.encode(text), np.uint32)
+        return np.array(self.encode(text, is_start=is_start), np.uint32)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Return the bytes of the ids; an id that the vocabulary does not use has none."""

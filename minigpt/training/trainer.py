@@ -24,6 +24,10 @@ from minigpt.training.optim import make_optimizers
 from minigpt.training.schedule import lr_scale, progress
 from minigpt.training.state import Progress, read_state, write_state
 
+LOGITS_AT_ONCE = 2**27
+"""The most logits of one forward pass, where we choose its size: half a GiB in float32."""
+_EVAL_TOKENS = 16_384
+
 
 @dataclass(frozen=True)
 class StepEvent:
@@ -97,10 +101,13 @@ class Trainer:
         *,
         device: torch.device,
         dtype: torch.dtype,
+        start_from: GPT | None = None,
         resume_from: Path | None = None,
     ) -> None:
         """Start a run, or take one up from the checkpoint ``resume_from``.
 
+        Args: start_from, a float32 model of the config's shape, whose weights training moves; None
+            draws them.
         Raises: DataError if the corpus is too short or not the one that the run began with;
             CheckpointError if the checkpoint is damaged or of another model.
         """
@@ -111,8 +118,11 @@ class Trainer:
         self.dtype = dtype
         self.train_tokens, self.val_tokens = data.tokens.split(config.data.val_fraction)
         for span in (self.train_tokens, self.val_tokens):
-            require_length(span, config.model.context_length)
-        self.model = self._load(resume_from) if resume_from else self._make()
+            require_length(span, config.sequence_length)
+        if resume_from:
+            self.model = self._load(resume_from)
+        else:
+            self.model = self._take(start_from) if start_from else self._make()
         product_dtype = torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
         self.optimizers = make_optimizers(self.model, config.training, product_dtype)
         self.step = 0
@@ -129,15 +139,19 @@ class Trainer:
         model.init_weights(torch.Generator().manual_seed(self.config.training.seed))
         return model.to(self.device)
 
+    def _take(self, model: GPT) -> GPT:
+        # Dropout has no weights, and may change from one part of a run to the next.
+        assert replace(model.config, dropout=self.config.model.dropout) == self.config.model
+        return GPT.from_tensors(self.config.model, model.state_dict()).to(self.device)
+
     def _load(self, folder: Path) -> GPT:
         model = read_model(folder, device=self.device, dtype=torch.float32).model
-        # Dropout has no weights, and may change from one part of a run to the next.
         if replace(model.config, dropout=self.config.model.dropout) != self.config.model:
             raise CheckpointError(
                 f"{str(folder)!r} is not of the shape that the run's config says. "
                 "Resume with the run's own settings."
             )
-        return GPT.from_tensors(self.config.model, model.state_dict())
+        return self._take(model)
 
     def _restore(self, folder: Path) -> None:
         state = read_state(folder, self.model, self.optimizers)
@@ -163,7 +177,7 @@ class Trainer:
         config = self.config.training
         if config.context_warmup_length and self.progress < config.context_warmup_fraction:
             return config.context_warmup_length
-        return self.config.model.context_length
+        return self.config.sequence_length
 
     def request_stop(self) -> None:
         """Ask ``run`` to save at the next step's end and return; safe in a signal handler."""
@@ -187,6 +201,8 @@ class Trainer:
         self.model.train()
         timer = _Timer(self)
         saved_step = self.step if self.step else None
+        if self.config.from_ and not self.step:
+            yield self._evaluate()  # what it is before, so that one sees what training gained
         while self.progress < 1 and not self._stop_is_requested:
             report = self._take_step()
             if self.step % config.log_every == 0 or self.progress >= 1:
@@ -231,7 +247,7 @@ class Trainer:
         config = self.config.training
         context_length = self.context_length
         # A short context takes as many more sequences: the tokens of a step stay the same.
-        n_times = self.config.model.context_length // context_length
+        n_times = self.config.sequence_length // context_length
         inputs, targets = batch(
             self.train_tokens,
             context_length,
@@ -259,11 +275,10 @@ class Trainer:
     def _evaluate(self) -> EvalEvent:
         config = self.config.training
         started = time.perf_counter()
+        length = self.config.sequence_length
+        n_at_once = min(_EVAL_TOKENS, LOGITS_AT_ONCE // self.config.model.vocab_size)
         batches = validation_windows(
-            self.val_tokens,
-            self.config.model.context_length,
-            config.eval_tokens,
-            batch_size=max(1, 16_384 // self.config.model.context_length),
+            self.val_tokens, length, config.eval_tokens, batch_size=max(1, n_at_once // length)
         )
         lengths = self.data.tokenizer.token_byte_lengths
         result = evaluate(self.model, batches, lengths, dtype=self.dtype)
@@ -319,8 +334,8 @@ class _Timer:
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self.start = self.last = (trainer.step, trainer.elapsed_s, trainer.progress)
-        model = trainer.config.model
-        self.step_tokens = trainer.config.training.batch_size * model.context_length
+        config = trainer.config
+        self.step_tokens = config.training.batch_size * config.sequence_length
         self.peak_flops = peak_flops(trainer.device, trainer.dtype)
 
     def event(self, loss: Tensor, grad_norm: Tensor, lr: float) -> StepEvent:
