@@ -177,16 +177,20 @@ class RunFolder:
         facts = self._pointed(name)
         return Pointer(step, folder, facts if facts.pop("step", None) == step else {})
 
-    def prune(self, keep: int) -> None:
-        """Delete intact checkpoints but best, latest and the newest ``keep`` of the others.
+    def prunable(self, keep: int) -> list[int]:
+        """Return the steps of intact checkpoints but best, latest and the newest ``keep`` others.
 
         Damaged ones stay: something of them may be saved by hand.
         """
         protected = {pointer.step for pointer in (self.best(), self.latest()) if pointer}
         others = [step for step in self.steps() if step not in protected]
         intact = [step for step in others if self._pointer(step, "latest")]
+        return intact[: max(len(intact) - keep, 0)]
+
+    def prune(self, keep: int) -> None:
+        """Delete the ``prunable`` checkpoints."""
         with resource_errors(self.path):
-            for step in intact[: len(intact) - keep] if keep else intact:
+            for step in self.prunable(keep):
                 folder = self.step_folder(step)
                 doomed = self.path / f"{_DELETING}{folder.name}"
                 os.rename(folder, doomed)  # first, so that no half of it is taken for a checkpoint
@@ -294,12 +298,12 @@ def _model_in(place: Path) -> Path:
 
 def _newest(root: Path) -> Path:
     runs = {}
-    for place in _models(root):
+    for place in models_in(root):
         if not (place / "config.json").is_file() and (pointer := RunFolder(place).latest()):
             runs[place] = (pointer.folder / MANIFEST).stat().st_mtime_ns
     if runs:
         return _model_in(max(runs, key=lambda place: (runs[place], place.name)))
-    for place in _models(root):
+    for place in models_in(root):
         with suppress(MinigptError):
             return _model_in(place)
     raise CheckpointError(
@@ -308,7 +312,11 @@ def _newest(root: Path) -> Path:
     )
 
 
-def _models(root: Path) -> list[Path]:
+def models_in(root: Path) -> list[Path]:
+    """Return the run folders and the model folders in a folder, by name.
+
+    Raises: ResourceError if it may not be read.
+    """
     if not root.is_dir():
         return []
     with resource_errors(root):
@@ -316,5 +324,11 @@ def _models(root: Path) -> list[Path]:
 
 
 def _remedy(word: str, root: Path) -> str:
-    names = [place.name for place in _models(root) if place.name.isprintable()]
+    names = [place.name for place in models_in(root) if place.name.isprintable()]
     return nearest(word, names) if names else "Make one with `minigpt train`."
+
+
+def find_model(spec: str, root: Path = ROOT) -> Path | None:
+    """Return the run or model folder of that path, or of that name under root; None: no such."""
+    places = [Path(spec), root / spec] if Path(spec).name == spec else [Path(spec)]
+    return next((place for place in places if _holds_model(place)), None)

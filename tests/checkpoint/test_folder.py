@@ -316,13 +316,17 @@ def test_damaged_pointer_falls_back_to_the_latest_step(run: RunFolder, text: str
     assert run.best() == latest
 
 
-@pytest.mark.parametrize(("keep", "left"), [(0, [2, 6]), (1, [2, 5, 6]), (9, [1, 2, 3, 4, 5, 6])])
+@pytest.mark.parametrize(
+    ("keep", "left"),
+    [(0, [2, 6]), (1, [2, 5, 6]), (5, [1, 2, 3, 4, 5, 6]), (9, [1, 2, 3, 4, 5, 6])],
+)
 def test_prune_keeps_best_latest_and_the_newest_others(
     run: RunFolder, keep: int, left: list[int]
 ) -> None:
     for step in (3, 4, 5, 6):
         write_step(run, step)
     run.point("best", 2)
+    assert run.prunable(keep) == sorted({1, 2, 3, 4, 5, 6} - {*left})
     run.prune(keep)
     assert run.steps() == left
     assert_holds(run, 6)
