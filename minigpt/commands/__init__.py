@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from minigpt.commands.failures import describe
-from minigpt.commands.layout import Commands
+from minigpt.commands.layout import Commands, show_help
 from minigpt.text.visible import printable
 
 app = typer.Typer(
@@ -48,9 +48,7 @@ def minigpt(
     ] = False,
 ) -> None:
     """Train a small GPT, sample from it, and see what each generated token attended to."""
-    if context.invoked_subcommand is None:
-        typer.echo(context.get_help(), err=True)
-        raise typer.Exit(2)
+    show_help(context)
 
 
 def main() -> NoReturn:

@@ -1,6 +1,6 @@
 """How the command line is laid out: commands that are read when called, options in groups."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from typing import Any
 
@@ -13,6 +13,7 @@ COMMANDS = {
     "train": "Train a model from text",
     "generate": "Continue a prompt with a trained model",
     "attention-trace": "Show what each generated token attended to",
+    "checkpoints": "List, show, verify and prune checkpoints",
 }
 """Each command and its line in ``minigpt --help``; its module is named as it is."""
 
@@ -29,19 +30,74 @@ class Commands(TyperGroup):
 
         Raises: ConfigError if there is none of that name.
         """
-        if cmd_name not in COMMANDS:
-            raise ConfigError(f"there is no command {cmd_name!r}. {nearest(cmd_name, COMMANDS)}")
+        _require_known(cmd_name, COMMANDS)
         name = cmd_name.replace("-", "_")
-        function = getattr(import_module(f"minigpt.commands.{name}"), name)
+        command = getattr(import_module(f"minigpt.commands.{name}"), name)
+        if isinstance(command, typer.Typer):
+            return typer.main.get_command(command)
         app = typer.Typer(rich_markup_mode=None, add_completion=False)
-        app.command(cmd_name, cls=Command, help=_help(function))(function)
+        _add(app, cmd_name, command)
         return typer.main.get_command(app)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write options and commands, without reading the commands' modules."""
         _write_groups(ctx, formatter, self.get_params(ctx))
-        with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
+        _write_commands(formatter, COMMANDS)
+
+
+class Subcommands(TyperGroup):
+    """A command that is several, laid out as the program is."""
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Return a command of this one, ready to run.
+
+        Raises: ConfigError if there is none of that name.
+        """
+        _require_known(cmd_name, self.commands)
+        return self.commands[cmd_name]
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write options and commands."""
+        _write_groups(ctx, formatter, self.get_params(ctx))
+        lines = {name: str(command.help) for name, command in self.commands.items()}
+        _write_commands(formatter, {name: text.split("\n")[0] for name, text in lines.items()})
+
+
+def group(name: str, commands: Mapping[str, Callable[..., None]]) -> typer.Typer:
+    """Make a command of commands, each a function whose docstring is its help."""
+    app = typer.Typer(
+        name=name,
+        cls=Subcommands,
+        help=COMMANDS[name],
+        callback=show_help,
+        invoke_without_command=True,
+        rich_markup_mode=None,
+        add_completion=False,
+    )
+    for command_name, function in commands.items():
+        _add(app, command_name, function)
+    return app
+
+
+def show_help(context: typer.Context) -> None:
+    """Let a program that is called without any of its commands show which there are."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help(), err=True)
+        raise typer.Exit(2)
+
+
+def _add(app: typer.Typer, name: str, function: Callable[..., None]) -> None:
+    app.command(name, cls=Command, help=_help(function))(function)
+
+
+def _require_known(name: str, commands: Iterable[str]) -> None:
+    if name not in commands:
+        raise ConfigError(f"there is no command {name!r}. {nearest(name, commands)}")
+
+
+def _write_commands(formatter: Any, lines: Mapping[str, str]) -> None:
+    with formatter.section("Commands"):
+        formatter.write_dl(list(lines.items()))
 
 
 class Command(TyperCommand):

@@ -57,7 +57,7 @@ def test_the_program_lists_its_commands(run: Run) -> None:
     assert (result.code, result.err) == (0, "")
     assert result.out.startswith("Usage: minigpt ")
     listed = re.findall(r"(?m)^  ([a-z-]+)  +[A-Z].*[^.]$", result.out.split("Commands:")[1])
-    assert listed == COMMANDS
+    assert listed == [*COMMANDS, "checkpoints"]
 
 
 def test_no_command_shows_the_help_and_is_a_usage_error(run: Run) -> None:

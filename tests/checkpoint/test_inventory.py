@@ -1,0 +1,174 @@
+"""What lies in a folder of checkpoints, against what was put there."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from minigpt.checkpoint import inventory
+from minigpt.checkpoint.folder import RunFolder
+from minigpt.checkpoint.inventory import entry_of, inventory_of, take_inventory
+from minigpt.errors import CheckpointError
+
+LOG = """
+{"event": "step", "step": 1, "train_loss": 3.5}
+{"event": "eval", "step": 1, "val_loss": 3.25, "bits_per_byte": 4.5}
+{"event": "save", "step": 1, "val_loss": 3.25, "is_best": true}
+{"event": "eval", "step": 2, "val_loss": 1.5, "bits_per_byte": 2.25}
+{"event": "eval", "step": 3, "val_loss": 1.75, "bits_per_byte": 2.5}
+"""
+
+
+@pytest.fixture(autouse=True)
+def fsync_that_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # no power is cut here
+
+
+def write_run(path: Path, *steps: int, model_type: object = "qwen3") -> RunFolder:
+    run = RunFolder(path)
+    with run.lock():
+        for step in steps:
+            with run.writing_step(step) as folder:
+                (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+                (folder / "training_state").mkdir()
+                (folder / "training_state" / "momentum").write_text("x" * 100 * step)
+            run.point("latest", step)
+    return run
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    run = write_run(tmp_path / "tales", 1, 2, 3)
+    run.point("best", 2)
+    (run.path / "metrics.jsonl").write_text(LOG)
+    return run
+
+
+def test_each_step_has_its_losses_and_its_place(run: RunFolder) -> None:
+    entry = entry_of(run.path)
+    assert (entry.name, entry.is_run) == ("tales", True)
+    seen = [
+        (c.step, c.val_loss, c.bits_per_byte, c.is_best, c.is_latest) for c in entry.checkpoints
+    ]
+    assert seen == [
+        (3, 1.75, 2.5, False, True),
+        (2, 1.5, 2.25, True, False),
+        (1, 3.25, 4.5, False, False),
+    ]
+    assert {c.layout for c in entry.checkpoints} == {"qwen3"}
+    assert not any(c.damage for c in entry.checkpoints)
+
+
+def test_losses_are_known_from_the_pointers_where_there_is_no_log(run: RunFolder) -> None:
+    (run.path / "metrics.jsonl").unlink()
+    run.point("best", 2, val_loss=1.25, bits_per_byte=2.0)
+    losses = {c.step: (c.val_loss, c.bits_per_byte) for c in entry_of(run.path).checkpoints}
+    assert losses == {3: (None, None), 2: (1.25, 2.0), 1: (None, None)}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"event": "eval", "step": 3, "val_loss": 9.5',
+        '["val_loss"]',
+        '{"event": "eval", "step": "3", "val_loss": 9.5}',
+        '{"event": "eval", "step": true, "val_loss": 9.5}',
+        '{"event": "eval", "step": 3, "val_loss": NaN, "bits_per_byte": Infinity}',
+        '{"event": "eval", "step": 3, "val_loss": "9.5"}',
+        '{"event": "eval", "step": 3, "val_loss": [9.5]}',
+        '{"val_loss": ' + "[" * 100_000,
+        '"val_loss" \x00\x1b\udcff',
+    ],
+)
+def test_a_record_that_says_nothing_of_a_step_is_passed_over(run: RunFolder, line: str) -> None:
+    text = LOG + line + "\n"
+    (run.path / "metrics.jsonl").write_text(text, encoding="utf-8", errors="surrogateescape")
+    (run.path / "best.json").write_text(line, encoding="utf-8", errors="surrogateescape")
+    assert entry_of(run.path).checkpoints[0].val_loss == 1.75
+
+
+def test_size_is_that_of_all_files_and_date_that_of_the_manifest(run: RunFolder) -> None:
+    folder = run.step_folder(3)
+    os.utime(folder / "manifest.json", (0, 1_700_000_000))
+    step = entry_of(run.path).checkpoints[0]
+    sizes = [
+        os.path.getsize(os.path.join(place, name))
+        for place, _, names in os.walk(folder)
+        for name in names
+    ]
+    assert len(sizes) == 3
+    assert step.n_bytes == sum(sizes) > 300
+    assert step.written_at == datetime(2023, 11, 14, 22, 13, 20, tzinfo=UTC)
+
+
+def test_a_damaged_step_is_marked_and_the_ones_before_it_take_its_place(run: RunFolder) -> None:
+    (run.step_folder(3) / "training_state" / "momentum").write_text("x")
+    (run.step_folder(2) / "config.json").unlink()
+    third, second, first = entry_of(run.path).checkpoints
+    assert "1 bytes, 300 when written" in str(third.damage)
+    assert "config.json is missing" in str(second.damage)
+    assert (first.damage, first.is_best, first.is_latest) == (None, True, True)
+    assert second.val_loss == 1.5  # the log still knows
+
+
+@pytest.mark.parametrize("model_type", [None, 5, ["qwen3"], {}])
+def test_a_model_type_that_is_no_word_is_none(tmp_path: Path, model_type: object) -> None:
+    run = write_run(tmp_path / "odd", 1, model_type=model_type)
+    assert entry_of(run.path).checkpoints[0].layout is None
+
+
+def test_the_newest_run_comes_first_and_models_that_are_none_last(tmp_path: Path) -> None:
+    for name, seconds in {"old": 10, "new": 30, "middle": 20}.items():
+        folder = write_run(tmp_path / name, 5).step_folder(5)
+        os.utime(folder / "manifest.json", (0, seconds))
+    for name in ("a-model", "z-model"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text('{"model_type": "gpt2"}')
+        os.utime(tmp_path / name / "config.json", (0, 40 + (name == "z-model")))
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "README.md").write_text("")
+    entries = take_inventory(tmp_path)
+    assert [e.name for e in entries] == ["new", "middle", "old", "z-model", "a-model"]
+    assert [e.is_run for e in entries] == [True, True, True, False, False]
+    (model,) = entries[-1].checkpoints
+    assert (model.folder, model.layout, model.step) == (tmp_path / "a-model", "gpt2", None)
+    assert (model.val_loss, model.is_best, model.damage) == (None, False, None)
+
+
+def test_a_model_whose_config_is_no_json_is_damaged(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{")
+    assert "is not JSON" in str(entry_of(tmp_path).checkpoints[0].damage)
+
+
+def test_a_folder_a_path_and_a_name_are_understood(run: RunFolder, tmp_path: Path) -> None:
+    entry = entry_of(run.path)
+    for spec in (str(tmp_path), str(run.path), "tales"):
+        assert inventory_of(spec, tmp_path) == [entry]
+    (step,) = inventory_of(str(run.step_folder(2)))
+    assert (step.name, step.is_run, len(step.checkpoints)) == ("step-000002", False, 1)
+    (tmp_path / "empty").mkdir()
+    assert inventory_of(str(tmp_path / "empty")) == []
+    for spec in ("tails", "nul\0", "x" * 5000):
+        with pytest.raises(CheckpointError, match=r"no run or model .* tales"):
+            inventory_of(spec, tmp_path)
+
+
+def removing(path: Path, call: Callable[[Path], None]) -> Callable[[Path], None]:
+    def remove_and_call(folder: Path) -> None:
+        shutil.rmtree(path, ignore_errors=True)
+        call(folder)
+
+    return remove_and_call
+
+
+def test_a_step_that_its_run_removes_meanwhile_is_left_out(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inventory, "verify", removing(run.step_folder(1), inventory.verify))
+    assert [c.step for c in take_inventory(tmp_path)[0].checkpoints] == [3, 2]
+    monkeypatch.setattr(inventory, "verify", removing(run.path, inventory.verify))
+    assert take_inventory(tmp_path) == []

@@ -1,0 +1,391 @@
+"""minigpt checkpoints: what it says, what it removes, and what it never does."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from calls import Run, error_line
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from minigpt.checkpoint import inspection
+from minigpt.checkpoint.folder import RunFolder
+from minigpt.checkpoint.inspection import describe
+from minigpt.checkpoint.inventory import take_inventory
+from minigpt.commands import app
+from minigpt.commands.checkpoint_views import inventory_lines, model_lines
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = ["list", "show", "verify", "prune"]
+
+
+@pytest.fixture(autouse=True)
+def runs(trained: Path, workplace: Path) -> Path:
+    """The working directory, with the run tiny (steps 1 to 4; best 2) and the model plain."""
+    tiny = workplace / "checkpoints" / "tiny"
+    shutil.copytree(trained / "checkpoints" / "tiny", tiny)
+    run = RunFolder(tiny)
+    for step in (1, 2, 3):
+        shutil.copytree(run.step_folder(4), run.step_folder(step))
+    run.point("best", 2, val_loss=1.25, bits_per_byte=1.75)
+    plain = workplace / "checkpoints" / "plain"
+    shutil.copytree(run.step_folder(4), plain, ignore=shutil.ignore_patterns("manifest.json"))
+    return workplace
+
+
+def flip_a_byte(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def test_list_says_the_same_as_json_and_the_log(run: Run, runs: Path) -> None:
+    shown, as_json = run("checkpoints", "list"), run("checkpoints", "list", "--json")
+    assert (shown.code, shown.err, as_json.code, as_json.err) == (0, "", 0, "")
+    document = json.loads(as_json.out)
+    assert document["folder"] == "checkpoints"
+    tiny, plain = document["entries"]
+    assert [tiny["name"], plain["name"]] == ["tiny", "plain"]
+    log = (runs / "checkpoints" / "tiny" / "metrics.jsonl").read_text().splitlines()
+    last = [json.loads(line) for line in log if '"eval"' in line][-1]
+    step = tiny["checkpoints"][0]
+    assert step["step"] == last["step"] == 4
+    assert step["val_loss"] == last["val_loss"]
+    assert step["bits_per_byte"] == last["bits_per_byte"]
+    assert step["layout"] == plain["checkpoints"][0]["layout"] == "qwen3"
+    lines = shown.out.splitlines()
+    assert lines[0].split() == ["step", "nats/token", "bits/byte", "size", "written"]
+    assert lines[2] == "tiny  qwen3"
+    losses = f" 4 +{step['val_loss']:.4f} +{step['bits_per_byte']:.4f} "
+    assert re.match(
+        losses + r" +\d+(\.\d+)? [kM]B  \d{4}-\d\d-\d\d \d\d:\d\d  latest$", lines[3][4:]
+    )
+    assert re.match(r" 2 +1\.2500 +1\.7500  .*  best$", lines[5][4:])
+    assert lines[8] == "plain  qwen3"
+    assert not any(line.endswith(" ") for line in lines)
+
+
+def test_list_takes_a_folder_and_a_run_and_marks_what_is_damaged(run: Run, runs: Path) -> None:
+    (runs / "checkpoints" / "tiny" / "step-000003" / "model.safetensors").unlink()
+    for spec in ("tiny", "checkpoints/tiny", "checkpoints"):
+        result = run("checkpoints", "list", spec)
+        assert result.code == 0
+        assert [line.split()[0] for line in result.out.splitlines() if "damaged" in line] == ["3"]
+        assert ("plain" in result.out) == (spec == "checkpoints")
+    result = run("checkpoints", "list", "tinny")
+    assert "no run or model 'tinny'. Did you mean tiny?" in error_line(result)
+    assert result.code == 4
+
+
+def test_nothing_to_list_is_said_beside_the_result(run: Run, runs: Path) -> None:
+    (runs / "empty").mkdir()
+    result = run("checkpoints", "list", "empty")
+    assert (result.code, result.out) == (0, "")
+    assert "`minigpt train`" in result.err
+    shutil.rmtree(runs / "checkpoints")
+    assert run("checkpoints", "list").code == 0
+    assert json.loads(run("checkpoints", "list", "--json").out)["entries"] == []
+    assert run("checkpoints", "verify").code == 0
+
+
+HOSTILE = "\x1b]0;title\x07\n\t\u202e\udcff" + "n" * 90
+
+
+def test_hostile_names_stay_on_their_line_and_cannot_steer(run: Run, runs: Path) -> None:
+    folder = runs / "checkpoints" / HOSTILE
+    shutil.move(runs / "checkpoints" / "plain", folder)
+    (folder / "generation_config.json").unlink()
+    for words in (["list"], ["verify"], ["show", f"checkpoints/{HOSTILE}"]):
+        result = run("checkpoints", *words)
+        assert (result.code, result.err) == (0, "")
+        shown = [line for line in result.out.split("\n") if "title" in line]
+        assert len(shown) == 1
+        assert r"\x1b]0;title\x07\n\t\u202e\udcff" in shown[0]
+        assert result.out.replace("\n", "").isprintable()
+    entries = json.loads(run("checkpoints", "list", "--json").out)["entries"]
+    assert HOSTILE in [entry["name"] for entry in entries]
+    (folder / "config.json").write_text(json.dumps({"model_type": HOSTILE}))
+    for words in (["list"], ["verify"]):
+        out = run("checkpoints", *words).out
+        assert out.replace("\n", "").isprintable()
+        assert len(out.split("\n")) == (11 if words == ["list"] else 6)
+
+
+def test_a_terminal_of_80_columns_is_wide_enough(runs: Path, run: Run) -> None:
+    entries = take_inventory(runs / "checkpoints")
+    assert all(line.cell_len <= 80 for line in inventory_lines(entries, 80))
+    facts = describe(runs / "checkpoints" / "plain")
+    heading, *lines = model_lines(facts, 80)
+    assert heading.plain == str(runs / "checkpoints" / "plain")
+    assert all(line.cell_len <= 80 for line in lines)
+    assert any("…" in line.plain for line in list(model_lines(facts, 50)))
+    assert not any("…" in line.plain for line in model_lines(facts, None))
+
+
+def test_show_gives_every_tensor_to_programs_and_folds_the_blocks_for_people(
+    run: Run, runs: Path
+) -> None:
+    facts = json.loads(run("checkpoints", "show", "plain", "--json").out)
+    stored = load_file(runs / "checkpoints" / "plain" / "model.safetensors")
+    assert {t["name"]: t["shape"] for t in facts["tensors"]} == {
+        name: list(tensor.shape) for name, tensor in stored.items()
+    }
+    assert {t["file"] for t in facts["tensors"]} == {"model.safetensors"}
+    assert facts["n_parameters"] == sum(tensor.numel() for tensor in stored.values())
+    assert facts["n_bytes"] == 4 * facts["n_parameters"]
+    assert (facts["config"]["n_layer"], facts["config"]["model_type"]) == (2, "qwen3")
+    # keys and values of two layers and two heads of 8, in four bytes or two
+    assert facts["float32_cache_bytes_per_token"] == 2 * 2 * 16 * 4
+    assert facts["bfloat16_cache_bytes_per_token"] == 2 * 2 * 16 * 2
+    shown = run("checkpoints", "show", "plain")
+    assert (shown.code, shown.err) == (0, "")
+    assert f"{facts['n_parameters']:,}, stored in" in shown.out
+    assert re.search(r"(?m)^model\.layers\.0-1 +2 x \d+(\.\d+)? kB$", shown.out)
+    assert re.search(r"(?m)^  self_attn\.q_proj\.weight +F32    16 x 16 +1\.02 kB$", shown.out)
+    assert shown.out.count("q_proj") == 1
+
+
+def test_blocks_that_differ_are_not_folded_together(run: Run, runs: Path) -> None:
+    path = runs / "checkpoints" / "plain" / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file(tensors | {name: tensors[name].half()}, path)
+    out = run("checkpoints", "show", "plain").out
+    assert re.search(r"(?m)^model\.layers\.0 +1 x ", out)
+    assert re.search(r"(?m)^model\.layers\.1 +1 x ", out)
+    assert "(F32, F16)" in out
+
+
+def test_show_takes_what_a_model_option_takes(run: Run) -> None:
+    newest = json.loads(run("checkpoints", "show", "--json").out)
+    assert newest["folder"] == "checkpoints/tiny/step-000002"  # its best
+    step = json.loads(run("checkpoints", "show", "checkpoints/tiny/step-000001", "--json").out)
+    assert step["folder"] == "checkpoints/tiny/step-000001"
+    result = run("checkpoints", "show", "tinny")
+    assert "Did you mean tiny?" in error_line(result)
+    assert result.code == 4
+
+
+def test_verify_checks_all_before_it_fails(run: Run, runs: Path) -> None:
+    good = run("checkpoints", "verify")
+    assert (good.code, good.err) == (0, "")
+    assert len(good.out.splitlines()) == 5
+    assert good.out.splitlines()[0] == "ok   checkpoints/tiny/step-000004  as written, by SHA-256"
+    assert good.out.splitlines()[4].startswith("ok   checkpoints/plain  no manifest; ")
+    flip_a_byte(runs / "checkpoints" / "tiny" / "step-000004")
+    bad = run("checkpoints", "verify", "tiny", "plain")
+    assert bad.code == 4
+    assert [line[:3] for line in bad.out.splitlines()] == ["bad", "ok ", "ok ", "ok ", "ok "]
+    assert "'model.safetensors' is not as it was written" in bad.out.splitlines()[0]
+    assert bad.err == (
+        "error: bad checkpoints: 1 of 5. Use another one, or write or download it again.\n"
+    )
+    lines = [json.loads(line) for line in run("checkpoints", "verify", "--json").out.splitlines()]
+    assert [line["problem"] is None for line in lines] == [False, True, True, True, True]
+    assert [line["has_manifest"] for line in lines] == [True, True, True, True, False]
+    assert run("checkpoints", "verify", "checkpoints/tiny/step-000002").code == 0
+
+
+def test_verify_compares_the_headers_of_a_folder_without_manifest(run: Run, runs: Path) -> None:
+    path = runs / "checkpoints" / "plain" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"intermediate_size": 17}))
+    result = run("checkpoints", "verify", "plain")
+    assert result.code == 4
+    assert re.match(r"bad  checkpoints/plain  .*has shape \[16, 16\], not \[16, 17\]", result.out)
+
+
+def test_a_step_that_its_run_removes_meanwhile_is_not_bad(
+    run: Run, runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = inspection.check
+
+    def remove_and_check(folder: Path, **options: Any) -> Any:
+        shutil.rmtree(runs / "checkpoints" / "tiny" / "step-000001", ignore_errors=True)
+        return check(folder, **options)
+
+    monkeypatch.setattr(inspection, "check", remove_and_check)
+    result = run("checkpoints", "verify", "tiny")
+    assert (result.code, len(result.out.splitlines())) == (0, 3)
+
+
+def steps(runs: Path) -> list[int]:
+    return RunFolder(runs / "checkpoints" / "tiny").steps()
+
+
+@pytest.mark.parametrize(("keep", "left"), [((), [2, 4]), (("--keep", "1"), [2, 3, 4])])
+def test_prune_leaves_best_latest_and_the_newest_others(
+    run: Run, runs: Path, keep: tuple[str, ...], left: list[int]
+) -> None:
+    would = run("checkpoints", "prune", "tiny", *keep, "--dry-run", "--json")
+    assert steps(runs) == [1, 2, 3, 4]
+    size = sum(
+        path.stat().st_size
+        for step in {1, 2, 3, 4} - {*left}
+        for path in (runs / "checkpoints" / "tiny" / f"step-00000{step}").rglob("*")
+        if path.is_file()
+    )
+    done = run("checkpoints", "prune", "checkpoints/tiny", *keep, "--yes", "--json")
+    assert (done.code, done.err, steps(runs)) == (0, "", left)
+    facts = json.loads(done.out)
+    assert facts == json.loads(would.out) | {"is_dry_run": False}
+    assert facts["kept_steps"] == left
+    assert [item["step"] for item in facts["removed"]] == sorted({1, 3} - {*left}, reverse=True)
+    assert sum(item["n_bytes"] for item in facts["removed"]) == size
+    again = run("checkpoints", "prune", "tiny", *keep, "--yes")
+    assert (again.code, again.out, again.err) == (0, "", "nothing to remove\n")
+
+
+def test_prune_says_what_it_does(run: Run, runs: Path) -> None:
+    would = run("checkpoints", "prune", "tiny", "--dry-run")
+    done = run("checkpoints", "prune", "tiny", "--yes")
+    assert would.out.replace("would remove", "removed") == done.out
+    assert re.fullmatch(
+        r"removed checkpoints/tiny/step-000003, .* [kM]B\n"
+        r"removed checkpoints/tiny/step-000001, .* [kM]B\n",
+        done.out,
+    )
+    assert re.fullmatch(r"removed 2 checkpoints, .* [kM]B; steps 2, 4 stay\n", done.err)
+
+
+def test_prune_asks_a_terminal_and_takes_no_for_an_answer(runs: Path) -> None:
+    pty = pytest.importorskip("pty", reason="needs a system with pseudo-terminals")
+
+    def answer(text: bytes) -> subprocess.CompletedProcess[str]:
+        ours, theirs = pty.openpty()
+        os.write(ours, text)
+        try:
+            return subprocess.run(
+                [sys.executable, "-m", "minigpt", "checkpoints", "prune", "tiny"],
+                env=os.environ | {"PYTHONPATH": str(ROOT)},
+                stdin=theirs,
+                capture_output=True,
+                text=True,
+                timeout=60,
+            )
+        finally:
+            os.close(ours)
+            os.close(theirs)
+
+    said_no = answer(b"n\n")
+    assert (said_no.returncode, said_no.stdout, steps(runs)) == (1, "", [1, 2, 3, 4])
+    assert "to remove: checkpoints/tiny/step-000001, " in said_no.stderr
+    assert re.search(
+        r"Remove 2 checkpoints, .* [kM]B\? \[y/N\]: nothing was removed", said_no.stderr
+    )
+    said_yes = answer(b"y\n")
+    assert (said_yes.returncode, steps(runs)) == (0, [2, 4])
+    assert said_yes.stdout.count("removed ") == 2
+
+
+def test_prune_does_nothing_where_nobody_can_be_asked(run: Run, runs: Path) -> None:
+    result = run("checkpoints", "prune", "tiny", stdin=b"y\n")
+    assert "no terminal. Give --yes" in error_line(result)
+    assert (result.code, steps(runs)) == (2, [1, 2, 3, 4])
+
+
+def test_prune_waits_for_no_training_run(run: Run, runs: Path) -> None:
+    with RunFolder(runs / "checkpoints" / "tiny").lock():
+        result = run("checkpoints", "prune", "tiny", "--yes")
+        assert "'tiny' is being trained" in error_line(result)
+        assert (result.code, steps(runs)) == (7, [1, 2, 3, 4])
+        assert run("checkpoints", "prune", "tiny", "--dry-run").code == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said", "code"),
+    [
+        (["plain"], "'checkpoints/plain' is a model folder and no run", 2),
+        (["checkpoints/tiny/step-000001"], "is a model folder and no run", 2),
+        (["tinny"], "there is no run or model 'tinny'. Did you mean tiny?", 4),
+        (["checkpoints"], "there is no run or model 'checkpoints'", 4),
+        (["tiny", "--keep", "-1"], "--keep must be at least 0: it is -1", 2),
+        (["tiny", "--keep", "few"], "--keep takes a whole number: it is 'few'", 2),
+        ([], "missing argument 'RUN'", 2),
+    ],
+)
+def test_prune_refuses_what_is_no_run(
+    run: Run, runs: Path, words: list[str], said: str, code: int
+) -> None:
+    result = run("checkpoints", "prune", *words, "--yes")
+    assert said in error_line(result)
+    assert (result.code, steps(runs)) == (code, [1, 2, 3, 4])
+    assert (runs / "checkpoints" / "plain" / "config.json").exists()
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_prune_removes_nothing_while_what_would_stay_is_damaged(
+    run: Run, runs: Path, step: int
+) -> None:
+    flip_a_byte(runs / "checkpoints" / "tiny" / f"step-00000{step}")
+    result = run("checkpoints", "prune", "tiny", "--yes")
+    assert "nothing is removed while what would stay is bad" in error_line(result)
+    assert f"step-00000{step}" in result.err
+    assert (result.code, steps(runs)) == (4, [1, 2, 3, 4])
+
+
+def test_a_damaged_step_is_not_pruned(run: Run, runs: Path) -> None:
+    (runs / "checkpoints" / "tiny" / "step-000001" / "model.safetensors").unlink()
+    facts = json.loads(run("checkpoints", "prune", "tiny", "--yes", "--json").out)
+    assert [item["step"] for item in facts["removed"]] == [3]
+    assert facts["kept_steps"] == steps(runs) == [1, 2, 4]
+
+
+def help_of(*words: str) -> str:
+    result = CliRunner().invoke(
+        app, ["checkpoints", *words, "--help"], env={"COLUMNS": "80"}, prog_name="minigpt"
+    )
+    assert (result.exit_code, result.stderr) == (0, "")
+    return result.stdout
+
+
+def test_help_lists_the_commands_and_fits_80_columns(run: Run) -> None:
+    text = help_of()
+    listed = re.findall(r"(?m)^  ([a-z-]+)  +[A-Z].*[^.]$", text.split("Commands:")[1])
+    assert listed == NAMES
+    for words in ((), *((name,) for name in NAMES)):
+        lines = help_of(*words).splitlines()
+        assert all(len(line) <= 80 for line in lines)
+        columns = {
+            match.end()
+            for line in lines
+            if (match := re.match(r"  (?=[A-Z-])\S.*?  +(?=\S)", line)) and "  " in line.strip()
+        }
+        assert len(columns) == 1, "one column for all groups"
+    without = run("checkpoints")
+    assert (without.code, without.out) == (2, "")
+    assert without.err == run("checkpoints", "--help").out
+    result = run("checkpoints", "lst")
+    assert "there is no command 'lst'. Did you mean list?" in error_line(result)
+    assert result.code == 2
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["show", "--help"], ["list"], ["prune", "tiny", "--yes"]]
+)
+def test_what_needs_no_weights_imports_no_torch(runs: Path, words: list[str]) -> None:
+    program = (
+        "import sys\n"
+        "from minigpt.commands import main\n"
+        "try:\n    main()\n"
+        "finally:\n    assert 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            program,
+            "checkpoints",
+            *words,
+            *(["--yes"] * (words[0] == "prune")),
+        ],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+    )
+    assert (done.returncode, b"AssertionError" in done.stderr) == (0, False)
