@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from minigpt.checkpoint.folder import resolve_model
+from minigpt.checkpoint.hub import is_hub_name
 from minigpt.checkpoint.model_folder import read_model
 from minigpt.checkpoint.tokenizer_json import tokenizer_from_json, tokenizer_to_json
 from minigpt.commands.run_settings import flat, given, one_budget
@@ -26,16 +27,18 @@ _LONGEST_SEQUENCE = 512  # unless asked for: the whole context of a large model 
 class Base:
     """The model that a run goes on from."""
 
-    folder: Path
+    source: str
+    """Where it is: its folder, or its name and commit on the hub."""
     model: GPT
     """In float32."""
     tokenizer: Tokenizer
 
     @property
     def name(self) -> str:
-        """What to call it: the run of a step, else the folder."""
-        path = Path(os.path.abspath(self.folder))
-        return path.parent.name if path.name.startswith("step-") else path.name
+        """What to call it: the run of a step, else the folder or repository."""
+        path = Path(os.path.abspath(self.source))
+        name = path.parent.name if path.name.startswith("step-") else path.name
+        return name.partition("@")[0]
 
 
 def read_base(spec: str) -> Base:
@@ -45,26 +48,28 @@ def read_base(spec: str) -> Base:
         written.
     """
     folder = resolve_model(spec)
+    is_remote = is_hub_name(spec) and not os.path.exists(spec)
+    source = f"{spec.partition('@')[0]}@{folder.name}" if is_remote else str(folder)
     loaded = read_model(folder, dtype=torch.float32)
     tokenizer = loaded.tokenizer
     if tokenizer is None:
         raise CheckpointError(
-            f"{str(folder)!r} has no tokenizer.json, so it cannot be trained on text. Add the "
-            "tokenizer.json that the model was trained with."
+            f"{str(folder)!r} has neither tokenizer.json nor sp_vocab.json, so it cannot be "
+            "trained on text. Add the one that the model was trained with."
         )
     # As the run's checkpoints will hold it, where a resumed run finds it; one that cannot be
     # written is refused before the training and not after it.
     data, ends = tokenizer_to_json(tokenizer), tokenizer.end_of_text_ids
-    return Base(folder, loaded.model, tokenizer_from_json(data, tokenizer.name, end_of_text=ends))
+    return Base(source, loaded.model, tokenizer_from_json(data, tokenizer.name, end_of_text=ends))
 
 
 def finetuning_settings(model: ModelConfig) -> dict[str, Any]:
     """Return the training settings that take a preset's place; docs/training.md has the losses.
 
-    The learning rate falls with the width, as AdamW's does from model to model: Yang et al. 2022,
+    The learning rate falls with the width, as the best one of AdamW does: Yang et al. 2022,
     arXiv:2203.03466.
     """
-    lr = float(f"{0.1 / model.d_model:.1g}")
+    lr = min(2e-3, float(f"{0.1 / model.d_model:.1g}"))
     return {
         "max_steps": 300,
         "batch_size": 4,
@@ -93,7 +98,7 @@ def finetuning_config(overrides: Mapping[str, Any], base: Base) -> RunConfig:
     _require_own(overrides, own)
     suited = {"training": finetuning_settings(base.model.config)}
     wanted = one_lr(one_budget(overrides))
-    config = build(RunConfig, merge(own, suited, wanted, {"from": str(base.folder)}))
+    config = build(RunConfig, merge(own, suited, wanted, {"from": base.source}))
     return config if given(overrides, "training", "micro_batch_size") else _in_micro_batches(config)
 
 

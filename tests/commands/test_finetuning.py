@@ -1,0 +1,358 @@
+"""minigpt train --from: what it starts from, what it writes, and what it refuses."""
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from calls import TINY, Run, error_line
+from safetensors.torch import load_file
+
+from minigpt.checkpoint import folder as checkpoint_folder
+from minigpt.checkpoint.model_folder import read_model
+from minigpt.commands.finetuning import Base, finetuning_config, read_base
+from minigpt.config import DataConfig, ModelConfig
+from minigpt.model.gpt import GPT
+from minigpt.settings import read_toml
+from minigpt.text.shards import prepare
+from minigpt.text.tokenizer import bytes_tokenizer
+
+TEXT = "The king said: once upon a time there was a book of 12 tales, déjà vu.\n" * 60
+SHORT = ["--max-steps", "6", "--context-length", "32", "--batch-size", "2", "--save-every", "3"]
+CONTEXT = 48
+KINDS: dict[str, dict[str, Any]] = {
+    "gpt2": {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": CONTEXT},
+    "llama": {
+        "model_type": "llama",
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": CONTEXT,
+        "dtype": torch.bfloat16,
+    },
+}
+SPECIALS = {"gpt2": ["<|endoftext|>"], "llama": ["<|begin|>", "<|end|>"], "bare": []}
+SEPARATORS = {"gpt2": [0], "llama": [1, 0], "bare": []}
+
+
+@pytest.fixture(scope="session")
+def transformers() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its imports
+        module = pytest.importorskip("transformers", reason="fine-tunes models that it saved")
+    module.logging.set_verbosity_error()
+    return module
+
+
+def learnt_tokenizer(kind: str) -> Any:
+    """Byte-level BPE; the Llama's has a token that begins a text and another that ends it."""
+    import tokenizers
+
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=SPECIALS[kind],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([TEXT], trainer)
+    if kind == "llama":
+        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+            single="<|begin|> $A", special_tokens=[("<|begin|>", 0)]
+        )
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def folders(transformers: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models that transformers saved as gpt2, llama and bare; not to be written to.
+
+    They have more rows than tokens, and no weight is 0 or 1. bare, a gpt2, has no special tokens.
+    """
+    root = tmp_path_factory.mktemp("published")
+    for kind, ids in {"gpt2": (0, 0), "llama": (0, 1), "bare": (None, None)}.items():
+        config = transformers.AutoConfig.for_model(
+            **KINDS.get(kind, KINDS["gpt2"]),
+            vocab_size=320,
+            bos_token_id=ids[0],
+            eos_token_id=ids[1],
+        )
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(std=0.1, generator=generator)
+        model.save_pretrained(root / kind)
+        tokenizer = learnt_tokenizer(kind)
+        transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(
+            root / kind
+        )
+    return root
+
+
+@pytest.fixture
+def at_text(folders: Path, workplace: Path) -> Path:
+    """A working directory with text.txt and copies of the published folders."""
+    (workplace / "text.txt").write_text(TEXT)
+    shutil.copytree(folders, workplace, dirs_exist_ok=True)
+    return workplace
+
+
+def evaluations(name: str) -> list[tuple[int, float]]:
+    lines = Path("checkpoints", name, "metrics.jsonl").read_text().splitlines()
+    facts = [json.loads(line) for line in lines]
+    return [(fact["step"], fact["val_loss"]) for fact in facts if fact["event"] == "eval"]
+
+
+@torch.no_grad()
+def loss_by_transformers(transformers: Any, folder: Path, separator: list[int]) -> float:
+    """Nats/token over the last tenth of the text, in windows of 32."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = torch.tensor(separator + tokenizer(TEXT, add_special_tokens=False).input_ids)
+    ids = ids[int(len(ids) * 0.9) :]
+    nats = 0.0
+    for start in range(0, len(ids) - 1, 32):
+        window = ids[start : start + 33]
+        logits = model(window[None, :-1]).logits[0]
+        nats += F.cross_entropy(logits, window[1:], reduction="sum").item()
+    return nats / (len(ids) - 1)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "bare"])
+def test_fine_tuning_goes_on_from_a_folder_of_transformers_and_writes_one(
+    run: Run, at_text: Path, transformers: Any, kind: str
+) -> None:
+    words = ["--max-steps", "40", "--lr", "0.01", "--sample-every", "40"]
+    result = run("train", "text.txt", "--from", kind, "--name", "a", *SHORT, *words)
+    assert (result.code, result.out) == (0, "")
+    assert f"\nfrom   {kind}\n" in f"\n{result.err}"
+    (first, before), *_, (last, after) = evaluations("a")
+    assert (first, last) == (0, 40)
+    assert f"step      0  val loss {before:.4f} nats/token" in result.err
+    step = Path("checkpoints/a/step-000040")
+    # The same tokens and windows; sums in another order.
+    expected = loss_by_transformers(transformers, at_text / kind, SEPARATORS[kind])
+    assert before == pytest.approx(expected, abs=1e-4)
+    expected = loss_by_transformers(transformers, step, SEPARATORS[kind])
+    assert after == pytest.approx(expected, abs=1e-4)
+    assert after < before - 1
+
+    source, written = (
+        transformers.AutoConfig.from_pretrained(folder) for folder in (at_text / kind, step)
+    )
+    for name in ("model_type", "max_position_embeddings", "vocab_size", "tie_word_embeddings"):
+        assert getattr(written, name) == getattr(source, name), name
+    loaded = read_model(step)
+    assert loaded.tokenizer is not None
+    theirs = transformers.AutoTokenizer.from_pretrained(step)
+    text = "A tale of déjà vu: 漢字 \n\n 12 kings"
+    ids = theirs(text).input_ids
+    assert loaded.tokenizer.encode_prompt(text) == ids
+    with torch.no_grad():
+        logits = transformers.AutoModelForCausalLM.from_pretrained(step).eval()(torch.tensor([ids]))
+        torch.testing.assert_close(
+            loaded.model(torch.tensor([ids])), logits.logits, rtol=1e-4, atol=1e-4
+        )
+    for proposed in result.err.splitlines()[-2:]:
+        assert "--model a" in proposed
+        assert proposed.endswith("'Once upon a time'")
+    assert run("generate", "--model", "a", "--max-new-tokens", "3", "Once").code == 0
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "bare"])
+def test_a_step_of_no_length_leaves_every_byte_of_the_weights(
+    run: Run, at_text: Path, kind: str
+) -> None:
+    words = ["--max-steps", "1", "--lr", "1e-38"]
+    assert run("train", "text.txt", "--from", kind, "--name", "a", *SHORT, *words).code == 0
+    before = load_file(at_text / kind / "model.safetensors")
+    after = load_file("checkpoints/a/step-000001/model.safetensors")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert tensor.float().numpy().tobytes() == after[name].numpy().tobytes(), name
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_killed_fine_tuning_ends_with_the_same_bytes_without_what_it_started_from(
+    run: Run, at_text: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    assert run("train", "text.txt", "--from", kind, "--name", "a", *SHORT).code == 0
+    last = Path("checkpoints/a/step-000006")
+    before = {path.name: path.read_bytes() for path in last.rglob("*.safetensors")}
+    assert before.keys() == {"model.safetensors", "optimizer.safetensors"}
+    shutil.rmtree(last)  # as if it had been killed before
+    shutil.rmtree(kind)
+    monkeypatch.setenv("MINIGPT_CACHE_DIR", str(at_text / "empty"))
+    result = run("train", "--resume", "--name", "a")
+    assert result.code == 0, result.err
+    assert "from step 3 on" in result.err
+    assert before == {path.name: path.read_bytes() for path in last.rglob("*.safetensors")}
+    assert [step for step, _ in evaluations("a")] == [0, 3, 6]
+
+
+def test_a_fine_tuning_can_be_made_again_from_its_own_config(run: Run, at_text: Path) -> None:
+    words = ["--set", "model.dropout=0.2"]
+    assert run("train", "text.txt", "--from", "gpt2", "--name", "a", *SHORT, *words).code == 0
+    assert run("train", "--config", "checkpoints/a/config.toml", "--name", "b").code == 0
+    weights = [Path("checkpoints", name, "step-000006/model.safetensors") for name in "ab"]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    words = ["--context-length", "16", "--config", "checkpoints/a/config.toml"]
+    assert run("train", *words, "--name", "c").code == 0
+    assert read_toml(Path("checkpoints/c/config.toml"))["training"]["sequence_length"] == 16
+
+
+def test_a_run_of_ours_is_gone_on_from_by_its_name(run: Run, at_text: Path, trained: Path) -> None:
+    shutil.copytree(trained / "checkpoints", "checkpoints")
+    assert run("train", "text.txt", "--from", "tiny", "--max-steps", "2").code == 0
+    config = read_toml(Path("checkpoints/text-tiny/config.toml"))
+    before = read_toml(Path("checkpoints/tiny/config.toml"))
+    assert config["from"] == "checkpoints/tiny/step-000004"
+    assert config["model"] == before["model"]
+    assert config["data"]["tokenizer"] == "bytes"
+    assert config["training"]["sequence_length"] == config["model"]["context_length"] == 64
+    assert config["training"]["optimizer"] == "adamw"
+    assert config["training"]["lr"] < before["training"]["lr"]
+    assert run("train", "text.txt", "--from", "checkpoints/tiny/step-000004", *SHORT).code == 0
+    assert Path("checkpoints/text-tiny-2/step-000006").is_dir()
+
+
+def test_what_the_user_says_of_training_wins_over_what_suits(run: Run, at_text: Path) -> None:
+    words = ["--lr", "0.25", "--set", "training.schedule=linear", "--set", "model.dropout=0.25"]
+    assert run("train", "text.txt", "--from", "llama", "--name", "a", *SHORT, *words).code == 0
+    config = read_toml(Path("checkpoints/a/config.toml"))
+    training = config["training"]
+    assert (training["lr"], training["embedding_lr"]) == (0.25, 0.25)
+    assert (training["schedule"], training["sequence_length"]) == ("linear", 32)
+    assert (config["model"]["context_length"], config["model"]["dropout"]) == (CONTEXT, 0.25)
+    words = ["--lr", "0.125", "--set", "training.embedding_lr=0.5", "--max-steps", "7"]
+    assert run("train", "--resume", "--name", "a", *words).code == 0
+    training = read_toml(Path("checkpoints/a/config.toml"))["training"]
+    assert (training["lr"], training["embedding_lr"]) == (0.125, 0.5)
+
+
+def shape(**changes: Any) -> ModelConfig:
+    gpt2 = {"vocab_size": 50257, "context_length": 1024, "n_layer": 12, "n_head": 12}
+    return ModelConfig(**(gpt2 | {"d_model": 768} | changes))
+
+
+@pytest.mark.parametrize(
+    ("model", "length", "micro", "lr"),
+    [
+        (shape(family="gpt2"), 512, 4, (5e-5, 3e-4)),
+        (shape(vocab_size=128_256, d_model=3072, context_length=131_072), 512, 2, (1e-5, 1e-4)),
+        (shape(vocab_size=512, d_model=64, n_head=8, context_length=256), 256, 4, (1e-3, 3e-3)),
+        (shape(vocab_size=2**20), 512, 1, (5e-5, 3e-4)),
+    ],
+    ids=["GPT-2", "Llama 3.2 3B", "stories260K", "a million tokens"],
+)
+def test_what_suits_a_model_fits_a_laptop_and_its_width(
+    model: ModelConfig, length: int, micro: int, lr: tuple[float, float]
+) -> None:
+    base = Base("somewhere", GPT.without_weights(model), bytes_tokenizer())
+    config = finetuning_config({}, base)
+    training = config.training
+    assert (config.model, config.sequence_length) == (model, length)
+    assert (training.batch_size, training.micro_batch_size) == (4, micro)
+    assert lr[0] <= training.lr == training.embedding_lr <= lr[1]
+    assert micro == 1 or micro * length * model.vocab_size * 4 <= 2**29  # half a GiB of logits
+
+
+def test_a_model_of_the_hub_is_recorded_with_its_commit(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = shutil.copytree(folders / "gpt2", tmp_path / "snapshots/0a1b2c")
+    monkeypatch.setattr(checkpoint_folder, "download_model", lambda spec: snapshot)
+    for spec in ("org/some-model", "org/some-model@main"):
+        base = read_base(spec)
+        assert (base.source, base.name) == ("org/some-model@0a1b2c", "some-model")
+
+
+def test_stories260k_is_fine_tuned_from_text(run: Run, workplace: Path, shared: Path) -> None:
+    folder = shared / "weights/stories260K"
+    text = (shared / "data/tinyshakespeare.txt").read_text()[:30_000]
+    (workplace / "play.txt").write_text(text)
+    words = ["--max-steps", "8", "--context-length", "128", "--set", "training.eval_tokens=1024"]
+    result = run("train", "play.txt", "--from", str(folder), *words)
+    assert result.code == 0, result.err
+    (_, before), (_, after) = evaluations("play-stories260K")
+    assert 4 < before < 6  # it knows English, and no plays
+    assert after < before - 0.3
+    step = Path("checkpoints/play-stories260K/step-000008")
+    tokenizers = [read_base(str(place)).tokenizer for place in (folder, step)]
+    assert tokenizers[0].fingerprint == tokenizers[1].fingerprint
+    data = prepare(DataConfig(paths=("play.txt",)), tokenizer=tokenizers[0])
+    tokens = data.tokens.split(0.1)[0].windows(torch.zeros(1, dtype=torch.int64).numpy(), 9)[0]
+    # </s> <s> before a document, as before a prompt; the oracle is llama2.c's own table of tokens.
+    names = json.loads((folder / "sp_vocab.json").read_text(encoding="utf-8"))["tokens"]
+    assert tokens[:2].tolist() == [2, 1]
+    assert "".join(names[token] for token in tokens[2:]).startswith(" F")
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        ("--from nowhere", 4, ["'nowhere'"]),
+        ("--from no-words", 4, ["'no-words'", "tokenizer.json", "trained on text"]),
+        ("--from damaged", 4, ["'damaged/model.safetensors'", "no whole safetensors file"]),
+        ("--from gpt2 --context-length 64", 2, ["--context-length", "64", "sees 48 tokens"]),
+        ("--from gpt2 --resume", 2, ["--from", "--resume"]),
+        ("--from gpt2 --tokenizer bytes", 2, ["data.tokenizer", "'gpt2'", "'bytes'"]),
+        ("--from gpt2 --n-layer 3", 2, ["model.n_layer is 2 there, not 3"]),
+        ("--from gpt2 --family llama", 2, ["model.family is 'gpt2' there, not 'llama'"]),
+        ("--from gpt2 --preset nano", 2, ["preset", "'nano'"]),
+        ("--from gpt2 --set model.context_length=32", 2, ["model.context_length is 48 there"]),
+        ("--from gpt2 --set model.n_layr=2", 2, ["model.n_layr", "Did you mean n_layer?"]),
+        ("--from gpt2 --set model.dropout=2", 2, ["dropout must be in [0, 1): it is 2.0"]),
+        ("--from gpt2 --set training=2", 2, ["training must be a table"]),
+        ("--set from=3", 2, ["from must name a model: it is 3"]),
+        ("--from gpt2 --name a/b", 2, ["'a/b'"]),
+        ("--from gpt2 few.txt", 3, ["too little text", "--context-length"]),
+    ],
+)
+def test_what_cannot_be_gone_on_from_is_refused_in_one_line(
+    run: Run, at_text: Path, words: str, code: int, said: list[str]
+) -> None:
+    shutil.copytree("gpt2", "no-words", ignore=shutil.ignore_patterns("tokenizer*"))
+    shutil.copytree("gpt2", "damaged")
+    weights = Path("damaged/model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-9])
+    Path("few.txt").write_text("Few words.")
+    data = [] if "few.txt" in words else ["text.txt"]
+    result = run("train", *data, *words.split())
+    line = error_line(result)
+    assert result.code == code
+    assert all(part in line for part in said), line
+    assert not list(Path().glob("checkpoints/*/step-*"))
+
+
+def test_the_same_words_as_the_models_own_are_no_contradiction(run: Run, at_text: Path) -> None:
+    words = ["--n-layer", "2", "--tokenizer", "gpt2", "--family", "gpt2"]
+    assert run("train", "text.txt", "--from", "gpt2", *SHORT, *words).code == 0
+
+
+def test_a_resumed_fine_tuning_keeps_its_model_and_its_sequences(run: Run, at_text: Path) -> None:
+    assert run("train", "text.txt", "--from", "gpt2", "--name", "a", *SHORT).code == 0
+    for words, said in {
+        "--set from=llama": ["from", "'gpt2'", "'llama'"],
+        "--set training.sequence_length=16": ["training.sequence_length", "32", "16"],
+        "--tokenizer bytes": ["data.tokenizer"],
+    }.items():
+        result = run("train", "--resume", "--name", "a", *words.split())
+        line = error_line(result)
+        assert result.code == 2
+        assert all(part in line for part in said), line
+
+
+def test_a_fresh_run_is_not_evaluated_before_its_first_step(run: Run, at_text: Path) -> None:
+    assert run("train", "text.txt", "--name", "a", *TINY).code == 0
+    assert [step for step, _ in evaluations("a")] == [4]
+    assert "from" not in read_toml(Path("checkpoints/a/config.toml"))
