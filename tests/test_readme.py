@@ -31,7 +31,9 @@ def run(line: str) -> tuple[int, str]:
         arguments += TINY
     elif arguments[0] == "train":
         arguments[arguments.index("--max-steps") + 1] = "4"
-    elif "--max-new-tokens" not in arguments:
+    elif "prune" in arguments:
+        arguments.append("--yes")
+    elif arguments[0] != "checkpoints" and "--max-new-tokens" not in arguments:
         arguments += ["--max-new-tokens", "4"]
     result = CliRunner().invoke(app, arguments, input=given)
     return result.exit_code, f"{line}\n{result.output}\n{result.exception!r}"
@@ -45,7 +47,7 @@ def test_every_command_that_the_readme_shows_runs(
     text = "The king said: once upon a time there was a book. To be, or not to be!\n" * 60
     (tmp_path / "my-book.txt").write_text(text)
     commands = shown_commands()
-    assert len(commands) >= 9, "the README shows the three jobs"
+    assert len(commands) >= 13, "the README shows the three jobs and what came of them"
     for line in commands:
         code, output = run(line)
         assert code == 0, output
