@@ -4,24 +4,23 @@ import re
 from pathlib import Path
 from typing import Any
 
-from minigpt.checkpoint.disk import resource_errors
+from minigpt.checkpoint.disk import read_json, resource_errors
 from minigpt.errors import CheckpointError, MinigptError
 
 _NAME = re.compile(
     r"(?P<repository>[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96})(@(?P<revision>[\w./-]{1,200}))?",
     re.ASCII,
 )
-_NEEDED = [
+_INDEX = "model.safetensors.index.json"
+_WEIGHTS = "model.safetensors"
+_SMALL_FILES = [
     "config.json",
     "generation_config.json",
-    "*.safetensors",
-    "model.safetensors.index.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "sp_vocab.json",
+    _INDEX,
 ]
-# Folders hold the same model for other programs, and Mistral's consolidated files hold it twice.
-_UNNEEDED = ["*/*", "consolidated*"]
 _LOG_IN = "log in with `hf auth login`"
 
 
@@ -43,7 +42,7 @@ def download_model(spec: str) -> Path:
     match = _NAME.fullmatch(spec)
     assert match is not None, f"{spec!r} is no name of the hub"
     try:
-        from huggingface_hub import constants, snapshot_download
+        from huggingface_hub import constants, hf_hub_download, snapshot_download
         from huggingface_hub.utils import logging
     except ImportError:
         raise CheckpointError(
@@ -57,22 +56,28 @@ def download_model(spec: str) -> Path:
             path = snapshot_download(
                 match["repository"],
                 revision=match["revision"],
-                allow_patterns=_NEEDED,
-                ignore_patterns=_UNNEEDED,
+                allow_patterns=_SMALL_FILES,
                 tqdm_class=_progress_bar(),
             )
+            folder = Path(path)  # named as the commit is
+            for name in _weight_files(folder):
+                # Not in snapshot_download's threads: Ctrl-C would wait until they are done.
+                hf_hub_download(match["repository"], name, revision=folder.name)
     except MinigptError:
         raise
     except Exception as error:  # those of its transport have no common class over its versions
         problem = _problem(error, match["repository"], match["revision"])
         raise CheckpointError(f"{spec!r} is no folder here, and {problem}") from error
-    folder = Path(path)
-    if not any(folder.glob("*.safetensors")):
-        raise CheckpointError(
-            f"{spec!r} has no .safetensors file. Weights in pickles (.bin, .pt) can run any code "
-            "and are never downloaded: choose a repository that has model.safetensors."
-        )
     return folder
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """Return the weights' files; what an index names but safetensors of the folder is left out."""
+    if not (folder / _INDEX).exists():
+        return [_WEIGHTS]
+    shards = read_json(folder / _INDEX).get("weight_map")
+    names = [n for n in shards.values() if isinstance(n, str)] if isinstance(shards, dict) else []
+    return sorted({n for n in names if re.fullmatch(r"[\w.-]+\.safetensors", n)})
 
 
 def _progress_bar() -> Any:
@@ -103,6 +108,12 @@ def _problem(error: Exception, repository: str, revision: str | None) -> str:
         return f"its repository has no revision {revision!r}. Name a branch, a tag or a commit."
     if isinstance(error, errors.HFValidationError):
         return "no repository can have that name. Check it."
+    is_local = isinstance(error, errors.LocalEntryNotFoundError)  # a kind of EntryNotFoundError
+    if isinstance(error, errors.EntryNotFoundError) and not is_local:
+        return (
+            f"its repository has no {_WEIGHTS}, or not all of its parts. Weights in pickles (.bin, "
+            ".pt) can run any code and are never downloaded: choose another repository."
+        )
     if isinstance(cause, errors.OfflineModeIsEnabled):
         return (
             "HF_HUB_OFFLINE allows what is in the hub's cache only, where it is not, or not whole. "
@@ -110,7 +121,7 @@ def _problem(error: Exception, repository: str, revision: str | None) -> str:
         )
     if response is not None:
         return f"{hub} answered {response.status_code}. Try again later, or {_LOG_IN}."
-    if isinstance(error, errors.LocalEntryNotFoundError):
+    if is_local:
         return (
             f"{hub} cannot be reached ({type(cause).__name__}). Check the network, or download the "
             "folder otherwise and name it."

@@ -6,10 +6,12 @@ import json
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 import termios
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -33,6 +35,7 @@ from minigpt.text.tokenizer import bytes_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 PICKLE = b"\x80\x04 what would run any code"
+LIES = {"a": "pytorch_model.bin", "b": "old/a.safetensors", "c": "../../a.safetensors", "d": [1]}
 RESOLVER = """
 import json, sys
 from minigpt.checkpoint import folder
@@ -53,7 +56,9 @@ class Hub:
 
     repositories: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
-    """Paths of all requests."""
+    """Methods and paths of all requests."""
+    goes_on: threading.Event = field(default_factory=threading.Event)
+    """What tiny/slow waits for in the middle of its weights."""
     url: str = ""
 
     def files(self, name: str, revision: str) -> tuple[str, dict[str, bytes]] | None:
@@ -97,7 +102,9 @@ class Hub:
             return 200, {}, json.dumps(tree).encode()
         if match[1] == "tiny/gated":
             return 403, {"X-Error-Code": "GatedRepo"}, b"{}"
-        data = files[unquote(match[4])]
+        if match[4] not in files:
+            return 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit}, b""
+        data = files[match[4]]
         digest = hashlib.sha256(data).hexdigest()
         headers = {
             "ETag": f'"{digest}"',
@@ -115,14 +122,18 @@ def handler_of(hub: Hub) -> type[BaseHTTPRequestHandler]:
 
         def do_GET(self) -> None:
             path = urlsplit(self.path).path
-            hub.asked.append(path)
+            hub.asked.append(f"{self.command} {path}")
             status, headers, body = hub.answer(path)
             self.send_response(status)
             for name, value in ({"Content-Length": str(len(body))} | headers).items():
                 self.send_header(name, value)
             self.end_headers()
             if self.command == "GET":
-                self.wfile.write(body)
+                is_slow = path.startswith("/tiny/slow/") and path.endswith("/model.safetensors")
+                self.wfile.write(body[: len(body) // 2] if is_slow else body)
+                if is_slow:
+                    hub.goes_on.wait(60)
+                    self.close_connection = True
 
         do_HEAD = do_GET  # noqa: N815
 
@@ -156,7 +167,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def hub(models: dict[str, Path]) -> Iterator[Hub]:
-    one = files_of(models["one"])
+    one, half = files_of(models["one"]), files_of(models["sharded"])
+    del half["model-00002-of-00002.safetensors"]
     hub = Hub()
     hub.repositories = {
         "tiny/story": {
@@ -176,9 +188,19 @@ def hub(models: dict[str, Path]) -> Iterator[Hub]:
         },
         "tiny/sharded": {"main": files_of(models["sharded"])},
         "tiny/pickled": {"main": {"config.json": one["config.json"], "pytorch_model.bin": PICKLE}},
+        "tiny/half": {"main": half},
+        "tiny/lying": {
+            "main": {
+                "config.json": one["config.json"],
+                "model.safetensors.index.json": json.dumps({"weight_map": LIES}).encode(),
+                "pytorch_model.bin": PICKLE,
+                "old/a.safetensors": PICKLE,
+            }
+        },
         "tiny/bad": {"main": one | {"model.safetensors": PICKLE}},
         "tiny/gated": {"main": one},
         "tiny/down": {"main": one},
+        "tiny/slow": {"main": one},
     }
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler_of(hub))
     hub.url = f"http://127.0.0.1:{server.server_port}"
@@ -218,38 +240,82 @@ def resolve(cwd: Path, env: dict[str, str], *specs: str) -> list[dict[str, Any]]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def folders(answers: list[dict[str, Any]]) -> list[Path]:
-    """Return the folders that specs were resolved to."""
-    return [Path(answer["folder"]) for answer in answers]
+@dataclass(frozen=True)
+class Downloads:
+    """What one process has downloaded."""
+
+    home: Path
+    """Where the hub's cache is."""
+    folders: dict[str, Path]
+    """By what was asked for."""
+    asked: tuple[str, ...]
+    """The paths that the server was asked for."""
+
+
+@pytest.fixture(scope="module")
+def downloads(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Downloads:
+    home = tmp_path_factory.mktemp("huggingface")
+    tagged = hub.files("tiny/story", "v2.0")
+    assert tagged
+    revisions = ["main", "v2.0", "refs/pr/1", tagged[0]]
+    specs = ["tiny/story", "tiny/sharded", "tiny/bad", "tiny/lying"]
+    specs += [f"tiny/story@{revision}" for revision in revisions]
+    hub.asked.clear()
+    answers = resolve(home, environment(home, hub.url), *specs)
+    folders = [Path(answer["folder"]) for answer in answers]
+    return Downloads(home, dict(zip(specs, folders, strict=True)), tuple(hub.asked))
 
 
 def test_a_model_s_own_files_are_downloaded_and_nothing_else(
-    hub: Hub, models: dict[str, Path], tmp_path: Path
+    downloads: Downloads, models: dict[str, Path]
 ) -> None:
-    hub.asked.clear()
-    answers = resolve(tmp_path, environment(tmp_path, hub.url), "tiny/story", "tiny/sharded")
-    for found, original in zip(folders(answers), models.values(), strict=True):
-        assert files_of(found) == files_of(original)
-        loaded, expected = read_model(found), read_model(original)
-        assert loaded.tokenizer is not None
-        assert loaded.model.config == expected.model.config
-        for name, tensor in expected.model.state_dict().items():
-            assert torch.equal(loaded.model.state_dict()[name], tensor)
-    fetched = {path.rpartition("/")[2] for path in hub.asked if "/resolve/" in path}
-    assert fetched == {name for original in models.values() for name in files_of(original)}
-    assert PICKLE not in [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    for spec, original in {"tiny/story": "one", "tiny/sharded": "sharded"}.items():
+        found = downloads.folders[spec]
+        assert files_of(found) == files_of(models[original])
+        ours, theirs = read_model(found), read_model(models[original])
+        assert ours.tokenizer is not None
+        assert ours.model.config == theirs.model.config
+        for name, tensor in theirs.model.state_dict().items():
+            assert torch.equal(ours.model.state_dict()[name], tensor)
+    fetched = {path.partition("/resolve/")[2].partition("/")[2] for path in downloads.asked} - {""}
+    assert fetched == {name for place in models.values() for name in files_of(place)}
+    stored = [path.read_bytes() for path in (downloads.home / "hub").rglob("*") if path.is_file()]
+    assert sum(data == PICKLE for data in stored) == 2  # tiny/bad's: the blob and the link to it
 
 
-def test_a_revision_is_a_branch_a_tag_or_a_commit(hub: Hub, tmp_path: Path) -> None:
-    found = hub.files("tiny/story", "v2.0")
-    assert found
-    specs = [f"tiny/story@{revision}" for revision in ("main", "v2.0", "refs/pr/1", found[0])]
-    answers = resolve(tmp_path, environment(tmp_path, hub.url), *specs)
-    main, tagged, proposed, by_commit = folders(answers)
-    assert len({main, tagged, proposed}) == 3
+def test_a_revision_is_a_branch_a_tag_or_a_commit(downloads: Downloads) -> None:
+    default, *_, main, tagged, proposed, by_commit = downloads.folders.values()
+    assert default == main
     assert by_commit == tagged
+    assert len({main, tagged, proposed}) == 3
     tokenizers = [read_model(place).tokenizer for place in (main, tagged)]
     assert [t.end_of_text_ids for t in tokenizers if t] == [(256,), (7, 8)]
+
+
+def test_ctrl_c_ends_a_download_at_once(hub: Hub, tmp_path: Path) -> None:
+    hub.asked.clear()
+    started = subprocess.Popen(
+        [sys.executable, "-c", RESOLVER, "tiny/slow"],
+        cwd=tmp_path,
+        env=environment(tmp_path, hub.url),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 60
+    while not any(re.match("GET .*/model.safetensors", asked) for asked in hub.asked):
+        assert started.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    started.send_signal(signal.SIGINT)
+    assert started.wait(30) == -signal.SIGINT  # the server waits twice as long
+    hub.goes_on.set()
+
+
+def test_what_was_downloaded_is_read_as_strictly_as_any_folder(downloads: Downloads) -> None:
+    with pytest.raises(CheckpointError, match="is no whole safetensors file"):
+        read_model(downloads.folders["tiny/bad"])
+    with pytest.raises(CheckpointError, match="does not map tensors to files of its folder"):
+        read_model(downloads.folders["tiny/lying"])
 
 
 ERRORS = {
@@ -258,7 +324,8 @@ ERRORS = {
     "tiny/gated": "its repository is gated. Accept the terms at http://127.0.0.1:",
     "tiny/down": "answered 503. Try again later",
     "tiny/a--b": "no repository can have that name",
-    "tiny/pickled": "has no .safetensors file. Weights in pickles (.bin, .pt) can run any code and",
+    "tiny/pickled": "its repository has no model.safetensors, or not all of its parts. Weights in",
+    "tiny/half": "its repository has no model.safetensors, or not all of its parts. Weights in",
 }
 
 
@@ -273,40 +340,22 @@ def test_what_cannot_be_had_is_one_line_each(hub: Hub, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("is_offline", [True, False], ids=["HF_HUB_OFFLINE", "no network"])
 def test_without_the_hub_its_cache_is_used_and_what_it_lacks_is_one_line(
-    hub: Hub, tmp_path: Path, is_offline: bool
+    hub: Hub, downloads: Downloads, is_offline: bool
 ) -> None:
-    online = resolve(tmp_path, environment(tmp_path, hub.url), "tiny/story", "tiny/story@v2.0")
-    hub.asked.clear()
     nowhere = "http://127.0.0.1:9"  # the port where nothing is ever served
-    env = (
-        environment(tmp_path, hub.url, HF_HUB_OFFLINE="1")
-        if is_offline
-        else environment(tmp_path, nowhere)
-    )
-    *cached, absent = resolve(tmp_path, env, "tiny/story", "tiny/story@v2.0", "tiny/sharded")
-    assert cached == online
+    offline = {"HF_HUB_OFFLINE": "1"} if is_offline else {}
+    env = environment(downloads.home, hub.url if is_offline else nowhere, **offline)
+    hub.asked.clear()
+    *cached, absent = resolve(downloads.home, env, *downloads.folders, "tiny/pickled")
+    assert [Path(answer["folder"]) for answer in cached] == list(downloads.folders.values())
     assert absent["code"] == 4
-    assert absent["error"].startswith("'tiny/sharded' is no folder here, and ")
-    if is_offline:
-        assert "HF_HUB_OFFLINE allows what is in the hub's cache only" in absent["error"]
-    else:
-        assert f"the Hugging Face hub ({nowhere}) cannot be reached" in absent["error"]
+    says = (
+        "HF_HUB_OFFLINE allows what is in the hub's cache only, where it is not, or not whole."
+        if is_offline
+        else f"the Hugging Face hub ({nowhere}) cannot be reached (ConnectError)."
+    )
+    assert absent["error"].startswith(f"'tiny/pickled' is no folder here, and {says}")
     assert hub.asked == []
-
-
-def test_a_download_that_was_cut_short_is_not_taken_for_a_model(hub: Hub, tmp_path: Path) -> None:
-    [found] = folders(resolve(tmp_path, environment(tmp_path, hub.url), "tiny/sharded"))
-    (found / "model-00002-of-00002.safetensors").unlink()
-    env = environment(tmp_path, hub.url, HF_HUB_OFFLINE="1")
-    [answer] = resolve(tmp_path, env, "tiny/sharded")
-    assert answer["code"] == 4
-    assert "in the hub's cache only, where it is not, or not whole" in answer["error"]
-
-
-def test_what_was_downloaded_is_read_as_strictly_as_any_folder(hub: Hub, tmp_path: Path) -> None:
-    [found] = folders(resolve(tmp_path, environment(tmp_path, hub.url), "tiny/bad"))
-    with pytest.raises(CheckpointError, match="is no whole safetensors file"):
-        read_model(found)
 
 
 def test_a_path_that_is_there_is_never_asked_of_the_hub(
