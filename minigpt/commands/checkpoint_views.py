@@ -116,7 +116,7 @@ def _facts(facts: "ModelFacts") -> dict[str, str]:
     dtypes = ", ".join(dict.fromkeys(tensor.dtype for tensor in facts.tensors))
     heads = f"{config.n_head} heads of {config.d_head}"
     if config.n_kv_head < config.n_head:
-        heads += f" on {config.n_kv_head} of keys and values"
+        heads += f", {config.n_kv_head} key/value heads"
     output = "the embedding again" if config.tie_embeddings else "a projection of its own"
     cache_bytes = facts.cache_bytes_per_token(4)
     shown = {
