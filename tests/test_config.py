@@ -6,7 +6,14 @@ from typing import Any
 
 import pytest
 
-from minigpt.config import DataConfig, ModelConfig, SamplingConfig, TrainingConfig, round_up
+from minigpt.config import (
+    DataConfig,
+    ModelConfig,
+    RunConfig,
+    SamplingConfig,
+    TrainingConfig,
+    round_up,
+)
 from minigpt.errors import ConfigError
 
 SHAPE: dict[str, Any] = {
@@ -127,6 +134,20 @@ def test_sampling_values_out_of_range_are_refused(changes: dict[str, Any], messa
 def test_validation_takes_a_part_and_neither_nothing_nor_all(fraction: float) -> None:
     with pytest.raises(ConfigError, match="val_fraction must be between 0 and 1"):
         DataConfig(val_fraction=fraction)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sequence_length": 65}, "(--context-length with --from) is 65, and the model sees 64"),
+        ({"context_warmup_length": 24}, "model.context_length, or the sequence_length if there"),
+        ({"context_warmup_length": 32, "sequence_length": 48}, "32 does not divide 48."),
+    ],
+)
+def test_sequences_fit_the_model_and_their_warm_up(changes: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        RunConfig(model=ModelConfig(**SHAPE), training=TrainingConfig(max_steps=1, **changes))
+    assert message in str(caught.value)
 
 
 def test_a_config_cannot_be_changed() -> None:

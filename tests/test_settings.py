@@ -1,5 +1,6 @@
 """Plain values are taken strictly, and configs go through TOML unchanged."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,18 @@ def test_values_are_taken_strictly(values: dict[str, Any], message: str) -> None
     with pytest.raises(ConfigError) as caught:
         build(RunConfig, merge(to_dict(run_config()), values))
     assert message in str(caught.value)
+
+
+def test_where_a_run_started_from_is_called_as_its_option_is(tmp_path: Path) -> None:
+    config = replace(run_config(), from_="a/b")
+    path = tmp_path / "config.toml"
+    path.write_text(to_toml(config), encoding="utf-8")
+    assert read_toml(path)["from"] == "a/b"
+    assert build(RunConfig, read_toml(path)) == config
+    assert "from" not in to_dict(run_config())
+    for unknown in ("from_", "form"):
+        with pytest.raises(ConfigError, match=f"^unknown setting {unknown}. Did you mean from?"):
+            build(RunConfig, to_dict(run_config()) | {unknown: "a/b"})
 
 
 def test_a_missing_setting_is_named() -> None:

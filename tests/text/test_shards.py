@@ -18,10 +18,11 @@ import pytest
 
 from minigpt.config import DataConfig
 from minigpt.errors import ConfigError, DataError, ResourceError
-from minigpt.text import shards
+from minigpt.text import corpus, shards
 from minigpt.text.batches import window_starts
+from minigpt.text.rules import NO_RULES, Rules
 from minigpt.text.shards import PreparedData, PrepareProgress, TokenSpan, open_prepared, prepare
-from minigpt.text.tokenizer import Tokenizer
+from minigpt.text.tokenizer import Tokenizer, make_encoding
 
 Prepare = Callable[..., PreparedData]
 
@@ -32,11 +33,17 @@ def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Prepare:
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
 
-    def run(*texts: str, tokenizer: str = "bytes", **options: object) -> PreparedData:
+    def run(
+        *texts: str,
+        tokenizer: str = "bytes",
+        vocabulary: Tokenizer | None = None,
+        on_progress: Callable[[PrepareProgress], None] | None = None,
+    ) -> PreparedData:
         for i, text in enumerate(texts):
             Path(f"{i}.txt").write_bytes(text.encode())
         paths = tuple(f"{i}.txt" for i in range(len(texts)))
-        return prepare(DataConfig(paths=paths, tokenizer=tokenizer), tmp_path / "cache", **options)  # type: ignore[arg-type]
+        config = DataConfig(paths=paths, tokenizer=tokenizer)
+        return prepare(config, tmp_path / "cache", on_progress, tokenizer=vocabulary)
 
     return run
 
@@ -66,6 +73,65 @@ def test_each_document_comes_after_end_of_text(
     assert manifest.tokenizer == data.tokenizer.name == tokenizer
     assert manifest.tokenizer_fingerprint == data.tokenizer.fingerprint
     assert manifest.sources == ("0.txt", "1.txt")
+
+
+def vocabulary(specials: dict[str, int], rules: Rules = NO_RULES) -> Tokenizer:
+    """Bytes in another order than ``bytes``, so that no shortcut for those is taken."""
+    ranks = {bytes([b]): 255 - b for b in range(256)}
+    return Tokenizer("book", make_encoding("book", r"(?s:.)", ranks, specials), rules)
+
+
+TWO = {"<s>": 256, "</s>": 257}
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "separator"),
+    [
+        (vocabulary({}), []),
+        (vocabulary({"<|endoftext|>": 300}), [300]),
+        (
+            vocabulary({"<s>": 256, "</s>": 257}, Rules(prefix=(256,), end_of_text=(257,))),
+            [257, 256],
+        ),
+        (vocabulary({"<s>": 256}, Rules(prefix=(256,))), [256]),
+        (vocabulary({"<s>": 256}, Rules(prefix=(256,), end_of_text=(256,))), [256]),
+    ],
+    ids=["neither", "end", "end and begin", "begin", "one for both"],
+)
+def test_a_vocabulary_that_is_there_is_used_and_its_own_tokens_part_documents(
+    prepared: Prepare, tokenizer: Tokenizer, separator: list[int]
+) -> None:
+    texts = ["the owl <s> <|endoftext|>\n", "né"]
+    data = prepared(*texts, tokenizer="no spec", vocabulary=tokenizer)
+    expected = [[255 - b for b in text.encode()] for text in texts]
+    assert tokens_of(data) == [*separator, *expected[0], *separator, *expected[1]]
+    assert data.tokenizer is tokenizer
+    assert (data.manifest.n_documents, data.manifest.n_bytes) == (2, 29)
+
+
+def test_vocabularies_of_one_name_do_not_share_a_preparation(prepared: Prepare) -> None:
+    one, other = vocabulary({}), vocabulary({"<|endoftext|>": 256})
+    ours = prepared("a text", tokenizer="book", vocabulary=one)
+    assert prepared("a text", tokenizer="book", vocabulary=other).folder != ours.folder
+    renamed = Tokenizer("novel", one.encoding)
+    again = prepared("a text", tokenizer="novel", vocabulary=renamed)
+    assert (again.folder, again.tokenizer.name) == (ours.folder, "novel")
+    assert again.tokens.fingerprint == ours.tokens.fingerprint
+
+
+def test_pieces_of_a_document_have_the_tokens_of_the_whole(
+    prepared: Prepare, shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SentencePiece puts a space before a text, and none before its later pieces."""
+    from minigpt.checkpoint.model_folder import read_model
+
+    tokenizer = read_model(shared / "weights/stories260K").tokenizer
+    assert tokenizer is not None
+    text = (shared / "data/tinyshakespeare.txt").read_text()[:20_000]
+    monkeypatch.setattr(corpus, "PIECE_CHARS", 1000)
+    monkeypatch.setattr(corpus, "LOOKAHEAD_CHARS", 500)
+    data = prepared(text, tokenizer="stories", vocabulary=tokenizer)
+    assert tokens_of(data) == [*tokenizer.separator, *tokenizer.encode(text)]
 
 
 def test_large_vocabularies_are_stored_as_four_bytes(

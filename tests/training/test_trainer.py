@@ -2,13 +2,14 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import small_config
+from small_models import small_config, small_model
 from small_runs import bits, config_of, data_of, differing, run_until, text, trainer_of
 
 from minigpt.checkpoint.folder import RunFolder
@@ -62,6 +63,75 @@ def test_the_loop_equals_a_plain_one(clip: float, data: PreparedData, tmp_path: 
         if name.endswith("key.bias"):
             continue  # no softmax feels it: its gradient is noise, which AdamW makes steps of
         torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-3, msg=name)
+
+
+def test_shorter_sequences_train_as_a_model_of_that_context_does(
+    data: PreparedData, tmp_path: Path
+) -> None:
+    """The llama layout has no weight of a position: the longer context is only room."""
+    base = config_of("llama", max_steps=6, eval_every=2, context_warmup_length=4)
+    short = replace(base, model=replace(base.model, context_length=8))
+    long = replace(base, training=replace(base.training, sequence_length=8))
+    trainers = [
+        trainer_of(config, data, tmp_path / name)
+        for name, config in {"short": short, "long": long}.items()
+    ]
+    facts = [
+        [
+            (event.val_loss, event.n_tokens) if isinstance(event, EvalEvent) else event.train_loss
+            for event in trainer.run()
+            if isinstance(event, EvalEvent | StepEvent)
+        ]
+        for trainer in trainers
+    ]
+    assert facts[0] == facts[1]
+    assert differing(bits(trainers[0]), bits(trainers[1])) == []
+    written = read_model(RunFolder(tmp_path / "long").step_folder(6)).model.config
+    assert written.context_length == 16
+
+
+def test_a_run_from_a_model_evaluates_it_and_moves_its_weights(
+    data: PreparedData, tmp_path: Path
+) -> None:
+    config = replace(config_of("gpt2", dropout=0.1, max_steps=3), from_="somewhere")
+    model = small_model("gpt2", vocab_size=257, context_length=16)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trainer = trainer_of(config, data, tmp_path, start_from=model)
+    assert differing(dict(trainer.model.state_dict()), before) == []
+    events = list(trainer.run())
+    windows = validation_windows(trainer.val_tokens, 16, config.training.eval_tokens, 1)
+    model = small_model("gpt2", vocab_size=257, context_length=16)
+    expected = evaluate(model, windows, data.tokenizer.token_byte_lengths)
+    first = events[0]
+    assert isinstance(first, EvalEvent)
+    assert (first.step, first.n_tokens) == (0, expected.n_tokens)
+    assert first.val_loss == pytest.approx(expected.nats_per_token, rel=1e-5)
+    assert "blocks.0.mlp.up.weight" in differing(dict(trainer.model.state_dict()), before)
+
+
+@pytest.mark.parametrize(("vocab_size", "batch_size"), [(257, 1024), (2**19, 16), (2**28, 1)])
+def test_evaluation_makes_no_more_logits_at_once_than_fit(
+    vocab_size: int,
+    batch_size: int,
+    data: PreparedData,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[int] = []
+
+    def stop_at(span: Any, length: int, max_tokens: int, batch_size: int) -> Any:
+        seen.append(batch_size)
+        raise DataError("far enough")
+
+    trainer = trainer_of(config_of("llama"), data, tmp_path)
+    monkeypatch.setattr(trainer_module, "validation_windows", stop_at)
+    trainer.config = replace(
+        trainer.config, model=replace(trainer.config.model, vocab_size=vocab_size)
+    )
+    trainer.request_stop()
+    with pytest.raises(DataError):
+        list(trainer.run())
+    assert seen == [batch_size]
 
 
 def test_accumulated_micro_batches_equal_the_big_batch(data: PreparedData, tmp_path: Path) -> None:
