@@ -16,6 +16,7 @@ TINY = shlex.split(
     "--max-steps 2 --context-length 32 --batch-size 2 --set model.d_model=16 "
     "--set model.n_head=4 --set model.d_mlp=16 --set training.micro_batch_size=2"
 )
+TINY_FROM = shlex.split("--max-steps 2 --context-length 32 --batch-size 2")
 
 
 def shown_commands() -> list[str]:
@@ -28,7 +29,7 @@ def run(line: str) -> tuple[int, str]:
     given = shlex.split(before)[1] + "\n" if before else None
     arguments = shlex.split(command)[1:]
     if arguments[0] == "train" and "--resume" not in arguments:
-        arguments += TINY
+        arguments += TINY_FROM if "--from" in arguments else TINY
     elif arguments[0] == "train":
         arguments[arguments.index("--max-steps") + 1] = "4"
     elif "prune" in arguments:
@@ -45,7 +46,8 @@ def test_every_command_that_the_readme_shows_runs(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MINIGPT_CACHE_DIR", str(tmp_path / "cache"))
     text = "The king said: once upon a time there was a book. To be, or not to be!\n" * 60
-    (tmp_path / "my-book.txt").write_text(text)
+    for name in ("my-book.txt", "my-letters.txt"):
+        (tmp_path / name).write_text(text)
     commands = shown_commands()
     assert len(commands) >= 13, "the README shows the three jobs and what came of them"
     for line in commands:
