@@ -84,9 +84,9 @@ def train(
         str | None,
         options.option(
             "--from",
-            "Go on from this model, in a new run: a folder, or the name of a run",
+            "Model to go on from: a folder, run, or hub name",
             group="Run",
-            metavar="MODEL",
+            metavar="PATH",
         ),
     ] = None,
     set_: Annotated[
@@ -170,21 +170,21 @@ def train(
     Later settings win: preset, --config, options, --set. With --resume, the model, the text, the
     seed, the batch size and the optimizer are the run's own; all else may change.
 
-    With --from, model and tokenizer are those of the folder, --context-length is that of the
+    With --from, model and tokenizer are what they are there, --context-length is that of the
     training sequences alone, and what is left out suits fine-tuning: AdamW, low rates, few steps.
 
     In brackets: what holds if the option is left out, for the preset nano.
     """
     flags = {key: value for key, value in locals().items() if key in _FLAG_PLACES}
-    given = {"preset": preset, "from": from_, "data": {"paths": data} if data else None}
-    overrides = _overrides(given, flags, config, set_ or [])
-    from minigpt.commands.training_run import resume_run, start_run, start_run_from
-
     if resume and from_ is not None:
         raise ConfigError(
             "--from starts a run, and --resume goes on with one. Give one of them; a run that "
             "began with --from is resumed without it."
         )
+    given = {"preset": preset, "from": from_, "data": {"paths": data} if data else None}
+    overrides = _overrides(given, flags, config, set_ or [])
+    from minigpt.commands.training_run import resume_run, start_run, start_run_from
+
     start = start_run_from if overrides.get("from") is not None else start_run
     (resume_run if resume else start)(name, overrides)
 
