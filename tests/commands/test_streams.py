@@ -85,7 +85,7 @@ def hostile(trained: Path) -> tuple[list[str], str]:
     loaded = read_model(trained / "checkpoints/tiny/step-000004")
     assert loaded.tokenizer is not None
     decoder = Decoder(loaded.model, loaded.tokenizer.encode("x"))
-    config, end = SamplingConfig(temperature=99), loaded.tokenizer.end_of_text
+    config, end = SamplingConfig(temperature=99), loaded.tokenizer.end_of_text_ids
     for seed in range(1000):
         steps = decoder.generate(config, seed=seed, end_of_text=end)
         text = "".join(item.text for item in stream_text(steps, loaded.tokenizer))
