@@ -12,6 +12,11 @@ from torch import Tensor
 from minigpt.model.device import autocast
 from minigpt.model.gpt import GPT
 
+LONGEST_WINDOW = 1024
+"""The most tokens in a window, unless asked for: the context of some models fits no machine."""
+_TOKENS_AT_ONCE = 16_384
+_LOGITS_AT_ONCE = 2**27  # half a GiB in float32
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -37,7 +42,16 @@ class Evaluation:
     @property
     def perplexity(self) -> float:
         """exp of the mean cross-entropy: the equally likely tokens it is unsure between."""
-        return math.exp(self.nats_per_token)
+        try:
+            return math.exp(self.nats_per_token)
+        except OverflowError:
+            return math.inf
+
+
+def windows_at_once(vocab_size: int, window_length: int) -> int:
+    """Return how many windows one forward pass takes, so that their logits fit any machine."""
+    n_tokens = min(_TOKENS_AT_ONCE, _LOGITS_AT_ONCE // vocab_size)
+    return max(1, n_tokens // window_length)
 
 
 @torch.no_grad()
@@ -48,9 +62,10 @@ def evaluate(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> Evaluation:
-    """Sum the loss over batches of (inputs, targets), each (B, T), as the model stands.
+    """Sum the loss over batches of inputs (B, T) and targets (B, S), as the model stands.
 
-    Dropout is off during the pass and as it was after it.
+    The targets are what follows the last S inputs. Dropout is off during the pass and as it was
+    after it.
     """
     was_training = model.training
     device = model.embedding.weight.device
@@ -61,7 +76,7 @@ def evaluate(
     n_tokens = n_bytes = 0
     for inputs, targets in batches:
         with autocast(device, dtype):
-            logits = model(inputs.to(device))
+            logits = model(inputs.to(device), logits_to_keep=targets.shape[1])
         loss = F.cross_entropy(
             logits.float().flatten(0, 1), targets.to(device).flatten(), reduction="sum"
         )

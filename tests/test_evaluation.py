@@ -7,7 +7,7 @@ import pytest
 import torch
 from small_models import LAYOUTS, random_tokens, small_model
 
-from minigpt.evaluation import Evaluation, evaluate
+from minigpt.evaluation import Evaluation, evaluate, windows_at_once
 from minigpt.model.gpt import GPT
 from minigpt.text.batches import validation_windows
 from minigpt.text.shards import TokenDataset, TokenSpan
@@ -21,11 +21,12 @@ def span_of(tokens: list[int]) -> TokenSpan:
     return TokenSpan(TokenDataset([array[:cut], array[cut:]], "x"), 0, len(tokens), "validation")
 
 
-def plain_nats(model: GPT, tokens: list[int]) -> list[float]:
+def plain_nats(model: GPT, tokens: list[int], stride: int = CONTEXT) -> list[float]:
     """-ln p of each token but the first, one at a time: no batch, no cross_entropy."""
     nats = []
     for target in range(1, len(tokens)):
-        start = (target - 1) // CONTEXT * CONTEXT
+        # The first of the windows at 0, stride, 2 stride, ... that has the target.
+        start = -(-max(target - CONTEXT, 0) // stride) * stride
         logits = model(torch.tensor([tokens[start:target]]))[0, -1].double().tolist()
         total = sum(math.exp(logit - max(logits)) for logit in logits)
         nats.append(math.log(total) + max(logits) - logits[tokens[target]])
@@ -50,6 +51,22 @@ def test_the_loss_equals_a_plain_loop_with_every_token_counted_once(layout: str)
         bits = sum(expected) / math.log(2)
         assert result.bits_per_byte == pytest.approx(bits / result.n_bytes, rel=1e-5)
         assert result.perplexity == pytest.approx(math.exp(sum(expected) / len(expected)), rel=1e-4)
+
+
+@pytest.mark.parametrize("stride", [1, 7, 12])
+@torch.no_grad()
+def test_a_strided_loss_equals_a_plain_loop_with_each_token_in_its_window(stride: int) -> None:
+    model = small_model("qwen3")
+    tokens = random_tokens(2 * CONTEXT + 12).tolist()
+    lengths = np.arange(61, dtype=np.int32) % 4
+    expected = plain_nats(model, tokens, stride)
+    for batch_size in (1, 3):
+        windows = validation_windows(span_of(tokens), CONTEXT, 10**6, batch_size, stride=stride)
+        result = evaluate(model, windows, lengths)
+        assert result.n_tokens == len(tokens) - 1
+        assert result.n_bytes == sum(token % 4 for token in tokens[1:])
+        assert result.nats == pytest.approx(sum(expected), rel=1e-5)
+    assert sum(expected) != pytest.approx(sum(plain_nats(model, tokens)), rel=1e-3)
 
 
 @torch.no_grad()
@@ -114,3 +131,16 @@ def test_an_untrained_even_model_has_a_loss_of_ln_v() -> None:
     result = evaluate(model, windows, np.ones(61, np.int32))
     assert result.nats_per_token == pytest.approx(math.log(61), rel=1e-6)
     assert result.perplexity == pytest.approx(61, rel=1e-5)
+
+
+@pytest.mark.parametrize("vocab_size", [257, 50_257, 2**28])
+@pytest.mark.parametrize("length", [1, 64, 1024, 100_000])
+def test_windows_at_once_fit_into_memory_and_are_one_at_least(vocab_size: int, length: int) -> None:
+    n_windows = windows_at_once(vocab_size, length)
+    assert n_windows == 1 or n_windows * length * vocab_size * 4 <= 2**29  # bytes of logits
+    assert n_windows == 1 or n_windows * length <= 16_384
+    assert (n_windows + 1) * length * max(vocab_size, 2**13) > 2**27, "and no fewer than fit"
+
+
+def test_a_perplexity_beyond_all_numbers_is_infinite() -> None:
+    assert Evaluation(nats=1e6, n_tokens=1, n_bytes=1).perplexity == math.inf

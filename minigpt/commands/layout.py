@@ -13,6 +13,7 @@ COMMANDS = {
     "train": "Train a model from text",
     "generate": "Continue a prompt with a trained model",
     "attention-trace": "Show what each generated token attended to",
+    "evaluate": "Measure how well a model predicts a text",
     "checkpoints": "List, show, verify and prune checkpoints",
 }
 """Each command and its line in ``minigpt --help``; its module is named as it is."""

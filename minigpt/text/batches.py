@@ -91,40 +91,58 @@ def batch(
         rank=rank,
         world_size=world_size,
     )
-    return _inputs_and_targets(span.windows(starts, context_length + 1))
+    return _inputs_and_targets(span.windows(starts, context_length + 1), context_length)
 
 
 def validation_windows(
-    span: TokenSpan, context_length: int, max_tokens: int, batch_size: int
+    span: TokenSpan,
+    context_length: int,
+    max_tokens: int,
+    batch_size: int,
+    *,
+    stride: int | None = None,
 ) -> Iterator[tuple["torch.Tensor", "torch.Tensor"]]:
     """Yield one pass over a span: every token but the first is a target exactly once.
 
-    The windows do not overlap; the last one is shorter and comes by itself. If the targets are
-    more than max_tokens, evenly spread whole windows are taken instead, at least one.
+    Each window begins stride tokens after the one before, and the last stride of its tokens have
+    their targets given; those before them are context that was predicted already. Without a
+    stride, windows do not overlap. What is left at the end is a shorter window by itself, and so
+    is what the first window has before its last stride tokens. If the targets are more than
+    max_tokens, evenly spread windows are taken instead, at least one, and nothing else.
 
-    Returns: inputs and targets, each (B, T) with B at most batch_size, int64.
+    Args: stride, 1 to context_length.
+    Returns: inputs (B, T) with B at most batch_size, and what follows the last S of them, (B, S);
+        int64.
     Raises: DataError if the span is shorter than context_length + 1 tokens.
+    Source: strided perplexity as in Hugging Face's guide, transformers/perplexity.
     """
     require_length(span, context_length)
-    n_windows, n_rest = divmod(len(span) - 1, context_length)
+    stride = stride or context_length
+    assert 0 < stride <= context_length
+    n_overlap = context_length - stride
+    n_windows, n_rest = divmod(len(span) - 1 - n_overlap, stride)
     windows = np.arange(n_windows)
-    if len(span) - 1 > max_tokens:
-        n_kept = max(1, max_tokens // context_length)
+    is_thinned = len(span) - 1 > max_tokens
+    if is_thinned:
+        n_kept = min(max(1, max_tokens // stride), n_windows)
         windows = np.arange(n_kept) * n_windows // n_kept
-        n_rest = 0
+    if n_overlap and not is_thinned:
+        yield _inputs_and_targets(span.windows(np.zeros(1, np.int64), n_overlap + 1), n_overlap)
     for first in range(0, len(windows), batch_size):
-        starts = windows[first : first + batch_size] * context_length
-        yield _inputs_and_targets(span.windows(starts, context_length + 1))
-    if n_rest:
-        starts = np.array([n_windows * context_length])
-        yield _inputs_and_targets(span.windows(starts, n_rest + 1))
+        starts = windows[first : first + batch_size] * stride
+        yield _inputs_and_targets(span.windows(starts, context_length + 1), stride)
+    if n_rest and not is_thinned:
+        starts = np.array([n_windows * stride])
+        yield _inputs_and_targets(span.windows(starts, n_overlap + n_rest + 1), n_rest)
 
 
-def _inputs_and_targets(windows: npt.NDArray[np.int64]) -> tuple["torch.Tensor", "torch.Tensor"]:
+def _inputs_and_targets(
+    windows: npt.NDArray[np.int64], n_targets: int
+) -> tuple["torch.Tensor", "torch.Tensor"]:
     import torch
 
     tokens = torch.from_numpy(windows)
-    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    return tokens[:, :-1].contiguous(), tokens[:, -n_targets:].contiguous()
 
 
 def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

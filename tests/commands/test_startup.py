@@ -30,7 +30,14 @@ def modules_after(*words: str, cwd: Path = ROOT) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], ["train", "--help"], ["attention-trace", "--help"], ["--version"]]
+    "words",
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["attention-trace", "--help"],
+        ["evaluate", "--help"],
+        ["--version"],
+    ],
 )
 def test_help_imports_nothing_heavy(words: list[str]) -> None:
     assert not modules_after(*words) & set(HEAVY)

@@ -163,3 +163,46 @@ def test_thinned_validation_takes_evenly_spread_whole_windows() -> None:
 def test_validation_looks_at_one_window_at_least() -> None:
     pairs = list(validation_windows(span_of(1000), 16, 1, batch_size=4))
     assert [inputs[:, 0].tolist() for inputs, _ in pairs] == [[0]]
+
+
+def contexts_of_the_guide(n_tokens: int, context_length: int, stride: int) -> dict[int, int]:
+    """Where the window of each target begins, as the loop of Hugging Face's guide has it.
+
+    There a window has context_length tokens and predicts among them; ours has as many inputs.
+    """
+    begin_of: dict[int, int] = {}
+    end_before = 0
+    for begin in range(0, n_tokens - 1, stride):
+        end = min(begin + context_length, n_tokens - 1)
+        begin_of |= {position + 1: begin for position in range(end_before, end)}
+        end_before = end
+        if end == n_tokens - 1:
+            break
+    return begin_of
+
+
+@pytest.mark.parametrize("stride", [1, 5, 8, 15, 16])
+@pytest.mark.parametrize("n_tokens", [17, 18, 24, 25, 32, 33, 34, 200])
+def test_strided_windows_are_those_of_hugging_faces_guide(n_tokens: int, stride: int) -> None:
+    begin_of: dict[int, int] = {}
+    pairs = validation_windows(span_of(n_tokens), 16, 10**6, batch_size=3, stride=stride)
+    for inputs, targets in pairs:
+        assert inputs.shape[0] == targets.shape[0] <= 3
+        assert torch.equal(targets, inputs[:, -targets.shape[1] :] + 1)
+        for row, answers in zip(inputs.tolist(), targets.tolist(), strict=True):
+            assert row == list(range(row[0], row[-1] + 1))
+            assert len(row) <= 16
+            assert not begin_of.keys() & set(answers), "a target counts once"
+            begin_of |= dict.fromkeys(answers, row[0])
+    assert begin_of == contexts_of_the_guide(n_tokens, 16, stride)
+
+
+def test_thinned_strided_windows_are_whole_and_evenly_spread() -> None:
+    pairs = list(validation_windows(span_of(1605), 16, 10 * 4 + 3, batch_size=4, stride=4))
+    assert [tuple(inputs.shape) for inputs, _ in pairs] == [(4, 16), (4, 16), (2, 16)]
+    assert {targets.shape[1] for _, targets in pairs} == {4}
+    starts = torch.cat([inputs[:, 0] for inputs, _ in pairs])
+    n_windows = (1604 - 16) // 4 + 1
+    assert starts.tolist() == [i * n_windows // 10 * 4 for i in range(10)]
+    few = list(validation_windows(span_of(18), 16, 16, batch_size=9, stride=1))
+    assert [inputs[:, 0].tolist() for inputs, _ in few] == [[0, 1]]  # there are no more

@@ -1,0 +1,250 @@
+"""minigpt evaluate: the run's own loss again, a plain loop's, and the bytes of the text itself."""
+
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from calls import TINY, Run, error_line
+from small_models import small_model
+from test_streams import Screen
+
+from minigpt.checkpoint.folder import RunFolder
+from minigpt.checkpoint.model_folder import read_model, write_model
+from minigpt.commands import progress_line
+from minigpt.text.tokenizer import Tokenizer, bytes_tokenizer, make_encoding, train_bpe
+
+TEXT = "The king said: né, once upon a time.\n" * 12
+
+
+@pytest.fixture(autouse=True)
+def at_trained(trained: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work where the tiny run is; evaluate writes nothing beside it."""
+    monkeypatch.chdir(trained)
+
+
+def evaluated(run: Run, *words: str, stdin: bytes = b"") -> dict[str, Any]:
+    result = run("evaluate", *words, "--json", stdin=stdin)
+    assert (result.code, result.err) == (0, "")
+    assert result.out.count("\n") == 1
+    facts: dict[str, Any] = json.loads(result.out)
+    return facts
+
+
+def test_the_last_share_of_a_runs_text_has_the_runs_own_loss(run: Run) -> None:
+    best = RunFolder(Path("checkpoints/tiny")).best()
+    assert best is not None
+    words = ["corpus.txt", "--model", "tiny", "--val-fraction", "0.1"]
+    facts = evaluated(run, *words, "--eval-tokens", "256")  # as the run is told by TINY
+    assert facts["nats_per_token"] == pytest.approx(best.facts["val_loss"], rel=1e-6)
+    assert facts["bits_per_byte"] == pytest.approx(best.facts["bits_per_byte"], rel=1e-6)
+    assert facts["model"] == str(best.folder)
+    assert (facts["val_fraction"], facts["n_tokens"]) == (0.1, 256)
+    assert evaluated(run, *words)["n_tokens"] == 298 - 1  # of 2971 tokens, but for the first
+
+
+def test_a_run_of_documents_bpe_dropout_and_short_sequences_has_its_own_loss_too(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = [json.dumps({"text": f"{TEXT} {number}"}) for number in range(40)]
+    Path("docs.jsonl").write_text("\n".join(lines))
+    words = ["--tokenizer", "bpe:300", "--set", "model.dropout=0.3"]
+    words += ["--set", "training.context_warmup_length=0"]
+    words += ["--set", "training.eval_tokens=100000", "--set", "training.sequence_length=32"]
+    words += ["--set", "data.val_fraction=0.3"]
+    assert run("train", "docs.jsonl", "--name", "other", *TINY, *words).code == 0
+    best = RunFolder(Path("checkpoints/other")).best()
+    assert best is not None
+    given = ["--data", "docs.jsonl", "--val-fraction", "0.3", "--context-length", "32"]
+    facts = evaluated(run, *given)
+    assert facts["nats_per_token"] == pytest.approx(best.facts["val_loss"], rel=1e-6)
+    assert facts["bits_per_byte"] == pytest.approx(best.facts["bits_per_byte"], rel=1e-6)
+
+
+@torch.no_grad()
+def test_the_loss_is_that_of_a_plain_loop_over_the_text(run: Run, tmp_path: Path) -> None:
+    tokenizer = train_bpe([TEXT], 290)
+    write_model(tmp_path / "m", small_model("gpt2", vocab_size=tokenizer.vocab_size), tokenizer)
+    (tmp_path / "a.txt").write_text(TEXT)
+    model = read_model(tmp_path / "m").model
+    assert tokenizer.end_of_text is not None
+    tokens = [tokenizer.end_of_text, *tokenizer.encode(TEXT)]
+    for stride in (24, 10):
+        nats = 0.0
+        for target in range(1, len(tokens)):
+            start = -(-max(target - 24, 0) // stride) * stride
+            logits = model(torch.tensor([tokens[start:target]]))[0, -1].double()
+            nats -= logits.log_softmax(dim=0)[tokens[target]].item()
+        model_at = ["--model", str(tmp_path / "m"), "--stride", str(stride)]
+        facts = evaluated(run, str(tmp_path / "a.txt"), *model_at, "--dtype", "float32")
+        mean = nats / (len(tokens) - 1)
+        # float32 logits of order ten, softmaxed.
+        assert facts["nats_per_token"] == pytest.approx(mean, rel=1e-5)
+        assert facts["perplexity"] == pytest.approx(math.exp(mean), rel=1e-4)
+        n_bytes = len(TEXT.encode())
+        assert facts["bits_per_byte"] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5)
+        assert (facts["n_tokens"], facts["n_bytes"]) == (len(tokens) - 1, n_bytes)
+        assert (facts["context_length"], facts["stride"]) == (24, stride)
+        assert facts["tokens_per_s"] == pytest.approx(facts["n_tokens"] / facts["seconds"])
+
+
+def test_bytes_are_those_of_the_text_whatever_the_vocabulary_makes_of_it(
+    run: Run, shared: Path, tmp_path: Path
+) -> None:
+    """SentencePiece puts a space before each document; it is none of the text's bytes."""
+    texts = ["Once upon a time, né\n", "there was a  dog"]
+    lines = [json.dumps({"text": text}) for text in texts]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    model = str(shared / "weights/stories260K")
+    facts = evaluated(run, str(tmp_path / "a.jsonl"), "--model", model)
+    assert facts["n_bytes"] == sum(len(text.encode()) for text in texts)
+    tokenizer = read_model(Path(model)).tokenizer
+    assert tokenizer is not None
+    tokens = [token for text in texts for token in tokenizer.encode(text)]
+    assert len(tokenizer.decode_bytes(tokens)) == facts["n_bytes"] + len(texts)
+    # </s><s> parts documents; what is before the first <s> has no place in what a model knows.
+    assert tokenizer.separator == (2, 1)
+    assert facts["n_tokens"] == len(tokens) + 2
+
+
+def test_a_text_comes_by_argument_option_glob_or_standard_input(run: Run) -> None:
+    text = Path("corpus.txt").read_bytes()
+    given = [["corpus.txt"], ["--data", "corpus.txt"], ["corp*.txt"], ["-"]]
+    all_facts = [evaluated(run, *words, "--model", "tiny", stdin=text) for words in given]
+    assert [facts["data"] for facts in all_facts] == [["corpus.txt"], *given[:1], *given[2:]]
+    assert len({facts["nats_per_token"] for facts in all_facts}) == 1
+    assert all_facts[0]["n_bytes"] == len(text)
+    both = evaluated(run, "corpus.txt", "--data", "corpus.txt")
+    assert both["data"] == ["corpus.txt"] * 2
+    assert both["n_bytes"] == len(text), "a file that is named twice is read once"
+
+
+def test_batches_of_any_size_give_one_loss(run: Run) -> None:
+    losses = [
+        evaluated(run, "corpus.txt", "--batch-size", size)["nats_per_token"] for size in ("1", "9")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_a_long_context_is_not_filled_unless_asked_for(run: Run, tmp_path: Path) -> None:
+    model = small_model(vocab_size=257, context_length=5000, n_layer=1)
+    write_model(tmp_path / "m", model, bytes_tokenizer())
+    words = ["--model", str(tmp_path / "m"), "corpus.txt"]
+    assert evaluated(run, *words)["context_length"] == 1024
+    assert evaluated(run, *words, "--context-length", "2000")["context_length"] == 2000
+    short = evaluated(run, *words, "--context-length", "5000")
+    assert (short["context_length"], short["stride"]) == (2970, 2970), (
+        "a text is one window at most"
+    )
+
+
+def test_people_get_a_few_lines_with_units(run: Run) -> None:
+    words = ["corpus.txt", "--model", "tiny", "--val-fraction", "0.25", "--stride", "32"]
+    result, facts = run("evaluate", *words), evaluated(run, *words)
+    assert (result.code, result.err) == (0, "")
+    loss, bits = (f"{facts[name]:.4f}" for name in ("nats_per_token", "bits_per_byte"))
+    expected = rf"""model       checkpoints/tiny/step-000004
+text        corpus\.txt, the last 25%
+loss        {loss} nats/token, {bits} bits/byte
+perplexity  {facts["perplexity"]:.4g}
+predicted   742 tokens, 742 bytes
+windows     64 tokens, stride 32
+speed       \S+ tok/s, \d+ s on \w+ in \w+
+"""
+    assert re.fullmatch(expected, result.out), result.out
+
+
+def test_a_terminal_shows_how_far_it_is_and_is_left_clean(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        screen = Screen(patch)
+        result = run("evaluate", "corpus.txt", "--batch-size", "1")
+    shown = screen.text()
+    assert result.code == 0, shown
+    drawn, after = shown.split("\x1b[?25h")
+    assert re.search(r"evaluating .*━  \S+ of 2\.97k tokens  \S+ tok/s", drawn)
+    assert "evaluating" not in after
+    assert "nats/token" in after
+
+
+def test_a_pipe_gets_a_plain_line_now_and_then(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress_line, "PLAIN_EVERY_S", 0.0)
+    result = run("evaluate", "corpus.txt", "--batch-size", "20")
+    lines = result.err.splitlines()
+    assert re.fullmatch(r"evaluating  0 of 2.97k tokens  0 tok/s", lines[0])
+    assert re.fullmatch(r"evaluating  1.28k of 2.97k tokens  \S+ tok/s", lines[1])
+    assert "evaluating" not in result.out
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        ("--stride 0", 2, ["stride must be at least 1: it is 0"]),
+        ("--stride -3", 2, ["stride must be at least 1: it is -3"]),
+        ("--stride 65", 2, ["stride must be between 1 and 64: it is 65"]),
+        ("--stride 17 --context-length 16", 2, ["stride must be between 1 and 16: it is 17"]),
+        ("--context-length 65", 2, ["context_length must be between 1 and 64: it is 65"]),
+        ("--context-length 0", 2, ["context_length must be at least 1"]),
+        ("--batch-size 0", 2, ["batch_size must be at least 1"]),
+        ("--eval-tokens 0", 2, ["eval_tokens must be at least 1"]),
+        ("--val-fraction 0", 2, ["val_fraction must be between 0 and 1"]),
+        ("--val-fraction 1", 2, ["val_fraction must be between 0 and 1"]),
+        ("--val-fraction 0.0001", 3, ["too little text", "(1 here)", "Give more"]),
+        ("--data missing.txt", 3, ["'missing.txt'"]),
+        ("--model tinny", 4, ["'tinny'", "Did you mean tiny?"]),
+        ("--device cuda:9", 2, ["--device", "'cuda:9'"]),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(
+    run: Run, words: str, code: int, said: list[str]
+) -> None:
+    result = run("evaluate", "corpus.txt", *words.split())
+    line = error_line(result)
+    assert result.code == code
+    assert all(part in line for part in said), line
+
+
+def test_a_text_with_nothing_to_predict_is_refused(run: Run, tmp_path: Path) -> None:
+    empty = run("evaluate", "-")
+    assert (empty.code, "the corpus is empty" in error_line(empty)) == (3, True)
+    assert evaluated(run, "-", stdin=b"x")["n_tokens"] == 1  # after what begins a document
+    ranks = {bytes([b]): b for b in range(256)}
+    no_ends = Tokenizer("plain", make_encoding("plain", r"(?s:.)", ranks, {}))
+    write_model(tmp_path / "m", small_model(vocab_size=256), no_ends)
+    words = ["-", "--model", str(tmp_path / "m")]
+    letter = run("evaluate", *words, stdin=b"x")
+    assert letter.code == 3
+    assert "too little text: of its tokens (1 here)" in error_line(letter)
+    two = evaluated(run, *words, stdin=b"xy")
+    assert (two["n_tokens"], two["n_bytes"]) == (1, 1)
+
+
+def test_a_model_without_tokenizer_or_of_no_finite_loss_is_refused(
+    run: Run, tmp_path: Path
+) -> None:
+    model = small_model(vocab_size=257)
+    write_model(tmp_path / "mute", model, None)
+    result = run("evaluate", "corpus.txt", "--model", str(tmp_path / "mute"))
+    assert result.code == 4
+    assert "neither tokenizer.json nor sp_vocab.json" in error_line(result)
+    with torch.no_grad():
+        model.unembedding.weight[3] = math.nan
+    write_model(tmp_path / "nan", model, bytes_tokenizer())
+    result = run("evaluate", "corpus.txt", "--model", str(tmp_path / "nan"))
+    assert result.code == 4
+    assert "is nan, so its weights are damaged" in error_line(result)
+
+
+def test_a_hostile_name_cannot_steer_a_terminal(run: Run, tmp_path: Path) -> None:
+    name = str(tmp_path / "a\x1b[2J\nb.txt")
+    shutil.copy("corpus.txt", name)
+    result = run("evaluate", name)
+    assert result.code == 0
+    assert r"a\x1b[2J\nb.txt" in result.out
+    assert len(result.out.splitlines()) == 7
