@@ -1,18 +1,19 @@
-"""Seconds of training to a validation loss on tinyshakespeare, as bytes.
+"""Seconds of training to a validation loss on tinyshakespeare as bytes, beside nanoGPT's.
 
-    python benchmarks/training.py ../shared/data/tinyshakespeare.txt --seconds 25
-    python benchmarks/training.py ../shared/data/tinyshakespeare.txt --seconds 25 --nanogpt
+    python benchmarks/training.py ../shared/data/tinyshakespeare.txt --seconds 15 25 --nanogpt
+    python benchmarks/training.py ... --nanogpt-checkout DIR --plot docs/training.svg
 
-The validation text is the last 10 %, in one full pass. Only training steps are timed: not reading
-the text, not evaluation, not saving. ``--nanogpt`` runs nanoGPT's published CPU recipe in the same
-process afterwards, in its shape (4 layers, 128 wide, context 64, batch 12, 2,000 steps of AdamW,
-dropout 0), built of our gpt2 layout: a stand-in for it, not the thing itself.
+The validation text is the last 10 %, in one full pass, for both. Only training steps are timed:
+not reading the text, not evaluation, not saving. The schedule ends with the budget, so each number
+of --seconds is a run of its own. --nanogpt runs the recipe in its shape, in the same process
+afterwards; with --nanogpt-checkout it is nanoGPT's own model and optimizer.
 """
 
 import argparse
 import json
 import os
 import platform
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from typing import Any
 # As the command line sets it, and before torch starts OpenMP.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
+import nanogpt
+import numpy as np
 import torch
 
 from minigpt.checkpoint.folder import RunFolder
@@ -28,38 +31,15 @@ from minigpt.model.cost import parameter_count
 from minigpt.model.device import resolve_device, resolve_dtype
 from minigpt.presets import preset
 from minigpt.settings import build, merge
-from minigpt.text.shards import prepare
+from minigpt.text.batches import validation_windows
+from minigpt.text.shards import PreparedData, prepare
 from minigpt.training.trainer import EvalEvent, StepEvent, Trainer
 
-NANOGPT = {
-    "preset": "nanogpt",
-    "model": {
-        "family": "gpt2",
-        "n_layer": 4,
-        "n_head": 4,
-        "d_model": 128,
-        "context_length": 64,
-        "tie_embeddings": True,
-    },
-    "training": {
-        "optimizer": "adamw",
-        "batch_size": 12,
-        "max_steps": 2000,
-        "lr": 1e-3,
-        "embedding_lr": 1e-3,
-        "weight_decay": 0.1,
-        "beta2": 0.99,
-        "schedule": "cosine",
-        "warmup_fraction": 0.05,
-        "final_lr_fraction": 0.1,
-        "eval_every": 250,
-    },
-}
+VAL_FRACTION = 0.1
 
 
-def measure(settings: dict[str, Any], target: float) -> dict[str, Any]:
+def measure(settings: dict[str, Any], data: PreparedData) -> dict[str, Any]:
     """Train once and return the validation losses by seconds of training."""
-    data = prepare(build(RunConfig, merge(settings, {"model": {"vocab_size": 257}})).data)
     settings = merge(settings, {"model": {"vocab_size": data.tokenizer.vocab_size}})
     config = build(RunConfig, settings)
     device = resolve_device(config.training.device)
@@ -73,62 +53,114 @@ def measure(settings: dict[str, Any], target: float) -> dict[str, Any]:
                 print(f"  {event.elapsed_s:7.1f} s  step {event.step:>5}  val {event.val_loss:.4f}")
             elif isinstance(event, StepEvent):
                 speeds.append(event.tokens_per_s)
-    reached = [seconds for seconds, loss in curve if loss < target]
     return {
         "preset": config.preset,
         "parameters": parameter_count(config.model),
         "dtype": str(dtype),
         "steps": trainer.step,
         "tokens_per_s": round(sorted(speeds)[len(speeds) // 2]),
-        "val_loss": curve[-1][1],
-        "training_s": curve[-1][0],
-        "target": target,
-        "seconds_to_target": reached[0] if reached else None,
+        "context_length": config.model.context_length,
         "curve": curve,
     }
 
 
-def main() -> None:
+def measure_nanogpt(data: PreparedData, checkout: Path | None, eval_every: int) -> dict[str, Any]:
+    """Train nanoGPT's recipe on the same bytes."""
+    train, val = data.tokens.split(VAL_FRACTION)
+    tokens = train.windows(np.zeros(1, np.int64), len(train))[0]
+
+    @torch.no_grad()
+    def validate(loss_of: nanogpt.LossOf) -> float:
+        total, n = 0.0, 0
+        for inputs, targets in validation_windows(val, nanogpt.CONTEXT, len(val), batch_size=256):
+            total += loss_of(inputs, targets).item() * targets.numel()
+            n += targets.numel()
+        return total / n
+
+    return nanogpt.train(torch.from_numpy(tokens), validate, checkout, eval_every)
+
+
+def seconds_to(target: float, run: dict[str, Any]) -> float | None:
+    """Return the training seconds of the first validation below the target."""
+    return next((seconds for seconds, loss in run["curve"] if loss <= target), None)
+
+
+def table(runs: list[dict[str, Any]], targets: list[float]) -> str:
+    """Return the runs as Markdown."""
+    heads = ["run", "parameters", "tokens/s", "training s", "val nats/byte"]
+    rows = [heads + [f"s to {target:g}" for target in targets], ["---"] * (5 + len(targets))]
+    for run in runs:
+        reached = [seconds_to(target, run) for target in targets]
+        rows.append(
+            [
+                run["preset"],
+                f"{run['parameters'] / 1e6:.2f}M",
+                f"{run['tokens_per_s']:,}",
+                f"{run['curve'][-1][0]:.1f}",
+                f"{run['curve'][-1][1]:.4f}",
+                *("-" if seconds is None else f"{seconds:.1f}" for seconds in reached),
+            ]
+        )
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def plot(runs: list[dict[str, Any]], path: Path) -> None:
+    """Draw the validation losses by seconds of training (needs matplotlib)."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for run in runs:
+        seconds, losses = zip(*run["curve"], strict=True)
+        label = f"{run['preset']}, {seconds[-1]:.0f} s"
+        axes.plot(seconds, losses, marker=".", label=label)
+    axes.set(xlabel="seconds of training (log)", ylabel="validation loss, nats/byte")
+    axes.set(xscale="log", ylim=(None, 2.7))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path)
+
+
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("data", nargs="?", default="../shared/data/tinyshakespeare.txt")
     parser.add_argument("--preset", default="nano")
     parser.add_argument("--seconds", type=float, nargs="+", default=[25.0])
-    parser.add_argument("--target", type=float, default=1.88)
+    parser.add_argument("--target", type=float, nargs="+", default=[1.88, 1.898])
     parser.add_argument("--seed", type=int, default=1337)
     parser.add_argument("--eval-every", type=int, default=50)
     parser.add_argument("--nanogpt", action="store_true")
+    parser.add_argument("--nanogpt-checkout", type=Path)
+    parser.add_argument("--plot", type=Path)
     parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    common = {"data": {"paths": [args.data], "tokenizer": "bytes"}}
-    results = []
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    common = {"data": {"paths": [args.data], "tokenizer": "bytes", "val_fraction": VAL_FRACTION}}
+    base = merge(preset(args.preset), common, {"preset": args.preset})
+    data = prepare(build(RunConfig, merge(base, {"model": {"vocab_size": 257}})).data)
+    runs = []
     for seconds in args.seconds:
         budget = {"max_steps": 0, "max_minutes": seconds / 60}
         training = {**budget, "seed": args.seed, "eval_every": args.eval_every, "save_every": 0}
-        settings = merge(preset(args.preset), common, {"training": training})
         print(f"{args.preset}, {seconds:g} s of training")
-        results.append(measure(settings, args.target))
-    if args.nanogpt:
-        print("nanoGPT's CPU recipe in its shape")
-        results.append(
-            measure(merge(NANOGPT, common, {"training": {"save_every": 0}}), args.target)
-        )
-    print("\n| run | parameters | tokens/s | training s | val nats/byte | s to target |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    for r in results:
-        reached = "-" if r["seconds_to_target"] is None else f"{r['seconds_to_target']:.1f}"
-        print(
-            f"| {r['preset']} | {r['parameters'] / 1e6:.2f}M | {r['tokens_per_s']:,} | "
-            f"{r['training_s']:.1f} | {r['val_loss']:.4f} | {reached} |"
-        )
+        runs.append(measure(merge(base, {"training": training}), data))
+    if args.nanogpt or args.nanogpt_checkout:
+        print("nanoGPT's CPU recipe")
+        runs.append(measure_nanogpt(data, args.nanogpt_checkout, args.eval_every))
     machine = {
         "processor": torch.cpu.get_capabilities().get("cpu_name", platform.processor()),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "torch": torch.__version__,
+        "python": sys.version.split()[0],
     }
-    print(json.dumps(machine))
+    print(f"\n{table(runs, args.target)}\n\n{json.dumps(machine)}")
     if args.json:
-        args.json.write_text(json.dumps({"machine": machine, "runs": results}, indent=2) + "\n")
+        args.json.write_text(json.dumps({"machine": machine, "runs": runs}, indent=2) + "\n")
+    if args.plot:
+        plot(runs, args.plot)
 
 
 if __name__ == "__main__":
