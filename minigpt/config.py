@@ -368,6 +368,8 @@ class RunConfig:
     """The preset that the run started from; empty if it started from a model."""
     from_: str | None = None
     """The model folder whose weights it started from; None if its weights were drawn."""
+    command: str = ""
+    """What was typed to start it, for the model card; empty if it was started from Python."""
 
     def __post_init__(self) -> None:
         full = self.model.context_length

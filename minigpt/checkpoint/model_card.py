@@ -47,14 +47,13 @@ def model_card(
     val_loss: float,
     bits_per_byte: float,
     n_train_tokens: int,
-    command: str,
 ) -> str:
     """Return the README.md of a checkpoint: the hub's metadata, then what it is, in Markdown.
 
-    Whatever names and command hold, it is text in both, and no markup.
+    Whatever names and the command hold, it is text in both, and no markup.
 
     Args: name, the run's; step, optimizer steps done; val_loss, nats/token; n_train_tokens, those
-        of the text without its validation part; command, what was typed to make it.
+        of the text without its validation part.
     """
     losses = f"{val_loss:.4f} nats/token, {bits_per_byte:.4f} bits/byte"
     # AutoTokenizer splits text as Qwen2 does in every qwen2 folder, whatever tokenizer.json says.
@@ -66,7 +65,7 @@ def model_card(
         _model(config),
         _text(config, n_train_tokens),
         _training(config, step, n_train_tokens, losses),
-        f"    {_one_line(command)}",
+        *([f"It was made by:\n\n    {_one_line(config.command)}"] if config.command else []),
         _USE.format(tokenizer="PreTrainedTokenizerFast" if is_qwen2 else "AutoTokenizer"),
         _LIMITS,
     ]
@@ -142,9 +141,7 @@ def _training(config: RunConfig, step: int, n_train_tokens: int, losses: str) ->
 - Start: {_start(config)}
 - Steps: {step:,}, with {config.training.optimizer}
 - Tokens seen: {n_seen:,}, which is the text {n_seen / n_train_tokens:.3g} times
-- Validation loss: {losses}
-
-It was made by:"""
+- Validation loss: {losses}"""
 
 
 def _start(config: RunConfig) -> str:

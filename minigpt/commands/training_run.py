@@ -1,8 +1,10 @@
 """What minigpt train does once its options are read: prepare the text, train, and say so."""
 
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -143,6 +145,8 @@ def _train(
     resume_from: Path | None = None,
 ) -> None:
     dtype = resolve_dtype(config.training.dtype, device)
+    if resume_from is None:  # later words do not say how the run began
+        config = replace(config, command=command_line(*sys.argv[1:]))
     trainer = Trainer(
         config,
         data,
@@ -152,7 +156,7 @@ def _train(
         start_from=start_from,
         resume_from=resume_from,
     )
-    write_atomically(run.path / CONFIG_FILE, to_toml(config).encode())
+    write_atomically(run.path / CONFIG_FILE, to_toml(config).encode(errors="replace"))
     with resource_errors(run.path):
         metrics = MetricsLog(run.path / METRICS_FILE, from_step=trainer.step)
     display.start(trainer)

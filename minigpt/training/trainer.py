@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minigpt.checkpoint.folder import RunFolder
+from minigpt.checkpoint.model_card import model_card
 from minigpt.checkpoint.model_folder import read_model, write_model
 from minigpt.config import RunConfig
 from minigpt.errors import CheckpointError, DataError, DivergedError
@@ -308,6 +309,7 @@ class Trainer:
         is_best = best is None or facts["val_loss"] < best.facts.get("val_loss", math.inf)
         with self.folder.writing_step(self.step) as folder:
             write_model(folder, self.model, self.data.tokenizer)
+            (folder / "README.md").write_text(self._model_card(result), encoding="utf-8")
             write_state(folder, self.model, self.optimizers, state)
         self.folder.point("latest", self.step, **facts)
         if is_best:
@@ -318,6 +320,16 @@ class Trainer:
             folder=self.folder.step_folder(self.step),
             val_loss=facts["val_loss"],
             is_best=is_best,
+        )
+
+    def _model_card(self, result: Evaluation) -> str:
+        return model_card(
+            self.config,
+            name=self.folder.path.name,
+            step=self.step,
+            val_loss=result.nats_per_token,
+            bits_per_byte=result.bits_per_byte,
+            n_train_tokens=len(self.train_tokens),
         )
 
     def diverged(self, facts: str, lr: float) -> DivergedError:

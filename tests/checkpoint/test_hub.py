@@ -22,7 +22,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import torch
-from conftest import make_model
+from layout_models import make_model
 
 from minigpt.checkpoint import folder
 from minigpt.checkpoint.folder import resolve_model

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_model
+from layout_models import make_model
 from markdown_it import MarkdownIt
 
 from minigpt.checkpoint.model_card import model_card
@@ -26,6 +26,7 @@ CONFIG = RunConfig(
     ),
     training=TrainingConfig(max_steps=500, batch_size=8),
     data=DataConfig(paths=("/home/someone/tales.txt", "more/*.jsonl", "-"), val_fraction=0.05),
+    command="minigpt train '/home/someone/tales.txt' --name tales",
 )
 FACTS: dict[str, Any] = {
     "name": "tales",
@@ -33,7 +34,6 @@ FACTS: dict[str, Any] = {
     "val_loss": 1.25,
     "bits_per_byte": 1.80337,
     "n_train_tokens": 204_800,
-    "command": "minigpt train '/home/someone/tales.txt' --name tales",
 }
 HOSTILE = (
     'a"\n---\nlicense: mit\n# b',
@@ -112,11 +112,12 @@ def test_the_text_says_what_it_is_and_what_made_it() -> None:
         "Steps: 400, with muon\n",
         "Tokens seen: 819,200, which is the text 4 times\n",  # 400 x 8 x 256
         "Validation loss: 1.2500 nats/token, 1.8034 bits/byte\n",
-        f"\n    {FACTS['command']}\n",
+        f"It was made by:\n\n    {CONFIG.command}\n",
     ):
         assert says in card, says
     assert card.count("/home/someone") == 1, "folders are in the command alone"
-    built_in = model_card(replace(CONFIG, data=DataConfig()), **FACTS)
+    built_in = model_card(replace(CONFIG, data=DataConfig(), command=""), **FACTS)
+    assert "made by" not in built_in
     assert "- `English prose that comes with Python`\n" in built_in
 
 
@@ -152,8 +153,8 @@ def test_what_it_started_from_is_named(source: str, shown: str, base: str | None
 def test_hostile_names_are_text_in_the_metadata_and_on_the_page(text: str) -> None:
     plain = model_card(CONFIG, **FACTS)
     data = replace(CONFIG.data, paths=(text, "b/" + text, "c"), tokenizer=text)
-    config = replace(CONFIG, data=data, from_=text)
-    card = model_card(config, **FACTS | {"name": text, "command": f"x {text}"})
+    config = replace(CONFIG, data=data, from_=text, command=f"x {text}")
+    card = model_card(config, **FACTS | {"name": text})
 
     shown = metadata(card)
     assert shown.keys() == metadata(plain).keys()

@@ -55,6 +55,27 @@ def test_the_end_says_where_the_checkpoint_is_how_good_it_is_and_what_to_try(run
         assert run(*words).code == 0
 
 
+def test_the_card_says_how_the_run_began_however_often_it_was_resumed(run: Run) -> None:
+    assert run("train", "corpus.txt", "--name", "carded", *TINY).code == 0
+    words = shlex.join(["train", "corpus.txt", "--name", "carded", *TINY])
+    first = Path("checkpoints/carded/step-000004/README.md").read_text()
+    assert words in first
+    assert run("train", "--resume", "--name", "carded", "--max-steps", "6").code == 0
+    second = Path("checkpoints/carded/step-000006/README.md").read_text()
+    assert words in second
+    best = json.loads(Path("checkpoints/carded/latest.json").read_text())
+    assert f"Validation loss: {best['val_loss']:.4f} nats/token" in second
+    assert "Steps: 6," in second
+
+
+def test_a_file_whose_name_is_no_text_is_trained_on(run: Run) -> None:
+    name = os.fsdecode(b"\xff.txt")
+    shutil.copy("corpus.txt", name)
+    assert run("train", name, *TINY).code == 0
+    [card] = Path("checkpoints").glob("*/step-000004/README.md")
+    assert card.read_text(encoding="utf-8").isascii()
+
+
 def test_proposed_commands_fit_a_short_context(run: Run) -> None:
     result = run("train", "corpus.txt", *TINY, "--context-length", "8")
     assert result.code == 0
