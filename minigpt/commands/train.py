@@ -13,6 +13,8 @@ from minigpt.presets import preset as preset_settings
 from minigpt.settings import build, merge, parse_assignment, read_toml
 
 _DEFAULT_PRESET = "nano"
+REPORTS = ("tensorboard", "none")
+"""Where a run's metrics can go beside its metrics.jsonl."""
 _DEFAULTS = build(
     RunConfig, merge(preset_settings(_DEFAULT_PRESET), {"model": {"vocab_size": 257}})
 )
@@ -160,6 +162,12 @@ def train(
         int | None,
         _number("--sample-every", int, "Steps between printed samples; 0 is off", "Reports"),
     ] = None,
+    report_to: Annotated[
+        str | None,
+        options.choice(
+            "--report-to", REPORTS, group="Reports", default="none; of a resumed run, as before"
+        ),
+    ] = None,
     debug: options.Debug = False,
 ) -> None:
     """Train a model from text.
@@ -184,9 +192,12 @@ def train(
     given = {"preset": preset, "from": from_, "data": {"paths": data} if data else None}
     overrides = _overrides(given, flags, config, set_ or [])
     from minigpt.commands.training_run import resume_run, start_run, start_run_from
+    from minigpt.training.tensorboard import summary_writer
 
+    if report_to == "tensorboard":
+        summary_writer()  # before anything long begins
     start = start_run_from if overrides.get("from") is not None else start_run
-    (resume_run if resume else start)(name, overrides)
+    (resume_run if resume else start)(name, overrides, report_to)
 
 
 def _overrides(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import typer
 
-from minigpt.checkpoint.disk import resource_errors, write_atomically
+from minigpt.checkpoint.disk import write_atomically
 from minigpt.checkpoint.folder import ROOT, Pointer, RunFolder
 from minigpt.checkpoint.model_folder import read_model
 from minigpt.commands.finetuning import finetuning_config, one_lr, read_base
@@ -32,15 +32,14 @@ from minigpt.model.device import resolve_device, resolve_dtype
 from minigpt.model.gpt import GPT
 from minigpt.settings import build, merge, read_toml, to_dict, to_toml
 from minigpt.text.shards import PreparedData, prepare
-from minigpt.training.metrics import MetricsLog
+from minigpt.training.metrics import logging_to
 from minigpt.training.trainer import Trainer
 
 CONFIG_FILE = "config.toml"
-METRICS_FILE = "metrics.jsonl"
 _PROMPT = "Once upon a time"
 
 
-def start_run(name: str | None, overrides: dict[str, Any]) -> None:
+def start_run(name: str | None, overrides: dict[str, Any], report_to: str | None = None) -> None:
     """Train a new run in checkpoints/NAME.
 
     Raises: ConfigError if the settings cannot be, or the run is there already.
@@ -56,10 +55,12 @@ def start_run(name: str | None, overrides: dict[str, Any]) -> None:
         with run.lock():
             _require_new(run)  # another process may have made it in the meantime
             config = with_vocabulary(settings, data.tokenizer.vocab_size)
-            _train(config, data, run, device, display)
+            _train(config, data, run, device, display, report_to)
 
 
-def start_run_from(name: str | None, overrides: dict[str, Any]) -> None:
+def start_run_from(
+    name: str | None, overrides: dict[str, Any], report_to: str | None = None
+) -> None:
     """Train a new run in checkpoints/NAME that goes on from the model ``overrides["from"]``.
 
     Raises: CheckpointError if there is no such model, or no tokenizer with it; ConfigError if the
@@ -77,10 +78,10 @@ def start_run_from(name: str | None, overrides: dict[str, Any]) -> None:
         data = prepare(config.data, on_progress=display.preparing, tokenizer=base.tokenizer)
         with run.lock():
             _require_new(run)
-            _train(config, data, run, device, display, start_from=base.model)
+            _train(config, data, run, device, display, report_to, start_from=base.model)
 
 
-def resume_run(name: str | None, overrides: dict[str, Any]) -> None:
+def resume_run(name: str | None, overrides: dict[str, Any], report_to: str | None = None) -> None:
     """Go on with a run of checkpoints/: NAME, or the newest.
 
     Raises: CheckpointError if there is none; ConfigError for a setting that it cannot change.
@@ -97,7 +98,7 @@ def resume_run(name: str | None, overrides: dict[str, Any]) -> None:
         # What it started from may be gone by now; the checkpoint has the tokenizer too.
         tokenizer = read_model(latest.folder).tokenizer if saved.from_ is not None else None
         data = prepare(config.data, on_progress=display.preparing, tokenizer=tokenizer)
-        _train(config, data, run, device, display, resume_from=latest.folder)
+        _train(config, data, run, device, display, report_to, resume_from=latest.folder)
 
 
 def _require_steps(run: RunFolder) -> Pointer:
@@ -140,6 +141,7 @@ def _train(
     run: RunFolder,
     device: torch.device,
     display: TrainingDisplay,
+    report_to: str | None,
     *,
     start_from: GPT | None = None,
     resume_from: Path | None = None,
@@ -157,14 +159,12 @@ def _train(
         resume_from=resume_from,
     )
     write_atomically(run.path / CONFIG_FILE, to_toml(config).encode(errors="replace"))
-    with resource_errors(run.path):
-        metrics = MetricsLog(run.path / METRICS_FILE, from_step=trainer.step)
-    display.start(trainer)
-    with _stopping_on_signals(trainer, display) as received:
-        for event in trainer.run():
-            with resource_errors(run.path):
-                metrics.write(event)
-            display.show(event)
+    with logging_to(run.path, report_to, from_step=trainer.step) as log:
+        display.start(trainer)
+        with _stopping_on_signals(trainer, display) as received:
+            for event in trainer.run():
+                log(event)
+                display.show(event)
     display.finish()
     if trainer.was_stopped:
         display.propose("resume", [_resume_command(trainer)])

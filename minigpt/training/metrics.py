@@ -1,12 +1,16 @@
 """Events -> metrics.jsonl: one JSON object a line, for plots and for programs."""
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from minigpt.checkpoint.disk import write_atomically
+from minigpt.checkpoint.disk import resource_errors, write_atomically
+from minigpt.training.tensorboard import TENSORBOARD_FOLDER, TensorBoardLog
 from minigpt.training.trainer import EvalEvent, Event, SaveEvent, StepEvent
 
+METRICS_FILE = "metrics.jsonl"
 _KINDS = {StepEvent: "step", EvalEvent: "eval", SaveEvent: "save"}
 
 
@@ -14,9 +18,10 @@ class MetricsLog:
     """Appends events to a file; a resumed run first drops the lines past where it resumes."""
 
     def __init__(self, path: Path, *, from_step: int = 0) -> None:
-        """Open the log, keeping what it says of steps up to ``from_step``."""
+        """Open the log, keeping what it says of steps up to ``from_step``; 0 begins a new run."""
         self.path = path
-        kept = [line for line in self._lines() if json.loads(line)["step"] <= from_step]
+        lines = self._lines() if from_step else []
+        kept = [line for line in lines if json.loads(line)["step"] <= from_step]
         write_atomically(path, "".join(kept).encode())
 
     def _lines(self) -> list[str]:
@@ -33,3 +38,30 @@ class MetricsLog:
         facts = {key: value for key, value in asdict(event).items() if key != "folder"}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"event": kind, **facts}) + "\n")
+
+
+@contextmanager
+def logging_to(
+    run: Path, report_to: str | None, *, from_step: int
+) -> Iterator[Callable[[Event], None]]:
+    """Yield what writes an event to a run's metrics.jsonl, and where else it is to be reported.
+
+    Args: report_to, tensorboard or none; None goes on with what the run did before.
+    Raises: ConfigError if TensorBoard is asked for and not installed; ResourceError.
+    """
+    board = run / TENSORBOARD_FOLDER
+    has_board = from_step > 0 and board.is_dir()
+    with ExitStack() as stack:
+        with resource_errors(run):
+            writes = [MetricsLog(run / METRICS_FILE, from_step=from_step).write]
+            if report_to == "tensorboard" or (report_to is None and has_board):
+                scalars = TensorBoardLog(board, from_step=from_step)
+                stack.callback(scalars.close)
+                writes.append(scalars.write)
+
+        def write(event: Event) -> None:
+            with resource_errors(run):
+                for write_to in writes:
+                    write_to(event)
+
+        yield write

@@ -1,0 +1,46 @@
+"""train --report-to: TensorBoard when asked for, and not a trace of it otherwise."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from calls import TINY, Run, error_line
+
+
+@pytest.fixture(autouse=True)
+def without_tensorboard(trained: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copy(trained / "corpus.txt", workplace)
+    for name in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)  # an import of it fails
+
+
+def test_without_tensorboard_the_extra_is_named_before_anything_begins(run: Run) -> None:
+    result = run("train", "corpus.txt", "--name", "a", *TINY, "--report-to", "tensorboard")
+    assert result.code == 2
+    assert "pip install 'minigpt[tensorboard]'" in error_line(result)
+    assert not Path("checkpoints").exists()
+
+
+@pytest.mark.parametrize("words", [[], ["--report-to", "none"]])
+def test_a_run_that_does_not_report_needs_no_tensorboard(run: Run, words: list[str]) -> None:
+    assert run("train", "corpus.txt", "--name", "a", *TINY, *words).code == 0
+    assert Path("checkpoints/a/metrics.jsonl").exists()
+    assert not Path("checkpoints/a/tensorboard").exists()
+
+
+def test_a_run_that_reported_cannot_be_resumed_silently_without_it(run: Run) -> None:
+    assert run("train", "corpus.txt", "--name", "a", *TINY).code == 0
+    Path("checkpoints/a/tensorboard").mkdir()
+    resume = ["train", "--resume", "--name", "a", "--max-steps", "6"]
+    refused = run(*resume)
+    assert refused.code == 2
+    assert "none" in refused.err
+    assert run(*resume, "--report-to", "none").code == 0
+
+
+def test_a_target_that_is_not_there_is_named_with_the_nearest(run: Run) -> None:
+    result = run("train", "corpus.txt", "--report-to", "tensorbord")
+    assert result.code == 2
+    assert "Did you mean tensorboard?" in error_line(result)
