@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help demo test test-slow test-gpu check format bench clean
+.PHONY: help demo test test-slow test-dist test-gpu check format bench clean
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /: /' | column -t -s :
 
@@ -16,10 +16,13 @@ demo: $(INSTALLED) ## Train a small model on text that comes with Python, sample
 	sh demo.sh $(BIN)/minigpt
 
 test: $(INSTALLED) ## Run the tests
-	$(BIN)/python -m pytest -m 'not slow and not gpu'
+	$(BIN)/python -m pytest -m 'not slow and not torture and not dist and not browser and not gpu'
 
 test-slow: $(INSTALLED) ## Run the slow tests too
 	$(BIN)/python -m pytest -m 'not gpu'
+
+test-dist: $(INSTALLED) ## Run the tests that start several processes with torchrun
+	$(BIN)/python -m pytest -m dist
 
 test-gpu: $(INSTALLED) ## Run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu

@@ -6,13 +6,15 @@
     NAME/best.json          the same, of the step with the least validation loss
 
 A step folder appears under its name by one rename, when all its bytes are on the disk, so that
-a folder of that name is complete; the manifest tells if it was damaged afterwards.
+a folder of that name is complete; the manifest tells if it was damaged afterwards, and the facts
+of its step, so that a kill before the two pointers are written costs nothing.
 """
 
+import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,7 +52,7 @@ class Pointer:
     folder: Path
     """The complete checkpoint."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """What ``RunFolder.point`` was told of this step, such as its validation loss."""
+    """What is known of this step, such as its validation loss."""
 
 
 class RunFolder:
@@ -97,11 +99,12 @@ class RunFolder:
         return self.path / f"step-{step:06d}"
 
     @contextmanager
-    def writing_step(self, step: int) -> Iterator[Path]:
+    def writing_step(self, step: int, **facts: Any) -> Iterator[Path]:
         """Yield an empty folder that becomes the checkpoint of a step when the block ends well.
 
         After an exception nothing of it remains, and the earlier checkpoints are as they were.
 
+        Args: facts of the step, of what JSON can hold.
         Raises: ResourceError if the disk is full or the folder is not ours to write.
         """
         final = self.step_folder(step)
@@ -111,7 +114,7 @@ class RunFolder:
             try:
                 aside.mkdir(parents=True)
                 yield aside
-                _write_manifest(aside)
+                _write_manifest(aside, facts)
                 self._put_in_place(aside, final)
             except BaseException:
                 _remove(aside)
@@ -157,10 +160,15 @@ class RunFolder:
         return None
 
     def best(self) -> Pointer | None:
-        """Return the checkpoint that best.json names, or the latest if that one is not intact."""
-        step = self._pointed("best").get("step")
-        pointer = self._pointer(step, "best") if isinstance(step, int) else None
-        return pointer or self.latest()
+        """Return the intact checkpoint with the least validation loss that is known.
+
+        Where none is, the one that best.json names, else the latest; None if there is none.
+        """
+        named = self._pointed("best").get("step")
+        pointers = [pointer for step in self.steps() if (pointer := self._pointer(step, "best"))]
+        best = min(pointers, key=lambda p: (_val_loss(p), p.step != named), default=None)
+        is_known = best and (best.step == named or _val_loss(best) < math.inf)
+        return best if is_known else self.latest()
 
     def _pointed(self, name: str) -> dict[str, Any]:
         try:
@@ -172,10 +180,12 @@ class RunFolder:
         folder = self.step_folder(step)
         try:
             verify(folder)
+            own = read_json(folder / MANIFEST).get("facts")
         except CheckpointError:
             return None
         facts = self._pointed(name)
-        return Pointer(step, folder, facts if facts.pop("step", None) == step else {})
+        facts = facts if facts.pop("step", None) == step else {}
+        return Pointer(step, folder, facts | (own if isinstance(own, dict) else {}))
 
     def prunable(self, keep: int) -> list[int]:
         """Return the steps of intact checkpoints but best, latest and the newest ``keep`` others.
@@ -203,7 +213,12 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)  # a file of that name
 
 
-def _write_manifest(folder: Path) -> None:
+def _val_loss(pointer: Pointer) -> float:
+    loss = pointer.facts.get("val_loss")
+    return loss if isinstance(loss, float) and math.isfinite(loss) else math.inf
+
+
+def _write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
     paths = sorted(folder.rglob("*"))
     files = {}
     for path in paths:
@@ -214,7 +229,8 @@ def _write_manifest(folder: Path) -> None:
     for path in paths:
         if path.is_dir():
             sync_folder(path)
-    write_atomically(folder / MANIFEST, to_json({"version": 1, "files": files}))
+    manifest = {"version": 1, "facts": facts, "files": files}
+    write_atomically(folder / MANIFEST, to_json(manifest))
 
 
 def verify(step_folder: Path, *, hashes: bool = False) -> None:

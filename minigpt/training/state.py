@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -39,6 +40,21 @@ class Progress:
     """Seconds of training steps; evaluation and saving are left out."""
     corpus: str = ""
     """Fingerprint of the tokens that it is trained on."""
+    computed_on: str = ""
+    """What decides the last bits of a step beside the config, as ``computed_on`` says it."""
+
+
+def computed_on(device: torch.device, dtype: torch.dtype) -> str:
+    """Name all that decides the last bits of a step beside the config: only there is resume exact.
+
+    Other kernels, or other parts of a sum added up first, round elsewhere.
+    """
+    name = device.type
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    elif device.type == "cpu":
+        name = f"cpu ({torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads)"
+    return f"{name}, {str(dtype).removeprefix('torch.')}, torch {torch.__version__}"
 
 
 def _moments(

@@ -23,7 +23,7 @@ from minigpt.text.batches import batch, require_length, validation_windows
 from minigpt.text.shards import PreparedData
 from minigpt.training.optim import make_optimizers
 from minigpt.training.schedule import lr_scale, progress
-from minigpt.training.state import Progress, read_state, write_state
+from minigpt.training.state import Progress, computed_on, read_state, write_state
 
 LOGITS_AT_ONCE = 2**27
 """The most logits of one forward pass, where we choose its size: half a GiB in float32."""
@@ -128,6 +128,9 @@ class Trainer:
         self.optimizers = make_optimizers(self.model, config.training, product_dtype)
         self.step = 0
         self.elapsed_s = 0.0
+        self.computed_on = computed_on(device, dtype)
+        self.moved_from: str | None = None
+        """Where the checkpoint was computed, if that makes the bits from here on differ."""
         if resume_from:
             self._restore(resume_from)
         self._forward = torch.compile(self.model) if config.training.compile else self.model
@@ -162,6 +165,8 @@ class Trainer:
                 "start a new run under another --name."
             )
         self.step, self.elapsed_s = state.step, state.elapsed_s
+        if state.computed_on not in ("", self.computed_on):
+            self.moved_from = state.computed_on
 
     @property
     def progress(self) -> float:
@@ -303,23 +308,25 @@ class Trainer:
         result = self._last_evaluation[1]
         facts = {"val_loss": result.nats_per_token, "bits_per_byte": result.bits_per_byte}
         state = Progress(
-            step=self.step, elapsed_s=self.elapsed_s, corpus=self.data.tokens.fingerprint
+            step=self.step,
+            elapsed_s=self.elapsed_s,
+            corpus=self.data.tokens.fingerprint,
+            computed_on=self.computed_on,
         )
-        best = self.folder.best()
-        is_best = best is None or facts["val_loss"] < best.facts.get("val_loss", math.inf)
-        with self.folder.writing_step(self.step) as folder:
+        with self.folder.writing_step(self.step, **facts) as folder:
             write_model(folder, self.model, self.data.tokenizer)
             (folder / "README.md").write_text(self._model_card(result), encoding="utf-8")
             write_state(folder, self.model, self.optimizers, state)
         self.folder.point("latest", self.step, **facts)
-        if is_best:
-            self.folder.point("best", self.step, **facts)
+        best = self.folder.best()
+        assert best is not None
+        self.folder.point("best", best.step, **best.facts)
         self.folder.prune(self.config.training.keep)
         yield SaveEvent(
             step=self.step,
             folder=self.folder.step_folder(self.step),
             val_loss=facts["val_loss"],
-            is_best=is_best,
+            is_best=best.step == self.step,
         )
 
     def _model_card(self, result: Evaluation) -> str:
