@@ -116,6 +116,12 @@ class TrainingDisplay:
             "run",
             f"{trainer.folder.path}: {self._budget()} on {trainer.device.type} in {dtype}{where}",
         )
+        if trainer.moved_from is not None:
+            self._print_fact(
+                "note",
+                f"saved on {trainer.moved_from}, and resumed on {trainer.computed_on}: it goes on "
+                "where it was, but no longer with the bits that it would have had",
+            )
         if trainer.progress >= 1:
             self._print_fact("", "nothing is left to do: give it more --max-steps or --max-minutes")
         self.line.label, self.line.share = "train", trainer.progress

@@ -220,7 +220,10 @@ def _stopping_on_signals(trainer: Trainer, display: TrainingDisplay) -> Iterator
 
 
 def _ending_signals() -> list[int]:
-    """Return the signals that ask for an end; under nohup a closed terminal does not."""
-    names = ("SIGINT", "SIGTERM", "SIGHUP")
+    """Return the signals that ask for an end; under nohup a closed terminal does not.
+
+    SIGUSR1 is what batch systems send to a job some time before they take its machine away.
+    """
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
     return [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]

@@ -13,6 +13,7 @@ from pathlib import Path
 from subprocess import Popen
 
 import pytest
+import torch
 from calls import TINY, Run
 
 from minigpt.checkpoint.folder import RunFolder
@@ -175,7 +176,12 @@ def press_at(step: int, number: int, monkeypatch: pytest.MonkeyPatch, times: int
     monkeypatch.setattr(TrainingDisplay, "show", show_and_press)
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_job_that_is_to_end_is_told_by_any_of_its_signals() -> None:
+    signals = training_run._ending_signals()
+    assert {signal.SIGTERM, signal.SIGUSR1} <= set(signals)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
 def test_a_signal_saves_and_the_resumed_run_ends_as_if_there_had_been_none(
     run: Run, trained: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -202,6 +208,35 @@ def test_a_second_ctrl_c_stops_at_once_and_costs_no_checkpoint(
     assert result.code == 130
     assert RunFolder(Path("checkpoints/a")).steps() == [2]
     assert run("train", "--resume", "--name", "a").code == 0
+
+
+def test_a_run_that_has_moved_goes_on_at_the_same_windows_and_says_that_bits_differ(
+    run: Run, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def losses(name: str) -> list[float]:
+        events = map(json.loads, Path(name, "metrics.jsonl").read_text().splitlines())
+        return [event["train_loss"] for event in events if "train_loss" in event]
+
+    with monkeypatch.context() as patch:
+        press_at(2, signal.SIGTERM, patch)
+        assert run("train", "corpus.txt", "--name", "a", *TINY).code == 143
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(n_threads + 1)
+    try:
+        result = run("train", "--resume", "--name", "a")
+    finally:
+        torch.set_num_threads(n_threads)
+    assert result.code == 0
+    [line] = [line for line in result.err.splitlines() if line.startswith("note ")]
+    assert f"{n_threads} threads" in line
+    assert f"{n_threads + 1} threads" in line
+    assert "no longer with the bits" in line
+    # Sums in other parts, if at all; another window's loss is another number.
+    straight = losses(str(trained / "checkpoints/tiny"))
+    assert losses("checkpoints/a") == pytest.approx(straight, rel=1e-4)
+    assert len({round(loss, 3) for loss in straight}) == len(straight)
+    again = run("train", "--resume", "--name", "a", "--max-steps", "5")
+    assert "note " in again.err  # the last checkpoint is of other threads
 
 
 def test_who_hangs_up_on_stderr_does_not_end_the_run(
