@@ -54,15 +54,23 @@ def one_budget(overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _fitting(preset: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Adapt what a preset divides context and batch into to the user's own context and batch."""
-    training = dict(preset["training"])
+    """Adapt what a preset derives from shape, context and batch to those that the user gives."""
+    model, training = dict(preset["model"]), dict(preset["training"])
+    if given(overrides, "model", "family") == "gpt2":
+        for name in ("qk_norm", "n_kv_head", "d_mlp"):
+            model.pop(name, None)
+    if given(overrides, "model", "d_model") is not None:
+        model.pop("d_mlp", None)
+    n_head = given(overrides, "model", "n_head")
+    if isinstance(n_head, int) and "n_kv_head" in model:
+        model["n_kv_head"] = gcd(n_head, model["n_kv_head"])
     context = given(overrides, "model", "context_length")
     if isinstance(context, int) and context % training.get("context_warmup_length", 1):
         training["context_warmup_length"] = 0
     batch = given(overrides, "training", "batch_size")
     if isinstance(batch, int) and "micro_batch_size" in training:
         training["micro_batch_size"] = gcd(batch, training["micro_batch_size"])
-    return preset | {"training": training}
+    return preset | {"model": model, "training": training}
 
 
 def given(overrides: Mapping[str, Any], table: str, name: str) -> Any:
