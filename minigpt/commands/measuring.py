@@ -234,7 +234,8 @@ def record(measurement: Measurement) -> dict[str, Any]:
 def lines(measurement: Measurement) -> Iterator[Text]:
     """Yield what came of a measurement, for people."""
     result, windows = measurement.result, measurement.windows
-    share = measurement.wanted.val_fraction
+    share, seconds = measurement.wanted.val_fraction, measurement.seconds
+    time_ = f"{seconds:.1f} s" if seconds < 60 else duration(seconds)
     facts = {
         "model": one_line(str(measurement.folder)),
         "text": one_line(", ".join(measurement.data))
@@ -243,7 +244,7 @@ def lines(measurement: Measurement) -> Iterator[Text]:
         "perplexity": f"{result.perplexity:,.4g}",
         "predicted": f"{result.n_tokens:,} tokens, {result.n_bytes:,} bytes",
         "windows": f"{windows.context_length} tokens, stride {windows.stride}",
-        "speed": f"{short(measurement.tokens_per_s)} tok/s, {duration(measurement.seconds)} on "
+        "speed": f"{short(measurement.tokens_per_s)} tok/s, {time_} on "
         f"{measurement.device.type} in {measurement.dtype_name}",
     }
     rows = [[Text(name, "dim"), Text(fact)] for name, fact in facts.items()]

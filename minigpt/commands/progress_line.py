@@ -10,7 +10,7 @@ from rich.live import Live
 
 from minigpt.commands.status_line import StatusLine
 from minigpt.console import make_console
-from minigpt.text.shards import PrepareProgress
+from minigpt.text.building import PrepareProgress
 from minigpt.text.visible import printable
 
 PLAIN_EVERY_S = 5.0
@@ -35,6 +35,8 @@ class ProgressLine:
             redirect_stdout=False,
         )
         self._last_line_at = time.monotonic()
+        self._stage: PrepareProgress | None = None
+        self._stage_began_at = 0.0
 
     def __enter__(self) -> Self:
         if self._is_live:
@@ -57,7 +59,12 @@ class ProgressLine:
             self._console.print(printable("  ".join([label, *facts])))
 
     def preparing(self, progress: PrepareProgress) -> None:
-        """Show how far the preparation of a text is."""
-        share = progress.done / progress.total if progress.total else 0.0
+        """Show how far the preparation of a text is, and how fast since its stage began."""
+        if self._stage is None or self._stage.stage != progress.stage:
+            self._stage, self._stage_began_at = progress, time.monotonic()
+        seconds = time.monotonic() - self._stage_began_at
         facts = [f"{progress.done / 1e6:.1f} of {progress.total / 1e6:.1f} MB"]
+        if progress.done > self._stage.done:
+            facts.append(f"{(progress.done - self._stage.done) / 1e6 / seconds:.3g} MB/s")
+        share = progress.done / progress.total if progress.total else 0.0
         self.show(_STAGES.get(progress.stage, progress.stage), share, facts)

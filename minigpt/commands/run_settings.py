@@ -12,6 +12,7 @@ from minigpt.config import DataConfig, RunConfig
 from minigpt.errors import ConfigError
 from minigpt.presets import preset as preset_settings
 from minigpt.settings import build, merge, to_dict
+from minigpt.text.shards import prepared_tokenizer
 
 _NAME = re.compile(r"\w[\w.-]{0,99}")
 # What a checkpoint was made with and cannot be taken out of it. The text is not among them: it may
@@ -32,14 +33,19 @@ _FIXED = (
 def settings_of(overrides: dict[str, Any]) -> dict[str, Any]:
     """Lay what the user asked for over a preset.
 
-    Raises: ConfigError for all that can be refused before there is a vocabulary.
+    Raises: ConfigError for all that can be refused before there is a vocabulary; DataError for a
+        prepared folder that cannot be used.
     """
     overrides = {"preset": "nano"} | overrides
     if not isinstance(overrides["preset"], str):
         raise ConfigError(f"preset must be the name of one: it is {overrides['preset']!r}.")
     preset = _fitting(preset_settings(overrides["preset"]), overrides)
     settings = merge(preset, one_budget(overrides))
-    build(RunConfig, merge({"model": {"vocab_size": 1}}, settings))
+    config = build(RunConfig, merge({"model": {"vocab_size": 1}}, settings))
+    # A prepared folder has a tokenizer of its own, which goes before that of the preset.
+    own = prepared_tokenizer(config.data.paths)
+    if own is not None and given(overrides, "data", "tokenizer") is None:
+        settings = merge(settings, {"data": {"tokenizer": own}})
     return settings
 
 

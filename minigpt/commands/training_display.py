@@ -16,7 +16,7 @@ from minigpt.errors import CheckpointError
 from minigpt.generation.decoder import Decoder
 from minigpt.generation.stream import stream_text
 from minigpt.model.cost import parameter_count
-from minigpt.text.shards import PrepareProgress
+from minigpt.text.building import PrepareProgress
 from minigpt.text.visible import printable
 from minigpt.training.trainer import EvalEvent, Event, SampleEvent, StepEvent, Trainer
 

@@ -20,14 +20,17 @@ def cache_folder() -> Path:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn the operating system's errors inside into a ResourceError about ``path``."""
+def writing(path: Path, remedy: str = "") -> Iterator[None]:
+    """Turn the operating system's errors inside into a ResourceError about ``path``.
+
+    Args: remedy, besides more space; for the cache, that there are other places for it.
+    """
     try:
         yield
     except OSError as error:
         raise ResourceError(
-            f"cannot write {str(path)!r}: {error.strerror or error}. Free some space, or set "
-            f"{CACHE_VARIABLE} to a folder that can be written."
+            f"cannot write {str(path)!r}: {error.strerror or error}. Free some space, or "
+            f"{remedy or f'set {CACHE_VARIABLE} to a folder that can be written'}."
         ) from None
 
 

@@ -1,86 +1,41 @@
 """Documents -> token shards on disk, read back through memory maps.
 
-A prepared corpus is a folder of the cache: manifest.json, vocabulary.json and tokens-*.bin, all
-little-endian. Its name is a hash of what goes in, so the same corpus is prepared once.
+What ``prepare`` makes is a folder of the cache, whose name is a hash of what goes in, so that the
+same corpus is prepared once; ``prepare_folder`` makes one where the user wants it.
 """
 
 import dataclasses
 import hashlib
-import json
 import os
 import shutil
-import tempfile
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from minigpt.config import DataConfig
-from minigpt.errors import DataError
-from minigpt.text.cache import cache_folder, writing
-from minigpt.text.corpus import Document, Source, content_hash, find_sources, iter_documents
-from minigpt.text.tokenizer import Tokenizer, make_tokenizer, parse_spec
+from minigpt.errors import ConfigError, DataError, LockedError
+from minigpt.text.building import Corpus, PrepareProgress, Work, build, opened_corpus, tidy
+from minigpt.text.cache import writing
+from minigpt.text.shard_files import (
+    MANIFEST,
+    PARTIAL,
+    UNFINISHED,
+    VOCABULARY,
+    Manifest,
+    Unfinished,
+    is_ours,
+    read_vocabulary,
+)
+from minigpt.text.tokenizer import Tokenizer
 
-# Written into every manifest and hashed into every folder's name: raise it when what is prepared
-# from the same text changes.
-SCHEMA_VERSION = 1
-MAX_SHARD_TOKENS = 2**27
-PROGRESS_BYTES = 2**20
-
-
-@dataclass(frozen=True)
-class PrepareProgress:
-    """How far a preparation is."""
-
-    stage: str
-    """download, train tokenizer, or encode."""
-    done: int
-    """Bytes of the files read in this stage."""
-    total: int
-    """Bytes of the files in all."""
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One file of tokens."""
-
-    name: str
-    """In the prepared folder."""
-    n_tokens: int
-    """How many it holds."""
-    sha256: str
-    """Of the file, in hex."""
-    mtime_ns: int
-    """When it was written; a file of another time is hashed before it is used."""
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a prepared corpus is and was made from."""
-
-    schema_version: int
-    """Of this record and of the files beside it."""
-    dtype: str
-    """Of the tokens: <u2 or <u4."""
-    n_tokens: int
-    """All of them, the separators too."""
-    n_bytes: int
-    """UTF-8 bytes of the text, without separators."""
-    n_documents: int
-    """How many were read."""
-    tokenizer: str
-    """Its name: its spec, if it was made of one."""
-    tokenizer_fingerprint: str
-    """Its sha256."""
-    shards: tuple[Shard, ...]
-    """In order."""
-    sources: tuple[str, ...]
-    """The files, as the user called them the first time."""
+_LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -168,41 +123,178 @@ def prepare(
     on_progress: Callable[[PrepareProgress], None] | None = None,
     *,
     tokenizer: Tokenizer | None = None,
+    n_workers: int = 0,
 ) -> PreparedData:
     """Turn a corpus into tokens on disk, or find that it was done before.
 
     ``Tokenizer.separator`` stands before each document, the first too. Memory stays bounded,
-    whatever the size of the corpus. A preparation that is killed leaves nothing that is ever used.
+    whatever the size of the corpus. What a killed preparation has left is never used but to go on
+    with it. A folder that ``prepare_folder`` wrote is opened as it is.
 
     Args: cache_dir, the cache instead of the user's own; tokenizer, one that is there already,
-        instead of making the one that ``data`` names.
-    Raises: ConfigError for an unknown tokenizer; DataError for a corpus that cannot be used;
-        ResourceError if a file may not be read or the cache cannot be written.
+        instead of making the one that ``data`` names; n_workers, threads, 0 for all cores.
+    Raises: ConfigError for an unknown tokenizer, or another one than a folder was prepared with;
+        DataError for a corpus that cannot be used; ResourceError if a file may not be read or the
+        cache cannot be written.
     """
-    report = on_progress or (lambda progress: None)
-    if tokenizer is None:
-        parse_spec(data.tokenizer)  # before a download, not after
-    cache = cache_dir or cache_folder()
-    with writing(cache):
-        (cache / "prepared").mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="streams-", dir=cache) as spool:
-            sources = find_sources(
-                data.paths,
-                cache,
-                Path(spool),
-                on_download=lambda *n: report(PrepareProgress("download", *n)),
-            )
-            # A name is not enough of a vocabulary that was not made here: two may share it.
-            vocabulary = data.tokenizer if tokenizer is None else tokenizer.fingerprint
-            what = f"{SCHEMA_VERSION} {vocabulary} {content_hash(sources)}"
-            folder = cache / "prepared" / hashlib.sha256(what.encode()).hexdigest()[:32]
-            with FileLock(f"{folder}.lock"):
-                try:
-                    prepared = open_prepared(folder)
-                except DataError:
-                    _replace(folder, tokenizer or data.tokenizer, sources, report)
-                    prepared = open_prepared(folder)
+    if folder := prepared_folder(data.paths):
+        return _opened(folder, data.tokenizer, tokenizer)
+    with opened_corpus(data, tokenizer, cache_dir, on_progress) as corpus:
+        folder = corpus.cache / "prepared" / corpus.identity[:32]
+        with FileLock(f"{folder}.lock"):
+            try:
+                prepared = open_prepared(folder)
+            except DataError:
+                _replace(folder, corpus, n_workers)
+                prepared = open_prepared(folder)
     # Of two vocabularies that differ in nothing but their name, the one that was given.
+    return prepared if tokenizer is None else dataclasses.replace(prepared, tokenizer=tokenizer)
+
+
+def _replace(folder: Path, corpus: Corpus, n_workers: int) -> None:
+    """Build a prepared corpus aside and rename it; an unusable one in its place goes first."""
+    aside = folder.with_name(f"{folder.name}{PARTIAL}")
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.mkdir(exist_ok=True)
+    try:
+        build(aside, corpus, n_workers)
+        aside.rename(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def prepare_folder(
+    data: DataConfig,
+    folder: Path,
+    cache_dir: Path | None = None,
+    on_progress: Callable[[PrepareProgress], None] | None = None,
+    *,
+    tokenizer: Tokenizer | None = None,
+    n_workers: int = 0,
+) -> tuple[PreparedData, Work]:
+    """Turn a corpus into tokens in a folder of the user's own, or go on where that was broken off.
+
+    Full shards are kept, whatever ends the call; the same call then gives the same bytes.
+
+    Args: folder, which is empty, not there, or was begun by this function for the same corpus; the
+        others as in ``prepare``.
+    Returns: the whole corpus, and what of it was done now.
+    Raises: ConfigError if the folder holds anything else; LockedError if another process is at it;
+        otherwise as ``prepare``.
+    """
+    if prepared := prepared_folder(data.paths):
+        raise DataError(f"{str(prepared)!r} is prepared already. Train on it as it is.")
+    _require_ours(folder)
+    with (
+        opened_corpus(data, tokenizer, cache_dir, on_progress) as corpus,
+        writing(folder, "name another --out"),
+        _locked(folder),
+    ):
+        work = Work()
+        if not _is_finished(folder, corpus.identity):
+            try:
+                work = build(folder, corpus, n_workers)
+            except BaseException:
+                tidy(folder)
+                raise
+    return open_prepared(folder), work
+
+
+def _require_ours(folder: Path) -> None:
+    if folder.is_dir():
+        others = [p.name for p in folder.iterdir() if not is_ours(p) and p.name != _LOCK]
+        if others:
+            raise ConfigError(
+                f"the folder {str(folder)!r} holds {min(others)!r}, which is none of what is "
+                "prepared. Name an empty or a new one."
+            )
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / _LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise LockedError(
+            f"another process is preparing {str(folder)!r}. Wait until it ends, or name another "
+            "--out."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _is_finished(folder: Path, identity: str) -> bool:
+    """Tell whether a corpus is in the folder, whole.
+
+    Raises: ConfigError if another one is there, whole or not.
+    """
+    kind = Manifest if (folder / MANIFEST).exists() else Unfinished
+    try:
+        record = kind.read(folder)
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"what is in {str(folder)!r} is damaged: {error}. Delete it.") from None
+    if record.identity != identity:
+        raise ConfigError(
+            f"the folder {str(folder)!r} holds another text, or tokens of another tokenizer. "
+            "Delete it, or name another --out."
+        )
+    return kind is Manifest
+
+
+def prepared_folder(words: Sequence[str]) -> Path | None:
+    """Return the folder of ``prepare_folder`` that is named as a corpus; None if it is text.
+
+    Raises: DataError if its preparation has not ended, or other texts are named too.
+    """
+    paths = [Path(os.path.expanduser(word)) for word in words]
+    folders = [path for path in paths if _is_prepared(path)]
+    if not folders:
+        return None
+    name = repr(str(folders[0]))
+    if len(paths) > 1:
+        raise DataError(f"{name} is a prepared corpus, and goes with no other. Name it alone.")
+    if not os.path.isfile(folders[0] / MANIFEST):
+        raise DataError(f"the preparation of {name} has not ended. Call minigpt prepare again.")
+    return folders[0]
+
+
+def _is_prepared(folder: Path) -> bool:
+    # os.path says no, where Path raises, of a name that can be none.
+    has = {name for name in (MANIFEST, UNFINISHED, VOCABULARY) if os.path.isfile(folder / name)}
+    return VOCABULARY in has and len(has) > 1
+
+
+def prepared_tokenizer(words: Sequence[str]) -> str | None:
+    """Return the name of the tokenizer of a prepared folder; None if the words name text.
+
+    Raises: DataError as ``prepared_folder``, or if it is damaged.
+    """
+    folder = prepared_folder(words)
+    return open_prepared(folder).manifest.tokenizer if folder else None
+
+
+def _opened(folder: Path, spec: str, tokenizer: Tokenizer | None) -> PreparedData:
+    """Open a prepared folder.
+
+    Raises: ConfigError if its tokenizer is not the one that is asked for.
+    """
+    prepared = open_prepared(folder)
+    if tokenizer is None and prepared.manifest.tokenizer != spec:
+        raise ConfigError(
+            f"{str(folder)!r} was prepared with the tokenizer {prepared.manifest.tokenizer!r}, not "
+            f"{spec!r}. Leave --tokenizer out, or prepare the text again."
+        )
+    if tokenizer is not None and prepared.manifest.tokenizer_fingerprint != tokenizer.fingerprint:
+        raise ConfigError(
+            f"{str(folder)!r} was prepared with another tokenizer than the model's "
+            f"({prepared.manifest.tokenizer!r}). Prepare the text with minigpt prepare --from."
+        )
     return prepared if tokenizer is None else dataclasses.replace(prepared, tokenizer=tokenizer)
 
 
@@ -212,14 +304,14 @@ def open_prepared(folder: Path) -> PreparedData:
     Raises: DataError if it is missing, incomplete or damaged.
     """
     try:
-        manifest = _read_manifest(folder / "manifest.json")
-        tokenizer = Tokenizer.from_dict(json.loads((folder / "vocabulary.json").read_bytes()))
+        manifest = Manifest.read(folder)
+        tokenizer = read_vocabulary(folder)
         is_whole = tokenizer.fingerprint == manifest.tokenizer_fingerprint
         digest = hashlib.sha256(tokenizer.fingerprint.encode())
         arrays = []
         for shard in manifest.shards:
             array = np.asarray(np.memmap(folder / shard.name, manifest.dtype, mode="r"))
-            is_whole &= len(array) == shard.n_tokens and _is_untouched(folder / shard.name, shard)
+            is_whole &= len(array) == shard.n_tokens and shard.is_intact(folder)
             arrays.append(array)
             digest.update(shard.sha256.encode())
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -227,147 +319,3 @@ def open_prepared(folder: Path) -> PreparedData:
     if not is_whole:
         raise DataError(f"the prepared corpus {str(folder)!r} is damaged. Delete that folder.")
     return PreparedData(tokenizer, TokenDataset(arrays, digest.hexdigest()), manifest, folder)
-
-
-def _is_untouched(path: Path, shard: Shard) -> bool:
-    """Check a shard's bytes, unless it still has the time of its writing: hashing takes a while."""
-    if path.stat().st_mtime_ns == shard.mtime_ns:
-        return True
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256
-
-
-def _read_manifest(path: Path) -> Manifest:
-    values = json.loads(path.read_bytes())
-    if values["schema_version"] != SCHEMA_VERSION:
-        raise ValueError(f"its schema version is {values['schema_version']!r}")
-    values["shards"] = tuple(Shard(**shard) for shard in values["shards"])
-    values["sources"] = tuple(values["sources"])
-    return Manifest(**values)
-
-
-def _replace(
-    folder: Path,
-    tokenizer: Tokenizer | str,
-    sources: list[Source],
-    report: Callable[[PrepareProgress], None],
-) -> None:
-    """Write a prepared corpus aside and rename it; an unusable one in its place goes first."""
-    aside = folder.with_name(f"{folder.name}.partial")
-    for leftover in (aside, folder):
-        shutil.rmtree(leftover, ignore_errors=True)
-    aside.mkdir()
-    try:
-        _build(aside, tokenizer, sources, report)
-        aside.rename(folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _build(
-    folder: Path,
-    tokenizer: Tokenizer | str,
-    sources: list[Source],
-    report: Callable[[PrepareProgress], None],
-) -> None:
-    if isinstance(tokenizer, str):
-        training = _reported(iter_documents(sources), sources, "train tokenizer", report)
-        tokenizer = make_tokenizer(tokenizer, (document.text for document in training))
-    _write_json(folder / "vocabulary.json", tokenizer.to_dict())
-
-    writer = _ShardWriter(folder, "<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
-    separator = np.array(tokenizer.separator, np.uint32)
-    n_bytes = n_documents = 0
-    for document in _reported(iter_documents(sources), sources, "encode", report):
-        if document.is_start:
-            n_documents += 1
-            writer.write(separator)
-        writer.write(tokenizer.encode_array(document.text, is_start=document.is_start))
-        n_bytes += len(document.text.encode())
-    shards = writer.close()
-    manifest = Manifest(
-        schema_version=SCHEMA_VERSION,
-        dtype=writer.dtype,
-        n_tokens=sum(shard.n_tokens for shard in shards),
-        n_bytes=n_bytes,
-        n_documents=n_documents,
-        tokenizer=tokenizer.name,
-        tokenizer_fingerprint=tokenizer.fingerprint,
-        shards=shards,
-        sources=tuple(source.name for source in sources),
-    )
-    _write_json(folder / "manifest.json", dataclasses.asdict(manifest))
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(values, file)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _reported(
-    documents: Iterable[Document],
-    sources: Iterable[Source],
-    stage: str,
-    report: Callable[[PrepareProgress], None],
-) -> Iterable[Document]:
-    """Pass documents on, and report how far their files have been read, now and then."""
-    sizes = {source: source.path.stat().st_size for source in sources}
-    total = sum(sizes.values())
-    before = {}
-    done = 0
-    for source, size in sizes.items():
-        before[source] = done
-        done += size
-    reported = 0
-    for document in documents:
-        yield document
-        done = before[document.source] + document.file_position
-        if done - reported >= min(PROGRESS_BYTES, total - reported) > 0:
-            report(PrepareProgress(stage, done, total))
-            reported = done
-
-
-class _ShardWriter:
-    """Write tokens one after the other into files of at most MAX_SHARD_TOKENS."""
-
-    def __init__(self, folder: Path, dtype: str) -> None:
-        self.folder, self.dtype = folder, dtype
-        self._shards: list[Shard] = []
-        self._file: BinaryIO | None = None
-        self._n_tokens = 0
-
-    def write(self, tokens: npt.NDArray[Any]) -> None:
-        while len(tokens):
-            if self._file is None:
-                self._open()
-            assert self._file is not None
-            part = tokens[: MAX_SHARD_TOKENS - self._n_tokens]
-            tokens = tokens[len(part) :]
-            data = part.astype(self.dtype).tobytes()
-            self._file.write(data)
-            self._digest.update(data)
-            self._n_tokens += len(part)
-            if self._n_tokens == MAX_SHARD_TOKENS:
-                self._close()
-
-    def close(self) -> tuple[Shard, ...]:
-        if self._file is not None:
-            self._close()
-        return tuple(self._shards)
-
-    def _open(self) -> None:
-        self._name = f"tokens-{len(self._shards):05d}.bin"
-        self._file = (self.folder / self._name).open("wb")
-        self._digest = hashlib.sha256()
-        self._n_tokens = 0
-
-    def _close(self) -> None:
-        assert self._file is not None
-        with self._file as file:
-            file.flush()
-            os.fsync(file.fileno())
-        mtime_ns = (self.folder / self._name).stat().st_mtime_ns
-        self._shards.append(Shard(self._name, self._n_tokens, self._digest.hexdigest(), mtime_ns))
-        self._file = None

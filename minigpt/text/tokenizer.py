@@ -9,9 +9,9 @@ import binascii
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from functools import cached_property
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property, partial
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,8 @@ import tiktoken
 
 from minigpt.errors import ConfigError, DataError, nearest
 from minigpt.text.rules import NO_RULES, NORMALIZATIONS, VISIBLE_SPACE, Rules
+
+Ids = TypeVar("Ids")
 
 END_OF_TEXT = "<|endoftext|>"
 NAMED_ENCODINGS = ("gpt2", "cl100k_base", "o200k_base")
@@ -100,25 +102,37 @@ class Tokenizer:
         return begin + self.encode(text)
 
     def _encode_plain(self, text: str, is_start: bool) -> list[int]:
+        ids: list[int] = []
+        for part in self._plain_parts(text, is_start):
+            ids += self._ids(self._guarded(self.encoding.encode_ordinary, part))
+        return ids
+
+    def _plain_parts(self, text: str, is_start: bool) -> list[str]:
+        """Return a text, without added tokens, as what is split and merged part by part."""
         if is_start or not self.rules.normalization.startswith("metaspace"):
             text = NORMALIZATIONS[self.rules.normalization](text)
         else:
             text = text.replace(" ", VISIBLE_SPACE)
         self._check_bytes(text)
-        ids: list[int] = []
-        for part in _parts(text):
-            ids += self._ids(self._encode_part(part))
-        return ids
+        return _parts(text)
 
     def _ids(self, numbers: list[int]) -> list[int]:
         of_number = self.rules.ids
         return [i for n in numbers for i in of_number[n]] if of_number else numbers
 
     def encode_array(self, text: str, *, is_start: bool = True) -> npt.NDArray[np.uint32]:
-        """Return what ``encode`` returns, as uint32; for single bytes without tiktoken."""
+        """Return what ``encode`` returns, as uint32; for single bytes without tiktoken.
+
+        A list of ids, where one can be avoided, would take as long as a tenth of the encoding.
+        """
+        text = well_formed(text)
         if self._is_bytes:
-            return np.frombuffer(well_formed(text).encode(), np.uint8).astype(np.uint32)
-        return np.array(self.encode(text, is_start=is_start), np.uint32)
+            return np.frombuffer(text.encode(), np.uint8).astype(np.uint32)
+        if self.rules.ids or (self.rules.added and self._added.search(text)):
+            return np.array(self.encode(text, is_start=is_start), np.uint32)
+        encode = partial(self.encoding.encode_to_numpy, disallowed_special=())
+        arrays = [self._guarded(encode, part) for part in self._plain_parts(text, is_start)]
+        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Return the bytes of the ids; an id that the vocabulary does not use has none."""
@@ -194,9 +208,9 @@ class Tokenizer:
                 "Leave that character out of the text."
             )
 
-    def _encode_part(self, part: str) -> list[int]:
+    def _guarded(self, encode: Callable[[str], Ids], part: str) -> Ids:
         try:
-            return self.encoding.encode_ordinary(part)
+            return encode(part)
         except BaseException as error:
             # PanicException cannot be imported, and is no Exception.
             if type(error).__name__ != "PanicException":

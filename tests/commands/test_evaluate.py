@@ -154,7 +154,7 @@ loss        {loss} nats/token, {bits} bits/byte
 perplexity  {facts["perplexity"]:.4g}
 predicted   742 tokens, 742 bytes
 windows     64 tokens, stride 32
-speed       \S+ tok/s, \d+ s on \w+ in \w+
+speed       \S+ tok/s, \d+\.\d s on \w+ in \w+
 """
     assert re.fullmatch(expected, result.out), result.out
 

@@ -36,6 +36,7 @@ def modules_after(*words: str, cwd: Path = ROOT) -> set[str]:
         ["train", "--help"],
         ["attention-trace", "--help"],
         ["evaluate", "--help"],
+        ["prepare", "--help"],
         ["--version"],
     ],
 )

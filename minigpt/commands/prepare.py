@@ -1,0 +1,140 @@
+"""minigpt prepare; the docstring of the command is its --help."""
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from minigpt.commands import options
+from minigpt.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from rich.text import Text
+
+    from minigpt.text.building import Work
+    from minigpt.text.shard_files import Manifest
+    from minigpt.text.tokenizer import Tokenizer
+
+
+def prepare(
+    data: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="DATA",
+            help="Files, folders, globs, - for standard input, or shakespeare [the "
+            "English prose in Python]",
+            show_default=False,
+        ),
+    ] = None,
+    *,
+    out: Annotated[
+        str,
+        options.option("--out", "Folder for the tokens, empty or new", group="Run", metavar="DIR"),
+    ],
+    tokenizer: Annotated[
+        str | None,
+        options.option(
+            "--tokenizer",
+            "bytes, bpe:N, gpt2, cl100k_base, o200k_base",
+            group="Run",
+            metavar="NAME",
+            default="bytes",
+        ),
+    ] = None,
+    from_: Annotated[
+        str | None,
+        options.option(
+            "--from",
+            "Use the tokenizer of this model: a folder, or the name of a run",
+            group="Run",
+            metavar="MODEL",
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None, options.number("--workers", int, "Threads", group="Run", default="all cores")
+    ] = None,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Turn text into tokens ahead of training.
+
+    minigpt train DIR then takes the folder in the place of text. Train does as much itself, into
+    its cache; this is for text that takes long, is trained on elsewhere, or may be interrupted: the
+    same command goes on where it ended, by whatever, and gives the same files.
+
+    Kept are full shards, of 17 million tokens each.
+    """
+    if tokenizer is not None and from_ is not None:
+        raise ConfigError("--from brings its own tokenizer. Leave --tokenizer out.")
+    if workers is not None and workers < 1:
+        raise ConfigError(f"--workers must be at least 1: it is {workers}.")
+    from pathlib import Path
+
+    from minigpt.commands import output
+    from minigpt.commands.program import command_line
+    from minigpt.commands.progress_line import ProgressLine
+    from minigpt.config import DataConfig
+    from minigpt.settings import build
+    from minigpt.text.shards import prepare_folder
+
+    config = build(DataConfig, {"paths": data or [], "tokenizer": tokenizer or "bytes"})
+    folder = Path(out).expanduser()
+    with ProgressLine("reading") as progress:
+        prepared, work = prepare_folder(
+            config,
+            folder,
+            on_progress=progress.preparing,
+            tokenizer=None if from_ is None else _tokenizer_of(from_),
+            n_workers=workers or 0,
+        )
+    if as_json:
+        output.write_json(_record(folder, prepared.manifest, work))
+    else:
+        output.show(_lines(folder, prepared.manifest, work))
+        output.note(f"next    {command_line('train', str(folder))}")
+
+
+def _tokenizer_of(spec: str) -> "Tokenizer":
+    """Return the tokenizer that ``minigpt train --from`` would train with."""
+    from minigpt.commands.finetuning import read_base
+
+    return read_base(spec).tokenizer
+
+
+def _record(folder: "Path", manifest: "Manifest", work: "Work") -> dict[str, Any]:
+    return {
+        "folder": folder,
+        "n_documents": manifest.n_documents,
+        "n_bytes": manifest.n_bytes,
+        "n_tokens": manifest.n_tokens,
+        "bytes_per_token": manifest.n_bytes / manifest.n_tokens,
+        "tokenizer": manifest.tokenizer,
+        "n_shards": len(manifest.shards),
+        "n_bytes_encoded": work.n_bytes,
+        "seconds": work.seconds,
+        "mb_per_s": work.n_bytes / 1e6 / work.seconds if work.seconds else None,
+    }
+
+
+def _lines(folder: "Path", manifest: "Manifest", work: "Work") -> "Iterator[Text]":
+    from rich.text import Text
+
+    from minigpt.commands.output import aligned, one_line, with_unit
+
+    documents = "1 document" if manifest.n_documents == 1 else f"{manifest.n_documents:,} documents"
+    speed = "all of it was there"
+    if work.seconds:
+        speed = f"{work.n_bytes / 1e6 / work.seconds:.3g} MB/s: {with_unit(work.n_bytes, 'B')} in "
+        speed += f"{work.seconds:.1f} s"
+        speed += "; the rest was there" if work.n_bytes < manifest.n_bytes else ""
+    facts = {
+        "folder": one_line(str(folder)),
+        "text": f"{manifest.n_bytes:,} bytes, {documents}",
+        "tokens": f"{manifest.n_tokens:,} ({one_line(manifest.tokenizer)}), "
+        f"{manifest.n_bytes / manifest.n_tokens:.3f} bytes/token",
+        "speed": speed,
+    }
+    rows = [[Text(name, "dim"), Text(fact)] for name, fact in facts.items()]
+    yield from aligned(rows, ["left"] * 2)

@@ -1,0 +1,387 @@
+"""Prepared folders: the same bytes whatever the workers, and wherever the work was broken off."""
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from filelock import FileLock
+
+from minigpt.config import DataConfig
+from minigpt.errors import ConfigError, DataError, LockedError, ResourceError
+from minigpt.text import building, corpus, encoding, shard_files, shards
+from minigpt.text.building import PrepareProgress, Work
+from minigpt.text.corpus import Document
+from minigpt.text.encoding import Encoded
+from minigpt.text.shards import PreparedData, TokenSpan, prepare, prepare_folder
+from minigpt.text.tokenizer import Tokenizer, train_bpe
+
+Prepare = Callable[..., tuple[PreparedData, Work]]
+
+WORDS = ["the owl ", "a nest, ", "né ", "世界 ", "tree\n", "<|endoftext|> ", "42 ", "'s been\n\n"]
+
+
+class Killed(BaseException):
+    """Ends a preparation as kill -9 would: nothing is tidied."""
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    """Documents of one word to 2,000 words."""
+    draw = random.Random(5)
+    lengths = [draw.choice([1, 3, 20, 100]) for _ in range(120)] + [2000, 1, 700]
+    return ["".join(draw.choices(WORDS, k=length)) for length in lengths]
+
+
+@pytest.fixture
+def data(texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DataConfig:
+    """The documents in two files, of which the second is packed; and units that are small."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(corpus, "PIECE_CHARS", 900)
+    monkeypatch.setattr(corpus, "LOOKAHEAD_CHARS", 400)
+    monkeypatch.setattr(encoding, "CHUNK_CHARS", 1000)
+    monkeypatch.setattr(shard_files, "MAX_SHARD_TOKENS", 1500)
+    monkeypatch.setattr(building, "PROGRESS_BYTES", 1)
+    lines = [json.dumps({"text": text}) + "\n" for text in texts]
+    Path("a.jsonl").write_text("".join(lines[:60]))
+    Path("b.jsonl").write_text("".join(lines[60:]))
+    return DataConfig(paths=("a.jsonl", "b.jsonl"), tokenizer="bpe:300")
+
+
+@pytest.fixture
+def prepared(data: DataConfig, tmp_path: Path) -> Prepare:
+    """Prepare the documents in a folder."""
+
+    def run(out: str = "out", **changes: object) -> tuple[PreparedData, Work]:
+        return prepare_folder(data, tmp_path / out, tmp_path / "cache", **changes)  # type: ignore[arg-type]
+
+    return run
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files but the lock; the times in the manifest are left out."""
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+    if "manifest.json" in files:
+        manifest = json.loads(files["manifest.json"])
+        for shard in manifest["shards"]:
+            del shard["mtime_ns"]
+        files["manifest.json"] = json.dumps(manifest).encode()
+    return files
+
+
+def tokens_of(data: PreparedData) -> list[int]:
+    whole = TokenSpan(data.tokens, 0, len(data.tokens), "whole")
+    return whole.windows(np.array([0]), len(whole))[0].tolist()
+
+
+def test_tokens_are_those_of_a_plain_loop_whatever_the_number_of_workers(
+    prepared: Prepare, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, draw = encoding._encode, random.Random(1)
+
+    def encode_sometime(chunk: list[Document], tokenizer: Tokenizer, dtype: str) -> Encoded:
+        time.sleep(draw.random() / 500)  # so that later chunks are often ready before
+        return encode(chunk, tokenizer, dtype)
+
+    monkeypatch.setattr(encoding, "_encode", encode_sometime)
+    made = [prepared(f"out-{n}", n_workers=n)[0] for n in (1, 2, 7)]
+    tokenizer = made[0].tokenizer
+    expected: list[int] = []
+    for text in texts:
+        expected += [tokenizer.end_of_text, *tokenizer.encoding.encode_ordinary(text)]
+    assert [tokens_of(data) == expected for data in made] == [True] * 3
+    assert len({data.tokens.fingerprint for data in made}) == 1
+    assert contents(made[0].folder) == contents(made[1].folder) == contents(made[2].folder)
+    manifest = made[0].manifest
+    assert len(manifest.shards) > 5
+    assert manifest.n_bytes == sum(len(text.encode()) for text in texts)
+    assert (manifest.n_documents, manifest.n_tokens) == (len(texts), len(expected))
+
+
+def test_a_folder_has_the_tokens_and_the_fingerprint_that_the_cache_has(
+    prepared: Prepare, data: DataConfig, tmp_path: Path
+) -> None:
+    in_folder, work = prepared()
+    in_cache = prepare(data, tmp_path / "cache")
+    assert in_folder.tokens.fingerprint == in_cache.tokens.fingerprint
+    assert work.n_bytes == in_folder.manifest.n_bytes
+    opened = prepare(DataConfig(paths=(str(tmp_path / "out"),), tokenizer="bpe:300"))
+    assert opened.tokens.fingerprint == in_cache.tokens.fingerprint
+    assert opened.folder == tmp_path / "out"
+
+
+def kill_at_sync(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the process end at its n-th call of fsync, and with it at any place between two files."""
+    sync, calls = os.fsync, []
+
+    def sync_or_die(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == number:
+            raise Killed
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sync_or_die)
+    monkeypatch.setattr(shards, "tidy", lambda folder: None)
+
+
+def test_killed_anywhere_and_called_again_it_goes_on_and_gives_the_same_bytes(
+    prepared: Prepare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, _ = prepared("whole")
+    n_shards = len(whole.manifest.shards)
+    n_encoded = []
+    for number in range(1, 2 * n_shards + 3):  # vocabulary, record, and two for each shard
+        out = f"out-{number}"
+        with monkeypatch.context() as patch:
+            kill_at_sync(number, patch)
+            with pytest.raises(Killed):
+                prepared(out)
+        begun = {path.name: path.stat() for path in Path(out).iterdir()}
+        again, work = prepared(out)
+        assert contents(again.folder) == contents(whole.folder)
+        n_kept = max((number - 3) // 2, 0)
+        for name in [shard.name for shard in whole.manifest.shards[:n_kept]]:
+            now = (again.folder / name).stat()
+            assert (now.st_ino, now.st_mtime_ns) == (begun[name].st_ino, begun[name].st_mtime_ns)
+        n_encoded.append(work.n_bytes)
+    assert n_encoded[0] == whole.manifest.n_bytes
+    assert n_encoded == sorted(n_encoded, reverse=True)
+    assert len(set(n_encoded)) > n_shards - 2
+    assert prepared("whole")[1] == Work(0, 0.0)
+
+
+def test_a_process_killed_in_the_middle_is_gone_on_with_in_another(
+    prepared: Prepare, tmp_path: Path
+) -> None:
+    code = """
+import os, signal, sys
+from pathlib import Path
+from minigpt.config import DataConfig
+from minigpt.text import building, corpus, encoding, shard_files
+from minigpt.text.shards import prepare_folder
+corpus.PIECE_CHARS, corpus.LOOKAHEAD_CHARS, encoding.CHUNK_CHARS = 900, 400, 1000
+shard_files.MAX_SHARD_TOKENS, building.PROGRESS_BYTES = 1500, 1
+def kill(progress):
+    if progress.stage == "encode" and progress.done > progress.total / 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+data = DataConfig(paths=("a.jsonl", "b.jsonl"), tokenizer="bpe:300")
+prepare_folder(data, Path("out"), Path("cache"), kill, n_workers=3)
+"""
+    killed = subprocess.run([sys.executable, "-c", code], cwd=tmp_path)
+    assert killed.returncode == -signal.SIGKILL
+    assert (tmp_path / "out/unfinished.json").exists()
+    again, work = prepared("out", n_workers=1)
+    assert 0 < work.n_bytes < 0.7 * again.manifest.n_bytes
+    assert contents(again.folder) == contents(prepared("whole")[0].folder)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "missing"])
+def test_of_a_broken_off_preparation_only_what_is_intact_is_kept(
+    prepared: Prepare, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    whole, _ = prepared("whole")
+    with monkeypatch.context() as patch:
+        kill_at_sync(11, patch)  # four shards are recorded
+        with pytest.raises(Killed):
+            prepared()
+    paths = sorted(Path("out").glob("tokens-*.bin"))
+    times = [path.stat().st_mtime_ns for path in paths]
+    content = bytearray(paths[2].read_bytes())
+    content[9] ^= 1
+    if damage == "missing":
+        paths[2].unlink()
+    else:
+        paths[2].write_bytes(content[:-2] if damage == "cut" else content)
+        os.utime(paths[2], (1, 1))
+    again, _ = prepared()
+    assert contents(again.folder) == contents(whole.folder)
+    now = [path.stat().st_mtime_ns for path in paths]
+    assert [before == after for before, after in zip(times[:4], now, strict=False)] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+
+
+def test_a_broken_off_preparation_with_another_vocabulary_begins_anew(
+    prepared: Prepare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, _ = prepared("whole")
+    with monkeypatch.context() as patch:
+        kill_at_sync(9, patch)
+        with pytest.raises(Killed):
+            prepared()
+    other = train_bpe(["zebra " * 99], 280)
+    Path("out/vocabulary.json").write_text(json.dumps(other.to_dict()))
+    again, work = prepared()
+    assert work.n_bytes == whole.manifest.n_bytes
+    assert contents(again.folder) == contents(whole.folder)
+
+
+def test_an_error_leaves_full_shards_or_nothing(
+    prepared: Prepare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def interrupt(progress: PrepareProgress) -> None:
+        if progress.stage == "encode" and progress.done > progress.total / 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(ResourceError, match=r"'.*out'.*No space left on device.*another --out"):
+            prepared()
+    assert contents(Path("out")) == {}
+    with pytest.raises(KeyboardInterrupt):
+        prepared(on_progress=interrupt)
+    left = contents(Path("out"))
+    record = json.loads(left["unfinished.json"])
+    assert len(record["shards"]) > 3
+    names = {shard["name"] for shard in record["shards"]}
+    assert left.keys() == names | {"unfinished.json", "vocabulary.json"}
+    again, work = prepared()
+    assert 0 < work.n_bytes < 0.7 * again.manifest.n_bytes
+    assert contents(again.folder) == contents(prepared("whole")[0].folder)
+
+
+def test_a_killed_preparation_in_the_cache_is_gone_on_with(
+    data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = prepare(data, tmp_path / "other")
+    built: list[Work] = []
+    build = shards.build
+
+    def watched(*words: object) -> Work:
+        built.append(build(*words))  # type: ignore[arg-type]
+        return built[-1]
+
+    monkeypatch.setattr(shards, "build", watched)
+    with monkeypatch.context() as patch:
+        kill_at_sync(11, patch)
+        patch.setattr(shards.shutil, "rmtree", lambda *words, **more: None)
+        with pytest.raises(Killed):
+            prepare(data, tmp_path / "cache")
+    assert prepare(data, tmp_path / "cache").tokens.fingerprint == whole.tokens.fingerprint
+    assert 0 < built[0].n_bytes < whole.manifest.n_bytes
+    assert not list((tmp_path / "cache").rglob("*.partial"))
+
+
+def test_a_folder_of_something_else_is_refused_and_left_as_it_is(
+    prepared: Prepare, data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(message: str, **changes: object) -> None:
+        before = contents(tmp_path / "out")
+        with pytest.raises(ConfigError, match=message):
+            prepared(**changes)
+        assert contents(tmp_path / "out") == before
+
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/diary.txt").write_text("dear diary")
+    refused(r"holds 'diary\.txt'.*empty or a new one")
+    (tmp_path / "out/diary.txt").unlink()
+    with monkeypatch.context() as patch:
+        kill_at_sync(11, patch)
+        with pytest.raises(Killed):
+            prepared()
+    bpe = train_bpe(["the owl " * 99], 280)
+    refused("another text, or tokens of another tokenizer", tokenizer=bpe)
+    prepared()
+    refused("another text, or tokens of another tokenizer", tokenizer=bpe)
+    Path("a.jsonl").write_text('{"text": "another text"}\n')
+    refused("another text, or tokens of another tokenizer")
+
+
+def test_two_at_the_same_folder_are_too_many(prepared: Prepare, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with (
+        FileLock(tmp_path / "out/.lock"),
+        pytest.raises(LockedError, match="another process is preparing"),
+    ):
+        prepared()
+
+
+def test_a_prepared_folder_goes_alone_finished_and_with_its_own_tokenizer(
+    prepared: Prepare, data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        kill_at_sync(11, patch)
+        with pytest.raises(Killed):
+            prepared()
+    out = str(tmp_path / "out")
+    with pytest.raises(DataError, match="has not ended"):
+        prepare(DataConfig(paths=(out,)))
+    made, _ = prepared()
+    assert shards.prepared_tokenizer([out]) == "bpe:300"
+    assert shards.prepared_tokenizer(["a.jsonl"]) is None
+    with pytest.raises(DataError, match="goes with no other"):
+        prepare(DataConfig(paths=("a.jsonl", out)))
+    with pytest.raises(ConfigError, match=r"with the tokenizer 'bpe:300', not 'bytes'\. Leave"):
+        prepare(DataConfig(paths=(out,), tokenizer="bytes"))
+    other = train_bpe(["zebra " * 99], 280)
+    with pytest.raises(ConfigError, match="another tokenizer than the model's"):
+        prepare(DataConfig(paths=(out,)), tokenizer=other)
+    renamed = Tokenizer("model's", made.tokenizer.encoding)
+    assert prepare(DataConfig(paths=(out,)), tokenizer=renamed).tokenizer is renamed
+    with pytest.raises(DataError, match="is prepared already"):
+        prepare_folder(DataConfig(paths=(out,)), tmp_path / "again", tmp_path / "cache")
+
+
+def test_a_damaged_folder_is_an_error_and_not_made_again(prepared: Prepare, tmp_path: Path) -> None:
+    prepared()
+    path = tmp_path / "out/tokens-00001.bin"
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(DataError, match="is damaged"):
+        prepared()
+    (tmp_path / "out/manifest.json").write_text("{")
+    with pytest.raises(DataError, match=r"is damaged: .*\. Delete it"):
+        prepared()
+
+
+def test_many_workers_hold_a_bounded_part_of_a_long_jsonl(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """32 MB of documents of 8 kB, 64 MB as tokens."""
+    line = json.dumps({"text": "the owl and the nest and the tree\n" * 240}) + "\n"
+    (tmp_path / "a.jsonl").write_text(line * 4000)
+    data = DataConfig(paths=(str(tmp_path / "a.jsonl"),))
+    tracemalloc.start()
+    prepared, _ = prepare_folder(data, tmp_path / "out", tmp_path / "cache", n_workers=3)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert prepared.manifest.n_bytes > 32e6
+    assert peak < 40e6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe:512"])
+def test_a_jsonl_of_256_mb_takes_less_than_500_mb_of_memory(tmp_path: Path, tokenizer: str) -> None:
+    """All memory of the process, the imports included; BPE holds the text it learns from."""
+    with (tmp_path / "a.jsonl").open("w") as file:
+        for number in range(32_000):
+            text = f"chapter {number}: the owl and the nest and the tree\n" * 160
+            file.write(json.dumps({"text": text}) + "\n")
+    code = """
+import resource, sys
+from pathlib import Path
+from minigpt.config import DataConfig
+from minigpt.text.shards import prepare_folder
+data = DataConfig(paths=("a.jsonl",), tokenizer=sys.argv[1])
+prepared, _ = prepare_folder(data, Path("out"), Path("cache"), n_workers=4)
+print(prepared.manifest.n_bytes, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+    command = [sys.executable, "-c", code, tokenizer]
+    done = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
+    n_bytes, peak_mib = map(float, done.stdout.split())
+    assert n_bytes > 256e6
+    assert peak_mib < 500
