@@ -56,6 +56,25 @@ def test_the_end_says_where_the_checkpoint_is_how_good_it_is_and_what_to_try(run
         assert run(*words).code == 0
 
 
+def test_a_preset_fits_the_heads_and_the_layout_that_are_asked_for(run: Run) -> None:
+    nano = PRESETS["nano"]["model"]
+    assert nano["n_kv_head"] % 3, "three heads must not fit by themselves"
+    short = ["--max-steps", "1", "--context-length", "64", "--n-layer", "1", "--batch-size", "1"]
+    for name, words in (
+        ("heads", ["--n-head", "3"]),
+        ("wide", ["--d-model", "24", "--n-head", "2"]),
+        ("gpt2", ["--family", "gpt2"]),
+    ):
+        assert run("train", "corpus.txt", "--name", name, *short, *words).code == 0
+    made = {
+        name: read_toml(Path("checkpoints", name, "config.toml"))["model"]
+        for name in ("heads", "wide", "gpt2")
+    }
+    assert (made["heads"]["n_head"], made["heads"]["n_kv_head"]) == (3, 1)
+    assert made["wide"]["d_mlp"] == 64  # Llama's 8/3 of the width, not the preset's
+    assert (made["gpt2"]["n_kv_head"], made["gpt2"]["d_mlp"]) == (6, 4 * nano["d_model"])
+
+
 def test_the_card_says_how_the_run_began_however_often_it_was_resumed(run: Run) -> None:
     assert run("train", "corpus.txt", "--name", "carded", *TINY).code == 0
     words = shlex.join(["train", "corpus.txt", "--name", "carded", *TINY])
