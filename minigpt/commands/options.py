@@ -84,7 +84,7 @@ Model = Annotated[
     str | None,
     option(
         "--model",
-        "Model folder, or the name of a run",
+        "Model folder, name of a run, or org/name on the hub",
         group="Model",
         metavar="PATH",
         default="the newest run",
