@@ -27,7 +27,9 @@ LossOf = Callable[[Tensor, Tensor], Tensor]
 """Inputs and targets, each (B, T), to the mean loss."""
 
 
-def real(checkout: Path, vocab_size: int, **shape: int) -> tuple[nn.Module, LossOf, Any]:
+def real(
+    checkout: Path, vocab_size: int, *, device: str = "cpu", **shape: int
+) -> tuple[nn.Module, LossOf, Any]:
     """Return nanoGPT's own model, its loss and its optimizer, from the model.py of a checkout."""
     spec = importlib.util.spec_from_file_location("nanogpt_model", checkout / "model.py")
     assert spec is not None
@@ -37,7 +39,8 @@ def real(checkout: Path, vocab_size: int, **shape: int) -> tuple[nn.Module, Loss
     spec.loader.exec_module(module)
     options = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": CONTEXT} | shape
     model = module.GPT(module.GPTConfig(vocab_size=vocab_size, dropout=0.0, bias=False, **options))
-    optimizer = model.configure_optimizers(0.1, _PEAK_LR, (0.9, 0.99), "cpu")
+    model.to(device)
+    optimizer = model.configure_optimizers(0.1, _PEAK_LR, (0.9, 0.99), device)
     return model, lambda inputs, targets: model(inputs, targets)[1], optimizer
 
 

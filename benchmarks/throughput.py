@@ -1,0 +1,151 @@
+"""Training tokens/s at nanoGPT's own shapes: our gpt2 layout beside nanoGPT, step by step.
+
+    python benchmarks/throughput.py --nanogpt-checkout DIR
+    python benchmarks/throughput.py --nanogpt-checkout DIR --device cuda --dtype bfloat16 --compile
+
+Both take whole optimizer steps (forward, backward, clipping, AdamW) on the same random tokens, in
+turns, so that a busy moment hits both; medians of the steps after a warm-up.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+import nanogpt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minigpt.config import ModelConfig, TrainingConfig
+from minigpt.model.device import autocast, resolve_device, resolve_dtype
+from minigpt.model.gpt import GPT
+from minigpt.training.optim import make_optimizers
+
+VOCABULARY = 65
+SHAPES = {
+    # Of its README for a CPU, and of config/train_shakespeare_char.py for a GPU.
+    "cpu": {"n_layer": 4, "n_head": 4, "width": 128, "context": 64, "batch": 12},
+    "gpu": {"n_layer": 6, "n_head": 6, "width": 384, "context": 256, "batch": 64},
+}
+Step = Callable[[Tensor, Tensor], None]
+
+
+def ours(shape: dict[str, int], device: torch.device, dtype: torch.dtype, compiled: bool) -> Step:
+    """Return a training step of our gpt2 layout with AdamW, as the trainer takes it."""
+    config = ModelConfig(
+        vocab_size=VOCABULARY,
+        family="gpt2",
+        n_layer=shape["n_layer"],
+        n_head=shape["n_head"],
+        d_model=shape["width"],
+        context_length=shape["context"],
+        activation="gelu",
+        tie_embeddings=True,
+    )
+    model = GPT(config)
+    model.init_weights()
+    model.to(device)
+    training = TrainingConfig(
+        max_steps=1, optimizer="adamw", lr=1e-3, embedding_lr=1e-3, weight_decay=0.1
+    )
+    forward = torch.compile(model) if compiled else model
+
+    def loss_of(inputs: Tensor, targets: Tensor) -> Tensor:
+        with autocast(device, dtype):
+            logits = forward(inputs)
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+    return _step(model, loss_of, make_optimizers(model, training, torch.float32))
+
+
+def theirs(
+    shape: dict[str, int],
+    device: torch.device,
+    dtype: torch.dtype,
+    compiled: bool,
+    checkout: Path,
+) -> Step:
+    """Return a training step of nanoGPT's model with its optimizer, as its train.py takes it."""
+    model, _, optimizer = nanogpt.real(
+        checkout,
+        VOCABULARY,
+        device=device.type,
+        n_layer=shape["n_layer"],
+        n_head=shape["n_head"],
+        n_embd=shape["width"],
+        block_size=shape["context"],
+    )
+    forward = torch.compile(model) if compiled else model
+
+    def loss_of(inputs: Tensor, targets: Tensor) -> Tensor:
+        with autocast(device, dtype):
+            loss: Tensor = forward(inputs, targets)[1]
+        return loss
+
+    return _step(model, loss_of, [optimizer])
+
+
+def _step(
+    model: nn.Module,
+    loss_of: nanogpt.LossOf,
+    optimizers: list[torch.optim.Optimizer],
+) -> Step:
+    def step(inputs: Tensor, targets: Tensor) -> None:
+        loss_of(inputs, targets).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def seconds_of(step: Step, inputs: Tensor, targets: Tensor) -> float:
+    """Time one step, to its end on the device."""
+    started = time.perf_counter()
+    step(inputs, targets)
+    if inputs.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--nanogpt-checkout", type=Path, required=True)
+    parser.add_argument("--shape", choices=SHAPES, default="cpu")
+    parser.add_argument("--batch", type=int, help="sequences; the shape's own if left out")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--compile", action="store_true")
+    args = parser.parse_args()
+    shape = SHAPES[args.shape]
+    batch, context = args.batch or shape["batch"], shape["context"]
+    device = resolve_device(args.device)
+    dtype = resolve_dtype(args.dtype, device)
+    steps = {
+        "minigpt": ours(shape, device, dtype, args.compile),
+        "nanoGPT": theirs(shape, device, dtype, args.compile, args.nanogpt_checkout),
+    }
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(args.steps + 5):
+        tokens = torch.randint(VOCABULARY, (2, batch, context), device=device)
+        for name, step in steps.items():
+            times[name].append(seconds_of(step, tokens[0], tokens[1]))
+    ms = {name: 1e3 * statistics.median(seconds[5:]) for name, seconds in times.items()}
+    print("| | ms/step | tokens/s |\n| --- | --- | --- |")
+    for name, value in ms.items():
+        print(f"| {name} | {value:.1f} | {1e3 * batch * context / value:,.0f} |")
+    ratio = ms["nanoGPT"] / ms["minigpt"]
+    facts = {"shape": shape | {"batch": batch}, "dtype": str(dtype), "device": str(device)}
+    print(f"\nratio {ratio:.2f}\n{json.dumps(facts | {'threads': torch.get_num_threads()})}")
+
+
+if __name__ == "__main__":
+    main()
