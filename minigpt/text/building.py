@@ -15,6 +15,7 @@ from minigpt.text.cache import cache_folder, writing
 from minigpt.text.corpus import Document, Source, content_hash, find_sources, iter_documents
 from minigpt.text.encoding import Encoded, default_workers, encoded
 from minigpt.text.shard_files import (
+    MANIFEST,
     SCHEMA_VERSION,
     UNFINISHED,
     VOCABULARY,
@@ -194,6 +195,8 @@ def _write(
 
 def tidy(folder: Path) -> None:
     """Remove what a build that was broken off has left and cannot go on from."""
+    if (folder / MANIFEST).exists():  # it was broken off when all was done
+        return
     try:
         kept = {shard.name for shard in Unfinished.read(folder).shards}
     except (OSError, ValueError, KeyError, TypeError):

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +27,8 @@ MAX_SHARD_TOKENS = 2**24
 MANIFEST = "manifest.json"
 VOCABULARY = "vocabulary.json"
 UNFINISHED = "unfinished.json"
-SHARDS = "tokens-*.bin"
 PARTIAL = ".partial"
+_SHARD = re.compile(r"tokens-\d+\.bin")
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,8 @@ def _read(path: Path) -> dict[str, Any]:
     if values["schema_version"] != SCHEMA_VERSION:
         raise ValueError(f"its schema version is {values['schema_version']!r}")
     values["shards"] = tuple(Shard(**shard) for shard in values["shards"])
+    if others := [shard.name for shard in values["shards"] if not _SHARD.fullmatch(shard.name)]:
+        raise ValueError(f"it names the file {others[0]!r}")
     if "sources" in values:
         values["sources"] = tuple(values["sources"])
     return values
@@ -181,7 +184,7 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 def is_ours(path: Path) -> bool:
     """Tell by its name whether a file is one that a preparation writes."""
     name = path.name.removesuffix(PARTIAL)
-    return name in (MANIFEST, VOCABULARY, UNFINISHED) or path.match(SHARDS)
+    return name in (MANIFEST, VOCABULARY, UNFINISHED) or _SHARD.fullmatch(name) is not None
 
 
 class ShardWriter:

@@ -238,7 +238,7 @@ def _is_finished(folder: Path, identity: str) -> bool:
     except FileNotFoundError:
         return False
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"what is in {str(folder)!r} is damaged: {error}. Delete it.") from None
+        raise _unreadable(folder, error) from None
     if record.identity != identity:
         raise ConfigError(
             f"the folder {str(folder)!r} holds another text, or tokens of another tokenizer. "
@@ -276,7 +276,12 @@ def prepared_tokenizer(words: Sequence[str]) -> str | None:
     Raises: DataError as ``prepared_folder``, or if it is damaged.
     """
     folder = prepared_folder(words)
-    return open_prepared(folder).manifest.tokenizer if folder else None
+    if folder is None:
+        return None
+    try:
+        return Manifest.read(folder).tokenizer
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _unreadable(folder, error) from None
 
 
 def _opened(folder: Path, spec: str, tokenizer: Tokenizer | None) -> PreparedData:
@@ -315,7 +320,14 @@ def open_prepared(folder: Path) -> PreparedData:
             arrays.append(array)
             digest.update(shard.sha256.encode())
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"the prepared corpus {str(folder)!r} cannot be opened: {error}.") from None
+        raise _unreadable(folder, error) from None
     if not is_whole:
         raise DataError(f"the prepared corpus {str(folder)!r} is damaged. Delete that folder.")
     return PreparedData(tokenizer, TokenDataset(arrays, digest.hexdigest()), manifest, folder)
+
+
+def _unreadable(folder: Path, error: Exception) -> DataError:
+    reason = f"{type(error).__name__}: {error}"
+    return DataError(
+        f"the prepared corpus {str(folder)!r} cannot be read ({reason}). Delete that folder."
+    )

@@ -343,8 +343,13 @@ def test_a_damaged_folder_is_an_error_and_not_made_again(prepared: Prepare, tmp_
     path.write_bytes(path.read_bytes()[:-2])
     with pytest.raises(DataError, match="is damaged"):
         prepared()
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    manifest["shards"][0]["name"] = "tokens-/../../a.jsonl"
+    (tmp_path / "out/manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=r"it names the file 'tokens-/\.\./\.\./a\.jsonl'"):
+        prepare(DataConfig(paths=(str(tmp_path / "out"),), tokenizer="bpe:300"))
     (tmp_path / "out/manifest.json").write_text("{")
-    with pytest.raises(DataError, match=r"is damaged: .*\. Delete it"):
+    with pytest.raises(DataError, match=r"cannot be read \(JSON.*Delete that folder"):
         prepared()
 
 
@@ -368,7 +373,7 @@ def test_many_workers_hold_a_bounded_part_of_a_long_jsonl(
 def test_a_jsonl_of_256_mb_takes_less_than_500_mb_of_memory(tmp_path: Path, tokenizer: str) -> None:
     """All memory of the process, the imports included; BPE holds the text it learns from."""
     with (tmp_path / "a.jsonl").open("w") as file:
-        for number in range(32_000):
+        for number in range(33_000):
             text = f"chapter {number}: the owl and the nest and the tree\n" * 160
             file.write(json.dumps({"text": text}) + "\n")
     code = """
