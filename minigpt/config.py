@@ -258,6 +258,10 @@ class TrainingConfig:
     """auto, float32 or bfloat16 (autocast; the weights stay float32)."""
     compile: bool = False
     """Run the model through torch.compile."""
+    shard: bool = False
+    """Of several processes, let each hold a part of weights, gradients and optimizer state."""
+    recompute: bool = False
+    """Compute blocks again in the backward pass, and keep nothing of them until then."""
 
     def __post_init__(self) -> None:
         if not self.micro_batch_size:

@@ -16,6 +16,7 @@ from minigpt.errors import CheckpointError
 from minigpt.generation.decoder import Decoder
 from minigpt.generation.stream import stream_text
 from minigpt.model.cost import parameter_count
+from minigpt.model.gpt import GPT
 from minigpt.text.building import PrepareProgress
 from minigpt.text.visible import printable
 from minigpt.training.trainer import EvalEvent, Event, SampleEvent, StepEvent, Trainer
@@ -114,13 +115,12 @@ class TrainingDisplay:
         )
         self._print_fact(
             "run",
-            f"{trainer.folder.path}: {self._budget()} on {trainer.device.type} in {dtype}{where}",
+            f"{trainer.folder.path}: {self._budget()} on {_devices(trainer)} in {dtype}{where}",
         )
         if trainer.moved_from is not None:
-            self._print_fact(
-                "note",
+            self.note(
                 f"saved on {trainer.moved_from}, and resumed on {trainer.computed_on}: it goes on "
-                "where it was, but no longer with the bits that it would have had",
+                "where it was, but no longer with the bits that it would have had"
             )
         if trainer.progress >= 1:
             self._print_fact("", "nothing is left to do: give it more --max-steps or --max-minutes")
@@ -141,6 +141,10 @@ class TrainingDisplay:
         max_steps = self._trainer.config.training.max_steps
         return f"{step:>{len(str(max_steps))}}/{max_steps}" if max_steps else f"step {step}"
 
+    def note(self, text: str) -> None:
+        """Say something beside the course of the run."""
+        self._print_fact("note", text)
+
     def stopping(self) -> None:
         """Show that the end was asked for; safe in a signal handler."""
         self.line.label = "saving"
@@ -157,7 +161,7 @@ class TrainingDisplay:
                     f"{event.bits_per_byte:.4f} bits/byte  after {duration(event.elapsed_s)}"
                 )
             case SampleEvent():
-                self._show_sample()
+                self._show_sample(event)
 
     def _show_step(self, event: StepEvent) -> None:
         self.line.share = event.progress
@@ -182,11 +186,11 @@ class TrainingDisplay:
             self._last_line_at = time.monotonic()
             self._print("  ".join([self.line.label, *facts]))
 
-    def _show_sample(self) -> None:
+    def _show_sample(self, event: SampleEvent) -> None:
         assert self._trainer is not None
-        self._print(f"step {self._trainer.step:>6}  sample")
+        self._print(f"step {event.step:>6}  sample")
         # A bar before each line: the model's text can never pass for ours.
-        for line in draw_sample(self._trainer).splitlines():
+        for line in draw_sample(event.model, self._trainer).splitlines():
             self._print(f"  | {line}")
 
     def finish(self) -> None:
@@ -215,13 +219,21 @@ class TrainingDisplay:
         self.console.print(printable(text))
 
 
+def _devices(trainer: Trainer) -> str:
+    world = trainer.world
+    if world.size == 1:
+        return world.device.type
+    shards = ", weights in shards," if world.is_sharded else ""
+    return f"{world.size} x {world.device.type}{shards}"
+
+
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def draw_sample(trainer: Trainer) -> str:
-    """Return some text from the model as it stands, the same draws every time."""
-    tokenizer, model = trainer.data.tokenizer, trainer.model
+def draw_sample(model: GPT, trainer: Trainer) -> str:
+    """Return some text from a run's model as it stands, the same draws every time."""
+    tokenizer = trainer.data.tokenizer
     model.eval()
     # A vocabulary may have nothing that begins a text: then as the validation text begins.
     first = trainer.val_tokens.windows(np.zeros(1, np.int64), 1)[0].tolist()

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 from minigpt.config import ModelConfig
 from minigpt.model.attention import Attention, Recorder
@@ -114,12 +115,15 @@ class GPT(nn.Module):
         recorder: Recorder | None = None,
         *,
         logits_to_keep: int = 0,
+        recompute: bool = False,
     ) -> Tensor:
         """Return the logits of the token after each position.
 
         Args: tokens (B, T), ids below V. With a cache, they come after the positions that it
             holds, and are added to it. recorder is shown every layer's attention.
-            logits_to_keep: only of the last so many positions; 0 for all.
+            logits_to_keep: only of the last so many positions; 0 for all. recompute: keep
+            nothing of the blocks for a backward pass, which computes them again (Chen et al. 2016,
+            arXiv:1604.06174).
         Returns: (B, T, V), or (B, logits_to_keep, V).
         Raises: ValueError if more than context_length positions would be in view.
         """
@@ -137,7 +141,10 @@ class GPT(nn.Module):
             rotary = self.rotary_cos[start:end], self.rotary_sin[start:end]
         x = self.dropout(x)
         for block in self.blocks:
-            x = block(x, rotary, cache, recorder)
+            if recompute:
+                x = checkpoint(block, x, rotary, use_reentrant=False)
+            else:
+                x = block(x, rotary, cache, recorder)
         if cache is not None:
             cache.advance(tokens.shape[1])
         x = self.final_norm(x[:, -logits_to_keep:])  # [-0:] is all of them

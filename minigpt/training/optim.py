@@ -2,13 +2,16 @@
 
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import AdamW, Optimizer
 
 from minigpt.config import TrainingConfig
+from minigpt.training.distributed import for_each_matrix, is_part, own_part
 
 
 def orthogonalize(
@@ -38,15 +41,25 @@ class Muon(torch.optim.Muon):
 
     torch's own takes the matrices one by one and always in bfloat16, which a CPU without bfloat16
     instructions computes several times slower than float32 (benchmarks/optimizer.py). The rule,
-    the options and the state are torch's.
+    the options and the state are torch's. On several ranks each orthogonalises some of the matrices
+    and has the others from the other ranks, whether it holds the weights whole or in part.
 
     Source: Jordan et al. 2024, kellerjordan.github.io/posts/muon; the scale of the update: Liu et
         al. 2025, arXiv:2502.16982, equation 4.
     """
 
-    def __init__(self, params: Any, *, product_dtype: torch.dtype, **options: Any) -> None:
+    def __init__(
+        self,
+        params: Any,
+        *,
+        product_dtype: torch.dtype,
+        mesh: DeviceMesh | None = None,
+        **options: Any,
+    ) -> None:
+        """Args: product_dtype, of the orthogonalisation; mesh, of the ranks; None if alone."""
         super().__init__(params, **options)
         self.product_dtype = product_dtype
+        self.mesh = mesh
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -63,24 +76,32 @@ class Muon(torch.optim.Muon):
     def _step_shape(
         self, group: dict[str, Any], shape: torch.Size, parameters: list[Tensor]
     ) -> None:
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        momenta = []
         for p in parameters:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            momenta.append(self.state[p]["momentum_buffer"])
+        weights = [own_part(p) for p in parameters]
+        gradients = [own_part(p.grad) for p in parameters if p.grad is not None]
+        momenta = [own_part(self.state[p]["momentum_buffer"]) for p in parameters]
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         directions = torch._foreach_lerp(gradients, momenta, group["momentum"])
-        updates = orthogonalize(
-            torch.stack(list(directions)),
+        newton_schulz = partial(
+            orthogonalize,
             steps=group["ns_steps"],
             coefficients=group["ns_coefficients"],
             dtype=self.product_dtype,
-        ).float()
+        )
+        stack = torch.stack(list(directions))
+        if self.mesh is None:
+            updates = newton_schulz(stack)
+        else:
+            stack = stack.to(self.product_dtype)
+            updates = for_each_matrix(
+                newton_schulz, stack, shape, self.mesh, is_sharded=is_part(parameters[0])
+            )
         # An orthogonal matrix has entries of RMS 1 / sqrt(longer side); 0.2 is AdamW's usual RMS.
         scale = 0.2 * max(shape) ** 0.5
-        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(parameters, list(updates.unbind()), alpha=-group["lr"] * scale)
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(weights, list(updates.float().unbind()), alpha=-group["lr"] * scale)
 
 
 def is_muon_parameter(name: str, parameter: Tensor) -> bool:
@@ -89,11 +110,16 @@ def is_muon_parameter(name: str, parameter: Tensor) -> bool:
 
 
 def make_optimizers(
-    model: nn.Module, config: TrainingConfig, product_dtype: torch.dtype
+    model: nn.Module,
+    config: TrainingConfig,
+    product_dtype: torch.dtype,
+    mesh: DeviceMesh | None = None,
 ) -> list[Optimizer]:
     """Return the optimizers that together hold every parameter once.
 
     Each group has ``peak_lr``, which the schedule scales into ``lr``.
+
+    Args: product_dtype and mesh, of Muon.
     """
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     matrices = [p for n, p in named if is_muon_parameter(n, p)]
@@ -112,6 +138,7 @@ def make_optimizers(
                 ns_steps=config.newton_schulz_steps,
                 adjust_lr_fn="match_rms_adamw",
                 product_dtype=product_dtype,
+                mesh=mesh,
             )
         )
     else:

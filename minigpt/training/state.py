@@ -19,6 +19,7 @@ from torch.optim import AdamW, Optimizer
 from minigpt.checkpoint.model_folder import save_tensors
 from minigpt.errors import CheckpointError, ConfigError
 from minigpt.settings import build
+from minigpt.training.distributed import World, parted_like
 from minigpt.training.optim import Muon
 
 STATE_FOLDER = "training_state"
@@ -44,17 +45,20 @@ class Progress:
     """What decides the last bits of a step beside the config, as ``computed_on`` says it."""
 
 
-def computed_on(device: torch.device, dtype: torch.dtype) -> str:
+def computed_on(world: World, dtype: torch.dtype) -> str:
     """Name all that decides the last bits of a step beside the config: only there is resume exact.
 
     Other kernels, or other parts of a sum added up first, round elsewhere.
     """
-    name = device.type
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    elif device.type == "cpu":
-        name = f"cpu ({torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads)"
-    return f"{name}, {str(dtype).removeprefix('torch.')}, torch {torch.__version__}"
+    ranks = f"{world.size} ranks of " if world.size > 1 else ""
+    shards = "in shards, " if world.is_sharded else ""
+    name = world.device.type
+    if name == "cuda":
+        name = torch.cuda.get_device_name(world.device)
+    elif name == "cpu":
+        threads = f"threads: {torch.get_num_threads()}"
+        name = f"cpu ({torch.backends.cpu.get_cpu_capability()}, {threads})"
+    return f"{ranks}{name}, {shards}{str(dtype).removeprefix('torch.')}, torch {torch.__version__}"
 
 
 def _moments(
@@ -68,19 +72,22 @@ def _moments(
                 yield names[parameter], optimizer, parameter
 
 
-def write_state(
-    folder: Path, model: nn.Module, optimizers: list[Optimizer], progress: Progress
-) -> None:
-    """Write ``folder``/training_state; the weights are elsewhere.
+def optimizer_tensors(
+    model: nn.Module, optimizers: list[Optimizer]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield what the optimizers keep, each tensor with the names of its weight and of itself."""
+    for name, optimizer, parameter in _moments(model, optimizers):
+        for key, tensor in optimizer.state[parameter].items():
+            yield f"{name}/{key}", tensor
+
+
+def write_state(folder: Path, tensors: dict[str, Tensor], progress: Progress) -> None:
+    """Write ``folder``/training_state: ``optimizer_tensors``, whole; the weights are elsewhere.
 
     Raises: ResourceError if the disk is full or the folder is not ours to write.
     """
     folder = folder / STATE_FOLDER
     folder.mkdir()
-    tensors: dict[str, Tensor] = {}
-    for name, optimizer, parameter in _moments(model, optimizers):
-        for key, tensor in optimizer.state[parameter].items():
-            tensors[f"{name}/{key}"] = tensor
     save_tensors(folder / _OPTIMIZER_FILE, tensors)
     (folder / _PROGRESS_FILE).write_text(json.dumps(asdict(progress), indent=2) + "\n")
 
@@ -117,7 +124,7 @@ def read_state(folder: Path, model: nn.Module, optimizers: list[Optimizer]) -> P
                     f"{str(path)!r}: {name}/{key} has shape {tuple(tensor.shape)}, the weight "
                     f"{tuple(parameter.shape)}. The state belongs to another model."
                 )
-            optimizer.state[parameter][key] = tensor.to(parameter.device)
+            optimizer.state[parameter][key] = parted_like(tensor, parameter)
     if found:
         raise CheckpointError(
             f"{str(path)!r} has state for {min(found)!r}, which the model lacks. "

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,19 +16,25 @@ from minigpt.checkpoint.model_card import model_card
 from minigpt.checkpoint.model_folder import read_model, write_model
 from minigpt.config import RunConfig
 from minigpt.errors import CheckpointError, DataError, DivergedError
-from minigpt.evaluation import Evaluation, evaluate
+from minigpt.evaluation import Evaluation, evaluate, windows_at_once
 from minigpt.model.cost import training_flops_per_token
 from minigpt.model.device import autocast, has_fast_bfloat16, peak_flops
 from minigpt.model.gpt import GPT
 from minigpt.text.batches import batch, require_length, validation_windows
 from minigpt.text.shards import PreparedData
+from minigpt.training.distributed import ALONE, World, accumulating, whole
 from minigpt.training.optim import make_optimizers
 from minigpt.training.schedule import lr_scale, progress
-from minigpt.training.state import Progress, computed_on, read_state, write_state
+from minigpt.training.state import (
+    Progress,
+    computed_on,
+    optimizer_tensors,
+    read_state,
+    write_state,
+)
 
 LOGITS_AT_ONCE = 2**27
 """The most logits of one forward pass, where we choose its size: half a GiB in float32."""
-_EVAL_TOKENS = 16_384
 
 
 @dataclass(frozen=True)
@@ -86,13 +93,18 @@ class SampleEvent:
     """It is time to show a sample: the consumer draws one, and the loop waits."""
 
     step: int
+    model: GPT
+    """The model as it stands, whole."""
 
 
 Event = StepEvent | EvalEvent | SaveEvent | SampleEvent
 
 
 class Trainer:
-    """One run: a model, its optimizers and its place in the data. ``run`` moves it."""
+    """One run: a model, its optimizers and its place in the data. ``run`` moves it.
+
+    On several ranks each has a Trainer of its own, all of the same run: see distributed.py.
+    """
 
     def __init__(
         self,
@@ -104,36 +116,47 @@ class Trainer:
         dtype: torch.dtype,
         start_from: GPT | None = None,
         resume_from: Path | None = None,
+        world: World = ALONE,
     ) -> None:
         """Start a run, or take one up from the checkpoint ``resume_from``.
 
         Args: start_from, a float32 model of the config's shape, whose weights training moves; None
-            draws them.
+            draws them; world, the ranks that share the work.
         Raises: DataError if the corpus is too short or not the one that the run began with;
-            CheckpointError if the checkpoint is damaged or of another model.
+            CheckpointError if the checkpoint is damaged or of another model; ConfigError if the
+            ranks cannot share the batch, or there are more of them than GPUs.
         """
         self.config = config
         self.data = data
         self.folder = run
-        self.device = device
+        self.world = world.on(device, shard=config.training.shard)
+        self.device = self.world.device
         self.dtype = dtype
         self.train_tokens, self.val_tokens = data.tokens.split(config.data.val_fraction)
         for span in (self.train_tokens, self.val_tokens):
             require_length(span, config.sequence_length)
+        self.micro_batch_size = world.micro_batch_size(
+            config.training.batch_size, config.training.micro_batch_size
+        )
+        """Sequences per forward pass of a rank."""
         if resume_from:
-            self.model = self._load(resume_from)
+            model = self._load(resume_from)
         else:
-            self.model = self._take(start_from) if start_from else self._make()
+            model = self._take(start_from) if start_from else self._make()
+        self.model = self.world.place(model)
         product_dtype = torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
-        self.optimizers = make_optimizers(self.model, config.training, product_dtype)
+        self.optimizers = make_optimizers(
+            self.model, config.training, product_dtype, self.world.mesh
+        )
         self.step = 0
         self.elapsed_s = 0.0
-        self.computed_on = computed_on(device, dtype)
+        self.computed_on = computed_on(self.world, dtype)
         self.moved_from: str | None = None
         """Where the checkpoint was computed, if that makes the bits from here on differ."""
         if resume_from:
             self._restore(resume_from)
-        self._forward = torch.compile(self.model) if config.training.compile else self.model
+        forward: Any = torch.compile(self.model) if config.training.compile else self.model
+        self._forward = self.world.averaging(forward)
         self._stop_is_requested = False
         self._last_evaluation: tuple[int, Evaluation] | None = None
 
@@ -141,15 +164,15 @@ class Trainer:
         model = GPT(self.config.model)
         # Drawn on the CPU: every device starts from the same weights.
         model.init_weights(torch.Generator().manual_seed(self.config.training.seed))
-        return model.to(self.device)
+        return model
 
     def _take(self, model: GPT) -> GPT:
         # Dropout has no weights, and may change from one part of a run to the next.
         assert replace(model.config, dropout=self.config.model.dropout) == self.config.model
-        return GPT.from_tensors(self.config.model, model.state_dict()).to(self.device)
+        return GPT.from_tensors(self.config.model, model.state_dict())
 
     def _load(self, folder: Path) -> GPT:
-        model = read_model(folder, device=self.device, dtype=torch.float32).model
+        model = read_model(folder, dtype=torch.float32).model
         if replace(model.config, dropout=self.config.model.dropout) != self.config.model:
             raise CheckpointError(
                 f"{str(folder)!r} is not of the shape that the run's config says. "
@@ -198,6 +221,11 @@ class Trainer:
         """Whether ``run`` ended because of ``request_stop`` and not because it was done."""
         return self._stop_is_requested and self.progress < 1
 
+    def _must_stop(self) -> bool:
+        """Tell whether any rank was asked to stop, so that all stop at the same step."""
+        self._stop_is_requested |= bool(self.world.largest(self._stop_is_requested))
+        return self._stop_is_requested
+
     def run(self) -> Iterator[Event]:
         """Train until the budget is used or a stop is requested, then save.
 
@@ -209,7 +237,7 @@ class Trainer:
         saved_step = self.step if self.step else None
         if self.config.from_ and not self.step:
             yield self._evaluate()  # what it is before, so that one sees what training gained
-        while self.progress < 1 and not self._stop_is_requested:
+        while self.progress < 1 and not self._must_stop():
             report = self._take_step()
             if self.step % config.log_every == 0 or self.progress >= 1:
                 yield timer.event(*report)
@@ -221,7 +249,7 @@ class Trainer:
             if _is_due(self.step, config.sample_every) or (
                 config.sample_every and self.progress >= 1
             ):
-                yield SampleEvent(self.step)
+                yield from self._sample()
         if saved_step != self.step:
             yield from self._evaluate_and_save()
 
@@ -234,8 +262,8 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * scale
         if self.config.model.dropout:
-            # The masks too are a pure function of seed and step, so that resume is exact.
-            torch.manual_seed(config.seed + 1_000_003 * (self.step + 1))
+            # The masks too are a pure function of seed, step and rank, so that resume is exact.
+            torch.manual_seed(config.seed + 1_000_003 * (self.step + 1) + self.world.rank)
         loss = self._accumulate_gradients()
         parameters = list(self.model.parameters())
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip or math.inf)
@@ -245,11 +273,12 @@ class Trainer:
         if self.device.type == "cuda" and (self.step + 1) % config.log_every == 0:
             torch.cuda.synchronize()
         self.step += 1
-        self.elapsed_s += time.perf_counter() - started
+        # One clock for all: the ranks must agree on which step is the last.
+        self.elapsed_s = self.world.from_first(self.elapsed_s + time.perf_counter() - started)
         return loss, norm, config.lr * scale
 
     def _accumulate_gradients(self) -> Tensor:
-        """Add up the gradients of one batch; return its mean loss."""
+        """Add up the gradients of this rank's part of a batch; return that part's mean loss."""
         config = self.config.training
         context_length = self.context_length
         # A short context takes as many more sequences: the tokens of a step stay the same.
@@ -260,21 +289,21 @@ class Trainer:
             config.batch_size * n_times,
             seed=config.seed,
             step=self.step,
+            rank=self.world.rank,
+            world_size=self.world.size,
         )
         total = torch.zeros((), device=self.device)
-        micro_batches = zip(
-            inputs.split(config.micro_batch_size * n_times),
-            targets.split(config.micro_batch_size * n_times),
-            strict=True,
-        )
-        for micro_inputs, micro_targets in micro_batches:
-            with autocast(self.device, self.dtype):
-                logits = self._forward(micro_inputs.to(self.device))
-            loss = F.cross_entropy(
-                logits.float().flatten(0, 1), micro_targets.to(self.device).flatten()
-            )
-            loss = loss / config.accumulation_steps
-            loss.backward()
+        size = self.micro_batch_size * n_times
+        micro_batches = list(zip(inputs.split(size), targets.split(size), strict=True))
+        for number, (micro_inputs, micro_targets) in enumerate(micro_batches, start=1):
+            with accumulating(self._forward, is_last=number == len(micro_batches)):
+                with autocast(self.device, self.dtype):
+                    logits = self._forward(micro_inputs.to(self.device), recompute=config.recompute)
+                loss = F.cross_entropy(
+                    logits.float().flatten(0, 1), micro_targets.to(self.device).flatten()
+                )
+                loss = loss / len(micro_batches)
+                loss.backward()
             total += loss.detach()
         return total
 
@@ -282,12 +311,14 @@ class Trainer:
         config = self.config.training
         started = time.perf_counter()
         length = self.config.sequence_length
-        n_at_once = min(_EVAL_TOKENS, LOGITS_AT_ONCE // self.config.model.vocab_size)
+        n_at_once = windows_at_once(self.config.model.vocab_size, length)
         batches = validation_windows(
-            self.val_tokens, length, config.eval_tokens, batch_size=max(1, n_at_once // length)
+            self.val_tokens, length, config.eval_tokens, batch_size=n_at_once
         )
         lengths = self.data.tokenizer.token_byte_lengths
-        result = evaluate(self.model, batches, lengths, dtype=self.dtype)
+        result = self.world.evaluate(
+            lambda part: evaluate(self.model, part, lengths, dtype=self.dtype), batches
+        )
         if not math.isfinite(result.nats):
             raise self.diverged(f"validation loss {result.nats_per_token}", self._lr)
         self._last_evaluation = self.step, result
@@ -305,7 +336,13 @@ class Trainer:
         if self._last_evaluation is None or self._last_evaluation[0] != self.step:
             yield self._evaluate()
         assert self._last_evaluation is not None
-        result = self._last_evaluation[1]
+        model = self.world.whole_model(self.model)
+        moments = self.world.gather(optimizer_tensors(self.model, self.optimizers))
+        if model is not None:
+            yield self._save(model, moments, self._last_evaluation[1])
+        self.world.wait()
+
+    def _save(self, model: GPT, moments: dict[str, Tensor], result: Evaluation) -> SaveEvent:
         facts = {"val_loss": result.nats_per_token, "bits_per_byte": result.bits_per_byte}
         state = Progress(
             step=self.step,
@@ -314,20 +351,25 @@ class Trainer:
             computed_on=self.computed_on,
         )
         with self.folder.writing_step(self.step, **facts) as folder:
-            write_model(folder, self.model, self.data.tokenizer)
+            write_model(folder, model, self.data.tokenizer)
             (folder / "README.md").write_text(self._model_card(result), encoding="utf-8")
-            write_state(folder, self.model, self.optimizers, state)
+            write_state(folder, moments, state)
         self.folder.point("latest", self.step, **facts)
         best = self.folder.best()
         assert best is not None
         self.folder.point("best", best.step, **best.facts)
         self.folder.prune(self.config.training.keep)
-        yield SaveEvent(
+        return SaveEvent(
             step=self.step,
             folder=self.folder.step_folder(self.step),
             val_loss=facts["val_loss"],
             is_best=best.step == self.step,
         )
+
+    def _sample(self) -> Iterator[Event]:
+        model = self.world.whole_model(self.model)
+        if model is not None:
+            yield SampleEvent(self.step, model.to(self.device))
 
     def _model_card(self, result: Evaluation) -> str:
         return model_card(
@@ -355,11 +397,12 @@ class _Timer:
         self.start = self.last = (trainer.step, trainer.elapsed_s, trainer.progress)
         config = trainer.config
         self.step_tokens = config.training.batch_size * config.sequence_length
-        self.peak_flops = peak_flops(trainer.device, trainer.dtype)
+        peak = peak_flops(trainer.device, trainer.dtype)
+        self.peak_flops = peak * trainer.world.size if peak else None
 
     def event(self, loss: Tensor, grad_norm: Tensor, lr: float) -> StepEvent:
         trainer = self.trainer
-        train_loss, norm = loss.item(), grad_norm.item()
+        train_loss, norm = trainer.world.mean(loss).item(), whole(grad_norm).item()
         if not math.isfinite(train_loss) or not math.isfinite(norm):
             raise trainer.diverged(f"loss {train_loss}, gradient norm {norm}", lr)
         steps = trainer.step - self.last[0]

@@ -129,7 +129,7 @@ def test_a_sample_cannot_steer_the_terminal_of_train_nor_pass_for_our_lines(
     on_terminal: Callable[..., str], trained: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        training_display, "draw_sample", lambda trainer: f"{HOSTILE}\nbest   fake\x0bnext\u2028fake"
+        training_display, "draw_sample", lambda *_: f"{HOSTILE}\nbest   fake\x0bnext\u2028fake"
     )
     text = str(trained / "corpus.txt")
     shown = on_terminal("train", text, *TINY, "--sample-every", "4", cwd=workplace)

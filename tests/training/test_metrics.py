@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from small_models import small_model
 from small_runs import config_of, run_until, trainer_of
 
 from minigpt.text.shards import PreparedData
@@ -37,7 +38,7 @@ def test_each_event_but_a_sample_is_one_line_with_its_facts(tmp_path: Path) -> N
     events: list[Event] = [
         step(1),
         EvalEvent(step=1, val_loss=1.5, bits_per_byte=2.1, n_tokens=10, elapsed_s=3.0, eval_s=0.1),
-        SampleEvent(step=1),
+        SampleEvent(step=1, model=small_model()),
         SaveEvent(step=1, folder=tmp_path / "step-000001", val_loss=1.5, is_best=True),
     ]
     for event in events:
