@@ -14,6 +14,7 @@ COMMANDS = {
     "generate": "Continue a prompt with a trained model",
     "attention-trace": "Show what each generated token attended to",
     "evaluate": "Measure how well a model predicts a text",
+    "plot": "Draw the loss curves of runs",
     "prepare": "Turn text into tokens ahead of training",
     "checkpoints": "List, show, verify and prune checkpoints",
 }

@@ -7,10 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from minigpt.checkpoint.disk import resource_errors, write_atomically
+from minigpt.training.curves import METRICS_FILE
 from minigpt.training.tensorboard import TENSORBOARD_FOLDER, TensorBoardLog
 from minigpt.training.trainer import EvalEvent, Event, SaveEvent, StepEvent
 
-METRICS_FILE = "metrics.jsonl"
 _KINDS = {StepEvent: "step", EvalEvent: "eval", SaveEvent: "save"}
 
 

@@ -36,6 +36,7 @@ def modules_after(*words: str, cwd: Path = ROOT) -> set[str]:
         ["train", "--help"],
         ["attention-trace", "--help"],
         ["evaluate", "--help"],
+        ["plot", "--help"],
         ["prepare", "--help"],
         ["--version"],
     ],
@@ -59,3 +60,7 @@ def test_generate_imports_nothing_of_training(trained: Path) -> None:
     training = {n for n in imported if n.startswith(("minigpt.training", "minigpt.evaluation"))}
     assert not training
     assert "torch._dynamo" not in imported, "over a second that nothing of it needs"
+
+
+def test_plot_imports_no_torch(trained: Path) -> None:
+    assert not modules_after("plot", "tiny", cwd=trained) & {"torch", "matplotlib"}

@@ -8,7 +8,8 @@ import pytest
 from small_runs import config_of, trainer_of
 
 from minigpt.text.shards import PreparedData
-from minigpt.training.metrics import METRICS_FILE, logging_to
+from minigpt.training.curves import METRICS_FILE
+from minigpt.training.metrics import logging_to
 from minigpt.training.tensorboard import TENSORBOARD_FOLDER
 from minigpt.training.trainer import StepEvent
 

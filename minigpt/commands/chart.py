@@ -1,0 +1,171 @@
+"""Points -> a chart in lines of text: curves in braille dots, single points as marks.
+
+Ours, and not a library's: the same lines go to a pipe and into the display that rich redraws, in
+a width that is given, as plain cells with rich's styles.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+
+from rich.text import Text
+
+Point = tuple[float, float]
+_DOTS_WIDE, _DOTS_HIGH = 2, 4
+# Which bit of a braille character is the dot in a row (downwards) and a column of its cell.
+_BITS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
+_BRAILLE = 0x2800
+_ROWS_PER_TICK, _CELLS_PER_TICK = 2, 12
+_AXES = "dim"
+
+
+@dataclass(frozen=True)
+class Series:
+    """Points that belong together, in ascending x, and how they look."""
+
+    points: Sequence[Point]
+    style: str
+    mark: str = ""
+    """One cell, drawn at each point; empty joins the points by a thin line."""
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """Numbers from ``low`` to ``high`` on dots from 0 to ``last``."""
+
+    low: float
+    high: float
+    last: int
+
+    def dot(self, value: float) -> int:
+        share = (value - self.low) / (self.high - self.low)
+        # Far outside is as good as outside, and a line to it is soon drawn.
+        return round(min(max(share, -2.0), 3.0) * self.last)
+
+
+def y_limits(curves: Iterable[Sequence[Point]]) -> tuple[float, float]:
+    """Return from where to where a chart of these curves goes, at least one point among them.
+
+    The first twentieth of each curve does not count: a loss begins so high that what follows would
+    look flat.
+    """
+    ys = [y for points in curves for _, y in points[len(points) // 20 :]]
+    return _widened(min(ys), max(ys))
+
+
+def draw_chart(
+    series: Sequence[Series], width: int, height: int, *, x_unit: str, is_ascii: bool = False
+) -> list[Text]:
+    """Return a chart of at most ``width`` cells in ``height`` lines, axes included.
+
+    The x axis begins at 0. Without a point there are no lines.
+    """
+    xs = [x for one in series for x, _ in one.points]
+    if not xs:
+        return []
+    n_rows = max(height - 2, 1)
+    y_scale = _Scale(*y_limits(one.points for one in series), n_rows * _DOTS_HIGH - 1)
+    y_labels = {
+        n_rows - 1 - y_scale.dot(value) // _DOTS_HIGH: label
+        for value, label in _ticks(y_scale, max(n_rows // _ROWS_PER_TICK, 1))
+    }
+    n_label = max(map(len, y_labels.values()), default=0)
+    n_columns = max(width - n_label - 2, 1)
+    x_scale = _Scale(*_widened(0.0, max(xs)), n_columns * _DOTS_WIDE - 1)
+    cells = _cells(series, x_scale, y_scale, is_ascii=is_ascii)
+    tick, side, corner, bar = "+|+-" if is_ascii else "┤│└─"
+    lines = []
+    for row in range(n_rows):
+        label = y_labels.get(row, "")
+        line = Text(f"{label:>{n_label}} {tick if label else side}", style=_AXES, no_wrap=True)
+        line.append_text(_row(cells, row, n_columns))
+        lines.append(line)
+    lines.append(Text(f"{'':{n_label}} {corner}{bar * n_columns}", style=_AXES, no_wrap=True))
+    names = _x_labels(x_scale, n_columns, x_unit)
+    lines.append(Text(f"{'':{n_label}}  {names}", style=_AXES, no_wrap=True))
+    for line in lines:
+        line.truncate(width)
+    return lines
+
+
+def _cells(
+    series: Sequence[Series], x_scale: _Scale, y_scale: _Scale, *, is_ascii: bool
+) -> dict[tuple[int, int], tuple[str, str]]:
+    """Return the character and the style of each cell that is not empty, by row and column."""
+    bits: dict[tuple[int, int], int] = {}
+    cells: dict[tuple[int, int], tuple[str, str]] = {}
+
+    def cell(dot: tuple[int, int]) -> tuple[int, int] | None:
+        x, y = dot
+        if not (0 <= x <= x_scale.last and 0 <= y <= y_scale.last):
+            return None
+        return (y_scale.last - y) // _DOTS_HIGH, x // _DOTS_WIDE
+
+    for one in sorted(series, key=lambda one: bool(one.mark)):  # marks over lines
+        dots = [(x_scale.dot(x), y_scale.dot(y)) for x, y in one.points]
+        for dot in dots if one.mark else _line(dots):
+            place = cell(dot)
+            if place is None:
+                continue
+            if one.mark:
+                cells[place] = one.mark, one.style
+                continue
+            row = (y_scale.last - dot[1]) % _DOTS_HIGH
+            bits[place] = bits.get(place, 0) | _BITS[row][dot[0] % _DOTS_WIDE]
+            cells[place] = "." if is_ascii else chr(_BRAILLE + bits[place]), one.style
+    return cells
+
+
+def _line(dots: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Yield every dot of the straight lines between dots."""
+    yield from dots[:1]
+    for (x, y), (next_x, next_y) in pairwise(dots):
+        n = max(abs(next_x - x), abs(next_y - y))
+        for i in range(1, n + 1):
+            yield x + round((next_x - x) * i / n), y + round((next_y - y) * i / n)
+
+
+def _row(cells: dict[tuple[int, int], tuple[str, str]], row: int, n_columns: int) -> Text:
+    text = Text()
+    columns = [cells.get((row, column), (" ", "")) for column in range(n_columns)]
+    for style, group in groupby(columns, key=lambda cell: cell[1]):
+        text.append("".join(character for character, _ in group), style=style)
+    text.rstrip()
+    return text
+
+
+def _widened(low: float, high: float) -> tuple[float, float]:
+    """Return limits that are not one and the same number."""
+    if high - low > 1e-9 * max(abs(low), abs(high)):
+        return low, high
+    margin = max(abs(low), 1.0) / 2
+    return low - margin, high + margin
+
+
+def _ticks(scale: _Scale, n: int) -> Iterator[tuple[float, str]]:
+    """Yield about ``n`` round numbers of a scale, and their labels."""
+    rough = (scale.high - scale.low) / n
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= 0.999 * rough)
+    n_decimals = max(0, -math.floor(math.log10(step) + 1e-9))
+    for i in range(math.ceil(scale.low / step), math.floor(scale.high / step) + 1):
+        yield i * step, _label(i * step, n_decimals)
+
+
+def _label(number: float, n_decimals: int) -> str:
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= 10 * size and not number % (size / 10):
+            return f"{number / size:g}{letter}"
+    return f"{number:.{n_decimals}f}"
+
+
+def _x_labels(scale: _Scale, n_columns: int, unit: str) -> str:
+    """Return the numbers below the x axis, each under its place, and the unit at the end."""
+    line = ""
+    room = n_columns - len(unit) - 1
+    for value, label in _ticks(scale, max(n_columns // _CELLS_PER_TICK, 1)):
+        start = max(scale.dot(value) // _DOTS_WIDE - len(label) // 2, 0)
+        if start + len(label) <= room and (not line or start > len(line)):
+            line = line.ljust(start) + label
+    return f"{line.ljust(room)} {unit}"

@@ -1,0 +1,81 @@
+"""Loss curves -> a picture, PNG or SVG, by matplotlib."""
+
+import warnings
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from minigpt.checkpoint.disk import write_atomically
+from minigpt.commands.chart import Point, y_limits
+from minigpt.commands.curve_views import Curve
+from minigpt.errors import ConfigError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_FORMATS = (".png", ".svg")
+_INCHES = (8.0, 4.5)
+_DPI = 150
+
+
+def require_matplotlib(path: Path) -> None:
+    """Check that a picture can be written under this name, before anything long begins.
+
+    Raises: ConfigError if it is no name of a picture, or matplotlib is not installed.
+    """
+    if path.suffix.lower() not in _FORMATS:
+        raise ConfigError(f"--out writes {' or '.join(_FORMATS)}: it is {str(path)!r}.")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--out: there is no folder {str(path.parent)!r}. Make it first.")
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        raise ConfigError(
+            "--out needs matplotlib. Install it: pip install 'minigpt[plot]'; or leave --out out "
+            "for a chart of text."
+        ) from None
+
+
+def write_picture(path: Path, curves: Sequence[Curve], *, x_unit: str) -> None:
+    """Draw each run's training losses as a thin line and its validation losses as dots.
+
+    Args: path, of ``require_matplotlib``; curves, with at least one point in all.
+    Raises: ResourceError.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=_INCHES, layout="constrained")
+    axes = figure.add_subplot(xlabel=x_unit, ylabel="nats/token (line: training, dots: validation)")
+    handles = []
+    for curve in curves:
+        axes.plot(*_columns(curve.train), color=curve.colour, linewidth=0.8, alpha=0.6)
+        handles += axes.plot(*_columns(curve.val), "o", color=curve.colour, markersize=4)
+    low, high = y_limits(points for curve in curves for points in (curve.train, curve.val))
+    margin = (high - low) / 25
+    axes.set_ylim(low - margin, high + margin)
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    # The names are put in afterwards: matplotlib would drop _name, and read $name$ as a formula.
+    legend = axes.legend(handles, ["run"] * len(handles), frameon=False)
+    for text, curve in zip(legend.get_texts(), curves, strict=True):
+        text.set_parse_math(False)
+        text.set_text(curve.name)
+    write_atomically(path, _rendered(figure, path.suffix.lower().removeprefix(".")))
+
+
+def _columns(points: Sequence[Point]) -> tuple[list[float], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _rendered(figure: "Figure", format: str) -> bytes:
+    """Return a picture's bytes; the same curves give the same ones."""
+    from matplotlib import rc_context
+
+    picture = BytesIO()
+    metadata = {"Date": None} if format == "svg" else {}
+    with warnings.catch_warnings(), rc_context({"svg.hashsalt": "minigpt", "svg.fonttype": "none"}):
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # of a run's name
+        figure.savefig(picture, format=format, dpi=_DPI, metadata=metadata)
+    return picture.getvalue()

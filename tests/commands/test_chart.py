@@ -1,0 +1,101 @@
+"""The chart of text: each dot where its number says, within the width, on any terminal."""
+
+import math
+import re
+
+import pytest
+
+from minigpt.commands.chart import Point, Series, draw_chart, y_limits
+
+CURVE = [(10.0 * i, 2 + 4 * math.exp(-i / 8)) for i in range(1, 41)]
+
+
+def plain(series: list[Series], width: int, height: int, **options: bool) -> list[str]:
+    return [line.plain for line in draw_chart(series, width, height, x_unit="steps", **options)]
+
+
+def dots_of(lines: list[str]) -> set[tuple[int, int]]:
+    """Return the dots of a chart's braille characters, (x, y) from the lower left corner."""
+    left = lines[-2].index("└") + 1
+    rows = lines[:-2]
+    dots = set()
+    for row, line in enumerate(rows):
+        for column, character in enumerate(line[left:]):
+            bits = ord(character) - 0x2800
+            if not 0 < bits < 256:
+                continue
+            # Unicode numbers a cell's dots 1 2 3 7 down its left and 4 5 6 8 down its right.
+            for number, (x, y) in enumerate(
+                [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (0, 3), (1, 3)]
+            ):
+                if bits >> number & 1:
+                    dots.add((2 * column + x, 4 * len(rows) - 1 - (4 * row + y)))
+    return dots
+
+
+def test_every_point_has_its_dot_and_lines_join_them() -> None:
+    points = [(0.0, 0.0), (50.0, 100.0), (100.0, 25.0)]
+    lines = plain([Series(points, "")], 46, 12)
+    dots = dots_of(lines)
+    last_x, last_y = 2 * len(lines[-2].partition("└")[2]) - 1, 4 * 10 - 1
+    for x, y in points:
+        assert (round(x / 100 * last_x), round(y / 100 * last_y)) in dots
+    assert {x for x, _ in dots} == set(range(last_x + 1))
+    for x in range(last_x):  # no gap: some dot of the next column is beside one of this column
+        near = [abs(y - z) for i, y in dots if i == x for j, z in dots if j == x + 1]
+        assert min(near) <= 1
+    rising = [y for x, y in sorted(dots) if x < last_x / 2]
+    assert rising == sorted(rising)
+
+
+@pytest.mark.parametrize("is_ascii", [False, True])
+def test_it_stays_within_any_width_and_height(is_ascii: bool) -> None:
+    series = [Series(CURVE, "cyan"), Series(CURVE[9::10], "bold", "*")]
+    for width in range(1, 150, 7):
+        for height in range(3, 30, 5):
+            lines = plain(series, width, height, is_ascii=is_ascii)
+            assert len(lines) == height
+            assert all(len(line) <= width for line in lines)
+            assert not is_ascii or all(line.isascii() for line in lines)
+
+
+def test_numbers_stand_where_they_are_on_their_axes() -> None:
+    lines = plain([Series([(0.0, 1.0), (400.0, 3.0)], "")], 86, 13)
+    n_rows, left = 11, lines[-2].index("└") + 1
+    ticks = {
+        row: float(m[1]) for row, line in enumerate(lines) if (m := re.match(r" *(\S+) ┤", line))
+    }
+    assert len(ticks) >= 3
+    for row, value in ticks.items():
+        assert (value - 1) / 2 == pytest.approx((n_rows - 0.5 - row) / n_rows, abs=0.5 / n_rows)
+    labels = [(m.start() - left + len(m[0]) / 2, int(m[0])) for m in re.finditer(r"\d+", lines[-1])]
+    assert len(labels) >= 4
+    for place, value in labels[1:]:
+        assert value / 400 == pytest.approx(place / 80, abs=1.5 / 80)
+    assert lines[-1].endswith(" steps")
+
+
+def test_marks_lie_over_lines_and_have_their_own_style() -> None:
+    lines = draw_chart(
+        [Series(CURVE[19:20], "red", "●"), Series(CURVE, "blue")], 60, 10, x_unit="steps"
+    )
+    (line,) = [line for line in lines if "●" in line.plain]
+    place = line.plain.index("●")
+    assert [span.style for span in line.spans if span.start <= place < span.end][-1] == "red"
+
+
+def test_a_steep_beginning_does_not_stretch_the_chart_but_enters_at_its_top() -> None:
+    steep: list[Point] = [(1.0, 1e30), *((float(x), 2.0 + x % 2) for x in range(2, 41))]
+    assert y_limits([steep]) == (2.0, 3.0)
+    assert plain([Series(steep, "")], 60, 10)[:8] != plain([Series(steep[2:], "")], 60, 10)[:8]
+    few = [(1.0, 5.0), (2.0, 1.0)]
+    assert y_limits([few]) == (1.0, 5.0), "of few points each counts"
+
+
+@pytest.mark.parametrize("points", [[(0.0, 2.5)], [(5.0, 0.0), (6.0, 0.0)], [(0.0, -1e9)]])
+def test_one_point_and_a_flat_curve_are_drawn(points: list[Point]) -> None:
+    assert sum("●" in line for line in plain([Series(points, "", "●")], 40, 8)) == 1
+
+
+def test_without_a_point_there_is_no_chart() -> None:
+    assert draw_chart([Series([], "")], 80, 10, x_unit="steps") == []

@@ -1,0 +1,186 @@
+"""minigpt plot: what it says of runs, as text, as a picture and as JSON."""
+
+import json
+import re
+import shutil
+import sys
+from io import BytesIO, TextIOWrapper
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from calls import Run, error_line
+
+from minigpt.commands.chart import y_limits
+
+HOSTILE = "_e\x1b[31m$x^$<b>"
+
+
+@pytest.fixture(autouse=True)
+def runs(trained: Path, workplace: Path) -> Path:
+    """checkpoints/ with the tiny run of 4 steps, twice, without its weights."""
+    for name in ("tiny", "other"):
+        folder = workplace / "checkpoints" / name
+        folder.mkdir(parents=True)
+        for file in ("metrics.jsonl", "config.toml"):
+            shutil.copy(trained / "checkpoints/tiny" / file, folder)
+    return workplace / "checkpoints"
+
+
+def events(runs: Path, kind: str) -> list[dict[str, float]]:
+    lines = (runs / "tiny/metrics.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+
+def test_the_chart_names_each_run_with_its_losses(run: Run, runs: Path) -> None:
+    result = run("plot", "tiny", "other")
+    assert (result.code, result.err) == (0, "")
+    assert all(len(line) <= 100 for line in result.out.splitlines())
+    assert "\x1b" not in result.out
+    step, evaluation = events(runs, "step")[-1], events(runs, "eval")[-1]
+    rows = result.out.splitlines()[-3:]
+    assert " ".join(rows[0].split()) == "run steps training validation bits/byte at step"
+    for row, mark, name in zip(rows[1:], "●■", ["tiny", "other"], strict=True):
+        assert row.split() == [
+            mark,
+            name,
+            "4",
+            f"{step['train_loss']:.4f}",
+            f"{evaluation['val_loss']:.4f}",
+            f"{evaluation['bits_per_byte']:.4f}",
+            "4",
+        ]
+    chart = result.out.partition("└")[0]
+    assert chart.count("■") == len(events(runs, "eval"))
+    assert re.search("[\u2801-\u28ff]", chart)
+
+
+def test_without_a_name_it_is_the_newest_run(run: Run, runs: Path) -> None:
+    (runs / "tiny/metrics.jsonl").touch()
+    assert run("plot").out == run("plot", "checkpoints/tiny").out
+    assert "● tiny" in run("plot").out
+
+
+@pytest.mark.parametrize("axis", ["steps", "tokens", "seconds"])
+def test_the_x_axis_is_what_was_asked_for(run: Run, runs: Path, axis: str) -> None:
+    result = run("plot", "tiny", "--x", axis)
+    (line,) = re.findall(rf"(?m)^ +0[.0]* .* {axis}$", result.out)
+    ends = {"steps": 4, "tokens": 4 * 2 * 64, "seconds": events(runs, "step")[-1]["elapsed_s"]}
+    assert float(line.split()[-2]) <= ends[axis]
+    assert float(line.split()[-2]) >= ends[axis] / 2
+
+
+def test_json_is_every_point_of_each_run(run: Run, runs: Path) -> None:
+    result = run("plot", "tiny", "other", "--json")
+    assert (result.code, result.err) == (0, "")
+    records = [json.loads(line) for line in result.out.splitlines()]
+    assert [record["run"] for record in records] == ["checkpoints/tiny", "checkpoints/other"]
+    for record in records:
+        assert record["tokenizer"] == "bytes"
+        assert record["train"] == [
+            {
+                "steps": event["step"],
+                "tokens": event["step"] * 2 * 64,
+                "seconds": event["elapsed_s"],
+                "loss": event["train_loss"],
+            }
+            for event in events(runs, "step")
+        ]
+        assert [point["bits_per_byte"] for point in record["val"]] == [
+            event["bits_per_byte"] for event in events(runs, "eval")
+        ]
+
+
+def test_an_svg_has_the_points_and_the_names_as_they_are(run: Run, runs: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs pip install 'minigpt[plot]'")
+    (runs / "other").rename(runs / HOSTILE)
+    result = run("plot", "tiny", HOSTILE, "--out", "losses.svg")
+    assert (result.code, result.out, result.err) == (0, "", "wrote losses.svg\n")
+    first = Path("losses.svg").read_bytes()
+    picture = ElementTree.fromstring(first)
+    texts = [element.text for element in picture.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"tiny", r"_e\x1b[31m$x^$<b>", "steps"} <= set(texts)
+    marks = [e for e in picture.iter("{http://www.w3.org/2000/svg}use") if "y" in e.attrib]
+    assert len(marks) > 2 * len(events(runs, "eval"))
+    assert run("plot", "tiny", HOSTILE, "--out", "losses.svg").code == 0
+    assert Path("losses.svg").read_bytes() == first, "the same curves, the same bytes"
+
+
+def test_a_png_shows_the_losses_where_they_are(run: Run, runs: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs pip install 'minigpt[plot]'")
+    from matplotlib.image import imread
+
+    lines = [
+        {"event": "step", "step": i, "train_loss": 5 - i / 10, "elapsed_s": i} for i in range(41)
+    ]
+    (runs / "tiny/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert run("plot", "tiny", "--out", "losses.png").code == 0
+    pixels = imread("losses.png")[:, :, :3]
+    is_blue = (pixels[:, :, 2] - pixels[:, :, 0]) > 0.15
+    rows, columns = is_blue.nonzero()
+    assert rows[columns.argmin()] < 0.25 * len(pixels), "it begins high"
+    assert rows[columns == columns.max()].max() > 0.75 * len(pixels), "and ends low"
+    assert y_limits([[(line["step"], line["train_loss"]) for line in lines]])[0] == 1.0
+
+
+def test_without_matplotlib_the_extra_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("matplotlib")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    result = run("plot", "tiny", "--out", "losses.png")
+    assert result.code == 2
+    assert "pip install 'minigpt[plot]'" in error_line(result)
+    assert run("plot", "tiny").code == 0, "the chart of text needs none"
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["tiny", "--out", "losses.pdf"], 2, ".png or .svg"),
+        (["tiny", "--x", "hours"], 2, "steps, tokens, seconds"),
+        (["tinny"], 4, "Did you mean tiny?"),
+        (["empty"], 4, "no loss is known yet of 'empty'"),
+        (["bare", "--x", "tokens"], 2, "Use --x steps"),
+        (["tiny", "--out", "nowhere/losses.svg"], 2, "no folder 'nowhere'"),
+    ],
+)
+def test_what_cannot_be_is_said_in_a_line(
+    run: Run, runs: Path, words: list[str], code: int, said: str
+) -> None:
+    (runs / "empty").mkdir()
+    (runs / "empty/metrics.jsonl").touch()
+    (runs / "bare").mkdir()
+    shutil.copy(runs / "tiny/metrics.jsonl", runs / "bare")
+    if "--out" in words:
+        pytest.importorskip("matplotlib", reason="needs pip install 'minigpt[plot]'")
+    result = run("plot", *words)
+    assert result.code == code, result.err
+    assert said in error_line(result)
+
+
+def test_a_run_under_way_is_drawn_as_far_as_it_is(run: Run, runs: Path) -> None:
+    path = runs / "tiny/metrics.jsonl"
+    whole = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(whole[:2]) + whole[2][:20])
+    (record,) = (json.loads(line) for line in run("plot", "tiny", "--json").out.splitlines())
+    assert [point["steps"] for point in record["train"]] == [1, 2]
+    assert run("plot", "tiny").code == 0
+
+
+def test_losses_of_different_tokenizers_are_said_not_to_compare(run: Run, runs: Path) -> None:
+    config = runs / "other/config.toml"
+    config.write_text(config.read_text().replace('"bytes"', '"bpe:300"'))
+    result = run("plot", "tiny", "other")
+    assert result.code == 0
+    assert "different tokenizers" in result.err
+    assert "different tokenizers" not in result.out
+
+
+def test_a_narrow_encoding_gets_a_chart_of_ascii(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = BytesIO()
+    monkeypatch.setattr(sys, "stdout", TextIOWrapper(out, encoding="ascii"))
+    result = run("plot", "tiny", "other")
+    assert (result.code, result.err) == (0, "")
+    text = out.getvalue().decode("ascii")
+    assert "\\u" not in text
+    assert "# other" in text

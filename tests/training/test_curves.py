@@ -1,0 +1,122 @@
+"""Loss curves as metrics.jsonl has them: every whole line, of a run at rest or under way."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from small_runs import config_of, trainer_of
+
+from minigpt.errors import CheckpointError
+from minigpt.settings import to_toml
+from minigpt.text.shards import PreparedData
+from minigpt.training.curves import CONFIG_FILE, METRICS_FILE, LossPoint, find_run, read_curves
+from minigpt.training.metrics import logging_to
+from minigpt.training.trainer import EvalEvent, StepEvent
+
+STEP = '{"event": "step", "step": 3, "train_loss": 2.5, "elapsed_s": 1.5}\n'
+EVAL = (
+    '{"event": "eval", "step": 3, "val_loss": 2.25, "bits_per_byte": 3.5, "elapsed_s": 1.5}\n'
+    '{"event": "save", "step": 3, "val_loss": 2.25, "is_best": true}\n'
+)
+
+
+def written(folder: Path, text: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / METRICS_FILE).write_text(text, encoding="utf-8", errors="surrogateescape")
+    return folder
+
+
+def test_curves_are_the_losses_of_the_events(data: PreparedData, tmp_path: Path) -> None:
+    config = config_of(max_steps=4, batch_size=6, eval_every=2)
+    trainer = trainer_of(config, data, tmp_path)
+    with logging_to(tmp_path, None, from_step=0) as log:
+        events = []
+        for event in trainer.run():
+            log(event)
+            events.append(event)
+    (tmp_path / CONFIG_FILE).write_text(to_toml(config))
+    curves = read_curves(tmp_path)
+    assert curves.tokenizer == "bytes"
+    assert curves.train == tuple(
+        LossPoint(e.step, e.step * 6 * 16, e.elapsed_s, e.train_loss)
+        for e in events
+        if isinstance(e, StepEvent)
+    )
+    assert curves.val == tuple(
+        LossPoint(e.step, e.step * 6 * 16, e.elapsed_s, e.val_loss, e.bits_per_byte)
+        for e in events
+        if isinstance(e, EvalEvent)
+    )
+    assert [point.steps for point in curves.val] == [2, 4]
+
+
+@pytest.mark.parametrize("half", ['{"event": "st', STEP[:-1], "\0\0\0"])
+def test_a_line_that_is_being_written_is_not_there_yet(half: str, tmp_path: Path) -> None:
+    curves = read_curves(written(tmp_path, STEP + EVAL + half))
+    assert [(point.steps, point.loss) for point in curves.train] == [(3, 2.5)]
+    assert [(point.loss, point.bits_per_byte) for point in curves.val] == [(2.25, 3.5)]
+
+
+def test_tokens_are_unknown_without_a_config(tmp_path: Path) -> None:
+    curves = read_curves(written(tmp_path, STEP))
+    assert (curves.tokenizer, curves.train[0].tokens) == (None, None)
+    (tmp_path / CONFIG_FILE).write_text("version = 99")
+    assert read_curves(tmp_path).train[0].tokens is None
+
+
+def test_losses_that_are_no_finite_numbers_are_left_out(tmp_path: Path) -> None:
+    bad = "".join(STEP.replace("2.5", value) for value in ("NaN", "Infinity", "-Infinity"))
+    assert [point.loss for point in read_curves(written(tmp_path, bad + STEP)).train] == [2.5]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "",
+        "no JSON",
+        "\udcff",
+        "[1]",
+        "7",
+        '"event"',
+        '{"step": 1}',
+        '{"event": "step", "step": 1}',
+        STEP.strip().replace("2.5", '"a"'),
+        STEP.strip().replace("2.5", "null"),
+        STEP.strip().replace("3,", "1e999,"),
+        "[" * 100_000,
+    ],
+)
+def test_a_damaged_line_is_named(bad: str, tmp_path: Path) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"line 2 of '.*metrics\.jsonl' is no line of"
+    ) as error:
+        read_curves(written(tmp_path, f"{STEP}{bad}\n{STEP}"))
+    assert str(error.value).isprintable()
+
+
+def test_a_run_is_found_by_name_by_folder_and_as_the_newest(tmp_path: Path) -> None:
+    old, new = (written(tmp_path / name, STEP) for name in ("old", "new"))
+    os.utime(old / METRICS_FILE, (1, 1))
+    (tmp_path / "not-a-run").mkdir()
+    assert find_run("old", tmp_path) == find_run(str(old), tmp_path) == old
+    assert find_run(None, tmp_path) == new
+    assert json.loads((find_run("new", tmp_path) / METRICS_FILE).read_text())["step"] == 3
+
+
+@pytest.mark.parametrize("spec", ["odl", "not-a-run", "x" * 5000, "a\0b", "\x1b[2J"])
+def test_a_run_that_is_not_there_is_named_safely_with_the_nearest(
+    spec: str, tmp_path: Path
+) -> None:
+    written(tmp_path / "old", STEP)
+    (tmp_path / "not-a-run").mkdir()
+    with pytest.raises(CheckpointError, match="old") as error:
+        find_run(spec, tmp_path)
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 300
+
+
+def test_where_there_is_no_run_at_all_the_way_to_one_is_said(tmp_path: Path) -> None:
+    for spec in (None, "a"):
+        with pytest.raises(CheckpointError, match="minigpt train"):
+            find_run(spec, tmp_path / "nothing")
