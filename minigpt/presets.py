@@ -31,7 +31,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
         "data": {"tokenizer": "bytes"},
     },
-    # About 10M parameters: for a GPU. Its settings, and small's, are not measured yet.
+    # About 10M parameters: for a GPU, or for a patient CPU.
     "mini": {
         "model": {
             "n_layer": 6,
@@ -40,10 +40,18 @@ PRESETS: dict[str, dict[str, Any]] = {
             "context_length": 256,
             "qk_norm": True,
         },
-        "training": {"max_steps": 2000, "batch_size": 32, "lr": 0.006, "embedding_lr": 0.006},
+        "training": {
+            "max_steps": 2000,
+            "batch_size": 8,
+            "context_warmup_length": 64,
+            "lr": 0.003,
+            "embedding_lr": 0.02,
+            "momentum": 0.9,
+        },
         "data": {"tokenizer": "bytes"},
     },
-    # The shape of GPT-2's smallest, 124M parameters with its vocabulary.
+    # The shape of GPT-2's smallest, 124M parameters with its vocabulary. Its rates are not measured:
+    # they go on from nano's and mini's, as one over the width.
     "small": {
         "model": {
             "n_layer": 12,
@@ -57,7 +65,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "max_steps": 20_000,
             "batch_size": 128,
             "micro_batch_size": 16,
-            "lr": 0.003,
+            "lr": 0.0015,
             "embedding_lr": 0.003,
             "eval_every": 500,
             "save_every": 1000,
