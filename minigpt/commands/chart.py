@@ -78,12 +78,11 @@ def draw_chart(
     lines = []
     for row in range(n_rows):
         label = y_labels.get(row, "")
-        line = Text(f"{label:>{n_label}} {tick if label else side}", style=_AXES, no_wrap=True)
-        line.append_text(_row(cells, row, n_columns))
-        lines.append(line)
-    lines.append(Text(f"{'':{n_label}} {corner}{bar * n_columns}", style=_AXES, no_wrap=True))
-    names = _x_labels(x_scale, n_columns, x_unit)
-    lines.append(Text(f"{'':{n_label}}  {names}", style=_AXES, no_wrap=True))
+        axis = (f"{label:>{n_label}} {tick if label else side}", _AXES)
+        lines.append(Text.assemble(axis, _row(cells, row, n_columns), no_wrap=True))
+    numbers = _x_labels(x_scale, n_columns, x_unit)
+    for below in (f" {corner}{bar * n_columns}", f"  {numbers}"):
+        lines.append(Text.assemble((" " * n_label + below, _AXES), no_wrap=True))
     for line in lines:
         line.truncate(width)
     return lines
@@ -143,14 +142,16 @@ def _widened(low: float, high: float) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def _ticks(scale: _Scale, n: int) -> Iterator[tuple[float, str]]:
-    """Yield about ``n`` round numbers of a scale, and their labels."""
-    rough = (scale.high - scale.low) / n
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= 0.999 * rough)
+def _ticks(scale: _Scale, n: int) -> list[tuple[float, str]]:
+    """Return about ``n`` round numbers of a scale, two at the least, and their labels."""
+    power = 10.0 ** math.floor(math.log10((scale.high - scale.low) / n))
+    multiples = range(0)
+    for step in (factor * power for factor in (10, 5, 2, 1, 0.5)):
+        multiples = range(math.ceil(scale.low / step), math.floor(scale.high / step) + 1)
+        if len(multiples) >= max(n / 2, 2):
+            break
     n_decimals = max(0, -math.floor(math.log10(step) + 1e-9))
-    for i in range(math.ceil(scale.low / step), math.floor(scale.high / step) + 1):
-        yield i * step, _label(i * step, n_decimals)
+    return [(i * step, _label(i * step, n_decimals)) for i in multiples]
 
 
 def _label(number: float, n_decimals: int) -> str:
@@ -164,7 +165,7 @@ def _x_labels(scale: _Scale, n_columns: int, unit: str) -> str:
     """Return the numbers below the x axis, each under its place, and the unit at the end."""
     line = ""
     room = n_columns - len(unit) - 1
-    for value, label in _ticks(scale, max(n_columns // _CELLS_PER_TICK, 1)):
+    for value, label in _ticks(scale, max(n_columns // _CELLS_PER_TICK, 6)):
         start = max(scale.dot(value) // _DOTS_WIDE - len(label) // 2, 0)
         if start + len(label) <= room and (not line or start > len(line)):
             line = line.ljust(start) + label

@@ -1,13 +1,22 @@
-"""What a terminal shows of work that goes on: one line, redrawn in place, never wider than it."""
+"""What a terminal shows of work that goes on: lines redrawn in place, never wider than it."""
 
 from collections.abc import Sequence
 
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import (
+    Console,
+    ConsoleOptions,
+    ConsoleRenderable,
+    RenderableType,
+    RenderResult,
+)
+from rich.control import Control
+from rich.live import Live
+from rich.segment import ControlType, Segment
 from rich.text import Text
 
-# The terminal itself writes ^C after the line: were there no room for it, it would wrap, and the
-# line could not be erased.
-_FREE_CELLS = 3
+FREE_CELLS = 3
+"""Cells left free after a line. The terminal itself writes ^C there: were there no room for it, it
+would wrap, and the line could not be erased."""
 _SHORTEST_BAR = 6
 _LONGEST_BAR = 40
 
@@ -25,15 +34,20 @@ class StatusLine:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Draw the line for the width of this moment."""
         if self.label:
-            yield self.draw(options.max_width - _FREE_CELLS, is_ascii=options.ascii_only)
+            yield self.draw(options.max_width - FREE_CELLS, is_ascii=options.ascii_only)
 
-    def draw(self, width: int, *, is_ascii: bool = False) -> Text:
-        """Return the line in at most ``width`` cells: the facts go before the bar and the label."""
+    def draw(
+        self, width: int, *, is_ascii: bool = False, facts: Sequence[str] | None = None
+    ) -> Text:
+        """Return the line in at most ``width`` cells: the facts go before the bar and the label.
+
+        Args: facts, to be shown in place of the line's own.
+        """
         # From roomy to narrow; the first layout that fits is taken.
         layouts = ((self.label, "  ", _SHORTEST_BAR), (self.label, " ", _SHORTEST_BAR))
         for label, gap, shortest in (*layouts, (self.label, " ", 0), ("", " ", 0)):
-            facts = gap.join(self.facts)
-            room = width - len(f"{label} {gap}{facts}")
+            shown = gap.join(self.facts if facts is None else facts)
+            room = width - len(f"{label} {gap}{shown}")
             if room >= shortest:
                 break
         line = Text(label, no_wrap=True)
@@ -43,6 +57,47 @@ class StatusLine:
             line.append(" ")
             line.append(("#" if is_ascii else "━") * n_full, style="cyan")
             line.append(("-" if is_ascii else "━") * (n_bar - n_full), style="bright_black")
-        line.append((gap if label else "") + facts)
-        line.truncate(max(width, 1), overflow="ellipsis")
+        line.append((gap if label else "") + shown)
+        line.truncate(max(width, 1), overflow="crop" if is_ascii else "ellipsis")
         return line
+
+
+class LiveLines(Live):
+    """Lines that rich redraws in place, also when the terminal has become narrower meanwhile.
+
+    Terminals break what no longer fits into more rows than were drawn, and rich alone would erase
+    too few. On the few that cut it off instead, as many rows above are lost from sight.
+    """
+
+    def __init__(self, lines: RenderableType, console: Console) -> None:
+        """Args: lines, none wider than the console."""
+        self._drawn = _Measured(lines)
+        super().__init__(
+            self._drawn,
+            console=console,
+            refresh_per_second=4,
+            transient=True,
+            redirect_stdout=False,
+        )
+
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        """Let rich find the first of the rows that its lines take by now."""
+        width = max(self.console.width, 1)
+        n_more = sum(max(n_cells - 1, 0) // width for n_cells in self._drawn.widths)
+        up = ((ControlType.ERASE_IN_LINE, 2), (ControlType.CURSOR_UP, 1)) * n_more
+        return [Control(*up), *super().process_renderables(renderables)]
+
+
+class _Measured:
+    """Lines, and how wide they were when they were last drawn."""
+
+    def __init__(self, lines: RenderableType) -> None:
+        self.lines = lines
+        self.widths: list[int] = []
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        lines = console.render_lines(self.lines, options, pad=False)
+        self.widths = [Segment.get_line_length(line) for line in lines]
+        for line in lines:
+            yield from line
+            yield Segment.line()

@@ -3,13 +3,15 @@
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
 import numpy as np
-from rich.live import Live
+from rich.text import Text
 
-from minigpt.commands.status_line import StatusLine
+from minigpt.commands.status_line import FREE_CELLS, LiveLines, StatusLine
+from minigpt.commands.training_panel import TRAIN_LOSS, VAL_LOSS, TrainingPanel
 from minigpt.config import SamplingConfig
 from minigpt.console import make_console, spans_to_text
 from minigpt.errors import CheckpointError
@@ -19,9 +21,12 @@ from minigpt.model.cost import parameter_count
 from minigpt.model.gpt import GPT
 from minigpt.text.building import PrepareProgress
 from minigpt.text.visible import printable
+from minigpt.training.curves import read_curves
 from minigpt.training.trainer import EvalEvent, Event, SampleEvent, StepEvent, Trainer
 
 _SAMPLE = SamplingConfig(max_new_tokens=200, temperature=0.8)
+_GLIMPSE = replace(_SAMPLE, max_new_tokens=80)
+_WIDEST_GLIMPSE = 100
 _PLAIN_EVERY_S = 5.0
 _LOSSES = {"val_loss": "nats/token", "bits_per_byte": "bits/byte"}
 _STAGES = {"download": "downloading", "train tokenizer": "learning tokens", "encode": "encoding"}
@@ -60,15 +65,10 @@ class TrainingDisplay:
         self.console = make_console(is_stderr=True)
         self.is_live = sys.stderr.isatty() and not self.console.is_dumb_terminal
         self.line = StatusLine()
-        self.live = Live(
-            self.line,
-            console=self.console,
-            refresh_per_second=4,
-            transient=True,
-            redirect_stdout=False,
-        )
+        self.panel = TrainingPanel(self.line)
+        self.live = LiveLines(self.panel, self.console)
         self._trainer: Trainer | None = None
-        self._val_loss: float | None = None
+        self._evaluation: EvalEvent | None = None
         self._last_line_at = time.monotonic()
 
     def __enter__(self) -> Self:
@@ -124,6 +124,8 @@ class TrainingDisplay:
             )
         if trainer.progress >= 1:
             self._print_fact("", "nothing is left to do: give it more --max-steps or --max-minutes")
+        if trainer.step and self.is_live:
+            self.panel.go_on_with(read_curves(trainer.folder.path))
         self.line.label, self.line.share = "train", trainer.progress
         self.line.facts = [self._place(trainer.step), "Ctrl-C saves and stops"]
 
@@ -155,11 +157,13 @@ class TrainingDisplay:
             case StepEvent():
                 self._show_step(event)
             case EvalEvent():
-                self._val_loss = event.val_loss
+                self._evaluation = event
+                self.panel.val.add(event.step, event.val_loss)
                 self._print(
                     f"step {event.step:>6}  val loss {event.val_loss:.4f} nats/token, "
                     f"{event.bits_per_byte:.4f} bits/byte  after {duration(event.elapsed_s)}"
                 )
+                self._show_glimpse()
             case SampleEvent():
                 self._show_sample(event)
 
@@ -167,15 +171,19 @@ class TrainingDisplay:
         self.line.share = event.progress
         if event.progress >= 1:
             self.line.label = "saving"
+        place, left = self._place(event.step), f"{clock(event.remaining_s)} left"
+        val = self._evaluation.val_loss if self._evaluation else None
         facts = [
-            self._place(event.step),
+            place,
             f"loss {event.train_loss:.3f}",
-            f"val {self._val_loss:.3f}" if self._val_loss is not None else "",
+            f"val {val:.3f}" if val is not None else "",
             f"lr {event.lr:.1e}",
             f"{short(event.tokens_per_s):>5} tok/s",
             f"MFU {event.mfu:.0%}" if event.mfu is not None else "",
-            f"{clock(event.remaining_s)} left",
+            left,
         ]
+        self.panel.train.add(event.step, event.train_loss)
+        self.panel.update(_numbers(event, self._evaluation), [place, left])
         self._update([fact for fact in facts if fact], is_due=event.progress >= 1)
 
     def _update(self, facts: Sequence[str], *, is_due: bool) -> None:
@@ -192,6 +200,18 @@ class TrainingDisplay:
         # A bar before each line: the model's text can never pass for ours.
         for line in draw_sample(event.model, self._trainer).splitlines():
             self._print(f"  | {line}")
+
+    def _show_glimpse(self) -> None:
+        """Show a line of what the model writes by now, where somebody may be watching."""
+        trainer = self._trainer
+        assert trainer is not None
+        # Shards are of no use to one rank alone; and who asked for samples gets those.
+        if not self.is_live or trainer.world.is_sharded or trainer.config.training.sample_every:
+            return
+        text = " ".join(draw_sample(trainer.model, trainer, _GLIMPSE).split())
+        line = Text(f"  | {printable(text)}", "dim", no_wrap=True)
+        line.truncate(min(self.console.width - FREE_CELLS, _WIDEST_GLIMPSE), overflow="ellipsis")
+        self.console.print(line)
 
     def finish(self) -> None:
         """Say what came of it and where it is."""
@@ -227,19 +247,32 @@ def _devices(trainer: Trainer) -> str:
     return f"{world.size} x {world.device.type}{shards}"
 
 
+def _numbers(event: StepEvent, evaluation: EvalEvent | None) -> dict[str, str]:
+    """Return what the table of the live display says, under its heads."""
+    numbers = {
+        TRAIN_LOSS: f"{event.train_loss:.3f}",
+        VAL_LOSS: f"{evaluation.val_loss:.3f}" if evaluation else "-",
+        "bits/byte": f"{evaluation.bits_per_byte:.3f}" if evaluation else "-",
+        "lr": f"{event.lr:.1e}",
+        "grad norm": f"{event.grad_norm:.2f}",
+        "tokens/s": short(event.tokens_per_s),
+    }
+    return numbers | ({} if event.mfu is None else {"MFU": f"{event.mfu:.0%}"})
+
+
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def draw_sample(model: GPT, trainer: Trainer) -> str:
+def draw_sample(model: GPT, trainer: Trainer, config: SamplingConfig = _SAMPLE) -> str:
     """Return some text from a run's model as it stands, the same draws every time."""
     tokenizer = trainer.data.tokenizer
     model.eval()
     # A vocabulary may have nothing that begins a text: then as the validation text begins.
     first = trainer.val_tokens.windows(np.zeros(1, np.int64), 1)[0].tolist()
     prompt = tokenizer.encode_prompt("") or first
-    decoder = Decoder(model, prompt, max_new_tokens=_SAMPLE.max_new_tokens)
-    steps = decoder.generate(_SAMPLE, seed=trainer.config.training.seed)
+    decoder = Decoder(model, prompt, max_new_tokens=config.max_new_tokens)
+    steps = decoder.generate(config, seed=trainer.config.training.seed)
     try:
         text = "".join(item.text for item in stream_text(steps, tokenizer))
     except CheckpointError:  # logits that are no numbers; the weights are the run's own

@@ -4,6 +4,7 @@ import math
 import re
 
 import pytest
+from rich.console import Console
 
 from minigpt.commands.chart import Point, Series, draw_chart, y_limits
 
@@ -70,9 +71,24 @@ def test_numbers_stand_where_they_are_on_their_axes() -> None:
         assert (value - 1) / 2 == pytest.approx((n_rows - 0.5 - row) / n_rows, abs=0.5 / n_rows)
     labels = [(m.start() - left + len(m[0]) / 2, int(m[0])) for m in re.finditer(r"\d+", lines[-1])]
     assert len(labels) >= 4
+    n_columns = len(lines[-2]) - left
     for place, value in labels[1:]:
-        assert value / 400 == pytest.approx(place / 80, abs=1.5 / 80)
+        assert value / 400 == pytest.approx(place / n_columns, abs=1.5 / n_columns)
     assert lines[-1].endswith(" steps")
+
+
+@pytest.mark.parametrize("low", [0.0, 0.013, 1.9, 2.21, 7.9])
+@pytest.mark.parametrize("height", [0.011, 0.4, 0.69, 1.0, 3.3, 4_000.0])
+def test_however_small_the_chart_there_are_two_numbers_on_each_axis(
+    low: float, height: float
+) -> None:
+    points = [(0.0, low), (height, low + height)]
+    lines = plain([Series(points, "")], 60, 8)
+    numbers = [float(m[1]) for line in lines if (m := re.match(r" *(\S+) ┤", line))]
+    assert len(numbers) >= 2
+    assert len(set(numbers)) == len(numbers), "with enough decimals to tell them apart"
+    assert all(low - 1e-9 <= number <= low + height for number in numbers)
+    assert len(re.findall(r"\d\S*", lines[-1])) >= 2
 
 
 def test_marks_lie_over_lines_and_have_their_own_style() -> None:
@@ -81,7 +97,8 @@ def test_marks_lie_over_lines_and_have_their_own_style() -> None:
     )
     (line,) = [line for line in lines if "●" in line.plain]
     place = line.plain.index("●")
-    assert [span.style for span in line.spans if span.start <= place < span.end][-1] == "red"
+    style = line.get_style_at_offset(Console(), place)
+    assert (str(style.color.name if style.color else None), style.dim) == ("red", None)
 
 
 def test_a_steep_beginning_does_not_stretch_the_chart_but_enters_at_its_top() -> None:

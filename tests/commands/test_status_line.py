@@ -1,8 +1,13 @@
 """The line that is redrawn while work goes on."""
 
-import pytest
+import io
+import re
 
-from minigpt.commands.status_line import StatusLine
+import pytest
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.text import Text
+
+from minigpt.commands.status_line import FREE_CELLS, LiveLines, StatusLine
 from minigpt.commands.training_display import TrainingDisplay, clock, duration, short
 from minigpt.text.shards import PrepareProgress
 
@@ -56,3 +61,85 @@ def test_a_download_shows_how_much_of_it_is_there() -> None:
     display.preparing(PrepareProgress("download", 300_000, 1_200_000))
     text = display.line.draw(80, is_ascii=True).plain
     assert text == f"downloading {'#' * 10}{'-' * 30}  0.3 of 1.2 MB"
+
+
+class Terminal(io.StringIO):
+    """A terminal that breaks long lines anew when its width changes, as most do."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.rows = [""]
+        self.goes_on = [False]
+        """Whether each row is the rest of the one above it."""
+        self.at = 0
+
+    def write(self, text: str) -> int:
+        for piece in re.findall(r"\x1b\[[?\d;]*[a-zA-Z]|.|\n", text):
+            if piece == "\n":
+                self._down()
+            elif piece == "\x1b[1A":
+                self.at = max(self.at - 1, 0)
+            elif piece == "\x1b[2K":
+                self.rows[self.at], self.goes_on[self.at] = "", False
+            elif piece.isprintable():
+                if len(self.rows[self.at]) == self.width:
+                    self._down()
+                    self.goes_on[self.at] = True
+                self.rows[self.at] += piece
+        return len(text)
+
+    def _down(self) -> None:
+        self.at += 1
+        if self.at == len(self.rows):
+            self.rows.append("")
+            self.goes_on.append(False)
+
+    def resize(self, width: int) -> None:
+        self.width = width
+        lines: list[str] = []
+        for row, goes_on in zip(self.rows[: self.at + 1], self.goes_on, strict=False):
+            if goes_on:
+                lines[-1] += row
+            else:
+                lines.append(row)
+        self.rows, self.goes_on, self.at = [""], [False], 0
+        self.write("\n".join(lines))
+
+    def shown(self) -> list[str]:
+        return "\n".join(self.rows).rstrip().split("\n")
+
+
+class Full:
+    """As many lines as asked for, as wide as the terminal lets them be."""
+
+    n = 3
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for _ in range(self.n):
+            yield Text("x" * (options.max_width - FREE_CELLS))
+
+
+def test_lines_are_redrawn_in_place_in_a_terminal_that_shrinks_and_grows() -> None:
+    terminal, full = Terminal(100), Full()
+    console = Console(file=terminal, width=100, height=40, force_terminal=True, soft_wrap=True)
+    live = LiveLines(full, console)
+    live.auto_refresh = False
+    console.print("before")
+    live.start()
+    expected = ["before"]
+    for width in (100, 60, 61, 20, 120, 47, 48, 24, 100):
+        terminal.resize(width)
+        console.width = width
+        live.refresh()
+        assert terminal.shown() == [*expected, *["x" * (width - FREE_CELLS)] * full.n]
+    for width, full.n in ((30, 1), (10, 4), (80, 2)):
+        terminal.resize(width)
+        console.width = width
+        console.print("word")  # above the lines
+        expected.append("word")
+        assert terminal.shown() == [*expected, *["x" * (width - FREE_CELLS)] * full.n]
+    terminal.resize(25)
+    console.width = 25
+    live.stop()
+    assert terminal.shown() == expected

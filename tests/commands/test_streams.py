@@ -140,6 +140,48 @@ def test_a_sample_cannot_steer_the_terminal_of_train_nor_pass_for_our_lines(
     assert not re.search(r"(?m)^(next|fake)", left.split("best   checkpoints")[0])
 
 
+def test_a_terminal_sees_a_line_of_what_the_model_writes_at_each_evaluation(
+    on_terminal: Callable[..., str],
+    run: Run,
+    trained: Path,
+    workplace: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn = []
+
+    def sample(model: object, trainer: object, config: object = None) -> str:
+        drawn.append(config)
+        return f"{HOSTILE}\nbest   fake\x0bnext\u2028fake {'long ' * 90}"
+
+    monkeypatch.setattr(training_display, "draw_sample", sample)
+    words = ["train", str(trained / "corpus.txt"), *TINY, "--eval-every", "2"]
+    shown = on_terminal(*words, cwd=workplace)
+    assert not steering(shown)
+    lines = [line for line in OURS.sub("\n", shown).split("\n") if "| " in line]
+    assert len(lines) == len(drawn) == 2
+    assert all(line.startswith(r"  | \x1b]0;title") for line in lines)
+    assert all("best   fake" not in line and len(line) < 78 for line in lines)
+    on_terminal(*words, "--sample-every", "3", cwd=workplace)
+    assert len(drawn) == 4, "at step 3 and at the end, and the evaluations add none"
+    run(*words)
+    assert len(drawn) == 4, "and none in a pipe"
+
+
+def test_watching_a_run_changes_none_of_its_bits(
+    on_terminal: Callable[..., str], run: Run, trained: Path, workplace: Path
+) -> None:
+    words = ["train", str(trained / "corpus.txt"), *TINY, "--eval-every", "1"]
+    words += ["--set", "model.dropout=0.2"]
+    shown = on_terminal(*words, "--name", "watched", cwd=workplace)
+    assert "  | " in shown
+    assert run(*words, "--name", "alone").code == 0
+    one, other = (
+        workplace / "checkpoints" / name / "step-000004/model.safetensors"
+        for name in ("watched", "alone")
+    )
+    assert one.read_bytes() == other.read_bytes()
+
+
 def test_a_terminal_shows_the_prompt_where_the_text_goes_on(
     on_terminal: Callable[..., str], run: Run, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,93 @@
+"""What a terminal shows of a run that trains: within any size, and cheap to draw."""
+
+import io
+import statistics
+
+import pytest
+from rich.console import Console
+
+from minigpt.commands.status_line import FREE_CELLS, StatusLine
+from minigpt.commands.training_panel import TRAIN_LOSS, VAL_LOSS, ThinnedCurve, TrainingPanel
+
+NUMBERS = {
+    TRAIN_LOSS: "10.234",
+    VAL_LOSS: "10.345",
+    "bits/byte": "14.765",
+    "lr": "1.0e-02",
+    "grad norm": "12.34",
+    "tokens/s": "1.23M",
+    "MFU": "41%",
+}
+
+
+def panel() -> TrainingPanel:
+    line = StatusLine()
+    line.label, line.share, line.facts = "train", 0.5, ["500/1000", "loss 10.234", "9:59 left"]
+    shown = TrainingPanel(line)
+    for step in range(1, 51):
+        shown.train.add(step, 1 + 9 / step)
+    shown.val.add(25, 1.4)
+    shown.update(NUMBERS, ["500/1000", "9:59 left"])
+    return shown
+
+
+def drawn(shown: TrainingPanel, width: int, height: int, encoding: str = "utf-8") -> list[str]:
+    file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    console = Console(file=file, width=width, height=height, legacy_windows=False)
+    lines = console.render_lines(shown, console.options, pad=False)
+    return ["".join(segment.text for segment in line) for line in lines]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_it_leaves_room_for_a_key_and_for_what_was_said_before(encoding: str) -> None:
+    for width in (20, 40, 60, 80, 100, 140, 300):
+        for height in (5, 12, 20, 24, 60):
+            lines = drawn(panel(), width, height, encoding)
+            assert all(len(line) <= width - FREE_CELLS for line in lines)
+            assert len(lines) == 1 or len(lines) <= 0.6 * height
+            "".join(lines).encode(encoding)
+
+
+def test_80_columns_show_curve_mark_and_every_number() -> None:
+    lines = drawn(panel(), 80, 24)
+    assert any("\u2801" <= character <= "\u28ff" for character in "".join(lines))
+    assert sum("●" in line for line in lines) == 2, "in the chart, and at its name"
+    heads, numbers, bar = lines[-3:]
+    ends = [heads.index(head) + len(head) for head in NUMBERS]
+    assert [numbers[:end].split()[-1] for end in ends] == list(NUMBERS.values())
+    assert bar.startswith("train ━")
+    assert bar.endswith("500/1000  9:59 left")
+
+
+def test_a_small_terminal_and_a_run_without_a_step_have_the_line_alone() -> None:
+    for width, height in ((60, 24), (80, 12)):
+        (line,) = drawn(panel(), width, height)
+        assert line.endswith("500/1000  loss 10.234  9:59 left")
+    empty = TrainingPanel(panel().line)
+    assert len(drawn(empty, 80, 24)) == 1
+
+
+def test_new_numbers_are_drawn_at_once() -> None:
+    shown = panel()
+    before = drawn(shown, 80, 24)
+    assert drawn(shown, 80, 24) == before
+    shown.train.add(51, 9.0)
+    shown.update(NUMBERS, ["501/1000", "9:58 left"])
+    after = drawn(shown, 80, 24)
+    assert after[:-3] != before[:-3]
+    assert after[-1].endswith("501/1000  9:58 left")
+
+
+@pytest.mark.parametrize("n", [1, 199, 200, 201, 1000, 12_345])
+def test_a_long_curve_keeps_its_course_in_few_points(n: int) -> None:
+    curve = ThinnedCurve()
+    for x in range(1, n + 1):
+        curve.add(x, 3.0 * x)
+    assert min(n, 100) <= len(curve.points) <= 200
+    assert all(y == pytest.approx(3 * x) for x, y in curve.points)
+    assert curve.points == sorted(curve.points)
+    n_each = (curve.points[-1][0] - curve.points[0][0]) / max(len(curve.points) - 1, 1)
+    assert curve.points[0][0] == pytest.approx((n_each + 1) / 2, abs=0.51)
+    assert n - curve.points[-1][0] < 1.5 * n_each + 1
+    xs = [x for x, _ in curve.points]
+    assert statistics.mean(xs) == pytest.approx((n + 1) / 2, abs=n_each)
