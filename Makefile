@@ -21,7 +21,7 @@ test: $(INSTALLED) ## Run the tests
 test-slow: $(INSTALLED) ## Run the slow tests too
 	$(BIN)/python -m pytest -m 'not gpu'
 
-test-dist: $(INSTALLED) ## Run the tests that start several processes with torchrun
+test-dist: $(INSTALLED) ## Run the tests that train in several processes
 	$(BIN)/python -m pytest -m dist
 
 test-gpu: $(INSTALLED) ## Run the tests that need a CUDA device

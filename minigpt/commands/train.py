@@ -35,6 +35,8 @@ _FLAG_PLACES = {
     "device": "training",
     "dtype": "training",
     "compile": "training",
+    "shard": "training",
+    "recompute": "training",
     "eval_every": "training",
     "save_every": "training",
     "sample_every": "training",
@@ -152,6 +154,24 @@ def train(
             rich_help_panel="Training",
         ),
     ] = None,
+    shard: Annotated[
+        bool | None,
+        typer.Option(
+            "--shard/--no-shard",
+            help="With torchrun: part weights among GPUs [no-shard]",
+            show_default=False,
+            rich_help_panel="Training",
+        ),
+    ] = None,
+    recompute: Annotated[
+        bool | None,
+        typer.Option(
+            "--recompute/--no-recompute",
+            help="Save memory: run blocks twice [no-recompute]",
+            show_default=False,
+            rich_help_panel="Training",
+        ),
+    ] = None,
     eval_every: Annotated[
         int | None, _number("--eval-every", int, "Steps between validation passes", "Reports")
     ] = None,
@@ -181,6 +201,8 @@ def train(
     With --from, model and tokenizer are what they are there, --context-length is that of the
     training sequences alone, and what is left out suits fine-tuning: AdamW, low rates, few steps.
 
+    torchrun --nproc-per-node N -m minigpt train ... does the same on N GPUs.
+
     In brackets: what holds if the option is left out, for the preset nano.
     """
     flags = {key: value for key, value in locals().items() if key in _FLAG_PLACES}
@@ -191,13 +213,12 @@ def train(
         )
     given = {"preset": preset, "from": from_, "data": {"paths": data} if data else None}
     overrides = _overrides(given, flags, config, set_ or [])
-    from minigpt.commands.training_run import resume_run, start_run, start_run_from
+    from minigpt.commands.training_run import run_training
     from minigpt.training.tensorboard import summary_writer
 
     if report_to == "tensorboard":
         summary_writer()  # before anything long begins
-    start = start_run_from if overrides.get("from") is not None else start_run
-    (resume_run if resume else start)(name, overrides, report_to)
+    run_training(name, overrides, report_to, resume=resume)
 
 
 def _overrides(

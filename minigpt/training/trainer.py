@@ -223,8 +223,12 @@ class Trainer:
 
     def _must_stop(self) -> bool:
         """Tell whether any rank was asked to stop, so that all stop at the same step."""
-        self._stop_is_requested |= bool(self.world.largest(self._stop_is_requested))
-        return self._stop_is_requested
+        is_agreed = bool(self.world.largest(int(self._stop_is_requested)))
+        # A signal that comes while the ranks agree is for the next time: the others know nothing
+        # of it yet, and it must not be forgotten.
+        if is_agreed:
+            self._stop_is_requested = True
+        return is_agreed
 
     def run(self) -> Iterator[Event]:
         """Train until the budget is used or a stop is requested, then save.

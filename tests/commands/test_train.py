@@ -229,13 +229,32 @@ def test_a_second_ctrl_c_stops_at_once_and_costs_no_checkpoint(
     assert run("train", "--resume", "--name", "a").code == 0
 
 
+def losses(name: str) -> list[float]:
+    events = map(json.loads, Path(name, "metrics.jsonl").read_text().splitlines())
+    return [event["train_loss"] for event in events if "train_loss" in event]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("before", "after"), [("cuda", "cpu"), ("cpu", "cuda")])
+def test_a_run_goes_on_where_it_was_on_another_device(
+    run: Run, monkeypatch: pytest.MonkeyPatch, before: str, after: str
+) -> None:
+    words = [*TINY, "--dtype", "float32", "--device", before]
+    assert run("train", "corpus.txt", "--name", "straight", *words).code == 0
+    with monkeypatch.context() as patch:
+        press_at(2, signal.SIGTERM, patch)
+        assert run("train", "corpus.txt", "--name", "a", *words).code == 143
+    result = run("train", "--resume", "--name", "a", "--device", after)
+    assert result.code == 0
+    assert "no longer with the bits" in result.err
+    # float32, in another order of sums.
+    assert losses("checkpoints/a") == pytest.approx(losses("checkpoints/straight"), rel=1e-3)
+
+
 def test_a_run_that_has_moved_goes_on_at_the_same_windows_and_says_that_bits_differ(
     run: Run, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def losses(name: str) -> list[float]:
-        events = map(json.loads, Path(name, "metrics.jsonl").read_text().splitlines())
-        return [event["train_loss"] for event in events if "train_loss" in event]
-
     with monkeypatch.context() as patch:
         press_at(2, signal.SIGTERM, patch)
         assert run("train", "corpus.txt", "--name", "a", *TINY).code == 143
@@ -247,8 +266,9 @@ def test_a_run_that_has_moved_goes_on_at_the_same_windows_and_says_that_bits_dif
         torch.set_num_threads(n_threads)
     assert result.code == 0
     [line] = [line for line in result.err.splitlines() if line.startswith("note ")]
-    assert f"{n_threads} threads" in line
-    assert f"{n_threads + 1} threads" in line
+    before, after = line.split("resumed on")
+    assert f"threads: {n_threads})" in before
+    assert f"threads: {n_threads + 1})" in after
     assert "no longer with the bits" in line
     # Sums in other parts, if at all; another window's loss is another number.
     straight = losses(str(trained / "checkpoints/tiny"))

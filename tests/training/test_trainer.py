@@ -22,6 +22,7 @@ from minigpt.model.gpt import GPT
 from minigpt.text.batches import batch, validation_windows
 from minigpt.text.shards import PreparedData, prepare
 from minigpt.training import trainer as trainer_module
+from minigpt.training.distributed import World
 from minigpt.training.schedule import lr_scale
 from minigpt.training.trainer import EvalEvent, SampleEvent, SaveEvent, StepEvent, Trainer
 
@@ -222,6 +223,21 @@ def test_a_stop_saves_what_was_reached(data: PreparedData, tmp_path: Path) -> No
     assert latest is not None
     assert differing(read_model(latest.folder).model.state_dict(), trainer.model.state_dict()) == []
     assert latest.facts["val_loss"] == events[-1].val_loss
+
+
+def test_a_stop_that_is_asked_for_while_ranks_agree_is_not_lost(
+    data: PreparedData, tmp_path: Path
+) -> None:
+    """Most of the time that a rank is not computing it waits there for the others."""
+    trainer = trainer_of(config_of(max_steps=5), data, tmp_path)
+
+    class Interrupted(World):
+        def largest(self, number: int) -> int:
+            trainer.request_stop()
+            return number
+
+    trainer.world = Interrupted()
+    assert [event.step for event in trainer.run() if isinstance(event, StepEvent)] == [1]
 
 
 def test_a_stop_before_the_first_step_saves_too(data: PreparedData, tmp_path: Path) -> None:

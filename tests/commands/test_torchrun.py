@@ -1,0 +1,175 @@
+"""minigpt train under torchrun: what the user sees, and how it ends and goes on."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from subprocess import Popen
+
+import pytest
+import torch
+from calls import TINY, Run
+from conftest import ROOT
+
+from minigpt.checkpoint.folder import RunFolder
+from minigpt.settings import read_toml
+
+pytestmark = [
+    pytest.mark.dist,
+    pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds processes in /proc"),
+]
+Launch = Callable[..., "Popen[bytes]"]
+LONG = [*TINY, "--max-steps", "100000", "--save-every", "5"]
+RUN = RunFolder(Path("checkpoints/a"))
+
+
+@pytest.fixture(autouse=True)
+def corpus(trained: Path, workplace: Path) -> None:
+    shutil.copy(trained / "corpus.txt", workplace)
+
+
+@pytest.fixture
+def launch(workplace: Path) -> Iterator[Launch]:
+    """Start the program as two processes: launch("train", ...) -> Popen of torchrun."""
+    launched: list[Popen[bytes]] = []
+
+    def begin(*words: str) -> "Popen[bytes]":
+        # An address of its own, so that launches do not meet.
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        process = Popen(
+            [sys.executable, *torchrun, "-m", "minigpt", *words],
+            cwd=workplace,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        launched.append(process)
+        return process
+
+    yield begin
+    for process in launched:
+        process.kill()
+        process.wait()
+
+
+def end_of(process: "Popen[bytes]") -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out.decode(), err.decode()
+
+
+def wait_for_checkpoint(process: "Popen[bytes]") -> None:
+    deadline = time.monotonic() + 120
+    while not RUN.steps():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def process_of(rank: int, torchrun: "Popen[bytes]") -> int:
+    """Return the process id of a rank."""
+    children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
+    for child in children:
+        if f"RANK={rank}\0".encode() in Path(f"/proc/{child}/environ").read_bytes():
+            return int(child)
+    raise AssertionError(f"torchrun has no rank {rank} among {children}")
+
+
+def resume_command(err: str) -> list[str]:
+    """Return the words after torchrun's own of the last command that resumes."""
+    command = re.findall(r"torchrun --nproc-per-node 2 -m minigpt (train --resume.*)", err)[-1]
+    return shlex.split(command)
+
+
+def test_ctrl_c_saves_and_the_command_that_is_proposed_goes_on(launch: Launch, run: Run) -> None:
+    process = launch("train", "corpus.txt", "--name", "a", *LONG)
+    wait_for_checkpoint(process)
+    process.send_signal(signal.SIGINT)  # torchrun passes it on to both
+    code, out, err = end_of(process)
+    assert (code != 0, out) == (True, "")
+    assert err.count("\nmodel  ") == err.count("\nbest   ") == 1, "rank 0 alone speaks"
+    assert "on 2 x cpu in float32" in err
+    latest = RUN.latest()
+    assert latest is not None
+    lines = Path("checkpoints/a/metrics.jsonl").read_text().splitlines()
+    logged = [json.loads(line) for line in lines]
+    steps = [event["step"] for event in logged if event["event"] == "step"]
+    assert steps == list(range(1, latest.step + 1)), "rank 0 alone writes"
+
+    more = ["--max-steps", str(latest.step + 2), "--shard", "--recompute"]
+    code, out, err = end_of(launch(*resume_command(err), *more))
+    assert (code, out) == (0, ""), err
+    assert f"2 x cpu, weights in shards, in float32, from step {latest.step} on" in err
+    training = read_toml(Path("checkpoints/a/config.toml"))["training"]
+    assert training["shard"] is training["recompute"] is True
+    result = run("train", "--resume", "--name", "a", "--max-steps", str(latest.step + 3))
+    assert result.code == 0
+    assert "saved on 2 ranks of cpu" in result.err
+    assert RUN.steps()[-2:] == [latest.step + 2, latest.step + 3]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_dies_ends_the_run_with_a_word_on_how_to_go_on(
+    rank: int, launch: Launch, run: Run
+) -> None:
+    process = launch("train", "corpus.txt", "--name", "a", *LONG)
+    wait_for_checkpoint(process)
+    os.kill(process_of(rank, process), signal.SIGKILL)
+    code, out, err = end_of(process)
+    assert (code, out) == (1, "")
+    [line] = [line for line in err.splitlines() if line.startswith("error: ")]
+    latest = RUN.latest()
+    assert latest is not None
+    assert "another process of this run has ended" in line
+    assert f"Its last checkpoint is of step {latest.step}. Go on with: torchrun" in line
+    words = resume_command(line)
+    assert "Traceback" not in err.split("error: ")[1].split("torch/distributed")[0]
+    assert run(*words, "--max-steps", str(latest.step + 1)).code == 0
+    assert RUN.steps()[-1] == latest.step + 1
+
+
+def test_a_signal_to_one_process_saves_and_stops_all(launch: Launch) -> None:
+    process = launch("train", "corpus.txt", "--name", "a", *LONG)
+    wait_for_checkpoint(process)
+    os.kill(process_of(1, process), signal.SIGUSR1)
+    code, out, err = end_of(process)
+    assert (code, out) == (1, "")  # torchrun's own for any failure
+    assert re.search(r"rank +: 0 .*\n +exitcode +: 138 ", err), err
+    assert resume_command(err)[:2] == ["train", "--resume"]
+    latest = RUN.latest()
+    assert latest is not None
+    last = Path("checkpoints/a/metrics.jsonl").read_text().splitlines()[-1]
+    assert json.loads(last)["step"] == latest.step
+
+
+def test_what_cannot_be_is_said_once(launch: Launch) -> None:
+    code, out, err = end_of(launch("train", "corpus.txt", *TINY, "--batch-size", "3"))
+    assert (code, out) == (1, "")
+    [line] = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: --batch-size 3 cannot be shared by 2 processes.")
+    assert not Path("checkpoints").exists() or not list(Path("checkpoints").glob("*/step-*"))
+
+
+def losses(name: str) -> list[float]:
+    events = map(json.loads, Path(name, "metrics.jsonl").read_text().splitlines())
+    return [event["train_loss"] for event in events if "train_loss" in event]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("words", [[], ["--shard"], ["--shard", "--recompute", "--compile"]])
+def test_two_gpus_have_the_losses_of_one(words: list[str], launch: Launch, run: Run) -> None:
+    options = [*TINY, "--device", "cuda", "--dtype", "float32", "--set", "model.dropout=0.0"]
+    assert run("train", "corpus.txt", "--name", "one", *options).code == 0
+    code, _, err = end_of(launch("train", "corpus.txt", "--name", "two", *options, *words))
+    assert code == 0, err
+    assert "on 2 x cuda" in err
+    # float32, in another order of sums.
+    assert losses("checkpoints/two") == pytest.approx(losses("checkpoints/one"), rel=1e-3)
