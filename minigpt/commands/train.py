@@ -180,7 +180,7 @@ def train(
     ] = None,
     sample_every: Annotated[
         int | None,
-        _number("--sample-every", int, "Steps between printed samples; 0 is off", "Reports"),
+        _number("--sample-every", int, "Steps between long samples; 0 is off", "Reports"),
     ] = None,
     report_to: Annotated[
         str | None,
