@@ -2,6 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+"""The project's own folder."""
 
 _TINY = """
 --max-steps 4 --context-length 64 --batch-size 2 --n-layer 2 --n-head 2 --d-model 16

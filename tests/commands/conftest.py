@@ -9,11 +9,9 @@ from io import BytesIO, TextIOWrapper
 from pathlib import Path
 
 import pytest
-from calls import TINY, Result, Run
+from calls import ROOT, TINY, Result, Run
 
 from minigpt.commands import main
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="session")

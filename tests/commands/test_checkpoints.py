@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from calls import Run, error_line
+from calls import ROOT, Run, error_line
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -21,7 +21,6 @@ from minigpt.checkpoint.inventory import take_inventory
 from minigpt.commands import app
 from minigpt.commands.checkpoint_views import inventory_lines, model_lines
 
-ROOT = Path(__file__).resolve().parents[2]
 NAMES = ["list", "show", "verify", "prune"]
 
 

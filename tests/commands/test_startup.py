@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from calls import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ["torch", "numpy", "rich", "tiktoken", "safetensors", "transformers"]
 
 

@@ -10,13 +10,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from subprocess import Popen
 
 import pytest
 import torch
-from calls import TINY, Run
-from conftest import ROOT
+from calls import ROOT, TINY, Run
 
 from minigpt.checkpoint.folder import RunFolder
 from minigpt.settings import read_toml
@@ -40,11 +40,11 @@ def launch(workplace: Path) -> Iterator[Launch]:
     """Start the program as two processes: launch("train", ...) -> Popen of torchrun."""
     launched: list[Popen[bytes]] = []
 
-    def begin(*words: str) -> "Popen[bytes]":
-        # An address of its own, so that launches do not meet.
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    def begin(*words: str, n_restarts: int = 0) -> "Popen[bytes]":
+        torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
+        restarts = ["--max-restarts", str(n_restarts)]
         process = Popen(
-            [sys.executable, *torchrun, "-m", "minigpt", *words],
+            [sys.executable, *torchrun, *restarts, "-m", "minigpt", *words],
             cwd=workplace,
             env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
             stdin=subprocess.DEVNULL,
@@ -56,8 +56,18 @@ def launch(workplace: Path) -> Iterator[Launch]:
 
     yield begin
     for process in launched:
-        process.kill()
+        for pid in [*children_of(process), process.pid]:  # a failed test leaves no rank behind
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         process.wait()
+
+
+def children_of(process: "Popen[bytes]") -> list[int]:
+    try:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+    return [int(child) for child in children.split()]
 
 
 def end_of(process: "Popen[bytes]") -> tuple[int, str, str]:
@@ -65,9 +75,9 @@ def end_of(process: "Popen[bytes]") -> tuple[int, str, str]:
     return process.returncode, out.decode(), err.decode()
 
 
-def wait_for_checkpoint(process: "Popen[bytes]") -> None:
+def wait_for_checkpoint(process: "Popen[bytes]", *, after: int = 0) -> None:
     deadline = time.monotonic() + 120
-    while not RUN.steps():
+    while max(RUN.steps(), default=0) <= after:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -75,11 +85,10 @@ def wait_for_checkpoint(process: "Popen[bytes]") -> None:
 
 def process_of(rank: int, torchrun: "Popen[bytes]") -> int:
     """Return the process id of a rank."""
-    children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
-    for child in children:
+    for child in children_of(torchrun):
         if f"RANK={rank}\0".encode() in Path(f"/proc/{child}/environ").read_bytes():
-            return int(child)
-    raise AssertionError(f"torchrun has no rank {rank} among {children}")
+            return child
+    raise AssertionError(f"torchrun has no rank {rank}")
 
 
 def resume_command(err: str) -> list[str]:
@@ -133,6 +142,20 @@ def test_a_process_that_dies_ends_the_run_with_a_word_on_how_to_go_on(
     assert "Traceback" not in err.split("error: ")[1].split("torch/distributed")[0]
     assert run(*words, "--max-steps", str(latest.step + 1)).code == 0
     assert RUN.steps()[-1] == latest.step + 1
+
+
+def test_torchrun_restarts_a_run_that_is_resumed(launch: Launch, run: Run) -> None:
+    assert run("train", "corpus.txt", "--name", "a", *TINY).code == 0
+    words = ["train", "--resume", "--name", "a", "--max-steps", "400", "--save-every", "20"]
+    process = launch(*words, n_restarts=1)
+    wait_for_checkpoint(process, after=4)
+    os.kill(process_of(1, process), signal.SIGKILL)
+    code, _, err = end_of(process)
+    assert code == 0, err
+    steps = [int(step) for step in re.findall(r"from step (\d+) on", err)]
+    assert steps[0] == 4
+    assert steps[1] >= 20
+    assert RUN.steps()[-1] == 400
 
 
 def test_a_signal_to_one_process_saves_and_stops_all(launch: Launch) -> None:
