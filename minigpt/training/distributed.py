@@ -29,7 +29,7 @@ from minigpt.model.gpt import GPT
 # torch.distributed's tensor and fsdp take a second to import: that is left to those who need them.
 
 _TIMEOUT = timedelta(hours=1)  # the others wait while rank 0 saves or samples
-_PLAN = "minigpt/plan"
+_PLAN = "plan"
 _POLL_S = 0.1
 
 
@@ -216,6 +216,11 @@ def join() -> World:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return ALONE
     store, rank, size = next(rendezvous("env://", timeout=_TIMEOUT))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    # On one machine torchrun starts anew with the store of the run that failed, and its old words
+    # in it. Several machines make a new one, and may not have counted the same restarts.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if local_size == size else "0"
+    store = dist.PrefixStore(f"minigpt-{attempt}", store)  # type: ignore[attr-defined]
     # What the ranks agree on goes over the CPU, so that no step waits for its GPU.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
@@ -223,7 +228,7 @@ def join() -> World:
         rank=rank,
         size=size,
         local_rank=int(os.environ["LOCAL_RANK"]),
-        local_size=int(os.environ.get("LOCAL_WORLD_SIZE", size)),
+        local_size=local_size,
         store=store,
     )
 
