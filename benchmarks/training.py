@@ -112,9 +112,9 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
     for run in runs:
         seconds, losses = zip(*run["curve"], strict=True)
         label = f"{run['preset']}, {seconds[-1]:.0f} s"
-        axes.plot(seconds, losses, marker=".", label=label)
-    axes.set(xlabel="seconds of training (log)", ylabel="validation loss, nats/byte")
-    axes.set(xscale="log", ylim=(None, 2.7))
+        axes.plot(seconds, losses, marker="o", markersize=4, label=label)
+    axes.set(xlabel="seconds of training", ylabel="validation loss, nats/byte")
+    axes.set(xlim=(0, None), ylim=(None, 2.7))
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path)
