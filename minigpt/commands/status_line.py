@@ -56,7 +56,7 @@ class StatusLine:
             n_full = round(n_bar * min(max(self.share, 0.0), 1.0))
             line.append(" ")
             line.append(("#" if is_ascii else "━") * n_full, style="cyan")
-            line.append(("-" if is_ascii else "━") * (n_bar - n_full), style="bright_black")
+            line.append(("-" if is_ascii else "─") * (n_bar - n_full), style="bright_black")
         line.append((gap if label else "") + shown)
         line.truncate(max(width, 1), overflow="crop" if is_ascii else "ellipsis")
         return line

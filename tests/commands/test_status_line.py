@@ -45,6 +45,8 @@ def test_every_fact_fits_80_columns() -> None:
 def test_the_bar_is_as_full_as_the_work_is_done(share: float, n_full: int) -> None:
     text = line_of(["a fact"], share).draw(120, is_ascii=True).plain
     assert text == f"train {'#' * n_full}{'-' * (40 - n_full)}  a fact"
+    text = line_of(["a fact"], share).draw(120).plain
+    assert text == f"train {'━' * n_full}{'─' * (40 - n_full)}  a fact", "seen without colours too"
 
 
 def test_numbers_have_three_digits_and_times_few_cells() -> None:
