@@ -59,7 +59,7 @@ def launch(workplace: Path) -> Iterator[Launch]:
         for pid in [*children_of(process), process.pid]:  # a failed test leaves no rank behind
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        process.wait()
+        process.communicate()  # closes its pipes too
 
 
 def children_of(process: "Popen[bytes]") -> list[int]:
