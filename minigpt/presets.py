@@ -50,8 +50,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
         "data": {"tokenizer": "bytes"},
     },
-    # The shape of GPT-2's smallest, 124M parameters with its vocabulary. Its rates are not measured:
-    # they go on from nano's and mini's, as one over the width.
+    # The shape of GPT-2's smallest, 124M parameters with its vocabulary. Its rates are not
+    # measured: they go on from nano's and mini's, as one over the width.
     "small": {
         "model": {
             "n_layer": 12,
