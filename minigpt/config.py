@@ -204,7 +204,8 @@ class TrainingConfig:
     batch_size: int = 16
     """Sequences per optimizer step, over all ranks."""
     micro_batch_size: int = 0
-    """Sequences per forward pass; the gradients of several add up. 0 derives batch_size."""
+    """The most sequences per forward pass of a process; the gradients of several add up. 0 derives
+    batch_size."""
     sequence_length: int = 0
     """Tokens per training sequence; 0 is the model's context_length."""
     context_warmup_length: int = 0
