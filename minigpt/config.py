@@ -250,7 +250,7 @@ class TrainingConfig:
     keep: int = 2
     """Checkpoints kept besides best and latest."""
     sample_every: int = 0
-    """Steps between printed samples; 0 prints none."""
+    """Steps between printed samples; 0 prints none but a line at each evaluation on a terminal."""
     seed: int = 1337
     """Of the initial weights, the order of the data and dropout."""
     device: str = "auto"
@@ -316,11 +316,6 @@ class TrainingConfig:
         _choice("schedule", self.schedule, SCHEDULES)
         _choice("device", self.device, DEVICES)
         _choice("dtype", self.dtype, DTYPES)
-
-    @property
-    def accumulation_steps(self) -> int:
-        """Forward passes whose gradients make one optimizer step."""
-        return self.batch_size // self.micro_batch_size
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,8 @@ from minigpt.model.gpt import GPT
 LONGEST_WINDOW = 1024
 """The most tokens in a window, unless asked for: the context of some models fits no machine."""
 _TOKENS_AT_ONCE = 16_384
-_LOGITS_AT_ONCE = 2**27  # half a GiB in float32
+LOGITS_AT_ONCE = 2**27
+"""The most logits of one forward pass, where we choose its size: half a GiB in float32."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Evaluation:
 
 def windows_at_once(vocab_size: int, window_length: int) -> int:
     """Return how many windows one forward pass takes, so that their logits fit any machine."""
-    n_tokens = min(_TOKENS_AT_ONCE, _LOGITS_AT_ONCE // vocab_size)
+    n_tokens = min(_TOKENS_AT_ONCE, LOGITS_AT_ONCE // vocab_size)
     return max(1, n_tokens // window_length)
 
 

@@ -31,7 +31,6 @@ def test_what_is_left_out_is_derived_when_the_config_is_made() -> None:
     assert (gpt2.n_kv_head, gpt2.d_head, gpt2.d_mlp) == (4, 12, 192)
     assert (llama.activation, gpt2.activation) == ("silu", "gelu_tanh")
     assert TrainingConfig(max_steps=1, batch_size=12).micro_batch_size == 12
-    assert TrainingConfig(max_steps=1, batch_size=12, micro_batch_size=3).accumulation_steps == 4
 
 
 @pytest.mark.parametrize(

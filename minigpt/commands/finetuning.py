@@ -15,10 +15,10 @@ from minigpt.checkpoint.tokenizer_json import tokenizer_from_json, tokenizer_to_
 from minigpt.commands.run_settings import flat, given, one_budget
 from minigpt.config import ModelConfig, RunConfig
 from minigpt.errors import CheckpointError, ConfigError
+from minigpt.evaluation import LOGITS_AT_ONCE
 from minigpt.model.gpt import GPT
 from minigpt.settings import build, merge, to_dict
 from minigpt.text.tokenizer import Tokenizer
-from minigpt.training.trainer import LOGITS_AT_ONCE
 
 _LONGEST_SEQUENCE = 512  # unless asked for: the whole context of a large model fits no machine
 

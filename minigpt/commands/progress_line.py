@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
-from rich.live import Live
-
-from minigpt.commands.status_line import StatusLine
+from minigpt.commands.status_line import LiveLines, StatusLine
 from minigpt.console import make_console
 from minigpt.text.building import PrepareProgress
 from minigpt.text.visible import printable
@@ -27,13 +25,7 @@ class ProgressLine:
         self._line = StatusLine()
         self._line.label = label
         self._is_live = sys.stderr.isatty() and not self._console.is_dumb_terminal
-        self._live = Live(
-            self._line,
-            console=self._console,
-            refresh_per_second=4,
-            transient=True,
-            redirect_stdout=False,
-        )
+        self._live = LiveLines(self._line, self._console)
         self._last_line_at = time.monotonic()
         self._stage: PrepareProgress | None = None
         self._stage_began_at = 0.0

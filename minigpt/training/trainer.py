@@ -33,9 +33,6 @@ from minigpt.training.state import (
     write_state,
 )
 
-LOGITS_AT_ONCE = 2**27
-"""The most logits of one forward pass, where we choose its size: half a GiB in float32."""
-
 
 @dataclass(frozen=True)
 class StepEvent:
