@@ -3,7 +3,7 @@
 set -e
 minigpt=${1:-minigpt}
 name=demo-$(date +%Y%m%d-%H%M%S)
-prompt='The function returns'
+prompt='The import statement'
 
 run() {
     printf '\n$ minigpt'
