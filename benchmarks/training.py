@@ -33,7 +33,8 @@ from minigpt.presets import preset
 from minigpt.settings import build, merge
 from minigpt.text.batches import validation_windows
 from minigpt.text.shards import PreparedData, prepare
-from minigpt.training.trainer import EvalEvent, StepEvent, Trainer
+from minigpt.training.events import EvalEvent, StepEvent
+from minigpt.training.trainer import Trainer
 
 VAL_FRACTION = 0.1
 

@@ -38,6 +38,10 @@ ROOT = Path("checkpoints")
 """Where runs go, and what ships lies, seen from the project's root."""
 
 MANIFEST = "manifest.json"
+CONFIG_FILE = "config.toml"
+"""A run's settings, resolved."""
+METRICS_FILE = "metrics.jsonl"
+"""A run's events, one a line."""
 
 _STEP = re.compile(r"step-(\d{6,})")
 _WRITING, _REPLACED, _DELETING = ".writing-", ".replaced-", ".deleting-"

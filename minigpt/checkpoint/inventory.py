@@ -16,6 +16,7 @@ from typing import Any
 from minigpt.checkpoint.disk import read_json
 from minigpt.checkpoint.folder import (
     MANIFEST,
+    METRICS_FILE,
     ROOT,
     Pointer,
     RunFolder,
@@ -26,7 +27,6 @@ from minigpt.checkpoint.folder import (
 from minigpt.errors import CheckpointError, MinigptError, nearest
 
 _CONFIG = "config.json"
-_METRICS = "metrics.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +172,7 @@ def _records(run: RunFolder) -> Iterator[dict[str, Any]]:
     """Yield the run's log and, after it, its pointers; what cannot be read is passed over."""
     with (
         suppress(OSError),
-        (run.path / _METRICS).open(encoding="utf-8", errors="replace") as lines,
+        (run.path / METRICS_FILE).open(encoding="utf-8", errors="replace") as lines,
     ):
         for line in lines:
             if '"val_loss"' in line:

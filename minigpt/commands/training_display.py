@@ -22,7 +22,8 @@ from minigpt.model.gpt import GPT
 from minigpt.text.building import PrepareProgress
 from minigpt.text.visible import printable
 from minigpt.training.curves import read_curves
-from minigpt.training.trainer import EvalEvent, Event, SampleEvent, StepEvent, Trainer
+from minigpt.training.events import EvalEvent, Event, SampleEvent, StepEvent
+from minigpt.training.trainer import Trainer
 
 _SAMPLE = SamplingConfig(max_new_tokens=200, temperature=0.8)
 _GLIMPSE = replace(_SAMPLE, max_new_tokens=80)

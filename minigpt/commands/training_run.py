@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from minigpt.checkpoint.disk import write_atomically
-from minigpt.checkpoint.folder import ROOT, Pointer, RunFolder
+from minigpt.checkpoint.folder import CONFIG_FILE, ROOT, Pointer, RunFolder
 from minigpt.checkpoint.model_folder import read_model
 from minigpt.commands.finetuning import finetuning_config, one_lr, read_base
 from minigpt.commands.program import command_line
@@ -46,7 +46,6 @@ from minigpt.training.distributed import World, is_lost_process, join
 from minigpt.training.metrics import logging_to
 from minigpt.training.trainer import Trainer
 
-CONFIG_FILE = "config.toml"
 _PROMPT = "Once upon a time"
 
 

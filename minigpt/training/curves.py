@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from minigpt.checkpoint.disk import resource_errors
-from minigpt.checkpoint.folder import ROOT
+from minigpt.checkpoint.folder import CONFIG_FILE, METRICS_FILE, ROOT
 from minigpt.config import RunConfig
 from minigpt.errors import CheckpointError, ConfigError, nearest
 from minigpt.settings import build, read_toml
 
-METRICS_FILE = "metrics.jsonl"
-CONFIG_FILE = "config.toml"
 _LOSSES = {"step": "train_loss", "eval": "val_loss"}
 
 

@@ -7,9 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from minigpt.checkpoint.disk import resource_errors, write_atomically
-from minigpt.training.curves import METRICS_FILE
+from minigpt.checkpoint.folder import METRICS_FILE
+from minigpt.training.events import EvalEvent, Event, SaveEvent, StepEvent
 from minigpt.training.tensorboard import TENSORBOARD_FOLDER, TensorBoardLog
-from minigpt.training.trainer import EvalEvent, Event, SaveEvent, StepEvent
 
 _KINDS = {StepEvent: "step", EvalEvent: "eval", SaveEvent: "save"}
 

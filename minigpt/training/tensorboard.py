@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minigpt.errors import ConfigError
-from minigpt.training.trainer import EvalEvent, Event, SaveEvent, StepEvent
+from minigpt.training.events import EvalEvent, Event, SaveEvent, StepEvent
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

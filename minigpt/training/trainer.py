@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from minigpt.model.gpt import GPT
 from minigpt.text.batches import batch, require_length, validation_windows
 from minigpt.text.shards import PreparedData
 from minigpt.training.distributed import ALONE, World, accumulating, whole
+from minigpt.training.events import EvalEvent, Event, SampleEvent, SaveEvent, StepEvent
 from minigpt.training.optim import make_optimizers
 from minigpt.training.schedule import lr_scale, progress
 from minigpt.training.state import (
@@ -32,69 +33,6 @@ from minigpt.training.state import (
     read_state,
     write_state,
 )
-
-
-@dataclass(frozen=True)
-class StepEvent:
-    """An optimizer step was taken."""
-
-    step: int
-    """Steps done, this one included."""
-    progress: float
-    """Share of the budget used, 0 to 1."""
-    train_loss: float
-    """Mean cross-entropy over the step's batch, nats/token, before the step."""
-    lr: float
-    """Learning rate of the matrices."""
-    grad_norm: float
-    """Global norm of the gradient before clipping."""
-    tokens_per_s: float
-    """Training speed since the last event."""
-    mfu: float | None
-    """Model FLOPs utilisation: share of the hardware's peak; None where that is unknown."""
-    elapsed_s: float
-    """Seconds of training so far, without evaluation and saving."""
-    remaining_s: float
-    """Seconds of training left, at the speed so far."""
-
-
-@dataclass(frozen=True)
-class EvalEvent:
-    """A pass over the validation text was made."""
-
-    step: int
-    val_loss: float
-    """Nats/token."""
-    bits_per_byte: float
-    n_tokens: int
-    """Validation tokens predicted."""
-    elapsed_s: float
-    """Seconds of training before it."""
-    eval_s: float
-    """Seconds that it took."""
-
-
-@dataclass(frozen=True)
-class SaveEvent:
-    """A checkpoint is on the disk."""
-
-    step: int
-    folder: Path
-    val_loss: float
-    is_best: bool
-    """Its validation loss is the least of the run's checkpoints."""
-
-
-@dataclass(frozen=True)
-class SampleEvent:
-    """It is time to show a sample: the consumer draws one, and the loop waits."""
-
-    step: int
-    model: GPT
-    """The model as it stands, whole."""
-
-
-Event = StepEvent | EvalEvent | SaveEvent | SampleEvent
 
 
 class Trainer:

@@ -21,7 +21,7 @@ from minigpt.commands import training_run
 from minigpt.commands.training_display import TrainingDisplay
 from minigpt.presets import PRESETS
 from minigpt.settings import read_toml
-from minigpt.training.trainer import Event, StepEvent
+from minigpt.training.events import Event, StepEvent
 
 Start = Callable[..., "Popen[bytes]"]
 

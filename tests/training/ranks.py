@@ -23,7 +23,7 @@ from minigpt import evaluation
 from minigpt.text.shards import PreparedData, open_prepared
 from minigpt.training import trainer as trainer_module
 from minigpt.training.distributed import join
-from minigpt.training.trainer import EvalEvent, SaveEvent, StepEvent
+from minigpt.training.events import EvalEvent, SaveEvent, StepEvent
 
 
 def live(run: dict[str, Any], rank: int, data: PreparedData, folder: Path) -> dict[str, Any]:

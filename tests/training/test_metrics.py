@@ -8,8 +8,8 @@ from small_models import small_model
 from small_runs import config_of, run_until, trainer_of
 
 from minigpt.text.shards import PreparedData
+from minigpt.training.events import EvalEvent, Event, SampleEvent, SaveEvent, StepEvent
 from minigpt.training.metrics import MetricsLog
-from minigpt.training.trainer import EvalEvent, Event, SampleEvent, SaveEvent, StepEvent
 
 
 def step(number: int) -> StepEvent:

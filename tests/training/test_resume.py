@@ -20,9 +20,9 @@ from minigpt.checkpoint.model_folder import read_model
 from minigpt.errors import CheckpointError, DataError, ResourceError
 from minigpt.text.shards import PreparedData
 from minigpt.training import trainer as trainer_module
+from minigpt.training.events import EvalEvent, Event, SaveEvent, StepEvent
 from minigpt.training.metrics import MetricsLog
 from minigpt.training.state import STATE_FOLDER, read_state
-from minigpt.training.trainer import EvalEvent, Event, SaveEvent, StepEvent
 
 HARD = {"micro_batch_size": 3, "weight_decay": 0.1}
 

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from small_runs import config_of, trainer_of
 
+from minigpt.checkpoint.folder import METRICS_FILE
 from minigpt.text.shards import PreparedData
-from minigpt.training.curves import METRICS_FILE
+from minigpt.training.events import StepEvent
 from minigpt.training.metrics import logging_to
 from minigpt.training.tensorboard import TENSORBOARD_FOLDER
-from minigpt.training.trainer import StepEvent
 
 Points = list[tuple[int, float]]
 TAGS = {

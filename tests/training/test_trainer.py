@@ -23,8 +23,9 @@ from minigpt.text.batches import batch, validation_windows
 from minigpt.text.shards import PreparedData, prepare
 from minigpt.training import trainer as trainer_module
 from minigpt.training.distributed import World
+from minigpt.training.events import EvalEvent, SampleEvent, SaveEvent, StepEvent
 from minigpt.training.schedule import lr_scale
-from minigpt.training.trainer import EvalEvent, SampleEvent, SaveEvent, StepEvent, Trainer
+from minigpt.training.trainer import Trainer
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.5])
