@@ -11,6 +11,7 @@ from torch import Tensor
 
 from minigpt.config import SamplingConfig
 from minigpt.errors import CheckpointError, DataError
+from minigpt.generation.forward import make_forward
 from minigpt.generation.sampling import Sampler
 from minigpt.model.attention import Recorder
 from minigpt.model.cache import KVCache
@@ -77,22 +78,18 @@ class Decoder:
         self.model = model
         self.prompt = list(prompt)
         self.recorder = recorder
-        weight = model.embedding.weight
-        self.device = weight.device
         wanted = context_length if max_new_tokens is None else len(prompt) + max_new_tokens
-        self.cache = KVCache(
-            model.config,
-            capacity=min(context_length, wanted),
-            device=weight.device,
-            dtype=weight.dtype,
-        )
+        self.forward = make_forward(model, capacity=min(context_length, wanted), recorder=recorder)
         self.prompt_logits = self.logits(self.prompt)
 
-    @torch.inference_mode()
+    @property
+    def cache(self) -> KVCache:
+        """The keys and values of every position so far."""
+        return self.forward.cache
+
     def logits(self, tokens: Sequence[int]) -> Tensor:
         """Feed tokens and return the logits (V,), float32, of the one after them."""
-        ids = torch.tensor([tokens], device=self.device)
-        return self.model(ids, self.cache, self.recorder, logits_to_keep=1)[0, -1].float()
+        return self.forward.feed(torch.tensor([tokens], device=self.forward.device))[0]
 
     def generate(
         self, config: SamplingConfig, *, seed: int, end_of_text: Collection[int] = ()
@@ -110,10 +107,10 @@ class Decoder:
         assert wanted <= self.cache.capacity, "the decoder was made for a smaller max_new_tokens"
         if self.recorder is not None and self.cache.length > len(self.prompt):
             # It has seen later passes since, and the first token's is the prompt's.
-            self.cache.truncate(0)
+            self.forward.truncate(0)
             self.prompt_logits = self.logits(self.prompt)
-        self.cache.truncate(len(self.prompt))
-        sampler = Sampler(config, seed=seed, device=self.device)
+        self.forward.truncate(len(self.prompt))
+        sampler = Sampler(config, seed=seed, device=self.forward.device)
         context = list(self.prompt)
         logits = self.prompt_logits
         for index in range(config.max_new_tokens):
@@ -134,7 +131,9 @@ class Decoder:
     @torch.inference_mode()
     def _choose(self, sampler: Sampler, logits: Tensor, context: list[int]) -> tuple[int, float]:
         penalizes = sampler.config.repetition_penalty != 1
-        seen = torch.tensor(context if penalizes else [], dtype=torch.int64, device=self.device)
+        seen = torch.tensor(
+            context if penalizes else [], dtype=torch.int64, device=self.forward.device
+        )
         token = sampler.draw(logits, seen)
         log_probability = logits.log_softmax(dim=0)[token]
         # One copy, and so one synchronisation, a token: float64 holds any id exactly.

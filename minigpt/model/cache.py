@@ -3,6 +3,8 @@
 Shapes: L layers, B batch, G key/value heads, S positions, D head dim, T new positions.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -56,6 +58,13 @@ class KVCache:
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot truncate a cache of {self.length} positions to {length}")
         self.length = length
+
+    @torch.inference_mode()
+    def select(self, rows: Sequence[int]) -> None:
+        """Let the batch consist of these of its rows, in this order, repeats allowed."""
+        index = torch.tensor(rows, device=self.keys_LBGSD.device)
+        self.keys_LBGSD = self.keys_LBGSD.index_select(1, index)
+        self.values_LBGSD = self.values_LBGSD.index_select(1, index)
 
     @property
     def n_bytes(self) -> int:

@@ -1,0 +1,70 @@
+"""A model with its KV cache: tokens in, logits of the next one out.
+
+Shapes: B rows (sequences of one length that share a prompt), T new tokens, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from minigpt.config import ModelConfig
+from minigpt.model.attention import Recorder
+from minigpt.model.cache import KVCache
+from minigpt.model.gpt import GPT
+
+
+class Forward(Protocol):
+    """What decoding asks of a model, however it is computed."""
+
+    config: ModelConfig
+    device: torch.device
+    cache: KVCache
+
+    def feed(self, tokens: Tensor) -> Tensor:
+        """Take the next tokens (B, T) of every row; return the logits (B, V), float32, after them.
+
+        The logits may be overwritten by the next call.
+        """
+
+    def repeat(self, n_rows: int) -> None:
+        """Make of the one row n that are equal."""
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Let only these rows go on, in this order."""
+
+    def truncate(self, length: int) -> None:
+        """Forget, in every row, every position from ``length`` on."""
+
+
+class EagerForward:
+    """GPT.forward itself, as every other way must compute it."""
+
+    def __init__(self, model: GPT, *, capacity: int, recorder: Recorder | None = None) -> None:
+        """Args: capacity, the positions that the cache has room for."""
+        weight = model.embedding.weight
+        self.model, self.recorder = model, recorder
+        self.config, self.device = model.config, weight.device
+        self.cache = KVCache(
+            model.config, capacity=capacity, device=weight.device, dtype=weight.dtype
+        )
+
+    @torch.inference_mode()
+    def feed(self, tokens: Tensor) -> Tensor:
+        logits = self.model(tokens, self.cache, self.recorder, logits_to_keep=1)
+        return logits[:, -1].float()
+
+    def repeat(self, n_rows: int) -> None:
+        self.cache.select([0] * n_rows)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        self.cache.select(rows)
+
+    def truncate(self, length: int) -> None:
+        self.cache.truncate(length)
+
+
+def make_forward(model: GPT, *, capacity: int, recorder: Recorder | None = None) -> Forward:
+    """Return the fastest way that the model's hardware and dtype have."""
+    return EagerForward(model, capacity=capacity, recorder=recorder)
