@@ -9,7 +9,7 @@ from small_models import LAYOUTS, small_model
 
 from minigpt.config import SamplingConfig
 from minigpt.errors import DataError
-from minigpt.generation import decoder
+from minigpt.generation import forward
 from minigpt.generation.decoder import Decoder
 from minigpt.generation.stream import stream_text
 from minigpt.model.cache import KVCache
@@ -195,7 +195,7 @@ def test_a_trace_of_a_few_tokens_takes_no_cache_for_a_long_context(
             super().__init__(*words, **options)
             capacities.append(self.capacity)
 
-    monkeypatch.setattr(decoder, "KVCache", Watched)
+    monkeypatch.setattr(forward, "KVCache", Watched)
     model = small_model("qwen3", vocab_size=257, context_length=100_000)
     traced(model, SamplingConfig(max_new_tokens=3))
     assert capacities == [len(PROMPT) + 3]
