@@ -65,6 +65,17 @@ class EagerForward:
         self.cache.truncate(length)
 
 
-def make_forward(model: GPT, *, capacity: int, recorder: Recorder | None = None) -> Forward:
-    """Return the fastest way that the model's hardware and dtype have."""
+def make_forward(
+    model: GPT,
+    *,
+    capacity: int,
+    n_rows: int = 1,
+    recorder: Recorder | None = None,
+    compiles: bool = False,
+) -> Forward:
+    """Return the fastest way that the model's hardware and dtype have.
+
+    Args: capacity, the positions that the cache has room for; n_rows, the most rows that
+        ``repeat`` will be asked for.
+    """
     return EagerForward(model, capacity=capacity, recorder=recorder)
