@@ -110,6 +110,7 @@ def train(
         "preset": "nanoGPT" if checkout else "nanoGPT's recipe",
         "parameters": sum(p.numel() for p in model.parameters()),
         "dtype": "torch.float32",
+        "tokenizer": "bytes",
         "steps": N_STEPS,
         "tokens_per_s": round(N_STEPS * BATCH * CONTEXT / elapsed),
         "context_length": CONTEXT,

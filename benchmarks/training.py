@@ -1,20 +1,25 @@
-"""Seconds of training to a validation loss on tinyshakespeare as bytes, beside nanoGPT's.
+"""Seconds of training to a validation loss on tinyshakespeare, beside nanoGPT's.
 
     python benchmarks/training.py ../shared/data/tinyshakespeare.txt --seconds 15 25 --nanogpt
     python benchmarks/training.py ... --nanogpt-checkout DIR --plot docs/training.svg
 
-The validation text is the last 10 %, in one full pass, for both. Only training steps are timed:
-not reading the text, not evaluation, not saving. The schedule ends with the budget, so each number
-of --seconds is a run of its own. --nanogpt runs the recipe in its shape, in the same process
-afterwards; with --nanogpt-checkout it is nanoGPT's own model and optimizer.
+The validation text is the last 10 % of the bytes, in one full pass, for both, and losses are in
+nats per byte of it, whatever the tokens. A tokenizer that is trained sees the first 90 % alone, and
+the seconds that it takes are counted; else only training steps are timed: not reading the text, not
+evaluation, not saving. The schedule ends with the budget, so each number of --seconds is a run of
+its own. --nanogpt runs the recipe in its shape, in the same process afterwards; with
+--nanogpt-checkout it is nanoGPT's own model and optimizer.
 """
 
 import argparse
 import json
+import math
 import os
 import platform
 import sys
 import tempfile
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +31,51 @@ import numpy as np
 import torch
 
 from minigpt.checkpoint.folder import RunFolder
-from minigpt.config import RunConfig
+from minigpt.config import DataConfig, RunConfig
 from minigpt.model.cost import parameter_count
 from minigpt.model.device import resolve_device, resolve_dtype
 from minigpt.presets import preset
-from minigpt.settings import build, merge
+from minigpt.settings import build, merge, parse_assignment
 from minigpt.text.batches import validation_windows
 from minigpt.text.shards import PreparedData, prepare
+from minigpt.text.tokenizer import make_tokenizer
 from minigpt.training.events import EvalEvent, StepEvent
 from minigpt.training.trainer import Trainer
 
 VAL_FRACTION = 0.1
 
 
-def measure(settings: dict[str, Any], data: PreparedData) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Text:
+    """The text as tokens of a tokenizer that has not seen its end."""
+
+    data: PreparedData
+    val_fraction: float
+    """The share of the tokens that stand for the last VAL_FRACTION of the bytes."""
+    tokenizer_s: float
+    """Seconds that training the tokenizer took."""
+
+
+def tokenized(path: Path, spec: str) -> Text:
+    """Turn the text into tokens."""
+    text = path.read_bytes()
+    n_train = int(len(text) * (1 - VAL_FRACTION))
+    started = time.perf_counter()
+    tokenizer = make_tokenizer(spec, [text[:n_train].decode()])
+    tokenizer_s = time.perf_counter() - started
+    data = prepare(DataConfig(paths=(str(path),)), tokenizer=tokenizer)
+    tokens = np.empty(len(data.tokens), np.int64)
+    data.tokens.read_into(tokens, 0)
+    # The border lies in one token of the text: it is the last one to be trained on.
+    border = int(np.searchsorted(np.cumsum(tokenizer.token_byte_lengths[tokens]), n_train)) + 1
+    return Text(data, 1 - (border + 0.5) / len(tokens), tokenizer_s if spec != "bytes" else 0.0)
+
+
+def measure(settings: dict[str, Any], text: Text) -> dict[str, Any]:
     """Train once and return the validation losses by seconds of training."""
-    settings = merge(settings, {"model": {"vocab_size": data.tokenizer.vocab_size}})
+    data = text.data
+    own = {"vocab_size": data.tokenizer.vocab_size}
+    settings = merge(settings, {"model": own, "data": {"val_fraction": text.val_fraction}})
     config = build(RunConfig, settings)
     device = resolve_device(config.training.device)
     dtype = resolve_dtype(config.training.dtype, device)
@@ -50,14 +84,19 @@ def measure(settings: dict[str, Any], data: PreparedData) -> dict[str, Any]:
         trainer = Trainer(config, data, RunFolder(Path(folder)), device=device, dtype=dtype)
         for event in trainer.run():
             if isinstance(event, EvalEvent):
-                curve.append((round(event.elapsed_s, 2), round(event.val_loss, 4)))
-                print(f"  {event.elapsed_s:7.1f} s  step {event.step:>5}  val {event.val_loss:.4f}")
+                seconds, loss = (
+                    event.elapsed_s + text.tokenizer_s,
+                    event.bits_per_byte * math.log(2),
+                )
+                curve.append((round(seconds, 2), round(loss, 4)))
+                print(f"  {seconds:7.1f} s  step {event.step:>5}  val {loss:.4f}")
             elif isinstance(event, StepEvent):
                 speeds.append(event.tokens_per_s)
     return {
         "preset": config.preset,
         "parameters": parameter_count(config.model),
         "dtype": str(dtype),
+        "tokenizer": data.tokenizer.name,
         "steps": trainer.step,
         "tokens_per_s": round(sorted(speeds)[len(speeds) // 2]),
         "context_length": config.model.context_length,
@@ -65,9 +104,9 @@ def measure(settings: dict[str, Any], data: PreparedData) -> dict[str, Any]:
     }
 
 
-def measure_nanogpt(data: PreparedData, checkout: Path | None, eval_every: int) -> dict[str, Any]:
-    """Train nanoGPT's recipe on the same bytes."""
-    train, val = data.tokens.split(VAL_FRACTION)
+def measure_nanogpt(path: Path, checkout: Path | None, eval_every: int) -> dict[str, Any]:
+    """Train nanoGPT's recipe on the same text as bytes."""
+    train, val = tokenized(path, "bytes").data.tokens.split(VAL_FRACTION)
     tokens = train.windows(np.zeros(1, np.int64), len(train))[0]
 
     @torch.no_grad()
@@ -88,13 +127,14 @@ def seconds_to(target: float, run: dict[str, Any]) -> float | None:
 
 def table(runs: list[dict[str, Any]], targets: list[float]) -> str:
     """Return the runs as Markdown."""
-    heads = ["run", "parameters", "tokens/s", "training s", "val nats/byte"]
-    rows = [heads + [f"s to {target:g}" for target in targets], ["---"] * (5 + len(targets))]
+    heads = ["run", "tokenizer", "parameters", "tokens/s", "training s", "val nats/byte"]
+    rows = [heads + [f"s to {target:g}" for target in targets], ["---"] * (6 + len(targets))]
     for run in runs:
         reached = [seconds_to(target, run) for target in targets]
         rows.append(
             [
                 run["preset"],
+                run["tokenizer"],
                 f"{run['parameters'] / 1e6:.2f}M",
                 f"{run['tokens_per_s']:,}",
                 f"{run['curve'][-1][0]:.1f}",
@@ -123,8 +163,11 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("data", nargs="?", default="../shared/data/tinyshakespeare.txt")
+    default = Path("../shared/data/tinyshakespeare.txt")
+    parser.add_argument("data", nargs="?", type=Path, default=default)
     parser.add_argument("--preset", default="nano")
+    parser.add_argument("--tokenizer", help="instead of the preset's")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--seconds", type=float, nargs="+", default=[25.0])
     parser.add_argument("--target", type=float, nargs="+", default=[1.88, 1.898])
     parser.add_argument("--seed", type=int, default=1337)
@@ -138,18 +181,18 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    common = {"data": {"paths": [args.data], "tokenizer": "bytes", "val_fraction": VAL_FRACTION}}
-    base = merge(preset(args.preset), common, {"preset": args.preset})
-    data = prepare(build(RunConfig, merge(base, {"model": {"vocab_size": 257}})).data)
+    base = merge(preset(args.preset), {"data": {"paths": [str(args.data)]}, "preset": args.preset})
+    base = merge(base, *map(parse_assignment, args.set))
+    text = tokenized(args.data, args.tokenizer or base["data"]["tokenizer"])
     runs = []
     for seconds in args.seconds:
         budget = {"max_steps": 0, "max_minutes": seconds / 60}
         training = {**budget, "seed": args.seed, "eval_every": args.eval_every, "save_every": 0}
         print(f"{args.preset}, {seconds:g} s of training")
-        runs.append(measure(merge(base, {"training": training}), data))
+        runs.append(measure(merge(base, {"training": training}), text))
     if args.nanogpt or args.nanogpt_checkout:
         print("nanoGPT's CPU recipe")
-        runs.append(measure_nanogpt(data, args.nanogpt_checkout, args.eval_every))
+        runs.append(measure_nanogpt(args.data, args.nanogpt_checkout, args.eval_every))
     machine = {
         "processor": torch.cpu.get_capabilities().get("cpu_name", platform.processor()),
         "threads": torch.get_num_threads(),

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property, partial
+from itertools import chain
 from typing import Any, TypeVar
 
 import numpy as np
@@ -34,6 +35,9 @@ BPE_PATTERN = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 BPE_TRAINING_BYTES = 64 * 2**20
+# What the spec ``bpe`` takes: docs/training.md has the losses.
+BYTES_PER_MERGE = 1000
+LARGEST_FITTING_BPE = 1024
 
 # The backtracking of \s+(?!\S) overflows the regex engine's stack at about a million blanks.
 _LONG_BLANK = re.compile(r"(\s{65536})")
@@ -287,18 +291,18 @@ def named_tokenizer(name: str) -> Tokenizer:
 def parse_spec(spec: str) -> tuple[str, int]:
     """Split a tokenizer's spec into its kind and vocabulary size: ``bpe:1024`` -> (bpe, 1024).
 
-    The size is 0 where the kind settles it.
+    The size is 0 where the kind or, for ``bpe``, the corpus settles it.
     Raises: ConfigError for an unknown spec, naming the nearest one.
     """
-    kind, _, size = spec.partition(":")
-    if kind == "bpe":
+    kind, colon, size = spec.partition(":")
+    if kind == "bpe" and colon:
         if not re.fullmatch("[0-9]{1,9}", size):
             raise ConfigError(
                 f"the tokenizer {spec!r} needs its vocabulary size in digits, as in bpe:1024."
             )
         return kind, int(size)
-    if spec not in ("bytes", *NAMED_ENCODINGS):
-        choices = ("bytes", "bpe:1024", *NAMED_ENCODINGS)
+    if spec not in ("bytes", "bpe", *NAMED_ENCODINGS):
+        choices = ("bytes", "bpe", "bpe:1024", *NAMED_ENCODINGS)
         raise ConfigError(f"unknown tokenizer {spec!r}. {nearest(spec, choices)}")
     return spec, 0
 
@@ -311,7 +315,26 @@ def make_tokenizer(spec: str, texts: Iterable[str]) -> Tokenizer:
     kind, vocab_size = parse_spec(spec)
     if kind == "bytes":
         return bytes_tokenizer()
-    return train_bpe(texts, vocab_size) if kind == "bpe" else named_tokenizer(kind)
+    if kind != "bpe":
+        return named_tokenizer(kind)
+    if not vocab_size:
+        vocab_size, texts = _fitting_vocab_size(texts)
+    return train_bpe(texts, vocab_size)
+
+
+def _fitting_vocab_size(texts: Iterable[str]) -> tuple[int, Iterable[str]]:
+    """Return how many tokens a corpus can teach, and the texts, which are read in part."""
+    texts = iter(texts)
+    read: list[str] = []
+    n_bytes = 0
+    for text in texts:
+        read.append(text)
+        n_bytes += len(text.encode("utf-8", "replace"))
+        if n_bytes >= BYTES_PER_MERGE * LARGEST_FITTING_BPE:
+            break
+    # The least that leaves room for a merge is the least that train_bpe takes.
+    vocab_size = min(max(258, 257 + n_bytes // BYTES_PER_MERGE), LARGEST_FITTING_BPE)
+    return vocab_size, chain(read, texts)
 
 
 def well_formed(text: str) -> str:

@@ -69,6 +69,20 @@ def test_bpe_of_a_text_with_few_pairs_is_smaller_than_asked_for() -> None:
     assert tiny.decode(tiny.encode("ab ab xyz")) == "ab ab xyz"
 
 
+@pytest.mark.parametrize(
+    ("n_bytes", "vocab_size"), [(10, 258), (50_000, 307), (767_000, 1024), (1_100_000, 1024)]
+)
+def test_bpe_without_a_size_learns_a_merge_from_every_so_many_bytes(
+    n_bytes: int, vocab_size: int
+) -> None:
+    letters = "".join(np.random.default_rng(0).choice(list("abcdefg "), size=n_bytes))
+    tokenizer = make_tokenizer("bpe", [letters[: n_bytes // 2], letters[n_bytes // 2 :]])
+    assert tokenizer.vocab_size == vocab_size
+    assert tokenizer.name == f"bpe:{vocab_size}"
+    same = train_bpe([letters[: n_bytes // 2], letters[n_bytes // 2 :]], vocab_size)
+    assert tokenizer.fingerprint == same.fingerprint
+
+
 def test_bpe_reads_no_more_text_than_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "BPE_TRAINING_BYTES", 100)
     n_read = 0
@@ -163,8 +177,8 @@ def test_a_named_tokenizer_without_network_names_the_cache_variable(
         ("byte", "unknown tokenizer 'byte'. Did you mean bytes?"),
         ("gpt-2", "Did you mean gpt2?"),
         ("cl100k", "Did you mean cl100k_base?"),
-        ("bpe", "in digits, as in bpe:1024"),
-        ("bpe:", "in digits"),
+        ("bpe:", "in digits, as in bpe:1024"),
+        ("bp", "Did you mean bpe?"),
         ("bpe:1k", "in digits"),
         ("bpe:-5", "in digits"),
         ("", "Choose from bytes"),
