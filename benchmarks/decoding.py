@@ -1,0 +1,251 @@
+"""Tokens/s of decoding: ours beside transformers, llama.cpp and gpt-fast, in one run.
+
+    python benchmarks/decoding.py
+    python benchmarks/decoding.py --shape mini --batch 1 16 --only minigpt "transformers fp32"
+    python benchmarks/decoding.py --gpt-fast DIR --llama-cpp-python DIR/bin/python --static
+
+All have the same random weights (gpt-fast: as many), one prompt of random ids, and decode greedily;
+nothing is downloaded. Ours is what the commands use; transformers is its generate and, as that does
+much in Python, a bare loop over its forward too: ratios are to the faster of the two.
+
+Each contender is a process of its own, so that its peak memory is its own, no setting of one
+touches another, and llama.cpp may live in another Python. All stay loaded, and in each round each
+has one turn, in an order of its own, while the others sleep: a busy moment hits them alike. Ratios
+are medians over the rounds of what two had in the same round. Before any is timed, each decodes
+once, and the float32 tokens of ours must be those of transformers.
+
+llama.cpp is measured where a Python has llama-cpp-python, gguf and safetensors (by default this
+one), and gpt-fast from a checkout of it. --device cuda is written and has not been run yet.
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from decoders import Contender, Job, Turn
+from decoding_report import MEMORY, Measured, bandwidth, bars, n_same, table
+from machine import machine_facts
+from random_models import SHAPES, shape_of, weights_read, write_random
+
+HERE = Path(__file__).parent
+GGUF_TYPES = {"fp32": "F32", "bf16": "BF16", "int8": "Q8_0"}
+
+
+def contenders(precisions: list[str], batches: list[int], *, with_static: bool) -> list[Contender]:
+    """Return all that there are, in the order of the table."""
+    found = []
+    for n_rows in batches:
+        for precision in precisions:
+            for is_compiled in (False, True):
+                found.append(Contender("minigpt", precision, "", is_compiled, n_rows))
+                if n_rows == 1:
+                    found.append(Contender("minigpt", precision, "trace", is_compiled))
+        for precision in precisions:
+            if precision != "int8":
+                found += [
+                    Contender("transformers", precision, variant, n_rows=n_rows)
+                    for variant in ("", "loop")
+                ]
+                if with_static and n_rows == 1:
+                    found.append(Contender("transformers", precision, "static", is_compiled=True))
+        if n_rows == 1:
+            found += [Contender("llama.cpp", precision) for precision in precisions]
+            fast = [precision for precision in precisions if precision != "int8"]
+            found += [Contender("gpt-fast", precision, is_compiled=True) for precision in fast]
+    return found
+
+
+class Worker:
+    """A contender's process."""
+
+    def __init__(self, contender: Contender, job: Job, python: str) -> None:
+        request = json.dumps({"contender": asdict(contender), "job": asdict(job)})
+        paths = [str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {
+            "PYTHONPATH": os.pathsep.join(paths),
+            "OMP_NUM_THREADS": str(job.threads),
+            # As the command line sets it: threads that wait soon sleep.
+            "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "10000"),
+        }
+        self.process = subprocess.Popen(
+            [python, str(HERE / "decoders.py"), request],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=os.environ | environment,
+        )
+
+    def turn(self, *, is_first: bool = False) -> Turn | str:
+        """Let it decode once, as it does unasked at first; return why it could not, if so."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        try:
+            if not is_first:
+                print(file=self.process.stdin, flush=True)
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            return f"its process ended with {self.process.wait()}"
+        reply = json.loads(line)
+        return str(reply["failed"]) if "failed" in reply else Turn(**reply)
+
+    def close(self) -> None:
+        """End the process."""
+        self.process.kill()
+        self.process.communicate()
+
+
+def measure(
+    chosen: list[Contender], job: Job, rounds: int, llama_python: str
+) -> tuple[dict[Contender, Measured], dict[Contender, str], list[int]]:
+    """Time the contenders in rounds.
+
+    Returns: what was measured, why others were not, and the tokens that float32 gives.
+    """
+    workers, failed, texts = {}, dict[Contender, str](), dict[Contender, list[int]]()
+    turns: dict[Contender, list[Turn]] = {}
+    with ExitStack() as stack:
+        for contender in [MEMORY, *chosen]:
+            note(f"starting {contender.name}")
+            python = llama_python if contender.engine == "llama.cpp" else sys.executable
+            worker = Worker(contender, job, python)
+            stack.callback(worker.close)
+            turn = worker.turn(is_first=True)
+            if isinstance(turn, str):
+                failed[contender] = turn
+                worker.close()
+                continue
+            workers[contender], turns[contender] = worker, []
+            texts[contender] = turn.tokens
+        reference = check_tokens(texts)
+        order = random.Random(0)
+        for number in range(rounds):
+            for contender in order.sample(list(workers), len(workers)):
+                time.sleep(0.1)  # the threads of the one before spin a little until they sleep
+                turn = workers[contender].turn()
+                if isinstance(turn, str):
+                    raise SystemExit(f"{contender.name}: {turn}")
+                turns[contender].append(turn)
+                note(f"round {number + 1} of {rounds}, {contender.name}: {turn.rest_s:.3g} s")
+    measured = {one: Measured(one, taken) for one, taken in turns.items()}
+    return measured, failed, reference
+
+
+def check_tokens(texts: dict[Contender, list[int]]) -> list[int]:
+    """Return what transformers decodes in float32; SystemExit if ours is not the same."""
+    theirs = texts.get(Contender("transformers", "fp32"))
+    for contender, tokens in texts.items():
+        if theirs is None or contender.engine != "minigpt" or contender.precision != "fp32":
+            continue
+        if tokens != theirs:
+            raise SystemExit(
+                f"{contender.name} and transformers, both fp32, part after "
+                f"{n_same(tokens, theirs)} of {len(theirs)} tokens: one of them is wrong."
+            )
+    return theirs or texts.get(Contender("minigpt", "fp32"), [])
+
+
+def note(words: str) -> None:
+    """Say how far it is."""
+    print(f"  {words}", file=sys.stderr, flush=True)
+
+
+def write_ggufs(folder: Path, precisions: list[str], python: str) -> None:
+    """Write the folder's model as llama.cpp reads it; where that fails, llama.cpp will say so."""
+    for precision in precisions:
+        words = [str(folder), str(folder / f"{precision}.gguf"), GGUF_TYPES[precision]]
+        done = subprocess.run(
+            [python, str(HERE / "gguf_model.py"), *words], capture_output=True, text=True
+        )
+        if done.returncode:
+            note(f"no {precision}.gguf: {done.stderr.strip().splitlines()[-1]}")
+
+
+def report(shape: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Measure one shape and print what was found."""
+    config = shape_of(shape, args.prompt + args.new)
+    found = contenders(args.precision, args.batch, with_static=args.static)
+    chosen = [one for one in found if is_chosen(one, args.only)]
+    prompt = random.Random(0).choices(range(config.vocab_size), k=args.prompt)
+    with tempfile.TemporaryDirectory() as folder:
+        write_random(Path(folder), config)
+        if any(one.engine == "llama.cpp" for one in chosen):
+            write_ggufs(Path(folder), args.precision, args.llama_cpp_python)
+        job = Job(folder, prompt, args.new, args.threads, args.device, args.gpt_fast)
+        results, failed, reference = measure(chosen, job, args.rounds, args.llama_cpp_python)
+    n_weights = weights_read(config)
+    bytes_per_s = bandwidth(results)
+    verdicts = {str(bar): bar.verdict(results) for bar in bars(shape, args.device)}
+    print(f"\n## {shape}: {n_weights / 1e6:.1f}M weights read a step\n")
+    print(table(results, n_weights, reference))
+    print(f"\nReading memory: {(bytes_per_s or 0) / 1e9:.1f} GB/s.\n")
+    for bar, verdict in verdicts.items():
+        print(f"- {bar}: {verdict}")
+    for contender, why in failed.items():
+        print(f"- not measured: {contender.name}: {why}")
+    return {
+        "shape": shape,
+        "weights_read": n_weights,
+        "bytes_per_s": bytes_per_s,
+        "contenders": [
+            asdict(one.contender)
+            | {"name": one.contender.name, "tokens_per_s": one.tokens_per_s}
+            | {"step_ms": one.step_ms, "first_ms": one.first_ms, "peak_mb": one.peak_mb}
+            | {"tokens_as_float32": n_same(one.turns[0].tokens, reference)}
+            | {"rest_s": [turn.rest_s for turn in one.turns]}
+            | {"first_s": [turn.first_s for turn in one.turns]}
+            for one in results.values()
+        ],
+        "not_measured": {one.name: why for one, why in failed.items()},
+        "bars": verdicts,
+    }
+
+
+def is_chosen(contender: Contender, only: list[str]) -> bool:
+    """Tell whether one of the texts has only words of its name; no text chooses all."""
+    words = set(contender.name.split())
+    return not only or any(set(text.split()) <= words for text in only)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--prompt", type=int, default=32, help="tokens of it")
+    parser.add_argument("--new", type=int, default=256, help="tokens that are decoded after it")
+    parser.add_argument("--precision", nargs="+", choices=GGUF_TYPES, default=list(GGUF_TYPES))
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--static", action="store_true", help="transformers' compiled step too")
+    parser.add_argument("--only", nargs="+", default=[], help="words of contenders' names")
+    parser.add_argument("--llama-cpp-python", default=sys.executable, help="a Python that has it")
+    parser.add_argument("--gpt-fast", default="", help="a checkout of it")
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    machine = machine_facts(args.device, ["torch", "transformers"]) | {"threads": args.threads}
+    print(json.dumps(machine))
+    runs = [report(shape, args) for shape in args.shape]
+    if args.json:
+        settings = {"prompt": args.prompt, "new": args.new, "rounds": args.rounds}
+        result = {"machine": machine, "settings": settings, "runs": runs}
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

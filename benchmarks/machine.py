@@ -1,0 +1,32 @@
+"""What a measurement was taken on."""
+
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+# Instructions that decide how fast weights of a dtype are multiplied.
+_ABILITIES = ("avx2", "avx512_f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "bf16")
+
+
+def machine_facts(device: str, packages: list[str]) -> dict[str, Any]:
+    """Return the processor or GPU, what it can do, how busy it is, and the versions of packages."""
+    abilities = torch.cpu.get_capabilities()
+    facts: dict[str, Any] = {
+        "processor": abilities.get("cpu_name", platform.processor()),
+        "cores": os.cpu_count(),
+        "flags": [name for name in _ABILITIES if abilities.get(name)],
+        "load": round(os.getloadavg()[0], 2),
+        "python": sys.version.split()[0],
+    }
+    if device == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name()
+    for package in packages:
+        try:
+            facts[package] = version(package)
+        except PackageNotFoundError:
+            facts[package] = None
+    return facts

@@ -1,0 +1,61 @@
+"""Models of known shapes with random weights, as Hugging Face folders: decoding asks no more."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from minigpt.checkpoint.model_folder import write_model
+from minigpt.config import ModelConfig
+from minigpt.model.cost import parameter_count
+from minigpt.model.gpt import GPT
+from minigpt.presets import preset
+from minigpt.text.tokenizer import Tokenizer, make_tokenizer
+
+BYTES = make_tokenizer("bytes", [])
+
+SHAPES = {
+    "gpt2": ModelConfig(
+        vocab_size=50257,
+        family="gpt2",
+        n_layer=12,
+        n_head=12,
+        d_model=768,
+        context_length=1024,
+        tie_embeddings=True,
+    ),
+    "mini": ModelConfig(vocab_size=BYTES.vocab_size, **preset("mini")["model"]),
+}
+
+
+def shape_of(name: str, n_positions: int) -> ModelConfig:
+    """Return a shape whose window has room for so many positions."""
+    config = SHAPES[name]
+    return replace(config, context_length=max(config.context_length, n_positions))
+
+
+def write_random(folder: Path, config: ModelConfig, tokenizer: Tokenizer | None = None) -> None:
+    """Write a model whose next token hangs on every weight, the same one each time.
+
+    With initial weights as they are drawn for training, the residual branches would add little or
+    nothing, and a greedy text would be one token again and again.
+    """
+    model = GPT(config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=parameter.shape[1] ** -0.5, generator=generator)
+            elif name.endswith("bias"):
+                parameter.normal_(std=0.02, generator=generator)
+            else:
+                parameter.fill_(1)
+    write_model(folder, model, tokenizer)
+
+
+def weights_read(config: ModelConfig) -> int:
+    """Return how many weights a decoding step reads: all but the rows that are only looked up."""
+    lookups = 0 if config.tie_embeddings else config.vocab_size * config.d_model
+    if config.family == "gpt2":
+        lookups += config.context_length * config.d_model
+    return parameter_count(config) - lookups
