@@ -1,0 +1,152 @@
+"""One token a row, as a pure function of tensors: what --compile makes one graph of.
+
+Shapes: B rows, C model dim, V vocabulary, H query heads, G key/value heads, R = H / G, D head dim,
+S positions in view, P positions that the caches have room for, I inputs and O outputs of a product.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minigpt.model.attention import Attention, Recorder
+from minigpt.model.gpt import GPT, Block
+from minigpt.model.layers import MLP, GatedMLP, rotate
+
+
+@runtime_checkable
+class FoldingRecorder(Recorder, Protocol):
+    """A recorder whose work can be part of a graph, which calls ``fold`` when it is traced."""
+
+    folded: Tensor | None
+    """What the last pass left, over its S positions; a graph hands it out, and it is put here."""
+
+    @property
+    def graph_key(self) -> str:
+        """What ``fold`` does; recorders of one class and one key make the same graph."""
+
+    def fold(self, layer: int, weights_HS: Tensor, folded: Tensor | None) -> Tensor | None:
+        """Return what ``folded``, of the layers before, is with the first row's weights of this
+        one; pure.
+        """
+
+
+class DecodeStep(nn.Module):
+    """The logits after one more token in every row, as GPT.forward computes them.
+
+    Activations are float32 whatever the weights are: a weight is converted on its way into the
+    product, so that fewer bytes are read and nothing but the weights and the cache is rounded.
+    """
+
+    def __init__(self, model: GPT, recorder: FoldingRecorder | None = None) -> None:
+        super().__init__()
+        self.model, self.recorder = model, recorder
+
+    def forward(
+        self,
+        tokens: Tensor,
+        position: Tensor,
+        in_view: Tensor,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+    ) -> tuple[Tensor, ...]:
+        """Write the tokens' keys and values into the caches, and look at all up to them.
+
+        Args: tokens (B,); position (1,), theirs; in_view (S,), of which only the shape is read: no
+            position from S on is looked at; keys and values, for each layer (B, G, P, D), finite.
+        Returns: logits (B, V), float32; with a recorder, also what it folded.
+        """
+        model, config = self.model, self.model.config
+        x = model.embedding.weight[tokens].float()  # (B, C)
+        rotary = None
+        if config.family == "gpt2":
+            x = x + model.positions.weight[position].float()
+        else:
+            rotary = model.rotary_cos[position].float(), model.rotary_sin[position].float()
+        is_filled_S = torch.arange(in_view.shape[0], device=x.device) <= position
+        folded = None
+        for layer, block in enumerate(model.blocks):
+            assert isinstance(block, Block)
+            normed = _kept(_norm(block.attention_norm, x))
+            context, weights_BHS = _attend(
+                block.attention, normed, rotary, position, is_filled_S, keys[layer], values[layer]
+            )
+            if self.recorder is not None:
+                folded = self.recorder.fold(layer, weights_BHS[0], folded)
+            x = x + _product(block.attention.output, _kept(context))
+            x = x + _mlp(block.mlp, _kept(_norm(block.mlp_norm, x)))
+            x = _kept(x)
+        unembedding = model.embedding if config.tie_embeddings else model.unembedding
+        logits = _product(unembedding, _kept(_norm(model.final_norm, x)))
+        return (logits,) if folded is None else (logits, folded)
+
+
+def _attend(
+    attention: Attention,
+    x: Tensor,
+    rotary: tuple[Tensor, Tensor] | None,
+    position: Tensor,
+    is_filled_S: Tensor,
+    keys_BGPD: Tensor,
+    values_BGPD: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Return the heads' outputs (B, H D) and weights (B, H, S) of queries made of x (B, C)."""
+
+    def heads(projection: nn.Linear, norm: nn.Module) -> Tensor:
+        projected = _product(projection, x).unflatten(-1, (-1, 1, attention.d_head))
+        return _norm(norm, projected)  # (B, H or G, 1, D)
+
+    q_BHTD = heads(attention.query, attention.query_norm)
+    k_BGTD = heads(attention.key, attention.key_norm)
+    v_BGTD = heads(attention.value, nn.Identity())
+    if rotary is not None:
+        q_BHTD, k_BGTD = rotate(q_BHTD, *rotary), rotate(k_BGTD, *rotary)
+    keys_BGPD.index_copy_(2, position, k_BGTD.to(keys_BGPD.dtype))
+    values_BGPD.index_copy_(2, position, v_BGTD.to(values_BGPD.dtype))
+    n_group, n_view = keys_BGPD.shape[1], is_filled_S.shape[0]
+    # Sums of products and no matmul: see _product.
+    q_BGRTD = _kept(q_BHTD * attention.d_head**-0.5).unflatten(1, (n_group, -1))
+    score_BGRS = (q_BGRTD * keys_BGPD[:, :, None, :n_view].float()).sum(-1)
+    weights_BGRS = _kept(torch.where(is_filled_S, score_BGRS, -torch.inf).softmax(-1))
+    context_BGRD = (weights_BGRS[..., None] * values_BGPD[:, :, None, :n_view].float()).sum(-2)
+    return context_BGRD.flatten(1), weights_BGRS.flatten(1, 2)
+
+
+def _mlp(mlp: MLP | GatedMLP, x: Tensor) -> Tensor:
+    if isinstance(mlp, GatedMLP):
+        hidden = mlp.activation(_product(mlp.gate, x)) * _product(mlp.up, x)
+    else:
+        hidden = mlp.activation(_product(mlp.up, x))
+    return _product(mlp.down, _kept(hidden))
+
+
+def _product(linear: nn.Linear | nn.Embedding, x: Tensor) -> Tensor:
+    """Return what a linear layer, or an embedding the other way round, makes of x (B, I).
+
+    A sum of products fuses, with the conversion of the weight before it and the bias and residual
+    after it, into one loop that reads each weight once for all rows; a matmul is a call to a
+    library, which is made for many rows.
+    """
+    y_OB = (linear.weight.float()[:, None] * x).sum(-1)
+    y = y_OB.mT  # (B, O)
+    if (scale := getattr(linear, "scale", None)) is not None:
+        y = y * scale.float()
+    if (bias := getattr(linear, "bias", None)) is not None:
+        y = y + bias.float()
+    return y
+
+
+def _norm(norm: nn.Module, x: Tensor) -> Tensor:
+    if isinstance(norm, nn.LayerNorm):
+        weight, bias = norm.weight.float(), norm.bias.float()
+        return F.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
+    if isinstance(norm, nn.RMSNorm):
+        return F.rms_norm(x, norm.normalized_shape, norm.weight.float(), norm.eps)
+    return x
+
+
+def _kept(x: Tensor) -> Tensor:
+    """Return x as one that the compiler must store, not compute again for each row of a weight."""
+    return torch.as_strided(x, x.shape, x.stride())
