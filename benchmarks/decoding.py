@@ -33,7 +33,7 @@ from typing import Any
 
 from decoders import Contender, Job, Turn
 from decoding_report import MEMORY, Measured, bandwidth, bars, n_same, table
-from machine import machine_facts
+from machine import child_environment, machine_facts
 from random_models import SHAPES, shape_of, weights_read, write_random
 
 HERE = Path(__file__).parent
@@ -69,20 +69,13 @@ class Worker:
 
     def __init__(self, contender: Contender, job: Job, python: str) -> None:
         request = json.dumps({"contender": asdict(contender), "job": asdict(job)})
-        paths = [str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = {
-            "PYTHONPATH": os.pathsep.join(paths),
-            "OMP_NUM_THREADS": str(job.threads),
-            # As the command line sets it: threads that wait soon sleep.
-            "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "10000"),
-        }
         self.process = subprocess.Popen(
             [python, str(HERE / "decoders.py"), request],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            env=os.environ | environment,
+            env=child_environment(job.threads),
         )
 
     def turn(self, *, is_first: bool = False) -> Turn | str:

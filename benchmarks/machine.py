@@ -4,6 +4,7 @@ import os
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,3 +31,14 @@ def machine_facts(device: str, packages: list[str]) -> dict[str, Any]:
         except PackageNotFoundError:
             facts[package] = None
     return facts
+
+
+def child_environment(threads: int) -> dict[str, str]:
+    """Return the environment of a process that has so many threads and can import minigpt."""
+    paths = [str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "OMP_NUM_THREADS": str(threads),
+        # As the command line sets it: threads that wait soon sleep.
+        "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "10000"),
+    }

@@ -37,15 +37,16 @@ def shape_of(name: str, n_positions: int) -> ModelConfig:
 def write_random(folder: Path, config: ModelConfig, tokenizer: Tokenizer | None = None) -> None:
     """Write a model whose next token hangs on every weight, the same one each time.
 
-    With initial weights as they are drawn for training, the residual branches would add little or
-    nothing, and a greedy text would be one token again and again.
+    With weights as they are drawn for training, a block adds little to the stream, and the greedy
+    text is one token again and again: these are twice as large in the blocks, and it wanders.
     """
     model = GPT(config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
-                parameter.normal_(std=parameter.shape[1] ** -0.5, generator=generator)
+                gain = 2 if name.startswith("blocks") else 1
+                parameter.normal_(std=gain * parameter.shape[1] ** -0.5, generator=generator)
             elif name.endswith("bias"):
                 parameter.normal_(std=0.02, generator=generator)
             else:

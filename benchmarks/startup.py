@@ -1,0 +1,138 @@
+"""Seconds from the start of a process to its first token, beside importing torch and loading.
+
+    python benchmarks/startup.py
+    python benchmarks/startup.py --shape gpt2 --compile --rounds 7
+
+Each is a process of its own, in turns; the clock runs from before it is started to the first byte
+on its standard output. "import torch, load" reads the same model.safetensors with safetensors'
+load_file, which maps it: no weight of it is touched yet. Every file has been read once before, so
+it is in memory and not on the disk.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import string
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from decoding import note
+from machine import child_environment, machine_facts
+from random_models import BYTES, SHAPES, shape_of, write_random
+
+IMPORT, LOAD, EAGER, COMPILED = (
+    "import torch",
+    "import torch, load",
+    "minigpt generate",
+    "minigpt generate --compile",
+)
+TRANSFORMERS = "transformers generate"
+_LOAD = """
+import sys, torch
+from safetensors.torch import load_file
+load_file(sys.argv[1] + "/model.safetensors")
+print()
+"""
+_GENERATE = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], local_files_only=True)
+prompt = torch.tensor([list(sys.argv[2].encode())])
+print(model.generate(prompt, do_sample=False, max_new_tokens=1)[0, -1])
+"""
+
+
+def commands(folder: str, prompt: str, *, with_compiled: bool) -> dict[str, list[str]]:
+    """Return what is started, by its name."""
+    options = ["--model", folder, "--max-new-tokens", "1", "--dtype", "float32"]
+    generate = ["-m", "minigpt", "generate", prompt, *options]
+    found = {
+        IMPORT: ["-c", "import torch; print()"],
+        LOAD: ["-c", _LOAD, folder],
+        EAGER: generate,
+        TRANSFORMERS: ["-c", _GENERATE, folder, prompt],
+    }
+    return found | ({COMPILED: [*generate, "--compile"]} if with_compiled else {})
+
+
+def seconds_to_first_byte(words: list[str], threads: int) -> float:
+    """Start Python with these arguments and wait for what it prints.
+
+    Raises: RuntimeError with the last line of standard error if it fails.
+    """
+    with tempfile.TemporaryFile() as errors:
+        started = time.perf_counter()
+        process = subprocess.Popen(
+            [sys.executable, *words],
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env=child_environment(threads),
+        )
+        assert process.stdout is not None
+        process.stdout.read(1)
+        seconds = time.perf_counter() - started
+        process.communicate()
+        if process.returncode:
+            errors.seek(0)
+            lines = errors.read().decode(errors="replace").strip().splitlines() or ["no reason"]
+            raise RuntimeError(lines[-1])
+    return seconds
+
+
+def measure(found: dict[str, list[str]], rounds: int, threads: int) -> dict[str, list[float]]:
+    """Time each in rounds, after one that is not counted; one that fails is named and left out."""
+    taken: dict[str, list[float]] = {}
+    for name, words in found.items():
+        try:
+            note(f"{name}, the first time: {seconds_to_first_byte(words, threads):.2f} s")
+            taken[name] = []
+        except RuntimeError as error:
+            print(f"- not measured: {name}: {error}")
+    for _ in range(rounds):
+        for name, seconds in taken.items():
+            seconds.append(seconds_to_first_byte(found[name], threads))
+    return taken
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--prompt", type=int, default=32, help="bytes of it")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--compile", action="store_true", help="the second start with --compile")
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    prompt = "".join(random.Random(0).choices(string.ascii_letters, k=args.prompt))
+    runs = []
+    for shape in args.shape:
+        with tempfile.TemporaryDirectory() as folder:
+            write_random(Path(folder), shape_of(shape, args.prompt + 1), BYTES)
+            found = commands(folder, prompt, with_compiled=args.compile)
+            taken = measure(found, args.rounds, args.threads)
+        runs.append({"shape": shape, "seconds": taken})
+        medians = {name: statistics.median(seconds) for name, seconds in taken.items()}
+        print(f"\n## {shape}\n\n| | s to the first byte | x {LOAD} |\n| --- | ---: | ---: |")
+        for name, seconds in medians.items():
+            pairs = zip(taken[name], taken[LOAD], strict=True)
+            ratio = statistics.median(ours / base for ours, base in pairs)
+            print(f"| {name} | {seconds:.2f} | {ratio:.2f} |", flush=True)
+        if COMPILED in medians:
+            print(f"\n--compile adds {medians[COMPILED] - medians[EAGER]:.2f} s")
+    machine = machine_facts("cpu", ["torch", "transformers"]) | {"threads": args.threads}
+    print(f"\n{json.dumps(machine)}")
+    if args.json:
+        args.json.write_text(json.dumps({"machine": machine, "runs": runs}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""What benchmarks/decoding.py says of its turns, and that its contenders decode the same text."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_models import LAYOUTS, random_tokens, small_config, small_model
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
+from decoders import ENGINES, Contender, Job, Turn, UnavailableError  # noqa: E402
+from decoding_report import Bar, Measured, bandwidth_share, n_same, table  # noqa: E402
+from random_models import weights_read  # noqa: E402
+
+from minigpt.checkpoint.model_folder import write_model  # noqa: E402
+from minigpt.model.gpt import GPT  # noqa: E402
+
+OURS, THEIRS = Contender("minigpt", "fp32"), Contender("transformers", "fp32")
+N_NEW = 9
+
+
+def measured(contender: Contender, *rest_s: float) -> Measured:
+    return Measured(contender, [Turn(0.5, seconds, [7] * 5, 10**6) for seconds in rest_s])
+
+
+def test_speed_leaves_the_first_token_out_and_counts_every_row() -> None:
+    sixteen = Contender("minigpt", "fp32", n_rows=16)
+    assert measured(OURS, 1.0, 2.0, 9.0).tokens_per_s == 4 / 2
+    assert measured(sixteen, 2.0).tokens_per_s == 16 * 4 / 2
+    assert measured(sixteen, 2.0).step_ms == 2000 / 4
+
+
+def test_ratio_is_of_turns_of_the_same_round() -> None:
+    # The medians of both are 4; in two of three rounds ours was the faster.
+    assert measured(OURS, 1, 4, 10).times_faster(measured(THEIRS, 3, 4, 11)) == 1.1
+
+
+def test_bar_says_by_how_much_or_who_is_missing() -> None:
+    bar = Bar(OURS, (THEIRS, Contender("transformers", "fp32", "loop")), 2.0)
+    results = {OURS: measured(OURS, 1.0), THEIRS: measured(THEIRS, 2.2)}
+    assert bar.verdict(results) == "reached: 2.20 x transformers fp32, 10% above"
+    # The faster way of the other side is the one that counts.
+    loop = measured(bar.theirs[1], 1.5)
+    expected = "not reached: 1.50 x transformers fp32 loop, 25% below"
+    assert bar.verdict(results | {loop.contender: loop}) == expected
+    assert bar.verdict({OURS: results[OURS]}) == "not measured: transformers fp32"
+
+
+def test_share_of_the_bandwidth_is_bytes_of_weights_by_time() -> None:
+    # 4 steps in 2 s, each reading a million weights.
+    for engine, precision, n_bytes in [
+        ("minigpt", "fp32", 4e6),
+        ("minigpt", "bf16", 2e6),
+        ("minigpt", "int8", 1e6),
+        ("llama.cpp", "int8", 34 / 32 * 1e6),
+    ]:
+        share = bandwidth_share(measured(Contender(engine, precision), 2.0), 10**6, 1e8)
+        assert share == pytest.approx(n_bytes * 2 / 1e8)
+
+
+def test_table_shows_where_a_text_leaves_the_reference() -> None:
+    assert n_same([1, 2, 3], [1, 2, 4]) == 2
+    assert n_same([1, 2], [1, 2]) == 2
+    last = table({OURS: measured(OURS, 1.0)}, 10, [7, 7, 1, 7, 7]).splitlines()[-1]
+    assert last.split(" | ")[-1] == "2 |"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weights_read_are_those_that_are_not_looked_up(layout: str) -> None:
+    model = GPT(small_config(layout))
+    looked_up = ["positions.weight"]
+    if not model.config.tie_embeddings:
+        looked_up.append("embedding.weight")
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    assert weights_read(model.config) == sum(sizes[n] for n in sizes if n not in looked_up)
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    write_model(tmp_path, small_model("qwen3"), None)
+    prompt = random_tokens(5).tolist()
+    return Job(str(tmp_path), prompt, N_NEW, threads=1, device="cpu", gpt_fast="")
+
+
+@pytest.mark.parametrize(
+    "contender",
+    [
+        OURS,
+        Contender("minigpt", "fp32", "trace"),
+        Contender("minigpt", "fp32", n_rows=3),
+        THEIRS,
+        Contender("transformers", "fp32", "loop", n_rows=2),
+    ],
+    ids=lambda contender: contender.name,
+)
+def test_each_decodes_the_most_probable_tokens(contender: Contender, job: Job) -> None:
+    model, tokens = small_model("qwen3"), list(job.prompt)
+    with torch.inference_mode():
+        for _ in range(N_NEW):
+            tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
+    calls: list[Any] = []
+    decode = ENGINES[contender.engine](contender, job)
+    assert decode(lambda: calls.append(None)) == tokens[len(job.prompt) :]
+    assert len(calls) == 1, "one first token"
+
+
+def test_contender_without_what_it_needs_says_what(job: Job) -> None:
+    with pytest.raises(UnavailableError, match="--gpt-fast DIR"):
+        ENGINES["gpt-fast"](Contender("gpt-fast", "fp32", is_compiled=True), job)
