@@ -10,12 +10,12 @@ from small_models import LAYOUTS, random_tokens, small_config, small_model
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
-from decoders import ENGINES, Contender, Job, Turn, UnavailableError  # noqa: E402
-from decoding_report import Bar, Measured, bandwidth_share, n_same, table  # noqa: E402
-from random_models import weights_read  # noqa: E402
+from decoders import ENGINES, Contender, Job, Turn, UnavailableError
+from decoding_report import Bar, Measured, bandwidth_share, n_same, table
+from random_models import weights_read
 
-from minigpt.checkpoint.model_folder import write_model  # noqa: E402
-from minigpt.model.gpt import GPT  # noqa: E402
+from minigpt.checkpoint.model_folder import write_model
+from minigpt.model.gpt import GPT
 
 OURS, THEIRS = Contender("minigpt", "fp32"), Contender("transformers", "fp32")
 N_NEW = 9
