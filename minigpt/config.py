@@ -16,6 +16,7 @@ SCHEDULES = ("wsd", "cosine", "linear", "constant")
 OPTIMIZERS = ("muon", "adamw")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "float32", "bfloat16")
+OVERFLOWS = ("stop", "slide")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -333,18 +334,30 @@ class SamplingConfig:
     min_p: float = 0.0
     """Draw from tokens at least min_p times as probable as the best, in [0, 1]."""
     repetition_penalty: float = 1.0
-    """Divides positive and multiplies negative logits of tokens already there (Keskar 2019)."""
+    """Divides positive and multiplies negative logits of tokens already there, the prompt's
+    included (Keskar 2019)."""
+    presence_penalty: float = 0.0
+    """Taken once from the logit of a token that was generated before (OpenAI)."""
+    frequency_penalty: float = 0.0
+    """Taken from the logit of a token for each time that it was generated before (OpenAI)."""
+    ignore_eos: bool = False
+    """Never draw the end of the text."""
     seed: int | None = None
-    """Of the draws; None takes a fresh one."""
+    """Of the draws, sample i of several having seed + i; None takes a fresh one."""
     stop: tuple[str, ...] = ()
     """Texts that end the generation; they are not part of the result."""
     num_samples: int = 1
     """Independent continuations of the prompt."""
+    logprobs: int = 0
+    """How many of the model's most probable tokens to report with each token."""
+    overflow: str = "stop"
+    """What a full context window does: stop, or slide (see generation/window.py)."""
 
     def __post_init__(self) -> None:
         _between("max_new_tokens", self.max_new_tokens, 1)
         _between("num_samples", self.num_samples, 1)
         _between("top_k", self.top_k, 0)
+        _between("logprobs", self.logprobs, 0)
         _between("min_p", self.min_p, 0, 1)
         _require(
             0 <= self.temperature < math.inf,
@@ -352,9 +365,13 @@ class SamplingConfig:
         )
         _require(0 < self.top_p <= 1, f"top_p must be in (0, 1]: it is {self.top_p}.")
         _above("repetition_penalty", self.repetition_penalty, 0)
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            _require(math.isfinite(value), f"{name} must be a finite number: it is {value}.")
         if self.seed is not None:
             _between("seed", self.seed, 0, 2**63 - 1)
         _require(all(self.stop), "stop must not be the empty text.")
+        _choice("overflow", self.overflow, OVERFLOWS)
 
 
 @dataclass(frozen=True, kw_only=True)

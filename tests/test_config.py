@@ -121,6 +121,10 @@ def test_impossible_training_settings_are_refused(changes: dict[str, Any], messa
         ({"num_samples": 0}, "num_samples must be at least 1: it is 0."),
         ({"seed": 2**63}, "seed must be between 0 and"),
         ({"stop": ("a", "")}, "stop must not be the empty text."),
+        ({"presence_penalty": math.nan}, "presence_penalty must be a finite number: it is nan."),
+        ({"frequency_penalty": math.inf}, "frequency_penalty must be a finite number: it is inf."),
+        ({"logprobs": -1}, "logprobs must be at least 0: it is -1."),
+        ({"overflow": "slid"}, "overflow is 'slid', which does not exist. Did you mean slide?"),
     ],
 )
 def test_sampling_values_out_of_range_are_refused(changes: dict[str, Any], message: str) -> None:

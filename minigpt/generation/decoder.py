@@ -9,16 +9,21 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from minigpt.config import SamplingConfig
+from minigpt.config import ModelConfig, SamplingConfig
 from minigpt.errors import CheckpointError, DataError
 from minigpt.generation.forward import make_forward
 from minigpt.generation.sampling import Sampler
+from minigpt.generation.window import Window
 from minigpt.model.attention import Recorder
 from minigpt.model.cache import KVCache
+from minigpt.model.cost import cache_bytes_per_token
 from minigpt.model.gpt import GPT
 
 FinishReason = Literal["length", "stop", "end_of_text", "context"]
 """max_new_tokens reached, a stop text found, an end of text drawn, or the model's window full."""
+
+_CACHE_BYTES_AT_ONCE = 2**30
+_ROWS_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -28,12 +33,18 @@ class Step:
     index: int
     """0 for the first generated token."""
     position: int
-    """Its place in the context, the prompt's first token being 0."""
+    """Its place in all that was said, the prompt's first token being 0, forgotten ones counted."""
     token: int
     log_probability: float
     """ln of the model's own probability of it, before any sampling option."""
     finish: FinishReason | None
     """Why it is the last one; None if it is not."""
+    best: tuple[tuple[int, float], ...] = ()
+    """The model's most probable tokens here, each with its ln: as many as logprobs asked for."""
+    n_slides: int = 0
+    """How often the window had slid before it, with overflow slide."""
+    n_forgotten: int = 0
+    """How many tokens were no longer in view when it was drawn."""
 
 
 def fresh_seed() -> int:
@@ -52,11 +63,17 @@ def check_prompt(prompt: Sequence[int], context_length: int) -> None:
         )
 
 
-class Decoder:
-    """A model and its cache, decoding one sequence; eager mode.
+def rows_at_once(config: ModelConfig, n_rows: int, n_positions: int) -> int:
+    """Return how many of n rows to decode together: no more than a GiB of cache, and at least 1."""
+    row_bytes = min(n_positions, config.context_length) * cache_bytes_per_token(config)
+    return max(1, min(n_rows, _ROWS_AT_ONCE, _CACHE_BYTES_AT_ONCE // row_bytes))
 
-    ``prompt`` fills the cache once; ``generate`` may then be called any number of times, each
-    time from the end of the prompt.
+
+class Decoder:
+    """A model and its cache, decoding what comes after a prompt.
+
+    ``prompt`` fills the cache once; ``generate`` and ``batch`` may then be called any number of
+    times, each time from the end of the prompt. ``extend`` makes the prompt longer.
     """
 
     def __init__(
@@ -66,26 +83,42 @@ class Decoder:
         recorder: Recorder | None = None,
         *,
         max_new_tokens: int | None = None,
+        n_rows: int = 1,
+        compiles: bool = False,
     ) -> None:
         """Prefill.
 
         Args: max_new_tokens, the most that ``generate`` will be asked for, so that the cache is no
-            larger than that; None for all that the context has room for.
+            larger than that; None for all that the context has room for. n_rows, the most rows
+            that ``batch`` will be asked for. compiles, through torch.compile: slow to begin.
         Raises: DataError if the prompt is empty or longer than the context.
         """
-        context_length = model.config.context_length
-        check_prompt(prompt, context_length)
+        self.context_length = model.config.context_length
+        check_prompt(prompt, self.context_length)
         self.model = model
-        self.prompt = list(prompt)
         self.recorder = recorder
-        wanted = context_length if max_new_tokens is None else len(prompt) + max_new_tokens
-        self.forward = make_forward(model, capacity=min(context_length, wanted), recorder=recorder)
-        self.prompt_logits = self.logits(self.prompt)
+        self.n_rows = n_rows
+        wanted = self.context_length if max_new_tokens is None else len(prompt) + max_new_tokens
+        self.forward = make_forward(
+            model,
+            capacity=min(self.context_length, wanted),
+            n_rows=n_rows,
+            recorder=recorder,
+            compiles=compiles,
+        )
+        self._n_live = 1
+        self._start = self._window = Window([prompt])
+        self._prefill()
 
     @property
     def cache(self) -> KVCache:
         """The keys and values of every position so far."""
         return self.forward.cache
+
+    @property
+    def prompt(self) -> list[int]:
+        """The tokens in view that ``generate`` goes on from."""
+        return self._start.rows[0]
 
     def logits(self, tokens: Sequence[int]) -> Tensor:
         """Feed tokens and return the logits (V,), float32, of the one after them."""
@@ -102,46 +135,174 @@ class Decoder:
         Args: end_of_text, the ids of which any ends the text.
         Raises: CheckpointError if the model's logits are no numbers.
         """
-        context_length = self.model.config.context_length
-        wanted = min(context_length, len(self.prompt) + config.max_new_tokens)
-        assert wanted <= self.cache.capacity, "the decoder was made for a smaller max_new_tokens"
-        if self.recorder is not None and self.cache.length > len(self.prompt):
-            # It has seen later passes since, and the first token's is the prompt's.
-            self.forward.truncate(0)
-            self.prompt_logits = self.logits(self.prompt)
-        self.forward.truncate(len(self.prompt))
-        sampler = Sampler(config, seed=seed, device=self.forward.device)
-        context = list(self.prompt)
-        logits = self.prompt_logits
-        for index in range(config.max_new_tokens):
-            token, log_probability = self._choose(sampler, logits, context)
-            finish: FinishReason | None = None
-            if token in end_of_text:
-                finish = "end_of_text"
-            elif index + 1 == config.max_new_tokens:
-                finish = "length"
-            elif len(context) == context_length:
-                finish = "context"
-            yield Step(index, len(context), token, log_probability, finish)
-            if finish:
-                return
-            context.append(token)
-            logits = self.logits([token])
+        for _, step in self.batch(config, seeds=[seed], end_of_text=end_of_text):
+            yield step
 
-    @torch.inference_mode()
-    def _choose(self, sampler: Sampler, logits: Tensor, context: list[int]) -> tuple[int, float]:
-        penalizes = sampler.config.repetition_penalty != 1
-        seen = torch.tensor(
-            context if penalizes else [], dtype=torch.int64, device=self.forward.device
+    def batch(
+        self, config: SamplingConfig, *, seeds: Sequence[int], end_of_text: Collection[int] = ()
+    ) -> "Batch":
+        """Return several continuations of the prompt, one for each seed, decoded together."""
+        return Batch(self, config, seeds, end_of_text)
+
+    def extend(self, tokens: Sequence[int], *, overflow: str = "stop") -> None:
+        """Let the prompt end with what was generated last, and then these tokens.
+
+        An end of the text is no part of it. Only what the cache lacks is fed.
+
+        Args: overflow, as in SamplingConfig.
+        Raises: DataError if they do not fit, and the window may not slide.
+        """
+        window = Window(self._window.rows[:1], self._window.n_slides, self._window.n_forgotten)
+        window.rows[0] += tokens
+        n_held = min(self.cache.length, len(window) - 1)
+        if len(window) > self.context_length:
+            if overflow == "stop":
+                raise DataError(
+                    f"the context window is full: {len(window)} tokens were said, the model sees "
+                    f"{self.context_length}. Begin again, or let it --overflow slide."
+                )
+            window.slide(self.context_length)
+            n_held = 0
+        if self._n_live > 1:
+            self._keep([0])
+        self._start = self._window = window
+        self._prefill(n_held)
+
+    def _prefill(self, n_held: int = 0) -> None:
+        """Feed the prompt, but for what the cache holds of it."""
+        self.forward.truncate(n_held)
+        # The next call may overwrite them.
+        self._prompt_logits = self.logits(self.prompt[n_held:]).clone()
+
+    def _keep(self, rows: Sequence[int]) -> None:
+        self.forward.keep(rows)
+        self._n_live = len(rows)
+
+    def _begin(self, n_rows: int) -> tuple[Window, Tensor]:
+        """Go back to the end of the prompt; return its window and logits (B, V), in n rows."""
+        assert self.recorder is None or n_rows == 1, "a recorder sees one row"
+        if self._n_live > 1:
+            self._keep([0])
+        has_slid = self._window.n_slides > self._start.n_slides
+        if has_slid or (self.recorder is not None and self.cache.length > len(self.prompt)):
+            # The cache begins with other tokens; or the recorder has seen later passes since, and
+            # the first token's is the prompt's.
+            self._prefill()
+        self.forward.truncate(len(self.prompt))
+        if n_rows > 1:
+            self.forward.repeat(n_rows)
+            self._n_live = n_rows
+        self._window = self._start.copies(n_rows)
+        return self._window, self._prompt_logits.expand(n_rows, -1)
+
+    def _feed(self, window: Window, tokens: Tensor) -> Tensor:
+        """Feed each row's newest token (B,), already in its window; return logits (B, V)."""
+        if len(window) <= self.context_length:
+            return self.forward.feed(tokens[:, None])
+        window.slide(self.context_length)
+        self.forward.truncate(0)
+        return self.forward.feed(torch.tensor(window.rows, device=self.forward.device))
+
+
+class Batch:
+    """Continuations of one prompt, decoded together: iterate over it for (row, Step).
+
+    Each row draws from its own generator, so it is what it would be alone, whatever the others
+    are, as far as the rounding of products of another shape goes. Rows that have ended take no more
+    part.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        config: SamplingConfig,
+        seeds: Sequence[int],
+        end_of_text: Collection[int],
+    ) -> None:
+        wanted = min(decoder.context_length, len(decoder.prompt) + config.max_new_tokens)
+        assert wanted <= decoder.cache.capacity, "the decoder was made for less max_new_tokens"
+        self._decoder, self._config = decoder, config
+        self._seeds, self._end_of_text = seeds, end_of_text
+        self._ended: set[int] = set()
+
+    def drop(self, row: int) -> None:
+        """Let a row end, because of what its text says."""
+        self._ended.add(row)
+
+    def __iter__(self) -> Iterator[tuple[int, Step]]:
+        """Decode from the end of the prompt, a token of every row in turn.
+
+        Raises: CheckpointError if the model's logits are no numbers.
+        """
+        decoder, config = self._decoder, self._config
+        rows = list(range(len(self._seeds)))
+        window, logits = decoder._begin(len(rows))
+        sampler = Sampler(
+            config,
+            seeds=self._seeds,
+            device=logits.device,
+            prompt=decoder.prompt,
+            end_of_text=[token for token in self._end_of_text if token < logits.shape[1]],
         )
-        token = sampler.draw(logits, seen)
-        log_probability = logits.log_softmax(dim=0)[token]
-        # One copy, and so one synchronisation, a token: float64 holds any id exactly.
-        drawn, value = torch.stack((token.double(), log_probability.double())).tolist()
+        for index in range(config.max_new_tokens):
+            tokens = sampler.draw(logits)
+            facts = _facts(logits, tokens, config.logprobs)
+            n_seen = len(window)
+            for place, row in enumerate(rows):
+                step = self._step(index, facts[place], n_seen, window)
+                if step.finish != "end_of_text":
+                    window.rows[place].append(step.token)
+                if step.finish:
+                    self._ended.add(row)
+                yield row, step
+            places = [place for place, row in enumerate(rows) if row not in self._ended]
+            if not places:
+                return
+            if len(places) < len(rows):
+                rows = [rows[place] for place in places]
+                window.rows = [window.rows[place] for place in places]
+                tokens = tokens[torch.tensor(places, device=tokens.device)]
+                sampler.keep(places)
+                decoder._keep(places)
+            logits = decoder._feed(window, tokens)
+
+    def _step(self, index: int, facts: Sequence[float], n_seen: int, window: Window) -> Step:
+        position = window.n_forgotten + n_seen
+        token, log_probability, *best = facts
         # One logit that is nan or inf makes every log-probability nan, so this looks at them all.
-        if not math.isfinite(value):
+        if not math.isfinite(log_probability):
             raise CheckpointError(
-                f"the model's logits are no finite numbers at position {len(context)}, so its "
+                f"the model's logits are no finite numbers at position {position}, so its "
                 "weights are damaged. Use another checkpoint, or download it again."
             )
-        return int(drawn), value
+        finish: FinishReason | None = None
+        if token in self._end_of_text:
+            finish = "end_of_text"
+        elif index + 1 == self._config.max_new_tokens:
+            finish = "length"
+        elif self._config.overflow == "stop" and n_seen == self._decoder.context_length:
+            finish = "context"
+        k = len(best) // 2
+        pairs = tuple(zip(map(int, best[:k]), best[k:], strict=True))
+        return Step(
+            index,
+            position,
+            int(token),
+            log_probability,
+            finish,
+            pairs,
+            window.n_slides,
+            window.n_forgotten,
+        )
+
+
+@torch.inference_mode()
+def _facts(logits: Tensor, tokens: Tensor, n_best: int) -> list[list[float]]:
+    """Return of each row its token, ln of its probability, the best ids and then their ln's."""
+    log_probability = logits.log_softmax(dim=-1)
+    facts = [tokens[:, None].double(), log_probability.gather(1, tokens[:, None]).double()]
+    if n_best:
+        best = log_probability.topk(min(n_best, logits.shape[1]))
+        facts += [best.indices.double(), best.values.double()]
+    # One copy, and so one synchronisation, a token: float64 holds any id exactly.
+    return torch.cat(facts, dim=1).tolist()

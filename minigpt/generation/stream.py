@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from minigpt.generation.decoder import Step
+from minigpt.config import SamplingConfig
+from minigpt.generation.decoder import Decoder, Step
 from minigpt.text.tokenizer import Tokenizer
 from minigpt.text.utf8 import Utf8Stream
 
@@ -15,6 +16,8 @@ class TextStep:
     step: Step
     text: str
     """What may be shown now: no half character, nothing that may yet turn out a stop text."""
+    sample: int = 0
+    """Which of several continuations of one prompt it belongs to."""
 
 
 class StopFinder:
@@ -53,6 +56,29 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(longest, 0, -1) if stop.startswith(text[-n:])), 0)
 
 
+class TextStream:
+    """Turns the steps of one continuation into text as it becomes certain."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), sample: int = 0) -> None:
+        self._tokenizer, self._sample = tokenizer, sample
+        self._utf8 = Utf8Stream()
+        self._finder = StopFinder(stops)
+
+    def push(self, step: Step) -> TextStep:
+        """Take the next step; the one that completes a stop text is the last, and says so."""
+        finder = self._finder
+        is_end = step.finish == "end_of_text"
+        text = finder.push("" if is_end else self._utf8.push(self._bytes(step)))
+        if step.finish and not finder.is_found:
+            text += finder.push(self._utf8.finish()) + finder.finish()
+        if finder.is_found:
+            step = replace(step, finish="stop")
+        return TextStep(step, text, self._sample)
+
+    def _bytes(self, step: Step) -> bytes:
+        return self._tokenizer.token_bytes(step.token)
+
+
 def stream_text(
     steps: Iterable[Step], tokenizer: Tokenizer, stops: Sequence[str] = ()
 ) -> Iterator[TextStep]:
@@ -61,14 +87,33 @@ def stream_text(
     The token that ends a document has no text. A step that completes a stop text is the last one
     and its finish says so.
     """
-    utf8 = Utf8Stream()
-    finder = StopFinder(stops)
+    stream = TextStream(tokenizer, stops)
     for step in steps:
-        is_end = step.finish == "end_of_text"
-        text = finder.push("" if is_end else utf8.push(tokenizer.token_bytes(step.token)))
-        if step.finish and not finder.is_found:
-            text += finder.push(utf8.finish()) + finder.finish()
-        if finder.is_found:
-            yield TextStep(replace(step, finish="stop"), text)
+        item = stream.push(step)
+        yield item
+        if item.step.finish:
             return
-        yield TextStep(step, text)
+
+
+def stream_samples(
+    decoder: Decoder, tokenizer: Tokenizer, sampling: SamplingConfig, *, seed: int
+) -> Iterator[TextStep]:
+    """Yield the steps of all samples, of as many at a time as the decoder was made for.
+
+    Sample i draws by seed + i. The steps of those that are decoded together come in turn.
+
+    Raises: CheckpointError if the model's logits are no numbers.
+    """
+    for first in range(0, sampling.num_samples, decoder.n_rows):
+        numbers = range(first, min(first + decoder.n_rows, sampling.num_samples))
+        streams = [TextStream(tokenizer, sampling.stop, number) for number in numbers]
+        batch = decoder.batch(
+            sampling,
+            seeds=[seed + number for number in numbers],
+            end_of_text=tokenizer.end_of_text_ids,
+        )
+        for row, step in batch:
+            item = streams[row].push(step)
+            if item.step.finish:
+                batch.drop(row)
+            yield item

@@ -21,13 +21,13 @@ def plain_generation(
     model: GPT, prompt: list[int], config: SamplingConfig, seed: int
 ) -> list[tuple[int, float]]:
     """No cache: all tokens so far go through the model for each new one."""
-    sampler = Sampler(config, seed=seed, device=torch.device("cpu"))
+    sampler = Sampler(config, seeds=[seed], device="cpu", prompt=prompt)
     context, result = list(prompt), []
     while len(result) < config.max_new_tokens and len(context) <= model.config.context_length:
         with torch.no_grad():
-            logits = model(torch.tensor([context]))[0, -1]
-        token = int(sampler.draw(logits, torch.tensor(context)))
-        result.append((token, logits.log_softmax(dim=0)[token].item()))
+            logits = model(torch.tensor([context]))[:, -1]
+        token = int(sampler.draw(logits))
+        result.append((token, logits[0].log_softmax(dim=0)[token].item()))
         context.append(token)
     return result
 
@@ -53,8 +53,9 @@ def generated(
         {"temperature": 0.0, "repetition_penalty": 1.5},
         {"temperature": 1.0},
         {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.2},
+        {"temperature": 0.9, "presence_penalty": 0.5, "frequency_penalty": 0.4},
     ],
-    ids=["greedy", "greedy-penalized", "plain", "all"],
+    ids=["greedy", "greedy-penalized", "plain", "all", "counted"],
 )
 def test_generation_with_the_cache_equals_full_forward_passes(
     layout: str, options: dict[str, Any]
