@@ -172,7 +172,7 @@ class Decoder:
         """Feed the prompt, but for what the cache holds of it."""
         self.forward.truncate(n_held)
         # The next call may overwrite them.
-        self._prompt_logits = self.logits(self.prompt[n_held:]).clone()
+        self.prompt_logits = self.logits(self.prompt[n_held:]).clone()
 
     def _keep(self, rows: Sequence[int]) -> None:
         self.forward.keep(rows)
@@ -193,7 +193,7 @@ class Decoder:
             self.forward.repeat(n_rows)
             self._n_live = n_rows
         self._window = self._start.copies(n_rows)
-        return self._window, self._prompt_logits.expand(n_rows, -1)
+        return self._window, self.prompt_logits.expand(n_rows, -1)
 
     def _feed(self, window: Window, tokens: Tensor) -> Tensor:
         """Feed each row's newest token (B,), already in its window; return logits (B, V)."""
