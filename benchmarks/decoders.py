@@ -77,56 +77,47 @@ class UnavailableError(Exception):
 
 def minigpt(contender: Contender, job: Job) -> Decode:
     """Ours, by the classes that the commands use."""
-    import torch
-
-    from minigpt.checkpoint.model_folder import read_model
     from minigpt.config import SamplingConfig
+    from minigpt.generation.api import load
     from minigpt.generation.decoder import Decoder
-    from minigpt.generation.forward import make_forward
 
-    if contender.is_compiled:
-        raise UnavailableError("minigpt does not compile yet")
-    device, dtype = torch.device(job.device), _torch_dtype(contender.precision)
-    model = read_model(Path(job.folder), device=device, dtype=dtype).model
-    if contender.precision == "int8":
-        from minigpt.model.quantized import quantize_int8
-
-        quantize_int8(model)
+    is_int8 = contender.precision == "int8"
+    dtype = {"fp32": "float32", "bf16": "bfloat16"}.get(contender.precision, "auto")
+    quantize = "int8" if is_int8 else None
+    model = load(Path(job.folder), device=job.device, dtype=dtype, quantize=quantize).model
     sampling = SamplingConfig(temperature=0, max_new_tokens=job.n_new)
 
     def decode(first: Callable[[], None]) -> list[int]:
-        decoder = Decoder(model, job.prompt, max_new_tokens=job.n_new)
-        return _drain((step.token for step in decoder.generate(sampling, seed=0)), first)
-
-    def decode_rows(first: Callable[[], None]) -> list[int]:
-        capacity = len(job.prompt) + job.n_new
-        forward = make_forward(model, capacity=capacity, n_rows=contender.n_rows)
-        chosen = forward.feed(torch.tensor([job.prompt], device=device)).argmax(-1, keepdim=True)
-        forward.repeat(contender.n_rows)
-        chosen = chosen.repeat(contender.n_rows, 1)
-        tokens = [chosen.tolist()[0][0]]
-        first()
-        for _ in range(job.n_new - 1):
-            chosen = forward.feed(chosen).argmax(-1, keepdim=True)
-            tokens.append(chosen.tolist()[0][0])
-        return tokens
+        decoder = Decoder(
+            model,
+            job.prompt,
+            max_new_tokens=job.n_new,
+            n_rows=contender.n_rows,
+            compiles=contender.is_compiled,
+        )
+        if contender.is_compiled and "Compiled" not in type(decoder.forward).__name__:
+            raise UnavailableError("make_forward(compiles=True) is not compiled yet")
+        steps = decoder.batch(sampling, seeds=range(contender.n_rows))
+        return _drain((step.token for row, step in steps if row == 0), first)
 
     if contender.variant == "trace":
-        return _traced(model, sampling, job.prompt)
-    return decode if contender.n_rows == 1 else decode_rows
+        return _traced(model, sampling, contender, job)
+    return decode
 
 
-def _traced(model: Any, sampling: Any, prompt: list[int]) -> Decode:
+def _traced(model: Any, sampling: Any, contender: Contender, job: Job) -> Decode:
+    """The same, with what ``attention-trace`` makes of each token's attention."""
     from random_models import BYTES
 
     from minigpt.trace.selection import select_heads
     from minigpt.trace.tracer import TraceStep, trace
 
-    selection = select_heads(model.config.n_layer, model.config.n_head)
+    options: dict[str, Any] = {"compiles": True} if contender.is_compiled else {}
+    options["selection"] = select_heads(model.config.n_layer, model.config.n_head)
 
     def decode(first: Callable[[], None]) -> list[int]:
         events = trace(
-            model, BYTES, prompt, sampling, selection=selection, seed=0, stop_at_end_of_text=False
+            model, BYTES, job.prompt, sampling, seed=0, stop_at_end_of_text=False, **options
         )
         return _drain((e.token.id for e in events if isinstance(e, TraceStep)), first)
 
@@ -231,15 +222,10 @@ def gpt_fast(contender: Contender, job: Job) -> Decode:
         tokens = [int(chosen[0])]
         first()
         position = torch.tensor([n_prompt], device=job.device, dtype=torch.int)
-        generate.decode_n_tokens(
-            model,
-            chosen.view(n_rows, -1),
-            position,
-            job.n_new - 1,
-            callback=lambda new: tokens.append(int(new[0])),
-            temperature=0,
+        rest, _ = generate.decode_n_tokens(
+            model, chosen.view(n_rows, -1), position, job.n_new - 1, temperature=0
         )
-        return tokens
+        return tokens + torch.cat(rest, dim=-1)[0].tolist()
 
     return decode
 
@@ -316,7 +302,7 @@ def _torch_dtype(precision: str) -> Any:
 
 def peak_bytes(device: str) -> int:
     """Return the most memory that this process has had resident, or with CUDA allocated."""
-    if device == "cuda":
+    if device == "cuda" and "torch" in sys.modules:  # llama.cpp's is not known
         import torch
 
         return torch.cuda.max_memory_allocated()
