@@ -17,6 +17,7 @@ OPTIMIZERS = ("muon", "adamw")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "float32", "bfloat16")
 OVERFLOWS = ("stop", "slide")
+QUANTIZATIONS = ("int8",)
 
 
 def _require(condition: bool, message: str) -> None:

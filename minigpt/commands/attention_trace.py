@@ -1,7 +1,7 @@
 """minigpt attention-trace; the docstring of the command is its --help."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -23,6 +23,9 @@ def attention_trace(
     model: options.Model = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    quantize: options.Quantize = None,
+    compile: options.Compile = None,
+    threads: options.Threads = None,
     layers: Annotated[
         str | None,
         options.option(
@@ -63,7 +66,11 @@ def attention_trace(
     top_p: options.TopP = None,
     min_p: options.MinP = None,
     repetition_penalty: options.RepetitionPenalty = None,
+    presence_penalty: options.PresencePenalty = None,
+    frequency_penalty: options.FrequencyPenalty = None,
+    ignore_eos: options.IgnoreEos = False,
     stop: options.Stop = None,
+    overflow: options.Overflow = None,
     num_samples: options.NumSamples = None,
     seed: options.Seed = None,
     as_json: options.Json = False,
@@ -85,14 +92,20 @@ def attention_trace(
     sampling = options.sampling_config(locals())
     if sources is not None and sources < 0:
         raise ConfigError(f"--sources must be at least 0: it is {sources}.")
+    if sampling.overflow != "stop":
+        raise ConfigError(
+            "--overflow slide would encode again what was traced. Trace at most a context window, "
+            "or generate without a trace."
+        )
     from minigpt.commands.loading import load
     from minigpt.console import make_console
+    from minigpt.generation.api import is_compiled
     from minigpt.generation.decoder import fresh_seed
     from minigpt.trace.selection import select_heads
     from minigpt.trace.terminal import TraceLayout
     from minigpt.trace.tracer import trace
 
-    ready = load(model, prompt, device, dtype)
+    ready = load(model, prompt, device, dtype, quantize=quantize, threads=threads)
     config = ready.model.config
     selection = select_heads(config.n_layer, config.n_head, layers=layers, heads=heads)
     layout = TraceLayout(
@@ -101,6 +114,7 @@ def attention_trace(
         n_positions=min(config.context_length, len(ready.prompt) + sampling.max_new_tokens),
         n_sources=sources,
     )
+    compiles = is_compiled(ready.model, compile)
     first_seed = fresh_seed() if sampling.seed is None else sampling.seed
     for seed in range(first_seed, first_seed + sampling.num_samples):
         events = trace(
@@ -113,11 +127,22 @@ def attention_trace(
             n_sources=_JSON_SOURCES if as_json and sources is None else layout.n_sources,
             seed=seed,
             model_name=str(ready.folder),
+            compiles=compiles,
         )
-        is_whole = _show(events, _show_json if as_json else _Lines(layout))
+        shown = _after_compiling(events, compiles)
+        is_whole = _show(shown, _show_json if as_json else _Lines(layout))
         make_console(is_stderr=True).print(f"seed {seed}", style="dim")
         if not is_whole:
             raise typer.Exit(130)
+
+
+def _after_compiling(events: "Iterator[TraceEvent]", compiles: bool) -> "Iterator[TraceEvent]":
+    from minigpt.commands.loading import compiling
+
+    with compiling(compiles):
+        header = next(events)
+    yield header
+    yield from events
 
 
 def _show(events: "Iterable[TraceEvent]", show: "Callable[[TraceEvent], None]") -> bool:

@@ -61,6 +61,8 @@ def evaluate(
     dtype: Annotated[
         str | None, options.choice("--dtype", DTYPES, group="Model", default="auto")
     ] = None,
+    quantize: options.Quantize = None,
+    threads: options.Threads = None,
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
@@ -76,8 +78,10 @@ def evaluate(
     and --context-length where the run's config.toml has other ones than hold here.
     """
     from minigpt.commands import output
+    from minigpt.commands.loading import use_threads
     from minigpt.commands.measuring import Wanted, lines, measure, record
 
+    use_threads(threads)
     measurement = measure(
         Wanted(
             model=model,
@@ -89,6 +93,7 @@ def evaluate(
             batch_size=batch_size,
             device=device,
             dtype=dtype,
+            quantize=quantize,
         )
     )
     if as_json:

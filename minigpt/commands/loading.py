@@ -1,13 +1,14 @@
 """What generate and attention-trace begin with: a model, its tokenizer and a prompt."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from minigpt.checkpoint.folder import resolve_model
-from minigpt.checkpoint.model_folder import read_model
-from minigpt.errors import CheckpointError, DataError
-from minigpt.model.device import resolve_device, resolve_dtype
+from minigpt.errors import ConfigError, DataError
+from minigpt.generation import api
 from minigpt.model.gpt import GPT
 from minigpt.text.tokenizer import Tokenizer
 
@@ -28,7 +29,13 @@ class Ready:
 
 
 def load(
-    spec: str | None, prompt: str | None, device_name: str | None, dtype_name: str | None
+    spec: str | None,
+    prompt: str | None,
+    device: str | None,
+    dtype: str | None,
+    *,
+    quantize: str | None = None,
+    threads: int | None = None,
 ) -> Ready:
     """Read a model and encode a prompt for it; None is the start of a document.
 
@@ -36,24 +43,35 @@ def load(
         for a model that is missing, damaged or has no tokenizer; ConfigError for a device that is
         not there.
     """
+    use_threads(threads)
     text = read_prompt(prompt)
     folder = resolve_model(spec)
-    device = resolve_device(device_name or "auto")
-    # A cached decoding step at batch 1 is bound by memory and, on a CPU, by calls: bfloat16 has to
-    # be asked for there.
-    automatic = "float32" if device.type == "cpu" else "auto"
-    dtype = resolve_dtype(automatic if dtype_name in (None, "auto") else dtype_name, device)
-    loaded = read_model(folder, device=device, dtype=dtype)
-    tokenizer = loaded.tokenizer
-    if tokenizer is None:
-        raise CheckpointError(
-            f"{str(folder)!r} has neither tokenizer.json nor sp_vocab.json, so text means nothing "
-            "to it. Add the one that the model was trained with."
-        )
-    ids = tokenizer.encode_prompt(text)
-    if not ids:
-        raise DataError("this model has no token that begins a document. Give a prompt.")
-    return Ready(loaded.model, tokenizer, folder, text, ids)
+    loaded = api.load(folder, device=device or "auto", dtype=dtype or "auto", quantize=quantize)
+    tokenizer = api.tokenizer_of(loaded)
+    return Ready(loaded.model, tokenizer, folder, text, api.encode_prompt(tokenizer, text))
+
+
+def use_threads(threads: int | None) -> None:
+    """Let torch use so many threads of the CPU; None leaves it its choice."""
+    import torch
+
+    if threads is None:
+        return
+    if threads < 1:
+        raise ConfigError(f"--threads must be at least 1: it is {threads}.")
+    torch.set_num_threads(threads)
+
+
+@contextmanager
+def compiling(is_compiled: bool) -> Iterator[None]:
+    """Let a terminal see why it has to wait while a model is compiled."""
+    if is_compiled and sys.stderr.isatty():
+        from minigpt.commands.progress_line import ProgressLine
+
+        with ProgressLine("compiling the model"):
+            yield
+    else:
+        yield
 
 
 def read_prompt(prompt: str | None) -> str:
@@ -67,6 +85,21 @@ def read_prompt(prompt: str | None) -> str:
     where = "the prompt on standard input" if prompt == "-" else "the prompt"
     if not data:
         raise DataError(f"{where} is empty. Give some text, or no prompt for a new document.")
+    return _decoded(data, where)
+
+
+def read_line() -> str | None:
+    """Return the next line of standard input without its end; None where there is no more.
+
+    Raises: DataError as ``read_prompt``.
+    """
+    data = sys.stdin.buffer.readline(_LONGEST_PROMPT_BYTES + 1)
+    if not data:
+        return None
+    return _decoded(data, "a line on standard input").removesuffix("\n").removesuffix("\r")
+
+
+def _decoded(data: bytes, where: str) -> str:
     if len(data) > _LONGEST_PROMPT_BYTES:
         raise DataError(
             f"{where} is longer than {_LONGEST_PROMPT_BYTES // 2**20} MiB, and no model sees as "

@@ -13,20 +13,18 @@ from rich.text import Text
 from torch import Tensor
 
 from minigpt.checkpoint.folder import resolve_model
-from minigpt.checkpoint.model_folder import read_model
 from minigpt.commands.output import aligned, one_line
 from minigpt.commands.progress_line import ProgressLine
 from minigpt.commands.training_display import duration, short
 from minigpt.config import DataConfig, ModelConfig
 from minigpt.errors import CheckpointError, ConfigError, DataError
 from minigpt.evaluation import LONGEST_WINDOW, Evaluation, evaluate, windows_at_once
+from minigpt.generation.api import load, tokenizer_of
 from minigpt.model.device import resolve_device, resolve_dtype
-from minigpt.model.gpt import GPT
 from minigpt.settings import build
 from minigpt.text.batches import validation_windows
 from minigpt.text.datasets import BUILTIN
 from minigpt.text.shards import PreparedData, TokenSpan, prepare
-from minigpt.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +40,7 @@ class Wanted:
     batch_size: int | None
     device: str | None
     dtype: str | None
+    quantize: str | None
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,9 @@ def measure(wanted: Wanted) -> Measurement:
     device = resolve_device(wanted.device or "auto")
     dtype = resolve_dtype(wanted.dtype or "auto", device)
     folder = resolve_model(wanted.model)
-    model, tokenizer = _read(folder, device)
+    # As while training: weights in float32, and autocast to the dtype.
+    loaded = load(folder, device=device.type, dtype="float32", quantize=wanted.quantize)
+    model, tokenizer = loaded.model, tokenizer_of(loaded)
     _require_between("context_length", wanted.context_length, 1, model.config.context_length)
     with ProgressLine("reading") as progress:
         data = prepare(config, on_progress=progress.preparing, tokenizer=tokenizer)
@@ -125,17 +126,6 @@ def _require_between(name: str, value: int | None, low: int, high: int | None = 
     if value is not None and (value < low or (high is not None and value > high)):
         bound = f"at least {low}" if high is None else f"between {low} and {high}"
         raise ConfigError(f"{name} must be {bound}: it is {value}.")
-
-
-def _read(folder: Path, device: torch.device) -> tuple[GPT, Tokenizer]:
-    # As while training: weights in float32, and autocast to the dtype.
-    loaded = read_model(folder, device=device, dtype=torch.float32)
-    if loaded.tokenizer is None:
-        raise CheckpointError(
-            f"{str(folder)!r} has neither tokenizer.json nor sp_vocab.json, so text means nothing "
-            "to it. Add the one that the model was trained with."
-        )
-    return loaded.model, loaded.tokenizer
 
 
 def _span(data: PreparedData, val_fraction: float | None) -> TokenSpan:
@@ -228,6 +218,7 @@ def record(measurement: Measurement) -> dict[str, Any]:
         "batch_size": windows.batch_size,
         "device": measurement.device.type,
         "dtype": measurement.dtype_name,
+        "quantize": measurement.wanted.quantize,
     }
 
 
@@ -245,7 +236,8 @@ def lines(measurement: Measurement) -> Iterator[Text]:
         "predicted": f"{result.n_tokens:,} tokens, {result.n_bytes:,} bytes",
         "windows": f"{windows.context_length} tokens, stride {windows.stride}",
         "speed": f"{short(measurement.tokens_per_s)} tok/s, {time_} on "
-        f"{measurement.device.type} in {measurement.dtype_name}",
+        f"{measurement.device.type} in {measurement.dtype_name}"
+        + (f", {measurement.wanted.quantize} weights" if measurement.wanted.quantize else ""),
     }
     rows = [[Text(name, "dim"), Text(fact)] for name, fact in facts.items()]
     yield from aligned(rows, ["left"] * 2)

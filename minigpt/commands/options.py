@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from minigpt.config import DEVICES, DTYPES, SamplingConfig
+from minigpt.config import DEVICES, DTYPES, OVERFLOWS, QUANTIZATIONS, SamplingConfig
 from minigpt.errors import ConfigError, nearest
 from minigpt.settings import build
 
@@ -57,7 +57,7 @@ def choice(flag: str, choices: tuple[str, ...], *, group: str, default: object =
             raise ConfigError(f"there is no {flag} {given!r}. {nearest(given, choices)}")
         return given
 
-    text = f"{', '.join(choices[:-1])} or {choices[-1]}"
+    text = " or ".join([*([", ".join(choices[:-1])] if choices[1:] else []), choices[-1]])
     return option(flag, text, group=group, metavar="NAME", default=default, parse=parse)
 
 
@@ -94,6 +94,23 @@ Device = Annotated[str | None, choice("--device", DEVICES, group="Model", defaul
 Dtype = Annotated[
     str | None, choice("--dtype", DTYPES, group="Model", default="auto, float32 on a CPU")
 ]
+Quantize = Annotated[
+    str | None,
+    choice("--quantize", QUANTIZATIONS, group="Model", default="the weights as they are"),
+]
+Compile = Annotated[
+    bool | None,
+    typer.Option(
+        "--compile/--no-compile",
+        help="Decode by one compiled graph: slower to begin [only on CUDA]",
+        show_default=False,
+        rich_help_panel="Model",
+    ),
+]
+Threads = Annotated[
+    int | None,
+    number("--threads", int, "Of the CPU, at most", group="Model", default="one a core"),
+]
 Json = Annotated[
     bool,
     typer.Option("--json", help="Print JSON, an object a line", rich_help_panel="Output"),
@@ -115,6 +132,22 @@ RepetitionPenalty = Annotated[
     float | None,
     _sampling("--repetition-penalty", float, "Above 1 makes tokens already there rarer"),
 ]
+PresencePenalty = Annotated[
+    float | None,
+    _sampling("--presence-penalty", float, "Less for tokens that were generated"),
+]
+FrequencyPenalty = Annotated[
+    float | None,
+    _sampling("--frequency-penalty", float, "Less for each time they were"),
+]
+IgnoreEos = Annotated[
+    bool,
+    typer.Option("--ignore-eos", help="Never draw the end of the text", rich_help_panel="Sampling"),
+]
+Overflow = Annotated[
+    str | None,
+    choice("--overflow", OVERFLOWS, group="Sampling", default=_DEFAULTS["overflow"]),
+]
 Seed = Annotated[
     int | None,
     number("--seed", int, "Of the draws", group="Sampling", default="a fresh one, printed"),
@@ -130,7 +163,17 @@ Stop = Annotated[
     ),
 ]
 NumSamples = Annotated[
-    int | None, _sampling("--num-samples", int, "Continuations, one after another")
+    int | None, _sampling("--num-samples", int, "Continuations, decoded together")
+]
+Logprobs = Annotated[
+    int | None,
+    number(
+        "--logprobs",
+        int,
+        "Show the model's N most probable tokens at each",
+        group="Output",
+        default=_DEFAULTS["logprobs"],
+    ),
 ]
 
 

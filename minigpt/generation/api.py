@@ -6,7 +6,7 @@ from typing import Any
 
 from minigpt.checkpoint.folder import resolve_model
 from minigpt.checkpoint.model_folder import LoadedModel, read_model
-from minigpt.config import SamplingConfig
+from minigpt.config import QUANTIZATIONS, SamplingConfig
 from minigpt.errors import CheckpointError, ConfigError, DataError, nearest
 from minigpt.generation.decoder import Decoder, fresh_seed, rows_at_once
 from minigpt.generation.stream import TextStep, stream_samples
@@ -14,8 +14,6 @@ from minigpt.model.device import resolve_device, resolve_dtype
 from minigpt.model.gpt import GPT
 from minigpt.settings import build
 from minigpt.text.tokenizer import Tokenizer
-
-QUANTIZATIONS = ("int8",)
 
 
 def generate(
@@ -126,5 +124,10 @@ def make_decoder(
         prompt,
         max_new_tokens=sampling.max_new_tokens,
         n_rows=rows_at_once(model.config, sampling.num_samples, n_positions),
-        compiles=model.embedding.weight.is_cuda if compile is None else compile,
+        compiles=is_compiled(model, compile),
     )
+
+
+def is_compiled(model: GPT, compile: bool | None) -> bool:
+    """Tell whether decoding goes through torch.compile: as asked for, else on CUDA."""
+    return next(model.parameters()).is_cuda if compile is None else compile

@@ -120,6 +120,11 @@ class Decoder:
         """The tokens in view that ``generate`` goes on from."""
         return self._start.rows[0]
 
+    @property
+    def is_full(self) -> bool:
+        """Whether what was generated last has left no place in the window."""
+        return len(self._window) > self.context_length
+
     def logits(self, tokens: Sequence[int]) -> Tensor:
         """Feed tokens and return the logits (V,), float32, of the one after them."""
         return self.forward.feed(torch.tensor([tokens], device=self.forward.device))[0]

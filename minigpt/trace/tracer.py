@@ -107,6 +107,7 @@ def trace(
     seed: int,
     model_name: str = "",
     stop_at_end_of_text: bool = True,
+    compiles: bool = False,
 ) -> Iterator[TraceEvent]:
     """Generate as ``Decoder`` does and yield a header, a step per token, and a footer.
 
@@ -118,7 +119,9 @@ def trace(
     tokens = [Token(i, token, tokenizer.token_bytes(token)) for i, token in enumerate(prompt)]
     started = time.perf_counter()
     recorder = RowRecorder(selection, reduce)
-    decoder = Decoder(model, prompt, recorder, max_new_tokens=sampling.max_new_tokens)
+    decoder = Decoder(
+        model, prompt, recorder, max_new_tokens=sampling.max_new_tokens, compiles=compiles
+    )
     config = model.config
     yield TraceHeader(
         model=model_name,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from calls import Run
 
-from minigpt import console
+from minigpt.commands import samples
 
 
 @pytest.fixture(autouse=True)
@@ -102,7 +102,7 @@ def interrupt_after(
     n_writes: int, monkeypatch: pytest.MonkeyPatch, number: int = signal.SIGINT
 ) -> None:
     """Let a signal come after some writes to stdout."""
-    write, written = console.write_result, []
+    write, written = samples.write_result, []
 
     def write_and_press(text: str) -> None:
         write(text)
@@ -110,7 +110,7 @@ def interrupt_after(
         if len(written) == n_writes:
             signal.raise_signal(number)
 
-    monkeypatch.setattr(console, "write_result", write_and_press)
+    monkeypatch.setattr(samples, "write_result", write_and_press)
 
 
 def test_ctrl_c_keeps_the_text_so_far(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,15 +145,15 @@ def test_ctrl_c_while_the_model_is_read_is_quiet(run: Run, monkeypatch: pytest.M
 def test_ctrl_c_keeps_the_json_whole(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     from minigpt.generation import stream
 
-    real = stream.stream_text
+    real = stream.stream_samples
 
-    def press_after_five(*words: object) -> object:
-        for number, item in enumerate(real(*words)):  # type: ignore[arg-type]
+    def press_after_five(*words: object, **more: object) -> object:
+        for number, item in enumerate(real(*words, **more)):  # type: ignore[arg-type]
             yield item
             if number == 4:
                 signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(stream, "stream_text", press_after_five)
+    monkeypatch.setattr(stream, "stream_samples", press_after_five)
     result = run("generate", "The", "--json", "--temperature", "0")
     facts = json.loads(result.out)
     assert result.code == 130
