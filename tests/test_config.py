@@ -125,10 +125,6 @@ def test_impossible_training_settings_are_refused(changes: dict[str, Any], messa
         ({"frequency_penalty": math.inf}, "frequency_penalty must be a finite number: it is inf."),
         ({"logprobs": -1}, "logprobs must be at least 0: it is -1."),
         ({"overflow": "slid"}, "overflow is 'slid', which does not exist. Did you mean slide?"),
-        ({"presence_penalty": math.nan}, "presence_penalty must be a finite number: it is nan."),
-        ({"frequency_penalty": math.inf}, "frequency_penalty must be a finite number: it is inf."),
-        ({"logprobs": -1}, "logprobs must be at least 0: it is -1."),
-        ({"overflow": "slid"}, "overflow is 'slid', which does not exist. Did you mean slide?"),
     ],
 )
 def test_sampling_values_out_of_range_are_refused(changes: dict[str, Any], message: str) -> None:
