@@ -50,14 +50,22 @@ class CompiledForward:
                 f"{type(recorder).__name__} records what a compiled graph does not have. "
                 "Use --no-compile."
             )
+        for weight in model.parameters():
+            # The graph is of rows that lie in memory one after another; what was read from a
+            # GPT-2 folder, or laid out for another way to decode, may lie the other way round.
+            weight.data = weight.data.contiguous()
         self._recorder = recorder
         self._least_rows = 2 if n_rows > 1 else 1
         self._eager = EagerForward(model, capacity=round_up(capacity, _CPU_VIEW), recorder=recorder)
-        self.config, self.device = self._eager.config, self._eager.device
+        self.config, self.device = model.config, self.cache.keys_LBGSD.device
         # What is not filled is multiplied by weights of 0, which nan and inf would survive.
         self.cache.keys_LBGSD.zero_()
         self.cache.values_LBGSD.zero_()
-        self._run = load_step(DecodeStep(model, recorder), is_batch=n_rows > 1)
+        self._run = load_step(
+            DecodeStep(model, recorder),
+            cache_dtype=self.cache.keys_LBGSD.dtype,
+            is_batch=n_rows > 1,
+        )
         self._bind()
 
     @property

@@ -25,6 +25,7 @@ from minigpt.generation.decode_step import DecodeStep
 from minigpt.generation.package_cache import package
 from minigpt.model import layers
 
+Example = tuple[Any, ...]
 Run = Callable[[list[Tensor]], list[Tensor]]
 """Takes the tensors of DecodeStep.forward in one list; returns its results in another."""
 
@@ -37,15 +38,16 @@ _OPTIONS = {
 }
 
 
-def load_step(step: DecodeStep, *, is_batch: bool) -> Run:
+def load_step(step: DecodeStep, *, cache_dtype: torch.dtype, is_batch: bool) -> Run:
     """Return the step compiled, for one row or for any number from two on; from the disk if may be.
 
     Raises: ConfigError if there is no C++ compiler that works; ResourceError if the cache folder
         cannot be used.
     """
     tensors = dict(step.named_parameters(remove_duplicate=False)) | dict(step.named_buffers())
-    key = _key(step, tensors, is_batch=is_batch)
-    path = package(key, lambda path: _compile(step, path, is_batch=is_batch))
+    key = _key(step, tensors, cache_dtype, is_batch=is_batch)
+    inputs, free = _example(step, cache_dtype, is_batch=is_batch)
+    path = package(key, lambda path: _compile(step, inputs, free, path))
     # torch._inductor.aoti_load_package is this and an import of the compiler.
     loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)
     names = loader.get_constant_fqns()
@@ -59,9 +61,11 @@ def load_step(step: DecodeStep, *, is_batch: bool) -> Run:
     return run
 
 
-def _key(step: DecodeStep, tensors: dict[str, Tensor], *, is_batch: bool) -> str:
+def _key(
+    step: DecodeStep, tensors: dict[str, Tensor], cache_dtype: torch.dtype, *, is_batch: bool
+) -> str:
     """Return all that the machine code depends on, as text."""
-    device = step.model.embedding.weight.device
+    device = tensors["model.final_norm.weight"].device
     recorder = step.recorder
     sources = [decode_step, layers] + ([sys.modules[type(recorder).__module__]] if recorder else [])
     is_cuda = device.type == "cuda"
@@ -71,8 +75,8 @@ def _key(step: DecodeStep, tensors: dict[str, Tensor], *, is_batch: bool) -> str
             "code": [hashlib.sha256(inspect.getsource(s).encode()).hexdigest() for s in sources],
             "options": _OPTIONS,
             "config": asdict(step.model.config),
-            "tensors": {n: [str(t.dtype), t.shape, t.stride()] for n, t in tensors.items()},
-            "is_batch": is_batch,
+            "tensors": {n: [str(t.dtype), t.shape] for n, t in tensors.items()},
+            "cache": [str(cache_dtype), is_batch],
             "recorder": recorder and [type(recorder).__qualname__, recorder.graph_key],
             "device": torch.cuda.get_device_properties(device).name
             if is_cuda
@@ -82,18 +86,19 @@ def _key(step: DecodeStep, tensors: dict[str, Tensor], *, is_batch: bool) -> str
     )
 
 
-def _compile(step: DecodeStep, path: Path, *, is_batch: bool) -> None:
+def _compile(step: DecodeStep, inputs: Example, free: Example, path: Path) -> None:
     # Here, as they import the compiler: a second that only a first run should take.
     import torch._inductor
+    from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
     from torch._inductor.utils import fresh_cache
 
-    inputs, shapes = _example(step, is_batch=is_batch)
     try:
+        get_cpp_compiler()  # rather now than after the work that comes before it is called
         # The compiler's own cache is a folder with a guessable name in the system's temporary one.
         with warnings.catch_warnings(), fresh_cache(), torch.no_grad():
             warnings.simplefilter("ignore")  # of the compiler, about its own code
-            program = torch.export.export(step, inputs, dynamic_shapes=shapes, strict=False)
+            program = torch.export.export(step, inputs, dynamic_shapes=free, strict=False)
             torch._inductor.aoti_compile_and_package(
                 program, package_path=str(path), inductor_configs=_OPTIONS
             )
@@ -105,23 +110,23 @@ def _compile(step: DecodeStep, path: Path, *, is_batch: bool) -> None:
         ) from error
 
 
-def _example(step: DecodeStep, *, is_batch: bool) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+def _example(
+    step: DecodeStep, cache_dtype: torch.dtype, *, is_batch: bool
+) -> tuple[Example, Example]:
     """Return inputs of DecodeStep.forward, and which of their dimensions are free."""
-    config, weight = step.model.config, step.model.embedding.weight
+    config, device = step.model.config, next(step.parameters()).device
     n_rows, n_view, n_room = 1 + is_batch, 16, 32
     shape = (n_rows, config.n_kv_head, n_room, config.d_head)
-    dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
     caches = [
-        [torch.zeros(shape, device=weight.device, dtype=dtype) for _ in range(config.n_layer)]
+        [torch.zeros(shape, device=device, dtype=cache_dtype) for _ in range(config.n_layer)]
         for _ in range(2)
     ]
+    tokens = torch.zeros(n_rows, dtype=torch.int64, device=device)
+    position = torch.zeros(1, dtype=torch.int64, device=device)
     rows = {0: torch.export.Dim("n_rows", min=2)} if is_batch else {}
-    room = {2: torch.export.Dim("n_room", min=2)}
-    inputs = (
-        torch.zeros(n_rows, dtype=torch.int64, device=weight.device),
-        torch.zeros(1, dtype=torch.int64, device=weight.device),
-        torch.empty(n_view, device=weight.device),
-        *caches,
+    view, room = torch.export.Dim("n_view", min=2), torch.export.Dim("n_room", min=2)
+    free_caches = [{**rows, 2: room}] * config.n_layer
+    return (
+        (tokens, position, torch.empty(n_view, device=device), *caches),
+        (rows, {}, {0: view}, free_caches, free_caches),
     )
-    free = [{**rows, **room}] * config.n_layer
-    return inputs, (rows, {}, {0: torch.export.Dim("n_view", min=2)}, free, free)

@@ -1,0 +1,219 @@
+"""One graph for a token decodes as GPT.forward does, whatever was done with the cache before.
+
+Uncompiled, the graph's operations run one by one; what a compiler makes of them is slow to get.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_models import LAYOUTS, random_tokens, small_model
+from torch import Tensor
+
+from minigpt.config import SamplingConfig
+from minigpt.errors import ConfigError
+from minigpt.generation import compiled, compiling
+from minigpt.generation.compiled import CompiledForward
+from minigpt.generation.decode_step import DecodeStep
+from minigpt.generation.decoder import Decoder
+from minigpt.model.gpt import GPT
+from minigpt.text.cache import CACHE_VARIABLE
+from minigpt.trace.recorder import Reduce, RowRecorder
+from minigpt.trace.selection import select_heads
+
+# float32 sums in another order; bfloat16: what the graph rounds less than GPT.forward, which
+# rounds every activation, over logits of about 10.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.3}
+
+
+def uncompiled(step: DecodeStep, **_: Any) -> compiling.Run:
+    n_layer = step.model.config.n_layer
+    return lambda tensors: list(step(*tensors[:3], tensors[3:-n_layer], tensors[-n_layer:]))
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(
+    params=[
+        "uncompiled",
+        pytest.param("compiled", marks=pytest.mark.slow),  # half a minute a graph
+    ]
+)
+def way(
+    request: pytest.FixtureRequest, packages: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[str]:
+    """Everything below as the operations are written, and as the compiler translates them."""
+    if request.param == "uncompiled":
+        monkeypatch.setattr(compiled, "load_step", uncompiled)
+    elif not shutil.which(os.environ.get("CXX", "g++")):
+        pytest.skip("there is no C++ compiler")
+    monkeypatch.setenv(CACHE_VARIABLE, str(packages))
+    return request.param
+
+
+def fed(model: GPT, tokens: Tensor) -> Tensor:
+    """The oracle: the logits after all these tokens, without a cache."""
+    with torch.no_grad():
+        return model(tokens)[:, -1].float()
+
+
+def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype = torch.float32) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=TOLERANCE[dtype])
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_logits_are_those_of_a_full_float32_forward_at_every_position(
+    layout: str, dtype: torch.dtype
+) -> None:
+    model = small_model(layout).to(dtype)
+    tokens = random_tokens(1, 24)
+    forward = CompiledForward(model, capacity=24)
+    plain = small_model(layout).to(dtype).float()
+    for n_prompt in (1, 7):
+        forward.truncate(0)
+        assert_close(forward.feed(tokens[:, :n_prompt]), fed(plain, tokens[:, :n_prompt]), dtype)
+        for end in range(n_prompt + 1, 25):
+            logits = forward.feed(tokens[:, end - 1 : end])
+            assert logits.dtype == torch.float32
+            assert_close(logits, fed(plain, tokens[:, :end]), dtype)
+    assert forward.cache.length == 24
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("layout", ["gpt2", "llama-grouped"])
+def test_rows_are_repeated_kept_and_cut_as_told(layout: str) -> None:
+    model = small_model(layout)
+    forward = CompiledForward(model, capacity=24, n_rows=3)
+    tokens = random_tokens(3, 24)
+    tokens[:, :5] = tokens[0, :5]
+    forward.feed(tokens[:1, :4])
+    assert_close(forward.feed(tokens[:1, 4:5]), fed(model, tokens[:1, :5]))
+    forward.repeat(3)
+    rows = [0, 1, 2]
+    for end, kept in ((6, None), (7, [2, 0]), (8, None), (9, [1]), (10, None)):
+        logits = forward.feed(tokens[rows, end - 1 : end])
+        assert_close(logits, fed(model, tokens[rows, :end]))
+        if kept:
+            forward.keep(kept)
+            rows = [rows[i] for i in kept]
+    assert rows == [0]
+    forward.truncate(5)
+    forward.repeat(3)  # again, after fewer
+    again = random_tokens(3, 4, seed=8)
+    logits = [forward.feed(part) for part in again.split([1, 2, 1], dim=1)][-1]
+    assert_close(logits, fed(model, torch.cat((tokens[:, :5], again), dim=1)))
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("reduce", ["mean", "max"])
+def test_the_row_in_the_graph_is_the_row_beside_it_and_changes_no_token(reduce: Reduce) -> None:
+    model = small_model("llama-grouped")
+    selection = select_heads(2, 4, heads="0.1,1.*")
+    inside, beside = RowRecorder(selection, reduce), RowRecorder(selection, reduce)
+    forward = CompiledForward(model, capacity=24, recorder=inside)
+    plain = CompiledForward(model, capacity=24)
+    tokens = random_tokens(1, 24)
+    for part in tokens.split([4, *[1] * 20], dim=1):
+        assert_close(forward.feed(part), plain.feed(part))
+        with torch.no_grad():
+            model(tokens[:, : forward.cache.length], recorder=beside)
+        assert inside.row().shape == (forward.cache.length,)
+        torch.testing.assert_close(inside.row(), beside.row(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.usefixtures("way")
+def test_the_context_and_the_capacity_are_kept() -> None:
+    model = small_model()
+    for capacity, message in ((24, "the model sees 24"), (16, "the cache holds 16")):
+        forward = CompiledForward(model, capacity=capacity)
+        forward.feed(random_tokens(1, capacity))
+        with pytest.raises(ValueError, match=message):
+            forward.feed(random_tokens(1, 1))
+        assert forward.cache.length == capacity
+
+
+def test_a_recorder_that_needs_more_than_the_weights_is_refused() -> None:
+    class Shown:
+        def record(self, *_: Tensor) -> None: ...
+
+    with pytest.raises(ConfigError, match="Shown records what a compiled graph does not have"):
+        CompiledForward(small_model(), capacity=24, recorder=Shown())
+
+
+def test_a_graph_is_told_from_every_other() -> None:
+    def key(layout: str = "llama", n_rows: int = 1, recorder: Any = None, **changes: Any) -> str:
+        model = small_model(layout, **changes)
+        step = DecodeStep(model, recorder)
+        tensors = dict(step.named_parameters())
+        return compiling._key(step, tensors, torch.float32, is_batch=n_rows > 1)
+
+    def recorder(heads: str, reduce: Reduce = "mean") -> RowRecorder:
+        return RowRecorder(select_heads(2, 4, heads=heads), reduce)
+
+    assert key() == key(seed=8)  # the weights are no part of it
+    keys = [
+        key(),
+        key("qwen3"),
+        key(n_rows=2),
+        key(n_layer=1),
+        key(norm_eps=1e-6),
+        key(recorder=recorder("0.*")),
+        key(recorder=recorder("0.1")),
+        key(recorder=recorder("0.1", "max")),
+    ]
+    assert len(set(keys)) == len(keys)
+
+
+def test_a_missing_compiler_is_one_line_that_says_the_remedy(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    with pytest.raises(ConfigError, match=r"needs a C\+\+ compiler.*--no-compile\.$") as caught:
+        CompiledForward(small_model(), capacity=24)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow  # compiles: half a minute
+@pytest.mark.parametrize("way", ["compiled"], indirect=True)
+def test_greedy_tokens_are_those_of_gpt_forward_and_a_second_time_nothing_is_compiled(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small_model("qwen3").requires_grad_(False)
+    prompt = random_tokens(5).tolist()
+    greedy = SamplingConfig(temperature=0, max_new_tokens=19)
+
+    def tokens() -> list[int]:
+        decoder = Decoder(model, prompt, compiles=True)
+        return [step.token for step in decoder.generate(greedy, seed=0)]
+
+    context = list(prompt)
+    for token in tokens():
+        assert token == fed(model, torch.tensor([context])).argmax().item()
+        context.append(token)
+    assert len(context) == 24
+    monkeypatch.delattr(compiling, "_compile")
+    assert tokens() == context[5:]
+
+
+def test_weights_that_lie_the_other_way_round_are_laid_straight(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(compiled, "load_step", uncompiled)
+    model = small_model("gpt2").requires_grad_(False)
+    up = model.get_submodule("blocks.1.mlp.up")
+    assert isinstance(up, torch.nn.Linear)
+    before = up.weight.clone()
+    up.weight.data = up.weight.data.t().contiguous().t()
+    CompiledForward(model, capacity=24)
+    assert up.weight.is_contiguous()
+    assert torch.equal(up.weight, before)
