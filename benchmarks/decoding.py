@@ -1,7 +1,7 @@
 """Tokens/s of decoding: ours beside transformers, llama.cpp and gpt-fast, in one run.
 
     python benchmarks/decoding.py
-    python benchmarks/decoding.py --shape mini --batch 1 16 --only minigpt "transformers fp32"
+    python benchmarks/decoding.py --shape mini --only minigpt "transformers fp32" --without trace
     python benchmarks/decoding.py --gpt-fast DIR --llama-cpp-python DIR/bin/python --static
 
 All have the same random weights (gpt-fast: as many), one prompt of random ids, and decode greedily;
@@ -128,7 +128,7 @@ def measure(
                 time.sleep(0.1)  # the threads of the one before spin a little until they sleep
                 turn = workers[contender].turn()
                 if isinstance(turn, str):
-                    raise SystemExit(f"{contender.name}: {turn}")
+                    raise SystemExit(f"{contender.name}, after it had warmed up: {turn}")
                 turns[contender].append(turn)
                 note(f"round {number + 1} of {rounds}, {contender.name}: {turn.rest_s:.3g} s")
     measured = {one: Measured(one, taken) for one, taken in turns.items()}
@@ -169,7 +169,7 @@ def report(shape: str, args: argparse.Namespace) -> dict[str, Any]:
     """Measure one shape and print what was found."""
     config = shape_of(shape, args.prompt + args.new)
     found = contenders(args.precision, args.batch, with_static=args.static)
-    chosen = [one for one in found if is_chosen(one, args.only)]
+    chosen = [one for one in found if is_chosen(one, args.only, args.without)]
     prompt = random.Random(0).choices(range(config.vocab_size), k=args.prompt)
     with tempfile.TemporaryDirectory() as folder:
         write_random(Path(folder), config)
@@ -205,10 +205,11 @@ def report(shape: str, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def is_chosen(contender: Contender, only: list[str]) -> bool:
-    """Tell whether one of the texts has only words of its name; no text chooses all."""
+def is_chosen(contender: Contender, only: list[str], without: list[str]) -> bool:
+    """Tell whether all words of one of the texts are in its name, and no unwanted word is."""
     words = set(contender.name.split())
-    return not only or any(set(text.split()) <= words for text in only)
+    is_wanted = not only or any(set(text.split()) <= words for text in only)
+    return is_wanted and not words & set(without)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -223,6 +224,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--static", action="store_true", help="transformers' compiled step too")
     parser.add_argument("--only", nargs="+", default=[], help="words of contenders' names")
+    parser.add_argument("--without", nargs="+", default=[], help="words that none may have")
     parser.add_argument("--llama-cpp-python", default=sys.executable, help="a Python that has it")
     parser.add_argument("--gpt-fast", default="", help="a checkout of it")
     parser.add_argument("--json", type=Path)
