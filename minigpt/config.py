@@ -16,6 +16,7 @@ SCHEDULES = ("wsd", "cosine", "linear", "constant")
 OPTIMIZERS = ("muon", "adamw")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "float32", "bfloat16")
+ON_NANS = ("stop", "skip")
 OVERFLOWS = ("stop", "slide")
 QUANTIZATIONS = ("int8",)
 
@@ -200,9 +201,12 @@ class TrainingConfig:
     """How the weights are found: budget, optimizer, schedule, and when to look."""
 
     max_steps: int = 0
-    """Optimizer steps; 0 sets no limit, and then max_minutes must."""
+    """Optimizer steps; 0 sets no limit, and then max_minutes or max_epochs must."""
     max_minutes: float = 0.0
     """Minutes of training, evaluation left out; 0 sets no limit. The schedule ends with it."""
+    max_epochs: float = 0.0
+    """Passes over the training tokens, which become max_steps once there are tokens; 0 sets no
+    limit."""
     batch_size: int = 16
     """Sequences per optimizer step, over all ranks."""
     micro_batch_size: int = 0
@@ -233,6 +237,9 @@ class TrainingConfig:
     """AdamW's decay of the mean squared gradient."""
     grad_clip: float = 1.0
     """Largest global gradient norm; 0 does not clip."""
+    on_nan: str = "stop"
+    """What a loss or gradient that is no finite number does: stop ends the run; skip leaves that
+    step out, and ends the run after as many in a row as training/readings.py says."""
     schedule: str = "wsd"
     """wsd (warm-up, stable, decay), cosine, linear or constant."""
     warmup_fraction: float = 0.02
@@ -251,8 +258,9 @@ class TrainingConfig:
     """Steps between checkpoints, each with its validation loss; 0 saves only at the end."""
     keep: int = 2
     """Checkpoints kept besides best and latest."""
-    sample_every: int = 0
-    """Steps between printed samples; 0 prints none but a line at each evaluation on a terminal."""
+    sample_every: int | None = None
+    """Steps between printed samples; 0 prints none. Left out: a line of one at each evaluation,
+    where stderr is a terminal."""
     seed: int = 1337
     """Of the initial weights, the order of the data and dropout."""
     device: str = "auto"
@@ -280,20 +288,21 @@ class TrainingConfig:
         for name in (
             "max_steps",
             "max_minutes",
+            "max_epochs",
             "sequence_length",
             "context_warmup_length",
             "weight_decay",
             "grad_clip",
             "eval_every",
             "save_every",
-            "sample_every",
             "keep",
         ):
             _between(name, getattr(self, name), 0)
+        _between("sample_every", self.sample_every or 0, 0)
         _between("seed", self.seed, 0, 2**63 - 1)
         _require(
-            bool(self.max_steps or self.max_minutes),
-            "training needs an end: set max_steps or max_minutes.",
+            bool(self.max_steps or self.max_minutes or self.max_epochs),
+            "training needs an end: set max_steps, max_minutes or max_epochs.",
         )
         _require(
             self.batch_size % self.micro_batch_size == 0,
@@ -316,6 +325,7 @@ class TrainingConfig:
             _between(name, getattr(self, name), 0, 1)
         _choice("optimizer", self.optimizer, OPTIMIZERS)
         _choice("schedule", self.schedule, SCHEDULES)
+        _choice("on_nan", self.on_nan, ON_NANS)
         _choice("device", self.device, DEVICES)
         _choice("dtype", self.dtype, DTYPES)
 

@@ -79,7 +79,7 @@ def test_the_remedy_for_a_width_that_does_not_divide_is_a_config_that_works() ->
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"max_steps": 0}, "training needs an end: set max_steps or max_minutes."),
+        ({"max_steps": 0}, "training needs an end: set max_steps, max_minutes or max_epochs."),
         ({"max_steps": -1}, "max_steps must be at least 0: it is -1."),
         ({"max_minutes": math.inf}, "max_minutes must be a finite number: it is inf."),
         ({"max_minutes": math.nan}, "max_minutes must be at least 0: it is nan."),

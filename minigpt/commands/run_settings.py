@@ -28,6 +28,7 @@ _FIXED = (
     "training.sequence_length",
     "training.optimizer",
 )
+_LIMITS = {"max_steps": 0, "max_minutes": 0.0, "max_epochs": 0.0}
 
 
 def settings_of(overrides: dict[str, Any]) -> dict[str, Any]:
@@ -50,13 +51,10 @@ def settings_of(overrides: dict[str, Any]) -> dict[str, Any]:
 
 
 def one_budget(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Let one limit that the user gives replace the other one of the preset."""
-    steps, minutes = (given(overrides, "training", f"max_{unit}") for unit in ("steps", "minutes"))
-    if minutes is not None and steps is None:
-        return merge({"training": {"max_steps": 0}}, overrides)
-    if steps is not None and minutes is None:
-        return merge({"training": {"max_minutes": 0.0}}, overrides)
-    return dict(overrides)
+    """Let the limits that the user gives replace all those of the preset or the run."""
+    if all(given(overrides, "training", name) is None for name in _LIMITS):
+        return dict(overrides)
+    return merge({"training": _LIMITS}, overrides)
 
 
 def _fitting(preset: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,10 +30,12 @@ _FLAG_PLACES = {
     "lr": "training",
     "max_steps": "training",
     "max_minutes": "training",
+    "max_epochs": "training",
     "batch_size": "training",
     "seed": "training",
     "device": "training",
     "dtype": "training",
+    "on_nan": "training",
     "compile": "training",
     "shard": "training",
     "recompute": "training",
@@ -108,6 +110,14 @@ def train(
             "--resume", help="Go on with --name, or the newest run", rich_help_panel="Run"
         ),
     ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print the plan and train nothing", rich_help_panel="Run"),
+    ] = False,
+    json: Annotated[
+        bool,
+        typer.Option("--json", help="Print the plan as JSON", rich_help_panel="Run"),
+    ] = False,
     tokenizer: Annotated[
         str | None,
         options.option(
@@ -134,6 +144,12 @@ def train(
             "--max-minutes", float, "Minutes of training, in place of steps", group="Training"
         ),
     ] = None,
+    max_epochs: Annotated[
+        float | None,
+        options.number(
+            "--max-epochs", float, "Passes over the text, in place of steps", group="Training"
+        ),
+    ] = None,
     batch_size: Annotated[
         int | None, _number("--batch-size", int, "Sequences per step", "Training")
     ] = None,
@@ -145,6 +161,16 @@ def train(
     ] = None,
     device: Annotated[str | None, _choice("--device", DEVICES, "Training")] = None,
     dtype: Annotated[str | None, _choice("--dtype", DTYPES, "Training")] = None,
+    on_nan: Annotated[
+        str | None,
+        options.option(
+            "--on-nan",
+            "stop, or skip steps that give no number",
+            group="Training",
+            metavar="NAME",
+            default=_default("--on-nan"),
+        ),
+    ] = None,
     compile: Annotated[
         bool | None,
         typer.Option(
@@ -180,7 +206,13 @@ def train(
     ] = None,
     sample_every: Annotated[
         int | None,
-        _number("--sample-every", int, "Steps between long samples; 0 is off", "Reports"),
+        options.number(
+            "--sample-every",
+            int,
+            "Steps between samples; 0: none",
+            group="Reports",
+            default="a line at a terminal's evaluations",
+        ),
     ] = None,
     report_to: Annotated[
         str | None,
@@ -211,14 +243,19 @@ def train(
             "--from starts a run, and --resume goes on with one. Give one of them; a run that "
             "began with --from is resumed without it."
         )
+    if json and not dry_run:
+        raise ConfigError("--json is for --dry-run. A run's numbers are in its metrics.jsonl.")
     given = {"preset": preset, "from": from_, "data": {"paths": data} if data else None}
     overrides = _overrides(given, flags, config, set_ or [])
-    from minigpt.commands.training_run import run_training
+    from minigpt.commands.training_run import plan_training, run_training
     from minigpt.training.tensorboard import summary_writer
 
     if report_to == "tensorboard":
         summary_writer()  # before anything long begins
-    run_training(name, overrides, report_to, resume=resume)
+    if dry_run:
+        plan_training(name, overrides, resume=resume, is_json=json)
+    else:
+        run_training(name, overrides, report_to, resume=resume)
 
 
 def _overrides(

@@ -22,7 +22,7 @@ from minigpt.model.gpt import GPT
 from minigpt.text.building import PrepareProgress
 from minigpt.text.visible import printable
 from minigpt.training.curves import read_curves
-from minigpt.training.events import EvalEvent, Event, SampleEvent, StepEvent
+from minigpt.training.events import EvalEvent, Event, SampleEvent, SkipEvent, StepEvent
 from minigpt.training.trainer import Trainer
 
 _SAMPLE = SamplingConfig(max_new_tokens=200, temperature=0.8)
@@ -133,8 +133,9 @@ class TrainingDisplay:
     def _budget(self) -> str:
         assert self._trainer is not None
         config = self._trainer.config.training
+        epochs = f" ({_count(config.max_epochs, 'epoch')})" if config.max_epochs else ""
         limits = [
-            f"{config.max_steps} steps" if config.max_steps else "",
+            f"{config.max_steps} steps{epochs}" if config.max_steps else "",
             duration(60 * config.max_minutes) if config.max_minutes else "",
         ]
         return " or ".join(filter(None, limits))
@@ -157,6 +158,11 @@ class TrainingDisplay:
         match event:
             case StepEvent():
                 self._show_step(event)
+            case SkipEvent():
+                self._print(
+                    f"step {event.step:>6}  skipped: loss {event.train_loss:.4g}, gradient norm "
+                    f"{event.grad_norm:.4g}, lr {event.lr:.1e}  {event.n_skipped} so far"
+                )
             case EvalEvent():
                 self._evaluation = event
                 self.panel.val.add(event.step, event.val_loss)
@@ -206,8 +212,9 @@ class TrainingDisplay:
         """Show a line of what the model writes by now, where somebody may be watching."""
         trainer = self._trainer
         assert trainer is not None
-        # Shards are of no use to one rank alone; and who asked for samples gets those.
-        if not self.is_live or trainer.world.is_sharded or trainer.config.training.sample_every:
+        # Shards are of no use to one rank alone; and who said when there are samples gets those.
+        is_told = trainer.config.training.sample_every is not None
+        if not self.is_live or trainer.world.is_sharded or is_told:
             return
         text = " ".join(draw_sample(trainer.model, trainer, _GLIMPSE).split())
         line = Text(f"  | {printable(text)}", "dim", no_wrap=True)
@@ -261,8 +268,8 @@ def _numbers(event: StepEvent, evaluation: EvalEvent | None) -> dict[str, str]:
     return numbers | ({} if event.mfu is None else {"MFU": f"{event.mfu:.0%}"})
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+def _count(number: float, noun: str) -> str:
+    return f"{number:g} {noun}" if number == 1 else f"{number:g} {noun}s"
 
 
 def draw_sample(model: GPT, trainer: Trainer, config: SamplingConfig = _SAMPLE) -> str:
@@ -277,7 +284,6 @@ def draw_sample(model: GPT, trainer: Trainer, config: SamplingConfig = _SAMPLE) 
     try:
         text = "".join(item.text for item in stream_text(steps, tokenizer))
     except CheckpointError:  # logits that are no numbers; the weights are the run's own
-        lr = trainer.config.training.lr
-        raise trainer.diverged("a sample's logits are no finite numbers", lr) from None
+        raise trainer.sample_is_not_finite() from None
     model.train()
     return text

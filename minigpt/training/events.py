@@ -31,6 +31,24 @@ class StepEvent:
 
 
 @dataclass(frozen=True)
+class SkipEvent:
+    """The update of a step was left out, for its loss or gradient was no finite number."""
+
+    step: int
+    """Steps done, this one included: its batch does not come again."""
+    train_loss: float
+    """As of a StepEvent."""
+    lr: float
+    """Learning rate of the matrices."""
+    grad_norm: float
+    """As of a StepEvent."""
+    n_skipped: int
+    """Steps that the run has left out so far."""
+    elapsed_s: float
+    """Seconds of training so far."""
+
+
+@dataclass(frozen=True)
 class EvalEvent:
     """A pass over the validation text was made."""
 
@@ -66,4 +84,4 @@ class SampleEvent:
     """The model as it stands, whole."""
 
 
-Event = StepEvent | EvalEvent | SaveEvent | SampleEvent
+Event = StepEvent | SkipEvent | EvalEvent | SaveEvent | SampleEvent

@@ -1,6 +1,7 @@
 """Events -> metrics.jsonl: one JSON object a line, for plots and for programs."""
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -8,20 +9,20 @@ from pathlib import Path
 
 from minigpt.checkpoint.disk import resource_errors, write_atomically
 from minigpt.checkpoint.folder import METRICS_FILE
-from minigpt.training.events import EvalEvent, Event, SaveEvent, StepEvent
+from minigpt.training.events import EvalEvent, Event, SaveEvent, SkipEvent, StepEvent
 from minigpt.training.tensorboard import TENSORBOARD_FOLDER, TensorBoardLog
 
-_KINDS = {StepEvent: "step", EvalEvent: "eval", SaveEvent: "save"}
+_KINDS = {StepEvent: "step", SkipEvent: "skip", EvalEvent: "eval", SaveEvent: "save"}
 
 
 class MetricsLog:
     """Appends events to a file; a resumed run first drops the lines past where it resumes."""
 
-    def __init__(self, path: Path, *, from_step: int = 0) -> None:
-        """Open the log, keeping what it says of steps up to ``from_step``; 0 begins a new run."""
+    def __init__(self, path: Path, *, from_step: int | None = None) -> None:
+        """Open the log, keeping what it says of steps up to ``from_step``; None is a new run."""
         self.path = path
-        lines = self._lines() if from_step else []
-        kept = [line for line in lines if json.loads(line)["step"] <= from_step]
+        lines = self._lines() if from_step is not None else []
+        kept = [line for line in lines if json.loads(line)["step"] <= (from_step or 0)]
         write_atomically(path, "".join(kept).encode())
 
     def _lines(self) -> list[str]:
@@ -31,26 +32,34 @@ class MetricsLog:
         return [line for line in lines if line.endswith("}\n")]  # a kill can cut the last one
 
     def write(self, event: Event) -> None:
-        """Append one event; samples are not metrics and are left out."""
+        """Append one event; samples are not metrics and are left out.
+
+        A number that is not finite is null: JSON has no other word for it.
+        """
         kind = _KINDS.get(type(event))
         if kind is None:
             return
-        facts = {key: value for key, value in asdict(event).items() if key != "folder"}
+        facts = {key: _in_json(fact) for key, fact in asdict(event).items() if key != "folder"}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"event": kind, **facts}) + "\n")
 
 
+def _in_json(fact: object) -> object:
+    return None if isinstance(fact, float) and not math.isfinite(fact) else fact
+
+
 @contextmanager
 def logging_to(
-    run: Path, report_to: str | None, *, from_step: int
+    run: Path, report_to: str | None, *, from_step: int | None
 ) -> Iterator[Callable[[Event], None]]:
     """Yield what writes an event to a run's metrics.jsonl, and where else it is to be reported.
 
-    Args: report_to, tensorboard or none; None goes on with what the run did before.
+    Args: report_to, tensorboard or none; None goes on with what the run did before. from_step,
+        where a run is resumed; None begins one.
     Raises: ConfigError if TensorBoard is asked for and not installed; ResourceError.
     """
     board = run / TENSORBOARD_FOLDER
-    has_board = from_step > 0 and board.is_dir()
+    has_board = from_step is not None and board.is_dir()
     with ExitStack() as stack:
         with resource_errors(run):
             writes = [MetricsLog(run / METRICS_FILE, from_step=from_step).write]

@@ -1,8 +1,24 @@
 """The learning rate over a run: a pure function of how much of the budget is used."""
 
 import math
+from dataclasses import replace
 
-from minigpt.config import TrainingConfig
+from minigpt.config import RunConfig, TrainingConfig
+
+
+def with_max_steps(config: RunConfig, n_train_tokens: int) -> RunConfig:
+    """Return the config with ``max_epochs`` made into ``max_steps``: a whole number, rounded up.
+
+    An epoch is as many steps as it takes to see as many tokens as there are. Where both limits are
+    given, the one that ends first holds.
+    """
+    training = config.training
+    if not training.max_epochs:
+        return config
+    step_tokens = training.batch_size * config.sequence_length
+    max_steps = max(1, math.ceil(training.max_epochs * n_train_tokens / step_tokens))
+    max_steps = min(max_steps, training.max_steps or max_steps)
+    return replace(config, training=replace(training, max_steps=max_steps))
 
 
 def progress(config: TrainingConfig, step: int, elapsed_s: float) -> float:
@@ -11,6 +27,7 @@ def progress(config: TrainingConfig, step: int, elapsed_s: float) -> float:
     With a limit of steps alone it depends on nothing but the step. With a limit of minutes the
     learning rate reaches its end exactly when the time does, however fast the machine.
     """
+    assert config.max_steps or config.max_minutes, "with_max_steps has not been called"
     shares = [0.0]
     if config.max_steps:
         shares.append(step / config.max_steps)

@@ -39,6 +39,8 @@ class Progress:
     """Optimizer steps done."""
     elapsed_s: float = 0.0
     """Seconds of training steps; evaluation and saving are left out."""
+    n_skipped: int = 0
+    """Steps whose update was left out, as ``on_nan`` says."""
     corpus: str = ""
     """Fingerprint of the tokens that it is trained on."""
     computed_on: str = ""
@@ -92,21 +94,36 @@ def write_state(folder: Path, tensors: dict[str, Tensor], progress: Progress) ->
     (folder / _PROGRESS_FILE).write_text(json.dumps(asdict(progress), indent=2) + "\n")
 
 
+def read_progress(folder: Path) -> Progress:
+    """Return how far the run of the checkpoint in ``folder`` had come.
+
+    Raises: CheckpointError if that is missing or damaged.
+    """
+    path = folder / STATE_FOLDER
+    try:
+        values: Any = json.loads((path / _PROGRESS_FILE).read_text())
+        return build(Progress, values)
+    except (OSError, ValueError, ConfigError, AttributeError) as error:
+        raise _not_resumable(path, error) from None
+
+
+def _not_resumable(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{str(path)!r} cannot be resumed from: {error}. Resume from an older step, or start "
+        "a new run."
+    )
+
+
 def read_state(folder: Path, model: nn.Module, optimizers: list[Optimizer]) -> Progress:
     """Fill the optimizers from ``folder``/training_state and return how far the run had come.
 
     Raises: CheckpointError if it is missing, damaged, or of other optimizers or another model.
     """
-    path = folder / STATE_FOLDER
+    path, progress = folder / STATE_FOLDER, read_progress(folder)
     try:
         tensors = load_file(path / _OPTIMIZER_FILE)
-        values: Any = json.loads((path / _PROGRESS_FILE).read_text())
-        progress = build(Progress, values)
-    except (OSError, SafetensorError, ValueError, ConfigError, AttributeError) as error:
-        raise CheckpointError(
-            f"{str(path)!r} cannot be resumed from: {error}. Resume from an older step, or start "
-            "a new run."
-        ) from None
+    except (OSError, SafetensorError) as error:
+        raise _not_resumable(path, error) from None
     found: dict[str, dict[str, Tensor]] = {}
     for full_name, tensor in tensors.items():
         name, _, key = full_name.rpartition("/")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minigpt.errors import ConfigError
-from minigpt.training.events import EvalEvent, Event, SaveEvent, StepEvent
+from minigpt.training.events import EvalEvent, Event, SaveEvent, SkipEvent, StepEvent
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -33,13 +33,13 @@ def summary_writer() -> "type[SummaryWriter]":
 class TensorBoardLog:
     """Adds events to a run's scalars; a resumed run hides the points past where it resumes."""
 
-    def __init__(self, folder: Path, *, from_step: int = 0) -> None:
-        """Begin an event file that takes over after ``from_step``.
+    def __init__(self, folder: Path, *, from_step: int | None = None) -> None:
+        """Begin an event file that takes over after ``from_step``; None is a new run.
 
         Raises: ConfigError if TensorBoard is not installed.
         """
         # A reader of the folder drops what earlier files say of purge_step and later.
-        purge_step = from_step + 1 if from_step else 0
+        purge_step = 0 if from_step is None else from_step + 1
         self._writer = summary_writer()(str(folder), purge_step=purge_step, flush_secs=_FLUSH_S)
 
     def write(self, event: Event) -> None:
@@ -56,6 +56,8 @@ class TensorBoardLog:
                         "mfu": event.mfu,
                     },
                 )
+            case SkipEvent():
+                self._add(event.step, {"skipped_steps": event.n_skipped})
             case EvalEvent():
                 losses = {"loss/val": event.val_loss, "bits_per_byte/val": event.bits_per_byte}
                 self._add(event.step, losses)

@@ -17,15 +17,16 @@ from minigpt.checkpoint.model_folder import read_model, write_model
 from minigpt.config import RunConfig
 from minigpt.errors import CheckpointError, DataError, DivergedError
 from minigpt.evaluation import Evaluation, evaluate, windows_at_once
-from minigpt.model.cost import training_flops_per_token
-from minigpt.model.device import autocast, has_fast_bfloat16, peak_flops
+from minigpt.model.device import autocast, has_fast_bfloat16
 from minigpt.model.gpt import GPT
 from minigpt.text.batches import batch, require_length, validation_windows
 from minigpt.text.shards import PreparedData
-from minigpt.training.distributed import ALONE, World, accumulating, whole
-from minigpt.training.events import EvalEvent, Event, SampleEvent, SaveEvent, StepEvent
+from minigpt.training.distributed import ALONE, World, accumulating
+from minigpt.training.events import EvalEvent, Event, SampleEvent, SaveEvent, SkipEvent
 from minigpt.training.optim import make_optimizers
-from minigpt.training.schedule import lr_scale, progress
+from minigpt.training.readings import MOST_SKIPPED, Reading, Readings
+from minigpt.training.schedule import lr_scale, progress, with_max_steps
+from minigpt.training.speed import Stopwatch
 from minigpt.training.state import (
     Progress,
     computed_on,
@@ -33,6 +34,9 @@ from minigpt.training.state import (
     read_state,
     write_state,
 )
+
+HIGHEST_LOSS = 100
+"""A loss of so many times that of guessing is of a run that has diverged."""
 
 
 class Trainer:
@@ -61,13 +65,13 @@ class Trainer:
             CheckpointError if the checkpoint is damaged or of another model; ConfigError if the
             ranks cannot share the batch, or there are more of them than GPUs.
         """
-        self.config = config
         self.data = data
         self.folder = run
         self.world = world.on(device, shard=config.training.shard)
         self.device = self.world.device
         self.dtype = dtype
         self.train_tokens, self.val_tokens = data.tokens.split(config.data.val_fraction)
+        self.config = config = with_max_steps(config, len(self.train_tokens))
         for span in (self.train_tokens, self.val_tokens):
             require_length(span, config.sequence_length)
         self.micro_batch_size = world.micro_batch_size(
@@ -85,6 +89,8 @@ class Trainer:
         )
         self.step = 0
         self.elapsed_s = 0.0
+        self.n_skipped = 0
+        """Steps that were left out, as ``on_nan`` says."""
         self.computed_on = computed_on(self.world, dtype)
         self.moved_from: str | None = None
         """Where the checkpoint was computed, if that makes the bits from here on differ."""
@@ -93,7 +99,10 @@ class Trainer:
         forward: Any = torch.compile(self.model) if config.training.compile else self.model
         self._forward = self.world.averaging(forward)
         self._stop_is_requested = False
+        self._saved_step = self.step if resume_from else None
         self._last_evaluation: tuple[int, Evaluation] | None = None
+        self._readings = Readings(self.world)
+        self._last_reading: Reading | None = None
 
     def _make(self) -> GPT:
         model = GPT(self.config.model)
@@ -123,6 +132,7 @@ class Trainer:
                 "start a new run under another --name."
             )
         self.step, self.elapsed_s = state.step, state.elapsed_s
+        self.n_skipped = state.n_skipped
         if state.computed_on not in ("", self.computed_on):
             self.moved_from = state.computed_on
 
@@ -168,32 +178,37 @@ class Trainer:
     def run(self) -> Iterator[Event]:
         """Train until the budget is used or a stop is requested, then save.
 
-        Raises: DivergedError if loss or gradient leave the finite numbers.
+        Raises: DivergedError if loss or gradient leave the finite numbers, or the loss all reason.
         """
         config = self.config.training
         self.model.train()
-        timer = _Timer(self)
-        saved_step = self.step if self.step else None
-        if self.config.from_ and not self.step:
+        stopwatch = Stopwatch(self)
+        n_skipped_in_a_row = 0
+        if self.config.from_ and self._saved_step is None:
             yield self._evaluate()  # what it is before, so that one sees what training gained
         while self.progress < 1 and not self._must_stop():
-            report = self._take_step()
-            if self.step % config.log_every == 0 or self.progress >= 1:
-                yield timer.event(*report)
-            if _is_due(self.step, config.eval_every) and self.progress < 1:
+            if self.take_step():
+                n_skipped_in_a_row = 0
+            else:
+                n_skipped_in_a_row += 1
+                yield self._skipped(n_skipped_in_a_row)
+            is_last = self.progress >= 1
+            if not n_skipped_in_a_row and (is_last or _is_due(self.step, config.log_every)):
+                yield stopwatch.event(self._read())
+            if _is_due(self.step, config.eval_every) and not is_last:
                 yield self._evaluate()
-            if _is_due(self.step, config.save_every) and self.progress < 1:
+            if _is_due(self.step, config.save_every) and not is_last:
                 yield from self._evaluate_and_save()
-                saved_step = self.step
-            if _is_due(self.step, config.sample_every) or (
-                config.sample_every and self.progress >= 1
-            ):
+            if _is_due(self.step, config.sample_every) or (config.sample_every and is_last):
                 yield from self._sample()
-        if saved_step != self.step:
+        if self._saved_step != self.step:
             yield from self._evaluate_and_save()
 
-    def _take_step(self) -> tuple[Tensor, Tensor, float]:
-        """Take one optimizer step; return the loss, the gradient norm and the learning rate."""
+    def take_step(self) -> bool:
+        """Take one optimizer step on the next batch; tell if its update was made, and not skipped.
+
+        Raises: DivergedError as ``run``, where ``on_nan`` is skip.
+        """
         config = self.config.training
         started = time.perf_counter()
         scale = lr_scale(config, self.progress)
@@ -206,15 +221,50 @@ class Trainer:
         loss = self._accumulate_gradients()
         parameters = list(self.model.parameters())
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip or math.inf)
+        self._readings.add(self.step + 1, config.lr * scale, loss, norm)
+        is_taken = config.on_nan != "skip" or self._read().is_finite
         for optimizer in self.optimizers:
-            optimizer.step()
+            if is_taken:
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        if self.device.type == "cuda" and (self.step + 1) % config.log_every == 0:
+        if self.device.type == "cuda" and _is_due(self.step + 1, config.log_every):
             torch.cuda.synchronize()
         self.step += 1
         # One clock for all: the ranks must agree on which step is the last.
         self.elapsed_s = self.world.from_first(self.elapsed_s + time.perf_counter() - started)
-        return loss, norm, config.lr * scale
+        return is_taken
+
+    def _read(self) -> Reading:
+        """Return the numbers of the last step, when those of all before it are known to be good."""
+        self._check()
+        assert self._last_reading is not None
+        return self._last_reading
+
+    def _check(self) -> None:
+        config = self.config
+        highest = HIGHEST_LOSS * math.log(max(config.model.vocab_size, 3))
+        for reading in self._readings.read():
+            self._last_reading = reading
+            if not reading.is_finite and config.training.on_nan == "stop":
+                remedy = "Try a lower --lr, or --on-nan skip to leave such steps out."
+                raise self.diverged(str(reading), remedy)
+            if reading.is_finite and reading.loss > highest:
+                raise self.diverged(str(reading))
+
+    def _skipped(self, n_in_a_row: int) -> SkipEvent:
+        """Count a step that was left out; too many in a row are a diverged run."""
+        reading = self._read()
+        if n_in_a_row >= MOST_SKIPPED:
+            raise self.diverged(f"{reading}, and {n_in_a_row} steps in a row were skipped")
+        self.n_skipped += 1
+        return SkipEvent(
+            step=self.step,
+            train_loss=reading.loss,
+            lr=reading.lr,
+            grad_norm=reading.grad_norm,
+            n_skipped=self.n_skipped,
+            elapsed_s=self.elapsed_s,
+        )
 
     def _accumulate_gradients(self) -> Tensor:
         """Add up the gradients of this rank's part of a batch; return that part's mean loss."""
@@ -236,18 +286,21 @@ class Trainer:
         micro_batches = list(zip(inputs.split(size), targets.split(size), strict=True))
         for number, (micro_inputs, micro_targets) in enumerate(micro_batches, start=1):
             with accumulating(self._forward, is_last=number == len(micro_batches)):
-                with autocast(self.device, self.dtype):
-                    logits = self._forward(micro_inputs.to(self.device), recompute=config.recompute)
-                loss = F.cross_entropy(
-                    logits.float().flatten(0, 1), micro_targets.to(self.device).flatten()
-                )
-                loss = loss / len(micro_batches)
+                loss = self._loss(micro_inputs, micro_targets) / len(micro_batches)
                 loss.backward()
             total += loss.detach()
         return total
 
+    def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        # A function of its own, so that the logits are gone before the backward pass begins.
+        recompute = self.config.training.recompute
+        with autocast(self.device, self.dtype):
+            logits = self._forward(inputs.to(self.device), recompute=recompute)
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.to(self.device).flatten())
+
     def _evaluate(self) -> EvalEvent:
         config = self.config.training
+        self._check()  # what went wrong before is not to be met as a loss of this text
         started = time.perf_counter()
         length = self.config.sequence_length
         n_at_once = windows_at_once(self.config.model.vocab_size, length)
@@ -259,7 +312,7 @@ class Trainer:
             lambda part: evaluate(self.model, part, lengths, dtype=self.dtype), batches
         )
         if not math.isfinite(result.nats):
-            raise self.diverged(f"validation loss {result.nats_per_token}", self._lr)
+            raise self.diverged(self._facts(f"validation loss {result.nats_per_token:.4g}"))
         self._last_evaluation = self.step, result
         return EvalEvent(
             step=self.step,
@@ -280,12 +333,14 @@ class Trainer:
         if model is not None:
             yield self._save(model, moments, self._last_evaluation[1])
         self.world.wait()
+        self._saved_step = self.step
 
     def _save(self, model: GPT, moments: dict[str, Tensor], result: Evaluation) -> SaveEvent:
         facts = {"val_loss": result.nats_per_token, "bits_per_byte": result.bits_per_byte}
         state = Progress(
             step=self.step,
             elapsed_s=self.elapsed_s,
+            n_skipped=self.n_skipped,
             corpus=self.data.tokens.fingerprint,
             computed_on=self.computed_on,
         )
@@ -320,50 +375,22 @@ class Trainer:
             n_train_tokens=len(self.train_tokens),
         )
 
-    def diverged(self, facts: str, lr: float) -> DivergedError:
-        """Return the error that ends a run whose numbers are no longer finite."""
-        return DivergedError(
-            f"training diverged at step {self.step}: {facts}, lr {lr:.3g}. "
-            "The last checkpoint is kept. Try a lower --lr."
-        )
+    def diverged(self, facts: str, remedy: str = "Try a lower --lr.") -> DivergedError:
+        """Return the error that ends a run whose numbers are no longer finite, or beyond reason."""
+        saved = self.folder.steps()
+        kept = f"The checkpoint of step {saved[-1]} is kept." if saved else "Nothing was saved yet."
+        return DivergedError(f"training diverged {facts}. {kept} {remedy}")
+
+    def sample_is_not_finite(self) -> DivergedError:
+        """Return the error that ends a run whose model gives logits that are no numbers."""
+        return self.diverged(self._facts("a sample's logits are no finite numbers"))
+
+    def _facts(self, fact: str) -> str:
+        """Return what was seen at this step, with the numbers of the last update."""
+        last = self._last_reading
+        norm = f"gradient norm {last.grad_norm:.4g}, " if last else ""
+        return f"at step {self.step}: {fact}, {norm}lr {self._lr:.3g}"
 
 
-class _Timer:
-    """Turns steps into events with speeds measured between them."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
-        self.start = self.last = (trainer.step, trainer.elapsed_s, trainer.progress)
-        config = trainer.config
-        self.step_tokens = config.training.batch_size * config.sequence_length
-        peak = peak_flops(trainer.device, trainer.dtype)
-        self.peak_flops = peak * trainer.world.size if peak else None
-
-    def event(self, loss: Tensor, grad_norm: Tensor, lr: float) -> StepEvent:
-        trainer = self.trainer
-        train_loss, norm = trainer.world.mean(loss).item(), whole(grad_norm).item()
-        if not math.isfinite(train_loss) or not math.isfinite(norm):
-            raise trainer.diverged(f"loss {train_loss}, gradient norm {norm}", lr)
-        steps = trainer.step - self.last[0]
-        seconds = trainer.elapsed_s - self.last[1]
-        tokens_per_s = steps * self.step_tokens / seconds
-        used = trainer.progress - self.start[2]
-        rate = (trainer.elapsed_s - self.start[1]) / used if used else 0.0
-        self.last = (trainer.step, trainer.elapsed_s, trainer.progress)
-        model = replace(trainer.config.model, context_length=trainer.context_length)
-        flops_per_s = tokens_per_s * training_flops_per_token(model)
-        return StepEvent(
-            step=trainer.step,
-            progress=trainer.progress,
-            train_loss=train_loss,
-            lr=lr,
-            grad_norm=norm,
-            tokens_per_s=tokens_per_s,
-            mfu=flops_per_s / self.peak_flops if self.peak_flops else None,
-            elapsed_s=trainer.elapsed_s,
-            remaining_s=rate * (1 - trainer.progress),
-        )
-
-
-def _is_due(step: int, every: int) -> bool:
-    return bool(every) and step % every == 0
+def _is_due(step: int, every: int | None) -> bool:
+    return step % every == 0 if every else False

@@ -91,7 +91,7 @@ def test_sampling_values_out_of_range_are_refused(
         ("--batch-size 0", ["batch_size", "0"]),
         ("--batch-size 6 --set training.micro_batch_size=4", ["micro_batch_size", "4", "6"]),
         ("--lr 0", ["lr", "0.0"]),
-        ("--max-steps 0", ["max_steps or max_minutes"]),
+        ("--max-steps 0", ["max_steps, max_minutes or max_epochs"]),
         ("--max-minutes -1", ["max_minutes", "-1"]),
         ("--set model.n_layr=2", ["model.n_layr", "Did you mean n_layer?"]),
         ("--set modle.n_layer=2", ["modle", "Did you mean model?"]),

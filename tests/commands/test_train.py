@@ -1,6 +1,7 @@
 """minigpt train: what it says and writes, how it is stopped, and how it goes on."""
 
 import json
+import math
 import os
 import re
 import shlex
@@ -11,17 +12,19 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import Popen
+from typing import Any
 
 import pytest
 import torch
-from calls import TINY, Run
+from calls import TINY, Run, error_line
 
 from minigpt.checkpoint.folder import RunFolder
-from minigpt.commands import training_run
+from minigpt.commands import stopping
 from minigpt.commands.training_display import TrainingDisplay
 from minigpt.presets import PRESETS
 from minigpt.settings import read_toml
-from minigpt.training.events import Event, StepEvent
+from minigpt.training.events import EvalEvent, Event, StepEvent
+from minigpt.training.trainer import Trainer
 
 Start = Callable[..., "Popen[bytes]"]
 
@@ -196,7 +199,7 @@ def press_at(step: int, number: int, monkeypatch: pytest.MonkeyPatch, times: int
 
 
 def test_a_job_that_is_to_end_is_told_by_any_of_its_signals() -> None:
-    signals = training_run._ending_signals()
+    signals = stopping.ending_signals()
     assert {signal.SIGTERM, signal.SIGUSR1} <= set(signals)
 
 
@@ -205,7 +208,7 @@ def test_a_signal_saves_and_the_resumed_run_ends_as_if_there_had_been_none(
     run: Run, trained: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     number = signal.Signals[name]
-    monkeypatch.setattr(training_run, "_ending_signals", lambda: [number])  # even under nohup
+    monkeypatch.setattr(stopping, "ending_signals", lambda: [number])  # even under nohup
     with monkeypatch.context() as patch:
         press_at(2, number, patch)
         stopped = run("train", "corpus.txt", "--name", "a", *TINY)
@@ -227,6 +230,11 @@ def test_a_second_ctrl_c_stops_at_once_and_costs_no_checkpoint(
     assert result.code == 130
     assert RunFolder(Path("checkpoints/a")).steps() == [2]
     assert run("train", "--resume", "--name", "a").code == 0
+
+
+def metrics(name: str) -> list[dict[str, Any]]:
+    text = Path("checkpoints", name, "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def losses(name: str) -> list[float]:
@@ -307,3 +315,123 @@ def test_ctrl_c_on_a_real_process_saves_and_says_how_to_go_on(run: Run, start: S
     assert words[1:3] == ["-m", "minigpt"]  # as it was called
     assert run(*words[3:], "--max-steps", str(step + 1)).code == 0
     assert Path(f"checkpoints/a/step-{step + 1:06d}").is_dir()
+
+
+def plan_lines(out: str) -> dict[str, str]:
+    return {line[:19].strip(): line[19:].strip() for line in out.splitlines()}
+
+
+def test_a_dry_run_prints_the_plan_and_leaves_nothing(run: Run) -> None:
+    words = ["train", "corpus.txt", "--name", "a", *TINY, "--dry-run"]
+    result = run(*words)
+    assert (result.code, result.err) == (0, "")
+    assert not Path("checkpoints").exists()
+    assert all(len(line) <= 80 for line in result.out.splitlines())
+    facts = json.loads(run(*words, "--json").out)
+    assert not Path("checkpoints").exists()
+    assert run(*words[:-1]).code == 0
+    weights = Path("checkpoints/a/step-000004/model.safetensors").stat().st_size
+    assert 4 * facts["n_parameters"] == pytest.approx(weights, rel=0.2)  # and a header
+    assert (facts["max_steps"], facts["step_tokens"]) == (4, 2 * 64)
+    assert facts["n_train_tokens"] + facts["n_val_tokens"] == 2971
+    assert facts["memory"]["total"] > 16 * facts["n_parameters"] > 0
+    assert facts["peak_flops"] is facts["mfu"] is None
+    assert facts["training_s"] > 0
+    shown = plan_lines(result.out)
+    assert shown["parameters"].split()[0] == f"{facts['n_parameters']:,}"
+    assert shown["steps"].split()[:2] == ["4", "4"]
+    assert "MFU unknown" in shown["device"]
+
+
+def test_a_dry_run_of_a_resumed_run_plans_what_is_left(run: Run, trained: Path) -> None:
+    shutil.copytree(trained / "checkpoints", "checkpoints")
+    before = {path: path.stat().st_mtime_ns for path in Path("checkpoints").rglob("*")}
+    words = ["--resume", "--name", "tiny", "--max-steps", "10", "--dry-run", "--json"]
+    result = run("train", *words)
+    assert result.code == 0, result.err
+    facts = json.loads(result.out)
+    assert (facts["max_steps"], facts["n_steps_left"]) == (10, 6)
+    assert {path: path.stat().st_mtime_ns for path in Path("checkpoints").rglob("*")} == before
+
+
+def test_json_without_a_dry_run_is_refused(run: Run) -> None:
+    result = run("train", "corpus.txt", *TINY, "--json")
+    assert "--json is for --dry-run" in error_line(result)
+    assert result.code == 2
+
+
+def test_epochs_become_steps_and_are_taken_up_as_such(run: Run) -> None:
+    n_train = int(2971 * 0.9)
+    words = ["train", "corpus.txt", "--name", "a", *TINY[2:], "--max-epochs", "0.2"]
+    result = run(*words)
+    assert result.code == 0
+    n_steps = -(-n_train // 5 // 128)
+    assert f"{n_steps} steps (0.2 epochs)" in result.err
+    config = read_toml(Path("checkpoints/a/config.toml"))["training"]
+    assert (config["max_epochs"], config["max_steps"]) == (0.2, n_steps)
+    assert "nothing is left to do" in run("train", "--resume").err
+    assert run("train", "--resume", "--max-epochs", "0.3").code == 0
+    last = RunFolder(Path("checkpoints/a")).steps()[-1]
+    assert last == -(-n_train * 3 // 10 // 128)
+    assert run("train", "--resume", "--max-steps", str(last + 1)).code == 0
+    config = read_toml(Path("checkpoints/a/config.toml"))["training"]
+    assert (config["max_epochs"], config["max_steps"]) == (0, last + 1)
+
+
+def spoil_step(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the loss of a step be no number."""
+    loss = Trainer._loss
+
+    def spoilt(trainer: Trainer, *batch: torch.Tensor) -> torch.Tensor:
+        return loss(trainer, *batch) * (math.nan if trainer.step + 1 == step else 1)
+
+    monkeypatch.setattr(Trainer, "_loss", spoilt)
+
+
+def test_a_run_that_meets_a_nan_says_where_and_can_be_resumed_past_it(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil_step(3, monkeypatch)
+    words = ["--save-every", "1"]
+    result = run("train", "corpus.txt", "--name", "a", *TINY, *words)
+    assert result.code == 5
+    line = result.err.splitlines()[-1]
+    assert line.startswith("error: training diverged at step 3: loss nan, gradient norm nan, lr 0.")
+    assert "The checkpoint of step 2 is kept. Try a lower --lr, or --on-nan skip" in line
+    result = run("train", "--resume", "--name", "a", "--on-nan", "skip")
+    assert result.code == 0
+    assert re.search(r"\nstep +3  skipped: loss nan, .*  1 so far\n", result.err)
+    lines = metrics("a")
+    assert [line["step"] for line in lines if line["event"] == "skip"] == [3]
+    assert [line["step"] for line in lines if line["event"] == "step"] == [1, 2, 4]
+
+
+def test_a_model_that_no_machine_holds_is_refused_before_it_is_made(run: Run) -> None:
+    result = run("train", "no-such-text.txt", "--n-layer", "1000000000")
+    assert result.code == 6
+    line = error_line(result)
+    assert "training needs at least" in line
+    assert "Use a smaller model" in line
+    assert not Path("checkpoints").exists()
+
+
+def test_a_run_from_a_model_that_is_stopped_at_once_is_evaluated_once(
+    run: Run, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = str(trained / "checkpoints/tiny")
+    words = ["train", "corpus.txt", "--from", model, "--name", "a", "--max-steps", "2"]
+    words += ["--context-length", "32"]
+    show = TrainingDisplay.show
+    with monkeypatch.context() as patch:
+
+        def show_and_press(display: TrainingDisplay, event: Event) -> None:
+            show(display, event)
+            if event.step == 0 and isinstance(event, EvalEvent):
+                signal.raise_signal(signal.SIGTERM)
+
+        patch.setattr(TrainingDisplay, "show", show_and_press)
+        assert run(*words).code == 143
+    assert run("train", "--resume", "--name", "a").code == 0
+    lines = metrics("a")
+    kinds = [(line["event"], line["step"]) for line in lines]
+    assert kinds == [("eval", 0), ("save", 0), ("step", 1), ("step", 2), ("eval", 2), ("save", 2)]

@@ -4,9 +4,10 @@ import math
 from dataclasses import replace
 
 import pytest
+from small_runs import config_of
 
 from minigpt.config import TrainingConfig
-from minigpt.training.schedule import lr_scale, progress
+from minigpt.training.schedule import lr_scale, progress, with_max_steps
 
 BASE = TrainingConfig(
     max_steps=1000, warmup_fraction=0.1, decay_fraction=0.5, final_lr_fraction=0.2
@@ -86,3 +87,24 @@ def test_with_both_limits_what_ends_first_counts() -> None:
     config = TrainingConfig(max_steps=100, max_minutes=1)
     assert progress(config, 50, 6) == 0.5
     assert progress(config, 10, 45) == 0.75
+
+
+@pytest.mark.parametrize("epochs", [0.01, 0.5, 1, 2, 3.7])
+@pytest.mark.parametrize("n_tokens", [1000, 1024, 12_345])
+def test_an_epoch_is_as_many_steps_as_see_all_tokens_once(epochs: float, n_tokens: int) -> None:
+    config = config_of(max_steps=0, max_epochs=epochs, batch_size=4, context_warmup_length=4)
+    n_seen = n_steps = 0
+    while n_seen < epochs * n_tokens:
+        n_seen += 4 * 16
+        n_steps += 1
+    assert with_max_steps(config, n_tokens).training.max_steps == n_steps
+
+
+def test_of_steps_and_epochs_the_one_that_ends_first_holds() -> None:
+    for max_steps, expected in ((5, 5), (50, 16)):
+        config = config_of(max_steps=max_steps, max_epochs=1.0, batch_size=4)
+        resolved = with_max_steps(config, 1000)
+        assert resolved.training.max_steps == expected
+        assert with_max_steps(resolved, 1000) == resolved, "as it is resumed"
+    plain = config_of(max_steps=5)
+    assert with_max_steps(plain, 1000) is plain

@@ -15,7 +15,7 @@ from small_runs import bits, config_of, data_of, differing, run_until, text, tra
 from minigpt.checkpoint.folder import RunFolder
 from minigpt.checkpoint.model_folder import read_model
 from minigpt.config import DataConfig, SamplingConfig
-from minigpt.errors import ConfigError, DataError, DivergedError
+from minigpt.errors import ConfigError, DataError
 from minigpt.evaluation import evaluate
 from minigpt.generation.decoder import Decoder
 from minigpt.model.gpt import GPT
@@ -25,7 +25,6 @@ from minigpt.training import trainer as trainer_module
 from minigpt.training.distributed import World
 from minigpt.training.events import EvalEvent, SampleEvent, SaveEvent, StepEvent
 from minigpt.training.schedule import lr_scale
-from minigpt.training.trainer import Trainer
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.5])
@@ -267,67 +266,6 @@ def test_the_validation_loss_is_that_of_the_checkpoint_over_the_last_tenth(
         assert save.val_loss == pytest.approx(result.nats_per_token, rel=1e-5)
     evaluations = [event for event in events if isinstance(event, EvalEvent)]
     assert [event.n_tokens for event in evaluations] == [n_val - 1] * 2
-
-
-def spoil(trainer: Trainer, value: float) -> None:
-    with torch.no_grad():
-        trainer.model.blocks[0].mlp.up.weight[3, 4] = value
-
-
-def run_and_spoil(trainer: Trainer, *, after_step: int, value: float) -> None:
-    for event in trainer.run():
-        if isinstance(event, SaveEvent) and event.step == after_step:
-            spoil(trainer, value)
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_diverged_run_raises_and_leaves_the_last_finite_checkpoint(
-    value: float, data: PreparedData, tmp_path: Path
-) -> None:
-    trainer = trainer_of(config_of("llama", save_every=2), data, tmp_path)
-    with pytest.raises(DivergedError) as caught:
-        run_and_spoil(trainer, after_step=4, value=value)
-    message = str(caught.value)
-    assert message.startswith("training diverged at step 5: loss nan, gradient norm nan, lr 0.01.")
-    assert "Try a lower --lr." in message
-    latest, best = RunFolder(tmp_path).latest(), RunFolder(tmp_path).best()
-    assert latest is not None
-    assert best is not None
-    for pointer in (latest, best):
-        tensors = read_model(pointer.folder).model.state_dict().values()
-        assert all(tensor.isfinite().all() for tensor in tensors)
-    assert latest.step == 4
-
-
-@pytest.mark.parametrize("cadence", [{"save_every": 2}, {"eval_every": 1, "save_every": 3}])
-def test_nothing_that_diverged_between_two_log_lines_is_saved(
-    cadence: dict[str, int], data: PreparedData, tmp_path: Path
-) -> None:
-    config = config_of("llama", log_every=1000, max_steps=20, sample_every=1, **cadence)
-    trainer = trainer_of(config, data, tmp_path)
-    with pytest.raises(DivergedError, match=r"at step (4|5): validation loss nan, lr"):
-        run_and_spoil(trainer, after_step=cadence["save_every"], value=math.nan)
-    assert RunFolder(tmp_path).steps() == [cadence["save_every"]]
-
-
-def test_a_learning_rate_that_is_far_too_high_is_a_diverged_run(
-    data: PreparedData, tmp_path: Path
-) -> None:
-    config = config_of(
-        "gpt2", optimizer="adamw", lr=1e25, embedding_lr=1e25, warmup_fraction=0.0, max_steps=50
-    )
-    with pytest.raises(DivergedError):
-        list(trainer_of(config, data, tmp_path).run())
-    assert RunFolder(tmp_path).steps() == []
-
-
-def test_a_stop_of_a_diverged_run_saves_nothing(data: PreparedData, tmp_path: Path) -> None:
-    trainer = trainer_of(config_of(log_every=1000), data, tmp_path)
-    spoil(trainer, math.nan)
-    trainer.request_stop()
-    with pytest.raises(DivergedError):
-        list(trainer.run())
-    assert RunFolder(tmp_path).steps() == []
 
 
 def test_best_names_the_least_validation_loss_of_all_checkpoints(

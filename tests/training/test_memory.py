@@ -1,0 +1,115 @@
+"""The memory that a run is said to take, against what torch allocates when it runs."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_runs import config_of, trainer_of
+from torch.profiler import ProfilerActivity, profile
+
+from minigpt.errors import ResourceError
+from minigpt.text.shards import PreparedData
+from minigpt.training import memory
+from minigpt.training.memory import estimate_memory, optimizer_values, require_memory
+
+
+def allocated(call: Callable[[], Any]) -> tuple[int, int]:
+    """Return the most bytes that torch held during a call beyond what it held before, and after."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        kept = call()
+    assert profiled.profiler is not None
+    recorded = profiled.profiler.kineto_results.events()
+    events = [event for event in recorded if event.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    del kept
+    return most, now
+
+
+@pytest.mark.parametrize(
+    ("layout", "training"),
+    [
+        ("qwen3", {}),
+        pytest.param("gpt2", {"optimizer": "adamw", "micro_batch_size": 8}, marks=pytest.mark.slow),
+        pytest.param("llama", {"recompute": True}, marks=pytest.mark.slow),
+    ],
+)
+def test_the_estimate_is_what_a_run_allocates(
+    layout: str, training: dict[str, Any], data: PreparedData, tmp_path: Path
+) -> None:
+    config = config_of(layout, batch_size=64, max_steps=3, **training)
+    config = replace(config, model=replace(config.model, n_layer=4))
+    made = []
+    _, held = allocated(lambda: made.append(trainer_of(config, data, tmp_path)))
+    trainer = made[0]
+    _, moments = allocated(trainer.take_step)
+    step, _ = allocated(trainer.take_step)
+    estimate = estimate_memory(config, len(trainer.val_tokens), torch.float32)
+    assert estimate.weights == pytest.approx(held, rel=0.02)  # and tables of angles
+    assert estimate.optimizer == pytest.approx(moments, rel=0.02)  # and counters
+    assert estimate.total == pytest.approx(held + moments + step, rel=0.03)
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_is_larger_than_a_step_is_counted(
+    data: PreparedData, tmp_path: Path
+) -> None:
+    config = config_of("llama", batch_size=1, eval_tokens=10**6)
+    trainer = trainer_of(config, data, tmp_path)
+    evaluation, _ = allocated(trainer._evaluate)
+    step, _ = allocated(trainer.take_step)
+    assert evaluation > step
+    estimate = estimate_memory(config, len(trainer.val_tokens), torch.float32)
+    held = estimate.weights + estimate.optimizer
+    assert estimate.total == pytest.approx(held + evaluation, rel=0.1)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_the_numbers_that_optimizers_keep_are_those_that_they_make(
+    optimizer: str, data: PreparedData, tmp_path: Path
+) -> None:
+    config = config_of("gpt2-tied", optimizer=optimizer)
+    config = replace(config, model=replace(config.model, n_layer=3))
+    trainer = trainer_of(config, data, tmp_path)
+    trainer.take_step()
+    moments = [
+        tensor
+        for o in trainer.optimizers
+        for state in o.state.values()
+        for key, tensor in state.items()
+        if key != "step"
+    ]
+    assert optimizer_values(config) == sum(tensor.numel() for tensor in moments)
+
+
+@pytest.mark.parametrize(
+    ("model", "training", "remedy"),
+    [
+        ({"n_layer": 10**9}, {}, "a smaller model"),
+        ({"n_layer": 10**5, "d_model": 4096, "d_head": 0, "d_mlp": 0}, {}, "a smaller model"),
+        ({}, {"batch_size": 10**9}, "a smaller --batch-size or training.micro_batch_size"),
+    ],
+)
+def test_what_can_never_fit_is_refused_at_once(
+    model: dict[str, Any], training: dict[str, Any], remedy: str
+) -> None:
+    config = config_of("llama", **training)
+    config = replace(config, model=replace(config.model, **model))
+    with pytest.raises(ResourceError, match=remedy):
+        require_memory(config, torch.device("cpu"))
+
+
+def test_a_run_that_fits_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The least that it takes is less than what it takes, and not by far."""
+    config = config_of("llama", batch_size=64)
+    needed = estimate_memory(config, 1000, torch.float32).total
+    monkeypatch.setattr(memory, "machine_bytes", lambda device: needed)
+    require_memory(config, torch.device("cpu"))
+    require_memory(config_of("llama", batch_size=256), torch.device("cpu"), n_ranks=4)
+    with pytest.raises(ResourceError):
+        require_memory(config_of("llama", batch_size=640), torch.device("cpu"))
