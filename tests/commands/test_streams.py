@@ -165,6 +165,8 @@ def test_a_terminal_sees_a_line_of_what_the_model_writes_at_each_evaluation(
     assert len(drawn) == 4, "at step 3 and at the end, and the evaluations add none"
     run(*words)
     assert len(drawn) == 4, "and none in a pipe"
+    on_terminal(*words, "--sample-every", "0", cwd=workplace)
+    assert len(drawn) == 4, "nor where they are turned off"
 
 
 def test_watching_a_run_changes_none_of_its_bits(

@@ -5,6 +5,7 @@ Each rank leaves what it saw in FOLDER/RUN-RANK.json.
 """
 
 import json
+import math
 import os
 import socket
 import sys
@@ -23,7 +24,7 @@ from minigpt import evaluation
 from minigpt.text.shards import PreparedData, open_prepared
 from minigpt.training import trainer as trainer_module
 from minigpt.training.distributed import join
-from minigpt.training.events import EvalEvent, SaveEvent, StepEvent
+from minigpt.training.events import EvalEvent, SaveEvent, SkipEvent, StepEvent
 
 
 def live(run: dict[str, Any], rank: int, data: PreparedData, folder: Path) -> dict[str, Any]:
@@ -37,7 +38,7 @@ def live(run: dict[str, Any], rank: int, data: PreparedData, folder: Path) -> di
     config = config_of(run["layout"], dropout=run.get("dropout", 0.0), **run["training"])
     path = folder / run["folder"]
     trainer = trainer_of(config, data, path, resume=run.get("resume", False), world=world)
-    steps, evaluations, saves, masks = [], [], [], []
+    steps, skips, evaluations, saves, masks = [], [], [], [], []
     trainer.model.dropout.register_forward_hook(
         lambda module, inputs, output: (
             masks.append("".join(map(str, (output == 0).flatten().int().tolist())))
@@ -45,8 +46,16 @@ def live(run: dict[str, Any], rank: int, data: PreparedData, folder: Path) -> di
             else None
         )
     )
+    if run.get("spoilt", [None])[0] == rank:
+        loss_of = trainer._loss
+        steps_to_spoil = run["spoilt"][1:]
+        trainer._loss = lambda *batch: (  # type: ignore[method-assign]
+            loss_of(*batch) * (math.nan if trainer.step + 1 in steps_to_spoil else 1)
+        )
     for event in trainer.run():
         match event:
+            case SkipEvent():
+                skips.append([event.step, event.n_skipped])
             case StepEvent():
                 steps.append([event.step, event.train_loss, event.grad_norm, event.lr])
                 if run.get("stop") == [rank, event.step]:
@@ -58,6 +67,7 @@ def live(run: dict[str, Any], rank: int, data: PreparedData, folder: Path) -> di
     world.leave()
     return {
         "steps": steps,
+        "skips": skips,
         "evaluations": evaluations,
         "saves": saves,
         "masks": masks,

@@ -79,6 +79,9 @@ RUNS = [
     *parted("qwen3, 2 ranks in shards to 1", QWEN3, 2, 1, **SHARDED),
     *parted("qwen3, 1 rank to 2", QWEN3, 1, 2),
     *parted("qwen3, 1 rank to 2 in shards", QWEN3, 1, 2, **SHARDED),
+    run_of("skips, 2 ranks", QWEN3, 2, {"on_nan": "skip"}, spoilt=[1, 2, 5]),
+    run_of("skips, 2 ranks in shards", QWEN3, 2, SHARDED | {"on_nan": "skip"}, spoilt=[1, 2, 5]),
+    run_of("skips, 1 rank", QWEN3, 1, {"on_nan": "skip"}, spoilt=[0, 2, 5]),
     run_of("minutes", QWEN3, 2, {"max_steps": 0, "max_minutes": 0.1}, clock=[1.0, 2.5]),
 ]
 
@@ -214,6 +217,15 @@ def test_a_stop_that_one_rank_was_asked_for_stops_all_at_the_same_step(seen: See
         report = seen.by("dropout, 2 ranks to 2 stopped", rank)
         assert report["was_stopped"]
         assert [step for step, *_ in report["steps"]] == [1, 2]
+
+
+@pytest.mark.parametrize("kind", ["2 ranks", "2 ranks in shards"])
+def test_a_step_that_is_no_number_on_one_rank_is_skipped_by_all(kind: str, seen: Seen) -> None:
+    for rank in (0, 1):  # it was rank 1 that met it
+        report = seen.by(f"skips, {kind}", rank)
+        assert report["skips"] == [[2, 1], [5, 2]]
+        assert [step for step, *_ in report["steps"]] == [1, 3, 4, 6]
+    assert_same_course(seen, f"skips, {kind}", "skips, 1 rank")
 
 
 def test_ranks_whose_clocks_differ_agree_on_the_last_step(seen: Seen) -> None:
