@@ -95,8 +95,6 @@ def minigpt(contender: Contender, job: Job) -> Decode:
             n_rows=contender.n_rows,
             compiles=contender.is_compiled,
         )
-        if contender.is_compiled and "Compiled" not in type(decoder.forward).__name__:
-            raise UnavailableError("make_forward(compiles=True) is not compiled yet")
         steps = decoder.batch(sampling, seeds=range(contender.n_rows))
         return _drain((step.token for row, step in steps if row == 0), first)
 
@@ -112,12 +110,18 @@ def _traced(model: Any, sampling: Any, contender: Contender, job: Job) -> Decode
     from minigpt.trace.selection import select_heads
     from minigpt.trace.tracer import TraceStep, trace
 
-    options: dict[str, Any] = {"compiles": True} if contender.is_compiled else {}
-    options["selection"] = select_heads(model.config.n_layer, model.config.n_head)
+    selection = select_heads(model.config.n_layer, model.config.n_head)
 
     def decode(first: Callable[[], None]) -> list[int]:
         events = trace(
-            model, BYTES, job.prompt, sampling, seed=0, stop_at_end_of_text=False, **options
+            model,
+            BYTES,
+            job.prompt,
+            sampling,
+            selection=selection,
+            seed=0,
+            stop_at_end_of_text=False,
+            compiles=contender.is_compiled,
         )
         return _drain((e.token.id for e in events if isinstance(e, TraceStep)), first)
 
