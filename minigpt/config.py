@@ -184,8 +184,8 @@ class DataConfig:
     paths: tuple[str, ...] = ()
     """Files, folders, globs, names of corpora, or - for standard input; empty: the built-in one."""
     tokenizer: str = "bytes"
-    """bytes, bpe:N (trained on the corpus), gpt2, cl100k_base or o200k_base; with ``from``, the
-    name of the model's own."""
+    """bytes, bpe (trained on the corpus, its size by the corpus's), bpe:N (N tokens in all), gpt2,
+    cl100k_base or o200k_base; with ``from``, the name of the model's own."""
     val_fraction: float = 0.1
     """The last share of the tokens, in order, kept for validation."""
 

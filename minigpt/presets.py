@@ -29,7 +29,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "embedding_lr": 0.02,
             "momentum": 0.9,
         },
-        "data": {"tokenizer": "bytes"},
+        "data": {"tokenizer": "bpe"},
     },
     # About 10M parameters: for a GPU, or for a patient CPU.
     "mini": {
@@ -48,7 +48,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "embedding_lr": 0.02,
             "momentum": 0.9,
         },
-        "data": {"tokenizer": "bytes"},
+        "data": {"tokenizer": "bpe"},
     },
     # The shape of GPT-2's smallest, 124M parameters with its vocabulary. Its rates are not
     # measured: they go on from nano's and mini's, as one over the width.

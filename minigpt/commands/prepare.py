@@ -6,6 +6,7 @@ import typer
 
 from minigpt.commands import options
 from minigpt.errors import ConfigError
+from minigpt.presets import PRESETS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from minigpt.text.building import Work
     from minigpt.text.shard_files import Manifest
     from minigpt.text.tokenizer import Tokenizer
+
+_DEFAULT = PRESETS["nano"]["data"]["tokenizer"]
 
 
 def prepare(
@@ -37,10 +40,10 @@ def prepare(
         str | None,
         options.option(
             "--tokenizer",
-            "bytes, bpe:N, gpt2, cl100k_base, o200k_base",
+            "bytes, bpe, bpe:N, gpt2, cl100k_base, o200k_base",
             group="Run",
             metavar="NAME",
-            default="bytes",
+            default=_DEFAULT,
         ),
     ] = None,
     from_: Annotated[
@@ -79,7 +82,7 @@ def prepare(
     from minigpt.settings import build
     from minigpt.text.shards import prepare_folder
 
-    config = build(DataConfig, {"paths": data or [], "tokenizer": tokenizer or "bytes"})
+    config = build(DataConfig, {"paths": data or [], "tokenizer": tokenizer or _DEFAULT})
     folder = Path(out).expanduser()
     with ProgressLine("reading") as progress:
         prepared, work = prepare_folder(

@@ -122,7 +122,7 @@ def train(
         str | None,
         options.option(
             "--tokenizer",
-            "bytes, bpe:N, gpt2, cl100k_base, o200k_base",
+            "bytes, bpe, bpe:N, gpt2, cl100k_base, o200k_base",
             group="Model",
             metavar="NAME",
             default=_default("--tokenizer"),

@@ -105,7 +105,7 @@ class TrainingDisplay:
             self._print_fact("from", config.from_)
         self._print_fact(
             "text",
-            f"{manifest.n_tokens:,} tokens ({config.data.tokenizer}) of {manifest.n_bytes:,} "
+            f"{manifest.n_tokens:,} tokens ({manifest.tokenizer}) of {manifest.n_bytes:,} "
             f"bytes; the last {config.data.val_fraction:.0%} validate",
         )
         self._print_fact(
