@@ -20,7 +20,10 @@ class Forward(Protocol):
 
     config: ModelConfig
     device: torch.device
-    cache: KVCache
+
+    @property
+    def cache(self) -> KVCache:
+        """The keys and values of every position so far."""
 
     def feed(self, tokens: Tensor) -> Tensor:
         """Take the next tokens (B, T) of every row; return the logits (B, V), float32, after them.
@@ -43,11 +46,10 @@ class EagerForward:
 
     def __init__(self, model: GPT, *, capacity: int, recorder: Recorder | None = None) -> None:
         """Args: capacity, the positions that the cache has room for."""
-        weight = model.embedding.weight
         self.model, self.recorder = model, recorder
-        self.config, self.device = model.config, weight.device
+        self.config, self.device = model.config, model.device
         self.cache = KVCache(
-            model.config, capacity=capacity, device=weight.device, dtype=weight.dtype
+            model.config, capacity=capacity, device=model.device, dtype=model.dtype
         )
 
     @torch.inference_mode()
@@ -78,4 +80,12 @@ def make_forward(
     Args: capacity, the positions that the cache has room for; n_rows, the most rows that
         ``repeat`` will be asked for.
     """
+    if compiles:
+        from minigpt.generation.compiled import CompiledForward
+
+        return CompiledForward(model, capacity=capacity, n_rows=n_rows, recorder=recorder)
+    if model.device.type == "cpu" and not model.training:
+        from minigpt.generation.fused import FusedForward
+
+        return FusedForward(model, capacity=capacity, recorder=recorder)
     return EagerForward(model, capacity=capacity, recorder=recorder)

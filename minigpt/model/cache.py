@@ -3,7 +3,7 @@
 Shapes: L layers, B batch, G key/value heads, S positions, D head dim, T new positions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -42,12 +42,30 @@ class KVCache:
         Raises: ValueError if they do not fit.
         """
         end = self.length + k_BGTD.shape[2]
-        if end > self.capacity:
-            raise ValueError(f"the cache holds {self.capacity} positions; {end} were asked for")
+        self._check_room(end)
         keys_BGSD, values_BGSD = self.keys_LBGSD[layer], self.values_LBGSD[layer]
         keys_BGSD[:, :, self.length : end] = k_BGTD
         values_BGSD[:, :, self.length : end] = v_BGTD
         return keys_BGSD[:, :, :end], values_BGSD[:, :, :end]
+
+    def grown(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Yield for each layer where one more position goes, and views of all with it.
+
+        Returns: places of its key and its value, each (B, G, D), to be written to, and keys and
+            values, each (B, G, length + 1, D).
+        Raises: ValueError if it does not fit.
+        """
+        end = self.length + 1
+        self._check_room(end)
+        new = [
+            kind.select(3, self.length).unbind() for kind in (self.keys_LBGSD, self.values_LBGSD)
+        ]
+        all_ = [kind.narrow(3, 0, end).unbind() for kind in (self.keys_LBGSD, self.values_LBGSD)]
+        return zip(*new, *all_, strict=True)
+
+    def _check_room(self, end: int) -> None:
+        if end > self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} positions; {end} were asked for")
 
     def advance(self, n_positions: int) -> None:
         """Count the positions that every layer has now written."""

@@ -78,6 +78,8 @@ class GPT(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.final_norm = make_norm(config, config.d_model)
+        # None: the embedding the other way round
+        self.unembedding: nn.Module | None = None
         if not config.tie_embeddings:
             self.unembedding = nn.Linear(config.d_model, config.vocab_size, bias=False)
 
@@ -102,11 +104,26 @@ class GPT(nn.Module):
         model = cls.without_weights(config)
         model.load_state_dict(tensors, strict=True, assign=True)
         if config.family == "llama":
-            weight = model.embedding.weight
             model._make_rotary()
-            model.rotary_cos = model.rotary_cos.to(weight.device, weight.dtype)
-            model.rotary_sin = model.rotary_sin.to(weight.device, weight.dtype)
+            model.rotary_cos = model.rotary_cos.to(model.device, model.dtype)
+            model.rotary_sin = model.rotary_sin.to(model.device, model.dtype)
         return model
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self._norm_weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What activations are without autocast; quantized weights are of another one."""
+        return self._norm_weight.dtype
+
+    @property
+    def _norm_weight(self) -> Tensor:
+        weight = self.final_norm.weight
+        assert isinstance(weight, Tensor)
+        return weight
 
     def forward(
         self,
@@ -148,8 +165,10 @@ class GPT(nn.Module):
         if cache is not None:
             cache.advance(tokens.shape[1])
         x = self.final_norm(x[:, -logits_to_keep:])  # [-0:] is all of them
-        is_tied = self.config.tie_embeddings
-        return F.linear(x, self.embedding.weight if is_tied else self.unembedding.weight)
+        if self.unembedding is None:
+            return F.linear(x, self.embedding.weight)
+        logits: Tensor = self.unembedding(x)
+        return logits
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Draw initial weights in place.
