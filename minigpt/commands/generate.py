@@ -64,7 +64,7 @@ def generate(
 
     The options of sampling apply in this order: ignore-eos, the repetition penalty (of the prompt
     and what was generated), the presence and frequency penalties (of what was generated),
-    temperature, top-k, top-p, min-p. Of --logprobs, all are the model's own, before any of them.
+    temperature, top-k, top-p, min-p. The logprobs are the model's own, before all of them.
 
     Several samples are decoded together; sample i is the one that --seed SEED+i gives alone.
 

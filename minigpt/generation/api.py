@@ -6,7 +6,7 @@ from typing import Any
 
 from minigpt.checkpoint.folder import resolve_model
 from minigpt.checkpoint.model_folder import LoadedModel, read_model
-from minigpt.config import QUANTIZATIONS, SamplingConfig
+from minigpt.config import DEVICES, DTYPES, QUANTIZATIONS, SamplingConfig
 from minigpt.errors import CheckpointError, ConfigError, DataError, nearest
 from minigpt.generation.decoder import Decoder, fresh_seed, rows_at_once
 from minigpt.generation.stream import TextStep, stream_samples
@@ -70,8 +70,14 @@ def load(
     Raises: CheckpointError if it is damaged; ConfigError for a device that is not there or a
         quantization that is unknown or not available.
     """
-    if quantize is not None and quantize not in QUANTIZATIONS:
-        raise ConfigError(f"there is no quantize {quantize!r}. {nearest(quantize, QUANTIZATIONS)}")
+    for name, value, choices in (
+        ("device", device, DEVICES),
+        ("dtype", dtype, DTYPES),
+        ("quantize", quantize, (None, *QUANTIZATIONS)),
+    ):
+        if value not in choices:
+            known = [choice for choice in choices if choice]
+            raise ConfigError(f"there is no {name} {value!r}. {nearest(str(value), known)}")
     place = resolve_device(device)
     # A cached decoding step at batch 1 is bound by memory and, on a CPU, by calls: bfloat16 has to
     # be asked for there.

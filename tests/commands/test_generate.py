@@ -1,12 +1,13 @@
 """minigpt generate: what is on stdout, what is on stderr, and when it ends."""
 
 import json
+import math
 import re
 import signal
 from pathlib import Path
 
 import pytest
-from calls import Run
+from calls import Run, error_line
 
 from minigpt.commands import samples
 
@@ -96,6 +97,91 @@ def test_samples_are_told_apart_and_each_can_be_drawn_again(run: Run) -> None:
     assert both == ("-" * 20 + "\n").join(singles)
     lines = run(*words, "--seed", "5", "--num-samples", "2", "--json").out.splitlines()
     assert [json.loads(line)["text"] + "\n" for line in lines] == singles
+
+
+def test_many_samples_are_shown_whole_in_their_order(run: Run) -> None:
+    """They end at different places; each is as it is alone, streamed or not, in text and JSON."""
+    words = ["generate", "The", "--max-new-tokens", "40", "--temperature", "9", "--stop", "e"]
+    singles = [run(*words, "--seed", str(seed)).out for seed in range(5, 13)]
+    assert len({len(single) for single in singles}) > 4
+    words += ["--num-samples", "8", "--seed", "5"]
+    result = run(*words)
+    assert result.out == ("-" * 20 + "\n").join(singles)
+    assert run(*words, "--no-stream").out == result.out
+    assert re.findall(r"seed (\d+)", result.err) == [str(seed) for seed in range(5, 13)]
+    assert re.search(r"\n8 samples, \d+ tokens, [\d.e+]+ tok/s together\n$", result.err)
+    facts = [json.loads(line) for line in run(*words, "--json").out.splitlines()]
+    assert [f["text"] + "\n" for f in facts] == singles
+    assert [f["seed"] for f in facts] == list(range(5, 13))
+
+
+def test_the_most_probable_tokens_are_in_the_json_and_on_stderr(run: Run) -> None:
+    words = ["generate", "The", "--max-new-tokens", "6", "--seed", "3", "--logprobs", "2"]
+    result = run(*words)
+    facts = json.loads(run(*words, "--json").out)
+    assert result.out == facts["text"] + "\n"
+    assert len(facts["steps"]) == 6
+    lines = result.err.splitlines()
+    assert len(lines) == 7
+    for step, line in zip(facts["steps"], lines, strict=False):
+        values = [best["log_probability"] for best in step["best"]]
+        assert values == sorted(values, reverse=True)
+        assert step["log_probability"] <= values[0] + 1e-6
+        shares = re.findall(r"([\d.]+)%", line)
+        expected = [step["log_probability"], *values]
+        assert [float(share) for share in shares] == pytest.approx(
+            [100 * math.exp(value) for value in expected], abs=0.006
+        )
+    assert "steps" not in json.loads(run(*words[:-2], "--json").out)
+    greedy = json.loads(run(*words, "--temperature", "0", "--json").out)["steps"]
+    assert all(step["best"][0]["token"] == step["token"] for step in greedy)
+
+
+def test_a_window_that_slides_says_so(run: Run) -> None:
+    words = ["generate", "x" * 60, "--temperature", "0", "--overflow", "slide"]
+    result = run(*words, "--max-new-tokens", "50")
+    facts = json.loads(run(*words, "--json", "--max-new-tokens", "50").out)
+    assert (facts["n_tokens"], facts["finish_reason"]) == (50, "length")
+    # 65 tokens, of which 36 are kept; then 29 more.
+    assert (facts["n_slides"], facts["n_forgotten"]) == (2, 58)
+    assert "; the window slid 2 times, 58 tokens are forgotten" in result.err
+    short = json.loads(run(*words, "--json", "--max-new-tokens", "5").out)
+    assert (short["n_slides"], short["n_forgotten"]) == (0, 0)
+    assert facts["text"].startswith(short["text"])
+
+
+def test_the_end_of_the_text_is_drawn_unless_it_is_ignored(run: Run) -> None:
+    words = ["generate", "The", "--json", "--temperature", "99", "--num-samples", "40"]
+    words += ["--seed", "1", "--max-new-tokens", "60"]
+    free = [json.loads(line) for line in run(*words).out.splitlines()]
+    assert "end_of_text" in {f["finish_reason"] for f in free}
+    ignored = [json.loads(line) for line in run(*words, "--ignore-eos").out.splitlines()]
+    assert {f["finish_reason"] for f in ignored} == {"length"}
+    assert "<|endoftext|>" not in "".join(f["text"] for f in ignored)
+
+
+@pytest.mark.parametrize("command", ["generate", "attention-trace", "evaluate"])
+def test_threads_are_those_that_were_asked_for(
+    run: Run, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    words = ["corpus.txt"] if command == "evaluate" else ["x", "--max-new-tokens", "1"]
+    assert run(command, *words, "--threads", "1").code == 0
+    assert asked == [1]
+    assert run(command, *words).code == 0
+    assert asked == [1]
+    result = run(command, *words, "--threads", "0")
+    assert result.code == 2
+    assert "--threads must be at least 1: it is 0." in result.err
+
+
+def test_a_trace_refuses_a_window_that_slides(run: Run) -> None:
+    result = run("attention-trace", "x", "--overflow", "slide")
+    assert result.code == 2
+    assert "--overflow slide would encode again what was traced." in error_line(result)
 
 
 def interrupt_after(

@@ -1,0 +1,168 @@
+"""minigpt generate --interactive, its lines coming through a pipe or typed on a terminal."""
+
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from calls import ROOT, Run, error_line
+
+from minigpt.commands import samples
+
+WORDS = ["generate", "--interactive", "--temperature", "0", "--max-new-tokens", "5"]
+
+
+@pytest.fixture(autouse=True)
+def at_trained(trained: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work where the tiny run is; generate writes nothing."""
+    monkeypatch.chdir(trained)
+
+
+def answer(run: Run, said: str) -> str:
+    """Return what generate gives for all that was said so far."""
+    result = run("generate", "-", *WORDS[2:], "--json", stdin=said.encode())
+    return str(json.loads(result.out)["text"])
+
+
+def test_each_line_goes_on_from_all_that_was_said(run: Run) -> None:
+    first = answer(run, "The king")
+    second = answer(run, f"The king{first} said")
+    third = answer(run, f"The king{first} said{second}")
+    fourth = answer(run, f"The king{first} said{second}{third}a\nb\\c ")
+    result = run(*WORDS, stdin=b"The king\n said\n\na\\\nb\\c ")
+    assert result.code == 0
+    assert result.out == f"{first}\n{second}\n{third}\n{fourth}\n"
+    assert result.err.count("5 tokens, ") == 4
+    assert "> " not in result.err, "nobody types into a pipe"
+
+
+def test_a_prompt_that_is_given_comes_first_and_a_document_may_begin_with_nothing(run: Run) -> None:
+    first = answer(run, "The king")
+    given = run(*WORDS, "The king", stdin=b" said\n")
+    assert given.out == f"{first}\n{answer(run, f'The king{first} said')}\n"
+    assert run(*WORDS, "The king").out == f"{first}\n"
+    nothing = json.loads(run("generate", *WORDS[2:], "--json").out)["text"]
+    assert run(*WORDS, stdin=b"\n").out == f"{nothing}\n"
+    assert run(*WORDS).out == ""
+
+
+def test_json_is_an_object_an_answer_each_with_a_seed_of_its_own(run: Run) -> None:
+    result = run(*WORDS, "--json", "--seed", "7", stdin=b"The\nking\n")
+    facts = [json.loads(line) for line in result.out.splitlines()]
+    assert [f["seed"] for f in facts] == [7, 8]
+    assert [f["prompt"] for f in facts] == ["The", "king"]
+    assert [f["n_prompt_tokens"] for f in facts] == [3, 3 + 5 + 4]
+
+
+def test_a_full_window_is_said_and_ends_it(run: Run) -> None:
+    result = run(*WORDS, stdin=b"x" * 62 + b"\nmore\n")
+    assert result.code == 0
+    assert result.out.count("\n") == 1
+    assert "3 tokens" in result.err
+    assert "the context window is full" in result.err
+    assert "--overflow slide" in result.err
+
+
+def test_a_line_that_does_not_fit_is_said_and_a_shorter_one_goes_on(run: Run) -> None:
+    first = answer(run, "The")
+    result = run(*WORDS, stdin=b"x" * 65 + b"\nThe\n" + b"y" * 60 + b"\n king\n")
+    assert result.out == f"{first}\n{answer(run, f'The{first} king')}\n"
+    assert "the prompt has 65 tokens, the model sees 64" in result.err
+    assert "the context window is full: 68 tokens were said, the model sees 64" in result.err
+
+
+def test_a_window_that_slides_goes_on_for_ever(run: Run) -> None:
+    words = [*WORDS, "--overflow", "slide", "--json"]
+    result = run(*words, stdin=b"The king\n" * 15 + b"z" * 100 + b"\n")
+    facts = [json.loads(line) for line in result.out.splitlines()]
+    assert [f["n_tokens"] for f in facts] == [5] * 16
+    assert facts[-1]["n_slides"] >= 4
+    n_said = 15 * (8 + 5) + 100
+    # Four tokens and half a window of 64 are what is left of it.
+    assert facts[-1]["n_forgotten"] == n_said - 36
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = answer(run, "The king")
+    write, written = samples.write_result, []
+
+    def write_and_press(text: str) -> None:
+        write(text)
+        written.append(text)
+        if len(written) == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(samples, "write_result", write_and_press)
+        result = run(*WORDS, stdin=b"The king\n said\n")
+    assert result.code == 0
+    second = answer(run, f"The king{first[:3]} said")
+    assert result.out == f"{first[:3]}\n{second}\n"
+    assert "3 tokens" in result.err
+    assert "; interrupted" in result.err
+
+
+def test_what_cannot_go_together_is_refused(run: Run) -> None:
+    for words in (["--num-samples", "2"], ["-"]):
+        result = run(*WORDS, *words)
+        assert result.code == 2
+        assert "--interactive" in error_line(result)
+
+
+def test_a_line_that_is_no_text_is_an_error(run: Run) -> None:
+    result = run(*WORDS, stdin=b"\xff\n")
+    assert result.code == 3
+    assert "a line on standard input is not UTF-8 text" in error_line(result)
+
+
+def read_until(descriptor: int, ending: bytes) -> bytes:
+    data, end = b"", time.monotonic() + 60
+    while not data.endswith(ending):
+        ready, _, _ = select.select([descriptor], [], [], max(0.0, end - time.monotonic()))
+        assert ready, data
+        data += os.read(descriptor, 1024)
+    return data
+
+
+def test_a_terminal_shows_where_to_type_on_stderr_alone(trained: Path, run: Run) -> None:
+    first = answer(run, "The king")
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-m", "minigpt", *WORDS],
+        cwd=trained,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TERM": "dumb"},
+        stdin=theirs,
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        start_new_session=True,
+        preexec_fn=own_terminal,
+    ) as process:
+        assert process.stdout is not None
+        os.close(theirs)
+        read_until(ours, b"> ")
+        os.write(ours, b"abc\x03")  # Ctrl-C: begin the line anew
+        read_until(ours, b"Ctrl-D ends\r\n> ")
+        os.write(ours, b"The king\n")
+        shown = read_until(ours, b"> ")
+        os.write(ours, b"\x04")  # Ctrl-D
+        out = process.stdout.read().decode()
+    os.close(ours)
+    assert process.returncode == 0
+    assert out == f"{first}\n"
+    assert b"5 tokens" in shown
+
+
+def own_terminal() -> None:
+    """Make of stdin the terminal whose Ctrl-C reaches this process."""
+    import fcntl
+    import termios
+
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
