@@ -44,7 +44,9 @@ def load_step(step: DecodeStep, *, cache_dtype: torch.dtype, is_batch: bool) -> 
     Raises: ConfigError if there is no C++ compiler that works; ResourceError if the cache folder
         cannot be used.
     """
-    tensors = dict(step.named_parameters(remove_duplicate=False)) | dict(step.named_buffers())
+    # Tied tensors go by one of their names, and we do not choose which.
+    tensors = dict(step.named_parameters(remove_duplicate=False))
+    tensors |= dict(step.named_buffers(remove_duplicate=False))
     key = _key(step, tensors, cache_dtype, is_batch=is_batch)
     inputs, free = _example(step, cache_dtype, is_batch=is_batch)
     path = package(key, lambda path: _compile(step, inputs, free, path))

@@ -21,6 +21,7 @@ from minigpt.generation.compiled import CompiledForward
 from minigpt.generation.decode_step import DecodeStep
 from minigpt.generation.decoder import Decoder
 from minigpt.model.gpt import GPT
+from minigpt.model.quantized import quantize_int8
 from minigpt.text.cache import CACHE_VARIABLE
 from minigpt.trace.recorder import Reduce, RowRecorder
 from minigpt.trace.selection import select_heads
@@ -86,6 +87,18 @@ def test_logits_are_those_of_a_full_float32_forward_at_every_position(
             assert logits.dtype == torch.float32
             assert_close(logits, fed(plain, tokens[:, :end]), dtype)
     assert forward.cache.length == 24
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("layout", ["gpt2", "llama-grouped"])
+def test_int8_weights_are_multiplied_as_the_quantized_model_does(layout: str) -> None:
+    model = small_model(layout)
+    quantize_int8(model)
+    tokens = random_tokens(1, 12)
+    forward = CompiledForward(model, capacity=24)
+    forward.feed(tokens[:, :3])
+    for end in range(4, 13):
+        assert_close(forward.feed(tokens[:, end - 1 : end]), fed(model, tokens[:, :end]))
 
 
 @pytest.mark.usefixtures("way")
