@@ -45,14 +45,15 @@ def load_step(step: DecodeStep, *, cache_dtype: torch.dtype, is_batch: bool) -> 
         cannot be used.
     """
     # Tied tensors go by one of their names, and we do not choose which.
-    tensors = dict(step.named_parameters(remove_duplicate=False))
-    tensors |= dict(step.named_buffers(remove_duplicate=False))
+    tensors: dict[str, Tensor] = dict(step.named_buffers(remove_duplicate=False))
+    tensors.update(step.named_parameters(remove_duplicate=False))
     key = _key(step, tensors, cache_dtype, is_batch=is_batch)
     inputs, free = _example(step, cache_dtype, is_batch=is_batch)
     path = package(key, lambda path: _compile(step, inputs, free, path))
     # torch._inductor.aoti_load_package is this and an import of the compiler.
     loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)
     names = loader.get_constant_fqns()
+    assert tensors.keys() >= set(names), "a weight is laid out for another way to decode"
     weights = {name: tensors[name].detach() for name in names}
     loader.load_constants(weights, False, True, True)  # check that all are there; do not copy them
 
