@@ -9,7 +9,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 _TINY = """
 --tokenizer bytes --max-steps 4 --context-length 64 --batch-size 2
---n-layer 2 --n-head 2 --d-model 16 --set model.d_mlp=16 --set training.eval_tokens=256 --set training.log_every=1
+--n-layer 2 --n-head 2 --d-model 16 --set model.d_mlp=16
+--set training.eval_tokens=256 --set training.log_every=1
 """
 TINY = _TINY.split()
 """Options of a run that takes a moment."""
