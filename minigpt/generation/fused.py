@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minigpt.generation.forward import EagerForward
 from minigpt.generation.products import make_product
 from minigpt.model.attention import Attention, Recorder
 from minigpt.model.cache import KVCache
@@ -23,7 +24,7 @@ Norm = Callable[[Tensor], Tensor]
 
 
 class FusedForward:
-    """Decodes one token a row in few calls; more through GPT.forward, into the same cache.
+    """Decodes one token a row in few calls; more through EagerForward, into the same cache.
 
     A recorder is shown buffers that the next layer writes over: it must keep no view of them.
     """
@@ -31,10 +32,8 @@ class FusedForward:
     def __init__(self, model: GPT, *, capacity: int, recorder: Recorder | None = None) -> None:
         """Args: capacity, the positions that the cache has room for."""
         self.model, self.recorder = model, recorder
-        self.config, self.device = model.config, model.device
-        self.cache = KVCache(
-            model.config, capacity=capacity, device=model.device, dtype=model.dtype
-        )
+        self._eager = EagerForward(model, capacity=capacity, recorder=recorder)
+        self.config, self.device = self._eager.config, self._eager.device
         with torch.no_grad():
             blocks = [block for block in model.blocks if isinstance(block, Block)]
             self._final_norm = _make_norm(model.final_norm)
@@ -42,6 +41,11 @@ class FusedForward:
             self._turn = _Turn(model, blocks) if model.config.family == "llama" else None
             self._layers = [_Layer(block) for block in blocks]
         self._bind(1)
+
+    @property
+    def cache(self) -> KVCache:
+        """The keys and values of every position so far."""
+        return self._eager.cache
 
     def _bind(self, n_rows: int) -> None:
         """Make the buffers of so many rows."""
@@ -53,8 +57,7 @@ class FusedForward:
     @torch.inference_mode()
     def feed(self, tokens: Tensor) -> Tensor:
         if tokens.shape[1] > 1:
-            logits = self.model(tokens, self.cache, self.recorder, logits_to_keep=1)
-            return logits[:, -1].float()
+            return self._eager.feed(tokens)
         length = self.cache.length
         if length == self.config.context_length:
             raise ValueError(f"the model sees {length} positions; {length + 1} were given")
@@ -122,16 +125,16 @@ class _Layer:
         self.down = make_product([mlp.down])
         self.activation = mlp.activation
         self._d_hidden = mlp.down.in_features * (2 if self.is_gated else 1)
-        self._hidden = torch.empty(0)
+        self._hidden = self._gate = self._factor = torch.empty(0)
 
     def add_mlp(self, x: Tensor) -> None:
         """Add to x (B, C) what the MLP makes of it."""
         if len(self._hidden) != len(x):
             self._hidden = x.new_empty(len(x), self._d_hidden)
+            self._gate, self._factor = self._hidden.chunk(2, dim=1)
         self.up.into(self.mlp_norm(x), self._hidden)
         if self.is_gated:
-            gate, up = self._hidden.chunk(2, dim=1)
-            self.down.onto(self.activation(gate).mul_(up), x)
+            self.down.onto(self.activation(self._gate).mul_(self._factor), x)
         else:
             self.down.onto(self.activation(self._hidden), x)
 
@@ -214,5 +217,5 @@ def _make_norm(norm: nn.Module) -> Norm:
 
 def _inverse_rms(x: Tensor, eps: Tensor) -> Tensor:
     """Return 1 / sqrt(mean(x^2) + eps) over the last axis, which stays, in float32."""
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    length = torch.linalg.vector_norm(x.float(), dim=-1, keepdim=True)
     return torch.addcmul(eps, length, length, value=1 / x.shape[-1]).rsqrt_()

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minigpt.model.quantized import Int8Linear
+from minigpt.model.quantized import Int8Linear, joint_table
 from minigpt.model.tables import FEW_ROWS, Table, has_tables
 
 
@@ -32,26 +33,24 @@ def make_product(layers: Sequence[nn.Module]) -> Product:
     Args: layers, all nn.Linear or all Int8Linear; or one nn.Embedding, to be multiplied by from the
         other side.
     """
-    linears = [layer for layer in layers if isinstance(layer, nn.Linear)]
-    if not linears:
-        quantized = [layer for layer in layers if isinstance(layer, Int8Linear)]
-        return Int8Product(quantized) if quantized else _unembedding(layers[0].weight)
-    weights = [linear.weight for linear in linears]
-    biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
-    bias = torch.cat(biases) if biases else None
-    if _wants_table(weights[0]):
-        return TableProduct(weights, bias)
+    bias = _joined([getattr(layer, "bias", None) for layer in layers])
+    quantized = [layer for layer in layers if isinstance(layer, Int8Linear)]
+    if quantized:
+        if not has_tables(quantized[0].scale.device):
+            return ModuleProduct(quantized)
+        scale = _joined([layer.scale for layer in quantized])
+        return TableProduct(joint_table(quantized), quantized, scale, bias)
+    weights = [layer.weight for layer in layers if isinstance(layer.weight, Tensor)]
+    if weights[0].dtype == torch.bfloat16 and has_tables(weights[0].device):
+        return TableProduct(Table(torch.cat(weights)), layers, bias_O=bias)
+    if isinstance(layers[0], nn.Embedding):  # its rows are looked up, too: they stay
+        return MatrixProduct(weights[0].detach().t())
     return MatrixProduct(side_by_side(weights), bias)
 
 
-def _unembedding(weight: Tensor | nn.Module) -> Product:
-    assert isinstance(weight, Tensor)
-    # Its rows are looked up, too: they stay as they are.
-    return TableProduct([weight]) if _wants_table(weight) else MatrixProduct(weight.detach().t())
-
-
-def _wants_table(weight: Tensor) -> bool:
-    return weight.dtype == torch.bfloat16 and has_tables(weight.device)
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    there = [part.detach() for part in parts if part is not None]
+    return torch.cat(there) if there else None
 
 
 class MatrixProduct:
@@ -108,50 +107,65 @@ def _as_they_lie(weights: Sequence[Tensor]) -> Tensor | None:
 
 
 class TableProduct:
-    """A bfloat16 table, for CPUs that have instructions for bfloat16 and those that have none.
+    """A table of bfloat16, whether or not the CPU has instructions for it, or of int8.
 
-    It is a second copy of the weights, for the matmul of many rows needs the first: together as
-    much memory as float32 takes.
+    A bfloat16 table is a second copy of the weights, for the matmul of many rows needs the first:
+    together as much memory as float32 takes. Int8 layers have moved into theirs.
     """
 
-    def __init__(self, weights: Sequence[Tensor], bias_O: Tensor | None = None) -> None:
-        self.weights, self.bias_O = [weight.detach() for weight in weights], bias_O
-        self.table = Table(torch.cat(self.weights))
+    def __init__(
+        self,
+        table: Table,
+        layers: Sequence[nn.Module],
+        scale_O: Tensor | None = None,
+        bias_O: Tensor | None = None,
+    ) -> None:
+        self.table, self.scale_O, self.bias_O = table, scale_O, bias_O
+        self._many_rows = ModuleProduct(layers)
 
     def into(self, x_BI: Tensor, out_BO: Tensor) -> None:
-        if self.bias_O is None:
-            out_BO.copy_(self._product(x_BI))
+        if len(x_BI) > FEW_ROWS:
+            self._many_rows.into(x_BI, out_BO)
+            return
+        product = self.table.product(x_BI)
+        if self.scale_O is not None and self.bias_O is not None:
+            torch.addcmul(self.bias_O, product, self.scale_O, out=out_BO)
+        elif self.scale_O is not None:
+            torch.mul(product, self.scale_O, out=out_BO)
+        elif self.bias_O is not None:
+            torch.add(product, self.bias_O, out=out_BO)
         else:
-            torch.add(self._product(x_BI), self.bias_O, out=out_BO)
+            out_BO.copy_(product)
 
     def onto(self, x_BI: Tensor, out_BO: Tensor) -> None:
-        out_BO.add_(self._product(x_BI))
+        if len(x_BI) > FEW_ROWS:
+            self._many_rows.onto(x_BI, out_BO)
+            return
+        product = self.table.product(x_BI)
+        if self.scale_O is not None:
+            out_BO.addcmul_(product, self.scale_O)
+        else:
+            out_BO.add_(product)
         if self.bias_O is not None:
             out_BO.add_(self.bias_O)
 
-    def _product(self, x_BI: Tensor) -> Tensor:
-        if len(x_BI) <= FEW_ROWS:
-            return self.table.product(x_BI)
-        return torch.cat([x_BI @ weight.t() for weight in self.weights], dim=1)
 
+class ModuleProduct:
+    """What the layers themselves compute."""
 
-class Int8Product:
-    """Int8 layers, each a table of its own where there are tables: there is no second copy."""
-
-    def __init__(self, layers: Sequence[Int8Linear]) -> None:
-        self.layers = layers
-        self.sizes = [layer.out_features for layer in layers]
-        for layer in layers:
-            if has_tables(layer.scale.device):
-                layer.use_table()
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self._layers = layers
 
     def into(self, x_BI: Tensor, out_BO: Tensor) -> None:
-        if len(self.layers) == 1:
-            out_BO.copy_(self.layers[0](x_BI))
-            return
-        for layer, part in zip(self.layers, out_BO.split(self.sizes, dim=1), strict=True):
-            part.copy_(layer(x_BI))
+        torch.cat([_applied(layer, x_BI) for layer in self._layers], dim=1, out=out_BO)
 
     def onto(self, x_BI: Tensor, out_BO: Tensor) -> None:
-        for layer, part in zip(self.layers, out_BO.split(self.sizes, dim=1), strict=True):
-            part.add_(layer(x_BI))
+        for layer in self._layers:  # there is one
+            out_BO.add_(_applied(layer, x_BI))
+
+
+def _applied(layer: nn.Module, x_BI: Tensor) -> Tensor:
+    if isinstance(layer, nn.Embedding):
+        return F.linear(x_BI, layer.weight)
+    product: Tensor = layer(x_BI)
+    return product

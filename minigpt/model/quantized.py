@@ -5,6 +5,8 @@ Only weights are rounded, never activations (LLM.int8 and others round both, and
 Shapes: I inputs, O outputs.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,36 +25,60 @@ class Int8Linear(nn.Module):
         """Args: weight (O, I), int8; scale (O,), in the dtype of the activations."""
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.table: Table | None = None
-        """The weight as ``use_table`` has laid it out."""
         self._weight: Tensor | None
         self.scale: Tensor
         self.register_buffer("_weight", weight)
         self.register_buffer("scale", scale)
         self.bias = bias
+        self._table: Table | None = None
+        self._start = 0
 
     @property
     def weight(self) -> Tensor:
-        """(O, I), int8."""
-        if self.table is not None:
-            return self.table.weight()
+        """(O, I), int8; a copy after ``move_into``."""
+        if self._table is not None:
+            return self._table.weight(self._start, self._start + self.out_features)
         assert self._weight is not None
         return self._weight
 
-    def use_table(self) -> Table:
-        """Lay the weight out for few rows, instead of as it was: there are never two of it."""
-        if self.table is None:
-            self.table = Table(self.weight)
-            self._weight = None
-        return self.table
+    def rows(self, outputs: Tensor) -> Tensor:
+        """Return the weight's rows of these outputs, scaled: (..., I)."""
+        if self._table is None:
+            rows = self.weight[outputs]
+        else:
+            rows = self._table.rows(self._start + outputs)
+        return rows.to(self.scale.dtype) * self.scale[outputs].unsqueeze(-1)
+
+    def move_into(self, table: Table, start: int) -> None:
+        """Let go of the weight, which is in a table from this output on."""
+        self._table, self._start, self._weight = table, start, None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.table is not None and x[..., 0].numel() <= FEW_ROWS:
-            product = self.table.product(x.flatten(0, -2)).unflatten(0, x.shape[:-1]).to(x.dtype)
+        if self._table is None:
+            # bfloat16 has the 8 bits, too: the conversion is exact.
+            product = F.linear(x, self.weight.to(x.dtype))
         else:
-            product = F.linear(x, self.weight.to(x.dtype))  # exact: bfloat16 has 8 bits, too
+            product = self._from_table(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
         product = product * self.scale
         return product if self.bias is None else product + self.bias
+
+    def _from_table(self, x_BI: Tensor) -> Tensor:
+        assert self._table is not None
+        if len(x_BI) <= FEW_ROWS and self.out_features == self._table.n_outputs:
+            return self._table.product(x_BI).to(x_BI.dtype)
+        return self._table.matmul(x_BI, self._start, self._start + self.out_features)
+
+
+def joint_table(layers: Sequence[Int8Linear]) -> Table:
+    """Move layers of the same inputs into one table, if they are in none, and return it."""
+    table = layers[0]._table
+    if table is None:
+        table = Table(torch.cat([layer.weight for layer in layers]))
+        start = 0
+        for layer in layers:
+            layer.move_into(table, start)
+            start += layer.out_features
+    return table
 
 
 class Int8Embedding(nn.Module):
@@ -73,9 +99,7 @@ class Int8Embedding(nn.Module):
         return self.linear.scale
 
     def forward(self, tokens: Tensor) -> Tensor:
-        table = self.linear.table
-        rows = self.linear.weight[tokens] if table is None else table.rows(tokens)
-        return rows.to(self.scale.dtype) * self.scale[tokens].unsqueeze(-1)
+        return self.linear.rows(tokens)
 
 
 @torch.no_grad()

@@ -36,6 +36,7 @@ class Table:
         self.n_outputs, self.n_inputs = weight_OI.shape
         self.dtype = weight_OI.dtype
         self._n_blocks, self._width = blocks(self.n_outputs, torch.get_num_threads())
+        self._is_padded = self._n_blocks * self._width > self.n_outputs
         padded = F.pad(weight_OI, (0, 0, 0, self._n_blocks * self._width - self.n_outputs))
         table_NIW = padded.unflatten(0, (self._n_blocks, self._width)).mT
         if self.dtype == torch.int8:
@@ -44,11 +45,15 @@ class Table:
             # + 128 in two's complement is the highest bit turned over.
             table_NIW = torch.cat((table_NIW.view(torch.uint8) ^ _ZERO, tail), dim=2)
         self._table = table_NIW.reshape(self._n_blocks * self.n_inputs, -1)
-        self._bags: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self._bags: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
 
-    def weight(self) -> Tensor:
-        """Return the matrix again: (O, I), a copy."""
-        return self._as_given(self._blocks().mT.reshape(-1, self.n_inputs)[: self.n_outputs])
+    def weight(self, start: int = 0, end: int | None = None) -> Tensor:
+        """Return the matrix again, or its rows from start to end: (O, I), a copy."""
+        end = self.n_outputs if end is None else end
+        first = start // self._width
+        stored_NIW = self._blocks()[first : -(-end // self._width)]
+        stored_OI = stored_NIW.mT.reshape(-1, self.n_inputs)
+        return self._as_given(stored_OI[start - first * self._width :][: end - start])
 
     def rows(self, outputs: Tensor) -> Tensor:
         """Return the matrix's rows of these outputs: (..., I)."""
@@ -61,13 +66,23 @@ class Table:
     def _as_given(self, stored: Tensor) -> Tensor:
         return (stored ^ _ZERO).view(torch.int8) if self.dtype == torch.int8 else stored
 
+    def matmul(self, x_BI: Tensor, start: int, end: int) -> Tensor:
+        """Return x W^T, (B, end - start), of the outputs from start to end, for many rows."""
+        first = start // self._width
+        table_NIW = self._blocks()[first : -(-end // self._width)].to(x_BI.dtype)
+        if self.dtype == torch.int8:
+            table_NIW -= _ZERO
+        product_NBW = torch.matmul(x_BI, table_NIW)
+        product = product_NBW.transpose(0, 1).flatten(1)
+        return product[:, start - first * self._width :][:, : end - start]
+
     def product(self, x_BI: Tensor) -> Tensor:
-        """Return x W^T, (B, O): of int8 float32, else as the table is."""
+        """Return x W^T, (B, O), for few rows: of int8 float32, else as the table is."""
         n_rows = len(x_BI)
         if n_rows not in self._bags:
             self._bags[n_rows] = self._make_bags(n_rows)
-        places, starts, factors_NBI = self._bags[n_rows]
-        factors = factors_NBI.copy_(x_BI).view(-1)
+        places, starts, factors_NBI, factors = self._bags[n_rows]
+        factors_NBI.copy_(x_BI)
         if self.dtype == torch.int8:
             sums = torch.ops.quantized.embedding_bag_byte_rowwise_offsets.default(
                 self._table, places, starts, False, 0, False, factors
@@ -76,20 +91,16 @@ class Table:
             sums = torch.embedding_bag(self._table, places, starts, False, 0, False, factors)[0]
         if n_rows > 1:  # (N B, W)
             sums = sums.unflatten(0, (-1, n_rows)).transpose(0, 1)
-        return sums.reshape(n_rows, -1)[:, : self.n_outputs]
+        sums = sums.reshape(n_rows, -1)
+        return sums[:, : self.n_outputs] if self._is_padded else sums
 
-    def _make_bags(self, n_rows: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return each bag's rows, where each bag starts, and a buffer for the factors."""
+    def _make_bags(self, n_rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return each bag's rows, where each bag starts, and a buffer for the factors, twice."""
         places = torch.arange(len(self._table), dtype=torch.int32).view(-1, 1, self.n_inputs)
         starts = torch.arange(self._n_blocks * n_rows, dtype=torch.int32) * self.n_inputs
-        is_int8 = self.dtype == torch.int8
-        factors_NBI = torch.empty(
-            self._n_blocks,
-            n_rows,
-            self.n_inputs,
-            dtype=torch.float32 if is_int8 else self.dtype,
-        )
-        return places.expand(-1, n_rows, -1).flatten(), starts, factors_NBI
+        dtype = torch.float32 if self.dtype == torch.int8 else self.dtype
+        factors_NBI = torch.empty(self._n_blocks, n_rows, self.n_inputs, dtype=dtype)
+        return places.expand(-1, n_rows, -1).flatten(), starts, factors_NBI, factors_NBI.view(-1)
 
 
 def blocks(n_outputs: int, n_threads: int) -> tuple[int, int]:

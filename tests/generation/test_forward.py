@@ -1,0 +1,238 @@
+"""Every fast way computes what the plain float32 GPT.forward does."""
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from small_models import LAYOUTS, random_tokens, small_model
+from torch import Tensor, nn
+
+from minigpt.config import SamplingConfig
+from minigpt.generation.decoder import Decoder
+from minigpt.generation.forward import EagerForward, make_forward
+from minigpt.generation.fused import FusedForward
+from minigpt.model.gpt import GPT
+from minigpt.model.quantized import quantize_int8
+
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in LAYOUTS} | {
+    "qwen2": ("llama", {"attention_bias": "qkv", "n_kv_head": 2}),
+    "llama-biased": ("llama", {"attention_bias": "all", "mlp_bias": True, "d_head": 6}),
+    "qwen3-biased": ("qwen3", {"attention_bias": "all", "n_kv_head": 4, "tie_embeddings": True}),
+}
+KINDS = ["float32", "bfloat16", "int8", "int8-bfloat16"]
+# Of the logits' size, summed over the vocabulary. float32 sums in another order; bfloat16 rounds
+# each activation to 1 part in 256, some tens of times.
+TOLERANCE = {"float32": 2e-5, "bfloat16": 0.06, "int8": 2e-5, "int8-bfloat16": 0.06}
+CHUNKS = [5, 1, 1, 1, 4, 1, 1, 2, 1, 1, 1, 1, 1, 1, 1, 1]
+
+
+def pair(kind: str, shape: str = "qwen3", *, frozen: bool = False) -> tuple[GPT, GPT]:
+    """A model, and in float32 the one that has the same weights once they are rounded."""
+    layout, changes = SHAPES[shape]
+    model = small_model(layout, **changes).requires_grad_(not frozen)
+    if "bfloat16" in kind:
+        model = model.to(torch.bfloat16)
+    plain = copy.deepcopy(model).float()
+    if "int8" in kind:
+        quantize_int8(model)
+        put_rounded(model, plain)
+    return model, plain
+
+
+@torch.no_grad()
+def put_rounded(model: GPT, plain: GPT) -> None:
+    modules = dict(model.named_modules())
+    for name, module in plain.named_modules():
+        if isinstance(module, nn.Linear) or name == "embedding":
+            rounded: Any = modules[name]
+            module.weight.copy_(rounded.weight.float() * rounded.scale.float()[:, None])
+
+
+def assert_near(logits: Tensor, expected: Tensor, kind: str) -> None:
+    assert logits.dtype == torch.float32
+    assert logits.shape == expected.shape
+    off = (logits - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert off.max() < TOLERANCE[kind]
+
+
+@torch.no_grad()
+def plain_logits(model: GPT, tokens: Tensor) -> Tensor:
+    return model(tokens)[:, -1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_fused_logits_are_those_of_a_plain_float32_forward_at_every_position(
+    shape: str, kind: str
+) -> None:
+    model, plain = pair(kind, shape)
+    tokens = random_tokens(1, 24)
+    fused = make_forward(model, capacity=24)
+    assert isinstance(fused, FusedForward)
+    for part in tokens.split(CHUNKS, dim=1):
+        logits = fused.feed(part)
+        assert_near(logits, plain_logits(plain, tokens[:, : fused.cache.length]), kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", ["gpt2", "qwen3", "llama-grouped"])
+@pytest.mark.parametrize("n_rows", [2, 6])
+def test_rows_go_on_as_each_would_alone(n_rows: int, shape: str, kind: str) -> None:
+    model, plain = pair(kind, shape)
+    fused = FusedForward(model, capacity=24)
+    rows = random_tokens(1, 5).expand(n_rows, -1)
+
+    def feed(n_new: int) -> None:
+        nonlocal rows
+        new = random_tokens(len(rows), n_new, seed=rows.shape[1])
+        rows = torch.cat((rows, new), dim=1)
+        assert_near(fused.feed(new), plain_logits(plain, rows), kind)
+
+    fused.feed(rows[:1])
+    fused.repeat(n_rows)
+    for n_new in (1, 1, 3, 1):
+        feed(n_new)
+    kept = [n_rows - 1, 0]
+    fused.keep(kept)
+    rows = rows[kept]
+    feed(1)
+    fused.truncate(6)
+    rows = rows[:, :6]
+    feed(1)
+    feed(1)
+    fused.keep([1])
+    rows = rows[[1]]
+    feed(1)
+    fused.truncate(0)
+    rows = rows[:, :0]
+    feed(1)
+    feed(1)
+
+
+class Copies:
+    """Keeps what every layer shows."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[Tensor, ...]] = []
+
+    def record(self, layer: int, *tensors: Tensor) -> None:
+        self.seen.append(tuple(tensor.clone() for tensor in tensors))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_recorder_sees_what_a_plain_forward_shows_and_changes_no_bit(
+    shape: str, kind: str
+) -> None:
+    model, plain = pair(kind, shape)
+    tokens = random_tokens(1, 12)
+    recorder, expected = Copies(), Copies()
+    watched = FusedForward(model, capacity=12, recorder=recorder)
+    alone = FusedForward(model, capacity=12)
+    reference = EagerForward(plain, capacity=12, recorder=expected)
+    for part in tokens.split([7, 1, 1, 1, 1, 1], dim=1):
+        assert torch.equal(watched.feed(part), alone.feed(part))
+        reference.feed(part)
+    assert len(recorder.seen) == len(expected.seen) == 2 * 6
+    for shown, wanted in zip(recorder.seen, expected.seen, strict=True):
+        for ours, theirs in zip(shown, wanted, strict=True):
+            assert ours.shape == theirs.shape
+            assert (ours.float() - theirs).norm() < TOLERANCE[kind] * theirs.norm()
+
+
+def storages(model: GPT) -> int:
+    """Bytes that the parameters hold on to."""
+    kept = {
+        p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()
+    }
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("shape", ["gpt2", "llama", "qwen2"])
+def test_frozen_weights_lie_once_in_memory_as_the_step_reads_them(shape: str) -> None:
+    model, plain = pair("float32", shape, frozen=True)
+    before, values = storages(model), copy.deepcopy(model.state_dict())
+    first = FusedForward(model, capacity=24)
+    second = FusedForward(model, capacity=24)
+    assert storages(model) == before
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, values[name])
+    for mine, other in zip(first._layers, second._layers, strict=True):
+        for name in ("qkv", "output", "up", "down"):
+            product = getattr(mine, name)
+            address = product.weight_IO.data_ptr()
+            assert address == getattr(other, name).weight_IO.data_ptr()
+            assert address in {parameter.data_ptr() for parameter in model.parameters()}
+    tokens = random_tokens(2, 9)
+    torch.testing.assert_close(plain_logits(model, tokens), plain_logits(plain, tokens))
+
+
+def test_weights_that_may_be_trained_stay_where_they_are() -> None:
+    model, _ = pair("float32", "llama")
+    places = {name: (p.data_ptr(), p.stride()) for name, p in model.named_parameters()}
+    FusedForward(model, capacity=24)
+    assert places == {name: (p.data_ptr(), p.stride()) for name, p in model.named_parameters()}
+
+
+def test_a_model_with_dropout_on_goes_through_its_own_forward() -> None:
+    assert isinstance(make_forward(small_model().train(), capacity=8), EagerForward)
+
+
+def test_a_full_context_and_a_full_cache_take_no_more() -> None:
+    model = small_model("llama-grouped")
+    fused = FusedForward(model, capacity=6)
+    fused.feed(random_tokens(1, 6))
+    with pytest.raises(ValueError, match="the cache holds 6 positions; 7 were asked for"):
+        fused.feed(random_tokens(1, 1))
+    assert fused.cache.length == 6
+    fused = FusedForward(model, capacity=30)
+    fused.feed(random_tokens(1, 24))
+    with pytest.raises(ValueError, match="the model sees 24 positions; 25 were given"):
+        fused.feed(random_tokens(1, 1))
+
+
+GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 208}
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 208,
+}
+
+
+@pytest.mark.parametrize("settings", [GPT2, LLAMA], ids=["gpt2", "llama"])
+def test_200_greedy_tokens_are_those_that_transformers_generates(
+    settings: dict[str, Any], tmp_path: Any
+) -> None:
+    from minigpt.checkpoint.model_folder import read_model
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its imports
+        transformers = pytest.importorskip("transformers", reason="compares with Hugging Face's")
+        config = transformers.AutoConfig.for_model(
+            **settings, vocab_size=61, bos_token_id=None, eos_token_id=None
+        )
+        theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():  # no bias at zero, no norm at one
+            for parameter in theirs.parameters():
+                parameter.normal_(std=0.3, generator=generator)
+        theirs.save_pretrained(tmp_path)
+        prompt = random_tokens(1, 8)
+        expected = theirs.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=200,
+            do_sample=False,
+            pad_token_id=0,
+        )[0, 8:].tolist()
+    assert len(set(expected)) > 10  # no loop of a few tokens, which any model could fall into
+    decoder = Decoder(read_model(tmp_path).model, prompt[0].tolist())
+    assert isinstance(decoder.forward, FusedForward)
+    sampling = SamplingConfig(temperature=0.0, max_new_tokens=200)
+    assert [step.token for step in decoder.generate(sampling, seed=0)] == expected

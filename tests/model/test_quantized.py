@@ -1,0 +1,131 @@
+"""Int8 weights: what they are, what they cost, and where there are none."""
+
+import copy
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_models import LAYOUTS, random_tokens, small_model
+from torch import nn
+
+from minigpt.checkpoint.model_folder import read_model
+from minigpt.errors import ConfigError
+from minigpt.evaluation import evaluate
+from minigpt.generation.fused import FusedForward
+from minigpt.model.gpt import GPT
+from minigpt.model.quantized import Int8Embedding, Int8Linear, quantize_int8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_weight_is_rounded_to_the_nearest_of_its_outputs_255_steps(
+    layout: str, dtype: torch.dtype
+) -> None:
+    model = small_model(layout).to(dtype)
+    before = {name: module for name, module in model.named_modules() if hasattr(module, "weight")}
+    quantize_int8(model)
+    linears = dict(model.named_modules())
+    assert not any(
+        isinstance(module, (nn.Linear, nn.Embedding)) and name != "positions"
+        for name, module in linears.items()
+    )
+    for name, module in before.items():
+        if not isinstance(module, nn.Linear) and name != "embedding":
+            continue
+        rounded = linears[name]
+        assert isinstance(rounded, (Int8Linear, Int8Embedding))
+        weight, scale = module.weight.float(), rounded.scale.float()
+        assert isinstance(weight, torch.Tensor)
+        for output in range(len(weight)):
+            largest = max(abs(w) for w in weight[output].tolist())
+            assert math.isclose(float(scale[output]), largest / 127, rel_tol=2**-8)
+            assert int(rounded.weight[output].abs().max()) == 127
+        off = (rounded.weight.float() * scale[:, None] - weight).abs()
+        # half a step; the largest weight a little more where the scale is bfloat16
+        assert (off <= scale[:, None] * (0.501 if dtype == torch.float32 else 1)).all()
+
+
+@torch.no_grad()
+def test_an_int8_layer_computes_with_its_rounded_weight() -> None:
+    linear = nn.Linear(40, 24)
+    weight = torch.randint(-127, 128, (24, 40), dtype=torch.int8)
+    scale = torch.rand(24) / 100
+    layer = Int8Linear(weight, scale, linear.bias)
+    linear.weight.copy_(weight.float() * scale[:, None])
+    x = torch.randn(3, 5, 40)
+    torch.testing.assert_close(layer(x), linear(x))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
+def test_a_quantized_model_is_the_same_after_decoding_has_moved_its_weights(layout: str) -> None:
+    model = small_model(layout)
+    quantize_int8(model)
+    before = copy.deepcopy(model)
+    FusedForward(model, capacity=24)
+    tokens = random_tokens(2, 20)
+    torch.testing.assert_close(model(tokens), before(tokens), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model(tokens[:, :1]), before(tokens[:, :1]), rtol=1e-4, atol=1e-4)
+    for (name, moved), kept in zip(model.named_modules(), before.modules(), strict=True):
+        if isinstance(moved, (Int8Linear, Int8Embedding)):
+            assert isinstance(kept, (Int8Linear, Int8Embedding))
+            assert torch.equal(moved.weight, kept.weight), name
+
+
+def n_bytes(model: GPT) -> int:
+    """Bytes of all tensors that the model holds, tables among them, each storage once."""
+    seen: dict[int, int] = {}
+    for module in model.modules():
+        tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        table = getattr(module, "_table", None)
+        if table is not None:
+            tensors.append(table._table)
+        for tensor in tensors:
+            seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return sum(seen.values())
+
+
+@pytest.mark.parametrize("layout", ["gpt2-tied", "llama"])
+def test_quantized_weights_take_about_a_quarter_of_the_memory(layout: str) -> None:
+    model = small_model(layout, d_model=256, vocab_size=512, context_length=8)
+    before = n_bytes(model)
+    quantize_int8(model)
+    assert n_bytes(model) < 0.28 * before
+    FusedForward(model, capacity=8)
+    assert n_bytes(model) < 0.32 * before  # 8 bytes more a row of a table
+
+
+def bits_per_byte(model: GPT, text: bytes) -> float:
+    """Of a byte-level reading; the tokens mean something else to the model, but it has a loss."""
+    windows = torch.tensor(list(text[: 4 * 257]))
+    inputs = windows.view(4, 257)
+    lengths = np.ones(model.config.vocab_size)
+    return evaluate(model, [(inputs[:, :-1], inputs[:, 1:])], lengths).bits_per_byte
+
+
+def test_a_published_model_loses_less_than_half_a_percent(shared: Path) -> None:
+    loaded = read_model(shared / "weights" / "stories260K")
+    assert loaded.tokenizer is not None
+    text = (
+        "Once upon a time, there was a little girl named Lily. She loved to play outside in the "
+        "park. One day, she saw a big, red ball. She wanted to play with it, but it was too high. "
+        "Lily asked her mom to help. Her mom said yes and gave her the ball. Lily was very happy."
+    )
+    tokens = torch.tensor([loaded.tokenizer.encode_prompt(text)])
+    lengths = np.ones(loaded.model.config.vocab_size)
+    batches = [(tokens[:, :-1], tokens[:, 1:])]
+    before = evaluate(loaded.model, batches, lengths).nats
+    quantize_int8(loaded.model)
+    after = evaluate(loaded.model, batches, lengths).nats
+    assert before / tokens.numel() < 1.5  # it knows such stories
+    assert after != before
+    assert abs(after - before) < 0.005 * before
+
+
+def test_int8_is_refused_where_it_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GPT, "device", torch.device("mps"))
+    model = small_model()
+    with pytest.raises(ConfigError, match="int8 weights are not available on mps"):
+        quantize_int8(model)
