@@ -4,6 +4,7 @@ import math
 import secrets
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal
 
 import torch
@@ -305,9 +306,12 @@ class Batch:
 def _facts(logits: Tensor, tokens: Tensor, n_best: int) -> list[list[float]]:
     """Return of each row its token, ln of its probability, the best ids and then their ln's."""
     log_probability = logits.log_softmax(dim=-1)
-    facts = [tokens[:, None].double(), log_probability.gather(1, tokens[:, None]).double()]
+    facts = [tokens[:, None], log_probability.gather(1, tokens[:, None])]
     if n_best:
         best = log_probability.topk(min(n_best, logits.shape[1]))
-        facts += [best.indices.double(), best.values.double()]
+        facts += [best.indices, best.values]
+    if logits.device.type == "cpu":  # nothing to wait for
+        columns = [fact.tolist() for fact in facts]
+        return [[*chain.from_iterable(row)] for row in zip(*columns, strict=True)]
     # One copy, and so one synchronisation, a token: float64 holds any id exactly.
-    return torch.cat(facts, dim=1).tolist()
+    return torch.cat([fact.double() for fact in facts], dim=1).tolist()
