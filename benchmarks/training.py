@@ -34,7 +34,7 @@ from minigpt.checkpoint.folder import RunFolder
 from minigpt.config import DataConfig, RunConfig
 from minigpt.model.cost import parameter_count
 from minigpt.model.device import resolve_device, resolve_dtype
-from minigpt.presets import preset
+from minigpt.presets import PRESETS, preset
 from minigpt.settings import build, merge, parse_assignment
 from minigpt.text.batches import validation_windows
 from minigpt.text.shards import PreparedData, prepare
@@ -146,14 +146,21 @@ def table(runs: list[dict[str, Any]], targets: list[float]) -> str:
 
 
 def plot(runs: list[dict[str, Any]], path: Path) -> None:
-    """Draw the validation losses by seconds of training (needs matplotlib)."""
+    """Draw the validation losses by seconds of training (needs matplotlib).
+
+    Of a preset, each point is the end of a run with a budget of its own; of nanoGPT, the points of
+    one run.
+    """
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    points: dict[str, list[tuple[float, float]]] = {}
     for run in runs:
-        seconds, losses = zip(*run["curve"], strict=True)
-        label = f"{run['preset']}, {seconds[-1]:.0f} s"
-        axes.plot(seconds, losses, marker="o", markersize=4, label=label)
+        is_ours = run["preset"] in PRESETS
+        points.setdefault(run["preset"], []).extend(run["curve"][-1:] if is_ours else run["curve"])
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for name, curve in points.items():
+        seconds, losses = zip(*sorted(curve), strict=True)
+        axes.plot(seconds, losses, marker="o", markersize=4, label=name)
     axes.set(xlabel="seconds of training", ylabel="validation loss, nats/byte")
     axes.set(xlim=(0, None), ylim=(None, 2.7))
     axes.grid(alpha=0.3)
