@@ -40,7 +40,7 @@ def at_trained(trained: Path, workplace: Path) -> Path:
         (["attention-trace", "x", "--reduce", "men"], ["'men'", "Did you mean mean?"]),
         (["train", "--preset", "nanoo"], ["'nanoo'", "Did you mean nano?"]),
         (["train", "--tokenizer", "gpt3"], ["'gpt3'", "Did you mean gpt2?"]),
-        (["train", "--tokenizer", "bpe"], ["'bpe'", "bpe:1024"]),
+        (["train", "--tokenizer", "bpe:"], ["'bpe:'", "as in bpe:1024"]),
         (["train", "--family", "lama"], ["'lama'", "Did you mean llama?"]),
     ],
 )
@@ -101,7 +101,7 @@ def test_sampling_values_out_of_range_are_refused(
         ("--set data=2", ["data", "table", "2"]),
         ("--set preset=2", ["preset", "2"]),
         ("--set n_layer", ["'n_layer'", "model.n_layer=4"]),
-        ("--set model.vocab_size=10", ["vocab_size", "257", "10"]),
+        ("--tokenizer bytes --set model.vocab_size=10", ["vocab_size", "257", "10"]),
         ("--set data.val_fraction=1", ["val_fraction", "1"]),
         ("--config missing.toml", ["missing.toml", "does not exist"]),
         ("--config .", ["cannot be read"]),
