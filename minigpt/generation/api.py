@@ -85,6 +85,7 @@ def load(
     loaded = read_model(
         folder, device=place, dtype=resolve_dtype(automatic if dtype == "auto" else dtype, place)
     )
+    loaded.model.requires_grad_(False)  # its weights may then be laid out anew, and not copied
     if quantize:
         from minigpt.model.quantized import quantize_int8
 
