@@ -10,8 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minigpt.model.device import has_fast_bfloat16, has_slow_matvec
 from minigpt.model.quantized import Int8Linear, joint_table
 from minigpt.model.tables import FEW_ROWS, Table, has_tables
+
+_FEW_ROWS_OF_FAST_MATMUL = 4  # where it is slow at one row only
 
 
 class Product(Protocol):
@@ -27,6 +30,8 @@ class Product(Protocol):
 def make_product(layers: Sequence[nn.Module]) -> Product:
     """Return the product of these layers that this CPU computes fastest for a few rows.
 
+    Where embedding_bag has fast kernels (x86): a table for int8, for bfloat16 whether or not there
+    are instructions for it, and for float32 where MKL is slow. Else a matmul.
     The rule asks the hardware and nothing else: a choice by the clock would let the same seed draw
     other tokens on a busy day.
 
@@ -41,11 +46,20 @@ def make_product(layers: Sequence[nn.Module]) -> Product:
         scale = _joined([layer.scale for layer in quantized])
         return TableProduct(joint_table(quantized), quantized, scale, bias)
     weights = [layer.weight for layer in layers if isinstance(layer.weight, Tensor)]
-    if weights[0].dtype == torch.bfloat16 and has_tables(weights[0].device):
-        return TableProduct(Table(torch.cat(weights)), layers, bias_O=bias)
+    if has_tables(weights[0].device):
+        few_rows = _few_rows(weights[0])
+        if few_rows:
+            return TableProduct(Table(torch.cat(weights)), layers, bias_O=bias, few_rows=few_rows)
     if isinstance(layers[0], nn.Embedding):  # its rows are looked up, too: they stay
         return MatrixProduct(weights[0].detach().t())
     return MatrixProduct(side_by_side(weights), bias)
+
+
+def _few_rows(weight: Tensor) -> int:
+    """Return up to how many rows a table of this weight beats a matmul on this CPU."""
+    if weight.dtype == torch.bfloat16:
+        return _FEW_ROWS_OF_FAST_MATMUL if has_fast_bfloat16(weight.device) else FEW_ROWS
+    return _FEW_ROWS_OF_FAST_MATMUL if has_slow_matvec(weight.device) else 0
 
 
 def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
@@ -107,10 +121,10 @@ def _as_they_lie(weights: Sequence[Tensor]) -> Tensor | None:
 
 
 class TableProduct:
-    """A table of bfloat16, whether or not the CPU has instructions for it, or of int8.
+    """A table for few rows, and the layers themselves for many.
 
-    A bfloat16 table is a second copy of the weights, for the matmul of many rows needs the first:
-    together as much memory as float32 takes. Int8 layers have moved into theirs.
+    Int8 layers have moved into theirs. Another table is a second copy of the weights, for the
+    layers need the first: bfloat16 then takes as much memory as float32.
     """
 
     def __init__(
@@ -119,12 +133,14 @@ class TableProduct:
         layers: Sequence[nn.Module],
         scale_O: Tensor | None = None,
         bias_O: Tensor | None = None,
+        few_rows: int = FEW_ROWS,
     ) -> None:
         self.table, self.scale_O, self.bias_O = table, scale_O, bias_O
+        self.few_rows = few_rows
         self._many_rows = ModuleProduct(layers)
 
     def into(self, x_BI: Tensor, out_BO: Tensor) -> None:
-        if len(x_BI) > FEW_ROWS:
+        if len(x_BI) > self.few_rows:
             self._many_rows.into(x_BI, out_BO)
             return
         product = self.table.product(x_BI)
@@ -138,7 +154,7 @@ class TableProduct:
             out_BO.copy_(product)
 
     def onto(self, x_BI: Tensor, out_BO: Tensor) -> None:
-        if len(x_BI) > FEW_ROWS:
+        if len(x_BI) > self.few_rows:
             self._many_rows.onto(x_BI, out_BO)
             return
         product = self.table.product(x_BI)

@@ -7,6 +7,7 @@ from minigpt.errors import ConfigError
 from minigpt.model.device import (
     autocast,
     has_fast_bfloat16,
+    has_slow_matvec,
     peak_flops,
     resolve_device,
     resolve_dtype,
@@ -77,3 +78,20 @@ def test_the_peak_is_that_of_the_datasheet_or_unknown(
     assert peak_flops(torch.device("cuda"), torch.bfloat16) == peak
     assert peak_flops(torch.device("cuda"), torch.float32) is None
     assert peak_flops(CPU, torch.bfloat16) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "has_mkl", "is_slow"),
+    [
+        ("AMD EPYC 9R14 96-Core Processor", True, True),
+        ("AMD EPYC 9R14 96-Core Processor", False, False),
+        ("Intel Xeon 2.50GHz", True, False),
+    ],
+)
+def test_mkl_is_taken_for_slow_at_one_row_on_what_intel_did_not_make(
+    name: str, has_mkl: bool, is_slow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name})
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: has_mkl)
+    assert has_slow_matvec(CPU) == is_slow
+    assert not has_slow_matvec(torch.device("cuda"))

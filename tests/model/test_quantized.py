@@ -97,14 +97,6 @@ def test_quantized_weights_take_about_a_quarter_of_the_memory(layout: str) -> No
     assert n_bytes(model) < 0.32 * before  # 8 bytes more a row of a table
 
 
-def bits_per_byte(model: GPT, text: bytes) -> float:
-    """Of a byte-level reading; the tokens mean something else to the model, but it has a loss."""
-    windows = torch.tensor(list(text[: 4 * 257]))
-    inputs = windows.view(4, 257)
-    lengths = np.ones(model.config.vocab_size)
-    return evaluate(model, [(inputs[:, :-1], inputs[:, 1:])], lengths).bits_per_byte
-
-
 def test_a_published_model_loses_less_than_half_a_percent(shared: Path) -> None:
     loaded = read_model(shared / "weights" / "stories260K")
     assert loaded.tokenizer is not None
@@ -127,5 +119,5 @@ def test_a_published_model_loses_less_than_half_a_percent(shared: Path) -> None:
 def test_int8_is_refused_where_it_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(GPT, "device", torch.device("mps"))
     model = small_model()
-    with pytest.raises(ConfigError, match="int8 weights are not available on mps"):
+    with pytest.raises(ConfigError, match="int8 is not available on mps"):
         quantize_int8(model)
