@@ -147,13 +147,17 @@ def test_a_terminal_shows_where_to_type_on_stderr_alone(trained: Path, run: Run)
     ) as process:
         assert process.stdout is not None
         os.close(theirs)
-        read_until(ours, b"> ")
-        os.write(ours, b"abc\x03")  # Ctrl-C: begin the line anew
-        read_until(ours, b"Ctrl-D ends\r\n> ")
-        os.write(ours, b"The king\n")
-        shown = read_until(ours, b"> ")
-        os.write(ours, b"\x04")  # Ctrl-D
-        out = process.stdout.read().decode()
+        try:
+            read_until(ours, b"> ")
+            os.write(ours, b"abc\x03")  # Ctrl-C: begin the line anew
+            read_until(ours, b"Ctrl-D ends\r\n> ")
+            os.write(ours, b"The king\n")
+            shown = read_until(ours, b"> ")
+            os.write(ours, b"\x04")  # Ctrl-D
+            out = process.stdout.read().decode()
+        except BaseException:
+            process.kill()  # else leaving the context would wait for ever
+            raise
     os.close(ours)
     assert process.returncode == 0
     assert out == f"{first}\n"
