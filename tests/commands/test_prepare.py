@@ -77,8 +77,8 @@ def test_it_needs_no_torch(workplace: Path) -> None:
 
 def test_a_prepared_folder_trains_as_its_text_does(run: Run) -> None:
     assert run("prepare", "corpus.txt", "--tokenizer", "bpe:300", "--out", "tokens").code == 0
-    of_text = run("train", "corpus.txt", "--tokenizer", "bpe:300", "--name", "text", *TINY)
-    of_folder = run("train", "tokens", "--name", "folder", *TINY)
+    of_text = run("train", "corpus.txt", "--tokenizer", "bpe:300", "--name", "text", *TINY[2:])
+    of_folder = run("train", "tokens", "--name", "folder", *TINY[2:])
     assert (of_text.code, of_folder.code) == (0, 0)
     bests = [RunFolder(Path("checkpoints", name)).best() for name in ("text", "folder")]
     assert bests[0] is not None
@@ -107,7 +107,7 @@ def test_from_a_model_it_takes_the_tokenizer_that_training_from_it_wants(
     tiny = ["--max-steps", "2", "--context-length", "16", "--batch-size", "2"]
     assert run("train", "tokens", "--from", "m", "--name", "tuned", *tiny).code == 0
     assert run("train", "--resume", "--name", "tuned", "--max-steps", "3").code == 0
-    assert run("train", "tokens", "--name", "fresh", *TINY).code == 0
+    assert run("train", "tokens", "--name", "fresh", *TINY[2:]).code == 0
     run("prepare", "corpus.txt", "--tokenizer", "bytes", "--out", "bytes")
     refused = run("train", "bytes", "--from", "m", *tiny)
     assert refused.code == 2
@@ -126,7 +126,7 @@ def test_interrupted_and_called_again_it_goes_on(run: Run, monkeypatch: pytest.M
         if progress.done > progress.total / 2:
             raise KeyboardInterrupt
 
-    words = ["prepare", "docs.jsonl", "--out", "tokens", "--workers", "2"]
+    words = ["prepare", "docs.jsonl", "--tokenizer", "bytes", "--out", "tokens", "--workers", "2"]
     with monkeypatch.context() as patch:
         patch.setattr(ProgressLine, "preparing", interrupt)
         interrupted = run(*words)
@@ -136,7 +136,9 @@ def test_interrupted_and_called_again_it_goes_on(run: Run, monkeypatch: pytest.M
     assert "the preparation of 'tokens' has not ended" in error_line(trained)
     facts = facts_of(run(*words, "--json"))
     assert 0 < facts["n_bytes_encoded"] < 0.7 * facts["n_bytes"]
-    whole = facts_of(run("prepare", "docs.jsonl", "--out", "whole", "--json"))
+    whole = facts_of(
+        run("prepare", "docs.jsonl", "--tokenizer", "bytes", "--out", "whole", "--json")
+    )
     assert facts["n_tokens"] == whole["n_tokens"]
     for path in Path("whole").glob("tokens-*.bin"):
         assert path.read_bytes() == Path("tokens", path.name).read_bytes()
@@ -165,7 +167,7 @@ def test_what_cannot_be_is_refused_in_one_line(
     run: Run, words: str, code: int, said: list[str]
 ) -> None:
     if words.startswith("train"):
-        assert run("prepare", "corpus.txt", "--out", "tokens").code == 0
+        assert run("prepare", "corpus.txt", "--tokenizer", "bytes", "--out", "tokens").code == 0
     result = run(*words.split())
     line = error_line(result)
     assert result.code == code, line
