@@ -107,10 +107,8 @@ def _traced(model: Any, sampling: Any, contender: Contender, job: Job) -> Decode
     """The same, with what ``attention-trace`` makes of each token's attention."""
     from random_models import BYTES
 
-    from minigpt.trace.selection import select_heads
-    from minigpt.trace.tracer import TraceStep, trace
-
-    selection = select_heads(model.config.n_layer, model.config.n_head)
+    from minigpt.tracing.events import TraceStep
+    from minigpt.tracing.tracer import trace
 
     def decode(first: Callable[[], None]) -> list[int]:
         events = trace(
@@ -118,7 +116,6 @@ def _traced(model: Any, sampling: Any, contender: Contender, job: Job) -> Decode
             BYTES,
             job.prompt,
             sampling,
-            selection=selection,
             seed=0,
             stop_at_end_of_text=False,
             compiles=contender.is_compiled,

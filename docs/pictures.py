@@ -16,9 +16,9 @@ from rich.terminal_theme import DEFAULT_TERMINAL_THEME, DIMMED_MONOKAI, Terminal
 from minigpt.commands.loading import load
 from minigpt.config import SamplingConfig
 from minigpt.console import THEME, spans_to_text
-from minigpt.trace import terminal
-from minigpt.trace.selection import select_heads
-from minigpt.trace.tracer import TraceHeader, TraceStep, trace
+from minigpt.tracing import terminal
+from minigpt.tracing.events import TraceHeader, TraceStep
+from minigpt.tracing.tracer import TraceConfig, trace
 
 WIDTH = 100
 DOCS = Path(__file__).parent
@@ -52,8 +52,7 @@ def main() -> None:
         ready.tokenizer,
         ready.prompt,
         sampling,
-        selection=select_heads(config.n_layer, config.n_head),
-        n_sources=layout.n_sources,
+        TraceConfig(n_sources=layout.n_sources),
         seed=4,
         model_name=model,
     ):

@@ -10,8 +10,8 @@ from minigpt.commands import options
 from minigpt.errors import ConfigError
 
 if TYPE_CHECKING:
-    from minigpt.trace.terminal import TraceLayout
-    from minigpt.trace.tracer import TraceEvent
+    from minigpt.tracing.events import TraceEvent
+    from minigpt.tracing.terminal import TraceLayout
 
 _GROUP = "Attention"
 _REDUCTIONS = ("mean", "max")
@@ -101,13 +101,11 @@ def attention_trace(
     from minigpt.console import make_console
     from minigpt.generation.api import is_compiled
     from minigpt.generation.decoder import fresh_seed
-    from minigpt.trace.selection import select_heads
-    from minigpt.trace.terminal import TraceLayout
-    from minigpt.trace.tracer import trace
+    from minigpt.tracing.terminal import TraceLayout
+    from minigpt.tracing.tracer import TraceConfig, trace
 
     ready = load(model, prompt, device, dtype, quantize=quantize, threads=threads)
     config = ready.model.config
-    selection = select_heads(config.n_layer, config.n_head, layers=layers, heads=heads)
     layout = TraceLayout(
         make_console(is_stderr=False).width,
         vocab_size=config.vocab_size,
@@ -122,9 +120,12 @@ def attention_trace(
             ready.tokenizer,
             ready.prompt,
             sampling,
-            selection=selection,
-            reduce="max" if reduce == "max" else "mean",
-            n_sources=_JSON_SOURCES if as_json and sources is None else layout.n_sources,
+            TraceConfig(
+                layers=layers,
+                heads=heads,
+                reduce="max" if reduce == "max" else "mean",
+                n_sources=_JSON_SOURCES if as_json and sources is None else layout.n_sources,
+            ),
             seed=seed,
             model_name=str(ready.folder),
             compiles=compiles,
@@ -147,7 +148,7 @@ def _after_compiling(events: "Iterator[TraceEvent]", compiles: bool) -> "Iterato
 
 def _show(events: "Iterable[TraceEvent]", show: "Callable[[TraceEvent], None]") -> bool:
     """Show a trace to its end, or to a footer when Ctrl-C ends it; tell whether it was whole."""
-    from minigpt.trace.tracer import TraceFooter, TraceStep
+    from minigpt.tracing.events import TraceFooter, TraceStep
 
     started, n_tokens = time.perf_counter(), 0
     try:
@@ -163,7 +164,7 @@ def _show(events: "Iterable[TraceEvent]", show: "Callable[[TraceEvent], None]") 
 
 def _show_json(event: "TraceEvent") -> None:
     from minigpt.console import write_result
-    from minigpt.trace.file import to_json_line
+    from minigpt.tracing.file import to_json_line
 
     write_result(to_json_line(event) + "\n")
 
@@ -180,8 +181,8 @@ class _Lines:
 
     def __call__(self, event: "TraceEvent") -> None:
         from minigpt.console import spans_to_text
-        from minigpt.trace import terminal
-        from minigpt.trace.tracer import TraceHeader, TraceStep
+        from minigpt.tracing import terminal
+        from minigpt.tracing.events import TraceHeader, TraceStep
 
         if isinstance(event, TraceHeader):
             lines = [*terminal.header_lines(event, self.console.width), self.layout.heading()]

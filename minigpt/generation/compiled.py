@@ -11,7 +11,7 @@ from torch import Tensor
 from minigpt.config import round_up
 from minigpt.errors import ConfigError
 from minigpt.generation.compiling import load_step
-from minigpt.generation.decode_step import DecodeStep, FoldingRecorder
+from minigpt.generation.decode_step import DecodeStep, RowTaker
 from minigpt.generation.forward import EagerForward
 from minigpt.model.attention import Recorder
 from minigpt.model.cache import KVCache
@@ -45,7 +45,7 @@ class CompiledForward:
         Raises: ConfigError if there is no C++ compiler, or no graph can be made for this recorder;
             ResourceError if the cache folder cannot be written.
         """
-        if recorder is not None and not isinstance(recorder, FoldingRecorder):
+        if recorder is not None and not isinstance(recorder, RowTaker):
             raise ConfigError(
                 f"{type(recorder).__name__} records what a compiled graph does not have. "
                 "Use --no-compile."
@@ -62,7 +62,7 @@ class CompiledForward:
         self.cache.keys_LBGSD.zero_()
         self.cache.values_LBGSD.zero_()
         self._run = load_step(
-            DecodeStep(model, recorder),
+            DecodeStep(model, shows_rows=recorder is not None),
             cache_dtype=self.cache.keys_LBGSD.dtype,
             is_batch=n_rows > 1,
         )
@@ -87,9 +87,10 @@ class CompiledForward:
             self.keep([0])
         self._tokens.copy_(self._padded(tokens)[:, 0])
         self._position.fill_(length)
-        logits, *folded = self._decode(self._in_view(length + 1))
-        if isinstance(self._recorder, FoldingRecorder):
-            self._recorder.folded = folded[0][: length + 1]
+        logits, *rows = self._decode(self._in_view(length + 1))
+        if self._recorder is not None:
+            new_values = self.cache.values_LBGSD[:, 0, :, length : length + 1]
+            self._recorder.take(rows[0][:, :, : length + 1], new_values)
         self.cache.advance(1)
         return logits[:n_rows]
 

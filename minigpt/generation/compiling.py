@@ -9,7 +9,6 @@ small and serves every checkpoint of one shape.
 import hashlib
 import inspect
 import json
-import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict
@@ -69,18 +68,19 @@ def _key(
 ) -> str:
     """Return all that the machine code depends on, as text."""
     device = tensors["model.final_norm.weight"].device
-    recorder = step.recorder
-    sources = [decode_step, layers] + ([sys.modules[type(recorder).__module__]] if recorder else [])
     is_cuda = device.type == "cuda"
     return json.dumps(
         {
             "torch": [torch.__version__, torch.version.git_version],
-            "code": [hashlib.sha256(inspect.getsource(s).encode()).hexdigest() for s in sources],
+            "code": [
+                hashlib.sha256(inspect.getsource(s).encode()).hexdigest()
+                for s in (decode_step, layers)
+            ],
             "options": _OPTIONS,
             "config": asdict(step.model.config),
             "tensors": {n: [str(t.dtype), t.shape] for n, t in tensors.items()},
             "cache": [str(cache_dtype), is_batch],
-            "recorder": recorder and [type(recorder).__qualname__, recorder.graph_key],
+            "rows": step.shows_rows,
             "device": torch.cuda.get_device_properties(device).name
             if is_cuda
             else [dict(torch.cpu.get_capabilities()), torch.get_num_threads()],

@@ -1,7 +1,8 @@
 """One token a row, as a pure function of tensors: what --compile makes one graph of.
 
-Shapes: B rows, C model dim, V vocabulary, H query heads, G key/value heads, R = H / G, D head dim,
-S positions in view, P positions that the caches have room for, I inputs and O outputs of a product.
+Shapes: B rows, C model dim, V vocabulary, L layers, H query heads, G key/value heads, R = H / G, D
+head dim, S positions in view, P positions that the caches have room for, I inputs and O outputs of
+a product.
 """
 
 from collections.abc import Sequence
@@ -21,20 +22,11 @@ _SIDES = 4
 
 
 @runtime_checkable
-class FoldingRecorder(Recorder, Protocol):
-    """A recorder whose work can be part of a graph, which calls ``fold`` when it is traced."""
+class RowTaker(Recorder, Protocol):
+    """A recorder that a pass can give its rows to, having computed them itself."""
 
-    folded: Tensor | None
-    """What the last pass left, over its S positions; a graph hands it out, and it is put here."""
-
-    @property
-    def graph_key(self) -> str:
-        """What ``fold`` does; recorders of one class and one key make the same graph."""
-
-    def fold(self, layer: int, weights_HS: Tensor, folded: Tensor | None) -> Tensor | None:
-        """Return what ``folded``, of the layers before, is with the first row's weights of this
-        one; pure.
-        """
+    def take(self, weights_LHS: Tensor, new_values_LGTD: Tensor) -> None:
+        """Take the first sequence's rows of every head, and the values that the pass added."""
 
 
 class DecodeStep(nn.Module):
@@ -44,9 +36,9 @@ class DecodeStep(nn.Module):
     product, so that fewer bytes are read and nothing but the weights and the cache is rounded.
     """
 
-    def __init__(self, model: GPT, recorder: FoldingRecorder | None = None) -> None:
+    def __init__(self, model: GPT, *, shows_rows: bool = False) -> None:
         super().__init__()
-        self.model, self.recorder = model, recorder
+        self.model, self.shows_rows = model, shows_rows
 
     def forward(
         self,
@@ -60,7 +52,7 @@ class DecodeStep(nn.Module):
 
         Args: tokens (B,); position (1,), theirs; in_view (S,), of which only the shape is read: no
             position from S on is looked at; keys and values, for each layer (B, G, P, D), finite.
-        Returns: logits (B, V), float32; with a recorder, also what it folded.
+        Returns: logits (B, V), float32; if it shows rows, also the first row's weights (L, H, S).
         """
         model, config = self.model, self.model.config
         x = _embedded(model.embedding, tokens)
@@ -70,20 +62,20 @@ class DecodeStep(nn.Module):
         else:
             rotary = model.rotary_cos[position].float(), model.rotary_sin[position].float()
         is_filled_S = torch.arange(in_view.shape[0], device=x.device) <= position
-        folded = None
+        rows = []
         for layer, block in enumerate(model.blocks):
             assert isinstance(block, Block)
             normed = _kept(_norm(block.attention_norm, x))
             context, weights_BHS = _attend(
                 block.attention, normed, rotary, position, is_filled_S, keys[layer], values[layer]
             )
-            if self.recorder is not None:
-                folded = self.recorder.fold(layer, weights_BHS[0], folded)
+            if self.shows_rows:
+                rows.append(weights_BHS[0])
             x = x + _product(block.attention.output, _kept(context))
             x = x + _mlp(block.mlp, _kept(_norm(block.mlp_norm, x)))
             x = _kept(x)
         logits = _product(model.unembedding or model.embedding, _kept(_norm(model.final_norm, x)))
-        return (logits,) if folded is None else (logits, folded)
+        return (logits, torch.stack(rows)) if rows else (logits,)
 
 
 def _attend(

@@ -55,10 +55,12 @@ class Attention(nn.Module):
         rotary: tuple[Tensor, Tensor] | None,
         cache: KVCache | None = None,
         recorder: Recorder | None = None,
+        visible_BS: Tensor | None = None,
     ) -> Tensor:
         """Attend; with a cache, also to the positions that it holds, and add these to it.
 
         Args: x (B, T, C), normed; rotary, cos and sin of these positions, each (T, D / 2).
+            visible_BS, false for keys that a sequence of the batch shall not see; None for none.
         """
         q_BHTD = self.query_norm(self._split_heads(self.query(x)))
         k_BGSD = self.key_norm(self._split_heads(self.key(x)))
@@ -68,7 +70,7 @@ class Attention(nn.Module):
             k_BGSD = rotate(k_BGSD, *rotary)
         if cache is not None:
             k_BGSD, v_BGSD = cache.write(self.layer, k_BGSD, v_BGSD)
-        context_BHTD = self._attend(q_BHTD, k_BGSD, v_BGSD)
+        context_BHTD = self._attend(q_BHTD, k_BGSD, v_BGSD, visible_BS)
         if recorder is not None:
             recorder.record(self.layer, q_BHTD, k_BGSD, v_BGSD, context_BHTD)
         output: Tensor = self.output(context_BHTD.transpose(1, 2).flatten(2))  # (B, T, C)
@@ -77,17 +79,24 @@ class Attention(nn.Module):
     def _split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.d_head)).transpose(1, 2)  # (B, H, T, D)
 
-    def _attend(self, q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor) -> Tensor:
+    def _attend(
+        self, q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, visible_BS: Tensor | None
+    ) -> Tensor:
         n_query, n_key = q_BHTD.shape[2], k_BGSD.shape[2]
         is_square = n_query == n_key
+        mask = None
         # SDPA's own causal mask is aligned upper-left; after a cached prefix it must be
         # lower-right, so that the last query sees every key.
-        needs_mask = not is_square and n_query > 1
+        if n_query > 1 and (visible_BS is not None or not is_square):
+            mask = causal_mask(n_query, n_key, q_BHTD.device)
+        if visible_BS is not None:
+            visible_B1TS = visible_BS[:, None, None]
+            mask = visible_B1TS if mask is None else visible_B1TS & mask
         return F.scaled_dot_product_attention(
             q_BHTD,
             k_BGSD,
             v_BGSD,
-            attn_mask=causal_mask(n_query, n_key, q_BHTD.device) if needs_mask else None,
-            is_causal=is_square and n_query > 1,
+            attn_mask=mask,
+            is_causal=mask is None and n_query > 1,
             enable_gqa=self.is_grouped,
         )

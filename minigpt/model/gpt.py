@@ -51,9 +51,11 @@ class Block(nn.Module):
         rotary: tuple[Tensor, Tensor] | None,
         cache: KVCache | None = None,
         recorder: Recorder | None = None,
+        visible_BS: Tensor | None = None,
     ) -> Tensor:
         """Add what attention and then the MLP make of x to x."""
-        x = x + self.dropout(self.attention(self.attention_norm(x), rotary, cache, recorder))
+        normed = self.attention_norm(x)
+        x = x + self.dropout(self.attention(normed, rotary, cache, recorder, visible_BS))
         x = x + self.dropout(self.mlp(self.mlp_norm(x)))
         return x
 
@@ -131,13 +133,15 @@ class GPT(nn.Module):
         cache: KVCache | None = None,
         recorder: Recorder | None = None,
         *,
+        visible_BS: Tensor | None = None,
         logits_to_keep: int = 0,
         recompute: bool = False,
     ) -> Tensor:
         """Return the logits of the token after each position.
 
         Args: tokens (B, T), ids below V. With a cache, they come after the positions that it
-            holds, and are added to it. recorder is shown every layer's attention.
+            holds, and are added to it. recorder is shown every layer's attention. visible_BS,
+            over all positions in view, false for those that no query of a sequence may look at.
             logits_to_keep: only of the last so many positions; 0 for all. recompute: keep
             nothing of the blocks for a backward pass, which computes them again (Chen et al. 2016,
             arXiv:1604.06174).
@@ -161,7 +165,7 @@ class GPT(nn.Module):
             if recompute:
                 x = checkpoint(block, x, rotary, use_reentrant=False)
             else:
-                x = block(x, rotary, cache, recorder)
+                x = block(x, rotary, cache, recorder, visible_BS)
         if cache is not None:
             cache.advance(tokens.shape[1])
         x = self.final_norm(x[:, -logits_to_keep:])  # [-0:] is all of them

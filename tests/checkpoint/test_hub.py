@@ -135,7 +135,7 @@ def handler_of(hub: Hub) -> type[BaseHTTPRequestHandler]:
                     hub.goes_on.wait(60)
                     self.close_connection = True
 
-        do_HEAD = do_GET  # noqa: N815
+        do_HEAD = do_GET
 
         def log_message(self, *words: object) -> None:
             pass

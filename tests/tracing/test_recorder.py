@@ -11,11 +11,17 @@ from minigpt.config import SamplingConfig
 from minigpt.generation.decoder import Decoder, Step
 from minigpt.model.cache import KVCache
 from minigpt.model.gpt import GPT
+from minigpt.model.quantized import quantize_int8
 from minigpt.model.scores import attention_weights
-from minigpt.trace.recorder import Reduce, RowRecorder
-from minigpt.trace.selection import HeadSelection, select_heads
+from minigpt.tracing.analysis import reduce_rows
+from minigpt.tracing.recorder import RowRecorder
+from minigpt.tracing.selection import select_heads
 
 EVERY_HEAD = select_heads(2, 4)
+
+
+def mean_row(recorder: RowRecorder) -> Tensor:
+    return reduce_rows(recorder.weights_LHS, EVERY_HEAD)
 
 
 class Collector:
@@ -45,7 +51,7 @@ def test_watching_changes_no_bit_of_the_logits(layout: str, dtype: torch.dtype) 
     for seed, n_prompt in ((1, 1), (2, 7), (3, 16)):
         prompt = random_tokens(n_prompt, seed=seed).tolist()
         plain = Decoder(model, prompt)
-        watched = Decoder(model, prompt, RowRecorder(EVERY_HEAD))
+        watched = Decoder(model, prompt, RowRecorder(model, has_norms=True))
         assert torch.equal(watched.prompt_logits, plain.prompt_logits)
         for token in random_tokens(8, seed=seed + 10).tolist():
             assert torch.equal(watched.logits([token]), plain.logits([token]))
@@ -65,15 +71,13 @@ def test_watching_changes_no_token(layout: str, dtype: torch.dtype) -> None:
         prompt = random_tokens(4, seed=seed).tolist()
         result = []
         for step in Decoder(model, prompt, recorder).generate(config, seed=seed):
-            if recorder is not None:
-                recorder.row()
             result.append(step)
         return result
 
     for seed in range(2):
         plain = steps(seed, None)
-        for reduce in ("mean", "max"):
-            assert steps(seed, RowRecorder(EVERY_HEAD, reduce)) == plain
+        for has_norms in (False, True):
+            assert steps(seed, RowRecorder(model, has_norms=has_norms)) == plain
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -120,12 +124,12 @@ def test_a_row_times_the_values_is_the_head_s_output(
 def test_a_decode_row_is_the_last_row_of_a_full_forward(layout: str) -> None:
     model = small_model(layout)
     tokens = random_tokens(1, 24)
-    recorder = RowRecorder(EVERY_HEAD)
+    recorder = RowRecorder(model)
     cache = KVCache(model.config)
     full = full_weights(model, tokens)[:, 0].mean(dim=(0, 1))  # (T, S)
     for part in tokens.split([11, 1, 1, 1, 5, 1, 4], dim=1):
         model(part, cache, recorder)
-        row = recorder.row()
+        row = mean_row(recorder)
         assert row.shape == (cache.length,)
         expected = full[cache.length - 1, : cache.length]
         torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-6)
@@ -135,11 +139,11 @@ def test_the_row_of_a_generated_token_is_that_of_the_query_before_it() -> None:
     """Position t - 1: the token is not among its own keys."""
     model = small_model("qwen3")
     prompt = random_tokens(5).tolist()
-    recorder = RowRecorder(EVERY_HEAD)
+    recorder = RowRecorder(model)
     decoder = Decoder(model, prompt, recorder)
     tokens = list(prompt)
     for step in decoder.generate(SamplingConfig(max_new_tokens=12), seed=3):
-        row = recorder.row()
+        row = mean_row(recorder)
         assert row.numel() == step.position == len(tokens)
         with torch.no_grad():
             full = full_weights(model, torch.tensor([tokens]))
@@ -158,14 +162,14 @@ SELECTIONS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("reduce", ["mean", "max"])
+@pytest.mark.parametrize("is_max", [False, True])
 @pytest.mark.parametrize("chosen", SELECTIONS, ids=str)
 @torch.no_grad()
-def test_the_reduction_is_over_the_chosen_heads(chosen: dict[str, str], reduce: Reduce) -> None:
+def test_the_reduction_is_over_the_chosen_heads(chosen: dict[str, str], is_max: bool) -> None:
     model = small_model("llama-grouped")
     selection = select_heads(2, 4, **chosen)
     tokens = random_tokens(1, 13)
-    recorder = RowRecorder(selection, reduce)
+    recorder = RowRecorder(model)
     model(random_tokens(1, 20, seed=9), recorder=recorder)  # an earlier pass leaves no trace
     model(tokens, recorder=recorder)
     rows = [
@@ -176,23 +180,121 @@ def test_the_reduction_is_over_the_chosen_heads(chosen: dict[str, str], reduce: 
         for head in heads
     ]
     stacked = torch.stack(rows)
-    expected = stacked.mean(dim=0) if reduce == "mean" else stacked.max(dim=0).values
-    torch.testing.assert_close(recorder.row(), expected)
-    if reduce == "mean":
-        assert recorder.row().sum().item() == pytest.approx(1, abs=1e-6)
+    expected = stacked.max(dim=0).values if is_max else stacked.mean(dim=0)
+    reduced = reduce_rows(recorder.weights_LHS, selection, is_max=is_max)
+    torch.testing.assert_close(reduced, expected)
+    if not is_max:
+        assert reduced.sum().item() == pytest.approx(1, abs=1e-6)
+
+
+def added_vectors(model: GPT, tokens: Tensor) -> Tensor:
+    """The oracle: (L, H, S, C), what each head adds to the stream for each source."""
+    collector = Collector()
+    model(tokens, recorder=collector)
+    vectors = []
+    for layer, (q, k, v, _) in collector.layers.items():
+        attention = model.blocks[layer].attention
+        weights = attention_weights(q, k)[0, :, -1]  # (H, S)
+        n_head, d_head = q.shape[1], q.shape[3]
+        per_head = v[0].repeat_interleave(n_head // v.shape[1], dim=0)  # (H, S, D)
+        output = attention.output.weight.unflatten(1, (n_head, d_head))  # (C, H, D)
+        vectors.append(
+            torch.stack(
+                [weights[h, :, None] * (per_head[h] @ output[:, h].T) for h in range(n_head)]
+            )
+        )
+    return torch.stack(vectors)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
+def test_the_norms_are_the_lengths_of_the_vectors_that_the_heads_add(layout: str) -> None:
+    model = small_model(layout)
+    tokens = random_tokens(1, 20)
+    recorder = RowRecorder(model, has_norms=True)
+    cache = KVCache(model.config)
+    for part in tokens.split([7, 1, 1, 4, 1, 1, 5], dim=1):
+        model(part, cache, recorder)
+        expected = added_vectors(model, tokens[:, : cache.length]).norm(dim=-1)
+        torch.testing.assert_close(recorder.norms_LHS, expected, rtol=1e-4, atol=1e-5)
+    cache.truncate(3)  # what comes instead is measured again
+    other = random_tokens(1, 4, seed=11)
+    model(other, cache, recorder)
+    seen = torch.cat((tokens[:, :3], other), dim=1)
+    expected = added_vectors(model, seen).norm(dim=-1)
+    torch.testing.assert_close(recorder.norms_LHS, expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_what_the_heads_add_sums_to_the_attention_s_output() -> None:
+    """The vectors behind the norms, over all heads and sources, are the layer's own output."""
+    model = small_model("llama-grouped")
+    tokens = random_tokens(1, 11)
+    outputs: list[Tensor] = []
+    for block in model.blocks:
+        block.attention.register_forward_hook(lambda module, inputs, out: outputs.append(out))
+    summed = added_vectors(model, tokens).sum(dim=(1, 2))
+    for layer, output in enumerate(outputs):
+        torch.testing.assert_close(summed[layer], output[0, -1], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_norms_of_int8_weights_are_those_of_what_the_integers_stand_for() -> None:
+    model = small_model("gpt2")
+    quantize_int8(model)
+    recorder = RowRecorder(model, has_norms=True)
+    tokens = random_tokens(1, 9)
+    model(tokens, recorder=recorder)
+    plain = small_model("gpt2")
+    for ours, theirs in zip(plain.blocks, model.blocks, strict=True):
+        quantized = theirs.attention.output
+        ours.attention.output.weight.copy_(quantized.weight * quantized.scale[:, None])
+    norms = RowRecorder(plain, has_norms=True)
+    collector = Collector()
+    model(tokens, recorder=collector)
+    for layer, shown in collector.layers.items():
+        norms.record(layer, *shown)
+    torch.testing.assert_close(recorder.norms_LHS, norms.norms_LHS)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
+def test_rows_that_a_pass_has_computed_itself_are_taken_as_they_are(layout: str) -> None:
+    model = small_model(layout)
+    seen, given = RowRecorder(model, has_norms=True), RowRecorder(model, has_norms=True)
+    cache = KVCache(model.config)
+    for part in random_tokens(1, 12).split([6, 1, 1, 3, 1], dim=1):
+        model(part, cache, seen)
+        new = cache.values_LBGSD[:, 0, :, cache.length - part.shape[1] : cache.length]
+        given.take(seen.weights_LHS, new)
+        torch.testing.assert_close(given.norms_LHS, seen.norms_LHS)
+
+
+@torch.no_grad()
+def test_a_row_that_is_not_the_kernel_s_would_be_noticed() -> None:
+    model = small_model()
+    recorder, collector = RowRecorder(model), Collector()
+    for n_tokens in (5, 9, 14):
+        model(random_tokens(1, n_tokens), recorder=recorder)
+        assert recorder.product_error is not None
+        assert recorder.product_error.item() < 1e-5
+    model(random_tokens(1, 14), recorder=collector)
+    for layer, (q, k, v, context) in collector.layers.items():
+        recorder.record(layer, q, k, v, context * 1.1)
+    assert recorder.product_error.item() == pytest.approx(0.1 / 1.1, rel=0.01)
 
 
 @torch.no_grad()
 def test_a_recorder_of_a_batch_shows_its_first_sequence() -> None:
     model = small_model()
     tokens = random_tokens(3, 10)
-    recorder = RowRecorder(EVERY_HEAD)
+    recorder = RowRecorder(model)
     model(tokens, recorder=recorder)
-    batched = recorder.row()
+    batched = mean_row(recorder)
     model(tokens[:1], recorder=recorder)
-    torch.testing.assert_close(batched, recorder.row())
+    torch.testing.assert_close(batched, mean_row(recorder))
 
 
 def test_a_recorder_that_saw_nothing_has_no_row() -> None:
     with pytest.raises(AssertionError, match="no forward pass was recorded"):
-        RowRecorder(HeadSelection(((0,),), 1)).row()
+        _ = RowRecorder(small_model()).weights_LHS

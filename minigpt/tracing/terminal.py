@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from rich.cells import cell_len, set_cell_size
 
 from minigpt.text.visible import visible
-from minigpt.trace.tracer import Source, Token, TraceFooter, TraceHeader, TraceStep
+from minigpt.tracing.events import Source, Token, TraceFooter, TraceHeader, TraceStep
 
 Span = tuple[str, str]
 """Text, and the name of its style: plain, dim, token, or heat0 (faint) to heat4 (strong)."""
@@ -98,23 +98,24 @@ class TraceLayout:
 
     def step(self, step: TraceStep) -> list[Line]:
         """Return the lines of one generated token: one, or more if the sources need it."""
+        row = step.row
         first: Line = [
             (f"{step.index + 1:>{_STEP_WIDTH}} ", "dim"),
             (fit(visible(step.token.data), self.token_width), "token"),
             (f"  {percent(step.probability)}", "plain"),
-            (f"  {percent(step.sink)}", "dim"),
+            (f"  {percent(row.sink)}", "dim"),
         ]
         rows = [
-            step.sources[i : i + self.per_line]
-            for i in range(0, max(1, len(step.sources)), self.per_line)
+            row.sources[i : i + self.per_line]
+            for i in range(0, max(1, len(row.sources)), self.per_line)
         ]
         lines = [first] + [[(" " * self.left_width, "plain")] for _ in rows[1:]]
         for line, sources in zip(lines, rows, strict=True):
             for source in sources:
                 line.extend(self._source(source))
-        if step.rest is not None:
+        if row.rest is not None:
             gap = (self.per_line - len(rows[-1])) * self.source_width
-            lines[-1].append((" " * (gap + 1) + percent(step.rest), "dim"))
+            lines[-1].append((" " * (gap + 1) + percent(row.rest), "dim"))
         return lines
 
     def _source(self, source: Source) -> Line:

@@ -13,8 +13,9 @@ from minigpt.checkpoint.model_folder import read_model
 from minigpt.model.cache import KVCache
 from minigpt.model.gpt import GPT
 from minigpt.model.scores import attention_weights
-from minigpt.trace.recorder import RowRecorder
-from minigpt.trace.selection import select_heads
+from minigpt.tracing.analysis import reduce_rows
+from minigpt.tracing.recorder import RowRecorder
+from minigpt.tracing.selection import select_heads
 
 # The published numbers are float32 too, of another torch on another machine.
 CLOSE = {"rtol": 0, "atol": 1e-5}
@@ -84,12 +85,12 @@ def test_the_traced_rows_are_the_published_ones(
         tokens = published("idx").long()[sequence : sequence + 1]
         expected = published("attSm")[sequence]  # (H, T, S)
         for heads, weights in (("0.*", expected.mean(dim=0)), ("0.1", expected[1])):
-            recorder = RowRecorder(select_heads(3, 3, heads=heads))
+            recorder, selection = RowRecorder(model), select_heads(3, 3, heads=heads)
             cache = KVCache(model.config)
             for part in (tokens[:, :n_prefill], *tokens[:, n_prefill:].split(1, dim=1)):
                 if part.numel():
                     model(part, cache, recorder)
-                    row = recorder.row()
+                    row = reduce_rows(recorder.weights_LHS, selection)
                     torch.testing.assert_close(
                         row, weights[cache.length - 1, : cache.length], **CLOSE
                     )

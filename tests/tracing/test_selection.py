@@ -6,7 +6,7 @@ import random
 import pytest
 
 from minigpt.errors import ConfigError
-from minigpt.trace.selection import HeadSelection, select_heads
+from minigpt.tracing.selection import HeadSelection, select_heads
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from small_models import LAYOUTS, small_model
+from torch import Tensor
 
 from minigpt.config import SamplingConfig
 from minigpt.errors import DataError
@@ -16,9 +17,12 @@ from minigpt.model.cache import KVCache
 from minigpt.model.gpt import GPT
 from minigpt.text.rules import Rules
 from minigpt.text.tokenizer import Tokenizer, bytes_tokenizer
-from minigpt.trace.recorder import RowRecorder
-from minigpt.trace.selection import select_heads
-from minigpt.trace.tracer import TraceEvent, TraceFooter, TraceHeader, TraceStep, trace
+from minigpt.tracing import tracer
+from minigpt.tracing.analysis import reduce_rows
+from minigpt.tracing.events import TraceEvent, TraceFooter, TraceHeader, TraceStep
+from minigpt.tracing.recorder import RowRecorder
+from minigpt.tracing.selection import HeadSelection, select_heads
+from minigpt.tracing.tracer import TraceConfig, trace
 
 TOKENIZER = bytes_tokenizer()
 PROMPT = list(b"to be or")
@@ -32,8 +36,11 @@ def model_of(layout: str = "qwen3") -> GPT:
 def traced(
     model: GPT, sampling: SamplingConfig, *, seed: int = 1, **options: Any
 ) -> tuple[TraceHeader, list[TraceStep], TraceFooter]:
-    options = {"selection": EVERY_HEAD} | options
-    events: list[TraceEvent] = list(trace(model, TOKENIZER, PROMPT, sampling, seed=seed, **options))
+    names = TraceConfig.__dataclass_fields__.keys() & options.keys()
+    config = TraceConfig(**{name: options.pop(name) for name in names})
+    events: list[TraceEvent] = list(
+        trace(model, TOKENIZER, PROMPT, sampling, config, seed=seed, **options)
+    )
     header, *steps, footer = events
     assert isinstance(header, TraceHeader)
     assert isinstance(footer, TraceFooter)
@@ -41,13 +48,21 @@ def traced(
     return header, steps, footer
 
 
-@pytest.mark.parametrize("reduce", ["mean", "max"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"reduce": "max", "measures": ("norm", "weight"), "has_heads": True},
+        {"reduce": "rollout", "sink": None},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_trace_generates_what_generation_does(layout: str, reduce: str) -> None:
+def test_a_trace_generates_what_generation_does(layout: str, options: dict[str, Any]) -> None:
     model = model_of(layout)
     sampling = SamplingConfig(temperature=1.1, top_p=0.95, max_new_tokens=8, stop=("zz",))
     for seed in range(2):
-        _, steps, footer = traced(model, sampling, seed=seed, reduce=reduce)
+        _, steps, footer = traced(model, sampling, seed=seed, **options)
         plain = list(
             stream_text(
                 Decoder(model, PROMPT).generate(sampling, seed=seed, end_of_text=[256]),
@@ -79,27 +94,31 @@ def test_each_row_accounts_for_all_of_the_attention() -> None:
             model_of(), SamplingConfig(max_new_tokens=16), n_sources=n_sources
         )
         for step in steps:
-            assert step.rest is not None
-            shares = [source.weight for source in step.sources]
+            row = step.row
+            assert row.rest is not None
+            shares = [source.weight for source in row.sources]
             assert len(shares) == min(n_sources, step.token.position - 1)
-            assert step.sink + sum(shares) + step.rest == pytest.approx(1, abs=1e-6)
+            assert row.sink + sum(shares) + row.rest == pytest.approx(1, abs=1e-6)
+            assert row.prompt + row.generated == pytest.approx(1, abs=1e-6)
             assert shares == sorted(shares, reverse=True)
         assert footer.worst_row_sum_error is not None
         assert footer.worst_row_sum_error < 1e-6
 
 
 def test_a_row_that_does_not_sum_to_one_would_be_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    true_row, calls = RowRecorder.row, iter(range(100))
-    monkeypatch.setattr(
-        RowRecorder, "row", lambda self: true_row(self) * (1.5 if next(calls) == 2 else 1)
-    )
+    calls = iter(range(100))
+
+    def row(rows_LHS: Tensor, selection: HeadSelection, *, is_max: bool) -> Tensor:
+        return reduce_rows(rows_LHS, selection) * (1.5 if next(calls) == 2 else 1)
+
+    monkeypatch.setattr(tracer, "reduce_rows", row)
     _, _, footer = traced(model_of(), SamplingConfig(max_new_tokens=5))
     assert footer.worst_row_sum_error == pytest.approx(0.5, abs=1e-6)
 
 
 def test_a_maximum_has_no_rest_because_it_does_not_sum_to_one() -> None:
     _, steps, footer = traced(model_of(), SamplingConfig(max_new_tokens=5), reduce="max")
-    assert {step.rest for step in steps} == {None}
+    assert {step.row.rest for step in steps} == {None}
     assert footer.worst_row_sum_error is None
 
 
@@ -109,13 +128,14 @@ def test_sources_are_earlier_tokens_with_their_own_weights() -> None:
     _, steps, _ = traced(model, sampling, n_sources=100, seed=5)
     context = list(PROMPT)
     for step in steps:
-        recorder = RowRecorder(EVERY_HEAD)
+        recorder = RowRecorder(model)
         with torch.no_grad():
             model(torch.tensor([context]), recorder=recorder)
-        row = recorder.row().tolist()
-        assert step.sink == pytest.approx(row[0], abs=1e-5)
-        assert sorted(s.token.position for s in step.sources) == list(range(1, len(context)))
-        for source in step.sources:
+        row = reduce_rows(recorder.weights_LHS, EVERY_HEAD).tolist()
+        assert step.row.sink == pytest.approx(row[0], abs=1e-5)
+        assert step.row.weights_S.tolist() == pytest.approx(row, abs=1e-5)
+        assert sorted(s.token.position for s in step.row.sources) == list(range(1, len(context)))
+        for source in step.row.sources:
             position = source.token.position
             assert source.weight == pytest.approx(row[position], abs=1e-5)
             assert source.token.id == context[position]
@@ -128,7 +148,7 @@ def test_the_header_says_what_is_traced() -> None:
     sampling = SamplingConfig(max_new_tokens=1)
     selection = select_heads(2, 4, heads="1.2,0.*")
     header, _, _ = traced(
-        model_of(), sampling, seed=9, selection=selection, reduce="max", model_name="runs/x"
+        model_of(), sampling, seed=9, heads="1.2,0.*", reduce="max", model_name="runs/x"
     )
     assert (header.model, header.n_layer, header.n_head, header.seed) == ("runs/x", 2, 4, 9)
     assert (header.selection, header.reduce, header.sampling) == (selection, "max", sampling)
@@ -173,7 +193,6 @@ def test_a_trace_ends_at_any_of_several_ends_of_text() -> None:
             tokenizer,
             PROMPT,
             SamplingConfig(max_new_tokens=9),
-            selection=EVERY_HEAD,
             seed=1,
         )
     )
@@ -214,13 +233,13 @@ def test_tracing_one_prompt_token_has_nothing_but_the_sink() -> None:
             TOKENIZER,
             [97],
             SamplingConfig(max_new_tokens=1),
-            selection=EVERY_HEAD,
             seed=1,
         )
     )
     step = events[1]
     assert isinstance(step, TraceStep)
-    assert (step.sink, step.sources, step.rest) == (
+    row = step.row
+    assert (row.sink, row.sources, row.rest) == (
         pytest.approx(1),
         (),
         pytest.approx(0, abs=1e-6),
@@ -229,8 +248,6 @@ def test_tracing_one_prompt_token_has_nothing_but_the_sink() -> None:
 
 def test_an_empty_or_long_prompt_is_a_data_error() -> None:
     for prompt in ([], list(b"x" * 25)):
-        events = trace(
-            model_of(), TOKENIZER, prompt, SamplingConfig(), selection=EVERY_HEAD, seed=1
-        )
+        events = trace(model_of(), TOKENIZER, prompt, SamplingConfig(), seed=1)
         with pytest.raises(DataError):
             next(events)

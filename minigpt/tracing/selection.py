@@ -27,6 +27,15 @@ class HeadSelection:
         """Whether no head is left out."""
         return self.n_chosen == self.n_head * len(self.heads_by_layer)
 
+    @property
+    def flat_indices(self) -> list[int]:
+        """The chosen heads, counted through all layers."""
+        return [
+            layer * self.n_head + head
+            for layer, heads in enumerate(self.heads_by_layer)
+            for head in heads
+        ]
+
     def as_text(self) -> str:
         """Return the chosen heads as ``4.2,5.*``, which ``select_heads`` reads."""
         parts = []

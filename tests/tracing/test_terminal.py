@@ -4,12 +4,11 @@ import re
 import unicodedata
 
 import pytest
-from small_models import small_model
+from small_traces import header_of, small_trace, step_of
 
-from minigpt.config import SamplingConfig
-from minigpt.text.tokenizer import bytes_tokenizer
-from minigpt.trace.selection import HeadSelection, select_heads
-from minigpt.trace.terminal import (
+from minigpt.tracing.events import Token, TraceFooter
+from minigpt.tracing.selection import select_heads
+from minigpt.tracing.terminal import (
     Line,
     TraceLayout,
     bar,
@@ -19,7 +18,6 @@ from minigpt.trace.terminal import (
     heat,
     percent,
 )
-from minigpt.trace.tracer import Source, Token, TraceFooter, TraceHeader, TraceStep, trace
 
 WIDTHS = [60, 80, 140]
 HOSTILE = [
@@ -61,25 +59,6 @@ def cells(text: str) -> int:
 
 def text_of(line: Line) -> str:
     return "".join(text for text, _ in line)
-
-
-def step_of(
-    data: bytes, sources: list[bytes], *, index: int = 0, rest: float | None = 0.125
-) -> TraceStep:
-    position = 500
-    return TraceStep(
-        index=index,
-        token=Token(position, 1, data),
-        log_probability=-1.0,
-        sink=0.375,
-        sources=tuple(
-            Source(Token(position - 1 - i, 2, source), 0.5 / len(sources))
-            for i, source in enumerate(sources)
-        ),
-        rest=rest,
-        text="",
-        finish=None,
-    )
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -124,29 +103,18 @@ def test_columns_stand_below_each_other(width: int) -> None:
 
 def test_a_line_shows_the_numbers_of_its_step_and_accounts_for_all() -> None:
     layout = TraceLayout(140, vocab_size=257, n_positions=1000)
-    events = list(
-        trace(
-            small_model("qwen3", vocab_size=257),
-            bytes_tokenizer(),
-            list(b"to be or not"),
-            SamplingConfig(max_new_tokens=10),
-            selection=select_heads(2, 4),
-            seed=1,
-            n_sources=layout.n_sources,
-        )
-    )
-    for step in events[1:-1]:
-        assert isinstance(step, TraceStep)
+    trace = small_trace("to be or not", max_new_tokens=10, n_sources=layout.n_sources)
+    for step in trace.steps:
         (line,) = layout.step(step)
         text = text_of(line)
         assert text.split()[0] == str(step.index + 1)
         shown = [int(n) for n in re.findall(r"(?<![<\d])(\d+)%", text)]
         n_below_one = text.count("<1%")
         # probability, sink, sources, rest: each rounded to a whole percent
-        assert len(shown) + n_below_one == 3 + len(step.sources)
+        assert len(shown) + n_below_one == 3 + len(step.row.sources)
         total = sum(shown) - (round(step.probability * 100) if step.probability >= 0.005 else 0)
-        assert abs(total - 100) <= (2 + len(step.sources)) / 2 + n_below_one
-        for source in step.sources:
+        assert abs(total - 100) <= (2 + len(step.row.sources)) / 2 + n_below_one
+        for source in step.row.sources:
             assert f" {source.token.position} " in text
 
 
@@ -154,14 +122,12 @@ def test_a_line_shows_the_numbers_of_its_step_and_accounts_for_all() -> None:
 def test_header_and_footer_fit_too(width: int) -> None:
     for heads in (None, "0.1", "0.1,3.2,5.0,7.*,9.3,11.1,11.2,11.3,11.5,11.7"):
         for prompt in (HOSTILE * 2, HOSTILE[11:12], [b"x"] * width, [b"x"]):
-            header = TraceHeader(
+            header = header_of(
                 model="runs/" + "a-very-long-name-" * 12,
                 n_layer=12,
                 n_head=12,
                 selection=select_heads(12, 12, heads=heads),
                 reduce="max",
-                seed=1,
-                sampling=SamplingConfig(),
                 prompt=tuple(Token(i, 0, data) for i, data in enumerate(prompt)),
             )
             for line in header_lines(header, width):
@@ -175,14 +141,7 @@ def test_header_and_footer_fit_too(width: int) -> None:
 @pytest.mark.parametrize("n", [1, 5, 20, 34, 35, 36, 37, 38, 50])
 def test_the_header_shows_the_end_of_the_prompt_and_cuts_no_more_than_it_must(n: int) -> None:
     prompt = bytes(97 + i % 26 for i in range(n))
-    header = TraceHeader(
-        model="m",
-        n_layer=1,
-        n_head=1,
-        selection=HeadSelection(((0,),), 1),
-        reduce="mean",
-        seed=1,
-        sampling=SamplingConfig(),
+    header = header_of(
         prompt=tuple(Token(i, b, bytes([b])) for i, b in enumerate(prompt)),
     )
     (line,) = [text for text in map(text_of, header_lines(header, 66)) if "prompt" in text]

@@ -1,0 +1,270 @@
+"""A prompt in; out, each generated token with the earlier tokens that it attended to."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from minigpt.config import SamplingConfig
+from minigpt.errors import ConfigError
+from minigpt.generation.decoder import Decoder
+from minigpt.generation.stream import stream_text
+from minigpt.model.gpt import GPT
+from minigpt.text.tokenizer import Tokenizer
+from minigpt.tracing.analysis import RowFacts, reduce_rows, row_facts
+from minigpt.tracing.dense import DenseWriter
+from minigpt.tracing.events import (
+    HeadRows,
+    Knockout,
+    Measure,
+    Reduce,
+    Row,
+    Source,
+    Token,
+    TraceEvent,
+    TraceFooter,
+    TraceHeader,
+    TraceStep,
+)
+from minigpt.tracing.recorder import RowRecorder
+from minigpt.tracing.rollout import MAX_POSITIONS, Rollout
+from minigpt.tracing.selection import HeadSelection, select_heads
+from minigpt.tracing.sink import SinkFinder
+
+
+@dataclass(frozen=True)
+class TraceConfig:
+    """What of the attention a trace shows."""
+
+    layers: str | None = None
+    """Layers to look at, as in ``0,2,4-6``; None for all."""
+    heads: str | None = None
+    """Heads to look at, layer.head, as in ``4.2,5.*``; None for all."""
+    measures: tuple[Measure, ...] = ("weight",)
+    """What a row is made of."""
+    reduce: Reduce = "mean"
+    """How the rows of the heads become one."""
+    n_sources: int = 8
+    """Sources that are kept of a row."""
+    sink: int | None = 0
+    """The position that counts as the sink; None finds it."""
+    has_heads: bool = False
+    """Whether each head's row is kept in brief, too."""
+    n_verified: int = 0
+    """Sources of each token that are knocked out."""
+    knockout: Knockout = "key"
+    """What a source is robbed of then."""
+    has_roles: bool = False
+    """Whether the heads' roles are found first."""
+
+    def __post_init__(self) -> None:
+        for name in ("n_sources", "n_verified"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must be at least 0: it is {getattr(self, name)}.")
+        if self.sink is not None and self.sink < 0:
+            raise ConfigError(f"sink must be at least 0: it is {self.sink}.")
+        if self.reduce == "rollout" and self.measures != ("weight",):
+            raise ConfigError(
+                "a rollout is of weights: the measure must be weight, and it is "
+                f"{' and '.join(self.measures)}."
+            )
+
+
+def trace(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompt: Sequence[int],
+    sampling: SamplingConfig,
+    config: TraceConfig = TraceConfig(),
+    *,
+    seed: int,
+    model_name: str = "",
+    model_sha256: str | None = None,
+    stop_at_end_of_text: bool = True,
+    compiles: bool = False,
+    dense: DenseWriter | None = None,
+) -> Iterator[TraceEvent]:
+    """Generate as ``Decoder`` does and yield a header, a step per token, and a footer.
+
+    The tokens are those that generation without a trace gives.
+
+    Args: dense, is given every head's whole row at each step.
+    Raises: DataError if the prompt is empty or longer than the context; ConfigError for heads that
+        the model lacks, a sink behind the prompt or a rollout that is too long; CheckpointError if
+        the model's logits are no numbers.
+    """
+    watch = _Watch(model, config, len(prompt), sampling)
+    tokens = [Token(i, token, tokenizer.token_bytes(token)) for i, token in enumerate(prompt)]
+    started = time.perf_counter()
+    decoder = Decoder(
+        model,
+        prompt,
+        watch.recorder,
+        max_new_tokens=sampling.max_new_tokens,
+        compiles=compiles,
+    )
+    watch.find_sink()
+    shape = model.config
+    yield TraceHeader(
+        model=model_name,
+        model_sha256=model_sha256,
+        n_layer=shape.n_layer,
+        n_head=shape.n_head,
+        n_kv_head=shape.n_kv_head,
+        d_model=shape.d_model,
+        d_head=shape.d_head,
+        dtype=str(model.dtype).removeprefix("torch."),
+        kernel="compiled graph" if compiles else "scaled_dot_product_attention",
+        selection=watch.selection,
+        measures=config.measures,
+        reduce=config.reduce,
+        sink=watch.sink,
+        sink_rule=watch.sink_rule,
+        seed=seed,
+        sampling=sampling,
+        prompt=tuple(tokens),
+        n_verified=config.n_verified,
+        knockout=config.knockout,
+    )
+    finish, n_generated = None, 0
+    end_of_text = tokenizer.end_of_text_ids if stop_at_end_of_text else ()
+    steps = decoder.generate(sampling, seed=seed, end_of_text=end_of_text)
+    for item in stream_text(steps, tokenizer, sampling.stop):
+        step = item.step
+        rows = watch.rows(tokens)
+        if dense is not None:
+            dense.write(watch.recorder.weights_LHS)
+        tokens.append(Token(step.position, step.token, tokenizer.token_bytes(step.token)))
+        finish, n_generated = step.finish, n_generated + 1
+        yield TraceStep(
+            index=step.index,
+            token=tokens[-1],
+            log_probability=step.log_probability,
+            rows=rows,
+            text=item.text,
+            finish=finish,
+        )
+    yield TraceFooter(
+        n_tokens=n_generated,
+        finish=finish,
+        seconds=time.perf_counter() - started,
+        worst_row_sum_error=watch.worst_sum_error,
+        worst_product_error=watch.worst_product_error(),
+    )
+
+
+class _Watch:
+    """A recorder, and what a trace makes of what it keeps."""
+
+    def __init__(
+        self, model: GPT, config: TraceConfig, n_prompt: int, sampling: SamplingConfig
+    ) -> None:
+        shape = model.config
+        self.config, self.n_prompt = config, n_prompt
+        self.selection = select_heads(
+            shape.n_layer, shape.n_head, layers=config.layers, heads=config.heads
+        )
+        n_positions = min(shape.context_length, n_prompt + sampling.max_new_tokens)
+        rollout = None
+        if config.reduce == "rollout":
+            rollout = _rollout(self.selection, n_positions)
+        self._finder = SinkFinder() if config.sink is None else None
+        self.recorder = RowRecorder(
+            model, has_norms="norm" in config.measures, rollout=rollout, sink_finder=self._finder
+        )
+        self.sink = config.sink or 0
+        self.sink_rule = "first" if config.sink == 0 else "given"
+        if self.sink >= max(n_prompt, 1):
+            raise ConfigError(
+                f"the sink must be a position of the prompt: it is {self.sink}, and the prompt has "
+                f"{n_prompt} tokens."
+            )
+        self.worst_sum_error: float | None = None
+        self._product_error: Tensor | None = None
+
+    def find_sink(self) -> None:
+        """Look at what the prompt's pass has shown."""
+        if self._finder is not None:
+            self.sink, self.sink_rule = self._finder.sink(), "detected"
+
+    @torch.inference_mode()
+    def rows(self, tokens: Sequence[Token]) -> tuple[Row, ...]:
+        """Return the last pass's row by each measure; tokens are those in view."""
+        rows = tuple(self._row(measure, tokens) for measure in self.config.measures)
+        if self.config.reduce != "max" and self.config.measures[0] == "weight":
+            error = abs(rows[0].total - 1)
+            self.worst_sum_error = max(self.worst_sum_error or 0.0, error)
+        error_now = self.recorder.product_error
+        if error_now is not None:
+            worst = self._product_error
+            self._product_error = error_now if worst is None else torch.maximum(worst, error_now)
+        return rows
+
+    def worst_product_error(self) -> float | None:
+        """Return the largest difference between a row times the values and a head's output."""
+        return None if self._product_error is None else self._product_error.item()
+
+    def _row(self, measure: Measure, tokens: Sequence[Token]) -> Row:
+        config, recorder = self.config, self.recorder
+        rows_LHS = recorder.weights_LHS if measure == "weight" else recorder.norms_LHS
+        if config.reduce == "rollout":
+            reduced_S = recorder.rollout_S()
+        else:
+            reduced_S = reduce_rows(rows_LHS, self.selection, is_max=config.reduce == "max")
+        rows_RS = reduced_S[None]
+        if config.has_heads:
+            rows_RS = torch.cat((rows_RS, rows_LHS.flatten(0, 1)))
+        if measure == "norm":  # lengths have no unit of their own: shares of the row have
+            rows_RS = rows_RS / rows_RS.sum(dim=1, keepdim=True).clamp(min=1e-30)
+        facts = row_facts(
+            rows_RS, sink=self.sink, n_prompt=self.n_prompt, n_sources=config.n_sources
+        )
+        total, prompt = float(facts.total_R[0]), float(facts.prompt_R[0])
+        return Row(
+            measure=measure,
+            total=total,
+            sink=float(facts.sink_R[0]),
+            own=float(facts.own_R[0]),
+            prompt=prompt,
+            generated=max(0.0, total - prompt),
+            entropy=float(facts.entropy_R[0]),
+            distance=float(facts.distance_R[0]),
+            sources=tuple(
+                Source(tokens[position], weight)
+                for position, weight in zip(
+                    facts.positions_RK[0].tolist(), facts.weights_RK[0].tolist(), strict=True
+                )
+            ),
+            weights_S=facts.first_S,
+            heads=_head_rows(facts, rows_LHS.shape[0]) if config.has_heads else None,
+        )
+
+
+def _rollout(selection: HeadSelection, n_positions: int) -> Rollout:
+    if n_positions > MAX_POSITIONS:
+        raise ConfigError(
+            f"a rollout keeps a matrix of all positions for each layer, and takes at most "
+            f"{MAX_POSITIONS}: prompt and max_new_tokens are {n_positions}. Make them fewer."
+        )
+    return Rollout(selection, n_positions)
+
+
+def _head_rows(facts: RowFacts, n_layer: int) -> HeadRows:
+    """Return the facts about all rows but the first, by layer and head."""
+
+    def by_head(array_RX: NDArray[Any]) -> NDArray[Any]:
+        return array_RX[1:].reshape(n_layer, -1, *array_RX.shape[1:])
+
+    return HeadRows(
+        sink_LH=by_head(facts.sink_R),
+        own_LH=by_head(facts.own_R),
+        prompt_LH=by_head(facts.prompt_R),
+        entropy_LH=by_head(facts.entropy_R),
+        distance_LH=by_head(facts.distance_R),
+        positions_LHK=by_head(facts.positions_RK),
+        weights_LHK=by_head(facts.weights_RK),
+    )

@@ -1,0 +1,220 @@
+"""The trace as JSON lines: every field, exact bytes, nothing that breaks a line."""
+
+import base64
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from small_traces import header_of, small_trace, step_of
+
+from minigpt.config import SamplingConfig
+from minigpt.errors import DataError
+from minigpt.tracing.events import CONVENTION, Token, Trace, TraceEvent
+from minigpt.tracing.file import SCHEMA, read_traces, to_json_line
+
+HOSTILE = [
+    b"",
+    b"\x00",
+    b"\x1b[31mred\x07",
+    b"\r\n\t",
+    b'"}\n{"type":"footer"}',
+    b"\\",
+    b"\xff\xfe",
+    "日本".encode()[:-1],
+    "\u2028\u2029\u0085".encode(),
+    "\u202eevil".encode(),
+    b"</script><script>",
+    "👩‍👧".encode(),
+    bytes(range(256)),
+]
+TOKENS = [Token(i, 1000 + i, data) for i, data in enumerate(HOSTILE)]
+
+
+def events_of(trace: Trace) -> list[TraceEvent]:
+    return [trace.header, *trace.steps, trace.footer]
+
+
+def lines_of(trace: Trace) -> list[Any]:
+    return [parsed(to_json_line(event)) for event in events_of(trace)]
+
+
+def parsed(line: str) -> dict[str, Any]:
+    """Parse strictly: one line, ASCII, no NaN."""
+    assert line.isascii()
+    assert line.isprintable()
+    assert len(line.splitlines()) == 1
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    value = json.loads(line, parse_constant=refuse)
+    assert isinstance(value, dict)
+    return value
+
+
+def test_a_whole_trace_is_a_header_steps_and_a_footer() -> None:
+    trace = small_trace("aé", n_sources=3, heads="0.*,1.3", measures=("weight", "norm"))
+    header, *steps, footer = lines_of(trace)
+    assert header["schema"] == SCHEMA
+    assert header["convention"] == CONVENTION
+    assert (header["heads"], header["measures"]) == ("0.*,1.3", ["weight", "norm"])
+    assert header["sink"] == {"position": 0, "rule": "first"}
+    assert header["prompt"] == [
+        {"position": 0, "token": 97, "text": "a", "bytes": "YQ=="},
+        {"position": 1, "token": 0xC3, "text": "\ufffd", "bytes": "ww=="},
+        {"position": 2, "token": 0xA9, "text": "\ufffd", "bytes": "qQ=="},
+    ]
+    assert len(steps) == 9
+    for number, (step, event) in enumerate(zip(steps, trace.steps, strict=True)):
+        assert (step["type"], step["step"], step["position"]) == ("step", number + 1, number + 3)
+        assert step["finish_reason"] == ("length" if number == 8 else None)
+        assert math.exp(step["log_probability"]) == pytest.approx(step["probability"], abs=2e-6)
+        for row, ours in zip(step["rows"], event.rows, strict=True):
+            weights = [source["weight"] for source in row["sources"]]
+            assert weights == [round(source.weight, 6) for source in ours.sources]
+            # Six digits each.
+            assert row["sink"] + sum(weights) + row["rest"] == pytest.approx(1, abs=5e-6)
+            whole = np.frombuffer(base64.b64decode(row["weights"]), "<f4")
+            assert whole.tolist() == ours.weights_S.tolist()
+    assert (footer["type"], footer["n_tokens"]) == ("footer", 9)
+    assert footer["finish_reason"] == "length"
+    assert footer["worst_product_error"] < 1e-5
+
+
+def test_the_bytes_of_any_token_come_back_exactly() -> None:
+    value = parsed(to_json_line(step_of(b"x", HOSTILE)))
+    for data, source in zip(HOSTILE, value["rows"][0]["sources"], strict=True):
+        assert base64.b64decode(source["bytes"], validate=True) == data
+        assert source["text"] == data.decode("utf-8", "replace")
+
+
+def test_a_maximum_has_null_for_its_rest() -> None:
+    trace = small_trace(reduce="max", max_new_tokens=2)
+    _, step, _, footer = lines_of(trace)
+    assert step["rows"][0]["rest"] is None
+    assert footer["worst_row_sum_error"] is None
+
+
+def test_a_hostile_prompt_and_name_stay_on_one_line() -> None:
+    header = header_of(
+        model="a\nb\u2028\x1b",
+        seed=2**63 - 1,
+        sampling=SamplingConfig(stop=("\x1b\n",)),
+        prompt=tuple(TOKENS),
+    )
+    value = parsed(to_json_line(header))
+    assert value["model"] == "a\nb\u2028\x1b"
+    assert value["seed"] == 2**63 - 1
+
+
+def written(path: Path, *traces: Trace) -> Path:
+    path.write_text("".join(f"{to_json_line(event)}\n" for t in traces for event in events_of(t)))
+    return path
+
+
+def assert_close(value: Any, expected: Any) -> None:
+    """Equal, but for numbers that are made of others that were rounded."""
+    if isinstance(expected, dict):
+        assert value.keys() == expected.keys()
+        for key in expected:
+            assert_close(value[key], expected[key])
+    elif isinstance(expected, list):
+        for part, expected_part in zip(value, expected, strict=True):
+            assert_close(part, expected_part)
+    elif isinstance(expected, float):
+        assert value == pytest.approx(expected, abs=5e-6)
+    else:
+        assert value == expected
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"reduce": "max", "measures": ("norm",)},
+        {"measures": ("weight", "norm"), "has_heads": True, "n_sources": 3},
+        {"reduce": "rollout", "sink": 2},
+    ],
+    ids=str,
+)
+def test_what_was_written_is_read_again(config: dict[str, Any], tmp_path: Path) -> None:
+    first, second = small_trace(**config), small_trace(seed=5, **config)
+    read = read_traces(written(tmp_path / "t.jsonl", first, second))
+    assert [trace.header for trace in read] == [first.header, second.header]
+    for trace, original in zip(read, (first, second), strict=True):
+        assert trace.text == original.text
+        assert trace.tokens == original.tokens
+        for step, expected in zip(lines_of(trace)[1:-1], lines_of(original)[1:-1], strict=True):
+            assert_close(step, expected)
+        assert trace.footer.finish == original.footer.finish
+
+
+def test_a_trace_whose_writer_was_killed_is_read_up_to_there(tmp_path: Path) -> None:
+    trace = small_trace()
+    path = written(tmp_path / "t.jsonl", trace)
+    lines = path.read_text().splitlines(keepends=True)
+    for end in (1, 4, len(lines) - 1):
+        for tail in ("", lines[end][:40]):
+            path.write_text("".join(lines[:end]) + tail)
+            (read,) = read_traces(path)
+            assert len(read.steps) == end - 1
+            assert read.footer.finish is None
+            assert read.footer.n_tokens == end - 1
+
+
+def damages() -> dict[str, Callable[[list[Any]], Any]]:
+    def setting(line: int, *path: str | int, to: Any) -> Callable[[list[Any]], Any]:
+        def damage(lines: list[Any]) -> None:
+            place = lines[line]
+            for part in path[:-1]:
+                place = place[part]
+            place[path[-1]] = to
+
+        return damage
+
+    return {
+        "no header": lambda lines: lines.pop(0),
+        "another schema": setting(0, "schema", to="minigpt-trace/99"),
+        "no such type": setting(2, "type", to="stop"),
+        "a list": lambda lines: lines.__setitem__(1, []),
+        "a sink that is not there": setting(0, "sink", "position", to=99),
+        "a head that is not there": setting(0, "heads", to="7.*"),
+        "no selection": setting(0, "n_layer", to="2"),
+        "a token out of its place": setting(2, "position", to=99),
+        "bytes that are none": setting(2, "bytes", to="*"),
+        "a source to come": setting(2, "rows", 0, "sources", 0, "position", to=99),
+        "a row too short": setting(2, "rows", 0, "weights", to="AAAAAA=="),
+        "a number that is none": setting(2, "log_probability", to="-1"),
+        "a row less": setting(2, "rows", to=[]),
+        "a field less": lambda lines: lines[2].pop("certain_text"),
+        "heads of another shape": setting(2, "rows", 0, "heads", "sink", to=[[0.5]]),
+        "heads that see what is to come": setting(
+            2, "rows", 0, "heads", "positions", to=[[[99] * 3] * 4] * 2
+        ),
+    }
+
+
+@pytest.mark.parametrize("damage", damages().values(), ids=damages().keys())
+def test_a_damaged_trace_is_a_data_error_that_names_the_line(
+    damage: Callable[[list[Any]], Any], tmp_path: Path
+) -> None:
+    lines = lines_of(small_trace(has_heads=True, n_sources=3))
+    damage(lines)
+    path = tmp_path / "t.jsonl"
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    with pytest.raises(DataError, match=r"^line \d+ of .*t\.jsonl.* is not of a trace"):
+        read_traces(path)
+
+
+def test_a_file_that_is_no_trace_is_a_data_error(tmp_path: Path) -> None:
+    for name, data in (("empty", b""), ("binary", b"\xff\xfe"), ("text", b"hello\n")):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(DataError, match=name):
+            read_traces(tmp_path / name)
+    for name in ("none", "."):
+        with pytest.raises(DataError):
+            read_traces(tmp_path / name)
