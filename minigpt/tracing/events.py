@@ -3,6 +3,7 @@
 Shapes: L layers, H query heads, S positions in view, K sources that are kept of a row.
 """
 
+import html
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -255,3 +256,13 @@ class Trace:
     def text(self) -> str:
         """What was generated."""
         return "".join(step.text for step in self.steps)
+
+    def _repr_html_(self) -> str:
+        """Show itself in a notebook, in a frame of its own."""
+        from minigpt.tracing.html import to_html
+
+        page = html.escape(to_html(self), quote=True)
+        return (
+            f'<iframe srcdoc="{page}" sandbox="allow-scripts allow-downloads" '
+            'style="width: 100%; height: 40rem; border: 0"></iframe>'
+        )

@@ -1,0 +1,86 @@
+"""A trace in one call: what ``minigpt attention-trace`` does, for Python."""
+
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from minigpt.checkpoint.folder import resolve_model
+from minigpt.config import SamplingConfig
+from minigpt.errors import ConfigError, nearest
+from minigpt.generation import api
+from minigpt.generation.decoder import fresh_seed
+from minigpt.model.gpt import GPT
+from minigpt.settings import build
+from minigpt.text.tokenizer import Tokenizer
+from minigpt.tracing import tracer
+from minigpt.tracing.events import Measure, Trace, TraceFooter, TraceHeader, TraceStep
+from minigpt.tracing.tracer import TraceConfig
+
+MEASURES: dict[str, tuple[Measure, ...]] = {
+    "weight": ("weight",),
+    "norm": ("norm",),
+    "both": ("weight", "norm"),
+}
+"""What ``measure`` may be, and the measures that it stands for."""
+
+
+def trace(
+    model: str | Path | GPT,
+    prompt: str | Sequence[int] = "",
+    *,
+    tokenizer: Tokenizer | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    quantize: str | None = None,
+    compile: bool | None = None,
+    measure: str = "weight",
+    has_heads: bool = True,
+    **options: Any,
+) -> Trace:
+    """Go on from a prompt and return what each generated token attended to.
+
+        import minigpt
+
+        trace = minigpt.trace("book", "Once upon a time", temperature=0, n_verified=3)
+        trace.steps[0].row.sources[0].token.data
+
+    As the last line of a notebook's cell a trace shows itself as the page that ``--html`` writes.
+
+    Args: model, prompt, tokenizer, device, dtype, quantize, compile: as of ``minigpt.generate``.
+        measure, weight, norm or both. has_heads, keep each head's row in brief. options, fields of
+        TraceConfig (layers="0,2", heads="4.2,5.*", reduce="max", n_sources=8, n_verified=3,
+        has_roles=True and so on) and of SamplingConfig (temperature, max_new_tokens, seed...).
+    Raises: as ``minigpt.generate``, and ConfigError for heads that the model lacks.
+    """
+    if measure not in MEASURES:
+        raise ConfigError(f"there is no measure {measure!r}. {nearest(measure, MEASURES)}")
+    names = {f.name for f in fields(TraceConfig)} - {"measures", "has_heads"}
+    chosen = {name: options.pop(name) for name in names & options.keys()}
+    config = TraceConfig(measures=MEASURES[measure], has_heads=has_heads, **chosen)
+    sampling = build(SamplingConfig, options)
+    if sampling.num_samples != 1:
+        raise ConfigError(f"a trace is of one sample: num_samples is {sampling.num_samples}.")
+    if isinstance(model, GPT):
+        network, name = model, ""
+        if tokenizer is None:
+            raise ConfigError("a GPT has no tokenizer of its own. Give tokenizer, too.")
+    else:
+        folder = resolve_model(str(model))
+        loaded = api.load(folder, device=device, dtype=dtype, quantize=quantize)
+        network, name = loaded.model, str(folder)
+        tokenizer = tokenizer or api.tokenizer_of(loaded)
+    ids = api.encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
+    header, *steps, footer = tracer.trace(
+        network,
+        tokenizer,
+        ids,
+        sampling,
+        config,
+        seed=fresh_seed() if sampling.seed is None else sampling.seed,
+        model_name=name,
+        compiles=api.is_compiled(network, compile),
+    )
+    assert isinstance(header, TraceHeader)
+    assert isinstance(footer, TraceFooter)
+    return Trace(header, tuple(s for s in steps if isinstance(s, TraceStep)), footer)

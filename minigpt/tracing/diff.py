@@ -1,0 +1,87 @@
+"""Two traces of the same tokens, side by side: two heads, two checkpoints, two measures."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minigpt.errors import DataError
+from minigpt.tracing.events import Row, Token, Trace
+
+
+@dataclass(frozen=True)
+class StepDiff:
+    """How far apart the rows of one generated token are."""
+
+    token: Token
+    divergence: float
+    """Jensen-Shannon divergence of the rows as shares, in bits: 0 for equal rows, 1 for rows that
+    have no position in common (Lin 1991, 10.1109/18.61115)."""
+    moved: float
+    """Half the sum of the differences: the share of the attention that lies elsewhere."""
+    first_token: Token
+    """What the first trace's query looked at most, the sink left out."""
+    second_token: Token
+    """What the second's did."""
+    change: float
+    """ln of the token's probability in the second trace, less that in the first."""
+
+
+def diff_traces(first: Trace, second: Trace) -> Iterator[StepDiff]:
+    """Compare two traces by their first measure, step by step.
+
+    Raises: DataError if they are not of the same tokens, naming the first that differs.
+    """
+    _check_tokens(first, second)
+    for one, other in zip(first.steps, second.steps, strict=True):
+        p, q = _shares(one.row), _shares(other.row)
+        yield StepDiff(
+            token=one.token,
+            divergence=_divergence(p, q),
+            moved=float(np.abs(p - q).sum() / 2),
+            first_token=_strongest(first, one.row),
+            second_token=_strongest(second, other.row),
+            change=other.log_probability - one.log_probability,
+        )
+
+
+def _check_tokens(first: Trace, second: Trace) -> None:
+    if len(first.header.prompt) != len(second.header.prompt):
+        raise DataError(
+            f"the prompts have {len(first.header.prompt)} and {len(second.header.prompt)} tokens, "
+            "and only traces of the same tokens can be compared. Trace the same prompt."
+        )
+    for one, other in zip(first.tokens, second.tokens, strict=False):
+        if one.data != other.data:
+            raise DataError(
+                f"the traces differ at position {one.position}: {one.data!r} and {other.data!r}. "
+                "Trace the same prompt with --temperature 0 or with the same --seed."
+            )
+    if len(first.steps) != len(second.steps):
+        raise DataError(
+            f"the traces have {len(first.steps)} and {len(second.steps)} generated tokens. Trace "
+            "both with the same --max-new-tokens."
+        )
+
+
+def _shares(row: Row) -> NDArray[np.float64]:
+    weights = row.weights_S.astype(np.float64)
+    return weights / max(weights.sum(), 1e-300)
+
+
+def _divergence(p: NDArray[np.float64], q: NDArray[np.float64]) -> float:
+    middle = (p + q) / 2
+    bits = sum(
+        float((part[part > 0] * np.log2(part[part > 0] / middle[part > 0])).sum())
+        for part in (p, q)
+    )
+    return min(max(0.0, bits / 2), 1.0)
+
+
+def _strongest(trace: Trace, row: Row) -> Token:
+    """Return the token with the most weight but the sink, which it is where it is all there is."""
+    weights = row.weights_S.copy()
+    if len(weights) > 1:
+        weights[trace.header.sink] = -1
+    return trace.tokens[int(weights.argmax())]

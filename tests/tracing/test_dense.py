@@ -1,0 +1,75 @@
+"""The dense file holds every row of every head, and is whole or not there."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from small_models import random_tokens, small_model
+
+from minigpt.config import SamplingConfig
+from minigpt.errors import ResourceError
+from minigpt.text.tokenizer import bytes_tokenizer
+from minigpt.tracing.dense import DenseWriter
+from minigpt.tracing.recorder import RowRecorder
+from minigpt.tracing.tracer import trace
+
+
+def test_every_row_of_a_trace_comes_back(tmp_path: Path) -> None:
+    model = small_model("llama-grouped", vocab_size=257)
+    path = tmp_path / "rows.safetensors"
+    prompt = list(b"to be")
+    with DenseWriter(path, n_layer=2, n_head=4) as dense:
+        events = list(
+            trace(
+                model,
+                bytes_tokenizer(),
+                prompt,
+                SamplingConfig(max_new_tokens=7),
+                seed=3,
+                dense=dense,
+            )
+        )
+        assert not path.exists()
+        dense.close({"model": "runs/x"})
+    tensors = load_file(path)
+    rows, offsets = tensors["rows"], tensors["offsets"].tolist()
+    assert rows.shape == (sum(range(5, 12)), 2, 4)
+    assert offsets == [0, 5, 11, 18, 26, 35, 45, 56]
+    tokens = [*prompt, *(event.token.id for event in events[1:-1])]  # type: ignore[union-attr]
+    recorder = RowRecorder(model)
+    for i, (start, end) in enumerate(pairwise(offsets)):
+        with torch.no_grad():
+            model(torch.tensor([tokens[: 5 + i]]), recorder=recorder)
+        expected = recorder.weights_LHS.permute(2, 0, 1)
+        torch.testing.assert_close(rows[start:end], expected, rtol=1e-4, atol=1e-6)
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == {"model": "runs/x"}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_empty_one_is_a_file_too(tmp_path: Path) -> None:
+    with DenseWriter(tmp_path / "rows", n_layer=1, n_head=1) as dense:
+        dense.close({})
+    tensors = load_file(tmp_path / "rows")
+    assert tensors["rows"].shape == (0, 1, 1)
+    assert tensors["offsets"].tolist() == [0]
+
+
+def test_what_is_broken_off_leaves_nothing(tmp_path: Path) -> None:
+    def broken_off() -> None:
+        with DenseWriter(tmp_path / "rows", n_layer=1, n_head=1) as dense:
+            dense.write(random_tokens(1, 1, 3).float())
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        broken_off()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_none_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ResourceError, match="Not a directory"):
+        DenseWriter(tmp_path / "file" / "rows", n_layer=1, n_head=1)

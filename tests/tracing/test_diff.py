@@ -1,0 +1,87 @@
+"""What differs between two traces of the same tokens."""
+
+import math
+
+import numpy as np
+import pytest
+from small_traces import header_of, row_of, small_trace, step_of
+
+from minigpt.errors import DataError
+from minigpt.tracing.diff import diff_traces
+from minigpt.tracing.events import Row, Token, Trace, TraceFooter
+
+
+def trace_of(*weights: list[float], log_probability: float = -1.0, sink: int = 0) -> Trace:
+    """A prompt of three tokens, and a step for each row."""
+    prompt = tuple(Token(i, i, bytes([97 + i])) for i in range(3))
+    steps = [
+        step_of(
+            b"x",
+            [],
+            index=i,
+            position=3 + i,
+            log_probability=log_probability,
+            rows=(row_with(row),),
+        )
+        for i, row in enumerate(weights)
+    ]
+    footer = TraceFooter(len(steps), "length", 1.0, None)
+    return Trace(header_of(prompt=prompt, sink=sink), tuple(steps), footer)
+
+
+def row_with(weights: list[float]) -> Row:
+    return row_of([], len(weights), weights_S=np.array(weights, np.float32))
+
+
+def test_equal_traces_do_not_differ() -> None:
+    trace = small_trace(measures=("norm",))
+    for step, diff in zip(trace.steps, diff_traces(trace, trace), strict=True):
+        assert (diff.token, diff.divergence, diff.moved, diff.change) == (step.token, 0, 0, 0)
+        assert diff.first_token == diff.second_token == step.row.sources[0].token
+
+
+def test_rows_with_nothing_in_common_are_a_bit_apart() -> None:
+    first = trace_of([0.5, 0.5, 0], log_probability=-1.0)
+    second = trace_of([0, 0, 1], log_probability=-3.0)
+    (diff,) = diff_traces(first, second)
+    assert (diff.divergence, diff.moved, diff.change) == (1, 1, -2)
+    assert (diff.first_token.data, diff.second_token.data) == (b"b", b"c")
+
+
+def test_the_divergence_is_the_mean_of_two_relative_entropies() -> None:
+    p, q = [0.7, 0.2, 0.1], [0.1, 0.3, 0.6]
+    (diff,) = diff_traces(trace_of(p), trace_of(q))
+    middle = [(a + b) / 2 for a, b in zip(p, q, strict=True)]
+    bits = sum(a * math.log2(a / m) for a, m in zip(p, middle, strict=True))
+    bits += sum(b * math.log2(b / m) for b, m in zip(q, middle, strict=True))
+    assert diff.divergence == pytest.approx(bits / 2, abs=1e-6)
+    assert diff.moved == pytest.approx(0.6, abs=1e-6)
+
+
+def test_rows_that_do_not_sum_to_one_are_compared_as_shares() -> None:
+    (diff,) = diff_traces(trace_of([0.8, 0.4, 0.4]), trace_of([0.5, 0.25, 0.25]))
+    assert diff.divergence == pytest.approx(0, abs=1e-6)
+
+
+def test_another_head_of_one_model_is_compared() -> None:
+    first, second = (small_trace(heads=heads) for heads in ("0.1", "1.2"))
+    diffs = list(diff_traces(first, second))
+    assert all(0 < diff.divergence < 1 and 0 < diff.moved < 1 for diff in diffs)
+    assert {diff.change for diff in diffs} == {0}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        (small_trace("abc"), small_trace("abcd"), "prompts have 3 and 4 tokens"),
+        (small_trace("abc"), small_trace("abd"), r"position 2: b'c' and b'd'"),
+        (
+            trace_of([1, 0, 0], [1, 0, 0, 0]),
+            trace_of([1, 0, 0]),
+            "have 2 and 1 generated tokens",
+        ),
+    ],
+)
+def test_traces_of_other_tokens_are_refused(first: Trace, second: Trace, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        list(diff_traces(first, second))

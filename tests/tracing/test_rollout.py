@@ -1,0 +1,57 @@
+"""Rollout: the published example, and a plain product of matrices."""
+
+import pytest
+import torch
+from small_models import random_tokens, small_model
+from torch import Tensor
+
+from minigpt.model.cache import KVCache
+from minigpt.model.scores import attention_weights
+from minigpt.tracing.recorder import RowRecorder
+from minigpt.tracing.rollout import Rollout
+from minigpt.tracing.selection import select_heads
+
+
+class Collector:
+    def __init__(self) -> None:
+        self.layers: list[Tensor] = []
+
+    def record(self, layer: int, q: Tensor, k: Tensor, v: Tensor, context: Tensor) -> None:
+        self.layers.append(attention_weights(q, k)[0])
+
+
+def test_two_equal_layers_roll_out_as_by_hand() -> None:
+    weights = torch.tensor([[1, 0, 0], [0.5, 0.5, 0], [0.2, 0.3, 0.5]])
+    expected = torch.tensor([[1, 0, 0], [0.4375, 0.5625, 0], [0.2125, 0.225, 0.5625]])
+    for sizes in ([3], [1, 1, 1], [2, 1]):  # at once, and as tokens come
+        rollout, end, rows = Rollout(select_heads(2, 1), 3), 0, []
+        for n_new in sizes:
+            end += n_new
+            for layer in range(2):
+                rollout.extend(layer, weights[None, end - n_new : end, :end])
+            rows.append(rollout.row())
+        torch.testing.assert_close(rows[-1], expected[2])
+        if len(sizes) == 3:
+            torch.testing.assert_close(rows[0], expected[0, :1])
+            torch.testing.assert_close(rows[1], expected[1, :2])
+
+
+@pytest.mark.parametrize("heads", [None, "0.1,1.*", "1.2"])
+@torch.no_grad()
+def test_a_rollout_as_tokens_come_is_the_product_of_whole_matrices(heads: str | None) -> None:
+    model = small_model("llama-grouped", n_layer=3)
+    selection = select_heads(3, 4, heads=heads)
+    tokens = random_tokens(1, 20)
+    recorder = RowRecorder(model, rollout=Rollout(selection, 24))
+    cache = KVCache(model.config)
+    for part in tokens.split([9, 1, 1, 6, 1, 2], dim=1):
+        model(part, cache, recorder)
+        collector = Collector()
+        model(tokens[:, : cache.length], recorder=collector)
+        expected = torch.eye(cache.length)
+        for layer, chosen in enumerate(selection.heads_by_layer):
+            if chosen:
+                mean = collector.layers[layer][list(chosen)].mean(dim=0)
+                expected = (0.5 * mean + 0.5 * torch.eye(cache.length)) @ expected
+        torch.testing.assert_close(recorder.rollout_S(), expected[-1], rtol=1e-4, atol=1e-6)
+        assert recorder.rollout_S().sum().item() == pytest.approx(1, abs=1e-5)
