@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from minigpt.model.attention import Attention
+from minigpt.model.cache import KVCache
 from minigpt.model.gpt import GPT
 from minigpt.model.quantized import Int8Linear
 from minigpt.model.scores import attention_weights
@@ -38,10 +39,15 @@ class RowRecorder:
         self._n_layer = model.config.n_layer
         self._rollout, self._sink_finder = rollout, sink_finder
         self._norms = _ValueNorms(model) if has_norms else None
+        self._queries: list[Tensor] = []
         self._weights: list[Tensor] = []
         self._new_values: list[Tensor] = []
+        self._shown: tuple[Tensor, Tensor] | None = None
         self._weights_LHS: Tensor | None = None
         self._n_passes = 0
+        self.cache: KVCache | None = None
+        """What passes of one token read and write, if there is such a cache. With it, the rows of
+        all layers are one product at the end of a pass, at a third of the cost of one a layer."""
         self.product_error: Tensor | None = None
         """The largest difference between a row times the values and the head's output, over the
         largest output; in the last pass, of one layer, each in its turn."""
@@ -51,19 +57,34 @@ class RowRecorder:
         self, layer: int, q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, context_BHTD: Tensor
     ) -> None:
         """Take one layer's row of the batch's first sequence."""
+        n_new, n_key = q_BHTD.shape[2], k_BGSD.shape[2]
         if layer == 0:
-            self._weights, self._new_values = [], []
-        weights_HS = attention_weights(q_BHTD[:1, :, -1:], k_BGSD[:1])[0, :, 0]
-        self._weights.append(weights_HS)
+            self._queries, self._weights, self._new_values = [], [], []
+        if self.cache is not None and n_new == 1:
+            self._queries.append(q_BHTD[0].clone())  # the next layer's may be written over it
+        else:
+            self._weights.append(attention_weights(q_BHTD[:1, :, -1:], k_BGSD[:1])[0, :, 0])
         if layer == self._n_passes % self._n_layer:
-            self.product_error = _product_error(weights_HS, v_BGSD[0], context_BHTD[0, :, -1])
+            self._shown = v_BGSD[0], context_BHTD[0, :, -1]
         if self._norms is not None:
-            self._new_values.append(v_BGSD[0, :, v_BGSD.shape[2] - q_BHTD.shape[2] :])
+            self._new_values.append(v_BGSD[0, :, n_key - n_new :])
         for watcher in (self._rollout, self._sink_finder):
             if watcher is not None:
                 watcher.watch(layer, q_BHTD[:1], k_BGSD[:1])
         if layer == self._n_layer - 1:
-            self._end_pass(torch.stack(self._weights))
+            weights_LHS = self._rows_of_pass(n_key)
+            if self._shown is not None:
+                row_HS = weights_LHS[self._n_passes % self._n_layer]
+                self.product_error = _product_error(row_HS, *self._shown)
+            self._end_pass(weights_LHS)
+
+    def _rows_of_pass(self, n_key: int) -> Tensor:
+        if self._weights:
+            return torch.stack(self._weights)
+        assert self.cache is not None
+        # The layers stand where a batch's sequences do.
+        keys_LGSD = self.cache.keys_LBGSD[:, 0, :, :n_key]
+        return attention_weights(torch.stack(self._queries), keys_LGSD)[:, :, 0]
 
     @torch.no_grad()
     def take(self, weights_LHS: Tensor, new_values_LGTD: Tensor) -> None:

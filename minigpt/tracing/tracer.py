@@ -107,6 +107,7 @@ def trace(
         max_new_tokens=sampling.max_new_tokens,
         compiles=compiles,
     )
+    watch.recorder.cache = decoder.cache
     watch.find_sink()
     shape = model.config
     yield TraceHeader(

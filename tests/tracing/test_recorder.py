@@ -270,6 +270,27 @@ def test_rows_that_a_pass_has_computed_itself_are_taken_as_they_are(layout: str)
         torch.testing.assert_close(given.norms_LHS, seen.norms_LHS)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rows_of_all_layers_at_once_are_those_of_one_after_another(
+    layout: str, dtype: torch.dtype
+) -> None:
+    model = small_model(layout).to(dtype)
+    at_once, one_by_one = RowRecorder(model, has_norms=True), RowRecorder(model, has_norms=True)
+    decoders = [Decoder(model, [1, 2, 3], recorder) for recorder in (at_once, one_by_one)]
+    at_once.cache = decoders[0].cache
+    for token in random_tokens(9).tolist():
+        for decoder in decoders:
+            decoder.logits([token])
+        torch.testing.assert_close(at_once.weights_LHS, one_by_one.weights_LHS)
+        torch.testing.assert_close(at_once.norms_LHS, one_by_one.norms_LHS)
+        assert at_once.product_error is not None
+        assert one_by_one.product_error is not None
+        torch.testing.assert_close(
+            at_once.product_error, one_by_one.product_error, atol=1e-5, rtol=0
+        )
+
+
 @torch.no_grad()
 def test_a_row_that_is_not_the_kernel_s_would_be_noticed() -> None:
     model = small_model()
