@@ -1,0 +1,223 @@
+"""What watching costs: decoding with the attention trace on, over decoding with it off.
+
+    python benchmarks/trace.py
+    python benchmarks/trace.py --shape mini --compile
+    python benchmarks/trace.py --memory
+    python benchmarks/trace.py --transformers
+
+A model of random weights goes on from one prompt several times at once, in one process: a token of
+each way in turn, in another order each time, so that all ways see the same machine. The text of the
+trace goes to a file, as `minigpt attention-trace > file` writes it. A ratio is of the sums of the
+step times; the one in brackets, the median of the ratios of single steps.
+
+--memory decodes a thousand tokens in a process of its own for each way, and prints how much its
+peak of resident memory is above that without a trace. --transformers does both for
+transformers with output_attentions, for scale.
+"""
+
+import argparse
+import json
+import os
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+# As the command line sets it, and before torch starts OpenMP.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+import torch
+from machine import child_environment, machine_facts
+from random_models import BYTES, SHAPES, shape_of, write_random
+from rich.console import Console
+
+from minigpt.config import SamplingConfig
+from minigpt.console import THEME, spans_to_text
+from minigpt.generation.api import load
+from minigpt.generation.decoder import Decoder
+from minigpt.generation.stream import stream_text
+from minigpt.model.gpt import GPT
+from minigpt.tracing.events import TraceStep
+from minigpt.tracing.file import to_json_line
+from minigpt.tracing.terminal import TraceLayout
+from minigpt.tracing.tracer import TraceConfig, trace
+
+OFF = "off"
+WAYS: dict[str, TraceConfig] = {
+    "lines": TraceConfig(),
+    "lines, --measure both": TraceConfig(measures=("weight", "norm")),
+    "--out, every head": TraceConfig(has_heads=True),
+    "lines, --verify 3": TraceConfig(n_verified=3),
+}
+WIDTH = 140
+TRANSFORMERS = ("transformers", "transformers, output_attentions")
+
+
+def decoding(
+    model: GPT, prompt: list[int], n_new: int, way: str, folder: Path, *, compiles: bool
+) -> Iterator[None]:
+    """Decode one token at each turn, shown as this way shows it."""
+    sampling = SamplingConfig(temperature=0, max_new_tokens=n_new, ignore_eos=True)
+    if way == OFF:
+        decoder = Decoder(model, prompt, max_new_tokens=n_new, compiles=compiles)
+        for _ in stream_text(decoder.generate(sampling, seed=0), BYTES):
+            yield
+        return
+    events = trace(
+        model,
+        BYTES,
+        prompt,
+        sampling,
+        WAYS[way],
+        seed=0,
+        stop_at_end_of_text=False,
+        compiles=compiles,
+    )
+    layout = TraceLayout(WIDTH, vocab_size=model.config.vocab_size, n_positions=len(prompt) + n_new)
+    with (folder / f"{way}.txt").open("w") as file:
+        console = Console(file=file, theme=THEME, width=WIDTH, highlight=False, soft_wrap=True)
+        for event in events:
+            if way.startswith("--out"):
+                file.write(to_json_line(event) + "\n")
+            elif isinstance(event, TraceStep):
+                for line in layout.step(event):
+                    console.print(spans_to_text(line))
+            file.flush()
+            if isinstance(event, TraceStep):
+                yield
+
+
+def transformers_decoding(
+    folder: Path, prompt: list[int], n_new: int, *, attentions: bool
+) -> Iterator[None]:
+    """Decode with transformers, a token at each turn, with or without its attention maps."""
+    from transformers import AutoModelForCausalLM, DynamicCache
+
+    kernel = "eager" if attentions else "sdpa"
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=kernel).eval()
+    cache = DynamicCache(config=model.config)
+    tokens = torch.tensor([prompt])
+    kept = []
+    for _ in range(n_new):
+        with torch.inference_mode():
+            out = model(tokens, past_key_values=cache, output_attentions=attentions)
+        kept.append(out.attentions)  # as generate keeps them, for who asks for attentions
+        tokens = out.logits[:, -1:].argmax(dim=-1)
+        yield
+
+
+def timed(ways: dict[str, Iterator[None]], n_steps: int, n_warm: int) -> dict[str, list[float]]:
+    """Return the seconds of each way's steps, taken in turns."""
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    for step in range(n_steps):
+        for way in random.sample(list(ways), len(ways)):
+            started = time.perf_counter()
+            next(ways[way])
+            if step >= n_warm:
+                seconds[way].append(time.perf_counter() - started)
+    return seconds
+
+
+def table(seconds: dict[str, list[float]], bases: dict[str, str]) -> list[dict[str, Any]]:
+    """Print a table of the ways; return its rows."""
+    rows = []
+    print("| trace | ms/token | over without |\n| --- | --- | --- |")
+    for way, times in seconds.items():
+        base = seconds[bases[way]]
+        ratio = sum(times) / sum(base)
+        median = statistics.median(a / b for a, b in zip(times, base, strict=True))
+        step_ms = 1000 * statistics.median(times)
+        rows.append({"way": way, "step_ms": step_ms, "ratio": ratio, "median_ratio": median})
+        shown = "1" if way == bases[way] else f"**{ratio:.3f}** ({median:.3f})"
+        print(f"| {way} | {step_ms:.2f} | {shown} |")
+    return rows
+
+
+def peak_memory(arguments: argparse.Namespace, way: str) -> float:
+    """Return the MiB that a process holds at most while it decodes this way."""
+    words = [sys.executable, __file__, "--shape", arguments.shape, "--one", way]
+    words += ["--threads", str(arguments.threads), "--n-new", str(arguments.n_new)]
+    run = subprocess.run(
+        words, capture_output=True, text=True, check=True, env=child_environment(arguments.threads)
+    )
+    return float(run.stdout.splitlines()[-1])
+
+
+def measure_memory(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Print how much more memory each way takes than none."""
+    rows = []
+    groups = [(OFF, *WAYS)] + ([TRANSFORMERS] if arguments.transformers else [])
+    print(f"\n| trace of {arguments.n_new} tokens | peak MiB | more than without |")
+    print("| --- | --- | --- |")
+    for names in groups:
+        base = 0.0
+        for way in names:
+            peak = peak_memory(arguments, way)
+            base = base or peak
+            rows.append({"way": way, "peak_mib": peak, "extra_mib": peak - base})
+            print(f"| {way} | {peak:.0f} | {peak - base:.1f} |", flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="gpt2")
+    parser.add_argument("--n-prompt", type=int, default=24)
+    parser.add_argument("--n-new", type=int, default=None, help="256; with --memory 1000")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--transformers", action="store_true")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    arguments.n_new = arguments.n_new or (1000 if arguments.memory else 256)
+    torch.set_num_threads(arguments.threads)
+    facts = machine_facts("cpu", ["torch", "transformers"]) | {"threads": arguments.threads}
+    if arguments.memory:
+        result = measure_memory(arguments)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            result = run_in(Path(folder), arguments)
+    if arguments.one is None:
+        print(f"\n{json.dumps(facts)}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"machine": facts, "rows": result}, indent=2))
+
+
+def run_in(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Time all ways in one process; of --one, decode it alone and print its peak memory."""
+    n_new = arguments.n_new
+    prompt = [random.Random(0).randrange(32, 127) for _ in range(arguments.n_prompt)]
+    write_random(folder, shape_of(arguments.shape, arguments.n_prompt + n_new))
+    model = load(folder, device="cpu", dtype=arguments.dtype).model
+
+    def ours(way: str) -> Callable[[], Iterator[None]]:
+        return lambda: decoding(model, prompt, n_new, way, folder, compiles=arguments.compile)
+
+    def theirs(way: str) -> Callable[[], Iterator[None]]:
+        attentions = way != TRANSFORMERS[0]
+        return lambda: transformers_decoding(folder, prompt, n_new, attentions=attentions)
+
+    begins = {way: ours(way) for way in (OFF, *WAYS)}
+    begins |= {way: theirs(way) for way in TRANSFORMERS}
+    if arguments.one is not None:
+        for _ in begins[arguments.one]():
+            pass
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        return []
+    names = [OFF, *WAYS, *(TRANSFORMERS if arguments.transformers else ())]
+    ways = {way: begins[way]() for way in names}
+    bases = {way: TRANSFORMERS[0] if way in TRANSFORMERS else OFF for way in names}
+    return table(timed(ways, n_new, n_warm=8), bases)
+
+
+if __name__ == "__main__":
+    main()
