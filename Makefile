@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help demo test test-slow test-dist test-gpu check format bench clean
+.PHONY: help demo test test-slow test-dist test-browser test-gpu check format bench clean
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /: /' | column -t -s :
 
@@ -19,10 +19,14 @@ test: $(INSTALLED) ## Run the tests
 	$(BIN)/python -m pytest -m 'not slow and not torture and not dist and not browser and not gpu'
 
 test-slow: $(INSTALLED) ## Run the slow tests too
-	$(BIN)/python -m pytest -m 'not gpu'
+	$(BIN)/python -m pytest -m 'not gpu and not browser'
 
 test-dist: $(INSTALLED) ## Run the tests that train in several processes
 	$(BIN)/python -m pytest -m dist
+
+test-browser: $(INSTALLED) ## Run the tests that open a trace's page in Chromium
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,browser]'
+	$(BIN)/python -m pytest -m browser
 
 test-gpu: $(INSTALLED) ## Run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu

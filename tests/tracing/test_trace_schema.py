@@ -1,0 +1,68 @@
+"""Every line of a trace is as the published JSON Schema says, and nothing else is."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jsonschema import Draft202012Validator
+from small_traces import small_trace
+
+from minigpt.tracing.events import CauseCheck, Effect, Roles, Trace, TraceFooter
+from minigpt.tracing.file import SCHEMA, to_json_line
+
+PATH = Path(__file__).resolve().parents[2] / "docs" / "trace.schema.json"
+VALIDATOR = Draft202012Validator(json.loads(PATH.read_text()))
+
+
+def lines_of(trace: Trace) -> list[Any]:
+    return [json.loads(to_json_line(e)) for e in (trace.header, *trace.steps, trace.footer)]
+
+
+def test_the_schema_is_one_and_has_the_version_that_is_written() -> None:
+    Draft202012Validator.check_schema(VALIDATOR.schema)
+    assert VALIDATOR.schema["$id"] == SCHEMA
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"reduce": "max", "measures": ("norm",), "n_sources": 0},
+        {"measures": ("weight", "norm"), "has_heads": True},
+        {"reduce": "rollout", "sink": None, "heads": "0.1,1.*"},
+        {"n_verified": 2, "has_roles": True, "context_length": 64},
+    ],
+    ids=str,
+)
+def test_every_line_is_valid(config: dict[str, Any]) -> None:
+    for line in lines_of(small_trace("aé\x1b", **config)):
+        VALIDATOR.validate(line)
+
+
+def test_effects_roles_and_a_check_are_valid() -> None:
+    trace = small_trace(max_new_tokens=1)
+    (step,) = trace.steps
+    source = step.row.sources[0]
+    effects = (Effect(source, -0.5), Effect(source, 0.25, control_of=0))
+    object.__setattr__(step, "effects", effects)
+    object.__setattr__(trace.header, "roles", ((Roles(0, 0, 1, 0, 0, "induc"),),))
+    footer = TraceFooter(1, None, 0.5, None, None, CauseCheck(1, 1, 0.5, 0.25, None))
+    lines = lines_of(Trace(trace.header, trace.steps, footer))
+    for line in lines:
+        VALIDATOR.validate(line)
+    assert lines[1]["effects"][1]["control_of"] == 0
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [(0, "schema"), (0, "sink"), (1, "rows"), (1, "position"), (2, "finish_reason")],
+)
+def test_a_line_with_a_field_less_or_more_is_not(line: int, name: str) -> None:
+    value = lines_of(small_trace(max_new_tokens=1))[line]
+    assert VALIDATOR.is_valid(value)
+    assert not VALIDATOR.is_valid(value | {"surprise": 1})
+    less = copy.deepcopy(value)
+    del less[name]
+    assert not VALIDATOR.is_valid(less)
