@@ -1,0 +1,57 @@
+"use strict";
+
+// The trace as Python embedded it: JSON, and arrays packed into deflated bytes.
+
+async function readTrace() {
+  const trace = JSON.parse(document.getElementById("trace").textContent);
+  const { arrays, deflated } = trace.packed;
+  trace.arrays = unpackArrays(arrays, await inflate(deflated));
+  trace.nTokens = trace.tokens.length;
+  trace.rowStarts = rowStarts(trace);
+  return trace;
+}
+
+async function inflate(base64) {
+  const bytes = Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
+  return new Uint8Array(await new Response(stream).arrayBuffer());
+}
+
+// Each array lies there as its first bytes, then its second bytes, and so on.
+function unpackArrays(arrays, bytes) {
+  const unpacked = {};
+  let start = 0;
+  for (const [name, width, length] of arrays) {
+    unpacked[name] = unpackArray(bytes, start, width, length);
+    start += width * length;
+  }
+  return unpacked;
+}
+
+function unpackArray(bytes, start, width, length) {
+  const kinds = { 1: Uint8Array, 2: Uint16Array, 4: Uint32Array };
+  const values = new kinds[width](length);
+  for (let byte = 0; byte < width; byte++) {
+    const plane = start + byte * length;
+    for (let i = 0; i < length; i++) values[i] |= bytes[plane + i] << (8 * byte);
+  }
+  return values;
+}
+
+// A step's whole row has a share for each token before its own.
+function rowStarts(trace) {
+  const starts = [0];
+  for (let step = 0; step < trace.steps.length; step++) {
+    starts.push(starts[step] + trace.nPrompt + step);
+  }
+  return starts;
+}
+
+// Codes are finest where the shares are small: c of at most m stands for (c / m)^2.
+function byteShare(code) {
+  return (code / 255) ** 2;
+}
+
+function wordShare(code) {
+  return (code / 65535) ** 2;
+}

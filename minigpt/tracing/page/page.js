@@ -1,0 +1,285 @@
+// The state of the page, what changes it, and what it looks like then.
+
+// An element with attributes and a text; nothing is ever parsed as HTML.
+function element(name, attributes = {}, text = "") {
+  const made = document.createElement(name);
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+  made.textContent = text;
+  return made;
+}
+
+function percent(share) {
+  const value = 100 * share;
+  if (value === 0) return "0 %";
+  if (value < 0.1) return "<0.1 %";
+  return `${value < 9.95 ? value.toFixed(1) : Math.round(value)} %`;
+}
+
+class Page {
+  constructor(trace) {
+    this.trace = trace;
+    this.hasHeads = trace.nSources !== null;
+    this.view = { measure: trace.measures[0][0], reduction: "traced", layer: null, head: null };
+    this.showsReaders = false;
+    this.pinned = null;
+    this.pointed = trace.nTokens - 1;
+    this.isDrawn = true;
+    this.strip = makeStrip(trace, (at) => this.point(at), (at) => this.togglePin(at));
+    this.grid = makeGrid(trace, (layer, head) => this.chooseHead(layer, head));
+    fillWords(trace);
+    this.fillControls();
+    this.listen();
+    this.changed();
+  }
+
+  get current() {
+    return this.pinned ?? this.pointed;
+  }
+
+  point(position) {
+    if (this.pinned !== null || this.pointed === position) return;
+    this.pointed = position;
+    this.changed();
+  }
+
+  togglePin(position) {
+    this.pinned = this.pinned === position ? null : position;
+    this.pointed = position;
+    this.changed();
+  }
+
+  // By the keyboard: a token out of sight comes into sight.
+  pin(position) {
+    const last = this.trace.nTokens - 1;
+    this.pinned = this.pointed = Math.min(last, Math.max(0, position));
+    this.draw();
+    this.strip.cells[this.pinned].focus();
+  }
+
+  unpin() {
+    this.pinned = null;
+    this.changed();
+  }
+
+  // A head that is chosen already is let go.
+  chooseHead(layer, head) {
+    const isChosen = this.view.layer === layer && this.view.head === head;
+    this.choose({ layer: isChosen ? null : layer, head: isChosen ? null : head });
+  }
+
+  // The trace's own reduction is of the heads that it chose: another choice leaves it.
+  choose(change) {
+    Object.assign(this.view, change);
+    const { layer, head } = this.view;
+    if (change.reduction === "traced") Object.assign(this.view, { layer: null, head: null });
+    else if (this.view.reduction === "traced" && (layer !== null || head !== null)) {
+      this.view.reduction = "mean";
+    } else if ("layer" in change && layer === null && head === null) this.view.reduction = "traced";
+    this.changed();
+  }
+
+  // Several changes before the next frame are drawn once.
+  changed() {
+    if (!this.isDrawn) return;
+    this.isDrawn = false;
+    requestAnimationFrame(() => this.draw());
+  }
+
+  draw() {
+    this.isDrawn = true;
+    const { trace, current } = this;
+    if (trace.nTokens === 0) return;
+    const readers = this.showsReaders || current < trace.nPrompt;
+    markToken(this.strip, current, this.pinned !== null);
+    this.drawControls();
+    if (readers) this.drawReaders(current);
+    else this.drawSources(current);
+    this.drawGrid(current);
+  }
+
+  drawSources(position) {
+    const { trace, view } = this;
+    const step = position - trace.nPrompt;
+    const rows = this.byMeasure((one) => rowOf(trace, one, step));
+    const shares = mapValues(rows, (row) => row.shares);
+    shadeStrip(this.strip, shares[view.measure]);
+    this.caption = `${tokenName(trace, position)}: ${view.measure}, ${this.viewText()}`;
+    setText("token-title", `What ${tokenName(trace, position)} attended to`);
+    setText("token-facts", stepText(trace, step));
+    setText("listed", `${this.viewText()}: ${listedText(trace, view, rows[view.measure], step)}`);
+    const effects = trace.steps[step].effects;
+    fillTable(trace, {
+      shares, measure: view.measure, own: position - 1, effects: effects.length ? effects : null,
+    });
+  }
+
+  drawReaders(position) {
+    const { trace, view } = this;
+    const shares = this.byMeasure((one) => columnOf(trace, one, position));
+    shadeStrip(this.strip, shares[view.measure]);
+    this.caption = `Who attended to ${tokenName(trace, position)}: ${view.measure}, ${this.viewText()}`;
+    setText("token-title", `Who attended to ${tokenName(trace, position)}`);
+    const isPrompt = position < trace.nPrompt;
+    setText("token-facts", isPrompt ? "A token of the prompt has no row of its own in a trace." : "");
+    setText("listed", `${this.viewText()}: each share is of that later token's own row.`);
+    fillTable(trace, { shares, measure: view.measure, own: null, effects: null });
+  }
+
+  drawGrid(position) {
+    const { trace, view } = this;
+    const step = position - trace.nPrompt;
+    const hasStep = this.hasHeads && step >= 0;
+    const heads = this.grid.cells.keys();
+    const entropies = hasStep
+      ? Array.from(heads, (head) => headFact(trace, view.measure, "entropy", step, head))
+      : null;
+    const most = hasStep ? mostBits(trace, step) : 0;
+    fillGrid(this.grid, entropies, most);
+    markHeads(this.grid, view.reduction === "traced" ? [] : headsOf(trace, view));
+    setText("grid-note", gridText(this.hasHeads, hasStep, position, most));
+  }
+
+  byMeasure(rowsOf) {
+    const pairs = this.trace.measures.map(([measure]) => [measure, rowsOf({ ...this.view, measure })]);
+    return Object.fromEntries(pairs);
+  }
+
+  viewText() {
+    const { layer, head, reduction } = this.view;
+    if (reduction === "traced") return this.trace.traced;
+    if (layer !== null && head !== null) return `head ${layer}.${head}`;
+    const how = reduction === "max" ? "the largest" : "mean";
+    if (layer !== null) return `${how} of the heads of layer ${layer}`;
+    return head === null ? `${how} of all heads` : `${how} of head ${head} of every layer`;
+  }
+
+  fillControls() {
+    const { trace } = this;
+    addOptions("measure", trace.measures.map(([name]) => [name, name]));
+    addOptions("layer", numbered(trace.nLayer));
+    addOptions("head", numbered(trace.nHead));
+    const own = ["traced", `as traced: ${trace.traced}`];
+    addOptions("reduction", [own, ["mean", "mean of the chosen heads"], ["max", "the largest of the chosen heads"]]);
+    document.getElementById("measure-label").hidden = trace.measures.length < 2;
+    document.getElementById("no-heads").hidden = this.hasHeads;
+    for (const id of ["layer", "head", "reduction"]) control(id).disabled = !this.hasHeads;
+  }
+
+  drawControls() {
+    const { measure, layer, head, reduction } = this.view;
+    control("measure").value = measure;
+    control("layer").value = layer ?? "";
+    control("head").value = head ?? "";
+    control("reduction").value = reduction;
+    control("direction").value = this.showsReaders ? "readers" : "sources";
+  }
+
+  listen() {
+    const onChange = (id, take) => control(id).addEventListener("change", (e) => take(e.target.value));
+    onChange("measure", (measure) => this.choose({ measure }));
+    onChange("layer", (text) => this.choose({ layer: text === "" ? null : Number(text) }));
+    onChange("head", (text) => this.choose({ head: text === "" ? null : Number(text) }));
+    onChange("reduction", (reduction) => this.choose({ reduction }));
+    onChange("direction", (direction) => {
+      this.showsReaders = direction === "readers";
+      this.changed();
+    });
+    const download = () => downloadPicture(this.strip, `${this.trace.model}. ${this.caption}`);
+    document.getElementById("download").addEventListener("click", download);
+    document.getElementById("help-button").addEventListener("click", toggleHelp);
+    document.addEventListener("keydown", (event) => this.press(event));
+  }
+
+  press(event) {
+    if (event.ctrlKey || event.altKey || event.metaKey) return;
+    if (event.key === "Escape") this.unpin();
+    else if (event.key === "?") toggleHelp();
+    else if (this.strip.element.contains(event.target) || event.target === document.body) {
+      this.move(event);
+    }
+  }
+
+  move(event) {
+    const { current, strip, trace } = this;
+    const targets = {
+      ArrowLeft: () => current - 1,
+      ArrowRight: () => current + 1,
+      ArrowUp: () => tokenOnLine(strip, current, -1),
+      ArrowDown: () => tokenOnLine(strip, current, 1),
+      Home: () => 0,
+      End: () => trace.nTokens - 1,
+      Enter: () => current,
+    };
+    const target = targets[event.key];
+    if (!target || trace.nTokens === 0) return;
+    event.preventDefault();
+    this.pin(target());
+  }
+}
+
+function mapValues(object, change) {
+  return Object.fromEntries(Object.entries(object).map(([key, value]) => [key, change(value)]));
+}
+
+function control(id) {
+  return document.getElementById(id);
+}
+
+function setText(id, text) {
+  document.getElementById(id).textContent = text;
+}
+
+function addOptions(id, options) {
+  for (const [value, text] of options) control(id).append(element("option", { value }, text));
+}
+
+function numbered(n) {
+  return [["", "all"], ...Array.from({ length: n }, (_, i) => [String(i), String(i)])];
+}
+
+function toggleHelp() {
+  const help = document.getElementById("help");
+  help.hidden = !help.hidden;
+  document.getElementById("help-button").setAttribute("aria-expanded", String(!help.hidden));
+}
+
+function tokenName(trace, position) {
+  return `token ${position} “${trace.tokens[position]}”`;
+}
+
+function stepText(trace, step) {
+  const { logProbability } = trace.steps[step];
+  return `Generated as number ${step + 1}, with a probability of ${percent(Math.exp(logProbability))} (ln p ${signed(logProbability)}).`;
+}
+
+function listedText(trace, view, row, step) {
+  const facts = factsOf(trace, view, step);
+  const part = view.reduction === "traced"
+    ? "The whole row is listed."
+    : `Listed: ${percent(row.listed)} of the row (of each head the ${trace.nSources} strongest sources and the sink, rounded).`;
+  if (view.reduction === "max") return part;
+  return (
+    `${percent(facts.sink)} on the sink, ${percent(facts.own)} on its own query's position, ` +
+    `${percent(facts.prompt)} on the prompt; entropy ${facts.entropy.toFixed(2)} bits, ` +
+    `on average ${facts.distance.toFixed(1)} tokens back. ${part}`
+  );
+}
+
+function gridText(hasHeads, hasStep, position, most) {
+  if (!hasHeads) return "This trace kept no rows of single heads, so their entropies are unknown.";
+  if (!hasStep) return "Entropies are of a generated token's rows: choose one.";
+  return `Entropy in bits at token ${position}: 0 for all on one token, ${most.toFixed(1)} for all alike (darker). Click a head to see its row.`;
+}
+
+// The words that do not change.
+function fillWords(trace) {
+  setText("model", trace.model);
+  const facts = document.getElementById("facts");
+  for (const [name, value] of trace.facts) facts.append(element("dt", {}, name), element("dd", {}, value));
+  for (const [, meaning] of trace.measures) facts.append(element("dt"), element("dd", {}, meaning));
+  facts.append(element("dt", {}, "convention"), element("dd", {}, trace.convention));
+  const footer = document.getElementById("footer");
+  for (const sentence of trace.cause) footer.append(element("p", {}, sentence));
+}
+
+readTrace().then((trace) => new Page(trace));

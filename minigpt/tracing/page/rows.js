@@ -1,0 +1,86 @@
+// What a view shows of a step. A view is {measure, reduction, layer, head}: the reduction "traced"
+// is the trace's own, whose rows are whole; "mean" and "max" are of the single heads that layer and
+// head leave (null leaves all), of which the strongest sources are kept, and the sink.
+
+function rowOf(trace, view, step) {
+  return view.reduction === "traced" ? tracedRow(trace, view, step) : headsRow(trace, view, step);
+}
+
+// Both give {shares, listed}: a share for each token in view, and how much of the row they list.
+function tracedRow(trace, view, step) {
+  const codes = trace.arrays[`${view.measure}.rows`];
+  const row = codes.subarray(trace.rowStarts[step], trace.rowStarts[step + 1]);
+  return { shares: Float32Array.from(row, wordShare), listed: 1 };
+}
+
+function headsRow(trace, view, step) {
+  const heads = headsOf(trace, view);
+  const shares = new Float32Array(trace.nPrompt + step);
+  let listed = 0;
+  for (const head of heads) {
+    eachKept(trace, view.measure, step, head, (position, share) => {
+      listed += share;
+      if (view.reduction === "max") shares[position] = Math.max(shares[position], share);
+      else shares[position] += share / heads.length;
+    });
+  }
+  return { shares, listed: Math.min(1, listed / heads.length) };
+}
+
+function headsOf(trace, view) {
+  const heads = [];
+  for (let layer = 0; layer < trace.nLayer; layer++) {
+    for (let head = 0; head < trace.nHead; head++) {
+      const isChosen =
+        (view.layer === null || view.layer === layer) && (view.head === null || view.head === head);
+      if (isChosen) heads.push(layer * trace.nHead + head);
+    }
+  }
+  return heads;
+}
+
+function eachKept(trace, measure, step, head, take) {
+  const row = step * trace.nLayer * trace.nHead + head;
+  const positions = trace.arrays[`${measure}.positions`];
+  const weights = trace.arrays[`${measure}.weights`];
+  take(trace.sink, byteShare(trace.arrays[`${measure}.sink`][row]));
+  const end = (row + 1) * trace.nSources;
+  for (let i = row * trace.nSources; i < end; i++) {
+    if (weights[i]) take(positions[i], byteShare(weights[i]));
+  }
+}
+
+// What each later generated token gave to a token: a share for each token of the trace.
+function columnOf(trace, view, position) {
+  const shares = new Float32Array(trace.nTokens);
+  for (let step = Math.max(0, position + 1 - trace.nPrompt); step < trace.steps.length; step++) {
+    shares[trace.nPrompt + step] = rowOf(trace, view, step).shares[position];
+  }
+  return shares;
+}
+
+// {sink, own, prompt, entropy, distance} of a row; of several heads, the mean of theirs.
+function factsOf(trace, view, step) {
+  if (view.reduction === "traced") {
+    return trace.steps[step].rows[trace.measures.findIndex(([name]) => name === view.measure)];
+  }
+  const heads = headsOf(trace, view);
+  const facts = {};
+  for (const name of ["sink", "own", "prompt", "entropy", "distance"]) {
+    const all = heads.map((head) => headFact(trace, view.measure, name, step, head));
+    facts[name] = all.reduce((sum, value) => sum + value, 0) / heads.length;
+  }
+  return facts;
+}
+
+function headFact(trace, measure, name, step, head) {
+  const row = step * trace.nLayer * trace.nHead + head;
+  const value = byteShare(trace.arrays[`${measure}.${name}`][row]);
+  if (name === "entropy") return value * mostBits(trace, step);
+  if (name === "distance") return value * (trace.nPrompt + step - 1);
+  return value;
+}
+
+function mostBits(trace, step) {
+  return Math.log2(Math.max(1, trace.nPrompt + step));
+}

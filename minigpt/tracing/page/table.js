@@ -1,0 +1,73 @@
+// The strongest sources of a token, or the strongest readers, in numbers.
+
+const MOST_ROWS = 12;
+
+// parts: {shares of each measure by name, measure to sort by, effects or null}.
+function fillTable(trace, parts) {
+  const table = document.getElementById("sources");
+  table.tHead.replaceChildren(headingRow(trace, parts));
+  const rows = strongest(parts).map((position) => tableRow(trace, parts, position));
+  table.tBodies[0].replaceChildren(...rows);
+  table.hidden = rows.length === 0;
+}
+
+function strongest({ shares, measure, effects }) {
+  const main = shares[measure];
+  const positions = Array.from(main.keys()).filter((position) => main[position] > 0);
+  positions.sort((a, b) => main[b] - main[a] || a - b);
+  const kept = positions.slice(0, MOST_ROWS);
+  const verified = (effects ?? []).map((effect) => effect.position);
+  return kept.concat(verified.filter((position) => !kept.includes(position)));
+}
+
+function headingRow(trace, { effects }) {
+  const row = element("tr");
+  const titles = ["at", "token", ...trace.measures.map(([name]) => name)];
+  if (effects) titles.push("without it, ln p", "control, ln p");
+  for (const title of titles) row.append(element("th", { scope: "col" }, title));
+  return row;
+}
+
+function tableRow(trace, { shares, effects, own }, position) {
+  const row = element("tr");
+  row.append(element("td", { class: "number" }, String(position)), nameCell(trace, position, own));
+  for (const [name] of trace.measures) row.append(shareCell(shares[name][position] ?? 0));
+  if (effects) row.append(...effectCells(trace, effects, position));
+  return row;
+}
+
+function nameCell(trace, position, own) {
+  const isPrompt = position < trace.nPrompt;
+  const cell = element("td", { class: isPrompt ? "name prompt" : "name generated" });
+  cell.append(element("span", { class: "text" }, trace.tokens[position]));
+  if (position === trace.sink) cell.append(element("span", { class: "kind" }, "sink"));
+  if (position === own) cell.append(element("span", { class: "kind" }, "itself"));
+  return cell;
+}
+
+function shareCell(share) {
+  const cell = element("td", { class: "number share" }, percent(share));
+  cell.style.setProperty("--share", Math.min(1, share).toFixed(4));
+  return cell;
+}
+
+function effectCells(trace, effects, position) {
+  const effect = effects.find((candidate) => candidate.position === position);
+  if (!effect) return [element("td"), element("td")];
+  const source = element("td", { class: "number effect" }, changeText(effect.change));
+  if (effect.control === null) return [source, element("td", {}, "none")];
+  const control = element("td", { class: "number" }, `${signed(effect.controlChange)} (at ${effect.control})`);
+  control.title = trace.tokens[effect.control];
+  return [source, control];
+}
+
+// ln p, and what p is multiplied by.
+function changeText(change) {
+  const factor = Math.exp(change);
+  const times = factor >= 10 || factor < 0.01 ? factor.toExponential(0) : factor.toPrecision(2);
+  return `${signed(change)} (p × ${times})`;
+}
+
+function signed(value) {
+  return `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(2)}`;
+}

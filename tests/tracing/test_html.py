@@ -1,0 +1,258 @@
+"""The page holds what the trace says, no more, and no text of it becomes markup."""
+
+import base64
+import hashlib
+import json
+import re
+import zlib
+from collections.abc import Callable
+from html.parser import HTMLParser
+from typing import Any
+
+import numpy as np
+import pytest
+from page_traces import BOTH, HOSTILE, made_trace
+from small_traces import small_trace
+
+from minigpt.text.visible import printable, visible
+from minigpt.tracing.events import CauseCheck, Trace, TraceFooter
+from minigpt.tracing.html import embedded_json, to_html
+
+
+class Page(HTMLParser):
+    """What a page consists of."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, tuple[str, ...]]] = []
+        self.texts: dict[str, str] = {}
+        self.attributes: list[dict[str, str | None]] = []
+        self.comments: list[str] = []
+        self._open = ""
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        self.elements.append((tag, tuple(values)))
+        self.attributes.append(values)
+        self._open = values.get("type") or tag
+
+    def handle_endtag(self, tag: str) -> None:
+        self._open = ""
+
+    def handle_comment(self, data: str) -> None:
+        self.comments.append(data)
+
+    def handle_data(self, data: str) -> None:
+        self.texts[self._open] = self.texts.get(self._open, "") + data
+
+    @property
+    def policy(self) -> str:
+        policies = [a["content"] for a in self.attributes if "http-equiv" in a]
+        assert len(policies) == 1
+        return str(policies[0])
+
+    @property
+    def data(self) -> dict[str, Any]:
+        return json.loads(self.texts["application/json"])
+
+
+def unpacked(data: dict[str, Any]) -> dict[str, list[int]]:
+    """The packed arrays, by a plain loop."""
+    text = zlib.decompress(base64.b64decode(data["packed"]["deflated"]))
+    arrays, start = {}, 0
+    for name, width, length in data["packed"]["arrays"]:
+        planes = [text[start + byte * length :][:length] for byte in range(width)]
+        arrays[name] = [
+            sum(plane[i] << 8 * byte for byte, plane in enumerate(planes)) for i in range(length)
+        ]
+        start += width * length
+    assert start == len(text)
+    return arrays
+
+
+def shares_of(codes: list[int], largest: int) -> np.ndarray:
+    return (np.array(codes) / largest) ** 2
+
+
+def test_whole_rows_come_out_as_they_went_in() -> None:
+    trace = made_trace()
+    arrays = unpacked(Page(to_html(trace)).data)
+    for i, measure in enumerate(BOTH):
+        expected = np.concatenate([step.rows[i].weights_S for step in trace.steps])
+        shares = shares_of(arrays[f"{measure}.rows"], 65535)
+        # Half a code, where the square's slope is at most 2 / 65535 a code.
+        np.testing.assert_allclose(shares, expected, rtol=0, atol=1.6e-5)
+
+
+def test_the_rows_of_heads_come_out_as_they_went_in() -> None:
+    trace = made_trace(n_prompt=2, n_generated=9)
+    data = Page(to_html(trace)).data
+    assert data["nSources"] == 5
+    arrays = {
+        name: iter(codes) for name, codes in unpacked(data).items() if not name.endswith(".rows")
+    }
+    for step in trace.steps:
+        n_view = step.token.position
+        for row in step.rows:
+            heads = row.heads
+            assert heads is not None
+            shape, n_kept = heads.sink_LH.shape, heads.positions_LHK.shape[2]
+
+            def taken(name: str, n: int, measure: str = row.measure) -> list[int]:
+                return [next(arrays[f"{measure}.{name}"]) for _ in range(n)]
+
+            n_heads = heads.sink_LH.size
+            positions = np.array(taken("positions", n_heads * 5)).reshape(*shape, 5)
+            weights = shares_of(taken("weights", n_heads * 5), 255).reshape(*shape, 5)
+            assert (positions[..., :n_kept] == heads.positions_LHK).all()
+            # Half a code of 255.
+            np.testing.assert_allclose(weights[..., :n_kept], heads.weights_LHK, atol=0.004)
+            assert (weights[..., n_kept:] == 0).all()
+            for name, expected in (
+                ("sink", heads.sink_LH),
+                ("own", heads.own_LH),
+                ("prompt", heads.prompt_LH),
+                ("entropy", heads.entropy_LH / np.log2(n_view)),
+                ("distance", heads.distance_LH / (n_view - 1)),
+            ):
+                shares = shares_of(taken(name, n_heads), 255).reshape(shape)
+                np.testing.assert_allclose(shares, expected, atol=0.004)
+    assert all(next(codes, None) is None for codes in arrays.values())
+
+
+def test_small_shares_are_finer_than_a_255th() -> None:
+    trace = made_trace(n_generated=1, n_prompt=40)
+    heads = trace.steps[0].row.heads
+    assert heads is not None
+    heads.sink_LH[0, 0] = 0.0005
+    arrays = unpacked(Page(to_html(trace)).data)
+    assert shares_of(arrays["weight.sink"], 255)[0] == pytest.approx(0.0005, abs=1e-4)
+
+
+def test_two_hundred_tokens_of_144_heads_by_both_measures_take_less_than_2_mb() -> None:
+    """Positions at random deflate worse than a model's do."""
+    page = to_html(made_trace(64, 200, n_layer=12, n_head=12, n_sources=8))
+    assert len(page.encode()) < 2_000_000
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: small_trace(),
+        lambda: small_trace(has_heads=True),
+        lambda: small_trace(has_heads=True, measures=BOTH, reduce="max", heads="0.1,1.*"),
+        lambda: small_trace(reduce="rollout"),
+        lambda: small_trace("a", max_new_tokens=1),
+        lambda: made_trace(1, 1),
+        lambda: made_trace(n_sources=0),
+        lambda: small_trace(heads="1.2", sink=None),
+        lambda: made_trace(measures=("norm",), has_roles=False),
+        lambda: made_trace(has_heads=False),
+        lambda: Trace(made_trace().header, (), TraceFooter(0, None, 0.0, None)),
+    ],
+)
+def test_every_kind_of_trace_has_a_page(make: Callable[[], Trace]) -> None:
+    trace = make()
+    data = Page(to_html(trace)).data
+    assert data["tokens"] == [visible(token.data) for token in trace.tokens]
+    assert data["nPrompt"] == len(trace.header.prompt)
+    assert len(data["steps"]) == len(trace.steps)
+    for step, shown in zip(trace.steps, data["steps"], strict=True):
+        assert shown["logProbability"] == pytest.approx(step.log_probability, abs=1e-5)
+        assert shown["rows"][0]["entropy"] == pytest.approx(step.row.entropy, abs=1e-5)
+    arrays = unpacked(data)
+    has_heads = bool(trace.steps) and trace.steps[0].row.heads is not None
+    assert ("positions" in {name.split(".")[1] for name in arrays}) == has_heads
+    assert (data["nSources"] is not None) == has_heads
+
+
+def test_an_effect_stands_beside_its_own_control() -> None:
+    trace = made_trace()
+    for step, shown in zip(trace.steps, Page(to_html(trace)).data["steps"], strict=True):
+        sources = [effect for effect in step.effects if effect.control_of is None]
+        controls = {effect.control_of: effect for effect in step.effects}
+        assert [effect["position"] for effect in shown["effects"]] == [
+            effect.source.token.position for effect in sources
+        ]
+        for i, effect in enumerate(shown["effects"]):
+            assert effect["change"] == pytest.approx(sources[i].change, abs=1e-5)
+            if i in controls:
+                assert effect["control"] == controls[i].source.token.position
+                assert effect["controlChange"] == pytest.approx(controls[i].change, abs=1e-5)
+            else:
+                assert effect["control"] is None
+
+
+@pytest.mark.parametrize(
+    ("correlation", "words"),
+    [(0.05, "No "), (0.35, "Somewhat "), (0.9, "Yes "), (-0.5, "The other way round ")],
+)
+def test_the_check_of_cause_is_said_in_words(correlation: float, words: str) -> None:
+    trace = made_trace()
+    cause = CauseCheck(20, 18, 0.42, 0.06, correlation)
+    footer = TraceFooter(9, "length", 1.0, None, cause=cause)
+    text = " ".join(Page(to_html(Trace(trace.header, trace.steps, footer))).data["cause"])
+    assert "20 sources were knocked out, and 18 controls" in text
+    assert "by 0.42 (up or down), a control by 0.06: 7 times as much" in text
+    assert f"more effect? {words}(" in text
+    assert "Weight is not influence" in text
+
+
+def test_a_trace_without_a_check_says_nothing_about_cause() -> None:
+    text = " ".join(Page(to_html(made_trace(has_effects=False))).data["cause"])
+    assert "Weight is not influence" in text
+    assert "says nothing about cause" in text
+
+
+def test_the_policy_lets_this_script_and_this_style_run_and_nothing_be_fetched() -> None:
+    page = Page(to_html(small_trace(has_heads=True)))
+
+    def sha256(text: str) -> str:
+        return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+    directives = dict(part.split(" ", 1) for part in page.policy.split("; "))
+    assert directives["default-src"] == "'none'"
+    assert directives["script-src"] == f"'sha256-{sha256(page.texts['script'])}'"
+    assert directives["style-src"] == f"'sha256-{sha256(page.texts['style'])}'"
+    assert directives["base-uri"] == directives["form-action"] == "'none'"
+    # The policy stands before all that it is to govern.
+    names = [name for name, _ in page.elements]
+    assert names[:4] == ["html", "head", "meta", "meta"]
+
+
+def test_the_page_names_nothing_to_fetch() -> None:
+    page = to_html(made_trace())
+    page = page.replace('"http://www.w3.org/2000/svg"', "")  # a name, never fetched
+    assert not re.search(r"\w+://|url\(|@import|\bsrc=|\bhref=", page)
+    assert not re.search(r"\b(fetch|import|XMLHttpRequest|WebSocket|EventSource|Worker)\b\(", page)
+
+
+def test_the_script_never_parses_a_text_as_markup_or_code() -> None:
+    script = Page(to_html(made_trace())).texts["script"]
+    assert not re.search(
+        r"innerHTML|outerHTML|insertAdjacent|document\.write|\beval\b|Function\(|DOMParser|srcdoc",
+        script,
+    )
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_no_text_becomes_an_element(text: str) -> None:
+    plain = Page(to_html(made_trace(3, 3)))
+    page = Page(to_html(made_trace(3, 3, texts=[text], model=text, dtype=text, kernel=text)))
+    assert page.elements == plain.elements
+    assert page.comments == []
+    assert page.texts["script"] == plain.texts["script"]
+    assert page.texts["title"] == f"Attention trace of {printable(text)}"
+    assert page.data["tokens"] == [visible(text.encode())] * 6
+    assert page.data["model"] == printable(text)
+
+
+def test_json_in_a_script_has_no_character_that_could_end_it() -> None:
+    for text in (*HOSTILE, "<>&\u2028\u2029", "\ud800"):
+        value = {text: [text, 1.5, None]}
+        embedded = embedded_json(value)
+        assert json.loads(embedded) == value
+        assert embedded.isascii()
+        assert not set("<>&") & set(embedded)
