@@ -25,6 +25,12 @@ THEME = Theme(
         "heat2": "#2aa198",
         "heat3": "#cb8b16",
         "heat4": "bold #e0561f",
+        # The same as a ground; black reads on all of them, whatever the terminal's own ground is.
+        "shade1": "#000000 on #4c9bc6",
+        "shade2": "#000000 on #2aa198",
+        "shade3": "#000000 on #cb8b16",
+        "shade4": "bold #000000 on #e0561f",
+        "chosen": "bold reverse",
     }
 )
 """The colours of the style names that the trace uses."""

@@ -8,15 +8,11 @@ from small_traces import header_of, small_trace, step_of
 
 from minigpt.tracing.events import Token, TraceFooter
 from minigpt.tracing.selection import select_heads
+from minigpt.tracing.spans import Line, bar, fit, heat, percent
 from minigpt.tracing.terminal import (
-    Line,
     TraceLayout,
-    bar,
-    fit,
     footer_lines,
     header_lines,
-    heat,
-    percent,
 )
 
 WIDTHS = [60, 80, 140]
