@@ -18,6 +18,7 @@ from minigpt.text.tokenizer import Tokenizer
 from minigpt.tracing.analysis import RowFacts, reduce_rows, row_facts
 from minigpt.tracing.dense import DenseWriter
 from minigpt.tracing.events import (
+    Effect,
     HeadRows,
     Knockout,
     Measure,
@@ -30,7 +31,9 @@ from minigpt.tracing.events import (
     TraceHeader,
     TraceStep,
 )
+from minigpt.tracing.knockout import check_cause, source_effects
 from minigpt.tracing.recorder import RowRecorder
+from minigpt.tracing.roles import head_roles
 from minigpt.tracing.rollout import MAX_POSITIONS, Rollout
 from minigpt.tracing.selection import HeadSelection, select_heads
 from minigpt.tracing.sink import SinkFinder
@@ -94,8 +97,8 @@ def trace(
 
     Args: dense, is given every head's whole row at each step.
     Raises: DataError if the prompt is empty or longer than the context; ConfigError for heads that
-        the model lacks, a sink behind the prompt or a rollout that is too long; CheckpointError if
-        the model's logits are no numbers.
+        the model lacks, a sink behind the prompt, a rollout that is too long, or roles of a model
+        that is too small to have any; CheckpointError if the model's logits are no numbers.
     """
     watch = _Watch(model, config, len(prompt), sampling)
     tokens = [Token(i, token, tokenizer.token_bytes(token)) for i, token in enumerate(prompt)]
@@ -130,6 +133,7 @@ def trace(
         prompt=tuple(tokens),
         n_verified=config.n_verified,
         knockout=config.knockout,
+        roles=head_roles(model) if config.has_roles else None,
     )
     finish, n_generated = None, 0
     end_of_text = tokenizer.end_of_text_ids if stop_at_end_of_text else ()
@@ -139,6 +143,7 @@ def trace(
         rows = watch.rows(tokens)
         if dense is not None:
             dense.write(watch.recorder.weights_LHS)
+        effects = watch.effects(decoder, tokens, rows[0], step.token)
         tokens.append(Token(step.position, step.token, tokenizer.token_bytes(step.token)))
         finish, n_generated = step.finish, n_generated + 1
         yield TraceStep(
@@ -148,6 +153,7 @@ def trace(
             rows=rows,
             text=item.text,
             finish=finish,
+            effects=effects,
         )
     yield TraceFooter(
         n_tokens=n_generated,
@@ -155,6 +161,7 @@ def trace(
         seconds=time.perf_counter() - started,
         worst_row_sum_error=watch.worst_sum_error,
         worst_product_error=watch.worst_product_error(),
+        cause=check_cause(watch.all_effects),
     )
 
 
@@ -184,6 +191,8 @@ class _Watch:
                 f"the sink must be a position of the prompt: it is {self.sink}, and the prompt has "
                 f"{n_prompt} tokens."
             )
+        self.all_effects: list[Effect] = []
+        """Of all steps so far."""
         self.worst_sum_error: float | None = None
         self._product_error: Tensor | None = None
 
@@ -204,6 +213,25 @@ class _Watch:
             worst = self._product_error
             self._product_error = error_now if worst is None else torch.maximum(worst, error_now)
         return rows
+
+    def effects(
+        self, decoder: Decoder, tokens: Sequence[Token], row: Row, target: int
+    ) -> tuple[Effect, ...]:
+        """Knock out sources of the row of the token that was drawn last."""
+        if not self.config.n_verified:
+            return ()
+        effects = source_effects(
+            decoder.model,
+            decoder.cache,
+            tokens,
+            row,
+            target,
+            sink=self.sink,
+            n_sources=self.config.n_verified,
+            knockout=self.config.knockout,
+        )
+        self.all_effects += effects
+        return effects
 
     def worst_product_error(self) -> float | None:
         """Return the largest difference between a row times the values and a head's output."""

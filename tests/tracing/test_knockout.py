@@ -1,0 +1,303 @@
+"""A knocked-out source is one that the query never had; and only then does a trace ask."""
+
+import itertools
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from small_models import LAYOUTS, random_tokens, small_model
+from torch import Tensor
+
+from minigpt.config import SamplingConfig
+from minigpt.generation import compiled
+from minigpt.model.cache import KVCache
+from minigpt.model.gpt import GPT
+from minigpt.model.quantized import quantize_int8
+from minigpt.text.tokenizer import bytes_tokenizer
+from minigpt.tracing import knockout
+from minigpt.tracing.events import Effect, Knockout, Source, Token, TraceFooter, TraceStep
+from minigpt.tracing.knockout import (
+    check_cause,
+    choose_controls,
+    knock_out,
+    rank_correlation,
+    without_heads,
+)
+from minigpt.tracing.tracer import TraceConfig, trace
+
+KINDS: tuple[Knockout, ...] = ("key", "value")
+TARGET = 5
+
+
+@contextmanager
+def last_query_without(position: int, kind: Knockout) -> Iterator[None]:
+    """The oracle: let the last query of every layer lack a position, by a plain attention."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
+        n_shared = q.shape[1] // k.shape[1]
+        k = k.float().repeat_interleave(n_shared, dim=1)
+        v = v.float().repeat_interleave(n_shared, dim=1)
+        n = q.shape[2]
+        score = q.float() @ k.mT / math.sqrt(q.shape[3])
+        for query, key in itertools.product(range(n), range(n)):
+            if key > query:
+                score[..., query, key] = -math.inf
+        if kind == "key":
+            score[..., n - 1, position] = -math.inf
+        weight = score.softmax(dim=-1)
+        if kind == "value":
+            weight[..., n - 1, position] = 0  # the others do not grow
+        return (weight @ v).to(q.dtype)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "scaled_dot_product_attention", attention)
+        yield
+
+
+def log_p(model: GPT, tokens: Tensor) -> float:
+    with torch.no_grad():
+        return model(tokens)[0, -1].float().log_softmax(dim=0)[TARGET].item()
+
+
+def expected_changes(model: GPT, tokens: Tensor, kind: Knockout) -> list[float]:
+    whole, changes = log_p(model, tokens), []
+    for position in range(tokens.shape[1]):
+        with last_query_without(position, kind):
+            changes.append(log_p(model, tokens) - whole)
+    return changes
+
+
+def cached(model: GPT, tokens: Tensor) -> KVCache:
+    """A cache with room to spare, what is not filled being no number."""
+    cache = KVCache(model.config, dtype=model.dtype)
+    cache.keys_LBGSD.fill_(math.nan)
+    cache.values_LBGSD.fill_(math.nan)
+    with torch.no_grad():
+        for part in tokens.split([4, 1, tokens.shape[1] - 5], dim=1):
+            model(part, cache)
+    return cache
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_change_is_that_of_a_full_forward_whose_last_query_lacks_the_source(
+    layout: str, kind: Knockout
+) -> None:
+    model, tokens = small_model(layout), random_tokens(1, 11)
+    expected = expected_changes(model, tokens, kind)
+    assert max(map(abs, expected)) > 0.02, "there is something to find"
+    cache = cached(model, tokens)
+    changes = knock_out(model, cache, int(tokens[0, -1]), TARGET, range(11), kind)
+    # float32 logits of up to 50, in another order of sums.
+    assert changes == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rounded_models_agree_within_their_rounding(kind: Knockout) -> None:
+    tokens = random_tokens(1, 11)
+    int8, half = small_model("llama-grouped"), small_model("llama-grouped").bfloat16()
+    quantize_int8(int8)
+    for model, tolerance in ((int8, 2e-4), (half, 0.3)):
+        expected = expected_changes(model, tokens, kind)
+        changes = knock_out(
+            model, cached(model, tokens), int(tokens[0, -1]), TARGET, range(11), kind
+        )
+        assert changes == pytest.approx(expected, abs=tolerance)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_knockout_leaves_the_cache_and_what_comes_after_as_they_were(kind: Knockout) -> None:
+    model, tokens = small_model("gpt2"), random_tokens(1, 11)
+    cache, untouched = cached(model, tokens), cached(model, tokens)
+    knock_out(model, cache, int(tokens[0, -1]), TARGET, range(11), kind)
+    assert cache.length == untouched.length
+    for ours, theirs in (
+        (cache.keys_LBGSD, untouched.keys_LBGSD),
+        (cache.values_LBGSD, untouched.values_LBGSD),
+    ):
+        assert torch.equal(ours.view(torch.int32), theirs.view(torch.int32))
+
+
+def test_knockouts_of_a_long_cache_go_in_several_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens = small_model(), random_tokens(1, 11)
+    cache, query = cached(model, tokens), int(tokens[0, -1])
+    at_once = knock_out(model, cache, query, TARGET, range(11))
+    rows: list[int] = []
+    model.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    monkeypatch.setattr(knockout, "_CACHE_BYTES_AT_ONCE", 4 * cache.n_bytes * 11 // 24)
+    changes = knock_out(model, cache, query, TARGET, range(11))
+    assert rows == [5, 5, 4]
+    assert changes == pytest.approx(at_once, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("weights", "sources", "controls"),
+    [
+        ([0.4, 0.1, 0.3, 0.0, 0.2], [2, 4], [1, 3]),
+        ([0.4, 0.2, 0.3, 0.1, 0.0], [2, 1], [3, 4]),  # the nearest of 1 is taken
+        ([0.4, 0.1, 0.1, 0.3, 0.1], [3], [2]),  # the earlier of two
+        ([0.5, 0.25, 0.25], [1], [None]),  # no less weight
+        ([0.5, 0.3, 0.2], [1, 2], [None, None]),  # none but the sink is left
+        ([0.0, 0.6, 0.4], [1], [2]),  # never the sink
+    ],
+)
+def test_a_control_is_the_nearest_weaker_position(
+    weights: list[float], sources: list[int], controls: list[int | None]
+) -> None:
+    assert choose_controls(np.array(weights, np.float32), sources, sink=0) == controls
+
+
+def test_rank_correlations_are_spearman_s() -> None:
+    assert rank_correlation([1, 2, 3, 4], [1, 8, 27, 64]) == pytest.approx(1)
+    assert rank_correlation([1, 2, 3, 4], [9, 7, 3, -5]) == pytest.approx(-1)
+    # Without ties 1 - 6 sum d^2 / (n (n^2 - 1)), Spearman 1904.
+    x, y = [86, 97, 99, 100, 101, 103, 106, 110, 112, 113], [2, 20, 28, 27, 50, 29, 7, 17, 6, 12]
+    assert rank_correlation(x, y) == pytest.approx(1 - 6 * 194 / (10 * 99))
+    # Ties share the mean of their ranks: 1, 2.5, 2.5, 4 against 1, 2, 3, 4.
+    assert rank_correlation([1, 5, 5, 9], [1, 2, 3, 4]) == pytest.approx(4.5 / math.sqrt(4.5 * 5))
+    for nothing_to_rank in (([], []), ([1, 2], [1, 2]), ([1, 1, 1], [1, 2, 3])):
+        assert rank_correlation(*nothing_to_rank) is None
+
+
+def test_rank_correlations_of_ties_are_those_of_a_plain_loop() -> None:
+    generator = np.random.default_rng(0)
+    for _ in range(20):
+        x, y = generator.integers(0, 6, (2, 15)).tolist()
+
+        def ranks(values: list[int]) -> list[float]:
+            return [
+                sum(other < value for other in values)
+                + (sum(other == value for other in values) + 1) / 2
+                for value in values
+            ]
+
+        expected = np.corrcoef(ranks(x), ranks(y))[0, 1]
+        assert rank_correlation(x, y) == pytest.approx(expected)
+
+
+def effect(weight: float, change: float, control_of: int | None = None) -> Effect:
+    return Effect(Source(Token(1, 1, b"a"), weight), change, control_of)
+
+
+def test_the_check_is_over_all_sources_and_controls() -> None:
+    assert check_cause([]) is None
+    check = check_cause([effect(0.5, -2.0), effect(0.3, 1.0), effect(0.1, -0.5, 0)])
+    assert check is not None
+    assert (check.n_sources, check.n_controls) == (2, 1)
+    assert (check.mean_effect, check.mean_control_effect) == (1.5, 0.5)
+    assert check.rank_correlation == pytest.approx(1)
+    alone = check_cause([effect(0.5, -2.0)])
+    assert alone is not None
+    assert (alone.n_controls, alone.mean_control_effect, alone.rank_correlation) == (0, 0.0, None)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
+def test_without_heads_is_with_zeros_for_their_columns_of_the_output(layout: str) -> None:
+    model, planted = small_model(layout), small_model(layout)
+    tokens, heads = random_tokens(2, 9), [(0, 1), (1, 0), (1, 3)]
+    d_head = model.config.d_head
+    for layer, head in heads:
+        weight = planted.blocks[layer].attention.output.weight
+        weight[:, head * d_head : (head + 1) * d_head] = 0
+    before = model(tokens)
+    with without_heads(model, heads):
+        torch.testing.assert_close(model(tokens), planted(tokens))
+        assert not torch.allclose(model(tokens), before)
+    assert torch.equal(model(tokens), before)
+
+
+TOKENIZER = bytes_tokenizer()
+
+
+def steps_of(
+    model: GPT, prompt: list[int], *, n_tokens: int = 6, compiles: bool = False, **config: Any
+) -> tuple[list[TraceStep], TraceFooter]:
+    _, *steps, footer = trace(
+        model,
+        TOKENIZER,
+        prompt,
+        SamplingConfig(max_new_tokens=n_tokens),
+        TraceConfig(**config),
+        seed=2,
+        compiles=compiles,
+    )
+    assert isinstance(footer, TraceFooter)
+    return [step for step in steps if isinstance(step, TraceStep)], footer
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("way", ["float32", "bfloat16", "int8", "graph"])
+@pytest.mark.parametrize("layout", ["gpt2-tied", "llama-grouped"])
+def test_a_checked_trace_generates_what_an_unchecked_one_does_to_the_last_bit(
+    layout: str, way: str, kind: Knockout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(n_verified: int) -> list[TraceStep]:
+        model = small_model(layout, vocab_size=257)
+        if way == "bfloat16":
+            model.bfloat16()
+        elif way == "int8":
+            quantize_int8(model)
+        return steps_of(
+            model,
+            list(b"to be or"),
+            compiles=way == "graph",
+            n_verified=n_verified,
+            knockout=kind,
+            has_roles=n_verified > 0,
+        )[0]
+
+    monkeypatch.setattr(
+        compiled,
+        "load_step",
+        lambda step, **_: lambda given: list(step(*given[:3], given[3:-2], given[-2:])),
+    )
+    for checked, plain in zip(run(3), run(0), strict=True):
+        assert (checked.token, checked.log_probability) == (plain.token, plain.log_probability)
+        assert np.array_equal(checked.row.weights_S, plain.row.weights_S)
+        assert len([e for e in checked.effects if e.control_of is None]) == 3
+        assert plain.effects == ()
+
+
+@pytest.mark.parametrize("n_sources", [0, 2])
+def test_a_trace_knocks_out_its_strongest_sources_however_many_it_shows(n_sources: int) -> None:
+    model = small_model("qwen3", vocab_size=257)
+    prompt = list(b"to be or")
+    steps, footer = steps_of(model, prompt, n_verified=3, n_sources=n_sources, sink=2)
+    tokens = list(prompt)
+    for step in steps:
+        row = step.row.weights_S
+        strongest = sorted({*range(len(row))} - {2}, key=lambda i: -row[i])[:3]
+        sources = [e for e in step.effects if e.control_of is None]
+        controls = [e for e in step.effects if e.control_of is not None]
+        assert [e.source.token.position for e in sources] == strongest
+        assert step.effects == (*sources, *controls)
+        chosen = choose_controls(row, strongest, sink=2)
+        assert [chosen[e.control_of or 0] for e in controls] == [
+            e.source.token.position for e in controls
+        ]
+        seen = torch.tensor([tokens])
+        with torch.no_grad():
+            whole = model(seen)[0, -1].log_softmax(dim=0)[step.token.id].item()
+            for e in step.effects:
+                position = e.source.token.position
+                assert e.source.weight == row[position]
+                assert e.source.token.id == tokens[position]
+                with last_query_without(position, "key"):
+                    changed = model(seen)[0, -1].log_softmax(dim=0)[step.token.id].item()
+                assert e.change == pytest.approx(changed - whole, abs=2e-4)
+        tokens.append(step.token.id)
+    assert footer.cause == check_cause([e for step in steps for e in step.effects])
+
+
+def test_a_lone_token_has_no_source_to_knock_out() -> None:
+    model = small_model("gpt2", vocab_size=257)
+    steps, footer = steps_of(model, [97], n_tokens=1, n_verified=3)
+    assert (steps[0].effects, footer.cause) == ((), None)
+    steps, _ = steps_of(model, [97, 98], n_tokens=1, n_verified=3)
+    assert [e.source.token.position for e in steps[0].effects] == [1], "the query's own"
