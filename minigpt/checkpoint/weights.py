@@ -1,5 +1,6 @@
 """The weights of a model folder: what safetensors headers say of them, and reading them."""
 
+import hashlib
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -24,6 +25,7 @@ _HEAD = "lm_head.weight"
 _INDEX = "model.safetensors.index.json"
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 """Of one value of each dtype that is read."""
+_BLOCK_BYTES = 2**20
 _LARGEST_WIDTH = 2**28
 _LARGEST_CONTEXT = 2**20  # rotary tables of all positions are made
 
@@ -127,6 +129,19 @@ def stored_tensors(config: ModelConfig, folder: Path) -> dict[str, StoredTensor]
             "Take both from the same place."
         )
     return {name: found[name] for name in expected}
+
+
+def weights_sha256(folder: Path) -> str:
+    """Return the SHA-256 of a folder's weights, of several files one after the other.
+
+    Raises: CheckpointError if there are none; ResourceError if they may not be read.
+    """
+    digest = hashlib.sha256()
+    for path in _weight_files(folder):
+        with resource_errors(path), path.open("rb") as file:
+            while block := file.read(_BLOCK_BYTES):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def _check_size(config: ModelConfig, n_tensors: int) -> None:

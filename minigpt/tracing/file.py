@@ -115,12 +115,13 @@ def _header(header: TraceHeader) -> dict[str, Any]:
 
 
 def _step(step: TraceStep) -> dict[str, Any]:
+    log_probability = round(step.log_probability, _DIGITS)
     return {
         "type": "step",
         "step": step.index + 1,
         **_token(step.token),
-        "log_probability": round(step.log_probability, _DIGITS),
-        "probability": round(step.probability, _DIGITS),
+        "log_probability": log_probability,
+        "probability": round(math.exp(log_probability), _DIGITS),
         "rows": [_row(row) for row in step.rows],
         "effects": [
             {
@@ -140,12 +141,16 @@ def _source(source: Source) -> dict[str, Any]:
 
 
 def _row(row: Row) -> dict[str, Any]:
+    # What is made of other numbers is made of those that are written: read and written again, a
+    # trace has the same bytes.
     facts = {name: round(getattr(row, field), _DIGITS) for name, field in _ROW_FIELDS.items()}
+    sources = [_source(source) for source in row.sources]
+    listed = facts["sink"] + sum(source["weight"] for source in sources)
     return {
         "measure": row.measure,
         **facts,
-        "sources": [_source(source) for source in row.sources],
-        "rest": None if row.rest is None else round(row.rest, _DIGITS),
+        "sources": sources,
+        "rest": round(max(0.0, facts["total"] - listed), _DIGITS) if row.sums_to_one else None,
         "weights": base64.b64encode(row.weights_S.astype("<f4").tobytes()).decode("ascii"),
         "heads": row.heads and _heads(row.heads),
     }

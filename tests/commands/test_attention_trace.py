@@ -5,8 +5,10 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from calls import Result, Run
+from safetensors.numpy import load_file
 
 from minigpt.tracing import terminal
 
@@ -63,7 +65,7 @@ def test_lines_in_a_pipe_have_no_control_bytes(run: Run) -> None:
 def test_ctrl_c_still_ends_with_a_footer(
     run: Run, monkeypatch: pytest.MonkeyPatch, as_json: bool
 ) -> None:
-    from minigpt.tracing import tracer
+    from minigpt.tracing import events, tracer
 
     real = tracer.trace
 
@@ -80,6 +82,94 @@ def test_ctrl_c_still_ends_with_a_footer(
         assert [o["type"] for o in objects(result)] == ["header", *["step"] * 3, "footer"]
         assert objects(result)[-1]["finish_reason"] == "interrupted"
     else:
-        ending = terminal.footer_lines(tracer.TraceFooter(3, None, 1.0, None))
+        ending = terminal.footer_lines(events.TraceFooter(3, None, 1.0, None))
         assert "".join(text for text, _ in ending[1]) in result.out
         assert "3 tokens; interrupted" in result.out
+
+
+def test_a_file_holds_what_stdout_shows_and_every_head_beside_it(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    result = run(*WORDS, "--json", "--seed", "7", "--out", str(path), "--measure", "both")
+    written = path.read_text()
+    assert result.out == written
+    header, *steps, _ = objects(result)
+    assert header["measures"] == ["weight", "norm"]
+    assert len(header["model_sha256"]) == 64
+    for step in steps:
+        for row in step["rows"]:
+            shares = np.array(row["heads"]["weights"])
+            assert shares.shape[:2] == (header["n_layer"], header["n_head"])
+            assert (shares.sum(axis=2) + row["heads"]["sink"] <= 1.001).all()
+
+
+def test_a_file_is_shown_again_as_the_trace_was(run: Run, tmp_path: Path) -> None:
+    path = str(tmp_path / "t.jsonl")
+    for view in ("lines", "text", "matrix", "heads"):
+        live = run(*WORDS, "--view", view, "--out", path, "--num-samples", "2", "--seed", "3")
+        again = run("attention-trace", "--replay", path, "--view", view)
+        assert again.out == live.out
+        assert (again.code, again.err) == (0, "")
+    assert run("attention-trace", "--replay", path, "--json").out == Path(path).read_text()
+
+
+def test_two_files_are_compared(run: Run, tmp_path: Path) -> None:
+    first, second = str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")
+    run(*WORDS, "--out", first)
+    run(*WORDS, "--out", second, "--heads", "0.0", "--measure", "norm")
+    lines = run("attention-trace", "--diff", first, second).out.splitlines()
+    assert lines[0].startswith("first ")
+    assert lines[1].endswith("norm of head 0.0")
+    assert sum(line.split()[0].isdigit() for line in lines if line) == 7  # six, and the summary
+    facts = objects(run("attention-trace", "--diff", first, second, "--json"))
+    assert len(facts) == 6
+    assert all(0 < step["moved"] < 1 for step in facts)
+    same = run("attention-trace", "--diff", first, first, "--json")
+    assert {step["moved"] for step in objects(same)} == {0}
+
+
+def test_a_page_rows_and_pictures_are_written(run: Run, tmp_path: Path) -> None:
+    names = {name: tmp_path / f"t.{name}" for name in ("html", "svg", "png", "dense")}
+    options = [word for name, path in names.items() for word in (f"--{name}", str(path))]
+    assert run(*WORDS, *options).code == 0
+    assert names["html"].read_text().lower().startswith("<!doctype html>")
+    assert names["svg"].read_text().startswith("<?xml")
+    assert names["png"].read_bytes().startswith(b"\x89PNG")
+    rows = load_file(names["dense"])
+    n_prompt = len(objects(run(*WORDS, "--json"))[0]["prompt"])
+    assert rows["offsets"].tolist() == [
+        sum(range(n_prompt, n_prompt + i)) for i in range(len(rows["offsets"]))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["--reduce", "median"], 2, "there is no --reduce 'median'"),
+        (["--measure", "norm", "--reduce", "rollout"], 2, "a rollout is of weights"),
+        (["--sink", "first"], 2, "--sink takes a position or auto: it is 'first'"),
+        (["--sink", "99"], 2, "the sink must be a position of the prompt"),
+        (["--verify", "-1"], 2, "--verify must be at least 0"),
+        (["--html", "no/such/t.html"], 2, "--html: there is no folder 'no/such'"),
+        (["--html", "t.html", "--num-samples", "2"], 2, "--html shows one trace"),
+        (["--dense", "t", "--num-samples", "2"], 2, "--dense holds one trace"),
+        (["--png", "t.jpg"], 2, "t.jpg"),
+        (["--replay", "t.jsonl"], 2, "there is no model, and no prompt"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_traced_is_one_line(
+    run: Run, words: list[str], code: int, message: str
+) -> None:
+    result = run(*WORDS, *words)
+    assert (result.code, result.out) == (code, "")
+    assert message in result.err
+    assert result.err.count("\n") == 1
+
+
+def test_a_file_that_is_no_trace_is_bad_data(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text("hello\n")
+    for words in (["--replay", str(path)], ["--diff", str(path), str(path)]):
+        result = run("attention-trace", *words)
+        assert (result.code, result.out) == (3, "")
+        assert result.err.startswith("error: line 1 of ")
