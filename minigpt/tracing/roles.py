@@ -16,14 +16,13 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from minigpt.errors import ConfigError
+from minigpt.errors import CheckpointError, ConfigError
 from minigpt.model.gpt import GPT
 from minigpt.model.scores import attention_weights
 from minigpt.tracing.events import Roles
 from minigpt.tracing.knockout import without_heads
+from minigpt.tracing.words import SCORES
 
-SCORES = ("previous", "duplicate", "induction", "sink", "local")
-"""The scores of ``Roles``, in its order."""
 _MOST_REPEATED = 64  # T: chance gives an induction head's place 1 % there
 _LEAST_REPEATED = 3  # with two tokens, the one after the earlier appearance is the one before
 _N_TOKENS = 256  # B T, about
@@ -36,21 +35,29 @@ def head_roles(model: GPT, *, seed: int = 0) -> tuple[tuple[Roles, ...], ...]:
     """Return for each layer its heads' roles.
 
     Args: seed, of the random tokens.
-    Raises: ConfigError if the context or the vocabulary is too small to say anything twice.
+    Raises: ConfigError if the context or the vocabulary is too small to say anything twice;
+        CheckpointError if the attention is no numbers.
     """
     recorder = _RoleRecorder()
     with torch.inference_mode():
         model(doubled_sequences(model, seed=seed), recorder=recorder, logits_to_keep=1)
-    scores_LH5 = torch.stack(recorder.scores_H5).tolist()
-    return tuple(tuple(_roles(*scores) for scores in layer) for layer in scores_LH5)
+    scores_LH5 = torch.stack(recorder.scores_H5)
+    if not scores_LH5.isfinite().all():
+        raise CheckpointError(
+            "the model's attention is no finite numbers, so its weights are damaged. Use another "
+            "checkpoint, or download it again."
+        )
+    return tuple(tuple(_roles(*scores) for scores in layer) for layer in scores_LH5.tolist())
 
 
 def doubled_sequences(model: GPT, *, seed: int) -> Tensor:
     """Return a few sequences (B, 2 T) of T different random tokens, each sequence said twice.
 
-    Raises: ConfigError if the context or the vocabulary is too small.
+    Raises: ConfigError if the context or the vocabulary is too small, or for a seed out of range.
     """
     config = model.config
+    if not 0 <= seed < 2**63:
+        raise ConfigError(f"seed must be between 0 and {2**63 - 1}: it is {seed}.")
     n_repeated = min(config.context_length // 2, config.vocab_size, _MOST_REPEATED)
     if n_repeated < _LEAST_REPEATED:
         raise ConfigError(

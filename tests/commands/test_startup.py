@@ -35,6 +35,7 @@ def modules_after(*words: str, cwd: Path = ROOT) -> set[str]:
         ["--help"],
         ["train", "--help"],
         ["attention-trace", "--help"],
+        ["heads", "--help"],
         ["evaluate", "--help"],
         ["plot", "--help"],
         ["prepare", "--help"],

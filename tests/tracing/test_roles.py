@@ -17,7 +17,6 @@ from minigpt.model.quantized import quantize_int8
 from minigpt.text.tokenizer import Tokenizer, make_encoding
 from minigpt.tracing.events import TraceFooter, TraceHeader, TraceStep
 from minigpt.tracing.roles import (
-    SCORES,
     doubled_sequences,
     head_effects,
     head_roles,
@@ -25,6 +24,7 @@ from minigpt.tracing.roles import (
     role_tag,
 )
 from minigpt.tracing.tracer import TraceConfig, trace
+from minigpt.tracing.words import SCORES
 
 N_REPEATED = 16
 
