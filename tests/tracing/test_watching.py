@@ -1,0 +1,43 @@
+"""Watching changes nothing: fifty prompts with everything that a trace can do, and without."""
+
+from itertools import cycle
+
+import pytest
+import torch
+from small_models import LAYOUTS, random_tokens, small_model
+
+from minigpt.config import SamplingConfig
+from minigpt.generation.decoder import Decoder
+from minigpt.model.gpt import GPT
+from minigpt.text.tokenizer import bytes_tokenizer
+from minigpt.tracing.events import TraceStep
+from minigpt.tracing.tracer import TraceConfig, trace
+
+EVERYTHING = TraceConfig(
+    measures=("weight", "norm"), has_heads=True, n_verified=2, has_roles=True, sink=None
+)
+ROLLOUT = TraceConfig(reduce="rollout", heads="0.1,1.*", n_verified=1, knockout="value")
+
+
+def watched(
+    model: GPT, prompt: list[int], sampling: SamplingConfig, seed: int, config: TraceConfig
+) -> list[tuple[int, float]]:
+    events = trace(model, bytes_tokenizer(), prompt, sampling, config, seed=seed)
+    return [(e.token.id, e.log_probability) for e in events if isinstance(e, TraceStep)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_fifty_random_prompts_go_on_alike_to_the_last_bit(dtype: torch.dtype) -> None:
+    """A token's log-probability is made of all logits, so equal bits there are equal logits."""
+    models = [small_model(layout, vocab_size=257).to(dtype) for layout in LAYOUTS]
+    configs = cycle([EVERYTHING, ROLLOUT])
+    for seed, (model, config) in enumerate(zip(models * 10, configs, strict=False)):
+        n_prompt = 1 + 5 * seed % 16
+        prompt = random_tokens(n_prompt, vocab_size=256, seed=seed).tolist()
+        sampling = SamplingConfig(temperature=0.3 * (seed % 5), max_new_tokens=8, top_k=50)
+        decoder = Decoder(model, prompt, max_new_tokens=8)
+        plain = [
+            (step.token, step.log_probability)
+            for step in decoder.generate(sampling, seed=seed, end_of_text=[256])
+        ]
+        assert watched(model, prompt, sampling, seed, config) == plain
