@@ -1,22 +1,14 @@
 """Loss curves -> a picture, PNG or SVG, by matplotlib."""
 
-import warnings
 from collections.abc import Sequence
-from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from minigpt.checkpoint.disk import write_atomically
+from minigpt import figures
 from minigpt.commands.chart import Point, y_limits
 from minigpt.commands.curve_views import Curve
-from minigpt.errors import ConfigError
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 _FORMATS = (".png", ".svg")
 _INCHES = (8.0, 4.5)
-_DPI = 150
 
 
 def require_matplotlib(path: Path) -> None:
@@ -24,17 +16,7 @@ def require_matplotlib(path: Path) -> None:
 
     Raises: ConfigError if it is no name of a picture, or matplotlib is not installed.
     """
-    if path.suffix.lower() not in _FORMATS:
-        raise ConfigError(f"--out writes {' or '.join(_FORMATS)}: it is {str(path)!r}.")
-    if not path.parent.is_dir():
-        raise ConfigError(f"--out: there is no folder {str(path.parent)!r}. Make it first.")
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        raise ConfigError(
-            "--out needs matplotlib. Install it: pip install 'minigpt[plot]'; or leave --out out "
-            "for a chart of text."
-        ) from None
+    figures.require_matplotlib(path, _FORMATS, what="--out")
 
 
 def write_picture(path: Path, curves: Sequence[Curve], *, x_unit: str) -> None:
@@ -62,20 +44,8 @@ def write_picture(path: Path, curves: Sequence[Curve], *, x_unit: str) -> None:
     for text, curve in zip(legend.get_texts(), curves, strict=True):
         text.set_parse_math(False)
         text.set_text(curve.name)
-    write_atomically(path, _rendered(figure, path.suffix.lower().removeprefix(".")))
+    figures.write_figure(path, figure)
 
 
 def _columns(points: Sequence[Point]) -> tuple[list[float], list[float]]:
     return [x for x, _ in points], [y for _, y in points]
-
-
-def _rendered(figure: "Figure", format: str) -> bytes:
-    """Return a picture's bytes; the same curves give the same ones."""
-    from matplotlib import rc_context
-
-    picture = BytesIO()
-    metadata = {"Date": None} if format == "svg" else {}
-    with warnings.catch_warnings(), rc_context({"svg.hashsalt": "minigpt", "svg.fonttype": "none"}):
-        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # of a run's name
-        figure.savefig(picture, format=format, dpi=_DPI, metadata=metadata)
-    return picture.getvalue()
