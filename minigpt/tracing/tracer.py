@@ -286,7 +286,7 @@ def _head_rows(facts: RowFacts, n_layer: int) -> HeadRows:
     """Return the facts about all rows but the first, by layer and head."""
 
     def by_head(array_RX: NDArray[Any]) -> NDArray[Any]:
-        return array_RX[1:].reshape(n_layer, -1, *array_RX.shape[1:])
+        return array_RX[1:].reshape(n_layer, (len(array_RX) - 1) // n_layer, *array_RX.shape[1:])
 
     return HeadRows(
         sink_LH=by_head(facts.sink_R),
