@@ -64,7 +64,7 @@ class Page {
   // A head that is chosen already is let go.
   chooseHead(layer, head) {
     const isChosen = this.view.layer === layer && this.view.head === head;
-    this.choose({ layer: isChosen ? null : layer, head: isChosen ? null : head });
+    if (this.hasHeads) this.choose(isChosen ? { reduction: "traced" } : { layer, head });
   }
 
   // The trace's own reduction is of the heads that it chose: another choice leaves it.
@@ -74,7 +74,7 @@ class Page {
     if (change.reduction === "traced") Object.assign(this.view, { layer: null, head: null });
     else if (this.view.reduction === "traced" && (layer !== null || head !== null)) {
       this.view.reduction = "mean";
-    } else if ("layer" in change && layer === null && head === null) this.view.reduction = "traced";
+    }
     this.changed();
   }
 
@@ -163,6 +163,7 @@ class Page {
     document.getElementById("measure-label").hidden = trace.measures.length < 2;
     document.getElementById("no-heads").hidden = this.hasHeads;
     for (const id of ["layer", "head", "reduction"]) control(id).disabled = !this.hasHeads;
+    this.grid.element.hidden = !this.hasHeads && !trace.roles;
   }
 
   drawControls() {
@@ -257,7 +258,7 @@ function listedText(trace, view, row, step) {
   const part = view.reduction === "traced"
     ? "The whole row is listed."
     : `Listed: ${percent(row.listed)} of the row (of each head the ${trace.nSources} strongest sources and the sink, rounded).`;
-  if (view.reduction === "max") return part;
+  if (!sumsToOne(view, facts)) return part;
   return (
     `${percent(facts.sink)} on the sink, ${percent(facts.own)} on its own query's position, ` +
     `${percent(facts.prompt)} on the prompt; entropy ${facts.entropy.toFixed(2)} bits, ` +
@@ -265,10 +266,15 @@ function listedText(trace, view, row, step) {
   );
 }
 
+// A row of the largest of several has no shares of a whole.
+function sumsToOne(view, facts) {
+  return view.reduction !== "max" && Math.abs((facts.total ?? 1) - 1) < 0.001;
+}
+
 function gridText(hasHeads, hasStep, position, most) {
   if (!hasHeads) return "This trace kept no rows of single heads, so their entropies are unknown.";
   if (!hasStep) return "Entropies are of a generated token's rows: choose one.";
-  return `Entropy in bits at token ${position}: 0 for all on one token, ${most.toFixed(1)} for all alike (darker). Click a head to see its row.`;
+  return `Entropy in bits at token ${position}: 0 for all on one token, ${most.toFixed(1)} for all alike, in the strongest shade. Click a head to see its row.`;
 }
 
 // The words that do not change.
@@ -282,4 +288,9 @@ function fillWords(trace) {
   for (const sentence of trace.cause) footer.append(element("p", {}, sentence));
 }
 
-readTrace().then((trace) => new Page(trace));
+readTrace()
+  .then((trace) => new Page(trace))
+  .catch((error) => {
+    setText("token-title", `This page could not be drawn: ${error.message}`);
+    throw error;
+  });

@@ -31,7 +31,7 @@ function tokenShapes(cell, top) {
   const isMarked = cell.classList.contains("current");
   const box = {
     x, y, width, height, rx: 3,
-    fill: style.backgroundColor,
+    ...fillOf(style.backgroundColor),
     stroke: isMarked ? style.outlineColor : style.borderBottomColor,
     "stroke-width": isMarked ? 2 : 1,
   };
@@ -47,6 +47,12 @@ function tokenShapes(cell, top) {
   ];
 }
 
+// Not every program that reads SVG knows colours with an alpha.
+function fillOf(colour) {
+  const [red, green, blue, alpha = 1] = colour.match(/[\d.]+/g).map(Number);
+  return { fill: `rgb(${red},${green},${blue})`, "fill-opacity": alpha };
+}
+
 // A token that is wider than the strip is broken there, and here at as many characters.
 function textLines(cell, x, y, style) {
   const characters = Array.from(cell.firstChild.textContent);
@@ -59,7 +65,7 @@ function textLines(cell, x, y, style) {
       {
         x: x + 4, y: y + (i + 0.8) * lineHeight, "xml:space": "preserve",
         "font-family": "monospace", "font-size": style.fontSize,
-        "font-style": style.fontStyle, fill: style.color,
+        "font-style": style.fontStyle, "font-weight": style.fontWeight, fill: style.color,
       },
       characters.slice(i * perLine, (i + 1) * perLine).join(""),
     ),

@@ -6,7 +6,7 @@ function makeStrip(trace, onPoint, onPin) {
   const lineEnds = new Set(trace.lineEnds);
   for (const [position, cell] of cells.entries()) {
     strip.append(cell);
-    if (lineEnds.has(position)) strip.append(element("span", { class: "line-end" }));
+    if (lineEnds.has(position)) strip.append(element("span", { class: "line-end", "aria-hidden": "true" }));
   }
   strip.addEventListener("pointerover", (event) => {
     const position = cells.indexOf(event.target.closest(".token"));
