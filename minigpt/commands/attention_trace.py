@@ -305,7 +305,7 @@ def _trace(
 def _replay(path: Path, targets: "Targets", *, n_sources: int | None) -> None:
     from minigpt.commands.trace_output import Shower
     from minigpt.console import make_console
-    from minigpt.tracing.file import read_traces
+    from minigpt.tracing.file_reader import read_traces
     from minigpt.tracing.terminal import TraceLayout
 
     traces = read_traces(path)

@@ -8,7 +8,7 @@ from minigpt.errors import DataError
 from minigpt.text.visible import visible
 from minigpt.tracing.diff import StepDiff, diff_traces
 from minigpt.tracing.events import Token, Trace
-from minigpt.tracing.file import read_traces
+from minigpt.tracing.file_reader import read_traces
 from minigpt.tracing.spans import Line, bar, fit, fit_start, heat, percent, wrapped
 from minigpt.tracing.words import measured
 

@@ -14,7 +14,8 @@ from small_traces import header_of, small_trace, step_of
 from minigpt.config import SamplingConfig
 from minigpt.errors import DataError
 from minigpt.tracing.events import CONVENTION, Token, Trace, TraceEvent
-from minigpt.tracing.file import SCHEMA, read_traces, to_json_line
+from minigpt.tracing.file import SCHEMA, to_json_line
+from minigpt.tracing.file_reader import read_traces
 
 HOSTILE = [
     b"",
@@ -189,6 +190,13 @@ def damages() -> dict[str, Callable[[list[Any]], Any]]:
         "a source to come": setting(2, "rows", 0, "sources", 0, "position", to=99),
         "a row too short": setting(2, "rows", 0, "weights", to="AAAAAA=="),
         "a number that is none": setting(2, "log_probability", to="-1"),
+        "no such measure": setting(0, "measures", to=["score"]),
+        "a reduction that is none": setting(0, "reduce", to="median"),
+        "a name that is none": setting(0, "model", to=["x"]),
+        "roles of too few heads": setting(0, "roles", to=[[]]),
+        "a text that is none": setting(2, "certain_text", to=None),
+        "an end that is none": setting(2, "finish_reason", to="<b>"),
+        "an effect of nothing": setting(2, "effects", to=[{}]),
         "a row less": setting(2, "rows", to=[]),
         "a field less": lambda lines: lines[2].pop("certain_text"),
         "heads of another shape": setting(2, "rows", 0, "heads", "sink", to=[[0.5]]),
