@@ -106,7 +106,7 @@ def pack(arrays: dict[str, NDArray[Any]]) -> dict[str, Any]:
     ]
     return {
         "arrays": [[name, array.itemsize, array.size] for name, array in arrays.items()],
-        "deflated": base64.b64encode(zlib.compress(b"".join(planes), 9)).decode("ascii"),
+        "deflated": base64.b64encode(zlib.compress(b"".join(planes))).decode("ascii"),
     }
 
 

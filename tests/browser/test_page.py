@@ -359,7 +359,9 @@ def exercise(page: OpenPage) -> str:
 
 
 def test_hostile_tokens_are_shown_and_never_run(opened: Opened) -> None:
-    trace = made_trace(len(HOSTILE) // 2, len(HOSTILE) - len(HOSTILE) // 2, texts=HOSTILE)
+    trace = made_trace(
+        len(HOSTILE) // 2, len(HOSTILE) - len(HOSTILE) // 2, texts=HOSTILE, model=" ".join(HOSTILE)
+    )
     page = opened(trace)
     assert_inert(exercise(page))
     shown = page.page.locator("#strip .text").all_text_contents()

@@ -64,8 +64,9 @@ function fillGrid(grid, entropies, mostBits) {
   }
 }
 
+// All of them together are not worth a mark.
 function markHeads(grid, heads) {
-  const chosen = new Set(heads);
+  const chosen = new Set(heads.length < grid.cells.length ? heads : []);
   for (const [i, cell] of grid.cells.entries()) {
     cell.classList.toggle("chosen", chosen.has(i));
     cell.setAttribute("aria-selected", String(chosen.has(i)));

@@ -36,7 +36,7 @@ function tokenShapes(cell, top) {
     "stroke-width": isMarked ? 2 : 1,
   };
   if (cell.classList.contains("prompt")) box["stroke-dasharray"] = "2 2";
-  const barHeight = bar.offsetHeight;
+  const barHeight = bar.getBoundingClientRect().height;
   return [
     svgElement("rect", box),
     ...textLines(cell, x, y, style),

@@ -9,8 +9,10 @@ function rowOf(trace, view, step) {
 // Both give {shares, listed}: a share for each token in view, and how much of the row they list.
 function tracedRow(trace, view, step) {
   const codes = trace.arrays[`${view.measure}.rows`];
-  const row = codes.subarray(trace.rowStarts[step], trace.rowStarts[step + 1]);
-  return { shares: Float32Array.from(row, wordShare), listed: 1 };
+  const start = trace.rowStarts[step];
+  const shares = new Float32Array(trace.nPrompt + step);
+  for (let i = 0; i < shares.length; i++) shares[i] = wordShare(codes[start + i]);
+  return { shares, listed: 1 };
 }
 
 function headsRow(trace, view, step) {
@@ -54,9 +56,14 @@ function eachKept(trace, measure, step, head, take) {
 function columnOf(trace, view, position) {
   const shares = new Float32Array(trace.nTokens);
   for (let step = Math.max(0, position + 1 - trace.nPrompt); step < trace.steps.length; step++) {
-    shares[trace.nPrompt + step] = rowOf(trace, view, step).shares[position];
+    shares[trace.nPrompt + step] = shareAt(trace, view, step, position);
   }
   return shares;
+}
+
+function shareAt(trace, view, step, position) {
+  if (view.reduction !== "traced") return headsRow(trace, view, step).shares[position];
+  return wordShare(trace.arrays[`${view.measure}.rows`][trace.rowStarts[step] + position]);
 }
 
 // {sink, own, prompt, entropy, distance} of a row; of several heads, the mean of theirs.

@@ -69,5 +69,7 @@ function changeText(change) {
 }
 
 function signed(value) {
-  return `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(2)}`;
+  const digits = Math.abs(value).toFixed(2);
+  if (digits === "0.00") return digits;
+  return `${value < 0 ? "−" : "+"}${digits}`;
 }
