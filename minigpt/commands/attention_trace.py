@@ -203,11 +203,6 @@ def attention_trace(
     for flag, number in (("--sources", sources), ("--verify", verify)):
         if number is not None and number < 0:
             raise ConfigError(f"{flag} must be at least 0: it is {number}.")
-    if sampling.overflow != "stop":
-        raise ConfigError(
-            "--overflow slide would encode again what was traced. Trace at most a context window, "
-            "or generate without a trace."
-        )
     from minigpt.commands.loading import load
     from minigpt.tracing.api import MEASURES
     from minigpt.tracing.tracer import TraceConfig

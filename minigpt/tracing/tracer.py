@@ -97,9 +97,15 @@ def trace(
 
     Args: dense, is given every head's whole row at each step.
     Raises: DataError if the prompt is empty or longer than the context; ConfigError for heads that
-        the model lacks, a sink behind the prompt, a rollout that is too long, or roles of a model
-        that is too small to have any; CheckpointError if the model's logits are no numbers.
+        the model lacks, overflow slide, a sink behind the prompt, a rollout that is too long, or
+        roles of a model that is too small to have any; CheckpointError if the model's logits are no
+        numbers.
     """
+    if sampling.overflow != "stop":
+        raise ConfigError(
+            "overflow slide would encode again what was traced. Trace at most a context window, "
+            "or generate without a trace."
+        )
     watch = _Watch(model, config, len(prompt), sampling)
     tokens = [Token(i, token, tokenizer.token_bytes(token)) for i, token in enumerate(prompt)]
     started = time.perf_counter()

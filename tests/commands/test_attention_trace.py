@@ -153,6 +153,7 @@ def test_a_page_rows_and_pictures_are_written(run: Run, tmp_path: Path) -> None:
         (["--html", "t.html", "--num-samples", "2"], 2, "--html shows one trace"),
         (["--dense", "t", "--num-samples", "2"], 2, "--dense holds one trace"),
         (["--png", "t.jpg"], 2, "t.jpg"),
+        (["--overflow", "slide"], 2, "overflow slide would encode again"),
         (["--replay", "t.jsonl"], 2, "there is no model, and no prompt"),
     ],
     ids=str,
