@@ -1,5 +1,6 @@
 """Pictures by matplotlib, which is an extra: checked for before, and written whole."""
 
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,13 +22,15 @@ def require_matplotlib(path: Path, suffixes: Sequence[str], *, what: str = "a pi
     """Check that a picture can be written under this name, before anything long begins.
 
     Args: suffixes, of the formats to choose from; what, the option or thing that is to be written.
-    Raises: ConfigError if it is no name of a picture, or matplotlib is not installed.
+    Raises: ConfigError if it is no name of a picture, or of a folder, or matplotlib is missing.
     """
     if path.suffix.lower() not in suffixes:
         choices = f"{', '.join(suffixes[:-1])} or {suffixes[-1]}"
         raise ConfigError(f"{what} must end in {choices}: it is {str(path)!r}.")
     if not path.parent.is_dir():
         raise ConfigError(f"{what}: there is no folder {str(path.parent)!r}. Make it first.")
+    if os.path.isdir(path):
+        raise ConfigError(f"{what}: {str(path)!r} is a folder. Choose another name.")
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:

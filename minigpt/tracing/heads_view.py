@@ -15,7 +15,7 @@ _NO_TAG = "·"
 _CELL_WIDTH = 8
 _ROLE_CELL_WIDTH = 6
 _COLUMN_WIDTH = 10
-_NARROW_COLUMN_WIDTH = 6
+_NARROW_COLUMN_WIDTH = 5
 _BAR_WIDTH = 5
 
 
@@ -84,7 +84,7 @@ def roles_table(roles: tuple[tuple[Roles, ...], ...], width: int) -> list[Line]:
     """Return a line for each head with all its scores in percent, and its role."""
     is_wide = width >= 6 + len(SCORES) * _COLUMN_WIDTH + _TAG_WIDTH
     column = _COLUMN_WIDTH if is_wide else _NARROW_COLUMN_WIDTH
-    names = [name if is_wide else name[:_TAG_WIDTH] for name in SCORES]
+    names = [name if is_wide else name[: column - 1] for name in SCORES]
     lines: list[Line] = [
         [("head  " + "".join(name.ljust(column) for name in names) + "role", "dim")]
     ]
@@ -93,7 +93,7 @@ def roles_table(roles: tuple[tuple[Roles, ...], ...], width: int) -> list[Line]:
             line: Line = [(f"{f'{layer}.{head}':<6}", "plain")]
             for name in SCORES:
                 score = float(getattr(role, name))
-                drawn = f"{percent(score)} {bar(score, _BAR_WIDTH) if is_wide else ''}"
+                drawn = percent(score) + (f" {bar(score, _BAR_WIDTH)}" if is_wide else "")
                 line.append((drawn.ljust(column), heat(score)))
             lines.append([*line, (role.tag, "token")])
     return lines

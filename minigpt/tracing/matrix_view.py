@@ -52,8 +52,11 @@ def matrix_view(
     columns = _pool(matrix, n_pooled)
     scale = largest_but_sink(columns, header.sink // n_pooled)
 
+    depth = _MOST_LABEL_LINES if height is None else min(_MOST_LABEL_LINES, height // 6)
     title = wrapped(f"{measured(header, (rows[0].measure,))}.".capitalize(), width)
-    names = _column_names(trace.tokens[: matrix.shape[1]], cell_width) if n_pooled == 1 else []
+    names = (
+        _column_names(trace.tokens[: matrix.shape[1]], cell_width, depth) if n_pooled == 1 else []
+    )
     below = 3 + len(wrapped(_caption(trace, len(rows), n_pooled, is_halved=True), width))
     n_lines = len(rows)
     if height is not None:
@@ -66,13 +69,11 @@ def matrix_view(
         f"{token.position:>{number_width}} {fit(visible(token.data), word_width)} "
         for token in tokens[-n_shown:]
     ]
-    if not has_colour:
-        drawn = [_dense(row, cell_width) for row in cells]
-    elif is_halved:
+    if is_halved:
         labels = labels[::2]
         drawn = [_halves(cells[i : i + 2]) for i in range(0, n_shown, 2)]
     else:
-        drawn = [_whole(row, cell_width) for row in cells]
+        drawn = [_whole(row, cell_width, has_colour) for row in cells]
     indent = " " * label_width
     caption = _caption(trace, n_shown, n_pooled, is_halved=is_halved)
     return [
@@ -100,8 +101,12 @@ def _pool(matrix: NDArray[np.float32], n_pooled: int) -> NDArray[np.float32]:
     return np.where(n_there > 0, sums / np.maximum(n_there, 1), np.nan).astype(np.float32)
 
 
-def _whole(row: NDArray[np.float32], cell_width: int) -> Line:
-    return [("█" * cell_width, colour(x)) for x in row[~np.isnan(row)].tolist()]
+def _whole(row: NDArray[np.float32], cell_width: int, has_colour: bool) -> Line:
+    """Return one row as one line."""
+    shares = row[~np.isnan(row)].tolist()
+    if has_colour:
+        return [("█" * cell_width, colour(share)) for share in shares]
+    return [("".join(density(share) * cell_width for share in shares) + "|", "plain")]
 
 
 def _halves(pair: NDArray[np.float32]) -> Line:
@@ -116,18 +121,13 @@ def _halves(pair: NDArray[np.float32]) -> Line:
     return spans + [("▄", below) for below in lower[len(upper) :]]
 
 
-def _dense(row: NDArray[np.float32], cell_width: int) -> Line:
-    drawn = "".join(density(x) * cell_width for x in row[~np.isnan(row)].tolist())
-    return [(f"{drawn}|", "plain")]
-
-
-def _column_names(tokens: Sequence[Token], cell_width: int) -> list[str]:
-    """Return the tokens as lines of text that is read downwards, each above its column."""
+def _column_names(tokens: Sequence[Token], cell_width: int, most: int) -> list[str]:
+    """Return the tokens as at most so many lines, to be read downwards, each above its column."""
     names = []
     for token in tokens:
         characters = [c if cell_len(c) <= cell_width else "·" for c in visible(token.data)]
-        if len(characters) > _MOST_LABEL_LINES:
-            characters = [*characters[: _MOST_LABEL_LINES - 1], "…"]
+        if len(characters) > most:
+            characters = [*characters[: most - 1], "…"][:most]
         names.append(characters)
     depth = max(len(name) for name in names)
     # Short ones stand at the bottom, next to what they name.

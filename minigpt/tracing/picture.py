@@ -14,7 +14,7 @@ from rich.cells import cell_len
 from minigpt.figures import our_style, require_matplotlib, write_figure
 from minigpt.text.visible import visible
 from minigpt.tracing.choosing import as_matrix, chosen_rows, chosen_step, largest_but_sink
-from minigpt.tracing.events import Measure, Row, Token, Trace
+from minigpt.tracing.events import Measure, Row, Token, Trace, TraceHeader
 from minigpt.tracing.spans import fit_end, fit_start, one_line, percent
 from minigpt.tracing.words import measured
 
@@ -220,7 +220,7 @@ def strip_figure(
     colours = ScalarMappable(Normalize(0, scale), colormaps[_COLOURS])
     for token, name, (x, line, width) in zip(trace.tokens, names, boxes, strict=True):
         place = (x, top + line * _LINE_HEIGHT, width)
-        _draw_box(axes, token, name, place, row, step.token.position, trace.header.sink, colours)
+        _draw_box(axes, token, name, place, row, step.token.position, trace.header, colours)
     bar = figure.add_axes((_MARGIN / _STRIP_WIDTH, 0.42 / height, 2 / _STRIP_WIDTH, 0.1 / height))
     _add_scale(figure, colours, bar, [row], scale, "horizontal")
     _add_title(figure, trace, row, _STRIP_WIDTH, height)
@@ -239,7 +239,7 @@ def _draw_box(
     place: tuple[float, float, float],
     row: Row,
     chosen: int,
-    sink: int,
+    header: TraceHeader,
     colours: "ScalarMappable",
 ) -> None:
     from matplotlib.patches import Rectangle
@@ -247,10 +247,11 @@ def _draw_box(
     x, y, width = place
     is_seen = token.position < chosen
     share = float(row.weights_S[token.position]) if is_seen else 0.0
-    ground = colours.cmap(colours.norm(share)) if is_seen else (1.0,) * 4
+    ground = colours.to_rgba(np.array([share]))[0] if is_seen else np.ones(4)
     luminance = 0.2126 * ground[0] + 0.7152 * ground[1] + 0.0722 * ground[2]
     ink = "#888888" if token.position > chosen else "black" if luminance > 0.4 else "white"
-    is_chosen, is_sink = token.position == chosen, token.position == sink
+    is_chosen, is_sink = token.position == chosen, token.position == header.sink
+    is_generated = token.position >= len(header.prompt)
     axes.add_patch(
         Rectangle(
             (x, y),
@@ -263,7 +264,9 @@ def _draw_box(
             zorder=2 if is_chosen or is_sink else 1,
         )
     )
-    texts = [(name, 0.13, _LARGE)]
+    if is_generated:
+        axes.plot((x + 0.03, x + width - 0.03), (y + 0.22, y + 0.22), color=ink, linewidth=0.6)
+    texts = [(name, 0.12, _LARGE)]
     if share >= 0.005:
         texts.append((percent(share).strip().removesuffix("%") + "%", 0.28, _SMALL))
     for text, down, size in texts:

@@ -1,18 +1,14 @@
 """Numbers from 0 to 1 as colours, or as characters where there are none."""
 
-# Nine colours of viridis, which is perceptually uniform and reads in grey too (van der Walt and
-# Smith 2015); between them it is straight enough.
-_ANCHORS = (
-    (68, 1, 84),
-    (71, 45, 123),
-    (59, 82, 139),
-    (44, 114, 142),
-    (33, 145, 140),
-    (40, 174, 128),
-    (94, 201, 98),
-    (173, 220, 48),
-    (253, 231, 37),
-)
+# Colours of viridis, which is perceptually uniform and reads in grey too (van der Walt and Smith
+# 2015, BSD); between two of them it is straight enough.
+_ANCHORS = [
+    bytes.fromhex(text)
+    for text in (
+        "440154 48186a 472d7b 424086 3b528b 33638d 2c728e 26828e 21918c "
+        "1fa088 28ae80 3fbc73 5ec962 84d44b addc30 d8e219 fde725"
+    ).split()
+]
 N_COLOURS = 64
 DENSITY = " .:-=+*#%@"
 """Characters of rising density."""

@@ -1,6 +1,8 @@
 """Traces of small models, and steps and headers made up for what shows them."""
 
+import unicodedata
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,9 +10,48 @@ from small_models import small_model
 
 from minigpt.config import SamplingConfig
 from minigpt.text.tokenizer import bytes_tokenizer
-from minigpt.tracing.events import Row, Source, Token, Trace, TraceFooter, TraceHeader, TraceStep
+from minigpt.tracing.events import (
+    Roles,
+    Row,
+    Source,
+    Token,
+    Trace,
+    TraceFooter,
+    TraceHeader,
+    TraceStep,
+)
 from minigpt.tracing.selection import select_heads
+from minigpt.tracing.spans import Line
 from minigpt.tracing.tracer import TraceConfig, trace
+
+HOSTILE = [
+    b"",
+    b" ",
+    b"\x00",
+    b"\x1b[31mred\x1b[0m",
+    b"\x1b]0;title\x07",
+    b"\x9b31m",
+    b"\r",
+    b"\n\n\t",
+    b"\x08\x08\x08",
+    b"\x7f",
+    b"\xff\xfe",
+    "日本語の長い文字列".encode(),
+    "日本".encode()[:-1],
+    "🙂🙂🙂🙂🙂🙂".encode(),
+    "👩‍👩‍👧‍👦".encode(),
+    "e\u0301\u0301\u0301".encode(),
+    "\u0301".encode(),
+    "\u202eevil\u2066".encode(),
+    "\u200b\u200d\ufeff\ufe0f".encode(),
+    "\u2028\u2029\u0085\u00a0\u3000".encode(),
+    "한국어".encode(),
+    "\uff21\uff22".encode(),
+    b"[bold red]markup[/]",
+    b"a" * 99,
+    "█▏…␣\\".encode(),
+]
+"""Tokens that would steer a terminal, hide, or take more cells than they seem to."""
 
 
 def small_trace(
@@ -97,3 +138,35 @@ def step_of(
         "finish": None,
     }
     return TraceStep(**(facts | changes))
+
+
+def roles_of(**scores: Any) -> Roles:
+    """The roles of a head that has none, but for these scores."""
+    facts: dict[str, Any] = dict.fromkeys(
+        ("previous", "duplicate", "induction", "sink", "local"), 0.0
+    )
+    return Roles(**(facts | {"tag": ""} | scores))
+
+
+def with_tokens(made: Trace, tokens: Sequence[bytes]) -> Trace:
+    """The same trace of other tokens, these over and over."""
+
+    def token(place: int) -> Token:
+        return Token(place, 0, tokens[place % len(tokens)])
+
+    n_prompt = len(made.header.prompt)
+    steps = tuple(replace(step, token=token(n_prompt + step.index)) for step in made.steps)
+    header = replace(made.header, prompt=tuple(token(i) for i in range(n_prompt)))
+    return replace(made, header=header, steps=steps)
+
+
+def cells(text: str) -> int:
+    """Cells by Unicode's East Asian width; nothing that joins or is invisible may be left."""
+    for character in text:
+        assert unicodedata.category(character)[0] not in "CM", repr(character)
+        assert unicodedata.category(character) not in ("Zl", "Zp"), repr(character)
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def text_of(line: Line) -> str:
+    return "".join(text for text, _ in line)

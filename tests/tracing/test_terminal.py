@@ -1,12 +1,14 @@
 """The trace on a terminal: never too wide, never steered by a token, always 100 %."""
 
 import re
-import unicodedata
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import pytest
-from small_traces import header_of, small_trace, step_of
+from small_traces import HOSTILE, cells, header_of, roles_of, row_of, small_trace, step_of, text_of
 
-from minigpt.tracing.events import Token, TraceFooter
+from minigpt.tracing.events import CauseCheck, Effect, Measure, Token, TraceFooter, TraceStep
 from minigpt.tracing.selection import select_heads
 from minigpt.tracing.spans import Line, bar, fit, heat, percent
 from minigpt.tracing.terminal import (
@@ -15,61 +17,54 @@ from minigpt.tracing.terminal import (
     header_lines,
 )
 
-WIDTHS = [60, 80, 140]
-HOSTILE = [
-    b"",
-    b" ",
-    b"\x00",
-    b"\x1b[31mred\x1b[0m",
-    b"\x1b]0;title\x07",
-    b"\x9b31m",
-    b"\r",
-    b"\n\n\t",
-    b"\x08\x08\x08",
-    b"\x7f",
-    b"\xff\xfe",
-    "日本語の長い文字列".encode(),
-    "日本".encode()[:-1],
-    "🙂🙂🙂🙂🙂🙂".encode(),
-    "👩‍👩‍👧‍👦".encode(),
-    "e\u0301\u0301\u0301".encode(),
-    "\u0301".encode(),
-    "\u202eevil\u2066".encode(),
-    "\u200b\u200d\ufeff\ufe0f".encode(),
-    "\u2028\u2029\u0085\u00a0\u3000".encode(),
-    "한국어".encode(),
-    "\uff21\uff22".encode(),
-    b"[bold red]markup[/]",
-    b"a" * 99,
-    "█▏…␣\\".encode(),
-]
+WIDTHS = [40, 60, 80, 140]
+BOTH: tuple[Measure, ...] = ("weight", "norm")
 
 
-def cells(text: str) -> int:
-    """Cells by Unicode's East Asian width; nothing that joins or is invisible may be left."""
-    for character in text:
-        assert unicodedata.category(character)[0] not in "CM", repr(character)
-        assert unicodedata.category(character) not in ("Zl", "Zp"), repr(character)
-    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+def step_with(
+    data: bytes, sources: Sequence[bytes], measures: tuple[Measure, ...], **changes: Any
+) -> TraceStep:
+    """A step with a row for each measure; all have the same shares."""
+    step = step_of(data, sources, **changes)
+    rows = [row_of(step.row.sources, step.token.position, measure=m) for m in measures]
+    return replace(step, rows=tuple(rows))
 
 
-def text_of(line: Line) -> str:
-    return "".join(text for text, _ in line)
+def effects_of(step: TraceStep, n_verified: int) -> tuple[Effect, ...]:
+    """Effects of the first sources, -0.10, -1.20, ...; the first one has no control."""
+    sources = step.row.sources[:n_verified]
+    changes = [-0.1 - 1.1 * i for i in range(len(sources))]
+    found = [Effect(source, change) for source, change in zip(sources, changes, strict=True)]
+    found += [Effect(sources[i], 0.05 * i, control_of=i) for i in range(1, len(sources))]
+    return tuple(found)
 
 
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("vocab_size", [257, 50_257])
-@pytest.mark.parametrize("n_positions", [24, 1024, 131_072])
-@pytest.mark.parametrize("n_sources", [None, 0, 1, 8, 30])
+@pytest.mark.parametrize("n_positions", [24, 131_072])
+@pytest.mark.parametrize("n_sources", [None, 0, 1, 30])
+@pytest.mark.parametrize("measures", [("weight",), BOTH])
 def test_no_line_is_wider_than_the_terminal_whatever_the_tokens(
-    width: int, vocab_size: int, n_positions: int, n_sources: int | None
+    width: int,
+    vocab_size: int,
+    n_positions: int,
+    n_sources: int | None,
+    measures: tuple[Measure, ...],
 ) -> None:
-    layout = TraceLayout(width, vocab_size=vocab_size, n_positions=n_positions, n_sources=n_sources)
+    layout = TraceLayout(
+        width,
+        vocab_size=vocab_size,
+        n_positions=n_positions,
+        n_sources=n_sources,
+        measures=measures,
+    )
     assert cells(text_of(layout.heading())) <= width
     for i, token in enumerate(HOSTILE):
         sources = (HOSTILE[i:] + HOSTILE)[: layout.n_sources]
-        lines = layout.step(step_of(token, sources, index=9998))
+        step = step_with(token, sources, measures, index=9998, position=n_positions - 1)
+        lines = layout.step(step)
         assert len(lines) == max(1, -(-len(sources) // layout.per_line))
+        lines += layout.step(replace(step, effects=effects_of(step, 7)))
         for line in lines:
             assert cells(text_of(line)) <= width
 
@@ -86,13 +81,14 @@ def test_more_width_shows_more_sources() -> None:
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_columns_stand_below_each_other(width: int) -> None:
-    layout = TraceLayout(width, vocab_size=257, n_positions=1000)
+@pytest.mark.parametrize("measures", [("weight",), ("norm",), BOTH])
+def test_columns_stand_below_each_other(width: int, measures: tuple[Measure, ...]) -> None:
+    layout = TraceLayout(width, vocab_size=257, n_positions=1000, measures=measures)
     ends = {cells(text_of(layout.heading()))}
     for i, token in enumerate(HOSTILE):
         full = (HOSTILE[i:] + HOSTILE)[: layout.n_sources]
         for sources in (full, full[:1], []):
-            (line,) = layout.step(step_of(token, sources, index=i))
+            (line,) = layout.step(step_with(token, sources, measures, index=i))
             ends.add(cells(text_of(line)))
     assert len(ends) == 1
 
@@ -114,24 +110,129 @@ def test_a_line_shows_the_numbers_of_its_step_and_accounts_for_all() -> None:
             assert f" {source.token.position} " in text
 
 
+def test_both_measures_stand_side_by_side() -> None:
+    layout = TraceLayout(140, vocab_size=257, n_positions=40, measures=BOTH)
+    assert "share by weight and norm" in text_of(layout.heading())
+    trace = small_trace(measures=BOTH, n_sources=layout.n_sources)
+    for step in trace.steps:
+        (line,) = layout.step(step)
+        weight, norm = step.rows
+        shares = [percent(step.probability), percent(weight.sink), percent(norm.sink)]
+        for source in weight.sources:
+            shares += [percent(source.weight), percent(norm.weights_S[source.token.position])]
+        shown = [source.token.position for source in weight.sources]
+        others = [p for p in range(len(norm.weights_S)) if p not in (*shown, 0)]
+        shares += [percent(weight.rest or 0), percent(norm.weights_S[others].sum())]
+        text = text_of(line)
+        assert re.findall(r"<1%|\d+%|\b100\b", text) == [share.strip() for share in shares]
+        assert float(text.split()[-1]) == round(weight.entropy, 1)
+
+
+def test_the_entropy_is_left_out_where_sources_need_the_room() -> None:
+    lines = {
+        width: TraceLayout(width, vocab_size=50_257, n_positions=99).heading() for width in (50, 80)
+    }
+    assert {width: "bits" in text_of(line) for width, line in lines.items()} == {
+        50: False,
+        80: True,
+    }
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("n_verified", [1, 2, 7])
+def test_each_effect_stands_below_with_its_control(width: int, n_verified: int) -> None:
+    layout = TraceLayout(width, vocab_size=257, n_positions=1000)
+    step = step_of(b"x", [b"s"] * 9)
+    without = layout.step(step)
+    lines = layout.step(replace(step, effects=effects_of(step, n_verified)))[len(without) :]
+    found = re.findall(
+        r"(\d+) +([+-]\d\.\d\d) (?:vs)? *([+-]\d\.\d\d|-)", " ".join(map(text_of, lines))
+    )
+    assert [(int(a), float(b), c) for a, b, c in found] == [
+        (499 - i, pytest.approx(-0.1 - 1.1 * i), "-" if i == 0 else f"{0.05 * i:+.2f}")
+        for i in range(n_verified)
+    ]
+    assert text_of(lines[0]).split()[:3] == ["ln", "p", "without"]
+
+
+def test_changes_of_any_size_take_five_cells() -> None:
+    layout = TraceLayout(80, vocab_size=50_257, n_positions=1000)
+    for change, shown in ((-0.004, "-0.00"), (-9.99, "-9.99"), (-10, "-10.0"), (-123.4, " -123")):
+        step = step_of(b"x", [b"s"])
+        step = replace(step, effects=(Effect(step.row.sources[0], change),))
+        assert text_of(layout.step(step)[1]).endswith(f" 499 {shown} vs -")
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 def test_header_and_footer_fit_too(width: int) -> None:
     for heads in (None, "0.1", "0.1,3.2,5.0,7.*,9.3,11.1,11.2,11.3,11.5,11.7"):
         for prompt in (HOSTILE * 2, HOSTILE[11:12], [b"x"] * width, [b"x"]):
             header = header_of(
-                model="runs/" + "a-very-long-name-" * 12,
+                model="runs/\x1b[31m\n\u200d日本" + "a-very-long-name-" * 12,
                 n_layer=12,
                 n_head=12,
                 selection=select_heads(12, 12, heads=heads),
+                measures=BOTH,
                 reduce="max",
+                sink=3,
+                sink_rule="detected",
+                n_verified=4,
+                roles=tuple(tuple(roles_of(tag="induc") for _ in range(12)) for _ in range(12)),
                 prompt=tuple(Token(i, 0, data) for i, data in enumerate(prompt)),
             )
             for line in header_lines(header, width):
                 assert cells(text_of(line)) <= width
     for finish in ("length", "stop", "end_of_text", "context", None):
-        footer = TraceFooter(n_tokens=1024, finish=finish, seconds=1.0, worst_row_sum_error=1.2e-7)
-        for line in footer_lines(footer):
-            assert cells(text_of(line)) <= 80  # at sixty the console wraps it at a blank
+        for cause in (None, CauseCheck(8, 7, 1.5, 0.25, 0.5), CauseCheck(1, 0, 1.5, 0, None)):
+            footer = TraceFooter(1024, finish, 1.0, 1.2e-7, 1e-4, cause)
+            for line in footer_lines(footer, width):
+                assert cells(text_of(line)) <= width
+
+
+def words_of(lines: list[Line]) -> str:
+    return " ".join(" ".join(map(text_of, lines)).split())
+
+
+def test_the_header_says_what_is_not_as_usual() -> None:
+    usual = words_of(header_lines(header_of(), 80))
+    assert "measure weight of head 0.*" in usual
+    assert not re.search("sink|role|verify", usual)
+    roles = roles_of(tag="induc", induction=0.715, previous=0.04)
+    said = words_of(
+        header_lines(header_of(sink=3, sink_rule="detected", roles=((roles,),), n_verified=2), 80)
+    )
+    assert "sink position 3, detected" in said
+    assert "role induc: previous 4%, duplicate 0%, induction 72%, sink 0%, local 0%" in said
+    assert "the 2 strongest sources" in said
+    assert "weights grow to sum to 1" in said
+    header = header_of(
+        n_layer=2, n_head=2, selection=select_heads(2, 2, heads="0.*,1.1"), reduce="rollout",
+        roles=((roles_of(tag="sink"), roles_of()), (roles_of(tag="prev"), roles_of(tag="sink"))),
+    )  # fmt: skip
+    said = words_of(header_lines(header, 80))
+    assert "weight, rollout of the mean of 3 heads (0.*,1.1)" in said
+    assert "roles sink 0.0 1.1 prompt" in said, "the roles of the heads that were not chosen"
+
+
+@pytest.mark.parametrize(
+    ("cause", "said"),
+    [
+        (None, ["Where a head looked is not why a token came."]),
+        (
+            CauseCheck(60, 58, 0.3121, 0.0213, 0.12),
+            ["Weight is not influence", "60 sources", "0.312", "58 controls", "0.021",
+             "mattered more than", "0.12", "say little"],
+        ),
+        (CauseCheck(60, 58, 0.3, 0.2, 0.8), ["hardly mattered more", "0.80", "say much"]),
+        (CauseCheck(1, 0, 0.3, 0.0, None), ["1 source", "too little to rank"]),
+    ],
+)  # fmt: skip
+def test_the_footer_says_what_the_checks_found(cause: CauseCheck | None, said: list[str]) -> None:
+    text = words_of(footer_lines(TraceFooter(9, "length", 1.0, 1.2e-7, 3e-6, cause), 80))
+    assert "sums to 1 within 1e-07" in text
+    assert "within 3e-06" in text
+    for words in said:
+        assert words in text
 
 
 @pytest.mark.parametrize("n", [1, 5, 20, 34, 35, 36, 37, 38, 50])

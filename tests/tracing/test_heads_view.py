@@ -1,0 +1,114 @@
+"""The grid of layers and heads: its numbers are the heads' own."""
+
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from small_traces import cells, roles_of, small_trace, text_of
+
+from minigpt.errors import ConfigError
+from minigpt.tracing.events import Roles, Trace
+from minigpt.tracing.heads_view import heads_view, roles_grid, roles_table
+from minigpt.tracing.spans import Line, percent
+
+TAGS = ("prev", "dup", "induc", "sink", "local", "")
+NAMES = ("previous", "duplicate", "induction", "sink", "local")
+
+
+def made_up_roles(n_layer: int, n_head: int) -> tuple[tuple[Roles, ...], ...]:
+    """Scores that are different for each head, and a tag of one of them."""
+
+    def role(layer: int, head: int) -> Roles:
+        scores = {name: (layer * 17 + head * 5 + i * 3) % 90 / 100 for i, name in enumerate(NAMES)}
+        return roles_of(tag=TAGS[(layer + head) % len(TAGS)], **scores)
+
+    return tuple(tuple(role(layer, head) for head in range(n_head)) for layer in range(n_layer))
+
+
+@pytest.fixture(scope="module")
+def trace() -> Trace:
+    return small_trace(measures=("weight", "norm"), has_heads=True)
+
+
+def grid_of(lines: list[Line], cell_width: int, per_cell: int) -> dict[tuple[int, int], list[str]]:
+    """For each layer and head the lines of its cell, read off the blocks."""
+    found: dict[tuple[int, int], list[str]] = {}
+    heads: list[int] = []
+    texts = list(map(text_of, lines))
+    for i, text in enumerate(texts):
+        if text.startswith("layer"):
+            heads = [int(n) for n in re.findall(r"\d+", text)]
+        elif re.match(r" +\d+ ", text[:6]):
+            for place, head in enumerate(heads):
+                start = 6 + place * cell_width
+                cell = [t[start : start + cell_width] for t in texts[i : i + per_cell]]
+                assert (int(text[:6]), head) not in found
+                found[int(text[:6]), head] = [part.strip() for part in cell]
+    return found
+
+
+@pytest.mark.parametrize("has_roles", [True, False])
+@pytest.mark.parametrize("measure", ["weight", "norm"])
+@pytest.mark.parametrize("width", [40, 80])
+def test_cells_are_the_means_over_the_steps(
+    trace: Trace, width: int, measure: str, has_roles: bool
+) -> None:
+    roles = made_up_roles(2, 4) if has_roles else None
+    one = replace(trace, header=replace(trace.header, roles=roles))
+    lines = heads_view(one, width, measure=measure)  # type: ignore[arg-type]
+    grid = grid_of(lines, 8, 2 if has_roles else 1)
+    assert len(grid) == 8
+    for (layer, head), cell in grid.items():
+        entropies, sinks = [], []
+        for step in trace.steps:
+            heads = step.rows[measure == "norm"].heads
+            assert heads is not None
+            entropies.append(heads.entropy_LH[layer, head])
+            sinks.append(heads.sink_LH[layer, head])
+        numbers = f"{np.mean(entropies):.1f} {percent(float(np.mean(sinks)))}"
+        assert cell[-1] == numbers
+        if roles is not None:
+            assert cell[0] == (roles[layer][head].tag or "·")
+    assert f"{len(trace.steps)} tokens by {measure}" in " ".join(map(text_of, lines))
+
+
+def test_a_trace_without_the_rows_of_heads_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--view heads"):
+        heads_view(small_trace(max_new_tokens=2), 80)
+
+
+@pytest.mark.parametrize("width", [40, 80, 140])
+@pytest.mark.parametrize(("n_layer", "n_head"), [(1, 1), (2, 7), (12, 12), (2, 64)])
+def test_the_grid_of_roles_has_every_head_and_fits(width: int, n_layer: int, n_head: int) -> None:
+    roles = made_up_roles(n_layer, n_head)
+    lines = roles_grid(roles, width)
+    for line in lines:
+        assert cells(text_of(line)) <= width
+    grid = grid_of(lines, 6, 2)
+    assert len(grid) == n_layer * n_head
+    for (layer, head), (tag, score) in grid.items():
+        role = roles[layer][head]
+        assert tag == (role.tag or "·")
+        by_tag = dict(zip(TAGS, NAMES, strict=False))
+        scores = [getattr(role, by_tag[role.tag])] if role.tag else [
+            getattr(role, name) for name in NAMES
+        ]  # fmt: skip
+        assert score == percent(max(scores)).strip()
+
+
+@pytest.mark.parametrize("width", [40, 80, 140])
+def test_the_table_of_roles_has_every_score(width: int) -> None:
+    roles = made_up_roles(3, 5)
+    heading, *lines = roles_table(roles, width)
+    assert [name[:4] for name in text_of(heading).split()[1:6]] == [name[:4] for name in NAMES]
+    assert len(lines) == 15
+    for i, line in enumerate(lines):
+        text = text_of(line)
+        assert cells(text) <= width
+        role = roles[i // 5][i % 5]
+        assert text.split()[0] == f"{i // 5}.{i % 5}"
+        assert re.findall(r"<1%|\d+%|\b100\b", text) == [
+            percent(getattr(role, name)).strip() for name in NAMES
+        ]
+        assert text.endswith(role.tag)

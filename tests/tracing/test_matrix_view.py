@@ -1,0 +1,200 @@
+"""The map of tokens and positions: its cells are the rows, in colours and in characters."""
+
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from small_traces import HOSTILE, cells, small_trace, text_of, with_tokens
+
+from minigpt.errors import ConfigError
+from minigpt.tracing.events import Trace
+from minigpt.tracing.matrix_view import matrix_view
+from minigpt.tracing.ramp import DENSITY, N_COLOURS, colour, density
+from minigpt.tracing.spans import Line
+
+SHARES = {colour(i / (N_COLOURS - 1)): i / (N_COLOURS - 1) for i in range(N_COLOURS)}
+N_PROMPT = 12
+
+
+@pytest.fixture(scope="module")
+def trace() -> Trace:
+    return small_trace(measures=("weight", "norm"), max_new_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def long_trace() -> Trace:
+    return small_trace(context_length=128, max_new_tokens=99)
+
+
+def rows_of(trace: Trace) -> list[NDArray[np.float32]]:
+    return [step.row.weights_S for step in trace.steps]
+
+
+def scale_of(lines: list[Line]) -> float:
+    """The number at the upper end of the legend."""
+    (text,) = [text for text in map(text_of, lines) if text.startswith("0% ")]
+    found = re.search(r"([\d.]+)%( or more)?$", text)
+    assert found is not None
+    return float(found[1]) / 100
+
+
+def map_lines(lines: list[Line]) -> list[Line]:
+    """The lines of cells: those that begin with a position."""
+    return [line for line in lines if line and line[0][1] == "token"]
+
+
+def shares(line: Line) -> list[float]:
+    """The numbers of a line of coloured cells, each of a position."""
+    return [SHARES[style] for text, style in line[1:]]
+
+
+def test_the_ramp_rises_in_lightness_and_can_be_read_back() -> None:
+    assert len(SHARES) == N_COLOURS
+    light = [
+        0.2126 * int(c[1:3], 16) + 0.7152 * int(c[3:5], 16) + 0.0722 * int(c[5:], 16)
+        for c in SHARES
+    ]
+    assert light == sorted(light)
+    assert (colour(0), colour(1), colour(-1), colour(7)) == (
+        "#440154", "#fde725", "#440154", "#fde725",
+    )  # fmt: skip
+    assert "".join(density(i / 9) for i in range(10)) == DENSITY
+
+
+def test_colours_are_those_of_matplotlibs_viridis() -> None:
+    pytest.importorskip("matplotlib", reason="needs pip install 'minigpt[plot]'")
+    from matplotlib import colormaps
+
+    for text, share in SHARES.items():
+        ours = [int(text[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        assert np.abs(np.array(ours) - colormaps["viridis"](share)[:3]).max() < 0.03
+
+
+def test_cells_are_the_rows_in_colour(trace: Trace) -> None:
+    lines = matrix_view(trace, 100)
+    scale = scale_of(lines)
+    drawn = map_lines(lines)
+    assert len(drawn) == len(trace.steps)
+    for line, row in zip(drawn, rows_of(trace), strict=True):
+        assert {text for text, _ in line[1:]} == {"██"}
+        # half a step of the ramp, and the rounding of the scale
+        np.testing.assert_allclose(shares(line), np.minimum(row / scale, 1), atol=0.01)
+
+
+def test_cells_are_the_rows_in_halves(trace: Trace) -> None:
+    lines = matrix_view(trace, 100, 15)
+    scale = scale_of(lines)
+    drawn = map_lines(lines)
+    rows = rows_of(trace)[-2 * len(drawn) :]
+    assert len(drawn) < len(trace.steps)
+    for i, line in enumerate(drawn):
+        upper, lower = rows[2 * i : 2 * i + 2]
+        spans = line[1:]
+        assert [text for text, _ in spans] == ["▀"] * len(upper) + ["▄"]
+        pairs = [style.split(" on ") for _, style in spans]
+        above = [SHARES[pair[0]] for pair in pairs[:-1]]
+        below = [SHARES[pair[-1]] for pair in pairs]
+        np.testing.assert_allclose(above, np.minimum(upper / scale, 1), atol=0.01)
+        np.testing.assert_allclose(below, np.minimum(lower / scale, 1), atol=0.01)
+
+
+def test_without_colours_the_cells_are_characters_that_say_the_same(trace: Trace) -> None:
+    plain = map_lines(matrix_view(trace, 100, has_colour=False))
+    coloured = map_lines(matrix_view(trace, 100))
+    for dense, line in zip(plain, coloured, strict=True):
+        text = dense[1][0]
+        assert text.isascii()
+        assert text.endswith("|")
+        assert text[:-1:2] == text[1:-1:2], "a cell is two wide"
+        levels = [DENSITY.index(character) / 9 for character in text[:-1:2]]
+        assert len(levels) == len(shares(line))
+        assert np.abs(np.subtract(levels, shares(line))).max() < 1 / 18 + 0.01
+    styles = {style for line in matrix_view(trace, 100, has_colour=False) for _, style in line}
+    assert styles <= {"dim", "plain", "token"}
+
+
+@pytest.mark.parametrize("has_colour", [True, False])
+@pytest.mark.parametrize("width", [40, 80, 140])
+@pytest.mark.parametrize("height", [None, 15, 24, 60])
+def test_the_map_fits_the_terminal_whatever_the_tokens(
+    trace: Trace, long_trace: Trace, width: int, height: int | None, has_colour: bool
+) -> None:
+    for one in (with_tokens(trace, HOSTILE), with_tokens(long_trace, HOSTILE[::-1])):
+        lines = matrix_view(one, width, height, has_colour=has_colour)
+        assert height is None or len(lines) <= height
+        for line in lines:
+            assert cells(text_of(line)) <= width
+
+
+@pytest.mark.parametrize(("width", "n_pooled"), [(140, 1), (80, 2), (60, 3), (40, 4)])
+def test_neighbouring_positions_are_averaged_as_the_caption_says(
+    long_trace: Trace, width: int, n_pooled: int
+) -> None:
+    lines = matrix_view(long_trace, width)
+    caption = " ".join(map(text_of, lines))
+    assert ("each the mean of" in caption) == (n_pooled > 1)
+    assert n_pooled == 1 or f"each the mean of {n_pooled};" in " ".join(caption.split())
+    scale = scale_of(lines)
+    for line, row in zip(map_lines(lines), rows_of(long_trace), strict=True):
+        means = [row[i : i + n_pooled].mean() for i in range(0, len(row), n_pooled)]
+        np.testing.assert_allclose(shares(line), np.minimum(np.array(means) / scale, 1), atol=0.02)
+
+
+@pytest.mark.parametrize(("height", "has_colour"), [(30, True), (30, False), (None, False)])
+def test_the_newest_tokens_are_shown_and_the_caption_counts_them(
+    long_trace: Trace, height: int | None, has_colour: bool
+) -> None:
+    lines = matrix_view(long_trace, 80, height, has_colour=has_colour)
+    drawn = map_lines(lines)
+    n_tokens = len(long_trace.steps)
+    caption = " ".join(" ".join(map(text_of, lines)).split())
+    positions = [int(text_of(line).split()[0]) for line in drawn]
+    if height is None:
+        assert "newest" not in caption
+        assert positions == [step.token.position for step in long_trace.steps]
+        return
+    per_line = 2 if has_colour else 1
+    assert ("two a line" in caption) == has_colour
+    assert f"the newest {per_line * len(drawn)} of {n_tokens}" in caption
+    last = long_trace.tokens[-1].position
+    assert positions == list(range(last - per_line * len(drawn) + 1, last + 1, per_line))
+
+
+def test_columns_are_named_downwards_and_numbered_below(trace: Trace) -> None:
+    named = with_tokens(trace, [b"Once", b" a", b"\n", "日".encode(), b"abcdefghi"])
+    texts = list(map(text_of, matrix_view(named, 50)))
+    first = next(i for i, text in enumerate(texts) if text.startswith("12 "))
+    indent = texts[first].index("█")
+    names = [text.ljust(140) for text in texts[1:first]]
+    for column, name in enumerate(["Once", "␣a", "\\n", None, "abcde…"]):
+        place = indent + column  # 23 positions in 37 cells: one cell each
+        if name is not None:
+            assert "".join(text[place] for text in names).strip() == name
+    ticks = next(text for text in texts[first:] if text.split()[:2] == ["0", "5"])
+    assert [ticks.index(str(n)) - indent for n in (0, 5, 10, 15, 20)] == [0, 5, 10, 15, 20]
+
+
+def test_the_scale_leaves_the_sink_out_and_says_so(trace: Trace) -> None:
+    steps = []
+    for step in trace.steps:
+        weights = np.full_like(step.row.weights_S, 0.01)
+        weights[3] = 0.9
+        weights[5] = 0.125
+        steps.append(replace(step, rows=(replace(step.row, weights_S=weights), step.rows[1])))
+    other = replace(trace, header=replace(trace.header, sink=3), steps=tuple(steps))
+    lines = matrix_view(other, 100)
+    assert "12.5% or more" in "".join(map(text_of, lines))
+    (top, *_) = map_lines(lines)
+    assert shares(top)[3] == shares(top)[5] == 1
+    assert "sink: position 3" in "".join(map(text_of, lines))
+    norm = scale_of(matrix_view(other, 100, measure="norm"))
+    # position 3 is the sink by the header, so the scale leaves it out
+    largest = max(np.delete(step.rows[1].weights_S, 3).max() for step in other.steps)
+    assert norm == pytest.approx(largest, abs=6e-4)
+
+
+def test_a_trace_of_nothing_is_refused(trace: Trace) -> None:
+    with pytest.raises(ConfigError, match="no generated token"):
+        matrix_view(Trace(trace.header, (), trace.footer), 80)

@@ -1,0 +1,110 @@
+"""The text shaded by what a token attended to: its blocks and percentages are the row's."""
+
+import re
+
+import pytest
+from small_traces import HOSTILE, cells, small_trace, text_of, with_tokens
+
+from minigpt.errors import ConfigError
+from minigpt.tracing.events import Trace
+from minigpt.tracing.spans import Line
+from minigpt.tracing.text_view import shown, text_view
+
+BLOCKS = " ▁▂▃▄▅▆▇█"
+
+
+@pytest.fixture(scope="module")
+def trace() -> Trace:
+    return small_trace(measures=("weight", "norm"), max_new_tokens=12)
+
+
+def parts(lines: list[Line]) -> tuple[list[str], list[str], str]:
+    """The title, the text with its blocks, and what is below, of a view."""
+    texts = [text_of(line) for line in lines]
+    first, second = [i for i, text in enumerate(texts) if not text]
+    return texts[:first], texts[first + 1 : second], " ".join(texts[second + 1 :])
+
+
+@pytest.mark.parametrize("width", [40, 80, 140])
+def test_no_line_is_wider_than_the_terminal_whatever_the_tokens(trace: Trace, width: int) -> None:
+    for first in range(0, len(HOSTILE), 5):
+        hostile = with_tokens(trace, HOSTILE[first:] + HOSTILE[:first])
+        for position in (None, 13):
+            for line in text_view(hostile, width, position=position):
+                assert cells(text_of(line)) <= width
+
+
+def test_the_text_is_all_there_and_in_order(trace: Trace) -> None:
+    for tokens in ([b"Once", b" upon", b" a\n", b"time"], HOSTILE):
+        other = with_tokens(trace, tokens)
+        _, page, _ = parts(text_view(other, 60))
+        written = "".join(line[3:] for line in page if line[:2].strip())
+        assert written == "".join(shown(token.data) for token in other.tokens)
+        numbers = [int(line[:2]) for line in page if line[:2].strip()]
+        assert numbers == sorted(numbers)
+        assert numbers[0] == (0 if tokens[0] else 1), "a token of nothing is on no line"
+
+
+def test_words_stay_together(trace: Trace) -> None:
+    words = with_tokens(trace, [b" extra", b"ordi", b"narily"])
+    _, page, _ = parts(text_view(words, 40))
+    lines = [line[3:] for line in page if line[:2].strip()]
+    assert len(lines) > 2
+    for line in lines[:-1]:
+        assert line.replace(" extraordinarily", "") == ""
+
+
+@pytest.mark.parametrize("measure", ["weight", "norm"])
+@pytest.mark.parametrize("position", [None, 13, 17])
+def test_blocks_fill_with_the_shares(trace: Trace, position: int | None, measure: str) -> None:
+    letters = with_tokens(trace, [bytes([97 + i]) for i in range(26)])
+    lines = text_view(letters, 80, position=position, measure=measure)  # type: ignore[arg-type]
+    _, (text, blocks), below = parts(lines)
+    chosen = position or letters.tokens[-1].position
+    row = letters.steps[chosen - 12].rows[measure == "norm"]
+    others = row.weights_S[1:]
+    scale = float(others.max())
+    for place, token in enumerate(letters.tokens[:chosen]):
+        assert text[3 + place] == token.data.decode()
+        eighths = BLOCKS.index(blocks.ljust(80)[3 + place])
+        assert abs(eighths / 8 - min(1, row.weights_S[place] / scale)) <= 1 / 16 + 1e-6
+    assert blocks[3 + chosen] == "^"
+    assert not blocks[4 + chosen :].strip()
+    assert f"█ is {scale:.1%}" in below
+    assert ("or more" in below) == (row.sink > scale)
+    assert f"sink (position 0) {row.sink:.1%}" in below
+    assert f"entropy {row.entropy:.1f} bits" in below
+
+
+def test_shades_rise_with_the_shares_and_end_at_the_chosen_token(trace: Trace) -> None:
+    letters = with_tokens(trace, [bytes([97 + i]) for i in range(26)])
+    lines = text_view(letters, 80, position=17)
+    (page,) = [line for line in lines if text_of(line).startswith(" 0 a")]
+    styles = [style for _, style in page[1:]]
+    assert styles[0] == "plain", "the sink is not shaded"
+    assert styles[17] == "chosen"
+    assert set(styles[18:]) == {"dim"}
+    weights = letters.steps[5].row.weights_S
+    levels = [int(style[-1]) if style.startswith("shade") else 0 for style in styles[1:17]]
+    by_weight = [level for _, level in sorted(zip(weights[1:17], levels, strict=True))]
+    assert by_weight == sorted(levels)
+    assert by_weight[-1] == 4
+
+
+def test_the_strongest_are_listed_with_their_shares(trace: Trace) -> None:
+    row = trace.steps[-1].row
+    _, _, below = parts(text_view(trace, 100))
+    listed = [(int(a), int(b)) for a, b in re.findall(r"(\d+) \S+ +(\d+)%", below)]
+    order = sorted(range(1, len(row.weights_S)), key=lambda p: -row.weights_S[p])
+    assert listed == [(p, round(float(row.weights_S[p]) * 100)) for p in order[:12]]
+
+
+def test_what_has_no_row_is_refused(trace: Trace) -> None:
+    for position in (-1, 0, 11, 24, 10**9):
+        with pytest.raises(ConfigError, match="Choose one from 12 to 23"):
+            text_view(trace, 80, position=position)
+    only = small_trace(max_new_tokens=2)
+    with pytest.raises(ConfigError, match="--measure norm or both"):
+        text_view(only, 80, measure="norm")
+    with pytest.raises(ConfigError, match="no generated token"):
+        text_view(Trace(only.header, (), only.footer), 80)
