@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from minigpt.text.visible import printable, visible
+from minigpt.config import SamplingConfig
+from minigpt.text.visible import visible
 from minigpt.tracing.events import (
     CONVENTION,
-    CauseCheck,
     HeadRows,
     Roles,
     Row,
@@ -33,41 +33,34 @@ from minigpt.tracing.events import (
     TraceHeader,
     TraceStep,
 )
+from minigpt.tracing.spans import one_line
+from minigpt.tracing.terminal import footer_lines
+from minigpt.tracing.words import measured
 
 # In this order they are one script.
 _SCRIPTS = ("data.js", "rows.js", "strip.js", "grid.js", "table.js", "picture.js", "page.js")
 _DIGITS = 5
 _ROW_FACTS = ("total", "sink", "own", "prompt", "generated", "entropy", "distance")
 _MEASURES = {
-    "weight": "weight: the softmax weight of a source.",
-    "norm": "norm: the length of what the heads add to the stream on account of a source, weight x "
-    "||v W_O|| (Kobayashi et al. 2020), as a share of the row.",
+    "weight": "the softmax weight of a source",
+    "norm": "the length of what the heads add to the stream on account of a source, weight x "
+    "||v W_O|| (Kobayashi et al. 2020), as a share of the row",
 }
 _REDUCTIONS = {
-    "mean": "mean",
-    "max": "at each position, the largest",
-    "rollout": "rollout (attention followed down through the layers, Abnar & Zuidema 2020)",
+    "mean": "at each position, the mean of the heads",
+    "max": "at each position, the largest of the heads: a row does not sum to 1",
+    "rollout": "attention followed down through the layers (Abnar & Zuidema 2020)",
 }
-_SINK_RULES = {"first": "the first", "given": "as asked for", "detected": "found in the prompt"}
+_ROLES = {
+    "previous": "looks at the token before;",
+    "duplicate": "at the same token earlier;",
+    "induction": "at what came after the same token earlier;",
+    "sink": "at the first position;",
+    "local": "at the few tokens before.",
+}
 _KNOCKOUTS = {
-    "key": "its key is masked for the query that gave the token, in all layers, and the other "
-    "weights grow to sum to 1 again",
-    "value": "its value is zeroed for the query that gave the token, in all layers; the weights "
-    "stay as they are",
-}
-_ROLES = (
-    ("previous", "looks at the token before;"),
-    ("duplicate", "at the same token earlier;"),
-    ("induction", "at what came after the same token earlier;"),
-    ("sink", "at the first position;"),
-    ("local", "at the few tokens before."),
-)
-_ENDINGS = {
-    "length": "ended at the token limit",
-    "stop": "ended at a stop text",
-    "end_of_text": "ended by the model",
-    "context": "ended where the context window is full",
-    None: "interrupted",
+    "key": "Without it: its key is hidden, and the other weights grow to sum to 1 again.",
+    "value": "Without it: its value is made 0, and the other weights stay as they are.",
 }
 
 
@@ -80,7 +73,7 @@ def to_html(trace: Trace) -> str:
     script = "\n".join(_part(name) for name in _SCRIPTS)
     return Template(_part("page.html")).substitute(
         policy=_policy(script, style),
-        title=html.escape(f"Attention trace of {printable(trace.header.model)}"),
+        title=html.escape(f"Attention trace of {one_line(trace.header.model)}"),
         style=style,
         script=script,
         data=embedded_json(_page_data(trace)),
@@ -146,24 +139,23 @@ def _page_data(trace: Trace) -> dict[str, Any]:
     header = trace.header
     tokens = trace.tokens
     return {
-        "model": printable(header.model),
+        "model": one_line(header.model),
         "facts": _facts(header, trace.footer),
-        "convention": CONVENTION,
         "tokens": [visible(token.data) or "∅" for token in tokens],
         "ids": [token.id for token in tokens],
         "lineEnds": [token.position for token in tokens if token.data.endswith(b"\n")],
         "nPrompt": len(header.prompt),
         "nLayer": header.n_layer,
         "nHead": header.n_head,
-        "measures": [[measure, _MEASURES[measure]] for measure in header.measures],
-        "traced": _heads_text(header),
+        "measures": list(header.measures),
+        "traced": {measure: measured(header, [measure]) for measure in header.measures},
         "sink": header.sink,
         "roles": header.roles and [[_role(role) for role in layer] for layer in header.roles],
-        "roleMeanings": _ROLES,
+        "roleMeanings": list(_ROLES.items()),
         "steps": [_step(step) for step in trace.steps],
         "nSources": _n_head_sources(trace),
         "knockout": _KNOCKOUTS[header.knockout] if header.n_verified else None,
-        "cause": _cause_sentences(header, trace.footer.cause),
+        "closing": _closing(trace.footer),
         "packed": pack(_arrays(trace)),
     }
 
@@ -171,54 +163,43 @@ def _page_data(trace: Trace) -> dict[str, Any]:
 def _facts(header: TraceHeader, footer: TraceFooter) -> list[tuple[str, str]]:
     kv_heads = "" if header.n_kv_head == header.n_head else f" ({header.n_kv_head} key/value heads)"
     facts = [
-        ("model", printable(header.model)),
+        ("model", header.model),
         (
             "size",
             f"{header.n_layer} layers x {header.n_head} heads{kv_heads}, {header.d_model} wide",
         ),
-        ("rows", _heads_text(header)),
-        ("measure", " and ".join(header.measures)),
-        ("sink", f"position {header.sink}, {_SINK_RULES.get(header.sink_rule, '')}".rstrip(", ")),
-        ("seed", str(header.seed)),
-        ("sampling", _sampling_text(header)),
-        ("dtype", printable(header.dtype)),
-        ("kernel", printable(header.kernel)),
+        ("rows", measured(header)),
+        *((measure, _MEASURES[measure]) for measure in header.measures),
+        (header.reduce, _REDUCTIONS[header.reduce]),
+        ("sink", f"position {header.sink}, {header.sink_rule}"),
         ("tokens", f"{len(header.prompt)} of the prompt, {footer.n_tokens} generated"),
-        ("end", _ENDINGS.get(footer.finish, "")),
+        ("seed", str(header.seed)),
+        ("sampling", _sampling_text(header.sampling)),
+        ("dtype", header.dtype),
+        ("kernel", header.kernel),
+        ("convention", CONVENTION),
     ]
     if header.model_sha256 is not None:
-        facts.append(("weights' sha256", printable(header.model_sha256)))
-    for name, error in (
-        ("|row sum - 1|", footer.worst_row_sum_error),
-        ("row x values against the head's output", footer.worst_product_error),
-    ):
-        if error is not None:
-            facts.append((name, f"at most {max(float(error), 1e-7):.0e}"))
-    return facts
+        facts.append(("sha256", header.model_sha256))
+    return [(name, one_line(text)) for name, text in facts]
 
 
-def _heads_text(header: TraceHeader) -> str:
-    how = _REDUCTIONS[header.reduce]
-    selection = header.selection
-    if selection.n_chosen == 1:
-        return f"head {selection.as_text()}"
-    if selection.is_all:
-        return f"{how} of all {selection.n_chosen} heads"
-    return f"{how} of {selection.n_chosen} heads: {selection.as_text()}"
-
-
-def _sampling_text(header: TraceHeader) -> str:
-    options = asdict(header.sampling)
-    options.pop("seed", None)
-    return printable(", ".join(f"{name} {value}" for name, value in options.items() if value))
+def _sampling_text(sampling: SamplingConfig) -> str:
+    """Return the temperature, and what is not as it is by itself."""
+    usual = asdict(SamplingConfig(seed=sampling.seed))
+    return ", ".join(
+        f"{name} {value}"
+        for name, value in asdict(sampling).items()
+        if name == "temperature" or value != usual[name]
+    )
 
 
 def _role(role: Roles) -> dict[str, Any]:
     scores = asdict(role)
     tag = scores.pop("tag")
     return {
-        "tag": printable(tag),
-        "kind": next((name for name, _ in _ROLES if tag and name.startswith(tag)), None),
+        "tag": one_line(tag),
+        "kind": next((name for name in _ROLES if tag and name.startswith(tag)), None),
         "scores": {name: round(value, 3) for name, value in scores.items()},
     }
 
@@ -244,40 +225,13 @@ def _step(step: TraceStep) -> dict[str, Any]:
     }
 
 
-def _cause_sentences(header: TraceHeader, cause: CauseCheck | None) -> list[str]:
-    """Say what knocking sources out has shown, and what a weight is not."""
-    warning = "Weight is not influence: where a head looked is not why a token came."
-    if cause is None:
-        return [
-            warning,
-            "Nothing was knocked out in this trace, so it says nothing about cause.",
-        ]
-    sentences = [
-        warning,
-        f"{cause.n_sources} sources were knocked out, and {cause.n_controls} controls, each a "
-        f"position near its source that got less attention: {_KNOCKOUTS[header.knockout]}.",
-        f"On average, a source changed ln p of its token by {cause.mean_effect:.3g} (up or down), "
-        f"a control by {cause.mean_control_effect:.3g}{_times(cause)}.",
-    ]
-    if cause.rank_correlation is not None:
-        sentences.append(
-            f"Did more attention go with more effect? {_correlation_word(cause.rank_correlation)} "
-            f"(Spearman's rank correlation {cause.rank_correlation:+.2f})."
-        )
+def _closing(footer: TraceFooter) -> list[str]:
+    """Say how it ended, and what its checks found."""
+    whole = 10_000  # the page breaks lines itself
+    sentences = ["".join(text for text, _ in line) for line in footer_lines(footer, whole) if line]
+    if footer.cause is None:
+        sentences.append("Nothing was knocked out in this trace: it says nothing about cause.")
     return sentences
-
-
-def _times(cause: CauseCheck) -> str:
-    if cause.mean_control_effect <= 0:
-        return ""
-    return f": {cause.mean_effect / cause.mean_control_effect:.3g} times as much"
-
-
-def _correlation_word(correlation: float) -> str:
-    if correlation < -0.1:
-        return "The other way round"
-    words = ((0.1, "No"), (0.3, "Barely"), (0.6, "Somewhat"), (0.8, "Mostly"))
-    return next((word for bound, word in words if correlation < bound), "Yes")
 
 
 def _arrays(trace: Trace) -> dict[str, NDArray[Any]]:

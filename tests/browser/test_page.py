@@ -16,9 +16,10 @@ import pytest
 from page_traces import HOSTILE, made_trace
 from watched_pages import OpenPage
 
-from minigpt.text.visible import printable, visible
+from minigpt.text.visible import visible
 from minigpt.tracing.events import HeadRows, Row, Trace
 from minigpt.tracing.html import to_html
+from minigpt.tracing.spans import one_line
 
 pytestmark = pytest.mark.browser
 Opened = Callable[..., OpenPage]
@@ -311,6 +312,17 @@ def test_the_grid_has_each_head_s_entropy_and_role(opened: Opened) -> None:
         assert f"induction {100 * role.induction:.0f} %" in cell.get_attribute("title")
 
 
+def test_the_grid_of_a_token_of_the_prompt_has_the_mean_over_all_that_was_generated(
+    opened: Opened,
+) -> None:
+    trace = made_trace()
+    page = opened(trace)
+    page.click(2)
+    mean = np.mean([heads_of(step.row).entropy_LH for step in trace.steps], axis=0)
+    shown = page.page.locator("#grid .entropy").all_inner_texts()
+    np.testing.assert_allclose([float(text) for text in shown], mean.flatten(), atol=0.06)
+
+
 def test_what_a_trace_lacks_is_said(opened: Opened) -> None:
     trace = made_trace(has_heads=False, has_roles=False, has_effects=False, measures=("weight",))
     page = opened(trace)
@@ -385,9 +397,9 @@ def test_hostile_names_are_shown_and_never_run(text: str, opened: Opened) -> Non
     page.page.locator("summary").click()
     page.page.locator("#grid [role=gridcell]").first.click()
     page.drawn()
-    assert page.page.locator("#model").text_content() == printable(text)
-    assert printable(text) in page.page.locator("#facts").text_content()
-    assert page.page.locator("#grid .tag").first.text_content() == printable(text)
+    assert page.page.locator("#model").text_content() == one_line(text)
+    assert one_line(text) in page.page.locator("#facts").text_content()
+    assert page.page.locator("#grid .tag").first.text_content() == one_line(text)
     assert_nothing_ran(page)
 
 

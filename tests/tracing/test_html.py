@@ -14,9 +14,11 @@ import pytest
 from page_traces import BOTH, HOSTILE, made_trace
 from small_traces import small_trace
 
-from minigpt.text.visible import printable, visible
-from minigpt.tracing.events import CauseCheck, Trace, TraceFooter
+from minigpt.text.visible import visible
+from minigpt.tracing.events import Trace, TraceFooter
 from minigpt.tracing.html import embedded_json, to_html
+from minigpt.tracing.spans import one_line
+from minigpt.tracing.words import cause_in_words
 
 
 class Page(HTMLParser):
@@ -185,24 +187,17 @@ def test_an_effect_stands_beside_its_own_control() -> None:
                 assert effect["control"] is None
 
 
-@pytest.mark.parametrize(
-    ("correlation", "words"),
-    [(0.05, "No "), (0.35, "Somewhat "), (0.9, "Yes "), (-0.5, "The other way round ")],
-)
-def test_the_check_of_cause_is_said_in_words(correlation: float, words: str) -> None:
+def test_the_page_ends_as_the_terminal_does() -> None:
     trace = made_trace()
-    cause = CauseCheck(20, 18, 0.42, 0.06, correlation)
-    footer = TraceFooter(9, "length", 1.0, None, cause=cause)
-    text = " ".join(Page(to_html(Trace(trace.header, trace.steps, footer))).data["cause"])
-    assert "20 sources were knocked out, and 18 controls" in text
-    assert "by 0.42 (up or down), a control by 0.06: 7 times as much" in text
-    assert f"more effect? {words}(" in text
-    assert "Weight is not influence" in text
+    assert trace.footer.cause is not None
+    text = Page(to_html(trace)).data["closing"]
+    assert text[0].startswith("9 tokens; the token limit was reached; every row sums to 1 within")
+    assert text[1:] == [cause_in_words(trace.footer.cause)]
 
 
 def test_a_trace_without_a_check_says_nothing_about_cause() -> None:
-    text = " ".join(Page(to_html(made_trace(has_effects=False))).data["cause"])
-    assert "Weight is not influence" in text
+    text = " ".join(Page(to_html(made_trace(has_effects=False))).data["closing"])
+    assert "Where a head looked is not why a token came" in text
     assert "says nothing about cause" in text
 
 
@@ -244,9 +239,9 @@ def test_no_text_becomes_an_element(text: str) -> None:
     assert page.elements == plain.elements
     assert page.comments == []
     assert page.texts["script"] == plain.texts["script"]
-    assert page.texts["title"] == f"Attention trace of {printable(text)}"
+    assert page.texts["title"] == f"Attention trace of {one_line(text)}"
     assert page.data["tokens"] == [visible(text.encode())] * 6
-    assert page.data["model"] == printable(text)
+    assert page.data["model"] == one_line(text)
 
 
 def test_json_in_a_script_has_no_character_that_could_end_it() -> None:

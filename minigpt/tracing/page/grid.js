@@ -49,18 +49,17 @@ function roleText(role) {
   return `${role.tag || "no role"} (${scores.join(", ")})`;
 }
 
-// entropies: bits of each head at a step, or null where there is no step.
-function fillGrid(grid, entropies, mostBits) {
+// bits: the entropy of each head, or null where it is not known; most: what it could be.
+function fillGrid(grid, bits, most) {
   for (const [i, cell] of grid.cells.entries()) {
-    const bits = entropies?.[i];
-    const text = bits === undefined ? "" : bits.toFixed(1);
+    const text = bits === null ? "" : bits[i].toFixed(1);
     const parts = [cell.dataset.name, text && `entropy ${text} bits`, cell.dataset.role];
     const title = parts.filter(Boolean).join(", ");
     if (cell.title === title) continue;
     cell.title = title;
     cell.setAttribute("aria-label", title);
     cell.firstChild.textContent = text;
-    cell.style.setProperty("--level", bits === undefined ? 0 : (bits / (mostBits || 1)).toFixed(3));
+    cell.style.setProperty("--level", bits === null ? 0 : (bits[i] / (most || 1)).toFixed(3));
   }
 }
 

@@ -19,7 +19,7 @@ class Page {
   constructor(trace) {
     this.trace = trace;
     this.hasHeads = trace.nSources !== null;
-    this.view = { measure: trace.measures[0][0], reduction: "traced", layer: null, head: null };
+    this.view = { measure: trace.measures[0], reduction: "traced", layer: null, head: null };
     this.showsReaders = false;
     this.pinned = null;
     this.pointed = trace.nTokens - 1;
@@ -103,9 +103,10 @@ class Page {
     const rows = this.byMeasure((one) => rowOf(trace, one, step));
     const shares = mapValues(rows, (row) => row.shares);
     shadeStrip(this.strip, shares[view.measure]);
-    this.caption = `${tokenName(trace, position)}: ${view.measure}, ${this.viewText()}`;
+    this.caption = `${tokenName(trace, position)}: ${this.viewText()}`;
     setText("token-title", `What ${tokenName(trace, position)} attended to`);
     setText("token-facts", stepText(trace, step));
+    setText("knockout", trace.steps[step].effects.length ? trace.knockout : "");
     setText("listed", `${this.viewText()}: ${listedText(trace, view, rows[view.measure], step)}`);
     const effects = trace.steps[step].effects;
     fillTable(trace, {
@@ -117,9 +118,10 @@ class Page {
     const { trace, view } = this;
     const shares = this.byMeasure((one) => columnOf(trace, one, position));
     shadeStrip(this.strip, shares[view.measure]);
-    this.caption = `Who attended to ${tokenName(trace, position)}: ${view.measure}, ${this.viewText()}`;
+    this.caption = `Who attended to ${tokenName(trace, position)}: ${this.viewText()}`;
     setText("token-title", `Who attended to ${tokenName(trace, position)}`);
     const isPrompt = position < trace.nPrompt;
+    setText("knockout", "");
     setText("token-facts", isPrompt ? "A token of the prompt has no row of its own in a trace." : "");
     setText("listed", `${this.viewText()}: each share is of that later token's own row.`);
     fillTable(trace, { shares, measure: view.measure, own: null, effects: null });
@@ -128,38 +130,39 @@ class Page {
   drawGrid(position) {
     const { trace, view } = this;
     const step = position - trace.nPrompt;
-    const hasStep = this.hasHeads && step >= 0;
-    const heads = this.grid.cells.keys();
-    const entropies = hasStep
-      ? Array.from(heads, (head) => headFact(trace, view.measure, "entropy", step, head))
-      : null;
-    const most = hasStep ? mostBits(trace, step) : 0;
-    fillGrid(this.grid, entropies, most);
+    const steps = step >= 0 ? [step] : Array.from(trace.steps.keys());
     markHeads(this.grid, view.reduction === "traced" ? [] : headsOf(trace, view));
-    setText("grid-note", gridText(this.hasHeads, hasStep, position, most));
+    if (this.hasHeads) {
+      const { bits, most } = entropiesOf(trace, view.measure, steps);
+      fillGrid(this.grid, bits, most);
+      setText("grid-note", gridText(step >= 0 ? position : null, most));
+    } else {
+      fillGrid(this.grid, null, 0);
+      setText("grid-note", "This trace kept no rows of single heads, so their entropies are unknown.");
+    }
   }
 
   byMeasure(rowsOf) {
-    const pairs = this.trace.measures.map(([measure]) => [measure, rowsOf({ ...this.view, measure })]);
+    const pairs = this.trace.measures.map((measure) => [measure, rowsOf({ ...this.view, measure })]);
     return Object.fromEntries(pairs);
   }
 
   viewText() {
-    const { layer, head, reduction } = this.view;
-    if (reduction === "traced") return this.trace.traced;
-    if (layer !== null && head !== null) return `head ${layer}.${head}`;
-    const how = reduction === "max" ? "the largest" : "mean";
-    if (layer !== null) return `${how} of the heads of layer ${layer}`;
-    return head === null ? `${how} of all heads` : `${how} of head ${head} of every layer`;
+    const { measure, layer, head, reduction } = this.view;
+    if (reduction === "traced") return this.trace.traced[measure];
+    if (layer !== null && head !== null) return `${measure} of head ${layer}.${head}`;
+    const how = `${measure}, ${reduction} of`;
+    if (layer !== null) return `${how} the heads of layer ${layer}`;
+    return head === null ? `${how} all heads` : `${how} head ${head} of every layer`;
   }
 
   fillControls() {
     const { trace } = this;
-    addOptions("measure", trace.measures.map(([name]) => [name, name]));
+    addOptions("measure", trace.measures.map((measure) => [measure, measure]));
     addOptions("layer", numbered(trace.nLayer));
     addOptions("head", numbered(trace.nHead));
-    const own = ["traced", `as traced: ${trace.traced}`];
-    addOptions("reduction", [own, ["mean", "mean of the chosen heads"], ["max", "the largest of the chosen heads"]]);
+    const reductions = [["traced", "as traced"], ["mean", "mean of the heads"], ["max", "max of the heads"]];
+    addOptions("reduction", reductions);
     document.getElementById("measure-label").hidden = trace.measures.length < 2;
     document.getElementById("no-heads").hidden = this.hasHeads;
     for (const id of ["layer", "head", "reduction"]) control(id).disabled = !this.hasHeads;
@@ -271,10 +274,9 @@ function sumsToOne(view, facts) {
   return view.reduction !== "max" && Math.abs((facts.total ?? 1) - 1) < 0.001;
 }
 
-function gridText(hasHeads, hasStep, position, most) {
-  if (!hasHeads) return "This trace kept no rows of single heads, so their entropies are unknown.";
-  if (!hasStep) return "Entropies are of a generated token's rows: choose one.";
-  return `Entropy in bits at token ${position}: 0 for all on one token, ${most.toFixed(1)} for all alike, in the strongest shade. Click a head to see its row.`;
+function gridText(position, most) {
+  const where = position === null ? "mean over all generated tokens" : `at token ${position}`;
+  return `Entropy in bits, ${where}: 0 for all on one token, ${most.toFixed(1)} for all alike, in the strongest shade. Click a head to see its row.`;
 }
 
 // The words that do not change.
@@ -282,10 +284,8 @@ function fillWords(trace) {
   setText("model", trace.model);
   const facts = document.getElementById("facts");
   for (const [name, value] of trace.facts) facts.append(element("dt", {}, name), element("dd", {}, value));
-  for (const [, meaning] of trace.measures) facts.append(element("dt"), element("dd", {}, meaning));
-  facts.append(element("dt", {}, "convention"), element("dd", {}, trace.convention));
   const footer = document.getElementById("footer");
-  for (const sentence of trace.cause) footer.append(element("p", {}, sentence));
+  for (const sentence of trace.closing) footer.append(element("p", {}, sentence));
 }
 
 readTrace()

@@ -69,7 +69,7 @@ function shareAt(trace, view, step, position) {
 // {sink, own, prompt, entropy, distance} of a row; of several heads, the mean of theirs.
 function factsOf(trace, view, step) {
   if (view.reduction === "traced") {
-    return trace.steps[step].rows[trace.measures.findIndex(([name]) => name === view.measure)];
+    return trace.steps[step].rows[trace.measures.indexOf(view.measure)];
   }
   const heads = headsOf(trace, view);
   const facts = {};
@@ -90,4 +90,20 @@ function headFact(trace, measure, name, step, head) {
 
 function mostBits(trace, step) {
   return Math.log2(Math.max(1, trace.nPrompt + step));
+}
+
+// The bits of each head, and the most that they could be: of some steps, the means.
+function entropiesOf(trace, measure, steps) {
+  const codes = trace.arrays[`${measure}.entropy`];
+  const nHeads = trace.nLayer * trace.nHead;
+  const bits = new Float64Array(nHeads);
+  let most = 0;
+  for (const step of steps) {
+    const stepBits = mostBits(trace, step);
+    most += stepBits / steps.length;
+    for (let head = 0; head < nHeads; head++) {
+      bits[head] += (byteShare(codes[step * nHeads + head]) * stepBits) / steps.length;
+    }
+  }
+  return { bits, most };
 }

@@ -22,7 +22,7 @@ function strongest({ shares, measure, effects }) {
 
 function headingRow(trace, { effects }) {
   const row = element("tr");
-  const titles = ["at", "token", ...trace.measures.map(([name]) => name)];
+  const titles = ["at", "token", ...trace.measures];
   if (effects) titles.push("without it, ln p", "control, ln p");
   for (const title of titles) row.append(element("th", { scope: "col" }, title));
   return row;
@@ -31,7 +31,7 @@ function headingRow(trace, { effects }) {
 function tableRow(trace, { shares, effects, own }, position) {
   const row = element("tr");
   row.append(element("td", { class: "number" }, String(position)), nameCell(trace, position, own));
-  for (const [name] of trace.measures) row.append(shareCell(shares[name][position] ?? 0));
+  for (const measure of trace.measures) row.append(shareCell(shares[measure][position] ?? 0));
   if (effects) row.append(...effectCells(trace, effects, position));
   return row;
 }
