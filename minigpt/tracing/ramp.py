@@ -2,13 +2,10 @@
 
 # Colours of viridis, which is perceptually uniform and reads in grey too (van der Walt and Smith
 # 2015, BSD); between two of them it is straight enough.
-_ANCHORS = [
-    bytes.fromhex(text)
-    for text in (
-        "440154 48186a 472d7b 424086 3b528b 33638d 2c728e 26828e 21918c "
-        "1fa088 28ae80 3fbc73 5ec962 84d44b addc30 d8e219 fde725"
-    ).split()
-]
+_ANCHORS = bytes.fromhex(
+    "440154 48186a 472d7b 424086 3b528b 33638d 2c728e 26828e 21918c "
+    "1fa088 28ae80 3fbc73 5ec962 84d44b addc30 d8e219 fde725"
+)
 N_COLOURS = 64
 DENSITY = " .:-=+*#%@"
 """Characters of rising density."""
@@ -17,11 +14,12 @@ DENSITY = " .:-=+*#%@"
 def colour(share: float) -> str:
     """Return the colour of a number, of N_COLOURS: ``#440154`` for 0 or less, yellow for 1."""
     clipped = min(max(share, 0.0), 1.0)
-    place = round(clipped * (N_COLOURS - 1)) / (N_COLOURS - 1) * (len(_ANCHORS) - 1)
-    low = min(int(place), len(_ANCHORS) - 2)
-    part = place - low
-    channels = zip(_ANCHORS[low], _ANCHORS[low + 1], strict=True)
-    return "#" + "".join(f"{round(a + (b - a) * part):02x}" for a, b in channels)
+    n_gaps = len(_ANCHORS) // 3 - 1
+    place = round(clipped * (N_COLOURS - 1)) / (N_COLOURS - 1) * n_gaps
+    low = min(int(place), n_gaps - 1)
+    below, above = _ANCHORS[3 * low : 3 * low + 3], _ANCHORS[3 * low + 3 : 3 * low + 6]
+    mixed = (round(a + (b - a) * (place - low)) for a, b in zip(below, above, strict=True))
+    return f"#{bytes(mixed).hex()}"
 
 
 def density(share: float) -> str:
