@@ -1,0 +1,95 @@
+"""minigpt.trace gives what the command does, as objects; a notebook shows it as the page."""
+
+import html
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_models import small_model
+
+import minigpt
+from minigpt.checkpoint.model_folder import write_model
+from minigpt.config import SamplingConfig
+from minigpt.errors import ConfigError, DataError
+from minigpt.text.tokenizer import bytes_tokenizer
+from minigpt.tracing.events import Trace
+from minigpt.tracing.html import to_html
+from minigpt.tracing.tracer import TraceConfig, trace
+
+PROMPT = "to be or"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    write_model(folder, small_model("llama-grouped", vocab_size=257), bytes_tokenizer())
+    return folder
+
+
+def test_it_is_the_trace_that_the_tracer_yields(folder: Path) -> None:
+    options: dict[str, Any] = {"temperature": 0, "max_new_tokens": 6, "seed": 3}
+    ours = minigpt.trace(str(folder), PROMPT, measure="both", heads="0.1", n_verified=1, **options)
+    header, *steps, _ = trace(
+        small_model("llama-grouped", vocab_size=257),
+        bytes_tokenizer(),
+        list(PROMPT.encode()),
+        SamplingConfig(**options),
+        TraceConfig(measures=("weight", "norm"), heads="0.1", n_verified=1, has_heads=True),
+        seed=3,
+        model_name=str(folder),
+    )
+    assert ours.header == header
+    assert [s.token for s in ours.steps] == [s.token for s in steps]  # type: ignore[union-attr]
+    assert [s.row.measure for s in ours.steps] == ["weight"] * 6
+    for our, step in zip(ours.steps, steps, strict=True):
+        # The weights lie elsewhere in memory, and so a product may sum in another order.
+        assert [e.change for e in our.effects] == pytest.approx(
+            [e.change for e in step.effects],  # type: ignore[union-attr]
+            abs=1e-5,
+        )
+    assert ours.steps[0].row.heads is not None
+    assert len(ours.tokens) == len(PROMPT) + 6
+
+
+def test_a_model_at_hand_is_traced_by_its_tokenizer_and_from_ids() -> None:
+    model, tokenizer = small_model("gpt2", vocab_size=257), bytes_tokenizer()
+    options: dict[str, Any] = {"tokenizer": tokenizer, "max_new_tokens": 4, "seed": 1}
+    by_text = minigpt.trace(model, PROMPT, **options)
+    by_ids = minigpt.trace(model, list(PROMPT.encode()), **options)
+    assert by_text.tokens == by_ids.tokens
+    assert minigpt.trace(model, PROMPT, has_heads=False, **options).steps[0].row.heads is None
+
+
+def test_a_notebook_shows_the_page_in_a_frame_of_its_own(folder: Path) -> None:
+    shown = minigpt.trace(str(folder), '<b>"&', max_new_tokens=3, seed=1)
+    assert isinstance(shown, Trace)
+    frame = shown._repr_html_()
+    found = re.fullmatch(r'<iframe srcdoc="([^"]*)" sandbox="allow-scripts [^>]*></iframe>', frame)
+    assert found is not None
+    assert html.unescape(found[1]) == to_html(shown)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"measure": "score"}, ConfigError, "there is no measure 'score'"),
+        ({"heads": "9.9"}, ConfigError, "--heads 9 is out of range"),
+        ({"num_samples": 2}, ConfigError, "a trace is of one sample"),
+        ({"colour": 1}, ConfigError, "colour"),
+        ({"n_sources": -1}, ConfigError, "n_sources must be at least 0"),
+        ({"overflow": "slide"}, ConfigError, "overflow slide"),
+        ({"prompt": "x" * 99}, DataError, "the prompt has 99 tokens"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_traced_is_said(
+    folder: Path, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        minigpt.trace(str(folder), **({"prompt": PROMPT} | options))
+
+
+def test_a_model_without_a_tokenizer_is_refused() -> None:
+    with pytest.raises(ConfigError, match="Give tokenizer, too"):
+        minigpt.trace(small_model(), PROMPT)
