@@ -19,7 +19,7 @@ from minigpt.tracing.events import Trace, TraceFooter, TraceHeader, TraceStep
 from minigpt.tracing.html import to_html
 from minigpt.tracing.tracer import TraceConfig, trace
 
-SIZE = {"width": 1100, "height": 1100}
+SIZE = {"width": 1220, "height": 1130}
 N_TOKENS = 60
 SHOWN = 18
 SEED = 4

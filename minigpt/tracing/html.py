@@ -59,8 +59,8 @@ _ROLES = {
     "local": "at the few tokens before.",
 }
 _KNOCKOUTS = {
-    "key": "Without it: its key is hidden, and the other weights grow to sum to 1 again.",
-    "value": "Without it: its value is made 0, and the other weights stay as they are.",
+    "key": "its key is hidden from that query, and the other weights grow to sum to 1 again",
+    "value": "its value is made 0 for that query, and its weight stays and brings nothing",
 }
 
 
@@ -154,7 +154,7 @@ def _page_data(trace: Trace) -> dict[str, Any]:
         "roleMeanings": list(_ROLES.items()),
         "steps": [_step(step) for step in trace.steps],
         "nSources": _n_head_sources(trace),
-        "knockout": _KNOCKOUTS[header.knockout] if header.n_verified else None,
+        "knockout": _knockout_text(header),
         "closing": _closing(trace.footer),
         "packed": pack(_arrays(trace)),
     }
@@ -223,6 +223,13 @@ def _step(step: TraceStep) -> dict[str, Any]:
             for i, effect in enumerate(sources)
         ],
     }
+
+
+def _knockout_text(header: TraceHeader) -> str:
+    return (
+        f"Without it: {_KNOCKOUTS[header.knockout]}. In brackets, what the token's probability is "
+        "multiplied by. Its control is a position nearby that got less attention."
+    )
 
 
 def _closing(footer: TraceFooter) -> list[str]:
