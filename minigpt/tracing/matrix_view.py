@@ -18,7 +18,8 @@ from minigpt.tracing.spans import Line, Span, fit, wrapped
 from minigpt.tracing.words import measured
 
 _WORD_WIDTH = 9
-_MOST_LABEL_LINES = 6
+_MOST_NAME_LINES = 6
+_LEAST_HEIGHT_WITH_NAMES = 30
 _CELL_WIDTH = 2  # square, or nearly, in most fonts
 _LEGEND_WIDTH = 20
 _FEWEST_LINES = 3
@@ -52,11 +53,10 @@ def matrix_view(
     columns = _pool(matrix, n_pooled)
     scale = largest_but_sink(columns, header.sink // n_pooled)
 
-    depth = _MOST_LABEL_LINES if height is None else min(_MOST_LABEL_LINES, height // 6)
     title = wrapped(f"{measured(header, (rows[0].measure,))}.".capitalize(), width)
-    names = (
-        _column_names(trace.tokens[: matrix.shape[1]], cell_width, depth) if n_pooled == 1 else []
-    )
+    names: list[str] = []
+    if n_pooled == 1 and (height is None or height >= _LEAST_HEIGHT_WITH_NAMES):
+        names = _column_names(trace.tokens[: matrix.shape[1]], cell_width)
     below = 3 + len(wrapped(_caption(trace, len(rows), n_pooled, is_halved=True), width))
     n_lines = len(rows)
     if height is not None:
@@ -121,13 +121,13 @@ def _halves(pair: NDArray[np.float32]) -> Line:
     return spans + [("▄", below) for below in lower[len(upper) :]]
 
 
-def _column_names(tokens: Sequence[Token], cell_width: int, most: int) -> list[str]:
-    """Return the tokens as at most so many lines, to be read downwards, each above its column."""
+def _column_names(tokens: Sequence[Token], cell_width: int) -> list[str]:
+    """Return the tokens as lines of text that is read downwards, each above its column."""
     names = []
     for token in tokens:
         characters = [c if cell_len(c) <= cell_width else "·" for c in visible(token.data)]
-        if len(characters) > most:
-            characters = [*characters[: most - 1], "…"][:most]
+        if len(characters) > _MOST_NAME_LINES:
+            characters = [*characters[: _MOST_NAME_LINES - 1], "…"]
         names.append(characters)
     depth = max(len(name) for name in names)
     # Short ones stand at the bottom, next to what they name.

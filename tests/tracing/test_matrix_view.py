@@ -172,6 +172,8 @@ def test_columns_are_named_downwards_and_numbered_below(trace: Trace) -> None:
         place = indent + column  # 23 positions in 37 cells: one cell each
         if name is not None:
             assert "".join(text[place] for text in names).strip() == name
+    lower = list(map(text_of, matrix_view(named, 50, 29)))
+    assert lower[1].startswith("1"), "where lines are few, tokens have them"
     ticks = next(text for text in texts[first:] if text.split()[:2] == ["0", "5"])
     assert [ticks.index(str(n)) - indent for n in (0, 5, 10, 15, 20)] == [0, 5, 10, 15, 20]
 
