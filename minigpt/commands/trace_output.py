@@ -26,7 +26,7 @@ from minigpt.tracing.terminal import TraceLayout
 LINES = "lines"
 VIEWS = (LINES, "text", "matrix", "heads")
 _PICTURES = ("svg", "png")
-_PIPE_HEIGHT = 40
+_BELOW = 3  # lines: the seed, and the shell's next prompt
 
 
 @dataclass(frozen=True)
@@ -166,8 +166,8 @@ class Shower:
         if self._targets.view == "text":
             yield from text_view(trace, width, position=self._targets.position)
         elif self._targets.view == "matrix":
-            height = self._console.height if sys.stdout.isatty() else _PIPE_HEIGHT
-            has_colour = self._console.color_system is not None
+            height = self._console.height - _BELOW if sys.stdout.isatty() else None
+            has_colour = self._console.color_system in ("256", "truecolor")
             yield from matrix_view(trace, width, height, has_colour=has_colour)
         else:
             yield from heads_view(trace, width)

@@ -35,7 +35,7 @@ from minigpt.tracing.events import (
 )
 from minigpt.tracing.spans import one_line
 from minigpt.tracing.terminal import footer_lines
-from minigpt.tracing.words import measured
+from minigpt.tracing.words import KNOCKED_OUT, measured
 
 # In this order they are one script.
 _SCRIPTS = ("data.js", "rows.js", "strip.js", "grid.js", "table.js", "picture.js", "page.js")
@@ -57,10 +57,6 @@ _ROLES = {
     "induction": "at what came after the same token earlier;",
     "sink": "at the first position;",
     "local": "at the few tokens before.",
-}
-_KNOCKOUTS = {
-    "key": "its key is hidden from that query, and the other weights grow to sum to 1 again",
-    "value": "its value is made 0 for that query, and its weight stays and brings nothing",
 }
 
 
@@ -227,7 +223,7 @@ def _step(step: TraceStep) -> dict[str, Any]:
 
 def _knockout_text(header: TraceHeader) -> str:
     return (
-        f"Without it: {_KNOCKOUTS[header.knockout]}. In brackets, what the token's probability is "
+        f"Without it: {KNOCKED_OUT[header.knockout]}. In brackets, what the token's probability is "
         "multiplied by. Its control is a position nearby that got less attention."
     )
 

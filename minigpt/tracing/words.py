@@ -7,10 +7,11 @@ from minigpt.tracing.selection import HeadSelection
 
 SCORES = ("previous", "duplicate", "induction", "sink", "local")
 """The scores of a head's roles, as the fields of ``Roles`` are named."""
-_KNOCKED_OUT = {
-    "key": "key hidden, so that the other weights grow to sum to 1 again",
-    "value": "value made 0, so that its weight stays and brings nothing",
+KNOCKED_OUT = {
+    "key": "its key is hidden from that query, and the other weights grow to sum to 1 again",
+    "value": "its value is made 0 for that query, and its weight stays and brings nothing",
 }
+"""What becomes of a source that is knocked out."""
 
 
 def measured(header: TraceHeader, measures: Sequence[Measure] | None = None) -> str:
@@ -45,7 +46,7 @@ def knockout_in_words(header: TraceHeader) -> str:
     """Return what is knocked out, and where its effect stands."""
     return (
         f"the {header.n_verified} strongest sources of each token, and a position near each that "
-        f"had less, are knocked out ({_KNOCKED_OUT[header.knockout]}); below a token, the change "
+        f"had less, are knocked out ({KNOCKED_OUT[header.knockout]}); below a token, the change "
         "of ln p without a source vs without its control"
     )
 
