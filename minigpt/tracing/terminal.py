@@ -131,7 +131,7 @@ class TraceLayout:
         share = "share of the attention" if by == "weight" else f"share by {by}"
         initials = "/".join(measure[0] for measure in self.measures)
         titles = [f"the earlier token, {share}", f"token, {share}", f"by {by}", initials]
-        title = next((at + title for title in titles if len(at + title) <= room), "")
+        title = next((at + title for title in titles if len(at + title) < room), "")
         sources = (title if self.n_sources else "").ljust(room)
         # "rest" is one cell wider than its column: it borrows the blank before it.
         rest = "rest".ljust(self.rest_width) if self.rest_width else ""
