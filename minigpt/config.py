@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from minigpt.errors import ConfigError, nearest
 
 FAMILIES = ("llama", "gpt2")
+ATTENTIONS = ("scaled_dot", "dot", "general", "concat", "additive")
 ATTENTION_BIASES = ("none", "qkv", "all")
 ACTIVATIONS = ("silu", "relu2", "gelu_tanh", "gelu")
 SCHEDULES = ("wsd", "cosine", "linear", "constant")
@@ -72,6 +73,8 @@ class ModelConfig:
     """Hidden width of the MLP. 0 derives 4 d_model (gpt2) or 8/3 d_model in steps of 32 (llama)."""
     activation: str = ""
     """silu, relu2, gelu_tanh or gelu. Empty derives silu (llama) or gelu_tanh (gpt2)."""
+    attention: str = "scaled_dot"
+    """How a query scores a key: scaled_dot, dot, general, concat or additive (model/scores.py)."""
     qk_norm: bool = False
     """RMSNorm on each head's queries and keys (llama; Hugging Face calls this layout qwen3)."""
     attention_bias: str = "none"
@@ -95,12 +98,14 @@ class ModelConfig:
     dropout: float = 0.0
     """Share of residual-branch outputs and embeddings dropped in training, 0 to below 1."""
     model_type: str = ""
-    """Hugging Face's name of this layout. Empty derives gpt2, llama, qwen2 or qwen3."""
+    """Hugging Face's name of this layout. Empty derives gpt2, llama, qwen2 or qwen3; minigpt where
+    it has none."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context_length", "n_layer", "n_head", "d_model"):
             _between(name, getattr(self, name), 1)
         _choice("family", self.family, FAMILIES)
+        _choice("attention", self.attention, ATTENTIONS)
         is_llama = self.family == "llama"
         if not self.d_head:
             self._check_n_head_divides()
@@ -150,6 +155,8 @@ class ModelConfig:
         _require(0 <= self.dropout < 1, f"dropout must be in [0, 1): it is {self.dropout}.")
 
     def _layout(self) -> str:
+        if self.attention != "scaled_dot":
+            return "minigpt"
         if self.family == "gpt2" or self.qk_norm:
             return "gpt2" if self.family == "gpt2" else "qwen3"
         return "qwen2" if self.attention_bias == "qkv" else "llama"
@@ -165,7 +172,7 @@ class ModelConfig:
             "no published layout has qk_norm and biases of qkv only. Use attention_bias all.",
         )
         _require(
-            not self.mlp_bias or self.model_type == "llama",
+            not self.mlp_bias or self.model_type in ("llama", "minigpt"),
             f"the layout {self.model_type} has no biases in its MLP. Set mlp_bias to false.",
         )
 

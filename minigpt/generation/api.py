@@ -9,6 +9,7 @@ from minigpt.checkpoint.model_folder import LoadedModel, read_model
 from minigpt.config import DEVICES, DTYPES, QUANTIZATIONS, SamplingConfig
 from minigpt.errors import CheckpointError, ConfigError, DataError, nearest
 from minigpt.generation.decoder import Decoder, fresh_seed, rows_at_once
+from minigpt.generation.forward import has_compiled_step
 from minigpt.generation.stream import TextStep, stream_samples
 from minigpt.model.device import resolve_device, resolve_dtype
 from minigpt.model.gpt import GPT
@@ -136,5 +137,7 @@ def make_decoder(
 
 
 def is_compiled(model: GPT, compile: bool | None) -> bool:
-    """Tell whether decoding goes through torch.compile: as asked for, else on CUDA."""
-    return next(model.parameters()).is_cuda if compile is None else compile
+    """Tell whether decoding goes through torch.compile: as asked for, else on CUDA if it can."""
+    if compile is not None:
+        return compile
+    return next(model.parameters()).is_cuda and has_compiled_step(model.config)

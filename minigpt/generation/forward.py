@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from minigpt.config import ModelConfig
+from minigpt.errors import ConfigError
 from minigpt.model.attention import Recorder
 from minigpt.model.cache import KVCache
 from minigpt.model.gpt import GPT
@@ -67,6 +68,11 @@ class EagerForward:
         self.cache.truncate(length)
 
 
+def has_compiled_step(config: ModelConfig) -> bool:
+    """Tell whether a model can decode through a compiled graph."""
+    return config.attention == "scaled_dot"
+
+
 def make_forward(
     model: GPT,
     *,
@@ -79,8 +85,14 @@ def make_forward(
 
     Args: capacity, the positions that the cache has room for; n_rows, the most rows that
         ``repeat`` will be asked for.
+    Raises: ConfigError if it is to be compiled, and there is no graph for such a model.
     """
     if compiles:
+        if not has_compiled_step(model.config):
+            raise ConfigError(
+                "the compiled graph is of scaled dot-product attention, and this model is of "
+                f"{model.config.attention}. Use --no-compile."
+            )
         from minigpt.generation.compiled import CompiledForward
 
         return CompiledForward(model, capacity=capacity, n_rows=n_rows, recorder=recorder)

@@ -91,10 +91,16 @@ class FusedForward:
             heads.turn(turn, part.qk_norm_eps)
         new_k_BGD.copy_(heads.k_BGD)
         new_v_BGD.copy_(heads.v_BGD)
-        context_BGTD = F.scaled_dot_product_attention(heads.q_BGTD, k_BGSD, v_BGSD)
-        context_BGRD = context_BGTD[:, :, : heads.n_shared]
+        q_BHTD = heads.q_BHD[:, :, None]
+        if part.score.name != "scaled_dot":
+            q_BHTD.copy_(part.score.fold(q_BHTD))
+        if part.score.is_dot_product:
+            context_BGTD = F.scaled_dot_product_attention(heads.q_BGTD, k_BGSD, v_BGSD)
+            context_BGRD = context_BGTD[:, :, : heads.n_shared]
+        else:
+            context_BHTD = part.score.attend(q_BHTD, k_BGSD, v_BGSD)
+            context_BGRD = context_BHTD[:, :, 0].unflatten(1, (-1, heads.n_shared))
         if self.recorder is not None:
-            q_BHTD = heads.q_BHD[:, :, None]
             self.recorder.record(layer, q_BHTD, k_BGSD, v_BGSD, context_BGRD.reshape(q_BHTD.shape))
         part.output.onto(context_BGRD.flatten(1), self._stream.x)
 
@@ -124,6 +130,7 @@ class _Layer:
         attention, mlp = block.attention, block.mlp
         self.attention_norm, self.mlp_norm = map(_make_norm, (block.attention_norm, block.mlp_norm))
         self.qkv = make_product([attention.query, attention.key, attention.value])
+        self.score = attention.score
         self.output = make_product([attention.output])
         self.qk_norm_eps: Tensor | None = None
         if isinstance(attention.query_norm, nn.RMSNorm):

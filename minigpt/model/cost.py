@@ -1,6 +1,7 @@
 """What a model costs, counted from its config: parameters, FLOPs and cache bytes."""
 
 from minigpt.config import ModelConfig
+from minigpt.model.scores import PARAMETERS, score_parameter_count
 
 
 def parameter_count(config: ModelConfig) -> int:
@@ -11,7 +12,7 @@ def parameter_count(config: ModelConfig) -> int:
     attention = config.d_model * (2 * d_query + 2 * d_key)
     mlp = config.d_model * config.d_mlp * (2 if is_gpt2 else 3)
     norm = config.d_model * (2 if is_gpt2 else 1)
-    block = attention + mlp + 2 * norm
+    block = attention + mlp + 2 * norm + score_parameter_count(config)
     has_output_bias = is_gpt2 or config.attention_bias == "all"
     if has_output_bias or config.attention_bias == "qkv":
         block += d_query + 2 * d_key
@@ -29,14 +30,16 @@ def training_flops_per_token(config: ModelConfig) -> int:
     """Return the FLOPs of a forward and backward pass over one token of a full context.
 
     Six per weight that multiplies (the embeddings only look up), and twelve per layer, head
-    dimension and key in view: half the context on average, as the mask is causal.
+    dimension and key in view: half the context on average, as the mask is causal. The hidden values
+    of a tanh score are a sum and a tanh more each, forward and twice that backward.
     Source: Chowdhery et al. 2022, arXiv:2204.02311, appendix B.
     """
     lookups = config.vocab_size * config.d_model * (0 if config.tie_embeddings else 1)
     if config.family == "gpt2":
         lookups += config.context_length * config.d_model
     weights = parameter_count(config) - lookups
-    attention = 12 * config.n_layer * config.n_head * config.d_head * config.context_length // 2
+    attention = 18 if "v" in PARAMETERS[config.attention] else 12
+    attention *= config.n_layer * config.n_head * config.d_head * config.context_length // 2
     return 6 * weights + attention
 
 

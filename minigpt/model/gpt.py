@@ -16,6 +16,7 @@ from minigpt.config import ModelConfig
 from minigpt.model.attention import Attention, Recorder
 from minigpt.model.cache import KVCache
 from minigpt.model.layers import MLP, GatedMLP, make_norm, rotary_table
+from minigpt.model.scores import Score
 
 
 class _WithoutInit(TorchFunctionMode):
@@ -122,6 +123,11 @@ class GPT(nn.Module):
         return self._norm_weight.dtype
 
     @property
+    def attentions(self) -> list[Attention]:
+        """The attention of every layer, as a recorder counts them."""
+        return [block.attention for block in self.blocks if isinstance(block, Block)]
+
+    @property
     def _norm_weight(self) -> Tensor:
         weight = self.final_norm.weight
         assert isinstance(weight, Tensor)
@@ -180,9 +186,12 @@ class GPT(nn.Module):
         gpt2: normal, std 0.02, the residual branches' outputs shrunk by sqrt(2 n_layer) (Radford
         et al. 2019). llama: normal, std 1 / sqrt(fan-in), and the residual branches' outputs zero,
         so that every block begins as the identity (Zhang et al. 2019, arXiv:1901.09321).
+        Parameters of scores: as ``Score.init_weights`` says.
         """
         is_gpt2 = self.config.family == "gpt2"
         for name, parameter in self.named_parameters():
+            if ".score." in name:
+                continue
             is_branch_output = name.endswith(("attention.output.weight", "mlp.down.weight"))
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
@@ -196,3 +205,6 @@ class GPT(nn.Module):
             else:
                 std = parameter.shape[1] ** -0.5
                 nn.init.normal_(parameter, std=std, generator=generator)
+        for module in self.modules():
+            if isinstance(module, Score):
+                module.init_weights(generator)

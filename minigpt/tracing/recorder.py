@@ -7,10 +7,8 @@ dim.
 import torch
 from torch import Tensor, nn
 
-from minigpt.model.attention import Attention
 from minigpt.model.gpt import GPT
 from minigpt.model.quantized import Int8Linear
-from minigpt.model.scores import attention_weights
 from minigpt.tracing.rollout import Rollout
 from minigpt.tracing.sink import SinkFinder
 
@@ -18,8 +16,8 @@ from minigpt.tracing.sink import SinkFinder
 class RowRecorder:
     """Keeps each head's attention row of the last query, of the last forward pass.
 
-    The model's own path is not touched: the row is softmax(q K^T / sqrt(D)) of the query and the
-    cached keys that the kernel was given, computed beside it in float32.
+    The model's own path is not touched: the row is the softmax of the model's own score of the
+    query and the cached keys that the kernel was given, computed beside it in float32.
     """
 
     def __init__(
@@ -35,7 +33,8 @@ class RowRecorder:
         Args: has_norms, keep the lengths of what the heads would add to the stream, too. rollout
             and sink_finder are shown every query's row, not the last one's alone.
         """
-        self._n_layer = model.config.n_layer
+        self._scores = [attention.score for attention in model.attentions]
+        self._n_layer = len(self._scores)
         self._rollout, self._sink_finder = rollout, sink_finder
         self._norms = _ValueNorms(model) if has_norms else None
         self._weights: list[Tensor] = []
@@ -53,7 +52,8 @@ class RowRecorder:
         """Take one layer's row of the batch's first sequence."""
         if layer == 0:
             self._weights, self._new_values = [], []
-        weights_HS = attention_weights(q_BHTD[:1, :, -1:], k_BGSD[:1])[0, :, 0]
+        weights = self._scores[layer].weights
+        weights_HS = weights(q_BHTD[:1, :, -1:], k_BGSD[:1])[0, :, 0]
         self._weights.append(weights_HS)
         if layer == self._n_passes % self._n_layer:
             self.product_error = _product_error(weights_HS, v_BGSD[0], context_BHTD[0, :, -1])
@@ -61,7 +61,7 @@ class RowRecorder:
             self._new_values.append(v_BGSD[0, :, v_BGSD.shape[2] - q_BHTD.shape[2] :])
         for watcher in (self._rollout, self._sink_finder):
             if watcher is not None:
-                watcher.watch(layer, q_BHTD[:1], k_BGSD[:1])
+                watcher.watch(layer, q_BHTD[:1], k_BGSD[:1], weights)
         if layer == self._n_layer - 1:
             self._end_pass(torch.stack(self._weights))
 
@@ -118,9 +118,8 @@ class _ValueNorms:
 
     def __init__(self, model: GPT) -> None:
         factors = []
-        for block in model.blocks:
-            assert isinstance(block.attention, Attention)
-            weight = _dense_weight(block.attention.output)
+        for attention in model.attentions:
+            weight = _dense_weight(attention.output)
             heads_HCD = (
                 weight.detach().float().unflatten(1, (model.config.n_head, -1)).transpose(0, 1)
             )
