@@ -436,3 +436,30 @@ def test_a_run_from_a_model_that_is_stopped_at_once_is_evaluated_once(
     lines = metrics("a")
     kinds = [(line["event"], line["step"]) for line in lines]
     assert kinds == [("eval", 0), ("save", 0), ("step", 1), ("step", 2), ("eval", 2), ("save", 2)]
+
+
+def test_another_score_goes_all_the_way_from_the_option_to_the_trace(
+    run: Run, trained: Path
+) -> None:
+    words = ["train", str(trained / "corpus.txt"), "--name", "other", *TINY]
+    plan = json.loads(run(*words, "--attention", "additive", "--dry-run", "--json").out)
+    assert plan["parameters"]["attention"] == 2 * (4 * 16 * 16 + 2 * 8 + 2 * 8 * (8 + 8 + 1))
+    assert run(*words, "--attention", "additive", "--max-steps", "2").code == 0
+    assert 'attention = "additive"' in Path("checkpoints/other/config.toml").read_text()
+    error = error_line(run("train", "--resume", "--attention", "dot"))
+    assert "--resume cannot change model.attention: it is 'additive' in this run" in error
+    assert run("train", "--resume", "--max-steps", "3").code == 0
+    ending = ["The king", "--temperature", "0", "--max-new-tokens", "5", "--json"]
+    generated = json.loads(run("generate", *ending).out)
+    header, *steps, footer = map(json.loads, run("attention-trace", *ending).out.splitlines())
+    assert "".join(step["certain_text"] for step in steps) == generated["text"]
+    assert header["n_layer"] == 2
+    assert footer["worst_row_sum_error"] < 1e-5
+    error = error_line(run("generate", "The king", "--compile"))
+    assert "this model is of additive. Use --no-compile" in error
+    card = Path("checkpoints/other/step-000003/README.md").read_text()
+    assert "only minigpt reads this folder" in card
+    assert "library_name: minigpt" in card
+    assert "AutoModelForCausalLM" not in card
+    shown = run("checkpoints", "show", "other").out
+    assert "additive, 2 heads of 8" in shown
