@@ -130,6 +130,10 @@ def _layout(model: ModelConfig) -> str:
     name = f"{model.model_type}, as Hugging Face calls it"
     if model.model_type == OWN_TYPE:
         name = f"{model.family}'s with {model.attention} attention, which no other program reads"
+    if model.arch != "gpt":
+        return (
+            f"{model.arch}, which no other program reads; {model.n_layer} layers of {model.d_model}"
+        )
     return f"""\
 {name}; {model.n_layer} layers, {model.n_head} heads
   ({model.n_kv_head} of keys and values), width {model.d_model}, MLP {model.d_mlp}"""

@@ -25,6 +25,15 @@ class Recorder(Protocol):
         """Take a layer's queries, all keys and values in view, and each head's output."""
 
 
+class AttentionLayer(Protocol):
+    """What a recorder asks of a layer that it is shown."""
+
+    score: Score
+    """Makes weights of queries and keys."""
+    output: nn.Linear
+    """What the heads' outputs go through on their way on."""
+
+
 class Attention(nn.Module):
     """Each position looks at itself and those before it: (B, T, C) -> (B, T, C).
 

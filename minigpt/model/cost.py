@@ -6,6 +6,8 @@ from minigpt.model.scores import PARAMETERS, score_parameter_count
 
 def parameter_count(config: ModelConfig) -> int:
     """Return the number of weights, each counted once."""
+    if config.arch != "gpt":
+        return _recurrent_parameter_count(config)
     d_query = config.n_head * config.d_head
     d_key = config.n_kv_head * config.d_head
     is_gpt2 = config.family == "gpt2"
@@ -21,9 +23,22 @@ def parameter_count(config: ModelConfig) -> int:
         block += config.d_model + config.d_mlp * (1 if is_gpt2 else 2)
     if config.qk_norm:
         block += 2 * config.d_head
-    embeddings = config.vocab_size * config.d_model * (1 if config.tie_embeddings else 2)
+    embeddings = _embedding_count(config)
     positions = config.context_length * config.d_model if is_gpt2 else 0
     return embeddings + positions + config.n_layer * block + norm
+
+
+def _embedding_count(config: ModelConfig) -> int:
+    return config.vocab_size * config.d_model * (1 if config.tie_embeddings else 2)
+
+
+def _recurrent_parameter_count(config: ModelConfig) -> int:
+    width = config.d_model
+    gates = 4 * width * (2 * width + 2)  # of input and state, with a bias of each
+    attention = 0
+    if config.n_attention_layer:
+        attention = 2 * width * width + score_parameter_count(config)
+    return _embedding_count(config) + config.n_layer * gates + attention + width
 
 
 def training_flops_per_token(config: ModelConfig) -> int:
@@ -38,11 +53,14 @@ def training_flops_per_token(config: ModelConfig) -> int:
     if config.family == "gpt2":
         lookups += config.context_length * config.d_model
     weights = parameter_count(config) - lookups
-    attention = 18 if "v" in PARAMETERS[config.attention] else 12
-    attention *= config.n_layer * config.n_head * config.d_head * config.context_length // 2
-    return 6 * weights + attention
+    in_view = config.n_attention_layer * config.n_head * config.d_head * config.context_length // 2
+    each = 18 if "v" in PARAMETERS.get(config.attention, ()) else 12
+    return 6 * weights + each * in_view
 
 
 def cache_bytes_per_token(config: ModelConfig, bytes_per_value: int = 4) -> int:
-    """Return the KV cache bytes that one position of one sequence takes."""
+    """Return the cache bytes that one position of one sequence takes.
+
+    Of an LSTM, they are the two states of each layer, and are kept so that it can be truncated.
+    """
     return 2 * config.n_layer * config.n_kv_head * config.d_head * bytes_per_value

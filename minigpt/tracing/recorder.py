@@ -7,7 +7,8 @@ dim.
 import torch
 from torch import Tensor, nn
 
-from minigpt.model.gpt import GPT
+from minigpt.errors import ConfigError
+from minigpt.model.language_model import LanguageModel
 from minigpt.model.quantized import Int8Linear
 from minigpt.tracing.rollout import Rollout
 from minigpt.tracing.sink import SinkFinder
@@ -22,7 +23,7 @@ class RowRecorder:
 
     def __init__(
         self,
-        model: GPT,
+        model: LanguageModel,
         *,
         has_norms: bool = False,
         rollout: Rollout | None = None,
@@ -32,7 +33,12 @@ class RowRecorder:
 
         Args: has_norms, keep the lengths of what the heads would add to the stream, too. rollout
             and sink_finder are shown every query's row, not the last one's alone.
+        Raises: ConfigError if the model has no attention.
         """
+        if not model.attentions:
+            raise ConfigError(
+                f"a model of arch {model.config.arch} has no attention to show. Choose another one."
+            )
         self._scores = [attention.score for attention in model.attentions]
         self._n_layer = len(self._scores)
         self._rollout, self._sink_finder = rollout, sink_finder
@@ -116,7 +122,7 @@ class _ValueNorms:
     a length: D x D numbers, however wide the model is.
     """
 
-    def __init__(self, model: GPT) -> None:
+    def __init__(self, model: LanguageModel) -> None:
         factors = []
         for attention in model.attentions:
             weight = _dense_weight(attention.output)

@@ -15,9 +15,9 @@ from torch.utils._pytree import tree_map_only
 from minigpt.config import RunConfig
 from minigpt.errors import ResourceError
 from minigpt.evaluation import windows_at_once
+from minigpt.model.architectures import model_class
 from minigpt.model.cost import parameter_count
 from minigpt.model.device import autocast
-from minigpt.model.gpt import GPT
 from minigpt.training.optim import is_muon_parameter, make_optimizers
 
 _VALUE_BYTES = 4  # weights, gradients and moments are float32
@@ -79,7 +79,8 @@ def optimizer_values(config: RunConfig) -> int:
     """Return how many numbers the optimizers keep: one for Muon's weights, two for AdamW's."""
     has_muon = config.training.optimizer == "muon"
     n_values = 0
-    for name, parameter in GPT.without_weights(_with_layers(config, 1).model).named_parameters():
+    one = _with_layers(config, 1).model
+    for name, parameter in model_class(one).without_weights(one).named_parameters():
         n_each = 1 if has_muon and is_muon_parameter(name, parameter) else 2
         n_times = config.model.n_layer if name.startswith("blocks.") else 1
         n_values += n_each * n_times * parameter.numel()
@@ -136,7 +137,7 @@ def _peaks(
                 logits = model(tokens, recompute=training.recompute)
             return F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten())
 
-        model = GPT(config.model)
+        model = model_class(config.model)(config.model)
         optimizers = make_optimizers(model, training, torch.float32)
         loss_of(size).backward()
         # From the second step on there are moments, from the second micro-batch on gradients too.
