@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 
 from minigpt.errors import ConfigError, nearest
 
+ARCHS = ("gpt", "lstm", "lstm-attention")
 FAMILIES = ("llama", "gpt2")
+ATTENTIONS = ("scaled_dot", "dot", "general", "concat", "additive")
 ATTENTION_BIASES = ("none", "qkv", "all")
 ACTIVATIONS = ("silu", "relu2", "gelu_tanh", "gelu")
 SCHEDULES = ("wsd", "cosine", "linear", "constant")
@@ -19,6 +21,9 @@ DTYPES = ("auto", "float32", "bfloat16")
 ON_NANS = ("stop", "skip")
 OVERFLOWS = ("stop", "slide")
 QUANTIZATIONS = ("int8",)
+
+
+_ATTENTION_OF = {"gpt": "scaled_dot", "lstm": "none", "lstm-attention": "additive"}
 
 
 def _require(condition: bool, message: str) -> None:
@@ -50,7 +55,7 @@ def round_up(value: float, multiple: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The shape of a decoder-only Transformer; enough to build it and to write its config.json."""
+    """The shape of a language model; enough to build it and to write its config.json."""
 
     vocab_size: int
     """Tokens in the vocabulary, V."""
@@ -59,9 +64,11 @@ class ModelConfig:
     n_layer: int
     """Blocks."""
     n_head: int
-    """Query heads in each block, H."""
+    """Query heads in each block, H; 1 for an lstm."""
     d_model: int
     """Width of the residual stream, C."""
+    arch: str = "gpt"
+    """gpt, or for comparison lstm, or lstm-attention, which looks back over its states."""
     family: str = "llama"
     """Block layout: llama (RMSNorm, rotary, gated MLP) or gpt2 (LayerNorm, learned positions)."""
     n_kv_head: int = 0
@@ -69,9 +76,13 @@ class ModelConfig:
     d_head: int = 0
     """Width of one head, D; even for llama. 0 derives d_model / n_head."""
     d_mlp: int = 0
-    """Hidden width of the MLP. 0 derives 4 d_model (gpt2) or 8/3 d_model in steps of 32 (llama)."""
+    """Hidden width of the MLP. 0 derives 4 d_model (gpt2) or 8/3 d_model in steps of 32 (llama).
+    An lstm has 4 d_model gates."""
     activation: str = ""
     """silu, relu2, gelu_tanh or gelu. Empty derives silu (llama) or gelu_tanh (gpt2)."""
+    attention: str = ""
+    """How a query scores a key: scaled_dot, dot, general, concat or additive (model/scores.py).
+    Empty derives scaled_dot (gpt), additive (lstm-attention) or none (lstm)."""
     qk_norm: bool = False
     """RMSNorm on each head's queries and keys (llama; Hugging Face calls this layout qwen3)."""
     attention_bias: str = "none"
@@ -95,24 +106,29 @@ class ModelConfig:
     dropout: float = 0.0
     """Share of residual-branch outputs and embeddings dropped in training, 0 to below 1."""
     model_type: str = ""
-    """Hugging Face's name of this layout. Empty derives gpt2, llama, qwen2 or qwen3."""
+    """Hugging Face's name of this layout. Empty derives gpt2, llama, qwen2 or qwen3; minigpt where
+    it has none."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context_length", "n_layer", "n_head", "d_model"):
             _between(name, getattr(self, name), 1)
         _choice("family", self.family, FAMILIES)
+        _choice("arch", self.arch, ARCHS)
         is_llama = self.family == "llama"
+        is_wide = self.arch != "gpt" or not is_llama
         if not self.d_head:
             self._check_n_head_divides()
         derived = {
             "n_kv_head": self.n_head,
             "d_head": self.d_model // self.n_head,
-            "d_mlp": round_up(self.d_model * 8 / 3, 32) if is_llama else 4 * self.d_model,
+            "d_mlp": 4 * self.d_model if is_wide else round_up(self.d_model * 8 / 3, 32),
             "activation": "silu" if is_llama else "gelu_tanh",
-            "model_type": self._layout(),
+            "attention": _ATTENTION_OF[self.arch],
         }
         for name, value in derived.items():
             object.__setattr__(self, name, getattr(self, name) or value)
+        object.__setattr__(self, "model_type", self.model_type or self._layout())
+        self._check_arch()
         _choice("activation", self.activation, ACTIVATIONS)
         for name in ("n_kv_head", "d_head", "d_mlp"):
             _between(name, getattr(self, name), 1)
@@ -122,7 +138,7 @@ class ModelConfig:
         )
         if is_llama:
             _require(
-                self.d_head % 2 == 0,
+                self.d_head % 2 == 0 or self.arch != "gpt",
                 f"rotary positions turn pairs, so d_head must be even: it is {self.d_head}. "
                 f"Try d_model {self.n_head * (self.d_head + 1)}.",
             )
@@ -149,7 +165,41 @@ class ModelConfig:
         _above("norm_eps", self.norm_eps, 0)
         _require(0 <= self.dropout < 1, f"dropout must be in [0, 1): it is {self.dropout}.")
 
+    @property
+    def n_attention_layer(self) -> int:
+        """Layers that attend."""
+        return {"gpt": self.n_layer, "lstm-attention": 1, "lstm": 0}[self.arch]
+
+    def _check_arch(self) -> None:
+        has_none = self.arch == "lstm"
+        _require(
+            has_none == (self.attention == "none"),
+            f"attention is {self.attention}, and arch is {self.arch}. Leave the attention out, or "
+            f"choose arch {'lstm-attention' if has_none else 'lstm'}.",
+        )
+        if not has_none:
+            _choice("attention", self.attention, ATTENTIONS)
+        if self.arch == "gpt":
+            return
+        for name, only in {
+            "family": "llama",
+            "n_head": 1,
+            "n_kv_head": 1,
+            "d_head": self.d_model,
+            "d_mlp": 4 * self.d_model,
+            "qk_norm": False,
+            "attention_bias": "none",
+            "mlp_bias": False,
+        }.items():
+            _require(
+                getattr(self, name) == only,
+                f"with arch {self.arch}, {name} can only be {only}: it is {getattr(self, name)}. "
+                "Leave it out.",
+            )
+
     def _layout(self) -> str:
+        if self.arch != "gpt" or self.attention != "scaled_dot":
+            return "minigpt"
         if self.family == "gpt2" or self.qk_norm:
             return "gpt2" if self.family == "gpt2" else "qwen3"
         return "qwen2" if self.attention_bias == "qkv" else "llama"
@@ -165,7 +215,7 @@ class ModelConfig:
             "no published layout has qk_norm and biases of qkv only. Use attention_bias all.",
         )
         _require(
-            not self.mlp_bias or self.model_type == "llama",
+            not self.mlp_bias or self.model_type in ("llama", "minigpt"),
             f"the layout {self.model_type} has no biases in its MLP. Set mlp_bias to false.",
         )
 

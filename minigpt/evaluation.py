@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minigpt.model.device import autocast
-from minigpt.model.gpt import GPT
+from minigpt.model.language_model import LanguageModel
 
 LONGEST_WINDOW = 1024
 """The most tokens in a window, unless asked for: the context of some models fits no machine."""
@@ -57,7 +57,7 @@ def windows_at_once(vocab_size: int, window_length: int) -> int:
 
 @torch.no_grad()
 def evaluate(
-    model: GPT,
+    model: LanguageModel,
     batches: Iterable[tuple[Tensor, Tensor]],
     token_byte_lengths: np.ndarray,
     *,

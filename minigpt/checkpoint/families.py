@@ -1,16 +1,16 @@
-"""Our settings of a model <-> config.json: GPT-2, Llama, Mistral, Qwen2 and Qwen3.
+"""Our settings of a model <-> config.json: GPT-2, Llama, Mistral, Qwen2, Qwen3, and our own.
 
 Each field of a config.json is used, known to change nothing, or refused. A new model type is one
 more entry in FAMILIES.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError, ConfigError
-from minigpt.settings import build
+from minigpt.settings import build, to_dict
 from minigpt.text.tokenizer import Tokenizer
 
 
@@ -174,6 +174,8 @@ FAMILIES = {
     ),
 }
 """Model type, as config.json names it, -> how we read and write it."""
+OWN_TYPE = "minigpt"
+"""Model type of what has no Hugging Face layout: attention of another score, recurrence."""
 
 _ACTIVATIONS = {
     "silu": "silu",
@@ -202,11 +204,13 @@ def model_config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
         make the model compute what ours cannot, or is not known.
     """
     name = config.get("model_type")
+    if name == OWN_TYPE:
+        return _own_config(config)
     family = FAMILIES.get(name) if isinstance(name, str) else None
     if family is None:
         raise CheckpointError(
             f"config.json: model_type is {str(name)[:80]!r}, which is not read. "
-            f"Choose a model of type {', '.join(FAMILIES)}."
+            f"Choose a model of type {', '.join(FAMILIES)} or {OWN_TYPE}."
         )
     fixed = {**family.fixed, **_FIXED_EVERYWHERE}
     _check_known(config, {*family.fields.values(), *fixed, *family.harmless})
@@ -220,12 +224,23 @@ def model_config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
     values |= {"model_type": name, **family.constants}
     if values["family"] == "llama":
         values |= _rope(config)
-    try:
-        model = build(ModelConfig, values)
-    except ConfigError as error:
-        raise CheckpointError(f"config.json: {str(error)[:200]}") from None
+    model = _built(values)
     _check_window(config, family, model)
     return model
+
+
+def _own_config(config: Mapping[str, Any]) -> ModelConfig:
+    """Read a config.json of a model that has no Hugging Face layout: its fields are ours."""
+    ours = {field.name for field in fields(ModelConfig)}
+    _check_known(config, ours | _HARMLESS)
+    return _built({name: value for name, value in config.items() if name in ours})
+
+
+def _built(values: Mapping[str, Any]) -> ModelConfig:
+    try:
+        return build(ModelConfig, values)
+    except ConfigError as error:
+        raise CheckpointError(f"config.json: {str(error)[:200]}") from None
 
 
 def _check_known(config: Mapping[str, Any], known: set[str]) -> None:
@@ -319,13 +334,11 @@ def _check_window(config: Mapping[str, Any], family: Family, model: ModelConfig)
 
 
 def model_config_to_hf(config: ModelConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """Return config.json as transformers, 4 and 5, reads it."""
-    family = FAMILIES[config.model_type]
+    """Return config.json as transformers, 4 and 5, reads it; of OWN_TYPE, only we do."""
     ends = () if tokenizer is None else tokenizer.end_of_text_ids
     prefix = () if tokenizer is None else tokenizer.rules.prefix
     begin = prefix[0] if prefix else None if tokenizer is None else tokenizer.end_of_text
     written: dict[str, Any] = {
-        "architectures": [family.architecture],
         "model_type": config.model_type,
         "bos_token_id": begin,
         "eos_token_id": ends[0] if len(ends) == 1 else list(ends) or None,
@@ -333,6 +346,10 @@ def model_config_to_hf(config: ModelConfig, tokenizer: Tokenizer | None) -> dict
         "initializer_range": 0.02,
         "use_cache": True,
     }
+    if config.model_type == OWN_TYPE:
+        return {"architectures": ["MinigptForCausalLM"]} | written | to_dict(config)
+    family = FAMILIES[config.model_type]
+    written = {"architectures": [family.architecture]} | written
     written |= {theirs: getattr(config, ours) for ours, theirs in family.fields.items()}
     activation = _ACTIVATIONS_TO_HF.get(config.activation, _TANH_GELU[config.family])
     written[family.fields["activation"]] = activation

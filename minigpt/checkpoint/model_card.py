@@ -4,8 +4,9 @@ import json
 import re
 from pathlib import Path
 
+from minigpt.checkpoint.families import OWN_TYPE
 from minigpt.checkpoint.hub import is_hub_name
-from minigpt.config import RunConfig
+from minigpt.config import ModelConfig, RunConfig
 from minigpt.model.cost import parameter_count
 from minigpt.text.datasets import BUILTIN
 from minigpt.text.visible import printable
@@ -22,6 +23,8 @@ minigpt generate --model FOLDER "Once upon a time"
 minigpt attention-trace --model FOLDER "Once upon a time"
 ```
 
+{elsewhere}"""
+_ELSEWHERE = """\
 ```python
 from transformers import AutoModelForCausalLM, {tokenizer}
 
@@ -31,6 +34,8 @@ inputs = tokenizer("Once upon a time", return_tensors="pt")
 outputs = model.generate(**inputs, max_new_tokens=40, do_sample=True, temperature=0.8)
 print(tokenizer.decode(outputs[0]))
 ```"""
+_NOWHERE_ELSE = """\
+transformers has no such model, so only minigpt reads this folder."""
 _LIMITS = """\
 ## Limits
 
@@ -56,8 +61,6 @@ def model_card(
         of the text without its validation part.
     """
     losses = f"{val_loss:.4f} nats/token, {bits_per_byte:.4f} bits/byte"
-    # AutoTokenizer splits text as Qwen2 does in every qwen2 folder, whatever tokenizer.json says.
-    is_qwen2 = config.model.model_type == "qwen2"
     parts = [
         _metadata(config, name, val_loss, bits_per_byte),
         f"# {_code(name)}",
@@ -66,19 +69,29 @@ def model_card(
         _text(config, n_train_tokens),
         _training(config, step, n_train_tokens, losses),
         *([f"It was made by:\n\n    {_one_line(config.command)}"] if config.command else []),
-        _USE.format(tokenizer="PreTrainedTokenizerFast" if is_qwen2 else "AutoTokenizer"),
+        _use(config.model.model_type),
         _LIMITS,
     ]
     return "\n\n".join(parts) + "\n"
 
 
+def _use(model_type: str) -> str:
+    # AutoTokenizer splits text as Qwen2 does in every qwen2 folder, whatever tokenizer.json says.
+    tokenizer = "PreTrainedTokenizerFast" if model_type == "qwen2" else "AutoTokenizer"
+    is_own = model_type == OWN_TYPE
+    return _USE.format(
+        elsewhere=_NOWHERE_ELSE if is_own else _ELSEWHERE.format(tokenizer=tokenizer)
+    )
+
+
 def _metadata(config: RunConfig, name: str, val_loss: float, bits_per_byte: float) -> str:
     """Return the YAML block, as the hub's specification of model cards has it."""
     repository = _base_repository(config)
+    library = "minigpt" if config.model.model_type == OWN_TYPE else "transformers"
     base = f"base_model: {_quoted(repository)}\n" if repository else ""
     return f"""\
 ---
-library_name: transformers
+library_name: {library}
 pipeline_tag: text-generation
 {base}tags:
 - minigpt
@@ -107,11 +120,22 @@ def _model(config: RunConfig) -> str:
     return f"""\
 ## The model
 
-- Layout: {model.model_type}, as Hugging Face calls it; {model.n_layer} layers, {model.n_head} heads
-  ({model.n_kv_head} of keys and values), width {model.d_model}, MLP {model.d_mlp}
+- Layout: {_layout(model)}
 - Parameters: {parameter_count(model):,}
 - Context: {model.context_length:,} tokens
 - Vocabulary: {model.vocab_size:,} tokens, {_code(config.data.tokenizer)}"""
+
+
+def _layout(model: ModelConfig) -> str:
+    name = f"{model.model_type}, as Hugging Face calls it"
+    if model.model_type == OWN_TYPE:
+        name = f"{model.family}'s with {model.attention} attention, which no other program reads"
+    if model.arch != "gpt":
+        shape = f"{model.n_layer} layers, width {model.d_model}"
+        return f"{model.arch}, which no other program reads; {shape}"
+    return f"""\
+{name}; {model.n_layer} layers, {model.n_head} heads
+  ({model.n_kv_head} of keys and values), width {model.d_model}, MLP {model.d_mlp}"""
 
 
 def _text(config: RunConfig, n_train_tokens: int) -> str:

@@ -26,7 +26,8 @@ from minigpt.checkpoint.tokenizer_json import (
 from minigpt.checkpoint.weights import WEIGHTS, Weights, stored_tensors
 from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError
-from minigpt.model.gpt import GPT
+from minigpt.model.architectures import model_class
+from minigpt.model.language_model import LanguageModel
 from minigpt.text.tokenizer import Tokenizer
 
 CONFIG = "config.json"
@@ -42,7 +43,7 @@ _TOKENIZER_CONFIG = "tokenizer_config.json"
 class LoadedModel:
     """What a model folder holds."""
 
-    model: GPT
+    model: LanguageModel
     """In evaluation mode."""
     tokenizer: Tokenizer | None
     """None if the folder has no tokenizer.json."""
@@ -50,7 +51,7 @@ class LoadedModel:
     """Where it was read."""
 
 
-def write_model(folder: Path, model: GPT, tokenizer: Tokenizer | None) -> None:
+def write_model(folder: Path, model: LanguageModel, tokenizer: Tokenizer | None) -> None:
     """Write a folder that transformers and read_model read; complete, but not synced to the disk.
 
     Raises: ResourceError if the disk is full or the folder is not ours to write.
@@ -106,7 +107,9 @@ def read_model(
     config = model_config_from_hf(settings)
     weights = Weights(stored_tensors(config, folder))
     tokenizer = _read_tokenizer(folder, config, _end_of_text_ids(folder, settings))
-    model = GPT.from_tensors(config, tensors_from_hf(config, weights, device=device, dtype=dtype))
+    model = model_class(config).from_tensors(
+        config, tensors_from_hf(config, weights, device=device, dtype=dtype)
+    )
     return LoadedModel(model.eval(), tokenizer, folder)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from minigpt.checkpoint.families import OWN_TYPE
 from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError
 
@@ -116,7 +117,7 @@ def canonical_names(config: ModelConfig, names: Iterable[str]) -> dict[str, str]
     Adds the prefix that files of the bare model lack, and leaves out tensors that hold no weights.
     Raises: CheckpointError if a tensor is there with the prefix and without.
     """
-    prefix = _PREFIXES[config.family]
+    prefix = "" if config.model_type == OWN_TYPE else _PREFIXES[config.family]
     canonical: dict[str, str] = {}
     for name in names:
         has_prefix = name.startswith(prefix) or name == _HEAD.theirs
@@ -129,7 +130,12 @@ def canonical_names(config: ModelConfig, names: Iterable[str]) -> dict[str, str]
 
 
 def tensors_to_hf(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename, fuse and transpose a GPT's state_dict to what transformers calls it."""
+    """Rename, fuse and transpose a GPT's state_dict to what transformers calls it.
+
+    Models of OWN_TYPE, which it does not know, keep our names.
+    """
+    if config.model_type == OWN_TYPE:
+        return {name: tensor.contiguous() for name, tensor in tensors.items()}
     renamed = {}
     for renaming in _renamings(config):
         parts = [tensors[name] for name in renaming.ours]
@@ -154,6 +160,8 @@ def tensors_from_hf(
     Raises: CheckpointError if the embeddings are said to be tied but are two; KeyError if a name
         is not there (``model_folder`` checks names and shapes first).
     """
+    if config.model_type == OWN_TYPE:
+        return {name: _placed(tensors[name], device, dtype) for name in tensors}
     renamed: dict[str, Tensor] = {}
     for renaming in _renamings(config):
         parts = _parts(tensors[renaming.theirs], renaming)

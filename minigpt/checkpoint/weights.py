@@ -14,10 +14,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from minigpt.checkpoint.disk import read_json, resource_errors
+from minigpt.checkpoint.families import OWN_TYPE
 from minigpt.checkpoint.tensor_names import canonical_names, tensors_to_hf
 from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError
-from minigpt.model.gpt import GPT
+from minigpt.model.architectures import model_class
 
 WEIGHTS = "model.safetensors"
 
@@ -164,9 +165,10 @@ def _check_size(config: ModelConfig, n_tensors: int) -> None:
 
 def _expected_shapes(config: ModelConfig, *, has_head: bool) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
-        tensors = tensors_to_hf(config, GPT.without_weights(config).state_dict())
+        tensors = tensors_to_hf(config, model_class(config).without_weights(config).state_dict())
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if config.tie_embeddings and has_head:  # some files hold the tied one twice
+    # Some files hold the tied one twice; ours never do.
+    if config.tie_embeddings and has_head and config.model_type != OWN_TYPE:
         shapes[_HEAD] = next(iter(shapes.values()))
     return shapes
 

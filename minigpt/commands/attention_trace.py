@@ -274,7 +274,9 @@ def _trace(
     first_seed = fresh_seed() if sampling.seed is None else sampling.seed
     with Shower(targets, layout) as shower:
         for seed in range(first_seed, first_seed + sampling.num_samples):
-            rows = DenseWriter(dense, n_layer=shape.n_layer, n_head=shape.n_head) if dense else None
+            rows = None
+            if dense is not None:
+                rows = DenseWriter(dense, n_layer=shape.n_attention_layer, n_head=shape.n_head)
             with rows or nullcontext():
                 events = trace(
                     ready.model,

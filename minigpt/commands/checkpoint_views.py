@@ -124,7 +124,7 @@ def _facts(facts: "ModelFacts") -> dict[str, str]:
         "parameters": f"{facts.n_parameters:,}, stored in {with_unit(facts.n_bytes, 'B')} "
         f"({dtypes})",
         "blocks": f"{config.n_layer}, {config.d_model} wide",
-        "attention": f"{heads}{_attention_extras(facts)}",
+        "attention": f"{config.attention}, {heads}{_attention_extras(facts)}",
         "MLP": f"{_MLPS[config.family]}, {config.d_mlp} wide, {config.activation}",
         "positions": _positions(facts),
         "vocabulary": f"{config.vocab_size:,} tokens; the output is {output}",
@@ -135,6 +135,12 @@ def _facts(facts: "ModelFacts") -> dict[str, str]:
         f"{with_unit(cache_bytes * config.context_length, 'B')} for a full context (float32; "
         "bfloat16: half)",
     }
+    if config.arch != "gpt":
+        shown["layout"] = f"{config.model_type}, {config.arch}"
+        shown["attention"] = config.attention
+        for name in ("MLP", "positions"):
+            del shown[name]
+        shown["states"] = shown.pop("KV cache")
     return shown
 
 

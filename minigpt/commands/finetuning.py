@@ -16,7 +16,7 @@ from minigpt.commands.run_settings import flat, given, one_budget
 from minigpt.config import ModelConfig, RunConfig
 from minigpt.errors import CheckpointError, ConfigError
 from minigpt.evaluation import LOGITS_AT_ONCE
-from minigpt.model.gpt import GPT
+from minigpt.model.language_model import LanguageModel
 from minigpt.settings import build, merge, to_dict
 from minigpt.text.tokenizer import Tokenizer
 
@@ -29,7 +29,7 @@ class Base:
 
     source: str
     """Where it is: its folder, or its name and commit on the hub."""
-    model: GPT
+    model: LanguageModel
     """In float32."""
     tokenizer: Tokenizer
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from minigpt.model.gpt import GPT
+    from minigpt.model.language_model import LanguageModel
     from minigpt.tracing.events import Roles
     from minigpt.tracing.spans import Line
 
@@ -103,11 +103,11 @@ def _records(
             yield record
 
 
-def _effects(model: "GPT", seed: int) -> "NDArray[np.float32]":
+def _effects(model: "LanguageModel", seed: int) -> "NDArray[np.float32]":
     from minigpt.commands.progress_line import ProgressLine
     from minigpt.tracing.roles import head_effects
 
-    n_heads = model.config.n_layer * model.config.n_head
+    n_heads = model.config.n_attention_layer * model.config.n_head
     with ProgressLine(label := "ablating heads") as line:
 
         def show(share: float) -> None:

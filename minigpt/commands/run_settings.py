@@ -60,9 +60,12 @@ def one_budget(overrides: Mapping[str, Any]) -> dict[str, Any]:
 def _fitting(preset: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Adapt what a preset derives from shape, context and batch to those that the user gives."""
     model, training = dict(preset["model"]), dict(preset["training"])
-    if given(overrides, "model", "family") == "gpt2":
+    is_recurrent = given(overrides, "model", "arch") in ("lstm", "lstm-attention")
+    if given(overrides, "model", "family") == "gpt2" or is_recurrent:
         for name in ("qk_norm", "n_kv_head", "d_mlp"):
             model.pop(name, None)
+    if is_recurrent:
+        model["n_head"] = 1
     if given(overrides, "model", "d_model") is not None:
         model.pop("d_mlp", None)
     n_head = given(overrides, "model", "n_head")

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from minigpt.commands import options
-from minigpt.config import DEVICES, DTYPES, FAMILIES, RunConfig
+from minigpt.config import ARCHS, ATTENTIONS, DEVICES, DTYPES, FAMILIES, RunConfig
 from minigpt.errors import ConfigError
 from minigpt.presets import PRESETS
 from minigpt.presets import preset as preset_settings
@@ -24,6 +24,8 @@ _FLAG_PLACES = {
     "tokenizer": "data",
     "context_length": "model",
     "family": "model",
+    "arch": "model",
+    "attention": "model",
     "n_layer": "model",
     "n_head": "model",
     "d_model": "model",
@@ -132,6 +134,8 @@ def train(
         int | None, _number("--context-length", int, "Tokens that the model sees", "Model")
     ] = None,
     family: Annotated[str | None, _choice("--family", FAMILIES, "Model")] = None,
+    arch: Annotated[str | None, _choice("--arch", ARCHS, "Model")] = None,
+    attention: Annotated[str | None, _choice("--attention", ATTENTIONS, "Model")] = None,
     n_layer: Annotated[int | None, _number("--n-layer", int, "Blocks", "Model")] = None,
     n_head: Annotated[int | None, _number("--n-head", int, "Query heads", "Model")] = None,
     d_model: Annotated[int | None, _number("--d-model", int, "Width", "Model")] = None,

@@ -18,7 +18,7 @@ from minigpt.errors import CheckpointError
 from minigpt.generation.decoder import Decoder
 from minigpt.generation.stream import stream_text
 from minigpt.model.cost import parameter_count
-from minigpt.model.gpt import GPT
+from minigpt.model.language_model import LanguageModel
 from minigpt.text.building import PrepareProgress
 from minigpt.text.visible import printable
 from minigpt.training.curves import read_curves
@@ -272,7 +272,7 @@ def _count(number: float, noun: str) -> str:
     return f"{number:g} {noun}" if number == 1 else f"{number:g} {noun}s"
 
 
-def draw_sample(model: GPT, trainer: Trainer, config: SamplingConfig = _SAMPLE) -> str:
+def draw_sample(model: LanguageModel, trainer: Trainer, config: SamplingConfig = _SAMPLE) -> str:
     """Return some text from a run's model as it stands, the same draws every time."""
     tokenizer = trainer.data.tokenizer
     model.eval()

@@ -20,7 +20,7 @@ from minigpt.commands.run_settings import (
 from minigpt.config import DataConfig, RunConfig
 from minigpt.errors import CheckpointError, ConfigError, nearest
 from minigpt.model.device import resolve_device, resolve_dtype
-from minigpt.model.gpt import GPT
+from minigpt.model.language_model import LanguageModel
 from minigpt.settings import build, merge, read_toml, to_dict
 from minigpt.text.building import PrepareProgress
 from minigpt.text.shards import PreparedData, prepare
@@ -39,7 +39,7 @@ class Job:
     config: RunConfig
     data: PreparedData
     run: RunFolder
-    start_from: GPT | None = None
+    start_from: LanguageModel | None = None
     resume_from: Path | None = None
 
     def trainer(self, world: World) -> Trainer:

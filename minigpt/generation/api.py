@@ -9,15 +9,16 @@ from minigpt.checkpoint.model_folder import LoadedModel, read_model
 from minigpt.config import DEVICES, DTYPES, QUANTIZATIONS, SamplingConfig
 from minigpt.errors import CheckpointError, ConfigError, DataError, nearest
 from minigpt.generation.decoder import Decoder, fresh_seed, rows_at_once
+from minigpt.generation.forward import has_compiled_step
 from minigpt.generation.stream import TextStep, stream_samples
 from minigpt.model.device import resolve_device, resolve_dtype
-from minigpt.model.gpt import GPT
+from minigpt.model.language_model import LanguageModel
 from minigpt.settings import build
 from minigpt.text.tokenizer import Tokenizer
 
 
 def generate(
-    model: str | Path | GPT,
+    model: str | Path | LanguageModel,
     prompt: str | Sequence[int] = "",
     *,
     tokenizer: Tokenizer | None = None,
@@ -36,7 +37,7 @@ def generate(
 
     It is what ``minigpt generate`` runs: the same settings give the same text.
 
-    Args: model, what ``--model`` takes, or a GPT in evaluation mode with its tokenizer. prompt,
+    Args: model, what ``--model`` takes, or one in evaluation mode with its tokenizer. prompt,
         text or token ids; no text is the beginning of a document. device, dtype, quantize (int8),
         as the options of the command, of a model that is read. compile, decoding through
         torch.compile; None does on CUDA. sampling, fields of SamplingConfig: temperature, top_k,
@@ -48,10 +49,10 @@ def generate(
         CheckpointError if the model's logits are no numbers.
     """
     config = build(SamplingConfig, sampling)
-    if isinstance(model, GPT):
+    if isinstance(model, LanguageModel):
         network = model
         if tokenizer is None:
-            raise ConfigError("a GPT has no tokenizer of its own. Give tokenizer, too.")
+            raise ConfigError("a LanguageModel has no tokenizer of its own. Give tokenizer, too.")
     else:
         folder = resolve_model(str(model))
         loaded = load(folder, device=device, dtype=dtype, quantize=quantize)
@@ -118,7 +119,11 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 
 def make_decoder(
-    model: GPT, prompt: Sequence[int], sampling: SamplingConfig, *, compile: bool | None = None
+    model: LanguageModel,
+    prompt: Sequence[int],
+    sampling: SamplingConfig,
+    *,
+    compile: bool | None = None,
 ) -> Decoder:
     """Return a decoder for as many samples at once as its memory should hold.
 
@@ -135,6 +140,8 @@ def make_decoder(
     )
 
 
-def is_compiled(model: GPT, compile: bool | None) -> bool:
-    """Tell whether decoding goes through torch.compile: as asked for, else on CUDA."""
-    return next(model.parameters()).is_cuda if compile is None else compile
+def is_compiled(model: LanguageModel, compile: bool | None) -> bool:
+    """Tell whether decoding goes through torch.compile: as asked for, else on CUDA if it can."""
+    if compile is not None:
+        return compile
+    return next(model.parameters()).is_cuda and has_compiled_step(model)

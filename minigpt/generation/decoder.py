@@ -18,7 +18,7 @@ from minigpt.generation.window import Window
 from minigpt.model.attention import Recorder
 from minigpt.model.cache import KVCache
 from minigpt.model.cost import cache_bytes_per_token
-from minigpt.model.gpt import GPT
+from minigpt.model.language_model import LanguageModel
 
 FinishReason = Literal["length", "stop", "end_of_text", "context"]
 """max_new_tokens reached, a stop text found, an end of text drawn, or the model's window full."""
@@ -79,7 +79,7 @@ class Decoder:
 
     def __init__(
         self,
-        model: GPT,
+        model: LanguageModel,
         prompt: Sequence[int],
         recorder: Recorder | None = None,
         *,

@@ -4,15 +4,17 @@ Shapes: B rows (sequences of one length that share a prompt), T new tokens, V vo
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
 import torch
 from torch import Tensor
 
 from minigpt.config import ModelConfig
+from minigpt.errors import ConfigError
 from minigpt.model.attention import Recorder
 from minigpt.model.cache import KVCache
 from minigpt.model.gpt import GPT
+from minigpt.model.language_model import LanguageModel
 
 
 class Forward(Protocol):
@@ -42,9 +44,11 @@ class Forward(Protocol):
 
 
 class EagerForward:
-    """GPT.forward itself, as every other way must compute it."""
+    """The model's forward itself, as every other way must compute it."""
 
-    def __init__(self, model: GPT, *, capacity: int, recorder: Recorder | None = None) -> None:
+    def __init__(
+        self, model: LanguageModel, *, capacity: int, recorder: Recorder | None = None
+    ) -> None:
         """Args: capacity, the positions that the cache has room for."""
         self.model, self.recorder = model, recorder
         self.config, self.device = model.config, model.device
@@ -67,8 +71,13 @@ class EagerForward:
         self.cache.truncate(length)
 
 
+def has_compiled_step(model: LanguageModel) -> TypeGuard[GPT]:
+    """Tell whether a model can decode through a compiled graph."""
+    return isinstance(model, GPT) and model.config.attention == "scaled_dot"
+
+
 def make_forward(
-    model: GPT,
+    model: LanguageModel,
     *,
     capacity: int,
     n_rows: int = 1,
@@ -79,12 +88,18 @@ def make_forward(
 
     Args: capacity, the positions that the cache has room for; n_rows, the most rows that
         ``repeat`` will be asked for.
+    Raises: ConfigError if it is to be compiled, and there is no graph for such a model.
     """
     if compiles:
+        if not has_compiled_step(model):
+            raise ConfigError(
+                "the compiled graph is of a gpt with scaled_dot attention, and this model is of "
+                f"arch {model.config.arch}, attention {model.config.attention}. Use --no-compile."
+            )
         from minigpt.generation.compiled import CompiledForward
 
         return CompiledForward(model, capacity=capacity, n_rows=n_rows, recorder=recorder)
-    if model.device.type == "cpu" and not model.training:
+    if isinstance(model, GPT) and model.device.type == "cpu" and not model.training:
         from minigpt.generation.fused import FusedForward
 
         return FusedForward(model, capacity=capacity, recorder=recorder)

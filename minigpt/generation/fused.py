@@ -4,10 +4,11 @@ A step of a small model is bound by calls (2 to 5 us each), one of a large model
 weights. So: no modules, projections of the same input in one product, buffers made once.
 
 Shapes: B rows, C model dim, H query heads, G key/value heads, R = H / G, D head dim, S positions in
-view, L layers, P positions of the context.
+view, L layers, P positions of the context, X all that a layer's heads have.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +24,18 @@ from minigpt.model.layers import GatedMLP
 Norm = Callable[["_Stream"], Tensor]
 
 
+@runtime_checkable
+class PassRecorder(Recorder, Protocol):
+    """A recorder that takes all layers at once, as what it is shown of one stays as it is."""
+
+    def record_pass(self, q_LHTD: Tensor, cache: KVCache, contexts_BHTD: Sequence[Tensor]) -> None:
+        """Take the first row's queries and each layer's outputs; the cache has keys and values."""
+
+
 class FusedForward:
     """Decodes one token a row in few calls; more through EagerForward, into the same cache.
 
-    A recorder is shown buffers that the next layer writes over: it must keep no view of them.
+    A recorder is shown buffers that the next pass writes over: it must keep no view of them.
     """
 
     def __init__(self, model: GPT, *, capacity: int, recorder: Recorder | None = None) -> None:
@@ -52,7 +61,11 @@ class FusedForward:
         config, dtype = self.config, self.model.dtype
         self._stream = _Stream(torch.empty(n_rows, 2 * config.d_model, dtype=dtype))
         self._logits = torch.empty(n_rows, config.vocab_size, dtype=dtype)
-        self._heads = _Heads(self.model, n_rows)
+        n_heads = config.n_head + 2 * config.n_kv_head
+        qkv_LBX = torch.empty(config.n_layer, n_rows, n_heads * config.d_head, dtype=dtype)
+        self._heads = [_Heads(self.model, qkv_BX) for qkv_BX in qkv_LBX]
+        heads_LHD = qkv_LBX[:, 0].unflatten(1, (n_heads, config.d_head))
+        self._queries_LHTD = heads_LHD[:, : config.n_head, None]
 
     @torch.inference_mode()
     def feed(self, tokens: Tensor) -> Tensor:
@@ -63,10 +76,14 @@ class FusedForward:
             raise ValueError(f"the model sees {length} positions; {length + 1} were given")
         self._embed(tokens[:, 0], length)
         turns = self._turn.at(length) if self._turn is not None else None
+        contexts = []
         for layer, (part, places) in enumerate(zip(self._layers, self.cache.grown(), strict=True)):
-            self._attend(layer, part, places, turns[layer] if turns is not None else None)
+            turn = turns[layer] if turns is not None else None
+            contexts.append(self._attend(layer, part, places, turn))
             part.add_mlp(self._stream)
         self.cache.advance(1)
+        if isinstance(self.recorder, PassRecorder):
+            self.recorder.record_pass(self._queries_LHTD, self.cache, contexts)
         self._unembed.into(self._final_norm(self._stream), self._logits)
         return self._logits.float()
 
@@ -83,20 +100,30 @@ class FusedForward:
         part: "_Layer",
         places: tuple[Tensor, Tensor, Tensor, Tensor],
         turn: tuple[Tensor, Tensor, Tensor] | None,
-    ) -> None:
-        heads = self._heads
+    ) -> Tensor:
+        """Add to the stream what attention makes of it; return the heads' outputs (B, H, 1, D)."""
+        heads = self._heads[layer]
         new_k_BGD, new_v_BGD, k_BGSD, v_BGSD = places
         part.qkv.into(part.attention_norm(self._stream), heads.qkv)
         if turn is not None:
             heads.turn(turn, part.qk_norm_eps)
         new_k_BGD.copy_(heads.k_BGD)
         new_v_BGD.copy_(heads.v_BGD)
-        context_BGTD = F.scaled_dot_product_attention(heads.q_BGTD, k_BGSD, v_BGSD)
-        context_BGRD = context_BGTD[:, :, : heads.n_shared]
-        if self.recorder is not None:
-            q_BHTD = heads.q_BHD[:, :, None]
-            self.recorder.record(layer, q_BHTD, k_BGSD, v_BGSD, context_BGRD.reshape(q_BHTD.shape))
-        part.output.onto(context_BGRD.flatten(1), self._stream.x)
+        q_BHTD = heads.q_BHD[:, :, None]
+        if part.score.name != "scaled_dot":
+            q_BHTD.copy_(part.score.fold(q_BHTD))
+        if part.score.is_dot_product:
+            context_BGTD = F.scaled_dot_product_attention(heads.q_BGTD, k_BGSD, v_BGSD)
+            context_BGRD = context_BGTD[:, :, : heads.n_shared]
+        else:
+            context_BHTD = part.score.attend(q_BHTD, k_BGSD, v_BGSD)
+            context_BGRD = context_BHTD[:, :, 0].unflatten(1, (-1, heads.n_shared))
+        context_BX = context_BGRD.flatten(1)
+        context_BHTD = context_BX.view(q_BHTD.shape)
+        if self.recorder is not None and not isinstance(self.recorder, PassRecorder):
+            self.recorder.record(layer, q_BHTD, k_BGSD, v_BGSD, context_BHTD)
+        part.output.onto(context_BX, self._stream.x)
+        return context_BHTD
 
     def repeat(self, n_rows: int) -> None:
         self.keep([0] * n_rows)
@@ -124,6 +151,7 @@ class _Layer:
         attention, mlp = block.attention, block.mlp
         self.attention_norm, self.mlp_norm = map(_make_norm, (block.attention_norm, block.mlp_norm))
         self.qkv = make_product([attention.query, attention.key, attention.value])
+        self.score = attention.score
         self.output = make_product([attention.output])
         self.qk_norm_eps: Tensor | None = None
         if isinstance(attention.query_norm, nn.RMSNorm):
@@ -150,10 +178,10 @@ class _Layer:
 class _Heads:
     """The buffer that queries, keys and values of the new positions are computed in, as views."""
 
-    def __init__(self, model: GPT, n_rows: int) -> None:
+    def __init__(self, model: GPT, qkv_BX: Tensor) -> None:
         config, dtype = model.config, model.dtype
         n_query, n_key, d_head = config.n_head, config.n_kv_head, config.d_head
-        self.qkv = torch.empty(n_rows, (n_query + 2 * n_key) * d_head, dtype=dtype)
+        self.qkv = qkv_BX
         heads = self.qkv.unflatten(1, (-1, d_head))
         self.q_BHD, self.k_BGD, self.v_BGD = heads.split([n_query, n_key, n_key], dim=1)
         # Query heads that share keys are queries of one head: SDPA then reads the keys once.

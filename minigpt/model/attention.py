@@ -5,22 +5,33 @@ Shapes: B batch, T queries, S keys, H query heads, G key/value heads, D head dim
 
 from typing import Protocol
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minigpt.config import ModelConfig
 from minigpt.model.cache import KVCache
 from minigpt.model.layers import RMSNorm, rotate
-from minigpt.model.scores import causal_mask
+from minigpt.model.scores import Score
 
 
 class Recorder(Protocol):
-    """What forward tells of each layer's attention; it must change nothing that it is given."""
+    """What forward tells of each layer's attention; it must change nothing that it is given.
+
+    Queries are as ``Score.fold`` leaves them: ``Score.weights`` makes weights of them and the keys.
+    """
 
     def record(
         self, layer: int, q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, context_BHTD: Tensor
     ) -> None:
         """Take a layer's queries, all keys and values in view, and each head's output."""
+
+
+class AttentionLayer(Protocol):
+    """What a recorder asks of a layer that it is shown."""
+
+    score: Score
+    """Makes weights of queries and keys."""
+    output: nn.Linear
+    """What the heads' outputs go through on their way on."""
 
 
 class Attention(nn.Module):
@@ -33,7 +44,6 @@ class Attention(nn.Module):
         super().__init__()
         self.layer = layer
         self.d_head = config.d_head
-        self.is_grouped = config.n_kv_head != config.n_head
         has_output_bias = config.family == "gpt2" or config.attention_bias == "all"
         has_bias = has_output_bias or config.attention_bias == "qkv"
         d_query = config.n_head * config.d_head
@@ -48,6 +58,7 @@ class Attention(nn.Module):
             self.key_norm: nn.Module = RMSNorm(config.d_head, eps=config.norm_eps)
         else:
             self.query_norm = self.key_norm = nn.Identity()
+        self.score = Score(config)
 
     def forward(
         self,
@@ -68,9 +79,10 @@ class Attention(nn.Module):
         if rotary is not None:
             q_BHTD = rotate(q_BHTD, *rotary)
             k_BGSD = rotate(k_BGSD, *rotary)
+        q_BHTD = self.score.fold(q_BHTD)
         if cache is not None:
             k_BGSD, v_BGSD = cache.write(self.layer, k_BGSD, v_BGSD)
-        context_BHTD = self._attend(q_BHTD, k_BGSD, v_BGSD, visible_BS)
+        context_BHTD = self.score.attend(q_BHTD, k_BGSD, v_BGSD, visible_BS)
         if recorder is not None:
             recorder.record(self.layer, q_BHTD, k_BGSD, v_BGSD, context_BHTD)
         output: Tensor = self.output(context_BHTD.transpose(1, 2).flatten(2))  # (B, T, C)
@@ -78,25 +90,3 @@ class Attention(nn.Module):
 
     def _split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.d_head)).transpose(1, 2)  # (B, H, T, D)
-
-    def _attend(
-        self, q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, visible_BS: Tensor | None
-    ) -> Tensor:
-        n_query, n_key = q_BHTD.shape[2], k_BGSD.shape[2]
-        is_square = n_query == n_key
-        mask = None
-        # SDPA's own causal mask is aligned upper-left; after a cached prefix it must be
-        # lower-right, so that the last query sees every key.
-        if n_query > 1 and (visible_BS is not None or not is_square):
-            mask = causal_mask(n_query, n_key, q_BHTD.device)
-        if visible_BS is not None:
-            visible_B1TS = visible_BS[:, None, None]
-            mask = visible_B1TS if mask is None else visible_B1TS & mask
-        return F.scaled_dot_product_attention(
-            q_BHTD,
-            k_BGSD,
-            v_BGSD,
-            attn_mask=mask,
-            is_causal=mask is None and n_query > 1,
-            enable_gqa=self.is_grouped,
-        )

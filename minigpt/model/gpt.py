@@ -3,35 +3,19 @@
 Shapes: B batch, T new tokens, C model dim, V vocabulary.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Self
+from collections.abc import Mapping, Sequence
+from typing import Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from minigpt.config import ModelConfig
 from minigpt.model.attention import Attention, Recorder
 from minigpt.model.cache import KVCache
+from minigpt.model.language_model import LanguageModel
 from minigpt.model.layers import MLP, GatedMLP, make_norm, rotary_table
-
-
-class _WithoutInit(TorchFunctionMode):
-    """Leaves out the initial weights that torch's modules draw."""
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return kwargs["tensor"] if "tensor" in kwargs else args[0]
-        return func(*args, **kwargs)
+from minigpt.model.scores import Score
 
 
 class Block(nn.Module):
@@ -60,16 +44,14 @@ class Block(nn.Module):
         return x
 
 
-class GPT(nn.Module):
+class GPT(LanguageModel):
     """A causal language model: token ids in, logits of each next token out.
 
     Source: Radford et al. 2019 (GPT-2); Touvron et al. 2023, arXiv:2302.13971 (Llama).
     """
 
     def __init__(self, config: ModelConfig) -> None:
-        """Build with torch's own initial weights; ``init_weights`` draws ours."""
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.rotary_cos: Tensor
         self.rotary_sin: Tensor
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
@@ -80,8 +62,7 @@ class GPT(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.final_norm = make_norm(config, config.d_model)
-        # None: the embedding the other way round
-        self.unembedding: nn.Module | None = None
+        self.unembedding = None
         if not config.tie_embeddings:
             self.unembedding = nn.Linear(config.d_model, config.vocab_size, bias=False)
 
@@ -91,20 +72,8 @@ class GPT(nn.Module):
         self.register_buffer("rotary_sin", sin, persistent=False)
 
     @classmethod
-    def without_weights(cls, config: ModelConfig) -> Self:
-        """Build the shape of a model on the meta device: no memory, no weights, no tables."""
-        # Drawing on the meta device would import torch's compiler: over a second, for nothing.
-        with torch.device("meta"), _WithoutInit():
-            return cls(config)
-
-    @classmethod
     def from_tensors(cls, config: ModelConfig, tensors: Mapping[str, Tensor]) -> Self:
-        """Build a model around loaded weights without allocating them twice.
-
-        Raises: RuntimeError, as load_state_dict, for missing, extra or wrongly shaped tensors.
-        """
-        model = cls.without_weights(config)
-        model.load_state_dict(tensors, strict=True, assign=True)
+        model = super().from_tensors(config, tensors)
         if config.family == "llama":
             model._make_rotary()
             model.rotary_cos = model.rotary_cos.to(model.device, model.dtype)
@@ -112,20 +81,8 @@ class GPT(nn.Module):
         return model
 
     @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self._norm_weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What activations are without autocast; quantized weights are of another one."""
-        return self._norm_weight.dtype
-
-    @property
-    def _norm_weight(self) -> Tensor:
-        weight = self.final_norm.weight
-        assert isinstance(weight, Tensor)
-        return weight
+    def attentions(self) -> Sequence[Attention]:
+        return [block.attention for block in self.blocks if isinstance(block, Block)]
 
     def forward(
         self,
@@ -148,12 +105,7 @@ class GPT(nn.Module):
         Returns: (B, T, V), or (B, logits_to_keep, V).
         Raises: ValueError if more than context_length positions would be in view.
         """
-        start = cache.length if cache is not None else 0
-        end = start + tokens.shape[1]
-        if end > self.config.context_length:
-            raise ValueError(
-                f"the model sees {self.config.context_length} positions; {end} were given"
-            )
+        start, end = self._positions_of(tokens, cache)
         x = self.embedding(tokens)
         rotary = None
         if self.config.family == "gpt2":
@@ -168,11 +120,7 @@ class GPT(nn.Module):
                 x = block(x, rotary, cache, recorder, visible_BS)
         if cache is not None:
             cache.advance(tokens.shape[1])
-        x = self.final_norm(x[:, -logits_to_keep:])  # [-0:] is all of them
-        if self.unembedding is None:
-            return F.linear(x, self.embedding.weight)
-        logits: Tensor = self.unembedding(x)
-        return logits
+        return self._logits(x, logits_to_keep)
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Draw initial weights in place.
@@ -180,9 +128,12 @@ class GPT(nn.Module):
         gpt2: normal, std 0.02, the residual branches' outputs shrunk by sqrt(2 n_layer) (Radford
         et al. 2019). llama: normal, std 1 / sqrt(fan-in), and the residual branches' outputs zero,
         so that every block begins as the identity (Zhang et al. 2019, arXiv:1901.09321).
+        Parameters of scores: as ``Score.init_weights`` says.
         """
         is_gpt2 = self.config.family == "gpt2"
         for name, parameter in self.named_parameters():
+            if ".score." in name:
+                continue
             is_branch_output = name.endswith(("attention.output.weight", "mlp.down.weight"))
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
@@ -196,3 +147,6 @@ class GPT(nn.Module):
             else:
                 std = parameter.shape[1] ** -0.5
                 nn.init.normal_(parameter, std=std, generator=generator)
+        for module in self.modules():
+            if isinstance(module, Score):
+                module.init_weights(generator)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minigpt.errors import ConfigError
-from minigpt.model.gpt import GPT
+from minigpt.model.language_model import LanguageModel
 from minigpt.model.tables import FEW_ROWS, Table
 
 _LARGEST = 127  # and -127: symmetric, zero is exact
@@ -103,14 +103,19 @@ class Int8Embedding(nn.Module):
 
 
 @torch.no_grad()
-def quantize_int8(model: GPT) -> None:
+def quantize_int8(model: LanguageModel) -> None:
     """Round the weights of every product, the embedding's among them, to 8 bits, in place.
 
     Each output has a scale of its own, by which its largest weight is 127 or -127. Norms, biases
     and learned positions stay as they are. The model can then decode and be evaluated; it can be
     neither trained nor saved.
-    Raises: ConfigError on a device that has no such products.
+    Raises: ConfigError on a device that has no such products, or for an LSTM.
     """
+    if model.config.arch != "gpt":
+        raise ConfigError(
+            f"quantize int8 is for arch gpt: nothing of {model.config.arch} would be smaller but "
+            "its embeddings. Leave it out."
+        )
     if model.device.type == "mps":
         raise ConfigError(
             "quantize int8 is not available on mps. Use --device cpu, or leave it out."

@@ -10,7 +10,7 @@ from minigpt.config import SamplingConfig
 from minigpt.errors import ConfigError, nearest
 from minigpt.generation import api
 from minigpt.generation.decoder import fresh_seed
-from minigpt.model.gpt import GPT
+from minigpt.model.language_model import LanguageModel
 from minigpt.settings import build
 from minigpt.text.tokenizer import Tokenizer
 from minigpt.tracing import tracer
@@ -26,7 +26,7 @@ MEASURES: dict[str, tuple[Measure, ...]] = {
 
 
 def trace(
-    model: str | Path | GPT,
+    model: str | Path | LanguageModel,
     prompt: str | Sequence[int] = "",
     *,
     tokenizer: Tokenizer | None = None,
@@ -61,10 +61,10 @@ def trace(
     sampling = build(SamplingConfig, options)
     if sampling.num_samples != 1:
         raise ConfigError(f"a trace is of one sample: num_samples is {sampling.num_samples}.")
-    if isinstance(model, GPT):
+    if isinstance(model, LanguageModel):
         network, name = model, ""
         if tokenizer is None:
-            raise ConfigError("a GPT has no tokenizer of its own. Give tokenizer, too.")
+            raise ConfigError("a LanguageModel has no tokenizer of its own. Give tokenizer, too.")
     else:
         folder = resolve_model(str(model))
         loaded = api.load(folder, device=device, dtype=dtype, quantize=quantize)

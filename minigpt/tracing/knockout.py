@@ -12,8 +12,10 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
+from minigpt.errors import ConfigError
 from minigpt.model.cache import KVCache
 from minigpt.model.gpt import GPT
+from minigpt.model.language_model import LanguageModel
 from minigpt.tracing.events import CauseCheck, Effect, Knockout, Row, Source, Token
 
 _LEAST_TO_RANK = 3  # two are always in perfect order, or in perfect disorder
@@ -21,7 +23,7 @@ _CACHE_BYTES_AT_ONCE = 2**28
 
 
 def source_effects(
-    model: GPT,
+    model: LanguageModel,
     cache: KVCache,
     tokens: Sequence[Token],
     row: Row,
@@ -75,7 +77,7 @@ def choose_controls(
 
 @torch.inference_mode()
 def knock_out(
-    model: GPT,
+    model: LanguageModel,
     cache: KVCache,
     query: int,
     target: int,
@@ -101,12 +103,38 @@ def knock_out(
         if knockout == "key":
             visible_BS = places.new_ones(len(places) + 1, cache.length, dtype=torch.bool)
             visible_BS[rows, places] = False
-        shared = _SharedPrefix(cache, without_value=(rows, places) if knockout == "value" else None)
+        without_value = (rows, places) if knockout == "value" else None
+        shared = _prefix(model, cache, len(places) + 1, without_value)
         tokens = torch.full((len(places) + 1, 1), query, device=model.device)
         logits = model(tokens, shared, visible_BS=visible_BS)[:, -1]
         log_p = logits.float().log_softmax(dim=-1)[:, target]
         changes += (log_p[1:] - log_p[0]).tolist()
     return changes
+
+
+def _prefix(
+    model: LanguageModel, cache: KVCache, n_rows: int, without_value: tuple[Tensor, Tensor] | None
+) -> KVCache:
+    """Return a cache of all positions but the newest, for so many rows."""
+    if isinstance(model, GPT):
+        return _SharedPrefix(cache, without_value)
+    if without_value is not None:
+        raise ConfigError(
+            "a state that is looked at is key and value in one, and what it has handed on stays. "
+            "Use --knockout key."
+        )
+    # Its layers read their earlier states from the cache itself.
+    rows = KVCache(
+        model.config,
+        batch_size=n_rows,
+        capacity=cache.length,
+        device=model.device,
+        dtype=model.dtype,
+    )
+    rows.length = cache.length - 1
+    rows.keys_LBGSD[:, :, :, : rows.length] = cache.keys_LBGSD[:, :1, :, : rows.length]
+    rows.values_LBGSD[:, :, :, : rows.length] = cache.values_LBGSD[:, :1, :, : rows.length]
+    return rows
 
 
 class _SharedPrefix(KVCache):
@@ -170,7 +198,7 @@ def _centred_ranks(values: ArrayLike) -> NDArray[np.float64]:
 
 
 @contextmanager
-def without_heads(model: GPT, heads: Iterable[tuple[int, int]]) -> Iterator[None]:
+def without_heads(model: LanguageModel, heads: Iterable[tuple[int, int]]) -> Iterator[None]:
     """Let heads, each (layer, head), add nothing to the stream in GPT.forward meanwhile.
 
     What they bring is zeroed before W_O, which is as if their columns of W_O were.
@@ -180,13 +208,13 @@ def without_heads(model: GPT, heads: Iterable[tuple[int, int]]) -> Iterator[None
         heads_by_layer[layer].append(head)
     with ExitStack() as stack:
         for layer, chosen in heads_by_layer.items():
-            output = model.blocks[layer].get_submodule("attention.output")
+            output = model.attentions[layer].output
             stack.callback(output.register_forward_pre_hook(_Zeroed(model, chosen)).remove)
         yield
 
 
 class _Zeroed:
-    def __init__(self, model: GPT, heads: Sequence[int]) -> None:
+    def __init__(self, model: LanguageModel, heads: Sequence[int]) -> None:
         self._n_head, self._heads = model.config.n_head, list(heads)
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor]) -> Tensor:

@@ -4,28 +4,38 @@ Shapes: L layers, B batch, H query heads, G key/value heads, T queries, S keys, 
 dim.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
-from minigpt.model.attention import Attention
+from minigpt.errors import ConfigError
 from minigpt.model.cache import KVCache
-from minigpt.model.gpt import GPT
+from minigpt.model.language_model import LanguageModel
 from minigpt.model.quantized import Int8Linear
 from minigpt.model.scores import attention_weights
 from minigpt.tracing.rollout import Rollout
 from minigpt.tracing.sink import SinkFinder
 
 
+def require_attention(model: LanguageModel) -> None:
+    """Raise ConfigError if a model has no attention."""
+    if not model.attentions:
+        raise ConfigError(
+            f"a model of arch {model.config.arch} has no attention to show. Choose another one."
+        )
+
+
 class RowRecorder:
     """Keeps each head's attention row of the last query, of the last forward pass.
 
-    The model's own path is not touched: the row is softmax(q K^T / sqrt(D)) of the query and the
-    cached keys that the kernel was given, computed beside it in float32.
+    The model's own path is not touched: the row is the softmax of the model's own score of the
+    query and the cached keys that the kernel was given, computed beside it in float32.
     """
 
     def __init__(
         self,
-        model: GPT,
+        model: LanguageModel,
         *,
         has_norms: bool = False,
         rollout: Rollout | None = None,
@@ -35,19 +45,18 @@ class RowRecorder:
 
         Args: has_norms, keep the lengths of what the heads would add to the stream, too. rollout
             and sink_finder are shown every query's row, not the last one's alone.
+        Raises: ConfigError if the model has no attention.
         """
-        self._n_layer = model.config.n_layer
+        require_attention(model)
+        self._scores = [attention.score for attention in model.attentions]
+        self._n_layer = len(self._scores)
         self._rollout, self._sink_finder = rollout, sink_finder
         self._norms = _ValueNorms(model) if has_norms else None
-        self._queries: list[Tensor] = []
         self._weights: list[Tensor] = []
         self._new_values: list[Tensor] = []
         self._shown: tuple[Tensor, Tensor] | None = None
         self._weights_LHS: Tensor | None = None
         self._n_passes = 0
-        self.cache: KVCache | None = None
-        """What passes of one token read and write, if there is such a cache. With it, the rows of
-        all layers are one product at the end of a pass, at a third of the cost of one a layer."""
         self.product_error: Tensor | None = None
         """The largest difference between a row times the values and the head's output, over the
         largest output; in the last pass, of one layer, each in its turn."""
@@ -57,34 +66,41 @@ class RowRecorder:
         self, layer: int, q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, context_BHTD: Tensor
     ) -> None:
         """Take one layer's row of the batch's first sequence."""
-        n_new, n_key = q_BHTD.shape[2], k_BGSD.shape[2]
         if layer == 0:
-            self._queries, self._weights, self._new_values = [], [], []
-        if self.cache is not None and n_new == 1:
-            self._queries.append(q_BHTD[0].clone())  # the next layer's may be written over it
-        else:
-            self._weights.append(attention_weights(q_BHTD[:1, :, -1:], k_BGSD[:1])[0, :, 0])
-        if layer == self._n_passes % self._n_layer:
+            self._weights, self._new_values = [], []
+        weights = self._scores[layer].weights
+        self._weights.append(weights(q_BHTD[:1, :, -1:], k_BGSD[:1])[0, :, 0])
+        if layer == self._checked_layer:
             self._shown = v_BGSD[0], context_BHTD[0, :, -1]
         if self._norms is not None:
-            self._new_values.append(v_BGSD[0, :, n_key - n_new :])
+            self._new_values.append(v_BGSD[0, :, v_BGSD.shape[2] - q_BHTD.shape[2] :])
         for watcher in (self._rollout, self._sink_finder):
             if watcher is not None:
-                watcher.watch(layer, q_BHTD[:1], k_BGSD[:1])
+                watcher.watch(layer, q_BHTD[:1], k_BGSD[:1], weights)
         if layer == self._n_layer - 1:
-            weights_LHS = self._rows_of_pass(n_key)
-            if self._shown is not None:
-                row_HS = weights_LHS[self._n_passes % self._n_layer]
-                self.product_error = _product_error(row_HS, *self._shown)
+            weights_LHS = torch.stack(self._weights)
+            assert self._shown is not None
+            self.product_error = _product_error(weights_LHS[self._checked_layer], *self._shown)
             self._end_pass(weights_LHS)
 
-    def _rows_of_pass(self, n_key: int) -> Tensor:
-        if self._weights:
-            return torch.stack(self._weights)
-        assert self.cache is not None
-        # The layers stand where a batch's sequences do.
-        keys_LGSD = self.cache.keys_LBGSD[:, 0, :, :n_key]
-        return attention_weights(torch.stack(self._queries), keys_LGSD)[:, :, 0]
+    @torch.no_grad()
+    def record_pass(self, q_LHTD: Tensor, cache: KVCache, contexts_BHTD: Sequence[Tensor]) -> None:
+        """Take the rows of a pass of one token from its queries, with what the cache now holds.
+
+        One product for all layers is a third of the cost of one for each.
+        """
+        keys_LGSD = cache.keys_LBGSD[:, 0, :, : cache.length]
+        values_LGSD = cache.values_LBGSD[:, 0, :, : cache.length]
+        if self._scores[0].is_dot_product:
+            weights_LHS = attention_weights(q_LHTD, keys_LGSD)[:, :, 0]  # layers, as if a batch
+        else:
+            rows = zip(self._scores, q_LHTD[:, None], keys_LGSD[:, None], strict=True)
+            weights_LHS = torch.stack([score.weights(q, k)[0, :, 0] for score, q, k in rows])
+        layer = self._checked_layer
+        context_HD = contexts_BHTD[layer][0, :, -1]
+        error = _product_error(weights_LHS[layer], values_LGSD[layer], context_HD)
+        self.take(weights_LHS, values_LGSD[:, :, -1:])
+        self.product_error = error
 
     @torch.no_grad()
     def take(self, weights_LHS: Tensor, new_values_LGTD: Tensor) -> None:
@@ -95,6 +111,10 @@ class RowRecorder:
             for layer, weights_HS in enumerate(weights_LHS):
                 self._rollout.extend(layer, weights_HS[:, None])
         self._end_pass(weights_LHS)
+
+    @property
+    def _checked_layer(self) -> int:
+        return self._n_passes % self._n_layer
 
     def _end_pass(self, weights_LHS: Tensor) -> None:
         self._weights_LHS = weights_LHS
@@ -137,11 +157,10 @@ class _ValueNorms:
     a length: D x D numbers, however wide the model is.
     """
 
-    def __init__(self, model: GPT) -> None:
+    def __init__(self, model: LanguageModel) -> None:
         factors = []
-        for block in model.blocks:
-            assert isinstance(block.attention, Attention)
-            weight = _dense_weight(block.attention.output)
+        for attention in model.attentions:
+            weight = _dense_weight(attention.output)
             heads_HCD = (
                 weight.detach().float().unflatten(1, (model.config.n_head, -1)).transpose(0, 1)
             )

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from minigpt.errors import CheckpointError, ConfigError
-from minigpt.model.gpt import GPT
-from minigpt.model.scores import attention_weights
+from minigpt.model.language_model import LanguageModel
 from minigpt.tracing.events import Roles
 from minigpt.tracing.knockout import without_heads
+from minigpt.tracing.recorder import require_attention
 from minigpt.tracing.words import SCORES
 
 _MOST_REPEATED = 64  # T: chance gives an induction head's place 1 % there
@@ -31,14 +31,15 @@ _SPECIFIC = 0.4
 _BROAD = 0.5
 
 
-def head_roles(model: GPT, *, seed: int = 0) -> tuple[tuple[Roles, ...], ...]:
+def head_roles(model: LanguageModel, *, seed: int = 0) -> tuple[tuple[Roles, ...], ...]:
     """Return for each layer its heads' roles.
 
     Args: seed, of the random tokens.
-    Raises: ConfigError if the context or the vocabulary is too small to say anything twice;
-        CheckpointError if the attention is no numbers.
+    Raises: ConfigError if the model has no attention, or its context or vocabulary is too small to
+        say anything twice; CheckpointError if the attention is no numbers.
     """
-    recorder = _RoleRecorder()
+    require_attention(model)
+    recorder = _RoleRecorder(model)
     with torch.inference_mode():
         model(doubled_sequences(model, seed=seed), recorder=recorder, logits_to_keep=1)
     scores_LH5 = torch.stack(recorder.scores_H5)
@@ -50,7 +51,7 @@ def head_roles(model: GPT, *, seed: int = 0) -> tuple[tuple[Roles, ...], ...]:
     return tuple(tuple(_roles(*scores) for scores in layer) for layer in scores_LH5.tolist())
 
 
-def doubled_sequences(model: GPT, *, seed: int) -> Tensor:
+def doubled_sequences(model: LanguageModel, *, seed: int) -> Tensor:
     """Return a few sequences (B, 2 T) of T different random tokens, each sequence said twice.
 
     Raises: ConfigError if the context or the vocabulary is too small, or for a seed out of range.
@@ -119,19 +120,20 @@ def _roles(*scores: float) -> Roles:
 class _RoleRecorder:
     """Keeps five numbers of a head, and one layer's maps at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: LanguageModel) -> None:
+        self._attentions = model.attentions
         self.scores_H5: list[Tensor] = []
         """Of each layer."""
 
     def record(
         self, layer: int, q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, context_BHTD: Tensor
     ) -> None:
-        self.scores_H5.append(role_scores(attention_weights(q_BHTD, k_BGSD)))
+        self.scores_H5.append(role_scores(self._attentions[layer].score.weights(q_BHTD, k_BGSD)))
 
 
 @torch.inference_mode()
 def head_effects(
-    model: GPT, *, seed: int = 0, progress: Callable[[float], None] | None = None
+    model: LanguageModel, *, seed: int = 0, progress: Callable[[float], None] | None = None
 ) -> NDArray[np.float32]:
     """Return by how many nats/token each head's absence makes the second saying worse: (L, H).
 
@@ -148,7 +150,7 @@ def head_effects(
         targets = tokens[:, n_repeated + 1 :]
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten()).item()
 
-    shape = (model.config.n_layer, model.config.n_head)
+    shape = (model.config.n_attention_layer, model.config.n_head)
     effects_LH = np.zeros(shape, np.float32)
     whole = loss()
     for done, head in enumerate(np.ndindex(shape)):

@@ -7,7 +7,7 @@ positions that there is room for.
 import torch
 from torch import Tensor
 
-from minigpt.model.scores import attention_weights
+from minigpt.model.scores import Weights, attention_weights
 from minigpt.tracing.selection import HeadSelection
 
 MAX_POSITIONS = 1024
@@ -37,15 +37,15 @@ class Rollout:
         """For each chosen layer (P, P), of which the first ``_end`` rows are filled."""
         self._end = 0
 
-    def watch(self, layer: int, q_BHTD: Tensor, k_BGSD: Tensor) -> None:
-        """Take all new queries of one layer, and all keys in view."""
+    def watch(
+        self, layer: int, q_BHTD: Tensor, k_BGSD: Tensor, weights: Weights = attention_weights
+    ) -> None:
+        """Take all new queries of one layer, and all keys in view; weights, the layer's own."""
         n_query, n_key = q_BHTD.shape[2], k_BGSD.shape[2]
         for first in range(0, n_query, _QUERIES_AT_ONCE):
             last = min(first + _QUERIES_AT_ONCE, n_query)
             in_view = n_key - n_query + last
-            self.extend(
-                layer, attention_weights(q_BHTD[:, :, first:last], k_BGSD[:, :, :in_view])[0]
-            )
+            self.extend(layer, weights(q_BHTD[:, :, first:last], k_BGSD[:, :, :in_view])[0])
 
     def extend(self, layer: int, weights_HTS: Tensor) -> None:
         """Take the rows of the newest queries of one layer: of layer 0 first, in order."""

@@ -6,7 +6,7 @@ Shapes: B batch, H query heads, G key/value heads, T queries, S keys, D head dim
 import torch
 from torch import Tensor
 
-from minigpt.model.scores import attention_weights
+from minigpt.model.scores import Weights, attention_weights
 
 _QUERIES_AT_ONCE = 64
 
@@ -22,8 +22,13 @@ class SinkFinder:
         self._received_S: Tensor | None = None
         self._n_rows = 0
 
-    def watch(self, layer: int, q_BHTD: Tensor, k_BGSD: Tensor) -> None:
-        """Take a layer's queries and keys of a whole prompt; later tokens are passed by."""
+    def watch(
+        self, layer: int, q_BHTD: Tensor, k_BGSD: Tensor, weights: Weights = attention_weights
+    ) -> None:
+        """Take a layer's queries and keys of a whole prompt; later tokens are passed by.
+
+        Args: weights, the layer's own.
+        """
         n_head, n_query = q_BHTD.shape[1:3]
         if n_query < k_BGSD.shape[2]:
             return
@@ -33,7 +38,7 @@ class SinkFinder:
             return
         for first in range(0, n_query, _QUERIES_AT_ONCE):
             last = min(first + _QUERIES_AT_ONCE, n_query)
-            weights_HTS = attention_weights(q_BHTD[:, :, first:last], k_BGSD[:, :, :last])[0]
+            weights_HTS = weights(q_BHTD[:, :, first:last], k_BGSD[:, :, :last])[0]
             own = torch.arange(first, last, device=q_BHTD.device)
             weights_HTS[:, own - first, own] = 0  # looking at itself makes no position a sink
             self._received_S[:last] += weights_HTS.sum(dim=(0, 1))
@@ -44,7 +49,8 @@ class SinkFinder:
 
         Only there is it enough of them to tell.
         """
-        assert self._received_S is not None, "no prompt was watched"
+        if self._received_S is None:  # of one token, which has nothing else to look at
+            return 0
         n = self._received_S.shape[0]
         n_later = torch.arange(n - 1, -1, -1, device=self._received_S.device).clamp(min=1)
         return int((self._received_S / n_later)[: max(1, n // 2)].argmax())

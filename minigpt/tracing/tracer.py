@@ -13,7 +13,7 @@ from minigpt.config import SamplingConfig
 from minigpt.errors import ConfigError
 from minigpt.generation.decoder import Decoder
 from minigpt.generation.stream import stream_text
-from minigpt.model.gpt import GPT
+from minigpt.model.language_model import LanguageModel
 from minigpt.text.tokenizer import Tokenizer
 from minigpt.tracing.analysis import RowFacts, reduce_rows, row_facts
 from minigpt.tracing.dense import DenseWriter
@@ -32,7 +32,7 @@ from minigpt.tracing.events import (
     TraceStep,
 )
 from minigpt.tracing.knockout import check_cause, source_effects
-from minigpt.tracing.recorder import RowRecorder
+from minigpt.tracing.recorder import RowRecorder, require_attention
 from minigpt.tracing.roles import head_roles
 from minigpt.tracing.rollout import MAX_POSITIONS, Rollout
 from minigpt.tracing.selection import HeadSelection, select_heads
@@ -78,7 +78,7 @@ class TraceConfig:
 
 
 def trace(
-    model: GPT,
+    model: LanguageModel,
     tokenizer: Tokenizer,
     prompt: Sequence[int],
     sampling: SamplingConfig,
@@ -116,13 +116,12 @@ def trace(
         max_new_tokens=sampling.max_new_tokens,
         compiles=compiles,
     )
-    watch.recorder.cache = decoder.cache
     watch.find_sink()
     shape = model.config
     yield TraceHeader(
         model=model_name,
         model_sha256=model_sha256,
-        n_layer=shape.n_layer,
+        n_layer=shape.n_attention_layer,
         n_head=shape.n_head,
         n_kv_head=shape.n_kv_head,
         d_model=shape.d_model,
@@ -175,12 +174,13 @@ class _Watch:
     """A recorder, and what a trace makes of what it keeps."""
 
     def __init__(
-        self, model: GPT, config: TraceConfig, n_prompt: int, sampling: SamplingConfig
+        self, model: LanguageModel, config: TraceConfig, n_prompt: int, sampling: SamplingConfig
     ) -> None:
+        require_attention(model)
         shape = model.config
         self.config, self.n_prompt = config, n_prompt
         self.selection = select_heads(
-            shape.n_layer, shape.n_head, layers=config.layers, heads=config.heads
+            shape.n_attention_layer, shape.n_head, layers=config.layers, heads=config.heads
         )
         n_positions = min(shape.context_length, n_prompt + sampling.max_new_tokens)
         rollout = None

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from minigpt.errors import ConfigError
 from minigpt.evaluation import Evaluation
-from minigpt.model.gpt import GPT
+from minigpt.model.language_model import LanguageModel
 
 # torch.distributed's tensor and fsdp take a second to import: that is left to those who need them.
 
@@ -162,7 +162,7 @@ class World:
             n_bytes=int(n_bytes) + rest.n_bytes,
         )
 
-    def place(self, model: GPT) -> GPT:
+    def place(self, model: LanguageModel) -> LanguageModel:
         """Put a model on this rank's device: all of it, or this rank's part of every weight.
 
         Source: Zhao et al. 2023, arXiv:2304.11277, as torch's fully_shard.
@@ -194,12 +194,12 @@ class World:
                 gathered[name] = whole_tensor
         return gathered
 
-    def whole_model(self, model: GPT) -> GPT | None:
+    def whole_model(self, model: LanguageModel) -> LanguageModel | None:
         """Return the model as one process would hold it, on rank 0; None on the others."""
         if not self.is_sharded:
             return model if self.is_first else None
         tensors = self.gather(model.state_dict().items())
-        return GPT.from_tensors(model.config, tensors) if self.is_first else None
+        return type(model).from_tensors(model.config, tensors) if self.is_first else None
 
     def leave(self) -> None:
         """Part from the others, when all is done."""

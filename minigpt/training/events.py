@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from minigpt.model.gpt import GPT
+from minigpt.model.language_model import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class SampleEvent:
     """It is time to show a sample: the consumer draws one, and the loop waits."""
 
     step: int
-    model: GPT
+    model: LanguageModel
     """The model as it stands, whole."""
 
 

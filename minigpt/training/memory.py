@@ -15,14 +15,15 @@ from torch.utils._pytree import tree_map_only
 from minigpt.config import RunConfig
 from minigpt.errors import ResourceError
 from minigpt.evaluation import windows_at_once
+from minigpt.model.architectures import model_class
 from minigpt.model.cost import parameter_count
 from minigpt.model.device import autocast
-from minigpt.model.gpt import GPT
 from minigpt.training.optim import is_muon_parameter, make_optimizers
 
 _VALUE_BYTES = 4  # weights, gradients and moments are float32
 _BLOCK_BYTES = 50_000  # of Python's own, for the modules of a block
 _TOKEN_BYTES = 16  # an id and its target
+_LSTM_KEEPS = 15  # times its output: measured, oneDNN's gates and states of every position
 _FEW = 2  # layers; of one, the pass through it may not be where the most is held
 
 
@@ -79,7 +80,8 @@ def optimizer_values(config: RunConfig) -> int:
     """Return how many numbers the optimizers keep: one for Muon's weights, two for AdamW's."""
     has_muon = config.training.optimizer == "muon"
     n_values = 0
-    for name, parameter in GPT.without_weights(_with_layers(config, 1).model).named_parameters():
+    one = _with_layers(config, 1).model
+    for name, parameter in model_class(one).without_weights(one).named_parameters():
         n_each = 1 if has_muon and is_muon_parameter(name, parameter) else 2
         n_times = config.model.n_layer if name.startswith("blocks.") else 1
         n_values += n_each * n_times * parameter.numel()
@@ -102,14 +104,18 @@ class _LiveBytes(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.mkldnn_rnn_layer.default:
+            # Without real tensors, what it keeps for its backward pass has no size.
+            self._add(out[-1], out[-1].nbytes or _LSTM_KEEPS * out[0].nbytes)
         tree_map_only(Tensor, self._add, out)
         return out
 
-    def _add(self, tensor: Tensor) -> None:
+    def _add(self, tensor: Tensor, n_bytes: int | None = None) -> None:
         storage = tensor.untyped_storage()
-        key, n_bytes = id(storage), storage.nbytes()
+        key = id(storage)
         if key in self._storages:
             return
+        n_bytes = storage.nbytes() if n_bytes is None else n_bytes
 
         def forget(_: object) -> None:
             del self._storages[key]
@@ -136,7 +142,7 @@ def _peaks(
                 logits = model(tokens, recompute=training.recompute)
             return F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten())
 
-        model = GPT(config.model)
+        model = model_class(config.model)(config.model)
         optimizers = make_optimizers(model, training, torch.float32)
         loss_of(size).backward()
         # From the second step on there are moments, from the second micro-batch on gradients too.

@@ -105,8 +105,8 @@ class Muon(torch.optim.Muon):
 
 
 def is_muon_parameter(name: str, parameter: Tensor) -> bool:
-    """Tell whether Muon serves a parameter: the blocks' matrices, no embedding and no norm."""
-    return parameter.ndim == 2 and name.startswith("blocks.")
+    """Tell whether Muon serves a parameter: a matrix between the embeddings, and no norm."""
+    return parameter.ndim == 2 and name.startswith(("blocks.", "attention."))
 
 
 def make_optimizers(

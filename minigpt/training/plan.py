@@ -10,9 +10,9 @@ import torch
 
 from minigpt.checkpoint.folder import RunFolder
 from minigpt.config import ModelConfig, RunConfig
+from minigpt.model.architectures import model_class
 from minigpt.model.cost import parameter_count, training_flops_per_token
 from minigpt.model.device import peak_flops
-from minigpt.model.gpt import GPT
 from minigpt.text.shards import PreparedData
 from minigpt.training.distributed import ALONE, World
 from minigpt.training.memory import (
@@ -29,6 +29,7 @@ _PARTS = {
     "output": ("unembedding.",),
     "embedding": ("embedding.", "positions."),
     "attention": (".attention.",),
+    "LSTM": (".lstm.",),
     "MLP": (".mlp.",),
     "norms": ("norm.",),
 }
@@ -142,10 +143,11 @@ def make_plan(
 
 def parameters_by_part(config: ModelConfig) -> dict[str, int]:
     """Count weights by the part of the model that they are in; the parts add up to all of them."""
-    model = GPT.without_weights(replace(config, n_layer=1))
+    model = model_class(config).without_weights(replace(config, n_layer=1))
     counts = dict.fromkeys(_PARTS, 0)
     for name, parameter in model.named_parameters():
-        part = next(part for part, words in _PARTS.items() if any(word in name for word in words))
+        place = f".{name}"
+        part = next(part for part, words in _PARTS.items() if any(word in place for word in words))
         n_times = config.n_layer if name.startswith("blocks.") else 1
         counts[part] += n_times * parameter.numel()
     return {part: count for part, count in counts.items() if count}

@@ -17,8 +17,9 @@ from minigpt.checkpoint.model_folder import read_model, write_model
 from minigpt.config import RunConfig
 from minigpt.errors import CheckpointError, DataError, DivergedError
 from minigpt.evaluation import Evaluation, evaluate, windows_at_once
+from minigpt.model.architectures import model_class
 from minigpt.model.device import autocast, has_fast_bfloat16
-from minigpt.model.gpt import GPT
+from minigpt.model.language_model import LanguageModel
 from minigpt.text.batches import batch, require_length, validation_windows
 from minigpt.text.shards import PreparedData
 from minigpt.training.distributed import ALONE, World, accumulating
@@ -53,7 +54,7 @@ class Trainer:
         *,
         device: torch.device,
         dtype: torch.dtype,
-        start_from: GPT | None = None,
+        start_from: LanguageModel | None = None,
         resume_from: Path | None = None,
         world: World = ALONE,
     ) -> None:
@@ -104,18 +105,18 @@ class Trainer:
         self._readings = Readings(self.world)
         self._last_reading: Reading | None = None
 
-    def _make(self) -> GPT:
-        model = GPT(self.config.model)
+    def _make(self) -> LanguageModel:
+        model = model_class(self.config.model)(self.config.model)
         # Drawn on the CPU: every device starts from the same weights.
         model.init_weights(torch.Generator().manual_seed(self.config.training.seed))
         return model
 
-    def _take(self, model: GPT) -> GPT:
+    def _take(self, model: LanguageModel) -> LanguageModel:
         # Dropout has no weights, and may change from one part of a run to the next.
         assert replace(model.config, dropout=self.config.model.dropout) == self.config.model
-        return GPT.from_tensors(self.config.model, model.state_dict())
+        return model_class(self.config.model).from_tensors(self.config.model, model.state_dict())
 
-    def _load(self, folder: Path) -> GPT:
+    def _load(self, folder: Path) -> LanguageModel:
         model = read_model(folder, dtype=torch.float32).model
         if replace(model.config, dropout=self.config.model.dropout) != self.config.model:
             raise CheckpointError(
@@ -335,7 +336,9 @@ class Trainer:
         self.world.wait()
         self._saved_step = self.step
 
-    def _save(self, model: GPT, moments: dict[str, Tensor], result: Evaluation) -> SaveEvent:
+    def _save(
+        self, model: LanguageModel, moments: dict[str, Tensor], result: Evaluation
+    ) -> SaveEvent:
         facts = {"val_loss": result.nats_per_token, "bits_per_byte": result.bits_per_byte}
         state = Progress(
             step=self.step,

@@ -20,6 +20,8 @@ from minigpt.model.quantized import quantize_int8
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in LAYOUTS} | {
     "qwen2": ("llama", {"attention_bias": "qkv", "n_kv_head": 2}),
     "llama-biased": ("llama", {"attention_bias": "all", "mlp_bias": True, "d_head": 6}),
+    **{name: ("llama-grouped", {"attention": name}) for name in ("general", "concat")},
+    **{name: ("gpt2", {"attention": name}) for name in ("dot", "additive")},
     "qwen3-biased": ("qwen3", {"attention_bias": "all", "n_kv_head": 4, "tie_embeddings": True}),
 }
 KINDS = ["float32", "bfloat16", "int8", "int8-bfloat16"]

@@ -5,6 +5,7 @@ import torch
 from small_models import LAYOUTS, random_tokens, small_config, small_model
 from torch import Tensor
 
+from minigpt.config import ATTENTIONS
 from minigpt.model.cache import KVCache
 from minigpt.model.gpt import GPT
 
@@ -17,9 +18,11 @@ def cached_logits(model: GPT, tokens: Tensor, chunks: list[int], cache: KVCache)
     return torch.cat(parts, dim=1)
 
 
-@pytest.fixture(params=LAYOUTS)
+@pytest.fixture(params=[*LAYOUTS, *(name for name in ATTENTIONS if name != "scaled_dot")])
 def model(request: pytest.FixtureRequest) -> GPT:
-    return small_model(request.param)
+    if request.param in LAYOUTS:
+        return small_model(request.param)
+    return small_model("llama-grouped", attention=request.param)
 
 
 @pytest.mark.parametrize(

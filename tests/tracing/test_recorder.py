@@ -38,6 +38,17 @@ class Collector:
         return torch.stack([attention_weights(q, k) for q, k, _, _ in self.layers.values()])
 
 
+class Both:
+    """Shows all to two recorders."""
+
+    def __init__(self, *recorders: Collector | RowRecorder) -> None:
+        self.recorders = recorders
+
+    def record(self, *shown: Any) -> None:
+        for recorder in self.recorders:
+            recorder.record(*shown)
+
+
 def full_weights(model: GPT, tokens: Tensor) -> Tensor:
     collector = Collector()
     model(tokens, recorder=collector)
@@ -277,18 +288,23 @@ def test_rows_of_all_layers_at_once_are_those_of_one_after_another(
 ) -> None:
     model = small_model(layout).to(dtype)
     at_once, one_by_one = RowRecorder(model, has_norms=True), RowRecorder(model, has_norms=True)
-    decoders = [Decoder(model, [1, 2, 3], recorder) for recorder in (at_once, one_by_one)]
-    at_once.cache = decoders[0].cache
-    for token in random_tokens(9).tolist():
-        for decoder in decoders:
-            decoder.logits([token])
+    cache = KVCache(model.config, dtype=dtype)
+    tokens = random_tokens(1, 12)
+    with torch.inference_mode():
+        for recorder in (at_once, one_by_one):  # the cache is written twice, with the same
+            cache.truncate(0)
+            model(tokens[:, :3], cache, recorder)
+    for token in tokens[:, 3:].split(1, dim=1):
+        collector = Collector()
+        with torch.inference_mode():
+            model(token, cache, Both(collector, one_by_one))
+            queries = torch.stack([q[0] for q, _, _, _ in collector.layers.values()])
+            contexts = [context for _, _, _, context in collector.layers.values()]
+            at_once.record_pass(queries, cache, contexts)
         torch.testing.assert_close(at_once.weights_LHS, one_by_one.weights_LHS)
         torch.testing.assert_close(at_once.norms_LHS, one_by_one.norms_LHS)
-        assert at_once.product_error is not None
-        assert one_by_one.product_error is not None
-        torch.testing.assert_close(
-            at_once.product_error, one_by_one.product_error, atol=1e-5, rtol=0
-        )
+        errors = (at_once.product_error, one_by_one.product_error)
+        torch.testing.assert_close(*errors, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()

@@ -1,0 +1,113 @@
+"""What every architecture is: a causal language model, whatever is between its two embeddings.
+
+Shapes: B batch, T new tokens, C model dim, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from minigpt.config import ModelConfig
+from minigpt.model.attention import AttentionLayer
+from minigpt.model.cache import KVCache
+
+
+class _WithoutInit(TorchFunctionMode):
+    """Leaves out the initial weights that torch's modules draw."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
+class LanguageModel(nn.Module):
+    """Token ids in, logits of each next token out: ``forward`` takes what GPT's takes.
+
+    Subclasses make the modules named here, in the order in which their weights are to be drawn.
+    """
+
+    embedding: nn.Embedding
+    blocks: nn.ModuleList
+    final_norm: nn.Module
+    unembedding: nn.Module | None
+    """None: the embedding the other way round."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        """Build with torch's own initial weights; ``init_weights`` draws ours."""
+        super().__init__()
+        self.config = config
+
+    @classmethod
+    def without_weights(cls, config: ModelConfig) -> Self:
+        """Build the shape of a model on the meta device: no memory, no weights, no tables."""
+        # Drawing on the meta device would import torch's compiler: over a second, for nothing.
+        with torch.device("meta"), _WithoutInit():
+            return cls(config)
+
+    @classmethod
+    def from_tensors(cls, config: ModelConfig, tensors: Mapping[str, Tensor]) -> Self:
+        """Build a model around loaded weights without allocating them twice.
+
+        Raises: RuntimeError, as load_state_dict, for missing, extra or wrongly shaped tensors.
+        """
+        model = cls.without_weights(config)
+        model.load_state_dict(tensors, strict=True, assign=True)
+        return model
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self._norm_weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What activations are without autocast; quantized weights are of another one."""
+        return self._norm_weight.dtype
+
+    @property
+    def _norm_weight(self) -> Tensor:
+        weight = self.final_norm.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    @property
+    def attentions(self) -> Sequence[AttentionLayer]:
+        """The layers of attention, as a recorder counts them."""
+        raise NotImplementedError
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Draw initial weights in place."""
+        raise NotImplementedError
+
+    def _positions_of(self, tokens: Tensor, cache: KVCache | None) -> tuple[int, int]:
+        """Return where new tokens begin and end.
+
+        Raises: ValueError if more than context_length positions would be in view.
+        """
+        start = cache.length if cache is not None else 0
+        end = start + tokens.shape[1]
+        if end > self.config.context_length:
+            raise ValueError(
+                f"the model sees {self.config.context_length} positions; {end} were given"
+            )
+        return start, end
+
+    def _logits(self, x: Tensor, logits_to_keep: int) -> Tensor:
+        """Return the logits after the last so many positions of x (B, T, C); 0 for all."""
+        x = self.final_norm(x[:, -logits_to_keep:])  # [-0:] is all of them
+        if self.unembedding is None:
+            return F.linear(x, self.embedding.weight)
+        logits: Tensor = self.unembedding(x)
+        return logits

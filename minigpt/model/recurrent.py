@@ -1,0 +1,177 @@
+"""Life without attention, and the step after it: an LSTM, and one that looks back over its states.
+
+Shapes: L layers, B batch, T new tokens, S positions in view, C model dim, V vocabulary.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from minigpt.config import ModelConfig
+from minigpt.model.attention import Recorder
+from minigpt.model.cache import KVCache
+from minigpt.model.language_model import LanguageModel
+from minigpt.model.layers import make_norm
+from minigpt.model.scores import Score
+
+
+class RecurrentBlock(nn.Module):
+    """An LSTM layer: (B, T, C) -> its hidden states (B, T, C).
+
+    Source: Hochreiter & Schmidhuber 1997, doi:10.1162/neco.1997.9.8.1735, with the forget gate of
+        Gers et al. 2000; dropout between layers and not in time: Zaremba et al. 2014,
+        arXiv:1409.2329.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.lstm = nn.LSTM(config.d_model, config.d_model, batch_first=True)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Go on from the last state that the cache holds, else from zeros.
+
+        With a cache, every new state is added to it: hidden ones (B, 1, T, C) as its keys, which
+        attention may look at, cell states as its values. So it can be truncated anywhere.
+        """
+        hidden = self.lstm(x)[0] if cache is None else self._step_by_step(x, cache)
+        return self.dropout(hidden)
+
+    def _step_by_step(self, x_BTC: Tensor, cache: KVCache) -> Tensor:
+        # nn.LSTM tells the cell state of the last position only.
+        weights = [self.lstm.get_parameter(name) for name in self.lstm._all_weights[0]]
+        if cache.length:
+            stored = (cache.keys_LBGSD, cache.values_LBGSD)
+            h, c = (states[self.layer, :, 0, cache.length - 1] for states in stored)
+        else:
+            h = c = x_BTC.new_zeros(len(x_BTC), x_BTC.shape[2])
+        hidden, cells = [], []
+        for x_BC in x_BTC.unbind(dim=1):
+            h, c = torch.lstm_cell(x_BC, (h, c), *weights)
+            hidden.append(h)
+            cells.append(c)
+        hidden_BTC = torch.stack(hidden, dim=1)
+        cache.write(self.layer, hidden_BTC[:, None], torch.stack(cells, dim=1)[:, None])
+        return hidden_BTC
+
+
+class StateAttention(nn.Module):
+    """Attention of each hidden state over itself and those before it: (B, T, C) -> (B, T, C).
+
+    h' = tanh(W_c [context; h]), in two parts, so that ``output`` is what the context goes through.
+
+    Source: Bahdanau et al. 2014, arXiv:1409.0473 (the additive score); Luong et al. 2015,
+        arXiv:1508.04025, equation 5 (the attentional vector).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.score = Score(config)
+        self.output = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.own = nn.Linear(config.d_model, config.d_model, bias=False)
+
+    def forward(
+        self,
+        h_BTC: Tensor,
+        states_B1SC: Tensor,
+        recorder: Recorder | None = None,
+        visible_BS: Tensor | None = None,
+    ) -> Tensor:
+        """Attend; the last of the states is the last of h."""
+        q_B1TC = self.score.fold(h_BTC[:, None])
+        context_B1TC = self.score.attend(q_B1TC, states_B1SC, states_B1SC, visible_BS)
+        if recorder is not None:
+            recorder.record(0, q_B1TC, states_B1SC, states_B1SC, context_B1TC)
+        return torch.tanh(self.output(context_B1TC[:, 0]) + self.own(h_BTC))
+
+
+class LSTM(LanguageModel):
+    """An LSTM language model, and if the config says so, attention over its states on top.
+
+    Source: Mikolov et al. 2010 (recurrent language models); Zaremba et al. 2014, arXiv:1409.2329.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(RecurrentBlock(config, i) for i in range(config.n_layer))
+        self.attention = StateAttention(config) if config.n_attention_layer else None
+        self.final_norm = make_norm(config, config.d_model)
+        self.unembedding = None
+        if not config.tie_embeddings:
+            self.unembedding = nn.Linear(config.d_model, config.vocab_size, bias=False)
+
+    @classmethod
+    def from_tensors(cls, config: ModelConfig, tensors: Mapping[str, Tensor]) -> Self:
+        model = super().from_tensors(config, tensors)
+        for block in model.blocks:
+            assert isinstance(block, RecurrentBlock)
+            block.lstm.flatten_parameters()  # as cuDNN wants them; nothing on a CPU
+        return model
+
+    @property
+    def attentions(self) -> Sequence[StateAttention]:
+        return [] if self.attention is None else [self.attention]
+
+    def forward(
+        self,
+        tokens: Tensor,
+        cache: KVCache | None = None,
+        recorder: Recorder | None = None,
+        *,
+        visible_BS: Tensor | None = None,
+        logits_to_keep: int = 0,
+        recompute: bool = False,
+    ) -> Tensor:
+        """Return the logits of the token after each position.
+
+        Args: as GPT.forward. visible_BS hides states from attention; what they have handed on to
+            later states is there.
+        Returns: (B, T, V), or (B, logits_to_keep, V).
+        Raises: ValueError if more than context_length positions would be in view, or if some are
+            to be hidden where there is no attention.
+        """
+        if visible_BS is not None and self.attention is None:
+            raise ValueError("an LSTM without attention hands all on: no position can be hidden")
+        _, end = self._positions_of(tokens, cache)
+        x = self.dropout(self.embedding(tokens))
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x, cache)
+        if self.attention is not None:
+            states_B1SC = x[:, None] if cache is None else cache.keys_LBGSD[-1, :, :, :end]
+            x = self.attention(x, states_B1SC, recorder, visible_BS)
+        if cache is not None:
+            cache.advance(tokens.shape[1])
+        return self._logits(x, logits_to_keep)
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Draw initial weights in place.
+
+        Matrices normal, std 1 / sqrt(inputs), where an LSTM's input and state, and a context and
+        its state, are the inputs of one. Biases zero, but the forget gates' one: states are kept
+        until training says otherwise (Jozefowicz et al. 2015). The embedding has entries of 1, as
+        no norm comes after it, and the output projection zeros; the two in one, 1 / sqrt(C).
+        """
+        d_model = self.config.d_model
+        for name, parameter in self.named_parameters():
+            if "norm" in name:
+                nn.init.ones_(parameter)
+            elif name == "embedding.weight":
+                std = d_model**-0.5 if self.config.tie_embeddings else 1.0
+                nn.init.normal_(parameter, std=std, generator=generator)
+            elif name == "unembedding.weight" or ".bias_" in name:
+                nn.init.zeros_(parameter)
+            elif ".score." not in name:
+                nn.init.normal_(parameter, std=(2 * d_model) ** -0.5, generator=generator)
+        for block in self.blocks:
+            assert isinstance(block, RecurrentBlock)
+            # torch's gates are input, forget, cell and output; there are two biases, which add up.
+            bias = block.lstm.get_parameter("bias_ih_l0")
+            nn.init.ones_(bias.data[d_model : 2 * d_model])
+        if self.attention is not None:
+            self.attention.score.init_weights(generator)

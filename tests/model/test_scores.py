@@ -1,0 +1,371 @@
+"""The scores against plain loops, each other, and gradients by finite differences."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from small_models import random_tokens, small_config, small_model
+from torch import Tensor
+
+from minigpt.config import ATTENTIONS
+from minigpt.errors import ConfigError
+from minigpt.model import scores
+from minigpt.model.cache import KVCache
+from minigpt.model.cost import parameter_count, training_flops_per_token
+from minigpt.model.gpt import GPT
+from minigpt.model.scores import (
+    SCORES,
+    Score,
+    additive_score,
+    attention_weights,
+    concat_score,
+    dot_score,
+    general_score,
+    scaled_dot_score,
+)
+from minigpt.training.memory import _LiveBytes
+
+TANH = ("concat", "additive")
+OTHERS = tuple(name for name in ATTENTIONS if name != "scaled_dot")
+
+
+def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def parameters_of(name: str, n_head: int, d_head: int, n_hidden: int) -> dict[str, Tensor]:
+    shapes = {
+        "scaled_dot": {},
+        "dot": {},
+        "general": {"w": (n_head, d_head, d_head)},
+        "concat": {"w": (n_head, n_hidden, 2 * d_head), "v": (n_head, n_hidden)},
+        "additive": {
+            "w_q": (n_head, n_hidden, d_head),
+            "w_k": (n_head, n_hidden, d_head),
+            "v": (n_head, n_hidden),
+        },
+    }[name]
+    return {key: drawn(*shape, seed=i + 5) for i, (key, shape) in enumerate(shapes.items())}
+
+
+def product(matrix: list[list[float]], vector: list[float]) -> list[float]:
+    return [sum(a * b for a, b in zip(row, vector, strict=True)) for row in matrix]
+
+
+def dot(one: list[float], other: list[float]) -> float:
+    return sum(a * b for a, b in zip(one, other, strict=True))
+
+
+def plain_score(name: str, q: list[float], k: list[float], p: dict[str, Any]) -> float:
+    """Return the score of one query and one key, as the papers write it."""
+    match name:
+        case "scaled_dot":
+            return dot(q, k) / math.sqrt(len(q))
+        case "dot":
+            return dot(q, k)
+        case "general":
+            return dot(q, product(p["w"], k))
+        case "concat":
+            return dot(p["v"], [math.tanh(x) for x in product(p["w"], q + k)])
+        case _:
+            hidden = zip(product(p["w_q"], q), product(p["w_k"], k), strict=True)
+            return dot(p["v"], [math.tanh(a + b) for a, b in hidden])
+
+
+@pytest.mark.parametrize("n_group", [1, 2, 4])
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_each_score_equals_a_plain_loop(name: str, n_group: int) -> None:
+    q, k = drawn(2, 4, 3, 5), drawn(2, n_group, 6, 5, seed=1)
+    parameters = parameters_of(name, 4, 5, 7)
+    score = SCORES[name](q.float(), k.float(), **{n: p.float() for n, p in parameters.items()})
+    assert score.dtype == torch.float32
+    expected = torch.empty(2, 4, 3, 6, dtype=torch.float64)
+    for b, h, t, s in torch.cartesian_prod(*map(torch.arange, expected.shape)).tolist():
+        of_head = {key: p[h].tolist() for key, p in parameters.items()}
+        key = k[b, h // (4 // n_group), s].tolist()
+        expected[b, h, t, s] = plain_score(name, q[b, h, t].tolist(), key, of_head)
+    # float32 sums of at most ten products, the last of seven tanh.
+    torch.testing.assert_close(score.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_the_gradients_of_each_score_are_those_of_finite_differences(name: str) -> None:
+    parameters = parameters_of(name, 4, 3, 2)
+    leaves = [drawn(2, 4, 2, 3), drawn(2, 2, 3, 3, seed=1), *parameters.values()]
+
+    def score(q: Tensor, k: Tensor, *values: Tensor) -> Tensor:
+        return SCORES[name](q, k, **dict(zip(parameters, values, strict=True)))
+
+    assert torch.autograd.gradcheck(score, [leaf.requires_grad_() for leaf in leaves])
+
+
+def test_concat_of_w_and_u_side_by_side_is_additive() -> None:
+    q, k, p = drawn(2, 4, 3, 5), drawn(2, 2, 6, 5, seed=1), parameters_of("additive", 4, 5, 7)
+    both = torch.cat((p["w_q"], p["w_k"]), dim=2)
+    torch.testing.assert_close(concat_score(q, k, w=both, v=p["v"]), additive_score(q, k, **p))
+
+
+def test_general_with_the_identity_is_dot_and_dot_is_scaled_dot_unscaled() -> None:
+    q, k = drawn(2, 4, 3, 5), drawn(2, 2, 6, 5, seed=1)
+    identity = torch.eye(5, dtype=torch.float64).expand(4, 5, 5)
+    torch.testing.assert_close(general_score(q, k, w=identity), dot_score(q, k))
+    torch.testing.assert_close(scaled_dot_score(q, k) * 5**0.5, dot_score(q, k))
+
+
+def test_orthogonal_vectors_have_no_dot_product_and_an_additive_score() -> None:
+    q, k = torch.tensor([1.0, 0.0]).view(1, 1, 1, 2), torch.tensor([0.0, 1.0]).view(1, 1, 1, 2)
+    identity, v = torch.eye(2)[None], torch.ones(1, 2)
+    assert dot_score(q, k).item() == 0
+    assert additive_score(q, k, w_q=identity, w_k=identity, v=v).item() == pytest.approx(
+        2 * math.tanh(1)
+    )
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda q, k: general_score(q, k, w=torch.ones(2, 3, 3)),
+            r"w has the shape \[2, 3, 3\], and must have \[2, 4, 4\]",
+        ),
+        (
+            lambda q, k: concat_score(q, k, w=torch.ones(2, 5, 4), v=torch.ones(2, 5)),
+            r"w has the shape \[2, 5, 4\], and must have \[2, 5, 8\]",
+        ),
+        (
+            lambda q, k: additive_score(
+                q, k, w_q=torch.ones(2, 5, 4), w_k=torch.ones(2, 6, 4), v=torch.ones(2, 5)
+            ),
+            r"w_k has the shape \[2, 6, 4\], and must have \[2, 5, 4\]",
+        ),
+        (
+            lambda q, k: additive_score(
+                q, k, w_q=torch.ones(2, 5, 4), w_k=torch.ones(2, 5, 4), v=torch.ones(1, 5)
+            ),
+            r"v has the shape \[1, 5\], and must have \[2, 'any'\]",
+        ),
+    ],
+)
+def test_parameters_that_do_not_fit_are_refused(
+    call: Callable[[Tensor, Tensor], Tensor], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(torch.ones(1, 2, 3, 4), torch.ones(1, 1, 3, 4))
+
+
+def score_of(name: str, *, dtype: torch.dtype = torch.float64) -> Score:
+    """Four heads of eight, in two groups."""
+    score = Score(small_config("llama-grouped", attention=name)).to(dtype)
+    with torch.no_grad():
+        for i, parameter in enumerate(score.parameters()):
+            parameter.copy_(drawn(*parameter.shape, seed=i + 5))
+    return score
+
+
+@pytest.mark.parametrize("name", ["scaled_dot", "dot", "general"])
+def test_the_scaled_dot_product_of_folded_queries_is_the_score(name: str) -> None:
+    score = score_of(name)
+    q, k = drawn(2, 4, 3, 8), drawn(2, 2, 6, 8, seed=1)
+    torch.testing.assert_close(
+        scaled_dot_score(score.fold(q), k), SCORES[name](q, k, **score.parameters_by_head())
+    )
+
+
+def whole_attention(
+    score: Score, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return outputs and weights, from the score of all queries and keys at once."""
+    n_query, n_key = q.shape[2], k.shape[2]
+    scored = SCORES[score.name](q, k, **score.parameters_by_head())
+    may_look = torch.ones(n_query, n_key, dtype=torch.bool).tril(n_key - n_query)
+    if visible is not None:
+        may_look = may_look & visible[:, None, None]
+    weights = scored.masked_fill(~may_look, -torch.inf).softmax(-1).nan_to_num(0)
+    return weights @ v.repeat_interleave(2, dim=1), weights
+
+
+@pytest.mark.parametrize("hides", [False, True])
+@pytest.mark.parametrize(("n_query", "n_key"), [(1, 9), (9, 9), (5, 9)])
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_attention_in_chunks_is_attention_at_once_forward_and_backward(
+    name: str, n_query: int, n_key: int, hides: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Two queries at a time: 9 keys x 8 hidden values x 4 heads x 2 sequences each.
+    monkeypatch.setattr(scores, "_HIDDEN_AT_ONCE", 2 * 9 * 8 * 4 * 2)
+    score = score_of(name)
+    visible = torch.ones(2, n_key, dtype=torch.bool)
+    visible[0, :2] = visible[1, 3] = False  # the first query of one sequence sees nothing at all
+    visible_or_none = visible if hides else None
+    gradients = []
+    for is_whole in (True, False):
+        q, k, v = (
+            drawn(2, h, n, 8, seed=s) for s, (h, n) in enumerate([(4, n_query)] + 2 * [(2, n_key)])
+        )
+        leaves = [leaf.requires_grad_() for leaf in (q, k, v)] + list(score.parameters())
+        if is_whole:
+            context, weights = whole_attention(score, q, k, v, visible_or_none)
+        else:
+            context = score.attend(score.fold(q), k, v, visible_or_none)
+        gradients.append((context, *torch.autograd.grad((context**2).sum(), leaves)))
+    for chunked, whole in zip(*gradients, strict=True):
+        torch.testing.assert_close(chunked, whole)
+    if not hides:
+        rows = score.weights(score.fold(q), k)
+        torch.testing.assert_close(rows, weights)
+        torch.testing.assert_close(rows.sum(-1), torch.ones_like(rows[..., 0]))
+
+
+def test_chunked_attention_s_gradients_are_those_of_finite_differences(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(scores, "_HIDDEN_AT_ONCE", 1)
+    score = Score(small_config(attention="additive", d_model=8, n_head=2, n_kv_head=1)).double()
+    leaves = [drawn(1, 2, 3, 4), drawn(1, 1, 4, 4, seed=1), drawn(1, 1, 4, 4, seed=2)]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    assert torch.autograd.gradcheck(
+        lambda q, k, v, *_: score.attend(q, k, v), [*leaves, *score.parameters()]
+    )
+
+
+@pytest.mark.parametrize("name", TANH)
+def test_the_memory_of_tanh_scores_does_not_grow_with_queries_times_keys(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measured by every tensor that is made, forward and backward, and counted by those kept."""
+    monkeypatch.setattr(scores, "_HIDDEN_AT_ONCE", 2**14)
+    score = score_of(name, dtype=torch.float32)
+    peaks, kept = [], []
+    for n in (64, 256):
+        q = drawn(1, 4, n, 8, dtype=torch.float32).requires_grad_()
+        k, v = (drawn(1, 2, n, 8, seed=s, dtype=torch.float32).requires_grad_() for s in (1, 2))
+        saved: dict[int, int] = {}
+
+        def keep(tensor: Tensor, saved: dict[int, int] = saved) -> Tensor:
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            context = score.attend(q, k, v)
+        kept.append(sum(saved.values()))
+        with _LiveBytes() as live:
+            score.attend(q, k, v).sum().backward()
+        peaks.append(live.peak)
+        assert context.shape == (1, 4, n, 8)
+    # All hidden values of 256 queries are 8 MiB; a chunk's are 64 KiB, of which a backward pass has
+    # a few. What else there is grows as the queries do: fourfold, not sixteenfold.
+    assert peaks[1] < 2**20 < 4 * 256 * 256 * 8 * 4
+    assert peaks[1] < 4 * peaks[0]
+    assert kept[1] <= 4 * kept[0] < 2**20
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@torch.no_grad()
+def test_rows_are_the_model_s_own_in_every_layer(name: str) -> None:
+    """Rows sum to 1, and rows times the values are what the heads gave."""
+    model = small_model("qwen3", attention=name)
+    seen = []
+
+    class Collector:
+        def record(self, layer: int, q: Tensor, k: Tensor, v: Tensor, context: Tensor) -> None:
+            weights = model.attentions[layer].score.weights(q, k)
+            torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
+            values = v.repeat_interleave(weights.shape[1] // v.shape[1], dim=1)
+            torch.testing.assert_close(weights @ values, context, rtol=1e-4, atol=1e-5)
+            seen.append((layer, weights))
+
+    cache = KVCache(model.config, batch_size=2)
+    for part in random_tokens(2, 12).split([7, 1, 4], dim=1):
+        model(part, cache, Collector())
+    assert [(layer, *weights.shape) for layer, weights in seen] == [
+        (layer, 2, 4, n_query, n_key)
+        for n_query, n_key in ((7, 7), (1, 8), (4, 12))
+        for layer in (0, 1)
+    ]
+    # ... and they are not those of the scaled dot product of raw queries.
+    assert all(weights.std() > 0 for _, weights in seen)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@torch.no_grad()
+def test_positions_that_are_not_visible_change_nothing(name: str) -> None:
+    model = small_model("llama-grouped", attention=name)
+    tokens = random_tokens(2, 10)
+    visible = torch.ones(2, 10, dtype=torch.bool)
+    visible[:, 4] = False
+    other = tokens.clone()
+    other[:, 4] = (other[:, 4] + 1) % 61
+    before, after = (model(t, visible_BS=visible)[:, 5:] for t in (tokens, other))
+    assert torch.equal(before, after)
+    assert not torch.equal(model(tokens)[:, 5:], before)
+
+
+def initialised(name: str, seed: int = 1) -> GPT:
+    model = GPT(small_config("qwen3", attention=name, d_model=64, d_head=16))
+    model.init_weights(torch.Generator().manual_seed(seed))
+    return model
+
+
+@torch.no_grad()
+def test_general_begins_as_the_scaled_dot_product() -> None:
+    general, scaled = initialised("general"), initialised("scaled_dot")
+    score, plain = general.blocks[0].attention.score, scaled.blocks[0].attention.score
+    q, k = drawn(1, 4, 5, 16, dtype=torch.float32), drawn(1, 1, 5, 16, seed=1, dtype=torch.float32)
+    torch.testing.assert_close(score.weights(score.fold(q), k), plain.weights(q, k))
+
+
+@pytest.mark.parametrize("name", TANH)
+@torch.no_grad()
+def test_tanh_scores_begin_at_about_the_size_of_scaled_dot_ones(name: str) -> None:
+    q, k = (drawn(4, 4, 30, 16, seed=s, dtype=torch.float32) for s in (0, 1))
+    sizes = []
+    for seed in range(8):
+        score = initialised(name, seed).blocks[0].attention.score
+        sizes.append(SCORES[name](q, k, **score.parameters_by_head()).std())
+    # Queries and keys of unit entries have scaled dot products of deviation 1; a tanh is smaller
+    # than what it is of, and 64 draws of v are known to a tenth.
+    assert 0.4 < torch.stack(sizes).mean() < 1
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_parameter_of_a_score_gets_a_gradient_from_the_first_step(name: str) -> None:
+    model = initialised(name)
+    for block in model.blocks:  # llama's branches begin at zero, and let nothing through
+        torch.nn.init.normal_(block.attention.output.weight, std=0.1)
+    torch.nn.init.normal_(model.unembedding.weight, std=0.1)
+    model(random_tokens(2, 24)).logsumexp(dim=-1).sum().backward()
+    for parameter_name, parameter in model.named_parameters():
+        if ".score." in parameter_name:
+            assert parameter.grad is not None
+            assert (parameter.grad != 0).any(), parameter_name
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_score_s_parameters_are_counted(name: str) -> None:
+    config = small_config("qwen3", attention=name)
+    model = GPT.without_weights(config)
+    assert parameter_count(config) == sum(p.numel() for p in model.parameters())
+
+
+def test_a_tanh_score_takes_six_more_flops_a_hidden_value_and_its_matrices() -> None:
+    scaled, additive = (small_config(attention=name) for name in ("scaled_dot", "additive"))
+    # 2 layers of 4 heads of 8: W and U are (8, 8), v (8,); 12 keys in view on average
+    matrices, hidden = 2 * 4 * (2 * 64 + 8), 2 * 4 * 12 * 8
+    more = training_flops_per_token(additive) - training_flops_per_token(scaled)
+    # a sum and a tanh forward, and twice that backward
+    assert more == 6 * matrices + 6 * hidden
+
+
+def test_an_unknown_score_is_refused_with_the_nearest_one() -> None:
+    with pytest.raises(ConfigError, match="attention is 'aditive', which does not exist"):
+        small_config(attention="aditive")
+
+
+def test_weights_of_a_query_that_may_look_at_nothing_are_zero_as_in_the_kernel() -> None:
+    q, k = drawn(1, 1, 2, 4), drawn(1, 1, 2, 4, seed=1)
+    visible = torch.tensor([[False, True]])
+    weights = attention_weights(q, k, visible_BS=visible)
+    kernel = score_of("scaled_dot").attend(q, k, k, visible)
+    assert (weights[0, 0, 0] == 0).all()
+    torch.testing.assert_close(weights @ k, kernel)
