@@ -38,7 +38,7 @@ from random_models import BYTES, SHAPES, shape_of, write_random
 from rich.console import Console
 
 from minigpt.config import SamplingConfig
-from minigpt.console import THEME, spans_to_text
+from minigpt.console import THEME, print_lines
 from minigpt.generation.api import load
 from minigpt.generation.decoder import Decoder
 from minigpt.generation.stream import stream_text
@@ -86,9 +86,7 @@ def decoding(
             if way.startswith("--out"):
                 file.write(to_json_line(event) + "\n")
             elif isinstance(event, TraceStep):
-                for line in layout.step(event):
-                    console.print(spans_to_text(line))
-            file.flush()
+                print_lines(console, layout.step(event))
             if isinstance(event, TraceStep):
                 yield
 

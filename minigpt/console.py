@@ -90,6 +90,17 @@ def spans_to_text(spans: Iterable[tuple[str, str]]) -> Text:
     return Text.assemble(*((printable(text), style) for text, style in spans))
 
 
+def print_lines(console: Console, lines: Iterable[Iterable[tuple[str, str]]]) -> None:
+    """Print lines of (text, style name) pairs, everything that could steer a terminal escaped."""
+    for spans in lines:
+        if console.color_system is None:  # the same without rich's half a millisecond a line
+            line = "".join(printable(text) for text, _ in spans).expandtabs()
+            console.file.write(line + "\n")
+        else:
+            console.print(spans_to_text(spans))
+    console.file.flush()
+
+
 def write_result(text: str) -> None:
     """Write model text to stdout at once: exact into a pipe, harmless on a terminal."""
     sys.stdout.write(printable(text) if sys.stdout.isatty() else text)

@@ -60,7 +60,7 @@ def heads(
     from minigpt.checkpoint.folder import resolve_model
     from minigpt.commands import output
     from minigpt.commands.loading import use_threads
-    from minigpt.console import make_console, spans_to_text
+    from minigpt.console import make_console, print_lines
     from minigpt.generation import api
     from minigpt.tracing.heads_view import roles_grid, roles_table
     from minigpt.tracing.roles import doubled_sequences, head_roles
@@ -88,8 +88,7 @@ def heads(
     lines += _legend(n_repeated, console.width)
     if effects_LH is not None:
         lines += _costs(effects_LH, console.width)
-    for line in lines:
-        console.print(spans_to_text(line))
+    print_lines(console, lines)
 
 
 def _records(

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from minigpt.console import make_console, spans_to_text, write_result
+from minigpt.console import make_console, print_lines, write_result
 from minigpt.errors import DataError
 from minigpt.text.visible import visible
 from minigpt.tracing.diff import StepDiff, diff_traces
@@ -33,8 +33,7 @@ def show_diff(first: Path, second: Path, *, as_json: bool) -> None:
     for index, diff in enumerate(diffs):
         lines.append(_line(index, diff))
     lines += [[], *wrapped(_summary(diffs), console.width)]
-    for line in lines:
-        console.print(spans_to_text(line))
+    print_lines(console, lines)
 
 
 def _only(path: Path) -> Trace:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO
 
 from minigpt.checkpoint.disk import resource_errors, write_atomically
-from minigpt.console import make_console, spans_to_text, write_result
+from minigpt.console import make_console, print_lines, write_result
 from minigpt.errors import ConfigError
 from minigpt.tracing import terminal
 from minigpt.tracing.events import (
@@ -125,7 +125,7 @@ class Shower:
         if targets.as_json:
             write_result(to_json_line(event) + "\n")
         elif targets.view == LINES:
-            self._print(self._lines(event, shown))
+            print_lines(self._console, self._lines(event, shown))
 
     def _lines(self, event: TraceEvent, shown: list[TraceEvent]) -> list[Line]:
         width = self._console.width
@@ -136,14 +136,10 @@ class Shower:
         text = "".join(step.text for step in shown if isinstance(step, TraceStep))
         return [*terminal.footer_lines(event, width), [], [(text, "token")]]
 
-    def _print(self, lines: Iterable[Line]) -> None:
-        for line in lines:
-            self._console.print(spans_to_text(line))
-
     def _end(self, trace: Trace) -> None:
         targets = self._targets
         if targets.view != LINES and not targets.as_json:
-            self._print(self._view(trace))
+            print_lines(self._console, self._view(trace))
         if targets.html is not None:
             from minigpt.tracing.html import to_html
 

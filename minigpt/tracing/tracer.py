@@ -15,7 +15,7 @@ from minigpt.generation.decoder import Decoder
 from minigpt.generation.stream import stream_text
 from minigpt.model.language_model import LanguageModel
 from minigpt.text.tokenizer import Tokenizer
-from minigpt.tracing.analysis import RowFacts, reduce_rows, row_facts
+from minigpt.tracing.analysis import RowFacts, RowReader, reduce_rows
 from minigpt.tracing.dense import DenseWriter
 from minigpt.tracing.events import (
     Effect,
@@ -206,6 +206,9 @@ class _Watch:
         """Look at what the prompt's pass has shown."""
         if self._finder is not None:
             self.sink, self.sink_rule = self._finder.sink(), "detected"
+        self._reader = RowReader(
+            sink=self.sink, n_prompt=self.n_prompt, n_sources=self.config.n_sources
+        )
 
     @torch.inference_mode()
     def rows(self, tokens: Sequence[Token]) -> tuple[Row, ...]:
@@ -255,9 +258,7 @@ class _Watch:
             rows_RS = torch.cat((rows_RS, rows_LHS.flatten(0, 1)))
         if measure == "norm":  # lengths have no unit of their own: shares of the row have
             rows_RS = rows_RS / rows_RS.sum(dim=1, keepdim=True).clamp(min=1e-30)
-        facts = row_facts(
-            rows_RS, sink=self.sink, n_prompt=self.n_prompt, n_sources=config.n_sources
-        )
+        facts = self._reader.facts(rows_RS)
         total, prompt = float(facts.total_R[0]), float(facts.prompt_R[0])
         return Row(
             measure=measure,
