@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from minigpt.checkpoint.folder import resolve_model
 from minigpt.errors import ConfigError, DataError
 from minigpt.generation import api
+from minigpt.model.language_model import LanguageModel
 from minigpt.text.tokenizer import Tokenizer
 
 _LONGEST_PROMPT_BYTES = 2**24
@@ -19,7 +19,7 @@ _LONGEST_PROMPT_BYTES = 2**24
 class Ready:
     """A model that is ready to continue a prompt."""
 
-    model: Any
+    model: LanguageModel
     """A LanguageModel, in evaluation mode."""
     tokenizer: Tokenizer
     folder: Path

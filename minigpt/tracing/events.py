@@ -158,6 +158,8 @@ class TraceHeader:
     """Of the model's activations."""
     kernel: str
     """What computed the model's own attention."""
+    score: str
+    """How a query and a key are compared, as ModelConfig.attention names it."""
     selection: HeadSelection
     measures: tuple[Measure, ...]
     reduce: Reduce

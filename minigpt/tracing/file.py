@@ -87,7 +87,7 @@ def _header(header: TraceHeader) -> dict[str, Any]:
         "d_head": header.d_head,
         "dtype": header.dtype,
         "kernel": header.kernel,
-        "score": "scaled_dot",
+        "score": header.score,
         "heads": header.selection.as_text(),
         "reduce": header.reduce,
         "measures": list(header.measures),

@@ -36,7 +36,7 @@ from minigpt.tracing.file import HEAD_FIELDS, INTERRUPTED, ROW_FIELDS, SCHEMA
 from minigpt.tracing.selection import select_heads
 from minigpt.tracing.words import SCORES
 
-_HEADER_TEXTS = ("model", "dtype", "kernel", "reduce", "knockout")
+_HEADER_TEXTS = ("model", "dtype", "kernel", "score", "reduce", "knockout")
 _HEADER_COUNTS = ("n_layer", "n_head", "n_kv_head", "d_model", "d_head", "n_verified", "seed")
 _ERRORS = ("row_sum_error", "product_error")
 

@@ -53,6 +53,15 @@ def source_effects(
     )
 
 
+def require_knockout(model: LanguageModel, knockout: Knockout) -> None:
+    """Raise ConfigError if a source of this model cannot be robbed of that."""
+    if knockout == "value" and not isinstance(model, GPT):
+        raise ConfigError(
+            f"a state of an {model.config.arch} is key and value in one, and hands on what it "
+            "holds: its value alone cannot be knocked out. Use --knockout key."
+        )
+
+
 def choose_controls(
     weights_S: NDArray[np.float32], sources: Sequence[int], *, sink: int
 ) -> list[int | None]:
@@ -118,11 +127,6 @@ def _prefix(
     """Return a cache of all positions but the newest, for so many rows."""
     if isinstance(model, GPT):
         return _SharedPrefix(cache, without_value)
-    if without_value is not None:
-        raise ConfigError(
-            "a state that is looked at is key and value in one, and what it has handed on stays. "
-            "Use --knockout key."
-        )
     # Its layers read their earlier states from the cache itself.
     rows = KVCache(
         model.config,

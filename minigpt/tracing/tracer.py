@@ -14,6 +14,7 @@ from minigpt.errors import ConfigError
 from minigpt.generation.decoder import Decoder
 from minigpt.generation.stream import stream_text
 from minigpt.model.language_model import LanguageModel
+from minigpt.model.scores import Score
 from minigpt.text.tokenizer import Tokenizer
 from minigpt.tracing.analysis import RowFacts, RowReader, reduce_rows
 from minigpt.tracing.dense import DenseWriter
@@ -31,7 +32,7 @@ from minigpt.tracing.events import (
     TraceHeader,
     TraceStep,
 )
-from minigpt.tracing.knockout import check_cause, source_effects
+from minigpt.tracing.knockout import check_cause, require_knockout, source_effects
 from minigpt.tracing.recorder import RowRecorder, require_attention
 from minigpt.tracing.roles import head_roles
 from minigpt.tracing.rollout import MAX_POSITIONS, Rollout
@@ -117,7 +118,7 @@ def trace(
         compiles=compiles,
     )
     watch.find_sink()
-    shape = model.config
+    shape, score = model.config, model.attentions[0].score
     yield TraceHeader(
         model=model_name,
         model_sha256=model_sha256,
@@ -127,7 +128,8 @@ def trace(
         d_model=shape.d_model,
         d_head=shape.d_head,
         dtype=str(model.dtype).removeprefix("torch."),
-        kernel="compiled graph" if compiles else "scaled_dot_product_attention",
+        kernel=_kernel(score, compiles=compiles),
+        score=score.name,
         selection=watch.selection,
         measures=config.measures,
         reduce=config.reduce,
@@ -170,6 +172,12 @@ def trace(
     )
 
 
+def _kernel(score: Score, *, compiles: bool) -> str:
+    if compiles:
+        return "compiled graph"
+    return "scaled_dot_product_attention" if score.is_dot_product else "tanh score, in chunks"
+
+
 class _Watch:
     """A recorder, and what a trace makes of what it keeps."""
 
@@ -177,6 +185,8 @@ class _Watch:
         self, model: LanguageModel, config: TraceConfig, n_prompt: int, sampling: SamplingConfig
     ) -> None:
         require_attention(model)
+        if config.n_verified:
+            require_knockout(model, config.knockout)
         shape = model.config
         self.config, self.n_prompt = config, n_prompt
         self.selection = select_heads(

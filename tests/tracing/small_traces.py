@@ -89,6 +89,7 @@ def header_of(**changes: Any) -> TraceHeader:
         "d_head": 8,
         "dtype": "float32",
         "kernel": "scaled_dot_product_attention",
+        "score": "scaled_dot",
         "selection": select_heads(1, 1),
         "measures": ("weight",),
         "reduce": "mean",

@@ -1,0 +1,97 @@
+"""A trace of any score, and of an LSTM that looks back: the same checks as of a GPT."""
+
+from typing import Any
+
+import pytest
+import torch
+from small_models import random_tokens
+
+from minigpt.config import ModelConfig, SamplingConfig
+from minigpt.errors import ConfigError
+from minigpt.generation.decoder import Decoder
+from minigpt.model.architectures import model_class
+from minigpt.model.language_model import LanguageModel
+from minigpt.text.tokenizer import bytes_tokenizer
+from minigpt.tracing.events import Trace, TraceFooter, TraceHeader, TraceStep
+from minigpt.tracing.roles import head_effects, head_roles
+from minigpt.tracing.tracer import TraceConfig, trace
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "dot": {"attention": "dot"},
+    "general": {"attention": "general"},
+    "concat": {"attention": "concat", "n_kv_head": 2},
+    "additive": {"attention": "additive"},
+    "lstm-attention": {"arch": "lstm-attention", "n_head": 1},
+    "lstm-attention, dot": {"arch": "lstm-attention", "attention": "dot", "n_head": 1},
+}
+
+
+def model_of(variant: dict[str, Any], *, context_length: int = 24) -> LanguageModel:
+    shape = {"vocab_size": 257, "n_layer": 2, "n_head": 4, "d_model": 32}
+    config = ModelConfig(context_length=context_length, **(shape | variant))
+    model = model_class(config)(config)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3, generator=generator)
+    return model.eval()
+
+
+def traced(model: LanguageModel, **config: Any) -> Trace:
+    sampling = SamplingConfig(max_new_tokens=8, temperature=1.0)
+    prompt = random_tokens(5, vocab_size=256).tolist()
+    events = trace(model, bytes_tokenizer(), prompt, sampling, TraceConfig(**config), seed=3)
+    header, *steps, footer = events
+    assert isinstance(header, TraceHeader)
+    assert isinstance(footer, TraceFooter)
+    return Trace(header, tuple(s for s in steps if isinstance(s, TraceStep)), footer)
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
+def test_watching_changes_nothing_and_rows_are_the_heads_own(variant: dict[str, Any]) -> None:
+    model = model_of(variant)
+    result = traced(model, measures=("weight", "norm"), has_heads=True, n_verified=2, sink=None)
+    decoder = Decoder(model, [token.id for token in result.header.prompt], max_new_tokens=8)
+    sampling = SamplingConfig(max_new_tokens=8, temperature=1.0)
+    plain = [(s.token, s.log_probability) for s in decoder.generate(sampling, seed=3)]
+    assert [(s.token.id, s.log_probability) for s in result.steps] == plain
+    assert result.footer.worst_row_sum_error is not None
+    assert result.footer.worst_row_sum_error < 1e-5
+    assert result.footer.worst_product_error is not None
+    assert result.footer.worst_product_error < 1e-4
+    n_layer = 1 if variant.get("arch") else 2
+    assert (result.header.n_layer, result.header.n_head) == (n_layer, 1 if n_layer == 1 else 4)
+
+
+@pytest.mark.parametrize("name", ["lstm-attention", "lstm-attention, dot"])
+@torch.no_grad()
+def test_a_source_of_a_recurrent_model_is_hidden_as_from_a_whole_pass(name: str) -> None:
+    """Its attention is its last layer: what other queries saw of the source changes nothing."""
+    model = model_of(VARIANTS[name])
+    result = traced(model, n_verified=3)
+    for step in result.steps:
+        tokens = torch.tensor([[token.id for token in result.tokens[: step.token.position]]])
+        whole = model(tokens)[0, -1].log_softmax(dim=-1)[step.token.id]
+        for effect in step.effects:
+            visible = torch.ones_like(tokens, dtype=torch.bool)
+            visible[0, effect.source.token.position] = False
+            hidden = model(tokens, visible_BS=visible)[0, -1].log_softmax(dim=-1)[step.token.id]
+            assert effect.change == pytest.approx((hidden - whole).item(), abs=1e-4)
+
+
+def test_the_roles_of_any_attention_are_found() -> None:
+    for variant in VARIANTS.values():
+        model = model_of(variant)
+        roles = head_roles(model)
+        shape = (len(model.attentions), model.config.n_head)
+        assert (len(roles), len(roles[0])) == shape
+        assert head_effects(model).shape == shape
+
+
+def test_what_an_lstm_has_not_is_refused_in_a_line() -> None:
+    with pytest.raises(ConfigError, match="arch lstm has no attention to show"):
+        traced(model_of({"arch": "lstm", "n_head": 1}))
+    with pytest.raises(ConfigError, match="arch lstm has no attention to show"):
+        head_roles(model_of({"arch": "lstm", "n_head": 1}))
+    with pytest.raises(ConfigError, match="Use --knockout key"):
+        traced(model_of(VARIANTS["lstm-attention"]), n_verified=1, knockout="value")
