@@ -49,18 +49,32 @@ def generate(
         CheckpointError if the model's logits are no numbers.
     """
     config = build(SamplingConfig, sampling)
-    if isinstance(model, LanguageModel):
-        network = model
-        if tokenizer is None:
-            raise ConfigError("a LanguageModel has no tokenizer of its own. Give tokenizer, too.")
-    else:
-        folder = resolve_model(str(model))
-        loaded = load(folder, device=device, dtype=dtype, quantize=quantize)
-        network, tokenizer = loaded.model, tokenizer or tokenizer_of(loaded)
+    network, tokenizer, _ = at_hand(model, tokenizer, device=device, dtype=dtype, quantize=quantize)
     ids = encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
     decoder = make_decoder(network, ids, config, compile=compile)
     seed = fresh_seed() if config.seed is None else config.seed
     return stream_samples(decoder, tokenizer, config, seed=seed)
+
+
+def at_hand(
+    model: str | Path | LanguageModel,
+    tokenizer: Tokenizer | None,
+    *,
+    device: str,
+    dtype: str,
+    quantize: str | None,
+) -> tuple[LanguageModel, Tokenizer, str]:
+    """Return a model, its tokenizer and its name, read if it is not there yet.
+
+    Raises: as ``generate``.
+    """
+    if isinstance(model, LanguageModel):
+        if tokenizer is None:
+            raise ConfigError("a LanguageModel has no tokenizer of its own. Give tokenizer, too.")
+        return model, tokenizer, ""
+    folder = resolve_model(str(model))
+    loaded = load(folder, device=device, dtype=dtype, quantize=quantize)
+    return loaded.model, tokenizer or tokenizer_of(loaded), str(folder)
 
 
 def load(

@@ -5,7 +5,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from minigpt.checkpoint.folder import resolve_model
 from minigpt.config import SamplingConfig
 from minigpt.errors import ConfigError, nearest
 from minigpt.generation import api
@@ -61,15 +60,9 @@ def trace(
     sampling = build(SamplingConfig, options)
     if sampling.num_samples != 1:
         raise ConfigError(f"a trace is of one sample: num_samples is {sampling.num_samples}.")
-    if isinstance(model, LanguageModel):
-        network, name = model, ""
-        if tokenizer is None:
-            raise ConfigError("a LanguageModel has no tokenizer of its own. Give tokenizer, too.")
-    else:
-        folder = resolve_model(str(model))
-        loaded = api.load(folder, device=device, dtype=dtype, quantize=quantize)
-        network, name = loaded.model, str(folder)
-        tokenizer = tokenizer or api.tokenizer_of(loaded)
+    network, tokenizer, name = api.at_hand(
+        model, tokenizer, device=device, dtype=dtype, quantize=quantize
+    )
     ids = api.encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
     header, *steps, footer = tracer.trace(
         network,
