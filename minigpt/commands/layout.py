@@ -15,6 +15,7 @@ COMMANDS = {
     "attention-trace": "Show what each generated token attended to",
     "evaluate": "Measure how well a model predicts a text",
     "plot": "Draw the loss curves of runs",
+    "compare": "Compare kinds of attention, and life without it",
     "prepare": "Turn text into tokens ahead of training",
     "checkpoints": "List, show, verify and prune checkpoints",
 }
