@@ -42,7 +42,7 @@ from minigpt.model.cost import parameter_count
 from minigpt.model.device import resolve_device
 from minigpt.settings import build, read_toml, to_dict
 from minigpt.text.shards import PreparedData, prepare
-from minigpt.training.curves import read_curves
+from minigpt.training.curves import LossCurves, read_curves
 from minigpt.training.memory import require_memory
 from minigpt.training.schedule import progress, with_max_steps
 from minigpt.training.state import read_progress
@@ -52,7 +52,11 @@ _TITLE = (
     "cache: bytes/token",
 )
 _HEAD = ("variant", "params", "runs", "val loss", "bits/byte", "train", "decode", "cache")
-_OWN = ("from", "model.arch", "model.attention")
+_NOT_SETTINGS = {
+    "from": "compare trains from random weights",
+    "model.arch": "compare takes it from --variants",
+    "model.attention": "compare takes it from --variants",
+}
 _POINTS = 10  # of a curve, at least, where its length is known
 _UNKNOWN = "-"
 
@@ -102,7 +106,7 @@ def run_comparison(wanted: Wanted, *, x_axis: str, out: Path | None, is_json: bo
         else:
             show(_table(results))
         if out is not None:
-            _draw(out, results, finished, x_axis)
+            _draw(out, finished, x_axis)
     if signal_number:
         note(f"{len(finished)} of {len(comparison.runs)} runs are finished; go on with:")
         note(command_line(*sys.argv[1:]))
@@ -112,11 +116,9 @@ def run_comparison(wanted: Wanted, *, x_axis: str, out: Path | None, is_json: bo
 def _prepared(wanted: Wanted) -> Comparison:
     """Settle which runs there are to be; those that are there already must be the same."""
     asked = flat(wanted.overrides)
-    for setting in _OWN:
+    for setting, reason in _NOT_SETTINGS.items():
         if asked.get(setting) is not None:
-            raise ConfigError(
-                f"compare sets {setting} by --variants: it is {asked[setting]!r}. Leave it out."
-            )
+            raise ConfigError(f"{setting} is {asked[setting]!r}, and {reason}. Leave it out.")
     variants = parse_variants(wanted.variants)
     settings = settings_of(wanted.overrides)
     data_config = build(DataConfig, settings.get("data", {}), "data.")
@@ -248,15 +250,10 @@ def _record(
     }
 
 
-def _draw(
-    out: Path, results: Sequence[VariantResult], finished: Sequence[ComparedRun], x_axis: str
-) -> None:
-    groups = {
-        result.variant: [
-            read_curves(run.folder.path) for run in finished if run.variant == result.variant
-        ]
-        for result in results
-    }
+def _draw(out: Path, finished: Sequence[ComparedRun], x_axis: str) -> None:
+    groups: dict[str, list[LossCurves]] = {}
+    for run in finished:
+        groups.setdefault(run.variant, []).append(read_curves(run.folder.path))
     curves = validation_curves(groups, x_axis)
     label = "validation loss, nats/token (a line for each run)"
     write_picture(out, curves, x_unit=x_axis, y_label=label)

@@ -37,6 +37,7 @@ def modules_after(*words: str, cwd: Path = ROOT) -> set[str]:
         ["attention-trace", "--help"],
         ["evaluate", "--help"],
         ["plot", "--help"],
+        ["compare", "--help"],
         ["prepare", "--help"],
         ["--version"],
     ],
