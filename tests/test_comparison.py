@@ -27,7 +27,10 @@ from minigpt.presets import PRESETS
 from minigpt.settings import build
 
 BASES = {
-    "nano": build(ModelConfig, PRESETS["nano"]["model"] | {"vocab_size": 997}),
+    **{
+        name: build(ModelConfig, settings["model"] | {"vocab_size": 997})
+        for name, settings in PRESETS.items()
+    },
     "tiny": small_config("qwen3"),
     "gpt2-tied": small_config("gpt2-tied", d_mlp=203),
 }
@@ -40,7 +43,8 @@ def run_config(**training: Any) -> RunConfig:
 
 
 def built_parameters(config: ModelConfig) -> int:
-    return sum(parameter.numel() for parameter in model_class(config)(config).parameters())
+    model = model_class(config).without_weights(config)
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -37,7 +37,7 @@ from minigpt.comparison import (
     summarize,
 )
 from minigpt.config import DataConfig, RunConfig
-from minigpt.errors import ConfigError
+from minigpt.errors import ConfigError, DivergedError
 from minigpt.model.cost import parameter_count
 from minigpt.model.device import resolve_device
 from minigpt.settings import build, read_toml, to_dict
@@ -49,7 +49,7 @@ from minigpt.training.state import read_progress
 
 _TITLE = (
     "val loss: nats/token, mean ± standard deviation over the runs; train, decode: tokens/s;",
-    "cache: bytes/token",
+    "cache: bytes/token in float32",
 )
 _HEAD = ("variant", "params", "runs", "val loss", "bits/byte", "train", "decode", "cache")
 _NOT_SETTINGS = {
@@ -192,7 +192,13 @@ def _train(comparison: Comparison) -> int:
             place = f"{number} of {len(comparison.runs)}"
             with TrainingDisplay() as display:
                 display.note(f"run {place}: {run.variant}, seed {run.seed}")
-                _, signal_number = train_job(job, display)
+                try:
+                    _, signal_number = train_job(job, display)
+                except DivergedError as error:
+                    raise DivergedError(
+                        f"{run.folder.path.name!r}: {error} Here that is --set training.lr=N; or "
+                        f"leave {run.variant} out of --variants."
+                    ) from None
                 display.finish()
         if signal_number:
             return signal_number

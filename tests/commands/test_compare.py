@@ -1,6 +1,7 @@
 """minigpt compare: the runs that it makes, how it goes on, and what it says of them."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+import torch
 from calls import Run, error_line
 
 from minigpt.commands.training_display import short
@@ -236,6 +238,22 @@ def test_what_cannot_be_compared_is_said_in_a_line(
     assert result.code == 2
     assert all(part in line for part in said), line
     assert not Path("checkpoints").exists()
+
+
+def test_a_variant_that_diverges_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    loss = Trainer._loss
+
+    def spoilt(self: Trainer, *batch: torch.Tensor) -> torch.Tensor:
+        is_it = self.config.model.attention == "additive"
+        return loss(self, *batch) * (math.nan if is_it else 1)
+
+    monkeypatch.setattr(Trainer, "_loss", spoilt)
+    result = run("compare", *TWO, "--name", "cmp")
+    assert (result.code, result.out) == (5, ""), result.err
+    line = result.err.splitlines()[-1]
+    assert line.startswith("error: 'cmp-additive-s1337': training diverged at step 1")
+    assert line.endswith("--set training.lr=N; or leave additive out of --variants.")
+    assert weights("cmp-scaled_dot-s1337")
 
 
 def test_the_picture_has_a_line_a_run_and_a_name_a_variant(run: Run) -> None:
