@@ -48,8 +48,8 @@ from minigpt.training.schedule import progress, with_max_steps
 from minigpt.training.state import read_progress
 
 _TITLE = (
-    "val loss: nats/token, mean ± standard deviation over the runs; train, decode: tokens/s;",
-    "cache: bytes/token in float32",
+    "val loss: nats/token, mean ± sample standard deviation over the runs;",
+    "train, decode: tokens/s; cache: bytes/token in float32",
 )
 _HEAD = ("variant", "params", "runs", "val loss", "bits/byte", "train", "decode", "cache")
 _NOT_SETTINGS = {

@@ -68,7 +68,7 @@ def test_the_table_says_what_json_says_and_that_is_what_the_metrics_say(run: Run
     assert losses == sorted(losses)
     head, *rows = [line.split() for line in result.out.splitlines()[2:]]
     assert " ".join(head) == "variant params runs val loss bits/byte train decode cache"
-    assert "mean ± standard deviation" in result.out
+    assert "mean ± sample standard deviation" in result.out
     assert all(len(line) <= 100 for line in result.out.splitlines())
     for row, variant in zip(rows, facts["variants"], strict=True):
         name, n_parameters, n_runs, loss, _, spread, bits, train, decode, cache = row
