@@ -16,6 +16,10 @@ TINY = shlex.split(
     "--max-steps 2 --context-length 32 --batch-size 2 --set model.d_model=16 "
     "--set model.n_head=4 --set model.d_mlp=16 --set training.micro_batch_size=2"
 )
+TINY_COMPARED = shlex.split(
+    "--budget steps:2 --seeds 1 --tokenizer bytes --set model.context_length=32 "
+    "--set training.batch_size=2 --set model.d_model=32 --set model.n_head=4"
+)
 TINY_FROM = shlex.split("--max-steps 2 --context-length 32 --batch-size 2")
 
 
@@ -32,6 +36,8 @@ def run(line: str) -> tuple[int, str]:
         arguments += TINY_FROM if "--from" in arguments else TINY
     elif arguments[0] == "train":
         arguments[arguments.index("--max-steps") + 1] = "4"
+    elif arguments[0] == "compare":
+        arguments += TINY_COMPARED
     elif "prune" in arguments:
         arguments.append("--yes")
     elif arguments[0] in ("generate", "attention-trace") and "--max-new-tokens" not in arguments:

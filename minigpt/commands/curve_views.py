@@ -1,6 +1,6 @@
 """Loss curves as people read them: a chart of text with a table under it, or a picture."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from minigpt.errors import CheckpointError, ConfigError
 from minigpt.training.curves import LossCurves, LossPoint
 
 # Middle luminance, so that each reads on dark and on light backgrounds.
-_COLOURS = ("#4c9bc6", "#e0561f", "#2aa198", "#b05cc6", "#cb8b16", "#6a9a3a")
+_COLOURS = ("#4c9bc6", "#e0561f", "#2aa198", "#b05cc6", "#cb8b16", "#6a9a3a", "#8a8f98")
 _MARKS, _ASCII_MARKS = "●■▲◆○□△◇", "*#+xo%@&"
 _CHART_LINES, _FEWEST_LINES = 20, 6
 _UNKNOWN = "-"
@@ -27,6 +27,7 @@ class Curve:
     """The losses of one run against what is on the x axis, and how they are drawn."""
 
     name: str
+    """Empty if another curve of the same colour has it."""
     train: Sequence[Point]
     val: Sequence[Point]
     colour: str
@@ -52,6 +53,20 @@ def curves_to_draw(runs: Sequence[LossCurves], axis: str) -> list[Curve]:
         )
         for number, run in enumerate(runs)
     ]
+
+
+def validation_curves(groups: Mapping[str, Sequence[LossCurves]], axis: str) -> list[Curve]:
+    """Return the validation losses of runs, in a colour a group, with a line through the dots.
+
+    Raises: ConfigError as ``curves_to_draw`` does.
+    """
+    curves = []
+    for number, (name, runs) in enumerate(groups.items()):
+        colour = _COLOURS[number % len(_COLOURS)]
+        for place, run in enumerate(runs):
+            points = _points(run, run.val, axis)
+            curves.append(Curve("" if place else name, points, points, colour, number))
+    return curves
 
 
 def _name(run: LossCurves) -> str:

@@ -16,6 +16,7 @@ COMMANDS = {
     "heads": "Show which known kind of head each head is",
     "evaluate": "Measure how well a model predicts a text",
     "plot": "Draw the loss curves of runs",
+    "compare": "Compare kinds of attention, and life without it",
     "prepare": "Turn text into tokens ahead of training",
     "checkpoints": "List, show, verify and prune checkpoints",
 }

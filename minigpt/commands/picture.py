@@ -19,20 +19,28 @@ def require_matplotlib(path: Path) -> None:
     figures.require_matplotlib(path, _FORMATS, what="--out")
 
 
-def write_picture(path: Path, curves: Sequence[Curve], *, x_unit: str) -> None:
+def write_picture(
+    path: Path,
+    curves: Sequence[Curve],
+    *,
+    x_unit: str,
+    y_label: str = "nats/token (line: training, dots: validation)",
+) -> None:
     """Draw each run's training losses as a thin line and its validation losses as dots.
 
-    Args: path, of ``require_matplotlib``; curves, with at least one point in all.
+    Args: path, of ``require_matplotlib``; curves, with at least one point in all. Those without a
+        name are not in the legend.
     Raises: ResourceError.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=_INCHES, layout="constrained")
-    axes = figure.add_subplot(xlabel=x_unit, ylabel="nats/token (line: training, dots: validation)")
-    handles = []
+    axes = figure.add_subplot(xlabel=x_unit, ylabel=y_label)
+    named = []
     for curve in curves:
         axes.plot(*_columns(curve.train), color=curve.colour, linewidth=0.8, alpha=0.6)
-        handles += axes.plot(*_columns(curve.val), "o", color=curve.colour, markersize=4)
+        dots = axes.plot(*_columns(curve.val), "o", color=curve.colour, markersize=4)
+        named += [(curve.name, dots[0])] if curve.name else []
     low, high = y_limits(points for curve in curves for points in (curve.train, curve.val))
     margin = (high - low) / 25
     axes.set_ylim(low - margin, high + margin)
@@ -40,10 +48,10 @@ def write_picture(path: Path, curves: Sequence[Curve], *, x_unit: str) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     # The names are put in afterwards: matplotlib would drop _name, and read $name$ as a formula.
-    legend = axes.legend(handles, ["run"] * len(handles), frameon=False)
-    for text, curve in zip(legend.get_texts(), curves, strict=True):
+    legend = axes.legend([dots for _, dots in named], ["run"] * len(named), frameon=False)
+    for text, (name, _) in zip(legend.get_texts(), named, strict=True):
         text.set_parse_math(False)
-        text.set_text(curve.name)
+        text.set_text(name)
     figures.write_figure(path, figure)
 
 

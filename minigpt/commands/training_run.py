@@ -25,7 +25,7 @@ from minigpt.commands.training_ranks import (
 from minigpt.errors import DataError
 from minigpt.model.device import resolve_device, resolve_dtype
 from minigpt.settings import to_toml
-from minigpt.training.distributed import World, join
+from minigpt.training.distributed import ALONE, World, join
 from minigpt.training.metrics import logging_to
 from minigpt.training.plan import make_plan
 from minigpt.training.state import Progress, read_progress
@@ -121,25 +121,38 @@ def _train(job: Job, display: TrainingDisplay, report_to: str | None, world: Wor
     world.tell(orders(job))
     resume = resume_command(job.config, run, world)
     with explaining_lost_process(run, world, resume, display.console):
-        trainer = job.trainer(world)
-        config_toml = to_toml(trainer.config).encode(errors="replace")
-        write_atomically(run.path / CONFIG_FILE, config_toml)
-        from_step = trainer.step if job.resume_from else None
-        with logging_to(run.path, report_to, from_step=from_step) as log:
-            display.start(trainer)
-            if world.size > 1:
-                display.note(f"if one of the processes dies, all end; go on with: {resume}")
-            with _stopping(trainer, display) as received:
-                for event in trainer.run():
-                    log(event)
-                    display.show(event)
-                signal_number = world.largest(received[0] if received else 0)
+        trainer, signal_number = train_job(job, display, report_to, world)
     world.leave()
     display.finish()
     if trainer.was_stopped:
         display.propose("resume", [resume])
         raise typer.Exit(128 + signal_number)
     display.propose("next", _next_commands(trainer))
+
+
+def train_job(
+    job: Job, display: TrainingDisplay, report_to: str | None = None, world: World = ALONE
+) -> tuple[Trainer, int]:
+    """Train, while metrics.jsonl and the display are told what happens.
+
+    Returns: the trainer when it has ended, and the signal that came meanwhile; 0 if none did.
+    Raises: as ``Job.trainer`` and ``Trainer.run``.
+    """
+    run = job.run
+    trainer = job.trainer(world)
+    config_toml = to_toml(trainer.config).encode(errors="replace")
+    write_atomically(run.path / CONFIG_FILE, config_toml)
+    from_step = trainer.step if job.resume_from else None
+    with logging_to(run.path, report_to, from_step=from_step) as log:
+        display.start(trainer)
+        if world.size > 1:
+            resume = resume_command(job.config, run, world)
+            display.note(f"if one of the processes dies, all end; go on with: {resume}")
+        with _stopping(trainer, display) as received:
+            for event in trainer.run():
+                log(event)
+                display.show(event)
+            return trainer, world.largest(received[0] if received else 0)
 
 
 def _stopping(trainer: Trainer, display: TrainingDisplay) -> AbstractContextManager[list[int]]:

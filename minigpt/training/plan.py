@@ -117,7 +117,9 @@ def make_plan(
     if training.max_minutes:
         limits.append(done.step + int((60 * training.max_minutes - done.elapsed_s) / step_s))
     max_steps = max(1, done.step, min(limit for limit in limits if limit))
-    flops = _flops(config, max_steps, max_steps) - _flops(config, done.step, max_steps)
+    flops = flops_of_steps(config, max_steps, max_steps) - flops_of_steps(
+        config, done.step, max_steps
+    )
     peak = peak_flops(device, dtype)
     return Plan(
         parameters=parameters_by_part(config.model),
@@ -153,7 +155,7 @@ def parameters_by_part(config: ModelConfig) -> dict[str, int]:
     return {part: count for part, count in counts.items() if count}
 
 
-def _flops(config: RunConfig, n_steps: int, max_steps: int) -> int:
+def flops_of_steps(config: RunConfig, n_steps: int, max_steps: int) -> int:
     """Return the FLOPs of the first steps of a run of so many, some with a shorter context."""
     training, length = config.training, config.sequence_length
     short_length = training.context_warmup_length or length

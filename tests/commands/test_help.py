@@ -10,7 +10,16 @@ from minigpt.commands import app
 from minigpt.config import SamplingConfig
 from minigpt.presets import PRESETS
 
-COMMANDS = ["train", "generate", "attention-trace", "heads", "evaluate", "plot", "prepare"]
+COMMANDS = [
+    "train",
+    "generate",
+    "attention-trace",
+    "heads",
+    "evaluate",
+    "plot",
+    "compare",
+    "prepare",
+]
 
 
 def help_of(command: str) -> str:

@@ -38,6 +38,7 @@ def modules_after(*words: str, cwd: Path = ROOT) -> set[str]:
         ["heads", "--help"],
         ["evaluate", "--help"],
         ["plot", "--help"],
+        ["compare", "--help"],
         ["prepare", "--help"],
         ["--version"],
     ],
