@@ -226,7 +226,7 @@ def test_another_text_under_the_same_name_is_refused_and_a_moved_one_is_not(run:
             ["--set", "model.d_mlp=1", "--set", "model.d_head=32", "--variants", "concat"],
             ["no d_mlp", "3%"],
         ),
-        (["--out", "x.pdf"], ["--out writes .png or .svg"]),
+        (["--out", "x.pdf"], ["--out must end in .png or .svg"]),
         (["--budget", "steps", "--set", "training.max_minutes=1"], ["as in steps:500"]),
     ],
 )
