@@ -34,6 +34,9 @@ def run(line: str) -> tuple[int, str]:
     arguments = shlex.split(command)[1:]
     if arguments[0] == "train" and "--resume" not in arguments:
         arguments += TINY_FROM if "--from" in arguments else TINY
+        if "--arch" in arguments:
+            # A recurrent model has one head and no MLP.
+            arguments += ["--set", "model.n_head=1", "--set", "model.d_mlp=0"]
     elif arguments[0] == "train":
         arguments[arguments.index("--max-steps") + 1] = "4"
     elif arguments[0] == "compare":
