@@ -1,0 +1,144 @@
+"""Made-up tasks whose answers stand at a known distance: associative recall, and copying.
+
+A sequence is fillers, then what is to be kept in mind, then fillers, and then what asks for it.
+Every symbol, filler and place is drawn, so that nothing but what stands at the source answers. At
+least ``least_distance`` positions lie between a source and what asks for it, and as many as are
+asked for: a distance is counted from the source to the position that answers.
+
+Shapes: B sequences, T positions, N things to be kept in mind.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+N_KEYS = 16
+N_VALUES = 16
+N_FILLERS = 8
+N_PAIRS = 4
+"""Key-value pairs of a recall; their values are what a guess that saw the sequence has to pick."""
+N_COPIED = 8
+"""Symbols of a copy."""
+N_ROUNDS = 2
+"""How often a recall asks for all keys; only the first answer's distance is the one asked for."""
+_FIRST_VALUE = N_KEYS
+_FIRST_FILLER = N_KEYS + N_VALUES
+_MARK = _FIRST_FILLER + N_FILLERS
+VOCAB_SIZE = _MARK + 1
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences, and where which answers are due."""
+
+    tokens_BT: Tensor
+    """Token ids."""
+    targets_BT: Tensor
+    """The answer that is due after a position; -100 where none is."""
+    query_B: Tensor
+    """The position that is the first to answer."""
+    source_B: Tensor
+    """Where the answer to that stands."""
+    other_B: Tensor
+    """Where another value or symbol stands, of the same kind, next to the source's place."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task, and what blind guesses get right in it."""
+
+    name: str
+    draw: Callable[[Tensor, torch.Generator], Batch]
+    """Make a sequence for each distance (B,), of their greatest one's length, on the CPU."""
+    least_distance: int
+    n_asked: int
+    """The last positions, from the query on, among which answers are due."""
+    n_exact: int
+    """Of those, from the query on, the ones that are at the distance that was asked for."""
+    chance: float
+    """Share right of a guess among all answers that there are."""
+    informed_chance: float
+    """Share right of a guess among those that the sequence has."""
+
+
+def recall(distance_B: Tensor, generator: torch.Generator) -> Batch:
+    """Draw pairs of a key and its value; then keys, each to be answered by its value.
+
+    The first key asks at its sequence's distance; the others, asked for in any order after it, are
+    more to learn from. Keys of a sequence differ; values are drawn by themselves.
+
+    Source: associative recall, Graves et al. 2014, arXiv:1410.5401, section 4.3; several queries:
+        Arora et al. 2023, arXiv:2312.04927.
+    """
+    n_batch, n_told = len(distance_B), 2 * N_PAIRS
+    keys_BN = _distinct(n_batch, N_PAIRS, N_KEYS, generator)
+    values_BN = _FIRST_VALUE + torch.randint(N_VALUES, (n_batch, N_PAIRS), generator=generator)
+    orders = [_distinct(n_batch, N_PAIRS, N_PAIRS, generator) for _ in range(N_ROUNDS)]
+    order_BN = torch.cat(orders, dim=1)
+    query = int(distance_B.max()) + n_told
+    tokens_BT = _fillers(n_batch, query + 2 * order_BN.shape[1], generator)
+    source_B = query - distance_B
+    first_B = source_B - 1 - 2 * order_BN[:, 0]
+    told_BN = torch.stack((keys_BN, values_BN), dim=2).flatten(1)
+    tokens_BT.scatter_(1, first_B[:, None] + torch.arange(n_told), told_BN)
+    asked_BN, due_BN = keys_BN.gather(1, order_BN), values_BN.gather(1, order_BN)
+    tokens_BT[:, query:] = torch.stack((asked_BN, due_BN), dim=2).flatten(1)
+    targets_BT = torch.full_like(tokens_BT, -100)
+    targets_BT[:, query::2] = due_BN
+    # The neighbour on the far side, but for the first, which has none there.
+    other_B = torch.where(order_BN[:, 0] == 0, source_B + 2, source_B - 2)
+    return Batch(tokens_BT, targets_BT, torch.full_like(source_B, query), source_B, other_B)
+
+
+def copy(distance_B: Tensor, generator: torch.Generator) -> Batch:
+    """Draw a string; then a mark, after which the string is to be said again.
+
+    Each symbol is as far from its source as the first. Those of a string differ.
+
+    Source: Graves et al. 2014, arXiv:1410.5401, section 4.1, with a delay.
+    """
+    n_batch = len(distance_B)
+    string_BN = _FIRST_VALUE + _distinct(n_batch, N_COPIED, N_VALUES, generator)
+    query = int(distance_B.max()) + N_COPIED
+    tokens_BT = _fillers(n_batch, query + N_COPIED, generator)
+    source_B = query - distance_B
+    tokens_BT.scatter_(1, source_B[:, None] + torch.arange(N_COPIED), string_BN)
+    tokens_BT[:, query] = _MARK
+    tokens_BT[:, query + 1 :] = string_BN[:, :-1]
+    targets_BT = torch.full_like(tokens_BT, -100)
+    targets_BT[:, query:] = string_BN
+    return Batch(tokens_BT, targets_BT, torch.full_like(source_B, query), source_B, source_B + 1)
+
+
+RECALL = Task(
+    "recall",
+    recall,
+    least_distance=2 * N_PAIRS,
+    n_asked=2 * N_PAIRS * N_ROUNDS,
+    n_exact=1,
+    chance=1 / N_VALUES,
+    informed_chance=1 / N_PAIRS,
+)
+COPY = Task(
+    "copy",
+    copy,
+    least_distance=N_COPIED,
+    n_asked=N_COPIED,
+    n_exact=N_COPIED,
+    chance=1 / N_VALUES,
+    informed_chance=1 / N_COPIED,
+)
+TASKS: Mapping[str, Task] = {task.name: task for task in (RECALL, COPY)}
+MOST_ASKED = max(task.n_asked for task in TASKS.values())
+"""Sequences are at most twice as many positions longer than their greatest distance."""
+
+
+def _distinct(n_batch: int, n: int, n_choices: int, generator: torch.Generator) -> Tensor:
+    """Return n different numbers below n_choices for each sequence, in any order."""
+    return torch.rand(n_batch, n_choices, generator=generator).argsort(dim=1)[:, :n]
+
+
+def _fillers(n_batch: int, length: int, generator: torch.Generator) -> Tensor:
+    return _FIRST_FILLER + torch.randint(N_FILLERS, (n_batch, length), generator=generator)
