@@ -14,15 +14,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-N_KEYS = 16
+N_KEYS = 8
 N_VALUES = 16
-N_FILLERS = 8
+N_FILLERS = 4
 N_PAIRS = 4
 """Key-value pairs of a recall; their values are what a guess that saw the sequence has to pick."""
 N_COPIED = 8
 """Symbols of a copy."""
-N_ROUNDS = 2
-"""How often a recall asks for all keys; only the first answer's distance is the one asked for."""
+N_ASKED = 16
+"""Keys that a recall asks for; only the first one's source is at the distance asked for."""
 _FIRST_VALUE = N_KEYS
 _FIRST_FILLER = N_KEYS + N_VALUES
 _MARK = _FIRST_FILLER + N_FILLERS
@@ -66,8 +66,7 @@ class Task:
 def recall(distance_B: Tensor, generator: torch.Generator) -> Batch:
     """Draw pairs of a key and its value; then keys, each to be answered by its value.
 
-    The first key asks at its sequence's distance; the others, asked for in any order after it, are
-    more to learn from. Keys of a sequence differ; values are drawn by themselves.
+    The first key asks at its sequence's distance; those after it are more to learn from. Keys of a sequence differ; values are drawn by themselves.
 
     Source: associative recall, Graves et al. 2014, arXiv:1410.5401, section 4.3; several queries:
         Arora et al. 2023, arXiv:2312.04927.
@@ -75,10 +74,10 @@ def recall(distance_B: Tensor, generator: torch.Generator) -> Batch:
     n_batch, n_told = len(distance_B), 2 * N_PAIRS
     keys_BN = _distinct(n_batch, N_PAIRS, N_KEYS, generator)
     values_BN = _FIRST_VALUE + torch.randint(N_VALUES, (n_batch, N_PAIRS), generator=generator)
-    orders = [_distinct(n_batch, N_PAIRS, N_PAIRS, generator) for _ in range(N_ROUNDS)]
-    order_BN = torch.cat(orders, dim=1)
+    # Drawn one by one: were each key asked for once, it would help to know what was said already.
+    order_BN = torch.randint(N_PAIRS, (n_batch, N_ASKED), generator=generator)
     query = int(distance_B.max()) + n_told
-    tokens_BT = _fillers(n_batch, query + 2 * order_BN.shape[1], generator)
+    tokens_BT = _fillers(n_batch, query + 2 * N_ASKED, generator)
     source_B = query - distance_B
     first_B = source_B - 1 - 2 * order_BN[:, 0]
     told_BN = torch.stack((keys_BN, values_BN), dim=2).flatten(1)
@@ -116,7 +115,7 @@ RECALL = Task(
     "recall",
     recall,
     least_distance=2 * N_PAIRS,
-    n_asked=2 * N_PAIRS * N_ROUNDS,
+    n_asked=2 * N_ASKED,
     n_exact=1,
     chance=1 / N_VALUES,
     informed_chance=1 / N_PAIRS,
