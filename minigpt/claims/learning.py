@@ -1,5 +1,6 @@
 """The models that the claims compare, of about equal size, and how they learn a task."""
 
+import math
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +18,9 @@ from minigpt.training.optim import make_optimizers
 from minigpt.training.schedule import lr_scale
 
 _LOOK_EVERY = 10  # steps between looks at the loss, which waits for the device
+_LEAST_SEQUENCES = 4
 _LAYERS: dict[str, dict[str, Any]] = {
-    "gpt": {"n_layer": 2, "n_head": 4, "qk_norm": True},
+    "gpt": {"n_layer": 2, "n_head": 4, "qk_norm": True, "rope_theta": 100.0},
     "lstm": {"n_layer": 2, "n_head": 1},
     "lstm-attention": {"n_layer": 1, "n_head": 1},
 }
@@ -38,12 +40,12 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True)
 class Lesson:
-    """How long, and on what, a model learns a task."""
+    """How long, and on what, a model learns."""
 
     n_steps: int
     """Optimizer steps."""
     batch_tokens: int
-    """Tokens in a step, about: long sequences come in small batches."""
+    """Tokens in a step, about: long sequences come in smaller batches, but never one alone."""
     stages: tuple[int, ...]
     """Greatest distances, rising: each step draws one of those that its stage has come to, and
     each sequence a distance up to it."""
@@ -79,11 +81,16 @@ def contender(
 
 
 def learn(
-    config: ModelConfig, task: Task, lesson: Lesson, *, seed: int, device: torch.device
+    config: ModelConfig,
+    task: Task,
+    lesson: Lesson,
+    *,
+    seed: int,
+    device: torch.device,
 ) -> Generator[Progress, None, LanguageModel]:
     """Teach a new model a task: yield how far it is, and return the model.
 
-    The first third of the steps goes through the stages, the rest has all of them.
+    The first half of the steps goes through the stages, the rest has all of them.
 
     Raises: DivergedError if the loss leaves the finite numbers.
     """
@@ -107,18 +114,20 @@ def learn(
             optimizer.zero_grad()
         if step % _LOOK_EVERY == 0:
             value = loss.item()
-            if value != value:
-                raise DivergedError(f"{label}: the loss is {value} at step {step}. Try a seed.")
-            yield Progress(label, share, (f"loss {value:.2f}",))
+            if not math.isfinite(value):
+                raise DivergedError(
+                    f"{label}: the loss of step {step} is {value}. This is a bug of minigpt"
+                )
+            yield Progress(label, share, (f"step {step}", f"loss {value:.2f}"))
     return model.eval()
 
 
 def _loss(
     model: LanguageModel, task: Task, lesson: Lesson, share: float, generator: torch.Generator
 ) -> torch.Tensor:
-    n_reached = min(len(lesson.stages), 1 + int(3 * share * len(lesson.stages)))
+    n_reached = min(len(lesson.stages), 1 + int(2 * share * len(lesson.stages)))
     longest = lesson.stages[int(torch.randint(n_reached, (), generator=generator))]
-    n_batch = max(1, lesson.batch_tokens // (longest + 2 * task.n_asked))
+    n_batch = max(_LEAST_SEQUENCES, lesson.batch_tokens // (longest + 2 * task.n_asked))
     distance_B = torch.randint(task.least_distance, longest + 1, (n_batch,), generator=generator)
     batch = task.draw(distance_B, generator)
     logits = model(batch.tokens_BT.to(model.device), logits_to_keep=task.n_asked)

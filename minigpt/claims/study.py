@@ -40,9 +40,9 @@ class Size:
 
 
 DEFAULT = Size(
-    lesson=Lesson(n_steps=1000, batch_tokens=1280, stages=(16, 32, 128, 512), d_model=64),
+    lesson=Lesson(n_steps=700, batch_tokens=1280, stages=(12, 24, 48, 128, 512), d_model=64),
     distances=(8, 16, 32, 64, 128, 256, 512),
-    n_sequences=400,
+    n_sequences=200,
     lengths=(64, 128, 256, 512, 1024, 2048),
     step_tokens=4096,
     n_repeats=5,

@@ -18,13 +18,15 @@ N_KEYS = 8
 N_VALUES = 16
 N_FILLERS = 4
 N_PAIRS = 4
-"""Key-value pairs of a recall; their values are what a guess that saw the sequence has to pick."""
+"""Pairs of a recall; their values are what a guess that saw the sequence has to pick from."""
 N_COPIED = 8
 """Symbols of a copy."""
 N_ASKED = 16
 """Keys that a recall asks for; only the first one's source is at the distance asked for."""
-_FIRST_VALUE = N_KEYS
-_FIRST_FILLER = N_KEYS + N_VALUES
+FIRST_KEY = N_KEYS * N_VALUES
+"""Below are the pairs: a pair of a key and a value is one token, N_VALUES key + value."""
+FIRST_VALUE = FIRST_KEY + N_KEYS
+_FIRST_FILLER = FIRST_VALUE + N_VALUES
 _MARK = _FIRST_FILLER + N_FILLERS
 VOCAB_SIZE = _MARK + 1
 
@@ -40,9 +42,9 @@ class Batch:
     query_B: Tensor
     """The position that is the first to answer."""
     source_B: Tensor
-    """Where the answer to that stands."""
+    """Where what answers that stands."""
     other_B: Tensor
-    """Where another value or symbol stands, of the same kind, next to the source's place."""
+    """Where something of the same kind stands, next to the source."""
 
 
 @dataclass(frozen=True)
@@ -64,30 +66,32 @@ class Task:
 
 
 def recall(distance_B: Tensor, generator: torch.Generator) -> Batch:
-    """Draw pairs of a key and its value; then keys, each to be answered by its value.
+    """Draw pairs of a key and a value; then keys, each to be answered by its pair's value.
 
-    The first key asks at its sequence's distance; those after it are more to learn from. Keys of a sequence differ; values are drawn by themselves.
+    The first key asks at its sequence's distance; those after it are more to learn from. Keys of
+    a sequence's pairs differ; values are drawn by themselves. A pair is one token, so that to
+    answer is one look back: with two, small Transformers take ten times as long to learn it.
 
     Source: associative recall, Graves et al. 2014, arXiv:1410.5401, section 4.3; several queries:
         Arora et al. 2023, arXiv:2312.04927.
     """
-    n_batch, n_told = len(distance_B), 2 * N_PAIRS
+    n_batch = len(distance_B)
     keys_BN = _distinct(n_batch, N_PAIRS, N_KEYS, generator)
-    values_BN = _FIRST_VALUE + torch.randint(N_VALUES, (n_batch, N_PAIRS), generator=generator)
+    values_BN = torch.randint(N_VALUES, (n_batch, N_PAIRS), generator=generator)
     # Drawn one by one: were each key asked for once, it would help to know what was said already.
     order_BN = torch.randint(N_PAIRS, (n_batch, N_ASKED), generator=generator)
-    query = int(distance_B.max()) + n_told
+    query = int(distance_B.max()) + N_PAIRS
     tokens_BT = _fillers(n_batch, query + 2 * N_ASKED, generator)
     source_B = query - distance_B
-    first_B = source_B - 1 - 2 * order_BN[:, 0]
-    told_BN = torch.stack((keys_BN, values_BN), dim=2).flatten(1)
-    tokens_BT.scatter_(1, first_B[:, None] + torch.arange(n_told), told_BN)
-    asked_BN, due_BN = keys_BN.gather(1, order_BN), values_BN.gather(1, order_BN)
+    first_B = source_B - order_BN[:, 0]
+    pairs_BN = N_VALUES * keys_BN + values_BN
+    tokens_BT.scatter_(1, first_B[:, None] + torch.arange(N_PAIRS), pairs_BN)
+    asked_BN = FIRST_KEY + keys_BN.gather(1, order_BN)
+    due_BN = FIRST_VALUE + values_BN.gather(1, order_BN)
     tokens_BT[:, query:] = torch.stack((asked_BN, due_BN), dim=2).flatten(1)
     targets_BT = torch.full_like(tokens_BT, -100)
     targets_BT[:, query::2] = due_BN
-    # The neighbour on the far side, but for the first, which has none there.
-    other_B = torch.where(order_BN[:, 0] == 0, source_B + 2, source_B - 2)
+    other_B = torch.where(order_BN[:, 0] == 0, source_B + 1, source_B - 1)
     return Batch(tokens_BT, targets_BT, torch.full_like(source_B, query), source_B, other_B)
 
 
@@ -99,7 +103,7 @@ def copy(distance_B: Tensor, generator: torch.Generator) -> Batch:
     Source: Graves et al. 2014, arXiv:1410.5401, section 4.1, with a delay.
     """
     n_batch = len(distance_B)
-    string_BN = _FIRST_VALUE + _distinct(n_batch, N_COPIED, N_VALUES, generator)
+    string_BN = FIRST_VALUE + _distinct(n_batch, N_COPIED, N_VALUES, generator)
     query = int(distance_B.max()) + N_COPIED
     tokens_BT = _fillers(n_batch, query + N_COPIED, generator)
     source_B = query - distance_B
@@ -114,7 +118,7 @@ def copy(distance_B: Tensor, generator: torch.Generator) -> Batch:
 RECALL = Task(
     "recall",
     recall,
-    least_distance=2 * N_PAIRS,
+    least_distance=8,
     n_asked=2 * N_ASKED,
     n_exact=1,
     chance=1 / N_VALUES,

@@ -4,7 +4,18 @@ import pytest
 import torch
 
 from minigpt.claims.long_range import TEST_SEED
-from minigpt.claims.tasks import COPY, N_COPIED, N_KEYS, N_PAIRS, RECALL, TASKS, VOCAB_SIZE, Task
+from minigpt.claims.tasks import (
+    COPY,
+    FIRST_KEY,
+    FIRST_VALUE,
+    N_COPIED,
+    N_PAIRS,
+    N_VALUES,
+    RECALL,
+    TASKS,
+    VOCAB_SIZE,
+    Task,
+)
 
 EACH_TASK = pytest.mark.parametrize("task", TASKS.values(), ids=TASKS.keys())
 
@@ -26,7 +37,9 @@ def test_the_answer_stands_at_the_source_at_the_exact_distance(task: Task) -> No
         assert query - source == distance
         tokens, targets = batch.tokens_BT[i], batch.targets_BT[i]
         for j in range(task.n_exact):
-            assert targets[query + j] == tokens[query + j - distance]
+            token = int(tokens[query + j - distance])
+            value = token % N_VALUES if task is RECALL else token - FIRST_VALUE
+            assert targets[query + j] == FIRST_VALUE + value
         assert (targets[:query] == -100).all()
         assert len(tokens) == query + task.n_asked
     assert 0 <= int(batch.tokens_BT.min()) <= int(batch.tokens_BT.max()) < VOCAB_SIZE
@@ -37,10 +50,12 @@ def test_every_recalled_answer_is_what_a_plain_look_up_says() -> None:
     for tokens, targets, query in zip(
         batch.tokens_BT.tolist(), batch.targets_BT.tolist(), batch.query_B.tolist(), strict=True
     ):
-        pairs = [(k, v) for k, v in zip(tokens, tokens[1:query], strict=False) if k < N_KEYS]
+        pairs = [divmod(token, N_VALUES) for token in tokens if token < FIRST_KEY]
         assert len(dict(pairs)) == len(pairs) == N_PAIRS
         asked = range(query, len(tokens), 2)
-        assert [targets[t] for t in asked] == [dict(pairs)[tokens[t]] for t in asked]
+        answers = [FIRST_VALUE + dict(pairs)[tokens[t] - FIRST_KEY] for t in asked]
+        assert [targets[t] for t in asked] == answers
+        assert [tokens[t + 1] for t in asked] == answers
         assert all(targets[t] == -100 for t in range(len(tokens)) if t not in asked)
 
 
@@ -65,9 +80,9 @@ def test_the_control_is_another_of_the_same_kind(task: Task) -> None:
     batch = task.draw(distances(200), generator())
     kinds = batch.tokens_BT.gather(1, batch.source_B[:, None])
     others = batch.tokens_BT.gather(1, batch.other_B[:, None])
-    answers = set(range(N_KEYS, N_KEYS + round(1 / task.chance)))
-    assert set(kinds.flatten().tolist()) <= answers
-    assert set(others.flatten().tolist()) <= answers
+    kind = range(FIRST_KEY) if task is RECALL else range(FIRST_VALUE, FIRST_VALUE + N_VALUES)
+    assert set(kinds.flatten().tolist()) <= set(kind)
+    assert set(others.flatten().tolist()) <= set(kind)
     assert (batch.other_B != batch.source_B).all()
     assert (batch.other_B < batch.query_B).all()
 
@@ -76,15 +91,15 @@ def test_the_control_is_another_of_the_same_kind(task: Task) -> None:
 def test_answers_are_balanced_and_their_places_do_not_tell_them(task: Task) -> None:
     batch = task.draw(torch.full((8000,), 24), generator())
     answers = batch.targets_BT.gather(1, batch.query_B[:, None]).flatten()
-    shares = answers.bincount()[N_KEYS:].double() / len(answers)
+    shares = answers.bincount()[FIRST_VALUE:].double() / len(answers)
     n_answers = round(1 / task.chance)
     assert len(shares) == n_answers
     # Five standard deviations of a share of so many draws.
     allowed = 5 * (task.chance * (1 - task.chance) / len(answers)) ** 0.5
     assert (shares - task.chance).abs().max() < allowed
     if task is RECALL:  # which of the pairs is asked for
-        first_key = (batch.tokens_BT < N_KEYS).int().argmax(dim=1)
-        place = (batch.source_B - 1 - first_key) // 2
+        first_pair = (batch.tokens_BT < FIRST_KEY).int().argmax(dim=1)
+        place = batch.source_B - first_pair
         assert place.bincount().double().sub(2000).abs().max() < 5 * (8000 * 0.25 * 0.75) ** 0.5
 
 
