@@ -19,6 +19,7 @@ from minigpt.training.schedule import lr_scale
 
 _LOOK_EVERY = 10  # steps between looks at the loss, which waits for the device
 _LEAST_SEQUENCES = 4
+_STEPS_OF = {"gpt": 1, "lstm-attention": 1, "lstm": 3}  # in proportion to the lesson's
 _LAYERS: dict[str, dict[str, Any]] = {
     "gpt": {"n_layer": 2, "n_head": 4, "qk_norm": True, "rope_theta": 100.0},
     "lstm": {"n_layer": 2, "n_head": 1},
@@ -43,7 +44,7 @@ class Lesson:
     """How long, and on what, a model learns."""
 
     n_steps: int
-    """Optimizer steps."""
+    """Optimizer steps; an LSTM has three times as many, as one takes it a third of the time."""
     batch_tokens: int
     """Tokens in a step, about: long sequences come in smaller batches, but never one alone."""
     stages: tuple[int, ...]
@@ -98,11 +99,12 @@ def learn(
     model = model_class(config)(config)
     model.init_weights(generator)
     model.to(device)
-    training = TrainingConfig(max_steps=lesson.n_steps, seed=seed)
+    n_steps = _STEPS_OF[config.arch] * lesson.n_steps
+    training = TrainingConfig(max_steps=n_steps, seed=seed)
     optimizers = make_optimizers(model, training, torch.float32)
     label = f"{config.arch} learns {task.name}"
-    for step in range(lesson.n_steps):
-        share = step / lesson.n_steps
+    for step in range(n_steps):
+        share = step / n_steps
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * lr_scale(training, share)

@@ -1,16 +1,16 @@
 """The claims, measured on models that learn in seconds."""
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from dataclasses import replace
 from typing import TypeVar
 
 import pytest
 import torch
 
-from minigpt.claims.explainable import answer, explain
+from minigpt.claims.explainable import answer
 from minigpt.claims.learning import Lesson, Progress, contender, learn
-from minigpt.claims.long_range import accuracy
+from minigpt.claims.long_range import accuracy, measure_curve
 from minigpt.claims.study import QUICK, Finding, Study
 from minigpt.claims.tasks import FIRST_KEY, FIRST_VALUE, N_VALUES, RECALL, VOCAB_SIZE
 from minigpt.model.architectures import model_class
@@ -126,3 +126,16 @@ def test_a_study_measures_and_judges_each_claim() -> None:
     for timing in findings["parallel"]:
         assert timing.batch_size * timing.length == 32
         assert math.isclose(timing.tokens_per_s * timing.step_ms / 1000, 32)
+
+
+def test_the_recall_of_an_lstm_falls_behind_that_of_a_transformer_of_its_size() -> None:
+    lesson = Lesson(n_steps=220, batch_tokens=640, stages=(16,), d_model=64)
+    right = {}
+    for arch in ("lstm", "gpt"):
+        config = contender(arch, lesson.d_model, context_length=128)
+        model = ended(learn(config, RECALL, lesson, seed=0, device=CPU))
+        curve = measure_curve(model, RECALL, (8, 12, 16), n_sequences=200, seed=0, train_s=0.0)
+        right[arch] = curve.accuracy
+    # Attention finds the pair; the LSTM, in three times the steps, still guesses among the four.
+    assert min(right["gpt"]) > 0.9
+    assert max(right["lstm"]) < 0.6
