@@ -13,9 +13,9 @@ COMMANDS = {
     "train": "Train a model from text",
     "generate": "Continue a prompt with a trained model",
     "attention-trace": "Show what each generated token attended to",
-    "claims": "Measure what is claimed of attention",
     "evaluate": "Measure how well a model predicts a text",
     "plot": "Draw the loss curves of runs",
+    "claims": "Measure what is claimed of attention",
     "prepare": "Turn text into tokens ahead of training",
     "checkpoints": "List, show, verify and prune checkpoints",
 }

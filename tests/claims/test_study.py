@@ -38,7 +38,7 @@ def test_contenders_are_of_equal_size(arch: str, d_model: int) -> None:
     assert abs(found / wanted - 1) < 0.03
 
 
-LESSON = Lesson(n_steps=10, batch_tokens=256, stages=(8, 16), d_model=16)
+LESSON = Lesson(n_steps=4, batch_tokens=64, stages=(8, 16), d_model=16)
 
 
 def test_learning_is_the_same_of_the_same_seed_and_tells_how_far_it_is() -> None:
@@ -128,6 +128,7 @@ def test_a_study_measures_and_judges_each_claim() -> None:
         assert math.isclose(timing.tokens_per_s * timing.step_ms / 1000, 32)
 
 
+@pytest.mark.slow  # two models learn for some seconds each
 def test_the_recall_of_an_lstm_falls_behind_that_of_a_transformer_of_its_size() -> None:
     lesson = Lesson(n_steps=220, batch_tokens=640, stages=(16,), d_model=64)
     right = {}

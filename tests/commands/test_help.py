@@ -10,7 +10,7 @@ from minigpt.commands import app
 from minigpt.config import SamplingConfig
 from minigpt.presets import PRESETS
 
-COMMANDS = ["train", "generate", "attention-trace", "evaluate", "plot", "prepare"]
+COMMANDS = ["train", "generate", "attention-trace", "evaluate", "plot", "claims", "prepare"]
 
 
 def help_of(command: str) -> str:
