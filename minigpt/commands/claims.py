@@ -51,7 +51,7 @@ def claims(
     Each ends with whether its numbers bear it out, and where they do not. All together take a
     quarter of an hour on two CPU cores.
 
-    --out needs matplotlib (the extra plot).
+    Pictures need matplotlib (the extra plot).
     """
     wanted = list(dict.fromkeys(which or _CLAIMS))
     for name in wanted:
