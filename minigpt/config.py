@@ -166,6 +166,13 @@ class ModelConfig:
         _require(0 <= self.dropout < 1, f"dropout must be in [0, 1): it is {self.dropout}.")
 
     @property
+    def kind(self) -> str:
+        """What it is, in a word or two."""
+        if self.arch != "gpt":
+            return self.arch
+        return self.family if self.attention == "scaled_dot" else f"{self.family}, {self.attention}"
+
+    @property
     def n_attention_layer(self) -> int:
         """Layers that attend."""
         return {"gpt": self.n_layer, "lstm-attention": 1, "lstm": 0}[self.arch]

@@ -131,9 +131,8 @@ def _layout(model: ModelConfig) -> str:
     if model.model_type == OWN_TYPE:
         name = f"{model.family}'s with {model.attention} attention, which no other program reads"
     if model.arch != "gpt":
-        return (
-            f"{model.arch}, which no other program reads; {model.n_layer} layers of {model.d_model}"
-        )
+        shape = f"{model.n_layer} layers, width {model.d_model}"
+        return f"{model.arch}, which no other program reads; {shape}"
     return f"""\
 {name}; {model.n_layer} layers, {model.n_head} heads
   ({model.n_kv_head} of keys and values), width {model.d_model}, MLP {model.d_mlp}"""

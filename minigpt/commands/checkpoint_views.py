@@ -135,6 +135,12 @@ def _facts(facts: "ModelFacts") -> dict[str, str]:
         f"{with_unit(cache_bytes * config.context_length, 'B')} for a full context (float32; "
         "bfloat16: half)",
     }
+    if config.arch != "gpt":
+        shown["layout"] = f"{config.model_type}, {config.arch}"
+        shown["attention"] = config.attention
+        for name in ("MLP", "positions"):
+            del shown[name]
+        shown["states"] = shown.pop("KV cache")
     return shown
 
 

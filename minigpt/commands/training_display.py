@@ -110,7 +110,7 @@ class TrainingDisplay:
         )
         self._print_fact(
             "model",
-            f"{short(parameter_count(model))} parameters ({model.family}): "
+            f"{short(parameter_count(model))} parameters ({model.kind}): "
             f"{_count(model.n_layer, 'layer')}, {_count(model.n_head, 'head')}, "
             f"width {model.d_model}, context {model.context_length}{sequences}",
         )

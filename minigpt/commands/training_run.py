@@ -153,10 +153,11 @@ def _stopping(trainer: Trainer, display: TrainingDisplay) -> AbstractContextMana
 def _next_commands(trainer: Trainer) -> list[str]:
     model = ["--model", trainer.folder.path.name]
     prompt = [_PROMPT] if _fits(trainer, _PROMPT) else []
-    return [
-        command_line("generate", *model, *prompt),
-        command_line("attention-trace", *model, "--max-new-tokens", "40", *prompt),
-    ]
+    commands = [command_line("generate", *model, *prompt)]
+    if trainer.config.model.n_attention_layer:
+        tracing = ("attention-trace", *model, "--max-new-tokens", "40", *prompt)
+        commands.append(command_line(*tracing))
+    return commands
 
 
 def _fits(trainer: Trainer, prompt: str) -> bool:

@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from minigpt.errors import ConfigError
 from minigpt.evaluation import Evaluation
+from minigpt.model.architectures import model_class
 from minigpt.model.language_model import LanguageModel
 
 # torch.distributed's tensor and fsdp take a second to import: that is left to those who need them.
@@ -199,7 +200,9 @@ class World:
         if not self.is_sharded:
             return model if self.is_first else None
         tensors = self.gather(model.state_dict().items())
-        return type(model).from_tensors(model.config, tensors) if self.is_first else None
+        return (
+            model_class(model.config).from_tensors(model.config, tensors) if self.is_first else None
+        )
 
     def leave(self) -> None:
         """Part from the others, when all is done."""

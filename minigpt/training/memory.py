@@ -23,6 +23,7 @@ from minigpt.training.optim import is_muon_parameter, make_optimizers
 _VALUE_BYTES = 4  # weights, gradients and moments are float32
 _BLOCK_BYTES = 50_000  # of Python's own, for the modules of a block
 _TOKEN_BYTES = 16  # an id and its target
+_LSTM_KEEPS = 15  # times its output: measured, oneDNN's gates and states of every position
 _FEW = 2  # layers; of one, the pass through it may not be where the most is held
 
 
@@ -103,14 +104,18 @@ class _LiveBytes(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.mkldnn_rnn_layer.default:
+            # Without real tensors, what it keeps for its backward pass has no size.
+            self._add(out[-1], out[-1].nbytes or _LSTM_KEEPS * out[0].nbytes)
         tree_map_only(Tensor, self._add, out)
         return out
 
-    def _add(self, tensor: Tensor) -> None:
+    def _add(self, tensor: Tensor, n_bytes: int | None = None) -> None:
         storage = tensor.untyped_storage()
-        key, n_bytes = id(storage), storage.nbytes()
+        key = id(storage)
         if key in self._storages:
             return
+        n_bytes = storage.nbytes() if n_bytes is None else n_bytes
 
         def forget(_: object) -> None:
             del self._storages[key]

@@ -456,10 +456,34 @@ def test_another_score_goes_all_the_way_from_the_option_to_the_trace(
     assert header["n_layer"] == 2
     assert footer["worst_row_sum_error"] < 1e-5
     error = error_line(run("generate", "The king", "--compile"))
-    assert "this model is of additive. Use --no-compile" in error
+    assert "this model is of arch gpt, attention additive. Use --no-compile" in error
     card = Path("checkpoints/other/step-000003/README.md").read_text()
     assert "only minigpt reads this folder" in card
     assert "library_name: minigpt" in card
     assert "AutoModelForCausalLM" not in card
     shown = run("checkpoints", "show", "other").out
     assert "additive, 2 heads of 8" in shown
+
+
+@pytest.mark.parametrize("arch", ["lstm", "lstm-attention"])
+def test_an_lstm_goes_all_the_way_from_the_option_to_the_text(
+    run: Run, trained: Path, arch: str
+) -> None:
+    tiny = " ".join(TINY).replace("--n-head 2 ", "").replace("--set model.d_mlp=16 ", "").split()
+    words = ["train", str(trained / "corpus.txt"), "--name", "other", *tiny, "--arch", arch]
+    plan = json.loads(run(*words, "--dry-run", "--json").out)
+    assert plan["parameters"]["LSTM"] == 2 * (2 * 4 * 16 * 16 + 2 * 4 * 16)
+    assert run(*words, "--max-steps", "2").code == 0
+    assert f'arch = "{arch}"' in Path("checkpoints/other/config.toml").read_text()
+    assert run("train", "--resume", "--max-steps", "3").code == 0
+    words = ["The king", "--temperature", "0", "--max-new-tokens", "5"]
+    assert len(json.loads(run("generate", *words, "--json").out)["text"]) > 0
+    assert f"minigpt, {arch}" in run("checkpoints", "show", "other").out
+    trace = run("attention-trace", *words)
+    if arch == "lstm":
+        assert "a model of arch lstm has no attention to show" in error_line(trace)
+    else:
+        assert trace.code == 0
+    assert arch in Path("checkpoints/other/step-000003/README.md").read_text()
+    error = error_line(run("train", "--arch", arch, "--n-head", "2"))
+    assert "n_head can only be 1: it is 2. Leave it out" in error

@@ -1,0 +1,248 @@
+"""The LSTMs against plain loops over the cell's equations, with a cache and without."""
+
+from typing import Any
+
+import pytest
+import torch
+from small_models import random_tokens
+from torch import Tensor
+
+from minigpt.config import ARCHS, ModelConfig
+from minigpt.errors import ConfigError
+from minigpt.model.architectures import model_class
+from minigpt.model.cache import KVCache
+from minigpt.model.cost import cache_bytes_per_token, parameter_count, training_flops_per_token
+from minigpt.model.language_model import LanguageModel
+from minigpt.model.quantized import quantize_int8
+
+RECURRENT = tuple(arch for arch in ARCHS if arch != "gpt")
+KINDS: dict[str, dict[str, Any]] = {
+    "lstm": {"arch": "lstm"},
+    "lstm-tied": {"arch": "lstm", "tie_embeddings": True},
+    "lstm-attention": {"arch": "lstm-attention"},
+    # Luong's own, which attended by products.
+    "lstm-general": {"arch": "lstm-attention", "attention": "general"},
+    "lstm-concat": {"arch": "lstm-attention", "attention": "concat", "tie_embeddings": True},
+}
+# float32 sums over at most 24 positions and 12 channels, in another order.
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+def config_of(kind: str, **changes: Any) -> ModelConfig:
+    shape = {"vocab_size": 61, "context_length": 24, "n_layer": 2, "n_head": 1, "d_model": 12}
+    return ModelConfig(**(shape | KINDS[kind] | changes))
+
+
+def model_of(kind: str, **changes: Any) -> LanguageModel:
+    """All weights random, in evaluation mode."""
+    config = config_of(kind, **changes)
+    model = model_class(config)(config)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.5, generator=generator)
+    return model.eval()
+
+
+def plain_logits(model: LanguageModel, tokens: Tensor) -> Tensor:
+    """Return logits (T, V) of one sequence: the equations of the papers, a position at a time."""
+    p = dict(model.named_parameters())
+    width = model.config.d_model
+    states = [torch.zeros(2, width, dtype=p["embedding.weight"].dtype) for _ in model.blocks]
+    earlier: list[Tensor] = []
+    rows = []
+    for token in tokens.tolist():
+        x = p["embedding.weight"][token]
+        for layer, (h, c) in enumerate(states):
+            w_x, w_h, b_x, b_h = (
+                p[f"blocks.{layer}.lstm.{name}_l0"]
+                for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+            )
+            z = w_x @ x + b_x + w_h @ h + b_h
+            i, f, g, o = (z[n * width : (n + 1) * width] for n in range(4))
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            h = o.sigmoid() * c.tanh()
+            states[layer] = torch.stack((h, c))
+            x = h
+        earlier.append(x)
+        if model.config.arch == "lstm-attention":
+            x = attentional(model, p, x, earlier)
+        x = x / (x.square().mean() + model.config.norm_eps).sqrt() * p["final_norm.weight"]
+        unembedding = "embedding" if model.config.tie_embeddings else "unembedding"
+        rows.append(p[f"{unembedding}.weight"] @ x)
+    return torch.stack(rows)
+
+
+def attentional(
+    model: LanguageModel, p: dict[str, Tensor], h: Tensor, earlier: list[Tensor]
+) -> Tensor:
+    w = {name.rpartition(".")[2]: t for name, t in p.items() if ".score." in name}
+
+    def score(s: Tensor) -> Tensor:
+        if model.config.attention == "general":
+            return h @ w["w"] @ s
+        if model.config.attention == "concat":
+            return w["v"] @ (w["w"] @ torch.cat((h, s))).tanh()
+        return w["v"] @ (w["w_q"] @ h + w["w_k"] @ s).tanh()
+
+    weights = torch.stack([score(s) for s in earlier]).softmax(dim=0)
+    context = sum(a * s for a, s in zip(weights, earlier, strict=True))
+    w_c = torch.cat((p["attention.output.weight"], p["attention.own.weight"]), dim=1)
+    return (w_c @ torch.cat((context, h))).tanh()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_and_gradients_equal_those_of_plain_loops(kind: str) -> None:
+    model = model_of(kind).double()
+    tokens = random_tokens(2, 9)
+    weights = torch.randn(2, 9, 61, dtype=torch.float64)
+    results = []
+    for compute in (model, lambda t: torch.stack([plain_logits(model, row) for row in t])):
+        logits = compute(tokens)
+        gradients = torch.autograd.grad((logits * weights).sum(), list(model.parameters()))
+        results.append((logits, *gradients))
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain)
+
+
+@pytest.mark.parametrize("chunks", [[1] * 24, [24], [10] + [1] * 14, [7, 7, 7, 3]])
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_cached_logits_equal_a_full_forward_at_every_position(kind: str, chunks: list[int]) -> None:
+    model = model_of(kind)
+    tokens = random_tokens(3, 24)
+    cache = KVCache(model.config, batch_size=3)
+    logits = torch.cat([model(part, cache) for part in tokens.split(chunks, dim=1)], dim=1)
+    torch.testing.assert_close(logits, model(tokens), **TOLERANCE)
+    for length in (1, 8, 23):  # without what comes after
+        alone = model(tokens[:, :length])[:, -1]
+        torch.testing.assert_close(logits[:, length - 1], alone, **TOLERANCE)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 8, 15])
+@pytest.mark.parametrize("kind", ["lstm", "lstm-attention"])
+@torch.no_grad()
+def test_a_truncated_cache_goes_on_as_if_the_rest_had_never_been(kind: str, kept: int) -> None:
+    model = model_of(kind)
+    tokens = random_tokens(2, 24)
+    cache = KVCache(model.config, batch_size=2)
+    model(random_tokens(2, 20, seed=4).index_copy(1, torch.arange(kept), tokens[:, :kept]), cache)
+    cache.truncate(kept)
+    after = torch.cat([model(t, cache) for t in tokens[:, kept:].split([5, 19 - kept], 1)], dim=1)
+    torch.testing.assert_close(after, model(tokens)[:, kept:], **TOLERANCE)
+
+
+@torch.inference_mode()
+def test_the_rows_of_a_batch_can_be_chosen_anew() -> None:
+    model = model_of("lstm-attention")
+    tokens = random_tokens(3, 12)
+    cache = KVCache(model.config, batch_size=3)
+    model(tokens[:, :8], cache)
+    cache.select([2, 0, 2])
+    after = model(tokens[[2, 0, 2], 8:], cache)
+    torch.testing.assert_close(after, model(tokens)[[2, 0, 2], 8:], **TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_a_token_changes_no_logits_before_it(kind: str) -> None:
+    model = model_of(kind)
+    tokens = random_tokens(1, 24)
+    other = tokens.clone()
+    other[0, 11] = (other[0, 11] + 1) % 61
+    before, after = model(tokens), model(other)
+    assert torch.equal(after[:, :11], before[:, :11])
+    assert (after[0, 11:] != before[0, 11:]).any(dim=-1).all()
+
+
+@torch.no_grad()
+def test_a_hidden_state_is_not_looked_at_and_without_attention_none_can_be_hidden() -> None:
+    model, tokens = model_of("lstm-attention"), random_tokens(1, 6)
+    seen: list[Tensor] = []
+
+    class Collector:
+        def record(self, layer: int, q: Tensor, k: Tensor, v: Tensor, context: Tensor) -> None:
+            weights = model.attentions[layer].score.weights(q, k)
+            torch.testing.assert_close(weights @ v, context)
+            seen.append(context)
+
+    visible = torch.ones(1, 6, dtype=torch.bool)
+    visible[0, 2] = False
+    before = model(tokens, recorder=Collector())
+    after = model(tokens, visible_BS=visible)
+    assert seen[0].shape == (1, 1, 6, 12)
+    assert torch.equal(after[:, :2], before[:, :2])
+    assert (after[0, 2:] != before[0, 2:]).any(dim=-1).all()
+    with pytest.raises(ValueError, match="no position can be hidden"):
+        model_of("lstm")(tokens, visible_BS=visible)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_recomputing_and_loading_change_no_bit(kind: str) -> None:
+    model = model_of(kind)
+    tokens = random_tokens(2, 24)
+    again = type(model).from_tensors(model.config, model.state_dict()).eval()
+    assert torch.equal(again(tokens), model(tokens))
+    gradients = []
+    for recompute in (False, True):
+        loss = model(tokens, recompute=recompute, logits_to_keep=3).square().sum()
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    for one, other in zip(*gradients, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_an_lstm_costs_is_counted(kind: str) -> None:
+    config = config_of(kind)
+    model = model_class(config).without_weights(config)
+    assert parameter_count(config) == sum(p.numel() for p in model.parameters())
+    cache = KVCache(config, batch_size=3, capacity=5)
+    assert cache.n_bytes == cache_bytes_per_token(config) * 3 * 5
+
+
+def test_an_lstm_s_flops_do_not_grow_with_the_context_and_attention_s_do() -> None:
+    def flops(kind: str, length: int) -> int:
+        return training_flops_per_token(config_of(kind, context_length=length))
+
+    assert flops("lstm", 24) == flops("lstm", 240)
+    # one head of 12, and on average 108 more keys in view
+    assert flops("lstm-attention", 240) - flops("lstm-attention", 24) == 18 * 12 * 108
+
+
+def test_fresh_lstms_are_as_unsure_as_an_even_draw_and_keep_their_states() -> None:
+    model = model_of("lstm-attention")
+    model.init_weights(torch.Generator().manual_seed(1))
+    assert (model(random_tokens(1, 24)) == 0).all()
+    p = dict(model.named_parameters())
+    for layer in range(2):
+        forget = p[f"blocks.{layer}.lstm.bias_ih_l0"] + p[f"blocks.{layer}.lstm.bias_hh_l0"]
+        assert forget.view(4, 12)[1].eq(1).all()
+        assert forget.view(4, 12)[[0, 2, 3]].eq(0).all()
+        for name in ("weight_ih_l0", "weight_hh_l0"):  # 576 draws
+            std = p[f"blocks.{layer}.lstm.{name}"].std().item()
+            assert std == pytest.approx(24**-0.5, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"arch": "rnn"}, "arch is 'rnn', which does not exist"),
+        ({"arch": "lstm", "attention": "dot"}, "attention is dot, and arch is lstm. Leave the"),
+        ({"attention": "none"}, "attention is none, and arch is gpt"),
+        ({"arch": "lstm", "n_head": 2}, "with arch lstm, n_head can only be 1: it is 2. Leave it"),
+        ({"arch": "lstm-attention", "qk_norm": True}, "qk_norm can only be False"),
+        ({"arch": "lstm", "family": "gpt2"}, "family can only be llama: it is gpt2"),
+        ({"arch": "lstm", "model_type": "llama"}, "model_type is 'llama'"),
+    ],
+)
+def test_settings_that_an_lstm_does_not_have_are_refused(
+    changes: dict[str, Any], message: str
+) -> None:
+    shape = {"vocab_size": 61, "context_length": 24, "n_layer": 2, "n_head": 1, "d_model": 12}
+    with pytest.raises(ConfigError, match=message):
+        ModelConfig(**(shape | changes))
+
+
+def test_an_lstm_is_not_quantized() -> None:
+    with pytest.raises(ConfigError, match="quantize int8 is for arch gpt"):
+        quantize_int8(model_of("lstm"))
