@@ -31,7 +31,7 @@ class Explanation:
     """Share of right answers."""
     best_layer: int
     best_head: int
-    """The head that looked at the source most often, of all others answers than these."""
+    """The head that looked at the source most often, of other answers than these."""
     best_head_share: float
     """Of answers, those in which that head looked most at the source."""
     mean_share: float

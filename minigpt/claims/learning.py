@@ -118,7 +118,7 @@ def learn(
             value = loss.item()
             if not math.isfinite(value):
                 raise DivergedError(
-                    f"{label}: the loss of step {step} is {value}. This is a bug of minigpt"
+                    f"{label}: the loss of step {step} is {value}. Try another device."
                 )
             yield Progress(label, share, (f"step {step}", f"loss {value:.2f}"))
     return model.eval()

@@ -49,7 +49,7 @@ DEFAULT = Size(
     timed_d_model=128,
 )
 QUICK = Size(
-    lesson=Lesson(n_steps=60, batch_tokens=512, stages=(16, 32), d_model=32),
+    lesson=Lesson(n_steps=150, batch_tokens=640, stages=(16, 64), d_model=48),
     distances=(8, 16, 32, 64),
     n_sequences=50,
     lengths=(64, 256, 1024),

@@ -55,6 +55,7 @@ class Task:
     draw: Callable[[Tensor, torch.Generator], Batch]
     """Make a sequence for each distance (B,), of their greatest one's length, on the CPU."""
     least_distance: int
+    """The nearest that a source can be, wherever in the sequence's pairs or string it is."""
     n_asked: int
     """The last positions, from the query on, among which answers are due."""
     n_exact: int

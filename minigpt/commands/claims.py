@@ -22,9 +22,7 @@ def claims(
     ] = None,
     quick: Annotated[
         bool,
-        typer.Option(
-            "--quick", help="A look in a minute: nothing is learned well", rich_help_panel="Size"
-        ),
+        typer.Option("--quick", help="A look in a minute: less is learned", rich_help_panel="Size"),
     ] = False,
     seeds: Annotated[
         int | None,
