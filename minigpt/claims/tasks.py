@@ -1,9 +1,9 @@
 """Made-up tasks whose answers stand at a known distance: associative recall, and copying.
 
 A sequence is fillers, then what is to be kept in mind, then fillers, and then what asks for it.
-Every symbol, filler and place is drawn, so that nothing but what stands at the source answers. At
-least ``least_distance`` positions lie between a source and what asks for it, and as many as are
-asked for: a distance is counted from the source to the position that answers.
+Every symbol, filler and place is drawn, so that nothing but what stands at the source answers. A
+distance is counted from the source to the position that answers; a batch may have one for each
+sequence, so that where a sequence ends tells nothing of where its source is.
 
 Shapes: B sequences, T positions, N things to be kept in mind.
 """
