@@ -21,7 +21,7 @@ _LOOK_EVERY = 10  # steps between looks at the loss, which waits for the device
 _LEAST_SEQUENCES = 4
 _STEPS_OF = {"gpt": 1, "lstm-attention": 1, "lstm": 3}  # in proportion to the lesson's
 _LAYERS: dict[str, dict[str, Any]] = {
-    "gpt": {"n_layer": 2, "n_head": 4, "qk_norm": True, "rope_theta": 100.0},
+    "gpt": {"n_layer": 2, "n_head": 4, "qk_norm": True},
     "lstm": {"n_layer": 2, "n_head": 1},
     "lstm-attention": {"n_layer": 1, "n_head": 1},
 }
