@@ -17,6 +17,7 @@ COMMANDS = {
     "evaluate": "Measure how well a model predicts a text",
     "plot": "Draw the loss curves of runs",
     "compare": "Compare kinds of attention, and life without it",
+    "claims": "Measure what is claimed of attention",
     "prepare": "Turn text into tokens ahead of training",
     "checkpoints": "List, show, verify and prune checkpoints",
 }

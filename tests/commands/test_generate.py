@@ -181,7 +181,7 @@ def test_threads_are_those_that_were_asked_for(
 def test_a_trace_refuses_a_window_that_slides(run: Run) -> None:
     result = run("attention-trace", "x", "--overflow", "slide")
     assert result.code == 2
-    assert "--overflow slide would encode again what was traced." in error_line(result)
+    assert "overflow slide would encode again what was traced." in error_line(result)
 
 
 def interrupt_after(

@@ -18,6 +18,7 @@ COMMANDS = [
     "evaluate",
     "plot",
     "compare",
+    "claims",
     "prepare",
 ]
 

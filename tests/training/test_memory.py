@@ -1,5 +1,6 @@
 """The memory that a run is said to take, against what torch allocates when it runs."""
 
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from minigpt.training.memory import estimate_memory, optimizer_values, require_m
 
 def allocated(call: Callable[[], Any]) -> tuple[int, int]:
     """Return the most bytes that torch held during a call beyond what it held before, and after."""
+    gc.collect()  # what earlier tests have left would be freed meanwhile
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         kept = call()
     assert profiled.profiler is not None

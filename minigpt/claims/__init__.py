@@ -1,0 +1,1 @@
+"""The three claims that are always made for attention, measured."""

@@ -1,0 +1,128 @@
+"""What is said of a claim follows from the numbers, by the thresholds of verdicts.py."""
+
+from dataclasses import replace
+
+import pytest
+
+from minigpt.claims.explainable import Explanation
+from minigpt.claims.long_range import Curve
+from minigpt.claims.parallel import Timing
+from minigpt.claims.verdicts import judge_explainable, judge_long_range, judge_parallel
+
+
+def curves(**ends: tuple[float, float]) -> list[Curve]:
+    """A curve of each architecture, from its accuracy nearby to that at distance 512."""
+    return [
+        Curve(
+            task="recall",
+            arch=arch.replace("_", "-"),
+            seed=0,
+            n_parameters=1,
+            distances=(8, 512),
+            accuracy=end,
+            n_answers=(1, 1),
+            train_s=1.0,
+        )
+        for arch, end in ends.items()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("lstm", "gpt", "outcome", "said"),
+    [
+        ((0.99, 0.30), (1.0, 0.99), "borne out", "lstm: 99 % right at distance 8, 30 % at 512"),
+        ((0.30, 0.28), (1.0, 0.99), "borne out in part", "what it lacks is not range"),
+        ((0.84, 0.81), (1.0, 1.0), "not borne out", "learned in part, and as well from afar"),
+        ((1.0, 0.99), (1.0, 1.0), "not borne out", "recall, lstm: 100 % right at distance 8, 99 %"),
+        ((0.99, 0.30), (1.0, 0.4), "not borne out", "it loses what is far away"),
+    ],
+)
+def test_range_is_borne_out_where_attention_answers_from_afar_and_the_lstm_did_nearby(
+    lstm: tuple[float, float], gpt: tuple[float, float], outcome: str, said: str
+) -> None:
+    verdict = judge_long_range(curves(lstm=lstm, lstm_attention=(1.0, 1.0), gpt=gpt))
+    assert verdict.outcome == outcome
+    assert said in " ".join(verdict.reasons)
+
+
+def test_range_takes_the_mean_of_seeds() -> None:
+    first = curves(lstm=(1.0, 0.0), lstm_attention=(1.0, 1.0), gpt=(1.0, 1.0))
+    second = curves(lstm=(1.0, 1.0), lstm_attention=(1.0, 1.0), gpt=(1.0, 0.9))
+    verdict = judge_long_range(first + second)
+    assert verdict.outcome == "borne out"
+    assert "recall, lstm: 100 % right at distance 8, 50 % at 512" in verdict.reasons[0]
+
+
+EXPLAINED = Explanation(
+    arch="gpt",
+    seed=0,
+    n_answers=100,
+    accuracy=0.99,
+    best_layer=1,
+    best_head=0,
+    best_head_share=0.97,
+    mean_share=0.9,
+    chance=0.01,
+    source_change=-5.0,
+    control_change=-0.1,
+    source_mattered_share=1.0,
+    accuracy_without_source=0.2,
+    most_attended_change=-5.0,
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "outcome", "said"),
+    [
+        ({}, "borne out", "ln p of the answer changes by -5.00"),
+        ({"mean_share": 0.3}, "borne out in part", "which head to look at had to be known first"),
+        ({"source_change": -0.5}, "not borne out", "weight is not cause"),
+        ({"control_change": -4.5}, "not borne out", "weight is not cause"),
+        ({"mean_share": 0.1, "best_head_share": 0.5}, "not borne out", "best head for 50 %"),
+        ({"accuracy": 0.5}, "borne out", "has not learned the task"),
+    ],
+)
+def test_an_explanation_is_borne_out_where_the_source_is_looked_at_and_matters(
+    changes: dict[str, float], outcome: str, said: str
+) -> None:
+    verdict = judge_explainable([replace(EXPLAINED, **changes)])
+    assert verdict.outcome == outcome
+    assert said in " ".join(verdict.reasons)
+
+
+def timings(device: str, lstm: tuple[float, float], gpt: tuple[float, float]) -> list[Timing]:
+    return [
+        Timing(
+            arch=arch,
+            device=device,
+            n_parameters=1,
+            length=length,
+            batch_size=1,
+            step_ms=1.0,
+            tokens_per_s=speed,
+        )
+        for arch, speeds in (("lstm", lstm), ("gpt", gpt))
+        for length, speed in zip((64, 2048), speeds, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("lstm", "gpt", "outcome", "said"),
+    [
+        ((100, 10), (100, 90), "borne out", "9 times as many at 2048"),
+        ((100, 60), (100, 90), "not borne out", "parallel enough over the batch"),
+        ((100, 90), (100, 20), "not borne out", "attention looks at all pairs"),
+        ((10, 10), (100, 30), "not borne out", "10 times as many tokens/s"),
+    ],
+)
+def test_parallel_is_borne_out_where_the_transformer_is_faster_the_longer_the_text(
+    lstm: tuple[float, float], gpt: tuple[float, float], outcome: str, said: str
+) -> None:
+    verdict = judge_parallel(timings("cpu", lstm, gpt))
+    assert verdict.outcome == outcome
+    assert said in " ".join(verdict.reasons)
+
+
+def test_parallel_on_one_device_of_two_is_borne_out_in_part() -> None:
+    both = timings("cpu", (100, 60), (100, 90)) + timings("cuda", (100, 10), (900, 900))
+    assert judge_parallel(both).outcome == "borne out in part"
