@@ -185,6 +185,7 @@ def attention_trace(
         html=html,
         svg=svg,
         png=png,
+        dense=dense,
         picture=picture or _PICTURES[0],
     )
     if diff is not None or replay is not None:
@@ -208,8 +209,6 @@ def attention_trace(
     from minigpt.tracing.tracer import TraceConfig
 
     targets.check(sampling.num_samples)
-    if dense is not None and sampling.num_samples > 1:
-        raise ConfigError("--dense holds one trace. Leave --num-samples out.")
     config = TraceConfig(
         layers=layers,
         heads=heads,
@@ -223,7 +222,7 @@ def attention_trace(
         has_roles=roles,
     )
     ready = load(model, prompt, device, dtype, quantize=quantize, threads=threads)
-    if not _trace(ready, sampling, config, targets, dense, n_sources=sources, compile=compile):
+    if not _trace(ready, sampling, config, targets, n_sources=sources, compile=compile):
         raise typer.Exit(130)
 
 
@@ -241,7 +240,6 @@ def _trace(
     sampling: "SamplingConfig",
     config: "TraceConfig",
     targets: "Targets",
-    dense: Path | None,
     *,
     n_sources: int | None,
     compile: bool | None,
@@ -275,8 +273,10 @@ def _trace(
     with Shower(targets, layout) as shower:
         for seed in range(first_seed, first_seed + sampling.num_samples):
             rows = None
-            if dense is not None:
-                rows = DenseWriter(dense, n_layer=shape.n_attention_layer, n_head=shape.n_head)
+            if targets.dense is not None:
+                rows = DenseWriter(
+                    targets.dense, n_layer=shape.n_attention_layer, n_head=shape.n_head
+                )
             with rows or nullcontext():
                 events = trace(
                     ready.model,

@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
@@ -43,6 +43,8 @@ class Targets:
     html: Path | None = None
     svg: Path | None = None
     png: Path | None = None
+    dense: Path | None = None
+    """A file of every row of every head."""
     picture: str = "matrix"
     """What the pictures show, matrix or strip."""
 
@@ -52,7 +54,7 @@ class Targets:
         Raises: ConfigError for a file that has no folder, a picture without matplotlib, or one file
             for several traces.
         """
-        for name in ("out", "html", *_PICTURES):
+        for name in ("out", "html", "dense", *_PICTURES):
             path: Path | None = getattr(self, name)
             if path is None:
                 continue
@@ -60,6 +62,9 @@ class Targets:
                 raise ConfigError(
                     f"--{name}: there is no folder {str(path.parent)!r}. Make it first."
                 )
+            if path.is_dir() or (name != "out" and path.exists() and not path.is_file()):
+                # What is written aside and then renamed would take a device's place.
+                raise ConfigError(f"--{name}: {str(path)!r} is no file. Choose another name.")
             if name != "out" and n_samples > 1:
                 raise ConfigError(
                     f"--{name} shows one trace, and there are {n_samples}. Leave --num-samples out."
@@ -92,7 +97,8 @@ class Shower:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._files.close()
+        with suppress(OSError):  # of what could not be written, and was said
+            self._files.close()
 
     def show(self, events: Iterable[TraceEvent]) -> bool:
         """Show a trace to its end, or to a footer where Ctrl-C ends it; tell whether it was whole.

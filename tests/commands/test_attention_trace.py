@@ -151,7 +151,10 @@ def test_a_page_rows_and_pictures_are_written(run: Run, tmp_path: Path) -> None:
         (["--verify", "-1"], 2, "--verify must be at least 0"),
         (["--html", "no/such/t.html"], 2, "--html: there is no folder 'no/such'"),
         (["--html", "t.html", "--num-samples", "2"], 2, "--html shows one trace"),
-        (["--dense", "t", "--num-samples", "2"], 2, "--dense holds one trace"),
+        (["--dense", "t", "--num-samples", "2"], 2, "--dense shows one trace"),
+        (["--dense", "/dev/null"], 2, "--dense: '/dev/null' is no file"),
+        (["--html", "/dev/null"], 2, "--html: '/dev/null' is no file"),
+        (["--out", "."], 2, "--out: '.' is no file"),
         (["--png", "t.jpg"], 2, "t.jpg"),
         (["--overflow", "slide"], 2, "overflow slide would encode again"),
         (["--replay", "t.jsonl"], 2, "there is no model, and no prompt"),
@@ -165,6 +168,13 @@ def test_what_cannot_be_traced_is_one_line(
     assert (result.code, result.out) == (code, "")
     assert message in result.err
     assert result.err.count("\n") == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_one_line_that_names_the_file(run: Run) -> None:
+    result = run(*WORDS, "--out", "/dev/full")
+    assert result.code == 6
+    assert "'/dev/full': No space left on device" in result.err.splitlines()[-1]
 
 
 def test_a_file_that_is_no_trace_is_bad_data(run: Run, tmp_path: Path) -> None:
