@@ -4,6 +4,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from minigpt.checkpoint.folder import resolve_model
 from minigpt.checkpoint.model_folder import LoadedModel, read_model
 from minigpt.config import DEVICES, DTYPES, QUANTIZATIONS, SamplingConfig
@@ -11,7 +13,7 @@ from minigpt.errors import CheckpointError, ConfigError, DataError, nearest
 from minigpt.generation.decoder import Decoder, fresh_seed, rows_at_once
 from minigpt.generation.forward import has_compiled_step
 from minigpt.generation.stream import TextStep, stream_samples
-from minigpt.model.device import resolve_device, resolve_dtype
+from minigpt.model.device import has_fast_bfloat16, resolve_device, resolve_dtype
 from minigpt.model.language_model import LanguageModel
 from minigpt.settings import build
 from minigpt.text.tokenizer import Tokenizer
@@ -97,14 +99,17 @@ def load(
     # A cached decoding step at batch 1 is bound by memory and, on a CPU, by calls: bfloat16 has to
     # be asked for there.
     automatic = "float32" if place.type == "cpu" else "auto"
-    loaded = read_model(
-        folder, device=place, dtype=resolve_dtype(automatic if dtype == "auto" else dtype, place)
-    )
+    resolved = resolve_dtype(automatic if dtype == "auto" else dtype, place)
+    loaded = read_model(folder, device=place, dtype=resolved)
     loaded.model.requires_grad_(False)  # its weights may then be laid out anew, and not copied
     if quantize:
-        from minigpt.model.quantized import quantize_int8
+        from minigpt.model.narrow import quantize_int8
 
         quantize_int8(loaded.model)
+    elif resolved == torch.bfloat16 and place.type == "cpu" and not has_fast_bfloat16(place):
+        from minigpt.model.narrow import widen_activations
+
+        widen_activations(loaded.model)
     return loaded
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minigpt.model.device import has_fast_bfloat16, has_slow_matvec
-from minigpt.model.quantized import Int8Linear, joint_table
+from minigpt.model.narrow import NarrowLinear, joint_table
 from minigpt.model.tables import FEW_ROWS, Table, has_tables
 
 _FEW_ROWS_OF_FAST_MATMUL = 4  # where it is slow at one row only
@@ -35,16 +35,16 @@ def make_product(layers: Sequence[nn.Module]) -> Product:
     The rule asks the hardware and nothing else: a choice by the clock would let the same seed draw
     other tokens on a busy day.
 
-    Args: layers, all nn.Linear or all Int8Linear; or one nn.Embedding, to be multiplied by from the
-        other side.
+    Args: layers, all nn.Linear or all NarrowLinear; or one nn.Embedding, to be multiplied by from
+        the other side.
     """
     bias = _joined([getattr(layer, "bias", None) for layer in layers])
-    quantized = [layer for layer in layers if isinstance(layer, Int8Linear)]
-    if quantized:
-        if not has_tables(quantized[0].scale.device):
-            return ModuleProduct(quantized)
-        scale = _joined([layer.scale for layer in quantized])
-        return TableProduct(joint_table(quantized), quantized, scale, bias)
+    narrow = [layer for layer in layers if isinstance(layer, NarrowLinear)]
+    if narrow:
+        if not has_tables(narrow[0].weight.device):
+            return ModuleProduct(narrow)
+        scale = _joined([layer.scale for layer in narrow])
+        return TableProduct(joint_table(narrow), narrow, scale, bias)
     weights = [layer.weight for layer in layers if isinstance(layer.weight, Tensor)]
     if has_tables(weights[0].device):
         few_rows = _few_rows(weights[0])
@@ -123,8 +123,8 @@ def _as_they_lie(weights: Sequence[Tensor]) -> Tensor | None:
 class TableProduct:
     """A table for few rows, and the layers themselves for many.
 
-    Int8 layers have moved into theirs. Another table is a second copy of the weights, for the
-    layers need the first: bfloat16 then takes as much memory as float32.
+    Narrow layers have moved into theirs. Another table is a second copy of the weights, for the
+    layers need the first: a bfloat16 model then takes as much memory as one in float32.
     """
 
     def __init__(

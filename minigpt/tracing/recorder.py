@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from minigpt.errors import ConfigError
 from minigpt.model.cache import KVCache
 from minigpt.model.language_model import LanguageModel
-from minigpt.model.quantized import Int8Linear
+from minigpt.model.narrow import NarrowLinear
 from minigpt.model.scores import attention_weights
 from minigpt.tracing.rollout import Rollout
 from minigpt.tracing.sink import SinkFinder
@@ -183,8 +183,8 @@ class _ValueNorms:
 
 
 def _dense_weight(linear: nn.Module) -> Tensor:
-    if isinstance(linear, Int8Linear):
-        return linear.weight.float() * linear.scale.float()[:, None]
+    if isinstance(linear, NarrowLinear):
+        return linear.wide()
     weight = linear.weight
     assert isinstance(weight, Tensor)
     return weight

@@ -12,7 +12,7 @@ from calls import Run, error_line
 from small_models import small_model
 
 from minigpt.checkpoint.model_folder import read_model, write_model
-from minigpt.model.quantized import quantize_int8
+from minigpt.model.narrow import quantize_int8
 from minigpt.text.tokenizer import bytes_tokenizer
 from minigpt.tracing.roles import head_effects, head_roles
 

@@ -21,7 +21,7 @@ from minigpt.generation.compiled import CompiledForward
 from minigpt.generation.decode_step import DecodeStep
 from minigpt.generation.decoder import Decoder
 from minigpt.model.gpt import GPT
-from minigpt.model.quantized import quantize_int8
+from minigpt.model.narrow import quantize_int8
 from minigpt.text.cache import CACHE_VARIABLE
 from minigpt.tracing.recorder import RowRecorder
 

@@ -13,7 +13,7 @@ from minigpt.model.architectures import model_class
 from minigpt.model.cache import KVCache
 from minigpt.model.cost import cache_bytes_per_token, parameter_count, training_flops_per_token
 from minigpt.model.language_model import LanguageModel
-from minigpt.model.quantized import quantize_int8
+from minigpt.model.narrow import quantize_int8
 
 RECURRENT = tuple(arch for arch in ARCHS if arch != "gpt")
 KINDS: dict[str, dict[str, Any]] = {

@@ -17,7 +17,7 @@ from minigpt.config import SamplingConfig
 from minigpt.generation import compiled
 from minigpt.model.cache import KVCache
 from minigpt.model.gpt import GPT
-from minigpt.model.quantized import quantize_int8
+from minigpt.model.narrow import quantize_int8
 from minigpt.text.tokenizer import bytes_tokenizer
 from minigpt.tracing import knockout
 from minigpt.tracing.events import Effect, Knockout, Source, Token, TraceFooter, TraceStep

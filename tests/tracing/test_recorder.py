@@ -11,7 +11,7 @@ from minigpt.config import SamplingConfig
 from minigpt.generation.decoder import Decoder, Step
 from minigpt.model.cache import KVCache
 from minigpt.model.gpt import GPT
-from minigpt.model.quantized import quantize_int8
+from minigpt.model.narrow import quantize_int8
 from minigpt.model.scores import attention_weights
 from minigpt.tracing.analysis import reduce_rows
 from minigpt.tracing.recorder import RowRecorder

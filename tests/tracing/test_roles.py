@@ -13,7 +13,7 @@ from torch import Tensor
 from minigpt.config import SamplingConfig
 from minigpt.errors import ConfigError
 from minigpt.model.gpt import GPT
-from minigpt.model.quantized import quantize_int8
+from minigpt.model.narrow import quantize_int8
 from minigpt.text.tokenizer import Tokenizer, make_encoding
 from minigpt.tracing.events import TraceFooter, TraceHeader, TraceStep
 from minigpt.tracing.roles import (

@@ -1,11 +1,12 @@
-"""Weights in 8 bits: a quarter of float32's memory, and of what a decode step reads.
+"""Weights stored narrower than a model computes, as a decode step is bound by reading them.
 
-Only weights are rounded, never activations (LLM.int8 and others round both, and lose more).
+8 bits are a quarter of float32's memory, bfloat16 is half of it. Only weights are rounded, never
+activations (LLM.int8 and others round both, and lose more).
 
 Shapes: I inputs, O outputs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,16 +19,18 @@ from minigpt.model.tables import FEW_ROWS, Table
 _LARGEST = 127  # and -127: symmetric, zero is exact
 
 
-class Int8Linear(nn.Module):
-    """A linear layer whose weight is int8 times a scale per output: (..., I) -> (..., O)."""
+class NarrowLinear(nn.Module):
+    """A linear layer whose weight is bfloat16, or int8 times a scale: (..., I) -> (..., O)."""
 
-    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> None:
-        """Args: weight (O, I), int8; scale (O,), in the dtype of the activations."""
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None
+    ) -> None:
+        """Args: weight (O, I); scale (O,), of each output, in the dtype of the activations."""
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self._weight: Tensor | None
-        self.scale: Tensor
-        self.register_buffer("_weight", weight)
+        self.scale: Tensor | None
+        self.register_buffer("_weight", weight.detach())
         self.register_buffer("scale", scale)
         self.bias = bias
         self._table: Table | None = None
@@ -35,11 +38,16 @@ class Int8Linear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """(O, I), int8; a copy after ``move_into``."""
+        """(O, I), as it is stored; a copy after ``move_into``."""
         if self._table is not None:
             return self._table.weight(self._start, self._start + self.out_features)
         assert self._weight is not None
         return self._weight
+
+    def wide(self) -> Tensor:
+        """Return the weight that it computes with: (O, I), float32."""
+        wide = self.weight.float()
+        return wide if self.scale is None else wide * self.scale.float()[:, None]
 
     def rows(self, outputs: Tensor) -> Tensor:
         """Return the weight's rows of these outputs, scaled: (..., I)."""
@@ -47,6 +55,8 @@ class Int8Linear(nn.Module):
             rows = self.weight[outputs]
         else:
             rows = self._table.rows(self._start + outputs)
+        if self.scale is None:
+            return rows.float()
         return rows.to(self.scale.dtype) * self.scale[outputs].unsqueeze(-1)
 
     def move_into(self, table: Table, start: int) -> None:
@@ -55,11 +65,11 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self._table is None:
-            # bfloat16 has the 8 bits, too: the conversion is exact.
+            # 8 bits fit into bfloat16, and those into float32: the conversion is exact.
             product = F.linear(x, self.weight.to(x.dtype))
         else:
             product = self._from_table(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
-        product = product * self.scale
+        product = product if self.scale is None else product * self.scale
         return product if self.bias is None else product + self.bias
 
     def _from_table(self, x_BI: Tensor) -> Tensor:
@@ -69,7 +79,7 @@ class Int8Linear(nn.Module):
         return self._table.matmul(x_BI, self._start, self._start + self.out_features)
 
 
-def joint_table(layers: Sequence[Int8Linear]) -> Table:
+def joint_table(layers: Sequence[NarrowLinear]) -> Table:
     """Move layers of the same inputs into one table, if they are in none, and return it."""
     table = layers[0]._table
     if table is None:
@@ -81,21 +91,21 @@ def joint_table(layers: Sequence[Int8Linear]) -> Table:
     return table
 
 
-class Int8Embedding(nn.Module):
-    """An embedding whose rows are an Int8Linear's outputs: tokens (...) -> (..., I)."""
+class NarrowEmbedding(nn.Module):
+    """An embedding whose rows are a NarrowLinear's outputs: tokens (...) -> (..., I)."""
 
-    def __init__(self, linear: Int8Linear) -> None:
+    def __init__(self, linear: NarrowLinear) -> None:
         super().__init__()
         self.linear = linear
 
     @property
     def weight(self) -> Tensor:
-        """(V, I), int8."""
+        """(V, I), as it is stored."""
         return self.linear.weight
 
     @property
-    def scale(self) -> Tensor:
-        """(V,): of each token's row."""
+    def scale(self) -> Tensor | None:
+        """(V,), of each token's row."""
         return self.linear.scale
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -120,18 +130,37 @@ def quantize_int8(model: LanguageModel) -> None:
         raise ConfigError(
             "quantize int8 is not available on mps. Use --device cpu, or leave it out."
         )
+    _replace_products(model, _in_8_bits)
+
+
+@torch.no_grad()
+def widen_activations(model: LanguageModel) -> None:
+    """Let a bfloat16 model compute in float32, the weights of its products staying bfloat16.
+
+    For a CPU without bfloat16 instructions: it converts numbers as fast as it reads them, and
+    computes with them several times slower than with float32. As with ``quantize_int8``, the model
+    can then decode and be evaluated only.
+    """
+    _replace_products(model, NarrowLinear)
+    for tensor in (*model.parameters(), *model.buffers(recurse=False)):  # no weight is among them
+        tensor.data = tensor.data.float()
+
+
+def _replace_products(
+    model: LanguageModel, narrowed: Callable[[Tensor, Tensor | None], NarrowLinear]
+) -> None:
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Linear):
-                setattr(module, name, _quantized(child.weight, child.bias))
-    embedding = _quantized(model.embedding.weight)
+                setattr(module, name, narrowed(child.weight, child.bias))
+    embedding = narrowed(model.embedding.weight, None)
     if model.config.tie_embeddings:
         model.unembedding = embedding
-    setattr(model, "embedding", Int8Embedding(embedding))  # noqa: B010  typed as what it was
+    setattr(model, "embedding", NarrowEmbedding(embedding))  # noqa: B010  typed as what it was
 
 
-def _quantized(weight: Tensor, bias: Tensor | None = None) -> Int8Linear:
+def _in_8_bits(weight: Tensor, bias: Tensor | None) -> NarrowLinear:
     largest = weight.abs().amax(dim=1).float().clamp(min=torch.finfo(torch.float32).tiny)
     scale = (largest / _LARGEST).to(weight.dtype)  # the weights are rounded with what is stored
     steps = (weight.float() / scale.float()[:, None]).round().clamp(-_LARGEST, _LARGEST)
-    return Int8Linear(steps.to(torch.int8), scale, bias)
+    return NarrowLinear(steps.to(torch.int8), bias, scale)

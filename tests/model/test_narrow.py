@@ -15,7 +15,7 @@ from minigpt.errors import ConfigError
 from minigpt.evaluation import evaluate
 from minigpt.generation.fused import FusedForward
 from minigpt.model.gpt import GPT
-from minigpt.model.quantized import Int8Embedding, Int8Linear, quantize_int8
+from minigpt.model.narrow import NarrowEmbedding, NarrowLinear, quantize_int8
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -35,7 +35,7 @@ def test_every_weight_is_rounded_to_the_nearest_of_its_outputs_255_steps(
         if not isinstance(module, nn.Linear) and name != "embedding":
             continue
         rounded = linears[name]
-        assert isinstance(rounded, (Int8Linear, Int8Embedding))
+        assert isinstance(rounded, (NarrowLinear, NarrowEmbedding))
         weight, scale = module.weight.float(), rounded.scale.float()
         assert isinstance(weight, torch.Tensor)
         for output in range(len(weight)):
@@ -52,7 +52,7 @@ def test_an_int8_layer_computes_with_its_rounded_weight() -> None:
     linear = nn.Linear(40, 24)
     weight = torch.randint(-127, 128, (24, 40), dtype=torch.int8)
     scale = torch.rand(24) / 100
-    layer = Int8Linear(weight, scale, linear.bias)
+    layer = NarrowLinear(weight, linear.bias, scale)
     linear.weight.copy_(weight.float() * scale[:, None])
     x = torch.randn(3, 5, 40)
     torch.testing.assert_close(layer(x), linear(x))
@@ -69,8 +69,8 @@ def test_a_quantized_model_is_the_same_after_decoding_has_moved_its_weights(layo
     torch.testing.assert_close(model(tokens), before(tokens), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(model(tokens[:, :1]), before(tokens[:, :1]), rtol=1e-4, atol=1e-4)
     for (name, moved), kept in zip(model.named_modules(), before.modules(), strict=True):
-        if isinstance(moved, (Int8Linear, Int8Embedding)):
-            assert isinstance(kept, (Int8Linear, Int8Embedding))
+        if isinstance(moved, (NarrowLinear, NarrowEmbedding)):
+            assert isinstance(kept, (NarrowLinear, NarrowEmbedding))
             assert torch.equal(moved.weight, kept.weight), name
 
 
