@@ -99,14 +99,14 @@ class FusedForward:
         layer: int,
         part: "_Layer",
         places: tuple[Tensor, Tensor, Tensor, Tensor],
-        turn: tuple[Tensor, Tensor, Tensor] | None,
+        turn: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
         """Add to the stream what attention makes of it; return the heads' outputs (B, H, 1, D)."""
         heads = self._heads[layer]
         new_k_BGD, new_v_BGD, k_BGSD, v_BGSD = places
         part.qkv.into(part.attention_norm(self._stream), heads.qkv)
         if turn is not None:
-            heads.turn(turn, part.qk_norm_eps)
+            heads.turn(*turn, part.qk_norm_eps)
         new_k_BGD.copy_(heads.k_BGD)
         new_v_BGD.copy_(heads.v_BGD)
         q_BHTD = heads.q_BHD[:, :, None]
@@ -153,9 +153,9 @@ class _Layer:
         self.qkv = make_product([attention.query, attention.key, attention.value])
         self.score = attention.score
         self.output = make_product([attention.output])
-        self.qk_norm_eps: Tensor | None = None
+        self.qk_norm_eps: float | None = None
         if isinstance(attention.query_norm, nn.RMSNorm):
-            self.qk_norm_eps = torch.tensor(attention.query_norm.eps)
+            self.qk_norm_eps = attention.query_norm.eps
         self.is_gated = isinstance(mlp, GatedMLP)
         self.up = make_product([mlp.gate, mlp.up] if isinstance(mlp, GatedMLP) else [mlp.up])
         self.down = make_product([mlp.down])
@@ -191,19 +191,19 @@ class _Heads:
             # SDPA's product of one bfloat16 row is three times as slow as of two equal ones.
             self.q_BGTD = self.q_BGTD.expand(-1, -1, 2, -1)
         self._qk = heads[:, : n_query + n_key]
-        self._qk_first, self._qk_second = self._qk.chunk(2, dim=-1)
-        self._turned = torch.empty_like(self._qk)
-        self._turned_first, self._turned_second = self._turned.chunk(2, dim=-1)
+        self._signs = torch.tensor([-1.0, 1.0], dtype=dtype)[:, None]
+        self._both = torch.empty(*self._qk.shape[:2], 2, d_head, dtype=dtype)
 
-    def turn(self, turn: tuple[Tensor, Tensor, Tensor], norm_eps: Tensor | None) -> None:
+    def turn(self, cos: Tensor, sin: Tensor, norm_eps: float | None) -> None:
         """Norm queries and keys, if there is an eps, and turn them by their position's angle."""
-        cos, sin, minus_sin = turn
-        scale = None if norm_eps is None else _inverse_rms(self._qk, norm_eps)
-        torch.mul(self._qk_second, minus_sin, out=self._turned_first)
-        torch.mul(self._qk_first, sin, out=self._turned_second)
-        torch.addcmul(self._turned, self._qk, cos, out=self._qk)
-        if scale is not None:
-            self._qk.mul_(scale)
+        torch.mul(self._qk[:, :, None], self._signs, out=self._both)
+        both = self._both.flatten(2)  # -x, x
+        if norm_eps is not None:  # as in _rms_norm; the weights are in cos and sin
+            both = torch.layer_norm(both, both.shape[2:], eps=norm_eps)
+        d_head = self._qk.shape[2]
+        crossed = both.narrow(2, d_head // 2, d_head)  # -x's second half, x's first
+        torch.mul(both.narrow(2, d_head, d_head), cos, out=self._qk)
+        self._qk.addcmul_(crossed, sin)
 
 
 class _Turn:
@@ -211,24 +211,24 @@ class _Turn:
 
     def __init__(self, model: GPT, blocks: Sequence[Block]) -> None:
         self._cos_PD = torch.cat((model.rotary_cos, model.rotary_cos), dim=1)
-        self._sin_PD = torch.cat((model.rotary_sin, -model.rotary_sin), dim=1)
+        self._sin_PD = torch.cat((model.rotary_sin, model.rotary_sin), dim=1)
         self._n_layer = len(blocks)
-        self._weight: Tensor | None = None
+        self._weights: tuple[Tensor, Tensor] | None = None
         if model.config.qk_norm:
-            self._weight = torch.stack([_qk_weight(block.attention) for block in blocks])
+            weight_LXD = torch.stack([_qk_weight(block.attention) for block in blocks])
+            # What sin multiplies comes from the other half of the head.
+            self._weights = weight_LXD, weight_LXD.roll(weight_LXD.shape[2] // 2, 2)
 
-    def at(self, position: int) -> Sequence[tuple[Tensor, Tensor, Tensor]]:
-        """Return what each layer's queries and keys are multiplied by: cos, sin and -sin.
+    def at(self, position: int) -> Sequence[tuple[Tensor, Tensor]]:
+        """Return what each layer's queries and keys are multiplied by: cos and sin.
 
-        sin belongs to the first half of a head, -sin to the second: each turns into the other.
+        sin is for -x's second half and x's first, side by side.
         """
         cos, sin = self._cos_PD[position], self._sin_PD[position]
-        if self._weight is None:
-            sin_first, sin_second = sin.chunk(2)
-            return [(cos, sin_first, sin_second)] * self._n_layer
-        cos_L = (self._weight * cos).unbind()  # each (H + G, D)
-        sin_first, sin_second = (self._weight * sin).chunk(2, dim=-1)
-        return list(zip(cos_L, sin_first.unbind(), sin_second.unbind(), strict=True))
+        if self._weights is None:
+            return [(cos, sin)] * self._n_layer
+        own, crossed = self._weights
+        return list(zip((own * cos).unbind(), (crossed * sin).unbind(), strict=True))
 
 
 def _qk_weight(attention: Attention) -> Tensor:
@@ -262,9 +262,3 @@ def _rms_norm(weight: Tensor, eps: float) -> Norm:
         return torch.layer_norm(stream.both, weights.shape, weights, None, eps)[:, :width]
 
     return norm
-
-
-def _inverse_rms(x: Tensor, eps: Tensor) -> Tensor:
-    """Return 1 / sqrt(mean(x^2) + eps) over the last axis, which stays, in float32."""
-    length = torch.linalg.vector_norm(x.float(), dim=-1, keepdim=True)
-    return torch.addcmul(eps, length, length, value=1 / x.shape[-1]).rsqrt_()
