@@ -21,7 +21,7 @@ from minigpt.generation.compiled import CompiledForward
 from minigpt.generation.decode_step import DecodeStep
 from minigpt.generation.decoder import Decoder
 from minigpt.model.gpt import GPT
-from minigpt.model.narrow import quantize_int8
+from minigpt.model.narrow import quantize_int8, widen_activations
 from minigpt.text.cache import CACHE_VARIABLE
 from minigpt.tracing.recorder import RowRecorder
 
@@ -89,10 +89,14 @@ def test_logits_are_those_of_a_full_float32_forward_at_every_position(
 
 
 @pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("kind", ["int8", "bfloat16"])
 @pytest.mark.parametrize("layout", ["gpt2", "llama-grouped"])
-def test_int8_weights_are_multiplied_as_the_quantized_model_does(layout: str) -> None:
+def test_narrow_weights_are_multiplied_as_the_narrowed_model_does(layout: str, kind: str) -> None:
     model = small_model(layout)
-    quantize_int8(model)
+    if kind == "int8":
+        quantize_int8(model)
+    else:
+        widen_activations(model.bfloat16())
     tokens = random_tokens(1, 12)
     forward = CompiledForward(model, capacity=24)
     forward.feed(tokens[:, :3])

@@ -26,7 +26,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in LA
 }
 KINDS = ["float32", "bfloat16", "widened-bfloat16", "int8", "int8-bfloat16"]
 # Of the logits' size, summed over the vocabulary. float32 sums in another order; bfloat16 rounds
-# each activation to 1 part in 256, some tens of times, and a table of it what goes in and comes out.
+# each activation to 1 part in 256, some tens of times; its table only what goes in and comes out.
 TOLERANCE = {
     "float32": 2e-5,
     "bfloat16": 0.06,

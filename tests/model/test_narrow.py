@@ -1,8 +1,9 @@
-"""Int8 weights: what they are, what they cost, and where there are none."""
+"""Weights in 8 bits or bfloat16: what they are, what they cost, and where there are none."""
 
 import copy
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,12 +11,13 @@ import torch
 from small_models import LAYOUTS, random_tokens, small_model
 from torch import nn
 
-from minigpt.checkpoint.model_folder import read_model
+from minigpt.checkpoint.model_folder import read_model, write_model
 from minigpt.errors import ConfigError
 from minigpt.evaluation import evaluate
+from minigpt.generation import api
 from minigpt.generation.fused import FusedForward
 from minigpt.model.gpt import GPT
-from minigpt.model.narrow import NarrowEmbedding, NarrowLinear, quantize_int8
+from minigpt.model.narrow import NarrowEmbedding, NarrowLinear, quantize_int8, widen_activations
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -60,14 +62,40 @@ def test_an_int8_layer_computes_with_its_rounded_weight() -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
-def test_a_quantized_model_is_the_same_after_decoding_has_moved_its_weights(layout: str) -> None:
-    model = small_model(layout)
-    quantize_int8(model)
+def test_a_widened_model_computes_in_float32_with_its_bfloat16_weights(layout: str) -> None:
+    model = small_model(layout).bfloat16()
+    plain = copy.deepcopy(model).float()
+    widen_activations(model)
+    assert model.dtype == torch.float32
+    assert isinstance(model.embedding, NarrowEmbedding)
+    assert model.embedding.weight.dtype == torch.bfloat16
+    tokens = random_tokens(2, 20)
+    torch.testing.assert_close(model(tokens), plain(tokens), rtol=1e-4, atol=1e-4)
+
+
+def narrowed(kind: str, layout: str, **changes: Any) -> GPT:
+    model = small_model(layout, **changes)
+    if kind == "int8":
+        quantize_int8(model)
+    else:
+        widen_activations(model.bfloat16())
+    return model
+
+
+@pytest.mark.parametrize("kind", ["int8", "bfloat16"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
+def test_a_narrowed_model_is_the_same_after_decoding_has_moved_its_weights(
+    layout: str, kind: str
+) -> None:
+    model = narrowed(kind, layout)
     before = copy.deepcopy(model)
     FusedForward(model, capacity=24)
     tokens = random_tokens(2, 20)
     torch.testing.assert_close(model(tokens), before(tokens), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(model(tokens[:, :1]), before(tokens[:, :1]), rtol=1e-4, atol=1e-4)
+    one = tokens[:, :1]  # few enough for the tables, which round to their dtype
+    tolerance = 1e-4 if kind == "int8" else 0.1
+    torch.testing.assert_close(model(one), before(one), rtol=tolerance, atol=tolerance)
     for (name, moved), kept in zip(model.named_modules(), before.modules(), strict=True):
         if isinstance(moved, (NarrowLinear, NarrowEmbedding)):
             assert isinstance(kept, (NarrowLinear, NarrowEmbedding))
@@ -87,14 +115,28 @@ def n_bytes(model: GPT) -> int:
     return sum(seen.values())
 
 
+@pytest.mark.parametrize(("kind", "share"), [("int8", 0.25), ("bfloat16", 0.5)])
 @pytest.mark.parametrize("layout", ["gpt2-tied", "llama"])
-def test_quantized_weights_take_about_a_quarter_of_the_memory(layout: str) -> None:
-    model = small_model(layout, d_model=256, vocab_size=512, context_length=8)
-    before = n_bytes(model)
-    quantize_int8(model)
-    assert n_bytes(model) < 0.28 * before
+def test_narrow_weights_take_about_their_share_of_float32s_memory(
+    layout: str, kind: str, share: float
+) -> None:
+    shape = {"d_model": 256, "vocab_size": 512, "context_length": 8}
+    before = n_bytes(small_model(layout, **shape))
+    model = narrowed(kind, layout, **shape)
+    assert n_bytes(model) < (share + 0.03) * before
     FusedForward(model, capacity=8)
-    assert n_bytes(model) < 0.32 * before  # 8 bytes more a row of a table
+    assert n_bytes(model) < (share + 0.07) * before  # of int8, 8 bytes more a row of a table
+
+
+@pytest.mark.parametrize("has_instructions", [False, True])
+def test_bfloat16_is_of_the_weights_only_where_the_cpu_has_no_instructions(
+    has_instructions: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api, "has_fast_bfloat16", lambda device: has_instructions)
+    write_model(tmp_path, small_model("llama"), None)
+    model = api.load(tmp_path, device="cpu", dtype="bfloat16").model
+    assert model.dtype == (torch.bfloat16 if has_instructions else torch.float32)
+    assert model.embedding.weight.dtype == torch.bfloat16
 
 
 def test_a_published_model_loses_less_than_half_a_percent(shared: Path) -> None:
