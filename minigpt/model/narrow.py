@@ -160,7 +160,9 @@ def _replace_products(
 
 
 def _in_8_bits(weight: Tensor, bias: Tensor | None) -> NarrowLinear:
-    largest = weight.abs().amax(dim=1).float().clamp(min=torch.finfo(torch.float32).tiny)
+    # In few passes and one copy: of an embedding, another copy would be the most memory ever taken.
+    largest = torch.linalg.vector_norm(weight, torch.inf, dim=1, dtype=torch.float32)
+    largest.clamp_(min=torch.finfo(torch.float32).tiny)
     scale = (largest / _LARGEST).to(weight.dtype)  # the weights are rounded with what is stored
-    steps = (weight.float() / scale.float()[:, None]).round().clamp(-_LARGEST, _LARGEST)
+    steps = (weight / scale.float()[:, None]).round_().clamp_(-_LARGEST, _LARGEST)
     return NarrowLinear(steps.to(torch.int8), bias, scale)
