@@ -50,8 +50,6 @@ def make_product(layers: Sequence[nn.Module]) -> Product:
         few_rows = _few_rows(weights[0])
         if few_rows:
             return TableProduct(Table(torch.cat(weights)), layers, bias_O=bias, few_rows=few_rows)
-    if isinstance(layers[0], nn.Embedding):  # its rows are looked up, too: they stay
-        return MatrixProduct(weights[0].detach().t())
     return MatrixProduct(side_by_side(weights), bias)
 
 

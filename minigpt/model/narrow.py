@@ -83,7 +83,8 @@ def joint_table(layers: Sequence[NarrowLinear]) -> Table:
     """Move layers of the same inputs into one table, if they are in none, and return it."""
     table = layers[0]._table
     if table is None:
-        table = Table(torch.cat([layer.weight for layer in layers]))
+        weights = [layer.weight for layer in layers]
+        table = Table(torch.cat(weights) if len(weights) > 1 else weights[0])
         start = 0
         for layer in layers:
             layer.move_into(table, start)

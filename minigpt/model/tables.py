@@ -38,8 +38,10 @@ class Table:
         self.dtype = weight_OI.dtype
         self._n_blocks, self._width = blocks(self.n_outputs, torch.get_num_threads())
         self._is_padded = self._n_blocks * self._width > self.n_outputs
-        padded = F.pad(weight_OI, (0, 0, 0, self._n_blocks * self._width - self.n_outputs))
-        table_NIW = padded.unflatten(0, (self._n_blocks, self._width)).mT
+        if self._is_padded:
+            padding = self._n_blocks * self._width - self.n_outputs
+            weight_OI = F.pad(weight_OI, (0, 0, 0, padding))
+        table_NIW = weight_OI.unflatten(0, (self._n_blocks, self._width)).mT
         if self.dtype == torch.int8:
             tail = torch.tensor([1.0, -_ZERO]).view(torch.uint8)
             tail = tail.expand(self._n_blocks, self.n_inputs, -1)
