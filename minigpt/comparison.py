@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from minigpt.checkpoint.folder import ROOT, RunFolder
+from minigpt.checkpoint.finding import ROOT
+from minigpt.checkpoint.folder import RunFolder
 from minigpt.config import ARCHS, ATTENTIONS, ModelConfig, RunConfig, SamplingConfig
 from minigpt.errors import CheckpointError, ConfigError, nearest
 from minigpt.generation.api import load

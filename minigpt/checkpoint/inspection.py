@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minigpt.checkpoint.disk import resource_errors
-from minigpt.checkpoint.folder import MANIFEST, verify
+from minigpt.checkpoint.manifest import MANIFEST, verify
 from minigpt.checkpoint.model_folder import read_config
 from minigpt.checkpoint.weights import StoredTensor, stored_tensors
 from minigpt.config import ModelConfig

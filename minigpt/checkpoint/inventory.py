@@ -14,16 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from minigpt.checkpoint.disk import read_json
-from minigpt.checkpoint.folder import (
-    MANIFEST,
-    METRICS_FILE,
-    ROOT,
-    Pointer,
-    RunFolder,
-    find_model,
-    models_in,
-    verify,
-)
+from minigpt.checkpoint.finding import ROOT, find_model, models_in
+from minigpt.checkpoint.folder import METRICS_FILE, Pointer, RunFolder
+from minigpt.checkpoint.manifest import MANIFEST, verify
 from minigpt.errors import CheckpointError, MinigptError, nearest
 
 _CONFIG = "config.json"

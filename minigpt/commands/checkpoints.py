@@ -30,7 +30,7 @@ def list_(
     A name given as --model means the step marked best; --resume goes on from the one marked
     latest. Marked damaged is a step that has not its files, each in its size; verify looks closer.
     """
-    from minigpt.checkpoint.folder import ROOT
+    from minigpt.checkpoint.finding import ROOT
     from minigpt.checkpoint.inventory import inventory_of, take_inventory
     from minigpt.commands import output
     from minigpt.commands.checkpoint_views import inventory_lines
@@ -57,7 +57,7 @@ def show(
     is for one token of a full context; blocks that are alike are shown as one. --json lists every
     tensor.
     """
-    from minigpt.checkpoint.folder import resolve_model
+    from minigpt.checkpoint.finding import resolve_model
     from minigpt.checkpoint.inspection import describe
     from minigpt.commands import output
     from minigpt.commands.checkpoint_views import model_lines, model_record
@@ -85,7 +85,7 @@ def verify(
 
     A line for each; the exit code is 4 if any is bad.
     """
-    from minigpt.checkpoint.folder import ROOT, find_model, resolve_model
+    from minigpt.checkpoint.finding import ROOT, find_model, resolve_model
     from minigpt.checkpoint.inspection import check
     from minigpt.checkpoint.inventory import entry_of, take_inventory
     from minigpt.commands import output

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.text import Text
 
-from minigpt.checkpoint.folder import ROOT
+from minigpt.checkpoint.finding import ROOT
 from minigpt.commands.chart import Point, Series, draw_chart
 from minigpt.commands.output import aligned, one_line, show
 from minigpt.console import make_console

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from minigpt.checkpoint.folder import resolve_model
+from minigpt.checkpoint.finding import resolve_model
 from minigpt.checkpoint.hub import is_hub_name
 from minigpt.checkpoint.model_folder import read_model
 from minigpt.checkpoint.tokenizer_json import tokenizer_from_json, tokenizer_to_json

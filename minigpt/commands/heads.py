@@ -57,7 +57,7 @@ def heads(
     Where a head looks is not what it does: --ablate takes each head away in turn, and measures by
     how much worse the second saying is foretold (nats/token).
     """
-    from minigpt.checkpoint.folder import resolve_model
+    from minigpt.checkpoint.finding import resolve_model
     from minigpt.commands import output
     from minigpt.commands.loading import use_threads
     from minigpt.console import make_console, print_lines

@@ -12,7 +12,7 @@ import torch
 from rich.text import Text
 from torch import Tensor
 
-from minigpt.checkpoint.folder import resolve_model
+from minigpt.checkpoint.finding import resolve_model
 from minigpt.commands.output import aligned, one_line
 from minigpt.commands.progress_line import ProgressLine
 from minigpt.commands.training_display import duration, short

@@ -6,8 +6,9 @@ from contextlib import redirect_stdout
 
 import typer
 
-from minigpt.checkpoint.folder import RunFolder, verify
+from minigpt.checkpoint.folder import RunFolder
 from minigpt.checkpoint.inventory import Checkpoint, entry_named, entry_of
+from minigpt.checkpoint.manifest import verify
 from minigpt.commands import output
 from minigpt.commands.checkpoint_views import removal_lines, total
 from minigpt.errors import CheckpointError, ConfigError, LockedError

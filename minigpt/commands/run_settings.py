@@ -7,7 +7,8 @@ from math import gcd
 from pathlib import Path
 from typing import Any
 
-from minigpt.checkpoint.folder import ROOT, RunFolder
+from minigpt.checkpoint.finding import ROOT
+from minigpt.checkpoint.folder import RunFolder
 from minigpt.config import DataConfig, RunConfig
 from minigpt.errors import ConfigError
 from minigpt.presets import preset as preset_settings

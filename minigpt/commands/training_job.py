@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minigpt.checkpoint.folder import CONFIG_FILE, ROOT, Pointer, RunFolder
+from minigpt.checkpoint.finding import ROOT
+from minigpt.checkpoint.folder import CONFIG_FILE, Pointer, RunFolder
 from minigpt.checkpoint.model_folder import read_model
 from minigpt.commands.finetuning import finetuning_config, one_lr, read_base
 from minigpt.commands.run_settings import (

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from minigpt.checkpoint.folder import resolve_model
+from minigpt.checkpoint.finding import resolve_model
 from minigpt.checkpoint.model_folder import LoadedModel, read_model
 from minigpt.config import DEVICES, DTYPES, QUANTIZATIONS, SamplingConfig
 from minigpt.errors import CheckpointError, ConfigError, DataError, nearest

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from minigpt.checkpoint.disk import resource_errors
-from minigpt.checkpoint.folder import CONFIG_FILE, METRICS_FILE, ROOT
+from minigpt.checkpoint.finding import ROOT
+from minigpt.checkpoint.folder import CONFIG_FILE, METRICS_FILE
 from minigpt.config import RunConfig
 from minigpt.errors import CheckpointError, ConfigError, nearest
 from minigpt.settings import build, read_toml

@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 
-from minigpt.checkpoint.folder import RunFolder, resolve_model, verify
+from minigpt.checkpoint.finding import resolve_model
+from minigpt.checkpoint.folder import RunFolder
+from minigpt.checkpoint.manifest import verify
 from minigpt.errors import CheckpointError, LockedError, ResourceError
 
 

@@ -24,8 +24,8 @@ import pytest
 import torch
 from layout_models import make_model
 
-from minigpt.checkpoint import folder
-from minigpt.checkpoint.folder import resolve_model
+from minigpt.checkpoint import finding
+from minigpt.checkpoint.finding import resolve_model
 from minigpt.checkpoint.hub import download_model, is_hub_name
 from minigpt.checkpoint.model_folder import read_model, save_tensors, write_model
 from minigpt.checkpoint.tensor_names import tensors_to_hf
@@ -38,8 +38,8 @@ PICKLE = b"\x80\x04 what would run any code"
 LIES = {"a": "pytorch_model.bin", "b": "old/a.safetensors", "c": "../../a.safetensors", "d": [1]}
 RESOLVER = """
 import json, sys
-from minigpt.checkpoint import folder
-from minigpt.checkpoint.folder import resolve_model
+from minigpt.checkpoint import finding
+from minigpt.checkpoint.finding import resolve_model
 from minigpt.commands.loading import load
 from minigpt.errors import MinigptError
 for spec in sys.argv[1:]:
@@ -429,7 +429,7 @@ def test_a_name_of_the_hub_serves_as_a_model_of_the_commands(
     models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(folder, "download_model", lambda spec: asked.append(spec) or models["one"])
+    monkeypatch.setattr(finding, "download_model", lambda spec: asked.append(spec) or models["one"])
     ready = load("tiny/story@main", "ab", "cpu", None)
     assert asked == ["tiny/story@main"]
     assert (ready.folder, ready.prompt) == (models["one"], [97, 98])

@@ -166,7 +166,7 @@ def test_what_cannot_be_read_is_a_problem_and_no_exception(
     run = RunFolder(tmp_path / "run")
     with run.lock(), run.writing_step(1) as folder:
         write_model(folder, make(50, "qwen3"), None)
-    monkeypatch.setattr("minigpt.checkpoint.folder.sha256", fail)
+    monkeypatch.setattr("minigpt.checkpoint.manifest.sha256", fail)
     assert "The disk may be failing" in str(check(run.step_folder(1), is_step=True).problem)
     shutil.rmtree(run.step_folder(1))
     assert "manifest.json is missing" in str(check(run.step_folder(1), is_step=True).problem)

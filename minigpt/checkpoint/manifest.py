@@ -1,0 +1,60 @@
+"""The manifest of a checkpoint: what was written, so that damage is seen before it is read."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from minigpt.checkpoint.disk import (
+    read_json,
+    sha256,
+    sync_file,
+    sync_folder,
+    to_json,
+    write_atomically,
+)
+from minigpt.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+
+
+def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Write the sizes and hashes of a folder's files, and its facts, once all is on the disk."""
+    paths = sorted(folder.rglob("*"))
+    files = {}
+    for path in paths:
+        if path.is_file():
+            sync_file(path)
+            name = path.relative_to(folder).as_posix()
+            files[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    for path in paths:
+        if path.is_dir():
+            sync_folder(path)
+    manifest = {"version": 1, "facts": facts, "files": files}
+    write_atomically(folder / MANIFEST, to_json(manifest))
+
+
+def verify(step_folder: Path, *, hashes: bool = False) -> None:
+    """Check a checkpoint against its manifest: each file's size, and its SHA-256 when asked.
+
+    Raises: CheckpointError naming the first file that is missing or not as it was written.
+    """
+    files = read_json(step_folder / MANIFEST).get("files")
+    if not isinstance(files, dict) or not files:
+        raise CheckpointError(f"the manifest of {str(step_folder)!r} lists no files.")
+    for name, facts in files.items():
+        path = step_folder / name
+        is_inside = path.resolve().is_relative_to(step_folder.resolve())
+        if not is_inside or not isinstance(facts, dict):
+            raise CheckpointError(f"the manifest of {str(step_folder)!r} is damaged at {name!r}.")
+        if not path.is_file():
+            problem = "is missing"
+        elif path.stat().st_size != facts.get("bytes"):
+            problem = f"has {path.stat().st_size} bytes, {facts.get('bytes')!r} when written"
+        elif hashes and sha256(path) != facts.get("sha256"):
+            problem = "is not as it was written (its SHA-256 differs)"
+        else:
+            continue
+        raise CheckpointError(
+            f"the checkpoint {str(step_folder)!r} is damaged: {name!r} {problem}. Use another "
+            f"step; if you changed it on purpose, delete {MANIFEST} there."
+        )
