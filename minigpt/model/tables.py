@@ -71,10 +71,11 @@ class Table:
 
     def matmul(self, x_BI: Tensor, start: int, end: int) -> Tensor:
         """Return x W^T, (B, end - start), of the outputs from start to end, for many rows."""
-        first = start // self._width
-        table_NIW = self._blocks()[first : -(-end // self._width)].to(x_BI.dtype)
+        first, last = start // self._width, -(-end // self._width)
+        rows = self._table[first * self.n_inputs : last * self.n_inputs]
         if self.dtype == torch.int8:
-            table_NIW -= _ZERO
+            rows = torch.ops.quantized.embedding_bag_byte_unpack.default(rows)
+        table_NIW = rows.to(x_BI.dtype).unflatten(0, (-1, self.n_inputs))
         product_NBW = torch.matmul(x_BI, table_NIW)
         product = product_NBW.transpose(0, 1).flatten(1)
         return product[:, start - first * self._width :][:, : end - start]
