@@ -53,10 +53,11 @@ def knockout_in_words(header: TraceHeader) -> str:
 
 def cause_in_words(check: CauseCheck) -> str:
     """Return what knocking out the sources has shown, in plain words."""
-    controls = f"without any of {check.n_controls} controls by {check.mean_control_effect:.3f}"
+    sources, controls = _without(check.n_sources, "source"), _without(check.n_controls, "control")
+    by_control = f"{controls} by {check.mean_control_effect:.3f}"
     found = (
-        f"Weight is not influence. Checked: without any of {check.n_sources} sources ln p changed "
-        f"by {check.mean_effect:.3f} on average, {controls if check.n_controls else 'no controls'}."
+        f"Weight is not influence. Checked: {sources} ln p changed by {check.mean_effect:.3f} on "
+        f"average, {by_control if check.n_controls else 'no controls'}."
     )
     if check.n_controls:
         is_more = check.mean_effect > 2 * check.mean_control_effect
@@ -73,3 +74,7 @@ def cause_in_words(check: CauseCheck) -> str:
         f"{found} Rank correlation of weight and effect: {correlation:.2f}, so here the weights "
         f"say {told} about what mattered."
     )
+
+
+def _without(n: int, what: str) -> str:
+    return f"without the one {what}" if n == 1 else f"without any of {n} {what}s"

@@ -224,7 +224,7 @@ def test_the_header_says_what_is_not_as_usual() -> None:
              "mattered more than", "0.12", "say little"],
         ),
         (CauseCheck(60, 58, 0.3, 0.2, 0.8), ["hardly mattered more", "0.80", "say much"]),
-        (CauseCheck(1, 0, 0.3, 0.0, None), ["1 source", "too little to rank"]),
+        (CauseCheck(1, 0, 0.3, 0.0, None), ["without the one source ln p", "too little to rank"]),
     ],
 )  # fmt: skip
 def test_the_footer_says_what_the_checks_found(cause: CauseCheck | None, said: list[str]) -> None:
