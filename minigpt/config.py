@@ -244,7 +244,8 @@ class DataConfig:
     """bytes, bpe (trained on the corpus, its size by the corpus's), bpe:N (N tokens in all), gpt2,
     cl100k_base or o200k_base; with ``from``, the name of the model's own."""
     val_fraction: float = 0.1
-    """The last share of the tokens, in order, kept for validation."""
+    """The last share of the tokens, in order, kept for validation. No merges of ``bpe`` are learned
+    from that share of the text either."""
 
     def __post_init__(self) -> None:
         _require(

@@ -27,7 +27,7 @@ from minigpt.text.shard_files import (
     read_vocabulary,
     write_json,
 )
-from minigpt.text.tokenizer import Tokenizer, make_tokenizer, parse_spec
+from minigpt.text.tokenizer import BPE_TRAINING_BYTES, Tokenizer, make_tokenizer, parse_spec
 
 PROGRESS_BYTES = 2**20
 
@@ -55,6 +55,8 @@ class Corpus:
     """In order."""
     tokenizer: Tokenizer | str
     """One that is there, or the spec of one that may have to be trained."""
+    train_fraction: float
+    """The share of the text, from its beginning, that a tokenizer may be trained on."""
     identity: str
     """sha256 over the text and the tokenizer."""
     cache: Path
@@ -99,9 +101,14 @@ def opened_corpus(
             )
             # A name is not enough of a vocabulary that was not made here: two may share it.
             vocabulary = data.tokenizer if tokenizer is None else tokenizer.fingerprint
+            train_fraction = 1 - data.val_fraction
+            if tokenizer is None and parse_spec(data.tokenizer)[0] == "bpe":
+                vocabulary += f" of {train_fraction}"
             what = f"{SCHEMA_VERSION} {vocabulary} {content_hash(sources)}"
             identity = hashlib.sha256(what.encode()).hexdigest()
-            yield Corpus(sources, tokenizer or data.tokenizer, identity, cache, report)
+            yield Corpus(
+                sources, tokenizer or data.tokenizer, train_fraction, identity, cache, report
+            )
 
 
 def build(folder: Path, corpus: Corpus, n_workers: int = 0) -> Work:
@@ -158,12 +165,32 @@ def _begun(folder: Path, corpus: Corpus) -> tuple[Tokenizer, Unfinished]:
             path.unlink()
     tokenizer = corpus.tokenizer
     if isinstance(tokenizer, str):
-        reported = _Reported(corpus, "train tokenizer")
-        tokenizer = make_tokenizer(tokenizer, reported.texts(iter_documents(corpus.sources)))
+        texts = _Reported(corpus, "train tokenizer").texts(iter_documents(corpus.sources))
+        tokenizer = make_tokenizer(tokenizer, _first(texts, corpus.train_fraction))
     write_json(folder / VOCABULARY, tokenizer.to_dict())
     begun = Unfinished(SCHEMA_VERSION, corpus.identity, tokenizer.fingerprint)
     begun.write(folder)
     return tokenizer, begun
+
+
+def _first(texts: Iterable[str], share: float) -> Iterator[str]:
+    """Yield the first share of texts, so that validation text has no say in the merges.
+
+    Of a long corpus only as much is read as merges are learned from.
+    """
+    read: list[str] = []
+    n_bytes = 0
+    for text in texts:
+        read.append(text)
+        n_bytes += len(text.encode())
+        if share * n_bytes >= BPE_TRAINING_BYTES:
+            break
+    n_left = int(share * n_bytes)
+    for text in read:
+        data = text.encode()[:n_left]
+        n_left -= len(data)
+        if data:
+            yield data.decode(errors="ignore")
 
 
 def _write(

@@ -10,6 +10,7 @@ import sys
 import time
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from filelock import FileLock
 
 from minigpt.config import DataConfig
 from minigpt.errors import ConfigError, DataError, LockedError, ResourceError
-from minigpt.text import building, corpus, encoding, shard_files, shards
+from minigpt.text import building, corpus, encoding, shard_files, shards, tokenizer
 from minigpt.text.building import PrepareProgress, Work
 from minigpt.text.corpus import Document
 from minigpt.text.encoding import Encoded
@@ -105,6 +106,25 @@ def test_tokens_are_those_of_a_plain_loop_whatever_the_number_of_workers(
     assert len(manifest.shards) > 5
     assert manifest.n_bytes == sum(len(text.encode()) for text in texts)
     assert (manifest.n_documents, manifest.n_tokens) == (len(texts), len(expected))
+
+
+@pytest.mark.parametrize("val_fraction", [0.1, 0.7])
+def test_no_merge_is_learned_from_what_validates(
+    val_fraction: float, data: DataConfig, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(data, val_fraction=val_fraction)
+    n_left = int((1 - val_fraction) * sum(len(text.encode()) for text in texts))
+    first = []
+    for text in texts:
+        first.append(text.encode()[:n_left].decode(errors="ignore"))
+        n_left = max(0, n_left - len(text.encode()))
+    made = prepare(config).tokenizer
+    assert made.fingerprint == train_bpe(first, 300).fingerprint
+    assert made.fingerprint != train_bpe(texts, 300).fingerprint
+    for module in (building, tokenizer):  # of a long corpus, only the beginning is read
+        monkeypatch.setattr(module, "BPE_TRAINING_BYTES", 1000)
+    made = prepare(config, cache_dir=Path("another")).tokenizer
+    assert made.fingerprint == train_bpe(texts, 300).fingerprint
 
 
 def test_a_folder_has_the_tokens_and_the_fingerprint_that_the_cache_has(
