@@ -14,6 +14,7 @@ import typer
 
 from minigpt.commands.failures import describe
 from minigpt.commands.layout import Commands, show_help
+from minigpt.commands.spinning import set_spin_count
 from minigpt.text.visible import printable
 
 app = typer.Typer(
@@ -55,9 +56,7 @@ def main() -> NoReturn:
     """Run the command line and exit with DESIGN's codes: one line an error, on stderr."""
     _open_streams()
     signal.signal(signal.SIGTERM, _terminate)
-    # OpenMP's threads spin for each other; beside any other busy process that made a training step
-    # ten times as slow and more. Spinning for a shorter time costs a quiet machine about 3 %.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    set_spin_count(sys.argv[1:])
     try:
         status = app(prog_name="minigpt", standalone_mode=False)
         sys.stdout.flush()
