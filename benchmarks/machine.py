@@ -39,6 +39,6 @@ def child_environment(threads: int) -> dict[str, str]:
     return os.environ | {
         "PYTHONPATH": os.pathsep.join(paths),
         "OMP_NUM_THREADS": str(threads),
-        # As the command line sets it: threads that wait soon sleep.
-        "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "10000"),
+        # As `generate` sets it where nothing else runs.
+        "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "100000"),
     }

@@ -29,8 +29,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-# As the command line sets it, and before torch starts OpenMP.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+# As the command line sets it where nothing else runs, and before torch starts OpenMP.
+os.environ.setdefault("GOMP_SPINCOUNT", "100000")
 
 import torch
 from machine import child_environment, machine_facts

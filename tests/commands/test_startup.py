@@ -54,6 +54,7 @@ def test_the_first_help_reads_no_command() -> None:
         "minigpt.commands",
         "minigpt.commands.failures",
         "minigpt.commands.layout",
+        "minigpt.commands.spinning",
     }
 
 
