@@ -35,8 +35,8 @@ def make_product(layers: Sequence[nn.Module]) -> Product:
     The rule asks the hardware and nothing else: a choice by the clock would let the same seed draw
     other tokens on a busy day.
 
-    Args: layers, all nn.Linear or all NarrowLinear; or one nn.Embedding, to be multiplied by from
-        the other side.
+    Args: layers, all nn.Linear or all NarrowLinear; or one nn.Embedding, whose rows are outputs
+        where embeddings are tied.
     """
     bias = _joined([getattr(layer, "bias", None) for layer in layers])
     narrow = [layer for layer in layers if isinstance(layer, NarrowLinear)]

@@ -1,10 +1,14 @@
-"""Fixtures of the tests of model folders."""
+"""Fixtures of the tests of model folders and run folders."""
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from layout_models import LAYOUTS, make_model
+from run_steps import write_step
 
+from minigpt.checkpoint.folder import RunFolder
 from minigpt.model.gpt import GPT
 
 
@@ -16,3 +20,14 @@ def model(request: pytest.FixtureRequest) -> GPT:
 @pytest.fixture
 def make() -> Callable[[int, str], GPT]:
     return make_model
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
+    """Two steps, of which the second is the better; and no fsync waits, as no power is cut here."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    run = RunFolder(tmp_path / "runs" / "tales")
+    with run.lock():
+        write_step(run, 1, val_loss=2.0)
+        write_step(run, 2, val_loss=1.5)
+    return run

@@ -1,44 +1,22 @@
-"""Run folders: no kill, full disk or second run costs a checkpoint; which folder is meant."""
+"""Run folders: no kill, full disk or second run costs a checkpoint."""
 
 import errno
-import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from run_steps import assert_holds, write_step
 
 from minigpt.checkpoint.finding import resolve_model
 from minigpt.checkpoint.folder import RunFolder
 from minigpt.checkpoint.manifest import verify
-from minigpt.errors import CheckpointError, LockedError, ResourceError
-
-
-@pytest.fixture(autouse=True)
-def fsync_that_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda _: None)  # no power is cut here
-
-
-def write_step(run: RunFolder, step: int, text: str = "weights", **facts: Any) -> None:
-    with run.writing_step(step) as folder:
-        (folder / "config.json").write_text("{}")
-        (folder / "training_state").mkdir()
-        (folder / "training_state" / "momentum").write_text(text)
-    run.point("latest", step, **facts)
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> RunFolder:
-    run = RunFolder(tmp_path / "runs" / "tales")
-    with run.lock():
-        write_step(run, 1, val_loss=2.0)
-        write_step(run, 2, val_loss=1.5)
-    return run
+from minigpt.errors import LockedError, ResourceError
 
 
 class Boundaries:
@@ -74,15 +52,6 @@ class Boundaries:
 @pytest.fixture(scope="module")
 def boundaries() -> Boundaries:
     return Boundaries()
-
-
-def assert_holds(run: RunFolder, *steps: int) -> None:
-    """The latest checkpoint is one of steps, whole to the last byte; nothing else lies about."""
-    latest = run.latest()
-    assert latest is not None
-    assert latest.step in steps
-    verify(latest.folder, hashes=True)
-    assert not [path.name for path in run.path.glob(".*") if path.name != ".lock"]
 
 
 def test_disk_that_fills_at_any_moment_costs_no_checkpoint(
@@ -257,43 +226,6 @@ def test_impossible_run_name_is_an_error_of_one_line(tmp_path: Path, name: str) 
         RunFolder(tmp_path / name).lock().__enter__()
 
 
-DAMAGES: dict[str, Callable[[Path], object]] = {
-    "is missing": lambda folder: (folder / "training_state" / "momentum").unlink(),
-    "has 3 bytes, 7 when": lambda folder: (folder / "training_state" / "momentum").write_text(
-        "abc"
-    ),
-    "manifest.json is missing": lambda folder: (folder / "manifest.json").unlink(),
-    "lists no files": lambda folder: (folder / "manifest.json").write_text("{}"),
-    "is not JSON": lambda folder: (folder / "manifest.json").write_text('{"files"'),
-    "is damaged at '../../x'": lambda folder: (folder / "manifest.json").write_text(
-        '{"files": {"../../x": {"bytes": 0}}}'
-    ),
-}
-
-
-@pytest.mark.parametrize("says", DAMAGES)
-def test_damaged_step_is_passed_over(run: RunFolder, says: str) -> None:
-    run.point("best", 2)
-    DAMAGES[says](run.step_folder(2))
-    with pytest.raises(CheckpointError, match=says):
-        verify(run.step_folder(2))
-    for pointer in (run.latest(), run.best()):
-        assert pointer is not None
-        assert pointer.step == 1
-    assert resolve_model(str(run.path)) == run.step_folder(1)
-    DAMAGES[says](run.step_folder(1))
-    assert run.latest() is None
-    with pytest.raises(CheckpointError, match=says):
-        resolve_model(str(run.path))
-
-
-def test_changed_byte_is_found_by_hash_only(run: RunFolder) -> None:
-    (run.step_folder(2) / "training_state" / "momentum").write_text("Weights")
-    verify(run.step_folder(2))
-    with pytest.raises(CheckpointError, match="SHA-256 differs"):
-        verify(run.step_folder(2), hashes=True)
-
-
 def test_pointer_gives_the_facts_of_its_own_step_only(run: RunFolder) -> None:
     run.point("best", 1, val_loss=1.25)
     best, latest = run.best(), run.latest()
@@ -332,77 +264,3 @@ def test_prune_keeps_best_latest_and_the_newest_others(
     run.prune(keep)
     assert run.steps() == left
     assert_holds(run, 6)
-
-
-def test_model_is_found_by_path_step_and_name(
-    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    root = run.path.parent
-    run.point("best", 1)
-    plain = tmp_path / "gpt2"
-    plain.mkdir()
-    (plain / "config.json").write_text("{}")
-    assert resolve_model(str(run.path), root) == run.step_folder(1)
-    assert resolve_model("tales", root) == run.step_folder(1)
-    assert resolve_model(str(run.step_folder(2)), root) == run.step_folder(2)
-    assert resolve_model(str(plain), root) == plain
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "tales").mkdir()  # texts, say; no model, so it hides no run
-    assert resolve_model("tales", root) == run.step_folder(1)
-    assert resolve_model("gpt2", root) == Path("gpt2")
-
-
-def test_without_a_name_the_newest_run_is_meant_then_what_ships(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"no checkpoint in .*nowhere.*`minigpt train`"):
-        resolve_model(None, tmp_path / "nowhere")
-    shipped = tmp_path / "a-shipped"
-    shipped.mkdir()
-    (shipped / "config.json").write_text("{}")
-    (tmp_path / "z-empty-run").mkdir()
-    assert resolve_model(None, tmp_path) == shipped
-    for age, name in enumerate(["newest", "older"]):
-        run = RunFolder(tmp_path / name)
-        with run.lock():
-            write_step(run, 5)
-        os.utime(run.step_folder(5) / "manifest.json", ns=(0, 10**18 - age * 10**9))
-    assert resolve_model(None, tmp_path) == tmp_path / "newest" / "step-000005"
-
-
-def test_wrong_name_is_told_the_nearest_run(run: RunFolder, tmp_path: Path) -> None:
-    root = run.path.parent
-    (root / "empty").mkdir()
-    (root / "\x1b[31mtails").mkdir()
-    (root / "\x1b[31mtails" / "config.json").write_text("{}")
-    for spec, says in {
-        "tails": "there is no model 'tails' in .*Did you mean tales",
-        str(tmp_path / "tals"): "there is no model .*Did you mean tales",
-        "empty": "holds no checkpoint.*Choose from tales",
-        "\x1b[31m" + "x" * 5000: r"there is no model '\\x1b\[31mxx",
-        "nul\0": r"there is no model 'nul\\x00'",
-    }.items():
-        with pytest.raises(CheckpointError, match=says) as caught:
-            resolve_model(spec, root)
-        assert caught.value.exit_code == 4
-        assert len(str(caught.value)) < 400
-    with pytest.raises(CheckpointError, match=r"there is no model 'x' .*`minigpt train`"):
-        resolve_model("x", tmp_path / "nowhere")
-
-
-def test_half_written_step_is_refused(run: RunFolder) -> None:
-    half = run.path / ".writing-step-000003"
-    half.mkdir()
-    (half / "config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="half written"):
-        resolve_model(str(half))
-    with run.lock():
-        assert_holds(run, 2)
-
-
-def test_manifest_lists_every_file_of_the_step(run: RunFolder) -> None:
-    manifest = json.loads((run.step_folder(2) / "manifest.json").read_text())
-    assert manifest["files"]["training_state/momentum"] == {
-        "bytes": 7,
-        # sha256sum of "weights"
-        "sha256": "9a129038d9a00aed0cf6a7ea059ca50a813449061ab87848cf1a13eafdf33b2c",
-    }
-    assert set(manifest["files"]) == {"config.json", "training_state/momentum"}

@@ -1,0 +1,23 @@
+"""Steps of a run folder, written and looked at."""
+
+from typing import Any
+
+from minigpt.checkpoint.folder import RunFolder
+from minigpt.checkpoint.manifest import verify
+
+
+def write_step(run: RunFolder, step: int, text: str = "weights", **facts: Any) -> None:
+    with run.writing_step(step) as folder:
+        (folder / "config.json").write_text("{}")
+        (folder / "training_state").mkdir()
+        (folder / "training_state" / "momentum").write_text(text)
+    run.point("latest", step, **facts)
+
+
+def assert_holds(run: RunFolder, *steps: int) -> None:
+    """The latest checkpoint is one of steps, whole to the last byte; nothing else lies about."""
+    latest = run.latest()
+    assert latest is not None
+    assert latest.step in steps
+    verify(latest.folder, hashes=True)
+    assert not [path.name for path in run.path.glob(".*") if path.name != ".lock"]

@@ -1,0 +1,75 @@
+"""Which model is meant by a path, a name, or nothing."""
+
+import os
+from pathlib import Path
+
+import pytest
+from run_steps import assert_holds, write_step
+
+from minigpt.checkpoint.finding import resolve_model
+from minigpt.checkpoint.folder import RunFolder
+from minigpt.errors import CheckpointError
+
+
+def test_model_is_found_by_path_step_and_name(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = run.path.parent
+    run.point("best", 1)
+    plain = tmp_path / "gpt2"
+    plain.mkdir()
+    (plain / "config.json").write_text("{}")
+    assert resolve_model(str(run.path), root) == run.step_folder(1)
+    assert resolve_model("tales", root) == run.step_folder(1)
+    assert resolve_model(str(run.step_folder(2)), root) == run.step_folder(2)
+    assert resolve_model(str(plain), root) == plain
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tales").mkdir()  # texts, say; no model, so it hides no run
+    assert resolve_model("tales", root) == run.step_folder(1)
+    assert resolve_model("gpt2", root) == Path("gpt2")
+
+
+def test_without_a_name_the_newest_run_is_meant_then_what_ships(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .*nowhere.*`minigpt train`"):
+        resolve_model(None, tmp_path / "nowhere")
+    shipped = tmp_path / "a-shipped"
+    shipped.mkdir()
+    (shipped / "config.json").write_text("{}")
+    (tmp_path / "z-empty-run").mkdir()
+    assert resolve_model(None, tmp_path) == shipped
+    for age, name in enumerate(["newest", "older"]):
+        run = RunFolder(tmp_path / name)
+        with run.lock():
+            write_step(run, 5)
+        os.utime(run.step_folder(5) / "manifest.json", ns=(0, 10**18 - age * 10**9))
+    assert resolve_model(None, tmp_path) == tmp_path / "newest" / "step-000005"
+
+
+def test_wrong_name_is_told_the_nearest_run(run: RunFolder, tmp_path: Path) -> None:
+    root = run.path.parent
+    (root / "empty").mkdir()
+    (root / "\x1b[31mtails").mkdir()
+    (root / "\x1b[31mtails" / "config.json").write_text("{}")
+    for spec, says in {
+        "tails": "there is no model 'tails' in .*Did you mean tales",
+        str(tmp_path / "tals"): "there is no model .*Did you mean tales",
+        "empty": "holds no checkpoint.*Choose from tales",
+        "\x1b[31m" + "x" * 5000: r"there is no model '\\x1b\[31mxx",
+        "nul\0": r"there is no model 'nul\\x00'",
+    }.items():
+        with pytest.raises(CheckpointError, match=says) as caught:
+            resolve_model(spec, root)
+        assert caught.value.exit_code == 4
+        assert len(str(caught.value)) < 400
+    with pytest.raises(CheckpointError, match=r"there is no model 'x' .*`minigpt train`"):
+        resolve_model("x", tmp_path / "nowhere")
+
+
+def test_half_written_step_is_refused(run: RunFolder) -> None:
+    half = run.path / ".writing-step-000003"
+    half.mkdir()
+    (half / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="half written"):
+        resolve_model(str(half))
+    with run.lock():
+        assert_holds(run, 2)
