@@ -109,16 +109,16 @@ class FusedForward:
             heads.turn(*turn, part.qk_norm_eps)
         new_k_BGD.copy_(heads.k_BGD)
         new_v_BGD.copy_(heads.v_BGD)
-        q_BHTD = heads.q_BHD[:, :, None]
+        q_BHTD = heads.q_BHTD
         if part.score.name != "scaled_dot":
             q_BHTD.copy_(part.score.fold(q_BHTD))
         if part.score.is_dot_product:
-            context_BGTD = F.scaled_dot_product_attention(heads.q_BGTD, k_BGSD, v_BGSD)
-            context_BGRD = context_BGTD[:, :, : heads.n_shared]
+            context = F.scaled_dot_product_attention(heads.q_BGTD, k_BGSD, v_BGSD)
+            if heads.is_doubled:
+                context = context[:, :, :1]
         else:
-            context_BHTD = part.score.attend(q_BHTD, k_BGSD, v_BGSD)
-            context_BGRD = context_BHTD[:, :, 0].unflatten(1, (-1, heads.n_shared))
-        context_BX = context_BGRD.flatten(1)
+            context = part.score.attend(q_BHTD, k_BGSD, v_BGSD)
+        context_BX = context.flatten(1)
         context_BHTD = context_BX.view(q_BHTD.shape)
         if self.recorder is not None and not isinstance(self.recorder, PassRecorder):
             self.recorder.record(layer, q_BHTD, k_BGSD, v_BGSD, context_BHTD)
@@ -183,21 +183,24 @@ class _Heads:
         n_query, n_key, d_head = config.n_head, config.n_kv_head, config.d_head
         self.qkv = qkv_BX
         heads = self.qkv.unflatten(1, (-1, d_head))
-        self.q_BHD, self.k_BGD, self.v_BGD = heads.split([n_query, n_key, n_key], dim=1)
+        q_BHD, self.k_BGD, self.v_BGD = heads.split([n_query, n_key, n_key], dim=1)
+        self.q_BHTD = q_BHD[:, :, None]
         # Query heads that share keys are queries of one head: SDPA then reads the keys once.
-        self.n_shared = n_query // n_key
-        self.q_BGTD = self.q_BHD.unflatten(1, (n_key, self.n_shared))
-        if self.n_shared == 1 and dtype == torch.bfloat16:
+        self.q_BGTD = q_BHD.unflatten(1, (n_key, -1))
+        self.is_doubled = n_query == n_key and dtype == torch.bfloat16
+        if self.is_doubled:
             # SDPA's product of one bfloat16 row is three times as slow as of two equal ones.
             self.q_BGTD = self.q_BGTD.expand(-1, -1, 2, -1)
         self._qk = heads[:, : n_query + n_key]
+        self._qk_alone = self._qk[:, :, None]
         self._signs = torch.tensor([-1.0, 1.0], dtype=dtype)[:, None]
-        self._both = torch.empty(*self._qk.shape[:2], 2, d_head, dtype=dtype)
+        self._both = torch.empty(*self._qk.shape[:2], 2, d_head, dtype=dtype)  # -x, x
+        self._side_by_side = self._both.flatten(2)
 
     def turn(self, cos: Tensor, sin: Tensor, norm_eps: float | None) -> None:
         """Norm queries and keys, if there is an eps, and turn them by their position's angle."""
-        torch.mul(self._qk[:, :, None], self._signs, out=self._both)
-        both = self._both.flatten(2)  # -x, x
+        torch.mul(self._qk_alone, self._signs, out=self._both)
+        both = self._side_by_side
         if norm_eps is not None:  # as in _rms_norm; the weights are in cos and sin
             both = torch.layer_norm(both, both.shape[2:], eps=norm_eps)
         d_head = self._qk.shape[2]
@@ -259,6 +262,6 @@ def _rms_norm(weight: Tensor, eps: float) -> Norm:
 
     def norm(stream: _Stream) -> Tensor:
         torch.neg(stream.x, out=stream.minus_x)
-        return torch.layer_norm(stream.both, weights.shape, weights, None, eps)[:, :width]
+        return torch.layer_norm(stream.both, weights.shape, weights, None, eps).narrow(1, 0, width)
 
     return norm
