@@ -1,6 +1,7 @@
 """minigpt checkpoints; the docstring of each command under it is its --help."""
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -142,5 +143,41 @@ def prune(
     prune_run(run, keep, dry_run=dry_run, yes=yes, as_json=as_json)
 
 
-checkpoints = group("checkpoints", {"list": list_, "show": show, "verify": verify, "prune": prune})
-"""The command, made of these four."""
+def average(
+    run: Annotated[str, _argument("RUN", "Name of a run, or its folder")],
+    last: Annotated[
+        int,
+        options.number("--last", int, "Average the newest N checkpoints", group="Run", default=5),
+    ] = 5,
+    out: Annotated[
+        Path | None,
+        options.option(
+            "--out",
+            "New folder for the mean",
+            group="Run",
+            metavar="FOLDER",
+            default="RUN-mean",
+            parse=Path,
+        ),
+    ] = None,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Write the mean of a run's last checkpoints.
+
+    Near its end a run goes to and fro about weights that are better than any at which it stops,
+    and the mean of its last checkpoints is nearer to them; `minigpt evaluate` says whether it is.
+    Let training save often enough, and keep enough: --save-every, --set training.keep=N.
+
+    The mean is a model folder, of which `--model` takes the name. It cannot be resumed.
+    """
+    from minigpt.commands.averaging import average_run
+
+    average_run(run, last, out, as_json=as_json)
+
+
+checkpoints = group(
+    "checkpoints",
+    {"list": list_, "show": show, "verify": verify, "prune": prune, "average": average},
+)
+"""The command, made of these five."""

@@ -21,7 +21,7 @@ from minigpt.checkpoint.inventory import take_inventory
 from minigpt.commands import app
 from minigpt.commands.checkpoint_views import inventory_lines, model_lines
 
-NAMES = ["list", "show", "verify", "prune"]
+NAMES = ["list", "show", "verify", "prune", "average"]
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,37 @@
+"""The mean of the weights of several checkpoints of one run."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from minigpt.checkpoint.model_folder import LoadedModel, read_model
+from minigpt.errors import CheckpointError
+
+
+@torch.no_grad()
+def average(folders: Sequence[Path]) -> LoadedModel:
+    """Return a model whose weights are the mean, in float32, of those of these checkpoints.
+
+    Near its end a run goes to and fro about a point that is better than any at which it stops.
+    The mean of its last checkpoints is nearer to it.
+
+    Args: folders, at least one; two models are in memory at a time.
+    Returns: with the tokenizer of the first.
+    Raises: CheckpointError if one is damaged, or of another shape than the first.
+    Source: Polyak and Juditsky 1992, doi:10.1137/0330046; Vaswani et al. 2017, arXiv:1706.03762,
+        section 6.1; Izmailov et al. 2018, arXiv:1803.05407.
+    """
+    loaded = read_model(folders[0], dtype=torch.float32)
+    means = loaded.model.state_dict()  # no copies: what is done to them is done to the model
+    for n_models, folder in enumerate(folders[1:], start=2):
+        model = read_model(folder, dtype=torch.float32).model
+        if replace(model.config, dropout=loaded.model.config.dropout) != loaded.model.config:
+            raise CheckpointError(
+                f"{str(folder)!r} is of another shape than {str(folders[0])!r}. Average "
+                "checkpoints of one run."
+            )
+        for name, tensor in model.state_dict().items():
+            means[name].lerp_(tensor, 1 / n_models)
+    return loaded

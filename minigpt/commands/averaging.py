@@ -1,0 +1,65 @@
+"""What minigpt checkpoints average does once its options are read."""
+
+import os
+import shutil
+from pathlib import Path
+
+from rich.text import Text
+
+from minigpt.checkpoint.averaging import average
+from minigpt.checkpoint.disk import resource_errors
+from minigpt.checkpoint.folder import WRITING, RunFolder
+from minigpt.checkpoint.inventory import entry_named
+from minigpt.checkpoint.manifest import verify, write_manifest
+from minigpt.checkpoint.model_folder import LoadedModel, write_model
+from minigpt.commands import output
+from minigpt.errors import ConfigError
+
+
+def average_run(spec: str, last: int, out: Path | None, *, as_json: bool) -> None:
+    """Write the mean of a run's newest checkpoints as a model folder, and say where.
+
+    Args: out, None for the run's own path with -mean after it.
+    Raises: ConfigError if it is no run, it has fewer checkpoints, or out is there already;
+        CheckpointError if there is no such run, or one of the checkpoints is damaged.
+    """
+    if last < 2:
+        raise ConfigError(f"--last must be at least 2: it is {last}.")
+    entry = entry_named(spec)
+    if not entry.is_run:
+        raise ConfigError(
+            f"{str(entry.folder)!r} is a model folder and no run, so it has no checkpoints to "
+            "average. Name a run."
+        )
+    run = RunFolder(entry.folder)
+    steps = run.steps()[-last:]
+    if len(steps) < last:
+        raise ConfigError(
+            f"--last {last}: the run {entry.name!r} has {len(steps)} checkpoints. Give fewer, or "
+            "let training keep more of them (training.keep)."
+        )
+    out = out or run.path.with_name(f"{run.path.name}-mean")
+    if os.path.lexists(out):
+        raise ConfigError(f"{str(out)!r} is there already. Choose another --out.")
+    folders = [run.step_folder(step) for step in steps]
+    for folder in folders:
+        verify(folder, hashes=True)
+    _write(average(folders), out, steps)
+    if as_json:
+        output.write_json({"run": run.path, "steps": steps, "folder": out})
+    else:
+        where = output.one_line(str(out))
+        output.show([Text(f"the mean of steps {', '.join(map(str, steps))} is in {where}")])
+
+
+def _write(mean: LoadedModel, out: Path, steps: list[int]) -> None:
+    aside = out.with_name(f"{WRITING}{out.name}")
+    with resource_errors(out):
+        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            write_model(aside, mean.model, mean.tokenizer)
+            write_manifest(aside, {"mean_of_steps": steps})
+            os.rename(aside, out)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
