@@ -16,10 +16,13 @@ from minigpt.commands import output
 from minigpt.errors import ConfigError
 
 
-def average_run(spec: str, last: int, out: Path | None, *, as_json: bool) -> None:
+def average_run(
+    spec: str, last: int, until: int | None, out: Path | None, *, as_json: bool
+) -> None:
     """Write the mean of a run's newest checkpoints as a model folder, and say where.
 
-    Args: out, None for the run's own path with -mean after it.
+    Args: until, leave out those of later steps; out, None for the run's own path with -mean after
+        it.
     Raises: ConfigError if it is no run, it has fewer checkpoints, or out is there already;
         CheckpointError if there is no such run, or one of the checkpoints is damaged.
     """
@@ -32,10 +35,12 @@ def average_run(spec: str, last: int, out: Path | None, *, as_json: bool) -> Non
             "average. Name a run."
         )
     run = RunFolder(entry.folder)
-    steps = run.steps()[-last:]
+    steps = [step for step in run.steps() if until is None or step <= until][-last:]
     if len(steps) < last:
+        which = "" if until is None else f" up to step {until}"
+        noun = "checkpoint" if len(steps) == 1 else "checkpoints"
         raise ConfigError(
-            f"--last {last}: the run {entry.name!r} has {len(steps)} checkpoints. Give fewer, or "
+            f"--last {last}: the run {entry.name!r} has {len(steps)} {noun}{which}. Give fewer, or "
             "let training keep more of them (training.keep)."
         )
     out = out or run.path.with_name(f"{run.path.name}-mean")

@@ -149,6 +149,12 @@ def average(
         int,
         options.number("--last", int, "Average the newest N checkpoints", group="Run", default=5),
     ] = 5,
+    until: Annotated[
+        int | None,
+        options.number(
+            "--until", int, "Leave out those after step N", group="Run", default="the latest"
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         options.option(
@@ -167,13 +173,14 @@ def average(
 
     Near its end a run goes to and fro about weights that are better than any at which it stops,
     and the mean of its last checkpoints is nearer to them; `minigpt evaluate` says whether it is.
-    Let training save often enough, and keep enough: --save-every, --set training.keep=N.
+    Let training save often enough, and keep enough: --save-every, --set training.keep=N. Where the
+    loss has risen since the best step, --until that one.
 
     The mean is a model folder, of which `--model` takes the name. It cannot be resumed.
     """
     from minigpt.commands.averaging import average_run
 
-    average_run(run, last, out, as_json=as_json)
+    average_run(run, last, until, out, as_json=as_json)
 
 
 checkpoints = group(

@@ -46,10 +46,11 @@ def test_the_mean_of_the_last_steps_is_a_model_by_its_name(run: Run, tiny: RunFo
 
 
 def test_json_says_which_steps_and_where(run: Run) -> None:
-    result = run("checkpoints", "average", "tiny", "--last", "2", "--out", "x/mean", "--json")
+    words = ("--last", "2", "--until", "3", "--out", "x/mean", "--json")
+    result = run("checkpoints", "average", "tiny", *words)
     assert json.loads(result.out) == {
         "run": "checkpoints/tiny",
-        "steps": [3, 4],
+        "steps": [2, 3],
         "folder": "x/mean",
     }
     assert Path("x/mean/tokenizer.json").exists()
@@ -63,6 +64,7 @@ def test_what_cannot_be_averaged_is_said_in_one_line(run: Run, tiny: RunFolder) 
         assert sorted(path.name for path in Path("checkpoints").iterdir()) == ["tiny"]
 
     refused(2, "the run 'tiny' has 4 checkpoints. Give fewer", "tiny")
+    refused(2, "has 1 checkpoint up to step 1. Give", "tiny", "--last", "2", "--until", "1")
     refused(2, "--last must be at least 2: it is 1.", "tiny", "--last", "1")
     refused(2, "is a model folder and no run", str(tiny.step_folder(4)), "--last", "2")
     refused(2, "'checkpoints/tiny' is there already", "tiny", "--last=2", "--out=checkpoints/tiny")
