@@ -43,7 +43,9 @@ def average_run(
             f"--last {last}: the run {entry.name!r} has {len(steps)} {noun}{which}. Give fewer, or "
             "let training keep more of them (training.keep)."
         )
-    out = out or run.path.with_name(f"{run.path.name}-mean")
+    if out is None:
+        place = run.path if run.path.name.strip(".") else run.path.resolve()  # it may be . or ..
+        out = place.with_name(f"{place.name}-mean")
     if os.path.lexists(out):
         raise ConfigError(f"{str(out)!r} is there already. Choose another --out.")
     folders = [run.step_folder(step) for step in steps]
@@ -53,8 +55,8 @@ def average_run(
     if as_json:
         output.write_json({"run": run.path, "steps": steps, "folder": out})
     else:
-        where = output.one_line(str(out))
-        output.show([Text(f"the mean of steps {', '.join(map(str, steps))} is in {where}")])
+        what = f"the mean of {len(steps)} checkpoints, steps {steps[0]} to {steps[-1]}"
+        output.show([Text(f"{what}, is in {output.one_line(str(out))}")])
 
 
 def _write(mean: LoadedModel, out: Path, steps: list[int]) -> None:

@@ -19,7 +19,7 @@ COMMANDS = {
     "compare": "Compare kinds of attention, and life without it",
     "claims": "Measure what is claimed of attention",
     "prepare": "Turn text into tokens ahead of training",
-    "checkpoints": "List, show, verify and prune checkpoints",
+    "checkpoints": "List, show, verify, prune and average checkpoints",
 }
 """Each command and its line in ``minigpt --help``; its module is named as it is."""
 

@@ -36,13 +36,21 @@ def tiny(trained: Path, workplace: Path) -> RunFolder:
 def test_the_mean_of_the_last_steps_is_a_model_by_its_name(run: Run, tiny: RunFolder) -> None:
     result = run("checkpoints", "average", "tiny", "--last", "3")
     assert (result.code, result.err) == (0, "")
-    assert result.out == "the mean of steps 2, 3, 4 is in checkpoints/tiny-mean\n"
+    assert result.out == "the mean of 3 checkpoints, steps 2 to 4, is in checkpoints/tiny-mean\n"
     mean = load_file("checkpoints/tiny-mean/model.safetensors")
     for name, tensor in load_file(tiny.step_folder(4) / "model.safetensors").items():
         torch.testing.assert_close(mean[name], tensor * 2)  # of 2, 3 and 1 times it
     assert run("checkpoints", "verify", "tiny-mean").code == 0
     assert run("generate", "--model", "tiny-mean", "--max-new-tokens", "2", "The").code == 0
     assert not list(Path("checkpoints").glob(".*"))
+
+
+def test_the_run_may_be_the_working_directory(
+    run: Run, tiny: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny.path)
+    assert run("checkpoints", "average", ".", "--last", "2").code == 0
+    assert (tiny.path.parent / "tiny-mean" / "config.json").exists()
 
 
 def test_json_says_which_steps_and_where(run: Run) -> None:
