@@ -83,14 +83,15 @@ def _newest(root: Path) -> Path:
 
 
 def models_in(root: Path) -> list[Path]:
-    """Return the run folders and the model folders in a folder, by name.
+    """Return the run folders and the model folders in a folder, by name; no half-written ones.
 
     Raises: ResourceError if it may not be read.
     """
     if not root.is_dir():
         return []
     with resource_errors(root):
-        return sorted(place for place in root.iterdir() if _holds_model(place))
+        places = (place for place in root.iterdir() if not place.name.startswith(WRITING))
+        return sorted(place for place in places if _holds_model(place))
 
 
 def _remedy(word: str, root: Path) -> str:

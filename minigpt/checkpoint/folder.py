@@ -14,7 +14,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,35 +105,8 @@ class RunFolder:
         Args: facts of the step, of what JSON can hold.
         Raises: ResourceError if the disk is full or the folder is not ours to write.
         """
-        final = self.step_folder(step)
-        aside = self.path / f"{WRITING}{final.name}"
-        with resource_errors(self.path):
-            _remove(aside)
-            try:
-                aside.mkdir(parents=True)
-                yield aside
-                write_manifest(aside, facts)
-                self._put_in_place(aside, final)
-            except BaseException:
-                _remove(aside)
-                raise
-
-    def _put_in_place(self, aside: Path, final: Path) -> None:
-        # A folder cannot be renamed over one that has files, so an older checkpoint of the same
-        # step steps aside first; _tidy brings it back if we are killed between the renames.
-        replaced = self.path / f"{_REPLACED}{final.name}"
-        if final.exists():
-            os.rename(final, replaced)
-        try:
-            os.rename(aside, final)
-            sync_folder(self.path)
-        except BaseException:
-            if final.exists():
-                os.rename(final, aside)
-            if replaced.exists():
-                os.rename(replaced, final)
-            raise
-        _remove(replaced)
+        with writing_folder(self.step_folder(step), facts) as folder:
+            yield folder
 
     def point(self, name: Literal["best", "latest"], step: int, **facts: Any) -> None:
         """Let best.json or latest.json name a complete step, with facts that JSON can hold.
@@ -203,6 +176,46 @@ class RunFolder:
                 doomed = self.path / f"{_DELETING}{folder.name}"
                 os.rename(folder, doomed)  # first, so that no half of it is taken for a checkpoint
                 _remove(doomed)
+
+
+@contextmanager
+def writing_folder(final: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
+    """Yield an empty folder that takes its place, with a manifest, when the block ends well.
+
+    After an exception nothing of it remains, and what was in its place is as it was.
+
+    Args: facts, of what JSON can hold.
+    Raises: ResourceError if the disk is full or the folder is not ours to write.
+    """
+    aside = final.with_name(f"{WRITING}{final.name}")
+    with resource_errors(final.parent):
+        _remove(aside)
+        try:
+            aside.mkdir(parents=True)
+            yield aside
+            write_manifest(aside, facts)
+            _put_in_place(aside, final)
+        except BaseException:
+            _remove(aside)
+            raise
+
+
+def _put_in_place(aside: Path, final: Path) -> None:
+    # A folder cannot be renamed over one that has files, so an older one in its place steps aside
+    # first; a run's _tidy brings it back if we are killed between the renames.
+    replaced = final.with_name(f"{_REPLACED}{final.name}")
+    if final.exists():
+        os.rename(final, replaced)
+    try:
+        os.rename(aside, final)
+        sync_folder(final.parent)
+    except BaseException:
+        if final.exists():
+            os.rename(final, aside)
+        if replaced.exists():
+            os.rename(replaced, final)
+        raise
+    _remove(replaced)
 
 
 def _remove(path: Path) -> None:

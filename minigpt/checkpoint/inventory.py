@@ -17,7 +17,7 @@ from minigpt.checkpoint.disk import read_json
 from minigpt.checkpoint.finding import ROOT, find_model, models_in
 from minigpt.checkpoint.folder import METRICS_FILE, Pointer, RunFolder
 from minigpt.checkpoint.manifest import MANIFEST, verify
-from minigpt.errors import CheckpointError, MinigptError, nearest
+from minigpt.errors import CheckpointError, ConfigError, MinigptError, nearest
 
 _CONFIG = "config.json"
 
@@ -93,6 +93,19 @@ def entry_named(spec: str, root: Path = ROOT) -> Entry:
         remedy = nearest(spec, names) if names else "Make one with `minigpt train`."
         raise CheckpointError(f"there is no run or model {spec[:120]!r}. {remedy}")
     return entry_of(place)
+
+
+def run_named(spec: str) -> Entry:
+    """Return the run of that path, or of that name under the root.
+
+    Raises: CheckpointError if there is none; ConfigError if it is a model folder.
+    """
+    entry = entry_named(spec)
+    if not entry.is_run:
+        raise ConfigError(
+            f"{str(entry.folder)!r} is a model folder and no run, so it has no steps. Name a run."
+        )
+    return entry
 
 
 def entry_of(folder: Path) -> Entry:

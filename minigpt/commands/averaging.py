@@ -1,17 +1,15 @@
 """What minigpt checkpoints average does once its options are read."""
 
 import os
-import shutil
 from pathlib import Path
 
 from rich.text import Text
 
 from minigpt.checkpoint.averaging import average
-from minigpt.checkpoint.disk import resource_errors
-from minigpt.checkpoint.folder import WRITING, RunFolder
-from minigpt.checkpoint.inventory import entry_named
-from minigpt.checkpoint.manifest import verify, write_manifest
-from minigpt.checkpoint.model_folder import LoadedModel, write_model
+from minigpt.checkpoint.folder import RunFolder, writing_folder
+from minigpt.checkpoint.inventory import run_named
+from minigpt.checkpoint.manifest import verify
+from minigpt.checkpoint.model_folder import write_model
 from minigpt.commands import output
 from minigpt.errors import ConfigError
 
@@ -28,12 +26,7 @@ def average_run(
     """
     if last < 2:
         raise ConfigError(f"--last must be at least 2: it is {last}.")
-    entry = entry_named(spec)
-    if not entry.is_run:
-        raise ConfigError(
-            f"{str(entry.folder)!r} is a model folder and no run, so it has no checkpoints to "
-            "average. Name a run."
-        )
+    entry = run_named(spec)
     run = RunFolder(entry.folder)
     steps = [step for step in run.steps() if until is None or step <= until][-last:]
     if len(steps) < last:
@@ -51,22 +44,11 @@ def average_run(
     folders = [run.step_folder(step) for step in steps]
     for folder in folders:
         verify(folder, hashes=True)
-    _write(average(folders), out, steps)
+    mean = average(folders)
+    with writing_folder(out, {"mean_of_steps": steps}) as folder:
+        write_model(folder, mean.model, mean.tokenizer)
     if as_json:
         output.write_json({"run": run.path, "steps": steps, "folder": out})
     else:
         what = f"the mean of {len(steps)} checkpoints, steps {steps[0]} to {steps[-1]}"
         output.show([Text(f"{what}, is in {output.one_line(str(out))}")])
-
-
-def _write(mean: LoadedModel, out: Path, steps: list[int]) -> None:
-    aside = out.with_name(f"{WRITING}{out.name}")
-    with resource_errors(out):
-        shutil.rmtree(aside, ignore_errors=True)
-        try:
-            write_model(aside, mean.model, mean.tokenizer)
-            write_manifest(aside, {"mean_of_steps": steps})
-            os.rename(aside, out)
-        except BaseException:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise

@@ -7,7 +7,7 @@ from contextlib import redirect_stdout
 import typer
 
 from minigpt.checkpoint.folder import RunFolder
-from minigpt.checkpoint.inventory import Checkpoint, entry_named, entry_of
+from minigpt.checkpoint.inventory import Checkpoint, entry_of, run_named
 from minigpt.checkpoint.manifest import verify
 from minigpt.commands import output
 from minigpt.commands.checkpoint_views import removal_lines, total
@@ -27,7 +27,7 @@ def prune_run(spec: str, keep: int, *, dry_run: bool, yes: bool, as_json: bool) 
             "prune asks before it removes, and standard input is no terminal. Give --yes to "
             "remove, or --dry-run to see what."
         )
-    run = _run(spec)
+    run = RunFolder(run_named(spec).folder)
     doomed = _doomed(run, keep) if dry_run else _prune(run, keep, is_asked=not yes)
     kept = _kept_steps(run, doomed)
     if as_json:
@@ -40,16 +40,6 @@ def prune_run(spec: str, keep: int, *, dry_run: bool, yes: bool, as_json: bool) 
     word = "would remove" if dry_run else "removed"
     output.show(removal_lines(word, doomed))
     output.note(f"{word} {total(doomed)}; {_stays(kept)}" if doomed else "nothing to remove")
-
-
-def _run(spec: str) -> RunFolder:
-    entry = entry_named(spec)
-    if not entry.is_run:
-        raise ConfigError(
-            f"{str(entry.folder)!r} is a model folder and no run, so it has no steps of which "
-            "some could go. Name a run."
-        )
-    return RunFolder(entry.folder)
 
 
 def _prune(run: RunFolder, keep: int, *, is_asked: bool) -> list[Checkpoint]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from run_steps import assert_holds, write_step
 
-from minigpt.checkpoint.finding import resolve_model
+from minigpt.checkpoint.finding import models_in, resolve_model
 from minigpt.checkpoint.folder import RunFolder
 from minigpt.errors import CheckpointError
 
@@ -63,6 +63,13 @@ def test_wrong_name_is_told_the_nearest_run(run: RunFolder, tmp_path: Path) -> N
         assert len(str(caught.value)) < 400
     with pytest.raises(CheckpointError, match=r"there is no model 'x' .*`minigpt train`"):
         resolve_model("x", tmp_path / "nowhere")
+
+
+def test_half_written_model_is_not_among_the_models(run: RunFolder) -> None:
+    half = run.path.with_name(".writing-tales-mean")
+    half.mkdir()
+    (half / "config.json").write_text("{}")
+    assert models_in(run.path.parent) == [run.path]
 
 
 def test_half_written_step_is_refused(run: RunFolder) -> None:
