@@ -45,7 +45,7 @@ from minigpt.generation.stream import stream_text
 from minigpt.model.gpt import GPT
 from minigpt.tracing.events import TraceStep
 from minigpt.tracing.file import to_json_line
-from minigpt.tracing.terminal import TraceLayout
+from minigpt.tracing.lines import TraceLayout
 from minigpt.tracing.tracer import TraceConfig, trace
 
 OFF = "off"

@@ -16,13 +16,13 @@ from rich.terminal_theme import DEFAULT_TERMINAL_THEME, DIMMED_MONOKAI, Terminal
 
 import minigpt
 from minigpt.console import THEME, spans_to_text
-from minigpt.tracing import terminal
+from minigpt.tracing import lines as terminal
 from minigpt.tracing.events import Trace
-from minigpt.tracing.heads_view import heads_view
-from minigpt.tracing.matrix_view import matrix_view
-from minigpt.tracing.picture import draw_matrix, draw_strip
 from minigpt.tracing.spans import Line
-from minigpt.tracing.text_view import text_view
+from minigpt.tracing.views.heads import heads_view
+from minigpt.tracing.views.matrix import matrix_view
+from minigpt.tracing.views.pictures import draw_matrix, draw_strip
+from minigpt.tracing.views.text import text_view
 
 WIDTH, HEIGHT = 100, 40
 N_TOKENS, SEED = 24, 4

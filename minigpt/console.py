@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 from rich.theme import Theme
 
-from minigpt.text.visible import printable
+from minigpt.text.escape import printable
 
 # Middle luminance, so that every step of the heat reads on dark and on light backgrounds.
 THEME = Theme(

@@ -8,8 +8,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minigpt.checkpoint.disk import write_atomically
 from minigpt.errors import ConfigError
+from minigpt.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

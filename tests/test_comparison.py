@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 from small_models import small_config
 
-from minigpt.comparison import (
+from minigpt.config import ModelConfig, RunConfig, TrainingConfig
+from minigpt.errors import ConfigError
+from minigpt.model.cost import training_flops_per_token
+from minigpt.model.registry import model_class
+from minigpt.presets import PRESETS
+from minigpt.settings import build
+from minigpt.studies.compare import (
     TOLERANCE,
     VARIANTS,
     Budget,
@@ -19,12 +25,6 @@ from minigpt.comparison import (
     parse_variants,
     with_budget,
 )
-from minigpt.config import ModelConfig, RunConfig, TrainingConfig
-from minigpt.errors import ConfigError
-from minigpt.model.architectures import model_class
-from minigpt.model.cost import training_flops_per_token
-from minigpt.presets import PRESETS
-from minigpt.settings import build
 
 BASES = {
     **{

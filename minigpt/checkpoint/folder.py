@@ -22,15 +22,15 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
-from minigpt.checkpoint.disk import (
+from minigpt.checkpoint.manifest import MANIFEST, verify, write_manifest
+from minigpt.errors import CheckpointError, LockedError
+from minigpt.files import (
     read_json,
     resource_errors,
     sync_folder,
     to_json,
     write_atomically,
 )
-from minigpt.checkpoint.manifest import MANIFEST, verify, write_manifest
-from minigpt.errors import CheckpointError, LockedError
 
 CONFIG_FILE = "config.toml"
 """A run's settings, resolved."""

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from minigpt.checkpoint.disk import (
+from minigpt.errors import CheckpointError
+from minigpt.files import (
     read_json,
     sha256,
     sync_file,
@@ -12,7 +13,6 @@ from minigpt.checkpoint.disk import (
     to_json,
     write_atomically,
 )
-from minigpt.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 

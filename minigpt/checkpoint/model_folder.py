@@ -13,7 +13,6 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minigpt.checkpoint.disk import read_json, resource_errors, to_json
 from minigpt.checkpoint.families import model_config_from_hf, model_config_to_hf
 from minigpt.checkpoint.sentencepiece import json_from_scores
 from minigpt.checkpoint.tensor_names import tensors_from_hf, tensors_to_hf
@@ -26,8 +25,9 @@ from minigpt.checkpoint.tokenizer_json import (
 from minigpt.checkpoint.weights import WEIGHTS, Weights, stored_tensors
 from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError
-from minigpt.model.architectures import model_class
+from minigpt.files import read_json, resource_errors, to_json
 from minigpt.model.language_model import LanguageModel
+from minigpt.model.registry import model_class
 from minigpt.text.tokenizer import Tokenizer
 
 CONFIG = "config.json"

@@ -13,12 +13,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from minigpt.checkpoint.disk import read_json, resource_errors
 from minigpt.checkpoint.families import OWN_TYPE
 from minigpt.checkpoint.tensor_names import canonical_names, tensors_to_hf
 from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError
-from minigpt.model.architectures import model_class
+from minigpt.files import read_json, resource_errors
+from minigpt.model.registry import model_class
 
 WEIGHTS = "model.safetensors"
 

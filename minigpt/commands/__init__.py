@@ -12,10 +12,10 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from minigpt.commands.app import Commands, show_help
 from minigpt.commands.failures import describe
-from minigpt.commands.layout import Commands, show_help
-from minigpt.commands.spinning import set_spin_count
-from minigpt.text.visible import printable
+from minigpt.commands.openmp import set_spin_count
+from minigpt.text.escape import printable
 
 app = typer.Typer(
     cls=Commands,

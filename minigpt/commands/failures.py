@@ -4,7 +4,7 @@ import errno
 import sys
 from typing import Any
 
-from minigpt.commands.layout import COMMANDS
+from minigpt.commands.app import COMMANDS
 from minigpt.errors import ConfigError, MinigptError, ResourceError, nearest
 
 _RESOURCES = (

@@ -57,13 +57,13 @@ def heads(
     Where a head looks is not what it does: --ablate takes each head away in turn, and measures by
     how much worse the second saying is foretold (nats/token).
     """
-    from minigpt.checkpoint.finding import resolve_model
+    from minigpt.checkpoint.resolve import resolve_model
     from minigpt.commands import output
     from minigpt.commands.loading import use_threads
     from minigpt.console import make_console, print_lines
     from minigpt.generation import api
-    from minigpt.tracing.heads_view import roles_grid, roles_table
-    from minigpt.tracing.roles import doubled_sequences, head_roles
+    from minigpt.tracing.analysis.roles import doubled_sequences, head_roles
+    from minigpt.tracing.views.heads import roles_grid, roles_table
 
     use_threads(threads)
     folder = resolve_model(model)
@@ -104,7 +104,7 @@ def _records(
 
 def _effects(model: "LanguageModel", seed: int) -> "NDArray[np.float32]":
     from minigpt.commands.progress_line import ProgressLine
-    from minigpt.tracing.roles import head_effects
+    from minigpt.tracing.analysis.roles import head_effects
 
     n_heads = model.config.n_attention_layer * model.config.n_head
     with ProgressLine(label := "ablating heads") as line:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from minigpt.checkpoint.finding import resolve_model
+from minigpt.checkpoint.resolve import resolve_model
 from minigpt.errors import ConfigError, DataError
 from minigpt.generation import api
 from minigpt.model.language_model import LanguageModel

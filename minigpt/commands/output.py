@@ -8,7 +8,7 @@ from typing import Any
 from rich.text import Text
 
 from minigpt.console import make_console, write_result
-from minigpt.text.visible import printable
+from minigpt.text.escape import printable
 
 _GAP = "  "
 _SHORTEST = 8

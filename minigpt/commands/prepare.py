@@ -101,7 +101,7 @@ def prepare(
 
 def _tokenizer_of(spec: str) -> "Tokenizer":
     """Return the tokenizer that ``minigpt train --from`` would train with."""
-    from minigpt.commands.finetuning import read_base
+    from minigpt.commands.train.finetune import read_base
 
     return read_base(spec).tokenizer
 

@@ -9,7 +9,7 @@ from typing import Self
 from minigpt.commands.status_line import LiveLines, StatusLine
 from minigpt.console import make_console
 from minigpt.text.building import PrepareProgress
-from minigpt.text.visible import printable
+from minigpt.text.escape import printable
 
 PLAIN_EVERY_S = 5.0
 """Seconds between lines where there is no terminal."""

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from minigpt.checkpoint.finding import resolve_model
 from minigpt.checkpoint.model_folder import LoadedModel, read_model
+from minigpt.checkpoint.resolve import resolve_model
 from minigpt.config import DEVICES, DTYPES, QUANTIZATIONS, SamplingConfig
 from minigpt.errors import CheckpointError, ConfigError, DataError, nearest
 from minigpt.generation.decoder import Decoder, fresh_seed, rows_at_once
@@ -103,11 +103,11 @@ def load(
     loaded = read_model(folder, device=place, dtype=resolved)
     loaded.model.requires_grad_(False)  # its weights may then be laid out anew, and not copied
     if quantize:
-        from minigpt.model.narrow import quantize_int8
+        from minigpt.generation.fast.quantize import quantize_int8
 
         quantize_int8(loaded.model)
     elif resolved == torch.bfloat16 and place.type == "cpu" and not has_fast_bfloat16(place):
-        from minigpt.model.narrow import widen_activations
+        from minigpt.generation.fast.quantize import widen_activations
 
         widen_activations(loaded.model)
     return loaded

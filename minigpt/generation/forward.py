@@ -96,11 +96,11 @@ def make_forward(
                 "the compiled graph is of a gpt with scaled_dot attention, and this model is of "
                 f"arch {model.config.arch}, attention {model.config.attention}. Use --no-compile."
             )
-        from minigpt.generation.compiled import CompiledForward
+        from minigpt.generation.fast.compiled import CompiledForward
 
         return CompiledForward(model, capacity=capacity, n_rows=n_rows, recorder=recorder)
     if isinstance(model, GPT) and model.device.type == "cpu" and not model.training:
-        from minigpt.generation.fused import FusedForward
+        from minigpt.generation.fast.fused import FusedForward
 
         return FusedForward(model, capacity=capacity, recorder=recorder)
     return EagerForward(model, capacity=capacity, recorder=recorder)

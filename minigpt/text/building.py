@@ -11,7 +11,7 @@ from pathlib import Path
 
 from minigpt.config import DataConfig
 from minigpt.errors import DataError
-from minigpt.text.cache import cache_folder, writing
+from minigpt.files import cache_folder, writing
 from minigpt.text.corpus import Document, Source, content_hash, find_sources, iter_documents
 from minigpt.text.encoding import Encoded, default_workers, encoded
 from minigpt.text.shard_files import (

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from minigpt.errors import DataError, ResourceError, nearest
-from minigpt.text.cache import writing
+from minigpt.files import writing
 from minigpt.text.datasets import BUILTIN, DOWNLOADS, dataset_path
 from minigpt.text.tokenizer import well_formed
 

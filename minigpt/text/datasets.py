@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minigpt.errors import DataError, nearest
-from minigpt.text.cache import written_aside
+from minigpt.files import written_aside
 
 BUILTIN = "builtin"
 BLOCK_BYTES = 2**16

@@ -21,8 +21,8 @@ from filelock import FileLock, Timeout
 
 from minigpt.config import DataConfig
 from minigpt.errors import ConfigError, DataError, LockedError
+from minigpt.files import writing
 from minigpt.text.building import Corpus, PrepareProgress, Work, build, opened_corpus, tidy
-from minigpt.text.cache import writing
 from minigpt.text.shard_files import (
     MANIFEST,
     PARTIAL,

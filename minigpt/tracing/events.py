@@ -261,7 +261,7 @@ class Trace:
 
     def _repr_html_(self) -> str:
         """Show itself in a notebook, in a frame of its own."""
-        from minigpt.tracing.html import to_html
+        from minigpt.tracing.views.html import to_html
 
         page = html.escape(to_html(self), quote=True)
         return (

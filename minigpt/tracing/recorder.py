@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from minigpt.errors import ConfigError
+from minigpt.generation.fast.quantize import NarrowLinear
 from minigpt.model.cache import KVCache
 from minigpt.model.language_model import LanguageModel
-from minigpt.model.narrow import NarrowLinear
 from minigpt.model.scores import attention_weights
-from minigpt.tracing.rollout import Rollout
-from minigpt.tracing.sink import SinkFinder
+from minigpt.tracing.analysis.rollout import Rollout
+from minigpt.tracing.analysis.sink import SinkFinder
 
 
 def require_attention(model: LanguageModel) -> None:

@@ -4,7 +4,7 @@ import textwrap
 
 from rich.cells import cell_len, set_cell_size
 
-from minigpt.text.visible import printable
+from minigpt.text.escape import printable
 
 Span = tuple[str, str]
 """Text, and its style: a name of the console's theme, or colours such as ``#ff8800 on #000000``."""

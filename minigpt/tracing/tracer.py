@@ -16,8 +16,11 @@ from minigpt.generation.stream import stream_text
 from minigpt.model.language_model import LanguageModel
 from minigpt.model.scores import Score
 from minigpt.text.tokenizer import Tokenizer
-from minigpt.tracing.analysis import RowFacts, RowReader, reduce_rows
-from minigpt.tracing.dense import DenseWriter
+from minigpt.tracing.analysis.dense import DenseWriter
+from minigpt.tracing.analysis.knockout import check_cause, require_knockout, source_effects
+from minigpt.tracing.analysis.roles import head_roles
+from minigpt.tracing.analysis.rollout import MAX_POSITIONS, Rollout
+from minigpt.tracing.analysis.sink import SinkFinder
 from minigpt.tracing.events import (
     Effect,
     HeadRows,
@@ -32,12 +35,9 @@ from minigpt.tracing.events import (
     TraceHeader,
     TraceStep,
 )
-from minigpt.tracing.knockout import check_cause, require_knockout, source_effects
 from minigpt.tracing.recorder import RowRecorder, require_attention
-from minigpt.tracing.roles import head_roles
-from minigpt.tracing.rollout import MAX_POSITIONS, Rollout
+from minigpt.tracing.rows import RowFacts, RowReader, reduce_rows
 from minigpt.tracing.selection import HeadSelection, select_heads
-from minigpt.tracing.sink import SinkFinder
 
 
 @dataclass(frozen=True)

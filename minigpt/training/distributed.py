@@ -24,8 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from minigpt.errors import ConfigError
 from minigpt.evaluation import Evaluation
-from minigpt.model.architectures import model_class
 from minigpt.model.language_model import LanguageModel
+from minigpt.model.registry import model_class
 
 # torch.distributed's tensor and fsdp take a second to import: that is left to those who need them.
 

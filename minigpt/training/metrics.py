@@ -7,10 +7,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from minigpt.checkpoint.disk import resource_errors, write_atomically
 from minigpt.checkpoint.folder import METRICS_FILE
+from minigpt.files import resource_errors, write_atomically
 from minigpt.training.events import EvalEvent, Event, SaveEvent, SkipEvent, StepEvent
-from minigpt.training.tensorboard import TENSORBOARD_FOLDER, TensorBoardLog
+from minigpt.training.reports.tensorboard import TENSORBOARD_FOLDER, TensorBoardLog
 
 _KINDS = {StepEvent: "step", SkipEvent: "skip", EvalEvent: "eval", SaveEvent: "save"}
 

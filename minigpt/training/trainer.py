@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minigpt.checkpoint.folder import RunFolder
-from minigpt.checkpoint.model_card import model_card
 from minigpt.checkpoint.model_folder import read_model, write_model
+from minigpt.checkpoint.tools.model_card import model_card
 from minigpt.config import RunConfig
 from minigpt.errors import CheckpointError, DataError, DivergedError
 from minigpt.evaluation import Evaluation, evaluate, windows_at_once
-from minigpt.model.architectures import model_class
 from minigpt.model.device import autocast, has_fast_bfloat16
 from minigpt.model.language_model import LanguageModel
+from minigpt.model.registry import model_class
 from minigpt.text.batches import batch, require_length, validation_windows
 from minigpt.text.shards import PreparedData
 from minigpt.training.distributed import ALONE, World, accumulating

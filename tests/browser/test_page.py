@@ -16,10 +16,10 @@ import pytest
 from page_traces import HOSTILE, made_trace
 from watched_pages import OpenPage
 
-from minigpt.text.visible import visible
+from minigpt.text.escape import visible
 from minigpt.tracing.events import HeadRows, Row, Trace
-from minigpt.tracing.html import to_html
 from minigpt.tracing.spans import one_line
+from minigpt.tracing.views.html import to_html
 
 pytestmark = pytest.mark.browser
 Opened = Callable[..., OpenPage]

@@ -6,8 +6,8 @@ import pytest
 import torch
 from layout_models import LAYOUTS, make_model
 
-from minigpt.checkpoint.averaging import average
 from minigpt.checkpoint.model_folder import write_model
+from minigpt.checkpoint.tools.averaging import average
 from minigpt.errors import CheckpointError
 
 

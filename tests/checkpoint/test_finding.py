@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from run_steps import assert_holds, write_step
 
-from minigpt.checkpoint.finding import models_in, resolve_model
 from minigpt.checkpoint.folder import RunFolder
+from minigpt.checkpoint.resolve import models_in, resolve_model
 from minigpt.errors import CheckpointError
 
 

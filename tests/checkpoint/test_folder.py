@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from run_steps import assert_holds, write_step
 
-from minigpt.checkpoint.finding import resolve_model
 from minigpt.checkpoint.folder import RunFolder
 from minigpt.checkpoint.manifest import verify
+from minigpt.checkpoint.resolve import resolve_model
 from minigpt.errors import LockedError, ResourceError
 
 

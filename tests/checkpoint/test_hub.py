@@ -24,11 +24,11 @@ import pytest
 import torch
 from layout_models import make_model
 
-from minigpt.checkpoint import finding
-from minigpt.checkpoint.finding import resolve_model
-from minigpt.checkpoint.hub import download_model, is_hub_name
+from minigpt.checkpoint import resolve as finding
 from minigpt.checkpoint.model_folder import read_model, save_tensors, write_model
+from minigpt.checkpoint.resolve import resolve_model
 from minigpt.checkpoint.tensor_names import tensors_to_hf
+from minigpt.checkpoint.tools.hub import download_model, is_hub_name
 from minigpt.commands.loading import load
 from minigpt.errors import CheckpointError, ResourceError
 from minigpt.text.tokenizer import bytes_tokenizer
@@ -38,8 +38,8 @@ PICKLE = b"\x80\x04 what would run any code"
 LIES = {"a": "pytorch_model.bin", "b": "old/a.safetensors", "c": "../../a.safetensors", "d": [1]}
 RESOLVER = """
 import json, sys
-from minigpt.checkpoint import finding
-from minigpt.checkpoint.finding import resolve_model
+from minigpt.checkpoint import resolve as finding
+from minigpt.checkpoint.resolve import resolve_model
 from minigpt.commands.loading import load
 from minigpt.errors import MinigptError
 for spec in sys.argv[1:]:

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from minigpt.checkpoint import weights
 from minigpt.checkpoint.folder import RunFolder
-from minigpt.checkpoint.inspection import check, describe
 from minigpt.checkpoint.model_folder import write_model
+from minigpt.checkpoint.tools.inspection import check, describe
 from minigpt.errors import CheckpointError
 from minigpt.model.gpt import GPT
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from minigpt.checkpoint import inventory
 from minigpt.checkpoint.folder import RunFolder
-from minigpt.checkpoint.inventory import entry_of, inventory_of, take_inventory
+from minigpt.checkpoint.tools import inventory
+from minigpt.checkpoint.tools.inventory import entry_of, inventory_of, take_inventory
 from minigpt.errors import CheckpointError
 
 LOG = """

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from minigpt.checkpoint.finding import resolve_model
 from minigpt.checkpoint.folder import RunFolder
 from minigpt.checkpoint.manifest import verify
+from minigpt.checkpoint.resolve import resolve_model
 from minigpt.errors import CheckpointError
 
 

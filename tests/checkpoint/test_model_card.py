@@ -14,8 +14,8 @@ import pytest
 from layout_models import make_model
 from markdown_it import MarkdownIt
 
-from minigpt.checkpoint.model_card import model_card
 from minigpt.checkpoint.model_folder import read_model, write_model
+from minigpt.checkpoint.tools.model_card import model_card
 from minigpt.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from minigpt.model.gpt import GPT
 from minigpt.text.tokenizer import train_bpe

@@ -8,13 +8,13 @@ from typing import TypeVar
 import pytest
 import torch
 
-from minigpt.claims.explainable import answer
-from minigpt.claims.learning import Lesson, Progress, contender, learn
-from minigpt.claims.long_range import accuracy, measure_curve
-from minigpt.claims.study import QUICK, Finding, Study
-from minigpt.claims.tasks import FIRST_KEY, FIRST_VALUE, N_VALUES, RECALL, VOCAB_SIZE
-from minigpt.model.architectures import model_class
 from minigpt.model.cost import parameter_count
+from minigpt.model.registry import model_class
+from minigpt.studies.claims.explainable import answer
+from minigpt.studies.claims.learning import Lesson, Progress, contender, learn
+from minigpt.studies.claims.long_range import accuracy, measure_curve
+from minigpt.studies.claims.study import QUICK, Finding, Study
+from minigpt.studies.claims.tasks import FIRST_KEY, FIRST_VALUE, N_VALUES, RECALL, VOCAB_SIZE
 
 CPU = torch.device("cpu")
 Result = TypeVar("Result")

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from minigpt.claims.long_range import TEST_SEED
-from minigpt.claims.tasks import (
+from minigpt.studies.claims.long_range import TEST_SEED
+from minigpt.studies.claims.tasks import (
     COPY,
     FIRST_KEY,
     FIRST_VALUE,

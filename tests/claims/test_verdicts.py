@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from minigpt.claims.explainable import Explanation
-from minigpt.claims.long_range import Curve
-from minigpt.claims.parallel import Timing
-from minigpt.claims.verdicts import judge_explainable, judge_long_range, judge_parallel
+from minigpt.studies.claims.explainable import Explanation
+from minigpt.studies.claims.long_range import Curve
+from minigpt.studies.claims.parallel import Timing
+from minigpt.studies.claims.verdicts import judge_explainable, judge_long_range, judge_parallel
 
 
 def curves(**ends: tuple[float, float]) -> list[Curve]:

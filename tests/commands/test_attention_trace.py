@@ -10,7 +10,7 @@ import pytest
 from calls import Result, Run
 from safetensors.numpy import load_file
 
-from minigpt.tracing import terminal
+from minigpt.tracing import lines as terminal
 
 WORDS = ["attention-trace", "The king", "--temperature", "0", "--max-new-tokens", "6"]
 

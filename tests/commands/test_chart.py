@@ -6,7 +6,7 @@ import re
 import pytest
 from rich.console import Console
 
-from minigpt.commands.chart import Point, Series, draw_chart, y_limits
+from minigpt.commands.plot.chart import Point, Series, draw_chart, y_limits
 
 CURVE = [(10.0 * i, 2 + 4 * math.exp(-i / 8)) for i in range(1, 41)]
 

@@ -14,12 +14,12 @@ from calls import ROOT, Run, error_line
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from minigpt.checkpoint import inspection
 from minigpt.checkpoint.folder import RunFolder
-from minigpt.checkpoint.inspection import describe
-from minigpt.checkpoint.inventory import take_inventory
+from minigpt.checkpoint.tools import inspection
+from minigpt.checkpoint.tools.inspection import describe
+from minigpt.checkpoint.tools.inventory import take_inventory
 from minigpt.commands import app
-from minigpt.commands.checkpoint_views import inventory_lines, model_lines
+from minigpt.commands.checkpoints.views import inventory_lines, model_lines
 
 NAMES = ["list", "show", "verify", "prune", "average"]
 

@@ -8,8 +8,8 @@ from xml.etree import ElementTree
 import pytest
 from calls import Run, error_line
 
-from minigpt.claims import study
-from minigpt.claims.learning import Lesson
+from minigpt.studies.claims import study
+from minigpt.studies.claims.learning import Lesson
 
 
 @pytest.fixture(autouse=True)

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from calls import TINY, Run, error_line
 from safetensors.torch import load_file
 
-from minigpt.checkpoint import finding
+from minigpt.checkpoint import resolve as finding
 from minigpt.checkpoint.model_folder import read_model
-from minigpt.commands.finetuning import Base, finetuning_config, read_base
+from minigpt.commands.train.finetune import Base, finetuning_config, read_base
 from minigpt.config import DataConfig, ModelConfig
 from minigpt.model.gpt import GPT
 from minigpt.settings import read_toml

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from calls import Run, error_line
 
-from minigpt.commands import samples
+from minigpt.commands.generate import samples
 
 
 @pytest.fixture(autouse=True)

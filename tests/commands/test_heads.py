@@ -12,9 +12,9 @@ from calls import Run, error_line
 from small_models import small_model
 
 from minigpt.checkpoint.model_folder import read_model, write_model
-from minigpt.model.narrow import quantize_int8
+from minigpt.generation.fast.quantize import quantize_int8
 from minigpt.text.tokenizer import bytes_tokenizer
-from minigpt.tracing.roles import head_effects, head_roles
+from minigpt.tracing.analysis.roles import head_effects, head_roles
 
 
 @pytest.fixture

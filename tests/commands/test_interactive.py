@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from calls import ROOT, Run, error_line
 
-from minigpt.commands import samples
+from minigpt.commands.generate import samples
 
 WORDS = ["generate", "--interactive", "--temperature", "0", "--max-new-tokens", "5"]
 

@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import pytest
 from calls import Run, error_line
 
-from minigpt.commands.chart import y_limits
+from minigpt.commands.plot.chart import y_limits
 
 HOSTILE = "_e\x1b[31m$x^$<b>"
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from minigpt.commands import spinning
+from minigpt.commands import openmp as spinning
 
 ALONE, BESIDE_ANOTHER = "0.52 0.30 0.11 1/212 4711\n", "0.00 0.01 0.05 2/212 4711\n"
 

@@ -15,7 +15,7 @@ import pytest
 from calls import TINY, Result, Run
 
 from minigpt.checkpoint.model_folder import read_model
-from minigpt.commands import training_display
+from minigpt.commands.train import display as training_display
 from minigpt.config import SamplingConfig
 from minigpt.generation.decoder import Decoder
 from minigpt.generation.stream import stream_text

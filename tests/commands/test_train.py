@@ -19,8 +19,8 @@ import torch
 from calls import TINY, Run, error_line
 
 from minigpt.checkpoint.folder import RunFolder
-from minigpt.commands import stopping
-from minigpt.commands.training_display import TrainingDisplay
+from minigpt.commands.train import stopping
+from minigpt.commands.train.display import TrainingDisplay
 from minigpt.presets import PRESETS
 from minigpt.settings import read_toml
 from minigpt.training.events import EvalEvent, Event, StepEvent

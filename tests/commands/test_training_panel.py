@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from minigpt.commands.status_line import FREE_CELLS, StatusLine
-from minigpt.commands.training_panel import TRAIN_LOSS, VAL_LOSS, ThinnedCurve, TrainingPanel
+from minigpt.commands.train.panel import TRAIN_LOSS, VAL_LOSS, ThinnedCurve, TrainingPanel
 
 NUMBERS = {
     TRAIN_LOSS: "10.234",

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from minigpt.config import SamplingConfig
 from minigpt.errors import ConfigError
-from minigpt.generation import compiled, compiling
-from minigpt.generation.compiled import CompiledForward
-from minigpt.generation.decode_step import DecodeStep
+from minigpt.files import CACHE_VARIABLE
 from minigpt.generation.decoder import Decoder
+from minigpt.generation.fast import compiled, compiling
+from minigpt.generation.fast.compiled import CompiledForward
+from minigpt.generation.fast.decode_step import DecodeStep
+from minigpt.generation.fast.quantize import quantize_int8, widen_activations
 from minigpt.model.gpt import GPT
-from minigpt.model.narrow import quantize_int8, widen_activations
-from minigpt.text.cache import CACHE_VARIABLE
 from minigpt.tracing.recorder import RowRecorder
 
 # float32 sums in another order; bfloat16: what the graph rounds less than GPT.forward, which

@@ -10,12 +10,12 @@ from small_models import LAYOUTS, random_tokens, small_model
 from torch import Tensor, nn
 
 from minigpt.config import SamplingConfig
-from minigpt.generation import products
 from minigpt.generation.decoder import Decoder
+from minigpt.generation.fast import products
+from minigpt.generation.fast.fused import FusedForward
+from minigpt.generation.fast.quantize import quantize_int8, widen_activations
 from minigpt.generation.forward import EagerForward, make_forward
-from minigpt.generation.fused import FusedForward
 from minigpt.model.gpt import GPT
-from minigpt.model.narrow import quantize_int8, widen_activations
 
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in LAYOUTS} | {
     "qwen2": ("llama", {"attention_bias": "qkv", "n_kv_head": 2}),

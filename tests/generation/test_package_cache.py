@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from minigpt.errors import ResourceError
-from minigpt.generation.package_cache import package
-from minigpt.text.cache import CACHE_VARIABLE
+from minigpt.files import CACHE_VARIABLE
+from minigpt.generation.fast.package_cache import package
 
 
 @pytest.fixture(autouse=True)

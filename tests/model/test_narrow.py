@@ -15,9 +15,14 @@ from minigpt.checkpoint.model_folder import read_model, write_model
 from minigpt.errors import ConfigError
 from minigpt.evaluation import evaluate
 from minigpt.generation import api
-from minigpt.generation.fused import FusedForward
+from minigpt.generation.fast.fused import FusedForward
+from minigpt.generation.fast.quantize import (
+    NarrowEmbedding,
+    NarrowLinear,
+    quantize_int8,
+    widen_activations,
+)
 from minigpt.model.gpt import GPT
-from minigpt.model.narrow import NarrowEmbedding, NarrowLinear, quantize_int8, widen_activations
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

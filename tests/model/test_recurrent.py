@@ -9,11 +9,11 @@ from torch import Tensor
 
 from minigpt.config import ARCHS, ModelConfig
 from minigpt.errors import ConfigError
-from minigpt.model.architectures import model_class
+from minigpt.generation.fast.quantize import quantize_int8
 from minigpt.model.cache import KVCache
 from minigpt.model.cost import cache_bytes_per_token, parameter_count, training_flops_per_token
 from minigpt.model.language_model import LanguageModel
-from minigpt.model.narrow import quantize_int8
+from minigpt.model.registry import model_class
 
 RECURRENT = tuple(arch for arch in ARCHS if arch != "gpt")
 KINDS: dict[str, dict[str, Any]] = {

@@ -25,7 +25,7 @@ from minigpt.model.scores import (
     general_score,
     scaled_dot_score,
 )
-from minigpt.training.memory import _LiveBytes
+from minigpt.training.reports.memory import _LiveBytes
 
 TANH = ("concat", "additive")
 OTHERS = tuple(name for name in ATTENTIONS if name != "scaled_dot")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from minigpt.model.tables import Table, blocks, has_tables
+from minigpt.generation.fast.matvec import Table, blocks, has_tables
 
 pytestmark = pytest.mark.skipif(
     not has_tables(torch.device("cpu")), reason="embedding_bag has no fast kernels here"

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from minigpt.errors import DataError, ResourceError
+from minigpt.files import cache_folder
 from minigpt.text import datasets
-from minigpt.text.cache import cache_folder
 from minigpt.text.datasets import DOWNLOADS, Download, builtin, fetch_dataset
 
 BODY = bytes(range(256)) * 1000

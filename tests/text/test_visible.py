@@ -5,7 +5,7 @@ import unicodedata
 
 import pytest
 
-from minigpt.text.visible import printable, visible
+from minigpt.text.escape import printable, visible
 
 # Unicode's Bidi_Control property (PropList.txt), and the terminal's own control characters.
 BIDI_CONTROLS = [0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)]

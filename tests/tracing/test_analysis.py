@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from minigpt.tracing.analysis import RowFacts, RowReader
+from minigpt.tracing.rows import RowFacts, RowReader
 
 
 def some_rows(n_rows: int, n: int) -> Tensor:

@@ -12,7 +12,7 @@ from small_models import random_tokens, small_model
 from minigpt.config import SamplingConfig
 from minigpt.errors import ResourceError
 from minigpt.text.tokenizer import bytes_tokenizer
-from minigpt.tracing.dense import DenseWriter
+from minigpt.tracing.analysis.dense import DenseWriter
 from minigpt.tracing.recorder import RowRecorder
 from minigpt.tracing.tracer import trace
 

@@ -7,7 +7,7 @@ import pytest
 from small_traces import header_of, row_of, small_trace, step_of
 
 from minigpt.errors import DataError
-from minigpt.tracing.diff import diff_traces
+from minigpt.tracing.analysis.diff import diff_traces
 from minigpt.tracing.events import Row, Token, Trace, TraceFooter
 
 

@@ -9,8 +9,8 @@ from small_traces import cells, roles_of, small_trace, text_of
 
 from minigpt.errors import ConfigError
 from minigpt.tracing.events import Roles, Trace
-from minigpt.tracing.heads_view import heads_view, roles_grid, roles_table
 from minigpt.tracing.spans import Line, percent
+from minigpt.tracing.views.heads import heads_view, roles_grid, roles_table
 
 TAGS = ("prev", "dup", "induc", "sink", "local", "")
 NAMES = ("previous", "duplicate", "induction", "sink", "local")

@@ -14,10 +14,10 @@ import pytest
 from page_traces import BOTH, HOSTILE, made_trace
 from small_traces import small_trace
 
-from minigpt.text.visible import visible
+from minigpt.text.escape import visible
 from minigpt.tracing.events import Trace, TraceFooter
-from minigpt.tracing.html import embedded_json, to_html
 from minigpt.tracing.spans import one_line
+from minigpt.tracing.views.html import embedded_json, to_html
 from minigpt.tracing.words import cause_in_words
 
 

@@ -14,20 +14,20 @@ from small_models import LAYOUTS, random_tokens, small_model
 from torch import Tensor
 
 from minigpt.config import SamplingConfig
-from minigpt.generation import compiled
+from minigpt.generation.fast import compiled
+from minigpt.generation.fast.quantize import quantize_int8
 from minigpt.model.cache import KVCache
 from minigpt.model.gpt import GPT
-from minigpt.model.narrow import quantize_int8
 from minigpt.text.tokenizer import bytes_tokenizer
-from minigpt.tracing import knockout
-from minigpt.tracing.events import Effect, Knockout, Source, Token, TraceFooter, TraceStep
-from minigpt.tracing.knockout import (
+from minigpt.tracing.analysis import knockout
+from minigpt.tracing.analysis.knockout import (
     check_cause,
     choose_controls,
     knock_out,
     rank_correlation,
     without_heads,
 )
+from minigpt.tracing.events import Effect, Knockout, Source, Token, TraceFooter, TraceStep
 from minigpt.tracing.tracer import TraceConfig, trace
 
 KINDS: tuple[Knockout, ...] = ("key", "value")

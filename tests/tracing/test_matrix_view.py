@@ -10,9 +10,9 @@ from small_traces import HOSTILE, cells, small_trace, text_of, with_tokens
 
 from minigpt.errors import ConfigError
 from minigpt.tracing.events import Trace
-from minigpt.tracing.matrix_view import matrix_view
-from minigpt.tracing.ramp import DENSITY, N_COLOURS, colour, density
 from minigpt.tracing.spans import Line
+from minigpt.tracing.views.colormap import DENSITY, N_COLOURS, colour, density
+from minigpt.tracing.views.matrix import matrix_view
 
 SHARES = {colour(i / (N_COLOURS - 1)): i / (N_COLOURS - 1) for i in range(N_COLOURS)}
 N_PROMPT = 12

@@ -9,11 +9,11 @@ from small_models import random_tokens
 from minigpt.config import ModelConfig, SamplingConfig
 from minigpt.errors import ConfigError
 from minigpt.generation.decoder import Decoder
-from minigpt.model.architectures import model_class
 from minigpt.model.language_model import LanguageModel
+from minigpt.model.registry import model_class
 from minigpt.text.tokenizer import bytes_tokenizer
+from minigpt.tracing.analysis.roles import head_effects, head_roles
 from minigpt.tracing.events import Trace, TraceFooter, TraceHeader, TraceStep
-from minigpt.tracing.roles import head_effects, head_roles
 from minigpt.tracing.tracer import TraceConfig, trace
 
 VARIANTS: dict[str, dict[str, Any]] = {

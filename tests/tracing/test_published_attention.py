@@ -13,8 +13,8 @@ from minigpt.checkpoint.model_folder import read_model
 from minigpt.model.cache import KVCache
 from minigpt.model.gpt import GPT
 from minigpt.model.scores import attention_weights
-from minigpt.tracing.analysis import reduce_rows
 from minigpt.tracing.recorder import RowRecorder
+from minigpt.tracing.rows import reduce_rows
 from minigpt.tracing.selection import select_heads
 
 # The published numbers are float32 too, of another torch on another machine.

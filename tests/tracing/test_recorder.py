@@ -9,12 +9,12 @@ from torch import Tensor
 
 from minigpt.config import SamplingConfig
 from minigpt.generation.decoder import Decoder, Step
+from minigpt.generation.fast.quantize import quantize_int8
 from minigpt.model.cache import KVCache
 from minigpt.model.gpt import GPT
-from minigpt.model.narrow import quantize_int8
 from minigpt.model.scores import attention_weights
-from minigpt.tracing.analysis import reduce_rows
 from minigpt.tracing.recorder import RowRecorder
+from minigpt.tracing.rows import reduce_rows
 from minigpt.tracing.selection import select_heads
 
 EVERY_HEAD = select_heads(2, 4)

@@ -12,17 +12,17 @@ from torch import Tensor
 
 from minigpt.config import SamplingConfig
 from minigpt.errors import ConfigError
+from minigpt.generation.fast.quantize import quantize_int8
 from minigpt.model.gpt import GPT
-from minigpt.model.narrow import quantize_int8
 from minigpt.text.tokenizer import Tokenizer, make_encoding
-from minigpt.tracing.events import TraceFooter, TraceHeader, TraceStep
-from minigpt.tracing.roles import (
+from minigpt.tracing.analysis.roles import (
     doubled_sequences,
     head_effects,
     head_roles,
     role_scores,
     role_tag,
 )
+from minigpt.tracing.events import TraceFooter, TraceHeader, TraceStep
 from minigpt.tracing.tracer import TraceConfig, trace
 from minigpt.tracing.words import SCORES
 

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from minigpt.model.cache import KVCache
 from minigpt.model.scores import attention_weights
+from minigpt.tracing.analysis.rollout import Rollout
 from minigpt.tracing.recorder import RowRecorder
-from minigpt.tracing.rollout import Rollout
 from minigpt.tracing.selection import select_heads
 
 

@@ -5,7 +5,7 @@ import torch
 from small_traces import small_trace
 
 from minigpt.errors import ConfigError
-from minigpt.tracing.sink import SinkFinder
+from minigpt.tracing.analysis.sink import SinkFinder
 from minigpt.tracing.tracer import TraceConfig
 
 

@@ -9,13 +9,13 @@ import pytest
 from small_traces import HOSTILE, cells, header_of, roles_of, row_of, small_trace, step_of, text_of
 
 from minigpt.tracing.events import CauseCheck, Effect, Measure, Token, TraceFooter, TraceStep
-from minigpt.tracing.selection import select_heads
-from minigpt.tracing.spans import Line, bar, fit, heat, percent
-from minigpt.tracing.terminal import (
+from minigpt.tracing.lines import (
     TraceLayout,
     footer_lines,
     header_lines,
 )
+from minigpt.tracing.selection import select_heads
+from minigpt.tracing.spans import Line, bar, fit, heat, percent
 
 WIDTHS = [40, 60, 80, 140]
 BOTH: tuple[Measure, ...] = ("weight", "norm")

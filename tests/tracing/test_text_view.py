@@ -8,7 +8,7 @@ from small_traces import HOSTILE, cells, small_trace, text_of, with_tokens
 from minigpt.errors import ConfigError
 from minigpt.tracing.events import Trace
 from minigpt.tracing.spans import Line
-from minigpt.tracing.text_view import shown, text_view
+from minigpt.tracing.views.text import shown, text_view
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 

@@ -11,9 +11,9 @@ import pytest
 from small_traces import HOSTILE, small_trace, with_tokens
 
 from minigpt.errors import ConfigError, ResourceError
-from minigpt.text.visible import visible
+from minigpt.text.escape import visible
 from minigpt.tracing.events import Trace
-from minigpt.tracing.picture import (
+from minigpt.tracing.views.pictures import (
     check_picture,
     draw_matrix,
     draw_strip,

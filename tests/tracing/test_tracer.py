@@ -18,9 +18,9 @@ from minigpt.model.gpt import GPT
 from minigpt.text.rules import Rules
 from minigpt.text.tokenizer import Tokenizer, bytes_tokenizer
 from minigpt.tracing import tracer
-from minigpt.tracing.analysis import reduce_rows
 from minigpt.tracing.events import TraceEvent, TraceFooter, TraceHeader, TraceStep
 from minigpt.tracing.recorder import RowRecorder
+from minigpt.tracing.rows import reduce_rows
 from minigpt.tracing.selection import HeadSelection, select_heads
 from minigpt.tracing.tracer import TraceConfig, trace
 

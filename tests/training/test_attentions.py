@@ -16,15 +16,15 @@ from minigpt.config import ATTENTIONS, ModelConfig, RunConfig, SamplingConfig
 from minigpt.errors import CheckpointError, ConfigError
 from minigpt.generation.decoder import Decoder
 from minigpt.generation.forward import make_forward
-from minigpt.model.architectures import model_class
 from minigpt.model.language_model import LanguageModel
+from minigpt.model.registry import model_class
 from minigpt.settings import build, to_dict, to_toml
 from minigpt.text.shards import PreparedData
 from minigpt.text.tokenizer import bytes_tokenizer
 from minigpt.tracing.tracer import TraceConfig, trace
-from minigpt.training.memory import estimate_memory, optimizer_values
 from minigpt.training.optim import is_muon_parameter
-from minigpt.training.plan import parameters_by_part
+from minigpt.training.reports.memory import estimate_memory, optimizer_values
+from minigpt.training.reports.plan import parameters_by_part
 
 SCORED: dict[str, dict[str, Any]] = {
     name: {"attention": name, "n_kv_head": 2} for name in ATTENTIONS if name != "scaled_dot"

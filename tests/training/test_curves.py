@@ -11,9 +11,9 @@ from minigpt.checkpoint.folder import CONFIG_FILE, METRICS_FILE
 from minigpt.errors import CheckpointError
 from minigpt.settings import to_toml
 from minigpt.text.shards import PreparedData
-from minigpt.training.curves import LossPoint, find_run, read_curves
 from minigpt.training.events import EvalEvent, StepEvent
 from minigpt.training.metrics import logging_to
+from minigpt.training.reports.curves import LossPoint, find_run, read_curves
 
 STEP = '{"event": "step", "step": 3, "train_loss": 2.5, "elapsed_s": 1.5}\n'
 EVAL = (

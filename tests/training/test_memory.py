@@ -13,8 +13,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from minigpt.errors import ResourceError
 from minigpt.text.shards import PreparedData
-from minigpt.training import memory
-from minigpt.training.memory import estimate_memory, optimizer_values, require_memory
+from minigpt.training.reports import memory
+from minigpt.training.reports.memory import estimate_memory, optimizer_values, require_memory
 
 
 def allocated(call: Callable[[], Any]) -> tuple[int, int]:

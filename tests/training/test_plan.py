@@ -12,11 +12,11 @@ from minigpt.checkpoint.folder import RunFolder
 from minigpt.config import RunConfig
 from minigpt.model.cost import parameter_count, training_flops_per_token
 from minigpt.text.shards import PreparedData
-from minigpt.training import plan as plan_module
 from minigpt.training.distributed import World
 from minigpt.training.events import SaveEvent, StepEvent
-from minigpt.training.memory import MemoryEstimate
-from minigpt.training.plan import Plan, make_plan, parameters_by_part
+from minigpt.training.reports import plan as plan_module
+from minigpt.training.reports.memory import MemoryEstimate
+from minigpt.training.reports.plan import Plan, make_plan, parameters_by_part
 from minigpt.training.state import Progress
 
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ from minigpt.checkpoint.folder import METRICS_FILE
 from minigpt.text.shards import PreparedData
 from minigpt.training.events import StepEvent
 from minigpt.training.metrics import logging_to
-from minigpt.training.tensorboard import TENSORBOARD_FOLDER
+from minigpt.training.reports.tensorboard import TENSORBOARD_FOLDER
 
 Points = list[tuple[int, float]]
 TAGS = {

@@ -1,0 +1,1 @@
+"""What is done with checkpoints besides writing and reading them."""

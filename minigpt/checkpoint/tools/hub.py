@@ -1,0 +1,129 @@
+"""Models from the Hugging Face hub: of a repository what read_model reads, and never a pickle."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from minigpt.errors import CheckpointError, MinigptError
+from minigpt.files import read_json, resource_errors
+
+_NAME = re.compile(
+    r"(?P<repository>[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96})(@(?P<revision>[\w./-]{1,200}))?",
+    re.ASCII,
+)
+_INDEX = "model.safetensors.index.json"
+_WEIGHTS = "model.safetensors"
+_SMALL_FILES = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "sp_vocab.json",
+    _INDEX,
+]
+_LOG_IN = "log in with `hf auth login`"
+
+
+def is_hub_name(spec: str) -> bool:
+    """Tell whether a text could name a repository: org/name or org/name@revision."""
+    return _NAME.fullmatch(spec) is not None
+
+
+def download_model(spec: str) -> Path:
+    """Return the folder of a repository's model, downloaded but for what is in the hub's cache.
+
+    Without a network, or with HF_HUB_OFFLINE, it is what the cache has. huggingface_hub draws its
+    progress on stderr, where that is a terminal.
+
+    Args: spec, org/name or org/name@revision (a branch, a tag or a commit).
+    Raises: CheckpointError if huggingface_hub is not installed, or the repository cannot be had or
+        has no weights that we read; ResourceError if the cache cannot be written.
+    """
+    match = _NAME.fullmatch(spec)
+    assert match is not None, f"{spec!r} is no name of the hub"
+    try:
+        from huggingface_hub import constants, hf_hub_download, snapshot_download
+        from huggingface_hub.utils import logging
+    except ImportError:
+        raise CheckpointError(
+            f"{spec!r} is no folder here. If it is a model of the Hugging Face hub, install what "
+            "downloads it: pip install 'minigpt[hub]'."
+        ) from None
+    # Its warnings repeat what the server says, whatever bytes that has.
+    logging.set_verbosity_error()
+    try:
+        with resource_errors(Path(constants.HF_HUB_CACHE)):
+            path = snapshot_download(
+                match["repository"],
+                revision=match["revision"],
+                allow_patterns=_SMALL_FILES,
+                tqdm_class=_progress_bar(),
+            )
+            folder = Path(path)  # named as the commit is
+            for name in _weight_files(folder):
+                # Not in snapshot_download's threads: Ctrl-C would wait until they are done.
+                hf_hub_download(match["repository"], name, revision=folder.name)
+    except MinigptError:
+        raise
+    except Exception as error:  # those of its transport have no common class over its versions
+        problem = _problem(error, match["repository"], match["revision"])
+        raise CheckpointError(f"{spec!r} is no folder here, and {problem}") from error
+    return folder
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """Return the weights' files; what an index names but safetensors of the folder is left out."""
+    if not (folder / _INDEX).exists():
+        return [_WEIGHTS]
+    shards = read_json(folder / _INDEX).get("weight_map")
+    names = [n for n in shards.values() if isinstance(n, str)] if isinstance(shards, dict) else []
+    return sorted({n for n in names if re.fullmatch(r"[\w.-]+\.safetensors", n)})
+
+
+def _progress_bar() -> Any:
+    from huggingface_hub.utils.tqdm import tqdm
+
+    class TerminalBar(tqdm):
+        """A progress bar that is off where stderr is no terminal; some of the hub's are not."""
+
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options | {"disable": None})
+
+    return TerminalBar
+
+
+def _problem(error: Exception, repository: str, revision: str | None) -> str:
+    """Return what is wrong, and the remedy."""
+    from huggingface_hub import constants, errors
+
+    hub = f"the Hugging Face hub ({constants.ENDPOINT})"
+    cause = error.__cause__ or error
+    response = getattr(cause, "response", None)
+    if isinstance(error, errors.GatedRepoError):
+        page = f"{constants.ENDPOINT}/{repository}"
+        return f"its repository is gated. Accept the terms at {page}, and {_LOG_IN}."
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"{hub} has no such repository for you. Check the name; if it is private, {_LOG_IN}."
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"its repository has no revision {revision!r}. Name a branch, a tag or a commit."
+    if isinstance(error, errors.HFValidationError):
+        return "no repository can have that name. Check it."
+    is_local = isinstance(error, errors.LocalEntryNotFoundError)  # a kind of EntryNotFoundError
+    if isinstance(error, errors.EntryNotFoundError) and not is_local:
+        return (
+            f"its repository has no {_WEIGHTS}, or not all of its parts. Weights in pickles (.bin, "
+            ".pt) can run any code and are never downloaded: choose another repository."
+        )
+    if isinstance(cause, errors.OfflineModeIsEnabled):
+        return (
+            "HF_HUB_OFFLINE allows what is in the hub's cache only, where it is not, or not whole. "
+            "Unset it to download."
+        )
+    if response is not None:
+        return f"{hub} answered {response.status_code}. Try again later, or {_LOG_IN}."
+    if is_local:
+        return (
+            f"{hub} cannot be reached ({type(cause).__name__}). Check the network, or download the "
+            "folder otherwise and name it."
+        )
+    return f"its download failed ({type(error).__name__}: {str(error)[:120]!r}). Try again."

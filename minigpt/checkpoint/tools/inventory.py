@@ -1,0 +1,191 @@
+"""What lies in a folder of checkpoints: runs with their steps, and model folders of their own.
+
+Names, sizes, dates and losses only: no weight is read, and nothing heavy is imported.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from minigpt.checkpoint.folder import METRICS_FILE, Pointer, RunFolder
+from minigpt.checkpoint.manifest import MANIFEST, verify
+from minigpt.checkpoint.resolve import ROOT, find_model, models_in
+from minigpt.errors import CheckpointError, ConfigError, MinigptError, nearest
+from minigpt.files import read_json
+
+_CONFIG = "config.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """One model folder: a step of a run, or one of its own."""
+
+    folder: Path
+    step: int | None = None
+    """Optimizer steps done; None for a folder that is no step of a run."""
+    layout: str | None
+    """The model type that config.json names; None if it names none."""
+    val_loss: float | None = None
+    """Nats/token; None if the run's records do not tell."""
+    bits_per_byte: float | None = None
+    n_bytes: int
+    """Bytes of all files in it."""
+    written_at: datetime
+    is_best: bool = False
+    """Whether the run's name, given as a model, means this step."""
+    is_latest: bool = False
+    """Whether the run resumes from this step."""
+    damage: str | None
+    """What is wrong at a glance: sizes are compared, and no file is read to its end."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A run, or a model folder of its own."""
+
+    name: str
+    folder: Path
+    is_run: bool
+    checkpoints: tuple[Checkpoint, ...]
+    """The newest step first; of a model folder, the one that it is."""
+
+    @property
+    def written_at(self) -> datetime:
+        """When the newest of its checkpoints was written."""
+        return max(checkpoint.written_at for checkpoint in self.checkpoints)
+
+
+def take_inventory(folder: Path) -> list[Entry]:
+    """Return the runs in a folder, the newest first, and after them the models that are none.
+
+    Raises: ResourceError if the folder may not be read.
+    """
+    entries = [entry_of(place) for place in models_in(folder)]
+    # What a training run that prunes its steps took away in the meantime has no checkpoints.
+    there = [entry for entry in entries if entry.checkpoints]
+    return sorted(there, key=lambda entry: (entry.is_run, entry.written_at), reverse=True)
+
+
+def inventory_of(spec: str, root: Path = ROOT) -> list[Entry]:
+    """Return what a folder holds, or the one run or model of that path, or that name under root.
+
+    Raises: CheckpointError if there is none of these; ResourceError.
+    """
+    if find_model(spec, root) is None and os.path.isdir(spec):
+        return take_inventory(Path(spec))
+    return [entry_named(spec, root)]
+
+
+def entry_named(spec: str, root: Path = ROOT) -> Entry:
+    """Return the run or model of that path, or of that name under root.
+
+    Raises: CheckpointError if there is none.
+    """
+    place = find_model(spec, root)
+    if place is None:
+        names = [place.name for place in models_in(root) if place.name.isprintable()]
+        remedy = nearest(spec, names) if names else "Make one with `minigpt train`."
+        raise CheckpointError(f"there is no run or model {spec[:120]!r}. {remedy}")
+    return entry_of(place)
+
+
+def run_named(spec: str) -> Entry:
+    """Return the run of that path, or of that name under the root.
+
+    Raises: CheckpointError if there is none; ConfigError if it is a model folder.
+    """
+    entry = entry_named(spec)
+    if not entry.is_run:
+        raise ConfigError(
+            f"{str(entry.folder)!r} is a model folder and no run, so it has no steps. Name a run."
+        )
+    return entry
+
+
+def entry_of(folder: Path) -> Entry:
+    """Return what a run folder or a model folder holds."""
+    name = folder.name or folder.resolve().name  # the working directory's
+    if (folder / _CONFIG).is_file():
+        return Entry(name, folder, False, tuple(_seen(folder)))
+    run = RunFolder(folder)
+    best, latest, losses = run.best(), run.latest(), _losses(run)
+    checkpoints: list[Checkpoint] = []
+    for step in reversed(run.steps()):
+        facts: dict[str, Any] = {
+            "step": step,
+            "is_best": _is_at(best, step),
+            "is_latest": _is_at(latest, step),
+            **losses.get(step, {}),
+        }
+        checkpoints += _seen(run.step_folder(step), **facts)
+    return Entry(name, folder, True, tuple(checkpoints))
+
+
+def _is_at(pointer: Pointer | None, step: int) -> bool:
+    return pointer is not None and pointer.step == step
+
+
+def _seen(folder: Path, **facts: Any) -> Iterator[Checkpoint]:
+    """Yield the checkpoint in a folder, unless it was removed while it was looked at."""
+    layout, damage = None, None
+    try:
+        named = read_json(folder / _CONFIG).get("model_type")
+        layout = named if isinstance(named, str) else None
+        if "step" in facts or (folder / MANIFEST).is_file():
+            verify(folder)
+    except MinigptError as error:
+        damage = str(error)
+    with suppress(FileNotFoundError):
+        yield Checkpoint(
+            folder=folder,
+            layout=layout,
+            n_bytes=_n_bytes(folder),
+            written_at=_written_at(folder),
+            damage=damage,
+            **facts,
+        )
+
+
+def _n_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _written_at(folder: Path) -> datetime:
+    """Return when the manifest was written, which is the last of a checkpoint; else the config."""
+    files = (path for path in (folder / MANIFEST, folder / _CONFIG) if path.exists())
+    return datetime.fromtimestamp(next(files, folder).stat().st_mtime, UTC)
+
+
+def _losses(run: RunFolder) -> dict[int, dict[str, float]]:
+    """Return what a run's records say of each step: val_loss and bits_per_byte."""
+    losses: dict[int, dict[str, float]] = {}
+    for record in _records(run):
+        step = record.get("step")
+        for name in ("val_loss", "bits_per_byte"):
+            value = record.get(name)
+            if type(step) is int and isinstance(value, float) and math.isfinite(value):
+                losses.setdefault(step, {})[name] = value
+    return losses
+
+
+def _records(run: RunFolder) -> Iterator[dict[str, Any]]:
+    """Yield the run's log and, after it, its pointers; what cannot be read is passed over."""
+    with (
+        suppress(OSError),
+        (run.path / METRICS_FILE).open(encoding="utf-8", errors="replace") as lines,
+    ):
+        for line in lines:
+            if '"val_loss"' in line:
+                with suppress(ValueError, RecursionError):  # a kill can cut the last one
+                    record = json.loads(line)
+                    if isinstance(record, dict):
+                        yield record
+    for name in ("best.json", "latest.json"):
+        with suppress(CheckpointError):
+            yield read_json(run.path / name)

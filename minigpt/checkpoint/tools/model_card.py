@@ -1,0 +1,198 @@
+"""The model card: README.md of a checkpoint, as people and the Hugging Face hub read it."""
+
+import json
+import re
+from pathlib import Path
+
+from minigpt.checkpoint.families import OWN_TYPE
+from minigpt.checkpoint.tools.hub import is_hub_name
+from minigpt.config import ModelConfig, RunConfig
+from minigpt.model.cost import parameter_count
+from minigpt.text.datasets import BUILTIN
+from minigpt.text.escape import printable
+
+_MOST_NAMES = 20
+_COMMIT = re.compile("[0-9a-f]{40}")
+_USE = """\
+## Use
+
+FOLDER is where this file is.
+
+```console
+minigpt generate --model FOLDER "Once upon a time"
+minigpt attention-trace --model FOLDER "Once upon a time"
+```
+
+{elsewhere}"""
+_ELSEWHERE = """\
+```python
+from transformers import AutoModelForCausalLM, {tokenizer}
+
+tokenizer = {tokenizer}.from_pretrained("FOLDER")
+model = AutoModelForCausalLM.from_pretrained("FOLDER")
+inputs = tokenizer("Once upon a time", return_tensors="pt")
+outputs = model.generate(**inputs, max_new_tokens=40, do_sample=True, temperature=0.8)
+print(tokenizer.decode(outputs[0]))
+```"""
+_NOWHERE_ELSE = """\
+transformers has no such model, so only minigpt reads this folder."""
+_LIMITS = """\
+## Limits
+
+It continues text in the manner of the text that it was trained on, with whatever is wrong or unfair
+in that. It follows no instructions, states what is false as readily as what is true, and may repeat
+its training text word for word. It was measured by the losses above and by nothing else."""
+
+
+def model_card(
+    config: RunConfig,
+    *,
+    name: str,
+    step: int,
+    val_loss: float,
+    bits_per_byte: float,
+    n_train_tokens: int,
+) -> str:
+    """Return the README.md of a checkpoint: the hub's metadata, then what it is, in Markdown.
+
+    Whatever names and the command hold, it is text in both, and no markup.
+
+    Args: name, the run's; step, optimizer steps done; val_loss, nats/token; n_train_tokens, those
+        of the text without its validation part.
+    """
+    losses = f"{val_loss:.4f} nats/token, {bits_per_byte:.4f} bits/byte"
+    parts = [
+        _metadata(config, name, val_loss, bits_per_byte),
+        f"# {_code(name)}",
+        "A small language model that continues text, trained with minigpt.",
+        _model(config),
+        _text(config, n_train_tokens),
+        _training(config, step, n_train_tokens, losses),
+        *([f"It was made by:\n\n    {_one_line(config.command)}"] if config.command else []),
+        _use(config.model.model_type),
+        _LIMITS,
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _use(model_type: str) -> str:
+    # AutoTokenizer splits text as Qwen2 does in every qwen2 folder, whatever tokenizer.json says.
+    tokenizer = "PreTrainedTokenizerFast" if model_type == "qwen2" else "AutoTokenizer"
+    is_own = model_type == OWN_TYPE
+    return _USE.format(
+        elsewhere=_NOWHERE_ELSE if is_own else _ELSEWHERE.format(tokenizer=tokenizer)
+    )
+
+
+def _metadata(config: RunConfig, name: str, val_loss: float, bits_per_byte: float) -> str:
+    """Return the YAML block, as the hub's specification of model cards has it."""
+    repository = _base_repository(config)
+    library = "minigpt" if config.model.model_type == OWN_TYPE else "transformers"
+    base = f"base_model: {_quoted(repository)}\n" if repository else ""
+    return f"""\
+---
+library_name: {library}
+pipeline_tag: text-generation
+{base}tags:
+- minigpt
+- {config.model.model_type}
+model-index:
+- name: {_quoted(name)}
+  results:
+  - task:
+      type: text-generation
+    dataset:
+      type: text
+      name: {_quoted(", ".join(_names(config)))}
+      split: validation
+    metrics:
+    - type: loss
+      name: nats/token
+      value: {val_loss:.4f}
+    - type: bits_per_byte
+      name: bits/byte
+      value: {bits_per_byte:.4f}
+---"""
+
+
+def _model(config: RunConfig) -> str:
+    model = config.model
+    return f"""\
+## The model
+
+- Layout: {_layout(model)}
+- Parameters: {parameter_count(model):,}
+- Context: {model.context_length:,} tokens
+- Vocabulary: {model.vocab_size:,} tokens, {_code(config.data.tokenizer)}"""
+
+
+def _layout(model: ModelConfig) -> str:
+    name = f"{model.model_type}, as Hugging Face calls it"
+    if model.model_type == OWN_TYPE:
+        name = f"{model.family}'s with {model.attention} attention, which no other program reads"
+    if model.arch != "gpt":
+        shape = f"{model.n_layer} layers, width {model.d_model}"
+        return f"{model.arch}, which no other program reads; {shape}"
+    return f"""\
+{name}; {model.n_layer} layers, {model.n_head} heads
+  ({model.n_kv_head} of keys and values), width {model.d_model}, MLP {model.d_mlp}"""
+
+
+def _text(config: RunConfig, n_train_tokens: int) -> str:
+    names = "\n".join(f"- {_code(name)}" for name in _names(config))
+    percent = f"{100 * config.data.val_fraction:.3g} %"
+    return f"""\
+## The text
+
+{names}
+
+{n_train_tokens:,} tokens of it to train on; the last {percent} of the whole for validation."""
+
+
+def _names(config: RunConfig) -> list[str]:
+    """Return what the corpora are called; the folders that they lie in are nobody's business."""
+    called = {"-": "standard input", BUILTIN: "English prose that comes with Python"}
+    names = [called.get(path) or Path(path).name or path for path in config.data.paths or [BUILTIN]]
+    n_more = len(names) - _MOST_NAMES
+    return [*names[:_MOST_NAMES], f"and {n_more} more"] if n_more > 0 else names
+
+
+def _training(config: RunConfig, step: int, n_train_tokens: int, losses: str) -> str:
+    n_seen = step * config.training.batch_size * config.sequence_length
+    return f"""\
+## Training
+
+- Start: {_start(config)}
+- Steps: {step:,}, with {config.training.optimizer}
+- Tokens seen: {n_seen:,}, which is the text {n_seen / n_train_tokens:.3g} times
+- Validation loss: {losses}"""
+
+
+def _start(config: RunConfig) -> str:
+    if config.from_ is None:
+        return f"weights drawn with seed {config.training.seed}"
+    path = Path(config.from_)
+    place = f"{path.parent.name}/{path.name}" if path.name.startswith("step-") else path.name
+    return f"the weights of {_code(config.from_ if _base_repository(config) else place)}"
+
+
+def _base_repository(config: RunConfig) -> str | None:
+    """Return the name on the hub of the model that the run started from, if it is from there."""
+    repository, _, commit = (config.from_ or "").partition("@")
+    return repository if is_hub_name(repository) and _COMMIT.fullmatch(commit) else None
+
+
+def _one_line(text: str) -> str:
+    return printable(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
+def _quoted(text: str) -> str:
+    """Return a text as a YAML string: JSON's, without what YAML would fold or refuse."""
+    return json.dumps(_one_line(text), ensure_ascii=False)
+
+
+def _code(text: str) -> str:
+    """Return a text as a Markdown code span, in which nothing is markup."""
+    text = _one_line(text)
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence} {text} {fence}" if "`" in text or not text.strip() else f"{fence}{text}{fence}"

@@ -1,0 +1,182 @@
+"""Where a trace goes: its lines or a view of it on stdout, and files."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO
+
+from minigpt.console import make_console, print_lines, write_result
+from minigpt.errors import ConfigError
+from minigpt.files import resource_errors, write_atomically
+from minigpt.tracing import lines as terminal
+from minigpt.tracing.events import (
+    Trace,
+    TraceEvent,
+    TraceFooter,
+    TraceHeader,
+    TraceStep,
+)
+from minigpt.tracing.file import to_json_line
+from minigpt.tracing.lines import TraceLayout
+from minigpt.tracing.spans import Line
+
+LINES = "lines"
+VIEWS = (LINES, "text", "matrix", "heads")
+_PICTURES = ("svg", "png")
+_BELOW = 3  # lines: the seed, and the shell's next prompt
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What was asked for."""
+
+    view: str = LINES
+    """What stdout shows."""
+    as_json: bool = False
+    """Whether it shows JSON in place of a view."""
+    position: int | None = None
+    """Of the token that the view text, or the picture of a strip, is of; None for the last one."""
+    out: Path | None = None
+    html: Path | None = None
+    svg: Path | None = None
+    png: Path | None = None
+    dense: Path | None = None
+    """A file of every row of every head."""
+    picture: str = "matrix"
+    """What the pictures show, matrix or strip."""
+
+    def check(self, n_samples: int) -> None:
+        """Check what can be, before anything long begins.
+
+        Raises: ConfigError for a file that has no folder, a picture without matplotlib, or one file
+            for several traces.
+        """
+        for name in ("out", "html", "dense", *_PICTURES):
+            path: Path | None = getattr(self, name)
+            if path is None:
+                continue
+            if not path.parent.is_dir():
+                raise ConfigError(
+                    f"--{name}: there is no folder {str(path.parent)!r}. Make it first."
+                )
+            if path.is_dir() or (name != "out" and path.exists() and not path.is_file()):
+                # What is written aside and then renamed would take a device's place.
+                raise ConfigError(f"--{name}: {str(path)!r} is no file. Choose another name.")
+            if name != "out" and n_samples > 1:
+                raise ConfigError(
+                    f"--{name} shows one trace, and there are {n_samples}. Leave --num-samples out."
+                )
+            if name in _PICTURES:
+                from minigpt.tracing.views.pictures import check_picture
+
+                check_picture(path)
+
+    @property
+    def has_heads(self) -> bool:
+        """Whether every head's row in brief is asked for."""
+        return self.out is not None or self.html is not None or self.view == "heads"
+
+
+class Shower:
+    """Shows traces, one after another."""
+
+    def __init__(self, targets: Targets, layout: TraceLayout) -> None:
+        self._targets, self._layout = targets, layout
+        self._console = make_console(is_stderr=False)
+        self._files = ExitStack()
+        self._out: IO[str] | None = None
+
+    def __enter__(self) -> "Shower":
+        path = self._targets.out
+        if path is not None:
+            with resource_errors(path):
+                self._out = self._files.enter_context(path.open("w", encoding="utf-8"))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(OSError):  # of what could not be written, and was said
+            self._files.close()
+
+    def show(self, events: Iterable[TraceEvent]) -> bool:
+        """Show a trace to its end, or to a footer where Ctrl-C ends it; tell whether it was whole.
+
+        Raises: ConfigError if it has not what a view asks for; ResourceError if a file cannot be
+            written.
+        """
+        started = time.perf_counter()
+        shown: list[TraceEvent] = []
+        try:
+            for event in events:
+                shown.append(event)
+                self._stream(event, shown)
+        except KeyboardInterrupt:
+            n_tokens = sum(isinstance(event, TraceStep) for event in shown)
+            shown.append(TraceFooter(n_tokens, None, time.perf_counter() - started, None))
+            self._stream(shown[-1], shown)
+        header, *steps, footer = shown
+        assert isinstance(header, TraceHeader)
+        assert isinstance(footer, TraceFooter)
+        self._end(Trace(header, tuple(s for s in steps if isinstance(s, TraceStep)), footer))
+        return footer.finish is not None
+
+    def _stream(self, event: TraceEvent, shown: list[TraceEvent]) -> None:
+        targets = self._targets
+        if self._out is not None:
+            with resource_errors(targets.out or Path()):
+                self._out.write(to_json_line(event) + "\n")
+                self._out.flush()
+        if targets.as_json:
+            write_result(to_json_line(event) + "\n")
+        elif targets.view == LINES:
+            print_lines(self._console, self._lines(event, shown))
+
+    def _lines(self, event: TraceEvent, shown: list[TraceEvent]) -> list[Line]:
+        width = self._console.width
+        if isinstance(event, TraceHeader):
+            return [*terminal.header_lines(event, width), self._layout.heading()]
+        if isinstance(event, TraceStep):
+            return self._layout.step(with_sources(event, self._layout.n_sources))
+        text = "".join(step.text for step in shown if isinstance(step, TraceStep))
+        return [*terminal.footer_lines(event, width), [], [(text, "token")]]
+
+    def _end(self, trace: Trace) -> None:
+        targets = self._targets
+        if targets.view != LINES and not targets.as_json:
+            print_lines(self._console, self._view(trace))
+        if targets.html is not None:
+            from minigpt.tracing.views.html import to_html
+
+            write_atomically(targets.html, to_html(trace).encode())
+        for path in (targets.svg, targets.png):
+            if path is not None:
+                from minigpt.tracing.views.pictures import draw_matrix, draw_strip
+
+                if targets.picture == "strip":
+                    draw_strip(trace, path, position=targets.position)
+                else:
+                    draw_matrix(trace, path)
+
+    def _view(self, trace: Trace) -> Iterator[Line]:
+        from minigpt.tracing.views.heads import heads_view
+        from minigpt.tracing.views.matrix import matrix_view
+        from minigpt.tracing.views.text import text_view
+
+        width = self._console.width
+        if self._targets.view == "text":
+            yield from text_view(trace, width, position=self._targets.position)
+        elif self._targets.view == "matrix":
+            height = self._console.height - _BELOW if sys.stdout.isatty() else None
+            has_colour = self._console.color_system in ("256", "truecolor")
+            yield from matrix_view(trace, width, height, has_colour=has_colour)
+        else:
+            yield from heads_view(trace, width)
+
+
+def with_sources(step: TraceStep, n_sources: int) -> TraceStep:
+    """Return a step whose rows have at most so many sources."""
+    return replace(
+        step, rows=tuple(replace(row, sources=row.sources[:n_sources]) for row in step.rows)
+    )

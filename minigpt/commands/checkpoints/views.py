@@ -1,0 +1,224 @@
+"""Checkpoints as people read them: what lies in a folder, and what one model is."""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+from rich.text import Text
+
+from minigpt.commands.output import aligned, one_line, with_unit
+
+if TYPE_CHECKING:  # a list needs no torch, which these import
+    from minigpt.checkpoint.tools.inspection import ModelFacts, Verdict
+    from minigpt.checkpoint.tools.inventory import Checkpoint, Entry
+    from minigpt.checkpoint.weights import StoredTensor
+
+_UNKNOWN = "-"
+_INDENT = "  "
+_LAYER = re.compile(r"(?P<layers>\D*)\.(?P<number>\d+)\.(?P<rest>.*)")
+_MLPS = {"gpt2": "two layers", "llama": "gated"}
+
+
+def inventory_lines(entries: Sequence["Entry"], width: int | None) -> Iterator[Text]:
+    """Yield a table of all checkpoints, under the name of their run or model."""
+    head = ["step", "nats/token", "bits/byte", "size", "written", ""]
+    rows = [[Text(word, "dim") for word in head]]
+    rows += [_row(checkpoint) for entry in entries for checkpoint in entry.checkpoints]
+    lines = aligned(rows, ["right"] * 4 + ["left"] * 2, width)
+    yield Text(_INDENT) + next(lines)
+    for entry in entries:
+        layouts = [checkpoint.layout for checkpoint in entry.checkpoints if checkpoint.layout]
+        yield Text()
+        yield Text.assemble(
+            (one_line(entry.name), "bold"), _INDENT, (one_line("".join(layouts[:1])), "dim")
+        )
+        for _ in entry.checkpoints:
+            yield Text(_INDENT) + next(lines)
+
+
+def _row(checkpoint: "Checkpoint") -> list[Text]:
+    losses = (checkpoint.val_loss, checkpoint.bits_per_byte)
+    marks = {"best": checkpoint.is_best, "latest": checkpoint.is_latest}
+    state = ", ".join(mark for mark, is_set in marks.items() if is_set)
+    return [
+        Text(_UNKNOWN if checkpoint.step is None else str(checkpoint.step)),
+        *(Text(_UNKNOWN if loss is None else f"{loss:.4f}") for loss in losses),
+        Text(with_unit(checkpoint.n_bytes, "B")),
+        Text(f"{checkpoint.written_at.astimezone():%Y-%m-%d %H:%M}"),
+        Text("damaged", "red") if checkpoint.damage else Text(state, "green"),
+    ]
+
+
+def verdict_line(verdict: "Verdict") -> Text:
+    """Return what a check came to, in one line."""
+    word, style = ("bad", "red") if verdict.problem else ("ok ", "green")
+    good = {True: "as written, by SHA-256", False: "no manifest; names and shapes fit config.json"}
+    facts = verdict.problem or good[verdict.has_manifest]
+    return Text.assemble(
+        (word, style), _INDENT, one_line(str(verdict.folder)), _INDENT, one_line(facts)
+    )
+
+
+def removal_lines(word: str, doomed: Iterable["Checkpoint"]) -> Iterator[Text]:
+    """Yield a line for each checkpoint that goes."""
+    for checkpoint in doomed:
+        size = with_unit(checkpoint.n_bytes, "B")
+        yield Text(f"{word} {one_line(str(checkpoint.folder))}, {size}")
+
+
+def total(checkpoints: Sequence["Checkpoint"]) -> str:
+    """Return how many checkpoints they are, and how large together."""
+    noun = "checkpoint" if len(checkpoints) == 1 else "checkpoints"
+    n_bytes = sum(checkpoint.n_bytes for checkpoint in checkpoints)
+    return f"{len(checkpoints)} {noun}, {with_unit(n_bytes, 'B')}"
+
+
+def model_lines(facts: "ModelFacts", width: int | None) -> Iterator[Text]:
+    """Yield what a model is, and the table of its tensors with the blocks folded."""
+    yield Text(one_line(str(facts.folder)), "bold")
+    yield from aligned(
+        [[Text(name, "dim"), Text(fact)] for name, fact in _facts(facts).items()], ["left"] * 2
+    )
+    yield Text()
+    head = [Text(word, "dim") for word in ("tensor", "dtype", "shape", "bytes")]
+    rows = [head, *chain.from_iterable(_tensor_rows(facts.tensors))]
+    yield from aligned(rows, ["left", "left", "left", "right"], width)
+
+
+def model_record(facts: "ModelFacts") -> dict[str, Any]:
+    """Return all that is known of a model, for JSON."""
+    return {
+        "folder": facts.folder,
+        "config": asdict(facts.config),
+        "n_parameters": facts.n_parameters,
+        "n_bytes": facts.n_bytes,
+        "forward_flops_per_token": facts.forward_flops_per_token,
+        "training_flops_per_token": facts.training_flops_per_token,
+        "float32_cache_bytes_per_token": facts.cache_bytes_per_token(4),
+        "bfloat16_cache_bytes_per_token": facts.cache_bytes_per_token(2),
+        "tensors": [
+            {
+                "name": tensor.name,
+                "dtype": tensor.dtype,
+                "shape": tensor.shape,
+                "n_bytes": tensor.n_bytes,
+                "file": tensor.path.name,
+            }
+            for tensor in facts.tensors
+        ],
+    }
+
+
+def _facts(facts: "ModelFacts") -> dict[str, str]:
+    config = facts.config
+    dtypes = ", ".join(dict.fromkeys(tensor.dtype for tensor in facts.tensors))
+    heads = f"{config.n_head} heads of {config.d_head}"
+    if config.n_kv_head < config.n_head:
+        heads += f", {config.n_kv_head} key/value heads"
+    output = "the embedding again" if config.tie_embeddings else "a projection of its own"
+    cache_bytes = facts.cache_bytes_per_token(4)
+    shown = {
+        "layout": config.model_type,
+        "parameters": f"{facts.n_parameters:,}, stored in {with_unit(facts.n_bytes, 'B')} "
+        f"({dtypes})",
+        "blocks": f"{config.n_layer}, {config.d_model} wide",
+        "attention": f"{config.attention}, {heads}{_attention_extras(facts)}",
+        "MLP": f"{_MLPS[config.family]}, {config.d_mlp} wide, {config.activation}",
+        "positions": _positions(facts),
+        "vocabulary": f"{config.vocab_size:,} tokens; the output is {output}",
+        "context": f"{config.context_length:,} tokens",
+        "compute": f"{with_unit(facts.forward_flops_per_token, 'FLOPs')}/token forward, "
+        f"{with_unit(facts.training_flops_per_token, 'FLOPs')}/token training",
+        "KV cache": f"{with_unit(cache_bytes, 'B')}/token, "
+        f"{with_unit(cache_bytes * config.context_length, 'B')} for a full context (float32; "
+        "bfloat16: half)",
+    }
+    if config.arch != "gpt":
+        shown["layout"] = f"{config.model_type}, {config.arch}"
+        shown["attention"] = config.attention
+        for name in ("MLP", "positions"):
+            del shown[name]
+        shown["states"] = shown.pop("KV cache")
+    return shown
+
+
+def _attention_extras(facts: "ModelFacts") -> str:
+    config = facts.config
+    biases = {"none": "", "qkv": ", biases of queries, keys, values", "all": ", biases"}
+    has_all = config.family == "gpt2"
+    norm = ", QK-norm" if config.qk_norm else ""
+    return norm + biases["all" if has_all else config.attention_bias]
+
+
+def _positions(facts: "ModelFacts") -> str:
+    config = facts.config
+    if config.family == "gpt2":
+        return "learned"
+    stretched = f", stretched {config.rope_scaling_factor:g} times as in Llama 3"
+    return f"rotary, theta {config.rope_theta:,.0f}" + (
+        stretched if config.rope_scaling_factor != 1 else ""
+    )
+
+
+def _tensor_rows(tensors: Iterable["StoredTensor"]) -> Iterator[list[list[Text]]]:
+    """Yield the rows of each tensor, and of all blocks that are alike those of one."""
+    blocks: dict[str, dict[int, list[tuple[str, StoredTensor]]]] = {}
+    order: dict[str, StoredTensor | None] = {}
+    for tensor in tensors:
+        match = _LAYER.fullmatch(tensor.name)
+        if match is None:
+            order[tensor.name] = tensor
+            continue
+        order[match["layers"]] = None
+        block = blocks.setdefault(match["layers"], {}).setdefault(int(match["number"]), [])
+        block.append((match["rest"], tensor))
+    for name, single in order.items():
+        if single is not None:
+            yield [_tensor_row(name, single)]
+        else:
+            yield from _block_rows(name, blocks[name])
+
+
+def _block_rows(
+    layers: str, blocks: dict[int, list[tuple[str, "StoredTensor"]]]
+) -> Iterator[list[list[Text]]]:
+    alike: dict[tuple[tuple[str, str, tuple[int, ...]], ...], list[int]] = {}
+    for number, block in blocks.items():
+        shape = tuple((rest, tensor.dtype, tensor.shape) for rest, tensor in block)
+        alike.setdefault(shape, []).append(number)
+    for numbers in alike.values():
+        block = _by_module(blocks[numbers[0]])
+        n_bytes = sum(tensor.n_bytes for _, tensor in block)
+        total = f"{len(numbers)} x {with_unit(n_bytes, 'B')}"
+        yield [
+            [Text(f"{one_line(layers)}.{_ranges(numbers)}"), Text(), Text(), Text(total)],
+            *(_tensor_row(f"{_INDENT}{rest}", tensor) for rest, tensor in block),
+        ]
+
+
+def _by_module(block: list[tuple[str, "StoredTensor"]]) -> list[tuple[str, "StoredTensor"]]:
+    """Bring together what belongs to one part of a block, the parts in the order of the block."""
+    parts = list(dict.fromkeys(rest.split(".")[0] for rest, _ in block))
+    return sorted(block, key=lambda item: parts.index(item[0].split(".")[0]))
+
+
+def _tensor_row(name: str, tensor: "StoredTensor") -> list[Text]:
+    return [
+        Text(one_line(name)),
+        Text(tensor.dtype),
+        Text(" x ".join(map(str, tensor.shape))),
+        Text(with_unit(tensor.n_bytes, "B")),
+    ]
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Return ascending numbers in few characters: 0-11, or 0-2,5."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][-1] + 1:
+            spans[-1][1:] = [number]
+        else:
+            spans.append([number])
+    return ",".join("-".join(map(str, span)) for span in spans)

@@ -1,0 +1,266 @@
+"""What minigpt compare does once its options are read: runs, one after the other, and a table."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import typer
+from rich.text import Text
+
+from minigpt.checkpoint.folder import CONFIG_FILE
+from minigpt.commands.output import aligned, line_width, note, show, write_json
+from minigpt.commands.plot.curves import validation_curves
+from minigpt.commands.plot.picture import require_matplotlib, write_picture
+from minigpt.commands.program import command_line
+from minigpt.commands.train.display import TrainingDisplay, short
+from minigpt.commands.train.job import Job
+from minigpt.commands.train.run import train_job
+from minigpt.commands.train.run_settings import (
+    checked_name,
+    flat,
+    fresh_name,
+    given,
+    settings_of,
+    with_vocabulary,
+)
+from minigpt.config import DataConfig, RunConfig
+from minigpt.errors import ConfigError, DivergedError
+from minigpt.model.cost import parameter_count
+from minigpt.model.device import resolve_device
+from minigpt.settings import build, read_toml, to_dict
+from minigpt.studies.compare import (
+    Budget,
+    ComparedRun,
+    VariantResult,
+    compared_runs,
+    decoding_speeds,
+    parse_budget,
+    parse_variants,
+    summarize,
+)
+from minigpt.text.shards import PreparedData, prepare
+from minigpt.training.reports.curves import LossCurves, read_curves
+from minigpt.training.reports.memory import require_memory
+from minigpt.training.schedule import progress, with_max_steps
+from minigpt.training.state import read_progress
+
+_TITLE = (
+    "val loss: nats/token, mean ± sample standard deviation over the runs;",
+    "train, decode: tokens/s; cache: bytes/token in float32",
+)
+_HEAD = ("variant", "params", "runs", "val loss", "bits/byte", "train", "decode", "cache")
+_NOT_SETTINGS = {
+    "from": "compare trains from random weights",
+    "model.arch": "compare takes it from --variants",
+    "model.attention": "compare takes it from --variants",
+}
+_POINTS = 10  # of a curve, at least, where its length is known
+_UNKNOWN = "-"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the user asked for."""
+
+    variants: str
+    """Names with commas between them."""
+    budget: str
+    """As ``parse_budget`` takes it."""
+    n_seeds: int
+    name: str | None
+    overrides: dict[str, Any]
+    """Settings beyond the preset, nested as in RunConfig."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All that a comparison is made of."""
+
+    base: RunConfig
+    """The model that sets the number of parameters."""
+    budget: Budget
+    runs: Sequence[ComparedRun]
+    data: PreparedData
+
+
+def run_comparison(wanted: Wanted, *, x_axis: str, out: Path | None, is_json: bool) -> None:
+    """Train what is not trained yet, and print what came of it.
+
+    Raises: ConfigError for what cannot be compared, or for runs of these names that are others;
+        otherwise as ``train_job``.
+    """
+    if out is not None:
+        require_matplotlib(out)
+    comparison = _prepared(wanted)
+    signal_number = _train(comparison)
+    finished = [run for run in comparison.runs if _is_finished(run)]
+    if finished:
+        # Who asked for an end does not wait for more.
+        speeds = {} if signal_number else _decoding_speeds(comparison, finished)
+        results = summarize(finished, speeds)
+        if is_json:
+            write_json(_record(comparison, results, len(finished)))
+        else:
+            show(_table(results))
+        if out is not None:
+            _draw(out, finished, x_axis)
+    if signal_number:
+        note(f"{len(finished)} of {len(comparison.runs)} runs are finished; go on with:")
+        note(command_line(*sys.argv[1:]))
+        raise typer.Exit(128 + signal_number)
+
+
+def _prepared(wanted: Wanted) -> Comparison:
+    """Settle which runs there are to be; those that are there already must be the same."""
+    asked = flat(wanted.overrides)
+    for setting, reason in _NOT_SETTINGS.items():
+        if asked.get(setting) is not None:
+            raise ConfigError(f"{setting} is {asked[setting]!r}, and {reason}. Leave it out.")
+    variants = parse_variants(wanted.variants)
+    settings = settings_of(wanted.overrides)
+    data_config = build(DataConfig, settings.get("data", {}), "data.")
+    # No run has the name itself, so that it is the same every time.
+    name = checked_name(wanted.name) if wanted.name else fresh_name(data_config, "compare")
+    with TrainingDisplay() as display:
+        data = prepare(data_config, on_progress=display.preparing)
+    base = with_vocabulary(settings, data.tokenizer.vocab_size)
+    base = with_max_steps(base, len(data.tokens.split(base.data.val_fraction)[0]))
+    budget = parse_budget(wanted.budget, base)
+    runs = compared_runs(base, variants, wanted.n_seeds, budget, name)
+    if given(wanted.overrides, "training", "eval_every") is None:
+        runs = [replace(run, config=_with_points(run.config)) for run in runs]
+    for run in runs:
+        checked_name(run.folder.path.name)
+        require_memory(run.config, resolve_device(run.config.training.device))
+        _require_same(run, data)
+    return Comparison(base, budget, runs, data)
+
+
+def _with_points(config: RunConfig) -> RunConfig:
+    """Let a short run be evaluated often enough for a curve."""
+    training = config.training
+    every = max(1, training.max_steps // _POINTS)
+    if not training.max_steps or 0 < training.eval_every <= every:
+        return config
+    return replace(config, training=replace(training, eval_every=every))
+
+
+def _require_same(run: ComparedRun, data: PreparedData) -> None:
+    """Raise ConfigError if a run of this name is of other settings or another text."""
+    latest = run.folder.latest()
+    if latest is None:
+        return
+    remedy = "Give the settings that it began with, or another --name."
+    before, after = (flat(to_dict(config)) for config in (_saved(run), run.config))
+    for key in before | after:
+        # The text may have moved: its tokens are compared instead.
+        if key not in ("command", "data.paths") and before.get(key) != after.get(key):
+            raise ConfigError(
+                f"the run {run.folder.path.name!r} is there with another {key}: "
+                f"{before.get(key)!r}, not {after.get(key)!r}. {remedy}"
+            )
+    if read_progress(latest.folder).corpus != data.tokens.fingerprint:
+        raise ConfigError(f"the run {run.folder.path.name!r} is there, of another text. {remedy}")
+
+
+def _saved(run: ComparedRun) -> RunConfig:
+    return build(RunConfig, read_toml(run.folder.path / CONFIG_FILE))
+
+
+def _is_finished(run: ComparedRun) -> bool:
+    latest = run.folder.latest()
+    if latest is None:
+        return False
+    done = read_progress(latest.folder)
+    return progress(run.config.training, done.step, done.elapsed_s) >= 1
+
+
+def _train(comparison: Comparison) -> int:
+    """Train the runs that are not finished; return the signal that ended it, 0 if none did."""
+    for number, run in enumerate(comparison.runs, start=1):
+        with run.folder.lock():
+            if _is_finished(run):
+                continue
+            latest = run.folder.latest()
+            command = _saved(run).command if latest else command_line(*sys.argv[1:])
+            config = replace(run.config, command=command)
+            resume_from = latest.folder if latest else None
+            job = Job(config, comparison.data, run.folder, resume_from=resume_from)
+            place = f"{number} of {len(comparison.runs)}"
+            with TrainingDisplay() as display:
+                display.note(f"run {place}: {run.variant}, seed {run.seed}")
+                try:
+                    _, signal_number = train_job(job, display)
+                except DivergedError as error:
+                    raise DivergedError(
+                        f"{run.folder.path.name!r}: {error} Here that is --set training.lr=N; or "
+                        f"leave {run.variant} out of --variants."
+                    ) from None
+                display.finish()
+        if signal_number:
+            return signal_number
+    return 0
+
+
+def _decoding_speeds(comparison: Comparison, finished: Sequence[ComparedRun]) -> dict[str, float]:
+    """Measure the first finished run of each variant, as it ended."""
+    folders: dict[str, Path] = {}
+    for run in finished:
+        latest = run.folder.latest()
+        assert latest is not None, "a finished run has a checkpoint"
+        folders.setdefault(run.variant, latest.folder)
+    config = comparison.base
+    _, val_tokens = comparison.data.tokens.split(config.data.val_fraction)
+    n_prompt = min(len(val_tokens), config.model.context_length)
+    prompt = val_tokens.windows(np.zeros(1, np.int64), n_prompt)[0].tolist()
+    return decoding_speeds(folders, prompt, resolve_device(config.training.device).type)
+
+
+def _table(results: Sequence[VariantResult]) -> Iterator[Text]:
+    for line in _TITLE:
+        yield Text(line, "dim")
+    rows = [[Text(word, "dim") for word in _HEAD]]
+    rows += [[Text(cell) for cell in _cells(result)] for result in results]
+    yield from aligned(rows, ["left"] + ["right"] * (len(_HEAD) - 1), line_width())
+
+
+def _cells(result: VariantResult) -> Iterator[str]:
+    spread, decode = result.val_loss_spread, result.decode_tokens_per_s
+    yield result.variant
+    yield short(result.n_parameters)
+    yield str(len(result.runs))
+    yield f"{result.val_loss:.4f}" + ("" if spread is None else f" ± {spread:.4f}")
+    yield f"{result.bits_per_byte:.4f}"
+    yield short(result.train_tokens_per_s)
+    yield _UNKNOWN if decode is None else short(decode)
+    yield f"{result.cache_bytes_per_token:,}"
+
+
+def _record(
+    comparison: Comparison, results: Sequence[VariantResult], n_finished: int
+) -> dict[str, Any]:
+    """Return all that is known of a comparison, for JSON."""
+    config = comparison.base
+    return {
+        "data": list(config.data.paths),
+        "tokenizer": config.data.tokenizer,
+        "preset": config.preset,
+        "budget": asdict(comparison.budget),
+        "n_parameters_wanted": parameter_count(config.model),
+        "spread": "sample standard deviation over the runs",
+        "is_complete": n_finished == len(comparison.runs),
+        "variants": [asdict(result) for result in results],
+    }
+
+
+def _draw(out: Path, finished: Sequence[ComparedRun], x_axis: str) -> None:
+    groups: dict[str, list[LossCurves]] = {}
+    for run in finished:
+        groups.setdefault(run.variant, []).append(read_curves(run.folder.path))
+    curves = validation_curves(groups, x_axis)
+    label = "validation loss, nats/token (a line for each run)"
+    write_picture(out, curves, x_unit=x_axis, y_label=label)
+    note(f"wrote {out}")

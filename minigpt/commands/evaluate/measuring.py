@@ -1,0 +1,243 @@
+"""What minigpt evaluate does once its options are read: a model, a text, one pass, its result."""
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.text import Text
+from torch import Tensor
+
+from minigpt.checkpoint.resolve import resolve_model
+from minigpt.commands.output import aligned, one_line
+from minigpt.commands.progress_line import ProgressLine
+from minigpt.commands.train.display import duration, short
+from minigpt.config import DataConfig, ModelConfig
+from minigpt.errors import CheckpointError, ConfigError, DataError
+from minigpt.evaluation import LONGEST_WINDOW, Evaluation, evaluate, windows_at_once
+from minigpt.generation.api import load, tokenizer_of
+from minigpt.model.device import resolve_device, resolve_dtype
+from minigpt.settings import build
+from minigpt.text.batches import validation_windows
+from minigpt.text.datasets import BUILTIN
+from minigpt.text.shards import PreparedData, TokenSpan, prepare
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What the user asked for; None where nothing was said."""
+
+    model: str | None
+    paths: Sequence[str]
+    val_fraction: float | None
+    eval_tokens: int | None
+    context_length: int | None
+    stride: int | None
+    batch_size: int | None
+    device: str | None
+    dtype: str | None
+    quantize: str | None
+
+
+@dataclass(frozen=True)
+class Windows:
+    """How a text is cut into what the model sees."""
+
+    context_length: int
+    """Tokens in a window."""
+    stride: int
+    """Tokens from the start of a window to that of the next."""
+    batch_size: int
+    """Windows at once."""
+    n_tokens: int
+    """The most tokens to predict."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """How well a model predicted a text."""
+
+    wanted: Wanted
+    folder: Path
+    """Of the model."""
+    windows: Windows
+    result: Evaluation
+    seconds: float
+    """Of the pass, without reading model and text."""
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def data(self) -> list[str]:
+        """The text, as the user called it."""
+        return list(self.wanted.paths) or [BUILTIN]
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Predicted tokens by the time of the pass."""
+        return self.result.n_tokens / self.seconds
+
+    @property
+    def dtype_name(self) -> str:
+        """What the model computed in: float32 or bfloat16."""
+        return str(self.dtype).removeprefix("torch.")
+
+
+def measure(wanted: Wanted) -> Measurement:
+    """Read the model and the text, and make one pass.
+
+    Raises: ConfigError for a setting that cannot be; CheckpointError for a model that is missing,
+        damaged or has no tokenizer; DataError for a text that cannot be used.
+    """
+    for name in ("eval_tokens", "context_length", "stride", "batch_size"):
+        _require_between(name, getattr(wanted, name), 1)
+    share = {} if wanted.val_fraction is None else {"val_fraction": wanted.val_fraction}
+    config = build(DataConfig, {"paths": list(wanted.paths), **share})
+    device = resolve_device(wanted.device or "auto")
+    dtype = resolve_dtype(wanted.dtype or "auto", device)
+    folder = resolve_model(wanted.model)
+    # As while training: weights in float32, and autocast to the dtype.
+    loaded = load(folder, device=device.type, dtype="float32", quantize=wanted.quantize)
+    model, tokenizer = loaded.model, tokenizer_of(loaded)
+    _require_between("context_length", wanted.context_length, 1, model.config.context_length)
+    with ProgressLine("reading") as progress:
+        data = prepare(config, on_progress=progress.preparing, tokenizer=tokenizer)
+        span = _span(data, wanted.val_fraction)
+        windows = _windows(wanted, model.config, len(span))
+        started = time.perf_counter()
+        batches = _shown(_batches(span, windows), windows.n_tokens, progress)
+        result = evaluate(model, batches, tokenizer.token_byte_lengths, dtype=dtype)
+        seconds = time.perf_counter() - started
+    if not math.isfinite(result.nats):
+        raise CheckpointError(
+            f"the loss of {str(folder)!r} is {result.nats_per_token}, so its weights are damaged. "
+            "Use another checkpoint, or download it again."
+        )
+    if wanted.val_fraction is None and result.n_tokens == len(span) - 1:
+        result = replace(result, n_bytes=_text_bytes(data, span))
+    return Measurement(wanted, folder, windows, result, seconds, device, dtype)
+
+
+def _require_between(name: str, value: int | None, low: int, high: int | None = None) -> None:
+    if value is not None and (value < low or (high is not None and value > high)):
+        bound = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise ConfigError(f"{name} must be {bound}: it is {value}.")
+
+
+def _span(data: PreparedData, val_fraction: float | None) -> TokenSpan:
+    """Return the tokens of the text, or of its last share as training takes it.
+
+    Raises: DataError if there is nothing to predict among them.
+    """
+    if val_fraction is not None:
+        span = data.tokens.split(val_fraction)[1]
+    else:
+        # Where several tokens stand before a document, only the last begins what a model knows:
+        # nothing in its training came before the others.
+        first = max(len(data.tokenizer.separator) - 1, 0)
+        span = TokenSpan(data.tokens, first, len(data.tokens), "whole")
+    if len(span) < 2:
+        raise DataError(
+            f"too little text: of its tokens ({len(span)} here) the first one is not predicted. "
+            "Give more text."
+        )
+    return span
+
+
+def _windows(wanted: Wanted, model: ModelConfig, n_tokens: int) -> Windows:
+    longest = wanted.context_length or min(model.context_length, LONGEST_WINDOW)
+    _require_between("stride", wanted.stride, 1, longest)
+    length = min(longest, n_tokens - 1)  # a short text is one short window
+    return Windows(
+        context_length=length,
+        stride=min(wanted.stride or length, length),
+        batch_size=wanted.batch_size or windows_at_once(model.vocab_size, length),
+        n_tokens=min(wanted.eval_tokens or n_tokens, n_tokens - 1),
+    )
+
+
+def _batches(span: TokenSpan, windows: Windows) -> Iterator[tuple[Tensor, Tensor]]:
+    return validation_windows(
+        span,
+        windows.context_length,
+        windows.n_tokens,
+        windows.batch_size,
+        stride=windows.stride,
+    )
+
+
+def _shown(
+    batches: Iterable[tuple[Tensor, Tensor]], n_tokens: int, progress: ProgressLine
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pass batches on, and show how much of n_tokens went through the model."""
+    n_done = 0
+    started = time.perf_counter()
+    for inputs, targets in batches:
+        speed = n_done / (time.perf_counter() - started)
+        facts = [f"{short(n_done)} of {short(n_tokens)} tokens", f"{short(speed)} tok/s"]
+        progress.show("evaluating", n_done / n_tokens, facts)
+        yield inputs, targets
+        n_done += targets.numel()
+
+
+def _text_bytes(data: PreparedData, span: TokenSpan) -> int:
+    """Return the bytes of a whole text, but for those of a first token that is not predicted.
+
+    The sum over its tokens may differ: some vocabularies put a space before a text, or another
+    form of its characters in their place.
+    """
+    if data.tokenizer.separator:
+        return data.manifest.n_bytes
+    first = span.windows(np.zeros(1, np.int64), 1)[0, 0]
+    return data.manifest.n_bytes - int(data.tokenizer.token_byte_lengths[first])
+
+
+def record(measurement: Measurement) -> dict[str, Any]:
+    """Return all that is known of a measurement, for JSON; what is no finite number is None."""
+    result, windows = measurement.result, measurement.windows
+    numbers = {
+        "nats_per_token": result.nats_per_token,
+        "bits_per_byte": result.bits_per_byte,
+        "perplexity": result.perplexity,
+        "tokens_per_s": measurement.tokens_per_s,
+        "seconds": measurement.seconds,
+    }
+    return {
+        "model": measurement.folder,
+        "data": measurement.data,
+        "val_fraction": measurement.wanted.val_fraction,
+        **{name: value if math.isfinite(value) else None for name, value in numbers.items()},
+        "n_tokens": result.n_tokens,
+        "n_bytes": result.n_bytes,
+        "context_length": windows.context_length,
+        "stride": windows.stride,
+        "batch_size": windows.batch_size,
+        "device": measurement.device.type,
+        "dtype": measurement.dtype_name,
+        "quantize": measurement.wanted.quantize,
+    }
+
+
+def lines(measurement: Measurement) -> Iterator[Text]:
+    """Yield what came of a measurement, for people."""
+    result, windows = measurement.result, measurement.windows
+    share, seconds = measurement.wanted.val_fraction, measurement.seconds
+    time_ = f"{seconds:.1f} s" if seconds < 60 else duration(seconds)
+    facts = {
+        "model": one_line(str(measurement.folder)),
+        "text": one_line(", ".join(measurement.data))
+        + (f", the last {100 * share:.3g}%" if share else ""),
+        "loss": f"{result.nats_per_token:.4f} nats/token, {result.bits_per_byte:.4f} bits/byte",
+        "perplexity": f"{result.perplexity:,.4g}",
+        "predicted": f"{result.n_tokens:,} tokens, {result.n_bytes:,} bytes",
+        "windows": f"{windows.context_length} tokens, stride {windows.stride}",
+        "speed": f"{short(measurement.tokens_per_s)} tok/s, {time_} on "
+        f"{measurement.device.type} in {measurement.dtype_name}"
+        + (f", {measurement.wanted.quantize} weights" if measurement.wanted.quantize else ""),
+    }
+    rows = [[Text(name, "dim"), Text(fact)] for name, fact in facts.items()]
+    yield from aligned(rows, ["left"] * 2)

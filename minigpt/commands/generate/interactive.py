@@ -1,0 +1,92 @@
+"""minigpt generate --interactive: text that goes on from what was typed, turn by turn."""
+
+import sys
+
+from minigpt.commands.generate.samples import SampleDisplay
+from minigpt.commands.loading import Ready, compiling, read_line
+from minigpt.commands.output import note
+from minigpt.config import SamplingConfig
+from minigpt.errors import DataError
+from minigpt.generation.api import encode_prompt, is_compiled
+from minigpt.generation.decoder import Decoder
+from minigpt.generation.stream import stream_text
+
+_MARKER = "> "
+
+
+def converse(
+    ready: Ready,
+    sampling: SamplingConfig,
+    display: SampleDisplay,
+    *,
+    seed: int,
+    compile: bool | None,
+    begins: bool,
+) -> None:
+    """Answer each text of standard input, until there is none or the window is full.
+
+    What the cache holds of earlier turns stays: only what was typed is fed.
+
+    Args: seed, of the first answer, each later one having the next; begins, whether the prompt
+        that is ready comes before what is typed.
+    """
+    decoder: Decoder | None = None
+    text = ready.text if begins else _typed()
+    while text is not None:
+        try:
+            if decoder is None:
+                ids = encode_prompt(ready.tokenizer, text)
+                with compiling(is_compiled(ready.model, compile)):
+                    decoder = Decoder(ready.model, ids, compiles=is_compiled(ready.model, compile))
+            else:
+                ids = ready.tokenizer.encode(text, is_start=False)
+                decoder.extend(ids, overflow=sampling.overflow)
+        except DataError as error:  # too long; the next may fit
+            note(str(error))
+            text = _typed()
+            continue
+        tokenizer = ready.tokenizer
+        steps = decoder.generate(sampling, seed=seed, end_of_text=tokenizer.end_of_text_ids)
+        display.show(
+            stream_text(steps, tokenizer, sampling.stop),
+            seed=seed,
+            prompt=text,
+            n_prompt_tokens=len(decoder.prompt),
+            is_prompt_shown=begins,
+        )
+        if decoder.is_full and sampling.overflow == "stop":
+            note("Begin again for more, or let the window slide: --overflow slide")
+            return
+        seed, begins = seed + 1, False
+        text = _typed()
+
+
+def _typed() -> str | None:
+    r"""Return what is typed next, without its last line break; None at the end.
+
+    A line that ends with \ goes on in the next one. Ctrl-C begins anew.
+    """
+    lines: list[str] = []
+    while True:
+        try:
+            if sys.stdin.isatty():
+                sys.stderr.write(_MARKER)
+                sys.stderr.flush()
+            line = read_line()
+        except KeyboardInterrupt:
+            lines = []
+            _break_line()
+            note("Ctrl-D ends")
+            continue
+        if line is None or not line.endswith("\\"):
+            break
+        lines.append(line[:-1])
+    if line is None and not lines:
+        _break_line()
+        return None
+    return "\n".join([*lines, line or ""])
+
+
+def _break_line() -> None:
+    if sys.stdin.isatty():
+        sys.stderr.write("\n")

@@ -1,0 +1,1 @@
+"""Fast decoding: one step with few calls, compiled graphs, weight-only quantization."""

@@ -1,0 +1,24 @@
+"""Looking up a ring: a part of the package that the core works without."""
+
+from importlib import import_module
+from typing import Any
+
+from minigpt.errors import ConfigError
+
+
+def ring(module: str) -> Any:
+    """Import a module of a ring by its name below ``minigpt``, as in ``"generation.fast"``.
+
+    The core never imports a ring with an import statement, so that a ring can be deleted.
+
+    Raises: ConfigError if this installation does not have that ring.
+    """
+    name = f"minigpt.{module}"
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not name.startswith(error.name):
+            raise  # a library that the ring needs
+        raise ConfigError(
+            f"this installation lacks {name}. Install all of minigpt to use it."
+        ) from None

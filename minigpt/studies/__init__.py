@@ -1,0 +1,1 @@
+"""What the textbooks say of attention, measured."""

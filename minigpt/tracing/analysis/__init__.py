@@ -1,0 +1,1 @@
+"""What a trace can tell beyond its rows."""

@@ -1,0 +1,279 @@
+"""A trace as lines for a terminal, as it comes: pure layout, in spans of text and style names.
+
+One line per generated token. From left to right: step, token, the model's probability of it, the
+share that went to the sink, then the earlier tokens that got the most, each with its position, its
+share and a bar, and at last what is left, and the row's entropy. A row accounts for 100 %. With two
+measures each share stands twice. Below a token whose sources were knocked out stands what became of
+its probability.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from minigpt.text.escape import visible
+from minigpt.tracing.events import (
+    Effect,
+    Measure,
+    Row,
+    Source,
+    Token,
+    TraceFooter,
+    TraceHeader,
+    TraceStep,
+)
+from minigpt.tracing.spans import (
+    SHARE_WIDTH,
+    Line,
+    bar,
+    fit,
+    fit_end,
+    fit_start,
+    heat,
+    one_line,
+    percent,
+    upright_bar,
+    wrapped,
+)
+from minigpt.tracing.words import cause_in_words, knockout_in_words, measured, roles_in_words
+
+_STEP_WIDTH = 4
+_BYTE_WIDTH = 4  # \xe2
+_ENTROPY_WIDTH = 5
+_CHANGE_WIDTH = 5
+_LABEL_WIDTH = 9
+_WITHOUT = "ln p without"
+
+_ENDINGS = {
+    "length": "the token limit was reached",
+    "stop": "a stop text was found",
+    "end_of_text": "the model ended the text",
+    "context": "the context window is full",
+    None: "interrupted",
+}
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How much of a line each of its parts takes."""
+
+    word: int
+    """Cells of a token."""
+    bar: int
+    """Cells of a bar; 0 for no bars."""
+    has_entropy: bool = False
+    is_bare: bool = False
+    """Whether the rest, and the second measure's share of the sink, are left out."""
+
+
+_ROOMY = (_Form(9, 3, has_entropy=True), _Form(9, 3), _Form(7, 3))
+_ALL = (*_ROOMY, _Form(5, 2), _Form(4, 0), _Form(4, 0, is_bare=True))
+
+
+class TraceLayout:
+    """Columns that fit a width, for one vocabulary."""
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        vocab_size: int,
+        n_positions: int,
+        n_sources: int | None = None,
+        measures: tuple[Measure, ...] = ("weight",),
+    ) -> None:
+        """Lay out a line.
+
+        Args: width, cells of the terminal, 40 or more; vocab_size, which tells bytes from words;
+            n_positions, the most that will be shown; n_sources, sources per token, None for as many
+            as fit one line: more than fit go on below; measures, the trace's.
+        """
+        self.width, self.measures = width, measures
+        self.position_width = max(3, len(str(n_positions - 1)))
+        is_bytes = vocab_size <= 300
+        # Two sources, or at least one, with as much room for each as there is.
+        forms = [(2, form) for form in _ROOMY] + [(1, form) for form in _ALL]
+        for wanted, form in forms:
+            self._take(form, is_bytes)
+            n_fitting = (width - self.left_width - self.right_width) // self.source_width
+            if n_fitting >= wanted:
+                break
+        n_fitting = max(1, n_fitting)
+        self.n_sources = n_fitting if n_sources is None else n_sources
+        self.per_line = max(1, min(n_fitting, self.n_sources))
+
+    def _take(self, form: _Form, is_bytes: bool) -> None:
+        self.form = form
+        self.source_token_width = min(form.word, _BYTE_WIDTH) if is_bytes else form.word
+        self.token_width = max(len("token"), self.source_token_width)
+        n_measures = len(self.measures)
+        shares_width = n_measures * (SHARE_WIDTH + 1) - 1
+        self.sink_width = SHARE_WIDTH if form.is_bare else shares_width
+        self.left_width = _STEP_WIDTH + self.token_width + SHARE_WIDTH + self.sink_width + 5
+        self.rest_width = 0 if form.is_bare else 1 + shares_width
+        self.right_width = self.rest_width + (_ENTROPY_WIDTH if form.has_entropy else 0)
+        if n_measures > 1:
+            bars_width = n_measures if form.bar else 0
+        else:
+            bars_width = 1 + form.bar if form.bar else 0
+        self.source_width = (
+            self.position_width + self.source_token_width + shares_width + bars_width + 3
+        )
+
+    def heading(self) -> Line:
+        """Return the line above the columns."""
+        token = "token".ljust(self.token_width)
+        sink = "sink" + " " * (self.sink_width - SHARE_WIDTH)
+        left = f"{'step':>{_STEP_WIDTH}} {token} prob {sink}"
+        room = self.per_line * self.source_width
+        by = " and ".join(self.measures)
+        at = f"{'at':>{self.position_width + 1}} "
+        share = "share of the attention" if by == "weight" else f"share by {by}"
+        initials = "/".join(measure[0] for measure in self.measures)
+        titles = [f"the earlier token, {share}", f"token, {share}", f"by {by}", initials]
+        title = next((at + title for title in titles if len(at + title) < room), "")
+        sources = (title if self.n_sources else "").ljust(room)
+        # "rest" is one cell wider than its column: it borrows the blank before it.
+        rest = "rest".ljust(self.rest_width) if self.rest_width else ""
+        entropy = "bits".rjust(_ENTROPY_WIDTH) if self.form.has_entropy else ""
+        return [(left + sources + rest + entropy, "dim")]
+
+    def step(self, step: TraceStep) -> list[Line]:
+        """Return the lines of a generated token: one, or more if its sources or effects need it."""
+        row = step.row
+        sinks = [one.sink for one in step.rows]
+        first: Line = [
+            (f"{step.index + 1:>{_STEP_WIDTH}} ", "dim"),
+            (fit(visible(step.token.data), self.token_width), "token"),
+            (f"  {percent(step.probability)}", "plain"),
+            (f"  {_shares(sinks[:1] if self.form.is_bare else sinks)}", "dim"),
+        ]
+        parts = [
+            row.sources[i : i + self.per_line]
+            for i in range(0, max(1, len(row.sources)), self.per_line)
+        ]
+        lines = [first] + [self._indent() for _ in parts[1:]]
+        for line, sources in zip(lines, parts, strict=True):
+            for source in sources:
+                line.extend(self._source(source, step.rows))
+        lines[-1].append((" " * ((self.per_line - len(parts[-1])) * self.source_width), "plain"))
+        lines[-1].extend(self._right(step.rows, row.sources))
+        return lines + self._effects(step.effects)
+
+    def _indent(self) -> Line:
+        return [(" " * self.left_width, "plain")]
+
+    def _source(self, source: Source, rows: Sequence[Row]) -> Line:
+        position = source.token.position
+        shares = [source.weight, *(float(row.weights_S[position]) for row in rows[1:])]
+        token = fit(visible(source.token.data), self.source_token_width)
+        spans: Line = [(f" {position:>{self.position_width}} ", "dim")]
+        if len(shares) == 1:
+            drawn = f" {bar(source.weight, self.form.bar)}" if self.form.bar else ""
+            return [*spans, (f"{token} {percent(source.weight)}{drawn}", heat(source.weight))]
+        spans.append((token, heat(source.weight)))
+        for share in shares:
+            drawn = upright_bar(share) if self.form.bar else ""
+            spans.append((f" {percent(share)}{drawn}", heat(share)))
+        return spans
+
+    def _right(self, rows: Sequence[Row], sources: Sequence[Source]) -> Line:
+        """Return what a line ends in: the rest of each row, and the entropy of the first."""
+        spans: Line = []
+        if self.rest_width and rows[0].rest is not None:
+            positions = [source.token.position for source in sources]
+            rests = [rows[0].rest, *(rest_beside(row, positions) for row in rows[1:])]
+            spans.append((f" {_shares(rests)}", "dim"))
+        else:
+            spans.append((" " * self.rest_width, "plain"))
+        if self.form.has_entropy:
+            spans.append((f"{rows[0].entropy:{_ENTROPY_WIDTH}.1f}", "dim"))
+        return spans
+
+    def _effects(self, effects: Sequence[Effect]) -> list[Line]:
+        """Return what became of ln p without each source, and without its control."""
+        controls = {
+            effect.control_of: effect for effect in effects if effect.control_of is not None
+        }
+        sources = [effect for effect in effects if effect.control_of is None]
+        # As wide as the column of a source where that is enough, so that it stands below it.
+        cell_width = max(self.source_width, self.position_width + 2 * _CHANGE_WIDTH + 4)
+        versus = " vs " if cell_width >= self.position_width + 2 * _CHANGE_WIDTH + 6 else "  "
+        per_line = max(1, (self.width - self.left_width) // cell_width)
+        lines = []
+        for start in range(0, len(sources), per_line):
+            line = self._indent()
+            if start == 0:
+                line = [(_WITHOUT.rjust(self.left_width), "dim")]
+            for i, effect in enumerate(sources[start : start + per_line], start):
+                change = _signed(effect.change)
+                control = _signed(controls[i].change) if i in controls else "-"
+                line += [
+                    (f" {effect.source.token.position:>{self.position_width}} ", "dim"),
+                    (change, _effect_heat(effect.change)),
+                    (f"{versus}{control}".ljust(cell_width - self.position_width - 7), "dim"),
+                ]
+            line[-1] = (line[-1][0].rstrip(), "dim")
+            lines.append(line)
+        return lines
+
+
+def rest_beside(row: Row, positions: Sequence[int]) -> float:
+    """Return what of a row is neither on the sink nor on these other positions."""
+    return max(0.0, row.total - row.sink - sum(float(row.weights_S[p]) for p in positions))
+
+
+def _effect_heat(change: float) -> str:
+    """Return the style of a change of ln p: by the share of the probability that it took."""
+    return heat(1 - math.exp(-abs(change)))
+
+
+def _shares(shares: Sequence[float]) -> str:
+    return " ".join(percent(share) for share in shares)
+
+
+def _signed(change: float) -> str:
+    """Return a change of ln p in five cells."""
+    digits = 2 if abs(change) < 9.995 else 1 if abs(change) < 99.95 else 0
+    return f"{min(max(change, -9999), 9999):+{_CHANGE_WIDTH}.{digits}f}"
+
+
+def header_lines(header: TraceHeader, width: int) -> list[Line]:
+    """Return what stands above a trace: what it is of, and the end of the prompt."""
+    room = width - _LABEL_WIDTH
+    prompt = f"prompt   positions 0 to {len(header.prompt) - 1}: "
+    lines: list[Line] = [
+        [("model    ", "dim"), (fit_start(one_line(header.model), room), "plain")],
+        [("measure  ", "dim"), (fit_end(measured(header), room), "plain")],
+    ]
+    if header.sink_rule != "first":
+        lines += wrapped(f"position {header.sink}, {header.sink_rule}", width, label="sink     ")
+    if header.roles is not None:
+        label = "role     " if header.selection.n_chosen == 1 else "roles    "
+        lines += wrapped(roles_in_words(header.roles, header.selection), width, label=label)
+    if header.n_verified:
+        lines += wrapped(knockout_in_words(header), width, label="verify   ")
+    end = _end_of_prompt(header.prompt, width - len(prompt))
+    return [*lines, [(prompt, "dim"), (end, "token")], []]
+
+
+def footer_lines(footer: TraceFooter, width: int = 80) -> list[Line]:
+    """Return what stands below a trace: how it ended, and what its checks found."""
+    checks = ""
+    if footer.worst_row_sum_error is not None:
+        checks += f"; every row sums to 1 within {max(footer.worst_row_sum_error, 1e-7):.0e}"
+    if footer.worst_product_error is not None:
+        error = max(footer.worst_product_error, 1e-7)
+        checks += f"; row times values is the head's output within {error:.0e}"
+    ending = f"{footer.n_tokens} tokens; {_ENDINGS[footer.finish]}{checks}."
+    cause = "Where a head looked is not why a token came."
+    if footer.cause is not None:
+        cause = cause_in_words(footer.cause)
+    return [[], *wrapped(ending, width), *wrapped(cause, width)]
+
+
+def _end_of_prompt(prompt: Sequence[Token], width: int) -> str:
+    # A token has at least one cell, so what is before the last width of them cannot be shown.
+    n_shown = max(width, 1)
+    text = "".join(visible(token.data) for token in prompt[-n_shown - 1 :])
+    return fit_start(text, width)

@@ -1,0 +1,1 @@
+"""Views of a whole trace: text, matrix, heads, page, pictures."""

@@ -1,0 +1,1 @@
+"""What a run reports besides its events: plans, curves, TensorBoard."""

@@ -1,0 +1,120 @@
+"""metrics.jsonl -> loss curves, of a run that is done or one that is being trained."""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minigpt.checkpoint.folder import CONFIG_FILE, METRICS_FILE
+from minigpt.checkpoint.resolve import ROOT
+from minigpt.config import RunConfig
+from minigpt.errors import CheckpointError, ConfigError, nearest
+from minigpt.files import resource_errors
+from minigpt.settings import build, read_toml
+
+_LOSSES = {"step": "train_loss", "eval": "val_loss"}
+
+
+@dataclass(frozen=True)
+class LossPoint:
+    """A loss, and what had been spent on training when it was measured."""
+
+    steps: int
+    tokens: int | None
+    """None if the run's config.toml does not tell."""
+    seconds: float
+    """Of training, without evaluation and saving."""
+    loss: float
+    """Nats/token."""
+    bits_per_byte: float | None = None
+    """Of a validation pass."""
+
+
+@dataclass(frozen=True)
+class LossCurves:
+    """What a run's metrics.jsonl says of its losses, by step."""
+
+    folder: Path
+    tokenizer: str | None
+    """None if the run's config.toml does not tell; losses of different ones do not compare."""
+    train: tuple[LossPoint, ...]
+    """Each of one batch."""
+    val: tuple[LossPoint, ...]
+
+
+def find_run(spec: str | None, root: Path = ROOT) -> Path:
+    """Return the folder of a run that has metrics.
+
+    Args: spec, the folder, or a name under root; None is the newest run under root.
+    Raises: CheckpointError if there is none.
+    """
+    known = {path.parent: path.stat().st_mtime_ns for path in root.glob(f"*/{METRICS_FILE}")}
+    if spec is None:
+        if not known:
+            raise CheckpointError(
+                f"there is no run in {str(root)!r} yet. Make one with `minigpt train`."
+            )
+        return max(known, key=lambda folder: known[folder])
+    for folder in (Path(spec), root / spec):
+        if _has_metrics(folder):
+            return folder
+    names = sorted(folder.name for folder in known)
+    remedy = nearest(Path(spec).name, names) if names else "Make one with `minigpt train`."
+    raise CheckpointError(f"there is no run with a {METRICS_FILE} at {spec[:120]!r}. {remedy}")
+
+
+def _has_metrics(folder: Path) -> bool:
+    try:
+        return (folder / METRICS_FILE).is_file()
+    except (OSError, ValueError):  # not ours to read, a name too long, a NUL in it
+        return False
+
+
+def read_curves(run: Path) -> LossCurves:
+    """Read the losses of a run; a last line that is only half written is not there yet.
+
+    Raises: CheckpointError if any other line is no event, or has no numbers where losses are.
+    """
+    try:
+        config = build(RunConfig, read_toml(run / CONFIG_FILE))
+    except ConfigError:  # absent, or of another version: what it tells is not needed for a curve
+        config = None
+    step_tokens = config.training.batch_size * config.sequence_length if config else None
+    curves: dict[str, list[LossPoint]] = {name: [] for name in _LOSSES.values()}
+    path = run / METRICS_FILE
+    for number, line in _lines(path):
+        try:
+            event = json.loads(line)
+            name = _LOSSES.get(event["event"])
+            if name is not None:
+                curves[name].append(_point(event, name, step_tokens))
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+            raise CheckpointError(
+                f"line {number} of {str(path)!r} is no line of metrics. Delete it."
+            ) from None
+    train, val = (tuple(filter(_is_finite, points)) for points in curves.values())
+    return LossCurves(run, config.data.tokenizer if config else None, train, val)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    with resource_errors(path):
+        text = path.read_text(encoding="utf-8", errors="replace")
+    lines = text.split("\n")
+    yield from enumerate(lines[:-1], start=1)  # what a line break ends is whole
+
+
+def _point(event: dict[str, Any], name: str, step_tokens: int | None) -> LossPoint:
+    step, bits = int(event["step"]), event.get("bits_per_byte")
+    return LossPoint(
+        steps=step,
+        tokens=None if step_tokens is None else step * step_tokens,
+        seconds=float(event["elapsed_s"]),
+        loss=float(event[name]),
+        bits_per_byte=None if bits is None else float(bits),
+    )
+
+
+def _is_finite(point: LossPoint) -> bool:
+    return math.isfinite(point.loss) and math.isfinite(point.seconds)
