@@ -43,14 +43,6 @@ def one_line(text: str) -> str:
     return printable(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
-def with_unit(number: float, unit: str) -> str:
-    """Return a number in three digits with an SI prefix: ``10.4 MB``, ``987 B``."""
-    for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= 0.9995 * size:
-            return f"{number / size:#.3g}".rstrip(".") + f" {prefix}{unit}"
-    return f"{number:.0f} {unit}"
-
-
 def line_width() -> int | None:
     """Return how wide a line on stdout may be; None in a pipe, where nothing is cut."""
     console = make_console(is_stderr=False)

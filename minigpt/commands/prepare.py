@@ -124,7 +124,8 @@ def _record(folder: "Path", manifest: "Manifest", work: "Work") -> dict[str, Any
 def _lines(folder: "Path", manifest: "Manifest", work: "Work") -> "Iterator[Text]":
     from rich.text import Text
 
-    from minigpt.commands.output import aligned, one_line, with_unit
+    from minigpt.commands.output import aligned, one_line
+    from minigpt.format import with_unit
 
     documents = "1 document" if manifest.n_documents == 1 else f"{manifest.n_documents:,} documents"
     speed = "all of it was there"

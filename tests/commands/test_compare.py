@@ -14,7 +14,7 @@ import pytest
 import torch
 from calls import Run, error_line
 
-from minigpt.commands.train.display import short
+from minigpt.format import short
 from minigpt.settings import read_toml
 from minigpt.training import trainer as training
 from minigpt.training.trainer import Trainer

@@ -8,7 +8,8 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
 from minigpt.commands.status_line import FREE_CELLS, LiveLines, StatusLine
-from minigpt.commands.train.display import TrainingDisplay, clock, duration, short
+from minigpt.commands.train.display import TrainingDisplay
+from minigpt.format import clock, duration, short
 from minigpt.text.shards import PrepareProgress
 
 FACTS = [

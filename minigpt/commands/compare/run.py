@@ -15,7 +15,7 @@ from minigpt.commands.output import aligned, line_width, note, show, write_json
 from minigpt.commands.plot.curves import validation_curves
 from minigpt.commands.plot.picture import require_matplotlib, write_picture
 from minigpt.commands.program import command_line
-from minigpt.commands.train.display import TrainingDisplay, short
+from minigpt.commands.train.display import TrainingDisplay
 from minigpt.commands.train.job import Job
 from minigpt.commands.train.run import train_job
 from minigpt.commands.train.run_settings import (
@@ -28,6 +28,7 @@ from minigpt.commands.train.run_settings import (
 )
 from minigpt.config import DataConfig, RunConfig
 from minigpt.errors import ConfigError, DivergedError
+from minigpt.format import short
 from minigpt.model.cost import parameter_count
 from minigpt.model.device import resolve_device
 from minigpt.settings import build, read_toml, to_dict

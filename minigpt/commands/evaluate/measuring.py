@@ -15,10 +15,10 @@ from torch import Tensor
 from minigpt.checkpoint.resolve import resolve_model
 from minigpt.commands.output import aligned, one_line
 from minigpt.commands.progress_line import ProgressLine
-from minigpt.commands.train.display import duration, short
 from minigpt.config import DataConfig, ModelConfig
 from minigpt.errors import CheckpointError, ConfigError, DataError
 from minigpt.evaluation import LONGEST_WINDOW, Evaluation, evaluate, windows_at_once
+from minigpt.format import duration, short
 from minigpt.generation.api import load, tokenizer_of
 from minigpt.model.device import resolve_device, resolve_dtype
 from minigpt.settings import build

@@ -15,6 +15,7 @@ from minigpt.commands.train.panel import TRAIN_LOSS, VAL_LOSS, TrainingPanel
 from minigpt.config import SamplingConfig
 from minigpt.console import make_console, spans_to_text
 from minigpt.errors import CheckpointError
+from minigpt.format import clock, count, duration, short
 from minigpt.generation.decoder import Decoder
 from minigpt.generation.stream import stream_text
 from minigpt.model.cost import parameter_count
@@ -31,32 +32,6 @@ _WIDEST_GLIMPSE = 100
 _PLAIN_EVERY_S = 5.0
 _LOSSES = {"val_loss": "nats/token", "bits_per_byte": "bits/byte"}
 _STAGES = {"download": "downloading", "train tokenizer": "learning tokens", "encode": "encoding"}
-
-
-def duration(seconds: float) -> str:
-    """Return a time as people write it: 42 s, 3 min 05 s, 2 h 10 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
-def clock(seconds: float) -> str:
-    """Return a time in few cells: 0:42, 3:05, 2:10:00."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-def short(number: float) -> str:
-    """Return a number in three digits: 987, 12.3k, 1.05M."""
-    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= 0.9995 * size:
-            digits = f"{number / size:.3g}"
-            return f"{float(digits):.0f}{letter}" if "e" in digits else f"{digits}{letter}"
-    return f"{number:.3g}"
 
 
 class TrainingDisplay:
@@ -111,7 +86,7 @@ class TrainingDisplay:
         self._print_fact(
             "model",
             f"{short(parameter_count(model))} parameters ({model.kind}): "
-            f"{_count(model.n_layer, 'layer')}, {_count(model.n_head, 'head')}, "
+            f"{count(model.n_layer, 'layer')}, {count(model.n_head, 'head')}, "
             f"width {model.d_model}, context {model.context_length}{sequences}",
         )
         self._print_fact(
@@ -133,7 +108,7 @@ class TrainingDisplay:
     def _budget(self) -> str:
         assert self._trainer is not None
         config = self._trainer.config.training
-        epochs = f" ({_count(config.max_epochs, 'epoch')})" if config.max_epochs else ""
+        epochs = f" ({count(config.max_epochs, 'epoch')})" if config.max_epochs else ""
         limits = [
             f"{config.max_steps} steps{epochs}" if config.max_steps else "",
             duration(60 * config.max_minutes) if config.max_minutes else "",
@@ -266,10 +241,6 @@ def _numbers(event: StepEvent, evaluation: EvalEvent | None) -> dict[str, str]:
         "tokens/s": short(event.tokens_per_s),
     }
     return numbers | ({} if event.mfu is None else {"MFU": f"{event.mfu:.0%}"})
-
-
-def _count(number: float, noun: str) -> str:
-    return f"{number:g} {noun}" if number == 1 else f"{number:g} {noun}s"
 
 
 def draw_sample(model: LanguageModel, trainer: Trainer, config: SamplingConfig = _SAMPLE) -> str:

@@ -5,9 +5,9 @@ from dataclasses import asdict
 
 from rich.text import Text
 
-from minigpt.commands.output import aligned, line_width, show, with_unit, write_json
-from minigpt.commands.train.display import duration, short
+from minigpt.commands.output import aligned, line_width, show, write_json
 from minigpt.config import RunConfig
+from minigpt.format import duration, short, with_unit
 from minigpt.training.reports.plan import Plan
 
 _POINTERS = 2  # the best checkpoint and the latest are kept besides

@@ -1,0 +1,50 @@
+"""Numbers as people read them: three digits, SI prefixes, durations, percentages."""
+
+
+def short(number: float) -> str:
+    """Return a number in three digits: 987, 12.3k, 1.05M."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= 0.9995 * size:
+            digits = f"{number / size:.3g}"
+            return f"{float(digits):.0f}{letter}" if "e" in digits else f"{digits}{letter}"
+    return f"{number:.3g}"
+
+
+def with_unit(number: float, unit: str) -> str:
+    """Return a number in three digits with an SI prefix: 10.4 MB, 987 B."""
+    for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= 0.9995 * size:
+            return f"{number / size:#.3g}".rstrip(".") + f" {prefix}{unit}"
+    return f"{number:.0f} {unit}"
+
+
+def duration(seconds: float) -> str:
+    """Return a duration in words: 42 s, 3 min 05 s, 2 h 10 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def clock(seconds: float) -> str:
+    """Return a duration in few cells: 0:42, 3:05, 2:10:00."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def percent(share: float) -> str:
+    """Return a share as whole percent, three cells wide: `` 7%``, ``<1%``, ``100``."""
+    whole = round(share * 100)
+    if whole >= 100:
+        return "100"
+    if whole == 0 and share > 0:
+        return "<1%"
+    return f"{whole}%".rjust(3)
+
+
+def count(number: float, noun: str) -> str:
+    """Return a number with its noun: 1 step, 12 steps."""
+    return f"{number:g} {noun}" if number == 1 else f"{number:g} {noun}s"
