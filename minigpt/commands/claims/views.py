@@ -117,7 +117,7 @@ def _timing_rows(timings: Sequence[Timing]) -> Iterator[list[str]]:
     if timings:
         yield ["training", "parameters", "length", "batch", "ms/step", "tokens/s"]
     for one in timings:
-        speed = output.with_unit(one.tokens_per_s, "")
+        speed = with_unit(one.tokens_per_s, "")
         yield [
             f"{one.arch} on {one.device}",
             str(one.n_parameters),
