@@ -11,6 +11,7 @@ from rich.text import Text
 from minigpt import figures
 from minigpt.commands import output
 from minigpt.files import write_atomically
+from minigpt.format import with_unit
 from minigpt.studies.claims.explainable import Explanation
 from minigpt.studies.claims.long_range import Curve
 from minigpt.studies.claims.parallel import Timing
