@@ -17,7 +17,7 @@ from minigpt.commands.loading import load
 from minigpt.config import SamplingConfig
 from minigpt.tracing.events import Trace, TraceFooter, TraceHeader, TraceStep
 from minigpt.tracing.tracer import TraceConfig, trace
-from minigpt.tracing.views.html import to_html
+from minigpt.tracing.views.page import to_html
 
 SIZE = {"width": 1220, "height": 1130}
 N_TOKENS = 60

@@ -1,4 +1,4 @@
-"""Draw the pictures of the README and of tracing.md from a real trace.
+"""Draw the pictures in README.md and docs/tracing.md from a real trace.
 
     python docs/pictures.py MODEL "PROMPT"
 
@@ -19,10 +19,7 @@ from minigpt.console import THEME, spans_to_text
 from minigpt.tracing import lines as terminal
 from minigpt.tracing.events import Trace
 from minigpt.tracing.spans import Line
-from minigpt.tracing.views.heads import heads_view
-from minigpt.tracing.views.matrix import matrix_view
-from minigpt.tracing.views.pictures import draw_matrix, draw_strip
-from minigpt.tracing.views.text import text_view
+from minigpt.tracing.views import ViewOptions, heads, matrix, pictures, text
 
 WIDTH, HEIGHT = 100, 40
 N_TOKENS, SEED = 24, 4
@@ -30,7 +27,7 @@ DOCS = Path(__file__).parent
 
 
 def draw(name: str, theme: TerminalTheme, lines: list[Line]) -> None:
-    """Write lines as an SVG that fetches nothing: the reader's own monospaced font serves."""
+    """Write lines as an SVG that loads nothing: it uses a monospaced font of the reader's."""
     console = Console(
         record=True,
         width=WIDTH,
@@ -73,11 +70,11 @@ def main() -> None:
         model, prompt, n_sources=3, n_verified=2, has_roles=True, **options | {"max_new_tokens": 8}
     )
     draw("trace-verify", DIMMED_MONOKAI, streamed(checked))
-    draw("trace-text", DIMMED_MONOKAI, list(text_view(trace, WIDTH)))
-    draw("trace-matrix", DIMMED_MONOKAI, list(matrix_view(trace, WIDTH, HEIGHT)))
-    draw("trace-heads", DIMMED_MONOKAI, list(heads_view(trace, WIDTH)))
-    draw_matrix(trace, DOCS / "trace-map.svg")
-    draw_strip(trace, DOCS / "trace-strip.svg")
+    options = ViewOptions(width=WIDTH, height=HEIGHT)
+    for name, view in (("text", text), ("matrix", matrix), ("heads", heads)):
+        draw(f"trace-{name}", DIMMED_MONOKAI, view.show(trace, options))
+    (DOCS / "trace-map.svg").write_bytes(pictures.show(trace))
+    (DOCS / "trace-strip.svg").write_bytes(pictures.show(trace, ViewOptions(picture="strip")))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Pictures by matplotlib, which is an extra: checked for before, and written whole."""
+"""Figures of matplotlib, an optional extra: checked for beforehand, drawn by its own defaults."""
 
 import os
 import warnings
@@ -14,15 +14,20 @@ from minigpt.files import write_atomically
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+SUFFIXES = (".svg", ".png", ".pdf")
+"""File formats that a figure can be written in."""
 _NO_DATE: dict[str, dict[str, Any]] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
 _RC: dict[Any, Any] = {"svg.hashsalt": "minigpt", "svg.fonttype": "none"}
 
 
-def require_matplotlib(path: Path, suffixes: Sequence[str], *, what: str = "a picture") -> None:
-    """Check that a picture can be written under this name, before anything long begins.
+def require_matplotlib(
+    path: Path, suffixes: Sequence[str] = SUFFIXES, *, what: str = "a picture"
+) -> None:
+    """Check that a picture can be written to a path, before any long computation.
 
-    Args: suffixes, of the formats to choose from; what, the option or thing that is to be written.
-    Raises: ConfigError if it is no name of a picture, or of a folder, or matplotlib is missing.
+    Args: suffixes, of the allowed formats; what, the option or file that error messages name.
+    Raises: ConfigError if the path has another suffix, is a folder or is in no folder, or if
+        matplotlib is not installed.
     """
     if path.suffix.lower() not in suffixes:
         choices = f"{', '.join(suffixes[:-1])} or {suffixes[-1]}"
@@ -41,22 +46,26 @@ def require_matplotlib(path: Path, suffixes: Sequence[str], *, what: str = "a pi
 
 @contextmanager
 def our_style() -> Iterator[None]:
-    """Draw by matplotlib's own defaults, whatever the user's are: TeX would run what it is told."""
+    """Use matplotlib's defaults instead of the user's settings: TeX would run what a label says."""
     import matplotlib.style
 
     with matplotlib.style.context("default", after_reset=True), matplotlib.rc_context(_RC):
         yield
 
 
-def write_figure(path: Path, figure: "Figure", *, dpi: int = 150) -> None:
-    """Write a picture, in the format that its name ends in; the same figure gives the same bytes.
-
-    Args: path, of ``require_matplotlib``.
-    Raises: ResourceError.
-    """
-    format = path.suffix.lower().removeprefix(".")
+def to_bytes(figure: "Figure", format: str, *, dpi: int = 150) -> bytes:
+    """Return a figure as a file in a format such as ``svg``; equal figures give equal bytes."""
     picture = BytesIO()
     with warnings.catch_warnings(), our_style():
-        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # of a name
+        # Names and tokens may have characters that the font lacks.
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
         figure.savefig(picture, format=format, dpi=dpi, metadata=_NO_DATE.get(format, {}))
-    write_atomically(path, picture.getvalue())
+    return picture.getvalue()
+
+
+def write_figure(path: Path, figure: "Figure") -> None:
+    """Write a figure in the format of the path's suffix.
+
+    Raises: ResourceError if the file cannot be written.
+    """
+    write_atomically(path, to_bytes(figure, path.suffix.lower().removeprefix(".")))

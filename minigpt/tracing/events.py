@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from minigpt.config import SamplingConfig
 from minigpt.generation.decoder import FinishReason
+from minigpt.rings import ring
 from minigpt.tracing.selection import HeadSelection
 
 Measure = Literal["weight", "norm"]
@@ -261,9 +262,7 @@ class Trace:
 
     def _repr_html_(self) -> str:
         """Show itself in a notebook, in a frame of its own."""
-        from minigpt.tracing.views.html import to_html
-
-        page = html.escape(to_html(self), quote=True)
+        page = html.escape(ring("tracing.views.page").to_html(self), quote=True)
         return (
             f'<iframe srcdoc="{page}" sandbox="allow-scripts allow-downloads" '
             'style="width: 100%; height: 40rem; border: 0"></iframe>'

@@ -10,7 +10,7 @@ import pytest
 from watched_pages import OpenPage
 
 from minigpt.tracing.events import Trace
-from minigpt.tracing.views.html import to_html
+from minigpt.tracing.views.page import to_html
 
 # For the made-up traces of its tests.
 sys.path.append(str(Path(__file__).parents[1] / "tracing"))

@@ -19,7 +19,7 @@ from watched_pages import OpenPage
 from minigpt.text.escape import visible
 from minigpt.tracing.events import HeadRows, Row, Trace
 from minigpt.tracing.spans import one_line
-from minigpt.tracing.views.html import to_html
+from minigpt.tracing.views.page import to_html
 
 pytestmark = pytest.mark.browser
 Opened = Callable[..., OpenPage]

@@ -10,7 +10,8 @@ from small_traces import cells, roles_of, small_trace, text_of
 from minigpt.errors import ConfigError
 from minigpt.tracing.events import Roles, Trace
 from minigpt.tracing.spans import Line, percent
-from minigpt.tracing.views.heads import heads_view, roles_grid, roles_table
+from minigpt.tracing.views import ViewOptions
+from minigpt.tracing.views.heads import roles_grid, roles_table, show
 
 TAGS = ("prev", "dup", "induc", "sink", "local", "")
 NAMES = ("previous", "duplicate", "induction", "sink", "local")
@@ -56,7 +57,7 @@ def test_cells_are_the_means_over_the_steps(
 ) -> None:
     roles = made_up_roles(2, 4) if has_roles else None
     one = replace(trace, header=replace(trace.header, roles=roles))
-    lines = heads_view(one, width, measure=measure)  # type: ignore[arg-type]
+    lines = show(one, ViewOptions(width=width, measure=measure))  # type: ignore[arg-type]
     grid = grid_of(lines, 8, 2 if has_roles else 1)
     assert len(grid) == 8
     for (layer, head), cell in grid.items():
@@ -75,7 +76,7 @@ def test_cells_are_the_means_over_the_steps(
 
 def test_a_trace_without_the_rows_of_heads_is_refused() -> None:
     with pytest.raises(ConfigError, match="--view heads"):
-        heads_view(small_trace(max_new_tokens=2), 80)
+        show(small_trace(max_new_tokens=2))
 
 
 @pytest.mark.parametrize("width", [40, 80, 140])

@@ -17,7 +17,7 @@ from small_traces import small_trace
 from minigpt.text.escape import visible
 from minigpt.tracing.events import Trace, TraceFooter
 from minigpt.tracing.spans import one_line
-from minigpt.tracing.views.html import embedded_json, to_html
+from minigpt.tracing.views.page import embedded_json, to_html
 from minigpt.tracing.words import cause_in_words
 
 

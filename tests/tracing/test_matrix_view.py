@@ -11,8 +11,8 @@ from small_traces import HOSTILE, cells, small_trace, text_of, with_tokens
 from minigpt.errors import ConfigError
 from minigpt.tracing.events import Trace
 from minigpt.tracing.spans import Line
-from minigpt.tracing.views.colormap import DENSITY, N_COLOURS, colour, density
-from minigpt.tracing.views.matrix import matrix_view
+from minigpt.tracing.views import ViewOptions
+from minigpt.tracing.views.matrix import DENSITY, N_COLOURS, colour, density, show
 
 SHARES = {colour(i / (N_COLOURS - 1)): i / (N_COLOURS - 1) for i in range(N_COLOURS)}
 N_PROMPT = 12
@@ -73,7 +73,7 @@ def test_colours_are_those_of_matplotlibs_viridis() -> None:
 
 
 def test_cells_are_the_rows_in_colour(trace: Trace) -> None:
-    lines = matrix_view(trace, 100)
+    lines = show(trace, ViewOptions(width=100))
     scale = scale_of(lines)
     drawn = map_lines(lines)
     assert len(drawn) == len(trace.steps)
@@ -84,7 +84,7 @@ def test_cells_are_the_rows_in_colour(trace: Trace) -> None:
 
 
 def test_cells_are_the_rows_in_halves(trace: Trace) -> None:
-    lines = matrix_view(trace, 100, 15)
+    lines = show(trace, ViewOptions(width=100, height=15))
     scale = scale_of(lines)
     drawn = map_lines(lines)
     rows = rows_of(trace)[-2 * len(drawn) :]
@@ -101,8 +101,8 @@ def test_cells_are_the_rows_in_halves(trace: Trace) -> None:
 
 
 def test_without_colours_the_cells_are_characters_that_say_the_same(trace: Trace) -> None:
-    plain = map_lines(matrix_view(trace, 100, has_colour=False))
-    coloured = map_lines(matrix_view(trace, 100))
+    plain = map_lines(show(trace, ViewOptions(width=100, has_colour=False)))
+    coloured = map_lines(show(trace, ViewOptions(width=100)))
     for dense, line in zip(plain, coloured, strict=True):
         text = dense[1][0]
         assert text.isascii()
@@ -111,7 +111,9 @@ def test_without_colours_the_cells_are_characters_that_say_the_same(trace: Trace
         levels = [DENSITY.index(character) / 9 for character in text[:-1:2]]
         assert len(levels) == len(shares(line))
         assert np.abs(np.subtract(levels, shares(line))).max() < 1 / 18 + 0.01
-    styles = {style for line in matrix_view(trace, 100, has_colour=False) for _, style in line}
+    styles = {
+        style for line in show(trace, ViewOptions(width=100, has_colour=False)) for _, style in line
+    }
     assert styles <= {"dim", "plain", "token"}
 
 
@@ -122,7 +124,7 @@ def test_the_map_fits_the_terminal_whatever_the_tokens(
     trace: Trace, long_trace: Trace, width: int, height: int | None, has_colour: bool
 ) -> None:
     for one in (with_tokens(trace, HOSTILE), with_tokens(long_trace, HOSTILE[::-1])):
-        lines = matrix_view(one, width, height, has_colour=has_colour)
+        lines = show(one, ViewOptions(width=width, height=height, has_colour=has_colour))
         assert height is None or len(lines) <= height
         for line in lines:
             assert cells(text_of(line)) <= width
@@ -132,7 +134,7 @@ def test_the_map_fits_the_terminal_whatever_the_tokens(
 def test_neighbouring_positions_are_averaged_as_the_caption_says(
     long_trace: Trace, width: int, n_pooled: int
 ) -> None:
-    lines = matrix_view(long_trace, width)
+    lines = show(long_trace, ViewOptions(width=width))
     caption = " ".join(map(text_of, lines))
     assert ("each the mean of" in caption) == (n_pooled > 1)
     assert n_pooled == 1 or f"each the mean of {n_pooled};" in " ".join(caption.split())
@@ -146,7 +148,7 @@ def test_neighbouring_positions_are_averaged_as_the_caption_says(
 def test_the_newest_tokens_are_shown_and_the_caption_counts_them(
     long_trace: Trace, height: int | None, has_colour: bool
 ) -> None:
-    lines = matrix_view(long_trace, 80, height, has_colour=has_colour)
+    lines = show(long_trace, ViewOptions(height=height, has_colour=has_colour))
     drawn = map_lines(lines)
     n_tokens = len(long_trace.steps)
     caption = " ".join(" ".join(map(text_of, lines)).split())
@@ -156,7 +158,7 @@ def test_the_newest_tokens_are_shown_and_the_caption_counts_them(
         assert positions == [step.token.position for step in long_trace.steps]
         return
     per_line = 2 if has_colour else 1
-    assert ("two a line" in caption) == has_colour
+    assert ("two per line" in caption) == has_colour
     assert f"the newest {per_line * len(drawn)} of {n_tokens}" in caption
     last = long_trace.tokens[-1].position
     assert positions == list(range(last - per_line * len(drawn) + 1, last + 1, per_line))
@@ -164,7 +166,7 @@ def test_the_newest_tokens_are_shown_and_the_caption_counts_them(
 
 def test_columns_are_named_downwards_and_numbered_below(trace: Trace) -> None:
     named = with_tokens(trace, [b"Once", b" a", b"\n", "日".encode(), b"abcdefghi"])
-    texts = list(map(text_of, matrix_view(named, 50)))
+    texts = list(map(text_of, show(named, ViewOptions(width=50))))
     first = next(i for i, text in enumerate(texts) if text.startswith("12 "))
     indent = texts[first].index("█")
     names = [text.ljust(140) for text in texts[1:first]]
@@ -172,7 +174,7 @@ def test_columns_are_named_downwards_and_numbered_below(trace: Trace) -> None:
         place = indent + column  # 23 positions in 37 cells: one cell each
         if name is not None:
             assert "".join(text[place] for text in names).strip() == name
-    lower = list(map(text_of, matrix_view(named, 50, 29)))
+    lower = list(map(text_of, show(named, ViewOptions(width=50, height=29))))
     assert lower[1].startswith("1"), "where lines are few, tokens have them"
     ticks = next(text for text in texts[first:] if text.split()[:2] == ["0", "5"])
     assert [ticks.index(str(n)) - indent for n in (0, 5, 10, 15, 20)] == [0, 5, 10, 15, 20]
@@ -186,12 +188,12 @@ def test_the_scale_leaves_the_sink_out_and_says_so(trace: Trace) -> None:
         weights[5] = 0.125
         steps.append(replace(step, rows=(replace(step.row, weights_S=weights), step.rows[1])))
     other = replace(trace, header=replace(trace.header, sink=3), steps=tuple(steps))
-    lines = matrix_view(other, 100)
+    lines = show(other, ViewOptions(width=100))
     assert "12.5% or more" in "".join(map(text_of, lines))
     (top, *_) = map_lines(lines)
     assert shares(top)[3] == shares(top)[5] == 1
     assert "sink: position 3" in "".join(map(text_of, lines))
-    norm = scale_of(matrix_view(other, 100, measure="norm"))
+    norm = scale_of(show(other, ViewOptions(width=100, measure="norm")))
     # position 3 is the sink by the header, so the scale leaves it out
     largest = max(np.delete(step.rows[1].weights_S, 3).max() for step in other.steps)
     assert norm == pytest.approx(largest, abs=6e-4)
@@ -199,4 +201,4 @@ def test_the_scale_leaves_the_sink_out_and_says_so(trace: Trace) -> None:
 
 def test_a_trace_of_nothing_is_refused(trace: Trace) -> None:
     with pytest.raises(ConfigError, match="no generated token"):
-        matrix_view(Trace(trace.header, (), trace.footer), 80)
+        show(Trace(trace.header, (), trace.footer))

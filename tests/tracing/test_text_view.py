@@ -8,7 +8,8 @@ from small_traces import HOSTILE, cells, small_trace, text_of, with_tokens
 from minigpt.errors import ConfigError
 from minigpt.tracing.events import Trace
 from minigpt.tracing.spans import Line
-from minigpt.tracing.views.text import shown, text_view
+from minigpt.tracing.views import ViewOptions
+from minigpt.tracing.views.text import readable, show
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 
@@ -30,16 +31,16 @@ def test_no_line_is_wider_than_the_terminal_whatever_the_tokens(trace: Trace, wi
     for first in range(0, len(HOSTILE), 5):
         hostile = with_tokens(trace, HOSTILE[first:] + HOSTILE[:first])
         for position in (None, 13):
-            for line in text_view(hostile, width, position=position):
+            for line in show(hostile, ViewOptions(width=width, position=position)):
                 assert cells(text_of(line)) <= width
 
 
 def test_the_text_is_all_there_and_in_order(trace: Trace) -> None:
     for tokens in ([b"Once", b" upon", b" a\n", b"time"], HOSTILE):
         other = with_tokens(trace, tokens)
-        _, page, _ = parts(text_view(other, 60))
+        _, page, _ = parts(show(other, ViewOptions(width=60)))
         written = "".join(line[3:] for line in page if line[:2].strip())
-        assert written == "".join(shown(token.data) for token in other.tokens)
+        assert written == "".join(readable(token.data) for token in other.tokens)
         numbers = [int(line[:2]) for line in page if line[:2].strip()]
         assert numbers == sorted(numbers)
         assert numbers[0] == (0 if tokens[0] else 1), "a token of nothing is on no line"
@@ -47,7 +48,7 @@ def test_the_text_is_all_there_and_in_order(trace: Trace) -> None:
 
 def test_words_stay_together(trace: Trace) -> None:
     words = with_tokens(trace, [b" extra", b"ordi", b"narily"])
-    _, page, _ = parts(text_view(words, 40))
+    _, page, _ = parts(show(words, ViewOptions(width=40)))
     lines = [line[3:] for line in page if line[:2].strip()]
     assert len(lines) > 2
     for line in lines[:-1]:
@@ -58,7 +59,7 @@ def test_words_stay_together(trace: Trace) -> None:
 @pytest.mark.parametrize("position", [None, 13, 17])
 def test_blocks_fill_with_the_shares(trace: Trace, position: int | None, measure: str) -> None:
     letters = with_tokens(trace, [bytes([97 + i]) for i in range(26)])
-    lines = text_view(letters, 80, position=position, measure=measure)  # type: ignore[arg-type]
+    lines = show(letters, ViewOptions(position=position, measure=measure))  # type: ignore[arg-type]
     _, (text, blocks), below = parts(lines)
     chosen = position or letters.tokens[-1].position
     row = letters.steps[chosen - 12].rows[measure == "norm"]
@@ -78,7 +79,7 @@ def test_blocks_fill_with_the_shares(trace: Trace, position: int | None, measure
 
 def test_shades_rise_with_the_shares_and_end_at_the_chosen_token(trace: Trace) -> None:
     letters = with_tokens(trace, [bytes([97 + i]) for i in range(26)])
-    lines = text_view(letters, 80, position=17)
+    lines = show(letters, ViewOptions(position=17))
     (page,) = [line for line in lines if text_of(line).startswith(" 0 a")]
     styles = [style for _, style in page[1:]]
     assert styles[0] == "plain", "the sink is not shaded"
@@ -93,7 +94,7 @@ def test_shades_rise_with_the_shares_and_end_at_the_chosen_token(trace: Trace) -
 
 def test_the_strongest_are_listed_with_their_shares(trace: Trace) -> None:
     row = trace.steps[-1].row
-    _, _, below = parts(text_view(trace, 100))
+    _, _, below = parts(show(trace, ViewOptions(width=100)))
     listed = [(int(a), int(b)) for a, b in re.findall(r"(\d+) \S+ +(\d+)%", below)]
     order = sorted(range(1, len(row.weights_S)), key=lambda p: -row.weights_S[p])
     assert listed == [(p, round(float(row.weights_S[p]) * 100)) for p in order[:12]]
@@ -101,10 +102,10 @@ def test_the_strongest_are_listed_with_their_shares(trace: Trace) -> None:
 
 def test_what_has_no_row_is_refused(trace: Trace) -> None:
     for position in (-1, 0, 11, 24, 10**9):
-        with pytest.raises(ConfigError, match="Choose one from 12 to 23"):
-            text_view(trace, 80, position=position)
+        with pytest.raises(ConfigError, match="Choose a position from 12 to 23"):
+            show(trace, ViewOptions(position=position))
     only = small_trace(max_new_tokens=2)
     with pytest.raises(ConfigError, match="--measure norm or both"):
-        text_view(only, 80, measure="norm")
+        show(only, ViewOptions(measure="norm"))
     with pytest.raises(ConfigError, match="no generated token"):
-        text_view(Trace(only.header, (), only.footer), 80)
+        show(Trace(only.header, (), only.footer))

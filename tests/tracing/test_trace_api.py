@@ -15,7 +15,7 @@ from minigpt.errors import ConfigError, DataError
 from minigpt.text.tokenizer import bytes_tokenizer
 from minigpt.tracing.events import Trace
 from minigpt.tracing.tracer import TraceConfig, trace
-from minigpt.tracing.views.html import to_html
+from minigpt.tracing.views.page import to_html
 
 PROMPT = "to be or"
 

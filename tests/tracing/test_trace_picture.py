@@ -2,8 +2,10 @@
 
 import sys
 from dataclasses import replace
+from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 from xml.etree import ElementTree
 
 import numpy as np
@@ -11,19 +13,18 @@ import pytest
 from small_traces import HOSTILE, small_trace, with_tokens
 
 from minigpt.errors import ConfigError, ResourceError
+from minigpt.figures import require_matplotlib, write_figure
 from minigpt.text.escape import visible
-from minigpt.tracing.events import Trace
-from minigpt.tracing.views.pictures import (
-    check_picture,
-    draw_matrix,
-    draw_strip,
-    matrix_figure,
-    strip_figure,
+from minigpt.tracing.events import Measure, Trace
+from minigpt.tracing.views import ViewOptions
+
+pictures = pytest.importorskip(
+    "minigpt.tracing.views.pictures", reason="needs pip install 'minigpt[plot]'"
 )
 
-pytest.importorskip("matplotlib", reason="needs pip install 'minigpt[plot]'")
-
 SVG = "{http://www.w3.org/2000/svg}"
+Picture = Literal["matrix", "strip"]
+PICTURES: tuple[Picture, ...] = ("matrix", "strip")
 FORMULAS = [b"$x^2$", b"$\\frac{", b"</text><script>alert(1)</script>", b"&lt;", b"]]>", b"_x"]
 
 
@@ -32,9 +33,9 @@ def trace() -> Trace:
     return small_trace(measures=("weight", "norm"), max_new_tokens=8)
 
 
-def texts_of(path: Path) -> list[str]:
-    """The texts of an SVG in which nothing can run, and nothing is fetched."""
-    root = ElementTree.parse(path).getroot()
+def texts_of(svg: bytes) -> list[str]:
+    """The texts of an SVG, after a check that nothing in it can run and nothing is loaded."""
+    root = ElementTree.fromstring(svg)
     for element in root.iter():
         assert element.tag in {
             f"{SVG}{name}"
@@ -48,45 +49,39 @@ def texts_of(path: Path) -> list[str]:
     return ["".join(element.itertext()) for element in root.iter(f"{SVG}text")]
 
 
-@pytest.mark.parametrize("draw", [draw_matrix, draw_strip])
-def test_an_svg_has_the_tokens_as_text_and_runs_nothing(
-    trace: Trace, tmp_path: Path, draw: type
-) -> None:
-    path = tmp_path / "picture.svg"
+@pytest.mark.parametrize("picture", PICTURES)
+def test_an_svg_has_the_tokens_as_text_and_runs_nothing(trace: Trace, picture: Picture) -> None:
+    options = ViewOptions(picture=picture)
     hostile = [data for data in HOSTILE + FORMULAS if data]
     for first in range(0, len(hostile), 15):
         other = with_tokens(trace, hostile[first:] + hostile[:first])
-        draw(other, path)
-        texts = " ".join(texts_of(path))
+        svg = pictures.show(other, options)
+        texts = " ".join(texts_of(svg))
         for token in other.tokens[:-1]:
             shown = visible(token.data)
             assert shown[:6] in texts, shown
-            # what a shorter token has left out is said
-            assert shown in texts or "…" in texts
-    draw(other, tmp_path / "again.svg")
-    assert (tmp_path / "again.svg").read_bytes() == path.read_bytes(), "the same trace, same bytes"
+            assert shown in texts or "…" in texts, "a shortened token ends in an ellipsis"
+    assert pictures.show(other, options) == svg, "the same trace gives the same bytes"
 
 
-def test_the_title_says_what_it_is_of_and_no_name_steers_it(trace: Trace, tmp_path: Path) -> None:
+@pytest.mark.parametrize("picture", PICTURES)
+def test_the_title_names_the_model_and_the_measure_escaped(trace: Trace, picture: Picture) -> None:
     header = replace(trace.header, model="runs/$a$\x1b<b>日\n")
     other = replace(trace, header=header)
-    for draw in (draw_matrix, draw_strip):
-        draw(other, tmp_path / "picture.svg", measure="norm")
-        texts = texts_of(tmp_path / "picture.svg")
-        assert r"runs/$a$\x1b<b>\u65e5\n" in texts
-        assert "norm, mean of all 8 heads (2 layers x 4); seed 4" in texts
-        assert "share of the value-weighted norm" in texts
+    texts = texts_of(pictures.show(other, ViewOptions(picture=picture, measure="norm")))
+    assert r"runs/$a$\x1b<b>\u65e5\n" in texts
+    assert "norm, mean of all 8 heads (2 layers x 4); seed 4" in texts
+    assert "share of the value-weighted norm" in texts
 
 
 @pytest.mark.parametrize("measure", ["weight", "norm"])
-def test_a_png_has_each_weight_as_its_colour(trace: Trace, tmp_path: Path, measure: str) -> None:
+def test_a_png_has_each_weight_as_its_colour(trace: Trace, measure: Measure) -> None:
     from matplotlib import colormaps
     from matplotlib.image import imread
 
-    path = tmp_path / "map.png"
-    draw_matrix(trace, path, measure=measure)  # type: ignore[arg-type]
-    pixels = imread(path)
-    figure = matrix_figure(trace, measure=measure)  # type: ignore[arg-type]
+    options = ViewOptions(measure=measure, format="png")
+    pixels = imread(BytesIO(pictures.show(trace, options)))
+    figure = pictures.matrix_figure(trace, options)
     figure.set_dpi(pixels.shape[1] / figure.get_figwidth())
     axes = figure.axes[0]
     rows = [step.rows[measure == "norm"].weights_S for step in trace.steps]
@@ -108,7 +103,7 @@ def test_boxes_of_the_strip_have_the_row_as_colours_and_percentages(
     from matplotlib.patches import Rectangle
 
     letters = with_tokens(trace, [bytes([97 + i]) for i in range(20)])
-    axes = strip_figure(letters, position=position).axes[0]
+    axes = pictures.strip_figure(letters, ViewOptions(position=position)).axes[0]
     chosen = position or 19
     weights = letters.steps[chosen - 12].row.weights_S
     boxes = [patch for patch in axes.patches if isinstance(patch, Rectangle)]
@@ -139,7 +134,7 @@ def test_boxes_of_the_strip_have_the_row_as_colours_and_percentages(
 
 
 def test_boxes_stay_on_the_page_and_apart(trace: Trace) -> None:
-    figure = strip_figure(with_tokens(trace, HOSTILE))
+    figure = pictures.strip_figure(with_tokens(trace, HOSTILE))
     corners = [patch.get_bbox().get_points() for patch in figure.axes[0].patches]
     width, height = figure.get_size_inches()
     for i, ((x0, y0), (x1, y1)) in enumerate(corners):
@@ -151,12 +146,13 @@ def test_boxes_stay_on_the_page_and_apart(trace: Trace) -> None:
 
 def test_what_the_font_lacks_is_written_as_escapes(trace: Trace) -> None:
     other = with_tokens(trace, ["日".encode(), "🙂".encode(), "é".encode()])
-    names = [label.get_text() for label in matrix_figure(other).axes[0].get_xticklabels()]
+    axes = pictures.matrix_figure(other, ViewOptions(format="png")).axes[0]
+    names = [label.get_text() for label in axes.get_xticklabels()]
     assert names[:3] == ["\\u65e5 0", "\\U0001f642 1", "é 2"]
 
 
 def test_labels_of_a_long_trace_do_not_touch() -> None:
-    figure = matrix_figure(small_trace(context_length=200, max_new_tokens=180))
+    figure = pictures.matrix_figure(small_trace(context_length=200, max_new_tokens=180))
     figure.draw_without_rendering()
     for axis, side in ((figure.axes[0].xaxis, 0), (figure.axes[0].yaxis, 1)):
         boxes = [label.get_window_extent() for label in axis.get_ticklabels()]
@@ -166,42 +162,43 @@ def test_labels_of_a_long_trace_do_not_touch() -> None:
             assert start > end
 
 
-@pytest.mark.parametrize("suffix", [".PNG", ".pdf"])
-def test_every_format_is_written_without_a_warning(
-    trace: Trace, tmp_path: Path, suffix: str
+@pytest.mark.parametrize("picture", PICTURES)
+@pytest.mark.parametrize(("format", "start"), [("png", b"\x89PNG"), ("pdf", b"%PDF")])
+def test_every_format_is_drawn_without_a_warning(
+    trace: Trace, picture: Picture, format: Literal["png", "pdf"], start: bytes
 ) -> None:
-    starts = {".PNG": b"\x89PNG", ".pdf": b"%PDF"}
-    for draw in (draw_matrix, draw_strip):
-        path = tmp_path / f"picture{suffix}"
-        draw(with_tokens(trace, HOSTILE[9:]), path)
-        assert path.read_bytes().startswith(starts[suffix])
+    options = ViewOptions(picture=picture, format=format)
+    assert pictures.show(with_tokens(trace, HOSTILE[9:]), options).startswith(start)
 
 
-def test_a_users_settings_of_matplotlib_change_nothing(trace: Trace, tmp_path: Path) -> None:
+def test_settings_of_the_user_change_nothing(trace: Trace) -> None:
     from matplotlib import rc_context
 
-    draw_strip(trace, tmp_path / "ours.svg")
+    options = ViewOptions(picture="strip")
+    ours = pictures.show(trace, options)
     with rc_context({"text.usetex": True, "svg.fonttype": "path", "font.size": 30}):
-        draw_strip(trace, tmp_path / "theirs.svg")
-    assert (tmp_path / "ours.svg").read_bytes() == (tmp_path / "theirs.svg").read_bytes()
+        assert pictures.show(trace, options) == ours
 
 
-def test_what_cannot_be_drawn_is_said(
+def test_a_position_without_a_row_is_refused(trace: Trace) -> None:
+    with pytest.raises(ConfigError, match="Choose a position from 12 to 19"):
+        pictures.show(trace, ViewOptions(picture="strip", position=3))
+
+
+def test_paths_of_no_picture_are_refused(
     trace: Trace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ConfigError, match=r"end in \.svg, \.png or \.pdf: it is '.*gif'"):
-        draw_matrix(trace, tmp_path / "map.gif")
+        require_matplotlib(tmp_path / "map.gif")
     with pytest.raises(ConfigError, match="no folder"):
-        draw_matrix(trace, tmp_path / "nowhere/map.svg")
-    with pytest.raises(ConfigError, match="Choose one from 12 to 19"):
-        draw_strip(trace, tmp_path / "strip.svg", position=3)
+        require_matplotlib(tmp_path / "nowhere/map.svg")
     (tmp_path / "folder.svg").mkdir()
     with pytest.raises(ConfigError, match="is a folder"):
-        draw_strip(trace, tmp_path / "folder.svg")
+        require_matplotlib(tmp_path / "folder.svg")
     with pytest.raises(ResourceError, match="too long"):
-        draw_strip(trace, tmp_path / f"{'x' * 300}.svg")
+        write_figure(tmp_path / f"{'x' * 300}.svg", pictures.matrix_figure(trace))
     for name in [name for name in sys.modules if name.startswith("matplotlib")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ConfigError, match=r"pip install 'minigpt\[plot\]'"):
-        check_picture(tmp_path / "map.svg")
+        require_matplotlib(tmp_path / "map.svg")

@@ -2,15 +2,17 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from minigpt.console import make_console, print_lines, write_result
 from minigpt.errors import ConfigError
+from minigpt.figures import require_matplotlib
 from minigpt.files import resource_errors, write_atomically
+from minigpt.rings import ring
 from minigpt.tracing import lines as terminal
 from minigpt.tracing.events import (
     Trace,
@@ -70,9 +72,7 @@ class Targets:
                     f"--{name} shows one trace, and there are {n_samples}. Leave --num-samples out."
                 )
             if name in _PICTURES:
-                from minigpt.tracing.views.pictures import check_picture
-
-                check_picture(path)
+                require_matplotlib(path)
 
     @property
     def has_heads(self) -> bool:
@@ -145,34 +145,25 @@ class Shower:
     def _end(self, trace: Trace) -> None:
         targets = self._targets
         if targets.view != LINES and not targets.as_json:
-            print_lines(self._console, self._view(trace))
+            print_lines(self._console, self._view(targets.view, trace))
         if targets.html is not None:
-            from minigpt.tracing.views.html import to_html
-
-            write_atomically(targets.html, to_html(trace).encode())
+            write_atomically(targets.html, self._view("page", trace))
         for path in (targets.svg, targets.png):
             if path is not None:
-                from minigpt.tracing.views.pictures import draw_matrix, draw_strip
+                format = path.suffix.lower().removeprefix(".")
+                write_atomically(path, self._view("pictures", trace, format=format))
 
-                if targets.picture == "strip":
-                    draw_strip(trace, path, position=targets.position)
-                else:
-                    draw_matrix(trace, path)
-
-    def _view(self, trace: Trace) -> Iterator[Line]:
-        from minigpt.tracing.views.heads import heads_view
-        from minigpt.tracing.views.matrix import matrix_view
-        from minigpt.tracing.views.text import text_view
-
-        width = self._console.width
-        if self._targets.view == "text":
-            yield from text_view(trace, width, position=self._targets.position)
-        elif self._targets.view == "matrix":
-            height = self._console.height - _BELOW if sys.stdout.isatty() else None
-            has_colour = self._console.color_system in ("256", "truecolor")
-            yield from matrix_view(trace, width, height, has_colour=has_colour)
-        else:
-            yield from heads_view(trace, width)
+    def _view(self, name: str, trace: Trace, **more: Any) -> Any:
+        height = self._console.height - _BELOW if sys.stdout.isatty() else None
+        options = ring("tracing.views").ViewOptions(
+            position=self._targets.position,
+            width=self._console.width,
+            height=height,
+            has_colour=self._console.color_system in ("256", "truecolor"),
+            picture=self._targets.picture,
+            **more,
+        )
+        return ring(f"tracing.views.{name}").show(trace, options)
 
 
 def with_sources(step: TraceStep, n_sources: int) -> TraceStep:

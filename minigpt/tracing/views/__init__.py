@@ -1,1 +1,84 @@
-"""Views of a whole trace: text, matrix, heads, page, pictures."""
+"""Views of a whole trace: text, matrix and heads in a terminal; page and pictures as files.
+
+A view is a module of this package, found by its name, with one function that returns lines for a
+terminal or the bytes of a file:
+
+    def show(trace: Trace, options: ViewOptions = DEFAULTS) -> list[Line] | bytes
+"""
+
+from dataclasses import dataclass
+from pkgutil import iter_modules
+from typing import TYPE_CHECKING, Literal
+
+from minigpt.errors import ConfigError
+
+if TYPE_CHECKING:
+    from minigpt.tracing.events import Measure, Row, Trace, TraceStep
+
+FILE_VIEWS = ("page", "pictures")
+"""Views that return the bytes of a file; every other one is for a terminal."""
+
+
+@dataclass(frozen=True)
+class ViewOptions:
+    """Which part of a trace a view shows, and the size of the terminal."""
+
+    position: int | None = None
+    """Position of the generated token whose row is shown; None for the last one."""
+    measure: "Measure | None" = None
+    """Measure of the rows; None for the trace's first."""
+    width: int = 80
+    """Width of the terminal, in cells."""
+    height: int | None = None
+    """Height of the terminal, in lines; None for no limit."""
+    has_colour: bool = True
+    """Whether the terminal shows 256 colours or more."""
+    picture: Literal["matrix", "strip"] = "matrix"
+    """Content of a picture."""
+    format: Literal["svg", "png", "pdf"] = "svg"
+    """File format of a picture."""
+
+    def step(self, trace: "Trace") -> "TraceStep":
+        """Return the step that generated the token at ``position``.
+
+        Raises: ConfigError if no token was generated at that position.
+        """
+        _require_steps(trace)
+        first, last = trace.steps[0].token.position, trace.steps[-1].token.position
+        position = last if self.position is None else self.position
+        if not first <= position <= last:
+            raise ConfigError(
+                f"only generated tokens have rows, and position {position} has none. Choose a "
+                f"position from {first} to {last}."
+            )
+        return trace.steps[position - first]
+
+    def rows(self, trace: "Trace") -> "list[Row]":
+        """Return the rows of all steps by ``measure``.
+
+        Raises: ConfigError if the trace has no steps, or lacks the measure.
+        """
+        _require_steps(trace)
+        measures = trace.header.measures
+        measure = self.measure or measures[0]
+        if measure not in measures:
+            raise ConfigError(
+                f"the trace was measured by {' and '.join(measures)}, not by {measure}. Trace "
+                f"again with --measure {measure} or both."
+            )
+        return [step.rows[measures.index(measure)] for step in trace.steps]
+
+
+DEFAULTS = ViewOptions()
+
+
+def _require_steps(trace: "Trace") -> None:
+    if not trace.steps:
+        raise ConfigError(
+            "the trace has no generated token, so there is no row to show. Trace at least one."
+        )
+
+
+def terminal_views() -> tuple[str, ...]:
+    """Return the names of the views for a terminal, without importing them."""
+    return tuple(sorted({module.name for module in iter_modules(__path__)} - {*FILE_VIEWS}))

@@ -1,7 +1,7 @@
-"""A trace as a map: the generated tokens down, the positions that they looked at across.
+"""A trace as a map: generated tokens down, the positions that they attended to across.
 
-Each cell of the terminal holds two tokens, one above the other, where they would not fit as a line
-each. Without colours a cell is a character of rising density, and a row ends in a bar.
+If not every token fits on a line of its own, each line holds two tokens, as half blocks. Without
+colours, a cell is a character whose density grows with the share, and each row ends in ``|``.
 """
 
 from collections.abc import Sequence
@@ -11,97 +11,120 @@ from numpy.typing import NDArray
 from rich.cells import cell_len
 
 from minigpt.text.escape import visible
-from minigpt.tracing.events import Measure, Token, Trace
+from minigpt.tracing.events import Row, Token, Trace
 from minigpt.tracing.spans import Line, Span, fit, wrapped
-from minigpt.tracing.views.choosing import as_matrix, chosen_rows, largest_but_sink
-from minigpt.tracing.views.colormap import colour, density
+from minigpt.tracing.views import DEFAULTS, ViewOptions
 from minigpt.tracing.words import measured
 
-_WORD_WIDTH = 9
-_MOST_NAME_LINES = 6
-_LEAST_HEIGHT_WITH_NAMES = 30
-_CELL_WIDTH = 2  # square, or nearly, in most fonts
-_LEGEND_WIDTH = 20
-_FEWEST_LINES = 3
+# Colours of viridis, which is perceptually uniform and readable in greyscale (van der Walt and
+# Smith 2015, BSD); colours between two of them are interpolated.
+_ANCHORS = bytes.fromhex(
+    "440154 48186a 472d7b 424086 3b528b 33638d 2c728e 26828e 21918c "
+    "1fa088 28ae80 3fbc73 5ec962 84d44b addc30 d8e219 fde725"
+)
+N_COLOURS = 64
+DENSITY = " .:-=+*#%@"
+"""Characters in order of density."""
+
+_TOKEN_WIDTH = 9
+_NAME_LINES = 6
+_MIN_HEIGHT_WITH_NAMES = 30
+_CELL_WIDTH = 2  # nearly square in most fonts
+_SCALE_WIDTH = 20
+_MIN_LINES = 3
 
 
-def matrix_view(
-    trace: Trace,
-    width: int,
-    height: int | None = None,
-    *,
-    measure: Measure | None = None,
-    has_colour: bool = True,
-) -> list[Line]:
-    """Return the token x token map of the reduced rows, cropped to the newest tokens.
+def show(trace: Trace, options: ViewOptions = DEFAULTS) -> list[Line]:
+    """Return the map of the reduced rows, cropped to the newest tokens that fit.
 
-    Args: width, height, cells of the terminal, height None for as many lines as there are tokens;
-        measure, None for the trace's first; has_colour, whether the terminal shows colours, as
-        styles such as ``#fde725 on #440154``.
-    Raises: ConfigError if nothing was generated, or for a measure that the trace lacks.
+    Styles are colours such as ``#fde725 on #440154`` if the terminal has them.
+
+    Raises: ConfigError if nothing was generated, or if the trace lacks the measure.
     """
-    header = trace.header
-    rows = chosen_rows(trace, measure)
+    width, height, has_colour = options.width, options.height, options.has_colour
+    rows = options.rows(trace)
     matrix = as_matrix(rows)
+    n_rows, n_positions = matrix.shape
     tokens = [step.token for step in trace.steps]
-    word_width = min(_WORD_WIDTH, max(cell_len(visible(token.data)) for token in tokens))
+    token_width = min(_TOKEN_WIDTH, max(cell_len(visible(token.data)) for token in tokens))
     number_width = len(str(tokens[-1].position))
-    label_width = number_width + word_width + 2
-    room = width - label_width - (0 if has_colour else 1)
-    n_pooled = -(-matrix.shape[1] // room)
-    cell_width = max(1, min(_CELL_WIDTH, room // matrix.shape[1]))
+    indent = " " * (number_width + token_width + 2)
+    room = width - len(indent) - (0 if has_colour else 1)
+    n_pooled = -(-n_positions // room)
+    cell_width = max(1, min(_CELL_WIDTH, room // n_positions))
     columns = _pool(matrix, n_pooled)
-    scale = largest_but_sink(columns, header.sink // n_pooled)
+    scale = scale_end(columns, trace.header.sink // n_pooled)
 
-    title = wrapped(f"{measured(header, (rows[0].measure,))}.".capitalize(), width)
+    title = wrapped(f"{measured(trace.header, (rows[0].measure,))}.".capitalize(), width)
     names: list[str] = []
-    if n_pooled == 1 and (height is None or height >= _LEAST_HEIGHT_WITH_NAMES):
-        names = _column_names(trace.tokens[: matrix.shape[1]], cell_width)
-    below = 3 + len(wrapped(_caption(trace, len(rows), n_pooled, is_halved=True), width))
-    n_lines = len(rows)
+    if n_pooled == 1 and (height is None or height >= _MIN_HEIGHT_WITH_NAMES):
+        names = _column_names(trace.tokens[:n_positions], cell_width)
+    n_lines = n_rows
     if height is not None:
-        n_lines = min(n_lines, max(_FEWEST_LINES, height - len(title) - len(names) - below))
-    is_halved = has_colour and n_lines < len(rows)
-    n_shown = min(len(rows), n_lines * (2 if is_halved else 1))
+        caption = wrapped(_caption(trace, n_rows, n_pooled, is_halved=True), width)
+        n_lines = max(_MIN_LINES, height - len(title) - len(names) - len(caption) - 3)
+    is_halved = has_colour and n_lines < n_rows
+    per_line = 2 if is_halved else 1
+    n_shown = min(n_rows, n_lines * per_line)
 
+    lines: list[Line] = [*title, *([(indent + line, "dim")] for line in names)]
     cells = columns[-n_shown:] / scale
-    labels = [
-        f"{token.position:>{number_width}} {fit(visible(token.data), word_width)} "
-        for token in tokens[-n_shown:]
-    ]
-    if is_halved:
-        labels = labels[::2]
-        drawn = [_halves(cells[i : i + 2]) for i in range(0, n_shown, 2)]
-    else:
-        drawn = [_whole(row, cell_width, has_colour) for row in cells]
-    indent = " " * label_width
-    caption = _caption(trace, n_shown, n_pooled, is_halved=is_halved)
+    for i in range(0, n_shown, per_line):
+        token = tokens[i - n_shown]
+        text = fit(visible(token.data), token_width)
+        spans = _halves(cells[i : i + 2]) if is_halved else _full(cells[i], cell_width, has_colour)
+        lines.append([(f"{token.position:>{number_width}} {text} ", "token"), *spans])
     return [
-        *title,
-        *([(indent + line, "dim")] for line in names),
-        *([(label, "token"), *spans] for label, spans in zip(labels, drawn, strict=True)),
-        [(indent + _ticks(matrix.shape[1], n_pooled, cell_width), "dim")],
+        *lines,
+        [(indent + _ticks(columns.shape[1], n_pooled, cell_width), "dim")],
         [],
         _legend(scale, is_exceeded=float(np.nanmax(columns)) > scale, has_colour=has_colour),
-        *wrapped(caption, width),
+        *wrapped(_caption(trace, n_shown, n_pooled, is_halved=is_halved), width),
     ]
+
+
+def as_matrix(rows: Sequence[Row]) -> NDArray[np.float32]:
+    """Return whole rows as one matrix (rows, positions), NaN for positions not yet in view."""
+    matrix = np.full((len(rows), len(rows[-1].weights_S)), np.nan, np.float32)
+    for i, row in enumerate(rows):
+        matrix[i, : len(row.weights_S)] = row.weights_S
+    return matrix
+
+
+def scale_end(rows: NDArray[np.float32], sink: int) -> float:
+    """Return the share at the end of a colour scale: the largest one outside the sink's column."""
+    largest = float(np.nanmax(np.delete(rows, sink, axis=-1), initial=0.0))
+    return largest if largest > 0 else 1.0
+
+
+def colour(share: float) -> str:
+    """Return one of N_COLOURS colours for a number from 0 (``#440154``) to 1 (yellow)."""
+    n_gaps = len(_ANCHORS) // 3 - 1
+    place = round(min(max(share, 0.0), 1.0) * (N_COLOURS - 1)) / (N_COLOURS - 1) * n_gaps
+    low = min(int(place), n_gaps - 1)
+    below, above = _ANCHORS[3 * low : 3 * low + 3], _ANCHORS[3 * low + 3 : 3 * low + 6]
+    mixed = (round(a + (b - a) * (place - low)) for a, b in zip(below, above, strict=True))
+    return f"#{bytes(mixed).hex()}"
+
+
+def density(share: float) -> str:
+    """Return a character for a number from 0 (a blank) to 1 (``@``)."""
+    return DENSITY[round(min(max(share, 0.0), 1.0) * (len(DENSITY) - 1))]
 
 
 def _pool(matrix: NDArray[np.float32], n_pooled: int) -> NDArray[np.float32]:
-    """Return the mean of every few neighbouring columns, of the numbers that are there."""
+    """Return the mean of each group of neighbouring columns, NaN left out."""
     if n_pooled == 1:
         return matrix
-    n_rows, n_columns = matrix.shape
-    n_groups = -(-n_columns // n_pooled)
-    padded = np.full((n_rows, n_groups * n_pooled), np.nan, np.float32)
-    padded[:, :n_columns] = matrix
-    groups = padded.reshape(n_rows, n_groups, n_pooled)
-    n_there = (~np.isnan(groups)).sum(axis=2)
+    padding = -matrix.shape[1] % n_pooled
+    padded = np.pad(matrix, ((0, 0), (0, padding)), constant_values=np.nan)
+    groups = padded.reshape(len(matrix), -1, n_pooled)
+    counts = (~np.isnan(groups)).sum(axis=2)
     sums = np.nansum(groups, axis=2)
-    return np.where(n_there > 0, sums / np.maximum(n_there, 1), np.nan).astype(np.float32)
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan).astype(np.float32)
 
 
-def _whole(row: NDArray[np.float32], cell_width: int, has_colour: bool) -> Line:
+def _full(row: NDArray[np.float32], cell_width: int, has_colour: bool) -> Line:
     """Return one row as one line."""
     shares = row[~np.isnan(row)].tolist()
     if has_colour:
@@ -110,11 +133,11 @@ def _whole(row: NDArray[np.float32], cell_width: int, has_colour: bool) -> Line:
 
 
 def _halves(pair: NDArray[np.float32]) -> Line:
-    """Return two rows as one line; the newer one below may have one more position."""
-    upper = [colour(x) for x in pair[0][~np.isnan(pair[0])].tolist()]
-    if len(pair) == 1:
+    """Return two rows as one line; the lower, newer one may have one more position."""
+    upper, *rest = ([colour(x) for x in row[~np.isnan(row)].tolist()] for row in pair)
+    if not rest:
         return [("▀", above) for above in upper]
-    lower = [colour(x) for x in pair[1][~np.isnan(pair[1])].tolist()]
+    lower = rest[0]
     spans: list[Span] = [
         ("▀", f"{above} on {below}") for above, below in zip(upper, lower, strict=False)
     ]
@@ -122,48 +145,45 @@ def _halves(pair: NDArray[np.float32]) -> Line:
 
 
 def _column_names(tokens: Sequence[Token], cell_width: int) -> list[str]:
-    """Return the tokens as lines of text that is read downwards, each above its column."""
+    """Return lines that read downwards: each token's text above its column, aligned below."""
     names = []
     for token in tokens:
         characters = [c if cell_len(c) <= cell_width else "·" for c in visible(token.data)]
-        if len(characters) > _MOST_NAME_LINES:
-            characters = [*characters[: _MOST_NAME_LINES - 1], "…"]
+        if len(characters) > _NAME_LINES:
+            characters = [*characters[: _NAME_LINES - 1], "…"]
         names.append(characters)
     depth = max(len(name) for name in names)
-    # Short ones stand at the bottom, next to what they name.
     padded = [[" "] * (depth - len(name)) + name for name in names]
     return ["".join(fit(name[i], cell_width) for name in padded).rstrip() for i in range(depth)]
 
 
-def _ticks(n_positions: int, n_pooled: int, cell_width: int) -> str:
-    """Return positions below their columns, with room between them."""
+def _ticks(n_columns: int, n_pooled: int, cell_width: int) -> str:
+    """Return every fifth position below its column, where there is room for it."""
     line = ""
-    for column in range(-(-n_positions // n_pooled)):
-        place, text = column * cell_width, str(column * n_pooled)
-        is_round = column % 5 == 0
-        if is_round and (not line or len(line) + 2 <= place):
-            line = line.ljust(place) + text
-    last = -(-n_positions // n_pooled) * cell_width
-    return line[:last] if len(line) > last else line
+    for column in range(0, n_columns, 5):
+        place = column * cell_width
+        if not line or len(line) + 2 <= place:
+            line = line.ljust(place) + str(column * n_pooled)
+    return line[: n_columns * cell_width]
 
 
 def _legend(scale: float, *, is_exceeded: bool, has_colour: bool) -> Line:
-    steps = [i / (_LEGEND_WIDTH - 1) for i in range(_LEGEND_WIDTH)]
+    shares = [i / (_SCALE_WIDTH - 1) for i in range(_SCALE_WIDTH)]
     spans: Line = [("0% ", "dim")]
     if has_colour:
-        spans += [("█", colour(share)) for share in steps]
+        spans += [("█", colour(share)) for share in shares]
     else:
-        spans.append(("".join(density(share) for share in steps), "plain"))
+        spans.append(("".join(map(density, shares)), "plain"))
     return [*spans, (f" {scale:.1%}{' or more' if is_exceeded else ''}", "dim")]
 
 
 def _caption(trace: Trace, n_shown: int, n_pooled: int, *, is_halved: bool) -> str:
-    """Return what is left out, and how to read what is there."""
+    """Return how to read the map, and which tokens are left out."""
     n = len(trace.steps)
-    facts = ["rows: generated tokens" if n_shown == n else f"rows: the newest {n_shown} of {n}"]
+    rows = "rows: generated tokens" if n_shown == n else f"rows: the newest {n_shown} of {n}"
     if is_halved:
-        facts[0] += ", two a line, named by the upper"
-    columns = "columns: the positions that they looked at"
+        rows += ", two per line, labelled by the upper one"
+    columns = "columns: the positions that they attended to"
     if n_pooled > 1:
         columns += f", each the mean of {n_pooled}"
-    return "; ".join([*facts, columns]) + f"; sink: position {trace.header.sink}."
+    return f"{rows}; {columns}; sink: position {trace.header.sink}."

@@ -1,6 +1,6 @@
-"""The text of a trace, shaded by what one of its generated tokens attended to.
+"""The text of a trace, shaded by the attention of one of its generated tokens.
 
-Below each line of text stand blocks that fill with the share, so that it reads without colour too.
+Below each line of text, blocks show the shares by their height, so that it reads without colours.
 """
 
 from collections.abc import Sequence
@@ -9,95 +9,82 @@ import numpy as np
 from rich.cells import cell_len
 
 from minigpt.text.escape import visible
-from minigpt.tracing.events import Measure, Row, Token, Trace
-from minigpt.tracing.spans import (
-    Line,
-    bar,
-    eighths,
-    fit,
-    heat,
-    percent,
-    upright_bar,
-    wrapped,
-)
-from minigpt.tracing.views.choosing import chosen_rows, chosen_step, largest_but_sink
+from minigpt.tracing.events import Row, Token, Trace
+from minigpt.tracing.spans import Line, bar, eighths, fit, heat, percent, upright_bar, wrapped
+from minigpt.tracing.views import DEFAULTS, ViewOptions
+from minigpt.tracing.views.matrix import scale_end
 from minigpt.tracing.words import measured
 
-_N_STRONGEST = 12
-_LEAST_SHARE = 0.005
-_WORD_WIDTH = 9
+_N_SOURCES = 12
+_MIN_SHARE = 0.005
+_TOKEN_WIDTH = 9
 _MARK = "^"
 
 
-def text_view(
-    trace: Trace, width: int, *, position: int | None = None, measure: Measure | None = None
-) -> list[Line]:
-    """Return the prompt and what was generated, shaded by what one token attended to.
+def show(trace: Trace, options: ViewOptions = DEFAULTS) -> list[Line]:
+    """Return the prompt and the generated text, shaded by what one token attended to.
 
-    Args: width, cells of the terminal; position, of a generated token, None for the last one;
-        measure, None for the trace's first.
     Raises: ConfigError for a position that has no row, or a measure that the trace lacks.
     """
-    step = chosen_step(trace, position)
-    header, row = trace.header, chosen_rows(trace, measure)[step.index]
-    scale = largest_but_sink(row.weights_S[None], header.sink)
+    token = options.step(trace).token
+    row = options.rows(trace)[options.step(trace).index]
+    scale = scale_end(row.weights_S, trace.header.sink)
     title = (
-        f"What position {step.token.position} attended to, from the query at "
-        f"{step.token.position - 1}: {measured(header, (row.measure,))}."
+        f"What position {token.position} attended to, from the query at {token.position - 1}: "
+        f"{measured(trace.header, (row.measure,))}."
     )
     return [
-        *wrapped(title, width),
+        *wrapped(title, options.width),
         [],
-        *_Page(trace, row, step.token, scale, width).lines(),
+        *_ShadedText(trace, row, token, scale, options.width).lines(),
         [],
-        *_legend(trace, row, scale, width),
-        *_strongest(trace, row, width),
+        *wrapped(_legend(row, scale, trace.header.sink), options.width),
+        *_sources(trace, row, options.width),
     ]
 
 
-class _Page:
-    """The text, wrapped at the width, with its line numbers: the position of a line's first token.
-
-    Each line of text is two lists of spans: what is written, and the blocks below it.
-    """
+class _ShadedText:
+    """Text wrapped to a width; each line begins with the position of its first token."""
 
     def __init__(self, trace: Trace, row: Row, chosen: Token, scale: float, width: int) -> None:
         self.trace, self.row, self.chosen, self.scale = trace, row, chosen, scale
         self.number_width = len(str(len(trace.tokens) - 1))
         self.room = width - self.number_width - 1
-        self.pages: list[tuple[Line, Line]] = []
         self.used = self.room
+        self.pairs: list[tuple[Line, Line]] = []
+        """For each line, its text and the blocks below it."""
 
     def lines(self) -> list[Line]:
-        """Return the lines of text, each with its blocks if it has any."""
+        """Return the lines of text, each followed by its blocks unless all are blank."""
         for word in _words(self.trace.tokens):
-            word_width = sum(cell_len(shown(token.data)) for token in word)
+            word_width = sum(cell_len(readable(token.data)) for token in word)
             if word_width <= self.room < self.used + word_width:
-                self._break(word[0])
+                self._start_line(word[0])
             for token in word:
                 self._write(token)
         lines = []
-        for written, blocks in self.pages:
-            lines.append(written)
-            if any(text.strip() for text, _ in blocks):
+        for text, blocks in self.pairs:
+            lines.append(text)
+            if any(block.strip() for block, _ in blocks):
                 lines.append(blocks)
         return lines
 
     def _write(self, token: Token) -> None:
         style, block, block_style = self._look(token)
-        for piece in _pieces(shown(token.data), self.room):
+        # A piece never splits a character, however many cells it has.
+        for piece in _pieces(readable(token.data), self.room):
             if self.used + cell_len(piece) > self.room:
-                self._break(token)
-            written, blocks = self.pages[-1]
-            written.append((piece, style))
+                self._start_line(token)
+            text, blocks = self.pairs[-1]
+            text.append((piece, style))
             blocks.append((block * cell_len(piece), block_style))
             self.used += cell_len(piece)
         if token.data.endswith(b"\n"):
             self.used = self.room
 
-    def _break(self, token: Token) -> None:
+    def _start_line(self, token: Token) -> None:
         number = f"{token.position:>{self.number_width}} "
-        self.pages.append(([(number, "dim")], [(" " * len(number), "plain")]))
+        self.pairs.append(([(number, "dim")], [(" " * len(number), "plain")]))
         self.used = 0
 
     def _look(self, token: Token) -> tuple[str, str, str]:
@@ -115,8 +102,13 @@ class _Page:
         return f"shade{level}" if level else unshaded, upright_bar(share), f"heat{level}"
 
 
+def readable(data: bytes) -> str:
+    """Return a token's text with its spaces as spaces; everything else is escaped."""
+    return " ".join(visible(part) for part in data.split(b" "))
+
+
 def _words(tokens: Sequence[Token]) -> list[list[Token]]:
-    """Return the tokens that stay on a line together: a word begins with a blank or a new line."""
+    """Group tokens into words, which are not broken: each begins with a space or a line break."""
     words: list[list[Token]] = []
     for token in tokens:
         if not words or token.data.startswith((b" ", b"\n")) or words[-1][-1].data.endswith(b"\n"):
@@ -125,57 +117,41 @@ def _words(tokens: Sequence[Token]) -> list[list[Token]]:
     return words
 
 
-def shown(data: bytes) -> str:
-    """Return a token as it stands in a text: its spaces are spaces, all else is visible."""
-    return " ".join(visible(part) for part in data.split(b" "))
-
-
 def _pieces(text: str, width: int) -> list[str]:
-    """Cut a text into pieces of at most a number of cells; no piece is empty."""
-    pieces, piece = [], ""
+    """Cut a text into non-empty pieces of at most ``width`` cells."""
+    pieces: list[str] = []
     for character in text:
-        if piece and cell_len(piece + character) > width:
-            pieces.append(piece)
-            piece = ""
-        piece += character
-    return [*pieces, piece] if piece else pieces
+        if pieces and cell_len(pieces[-1] + character) <= width:
+            pieces[-1] += character
+        else:
+            pieces.append(character)
+    return pieces
 
 
-def _legend(trace: Trace, row: Row, scale: float, width: int) -> list[Line]:
-    sink = trace.header.sink
+def _legend(row: Row, scale: float, sink: int) -> str:
     more = " or more" if row.sink > scale else ""
-    facts = [
-        f"█ is {scale:.1%}{more}, {_MARK} the token itself",
-        f"sink (position {sink}) {row.sink:.1%}",
-        f"prompt {row.prompt:.0%}, generated {row.generated:.0%}",
-        f"entropy {row.entropy:.1f} bits",
-    ]
-    return wrapped("; ".join(facts) + ".", width)
+    return (
+        f"█ is {scale:.1%}{more}, {_MARK} the token itself; sink (position {sink}) {row.sink:.1%}; "
+        f"prompt {row.prompt:.0%}, generated {row.generated:.0%}; entropy {row.entropy:.1f} bits."
+    )
 
 
-def _strongest(trace: Trace, row: Row, width: int) -> list[Line]:
-    """Return the positions with the most weight but the sink, as many columns as fit."""
+def _sources(trace: Trace, row: Row, width: int) -> list[Line]:
+    """Return the strongest positions except the sink, in as many columns as fit."""
     position_width = max(3, len(str(len(trace.tokens) - 1)))
-    cell_width = position_width + _WORD_WIDTH + 10
+    cell_width = position_width + _TOKEN_WIDTH + 10
     per_line = max(1, (width + 1) // (cell_width + 1))
-    order = [
-        p for p in np.argsort(-row.weights_S, kind="stable").tolist() if p != trace.header.sink
-    ]
-    cells = [
-        _cell(trace.tokens[p], float(row.weights_S[p]), position_width)
-        for p in order[:_N_STRONGEST]
-        if row.weights_S[p] >= _LEAST_SHARE
-    ]
-    return [_joined(cells[i : i + per_line]) for i in range(0, len(cells), per_line)]
-
-
-def _cell(token: Token, share: float, position_width: int) -> Line:
-    text = fit(visible(token.data), _WORD_WIDTH)
-    return [
-        (f"{token.position:>{position_width}} ", "dim"),
-        (f"{text} {percent(share)} {bar(share)}  ", heat(share)),
-    ]
-
-
-def _joined(cells: Sequence[Line]) -> Line:
-    return [span for cell in cells for span in cell]
+    order = np.argsort(-row.weights_S, kind="stable").tolist()
+    lines: list[Line] = []
+    for position in [p for p in order if p != trace.header.sink][:_N_SOURCES]:
+        share = float(row.weights_S[position])
+        if share < _MIN_SHARE:
+            break
+        text = fit(visible(trace.tokens[position].data), _TOKEN_WIDTH)
+        if not lines or len(lines[-1]) == 2 * per_line:
+            lines.append([])
+        lines[-1] += [
+            (f"{position:>{position_width}} ", "dim"),
+            (f"{text} {percent(share)} {bar(share)}  ", heat(share)),
+        ]
+    return lines

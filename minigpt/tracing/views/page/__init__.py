@@ -1,0 +1,265 @@
+"""A trace as one self-contained HTML page: it loads nothing, neither from the network nor a file.
+
+The parts of the page are the files of this folder. Every text of a model or a prompt is escaped
+here, and the page only sets it as text, never as HTML. Arrays are packed into bytes.
+
+Shapes: L layers, H query heads, S positions in view, K sources kept per row.
+"""
+
+import base64
+import hashlib
+import html
+import json
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.resources import files
+from string import Template
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minigpt.config import SamplingConfig
+from minigpt.text.escape import visible
+from minigpt.tracing.events import CONVENTION, Roles, Row, Trace, TraceStep
+from minigpt.tracing.lines import footer_lines
+from minigpt.tracing.spans import one_line
+from minigpt.tracing.views import DEFAULTS, ViewOptions
+from minigpt.tracing.words import KNOCKED_OUT, measured
+
+# Concatenated in this order into one script.
+_SCRIPTS = ("data.js", "rows.js", "strip.js", "grid.js", "table.js", "picture.js", "page.js")
+_DIGITS = 5
+_ROW_FACTS = ("total", "sink", "own", "prompt", "generated", "entropy", "distance")
+_HEAD_FACTS = ("sink", "own", "prompt", "entropy", "distance")
+_MEASURES = {
+    "weight": "the softmax weight of a source",
+    "norm": "the norm of what the heads add to the residual stream because of a source, weight x "
+    "||v W_O|| (Kobayashi et al. 2020), as a share of the row",
+}
+_REDUCTIONS = {
+    "mean": "at each position, the mean of the heads",
+    "max": "at each position, the largest of the heads: a row does not sum to 1",
+    "rollout": "attention multiplied through the layers (Abnar & Zuidema 2020)",
+}
+_ROLES = {
+    "previous": "attends to the token before;",
+    "duplicate": "to the same token earlier;",
+    "induction": "to the token after the same token earlier;",
+    "sink": "to the first position;",
+    "local": "to the few tokens before.",
+}
+
+
+def show(trace: Trace, options: ViewOptions = DEFAULTS) -> bytes:
+    """Return the page as an HTML file; it shows the whole trace, whatever the options are."""
+    return to_html(trace).encode()
+
+
+def to_html(trace: Trace) -> str:
+    """Return a page that shows a trace in a browser, without a network.
+
+    Its content security policy allows only its own script and style, and forbids every request.
+    """
+    style = _part("page.css")
+    script = "\n".join(_part(name) for name in _SCRIPTS)
+    policy = (
+        "default-src 'none'",
+        f"script-src {_hash(script)}",
+        f"style-src {_hash(style)}",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "require-trusted-types-for 'script'",
+        "trusted-types 'none'",
+    )
+    return Template(_part("page.html")).substitute(
+        policy="; ".join(policy),
+        title=html.escape(f"Attention trace of {one_line(trace.header.model)}"),
+        style=style,
+        script=script,
+        data=embedded_json(_page_data(trace)),
+    )
+
+
+def embedded_json(value: Any) -> str:
+    """Return JSON for a script element, with ``<``, ``>`` and ``&`` escaped so it cannot end it."""
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))  # ASCII, U+2028 escaped
+    for character in "<>&":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def _part(name: str) -> str:
+    return (files(__name__) / name).read_text(encoding="utf-8")
+
+
+def _hash(text: str) -> str:
+    digest = hashlib.sha256(text.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode('ascii')}'"
+
+
+def _page_data(trace: Trace) -> dict[str, Any]:
+    header, tokens = trace.header, trace.tokens
+    n_sources = _n_head_sources(trace)
+    return {
+        "model": one_line(header.model),
+        "facts": [(name, one_line(text)) for name, text in _facts(trace)],
+        "tokens": [visible(token.data) or "∅" for token in tokens],
+        "ids": [token.id for token in tokens],
+        "lineEnds": [token.position for token in tokens if token.data.endswith(b"\n")],
+        "nPrompt": len(header.prompt),
+        "nLayer": header.n_layer,
+        "nHead": header.n_head,
+        "measures": list(header.measures),
+        "traced": {measure: measured(header, [measure]) for measure in header.measures},
+        "sink": header.sink,
+        "roles": header.roles and [[_role(role) for role in layer] for layer in header.roles],
+        "roleMeanings": list(_ROLES.items()),
+        "steps": [_step(step) for step in trace.steps],
+        "nSources": n_sources,
+        "knockout": (
+            f"Without it: {KNOCKED_OUT[header.knockout]}. In brackets: the factor by which the "
+            "token's probability changes. Its control is a position nearby that got less attention."
+        ),
+        "closing": _closing(trace),
+        "packed": _pack(_arrays(trace, n_sources)),
+    }
+
+
+def _facts(trace: Trace) -> list[tuple[str, str]]:
+    header = trace.header
+    kv_heads = "" if header.n_kv_head == header.n_head else f" ({header.n_kv_head} key/value heads)"
+    size = f"{header.n_layer} layers x {header.n_head} heads{kv_heads}, {header.d_model} wide"
+    usual = asdict(SamplingConfig(seed=header.sampling.seed))
+    sampling = ", ".join(
+        f"{name} {value}"
+        for name, value in asdict(header.sampling).items()
+        if name == "temperature" or value != usual[name]
+    )
+    facts = [
+        ("model", header.model),
+        ("size", size),
+        ("rows", measured(header)),
+        *((measure, _MEASURES[measure]) for measure in header.measures),
+        (header.reduce, _REDUCTIONS[header.reduce]),
+        ("sink", f"position {header.sink}, {header.sink_rule}"),
+        ("tokens", f"{len(header.prompt)} of the prompt, {trace.footer.n_tokens} generated"),
+        ("seed", str(header.seed)),
+        ("sampling", sampling),
+        ("dtype", header.dtype),
+        ("kernel", header.kernel),
+        ("convention", CONVENTION),
+    ]
+    return facts if header.model_sha256 is None else [*facts, ("sha256", header.model_sha256)]
+
+
+def _role(role: Roles) -> dict[str, Any]:
+    scores = asdict(role)
+    tag = scores.pop("tag")
+    return {
+        "tag": one_line(tag),
+        "kind": next((name for name in _ROLES if tag and name.startswith(tag)), None),
+        "scores": {name: round(value, 3) for name, value in scores.items()},
+    }
+
+
+def _step(step: TraceStep) -> dict[str, Any]:
+    controls = {effect.control_of: effect for effect in step.effects}
+    sources = [effect for effect in step.effects if effect.control_of is None]
+    effects = [
+        {
+            "position": effect.source.token.position,
+            "change": round(effect.change, _DIGITS),
+            "control": controls[i].source.token.position if i in controls else None,
+            "controlChange": round(controls[i].change, _DIGITS) if i in controls else None,
+        }
+        for i, effect in enumerate(sources)
+    ]
+    rows = [
+        {name: round(float(getattr(row, name)), _DIGITS) for name in _ROW_FACTS}
+        for row in step.rows
+    ]
+    log_probability = round(step.log_probability, _DIGITS)
+    return {"logProbability": log_probability, "rows": rows, "effects": effects}
+
+
+def _closing(trace: Trace) -> list[str]:
+    """Return how the trace ended and what its checks found, in sentences."""
+    no_limit = 10_000  # the page breaks lines itself
+    lines = footer_lines(trace.footer, no_limit)
+    sentences = ["".join(text for text, _ in line) for line in lines if line]
+    if trace.footer.cause is None:
+        sentences.append("Nothing was knocked out in this trace: it says nothing about cause.")
+    return sentences
+
+
+def _n_head_sources(trace: Trace) -> int | None:
+    """Return how many sources are kept of a head's row; None if there are no rows of heads."""
+    heads = [row.heads for step in trace.steps for row in step.rows]
+    kept = [rows.positions_LHK.shape[2] for rows in heads if rows is not None]
+    return max(kept) if kept and len(kept) == len(heads) else None
+
+
+def _arrays(trace: Trace, n_sources: int | None) -> dict[str, NDArray[Any]]:
+    """Return each measure's whole rows and the facts about every head's row, as codes."""
+    arrays: dict[str, NDArray[Any]] = {}
+    for i, measure in enumerate(trace.header.measures):
+        rows = [step.rows[i] for step in trace.steps]
+        whole = np.concatenate([np.empty(0, np.float32), *(row.weights_S for row in rows)])
+        arrays[f"{measure}.rows"] = share_codes(whole, "<u2")
+        if n_sources is not None:
+            heads = _head_arrays(rows, n_sources)
+            arrays |= {f"{measure}.{name}": array for name, array in heads.items()}
+    return arrays
+
+
+def _head_arrays(rows: Sequence[Row], n_sources: int) -> dict[str, NDArray[Any]]:
+    heads = [row.heads for row in rows if row.heads is not None]
+
+    def padded(name: str) -> NDArray[Any]:
+        """Early steps have fewer than K sources."""
+        arrays_LHK = [getattr(head_rows, name) for head_rows in heads]
+        missing = [n_sources - array.shape[2] for array in arrays_LHK]
+        pairs = zip(arrays_LHK, missing, strict=True)
+        return np.stack([np.pad(array, ((0, 0), (0, 0), (0, n))) for array, n in pairs])
+
+    # Entropy and distance as shares of the largest values possible at their step.
+    n_views = np.array([len(row.weights_S) for row in rows])[:, None, None]
+    largest = {
+        "entropy": np.maximum(np.log2(n_views), 1e-9),
+        "distance": np.maximum(n_views - 1, 1),
+    }
+    arrays = {
+        "positions": padded("positions_LHK").astype("<u4"),
+        "weights": share_codes(padded("weights_LHK"), "u1"),
+    }
+    for name in _HEAD_FACTS:
+        values = np.stack([getattr(head_rows, f"{name}_LH") for head_rows in heads])
+        arrays[name] = share_codes(values / largest.get(name, 1), "u1")
+    return arrays
+
+
+def share_codes(shares: NDArray[Any], dtype: str) -> NDArray[Any]:
+    """Return numbers from 0 to 1 as unsigned integers, with finer steps for small numbers.
+
+    A code c stands for (c / m)^2, m being the largest integer of the dtype.
+    """
+    largest = np.iinfo(dtype).max
+    roots = np.sqrt(np.clip(shares, 0.0, 1.0, dtype=np.float64))
+    return np.rint(roots * largest).astype(dtype)
+
+
+def _pack(arrays: dict[str, NDArray[Any]]) -> dict[str, Any]:
+    """Return unsigned integer arrays as text: of each array all first bytes, all second bytes, ...
+
+    The zero bytes of small numbers are then neighbours, which compresses well.
+    """
+    planes = [
+        np.ascontiguousarray(array).view(np.uint8).reshape(-1, array.itemsize).T.tobytes()
+        for array in arrays.values()
+    ]
+    return {
+        "arrays": [[name, array.itemsize, array.size] for name, array in arrays.items()],
+        "deflated": base64.b64encode(zlib.compress(b"".join(planes))).decode("ascii"),
+    }
