@@ -14,6 +14,7 @@ from pathlib import Path
 from playwright.sync_api import sync_playwright
 
 from minigpt.commands.loading import load
+from minigpt.commands.options import ModelSource
 from minigpt.config import SamplingConfig
 from minigpt.tracing.events import Trace, TraceFooter, TraceHeader, TraceStep
 from minigpt.tracing.tracer import TraceConfig, trace
@@ -27,7 +28,7 @@ SEED = 4
 
 def traced(model: str, prompt: str) -> Trace:
     """Generate with all that a page can show."""
-    ready = load(model, prompt, "cpu", "float32")
+    ready = load(ModelSource(model=model, device="cpu", dtype="float32"), prompt)
     header, *steps, footer = trace(
         ready.model,
         ready.tokenizer,

@@ -55,3 +55,10 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     names = list(choices)
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
     return f"Did you mean {close[0]}?" if close else f"Choose from {', '.join(names)}."
+
+
+def require_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    """Raise ConfigError, with the nearest choice, if a value is not one of the choices."""
+    names = list(choices)
+    if value not in names:
+        raise ConfigError(f"unknown {name} {value!r}. {nearest(str(value), names)}")

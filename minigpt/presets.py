@@ -6,9 +6,11 @@ TOML file or --set.
 
 from typing import Any
 
+from minigpt.config import RunConfig
 from minigpt.errors import ConfigError, nearest
-from minigpt.settings import merge
+from minigpt.settings import build, merge
 
+DEFAULT_PRESET = "nano"
 PRESETS: dict[str, dict[str, Any]] = {
     # About 1M parameters: a minute on a laptop CPU. Wide and shallow: fewer, larger kernels.
     "nano": {
@@ -84,3 +86,8 @@ def preset(name: str) -> dict[str, Any]:
     if name not in PRESETS:
         raise ConfigError(f"there is no preset {name!r}. {nearest(name, PRESETS)}")
     return merge(PRESETS[name])
+
+
+def default_run() -> RunConfig:
+    """Return the settings of a run of the default preset, whose vocabulary is not known yet."""
+    return build(RunConfig, merge(preset(DEFAULT_PRESET), {"model": {"vocab_size": 257}}))

@@ -2,7 +2,6 @@
 
 import dataclasses
 import tomllib
-import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,8 +9,8 @@ from typing import Any, TypeVar
 
 import tomli_w
 
-from minigpt.config import RunConfig
-from minigpt.errors import ConfigError, nearest
+from minigpt.config import RunConfig, parts_of
+from minigpt.errors import ConfigError, nearest, require_choice
 
 T = TypeVar("T")
 
@@ -24,7 +23,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
         value of another type.
     """
     hints = typing.get_type_hints(cls)
-    fields = {_key(f.name): f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    fields = {plain_key(f.name): f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     checked: dict[str, Any] = {}
     for key, value in values.items():
         if key not in fields:
@@ -38,8 +37,9 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     return cls(**checked)
 
 
-def _key(name: str) -> str:
-    return name.removesuffix("_")  # from_ is a field, and no Python name without it
+def plain_key(name: str) -> str:
+    """Return a field's name as settings have it: ``from_`` is ``from``, a keyword of Python."""
+    return name.removesuffix("_")
 
 
 def _checked(hint: Any, value: Any, name: str) -> Any:
@@ -47,14 +47,16 @@ def _checked(hint: Any, value: Any, name: str) -> Any:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{name} must be a table of settings: it is {value!r}.")
         return build(hint, value, f"{name}.")
-    if isinstance(hint, types.UnionType):
-        if value is None:
-            return None
-        hint = typing.get_args(hint)[0]
+    words, kinds = parts_of(hint)
+    if value in words or (value is None and type(None) in kinds):
+        return value
+    hint = next((kind for kind in kinds if kind is not type(None)), None)
+    if hint is None:
+        require_choice(name, value, [word for word in words if word])
     if typing.get_origin(hint) is tuple:
         is_texts = isinstance(value, list | tuple) and all(isinstance(v, str) for v in value)
         if not is_texts:
-            raise ConfigError(f"{name} must be a list of texts: it is {value!r}.")
+            raise ConfigError(f"{name} must be a list of strings: it is {value!r}.")
         return tuple(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
@@ -68,7 +70,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
-            return {_key(k): plain(v) for k, v in value.items() if v is not None}
+            return {plain_key(k): plain(v) for k, v in value.items() if v is not None}
         return list(value) if isinstance(value, tuple) else value
 
     result = plain(dataclasses.asdict(config))

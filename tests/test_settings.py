@@ -50,9 +50,9 @@ def test_a_run_goes_through_toml_unchanged(model: dict[str, Any], tmp_path: Path
         ({"model": {"qk_norm": 1}}, "model.qk_norm must be of type bool: it is 1."),
         ({"model": {"dropout": True}}, "model.dropout must be of type float: it is True."),
         ({"model": 3}, "model must be a table of settings: it is 3."),
-        ({"data": {"paths": "a.txt"}}, "data.paths must be a list of texts: it is 'a.txt'."),
-        ({"data": {"paths": ["a", 3]}}, "data.paths must be a list of texts: it is ['a', 3]."),
-        ({"training": {"max_steps": 0}}, "training needs an end"),
+        ({"data": {"paths": "a.txt"}}, "data.paths must be a list of strings: it is 'a.txt'."),
+        ({"data": {"paths": ["a", 3]}}, "data.paths must be a list of strings: it is ['a', 3]."),
+        ({"training": {"max_steps": 0}}, "training needs a limit"),
     ],
 )
 def test_values_are_taken_strictly(values: dict[str, Any], message: str) -> None:

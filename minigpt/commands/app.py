@@ -132,7 +132,9 @@ def _left(parameter: Any) -> str:
     """Return a parameter as it is typed."""
     if parameter.param_type_name == "argument":
         return f"{parameter.metavar}..." if parameter.nargs != 1 else str(parameter.metavar)
-    names = ", ".join(sorted(parameter.opts, key=len))
+    short = [name for name in parameter.opts if not name.startswith("--")]
+    long = [name for name in parameter.opts if name.startswith("--")]
+    names = ", ".join([*short, *long[:1]])  # the others are aliases
     if parameter.secondary_opts:
         return names.replace("--", "--[no-]")
     return names if parameter.is_flag else f"{names} {parameter.metavar}"

@@ -2,11 +2,9 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import typer
-
-from minigpt.commands import options
+from minigpt.commands.options import Fields, Json, ModelSource, Option, command
 
 if TYPE_CHECKING:
     import numpy as np
@@ -16,31 +14,17 @@ if TYPE_CHECKING:
     from minigpt.tracing.events import Roles
     from minigpt.tracing.spans import Line
 
-_VIEWS = ("grid", "table")
-_GROUP = "Heads"
 _CELL_WIDTH = 14
 
 
+@command
 def heads(
-    model: options.Model = None,
-    device: options.Device = None,
-    dtype: options.Dtype = None,
-    quantize: options.Quantize = None,
-    threads: options.Threads = None,
-    view: Annotated[
-        str | None, options.choice("--view", _VIEWS, group=_GROUP, default=_VIEWS[0])
-    ] = None,
-    ablate: Annotated[
-        bool,
-        typer.Option(
-            "--ablate", help="Measure what each head's absence costs", rich_help_panel=_GROUP
-        ),
-    ] = False,
-    seed: Annotated[
-        int, options.number("--seed", int, "Of the random tokens", group=_GROUP, default=0)
-    ] = 0,
-    as_json: options.Json = False,
-    debug: options.Debug = False,
+    *,
+    source: Annotated[ModelSource, Fields(without=("compile",))],
+    view: Annotated[Literal["grid", "table"], Option("View", "Heads")] = "grid",
+    ablate: Annotated[bool, Option("Measure the loss without each head", "Heads")] = False,
+    seed: Annotated[int, Option("Seed of the random tokens", "Heads")] = 0,
+    as_json: Json = False,
 ) -> None:
     """Show which known kind of head each head is.
 
@@ -57,19 +41,14 @@ def heads(
     Where a head looks is not what it does: --ablate takes each head away in turn, and measures by
     how much worse the second saying is foretold (nats/token).
     """
-    from minigpt.checkpoint.resolve import resolve_model
     from minigpt.commands import output
-    from minigpt.commands.loading import use_threads
+    from minigpt.commands.loading import load_model
     from minigpt.console import make_console, print_lines
-    from minigpt.generation import api
     from minigpt.tracing.analysis.roles import doubled_sequences, head_roles
     from minigpt.tracing.views.heads import roles_grid, roles_table
 
-    use_threads(threads)
-    folder = resolve_model(model)
-    network = api.load(
-        folder, device=device or "auto", dtype=dtype or "auto", quantize=quantize
-    ).model
+    folder, loaded = load_model(source)
+    network = loaded.model
     roles = head_roles(network, seed=seed)
     effects_LH = _effects(network, seed) if ablate else None
     n_repeated = doubled_sequences(network, seed=seed).shape[1] // 2

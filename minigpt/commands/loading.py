@@ -6,8 +6,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from minigpt.checkpoint.model_folder import LoadedModel
 from minigpt.checkpoint.resolve import resolve_model
-from minigpt.errors import ConfigError, DataError
+from minigpt.commands.options import ModelSource
+from minigpt.errors import DataError
 from minigpt.generation import api
 from minigpt.model.language_model import LanguageModel
 from minigpt.text.tokenizer import Tokenizer
@@ -29,38 +31,33 @@ class Ready:
     """Its tokens."""
 
 
-def load(
-    spec: str | None,
-    prompt: str | None,
-    device: str | None,
-    dtype: str | None,
-    *,
-    quantize: str | None = None,
-    threads: int | None = None,
-) -> Ready:
-    """Read a model and encode a prompt for it; None is the start of a document.
+def load(source: ModelSource, prompt: str | None) -> Ready:
+    """Load a model and encode a prompt for it; None is the start of a document.
 
-    Raises: DataError for a prompt that is empty, no text or, by far, too long; CheckpointError
-        for a model that is missing, damaged or has no tokenizer; ConfigError for a device that is
-        not there.
+    Raises: DataError for a prompt that is empty, not text or far too long; CheckpointError for a
+        model that is missing, damaged or without a tokenizer; ConfigError for a device that is not
+        available.
     """
-    use_threads(threads)
     text = read_prompt(prompt)
-    folder = resolve_model(spec)
-    loaded = api.load(folder, device=device or "auto", dtype=dtype or "auto", quantize=quantize)
+    folder, loaded = load_model(source)
     tokenizer = api.tokenizer_of(loaded)
     return Ready(loaded.model, tokenizer, folder, text, api.encode_prompt(tokenizer, text))
+
+
+def load_model(source: ModelSource) -> tuple[Path, LoadedModel]:
+    """Find and load a model to decode with, and return its folder too."""
+    use_threads(source.threads)
+    folder = resolve_model(source.model)
+    loaded = api.load(folder, device=source.device, dtype=source.dtype, quantize=source.quantize)
+    return folder, loaded
 
 
 def use_threads(threads: int | None) -> None:
     """Let torch use so many threads of the CPU; None leaves it its choice."""
     import torch
 
-    if threads is None:
-        return
-    if threads < 1:
-        raise ConfigError(f"--threads must be at least 1: it is {threads}.")
-    torch.set_num_threads(threads)
+    if threads is not None:
+        torch.set_num_threads(threads)
 
 
 @contextmanager

@@ -1,69 +1,254 @@
-"""How options are declared, and those that several commands share, as typer annotations.
+"""Command-line options made from config dataclasses and function signatures.
 
-Every option says its default in its help, and checks its own value: what typer says of a bad one
-changes from version to version.
+A command is a function whose parameters say what it takes:
+
+    @command
+    def sample(
+        *,
+        sampling: SamplingConfig,
+        runs: Annotated[int, Option("Number of runs", group="Output")] = 3,
+    ) -> None: ...
+
+A config dataclass becomes one option per field that is declared with ``config.option``: named as
+the field, with its type, default and choices, and the first sentence of its docstring as help. The
+command gets the config, built and checked.
 """
 
+import ast
+import functools
+import inspect
+import itertools
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import fields
-from typing import Annotated, Any
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
-from minigpt.config import DEVICES, DTYPES, OVERFLOWS, QUANTIZATIONS, SamplingConfig
-from minigpt.errors import ConfigError, nearest
-from minigpt.settings import build
-
-_DEFAULTS = {f.name: f.default for f in fields(SamplingConfig)}
-
-
-def option(
-    flag: str,
-    text: str,
-    *,
-    group: str,
-    metavar: str | None = None,
-    default: object = None,
-    parse: Callable[[str], Any] | None = None,
-) -> Any:
-    """Declare an option under a heading of --help; ``default`` is shown, and not applied."""
-    shown = text if default is None else f"{text} [{default}]"
-    return typer.Option(
-        flag, help=shown, metavar=metavar, show_default=False, rich_help_panel=group, parser=parse
-    )
+from minigpt.config import (
+    Device,
+    Dtype,
+    Quantization,
+    check_fields,
+    choices_in,
+    choices_of,
+    option,
+    parts_of,
+)
+from minigpt.errors import ConfigError, require_choice
+from minigpt.presets import DEFAULT_PRESET, PRESETS
+from minigpt.settings import build, merge, parse_assignment, plain_key, read_toml
 
 
-def number(
-    flag: str, kind: type[int] | type[float], text: str, *, group: str, default: object = None
-) -> Any:
-    """Declare an option that takes a number."""
+@dataclass(frozen=True)
+class Option:
+    """What --help shows of an option, beyond its name, type and default."""
 
-    def parse(given: str) -> int | float:
+    text: str = ""
+    """What it sets, in one line."""
+    group: str = "General"
+    """Heading that it is listed under."""
+    metavar: str = ""
+    """Placeholder of the value. Empty derives one from the type."""
+    shown: str = ""
+    """Text shown as the default. Empty shows the default itself."""
+    aliases: tuple[str, ...] = ()
+    """Other names, not listed in --help."""
+    name: str = ""
+    """Name. Empty derives it from the parameter."""
+    choices: tuple[str, ...] = ()
+    """Valid values. Empty derives them from the type."""
+    has_escapes: bool = False
+    r"""Whether \n, \r, \t and \\ in the value stand for the characters."""
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Which fields of a config dataclass become options, as an annotation of a parameter."""
+
+    config: type | None = None
+    """Dataclass of a parameter that gets only what was given, as nested plain values."""
+    only: tuple[str, ...] = ()
+    """Names of the fields, dotted below the dataclass. Empty for all that are options."""
+    without: tuple[str, ...] = ()
+    """Names of fields left out."""
+    group: str = ""
+    """Heading of all of them. Empty for each field's own."""
+    defaults: object = None
+    """Config whose values are shown as defaults. None for the dataclass's own defaults."""
+
+
+@dataclass(frozen=True)
+class _Declared:
+    """One option of a command."""
+
+    path: tuple[str, ...]
+    """Where its value goes: the parameter, and for a config the names of table and field."""
+    hint: Any
+    default: Any
+    choices: tuple[str, ...]
+    about: Option
+
+    @property
+    def flag(self) -> str:
+        return "--" + (self.about.name or plain_key(self.path[-1])).replace("_", "-")
+
+    @property
+    def kind(self) -> Any:
+        """The type of a value, for those that are not one of a few words."""
+        kinds = [kind for kind in parts_of(self.hint)[1] if kind is not type(None)]
+        return (get_origin(kinds[0]) or kinds[0]) if kinds else str
+
+    def parameter(self) -> inspect.Parameter:
+        """Return it as typer declares an option."""
+        annotation: Any = str | None
+        flag = self.flag
+        is_field = len(self.path) > 1
+        if self.kind is bool:
+            annotation = bool | None
+            flag += f"/--no-{flag[2:]}" if is_field or self.default else ""
+        elif self.kind in (tuple, list):
+            annotation = list[str] | None
+        default = typer.Option(
+            ... if self.default is MISSING and not is_field else None,
+            flag,
+            *self.about.aliases,
+            help=self._help(),
+            metavar=self._metavar(),
+            show_default=False,
+            rich_help_panel=self.about.group,
+            parser=None if self.kind is bool else self._parse,
+            autocompletion=self._complete if self.choices else None,
+        )
+        name = "__".join(self.path)
+        kind = inspect.Parameter.KEYWORD_ONLY
+        return inspect.Parameter(name, kind, default=default, annotation=annotation)
+
+    def _complete(self, incomplete: str) -> list[str]:
+        return [choice for choice in self.choices if choice.startswith(incomplete)]
+
+    def _help(self) -> str:
+        text, choices, shown = self.about.text, self.choices, self.about.shown
+        if choices:
+            words = " or ".join([*([", ".join(choices[:-1])] if choices[1:] else []), choices[-1]])
+            text = f"{text}: {words}" if text else words
+        if not shown and self.default not in (None, MISSING, "", ()) and self.kind is not bool:
+            shown = f"{self.default:g}" if self.kind is float else str(self.default)
+        return f"{text} [{shown}]" if shown else text
+
+    def _metavar(self) -> str | None:
+        kinds = {bool: None, int: "N", float: "N", Path: "FILE"}
+        return self.about.metavar or ("NAME" if self.choices else kinds.get(self.kind, "TEXT"))
+
+    def _parse(self, text: str) -> Any:
+        if self.about.has_escapes:
+            return _unescape(text)
+        if self.choices:
+            require_choice(self.flag, text, self.choices)
+        words = parts_of(self.hint)[0]
+        if text in words or self.kind not in (int, float, Path):
+            return text
         try:
-            return kind(given)
+            return self.kind(text)
         except ValueError:
-            what = "a whole number" if kind is int else "a number"
-            raise ConfigError(f"{flag} takes {what}: it is {given!r}.") from None
-
-    return option(flag, text, group=group, metavar="N", default=default, parse=parse)
+            what = " or ".join(["a whole number" if self.kind is int else "a number", *words])
+            raise ConfigError(f"{self.flag} takes {what}: it is {text!r}.") from None
 
 
-def choice(flag: str, choices: tuple[str, ...], *, group: str, default: object = None) -> Any:
-    """Declare an option that takes one of a few words."""
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Turn a function's parameters into the arguments and options of a command.
 
-    def parse(given: str) -> str:
-        if given not in choices:
-            raise ConfigError(f"there is no {flag} {given!r}. {nearest(given, choices)}")
-        return given
+    A parameter is one of: a config dataclass, perhaps with ``Fields``; ``Annotated[dict, Fields]``;
+    an ``Option``; an argument or option as typer declares it.
+    """
+    signature = inspect.signature(function)
+    hints = typing.get_type_hints(function, include_extras=True)
+    shown: list[inspect.Parameter] = []
+    configs: dict[str, type] = {}
+    defaults: dict[str, Any] = {}
+    for name, parameter in signature.parameters.items():
+        hint, *about = get_args(hints[name]) if _is_annotated(hints[name]) else (hints[name],)
+        chosen = next((one for one in about if isinstance(one, Fields)), Fields())
+        if is_dataclass(hint):
+            assert isinstance(hint, type)
+            configs[name] = hint
+        elif chosen.config is not None:
+            defaults[name] = {}
+        if is_dataclass(hint) or chosen.config is not None:
+            source: Any = chosen.config or hint
+            shown += [d.parameter() for d in _declared(source, (name,), chosen, chosen.defaults)]
+        elif about and isinstance(about[0], Option):
+            defaults[name] = default = parameter.default
+            default = MISSING if default is inspect.Parameter.empty else default
+            choices = about[0].choices or choices_in(hint)
+            shown.append(_Declared((name,), hint, default, choices, about[0]).parameter())
+        else:
+            defaults[name] = parameter.default
+            shown.append(parameter.replace(annotation=hints[name]))
+    shown.append(_DEBUG)
 
-    text = " or ".join([*([", ".join(choices[:-1])] if choices[1:] else []), choices[-1]])
-    return option(flag, text, group=group, metavar="NAME", default=default, parse=parse)
+    @functools.wraps(function)
+    def run(**typed: Any) -> None:
+        given: dict[str, Any] = {}
+        for name, value in typed.items():
+            *tables, last = name.split("__")
+            if value not in (None, []) and name != _DEBUG.name:
+                place = given
+                for table in tables:
+                    place = place.setdefault(table, {})
+                place[last] = value
+        for name, config in configs.items():
+            given[name] = build(config, given.get(name, {}))
+        function(**defaults | given)
+
+    del run.__wrapped__
+    run.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in shown}
+    return run
 
 
-def _sampling(flag: str, kind: type[int] | type[float], text: str) -> Any:
-    default = _DEFAULTS[flag.removeprefix("--").replace("-", "_")]
-    return number(flag, kind, text, group="Sampling", default=default)
+def _declared(
+    config: Any, path: tuple[str, ...], chosen: Fields, defaults: object
+) -> Iterator[_Declared]:
+    """Yield the options of a config dataclass, those of dataclasses in it included."""
+    heading = config.__name__.removesuffix("Config")
+    for f in fields(config):
+        here = (*path, plain_key(f.name))
+        default = f.default if defaults is None else getattr(defaults, f.name)
+        if is_dataclass(f.type):
+            yield from _declared(f.type, here, chosen, None if defaults is None else default)
+        elif "option" in f.metadata and _is_chosen(".".join(here[1:]), chosen):
+            about = Option(**{"group": heading} | f.metadata["option"])
+            text = about.text or _first_sentence(_docstrings(config)[f.name])
+            about = replace(about, text=text, group=chosen.group or about.group)
+            yield _Declared(here, f.type, default, choices_of(f), about)
+
+
+def _is_chosen(name: str, chosen: Fields) -> bool:
+    return name not in chosen.without and (not chosen.only or name in chosen.only)
+
+
+@functools.cache
+def _docstrings(config: type) -> dict[str, str]:
+    """Return the docstring under each field of a dataclass."""
+    source = Path(inspect.getfile(config)).read_text(encoding="utf-8")
+    classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
+    body = next(node.body for node in classes if node.name == config.__name__)
+    texts = {}
+    for node, below in itertools.pairwise(body):
+        if isinstance(node, ast.AnnAssign) and isinstance(below, ast.Expr):
+            texts[ast.unparse(node.target)] = ast.literal_eval(below.value)
+    return texts
+
+
+def _first_sentence(text: str) -> str:
+    return re.split(r"\.\s", " ".join(text.split()) + " ")[0]
+
+
+def _is_annotated(hint: Any) -> bool:
+    return get_origin(hint) is Annotated
 
 
 def _unescape(text: str) -> str:
@@ -72,115 +257,75 @@ def _unescape(text: str) -> str:
     return re.sub(r"\\([nrt\\])", lambda match: meanings[match[1]], text)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """Which model to load, and where and how it computes."""
+
+    model: str | None = option(None, group="Model", metavar="PATH", shown="the newest run")
+    """Model folder, name of a run, or org/name on the Hub."""
+    device: Device = option("auto", group="Model")
+    """Device."""
+    dtype: Dtype = option("auto", group="Model")
+    """Compute dtype. auto is float32 on a CPU."""
+    quantize: Quantization | None = option(None, group="Model", shown="none")
+    """Weight-only quantization."""
+    compile: bool | None = option(None, group="Model", shown="on CUDA only")
+    """Decode with one compiled graph, which starts more slowly."""
+    threads: int | None = option(None, "[1, inf)", group="Model", shown="one per core")
+    """Number of CPU threads."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
 Prompt = Annotated[
     str | None,
     typer.Argument(
         metavar="PROMPT",
-        help="Text to continue, or - for standard input [none]",
+        help="Text to continue, or - for standard input [empty]",
         show_default=False,
     ),
 ]
-Model = Annotated[
-    str | None,
-    option(
-        "--model",
-        "Model folder, name of a run, or org/name on the hub",
-        group="Model",
-        metavar="PATH",
-        default="the newest run",
-    ),
-]
-Device = Annotated[str | None, choice("--device", DEVICES, group="Model", default="auto")]
-Dtype = Annotated[
-    str | None, choice("--dtype", DTYPES, group="Model", default="auto, float32 on a CPU")
-]
-Quantize = Annotated[
-    str | None,
-    choice("--quantize", QUANTIZATIONS, group="Model", default="the weights as they are"),
-]
-Compile = Annotated[
-    bool | None,
-    typer.Option(
-        "--compile/--no-compile",
-        help="Decode by one compiled graph: slower to begin [only on CUDA]",
-        show_default=False,
-        rich_help_panel="Model",
-    ),
-]
-Threads = Annotated[
-    int | None,
-    number("--threads", int, "Of the CPU, at most", group="Model", default="one a core"),
-]
-Json = Annotated[
-    bool,
-    typer.Option("--json", help="Print JSON, an object a line", rich_help_panel="Output"),
-]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error")]
-
-MaxNewTokens = Annotated[
-    int | None, _sampling("--max-new-tokens", int, "Stop after so many generated tokens")
-]
-Temperature = Annotated[
-    float | None, _sampling("--temperature", float, "Above 1 flattens, below sharpens; 0 is greedy")
-]
-TopK = Annotated[int | None, _sampling("--top-k", int, "Draw from the N most probable; 0 is off")]
-TopP = Annotated[float | None, _sampling("--top-p", float, "Draw from the fewest that sum to N")]
-MinP = Annotated[
-    float | None, _sampling("--min-p", float, "Draw from those at least N times the best")
-]
-RepetitionPenalty = Annotated[
-    float | None,
-    _sampling("--repetition-penalty", float, "Above 1 makes tokens already there rarer"),
-]
-PresencePenalty = Annotated[
-    float | None,
-    _sampling("--presence-penalty", float, "Less for tokens that were generated"),
-]
-FrequencyPenalty = Annotated[
-    float | None,
-    _sampling("--frequency-penalty", float, "Less for each time they were"),
-]
-IgnoreEos = Annotated[
-    bool,
-    typer.Option("--ignore-eos", help="Never draw the end of the text", rich_help_panel="Sampling"),
-]
-Overflow = Annotated[
-    str | None,
-    choice("--overflow", OVERFLOWS, group="Sampling", default=_DEFAULTS["overflow"]),
-]
-Seed = Annotated[
-    int | None,
-    number("--seed", int, "Of the draws", group="Sampling", default="a fresh one, printed"),
-]
-Stop = Annotated[
+Data = Annotated[
     list[str] | None,
-    option(
-        "--stop",
-        r"End before this text (\n: line break); repeat for more",
-        group="Sampling",
-        metavar="TEXT",
-        parse=_unescape,
+    typer.Argument(
+        metavar="DATA",
+        help="Files, folders, globs, - for standard input, or shakespeare "
+        "[the English prose in Python]",
+        show_default=False,
     ),
 ]
-NumSamples = Annotated[
-    int | None, _sampling("--num-samples", int, "Continuations, decoded together")
+Json = Annotated[bool, Option("Print JSON, one object per line", "Output", name="json")]
+Preset = Annotated[
+    str | None,
+    Option("Starting point", "Run", shown=DEFAULT_PRESET, choices=tuple(PRESETS)),
 ]
-Logprobs = Annotated[
-    int | None,
-    number(
-        "--logprobs",
-        int,
-        "Show the model's N most probable tokens at each",
-        group="Output",
-        default=_DEFAULTS["logprobs"],
-    ),
+ConfigFile = Annotated[Path | None, Option("Read settings from a TOML file", "Run")]
+Assignments = Annotated[
+    list[str] | None,
+    Option("Any setting, as in model.d_mlp=512; repeat for several", "Run", "NAME=VALUE"),
 ]
+XAxis = Literal["steps", "tokens", "seconds"]
 
 
-def sampling_config(given: Mapping[str, Any]) -> SamplingConfig:
-    """Build a SamplingConfig of those options in ``given`` that are its fields and were set.
+def layered(
+    file: Path | None,
+    given: Mapping[str, Any],
+    data: Sequence[str] | None = None,
+    preset: str | None = None,
+    assignments: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """Return the settings of a config file, of options and of ``--set``; later ones win."""
+    changes = map(parse_assignment, assignments or ())
+    return merge(
+        read_toml(file) if file else {},
+        {"preset": preset} if preset else {},
+        {"data": {"paths": data}} if data else {},
+        given,
+        *changes,
+    )
 
-    Raises: ConfigError for a value out of range.
-    """
-    values = {name: given[name] for name in _DEFAULTS if given.get(name) is not None}
-    return build(SamplingConfig, values)
+
+_DEBUG = _Declared(
+    ("debug",), bool, False, (), Option("Show the traceback of an error")
+).parameter()

@@ -2,9 +2,8 @@
 
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from minigpt.commands import options
+from minigpt.commands.options import Data, Fields, Json, Option, command
+from minigpt.config import DataConfig
 from minigpt.errors import ConfigError
 from minigpt.presets import PRESETS
 
@@ -18,48 +17,20 @@ if TYPE_CHECKING:
     from minigpt.text.shard_files import Manifest
     from minigpt.text.tokenizer import Tokenizer
 
-_DEFAULT = PRESETS["nano"]["data"]["tokenizer"]
+_DEFAULTS = DataConfig(**PRESETS["nano"]["data"])
 
 
+@command
 def prepare(
-    data: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="DATA",
-            help="Files, folders, globs, - for standard input, or shakespeare [the "
-            "English prose in Python]",
-            show_default=False,
-        ),
-    ] = None,
+    data: Data = None,
     *,
-    out: Annotated[
-        str,
-        options.option("--out", "Folder for the tokens, empty or new", group="Run", metavar="DIR"),
-    ],
-    tokenizer: Annotated[
-        str | None,
-        options.option(
-            "--tokenizer",
-            "bytes, bpe, bpe:N, gpt2, cl100k_base, o200k_base",
-            group="Run",
-            metavar="NAME",
-            default=_DEFAULT,
-        ),
-    ] = None,
+    out: Annotated[str, Option("Folder for the tokens, empty or new", "Run", metavar="DIR")],
+    settings: Annotated[dict[str, Any], Fields(DataConfig, group="Run", defaults=_DEFAULTS)],
     from_: Annotated[
-        str | None,
-        options.option(
-            "--from",
-            "Use the tokenizer of this model: a folder, or the name of a run",
-            group="Run",
-            metavar="MODEL",
-        ),
+        str | None, Option("Model whose tokenizer to use: a folder or a run", "Run", "MODEL")
     ] = None,
-    workers: Annotated[
-        int | None, options.number("--workers", int, "Threads", group="Run", default="all cores")
-    ] = None,
-    as_json: options.Json = False,
-    debug: options.Debug = False,
+    workers: Annotated[int | None, Option("Number of threads", "Run", shown="all cores")] = None,
+    as_json: Json = False,
 ) -> None:
     """Turn text into tokens ahead of training.
 
@@ -69,7 +40,7 @@ def prepare(
 
     Kept are full shards, of 17 million tokens each.
     """
-    if tokenizer is not None and from_ is not None:
+    if settings and from_ is not None:
         raise ConfigError("--from brings its own tokenizer. Leave --tokenizer out.")
     if workers is not None and workers < 1:
         raise ConfigError(f"--workers must be at least 1: it is {workers}.")
@@ -78,11 +49,10 @@ def prepare(
     from minigpt.commands import output
     from minigpt.commands.program import command_line
     from minigpt.commands.progress_line import ProgressLine
-    from minigpt.config import DataConfig
-    from minigpt.settings import build
+    from minigpt.settings import build, to_dict
     from minigpt.text.shards import prepare_folder
 
-    config = build(DataConfig, {"paths": data or [], "tokenizer": tokenizer or _DEFAULT})
+    config = build(DataConfig, to_dict(_DEFAULTS) | {"paths": data or []} | settings)
     folder = Path(out).expanduser()
     with ProgressLine("reading") as progress:
         prepared, work = prepare_folder(

@@ -30,6 +30,7 @@ from minigpt.checkpoint.resolve import resolve_model
 from minigpt.checkpoint.tensor_names import tensors_to_hf
 from minigpt.checkpoint.tools.hub import download_model, is_hub_name
 from minigpt.commands.loading import load
+from minigpt.commands.options import ModelSource
 from minigpt.errors import CheckpointError, ResourceError
 from minigpt.text.tokenizer import bytes_tokenizer
 
@@ -41,6 +42,7 @@ import json, sys
 from minigpt.checkpoint import resolve as finding
 from minigpt.checkpoint.resolve import resolve_model
 from minigpt.commands.loading import load
+from minigpt.commands.options import ModelSource
 from minigpt.errors import MinigptError
 for spec in sys.argv[1:]:
     try:
@@ -430,6 +432,6 @@ def test_a_name_of_the_hub_serves_as_a_model_of_the_commands(
 ) -> None:
     asked: list[str] = []
     monkeypatch.setattr(finding, "download_model", lambda spec: asked.append(spec) or models["one"])
-    ready = load("tiny/story@main", "ab", "cpu", None)
+    ready = load(ModelSource(model="tiny/story@main", device="cpu"), "ab")
     assert asked == ["tiny/story@main"]
     assert (ready.folder, ready.prompt) == (models["one"], [97, 98])

@@ -144,11 +144,11 @@ def test_a_page_rows_and_pictures_are_written(run: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (["--reduce", "median"], 2, "there is no --reduce 'median'"),
+        (["--reduce", "median"], 2, "unknown --reduce 'median'"),
         (["--measure", "norm", "--reduce", "rollout"], 2, "a rollout is of weights"),
-        (["--sink", "first"], 2, "--sink takes a position or auto: it is 'first'"),
+        (["--sink", "first"], 2, "--sink takes a whole number or auto: it is 'first'"),
         (["--sink", "99"], 2, "the sink must be a position of the prompt"),
-        (["--verify", "-1"], 2, "--verify must be at least 0"),
+        (["--verify", "-1"], 2, "--n-verified must be at least 0"),
         (["--html", "no/such/t.html"], 2, "--html: there is no folder 'no/such'"),
         (["--html", "t.html", "--num-samples", "2"], 2, "--html shows one trace"),
         (["--dense", "t", "--num-samples", "2"], 2, "--dense shows one trace"),

@@ -61,7 +61,7 @@ def test_a_misspelt_word_is_named_with_the_nearest_one(
         ("--top-k -1", ["top_k", "-1", "at least 0"]),
         ("--top-p 0", ["top_p", "(0, 1]", "0.0"]),
         ("--top-p 1.5", ["top_p", "1.5"]),
-        ("--min-p 2", ["min_p", "2.0", "between 0 and 1"]),
+        ("--min-p 2", ["min_p", "2.0", "in [0, 1]"]),
         ("--repetition-penalty 0", ["repetition_penalty", "0.0"]),
         ("--max-new-tokens 0", ["max_new_tokens", "0", "at least 1"]),
         ("--num-samples 0", ["num_samples", "0"]),
@@ -202,8 +202,8 @@ def test_a_prompt_that_cannot_be_read_is_refused(
         ("--heads 3", ["--heads", "'3'", "layer.head"]),
         ("--heads 0.7", ["--heads 7", "0 to 1"]),
         ("--layers 0 --heads 1.*", ["no head in common"]),
-        ("--sources -1", ["--sources", "-1"]),
-        ("--sources few", ["--sources", "'few'"]),
+        ("--n-sources -1", ["--n-sources", "-1"]),
+        ("--sources few", ["--n-sources", "'few'"]),
     ],
 )
 def test_heads_that_the_model_lacks_are_refused(

@@ -113,7 +113,7 @@ def test_the_newest_run_is_looked_into_without_a_model(
         ("--seed x", 2, ["--seed takes a whole number: it is 'x'"]),
         ("--seed -1", 2, ["seed must be", "it is -1"]),
         ("--seed 99999999999999999999", 2, ["seed must be"]),
-        ("--threads 0", 2, ["--threads must be at least 1: it is 0"]),
+        ("--threads 0", 2, ["threads must be at least 1: it is 0"]),
         ("--device cuda:9", 2, ["'cuda:9'"]),
     ],
 )

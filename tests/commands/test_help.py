@@ -1,39 +1,47 @@
 """--help and --version: every option there, in 80 columns, with what holds without it."""
 
+import dataclasses
+import os
 import re
+from pathlib import Path
 
 import pytest
 from calls import Run
 from typer.testing import CliRunner
 
 from minigpt.commands import app
+from minigpt.commands.app import COMMANDS
 from minigpt.config import SamplingConfig
 from minigpt.presets import PRESETS
 
-COMMANDS = [
-    "train",
-    "generate",
-    "attention-trace",
-    "heads",
-    "evaluate",
-    "plot",
-    "compare",
-    "claims",
-    "prepare",
-]
+PAGES = Path(__file__).parent / "help"
+"""Every --help page. To regenerate: UPDATE_HELP=1 pytest tests/commands/test_help.py"""
+SUBCOMMANDS = ["list", "show", "verify", "prune", "average"]
+CALLS = [[], *([name] for name in COMMANDS), *(["checkpoints", name] for name in SUBCOMMANDS)]
 
 
-def help_of(command: str) -> str:
-    result = CliRunner().invoke(
-        app, [command, "--help"], env={"COLUMNS": "80"}, prog_name="minigpt"
-    )
+def help_of(*words: str) -> str:
+    result = CliRunner().invoke(app, [*words, "--help"], env={"COLUMNS": "80"}, prog_name="minigpt")
     assert (result.exit_code, result.stderr) == (0, "")
     return result.stdout
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_fits_80_columns_in_aligned_lines(command: str) -> None:
-    lines = help_of(command).splitlines()
+@pytest.mark.parametrize("words", CALLS, ids=" ".join)
+def test_a_help_page_is_the_golden_one(words: list[str]) -> None:
+    path = PAGES / f"{'-'.join(['minigpt', *words])}.txt"
+    if os.environ.get("UPDATE_HELP"):
+        path.write_text(help_of(*words), encoding="utf-8")
+    assert help_of(*words) == path.read_text(encoding="utf-8")
+
+
+def test_each_golden_page_is_of_a_command() -> None:
+    named = {f"{'-'.join(['minigpt', *words])}.txt" for words in CALLS}
+    assert {path.name for path in PAGES.iterdir()} == named
+
+
+@pytest.mark.parametrize("words", CALLS, ids=" ".join)
+def test_help_fits_80_columns_in_aligned_lines(words: list[str]) -> None:
+    lines = help_of(*words).splitlines()
     assert all(len(line) <= 80 for line in lines)
     options = [line for line in lines if re.match(r"  (-h, )?--", line)]
     columns = {match.end() for line in options if (match := re.match(r"  \S.*?  +(?=\S)", line))}
@@ -43,17 +51,26 @@ def test_help_fits_80_columns_in_aligned_lines(command: str) -> None:
 
 @pytest.mark.parametrize("command", ["generate", "attention-trace"])
 def test_sampling_options_show_the_defaults_that_hold(command: str) -> None:
-    text, sampling = help_of(command), SamplingConfig()
+    text, sampling = " ".join(help_of(command).split()), SamplingConfig()
     for name in ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "num_samples"):
-        flag = f"--{name.replace('_', '-')}"
-        assert re.search(rf"{flag} N .*\[{re.escape(str(getattr(sampling, name)))}\]", text), flag
+        flag, default = f"--{name.replace('_', '-')}", f"{getattr(sampling, name):g}"
+        assert re.search(rf"{flag} N [^\[]*(\[0, 1\]|\(0, 1\])? *\[{re.escape(default)}\]", text), (
+            flag
+        )
 
 
-def test_train_shows_what_the_default_preset_holds() -> None:
+def test_train_shows_the_values_of_the_default_preset() -> None:
     text, nano = help_of("train"), PRESETS["nano"]
     assert f"[{nano['training']['max_steps']}]" in text
-    assert re.search(rf"--n-layer N +Blocks \[{nano['model']['n_layer']}\]", text)
-    assert re.search(r"--preset NAME +nano, mini or small \[nano\]", text)
+    assert re.search(rf"--n-layer N +Number of blocks \[{nano['model']['n_layer']}\]", text)
+    assert re.search(r"--preset NAME +Starting point: nano, mini or small \[nano\]", text)
+
+
+def test_every_option_of_a_config_is_named_and_described_as_its_field() -> None:
+    text = " ".join(help_of("generate").split())
+    for field in dataclasses.fields(SamplingConfig):
+        assert f"--{field.name.replace('_', '-')} " in text.replace("[no-]", ""), field.name
+    assert "Seed of the sampling RNG" in text
 
 
 def test_the_convention_of_the_trace_and_its_escapes_are_in_its_help() -> None:
@@ -67,7 +84,7 @@ def test_the_program_lists_its_commands(run: Run) -> None:
     assert (result.code, result.err) == (0, "")
     assert result.out.startswith("Usage: minigpt ")
     listed = re.findall(r"(?m)^  ([a-z-]+)  +[A-Z].*[^.]$", result.out.split("Commands:")[1])
-    assert listed == [*COMMANDS, "checkpoints"]
+    assert listed == list(COMMANDS)
 
 
 def test_no_command_shows_the_help_and_is_a_usage_error(run: Run) -> None:

@@ -2,159 +2,92 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from minigpt.commands import options
+from minigpt.commands.options import Fields, Json, ModelSource, Option, Prompt, command
+from minigpt.config import SamplingConfig
 from minigpt.errors import ConfigError
 
 if TYPE_CHECKING:
     from minigpt.commands.attention_trace.output import Targets
     from minigpt.commands.loading import Ready
-    from minigpt.config import SamplingConfig
     from minigpt.tracing.events import TraceEvent
     from minigpt.tracing.tracer import TraceConfig
 
-_GROUP = "Attention"
 _FILES = "Files"
-_MEASURES = ("weight", "norm", "both")
-_REDUCTIONS = ("mean", "max", "rollout")
-_KNOCKOUTS = ("key", "value")
-_VIEWS = ("lines", "text", "matrix", "heads")
-_PICTURES = ("matrix", "strip")
+_GROUP = "Attention"
 _FILE_SOURCES = 8
 
 
-def _file(flag: str, text: str) -> object:
-    return options.option(flag, text, group=_FILES, metavar="FILE", parse=Path)
-
-
+@command
 def attention_trace(
-    prompt: options.Prompt = None,
-    model: options.Model = None,
-    device: options.Device = None,
-    dtype: options.Dtype = None,
-    quantize: options.Quantize = None,
-    compile: options.Compile = None,
-    threads: options.Threads = None,
+    prompt: Prompt = None,
+    *,
+    source: ModelSource,
     layers: Annotated[
-        str | None,
-        options.option(
-            "--layers",
-            "Layers to look at, as in 0,2,4-6",
-            group=_GROUP,
-            metavar="LIST",
-            default="all",
-        ),
+        str | None, Option("Layers to show, as in 0,2,4-6", _GROUP, "LIST", shown="all")
     ] = None,
     heads: Annotated[
-        str | None,
-        options.option(
-            "--heads",
-            "Heads, layer.head, as in 4.2,5.*",
-            group=_GROUP,
-            metavar="LIST",
-            default="all",
-        ),
+        str | None, Option("Heads to show, layer.head, as in 4.2,5.*", _GROUP, "LIST", shown="all")
     ] = None,
-    measure: Annotated[
-        str | None,
-        options.choice("--measure", _MEASURES, group=_GROUP, default=_MEASURES[0]),
-    ] = None,
+    measure: Annotated[Literal["weight", "norm", "both"], Option("Measure", _GROUP)] = "weight",
     reduce: Annotated[
-        str | None,
-        options.choice("--reduce", _REDUCTIONS, group=_GROUP, default=_REDUCTIONS[0]),
-    ] = None,
-    sources: Annotated[
+        Literal["mean", "max", "rollout"], Option("Reduction over heads", _GROUP)
+    ] = "mean",
+    n_sources: Annotated[
         int | None,
-        options.number(
-            "--sources",
-            int,
-            "Earlier tokens to show",
-            group=_GROUP,
-            default=f"what fits; files {_FILE_SOURCES}",
+        Option(
+            "Number of sources to show",
+            _GROUP,
+            shown=f"what fits; files {_FILE_SOURCES}",
+            aliases=("--sources",),
         ),
     ] = None,
     sink: Annotated[
-        str | None,
-        options.option(
-            "--sink",
-            "The position that counts as the sink, or auto",
-            group=_GROUP,
-            metavar="N",
-            default=0,
+        int | Literal["auto"], Option("Position of the sink, or auto to find it", _GROUP)
+    ] = 0,
+    roles: Annotated[bool, Option("Find the heads' roles first", _GROUP)] = False,
+    n_verified: Annotated[
+        int,
+        Option(
+            "Number of sources per token to knock out, and as many controls",
+            _GROUP,
+            aliases=("--verify",),
         ),
-    ] = None,
-    roles: Annotated[
-        bool,
-        typer.Option("--roles", help="Find the heads' roles first", rich_help_panel=_GROUP),
-    ] = False,
-    verify: Annotated[
-        int | None,
-        options.number(
-            "--verify",
-            int,
-            "Knock out the N strongest sources of each token, and as many others",
-            group=_GROUP,
-            default=0,
-        ),
-    ] = None,
-    knockout: Annotated[
-        str | None,
-        options.choice("--knockout", _KNOCKOUTS, group=_GROUP, default=_KNOCKOUTS[0]),
-    ] = None,
+    ] = 0,
+    knockout: Annotated[Literal["key", "value"], Option("What to knock out", _GROUP)] = "key",
     view: Annotated[
-        str | None, options.choice("--view", _VIEWS, group="Output", default=_VIEWS[0])
-    ] = None,
+        Literal["lines", "text", "matrix", "heads"], Option("View", "Output")
+    ] = "lines",
     position: Annotated[
         int | None,
-        options.number(
-            "--position",
-            int,
-            "The generated token that a text or strip is shaded by",
-            group="Output",
-            default="the last",
-        ),
+        Option("Generated token that a text or strip is shaded by", "Output", shown="the last"),
     ] = None,
-    as_json: options.Json = False,
-    out: Annotated[Path | None, _file("--out", "Write the trace, JSON lines")] = None,
+    as_json: Json = False,
+    out: Annotated[Path | None, Option("Write the trace as JSON lines", _FILES)] = None,
     dense: Annotated[
-        Path | None, _file("--dense", "Write every row of every head, safetensors")
+        Path | None, Option("Write the full rows of all heads, safetensors", _FILES)
     ] = None,
-    html: Annotated[Path | None, _file("--html", "Write a page to explore it in a browser")] = None,
-    svg: Annotated[Path | None, _file("--svg", "Draw it for a paper")] = None,
-    png: Annotated[Path | None, _file("--png", "The same")] = None,
-    picture: Annotated[
-        str | None, options.choice("--picture", _PICTURES, group=_FILES, default=_PICTURES[0])
-    ] = None,
+    html: Annotated[Path | None, Option("Write an interactive page for a browser", _FILES)] = None,
+    svg: Annotated[Path | None, Option("Write a picture as SVG", _FILES)] = None,
+    png: Annotated[Path | None, Option("Write a picture as PNG", _FILES)] = None,
+    picture: Annotated[Literal["matrix", "strip"], Option("Picture", _FILES)] = "matrix",
     replay: Annotated[
-        Path | None, _file("--replay", "Show what --out has written, without a model")
+        Path | None, Option("Show a file that --out wrote, without a model", _FILES)
     ] = None,
     diff: Annotated[
         tuple[Path, Path] | None,
         typer.Option(
             "--diff",
-            help="Compare two files of --out, of the same tokens",
+            help="Compare two files that --out wrote for the same tokens",
             metavar="FILE FILE",
             show_default=False,
             rich_help_panel=_FILES,
         ),
     ] = None,
-    max_new_tokens: options.MaxNewTokens = None,
-    temperature: options.Temperature = None,
-    top_k: options.TopK = None,
-    top_p: options.TopP = None,
-    min_p: options.MinP = None,
-    repetition_penalty: options.RepetitionPenalty = None,
-    presence_penalty: options.PresencePenalty = None,
-    frequency_penalty: options.FrequencyPenalty = None,
-    ignore_eos: options.IgnoreEos = False,
-    stop: options.Stop = None,
-    overflow: options.Overflow = None,
-    num_samples: options.NumSamples = None,
-    seed: options.Seed = None,
-    debug: options.Debug = False,
+    sampling: Annotated[SamplingConfig, Fields(without=("logprobs",))],
 ) -> None:
     r"""Continue a prompt and show what each generated token attended to.
 
@@ -168,17 +101,16 @@ def attention_trace(
 
     The attention of a token is the row of the query that produced it, at the position before it,
     so a token is not among its own sources. Attention says where a head looked, not why the token
-    came: weight is not influence. --verify checks what was: it hides a source's key from that one
-    query in all layers, so that the other weights grow to sum to 1 again, or with --knockout value
-    makes its value 0 and leaves the weights; and does the same to a position near it.
+    came: weight is not influence. --n-verified checks what was: it hides a source's key from that
+    one query in all layers, so that the other weights grow to sum to 1 again, or with --knockout
+    value makes its value 0 and leaves the weights; and does the same to a position near it.
 
     A token's spaces are shown as ␣, its line breaks as \n, bytes that are no text as \xe2.
     """
     from minigpt.commands.attention_trace.output import Targets
 
-    sampling = options.sampling_config(locals())
     targets = Targets(
-        view=view or _VIEWS[0],
+        view=view,
         as_json=as_json,
         position=position,
         out=out,
@@ -186,10 +118,10 @@ def attention_trace(
         svg=svg,
         png=png,
         dense=dense,
-        picture=picture or _PICTURES[0],
+        picture=picture,
     )
     if diff is not None or replay is not None:
-        if prompt is not None or model is not None or dense is not None:
+        if prompt is not None or source.model is not None or dense is not None:
             raise ConfigError(
                 "--replay and --diff read files of --out: there is no model, and no prompt to go "
                 "on from. Leave out PROMPT, --model and --dense."
@@ -199,9 +131,9 @@ def attention_trace(
 
             show_diff(*diff, as_json=as_json)
         elif replay is not None:
-            _replay(replay, targets, n_sources=sources)
+            _replay(replay, targets, n_sources=n_sources)
         return
-    for flag, number in (("--sources", sources), ("--verify", verify)):
+    for flag, number in (("--n-sources", n_sources), ("--n-verified", n_verified)):
         if number is not None and number < 0:
             raise ConfigError(f"{flag} must be at least 0: it is {number}.")
     from minigpt.commands.loading import load
@@ -212,27 +144,18 @@ def attention_trace(
     config = TraceConfig(
         layers=layers,
         heads=heads,
-        measures=MEASURES[measure or _MEASURES[0]],
-        reduce=reduce or _REDUCTIONS[0],  # type: ignore[arg-type]
-        n_sources=_FILE_SOURCES if sources is None else sources,
-        sink=_sink(sink),
+        measures=MEASURES[measure],
+        reduce=reduce,
+        n_sources=_FILE_SOURCES if n_sources is None else n_sources,
+        sink=None if sink == "auto" else sink,
         has_heads=targets.has_heads,
-        n_verified=verify or 0,
-        knockout=knockout or _KNOCKOUTS[0],  # type: ignore[arg-type]
+        n_verified=n_verified,
+        knockout=knockout,
         has_roles=roles,
     )
-    ready = load(model, prompt, device, dtype, quantize=quantize, threads=threads)
-    if not _trace(ready, sampling, config, targets, n_sources=sources, compile=compile):
+    ready = load(source, prompt)
+    if not _trace(ready, sampling, config, targets, n_sources=n_sources, compile=source.compile):
         raise typer.Exit(130)
-
-
-def _sink(text: str | None) -> int | None:
-    if text == "auto":
-        return None
-    try:
-        return int(text or 0)
-    except ValueError:
-        raise ConfigError(f"--sink takes a position or auto: it is {text!r}.") from None
 
 
 def _trace(

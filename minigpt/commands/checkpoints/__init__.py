@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from minigpt.commands import options
 from minigpt.commands.app import group
+from minigpt.commands.options import Json, Option, command
 from minigpt.errors import CheckpointError
 
 
@@ -15,13 +15,13 @@ def _argument(metavar: str, text: str) -> Any:
     return typer.Argument(metavar=metavar, help=text, show_default=False)
 
 
+@command
 def list_(
     folder: Annotated[
         str | None,
         _argument("FOLDER", "Folder of runs and models, or one of them [checkpoints]"),
     ] = None,
-    as_json: options.Json = False,
-    debug: options.Debug = False,
+    as_json: Json = False,
 ) -> None:
     """List runs and models with their losses.
 
@@ -45,12 +45,12 @@ def list_(
         output.note("no checkpoint is here yet. Make one with `minigpt train`.")
 
 
+@command
 def show(
     model: Annotated[
         str | None, _argument("MODEL", "Model folder, or the name of a run [the newest run]")
     ] = None,
-    as_json: options.Json = False,
-    debug: options.Debug = False,
+    as_json: Json = False,
 ) -> None:
     """Show a model's shape, cost and tensors.
 
@@ -70,13 +70,13 @@ def show(
         output.show(model_lines(facts, output.line_width()))
 
 
+@command
 def verify(
     models: Annotated[
         list[str] | None,
         _argument("MODEL", "Runs, of which every step, and model folders [all in checkpoints]"),
     ] = None,
-    as_json: options.Json = False,
-    debug: options.Debug = False,
+    as_json: Json = False,
 ) -> None:
     """Check that checkpoints are as they were written.
 
@@ -114,23 +114,13 @@ def verify(
         )
 
 
+@command
 def prune(
     run: Annotated[str, _argument("RUN", "Name of a run, or its folder")],
-    keep: Annotated[
-        int,
-        options.number(
-            "--keep", int, "Keep the newest N beside best and latest", group="Run", default=0
-        ),
-    ] = 0,
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Only say what would be removed", rich_help_panel="Run"),
-    ] = False,
-    yes: Annotated[
-        bool, typer.Option("--yes", help="Remove without asking", rich_help_panel="Run")
-    ] = False,
-    as_json: options.Json = False,
-    debug: options.Debug = False,
+    keep: Annotated[int, Option("Keep the newest N besides best and latest", "Run")] = 0,
+    dry_run: Annotated[bool, Option("Only list what would be removed", "Run")] = False,
+    yes: Annotated[bool, Option("Remove without asking", "Run")] = False,
+    as_json: Json = False,
 ) -> None:
     """Remove steps of a run but the best and the latest.
 
@@ -143,31 +133,17 @@ def prune(
     prune_run(run, keep, dry_run=dry_run, yes=yes, as_json=as_json)
 
 
+@command
 def average(
     run: Annotated[str, _argument("RUN", "Name of a run, or its folder")],
-    last: Annotated[
-        int,
-        options.number("--last", int, "Average the newest N checkpoints", group="Run", default=5),
-    ] = 5,
+    last: Annotated[int, Option("Average the newest N checkpoints", "Run")] = 5,
     until: Annotated[
-        int | None,
-        options.number(
-            "--until", int, "Leave out those after step N", group="Run", default="the latest"
-        ),
+        int | None, Option("Leave out checkpoints after step N", "Run", shown="the latest")
     ] = None,
     out: Annotated[
-        Path | None,
-        options.option(
-            "--out",
-            "New folder for the mean",
-            group="Run",
-            metavar="FOLDER",
-            default="RUN-mean",
-            parse=Path,
-        ),
+        Path | None, Option("New folder for the mean", "Run", "FOLDER", shown="RUN-mean")
     ] = None,
-    as_json: options.Json = False,
-    debug: options.Debug = False,
+    as_json: Json = False,
 ) -> None:
     """Write the mean of a run's last checkpoints.
 

@@ -5,12 +5,13 @@ from typing import Annotated
 
 import typer
 
-from minigpt.commands import options
-from minigpt.errors import ConfigError, nearest
+from minigpt.commands.options import Fields, Json, ModelSource, Option, command
+from minigpt.errors import ConfigError, require_choice
 
 _CLAIMS = ("long-range", "explainable", "parallel")
 
 
+@command
 def claims(
     which: Annotated[
         list[str] | None,
@@ -20,24 +21,14 @@ def claims(
             show_default=False,
         ),
     ] = None,
-    quick: Annotated[
-        bool,
-        typer.Option("--quick", help="A look in a minute: less is learned", rich_help_panel="Size"),
-    ] = False,
-    seeds: Annotated[
-        int | None,
-        options.number("--seeds", int, "Models of each kind", group="Size", default=1),
-    ] = None,
-    device: options.Device = None,
-    threads: options.Threads = None,
+    *,
+    quick: Annotated[bool, Option("Train smaller models for about a minute", "Size")] = False,
+    seeds: Annotated[int, Option("Number of models of each kind", "Size")] = 1,
+    source: Annotated[ModelSource, Fields(only=("device", "threads"), group="Size")],
     out: Annotated[
-        str | None,
-        options.option(
-            "--out", "Write pictures and claims.json there", group="Output", metavar="FOLDER"
-        ),
+        Path | None, Option("Folder for pictures and claims.json", "Output", metavar="FOLDER")
     ] = None,
-    as_json: options.Json = False,
-    debug: options.Debug = False,
+    as_json: Json = False,
 ) -> None:
     """Measure what is claimed of attention.
 
@@ -53,23 +44,21 @@ def claims(
     """
     wanted = list(dict.fromkeys(which or _CLAIMS))
     for name in wanted:
-        if name not in _CLAIMS:
-            raise ConfigError(f"there is no claim {name!r}. {nearest(name, _CLAIMS)}")
-    n_seeds = 1 if seeds is None else seeds
-    if n_seeds < 1:
-        raise ConfigError(f"--seeds must be at least 1: it is {n_seeds}.")
+        require_choice("claim", name, _CLAIMS)
+    if seeds < 1:
+        raise ConfigError(f"--seeds must be at least 1: it is {seeds}.")
     from minigpt.commands.claims.views import prepare_folder, show_finding, write_findings
     from minigpt.commands.loading import use_threads
     from minigpt.commands.progress_line import ProgressLine
 
-    folder = None if out is None else prepare_folder(Path(out))
+    folder = None if out is None else prepare_folder(out)
     from minigpt.model.device import resolve_device
     from minigpt.studies.claims.learning import Progress
     from minigpt.studies.claims.study import DEFAULT, QUICK, Study
 
-    use_threads(threads)
+    use_threads(source.threads)
     study = Study(
-        QUICK if quick else DEFAULT, seeds=range(n_seeds), device=resolve_device(device or "auto")
+        QUICK if quick else DEFAULT, seeds=range(seeds), device=resolve_device(source.device)
     )
     findings = []
     for claim in wanted:

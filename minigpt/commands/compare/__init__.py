@@ -3,113 +3,71 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
-from minigpt.commands import options
-from minigpt.config import ARCHS, ATTENTIONS, DEVICES, DTYPES
+from minigpt.commands.options import (
+    Assignments,
+    ConfigFile,
+    Data,
+    Fields,
+    Json,
+    Option,
+    Preset,
+    XAxis,
+    command,
+    layered,
+)
+from minigpt.config import ARCHS, ATTENTIONS, RunConfig
 from minigpt.errors import ConfigError
-from minigpt.presets import PRESETS
-from minigpt.settings import merge, parse_assignment, read_toml
-
-_X_AXES = ("steps", "tokens", "seconds")
-_VARIANTS = "scaled_dot,additive,general,lstm"
-_N_SEEDS = 3
+from minigpt.presets import default_run
 
 
+@command
 def compare(
-    data: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="DATA",
-            help="As of train: files, folders, globs, - or shakespeare [the English prose in "
-            "Python]",
-            show_default=False,
-        ),
-    ] = None,
+    data: Data = None,
+    *,
     variants: Annotated[
-        str | None,
-        options.option(
-            "--variants",
-            f"{', '.join(ATTENTIONS)}, {', '.join(ARCHS[1:])}",
-            group="Comparison",
+        str,
+        Option(
+            f"Variants: {', '.join(ATTENTIONS)}, {', '.join(list(ARCHS)[1:])}",
+            "Comparison",
             metavar="NAME,NAME",
-            default=_VARIANTS,
         ),
-    ] = None,
+    ] = "scaled_dot,additive,general,lstm",
     budget: Annotated[
-        str | None,
-        options.option(
-            "--budget",
-            "Of a run: steps, seconds or flops, as in seconds:60",
-            group="Comparison",
+        str,
+        Option(
+            "Budget of each run: steps, seconds or flops, as in seconds:60",
+            "Comparison",
             metavar="NAME:N",
-            default="steps, of the preset",
+            shown="the preset's steps",
         ),
-    ] = None,
-    seeds: Annotated[
-        int | None,
-        options.number("--seeds", int, "Runs of a variant", group="Comparison", default=_N_SEEDS),
-    ] = None,
+    ] = "steps",
+    seeds: Annotated[int, Option("Number of runs per variant", "Comparison")] = 3,
     name: Annotated[
         str | None,
-        options.option(
-            "--name",
-            "How the runs' names begin in checkpoints/",
-            group="Comparison",
+        Option(
+            "Prefix of the runs' names in checkpoints/",
+            "Comparison",
             metavar="NAME",
-            default="of data",
+            shown="from the text",
         ),
     ] = None,
-    preset: Annotated[
-        str | None, options.choice("--preset", tuple(PRESETS), group="Runs", default="nano")
-    ] = None,
-    config: Annotated[
-        str | None,
-        options.option("--config", "Settings from a TOML file", group="Runs", metavar="FILE"),
-    ] = None,
-    set_: Annotated[
-        list[str] | None,
-        options.option(
-            "--set",
-            "Any setting, as in model.d_mlp=512; repeat",
-            group="Runs",
-            metavar="NAME=VALUE",
+    preset: Preset = None,
+    config: ConfigFile = None,
+    set_: Assignments = None,
+    settings: Annotated[
+        dict[str, Any],
+        Fields(
+            RunConfig,
+            only=("data.tokenizer", "training.seed", "training.device", "training.dtype"),
+            group="Run",
+            defaults=default_run(),
         ),
-    ] = None,
-    tokenizer: Annotated[
-        str | None,
-        options.option(
-            "--tokenizer", "As of train", group="Runs", metavar="NAME", default="of the preset"
-        ),
-    ] = None,
-    seed: Annotated[
-        int | None,
-        options.number("--seed", int, "Of the first run of each", group="Runs", default=1337),
-    ] = None,
-    device: Annotated[
-        str | None, options.choice("--device", DEVICES, group="Runs", default="auto")
-    ] = None,
-    dtype: Annotated[
-        str | None, options.choice("--dtype", DTYPES, group="Runs", default="auto")
-    ] = None,
-    x: Annotated[
-        str | None, options.choice("--x", _X_AXES, group="Output", default="steps")
-    ] = None,
+    ],
+    x: Annotated[XAxis, Option("Unit of the x axis", "Output")] = "steps",
     out: Annotated[
-        str | None,
-        options.option(
-            "--out",
-            "Draw the validation losses: .svg or .png",
-            group="Output",
-            metavar="FILE",
-            default="no picture",
-        ),
+        Path | None, Option("Draw the validation losses, .svg or .png", "Output")
     ] = None,
-    json: Annotated[
-        bool,
-        typer.Option("--json", help="Print one JSON object", rich_help_panel="Output"),
-    ] = False,
-    debug: options.Debug = False,
+    as_json: Json = False,
 ) -> None:
     """Compare kinds of attention, and life without it.
 
@@ -125,31 +83,8 @@ def compare(
     """
     from minigpt.commands.compare.run import Wanted, run_comparison
 
-    n_seeds = _N_SEEDS if seeds is None else seeds
-    if n_seeds < 1:
-        raise ConfigError(f"--seeds must be at least 1: it is {n_seeds}.")
-    flags: dict[str, Any] = {
-        "preset": preset,
-        "data": {"paths": data or None, "tokenizer": tokenizer},
-        "training": {"seed": seed, "device": device, "dtype": dtype},
-    }
-    file = read_toml(Path(config)) if config else {}
-    overrides = merge(file, _given(flags), *map(parse_assignment, set_ or []))
-    wanted = Wanted(
-        variants=variants or _VARIANTS,
-        budget=budget or "steps",
-        n_seeds=n_seeds,
-        name=name,
-        overrides=overrides,
-    )
-    run_comparison(wanted, x_axis=x or _X_AXES[0], out=Path(out) if out else None, is_json=json)
-
-
-def _given(values: dict[str, Any]) -> dict[str, Any]:
-    """Return nested settings without those that were left out."""
-    kept = {}
-    for key, value in values.items():
-        value = _given(value) if isinstance(value, dict) else value
-        if value is not None and value != {}:
-            kept[key] = value
-    return kept
+    if seeds < 1:
+        raise ConfigError(f"--seeds must be at least 1: it is {seeds}.")
+    overrides = layered(config, settings, data, preset, set_)
+    wanted = Wanted(variants=variants, budget=budget, n_seeds=seeds, name=name, overrides=overrides)
+    run_comparison(wanted, x_axis=x, out=out, is_json=as_json)

@@ -1,70 +1,42 @@
 """minigpt evaluate; the docstring of the command is its --help."""
 
+from dataclasses import dataclass, replace
 from typing import Annotated
 
-import typer
-
-from minigpt.commands import options
-from minigpt.config import DTYPES
+from minigpt.commands.options import Data, Fields, Json, ModelSource, command
+from minigpt.config import check_fields, option
 
 
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """The text to evaluate on, and how it is cut into windows."""
+
+    data: tuple[str, ...] = option((), group="Text", metavar="PATH")
+    """Another DATA; repeat for several."""
+    val_fraction: float | None = option(None, "(0, 1)", group="Text", shown="all")
+    """Fraction of the text, at its end, to evaluate on."""
+    eval_tokens: int | None = option(None, "[1, inf)", group="Text", shown="all")
+    """Most tokens to predict, in evenly spaced windows."""
+    context_length: int | None = option(
+        None, "[1, inf)", group="Windows", shown="the model's, at most 1024"
+    )
+    """Tokens per window."""
+    stride: int | None = option(None, "[1, inf)", group="Windows", shown="no overlap")
+    """Tokens from the start of a window to that of the next."""
+    batch_size: int | None = option(None, "[1, inf)", group="Windows", shown="by their size")
+    """Windows per forward pass."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@command
 def evaluate(
-    data: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="DATA",
-            help="Files, folders, globs, - for standard input, or shakespeare [the "
-            "English prose in Python]",
-            show_default=False,
-        ),
-    ] = None,
-    more_data: Annotated[
-        list[str] | None,
-        options.option("--data", "The same as DATA; repeat for more", group="Text", metavar="PATH"),
-    ] = None,
-    val_fraction: Annotated[
-        float | None,
-        options.number(
-            "--val-fraction", float, "Only the last share of the text", group="Text", default="all"
-        ),
-    ] = None,
-    eval_tokens: Annotated[
-        int | None,
-        options.number(
-            "--eval-tokens", int, "At most N tokens, evenly spread", group="Text", default="all"
-        ),
-    ] = None,
-    context_length: Annotated[
-        int | None,
-        options.number(
-            "--context-length",
-            int,
-            "Tokens in a window",
-            group="Windows",
-            default="the model's, at most 1024",
-        ),
-    ] = None,
-    stride: Annotated[
-        int | None,
-        options.number(
-            "--stride", int, "Tokens from window to window", group="Windows", default="no overlap"
-        ),
-    ] = None,
-    batch_size: Annotated[
-        int | None,
-        options.number(
-            "--batch-size", int, "Windows at once", group="Windows", default="by their size"
-        ),
-    ] = None,
-    model: options.Model = None,
-    device: options.Device = None,
-    dtype: Annotated[
-        str | None, options.choice("--dtype", DTYPES, group="Model", default="auto")
-    ] = None,
-    quantize: options.Quantize = None,
-    threads: options.Threads = None,
-    as_json: options.Json = False,
-    debug: options.Debug = False,
+    data: Data = None,
+    *,
+    config: EvaluationConfig,
+    source: Annotated[ModelSource, Fields(without=("compile",))],
+    as_json: Json = False,
 ) -> None:
     """Measure how well a model predicts a text.
 
@@ -78,24 +50,10 @@ def evaluate(
     and --context-length where the run's config.toml has other ones than hold here.
     """
     from minigpt.commands import output
-    from minigpt.commands.evaluate.measuring import Wanted, lines, measure, record
-    from minigpt.commands.loading import use_threads
+    from minigpt.commands.evaluate.measuring import lines, measure, record
 
-    use_threads(threads)
-    measurement = measure(
-        Wanted(
-            model=model,
-            paths=[*(data or ()), *(more_data or ())],
-            val_fraction=val_fraction,
-            eval_tokens=eval_tokens,
-            context_length=context_length,
-            stride=stride,
-            batch_size=batch_size,
-            device=device,
-            dtype=dtype,
-            quantize=quantize,
-        )
-    )
+    config = replace(config, data=(*(data or ()), *config.data))
+    measurement = measure(config, source)
     if as_json:
         output.write_json(record(measurement))
     else:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,9 @@ from rich.text import Text
 from torch import Tensor
 
 from minigpt.checkpoint.resolve import resolve_model
+from minigpt.commands.evaluate import EvaluationConfig
+from minigpt.commands.loading import use_threads
+from minigpt.commands.options import ModelSource
 from minigpt.commands.output import aligned, one_line
 from minigpt.commands.progress_line import ProgressLine
 from minigpt.config import DataConfig, ModelConfig
@@ -25,22 +28,6 @@ from minigpt.settings import build
 from minigpt.text.batches import validation_windows
 from minigpt.text.datasets import BUILTIN
 from minigpt.text.shards import PreparedData, TokenSpan, prepare
-
-
-@dataclass(frozen=True, kw_only=True)
-class Wanted:
-    """What the user asked for; None where nothing was said."""
-
-    model: str | None
-    paths: Sequence[str]
-    val_fraction: float | None
-    eval_tokens: int | None
-    context_length: int | None
-    stride: int | None
-    batch_size: int | None
-    device: str | None
-    dtype: str | None
-    quantize: str | None
 
 
 @dataclass(frozen=True)
@@ -61,9 +48,10 @@ class Windows:
 class Measurement:
     """How well a model predicted a text."""
 
-    wanted: Wanted
+    config: EvaluationConfig
+    source: ModelSource
     folder: Path
-    """Of the model."""
+    """Model folder."""
     windows: Windows
     result: Evaluation
     seconds: float
@@ -74,7 +62,7 @@ class Measurement:
     @property
     def data(self) -> list[str]:
         """The text, as the user called it."""
-        return list(self.wanted.paths) or [BUILTIN]
+        return list(self.config.data) or [BUILTIN]
 
     @property
     def tokens_per_s(self) -> float:
@@ -87,27 +75,26 @@ class Measurement:
         return str(self.dtype).removeprefix("torch.")
 
 
-def measure(wanted: Wanted) -> Measurement:
+def measure(config: EvaluationConfig, source: ModelSource) -> Measurement:
     """Read the model and the text, and make one pass.
 
-    Raises: ConfigError for a setting that cannot be; CheckpointError for a model that is missing,
-        damaged or has no tokenizer; DataError for a text that cannot be used.
+    Raises: ConfigError for a window longer than the context; CheckpointError for a model that is
+        missing, damaged or without a tokenizer; DataError for a text that cannot be used.
     """
-    for name in ("eval_tokens", "context_length", "stride", "batch_size"):
-        _require_between(name, getattr(wanted, name), 1)
-    share = {} if wanted.val_fraction is None else {"val_fraction": wanted.val_fraction}
-    config = build(DataConfig, {"paths": list(wanted.paths), **share})
-    device = resolve_device(wanted.device or "auto")
-    dtype = resolve_dtype(wanted.dtype or "auto", device)
-    folder = resolve_model(wanted.model)
+    use_threads(source.threads)
+    share = {} if config.val_fraction is None else {"val_fraction": config.val_fraction}
+    text = build(DataConfig, {"paths": list(config.data), **share})
+    device = resolve_device(source.device)
+    dtype = resolve_dtype(source.dtype, device)
+    folder = resolve_model(source.model)
     # As while training: weights in float32, and autocast to the dtype.
-    loaded = load(folder, device=device.type, dtype="float32", quantize=wanted.quantize)
+    loaded = load(folder, device=device.type, dtype="float32", quantize=source.quantize)
     model, tokenizer = loaded.model, tokenizer_of(loaded)
-    _require_between("context_length", wanted.context_length, 1, model.config.context_length)
+    _require_at_most("context_length", config.context_length, model.config.context_length)
     with ProgressLine("reading") as progress:
-        data = prepare(config, on_progress=progress.preparing, tokenizer=tokenizer)
-        span = _span(data, wanted.val_fraction)
-        windows = _windows(wanted, model.config, len(span))
+        data = prepare(text, on_progress=progress.preparing, tokenizer=tokenizer)
+        span = _span(data, config.val_fraction)
+        windows = _windows(config, model.config, len(span))
         started = time.perf_counter()
         batches = _shown(_batches(span, windows), windows.n_tokens, progress)
         result = evaluate(model, batches, tokenizer.token_byte_lengths, dtype=dtype)
@@ -117,15 +104,14 @@ def measure(wanted: Wanted) -> Measurement:
             f"the loss of {str(folder)!r} is {result.nats_per_token}, so its weights are damaged. "
             "Use another checkpoint, or download it again."
         )
-    if wanted.val_fraction is None and result.n_tokens == len(span) - 1:
+    if config.val_fraction is None and result.n_tokens == len(span) - 1:
         result = replace(result, n_bytes=_text_bytes(data, span))
-    return Measurement(wanted, folder, windows, result, seconds, device, dtype)
+    return Measurement(config, source, folder, windows, result, seconds, device, dtype)
 
 
-def _require_between(name: str, value: int | None, low: int, high: int | None = None) -> None:
-    if value is not None and (value < low or (high is not None and value > high)):
-        bound = f"at least {low}" if high is None else f"between {low} and {high}"
-        raise ConfigError(f"{name} must be {bound}: it is {value}.")
+def _require_at_most(name: str, value: int | None, most: int) -> None:
+    if value is not None and value > most:
+        raise ConfigError(f"{name} must be between 1 and {most}: it is {value}.")
 
 
 def _span(data: PreparedData, val_fraction: float | None) -> TokenSpan:
@@ -148,15 +134,15 @@ def _span(data: PreparedData, val_fraction: float | None) -> TokenSpan:
     return span
 
 
-def _windows(wanted: Wanted, model: ModelConfig, n_tokens: int) -> Windows:
-    longest = wanted.context_length or min(model.context_length, LONGEST_WINDOW)
-    _require_between("stride", wanted.stride, 1, longest)
+def _windows(config: EvaluationConfig, model: ModelConfig, n_tokens: int) -> Windows:
+    longest = config.context_length or min(model.context_length, LONGEST_WINDOW)
+    _require_at_most("stride", config.stride, longest)
     length = min(longest, n_tokens - 1)  # a short text is one short window
     return Windows(
         context_length=length,
-        stride=min(wanted.stride or length, length),
-        batch_size=wanted.batch_size or windows_at_once(model.vocab_size, length),
-        n_tokens=min(wanted.eval_tokens or n_tokens, n_tokens - 1),
+        stride=min(config.stride or length, length),
+        batch_size=config.batch_size or windows_at_once(model.vocab_size, length),
+        n_tokens=min(config.eval_tokens or n_tokens, n_tokens - 1),
     )
 
 
@@ -209,7 +195,7 @@ def record(measurement: Measurement) -> dict[str, Any]:
     return {
         "model": measurement.folder,
         "data": measurement.data,
-        "val_fraction": measurement.wanted.val_fraction,
+        "val_fraction": measurement.config.val_fraction,
         **{name: value if math.isfinite(value) else None for name, value in numbers.items()},
         "n_tokens": result.n_tokens,
         "n_bytes": result.n_bytes,
@@ -218,14 +204,14 @@ def record(measurement: Measurement) -> dict[str, Any]:
         "batch_size": windows.batch_size,
         "device": measurement.device.type,
         "dtype": measurement.dtype_name,
-        "quantize": measurement.wanted.quantize,
+        "quantize": measurement.source.quantize,
     }
 
 
 def lines(measurement: Measurement) -> Iterator[Text]:
     """Yield what came of a measurement, for people."""
     result, windows = measurement.result, measurement.windows
-    share, seconds = measurement.wanted.val_fraction, measurement.seconds
+    share, seconds = measurement.config.val_fraction, measurement.seconds
     time_ = f"{seconds:.1f} s" if seconds < 60 else duration(seconds)
     facts = {
         "model": one_line(str(measurement.folder)),
@@ -237,7 +223,7 @@ def lines(measurement: Measurement) -> Iterator[Text]:
         "windows": f"{windows.context_length} tokens, stride {windows.stride}",
         "speed": f"{short(measurement.tokens_per_s)} tok/s, {time_} on "
         f"{measurement.device.type} in {measurement.dtype_name}"
-        + (f", {measurement.wanted.quantize} weights" if measurement.wanted.quantize else ""),
+        + (f", {measurement.source.quantize} weights" if measurement.source.quantize else ""),
     }
     rows = [[Text(name, "dim"), Text(fact)] for name, fact in facts.items()]
     yield from aligned(rows, ["left"] * 2)

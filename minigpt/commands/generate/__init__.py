@@ -1,57 +1,24 @@
 """minigpt generate; the docstring of the command is its --help."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from minigpt.commands import options
+from minigpt.commands.options import Json, ModelSource, Option, Prompt, command
+from minigpt.config import SamplingConfig
 from minigpt.errors import ConfigError
-
-if TYPE_CHECKING:
-    from minigpt.config import SamplingConfig
+from minigpt.rings import ring
 
 
+@command
 def generate(
-    prompt: options.Prompt = None,
-    model: options.Model = None,
-    device: options.Device = None,
-    dtype: options.Dtype = None,
-    quantize: options.Quantize = None,
-    compile: options.Compile = None,
-    threads: options.Threads = None,
-    max_new_tokens: options.MaxNewTokens = None,
-    temperature: options.Temperature = None,
-    top_k: options.TopK = None,
-    top_p: options.TopP = None,
-    min_p: options.MinP = None,
-    repetition_penalty: options.RepetitionPenalty = None,
-    presence_penalty: options.PresencePenalty = None,
-    frequency_penalty: options.FrequencyPenalty = None,
-    ignore_eos: options.IgnoreEos = False,
-    stop: options.Stop = None,
-    overflow: options.Overflow = None,
-    num_samples: options.NumSamples = None,
-    seed: options.Seed = None,
-    interactive: Annotated[
-        bool,
-        typer.Option(
-            "--interactive",
-            help="Go on from each line that is typed; Ctrl-D ends",
-            rich_help_panel="Output",
-        ),
-    ] = False,
-    logprobs: options.Logprobs = None,
-    as_json: options.Json = False,
-    stream: Annotated[
-        bool,
-        typer.Option(
-            "--stream/--no-stream",
-            help="Print text as it is decoded, or at the end [stream]",
-            show_default=False,
-            rich_help_panel="Output",
-        ),
-    ] = True,
-    debug: options.Debug = False,
+    prompt: Prompt = None,
+    *,
+    source: ModelSource,
+    sampling: SamplingConfig,
+    interactive: Annotated[bool, Option("Continue each typed line; Ctrl-D ends", "Output")] = False,
+    as_json: Json = False,
+    stream: Annotated[bool, Option("Print text as it is generated", "Output")] = True,
 ) -> None:
     r"""Continue a prompt with a trained model.
 
@@ -72,7 +39,6 @@ def generate(
     its end; one that ends with \ and the next one, with the line break between; an empty one lets
     the model go on. Ctrl-C stops an answer.
     """
-    sampling = options.sampling_config(locals())
     if interactive:
         _check_interactive(sampling, prompt)
     from minigpt.commands.generate.samples import SampleDisplay
@@ -81,16 +47,21 @@ def generate(
     from minigpt.generation.decoder import fresh_seed
     from minigpt.generation.stream import stream_samples
 
-    ready = load(model, prompt, device, dtype, quantize=quantize, threads=threads)
+    ready = load(source, prompt)
     display = SampleDisplay(ready, sampling, as_json=as_json, streams=stream)
     seed = fresh_seed() if sampling.seed is None else sampling.seed
     if interactive:
-        from minigpt.commands.generate.interactive import converse
-
-        converse(ready, sampling, display, seed=seed, compile=compile, begins=prompt is not None)
+        ring("commands.generate.interactive").converse(
+            ready,
+            sampling,
+            display,
+            seed=seed,
+            compile=source.compile,
+            begins=prompt is not None,
+        )
         return
-    with compiling(is_compiled(ready.model, compile)):
-        decoder = make_decoder(ready.model, ready.prompt, sampling, compile=compile)
+    with compiling(is_compiled(ready.model, source.compile)):
+        decoder = make_decoder(ready.model, ready.prompt, sampling, compile=source.compile)
     is_whole = display.show(
         stream_samples(decoder, ready.tokenizer, sampling, seed=seed),
         seed=seed,

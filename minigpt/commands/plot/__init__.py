@@ -5,11 +5,10 @@ from typing import Annotated
 
 import typer
 
-from minigpt.commands import options
-
-_X_AXES = ("steps", "tokens", "seconds")
+from minigpt.commands.options import Json, Option, XAxis, command
 
 
+@command
 def plot(
     runs: Annotated[
         list[str] | None,
@@ -19,21 +18,12 @@ def plot(
             show_default=False,
         ),
     ] = None,
-    x: Annotated[
-        str | None, options.choice("--x", _X_AXES, group="Output", default="steps")
-    ] = None,
+    *,
+    x: Annotated[XAxis, Option("Unit of the x axis", "Output")] = "steps",
     out: Annotated[
-        str | None,
-        options.option(
-            "--out",
-            "Write a picture, .svg or .png",
-            group="Output",
-            metavar="FILE",
-            default="a chart of text",
-        ),
+        Path | None, Option("Write a picture, .svg or .png", "Output", shown="a chart as text")
     ] = None,
-    as_json: options.Json = False,
-    debug: options.Debug = False,
+    as_json: Json = False,
 ) -> None:
     """Draw the loss curves of runs.
 
@@ -48,9 +38,8 @@ def plot(
     from minigpt.commands.plot.picture import require_matplotlib, write_picture
     from minigpt.training.reports.curves import find_run, read_curves
 
-    axis = x or _X_AXES[0]
     if out is not None:
-        require_matplotlib(Path(out))
+        require_matplotlib(out)
     folders = [find_run(run) for run in runs] if runs else [find_run(None)]
     found = [read_curves(folder) for folder in dict.fromkeys(folders)]
     if len({one.tokenizer for one in found}) > 1:
@@ -59,7 +48,7 @@ def plot(
         for one in found:
             output.write_json(record(one))
     if out is not None:
-        write_picture(Path(out), curves_to_draw(found, axis), x_unit=axis)
+        write_picture(out, curves_to_draw(found, x), x_unit=x)
         output.note(f"wrote {out}")
     elif not as_json:
-        show_chart(found, axis)
+        show_chart(found, x)
