@@ -1,6 +1,7 @@
 """Looking up a ring: a part of the package that the core works without."""
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 from minigpt.errors import ConfigError
@@ -22,3 +23,8 @@ def ring(module: str) -> Any:
         raise ConfigError(
             f"this installation lacks {name}. Install all of minigpt to use it."
         ) from None
+
+
+def has_ring(module: str) -> bool:
+    """Return whether this installation has a ring, without importing it."""
+    return find_spec(f"minigpt.{module}") is not None

@@ -1,10 +1,11 @@
 """minigpt heads; the docstring of the command is its --help."""
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from minigpt.commands.options import Fields, Json, ModelSource, Option, command
+from minigpt.rings import ring
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,59 +27,62 @@ def heads(
     seed: Annotated[int, Option("Seed of the random tokens", "Heads")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Show which known kind of head each head is.
+    """Show the role of each attention head.
 
-    The model is given a few sequences of random tokens, each said twice, where it can foretell
-    nothing but by looking. Scored is the share of a head's attention that goes to
+    The model reads sequences of random tokens, each followed by a copy of itself. The second copy
+    can only be predicted by attending to the first. A head's scores are the shares of its attention
+    that go to
 
-    prev: the token before. dup: the earlier appearance of the same token. induc: the token after
-    that appearance, which is the one that comes next. sink: position 0. local: itself and the few
-    tokens before it.
+    prev: the previous token. dup: the earlier occurrence of the same token. induc: the token after
+    that occurrence, which is the one to predict (induction head). sink: position 0. local: the
+    token itself and the few before it.
 
-    A head is called by the largest of the first three that is at least 40 %, else by the larger of
-    the others that is at least 50 %, else by nothing.
+    The role is the largest of the first three scores if it is at least 40 %, otherwise the larger
+    of the last two if it is at least 50 %, otherwise none.
 
-    Where a head looks is not what it does: --ablate takes each head away in turn, and measures by
-    how much worse the second saying is foretold (nats/token).
+    Where a head attends is not what it does: --ablate zeroes the output of one head after the other
+    and measures how much the loss on the second copy increases (nats/token).
     """
     from minigpt.commands import output
     from minigpt.commands.loading import load_model
     from minigpt.console import make_console, print_lines
-    from minigpt.tracing.analysis.roles import doubled_sequences, head_roles
-    from minigpt.tracing.views.heads import roles_grid, roles_table
+    from minigpt.tracing.analysis.roles import head_roles, repeated_sequences
+    from minigpt.tracing.spans import wrapped
 
     folder, loaded = load_model(source)
-    network = loaded.model
-    roles = head_roles(network, seed=seed)
-    effects_LH = _effects(network, seed) if ablate else None
-    n_repeated = doubled_sequences(network, seed=seed).shape[1] // 2
+    roles = head_roles(loaded.model, seed=seed)
+    effects_LH = _effects(loaded.model, seed) if ablate else None
+    n_repeated = repeated_sequences(loaded.model, seed=seed).shape[1] // 2
     if as_json:
-        output.write_json(
-            {
-                "model": str(folder),
-                "seed": seed,
-                "n_repeated": n_repeated,
-                "heads": list(_records(roles, effects_LH)),
-            }
-        )
+        facts = {"model": str(folder), "seed": seed, "n_repeated": n_repeated}
+        output.write_json(facts | {"heads": _records(roles, effects_LH)})
         return
     console = make_console(is_stderr=False)
-    lines = (roles_table if view == "table" else roles_grid)(roles, console.width)
-    lines += _legend(n_repeated, console.width)
+    views = ring("tracing.views.heads")
+    draw = views.roles_table if view == "table" else views.roles_grid
+    legend = (
+        f"Shares of the attention, on {n_repeated} random tokens and a copy of them. prev: to the "
+        "previous token; dup: to the same token in the first copy; induc: to the token after that; "
+        "sink: to position 0; local: to the token itself and the few before it."
+    )
+    lines = [*draw(roles, console.width), [], *wrapped(legend, console.width)]
     if effects_LH is not None:
-        lines += _costs(effects_LH, console.width)
+        title = "Increase of the loss on the second copy without a head (layer.head), nats/token:"
+        lines += [[], *wrapped(title, console.width), *_costs(effects_LH, console.width)]
     print_lines(console, lines)
 
 
 def _records(
-    roles: "tuple[tuple[Roles, ...], ...]", effects_LH: "NDArray[np.float32] | None"
-) -> Iterator[dict[str, Any]]:
-    for layer, heads_of_layer in enumerate(roles):
-        for head, role in enumerate(heads_of_layer):
+    roles: "Sequence[Sequence[Roles]]", effects_LH: "NDArray[np.float32] | None"
+) -> list[dict[str, Any]]:
+    records = []
+    for layer, roles_H in enumerate(roles):
+        for head, role in enumerate(roles_H):
             record = {"layer": layer, "head": head, **asdict(role)}
             if effects_LH is not None:
                 record["loss_effect"] = float(effects_LH[layer, head])
-            yield record
+            records.append(record)
+    return records
 
 
 def _effects(model: "LanguageModel", seed: int) -> "NDArray[np.float32]":
@@ -94,33 +98,13 @@ def _effects(model: "LanguageModel", seed: int) -> "NDArray[np.float32]":
         return head_effects(model, seed=seed, progress=show)
 
 
-def _legend(n_repeated: int, width: int) -> "Iterator[Line]":
-    from minigpt.tracing.spans import wrapped
-
-    yield []
-    yield from wrapped(
-        f"Shares of the attention, on {n_repeated} random tokens said twice. prev: on the token "
-        "before; dup: on the same token's earlier appearance; induc: on the one after that; "
-        "sink: on position 0; local: on itself and the few before.",
-        width,
-    )
-
-
-def _costs(effects_LH: "NDArray[np.float32]", width: int) -> "Iterator[Line]":
-    """Yield each head with what its absence costs, the costliest first."""
-    from minigpt.tracing.spans import wrapped
-
-    yield []
-    yield from wrapped(
-        "Without a head (layer.head), the second saying is foretold worse by so much, nats/token:",
-        width,
-    )
-    order = effects_LH.argsort(axis=None)[::-1]
+def _costs(effects_LH: "NDArray[np.float32]", width: int) -> "list[Line]":
+    """Return each head with the increase of the loss without it, largest first."""
     n_head = effects_LH.shape[1]
     cells = [
         f"{f'{i // n_head}.{i % n_head}':<5} {effects_LH.flat[i]:+.3f}".ljust(_CELL_WIDTH)
-        for i in order
+        for i in effects_LH.argsort(axis=None)[::-1]
     ]
     per_line = max(1, (width + 2) // _CELL_WIDTH)
-    for first in range(0, len(cells), per_line):
-        yield [("".join(cells[first : first + per_line]).rstrip(), "plain")]
+    rows = (cells[i : i + per_line] for i in range(0, len(cells), per_line))
+    return [[("".join(row).rstrip(), "plain")] for row in rows]

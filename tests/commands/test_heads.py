@@ -72,7 +72,7 @@ def test_people_get_a_grid_or_a_table_and_what_the_roles_mean(run: Run, folder: 
         assert shown == [round(100 * score) for score in scores]
     for result in (grid, table):
         legend = " ".join(result.out.split("\n\n")[1].split())
-        assert legend.startswith("Shares of the attention, on 32 random tokens said twice.")
+        assert legend.startswith("Shares of the attention, on 32 random tokens and a copy of them.")
         assert all(len(line) <= 100 for line in result.out.splitlines())
 
 

@@ -25,8 +25,8 @@ from minigpt.tracing.analysis.knockout import (
     choose_controls,
     knock_out,
     rank_correlation,
-    without_heads,
 )
+from minigpt.tracing.analysis.roles import without_heads
 from minigpt.tracing.events import Effect, Knockout, Source, Token, TraceFooter, TraceStep
 from minigpt.tracing.tracer import TraceConfig, trace
 
@@ -129,7 +129,7 @@ def test_knockouts_of_a_long_cache_go_in_several_batches(monkeypatch: pytest.Mon
     at_once = knock_out(model, cache, query, TARGET, range(11))
     rows: list[int] = []
     model.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
-    monkeypatch.setattr(knockout, "_CACHE_BYTES_AT_ONCE", 4 * cache.n_bytes * 11 // 24)
+    monkeypatch.setattr(knockout, "_MAX_CACHE_BYTES", 4 * cache.n_bytes * 11 // 24)
     changes = knock_out(model, cache, query, TARGET, range(11))
     assert rows == [5, 5, 4]
     assert changes == pytest.approx(at_once, abs=1e-5)
@@ -200,13 +200,12 @@ def test_the_check_is_over_all_sources_and_controls() -> None:
 @torch.no_grad()
 def test_without_heads_is_with_zeros_for_their_columns_of_the_output(layout: str) -> None:
     model, planted = small_model(layout), small_model(layout)
-    tokens, heads = random_tokens(2, 9), [(0, 1), (1, 0), (1, 3)]
-    d_head = model.config.d_head
-    for layer, head in heads:
+    tokens, d_head = random_tokens(2, 9), model.config.d_head
+    for layer, head in [(0, 1), (1, 0), (1, 3)]:
         weight = planted.blocks[layer].attention.output.weight
         weight[:, head * d_head : (head + 1) * d_head] = 0
     before = model(tokens)
-    with without_heads(model, heads):
+    with without_heads(model, 0, [1]), without_heads(model, 1, [0, 3]):
         torch.testing.assert_close(model(tokens), planted(tokens))
         assert not torch.allclose(model(tokens), before)
     assert torch.equal(model(tokens), before)

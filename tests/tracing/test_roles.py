@@ -16,9 +16,9 @@ from minigpt.generation.fast.quantize import quantize_int8
 from minigpt.model.gpt import GPT
 from minigpt.text.tokenizer import Tokenizer, make_encoding
 from minigpt.tracing.analysis.roles import (
-    doubled_sequences,
     head_effects,
     head_roles,
+    repeated_sequences,
     role_scores,
     role_tag,
 )
@@ -84,22 +84,22 @@ def test_a_tag_is_the_most_telling_role_that_reaches_its_bound() -> None:
 def test_sequences_are_said_twice_and_repeat_no_token_within() -> None:
     for changes in ({}, {"vocab_size": 5}, {"context_length": 9}):
         model = small_model(**changes)
-        tokens = doubled_sequences(model, seed=1)
+        tokens = repeated_sequences(model, seed=1)
         n_repeated = tokens.shape[1] // 2
         assert n_repeated == min(model.config.context_length // 2, model.config.vocab_size)
         assert torch.equal(tokens[:, :n_repeated], tokens[:, n_repeated:])
         assert all(len(set(row[:n_repeated])) == n_repeated for row in tokens.tolist())
         assert len({tuple(row) for row in tokens.tolist()}) > 4
-        assert torch.equal(doubled_sequences(model, seed=1), tokens)
-        assert not torch.equal(doubled_sequences(model, seed=2), tokens)
-    assert doubled_sequences(small_model(context_length=1000), seed=0).shape[1] <= 128
+        assert torch.equal(repeated_sequences(model, seed=1), tokens)
+        assert not torch.equal(repeated_sequences(model, seed=2), tokens)
+    assert repeated_sequences(small_model(context_length=1000), seed=0).shape[1] <= 128
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
 def test_roles_are_those_of_a_plain_loop_over_the_whole_maps(layout: str) -> None:
     model = small_model(layout)
-    tokens = doubled_sequences(model, seed=3)
+    tokens = repeated_sequences(model, seed=3)
     weights = full_weights(model, tokens).mean(dim=1).double().numpy()  # (L, H, S, S)
     n, T = tokens.shape[1], tokens.shape[1] // 2
     roles = head_roles(model, seed=3)
@@ -127,7 +127,7 @@ def test_a_model_that_can_say_nothing_twice_has_no_roles(changes: dict[str, int]
 @torch.no_grad()
 def test_a_head_s_effect_is_what_zeros_in_its_columns_of_the_output_cost(layout: str) -> None:
     model = small_model(layout)
-    tokens = doubled_sequences(model, seed=5)
+    tokens = repeated_sequences(model, seed=5)
     T, d_head = tokens.shape[1] // 2, model.config.d_head
 
     def loss() -> float:

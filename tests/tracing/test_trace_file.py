@@ -214,7 +214,7 @@ def test_a_damaged_trace_is_a_data_error_that_names_the_line(
     damage(lines)
     path = tmp_path / "t.jsonl"
     path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    with pytest.raises(DataError, match=r"^line \d+ of .*t\.jsonl.* is not of a trace"):
+    with pytest.raises(DataError, match=r"^line \d+ of .*t\.jsonl.* is not valid in a trace"):
         read_traces(path)
 
 

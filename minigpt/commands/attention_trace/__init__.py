@@ -9,6 +9,7 @@ import typer
 from minigpt.commands.options import Fields, Json, ModelSource, Option, Prompt, command
 from minigpt.config import SamplingConfig
 from minigpt.errors import ConfigError
+from minigpt.rings import has_ring, ring
 
 if TYPE_CHECKING:
     from minigpt.commands.attention_trace.output import Targets
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 _FILES = "Files"
 _GROUP = "Attention"
 _FILE_SOURCES = 8
+_VIEWS = ("lines", *(ring("tracing.views").terminal_views() if has_ring("tracing.views") else ()))
 
 
 @command
@@ -58,9 +60,7 @@ def attention_trace(
         ),
     ] = 0,
     knockout: Annotated[Literal["key", "value"], Option("What to knock out", _GROUP)] = "key",
-    view: Annotated[
-        Literal["lines", "text", "matrix", "heads"], Option("View", "Output")
-    ] = "lines",
+    view: Annotated[str, Option("View", "Output", choices=_VIEWS)] = "lines",
     position: Annotated[
         int | None,
         Option("Generated token that a text or strip is shaded by", "Output", shown="the last"),
@@ -127,9 +127,7 @@ def attention_trace(
                 "on from. Leave out PROMPT, --model and --dense."
             )
         if diff is not None:
-            from minigpt.commands.attention_trace.diff import show_diff
-
-            show_diff(*diff, as_json=as_json)
+            ring("commands.attention_trace.diff").show_diff(*diff, as_json=as_json)
         elif replay is not None:
             _replay(replay, targets, n_sources=n_sources)
         return
@@ -176,7 +174,6 @@ def _trace(
     from minigpt.console import make_console
     from minigpt.generation.api import is_compiled
     from minigpt.generation.decoder import fresh_seed
-    from minigpt.tracing.analysis.dense import DenseWriter
     from minigpt.tracing.lines import TraceLayout
     from minigpt.tracing.tracer import trace
 
@@ -197,7 +194,7 @@ def _trace(
         for seed in range(first_seed, first_seed + sampling.num_samples):
             rows = None
             if targets.dense is not None:
-                rows = DenseWriter(
+                rows = ring("tracing.analysis.dense").DenseWriter(
                     targets.dense, n_layer=shape.n_attention_layer, n_head=shape.n_head
                 )
             with rows or nullcontext():
@@ -225,10 +222,9 @@ def _trace(
 def _replay(path: Path, targets: "Targets", *, n_sources: int | None) -> None:
     from minigpt.commands.attention_trace.output import Shower
     from minigpt.console import make_console
-    from minigpt.tracing.analysis.reader import read_traces
     from minigpt.tracing.lines import TraceLayout
 
-    traces = read_traces(path)
+    traces = ring("tracing.analysis.reader").read_traces(path)
     targets.check(len(traces))
     if targets.out is not None:
         raise ConfigError("--out and --replay name the same thing. Copy the file.")

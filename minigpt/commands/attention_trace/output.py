@@ -26,7 +26,6 @@ from minigpt.tracing.lines import TraceLayout
 from minigpt.tracing.spans import Line
 
 LINES = "lines"
-VIEWS = (LINES, "text", "matrix", "heads")
 _PICTURES = ("svg", "png")
 _BELOW = 3  # lines: the seed, and the shell's next prompt
 

@@ -1,4 +1,4 @@
-"""Two traces of the same tokens, side by side: two heads, two checkpoints, two measures."""
+"""Comparing two traces of the same tokens: two heads, two checkpoints, or two measures."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,26 +12,26 @@ from minigpt.tracing.events import Row, Token, Trace
 
 @dataclass(frozen=True)
 class StepDiff:
-    """How far apart the rows of one generated token are."""
+    """Difference between the two rows of one generated token."""
 
     token: Token
     divergence: float
     """Jensen-Shannon divergence of the rows as shares, in bits: 0 for equal rows, 1 for rows that
     have no position in common (Lin 1991, 10.1109/18.61115)."""
     moved: float
-    """Half the sum of the differences: the share of the attention that lies elsewhere."""
+    """Total variation distance of the rows as shares, 0 to 1: the attention that lies elsewhere."""
     first_token: Token
-    """What the first trace's query looked at most, the sink left out."""
+    """Strongest source in the first trace, the sink left out."""
     second_token: Token
-    """What the second's did."""
+    """Strongest source in the second trace, the sink left out."""
     change: float
-    """ln of the token's probability in the second trace, less that in the first."""
+    """ln of the token's probability in the second trace, minus that in the first."""
 
 
 def diff_traces(first: Trace, second: Trace) -> Iterator[StepDiff]:
-    """Compare two traces by their first measure, step by step.
+    """Compare two traces step by step, by the first measure of each.
 
-    Raises: DataError if they are not of the same tokens, naming the first that differs.
+    Raises: DataError if their tokens differ, naming the first position where they do.
     """
     _check_tokens(first, second)
     for one, other in zip(first.steps, second.steps, strict=True):
@@ -49,8 +49,9 @@ def diff_traces(first: Trace, second: Trace) -> Iterator[StepDiff]:
 def _check_tokens(first: Trace, second: Trace) -> None:
     if len(first.header.prompt) != len(second.header.prompt):
         raise DataError(
-            f"the prompts have {len(first.header.prompt)} and {len(second.header.prompt)} tokens, "
-            "and only traces of the same tokens can be compared. Trace the same prompt."
+            "only traces of the same tokens can be compared: the prompts have "
+            f"{len(first.header.prompt)} and {len(second.header.prompt)} tokens. Trace the same "
+            "prompt."
         )
     for one, other in zip(first.tokens, second.tokens, strict=False):
         if one.data != other.data:
@@ -80,7 +81,7 @@ def _divergence(p: NDArray[np.float64], q: NDArray[np.float64]) -> float:
 
 
 def _strongest(trace: Trace, row: Row) -> Token:
-    """Return the token with the most weight but the sink, which it is where it is all there is."""
+    """Return the token with the largest weight except the sink, unless the sink is alone."""
     weights = row.weights_S.copy()
     if len(weights) > 1:
         weights[trace.header.sink] = -1

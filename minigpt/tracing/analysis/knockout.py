@@ -1,16 +1,15 @@
-"""Did what was attended to matter? Take it away, and see what becomes of the drawn token.
+"""Knockout: hide earlier positions from the newest query, and measure the effect on its token.
 
 Shapes: L layers, B rows, G key/value heads, S positions in view, T new positions, D head dim.
 """
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from copy import copy
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from minigpt.errors import ConfigError
 from minigpt.model.cache import KVCache
@@ -18,8 +17,17 @@ from minigpt.model.gpt import GPT
 from minigpt.model.language_model import LanguageModel
 from minigpt.tracing.events import CauseCheck, Effect, Knockout, Row, Source, Token
 
-_LEAST_TO_RANK = 3  # two are always in perfect order, or in perfect disorder
-_CACHE_BYTES_AT_ONCE = 2**28
+_MIN_TO_RANK = 3  # two pairs always correlate by 1 or -1
+_MAX_CACHE_BYTES = 2**28  # of all rows of a batch
+
+
+def require_knockout(model: LanguageModel, knockout: Knockout) -> None:
+    """Raise ConfigError if this kind of knockout is not possible with a model."""
+    if knockout == "value" and not isinstance(model, GPT):
+        raise ConfigError(
+            f"--knockout value is not possible with an {model.config.arch}: its states are keys "
+            "and values at once, and later states depend on them. Use --knockout key."
+        )
 
 
 def source_effects(
@@ -33,11 +41,11 @@ def source_effects(
     n_sources: int,
     knockout: Knockout = "key",
 ) -> tuple[Effect, ...]:
-    """Knock out a row's strongest sources but the sink, and a control for each that has one.
+    """Knock out the strongest sources of a row, and for each a control.
 
-    Args: cache, tokens, what was in view when the token ``target`` was drawn; the query is the
-        newest of them.
-    Returns: the effects of the sources, most weight first, and then of the controls.
+    Args: cache and tokens, what was in view when the token ``target`` was drawn; the query is at
+        the last of these positions. sink, a position that is never a source or a control.
+    Returns: the effects of the sources, largest weight first, then those of the controls.
     """
     weights_S = row.weights_S
     order = np.argsort(-weights_S, kind="stable").tolist()
@@ -53,21 +61,13 @@ def source_effects(
     )
 
 
-def require_knockout(model: LanguageModel, knockout: Knockout) -> None:
-    """Raise ConfigError if a source of this model cannot be robbed of that."""
-    if knockout == "value" and not isinstance(model, GPT):
-        raise ConfigError(
-            f"a state of an {model.config.arch} is key and value in one, and hands on what it "
-            "holds: its value alone cannot be knocked out. Use --knockout key."
-        )
-
-
 def choose_controls(
     weights_S: NDArray[np.float32], sources: Sequence[int], *, sink: int
 ) -> list[int | None]:
-    """Return for each source a position nearby that had less weight; None where there is none.
+    """Return for each source its control: the nearest position with a smaller weight.
 
-    It is the nearest that is no source, no sink and no other's control, the earlier of two.
+    Sources, the sink and controls of other sources are not eligible. Of two positions at the same
+    distance, the earlier one is chosen. None if no position is left.
     """
     taken = {sink, *sources}
     controls: list[int | None] = []
@@ -93,89 +93,75 @@ def knock_out(
     positions: Sequence[int],
     knockout: Knockout = "key",
 ) -> list[float]:
-    """Return for each position by how much ln p(target) changes if the newest query lacks it.
+    """Return for each position the change of ln p(target) if the newest query lacks it.
 
-    The newest position's token, ``query``, is computed again in one batch: a row as it was, so that
-    all are compared that went through the same kernels, and a row for each position. Earlier
-    queries have seen it, as ever. key: no layer's newest query may look at it, and the softmax
-    shares its weight among the others. value: its weight stays, and brings nothing.
+    The newest token, ``query``, is computed again in one batch: a row without a knockout, so that
+    all rows are computed by the same kernels, and a row for each position. Earlier queries are left
+    as they were. A key is hidden from the query in all layers, so the other weights grow to sum to
+    1. A value is set to zero in all layers, and the weights stay.
 
-    Args: cache, of one sequence, which is not changed; positions, in view.
-    Source: Geva et al. 2023, arXiv:2304.14767 (attention knockout: key).
+    Args: cache, of one sequence, which is not changed; positions, all in view.
+    Source: Geva et al. 2023, arXiv:2304.14767 (attention knockout, of keys).
     """
-    n_at_once = max(1, _CACHE_BYTES_AT_ONCE * cache.capacity // (cache.n_bytes * cache.length))
+    per_batch = max(1, _MAX_CACHE_BYTES * cache.capacity // (cache.n_bytes * cache.length))
     changes: list[float] = []
-    for first in range(0, len(positions), n_at_once):
-        places = torch.tensor(positions[first : first + n_at_once], device=model.device)
-        rows = torch.arange(1, len(places) + 1, device=model.device)
+    for first in range(0, len(positions), per_batch):
+        places = torch.tensor(positions[first : first + per_batch], device=model.device)
+        n_rows = len(places) + 1
+        rows = torch.arange(1, n_rows, device=model.device)
         visible_BS = None
         if knockout == "key":
-            visible_BS = places.new_ones(len(places) + 1, cache.length, dtype=torch.bool)
+            visible_BS = places.new_ones(n_rows, cache.length, dtype=torch.bool)
             visible_BS[rows, places] = False
-        without_value = (rows, places) if knockout == "value" else None
-        shared = _prefix(model, cache, len(places) + 1, without_value)
-        tokens = torch.full((len(places) + 1, 1), query, device=model.device)
-        logits = model(tokens, shared, visible_BS=visible_BS)[:, -1]
+        if isinstance(model, GPT):
+            zeroed = (rows, places) if knockout == "value" else None
+            prefix: KVCache = _SharedPrefix(cache, zeroed)
+        else:  # an LSTM reads earlier states from the cache itself
+            prefix = copy(cache)
+            prefix.truncate(cache.length - 1)
+            prefix.select([0] * n_rows)
+        tokens = torch.full((n_rows, 1), query, device=model.device)
+        logits = model(tokens, prefix, visible_BS=visible_BS)[:, -1]
         log_p = logits.float().log_softmax(dim=-1)[:, target]
         changes += (log_p[1:] - log_p[0]).tolist()
     return changes
 
 
-def _prefix(
-    model: LanguageModel, cache: KVCache, n_rows: int, without_value: tuple[Tensor, Tensor] | None
-) -> KVCache:
-    """Return a cache of all positions but the newest, for so many rows."""
-    if isinstance(model, GPT):
-        return _SharedPrefix(cache, without_value)
-    # Its layers read their earlier states from the cache itself.
-    rows = KVCache(
-        model.config,
-        batch_size=n_rows,
-        capacity=cache.length,
-        device=model.device,
-        dtype=model.dtype,
-    )
-    rows.length = cache.length - 1
-    rows.keys_LBGSD[:, :, :, : rows.length] = cache.keys_LBGSD[:, :1, :, : rows.length]
-    rows.values_LBGSD[:, :, :, : rows.length] = cache.values_LBGSD[:, :1, :, : rows.length]
-    return rows
-
-
 class _SharedPrefix(KVCache):
-    """All but the newest position of a cache, before which each row writes one of its own.
+    """All positions of a cache except the newest, shared by rows that each write their own newest.
 
-    The rows are made for one layer at a time, and the cache is only read.
+    The rows of a layer are only materialised while that layer is computed.
     """
 
-    def __init__(self, cache: KVCache, without_value: tuple[Tensor, Tensor] | None) -> None:
-        """Args: without_value, rows and, for each, the position whose value is to be zero."""
+    def __init__(self, cache: KVCache, zeroed: tuple[Tensor, Tensor] | None) -> None:
+        """Args: zeroed, rows and for each of them the position whose value is set to zero."""
         self.capacity, self.length = cache.length, cache.length - 1
         self.keys_LBGSD = cache.keys_LBGSD[:, :1, :, : self.length]
         self.values_LBGSD = cache.values_LBGSD[:, :1, :, : self.length]
-        self._without_value = without_value
+        self._zeroed = zeroed
 
     def write(self, layer: int, k_BGTD: Tensor, v_BGTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the shared keys and values of a layer with each row's own behind them."""
+        """Return a layer's shared keys and values, followed by those of each row."""
         shape = (len(k_BGTD), -1, -1, -1)
         keys_BGSD = torch.cat((self.keys_LBGSD[layer].expand(shape), k_BGTD), dim=2)
         values_BGSD = torch.cat((self.values_LBGSD[layer].expand(shape), v_BGTD), dim=2)
-        if self._without_value is not None:
-            rows, places = self._without_value
+        if self._zeroed is not None:
+            rows, places = self._zeroed
             values_BGSD[rows, :, places] = 0
         return keys_BGSD, values_BGSD
 
 
 def check_cause(effects: Sequence[Effect]) -> CauseCheck | None:
-    """Return whether more weight went with more effect; None if nothing was knocked out."""
+    """Return whether larger weights came with larger effects; None if nothing was knocked out."""
     if not effects:
         return None
-    of_sources = [abs(effect.change) for effect in effects if effect.control_of is None]
-    of_controls = [abs(effect.change) for effect in effects if effect.control_of is not None]
+    sources = [abs(effect.change) for effect in effects if effect.control_of is None]
+    controls = [abs(effect.change) for effect in effects if effect.control_of is not None]
     return CauseCheck(
-        n_sources=len(of_sources),
-        n_controls=len(of_controls),
-        mean_effect=float(np.mean(of_sources)),
-        mean_control_effect=float(np.mean(of_controls)) if of_controls else 0.0,
+        n_sources=len(sources),
+        n_controls=len(controls),
+        mean_effect=float(np.mean(sources)),
+        mean_control_effect=float(np.mean(controls)) if controls else 0.0,
         rank_correlation=rank_correlation(
             [effect.source.weight for effect in effects],
             [abs(effect.change) for effect in effects],
@@ -184,44 +170,18 @@ def check_cause(effects: Sequence[Effect]) -> CauseCheck | None:
 
 
 def rank_correlation(x: ArrayLike, y: ArrayLike) -> float | None:
-    """Return Spearman's rank correlation, equal values sharing the mean of their ranks.
+    """Return Spearman's rank correlation; equal values share the mean of their ranks.
 
-    None if there are fewer than three pairs, or all of x or all of y are equal.
+    None for fewer than three pairs, or if all values of x or of y are equal.
     """
     ranks_x, ranks_y = _centred_ranks(x), _centred_ranks(y)
     scale = float(np.sqrt((ranks_x @ ranks_x) * (ranks_y @ ranks_y)))
-    if len(ranks_x) < _LEAST_TO_RANK or scale == 0:
+    if len(ranks_x) < _MIN_TO_RANK or scale == 0:
         return None
     return float(ranks_x @ ranks_y) / scale
 
 
 def _centred_ranks(values: ArrayLike) -> NDArray[np.float64]:
-    """Return ranks less their mean."""
+    """Return the ranks minus their mean."""
     _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts + len(place)) / 2)[place]
-
-
-@contextmanager
-def without_heads(model: LanguageModel, heads: Iterable[tuple[int, int]]) -> Iterator[None]:
-    """Let heads, each (layer, head), add nothing to the stream in GPT.forward meanwhile.
-
-    What they bring is zeroed before W_O, which is as if their columns of W_O were.
-    """
-    heads_by_layer: dict[int, list[int]] = defaultdict(list)
-    for layer, head in heads:
-        heads_by_layer[layer].append(head)
-    with ExitStack() as stack:
-        for layer, chosen in heads_by_layer.items():
-            output = model.attentions[layer].output
-            stack.callback(output.register_forward_pre_hook(_Zeroed(model, chosen)).remove)
-        yield
-
-
-class _Zeroed:
-    def __init__(self, model: LanguageModel, heads: Sequence[int]) -> None:
-        self._n_head, self._heads = model.config.n_head, list(heads)
-
-    def __call__(self, module: nn.Module, inputs: tuple[Tensor]) -> Tensor:
-        x_BTHD = inputs[0].unflatten(-1, (self._n_head, -1)).clone()
-        x_BTHD[:, :, self._heads] = 0
-        return x_BTHD.flatten(2)

@@ -1,12 +1,19 @@
-"""JSON lines -> traces: nothing is taken that is not as ``file.py`` writes it."""
+"""Reading trace files: JSON lines, as ``tracing/file.py`` writes them, into traces.
+
+Reading is strict, because a file may come from anyone: a wrong type, a missing field or a wrong
+shape is an error that names the line.
+"""
 
 import base64
 import binascii
 import json
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import fields
+from functools import cache
 from pathlib import Path
-from typing import Any, get_args
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +27,7 @@ from minigpt.tracing.events import (
     CauseCheck,
     Effect,
     HeadRows,
-    Knockout,
     Measure,
-    Reduce,
     Roles,
     Row,
     Source,
@@ -34,32 +39,27 @@ from minigpt.tracing.events import (
 )
 from minigpt.tracing.file import HEAD_FIELDS, INTERRUPTED, ROW_FIELDS, SCHEMA
 from minigpt.tracing.selection import select_heads
-from minigpt.tracing.words import SCORES
 
-_HEADER_TEXTS = ("model", "dtype", "kernel", "score", "reduce", "knockout")
-_HEADER_COUNTS = ("n_layer", "n_head", "n_kv_head", "d_model", "d_head", "n_verified", "seed")
-_ERRORS = ("row_sum_error", "product_error")
+T = TypeVar("T")
 
 
 def read_traces(path: Path) -> list[Trace]:
     """Read the traces of a file: one, or one for each sample.
 
-    A trace without a footer, whose writer was killed, gets one that says that it was interrupted.
+    A trace without a footer, because its writer was killed, counts as interrupted.
 
-    Raises: DataError naming the line for anything that is not as it is written here; ResourceError
-        if the file may not be read.
+    Raises: DataError naming the first line that is not valid; ResourceError if reading the file is
+        not permitted.
     """
     try:
         with resource_errors(path), path.open(encoding="utf-8", errors="strict") as file:
             traces = list(_traces(path, file))
     except FileNotFoundError:
-        raise DataError(
-            f"there is no file {str(path)!r}. Name one that --out has written."
-        ) from None
+        raise DataError(f"there is no file {str(path)!r}. Name a file written by --out.") from None
     except (IsADirectoryError, UnicodeDecodeError) as error:
-        raise DataError(f"{str(path)!r} is no trace: {error}. Name a file of --out.") from None
+        raise DataError(f"{str(path)!r} is not a trace: {error}. Name a file of --out.") from None
     if not traces:
-        raise DataError(f"{str(path)!r} is empty. Name a file that --out has written.")
+        raise DataError(f"{str(path)!r} is empty. Name a file written by --out.")
     return traces
 
 
@@ -83,99 +83,89 @@ def _traces(path: Path, lines: Iterable[str]) -> Iterator[Trace]:
             else:
                 raise ValueError(f"there is no type {kind!r}")
         except (ValueError, TypeError, KeyError, IndexError, RecursionError, ConfigError) as error:
-            # What is cut off in the middle of its last line was being written.
+            # A last line without a line break was still being written.
             if reader is not None and not line.endswith("\n"):
                 break
             reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)[:200]
             raise DataError(
-                f"line {number} of {str(path)!r} is not of a trace ({SCHEMA}): {reason}. Write it "
-                "again with --out."
+                f"line {number} of {str(path)!r} is not valid in a trace ({SCHEMA}): {reason}. "
+                "Write the file again with --out."
             ) from None
     if reader is not None:
         yield reader.trace(None)
 
 
 class _Reader:
-    """One trace, as its lines come."""
+    """One trace, read line by line."""
 
     def __init__(self, value: dict[str, Any]) -> None:
         if value["schema"] != SCHEMA:
             raise ValueError(f"its schema is {value['schema']!r}")
-        facts: dict[str, Any] = {name: _text(value[name]) for name in _HEADER_TEXTS}
-        facts |= {name: _count(value[name]) for name in _HEADER_COUNTS}
-        self.tokens = [_read_token(token, i) for i, token in enumerate(value["prompt"])]
-        self.n_prompt = len(self.tokens)
-        _word(value["reduce"], get_args(Reduce))
-        _word(value["knockout"], get_args(Knockout))
-        sink = _count(value["sink"]["position"])
-        if not 0 <= sink < max(1, self.n_prompt):
-            raise ValueError("the sink is no position of the prompt")
-        digest = value["model_sha256"]
-        self.header = TraceHeader(
-            **facts,
-            selection=select_heads(facts["n_layer"], facts["n_head"], heads=value["heads"]),
-            measures=tuple(_word(measure, get_args(Measure)) for measure in value["measures"]),
+        self.tokens = [_token(token, i) for i, token in enumerate(value["prompt"])]
+        self.steps: list[TraceStep] = []
+        n_layer, n_head = (_checked(value[name], int) for name in ("n_layer", "n_head"))
+        sink = _checked(value["sink"]["position"], int)
+        if sink >= max(1, len(self.tokens)):
+            raise ValueError("the sink is not a position of the prompt")
+        roles = value["roles"]
+        if roles is not None:
+            if (len(roles), *{len(layer) for layer in roles}) != (n_layer, n_head):
+                raise ValueError("there must be roles for each head")
+            roles = tuple(tuple(_read(Roles, head) for head in layer) for layer in roles)
+        self.header = _read(
+            TraceHeader,
+            value,
+            selection=select_heads(n_layer, n_head, heads=value["heads"]),
+            measures=tuple(_checked(measure, Measure) for measure in value["measures"]),
             sink=sink,
-            sink_rule=_text(value["sink"]["rule"]),
+            sink_rule=_checked(value["sink"]["rule"], str),
             sampling=build(SamplingConfig, value["sampling"]),
             prompt=tuple(self.tokens),
-            model_sha256=None if digest is None else _text(digest),
-            roles=_read_roles(value["roles"], (facts["n_layer"], facts["n_head"])),
+            roles=roles,
         )
-        self.steps: list[TraceStep] = []
 
     def add(self, value: dict[str, Any]) -> None:
+        """Add a step."""
         rows = tuple(self._row(row) for row in value["rows"])
         if tuple(row.measure for row in rows) != self.header.measures:
-            raise ValueError("its measures are not the header's")
-        effects = tuple(self._effect(effect) for effect in value["effects"])
-        self.tokens.append(_read_token(value, len(self.tokens)))
+            raise ValueError("its measures are not those of the header")
+        effects = tuple(
+            _read(Effect, effect, source=self._source(effect)) for effect in value["effects"]
+        )
+        self.tokens.append(_token(value, len(self.tokens)))
         self.steps.append(
-            TraceStep(
+            _read(
+                TraceStep,
+                value | {"text": value["certain_text"], "finish": value["finish_reason"]},
                 index=len(self.steps),
                 token=self.tokens[-1],
-                log_probability=_number(value["log_probability"]),
                 rows=rows,
-                text=_text(value["certain_text"]),
-                finish=_word(value["finish_reason"], (None, *get_args(FinishReason))),
                 effects=effects,
             )
         )
 
     def trace(self, footer: dict[str, Any] | None) -> Trace:
-        facts: dict[str, Any] = {"n_tokens": len(self.steps), "finish": None, "seconds": 0.0}
-        facts["worst_row_sum_error"] = None
+        """Return the whole trace; a footer of None means that it was interrupted."""
+        end = TraceFooter(len(self.steps), None, 0.0, None)
         if footer is not None:
             reason = footer["finish_reason"]
-            facts = {"n_tokens": _count(footer["n_tokens"]), "seconds": _number(footer["seconds"])}
-            known = (*get_args(FinishReason), INTERRUPTED)
-            facts["finish"] = None if _word(reason, known) == INTERRUPTED else reason
-            for name in _ERRORS:
-                error = footer[f"worst_{name}"]
-                facts[f"worst_{name}"] = None if error is None else _number(error)
-            facts["cause"] = footer["cause"] and _read_cause(footer["cause"])
-        return Trace(self.header, tuple(self.steps), TraceFooter(**facts))
-
-    def _effect(self, value: dict[str, Any]) -> Effect:
-        control_of = value["control_of"]
-        return Effect(
-            self._source(value),
-            _number(value["change"]),
-            None if control_of is None else _count(control_of),
-        )
+            finish = None if reason == INTERRUPTED else _checked(reason, FinishReason)
+            cause = footer["cause"] and _read(CauseCheck, footer["cause"])
+            end = _read(TraceFooter, footer, finish=finish, cause=cause)
+        return Trace(self.header, tuple(self.steps), end)
 
     def _source(self, value: dict[str, Any]) -> Source:
-        position = _count(value["position"])
-        return Source(self.tokens[position], _number(value["weight"]))
+        return _read(Source, value, token=self.tokens[_checked(value["position"], int)])
 
     def _row(self, value: dict[str, Any]) -> Row:
         weights_S = np.frombuffer(base64.b64decode(value["weights"], validate=True), "<f4")
         if len(weights_S) != len(self.tokens) or not np.isfinite(weights_S).all():
-            raise ValueError(f"its row has not a number for each of {len(self.tokens)} tokens")
+            raise ValueError(f"a row must have a number for each of {len(self.tokens)} tokens")
         heads = value["heads"]
-        return Row(
+        return _read(
+            Row,
+            {field: value[name] for name, field in ROW_FIELDS.items()},
             measure=value["measure"],
-            **{field: _number(value[name]) for name, field in ROW_FIELDS.items()},
             sources=tuple(self._source(source) for source in value["sources"]),
             weights_S=weights_S.astype(np.float32),
             heads=heads and self._heads(heads),
@@ -192,66 +182,52 @@ class _Reader:
             arrays[field] = array
         positions = arrays["positions_LHK"]
         if positions.shape != arrays["weights_LHK"].shape:
-            raise ValueError("its heads have not a weight for each position")
+            raise ValueError("each position of its heads must have a weight")
         if positions.size and not 0 <= positions.min() <= positions.max() < len(self.tokens):
-            raise ValueError("its heads look at a position that is not there")
+            raise ValueError("its heads attend to a position that does not exist")
         return HeadRows(**arrays)
 
 
-def _read_token(value: dict[str, Any], position: int) -> Token:
+def _token(value: dict[str, Any], position: int) -> Token:
     if value["position"] != position:
-        raise ValueError(f"position {value['position']!r} stands where {position} should")
+        raise ValueError(f"position {value['position']!r} is where {position} should be")
     try:
         data = base64.b64decode(value["bytes"], validate=True)
     except binascii.Error as error:
-        raise ValueError(f"the bytes of a token are no base64: {error}") from None
-    return Token(position, _count(value["token"]), data)
+        raise ValueError(f"the bytes of a token are not base64: {error}") from None
+    return Token(position, _checked(value["token"], int), data)
 
 
-def _read_roles(value: Any, shape: tuple[int, int]) -> tuple[tuple[Roles, ...], ...] | None:
-    if value is None:
-        return None
-    if (len(value), *{len(layer) for layer in value}) != shape:
-        raise ValueError("there are not roles for each head")
-    return tuple(
-        tuple(
-            Roles(**{name: _number(head[name]) for name in SCORES}, tag=_text(head["tag"]))
-            for head in layer
-        )
-        for layer in value
-    )
+def _read(cls: type[T], value: dict[str, Any], **given: Any) -> T:
+    """Build a dataclass from an object with a key for each field but the ``given`` ones."""
+    hints = _hints(cls)  # type: ignore[arg-type]
+    names = [f.name for f in fields(cls) if f.name not in given]  # type: ignore[arg-type]
+    return cls(**{name: _checked(value[name], hints[name]) for name in names}, **given)
 
 
-def _read_cause(value: dict[str, Any]) -> CauseCheck:
-    correlation = value["rank_correlation"]
-    return CauseCheck(
-        n_sources=_count(value["n_sources"]),
-        n_controls=_count(value["n_controls"]),
-        mean_effect=_number(value["mean_effect"]),
-        mean_control_effect=_number(value["mean_control_effect"]),
-        rank_correlation=None if correlation is None else _number(correlation),
-    )
+@cache
+def _hints(cls: Any) -> dict[str, Any]:
+    return get_type_hints(cls)
 
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{str(value)[:40]!r} is no text")
-    return value
+def _checked(value: Any, hint: Any) -> Any:
+    """Return a JSON value if it has the type of an annotation.
 
-
-def _word(value: Any, known: tuple[Any, ...]) -> Any:
-    if value not in known:
-        raise ValueError(f"{str(value)[:40]!r} is none of {', '.join(map(str, known))}")
-    return value
-
-
-def _count(value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise ValueError(f"{str(value)[:40]!r} is no count")
-    return value
-
-
-def _number(value: Any) -> float:
-    if type(value) not in (int, float) or not math.isfinite(value):
-        raise ValueError(f"{str(value)[:40]!r} is no number")
-    return float(value)
+    Integers must be at least 0, floats finite; unions are of one type and None.
+    """
+    if get_origin(hint) in (Union, UnionType):
+        if value is None:
+            return None
+        hint = get_args(hint)[0]
+    name = getattr(hint, "__name__", str(hint))
+    if get_origin(hint) is Literal:
+        is_valid, name = value in get_args(hint), f"one of {', '.join(get_args(hint))}"
+    elif hint is float:
+        is_valid = type(value) in (int, float) and math.isfinite(value)
+    elif hint is int:
+        is_valid = type(value) is int and value >= 0
+    else:
+        is_valid = isinstance(value, hint)
+    if not is_valid:
+        raise ValueError(f"{str(value)[:40]!r} is not {name}")
+    return float(value) if hint is float else value

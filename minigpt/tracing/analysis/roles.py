@@ -1,129 +1,130 @@
-"""Which known kind of head each head is: roles, found on random tokens said twice.
+"""Roles of heads, such as previous-token head or induction head, found on repeated random tokens.
 
-Of a text that is random, nothing can be foretold but by looking: what a head attends to there is
-its habit. Said twice, it shows the heads that find a token's earlier appearance, and those that
-find what came after it.
+Random tokens cannot be predicted, so what a head attends to there is its habit. If the sequence is
+repeated, its second half can only be predicted by attending to the first copy.
 
-Shapes: L layers, B sequences, H query heads, G key/value heads, T tokens of which a sequence has
-each twice, Q = 2 T queries, S = 2 T keys, D head dim.
+Shapes: L layers, B sequences, H query heads, G key/value heads, T tokens in each copy, Q = 2 T
+queries, S = 2 T keys, D head dim.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from minigpt.errors import CheckpointError, ConfigError
 from minigpt.model.language_model import LanguageModel
-from minigpt.tracing.analysis.knockout import without_heads
 from minigpt.tracing.events import Roles
 from minigpt.tracing.recorder import require_attention
 from minigpt.tracing.words import SCORES
 
-_MOST_REPEATED = 64  # T: chance gives an induction head's place 1 % there
-_LEAST_REPEATED = 3  # with two tokens, the one after the earlier appearance is the one before
-_N_TOKENS = 256  # B T, about
-_LOCAL = 4  # positions, the query's own among them
-_SPECIFIC = 0.4
-_BROAD = 0.5
+_MAX_REPEATED = 64  # T: uniform attention would give the induction position about 1 %
+_MIN_REPEATED = 3  # of two tokens, the one after the earlier occurrence is the previous token
+_N_TOKENS = 256  # about B T
+_N_LOCAL = 4  # positions, including the query's own
+_MIN_SPECIFIC = 0.4
+_MIN_BROAD = 0.5
 
 
 def head_roles(model: LanguageModel, *, seed: int = 0) -> tuple[tuple[Roles, ...], ...]:
-    """Return for each layer its heads' roles.
+    """Return for each layer the roles of its heads.
 
     Args: seed, of the random tokens.
-    Raises: ConfigError if the model has no attention, or its context or vocabulary is too small to
-        say anything twice; CheckpointError if the attention is no numbers.
+    Raises: ConfigError if the model has no attention, or its context or vocabulary is too small for
+        a repeated sequence; CheckpointError for NaN or inf in the attention weights.
     """
     require_attention(model)
     recorder = _RoleRecorder(model)
     with torch.inference_mode():
-        model(doubled_sequences(model, seed=seed), recorder=recorder, logits_to_keep=1)
+        model(repeated_sequences(model, seed=seed), recorder=recorder, logits_to_keep=1)
     scores_LH5 = torch.stack(recorder.scores_H5)
     if not scores_LH5.isfinite().all():
         raise CheckpointError(
-            "the model's attention is no finite numbers, so its weights are damaged. Use another "
+            "the model's attention has NaN or inf, so its weights are damaged. Use another "
             "checkpoint, or download it again."
         )
-    return tuple(tuple(_roles(*scores) for scores in layer) for layer in scores_LH5.tolist())
+
+    def roles(*scores: float) -> Roles:
+        named = dict(zip(SCORES, scores, strict=True))
+        return Roles(**named, tag=role_tag(**named))
+
+    return tuple(tuple(roles(*scores) for scores in layer) for layer in scores_LH5.tolist())
 
 
-def doubled_sequences(model: LanguageModel, *, seed: int) -> Tensor:
-    """Return a few sequences (B, 2 T) of T different random tokens, each sequence said twice.
+def repeated_sequences(model: LanguageModel, *, seed: int) -> Tensor:
+    """Return sequences (B, 2 T): T different random tokens each, followed by the same tokens again.
 
     Raises: ConfigError if the context or the vocabulary is too small, or for a seed out of range.
     """
     config = model.config
     if not 0 <= seed < 2**63:
         raise ConfigError(f"seed must be between 0 and {2**63 - 1}: it is {seed}.")
-    n_repeated = min(config.context_length // 2, config.vocab_size, _MOST_REPEATED)
-    if n_repeated < _LEAST_REPEATED:
+    n_repeated = min(config.context_length // 2, config.vocab_size, _MAX_REPEATED)
+    if n_repeated < _MIN_REPEATED:
         raise ConfigError(
-            f"roles take a context of {2 * _LEAST_REPEATED} positions and a vocabulary of "
-            f"{_LEAST_REPEATED} tokens at least: the model has {config.context_length} and "
-            f"{config.vocab_size}. Leave them out."
+            f"finding roles needs a context of {2 * _MIN_REPEATED} positions and a vocabulary of "
+            f"{_MIN_REPEATED} tokens at least: the model has {config.context_length} and "
+            f"{config.vocab_size}. Leave the roles out."
         )
     generator = torch.Generator().manual_seed(seed)
-    once = torch.stack(
-        [
-            torch.randperm(config.vocab_size, generator=generator)[:n_repeated]
-            for _ in range(_N_TOKENS // n_repeated)
-        ]
-    )
-    return torch.cat((once, once), dim=1).to(model.device)
+    sequences = [
+        torch.randperm(config.vocab_size, generator=generator)[:n_repeated]
+        for _ in range(_N_TOKENS // n_repeated)
+    ]
+    tokens = torch.stack(sequences)
+    return torch.cat((tokens, tokens), dim=1).to(model.device)
 
 
 def role_scores(weights_BHQS: Tensor) -> Tensor:
-    """Return each head's scores (H, 5) on doubled sequences, in the order of SCORES.
+    """Return the scores of each head (H, 5) on repeated sequences, in the order of SCORES.
 
-    With A a head's weights, i a query: previous, the mean of A[i, i - 1]; duplicate, of A[i, i - T]
-    and induction, of A[i, i - T + 1] over the second half (the latter is prefix matching); sink,
-    of A[i, 0] for i > 0; local, over the second half, what i and a few before it have together.
+    With A the attention weights of a head and i a query:
+    previous: mean of A[i, i - 1]. duplicate: mean of A[i, i - T] over the second half. induction:
+    mean of A[i, i - T + 1] over the second half (prefix matching). sink: mean of A[i, 0] for i > 0.
+    local: mean over the second half of what i and the few positions before it get together.
 
     Source: Olsson et al. 2022, arXiv:2209.11895 (prefix matching).
     """
     n_repeated = weights_BHQS.shape[-1] // 2
 
-    def back(distance: int, *, is_second_half: bool = True) -> Tensor:
+    def mean_back(distance: int, *, is_second_half: bool = True) -> Tensor:
         """The mean of A[i, i - distance]."""
         diagonal_BHQ = weights_BHQS.diagonal(-distance, dim1=-2, dim2=-1)
         return (diagonal_BHQ[..., -n_repeated:] if is_second_half else diagonal_BHQ).mean((0, 2))
 
-    # So few that an induction head's place is not among them.
-    local_H = sum((back(i) for i in range(1, min(_LOCAL, n_repeated - 1))), start=back(0))
+    # Too few positions to include the one that an induction head attends to.
+    n_local = min(_N_LOCAL, n_repeated - 1)
+    local_H = sum((mean_back(i) for i in range(1, n_local)), start=mean_back(0))
     sink_H = weights_BHQS[:, :, 1:, 0].mean((0, 2))
-    previous_H = back(1, is_second_half=False)
-    return torch.stack((previous_H, back(n_repeated), back(n_repeated - 1), sink_H, local_H), dim=1)
+    previous_H = mean_back(1, is_second_half=False)
+    duplicate_H, induction_H = mean_back(n_repeated), mean_back(n_repeated - 1)
+    return torch.stack((previous_H, duplicate_H, induction_H, sink_H, local_H), dim=1)
 
 
 def role_tag(previous: float, duplicate: float, induction: float, sink: float, local: float) -> str:
-    """Return the name of a head's role.
+    """Return the tag of a head's role, or an empty string.
 
-    That of the largest of previous, duplicate and induction, if it is at least 0.4: each is one
-    place among many. Else that of the larger of sink and local, if it is at least 0.5. Else none.
+    The largest of previous, duplicate and induction if it is large enough: each of them is one
+    position among many. Otherwise the larger of sink and local, with a higher threshold.
     """
     score, tag = max((previous, "prev"), (duplicate, "dup"), (induction, "induc"))
-    if score >= _SPECIFIC:
+    if score >= _MIN_SPECIFIC:
         return tag
     score, tag = max((sink, "sink"), (local, "local"))
-    return tag if score >= _BROAD else ""
-
-
-def _roles(*scores: float) -> Roles:
-    facts = dict(zip(SCORES, scores, strict=True))
-    return Roles(**facts, tag=role_tag(**facts))
+    return tag if score >= _MIN_BROAD else ""
 
 
 class _RoleRecorder:
-    """Keeps five numbers of a head, and one layer's maps at a time."""
+    """Computes the scores of one layer at a time, so that only its weights are in memory."""
 
     def __init__(self, model: LanguageModel) -> None:
         self._attentions = model.attentions
         self.scores_H5: list[Tensor] = []
-        """Of each layer."""
+        """One (H, 5) for each layer."""
 
     def record(
         self, layer: int, q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, context_BHTD: Tensor
@@ -135,14 +136,14 @@ class _RoleRecorder:
 def head_effects(
     model: LanguageModel, *, seed: int = 0, progress: Callable[[float], None] | None = None
 ) -> NDArray[np.float32]:
-    """Return by how many nats/token each head's absence makes the second saying worse: (L, H).
+    """Return the increase of the loss on repeated tokens without each head, nats/token: (L, H).
 
-    The loss is that of the second half's tokens but its first, which nothing foretells.
+    The loss is the mean over the second copy except its first token, which cannot be predicted.
 
-    Args: seed, of the random tokens; progress, is told the share that is done.
+    Args: seed, of the random tokens; progress, called with the share of the heads done.
     Raises: ConfigError if the context or the vocabulary is too small.
     """
-    tokens = doubled_sequences(model, seed=seed)
+    tokens = repeated_sequences(model, seed=seed)
     n_repeated = tokens.shape[1] // 2
 
     def loss() -> float:
@@ -152,10 +153,26 @@ def head_effects(
 
     shape = (model.config.n_attention_layer, model.config.n_head)
     effects_LH = np.zeros(shape, np.float32)
-    whole = loss()
-    for done, head in enumerate(np.ndindex(shape)):
+    loss_with_all = loss()
+    for n_done, (layer, head) in enumerate(np.ndindex(shape)):
         if progress is not None:
-            progress(done / effects_LH.size)
-        with without_heads(model, [head]):
-            effects_LH[head] = loss() - whole
+            progress(n_done / effects_LH.size)
+        with without_heads(model, layer, [head]):
+            effects_LH[layer, head] = loss() - loss_with_all
     return effects_LH
+
+
+@contextmanager
+def without_heads(model: LanguageModel, layer: int, heads: Sequence[int]) -> Iterator[None]:
+    """Zero the outputs of some heads of a layer before W_O, in the forward passes inside."""
+
+    def zero_heads(_: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+        x_BTHD = inputs[0].unflatten(-1, (model.config.n_head, -1)).clone()
+        x_BTHD[:, :, list(heads)] = 0
+        return x_BTHD.flatten(2)
+
+    hook = model.attentions[layer].output.register_forward_pre_hook(zero_heads)
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -1,8 +1,10 @@
-"""Attention followed down through the layers: rollout.
+"""Attention rollout: attention followed through all layers, down to the embeddings.
 
-Shapes: L layers, B batch, H query heads, G key/value heads, T new queries, S keys, D head dim, P
-positions that there is room for.
+Shapes: L layers, B batch, H query heads, G key/value heads, T new queries, S keys, D head dim,
+P positions for which memory is allocated.
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -11,21 +13,21 @@ from minigpt.model.scores import Weights, attention_weights
 from minigpt.tracing.selection import HeadSelection
 
 MAX_POSITIONS = 1024
-"""A matrix of the positions is kept for each layer: 4 MiB at this length."""
-_QUERIES_AT_ONCE = 64
+"""Longest sequence: each layer keeps a matrix of positions x positions in float32."""
+_CHUNK = 64  # queries whose weights are in memory together
 
 
 class Rollout:
-    """How much of each token reaches each position, if attention and the residual stream share.
+    """How much of each token reaches each position, residual stream included.
 
-    A' = 0.5 mean_h A + 0.5 I in each layer, multiplied from the first layer up; the rows of A sum
-    to 1, and so do these. Rows are added as tokens are, so a step costs a row a layer.
+    A' = 0.5 mean_h A + 0.5 I in each layer, multiplied from the first layer to the last. Rows of A
+    sum to 1, and so do the rows of the product. New tokens add rows: one per layer and step.
 
     Source: Abnar & Zuidema 2020, arXiv:2005.00928, section 3.
     """
 
     def __init__(self, selection: HeadSelection, n_positions: int) -> None:
-        """Follow the mean of the chosen heads; layers without one are passed by.
+        """Roll out the mean of the chosen heads; layers without a chosen head are skipped.
 
         Args: n_positions, at most MAX_POSITIONS.
         """
@@ -34,24 +36,21 @@ class Rollout:
         self._layers = [i for i, heads in enumerate(selection.heads_by_layer) if heads]
         self._n_positions = n_positions
         self._products: dict[int, Tensor] = {}
-        """For each chosen layer (P, P), of which the first ``_end`` rows are filled."""
+        """For each chosen layer (P, P); the first ``_end`` rows are filled."""
         self._end = 0
 
     def watch(
         self, layer: int, q_BHTD: Tensor, k_BGSD: Tensor, weights: Weights = attention_weights
     ) -> None:
-        """Take all new queries of one layer, and all keys in view; weights, the layer's own."""
-        n_query, n_key = q_BHTD.shape[2], k_BGSD.shape[2]
-        for first in range(0, n_query, _QUERIES_AT_ONCE):
-            last = min(first + _QUERIES_AT_ONCE, n_query)
-            in_view = n_key - n_query + last
-            self.extend(layer, weights(q_BHTD[:, :, first:last], k_BGSD[:, :, :in_view])[0])
+        """Add the new queries of a layer; weights, the layer's own function of q and k."""
+        for _, weights_HTS in weight_rows(q_BHTD, k_BGSD, weights):
+            self.extend(layer, weights_HTS)
 
     def extend(self, layer: int, weights_HTS: Tensor) -> None:
-        """Take the rows of the newest queries of one layer: of layer 0 first, in order."""
+        """Add the weights of the newest queries of a layer; lower layers must come first."""
         if layer not in self._layers:
             return
-        end, n_new = weights_HTS.shape[2], weights_HTS.shape[1]
+        n_new, end = weights_HTS.shape[1:]
         mean_TS = weights_HTS[list(self._heads_by_layer[layer])].mean(dim=0)
         identity_TS = torch.eye(end, device=mean_TS.device)[end - n_new :]
         mixed_TS = 0.5 * mean_TS + 0.5 * identity_TS
@@ -67,3 +66,15 @@ class Rollout:
     def row(self) -> Tensor:
         """Return the newest query's row (S,) after the last chosen layer."""
         return self._products[self._layers[-1]][self._end - 1, : self._end]
+
+
+def weight_rows(q_BHTD: Tensor, k_BGSD: Tensor, weights: Weights) -> Iterator[tuple[range, Tensor]]:
+    """Yield the weights of the first sequence, a few queries at a time, to save memory.
+
+    Yields: indices of the queries, and their weights (H, queries, S up to the last of them).
+    """
+    n_query, n_key = q_BHTD.shape[2], k_BGSD.shape[2]
+    for first in range(0, n_query, _CHUNK):
+        chunk = range(first, min(first + _CHUNK, n_query))
+        in_view = n_key - n_query + chunk.stop
+        yield chunk, weights(q_BHTD[:1, :, first : chunk.stop], k_BGSD[:1, :, :in_view])[0]
