@@ -1,4 +1,4 @@
-"""The command line: one thin file a command; ``main`` maps errors to exit codes.
+"""The command line: one thin module per command; ``main`` maps errors to exit codes.
 
 Nothing here imports torch before a command runs, so that --help answers at once.
 """
@@ -12,22 +12,21 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from minigpt.commands.app import Commands, show_help
 from minigpt.commands.failures import describe
+from minigpt.commands.layout import Commands, show_help
 from minigpt.commands.openmp import set_spin_count
 from minigpt.text.escape import printable
 
 app = typer.Typer(
     cls=Commands,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
-def _show_version(is_asked: bool) -> None:
-    if not is_asked:
+def _show_version(is_wanted: bool) -> None:
+    if not is_wanted:
         return
     from importlib.metadata import PackageNotFoundError, version
 
@@ -53,7 +52,7 @@ def minigpt(
 
 
 def main() -> NoReturn:
-    """Run the command line and exit with DESIGN's codes: one line an error, on stderr."""
+    """Run the command line and exit with its code; an error is one line on stderr."""
     _open_streams()
     signal.signal(signal.SIGTERM, _terminate)
     set_spin_count(sys.argv[1:])
@@ -61,7 +60,7 @@ def main() -> NoReturn:
         status = app(prog_name="minigpt", standalone_mode=False)
         sys.stdout.flush()
     except SystemExit as error:
-        # typer ends with 1 where the reader of a pipe has gone, as in `| head`: that is no failure.
+        # typer exits with 1 if the reader of a pipe is gone, as in `| head`: not a failure.
         status = 0 if isinstance(error.__context__, BrokenPipeError) else error.code
     except BrokenPipeError:
         status = 0
@@ -75,7 +74,7 @@ def main() -> NoReturn:
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    """End as on any other way out, so that what is half done is cleared away."""
+    """Exit by an exception, so that unfinished work is cleaned up."""
     sys.exit(128 + number)
 
 
@@ -92,7 +91,7 @@ def _report(error: BaseException) -> int:
 
 
 def _open_streams() -> None:
-    """See to it that stdin, stdout and stderr are there, and that no character makes them fail."""
+    """Make sure that stdin, stdout and stderr exist, and that no character makes them fail."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by the caller, as with >&-
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
@@ -102,7 +101,7 @@ def _open_streams() -> None:
 
 
 def _close_streams() -> None:
-    """Silence what can no longer be written, so that Python's own last flush is no error."""
+    """Silence streams that can no longer be written, so that Python's last flush does not fail."""
     for stream in (sys.stdout, sys.stderr, sys.__stdout__):
         if stream is None:
             continue

@@ -1,4 +1,4 @@
-"""minigpt heads; the docstring of the command is its --help."""
+"""minigpt heads; the command's docstring is its --help."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -86,7 +86,7 @@ def _records(
 
 
 def _effects(model: "LanguageModel", seed: int) -> "NDArray[np.float32]":
-    from minigpt.commands.progress_line import ProgressLine
+    from minigpt.commands.status_line import ProgressLine
     from minigpt.tracing.analysis.roles import head_effects
 
     n_heads = model.config.n_attention_layer * model.config.n_head

@@ -1,4 +1,4 @@
-"""What generate and attention-trace begin with: a model, its tokenizer and a prompt."""
+"""Loading a model, its tokenizer and a prompt for a command."""
 
 import sys
 from collections.abc import Iterator
@@ -22,13 +22,14 @@ class Ready:
     """A model that is ready to continue a prompt."""
 
     model: LanguageModel
-    """A LanguageModel, in evaluation mode."""
+    """Model in evaluation mode."""
     tokenizer: Tokenizer
     folder: Path
+    """Model folder."""
     text: str
-    """The prompt as it was given; empty for the start of a new document."""
+    """Prompt as given. Empty for the start of a new document."""
     prompt: list[int]
-    """Its tokens."""
+    """Token ids of the prompt."""
 
 
 def load(source: ModelSource, prompt: str | None) -> Ready:
@@ -53,7 +54,7 @@ def load_model(source: ModelSource) -> tuple[Path, LoadedModel]:
 
 
 def use_threads(threads: int | None) -> None:
-    """Let torch use so many threads of the CPU; None leaves it its choice."""
+    """Set the number of CPU threads that torch uses; None leaves the default."""
     import torch
 
     if threads is not None:
@@ -62,9 +63,9 @@ def use_threads(threads: int | None) -> None:
 
 @contextmanager
 def compiling(is_compiled: bool) -> Iterator[None]:
-    """Let a terminal see why it has to wait while a model is compiled."""
+    """Show on a terminal that the model is being compiled."""
     if is_compiled and sys.stderr.isatty():
-        from minigpt.commands.progress_line import ProgressLine
+        from minigpt.commands.status_line import ProgressLine
 
         with ProgressLine("compiling the model"):
             yield
@@ -73,9 +74,9 @@ def compiling(is_compiled: bool) -> Iterator[None]:
 
 
 def read_prompt(prompt: str | None) -> str:
-    """Return the prompt's text, to the last byte: as given, or for ``-`` from standard input.
+    """Return the prompt's text, all bytes kept; for ``-``, read it from standard input.
 
-    Raises: DataError if it is there and empty, is not UTF-8, or could fit no context.
+    Raises: DataError if it is given but empty, is not UTF-8, or is too long for any context.
     """
     if prompt is None:
         return ""
@@ -87,7 +88,7 @@ def read_prompt(prompt: str | None) -> str:
 
 
 def read_line() -> str | None:
-    """Return the next line of standard input without its end; None where there is no more.
+    """Return the next line of standard input without its line break; None at the end of input.
 
     Raises: DataError as ``read_prompt``.
     """
@@ -100,14 +101,14 @@ def read_line() -> str | None:
 def _decoded(data: bytes, where: str) -> str:
     if len(data) > _LONGEST_PROMPT_BYTES:
         raise DataError(
-            f"{where} is longer than {_LONGEST_PROMPT_BYTES // 2**20} MiB, and no model sees as "
-            "much. Give its end only."
+            f"{where} is longer than {_LONGEST_PROMPT_BYTES // 2**20} MiB, too long for any "
+            "context. Give its end only."
         )
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{where} is not UTF-8 text: byte {error.start} does not fit. Convert it first, as "
+            f"{where} is not UTF-8 text: byte {error.start} is invalid. Convert it first, as "
             "with iconv."
         ) from None
 

@@ -1,23 +1,23 @@
-"""How long OpenMP's threads wait for each other awake, which must be settled before torch is there.
+"""How long OpenMP threads spin while they wait, which must be set before torch is imported.
 
-Awake they answer at once, and take the processor from whom it waits for; asleep it takes them up to
-0.1 ms and more to come back. docs/decoding.md and docs/training.md have what was measured.
+A spinning thread answers at once, but takes the core from other work; a sleeping one takes up to
+0.1 ms and more to wake. docs/decoding.md and docs/training.md have the measurements.
 """
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
-_SHORT, _LONG = 10_000, 100_000  # looks at a flag: about 0.1 and 1 ms
+_SHORT, _LONG = 10_000, 100_000  # polls of a flag: about 0.1 and 1 ms
 _LOAD = Path("/proc/loadavg")
 
 
 def set_spin_count(words: Sequence[str]) -> None:
-    """Settle it for the command that the words of the command line begin with.
+    """Set GOMP_SPINCOUNT for a command line, unless the environment has it.
 
-    Short, as a busy machine needs it: a training goes on for hours, and quiet at its start says
-    nothing of them. Decoding is over soon, and its products are as close to each other as a thread
-    takes to fall asleep: long for it, if nothing else runs now. The environment's own value stands.
+    Training runs for hours, and the machine may become busy: it spins briefly. Decoding is over
+    soon, and its products follow each other within the time that a thread takes to fall asleep: it
+    spins long if nothing else is running.
     """
     is_decoding = words[:1] in (["generate"], ["attention-trace"])
     count = _LONG if is_decoding and _is_alone() else _SHORT
@@ -25,7 +25,7 @@ def set_spin_count(words: Sequence[str]) -> None:
 
 
 def _is_alone() -> bool:
-    """Tell whether this process is the only one that has something to do."""
+    """Tell whether no other process is running."""
     try:
         running = _LOAD.read_text().split()[3].split("/")[0]
     except (OSError, IndexError):

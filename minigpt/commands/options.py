@@ -21,7 +21,7 @@ import itertools
 import re
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -112,7 +112,7 @@ class _Declared:
         elif self.kind in (tuple, list):
             annotation = list[str] | None
         default = typer.Option(
-            ... if self.default is MISSING and not is_field else None,
+            ... if self.default is inspect.Parameter.empty else None,
             flag,
             *self.about.aliases,
             help=self._help(),
@@ -134,7 +134,8 @@ class _Declared:
         if choices:
             words = " or ".join([*([", ".join(choices[:-1])] if choices[1:] else []), choices[-1]])
             text = f"{text}: {words}" if text else words
-        if not shown and self.default not in (None, MISSING, "", ()) and self.kind is not bool:
+        is_plain = isinstance(self.default, int | float | str) and self.kind is not bool
+        if is_plain and not shown:
             shown = f"{self.default:g}" if self.kind is float else str(self.default)
         return f"{text} [{shown}]" if shown else text
 
@@ -160,8 +161,8 @@ class _Declared:
 def command(function: Callable[..., None]) -> Callable[..., None]:
     """Turn a function's parameters into the arguments and options of a command.
 
-    A parameter is one of: a config dataclass, perhaps with ``Fields``; ``Annotated[dict, Fields]``;
-    an ``Option``; an argument or option as typer declares it.
+    A parameter is a config dataclass, alone or with ``Fields``; ``Annotated[dict, Fields(...)]``,
+    which gets only what was given; ``Annotated[type, Option(...)]``; or declared as typer does.
     """
     signature = inspect.signature(function)
     hints = typing.get_type_hints(function, include_extras=True)
@@ -169,44 +170,50 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     configs: dict[str, type] = {}
     defaults: dict[str, Any] = {}
     for name, parameter in signature.parameters.items():
-        hint, *about = get_args(hints[name]) if _is_annotated(hints[name]) else (hints[name],)
-        chosen = next((one for one in about if isinstance(one, Fields)), Fields())
+        hint, about = hints[name], None
+        if get_origin(hint) is Annotated:
+            hint, about = get_args(hint)[:2]
         if is_dataclass(hint):
-            assert isinstance(hint, type)
-            configs[name] = hint
-        elif chosen.config is not None:
+            configs[name] = typing.cast("type", hint)
+        if is_dataclass(hint) or isinstance(about, Fields):
             defaults[name] = {}
-        if is_dataclass(hint) or chosen.config is not None:
-            source: Any = chosen.config or hint
-            shown += [d.parameter() for d in _declared(source, (name,), chosen, chosen.defaults)]
-        elif about and isinstance(about[0], Option):
-            defaults[name] = default = parameter.default
-            default = MISSING if default is inspect.Parameter.empty else default
-            choices = about[0].choices or choices_in(hint)
-            shown.append(_Declared((name,), hint, default, choices, about[0]).parameter())
+            chosen = about or Fields()
+            fields_of = _declared(chosen.config or hint, (name,), chosen, chosen.defaults)
+            shown += [declared.parameter() for declared in fields_of]
+            continue
+        defaults[name] = parameter.default
+        if isinstance(about, Option):
+            choices = about.choices or choices_in(hint)
+            shown.append(_Declared((name,), hint, parameter.default, choices, about).parameter())
         else:
-            defaults[name] = parameter.default
             shown.append(parameter.replace(annotation=hints[name]))
     shown.append(_DEBUG)
 
     @functools.wraps(function)
     def run(**typed: Any) -> None:
-        given: dict[str, Any] = {}
-        for name, value in typed.items():
-            *tables, last = name.split("__")
-            if value not in (None, []) and name != _DEBUG.name:
-                place = given
-                for table in tables:
-                    place = place.setdefault(table, {})
-                place[last] = value
+        given = defaults | _nested(typed)
         for name, config in configs.items():
-            given[name] = build(config, given.get(name, {}))
-        function(**defaults | given)
+            given[name] = build(config, given[name])
+        function(**given)
 
     del run.__wrapped__
     run.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in shown}
     return run
+
+
+def _nested(typed: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that were given, those of configs as nested settings."""
+    given: dict[str, Any] = {}
+    for name, value in typed.items():
+        *tables, last = name.split("__")
+        if value in (None, []) or name == _DEBUG.name:
+            continue
+        place = given
+        for table in tables:
+            place = place.setdefault(table, {})
+        place[last] = value
+    return given
 
 
 def _declared(
@@ -232,23 +239,23 @@ def _is_chosen(name: str, chosen: Fields) -> bool:
 
 @functools.cache
 def _docstrings(config: type) -> dict[str, str]:
-    """Return the docstring under each field of a dataclass."""
-    source = Path(inspect.getfile(config)).read_text(encoding="utf-8")
-    classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
-    body = next(node.body for node in classes if node.name == config.__name__)
-    texts = {}
-    for node, below in itertools.pairwise(body):
-        if isinstance(node, ast.AnnAssign) and isinstance(below, ast.Expr):
-            texts[ast.unparse(node.target)] = ast.literal_eval(below.value)
-    return texts
+    """Return the docstring under each field of a dataclass, read from its source."""
+    body = next(c.body for c in _classes(inspect.getfile(config)) if c.name == config.__name__)
+    return {
+        ast.unparse(field.target): ast.literal_eval(below.value)
+        for field, below in itertools.pairwise(body)
+        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr)
+    }
+
+
+@functools.cache
+def _classes(path: str) -> list[ast.ClassDef]:
+    module = ast.parse(Path(path).read_text(encoding="utf-8"))
+    return [node for node in module.body if isinstance(node, ast.ClassDef)]
 
 
 def _first_sentence(text: str) -> str:
     return re.split(r"\.\s", " ".join(text.split()) + " ")[0]
-
-
-def _is_annotated(hint: Any) -> bool:
-    return get_origin(hint) is Annotated
 
 
 def _unescape(text: str) -> str:

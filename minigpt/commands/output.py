@@ -1,4 +1,4 @@
-"""How a command's result is written: aligned rows, short numbers, JSON."""
+"""Results on stdout: aligned rows, lines, JSON."""
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,8 +19,8 @@ def aligned(
 ) -> Iterator[Text]:
     """Yield rows as lines of aligned cells.
 
-    Args: sides, of each column: left or right; width, of the terminal, into which the first
-        column is cut to fit; None cuts nothing.
+    Args: sides, left or right for each column; width, of the terminal, to which the first column
+        is truncated; None does not truncate.
     """
     widths = [max(cell.cell_len for cell in column) for column in zip(*rows, strict=True)]
     if width is not None:
@@ -39,12 +39,12 @@ def aligned(
 
 
 def one_line(text: str) -> str:
-    """Escape what could steer a terminal, and what would break a line."""
+    """Escape control characters and line breaks."""
     return printable(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
 def line_width() -> int | None:
-    """Return how wide a line on stdout may be; None in a pipe, where nothing is cut."""
+    """Return the width of the terminal on stdout; None for a pipe, where nothing is truncated."""
     console = make_console(is_stderr=False)
     return console.width if console.is_terminal else None
 
@@ -57,12 +57,12 @@ def show(lines: Iterable[Text]) -> None:
 
 
 def note(text: str) -> None:
-    """Write a line that is no result to stderr."""
+    """Write a line to stderr that is not part of the result."""
     make_console(is_stderr=True).print(one_line(text), style="dim")
 
 
 def write_json(facts: dict[str, Any]) -> None:
-    """Write an object to stdout, in one line."""
+    """Write an object to stdout as one line of JSON."""
 
     def plain(value: object) -> str:
         return value.isoformat() if isinstance(value, datetime) else str(value)

@@ -48,7 +48,7 @@ def prepare(
 
     from minigpt.commands import output
     from minigpt.commands.program import command_line
-    from minigpt.commands.progress_line import ProgressLine
+    from minigpt.commands.status_line import ProgressLine
     from minigpt.settings import build, to_dict
     from minigpt.text.shards import prepare_folder
 

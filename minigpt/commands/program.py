@@ -1,4 +1,4 @@
-"""How this program was called, so that the commands it proposes work when they are pasted."""
+"""How this program was called, so that the commands that it suggests can be pasted."""
 
 import os
 import shlex
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def command_line(*words: str) -> str:
-    """Return a shell command that calls this program, as it was called, with other arguments."""
+    """Return a shell command that calls this program with other arguments."""
     return shlex.join([*_program(), *words])
 
 
@@ -22,7 +22,7 @@ def _program() -> list[str]:
 
 
 def _shortest(executable: Path) -> str:
-    """Return the name alone if the shell finds this very file by it, else a path."""
+    """Return the name alone if the shell finds this file by it, else a path."""
     found = shutil.which(executable.name)
     if found and os.path.abspath(found) == os.path.abspath(executable):
         return executable.name

@@ -1,6 +1,10 @@
-"""What a terminal shows of work that goes on: lines redrawn in place, never wider than it."""
+"""Live lines on stderr: redrawn in place on a terminal, now and then a plain line elsewhere."""
 
+import sys
+import time
 from collections.abc import Sequence
+from types import TracebackType
+from typing import Self
 
 from rich.console import (
     Console,
@@ -14,36 +18,43 @@ from rich.live import Live
 from rich.segment import ControlType, Segment
 from rich.text import Text
 
+from minigpt.console import make_console
+from minigpt.text.building import PrepareProgress
+from minigpt.text.escape import printable
+
 FREE_CELLS = 3
-"""Cells left free after a line. The terminal itself writes ^C there: were there no room for it, it
-would wrap, and the line could not be erased."""
+"""Cells left free at the end of a line. The terminal writes ^C there; without room for it, the line
+would wrap and could not be erased."""
+PLAIN_EVERY_S = 5.0
+"""Seconds between lines where stderr is not a terminal."""
 _SHORTEST_BAR = 6
 _LONGEST_BAR = 40
+_STAGES = {"download": "downloading", "train tokenizer": "training tokenizer", "encode": "encoding"}
 
 
 class StatusLine:
-    """A line that rich can draw again and again: a label, a bar, and facts."""
+    """A line that rich can draw again and again: a label, a bar and facts."""
 
     def __init__(self) -> None:
         self.label = ""
-        """What goes on; while it is empty, there is no line."""
+        """Current work. An empty label draws nothing."""
         self.share = 0.0
-        """Of the bar that is full, 0 to 1."""
+        """Filled share of the bar, 0 to 1."""
         self.facts: Sequence[str] = ()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Draw the line for the width of this moment."""
+        """Draw the line for the current width."""
         if self.label:
             yield self.draw(options.max_width - FREE_CELLS, is_ascii=options.ascii_only)
 
     def draw(
         self, width: int, *, is_ascii: bool = False, facts: Sequence[str] | None = None
     ) -> Text:
-        """Return the line in at most ``width`` cells: the facts go before the bar and the label.
+        """Return the line in at most ``width`` cells; bar and label shrink before the facts.
 
-        Args: facts, to be shown in place of the line's own.
+        Args: facts, shown in place of the line's own.
         """
-        # From roomy to narrow; the first layout that fits is taken.
+        # From wide to narrow; the first layout that fits is used.
         layouts = ((self.label, "  ", _SHORTEST_BAR), (self.label, " ", _SHORTEST_BAR))
         for label, gap, shortest in (*layouts, (self.label, " ", 0), ("", " ", 0)):
             shown = gap.join(self.facts if facts is None else facts)
@@ -63,10 +74,10 @@ class StatusLine:
 
 
 class LiveLines(Live):
-    """Lines that rich redraws in place, also when the terminal has become narrower meanwhile.
+    """Lines that rich redraws in place, even if the terminal was narrowed in between.
 
-    Terminals break what no longer fits into more rows than were drawn, and rich alone would erase
-    too few. On the few that cut it off instead, as many rows above are lost from sight.
+    A terminal wraps lines that no longer fit into more rows than were drawn, and rich alone would
+    erase too few. On a terminal that truncates them instead, as many rows above are lost from view.
     """
 
     def __init__(self, lines: RenderableType, console: Console) -> None:
@@ -81,7 +92,7 @@ class LiveLines(Live):
         )
 
     def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
-        """Let rich find the first of the rows that its lines take by now."""
+        """Move up to the first row that the lines occupy now, then let rich redraw them."""
         width = max(self.console.width, 1)
         n_more = sum(max(n_cells - 1, 0) // width for n_cells in self._drawn.widths)
         up = ((ControlType.ERASE_IN_LINE, 2), (ControlType.CURSOR_UP, 1)) * n_more
@@ -89,7 +100,7 @@ class LiveLines(Live):
 
 
 class _Measured:
-    """Lines, and how wide they were when they were last drawn."""
+    """Lines, and their widths when they were last drawn."""
 
     def __init__(self, lines: RenderableType) -> None:
         self.lines = lines
@@ -101,3 +112,49 @@ class _Measured:
         for line in lines:
             yield from line
             yield Segment.line()
+
+
+class ProgressLine:
+    """The progress of one task after another, as a context manager."""
+
+    def __init__(self, label: str) -> None:
+        """Args: label, the first task."""
+        self._console = make_console(is_stderr=True)
+        self._line = StatusLine()
+        self._line.label = label
+        self._is_live = sys.stderr.isatty() and not self._console.is_dumb_terminal
+        self._live = LiveLines(self._line, self._console)
+        self._last_line_at = time.monotonic()
+        self._stage: PrepareProgress | None = None
+        self._stage_began_at = 0.0
+
+    def __enter__(self) -> Self:
+        if self._is_live:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._live.stop()
+
+    def show(self, label: str, share: float, facts: Sequence[str]) -> None:
+        """Show the current task, the share of it that is done (0 to 1), and facts about it."""
+        self._line.label, self._line.share, self._line.facts = label, share, facts
+        if not self._is_live and time.monotonic() - self._last_line_at >= PLAIN_EVERY_S:
+            self._last_line_at = time.monotonic()
+            self._console.print(printable("  ".join([label, *facts])))
+
+    def preparing(self, progress: PrepareProgress) -> None:
+        """Show the progress of preparing a text, and its speed since the stage began."""
+        if self._stage is None or self._stage.stage != progress.stage:
+            self._stage, self._stage_began_at = progress, time.monotonic()
+        seconds = time.monotonic() - self._stage_began_at
+        facts = [f"{progress.done / 1e6:.1f} of {progress.total / 1e6:.1f} MB"]
+        if progress.done > self._stage.done:
+            facts.append(f"{(progress.done - self._stage.done) / 1e6 / seconds:.3g} MB/s")
+        share = progress.done / progress.total if progress.total else 0.0
+        self.show(_STAGES.get(progress.stage, progress.stage), share, facts)

@@ -120,7 +120,7 @@ def test_interrupted_and_called_again_it_goes_on(run: Run, monkeypatch: pytest.M
     monkeypatch.setattr(shard_files, "MAX_SHARD_TOKENS", 10_000)
     monkeypatch.setattr(building, "PROGRESS_BYTES", 1)
     monkeypatch.setattr("minigpt.text.encoding.CHUNK_CHARS", 1000)
-    from minigpt.commands.progress_line import ProgressLine
+    from minigpt.commands.status_line import ProgressLine
 
     def interrupt(self: ProgressLine, progress: PrepareProgress) -> None:
         if progress.done > progress.total / 2:

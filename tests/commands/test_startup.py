@@ -53,7 +53,7 @@ def test_the_first_help_reads_no_command() -> None:
     assert {name for name in imported if name.startswith("minigpt.commands")} == {
         "minigpt.commands",
         "minigpt.commands.failures",
-        "minigpt.commands.app",
+        "minigpt.commands.layout",
         "minigpt.commands.openmp",
     }
 

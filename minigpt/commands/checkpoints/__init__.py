@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from minigpt.commands.app import group
+from minigpt.commands.layout import group
 from minigpt.commands.options import Json, Option, command
 from minigpt.errors import CheckpointError
 

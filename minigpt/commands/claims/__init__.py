@@ -49,7 +49,7 @@ def claims(
         raise ConfigError(f"--seeds must be at least 1: it is {seeds}.")
     from minigpt.commands.claims.views import prepare_folder, show_finding, write_findings
     from minigpt.commands.loading import use_threads
-    from minigpt.commands.progress_line import ProgressLine
+    from minigpt.commands.status_line import ProgressLine
 
     folder = None if out is None else prepare_folder(out)
     from minigpt.model.device import resolve_device

@@ -17,7 +17,7 @@ from minigpt.commands.evaluate import EvaluationConfig
 from minigpt.commands.loading import use_threads
 from minigpt.commands.options import ModelSource
 from minigpt.commands.output import aligned, one_line
-from minigpt.commands.progress_line import ProgressLine
+from minigpt.commands.status_line import ProgressLine
 from minigpt.config import DataConfig, ModelConfig
 from minigpt.errors import CheckpointError, ConfigError, DataError
 from minigpt.evaluation import LONGEST_WINDOW, Evaluation, evaluate, windows_at_once

@@ -1,4 +1,4 @@
-"""minigpt generate; the docstring of the command is its --help."""
+"""minigpt generate; the command's docstring is its --help."""
 
 from typing import Annotated
 
@@ -22,22 +22,21 @@ def generate(
 ) -> None:
     r"""Continue a prompt with a trained model.
 
-    Standard output gets the generated text and a line break, nothing else: the prompt is no part
-    of it, and only shown before it on a terminal. Speed and seed go to standard error.
+    Standard output gets the generated text and a line break, nothing else; a terminal shows the
+    prompt before it. Speed and seed go to standard error.
 
-    The text ends with --max-new-tokens, a --stop text, the end of the document as the model sees
-    it, or a full context window; --json says which (finish_reason). With --overflow slide, a full
-    window keeps its first 4 tokens and its newest half, forgets the rest, and goes on.
+    Generation ends at --max-new-tokens, a --stop string, the model's end-of-text token or a full
+    context window; --json says which (finish_reason). With --overflow slide, a full window keeps
+    its first 4 tokens and its newest half, drops the rest, and generation continues.
 
-    The options of sampling apply in this order: ignore-eos, the repetition penalty (of the prompt
-    and what was generated), the presence and frequency penalties (of what was generated),
-    temperature, top-k, top-p, min-p. The logprobs are the model's own, before all of them.
+    Sampling applies these in order: ignore-eos, repetition penalty, presence and frequency
+    penalties, temperature, top-k, top-p, min-p. The logprobs are those of the model, before all
+    of them.
 
-    Several samples are decoded together; sample i is the one that --seed SEED+i gives alone.
+    Several samples are decoded as a batch; sample i equals the one that --seed SEED+i gives alone.
 
-    With --interactive, a text goes on from what was said and then typed: a line as it is, without
-    its end; one that ends with \ and the next one, with the line break between; an empty one lets
-    the model go on. Ctrl-C stops an answer.
+    With --interactive, the text continues from each typed line. A line that ends with \ continues
+    on the next one; an empty line lets the model continue. Ctrl-C stops an answer.
     """
     if interactive:
         _check_interactive(sampling, prompt)
@@ -57,7 +56,7 @@ def generate(
             display,
             seed=seed,
             compile=source.compile,
-            begins=prompt is not None,
+            has_prompt=prompt is not None,
         )
         return
     with compiling(is_compiled(ready.model, source.compile)):
@@ -73,10 +72,10 @@ def generate(
         raise typer.Exit(130)
 
 
-def _check_interactive(sampling: "SamplingConfig", prompt: str | None) -> None:
+def _check_interactive(sampling: SamplingConfig, prompt: str | None) -> None:
     if sampling.num_samples > 1:
-        raise ConfigError("--interactive goes on from one answer. Leave --num-samples out.")
+        raise ConfigError("--interactive continues one sample. Leave --num-samples out.")
     if prompt == "-":
         raise ConfigError(
-            "--interactive reads what is typed from standard input. Give the prompt as an argument."
+            "--interactive reads lines from standard input. Give the prompt as an argument."
         )

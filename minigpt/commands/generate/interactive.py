@@ -1,4 +1,4 @@
-"""minigpt generate --interactive: text that goes on from what was typed, turn by turn."""
+"""minigpt generate --interactive: text that continues from each typed line."""
 
 import sys
 
@@ -21,17 +21,17 @@ def converse(
     *,
     seed: int,
     compile: bool | None,
-    begins: bool,
+    has_prompt: bool,
 ) -> None:
-    """Answer each text of standard input, until there is none or the window is full.
+    """Continue from each text of standard input, until its end or a full context window.
 
-    What the cache holds of earlier turns stays: only what was typed is fed.
+    The cache keeps the earlier turns, so only the new text is processed.
 
-    Args: seed, of the first answer, each later one having the next; begins, whether the prompt
-        that is ready comes before what is typed.
+    Args: seed, of the first answer; later ones have the next seeds. has_prompt, whether the first
+        text is the prompt of the command line.
     """
     decoder: Decoder | None = None
-    text = ready.text if begins else _typed()
+    text = ready.text if has_prompt else _typed()
     while text is not None:
         try:
             if decoder is None:
@@ -41,7 +41,7 @@ def converse(
             else:
                 ids = ready.tokenizer.encode(text, is_start=False)
                 decoder.extend(ids, overflow=sampling.overflow)
-        except DataError as error:  # too long; the next may fit
+        except DataError as error:  # too long; the next one may fit
             note(str(error))
             text = _typed()
             continue
@@ -52,19 +52,19 @@ def converse(
             seed=seed,
             prompt=text,
             n_prompt_tokens=len(decoder.prompt),
-            is_prompt_shown=begins,
+            is_prompt_shown=has_prompt,
         )
         if decoder.is_full and sampling.overflow == "stop":
-            note("Begin again for more, or let the window slide: --overflow slide")
+            note("Start again for more, or use --overflow slide")
             return
-        seed, begins = seed + 1, False
+        seed, has_prompt = seed + 1, False
         text = _typed()
 
 
 def _typed() -> str | None:
-    r"""Return what is typed next, without its last line break; None at the end.
+    r"""Return the next typed text without its last line break; None at the end of input.
 
-    A line that ends with \ goes on in the next one. Ctrl-C begins anew.
+    A line that ends with \ continues on the next one. Ctrl-C discards the text.
     """
     lines: list[str] = []
     while True:

@@ -1,4 +1,4 @@
-"""What generate shows of continuations: their text, their numbers, and what was probable."""
+"""Samples on stdout as they are generated, with their facts on stderr or as JSON."""
 
 import json
 import math
@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from minigpt.commands.loading import Ready
+from minigpt.commands.output import note
 from minigpt.config import SamplingConfig
 from minigpt.console import make_console, write_result
 from minigpt.generation.stream import TextStep
@@ -25,7 +26,7 @@ _TOKEN_CELLS = 12
 
 
 class Sample:
-    """One continuation, as it comes."""
+    """One sample and its steps so far."""
 
     def __init__(self, seed: int, began_at: float) -> None:
         self.seed = seed
@@ -33,36 +34,31 @@ class Sample:
         self._began_at = self._ended_at = began_at
 
     def add(self, item: TextStep) -> None:
-        """Take the next step."""
+        """Add the next step."""
         self.steps.append(item)
         self._ended_at = time.perf_counter()
 
     @property
     def text(self) -> str:
-        """All that is certain by now."""
+        """Generated text so far."""
         return "".join(item.text for item in self.steps)
 
     @property
-    def is_whole(self) -> bool:
-        """Whether its last step has come."""
-        return bool(self.steps and self.steps[-1].step.finish)
-
-    @property
-    def finish(self) -> str:
-        """A FinishReason, or interrupted."""
-        return (self.steps and self.steps[-1].step.finish) or "interrupted"
+    def finish(self) -> str | None:
+        """Reason that it ended. None if it has not."""
+        return self.steps[-1].step.finish if self.steps else None
 
     @property
     def tokens_per_s(self) -> float:
-        """Of this sample alone, whatever was decoded beside it."""
+        """Speed of this sample alone."""
         return len(self.steps) / (self._ended_at - self._began_at) if self.steps else 0.0
 
     def facts(self, tokenizer: Tokenizer) -> dict[str, Any]:
-        """Return what JSON says of it."""
+        """Return its part of the JSON."""
         last = self.steps[-1].step if self.steps else None
         facts: dict[str, Any] = {
             "text": self.text,
-            "finish_reason": self.finish,
+            "finish_reason": self.finish or "interrupted",
             "n_tokens": len(self.steps),
             "tokens_per_s": round(self.tokens_per_s, 1),
             "n_slides": last.n_slides if last else 0,
@@ -70,32 +66,30 @@ class Sample:
             "seed": self.seed,
         }
         if last and last.best:
-            facts["steps"] = [_step_facts(item, tokenizer) for item in self.steps]
+            facts["steps"] = [_logprobs(item, tokenizer) for item in self.steps]
         return facts
 
-    def note(self) -> str:
-        """Return a line about its size, speed, seed and end."""
+    def summary(self) -> str:
+        """Return a line with its length, speed, seed and end."""
         line = f"{len(self.steps)} tokens, {self.tokens_per_s:.4g} tok/s, seed {self.seed}"
         if self.steps and (n_slides := self.steps[-1].step.n_slides):
             times = "once" if n_slides == 1 else f"{n_slides} times"
             n_forgotten = self.steps[-1].step.n_forgotten
             line += f"; the window slid {times}, {n_forgotten} tokens are forgotten"
-        return line + _ENDINGS.get(self.finish, "")
+        return line + _ENDINGS.get(self.finish or "interrupted", "")
 
     def probable(self, tokenizer: Tokenizer) -> Iterator[str]:
-        """Yield a line for each token with what was most probable there, if that was asked for."""
-        for item in self.steps:
-            if item.step.best:
-                best = ", ".join(
-                    f"{visible(tokenizer.token_bytes(token))} {math.exp(value):.2%}"
-                    for token, value in item.step.best
-                )
-                token = visible(tokenizer.token_bytes(item.step.token))
-                share = math.exp(item.step.log_probability)
-                yield f"{token:>{_TOKEN_CELLS}} {share:>7.2%}  of  {best}"
+        """Yield a line per token with the most probable tokens at its step, if reported."""
+        for step in (item.step for item in self.steps if item.step.best):
+            best = ", ".join(
+                f"{visible(tokenizer.token_bytes(token))} {math.exp(value):.2%}"
+                for token, value in step.best
+            )
+            token = visible(tokenizer.token_bytes(step.token))
+            yield f"{token:>{_TOKEN_CELLS}} {math.exp(step.log_probability):>7.2%}  of  {best}"
 
 
-def _step_facts(item: TextStep, tokenizer: Tokenizer) -> dict[str, Any]:
+def _logprobs(item: TextStep, tokenizer: Tokenizer) -> dict[str, Any]:
     def fact(token: int, log_probability: float) -> dict[str, Any]:
         text = tokenizer.token_bytes(token).decode("utf-8", "replace")
         return {"token": token, "text": text, "log_probability": round(log_probability, 6)}
@@ -105,7 +99,7 @@ def _step_facts(item: TextStep, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 class SampleDisplay:
-    """Shows continuations whole and in order; the one whose turn it is, as it comes."""
+    """Shows samples in order: the current one as it is generated, each later one when it is due."""
 
     def __init__(
         self, ready: Ready, sampling: SamplingConfig, *, as_json: bool, streams: bool
@@ -123,15 +117,12 @@ class SampleDisplay:
         is_prompt_shown: bool = True,
         n_samples: int = 1,
     ) -> bool:
-        """Show the steps of some samples, of which the first has this seed.
-
-        Returns: False if Ctrl-C ended it early.
-        """
+        """Show the steps of samples with seeds from ``seed`` on; return False on Ctrl-C."""
         began_at = ready_at = time.perf_counter()
         about = {"prompt": prompt, "n_prompt_tokens": n_prompt_tokens}
         samples = {0: Sample(seed, began_at)}
         shown_prompt = prompt if is_prompt_shown else ""
-        turn, n_tokens = 0, 0
+        current, n_tokens = 0, 0
         self._begin(shown_prompt)
         try:
             for item in items:
@@ -139,23 +130,22 @@ class SampleDisplay:
                 if item.sample not in samples:
                     samples[item.sample] = Sample(seed + item.sample, ready_at)
                 samples[item.sample].add(item)
-                if item.step.index:  # the first ones of all that are decoded together began at once
+                if item.step.index:  # the first tokens of one batch began at the same time
                     ready_at = time.perf_counter()
-                if item.sample == turn:
+                if item.sample == current:
                     self._write(item.text)
-                while turn in samples and samples[turn].is_whole:
-                    # Only what is still to be shown is kept.
-                    self._end(samples.pop(turn), about)
-                    turn += 1
-                    if turn < n_samples:
+                while current in samples and samples[current].finish:
+                    self._end(samples.pop(current), about)
+                    current += 1
+                    if current < n_samples:
                         self._begin(shown_prompt, is_next=True)
-                        self._write(samples[turn].text if turn in samples else "")
+                        self._write(samples[current].text if current in samples else "")
         except KeyboardInterrupt:
-            self._end(samples.get(turn) or Sample(seed + turn, began_at), about)
+            self._end(samples.get(current) or Sample(seed + current, began_at), about)
             return False
         if n_samples > 1:
             speed = n_tokens / (time.perf_counter() - began_at)
-            _note(f"{n_samples} samples, {n_tokens} tokens, {speed:.4g} tok/s together")
+            note(f"{n_samples} samples, {n_tokens} tokens, {speed:.4g} tok/s together")
         return True
 
     def _begin(self, prompt: str, *, is_next: bool = False) -> None:
@@ -163,7 +153,7 @@ class SampleDisplay:
             return
         if is_next:
             write_result(_SEPARATOR + "\n")
-        # A terminal shows the prompt where the text goes on; a pipe gets the text alone.
+        # A terminal shows the prompt before the text; a pipe gets the text alone.
         if sys.stdout.isatty() and sys.stderr.isatty():
             sys.stderr.write(printable(prompt))
             sys.stderr.flush()
@@ -182,8 +172,4 @@ class SampleDisplay:
             write_result(("" if self._streams else sample.text) + "\n")
             for line in sample.probable(tokenizer):
                 make_console(is_stderr=True).print(line)
-        _note(sample.note())
-
-
-def _note(text: str) -> None:
-    make_console(is_stderr=True).print(text, style="dim")
+        note(sample.summary())

@@ -1,44 +1,50 @@
-"""How the command line is laid out: commands that are read when called, options in groups."""
+"""Layout of the command line: commands imported when they are called, options under headings."""
 
 from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from minigpt.errors import ConfigError, nearest
+from minigpt.errors import ConfigError, require_choice
 
 COMMANDS = {
     "train": "Train a model from text",
     "generate": "Continue a prompt with a trained model",
     "attention-trace": "Show what each generated token attended to",
-    "heads": "Show which known kind of head each head is",
+    "heads": "Show what kind of head each head is",
     "evaluate": "Measure how well a model predicts a text",
-    "plot": "Draw the loss curves of runs",
-    "compare": "Compare kinds of attention, and life without it",
-    "claims": "Measure what is claimed of attention",
-    "prepare": "Turn text into tokens ahead of training",
+    "plot": "Plot the loss curves of runs",
+    "compare": "Compare kinds of attention with recurrent models",
+    "claims": "Measure common claims about attention",
+    "prepare": "Tokenize text before training",
     "checkpoints": "List, show, verify, prune and average checkpoints",
 }
-"""Each command and its line in ``minigpt --help``; its module is named as it is."""
+"""Each command and its line in ``minigpt --help``; its module has its name."""
 
 
 class Commands(TyperGroup):
-    """The program: reads a command's module when it is called, so that --help answers at once."""
+    """The program, which imports a command's module only when it is called."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """Return the commands in the order of --help."""
-        return list(COMMANDS)
+        """Return the commands of this installation, in the order of --help."""
+        return [name for name in COMMANDS if _is_installed(name)]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Return a command, ready to run.
 
-        Raises: ConfigError if there is none of that name.
+        Raises: ConfigError if it does not exist, or belongs to a ring that was deleted.
         """
-        _require_known(cmd_name, COMMANDS)
-        name = cmd_name.replace("-", "_")
-        command = getattr(import_module(f"minigpt.commands.{name}"), name)
+        require_choice("command", cmd_name, COMMANDS)
+        if not _is_installed(cmd_name):
+            raise ConfigError(
+                f"this installation lacks the command {cmd_name!r}. Install all of minigpt to use "
+                "it."
+            )
+        function = _module_name(cmd_name).rpartition(".")[2]
+        command = getattr(import_module(_module_name(cmd_name)), function)
         if isinstance(command, typer.Typer):
             return typer.main.get_command(command)
         app = typer.Typer(rich_markup_mode=None, add_completion=False)
@@ -46,31 +52,39 @@ class Commands(TyperGroup):
         return typer.main.get_command(app)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write options and commands, without reading the commands' modules."""
+        """Write the options and the commands, without importing the commands' modules."""
         _write_groups(ctx, formatter, self.get_params(ctx))
-        _write_commands(formatter, COMMANDS)
+        _write_commands(formatter, {name: COMMANDS[name] for name in self.list_commands(ctx)})
 
 
 class Subcommands(TyperGroup):
-    """A command that is several, laid out as the program is."""
+    """A command made of several, laid out like the program."""
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """Return a command of this one, ready to run.
+        """Return one of its commands, ready to run.
 
-        Raises: ConfigError if there is none of that name.
+        Raises: ConfigError if it does not exist.
         """
-        _require_known(cmd_name, self.commands)
+        require_choice("command", cmd_name, self.commands)
         return self.commands[cmd_name]
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write options and commands."""
+        """Write the options and the commands."""
         _write_groups(ctx, formatter, self.get_params(ctx))
         lines = {name: str(command.help) for name, command in self.commands.items()}
         _write_commands(formatter, {name: text.split("\n")[0] for name, text in lines.items()})
 
 
+class Command(TyperCommand):
+    """A command whose --help lists its options under headings, in aligned columns."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write arguments and options, each under its ``rich_help_panel``."""
+        _write_groups(ctx, formatter, self.get_params(ctx))
+
+
 def group(name: str, commands: Mapping[str, Callable[..., None]]) -> typer.Typer:
-    """Make a command of commands, each a function whose docstring is its help."""
+    """Make a command of several, each a function whose docstring is its help."""
     app = typer.Typer(
         name=name,
         cls=Subcommands,
@@ -86,32 +100,29 @@ def group(name: str, commands: Mapping[str, Callable[..., None]]) -> typer.Typer
 
 
 def show_help(context: typer.Context) -> None:
-    """Let a program that is called without any of its commands show which there are."""
+    """Show the help of a program that is called without one of its commands."""
     if context.invoked_subcommand is None:
         typer.echo(context.get_help(), err=True)
         raise typer.Exit(2)
 
 
+def _module_name(command: str) -> str:
+    return f"minigpt.commands.{command.replace('-', '_')}"
+
+
+def _is_installed(command: str) -> bool:
+    return find_spec(_module_name(command)) is not None
+
+
 def _add(app: typer.Typer, name: str, function: Callable[..., None]) -> None:
-    app.command(name, cls=Command, help=_help(function))(function)
-
-
-def _require_known(name: str, commands: Iterable[str]) -> None:
-    if name not in commands:
-        raise ConfigError(f"there is no command {name!r}. {nearest(name, commands)}")
+    # A docstring's first line ends with a full stop, a line of --help does not.
+    first, break_, rest = str(function.__doc__).partition("\n")
+    app.command(name, cls=Command, help=first.rstrip(".") + break_ + rest)(function)
 
 
 def _write_commands(formatter: Any, lines: Mapping[str, str]) -> None:
     with formatter.section("Commands"):
         formatter.write_dl(list(lines.items()))
-
-
-class Command(TyperCommand):
-    """A command whose --help has its options under headings, in aligned columns."""
-
-    def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write arguments and options, each under its ``rich_help_panel``."""
-        _write_groups(ctx, formatter, self.get_params(ctx))
 
 
 def _write_groups(ctx: Any, formatter: Any, parameters: Iterable[Any]) -> None:
@@ -138,9 +149,3 @@ def _left(parameter: Any) -> str:
     if parameter.secondary_opts:
         return names.replace("--", "--[no-]")
     return names if parameter.is_flag else f"{names} {parameter.metavar}"
-
-
-def _help(function: Any) -> str:
-    """Return a command's docstring, its first line without the full stop that code has."""
-    first, break_, rest = str(function.__doc__).partition("\n")
-    return first.rstrip(".") + break_ + rest
