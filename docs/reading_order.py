@@ -1,0 +1,67 @@
+"""Print the core of minigpt in reading order, with line counts; --write puts it into the README.
+
+The core is every module that belongs to no ring; pyproject.toml, [tool.minigpt], names both the
+rings and the order of the core's parts.
+"""
+
+import sys
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+BEGIN, END = "<!-- reading order: begin -->\n", "<!-- reading order: end -->\n"
+
+
+def core_files() -> list[Path]:
+    """Return the files of the package that belong to no ring."""
+    rings = _settings()["rings"]
+    removed = [ROOT / path for paths in rings.values() for path in paths]
+    return [
+        path
+        for path in sorted((ROOT / "minigpt").rglob("*.py"))
+        if not any(path == ring or ring in path.parents for ring in removed)
+    ]
+
+
+def table() -> str:
+    """Return the reading order as a Markdown table."""
+    left = core_files()
+    rows, total = [], 0
+    for part in _settings()["reading_order"]:
+        files = [ROOT / "minigpt" / name for name in part["files"]]
+        names = [f"`{name}`" for name in part["files"]]
+        if folder := part.get("rest_of"):
+            rest = [path for path in left if ROOT / "minigpt" / folder in path.parents]
+            files += [path for path in rest if path not in files]
+        left = [path for path in left if path not in files]
+        n_lines = sum(map(_n_lines, files))
+        total += n_lines
+        rows.append(f"| {part['what']} | {', '.join(names)} | {n_lines:,} |")
+    if left:
+        names = ", ".join(str(path.relative_to(ROOT)) for path in left)
+        raise SystemExit(f"[tool.minigpt] reading_order lacks {names}")
+    head = ["| read | files, most important first | lines |", "| --- | --- | ---: |"]
+    return "\n".join([*head, *rows, f"| the core | | {total:,} |"]) + "\n"
+
+
+def _n_lines(path: Path) -> int:
+    return len(path.read_text(encoding="utf-8").splitlines())
+
+
+def _settings() -> dict:  # type: ignore[type-arg]
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["minigpt"]
+
+
+def readme_with(text: str) -> str:
+    """Return the README with the table in its place."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    before, _, rest = readme.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}{text}{END}{after}"
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--write"]:
+        (ROOT / "README.md").write_text(readme_with(table()), encoding="utf-8")
+    else:
+        sys.stdout.write(table())

@@ -1,0 +1,65 @@
+"""Each ring can be deleted, with its commands, and the three jobs still work."""
+
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+RINGS: dict[str, list[str]] = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"][
+    "minigpt"
+]["rings"]
+
+JOBS = """
+train corpus.txt --name tiny --tokenizer bytes --max-steps 2 --context-length 32 --batch-size 2
+  --n-layer 1 --n-head 2 --d-model 16 --set model.d_mlp=16 --set training.eval_tokens=64
+generate --model tiny --max-new-tokens 3 --temperature 0 "The king"
+attention-trace --model tiny --max-new-tokens 3 --temperature 0 "The king"
+"""
+
+
+def without(paths: list[str], folder: Path) -> Path:
+    """Copy the package to a folder, without some of its files."""
+    shutil.copytree(ROOT / "minigpt", folder / "minigpt", ignore=shutil.ignore_patterns("*.pyc"))
+    for path in paths:
+        target = folder / path
+        assert target.exists(), f"pyproject.toml names {path!r} as part of a ring"
+        shutil.rmtree(target) if target.is_dir() else target.unlink()
+    (folder / "corpus.txt").write_text("The king said: once upon a time.\n" * 90)
+    return folder
+
+
+DRIVER = """
+import os, shlex, sys
+import torch  # once, for all three jobs
+from minigpt.commands import main
+
+for line in sys.argv[1].replace("\\n  ", " ").strip().splitlines():
+    child = os.fork()
+    if not child:
+        sys.argv = ["minigpt", *shlex.split(line)]
+        main()
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status:
+        sys.exit(f"{line.split()[0]} ended with {status}")
+"""
+
+
+@pytest.mark.parametrize("ring", [*sorted(RINGS), "all rings"])
+def test_the_three_jobs_work_without(ring: str, tmp_path: Path) -> None:
+    paths = sum(RINGS.values(), []) if ring == "all rings" else RINGS[ring]
+    folder = without(paths, tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER, JOBS],
+        cwd=folder,
+        env={"PATH": "", "PYTHONPATH": str(folder), "MINIGPT_CACHE_DIR": "cache"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    text, *lines = done.stdout.splitlines()
+    assert text
+    assert sum("%" in line for line in lines) >= 3, "a line of the trace for each token"
