@@ -15,8 +15,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED) ## Train a small model on text that comes with Python, sample it, trace it
 	sh demo.sh $(BIN)/minigpt
 
-test: $(INSTALLED) ## Run the tests
-	$(BIN)/python -m pytest -m 'not slow and not torture and not dist and not browser and not gpu'
+test: $(INSTALLED) ## Run the tests, in as many processes as there are cores
+	$(BIN)/python -m pytest -n auto --dist worksteal -m 'not slow and not torture and not dist and not browser and not gpu'
 
 test-slow: $(INSTALLED) ## Run the slow tests too
 	$(BIN)/python -m pytest -m 'not gpu and not browser'

@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 
-# Before anything imports huggingface_hub: a name that is no folder must not be asked of the hub.
+# Before anything imports huggingface_hub: a name that is no folder must not be looked up on the hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Before anything imports torch: the workers share the cores, one thread each.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
