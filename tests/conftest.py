@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-# Before anything imports huggingface_hub: a name that is no folder must not be looked up on the hub.
+# Before anything imports huggingface_hub: no test may look a name up on the hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Before anything imports torch: the workers share the cores, one thread each.
