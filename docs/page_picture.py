@@ -1,4 +1,4 @@
-"""Take the picture of the page from a real trace.
+"""Take the screenshot of the HTML page in docs/tracing.md from a real trace.
 
     pip install playwright
     python docs/page_picture.py MODEL "PROMPT" [OUT]
@@ -9,42 +9,21 @@ Writes docs/trace-page.png, or OUT. Needs Chromium.
 import shutil
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from playwright.sync_api import sync_playwright
 
-from minigpt.commands.loading import load
-from minigpt.commands.options import ModelSource
-from minigpt.config import SamplingConfig
-from minigpt.tracing.events import Trace, TraceFooter, TraceHeader, TraceStep
-from minigpt.tracing.tracer import TraceConfig, trace
+import minigpt
 from minigpt.tracing.views.page import to_html
 
 SIZE = {"width": 1220, "height": 1130}
-N_TOKENS = 60
-SHOWN = 18
-SEED = 4
+N_TOKENS, SEED = 60, 4
+SHOWN = 18  # index of the generated token that is clicked
 
 
-def traced(model: str, prompt: str) -> Trace:
-    """Generate with all that a page can show."""
-    ready = load(ModelSource(model=model, device="cpu", dtype="float32"), prompt)
-    header, *steps, footer = trace(
-        ready.model,
-        ready.tokenizer,
-        ready.prompt,
-        SamplingConfig(max_new_tokens=N_TOKENS, seed=SEED),
-        TraceConfig(measures=("weight", "norm"), has_heads=True, has_roles=True, n_verified=3),
-        seed=SEED,
-        model_name=Path(model).name,
-    )
-    assert isinstance(header, TraceHeader)
-    assert isinstance(footer, TraceFooter)
-    return Trace(header, tuple(step for step in steps if isinstance(step, TraceStep)), footer)
-
-
-def take(page: str, position: int, out: Path) -> None:
-    """Open a page, click a token, and take the picture."""
+def screenshot(page: str, position: int, out: Path) -> None:
+    """Open a page, click a token and save a screenshot."""
     browsers = ("chromium", "chromium-browser", "google-chrome")
     path = next(filter(None, map(shutil.which, browsers)))
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
@@ -61,10 +40,12 @@ def take(page: str, position: int, out: Path) -> None:
 
 def main() -> None:
     model, prompt, *out = sys.argv[1:4]
-    result = traced(model, prompt)
-    position = result.steps[min(SHOWN, len(result.steps) - 1)].token.position
+    options = {"max_new_tokens": N_TOKENS, "seed": SEED, "n_verified": 3, "has_roles": True}
+    trace = minigpt.trace(model, prompt, device="cpu", dtype="float32", measure="both", **options)
+    trace = replace(trace, header=replace(trace.header, model=Path(model).name))
+    position = trace.steps[min(SHOWN, len(trace.steps) - 1)].token.position
     default = Path(__file__).parent / "trace-page.png"
-    take(to_html(result), position, Path(out[0]) if out else default)
+    screenshot(to_html(trace), position, Path(out[0]) if out else default)
 
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ def test_a_token_of_the_prompt_shows_who_attended_to_it(opened: Opened) -> None:
     expected = [0.0] * N_PROMPT + [float(step.row.weights_S[3]) for step in trace.steps]
     assert_shaded(page, expected)
     assert page.text("#token-title").startswith("Who attended to token 3")
-    assert "no row of its own" in page.text("#token-facts")
+    assert "have no row" in page.text("#token-facts")
 
 
 def test_a_generated_token_shows_who_attended_to_it_when_asked(opened: Opened) -> None:
@@ -330,10 +330,10 @@ def test_what_a_trace_lacks_is_said(opened: Opened) -> None:
     assert_shaded(page, whole_row(trace, 12))
     for name in ("layer", "head", "reduction"):
         assert page.page.locator(f"#{name}").is_disabled()
-    assert "kept no rows of single heads" in page.text("#no-heads")
+    assert "has no rows of single heads" in page.text("#no-heads")
     assert not page.page.locator("#grid").is_visible()
     assert not page.page.locator("#measure").is_visible()
-    assert page.text("#role-legend") == "The heads' roles were not looked for in this trace."
+    assert page.text("#role-legend") == "This trace has no roles of heads."
     assert page.page.locator("#sources th").all_inner_texts() == ["at", "token", "weight"]
     assert "says nothing about cause" in page.text("footer")
 

@@ -44,11 +44,11 @@ _REDUCTIONS = {
     "rollout": "attention multiplied through the layers (Abnar & Zuidema 2020)",
 }
 _ROLES = {
-    "previous": "attends to the token before;",
-    "duplicate": "to the same token earlier;",
-    "induction": "to the token after the same token earlier;",
+    "previous": "attends to the previous token;",
+    "duplicate": "to an earlier occurrence of the same token;",
+    "induction": "to the token after an earlier occurrence;",
     "sink": "to the first position;",
-    "local": "to the few tokens before.",
+    "local": "to the last few tokens.",
 }
 
 

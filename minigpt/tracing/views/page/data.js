@@ -1,6 +1,6 @@
 "use strict";
 
-// The trace as Python embedded it: JSON, and arrays packed into deflated bytes.
+// Reading the trace that is embedded in the page: JSON, with arrays packed into deflated bytes.
 
 async function readTrace() {
   const trace = JSON.parse(document.getElementById("trace").textContent);
@@ -19,7 +19,7 @@ async function inflate(base64) {
   return new Uint8Array(await new Response(stream).arrayBuffer());
 }
 
-// Each array lies there as its first bytes, then its second bytes, and so on.
+// Each array is stored as the first bytes of all its numbers, then all second bytes, and so on.
 function unpackArrays(arrays, bytes) {
   const unpacked = {};
   let start = 0;
@@ -40,7 +40,7 @@ function unpackArray(bytes, start, width, length) {
   return values;
 }
 
-// A step's whole row has a share for each token before its own.
+// Index of each step's first share: a row has a share for each token before the generated one.
 function rowStarts(trace) {
   const starts = [0];
   for (let step = 0; step < trace.steps.length; step++) {
@@ -49,7 +49,7 @@ function rowStarts(trace) {
   return starts;
 }
 
-// Codes are finest where the shares are small: c of at most m stands for (c / m)^2.
+// A code c stands for (c / m)^2, m being its largest value, so that small shares have finer steps.
 function byteShare(code) {
   return (code / 255) ** 2;
 }

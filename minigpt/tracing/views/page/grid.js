@@ -1,4 +1,4 @@
-// Layer by head: each head's entropy at the current token, and its role.
+// The grid of layers and heads: each head's entropy at the current token, and its role.
 
 function makeGrid(trace, onChoose) {
   const table = document.getElementById("grid");
@@ -49,7 +49,7 @@ function roleText(role) {
   return `${role.tag || "no role"} (${scores.join(", ")})`;
 }
 
-// bits: the entropy of each head, or null where it is not known; most: what it could be.
+// bits: the entropy of each head, or null if unknown; most: the largest possible entropy.
 function fillGrid(grid, bits, most) {
   for (const [i, cell] of grid.cells.entries()) {
     const text = bits === null ? "" : bits[i].toFixed(1);
@@ -63,7 +63,7 @@ function fillGrid(grid, bits, most) {
   }
 }
 
-// All of them together are not worth a mark.
+// Marks the chosen heads, unless all are chosen.
 function markHeads(grid, heads) {
   const chosen = new Set(heads.length < grid.cells.length ? heads : []);
   for (const [i, cell] of grid.cells.entries()) {
@@ -91,7 +91,7 @@ function moveInGrid(grid, event) {
 function describeRoles(trace) {
   const legend = document.getElementById("role-legend");
   if (!trace.roles) {
-    legend.textContent = "The heads' roles were not looked for in this trace.";
+    legend.textContent = "This trace has no roles of heads.";
     return;
   }
   for (const [kind, meaning] of trace.roleMeanings) {

@@ -1,6 +1,6 @@
-// The state of the page, what changes it, and what it looks like then.
+// The state of the page, what changes it, and how it is drawn.
 
-// An element with attributes and a text; nothing is ever parsed as HTML.
+// Makes an element with attributes and a text; nothing is ever parsed as HTML.
 function element(name, attributes = {}, text = "") {
   const made = document.createElement(name);
   for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
@@ -48,7 +48,7 @@ class Page {
     this.changed();
   }
 
-  // By the keyboard: a token out of sight comes into sight.
+  // From the keyboard: focus scrolls the token into view.
   pin(position) {
     const last = this.trace.nTokens - 1;
     this.pinned = this.pointed = Math.min(last, Math.max(0, position));
@@ -61,13 +61,13 @@ class Page {
     this.changed();
   }
 
-  // A head that is chosen already is let go.
+  // Choosing a chosen head again deselects it.
   chooseHead(layer, head) {
     const isChosen = this.view.layer === layer && this.view.head === head;
     if (this.hasHeads) this.choose(isChosen ? { reduction: "traced" } : { layer, head });
   }
 
-  // The trace's own reduction is of the heads that it chose: another choice leaves it.
+  // The reduction of the trace covers the heads that were traced; choosing others switches to mean.
   choose(change) {
     Object.assign(this.view, change);
     const { layer, head } = this.view;
@@ -122,8 +122,8 @@ class Page {
     setText("token-title", `Who attended to ${tokenName(trace, position)}`);
     const isPrompt = position < trace.nPrompt;
     setText("knockout", "");
-    setText("token-facts", isPrompt ? "A token of the prompt has no row of its own in a trace." : "");
-    setText("listed", `${this.viewText()}: each share is of that later token's own row.`);
+    setText("token-facts", isPrompt ? "Tokens of the prompt have no row in a trace." : "");
+    setText("listed", `${this.viewText()}: each share is from the row of that later token.`);
     fillTable(trace, { shares, measure: view.measure, own: null, effects: null });
   }
 
@@ -138,7 +138,7 @@ class Page {
       setText("grid-note", gridText(step >= 0 ? position : null, most));
     } else {
       fillGrid(this.grid, null, 0);
-      setText("grid-note", "This trace kept no rows of single heads, so their entropies are unknown.");
+      setText("grid-note", "This trace has no rows of single heads, so their entropies are unknown.");
     }
   }
 
@@ -253,33 +253,33 @@ function tokenName(trace, position) {
 
 function stepText(trace, step) {
   const { logProbability } = trace.steps[step];
-  return `Generated as number ${step + 1}, with a probability of ${percent(Math.exp(logProbability))} (ln p ${signed(logProbability)}).`;
+  return `Generated token ${step + 1}, with probability ${percent(Math.exp(logProbability))} (ln p ${signed(logProbability)}).`;
 }
 
 function listedText(trace, view, row, step) {
   const facts = factsOf(trace, view, step);
   const part = view.reduction === "traced"
     ? "The whole row is listed."
-    : `Listed: ${percent(row.listed)} of the row (of each head the ${trace.nSources} strongest sources and the sink, rounded).`;
+    : `Listed: ${percent(row.listed)} of the row (the sink and the ${trace.nSources} strongest sources of each head, rounded).`;
   if (!sumsToOne(view, facts)) return part;
   return (
-    `${percent(facts.sink)} on the sink, ${percent(facts.own)} on its own query's position, ` +
+    `${percent(facts.sink)} on the sink, ${percent(facts.own)} on the query's own position, ` +
     `${percent(facts.prompt)} on the prompt; entropy ${facts.entropy.toFixed(2)} bits, ` +
     `on average ${facts.distance.toFixed(1)} tokens back. ${part}`
   );
 }
 
-// A row of the largest of several has no shares of a whole.
+// A row of maxima does not consist of shares of a whole.
 function sumsToOne(view, facts) {
   return view.reduction !== "max" && Math.abs((facts.total ?? 1) - 1) < 0.001;
 }
 
 function gridText(position, most) {
   const where = position === null ? "mean over all generated tokens" : `at token ${position}`;
-  return `Entropy in bits, ${where}: 0 for all on one token, ${most.toFixed(1)} for all alike, in the strongest shade. Click a head to see its row.`;
+  return `Entropy in bits, ${where}: 0 if all attention is on one token, ${most.toFixed(1)} (strongest shade) if it is uniform. Click a head to see its row.`;
 }
 
-// The words that do not change.
+// Texts that do not change.
 function fillWords(trace) {
   setText("model", trace.model);
   const facts = document.getElementById("facts");

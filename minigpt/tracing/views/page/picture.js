@@ -1,4 +1,4 @@
-// The strip as it is shown, as an SVG of its own.
+// The strip as it is shown, as an SVG file.
 
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -47,13 +47,13 @@ function tokenShapes(cell, top) {
   ];
 }
 
-// Not every program that reads SVG knows colours with an alpha.
+// Not every program that reads SVG supports colours with an alpha channel.
 function fillOf(colour) {
   const [red, green, blue, alpha = 1] = colour.match(/[\d.]+/g).map(Number);
   return { fill: `rgb(${red},${green},${blue})`, "fill-opacity": alpha };
 }
 
-// A token that is wider than the strip is broken there, and here at as many characters.
+// A token wider than the strip is wrapped there, and here into as many lines of equal length.
 function textLines(cell, x, y, style) {
   const characters = Array.from(cell.firstChild.textContent);
   const lineHeight = parseFloat(style.lineHeight);

@@ -1,12 +1,12 @@
-// What a view shows of a step. A view is {measure, reduction, layer, head}: the reduction "traced"
-// is the trace's own, whose rows are whole; "mean" and "max" are of the single heads that layer and
-// head leave (null leaves all), of which the strongest sources are kept, and the sink.
+// The rows that a view shows. A view is {measure, reduction, layer, head}. The reduction "traced" is
+// that of the trace, whose rows are complete; "mean" and "max" combine the heads selected by layer
+// and head (null selects all), of which only the sink and the strongest sources are known.
 
 function rowOf(trace, view, step) {
   return view.reduction === "traced" ? tracedRow(trace, view, step) : headsRow(trace, view, step);
 }
 
-// Both give {shares, listed}: a share for each token in view, and how much of the row they list.
+// Both return {shares, listed}: a share for each token in view, and their sum as a share of the row.
 function tracedRow(trace, view, step) {
   const codes = trace.arrays[`${view.measure}.rows`];
   const start = trace.rowStarts[step];
@@ -52,7 +52,7 @@ function eachKept(trace, measure, step, head, take) {
   }
 }
 
-// What each later generated token gave to a token: a share for each token of the trace.
+// The weight of a token in the row of each later token: a share for each token of the trace.
 function columnOf(trace, view, position) {
   const shares = new Float32Array(trace.nTokens);
   for (let step = Math.max(0, position + 1 - trace.nPrompt); step < trace.steps.length; step++) {
@@ -66,7 +66,7 @@ function shareAt(trace, view, step, position) {
   return wordShare(trace.arrays[`${view.measure}.rows`][trace.rowStarts[step] + position]);
 }
 
-// {sink, own, prompt, entropy, distance} of a row; of several heads, the mean of theirs.
+// {sink, own, prompt, entropy, distance} of a row; the mean over several heads.
 function factsOf(trace, view, step) {
   if (view.reduction === "traced") {
     return trace.steps[step].rows[trace.measures.indexOf(view.measure)];
@@ -92,7 +92,7 @@ function mostBits(trace, step) {
   return Math.log2(Math.max(1, trace.nPrompt + step));
 }
 
-// The bits of each head, and the most that they could be: of some steps, the means.
+// The entropy of each head and the largest possible one, in bits; the mean over several steps.
 function entropiesOf(trace, measure, steps) {
   const codes = trace.arrays[`${measure}.entropy`];
   const nHeads = trace.nLayer * trace.nHead;

@@ -1,4 +1,4 @@
-// The tokens in a row. Only what changes is touched, for there may be thousands.
+// The tokens of the trace. Only changed cells are updated: there may be thousands.
 
 function makeStrip(trace, onPoint, onPin) {
   const strip = document.getElementById("strip");
@@ -34,7 +34,7 @@ function tokenCell(trace, text, position) {
   return cell;
 }
 
-// Shares beyond the end of the array are none.
+// Tokens beyond the end of the array have no share.
 function shadeStrip(strip, shares) {
   for (const [position, cell] of strip.cells.entries()) {
     const share = shares[position] ?? 0;
@@ -46,7 +46,7 @@ function shadeStrip(strip, shares) {
   }
 }
 
-// The square root, so that a few percent can be seen.
+// The square root, so that a few percent are visible.
 function heatLevel(share) {
   return Math.sqrt(Math.min(1, Math.max(0, share)));
 }
@@ -66,7 +66,7 @@ function markToken(strip, position, isPinned) {
   cell.tabIndex = 0;
 }
 
-// The token on the line above (-1) or below (1) that is nearest.
+// The nearest token on the line above (-1) or below (1).
 function tokenOnLine(strip, position, direction) {
   const here = strip.cells[position];
   const centre = (cell) => cell.offsetLeft + cell.offsetWidth / 2;
@@ -88,7 +88,7 @@ function drawLegend() {
   const legend = document.getElementById("legend");
   legend.append(swatch("prompt", "prompt", 0), swatch("generated", "generated", 0));
   for (const share of [0.01, 0.05, 0.25, 1]) legend.append(swatch("sample", percent(share), share));
-  legend.append("share of the row, by shade and by bar");
+  legend.append("share of the row, as shade and as bar");
 }
 
 function swatch(kind, text, share) {

@@ -1,8 +1,8 @@
-// The strongest sources of a token, or the strongest readers, in numbers.
+// The table of the strongest sources of a token, or of the tokens that attended to it most.
 
 const MOST_ROWS = 12;
 
-// parts: {shares of each measure by name, measure to sort by, effects or null}.
+// parts: {shares: by measure, measure: to sort by, own: query's position or null, effects: or null}.
 function fillTable(trace, parts) {
   const table = document.getElementById("sources");
   table.tHead.replaceChildren(headingRow(trace, parts));
@@ -61,7 +61,7 @@ function effectCells(trace, effects, position) {
   return [source, control];
 }
 
-// ln p, and what p is multiplied by.
+// The change of ln p, and the factor by which p changes.
 function changeText(change) {
   const factor = Math.exp(change);
   const times = factor >= 10 || factor < 0.01 ? factor.toExponential(0) : factor.toPrecision(2);
