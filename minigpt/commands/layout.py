@@ -1,23 +1,22 @@
 """Layout of the command line: commands imported when they are called, options under headings."""
 
 from collections.abc import Callable, Iterable, Mapping
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from minigpt.errors import ConfigError, require_choice
+from minigpt.errors import require_choice
+from minigpt.rings import has_ring, ring
 
 COMMANDS = {
     "train": "Train a model from text",
     "generate": "Continue a prompt with a trained model",
     "attention-trace": "Show what each generated token attended to",
-    "heads": "Show what kind of head each head is",
+    "heads": "Show the role of each attention head",
     "evaluate": "Measure how well a model predicts a text",
     "plot": "Plot the loss curves of runs",
-    "compare": "Compare kinds of attention with recurrent models",
+    "compare": "Compare attention scores and recurrent models",
     "claims": "Measure common claims about attention",
     "prepare": "Tokenize text before training",
     "checkpoints": "List, show, verify, prune and average checkpoints",
@@ -30,7 +29,7 @@ class Commands(TyperGroup):
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Return the commands of this installation, in the order of --help."""
-        return [name for name in COMMANDS if _is_installed(name)]
+        return [name for name in COMMANDS if has_ring(_module(name))]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Return a command, ready to run.
@@ -38,13 +37,8 @@ class Commands(TyperGroup):
         Raises: ConfigError if it does not exist, or belongs to a ring that was deleted.
         """
         require_choice("command", cmd_name, COMMANDS)
-        if not _is_installed(cmd_name):
-            raise ConfigError(
-                f"this installation lacks the command {cmd_name!r}. Install all of minigpt to use "
-                "it."
-            )
-        function = _module_name(cmd_name).rpartition(".")[2]
-        command = getattr(import_module(_module_name(cmd_name)), function)
+        module = ring(_module(cmd_name))
+        command = getattr(module, module.__name__.rpartition(".")[2])
         if isinstance(command, typer.Typer):
             return typer.main.get_command(command)
         app = typer.Typer(rich_markup_mode=None, add_completion=False)
@@ -106,12 +100,8 @@ def show_help(context: typer.Context) -> None:
         raise typer.Exit(2)
 
 
-def _module_name(command: str) -> str:
-    return f"minigpt.commands.{command.replace('-', '_')}"
-
-
-def _is_installed(command: str) -> bool:
-    return find_spec(_module_name(command)) is not None
+def _module(command: str) -> str:
+    return f"commands.{command.replace('-', '_')}"
 
 
 def _add(app: typer.Typer, name: str, function: Callable[..., None]) -> None:

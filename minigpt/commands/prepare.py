@@ -1,4 +1,4 @@
-"""minigpt prepare; the docstring of the command is its --help."""
+"""minigpt prepare; the command's docstring is its --help."""
 
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,13 +32,13 @@ def prepare(
     workers: Annotated[int | None, Option("Number of threads", "Run", shown="all cores")] = None,
     as_json: Json = False,
 ) -> None:
-    """Turn text into tokens ahead of training.
+    """Tokenize text before training.
 
-    minigpt train DIR then takes the folder in the place of text. Train does as much itself, into
-    its cache; this is for text that takes long, is trained on elsewhere, or may be interrupted: the
-    same command goes on where it ended, by whatever, and gives the same files.
+    minigpt train DIR then takes the folder instead of text. Training tokenizes its text too, into
+    its cache; this command is for text that takes long, is trained on elsewhere, or may be
+    interrupted: run again, it continues and writes the same files.
 
-    Kept are full shards, of 17 million tokens each.
+    The tokens are written in shards of 17 million each.
     """
     if settings and from_ is not None:
         raise ConfigError("--from brings its own tokenizer. Leave --tokenizer out.")

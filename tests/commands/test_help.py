@@ -43,7 +43,8 @@ def test_each_golden_page_is_of_a_command() -> None:
 def test_help_fits_80_columns_in_aligned_lines(words: list[str]) -> None:
     lines = help_of(*words).splitlines()
     assert all(len(line) <= 80 for line in lines)
-    options = [line for line in lines if re.match(r"  (-h, )?--", line)]
+    first = next(i for i, line in enumerate(lines) if re.fullmatch("[A-Z][a-z]+:", line))
+    options = [line for line in lines[first:] if re.match(r"  (-h, )?--", line)]
     columns = {match.end() for line in options if (match := re.match(r"  \S.*?  +(?=\S)", line))}
     assert len(columns) == 1, "one column for all groups"
     assert not any(line.rstrip("]").endswith(".") for line in options)
@@ -76,7 +77,7 @@ def test_every_option_of_a_config_is_named_and_described_as_its_field() -> None:
 def test_the_convention_of_the_trace_and_its_escapes_are_in_its_help() -> None:
     text = " ".join(help_of("attention-trace").split())
     assert "the row of the query that produced it, at the position before it" in text
-    assert r"␣, its line breaks as \n, bytes that are no text as \xe2." in text
+    assert r"␣ is a space, \n a line break, and \xe2 a byte that is not valid text." in text
 
 
 def test_the_program_lists_its_commands(run: Run) -> None:
@@ -85,6 +86,11 @@ def test_the_program_lists_its_commands(run: Run) -> None:
     assert result.out.startswith("Usage: minigpt ")
     listed = re.findall(r"(?m)^  ([a-z-]+)  +[A-Z].*[^.]$", result.out.split("Commands:")[1])
     assert listed == list(COMMANDS)
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "attention-trace"])
+def test_the_program_lists_a_command_with_the_first_line_of_its_help(command: str) -> None:
+    assert help_of(command).splitlines()[2].strip() == COMMANDS[command]
 
 
 def test_no_command_shows_the_help_and_is_a_usage_error(run: Run) -> None:

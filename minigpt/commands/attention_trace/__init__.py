@@ -1,4 +1,4 @@
-"""minigpt attention-trace; the docstring of the command is its --help."""
+"""minigpt attention-trace; the command's docstring is its --help."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -91,21 +91,22 @@ def attention_trace(
 ) -> None:
     r"""Continue a prompt and show what each generated token attended to.
 
-    A line per token, as it is generated: its probability; the share of attention that went to
-    position 0, where heads put what they have no use for (the sink); the earlier tokens that got
-    the most; and the rest. A row accounts for 100 %. It is the mean over the --heads of the
-    --layers; --reduce max takes of each position the largest, which does not sum to 100 %, and
-    rollout follows the mean down through the layers, over at most 1024 positions.
+    One line per generated token: its probability, the attention on position 0 (the sink, which
+    heads use when nothing else matches), the earlier tokens with the most attention, and the rest.
+    A row sums to 100 %. It is the mean over --heads and --layers; --reduce max takes the maximum
+    at each position, which does not sum to 100 %, and rollout multiplies the mean attention of the
+    layers, over at most 1024 positions.
 
-    --measure norm weighs a source by the length of what the heads added on its account.
+    --measure norm weighs a source by the norm of what the heads added from it.
 
     The attention of a token is the row of the query that produced it, at the position before it,
-    so a token is not among its own sources. Attention says where a head looked, not why the token
-    came: weight is not influence. --n-verified checks what was: it hides a source's key from that
-    one query in all layers, so that the other weights grow to sum to 1 again, or with --knockout
-    value makes its value 0 and leaves the weights; and does the same to a position near it.
+    so a token is not among its own sources. Attention weight is not influence: it shows where a
+    head looked, not why the token was generated. --n-verified measures influence: it hides the key
+    of a source from that query in all layers, so that the other weights are renormalized, or with
+    --knockout value zeroes its value and keeps the weights; and does the same at a nearby position
+    as a control.
 
-    A token's spaces are shown as ␣, its line breaks as \n, bytes that are no text as \xe2.
+    In a token, ␣ is a space, \n a line break, and \xe2 a byte that is not valid text.
     """
     from minigpt.commands.attention_trace.output import Targets
 

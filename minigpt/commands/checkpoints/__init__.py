@@ -25,11 +25,11 @@ def list_(
 ) -> None:
     """List runs and models with their losses.
 
-    Of each step: the loss over the validation text (nats/token and bits/byte), the size of all
-    its files, and when it was written. The newest comes first.
+    For each step: the validation loss (nats/token and bits/byte), the size of its files, and when
+    it was written. The newest comes first.
 
-    A name given as --model means the step marked best; --resume goes on from the one marked
-    latest. Marked damaged is a step that has not its files, each in its size; verify looks closer.
+    --model NAME uses the step marked best; --resume continues from the one marked latest. A step
+    marked damaged lacks a file, or has one of another size; verify checks every byte.
     """
     from minigpt.checkpoint.resolve import ROOT
     from minigpt.checkpoint.tools.inventory import inventory_of, take_inventory
@@ -52,11 +52,10 @@ def show(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show a model's shape, cost and tensors.
+    """Show the shape, cost and tensors of a model.
 
-    All of it comes from config.json and the headers of the weights: no weight is read. Compute
-    is for one token of a full context; blocks that are alike are shown as one. --json lists every
-    tensor.
+    Reads config.json and the headers of the weights, but no weights. Compute is per token at full
+    context; identical blocks are shown as one. --json lists every tensor.
     """
     from minigpt.checkpoint.resolve import resolve_model
     from minigpt.checkpoint.tools.inspection import describe
@@ -74,17 +73,17 @@ def show(
 def verify(
     models: Annotated[
         list[str] | None,
-        _argument("MODEL", "Runs, of which every step, and model folders [all in checkpoints]"),
+        _argument("MODEL", "Runs, with all their steps, or model folders [all in checkpoints]"),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Check that checkpoints are as they were written.
+    """Check checkpoints for damage.
 
-    Every byte of a checkpoint is compared with the SHA-256 in its manifest. A model folder from
-    elsewhere has no manifest: its tensors' names, shapes and dtypes are compared with its
+    Compares every byte of a checkpoint with the SHA-256 in its manifest. A model folder from
+    elsewhere has no manifest: the names, shapes and dtypes of its tensors are compared with its
     config.json.
 
-    A line for each; the exit code is 4 if any is bad.
+    Prints one line each; the exit code is 4 if any is damaged.
     """
     from minigpt.checkpoint.resolve import ROOT, find_model, resolve_model
     from minigpt.checkpoint.tools.inspection import check
@@ -122,11 +121,10 @@ def prune(
     yes: Annotated[bool, Option("Remove without asking", "Run")] = False,
     as_json: Json = False,
 ) -> None:
-    """Remove steps of a run but the best and the latest.
+    """Remove all steps of a run except best and latest.
 
-    Says what would be removed, and asks. Steps that are damaged stay: something of them may be
-    saved by hand. Nothing is removed while the run is trained, or if a step that would stay is
-    not as it was written.
+    Lists what would be removed, and asks. Damaged steps stay, as parts of them may be recovered by
+    hand. Nothing is removed while the run is training, or if a step to keep is damaged.
     """
     from minigpt.commands.checkpoints.prune import prune_run
 
@@ -145,14 +143,14 @@ def average(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write the mean of a run's last checkpoints.
+    """Average the last checkpoints of a run.
 
-    Near its end a run goes to and fro about weights that are better than any at which it stops,
-    and the mean of its last checkpoints is nearer to them; `minigpt evaluate` says whether it is.
-    Let training save often enough, and keep enough: --save-every, --set training.keep=N. Where the
-    loss has risen since the best step, --until that one.
+    Near its end, training oscillates around weights that are better than those of any single step.
+    The mean of the last checkpoints is closer to them; `minigpt evaluate` shows whether it is
+    better. Save often enough and keep enough: --save-every, --set training.keep=N. If the loss has
+    risen since the best step, use --until to stop there.
 
-    The mean is a model folder, of which `--model` takes the name. It cannot be resumed.
+    The mean is a model folder that `--model` can name. It cannot be resumed.
     """
     from minigpt.commands.checkpoints.average import average_run
 

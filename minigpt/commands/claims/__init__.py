@@ -1,4 +1,4 @@
-"""minigpt claims; the docstring of the command is its --help."""
+"""minigpt claims; the command's docstring is its --help."""
 
 from pathlib import Path
 from typing import Annotated
@@ -30,15 +30,15 @@ def claims(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure what is claimed of attention.
+    """Measure common claims about attention.
 
-    long-range: small models learn to recall the value of a key, and to copy a string, from fillers
-    away; an LSTM, an LSTM with attention and a Transformer, of equal size. explainable: the source
-    of each answer is known: is it the most attended position, and what is the answer worth without
-    it? parallel: training speed against the length of sequences, LSTM and Transformer.
+    long-range: an LSTM, an LSTM with attention and a Transformer of equal size learn to recall the
+    value of a key, and to copy a string, over growing distances. explainable: the source of each
+    answer is known; is it the most attended position, and how accurate is the answer without it?
+    parallel: training speed of an LSTM and a Transformer against sequence length.
 
-    Each ends with whether its numbers bear it out, and where they do not. All together take a
-    quarter of an hour on two CPU cores.
+    Each ends with a verdict: whether the numbers support the claim, and where they do not. All
+    three take a quarter of an hour on two CPU cores.
 
     Pictures need matplotlib (the extra plot).
     """

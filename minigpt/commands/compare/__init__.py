@@ -1,4 +1,4 @@
-"""minigpt compare; the docstring of the command is its --help."""
+"""minigpt compare; the command's docstring is its --help."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -69,17 +69,17 @@ def compare(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Compare kinds of attention, and life without it.
+    """Compare attention scores and recurrent models.
 
-    Trains each variant from each seed, on the same text in the same order, and prints a table, the
-    least validation loss first. Each has as many parameters as the preset, within 3 %: the MLP, or
-    of an lstm all of it, is made as wide as that takes. All other settings are the same.
+    Trains each variant with each seed, on the same text in the same order, and prints a table
+    sorted by validation loss. All have as many parameters as the preset, within 3 %: the width of
+    the MLP, or of a whole LSTM, is chosen to match. All other settings are the same.
 
-    --budget is for each run: optimizer steps, seconds of training, or floating-point operations,
-    as minigpt counts them. Without :N, it is as many as the preset's steps, or 60 seconds.
+    --budget is per run: optimizer steps, seconds of training, or floating-point operations as
+    minigpt counts them. Without :N, it is the steps of the preset, or 60 seconds.
 
-    Each run is one of train's, in checkpoints/NAME-VARIANT-sSEED. Ctrl-C saves; the same command
-    goes on, and with more seeds or variants adds theirs.
+    Each run is a training run in checkpoints/NAME-VARIANT-sSEED. Ctrl-C saves; the same command
+    resumes, and with more seeds or variants adds their runs.
     """
     from minigpt.commands.compare.run import Wanted, run_comparison
 

@@ -1,4 +1,4 @@
-"""minigpt evaluate; the docstring of the command is its --help."""
+"""minigpt evaluate; the command's docstring is its --help."""
 
 from dataclasses import dataclass, replace
 from typing import Annotated
@@ -40,14 +40,14 @@ def evaluate(
 ) -> None:
     """Measure how well a model predicts a text.
 
-    Every token but the first is predicted once, from those before it in its window. With --stride
-    N, windows overlap and only the last N tokens of each count, so that all have much before them:
-    slower, and nearer to the truth. Documents follow each other, parted by what ends a text.
+    Every token but the first is predicted once, from the tokens before it in its window. With
+    --stride N, windows overlap and only the last N tokens of each count, so that every token has a
+    long context: slower, but more accurate. Documents are separated by the end-of-text token.
 
-    Bits/byte counts the bytes of the text, and so compares models of different tokenizers.
+    Bits/byte counts the bytes of the text, so it can be compared between tokenizers.
 
-    A run's own validation loss is that of its text with --val-fraction 0.1, and with --eval-tokens
-    and --context-length where the run's config.toml has other ones than hold here.
+    To reproduce the validation loss of a run, give its text with --val-fraction 0.1, and the
+    eval_tokens and context_length of its config.toml if they differ from the defaults here.
     """
     from minigpt.commands import output
     from minigpt.commands.evaluate.measuring import lines, measure, record

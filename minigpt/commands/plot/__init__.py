@@ -1,4 +1,4 @@
-"""minigpt plot; the docstring of the command is its --help."""
+"""minigpt plot; the command's docstring is its --help."""
 
 from pathlib import Path
 from typing import Annotated
@@ -25,13 +25,13 @@ def plot(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Draw the loss curves of runs.
+    """Plot the loss curves of runs.
 
-    A line for the loss of each batch, marks for the loss over the validation text, both in
-    nats/token, against steps, tokens or seconds of training. The first twentieth of a curve may
-    leave the chart at its top. A run that is being trained is drawn as far as it is.
+    A line shows the loss of each batch, marks show the validation loss, both in nats/token, against
+    steps, tokens or seconds of training. The first twentieth of a curve may be cut off at the top.
+    A run that is still training is drawn up to now.
 
-    --out needs matplotlib (the extra plot). --json prints every point, a line for each run.
+    --out needs matplotlib (the extra plot). --json prints all points, one line per run.
     """
     from minigpt.commands import output
     from minigpt.commands.plot.curves import curves_to_draw, record, show_chart

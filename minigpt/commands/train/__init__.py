@@ -1,4 +1,4 @@
-"""minigpt train; the docstring of the command is its --help."""
+"""minigpt train; the command's docstring is its --help."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -42,18 +42,18 @@ def train(
 ) -> None:
     """Train a model from text.
 
-    Writes checkpoints/NAME: a Hugging Face model folder per checkpoint, config.toml and
-    metrics.jsonl. Ctrl-C saves and says how to go on.
+    Writes checkpoints/NAME: one Hugging Face model folder per checkpoint, config.toml and
+    metrics.jsonl. Ctrl-C saves a checkpoint and prints the command that resumes the run.
 
     Later settings win: preset, --config, options, --set. With --resume, the model, the text, the
-    seed, the batch size and the optimizer are the run's own; all else may change.
+    seed, the batch size and the optimizer stay as they are; everything else may change.
 
-    With --from, model and tokenizer are what they are there, --context-length is that of the
-    training sequences alone, and what is left out suits fine-tuning: AdamW, low rates, few steps.
+    With --from, model and tokenizer stay as they are, --context-length sets the length of training
+    sequences only, and the defaults suit fine-tuning: AdamW, low learning rates, few steps.
 
-    torchrun --nproc-per-node N -m minigpt train ... does the same on N GPUs.
+    On several GPUs: torchrun --nproc-per-node N -m minigpt train ...
 
-    In brackets: what holds if the option is left out, for the preset nano.
+    Defaults in brackets are those of the preset nano.
     """
     if resume and "from" in settings:
         raise ConfigError(
