@@ -1,4 +1,4 @@
-"""The page in a real browser: it shows what the trace says, runs nothing else and fetches nothing.
+"""The page in a real browser: it shows the trace, runs only its own script and loads nothing.
 
 pip install playwright; python -m pytest -m browser
 """
@@ -37,13 +37,13 @@ def heads_of(row: Row) -> HeadRows:
 
 
 def whole_row(trace: Trace, position: int, measure: int = 0) -> list[float]:
-    """The row of a generated token, and nothing from there on."""
+    """The row of a generated token, with zeros from its position on."""
     shares = row_of(trace, position, measure).weights_S.tolist()
     return shares + [0.0] * (len(trace.tokens) - len(shares))
 
 
 def head_row(trace: Trace, position: int, layer: int, head: int) -> list[float]:
-    """What is kept of a head's row."""
+    """The kept part of a head's row."""
     heads = heads_of(row_of(trace, position))
     shares = [0.0] * len(trace.tokens)
     shares[trace.header.sink] += float(heads.sink_LH[layer, head])
@@ -58,7 +58,7 @@ def head_row(trace: Trace, position: int, layer: int, head: int) -> list[float]:
 
 
 def assert_shaded(page: OpenPage, shares: Sequence[float], *, tolerance: float = 0.004) -> None:
-    """Shade and bar go with the root of the share; single heads' are kept in 255 steps of it."""
+    """Shade and bar show the root of the share, which single heads store in 255 steps."""
     pinned = set(page.pinned())
     levels = page.levels()
     assert len(levels) == len(shares)
@@ -80,7 +80,7 @@ def test_clicking_a_token_shades_what_it_attended_to(opened: Opened) -> None:
         assert f"token {position} " in page.text("#token-title")
 
 
-def test_the_other_measure_shades_by_its_own_row(opened: Opened) -> None:
+def test_the_second_measure_has_its_own_row(opened: Opened) -> None:
     trace = made_trace()
     page = opened(trace)
     page.click(10)
@@ -107,14 +107,14 @@ def test_choosing_a_head_shades_by_its_row(way: str, opened: Opened) -> None:
     assert page.page.locator("#layer").input_value() == "2"
     assert page.page.locator("#grid .chosen").count() == 1
     assert "at most" not in page.text("#listed")
-    page.page.locator("#grid [role=gridcell].chosen").click()  # lets it go
+    page.page.locator("#grid [role=gridcell].chosen").click()  # deselects it
     page.drawn()
     assert_shaded(page, whole_row(trace, 13))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "max"])
 @pytest.mark.parametrize(("layer", "head"), [("1", ""), ("", "2"), ("", "")])
-def test_several_heads_are_reduced_as_asked(
+def test_several_heads_are_reduced_by_mean_or_max(
     layer: str, head: str, reduction: str, opened: Opened
 ) -> None:
     trace = made_trace()
@@ -203,7 +203,7 @@ def test_the_keys_move_pin_and_unpin(opened: Opened) -> None:
     assert page.pinned() == [13]
 
 
-def test_up_and_down_go_to_the_lines_above_and_below(opened: Opened) -> None:
+def test_arrow_keys_move_to_the_lines_above_and_below(opened: Opened) -> None:
     page = opened(made_trace(6, 60), viewport={"width": 420, "height": 900})
     page.click(30)
     boxes = {p: page.page.locator(f"#token-{p}").bounding_box() for p in range(66)}
@@ -215,7 +215,7 @@ def test_up_and_down_go_to_the_lines_above_and_below(opened: Opened) -> None:
         assert abs(after["x"] - before["x"]) < before["width"] + after["width"]
 
 
-def test_tab_reaches_every_part_and_the_grid_goes_by_arrows(opened: Opened) -> None:
+def test_tab_reaches_every_part_and_arrow_keys_move_in_the_grid(opened: Opened) -> None:
     trace = made_trace()
     page = opened(trace)
     page.page.locator("summary").focus()
@@ -240,7 +240,7 @@ def test_tab_reaches_every_part_and_the_grid_goes_by_arrows(opened: Opened) -> N
     assert outline == "solid"
 
 
-def test_a_question_mark_shows_and_hides_the_keys(opened: Opened) -> None:
+def test_a_question_mark_shows_and_hides_the_help(opened: Opened) -> None:
     page = opened(made_trace())
     help_text = page.page.locator("#help")
     assert not help_text.is_visible()
@@ -256,7 +256,7 @@ def cells_of(page: OpenPage) -> list[list[str]]:
     return [row.locator("td").all_inner_texts() for row in rows]
 
 
-def test_the_table_has_weights_norms_and_what_knocking_out_did(opened: Opened) -> None:
+def test_the_table_has_weights_norms_and_knockout_effects(opened: Opened) -> None:
     trace = made_trace(20, 9)
     page = opened(trace)
     page.click(26)
@@ -292,7 +292,7 @@ def test_the_table_has_weights_norms_and_what_knocking_out_did(opened: Opened) -
     assert f"{100 * step.probability:.0f} %" in facts
 
 
-def test_the_grid_has_each_head_s_entropy_and_role(opened: Opened) -> None:
+def test_the_grid_has_the_entropy_and_role_of_each_head(opened: Opened) -> None:
     trace = made_trace()
     page = opened(trace)
     page.click(13)
@@ -312,7 +312,7 @@ def test_the_grid_has_each_head_s_entropy_and_role(opened: Opened) -> None:
         assert f"induction {100 * role.induction:.0f} %" in cell.get_attribute("title")
 
 
-def test_the_grid_of_a_token_of_the_prompt_has_the_mean_over_all_that_was_generated(
+def test_the_grid_of_a_prompt_token_has_means_over_all_generated_tokens(
     opened: Opened,
 ) -> None:
     trace = made_trace()
@@ -323,7 +323,7 @@ def test_the_grid_of_a_token_of_the_prompt_has_the_mean_over_all_that_was_genera
     np.testing.assert_allclose([float(text) for text in shown], mean.flatten(), atol=0.06)
 
 
-def test_what_a_trace_lacks_is_said(opened: Opened) -> None:
+def test_the_page_says_what_a_trace_lacks(opened: Opened) -> None:
     trace = made_trace(has_heads=False, has_roles=False, has_effects=False, measures=("weight",))
     page = opened(trace)
     page.click(12)
@@ -338,7 +338,7 @@ def test_what_a_trace_lacks_is_said(opened: Opened) -> None:
     assert "says nothing about cause" in page.text("footer")
 
 
-def test_roles_without_rows_of_heads_are_shown_and_choose_nothing(opened: Opened) -> None:
+def test_roles_without_rows_of_heads_are_shown_but_select_nothing(opened: Opened) -> None:
     trace = made_trace(has_heads=False)
     page = opened(trace)
     page.click(12)
@@ -347,7 +347,7 @@ def test_roles_without_rows_of_heads_are_shown_and_choose_nothing(opened: Opened
     assert_shaded(page, whole_row(trace, 12))
 
 
-def test_a_trace_that_was_cut_off_before_its_first_token_opens(opened: Opened) -> None:
+def test_a_trace_interrupted_before_its_first_token_opens(opened: Opened) -> None:
     trace = made_trace()
     page = opened(Trace(trace.header, (), replace(trace.footer, n_tokens=0, finish=None)))
     page.click(2)
@@ -356,7 +356,7 @@ def test_a_trace_that_was_cut_off_before_its_first_token_opens(opened: Opened) -
 
 
 def exercise(page: OpenPage) -> str:
-    """Touch everything; return the picture."""
+    """Use every control; return the downloaded picture."""
     page.click(0)
     page.click(4)
     page.press("ArrowLeft", "?", "Escape")
@@ -410,8 +410,8 @@ def assert_nothing_ran(page: OpenPage) -> None:
     assert page.page.locator("img, iframe, svg, object, embed, form, a, link, base").count() == 0
 
 
-def test_what_the_escaping_let_through_the_policy_would_stop(opened: Opened) -> None:
-    """The same page with markup in it; without its policy, it shows that the tests would see it."""
+def test_the_policy_stops_markup_that_escaping_missed(opened: Opened) -> None:
+    """A page with an attack in it: harmless with the policy, and detected without it."""
     attack = "<img src=x: onerror=window.pwned=1><script>window.pwned=1</script>"
     page = to_html(made_trace()).replace("<main>", f"<main>{attack}")
     guarded = opened(page, is_quiet=False)
@@ -421,14 +421,14 @@ def test_what_the_escaping_let_through_the_policy_would_stop(opened: Opened) -> 
     assert opened(bare, is_quiet=False).page.evaluate("window.pwned") == 1
 
 
-def test_the_policy_refuses_text_as_markup(opened: Opened) -> None:
+def test_the_policy_refuses_html_from_text(opened: Opened) -> None:
     page = opened(made_trace(), is_quiet=False)
     with pytest.raises(Exception, match="TrustedHTML"):
         page.page.evaluate("() => { document.body.innerHTML = '<b>x</b>'; }")
 
 
 def assert_inert(picture: str) -> None:
-    """It is well-formed, of shapes and texts alone."""
+    """It is well-formed and has only shapes and texts."""
     root = ElementTree.fromstring(picture)
     for node in root.iter():
         assert node.tag.removeprefix("{http://www.w3.org/2000/svg}") in {
@@ -440,7 +440,7 @@ def assert_inert(picture: str) -> None:
         assert not any(name.startswith("on") or "href" in name for name in node.attrib)
 
 
-def test_the_picture_is_the_view(opened: Opened) -> None:
+def test_the_downloaded_picture_shows_the_view(opened: Opened) -> None:
     trace = made_trace(texts=[" a<b", "&amp;", "\n"])
     page = opened(trace)
     page.click(12)
@@ -462,7 +462,7 @@ def test_the_picture_is_the_view(opened: Opened) -> None:
 
 
 def luminance(colour: Sequence[float]) -> float:
-    """Of WCAG 2."""
+    """Relative luminance of WCAG 2."""
     parts = [c / 255 / 12.92 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in colour]
     return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
 
@@ -480,7 +480,7 @@ COLOURS = """(selector) => {
 }"""
 
 
-def test_dark_and_light_differ_and_both_read_well(opened: Opened) -> None:
+def test_dark_and_light_themes_have_enough_contrast(opened: Opened) -> None:
     papers = []
     for scheme in ("light", "dark"):
         page = opened(made_trace(), color_scheme=scheme)
@@ -522,7 +522,7 @@ def test_a_thousand_tokens_stay_responsive(opened: Opened) -> None:
           return times;
         }"""
     )
-    # A click is answered before it is felt as slow, with room for a busy machine.
+    # Fast enough to feel immediate, with a margin for a busy machine.
     assert sorted(milliseconds)[2] < 500
     page.choose("reduction", "traced")
     page.click(1000)

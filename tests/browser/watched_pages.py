@@ -1,4 +1,4 @@
-"""A page in a real browser, what to do with it, and what it shows."""
+"""A page in a browser: what tests do with it, and what it shows."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 
 @dataclass
 class OpenPage:
-    """A page in the browser, and what happened there."""
+    """A page in the browser, and its requests, messages and dialogs."""
 
     page: Any
     url: str
@@ -15,7 +15,7 @@ class OpenPage:
     dialogs: list[str] = field(default_factory=list)
 
     def drawn(self) -> None:
-        """Wait for what is to be drawn."""
+        """Wait until pending changes are drawn."""
         self.page.evaluate("new Promise((r) => requestAnimationFrame(() => setTimeout(r)))")
 
     def click(self, position: int) -> None:
@@ -35,7 +35,7 @@ class OpenPage:
         return self.page.locator(selector).inner_text()
 
     def levels(self) -> list[tuple[float, float]]:
-        """Of each token, the alpha of its shade and the height of its bar in px."""
+        """The alpha of the shade and the height of the bar in px, for each token."""
         return [
             (alpha, height)
             for alpha, height in self.page.evaluate(

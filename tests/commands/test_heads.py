@@ -1,4 +1,4 @@
-"""minigpt heads: the roles and the costs that the library finds, for people and for programs."""
+"""minigpt heads prints the roles and costs that the library finds."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from minigpt.tracing.analysis.roles import head_effects, head_roles
 
 @pytest.fixture
 def folder(workplace: Path) -> Path:
-    """A model of two layers of four heads, of which some have a role."""
+    """A model of two layers of four heads; some have a role."""
     model = small_model("gpt2", vocab_size=257, context_length=64)
     write_model(workplace / "m", model, bytes_tokenizer())
     return workplace / "m"
@@ -34,7 +34,9 @@ def found(run: Run, *words: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("quantize", [False, True])
-def test_json_has_each_head_s_scores_tag_and_cost(run: Run, folder: Path, quantize: bool) -> None:
+def test_json_has_the_scores_tag_and_cost_of_each_head(
+    run: Run, folder: Path, quantize: bool
+) -> None:
     words = ["--model", str(folder), "--seed", "3", *(["--quantize", "int8"] if quantize else [])]
     facts, ablated = found(run, *words), found(run, *words, "--ablate")
     model = read_model(folder).model
@@ -52,7 +54,7 @@ def test_json_has_each_head_s_scores_tag_and_cost(run: Run, folder: Path, quanti
         assert with_cost == head
 
 
-def test_people_get_a_grid_or_a_table_and_what_the_roles_mean(run: Run, folder: Path) -> None:
+def test_the_terminal_shows_a_grid_or_a_table_with_a_legend(run: Run, folder: Path) -> None:
     facts = found(run, "--model", str(folder))["heads"]
     grid, table = (
         run("heads", "--model", str(folder), "--view", view) for view in ("grid", "table")
@@ -76,7 +78,7 @@ def test_people_get_a_grid_or_a_table_and_what_the_roles_mean(run: Run, folder: 
         assert all(len(line) <= 100 for line in result.out.splitlines())
 
 
-def test_the_costliest_head_stands_first(run: Run, folder: Path) -> None:
+def test_heads_are_listed_by_cost_largest_first(run: Run, folder: Path) -> None:
     result = run("heads", "--model", str(folder), "--ablate")
     facts = found(run, "--model", str(folder), "--ablate")["heads"]
     assert result.code == 0
@@ -90,13 +92,13 @@ def test_the_costliest_head_stands_first(run: Run, folder: Path) -> None:
     )
 
 
-def test_another_seed_draws_other_tokens_and_the_same_seed_the_same(run: Run, folder: Path) -> None:
+def test_the_seed_determines_the_tokens(run: Run, folder: Path) -> None:
     words = ["--model", str(folder)]
     assert found(run, *words, "--seed", "0") == found(run, *words)
     assert found(run, *words, "--seed", "1")["heads"] != found(run, *words)["heads"]
 
 
-def test_the_newest_run_is_looked_into_without_a_model(
+def test_the_newest_run_is_used_by_default(
     run: Run, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(trained)
@@ -117,7 +119,7 @@ def test_the_newest_run_is_looked_into_without_a_model(
         ("--device cuda:9", 2, ["'cuda:9'"]),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_line(
+def test_invalid_options_are_refused_in_one_line(
     run: Run, folder: Path, words: str, code: int, said: list[str]
 ) -> None:
     given = words.split()
@@ -127,7 +129,7 @@ def test_what_cannot_be_is_refused_in_one_line(
     assert all(part in line for part in said), line
 
 
-def test_a_model_that_is_damaged_or_too_small_has_no_roles(run: Run, workplace: Path) -> None:
+def test_damaged_and_too_small_models_are_refused(run: Run, workplace: Path) -> None:
     model = small_model(vocab_size=257, context_length=4)
     write_model(workplace / "small", model, bytes_tokenizer())
     result = run("heads", "--model", str(workplace / "small"))

@@ -1,4 +1,4 @@
-"""A small model that was trained on saying random sequences twice."""
+"""A small model trained on repeated random sequences."""
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from minigpt.training.optim import make_optimizers
 
 VOCAB, CONTEXT = 40, 24
 PREVIOUS, INDUCTION = 1, 2
-"""The layers of one head each in which it keeps the two heads that copying takes."""
+"""Layers of the two heads that copying needs; each layer has one head."""
 
 
 def doubled(n_rows: int, n_repeated: int, generator: torch.Generator) -> Tensor:
@@ -19,7 +19,7 @@ def doubled(n_rows: int, n_repeated: int, generator: torch.Generator) -> Tensor:
 
 
 def copying_model(*, seed: int = 0, n_steps: int = 200) -> GPT:
-    """Three layers of one head; with torch's own initial weights, which suit so small a model."""
+    """Three layers of one head, with torch's initial weights, which suit a small model."""
     torch.manual_seed(seed)
     shape = {"vocab_size": VOCAB, "context_length": CONTEXT, "n_layer": 3, "n_head": 1}
     model = GPT(ModelConfig(**shape, d_model=48, rope_theta=30.0))

@@ -1,4 +1,4 @@
-"""Traces made up for the page: of any size, with all that a trace can have, of hostile texts."""
+"""Made-up traces for the page: any size, every feature, hostile texts."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -25,7 +25,7 @@ from minigpt.tracing.selection import select_heads
 
 BOTH: tuple[Measure, ...] = ("weight", "norm")
 
-# Each would set window.pwned, open a dialog or fetch something if it were taken for code.
+# Each would set window.pwned, open a dialog or load something if it were run as code.
 HOSTILE = (
     "<script>window.pwned=1</script>",
     "</script><script>window.pwned=1</script>",
@@ -93,7 +93,7 @@ def made_trace(
     seed: int = 1,
     **header: Any,
 ) -> Trace:
-    """A trace of random numbers; the heads' rows and the whole rows have nothing in common."""
+    """A trace of random numbers; the rows of heads and the reduced rows are unrelated."""
     random = np.random.default_rng(seed)
     names = [text.encode() for text in texts] or [f" t{i}".encode() for i in range(1000)]
     tokens = [Token(i, i, names[i % len(names)]) for i in range(n_prompt + n_generated)]

@@ -1,4 +1,4 @@
-"""The dense file holds every row of every head, and is whole or not there."""
+"""The dense file holds every row of every head, and exists only when it is complete."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -50,7 +50,7 @@ def test_every_row_of_a_trace_comes_back(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_an_empty_one_is_a_file_too(tmp_path: Path) -> None:
+def test_a_trace_without_steps_gives_an_empty_file(tmp_path: Path) -> None:
     with DenseWriter(tmp_path / "rows", n_layer=1, n_head=1) as dense:
         dense.close({})
     tensors = load_file(tmp_path / "rows")
@@ -58,7 +58,7 @@ def test_an_empty_one_is_a_file_too(tmp_path: Path) -> None:
     assert tensors["offsets"].tolist() == [0]
 
 
-def test_what_is_broken_off_leaves_nothing(tmp_path: Path) -> None:
+def test_an_interrupted_file_is_removed(tmp_path: Path) -> None:
     def broken_off() -> None:
         with DenseWriter(tmp_path / "rows", n_layer=1, n_head=1) as dense:
             dense.write(random_tokens(1, 1, 3).float())
@@ -69,7 +69,7 @@ def test_what_is_broken_off_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_is_none_is_one_line(tmp_path: Path) -> None:
+def test_a_missing_folder_is_a_resource_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ResourceError, match="Not a directory"):
         DenseWriter(tmp_path / "file" / "rows", n_layer=1, n_head=1)

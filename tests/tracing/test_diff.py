@@ -1,4 +1,4 @@
-"""What differs between two traces of the same tokens."""
+"""Differences between two traces of the same tokens."""
 
 import math
 
@@ -33,14 +33,14 @@ def row_with(weights: list[float]) -> Row:
     return row_of([], len(weights), weights_S=np.array(weights, np.float32))
 
 
-def test_equal_traces_do_not_differ() -> None:
+def test_equal_traces_have_no_difference() -> None:
     trace = small_trace(measures=("norm",))
     for step, diff in zip(trace.steps, diff_traces(trace, trace), strict=True):
         assert (diff.token, diff.divergence, diff.moved, diff.change) == (step.token, 0, 0, 0)
         assert diff.first_token == diff.second_token == step.row.sources[0].token
 
 
-def test_rows_with_nothing_in_common_are_a_bit_apart() -> None:
+def test_rows_without_a_common_position_diverge_by_one_bit() -> None:
     first = trace_of([0.5, 0.5, 0], log_probability=-1.0)
     second = trace_of([0, 0, 1], log_probability=-3.0)
     (diff,) = diff_traces(first, second)
@@ -63,7 +63,7 @@ def test_rows_that_do_not_sum_to_one_are_compared_as_shares() -> None:
     assert diff.divergence == pytest.approx(0, abs=1e-6)
 
 
-def test_another_head_of_one_model_is_compared() -> None:
+def test_two_heads_of_one_model_can_be_compared() -> None:
     first, second = (small_trace(heads=heads) for heads in ("0.1", "1.2"))
     diffs = list(diff_traces(first, second))
     assert all(0 < diff.divergence < 1 and 0 < diff.moved < 1 for diff in diffs)
@@ -82,6 +82,6 @@ def test_another_head_of_one_model_is_compared() -> None:
         ),
     ],
 )
-def test_traces_of_other_tokens_are_refused(first: Trace, second: Trace, message: str) -> None:
+def test_traces_of_different_tokens_are_refused(first: Trace, second: Trace, message: str) -> None:
     with pytest.raises(DataError, match=message):
         list(diff_traces(first, second))

@@ -1,4 +1,4 @@
-"""The grid of layers and heads: its numbers are the heads' own."""
+"""The grid of layers and heads shows the numbers of each head."""
 
 import re
 from dataclasses import replace
@@ -18,7 +18,7 @@ NAMES = ("previous", "duplicate", "induction", "sink", "local")
 
 
 def made_up_roles(n_layer: int, n_head: int) -> tuple[tuple[Roles, ...], ...]:
-    """Scores that are different for each head, and a tag of one of them."""
+    """Different scores for each head, and a tag."""
 
     def role(layer: int, head: int) -> Roles:
         scores = {name: (layer * 17 + head * 5 + i * 3) % 90 / 100 for i, name in enumerate(NAMES)}
@@ -33,7 +33,7 @@ def trace() -> Trace:
 
 
 def grid_of(lines: list[Line], cell_width: int, per_cell: int) -> dict[tuple[int, int], list[str]]:
-    """For each layer and head the lines of its cell, read off the blocks."""
+    """The lines of the cell of each layer and head, parsed from the blocks."""
     found: dict[tuple[int, int], list[str]] = {}
     heads: list[int] = []
     texts = list(map(text_of, lines))
@@ -52,7 +52,7 @@ def grid_of(lines: list[Line], cell_width: int, per_cell: int) -> dict[tuple[int
 @pytest.mark.parametrize("has_roles", [True, False])
 @pytest.mark.parametrize("measure", ["weight", "norm"])
 @pytest.mark.parametrize("width", [40, 80])
-def test_cells_are_the_means_over_the_steps(
+def test_cells_are_means_over_the_steps(
     trace: Trace, width: int, measure: str, has_roles: bool
 ) -> None:
     roles = made_up_roles(2, 4) if has_roles else None
@@ -74,7 +74,7 @@ def test_cells_are_the_means_over_the_steps(
     assert f"{len(trace.steps)} tokens by {measure}" in " ".join(map(text_of, lines))
 
 
-def test_a_trace_without_the_rows_of_heads_is_refused() -> None:
+def test_a_trace_without_rows_of_heads_is_refused() -> None:
     with pytest.raises(ConfigError, match="--view heads"):
         show(small_trace(max_new_tokens=2))
 

@@ -1,4 +1,4 @@
-"""The page holds what the trace says, no more, and no text of it becomes markup."""
+"""The page holds what the trace holds, and no text of it becomes HTML."""
 
 import base64
 import hashlib
@@ -22,7 +22,7 @@ from minigpt.tracing.words import cause_in_words
 
 
 class Page(HTMLParser):
-    """What a page consists of."""
+    """The elements, attributes and texts of a page."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Page(HTMLParser):
 
 
 def unpacked(data: dict[str, Any]) -> dict[str, list[int]]:
-    """The packed arrays, by a plain loop."""
+    """The packed arrays, unpacked by a plain loop."""
     text = zlib.decompress(base64.b64decode(data["packed"]["deflated"]))
     arrays, start = {}, 0
     for name, width, length in data["packed"]["arrays"]:
@@ -78,7 +78,7 @@ def shares_of(codes: list[int], largest: int) -> np.ndarray:
     return (np.array(codes) / largest) ** 2
 
 
-def test_whole_rows_come_out_as_they_went_in() -> None:
+def test_whole_rows_survive_packing() -> None:
     trace = made_trace()
     arrays = unpacked(Page(to_html(trace)).data)
     for i, measure in enumerate(BOTH):
@@ -88,7 +88,7 @@ def test_whole_rows_come_out_as_they_went_in() -> None:
         np.testing.assert_allclose(shares, expected, rtol=0, atol=1.6e-5)
 
 
-def test_the_rows_of_heads_come_out_as_they_went_in() -> None:
+def test_rows_of_heads_survive_packing() -> None:
     trace = made_trace(n_prompt=2, n_generated=9)
     data = Page(to_html(trace)).data
     assert data["nSources"] == 5
@@ -124,7 +124,7 @@ def test_the_rows_of_heads_come_out_as_they_went_in() -> None:
     assert all(next(codes, None) is None for codes in arrays.values())
 
 
-def test_small_shares_are_finer_than_a_255th() -> None:
+def test_small_shares_have_finer_steps_than_one_255th() -> None:
     trace = made_trace(n_generated=1, n_prompt=40)
     heads = trace.steps[0].row.heads
     assert heads is not None
@@ -134,7 +134,7 @@ def test_small_shares_are_finer_than_a_255th() -> None:
 
 
 def test_two_hundred_tokens_of_144_heads_by_both_measures_take_less_than_2_mb() -> None:
-    """Positions at random deflate worse than a model's do."""
+    """Random positions compress worse than those of a model."""
     page = to_html(made_trace(64, 200, n_layer=12, n_head=12, n_sources=8))
     assert len(page.encode()) < 2_000_000
 
@@ -170,7 +170,7 @@ def test_every_kind_of_trace_has_a_page(make: Callable[[], Trace]) -> None:
     assert (data["nSources"] is not None) == has_heads
 
 
-def test_an_effect_stands_beside_its_own_control() -> None:
+def test_each_effect_is_paired_with_its_control() -> None:
     trace = made_trace()
     for step, shown in zip(trace.steps, Page(to_html(trace)).data["steps"], strict=True):
         sources = [effect for effect in step.effects if effect.control_of is None]
@@ -187,7 +187,7 @@ def test_an_effect_stands_beside_its_own_control() -> None:
                 assert effect["control"] is None
 
 
-def test_the_page_ends_as_the_terminal_does() -> None:
+def test_the_page_and_the_terminal_end_with_the_same_sentences() -> None:
     trace = made_trace()
     assert trace.footer.cause is not None
     text = Page(to_html(trace)).data["closing"]
@@ -195,13 +195,13 @@ def test_the_page_ends_as_the_terminal_does() -> None:
     assert text[1:] == [cause_in_words(trace.footer.cause)]
 
 
-def test_a_trace_without_a_check_says_nothing_about_cause() -> None:
+def test_without_knockouts_the_page_claims_no_cause() -> None:
     text = " ".join(Page(to_html(made_trace(has_effects=False))).data["closing"])
     assert "Where a head looked is not why a token came" in text
     assert "says nothing about cause" in text
 
 
-def test_the_policy_lets_this_script_and_this_style_run_and_nothing_be_fetched() -> None:
+def test_the_policy_allows_only_the_script_and_style_of_the_page() -> None:
     page = Page(to_html(small_trace(has_heads=True)))
 
     def sha256(text: str) -> str:
@@ -212,19 +212,19 @@ def test_the_policy_lets_this_script_and_this_style_run_and_nothing_be_fetched()
     assert directives["script-src"] == f"'sha256-{sha256(page.texts['script'])}'"
     assert directives["style-src"] == f"'sha256-{sha256(page.texts['style'])}'"
     assert directives["base-uri"] == directives["form-action"] == "'none'"
-    # The policy stands before all that it is to govern.
+    # The policy comes before everything that it governs.
     names = [name for name, _ in page.elements]
     assert names[:4] == ["html", "head", "meta", "meta"]
 
 
-def test_the_page_names_nothing_to_fetch() -> None:
+def test_the_page_has_no_external_references() -> None:
     page = to_html(made_trace())
     page = page.replace('"http://www.w3.org/2000/svg"', "")  # a name, never fetched
     assert not re.search(r"\w+://|url\(|@import|\bsrc=|\bhref=", page)
     assert not re.search(r"\b(fetch|import|XMLHttpRequest|WebSocket|EventSource|Worker)\b\(", page)
 
 
-def test_the_script_never_parses_a_text_as_markup_or_code() -> None:
+def test_the_script_never_parses_text_as_html_or_code() -> None:
     script = Page(to_html(made_trace())).texts["script"]
     assert not re.search(
         r"innerHTML|outerHTML|insertAdjacent|document\.write|\beval\b|Function\(|DOMParser|srcdoc",
@@ -244,7 +244,7 @@ def test_no_text_becomes_an_element(text: str) -> None:
     assert page.data["model"] == one_line(text)
 
 
-def test_json_in_a_script_has_no_character_that_could_end_it() -> None:
+def test_embedded_json_cannot_end_its_script_element() -> None:
     for text in (*HOSTILE, "<>&\u2028\u2029", "\ud800"):
         value = {text: [text, 1.5, None]}
         embedded = embedded_json(value)

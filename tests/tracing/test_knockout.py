@@ -1,4 +1,4 @@
-"""A knocked-out source is one that the query never had; and only then does a trace ask."""
+"""A knockout equals a forward pass in which the last query lacks a position."""
 
 import itertools
 import math
@@ -36,7 +36,7 @@ TARGET = 5
 
 @contextmanager
 def last_query_without(position: int, kind: Knockout) -> Iterator[None]:
-    """The oracle: let the last query of every layer lack a position, by a plain attention."""
+    """The oracle: plain attention in which the last query of every layer lacks a position."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
         n_shared = q.shape[1] // k.shape[1]
@@ -73,7 +73,7 @@ def expected_changes(model: GPT, tokens: Tensor, kind: Knockout) -> list[float]:
 
 
 def cached(model: GPT, tokens: Tensor) -> KVCache:
-    """A cache with room to spare, what is not filled being no number."""
+    """A cache with spare capacity, NaN where it is not filled."""
     cache = KVCache(model.config, dtype=model.dtype)
     cache.keys_LBGSD.fill_(math.nan)
     cache.values_LBGSD.fill_(math.nan)
@@ -85,12 +85,12 @@ def cached(model: GPT, tokens: Tensor) -> KVCache:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_change_is_that_of_a_full_forward_whose_last_query_lacks_the_source(
+def test_a_change_equals_that_of_a_full_forward_whose_last_query_lacks_the_source(
     layout: str, kind: Knockout
 ) -> None:
     model, tokens = small_model(layout), random_tokens(1, 11)
     expected = expected_changes(model, tokens, kind)
-    assert max(map(abs, expected)) > 0.02, "there is something to find"
+    assert max(map(abs, expected)) > 0.02, "some changes are large"
     cache = cached(model, tokens)
     changes = knock_out(model, cache, int(tokens[0, -1]), TARGET, range(11), kind)
     # float32 logits of up to 50, in another order of sums.
@@ -98,7 +98,7 @@ def test_a_change_is_that_of_a_full_forward_whose_last_query_lacks_the_source(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rounded_models_agree_within_their_rounding(kind: Knockout) -> None:
+def test_int8_and_bfloat16_models_agree_within_rounding(kind: Knockout) -> None:
     tokens = random_tokens(1, 11)
     int8, half = small_model("llama-grouped"), small_model("llama-grouped").bfloat16()
     quantize_int8(int8)
@@ -111,7 +111,7 @@ def test_rounded_models_agree_within_their_rounding(kind: Knockout) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_knockout_leaves_the_cache_and_what_comes_after_as_they_were(kind: Knockout) -> None:
+def test_a_knockout_does_not_change_the_cache(kind: Knockout) -> None:
     model, tokens = small_model("gpt2"), random_tokens(1, 11)
     cache, untouched = cached(model, tokens), cached(model, tokens)
     knock_out(model, cache, int(tokens[0, -1]), TARGET, range(11), kind)
@@ -123,7 +123,7 @@ def test_a_knockout_leaves_the_cache_and_what_comes_after_as_they_were(kind: Kno
         assert torch.equal(ours.view(torch.int32), theirs.view(torch.int32))
 
 
-def test_knockouts_of_a_long_cache_go_in_several_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_knockouts_of_a_long_cache_are_split_into_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens = small_model(), random_tokens(1, 11)
     cache, query = cached(model, tokens), int(tokens[0, -1])
     at_once = knock_out(model, cache, query, TARGET, range(11))
@@ -152,7 +152,7 @@ def test_a_control_is_the_nearest_weaker_position(
     assert choose_controls(np.array(weights, np.float32), sources, sink=0) == controls
 
 
-def test_rank_correlations_are_spearman_s() -> None:
+def test_the_rank_correlation_is_spearmans() -> None:
     assert rank_correlation([1, 2, 3, 4], [1, 8, 27, 64]) == pytest.approx(1)
     assert rank_correlation([1, 2, 3, 4], [9, 7, 3, -5]) == pytest.approx(-1)
     # Without ties 1 - 6 sum d^2 / (n (n^2 - 1)), Spearman 1904.
@@ -164,7 +164,7 @@ def test_rank_correlations_are_spearman_s() -> None:
         assert rank_correlation(*nothing_to_rank) is None
 
 
-def test_rank_correlations_of_ties_are_those_of_a_plain_loop() -> None:
+def test_rank_correlations_with_ties_equal_a_plain_loop() -> None:
     generator = np.random.default_rng(0)
     for _ in range(20):
         x, y = generator.integers(0, 6, (2, 15)).tolist()
@@ -184,7 +184,7 @@ def effect(weight: float, change: float, control_of: int | None = None) -> Effec
     return Effect(Source(Token(1, 1, b"a"), weight), change, control_of)
 
 
-def test_the_check_is_over_all_sources_and_controls() -> None:
+def test_the_cause_check_covers_all_sources_and_controls() -> None:
     assert check_cause([]) is None
     check = check_cause([effect(0.5, -2.0), effect(0.3, 1.0), effect(0.1, -0.5, 0)])
     assert check is not None
@@ -198,7 +198,7 @@ def test_the_check_is_over_all_sources_and_controls() -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
-def test_without_heads_is_with_zeros_for_their_columns_of_the_output(layout: str) -> None:
+def test_without_heads_equals_zeroed_columns_of_the_output_projection(layout: str) -> None:
     model, planted = small_model(layout), small_model(layout)
     tokens, d_head = random_tokens(2, 9), model.config.d_head
     for layer, head in [(0, 1), (1, 0), (1, 3)]:
@@ -233,7 +233,7 @@ def steps_of(
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("way", ["float32", "bfloat16", "int8", "graph"])
 @pytest.mark.parametrize("layout", ["gpt2-tied", "llama-grouped"])
-def test_a_checked_trace_generates_what_an_unchecked_one_does_to_the_last_bit(
+def test_knockouts_change_no_token_and_no_bit_of_the_trace(
     layout: str, way: str, kind: Knockout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(n_verified: int) -> list[TraceStep]:
@@ -264,7 +264,7 @@ def test_a_checked_trace_generates_what_an_unchecked_one_does_to_the_last_bit(
 
 
 @pytest.mark.parametrize("n_sources", [0, 2])
-def test_a_trace_knocks_out_its_strongest_sources_however_many_it_shows(n_sources: int) -> None:
+def test_a_trace_knocks_out_the_strongest_sources_even_if_it_shows_fewer(n_sources: int) -> None:
     model = small_model("qwen3", vocab_size=257)
     prompt = list(b"to be or")
     steps, footer = steps_of(model, prompt, n_verified=3, n_sources=n_sources, sink=2)
@@ -294,7 +294,7 @@ def test_a_trace_knocks_out_its_strongest_sources_however_many_it_shows(n_source
     assert footer.cause == check_cause([e for step in steps for e in step.effects])
 
 
-def test_a_lone_token_has_no_source_to_knock_out() -> None:
+def test_a_single_token_has_no_source_to_knock_out() -> None:
     model = small_model("gpt2", vocab_size=257)
     steps, footer = steps_of(model, [97], n_tokens=1, n_verified=3)
     assert (steps[0].effects, footer.cause) == ((), None)

@@ -1,4 +1,4 @@
-"""The map of tokens and positions: its cells are the rows, in colours and in characters."""
+"""The map of tokens and positions shows the rows, in colours and in characters."""
 
 import re
 from dataclasses import replace
@@ -41,16 +41,16 @@ def scale_of(lines: list[Line]) -> float:
 
 
 def map_lines(lines: list[Line]) -> list[Line]:
-    """The lines of cells: those that begin with a position."""
+    """The lines with cells, which begin with a position."""
     return [line for line in lines if line and line[0][1] == "token"]
 
 
 def shares(line: Line) -> list[float]:
-    """The numbers of a line of coloured cells, each of a position."""
+    """The shares that a line of coloured cells shows, one per position."""
     return [SHARES[style] for text, style in line[1:]]
 
 
-def test_the_ramp_rises_in_lightness_and_can_be_read_back() -> None:
+def test_colours_rise_in_lightness_and_are_distinct() -> None:
     assert len(SHARES) == N_COLOURS
     light = [
         0.2126 * int(c[1:3], 16) + 0.7152 * int(c[3:5], 16) + 0.0722 * int(c[5:], 16)
@@ -63,7 +63,7 @@ def test_the_ramp_rises_in_lightness_and_can_be_read_back() -> None:
     assert "".join(density(i / 9) for i in range(10)) == DENSITY
 
 
-def test_colours_are_those_of_matplotlibs_viridis() -> None:
+def test_colours_are_those_of_viridis_in_matplotlib() -> None:
     pytest.importorskip("matplotlib", reason="needs pip install 'minigpt[plot]'")
     from matplotlib import colormaps
 
@@ -72,7 +72,7 @@ def test_colours_are_those_of_matplotlibs_viridis() -> None:
         assert np.abs(np.array(ours) - colormaps["viridis"](share)[:3]).max() < 0.03
 
 
-def test_cells_are_the_rows_in_colour(trace: Trace) -> None:
+def test_coloured_cells_show_the_rows(trace: Trace) -> None:
     lines = show(trace, ViewOptions(width=100))
     scale = scale_of(lines)
     drawn = map_lines(lines)
@@ -83,7 +83,7 @@ def test_cells_are_the_rows_in_colour(trace: Trace) -> None:
         np.testing.assert_allclose(shares(line), np.minimum(row / scale, 1), atol=0.01)
 
 
-def test_cells_are_the_rows_in_halves(trace: Trace) -> None:
+def test_half_blocks_show_two_rows_per_line(trace: Trace) -> None:
     lines = show(trace, ViewOptions(width=100, height=15))
     scale = scale_of(lines)
     drawn = map_lines(lines)
@@ -100,14 +100,14 @@ def test_cells_are_the_rows_in_halves(trace: Trace) -> None:
         np.testing.assert_allclose(below, np.minimum(lower / scale, 1), atol=0.01)
 
 
-def test_without_colours_the_cells_are_characters_that_say_the_same(trace: Trace) -> None:
+def test_characters_show_the_same_shares_as_colours(trace: Trace) -> None:
     plain = map_lines(show(trace, ViewOptions(width=100, has_colour=False)))
     coloured = map_lines(show(trace, ViewOptions(width=100)))
     for dense, line in zip(plain, coloured, strict=True):
         text = dense[1][0]
         assert text.isascii()
         assert text.endswith("|")
-        assert text[:-1:2] == text[1:-1:2], "a cell is two wide"
+        assert text[:-1:2] == text[1:-1:2], "a cell is two characters wide"
         levels = [DENSITY.index(character) / 9 for character in text[:-1:2]]
         assert len(levels) == len(shares(line))
         assert np.abs(np.subtract(levels, shares(line))).max() < 1 / 18 + 0.01
@@ -120,7 +120,7 @@ def test_without_colours_the_cells_are_characters_that_say_the_same(trace: Trace
 @pytest.mark.parametrize("has_colour", [True, False])
 @pytest.mark.parametrize("width", [40, 80, 140])
 @pytest.mark.parametrize("height", [None, 15, 24, 60])
-def test_the_map_fits_the_terminal_whatever_the_tokens(
+def test_the_map_fits_the_terminal_for_hostile_tokens(
     trace: Trace, long_trace: Trace, width: int, height: int | None, has_colour: bool
 ) -> None:
     for one in (with_tokens(trace, HOSTILE), with_tokens(long_trace, HOSTILE[::-1])):
@@ -131,7 +131,7 @@ def test_the_map_fits_the_terminal_whatever_the_tokens(
 
 
 @pytest.mark.parametrize(("width", "n_pooled"), [(140, 1), (80, 2), (60, 3), (40, 4)])
-def test_neighbouring_positions_are_averaged_as_the_caption_says(
+def test_narrow_terminals_average_neighbouring_positions(
     long_trace: Trace, width: int, n_pooled: int
 ) -> None:
     lines = show(long_trace, ViewOptions(width=width))
@@ -145,7 +145,7 @@ def test_neighbouring_positions_are_averaged_as_the_caption_says(
 
 
 @pytest.mark.parametrize(("height", "has_colour"), [(30, True), (30, False), (None, False)])
-def test_the_newest_tokens_are_shown_and_the_caption_counts_them(
+def test_the_newest_tokens_are_shown_and_counted_in_the_caption(
     long_trace: Trace, height: int | None, has_colour: bool
 ) -> None:
     lines = show(long_trace, ViewOptions(height=height, has_colour=has_colour))
@@ -164,7 +164,7 @@ def test_the_newest_tokens_are_shown_and_the_caption_counts_them(
     assert positions == list(range(last - per_line * len(drawn) + 1, last + 1, per_line))
 
 
-def test_columns_are_named_downwards_and_numbered_below(trace: Trace) -> None:
+def test_columns_are_labelled_above_and_numbered_below(trace: Trace) -> None:
     named = with_tokens(trace, [b"Once", b" a", b"\n", "日".encode(), b"abcdefghi"])
     texts = list(map(text_of, show(named, ViewOptions(width=50))))
     first = next(i for i, text in enumerate(texts) if text.startswith("12 "))
@@ -175,12 +175,12 @@ def test_columns_are_named_downwards_and_numbered_below(trace: Trace) -> None:
         if name is not None:
             assert "".join(text[place] for text in names).strip() == name
     lower = list(map(text_of, show(named, ViewOptions(width=50, height=29))))
-    assert lower[1].startswith("1"), "where lines are few, tokens have them"
+    assert lower[1].startswith("1"), "with few lines, there are no column labels"
     ticks = next(text for text in texts[first:] if text.split()[:2] == ["0", "5"])
     assert [ticks.index(str(n)) - indent for n in (0, 5, 10, 15, 20)] == [0, 5, 10, 15, 20]
 
 
-def test_the_scale_leaves_the_sink_out_and_says_so(trace: Trace) -> None:
+def test_the_colour_scale_leaves_out_the_sink(trace: Trace) -> None:
     steps = []
     for step in trace.steps:
         weights = np.full_like(step.row.weights_S, 0.01)
@@ -199,6 +199,6 @@ def test_the_scale_leaves_the_sink_out_and_says_so(trace: Trace) -> None:
     assert norm == pytest.approx(largest, abs=6e-4)
 
 
-def test_a_trace_of_nothing_is_refused(trace: Trace) -> None:
+def test_a_trace_without_generated_tokens_is_refused(trace: Trace) -> None:
     with pytest.raises(ConfigError, match="no generated token"):
         show(Trace(trace.header, (), trace.footer))

@@ -1,4 +1,4 @@
-"""A trace of any score, and of an LSTM that looks back: the same checks as of a GPT."""
+"""Traces of every score, and of an LSTM with attention, pass the checks of a GPT."""
 
 from typing import Any
 
@@ -48,7 +48,7 @@ def traced(model: LanguageModel, **config: Any) -> Trace:
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
-def test_watching_changes_nothing_and_rows_are_the_heads_own(variant: dict[str, Any]) -> None:
+def test_tracing_changes_nothing_and_rows_are_those_of_the_heads(variant: dict[str, Any]) -> None:
     model = model_of(variant)
     result = traced(model, measures=("weight", "norm"), has_heads=True, n_verified=2, sink=None)
     decoder = Decoder(model, [token.id for token in result.header.prompt], max_new_tokens=8)
@@ -65,7 +65,7 @@ def test_watching_changes_nothing_and_rows_are_the_heads_own(variant: dict[str, 
 
 @pytest.mark.parametrize("name", ["lstm-attention", "lstm-attention, dot"])
 @torch.no_grad()
-def test_a_source_of_a_recurrent_model_is_hidden_as_from_a_whole_pass(name: str) -> None:
+def test_knocking_out_a_state_of_an_lstm_equals_a_full_pass_without_it(name: str) -> None:
     """Its attention is its last layer: what other queries saw of the source changes nothing."""
     model = model_of(VARIANTS[name])
     result = traced(model, n_verified=3)
@@ -79,7 +79,7 @@ def test_a_source_of_a_recurrent_model_is_hidden_as_from_a_whole_pass(name: str)
             assert effect.change == pytest.approx((hidden - whole).item(), abs=1e-4)
 
 
-def test_the_roles_of_any_attention_are_found() -> None:
+def test_roles_are_found_with_every_score() -> None:
     for variant in VARIANTS.values():
         model = model_of(variant)
         roles = head_roles(model)
@@ -88,7 +88,7 @@ def test_the_roles_of_any_attention_are_found() -> None:
         assert head_effects(model).shape == shape
 
 
-def test_what_an_lstm_has_not_is_refused_in_a_line() -> None:
+def test_what_an_lstm_lacks_is_refused_in_one_line() -> None:
     with pytest.raises(ConfigError, match="arch lstm has no attention to show"):
         traced(model_of({"arch": "lstm", "n_head": 1}))
     with pytest.raises(ConfigError, match="arch lstm has no attention to show"):

@@ -1,4 +1,4 @@
-"""A published model's attention is the one that was published with it."""
+"""Attention of a published model equals the intermediates published with it."""
 
 import base64
 import json
@@ -49,7 +49,7 @@ def published(shared: Path) -> Callable[[str], Tensor]:
 
 
 @torch.no_grad()
-def test_the_attention_of_the_first_layer_is_the_published_one(
+def test_attention_of_the_first_layer_equals_the_published_one(
     model: GPT, published: Callable[[str], Tensor]
 ) -> None:
     collector = Collector()
@@ -62,7 +62,7 @@ def test_the_attention_of_the_first_layer_is_the_published_one(
 
 
 @torch.no_grad()
-def test_every_block_and_the_logits_are_the_published_ones(
+def test_blocks_and_logits_equal_the_published_ones(
     model: GPT, published: Callable[[str], Tensor]
 ) -> None:
     """The file has the attention of the first layer alone; later ones show in what they add."""
@@ -78,7 +78,7 @@ def test_every_block_and_the_logits_are_the_published_ones(
 
 @pytest.mark.parametrize("n_prefill", [1, 6, 11])
 @torch.no_grad()
-def test_the_traced_rows_are_the_published_ones(
+def test_traced_rows_equal_the_published_ones(
     n_prefill: int, model: GPT, published: Callable[[str], Tensor]
 ) -> None:
     for sequence in range(3):

@@ -1,4 +1,4 @@
-"""Planted heads have the scores that they were planted with, and learned ones are found."""
+"""Scores of planted heads are known, and a learned induction head is found."""
 
 import math
 
@@ -30,7 +30,7 @@ N_REPEATED = 16
 
 
 def planted(place: dict[str, int], share: float = 1.0) -> Tensor:
-    """A head (1, 1, 2 T, 2 T) that looks so many tokens back; the rest is on its own position."""
+    """A head (1, 1, 2 T, 2 T) that attends some tokens back; the rest is on the own position."""
     weights = torch.zeros(2 * N_REPEATED, 2 * N_REPEATED)
     for query in range(2 * N_REPEATED):
         target = place.get("at", query - place.get("back", 0))
@@ -49,18 +49,18 @@ IDEAL = {
 
 
 @pytest.mark.parametrize("role", IDEAL)
-def test_an_ideal_head_has_a_score_of_one_and_its_tag(role: str) -> None:
+def test_an_ideal_head_scores_one_and_gets_its_tag(role: str) -> None:
     place, tag = IDEAL[role]
     scores = dict(zip(SCORES, role_scores(planted(place))[0].tolist(), strict=True))
     assert scores[role] == pytest.approx(1)
     assert role_tag(**scores) == tag
     others = {name for name in SCORES if name != role and scores[name] > 0.1}
-    # The token before is one of the few before; the first query has none but itself and the sink.
+    # The previous token is local too; the first query sees only itself and the sink.
     assert others == ({"local"} if role == "previous" else set())
 
 
 @pytest.mark.parametrize("share", [0.25, 0.75])
-def test_a_head_that_does_it_by_half_has_half_the_score(share: float) -> None:
+def test_scores_are_proportional_to_the_attention(share: float) -> None:
     for role in ("previous", "duplicate", "induction", "sink"):
         place, tag = IDEAL[role]
         scores = dict(zip(SCORES, role_scores(planted(place, share))[0].tolist(), strict=True))
@@ -68,7 +68,7 @@ def test_a_head_that_does_it_by_half_has_half_the_score(share: float) -> None:
         assert role_tag(**scores) == (tag if share > 0.5 else "local")
 
 
-def test_a_tag_is_the_most_telling_role_that_reaches_its_bound() -> None:
+def test_the_tag_is_the_most_specific_role_above_its_threshold() -> None:
     def tag(**scores: float) -> str:
         return role_tag(**(dict.fromkeys(SCORES, 0.0) | scores))
 
@@ -81,7 +81,7 @@ def test_a_tag_is_the_most_telling_role_that_reaches_its_bound() -> None:
     assert tag(sink=0.49, local=0.49, previous=0.39) == ""
 
 
-def test_sequences_are_said_twice_and_repeat_no_token_within() -> None:
+def test_each_sequence_is_different_tokens_followed_by_a_copy() -> None:
     for changes in ({}, {"vocab_size": 5}, {"context_length": 9}):
         model = small_model(**changes)
         tokens = repeated_sequences(model, seed=1)
@@ -97,7 +97,7 @@ def test_sequences_are_said_twice_and_repeat_no_token_within() -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
-def test_roles_are_those_of_a_plain_loop_over_the_whole_maps(layout: str) -> None:
+def test_scores_equal_a_plain_loop_over_full_attention_maps(layout: str) -> None:
     model = small_model(layout)
     tokens = repeated_sequences(model, seed=3)
     weights = full_weights(model, tokens).mean(dim=1).double().numpy()  # (L, H, S, S)
@@ -118,14 +118,14 @@ def test_roles_are_those_of_a_plain_loop_over_the_whole_maps(layout: str) -> Non
 
 
 @pytest.mark.parametrize("changes", [{"context_length": 5}, {"vocab_size": 2}])
-def test_a_model_that_can_say_nothing_twice_has_no_roles(changes: dict[str, int]) -> None:
+def test_a_model_too_small_for_a_repeated_sequence_is_refused(changes: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match="a context of 6 positions"):
         head_roles(small_model(**changes))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
-def test_a_head_s_effect_is_what_zeros_in_its_columns_of_the_output_cost(layout: str) -> None:
+def test_the_effect_of_a_head_equals_zeroed_columns_of_the_output_projection(layout: str) -> None:
     model = small_model(layout)
     tokens = repeated_sequences(model, seed=5)
     T, d_head = tokens.shape[1] // 2, model.config.d_head
@@ -151,7 +151,7 @@ def test_a_head_s_effect_is_what_zeros_in_its_columns_of_the_output_cost(layout:
 
 
 @torch.no_grad()
-def test_roles_of_rounded_models_are_nearly_those_of_the_exact_one() -> None:
+def test_int8_and_bfloat16_models_have_nearly_the_same_scores() -> None:
     exact = small_model()
     for way in ("int8", "bfloat16"):
         model = small_model()
@@ -172,13 +172,13 @@ def copier() -> GPT:
     return copying_model()
 
 
-def test_the_induction_head_that_copying_takes_is_found(copier: GPT) -> None:
+def test_the_induction_head_of_a_copying_model_is_found(copier: GPT) -> None:
     tags = [layer[0].tag for layer in head_roles(copier)]
     assert tags == ["", "prev", "induc"]
     assert head_roles(copier)[INDUCTION][0].induction > 0.8
 
 
-def test_ablating_the_induction_head_costs_most(copier: GPT) -> None:
+def test_ablating_the_induction_head_costs_the_most(copier: GPT) -> None:
     effects = head_effects(copier)[:, 0]
     assert effects.argmax() == INDUCTION
     assert effects[INDUCTION] > math.log(CONTEXT // 2), "no better than any token that was said"
@@ -186,9 +186,7 @@ def test_ablating_the_induction_head_costs_most(copier: GPT) -> None:
 
 
 @pytest.mark.parametrize("kind", ["key", "value"])
-def test_without_its_source_a_copied_token_is_lost_and_without_controls_it_is_not(
-    copier: GPT, kind: str
-) -> None:
+def test_a_copied_token_needs_its_source_and_not_the_controls(copier: GPT, kind: str) -> None:
     ranks = {bytes([b]): b for b in range(256)}
     tokenizer = Tokenizer("bytes", make_encoding("bytes", r"(?s:.)", ranks, {}))
     sources, controls = [], []

@@ -1,4 +1,4 @@
-"""Rollout: the published example, and a plain product of matrices."""
+"""Rollout equals the published example and a plain product of matrices."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ class Collector:
         self.layers.append(attention_weights(q, k)[0])
 
 
-def test_two_equal_layers_roll_out_as_by_hand() -> None:
+def test_two_layers_equal_a_rollout_by_hand() -> None:
     weights = torch.tensor([[1, 0, 0], [0.5, 0.5, 0], [0.2, 0.3, 0.5]])
     expected = torch.tensor([[1, 0, 0], [0.4375, 0.5625, 0], [0.2125, 0.225, 0.5625]])
     for sizes in ([3], [1, 1, 1], [2, 1]):  # at once, and as tokens come
@@ -38,7 +38,7 @@ def test_two_equal_layers_roll_out_as_by_hand() -> None:
 
 @pytest.mark.parametrize("heads", [None, "0.1,1.*", "1.2"])
 @torch.no_grad()
-def test_a_rollout_as_tokens_come_is_the_product_of_whole_matrices(heads: str | None) -> None:
+def test_an_incremental_rollout_equals_the_product_of_full_matrices(heads: str | None) -> None:
     model = small_model("llama-grouped", n_layer=3)
     selection = select_heads(3, 4, heads=heads)
     tokens = random_tokens(1, 20)

@@ -1,4 +1,4 @@
-"""The text shaded by what a token attended to: its blocks and percentages are the row's."""
+"""The shaded text shows the row of one token as blocks and percentages."""
 
 import re
 
@@ -20,14 +20,14 @@ def trace() -> Trace:
 
 
 def parts(lines: list[Line]) -> tuple[list[str], list[str], str]:
-    """The title, the text with its blocks, and what is below, of a view."""
+    """The title of a view, its text with blocks, and everything below."""
     texts = [text_of(line) for line in lines]
     first, second = [i for i, text in enumerate(texts) if not text]
     return texts[:first], texts[first + 1 : second], " ".join(texts[second + 1 :])
 
 
 @pytest.mark.parametrize("width", [40, 80, 140])
-def test_no_line_is_wider_than_the_terminal_whatever_the_tokens(trace: Trace, width: int) -> None:
+def test_the_text_fits_the_terminal_for_hostile_tokens(trace: Trace, width: int) -> None:
     for first in range(0, len(HOSTILE), 5):
         hostile = with_tokens(trace, HOSTILE[first:] + HOSTILE[:first])
         for position in (None, 13):
@@ -35,7 +35,7 @@ def test_no_line_is_wider_than_the_terminal_whatever_the_tokens(trace: Trace, wi
                 assert cells(text_of(line)) <= width
 
 
-def test_the_text_is_all_there_and_in_order(trace: Trace) -> None:
+def test_the_text_is_complete_and_in_order(trace: Trace) -> None:
     for tokens in ([b"Once", b" upon", b" a\n", b"time"], HOSTILE):
         other = with_tokens(trace, tokens)
         _, page, _ = parts(show(other, ViewOptions(width=60)))
@@ -43,10 +43,10 @@ def test_the_text_is_all_there_and_in_order(trace: Trace) -> None:
         assert written == "".join(readable(token.data) for token in other.tokens)
         numbers = [int(line[:2]) for line in page if line[:2].strip()]
         assert numbers == sorted(numbers)
-        assert numbers[0] == (0 if tokens[0] else 1), "a token of nothing is on no line"
+        assert numbers[0] == (0 if tokens[0] else 1), "an empty token starts no line"
 
 
-def test_words_stay_together(trace: Trace) -> None:
+def test_words_are_not_broken(trace: Trace) -> None:
     words = with_tokens(trace, [b" extra", b"ordi", b"narily"])
     _, page, _ = parts(show(words, ViewOptions(width=40)))
     lines = [line[3:] for line in page if line[:2].strip()]
@@ -57,7 +57,9 @@ def test_words_stay_together(trace: Trace) -> None:
 
 @pytest.mark.parametrize("measure", ["weight", "norm"])
 @pytest.mark.parametrize("position", [None, 13, 17])
-def test_blocks_fill_with_the_shares(trace: Trace, position: int | None, measure: str) -> None:
+def test_the_height_of_a_block_shows_the_share(
+    trace: Trace, position: int | None, measure: str
+) -> None:
     letters = with_tokens(trace, [bytes([97 + i]) for i in range(26)])
     lines = show(letters, ViewOptions(position=position, measure=measure))  # type: ignore[arg-type]
     _, (text, blocks), below = parts(lines)
@@ -77,7 +79,7 @@ def test_blocks_fill_with_the_shares(trace: Trace, position: int | None, measure
     assert f"entropy {row.entropy:.1f} bits" in below
 
 
-def test_shades_rise_with_the_shares_and_end_at_the_chosen_token(trace: Trace) -> None:
+def test_shades_rise_with_the_shares_up_to_the_chosen_token(trace: Trace) -> None:
     letters = with_tokens(trace, [bytes([97 + i]) for i in range(26)])
     lines = show(letters, ViewOptions(position=17))
     (page,) = [line for line in lines if text_of(line).startswith(" 0 a")]
@@ -92,7 +94,7 @@ def test_shades_rise_with_the_shares_and_end_at_the_chosen_token(trace: Trace) -
     assert by_weight[-1] == 4
 
 
-def test_the_strongest_are_listed_with_their_shares(trace: Trace) -> None:
+def test_the_strongest_sources_are_listed_with_their_shares(trace: Trace) -> None:
     row = trace.steps[-1].row
     _, _, below = parts(show(trace, ViewOptions(width=100)))
     listed = [(int(a), int(b)) for a, b in re.findall(r"(\d+) \S+ +(\d+)%", below)]
@@ -100,7 +102,7 @@ def test_the_strongest_are_listed_with_their_shares(trace: Trace) -> None:
     assert listed == [(p, round(float(row.weights_S[p]) * 100)) for p in order[:12]]
 
 
-def test_what_has_no_row_is_refused(trace: Trace) -> None:
+def test_positions_and_measures_without_rows_are_refused(trace: Trace) -> None:
     for position in (-1, 0, 11, 24, 10**9):
         with pytest.raises(ConfigError, match="Choose a position from 12 to 23"):
             show(trace, ViewOptions(position=position))

@@ -118,7 +118,7 @@ def written(path: Path, *traces: Trace) -> Path:
 
 
 def assert_close(value: Any, expected: Any) -> None:
-    """Equal, but for numbers that are made of others that were rounded."""
+    """Equal, except for numbers computed from rounded ones."""
     if isinstance(expected, dict):
         assert value.keys() == expected.keys()
         for key in expected:

@@ -1,4 +1,4 @@
-"""Pictures of a trace: their colours are the rows, and their tokens are text and nothing else."""
+"""Pictures of a trace show the rows as colours, and tokens as nothing but text."""
 
 import sys
 from dataclasses import replace
@@ -50,7 +50,7 @@ def texts_of(svg: bytes) -> list[str]:
 
 
 @pytest.mark.parametrize("picture", PICTURES)
-def test_an_svg_has_the_tokens_as_text_and_runs_nothing(trace: Trace, picture: Picture) -> None:
+def test_an_svg_has_tokens_as_text_and_no_scripts(trace: Trace, picture: Picture) -> None:
     options = ViewOptions(picture=picture)
     hostile = [data for data in HOSTILE + FORMULAS if data]
     for first in range(0, len(hostile), 15):
@@ -96,7 +96,7 @@ def test_a_png_has_each_weight_as_its_colour(trace: Trace, measure: Measure) -> 
 
 
 @pytest.mark.parametrize("position", [None, 15])
-def test_boxes_of_the_strip_have_the_row_as_colours_and_percentages(
+def test_boxes_of_the_strip_show_the_row_as_colours_and_percentages(
     trace: Trace, position: int | None
 ) -> None:
     from matplotlib import colormaps
@@ -133,7 +133,7 @@ def test_boxes_of_the_strip_have_the_row_as_colours_and_percentages(
     assert widths.index(max(widths)) == chosen
 
 
-def test_boxes_stay_on_the_page_and_apart(trace: Trace) -> None:
+def test_boxes_stay_inside_the_figure_and_do_not_overlap(trace: Trace) -> None:
     figure = pictures.strip_figure(with_tokens(trace, HOSTILE))
     corners = [patch.get_bbox().get_points() for patch in figure.axes[0].patches]
     width, height = figure.get_size_inches()
@@ -144,7 +144,7 @@ def test_boxes_stay_on_the_page_and_apart(trace: Trace) -> None:
             assert other_x >= x1 - 1e-6 or other_y >= y1
 
 
-def test_what_the_font_lacks_is_written_as_escapes(trace: Trace) -> None:
+def test_characters_missing_in_the_font_are_escaped(trace: Trace) -> None:
     other = with_tokens(trace, ["日".encode(), "🙂".encode(), "é".encode()])
     axes = pictures.matrix_figure(other, ViewOptions(format="png")).axes[0]
     names = [label.get_text() for label in axes.get_xticklabels()]
