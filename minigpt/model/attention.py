@@ -1,37 +1,134 @@
 """Causal multi-head self-attention with grouped heads, QK-norm, rotary positions and a cache.
 
-Shapes: B batch, T queries, S keys, H query heads, G key/value heads, D head dim, C model dim.
+Shapes: L layers, B batch, T queries, S keys, H query heads, G key/value heads, D head dim, C
+model dim.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from minigpt.config import ModelConfig
 from minigpt.model.cache import KVCache
 from minigpt.model.layers import RMSNorm, rotate
-from minigpt.model.scores import Score
+from minigpt.model.scores import Score, weighted_sum
+
+
+@dataclass(frozen=True)
+class AttentionPass:
+    """The attention of one forward pass, in all layers.
+
+    The tensors are valid until the next forward pass: copy what is kept longer.
+    """
+
+    weights_LBHS: Tensor
+    """Attention weights of the last query, float32. In a decode step, those that the model used."""
+    context_LBHD: Tensor
+    """Head outputs of the last query, before the output projection."""
+    values_LBGSD: Tensor
+    """Values of every position in view."""
+    n_new: int
+    """Number of positions that this pass added, T."""
+    queries: Sequence[Tensor] | None = None
+    """All queries of each layer (B, H, T, D), after ``Score.fold``. None unless the recorder needs
+    them and T is above 1."""
+    keys: Sequence[Tensor] | None = None
+    """Keys in view of each layer (B, G, S, D), wherever there are queries."""
 
 
 class Recorder(Protocol):
-    """What forward tells of each layer's attention; it must change nothing that it is given.
+    """Receives the attention of every forward pass, once, after the last layer.
 
-    Queries are as ``Score.fold`` leaves them: ``Score.weights`` makes weights of them and the keys.
+    It must not change the tensors.
     """
 
-    def record(
-        self, layer: int, q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, context_BHTD: Tensor
-    ) -> None:
-        """Take a layer's queries, all keys and values in view, and each head's output."""
+    needs_queries: bool
+    """Whether the weights of all queries of a prompt are wanted, not only those of the last one."""
+
+    def record(self, attention: AttentionPass) -> None:
+        """Take the attention of a forward pass."""
 
 
 class AttentionLayer(Protocol):
-    """What a recorder asks of a layer that it is shown."""
+    """A layer of attention, as recorders and analyses see it."""
 
     score: Score
-    """Makes weights of queries and keys."""
+    """The score, which turns queries and keys into weights."""
     output: nn.Linear
-    """What the heads' outputs go through on their way on."""
+    """The output projection W_O."""
+
+
+class PassCollector:
+    """Collects the attention of each layer during a forward pass, and hands it to a recorder."""
+
+    def __init__(self, recorder: Recorder, n_new: int) -> None:
+        self._recorder, self._n_new = recorder, n_new
+        self._weights_BHS: list[Tensor] = []
+        self._context_BHD: list[Tensor] = []
+        self._values_BGSD: list[Tensor] = []
+        has_queries = recorder.needs_queries and n_new > 1
+        self._queries: list[Tensor] | None = [] if has_queries else None
+        self._keys: list[Tensor] | None = [] if has_queries else None
+
+    def add(
+        self, q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, context_BHTD: Tensor, w_BHTS: Tensor
+    ) -> None:
+        """Add a layer, with the weights of its last query."""
+        self._weights_BHS.append(w_BHTS[:, :, -1])
+        self._context_BHD.append(context_BHTD[:, :, -1])
+        self._values_BGSD.append(v_BGSD)
+        if self._queries is not None and self._keys is not None:
+            self._queries.append(q_BHTD)
+            self._keys.append(k_BGSD)
+
+    @torch.no_grad()
+    def finish(self, values_LBGSD: Tensor | None = None) -> None:
+        """Hand the pass to the recorder.
+
+        Args: values_LBGSD, the values of all layers, where a cache holds them in one tensor.
+        """
+        if values_LBGSD is None:
+            values_LBGSD = torch.stack(self._values_BGSD)
+        self._recorder.record(
+            AttentionPass(
+                weights_LBHS=torch.stack(self._weights_BHS),
+                context_LBHD=torch.stack(self._context_BHD),
+                values_LBGSD=values_LBGSD,
+                n_new=self._n_new,
+                queries=self._queries,
+                keys=self._keys,
+            )
+        )
+
+
+def attend(
+    score: Score,
+    q_BHTD: Tensor,
+    k_BGSD: Tensor,
+    v_BGSD: Tensor,
+    visible_BS: Tensor | None = None,
+    collector: PassCollector | None = None,
+) -> Tensor:
+    """Return each head's output (B, H, T, D) for folded queries, and show it to the collector.
+
+    The weights of a single query are computed explicitly, and the collector gets those very
+    weights. For more queries the fused kernel is faster, and only the last query's weights are
+    computed beside it, if there is a collector.
+    """
+    if q_BHTD.shape[2] == 1:
+        weights_BHTS = score.weights(q_BHTD, k_BGSD, visible_BS)
+        context_BHTD = weighted_sum(weights_BHTS, v_BGSD)
+    else:
+        context_BHTD = score.attend(q_BHTD, k_BGSD, v_BGSD, visible_BS)
+    if collector is not None:
+        if q_BHTD.shape[2] > 1:
+            with torch.no_grad():
+                weights_BHTS = score.weights(q_BHTD[:, :, -1:], k_BGSD, visible_BS)
+        collector.add(q_BHTD, k_BGSD, v_BGSD, context_BHTD, weights_BHTS)
+    return context_BHTD
 
 
 class Attention(nn.Module):
@@ -65,7 +162,7 @@ class Attention(nn.Module):
         x: Tensor,
         rotary: tuple[Tensor, Tensor] | None,
         cache: KVCache | None = None,
-        recorder: Recorder | None = None,
+        collector: PassCollector | None = None,
         visible_BS: Tensor | None = None,
     ) -> Tensor:
         """Attend; with a cache, also to the positions that it holds, and add these to it.
@@ -82,9 +179,7 @@ class Attention(nn.Module):
         q_BHTD = self.score.fold(q_BHTD)
         if cache is not None:
             k_BGSD, v_BGSD = cache.write(self.layer, k_BGSD, v_BGSD)
-        context_BHTD = self.score.attend(q_BHTD, k_BGSD, v_BGSD, visible_BS)
-        if recorder is not None:
-            recorder.record(self.layer, q_BHTD, k_BGSD, v_BGSD, context_BHTD)
+        context_BHTD = attend(self.score, q_BHTD, k_BGSD, v_BGSD, visible_BS, collector)
         output: Tensor = self.output(context_BHTD.transpose(1, 2).flatten(2))  # (B, T, C)
         return output
 

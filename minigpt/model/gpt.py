@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minigpt.config import ModelConfig
-from minigpt.model.attention import Attention, Recorder
+from minigpt.model.attention import Attention, PassCollector, Recorder
 from minigpt.model.cache import KVCache
 from minigpt.model.language_model import LanguageModel
 from minigpt.model.layers import MLP, GatedMLP, make_norm, rotary_table
@@ -34,12 +34,12 @@ class Block(nn.Module):
         x: Tensor,
         rotary: tuple[Tensor, Tensor] | None,
         cache: KVCache | None = None,
-        recorder: Recorder | None = None,
+        collector: PassCollector | None = None,
         visible_BS: Tensor | None = None,
     ) -> Tensor:
         """Add what attention and then the MLP make of x to x."""
         normed = self.attention_norm(x)
-        x = x + self.dropout(self.attention(normed, rotary, cache, recorder, visible_BS))
+        x = x + self.dropout(self.attention(normed, rotary, cache, collector, visible_BS))
         x = x + self.dropout(self.mlp(self.mlp_norm(x)))
         return x
 
@@ -97,7 +97,8 @@ class GPT(LanguageModel):
         """Return the logits of the token after each position.
 
         Args: tokens (B, T), ids below V. With a cache, they come after the positions that it
-            holds, and are added to it. recorder is shown every layer's attention. visible_BS,
+            holds, and are added to it. recorder receives the attention of all
+            layers. visible_BS,
             over all positions in view, false for those that no query of a sequence may look at.
             logits_to_keep: only of the last so many positions; 0 for all. recompute: keep
             nothing of the blocks for a backward pass, which computes them again (Chen et al. 2016,
@@ -113,13 +114,16 @@ class GPT(LanguageModel):
         else:
             rotary = self.rotary_cos[start:end], self.rotary_sin[start:end]
         x = self.dropout(x)
+        collector = None if recorder is None else PassCollector(recorder, tokens.shape[1])
         for block in self.blocks:
             if recompute:
                 x = checkpoint(block, x, rotary, use_reentrant=False)
             else:
-                x = block(x, rotary, cache, recorder, visible_BS)
+                x = block(x, rotary, cache, collector, visible_BS)
         if cache is not None:
             cache.advance(tokens.shape[1])
+        if collector is not None:
+            collector.finish(None if cache is None else cache.values_LBGSD[:, :, :, :end])
         return self._logits(x, logits_to_keep)
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:

@@ -1,6 +1,7 @@
 """Norms, MLPs and rotary positions: the parts of a block that are not attention."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +65,16 @@ class GatedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         output: Tensor = self.down(self.activation(self.gate(x)) * self.up(x))
         return output
+
+
+def dense_weight(linear: nn.Module) -> Tensor:
+    """Return the weight of a linear layer, (O, I), float32.
+
+    A quantized layer that is no ``nn.Linear`` has a method of this name.
+    """
+    dense: Any = linear
+    weight: Tensor = dense.weight if isinstance(linear, nn.Linear) else dense.dense_weight()
+    return weight.float()
 
 
 def rotary_table(config: ModelConfig) -> tuple[Tensor, Tensor]:

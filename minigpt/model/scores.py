@@ -267,17 +267,21 @@ class Score(nn.Module):
             return q_BHTD @ (self.parameters_by_head()["w"] * scale).to(q_BHTD.dtype)
         return q_BHTD
 
-    def weights(self, q_BHTD: Tensor, k_BGSD: Tensor) -> Tensor:
+    def weights(self, q_BHTD: Tensor, k_BGSD: Tensor, visible_BS: Tensor | None = None) -> Tensor:
         """Return softmax over the keys of the causal score: (B, H, T, S), float32."""
-        if self.is_dot_product:
-            return attention_weights(q_BHTD, k_BGSD)
-        n_key = k_BGSD.shape[2]
-        q_HBTA, k_HBSA, v_HA = self._projected(q_BHTD, k_BGSD)
-        parts = [
-            F.pad(attention_weights(q, k, partial(_tanh_score, v_HA=v_HA)), (0, n_key - k.shape[2]))
-            for q, k in _chunks(q_HBTA, k_HBSA)
-        ]
-        return torch.cat(parts, dim=2)
+        # Autocast would round scores to bfloat16, as the fused kernel does not.
+        with torch.autocast(q_BHTD.device.type, enabled=False):
+            if self.is_dot_product:
+                return attention_weights(q_BHTD, k_BGSD, visible_BS=visible_BS)
+            n_key = k_BGSD.shape[2]
+            q_HBTA, k_HBSA, v_HA = self._projected(q_BHTD, k_BGSD)
+            score = partial(_tanh_score, v_HA=v_HA)
+            parts = []
+            for q, k in _chunks(q_HBTA, k_HBSA):
+                n_view = k.shape[2]
+                visible = None if visible_BS is None else visible_BS[:, :n_view]
+                parts.append(F.pad(attention_weights(q, k, score, visible), (0, n_key - n_view)))
+            return torch.cat(parts, dim=2)
 
     def attend(
         self, q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, visible_BS: Tensor | None = None
@@ -334,9 +338,15 @@ def _tanh_attention(
     q_HBTA: Tensor, k_HBSA: Tensor, v_HA: Tensor, v_BGSD: Tensor, visible_BS: Tensor | None
 ) -> Tensor:
     weights_BHTS = attention_weights(q_HBTA, k_HBSA, partial(_tanh_score, v_HA=v_HA), visible_BS)
-    n_group = v_BGSD.shape[1]
-    weights_BGRS = weights_BHTS.unflatten(1, (n_group, -1)).flatten(2, 3)  # (B, G, H / G * T, S)
-    context_BGRD = weights_BGRS @ _wide(v_BGSD)
+    return weighted_sum(weights_BHTS, v_BGSD)
+
+
+def weighted_sum(weights_BHTS: Tensor, v_BGSD: Tensor) -> Tensor:
+    """Return each head's output, (B, H, T, D), in the dtype of the values."""
+    with torch.autocast(v_BGSD.device.type, enabled=False):
+        n_group = v_BGSD.shape[1]
+        weights_BGRS = weights_BHTS.unflatten(1, (n_group, -1)).flatten(2, 3)  # R = H / G * T
+        context_BGRD = weights_BGRS @ _wide(v_BGSD)
     return context_BGRD.reshape(*weights_BHTS.shape[:3], -1).to(v_BGSD.dtype)
 
 

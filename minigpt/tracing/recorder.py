@@ -1,21 +1,19 @@
-"""What forward shows of its attention, kept: the last query's row of every head.
+"""Recording of attention: the last query's row of every head.
 
-Shapes: L layers, B batch, H query heads, G key/value heads, T queries, S keys, D head dim, C model
-dim.
+Shapes: L layers, B batch, H query heads, G key/value heads, T new positions, S keys, D head dim,
+C model dim.
 """
 
-from collections.abc import Sequence
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from minigpt.errors import ConfigError
-from minigpt.generation.fast.quantize import NarrowLinear
-from minigpt.model.cache import KVCache
+from minigpt.model.attention import AttentionPass
 from minigpt.model.language_model import LanguageModel
-from minigpt.model.scores import attention_weights
-from minigpt.tracing.analysis.rollout import Rollout
-from minigpt.tracing.analysis.sink import SinkFinder
+from minigpt.model.layers import dense_weight
+from minigpt.model.scores import Weights
 
 
 def require_attention(model: LanguageModel) -> None:
@@ -26,11 +24,28 @@ def require_attention(model: LanguageModel) -> None:
         )
 
 
-class RowRecorder:
-    """Keeps each head's attention row of the last query, of the last forward pass.
+class Watcher(Protocol):
+    """Wants the weights of all queries of a prompt, as a rollout does."""
 
-    The model's own path is not touched: the row is the softmax of the model's own score of the
-    query and the cached keys that the kernel was given, computed beside it in float32.
+    def watch(self, layer: int, q_BHTD: Tensor, k_BGSD: Tensor, weights: Weights) -> None:
+        """Take a layer's queries, after ``Score.fold``; ``weights`` is its function of q and k."""
+
+
+class RolloutRows(Watcher, Protocol):
+    """Wants the weights of later queries, too."""
+
+    def extend(self, layer: int, weights_HTS: Tensor) -> None:
+        """Take the weights of a layer's newest queries."""
+
+    def row(self) -> Tensor:
+        """Return the last query's row (S,)."""
+
+
+class RowRecorder:
+    """Keeps each head's attention row of the last query of the last forward pass.
+
+    In a decode step these are the weights that the model used. In a prefill, the model uses a fused
+    kernel, and the row is the softmax of the model's own score, computed beside it in float32.
     """
 
     def __init__(
@@ -38,108 +53,67 @@ class RowRecorder:
         model: LanguageModel,
         *,
         has_norms: bool = False,
-        rollout: Rollout | None = None,
-        sink_finder: SinkFinder | None = None,
+        rollout: RolloutRows | None = None,
+        sink_finder: Watcher | None = None,
     ) -> None:
-        """Watch passes of this model.
+        """Prepare to record forward passes of a model.
 
-        Args: has_norms, keep the lengths of what the heads would add to the stream, too. rollout
-            and sink_finder are shown every query's row, not the last one's alone.
+        Args: has_norms, whether ``norms_LHS`` is wanted. rollout and sink_finder receive the
+            weights of all queries, not only the last one.
         Raises: ConfigError if the model has no attention.
         """
         require_attention(model)
         self._scores = [attention.score for attention in model.attentions]
-        self._n_layer = len(self._scores)
-        self._rollout, self._sink_finder = rollout, sink_finder
+        self._rollout = rollout
+        self._watchers = [watcher for watcher in (rollout, sink_finder) if watcher is not None]
+        self.needs_queries = bool(self._watchers)
         self._norms = _ValueNorms(model) if has_norms else None
-        self._weights: list[Tensor] = []
-        self._new_values: list[Tensor] = []
-        self._shown: tuple[Tensor, Tensor] | None = None
         self._weights_LHS: Tensor | None = None
         self._n_passes = 0
         self.product_error: Tensor | None = None
-        """The largest difference between a row times the values and the head's output, over the
-        largest output; in the last pass, of one layer, each in its turn."""
+        """Largest difference between a row times the values and the head's output, relative to the
+        largest output; of the last pass, in one layer (each pass checks the next layer)."""
 
     @torch.no_grad()
-    def record(
-        self, layer: int, q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, context_BHTD: Tensor
-    ) -> None:
-        """Take one layer's row of the batch's first sequence."""
-        if layer == 0:
-            self._weights, self._new_values = [], []
-        weights = self._scores[layer].weights
-        self._weights.append(weights(q_BHTD[:1, :, -1:], k_BGSD[:1])[0, :, 0])
-        if layer == self._checked_layer:
-            self._shown = v_BGSD[0], context_BHTD[0, :, -1]
-        if self._norms is not None:
-            self._new_values.append(v_BGSD[0, :, v_BGSD.shape[2] - q_BHTD.shape[2] :])
-        for watcher in (self._rollout, self._sink_finder):
-            if watcher is not None:
-                watcher.watch(layer, q_BHTD[:1], k_BGSD[:1], weights)
-        if layer == self._n_layer - 1:
-            weights_LHS = torch.stack(self._weights)
-            assert self._shown is not None
-            self.product_error = _product_error(weights_LHS[self._checked_layer], *self._shown)
-            self._end_pass(weights_LHS)
-
-    @torch.no_grad()
-    def record_pass(self, q_LHTD: Tensor, cache: KVCache, contexts_BHTD: Sequence[Tensor]) -> None:
-        """Take the rows of a pass of one token from its queries, with what the cache now holds.
-
-        One product for all layers is a third of the cost of one for each.
-        """
-        keys_LGSD = cache.keys_LBGSD[:, 0, :, : cache.length]
-        values_LGSD = cache.values_LBGSD[:, 0, :, : cache.length]
-        if self._scores[0].is_dot_product:
-            weights_LHS = attention_weights(q_LHTD, keys_LGSD)[:, :, 0]  # layers, as if a batch
-        else:
-            rows = zip(self._scores, q_LHTD[:, None], keys_LGSD[:, None], strict=True)
-            weights_LHS = torch.stack([score.weights(q, k)[0, :, 0] for score, q, k in rows])
-        layer = self._checked_layer
-        context_HD = contexts_BHTD[layer][0, :, -1]
-        error = _product_error(weights_LHS[layer], values_LGSD[layer], context_HD)
-        self.take(weights_LHS, values_LGSD[:, :, -1:])
-        self.product_error = error
-
-    @torch.no_grad()
-    def take(self, weights_LHS: Tensor, new_values_LGTD: Tensor) -> None:
-        """Take the rows of a pass that computed them itself, and the values that it added."""
-        self._new_values = list(new_values_LGTD)
-        self.product_error = None  # its outputs are these very rows times the values
-        if self._rollout is not None:
-            for layer, weights_HS in enumerate(weights_LHS):
-                self._rollout.extend(layer, weights_HS[:, None])
-        self._end_pass(weights_LHS)
-
-    @property
-    def _checked_layer(self) -> int:
-        return self._n_passes % self._n_layer
-
-    def _end_pass(self, weights_LHS: Tensor) -> None:
-        self._weights_LHS = weights_LHS
+    def record(self, attention: AttentionPass) -> None:
+        """Take the rows of the first sequence of the batch."""
+        weights_LHS = self._weights_LHS = attention.weights_LBHS[:, 0]
+        values_LGSD = attention.values_LBGSD[:, 0]
+        layer = self._n_passes % len(self._scores)
+        self.product_error = _product_error(
+            weights_LHS[layer], values_LGSD[layer], attention.context_LBHD[layer, 0]
+        )
         self._n_passes += 1
         if self._norms is not None:
-            self._norms.extend(torch.stack(self._new_values), weights_LHS.shape[2])
+            n_key = values_LGSD.shape[2]
+            self._norms.extend(values_LGSD[:, :, n_key - attention.n_new :], n_key)
+        if attention.queries is not None and attention.keys is not None:
+            for layer, score in enumerate(self._scores):
+                q_BHTD, k_BGSD = attention.queries[layer][:1], attention.keys[layer][:1]
+                for watcher in self._watchers:
+                    watcher.watch(layer, q_BHTD, k_BGSD, score.weights)
+        elif self._rollout is not None:
+            for layer, weights_HS in enumerate(weights_LHS):
+                self._rollout.extend(layer, weights_HS[:, None])
 
     @property
     def weights_LHS(self) -> Tensor:
-        """The last pass's rows, float32, on the model's device; each sums to 1."""
+        """Rows of the last pass, float32, on the model's device; each sums to 1."""
         assert self._weights_LHS is not None, "no forward pass was recorded"
         return self._weights_LHS
 
     @property
     def norms_LHS(self) -> Tensor:
-        """The lengths of what the heads would add to the stream: the rows times ||v W_O||.
+        """Norms of the weighted value vectors, after W_O: the rows times ||v W_O||.
 
         Source: Kobayashi et al. 2020, arXiv:2004.10102, equation 4.
         """
-        assert self._norms is not None, "no norms were asked for"
+        assert self._norms is not None, "pass has_norms=True"
         return self.weights_LHS * self._norms.norms_LHP[:, :, : self.weights_LHS.shape[2]]
 
     def rollout_S(self) -> Tensor:
         """The last query's row of the rollout."""
-        assert self._rollout is not None, "no rollout was asked for"
+        assert self._rollout is not None, "pass a rollout"
         return self._rollout.row()
 
 
@@ -153,17 +127,15 @@ def _product_error(weights_HS: Tensor, v_GSD: Tensor, context_HD: Tensor) -> Ten
 class _ValueNorms:
     """||v_j W_O,h|| of every layer, head and position: one scalar each, computed once.
 
-    Of the (C, D) part of W_O that is a head's, only the triangle of its QR decomposition matters to
-    a length: D x D numbers, however wide the model is.
+    The length of v_j W_O,h, where W_O,h is a head's (C, D) part of W_O, only needs the R of its QR
+    decomposition: D x D numbers, however wide the model is.
     """
 
     def __init__(self, model: LanguageModel) -> None:
         factors = []
         for attention in model.attentions:
-            weight = _dense_weight(attention.output)
-            heads_HCD = (
-                weight.detach().float().unflatten(1, (model.config.n_head, -1)).transpose(0, 1)
-            )
+            weight = dense_weight(attention.output).detach()
+            heads_HCD = weight.unflatten(1, (model.config.n_head, -1)).transpose(0, 1)
             factors.append(torch.linalg.qr(heads_HCD, mode="r").R)
         factors_LHCD = torch.stack(factors)
         # (L, G, R, D, C or D), so that it meets the values of the heads' groups
@@ -171,7 +143,7 @@ class _ValueNorms:
         self.norms_LHP = torch.empty(*factors_LHCD.shape[:2], 0, device=weight.device)
 
     def extend(self, new_values_LGTD: Tensor, end: int) -> None:
-        """Compute the lengths of new positions, of which ``end`` is the one after the last."""
+        """Add the norms of new positions; ``end`` is one past the last of them."""
         n_new = new_values_LGTD.shape[2]
         if end > self.norms_LHP.shape[2]:
             room = self.norms_LHP.new_empty(*self.norms_LHP.shape[:2], 2 * end)
@@ -180,11 +152,3 @@ class _ValueNorms:
         added_LGRTD = new_values_LGTD.float()[:, :, None] @ self._factors
         lengths_LGRT = torch.linalg.vector_norm(added_LGRTD, dim=-1)
         self.norms_LHP[:, :, end - n_new : end] = lengths_LGRT.flatten(1, 2)
-
-
-def _dense_weight(linear: nn.Module) -> Tensor:
-    if isinstance(linear, NarrowLinear):
-        return linear.wide()
-    weight = linear.weight
-    assert isinstance(weight, Tensor)
-    return weight

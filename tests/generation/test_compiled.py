@@ -156,14 +156,6 @@ def test_the_context_and_the_capacity_are_kept() -> None:
         assert forward.cache.length == capacity
 
 
-def test_a_recorder_that_needs_more_than_the_weights_is_refused() -> None:
-    class Shown:
-        def record(self, *_: Tensor) -> None: ...
-
-    with pytest.raises(ConfigError, match="Shown records what a compiled graph does not have"):
-        CompiledForward(small_model(), capacity=24, recorder=Shown())
-
-
 def test_a_graph_is_told_from_every_other() -> None:
     def key(
         layout: str = "llama", n_rows: int = 1, *, shows_rows: bool = False, **changes: Any

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from kept_attention import KeptAttention
 from small_models import LAYOUTS, random_tokens, small_model
 
 from minigpt.config import SamplingConfig
@@ -175,20 +176,16 @@ def test_generations_from_one_prefill_equal_those_from_fresh_ones(layout: str) -
 
 
 def test_the_recorder_has_last_seen_the_pass_of_each_token() -> None:
-    class LastKeys:
-        def record(self, layer: int, q: Any, k: Any, v: Any, context: Any) -> None:
-            self.q, self.k = q, k
-
-    recorder = LastKeys()
+    recorder = KeptAttention()
     decoder = Decoder(small_model(), PROMPT, recorder)
-    first_queries = []
+    first_rows = []
     for n in (4, 1, 2):
         for step in decoder.generate(SamplingConfig(max_new_tokens=n), seed=1):
-            assert recorder.k.shape[2] == step.position
+            assert recorder.last.weights_LBHS.shape[3] == step.position
             if step.index == 0:
-                first_queries.append(recorder.q[:, :, -1].clone())
-    assert torch.equal(first_queries[0], first_queries[1])
-    assert torch.equal(first_queries[0], first_queries[2])
+                first_rows.append(recorder.last.weights_LBHS)
+    assert torch.equal(first_rows[0], first_rows[1])
+    assert torch.equal(first_rows[0], first_rows[2])
 
 
 def test_an_empty_prompt_is_a_data_error() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from kept_attention import KeptAttention
 from small_models import LAYOUTS, random_tokens, small_model
 from torch import Tensor, nn
 
@@ -136,16 +137,6 @@ def test_rows_go_on_as_each_would_alone(n_rows: int, shape: str, kind: str) -> N
     feed(1)
 
 
-class Copies:
-    """Keeps what every layer shows."""
-
-    def __init__(self) -> None:
-        self.seen: list[tuple[Tensor, ...]] = []
-
-    def record(self, layer: int, *tensors: Tensor) -> None:
-        self.seen.append(tuple(tensor.clone() for tensor in tensors))
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_recorder_sees_what_a_plain_forward_shows_and_changes_no_bit(
@@ -153,16 +144,17 @@ def test_a_recorder_sees_what_a_plain_forward_shows_and_changes_no_bit(
 ) -> None:
     model, plain = pair(kind, shape)
     tokens = random_tokens(1, 12)
-    recorder, expected = Copies(), Copies()
+    recorder, expected = KeptAttention(), KeptAttention()
     watched = FusedForward(model, capacity=12, recorder=recorder)
     alone = FusedForward(model, capacity=12)
     reference = EagerForward(plain, capacity=12, recorder=expected)
     for part in tokens.split([7, 1, 1, 1, 1, 1], dim=1):
         assert torch.equal(watched.feed(part), alone.feed(part))
         reference.feed(part)
-    assert len(recorder.seen) == len(expected.seen) == 2 * 6
-    for shown, wanted in zip(recorder.seen, expected.seen, strict=True):
-        for ours, theirs in zip(shown, wanted, strict=True):
+    assert len(recorder.passes) == len(expected.passes) == 6
+    for shown, wanted in zip(recorder.passes, expected.passes, strict=True):
+        for name in ("weights_LBHS", "context_LBHD", "values_LBGSD"):
+            ours, theirs = getattr(shown, name), getattr(wanted, name)
             assert ours.shape == theirs.shape
             assert (ours.float() - theirs).norm() < TOLERANCE[kind] * theirs.norm()
 

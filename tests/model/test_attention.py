@@ -1,13 +1,15 @@
 """Attention against plain loops over heads, queries and keys, in float64."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
+from kept_attention import KeptAttention
 from small_models import LAYOUTS, random_tokens, small_model
 from torch import Tensor
 
-from minigpt.model.attention import Attention
+from minigpt.model.attention import Attention, AttentionPass, PassCollector
 from minigpt.model.gpt import GPT
 from minigpt.model.scores import attention_weights, causal_mask, scaled_dot_score
 
@@ -70,11 +72,13 @@ def plain_attention(attention: Attention, x: Tensor, model: GPT) -> tuple[Tensor
     return output + (attention.output.bias if attention.output.bias is not None else 0), weights
 
 
-class Collector:
-    """A recorder that keeps what it is shown."""
-
-    def record(self, layer: int, q: Tensor, k: Tensor, v: Tensor, context: Tensor) -> None:
-        self.q, self.k, self.v, self.context = q, k, v, context
+def attend(attention: Attention, x: Tensor, rotary: Any) -> tuple[Tensor, AttentionPass]:
+    """The output of one layer, and what it shows."""
+    kept = KeptAttention()
+    collector = PassCollector(kept, x.shape[1])
+    output = attention(x, rotary, collector=collector)
+    collector.finish()
+    return output, kept.last
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -85,9 +89,11 @@ def test_attention_equals_plain_loops(layout: str) -> None:
     x = torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(1))
     is_llama = model.config.family == "llama"
     rotary = (model.rotary_cos[:9], model.rotary_sin[:9]) if is_llama else None
-    collector = Collector()
-    output = attention(x, rotary, recorder=collector)
-    weights = attention_weights(collector.q, collector.k)
+    output, shown = attend(attention, x, rotary)
+    assert shown.queries is not None
+    assert shown.keys is not None
+    weights = attention_weights(shown.queries[0], shown.keys[0])
+    assert torch.equal(shown.weights_LBHS[0], weights[:, :, -1])
     for i in range(2):
         expected_output, expected_weights = plain_attention(attention, x[i], model)
         # float32 against float64, sums of some ten terms of order 1.
@@ -151,11 +157,9 @@ def test_grouped_heads_share_their_keys_with_neighbours() -> None:
     attention = model.blocks[0].attention
     rotary = (model.rotary_cos[:5], model.rotary_sin[:5])
     x = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(2))
-    collector = Collector()
     with torch.no_grad():
-        attention(x, rotary, recorder=collector)
-        before = collector.context
+        before = attend(attention, x, rotary)[1].context_LBHD[0]
         attention.value.weight[8:].zero_()  # key/value head 1
-        attention(x, rotary, recorder=collector)
-    assert torch.equal(collector.context[:, :2], before[:, :2])
-    assert (collector.context[:, 2:] == 0).all()
+        after = attend(attention, x, rotary)[1].context_LBHD[0]
+    assert torch.equal(after[:, :2], before[:, :2])
+    assert (after[:, 2:] == 0).all()

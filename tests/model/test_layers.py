@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from kept_attention import KeptAttention
 from small_models import small_config, small_model
 
+from minigpt.model.attention import PassCollector
 from minigpt.model.layers import MLP, GatedMLP, make_norm, rotary_table, rotate
 
 ACTIVATIONS = {
@@ -112,20 +114,20 @@ def test_qk_norm_is_per_head_and_before_the_rotation() -> None:
     attention = model.blocks[0].attention
     x = normal(1, 6, 32)
 
-    class Collector:
-        def record(self, layer, q, k, v, context) -> None:  # type: ignore[no-untyped-def]
-            self.q, self.k = q, k
-
-    collector = Collector()
+    kept = KeptAttention()
+    collector = PassCollector(kept, 6)
     rotary = model.rotary_cos[:6], model.rotary_sin[:6]
-    attention(x, rotary, recorder=collector)
+    attention(x, rotary, collector=collector)
+    collector.finish()
+    assert kept.last.queries is not None
+    assert kept.last.keys is not None
     heads = attention.query(x).view(1, 6, 4, 10)
     normed = F.normalize(heads, dim=-1) * 10**0.5 * attention.query_norm.weight
     torch.testing.assert_close(
-        collector.q, rotate(normed.transpose(1, 2), *rotary), rtol=1e-3, atol=1e-4
+        kept.last.queries[0], rotate(normed.transpose(1, 2), *rotary), rtol=1e-3, atol=1e-4
     )  # the epsilon under our root
     heads = attention.key(x).view(1, 6, 2, 10)
     normed = F.normalize(heads, dim=-1) * 10**0.5 * attention.key_norm.weight
     torch.testing.assert_close(
-        collector.k, rotate(normed.transpose(1, 2), *rotary), rtol=1e-3, atol=1e-4
+        kept.last.keys[0], rotate(normed.transpose(1, 2), *rotary), rtol=1e-3, atol=1e-4
     )

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from kept_attention import KeptAttention
 from small_models import random_tokens
 from torch import Tensor
 
@@ -158,19 +159,16 @@ def test_a_token_changes_no_logits_before_it(kind: str) -> None:
 @torch.no_grad()
 def test_a_hidden_state_is_not_looked_at_and_without_attention_none_can_be_hidden() -> None:
     model, tokens = model_of("lstm-attention"), random_tokens(1, 6)
-    seen: list[Tensor] = []
-
-    class Collector:
-        def record(self, layer: int, q: Tensor, k: Tensor, v: Tensor, context: Tensor) -> None:
-            weights = model.attentions[layer].score.weights(q, k)
-            torch.testing.assert_close(weights @ v, context)
-            seen.append(context)
-
+    kept = KeptAttention()
     visible = torch.ones(1, 6, dtype=torch.bool)
     visible[0, 2] = False
-    before = model(tokens, recorder=Collector())
+    before = model(tokens, recorder=kept)
     after = model(tokens, visible_BS=visible)
-    assert seen[0].shape == (1, 1, 6, 12)
+    (weights,) = kept.weights(model)
+    assert weights.shape == (1, 1, 6, 6)
+    torch.testing.assert_close(
+        weights[:, :, -1:] @ kept.last.values_LBGSD[0], kept.last.context_LBHD[0][:, :, None]
+    )
     assert torch.equal(after[:, :2], before[:, :2])
     assert (after[0, 2:] != before[0, 2:]).any(dim=-1).all()
     with pytest.raises(ValueError, match="no position can be hidden"):
@@ -226,13 +224,13 @@ def test_fresh_lstms_are_as_unsure_as_an_even_draw_and_keep_their_states() -> No
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"arch": "rnn"}, "arch is 'rnn', which does not exist"),
-        ({"arch": "lstm", "attention": "dot"}, "attention is dot, and arch is lstm. Leave the"),
-        ({"attention": "none"}, "attention is none, and arch is gpt"),
+        ({"arch": "rnn"}, "unknown arch 'rnn'"),
+        ({"arch": "lstm", "attention": "dot"}, "attention dot does not go with arch lstm"),
+        ({"attention": "none"}, "attention none does not go with arch gpt"),
         ({"arch": "lstm", "n_head": 2}, "with arch lstm, n_head can only be 1: it is 2. Leave it"),
         ({"arch": "lstm-attention", "qk_norm": True}, "qk_norm can only be False"),
         ({"arch": "lstm", "family": "gpt2"}, "family can only be llama: it is gpt2"),
-        ({"arch": "lstm", "model_type": "llama"}, "model_type is 'llama'"),
+        ({"arch": "lstm", "model_type": "llama"}, "unknown model_type 'llama'"),
     ],
 )
 def test_settings_that_an_lstm_does_not_have_are_refused(

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from kept_attention import KeptAttention
 from small_models import random_tokens, small_config, small_model
 from torch import Tensor
 
@@ -265,26 +266,20 @@ def test_the_memory_of_tanh_scores_does_not_grow_with_queries_times_keys(
 def test_rows_are_the_model_s_own_in_every_layer(name: str) -> None:
     """Rows sum to 1, and rows times the values are what the heads gave."""
     model = small_model("qwen3", attention=name)
-    seen = []
-
-    class Collector:
-        def record(self, layer: int, q: Tensor, k: Tensor, v: Tensor, context: Tensor) -> None:
-            weights = model.attentions[layer].score.weights(q, k)
-            torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
-            values = v.repeat_interleave(weights.shape[1] // v.shape[1], dim=1)
-            torch.testing.assert_close(weights @ values, context, rtol=1e-4, atol=1e-5)
-            seen.append((layer, weights))
-
     cache = KVCache(model.config, batch_size=2)
+    kept, contexts = KeptAttention(), []
+    for block in model.blocks:
+        block.attention.output.register_forward_pre_hook(lambda _, x: contexts.append(x[0]))
     for part in random_tokens(2, 12).split([7, 1, 4], dim=1):
-        model(part, cache, Collector())
-    assert [(layer, *weights.shape) for layer, weights in seen] == [
-        (layer, 2, 4, n_query, n_key)
-        for n_query, n_key in ((7, 7), (1, 8), (4, 12))
-        for layer in (0, 1)
-    ]
-    # ... and they are not those of the scaled dot product of raw queries.
-    assert all(weights.std() > 0 for _, weights in seen)
+        contexts.clear()
+        model(part, cache, kept)
+        weights = kept.weights(model)
+        assert weights.shape == (2, 2, 4, part.shape[1], cache.length)
+        torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
+        values = kept.last.values_LBGSD.repeat_interleave(4 // model.config.n_kv_head, dim=2)
+        heads = (weights @ values).transpose(2, 3).flatten(3)
+        torch.testing.assert_close(heads, torch.stack(contexts), rtol=1e-4, atol=1e-5)
+        assert weights.shape[-1] == 1 or weights.std() > 0
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -358,7 +353,7 @@ def test_a_tanh_score_takes_six_more_flops_a_hidden_value_and_its_matrices() -> 
 
 
 def test_an_unknown_score_is_refused_with_the_nearest_one() -> None:
-    with pytest.raises(ConfigError, match="attention is 'aditive', which does not exist"):
+    with pytest.raises(ConfigError, match="unknown attention 'aditive'. Did you mean additive"):
         small_config(attention="aditive")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kept_attention import KeptAttention
 from torch import Tensor
 
 from minigpt.checkpoint.model_folder import read_model
@@ -19,16 +20,6 @@ from minigpt.tracing.selection import select_heads
 
 # The published numbers are float32 too, of another torch on another machine.
 CLOSE = {"rtol": 0, "atol": 1e-5}
-
-
-class Collector:
-    """Keeps what every layer shows."""
-
-    def __init__(self) -> None:
-        self.layers: dict[int, tuple[Tensor, ...]] = {}
-
-    def record(self, layer: int, *tensors: Tensor) -> None:
-        self.layers[layer] = tensors
 
 
 @pytest.fixture
@@ -52,13 +43,16 @@ def published(shared: Path) -> Callable[[str], Tensor]:
 def test_attention_of_the_first_layer_equals_the_published_one(
     model: GPT, published: Callable[[str], Tensor]
 ) -> None:
-    collector = Collector()
-    model(published("idx").long(), recorder=collector)
-    q, k, v, context = collector.layers[0]
-    for ours, name in ((q, "q"), (k, "k"), (v, "v")):
+    kept = KeptAttention()
+    model(published("idx").long(), recorder=kept)
+    assert kept.last.queries is not None
+    assert kept.last.keys is not None
+    q, k = kept.last.queries[0], kept.last.keys[0]
+    for ours, name in ((q, "q"), (k, "k"), (kept.last.values_LBGSD[0], "v")):
         torch.testing.assert_close(ours, published(name), **CLOSE)
     torch.testing.assert_close(attention_weights(q, k), published("attSm"), **CLOSE)
-    torch.testing.assert_close(context.transpose(1, 2).flatten(2), published("y"), **CLOSE)
+    context = kept.last.context_LBHD[0].flatten(1)
+    torch.testing.assert_close(context, published("y")[:, -1], **CLOSE)
 
 
 @torch.no_grad()

@@ -1,9 +1,11 @@
 """Watching changes nothing, and every weight shown is the model's own."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from kept_attention import KeptAttention, full_weights
 from small_models import LAYOUTS, random_tokens, small_model
 from torch import Tensor
 
@@ -12,7 +14,6 @@ from minigpt.generation.decoder import Decoder, Step
 from minigpt.generation.fast.quantize import quantize_int8
 from minigpt.model.cache import KVCache
 from minigpt.model.gpt import GPT
-from minigpt.model.scores import attention_weights
 from minigpt.tracing.recorder import RowRecorder
 from minigpt.tracing.rows import reduce_rows
 from minigpt.tracing.selection import select_heads
@@ -22,37 +23,6 @@ EVERY_HEAD = select_heads(2, 4)
 
 def mean_row(recorder: RowRecorder) -> Tensor:
     return reduce_rows(recorder.weights_LHS, EVERY_HEAD)
-
-
-class Collector:
-    """Keeps what every layer shows in the last forward pass."""
-
-    def __init__(self) -> None:
-        self.layers: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
-
-    def record(self, layer: int, q: Tensor, k: Tensor, v: Tensor, context: Tensor) -> None:
-        self.layers[layer] = q, k, v, context
-
-    def weights(self) -> Tensor:
-        """(L, B, H, T, S) of the last forward pass, the whole matrices."""
-        return torch.stack([attention_weights(q, k) for q, k, _, _ in self.layers.values()])
-
-
-class Both:
-    """Shows all to two recorders."""
-
-    def __init__(self, *recorders: Collector | RowRecorder) -> None:
-        self.recorders = recorders
-
-    def record(self, *shown: Any) -> None:
-        for recorder in self.recorders:
-            recorder.record(*shown)
-
-
-def full_weights(model: GPT, tokens: Tensor) -> Tensor:
-    collector = Collector()
-    model(tokens, recorder=collector)
-    return collector.weights()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -114,20 +84,21 @@ def test_a_row_times_the_values_is_the_head_s_output(
     model = small_model(layout).to(dtype)
     tokens = random_tokens(1, 20)
     cache = KVCache(model.config, dtype=dtype)
-    collector = Collector()
+    kept, contexts = KeptAttention(), []
+    for block in model.blocks:
+        block.attention.output.register_forward_pre_hook(lambda _, x: contexts.append(x[0]))
     for part in tokens.split([9, 6, 1, 1, 3], dim=1):  # prefill, chunk, single steps
-        model(part, cache, collector)
-        n_key = cache.length
-        for q, k, v, context in collector.layers.values():
-            assert k.shape[2] == v.shape[2] == n_key
-            weights = attention_weights(q, k)
-            per_head = v.float().repeat_interleave(4 // v.shape[1], dim=1)
-            torch.testing.assert_close(
-                weights @ per_head,
-                context.float(),
-                rtol=0,
-                atol=tolerance * v.float().abs().max().item(),
-            )
+        contexts.clear()
+        model(part, cache, kept)
+        values = kept.last.values_LBGSD.float()
+        assert values.shape[3] == cache.length
+        per_head = values.repeat_interleave(4 // values.shape[2], dim=2)
+        products = kept.weights(model) @ per_head  # (L, B, H, T, D)
+        close = {"rtol": 0, "atol": tolerance * values.abs().max().item()}
+        heads = torch.stack(contexts).float()
+        torch.testing.assert_close(products.transpose(2, 3).flatten(3), heads, **close)
+        last = kept.last.context_LBHD.float()
+        torch.testing.assert_close(products[:, :, :, -1], last, **close)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -200,15 +171,13 @@ def test_the_reduction_is_over_the_chosen_heads(chosen: dict[str, str], is_max: 
 
 def added_vectors(model: GPT, tokens: Tensor) -> Tensor:
     """The oracle: (L, H, S, C), what each head adds to the stream for each source."""
-    collector = Collector()
-    model(tokens, recorder=collector)
+    kept = KeptAttention()
+    model(tokens, recorder=kept)
     vectors = []
-    for layer, (q, k, v, _) in collector.layers.items():
-        attention = model.blocks[layer].attention
-        weights = attention_weights(q, k)[0, :, -1]  # (H, S)
-        n_head, d_head = q.shape[1], q.shape[3]
-        per_head = v[0].repeat_interleave(n_head // v.shape[1], dim=0)  # (H, S, D)
-        output = attention.output.weight.unflatten(1, (n_head, d_head))  # (C, H, D)
+    for layer, weights in enumerate(kept.last.weights_LBHS[:, 0]):
+        n_head, values = len(weights), kept.last.values_LBGSD[layer, 0]
+        per_head = values.repeat_interleave(n_head // len(values), dim=0)  # (H, S, D)
+        output = model.blocks[layer].attention.output.weight.unflatten(1, (n_head, -1))  # (C, H, D)
         vectors.append(
             torch.stack(
                 [weights[h, :, None] * (per_head[h] @ output[:, h].T) for h in range(n_head)]
@@ -261,63 +230,22 @@ def test_norms_of_int8_weights_are_those_of_what_the_integers_stand_for() -> Non
         quantized = theirs.attention.output
         ours.attention.output.weight.copy_(quantized.weight * quantized.scale[:, None])
     norms = RowRecorder(plain, has_norms=True)
-    collector = Collector()
-    model(tokens, recorder=collector)
-    for layer, shown in collector.layers.items():
-        norms.record(layer, *shown)
+    kept = KeptAttention()
+    model(tokens, recorder=kept)
+    norms.record(kept.last)
     torch.testing.assert_close(recorder.norms_LHS, norms.norms_LHS)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@torch.no_grad()
-def test_rows_that_a_pass_has_computed_itself_are_taken_as_they_are(layout: str) -> None:
-    model = small_model(layout)
-    seen, given = RowRecorder(model, has_norms=True), RowRecorder(model, has_norms=True)
-    cache = KVCache(model.config)
-    for part in random_tokens(1, 12).split([6, 1, 1, 3, 1], dim=1):
-        model(part, cache, seen)
-        new = cache.values_LBGSD[:, 0, :, cache.length - part.shape[1] : cache.length]
-        given.take(seen.weights_LHS, new)
-        torch.testing.assert_close(given.norms_LHS, seen.norms_LHS)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_rows_of_all_layers_at_once_are_those_of_one_after_another(
-    layout: str, dtype: torch.dtype
-) -> None:
-    model = small_model(layout).to(dtype)
-    at_once, one_by_one = RowRecorder(model, has_norms=True), RowRecorder(model, has_norms=True)
-    cache = KVCache(model.config, dtype=dtype)
-    tokens = random_tokens(1, 12)
-    with torch.inference_mode():
-        for recorder in (at_once, one_by_one):  # the cache is written twice, with the same
-            cache.truncate(0)
-            model(tokens[:, :3], cache, recorder)
-    for token in tokens[:, 3:].split(1, dim=1):
-        collector = Collector()
-        with torch.inference_mode():
-            model(token, cache, Both(collector, one_by_one))
-            queries = torch.stack([q[0] for q, _, _, _ in collector.layers.values()])
-            contexts = [context for _, _, _, context in collector.layers.values()]
-            at_once.record_pass(queries, cache, contexts)
-        torch.testing.assert_close(at_once.weights_LHS, one_by_one.weights_LHS)
-        torch.testing.assert_close(at_once.norms_LHS, one_by_one.norms_LHS)
-        errors = (at_once.product_error, one_by_one.product_error)
-        torch.testing.assert_close(*errors, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
 def test_a_row_that_is_not_the_kernel_s_would_be_noticed() -> None:
     model = small_model()
-    recorder, collector = RowRecorder(model), Collector()
+    recorder, kept = RowRecorder(model), KeptAttention()
     for n_tokens in (5, 9, 14):
         model(random_tokens(1, n_tokens), recorder=recorder)
         assert recorder.product_error is not None
         assert recorder.product_error.item() < 1e-5
-    model(random_tokens(1, 14), recorder=collector)
-    for layer, (q, k, v, context) in collector.layers.items():
-        recorder.record(layer, q, k, v, context * 1.1)
+    model(random_tokens(1, 14), recorder=kept)
+    recorder.record(replace(kept.last, context_LBHD=kept.last.context_LBHD * 1.1))
     assert recorder.product_error.item() == pytest.approx(0.1 / 1.1, rel=0.01)
 
 

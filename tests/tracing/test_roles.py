@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from copying import CONTEXT, INDUCTION, PREVIOUS, copying_model, doubled
+from kept_attention import full_weights
 from small_models import LAYOUTS, small_model
-from test_recorder import full_weights
 from torch import Tensor
 
 from minigpt.config import SamplingConfig

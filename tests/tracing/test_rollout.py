@@ -2,22 +2,13 @@
 
 import pytest
 import torch
+from kept_attention import full_weights
 from small_models import random_tokens, small_model
-from torch import Tensor
 
 from minigpt.model.cache import KVCache
-from minigpt.model.scores import attention_weights
 from minigpt.tracing.analysis.rollout import Rollout
 from minigpt.tracing.recorder import RowRecorder
 from minigpt.tracing.selection import select_heads
-
-
-class Collector:
-    def __init__(self) -> None:
-        self.layers: list[Tensor] = []
-
-    def record(self, layer: int, q: Tensor, k: Tensor, v: Tensor, context: Tensor) -> None:
-        self.layers.append(attention_weights(q, k)[0])
 
 
 def test_two_layers_equal_a_rollout_by_hand() -> None:
@@ -46,12 +37,11 @@ def test_an_incremental_rollout_equals_the_product_of_full_matrices(heads: str |
     cache = KVCache(model.config)
     for part in tokens.split([9, 1, 1, 6, 1, 2], dim=1):
         model(part, cache, recorder)
-        collector = Collector()
-        model(tokens[:, : cache.length], recorder=collector)
+        weights = full_weights(model, tokens[:, : cache.length])[:, 0]
         expected = torch.eye(cache.length)
         for layer, chosen in enumerate(selection.heads_by_layer):
             if chosen:
-                mean = collector.layers[layer][list(chosen)].mean(dim=0)
+                mean = weights[layer][list(chosen)].mean(dim=0)
                 expected = (0.5 * mean + 0.5 * torch.eye(cache.length)) @ expected
         torch.testing.assert_close(recorder.rollout_S(), expected[-1], rtol=1e-4, atol=1e-6)
         assert recorder.rollout_S().sum().item() == pytest.approx(1, abs=1e-5)

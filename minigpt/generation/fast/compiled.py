@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from minigpt.config import round_up
-from minigpt.errors import ConfigError
 from minigpt.generation.fast.compiling import load_step
-from minigpt.generation.fast.decode_step import DecodeStep, RowTaker
+from minigpt.generation.fast.decode_step import DecodeStep
 from minigpt.generation.forward import EagerForward
-from minigpt.model.attention import Recorder
+from minigpt.model.attention import AttentionPass, Recorder
 from minigpt.model.cache import KVCache
 from minigpt.model.gpt import GPT
 
@@ -42,14 +41,9 @@ class CompiledForward:
 
         Args: capacity, the positions that the cache has room for; n_rows, the most rows that
             ``repeat`` will be asked for.
-        Raises: ConfigError if there is no C++ compiler, or no graph can be made for this recorder;
-            ResourceError if the cache folder cannot be written.
+        Raises: ConfigError if there is no C++ compiler; ResourceError if the cache folder
+            cannot be written.
         """
-        if recorder is not None and not isinstance(recorder, RowTaker):
-            raise ConfigError(
-                f"{type(recorder).__name__} records what a compiled graph does not have. "
-                "Use --no-compile."
-            )
         for weight in model.parameters():
             # The graph is of rows that lie in memory one after another; what was read from a
             # GPT-2 folder, or laid out for another way to decode, may lie the other way round.
@@ -89,8 +83,15 @@ class CompiledForward:
         self._position.fill_(length)
         logits, *rows = self._decode(self._in_view(length + 1))
         if self._recorder is not None:
-            new_values = self.cache.values_LBGSD[:, 0, :, length : length + 1]
-            self._recorder.take(rows[0][:, :, : length + 1], new_values)
+            weights_LBHS, context_LBHD = rows
+            self._recorder.record(
+                AttentionPass(
+                    weights_LBHS[:, :n_rows, :, : length + 1],
+                    context_LBHD[:, :n_rows],
+                    self.cache.values_LBGSD[:, :n_rows, :, : length + 1],
+                    n_new=1,
+                )
+            )
         self.cache.advance(1)
         return logits[:n_rows]
 

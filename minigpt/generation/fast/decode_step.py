@@ -6,27 +6,18 @@ a product.
 """
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minigpt.model.attention import Attention, Recorder
+from minigpt.model.attention import Attention
 from minigpt.model.gpt import GPT, Block
 from minigpt.model.layers import MLP, GatedMLP, rotate
 
 # Places of a weight that are read in turn: measured 1, 2, 4 and 8. 4 read float32 and bfloat16 a
 # fifth faster than 1, and int8 by half.
 _SIDES = 4
-
-
-@runtime_checkable
-class RowTaker(Recorder, Protocol):
-    """A recorder that a pass can give its rows to, having computed them itself."""
-
-    def take(self, weights_LHS: Tensor, new_values_LGTD: Tensor) -> None:
-        """Take the first sequence's rows of every head, and the values that the pass added."""
 
 
 class DecodeStep(nn.Module):
@@ -52,7 +43,8 @@ class DecodeStep(nn.Module):
 
         Args: tokens (B,); position (1,), theirs; in_view (S,), of which only the shape is read: no
             position from S on is looked at; keys and values, for each layer (B, G, P, D), finite.
-        Returns: logits (B, V), float32; if it shows rows, also the first row's weights (L, H, S).
+        Returns: logits (B, V), float32; if it shows rows, also the weights (L, B, H, S)
+            and the heads' outputs (L, B, H, D).
         """
         model, config = self.model, self.model.config
         x = _embedded(model.embedding, tokens)
@@ -62,7 +54,7 @@ class DecodeStep(nn.Module):
         else:
             rotary = model.rotary_cos[position].float(), model.rotary_sin[position].float()
         is_filled_S = torch.arange(in_view.shape[0], device=x.device) <= position
-        rows = []
+        weights, contexts = [], []
         for layer, block in enumerate(model.blocks):
             assert isinstance(block, Block)
             normed = _kept(_norm(block.attention_norm, x))
@@ -70,12 +62,15 @@ class DecodeStep(nn.Module):
                 block.attention, normed, rotary, position, is_filled_S, keys[layer], values[layer]
             )
             if self.shows_rows:
-                rows.append(weights_BHS[0])
+                weights.append(weights_BHS)
+                contexts.append(context.unflatten(1, (-1, config.d_head)))
             x = x + _product(block.attention.output, _kept(context))
             x = x + _mlp(block.mlp, _kept(_norm(block.mlp_norm, x)))
             x = _kept(x)
         logits = _product(model.unembedding or model.embedding, _kept(_norm(model.final_norm, x)))
-        return (logits, torch.stack(rows)) if rows else (logits,)
+        if not self.shows_rows:
+            return (logits,)
+        return logits, torch.stack(weights), torch.stack(contexts)
 
 
 def _attend(

@@ -8,28 +8,19 @@ view, L layers, P positions of the context, X all that a layer's heads have.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minigpt.generation.fast.products import make_product
 from minigpt.generation.forward import EagerForward
-from minigpt.model.attention import Attention, Recorder
+from minigpt.model.attention import Attention, PassCollector, Recorder
 from minigpt.model.cache import KVCache
 from minigpt.model.gpt import GPT, Block
 from minigpt.model.layers import GatedMLP
+from minigpt.model.scores import weighted_sum
 
 Norm = Callable[["_Stream"], Tensor]
-
-
-@runtime_checkable
-class PassRecorder(Recorder, Protocol):
-    """A recorder that takes all layers at once, as what it is shown of one stays as it is."""
-
-    def record_pass(self, q_LHTD: Tensor, cache: KVCache, contexts_BHTD: Sequence[Tensor]) -> None:
-        """Take the first row's queries and each layer's outputs; the cache has keys and values."""
 
 
 class FusedForward:
@@ -64,8 +55,6 @@ class FusedForward:
         n_heads = config.n_head + 2 * config.n_kv_head
         qkv_LBX = torch.empty(config.n_layer, n_rows, n_heads * config.d_head, dtype=dtype)
         self._heads = [_Heads(self.model, qkv_BX) for qkv_BX in qkv_LBX]
-        heads_LHD = qkv_LBX[:, 0].unflatten(1, (n_heads, config.d_head))
-        self._queries_LHTD = heads_LHD[:, : config.n_head, None]
 
     @torch.inference_mode()
     def feed(self, tokens: Tensor) -> Tensor:
@@ -76,14 +65,14 @@ class FusedForward:
             raise ValueError(f"the model sees {length} positions; {length + 1} were given")
         self._embed(tokens[:, 0], length)
         turns = self._turn.at(length) if self._turn is not None else None
-        contexts = []
+        collector = None if self.recorder is None else PassCollector(self.recorder, 1)
         for layer, (part, places) in enumerate(zip(self._layers, self.cache.grown(), strict=True)):
             turn = turns[layer] if turns is not None else None
-            contexts.append(self._attend(layer, part, places, turn))
+            self._attend(layer, part, places, turn, collector)
             part.add_mlp(self._stream)
         self.cache.advance(1)
-        if isinstance(self.recorder, PassRecorder):
-            self.recorder.record_pass(self._queries_LHTD, self.cache, contexts)
+        if collector is not None:
+            collector.finish(self.cache.values_LBGSD[:, :, :, : self.cache.length])
         self._unembed.into(self._final_norm(self._stream), self._logits)
         return self._logits.float()
 
@@ -100,8 +89,9 @@ class FusedForward:
         part: "_Layer",
         places: tuple[Tensor, Tensor, Tensor, Tensor],
         turn: tuple[Tensor, Tensor] | None,
-    ) -> Tensor:
-        """Add to the stream what attention makes of it; return the heads' outputs (B, H, 1, D)."""
+        collector: PassCollector | None,
+    ) -> None:
+        """Add the attention's output to the stream."""
         heads = self._heads[layer]
         new_k_BGD, new_v_BGD, k_BGSD, v_BGSD = places
         part.qkv.into(part.attention_norm(self._stream), heads.qkv)
@@ -112,18 +102,11 @@ class FusedForward:
         q_BHTD = heads.q_BHTD
         if part.score.name != "scaled_dot":
             q_BHTD.copy_(part.score.fold(q_BHTD))
-        if part.score.is_dot_product:
-            context = F.scaled_dot_product_attention(heads.q_BGTD, k_BGSD, v_BGSD)
-            if heads.is_doubled:
-                context = context[:, :, :1]
-        else:
-            context = part.score.attend(q_BHTD, k_BGSD, v_BGSD)
-        context_BX = context.flatten(1)
-        context_BHTD = context_BX.view(q_BHTD.shape)
-        if self.recorder is not None and not isinstance(self.recorder, PassRecorder):
-            self.recorder.record(layer, q_BHTD, k_BGSD, v_BGSD, context_BHTD)
-        part.output.onto(context_BX, self._stream.x)
-        return context_BHTD
+        weights_BHTS = part.score.weights(q_BHTD, k_BGSD)
+        context_BHTD = weighted_sum(weights_BHTS, v_BGSD)
+        if collector is not None:
+            collector.add(q_BHTD, k_BGSD, v_BGSD, context_BHTD, weights_BHTS)
+        part.output.onto(context_BHTD.flatten(1), self._stream.x)
 
     def repeat(self, n_rows: int) -> None:
         self.keep([0] * n_rows)
@@ -185,12 +168,6 @@ class _Heads:
         heads = self.qkv.unflatten(1, (-1, d_head))
         q_BHD, self.k_BGD, self.v_BGD = heads.split([n_query, n_key, n_key], dim=1)
         self.q_BHTD = q_BHD[:, :, None]
-        # Query heads that share keys are queries of one head: SDPA then reads the keys once.
-        self.q_BGTD = q_BHD.unflatten(1, (n_key, -1))
-        self.is_doubled = n_query == n_key and dtype == torch.bfloat16
-        if self.is_doubled:
-            # SDPA's product of one bfloat16 row is three times as slow as of two equal ones.
-            self.q_BGTD = self.q_BGTD.expand(-1, -1, 2, -1)
         self._qk = heads[:, : n_query + n_key]
         self._qk_alone = self._qk[:, :, None]
         self._signs = torch.tensor([-1.0, 1.0], dtype=dtype)[:, None]

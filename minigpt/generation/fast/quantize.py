@@ -44,8 +44,8 @@ class NarrowLinear(nn.Module):
         assert self._weight is not None
         return self._weight
 
-    def wide(self) -> Tensor:
-        """Return the weight that it computes with: (O, I), float32."""
+    def dense_weight(self) -> Tensor:
+        """Return the dequantized weight: (O, I), float32."""
         wide = self.weight.float()
         return wide if self.scale is None else wide * self.scale.float()[:, None]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minigpt.config import ModelConfig
-from minigpt.model.attention import Recorder
+from minigpt.model.attention import PassCollector, Recorder, attend
 from minigpt.model.cache import KVCache
 from minigpt.model.language_model import LanguageModel
 from minigpt.model.layers import make_norm
@@ -78,14 +78,12 @@ class StateAttention(nn.Module):
         self,
         h_BTC: Tensor,
         states_B1SC: Tensor,
-        recorder: Recorder | None = None,
+        collector: PassCollector | None = None,
         visible_BS: Tensor | None = None,
     ) -> Tensor:
         """Attend; the last of the states is the last of h."""
         q_B1TC = self.score.fold(h_BTC[:, None])
-        context_B1TC = self.score.attend(q_B1TC, states_B1SC, states_B1SC, visible_BS)
-        if recorder is not None:
-            recorder.record(0, q_B1TC, states_B1SC, states_B1SC, context_B1TC)
+        context_B1TC = attend(self.score, q_B1TC, states_B1SC, states_B1SC, visible_BS, collector)
         return torch.tanh(self.output(context_B1TC[:, 0]) + self.own(h_BTC))
 
 
@@ -144,7 +142,10 @@ class LSTM(LanguageModel):
             x = checkpoint(block, x, use_reentrant=False) if recompute else block(x, cache)
         if self.attention is not None:
             states_B1SC = x[:, None] if cache is None else cache.keys_LBGSD[-1, :, :, :end]
-            x = self.attention(x, states_B1SC, recorder, visible_BS)
+            collector = None if recorder is None else PassCollector(recorder, tokens.shape[1])
+            x = self.attention(x, states_B1SC, collector, visible_BS)
+            if collector is not None:
+                collector.finish()
         if cache is not None:
             cache.advance(tokens.shape[1])
         return self._logits(x, logits_to_keep)

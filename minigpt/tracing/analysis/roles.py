@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from minigpt.errors import CheckpointError, ConfigError
+from minigpt.model.attention import AttentionPass
 from minigpt.model.language_model import LanguageModel
 from minigpt.tracing.events import Roles
 from minigpt.tracing.recorder import require_attention
@@ -121,15 +122,18 @@ def role_tag(previous: float, duplicate: float, induction: float, sink: float, l
 class _RoleRecorder:
     """Computes the scores of one layer at a time, so that only its weights are in memory."""
 
+    needs_queries = True
+
     def __init__(self, model: LanguageModel) -> None:
         self._attentions = model.attentions
         self.scores_H5: list[Tensor] = []
         """One (H, 5) for each layer."""
 
-    def record(
-        self, layer: int, q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, context_BHTD: Tensor
-    ) -> None:
-        self.scores_H5.append(role_scores(self._attentions[layer].score.weights(q_BHTD, k_BGSD)))
+    def record(self, attention: AttentionPass) -> None:
+        assert attention.queries is not None
+        assert attention.keys is not None
+        for layer, q, k in zip(self._attentions, attention.queries, attention.keys, strict=True):
+            self.scores_H5.append(role_scores(layer.score.weights(q, k)))
 
 
 @torch.inference_mode()
