@@ -1,7 +1,7 @@
 """Every setting of a model and a run, as frozen dataclasses that check themselves.
 
 A config that exists is valid: a bad value raises ConfigError when it is made. A field whose default
-is said to be derived is filled in at that moment, so that a saved config is complete.
+is documented as derived is filled in at that moment, so that a saved config is complete.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""The terminal: the only home of rich.Console, and the place where untrusted text is escaped.
+"""Consoles on stdout and stderr, and the escaping of untrusted text before it is printed.
 
 stdout carries the result, stderr everything else.
 """
@@ -15,7 +15,7 @@ from rich.theme import Theme
 
 from minigpt.text.escape import printable
 
-# Middle luminance, so that every step of the heat reads on dark and on light backgrounds.
+# Medium luminance, so that all colors are readable on dark and light backgrounds.
 THEME = Theme(
     {
         "plain": "none",
@@ -25,7 +25,7 @@ THEME = Theme(
         "heat2": "#2aa198",
         "heat3": "#cb8b16",
         "heat4": "bold #e0561f",
-        # The same as a ground; black reads on all of them, whatever the terminal's own ground is.
+        # The same as backgrounds; black text is readable on all of them.
         "shade1": "#000000 on #4c9bc6",
         "shade2": "#000000 on #2aa198",
         "shade3": "#000000 on #cb8b16",
@@ -33,14 +33,14 @@ THEME = Theme(
         "chosen": "bold reverse",
     }
 )
-"""The colours of the style names that the trace uses."""
+"""Colors of the style names of the trace."""
 _PIPE_WIDTH = 100
 
 
 def make_console(*, is_stderr: bool) -> Console:
-    """Return a console on the current stdout or stderr; plain where that is no terminal.
+    """Return a console on the current stdout or stderr, plain if that is not a terminal.
 
-    The one on stderr never fails: who hangs up or closes a pipe must not end a training run.
+    Writing to stderr never fails: a closed terminal or pipe must not end a training run.
     """
     stream = sys.stderr if is_stderr else sys.stdout
     return Console(
@@ -55,7 +55,7 @@ def make_console(*, is_stderr: bool) -> Console:
 
 
 class _Unfailing:
-    """A stream that is silent once it cannot be written."""
+    """A stream that drops its output once it cannot be written."""
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
@@ -78,7 +78,7 @@ class _Unfailing:
 
 
 def silence(stream: IO[str]) -> None:
-    """Send what a stream holds, and what is written to it from now on, nowhere."""
+    """Redirect a stream, and what it has buffered, to the null device."""
     with suppress(OSError, ValueError):  # a stream without a descriptor
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())
@@ -86,14 +86,14 @@ def silence(stream: IO[str]) -> None:
 
 
 def spans_to_text(spans: Iterable[tuple[str, str]]) -> Text:
-    """Turn (text, style name) pairs into a rich Text, everything that could steer it escaped."""
+    """Turn (text, style name) pairs into a rich Text, with control characters escaped."""
     return Text.assemble(*((printable(text), style) for text, style in spans))
 
 
 def print_lines(console: Console, lines: Iterable[Iterable[tuple[str, str]]]) -> None:
-    """Print lines of (text, style name) pairs, everything that could steer a terminal escaped."""
+    """Print lines of (text, style name) pairs, with control characters escaped."""
     for spans in lines:
-        if console.color_system is None:  # the same without rich's half a millisecond a line
+        if console.color_system is None:  # the same output, without rich's 0.5 ms per line
             line = "".join(printable(text) for text, _ in spans).expandtabs()
             console.file.write(line + "\n")
         else:
@@ -102,6 +102,6 @@ def print_lines(console: Console, lines: Iterable[Iterable[tuple[str, str]]]) ->
 
 
 def write_result(text: str) -> None:
-    """Write model text to stdout at once: exact into a pipe, harmless on a terminal."""
+    """Write model text to stdout and flush: exact for a pipe, escaped for a terminal."""
     sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()

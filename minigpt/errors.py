@@ -1,6 +1,6 @@
-"""The exceptions of minigpt, each with the exit code that the command line gives it.
+"""Exceptions of minigpt, each with its exit code on the command line.
 
-A message says what is wrong, the value, and the remedy, in one line.
+A message says in one line what is wrong, the value, and the remedy.
 """
 
 import difflib
@@ -9,7 +9,7 @@ from typing import ClassVar
 
 
 class MinigptError(Exception):
-    """Base of every error that is the user's world's fault and not a bug of ours."""
+    """Base of all errors that are not bugs of minigpt."""
 
     exit_code: ClassVar[int] = 1
 
@@ -21,37 +21,37 @@ class ConfigError(MinigptError):
 
 
 class DataError(MinigptError):
-    """A corpus or prompt is missing, empty, binary, too short or cannot be had; exit code 3."""
+    """A corpus or prompt is missing, empty, binary, too short or not available; exit code 3."""
 
     exit_code = 3
 
 
 class CheckpointError(MinigptError):
-    """A model folder is missing, incomplete, damaged or of a kind that we do not read; exit 4."""
+    """A model folder is missing, incomplete, damaged or not supported; exit code 4."""
 
     exit_code = 4
 
 
 class DivergedError(MinigptError):
-    """Training left the finite numbers; exit code 5."""
+    """The loss or a gradient became NaN or inf, or training diverged; exit code 5."""
 
     exit_code = 5
 
 
 class ResourceError(MinigptError):
-    """Disk, memory or permission ran out; exit code 6."""
+    """Not enough disk space or memory, or no permission; exit code 6."""
 
     exit_code = 6
 
 
 class LockedError(MinigptError):
-    """Another process is writing the same run folder; exit code 7."""
+    """Another process writes to the same run folder; exit code 7."""
 
     exit_code = 7
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
-    """Return the remedy for a misspelt name: the nearest choice, else all of them."""
+    """Return the remedy for a misspelled name: the nearest choice, or all of them."""
     names = list(choices)
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
     return f"Did you mean {close[0]}?" if close else f"Choose from {', '.join(names)}."

@@ -1,13 +1,13 @@
-"""Named starting points for a run: shape, budget and settings that belong together.
+"""Named starting points for a run: shape, budget and settings that fit each other.
 
-docs/training.md says what was measured, and what was not. Every value can be changed by a flag, a
-TOML file or --set.
+docs/training.md has the measurements. Every value can be changed by an option, a TOML file or
+--set.
 """
 
 from typing import Any
 
 from minigpt.config import RunConfig
-from minigpt.errors import ConfigError, nearest
+from minigpt.errors import require_choice
 from minigpt.settings import build, merge
 
 DEFAULT_PRESET = "nano"
@@ -33,7 +33,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
         "data": {"tokenizer": "bpe"},
     },
-    # About 10M parameters: for a GPU, or for a patient CPU.
+    # About 10M parameters: for a GPU; slow on a CPU.
     "mini": {
         "model": {
             "n_layer": 6,
@@ -52,8 +52,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
         "data": {"tokenizer": "bpe"},
     },
-    # The shape of GPT-2's smallest, 124M parameters with its vocabulary. Its rates are not
-    # measured: they go on from nano's and mini's, as one over the width.
+    # The shape of GPT-2 small, 124M parameters with its vocabulary. Its learning rates are not
+    # measured: they extrapolate nano's and mini's, as one over the width.
     "small": {
         "model": {
             "n_layer": 12,
@@ -83,8 +83,7 @@ def preset(name: str) -> dict[str, Any]:
 
     Raises: ConfigError for an unknown name, with the nearest one.
     """
-    if name not in PRESETS:
-        raise ConfigError(f"there is no preset {name!r}. {nearest(name, PRESETS)}")
+    require_choice("preset", name, PRESETS)
     return merge(PRESETS[name])
 
 

@@ -1,4 +1,4 @@
-"""Configs <-> plain values: TOML files, ``--set``, and layers of settings over each other."""
+"""Configs to and from plain values: TOML files, ``--set``, and merging settings."""
 
 import dataclasses
 import tomllib
@@ -66,7 +66,7 @@ def _checked(hint: Any, value: Any, name: str) -> Any:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Return a config dataclass as plain nested values; fields that are None are left out."""
+    """Return a config dataclass as plain nested values, without fields that are None."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
@@ -79,7 +79,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def to_toml(config: RunConfig) -> str:
-    """Return a run as TOML; ``read_toml`` and ``build`` turn it back into an equal one."""
+    """Return a run's settings as TOML; ``read_toml`` and ``build`` restore them."""
     return tomli_w.dumps(to_dict(config))
 
 
@@ -99,7 +99,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def parse_assignment(text: str) -> dict[str, Any]:
-    """Parse ``a.b=c`` into ``{"a": {"b": c}}``; c is a TOML value, else plain text.
+    """Parse ``a.b=c`` into ``{"a": {"b": c}}``; c is a TOML value or plain text.
 
     Raises: ConfigError if there is no name or no equals sign.
     """
@@ -109,7 +109,7 @@ def parse_assignment(text: str) -> dict[str, Any]:
         raise ConfigError(f"--set takes name=value, as in model.n_layer=4: it is {text!r}.")
     try:
         value: Any
-        (value,) = tomllib.loads(f"value = {raw}").values()  # one, whatever a line break hides
+        (value,) = tomllib.loads(f"value = {raw}").values()  # fails on a hidden second line
     except ValueError:
         value = raw
     for key in reversed(keys):
@@ -119,7 +119,7 @@ def parse_assignment(text: str) -> dict[str, Any]:
 
 
 def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge nested settings; what comes later wins, table by table."""
+    """Merge nested settings table by table; later values win."""
     merged: dict[str, Any] = {}
     for layer in layers:
         for key, value in layer.items():

@@ -264,6 +264,11 @@ def _unescape(text: str) -> str:
     return re.sub(r"\\([nrt\\])", lambda match: meanings[match[1]], text)
 
 
+def argument(metavar: str, text: str) -> Any:
+    """Declare a positional argument, as an annotation of a parameter."""
+    return typer.Argument(metavar=metavar, help=text, show_default=False)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSource:
     """Which model to load, and where and how it computes."""
@@ -286,20 +291,13 @@ class ModelSource:
 
 
 Prompt = Annotated[
-    str | None,
-    typer.Argument(
-        metavar="PROMPT",
-        help="Text to continue, or - for standard input [empty]",
-        show_default=False,
-    ),
+    str | None, argument("PROMPT", "Text to continue, or - for standard input [empty]")
 ]
 Data = Annotated[
     list[str] | None,
-    typer.Argument(
-        metavar="DATA",
-        help="Files, folders, globs, - for standard input, or shakespeare "
-        "[the English prose in Python]",
-        show_default=False,
+    argument(
+        "DATA",
+        "Files, folders, globs, - for standard input, or shakespeare [the English prose in Python]",
     ),
 ]
 Json = Annotated[bool, Option("Print JSON, one object per line", "Output", name="json")]

@@ -361,7 +361,7 @@ def test_help_lists_the_commands_and_fits_80_columns(run: Run) -> None:
     assert (without.code, without.out) == (2, "")
     assert without.err == run("checkpoints", "--help").out
     result = run("checkpoints", "lst")
-    assert "there is no command 'lst'. Did you mean list?" in error_line(result)
+    assert "unknown command 'lst'. Did you mean list?" in error_line(result)
     assert result.code == 2
 
 

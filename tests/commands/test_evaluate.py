@@ -15,7 +15,7 @@ from test_streams import Screen
 
 from minigpt.checkpoint.folder import RunFolder
 from minigpt.checkpoint.model_folder import read_model, write_model
-from minigpt.commands import progress_line
+from minigpt.commands import status_line
 from minigpt.text.tokenizer import Tokenizer, bytes_tokenizer, make_encoding, train_bpe
 
 TEXT = "The king said: né, once upon a time.\n" * 12
@@ -174,7 +174,7 @@ def test_a_terminal_shows_how_far_it_is_and_is_left_clean(
 
 
 def test_a_pipe_gets_a_plain_line_now_and_then(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress_line, "PLAIN_EVERY_S", 0.0)
+    monkeypatch.setattr(status_line, "PLAIN_EVERY_S", 0.0)
     result = run("evaluate", "corpus.txt", "--batch-size", "20")
     lines = result.err.splitlines()
     assert re.fullmatch(r"evaluating  0 of 2.97k tokens  0 tok/s", lines[0])
@@ -220,7 +220,7 @@ def test_a_text_with_nothing_to_predict_is_refused(run: Run, tmp_path: Path) -> 
     words = ["-", "--model", str(tmp_path / "m")]
     letter = run("evaluate", *words, stdin=b"x")
     assert letter.code == 3
-    assert "too little text: of its tokens (1 here)" in error_line(letter)
+    assert "too little text: the first of its tokens (1 here)" in error_line(letter)
     two = evaluated(run, *words, stdin=b"xy")
     assert (two["n_tokens"], two["n_bytes"]) == (1, 1)
 
@@ -238,7 +238,7 @@ def test_a_model_without_tokenizer_or_of_no_finite_loss_is_refused(
     write_model(tmp_path / "nan", model, bytes_tokenizer())
     result = run("evaluate", "corpus.txt", "--model", str(tmp_path / "nan"))
     assert result.code == 4
-    assert "is nan, so its weights are damaged" in error_line(result)
+    assert "is nan: its weights are damaged" in error_line(result)
 
 
 def test_a_hostile_name_cannot_steer_a_terminal(run: Run, tmp_path: Path) -> None:

@@ -2,24 +2,18 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Annotated
 
 from minigpt.commands.layout import group
-from minigpt.commands.options import Json, Option, command
+from minigpt.commands.options import Json, Option, argument, command
 from minigpt.errors import CheckpointError
-
-
-def _argument(metavar: str, text: str) -> Any:
-    return typer.Argument(metavar=metavar, help=text, show_default=False)
 
 
 @command
 def list_(
     folder: Annotated[
         str | None,
-        _argument("FOLDER", "Folder of runs and models, or one of them [checkpoints]"),
+        argument("FOLDER", "Folder of runs and models, or one of them [checkpoints]"),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -48,7 +42,7 @@ def list_(
 @command
 def show(
     model: Annotated[
-        str | None, _argument("MODEL", "Model folder, or the name of a run [the newest run]")
+        str | None, argument("MODEL", "Model folder, or the name of a run [the newest run]")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -73,7 +67,7 @@ def show(
 def verify(
     models: Annotated[
         list[str] | None,
-        _argument("MODEL", "Runs, with all their steps, or model folders [all in checkpoints]"),
+        argument("MODEL", "Runs, with all their steps, or model folders [all in checkpoints]"),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -115,7 +109,7 @@ def verify(
 
 @command
 def prune(
-    run: Annotated[str, _argument("RUN", "Name of a run, or its folder")],
+    run: Annotated[str, argument("RUN", "Name of a run, or its folder")],
     keep: Annotated[int, Option("Keep the newest N besides best and latest", "Run")] = 0,
     dry_run: Annotated[bool, Option("Only list what would be removed", "Run")] = False,
     yes: Annotated[bool, Option("Remove without asking", "Run")] = False,
@@ -133,7 +127,7 @@ def prune(
 
 @command
 def average(
-    run: Annotated[str, _argument("RUN", "Name of a run, or its folder")],
+    run: Annotated[str, argument("RUN", "Name of a run, or its folder")],
     last: Annotated[int, Option("Average the newest N checkpoints", "Run")] = 5,
     until: Annotated[
         int | None, Option("Leave out checkpoints after step N", "Run", shown="the latest")

@@ -3,9 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from minigpt.commands.options import Fields, Json, ModelSource, Option, command
+from minigpt.commands.options import Fields, Json, ModelSource, Option, argument, command
 from minigpt.errors import ConfigError, require_choice
 
 _CLAIMS = ("long-range", "explainable", "parallel")
@@ -15,11 +13,7 @@ _CLAIMS = ("long-range", "explainable", "parallel")
 def claims(
     which: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="CLAIM",
-            help=f"{', '.join(_CLAIMS[:-1])} or {_CLAIMS[-1]} [all]",
-            show_default=False,
-        ),
+        argument("CLAIM", f"{', '.join(_CLAIMS[:-1])} or {_CLAIMS[-1]} [all]"),
     ] = None,
     *,
     quick: Annotated[bool, Option("Train smaller models for about a minute", "Size")] = False,

@@ -1,4 +1,4 @@
-"""What minigpt evaluate does once its options are read: a model, a text, one pass, its result."""
+"""One evaluation pass of a model over a text, and its result as lines or JSON."""
 
 import math
 import time
@@ -32,16 +32,16 @@ from minigpt.text.shards import PreparedData, TokenSpan, prepare
 
 @dataclass(frozen=True)
 class Windows:
-    """How a text is cut into what the model sees."""
+    """How a text is cut into windows."""
 
     context_length: int
-    """Tokens in a window."""
+    """Tokens per window."""
     stride: int
     """Tokens from the start of a window to that of the next."""
     batch_size: int
-    """Windows at once."""
+    """Windows per forward pass."""
     n_tokens: int
-    """The most tokens to predict."""
+    """Most tokens to predict."""
 
 
 @dataclass(frozen=True)
@@ -55,28 +55,28 @@ class Measurement:
     windows: Windows
     result: Evaluation
     seconds: float
-    """Of the pass, without reading model and text."""
+    """Duration of the pass, without loading model and text."""
     device: torch.device
     dtype: torch.dtype
 
     @property
     def data(self) -> list[str]:
-        """The text, as the user called it."""
+        """Names of the texts, as given."""
         return list(self.config.data) or [BUILTIN]
 
     @property
     def tokens_per_s(self) -> float:
-        """Predicted tokens by the time of the pass."""
+        """Predicted tokens per second of the pass."""
         return self.result.n_tokens / self.seconds
 
     @property
     def dtype_name(self) -> str:
-        """What the model computed in: float32 or bfloat16."""
+        """Compute dtype: float32 or bfloat16."""
         return str(self.dtype).removeprefix("torch.")
 
 
 def measure(config: EvaluationConfig, source: ModelSource) -> Measurement:
-    """Read the model and the text, and make one pass.
+    """Load the model and the text, and evaluate in one pass.
 
     Raises: ConfigError for a window longer than the context; CheckpointError for a model that is
         missing, damaged or without a tokenizer; DataError for a text that cannot be used.
@@ -101,8 +101,8 @@ def measure(config: EvaluationConfig, source: ModelSource) -> Measurement:
         seconds = time.perf_counter() - started
     if not math.isfinite(result.nats):
         raise CheckpointError(
-            f"the loss of {str(folder)!r} is {result.nats_per_token}, so its weights are damaged. "
-            "Use another checkpoint, or download it again."
+            f"the loss of {str(folder)!r} is {result.nats_per_token}: its weights are damaged. Use "
+            "another checkpoint, or download it again."
         )
     if config.val_fraction is None and result.n_tokens == len(span) - 1:
         result = replace(result, n_bytes=_text_bytes(data, span))
@@ -115,21 +115,20 @@ def _require_at_most(name: str, value: int | None, most: int) -> None:
 
 
 def _span(data: PreparedData, val_fraction: float | None) -> TokenSpan:
-    """Return the tokens of the text, or of its last share as training takes it.
+    """Return the tokens of the text, or of its last fraction as training splits it.
 
-    Raises: DataError if there is nothing to predict among them.
+    Raises: DataError if it is too short to predict a token.
     """
     if val_fraction is not None:
         span = data.tokens.split(val_fraction)[1]
     else:
-        # Where several tokens stand before a document, only the last begins what a model knows:
-        # nothing in its training came before the others.
+        # Of several tokens before a document, only the last has a predictable successor.
         first = max(len(data.tokenizer.separator) - 1, 0)
         span = TokenSpan(data.tokens, first, len(data.tokens), "whole")
     if len(span) < 2:
         raise DataError(
-            f"too little text: of its tokens ({len(span)} here) the first one is not predicted. "
-            "Give more text."
+            f"too little text: the first of its tokens ({len(span)} here) is not predicted. Give "
+            "more text."
         )
     return span
 
@@ -159,7 +158,7 @@ def _batches(span: TokenSpan, windows: Windows) -> Iterator[tuple[Tensor, Tensor
 def _shown(
     batches: Iterable[tuple[Tensor, Tensor]], n_tokens: int, progress: ProgressLine
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pass batches on, and show how much of n_tokens went through the model."""
+    """Yield the batches, and show how many of n_tokens are done."""
     n_done = 0
     started = time.perf_counter()
     for inputs, targets in batches:
@@ -171,10 +170,10 @@ def _shown(
 
 
 def _text_bytes(data: PreparedData, span: TokenSpan) -> int:
-    """Return the bytes of a whole text, but for those of a first token that is not predicted.
+    """Return the bytes of a whole text, without those of a first token that is not predicted.
 
-    The sum over its tokens may differ: some vocabularies put a space before a text, or another
-    form of its characters in their place.
+    The bytes of its tokens may sum to another number: some tokenizers add a space before a text, or
+    normalize its characters.
     """
     if data.tokenizer.separator:
         return data.manifest.n_bytes
@@ -183,7 +182,7 @@ def _text_bytes(data: PreparedData, span: TokenSpan) -> int:
 
 
 def record(measurement: Measurement) -> dict[str, Any]:
-    """Return all that is known of a measurement, for JSON; what is no finite number is None."""
+    """Return a measurement for JSON; NaN and inf are None."""
     result, windows = measurement.result, measurement.windows
     numbers = {
         "nats_per_token": result.nats_per_token,
@@ -209,7 +208,7 @@ def record(measurement: Measurement) -> dict[str, Any]:
 
 
 def lines(measurement: Measurement) -> Iterator[Text]:
-    """Yield what came of a measurement, for people."""
+    """Yield a measurement as lines of text."""
     result, windows = measurement.result, measurement.windows
     share, seconds = measurement.config.val_fraction, measurement.seconds
     time_ = f"{seconds:.1f} s" if seconds < 60 else duration(seconds)

@@ -3,20 +3,13 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from minigpt.commands.options import Json, Option, XAxis, command
+from minigpt.commands.options import Json, Option, XAxis, argument, command
 
 
 @command
 def plot(
     runs: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="RUN",
-            help="Names of runs, or their folders [the newest run]",
-            show_default=False,
-        ),
+        list[str] | None, argument("RUN", "Names of runs, or their folders [the newest run]")
     ] = None,
     *,
     x: Annotated[XAxis, Option("Unit of the x axis", "Output")] = "steps",
@@ -43,7 +36,7 @@ def plot(
     folders = [find_run(run) for run in runs] if runs else [find_run(None)]
     found = [read_curves(folder) for folder in dict.fromkeys(folders)]
     if len({one.tokenizer for one in found}) > 1:
-        output.note("the runs have different tokenizers: bits/byte compare, nats/token do not.")
+        output.note("the runs have different tokenizers: compare bits/byte, not nats/token.")
     if as_json:
         for one in found:
             output.write_json(record(one))
