@@ -1,6 +1,5 @@
 """minigpt heads; the command's docstring is its --help."""
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -54,8 +53,13 @@ def heads(
     effects_LH = _effects(loaded.model, seed) if ablate else None
     n_repeated = repeated_sequences(loaded.model, seed=seed).shape[1] // 2
     if as_json:
-        facts = {"model": str(folder), "seed": seed, "n_repeated": n_repeated}
-        output.write_json(facts | {"heads": _records(roles, effects_LH)})
+        records = [
+            _record(layer, head, role, effects_LH)
+            for layer, roles_H in enumerate(roles)
+            for head, role in enumerate(roles_H)
+        ]
+        facts = {"model": str(folder), "seed": seed, "n_repeated": n_repeated, "heads": records}
+        output.write_json(facts)
         return
     console = make_console(is_stderr=False)
     views = ring("tracing.views.heads")
@@ -72,17 +76,11 @@ def heads(
     print_lines(console, lines)
 
 
-def _records(
-    roles: "Sequence[Sequence[Roles]]", effects_LH: "NDArray[np.float32] | None"
-) -> list[dict[str, Any]]:
-    records = []
-    for layer, roles_H in enumerate(roles):
-        for head, role in enumerate(roles_H):
-            record = {"layer": layer, "head": head, **asdict(role)}
-            if effects_LH is not None:
-                record["loss_effect"] = float(effects_LH[layer, head])
-            records.append(record)
-    return records
+def _record(
+    layer: int, head: int, role: "Roles", effects_LH: "NDArray[np.float32] | None"
+) -> dict[str, Any]:
+    effect = {} if effects_LH is None else {"loss_effect": float(effects_LH[layer, head])}
+    return {"layer": layer, "head": head, **asdict(role), **effect}
 
 
 def _effects(model: "LanguageModel", seed: int) -> "NDArray[np.float32]":

@@ -10,7 +10,6 @@ from typing import IO, Any
 
 from minigpt.console import make_console, print_lines, write_result
 from minigpt.errors import ConfigError
-from minigpt.figures import require_matplotlib
 from minigpt.files import resource_errors, write_atomically
 from minigpt.rings import ring
 from minigpt.tracing import lines as terminal
@@ -71,7 +70,7 @@ class Targets:
                     f"--{name} shows one trace, and there are {n_samples}. Leave --num-samples out."
                 )
             if name in _PICTURES:
-                require_matplotlib(path)
+                ring("figures").require_matplotlib(path)
 
     @property
     def has_heads(self) -> bool:

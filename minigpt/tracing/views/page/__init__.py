@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from minigpt.config import SamplingConfig
 from minigpt.text.escape import visible
 from minigpt.tracing.events import CONVENTION, Roles, Row, Trace, TraceStep
+from minigpt.tracing.file import ROW_FIELDS
 from minigpt.tracing.lines import footer_lines
 from minigpt.tracing.spans import one_line
 from minigpt.tracing.views import DEFAULTS, ViewOptions
@@ -31,7 +32,6 @@ from minigpt.tracing.words import KNOCKED_OUT, measured
 # Concatenated in this order into one script.
 _SCRIPTS = ("data.js", "rows.js", "strip.js", "grid.js", "table.js", "picture.js", "page.js")
 _DIGITS = 5
-_ROW_FACTS = ("total", "sink", "own", "prompt", "generated", "entropy", "distance")
 _HEAD_FACTS = ("sink", "own", "prompt", "entropy", "distance")
 _MEASURES = {
     "weight": "the softmax weight of a source",
@@ -171,13 +171,13 @@ def _step(step: TraceStep) -> dict[str, Any]:
         {
             "position": effect.source.token.position,
             "change": round(effect.change, _DIGITS),
-            "control": controls[i].source.token.position if i in controls else None,
-            "controlChange": round(controls[i].change, _DIGITS) if i in controls else None,
+            "control": control and control.source.token.position,
+            "controlChange": control and round(control.change, _DIGITS),
         }
-        for i, effect in enumerate(sources)
+        for effect, control in ((effect, controls.get(i)) for i, effect in enumerate(sources))
     ]
     rows = [
-        {name: round(float(getattr(row, name)), _DIGITS) for name in _ROW_FACTS}
+        {name: round(float(getattr(row, name)), _DIGITS) for name in ROW_FIELDS.values()}
         for row in step.rows
     ]
     log_probability = round(step.log_probability, _DIGITS)
