@@ -1,53 +1,69 @@
-"""Files that a kill, a power cut or a full disk leaves either whole or absent; JSON read safely."""
+"""Files: atomic writes, fsync, locks, disk and permission errors, JSON, and the cache folder."""
 
 import errno
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import platformdirs
+from filelock import FileLock, Timeout
 
-from minigpt.errors import CheckpointError, ResourceError
+from minigpt.errors import CheckpointError, LockedError, ResourceError
 
-_SPACE = "Free some space there, or choose another disk."
-_PERMISSION = "Check the owner and the permissions, or choose another folder."
-_NAME = "Choose another name or folder."
+CACHE_VARIABLE = "MINIGPT_CACHE_DIR"
+OTHER_CACHE = f"set {CACHE_VARIABLE} to a folder that can be written"
+"""Remedy where the cache cannot be written."""
+WRITING = ".writing-"
+"""Prefix of the names of unfinished files and folders."""
+
+_SPACE = "free some space there, or "
+_NAME = "choose another name or folder"
+_PERMISSION = "check the owner and the permissions, or "
 _REMEDIES = {
     errno.ENOSPC: _SPACE,
     errno.EDQUOT: _SPACE,
-    errno.EFBIG: "Choose a disk, or a limit of the shell (ulimit -f), that allows larger files.",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f), or ",
     errno.EACCES: _PERMISSION,
     errno.EPERM: _PERMISSION,
     errno.EROFS: _PERMISSION,
     errno.EEXIST: _NAME,
     errno.ENOTDIR: _NAME,
     errno.ENAMETOOLONG: _NAME,
-    errno.EIO: "The disk may be failing: choose another one.",
+    errno.EIO: "the disk may be failing: ",
 }
 
 
 @contextmanager
-def resource_errors(path: Path) -> Iterator[None]:
-    """Turn what the system refuses about files in or at path into ResourceError, with a remedy.
+def resource_errors(path: Path, remedy: str = "") -> Iterator[None]:
+    """Turn errors of disk space, permissions and names into ResourceError.
 
     Any other OSError passes through.
+
+    Args: path, named in the message if the error names no file; remedy, what to do if space or
+        permissions cannot be had there, as the end of a sentence.
     """
     try:
         yield
     except OSError as error:
         if error.errno not in _REMEDIES:
             raise
-        where = error.filename or path
-        reason = os.strerror(error.errno)
-        raise ResourceError(f"{str(where)!r}: {reason}. {_REMEDIES[error.errno]}") from error
+        where = str(error.filename or path)
+        advice = _REMEDIES[error.errno]
+        if advice == _NAME:
+            advice = remedy or _NAME
+        else:
+            advice += remedy or "choose another folder or disk"
+        advice = advice[0].upper() + advice[1:]
+        raise ResourceError(f"{where!r}: {os.strerror(error.errno)}. {advice}.") from error
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk (where the system can open a folder)."""
+    """Wait until the names in a folder are on the disk, where the system can open a folder."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -57,34 +73,81 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def sync_file(path: Path) -> None:
-    """Wait until a file's bytes are on the disk."""
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
+def sync_file(file: IO[Any]) -> None:
+    """Wait until all bytes of an open file are on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def path_aside(path: Path) -> Path:
+    """Return where this process writes a file before it is renamed to ``path``."""
+    return path.with_name(f"{WRITING}{path.name}.{os.getpid()}")
+
+
+def rename_synced(file: BinaryIO, path: Path) -> None:
+    """Close a file once its bytes are on the disk, and rename it to ``path``."""
+    sync_file(file)
+    file.close()
+    os.replace(file.name, path)
+    sync_folder(path.parent)
+
+
+@contextmanager
+def writing_aside(path: Path) -> Iterator[BinaryIO]:
+    """Yield a file that is renamed to ``path`` when the block ends without an exception.
+
+    A reader, or a crash, sees the old file or the whole new one. The folder is created if needed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path_aside(path)
+    try:
+        with aside.open("wb") as file:
+            yield file
+            rename_synced(file, path)
+    except BaseException:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise
 
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file so that a reader, or a crash, sees the old bytes or the new, never a mixture.
 
-    Raises: ResourceError if the disk is full or the folder is not ours to write.
+    Raises: ResourceError if the disk is full or the folder cannot be written.
     """
-    aside = path.with_name(f".writing-{path.name}")
-    with resource_errors(path):
+    with resource_errors(path), writing_aside(path) as file:
+        file.write(data)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder as far as the system allows it; a missing one is no error."""
+    shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path, message: str = "") -> Iterator[None]:
+    """Hold a lock file against every other process; its folder is created if needed.
+
+    Args: message, of the error if another process holds the lock; empty to wait for it.
+    Raises: LockedError; ResourceError if the folder cannot be written.
+    """
+    lock = FileLock(path, timeout=0 if message else -1)
+    with resource_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with aside.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, path)
-            sync_folder(path.parent)
-        except BaseException:
-            with suppress(OSError):
-                aside.unlink(missing_ok=True)
-            raise
+            lock.acquire()
+        except Timeout:
+            raise LockedError(message) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def to_json(value: Mapping[str, Any]) -> bytes:
-    """Return a mapping as JSON of an indented line a key, in UTF-8."""
+    """Return a mapping as indented JSON in UTF-8."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=2)
     return f"{text}\n".encode()
 
@@ -115,49 +178,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def sha256(path: Path) -> str:
-    """Return a file's SHA-256 in hexadecimal, read piece by piece."""
+    """Return a file's SHA-256 in hexadecimal, read in chunks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-CACHE_VARIABLE = "MINIGPT_CACHE_DIR"
 
 
 def cache_folder() -> Path:
     """Return MINIGPT_CACHE_DIR if it is set, else the user's cache folder of this system."""
     chosen = os.environ.get(CACHE_VARIABLE)
     return Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("minigpt")
-
-
-@contextmanager
-def writing(path: Path, remedy: str = "") -> Iterator[None]:
-    """Turn the operating system's errors inside into a ResourceError about ``path``.
-
-    Args: remedy, besides more space; for the cache, that there are other places for it.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise ResourceError(
-            f"cannot write {str(path)!r}: {error.strerror or error}. Free some space, or "
-            f"{remedy or f'set {CACHE_VARIABLE} to a folder that can be written'}."
-        ) from None
-
-
-@contextmanager
-def written_aside(path: Path) -> Iterator[BinaryIO]:
-    """Give a file to write, which becomes ``path`` only when all of it is on the disk.
-
-    Raises: ResourceError if it cannot be written.
-    """
-    aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with aside.open("wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            aside.replace(path)
-        finally:
-            aside.unlink(missing_ok=True)

@@ -13,19 +13,19 @@ of its step, so that a kill before the two pointers are written costs nothing.
 import math
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from filelock import FileLock, Timeout
-
 from minigpt.checkpoint.manifest import MANIFEST, verify, write_manifest
-from minigpt.errors import CheckpointError, LockedError
+from minigpt.errors import CheckpointError
 from minigpt.files import (
+    WRITING,
+    locked,
     read_json,
+    remove,
     resource_errors,
     sync_folder,
     to_json,
@@ -38,7 +38,7 @@ METRICS_FILE = "metrics.jsonl"
 """A run's events, one a line."""
 
 _STEP = re.compile(r"step-(\d{6,})")
-WRITING, _REPLACED, _DELETING = ".writing-", ".replaced-", ".deleting-"
+_REPLACED, _DELETING = ".replaced-", ".deleting-"
 
 
 @dataclass(frozen=True)
@@ -66,22 +66,14 @@ class RunFolder:
 
         Raises: LockedError, at once, if another process or RunFolder holds it; ResourceError.
         """
-        with resource_errors(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.path / ".lock", timeout=0)
-            try:
-                lock.acquire()
-            except Timeout:
-                raise LockedError(
-                    f"another run is writing {str(self.path)!r}. Wait until it ends, or give this "
-                    "one another --name."
-                ) from None
-        try:
+        message = (
+            f"another run is writing {str(self.path)!r}. Wait until it ends, or give this one "
+            "another --name."
+        )
+        with locked(self.path / ".lock", message):
             with resource_errors(self.path):
                 self._tidy()
             yield
-        finally:
-            lock.release()
 
     def _tidy(self) -> None:
         for path in self.path.glob(f"{_REPLACED}*"):
@@ -90,7 +82,7 @@ class RunFolder:
                 os.rename(path, final)
         for prefix in (WRITING, _REPLACED, _DELETING):
             for path in self.path.glob(f"{prefix}*"):
-                _remove(path)
+                remove(path)
 
     def step_folder(self, step: int) -> Path:
         """Return where the checkpoint of a step is, or would be."""
@@ -175,7 +167,7 @@ class RunFolder:
                 folder = self.step_folder(step)
                 doomed = self.path / f"{_DELETING}{folder.name}"
                 os.rename(folder, doomed)  # first, so that no half of it is taken for a checkpoint
-                _remove(doomed)
+                remove(doomed)
 
 
 @contextmanager
@@ -189,14 +181,14 @@ def writing_folder(final: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
     """
     aside = final.with_name(f"{WRITING}{final.name}")
     with resource_errors(final.parent):
-        _remove(aside)
+        remove(aside)
         try:
             aside.mkdir(parents=True)
             yield aside
             write_manifest(aside, facts)
             _put_in_place(aside, final)
         except BaseException:
-            _remove(aside)
+            remove(aside)
             raise
 
 
@@ -215,13 +207,7 @@ def _put_in_place(aside: Path, final: Path) -> None:
         if replaced.exists():
             os.rename(replaced, final)
         raise
-    _remove(replaced)
-
-
-def _remove(path: Path) -> None:
-    shutil.rmtree(path, ignore_errors=True)
-    with suppress(OSError):
-        path.unlink(missing_ok=True)  # a file of that name
+    remove(replaced)
 
 
 def _val_loss(pointer: Pointer) -> float:

@@ -23,7 +23,8 @@ def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
     files = {}
     for path in paths:
         if path.is_file():
-            sync_file(path)
+            with path.open("rb+") as file:
+                sync_file(file)
             name = path.relative_to(folder).as_posix()
             files[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
     for path in paths:

@@ -4,11 +4,11 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from minigpt.checkpoint.folder import WRITING, RunFolder
+from minigpt.checkpoint.folder import RunFolder
 from minigpt.checkpoint.manifest import MANIFEST, verify
 from minigpt.checkpoint.tools.hub import download_model, is_hub_name
 from minigpt.errors import CheckpointError, MinigptError, nearest
-from minigpt.files import resource_errors
+from minigpt.files import WRITING, resource_errors
 
 ROOT = Path("checkpoints")
 """Where runs go, and what ships lies, seen from the project's root."""

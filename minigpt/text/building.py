@@ -11,7 +11,7 @@ from pathlib import Path
 
 from minigpt.config import DataConfig
 from minigpt.errors import DataError
-from minigpt.files import cache_folder, writing
+from minigpt.files import OTHER_CACHE, cache_folder, resource_errors
 from minigpt.text.corpus import Document, Source, content_hash, find_sources, iter_documents
 from minigpt.text.encoding import Encoded, default_workers, encoded
 from minigpt.text.shard_files import (
@@ -90,7 +90,7 @@ def opened_corpus(
     if tokenizer is None:
         parse_spec(data.tokenizer)  # before a download, not after
     cache = cache_dir or cache_folder()
-    with writing(cache):
+    with resource_errors(cache, OTHER_CACHE):
         (cache / "prepared").mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="streams-", dir=cache) as spool:
             sources = find_sources(

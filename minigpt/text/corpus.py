@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from minigpt.errors import DataError, ResourceError, nearest
-from minigpt.files import writing
+from minigpt.files import OTHER_CACHE, resource_errors
 from minigpt.text.datasets import BUILTIN, DOWNLOADS, dataset_path
 from minigpt.text.tokenizer import well_formed
 
@@ -182,7 +182,7 @@ def _missing(path: Path) -> str:
 
 def _spooled(stream: BinaryIO, spool: Path, name: str) -> Source:
     path = spool / f"stream-{len(os.listdir(spool))}.txt"
-    with writing(path), path.open("wb") as file:
+    with resource_errors(path, OTHER_CACHE), path.open("wb") as file:
         shutil.copyfileobj(stream, file, BLOCK_BYTES)
     return Source(path, name)
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minigpt.errors import DataError, nearest
-from minigpt.files import written_aside
+from minigpt.files import OTHER_CACHE, resource_errors, writing_aside
 
 BUILTIN = "builtin"
 BLOCK_BYTES = 2**16
@@ -81,7 +81,7 @@ def fetch_dataset(
     if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == wanted.sha256:
         return path
     digest, n_bytes = hashlib.sha256(), 0
-    with written_aside(path) as file:
+    with resource_errors(path, OTHER_CACHE), writing_aside(path) as file:
         for block in _received(name, wanted):
             file.write(block)
             digest.update(block)
@@ -128,7 +128,7 @@ def builtin(cache: Path) -> Path:
     """
     path = cache / f"builtin-1-python-{platform.python_version()}.jsonl"
     if not path.is_file():
-        with written_aside(path) as file:
+        with resource_errors(path, OTHER_CACHE), writing_aside(path) as file:
             for text in _reference_topics() + _library_docstrings():
                 if prose := "\n\n".join(_prose(text)):
                     file.write(json.dumps({"text": prose + "\n"}).encode() + b"\n")

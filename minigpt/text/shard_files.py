@@ -7,7 +7,6 @@ unfinished.json stands in the place of the manifest.
 import dataclasses
 import hashlib
 import json
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any, BinaryIO, Self
 
 import numpy.typing as npt
 
+from minigpt.files import WRITING, sha256, sync_file, writing_aside
 from minigpt.text.tokenizer import Tokenizer
 
 # Written into every manifest and hashed into every identity: raise it when what is prepared from
@@ -27,8 +27,8 @@ MAX_SHARD_TOKENS = 2**24
 MANIFEST = "manifest.json"
 VOCABULARY = "vocabulary.json"
 UNFINISHED = "unfinished.json"
-PARTIAL = ".partial"
 _SHARD = re.compile(r"tokens-\d+\.bin")
+_FILES = "|".join([*map(re.escape, (MANIFEST, VOCABULARY, UNFINISHED)), _SHARD.pattern])
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,7 @@ class Shard:
         path = folder / self.name
         if path.stat().st_mtime_ns == self.mtime_ns:
             return True
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() == self.sha256
+        return sha256(path) == self.sha256
 
 
 @dataclass(frozen=True)
@@ -172,19 +171,14 @@ def read_vocabulary(folder: Path) -> Tokenizer:
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write a file that is there whole or not at all."""
-    aside = path.with_name(path.name + PARTIAL)
-    with aside.open("w", encoding="utf-8") as file:
-        json.dump(values, file)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    """Write a JSON file atomically."""
+    with writing_aside(path) as file:
+        file.write(json.dumps(values).encode())
 
 
 def is_ours(path: Path) -> bool:
-    """Tell by its name whether a file is one that a preparation writes."""
-    name = path.name.removesuffix(PARTIAL)
-    return name in (MANIFEST, VOCABULARY, UNFINISHED) or _SHARD.fullmatch(name) is not None
+    """Return whether a file's name is one that a preparation writes, finished or not."""
+    return re.fullmatch(rf"({_FILES})|{re.escape(WRITING)}({_FILES})\.\d+", path.name) is not None
 
 
 class ShardWriter:
@@ -233,8 +227,7 @@ class ShardWriter:
         """End the last shard, full or not."""
         if self._file is None:
             return
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        sync_file(self._file)
         self._file.close()
         mtime_ns = (self.folder / self._name).stat().st_mtime_ns
         self.shards.append(Shard(self._name, self._n_tokens, self._digest.hexdigest(), mtime_ns))

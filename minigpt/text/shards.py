@@ -9,23 +9,20 @@ import hashlib
 import os
 import shutil
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from filelock import FileLock, Timeout
 
 from minigpt.config import DataConfig
-from minigpt.errors import ConfigError, DataError, LockedError
-from minigpt.files import writing
+from minigpt.errors import ConfigError, DataError
+from minigpt.files import locked, resource_errors
 from minigpt.text.building import Corpus, PrepareProgress, Work, build, opened_corpus, tidy
 from minigpt.text.shard_files import (
     MANIFEST,
-    PARTIAL,
     UNFINISHED,
     VOCABULARY,
     Manifest,
@@ -141,7 +138,7 @@ def prepare(
         return _opened(folder, data.tokenizer, tokenizer)
     with opened_corpus(data, tokenizer, cache_dir, on_progress) as corpus:
         folder = corpus.cache / "prepared" / corpus.identity[:32]
-        with FileLock(f"{folder}.lock"):
+        with locked(Path(f"{folder}.lock")):
             try:
                 prepared = open_prepared(folder)
             except DataError:
@@ -153,7 +150,7 @@ def prepare(
 
 def _replace(folder: Path, corpus: Corpus, n_workers: int) -> None:
     """Build a prepared corpus aside and rename it; an unusable one in its place goes first."""
-    aside = folder.with_name(f"{folder.name}{PARTIAL}")
+    aside = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(folder, ignore_errors=True)
     aside.mkdir(exist_ok=True)
     try:
@@ -187,8 +184,12 @@ def prepare_folder(
     _require_ours(folder)
     with (
         opened_corpus(data, tokenizer, cache_dir, on_progress) as corpus,
-        writing(folder, "name another --out"),
-        _locked(folder),
+        resource_errors(folder, "name another --out"),
+        locked(
+            folder / _LOCK,
+            f"another process is preparing {str(folder)!r}. Wait until it ends, or name another "
+            "--out.",
+        ),
     ):
         work = Work()
         if not _is_finished(folder, corpus.identity):
@@ -208,23 +209,6 @@ def _require_ours(folder: Path) -> None:
                 f"the folder {str(folder)!r} holds {min(others)!r}, which is none of what is "
                 "prepared. Name an empty or a new one."
             )
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / _LOCK, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise LockedError(
-            f"another process is preparing {str(folder)!r}. Wait until it ends, or name another "
-            "--out."
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _is_finished(folder: Path, identity: str) -> bool:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
+from minigpt import files
 from minigpt.config import DataConfig
 from minigpt.errors import ConfigError, DataError, LockedError, ResourceError
 from minigpt.text import building, corpus, encoding, shard_files, shards, tokenizer
@@ -140,7 +141,7 @@ def test_a_folder_has_the_tokens_and_the_fingerprint_that_the_cache_has(
 
 
 def kill_at_sync(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the process end at its n-th call of fsync, and with it at any place between two files."""
+    """End the process at its n-th fsync of a file, and so at any place between two files."""
     sync, calls = os.fsync, []
 
     def sync_or_die(descriptor: int) -> None:
@@ -150,6 +151,7 @@ def kill_at_sync(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
         sync(descriptor)
 
     monkeypatch.setattr(os, "fsync", sync_or_die)
+    monkeypatch.setattr(files, "sync_folder", lambda folder: None)
     monkeypatch.setattr(shards, "tidy", lambda folder: None)
 
 

@@ -281,7 +281,7 @@ def test_a_full_disk_is_a_resource_error_and_gives_its_space_back(
 def test_a_cache_that_is_no_folder_is_a_resource_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(ResourceError, match="cannot write"):
+    with pytest.raises(ResourceError, match=r"Not a directory.*MINIGPT_CACHE_DIR"):
         prepare(DataConfig(paths=(str(tmp_path / "a.txt"),)), tmp_path / "file")
 
 

@@ -13,7 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from minigpt.errors import ResourceError
-from minigpt.files import CACHE_VARIABLE, cache_folder, writing, written_aside
+from minigpt.files import (
+    CACHE_VARIABLE,
+    OTHER_CACHE,
+    cache_folder,
+    resource_errors,
+    writing_aside,
+)
 
 
 def package(key: str, compile_to: Callable[[Path], None]) -> Path:
@@ -22,7 +28,7 @@ def package(key: str, compile_to: Callable[[Path], None]) -> Path:
     Raises: ResourceError if the cache folder cannot be written or is not the user's own.
     """
     folder = cache_folder() / "compiled"
-    with writing(folder):
+    with resource_errors(folder, OTHER_CACHE):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not _is_ours(folder):
         raise ResourceError(
@@ -39,7 +45,7 @@ def package(key: str, compile_to: Callable[[Path], None]) -> Path:
         compile_to(compiled)
         data = compiled.read_bytes()
     path = folder / f"{name}-{_digest(data)}.pt2"
-    with written_aside(path) as file:
+    with resource_errors(folder, OTHER_CACHE), writing_aside(path) as file:
         os.chmod(file.fileno(), 0o600)
         file.write(data)
     return path

@@ -4,7 +4,6 @@ Shapes: L layers, H query heads, S positions in view, N rows' positions in all.
 """
 
 import json
-import os
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -12,7 +11,7 @@ from typing import Self
 import numpy as np
 from torch import Tensor
 
-from minigpt.files import resource_errors
+from minigpt.files import path_aside, rename_synced, resource_errors
 
 _HEADER_BYTES = 4096
 
@@ -31,7 +30,7 @@ class DenseWriter:
         Raises: ResourceError if the folder cannot be written.
         """
         self.path, self._shape = path, (n_layer, n_head)
-        self._aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+        self._aside = path_aside(path)
         self._offsets = [0]
         with resource_errors(path):
             self._file = self._aside.open("wb")
@@ -67,10 +66,7 @@ class DenseWriter:
             self._file.seek(0)
             # The format lets a header end in blanks.
             self._file.write(room.to_bytes(8, "little") + header.ljust(room))
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            os.replace(self._aside, self.path)
+            rename_synced(self._file, self.path)
 
     def __enter__(self) -> Self:
         return self
