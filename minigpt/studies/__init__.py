@@ -1,1 +1,1 @@
-"""What the textbooks say of attention, measured."""
+"""Studies: architectures compared on one text, and textbook claims about attention measured."""

@@ -1,4 +1,4 @@
-"""minigpt claims: what it says of each claim, as text, as JSON and as pictures."""
+"""minigpt claims: each claim as text, JSON and a picture."""
 
 import json
 from dataclasses import replace
@@ -9,15 +9,15 @@ import pytest
 from calls import Run, error_line
 
 from minigpt.studies.claims import study
-from minigpt.studies.claims.learning import Lesson
+from minigpt.studies.claims.learning import Curriculum
 
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let --quick be quicker: what is said is checked here, not what is found."""
+    """Make --quick quicker: these tests check the format of the output, not its numbers."""
     size = replace(
         study.QUICK,
-        lesson=Lesson(n_steps=2, batch_tokens=64, stages=(8,), d_model=16),
+        curriculum=Curriculum(n_steps=2, batch_tokens=64, stages=(8,), d_model=16),
         distances=(8, 12),
         n_sequences=2,
         lengths=(8, 16),
@@ -28,21 +28,21 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study, "QUICK", size)
 
 
-def test_each_claim_is_a_table_a_verdict_and_reasons(run: Run) -> None:
+def test_each_claim_shows_a_table_a_judgement_and_reasons(run: Run) -> None:
     result = run("claims", "--quick")
-    assert result.code == 0, result.err  # where it takes long, it says how far it is
+    assert result.code == 0, result.err
     lines = result.out.splitlines()
     for claim in ("long-range", "explainable", "parallel"):
-        (verdict,) = [line for line in lines if line.startswith(f"{claim}: ")]
-        assert verdict.endswith("borne out") or verdict.endswith("in part")
-        assert lines[lines.index(verdict) + 1].startswith("- ")
+        (judgement,) = [line for line in lines if line.startswith(f"{claim}: ")]
+        assert judgement.endswith("borne out") or judgement.endswith("in part")
+        assert lines[lines.index(judgement) + 1].startswith("- ")
     header = next(line for line in lines if line.startswith("recall: % right"))
     assert header.split()[-2:] == ["8", "12"]
 
 
-def test_json_is_an_object_for_each_claim_that_was_asked_for(run: Run) -> None:
+def test_json_has_a_line_per_requested_claim(run: Run) -> None:
     result = run("claims", "parallel", "long-range", "--quick", "--json", "--seeds", "2")
-    assert result.code == 0, result.err  # where it takes long, it says how far it is
+    assert result.code == 0, result.err
     parallel, long_range = (json.loads(line) for line in result.out.splitlines())
     assert [parallel["claim"], long_range["claim"]] == ["parallel", "long-range"]
     assert {one["arch"] for one in parallel["measured"]} == {"lstm", "gpt"}
@@ -54,7 +54,7 @@ def test_json_is_an_object_for_each_claim_that_was_asked_for(run: Run) -> None:
     assert all(isinstance(reason, str) for reason in parallel["reasons"])
 
 
-def test_a_folder_gets_the_numbers_and_the_pictures(run: Run) -> None:
+def test_out_writes_claims_json_and_pictures(run: Run) -> None:
     pytest.importorskip("matplotlib", reason="needs pip install 'minigpt[plot]'")
     result = run("claims", "--quick", "--json", "--out", "found/here")
     assert result.code == 0, result.err
@@ -67,14 +67,14 @@ def test_a_folder_gets_the_numbers_and_the_pictures(run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["paralel"], "Did you mean parallel?"),
         (["--seeds", "0"], "--seeds must be at least 1"),
         (["--seeds", "two"], "takes a whole number"),
     ],
 )
-def test_what_cannot_be_is_said_in_a_line(run: Run, words: list[str], said: str) -> None:
+def test_a_usage_error_is_one_line(run: Run, words: list[str], message: str) -> None:
     result = run("claims", *words)
     assert result.code == 2
-    assert said in error_line(result)
+    assert message in error_line(result)

@@ -5,15 +5,14 @@ from typing import Annotated
 
 from minigpt.commands.options import Fields, Json, ModelSource, Option, argument, command
 from minigpt.errors import ConfigError, require_choice
-
-_CLAIMS = ("long-range", "explainable", "parallel")
+from minigpt.studies.claims import CLAIMS
 
 
 @command
 def claims(
     which: Annotated[
         list[str] | None,
-        argument("CLAIM", f"{', '.join(_CLAIMS[:-1])} or {_CLAIMS[-1]} [all]"),
+        argument("CLAIM", f"{', '.join(CLAIMS[:-1])} or {CLAIMS[-1]} [all]"),
     ] = None,
     *,
     quick: Annotated[bool, Option("Train smaller models for about a minute", "Size")] = False,
@@ -36,16 +35,17 @@ def claims(
 
     Pictures need matplotlib (the extra plot).
     """
-    wanted = list(dict.fromkeys(which or _CLAIMS))
+    wanted = list(dict.fromkeys(which or CLAIMS))
     for name in wanted:
-        require_choice("claim", name, _CLAIMS)
+        require_choice("claim", name, CLAIMS)
     if seeds < 1:
         raise ConfigError(f"--seeds must be at least 1: it is {seeds}.")
     from minigpt.commands.claims.views import prepare_folder, show_finding, write_findings
     from minigpt.commands.loading import use_threads
     from minigpt.commands.status_line import ProgressLine
 
-    folder = None if out is None else prepare_folder(out)
+    if out is not None:
+        prepare_folder(out)
     from minigpt.model.device import resolve_device
     from minigpt.studies.claims.learning import Progress
     from minigpt.studies.claims.study import DEFAULT, QUICK, Study
@@ -63,5 +63,5 @@ def claims(
                 else:
                     findings.append(event)
         show_finding(findings[-1], as_json=as_json)
-        if folder is not None:
-            write_findings(folder, findings)
+        if out is not None:
+            write_findings(out, findings)

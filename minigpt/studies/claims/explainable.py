@@ -1,71 +1,80 @@
-"""Claim 2: the attention of a model says what its answer was made of.
+"""Claim 2: the attention of a model explains its answers.
 
-Of a recall, the source of the answer is known. So it can be counted how often it is the position
-with the most attention, and what the answer is worth without it.
+The source of a recalled answer is known. So we count how often it is the most attended position,
+and measure how much less probable the answer is without it.
 
-Shapes: B sequences, H heads, S positions in view, L layers of attention.
+Shapes: B sequences, N heads of all layers, S positions in view.
 """
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
 
 from minigpt.model.cache import KVCache
 from minigpt.model.language_model import LanguageModel
+from minigpt.studies.claims.learning import Progress
 from minigpt.studies.claims.long_range import TEST_SEED
-from minigpt.studies.claims.tasks import RECALL, Batch
+from minigpt.studies.claims.study import LEARNED, Judgement, Panel, Study, percent
+from minigpt.studies.claims.tasks import RECALL, TaskBatch
 
+POINTED = 0.8
+"""Share of answers at which the most attended position counts as pointing to the source."""
+MATTERED = 1.0
+"""Smallest fall of ln p beyond the control's that counts: the answer is e times less probable."""
+_ARCHS = ("lstm-attention", "gpt")
 _TOKENS_AT_ONCE = 2**13
 
 
 @dataclass(frozen=True, kw_only=True)
 class Explanation:
-    """What a model's attention said of its answers, and whether it was so."""
+    """How well a model's attention explains its answers."""
 
     arch: str
     seed: int
+    """Seed of the training."""
     n_answers: int
     accuracy: float
     """Share of right answers."""
     best_layer: int
     best_head: int
-    """The head that looked at the source most often, of other answers than these."""
+    """Head that attended most to the source most often, on other sequences than these."""
     best_head_share: float
-    """Of answers, those in which that head looked most at the source."""
+    """Share of answers at which that head attended most to the source."""
     mean_share: float
-    """Of answers, those in which the mean of all heads of all layers looked most at the source."""
+    """Share of answers at which the mean of all heads attended most to the source."""
     chance: float
-    """The same of a position drawn at random."""
+    """The same share for a random position."""
     source_change: float
-    """By how much ln p of the right answer changes, on average, if the last query lacks its source
-    in every layer."""
+    """Mean change of ln p of the right answer when the source is hidden from the last query."""
     control_change: float
-    """The same without another pair's value."""
+    """Mean change when another pair's value is hidden instead."""
     source_mattered_share: float
-    """Of answers, those whose ln p falls by more without the source than without the control."""
+    """Share of answers whose ln p falls more without the source than without the control."""
     accuracy_without_source: float
-    """Share of right answers without the source."""
+    """Share of right answers when the source is hidden."""
     most_attended_change: float
-    """As source_change, without the position at which the mean of all heads looks most."""
+    """Mean change when the most attended position of the mean head is hidden."""
 
 
 @dataclass(frozen=True)
-class _Answers:
-    """What was seen of some answers; each tensor has a row for each."""
+class Answers:
+    """Measurements of some answers, one row per answer."""
 
     hits_BN: Tensor
-    """Whether each head, and at last their mean, looked most at the source."""
+    """Whether each head, and last their mean, attended most to the source."""
     log_p_B4: Tensor
-    """ln p of the right answer: of all, without source, control, and the most attended."""
+    """ln p of the right answer: with everything in view, then without the source, the control and
+    the most attended position."""
     right_B2: Tensor
-    """Whether the most probable answer was right: of all, and without the source."""
+    """Whether the most probable answer was right: with everything in view, without the source."""
     n_in_view: int
 
 
 class _LastRows:
-    """A recorder of the last query's weights in all heads of all layers."""
+    """Recorder of the last query's attention weights in all heads of all layers."""
 
     def __init__(self, model: LanguageModel) -> None:
         self._scores = [attention.score for attention in model.attentions]
@@ -74,31 +83,37 @@ class _LastRows:
     def record(
         self, layer: int, q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, context_BHTD: Tensor
     ) -> None:
-        """Take one layer's rows."""
+        """Record one layer."""
         self.weights.append(self._scores[layer].weights(q_BHTD[:, :, -1:], k_BGSD)[:, :, 0])
 
 
-def explain(
-    model: LanguageModel, distances: Sequence[int], *, n_sequences: int, seed: int
-) -> Explanation:
-    """Measure as many answers at each distance, and as many others to choose the best head by."""
-    generator = torch.Generator().manual_seed(TEST_SEED + 2 * seed)
-    held_out = torch.Generator().manual_seed(TEST_SEED + 2 * seed + 1)
-    to_choose_by = _ask(model, distances, n_sequences, held_out)
-    best = int(_joined(to_choose_by, "hits_BN")[:, :-1].mean(dim=0).argmax())
-    answers = _ask(model, distances, n_sequences, generator)
+def measure(study: Study) -> Generator[Progress, None, tuple[Explanation, ...]]:
+    """Explain the recalled answers of each architecture that has attention."""
+    explanations = []
+    for arch, seed in product(_ARCHS, study.seeds):
+        model, _ = yield from study.trained(arch, RECALL, seed)
+        yield Progress(f"{arch} answers", 0.0)
+        explanations.append(_explain(model, study, seed))
+    return tuple(explanations)
+
+
+def _explain(model: LanguageModel, study: Study, seed: int) -> Explanation:
+    """Measure a model's answers; the best head is chosen on as many other sequences."""
+    held_out = _ask(model, study, torch.Generator().manual_seed(TEST_SEED + 2 * seed + 1))
+    best = int(_joined(held_out, "hits_BN")[:, :-1].mean(dim=0).argmax())
+    answers = _ask(model, study, torch.Generator().manual_seed(TEST_SEED + 2 * seed))
     hits = _joined(answers, "hits_BN").mean(dim=0)
     log_p = _joined(answers, "log_p_B4")
     changes = (log_p[:, 1:] - log_p[:, :1]).mean(dim=0)
     right = _joined(answers, "right_B2").mean(dim=0)
-    n_head = model.config.n_head
+    best_layer, best_head = divmod(best, model.config.n_head)
     return Explanation(
         arch=model.config.arch,
         seed=seed,
         n_answers=len(log_p),
         accuracy=float(right[0]),
-        best_layer=best // n_head,
-        best_head=best % n_head,
+        best_layer=best_layer,
+        best_head=best_head,
         best_head_share=float(hits[best]),
         mean_share=float(hits[-1]),
         chance=sum(1 / one.n_in_view for one in answers) / len(answers),
@@ -110,29 +125,27 @@ def explain(
     )
 
 
-def _joined(answers: Sequence[_Answers], name: str) -> Tensor:
+def _joined(answers: Sequence[Answers], name: str) -> Tensor:
     return torch.cat([getattr(one, name) for one in answers]).float()
 
 
-def _ask(
-    model: LanguageModel, distances: Sequence[int], n_sequences: int, generator: torch.Generator
-) -> list[_Answers]:
+def _ask(model: LanguageModel, study: Study, generator: torch.Generator) -> list[Answers]:
     answers = []
-    for distance in distances:
+    for distance in study.size.distances:
         n_at_once = max(1, _TOKENS_AT_ONCE // (distance + 2 * RECALL.n_asked))
-        for first in range(0, n_sequences, n_at_once):
-            n_batch = min(n_at_once, n_sequences - first)
+        for first in range(0, study.size.n_sequences, n_at_once):
+            n_batch = min(n_at_once, study.size.n_sequences - first)
             batch = RECALL.draw(torch.full((n_batch,), distance), generator)
             answers.append(answer(model, batch))
     return answers
 
 
 @torch.inference_mode()
-def answer(model: LanguageModel, batch: Batch) -> _Answers:
-    """Ask for the first answer of each sequence: with all in view, and with one position less.
+def answer(model: LanguageModel, batch: TaskBatch) -> Answers:
+    """Measure the first answer of each sequence, with and without single positions.
 
-    What earlier positions have seen of a position they have still seen when it is hidden: only the
-    last query lacks it. All four answers go through the same kernels.
+    A position is hidden from the last query in every layer; earlier positions have still seen it.
+    All four answers use the same kernels.
     """
     query = int(batch.query_B[0])
     tokens_BT = batch.tokens_BT[:, : query + 1].to(model.device)
@@ -153,14 +166,73 @@ def answer(model: LanguageModel, batch: Batch) -> _Answers:
         log_p = logits.log_softmax(dim=-1).gather(1, target_B[:, None])[:, 0]
         return log_p, logits.argmax(dim=-1) == target_B
 
-    whole = log_p_without(None)
-    weights_BNS = torch.cat(rows.weights, dim=1)  # the heads of all layers after each other
-    looked_at_BN = torch.cat((weights_BNS, weights_BNS.mean(dim=1, keepdim=True)), 1).argmax(-1)
+    in_full = log_p_without(None)
+    weights_BNS = torch.cat(rows.weights, dim=1)  # the heads of all layers
+    attended_BN = torch.cat((weights_BNS, weights_BNS.mean(dim=1, keepdim=True)), 1).argmax(-1)
     no_source = log_p_without(batch.source_B)
-    others = [log_p_without(position_B) for position_B in (batch.other_B, looked_at_BN[:, -1])]
-    return _Answers(
-        hits_BN=(looked_at_BN.cpu() == batch.source_B[:, None]),
-        log_p_B4=torch.stack([log_p for log_p, _ in (whole, no_source, *others)], dim=1).cpu(),
-        right_B2=torch.stack((whole[1], no_source[1]), dim=1).cpu(),
+    others = [log_p_without(position_B) for position_B in (batch.other_B, attended_BN[:, -1])]
+    return Answers(
+        hits_BN=(attended_BN.cpu() == batch.source_B[:, None]),
+        log_p_B4=torch.stack([log_p for log_p, _ in (in_full, no_source, *others)], dim=1).cpu(),
+        right_B2=torch.stack((in_full[1], no_source[1]), dim=1).cpu(),
         n_in_view=n_view,
     )
+
+
+def judge(explanations: Sequence[Explanation]) -> Judgement:
+    """Judge whether the most attended position is the source, and whether the source matters.
+
+    Borne out if in every model the mean of all heads points to the source, and the answer needs
+    the source more than a control; in part if in some model its best head points to it.
+    """
+    reasons, holds, partly = [], [], []
+    for one in explanations:
+        name = f"{one.arch}, seed {one.seed}"
+        beyond = one.control_change - one.source_change
+        reasons.append(
+            f"{name}: the mean of its heads looks most at the source for {percent(one.mean_share)}"
+            f" of the answers, its best head for {percent(one.best_head_share)} (a random "
+            f"position: {percent(one.chance)})."
+        )
+        reasons.append(
+            f"{name}: without the source, ln p of the answer changes by {one.source_change:+.2f}, "
+            f"without another pair's value by {one.control_change:+.2f}; right answers go from "
+            f"{percent(one.accuracy)} to {percent(one.accuracy_without_source)}."
+        )
+        if one.accuracy < LEARNED:
+            reasons.append(f"{name}: it has not learned the task; its attention explains little.")
+        if one.mean_share < POINTED <= one.best_head_share:
+            reasons.append(f"{name}: which head to look at had to be known first.")
+        if beyond < MATTERED:
+            reasons.append(
+                f"{name}: hiding the source changes little: the answer also has it from elsewhere, "
+                "so that weight is not cause."
+            )
+        mattered = beyond >= MATTERED
+        holds.append(mattered and one.mean_share >= POINTED)
+        partly.append(mattered and one.best_head_share >= POINTED)
+    return Judgement.of("explainable", reasons, holds=all(holds), in_part=any(partly))
+
+
+def table(explanations: Sequence[Explanation]) -> list[list[str]]:
+    """Return a table with a row per model."""
+    changes = ["ln p without source", "without control", "without most attended"]
+    head = ["recall", "seed", "% right", "mean of heads at source", "best head", *changes]
+    return [head] + [
+        [
+            one.arch,
+            str(one.seed),
+            f"{100 * one.accuracy:.0f}",
+            f"{100 * one.mean_share:.0f}",
+            f"{100 * one.best_head_share:.0f} ({one.best_layer}.{one.best_head})",
+            f"{one.source_change:+.2f}",
+            f"{one.control_change:+.2f}",
+            f"{one.most_attended_change:+.2f}",
+        ]
+        for one in explanations
+    ]
+
+
+def panels(explanations: Sequence[Explanation]) -> list[Panel]:
+    """Return no chart: the table says it all."""
+    return []

@@ -1,44 +1,78 @@
-"""Claim 1: attention reaches what is far away, where a recurrent network has lost it."""
+"""Claim 1: attention reaches far back, where a recurrent network has forgotten."""
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from itertools import product
+from statistics import mean
 
 import torch
 
 from minigpt.model.cost import parameter_count
 from minigpt.model.language_model import LanguageModel
-from minigpt.studies.claims.tasks import Task
+from minigpt.studies.claims.learning import Progress
+from minigpt.studies.claims.study import LEARNED, Judgement, Panel, Study, percent
+from minigpt.studies.claims.tasks import TASKS, Task
 
-_TOKENS_AT_ONCE = 2**14
+LOST = 0.2
+"""Smallest difference in the share of right answers that counts, between the nearest and the
+farthest distance and between two models."""
 TEST_SEED = 2**31
-"""Tests are drawn from generators of this seed and above, training from those below. (A generator
-on the CPU heeds the lowest 32 bits of its seed alone.)"""
+"""Seed offset of test sequences; training seeds are smaller. (A CPU generator uses only the lowest
+32 bits of its seed.)"""
+_ARCHS = ("lstm", "lstm-attention", "gpt")
+_TOKENS_AT_ONCE = 2**14
 
 
 @dataclass(frozen=True, kw_only=True)
-class Curve:
-    """How often a model answers right, against the distance of the answer's source."""
+class AccuracyCurve:
+    """A model's share of right answers at each distance of the answer's source."""
 
     task: str
     arch: str
     seed: int
+    """Seed of the training."""
     n_parameters: int
     distances: tuple[int, ...]
     accuracy: tuple[float, ...]
     """Share of right answers at each distance."""
     n_answers: tuple[int, ...]
-    """Answers at each distance."""
+    """Number of answers at each distance."""
     train_s: float
-    """Seconds that the model took to learn."""
+    """Training time in seconds."""
+
+
+def measure(study: Study) -> Generator[Progress, None, tuple[AccuracyCurve, ...]]:
+    """Train each architecture on each task and test it at each distance."""
+    curves = []
+    for task, arch, seed in product(TASKS.values(), _ARCHS, study.seeds):
+        model, train_s = yield from study.trained(arch, task, seed)
+        found = [
+            accuracy(model, task, distance, n_sequences=study.size.n_sequences, seed=seed)
+            for distance in study.size.distances
+        ]
+        shares, n_answers = zip(*found, strict=True)
+        curves.append(
+            AccuracyCurve(
+                task=task.name,
+                arch=arch,
+                seed=seed,
+                n_parameters=parameter_count(model.config),
+                distances=study.size.distances,
+                accuracy=shares,
+                n_answers=n_answers,
+                train_s=train_s,
+            )
+        )
+    return tuple(curves)
 
 
 @torch.inference_mode()
 def accuracy(
     model: LanguageModel, task: Task, distance: int, *, n_sequences: int, seed: int
 ) -> tuple[float, int]:
-    """Return the share of right answers to fresh sequences of this distance, and their number.
+    """Return the share of right answers to test sequences of a distance, and their number.
 
-    The most probable answer counts. Of a copy, the symbols before the asked one were given right.
+    The answer is the most probable token. In a copy, the symbols before it are given correctly.
     """
     generator = torch.Generator().manual_seed(TEST_SEED + seed)
     n_at_once = max(1, _TOKENS_AT_ONCE // (distance + 2 * task.n_asked))
@@ -54,27 +88,75 @@ def accuracy(
     return n_right / n_answers, n_answers
 
 
-def measure_curve(
-    model: LanguageModel,
-    task: Task,
-    distances: Sequence[int],
-    *,
-    n_sequences: int,
-    seed: int,
-    train_s: float,
-) -> Curve:
-    """Return a model's accuracy at each distance.
+def judge(curves: Sequence[AccuracyCurve]) -> Judgement:
+    """Judge whether attention answers from far away, and the LSTM only from nearby.
 
-    Args: seed and train_s, of its training.
+    Borne out if in every task the Transformer is right at the largest distance, where the LSTM has
+    lost what it had at the smallest; in part if attention is only better there.
     """
-    found = [accuracy(model, task, d, n_sequences=n_sequences, seed=seed) for d in distances]
-    return Curve(
-        task=task.name,
-        arch=model.config.arch,
-        seed=seed,
-        n_parameters=parameter_count(model.config),
-        distances=tuple(distances),
-        accuracy=tuple(share for share, _ in found),
-        n_answers=tuple(n for _, n in found),
-        train_s=train_s,
-    )
+    reasons, holds, better = [], [], []
+    for task in dict.fromkeys(curve.task for curve in curves):
+        near, far = _ends(curves, task, 0), _ends(curves, task, -1)
+        distances = next(curve.distances for curve in curves if curve.task == task)
+        for arch in near:
+            reasons.append(
+                f"{task}, {arch}: {percent(near[arch])} right at distance {distances[0]}, "
+                f"{percent(far[arch])} at {distances[-1]}: {_range(task, near[arch], far[arch])}."
+            )
+        holds.append(far["gpt"] >= LEARNED and near["lstm"] - far["lstm"] >= LOST)
+        better.append(far["gpt"] - far["lstm"] >= LOST)
+        if near["gpt"] - near["lstm"] >= far["gpt"] - far["lstm"] - LOST / 2 > 0:
+            reasons.append(
+                f"{task}: the LSTM is as far behind nearby, so that what it lacks is not range."
+            )
+        if far["lstm-attention"] - far["lstm"] >= LOST:
+            reasons.append(
+                f"{task}: attention on top of the LSTM is what it lacked at {distances[-1]}."
+            )
+    return Judgement.of("long-range", reasons, holds=all(holds), in_part=any(better))
+
+
+def _ends(curves: Sequence[AccuracyCurve], task: str, end: int) -> dict[str, float]:
+    """Return each architecture's accuracy at one end of its curves, averaged over the seeds."""
+    found: dict[str, list[float]] = {}
+    for curve in curves:
+        if curve.task == task:
+            found.setdefault(curve.arch, []).append(curve.accuracy[end])
+    return {arch: mean(values) for arch, values in found.items()}
+
+
+def _range(task: str, near: float, far: float) -> str:
+    if near - far >= LOST:
+        return "it loses what is far away"
+    if far >= LEARNED:
+        return "it reaches that far"
+    if near < TASKS[task].informed_chance + LOST:
+        return "not learned, near or far"
+    return "learned in part, and as well from afar"
+
+
+def table(curves: Sequence[AccuracyCurve]) -> list[list[str]]:
+    """Return a table for each task: a row per model, then the accuracy of guessing."""
+    rows = []
+    for name in dict.fromkeys(curve.task for curve in curves):
+        found = [curve for curve in curves if curve.task == name]
+        distances, task = found[0].distances, TASKS[name]
+        rows.append([f"{name}: % right", "seed", "parameters", *map(str, distances)])
+        for one in found:
+            shares = [f"{100 * share:.0f}" for share in one.accuracy]
+            rows.append([one.arch, str(one.seed), str(one.n_parameters), *shares])
+        for guess, chance in (("guess", task.chance), ("informed guess", task.informed_chance)):
+            rows.append([guess, "", "", *[f"{100 * chance:.0f}"] * len(distances)])
+    return rows
+
+
+def panels(curves: Sequence[AccuracyCurve]) -> list[Panel]:
+    """Return a chart for each task: accuracy by distance."""
+    lines: dict[str, list[tuple[str, Sequence[float], Sequence[float]]]] = {}
+    for curve in curves:
+        line = curve.arch, curve.distances, [100 * share for share in curve.accuracy]
+        lines.setdefault(curve.task, []).append(line)
+    return [
+        Panel(task, "distance of the source", "% right", of_task, 100 * TASKS[task].informed_chance)
+        for task, of_task in lines.items()
+    ]

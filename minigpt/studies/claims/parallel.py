@@ -1,24 +1,30 @@
-"""Claim 3: attention trains all positions at once, where a recurrent network goes one by one."""
+"""Claim 3: attention trains all positions in parallel, a recurrent network one after another."""
 
 import statistics
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 import torch.nn.functional as F
 
+from minigpt.format import with_unit
 from minigpt.model.cost import parameter_count
+from minigpt.model.language_model import LanguageModel
 from minigpt.model.registry import model_class
-from minigpt.studies.claims.learning import Progress, contender
+from minigpt.studies.claims.learning import Progress, equal_size_config
+from minigpt.studies.claims.study import Judgement, Panel, Size, Study, percent
 
-ARCHS = ("lstm", "gpt")
+FASTER = 2.0
+"""Smallest ratio of two speeds that counts as faster."""
+_ARCHS = ("lstm", "gpt")
 _VOCAB_SIZE = 256
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """What a forward and backward pass takes at one length of sequences."""
+    """Time of a forward and backward pass at one sequence length."""
 
     arch: str
     device: str
@@ -28,40 +34,43 @@ class Timing:
     batch_size: int
     """Sequences in a step."""
     step_ms: float
-    """Of a step, the median."""
+    """Median time of a step, in milliseconds."""
     tokens_per_s: float
 
 
-def measure_timings(
-    lengths: Sequence[int],
-    *,
-    step_tokens: int,
-    n_repeats: int,
-    d_model: int,
-    device: torch.device,
-) -> Generator[Progress, None, tuple[Timing, ...]]:
-    """Yield how far it is, and return a step's time for each architecture and length.
+def measure(study: Study) -> Generator[Progress, None, tuple[Timing, ...]]:
+    """Time training steps on the CPU and on the study's device."""
+    timings: tuple[Timing, ...] = ()
+    # The outcome may differ between CPU and GPU, and every machine has a CPU.
+    for device in dict.fromkeys((torch.device("cpu"), study.device)):
+        timings += yield from _measure_on(device, study.size)
+    return timings
 
-    Steps have the same number of tokens at all lengths. All lengths and architectures take turns,
-    so that whatever else the machine does, it does to all of them.
+
+def _measure_on(device: torch.device, size: Size) -> Generator[Progress, None, tuple[Timing, ...]]:
+    """Time steps with the same number of tokens at all lengths.
+
+    Lengths and architectures alternate, so that other load on the machine affects all of them.
     """
-    turns: dict[tuple[str, int], Callable[[], float]] = {}
+    steps: dict[tuple[str, int], Callable[[], float]] = {}
     n_parameters = {}
-    for arch in ARCHS:
-        config = contender(arch, d_model, context_length=max(lengths), vocab_size=_VOCAB_SIZE)
+    for arch in _ARCHS:
+        config = equal_size_config(
+            arch, size.timed_d_model, context_length=max(size.lengths), vocab_size=_VOCAB_SIZE
+        )
         n_parameters[arch] = parameter_count(config)
         model = model_class(config)(config).to(device)
-        for length in lengths:
-            turns[arch, length] = _turn(model, max(1, step_tokens // length), length)
-    seconds: dict[tuple[str, int], list[float]] = {key: [] for key in turns}
-    for repeat in range(n_repeats + 1):  # the first warms up
-        for (arch, length), step_s in turns.items():
-            share = repeat / (n_repeats + 1)
-            yield Progress(f"steps on {device.type}", share, (arch, f"{length} tokens"))
-            seconds[arch, length].append(step_s())
+        for length in size.lengths:
+            steps[arch, length] = _timed_step(model, max(1, size.step_tokens // length), length)
+    seconds: dict[tuple[str, int], list[float]] = {key: [] for key in steps}
+    n_rounds = size.n_repeats + 1  # the first round warms up
+    for repeat, (key, step_s) in product(range(n_rounds), steps.items()):
+        facts = key[0], f"{key[1]} tokens"
+        yield Progress(f"steps on {device.type}", repeat / n_rounds, facts)
+        seconds[key].append(step_s())
     timings = []
     for (arch, length), found in seconds.items():
-        batch_size = max(1, step_tokens // length)
+        batch_size = max(1, size.step_tokens // length)
         median_s = statistics.median(found[1:])
         timings.append(
             Timing(
@@ -77,21 +86,20 @@ def measure_timings(
     return tuple(timings)
 
 
-def _turn(model: torch.nn.Module, batch_size: int, length: int) -> Callable[[], float]:
-    """Return what takes a step, forward and backward, and tells its seconds."""
-    device = next(model.parameters()).device
+def _timed_step(model: LanguageModel, batch_size: int, length: int) -> Callable[[], float]:
+    """Return a function that takes one forward and backward pass and returns its seconds."""
+    device = model.device
     generator = torch.Generator().manual_seed(length)
-    shape = (batch_size, length)
-    tokens = torch.randint(_VOCAB_SIZE, shape, generator=generator).to(device)
+    tokens = torch.randint(_VOCAB_SIZE, (batch_size, length), generator=generator).to(device)
 
     def step_s() -> float:
         _wait(device)
         started_at = time.perf_counter()
         F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()).backward()
         _wait(device)
-        took_s = time.perf_counter() - started_at
+        elapsed_s = time.perf_counter() - started_at
         model.zero_grad()
-        return took_s
+        return elapsed_s
 
     return step_s
 
@@ -99,3 +107,62 @@ def _turn(model: torch.nn.Module, batch_size: int, length: int) -> Callable[[], 
 def _wait(device: torch.device) -> None:
     if device.type != "cpu":
         torch.get_device_module(device).synchronize()
+
+
+def judge(timings: Sequence[Timing]) -> Judgement:
+    """Judge whether the Transformer trains long sequences faster, and keeps its speed.
+
+    Borne out if on every device it is faster at the largest length, and by more than at the
+    smallest; in part if on some device.
+    """
+    reasons, holds = [], []
+    for device in dict.fromkeys(timing.device for timing in timings):
+        speed = {(t.arch, t.length): t.tokens_per_s for t in timings if t.device == device}
+        lengths = sorted({length for _, length in speed})
+        short, long = lengths[0], lengths[-1]
+        ratio = {length: speed["gpt", length] / speed["lstm", length] for length in lengths}
+        kept = {arch: speed[arch, long] / speed[arch, short] for arch in _ARCHS}
+        reasons.append(
+            f"{device}: the Transformer trains {ratio[short]:.2g} times as many tokens/s as the "
+            f"LSTM at length {short}, {ratio[long]:.2g} times as many at {long}."
+        )
+        reasons.append(
+            f"{device}: from length {short} to {long}, with as many tokens in a step, the LSTM "
+            f"keeps {percent(kept['lstm'])} of its speed and the Transformer "
+            f"{percent(kept['gpt'])}."
+        )
+        if kept["gpt"] < 1 / FASTER:
+            reasons.append(f"{device}: attention looks at all pairs, and that has its price too.")
+        if ratio[long] < FASTER:
+            reasons.append(
+                f"{device}: the LSTM is parallel enough over the batch and its own width here."
+            )
+        holds.append(ratio[long] >= FASTER and ratio[long] > ratio[short])
+    return Judgement.of("parallel", reasons, holds=all(holds), in_part=any(holds))
+
+
+def table(timings: Sequence[Timing]) -> list[list[str]]:
+    """Return a table with a row per architecture, device and length."""
+    return [["training", "parameters", "length", "batch", "ms/step", "tokens/s"]] + [
+        [
+            f"{one.arch} on {one.device}",
+            str(one.n_parameters),
+            str(one.length),
+            str(one.batch_size),
+            f"{one.step_ms:.3g}",
+            with_unit(one.tokens_per_s, "").strip(),
+        ]
+        for one in timings
+    ]
+
+
+def panels(timings: Sequence[Timing]) -> list[Panel]:
+    """Return a chart for each device: training speed by sequence length."""
+    charts = []
+    for device in dict.fromkeys(timing.device for timing in timings):
+        lines = []
+        for arch in _ARCHS:
+            found = [one for one in timings if (one.device, one.arch) == (device, arch)]
+            lines.append((arch, [t.length for t in found], [t.tokens_per_s for t in found]))
+        charts.append(Panel(device, "tokens", "trained tokens/s", lines))
+    return charts

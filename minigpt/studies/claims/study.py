@@ -1,51 +1,50 @@
-"""The claims measured and judged, one after the other: sizes, and what comes of them."""
+"""A study of the claims: its size, the models that it trains, and what it finds."""
 
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Literal
 
 import torch
 
 from minigpt.model.language_model import LanguageModel
-from minigpt.studies.claims.explainable import Explanation, explain
-from minigpt.studies.claims.learning import Lesson, Progress, contender, learn
-from minigpt.studies.claims.long_range import Curve, measure_curve
-from minigpt.studies.claims.parallel import Timing, measure_timings
-from minigpt.studies.claims.tasks import MOST_ASKED, RECALL, TASKS, Task
-from minigpt.studies.claims.verdicts import (
-    Verdict,
-    judge_explainable,
-    judge_long_range,
-    judge_parallel,
+from minigpt.studies.claims.learning import (
+    Curriculum,
+    Progress,
+    equal_size_config,
+    train_on_task,
 )
+from minigpt.studies.claims.tasks import MOST_ASKED, Task
 
-CLAIMS = ("long-range", "explainable", "parallel")
-_LEARNERS = ("lstm", "lstm-attention", "gpt")
-_ATTENDING = ("lstm-attention", "gpt")
+LEARNED = 0.9
+"""Share of right answers at which a task counts as learned."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """How much is measured."""
+    """How large the models are, and how much is measured."""
 
-    lesson: Lesson
-    """Of each model and task."""
+    curriculum: Curriculum
+    """Training of each model on each task."""
     distances: tuple[int, ...]
-    """At which models are tested, rising."""
+    """Distances at which models are tested, ascending."""
     n_sequences: int
-    """Fresh sequences at each distance."""
+    """Test sequences at each distance."""
     lengths: tuple[int, ...]
-    """Of sequences whose training is timed, rising."""
+    """Sequence lengths at which training is timed, ascending."""
     step_tokens: int
     """Tokens in a timed step."""
     n_repeats: int
-    """Timed steps of each kind."""
+    """Timed steps of each architecture and length."""
     timed_d_model: int
     """Width of the Transformer whose training is timed."""
 
 
 DEFAULT = Size(
-    lesson=Lesson(n_steps=700, batch_tokens=1280, stages=(12, 24, 48, 128, 512), d_model=64),
+    curriculum=Curriculum(
+        n_steps=700, batch_tokens=1280, stages=(12, 24, 48, 128, 512), d_model=64
+    ),
     distances=(8, 16, 32, 64, 128, 256, 512),
     n_sequences=200,
     lengths=(64, 128, 256, 512, 1024, 2048),
@@ -54,7 +53,7 @@ DEFAULT = Size(
     timed_d_model=128,
 )
 QUICK = Size(
-    lesson=Lesson(n_steps=150, batch_tokens=640, stages=(16, 64), d_model=48),
+    curriculum=Curriculum(n_steps=150, batch_tokens=640, stages=(16, 64), d_model=48),
     distances=(8, 16, 32, 64),
     n_sequences=50,
     lengths=(64, 256, 1024),
@@ -64,95 +63,90 @@ QUICK = Size(
 )
 
 
+Outcome = Literal["borne out", "borne out in part", "not borne out"]
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Whether a claim holds for the measured numbers."""
+
+    claim: str
+    outcome: Outcome
+    reasons: tuple[str, ...]
+    """Sentences: what was measured, and where the claim goes too far."""
+
+    @classmethod
+    def of(cls, claim: str, reasons: Sequence[str], *, holds: bool, in_part: bool) -> "Judgement":
+        """Return the judgement of a claim that holds, holds in part, or does not hold."""
+        not_fully: Outcome = "borne out in part" if in_part else "not borne out"
+        outcome: Outcome = "borne out" if holds else not_fully
+        return cls(claim, outcome, tuple(reasons))
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A line chart of results: a line per architecture and seed."""
+
+    title: str
+    x_label: str
+    y_label: str
+    lines: Sequence[tuple[str, Sequence[float], Sequence[float]]]
+    """Architecture, x values and y values of each line."""
+    guess: float | None = None
+    """Height of a dotted line for guessing; None draws no line."""
+
+
 @dataclass(frozen=True)
 class Finding:
-    """What was measured for a claim, and whether it bears it out."""
+    """What was measured for a claim, and the judgement of it."""
 
-    verdict: Verdict
-    measured: tuple[Curve, ...] | tuple[Explanation, ...] | tuple[Timing, ...]
+    judgement: Judgement
+    measured: tuple[Any, ...]
+    """Results, dataclasses of the claim's module."""
+    table: list[list[str]]
+    """Results as rows of text."""
+    panels: list[Panel]
+    """Results as line charts; may be empty."""
     elapsed_s: float
-    """Seconds that it took, without the models that an earlier claim had taught."""
+    """Seconds spent, without the training of models that an earlier claim trained."""
 
 
 class Study:
-    """Measures claims, and keeps the models that one has taught for the next."""
+    """Measures claims, and keeps each trained model for the next claim."""
 
     def __init__(self, size: Size, *, seeds: Sequence[int], device: torch.device) -> None:
         self.size, self.seeds, self.device = size, seeds, device
-        self._taught: dict[tuple[str, str, int], tuple[LanguageModel, float]] = {}
+        self._trained: dict[tuple[str, str, int], tuple[LanguageModel, float]] = {}
 
     def measure(self, claim: str) -> Iterator[Progress | Finding]:
-        """Yield how far the measurement of one of the CLAIMS is, and at last what was found.
+        """Yield the progress of measuring one of the CLAIMS, then the finding.
 
-        Raises: DivergedError if a model cannot learn.
+        Raises: DivergedError on a NaN or infinite loss.
         """
+        module = import_module(f"minigpt.studies.claims.{claim.replace('-', '_')}")
         started_at = time.monotonic()
-        measured: tuple[Curve, ...] | tuple[Explanation, ...] | tuple[Timing, ...]
-        if claim == "long-range":
-            measured = yield from self._curves()
-            verdict = judge_long_range(measured)
-        elif claim == "explainable":
-            measured = yield from self._explanations()
-            verdict = judge_explainable(measured)
-        else:
-            measured = yield from self._timings()
-            verdict = judge_parallel(measured)
-        yield Finding(verdict, measured, time.monotonic() - started_at)
+        measured = yield from module.measure(self)
+        elapsed_s = time.monotonic() - started_at
+        judgement, table = module.judge(measured), module.table(measured)
+        yield Finding(judgement, measured, table, module.panels(measured), elapsed_s)
 
-    def _curves(self) -> Generator[Progress, None, tuple[Curve, ...]]:
-        curves = []
-        for task in TASKS.values():
-            for arch in _LEARNERS:
-                for seed in self.seeds:
-                    model, train_s = yield from self._teach(arch, task, seed)
-                    curve = measure_curve(
-                        model,
-                        task,
-                        self.size.distances,
-                        n_sequences=self.size.n_sequences,
-                        seed=seed,
-                        train_s=train_s,
-                    )
-                    curves.append(curve)
-        return tuple(curves)
-
-    def _explanations(self) -> Generator[Progress, None, tuple[Explanation, ...]]:
-        explanations = []
-        for arch in _ATTENDING:
-            for seed in self.seeds:
-                model, _ = yield from self._teach(arch, RECALL, seed)
-                yield Progress(f"{arch} is asked", 0.0)
-                explanation = explain(
-                    model,
-                    self.size.distances,
-                    n_sequences=self.size.n_sequences,
-                    seed=seed,
-                )
-                explanations.append(explanation)
-        return tuple(explanations)
-
-    def _timings(self) -> Generator[Progress, None, tuple[Timing, ...]]:
-        timings: tuple[Timing, ...] = ()
-        # The CPU is always there, and what is claimed of it differs from what is of a GPU.
-        for device in dict.fromkeys((torch.device("cpu"), self.device)):
-            timings += yield from measure_timings(
-                self.size.lengths,
-                step_tokens=self.size.step_tokens,
-                n_repeats=self.size.n_repeats,
-                d_model=self.size.timed_d_model,
-                device=device,
-            )
-        return timings
-
-    def _teach(
+    def trained(
         self, arch: str, task: Task, seed: int
     ) -> Generator[Progress, None, tuple[LanguageModel, float]]:
-        """Return a model and the seconds that it took to learn."""
+        """Return a model trained on a task, and the seconds that its training took."""
         key = arch, task.name, seed
-        if key not in self._taught:
-            context_length = max(*self.size.distances, *self.size.lesson.stages) + 2 * MOST_ASKED
-            config = contender(arch, self.size.lesson.d_model, context_length=context_length)
+        if key not in self._trained:
+            curriculum = self.size.curriculum
+            context_length = max(*self.size.distances, *curriculum.stages) + 2 * MOST_ASKED
+            config = equal_size_config(arch, curriculum.d_model, context_length=context_length)
             started_at = time.monotonic()
-            model = yield from learn(config, task, self.size.lesson, seed=seed, device=self.device)
-            self._taught[key] = model, time.monotonic() - started_at
-        return self._taught[key]
+            model = yield from train_on_task(
+                config, task, curriculum, seed=seed, device=self.device
+            )
+            self._trained[key] = model, time.monotonic() - started_at
+        return self._trained[key]
+
+
+def percent(share: float) -> str:
+    """Return a share in whole percent, as in ``12 %``."""
+    return f"{100 * share:.0f} %"

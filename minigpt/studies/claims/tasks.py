@@ -1,11 +1,11 @@
-"""Made-up tasks whose answers stand at a known distance: associative recall, and copying.
+"""Synthetic tasks whose answers have a source at a known distance: associative recall and copying.
 
-A sequence is fillers, then what is to be kept in mind, then fillers, and then what asks for it.
-Every symbol, filler and place is drawn, so that nothing but what stands at the source answers. A
-distance is counted from the source to the position that answers; a batch may have one for each
-sequence, so that where a sequence ends tells nothing of where its source is.
+A sequence is fillers, then the content to remember, then fillers, then the query. Symbols, fillers
+and places are random, so only the source predicts the answer. A distance is counted from the source
+to the position that answers. Sequences of a batch may have different distances, so the length of a
+sequence does not tell where its source is.
 
-Shapes: B sequences, T positions, N things to be kept in mind.
+Shapes: B sequences, T positions, N items to remember.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,60 +18,61 @@ N_KEYS = 8
 N_VALUES = 16
 N_FILLERS = 4
 N_PAIRS = 4
-"""Pairs of a recall; their values are what a guess that saw the sequence has to pick from."""
+"""Pairs in a recall sequence."""
 N_COPIED = 8
-"""Symbols of a copy."""
+"""Symbols in a copied string."""
 N_ASKED = 16
-"""Keys that a recall asks for; only the first one's source is at the distance asked for."""
+"""Keys that a recall asks for; only the first has its source at the given distance."""
 FIRST_KEY = N_KEYS * N_VALUES
-"""Below are the pairs: a pair of a key and a value is one token, N_VALUES key + value."""
+"""First token id of the keys. Smaller ids are pairs, N_VALUES * key + value."""
 FIRST_VALUE = FIRST_KEY + N_KEYS
+"""First token id of the values."""
 _FIRST_FILLER = FIRST_VALUE + N_VALUES
 _MARK = _FIRST_FILLER + N_FILLERS
 VOCAB_SIZE = _MARK + 1
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Sequences, and where which answers are due."""
+class TaskBatch:
+    """Sequences of a task and their answers."""
 
     tokens_BT: Tensor
     """Token ids."""
     targets_BT: Tensor
-    """The answer that is due after a position; -100 where none is."""
+    """Token to predict at each position; -100 where there is no answer."""
     query_B: Tensor
-    """The position that is the first to answer."""
+    """First position that answers."""
     source_B: Tensor
-    """Where what answers that stands."""
+    """Position of the source of that answer."""
     other_B: Tensor
-    """Where something of the same kind stands, next to the source."""
+    """Position beside the source that holds another item of the same kind."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task, and what blind guesses get right in it."""
+    """A task, and the accuracy of guessing in it."""
 
     name: str
-    draw: Callable[[Tensor, torch.Generator], Batch]
-    """Make a sequence for each distance (B,), of their greatest one's length, on the CPU."""
+    draw: Callable[[Tensor, torch.Generator], TaskBatch]
+    """Draws a sequence for each distance (B,), all as long as the largest needs, on the CPU."""
     least_distance: int
-    """The nearest that a source can be, wherever in the sequence's pairs or string it is."""
+    """Smallest possible distance."""
     n_asked: int
-    """The last positions, from the query on, among which answers are due."""
+    """Number of positions from the query to the end."""
     n_exact: int
-    """Of those, from the query on, the ones that are at the distance that was asked for."""
+    """Number of positions, from the query on, whose source is at exactly the given distance."""
     chance: float
-    """Share right of a guess among all answers that there are."""
+    """Accuracy of guessing among all possible answers."""
     informed_chance: float
-    """Share right of a guess among those that the sequence has."""
+    """Accuracy of guessing among the answers that occur in the sequence."""
 
 
-def recall(distance_B: Tensor, generator: torch.Generator) -> Batch:
-    """Draw pairs of a key and a value; then keys, each to be answered by its pair's value.
+def recall(distance_B: Tensor, generator: torch.Generator) -> TaskBatch:
+    """Draw pairs of a key and a value, then keys whose values are the answers.
 
-    The first key asks at its sequence's distance; those after it are more to learn from. Keys of
-    a sequence's pairs differ; values are drawn by themselves. A pair is one token, so that to
-    answer is one look back: with two, small Transformers take ten times as long to learn it.
+    The first key has the given distance; the later ones are additional training signal. The keys
+    of a sequence's pairs differ; values may repeat. A pair is one token, so that one attention step
+    can answer: with two tokens, small Transformers take ten times as long to learn the task.
 
     Source: associative recall, Graves et al. 2014, arXiv:1410.5401, section 4.3; several queries:
         Arora et al. 2023, arXiv:2312.04927.
@@ -79,7 +80,7 @@ def recall(distance_B: Tensor, generator: torch.Generator) -> Batch:
     n_batch = len(distance_B)
     keys_BN = _distinct(n_batch, N_PAIRS, N_KEYS, generator)
     values_BN = torch.randint(N_VALUES, (n_batch, N_PAIRS), generator=generator)
-    # Drawn one by one: were each key asked for once, it would help to know what was said already.
+    # Independent draws: if each key were asked once, earlier answers would help to guess.
     order_BN = torch.randint(N_PAIRS, (n_batch, N_ASKED), generator=generator)
     query = int(distance_B.max()) + N_PAIRS
     tokens_BT = _fillers(n_batch, query + 2 * N_ASKED, generator)
@@ -93,13 +94,13 @@ def recall(distance_B: Tensor, generator: torch.Generator) -> Batch:
     targets_BT = torch.full_like(tokens_BT, -100)
     targets_BT[:, query::2] = due_BN
     other_B = torch.where(order_BN[:, 0] == 0, source_B + 1, source_B - 1)
-    return Batch(tokens_BT, targets_BT, torch.full_like(source_B, query), source_B, other_B)
+    return TaskBatch(tokens_BT, targets_BT, torch.full_like(source_B, query), source_B, other_B)
 
 
-def copy(distance_B: Tensor, generator: torch.Generator) -> Batch:
-    """Draw a string; then a mark, after which the string is to be said again.
+def copy(distance_B: Tensor, generator: torch.Generator) -> TaskBatch:
+    """Draw a string of distinct symbols, then a mark, after which the string is repeated.
 
-    Each symbol is as far from its source as the first. Those of a string differ.
+    Every symbol has the same distance to its source.
 
     Source: Graves et al. 2014, arXiv:1410.5401, section 4.1, with a delay.
     """
@@ -113,7 +114,9 @@ def copy(distance_B: Tensor, generator: torch.Generator) -> Batch:
     tokens_BT[:, query + 1 :] = string_BN[:, :-1]
     targets_BT = torch.full_like(tokens_BT, -100)
     targets_BT[:, query:] = string_BN
-    return Batch(tokens_BT, targets_BT, torch.full_like(source_B, query), source_B, source_B + 1)
+    return TaskBatch(
+        tokens_BT, targets_BT, torch.full_like(source_B, query), source_B, source_B + 1
+    )
 
 
 RECALL = Task(
@@ -136,11 +139,11 @@ COPY = Task(
 )
 TASKS: Mapping[str, Task] = {task.name: task for task in (RECALL, COPY)}
 MOST_ASKED = max(task.n_asked for task in TASKS.values())
-"""Sequences are at most twice as many positions longer than their greatest distance."""
+"""A sequence is longer than its largest distance by at most twice this many positions."""
 
 
 def _distinct(n_batch: int, n: int, n_choices: int, generator: torch.Generator) -> Tensor:
-    """Return n different numbers below n_choices for each sequence, in any order."""
+    """Return n distinct numbers below n_choices for each sequence, in random order."""
     return torch.rand(n_batch, n_choices, generator=generator).argsort(dim=1)[:, :n]
 
 

@@ -1,19 +1,19 @@
-"""What is said of a claim follows from the numbers, by the thresholds of verdicts.py."""
+"""Judgements follow from the measured numbers and the thresholds of each claim."""
 
 from dataclasses import replace
 
 import pytest
 
+from minigpt.studies.claims import explainable, long_range, parallel
 from minigpt.studies.claims.explainable import Explanation
-from minigpt.studies.claims.long_range import Curve
+from minigpt.studies.claims.long_range import AccuracyCurve
 from minigpt.studies.claims.parallel import Timing
-from minigpt.studies.claims.verdicts import judge_explainable, judge_long_range, judge_parallel
 
 
-def curves(**ends: tuple[float, float]) -> list[Curve]:
-    """A curve of each architecture, from its accuracy nearby to that at distance 512."""
+def curves(**ends: tuple[float, float]) -> list[AccuracyCurve]:
+    """Return a curve per architecture from its accuracy at distances 8 and 512."""
     return [
-        Curve(
+        AccuracyCurve(
             task="recall",
             arch=arch.replace("_", "-"),
             seed=0,
@@ -28,7 +28,7 @@ def curves(**ends: tuple[float, float]) -> list[Curve]:
 
 
 @pytest.mark.parametrize(
-    ("lstm", "gpt", "outcome", "said"),
+    ("lstm", "gpt", "outcome", "reason"),
     [
         ((0.99, 0.30), (1.0, 0.99), "borne out", "lstm: 99 % right at distance 8, 30 % at 512"),
         ((0.30, 0.28), (1.0, 0.99), "borne out in part", "what it lacks is not range"),
@@ -37,20 +37,20 @@ def curves(**ends: tuple[float, float]) -> list[Curve]:
         ((0.99, 0.30), (1.0, 0.4), "not borne out", "it loses what is far away"),
     ],
 )
-def test_range_is_borne_out_where_attention_answers_from_afar_and_the_lstm_did_nearby(
-    lstm: tuple[float, float], gpt: tuple[float, float], outcome: str, said: str
+def test_long_range_is_borne_out_if_attention_answers_from_far_away_and_the_lstm_only_nearby(
+    lstm: tuple[float, float], gpt: tuple[float, float], outcome: str, reason: str
 ) -> None:
-    verdict = judge_long_range(curves(lstm=lstm, lstm_attention=(1.0, 1.0), gpt=gpt))
-    assert verdict.outcome == outcome
-    assert said in " ".join(verdict.reasons)
+    judgement = long_range.judge(curves(lstm=lstm, lstm_attention=(1.0, 1.0), gpt=gpt))
+    assert judgement.outcome == outcome
+    assert reason in " ".join(judgement.reasons)
 
 
-def test_range_takes_the_mean_of_seeds() -> None:
+def test_long_range_averages_over_seeds() -> None:
     first = curves(lstm=(1.0, 0.0), lstm_attention=(1.0, 1.0), gpt=(1.0, 1.0))
     second = curves(lstm=(1.0, 1.0), lstm_attention=(1.0, 1.0), gpt=(1.0, 0.9))
-    verdict = judge_long_range(first + second)
-    assert verdict.outcome == "borne out"
-    assert "recall, lstm: 100 % right at distance 8, 50 % at 512" in verdict.reasons[0]
+    judgement = long_range.judge(first + second)
+    assert judgement.outcome == "borne out"
+    assert "recall, lstm: 100 % right at distance 8, 50 % at 512" in judgement.reasons[0]
 
 
 EXPLAINED = Explanation(
@@ -72,7 +72,7 @@ EXPLAINED = Explanation(
 
 
 @pytest.mark.parametrize(
-    ("changes", "outcome", "said"),
+    ("changes", "outcome", "reason"),
     [
         ({}, "borne out", "ln p of the answer changes by -5.00"),
         ({"mean_share": 0.3}, "borne out in part", "which head to look at had to be known first"),
@@ -82,12 +82,12 @@ EXPLAINED = Explanation(
         ({"accuracy": 0.5}, "borne out", "has not learned the task"),
     ],
 )
-def test_an_explanation_is_borne_out_where_the_source_is_looked_at_and_matters(
-    changes: dict[str, float], outcome: str, said: str
+def test_explainable_is_borne_out_if_the_source_is_attended_to_and_matters(
+    changes: dict[str, float], outcome: str, reason: str
 ) -> None:
-    verdict = judge_explainable([replace(EXPLAINED, **changes)])
-    assert verdict.outcome == outcome
-    assert said in " ".join(verdict.reasons)
+    judgement = explainable.judge([replace(EXPLAINED, **changes)])
+    assert judgement.outcome == outcome
+    assert reason in " ".join(judgement.reasons)
 
 
 def timings(device: str, lstm: tuple[float, float], gpt: tuple[float, float]) -> list[Timing]:
@@ -107,7 +107,7 @@ def timings(device: str, lstm: tuple[float, float], gpt: tuple[float, float]) ->
 
 
 @pytest.mark.parametrize(
-    ("lstm", "gpt", "outcome", "said"),
+    ("lstm", "gpt", "outcome", "reason"),
     [
         ((100, 10), (100, 90), "borne out", "9 times as many at 2048"),
         ((100, 60), (100, 90), "not borne out", "parallel enough over the batch"),
@@ -115,14 +115,14 @@ def timings(device: str, lstm: tuple[float, float], gpt: tuple[float, float]) ->
         ((10, 10), (100, 30), "not borne out", "10 times as many tokens/s"),
     ],
 )
-def test_parallel_is_borne_out_where_the_transformer_is_faster_the_longer_the_text(
-    lstm: tuple[float, float], gpt: tuple[float, float], outcome: str, said: str
+def test_parallel_is_borne_out_if_the_transformer_is_faster_on_longer_sequences(
+    lstm: tuple[float, float], gpt: tuple[float, float], outcome: str, reason: str
 ) -> None:
-    verdict = judge_parallel(timings("cpu", lstm, gpt))
-    assert verdict.outcome == outcome
-    assert said in " ".join(verdict.reasons)
+    judgement = parallel.judge(timings("cpu", lstm, gpt))
+    assert judgement.outcome == outcome
+    assert reason in " ".join(judgement.reasons)
 
 
 def test_parallel_on_one_device_of_two_is_borne_out_in_part() -> None:
     both = timings("cpu", (100, 60), (100, 90)) + timings("cuda", (100, 10), (900, 900))
-    assert judge_parallel(both).outcome == "borne out in part"
+    assert parallel.judge(both).outcome == "borne out in part"

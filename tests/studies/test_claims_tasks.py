@@ -1,4 +1,4 @@
-"""The made-up tasks: the source is where it is said to be, and nothing else tells the answer."""
+"""Synthetic tasks: the source is where the batch says, and nothing else predicts the answer."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def distances(n: int, least: int = 8, greatest: int = 40) -> torch.Tensor:
 
 
 @EACH_TASK
-def test_the_answer_stands_at_the_source_at_the_exact_distance(task: Task) -> None:
+def test_the_source_holds_the_answer_at_the_exact_distance(task: Task) -> None:
     distance_B = distances(200)
     batch = task.draw(distance_B, generator())
     for i, distance in enumerate(distance_B.tolist()):
@@ -45,7 +45,7 @@ def test_the_answer_stands_at_the_source_at_the_exact_distance(task: Task) -> No
     assert 0 <= int(batch.tokens_BT.min()) <= int(batch.tokens_BT.max()) < VOCAB_SIZE
 
 
-def test_every_recalled_answer_is_what_a_plain_look_up_says() -> None:
+def test_recalled_answers_equal_a_dictionary_lookup() -> None:
     batch = RECALL.draw(distances(100), generator())
     for tokens, targets, query in zip(
         batch.tokens_BT.tolist(), batch.targets_BT.tolist(), batch.query_B.tolist(), strict=True
@@ -59,7 +59,7 @@ def test_every_recalled_answer_is_what_a_plain_look_up_says() -> None:
         assert all(targets[t] == -100 for t in range(len(tokens)) if t not in asked)
 
 
-def test_a_copied_string_is_what_stood_before_and_has_no_symbol_twice() -> None:
+def test_a_copy_repeats_the_string_and_its_symbols_are_distinct() -> None:
     batch = COPY.draw(distances(100), generator())
     for tokens, targets, query, source in zip(
         batch.tokens_BT.tolist(),
@@ -76,7 +76,7 @@ def test_a_copied_string_is_what_stood_before_and_has_no_symbol_twice() -> None:
 
 
 @EACH_TASK
-def test_the_control_is_another_of_the_same_kind(task: Task) -> None:
+def test_the_control_is_another_item_of_the_same_kind(task: Task) -> None:
     batch = task.draw(distances(200), generator())
     kinds = batch.tokens_BT.gather(1, batch.source_B[:, None])
     others = batch.tokens_BT.gather(1, batch.other_B[:, None])
@@ -88,7 +88,7 @@ def test_the_control_is_another_of_the_same_kind(task: Task) -> None:
 
 
 @EACH_TASK
-def test_answers_are_balanced_and_their_places_do_not_tell_them(task: Task) -> None:
+def test_answers_are_balanced_and_independent_of_their_positions(task: Task) -> None:
     batch = task.draw(torch.full((8000,), 24), generator())
     answers = batch.targets_BT.gather(1, batch.query_B[:, None]).flatten()
     shares = answers.bincount()[FIRST_VALUE:].double() / len(answers)
@@ -104,7 +104,7 @@ def test_answers_are_balanced_and_their_places_do_not_tell_them(task: Task) -> N
 
 
 @EACH_TASK
-def test_the_same_seed_draws_the_same_and_tests_draw_what_training_never_saw(task: Task) -> None:
+def test_draws_are_deterministic_and_test_sequences_are_new(task: Task) -> None:
     distance_B = distances(500)
     ours = task.draw(distance_B, generator(3)).tokens_BT
     assert torch.equal(ours, task.draw(distance_B, generator(3)).tokens_BT)
