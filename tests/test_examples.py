@@ -1,0 +1,59 @@
+"""The examples run, each on a tiny model."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = ROOT / "examples"
+
+
+def minigpt(*words: str, cwd: Path) -> None:
+    subprocess.run([sys.executable, "-m", "minigpt", *words], cwd=cwd, env=_env(cwd), check=True)
+
+
+def run(*words: str, cwd: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, *words], cwd=cwd, env=_env(cwd), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def _env(folder: Path) -> dict[str, str]:
+    cache = str(folder / "cache")
+    return os.environ | {"PYTHONPATH": str(ROOT), "MINIGPT_CACHE_DIR": cache}
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a text and the run checkpoints/book."""
+    folder = tmp_path_factory.mktemp("examples")
+    (folder / "my-book.txt").write_text("The king said: once upon a time.\n" * 90)
+    tiny = "--tokenizer bytes --max-steps 4 --context-length 64 --batch-size 2 --n-layer 2"
+    shape = "--n-head 2 --d-model 16 --set model.d_mlp=16 --set training.eval_tokens=256"
+    options = f"{tiny} {shape}".split()
+    minigpt("train", "my-book.txt", "--name", "book", *options, cwd=folder)
+    return folder
+
+
+def test_a_trace_file_is_read_with_the_standard_library(workplace: Path) -> None:
+    words = ["--model", "book", "--max-new-tokens", "5", "--temperature", "0", "The king"]
+    minigpt("attention-trace", "--out", "king.jsonl", *words, cwd=workplace)
+    out = run(str(EXAMPLES / "read_a_trace.py"), "king.jsonl", cwd=workplace)
+    assert len(out.splitlines()) == 1 + 5 + 1
+    assert "most from" in out
+
+
+def test_the_notebook_runs_from_top_to_bottom(workplace: Path) -> None:
+    notebook = json.loads((EXAMPLES / "look_inside.ipynb").read_text(encoding="utf-8"))
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert all(not cell["outputs"] for cell in cells), "outputs are not committed"
+    source = "\n".join("".join(cell["source"]) for cell in cells)
+    out = run("-c", source, cwd=workplace)
+    assert "sink" in out
+    assert "control" in out
