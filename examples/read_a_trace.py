@@ -3,8 +3,8 @@
     minigpt attention-trace --out king.jsonl "The king"
     python examples/read_a_trace.py king.jsonl
 
-Prints, for each generated token, its probability, the earlier token that it attended to most, and the
-attention sink's share. docs/trace-format.md describes the file.
+Prints, for each generated token, its probability, the share of the attention sink, and the earlier
+token that it attended to most. docs/trace-format.md describes the file.
 """
 
 import json
