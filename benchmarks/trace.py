@@ -43,15 +43,16 @@ from minigpt.generation.api import load
 from minigpt.generation.decoder import Decoder
 from minigpt.generation.stream import stream_text
 from minigpt.model.gpt import GPT
+from minigpt.tracing.config import TraceConfig
 from minigpt.tracing.events import TraceStep
 from minigpt.tracing.file import to_json_line
 from minigpt.tracing.lines import TraceLayout
-from minigpt.tracing.tracer import TraceConfig, trace
+from minigpt.tracing.tracer import trace
 
 OFF = "off"
 WAYS: dict[str, TraceConfig] = {
     "lines": TraceConfig(),
-    "lines, --measure both": TraceConfig(measures=("weight", "norm")),
+    "lines, --measure both": TraceConfig(measure="both"),
     "--out, every head": TraceConfig(has_heads=True),
     "lines, --verify 3": TraceConfig(n_verified=3),
 }

@@ -40,7 +40,7 @@ def screenshot(page: str, position: int, out: Path) -> None:
 
 def main() -> None:
     model, prompt, *out = sys.argv[1:4]
-    options = {"max_new_tokens": N_TOKENS, "seed": SEED, "n_verified": 3, "has_roles": True}
+    options = {"max_new_tokens": N_TOKENS, "seed": SEED, "n_verified": 3, "roles": True}
     trace = minigpt.trace(model, prompt, device="cpu", dtype="float32", measure="both", **options)
     trace = replace(trace, header=replace(trace.header, model=Path(model).name))
     position = trace.steps[min(SHOWN, len(trace.steps) - 1)].token.position

@@ -67,7 +67,7 @@ def main() -> None:
     draw("trace-dark", DIMMED_MONOKAI, streamed(trace))
     draw("trace-light", DEFAULT_TERMINAL_THEME, streamed(trace))
     checked = minigpt.trace(
-        model, prompt, n_sources=3, n_verified=2, has_roles=True, **options | {"max_new_tokens": 8}
+        model, prompt, n_sources=3, n_verified=2, roles=True, **options | {"max_new_tokens": 8}
     )
     draw("trace-verify", DIMMED_MONOKAI, streamed(checked))
     options = ViewOptions(width=WIDTH, height=HEIGHT)

@@ -6,22 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from minigpt.config import SamplingConfig
-from minigpt.errors import ConfigError, nearest
+from minigpt.errors import ConfigError
 from minigpt.generation import api
 from minigpt.generation.decoder import fresh_seed
 from minigpt.model.language_model import LanguageModel
 from minigpt.settings import build
 from minigpt.text.tokenizer import Tokenizer
 from minigpt.tracing import tracer
-from minigpt.tracing.events import Measure, Trace, TraceFooter, TraceHeader, TraceStep
-from minigpt.tracing.tracer import TraceConfig
-
-MEASURES: dict[str, tuple[Measure, ...]] = {
-    "weight": ("weight",),
-    "norm": ("norm",),
-    "both": ("weight", "norm"),
-}
-"""What ``measure`` may be, and the measures that it stands for."""
+from minigpt.tracing.config import TraceConfig
+from minigpt.tracing.events import Trace, TraceFooter, TraceHeader, TraceStep
 
 
 def trace(
@@ -33,8 +26,6 @@ def trace(
     dtype: str = "auto",
     quantize: str | None = None,
     compile: bool | None = None,
-    measure: str = "weight",
-    has_heads: bool = True,
     **options: Any,
 ) -> Trace:
     """Go on from a prompt and return what each generated token attended to.
@@ -47,16 +38,14 @@ def trace(
     As the last line of a notebook's cell a trace shows itself as the page that ``--html`` writes.
 
     Args: model, prompt, tokenizer, device, dtype, quantize, compile: as of ``minigpt.generate``.
-        measure, weight, norm or both. has_heads, keep each head's row in brief. options, fields of
-        TraceConfig (layers="0,2", heads="4.2,5.*", reduce="max", n_sources=8, n_verified=3,
-        has_roles=True and so on) and of SamplingConfig (temperature, max_new_tokens, seed...).
+        options, fields of TraceConfig (heads="4.2,5.*", measure="both", n_verified=3, roles=True
+        and so on; has_heads is True by default) and of SamplingConfig (temperature,
+        max_new_tokens, seed...).
     Raises: as ``minigpt.generate``, and ConfigError for heads that the model lacks.
     """
-    if measure not in MEASURES:
-        raise ConfigError(f"there is no measure {measure!r}. {nearest(measure, MEASURES)}")
-    names = {f.name for f in fields(TraceConfig)} - {"measures", "has_heads"}
+    names = {f.name for f in fields(TraceConfig)}
     chosen = {name: options.pop(name) for name in names & options.keys()}
-    config = TraceConfig(measures=MEASURES[measure], has_heads=has_heads, **chosen)
+    config = TraceConfig(**{"has_heads": True} | chosen)
     sampling = build(SamplingConfig, options)
     if sampling.num_samples != 1:
         raise ConfigError(f"a trace is of one sample: num_samples is {sampling.num_samples}.")

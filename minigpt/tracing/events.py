@@ -6,7 +6,6 @@ Shapes: L layers, H query heads, S positions in view, K sources that are kept of
 import html
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,17 +13,8 @@ from numpy.typing import NDArray
 from minigpt.config import SamplingConfig
 from minigpt.generation.decoder import FinishReason
 from minigpt.rings import ring
+from minigpt.tracing.config import Knockout, Measure, Reduce
 from minigpt.tracing.selection import HeadSelection
-
-Measure = Literal["weight", "norm"]
-"""weight: the softmax weight of a source. norm: the length of what the head adds to the stream on
-its account, weight x ||v W_O|| (Kobayashi et al. 2020, arXiv:2004.10102), as a share of the row."""
-Reduce = Literal["mean", "max", "rollout"]
-"""How the rows of the chosen heads become one. rollout follows attention down through the layers
-(Abnar & Zuidema 2020, arXiv:2005.00928)."""
-Knockout = Literal["key", "value"]
-"""What a source is robbed of: key, its place in the softmax, so that the other weights grow to sum
-to 1 again; or value, so that its weight is kept and brings nothing."""
 
 CONVENTION = (
     "The attention of a generated token is the row of the query that produced it, at the position "

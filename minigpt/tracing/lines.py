@@ -12,16 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from minigpt.text.escape import visible
-from minigpt.tracing.events import (
-    Effect,
-    Measure,
-    Row,
-    Source,
-    Token,
-    TraceFooter,
-    TraceHeader,
-    TraceStep,
-)
+from minigpt.tracing.config import Measure
+from minigpt.tracing.events import Effect, Row, Source, Token, TraceFooter, TraceHeader, TraceStep
 from minigpt.tracing.spans import (
     SHARE_WIDTH,
     Line,

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,12 +20,10 @@ from minigpt.tracing.analysis.knockout import check_cause, require_knockout, sou
 from minigpt.tracing.analysis.roles import head_roles
 from minigpt.tracing.analysis.rollout import MAX_POSITIONS, Rollout
 from minigpt.tracing.analysis.sink import SinkFinder
+from minigpt.tracing.config import DEFAULTS, N_SOURCES, Measure, TraceConfig
 from minigpt.tracing.events import (
     Effect,
     HeadRows,
-    Knockout,
-    Measure,
-    Reduce,
     Row,
     Source,
     Token,
@@ -40,50 +37,12 @@ from minigpt.tracing.rows import RowFacts, RowReader, reduce_rows
 from minigpt.tracing.selection import HeadSelection, select_heads
 
 
-@dataclass(frozen=True)
-class TraceConfig:
-    """What of the attention a trace shows."""
-
-    layers: str | None = None
-    """Layers to look at, as in ``0,2,4-6``; None for all."""
-    heads: str | None = None
-    """Heads to look at, layer.head, as in ``4.2,5.*``; None for all."""
-    measures: tuple[Measure, ...] = ("weight",)
-    """What a row is made of."""
-    reduce: Reduce = "mean"
-    """How the rows of the heads become one."""
-    n_sources: int = 8
-    """Sources that are kept of a row."""
-    sink: int | None = 0
-    """The position that counts as the sink; None finds it."""
-    has_heads: bool = False
-    """Whether each head's row is kept in brief, too."""
-    n_verified: int = 0
-    """Sources of each token that are knocked out."""
-    knockout: Knockout = "key"
-    """What a source is robbed of then."""
-    has_roles: bool = False
-    """Whether the heads' roles are found first."""
-
-    def __post_init__(self) -> None:
-        for name in ("n_sources", "n_verified"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must be at least 0: it is {getattr(self, name)}.")
-        if self.sink is not None and self.sink < 0:
-            raise ConfigError(f"sink must be at least 0: it is {self.sink}.")
-        if self.reduce == "rollout" and self.measures != ("weight",):
-            raise ConfigError(
-                "a rollout is of weights: the measure must be weight, and it is "
-                f"{' and '.join(self.measures)}."
-            )
-
-
 def trace(
     model: LanguageModel,
     tokenizer: Tokenizer,
     prompt: Sequence[int],
     sampling: SamplingConfig,
-    config: TraceConfig = TraceConfig(),
+    config: TraceConfig = DEFAULTS,
     *,
     seed: int,
     model_name: str = "",
@@ -140,7 +99,7 @@ def trace(
         prompt=tuple(tokens),
         n_verified=config.n_verified,
         knockout=config.knockout,
-        roles=head_roles(model) if config.has_roles else None,
+        roles=head_roles(model) if config.roles else None,
     )
     finish, n_generated = None, 0
     end_of_text = tokenizer.end_of_text_ids if stop_at_end_of_text else ()
@@ -196,11 +155,11 @@ class _Watch:
         rollout = None
         if config.reduce == "rollout":
             rollout = _rollout(self.selection, n_positions)
-        self._finder = SinkFinder() if config.sink is None else None
+        self._finder = SinkFinder() if config.sink == "auto" else None
         self.recorder = RowRecorder(
             model, has_norms="norm" in config.measures, rollout=rollout, sink_finder=self._finder
         )
-        self.sink = config.sink or 0
+        self.sink = 0 if config.sink == "auto" else config.sink
         self.sink_rule = "first" if config.sink == 0 else "given"
         if self.sink >= max(n_prompt, 1):
             raise ConfigError(
@@ -217,7 +176,9 @@ class _Watch:
         if self._finder is not None:
             self.sink, self.sink_rule = self._finder.sink(), "detected"
         self._reader = RowReader(
-            sink=self.sink, n_prompt=self.n_prompt, n_sources=self.config.n_sources
+            sink=self.sink,
+            n_prompt=self.n_prompt,
+            n_sources=N_SOURCES if self.config.n_sources is None else self.config.n_sources,
         )
 
     @torch.inference_mode()

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from minigpt.tracing.events import CauseCheck, Measure, Roles, TraceHeader
+from minigpt.tracing.config import Measure
+from minigpt.tracing.events import CauseCheck, Roles, TraceHeader
 from minigpt.tracing.selection import HeadSelection
 
 SCORES = ("previous", "duplicate", "induction", "sink", "local")

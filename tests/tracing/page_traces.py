@@ -7,11 +7,11 @@ import numpy as np
 from numpy.typing import NDArray
 from small_traces import header_of
 
+from minigpt.tracing.config import Measure
 from minigpt.tracing.events import (
     CauseCheck,
     Effect,
     HeadRows,
-    Measure,
     Roles,
     Row,
     Source,

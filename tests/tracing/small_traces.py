@@ -10,6 +10,7 @@ from small_models import small_model
 
 from minigpt.config import SamplingConfig
 from minigpt.text.tokenizer import bytes_tokenizer
+from minigpt.tracing.config import TraceConfig
 from minigpt.tracing.events import (
     Roles,
     Row,
@@ -22,7 +23,7 @@ from minigpt.tracing.events import (
 )
 from minigpt.tracing.selection import select_heads
 from minigpt.tracing.spans import Line
-from minigpt.tracing.tracer import TraceConfig, trace
+from minigpt.tracing.tracer import trace
 
 HOSTILE = [
     b"",

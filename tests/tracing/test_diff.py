@@ -34,7 +34,7 @@ def row_with(weights: list[float]) -> Row:
 
 
 def test_equal_traces_have_no_difference() -> None:
-    trace = small_trace(measures=("norm",))
+    trace = small_trace(measure="norm")
     for step, diff in zip(trace.steps, diff_traces(trace, trace), strict=True):
         assert (diff.token, diff.divergence, diff.moved, diff.change) == (step.token, 0, 0, 0)
         assert diff.first_token == diff.second_token == step.row.sources[0].token

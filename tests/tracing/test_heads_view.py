@@ -29,7 +29,7 @@ def made_up_roles(n_layer: int, n_head: int) -> tuple[tuple[Roles, ...], ...]:
 
 @pytest.fixture(scope="module")
 def trace() -> Trace:
-    return small_trace(measures=("weight", "norm"), has_heads=True)
+    return small_trace(measure="both", has_heads=True)
 
 
 def grid_of(lines: list[Line], cell_width: int, per_cell: int) -> dict[tuple[int, int], list[str]]:

@@ -27,8 +27,9 @@ from minigpt.tracing.analysis.knockout import (
     rank_correlation,
 )
 from minigpt.tracing.analysis.roles import without_heads
-from minigpt.tracing.events import Effect, Knockout, Source, Token, TraceFooter, TraceStep
-from minigpt.tracing.tracer import TraceConfig, trace
+from minigpt.tracing.config import Knockout, TraceConfig
+from minigpt.tracing.events import Effect, Source, Token, TraceFooter, TraceStep
+from minigpt.tracing.tracer import trace
 
 KINDS: tuple[Knockout, ...] = ("key", "value")
 TARGET = 5
@@ -248,7 +249,7 @@ def test_knockouts_change_no_token_and_no_bit_of_the_trace(
             compiles=way == "graph",
             n_verified=n_verified,
             knockout=kind,
-            has_roles=n_verified > 0,
+            roles=n_verified > 0,
         )[0]
 
     monkeypatch.setattr(

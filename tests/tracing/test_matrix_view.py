@@ -20,7 +20,7 @@ N_PROMPT = 12
 
 @pytest.fixture(scope="module")
 def trace() -> Trace:
-    return small_trace(measures=("weight", "norm"), max_new_tokens=12)
+    return small_trace(measure="both", max_new_tokens=12)
 
 
 @pytest.fixture(scope="module")

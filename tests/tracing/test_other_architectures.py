@@ -13,8 +13,9 @@ from minigpt.model.language_model import LanguageModel
 from minigpt.model.registry import model_class
 from minigpt.text.tokenizer import bytes_tokenizer
 from minigpt.tracing.analysis.roles import head_effects, head_roles
+from minigpt.tracing.config import TraceConfig
 from minigpt.tracing.events import Trace, TraceFooter, TraceHeader, TraceStep
-from minigpt.tracing.tracer import TraceConfig, trace
+from minigpt.tracing.tracer import trace
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "dot": {"attention": "dot"},
@@ -50,7 +51,7 @@ def traced(model: LanguageModel, **config: Any) -> Trace:
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
 def test_tracing_changes_nothing_and_rows_are_those_of_the_heads(variant: dict[str, Any]) -> None:
     model = model_of(variant)
-    result = traced(model, measures=("weight", "norm"), has_heads=True, n_verified=2, sink=None)
+    result = traced(model, measure="both", has_heads=True, n_verified=2, sink="auto")
     decoder = Decoder(model, [token.id for token in result.header.prompt], max_new_tokens=8)
     sampling = SamplingConfig(max_new_tokens=8, temperature=1.0)
     plain = [(s.token, s.log_probability) for s in decoder.generate(sampling, seed=3)]

@@ -6,7 +6,7 @@ from small_traces import small_trace
 
 from minigpt.errors import ConfigError
 from minigpt.tracing.analysis.sink import SinkFinder
-from minigpt.tracing.tracer import TraceConfig
+from minigpt.tracing.config import TraceConfig
 
 
 def keys_that_all_attend_to(position: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,11 +42,11 @@ def test_later_tokens_do_not_count() -> None:
 
 
 def test_the_sink_is_not_listed_among_the_sources() -> None:
-    for sink, rule in ((2, "given"), (0, "first"), (None, "detected")):
+    for sink, rule in ((2, "given"), (0, "first"), ("auto", "detected")):
         trace = small_trace(sink=sink, n_sources=100)
         position = trace.header.sink
         assert trace.header.sink_rule == rule
-        assert sink is None or position == sink
+        assert position == sink or sink == "auto"
         for step in trace.steps:
             assert step.row.sink == pytest.approx(step.row.weights_S[position])
             assert position not in {source.token.position for source in step.row.sources}

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from small_traces import HOSTILE, cells, header_of, roles_of, row_of, small_trace, step_of, text_of
 
-from minigpt.tracing.events import CauseCheck, Effect, Measure, Token, TraceFooter, TraceStep
+from minigpt.tracing.config import Measure
+from minigpt.tracing.events import CauseCheck, Effect, Token, TraceFooter, TraceStep
 from minigpt.tracing.lines import (
     TraceLayout,
     footer_lines,
@@ -113,7 +114,7 @@ def test_a_line_shows_the_numbers_of_its_step_and_accounts_for_all() -> None:
 def test_both_measures_stand_side_by_side() -> None:
     layout = TraceLayout(140, vocab_size=257, n_positions=40, measures=BOTH)
     assert "share by weight and norm" in text_of(layout.heading())
-    trace = small_trace(measures=BOTH, n_sources=layout.n_sources)
+    trace = small_trace(measure="both", n_sources=layout.n_sources)
     for step in trace.steps:
         (line,) = layout.step(step)
         weight, norm = step.rows

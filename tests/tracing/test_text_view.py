@@ -16,7 +16,7 @@ BLOCKS = " ▁▂▃▄▅▆▇█"
 
 @pytest.fixture(scope="module")
 def trace() -> Trace:
-    return small_trace(measures=("weight", "norm"), max_new_tokens=12)
+    return small_trace(measure="both", max_new_tokens=12)
 
 
 def parts(lines: list[Line]) -> tuple[list[str], list[str], str]:

@@ -13,8 +13,9 @@ from minigpt.checkpoint.model_folder import write_model
 from minigpt.config import SamplingConfig
 from minigpt.errors import ConfigError, DataError
 from minigpt.text.tokenizer import bytes_tokenizer
+from minigpt.tracing.config import TraceConfig
 from minigpt.tracing.events import Trace
-from minigpt.tracing.tracer import TraceConfig, trace
+from minigpt.tracing.tracer import trace
 from minigpt.tracing.views.page import to_html
 
 PROMPT = "to be or"
@@ -35,7 +36,7 @@ def test_it_is_the_trace_that_the_tracer_yields(folder: Path) -> None:
         bytes_tokenizer(),
         list(PROMPT.encode()),
         SamplingConfig(**options),
-        TraceConfig(measures=("weight", "norm"), heads="0.1", n_verified=1, has_heads=True),
+        TraceConfig(measure="both", heads="0.1", n_verified=1, has_heads=True),
         seed=3,
         model_name=str(folder),
     )
@@ -73,7 +74,7 @@ def test_a_notebook_shows_the_page_in_a_frame_of_its_own(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"measure": "score"}, ConfigError, "there is no measure 'score'"),
+        ({"measure": "score"}, ConfigError, "unknown measure 'score'"),
         ({"heads": "9.9"}, ConfigError, "--heads 9 is out of range"),
         ({"num_samples": 2}, ConfigError, "a trace is of one sample"),
         ({"colour": 1}, ConfigError, "colour"),

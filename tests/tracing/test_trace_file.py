@@ -58,7 +58,7 @@ def parsed(line: str) -> dict[str, Any]:
 
 
 def test_a_whole_trace_is_a_header_steps_and_a_footer() -> None:
-    trace = small_trace("aé", n_sources=3, heads="0.*,1.3", measures=("weight", "norm"))
+    trace = small_trace("aé", n_sources=3, heads="0.*,1.3", measure="both")
     header, *steps, footer = lines_of(trace)
     assert header["schema"] == SCHEMA
     assert header["convention"] == CONVENTION
@@ -136,8 +136,8 @@ def assert_close(value: Any, expected: Any) -> None:
     "config",
     [
         {},
-        {"reduce": "max", "measures": ("norm",)},
-        {"measures": ("weight", "norm"), "has_heads": True, "n_sources": 3},
+        {"reduce": "max", "measure": "norm"},
+        {"measure": "both", "has_heads": True, "n_sources": 3},
         {"reduce": "rollout", "sink": 2},
     ],
     ids=str,

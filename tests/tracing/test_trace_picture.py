@@ -15,7 +15,8 @@ from small_traces import HOSTILE, small_trace, with_tokens
 from minigpt.errors import ConfigError, ResourceError
 from minigpt.figures import require_matplotlib, write_figure
 from minigpt.text.escape import visible
-from minigpt.tracing.events import Measure, Trace
+from minigpt.tracing.config import Measure
+from minigpt.tracing.events import Trace
 from minigpt.tracing.views import ViewOptions
 
 pictures = pytest.importorskip(
@@ -30,7 +31,7 @@ FORMULAS = [b"$x^2$", b"$\\frac{", b"</text><script>alert(1)</script>", b"&lt;",
 
 @pytest.fixture(scope="module")
 def trace() -> Trace:
-    return small_trace(measures=("weight", "norm"), max_new_tokens=8)
+    return small_trace(measure="both", max_new_tokens=8)
 
 
 def texts_of(svg: bytes) -> list[str]:

@@ -29,10 +29,10 @@ def test_the_schema_is_one_and_has_the_version_that_is_written() -> None:
     "config",
     [
         {},
-        {"reduce": "max", "measures": ("norm",), "n_sources": 0},
-        {"measures": ("weight", "norm"), "has_heads": True},
-        {"reduce": "rollout", "sink": None, "heads": "0.1,1.*"},
-        {"n_verified": 2, "has_roles": True, "context_length": 64},
+        {"reduce": "max", "measure": "norm", "n_sources": 0},
+        {"measure": "both", "has_heads": True},
+        {"reduce": "rollout", "sink": "auto", "heads": "0.1,1.*"},
+        {"n_verified": 2, "roles": True, "context_length": 64},
     ],
     ids=str,
 )

@@ -18,11 +18,12 @@ from minigpt.model.gpt import GPT
 from minigpt.text.rules import Rules
 from minigpt.text.tokenizer import Tokenizer, bytes_tokenizer
 from minigpt.tracing import tracer
+from minigpt.tracing.config import TraceConfig
 from minigpt.tracing.events import TraceEvent, TraceFooter, TraceHeader, TraceStep
 from minigpt.tracing.recorder import RowRecorder
 from minigpt.tracing.rows import reduce_rows
 from minigpt.tracing.selection import HeadSelection, select_heads
-from minigpt.tracing.tracer import TraceConfig, trace
+from minigpt.tracing.tracer import trace
 
 TOKENIZER = bytes_tokenizer()
 PROMPT = list(b"to be or")
@@ -52,9 +53,9 @@ def traced(
     "options",
     [
         {},
-        {"reduce": "max", "measures": ("norm", "weight"), "has_heads": True},
-        {"reduce": "rollout", "sink": None},
-        {"n_verified": 2, "has_roles": True},
+        {"reduce": "max", "measure": "both", "has_heads": True},
+        {"reduce": "rollout", "sink": "auto"},
+        {"n_verified": 2, "roles": True},
     ],
     ids=str,
 )

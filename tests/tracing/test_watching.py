@@ -10,12 +10,11 @@ from minigpt.config import SamplingConfig
 from minigpt.generation.decoder import Decoder
 from minigpt.model.gpt import GPT
 from minigpt.text.tokenizer import bytes_tokenizer
+from minigpt.tracing.config import TraceConfig
 from minigpt.tracing.events import TraceStep
-from minigpt.tracing.tracer import TraceConfig, trace
+from minigpt.tracing.tracer import trace
 
-EVERYTHING = TraceConfig(
-    measures=("weight", "norm"), has_heads=True, n_verified=2, has_roles=True, sink=None
-)
+EVERYTHING = TraceConfig(measure="both", has_heads=True, n_verified=2, roles=True, sink="auto")
 ROLLOUT = TraceConfig(reduce="rollout", heads="0.1,1.*", n_verified=1, knockout="value")
 
 

@@ -21,7 +21,8 @@ from minigpt.model.registry import model_class
 from minigpt.settings import build, to_dict, to_toml
 from minigpt.text.shards import PreparedData
 from minigpt.text.tokenizer import bytes_tokenizer
-from minigpt.tracing.tracer import TraceConfig, trace
+from minigpt.tracing.config import TraceConfig
+from minigpt.tracing.tracer import trace
 from minigpt.training.optim import is_muon_parameter
 from minigpt.training.reports.memory import estimate_memory, optimizer_values
 from minigpt.training.reports.plan import parameters_by_part
@@ -79,8 +80,8 @@ def test_a_trace_shows_the_model_s_own_weights_and_changes_no_token(name: str, r
     sampling = SamplingConfig(max_new_tokens=7, seed=3)
     prompt = list(b"to be or not")
     plain = [step.token for step in Decoder(model, prompt).generate(sampling, seed=3)]
-    measures = ("weight",) if reduce == "rollout" else ("weight", "norm")
-    config = TraceConfig(reduce=reduce, sink=None, measures=measures)
+    measure = "weight" if reduce == "rollout" else "both"
+    config = TraceConfig(reduce=reduce, sink="auto", measure=measure)
     header, *steps, footer = trace(model, bytes_tokenizer(), prompt, sampling, config, seed=3)
     assert [step.token.id for step in steps] == plain
     assert header.n_layer == model.config.n_attention_layer

@@ -1,6 +1,7 @@
 """minigpt attention-trace; the command's docstring is its --help."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -10,16 +11,14 @@ from minigpt.commands.options import Fields, Json, ModelSource, Option, Prompt, 
 from minigpt.config import SamplingConfig
 from minigpt.errors import ConfigError
 from minigpt.rings import has_ring, ring
+from minigpt.tracing.config import N_SOURCES, TraceConfig
 
 if TYPE_CHECKING:
     from minigpt.commands.attention_trace.output import Targets
     from minigpt.commands.loading import Ready
     from minigpt.tracing.events import TraceEvent
-    from minigpt.tracing.tracer import TraceConfig
 
 _FILES = "Files"
-_GROUP = "Attention"
-_FILE_SOURCES = 8
 _VIEWS = ("lines", *(ring("tracing.views").terminal_views() if has_ring("tracing.views") else ()))
 
 
@@ -28,38 +27,7 @@ def attention_trace(
     prompt: Prompt = None,
     *,
     source: ModelSource,
-    layers: Annotated[
-        str | None, Option("Layers to show, as in 0,2,4-6", _GROUP, "LIST", shown="all")
-    ] = None,
-    heads: Annotated[
-        str | None, Option("Heads to show, layer.head, as in 4.2,5.*", _GROUP, "LIST", shown="all")
-    ] = None,
-    measure: Annotated[Literal["weight", "norm", "both"], Option("Measure", _GROUP)] = "weight",
-    reduce: Annotated[
-        Literal["mean", "max", "rollout"], Option("Reduction over heads", _GROUP)
-    ] = "mean",
-    n_sources: Annotated[
-        int | None,
-        Option(
-            "Number of sources to show",
-            _GROUP,
-            shown=f"what fits; files {_FILE_SOURCES}",
-            aliases=("--sources",),
-        ),
-    ] = None,
-    sink: Annotated[
-        int | Literal["auto"], Option("Position of the sink, or auto to find it", _GROUP)
-    ] = 0,
-    roles: Annotated[bool, Option("Find the heads' roles first", _GROUP)] = False,
-    n_verified: Annotated[
-        int,
-        Option(
-            "Number of sources per token to knock out, and as many controls",
-            _GROUP,
-            aliases=("--verify",),
-        ),
-    ] = 0,
-    knockout: Annotated[Literal["key", "value"], Option("What to knock out", _GROUP)] = "key",
+    config: TraceConfig,
     view: Annotated[str, Option("View", "Output", choices=_VIEWS)] = "lines",
     position: Annotated[
         int | None,
@@ -130,45 +98,27 @@ def attention_trace(
         if diff is not None:
             ring("commands.attention_trace.diff").show_diff(*diff, as_json=as_json)
         elif replay is not None:
-            _replay(replay, targets, n_sources=n_sources)
+            _replay(replay, targets, n_sources=config.n_sources)
         return
-    for flag, number in (("--n-sources", n_sources), ("--n-verified", n_verified)):
-        if number is not None and number < 0:
-            raise ConfigError(f"{flag} must be at least 0: it is {number}.")
     from minigpt.commands.loading import load
-    from minigpt.tracing.api import MEASURES
-    from minigpt.tracing.tracer import TraceConfig
 
     targets.check(sampling.num_samples)
-    config = TraceConfig(
-        layers=layers,
-        heads=heads,
-        measures=MEASURES[measure],
-        reduce=reduce,
-        n_sources=_FILE_SOURCES if n_sources is None else n_sources,
-        sink=None if sink == "auto" else sink,
-        has_heads=targets.has_heads,
-        n_verified=n_verified,
-        knockout=knockout,
-        has_roles=roles,
-    )
+    config = replace(config, has_heads=targets.has_heads)
     ready = load(source, prompt)
-    if not _trace(ready, sampling, config, targets, n_sources=n_sources, compile=source.compile):
+    if not _trace(ready, sampling, config, targets, compile=source.compile):
         raise typer.Exit(130)
 
 
 def _trace(
     ready: "Ready",
-    sampling: "SamplingConfig",
-    config: "TraceConfig",
+    sampling: SamplingConfig,
+    config: TraceConfig,
     targets: "Targets",
     *,
-    n_sources: int | None,
     compile: bool | None,
 ) -> bool:
     """Trace each sample in turn; tell whether all came to their end."""
     from contextlib import nullcontext
-    from dataclasses import replace
 
     from minigpt.checkpoint.weights import weights_sha256
     from minigpt.commands.attention_trace.output import Shower
@@ -183,11 +133,11 @@ def _trace(
         make_console(is_stderr=False).width,
         vocab_size=shape.vocab_size,
         n_positions=min(shape.context_length, len(ready.prompt) + sampling.max_new_tokens),
-        n_sources=n_sources,
+        n_sources=config.n_sources,
         measures=config.measures,
     )
-    if n_sources is None:
-        config = replace(config, n_sources=max(config.n_sources, layout.n_sources))
+    if config.n_sources is None:
+        config = replace(config, n_sources=max(N_SOURCES, layout.n_sources))
     digest = weights_sha256(ready.folder) if targets.out is not None else None
     compiles = is_compiled(ready.model, compile)
     first_seed = fresh_seed() if sampling.seed is None else sampling.seed

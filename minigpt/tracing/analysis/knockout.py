@@ -15,7 +15,8 @@ from minigpt.errors import ConfigError
 from minigpt.model.cache import KVCache
 from minigpt.model.gpt import GPT
 from minigpt.model.language_model import LanguageModel
-from minigpt.tracing.events import CauseCheck, Effect, Knockout, Row, Source, Token
+from minigpt.tracing.config import Knockout
+from minigpt.tracing.events import CauseCheck, Effect, Row, Source, Token
 
 _MIN_TO_RANK = 3  # two pairs always correlate by 1 or -1
 _MAX_CACHE_BYTES = 2**28  # of all rows of a batch

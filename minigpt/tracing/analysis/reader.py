@@ -19,15 +19,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minigpt.config import SamplingConfig
-from minigpt.errors import ConfigError, DataError
+from minigpt.errors import ConfigError, DataError, require_choice
 from minigpt.files import resource_errors
 from minigpt.generation.decoder import FinishReason
 from minigpt.settings import build
+from minigpt.tracing.config import MEASURES, Measure
 from minigpt.tracing.events import (
     CauseCheck,
     Effect,
     HeadRows,
-    Measure,
     Roles,
     Row,
     Source,
@@ -116,7 +116,7 @@ class _Reader:
             TraceHeader,
             value,
             selection=select_heads(n_layer, n_head, heads=value["heads"]),
-            measures=tuple(_checked(measure, Measure) for measure in value["measures"]),
+            measures=tuple(_measure(name) for name in value["measures"]),
             sink=sink,
             sink_rule=_checked(value["sink"]["rule"], str),
             sampling=build(SamplingConfig, value["sampling"]),
@@ -196,6 +196,11 @@ def _token(value: dict[str, Any], position: int) -> Token:
     except binascii.Error as error:
         raise ValueError(f"the bytes of a token are not base64: {error}") from None
     return Token(position, _checked(value["token"], int), data)
+
+
+def _measure(name: str) -> Measure:
+    require_choice("measure", name, MEASURES)
+    return name
 
 
 def _read(cls: type[T], value: dict[str, Any], **given: Any) -> T:

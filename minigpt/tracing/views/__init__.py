@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Literal
 from minigpt.errors import ConfigError
 
 if TYPE_CHECKING:
-    from minigpt.tracing.events import Measure, Row, Trace, TraceStep
+    from minigpt.tracing.config import Measure
+    from minigpt.tracing.events import Row, Trace, TraceStep
 
 FILE_VIEWS = ("page", "pictures")
 """Views that return the bytes of a file; every other one is for a terminal."""

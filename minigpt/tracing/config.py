@@ -1,0 +1,67 @@
+"""Settings of a trace; imports neither torch nor numpy, so that --help may import it."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from minigpt.config import check_fields, option
+from minigpt.errors import ConfigError
+
+Measure = str
+"""Name of what a row is made of: weight, the attention weight, or norm."""
+Reduce = Literal["mean", "max", "rollout"]
+"""Reduction of the rows of several heads to one. rollout: attention followed through the layers
+(Abnar & Zuidema 2020, arXiv:2005.00928)."""
+Knockout = Literal["key", "value"]
+"""Part of a source that a knockout removes. key: hidden from the query, so that the softmax
+renormalizes the other weights. value: set to 0, with the weights unchanged."""
+
+MEASURES = ("weight", "norm")
+"""Names of the measures of this installation."""
+N_SOURCES = 8
+"""Number of sources kept per token, unless another is asked for."""
+_GROUP = "Attention"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TraceConfig:
+    """Which attention a trace shows, and what is measured."""
+
+    layers: str | None = option(None, group=_GROUP, metavar="LIST", shown="all")
+    """Layers to show, as in 0,2,4-6. None for all."""
+    heads: str | None = option(None, group=_GROUP, metavar="LIST", shown="all")
+    """Heads to show, layer.head, as in 4.2,5.*. None for all."""
+    measure: str = option("weight", choices=(*MEASURES, "both"), group=_GROUP)
+    """Measure. both: weight and norm."""
+    reduce: Reduce = option("mean", group=_GROUP)
+    """Reduction over heads."""
+    n_sources: int | None = option(
+        None,
+        "[0, inf)",
+        group=_GROUP,
+        shown=f"what fits; files {N_SOURCES}",
+        aliases=("--sources",),
+    )
+    """Number of sources to show per token. None for N_SOURCES."""
+    sink: int | Literal["auto"] = option(0, "[0, inf)", group=_GROUP)
+    """Position of the sink, or auto to find it."""
+    roles: bool = option(False, group=_GROUP)
+    """Find the heads' roles first."""
+    n_verified: int = option(0, "[0, inf)", group=_GROUP, aliases=("--verify",))
+    """Number of sources per token to knock out, and as many controls."""
+    knockout: Knockout = option("key", group=_GROUP)
+    """Part of a source that a knockout removes."""
+    has_heads: bool = False
+    """Whether to keep a summary of each head's row."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.reduce == "rollout" and self.measure != "weight":
+            raise ConfigError(f"--reduce rollout requires --measure weight: it is {self.measure}.")
+
+    @property
+    def measures(self) -> tuple[Measure, ...]:
+        """The measures of each row, in order."""
+        return ("weight", "norm") if self.measure == "both" else (self.measure,)
+
+
+DEFAULTS = TraceConfig()
