@@ -13,6 +13,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from minigpt.model.attention import AttentionPass
 from minigpt.model.cache import KVCache
 from minigpt.model.language_model import LanguageModel
 from minigpt.studies.claims.learning import Progress
@@ -76,15 +77,12 @@ class Answers:
 class _LastRows:
     """Recorder of the last query's attention weights in all heads of all layers."""
 
-    def __init__(self, model: LanguageModel) -> None:
-        self._scores = [attention.score for attention in model.attentions]
-        self.weights: list[Tensor] = []
+    needs_queries = False
+    weights_BNS: Tensor
 
-    def record(
-        self, layer: int, q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, context_BHTD: Tensor
-    ) -> None:
-        """Record one layer."""
-        self.weights.append(self._scores[layer].weights(q_BHTD[:, :, -1:], k_BGSD)[:, :, 0])
+    def record(self, attention: AttentionPass) -> None:
+        """Take the weights; they are valid until the next forward pass."""
+        self.weights_BNS = attention.weights_LBHS.transpose(0, 1).flatten(1, 2)
 
 
 def measure(study: Study) -> Generator[Progress, None, tuple[Explanation, ...]]:
@@ -153,7 +151,7 @@ def answer(model: LanguageModel, batch: TaskBatch) -> Answers:
     n_batch, n_view = tokens_BT.shape
     cache = KVCache(model.config, batch_size=n_batch, capacity=n_view, device=model.device)
     model(tokens_BT[:, :-1], cache, logits_to_keep=1)
-    rows = _LastRows(model)
+    rows = _LastRows()
     all_visible = torch.ones(n_batch, n_view, dtype=torch.bool, device=model.device)
 
     def log_p_without(position_B: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -167,8 +165,8 @@ def answer(model: LanguageModel, batch: TaskBatch) -> Answers:
         return log_p, logits.argmax(dim=-1) == target_B
 
     in_full = log_p_without(None)
-    weights_BNS = torch.cat(rows.weights, dim=1)  # the heads of all layers
-    attended_BN = torch.cat((weights_BNS, weights_BNS.mean(dim=1, keepdim=True)), 1).argmax(-1)
+    mean_B1S = rows.weights_BNS.mean(dim=1, keepdim=True)
+    attended_BN = torch.cat((rows.weights_BNS, mean_B1S), dim=1).argmax(-1)
     no_source = log_p_without(batch.source_B)
     others = [log_p_without(position_B) for position_B in (batch.other_B, attended_BN[:, -1])]
     return Answers(
