@@ -5,6 +5,7 @@ is documented as derived is filled in at that moment, so that a saved config is 
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import cache
 from types import NoneType, UnionType
@@ -24,24 +25,24 @@ QUANTIZATIONS = get_args(Quantization)
 _ATTENTION_OF = {"gpt": "scaled_dot", "lstm": "none", "lstm-attention": "additive"}
 
 
-def setting(default: Any = MISSING, bounds: str = "", choices: tuple[str, ...] = ()) -> Any:
+def setting(default: Any = MISSING, bounds: str = "", choices: Iterable[str] = ()) -> Any:
     """Declare a field that a TOML file and ``--set`` can give.
 
     Args: bounds, the interval of valid values, as in ``[0, 1)`` or ``(0, inf)``; choices, the valid
         values where the type does not name them.
     """
-    return field(default=default, metadata={"bounds": bounds, "choices": choices})
+    return field(default=default, metadata={"bounds": bounds, "choices": tuple(choices)})
 
 
 def option(
-    default: Any = MISSING, bounds: str = "", choices: tuple[str, ...] = (), **about: Any
+    default: Any = MISSING, bounds: str = "", choices: Iterable[str] = (), **about: Any
 ) -> Any:
     """Declare a field that is a command-line option too, named as the field.
 
     Args: bounds and choices, as in ``setting``; about, fields of ``commands.options.Option``: what
         --help shows beside the field's type, default and docstring.
     """
-    metadata = {"bounds": bounds, "choices": choices, "option": about}
+    metadata = {"bounds": bounds, "choices": tuple(choices), "option": about}
     return field(default=default, metadata=metadata)
 
 

@@ -1,4 +1,4 @@
-"""Configs check themselves and say what is wrong."""
+"""Configs check their values and name what is wrong."""
 
 import dataclasses
 import math
@@ -25,7 +25,7 @@ SHAPE: dict[str, Any] = {
 }
 
 
-def test_what_is_left_out_is_derived_when_the_config_is_made() -> None:
+def test_missing_values_are_derived_when_the_config_is_made() -> None:
     llama, gpt2 = ModelConfig(**SHAPE), ModelConfig(**SHAPE, family="gpt2")
     assert (llama.n_kv_head, llama.d_head, llama.d_mlp) == (4, 12, 128)
     assert (gpt2.n_kv_head, gpt2.d_head, gpt2.d_mlp) == (4, 12, 192)
@@ -37,7 +37,7 @@ def test_what_is_left_out_is_derived_when_the_config_is_made() -> None:
     ("value", "multiple", "expected"),
     [(128, 32, 128), (129, 32, 160), (0.5, 8, 8), (1024.0, 1, 1024)],
 )
-def test_round_up_finds_the_least_multiple(value: float, multiple: int, expected: int) -> None:
+def test_round_up_returns_the_smallest_multiple(value: float, multiple: int, expected: int) -> None:
     assert round_up(value, multiple) == expected
 
 
@@ -137,7 +137,7 @@ def test_sampling_values_out_of_range_are_refused(changes: dict[str, Any], messa
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, math.nan])
-def test_validation_takes_a_part_and_neither_nothing_nor_all(fraction: float) -> None:
+def test_val_fraction_is_above_0_and_below_1(fraction: float) -> None:
     with pytest.raises(ConfigError, match=r"val_fraction must be in \(0, 1\)"):
         DataConfig(val_fraction=fraction)
 
@@ -150,7 +150,9 @@ def test_validation_takes_a_part_and_neither_nothing_nor_all(fraction: float) ->
         ({"context_warmup_length": 32, "sequence_length": 48}, "32 does not divide 48."),
     ],
 )
-def test_sequences_fit_the_model_and_their_warm_up(changes: dict[str, int], message: str) -> None:
+def test_sequence_lengths_fit_the_model_and_the_warm_up(
+    changes: dict[str, int], message: str
+) -> None:
     with pytest.raises(ConfigError) as caught:
         RunConfig(model=ModelConfig(**SHAPE), training=TrainingConfig(max_steps=1, **changes))
     assert message in str(caught.value)

@@ -51,13 +51,13 @@ def test_spans_cannot_steer_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert terminal.getvalue() == "\\x1b[31mred\\x07\\u202e\\x9b2J\\x00 end\n"
 
 
-def test_untrusted_text_is_no_markup(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_untrusted_text_is_not_read_as_markup(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = attach_terminal(monkeypatch)
     make_console(is_stderr=True).print("[red]a[/red] :smile: 123")
     assert terminal.getvalue() == "[red]a[/red] :smile: 123\n"
 
 
-def test_a_terminal_gets_colour_unless_no_color_is_set(
+def test_a_terminal_gets_color_unless_no_color_is_set(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     terminal = attach_terminal(monkeypatch)
@@ -69,12 +69,12 @@ def test_a_terminal_gets_colour_unless_no_color_is_set(
     assert "38;" not in terminal.getvalue()
 
 
-def test_a_pipe_gets_neither_colour_nor_a_wrapped_line(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_pipe_gets_no_color_and_no_wrapped_lines(capfd: pytest.CaptureFixture[str]) -> None:
     make_console(is_stderr=False).print(spans_to_text([("hot" * 100, "heat4")]))
     assert capfd.readouterr().out == "hot" * 100 + "\n"
 
 
-def test_stderr_never_fails_when_its_reader_has_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_writing_to_a_closed_stderr_does_not_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     reader, writer = os.pipe()
     with os.fdopen(writer, "w") as stream:
         monkeypatch.setattr(sys, "stderr", stream)
@@ -84,7 +84,7 @@ def test_stderr_never_fails_when_its_reader_has_gone(monkeypatch: pytest.MonkeyP
             console.print("training goes on")
 
 
-def test_a_silenced_stream_fails_no_more() -> None:
+def test_a_silenced_stream_does_not_fail() -> None:
     reader, writer = os.pipe()
     with os.fdopen(writer, "w") as stream:
         os.close(reader)

@@ -1,4 +1,4 @@
-"""Plain values are taken strictly, and configs go through TOML unchanged."""
+"""Settings are strict, and configs survive TOML unchanged."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -55,13 +55,13 @@ def test_a_run_goes_through_toml_unchanged(model: dict[str, Any], tmp_path: Path
         ({"training": {"max_steps": 0}}, "training needs a limit"),
     ],
 )
-def test_values_are_taken_strictly(values: dict[str, Any], message: str) -> None:
+def test_values_of_another_type_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         build(RunConfig, merge(to_dict(run_config()), values))
     assert message in str(caught.value)
 
 
-def test_where_a_run_started_from_is_called_as_its_option_is(tmp_path: Path) -> None:
+def test_the_field_from_is_named_from_in_toml(tmp_path: Path) -> None:
     config = replace(run_config(), from_="a/b")
     path = tmp_path / "config.toml"
     path.write_text(to_toml(config), encoding="utf-8")
@@ -80,7 +80,7 @@ def test_a_missing_setting_is_named() -> None:
         build(RunConfig, values)
 
 
-def test_whole_numbers_and_lists_are_taken_where_they_fit() -> None:
+def test_integers_are_accepted_as_floats_and_lists_as_tuples() -> None:
     assert build(SamplingConfig, {"temperature": 1}).temperature == 1.0
     assert build(SamplingConfig, {"stop": ["a", "b"]}).stop == ("a", "b")
     assert build(SamplingConfig, {"seed": None}).seed is None
@@ -119,9 +119,7 @@ def test_a_config_file_that_cannot_be_read_is_an_error_that_names_it(
         ("preset=", {"preset": ""}),
     ],
 )
-def test_assignments_are_parsed_as_toml_values_else_as_text(
-    text: str, expected: dict[str, Any]
-) -> None:
+def test_assignments_are_parsed_as_toml_values_or_text(text: str, expected: dict[str, Any]) -> None:
     assert parse_assignment(text) == expected
 
 
@@ -132,12 +130,12 @@ def test_an_assignment_without_a_name_or_a_sign_is_refused(text: str) -> None:
     assert str(caught.value) == f"--set takes name=value, as in model.n_layer=4: it is {text!r}."
 
 
-def test_an_assignment_sets_nothing_but_its_name() -> None:
+def test_an_assignment_sets_only_its_name() -> None:
     """A line break in the value could smuggle in a second line of TOML."""
     assert parse_assignment("a.b=1\nvalue2 = 3") == {"a": {"b": "1\nvalue2 = 3"}}
 
 
-def test_later_layers_win_table_by_table_and_change_no_earlier_one() -> None:
+def test_later_settings_win_table_by_table_without_changing_earlier_ones() -> None:
     first = {"model": {"n_layer": 1, "n_head": 2}, "preset": "nano"}
     second = {"model": {"n_layer": 3}, "training": {"lr": 0.1}}
     assert merge(first, second, {"preset": "mini"}) == {

@@ -1,4 +1,4 @@
-"""Every mistake that a user can make ends in one line: what, the value, the remedy."""
+"""Every user error ends in one line: what, the value, the remedy."""
 
 import resource
 import shutil
@@ -44,7 +44,7 @@ def at_trained(trained: Path, workplace: Path) -> Path:
         (["train", "--family", "lama"], ["'lama'", "Did you mean llama?"]),
     ],
 )
-def test_a_misspelt_word_is_named_with_the_nearest_one(
+def test_a_misspelled_word_gets_the_nearest_suggestion(
     run: Run, words: list[str], said: list[str]
 ) -> None:
     result = run(*words)
@@ -154,7 +154,7 @@ def test_a_config_file_is_read_strictly(
         ("gone\x1b[2J/a.txt", None, ["\\x1b[2J"]),
     ],
 )
-def test_a_corpus_that_cannot_be_used_is_refused(
+def test_an_unusable_corpus_is_refused(
     run: Run, workplace: Path, name: str, content: bytes | None, said: list[str]
 ) -> None:
     if content is not None:
@@ -165,7 +165,7 @@ def test_a_corpus_that_cannot_be_used_is_refused(
     assert all(part in line for part in said), line
 
 
-def test_an_empty_standard_input_is_no_corpus(run: Run) -> None:
+def test_empty_standard_input_is_refused_as_corpus(run: Run) -> None:
     result = run("train", "-", *TINY)
     assert "standard input" in error_line(result)
     assert result.code == 3
@@ -184,7 +184,7 @@ def test_an_empty_standard_input_is_no_corpus(run: Run) -> None:
         ("-", b"a" * (2**24 + 1), ["longer than 16 MiB"]),
     ],
 )
-def test_a_prompt_that_cannot_be_read_is_refused(
+def test_an_unusable_prompt_is_refused(
     run: Run, at_trained: Path, command: str, prompt: str, stdin: bytes, said: list[str]
 ) -> None:
     result = run(command, prompt, stdin=stdin)
@@ -206,7 +206,7 @@ def test_a_prompt_that_cannot_be_read_is_refused(
         ("--sources few", ["--n-sources", "'few'"]),
     ],
 )
-def test_heads_that_the_model_lacks_are_refused(
+def test_heads_not_in_the_model_are_refused(
     run: Run, at_trained: Path, words: str, said: list[str]
 ) -> None:
     result = run("attention-trace", "text", *words.split())
@@ -216,7 +216,9 @@ def test_heads_that_the_model_lacks_are_refused(
 
 
 @pytest.mark.parametrize("command", ["generate", "attention-trace"])
-def test_no_checkpoint_at_all_names_the_command_that_makes_one(run: Run, command: str) -> None:
+def test_without_checkpoints_the_error_names_the_command_that_makes_one(
+    run: Run, command: str
+) -> None:
     result = run(command, "text")
     line = error_line(result)
     assert result.code == 4
@@ -224,7 +226,7 @@ def test_no_checkpoint_at_all_names_the_command_that_makes_one(run: Run, command
     assert "`minigpt train`" in line
 
 
-def test_a_model_that_is_not_there_is_named_with_the_nearest(run: Run, at_trained: Path) -> None:
+def test_a_missing_model_gets_the_nearest_suggestion(run: Run, at_trained: Path) -> None:
     (at_trained / "empty").mkdir()
     cases = {
         "tinny": ["'tinny'", "Did you mean tiny?"],
@@ -241,9 +243,7 @@ def test_a_model_that_is_not_there_is_named_with_the_nearest(run: Run, at_traine
 
 
 @pytest.mark.parametrize("part", ["model.safetensors", "config.json", "tokenizer.json"])
-def test_a_half_written_checkpoint_is_named_with_its_damaged_file(
-    run: Run, at_trained: Path, part: str
-) -> None:
+def test_the_damaged_file_of_a_checkpoint_is_named(run: Run, at_trained: Path, part: str) -> None:
     path = at_trained / "checkpoints/tiny/step-000004" / part
     path.write_bytes(path.read_bytes()[:-9])
     result = run("generate", "text", "--model", str(path.parent))
@@ -252,7 +252,7 @@ def test_a_half_written_checkpoint_is_named_with_its_damaged_file(
     assert part in line
 
 
-def test_a_run_that_is_there_already_is_never_overwritten(run: Run, at_trained: Path) -> None:
+def test_an_existing_run_is_never_overwritten(run: Run, at_trained: Path) -> None:
     before = {p: p.read_bytes() for p in at_trained.rglob("checkpoints/**/*") if p.is_file()}
     result = run("train", "corpus.txt", "--name", "tiny", *TINY)
     line = error_line(result)
@@ -262,7 +262,7 @@ def test_a_run_that_is_there_already_is_never_overwritten(run: Run, at_trained: 
 
 
 @pytest.mark.parametrize("resume", [[], ["--resume"]])
-def test_a_run_that_another_process_writes_is_left_alone(
+def test_a_run_locked_by_another_process_is_refused(
     run: Run, at_trained: Path, resume: list[str]
 ) -> None:
     name = "tiny" if resume else "other"
@@ -285,7 +285,7 @@ def test_a_run_that_another_process_writes_is_left_alone(
         ("--set model.n_layr=3", ["model.n_layr", "Did you mean n_layer?"]),
     ],
 )
-def test_a_resumed_run_keeps_what_its_checkpoint_was_made_with(
+def test_resume_refuses_to_change_what_its_checkpoint_depends_on(
     run: Run, at_trained: Path, words: str, said: list[str]
 ) -> None:
     result = run("train", "--resume", "--name", "tiny", *words.split())
@@ -294,7 +294,7 @@ def test_a_resumed_run_keeps_what_its_checkpoint_was_made_with(
     assert all(part in line for part in said), line
 
 
-def test_another_text_cannot_be_resumed_with(run: Run, at_trained: Path) -> None:
+def test_resume_refuses_another_text(run: Run, at_trained: Path) -> None:
     (at_trained / "corpus.txt").write_text("Another text altogether.\n" * 100)
     result = run("train", "--resume", "--name", "tiny", "--max-steps", "6")
     assert result.code == 3
@@ -304,7 +304,7 @@ def test_another_text_cannot_be_resumed_with(run: Run, at_trained: Path) -> None
 @pytest.mark.parametrize(
     ("name", "said"), [("tinny", "Did you mean tiny?"), (None, "Start one")], ids=["name", "newest"]
 )
-def test_a_run_that_is_not_there_cannot_be_resumed(
+def test_resume_refuses_a_missing_run(
     run: Run, workplace: Path, trained: Path, name: str | None, said: str
 ) -> None:
     if name:
@@ -315,7 +315,7 @@ def test_a_run_that_is_not_there_cannot_be_resumed(
     assert not Path("checkpoints/tinny").exists()
 
 
-def test_a_device_that_is_not_there_is_refused(
+def test_an_unavailable_device_is_refused(
     run: Run, at_trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import torch
@@ -329,7 +329,7 @@ def test_a_device_that_is_not_there_is_refused(
         assert "cpu" in line
 
 
-def test_a_full_disk_costs_no_checkpoint_and_says_so(run: Run, at_trained: Path) -> None:
+def test_a_full_disk_is_an_error_and_keeps_the_last_checkpoint(run: Run, at_trained: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # the weights have more
     try:
@@ -342,7 +342,7 @@ def test_a_full_disk_costs_no_checkpoint_and_says_so(run: Run, at_trained: Path)
     assert run("generate", "text", "--max-new-tokens", "1").code == 0
 
 
-def test_a_folder_that_may_not_be_written_is_named(
+def test_a_folder_without_write_permission_is_named(
     run: Run, at_trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make = Path.mkdir
@@ -358,7 +358,7 @@ def test_a_folder_that_may_not_be_written_is_named(
     assert "'checkpoints/new': Permission denied" in error_line(result)
 
 
-def test_a_file_in_the_place_of_the_runs_folder_is_one_line(run: Run, workplace: Path) -> None:
+def test_a_file_named_checkpoints_is_a_one_line_error(run: Run, workplace: Path) -> None:
     (workplace / "checkpoints").write_text("a file")
     (workplace / "corpus.txt").write_text("Once upon a time.\n" * 100)
     result = run("train", "corpus.txt", *TINY)
@@ -377,7 +377,7 @@ def test_a_file_in_the_place_of_the_runs_folder_is_one_line(run: Run, workplace:
         (ModuleNotFoundError("No module named 'rich'", name="rich"), 1, ["rich", "not installed"]),
     ],
 )
-def test_what_the_system_refuses_is_one_line_too(
+def test_system_errors_are_one_line(
     run: Run,
     monkeypatch: pytest.MonkeyPatch,
     error: Exception,
@@ -396,7 +396,7 @@ def test_what_the_system_refuses_is_one_line_too(
     assert all(part in line for part in said), line
 
 
-def test_a_bug_of_ours_is_one_line_and_debug_shows_where(
+def test_an_unexpected_error_is_one_line_and_debug_adds_the_traceback(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from minigpt.commands import loading

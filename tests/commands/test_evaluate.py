@@ -1,4 +1,4 @@
-"""minigpt evaluate: the run's own loss again, a plain loop's, and the bytes of the text itself."""
+"""minigpt evaluate against the loss of the run, a plain loop, and the bytes of the text."""
 
 import json
 import math
@@ -35,7 +35,7 @@ def evaluated(run: Run, *words: str, stdin: bytes = b"") -> dict[str, Any]:
     return facts
 
 
-def test_the_last_share_of_a_runs_text_has_the_runs_own_loss(run: Run) -> None:
+def test_the_validation_text_of_a_run_has_its_validation_loss(run: Run) -> None:
     best = RunFolder(Path("checkpoints/tiny")).best()
     assert best is not None
     words = ["corpus.txt", "--model", "tiny", "--val-fraction", "0.1"]
@@ -47,7 +47,7 @@ def test_the_last_share_of_a_runs_text_has_the_runs_own_loss(run: Run) -> None:
     assert evaluated(run, *words)["n_tokens"] == 298 - 1  # of 2971 tokens, but for the first
 
 
-def test_a_run_of_documents_bpe_dropout_and_short_sequences_has_its_own_loss_too(
+def test_so_has_a_run_with_documents_bpe_dropout_and_short_sequences(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -67,7 +67,7 @@ def test_a_run_of_documents_bpe_dropout_and_short_sequences_has_its_own_loss_too
 
 
 @torch.no_grad()
-def test_the_loss_is_that_of_a_plain_loop_over_the_text(run: Run, tmp_path: Path) -> None:
+def test_the_loss_equals_a_plain_loop_over_the_text(run: Run, tmp_path: Path) -> None:
     tokenizer = train_bpe([TEXT], 290)
     write_model(tmp_path / "m", small_model("gpt2", vocab_size=tokenizer.vocab_size), tokenizer)
     (tmp_path / "a.txt").write_text(TEXT)
@@ -93,7 +93,7 @@ def test_the_loss_is_that_of_a_plain_loop_over_the_text(run: Run, tmp_path: Path
         assert facts["tokens_per_s"] == pytest.approx(facts["n_tokens"] / facts["seconds"])
 
 
-def test_bytes_are_those_of_the_text_whatever_the_vocabulary_makes_of_it(
+def test_bytes_are_those_of_the_text_for_any_tokenizer(
     run: Run, shared: Path, tmp_path: Path
 ) -> None:
     """SentencePiece puts a space before each document; it is none of the text's bytes."""
@@ -112,7 +112,7 @@ def test_bytes_are_those_of_the_text_whatever_the_vocabulary_makes_of_it(
     assert facts["n_tokens"] == len(tokens) + 2
 
 
-def test_a_text_comes_by_argument_option_glob_or_standard_input(run: Run) -> None:
+def test_text_is_read_from_arguments_options_globs_and_standard_input(run: Run) -> None:
     text = Path("corpus.txt").read_bytes()
     given = [["corpus.txt"], ["--data", "corpus.txt"], ["corp*.txt"], ["-"]]
     all_facts = [evaluated(run, *words, "--model", "tiny", stdin=text) for words in given]
@@ -124,14 +124,14 @@ def test_a_text_comes_by_argument_option_glob_or_standard_input(run: Run) -> Non
     assert both["n_bytes"] == len(text), "a file that is named twice is read once"
 
 
-def test_batches_of_any_size_give_one_loss(run: Run) -> None:
+def test_the_loss_does_not_depend_on_the_batch_size(run: Run) -> None:
     losses = [
         evaluated(run, "corpus.txt", "--batch-size", size)["nats_per_token"] for size in ("1", "9")
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
-def test_a_long_context_is_not_filled_unless_asked_for(run: Run, tmp_path: Path) -> None:
+def test_windows_are_at_most_1024_tokens_by_default(run: Run, tmp_path: Path) -> None:
     model = small_model(vocab_size=257, context_length=5000, n_layer=1)
     write_model(tmp_path / "m", model, bytes_tokenizer())
     words = ["--model", str(tmp_path / "m"), "corpus.txt"]
@@ -143,7 +143,7 @@ def test_a_long_context_is_not_filled_unless_asked_for(run: Run, tmp_path: Path)
     )
 
 
-def test_people_get_a_few_lines_with_units(run: Run) -> None:
+def test_the_result_is_a_few_lines_with_units(run: Run) -> None:
     words = ["corpus.txt", "--model", "tiny", "--val-fraction", "0.25", "--stride", "32"]
     result, facts = run("evaluate", *words), evaluated(run, *words)
     assert (result.code, result.err) == (0, "")
@@ -159,7 +159,7 @@ speed       \S+ tok/s, \d+\.\d s on \w+ in \w+
     assert re.fullmatch(expected, result.out), result.out
 
 
-def test_a_terminal_shows_how_far_it_is_and_is_left_clean(
+def test_a_terminal_shows_progress_and_is_left_clean(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -201,7 +201,7 @@ def test_a_pipe_gets_a_plain_line_now_and_then(run: Run, monkeypatch: pytest.Mon
         ("--device cuda:9", 2, ["--device", "'cuda:9'"]),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_line(
+def test_bad_values_are_refused_in_one_line(
     run: Run, words: str, code: int, said: list[str]
 ) -> None:
     result = run("evaluate", "corpus.txt", *words.split())
@@ -210,7 +210,7 @@ def test_what_cannot_be_is_refused_in_one_line(
     assert all(part in line for part in said), line
 
 
-def test_a_text_with_nothing_to_predict_is_refused(run: Run, tmp_path: Path) -> None:
+def test_a_text_too_short_to_predict_is_refused(run: Run, tmp_path: Path) -> None:
     empty = run("evaluate", "-")
     assert (empty.code, "the corpus is empty" in error_line(empty)) == (3, True)
     assert evaluated(run, "-", stdin=b"x")["n_tokens"] == 1  # after what begins a document
@@ -225,9 +225,7 @@ def test_a_text_with_nothing_to_predict_is_refused(run: Run, tmp_path: Path) -> 
     assert (two["n_tokens"], two["n_bytes"]) == (1, 1)
 
 
-def test_a_model_without_tokenizer_or_of_no_finite_loss_is_refused(
-    run: Run, tmp_path: Path
-) -> None:
+def test_a_model_without_tokenizer_or_with_a_nan_loss_is_refused(run: Run, tmp_path: Path) -> None:
     model = small_model(vocab_size=257)
     write_model(tmp_path / "mute", model, None)
     result = run("evaluate", "corpus.txt", "--model", str(tmp_path / "mute"))

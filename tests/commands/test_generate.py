@@ -18,7 +18,7 @@ def at_trained(trained: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.chdir(trained)
 
 
-def test_stdout_is_the_text_that_json_gives_and_a_line_break(run: Run) -> None:
+def test_stdout_is_the_text_of_the_json_and_a_line_break(run: Run) -> None:
     words = ["generate", "The king", "--seed", "3", "--max-new-tokens", "30", "--temperature", "0"]
     plain, as_json = run(*words), run(*words, "--json")
     facts = json.loads(as_json.out)
@@ -31,12 +31,12 @@ def test_stdout_is_the_text_that_json_gives_and_a_line_break(run: Run) -> None:
     assert facts["model"].endswith("step-000004")
 
 
-def test_text_that_is_streamed_is_the_text_that_is_not(run: Run) -> None:
+def test_streaming_does_not_change_the_text(run: Run) -> None:
     words = ["generate", "The", "--seed", "3", "--max-new-tokens", "40", "--temperature", "5"]
     assert run(*words).out == run(*words, "--no-stream").out
 
 
-def test_the_same_seed_gives_the_same_text_and_a_fresh_one_is_printed(run: Run) -> None:
+def test_the_same_seed_gives_the_same_text_and_a_random_seed_is_printed(run: Run) -> None:
     words = ["generate", "The", "--max-new-tokens", "40", "--temperature", "5"]
     first = run(*words)
     seed = re.search(r"\d+ tokens, [\d.e+]+ tok/s, seed (\d+)", first.err)
@@ -45,12 +45,12 @@ def test_the_same_seed_gives_the_same_text_and_a_fresh_one_is_printed(run: Run) 
     assert run(*words).out != first.out
 
 
-def test_temperature_0_is_greedy_whatever_the_seed(run: Run) -> None:
+def test_temperature_0_is_greedy_for_any_seed(run: Run) -> None:
     words = ["generate", "The", "--max-new-tokens", "20", "--temperature", "0", "--seed"]
     assert run(*words, "1").out == run(*words, "2").out
 
 
-def test_standard_input_is_the_prompt_to_its_last_byte(run: Run) -> None:
+def test_standard_input_is_the_prompt_byte_for_byte(run: Run) -> None:
     words = ["--temperature", "0", "--max-new-tokens", "9", "--json"]
     for prompt in ("The king\n", " \u2003 \n\n", "a\0b\x1b[31m", "é 世界"):
         facts = json.loads(run("generate", "-", *words, stdin=prompt.encode()).out)
@@ -67,7 +67,7 @@ def test_no_prompt_starts_a_new_document(run: Run) -> None:
     assert facts["n_prompt_tokens"] == 1  # <|endoftext|>
 
 
-def test_a_full_context_ends_the_text_and_is_said(run: Run) -> None:
+def test_a_full_context_ends_the_text_and_is_reported(run: Run) -> None:
     result = run("generate", "x" * 60, "--json", "--temperature", "0", "--max-new-tokens", "99")
     facts = json.loads(result.out)
     assert facts["finish_reason"] == "context"
@@ -75,7 +75,7 @@ def test_a_full_context_ends_the_text_and_is_said(run: Run) -> None:
     assert "context window is full" in result.err
 
 
-def test_a_stop_text_ends_the_text_before_it(run: Run) -> None:
+def test_the_text_ends_before_a_stop_string(run: Run) -> None:
     words = ["generate", "The", "--temperature", "0", "--json"]
     whole = json.loads(run(*words).out)["text"]
     stop = whole[10:12]
@@ -84,13 +84,13 @@ def test_a_stop_text_ends_the_text_before_it(run: Run) -> None:
     assert facts["finish_reason"] == "stop"
 
 
-def test_a_stop_text_may_be_typed_with_escapes(run: Run) -> None:
+def test_a_stop_string_may_have_escapes(run: Run) -> None:
     words = ["generate", "x", "--json", "--max-new-tokens", "1", "--stop", r"\n\n", "--stop"]
     facts = json.loads(run(*words, r"a\\n\t").out)
     assert facts["sampling"]["stop"] == ["\n\n", "a\\n\t"]
 
 
-def test_samples_are_told_apart_and_each_can_be_drawn_again(run: Run) -> None:
+def test_each_of_several_samples_can_be_reproduced_alone(run: Run) -> None:
     words = ["generate", "The", "--max-new-tokens", "12", "--temperature", "5"]
     both = run(*words, "--seed", "5", "--num-samples", "2").out
     singles = [run(*words, "--seed", seed).out for seed in ("5", "6")]
@@ -99,7 +99,7 @@ def test_samples_are_told_apart_and_each_can_be_drawn_again(run: Run) -> None:
     assert [json.loads(line)["text"] + "\n" for line in lines] == singles
 
 
-def test_many_samples_are_shown_whole_in_their_order(run: Run) -> None:
+def test_many_samples_are_shown_in_order_and_in_full(run: Run) -> None:
     """They end at different places; each is as it is alone, streamed or not, in text and JSON."""
     words = ["generate", "The", "--max-new-tokens", "40", "--temperature", "9", "--stop", "e"]
     singles = [run(*words, "--seed", str(seed)).out for seed in range(5, 13)]
@@ -115,7 +115,7 @@ def test_many_samples_are_shown_whole_in_their_order(run: Run) -> None:
     assert [f["seed"] for f in facts] == list(range(5, 13))
 
 
-def test_the_most_probable_tokens_are_in_the_json_and_on_stderr(run: Run) -> None:
+def test_logprobs_are_in_the_json_and_on_stderr(run: Run) -> None:
     words = ["generate", "The", "--max-new-tokens", "6", "--seed", "3", "--logprobs", "2"]
     result = run(*words)
     facts = json.loads(run(*words, "--json").out)
@@ -137,7 +137,7 @@ def test_the_most_probable_tokens_are_in_the_json_and_on_stderr(run: Run) -> Non
     assert all(step["best"][0]["token"] == step["token"] for step in greedy)
 
 
-def test_a_window_that_slides_says_so(run: Run) -> None:
+def test_a_sliding_window_is_reported(run: Run) -> None:
     words = ["generate", "x" * 60, "--temperature", "0", "--overflow", "slide"]
     result = run(*words, "--max-new-tokens", "50")
     facts = json.loads(run(*words, "--json", "--max-new-tokens", "50").out)
@@ -150,7 +150,7 @@ def test_a_window_that_slides_says_so(run: Run) -> None:
     assert facts["text"].startswith(short["text"])
 
 
-def test_the_end_of_the_text_is_drawn_unless_it_is_ignored(run: Run) -> None:
+def test_ignore_eos_never_samples_the_end_of_text(run: Run) -> None:
     words = ["generate", "The", "--json", "--temperature", "99", "--num-samples", "40"]
     words += ["--seed", "1", "--max-new-tokens", "60"]
     free = [json.loads(line) for line in run(*words).out.splitlines()]
@@ -161,7 +161,7 @@ def test_the_end_of_the_text_is_drawn_unless_it_is_ignored(run: Run) -> None:
 
 
 @pytest.mark.parametrize("command", ["generate", "attention-trace", "evaluate"])
-def test_threads_are_those_that_were_asked_for(
+def test_threads_sets_the_number_of_torch_threads(
     run: Run, command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import torch
@@ -178,7 +178,7 @@ def test_threads_are_those_that_were_asked_for(
     assert "threads must be at least 1: it is 0." in result.err
 
 
-def test_a_trace_refuses_a_window_that_slides(run: Run) -> None:
+def test_a_trace_refuses_a_sliding_window(run: Run) -> None:
     result = run("attention-trace", "x", "--overflow", "slide")
     assert result.code == 2
     assert "overflow slide would encode again what was traced." in error_line(result)
@@ -220,7 +220,7 @@ def test_sigterm_ends_with_its_code_and_no_traceback(
     assert result.out
 
 
-def test_ctrl_c_while_the_model_is_read_is_quiet(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_while_loading_is_quiet(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     from minigpt.commands import loading
 
     monkeypatch.setattr(loading, "resolve_model", lambda spec: signal.raise_signal(signal.SIGINT))
@@ -228,7 +228,7 @@ def test_ctrl_c_while_the_model_is_read_is_quiet(run: Run, monkeypatch: pytest.M
     assert (result.code, result.out, result.err.strip()) == (130, "", "")
 
 
-def test_ctrl_c_keeps_the_json_whole(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_leaves_valid_json(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     from minigpt.generation import stream
 
     real = stream.stream_samples

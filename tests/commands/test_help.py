@@ -1,4 +1,4 @@
-"""--help and --version: every option there, in 80 columns, with what holds without it."""
+"""--help and --version: golden pages in 80 columns, with the defaults that apply."""
 
 import dataclasses
 import os
@@ -27,14 +27,14 @@ def help_of(*words: str) -> str:
 
 
 @pytest.mark.parametrize("words", CALLS, ids=" ".join)
-def test_a_help_page_is_the_golden_one(words: list[str]) -> None:
+def test_help_pages_equal_the_golden_files(words: list[str]) -> None:
     path = PAGES / f"{'-'.join(['minigpt', *words])}.txt"
     if os.environ.get("UPDATE_HELP"):
         path.write_text(help_of(*words), encoding="utf-8")
     assert help_of(*words) == path.read_text(encoding="utf-8")
 
 
-def test_each_golden_page_is_of_a_command() -> None:
+def test_every_golden_file_belongs_to_a_command() -> None:
     named = {f"{'-'.join(['minigpt', *words])}.txt" for words in CALLS}
     assert {path.name for path in PAGES.iterdir()} == named
 
@@ -51,7 +51,7 @@ def test_help_fits_80_columns_in_aligned_lines(words: list[str]) -> None:
 
 
 @pytest.mark.parametrize("command", ["generate", "attention-trace"])
-def test_sampling_options_show_the_defaults_that_hold(command: str) -> None:
+def test_sampling_options_show_their_defaults(command: str) -> None:
     text, sampling = " ".join(help_of(command).split()), SamplingConfig()
     for name in ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "num_samples"):
         flag, default = f"--{name.replace('_', '-')}", f"{getattr(sampling, name):g}"
@@ -74,7 +74,7 @@ def test_every_option_of_a_config_is_named_and_described_as_its_field() -> None:
     assert "Seed of the sampling RNG" in text
 
 
-def test_the_convention_of_the_trace_and_its_escapes_are_in_its_help() -> None:
+def test_help_of_attention_trace_states_its_convention_and_escapes() -> None:
     text = " ".join(help_of("attention-trace").split())
     assert "the row of the query that produced it, at the position before it" in text
     assert r"␣ is a space, \n a line break, and \xe2 a byte that is not valid text." in text
@@ -99,7 +99,7 @@ def test_no_command_shows_the_help_and_is_a_usage_error(run: Run) -> None:
     assert result.err == asked.out
 
 
-def test_version_names_ours_and_what_decides_results(run: Run) -> None:
+def test_version_names_minigpt_torch_and_python(run: Run) -> None:
     result = run("--version")
     assert result.code == 0
     assert re.fullmatch(r"minigpt .+ \(torch \d+\.\d+.*, Python \d+\.\d+\.\d+\)\n", result.out)

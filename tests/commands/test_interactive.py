@@ -1,4 +1,4 @@
-"""minigpt generate --interactive, its lines coming through a pipe or typed on a terminal."""
+"""minigpt generate --interactive, with lines from a pipe or typed on a terminal."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def answer(run: Run, said: str) -> str:
     return str(json.loads(result.out)["text"])
 
 
-def test_each_line_goes_on_from_all_that_was_said(run: Run) -> None:
+def test_each_line_continues_the_whole_conversation(run: Run) -> None:
     first = answer(run, "The king")
     second = answer(run, f"The king{first} said")
     third = answer(run, f"The king{first} said{second}")
@@ -42,7 +42,7 @@ def test_each_line_goes_on_from_all_that_was_said(run: Run) -> None:
     assert "> " not in result.err, "nobody types into a pipe"
 
 
-def test_a_prompt_that_is_given_comes_first_and_a_document_may_begin_with_nothing(run: Run) -> None:
+def test_a_prompt_comes_first_and_an_empty_line_starts_a_document(run: Run) -> None:
     first = answer(run, "The king")
     given = run(*WORDS, "The king", stdin=b" said\n")
     assert given.out == f"{first}\n{answer(run, f'The king{first} said')}\n"
@@ -52,7 +52,7 @@ def test_a_prompt_that_is_given_comes_first_and_a_document_may_begin_with_nothin
     assert run(*WORDS).out == ""
 
 
-def test_json_is_an_object_an_answer_each_with_a_seed_of_its_own(run: Run) -> None:
+def test_json_has_one_object_per_answer_with_its_own_seed(run: Run) -> None:
     result = run(*WORDS, "--json", "--seed", "7", stdin=b"The\nking\n")
     facts = [json.loads(line) for line in result.out.splitlines()]
     assert [f["seed"] for f in facts] == [7, 8]
@@ -60,7 +60,7 @@ def test_json_is_an_object_an_answer_each_with_a_seed_of_its_own(run: Run) -> No
     assert [f["n_prompt_tokens"] for f in facts] == [3, 3 + 5 + 4]
 
 
-def test_a_full_window_is_said_and_ends_it(run: Run) -> None:
+def test_a_full_window_is_reported_and_ends_the_conversation(run: Run) -> None:
     result = run(*WORDS, stdin=b"x" * 62 + b"\nmore\n")
     assert result.code == 0
     assert result.out.count("\n") == 1
@@ -69,7 +69,7 @@ def test_a_full_window_is_said_and_ends_it(run: Run) -> None:
     assert "--overflow slide" in result.err
 
 
-def test_a_line_that_does_not_fit_is_said_and_a_shorter_one_goes_on(run: Run) -> None:
+def test_a_line_that_does_not_fit_is_reported_and_a_shorter_one_works(run: Run) -> None:
     first = answer(run, "The")
     result = run(*WORDS, stdin=b"x" * 65 + b"\nThe\n" + b"y" * 60 + b"\n king\n")
     assert result.out == f"{first}\n{answer(run, f'The{first} king')}\n"
@@ -77,7 +77,7 @@ def test_a_line_that_does_not_fit_is_said_and_a_shorter_one_goes_on(run: Run) ->
     assert "the context window is full: 68 tokens were said, the model sees 64" in result.err
 
 
-def test_a_window_that_slides_goes_on_for_ever(run: Run) -> None:
+def test_a_sliding_window_never_ends_the_conversation(run: Run) -> None:
     words = [*WORDS, "--overflow", "slide", "--json"]
     result = run(*words, stdin=b"The king\n" * 15 + b"z" * 100 + b"\n")
     facts = [json.loads(line) for line in result.out.splitlines()]
@@ -88,7 +88,7 @@ def test_a_window_that_slides_goes_on_for_ever(run: Run) -> None:
     assert facts[-1]["n_forgotten"] == n_said - 36
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_program(
+def test_ctrl_c_stops_the_answer_but_not_the_program(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = answer(run, "The king")
@@ -110,14 +110,14 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(
     assert "; interrupted" in result.err
 
 
-def test_what_cannot_go_together_is_refused(run: Run) -> None:
+def test_conflicting_options_are_refused(run: Run) -> None:
     for words in (["--num-samples", "2"], ["-"]):
         result = run(*WORDS, *words)
         assert result.code == 2
         assert "--interactive" in error_line(result)
 
 
-def test_a_line_that_is_no_text_is_an_error(run: Run) -> None:
+def test_a_line_that_is_not_utf8_is_an_error(run: Run) -> None:
     result = run(*WORDS, stdin=b"\xff\n")
     assert result.code == 3
     assert "a line on standard input is not UTF-8 text" in error_line(result)
@@ -132,7 +132,7 @@ def read_until(descriptor: int, ending: bytes) -> bytes:
     return data
 
 
-def test_a_terminal_shows_where_to_type_on_stderr_alone(trained: Path, run: Run) -> None:
+def test_a_terminal_gets_an_input_marker_on_stderr_only(trained: Path, run: Run) -> None:
     first = answer(run, "The king")
     ours, theirs = pty.openpty()
     with subprocess.Popen(

@@ -1,4 +1,4 @@
-"""The commands that the program proposes are for the way in which it was called."""
+"""Suggested commands call the program the way it was called."""
 
 import os
 import shlex
@@ -39,7 +39,7 @@ def test_a_pasted_command_calls_the_same_script_with_the_same_words(
     assert not Path("x").exists()
 
 
-def test_a_script_elsewhere_is_called_by_its_whole_path(
+def test_a_script_elsewhere_is_called_by_its_full_path(
     script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     elsewhere = tmp_path / "elsewhere"
@@ -49,7 +49,7 @@ def test_a_script_elsewhere_is_called_by_its_whole_path(
     assert shlex.split(command_line("train")) == [str(script), "train"]
 
 
-def test_modules_and_files_are_called_through_this_python(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_modules_and_files_are_called_with_this_python(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["/somewhere/minigpt/__main__.py", "train"])
     words = shlex.split(command_line("generate"))
     assert words[1:] == ["-m", "minigpt", "generate"]

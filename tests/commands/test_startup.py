@@ -1,4 +1,4 @@
-"""What the program imports before it has to: nothing heavy for --help, no training to generate."""
+"""What a command imports: nothing heavy for --help, no training for generate."""
 
 import json
 import subprocess
@@ -47,7 +47,7 @@ def test_help_imports_nothing_heavy(words: list[str]) -> None:
     assert not modules_after(*words) & set(HEAVY)
 
 
-def test_the_first_help_reads_no_command() -> None:
+def test_help_of_the_program_imports_no_command() -> None:
     imported = modules_after("--help")
     assert "minigpt.config" not in imported
     assert {name for name in imported if name.startswith("minigpt.commands")} == {
@@ -58,7 +58,7 @@ def test_the_first_help_reads_no_command() -> None:
     }
 
 
-def test_generate_imports_nothing_of_training(trained: Path) -> None:
+def test_generate_imports_no_training_module(trained: Path) -> None:
     imported = modules_after("generate", "x", "--max-new-tokens", "1", cwd=trained)
     training = {n for n in imported if n.startswith(("minigpt.training", "minigpt.evaluation"))}
     assert not training

@@ -1,4 +1,4 @@
-"""The line that is redrawn while work goes on."""
+"""Status lines: layout, numbers, redrawing."""
 
 import io
 import re
@@ -30,7 +30,7 @@ def line_of(facts: list[str], share: float = 0.5) -> StatusLine:
 
 
 @pytest.mark.parametrize("facts", [FACTS, FACTS[:4], FACTS[:1], []])
-def test_it_is_never_wider_than_the_terminal(facts: list[str]) -> None:
+def test_a_line_is_never_wider_than_the_terminal(facts: list[str]) -> None:
     for width in range(1, 200):
         text = line_of(facts).draw(width).plain
         assert len(text) <= width
@@ -43,14 +43,14 @@ def test_every_fact_fits_80_columns() -> None:
 
 
 @pytest.mark.parametrize(("share", "n_full"), [(-1, 0), (0, 0), (0.25, 10), (1, 40), (7, 40)])
-def test_the_bar_is_as_full_as_the_work_is_done(share: float, n_full: int) -> None:
+def test_the_bar_shows_the_share_that_is_done(share: float, n_full: int) -> None:
     text = line_of(["a fact"], share).draw(120, is_ascii=True).plain
     assert text == f"train {'#' * n_full}{'-' * (40 - n_full)}  a fact"
     text = line_of(["a fact"], share).draw(120).plain
     assert text == f"train {'━' * n_full}{'─' * (40 - n_full)}  a fact", "seen without colours too"
 
 
-def test_numbers_have_three_digits_and_times_few_cells() -> None:
+def test_numbers_have_three_digits_and_durations_few_cells() -> None:
     numbers = [0.5, 987, 999.9, 12_345, 999_940, 999_960, 1_050_000, 124_000_000, 1_500_000_000]
     expected = ["0.5", "987", "1k", "12.3k", "1M", "1M", "1.05M", "124M", "1.5B"]
     assert [short(number) for number in numbers] == expected
@@ -59,7 +59,7 @@ def test_numbers_have_three_digits_and_times_few_cells() -> None:
     assert [duration(s) for s in (42, 185, 7800)] == times
 
 
-def test_a_download_shows_how_much_of_it_is_there() -> None:
+def test_a_download_shows_its_progress() -> None:
     display = TrainingDisplay()
     display.preparing(PrepareProgress("download", 300_000, 1_200_000))
     text = display.line.draw(80, is_ascii=True).plain

@@ -99,7 +99,7 @@ def steering(shown: str) -> set[str]:
     return {c for c in OURS.sub("", shown) if not c.isprintable()} - {"\n", "\t"}
 
 
-def test_model_text_reaches_a_pipe_to_its_last_byte(
+def test_model_text_reaches_a_pipe_byte_for_byte(
     run: Run, trained: Path, hostile: tuple[list[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words, text = hostile
@@ -125,7 +125,7 @@ def test_a_hostile_prompt_cannot_steer_a_terminal(
     assert not steering(shown)
 
 
-def test_a_sample_cannot_steer_the_terminal_of_train_nor_pass_for_our_lines(
+def test_a_sample_during_training_is_escaped_and_marked(
     on_terminal: Callable[..., str], trained: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -140,7 +140,7 @@ def test_a_sample_cannot_steer_the_terminal_of_train_nor_pass_for_our_lines(
     assert not re.search(r"(?m)^(next|fake)", left.split("best   checkpoints")[0])
 
 
-def test_a_terminal_sees_a_line_of_what_the_model_writes_at_each_evaluation(
+def test_a_terminal_shows_one_line_of_a_sample_at_each_evaluation(
     on_terminal: Callable[..., str],
     run: Run,
     trained: Path,
@@ -169,7 +169,7 @@ def test_a_terminal_sees_a_line_of_what_the_model_writes_at_each_evaluation(
     assert len(drawn) == 4, "nor where they are turned off"
 
 
-def test_watching_a_run_changes_none_of_its_bits(
+def test_samples_during_training_do_not_change_the_run(
     on_terminal: Callable[..., str], run: Run, trained: Path, workplace: Path
 ) -> None:
     words = ["train", str(trained / "corpus.txt"), *TINY, "--eval-every", "1"]
@@ -184,7 +184,7 @@ def test_watching_a_run_changes_none_of_its_bits(
     assert one.read_bytes() == other.read_bytes()
 
 
-def test_a_terminal_shows_the_prompt_where_the_text_goes_on(
+def test_a_terminal_shows_the_prompt_before_the_text(
     on_terminal: Callable[..., str], run: Run, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ["generate", "The king", "--temperature", "0", "--max-new-tokens", "5"]
@@ -208,7 +208,7 @@ def test_the_live_line_is_drawn_within_80_columns_and_leaves_nothing(
     assert "next" in shown.split("\x1b[?25h")[1]
 
 
-def test_no_color_keeps_colour_off_a_terminal(
+def test_no_color_disables_color(
     on_terminal: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ["attention-trace", "The king", "--max-new-tokens", "3"]
@@ -218,7 +218,7 @@ def test_no_color_keeps_colour_off_a_terminal(
     assert not colour.search(on_terminal(*words))
 
 
-def test_a_narrow_encoding_shows_escapes_and_fails_nothing(
+def test_a_narrow_encoding_gets_escapes_instead_of_an_error(
     run: Run, trained: Path, hostile: tuple[list[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def ascii_run(*words: str) -> tuple[Result, bytes]:
@@ -237,9 +237,7 @@ def test_a_narrow_encoding_shows_escapes_and_fails_nothing(
     assert b"\\u2423" in out  # the sign for a space
 
 
-def test_a_reader_that_leaves_ends_the_program_quietly(
-    start: Start, trained: Path, run: Run
-) -> None:
+def test_a_closed_pipe_ends_the_program_quietly(start: Start, trained: Path, run: Run) -> None:
     with start("generate", "x", "--num-samples", "1000", cwd=trained) as process:
         process.stdout.read(1)
         process.stdout.close()
@@ -248,7 +246,7 @@ def test_a_reader_that_leaves_ends_the_program_quietly(
     assert all(re.fullmatch(r"\d+ tokens, .* seed \d+.*", line) for line in err.splitlines())
 
 
-def test_a_full_device_and_closed_streams_are_no_traceback(workplace: Path) -> None:
+def test_a_full_device_and_closed_streams_give_no_traceback(workplace: Path) -> None:
     def shell(redirection: str) -> subprocess.CompletedProcess[str]:
         line = f'"{sys.executable}" -m minigpt --help {redirection}'
         root = Path(__file__).resolve().parents[2]

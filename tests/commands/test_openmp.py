@@ -1,4 +1,4 @@
-"""How long OpenMP's threads stay awake: by the command, and by what else the machine does."""
+"""How long OpenMP threads spin, by command and by the load of the machine."""
 
 import os
 from pathlib import Path
@@ -22,7 +22,7 @@ ALONE, BESIDE_ANOTHER = "0.52 0.30 0.11 1/212 4711\n", "0.00 0.01 0.05 2/212 471
         ("", ALONE, "10000"),
     ],
 )
-def test_threads_stay_awake_where_they_keep_nobody_waiting(
+def test_threads_spin_long_only_for_decoding_on_an_idle_machine(
     command: str, load: str | None, count: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if load is not None:
@@ -34,7 +34,7 @@ def test_threads_stay_awake_where_they_keep_nobody_waiting(
     assert os.environ["GOMP_SPINCOUNT"] == count
 
 
-def test_what_the_environment_says_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_takes_precedence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GOMP_SPINCOUNT", "7")
     spinning.set_spin_count(["generate"])
     assert os.environ["GOMP_SPINCOUNT"] == "7"
