@@ -13,8 +13,20 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from minigpt.errors import ConfigError, require_choice
 
-ARCHS = ("gpt", "lstm", "lstm-attention")
-ATTENTIONS = ("scaled_dot", "dot", "general", "concat", "additive")
+ARCHS = {
+    "gpt": "model.gpt:GPT",
+    "lstm": "model.variants.lstm:LSTM",
+    "lstm-attention": "model.variants.lstm:LSTM",
+}
+"""Architectures, and the class of each: module and name below ``minigpt``."""
+ATTENTIONS = {
+    "scaled_dot": "model.scores:Score",
+    "dot": "model.scores:DotScore",
+    "general": "model.scores:GeneralScore",
+    "concat": "model.variants.tanh_scores:ConcatScore",
+    "additive": "model.variants.tanh_scores:AdditiveScore",
+}
+"""Attention scores, and the class of each."""
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Dtype = Literal["auto", "float32", "bfloat16"]
 Quantization = Literal["int8"]
@@ -123,7 +135,7 @@ class ModelConfig:
     """Query heads per block, H. 1 for an LSTM."""
     d_model: int = option(bounds="[1, inf)")
     """Width of the residual stream, C."""
-    arch: str = option("gpt", choices=ARCHS)
+    arch: str = option("gpt", choices=tuple(ARCHS))
     """Architecture. An LSTM, with or without attention over its states, is for comparison."""
     family: Literal["llama", "gpt2"] = option("llama")
     """Block layout. llama: RMSNorm, RoPE, gated MLP; gpt2: LayerNorm, learned positions."""

@@ -28,3 +28,12 @@ def ring(module: str) -> Any:
 def has_ring(module: str) -> bool:
     """Return whether this installation has a ring, without importing it."""
     return find_spec(f"minigpt.{module}") is not None
+
+
+def load_class(entry: str) -> Any:
+    """Import the class that a registry names as ``"module:Class"`` below ``minigpt``.
+
+    Raises: ConfigError if it is in a ring that this installation does not have.
+    """
+    module, _, name = entry.partition(":")
+    return getattr(ring(module), name)

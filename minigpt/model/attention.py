@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from minigpt.config import ModelConfig
 from minigpt.model.cache import KVCache
 from minigpt.model.layers import RMSNorm, rotate
-from minigpt.model.scores import Score, weighted_sum
+from minigpt.model.scores import Score, make_score, weighted_sum
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ class Attention(nn.Module):
             self.key_norm: nn.Module = RMSNorm(config.d_head, eps=config.norm_eps)
         else:
             self.query_norm = self.key_norm = nn.Identity()
-        self.score = Score(config)
+        self.score = make_score(config)
 
     def forward(
         self,

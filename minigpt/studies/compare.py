@@ -57,7 +57,7 @@ _RECURRENT_SHAPE = {
 }
 VARIANTS: Mapping[str, Variant] = {
     **{name: Variant({"attention": name, "model_type": ""}, "d_mlp") for name in ATTENTIONS},
-    **{name: Variant({"arch": name, **_RECURRENT_SHAPE}, "d_model") for name in ARCHS[1:]},
+    **{name: Variant({"arch": name, **_RECURRENT_SHAPE}, "d_model") for name in list(ARCHS)[1:]},
 }
 """The variants by name: each score of attention, and what there was before it."""
 

@@ -1,31 +1,21 @@
 """The scores against plain loops, each other, and gradients by finite differences."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from kept_attention import KeptAttention
 from small_models import random_tokens, small_config, small_model
-from torch import Tensor
+from torch import Tensor, nn
 
 from minigpt.config import ATTENTIONS
 from minigpt.errors import ConfigError
-from minigpt.model import scores
 from minigpt.model.cache import KVCache
 from minigpt.model.cost import parameter_count, training_flops_per_token
 from minigpt.model.gpt import GPT
-from minigpt.model.scores import (
-    SCORES,
-    Score,
-    additive_score,
-    attention_weights,
-    concat_score,
-    dot_score,
-    general_score,
-    scaled_dot_score,
-)
+from minigpt.model.scores import Score, attention_weights, make_score, scaled_dot_score
+from minigpt.model.variants import tanh_scores
 from minigpt.training.reports.memory import _LiveBytes
 
 TANH = ("concat", "additive")
@@ -49,6 +39,20 @@ def parameters_of(name: str, n_head: int, d_head: int, n_hidden: int) -> dict[st
         },
     }[name]
     return {key: drawn(*shape, seed=i + 5) for i, (key, shape) in enumerate(shapes.items())}
+
+
+def score_with(name: str, parameters: dict[str, Tensor], n_head: int, d_head: int) -> Score:
+    """A score with these parameters, each (H, A, ...), and as many hidden units as they have."""
+    shape = {"n_head": n_head, "d_head": d_head, "n_kv_head": 1, "family": "llama"}
+    score = make_score(small_config("llama", **shape | {"attention": name, "d_head": 2 * d_head}))
+    score.d_head = d_head
+    for key, value in parameters.items():
+        setattr(score, key, nn.Parameter(value.flatten(0, 1)))
+    return score
+
+
+def scored(score: Score, q: Tensor, k: Tensor) -> Tensor:
+    return score.score(score.fold(q), k)
 
 
 def product(matrix: list[list[float]], vector: list[float]) -> list[float]:
@@ -80,7 +84,7 @@ def plain_score(name: str, q: list[float], k: list[float], p: dict[str, Any]) ->
 def test_each_score_equals_a_plain_loop(name: str, n_group: int) -> None:
     q, k = drawn(2, 4, 3, 5), drawn(2, n_group, 6, 5, seed=1)
     parameters = parameters_of(name, 4, 5, 7)
-    score = SCORES[name](q.float(), k.float(), **{n: p.float() for n, p in parameters.items()})
+    score = scored(score_with(name, parameters, 4, 5).float(), q.float(), k.float())
     assert score.dtype == torch.float32
     expected = torch.empty(2, 4, 3, 6, dtype=torch.float64)
     for b, h, t, s in torch.cartesian_prod(*map(torch.arange, expected.shape)).tolist():
@@ -93,72 +97,53 @@ def test_each_score_equals_a_plain_loop(name: str, n_group: int) -> None:
 
 @pytest.mark.parametrize("name", ATTENTIONS)
 def test_the_gradients_of_each_score_are_those_of_finite_differences(name: str) -> None:
-    parameters = parameters_of(name, 4, 3, 2)
-    leaves = [drawn(2, 4, 2, 3), drawn(2, 2, 3, 3, seed=1), *parameters.values()]
+    module = score_with(name, parameters_of(name, 4, 3, 2), 4, 3)
+    names = [key for key, _ in module.named_parameters()]
+    leaves = [drawn(2, 4, 2, 3), drawn(2, 2, 3, 3, seed=1)]
+    leaves = [leaf.requires_grad_() for leaf in leaves] + list(module.parameters())
 
-    def score(q: Tensor, k: Tensor, *values: Tensor) -> Tensor:
-        return SCORES[name](q, k, **dict(zip(parameters, values, strict=True)))
+    def score(q: Tensor, k: Tensor, *values: Tensor) -> Any:
+        class Scored(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.module = module
 
-    assert torch.autograd.gradcheck(score, [leaf.requires_grad_() for leaf in leaves])
+            def forward(self, q: Tensor, k: Tensor) -> Tensor:
+                return scored(self.module, q, k)
+
+        given = {f"module.{key}": value for key, value in zip(names, values, strict=True)}
+        return torch.func.functional_call(Scored(), given, (q, k))
+
+    assert torch.autograd.gradcheck(score, leaves)
 
 
 def test_concat_of_w_and_u_side_by_side_is_additive() -> None:
     q, k, p = drawn(2, 4, 3, 5), drawn(2, 2, 6, 5, seed=1), parameters_of("additive", 4, 5, 7)
-    both = torch.cat((p["w_q"], p["w_k"]), dim=2)
-    torch.testing.assert_close(concat_score(q, k, w=both, v=p["v"]), additive_score(q, k, **p))
+    both = {"w": torch.cat((p["w_q"], p["w_k"]), dim=2), "v": p["v"]}
+    concat, additive = score_with("concat", both, 4, 5), score_with("additive", p, 4, 5)
+    torch.testing.assert_close(scored(concat, q, k), scored(additive, q, k))
 
 
 def test_general_with_the_identity_is_dot_and_dot_is_scaled_dot_unscaled() -> None:
     q, k = drawn(2, 4, 3, 5), drawn(2, 2, 6, 5, seed=1)
     identity = torch.eye(5, dtype=torch.float64).expand(4, 5, 5)
-    torch.testing.assert_close(general_score(q, k, w=identity), dot_score(q, k))
-    torch.testing.assert_close(scaled_dot_score(q, k) * 5**0.5, dot_score(q, k))
+    general, dotted = score_with("general", {"w": identity}, 4, 5), score_with("dot", {}, 4, 5)
+    torch.testing.assert_close(scored(general, q, k), scored(dotted, q, k))
+    torch.testing.assert_close(scaled_dot_score(q, k) * 5**0.5, scored(dotted, q, k))
 
 
 def test_orthogonal_vectors_have_no_dot_product_and_an_additive_score() -> None:
     q, k = torch.tensor([1.0, 0.0]).view(1, 1, 1, 2), torch.tensor([0.0, 1.0]).view(1, 1, 1, 2)
-    identity, v = torch.eye(2)[None], torch.ones(1, 2)
-    assert dot_score(q, k).item() == 0
-    assert additive_score(q, k, w_q=identity, w_k=identity, v=v).item() == pytest.approx(
-        2 * math.tanh(1)
-    )
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (
-            lambda q, k: general_score(q, k, w=torch.ones(2, 3, 3)),
-            r"w has the shape \[2, 3, 3\], and must have \[2, 4, 4\]",
-        ),
-        (
-            lambda q, k: concat_score(q, k, w=torch.ones(2, 5, 4), v=torch.ones(2, 5)),
-            r"w has the shape \[2, 5, 4\], and must have \[2, 5, 8\]",
-        ),
-        (
-            lambda q, k: additive_score(
-                q, k, w_q=torch.ones(2, 5, 4), w_k=torch.ones(2, 6, 4), v=torch.ones(2, 5)
-            ),
-            r"w_k has the shape \[2, 6, 4\], and must have \[2, 5, 4\]",
-        ),
-        (
-            lambda q, k: additive_score(
-                q, k, w_q=torch.ones(2, 5, 4), w_k=torch.ones(2, 5, 4), v=torch.ones(1, 5)
-            ),
-            r"v has the shape \[1, 5\], and must have \[2, 'any'\]",
-        ),
-    ],
-)
-def test_parameters_that_do_not_fit_are_refused(
-    call: Callable[[Tensor, Tensor], Tensor], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        call(torch.ones(1, 2, 3, 4), torch.ones(1, 1, 3, 4))
+    identity = torch.eye(2)[None]
+    parameters = {"w_q": identity, "w_k": identity, "v": torch.ones(1, 2)}
+    assert scored(score_with("dot", {}, 1, 2), q, k).item() == 0
+    additive = score_with("additive", parameters, 1, 2)
+    assert scored(additive, q, k).item() == pytest.approx(2 * math.tanh(1))
 
 
 def score_of(name: str, *, dtype: torch.dtype = torch.float64) -> Score:
     """Four heads of eight, in two groups."""
-    score = Score(small_config("llama-grouped", attention=name)).to(dtype)
+    score = make_score(small_config("llama-grouped", attention=name)).to(dtype)
     with torch.no_grad():
         for i, parameter in enumerate(score.parameters()):
             parameter.copy_(drawn(*parameter.shape, seed=i + 5))
@@ -169,9 +154,9 @@ def score_of(name: str, *, dtype: torch.dtype = torch.float64) -> Score:
 def test_the_scaled_dot_product_of_folded_queries_is_the_score(name: str) -> None:
     score = score_of(name)
     q, k = drawn(2, 4, 3, 8), drawn(2, 2, 6, 8, seed=1)
-    torch.testing.assert_close(
-        scaled_dot_score(score.fold(q), k), SCORES[name](q, k, **score.parameters_by_head())
-    )
+    torch.testing.assert_close(scaled_dot_score(score.fold(q), k), scored(score, q, k))
+    assert score.is_dot_product
+    assert score.changes_queries == (not torch.equal(score.fold(q), q))
 
 
 def whole_attention(
@@ -179,11 +164,10 @@ def whole_attention(
 ) -> tuple[Tensor, Tensor]:
     """Return outputs and weights, from the score of all queries and keys at once."""
     n_query, n_key = q.shape[2], k.shape[2]
-    scored = SCORES[score.name](q, k, **score.parameters_by_head())
     may_look = torch.ones(n_query, n_key, dtype=torch.bool).tril(n_key - n_query)
     if visible is not None:
         may_look = may_look & visible[:, None, None]
-    weights = scored.masked_fill(~may_look, -torch.inf).softmax(-1).nan_to_num(0)
+    weights = scored(score, q, k).masked_fill(~may_look, -torch.inf).softmax(-1).nan_to_num(0)
     return weights @ v.repeat_interleave(2, dim=1), weights
 
 
@@ -194,7 +178,7 @@ def test_attention_in_chunks_is_attention_at_once_forward_and_backward(
     name: str, n_query: int, n_key: int, hides: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Two queries at a time: 9 keys x 8 hidden values x 4 heads x 2 sequences each.
-    monkeypatch.setattr(scores, "_HIDDEN_AT_ONCE", 2 * 9 * 8 * 4 * 2)
+    monkeypatch.setattr(tanh_scores, "_MAX_HIDDEN", 2 * 9 * 8 * 4 * 2)
     score = score_of(name)
     visible = torch.ones(2, n_key, dtype=torch.bool)
     visible[0, :2] = visible[1, 3] = False  # the first query of one sequence sees nothing at all
@@ -221,8 +205,10 @@ def test_attention_in_chunks_is_attention_at_once_forward_and_backward(
 def test_chunked_attention_s_gradients_are_those_of_finite_differences(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(scores, "_HIDDEN_AT_ONCE", 1)
-    score = Score(small_config(attention="additive", d_model=8, n_head=2, n_kv_head=1)).double()
+    monkeypatch.setattr(tanh_scores, "_MAX_HIDDEN", 1)
+    score = make_score(
+        small_config(attention="additive", d_model=8, n_head=2, n_kv_head=1)
+    ).double()
     leaves = [drawn(1, 2, 3, 4), drawn(1, 1, 4, 4, seed=1), drawn(1, 1, 4, 4, seed=2)]
     leaves = [leaf.requires_grad_() for leaf in leaves]
     assert torch.autograd.gradcheck(
@@ -235,7 +221,7 @@ def test_the_memory_of_tanh_scores_does_not_grow_with_queries_times_keys(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Measured by every tensor that is made, forward and backward, and counted by those kept."""
-    monkeypatch.setattr(scores, "_HIDDEN_AT_ONCE", 2**14)
+    monkeypatch.setattr(tanh_scores, "_MAX_HIDDEN", 2**14)
     score = score_of(name, dtype=torch.float32)
     peaks, kept = [], []
     for n in (64, 256):
@@ -317,7 +303,7 @@ def test_tanh_scores_begin_at_about_the_size_of_scaled_dot_ones(name: str) -> No
     sizes = []
     for seed in range(8):
         score = initialised(name, seed).blocks[0].attention.score
-        sizes.append(SCORES[name](q, k, **score.parameters_by_head()).std())
+        sizes.append(scored(score, q, k).std())
     # Queries and keys of unit entries have scaled dot products of deviation 1; a tanh is smaller
     # than what it is of, and 64 draws of v are known to a tenth.
     assert 0.4 < torch.stack(sizes).mean() < 1

@@ -107,8 +107,8 @@ def test_config_json_and_config_toml_say_which_model_it_is(name: str, tmp_path: 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"attention": "scaled_dot"}, "model_type is 'minigpt'"),
-        ({"attention": "cosine"}, "attention is 'cosine', which does not exist"),
+        ({"attention": "scaled_dot"}, "unknown model_type 'minigpt'"),
+        ({"attention": "cosine"}, "unknown attention 'cosine'"),
         ({"attention": 3}, "attention must be of type str: it is 3"),
         ({"sliding_window": 4}, "'sliding_window' is 4, a field that is not known"),
         ({"n_layer": None}, "n_layer must be of type int: it is None"),
@@ -154,9 +154,9 @@ def test_an_lstm_s_samples_together_are_those_alone_and_its_window_slides(name: 
 
 
 def test_the_layouts_of_others_are_not_for_other_scores() -> None:
-    with pytest.raises(ConfigError, match="model_type is 'llama'"):
+    with pytest.raises(ConfigError, match="unknown model_type 'llama'"):
         small_config(attention="dot", model_type="llama")
-    with pytest.raises(ConfigError, match="model_type is 'minigpt'"):
+    with pytest.raises(ConfigError, match="unknown model_type 'minigpt'"):
         small_config(model_type="minigpt")
 
 

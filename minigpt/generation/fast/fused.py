@@ -100,7 +100,7 @@ class FusedForward:
         new_k_BGD.copy_(heads.k_BGD)
         new_v_BGD.copy_(heads.v_BGD)
         q_BHTD = heads.q_BHTD
-        if part.score.name != "scaled_dot":
+        if part.score.changes_queries:
             q_BHTD.copy_(part.score.fold(q_BHTD))
         weights_BHTS = part.score.weights(q_BHTD, k_BGSD)
         context_BHTD = weighted_sum(weights_BHTS, v_BGSD)

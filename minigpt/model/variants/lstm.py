@@ -15,7 +15,7 @@ from minigpt.model.attention import PassCollector, Recorder, attend
 from minigpt.model.cache import KVCache
 from minigpt.model.language_model import LanguageModel
 from minigpt.model.layers import make_norm
-from minigpt.model.scores import Score
+from minigpt.model.scores import make_score
 
 
 class RecurrentBlock(nn.Module):
@@ -70,7 +70,7 @@ class StateAttention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.score = Score(config)
+        self.score = make_score(config)
         self.output = nn.Linear(config.d_model, config.d_model, bias=False)
         self.own = nn.Linear(config.d_model, config.d_model, bias=False)
 
