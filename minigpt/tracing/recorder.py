@@ -4,6 +4,7 @@ Shapes: L layers, B batch, H query heads, G key/value heads, T new positions, S 
 C model dim.
 """
 
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -13,7 +14,8 @@ from minigpt.errors import ConfigError
 from minigpt.model.attention import AttentionPass
 from minigpt.model.language_model import LanguageModel
 from minigpt.model.layers import dense_weight
-from minigpt.model.scores import Weights
+
+_CHUNK = 64  # queries of a prompt whose weights are in memory together
 
 
 def require_attention(model: LanguageModel) -> None:
@@ -25,20 +27,10 @@ def require_attention(model: LanguageModel) -> None:
 
 
 class Watcher(Protocol):
-    """Wants the weights of all queries of a prompt, as a rollout does."""
+    """Receives the weights of all queries, also those of the prompt, as a rollout does."""
 
-    def watch(self, layer: int, q_BHTD: Tensor, k_BGSD: Tensor, weights: Weights) -> None:
-        """Take a layer's queries, after ``Score.fold``; ``weights`` is its function of q and k."""
-
-
-class RolloutRows(Watcher, Protocol):
-    """Wants the weights of later queries, too."""
-
-    def extend(self, layer: int, weights_HTS: Tensor) -> None:
-        """Take the weights of a layer's newest queries."""
-
-    def row(self) -> Tensor:
-        """Return the last query's row (S,)."""
+    def add(self, layer: int, weights_HTS: Tensor) -> None:
+        """Take the weights of the newest queries of a layer; queries come in order."""
 
 
 class RowRecorder:
@@ -53,20 +45,18 @@ class RowRecorder:
         model: LanguageModel,
         *,
         has_norms: bool = False,
-        rollout: RolloutRows | None = None,
-        sink_finder: Watcher | None = None,
+        watchers: Sequence[Watcher] = (),
     ) -> None:
         """Prepare to record forward passes of a model.
 
-        Args: has_norms, whether ``norms_LHS`` is wanted. rollout and sink_finder receive the
-            weights of all queries, not only the last one.
+        Args: has_norms, whether ``norms_LHS`` is wanted. watchers receive the weights of all
+            queries, not only the last one.
         Raises: ConfigError if the model has no attention.
         """
         require_attention(model)
         self._scores = [attention.score for attention in model.attentions]
-        self._rollout = rollout
-        self._watchers = [watcher for watcher in (rollout, sink_finder) if watcher is not None]
-        self.needs_queries = bool(self._watchers)
+        self._watchers = watchers
+        self.needs_queries = bool(watchers)
         self._norms = _ValueNorms(model) if has_norms else None
         self._weights_LHS: Tensor | None = None
         self._n_passes = 0
@@ -87,14 +77,23 @@ class RowRecorder:
         if self._norms is not None:
             n_key = values_LGSD.shape[2]
             self._norms.extend(values_LGSD[:, :, n_key - attention.n_new :], n_key)
-        if attention.queries is not None and attention.keys is not None:
-            for layer, score in enumerate(self._scores):
-                q_BHTD, k_BGSD = attention.queries[layer][:1], attention.keys[layer][:1]
-                for watcher in self._watchers:
-                    watcher.watch(layer, q_BHTD, k_BGSD, score.weights)
-        elif self._rollout is not None:
-            for layer, weights_HS in enumerate(weights_LHS):
-                self._rollout.extend(layer, weights_HS[:, None])
+        if self._watchers:
+            for layer in range(len(self._scores)):
+                for weights_HTS in self._new_rows(attention, layer):
+                    for watcher in self._watchers:
+                        watcher.add(layer, weights_HTS)
+
+    def _new_rows(self, attention: AttentionPass, layer: int) -> Iterator[Tensor]:
+        """Yield the weights (H, T, S) of the new queries, a few at a time to save memory."""
+        if attention.queries is None or attention.keys is None:
+            yield attention.weights_LBHS[layer, 0, :, None]
+            return
+        q_BHTD, k_BGSD = attention.queries[layer][:1], attention.keys[layer][:1]
+        n_query, n_key = q_BHTD.shape[2], k_BGSD.shape[2]
+        for first in range(0, n_query, _CHUNK):
+            last = min(first + _CHUNK, n_query)
+            k_in_view_BGSD = k_BGSD[:, :, : n_key - n_query + last]
+            yield self._scores[layer].weights(q_BHTD[:, :, first:last], k_in_view_BGSD)[0]
 
     @property
     def weights_LHS(self) -> Tensor:
@@ -110,11 +109,6 @@ class RowRecorder:
         """
         assert self._norms is not None, "pass has_norms=True"
         return self.weights_LHS * self._norms.norms_LHP[:, :, : self.weights_LHS.shape[2]]
-
-    def rollout_S(self) -> Tensor:
-        """The last query's row of the rollout."""
-        assert self._rollout is not None, "pass a rollout"
-        return self._rollout.row()
 
 
 def _product_error(weights_HS: Tensor, v_GSD: Tensor, context_HD: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """A prompt in; out, each generated token with the earlier tokens that it attended to."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,14 +14,11 @@ from minigpt.generation.decoder import Decoder
 from minigpt.generation.stream import stream_text
 from minigpt.model.language_model import LanguageModel
 from minigpt.model.scores import Score
+from minigpt.rings import ring
 from minigpt.text.tokenizer import Tokenizer
-from minigpt.tracing.analysis.dense import DenseWriter
-from minigpt.tracing.analysis.knockout import check_cause, require_knockout, source_effects
-from minigpt.tracing.analysis.roles import head_roles
-from minigpt.tracing.analysis.rollout import MAX_POSITIONS, Rollout
-from minigpt.tracing.analysis.sink import SinkFinder
 from minigpt.tracing.config import DEFAULTS, N_SOURCES, Measure, TraceConfig
 from minigpt.tracing.events import (
+    CauseCheck,
     Effect,
     HeadRows,
     Row,
@@ -34,7 +31,7 @@ from minigpt.tracing.events import (
 )
 from minigpt.tracing.recorder import RowRecorder, require_attention
 from minigpt.tracing.rows import RowFacts, RowReader, reduce_rows
-from minigpt.tracing.selection import HeadSelection, select_heads
+from minigpt.tracing.selection import select_heads
 
 
 def trace(
@@ -49,13 +46,13 @@ def trace(
     model_sha256: str | None = None,
     stop_at_end_of_text: bool = True,
     compiles: bool = False,
-    dense: DenseWriter | None = None,
+    dense: Callable[[Tensor], None] | None = None,
 ) -> Iterator[TraceEvent]:
     """Generate as ``Decoder`` does and yield a header, a step per token, and a footer.
 
     The tokens are those that generation without a trace gives.
 
-    Args: dense, is given every head's whole row at each step.
+    Args: dense, called with the rows of all heads (L, H, S) at each step.
     Raises: DataError if the prompt is empty or longer than the context; ConfigError for heads that
         the model lacks, overflow slide, a sink behind the prompt, a rollout that is too long, or
         roles of a model that is too small to have any; CheckpointError if the model's logits are no
@@ -99,7 +96,7 @@ def trace(
         prompt=tuple(tokens),
         n_verified=config.n_verified,
         knockout=config.knockout,
-        roles=head_roles(model) if config.roles else None,
+        roles=ring("tracing.analysis.roles").head_roles(model) if config.roles else None,
     )
     finish, n_generated = None, 0
     end_of_text = tokenizer.end_of_text_ids if stop_at_end_of_text else ()
@@ -108,7 +105,7 @@ def trace(
         step = item.step
         rows = watch.rows(tokens)
         if dense is not None:
-            dense.write(watch.recorder.weights_LHS)
+            dense(watch.recorder.weights_LHS)
         effects = watch.effects(decoder, tokens, rows[0], step.token)
         tokens.append(Token(step.position, step.token, tokenizer.token_bytes(step.token)))
         finish, n_generated = step.finish, n_generated + 1
@@ -127,7 +124,7 @@ def trace(
         seconds=time.perf_counter() - started,
         worst_row_sum_error=watch.worst_sum_error,
         worst_product_error=watch.worst_product_error(),
-        cause=check_cause(watch.all_effects),
+        cause=watch.cause(),
     )
 
 
@@ -144,21 +141,22 @@ class _Watch:
         self, model: LanguageModel, config: TraceConfig, n_prompt: int, sampling: SamplingConfig
     ) -> None:
         require_attention(model)
-        if config.n_verified:
-            require_knockout(model, config.knockout)
+        self._knockout = ring("tracing.analysis.knockout") if config.n_verified else None
+        if self._knockout is not None:
+            self._knockout.require_knockout(model, config.knockout)
         shape = model.config
         self.config, self.n_prompt = config, n_prompt
         self.selection = select_heads(
             shape.n_attention_layer, shape.n_head, layers=config.layers, heads=config.heads
         )
         n_positions = min(shape.context_length, n_prompt + sampling.max_new_tokens)
-        rollout = None
+        self._rollout = self._finder = None
         if config.reduce == "rollout":
-            rollout = _rollout(self.selection, n_positions)
-        self._finder = SinkFinder() if config.sink == "auto" else None
-        self.recorder = RowRecorder(
-            model, has_norms="norm" in config.measures, rollout=rollout, sink_finder=self._finder
-        )
+            self._rollout = ring("tracing.analysis.rollout").Rollout(self.selection, n_positions)
+        if config.sink == "auto":
+            self._finder = ring("tracing.analysis.sink").SinkFinder(n_prompt)
+        watchers = [one for one in (self._rollout, self._finder) if one is not None]
+        self.recorder = RowRecorder(model, has_norms="norm" in config.measures, watchers=watchers)
         self.sink = 0 if config.sink == "auto" else config.sink
         self.sink_rule = "first" if config.sink == 0 else "given"
         if self.sink >= max(n_prompt, 1):
@@ -166,7 +164,7 @@ class _Watch:
                 f"the sink must be a position of the prompt: it is {self.sink}, and the prompt has "
                 f"{n_prompt} tokens."
             )
-        self.all_effects: list[Effect] = []
+        self._effects: list[Effect] = []
         """Of all steps so far."""
         self.worst_sum_error: float | None = None
         self._product_error: Tensor | None = None
@@ -198,9 +196,9 @@ class _Watch:
         self, decoder: Decoder, tokens: Sequence[Token], row: Row, target: int
     ) -> tuple[Effect, ...]:
         """Knock out sources of the row of the token that was drawn last."""
-        if not self.config.n_verified:
+        if self._knockout is None:
             return ()
-        effects = source_effects(
+        effects: tuple[Effect, ...] = self._knockout.source_effects(
             decoder.model,
             decoder.cache,
             tokens,
@@ -210,8 +208,15 @@ class _Watch:
             n_sources=self.config.n_verified,
             knockout=self.config.knockout,
         )
-        self.all_effects += effects
+        self._effects += effects
         return effects
+
+    def cause(self) -> CauseCheck | None:
+        """Return what the knockouts of all steps have shown; None without knockouts."""
+        if self._knockout is None:
+            return None
+        check: CauseCheck | None = self._knockout.check_cause(self._effects)
+        return check
 
     def worst_product_error(self) -> float | None:
         """Return the largest difference between a row times the values and a head's output."""
@@ -220,8 +225,8 @@ class _Watch:
     def _row(self, measure: Measure, tokens: Sequence[Token]) -> Row:
         config, recorder = self.config, self.recorder
         rows_LHS = recorder.weights_LHS if measure == "weight" else recorder.norms_LHS
-        if config.reduce == "rollout":
-            reduced_S = recorder.rollout_S()
+        if self._rollout is not None:
+            reduced_S = self._rollout.row()
         else:
             reduced_S = reduce_rows(rows_LHS, self.selection, is_max=config.reduce == "max")
         rows_RS = reduced_S[None]
@@ -249,15 +254,6 @@ class _Watch:
             weights_S=facts.first_S,
             heads=_head_rows(facts, rows_LHS.shape[0]) if config.has_heads else None,
         )
-
-
-def _rollout(selection: HeadSelection, n_positions: int) -> Rollout:
-    if n_positions > MAX_POSITIONS:
-        raise ConfigError(
-            f"a rollout keeps a matrix of all positions for each layer, and takes at most "
-            f"{MAX_POSITIONS}: prompt and max_new_tokens are {n_positions}. Make them fewer."
-        )
-    return Rollout(selection, n_positions)
 
 
 def _head_rows(facts: RowFacts, n_layer: int) -> HeadRows:

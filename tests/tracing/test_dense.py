@@ -12,7 +12,7 @@ from small_models import random_tokens, small_model
 from minigpt.config import SamplingConfig
 from minigpt.errors import ResourceError
 from minigpt.text.tokenizer import bytes_tokenizer
-from minigpt.tracing.analysis.dense import DenseWriter
+from minigpt.tracing.analysis.dense import writing_rows
 from minigpt.tracing.recorder import RowRecorder
 from minigpt.tracing.tracer import trace
 
@@ -21,7 +21,8 @@ def test_every_row_of_a_trace_comes_back(tmp_path: Path) -> None:
     model = small_model("llama-grouped", vocab_size=257)
     path = tmp_path / "rows.safetensors"
     prompt = list(b"to be")
-    with DenseWriter(path, n_layer=2, n_head=4) as dense:
+    metadata = {"model": "runs/x"}
+    with writing_rows(path, n_layer=2, n_head=4, metadata=metadata) as dense:
         events = list(
             trace(
                 model,
@@ -33,7 +34,6 @@ def test_every_row_of_a_trace_comes_back(tmp_path: Path) -> None:
             )
         )
         assert not path.exists()
-        dense.close({"model": "runs/x"})
     tensors = load_file(path)
     rows, offsets = tensors["rows"], tensors["offsets"].tolist()
     assert rows.shape == (sum(range(5, 12)), 2, 4)
@@ -46,30 +46,31 @@ def test_every_row_of_a_trace_comes_back(tmp_path: Path) -> None:
         expected = recorder.weights_LHS.permute(2, 0, 1)
         torch.testing.assert_close(rows[start:end], expected, rtol=1e-4, atol=1e-6)
     with safe_open(path, "pt") as file:
-        assert file.metadata() == {"model": "runs/x"}
+        assert file.metadata() == metadata
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_trace_without_steps_gives_an_empty_file(tmp_path: Path) -> None:
-    with DenseWriter(tmp_path / "rows", n_layer=1, n_head=1) as dense:
-        dense.close({})
+    with writing_rows(tmp_path / "rows", n_layer=1, n_head=1, metadata={}):
+        pass
     tensors = load_file(tmp_path / "rows")
     assert tensors["rows"].shape == (0, 1, 1)
     assert tensors["offsets"].tolist() == [0]
 
 
 def test_an_interrupted_file_is_removed(tmp_path: Path) -> None:
-    def broken_off() -> None:
-        with DenseWriter(tmp_path / "rows", n_layer=1, n_head=1) as dense:
-            dense.write(random_tokens(1, 1, 3).float())
+    def interrupted() -> None:
+        with writing_rows(tmp_path / "rows", n_layer=1, n_head=1, metadata={}) as add:
+            add(random_tokens(1, 1, 3).float())
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        broken_off()
+        interrupted()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_missing_folder_is_a_resource_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ResourceError, match="Not a directory"):
-        DenseWriter(tmp_path / "file" / "rows", n_layer=1, n_head=1)
+    rows = writing_rows(tmp_path / "file" / "rows", n_layer=1, n_head=1, metadata={})
+    with pytest.raises(ResourceError, match="Choose another name or folder"), rows:
+        pass

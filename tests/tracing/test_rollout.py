@@ -19,7 +19,7 @@ def test_two_layers_equal_a_rollout_by_hand() -> None:
         for n_new in sizes:
             end += n_new
             for layer in range(2):
-                rollout.extend(layer, weights[None, end - n_new : end, :end])
+                rollout.add(layer, weights[None, end - n_new : end, :end])
             rows.append(rollout.row())
         torch.testing.assert_close(rows[-1], expected[2])
         if len(sizes) == 3:
@@ -33,7 +33,8 @@ def test_an_incremental_rollout_equals_the_product_of_full_matrices(heads: str |
     model = small_model("llama-grouped", n_layer=3)
     selection = select_heads(3, 4, heads=heads)
     tokens = random_tokens(1, 20)
-    recorder = RowRecorder(model, rollout=Rollout(selection, 24))
+    rollout = Rollout(selection, 24)
+    recorder = RowRecorder(model, watchers=[rollout])
     cache = KVCache(model.config)
     for part in tokens.split([9, 1, 1, 6, 1, 2], dim=1):
         model(part, cache, recorder)
@@ -43,5 +44,5 @@ def test_an_incremental_rollout_equals_the_product_of_full_matrices(heads: str |
             if chosen:
                 mean = weights[layer][list(chosen)].mean(dim=0)
                 expected = (0.5 * mean + 0.5 * torch.eye(cache.length)) @ expected
-        torch.testing.assert_close(recorder.rollout_S(), expected[-1], rtol=1e-4, atol=1e-6)
-        assert recorder.rollout_S().sum().item() == pytest.approx(1, abs=1e-5)
+        torch.testing.assert_close(rollout.row(), expected[-1], rtol=1e-4, atol=1e-6)
+        assert rollout.row().sum().item() == pytest.approx(1, abs=1e-5)

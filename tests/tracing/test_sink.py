@@ -9,35 +9,36 @@ from minigpt.tracing.analysis.sink import SinkFinder
 from minigpt.tracing.config import TraceConfig
 
 
-def keys_that_all_attend_to(position: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries and keys of two heads that attend to one position once it is in view."""
-    q = torch.ones(1, 2, n, 4)
-    k = torch.zeros(1, 1, n, 4)
-    k[:, :, position] = 8
-    return q, k
+def rows_that_attend_to(position: int, n: int) -> torch.Tensor:
+    """Causal weights (2, n, n) of two heads that attend to one position once it is in view."""
+    scores = torch.zeros(2, n, n)
+    scores[:, :, position] = 16
+    return scores.masked_fill(torch.ones(n, n).triu(1).bool(), -torch.inf).softmax(dim=-1)
 
 
+@pytest.mark.parametrize("n_new", [1, 30, 100])
 @pytest.mark.parametrize("position", [0, 1, 7, 49])
-def test_the_position_that_all_attend_to_is_found(position: int) -> None:
-    finder = SinkFinder()
+def test_the_position_that_all_attend_to_is_found(position: int, n_new: int) -> None:
+    finder = SinkFinder(100)
+    weights = rows_that_attend_to(position, 100)
     for layer in range(2):
-        finder.watch(layer, *keys_that_all_attend_to(position, 100))
+        for first in range(0, 100, n_new):
+            last = min(first + n_new, 100)
+            finder.add(layer, weights[:, first:last, :last])
     assert finder.sink() == position
 
 
 def test_attention_of_a_token_to_itself_does_not_count() -> None:
-    q = torch.eye(10)[None, None] * 20
-    finder = SinkFinder()
-    finder.watch(0, q, q)  # each attends to itself only
-    finder.watch(1, *keys_that_all_attend_to(2, 10))
+    finder = SinkFinder(10)
+    finder.add(0, torch.eye(10)[None])
+    finder.add(1, rows_that_attend_to(2, 10))
     assert finder.sink() == 2
 
 
 def test_later_tokens_do_not_count() -> None:
-    finder = SinkFinder()
-    finder.watch(0, *keys_that_all_attend_to(1, 8))
-    q, k = keys_that_all_attend_to(3, 9)
-    finder.watch(0, q[:, :, -1:], k)
+    finder = SinkFinder(8)
+    finder.add(0, rows_that_attend_to(1, 8))
+    finder.add(0, 1000 * rows_that_attend_to(3, 9)[:, -1:])
     assert finder.sink() == 1
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -118,7 +118,7 @@ def _trace(
     compile: bool | None,
 ) -> bool:
     """Trace each sample in turn; tell whether all came to their end."""
-    from contextlib import nullcontext
+    from contextlib import AbstractContextManager, nullcontext
 
     from minigpt.checkpoint.weights import weights_sha256
     from minigpt.commands.attention_trace.output import Shower
@@ -143,12 +143,15 @@ def _trace(
     first_seed = fresh_seed() if sampling.seed is None else sampling.seed
     with Shower(targets, layout) as shower:
         for seed in range(first_seed, first_seed + sampling.num_samples):
-            rows = None
+            dense: AbstractContextManager[Any] = nullcontext()
             if targets.dense is not None:
-                rows = ring("tracing.analysis.dense").DenseWriter(
-                    targets.dense, n_layer=shape.n_attention_layer, n_head=shape.n_head
+                dense = ring("tracing.analysis.dense").writing_rows(
+                    targets.dense,
+                    n_layer=shape.n_attention_layer,
+                    n_head=shape.n_head,
+                    metadata={"model": str(ready.folder)[-1000:], "seed": str(seed)},
                 )
-            with rows or nullcontext():
+            with dense as add_rows:
                 events = trace(
                     ready.model,
                     ready.tokenizer,
@@ -159,11 +162,9 @@ def _trace(
                     model_name=str(ready.folder),
                     model_sha256=digest,
                     compiles=compiles,
-                    dense=rows,
+                    dense=add_rows,
                 )
                 is_whole = shower.show(_after_compiling(events, compiles))
-                if rows is not None:
-                    rows.close({"model": str(ready.folder)[-1000:], "seed": str(seed)})
             make_console(is_stderr=True).print(f"seed {seed}", style="dim")
             if not is_whole:
                 return False

@@ -1,20 +1,16 @@
 """Attention rollout: attention followed through all layers, down to the embeddings.
 
-Shapes: L layers, B batch, H query heads, G key/value heads, T new queries, S keys, D head dim,
-P positions for which memory is allocated.
+Shapes: H query heads, T newest queries, S keys, P positions for which memory is allocated.
 """
-
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from minigpt.model.scores import Weights, attention_weights
+from minigpt.errors import ConfigError
 from minigpt.tracing.selection import HeadSelection
 
 MAX_POSITIONS = 1024
 """Longest sequence: each layer keeps a matrix of positions x positions in float32."""
-_CHUNK = 64  # queries whose weights are in memory together
 
 
 class Rollout:
@@ -29,9 +25,14 @@ class Rollout:
     def __init__(self, selection: HeadSelection, n_positions: int) -> None:
         """Roll out the mean of the chosen heads; layers without a chosen head are skipped.
 
-        Args: n_positions, at most MAX_POSITIONS.
+        Args: n_positions, the longest sequence.
+        Raises: ConfigError if it is longer than MAX_POSITIONS.
         """
-        assert n_positions <= MAX_POSITIONS
+        if n_positions > MAX_POSITIONS:
+            raise ConfigError(
+                "a rollout keeps a matrix of positions x positions for each layer, so it takes at "
+                f"most {MAX_POSITIONS}: prompt and max_new_tokens are {n_positions}. Reduce them."
+            )
         self._heads_by_layer = selection.heads_by_layer
         self._layers = [i for i, heads in enumerate(selection.heads_by_layer) if heads]
         self._n_positions = n_positions
@@ -39,14 +40,7 @@ class Rollout:
         """For each chosen layer (P, P); the first ``_end`` rows are filled."""
         self._end = 0
 
-    def watch(
-        self, layer: int, q_BHTD: Tensor, k_BGSD: Tensor, weights: Weights = attention_weights
-    ) -> None:
-        """Add the new queries of a layer; weights, the layer's own function of q and k."""
-        for _, weights_HTS in weight_rows(q_BHTD, k_BGSD, weights):
-            self.extend(layer, weights_HTS)
-
-    def extend(self, layer: int, weights_HTS: Tensor) -> None:
+    def add(self, layer: int, weights_HTS: Tensor) -> None:
         """Add the weights of the newest queries of a layer; lower layers must come first."""
         if layer not in self._layers:
             return
@@ -66,15 +60,3 @@ class Rollout:
     def row(self) -> Tensor:
         """Return the newest query's row (S,) after the last chosen layer."""
         return self._products[self._layers[-1]][self._end - 1, : self._end]
-
-
-def weight_rows(q_BHTD: Tensor, k_BGSD: Tensor, weights: Weights) -> Iterator[tuple[range, Tensor]]:
-    """Yield the weights of the first sequence, a few queries at a time, to save memory.
-
-    Yields: indices of the queries, and their weights (H, queries, S up to the last of them).
-    """
-    n_query, n_key = q_BHTD.shape[2], k_BGSD.shape[2]
-    for first in range(0, n_query, _CHUNK):
-        chunk = range(first, min(first + _CHUNK, n_query))
-        in_view = n_key - n_query + chunk.stop
-        yield chunk, weights(q_BHTD[:1, :, first : chunk.stop], k_BGSD[:1, :, :in_view])[0]
