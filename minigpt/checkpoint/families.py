@@ -336,7 +336,7 @@ def _check_window(config: Mapping[str, Any], family: Family, model: ModelConfig)
 def model_config_to_hf(config: ModelConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """Return config.json as transformers, 4 and 5, reads it; of OWN_TYPE, only we do."""
     ends = () if tokenizer is None else tokenizer.end_of_text_ids
-    prefix = () if tokenizer is None else tokenizer.rules.prefix
+    prefix = () if tokenizer is None else tokenizer.prefix
     begin = prefix[0] if prefix else None if tokenizer is None else tokenizer.end_of_text
     written: dict[str, Any] = {
         "model_type": config.model_type,

@@ -14,12 +14,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minigpt.checkpoint.families import model_config_from_hf, model_config_to_hf
-from minigpt.checkpoint.sentencepiece import json_from_scores
 from minigpt.checkpoint.tensor_names import tensors_from_hf, tensors_to_hf
 from minigpt.checkpoint.tokenizer_json import (
-    NAME_FIELD,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    read_tokenizer,
     tokenizer_config,
-    tokenizer_from_json,
     tokenizer_to_json,
 )
 from minigpt.checkpoint.weights import WEIGHTS, Weights, stored_tensors
@@ -31,12 +31,8 @@ from minigpt.model.registry import model_class
 from minigpt.text.tokenizer import Tokenizer
 
 CONFIG = "config.json"
-TOKENIZER = "tokenizer.json"
-SCORES = "sp_vocab.json"
-"""The vocabulary of a llama2.c model, read where there is no tokenizer.json."""
 
 _GENERATION_CONFIG = "generation_config.json"
-_TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 @dataclass(frozen=True)
@@ -63,7 +59,7 @@ def write_model(folder: Path, model: LanguageModel, tokenizer: Tokenizer | None)
     files = {CONFIG: config, _GENERATION_CONFIG: {"_from_model_config": True} | specials}
     if tokenizer is not None:
         files[TOKENIZER] = tokenizer_to_json(tokenizer)
-        files[_TOKENIZER_CONFIG] = tokenizer_config(tokenizer, model.config.context_length)
+        files[TOKENIZER_CONFIG] = tokenizer_config(tokenizer, model.config.context_length)
     with resource_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name, value in files.items():
@@ -131,17 +127,8 @@ def _read_if_there(path: Path) -> dict[str, Any]:
 
 
 def _read_tokenizer(folder: Path, config: ModelConfig, ends: tuple[int, ...]) -> Tokenizer | None:
-    settings = _read_if_there(folder / _TOKENIZER_CONFIG)
-    if (folder / TOKENIZER).exists():
-        data = read_json(folder / TOKENIZER)
-    elif (folder / SCORES).exists():
-        data = json_from_scores(read_json(folder / SCORES))
-    else:
-        return None
-    named = settings.get(NAME_FIELD)
-    name = named if isinstance(named, str) else folder.name
-    tokenizer = tokenizer_from_json(data, name, config=settings, end_of_text=ends)
-    if tokenizer.vocab_size > config.vocab_size:
+    tokenizer = read_tokenizer(folder, ends)
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(
             f"the vocabulary in {str(folder)!r} has {tokenizer.vocab_size} tokens, and the model "
             f"only {config.vocab_size}. Take both from the same place."

@@ -1,12 +1,12 @@
 """Tokens -> text: complete characters only, and stop texts found across token borders."""
 
+import codecs
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from minigpt.config import SamplingConfig
 from minigpt.generation.decoder import Decoder, Step
 from minigpt.text.tokenizer import Tokenizer
-from minigpt.text.utf8 import Utf8Stream
 
 
 @dataclass(frozen=True)
@@ -61,16 +61,16 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), sample: int = 0) -> None:
         self._tokenizer, self._sample = tokenizer, sample
-        self._utf8 = Utf8Stream()
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._finder = StopFinder(stops)
 
     def push(self, step: Step) -> TextStep:
         """Take the next step; the one that completes a stop text is the last, and says so."""
         finder = self._finder
         is_end = step.finish == "end_of_text"
-        text = finder.push("" if is_end else self._utf8.push(self._bytes(step)))
+        text = finder.push("" if is_end else self._utf8.decode(self._bytes(step)))
         if step.finish and not finder.is_found:
-            text += finder.push(self._utf8.finish()) + finder.finish()
+            text += finder.push(self._utf8.decode(b"", final=True)) + finder.finish()
         if finder.is_found:
             step = replace(step, finish="stop")
         return TextStep(step, text, self._sample)

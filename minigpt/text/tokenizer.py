@@ -1,7 +1,7 @@
-"""One Tokenizer over a ``tiktoken.Encoding``: single bytes, trained BPE, named encodings.
+"""Text <-> token ids: single bytes, trained byte-pair encoding, and OpenAI's published encodings.
 
-tiktoken and rustbpe panic on some inputs, with an exception that ``except Exception`` lets pass;
-everything that could make them panic is caught here first.
+tiktoken and rustbpe panic on some inputs, with an exception that ``except Exception`` does not
+catch; everything that could make them panic is caught here first.
 """
 
 import base64
@@ -9,10 +9,11 @@ import binascii
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import cached_property, partial
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,9 +21,7 @@ import rustbpe
 import tiktoken
 
 from minigpt.errors import ConfigError, DataError, nearest
-from minigpt.text.rules import NO_RULES, NORMALIZATIONS, VISIBLE_SPACE, Rules
-
-Ids = TypeVar("Ids")
+from minigpt.rings import ring
 
 END_OF_TEXT = "<|endoftext|>"
 NAMED_ENCODINGS = ("gpt2", "cl100k_base", "o200k_base")
@@ -35,171 +34,196 @@ BPE_PATTERN = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 BPE_TRAINING_BYTES = 64 * 2**20
-# What the spec ``bpe`` takes: docs/training.md has the losses.
+# The vocabulary size of the spec ``bpe``: docs/training.md has the losses.
 BYTES_PER_MERGE = 1000
 LARGEST_FITTING_BPE = 1024
 
-# The backtracking of \s+(?!\S) overflows the regex engine's stack at about a million blanks.
-_LONG_BLANK = re.compile(r"(\s{65536})")
+
+def _byte_alphabet() -> dict[str, int]:
+    # GPT-2's bijection of bytes to printable characters: Radford et al. 2019, encoder.py.
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
 
 
-class Tokenizer:
-    """Text <-> token ids, over one ``tiktoken.Encoding``."""
+BYTE_OF_CHARACTER = _byte_alphabet()
+"""The characters that stand for bytes in a byte-level tokenizer.json."""
 
-    def __init__(self, name: str, encoding: tiktoken.Encoding, rules: Rules = NO_RULES) -> None:
-        """Args: name, what makes it again (``bytes``, ``bpe:1024``, ``gpt2``); encoding; rules."""
+# The backtracking of \s+(?!\S) overflows the regex engine's stack at about a million spaces.
+_LONG_WHITESPACE = re.compile(r"(\s{65536})")
+
+
+class Tokenizer(ABC):
+    """Text <-> token ids."""
+
+    def __init__(
+        self,
+        name: str,
+        special_ids: Mapping[str, int],
+        *,
+        vocab_size: int,
+        prefix: tuple[int, ...] = (),
+        end_of_text_ids: tuple[int, ...] = (),
+    ) -> None:
         self.name = name
-        self.encoding = encoding
-        self.rules = rules
-        self.vocab_size = len(rules.tokens) or encoding.n_vocab
-        """Ids run from 0 to vocab_size - 1; some encodings leave holes among them."""
-        specials = encoding._special_tokens.items()
-        self.special_ids: Mapping[str, int] = {text: self._ids([n])[0] for text, n in specials}
-        """Special tokens, such as ``<|endoftext|>``."""
-        usual = [self.special_ids[END_OF_TEXT]] if END_OF_TEXT in self.special_ids else []
-        self.end_of_text: int | None = next(iter([*usual, *rules.end_of_text]), None)
-        """The id that ends a document, None if the vocabulary has none."""
-        self.end_of_text_ids = rules.end_of_text or tuple(usual)
-        """The ids with which a model ends a text."""
-        ranks = encoding._mergeable_ranks
-        self._single_bytes = bytes(b for b in range(256) if bytes([b]) in ranks)
-        is_plain = len(ranks) == 256 and all(ranks.get(bytes([b])) == b for b in range(256))
-        self._is_bytes = is_plain and rules == NO_RULES
-        longest_first = sorted(rules.added, key=len, reverse=True)
-        self._added = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+        """Spec that makes it again (``bytes``, ``bpe:1024``, ``gpt2``), or the model's name."""
+        self.special_ids = special_ids
+        """Added tokens, such as ``<|endoftext|>``, and their ids."""
+        self.vocab_size = vocab_size
+        """Ids run from 0 to vocab_size - 1; some vocabularies leave gaps."""
+        self.prefix = prefix
+        """Ids before every prompt, such as a beginning-of-text token."""
+        usual = special_ids.get(END_OF_TEXT)
+        self.end_of_text_ids = end_of_text_ids or (() if usual is None else (usual,))
+        """Ids with which a model ends a text."""
+        self.end_of_text = next(iter(self.end_of_text_ids), None) if usual is None else usual
+        """Id that ends a document, None if the vocabulary has none."""
+
+    @abstractmethod
+    def encode_array(self, text: str, *, is_start: bool = True) -> npt.NDArray[np.uint32]:
+        """Return the ids of a text; ``<|endoftext|>`` in it is plain text.
+
+        Lone surrogates become U+FFFD.
+
+        Args: is_start, False for a later piece of a text, which gets no space before it.
+        Raises: DataError if the vocabulary cannot represent the text.
+        """
+
+    @abstractmethod
+    def token_bytes(self, token: int) -> bytes:
+        """Return the bytes of one id: a special token's text, b"" for an unused id.
+
+        Models often have more rows than the vocabulary has tokens, and may sample one of them.
+        """
+
+    @property
+    @abstractmethod
+    def textless_ids(self) -> list[int]:
+        """Ids that never stand for text of a document: the special tokens."""
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """Return the whole tokenizer as JSON values, for ``from_dict``."""
+
+    @staticmethod
+    def from_dict(parts: Mapping[str, Any]) -> "Tokenizer":
+        """Rebuild a tokenizer from ``to_dict``.
+
+        Raises: DataError if a part is missing or damaged.
+        """
+        if "tokenizer_json" in parts:
+            imported: Tokenizer = ring("text.imported").ImportedTokenizer.from_dict(parts)
+            return imported
+        return TiktokenTokenizer.from_dict(parts)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over everything but the name: equal if and only if two encode alike."""
+        parts = {key: value for key, value in self.to_dict().items() if key != "name"}
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     @property
     def separator(self) -> tuple[int, ...]:
-        """The ids before each document of a corpus: an end of text, then what begins a prompt.
+        """Ids before each document of a corpus: an end of text, then the prompt's prefix.
 
-        A vocabulary that has neither gives none: documents then follow each other as they are.
+        Empty if the vocabulary has neither; documents then follow each other directly.
         """
-        if self.end_of_text is None or self.end_of_text in self.rules.prefix:
-            return self.rules.prefix
-        return (self.end_of_text, *self.rules.prefix)
+        if self.end_of_text is None or self.end_of_text in self.prefix:
+            return self.prefix
+        return (self.end_of_text, *self.prefix)
 
     def encode(self, text: str, *, is_start: bool = True) -> list[int]:
-        """Return the ids of a text; ``<|endoftext|>`` in it is plain text.
-
-        Lone surrogates become U+FFFD; blanks of 65,536 characters and more are cut.
-        Args: is_start, False for a later piece of a text, which gets no space before it.
-        Raises: DataError if the vocabulary lacks one of the text's bytes.
-        """
-        text = well_formed(text)
-        if not self.rules.added:
-            return self._encode_plain(text, is_start)
-        ids: list[int] = []
-        for i, part in enumerate(self._added.split(text)):
-            is_added = i % 2 == 1  # what a group of the pattern matched stands at the odd places
-            ids += [self.special_ids[part]] if is_added else self._encode_plain(part, is_start)
+        """Return the ids of a text as a list; see ``encode_array``."""
+        ids: list[int] = self.encode_array(text, is_start=is_start).tolist()
         return ids
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Return the ids that a model goes on from: what stands before every prompt, then the text.
+        """Return the ids that a model continues: the prefix, then the text.
 
-        No text is the beginning of a document; it has no ids if the vocabulary has no token for it.
-        Raises: DataError as ``encode``.
+        An empty text is the beginning of a document; it has no ids if the vocabulary has no token
+        for that.
+
+        Raises: DataError as ``encode_array``.
         """
-        begin = list(self.rules.prefix)
+        begin = list(self.prefix)
         if not text and not begin and self.end_of_text is not None:
             begin = [self.end_of_text]
         return begin + self.encode(text)
 
-    def _encode_plain(self, text: str, is_start: bool) -> list[int]:
-        ids: list[int] = []
-        for part in self._plain_parts(text, is_start):
-            ids += self._ids(self._guarded(self.encoding.encode_ordinary, part))
-        return ids
-
-    def _plain_parts(self, text: str, is_start: bool) -> list[str]:
-        """Return a text, without added tokens, as what is split and merged part by part."""
-        if is_start or not self.rules.normalization.startswith("metaspace"):
-            text = NORMALIZATIONS[self.rules.normalization](text)
-        else:
-            text = text.replace(" ", VISIBLE_SPACE)
-        self._check_bytes(text)
-        return _parts(text)
-
-    def _ids(self, numbers: list[int]) -> list[int]:
-        of_number = self.rules.ids
-        return [i for n in numbers for i in of_number[n]] if of_number else numbers
-
-    def encode_array(self, text: str, *, is_start: bool = True) -> npt.NDArray[np.uint32]:
-        """Return what ``encode`` returns, as uint32; for single bytes without tiktoken.
-
-        A list of ids, where one can be avoided, would take as long as a tenth of the encoding.
-        """
-        text = well_formed(text)
-        if self._is_bytes:
-            return np.frombuffer(text.encode(), np.uint8).astype(np.uint32)
-        if self.rules.ids or (self.rules.added and self._added.search(text)):
-            return np.array(self.encode(text, is_start=is_start), np.uint32)
-        encode = partial(self.encoding.encode_to_numpy, disallowed_special=())
-        arrays = [self._guarded(encode, part) for part in self._plain_parts(text, is_start)]
-        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Return the bytes of the ids; an id that the vocabulary does not use has none."""
+        """Return the bytes of the ids; unused ids have none."""
         return b"".join(map(self.token_bytes, ids))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of the ids; what is no UTF-8 becomes U+FFFD."""
+        """Return the text of the ids; invalid UTF-8 becomes U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
-
-    def token_bytes(self, token: int) -> bytes:
-        """Return the bytes of one id: a special token's text, b"" if the id is not used.
-
-        Models often have more rows than the vocabulary has tokens, and may draw one of them.
-        """
-        return self._bytes_of.get(int(token), b"")
 
     @cached_property
     def token_byte_lengths(self) -> npt.NDArray[np.int32]:
-        """Bytes of text that each id stands for, (V,); 0 for special tokens and holes."""
-        lengths = np.zeros(self.vocab_size, np.int32)
-        for token, token_bytes in self._bytes_of.items():
-            lengths[token] = len(token_bytes)
-        are_no_text = self.special_ids.keys() - set(self.rules.added)
-        lengths[[self.special_ids[text] for text in are_no_text]] = 0
+        """Bytes of text that each id stands for, (V,); 0 for special tokens and unused ids."""
+        lengths = np.array([len(self.token_bytes(i)) for i in range(self.vocab_size)], np.int32)
+        lengths[self.textless_ids] = 0
         return lengths
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """sha256 over pattern, ranks, special tokens and rules: equal iff they encode alike."""
-        parts = {key: value for key, value in self.to_dict().items() if key != "name"}
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+class TiktokenTokenizer(Tokenizer):
+    """A vocabulary of our own, or one of OpenAI's: a ``tiktoken.Encoding``."""
+
+    def __init__(
+        self, name: str, encoding: tiktoken.Encoding, end_of_text_ids: tuple[int, ...] = ()
+    ) -> None:
+        super().__init__(
+            name,
+            dict(encoding._special_tokens),
+            vocab_size=encoding.n_vocab,
+            end_of_text_ids=end_of_text_ids,
+        )
+        self.encoding = encoding
+        ranks = encoding._mergeable_ranks
+        self._single_bytes = bytes(b for b in range(256) if bytes([b]) in ranks)
+        self._is_bytes = len(ranks) == 256 and all(ranks.get(bytes([b])) == b for b in range(256))
+
+    def encode_array(self, text: str, *, is_start: bool = True) -> npt.NDArray[np.uint32]:
+        text = well_formed(text)
+        if self._is_bytes:
+            return np.frombuffer(text.encode(), np.uint8).astype(np.uint32)
+        self._check_bytes(text)
+        # Whitespace of 65,536 characters and more is split.
+        arrays = [self._encode_part(part) for part in _parts(text)]
+        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+    def token_bytes(self, token: int) -> bytes:
+        return self._bytes_of.get(int(token), b"")
+
+    @property
+    def textless_ids(self) -> list[int]:
+        return list(self.special_ids.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the whole tokenizer as JSON values, for ``from_dict``; tokens are base64."""
         ranks = sorted(self.encoding._mergeable_ranks.items(), key=lambda item: item[1])
         parts = {
             "name": self.name,
             "pattern": self.encoding._pat_str,
             "ranks": {base64.b64encode(token).decode(): rank for token, rank in ranks},
-            "specials": dict(self.encoding._special_tokens),
+            "specials": dict(self.special_ids),
         }
-        return parts if self.rules == NO_RULES else parts | {"rules": self.rules.to_dict()}
+        is_usual = self.end_of_text_ids in ((), (self.special_ids.get(END_OF_TEXT),))
+        return parts if is_usual else parts | {"end_of_text": list(self.end_of_text_ids)}
 
-    @classmethod
-    def from_dict(cls, parts: Mapping[str, Any]) -> "Tokenizer":
-        """Rebuild a tokenizer from ``to_dict``.
-
-        Raises: DataError if a part is missing or damaged.
-        """
+    @staticmethod
+    def from_dict(parts: Mapping[str, Any]) -> "TiktokenTokenizer":
         try:
             name, pattern = str(parts["name"]), str(parts["pattern"])
             ranks = {base64.b64decode(t, validate=True): int(r) for t, r in parts["ranks"].items()}
             specials = {str(text): int(token) for text, token in parts["specials"].items()}
-            rules = Rules.from_dict(parts["rules"]) if "rules" in parts else NO_RULES
+            ends = tuple(map(int, parts.get("end_of_text", ())))
         except (KeyError, TypeError, ValueError, AttributeError, binascii.Error) as error:
             raise DataError(f"the saved vocabulary is damaged: {error!r}.") from None
-        return cls(name, make_encoding(name, pattern, ranks, specials), rules)
+        return TiktokenTokenizer(name, make_encoding(name, pattern, ranks, specials), ends)
 
     @cached_property
     def _bytes_of(self) -> dict[int, bytes]:
         tokens = {rank: token for token, rank in self.encoding._mergeable_ranks.items()}
-        if self.rules.tokens:
-            tokens = dict(enumerate(self.rules.tokens))
         return tokens | {i: text.encode() for text, i in self.special_ids.items()}
 
     def _check_bytes(self, text: str) -> None:
@@ -212,15 +236,16 @@ class Tokenizer:
                 "Leave that character out of the text."
             )
 
-    def _guarded(self, encode: Callable[[str], Ids], part: str) -> Ids:
+    def _encode_part(self, part: str) -> npt.NDArray[np.uint32]:
         try:
-            return encode(part)
+            # Arrays avoid a list of ids, which would take a tenth of the encoding's time.
+            return self.encoding.encode_to_numpy(part, disallowed_special=())
         except BaseException as error:
-            # PanicException cannot be imported, and is no Exception.
+            # PanicException cannot be imported, and is not an Exception.
             if type(error).__name__ != "PanicException":
                 raise
             raise DataError(
-                f"the split pattern of {self.name!r} gave up on this text ({error}). "
+                f"the split pattern of {self.name!r} failed on this text ({error}). "
                 "Break its longest runs of the same character."
             ) from None
 
@@ -232,7 +257,7 @@ def make_encoding(
 
     Args: pattern, the regex that splits text before merging; ranks, token bytes -> id, where a
         lower id merges first; specials, text -> id.
-    Raises: DataError if there are no ranks, two tokens share an id, or the pattern is no regex.
+    Raises: DataError if there are no ranks, two tokens share an id, or the pattern is not a regex.
     """
     ids = [*ranks.values(), *specials.values()]
     if not ranks or len(set(ids)) != len(ids) or min(ids) < 0:
@@ -242,44 +267,46 @@ def make_encoding(
             name, pat_str=pattern, mergeable_ranks=dict(ranks), special_tokens=dict(specials)
         )
     except ValueError as error:
-        raise DataError(f"the split pattern of {name!r} is no regex: {error}.") from None
+        raise DataError(f"the split pattern of {name!r} is not a regex: {error}.") from None
 
 
-def bytes_tokenizer() -> Tokenizer:
+def bytes_tokenizer() -> TiktokenTokenizer:
     """Return the tokenizer whose ids are the bytes themselves, and 256 for ``<|endoftext|>``."""
     ranks = {bytes([b]): b for b in range(256)}
-    return Tokenizer("bytes", make_encoding("bytes", BYTES_PATTERN, ranks, {END_OF_TEXT: 256}))
+    encoding = make_encoding("bytes", BYTES_PATTERN, ranks, {END_OF_TEXT: 256})
+    return TiktokenTokenizer("bytes", encoding)
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def train_bpe(texts: Iterable[str], vocab_size: int) -> TiktokenTokenizer:
     """Learn byte-pair merges from texts, with rustbpe.
 
     Only the first BPE_TRAINING_BYTES of text are read. A corpus with too few distinct pairs gives
     a smaller vocabulary than asked for.
 
-    Args: vocab_size, all tokens: 256 bytes, the merges, ``<|endoftext|>`` last.
+    Args: vocab_size, number of all tokens: 256 bytes, the merges, ``<|endoftext|>`` last.
     Raises: ConfigError if vocab_size leaves no room for a merge.
     Source: Sennrich et al. 2016, arXiv:1508.07909.
     """
     if vocab_size <= 257:
         raise ConfigError(
             f"bpe:{vocab_size} leaves no room for merges: 256 bytes and {END_OF_TEXT} are always "
-            "there. Try bpe:1024, or the tokenizer bytes."
+            "included. Try bpe:1024, or the tokenizer bytes."
         )
     trainer = rustbpe.Tokenizer()
     trainer.train_from_iterator(_first_bytes(texts), vocab_size - 1, pattern=BPE_PATTERN)
     ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
     name = f"bpe:{vocab_size}"
-    return Tokenizer(name, make_encoding(name, BPE_PATTERN, ranks, {END_OF_TEXT: len(ranks)}))
+    encoding = make_encoding(name, BPE_PATTERN, ranks, {END_OF_TEXT: len(ranks)})
+    return TiktokenTokenizer(name, encoding)
 
 
-def named_tokenizer(name: str) -> Tokenizer:
+def named_tokenizer(name: str) -> TiktokenTokenizer:
     """Return one of OpenAI's published tokenizers; the first use downloads its ranks.
 
-    Raises: DataError if they can neither be found in tiktoken's cache nor downloaded.
+    Raises: DataError if they are neither in tiktoken's cache nor can be downloaded.
     """
     try:
-        return Tokenizer(name, tiktoken.get_encoding(name))
+        return TiktokenTokenizer(name, tiktoken.get_encoding(name))
     except (OSError, ValueError) as error:
         raise DataError(
             f"the tokenizer {name} could not be downloaded ({type(error).__name__}). Connect to "
@@ -291,7 +318,8 @@ def named_tokenizer(name: str) -> Tokenizer:
 def parse_spec(spec: str) -> tuple[str, int]:
     """Split a tokenizer's spec into its kind and vocabulary size: ``bpe:1024`` -> (bpe, 1024).
 
-    The size is 0 where the kind or, for ``bpe``, the corpus settles it.
+    The size is 0 if the kind determines it or, for ``bpe``, the corpus does.
+
     Raises: ConfigError for an unknown spec, naming the nearest one.
     """
     kind, colon, size = spec.partition(":")
@@ -308,9 +336,9 @@ def parse_spec(spec: str) -> tuple[str, int]:
 
 
 def make_tokenizer(spec: str, texts: Iterable[str]) -> Tokenizer:
-    """Make the tokenizer that a spec names; texts are read only if it has to be trained.
+    """Make the tokenizer that a spec names; texts are read only to train one.
 
-    Raises: ConfigError for an unknown spec; DataError if it cannot be had.
+    Raises: ConfigError for an unknown spec; DataError if it cannot be made or downloaded.
     """
     kind, vocab_size = parse_spec(spec)
     if kind == "bytes":
@@ -323,7 +351,7 @@ def make_tokenizer(spec: str, texts: Iterable[str]) -> Tokenizer:
 
 
 def _fitting_vocab_size(texts: Iterable[str]) -> tuple[int, Iterable[str]]:
-    """Return how many tokens a corpus can teach, and the texts, which are read in part."""
+    """Return the vocabulary size that suits a corpus, and the texts, which are read in part."""
     texts = iter(texts)
     read: list[str] = []
     n_bytes = 0
@@ -332,7 +360,7 @@ def _fitting_vocab_size(texts: Iterable[str]) -> tuple[int, Iterable[str]]:
         n_bytes += len(text.encode("utf-8", "replace"))
         if n_bytes >= BYTES_PER_MERGE * LARGEST_FITTING_BPE:
             break
-    # The least that leaves room for a merge is the least that train_bpe takes.
+    # 258 is the smallest size that train_bpe takes.
     vocab_size = min(max(258, 257 + n_bytes // BYTES_PER_MERGE), LARGEST_FITTING_BPE)
     return vocab_size, chain(read, texts)
 
@@ -347,11 +375,11 @@ def well_formed(text: str) -> str:
 
 
 def _parts(text: str) -> list[str]:
-    """Cut a text inside its very long blanks, so that no regex overflows on them."""
-    # Such a blank holds at least 15 neighbouring samples: most texts need no full search.
+    """Split a text inside its very long whitespace, so that no regex overflows on it."""
+    # Such whitespace contains at least 15 adjacent samples: most texts need no full search.
     if not re.search(r"\s{15}", text[::4096]):
         return [text]
-    return [part for part in _LONG_BLANK.split(text) if part]
+    return [part for part in _LONG_WHITESPACE.split(text) if part]
 
 
 def _first_bytes(texts: Iterable[str]) -> Iterator[str]:

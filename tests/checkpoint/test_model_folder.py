@@ -127,7 +127,7 @@ def test_published_llama_layout_tells_its_story(shared: Path) -> None:
     tokenizer = loaded.tokenizer
     assert tokenizer is not None
     assert (tokenizer.end_of_text, tokenizer.end_of_text_ids) == (2, (2,))
-    prompt = [*tokenizer.rules.prefix, *tokenizer.encode("Once upon a time")]
+    prompt = [*tokenizer.prefix, *tokenizer.encode("Once upon a time")]
     sampling = SamplingConfig(temperature=0.0, max_new_tokens=24)
     steps = Decoder(loaded.model, prompt).generate(sampling, seed=0)
     text = tokenizer.decode([step.token for step in steps])
@@ -340,7 +340,7 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
     r"number of layers of 1000000000": lambda f: change_config(f, n_layer=10**9),
     r"vocabulary of 1000000000000": lambda f: change_config(f, vocab_size=10**12),
     r"context of 1000000000000": lambda f: change_config(f, n_positions=10**12),
-    r"tokenizer\.json has the decoder": lambda f: (f / "tokenizer.json").write_text(
+    r"tokenizer\.json is damaged": lambda f: (f / "tokenizer.json").write_text(
         '{"decoder": {"type": "WordPiece"}}'
     ),
     r"tokenizer\.json' is not JSON": lambda f: (f / "tokenizer.json").write_text(""),

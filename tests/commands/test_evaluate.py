@@ -16,7 +16,7 @@ from test_streams import Screen
 from minigpt.checkpoint.folder import RunFolder
 from minigpt.checkpoint.model_folder import read_model, write_model
 from minigpt.commands import status_line
-from minigpt.text.tokenizer import Tokenizer, bytes_tokenizer, make_encoding, train_bpe
+from minigpt.text.tokenizer import TiktokenTokenizer, bytes_tokenizer, make_encoding, train_bpe
 
 TEXT = "The king said: né, once upon a time.\n" * 12
 
@@ -215,7 +215,7 @@ def test_a_text_too_short_to_predict_is_refused(run: Run, tmp_path: Path) -> Non
     assert (empty.code, "the corpus is empty" in error_line(empty)) == (3, True)
     assert evaluated(run, "-", stdin=b"x")["n_tokens"] == 1  # after what begins a document
     ranks = {bytes([b]): b for b in range(256)}
-    no_ends = Tokenizer("plain", make_encoding("plain", r"(?s:.)", ranks, {}))
+    no_ends = TiktokenTokenizer("plain", make_encoding("plain", r"(?s:.)", ranks, {}))
     write_model(tmp_path / "m", small_model(vocab_size=256), no_ends)
     words = ["-", "--model", str(tmp_path / "m")]
     letter = run("evaluate", *words, stdin=b"x")

@@ -7,7 +7,13 @@ import pytest
 
 from minigpt.generation.decoder import FinishReason, Step
 from minigpt.generation.stream import StopFinder, TextStep, stream_text
-from minigpt.text.tokenizer import END_OF_TEXT, Tokenizer, bytes_tokenizer, make_encoding
+from minigpt.text.tokenizer import (
+    END_OF_TEXT,
+    TiktokenTokenizer,
+    Tokenizer,
+    bytes_tokenizer,
+    make_encoding,
+)
 
 BYTES = bytes_tokenizer()
 PIECES = [
@@ -22,7 +28,7 @@ PIECES = [
 ]
 RANKS = {bytes([b]): b for b in range(256)} | {p: 256 + i for i, p in enumerate(PIECES[:4])}
 RANKS |= {p: 256 + i for i, p in enumerate(PIECES) if p not in RANKS}
-WIDE = Tokenizer("wide", make_encoding("wide", r"(?s:.)+", RANKS, {END_OF_TEXT: 300}))
+WIDE = TiktokenTokenizer("wide", make_encoding("wide", r"(?s:.)+", RANKS, {END_OF_TEXT: 300}))
 
 
 def steps_of(tokens: Sequence[int], finish: FinishReason | None = "length") -> list[Step]:

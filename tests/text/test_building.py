@@ -25,7 +25,7 @@ from minigpt.text.building import PrepareProgress, Work
 from minigpt.text.corpus import Document
 from minigpt.text.encoding import Encoded
 from minigpt.text.shards import PreparedData, TokenSpan, prepare, prepare_folder
-from minigpt.text.tokenizer import Tokenizer, train_bpe
+from minigpt.text.tokenizer import TiktokenTokenizer, Tokenizer, train_bpe
 
 Prepare = Callable[..., tuple[PreparedData, Work]]
 
@@ -353,7 +353,7 @@ def test_a_prepared_folder_goes_alone_finished_and_with_its_own_tokenizer(
     other = train_bpe(["zebra " * 99], 280)
     with pytest.raises(ConfigError, match="another tokenizer than the model's"):
         prepare(DataConfig(paths=(out,)), tokenizer=other)
-    renamed = Tokenizer("model's", made.tokenizer.encoding)
+    renamed = TiktokenTokenizer("model's", made.tokenizer.encoding)
     assert prepare(DataConfig(paths=(out,)), tokenizer=renamed).tokenizer is renamed
     with pytest.raises(DataError, match="is prepared already"):
         prepare_folder(DataConfig(paths=(out,)), tmp_path / "again", tmp_path / "cache")

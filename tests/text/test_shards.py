@@ -16,14 +16,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from minigpt.checkpoint.tokenizer_json import tokenizer_from_json, tokenizer_to_json
 from minigpt.config import DataConfig
 from minigpt.errors import ConfigError, DataError, ResourceError
 from minigpt.text import corpus, shard_files, shards
 from minigpt.text.batches import window_starts
 from minigpt.text.building import PrepareProgress, Work
-from minigpt.text.rules import NO_RULES, Rules
 from minigpt.text.shards import PreparedData, TokenSpan, open_prepared, prepare
-from minigpt.text.tokenizer import Tokenizer, make_encoding
+from minigpt.text.tokenizer import TiktokenTokenizer, Tokenizer, make_encoding
 
 Prepare = Callable[..., PreparedData]
 
@@ -76,13 +76,19 @@ def test_each_document_comes_after_end_of_text(
     assert manifest.sources == ("0.txt", "1.txt")
 
 
-def vocabulary(specials: dict[str, int], rules: Rules = NO_RULES) -> Tokenizer:
+def vocabulary(specials: dict[str, int], end_of_text_ids: tuple[int, ...] = ()) -> Tokenizer:
     """Bytes in another order than ``bytes``, so that no shortcut for those is taken."""
     ranks = {bytes([b]): 255 - b for b in range(256)}
-    return Tokenizer("book", make_encoding("book", r"(?s:.)", ranks, specials), rules)
+    encoding = make_encoding("book", r"(?s:.)", ranks, specials)
+    return TiktokenTokenizer("book", encoding, end_of_text_ids)
 
 
-TWO = {"<s>": 256, "</s>": 257}
+def imported(specials: dict[str, int], end_of_text_ids: tuple[int, ...] = ()) -> Tokenizer:
+    """The same as another model's, whose texts begin with <s>."""
+    data, config = tokenizer_to_json(vocabulary(specials)), {"bos_token": "<s>"}
+    return tokenizer_from_json(
+        data, "book", config=config | {"add_bos_token": True}, end_of_text_ids=end_of_text_ids
+    )
 
 
 @pytest.mark.parametrize(
@@ -90,12 +96,9 @@ TWO = {"<s>": 256, "</s>": 257}
     [
         (vocabulary({}), []),
         (vocabulary({"<|endoftext|>": 300}), [300]),
-        (
-            vocabulary({"<s>": 256, "</s>": 257}, Rules(prefix=(256,), end_of_text=(257,))),
-            [257, 256],
-        ),
-        (vocabulary({"<s>": 256}, Rules(prefix=(256,))), [256]),
-        (vocabulary({"<s>": 256}, Rules(prefix=(256,), end_of_text=(256,))), [256]),
+        (imported({"<s>": 256, "</s>": 257}, (257,)), [257, 256]),
+        (imported({"<s>": 256}), [256]),
+        (imported({"<s>": 256}, (256,)), [256]),
     ],
     ids=["neither", "end", "end and begin", "begin", "one for both"],
 )
@@ -114,7 +117,7 @@ def test_vocabularies_of_one_name_do_not_share_a_preparation(prepared: Prepare) 
     one, other = vocabulary({}), vocabulary({"<|endoftext|>": 256})
     ours = prepared("a text", tokenizer="book", vocabulary=one)
     assert prepared("a text", tokenizer="book", vocabulary=other).folder != ours.folder
-    renamed = Tokenizer("novel", one.encoding)
+    renamed = TiktokenTokenizer("novel", one.encoding)
     again = prepared("a text", tokenizer="novel", vocabulary=renamed)
     assert (again.folder, again.tokenizer.name) == (ours.folder, "novel")
     assert again.tokens.fingerprint == ours.tokens.fingerprint

@@ -15,6 +15,7 @@ from minigpt.text import tokenizer as module
 from minigpt.text.tokenizer import (
     BPE_PATTERN,
     END_OF_TEXT,
+    TiktokenTokenizer,
     Tokenizer,
     bytes_tokenizer,
     make_encoding,
@@ -32,7 +33,7 @@ UNICODE = "naïve 😀 \ufeff 東京\t\x00 e\u0301\n"
 
 
 @pytest.fixture(scope="module")
-def bpe() -> Tokenizer:
+def bpe() -> TiktokenTokenizer:
     return train_bpe([PROSE], 300)
 
 
@@ -53,12 +54,12 @@ def learn_merges(text: str, n_merges: int) -> list[bytes]:
     return tokens
 
 
-def test_bpe_learns_the_merges_of_a_plain_loop(bpe: Tokenizer) -> None:
+def test_bpe_learns_the_merges_of_a_plain_loop(bpe: TiktokenTokenizer) -> None:
     expected = learn_merges(PROSE, 300 - 257)
     assert [bpe.token_bytes(i) for i in range(299)] == expected
 
 
-def test_bpe_ids_are_all_in_a_vocabulary_that_ends_with_end_of_text(bpe: Tokenizer) -> None:
+def test_bpe_ids_are_all_in_a_vocabulary_that_ends_with_end_of_text(bpe: TiktokenTokenizer) -> None:
     assert (bpe.vocab_size, bpe.end_of_text, bpe.name) == (300, 299, "bpe:300")
     assert bpe.token_bytes(299) == END_OF_TEXT.encode()
 
@@ -126,12 +127,12 @@ def test_decoding_gives_back_any_text(
     assert tokenizer.token_byte_lengths[ids].sum() == len(text.encode())
 
 
-def test_end_of_text_in_a_text_is_plain_text(bpe: Tokenizer) -> None:
+def test_end_of_text_in_a_text_is_plain_text(bpe: TiktokenTokenizer) -> None:
     for tokenizer in (bpe, bytes_tokenizer()):
         assert tokenizer.end_of_text not in tokenizer.encode(f"a{END_OF_TEXT}b")
 
 
-def test_lone_surrogates_become_the_replacement_character(bpe: Tokenizer) -> None:
+def test_lone_surrogates_become_the_replacement_character(bpe: TiktokenTokenizer) -> None:
     for tokenizer in (bpe, bytes_tokenizer()):
         assert tokenizer.decode(tokenizer.encode("a\ud800b\udcff")) == "a\ufffdb\ufffd"
         assert tokenizer.encode_array("\ud83d\ude00").tolist() == tokenizer.encode("😀")
@@ -156,7 +157,7 @@ def test_holes_and_special_tokens_have_no_bytes_of_text(
     assert cl100k.token_bytes(100257) == END_OF_TEXT.encode()
 
 
-def test_an_id_that_the_vocabulary_does_not_use_has_no_text(bpe: Tokenizer) -> None:
+def test_an_id_that_the_vocabulary_does_not_use_has_no_text(bpe: TiktokenTokenizer) -> None:
     assert bpe.decode([*bpe.encode("a"), 300, 10**12, -1, *bpe.encode("b")]) == "ab"
 
 
@@ -190,7 +191,7 @@ def test_an_unknown_spec_names_the_nearest_one(spec: str, message: str) -> None:
     assert message in str(caught.value)
 
 
-def test_a_saved_tokenizer_is_rebuilt_whole(bpe: Tokenizer) -> None:
+def test_a_saved_tokenizer_is_rebuilt_whole(bpe: TiktokenTokenizer) -> None:
     again = Tokenizer.from_dict(json.loads(json.dumps(bpe.to_dict())))
     assert again.name == bpe.name
     assert again.fingerprint == bpe.fingerprint
@@ -218,7 +219,9 @@ def test_the_fingerprint_tells_pattern_ranks_and_specials_apart_but_not_names() 
     ranks = {b"a": 0, b"b": 1}
 
     def fingerprint(name="n", pattern=".", ranks=ranks, specials=None):  # type: ignore[no-untyped-def]
-        return Tokenizer(name, make_encoding(name, pattern, ranks, specials or {})).fingerprint
+        return TiktokenTokenizer(
+            name, make_encoding(name, pattern, ranks, specials or {})
+        ).fingerprint
 
     others = [
         fingerprint(pattern="..?"),
@@ -231,7 +234,7 @@ def test_the_fingerprint_tells_pattern_ranks_and_specials_apart_but_not_names() 
 
 
 def test_a_byte_that_the_vocabulary_lacks_is_a_data_error_not_a_panic() -> None:
-    tokenizer = Tokenizer("abc", make_encoding("abc", ".", {b"a": 0, b"b": 1}, {}))
+    tokenizer = TiktokenTokenizer("abc", make_encoding("abc", ".", {b"a": 0, b"b": 1}, {}))
     assert tokenizer.encode("abba") == [0, 1, 1, 0]
     with pytest.raises(DataError, match=r"'abc' has no token for the byte b'c'"):
         tokenizer.encode("abc")
@@ -251,6 +254,6 @@ def test_bpe_trains_on_a_million_blanks_without_a_panic() -> None:
 
 def test_a_pattern_that_gives_up_is_a_data_error_not_a_panic() -> None:
     ranks = {bytes([b]): b for b in range(256)}
-    tokenizer = Tokenizer("odd", make_encoding("odd", r"x+(?!x)$|.", ranks, {}))
-    with pytest.raises(DataError, match="the split pattern of 'odd' gave up"):
+    tokenizer = TiktokenTokenizer("odd", make_encoding("odd", r"x+(?!x)$|.", ranks, {}))
+    with pytest.raises(DataError, match="the split pattern of 'odd' failed"):
         tokenizer.encode("x" * 1_100_000 + "y")

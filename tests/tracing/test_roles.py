@@ -14,7 +14,7 @@ from minigpt.config import SamplingConfig
 from minigpt.errors import ConfigError
 from minigpt.generation.fast.quantize import quantize_int8
 from minigpt.model.gpt import GPT
-from minigpt.text.tokenizer import Tokenizer, make_encoding
+from minigpt.text.tokenizer import TiktokenTokenizer, make_encoding
 from minigpt.tracing.analysis.roles import (
     head_effects,
     head_roles,
@@ -189,7 +189,7 @@ def test_ablating_the_induction_head_costs_the_most(copier: GPT) -> None:
 @pytest.mark.parametrize("kind", ["key", "value"])
 def test_a_copied_token_needs_its_source_and_not_the_controls(copier: GPT, kind: str) -> None:
     ranks = {bytes([b]): b for b in range(256)}
-    tokenizer = Tokenizer("bytes", make_encoding("bytes", r"(?s:.)", ranks, {}))
+    tokenizer = TiktokenTokenizer("bytes", make_encoding("bytes", r"(?s:.)", ranks, {}))
     sources, controls = [], []
     for sequence in doubled(5, 12, torch.Generator().manual_seed(11)).tolist():
         header, *steps, footer = trace(

@@ -15,8 +15,7 @@ from minigpt.generation.decoder import Decoder
 from minigpt.generation.stream import stream_text
 from minigpt.model.cache import KVCache
 from minigpt.model.gpt import GPT
-from minigpt.text.rules import Rules
-from minigpt.text.tokenizer import Tokenizer, bytes_tokenizer
+from minigpt.text.tokenizer import TiktokenTokenizer, bytes_tokenizer
 from minigpt.tracing import tracer
 from minigpt.tracing.config import TraceConfig
 from minigpt.tracing.events import TraceEvent, TraceFooter, TraceHeader, TraceStep
@@ -188,7 +187,7 @@ def test_a_trace_ends_at_any_of_several_ends_of_text() -> None:
     model = model_of()
     _, free, _ = traced(model, SamplingConfig(max_new_tokens=9))
     second = free[4].token.id
-    tokenizer = Tokenizer("bytes", TOKENIZER.encoding, Rules(end_of_text=(256, second)))
+    tokenizer = TiktokenTokenizer("bytes", TOKENIZER.encoding, (256, second))
     events = list(
         trace(
             model,

@@ -10,7 +10,6 @@ import torch
 
 from minigpt.checkpoint.model_folder import read_model
 from minigpt.checkpoint.resolve import resolve_model
-from minigpt.checkpoint.tokenizer_json import tokenizer_from_json, tokenizer_to_json
 from minigpt.checkpoint.tools.hub import is_hub_name
 from minigpt.commands.train.run_settings import flat, given, one_budget
 from minigpt.config import ModelConfig, RunConfig
@@ -44,8 +43,7 @@ class Base:
 def read_base(spec: str) -> Base:
     """Read the model that ``resolve_model`` finds.
 
-    Raises: CheckpointError if it is missing or damaged, has no tokenizer, or one that cannot be
-        written.
+    Raises: CheckpointError if it is missing or damaged, has no tokenizer.
     """
     folder = resolve_model(spec)
     is_remote = is_hub_name(spec) and not os.path.exists(spec)
@@ -57,10 +55,7 @@ def read_base(spec: str) -> Base:
             f"{str(folder)!r} has neither tokenizer.json nor sp_vocab.json, so it cannot be "
             "trained on text. Add the one that the model was trained with."
         )
-    # As the run's checkpoints will hold it, where a resumed run finds it; one that cannot be
-    # written is refused before the training and not after it.
-    data, ends = tokenizer_to_json(tokenizer), tokenizer.end_of_text_ids
-    return Base(source, loaded.model, tokenizer_from_json(data, tokenizer.name, end_of_text=ends))
+    return Base(source, loaded.model, tokenizer)
 
 
 def finetuning_settings(model: ModelConfig) -> dict[str, Any]:
