@@ -9,7 +9,6 @@ import binascii
 import json
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from types import UnionType
@@ -23,27 +22,15 @@ from minigpt.errors import ConfigError, DataError, require_choice
 from minigpt.files import resource_errors
 from minigpt.generation.decoder import FinishReason
 from minigpt.settings import build
+from minigpt.tracing import events
 from minigpt.tracing.config import MEASURES, Measure
-from minigpt.tracing.events import (
-    CauseCheck,
-    Effect,
-    HeadRows,
-    Roles,
-    Row,
-    Source,
-    Token,
-    Trace,
-    TraceFooter,
-    TraceHeader,
-    TraceStep,
-)
 from minigpt.tracing.file import HEAD_FIELDS, INTERRUPTED, ROW_FIELDS, SCHEMA
 from minigpt.tracing.selection import select_heads
 
 T = TypeVar("T")
 
 
-def read_traces(path: Path) -> list[Trace]:
+def read_traces(path: Path) -> list[events.Trace]:
     """Read the traces of a file: one, or one for each sample.
 
     A trace without a footer, because its writer was killed, counts as interrupted.
@@ -63,7 +50,7 @@ def read_traces(path: Path) -> list[Trace]:
     return traces
 
 
-def _traces(path: Path, lines: Iterable[str]) -> Iterator[Trace]:
+def _traces(path: Path, lines: Iterable[str]) -> Iterator[events.Trace]:
     reader: _Reader | None = None
     for number, line in enumerate(lines, start=1):
         try:
@@ -102,7 +89,7 @@ class _Reader:
         if value["schema"] != SCHEMA:
             raise ValueError(f"its schema is {value['schema']!r}")
         self.tokens = [_token(token, i) for i, token in enumerate(value["prompt"])]
-        self.steps: list[TraceStep] = []
+        self.steps: list[events.TraceStep] = []
         n_layer, n_head = (_checked(value[name], int) for name in ("n_layer", "n_head"))
         sink = _checked(value["sink"]["position"], int)
         if sink >= max(1, len(self.tokens)):
@@ -111,9 +98,9 @@ class _Reader:
         if roles is not None:
             if (len(roles), *{len(layer) for layer in roles}) != (n_layer, n_head):
                 raise ValueError("there must be roles for each head")
-            roles = tuple(tuple(_read(Roles, head) for head in layer) for layer in roles)
+            roles = tuple(tuple(_read(events.Roles, head) for head in layer) for layer in roles)
         self.header = _read(
-            TraceHeader,
+            events.TraceHeader,
             value,
             selection=select_heads(n_layer, n_head, heads=value["heads"]),
             measures=tuple(_measure(name) for name in value["measures"]),
@@ -130,12 +117,12 @@ class _Reader:
         if tuple(row.measure for row in rows) != self.header.measures:
             raise ValueError("its measures are not those of the header")
         effects = tuple(
-            _read(Effect, effect, source=self._source(effect)) for effect in value["effects"]
+            _read(events.Effect, effect, source=self._source(effect)) for effect in value["effects"]
         )
         self.tokens.append(_token(value, len(self.tokens)))
         self.steps.append(
             _read(
-                TraceStep,
+                events.TraceStep,
                 value | {"text": value["certain_text"], "finish": value["finish_reason"]},
                 index=len(self.steps),
                 token=self.tokens[-1],
@@ -144,26 +131,26 @@ class _Reader:
             )
         )
 
-    def trace(self, footer: dict[str, Any] | None) -> Trace:
+    def trace(self, footer: dict[str, Any] | None) -> events.Trace:
         """Return the whole trace; a footer of None means that it was interrupted."""
-        end = TraceFooter(len(self.steps), None, 0.0, None)
+        end = events.TraceFooter(len(self.steps), None, 0.0, None)
         if footer is not None:
             reason = footer["finish_reason"]
             finish = None if reason == INTERRUPTED else _checked(reason, FinishReason)
-            cause = footer["cause"] and _read(CauseCheck, footer["cause"])
-            end = _read(TraceFooter, footer, finish=finish, cause=cause)
-        return Trace(self.header, tuple(self.steps), end)
+            cause = footer["cause"] and _read(events.CauseCheck, footer["cause"])
+            end = _read(events.TraceFooter, footer, finish=finish, cause=cause)
+        return events.Trace(self.header, tuple(self.steps), end)
 
-    def _source(self, value: dict[str, Any]) -> Source:
-        return _read(Source, value, token=self.tokens[_checked(value["position"], int)])
+    def _source(self, value: dict[str, Any]) -> events.Source:
+        return _read(events.Source, value, token=self.tokens[_checked(value["position"], int)])
 
-    def _row(self, value: dict[str, Any]) -> Row:
+    def _row(self, value: dict[str, Any]) -> events.Row:
         weights_S = np.frombuffer(base64.b64decode(value["weights"], validate=True), "<f4")
         if len(weights_S) != len(self.tokens) or not np.isfinite(weights_S).all():
             raise ValueError(f"a row must have a number for each of {len(self.tokens)} tokens")
         heads = value["heads"]
         return _read(
-            Row,
+            events.Row,
             {field: value[name] for name, field in ROW_FIELDS.items()},
             measure=value["measure"],
             sources=tuple(self._source(source) for source in value["sources"]),
@@ -171,7 +158,7 @@ class _Reader:
             heads=heads and self._heads(heads),
         )
 
-    def _heads(self, value: dict[str, Any]) -> HeadRows:
+    def _heads(self, value: dict[str, Any]) -> events.HeadRows:
         shape = (self.header.n_layer, self.header.n_head)
         arrays: dict[str, NDArray[Any]] = {}
         for name, field in HEAD_FIELDS.items():
@@ -185,17 +172,17 @@ class _Reader:
             raise ValueError("each position of its heads must have a weight")
         if positions.size and not 0 <= positions.min() <= positions.max() < len(self.tokens):
             raise ValueError("its heads attend to a position that does not exist")
-        return HeadRows(**arrays)
+        return events.HeadRows(**arrays)
 
 
-def _token(value: dict[str, Any], position: int) -> Token:
+def _token(value: dict[str, Any], position: int) -> events.Token:
     if value["position"] != position:
         raise ValueError(f"position {value['position']!r} is where {position} should be")
     try:
         data = base64.b64decode(value["bytes"], validate=True)
     except binascii.Error as error:
         raise ValueError(f"the bytes of a token are not base64: {error}") from None
-    return Token(position, _checked(value["token"], int), data)
+    return events.Token(position, _checked(value["token"], int), data)
 
 
 def _measure(name: str) -> Measure:
@@ -205,9 +192,9 @@ def _measure(name: str) -> Measure:
 
 def _read(cls: type[T], value: dict[str, Any], **given: Any) -> T:
     """Build a dataclass from an object with a key for each field but the ``given`` ones."""
-    hints = _hints(cls)  # type: ignore[arg-type]
-    names = [f.name for f in fields(cls) if f.name not in given]  # type: ignore[arg-type]
-    return cls(**{name: _checked(value[name], hints[name]) for name in names}, **given)
+    hints = _hints(cls).items()  # type: ignore[arg-type]
+    read = {name: _checked(value[name], hint) for name, hint in hints if name not in given}
+    return cls(**read, **given)
 
 
 @cache
