@@ -35,8 +35,8 @@ def show_diff(first: Path, second: Path, *, as_json: bool) -> None:
         name = fit_start(name, console.width - _LABEL_WIDTH)
         lines.append([(label.ljust(_LABEL_WIDTH), "dim"), (name, "plain")])
     title = (
-        f"step {'token':<{_TOKEN_WIDTH}} elsewhere   bits   ln p  "
-        f"{'first at most':<{_SOURCE_WIDTH}}  second at most"
+        f"step {'token':<{_TOKEN_WIDTH}} moved       bits   ln p  "
+        f"{'top of first':<{_SOURCE_WIDTH}}  top of second"
     )
     lines += [[], [(title, "dim")]]
     lines += [_line(number, diff) for number, diff in enumerate(diffs, start=1)]
@@ -55,7 +55,7 @@ def _read(path: Path) -> Trace:
 
 def _line(number: int, diff: StepDiff) -> Line:
     is_same = diff.first_token == diff.second_token
-    second = "the same" if is_same else _source(diff.second_token).rstrip()
+    second = "same" if is_same else _source(diff.second_token).rstrip()
     return [
         (f"{number:>4} ", "dim"),
         (fit(visible(diff.token.data), _TOKEN_WIDTH), "token"),
@@ -79,7 +79,7 @@ def _summary(diffs: list[StepDiff]) -> str:
     )
     n_changed = sum(diff.first_token != diff.second_token for diff in diffs)
     return (
-        f"{n} tokens: on average, {percent(moved).strip()} of the attention is elsewhere and the "
+        f"{n} tokens: on average, {percent(moved).strip()} of the attention moved and the "
         f"Jensen-Shannon divergence is {divergence:.3f} bits; {n_changed} tokens have another "
         "strongest source."
     )
