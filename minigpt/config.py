@@ -12,7 +12,11 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from minigpt.errors import ConfigError, require_choice
+from minigpt.rings import has_ring
 
+HF_LAYOUTS = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
+"""Hugging Face model types that GPT computes; other files in checkpoint/families/ add more."""
+ACTIVATIONS = ("silu", "relu2", "gelu_tanh", "gelu")
 ARCHS = {
     "gpt": "model.gpt:GPT",
     "lstm": "model.variants.lstm:LSTM",
@@ -146,7 +150,7 @@ class ModelConfig:
     d_mlp: int = setting(0, "[0, inf)")
     """Hidden width of the MLP. 0 derives 4 d_model (gpt2) or 8/3 d_model, rounded up to a multiple
     of 32 (llama). An LSTM has 4 d_model gates."""
-    activation: Literal["", "silu", "relu2", "gelu_tanh", "gelu"] = ""
+    activation: str = ""
     """Activation function of the MLP. Empty derives silu (llama) or gelu_tanh (gpt2)."""
     attention: str = option("", choices=(*ATTENTIONS, "none"))
     """Attention score. Empty derives scaled_dot (gpt), additive (lstm-attention) or none (lstm).
@@ -274,6 +278,9 @@ class ModelConfig:
         return "qwen2" if self.attention_bias == "qkv" else "llama"
 
     def _check_layout(self) -> None:
+        if self.model_type not in (*HF_LAYOUTS, "minigpt") and self._has_family_file():
+            return  # what it can compute is the family's to say
+        require_choice("activation", self.activation, ACTIVATIONS)
         layout = self._layout()
         known = {"llama": ("llama", "mistral")}.get(layout, (layout,))
         require_choice("model_type", self.model_type, known)
@@ -286,6 +293,10 @@ class ModelConfig:
             not self.mlp_bias or self.model_type in ("llama", "minigpt"),
             f"the layout {self.model_type} has no MLP biases. Set mlp_bias to false.",
         )
+
+    def _has_family_file(self) -> bool:
+        name = self.model_type
+        return name.isidentifier() and has_ring(f"checkpoint.families.{name}")
 
     def _check_n_head_divides(self) -> None:
         _require(

@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minigpt.checkpoint.families import model_config_from_hf, model_config_to_hf
-from minigpt.checkpoint.tensor_names import tensors_from_hf, tensors_to_hf
 from minigpt.checkpoint.tokenizer_json import (
     TOKENIZER,
     TOKENIZER_CONFIG,
@@ -22,7 +21,13 @@ from minigpt.checkpoint.tokenizer_json import (
     tokenizer_config,
     tokenizer_to_json,
 )
-from minigpt.checkpoint.weights import WEIGHTS, Weights, stored_tensors
+from minigpt.checkpoint.weights import (
+    WEIGHTS,
+    LazyTensors,
+    stored_tensors,
+    tensors_from_hf,
+    tensors_to_hf,
+)
 from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError
 from minigpt.files import read_json, resource_errors, to_json
@@ -101,7 +106,7 @@ def read_model(
     """
     settings = read_json(folder / CONFIG)
     config = model_config_from_hf(settings)
-    weights = Weights(stored_tensors(config, folder))
+    weights = LazyTensors(stored_tensors(config, folder))
     tokenizer = _read_tokenizer(folder, config, _end_of_text_ids(folder, settings))
     model = model_class(config).from_tensors(
         config, tensors_from_hf(config, weights, device=device, dtype=dtype)

@@ -1,9 +1,9 @@
-"""The weights of a model folder: what safetensors headers say of them, and reading them."""
+"""The weights of a model folder: Hugging Face's names and ours, checks of headers, reading."""
 
 import hashlib
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from minigpt.checkpoint.families import OWN_TYPE
-from minigpt.checkpoint.tensor_names import canonical_names, tensors_to_hf
+from minigpt.checkpoint.families import OWN_TYPE, TensorName, family_of
 from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError
 from minigpt.files import read_json, resource_errors
@@ -22,35 +21,124 @@ from minigpt.model.registry import model_class
 
 WEIGHTS = "model.safetensors"
 
-_HEAD = "lm_head.weight"
 _INDEX = "model.safetensors.index.json"
-_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-"""Of one value of each dtype that is read."""
+_HEAD = TensorName("lm_head.weight", ("unembedding.weight",))
+# Tensors of old files that are not weights: causal masks, RoPE tables.
+_IGNORED = re.compile(r"(.*\.)?(attn\.(bias|masked_bias)|self_attn\.rotary_emb\.inv_freq)")
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # of one value of each supported dtype
 _BLOCK_BYTES = 2**20
 _LARGEST_WIDTH = 2**28
-_LARGEST_CONTEXT = 2**20  # rotary tables of all positions are made
+_LARGEST_CONTEXT = 2**20  # RoPE tables of all positions are computed
+
+
+def _names(config: ModelConfig) -> Iterator[TensorName]:
+    # The largest first: while few others are loaded, there is memory for a second copy of it.
+    if not config.tie_embeddings:
+        yield _HEAD
+    family = family_of(config.model_type)
+    for name in family.tensors(config):
+        for i in range(config.n_layer if "{i}" in name.theirs else 1):
+            ours = tuple(part.format(i=i) for part in name.ours)
+            yield TensorName(family.prefix + name.theirs.format(i=i), ours, name.is_transposed)
+
+
+def canonical_names(config: ModelConfig, names: Iterable[str]) -> dict[str, str]:
+    """Return the names that ``tensors_from_hf`` takes -> the names in a file.
+
+    Adds the prefix that files of the bare model lack, and drops tensors that are not weights.
+    Raises: CheckpointError if a tensor is there with the prefix and without.
+    """
+    prefix = "" if config.model_type == OWN_TYPE else family_of(config.model_type).prefix
+    canonical: dict[str, str] = {}
+    for name in names:
+        has_prefix = name.startswith(prefix) or name == _HEAD.theirs
+        full = name if has_prefix else prefix + name
+        if prefix and _IGNORED.fullmatch(full):
+            continue
+        if canonical.setdefault(full, name) != name:
+            raise CheckpointError(f"the tensor {full!r} is there twice. Download the model again.")
+    return canonical
+
+
+def tensors_to_hf(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename, concatenate and transpose a state_dict to Hugging Face's tensors.
+
+    Models of OWN_TYPE, which Hugging Face does not have, keep our names.
+    """
+    if config.model_type == OWN_TYPE:
+        return {name: tensor.contiguous() for name, tensor in tensors.items()}
+    renamed = {}
+    for name in _names(config):
+        parts = [tensors[part] for part in name.ours]
+        tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+        renamed[name.theirs] = (tensor.t() if name.is_transposed else tensor).contiguous()
+    return renamed
+
+
+def tensors_from_hf(
+    config: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    """Rename, transpose and split tensors of canonical names to a state_dict.
+
+    Each is asked for once and released before the next one: with ``LazyTensors``, only one is in
+    memory twice at any time.
+
+    Args: device and dtype, of the result; None keeps them.
+    Raises: CheckpointError if tied embeddings are stored as two different tensors; KeyError if a
+        name is missing (``stored_tensors`` checks names and shapes first).
+    """
+    if config.model_type == OWN_TYPE:
+        return {name: _placed(tensors[name], device, dtype) for name in tensors}
+    renamed: dict[str, Tensor] = {}
+    for name in _names(config):
+        parts = _split(tensors[name.theirs], name)
+        renamed |= zip(name.ours, (_placed(part, device, dtype) for part in parts), strict=True)
+        del parts
+    if config.tie_embeddings and _HEAD.theirs in tensors:  # some files have both
+        embedding = next(_names(config)).theirs
+        if not torch.equal(tensors[_HEAD.theirs], tensors[embedding]):
+            raise CheckpointError(
+                "config.json: tie_word_embeddings is true, but lm_head.weight is not the "
+                "embedding. Set it to false there."
+            )
+    return renamed
+
+
+def _split(tensor: Tensor, name: TensorName) -> Sequence[Tensor]:
+    return (tensor.t() if name.is_transposed else tensor).chunk(len(name.ours))
+
+
+def _placed(part: Tensor, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
+    if part.is_contiguous():
+        return part.to(device, dtype)
+    place = torch.empty(part.shape, device=device or part.device, dtype=dtype or part.dtype)
+    return place.copy_(part)
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies, and what its header says."""
+    """A tensor in a safetensors file, as its header describes it."""
 
     path: Path
-    """Its file."""
+    """File that holds it."""
     name: str
-    """As it is there."""
+    """Name in the file."""
     shape: tuple[int, ...]
     dtype: str
-    """As safetensors names it, such as BF16."""
+    """Dtype in the words of safetensors, such as BF16."""
 
     @property
     def n_bytes(self) -> int:
-        """Bytes that its values take."""
+        """Bytes of its values."""
         return math.prod(self.shape) * _BYTES[self.dtype]
 
 
-class Weights(Mapping[str, Tensor]):
-    """Tensors by canonical name, each read when it is asked for."""
+class LazyTensors(Mapping[str, Tensor]):
+    """Tensors by canonical name, each read from its file when it is asked for."""
 
     def __init__(self, stored: Mapping[str, StoredTensor]) -> None:
         self._stored = stored
@@ -76,7 +164,7 @@ def _opened(path: Path) -> Iterator[Any]:
             yield file
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{str(path)!r} is no whole safetensors file ({str(error)[:120]!r}). "
+            f"{str(path)!r} is not a complete safetensors file ({str(error)[:120]!r}). "
             "Write or download it again."
         ) from None
 
@@ -106,7 +194,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def stored_tensors(config: ModelConfig, folder: Path) -> dict[str, StoredTensor]:
-    """Compare names, shapes and dtypes with what the config asks for, from the headers alone.
+    """Check names, shapes and dtypes in the headers against the config; no weight is read.
 
     Returns: the tensors by the names that ``tensors_from_hf`` takes, in the model's order.
     Raises: CheckpointError naming the file or tensor, what is wrong with it and the remedy.
@@ -123,7 +211,7 @@ def stored_tensors(config: ModelConfig, folder: Path) -> dict[str, StoredTensor]
                         f"{path.name!r}. Download the model again."
                     )
     _check_size(config, len(found))
-    expected = _expected_shapes(config, has_head=_HEAD in found)
+    expected = _expected_shapes(config, has_head=_HEAD.theirs in found)
     if problem := _first_problem(expected, found):
         raise CheckpointError(
             f"the weights in {str(folder)!r} do not fit config.json: {problem}. "
@@ -133,7 +221,7 @@ def stored_tensors(config: ModelConfig, folder: Path) -> dict[str, StoredTensor]
 
 
 def weights_sha256(folder: Path) -> str:
-    """Return the SHA-256 of a folder's weights, of several files one after the other.
+    """Return the SHA-256 of a folder's weights, its files concatenated.
 
     Raises: CheckpointError if there are none; ResourceError if they may not be read.
     """
@@ -146,7 +234,7 @@ def weights_sha256(folder: Path) -> str:
 
 
 def _check_size(config: ModelConfig, n_tensors: int) -> None:
-    """Refuse sizes that no model has, before anything is made of them."""
+    """Refuse sizes that no model has, before anything is allocated."""
     sizes = {
         "vocabulary": (config.vocab_size, _LARGEST_WIDTH),
         "width": (config.d_model, _LARGEST_WIDTH),
@@ -167,9 +255,9 @@ def _expected_shapes(config: ModelConfig, *, has_head: bool) -> dict[str, tuple[
     with torch.device("meta"):
         tensors = tensors_to_hf(config, model_class(config).without_weights(config).state_dict())
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    # Some files hold the tied one twice; ours never do.
+    # Some files of others hold tied embeddings twice.
     if config.tie_embeddings and has_head and config.model_type != OWN_TYPE:
-        shapes[_HEAD] = next(iter(shapes.values()))
+        shapes[_HEAD.theirs] = next(iter(shapes.values()))
     return shapes
 
 
@@ -179,7 +267,7 @@ def _first_problem(
     if missing := [name for name in expected if name not in found]:
         return f"{missing[0]!r} is missing ({len(missing)} of {len(expected)} are)"
     if extra := [name for name in found if name not in expected]:
-        return f"{extra[0]!r} has no place in the model ({len(extra)} have none)"
+        return f"{extra[0]!r} is not in the model ({len(extra)} are not)"
     for name, stored in found.items():
         if stored.shape != expected[name]:
             return f"{name!r} has shape {list(stored.shape)}, not {list(expected[name])}"

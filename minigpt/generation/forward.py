@@ -73,7 +73,7 @@ class EagerForward:
 
 def has_compiled_step(model: LanguageModel) -> TypeGuard[GPT]:
     """Tell whether a model can decode through a compiled graph."""
-    return isinstance(model, GPT) and model.config.attention == "scaled_dot"
+    return type(model) is GPT and model.config.attention == "scaled_dot"
 
 
 def make_forward(
@@ -99,7 +99,7 @@ def make_forward(
         from minigpt.generation.fast.compiled import CompiledForward
 
         return CompiledForward(model, capacity=capacity, n_rows=n_rows, recorder=recorder)
-    if isinstance(model, GPT) and model.device.type == "cpu" and not model.training:
+    if type(model) is GPT and model.device.type == "cpu" and not model.training:
         from minigpt.generation.fast.fused import FusedForward
 
         return FusedForward(model, capacity=capacity, recorder=recorder)

@@ -84,6 +84,11 @@ class GPT(LanguageModel):
     def attentions(self) -> Sequence[Attention]:
         return [block.attention for block in self.blocks if isinstance(block, Block)]
 
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Return the token embeddings (B, T, C); a subclass may scale them, for example."""
+        x: Tensor = self.embedding(tokens)
+        return x
+
     def forward(
         self,
         tokens: Tensor,
@@ -107,7 +112,7 @@ class GPT(LanguageModel):
         Raises: ValueError if more than context_length positions would be in view.
         """
         start, end = self._positions_of(tokens, cache)
-        x = self.embedding(tokens)
+        x = self.embed(tokens)
         rotary = None
         if self.config.family == "gpt2":
             x = x + self.positions(torch.arange(start, end, device=tokens.device))

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from minigpt.config import ModelConfig
 
-_ACTIVATIONS = {
+ACTIVATIONS = {
     "silu": F.silu,
     "relu2": lambda x: F.relu(x).square(),
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
+"""ModelConfig.activation -> function. A file in checkpoint/families/ may add its own."""
 
 
 class RMSNorm(nn.RMSNorm):
@@ -42,7 +43,7 @@ class MLP(nn.Module):
         super().__init__()
         self.up = nn.Linear(config.d_model, config.d_mlp)
         self.down = nn.Linear(config.d_mlp, config.d_model)
-        self.activation = _ACTIVATIONS[config.activation]
+        self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
         output: Tensor = self.down(self.activation(self.up(x)))
@@ -60,7 +61,7 @@ class GatedMLP(nn.Module):
         self.gate = nn.Linear(config.d_model, config.d_mlp, bias=config.mlp_bias)
         self.up = nn.Linear(config.d_model, config.d_mlp, bias=config.mlp_bias)
         self.down = nn.Linear(config.d_mlp, config.d_model, bias=config.mlp_bias)
-        self.activation = _ACTIVATIONS[config.activation]
+        self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
         output: Tensor = self.down(self.activation(self.gate(x)) * self.up(x))

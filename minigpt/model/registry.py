@@ -1,17 +1,19 @@
 """The class of a model, by its config."""
 
-from minigpt.config import ARCHS, ModelConfig
+from minigpt.config import ARCHS, HF_LAYOUTS, ModelConfig
 from minigpt.model.language_model import LanguageModel
-from minigpt.rings import load_class
-
-FAMILY_CLASSES: dict[str, type[LanguageModel]] = {}
-"""Classes by model_type, for a family whose computation is not GPT's: see checkpoint/families."""
+from minigpt.rings import load_class, ring
 
 
 def model_class(config: ModelConfig) -> type[LanguageModel]:
-    """Return the class that builds a model of this config.
+    """Return the class that builds a model of this config: its family's own, or that of its arch.
 
-    Raises: ConfigError if it is in a ring that this installation does not have.
+    Raises: ConfigError if it is in a file that this installation does not have.
     """
-    own = FAMILY_CLASSES.get(config.model_type)
-    return own if own is not None else load_class(ARCHS[config.arch])
+    if config.model_type not in (*HF_LAYOUTS, "minigpt"):
+        # Looked up by name: families are above this package.
+        own: type[LanguageModel] | None
+        own = ring(f"checkpoint.families.{config.model_type}").FAMILY.model
+        if own is not None:
+            return own
+    return load_class(ARCHS[config.arch])

@@ -27,8 +27,8 @@ from layout_models import make_model
 from minigpt.checkpoint import resolve as finding
 from minigpt.checkpoint.model_folder import read_model, save_tensors, write_model
 from minigpt.checkpoint.resolve import resolve_model
-from minigpt.checkpoint.tensor_names import tensors_to_hf
 from minigpt.checkpoint.tools.hub import download_model, is_hub_name
+from minigpt.checkpoint.weights import tensors_to_hf
 from minigpt.commands.loading import load
 from minigpt.commands.options import ModelSource
 from minigpt.errors import CheckpointError, ResourceError
@@ -314,7 +314,7 @@ def test_ctrl_c_ends_a_download_at_once(hub: Hub, tmp_path: Path) -> None:
 
 
 def test_what_was_downloaded_is_read_as_strictly_as_any_folder(downloads: Downloads) -> None:
-    with pytest.raises(CheckpointError, match="is no whole safetensors file"):
+    with pytest.raises(CheckpointError, match="is not a complete safetensors file"):
         read_model(downloads.folders["tiny/bad"])
     with pytest.raises(CheckpointError, match="does not map tensors to files of its folder"):
         read_model(downloads.folders["tiny/lying"])

@@ -301,19 +301,21 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
     r"config\.json' is not JSON: ": lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"),
     r"config\.json' is not JSON: \w": lambda f: (f / "config.json").write_text("[" * 10**5),
     r"model\.safetensors is missing": lambda f: (f / "model.safetensors").unlink(),
-    r"no whole safetensors file .*incomplete": truncate,
-    r"no whole safetensors file": lambda f: (f / "model.safetensors").write_bytes(
+    r"not a complete safetensors file .*incomplete": truncate,
+    r"not a complete safetensors file": lambda f: (f / "model.safetensors").write_bytes(
         pickle.dumps(Bomb())
     ),
-    r"safetensors' is no whole": lambda f: (f / "model.safetensors").write_bytes(b""),
+    r"safetensors' is not a complete": lambda f: (f / "model.safetensors").write_bytes(b""),
     r"in 'pytorch_model\.bin', a pickle": pickle_weights,
     r"'transformer\.h\.1\.ln_1\.bias' is missing \(1 of 29": drop_tensor,
-    r"'transformer\.extra' has no place": lambda f: save(f, weights(f) | {"extra": torch.zeros(1)}),
+    r"'transformer\.extra' is not in the model": lambda f: save(
+        f, weights(f) | {"extra": torch.zeros(1)}
+    ),
     r"'transformer\.h\.1\.ln_1\.bias' has shape \[15\], not \[16\]": change_shape,
     r"transformer\.wte\.weight' is there twice": lambda f: save(
         f, weights(f) | {"wte.weight": torch.zeros(1)}
     ),
-    r"no whole safetensors file .*invalid shape": write_false_shape,
+    r"not a complete safetensors file .*invalid shape": write_false_shape,
     r"is stored as I32": lambda f: save(f, {n: t.int() for n, t in weights(f).items()}),
     r"'transformer\.wpe\.weight' has shape \[32, 16\], not \[64, 16\]": lambda f: change_config(
         f, n_positions=64
@@ -321,7 +323,7 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
     r"tie_word_embeddings is true, but lm_head": lambda f: change_config(
         f, tie_word_embeddings=True
     ),
-    r"'logit_scale' is 2, a field that is not known": lambda f: change_config(f, logit_scale=2),
+    r"unknown field 'logit_scale' with value 2": lambda f: change_config(f, logit_scale=2),
     r"has shape \[257, 16\], not \[257, 268435456\]": lambda f: change_config(f, n_embd=2**28),
     r"index\.json' does not map tensors": index_of({"a": "../outside.safetensors"}),
     r"index\.json' does not map tensors to": index_of({"a": "/etc/outside.safetensors"}),
@@ -329,11 +331,11 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
     r"index\.json' does not map tensors to fi": index_of({"a": 5}),
     r"index\.json' does not map tensors to fil": index_of([]),
     r"index\.json' does not map tensors to file": index_of({"a": ["outside.safetensors"]}),
-    r"/\.\.' is no whole safetensors file": index_of({"a": ".."}),
+    r"/\.\.' is not a complete safetensors file": index_of({"a": ".."}),
     r"transformer\.wpe\.weight' is there twice, in '.*one|two": shard_twice,
-    r"two\.safetensors' is no whole safetensors file .*No such file": lose_shard,
-    r"two\.safetensors' is no whole safetensors file": pickle_shard,
-    r"no whole safetensors file .*(incomplete|Invalid|offset)": claim_huge_tensors,
+    r"two\.safetensors' is not a complete safetensors file .*No such file": lose_shard,
+    r"two\.safetensors' is not a complete safetensors file": pickle_shard,
+    r"not a complete safetensors file .*(incomplete|Invalid|offset)": claim_huge_tensors,
     r"the eos_token_id of .* is '\[True\]', and not an id": lambda f: (
         f / "generation_config.json"
     ).write_text('{"eos_token_id": [true]}'),
@@ -404,7 +406,7 @@ def test_write_that_the_system_refuses_is_a_resource_error(
     make: Callable[[int, str], GPT], tmp_path: Path, n_bytes: int
 ) -> None:
     with (
-        pytest.raises(ResourceError, match=r"File too large\. Choose a disk") as caught,
+        pytest.raises(ResourceError, match=r"File too large\. Raise the limit") as caught,
         file_size_limit(n_bytes),
     ):
         write_model(tmp_path, make(257, "gpt2-untied"), None)

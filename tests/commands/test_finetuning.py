@@ -302,7 +302,7 @@ def test_stories260k_is_fine_tuned_from_text(run: Run, workplace: Path, shared: 
     [
         ("--from nowhere", 4, ["'nowhere'"]),
         ("--from no-words", 4, ["'no-words'", "tokenizer.json", "trained on text"]),
-        ("--from damaged", 4, ["'damaged/model.safetensors'", "no whole safetensors file"]),
+        ("--from damaged", 4, ["'damaged/model.safetensors'", "not a complete safetensors file"]),
         ("--from gpt2 --context-length 64", 2, ["--context-length", "64", "sees 48 tokens"]),
         ("--from gpt2 --resume", 2, ["--from", "--resume"]),
         ("--from gpt2 --tokenizer bytes", 2, ["data.tokenizer", "'gpt2'", "'bytes'"]),

@@ -304,7 +304,7 @@ def test_greedy_text_is_that_of_transformers(penalty: float) -> None:
 
 def as_transformers(transformers: Any, model: GPT) -> Any:
     from minigpt.checkpoint.families import model_config_to_hf
-    from minigpt.checkpoint.tensor_names import tensors_to_hf
+    from minigpt.checkpoint.weights import tensors_to_hf
 
     settings = model_config_to_hf(model.config, None) | {"eos_token_id": None}
     config = transformers.AutoConfig.for_model(**settings)

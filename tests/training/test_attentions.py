@@ -110,7 +110,7 @@ def test_config_json_and_config_toml_say_which_model_it_is(name: str, tmp_path: 
         ({"attention": "scaled_dot"}, "unknown model_type 'minigpt'"),
         ({"attention": "cosine"}, "unknown attention 'cosine'"),
         ({"attention": 3}, "attention must be of type str: it is 3"),
-        ({"sliding_window": 4}, "'sliding_window' is 4, a field that is not known"),
+        ({"sliding_window": 4}, "unknown field 'sliding_window' with value 4"),
         ({"n_layer": None}, "n_layer must be of type int: it is None"),
         ({"n_layer": 3}, "do not fit config.json: 'blocks.2"),
         ({"attention": "general"}, r"'blocks.0.attention.score.w' is missing"),

@@ -1,0 +1,211 @@
+"""Hugging Face model families: one file for each model_type, found by its name.
+
+A family maps config.json to ModelConfig and Hugging Face's tensor names to ours, both ways. Each
+field of a config.json is used, is known to have no effect, or is refused. To add a family, add
+MODEL_TYPE.py with a ``FAMILY`` to this folder; a model that GPT cannot compute brings a subclass.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from pkgutil import iter_modules
+from typing import Any
+
+from minigpt.config import ModelConfig
+from minigpt.errors import CheckpointError, ConfigError
+from minigpt.model.language_model import LanguageModel
+from minigpt.rings import has_ring, ring
+from minigpt.settings import build, to_dict
+from minigpt.text.tokenizer import Tokenizer
+
+OWN_TYPE = "minigpt"
+"""Model type of models that Hugging Face does not have: other attention scores, LSTMs."""
+
+_NO_EFFECT = """
+    architectures auto_map bad_words_ids begin_suppress_tokens bos_token_id
+    chunk_size_feed_forward cls_token_id decoder_start_token_id diversity_penalty do_sample dtype
+    early_stopping encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty
+    finetuning_task forced_bos_token_id forced_eos_token_id gradient_checkpointing id2label
+    initializer_range is_decoder is_llama_config label2id length_penalty license mask_token_id
+    max_length max_sequence_length min_length model_max_length model_type name_or_path
+    no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences
+    output_attentions output_hidden_states output_past output_scores pad_token_id prefix
+    problem_type remove_invalid_values repetition_penalty return_dict return_dict_in_generate
+    sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss
+    tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript transformers.js_config
+    transformers_version typical_p unk_token_id unsloth_fixed unsloth_version use_bfloat16
+    use_cache vocab_file
+"""
+_FIXED = {
+    "add_cross_attention": False,
+    "is_encoder_decoder": False,
+    "pruned_heads": {},
+    "quantization_config": None,
+}
+_DERIVED = ("n_inner", "num_key_value_heads", "head_dim")  # from other fields where they are null
+
+
+@dataclass(frozen=True)
+class TensorName:
+    """One tensor of Hugging Face and its name in our models; ``{i}`` stands for the block."""
+
+    theirs: str
+    """Name without the prefix of the family."""
+    ours: tuple[str, ...]
+    """Our name; several if theirs is the concatenation of ours along the outputs."""
+    is_transposed: bool = False
+    """Whether theirs is (in, out), as in GPT-2's Conv1D, and ours (out, in), as in nn.Linear."""
+
+
+def same(theirs: str, ours: str, *suffixes: str) -> Iterator[TensorName]:
+    """Yield the names of a module's tensors, by default its weight, that differ in name only."""
+    for suffix in suffixes or ("weight",):
+        yield TensorName(f"{theirs}.{suffix}", (f"{ours}.{suffix}",))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One Hugging Face model type in terms of ModelConfig and of our tensors."""
+
+    architecture: str
+    """Name of the transformers class, such as LlamaForCausalLM."""
+    prefix: str
+    """Prefix of all tensor names but lm_head.weight."""
+    fields: Mapping[str, str]
+    """ModelConfig field -> config.json field."""
+    activations: Mapping[str, str]
+    """Activation in config.json -> ModelConfig's. The first name of a function is written."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """config.json field -> value that transformers uses if it is absent."""
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    """config.json field -> the only value that we compute; absent or null means the same."""
+    no_effect: frozenset[str] = frozenset()
+    """config.json fields that change no logits, or that ``read`` reads."""
+    constants: Mapping[str, Any]
+    """ModelConfig field -> value that the model type implies."""
+    written: Mapping[str, Any] = field(default_factory=dict)
+    """config.json field -> value written for every model."""
+    model: type[LanguageModel] | None = None
+    """Model class; None for the class of the config's ``arch``."""
+
+    def read(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return ModelConfig values of config.json fields that need more than a new name."""
+        return {}
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        """Return config.json fields of ModelConfig values that need more than a new name."""
+        return {}
+
+    def tensors(self, config: ModelConfig) -> Iterator[TensorName]:
+        """Yield the names of all tensors but the output projection, the embedding first."""
+        raise NotImplementedError
+
+
+def model_types() -> list[str]:
+    """Return the model types that have a file here, and our own."""
+    return [*sorted(module.name for module in iter_modules(__path__)), OWN_TYPE]
+
+
+def family_of(model_type: object) -> Family:
+    """Return the family of a model type.
+
+    Raises: CheckpointError if there is no file for it.
+    """
+    name = model_type if isinstance(model_type, str) else ""
+    if not name.isidentifier() or not has_ring(f"checkpoint.families.{name}"):
+        raise CheckpointError(
+            f"config.json: unsupported model_type {str(model_type)[:80]!r}. "
+            f"Choose a model of type {', '.join(model_types())}."
+        )
+    family: Family = ring(f"checkpoint.families.{name}").FAMILY
+    return family
+
+
+def model_config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
+    """Read a parsed config.json.
+
+    Raises: CheckpointError naming the field, if it is missing, of the wrong type, unknown, or if
+        it changes the computation in a way that we do not implement.
+    """
+    if config.get("model_type") == OWN_TYPE:
+        ours = {f.name for f in fields(ModelConfig)}
+        _check_known(config, ours)
+        return _built({name: value for name, value in config.items() if name in ours})
+    family = family_of(config.get("model_type"))
+    fixed = {**family.fixed, **_FIXED}
+    _check_known(config, {*family.fields.values(), *fixed, *family.no_effect})
+    for name, value in fixed.items():
+        check_fixed(name, config.get(name), value)
+    values = {ours: _value(config, family, theirs) for ours, theirs in family.fields.items()}
+    values = {ours: value for ours, value in values.items() if value is not None}
+    activation = values["activation"]
+    if not isinstance(activation, str) or activation not in family.activations:
+        raise unsupported(family.fields["activation"], activation, ", ".join(family.activations))
+    values["activation"] = family.activations[activation]
+    values |= family.read(config)
+    return _built({**values, "model_type": config["model_type"], **family.constants})
+
+
+def _built(values: Mapping[str, Any]) -> ModelConfig:
+    try:
+        return build(ModelConfig, values)
+    except ConfigError as error:
+        raise CheckpointError(f"config.json: {str(error)[:200]}") from None
+
+
+def _check_known(config: Mapping[str, Any], known: set[str]) -> None:
+    known = known.union(_NO_EFFECT.split())
+    for name, value in config.items():
+        if name not in known and not name.startswith("_") and value is not None:
+            raise CheckpointError(
+                f"config.json: unknown field {name[:80]!r} with value {repr(value)[:80]}. "
+                "If it does not change what the model computes, remove it."
+            )
+
+
+def _value(config: Mapping[str, Any], family: Family, name: str) -> Any:
+    value = config.get(name, family.defaults.get(name))
+    if value is None and name not in _DERIVED:
+        value = family.defaults.get(name)
+        if value is None:
+            raise CheckpointError(
+                f"config.json: the field {name} is missing. Download config.json again."
+            )
+    return value
+
+
+def unsupported(name: str, value: Any, supported: Any) -> CheckpointError:
+    """Return the error for a field of config.json whose value we do not implement."""
+    return CheckpointError(
+        f"config.json: {name} is {repr(value)[:80]}, but only {supported!r} is supported. "
+        "Choose another model."
+    )
+
+
+def check_fixed(name: str, value: Any, supported: Any) -> None:
+    """Raise CheckpointError if a field of config.json is neither null nor the supported value."""
+    if value is not None and value != supported:
+        raise unsupported(name, value, supported)
+
+
+def model_config_to_hf(config: ModelConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """Return config.json as transformers 4 and 5 read it; only minigpt reads that of OWN_TYPE."""
+    ends = () if tokenizer is None else tokenizer.end_of_text_ids
+    prefix = () if tokenizer is None else tokenizer.prefix
+    begin = prefix[0] if prefix else None if tokenizer is None else tokenizer.end_of_text
+    written: dict[str, Any] = {
+        "model_type": config.model_type,
+        "bos_token_id": begin,
+        "eos_token_id": ends[0] if len(ends) == 1 else list(ends) or None,
+        "pad_token_id": None,
+        "initializer_range": 0.02,
+        "use_cache": True,
+    }
+    if config.model_type == OWN_TYPE:
+        return {"architectures": ["MinigptForCausalLM"]} | written | to_dict(config)
+    family = family_of(config.model_type)
+    written = {"architectures": [family.architecture]} | written
+    written |= {theirs: getattr(config, ours) for ours, theirs in family.fields.items()}
+    written[family.fields["activation"]] = next(
+        theirs for theirs, ours in family.activations.items() if ours == config.activation
+    )
+    return {**written, **family.write(config), **family.written, "embd_pdrop": config.dropout}

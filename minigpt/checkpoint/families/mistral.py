@@ -1,0 +1,14 @@
+"""Mistral: Llama without biases."""
+
+from dataclasses import replace
+
+from minigpt.checkpoint.families import llama
+
+FAMILY = replace(
+    llama.FAMILY,
+    architecture="MistralForCausalLM",
+    fields=llama.FIELDS,
+    defaults=llama.DEFAULTS | {"num_key_value_heads": 8, "sliding_window": 4096},
+    fixed=llama.FIXED | llama.NO_BIASES,
+    written={"sliding_window": None},
+)
