@@ -92,10 +92,11 @@ def check_fields(config: Any) -> None:
         if choices and value != f.default:
             require_choice(f.name, value, choices)
         elif bounds and not isinstance(value, str | None):
-            _require_within(f.name, value, bounds)
+            require_within(f.name, value, bounds)
 
 
-def _require_within(name: str, value: float, bounds: str) -> None:
+def require_within(name: str, value: float, bounds: str) -> None:
+    """Raise ConfigError if a value is outside an interval."""
     low, high = _ends(bounds)
     is_low_enough = value < high or (value == high and bounds[-1] == "]")
     if is_low_enough and (low < value or (value == low and bounds[0] == "[")):

@@ -36,6 +36,7 @@ from minigpt.config import (
     choices_of,
     option,
     parts_of,
+    require_within,
 )
 from minigpt.errors import ConfigError, require_choice
 from minigpt.presets import DEFAULT_PRESET, PRESETS
@@ -60,6 +61,8 @@ class Option:
     """Name. Empty derives it from the parameter."""
     choices: tuple[str, ...] = ()
     """Valid values. Empty derives them from the type."""
+    bounds: str = ""
+    """Interval of valid numbers, as in ``config.setting``. Fields have their own."""
     has_escapes: bool = False
     r"""Whether \n, \r, \t and \\ in the value stand for the characters."""
 
@@ -90,6 +93,8 @@ class _Declared:
     default: Any
     choices: tuple[str, ...]
     about: Option
+    is_layered: bool = False
+    """Whether it goes over other settings, so that a flag needs its opposite too."""
 
     @property
     def flag(self) -> str:
@@ -105,10 +110,10 @@ class _Declared:
         """Return it as typer declares an option."""
         annotation: Any = str | None
         flag = self.flag
-        is_field = len(self.path) > 1
         if self.kind is bool:
             annotation = bool | None
-            flag += f"/--no-{flag[2:]}" if is_field or self.default else ""
+            is_two_way = self.is_layered or self.default is not False
+            flag += f"/--no-{flag[2:]}" if is_two_way else ""
         elif self.kind in (tuple, list):
             annotation = list[str] | None
         default = typer.Option(
@@ -152,10 +157,13 @@ class _Declared:
         if text in words or self.kind not in (int, float, Path):
             return text
         try:
-            return self.kind(text)
+            value = self.kind(text)
         except ValueError:
             what = " or ".join(["a whole number" if self.kind is int else "a number", *words])
             raise ConfigError(f"{self.flag} takes {what}: it is {text!r}.") from None
+        if self.about.bounds:
+            require_within(self.flag, value, self.about.bounds)
+        return value
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
@@ -230,7 +238,8 @@ def _declared(
             about = Option(**{"group": heading} | f.metadata["option"])
             text = about.text or _first_sentence(_docstrings(config)[f.name])
             about = replace(about, text=text, group=chosen.group or about.group)
-            yield _Declared(here, f.type, default, choices_of(f), about)
+            is_layered = chosen.config is not None
+            yield _Declared(here, f.type, default, choices_of(f), about, is_layered)
 
 
 def _is_chosen(name: str, chosen: Fields) -> bool:

@@ -29,7 +29,9 @@ def prepare(
     from_: Annotated[
         str | None, Option("Model whose tokenizer to use: a folder or a run", "Run", "MODEL")
     ] = None,
-    workers: Annotated[int | None, Option("Number of threads", "Run", shown="all cores")] = None,
+    workers: Annotated[
+        int | None, Option("Number of threads", "Run", shown="all cores", bounds="[1, inf)")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Tokenize text before training.
@@ -42,8 +44,6 @@ def prepare(
     """
     if settings and from_ is not None:
         raise ConfigError("--from brings its own tokenizer. Leave --tokenizer out.")
-    if workers is not None and workers < 1:
-        raise ConfigError(f"--workers must be at least 1: it is {workers}.")
     from pathlib import Path
 
     from minigpt.commands import output

@@ -104,7 +104,7 @@ def test_help_shows_first_sentence_choices_default_and_group_but_no_alias(
     assert lines == [
         "--kind NAME       Kind of leaf: green or black [black]",
         "--sugar N         Grams of sugar, or auto [none]",
-        "--[no-]with-milk  Add milk",
+        "--with-milk    Add milk",
         "--notes TEXT      Note; repeat for several",
     ]
 

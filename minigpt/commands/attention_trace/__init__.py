@@ -3,23 +3,22 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from minigpt.commands.options import Fields, Json, ModelSource, Option, Prompt, command
+from minigpt.commands.attention_trace.targets import Targets
+from minigpt.commands.options import Fields, ModelSource, Option, Prompt, command
 from minigpt.config import SamplingConfig
 from minigpt.errors import ConfigError
-from minigpt.rings import has_ring, ring
+from minigpt.rings import ring
 from minigpt.tracing.config import N_SOURCES, TraceConfig
 
 if TYPE_CHECKING:
-    from minigpt.commands.attention_trace.output import Targets
     from minigpt.commands.loading import Ready
     from minigpt.tracing.events import TraceEvent
 
 _FILES = "Files"
-_VIEWS = ("lines", *(ring("tracing.views").terminal_views() if has_ring("tracing.views") else ()))
 
 
 @command
@@ -28,20 +27,7 @@ def attention_trace(
     *,
     source: ModelSource,
     config: TraceConfig,
-    view: Annotated[str, Option("View", "Output", choices=_VIEWS)] = "lines",
-    position: Annotated[
-        int | None,
-        Option("Generated token that a text or strip is shaded by", "Output", shown="the last"),
-    ] = None,
-    as_json: Json = False,
-    out: Annotated[Path | None, Option("Write the trace as JSON lines", _FILES)] = None,
-    dense: Annotated[
-        Path | None, Option("Write the full rows of all heads, safetensors", _FILES)
-    ] = None,
-    html: Annotated[Path | None, Option("Write an interactive page for a browser", _FILES)] = None,
-    svg: Annotated[Path | None, Option("Write a picture as SVG", _FILES)] = None,
-    png: Annotated[Path | None, Option("Write a picture as PNG", _FILES)] = None,
-    picture: Annotated[Literal["matrix", "strip"], Option("Picture", _FILES)] = "matrix",
+    targets: Targets,
     replay: Annotated[
         Path | None, Option("Show a file that --out wrote, without a model", _FILES)
     ] = None,
@@ -76,27 +62,14 @@ def attention_trace(
 
     In a token, ␣ is a space, \n a line break, and \xe2 a byte that is not valid text.
     """
-    from minigpt.commands.attention_trace.output import Targets
-
-    targets = Targets(
-        view=view,
-        as_json=as_json,
-        position=position,
-        out=out,
-        html=html,
-        svg=svg,
-        png=png,
-        dense=dense,
-        picture=picture,
-    )
     if diff is not None or replay is not None:
-        if prompt is not None or source.model is not None or dense is not None:
+        if prompt is not None or source.model is not None or targets.dense is not None:
             raise ConfigError(
-                "--replay and --diff read files of --out: there is no model, and no prompt to go "
-                "on from. Leave out PROMPT, --model and --dense."
+                "--replay and --diff read files of --out: there is no model and no prompt to "
+                "continue. Leave out PROMPT, --model and --dense."
             )
         if diff is not None:
-            ring("commands.attention_trace.diff").show_diff(*diff, as_json=as_json)
+            ring("commands.attention_trace.diff").show_diff(*diff, as_json=targets.as_json)
         elif replay is not None:
             _replay(replay, targets, n_sources=config.n_sources)
         return
@@ -113,7 +86,7 @@ def _trace(
     ready: "Ready",
     sampling: SamplingConfig,
     config: TraceConfig,
-    targets: "Targets",
+    targets: Targets,
     *,
     compile: bool | None,
 ) -> bool:
@@ -171,7 +144,7 @@ def _trace(
     return True
 
 
-def _replay(path: Path, targets: "Targets", *, n_sources: int | None) -> None:
+def _replay(path: Path, targets: Targets, *, n_sources: int | None) -> None:
     from minigpt.commands.attention_trace.output import Shower
     from minigpt.console import make_console
     from minigpt.tracing.lines import TraceLayout

@@ -4,12 +4,12 @@ import sys
 import time
 from collections.abc import Iterable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
+from minigpt.commands.attention_trace.targets import LINES, Targets
 from minigpt.console import make_console, print_lines, write_result
-from minigpt.errors import ConfigError
 from minigpt.files import resource_errors, write_atomically
 from minigpt.rings import ring
 from minigpt.tracing import lines as terminal
@@ -24,58 +24,7 @@ from minigpt.tracing.file import to_json_line
 from minigpt.tracing.lines import TraceLayout
 from minigpt.tracing.spans import Line
 
-LINES = "lines"
-_PICTURES = ("svg", "png")
 _BELOW = 3  # lines: the seed, and the shell's next prompt
-
-
-@dataclass(frozen=True)
-class Targets:
-    """What was asked for."""
-
-    view: str = LINES
-    """What stdout shows."""
-    as_json: bool = False
-    """Whether it shows JSON in place of a view."""
-    position: int | None = None
-    """Of the token that the view text, or the picture of a strip, is of; None for the last one."""
-    out: Path | None = None
-    html: Path | None = None
-    svg: Path | None = None
-    png: Path | None = None
-    dense: Path | None = None
-    """A file of every row of every head."""
-    picture: str = "matrix"
-    """What the pictures show, matrix or strip."""
-
-    def check(self, n_samples: int) -> None:
-        """Check what can be, before anything long begins.
-
-        Raises: ConfigError for a file that has no folder, a picture without matplotlib, or one file
-            for several traces.
-        """
-        for name in ("out", "html", "dense", *_PICTURES):
-            path: Path | None = getattr(self, name)
-            if path is None:
-                continue
-            if not path.parent.is_dir():
-                raise ConfigError(
-                    f"--{name}: there is no folder {str(path.parent)!r}. Make it first."
-                )
-            if path.is_dir() or (name != "out" and path.exists() and not path.is_file()):
-                # What is written aside and then renamed would take a device's place.
-                raise ConfigError(f"--{name}: {str(path)!r} is no file. Choose another name.")
-            if name != "out" and n_samples > 1:
-                raise ConfigError(
-                    f"--{name} shows one trace, and there are {n_samples}. Leave --num-samples out."
-                )
-            if name in _PICTURES:
-                ring("figures").require_matplotlib(path)
-
-    @property
-    def has_heads(self) -> bool:
-        """Whether every head's row in brief is asked for."""
-        return self.out is not None or self.html is not None or self.view == "heads"
 
 
 class Shower:

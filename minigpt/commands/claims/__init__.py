@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 from minigpt.commands.options import Fields, Json, ModelSource, Option, argument, command
-from minigpt.errors import ConfigError, require_choice
+from minigpt.errors import require_choice
 from minigpt.studies.claims import CLAIMS
 
 
@@ -16,7 +16,7 @@ def claims(
     ] = None,
     *,
     quick: Annotated[bool, Option("Train smaller models for about a minute", "Size")] = False,
-    seeds: Annotated[int, Option("Number of models of each kind", "Size")] = 1,
+    seeds: Annotated[int, Option("Number of models of each kind", "Size", bounds="[1, inf)")] = 1,
     source: Annotated[ModelSource, Fields(only=("device", "threads"), group="Size")],
     out: Annotated[
         Path | None, Option("Folder for pictures and claims.json", "Output", metavar="FOLDER")
@@ -38,8 +38,6 @@ def claims(
     wanted = list(dict.fromkeys(which or CLAIMS))
     for name in wanted:
         require_choice("claim", name, CLAIMS)
-    if seeds < 1:
-        raise ConfigError(f"--seeds must be at least 1: it is {seeds}.")
     from minigpt.commands.claims.views import prepare_folder, show_finding, write_findings
     from minigpt.commands.loading import use_threads
     from minigpt.commands.status_line import ProgressLine

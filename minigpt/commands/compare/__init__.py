@@ -16,7 +16,6 @@ from minigpt.commands.options import (
     layered,
 )
 from minigpt.config import ARCHS, ATTENTIONS, RunConfig
-from minigpt.errors import ConfigError
 from minigpt.presets import default_run
 
 
@@ -41,7 +40,9 @@ def compare(
             shown="the preset's steps",
         ),
     ] = "steps",
-    seeds: Annotated[int, Option("Number of runs per variant", "Comparison")] = 3,
+    seeds: Annotated[
+        int, Option("Number of runs per variant", "Comparison", bounds="[1, inf)")
+    ] = 3,
     name: Annotated[
         str | None,
         Option(
@@ -83,8 +84,6 @@ def compare(
     """
     from minigpt.commands.compare.run import Wanted, run_comparison
 
-    if seeds < 1:
-        raise ConfigError(f"--seeds must be at least 1: it is {seeds}.")
     overrides = layered(config, settings, data, preset, set_)
     wanted = Wanted(variants=variants, budget=budget, n_seeds=seeds, name=name, overrides=overrides)
     run_comparison(wanted, x_axis=x, out=out, is_json=as_json)

@@ -1,0 +1,70 @@
+"""Where a trace goes, as options of attention-trace."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from minigpt.config import check_fields, option
+from minigpt.errors import ConfigError
+from minigpt.rings import has_ring, ring
+
+LINES = "lines"
+_VIEWS = (LINES, *(ring("tracing.views").terminal_views() if has_ring("tracing.views") else ()))
+_PICTURES = ("svg", "png")
+_FILES = "Files"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Targets:
+    """What stdout shows of a trace, and the files that it is written to."""
+
+    view: str = option(LINES, choices=_VIEWS, group="Output")
+    """View."""
+    position: int | None = option(None, group="Output", shown="the last")
+    """Generated token whose sources the view text or the picture strip shows."""
+    as_json: bool = option(False, group="Output", name="json")
+    """Print JSON, one object per line."""
+    out: Path | None = option(None, group=_FILES)
+    """Write the trace as JSON lines."""
+    dense: Path | None = option(None, group=_FILES)
+    """Write the full rows of all heads as safetensors."""
+    html: Path | None = option(None, group=_FILES)
+    """Write an interactive page for a browser."""
+    svg: Path | None = option(None, group=_FILES)
+    """Write a picture as SVG."""
+    png: Path | None = option(None, group=_FILES)
+    """Write a picture as PNG."""
+    picture: Literal["matrix", "strip"] = option("matrix", group=_FILES)
+    """Picture."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def check(self, n_samples: int) -> None:
+        """Check the files before anything long begins.
+
+        Raises: ConfigError for a file without a folder, a picture without matplotlib, or one file
+            for several traces.
+        """
+        for name in ("out", "html", "dense", *_PICTURES):
+            path: Path | None = getattr(self, name)
+            if path is None:
+                continue
+            if not path.parent.is_dir():
+                raise ConfigError(
+                    f"--{name}: there is no folder {str(path.parent)!r}. Make it first."
+                )
+            if path.is_dir() or (name != "out" and path.exists() and not path.is_file()):
+                # These files are written aside and renamed, which would replace a device.
+                raise ConfigError(f"--{name}: {str(path)!r} is not a file. Choose another name.")
+            if name != "out" and n_samples > 1:
+                raise ConfigError(
+                    f"--{name} shows one trace, and there are {n_samples}. Leave --num-samples out."
+                )
+            if name in _PICTURES:
+                ring("figures").require_matplotlib(path)
+
+    @property
+    def has_heads(self) -> bool:
+        """Whether a summary of each head's row is needed."""
+        return self.out is not None or self.html is not None or self.view == "heads"
