@@ -445,12 +445,12 @@ class SamplingConfig:
     """Seed of the sampling RNG. Sample i of several has seed + i; None for a random seed."""
     stop: tuple[str, ...] = option((), metavar="TEXT", has_escapes=True)
     r"""Stop string (\n for a line break); repeat for several. It is not part of the output."""
-    overflow: Literal["stop", "slide"] = option("stop")
-    """Action when the context window is full. See generation/window.py."""
     num_samples: int = option(1, "[1, inf)")
     """Number of samples, generated in parallel."""
     logprobs: int = option(0, "[0, inf)", group="Output")
     """Number of most probable tokens to report at each step."""
+    overflow: Literal["stop", "slide"] = option("stop")
+    """Action when the context window is full. See generation/window.py."""
 
     def __post_init__(self) -> None:
         check_fields(self)
