@@ -1,4 +1,4 @@
-"""The chart of text: each dot where its number says, within the width, on any terminal."""
+"""The text chart: dots at their values, within the width, on any terminal."""
 
 import math
 import re
@@ -34,7 +34,7 @@ def dots_of(lines: list[str]) -> set[tuple[int, int]]:
     return dots
 
 
-def test_every_point_has_its_dot_and_lines_join_them() -> None:
+def test_every_point_has_a_dot_and_lines_join_them() -> None:
     points = [(0.0, 0.0), (50.0, 100.0), (100.0, 25.0)]
     lines = plain([Series(points, "")], 46, 12)
     dots = dots_of(lines)
@@ -50,7 +50,7 @@ def test_every_point_has_its_dot_and_lines_join_them() -> None:
 
 
 @pytest.mark.parametrize("is_ascii", [False, True])
-def test_it_stays_within_any_width_and_height(is_ascii: bool) -> None:
+def test_a_chart_fits_any_width_and_height(is_ascii: bool) -> None:
     series = [Series(CURVE, "cyan"), Series(CURVE[9::10], "bold", "*")]
     for width in range(1, 150, 7):
         for height in range(3, 30, 5):
@@ -60,7 +60,7 @@ def test_it_stays_within_any_width_and_height(is_ascii: bool) -> None:
             assert not is_ascii or all(line.isascii() for line in lines)
 
 
-def test_numbers_stand_where_they_are_on_their_axes() -> None:
+def test_axis_labels_are_at_their_values() -> None:
     lines = plain([Series([(0.0, 1.0), (400.0, 3.0)], "")], 86, 13)
     n_rows, left = 11, lines[-2].index("└") + 1
     ticks = {
@@ -79,9 +79,7 @@ def test_numbers_stand_where_they_are_on_their_axes() -> None:
 
 @pytest.mark.parametrize("low", [0.0, 0.013, 1.9, 2.21, 7.9])
 @pytest.mark.parametrize("height", [0.011, 0.4, 0.69, 1.0, 3.3, 4_000.0])
-def test_however_small_the_chart_there_are_two_numbers_on_each_axis(
-    low: float, height: float
-) -> None:
+def test_each_axis_has_at_least_two_distinct_labels(low: float, height: float) -> None:
     points = [(0.0, low), (height, low + height)]
     lines = plain([Series(points, "")], 60, 8)
     numbers = [float(m[1]) for line in lines if (m := re.match(r" *(\S+) ┤", line))]
@@ -91,7 +89,7 @@ def test_however_small_the_chart_there_are_two_numbers_on_each_axis(
     assert len(re.findall(r"\d\S*", lines[-1])) >= 2
 
 
-def test_marks_lie_over_lines_and_have_their_own_style() -> None:
+def test_marks_are_drawn_over_lines_in_their_own_style() -> None:
     lines = draw_chart(
         [Series(CURVE[19:20], "red", "●"), Series(CURVE, "blue")], 60, 10, x_unit="steps"
     )
@@ -101,18 +99,18 @@ def test_marks_lie_over_lines_and_have_their_own_style() -> None:
     assert (str(style.color.name if style.color else None), style.dim) == ("red", None)
 
 
-def test_a_steep_beginning_does_not_stretch_the_chart_but_enters_at_its_top() -> None:
+def test_a_steep_start_is_cut_off_at_the_top() -> None:
     steep: list[Point] = [(1.0, 1e30), *((float(x), 2.0 + x % 2) for x in range(2, 41))]
     assert y_limits([steep]) == (2.0, 3.0)
     assert plain([Series(steep, "")], 60, 10)[:8] != plain([Series(steep[2:], "")], 60, 10)[:8]
     few = [(1.0, 5.0), (2.0, 1.0)]
-    assert y_limits([few]) == (1.0, 5.0), "of few points each counts"
+    assert y_limits([few]) == (1.0, 5.0), "every point of a short curve counts"
 
 
 @pytest.mark.parametrize("points", [[(0.0, 2.5)], [(5.0, 0.0), (6.0, 0.0)], [(0.0, -1e9)]])
-def test_one_point_and_a_flat_curve_are_drawn(points: list[Point]) -> None:
+def test_single_points_and_flat_curves_are_drawn(points: list[Point]) -> None:
     assert sum("●" in line for line in plain([Series(points, "", "●")], 40, 8)) == 1
 
 
-def test_without_a_point_there_is_no_chart() -> None:
+def test_a_chart_without_points_is_empty() -> None:
     assert draw_chart([Series([], "")], 80, 10, x_unit="steps") == []

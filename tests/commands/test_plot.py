@@ -1,4 +1,4 @@
-"""minigpt plot: what it says of runs, as text, as a picture and as JSON."""
+"""minigpt plot: loss curves as text, as a picture and as JSON."""
 
 import json
 import re
@@ -18,7 +18,7 @@ HOSTILE = "_e\x1b[31m$x^$<b>"
 
 @pytest.fixture(autouse=True)
 def runs(trained: Path, workplace: Path) -> Path:
-    """checkpoints/ with the tiny run of 4 steps, twice, without its weights."""
+    """Return checkpoints/ with two copies of the tiny run of 4 steps, without weights."""
     for name in ("tiny", "other"):
         folder = workplace / "checkpoints" / name
         folder.mkdir(parents=True)
@@ -32,7 +32,7 @@ def events(runs: Path, kind: str) -> list[dict[str, float]]:
     return [event for event in map(json.loads, lines) if event["event"] == kind]
 
 
-def test_the_chart_names_each_run_with_its_losses(run: Run, runs: Path) -> None:
+def test_the_table_lists_each_run_with_its_losses(run: Run, runs: Path) -> None:
     result = run("plot", "tiny", "other")
     assert (result.code, result.err) == (0, "")
     assert all(len(line) <= 100 for line in result.out.splitlines())
@@ -55,14 +55,14 @@ def test_the_chart_names_each_run_with_its_losses(run: Run, runs: Path) -> None:
     assert re.search("[\u2801-\u28ff]", chart)
 
 
-def test_without_a_name_it_is_the_newest_run(run: Run, runs: Path) -> None:
+def test_the_default_is_the_newest_run(run: Run, runs: Path) -> None:
     (runs / "tiny/metrics.jsonl").touch()
     assert run("plot").out == run("plot", "checkpoints/tiny").out
     assert "● tiny" in run("plot").out
 
 
 @pytest.mark.parametrize("axis", ["steps", "tokens", "seconds"])
-def test_the_x_axis_is_what_was_asked_for(run: Run, runs: Path, axis: str) -> None:
+def test_the_x_axis_has_the_requested_unit(run: Run, runs: Path, axis: str) -> None:
     result = run("plot", "tiny", "--x", axis)
     (line,) = re.findall(rf"(?m)^ +0[.0]* .* {axis}$", result.out)
     ends = {"steps": 4, "tokens": 4 * 2 * 64, "seconds": events(runs, "step")[-1]["elapsed_s"]}
@@ -70,7 +70,7 @@ def test_the_x_axis_is_what_was_asked_for(run: Run, runs: Path, axis: str) -> No
     assert float(line.split()[-2]) >= ends[axis] / 2
 
 
-def test_json_is_every_point_of_each_run(run: Run, runs: Path) -> None:
+def test_json_has_every_point_of_each_run(run: Run, runs: Path) -> None:
     result = run("plot", "tiny", "other", "--json")
     assert (result.code, result.err) == (0, "")
     records = [json.loads(line) for line in result.out.splitlines()]
@@ -91,7 +91,7 @@ def test_json_is_every_point_of_each_run(run: Run, runs: Path) -> None:
         ]
 
 
-def test_an_svg_has_the_points_and_the_names_as_they_are(run: Run, runs: Path) -> None:
+def test_an_svg_has_the_points_and_the_literal_names(run: Run, runs: Path) -> None:
     pytest.importorskip("matplotlib", reason="needs pip install 'minigpt[plot]'")
     (runs / "other").rename(runs / HOSTILE)
     result = run("plot", "tiny", HOSTILE, "--out", "losses.svg")
@@ -103,10 +103,12 @@ def test_an_svg_has_the_points_and_the_names_as_they_are(run: Run, runs: Path) -
     marks = [e for e in picture.iter("{http://www.w3.org/2000/svg}use") if "y" in e.attrib]
     assert len(marks) > 2 * len(events(runs, "eval"))
     assert run("plot", "tiny", HOSTILE, "--out", "losses.svg").code == 0
-    assert Path("losses.svg").read_bytes() == first, "the same curves, the same bytes"
+    assert Path("losses.svg").read_bytes() == first, "equal curves give equal bytes"
 
 
-def test_a_png_shows_the_losses_where_they_are(run: Run, runs: Path) -> None:
+def test_a_png_shows_losses_falling_from_the_upper_left_to_the_lower_right(
+    run: Run, runs: Path
+) -> None:
     pytest.importorskip("matplotlib", reason="needs pip install 'minigpt[plot]'")
     from matplotlib.image import imread
 
@@ -118,34 +120,36 @@ def test_a_png_shows_the_losses_where_they_are(run: Run, runs: Path) -> None:
     pixels = imread("losses.png")[:, :, :3]
     is_blue = (pixels[:, :, 2] - pixels[:, :, 0]) > 0.15
     rows, columns = is_blue.nonzero()
-    assert rows[columns.argmin()] < 0.25 * len(pixels), "it begins high"
+    assert rows[columns.argmin()] < 0.25 * len(pixels), "the curve starts high"
     assert rows[columns == columns.max()].max() > 0.75 * len(pixels), "and ends low"
     assert y_limits([[(line["step"], line["train_loss"]) for line in lines]])[0] == 1.0
 
 
-def test_without_matplotlib_the_extra_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_matplotlib_is_reported_with_the_extra_to_install(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in [name for name in sys.modules if name.startswith("matplotlib")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     result = run("plot", "tiny", "--out", "losses.png")
     assert result.code == 2
     assert "pip install 'minigpt[plot]'" in error_line(result)
-    assert run("plot", "tiny").code == 0, "the chart of text needs none"
+    assert run("plot", "tiny").code == 0, "the text chart does not need matplotlib"
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "said"),
+    ("words", "code", "message"),
     [
         (["tiny", "--out", "losses.pdf"], 2, ".png or .svg"),
         (["tiny", "--x", "hours"], 2, "steps, tokens, seconds"),
         (["tinny"], 4, "Did you mean tiny?"),
-        (["empty"], 4, "no loss is known yet of 'empty'"),
+        (["empty"], 4, "'empty' has no losses yet"),
         (["bare", "--x", "tokens"], 2, "Use --x steps"),
         (["tiny", "--out", "nowhere/losses.svg"], 2, "no folder 'nowhere'"),
     ],
 )
-def test_what_cannot_be_is_said_in_a_line(
-    run: Run, runs: Path, words: list[str], code: int, said: str
+def test_an_error_is_one_line(
+    run: Run, runs: Path, words: list[str], code: int, message: str
 ) -> None:
     (runs / "empty").mkdir()
     (runs / "empty/metrics.jsonl").touch()
@@ -155,10 +159,10 @@ def test_what_cannot_be_is_said_in_a_line(
         pytest.importorskip("matplotlib", reason="needs pip install 'minigpt[plot]'")
     result = run("plot", *words)
     assert result.code == code, result.err
-    assert said in error_line(result)
+    assert message in error_line(result)
 
 
-def test_a_run_under_way_is_drawn_as_far_as_it_is(run: Run, runs: Path) -> None:
+def test_a_run_that_is_still_training_is_drawn_up_to_now(run: Run, runs: Path) -> None:
     path = runs / "tiny/metrics.jsonl"
     whole = path.read_text().splitlines(keepends=True)
     path.write_text("".join(whole[:2]) + whole[2][:20])
@@ -167,7 +171,7 @@ def test_a_run_under_way_is_drawn_as_far_as_it_is(run: Run, runs: Path) -> None:
     assert run("plot", "tiny").code == 0
 
 
-def test_losses_of_different_tokenizers_are_said_not_to_compare(run: Run, runs: Path) -> None:
+def test_different_tokenizers_give_a_note(run: Run, runs: Path) -> None:
     config = runs / "other/config.toml"
     config.write_text(config.read_text().replace('"bytes"', '"bpe:300"'))
     result = run("plot", "tiny", "other")
@@ -176,7 +180,7 @@ def test_losses_of_different_tokenizers_are_said_not_to_compare(run: Run, runs: 
     assert "different tokenizers" not in result.out
 
 
-def test_a_narrow_encoding_gets_a_chart_of_ascii(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_ascii_stdout_gets_an_ascii_chart(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     out = BytesIO()
     monkeypatch.setattr(sys, "stdout", TextIOWrapper(out, encoding="ascii"))
     result = run("plot", "tiny", "other")

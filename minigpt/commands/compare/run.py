@@ -12,8 +12,7 @@ from rich.text import Text
 
 from minigpt.checkpoint.folder import CONFIG_FILE
 from minigpt.commands.output import aligned, line_width, note, show, write_json
-from minigpt.commands.plot.curves import validation_curves
-from minigpt.commands.plot.picture import require_matplotlib, write_picture
+from minigpt.commands.plot.curves import require_picture, validation_curves, write_picture
 from minigpt.commands.program import command_line
 from minigpt.commands.train.display import TrainingDisplay
 from minigpt.commands.train.job import Job
@@ -94,7 +93,7 @@ def run_comparison(wanted: Wanted, *, x_axis: str, out: Path | None, is_json: bo
         otherwise as ``train_job``.
     """
     if out is not None:
-        require_matplotlib(out)
+        require_picture(out)
     comparison = _prepared(wanted)
     signal_number = _train(comparison)
     finished = [run for run in comparison.runs if _is_finished(run)]

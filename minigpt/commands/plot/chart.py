@@ -1,7 +1,7 @@
-"""Points -> a chart in lines of text: curves in braille dots, single points as marks.
+"""A text chart: curves as braille dots, single points as marks.
 
-Ours, and not a library's: the same lines go to a pipe and into the display that rich redraws, in
-a width that is given, as plain cells with rich's styles.
+No charting library is used, because the same lines go to a pipe and into a display that rich
+redraws, at a given width and in rich's styles.
 """
 
 import math
@@ -13,26 +13,27 @@ from rich.text import Text
 
 Point = tuple[float, float]
 _DOTS_WIDE, _DOTS_HIGH = 2, 4
-# Which bit of a braille character is the dot in a row (downwards) and a column of its cell.
+# The bit of each dot in a braille character, by row (downwards) and column of its cell.
 _BITS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 _BRAILLE = 0x2800
 _ROWS_PER_TICK, _CELLS_PER_TICK = 2, 12
 _AXES = "dim"
+_Cells = dict[tuple[int, int], tuple[str, str]]
 
 
 @dataclass(frozen=True)
 class Series:
-    """Points that belong together, in ascending x, and how they look."""
+    """Points in ascending x, with one style."""
 
     points: Sequence[Point]
     style: str
     mark: str = ""
-    """One cell, drawn at each point; empty joins the points by a thin line."""
+    """Character drawn at each point; empty joins the points with a line."""
 
 
 @dataclass(frozen=True)
 class _Scale:
-    """Numbers from ``low`` to ``high`` on dots from 0 to ``last``."""
+    """A linear map from the range ``low`` to ``high`` to dots 0 to ``last``."""
 
     low: float
     high: float
@@ -40,15 +41,15 @@ class _Scale:
 
     def dot(self, value: float) -> int:
         share = (value - self.low) / (self.high - self.low)
-        # Far outside is as good as outside, and a line to it is soon drawn.
+        # Clipped far outside the chart, so that lines to such points stay short.
         return round(min(max(share, -2.0), 3.0) * self.last)
 
 
 def y_limits(curves: Iterable[Sequence[Point]]) -> tuple[float, float]:
-    """Return from where to where a chart of these curves goes, at least one point among them.
+    """Return the y range of a chart of these curves, with at least one point among them.
 
-    The first twentieth of each curve does not count: a loss begins so high that what follows would
-    look flat.
+    The first twentieth of each curve is left out: an initial loss is so high that the rest of the
+    curve would look flat.
     """
     ys = [y for points in curves for _, y in points[len(points) // 20 :]]
     return _widened(min(ys), max(ys))
@@ -59,7 +60,7 @@ def draw_chart(
 ) -> list[Text]:
     """Return a chart of at most ``width`` cells in ``height`` lines, axes included.
 
-    The x axis begins at 0. Without a point there are no lines.
+    The x axis starts at 0. Without points, there are no lines.
     """
     xs = [x for one in series for x, _ in one.points]
     if not xs:
@@ -80,38 +81,28 @@ def draw_chart(
         label = y_labels.get(row, "")
         axis = (f"{label:>{n_label}} {tick if label else side}", _AXES)
         lines.append(Text.assemble(axis, _row(cells, row, n_columns), no_wrap=True))
-    numbers = _x_labels(x_scale, n_columns, x_unit)
-    for below in (f" {corner}{bar * n_columns}", f"  {numbers}"):
+    for below in (f" {corner}{bar * n_columns}", f"  {_x_labels(x_scale, n_columns, x_unit)}"):
         lines.append(Text.assemble((" " * n_label + below, _AXES), no_wrap=True))
     for line in lines:
         line.truncate(width)
     return lines
 
 
-def _cells(
-    series: Sequence[Series], x_scale: _Scale, y_scale: _Scale, *, is_ascii: bool
-) -> dict[tuple[int, int], tuple[str, str]]:
-    """Return the character and the style of each cell that is not empty, by row and column."""
+def _cells(series: Sequence[Series], x_scale: _Scale, y_scale: _Scale, *, is_ascii: bool) -> _Cells:
+    """Return the character and style of each filled cell, by row and column."""
     bits: dict[tuple[int, int], int] = {}
-    cells: dict[tuple[int, int], tuple[str, str]] = {}
-
-    def cell(dot: tuple[int, int]) -> tuple[int, int] | None:
-        x, y = dot
-        if not (0 <= x <= x_scale.last and 0 <= y <= y_scale.last):
-            return None
-        return (y_scale.last - y) // _DOTS_HIGH, x // _DOTS_WIDE
-
+    cells: _Cells = {}
     for one in sorted(series, key=lambda one: bool(one.mark)):  # marks over lines
         dots = [(x_scale.dot(x), y_scale.dot(y)) for x, y in one.points]
-        for dot in dots if one.mark else _line(dots):
-            place = cell(dot)
-            if place is None:
+        for x, y in dots if one.mark else _line(dots):
+            if not (0 <= x <= x_scale.last and 0 <= y <= y_scale.last):
                 continue
+            row, row_in_cell = divmod(y_scale.last - y, _DOTS_HIGH)
+            place = row, x // _DOTS_WIDE
             if one.mark:
                 cells[place] = one.mark, one.style
                 continue
-            row = (y_scale.last - dot[1]) % _DOTS_HIGH
-            bits[place] = bits.get(place, 0) | _BITS[row][dot[0] % _DOTS_WIDE]
+            bits[place] = bits.get(place, 0) | _BITS[row_in_cell][x % _DOTS_WIDE]
             cells[place] = "." if is_ascii else chr(_BRAILLE + bits[place]), one.style
     return cells
 
@@ -125,7 +116,7 @@ def _line(dots: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
             yield x + round((next_x - x) * i / n), y + round((next_y - y) * i / n)
 
 
-def _row(cells: dict[tuple[int, int], tuple[str, str]], row: int, n_columns: int) -> Text:
+def _row(cells: _Cells, row: int, n_columns: int) -> Text:
     text = Text()
     columns = [cells.get((row, column), (" ", "")) for column in range(n_columns)]
     for style, group in groupby(columns, key=lambda cell: cell[1]):
@@ -135,7 +126,7 @@ def _row(cells: dict[tuple[int, int], tuple[str, str]], row: int, n_columns: int
 
 
 def _widened(low: float, high: float) -> tuple[float, float]:
-    """Return limits that are not one and the same number."""
+    """Return the limits, moved apart if they are equal."""
     if high - low > 1e-9 * max(abs(low), abs(high)):
         return low, high
     margin = max(abs(low), 1.0) / 2
@@ -143,7 +134,7 @@ def _widened(low: float, high: float) -> tuple[float, float]:
 
 
 def _ticks(scale: _Scale, n: int) -> list[tuple[float, str]]:
-    """Return about ``n`` round numbers of a scale, two at the least, and their labels."""
+    """Return about ``n`` round numbers of a scale, at least two, with their labels."""
     power = 10.0 ** math.floor(math.log10((scale.high - scale.low) / n))
     multiples = range(0)
     for step in (factor * power for factor in (10, 5, 2, 1, 0.5)):
@@ -162,7 +153,7 @@ def _label(number: float, n_decimals: int) -> str:
 
 
 def _x_labels(scale: _Scale, n_columns: int, unit: str) -> str:
-    """Return the numbers below the x axis, each under its place, and the unit at the end."""
+    """Return the line below the x axis: each number under its position, then the unit."""
     line = ""
     room = n_columns - len(unit) - 1
     for value, label in _ticks(scale, max(n_columns // _CELLS_PER_TICK, 6)):

@@ -1,76 +1,84 @@
-"""Loss curves as people read them: a chart of text with a table under it, or a picture."""
+"""Loss curves of runs: as a text chart with a table, as a picture, or as JSON."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.text import Text
 
+from minigpt import figures
 from minigpt.checkpoint.resolve import ROOT
 from minigpt.commands.output import aligned, one_line, show
-from minigpt.commands.plot.chart import Point, Series, draw_chart
+from minigpt.commands.plot.chart import Point, Series, draw_chart, y_limits
 from minigpt.console import make_console
 from minigpt.errors import CheckpointError, ConfigError
 from minigpt.training.reports.curves import LossCurves, LossPoint
 
-# Middle luminance, so that each reads on dark and on light backgrounds.
+# Of medium luminance, so that each is legible on dark and on light backgrounds.
 _COLOURS = ("#4c9bc6", "#e0561f", "#2aa198", "#b05cc6", "#cb8b16", "#6a9a3a", "#8a8f98")
 _MARKS, _ASCII_MARKS = "●■▲◆○□△◇", "*#+xo%@&"
 _CHART_LINES, _FEWEST_LINES = 20, 6
+_PICTURE_INCHES = (8.0, 4.5)
 _UNKNOWN = "-"
 _TITLE = "nats/token: a line for training batches, marks for the validation text"
 _HEAD = ("run", "steps", "training", "validation", "bits/byte", "at step")
 
 
 @dataclass(frozen=True)
-class Curve:
-    """The losses of one run against what is on the x axis, and how they are drawn."""
+class PlottedRun:
+    """Losses of one run against the x axis, with its colour and mark."""
 
     name: str
-    """Empty if another curve of the same colour has it."""
+    """Name in the legend; empty if an earlier run has the same entry."""
     train: Sequence[Point]
     val: Sequence[Point]
-    colour: str
     number: int
+    """Index of the colour and mark."""
+
+    @property
+    def colour(self) -> str:
+        """The run's colour, in hex."""
+        return _COLOURS[self.number % len(_COLOURS)]
+
+    def mark(self, *, is_ascii: bool) -> tuple[str, str]:
+        """Return the style and the mark of validation losses; marks differ without colours too."""
+        marks = _ASCII_MARKS if is_ascii else _MARKS
+        return f"bold {self.colour}", marks[self.number % len(marks)]
 
 
-def curves_to_draw(runs: Sequence[LossCurves], axis: str) -> list[Curve]:
-    """Return the runs' losses against steps, tokens or seconds.
+def plotted_runs(runs: Sequence[LossCurves], axis: str) -> list[PlottedRun]:
+    """Return the losses of runs against steps, tokens or seconds.
 
-    Raises: CheckpointError if there is no loss yet; ConfigError if a run does not tell how many
-        tokens a step takes.
+    Raises: CheckpointError if no run has a loss yet; ConfigError if the tokens per step of a run
+        are unknown.
     """
     if not any(run.train or run.val for run in runs):
         names = ", ".join(repr(run.folder.name) for run in runs)
-        raise CheckpointError(f"no loss is known yet of {names}. Wait for the first steps.")
+        raise CheckpointError(f"{names} has no losses yet. Wait for the first steps.")
     return [
-        Curve(
-            name=_name(run),
-            train=_points(run, run.train, axis),
-            val=_points(run, run.val, axis),
-            colour=_COLOURS[number % len(_COLOURS)],
-            number=number,
-        )
+        PlottedRun(_name(run), _points(run, run.train, axis), _points(run, run.val, axis), number)
         for number, run in enumerate(runs)
     ]
 
 
-def validation_curves(groups: Mapping[str, Sequence[LossCurves]], axis: str) -> list[Curve]:
-    """Return the validation losses of runs, in a colour a group, with a line through the dots.
+def validation_curves(groups: Mapping[str, Sequence[LossCurves]], axis: str) -> list[PlottedRun]:
+    """Return the validation losses of groups of runs, with a line through them.
 
-    Raises: ConfigError as ``curves_to_draw`` does.
+    The runs of a group share a colour and a legend entry.
+
+    Raises: ConfigError as ``plotted_runs``.
     """
-    curves = []
+    plotted = []
     for number, (name, runs) in enumerate(groups.items()):
-        colour = _COLOURS[number % len(_COLOURS)]
         for place, run in enumerate(runs):
             points = _points(run, run.val, axis)
-            curves.append(Curve("" if place else name, points, points, colour, number))
-    return curves
+            plotted.append(PlottedRun("" if place else name, points, points, number))
+    return plotted
 
 
 def _name(run: LossCurves) -> str:
-    """Return a run's name, or where it lies if that is not in the folder of runs."""
+    """Return a run's name, or its path if it is outside checkpoints/."""
     return one_line(run.folder.name if run.folder.parent == ROOT else str(run.folder))
 
 
@@ -78,7 +86,7 @@ def _points(run: LossCurves, losses: Sequence[LossPoint], axis: str) -> list[Poi
     points = [(getattr(loss, axis), loss.loss) for loss in losses]
     if any(x is None for x, _ in points):
         raise ConfigError(
-            f"{str(run.folder)!r} has no config.toml that tells how many tokens a step takes. "
+            f"{str(run.folder)!r} has no valid config.toml, so its tokens per step are unknown. "
             "Use --x steps or --x seconds."
         )
     return points
@@ -88,44 +96,38 @@ def record(run: LossCurves) -> dict[str, Any]:
     """Return all points of a run, for JSON."""
     train = [asdict(point) for point in run.train]
     for point in train:
-        del point["bits_per_byte"]  # what only a validation pass counts
+        del point["bits_per_byte"]  # only validation has it
     val = [asdict(point) for point in run.val]
     return {"run": run.folder, "tokenizer": run.tokenizer, "train": train, "val": val}
 
 
 def show_chart(runs: Sequence[LossCurves], axis: str) -> None:
-    """Write a chart of the runs to stdout, and what each of its marks stands for.
+    """Write a chart of the runs and a table to stdout.
 
-    Raises: as ``curves_to_draw`` does.
+    Raises: as ``plotted_runs``.
     """
     console = make_console(is_stderr=False)
-    curves, is_ascii = curves_to_draw(runs, axis), console.options.ascii_only
-    legend = list(_legend(curves, runs, console.width, is_ascii=is_ascii))
+    plotted, is_ascii = plotted_runs(runs, axis), console.options.ascii_only
+    table = list(_table(plotted, runs, console.width, is_ascii=is_ascii))
     series = []
-    for curve in curves:
-        series.append(Series(curve.train, curve.colour))
-        series.append(Series(curve.val, *_mark(curve, is_ascii=is_ascii)))
-    # All of it, the prompt below it included, is seen at once.
-    room = console.height - len(legend) - 3 if console.is_terminal else _CHART_LINES
+    for one in plotted:
+        series.append(Series(one.train, one.colour))
+        series.append(Series(one.val, *one.mark(is_ascii=is_ascii)))
+    # Chart, table and the next prompt fit on the screen.
+    room = console.height - len(table) - 3 if console.is_terminal else _CHART_LINES
     height = min(max(room, _FEWEST_LINES), _CHART_LINES)
     chart = draw_chart(series, console.width, height, x_unit=axis, is_ascii=is_ascii)
-    show([Text(_TITLE, "dim"), *chart, Text(), *legend])
+    show([Text(_TITLE, "dim"), *chart, Text(), *table])
 
 
-def _mark(curve: Curve, *, is_ascii: bool) -> tuple[str, str]:
-    """Return the style and the mark of a run, so that it is known without colours too."""
-    marks = _ASCII_MARKS if is_ascii else _MARKS
-    return f"bold {curve.colour}", marks[curve.number % len(marks)]
-
-
-def _legend(
-    curves: Sequence[Curve], runs: Sequence[LossCurves], width: int, *, is_ascii: bool
+def _table(
+    plotted: Sequence[PlottedRun], runs: Sequence[LossCurves], width: int, *, is_ascii: bool
 ) -> Iterator[Text]:
-    """Yield a table: the last training loss, and the best validation loss and where it was."""
+    """Yield the legend: each run's last training loss and best validation loss."""
     rows = [[Text(f"  {word}" if word == "run" else word, "dim") for word in _HEAD]]
-    for curve, run in zip(curves, runs, strict=True):
-        style, mark = _mark(curve, is_ascii=is_ascii)
-        name = Text.assemble((mark, style), f" {curve.name}")
+    for one, run in zip(plotted, runs, strict=True):
+        style, mark = one.mark(is_ascii=is_ascii)
+        name = Text.assemble((mark, style), f" {one.name}")
         rows.append([name, *map(Text, _summary(run))])
     yield from aligned(rows, ["left"] + ["right"] * (len(_HEAD) - 1), width)
 
@@ -139,3 +141,50 @@ def _summary(run: LossCurves) -> Iterator[str]:
     yield f"{best.loss:.4f}" if best else _UNKNOWN
     yield _UNKNOWN if bits is None else f"{bits:.4f}"
     yield f"{best.steps:,}" if best else _UNKNOWN
+
+
+def require_picture(path: Path) -> None:
+    """Check that a picture can be written to a path, before any long computation.
+
+    Raises: ConfigError if it is not an .svg or .png file, or matplotlib is not installed.
+    """
+    figures.require_matplotlib(path, (".png", ".svg"), what="--out")
+
+
+def write_picture(
+    path: Path,
+    plotted: Sequence[PlottedRun],
+    *,
+    x_unit: str,
+    y_label: str = "nats/token (line: training, dots: validation)",
+) -> None:
+    """Draw training losses as thin lines and validation losses as dots.
+
+    Args: plotted, with at least one point in all; runs without a name are not in the legend.
+    Raises: ResourceError if the file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=_PICTURE_INCHES, layout="constrained")
+    axes = figure.add_subplot(xlabel=x_unit, ylabel=y_label)
+    named = []
+    for one in plotted:
+        axes.plot(*_columns(one.train), color=one.colour, linewidth=0.8, alpha=0.6)
+        dots = axes.plot(*_columns(one.val), "o", color=one.colour, markersize=4)
+        named += [(one.name, dots[0])] if one.name else []
+    low, high = y_limits(points for one in plotted for points in (one.train, one.val))
+    margin = (high - low) / 25
+    axes.set_ylim(low - margin, high + margin)
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    # Names are set afterwards: matplotlib drops _name, and reads $name$ as a formula.
+    legend = axes.legend([dots for _, dots in named], ["run"] * len(named), frameon=False)
+    for text, (name, _) in zip(legend.get_texts(), named, strict=True):
+        text.set_parse_math(False)
+        text.set_text(name)
+    figures.write_figure(path, figure)
+
+
+def _columns(points: Sequence[Point]) -> tuple[list[float], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
