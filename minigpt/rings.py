@@ -27,7 +27,10 @@ def ring(module: str) -> Any:
 
 def has_ring(module: str) -> bool:
     """Return whether this installation has a ring, without importing it."""
-    return find_spec(f"minigpt.{module}") is not None
+    try:
+        return find_spec(f"minigpt.{module}") is not None
+    except ModuleNotFoundError:  # not even the folder above it
+        return False
 
 
 def load_class(entry: str) -> Any:

@@ -1,4 +1,4 @@
-"""What happens in a run, as the training loop tells it."""
+"""The events that a training loop yields."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,80 +8,86 @@ from minigpt.model.language_model import LanguageModel
 
 @dataclass(frozen=True)
 class StepEvent:
-    """An optimizer step was taken."""
+    """An optimizer step was taken and its log line is due."""
 
     step: int
-    """Steps done, this one included."""
+    """Number of steps taken, including this one."""
     progress: float
-    """Share of the budget used, 0 to 1."""
+    """Fraction of the budget used, in [0, 1]."""
     train_loss: float
-    """Mean cross-entropy over the step's batch, nats/token, before the step."""
+    """Mean cross-entropy over the step's batch, before the update, in nats/token."""
     lr: float
     """Learning rate of the matrices."""
     grad_norm: float
-    """Global norm of the gradient before clipping."""
+    """Global gradient norm before clipping."""
     tokens_per_s: float
-    """Training speed since the last event."""
+    """Throughput since the last event, in tokens per second."""
     mfu: float | None
-    """Model FLOPs utilisation: share of the hardware's peak; None where that is unknown."""
+    """Model FLOPs utilization, in [0, 1]. None if the hardware's peak is unknown."""
     elapsed_s: float
-    """Seconds of training so far, without evaluation and saving."""
+    """Seconds of training, without evaluation and saving."""
     remaining_s: float
-    """Seconds of training left, at the speed so far."""
+    """Estimated seconds of training left."""
 
 
 @dataclass(frozen=True)
 class SkipEvent:
-    """The update of a step was left out, for its loss or gradient was no finite number."""
+    """The update of a step was skipped because its loss or gradient was NaN or inf."""
 
     step: int
-    """Steps done, this one included: its batch does not come again."""
+    """Number of steps taken, including this one, whose batch is not repeated."""
     train_loss: float
-    """As of a StepEvent."""
+    """Mean cross-entropy over the step's batch, in nats/token."""
     lr: float
     """Learning rate of the matrices."""
     grad_norm: float
-    """As of a StepEvent."""
+    """Global gradient norm before clipping."""
     n_skipped: int
-    """Steps that the run has left out so far."""
+    """Number of steps skipped in this run so far."""
     elapsed_s: float
-    """Seconds of training so far."""
+    """Seconds of training, without evaluation and saving."""
 
 
 @dataclass(frozen=True)
 class EvalEvent:
-    """A pass over the validation text was made."""
+    """The validation loss was computed."""
 
     step: int
+    """Number of steps taken."""
     val_loss: float
-    """Nats/token."""
+    """Mean cross-entropy over the validation tokens, in nats/token."""
     bits_per_byte: float
+    """Validation loss in bits per byte of text."""
     n_tokens: int
-    """Validation tokens predicted."""
+    """Number of validation tokens predicted."""
     elapsed_s: float
-    """Seconds of training before it."""
+    """Seconds of training before this evaluation."""
     eval_s: float
-    """Seconds that it took."""
+    """Seconds that this evaluation took."""
 
 
 @dataclass(frozen=True)
 class SaveEvent:
-    """A checkpoint is on the disk."""
+    """A checkpoint was written."""
 
     step: int
+    """Number of steps taken."""
     folder: Path
+    """Folder of the checkpoint."""
     val_loss: float
+    """Validation loss of the checkpoint, in nats/token."""
     is_best: bool
-    """Its validation loss is the least of the run's checkpoints."""
+    """Whether it has the lowest validation loss of the run's checkpoints."""
 
 
 @dataclass(frozen=True)
 class SampleEvent:
-    """It is time to show a sample: the consumer draws one, and the loop waits."""
+    """A sample is due; the loop waits while the consumer generates it."""
 
     step: int
+    """Number of steps taken."""
     model: LanguageModel
-    """The model as it stands, whole."""
+    """The model with full parameters."""
 
 
 Event = StepEvent | SkipEvent | EvalEvent | SaveEvent | SampleEvent

@@ -1,4 +1,4 @@
-"""Events -> metrics.jsonl: one JSON object a line, for plots and for programs."""
+"""metrics.jsonl: the events of a run, one JSON object per line."""
 
 import json
 import math
@@ -9,17 +9,20 @@ from pathlib import Path
 
 from minigpt.checkpoint.folder import METRICS_FILE
 from minigpt.files import resource_errors, write_atomically
+from minigpt.rings import ring
 from minigpt.training.events import EvalEvent, Event, SaveEvent, SkipEvent, StepEvent
-from minigpt.training.reports.tensorboard import TENSORBOARD_FOLDER, TensorBoardLog
+
+TENSORBOARD_FOLDER = "tensorboard"
+"""Folder of TensorBoard's event files inside a run."""
 
 _KINDS = {StepEvent: "step", SkipEvent: "skip", EvalEvent: "eval", SaveEvent: "save"}
 
 
 class MetricsLog:
-    """Appends events to a file; a resumed run first drops the lines past where it resumes."""
+    """Appends events to a file. A resumed run first drops the lines after its checkpoint."""
 
     def __init__(self, path: Path, *, from_step: int | None = None) -> None:
-        """Open the log, keeping what it says of steps up to ``from_step``; None is a new run."""
+        """Open the log. Args: from_step, last step whose lines are kept; None for a new run."""
         self.path = path
         lines = self._lines() if from_step is not None else []
         kept = [line for line in lines if json.loads(line)["step"] <= (from_step or 0)]
@@ -29,13 +32,10 @@ class MetricsLog:
         if not self.path.exists():
             return []
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [line for line in lines if line.endswith("}\n")]  # a kill can cut the last one
+        return [line for line in lines if line.endswith("}\n")]  # a kill may cut the last
 
     def write(self, event: Event) -> None:
-        """Append one event; samples are not metrics and are left out.
-
-        A number that is not finite is null: JSON has no other word for it.
-        """
+        """Append one event, unless it is a sample. NaN and inf become null."""
         kind = _KINDS.get(type(event))
         if kind is None:
             return
@@ -52,10 +52,10 @@ def _in_json(fact: object) -> object:
 def logging_to(
     run: Path, report_to: str | None, *, from_step: int | None
 ) -> Iterator[Callable[[Event], None]]:
-    """Yield what writes an event to a run's metrics.jsonl, and where else it is to be reported.
+    """Yield a function that writes an event to a run's metrics.jsonl, and to TensorBoard if wanted.
 
-    Args: report_to, tensorboard or none; None goes on with what the run did before. from_step,
-        where a run is resumed; None begins one.
+    Args: report_to, ``tensorboard`` or ``none``; None for what the run did before. from_step, the
+        step that the run resumes from; None for a new run.
     Raises: ConfigError if TensorBoard is asked for and not installed; ResourceError.
     """
     board = run / TENSORBOARD_FOLDER
@@ -64,7 +64,8 @@ def logging_to(
         with resource_errors(run):
             writes = [MetricsLog(run / METRICS_FILE, from_step=from_step).write]
             if report_to == "tensorboard" or (report_to is None and has_board):
-                scalars = TensorBoardLog(board, from_step=from_step)
+                log_class = ring("training.reports.tensorboard").TensorBoardLog
+                scalars = log_class(board, from_step=from_step)
                 stack.callback(scalars.close)
                 writes.append(scalars.write)
 

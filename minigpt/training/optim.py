@@ -7,26 +7,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import AdamW, Optimizer
 
 from minigpt.config import TrainingConfig
-from minigpt.training.distributed import for_each_matrix, is_part, own_part
+from minigpt.training.world import ALONE, World
 
 
 def orthogonalize(
     matrices: Tensor, *, steps: int, coefficients: tuple[float, float, float], dtype: torch.dtype
 ) -> Tensor:
-    """Push every singular value of each matrix towards 1 by a quintic Newton-Schulz iteration.
+    """Push the singular values of each matrix towards 1 with a quintic Newton-Schulz iteration.
 
-    Args: matrices (N, rows, columns); steps, iterations; dtype, of the products.
+    Args: matrices (N, rows, columns); steps, number of iterations; dtype, of the products.
     Returns: (N, rows, columns) in ``dtype``, singular values in about [0.7, 1.2].
     Source: Jordan et al. 2024, kellerjordan.github.io/posts/muon; the coefficients are torch's.
     """
     a, b, c = coefficients
     x = matrices.to(dtype)
     is_tall = x.shape[-2] > x.shape[-1]
-    if is_tall:  # the Gram matrix of the shorter side is the smaller one
+    if is_tall:  # the Gram matrix of the shorter side is smaller
         x = x.mT
     x = x / x.flatten(1).norm(dim=1).clamp(min=1e-7)[:, None, None]
     for _ in range(steps):
@@ -37,33 +36,28 @@ def orthogonalize(
 
 
 class Muon(torch.optim.Muon):
-    """torch's Muon, with matrices of one shape orthogonalised together and a choice of dtype.
+    """torch's Muon with a batched orthogonalization of equal shapes, in a chosen dtype.
 
-    torch's own takes the matrices one by one and always in bfloat16, which a CPU without bfloat16
-    instructions computes several times slower than float32 (benchmarks/optimizer.py). The rule,
-    the options and the state are torch's. On several ranks each orthogonalises some of the matrices
-    and has the others from the other ranks, whether it holds the weights whole or in part.
+    torch's own orthogonalizes one matrix at a time and always in bfloat16, which a CPU without
+    bfloat16 instructions computes several times more slowly than float32 (see
+    benchmarks/optimizer.py). Update rule, options and state are torch's. On several ranks, each
+    orthogonalizes some of the matrices and receives the others.
 
     Source: Jordan et al. 2024, kellerjordan.github.io/posts/muon; the scale of the update: Liu et
         al. 2025, arXiv:2502.16982, equation 4.
     """
 
     def __init__(
-        self,
-        params: Any,
-        *,
-        product_dtype: torch.dtype,
-        mesh: DeviceMesh | None = None,
-        **options: Any,
+        self, params: Any, *, product_dtype: torch.dtype, world: World = ALONE, **options: Any
     ) -> None:
-        """Args: product_dtype, of the orthogonalisation; mesh, of the ranks; None if alone."""
+        """Args: product_dtype, of the matrix products in the orthogonalization."""
         super().__init__(params, **options)
         self.product_dtype = product_dtype
-        self.mesh = mesh
+        self.world = world
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Take one step along the orthogonalised momentum."""
+        """Take one step along the orthogonalized momentum."""
         assert closure is None
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
@@ -79,9 +73,10 @@ class Muon(torch.optim.Muon):
         for p in parameters:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        weights = [own_part(p) for p in parameters]
-        gradients = [own_part(p.grad) for p in parameters if p.grad is not None]
-        momenta = [own_part(self.state[p]["momentum_buffer"]) for p in parameters]
+        to_local = self.world.to_local
+        weights = [to_local(p) for p in parameters]
+        gradients = [to_local(p.grad) for p in parameters if p.grad is not None]
+        momenta = [to_local(self.state[p]["momentum_buffer"]) for p in parameters]
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         directions = torch._foreach_lerp(gradients, momenta, group["momentum"])
         newton_schulz = partial(
@@ -90,14 +85,8 @@ class Muon(torch.optim.Muon):
             coefficients=group["ns_coefficients"],
             dtype=self.product_dtype,
         )
-        stack = torch.stack(list(directions))
-        if self.mesh is None:
-            updates = newton_schulz(stack)
-        else:
-            stack = stack.to(self.product_dtype)
-            updates = for_each_matrix(
-                newton_schulz, stack, shape, self.mesh, is_sharded=is_part(parameters[0])
-            )
+        stack = torch.stack(list(directions)).to(self.product_dtype)
+        updates = self.world.map_matrices(newton_schulz, stack, parameters[0])
         # An orthogonal matrix has entries of RMS 1 / sqrt(longer side); 0.2 is AdamW's usual RMS.
         scale = 0.2 * max(shape) ** 0.5
         torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
@@ -105,7 +94,7 @@ class Muon(torch.optim.Muon):
 
 
 def is_muon_parameter(name: str, parameter: Tensor) -> bool:
-    """Tell whether Muon serves a parameter: a matrix between the embeddings, and no norm."""
+    """Return whether Muon updates a parameter: a matrix of a block, not an embedding or norm."""
     return parameter.ndim == 2 and name.startswith(("blocks.", "attention."))
 
 
@@ -113,13 +102,13 @@ def make_optimizers(
     model: nn.Module,
     config: TrainingConfig,
     product_dtype: torch.dtype,
-    mesh: DeviceMesh | None = None,
+    world: World = ALONE,
 ) -> list[Optimizer]:
-    """Return the optimizers that together hold every parameter once.
+    """Return the optimizers, which together hold every parameter once.
 
-    Each group has ``peak_lr``, which the schedule scales into ``lr``.
+    Each parameter group has ``peak_lr``, which the schedule scales into ``lr``.
 
-    Args: product_dtype and mesh, of Muon.
+    Args: product_dtype and world, of Muon.
     """
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     matrices = [p for n, p in named if is_muon_parameter(n, p)]
@@ -138,7 +127,7 @@ def make_optimizers(
                 ns_steps=config.newton_schulz_steps,
                 adjust_lr_fn="match_rms_adamw",
                 product_dtype=product_dtype,
-                mesh=mesh,
+                world=world,
             )
         )
     else:

@@ -1,4 +1,4 @@
-"""The learning rate over a run: a pure function of how much of the budget is used."""
+"""The budget and the learning rate schedule, as pure functions of step and time."""
 
 import math
 from dataclasses import replace
@@ -7,10 +7,10 @@ from minigpt.config import RunConfig, TrainingConfig
 
 
 def with_max_steps(config: RunConfig, n_train_tokens: int) -> RunConfig:
-    """Return the config with ``max_epochs`` made into ``max_steps``: a whole number, rounded up.
+    """Convert ``max_epochs`` to ``max_steps``, rounded up.
 
-    An epoch is as many steps as it takes to see as many tokens as there are. Where both limits are
-    given, the one that ends first holds.
+    An epoch is as many steps as process ``n_train_tokens`` tokens. If both limits are given, the
+    lower one holds.
     """
     training = config.training
     if not training.max_epochs:
@@ -22,10 +22,10 @@ def with_max_steps(config: RunConfig, n_train_tokens: int) -> RunConfig:
 
 
 def progress(config: TrainingConfig, step: int, elapsed_s: float) -> float:
-    """Return the share of the budget used, 0 to 1: of the steps or the minutes, what ends first.
+    """Return the fraction of the budget used, in [0, 1]: the larger one of steps and minutes.
 
-    With a limit of steps alone it depends on nothing but the step. With a limit of minutes the
-    learning rate reaches its end exactly when the time does, however fast the machine.
+    Without a limit of minutes it depends on the step alone. With one, the schedule ends when the
+    time does, on any machine.
     """
     assert config.max_steps or config.max_minutes, "with_max_steps has not been called"
     shares = [0.0]
@@ -37,13 +37,15 @@ def progress(config: TrainingConfig, step: int, elapsed_s: float) -> float:
 
 
 def lr_scale(config: TrainingConfig, progress: float) -> float:
-    """Return the learning rate over its peak, at ``progress`` in [0, 1] of the budget.
+    """Return the learning rate as a fraction of its peak.
+
+    Args: progress, fraction of the budget used, in [0, 1].
 
     Source: wsd, Hu et al. 2024, arXiv:2404.06395; cosine, Loshchilov & Hutter 2017,
         arXiv:1608.03983.
     """
     if progress < config.warmup_fraction:
-        # Not from zero: the first step would be lost.
+        # Not from zero, which would waste the first step.
         return 0.1 + 0.9 * progress / config.warmup_fraction
     after_warmup = (progress - config.warmup_fraction) / max(1 - config.warmup_fraction, 1e-12)
     match config.schedule:

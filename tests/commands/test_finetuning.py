@@ -131,7 +131,7 @@ def loss_by_transformers(transformers: Any, folder: Path, separator: list[int]) 
 def test_fine_tuning_goes_on_from_a_folder_of_transformers_and_writes_one(
     run: Run, at_text: Path, transformers: Any, kind: str
 ) -> None:
-    words = ["--max-steps", "40", "--lr", "0.01", "--sample-every", "40"]
+    words = ["--max-steps", "40", "--lr", "0.01", "--sample-every", "40", "--dtype", "float32"]
     result = run("train", "text.txt", "--from", kind, "--name", "a", *SHORT, *words)
     assert (result.code, result.out) == (0, "")
     assert f"\nfrom   {kind}\n" in f"\n{result.err}"

@@ -1,4 +1,4 @@
-"""minigpt train under torchrun: what the user sees, and how it ends and goes on."""
+"""minigpt train under torchrun: its messages, how it stops and how it resumes."""
 
 import json
 import os
@@ -97,7 +97,7 @@ def resume_command(err: str) -> list[str]:
     return shlex.split(command)
 
 
-def test_ctrl_c_saves_and_the_command_that_is_proposed_goes_on(launch: Launch, run: Run) -> None:
+def test_ctrl_c_saves_and_the_printed_command_resumes(launch: Launch, run: Run) -> None:
     process = launch("train", "corpus.txt", "--name", "a", *LONG)
     wait_for_checkpoint(process)
     process.send_signal(signal.SIGINT)  # torchrun passes it on to both
@@ -125,7 +125,7 @@ def test_ctrl_c_saves_and_the_command_that_is_proposed_goes_on(launch: Launch, r
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_process_that_dies_ends_the_run_with_a_word_on_how_to_go_on(
+def test_a_killed_process_ends_the_run_and_the_message_says_how_to_resume(
     rank: int, launch: Launch, run: Run
 ) -> None:
     process = launch("train", "corpus.txt", "--name", "a", *LONG)
@@ -137,14 +137,14 @@ def test_a_process_that_dies_ends_the_run_with_a_word_on_how_to_go_on(
     latest = RUN.latest()
     assert latest is not None
     assert "another process of this run has ended" in line
-    assert f"Its last checkpoint is of step {latest.step}. Go on with: torchrun" in line
+    assert f"The last checkpoint is of step {latest.step}. Resume with: torchrun" in line
     words = resume_command(line)
     assert "Traceback" not in err.split("error: ")[1].split("torch/distributed")[0]
     assert run(*words, "--max-steps", str(latest.step + 1)).code == 0
     assert RUN.steps()[-1] == latest.step + 1
 
 
-def test_torchrun_restarts_a_run_that_is_resumed(launch: Launch, run: Run) -> None:
+def test_a_run_that_torchrun_restarts_resumes_from_its_checkpoint(launch: Launch, run: Run) -> None:
     assert run("train", "corpus.txt", "--name", "a", *TINY).code == 0
     words = ["train", "--resume", "--name", "a", "--max-steps", "400", "--save-every", "20"]
     process = launch(*words, n_restarts=1)
@@ -172,11 +172,11 @@ def test_a_signal_to_one_process_saves_and_stops_all(launch: Launch) -> None:
     assert json.loads(last)["step"] == latest.step
 
 
-def test_what_cannot_be_is_said_once(launch: Launch) -> None:
+def test_an_invalid_batch_size_is_reported_once(launch: Launch) -> None:
     code, out, err = end_of(launch("train", "corpus.txt", *TINY, "--batch-size", "3"))
     assert (code, out) == (1, "")
     [line] = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert line.startswith("error: --batch-size 3 cannot be shared by 2 processes.")
+    assert line.startswith("error: --batch-size 3 cannot be divided among 2 processes.")
     assert not Path("checkpoints").exists() or not list(Path("checkpoints").glob("*/step-*"))
 
 

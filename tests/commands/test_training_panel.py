@@ -1,4 +1,4 @@
-"""What a terminal shows of a run that trains: within any size, and cheap to draw."""
+"""The live panel of a training run: it fits any terminal and is cheap to draw."""
 
 import io
 import statistics
@@ -8,6 +8,7 @@ from rich.console import Console
 
 from minigpt.commands.status_line import FREE_CELLS, StatusLine
 from minigpt.commands.train.panel import TRAIN_LOSS, VAL_LOSS, ThinnedCurve, TrainingPanel
+from minigpt.training.events import EvalEvent, StepEvent
 
 NUMBERS = {
     TRAIN_LOSS: "10.234",
@@ -20,14 +21,28 @@ NUMBERS = {
 }
 
 
+def step_event(step: int, loss: float) -> StepEvent:
+    return StepEvent(
+        step=step,
+        progress=0.5,
+        train_loss=loss,
+        lr=0.01,
+        grad_norm=12.34,
+        tokens_per_s=1.23e6,
+        mfu=0.41,
+        elapsed_s=1.0,
+        remaining_s=599.0,
+    )
+
+
 def panel() -> TrainingPanel:
     line = StatusLine()
     line.label, line.share, line.facts = "train", 0.5, ["500/1000", "loss 10.234", "9:59 left"]
     shown = TrainingPanel(line)
     for step in range(1, 51):
         shown.train.add(step, 1 + 9 / step)
-    shown.val.add(25, 1.4)
-    shown.update(NUMBERS, ["500/1000", "9:59 left"])
+    shown.show_evaluation(EvalEvent(25, 10.345, 14.765, 1000, 1.0, 1.0))
+    shown.show_step(step_event(51, 10.234), ["500/1000", "9:59 left"])
     return shown
 
 
@@ -39,7 +54,7 @@ def drawn(shown: TrainingPanel, width: int, height: int, encoding: str = "utf-8"
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
-def test_it_leaves_room_for_a_key_and_for_what_was_said_before(encoding: str) -> None:
+def test_the_panel_leaves_room_for_a_key_press_and_for_earlier_lines(encoding: str) -> None:
     for width in (20, 40, 60, 80, 100, 140, 300):
         for height in (5, 12, 20, 24, 60):
             lines = drawn(panel(), width, height, encoding)
@@ -48,7 +63,7 @@ def test_it_leaves_room_for_a_key_and_for_what_was_said_before(encoding: str) ->
             "".join(lines).encode(encoding)
 
 
-def test_80_columns_show_curve_mark_and_every_number() -> None:
+def test_80_columns_show_the_curve_its_marks_and_every_number() -> None:
     lines = drawn(panel(), 80, 24)
     assert any("\u2801" <= character <= "\u28ff" for character in "".join(lines))
     assert sum("●" in line for line in lines) == 2, "in the chart, and at its name"
@@ -59,7 +74,7 @@ def test_80_columns_show_curve_mark_and_every_number() -> None:
     assert bar.endswith("500/1000  9:59 left")
 
 
-def test_a_small_terminal_and_a_run_without_a_step_have_the_line_alone() -> None:
+def test_a_small_terminal_or_a_run_before_its_first_step_has_only_the_status_line() -> None:
     for width, height in ((60, 24), (80, 12)):
         (line,) = drawn(panel(), width, height)
         assert line.endswith("500/1000  loss 10.234  9:59 left")
@@ -67,19 +82,18 @@ def test_a_small_terminal_and_a_run_without_a_step_have_the_line_alone() -> None
     assert len(drawn(empty, 80, 24)) == 1
 
 
-def test_new_numbers_are_drawn_at_once() -> None:
+def test_new_numbers_are_drawn_immediately() -> None:
     shown = panel()
     before = drawn(shown, 80, 24)
     assert drawn(shown, 80, 24) == before
-    shown.train.add(51, 9.0)
-    shown.update(NUMBERS, ["501/1000", "9:58 left"])
+    shown.show_step(step_event(52, 9.0), ["501/1000", "9:58 left"])
     after = drawn(shown, 80, 24)
     assert after[:-3] != before[:-3]
     assert after[-1].endswith("501/1000  9:58 left")
 
 
 @pytest.mark.parametrize("n", [1, 199, 200, 201, 1000, 12_345])
-def test_a_long_curve_keeps_its_course_in_few_points(n: int) -> None:
+def test_a_long_curve_keeps_its_shape_in_few_points(n: int) -> None:
     curve = ThinnedCurve()
     for x in range(1, n + 1):
         curve.add(x, 3.0 * x)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from kept_attention import KeptAttention
+from live_bytes import LiveBytes
 from small_models import random_tokens, small_config, small_model
 from torch import Tensor, nn
 
@@ -16,7 +17,6 @@ from minigpt.model.cost import parameter_count, training_flops_per_token
 from minigpt.model.gpt import GPT
 from minigpt.model.scores import Score, attention_weights, make_score, scaled_dot_score
 from minigpt.model.variants import tanh_scores
-from minigpt.training.reports.memory import _LiveBytes
 
 TANH = ("concat", "additive")
 OTHERS = tuple(name for name in ATTENTIONS if name != "scaled_dot")
@@ -236,7 +236,7 @@ def test_the_memory_of_tanh_scores_does_not_grow_with_queries_times_keys(
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             context = score.attend(q, k, v)
         kept.append(sum(saved.values()))
-        with _LiveBytes() as live:
+        with LiveBytes() as live:
             score.attend(q, k, v).sum().backward()
         peaks.append(live.peak)
         assert context.shape == (1, 4, n, 8)

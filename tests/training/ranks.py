@@ -23,8 +23,8 @@ from small_runs import config_of, trainer_of
 from minigpt import evaluation
 from minigpt.text.shards import PreparedData, open_prepared
 from minigpt.training import trainer as trainer_module
-from minigpt.training.distributed import join
 from minigpt.training.events import EvalEvent, SaveEvent, SkipEvent, StepEvent
+from minigpt.training.world import join
 
 
 def live(run: dict[str, Any], rank: int, data: PreparedData, folder: Path) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def live(run: dict[str, Any], rank: int, data: PreparedData, folder: Path) -> di
                 evaluations.append([event.step, event.val_loss, event.bits_per_byte])
             case SaveEvent():
                 saves.append(event.step)
-    world.leave()
+    world.close()
     return {
         "steps": steps,
         "skips": skips,

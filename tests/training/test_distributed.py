@@ -18,8 +18,8 @@ from minigpt.checkpoint.folder import RunFolder
 from minigpt.checkpoint.model_folder import read_model
 from minigpt.errors import ConfigError
 from minigpt.text.shards import PreparedData
-from minigpt.training.distributed import World
 from minigpt.training.state import STATE_FOLDER
+from minigpt.training.world import World
 
 pytestmark = [
     pytest.mark.dist,
@@ -257,7 +257,7 @@ def test_a_rank_s_micro_batches_are_equal_and_at_most_as_large_as_asked_for(
 
 
 def test_a_batch_that_ranks_cannot_share_is_a_config_error() -> None:
-    with pytest.raises(ConfigError, match=r"--batch-size 12 cannot be shared by 5 processes\."):
+    with pytest.raises(ConfigError, match=r"--batch-size 12 cannot be divided among 5 processes\."):
         World(size=5).micro_batch_size(12, 3)
 
 

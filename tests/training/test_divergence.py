@@ -16,7 +16,7 @@ from minigpt.errors import DivergedError
 from minigpt.text.shards import PreparedData
 from minigpt.training.events import EvalEvent, Event, SaveEvent, SkipEvent, StepEvent
 from minigpt.training.metrics import MetricsLog
-from minigpt.training.readings import MOST_SKIPPED
+from minigpt.training.step_metrics import MAX_SKIPPED_IN_A_ROW
 from minigpt.training.trainer import Trainer
 
 
@@ -186,16 +186,19 @@ def test_skipping_changes_nothing_where_all_is_finite(data: PreparedData, tmp_pa
 
 def test_too_many_skipped_steps_in_a_row_end_the_run(data: PreparedData, tmp_path: Path) -> None:
     config = config_of(on_nan="skip", max_steps=50, save_every=2)
-    spoilt = [*range(5, 4 + MOST_SKIPPED), *range(20, 20 + MOST_SKIPPED)]  # one fewer, and all
+    spoilt = [
+        *range(5, 4 + MAX_SKIPPED_IN_A_ROW),
+        *range(20, 20 + MAX_SKIPPED_IN_A_ROW),
+    ]
     trainer = trainer_of(config, data, tmp_path)
     spoil_losses(trainer, *spoilt)
     events: list[Event] = []
     with pytest.raises(DivergedError) as caught:
         events.extend(trainer.run())
     assert str(caught.value).startswith(
-        f"training diverged at step {19 + MOST_SKIPPED}: loss nan, gradient norm nan, lr "
+        f"training diverged at step {19 + MAX_SKIPPED_IN_A_ROW}: loss nan, gradient norm nan, lr "
     )
-    assert f"{MOST_SKIPPED} steps in a row were skipped. The checkpoint of step 28" in str(
+    assert f"{MAX_SKIPPED_IN_A_ROW} steps in a row were skipped. The checkpoint of step 28" in str(
         caught.value
     )
     assert [e.step for e in events if isinstance(e, SkipEvent)] == spoilt[:-1]

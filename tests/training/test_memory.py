@@ -1,4 +1,4 @@
-"""The memory that a run is said to take, against what torch allocates when it runs."""
+"""The estimated memory of a run, compared with what torch allocates."""
 
 import gc
 from collections.abc import Callable
@@ -18,8 +18,8 @@ from minigpt.training.reports.memory import estimate_memory, optimizer_values, r
 
 
 def allocated(call: Callable[[], Any]) -> tuple[int, int]:
-    """Return the most bytes that torch held during a call beyond what it held before, and after."""
-    gc.collect()  # what earlier tests have left would be freed meanwhile
+    """Return the peak and the final bytes that torch allocated during a call."""
+    gc.collect()  # garbage of earlier tests would be freed during the call
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         kept = call()
     assert profiled.profiler is not None
@@ -37,8 +37,9 @@ def allocated(call: Callable[[], Any]) -> tuple[int, int]:
     ("layout", "training"),
     [
         ("qwen3", {}),
-        pytest.param("gpt2", {"optimizer": "adamw", "micro_batch_size": 8}, marks=pytest.mark.slow),
-        pytest.param("llama", {"recompute": True}, marks=pytest.mark.slow),
+        ("gpt2", {"optimizer": "adamw", "micro_batch_size": 8}),
+        ("llama", {}),
+        ("llama", {"recompute": True}),
     ],
 )
 def test_the_estimate_is_what_a_run_allocates(
@@ -54,10 +55,10 @@ def test_the_estimate_is_what_a_run_allocates(
     estimate = estimate_memory(config, len(trainer.val_tokens), torch.float32)
     assert estimate.weights == pytest.approx(held, rel=0.02)  # and tables of angles
     assert estimate.optimizer == pytest.approx(moments, rel=0.02)  # and counters
-    assert estimate.total == pytest.approx(held + moments + step, rel=0.03)
+    # A formula: temporary tensors of the kernels are not in it.
+    assert estimate.total == pytest.approx(held + moments + step, rel=0.1)
 
 
-@pytest.mark.slow
 def test_an_evaluation_that_is_larger_than_a_step_is_counted(
     data: PreparedData, tmp_path: Path
 ) -> None:
@@ -68,11 +69,11 @@ def test_an_evaluation_that_is_larger_than_a_step_is_counted(
     assert evaluation > step
     estimate = estimate_memory(config, len(trainer.val_tokens), torch.float32)
     held = estimate.weights + estimate.optimizer
-    assert estimate.total == pytest.approx(held + evaluation, rel=0.1)
+    assert estimate.total == pytest.approx(held + evaluation, rel=0.15)
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_the_numbers_that_optimizers_keep_are_those_that_they_make(
+def test_the_optimizer_state_has_the_counted_size(
     optimizer: str, data: PreparedData, tmp_path: Path
 ) -> None:
     config = config_of("gpt2-tied", optimizer=optimizer)
@@ -97,7 +98,7 @@ def test_the_numbers_that_optimizers_keep_are_those_that_they_make(
         ({}, {"batch_size": 10**9}, "a smaller --batch-size or training.micro_batch_size"),
     ],
 )
-def test_what_can_never_fit_is_refused_at_once(
+def test_a_run_that_can_never_fit_is_refused(
     model: dict[str, Any], training: dict[str, Any], remedy: str
 ) -> None:
     config = config_of("llama", **training)
@@ -107,7 +108,7 @@ def test_what_can_never_fit_is_refused_at_once(
 
 
 def test_a_run_that_fits_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The least that it takes is less than what it takes, and not by far."""
+    """The lower bound is below the estimate, but not by much."""
     config = config_of("llama", batch_size=64)
     needed = estimate_memory(config, 1000, torch.float32).total
     monkeypatch.setattr(memory, "machine_bytes", lambda device: needed)

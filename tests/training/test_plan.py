@@ -12,12 +12,12 @@ from minigpt.checkpoint.folder import RunFolder
 from minigpt.config import RunConfig
 from minigpt.model.cost import parameter_count, training_flops_per_token
 from minigpt.text.shards import PreparedData
-from minigpt.training.distributed import World
 from minigpt.training.events import SaveEvent, StepEvent
 from minigpt.training.reports import plan as plan_module
 from minigpt.training.reports.memory import MemoryEstimate
 from minigpt.training.reports.plan import Plan, make_plan, parameters_by_part
-from minigpt.training.state import Progress
+from minigpt.training.state import TrainingState
+from minigpt.training.world import World
 
 CPU = torch.device("cpu")
 
@@ -91,20 +91,20 @@ def test_the_guess_of_the_time_is_of_its_order(data: PreparedData, tmp_path: Pat
 def test_minutes_are_planned_as_the_steps_that_they_are_enough_for(
     data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan_module, "_measured", lambda *_: (0.0, 0.5))
+    monkeypatch.setattr(plan_module, "_measure", lambda *_: (0.0, 0.5))
     config = config_of(max_steps=0, max_minutes=2.0)
     plan = plan_of(config, data, tmp_path)
     assert (plan.max_steps, plan.step_s, plan.training_s) == (240, 0.5, 120)
-    plan = plan_of(config, data, tmp_path, done=Progress(step=50, elapsed_s=60))
+    plan = plan_of(config, data, tmp_path, done=TrainingState(step=50, elapsed_s=60))
     assert (plan.max_steps, plan.n_steps_left, plan.training_s) == (170, 120, 60)
-    done = plan_of(config_of(max_steps=50), data, tmp_path, done=Progress(step=50))
+    done = plan_of(config_of(max_steps=50), data, tmp_path, done=TrainingState(step=50))
     assert (done.n_steps_left, done.training_s, done.training_flops, done.mfu) == (0, 0, 0, None)
 
 
 def test_ranks_share_the_work_and_the_peak(
     data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan_module, "_measured", lambda *_: (1e-12, 0.0))
+    monkeypatch.setattr(plan_module, "_measure", lambda *_: (1e-12, 0.0))
     monkeypatch.setattr(plan_module, "peak_flops", lambda *_: 2e12)
     config = config_of(max_steps=8, batch_size=12, micro_batch_size=3)
     alone = plan_of(config, data, tmp_path)

@@ -22,7 +22,7 @@ from minigpt.text.shards import PreparedData
 from minigpt.training import trainer as trainer_module
 from minigpt.training.events import EvalEvent, Event, SaveEvent, StepEvent
 from minigpt.training.metrics import MetricsLog
-from minigpt.training.state import STATE_FOLDER, read_state
+from minigpt.training.state import STATE_FOLDER, restore_state
 
 HARD = {"micro_batch_size": 3, "weight_decay": 0.1}
 
@@ -156,7 +156,7 @@ def test_the_state_of_another_model_is_a_checkpoint_error(
     folder = RunFolder(tmp_path / "one").step_folder(2)
     other = trainer_of(config_of(layout), data, tmp_path / "two")
     with pytest.raises(CheckpointError):
-        read_state(folder, other.model, other.optimizers)
+        restore_state(folder, other.model, other.optimizers)
     for optimizer in other.optimizers:
         for state in optimizer.state.values():
             assert all(tensor.isfinite().all() for tensor in state.values())
@@ -219,10 +219,10 @@ def test_a_damaged_state_is_a_checkpoint_error_in_one_clean_line(
     trainer = trainer_of(config_of(), data, tmp_path)
     run_until(trainer, 1)
     folder = RunFolder(tmp_path).step_folder(1)
-    assert read_state(folder, trainer.model, trainer.optimizers).step == 1
+    assert restore_state(folder, trainer.model, trainer.optimizers).step == 1
     break_state(kind, folder / STATE_FOLDER)
     with pytest.raises(CheckpointError) as caught:
-        read_state(folder, trainer.model, trainer.optimizers)
+        restore_state(folder, trainer.model, trainer.optimizers)
     assert "\x1b" not in str(caught.value)
 
 

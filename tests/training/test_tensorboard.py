@@ -10,8 +10,7 @@ from small_runs import config_of, trainer_of
 from minigpt.checkpoint.folder import METRICS_FILE
 from minigpt.text.shards import PreparedData
 from minigpt.training.events import StepEvent
-from minigpt.training.metrics import logging_to
-from minigpt.training.reports.tensorboard import TENSORBOARD_FOLDER
+from minigpt.training.metrics import TENSORBOARD_FOLDER, logging_to
 
 Points = list[tuple[int, float]]
 TAGS = {

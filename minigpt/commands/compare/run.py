@@ -15,9 +15,8 @@ from minigpt.commands.output import aligned, line_width, note, show, write_json
 from minigpt.commands.plot.curves import require_picture, validation_curves, write_picture
 from minigpt.commands.program import command_line
 from minigpt.commands.train.display import TrainingDisplay
-from minigpt.commands.train.job import Job
-from minigpt.commands.train.run import train_job
-from minigpt.commands.train.run_settings import (
+from minigpt.commands.train.job import (
+    Job,
     checked_name,
     flat,
     fresh_name,
@@ -25,6 +24,7 @@ from minigpt.commands.train.run_settings import (
     settings_of,
     with_vocabulary,
 )
+from minigpt.commands.train.run import train_job
 from minigpt.config import DataConfig, RunConfig
 from minigpt.errors import ConfigError, DivergedError
 from minigpt.format import short
@@ -45,7 +45,7 @@ from minigpt.text.shards import PreparedData, prepare
 from minigpt.training.reports.curves import LossCurves, read_curves
 from minigpt.training.reports.memory import require_memory
 from minigpt.training.schedule import progress, with_max_steps
-from minigpt.training.state import read_progress
+from minigpt.training.state import read_state
 
 _TITLE = (
     "val loss: nats/token, mean ± sample standard deviation over the runs;",
@@ -162,7 +162,7 @@ def _require_same(run: ComparedRun, data: PreparedData) -> None:
                 f"the run {run.folder.path.name!r} is there with another {key}: "
                 f"{before.get(key)!r}, not {after.get(key)!r}. {remedy}"
             )
-    if read_progress(latest.folder).corpus != data.tokens.fingerprint:
+    if read_state(latest.folder).corpus != data.tokens.fingerprint:
         raise ConfigError(f"the run {run.folder.path.name!r} is there, of another text. {remedy}")
 
 
@@ -174,7 +174,7 @@ def _is_finished(run: ComparedRun) -> bool:
     latest = run.folder.latest()
     if latest is None:
         return False
-    done = read_progress(latest.folder)
+    done = read_state(latest.folder)
     return progress(run.config.training, done.step, done.elapsed_s) >= 1
 
 

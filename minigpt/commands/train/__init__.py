@@ -16,6 +16,7 @@ from minigpt.commands.options import (
 from minigpt.config import RunConfig
 from minigpt.errors import ConfigError
 from minigpt.presets import default_run
+from minigpt.rings import ring
 
 _GROUP = "Run"
 
@@ -63,15 +64,14 @@ def train(
     if as_json and not dry_run:
         raise ConfigError("--json is for --dry-run. The metrics of a run are in metrics.jsonl.")
     overrides = layered(config, _for_its_model(settings, config, set_), data, preset, set_)
-    from minigpt.commands.train.run import plan_training, run_training
-    from minigpt.training.reports.tensorboard import summary_writer
-
     if report_to == "tensorboard":
-        summary_writer()  # before anything long begins
+        ring("training.reports.tensorboard").summary_writer()  # before anything long begins
     if dry_run:
-        plan_training(name, overrides, resume=resume, is_json=as_json)
-    else:
-        run_training(name, overrides, report_to, resume=resume)
+        ring("commands.train.plan").plan_training(name, overrides, resume=resume, is_json=as_json)
+        return
+    from minigpt.commands.train.run import run_training
+
+    run_training(name, overrides, report_to, resume=resume)
 
 
 def _for_its_model(

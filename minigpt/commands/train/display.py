@@ -1,17 +1,16 @@
-"""A training run as it is seen on stderr: live on a terminal, plain lines elsewhere."""
+"""A training run on stderr: live on a terminal, plain lines elsewhere."""
 
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from rich.text import Text
 
 from minigpt.commands.status_line import FREE_CELLS, LiveLines, StatusLine
-from minigpt.commands.train.panel import TRAIN_LOSS, VAL_LOSS, TrainingPanel
 from minigpt.config import SamplingConfig
 from minigpt.console import make_console, spans_to_text
 from minigpt.errors import CheckpointError
@@ -20,10 +19,10 @@ from minigpt.generation.decoder import Decoder
 from minigpt.generation.stream import stream_text
 from minigpt.model.cost import parameter_count
 from minigpt.model.language_model import LanguageModel
+from minigpt.rings import has_ring, ring
 from minigpt.text.building import PrepareProgress
 from minigpt.text.escape import printable
 from minigpt.training.events import EvalEvent, Event, SampleEvent, SkipEvent, StepEvent
-from minigpt.training.reports.curves import read_curves
 from minigpt.training.trainer import Trainer
 
 _SAMPLE = SamplingConfig(max_new_tokens=200, temperature=0.8)
@@ -41,8 +40,11 @@ class TrainingDisplay:
         self.console = make_console(is_stderr=True)
         self.is_live = sys.stderr.isatty() and not self.console.is_dumb_terminal
         self.line = StatusLine()
-        self.panel = TrainingPanel(self.line)
-        self.live = LiveLines(self.panel, self.console)
+        self.panel: Any = None
+        """Live chart. None outside a terminal or without the ring."""
+        if self.is_live and has_ring("commands.train.panel"):
+            self.panel = ring("commands.train.panel").TrainingPanel(self.line)
+        self.live = LiveLines(self.panel or self.line, self.console)
         self._trainer: Trainer | None = None
         self._evaluation: EvalEvent | None = None
         self._last_line_at = time.monotonic()
@@ -61,14 +63,14 @@ class TrainingDisplay:
         self.live.stop()
 
     def preparing(self, progress: PrepareProgress) -> None:
-        """Show how far the preparation of the text is."""
+        """Show the progress of the text's preparation."""
         self.line.label = _STAGES.get(progress.stage, progress.stage)
         self.line.share = progress.done / progress.total if progress.total else 0.0
         facts = [f"{progress.done / 1e6:.1f} of {progress.total / 1e6:.1f} MB"]
         self._update(facts, is_due=False)
 
     def start(self, trainer: Trainer) -> None:
-        """Say what will be trained on what."""
+        """Print the text, the model and the run, before the first step."""
         self._trainer = trainer
         config, manifest = trainer.config, trainer.data.manifest
         model = config.model
@@ -95,13 +97,13 @@ class TrainingDisplay:
         )
         if trainer.moved_from is not None:
             self.note(
-                f"saved on {trainer.moved_from}, and resumed on {trainer.computed_on}: it goes on "
-                "where it was, but no longer with the bits that it would have had"
+                f"saved on {trainer.moved_from}, and resumed on {trainer.computed_on}: the run "
+                "continues, but rounds differently than it would have"
             )
         if trainer.progress >= 1:
-            self._print_fact("", "nothing is left to do: give it more --max-steps or --max-minutes")
-        if trainer.step and self.is_live:
-            self.panel.go_on_with(read_curves(trainer.folder.path))
+            self._print_fact("", "already complete: raise --max-steps or --max-minutes to continue")
+        if trainer.step and self.panel:
+            self.panel.resume(trainer.folder.path)
         self.line.label, self.line.share = "train", trainer.progress
         self.line.facts = [self._place(trainer.step), "Ctrl-C saves and stops"]
 
@@ -121,11 +123,11 @@ class TrainingDisplay:
         return f"{step:>{len(str(max_steps))}}/{max_steps}" if max_steps else f"step {step}"
 
     def note(self, text: str) -> None:
-        """Say something beside the course of the run."""
+        """Print a note."""
         self._print_fact("note", text)
 
     def stopping(self) -> None:
-        """Show that the end was asked for; safe in a signal handler."""
+        """Show that a stop was requested; safe in a signal handler."""
         self.line.label = "saving"
 
     def show(self, event: Event) -> None:
@@ -140,7 +142,8 @@ class TrainingDisplay:
                 )
             case EvalEvent():
                 self._evaluation = event
-                self.panel.val.add(event.step, event.val_loss)
+                if self.panel:
+                    self.panel.show_evaluation(event)
                 self._print(
                     f"step {event.step:>6}  val loss {event.val_loss:.4f} nats/token, "
                     f"{event.bits_per_byte:.4f} bits/byte  after {duration(event.elapsed_s)}"
@@ -164,12 +167,12 @@ class TrainingDisplay:
             f"MFU {event.mfu:.0%}" if event.mfu is not None else "",
             left,
         ]
-        self.panel.train.add(event.step, event.train_loss)
-        self.panel.update(_numbers(event, self._evaluation), [place, left])
+        if self.panel:
+            self.panel.show_step(event, [place, left])
         self._update([fact for fact in facts if fact], is_due=event.progress >= 1)
 
     def _update(self, facts: Sequence[str], *, is_due: bool) -> None:
-        """Show where the work is: in the live line, or now and then in a line of its own."""
+        """Update the status line, or print it every few seconds without a terminal."""
         self.line.facts = facts
         is_due = is_due or time.monotonic() - self._last_line_at >= _PLAIN_EVERY_S
         if is_due and not self.is_live:
@@ -179,17 +182,17 @@ class TrainingDisplay:
     def _show_sample(self, event: SampleEvent) -> None:
         assert self._trainer is not None
         self._print(f"step {event.step:>6}  sample")
-        # A bar before each line: the model's text can never pass for ours.
+        # A bar before each line, so that model text cannot pass for our own.
         for line in draw_sample(event.model, self._trainer).splitlines():
             self._print(f"  | {line}")
 
     def _show_glimpse(self) -> None:
-        """Show a line of what the model writes by now, where somebody may be watching."""
+        """Print one line of sampled text on a terminal."""
         trainer = self._trainer
         assert trainer is not None
-        # Shards are of no use to one rank alone; and who said when there are samples gets those.
-        is_told = trainer.config.training.sample_every is not None
-        if not self.is_live or trainer.world.is_sharded or is_told:
+        # One rank cannot sample from sharded parameters. With sample_every, SampleEvents do it.
+        has_samples = trainer.config.training.sample_every is not None
+        if not self.is_live or trainer.world.is_sharded or has_samples:
             return
         text = " ".join(draw_sample(trainer.model, trainer, _GLIMPSE).split())
         line = Text(f"  | {printable(text)}", "dim", no_wrap=True)
@@ -197,12 +200,12 @@ class TrainingDisplay:
         self.console.print(line)
 
     def finish(self) -> None:
-        """Say what came of it and where it is."""
+        """Print the best checkpoint."""
         self.live.stop()
         assert self._trainer is not None
         best = self._trainer.folder.best()
         assert best is not None, "a run ends with a checkpoint"
-        # The facts are missing where best.json was damaged, and the latest step stands in for it.
+        # Without the facts if best.json was damaged and the latest step replaces it.
         losses = [
             f"{best.facts[key]:.4f} {unit}" for key, unit in _LOSSES.items() if key in best.facts
         ]
@@ -210,7 +213,7 @@ class TrainingDisplay:
         self._print_fact("best", f"{best.folder}{loss}")
 
     def propose(self, name: str, commands: Sequence[str]) -> None:
-        """Name commands that are worth pasting."""
+        """Print commands to run next."""
         for command in commands:
             self._print_fact(name, command)
             name = ""
@@ -230,31 +233,18 @@ def _devices(trainer: Trainer) -> str:
     return f"{world.size} x {world.device.type}{shards}"
 
 
-def _numbers(event: StepEvent, evaluation: EvalEvent | None) -> dict[str, str]:
-    """Return what the table of the live display says, under its heads."""
-    numbers = {
-        TRAIN_LOSS: f"{event.train_loss:.3f}",
-        VAL_LOSS: f"{evaluation.val_loss:.3f}" if evaluation else "-",
-        "bits/byte": f"{evaluation.bits_per_byte:.3f}" if evaluation else "-",
-        "lr": f"{event.lr:.1e}",
-        "grad norm": f"{event.grad_norm:.2f}",
-        "tokens/s": short(event.tokens_per_s),
-    }
-    return numbers | ({} if event.mfu is None else {"MFU": f"{event.mfu:.0%}"})
-
-
 def draw_sample(model: LanguageModel, trainer: Trainer, config: SamplingConfig = _SAMPLE) -> str:
-    """Return some text from a run's model as it stands, the same draws every time."""
+    """Return text sampled from a run's current model, with the run's seed."""
     tokenizer = trainer.data.tokenizer
     model.eval()
-    # A vocabulary may have nothing that begins a text: then as the validation text begins.
+    # Without a token that begins a text, begin as the validation text does.
     first = trainer.val_tokens.windows(np.zeros(1, np.int64), 1)[0].tolist()
     prompt = tokenizer.encode_prompt("") or first
     decoder = Decoder(model, prompt, max_new_tokens=config.max_new_tokens)
     steps = decoder.generate(config, seed=trainer.config.training.seed)
     try:
         text = "".join(item.text for item in stream_text(steps, tokenizer))
-    except CheckpointError:  # logits that are no numbers; the weights are the run's own
-        raise trainer.sample_is_not_finite() from None
+    except CheckpointError:  # NaN or inf in the logits
+        raise trainer.diverged_in_sample() from None
     model.train()
     return text

@@ -1,49 +1,86 @@
-"""What a run that goes on from a model begins with: that model, and settings that suit it."""
+"""minigpt train --from: fine-tuning, which starts from a model instead of a preset."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from minigpt.checkpoint.folder import RunFolder
 from minigpt.checkpoint.model_folder import read_model
-from minigpt.checkpoint.resolve import resolve_model
+from minigpt.checkpoint.resolve import ROOT, resolve_model
 from minigpt.checkpoint.tools.hub import is_hub_name
-from minigpt.commands.train.run_settings import flat, given, one_budget
+from minigpt.commands.train.job import (
+    Job,
+    Request,
+    checked_name,
+    flat,
+    fresh_name,
+    given,
+    one_budget,
+    one_lr,
+    require_memory,
+    require_new,
+)
 from minigpt.config import ModelConfig, RunConfig
 from minigpt.errors import CheckpointError, ConfigError
 from minigpt.evaluation import LOGITS_AT_ONCE
 from minigpt.model.language_model import LanguageModel
 from minigpt.settings import build, merge, to_dict
+from minigpt.text.shards import prepare
 from minigpt.text.tokenizer import Tokenizer
 
-_LONGEST_SEQUENCE = 512  # unless asked for: the whole context of a large model fits no machine
+_LONGEST_SEQUENCE = 512  # default limit, because a large model's full context may not fit
 
 
 @dataclass(frozen=True)
 class Base:
-    """The model that a run goes on from."""
+    """The model that a fine-tuning run starts from."""
 
     source: str
-    """Where it is: its folder, or its name and commit on the hub."""
+    """Folder of the model, or its name and commit on the Hub."""
     model: LanguageModel
-    """In float32."""
+    """Model in float32."""
     tokenizer: Tokenizer
+    """Tokenizer of the model."""
 
     @property
     def name(self) -> str:
-        """What to call it: the run of a step, else the folder or repository."""
+        """Name of the run that a step belongs to, or of the folder or repository."""
         path = Path(os.path.abspath(self.source))
         name = path.parent.name if path.name.startswith("step-") else path.name
         return name.partition("@")[0]
 
 
-def read_base(spec: str) -> Base:
-    """Read the model that ``resolve_model`` finds.
+@contextmanager
+def finetuning_job(request: Request) -> Iterator[Job]:
+    """Start a run in checkpoints/NAME from the model ``overrides["from"]``.
 
-    Raises: CheckpointError if it is missing or damaged, has no tokenizer.
+    Raises: CheckpointError if the model or its tokenizer cannot be read; ConfigError for invalid
+        settings, or if the run exists; ResourceError if it can never fit into memory.
+    """
+    name, spec = request.name, request.overrides["from"]
+    if not isinstance(spec, str):
+        raise ConfigError(f"from must name a model: it is {spec!r}.")
+    if name:
+        require_new(RunFolder(ROOT / checked_name(name)))
+    base = read_base(spec)
+    config = finetuning_config(request.overrides, base)
+    run = RunFolder(ROOT / (name or fresh_name(config.data, base.name)))
+    require_memory(config, request)
+    data = prepare(config.data, on_progress=request.on_progress, tokenizer=base.tokenizer)
+    with request.lock(run):
+        require_new(run)
+        yield Job(config, data, run, start_from=base.model)
+
+
+def read_base(spec: str) -> Base:
+    """Read the model and the tokenizer to fine-tune.
+
+    Raises: CheckpointError if the model is missing or damaged, or has no tokenizer.
     """
     folder = resolve_model(spec)
     is_remote = is_hub_name(spec) and not os.path.exists(spec)
@@ -53,16 +90,16 @@ def read_base(spec: str) -> Base:
     if tokenizer is None:
         raise CheckpointError(
             f"{str(folder)!r} has neither tokenizer.json nor sp_vocab.json, so it cannot be "
-            "trained on text. Add the one that the model was trained with."
+            "trained on text. Add the tokenizer that the model was trained with."
         )
     return Base(source, loaded.model, tokenizer)
 
 
 def finetuning_settings(model: ModelConfig) -> dict[str, Any]:
-    """Return the training settings that take a preset's place; docs/training.md has the losses.
+    """Return the default training settings; docs/training.md has the measurements.
 
-    The learning rate falls with the width, as the best one of AdamW does: Yang et al. 2022,
-    arXiv:2203.03466.
+    AdamW's best learning rate is inversely proportional to the width (Yang et al. 2022,
+    arXiv:2203.03466).
     """
     lr = min(2e-3, float(f"{0.1 / model.d_model:.1g}"))
     return {
@@ -81,9 +118,9 @@ def finetuning_settings(model: ModelConfig) -> dict[str, Any]:
 
 
 def finetuning_config(overrides: Mapping[str, Any], base: Base) -> RunConfig:
-    """Lay what the user asked for over what the model is and what suits it.
+    """Merge the user's settings over the model's own and the defaults for fine-tuning.
 
-    Raises: ConfigError for a setting that is not the model's, or cannot be.
+    Raises: ConfigError for an invalid setting, or one that differs from the model's.
     """
     own: dict[str, Any] = {
         "preset": "",
@@ -91,32 +128,26 @@ def finetuning_config(overrides: Mapping[str, Any], base: Base) -> RunConfig:
         "data": {"tokenizer": base.tokenizer.name},
     }
     _require_own(overrides, own)
-    suited = {"training": finetuning_settings(base.model.config)}
+    defaults = {"training": finetuning_settings(base.model.config)}
     wanted = one_lr(one_budget(overrides))
-    config = build(RunConfig, merge(own, suited, wanted, {"from": base.source}))
+    config = build(RunConfig, merge(own, defaults, wanted, {"from": base.source}))
     return config if given(overrides, "training", "micro_batch_size") else _in_micro_batches(config)
 
 
 def _require_own(overrides: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Raise ConfigError if the user asks for another model than the one that is there."""
+    """Raise ConfigError if the user asks for another model shape or tokenizer."""
     asked = flat(overrides)
     for name, value in flat(own).items():
-        # Dropout is no part of the weights.
+        # Dropout has no weights.
         if name != "model.dropout" and asked.get(name, value) != value:
             raise ConfigError(
-                f"--from goes on with a model and its tokenizer as they are: {name} is {value!r} "
-                f"there, not {asked[name]!r}. Leave it out."
+                f"--from uses a model and its tokenizer unchanged: {name} is {value!r} there, not "
+                f"{asked[name]!r}. Leave it out."
             )
 
 
-def one_lr(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Let the learning rate that the user gives hold for embeddings too, unless they have one."""
-    lr = given(overrides, "training", "lr")
-    return merge({} if lr is None else {"training": {"embedding_lr": lr}}, overrides)
-
-
 def _in_micro_batches(config: RunConfig) -> RunConfig:
-    """Part the batch, so that a large vocabulary's logits fit into a laptop's memory."""
+    """Choose a micro-batch whose logits fit into a laptop's memory."""
     n_fitting = LOGITS_AT_ONCE // (config.model.vocab_size * config.sequence_length)
     batch = config.training.batch_size
     size = max(n for n in range(1, batch + 1) if batch % n == 0 and n <= max(1, n_fitting))

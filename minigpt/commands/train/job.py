@@ -1,41 +1,70 @@
-"""Which run a call of minigpt train is about: a new one, one from a model, or one to go on with."""
+"""Which run a call of minigpt train is about, and its settings: a new run, or a resumed one."""
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import count
+from math import gcd
 from pathlib import Path
 from typing import Any
 
 from minigpt.checkpoint.folder import CONFIG_FILE, Pointer, RunFolder
 from minigpt.checkpoint.model_folder import read_model
 from minigpt.checkpoint.resolve import ROOT
-from minigpt.commands.train.finetune import finetuning_config, one_lr, read_base
-from minigpt.commands.train.run_settings import (
-    checked_name,
-    fresh_name,
-    one_budget,
-    require_same,
-    settings_of,
-    with_vocabulary,
-)
 from minigpt.config import DataConfig, RunConfig
 from minigpt.errors import CheckpointError, ConfigError, nearest
 from minigpt.model.device import resolve_device, resolve_dtype
 from minigpt.model.language_model import LanguageModel
+from minigpt.presets import DEFAULT_PRESET
+from minigpt.presets import preset as preset_settings
+from minigpt.rings import has_ring, ring
 from minigpt.settings import build, merge, read_toml, to_dict
 from minigpt.text.building import PrepareProgress
-from minigpt.text.shards import PreparedData, prepare
-from minigpt.training.distributed import World
-from minigpt.training.reports.memory import require_memory
+from minigpt.text.shards import PreparedData, prepare, prepared_tokenizer
 from minigpt.training.trainer import Trainer
+from minigpt.training.world import World
 
-Lock = Callable[[RunFolder], AbstractContextManager[None]]
-OnProgress = Callable[[PrepareProgress], None]
+_NAME = re.compile(r"\w[\w.-]{0,99}")
+# Settings that --resume cannot change. The text is not among them, because it may have moved: the
+# trainer compares the tokens.
+_FIXED = (
+    "preset",
+    "from",
+    "model",
+    "data.tokenizer",
+    "data.val_fraction",
+    "training.seed",
+    "training.batch_size",
+    "training.sequence_length",
+    "training.optimizer",
+)
+_LIMITS = {"max_steps": 0, "max_minutes": 0.0, "max_epochs": 0.0}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for."""
+
+    name: str | None
+    """Name of the run. None for a derived name, or with --resume for the newest run."""
+    overrides: dict[str, Any]
+    """Settings from options, --config and --set, nested as in RunConfig."""
+    n_ranks: int
+    """Number of processes."""
+    on_progress: Callable[[PrepareProgress], None]
+    """Callback for the preparation of the text."""
+    is_dry_run: bool = False
+    """Whether nothing may be written, so that the run is not locked either."""
+
+    def lock(self, run: RunFolder) -> AbstractContextManager[None]:
+        """Return the lock to hold while the run is trained."""
+        return nullcontext() if self.is_dry_run else run.lock()
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run, and where it starts: with random weights, those of a model, or a checkpoint."""
+    """A run and where it starts: from random weights, a model, or a checkpoint."""
 
     config: RunConfig
     data: PreparedData
@@ -44,7 +73,7 @@ class Job:
     resume_from: Path | None = None
 
     def trainer(self, world: World) -> Trainer:
-        """Return what trains this process's part of it."""
+        """Return this process's trainer of the run."""
         device = resolve_device(self.config.training.device)
         return Trainer(
             self.config,
@@ -58,80 +87,76 @@ class Job:
         )
 
 
-@contextmanager
-def new_job(
-    name: str | None, overrides: dict[str, Any], n_ranks: int, lock: Lock, show: OnProgress
-) -> Iterator[Job]:
-    """Make a new run of checkpoints/NAME, and hold its lock.
+def open_job(request: Request, *, resume: bool) -> AbstractContextManager[Job]:
+    """Return the context of a new, fine-tuning or resumed run, which holds its lock."""
+    if resume:
+        return _resumed_job(request)
+    if request.overrides.get("from") is not None:
+        job: AbstractContextManager[Job] = ring("commands.train.finetune").finetuning_job(request)
+        return job
+    return _new_job(request)
 
-    Args: n_ranks, which will share it; show, which is told how the preparation goes.
-    Raises: ConfigError if the settings cannot be, or the run is there already; ResourceError if it
-        can never fit into memory.
+
+@contextmanager
+def _new_job(request: Request) -> Iterator[Job]:
+    """Start a run in checkpoints/NAME.
+
+    Raises: ConfigError for invalid settings, or if the run exists; ResourceError if it can never
+        fit into memory.
     """
-    settings = settings_of(overrides)
+    settings = settings_of(request.overrides)
     data_config = build(DataConfig, settings.get("data", {}), "data.")
+    name = request.name
     name = checked_name(name) if name else fresh_name(data_config, settings["preset"])
     run = RunFolder(ROOT / name)
-    _require_new(run)
-    # What can never be is refused before the text is read.
-    device = resolve_device(settings["training"].get("device", "auto"))
-    require_memory(with_vocabulary(settings, 1), device, n_ranks)
-    data = prepare(data_config, on_progress=show)
+    require_new(run)
+    require_memory(with_vocabulary(settings, 1), request)  # before the text is read
+    data = prepare(data_config, on_progress=request.on_progress)
     config = with_vocabulary(settings, data.tokenizer.vocab_size)
-    require_memory(config, device, n_ranks)
-    with lock(run):
-        _require_new(run)  # another process may have made it in the meantime
+    require_memory(config, request)
+    with request.lock(run):
+        require_new(run)  # another process may have created it meanwhile
         yield Job(config, data, run)
 
 
 @contextmanager
-def finetuning_job(
-    name: str | None, overrides: dict[str, Any], n_ranks: int, lock: Lock, show: OnProgress
-) -> Iterator[Job]:
-    """Make a new run of checkpoints/NAME that goes on from the model ``overrides["from"]``.
+def _resumed_job(request: Request) -> Iterator[Job]:
+    """Resume a run of checkpoints/ from its latest checkpoint.
 
-    Raises: CheckpointError if there is no such model, or no tokenizer with it; otherwise as
-        ``new_job``.
+    Raises: CheckpointError if there is none; ConfigError for a setting that cannot change.
     """
-    if not isinstance(overrides["from"], str):
-        raise ConfigError(f"from must name a model: it is {overrides['from']!r}.")
-    if name:
-        _require_new(RunFolder(ROOT / checked_name(name)))
-    base = read_base(overrides["from"])
-    config = finetuning_config(overrides, base)
-    run = RunFolder(ROOT / (name or fresh_name(config.data, base.name)))
-    require_memory(config, resolve_device(config.training.device), n_ranks)
-    data = prepare(config.data, on_progress=show, tokenizer=base.tokenizer)
-    with lock(run):
-        _require_new(run)
-        yield Job(config, data, run, start_from=base.model)
-
-
-@contextmanager
-def resumed_job(
-    name: str | None, overrides: dict[str, Any], n_ranks: int, lock: Lock, show: OnProgress
-) -> Iterator[Job]:
-    """Take up a run of checkpoints/, NAME or the newest, from its latest checkpoint.
-
-    Raises: CheckpointError if there is none; ConfigError for a setting that it cannot change.
-    """
-    run = RunFolder(ROOT / checked_name(name)) if name else _newest_run()
-    _require_steps(run)
-    with lock(run):
+    run = RunFolder(ROOT / checked_name(request.name)) if request.name else _newest_run()
+    _require_checkpoint(run)
+    with request.lock(run):
         saved = build(RunConfig, read_toml(run.path / CONFIG_FILE))
-        changes = one_budget(overrides if saved.from_ is None else one_lr(overrides))
-        config = build(RunConfig, merge(to_dict(saved), changes))
-        require_same(saved, config)
-        require_memory(config, resolve_device(config.training.device), n_ranks)
-        latest = _require_steps(run)
-        # What it started from may be gone by now; the checkpoint has the tokenizer too.
+        overrides = request.overrides if saved.from_ is None else one_lr(request.overrides)
+        config = build(RunConfig, merge(to_dict(saved), one_budget(overrides)))
+        _require_same(saved, config)
+        require_memory(config, request)
+        latest = _require_checkpoint(run)
+        # The model that a run was fine-tuned from may be gone; the checkpoint has its tokenizer.
         tokenizer = read_model(latest.folder).tokenizer if saved.from_ is not None else None
-        data = prepare(config.data, on_progress=show, tokenizer=tokenizer)
+        data = prepare(config.data, on_progress=request.on_progress, tokenizer=tokenizer)
         yield Job(config, data, run, resume_from=latest.folder)
 
 
-def _require_steps(run: RunFolder) -> Pointer:
-    """Return the newest intact checkpoint of a run that is to be resumed."""
+def require_new(run: RunFolder) -> None:
+    """Raise ConfigError if a run has checkpoints already."""
+    if run.steps():
+        raise ConfigError(
+            f"the run {run.path.name!r} exists already. Resume it with --resume, or give this one "
+            "another --name."
+        )
+
+
+def require_memory(config: RunConfig, request: Request) -> None:
+    """Raise ResourceError if a run can never fit into memory."""
+    if has_ring("training.reports.memory"):
+        device = resolve_device(config.training.device)
+        ring("training.reports.memory").require_memory(config, device, request.n_ranks)
+
+
+def _require_checkpoint(run: RunFolder) -> Pointer:
     latest = run.latest()
     if latest is None:
         names = [path.name for path in _folders() if RunFolder(path).steps()]
@@ -140,14 +165,6 @@ def _require_steps(run: RunFolder) -> Pointer:
             f"{nearest(run.path.name, names) if names else 'Start one without --resume.'}"
         )
     return latest
-
-
-def _require_new(run: RunFolder) -> None:
-    if run.steps():
-        raise ConfigError(
-            f"the run {run.path.name!r} is already there. Go on with it by --resume, or give "
-            "this one another --name."
-        )
 
 
 def _folders() -> list[Path]:
@@ -162,3 +179,122 @@ def _newest_run() -> RunFolder:
             f"there is no run to resume in {str(ROOT)!r}. Start one without --resume."
         )
     return max(latest, key=lambda run: latest[run].folder.stat().st_mtime_ns)
+
+
+def _require_same(saved: RunConfig, wanted: RunConfig) -> None:
+    before, after = flat(to_dict(saved)), flat(to_dict(wanted))
+    for key in before | after:
+        is_fixed = any(key == fixed or key.startswith(f"{fixed}.") for fixed in _FIXED)
+        if is_fixed and before.get(key) != after.get(key):
+            raise ConfigError(
+                f"--resume cannot change {key}: it is {before.get(key)!r} in this run, not "
+                f"{after.get(key)!r}. Leave it out, or start a new run under another --name."
+            )
+
+
+def settings_of(overrides: dict[str, Any]) -> dict[str, Any]:
+    """Merge the user's settings over those of the preset, and check them.
+
+    Raises: ConfigError for invalid settings; DataError for a prepared folder that cannot be used.
+    """
+    overrides = {"preset": DEFAULT_PRESET} | overrides
+    if not isinstance(overrides["preset"], str):
+        raise ConfigError(f"preset must be the name of a preset: it is {overrides['preset']!r}.")
+    preset = _adapted(preset_settings(overrides["preset"]), overrides)
+    settings = merge(preset, one_budget(overrides))
+    config = build(RunConfig, merge({"model": {"vocab_size": 1}}, settings))
+    # The tokenizer of a prepared folder wins over that of the preset.
+    own = prepared_tokenizer(config.data.paths)
+    if own is not None and given(overrides, "data", "tokenizer") is None:
+        settings = merge(settings, {"data": {"tokenizer": own}})
+    return settings
+
+
+def _adapted(preset: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Drop or adapt the preset's values that depend on a shape or batch the user changed."""
+    model, training = dict(preset["model"]), dict(preset["training"])
+    is_recurrent = given(overrides, "model", "arch") in ("lstm", "lstm-attention")
+    if given(overrides, "model", "family") == "gpt2" or is_recurrent:
+        for name in ("qk_norm", "n_kv_head", "d_mlp"):
+            model.pop(name, None)
+    if is_recurrent:
+        model["n_head"] = 1
+    if given(overrides, "model", "d_model") is not None:
+        model.pop("d_mlp", None)
+    n_head = given(overrides, "model", "n_head")
+    if isinstance(n_head, int) and "n_kv_head" in model:
+        model["n_kv_head"] = gcd(n_head, model["n_kv_head"])
+    context = given(overrides, "model", "context_length")
+    if isinstance(context, int) and context % training.get("context_warmup_length", 1):
+        training["context_warmup_length"] = 0
+    batch = given(overrides, "training", "batch_size")
+    if isinstance(batch, int) and "micro_batch_size" in training:
+        training["micro_batch_size"] = gcd(batch, training["micro_batch_size"])
+    return preset | {"model": model, "training": training}
+
+
+def with_vocabulary(settings: dict[str, Any], vocab_size: int) -> RunConfig:
+    """Build the config of a run from its settings and its tokenizer's size.
+
+    Raises: ConfigError if the user asked for a smaller vocabulary.
+    """
+    config = build(RunConfig, merge({"model": {"vocab_size": vocab_size}}, settings))
+    if config.model.vocab_size < vocab_size:
+        raise ConfigError(
+            f"model.vocab_size must be at least {vocab_size}, the size of the tokenizer: it is "
+            f"{config.model.vocab_size}. Leave it out."
+        )
+    return config
+
+
+def one_budget(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Drop the preset's or run's limits if the user gives any limit."""
+    if all(given(overrides, "training", name) is None for name in _LIMITS):
+        return dict(overrides)
+    return merge({"training": _LIMITS}, overrides)
+
+
+def one_lr(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Use the user's learning rate for embeddings too, unless they have one."""
+    lr = given(overrides, "training", "lr")
+    return merge({} if lr is None else {"training": {"embedding_lr": lr}}, overrides)
+
+
+def given(overrides: Mapping[str, Any], table: str, name: str) -> Any:
+    """Return the user's value of a setting; None if there is none."""
+    values = overrides.get(table)
+    return values.get(name) if isinstance(values, Mapping) else None
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by their dotted names, as in ``--set``."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        is_table = isinstance(value, Mapping)
+        result |= flat(value, f"{prefix}{key}.") if is_table else {f"{prefix}{key}": value}
+    return result
+
+
+def checked_name(name: str) -> str:
+    """Return a name if it is a valid folder name on every system; else raise ConfigError."""
+    if not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"--name {name[:120]!r} is not a folder name. Use up to 100 letters, digits, '.', "
+            "'_' and '-', beginning with a letter or digit."
+        )
+    return name
+
+
+def fresh_name(data: DataConfig, start: str) -> str:
+    """Return an unused name for a run. Args: start, the preset or the model it starts from."""
+    corpus = "python"
+    if data.paths:
+        first = data.paths[0]
+        corpus = "stdin" if first == "-" else Path(first).name.split(".")[0]
+    stem = f"{_plain(corpus) or 'text'}-{_plain(start) or 'model'}"
+    names = (stem if number == 1 else f"{stem}-{number}" for number in count(1))
+    return next(name for name in names if not RunFolder(ROOT / name).steps())
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-_")[:48]

@@ -1,7 +1,8 @@
-"""A run as a terminal shows it while it trains: a chart of its losses, its numbers, a bar."""
+"""The live panel of a training run on a terminal: loss curves, numbers and a progress bar."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
@@ -9,20 +10,22 @@ from rich.text import Text
 from minigpt.commands.output import aligned
 from minigpt.commands.plot.chart import Point, Series, draw_chart
 from minigpt.commands.status_line import FREE_CELLS, StatusLine
-from minigpt.training.reports.curves import LossCurves
+from minigpt.format import short
+from minigpt.training.events import EvalEvent, StepEvent
+from minigpt.training.reports.curves import read_curves
 
 TRAIN_LOSS, VAL_LOSS = "train loss", "val loss"
 _MARK, _ASCII_MARK = "●", "*"
 _TRAIN_STYLE, _VAL_STYLE = "#4c9bc6", "#e0561f"
 _CHART_LINES = 8
 _WIDEST = 100
-# Where there is less room than this, one line says it all, and the rest of the screen is free.
+# On smaller terminals, only the status line is drawn.
 _NARROWEST, _LOWEST = 76, 20
 _MOST_POINTS = 200
 
 
 class ThinnedCurve:
-    """A curve that stays cheap to draw: of many points there are only means of neighbours."""
+    """A curve of at most a few hundred points, each the mean of consecutive measurements."""
 
     def __init__(self) -> None:
         self.points: list[Point] = []
@@ -30,10 +33,7 @@ class ThinnedCurve:
         self._n_each = 1
 
     def add(self, x: float, y: float) -> None:
-        """Add a point; it is seen when as many have come as each point stands for.
-
-        One that is no finite number has no place.
-        """
+        """Add a measurement, unless it is NaN or inf."""
         if not math.isfinite(y):
             return
         self._latest.append((x, y))
@@ -42,7 +42,7 @@ class ThinnedCurve:
         self.points.append(_mean(self._latest))
         self._latest = []
         if len(self.points) == _MOST_POINTS:
-            # A list of its own: another thread may be drawing the old one.
+            # A new list, because another thread may be drawing the old one.
             pairs = zip(self.points[::2], self.points[1::2], strict=True)
             self.points = [_mean(pair) for pair in pairs]
             self._n_each *= 2
@@ -54,32 +54,48 @@ def _mean(points: Sequence[Point]) -> Point:
 
 
 class TrainingPanel:
-    """What rich draws again and again; without numbers, or on a small terminal, the line alone."""
+    """Loss curves, a table of numbers and the status line, drawn by rich as events arrive."""
 
     def __init__(self, line: StatusLine) -> None:
-        """Args: line, drawn at the bottom, or alone."""
+        """Args: line, drawn at the bottom, or alone before the first step and if space is short."""
         self.line = line
         self.train = ThinnedCurve()
         self.val = ThinnedCurve()
-        self._numbers: Mapping[str, str] = {}
+        self._evaluation: EvalEvent | None = None
+        self._numbers: dict[str, str] = {}
         self._bar_facts: Sequence[str] = ()
         self._chart: tuple[object, list[Text]] | None = None
 
-    def go_on_with(self, curves: LossCurves) -> None:
-        """Take in what was before the run was resumed."""
+    def resume(self, run: Path) -> None:
+        """Add the curves of a run so far."""
+        curves = read_curves(run)
         for thinned, points in ((self.train, curves.train), (self.val, curves.val)):
             for point in points:
                 thinned.add(point.steps, point.loss)
 
-    def update(self, numbers: Mapping[str, str], bar_facts: Sequence[str]) -> None:
-        """Show a table of these numbers under their names, and these facts beside the bar.
+    def show_step(self, event: StepEvent, bar_facts: Sequence[str]) -> None:
+        """Add a step. Args: bar_facts, texts beside the progress bar."""
+        self.train.add(event.step, event.train_loss)
+        self._bar_facts = bar_facts
+        evaluation = self._evaluation
+        self._numbers = {
+            TRAIN_LOSS: f"{event.train_loss:.3f}",
+            VAL_LOSS: f"{evaluation.val_loss:.3f}" if evaluation else "-",
+            "bits/byte": f"{evaluation.bits_per_byte:.3f}" if evaluation else "-",
+            "lr": f"{event.lr:.1e}",
+            "grad norm": f"{event.grad_norm:.2f}",
+            "tokens/s": short(event.tokens_per_s),
+        }
+        if event.mfu is not None:
+            self._numbers["MFU"] = f"{event.mfu:.0%}"
 
-        The names ``TRAIN_LOSS`` and ``VAL_LOSS`` have the looks of their curves.
-        """
-        self._numbers, self._bar_facts = numbers, bar_facts
+    def show_evaluation(self, event: EvalEvent) -> None:
+        """Add a validation loss."""
+        self._evaluation = event
+        self.val.add(event.step, event.val_loss)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Draw for the size of this moment."""
+        """Draw for the current size of the terminal."""
         width, is_ascii = min(options.max_width - FREE_CELLS, _WIDEST), options.ascii_only
         if not self._numbers or width < _NARROWEST or options.size.height < _LOWEST:
             yield self.line
@@ -90,7 +106,7 @@ class TrainingPanel:
 
     def _curves(self, width: int, *, is_ascii: bool) -> list[Text]:
         train, val = self.train.points, self.val.points
-        # rich draws four times a second: curves that have not moved are not worked out again.
+        # rich draws four times a second: unchanged curves are not drawn again.
         key = train[-1:], val[-1:], width, is_ascii
         if self._chart is None or self._chart[0] != key:
             mark = _ASCII_MARK if is_ascii else _MARK

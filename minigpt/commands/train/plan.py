@@ -1,20 +1,56 @@
-"""How train --dry-run writes its plan: a table, or JSON."""
+"""minigpt train --dry-run: print the plan of a run as a table or as JSON."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
+from typing import Any
 
 from rich.text import Text
 
 from minigpt.commands.output import aligned, line_width, show, write_json
+from minigpt.commands.train.display import TrainingDisplay
+from minigpt.commands.train.job import Request, open_job
+from minigpt.commands.train.run import releasing_ranks
 from minigpt.config import RunConfig
 from minigpt.format import duration, short, with_unit
-from minigpt.training.reports.plan import Plan
+from minigpt.model.device import resolve_device, resolve_dtype
+from minigpt.rings import ring
+from minigpt.training.reports.plan import Plan, make_plan
+from minigpt.training.state import TrainingState, read_state
+from minigpt.training.world import join
 
-_POINTERS = 2  # the best checkpoint and the latest are kept besides
+_POINTERS = 2  # the best and the latest checkpoint are kept as well
 
 
-def show_plan(plan: Plan, config: RunConfig, *, is_json: bool) -> None:
-    """Write a plan to stdout."""
+def plan_training(
+    name: str | None, overrides: dict[str, Any], *, resume: bool, is_json: bool
+) -> None:
+    """Print the plan of the run that ``run_training`` would train; write nothing.
+
+    Raises: as ``open_job``.
+    """
+    world = join()
+    if not world.is_first:
+        ring("commands.train.ranks").follow(world)
+        return
+    with releasing_ranks(world):
+        with TrainingDisplay() as display:
+            request = Request(name, overrides, world.size, display.preparing, is_dry_run=True)
+            with open_job(request, resume=resume) as job:
+                device = resolve_device(job.config.training.device)
+                plan = make_plan(
+                    job.config,
+                    job.data,
+                    job.run,
+                    device=device,
+                    dtype=resolve_dtype(job.config.training.dtype, device),
+                    world=world,
+                    done=read_state(job.resume_from) if job.resume_from else TrainingState(),
+                )
+        _show(plan, job.config, is_json=is_json)
+        world.send_plan({})
+
+
+def _show(plan: Plan, config: RunConfig, *, is_json: bool) -> None:
     if is_json:
         facts = asdict(plan)
         facts["memory"]["total"] = plan.memory.total
@@ -34,7 +70,7 @@ def _rows(plan: Plan, config: RunConfig) -> Iterator[tuple[str, str, str]]:
     ranks = f" on each of {plan.n_ranks} processes" if plan.n_ranks > 1 else ""
     shape = f"{training.batch_size} x {config.sequence_length}"
     yield "tokens a step", f"{plan.step_tokens:,}", f"{shape}, in {plan.n_micro_batches}{ranks}"
-    is_clock = " or less: the clock ends it" if training.max_minutes else ""
+    is_clock = ", fewer if time runs out" if training.max_minutes else ""
     yield "steps", f"{plan.max_steps:,}", f"{plan.n_steps_left:,} left{is_clock}"
     all_tokens = f"{short(plan.max_steps * plan.step_tokens)} tokens"
     yield "epochs", f"{plan.epochs:.3g}", all_tokens
@@ -46,7 +82,7 @@ def _rows(plan: Plan, config: RunConfig) -> Iterator[tuple[str, str, str]]:
         yield f"  {part}", with_unit(n_bytes, "B"), ""
     note = f"at most {training.keep + _POINTERS} are kept"
     yield "a checkpoint", with_unit(plan.checkpoint_bytes, "B"), note
-    note = "guess from a few steps; evaluation is extra"
+    note = "estimated from a few steps, without evaluation"
     yield "time", duration(plan.training_s), note
     yield "  a step", f"{1000 * plan.step_s:.3g} ms", "uncompiled" if training.compile else ""
     speed = f"{short(plan.step_tokens / plan.step_s)} tok/s"

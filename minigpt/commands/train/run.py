@@ -1,35 +1,26 @@
-"""What minigpt train does once its options are read: train, and say so; or say what it would do."""
+"""Training as the user sees it: signals, metrics, the display, and the next commands."""
 
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from types import FrameType
 from typing import Any
 
 import typer
 
-from minigpt.checkpoint.folder import CONFIG_FILE, RunFolder
+from minigpt.checkpoint.folder import CONFIG_FILE
 from minigpt.commands.program import command_line
 from minigpt.commands.train.display import TrainingDisplay
-from minigpt.commands.train.job import Job, Lock, finetuning_job, new_job, resumed_job
-from minigpt.commands.train.plan import show_plan
-from minigpt.commands.train.ranks import (
-    explaining_lost_process,
-    follow,
-    launch_command,
-    orders,
-    resume_command,
-)
-from minigpt.commands.train.stopping import stopping_on_signals
+from minigpt.commands.train.job import Job, Request, open_job
 from minigpt.errors import DataError
 from minigpt.files import write_atomically
-from minigpt.model.device import resolve_device, resolve_dtype
+from minigpt.rings import ring
 from minigpt.settings import to_toml
-from minigpt.training.distributed import ALONE, World, join
 from minigpt.training.metrics import logging_to
-from minigpt.training.reports.plan import make_plan
-from minigpt.training.state import Progress, read_progress
 from minigpt.training.trainer import Trainer
+from minigpt.training.world import ALONE, World, join
 
 _PROMPT = "Once upon a time"
 
@@ -37,92 +28,38 @@ _PROMPT = "Once upon a time"
 def run_training(
     name: str | None, overrides: dict[str, Any], report_to: str | None, *, resume: bool
 ) -> None:
-    """Train, as the one process or as one of those that torchrun started.
+    """Train as the only process, or as one of those that torchrun started.
 
-    Raises: what the makers of jobs raise, and ``Trainer.run``.
+    Raises: as ``open_job`` and ``Trainer.run``.
     """
     world = join()
     if not world.is_first:
-        follow(world)
+        ring("commands.train.ranks").follow(world)
         return
-    with (
-        _giving_up_for_all(world),
-        TrainingDisplay() as display,
-        _job(name, overrides, world, display, RunFolder.lock, resume=resume) as job,
-    ):
-        _train(job, display, report_to, world)
-
-
-def plan_training(
-    name: str | None, overrides: dict[str, Any], *, resume: bool, is_json: bool
-) -> None:
-    """Print what ``run_training`` would do; nothing of it is written to the runs' folder.
-
-    Raises: what the makers of jobs raise.
-    """
-    world = join()
-    if not world.is_first:
-        follow(world)
-        return
-    with _giving_up_for_all(world):
-        with (
-            TrainingDisplay() as display,
-            _job(name, overrides, world, display, _unlocked, resume=resume) as job,
-        ):
-            device = resolve_device(job.config.training.device)
-            plan = make_plan(
-                job.config,
-                job.data,
-                job.run,
-                device=device,
-                dtype=resolve_dtype(job.config.training.dtype, device),
-                world=world,
-                done=read_progress(job.resume_from) if job.resume_from else Progress(),
-            )
-        show_plan(plan, job.config, is_json=is_json)
-        world.tell({})
-
-
-def _unlocked(run: RunFolder) -> AbstractContextManager[None]:
-    return nullcontext()
+    with releasing_ranks(world), TrainingDisplay() as display:
+        request = Request(name, overrides, world.size, display.preparing)
+        with open_job(request, resume=resume) as job:
+            _train(job, display, report_to, world)
 
 
 @contextmanager
-def _giving_up_for_all(world: World) -> Iterator[None]:
-    """Let nobody wait for orders that will not come."""
+def releasing_ranks(world: World) -> Iterator[None]:
+    """Tell the other ranks to exit if rank 0 fails before it has sent a plan."""
     try:
         yield
     except BaseException:
-        world.tell({})
+        world.send_plan({})
         raise
 
 
-def _job(
-    name: str | None,
-    overrides: dict[str, Any],
-    world: World,
-    display: TrainingDisplay,
-    lock: Lock,
-    *,
-    resume: bool,
-) -> AbstractContextManager[Job]:
-    start = finetuning_job if overrides.get("from") is not None else new_job
-    make = resumed_job if resume else start
-    return make(name, overrides, world.size, lock, display.preparing)
-
-
 def _train(job: Job, display: TrainingDisplay, report_to: str | None, world: World) -> None:
-    if job.resume_from is None:  # later words do not say how the run began
+    if job.resume_from is None:  # the config keeps the command that started the run
         command = launch_command(world, *sys.argv[1:])
         job = replace(job, config=replace(job.config, command=command))
-    training, run = job.config.training, job.run
-    # What cannot be is refused before the others begin.
-    world.micro_batch_size(training.batch_size, training.micro_batch_size)
-    world.tell(orders(job))
-    resume = resume_command(job.config, run, world)
-    with explaining_lost_process(run, world, resume, display.console):
+    resume = resume_command(job, world)
+    with _leading_ranks(job, world, resume, display):
         trainer, signal_number = train_job(job, display, report_to, world)
-    world.leave()
+    world.close()
     display.finish()
     if trainer.was_stopped:
         display.propose("resume", [resume])
@@ -130,37 +67,93 @@ def _train(job: Job, display: TrainingDisplay, report_to: str | None, world: Wor
     display.propose("next", _next_commands(trainer))
 
 
+def _leading_ranks(
+    job: Job, world: World, resume: str, display: TrainingDisplay
+) -> AbstractContextManager[None]:
+    """Send the other ranks their plan, and return a context that explains it if one is lost."""
+    if world.size == 1:
+        return nullcontext()
+    training = job.config.training
+    # Refuse an invalid batch size before the other ranks begin.
+    world.micro_batch_size(training.batch_size, training.micro_batch_size)
+    display.note(f"if one process dies, all of them end; resume with: {resume}")
+    context: AbstractContextManager[None] = ring("commands.train.ranks").leading(
+        job, world, resume, display.console
+    )
+    return context
+
+
 def train_job(
     job: Job, display: TrainingDisplay, report_to: str | None = None, world: World = ALONE
 ) -> tuple[Trainer, int]:
-    """Train, while metrics.jsonl and the display are told what happens.
+    """Train a job, and write its events to metrics.jsonl and to the display.
 
-    Returns: the trainer when it has ended, and the signal that came meanwhile; 0 if none did.
+    Returns: the trainer, and the number of the signal that stopped it, or 0.
     Raises: as ``Job.trainer`` and ``Trainer.run``.
     """
-    run = job.run
     trainer = job.trainer(world)
     config_toml = to_toml(trainer.config).encode(errors="replace")
-    write_atomically(run.path / CONFIG_FILE, config_toml)
+    write_atomically(job.run.path / CONFIG_FILE, config_toml)
     from_step = trainer.step if job.resume_from else None
-    with logging_to(run.path, report_to, from_step=from_step) as log:
-        display.start(trainer)
-        if world.size > 1:
-            resume = resume_command(job.config, run, world)
-            display.note(f"if one of the processes dies, all end; go on with: {resume}")
-        with _stopping(trainer, display) as received:
-            for event in trainer.run():
-                log(event)
-                display.show(event)
-            return trainer, world.largest(received[0] if received else 0)
 
-
-def _stopping(trainer: Trainer, display: TrainingDisplay) -> AbstractContextManager[list[int]]:
     def stop() -> None:
         trainer.request_stop()
         display.stopping()
 
-    return stopping_on_signals(stop)
+    with logging_to(job.run.path, report_to, from_step=from_step) as log:
+        display.start(trainer)
+        with stopping_on_signals(stop) as received:
+            for event in trainer.run():
+                log(event)
+                display.show(event)
+            return trainer, world.max(received[0] if received else 0)
+
+
+@contextmanager
+def stopping_on_signals(stop: Callable[[], None]) -> Iterator[list[int]]:
+    """Call ``stop``, which must be quick, on the first signal, and exit on the second.
+
+    Yields: the list of received signal numbers.
+    """
+    received: list[int] = []
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        if received:
+            raise SystemExit(128 + number)
+        received.append(number)
+        stop()
+
+    before = {number: signal.getsignal(number) for number in _stop_signals()}
+    for number in before:
+        signal.signal(number, receive)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _stop_signals() -> list[int]:
+    """Return the signals that stop a run, without those that are ignored, as SIGHUP under nohup.
+
+    Batch systems send SIGUSR1 to a job before they preempt it.
+    """
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    return [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+
+
+def launch_command(world: World, *words: str) -> str:
+    """Return a shell command that runs this program again, with torchrun if it was used."""
+    if world.size == 1:
+        return command_line(*words)
+    return str(ring("commands.train.ranks").torchrun_command(world, *words))
+
+
+def resume_command(job: Job, world: World) -> str:
+    """Return the shell command that resumes a run."""
+    command = launch_command(world, "train", "--resume", "--name", job.run.path.name)
+    return f"{command} < THE_SAME_TEXT" if "-" in job.config.data.paths else command
 
 
 def _next_commands(trainer: Trainer) -> list[str]:
@@ -176,6 +169,6 @@ def _next_commands(trainer: Trainer) -> list[str]:
 def _fits(trainer: Trainer, prompt: str) -> bool:
     try:
         n_tokens = len(trainer.data.tokenizer.encode_prompt(prompt))
-    except DataError:  # a vocabulary without one of its characters
+    except DataError:  # the vocabulary lacks a character of the prompt
         return False
     return n_tokens <= trainer.config.model.context_length

@@ -1,164 +1,133 @@
-"""How much memory a run takes: counted, tried out without any, and held against the machine's."""
+"""How much memory training takes, by formula, and how much the machine has."""
 
 import os
+from collections import Counter
 from dataclasses import dataclass, replace
-from typing import Any
-from weakref import ref
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
-from minigpt.config import RunConfig
+from minigpt.config import ModelConfig, RunConfig
 from minigpt.errors import ResourceError
 from minigpt.evaluation import windows_at_once
-from minigpt.model.cost import parameter_count
-from minigpt.model.device import autocast
+from minigpt.format import with_unit
 from minigpt.model.registry import model_class
-from minigpt.training.optim import is_muon_parameter, make_optimizers
+from minigpt.training.optim import is_muon_parameter
 
-_VALUE_BYTES = 4  # weights, gradients and moments are float32
-_BLOCK_BYTES = 50_000  # of Python's own, for the modules of a block
-_TOKEN_BYTES = 16  # an id and its target
-_LSTM_KEEPS = 15  # times its output: measured, oneDNN's gates and states of every position
-_FEW = 2  # layers; of one, the pass through it may not be where the most is held
+_FLOAT32 = 4
+_LSTM_VALUES = 16  # per token and unit: measured with oneDNN
+_BLOCK_BYTES = 50_000  # Python objects of a block's modules
+_TOKEN_BYTES = 16  # id and target
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryEstimate:
-    """What one process holds at most, in bytes; the program's own few hundred MB are left out."""
+    """Peak memory of one process in bytes, without the few hundred MB of Python and torch."""
 
     weights: int
+    """Parameters in float32."""
     gradients: int
+    """Gradients in float32."""
     optimizer: int
+    """State of the optimizers."""
     activations: int
-    """All else at the highest point: activations, logits and what the optimizer multiplies."""
+    """Activations, logits and temporary tensors at the peak, beyond the three above."""
 
     @property
     def total(self) -> int:
-        """The sum."""
+        """Sum of the parts."""
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
 def estimate_memory(
     config: RunConfig, n_val_tokens: int, dtype: torch.dtype, n_ranks: int = 1
 ) -> MemoryEstimate:
-    """Estimate the memory of a run from a step that is taken with tensors that have none.
+    """Estimate the peak memory of one rank.
 
-    That is done for two blocks and for three; each further one takes as much more. The kernels are
-    those of the CPU, whatever the device.
+    The peak is the largest of four moments (tests compare it with what torch allocates):
 
-    Args: n_ranks, which share weights, gradients and optimizer if the config says so.
+        loss        tokens x (n_layer x kept + output) + gradients of earlier micro-batches
+        backward    tokens x (input + block) + gradients, at the first block
+        update      gradients + five times the largest group of matrices (Muon)
+        evaluation  tokens x the larger of output and hidden layer, without gradients
+
+    The first two and the last add the weights in ``dtype``, which autocast caches. A block keeps
+    ``block_bytes_per_token``, or only its input with activation checkpointing.
     """
-    moments = optimizer_values(config)
-    shares = n_ranks if config.training.shard else 1
+    model, training, length = config.model, config.training, config.sequence_length
+    shapes = _shapes(model)
+    n_parameters = sum(n * shape.numel() for (_, shape), n in shapes.items())
+    n_shares = n_ranks if training.shard else 1
     held = {
-        "weights": parameter_count(config.model) * _VALUE_BYTES // shares,
-        "gradients": parameter_count(config.model) * _VALUE_BYTES // shares,
-        "optimizer": moments * _VALUE_BYTES // shares,
+        "weights": n_parameters * _FLOAT32 // n_shares,
+        "gradients": n_parameters * _FLOAT32 // n_shares,
+        "optimizer": optimizer_values(config) * _FLOAT32 // n_shares,
     }
-    length = config.sequence_length
-    n_windows = max(1, min(n_val_tokens, config.training.eval_tokens) // length)
-    n_windows = min(n_windows, windows_at_once(config.model.vocab_size, length))
+    gradients = held["gradients"]
+    cast_bytes = 0 if dtype == torch.float32 else dtype.itemsize
+    copies = n_parameters * cast_bytes
+    n_local = max(1, training.batch_size // n_ranks)
+    n_sequences = min(training.micro_batch_size, n_local)
+    n_tokens = n_sequences * length
+    stream = model.d_model * _FLOAT32
+    block = block_bytes_per_token(model, dtype)
+    kept = stream if training.recompute else block
+    # Log-probabilities, their gradients and those of the logits; then the final norm.
+    output = model.vocab_size * (3 * _FLOAT32 + cast_bytes) + 3 * stream
+    loss = n_tokens * (model.n_layer * kept + output) + copies
+    loss += gradients if n_local > n_sequences else 0
+    backward = n_tokens * (stream + block) + copies + gradients
+    matrices = [n * shape.numel() for (is_matrix, shape), n in shapes.items() if is_matrix]
+    has_muon = training.optimizer == "muon"
+    update = gradients + (5 * max(matrices) * _FLOAT32 if has_muon and matrices else 0)
+    n_windows = max(1, min(n_val_tokens, training.eval_tokens) // length)
+    n_windows = min(n_windows, windows_at_once(model.vocab_size, length))
+    logits = model.vocab_size * (2 * _FLOAT32 + cast_bytes)
+    hidden = (3 if model.family == "gpt2" else 4) * model.d_mlp * dtype.itemsize + stream
+    evaluation = n_windows * length * max(logits, hidden) + copies
+    peak = max(loss, backward, update, evaluation)
+    return MemoryEstimate(**held, activations=max(0, peak - gradients))
 
-    def peaks(n_layer: int) -> tuple[int, ...]:
-        return _peaks(_with_layers(config, n_layer), n_windows, dtype, n_ranks)
 
-    few = min(config.model.n_layer, _FEW)
-    n_more = config.model.n_layer - few
-    low = peaks(few)
-    high = peaks(few + 1) if n_more else low
-    peak = max(one + n_more * (two - one) for one, two in zip(low, high, strict=True))
-    alone = (2 * parameter_count(config.model) + moments) * _VALUE_BYTES
-    return MemoryEstimate(**held, activations=max(0, peak - alone))
+def block_bytes_per_token(model: ModelConfig, dtype: torch.dtype) -> int:
+    """Return the bytes that one block keeps per token for its backward pass.
+
+    Norms keep float32 values: input and output, RMSNorm the normalized input too, and a copy of
+    the output in ``dtype``. The rest is in ``dtype``: queries, keys, values and context; with
+    QK-norm, its inputs, normalized inputs and outputs; and the MLP's hidden values (gate, up,
+    activation and product; gpt2: up and activation). An LSTM keeps its gates and states.
+    """
+    if model.arch != "gpt":
+        return _LSTM_VALUES * model.d_model * _FLOAT32
+    is_gpt2 = model.family == "gpt2"
+    per_norm = (2 if is_gpt2 else 3) * _FLOAT32
+    per_norm += dtype.itemsize if dtype != torch.float32 else 0
+    heads = (model.n_head + model.n_kv_head) * model.d_head
+    attention = (5 if model.qk_norm else 2) * heads
+    mlp = (2 if is_gpt2 else 4) * model.d_mlp
+    return 2 * model.d_model * per_norm + (attention + mlp) * dtype.itemsize
 
 
 def optimizer_values(config: RunConfig) -> int:
-    """Return how many numbers the optimizers keep: one for Muon's weights, two for AdamW's."""
+    """Return the size of the optimizers' state: one value per Muon parameter, else two."""
     has_muon = config.training.optimizer == "muon"
-    n_values = 0
-    one = _with_layers(config, 1).model
+    return sum(
+        n * shape.numel() * (1 if has_muon and is_matrix else 2)
+        for (is_matrix, shape), n in _shapes(config.model).items()
+    )
+
+
+def _shapes(model: ModelConfig) -> Counter[tuple[bool, torch.Size]]:
+    """Count the parameters by shape, and by whether they are matrices for Muon."""
+    one = replace(model, n_layer=1)
+    counts: Counter[tuple[bool, torch.Size]] = Counter()
     for name, parameter in model_class(one).without_weights(one).named_parameters():
-        n_each = 1 if has_muon and is_muon_parameter(name, parameter) else 2
-        n_times = config.model.n_layer if name.startswith("blocks.") else 1
-        n_values += n_each * n_times * parameter.numel()
-    return n_values
-
-
-def _with_layers(config: RunConfig, n_layer: int) -> RunConfig:
-    return replace(config, model=replace(config.model, n_layer=n_layer))
-
-
-class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors that are made while it is entered and still live."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._storages: dict[int, Any] = {}
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.mkldnn_rnn_layer.default:
-            # Without real tensors, what it keeps for its backward pass has no size.
-            self._add(out[-1], out[-1].nbytes or _LSTM_KEEPS * out[0].nbytes)
-        tree_map_only(Tensor, self._add, out)
-        return out
-
-    def _add(self, tensor: Tensor, n_bytes: int | None = None) -> None:
-        storage = tensor.untyped_storage()
-        key = id(storage)
-        if key in self._storages:
-            return
-        n_bytes = storage.nbytes() if n_bytes is None else n_bytes
-
-        def forget(_: object) -> None:
-            del self._storages[key]
-            self.now -= n_bytes
-
-        self._storages[key] = ref(storage, forget)
-        self.now += n_bytes
-        self.peak = max(self.peak, self.now)
-
-
-def _peaks(
-    config: RunConfig, n_evaluated: int, dtype: torch.dtype, n_ranks: int
-) -> tuple[int, int, int]:
-    """Return the most bytes in use in forward and backward pass, in the update, in evaluation."""
-    training, length = config.training, config.sequence_length
-    n_local = max(1, training.batch_size // n_ranks)
-    size = min(training.micro_batch_size, n_local)
-    moments = optimizer_values(config) * _VALUE_BYTES
-    with FakeTensorMode(), _LiveBytes() as live:
-
-        def loss_of(n_sequences: int) -> Tensor:
-            tokens = torch.zeros(n_sequences, length, dtype=torch.long)
-            with autocast(tokens.device, dtype):
-                logits = model(tokens, recompute=training.recompute)
-            return F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten())
-
-        model = model_class(config.model)(config.model)
-        optimizers = make_optimizers(model, training, torch.float32)
-        loss_of(size).backward()
-        # From the second step on there are moments, from the second micro-batch on gradients too.
-        gradients = parameter_count(config.model) * _VALUE_BYTES if n_local > size else 0
-        passes, live.peak = live.peak + moments + gradients, live.now
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        update, live.peak = live.peak, live.now
-        with torch.no_grad():
-            loss_of(n_evaluated)
-        return passes, update, live.peak
+        n = model.n_layer if name.startswith("blocks.") else 1
+        counts[is_muon_parameter(name, parameter), parameter.shape] += n
+    return counts
 
 
 def machine_bytes(device: torch.device) -> int | None:
-    """Return the memory of a device; None where we cannot tell."""
+    """Return the memory of a device; None if it is unknown."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     try:
@@ -168,29 +137,26 @@ def machine_bytes(device: torch.device) -> int | None:
 
 
 def require_memory(config: RunConfig, device: torch.device, n_ranks: int = 1) -> None:
-    """Refuse what cannot be: more than the machine has, by the least that is needed.
+    """Raise ResourceError if the machine has less memory than a lower bound of what is needed.
 
-    Raises: ResourceError before any of it is taken.
+    The bound counts weights, gradients and one value of optimizer state per weight; the batch; the
+    logits; and the input of each block in bfloat16.
     """
-    there = machine_bytes(device)
-    if there is None:
+    available = machine_bytes(device)
+    if available is None:
         return
     model, training = config.model, config.training
-    shares = n_ranks if training.shard else 1
-    state = 3 * _VALUE_BYTES * parameter_count(model) // shares + _BLOCK_BYTES * model.n_layer
+    n_shares = n_ranks if training.shard else 1
+    n_parameters = sum(n * shape.numel() for (_, shape), n in _shapes(model).items())
+    state = 3 * _FLOAT32 * n_parameters // n_shares + _BLOCK_BYTES * model.n_layer
     n_tokens = training.batch_size * config.sequence_length // n_ranks
     n_at_once = min(n_tokens, training.micro_batch_size * config.sequence_length)
-    # The logits, and the stream before each block, in bfloat16 at best.
-    values = model.vocab_size * _VALUE_BYTES + 2 * model.n_layer * model.d_model
-    batch = n_tokens * _TOKEN_BYTES + n_at_once * values
-    if state + batch > there:
+    per_token = model.vocab_size * _FLOAT32 + 2 * model.n_layer * model.d_model
+    batch = n_tokens * _TOKEN_BYTES + n_at_once * per_token
+    if state + batch > available:
         what = "--batch-size or training.micro_batch_size" if batch > state else "model"
         raise ResourceError(
-            f"training needs at least {_gigabytes(state)} for weights, gradients and optimizer and "
-            f"{_gigabytes(batch)} for a batch, and {device.type} has {_gigabytes(there)} of memory."
-            f" Use a smaller {what}."
+            f"training needs at least {with_unit(state, 'B')} for weights, gradients and optimizer "
+            f"and {with_unit(batch, 'B')} for a batch, but {device.type} has "
+            f"{with_unit(available, 'B')} of memory. Use a smaller {what}."
         )
-
-
-def _gigabytes(n_bytes: int) -> str:
-    return f"{n_bytes / 1e9:,.3f} GB"

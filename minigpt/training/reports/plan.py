@@ -1,4 +1,4 @@
-"""What a run is going to be, before it is one: sizes, counts, memory, and how long it may take."""
+"""The plan of a run before it begins: sizes, counts, memory and time."""
 
 import math
 import statistics
@@ -14,7 +14,6 @@ from minigpt.model.cost import parameter_count, training_flops_per_token
 from minigpt.model.device import peak_flops
 from minigpt.model.registry import model_class
 from minigpt.text.shards import PreparedData
-from minigpt.training.distributed import ALONE, World
 from minigpt.training.reports.memory import (
     MemoryEstimate,
     estimate_memory,
@@ -22,8 +21,9 @@ from minigpt.training.reports.memory import (
     optimizer_values,
 )
 from minigpt.training.schedule import with_max_steps
-from minigpt.training.state import Progress
+from minigpt.training.state import TrainingState
 from minigpt.training.trainer import Trainer
+from minigpt.training.world import ALONE, World
 
 _PARTS = {
     "output": ("unembedding.",),
@@ -36,48 +36,53 @@ _PARTS = {
 _FIRST_TOKENS = 64
 _MEASURED_S = 1.0
 _MOST_STEPS = 20
-_NOTHING = Progress()
+_START = TrainingState()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A run on paper."""
+    """Sizes, counts and estimates of a run."""
 
     parameters: dict[str, int]
-    """Weights by the part of the model that they are in."""
+    """Number of parameters by part of the model."""
     n_train_tokens: int
+    """Number of training tokens."""
     n_val_tokens: int
+    """Number of validation tokens."""
     step_tokens: int
-    """Tokens of an optimizer step, over all ranks."""
+    """Tokens per optimizer step, over all ranks."""
     n_micro_batches: int
-    """Forward passes of one rank in a step."""
+    """Forward passes of a rank per step."""
     max_steps: int
-    """Optimizer steps of the whole run; with a limit of minutes, as many as the guess makes."""
+    """Number of optimizer steps of the whole run, estimated if it is limited by minutes."""
     n_steps_left: int
-    """Those that are still to be taken."""
+    """Number of optimizer steps left."""
     epochs: float
-    """Passes over the training tokens that all steps make."""
+    """Passes over the training tokens of the whole run."""
     training_flops: int
-    """Of the steps that are left."""
+    """FLOPs of the steps left."""
     memory: MemoryEstimate
-    """Of one rank."""
+    """Peak memory of one rank."""
     machine_bytes: int | None
-    """Memory of the device; None where it is not known."""
+    """Memory of the device in bytes. None if it is unknown."""
     checkpoint_bytes: int
-    """Weights and optimizer of one checkpoint."""
+    """Size of a checkpoint: weights and optimizer state."""
     step_s: float
-    """Guess of the seconds of a step, from a few that were taken."""
+    """Estimated seconds per step, from a few timed steps."""
     training_s: float
-    """Guess of the seconds of the steps that are left; evaluation and saving come on top."""
+    """Estimated seconds of the steps left, without evaluation and saving."""
     device: str
+    """Device type."""
     dtype: str
+    """Compute dtype."""
     n_ranks: int
+    """Number of processes."""
     peak_flops: float | None
-    """What the hardware could do at most, FLOP/s, over all ranks; None where it is not known."""
+    """Peak FLOP/s of the hardware, over all ranks. None if it is unknown."""
 
     @property
     def mfu(self) -> float | None:
-        """Share of the peak that the measured steps had; None where the peak is not known."""
+        """Fraction of the peak reached by the timed steps. None if the peak is unknown."""
         flops_per_s = self.training_flops / self.training_s if self.training_s else 0.0
         return flops_per_s / self.peak_flops if self.peak_flops else None
 
@@ -90,15 +95,15 @@ def make_plan(
     device: torch.device,
     dtype: torch.dtype,
     world: World = ALONE,
-    done: Progress = _NOTHING,
+    done: TrainingState = _START,
 ) -> Plan:
-    """Count what a run will be, and take some steps of a model of its shape to see how long.
+    """Plan a run, and time a few steps of a new model of its shape.
 
-    That model is dropped, and nothing is written. The steps are taken by this process alone and
-    not compiled, on no more tokens than take a moment: a whole step is worked out by its FLOPs.
+    Nothing is written. The timed steps are taken by this process alone, uncompiled, on about a
+    second's worth of tokens; the time of a whole step is scaled by its FLOPs.
 
-    Args: run, which is not looked at; done, from where the run goes on.
-    Raises: DataError if the corpus is too short; ConfigError if the ranks cannot share the batch.
+    Args: run, its folder, which is not touched; done, the state that the run resumes from.
+    Raises: DataError if the corpus is too short; ConfigError if the batch cannot be divided.
     """
     train_tokens, val_tokens = data.tokens.split(config.data.val_fraction)
     config = with_max_steps(config, len(train_tokens))
@@ -106,20 +111,18 @@ def make_plan(
     step_tokens = training.batch_size * length
     micro_batch_size = world.micro_batch_size(training.batch_size, training.micro_batch_size)
     memory = estimate_memory(config, len(val_tokens), dtype, world.size)
-    there = machine_bytes(device)
-    is_tight = there is not None and memory.total > there
-    flop_s, update_s = _measured(
-        config, data, run, 1 if is_tight else micro_batch_size, device, dtype
-    )
-    full_flops = step_tokens * training_flops_per_token(_at_length(config, length))
-    step_s = flop_s * full_flops / world.size + update_s
+    available = machine_bytes(device)
+    is_tight = available is not None and memory.total > available
+    largest = 1 if is_tight else micro_batch_size
+    flop_s, update_s = _measure(config, data, run, largest, device, dtype)
+    step_flops = step_tokens * training_flops_per_token(_at_length(config, length))
+    step_s = flop_s * step_flops / world.size + update_s
     limits = [training.max_steps]
     if training.max_minutes:
         limits.append(done.step + int((60 * training.max_minutes - done.elapsed_s) / step_s))
     max_steps = max(1, done.step, min(limit for limit in limits if limit))
-    flops = flops_of_steps(config, max_steps, max_steps) - flops_of_steps(
-        config, done.step, max_steps
-    )
+    flops = flops_of_steps(config, max_steps, max_steps)
+    flops -= flops_of_steps(config, done.step, max_steps)
     peak = peak_flops(device, dtype)
     return Plan(
         parameters=parameters_by_part(config.model),
@@ -132,7 +135,7 @@ def make_plan(
         epochs=max_steps * step_tokens / len(train_tokens),
         training_flops=flops,
         memory=memory,
-        machine_bytes=there,
+        machine_bytes=available,
         checkpoint_bytes=4 * (parameter_count(config.model) + optimizer_values(config)),
         step_s=step_s,
         training_s=flop_s * flops / world.size + (max_steps - done.step) * update_s,
@@ -144,7 +147,7 @@ def make_plan(
 
 
 def parameters_by_part(config: ModelConfig) -> dict[str, int]:
-    """Count weights by the part of the model that they are in; the parts add up to all of them."""
+    """Count the parameters by part of the model."""
     model = model_class(config).without_weights(replace(config, n_layer=1))
     counts = dict.fromkeys(_PARTS, 0)
     for name, parameter in model.named_parameters():
@@ -156,7 +159,7 @@ def parameters_by_part(config: ModelConfig) -> dict[str, int]:
 
 
 def flops_of_steps(config: RunConfig, n_steps: int, max_steps: int) -> int:
-    """Return the FLOPs of the first steps of a run of so many, some with a shorter context."""
+    """Return the FLOPs of the first ``n_steps`` of ``max_steps``, with context warm-up."""
     training, length = config.training, config.sequence_length
     short_length = training.context_warmup_length or length
     n_short = min(n_steps, math.ceil(training.context_warmup_fraction * max_steps))
@@ -171,7 +174,7 @@ def _at_length(config: RunConfig, length: int) -> ModelConfig:
     return replace(config.model, context_length=length)
 
 
-def _measured(
+def _measure(
     config: RunConfig,
     data: PreparedData,
     run: RunFolder,
@@ -179,9 +182,9 @@ def _measured(
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[float, float]:
-    """Return the seconds per FLOP of a forward and backward pass, and the seconds of an update.
+    """Return the seconds per FLOP of forward and backward pass, and the seconds of an update.
 
-    A first step on few tokens tells how many take about a second.
+    A first trial on few tokens decides how many tokens take about a second.
     """
     length = config.sequence_length
 
@@ -198,7 +201,7 @@ def _measured(
             "shard": False,
         }
         tried = replace(config, training=replace(config.training, **changes))
-        pass_s, update_s = _seconds_of(Trainer(tried, data, run, device=device, dtype=dtype))
+        pass_s, update_s = _time_steps(Trainer(tried, data, run, device=device, dtype=dtype))
         n_flops = n_sequences * n_tokens * training_flops_per_token(_at_length(config, n_tokens))
         return pass_s / n_flops, update_s
 
@@ -209,18 +212,18 @@ def _measured(
     return trial(n_sequences, min(length, n_tokens))
 
 
-def _seconds_of(trainer: Trainer) -> tuple[float, float]:
-    """Return the medians of the seconds of forward and backward pass and of the update."""
-    device, marks = trainer.device, list[float]()
+def _time_steps(trainer: Trainer) -> tuple[float, float]:
+    """Return the median seconds of forward and backward pass, and of the update."""
+    marks = list[float]()
 
     def mark(*_: object) -> None:
-        if device.type == "cuda":
+        if trainer.device.type == "cuda":
             torch.cuda.synchronize()
         marks.append(time.perf_counter())
 
     trainer.optimizers[0].register_step_pre_hook(mark)
     trainer.optimizers[-1].register_step_post_hook(mark)
-    trainer.take_step()  # the first one makes the optimizer's state
+    trainer.take_step()  # creates the optimizer state
     started = time.perf_counter()
     passes, updates = list[float](), list[float]()
     while len(passes) < _MOST_STEPS and (not passes or time.perf_counter() < started + _MEASURED_S):

@@ -1,4 +1,4 @@
-"""Events -> TensorBoard: the scalars of a run, in event files beside its metrics.jsonl."""
+"""Scalars for TensorBoard, in event files beside a run's metrics.jsonl."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,13 +10,11 @@ from minigpt.training.events import EvalEvent, Event, SaveEvent, SkipEvent, Step
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-TENSORBOARD_FOLDER = "tensorboard"
-"""Where the event files of a run lie, in its folder."""
 _FLUSH_S = 10
 
 
 def summary_writer() -> "type[SummaryWriter]":
-    """Return what writes event files; it is imported only when it is asked for.
+    """Import and return TensorBoard's writer of event files.
 
     Raises: ConfigError if TensorBoard is not installed.
     """
@@ -31,19 +29,20 @@ def summary_writer() -> "type[SummaryWriter]":
 
 
 class TensorBoardLog:
-    """Adds events to a run's scalars; a resumed run hides the points past where it resumes."""
+    """Adds events to a run's scalars. A resumed run hides the points after its checkpoint."""
 
     def __init__(self, folder: Path, *, from_step: int | None = None) -> None:
-        """Begin an event file that takes over after ``from_step``; None is a new run.
+        """Begin an event file.
 
+        Args: from_step, the step that the run resumes from; None for a new run.
         Raises: ConfigError if TensorBoard is not installed.
         """
-        # A reader of the folder drops what earlier files say of purge_step and later.
+        # TensorBoard drops the points of earlier files from purge_step on.
         purge_step = 0 if from_step is None else from_step + 1
         self._writer = summary_writer()(str(folder), purge_step=purge_step, flush_secs=_FLUSH_S)
 
     def write(self, event: Event) -> None:
-        """Add what an event has to say; what is known at a checkpoint is on the disk with it."""
+        """Add the scalars of an event, and flush the file at each checkpoint."""
         match event:
             case StepEvent():
                 self._add(
@@ -70,5 +69,5 @@ class TensorBoardLog:
                 self._writer.add_scalar(tag, value, step)
 
     def close(self) -> None:
-        """Write what is left."""
+        """Flush and close the file."""
         self._writer.close()

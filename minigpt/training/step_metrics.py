@@ -1,0 +1,98 @@
+"""Loss, gradient norm and throughput of the optimizer steps.
+
+Loss and gradient norm are computed on the device, and reading them waits for it. They are read when
+a line of the log is due, for all steps since the last line, or at every step if ``on_nan`` is skip.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minigpt.training.world import World
+
+MAX_SKIPPED_IN_A_ROW = 10
+"""Number of consecutive skipped steps after which a run counts as diverged."""
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """Loss and gradient norm of one step, the same on every rank."""
+
+    step: int
+    """Number of steps taken, including this one."""
+    lr: float
+    """Learning rate of the matrices."""
+    loss: float
+    """Mean cross-entropy over the batch, in nats/token."""
+    grad_norm: float
+    """Global gradient norm before clipping."""
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether neither loss nor gradient norm is NaN or inf."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+    def __str__(self) -> str:
+        return (
+            f"at step {self.step}: loss {self.loss:.4g}, gradient norm {self.grad_norm:.4g}, "
+            f"lr {self.lr:.3g}"
+        )
+
+
+class PendingMetrics:
+    """Metrics of recent steps that are still on the device."""
+
+    def __init__(self, world: World) -> None:
+        """Args: world, whose ranks all call ``read`` at the same steps."""
+        self._world = world
+        self._pending: list[tuple[int, float, Tensor, Tensor]] = []
+
+    def add(self, step: int, lr: float, loss: Tensor, grad_norm: Tensor) -> None:
+        """Add a step. Args: loss, the mean over this rank's part of the batch."""
+        self._pending.append((step, lr, loss, grad_norm))
+
+    def read(self) -> list[StepMetrics]:
+        """Wait for the device and return the steps since the last call, in order."""
+        if not self._pending:
+            return []
+        steps, lrs, losses, norms = zip(*self._pending, strict=True)
+        self._pending = []
+        loss = self._world.mean(torch.stack(losses))
+        norm = torch.stack([self._world.full_tensor(norm) for norm in norms])
+        numbers = torch.stack([loss, norm]).tolist()
+        return [StepMetrics(*values) for values in zip(steps, lrs, *numbers, strict=True)]
+
+
+@dataclass(frozen=True)
+class Clock:
+    """How far a run is."""
+
+    step: int
+    """Number of steps taken."""
+    elapsed_s: float
+    """Seconds of training."""
+    progress: float
+    """Fraction of the budget used, in [0, 1]."""
+
+
+class Stopwatch:
+    """Measures throughput between log lines and estimates the time left."""
+
+    def __init__(self, start: Clock, step_tokens: int) -> None:
+        """Args: start, where this process begins; step_tokens, tokens per step over all ranks."""
+        self._start = self._last = start
+        self._step_tokens = step_tokens
+
+    def tokens_per_s(self, now: Clock) -> float:
+        """Return the throughput since the last call, in tokens per second."""
+        seconds = now.elapsed_s - self._last.elapsed_s
+        n_steps, self._last = now.step - self._last.step, now
+        return n_steps * self._step_tokens / seconds
+
+    def remaining_s(self, now: Clock) -> float:
+        """Return the estimated seconds of training left, at the mean speed so far."""
+        used = now.progress - self._start.progress
+        seconds = now.elapsed_s - self._start.elapsed_s
+        return seconds / used * (1 - now.progress) if used else 0.0
