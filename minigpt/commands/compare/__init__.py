@@ -1,5 +1,6 @@
 """minigpt compare; the command's docstring is its --help."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,49 +10,45 @@ from minigpt.commands.options import (
     Data,
     Fields,
     Json,
-    Option,
     Preset,
     XAxis,
     command,
     layered,
 )
-from minigpt.config import ARCHS, ATTENTIONS, RunConfig
+from minigpt.config import ARCHS, ATTENTIONS, RunConfig, check_fields, option
 from minigpt.presets import default_run
+
+_VARIANTS = ", ".join([*ATTENTIONS, *list(ARCHS)[1:]])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonConfig:
+    """The variants and seeds of a comparison, and what is shown of it."""
+
+    variants: str = option(
+        "scaled_dot,additive,general,lstm", metavar="NAME,NAME", text=f"Variants: {_VARIANTS}"
+    )
+    """Names of the variants, separated by commas."""
+    budget: str = option("steps", metavar="NAME:N", shown="the preset's steps")
+    """Budget of each run: steps, seconds or flops, as in seconds:60."""
+    seeds: int = option(3, "[1, inf)")
+    """Number of runs per variant."""
+    name: str | None = option(None, metavar="NAME", shown="from the text")
+    """Prefix of the runs' names in checkpoints/."""
+    x: XAxis = option("steps", group="Output")
+    """Unit of the x axis."""
+    out: Path | None = option(None, group="Output")
+    """Draw the validation losses, .svg or .png."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @command
 def compare(
     data: Data = None,
     *,
-    variants: Annotated[
-        str,
-        Option(
-            f"Variants: {', '.join(ATTENTIONS)}, {', '.join(list(ARCHS)[1:])}",
-            "Comparison",
-            metavar="NAME,NAME",
-        ),
-    ] = "scaled_dot,additive,general,lstm",
-    budget: Annotated[
-        str,
-        Option(
-            "Budget of each run: steps, seconds or flops, as in seconds:60",
-            "Comparison",
-            metavar="NAME:N",
-            shown="the preset's steps",
-        ),
-    ] = "steps",
-    seeds: Annotated[
-        int, Option("Number of runs per variant", "Comparison", bounds="[1, inf)")
-    ] = 3,
-    name: Annotated[
-        str | None,
-        Option(
-            "Prefix of the runs' names in checkpoints/",
-            "Comparison",
-            metavar="NAME",
-            shown="from the text",
-        ),
-    ] = None,
+    comparison: ComparisonConfig,
     preset: Preset = None,
     config: ConfigFile = None,
     set_: Assignments = None,
@@ -64,10 +61,6 @@ def compare(
             defaults=default_run(),
         ),
     ],
-    x: Annotated[XAxis, Option("Unit of the x axis", "Output")] = "steps",
-    out: Annotated[
-        Path | None, Option("Draw the validation losses, .svg or .png", "Output")
-    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compare attention scores and recurrent models.
@@ -82,8 +75,7 @@ def compare(
     Each run is a training run in checkpoints/NAME-VARIANT-sSEED. Ctrl-C saves; the same command
     resumes, and with more seeds or variants adds their runs.
     """
-    from minigpt.commands.compare.run import Wanted, run_comparison
+    from minigpt.commands.compare.run import run_comparison
 
     overrides = layered(config, settings, data, preset, set_)
-    wanted = Wanted(variants=variants, budget=budget, n_seeds=seeds, name=name, overrides=overrides)
-    run_comparison(wanted, x_axis=x, out=out, is_json=as_json)
+    run_comparison(comparison, overrides, is_json=as_json)

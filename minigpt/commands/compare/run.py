@@ -11,6 +11,7 @@ import typer
 from rich.text import Text
 
 from minigpt.checkpoint.folder import CONFIG_FILE
+from minigpt.commands.compare import ComparisonConfig
 from minigpt.commands.output import aligned, line_width, note, show, write_json
 from minigpt.commands.plot.curves import require_picture, validation_curves, write_picture
 from minigpt.commands.program import command_line
@@ -62,20 +63,6 @@ _UNKNOWN = "-"
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What the user asked for."""
-
-    variants: str
-    """Names with commas between them."""
-    budget: str
-    """As ``parse_budget`` takes it."""
-    n_seeds: int
-    name: str | None
-    overrides: dict[str, Any]
-    """Settings beyond the preset, nested as in RunConfig."""
-
-
-@dataclass(frozen=True)
 class Comparison:
     """All that a comparison is made of."""
 
@@ -86,15 +73,15 @@ class Comparison:
     data: PreparedData
 
 
-def run_comparison(wanted: Wanted, *, x_axis: str, out: Path | None, is_json: bool) -> None:
+def run_comparison(config: ComparisonConfig, overrides: dict[str, Any], *, is_json: bool) -> None:
     """Train what is not trained yet, and print what came of it.
 
     Raises: ConfigError for what cannot be compared, or for runs of these names that are others;
         otherwise as ``train_job``.
     """
-    if out is not None:
-        require_picture(out)
-    comparison = _prepared(wanted)
+    if config.out is not None:
+        require_picture(config.out)
+    comparison = _prepared(config, overrides)
     signal_number = _train(comparison)
     finished = [run for run in comparison.runs if _is_finished(run)]
     if finished:
@@ -105,32 +92,32 @@ def run_comparison(wanted: Wanted, *, x_axis: str, out: Path | None, is_json: bo
             write_json(_record(comparison, results, len(finished)))
         else:
             show(_table(results))
-        if out is not None:
-            _draw(out, finished, x_axis)
+        if config.out is not None:
+            _draw(config.out, finished, config.x)
     if signal_number:
         note(f"{len(finished)} of {len(comparison.runs)} runs are finished; go on with:")
         note(command_line(*sys.argv[1:]))
         raise typer.Exit(128 + signal_number)
 
 
-def _prepared(wanted: Wanted) -> Comparison:
+def _prepared(config: ComparisonConfig, overrides: dict[str, Any]) -> Comparison:
     """Settle which runs there are to be; those that are there already must be the same."""
-    asked = flat(wanted.overrides)
+    asked = flat(overrides)
     for setting, reason in _NOT_SETTINGS.items():
         if asked.get(setting) is not None:
             raise ConfigError(f"{setting} is {asked[setting]!r}, and {reason}. Leave it out.")
-    variants = parse_variants(wanted.variants)
-    settings = settings_of(wanted.overrides)
+    variants = parse_variants(config.variants)
+    settings = settings_of(overrides)
     data_config = build(DataConfig, settings.get("data", {}), "data.")
     # No run has the name itself, so that it is the same every time.
-    name = checked_name(wanted.name) if wanted.name else fresh_name(data_config, "compare")
+    name = checked_name(config.name) if config.name else fresh_name(data_config, "compare")
     with TrainingDisplay() as display:
         data = prepare(data_config, on_progress=display.preparing)
     base = with_vocabulary(settings, data.tokenizer.vocab_size)
     base = with_max_steps(base, len(data.tokens.split(base.data.val_fraction)[0]))
-    budget = parse_budget(wanted.budget, base)
-    runs = compared_runs(base, variants, wanted.n_seeds, budget, name)
-    if given(wanted.overrides, "training", "eval_every") is None:
+    budget = parse_budget(config.budget, base)
+    runs = compared_runs(base, variants, config.seeds, budget, name)
+    if given(overrides, "training", "eval_every") is None:
         runs = [replace(run, config=_with_points(run.config)) for run in runs]
     for run in runs:
         checked_name(run.folder.path.name)
