@@ -108,7 +108,7 @@ def test_the_newest_run_is_used_by_default(
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "said"),
+    ("words", "code", "parts"),
     [
         ("--model nothing", 4, ["'nothing'"]),
         ("--view gird", 2, ["'gird'", "Did you mean grid?"]),
@@ -120,13 +120,13 @@ def test_the_newest_run_is_used_by_default(
     ],
 )
 def test_invalid_options_are_refused_in_one_line(
-    run: Run, folder: Path, words: str, code: int, said: list[str]
+    run: Run, folder: Path, words: str, code: int, parts: list[str]
 ) -> None:
     given = words.split()
     result = run("heads", *(given if "--model" in given else ["--model", str(folder), *given]))
     line = error_line(result)
     assert result.code == code
-    assert all(part in line for part in said), line
+    assert all(part in line for part in parts), line
 
 
 def test_damaged_and_too_small_models_are_refused(run: Run, workplace: Path) -> None:

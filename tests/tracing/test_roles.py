@@ -182,7 +182,7 @@ def test_the_induction_head_of_a_copying_model_is_found(copier: GPT) -> None:
 def test_ablating_the_induction_head_costs_the_most(copier: GPT) -> None:
     effects = head_effects(copier)[:, 0]
     assert effects.argmax() == INDUCTION
-    assert effects[INDUCTION] > math.log(CONTEXT // 2), "no better than any token that was said"
+    assert effects[INDUCTION] > math.log(CONTEXT // 2), "no better than guessing"
     assert effects[PREVIOUS] > math.log(CONTEXT // 2), "without it, induction finds nothing"
 
 

@@ -182,8 +182,8 @@ def _caption(trace: Trace, n_shown: int, n_pooled: int, *, is_halved: bool) -> s
     n = len(trace.steps)
     rows = "rows: generated tokens" if n_shown == n else f"rows: the newest {n_shown} of {n}"
     if is_halved:
-        rows += ", two per line, labelled by the upper one"
-    columns = "columns: the positions that they attended to"
+        rows += ", two per line, labelled by the upper"
+    columns = "columns: positions attended to"
     if n_pooled > 1:
         columns += f", each the mean of {n_pooled}"
     return f"{rows}; {columns}; sink: position {trace.header.sink}."
