@@ -1,4 +1,4 @@
-"""metrics.jsonl -> loss curves, of a run that is done or one that is being trained."""
+"""Loss curves from the metrics.jsonl of a finished or running run."""
 
 import json
 import math
@@ -19,29 +19,33 @@ _LOSSES = {"step": "train_loss", "eval": "val_loss"}
 
 @dataclass(frozen=True)
 class LossPoint:
-    """A loss, and what had been spent on training when it was measured."""
+    """A loss, with the training steps, tokens and seconds before it."""
 
     steps: int
+    """Number of optimizer steps."""
     tokens: int | None
-    """None if the run's config.toml does not tell."""
+    """Number of training tokens. None if config.toml cannot be read."""
     seconds: float
-    """Of training, without evaluation and saving."""
+    """Seconds of training, without evaluation and saving."""
     loss: float
-    """Nats/token."""
+    """Mean cross-entropy, in nats/token."""
     bits_per_byte: float | None = None
-    """Of a validation pass."""
+    """Validation loss in bits per byte of text. None for a training loss."""
 
 
 @dataclass(frozen=True)
 class LossCurves:
-    """What a run's metrics.jsonl says of its losses, by step."""
+    """The losses of a run, by step."""
 
     folder: Path
+    """Folder of the run."""
     tokenizer: str | None
-    """None if the run's config.toml does not tell; losses of different ones do not compare."""
+    """Name of the tokenizer, or None if config.toml cannot be read. Losses per token cannot be
+    compared between tokenizers."""
     train: tuple[LossPoint, ...]
-    """Each of one batch."""
+    """Training losses, each of one batch."""
     val: tuple[LossPoint, ...]
+    """Validation losses."""
 
 
 def find_run(spec: str | None, root: Path = ROOT) -> Path:
@@ -73,13 +77,13 @@ def _has_metrics(folder: Path) -> bool:
 
 
 def read_curves(run: Path) -> LossCurves:
-    """Read the losses of a run; a last line that is only half written is not there yet.
+    """Read the losses of a run, without a last line that is only half written.
 
-    Raises: CheckpointError if any other line is no event, or has no numbers where losses are.
+    Raises: CheckpointError if another line is not an event with numeric losses.
     """
     try:
         config = build(RunConfig, read_toml(run / CONFIG_FILE))
-    except ConfigError:  # absent, or of another version: what it tells is not needed for a curve
+    except ConfigError:  # missing, or of another version
         config = None
     step_tokens = config.training.batch_size * config.sequence_length if config else None
     curves: dict[str, list[LossPoint]] = {name: [] for name in _LOSSES.values()}
@@ -92,7 +96,7 @@ def read_curves(run: Path) -> LossCurves:
                 curves[name].append(_point(event, name, step_tokens))
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             raise CheckpointError(
-                f"line {number} of {str(path)!r} is no line of metrics. Delete it."
+                f"line {number} of {str(path)!r} is not a line of metrics. Delete it."
             ) from None
     train, val = (tuple(filter(_is_finite, points)) for points in curves.values())
     return LossCurves(run, config.data.tokenizer if config else None, train, val)
@@ -102,7 +106,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     with resource_errors(path):
         text = path.read_text(encoding="utf-8", errors="replace")
     lines = text.split("\n")
-    yield from enumerate(lines[:-1], start=1)  # what a line break ends is whole
+    yield from enumerate(lines[:-1], start=1)
 
 
 def _point(event: dict[str, Any], name: str, step_tokens: int | None) -> LossPoint:
