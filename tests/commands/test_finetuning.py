@@ -128,7 +128,7 @@ def loss_by_transformers(transformers: Any, folder: Path, separator: list[int]) 
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "bare"])
-def test_fine_tuning_goes_on_from_a_folder_of_transformers_and_writes_one(
+def test_fine_tuning_reads_and_writes_folders_of_transformers(
     run: Run, at_text: Path, transformers: Any, kind: str
 ) -> None:
     words = ["--max-steps", "40", "--lr", "0.01", "--sample-every", "40", "--dtype", "float32"]
@@ -169,7 +169,7 @@ def test_fine_tuning_goes_on_from_a_folder_of_transformers_and_writes_one(
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "bare"])
-def test_a_step_of_no_length_leaves_every_byte_of_the_weights(
+def test_a_learning_rate_near_zero_keeps_every_byte_of_the_weights(
     run: Run, at_text: Path, kind: str
 ) -> None:
     words = ["--max-steps", "1", "--lr", "1e-38"]
@@ -182,7 +182,7 @@ def test_a_step_of_no_length_leaves_every_byte_of_the_weights(
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_a_killed_fine_tuning_ends_with_the_same_bytes_without_what_it_started_from(
+def test_a_killed_fine_tuning_run_resumes_with_the_same_bytes_without_its_base_model(
     run: Run, at_text: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     assert run("train", "text.txt", "--from", kind, "--name", "a", *SHORT).code == 0
@@ -199,7 +199,7 @@ def test_a_killed_fine_tuning_ends_with_the_same_bytes_without_what_it_started_f
     assert [step for step, _ in evaluations("a")] == [0, 3, 6]
 
 
-def test_a_fine_tuning_can_be_made_again_from_its_own_config(run: Run, at_text: Path) -> None:
+def test_a_fine_tuning_run_can_be_repeated_from_its_own_config(run: Run, at_text: Path) -> None:
     words = ["--set", "model.dropout=0.2"]
     assert run("train", "text.txt", "--from", "gpt2", "--name", "a", *SHORT, *words).code == 0
     assert run("train", "--config", "checkpoints/a/config.toml", "--name", "b").code == 0
@@ -210,7 +210,7 @@ def test_a_fine_tuning_can_be_made_again_from_its_own_config(run: Run, at_text: 
     assert read_toml(Path("checkpoints/c/config.toml"))["training"]["sequence_length"] == 16
 
 
-def test_a_run_of_ours_is_gone_on_from_by_its_name(run: Run, at_text: Path, trained: Path) -> None:
+def test_fine_tuning_starts_from_a_run_by_its_name(run: Run, at_text: Path, trained: Path) -> None:
     shutil.copytree(trained / "checkpoints", "checkpoints")
     assert run("train", "text.txt", "--from", "tiny", "--max-steps", "2").code == 0
     config = read_toml(Path("checkpoints/text-tiny/config.toml"))
@@ -225,7 +225,7 @@ def test_a_run_of_ours_is_gone_on_from_by_its_name(run: Run, at_text: Path, trai
     assert Path("checkpoints/text-tiny-2/step-000006").is_dir()
 
 
-def test_what_the_user_says_of_training_wins_over_what_suits(run: Run, at_text: Path) -> None:
+def test_user_settings_win_over_the_fine_tuning_defaults(run: Run, at_text: Path) -> None:
     words = ["--lr", "0.25", "--set", "training.schedule=linear", "--set", "model.dropout=0.25"]
     assert run("train", "text.txt", "--from", "llama", "--name", "a", *SHORT, *words).code == 0
     config = read_toml(Path("checkpoints/a/config.toml"))
@@ -254,7 +254,7 @@ def shape(**changes: Any) -> ModelConfig:
     ],
     ids=["GPT-2", "Llama 3.2 3B", "stories260K", "a million tokens"],
 )
-def test_what_suits_a_model_fits_a_laptop_and_its_width(
+def test_the_fine_tuning_defaults_fit_a_laptop_and_the_width(
     model: ModelConfig, length: int, micro: int, lr: tuple[float, float]
 ) -> None:
     base = Base("somewhere", GPT.without_weights(model), bytes_tokenizer())
@@ -266,7 +266,7 @@ def test_what_suits_a_model_fits_a_laptop_and_its_width(
     assert micro == 1 or micro * length * model.vocab_size * 4 <= 2**29  # half a GiB of logits
 
 
-def test_a_model_of_the_hub_is_recorded_with_its_commit(
+def test_a_hub_model_is_recorded_with_its_commit(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     snapshot = shutil.copytree(folders / "gpt2", tmp_path / "snapshots/0a1b2c")
@@ -318,7 +318,7 @@ def test_stories260k_is_fine_tuned_from_text(run: Run, workplace: Path, shared: 
         ("--from gpt2 few.txt", 3, ["too little text", "--context-length"]),
     ],
 )
-def test_what_cannot_be_gone_on_from_is_refused_in_one_line(
+def test_an_unusable_base_model_is_refused_in_one_line(
     run: Run, at_text: Path, words: str, code: int, said: list[str]
 ) -> None:
     shutil.copytree("gpt2", "no-words", ignore=shutil.ignore_patterns("tokenizer*"))
@@ -334,7 +334,7 @@ def test_what_cannot_be_gone_on_from_is_refused_in_one_line(
     assert not list(Path().glob("checkpoints/*/step-*"))
 
 
-def test_the_same_words_as_the_models_own_are_no_contradiction(run: Run, at_text: Path) -> None:
+def test_settings_equal_to_the_model_s_own_are_accepted(run: Run, at_text: Path) -> None:
     words = ["--n-layer", "2", "--tokenizer", "gpt2", "--family", "gpt2"]
     assert run("train", "text.txt", "--from", "gpt2", *SHORT, *words).code == 0
 

@@ -16,7 +16,7 @@ def without_tensorboard(trained: Path, workplace: Path, monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "tensorboard", None)  # an import of it fails
 
 
-def test_without_tensorboard_the_extra_is_named_before_anything_begins(run: Run) -> None:
+def test_without_tensorboard_the_error_names_the_extra_before_training(run: Run) -> None:
     result = run("train", "corpus.txt", "--name", "a", *TINY, "--report-to", "tensorboard")
     assert result.code == 2
     assert "pip install 'minigpt[tensorboard]'" in error_line(result)
@@ -40,7 +40,7 @@ def test_a_run_that_reported_cannot_be_resumed_silently_without_it(run: Run) -> 
     assert run(*resume, "--report-to", "none").code == 0
 
 
-def test_a_target_that_is_not_there_is_named_with_the_nearest(run: Run) -> None:
+def test_an_unknown_report_target_is_reported_with_the_nearest(run: Run) -> None:
     result = run("train", "corpus.txt", "--report-to", "tensorbord")
     assert result.code == 2
     assert "Did you mean tensorboard?" in error_line(result)

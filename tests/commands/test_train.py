@@ -42,7 +42,7 @@ def proposed(err: str, label: str) -> list[list[str]]:
     return [command[1:] for command in commands]
 
 
-def test_the_end_says_where_the_checkpoint_is_how_good_it_is_and_what_to_try(run: Run) -> None:
+def test_the_last_lines_name_the_checkpoint_its_loss_and_next_commands(run: Run) -> None:
     result = run("train", "corpus.txt", "--name", "my-run", *TINY)
     assert (result.code, result.out) == (0, "")
     best = json.loads(Path("checkpoints/my-run/best.json").read_text())
@@ -59,7 +59,7 @@ def test_the_end_says_where_the_checkpoint_is_how_good_it_is_and_what_to_try(run
         assert run(*words).code == 0
 
 
-def test_a_preset_fits_the_heads_and_the_layout_that_are_asked_for(run: Run) -> None:
+def test_a_preset_adapts_to_the_requested_heads_and_layout(run: Run) -> None:
     nano = PRESETS["nano"]["model"]
     assert nano["n_kv_head"] % 3, "three heads must not fit by themselves"
     short = ["--max-steps", "1", "--context-length", "64", "--n-layer", "1", "--batch-size", "1"]
@@ -78,7 +78,7 @@ def test_a_preset_fits_the_heads_and_the_layout_that_are_asked_for(run: Run) -> 
     assert (made["gpt2"]["n_kv_head"], made["gpt2"]["d_mlp"]) == (6, 4 * nano["d_model"])
 
 
-def test_the_card_says_how_the_run_began_however_often_it_was_resumed(run: Run) -> None:
+def test_the_model_card_keeps_the_command_that_started_the_run(run: Run) -> None:
     assert run("train", "corpus.txt", "--name", "carded", *TINY).code == 0
     words = shlex.join(["train", "corpus.txt", "--name", "carded", *TINY])
     first = Path("checkpoints/carded/step-000004/README.md").read_text()
@@ -91,7 +91,7 @@ def test_the_card_says_how_the_run_began_however_often_it_was_resumed(run: Run) 
     assert "Steps: 6," in second
 
 
-def test_a_file_whose_name_is_no_text_is_trained_on(run: Run) -> None:
+def test_a_file_name_that_is_not_utf_8_is_accepted(run: Run) -> None:
     name = os.fsdecode(b"\xff.txt")
     shutil.copy("corpus.txt", name)
     assert run("train", name, *TINY).code == 0
@@ -123,7 +123,7 @@ def test_settings_win_in_the_order_preset_file_option_set(run: Run) -> None:
     assert (training["lr"], training["beta1"], training["beta2"]) == (0.25, 0.125, 0.5)
 
 
-def test_a_run_can_be_made_again_from_its_own_config(run: Run, trained: Path) -> None:
+def test_a_run_can_be_repeated_from_its_own_config(run: Run, trained: Path) -> None:
     config = trained / "checkpoints/tiny/config.toml"
     assert run("train", "--config", str(config), "--name", "again").code == 0
     weights = "step-000004/model.safetensors"
@@ -147,7 +147,7 @@ def test_one_limit_replaces_the_other(run: Run) -> None:
     assert (training["max_steps"], training["max_minutes"]) == (0, 0.0001)
 
 
-def test_runs_without_a_name_are_called_after_text_and_preset_and_never_collide(run: Run) -> None:
+def test_derived_names_contain_text_and_preset_and_never_collide(run: Run) -> None:
     Path("odd name;$(x).v2.txt").write_text(Path("corpus.txt").read_text())
     words = ["train", "odd name;$(x).v2.txt", *TINY, "--max-steps", "1"]
     assert run(*words).code == run(*words).code == 0
@@ -175,7 +175,7 @@ def test_a_budget_can_be_raised_and_a_moved_text_named_anew(run: Run) -> None:
     assert RunFolder(Path("checkpoints/a")).steps() == [4, 5, 6]
 
 
-def test_a_run_that_is_done_is_left_as_it_is(run: Run) -> None:
+def test_resuming_a_complete_run_changes_nothing(run: Run) -> None:
     assert run("train", "corpus.txt", "--name", "a", *TINY).code == 0
     weights = Path("checkpoints/a/step-000004/model.safetensors")
     before = weights.read_bytes(), weights.stat().st_mtime_ns
@@ -198,13 +198,13 @@ def press_at(step: int, number: int, monkeypatch: pytest.MonkeyPatch, times: int
     monkeypatch.setattr(TrainingDisplay, "show", show_and_press)
 
 
-def test_a_job_that_is_to_end_is_told_by_any_of_its_signals() -> None:
+def test_stop_signals_include_those_of_batch_systems() -> None:
     signals = run_module._stop_signals()
     assert {signal.SIGTERM, signal.SIGUSR1} <= set(signals)
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
-def test_a_signal_saves_and_the_resumed_run_ends_as_if_there_had_been_none(
+def test_a_signal_saves_and_the_resumed_run_equals_an_uninterrupted_one(
     run: Run, trained: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     number = signal.Signals[name]
@@ -221,7 +221,7 @@ def test_a_signal_saves_and_the_resumed_run_ends_as_if_there_had_been_none(
     assert Path("checkpoints/a", weights).read_bytes() == straight
 
 
-def test_a_second_ctrl_c_stops_at_once_and_costs_no_checkpoint(
+def test_a_second_ctrl_c_exits_immediately_and_keeps_the_checkpoints(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -245,7 +245,7 @@ def losses(name: str) -> list[float]:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(("before", "after"), [("cuda", "cpu"), ("cpu", "cuda")])
-def test_a_run_goes_on_where_it_was_on_another_device(
+def test_a_run_resumes_on_another_device(
     run: Run, monkeypatch: pytest.MonkeyPatch, before: str, after: str
 ) -> None:
     words = [*TINY, "--dtype", "float32", "--device", before]
@@ -260,7 +260,7 @@ def test_a_run_goes_on_where_it_was_on_another_device(
     assert losses("checkpoints/a") == pytest.approx(losses("checkpoints/straight"), rel=1e-3)
 
 
-def test_a_run_that_has_moved_goes_on_at_the_same_windows_and_says_that_bits_differ(
+def test_a_moved_run_continues_with_the_same_windows_and_notes_the_rounding(
     run: Run, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -286,9 +286,7 @@ def test_a_run_that_has_moved_goes_on_at_the_same_windows_and_says_that_bits_dif
     assert "note " in again.err  # the last checkpoint is of other threads
 
 
-def test_who_hangs_up_on_stderr_does_not_end_the_run(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_closed_stderr_does_not_end_the_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as stream:
@@ -297,7 +295,7 @@ def test_who_hangs_up_on_stderr_does_not_end_the_run(
     assert RunFolder(Path("checkpoints/a")).steps() == [4]
 
 
-def test_ctrl_c_on_a_real_process_saves_and_says_how_to_go_on(run: Run, start: Start) -> None:
+def test_ctrl_c_on_a_real_process_saves_and_prints_how_to_resume(run: Run, start: Start) -> None:
     process = start("train", "corpus.txt", "--name", "a", *TINY, "--max-steps", "100000")
     metrics = Path("checkpoints/a/metrics.jsonl")
     deadline = time.monotonic() + 60
@@ -360,7 +358,7 @@ def test_json_without_a_dry_run_is_refused(run: Run) -> None:
     assert result.code == 2
 
 
-def test_epochs_become_steps_and_are_taken_up_as_such(run: Run) -> None:
+def test_epochs_become_steps_and_resume_as_steps(run: Run) -> None:
     n_train = int(2971 * 0.9)
     at = TINY.index("--max-steps")
     words = ["train", "corpus.txt", "--name", "a", *TINY[:at], *TINY[at + 2 :]]
@@ -389,7 +387,7 @@ def spoil_step(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trainer, "_loss", spoilt)
 
 
-def test_a_run_that_meets_a_nan_says_where_and_can_be_resumed_past_it(
+def test_a_nan_is_reported_with_its_step_and_can_be_skipped_on_resume(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spoil_step(3, monkeypatch)
@@ -407,7 +405,7 @@ def test_a_run_that_meets_a_nan_says_where_and_can_be_resumed_past_it(
     assert [line["step"] for line in lines if line["event"] == "step"] == [1, 2, 4]
 
 
-def test_a_model_that_no_machine_holds_is_refused_before_it_is_made(run: Run) -> None:
+def test_a_model_larger_than_memory_is_refused_before_it_is_created(run: Run) -> None:
     result = run("train", "no-such-text.txt", "--n-layer", "1000000000")
     assert result.code == 6
     line = error_line(result)
@@ -416,7 +414,7 @@ def test_a_model_that_no_machine_holds_is_refused_before_it_is_made(run: Run) ->
     assert not Path("checkpoints").exists()
 
 
-def test_a_run_from_a_model_that_is_stopped_at_once_is_evaluated_once(
+def test_a_fine_tuning_run_that_stops_immediately_is_evaluated_once(
     run: Run, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = str(trained / "checkpoints/tiny")
@@ -438,9 +436,7 @@ def test_a_run_from_a_model_that_is_stopped_at_once_is_evaluated_once(
     assert kinds == [("eval", 0), ("save", 0), ("step", 1), ("step", 2), ("eval", 2), ("save", 2)]
 
 
-def test_another_score_goes_all_the_way_from_the_option_to_the_trace(
-    run: Run, trained: Path
-) -> None:
+def test_another_score_works_from_the_option_to_the_trace(run: Run, trained: Path) -> None:
     words = ["train", str(trained / "corpus.txt"), "--name", "other", *TINY]
     plan = json.loads(run(*words, "--attention", "additive", "--dry-run", "--json").out)
     assert plan["parameters"]["attention"] == 2 * (4 * 16 * 16 + 2 * 8 + 2 * 8 * (8 + 8 + 1))
@@ -466,7 +462,7 @@ def test_another_score_goes_all_the_way_from_the_option_to_the_trace(
 
 
 @pytest.mark.parametrize("arch", ["lstm", "lstm-attention"])
-def test_an_lstm_goes_all_the_way_from_the_option_to_the_text(
+def test_an_lstm_works_from_the_option_to_the_generated_text(
     run: Run, trained: Path, arch: str
 ) -> None:
     tiny = " ".join(TINY).replace("--n-head 2 ", "").replace("--set model.d_mlp=16 ", "").split()

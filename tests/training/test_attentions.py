@@ -90,7 +90,7 @@ def test_a_trace_shows_the_model_s_own_weights_and_changes_no_token(name: str, r
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_config_json_and_config_toml_say_which_model_it_is(name: str, tmp_path: Path) -> None:
+def test_config_json_and_config_toml_record_the_architecture(name: str, tmp_path: Path) -> None:
     model = other_model(name)
     config = model.config
     write_model(tmp_path, model, None)
@@ -139,7 +139,7 @@ def test_an_lstm_without_attention_has_nothing_to_trace() -> None:
 
 
 @pytest.mark.parametrize("name", ["lstm", "lstm-attention"])
-def test_an_lstm_s_samples_together_are_those_alone_and_its_window_slides(name: str) -> None:
+def test_batched_lstm_samples_equal_single_ones_and_the_window_slides(name: str) -> None:
     model = other_model(name)
     prompt = random_tokens(9).tolist()
     sampling = SamplingConfig(max_new_tokens=30, overflow="slide", temperature=1)
@@ -153,7 +153,7 @@ def test_an_lstm_s_samples_together_are_those_alone_and_its_window_slides(name: 
         assert len(alone) == 30
 
 
-def test_the_layouts_of_others_are_not_for_other_scores() -> None:
+def test_published_layouts_reject_other_scores() -> None:
     with pytest.raises(ConfigError, match="unknown model_type 'llama'"):
         small_config(attention="dot", model_type="llama")
     with pytest.raises(ConfigError, match="unknown model_type 'minigpt'"):
@@ -168,7 +168,7 @@ def test_compiling_is_refused_in_one_line(name: str) -> None:
         make_forward(model, capacity=8, compiles=True)
 
 
-def test_muon_moves_an_lstm_s_matrices_and_adamw_the_rest() -> None:
+def test_muon_updates_an_lstm_s_matrices_and_adamw_the_rest() -> None:
     named = other_model("lstm-attention").named_parameters()
     served = {name for name, parameter in named if is_muon_parameter(name, parameter)}
     attention = ("score.w_q", "score.w_k", "output.weight", "own.weight")
@@ -177,7 +177,7 @@ def test_muon_moves_an_lstm_s_matrices_and_adamw_the_rest() -> None:
     }
 
 
-def test_muon_moves_a_score_s_matrices_and_adamw_its_vectors() -> None:
+def test_muon_updates_a_score_s_matrices_and_adamw_its_vectors() -> None:
     served = {
         (attention, name.rpartition(".")[2]): is_muon_parameter(name, parameter)
         for attention in ATTENTIONS
@@ -195,7 +195,7 @@ def test_muon_moves_a_score_s_matrices_and_adamw_its_vectors() -> None:
 
 
 @pytest.mark.parametrize("name", ["lstm", "lstm-attention"])
-def test_a_plan_of_an_lstm_counts_what_there_is(
+def test_the_plan_of_an_lstm_counts_its_parameters_and_optimizer_state(
     name: str, data: PreparedData, tmp_path: Path
 ) -> None:
     config = run_config(name)

@@ -53,7 +53,7 @@ def test_curves_are_the_losses_of_the_events(data: PreparedData, tmp_path: Path)
 
 
 @pytest.mark.parametrize("half", ['{"event": "st', STEP[:-1], "\0\0\0"])
-def test_a_line_that_is_being_written_is_not_there_yet(half: str, tmp_path: Path) -> None:
+def test_a_half_written_last_line_is_ignored(half: str, tmp_path: Path) -> None:
     curves = read_curves(written(tmp_path, STEP + EVAL + half))
     assert [(point.steps, point.loss) for point in curves.train] == [(3, 2.5)]
     assert [(point.loss, point.bits_per_byte) for point in curves.val] == [(2.25, 3.5)]
@@ -66,7 +66,7 @@ def test_tokens_are_unknown_without_a_config(tmp_path: Path) -> None:
     assert read_curves(tmp_path).train[0].tokens is None
 
 
-def test_losses_that_are_no_finite_numbers_are_left_out(tmp_path: Path) -> None:
+def test_nan_and_inf_losses_are_left_out(tmp_path: Path) -> None:
     bad = "".join(STEP.replace("2.5", value) for value in ("NaN", "Infinity", "-Infinity"))
     assert [point.loss for point in read_curves(written(tmp_path, bad + STEP)).train] == [2.5]
 
@@ -106,9 +106,7 @@ def test_a_run_is_found_by_name_by_folder_and_as_the_newest(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("spec", ["odl", "not-a-run", "x" * 5000, "a\0b", "\x1b[2J"])
-def test_a_run_that_is_not_there_is_named_safely_with_the_nearest(
-    spec: str, tmp_path: Path
-) -> None:
+def test_an_unknown_run_is_reported_safely_with_the_nearest_name(spec: str, tmp_path: Path) -> None:
     written(tmp_path / "old", STEP)
     (tmp_path / "not-a-run").mkdir()
     with pytest.raises(CheckpointError, match="old") as error:
@@ -117,7 +115,7 @@ def test_a_run_that_is_not_there_is_named_safely_with_the_nearest(
     assert len(str(error.value)) < 300
 
 
-def test_where_there_is_no_run_at_all_the_way_to_one_is_said(tmp_path: Path) -> None:
+def test_without_any_run_the_error_names_minigpt_train(tmp_path: Path) -> None:
     for spec in (None, "a"):
         with pytest.raises(CheckpointError, match="minigpt train"):
             find_run(spec, tmp_path / "nothing")

@@ -147,9 +147,7 @@ def test_several_ranks_have_the_losses_of_one_with_the_same_batch(
 
 
 @pytest.mark.parametrize(("name", "alone"), SEVERAL)
-def test_the_checkpoints_of_several_ranks_are_as_that_of_one(
-    name: str, alone: str, seen: Seen
-) -> None:
+def test_checkpoints_of_several_ranks_equal_that_of_one(name: str, alone: str, seen: Seen) -> None:
     ours, expected = RunFolder(seen.folder / name), RunFolder(seen.folder / alone)
     assert ours.steps() == expected.steps() == [3, 6]
     files = [
@@ -166,7 +164,7 @@ def test_the_checkpoints_of_several_ranks_are_as_that_of_one(
     assert read_model(ours.step_folder(6)).model.config.n_layer == 2
 
 
-def test_every_rank_sees_the_same_losses_and_rank_0_alone_saves(seen: Seen) -> None:
+def test_every_rank_sees_the_same_losses_and_only_rank_0_saves(seen: Seen) -> None:
     for name in ("qwen3, 2 ranks", "qwen3, 2 ranks in shards"):
         first, second = seen.by(name, 0), seen.by(name, 1)
         assert first["steps"] == second["steps"]
@@ -174,7 +172,7 @@ def test_every_rank_sees_the_same_losses_and_rank_0_alone_saves(seen: Seen) -> N
         assert (first["saves"], second["saves"]) == ([3, 6], [])
 
 
-def test_a_shard_is_a_part_of_the_optimizer_s_state(seen: Seen) -> None:
+def test_each_rank_holds_a_shard_of_the_optimizer_state(seen: Seen) -> None:
     whole = seen.by("qwen3, 2 ranks")["n_held"]
     for n_ranks in (2, 3):
         name = f"qwen3, {n_ranks} ranks in shards"
@@ -203,7 +201,7 @@ def test_a_stopped_and_resumed_run_of_two_ranks_ends_with_the_same_bits(
         "qwen3, 1 rank to 2 in shards",
     ],
 )
-def test_a_run_goes_on_with_more_or_fewer_ranks_and_knows_it(name: str, seen: Seen) -> None:
+def test_a_run_resumes_with_more_or_fewer_ranks_and_reports_it(name: str, seen: Seen) -> None:
     stopped, resumed = seen.by(f"{name} stopped"), seen.by(name)
     assert stopped["was_stopped"]
     assert [step for step, *_ in stopped["steps"] + resumed["steps"]] == [1, 2, 3, 4, 5, 6]
@@ -212,7 +210,7 @@ def test_a_run_goes_on_with_more_or_fewer_ranks_and_knows_it(name: str, seen: Se
     assert ("2 ranks of cpu" in resumed["moved_from"]) == name.endswith("to 1")
 
 
-def test_a_stop_that_one_rank_was_asked_for_stops_all_at_the_same_step(seen: Seen) -> None:
+def test_a_stop_request_to_one_rank_stops_all_at_the_same_step(seen: Seen) -> None:
     for rank in (0, 1):  # it was rank 1 that was asked
         report = seen.by("dropout, 2 ranks to 2 stopped", rank)
         assert report["was_stopped"]
@@ -220,7 +218,7 @@ def test_a_stop_that_one_rank_was_asked_for_stops_all_at_the_same_step(seen: See
 
 
 @pytest.mark.parametrize("kind", ["2 ranks", "2 ranks in shards"])
-def test_a_step_that_is_no_number_on_one_rank_is_skipped_by_all(kind: str, seen: Seen) -> None:
+def test_a_nan_on_one_rank_is_skipped_by_all(kind: str, seen: Seen) -> None:
     for rank in (0, 1):  # it was rank 1 that met it
         report = seen.by(f"skips, {kind}", rank)
         assert report["skips"] == [[2, 1], [5, 2]]
@@ -235,7 +233,7 @@ def test_ranks_whose_clocks_differ_agree_on_the_last_step(seen: Seen) -> None:
     assert len(first["steps"]) == 6
 
 
-def test_ranks_draw_different_dropout_masks(seen: Seen) -> None:
+def test_ranks_use_different_dropout_masks(seen: Seen) -> None:
     first, second = (seen.by("dropout, 2 ranks", rank)["masks"] for rank in (0, 1))
     assert len(first) == len(second) == N_STEPS * 2  # two micro-batches of three
     masks = first + second
@@ -250,19 +248,19 @@ def test_ranks_draw_different_dropout_masks(seen: Seen) -> None:
     ("batch_size", "wanted", "n_ranks", "size"),
     [(12, 3, 1, 3), (12, 3, 2, 3), (12, 12, 3, 4), (12, 3, 4, 3), (128, 16, 8, 16), (8, 3, 2, 1)],
 )
-def test_a_rank_s_micro_batches_are_equal_and_at_most_as_large_as_asked_for(
+def test_micro_batches_are_equal_and_at_most_the_requested_size(
     batch_size: int, wanted: int, n_ranks: int, size: int
 ) -> None:
     assert World(size=n_ranks).micro_batch_size(batch_size, wanted) == size
 
 
-def test_a_batch_that_ranks_cannot_share_is_a_config_error() -> None:
+def test_a_batch_that_ranks_cannot_divide_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match=r"--batch-size 12 cannot be divided among 5 processes\."):
         World(size=5).micro_batch_size(12, 3)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_recomputed_blocks_have_the_same_gradients(dropout: float) -> None:
+def test_activation_checkpointing_gives_the_same_gradients(dropout: float) -> None:
     gradients = []
     for recompute in (False, True):
         model = small_model("qwen3", dropout=dropout).train()

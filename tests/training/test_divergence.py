@@ -62,7 +62,7 @@ def test_nothing_that_diverged_between_two_log_lines_is_saved(
     assert RunFolder(tmp_path).steps() == [cadence["save_every"]]
 
 
-def test_weights_that_the_last_update_has_spoilt_are_not_saved(
+def test_weights_with_a_nan_from_the_last_update_are_not_saved(
     data: PreparedData, tmp_path: Path
 ) -> None:
     trainer = trainer_of(config_of(save_every=2), data, tmp_path)
@@ -114,7 +114,7 @@ def spoil_losses(trainer: Trainer, *steps: int, micro_batch: int = 0) -> None:
     trainer.model.register_forward_hook(hook)
 
 
-def test_the_first_step_that_went_wrong_is_named_however_seldom_there_is_a_look(
+def test_the_first_diverged_step_is_named_even_if_metrics_are_read_rarely(
     data: PreparedData, tmp_path: Path
 ) -> None:
     watched = trainer_of(config_of(max_steps=20), data, tmp_path / "watched")
@@ -130,7 +130,7 @@ def test_the_first_step_that_went_wrong_is_named_however_seldom_there_is_a_look(
 
 
 @pytest.mark.parametrize("on_nan", ["stop", "skip"])
-def test_a_loss_beyond_all_reason_is_a_diverged_run(
+def test_a_loss_above_the_divergence_threshold_ends_the_run(
     on_nan: str, data: PreparedData, tmp_path: Path
 ) -> None:
     config = config_of("gpt2", lr=10.0, embedding_lr=10.0, on_nan=on_nan, max_steps=40)
@@ -142,16 +142,14 @@ def test_a_loss_beyond_all_reason_is_a_diverged_run(
     assert 100 * math.log(257) < loss < math.inf
 
 
-def test_a_loss_that_falls_is_never_taken_for_a_diverged_one(
-    data: PreparedData, tmp_path: Path
-) -> None:
+def test_a_falling_loss_never_counts_as_divergence(data: PreparedData, tmp_path: Path) -> None:
     config = config_of("llama", lr=1.0, embedding_lr=1.0, max_steps=40)
     losses = [e.train_loss for e in trainer_of(config, data, tmp_path).run() if hasattr(e, "lr")]
     assert max(losses) > 2 * math.log(257) > losses[-1]
 
 
 @pytest.mark.parametrize("micro_batch", [0, 1])
-def test_a_skipped_step_is_a_run_whose_optimizers_rest_at_that_step(
+def test_a_skipped_step_leaves_parameters_and_optimizers_unchanged(
     micro_batch: int, data: PreparedData, tmp_path: Path
 ) -> None:
     training = {"max_steps": 8, "micro_batch_size": 3, "log_every": 2}
@@ -176,7 +174,9 @@ def test_a_skipped_step_is_a_run_whose_optimizers_rest_at_that_step(
     assert logged == expected[1:], "step 2 is told as skipped instead"
 
 
-def test_skipping_changes_nothing_where_all_is_finite(data: PreparedData, tmp_path: Path) -> None:
+def test_on_nan_skip_changes_nothing_if_all_losses_are_finite(
+    data: PreparedData, tmp_path: Path
+) -> None:
     trainers = []
     for on_nan in ("stop", "skip"):
         trainers.append(trainer_of(config_of(on_nan=on_nan), data, tmp_path / on_nan))
@@ -208,7 +208,7 @@ def test_too_many_skipped_steps_in_a_row_end_the_run(data: PreparedData, tmp_pat
     assert all(tensor.isfinite().all() for tensor in tensors)
 
 
-def test_a_resumed_run_goes_on_counting_what_it_skipped_and_logs_it_in_json(
+def test_a_resumed_run_continues_the_count_of_skipped_steps_and_logs_it(
     data: PreparedData, tmp_path: Path
 ) -> None:
     config = config_of(on_nan="skip", max_steps=8)

@@ -32,7 +32,7 @@ def lines_of(path: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def test_each_event_but_a_sample_is_one_line_with_its_facts(tmp_path: Path) -> None:
+def test_each_event_except_a_sample_is_one_line_of_json(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     log = MetricsLog(path)
     events: list[Event] = [
@@ -70,7 +70,7 @@ def test_a_resumed_log_drops_what_came_after_its_checkpoint(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("rest", ['{"event": "st', '{"event": "step", "step": 12', "\0\0\0\0"])
-def test_a_line_that_a_kill_cut_is_dropped(rest: str, tmp_path: Path) -> None:
+def test_a_line_cut_by_a_kill_is_dropped(rest: str, tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     MetricsLog(path).write(step(10))
     with path.open("a") as file:
@@ -86,7 +86,7 @@ def test_a_new_run_begins_a_new_log(tmp_path: Path) -> None:
     assert lines_of(path) == []
 
 
-def test_the_log_of_a_stopped_and_resumed_run_is_that_of_one_run(
+def test_the_log_of_a_stopped_and_resumed_run_equals_that_of_one_run(
     data: PreparedData, tmp_path: Path
 ) -> None:
     def facts(path: Path) -> list[tuple[object, ...]]:

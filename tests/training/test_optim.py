@@ -71,7 +71,7 @@ def test_a_matrix_s_update_does_not_depend_on_which_others_share_its_shape() -> 
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-def test_a_parameter_without_a_gradient_stays_as_it_is() -> None:
+def test_a_parameter_without_a_gradient_is_unchanged() -> None:
     parameters = matrices()
     before = [parameter.detach().clone() for parameter in parameters]
     muon = Muon(parameters, lr=0.1, weight_decay=0.5, product_dtype=torch.float32)
@@ -102,7 +102,7 @@ def test_orthogonalize_brings_every_singular_value_near_one(
     assert off_diagonal.abs().max() < (1e-4 if dtype == torch.float32 else 0.06)
 
 
-def test_orthogonalize_knows_no_scale_and_survives_zero() -> None:
+def test_orthogonalize_ignores_scale_and_accepts_zero() -> None:
     x = torch.randn(1, 6, 9, generator=torch.Generator().manual_seed(1))
 
     def result(x: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ def test_every_parameter_is_in_exactly_one_optimizer(layout: str, optimizer: str
             assert group["weight_decay"] == (0.1 if of_blocks else 0.0)
 
 
-def test_muon_serves_the_matrices_of_the_blocks_and_nothing_else() -> None:
+def test_muon_updates_only_the_matrices_of_the_blocks() -> None:
     served = {n for n, p in small_model("gpt2").named_parameters() if is_muon_parameter(n, p)}
     parts = ["attention.query", "attention.key", "attention.value", "attention.output"]
     parts += ["mlp.up", "mlp.down"]

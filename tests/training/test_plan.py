@@ -45,7 +45,7 @@ def test_the_parts_add_up_to_the_model(layout: str) -> None:
         assert parts.get("output", 0) == (0 if shape.tie_embeddings else 257 * 32)
 
 
-def test_the_plan_is_the_run_that_follows(data: PreparedData, tmp_path: Path) -> None:
+def test_the_plan_equals_the_run_that_follows(data: PreparedData, tmp_path: Path) -> None:
     config = config_of(max_steps=0, max_epochs=0.5, micro_batch_size=3, context_warmup_length=4)
     plan = plan_of(config, data, tmp_path / "run")
     assert not (tmp_path / "run").exists(), "a plan writes nothing"
@@ -78,7 +78,9 @@ def test_the_plan_is_the_run_that_follows(data: PreparedData, tmp_path: Path) ->
     assert plan.checkpoint_bytes == pytest.approx(n_bytes, rel=0.1)  # and headers, large here
 
 
-def test_the_guess_of_the_time_is_of_its_order(data: PreparedData, tmp_path: Path) -> None:
+def test_the_estimated_time_has_the_right_order_of_magnitude(
+    data: PreparedData, tmp_path: Path
+) -> None:
     config = config_of("llama", max_steps=30, batch_size=48, micro_batch_size=12)
     plan = plan_of(config, data, tmp_path)
     trainer = trainer_of(config, data, tmp_path)
@@ -88,7 +90,7 @@ def test_the_guess_of_the_time_is_of_its_order(data: PreparedData, tmp_path: Pat
     assert trainer.elapsed_s / 8 < plan.training_s < trainer.elapsed_s * 8
 
 
-def test_minutes_are_planned_as_the_steps_that_they_are_enough_for(
+def test_a_limit_of_minutes_is_planned_as_a_number_of_steps(
     data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plan_module, "_measure", lambda *_: (0.0, 0.5))

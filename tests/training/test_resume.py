@@ -82,7 +82,7 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_bits(
     assert differing(one, other) == []
 
 
-def test_the_bits_do_depend_on_what_is_compared(data: PreparedData, tmp_path: Path) -> None:
+def test_the_comparison_of_bits_can_fail(data: PreparedData, tmp_path: Path) -> None:
     """The test above would notice another seed, dropout mask or window."""
     base = trainer_of(config_of(dropout=0.2), data, tmp_path / "base")
     run_until(base, 3)
@@ -103,7 +103,9 @@ def test_resuming_a_finished_run_does_nothing(data: PreparedData, tmp_path: Path
     assert RunFolder(tmp_path).steps() == [3]
 
 
-def test_a_longer_budget_goes_on_from_the_end(data: PreparedData, tmp_path: Path) -> None:
+def test_a_longer_budget_continues_from_the_last_checkpoint(
+    data: PreparedData, tmp_path: Path
+) -> None:
     list(trainer_of(config_of(max_steps=3), data, tmp_path).run())
     longer = trainer_of(config_of(max_steps=5), data, tmp_path, resume=True)
     events = list(longer.run())
@@ -111,7 +113,7 @@ def test_a_longer_budget_goes_on_from_the_end(data: PreparedData, tmp_path: Path
     assert RunFolder(tmp_path).steps() == [3, 5]
 
 
-def test_another_dropout_may_be_taken_up_but_no_other_shape(
+def test_resume_accepts_another_dropout_but_no_other_shape(
     data: PreparedData, tmp_path: Path
 ) -> None:
     run_until(trainer_of(config_of("llama"), data, tmp_path), 2)
@@ -356,7 +358,7 @@ def test_a_run_killed_anywhere_and_resumed_ends_with_the_same_bits(
 
 @needs_kill
 @pytest.mark.torture
-def test_a_run_killed_twenty_times_has_the_losses_weights_and_state_of_one_that_lived(
+def test_a_run_killed_twenty_times_equals_an_uninterrupted_run(
     data: PreparedData, tmp_path: Path
 ) -> None:
     draw, n_steps = random.Random(20), 60
@@ -423,7 +425,7 @@ def interrupt(*args: Any, **kwargs: Any) -> None:
     raise KeyboardInterrupt
 
 
-def test_the_state_remembers_the_time_that_was_trained(
+def test_the_state_keeps_the_training_time(
     data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter(range(10**6))

@@ -47,7 +47,7 @@ def test_schedules_have_their_values_at_the_corners(
 
 
 @pytest.mark.parametrize("schedule", ["wsd", "cosine", "linear"])
-def test_schedules_end_at_zero_unless_told_otherwise(schedule: str) -> None:
+def test_schedules_end_at_zero_by_default(schedule: str) -> None:
     assert lr_scale(TrainingConfig(max_steps=10, schedule=schedule), 1.0) == pytest.approx(0)
 
 
@@ -65,7 +65,7 @@ def test_schedules_stay_between_zero_and_the_peak_for_any_fractions(
     assert after == sorted(after, reverse=True)
 
 
-def test_with_steps_alone_progress_depends_on_nothing_but_the_step() -> None:
+def test_with_a_limit_of_steps_progress_depends_only_on_the_step() -> None:
     assert [progress(BASE, step, elapsed) for step in (0, 250, 1000) for elapsed in (0, 1e9)] == [
         0,
         0,
@@ -76,14 +76,14 @@ def test_with_steps_alone_progress_depends_on_nothing_but_the_step() -> None:
     ]
 
 
-def test_with_minutes_progress_is_the_share_of_the_time() -> None:
+def test_with_minutes_progress_is_the_fraction_of_the_time() -> None:
     config = TrainingConfig(max_minutes=2)
     assert [progress(config, 10**9, s) for s in (0, 30, 119, 120, 500)] == pytest.approx(
         [0, 0.25, 119 / 120, 1, 1]
     )
 
 
-def test_with_both_limits_what_ends_first_counts() -> None:
+def test_with_both_limits_the_first_to_end_counts() -> None:
     config = TrainingConfig(max_steps=100, max_minutes=1)
     assert progress(config, 50, 6) == 0.5
     assert progress(config, 10, 45) == 0.75
@@ -91,7 +91,7 @@ def test_with_both_limits_what_ends_first_counts() -> None:
 
 @pytest.mark.parametrize("epochs", [0.01, 0.5, 1, 2, 3.7])
 @pytest.mark.parametrize("n_tokens", [1000, 1024, 12_345])
-def test_an_epoch_is_as_many_steps_as_see_all_tokens_once(epochs: float, n_tokens: int) -> None:
+def test_an_epoch_has_as_many_steps_as_see_all_tokens_once(epochs: float, n_tokens: int) -> None:
     config = config_of(max_steps=0, max_epochs=epochs, batch_size=4, context_warmup_length=4)
     n_seen = n_steps = 0
     while n_seen < epochs * n_tokens:
@@ -100,7 +100,7 @@ def test_an_epoch_is_as_many_steps_as_see_all_tokens_once(epochs: float, n_token
     assert with_max_steps(config, n_tokens).training.max_steps == n_steps
 
 
-def test_of_steps_and_epochs_the_one_that_ends_first_holds() -> None:
+def test_the_lower_limit_of_steps_and_epochs_holds() -> None:
     for max_steps, expected in ((5, 5), (50, 16)):
         config = config_of(max_steps=max_steps, max_epochs=1.0, batch_size=4)
         resolved = with_max_steps(config, 1000)

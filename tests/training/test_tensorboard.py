@@ -74,7 +74,7 @@ def test_every_scalar_of_a_resumed_run_is_there_once(
     assert read(accumulator(str(tmp_path / TENSORBOARD_FOLDER))) == expected
 
 
-def test_utilisation_is_reported_where_it_is_known(tmp_path: Path, accumulator: Any) -> None:
+def test_mfu_is_reported_if_it_is_known(tmp_path: Path, accumulator: Any) -> None:
     with logging_to(tmp_path, "tensorboard", from_step=0) as log:
         for number, mfu in ((1, None), (2, 0.25)):
             log(StepEvent(number, 0.5, 1.25, 0.01, 2.0, 100.0, mfu, 3.0, 3.0))
@@ -82,7 +82,9 @@ def test_utilisation_is_reported_where_it_is_known(tmp_path: Path, accumulator: 
 
 
 @pytest.mark.parametrize("report_to", [None, "none"])
-def test_a_run_that_is_not_asked_to_report_does_not(report_to: str | None, tmp_path: Path) -> None:
+def test_a_run_without_report_to_writes_no_event_files(
+    report_to: str | None, tmp_path: Path
+) -> None:
     board = tmp_path / TENSORBOARD_FOLDER
     with logging_to(tmp_path, report_to, from_step=4):
         assert not board.exists()

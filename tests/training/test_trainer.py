@@ -91,7 +91,7 @@ def test_shorter_sequences_train_as_a_model_of_that_context_does(
     assert written.context_length == 16
 
 
-def test_a_run_from_a_model_evaluates_it_and_moves_its_weights(
+def test_a_fine_tuning_run_evaluates_the_model_first_and_updates_it(
     data: PreparedData, tmp_path: Path
 ) -> None:
     config = replace(config_of("gpt2", dropout=0.1, max_steps=3), from_="somewhere")
@@ -228,7 +228,7 @@ def test_a_stop_saves_what_was_reached(data: PreparedData, tmp_path: Path) -> No
     assert latest.facts["val_loss"] == events[-1].val_loss
 
 
-def test_a_stop_that_is_asked_for_while_ranks_agree_is_not_lost(
+def test_a_stop_request_during_the_agreement_of_ranks_is_not_lost(
     data: PreparedData, tmp_path: Path
 ) -> None:
     """Most of the time that a rank is not computing it waits there for the others."""
@@ -254,7 +254,7 @@ def test_a_stop_before_the_first_step_saves_too(data: PreparedData, tmp_path: Pa
     assert differing(bits(resumed), bits(fresh)) == []
 
 
-def test_the_validation_loss_is_that_of_the_checkpoint_over_the_last_tenth(
+def test_the_validation_loss_equals_that_of_the_checkpoint_on_the_last_tenth(
     data: PreparedData, tmp_path: Path
 ) -> None:
     config = config_of("gpt2", max_steps=4, save_every=2, eval_tokens=10**9)
@@ -271,7 +271,7 @@ def test_the_validation_loss_is_that_of_the_checkpoint_over_the_last_tenth(
     assert [event.n_tokens for event in evaluations] == [n_val - 1] * 2
 
 
-def test_best_names_the_least_validation_loss_of_all_checkpoints(
+def test_best_is_the_checkpoint_with_the_lowest_validation_loss(
     data: PreparedData, tmp_path: Path
 ) -> None:
     config = config_of("llama", max_steps=10, save_every=2, keep=1)
@@ -321,7 +321,7 @@ def test_a_budget_of_minutes_ends_with_them_and_evaluation_is_not_counted(
     assert {event.eval_s for event in events if isinstance(event, EvalEvent)} == {1}
 
 
-def test_two_runs_of_one_seed_are_the_same_and_of_two_are_not(
+def test_runs_are_equal_with_one_seed_and_differ_with_two(
     data: PreparedData, tmp_path: Path
 ) -> None:
     runs = []
@@ -407,7 +407,7 @@ def test_a_compiled_run_equals_an_eager_one(
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
-def test_a_short_context_at_first_sees_as_many_tokens_in_more_sequences(
+def test_context_warmup_sees_as_many_tokens_in_more_sequences(
     data: PreparedData, tmp_path: Path
 ) -> None:
     config = config_of(max_steps=8, context_warmup_length=4, context_warmup_fraction=0.5)
