@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from minigpt.config import DataConfig
-from minigpt.text.corpus import find_sources, iter_documents
-from minigpt.text.encoding import default_workers
-from minigpt.text.shards import prepare_folder
+from minigpt.text.building import default_workers
+from minigpt.text.corpus import find_files, iter_documents
+from minigpt.text.prepared_folders import prepare_folder
 from minigpt.text.tokenizer import Tokenizer, make_tokenizer
 
 
@@ -48,8 +48,8 @@ def tiktokens(pieces: list[str], tokenizer: Tokenizer, n_threads: int) -> tuple[
 def measure(data: DataConfig, spec: str, n_workers: int, repeats: int) -> dict[str, Any]:
     """Compare the two with one tokenizer."""
     with tempfile.TemporaryDirectory() as cache:
-        sources = find_sources(data.paths, Path(cache), Path(cache))
-        documents = list(iter_documents(sources))
+        files = find_files(data.paths, Path(cache), Path(cache))
+        documents = list(iter_documents(files))
     pieces = [document.text for document in documents]
     tokenizer = make_tokenizer(spec, pieces)
     our_best = their_best = 0.0

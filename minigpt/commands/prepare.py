@@ -50,7 +50,7 @@ def prepare(
     from minigpt.commands.program import command_line
     from minigpt.commands.status_line import ProgressLine
     from minigpt.settings import build, to_dict
-    from minigpt.text.shards import prepare_folder
+    from minigpt.text.prepared_folders import prepare_folder
 
     config = build(DataConfig, to_dict(_DEFAULTS) | {"paths": data or []} | settings)
     folder = Path(out).expanduser()

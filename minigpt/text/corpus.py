@@ -1,4 +1,4 @@
-"""Text files, folders, globs, JSONL and standard input -> documents, a piece at a time."""
+"""Text files, folders, globs, JSONL and standard input -> documents, one piece at a time."""
 
 import codecs
 import glob
@@ -19,8 +19,11 @@ from typing import BinaryIO, cast
 
 from minigpt.errors import DataError, ResourceError, nearest
 from minigpt.files import OTHER_CACHE, resource_errors
-from minigpt.text.datasets import BUILTIN, DOWNLOADS, dataset_path
+from minigpt.rings import has_ring, ring
 from minigpt.text.tokenizer import well_formed
+
+BUILTIN = "builtin"
+"""Name of the corpus that every Python installation contains."""
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".jsonl", ".ndjson")
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
@@ -30,114 +33,117 @@ PIECE_CHARS = 2**20
 LOOKAHEAD_CHARS = 2**16
 BLOCK_BYTES = 2**20
 
-# Where a text can be cut so that the tokens of the pieces are those of the whole: the split
-# patterns of gpt2, cl100k_base, o200k_base and ours end a token there, and begin one after it.
+_DATASETS = "text.datasets"
+
+# Places where cutting a text does not change its tokens: the split patterns of gpt2, cl100k_base,
+# o200k_base and ours end a token there.
 _BORDERS = (re.compile(r"\S\n(?=[^\W_])"), re.compile(r"[A-Za-z](?= [A-Za-z])"))
 
 
 @dataclass(frozen=True)
-class Source:
+class CorpusFile:
     """One file of a corpus."""
 
     path: Path
-    """Where its bytes are."""
+    """Path of its bytes."""
     name: str
-    """What the user calls it."""
+    """Name that the user gave."""
 
     @property
     def is_jsonl(self) -> bool:
-        """Whether each line is a JSON object with a ``text``; told by the name."""
+        """Whether each line is a JSON object with a ``text``, as its name says."""
         return _unpacked_suffix(self.path) in JSONL_SUFFIXES
 
 
 @dataclass(frozen=True)
 class Document:
-    """A document, or a piece of one that is too long to hold."""
+    """A document, or a piece of one that is too long for memory."""
 
     text: str
-    """Never empty."""
-    source: Source
-    """Where it is from."""
+    """Text, never empty."""
+    file: CorpusFile
+    """File that contains it."""
     is_start: bool
     """Whether it is the first piece of its document."""
     file_position: int
-    """Bytes of the source's file that have been read by now."""
+    """Bytes of the file read so far."""
 
 
-def find_sources(
+def find_files(
     paths: Sequence[str],
     cache: Path,
     spool: Path,
     *,
     stdin: BinaryIO | None = None,
     on_download: Callable[[int, int], None] | None = None,
-) -> list[Source]:
-    """Find the files that the user's words stand for, in their order.
+) -> list[CorpusFile]:
+    """Find the files that the user names, in their order.
 
     A word is a file (read as it is, whatever its suffix), a folder (its files with one of
     TEXT_SUFFIXES, packed or not, at any depth, sorted; hidden ones left out), a glob (``**``
-    too), a named corpus, or ``-`` for standard input. What is on the disk goes before a named
-    corpus of that name. No words at all stand for the built-in corpus.
+    too), a named corpus, or ``-`` for standard input. Files on the disk take precedence over named
+    corpora. No words stand for the built-in corpus.
 
-    Args: cache, where downloads are kept; spool, a folder for the copies of streams, which are
-        read more than once and are the caller's to delete; stdin, read for ``-``; on_download,
-        called with the bytes done and in all.
+    Args: cache, folder of downloads; spool, a folder for the copies of streams, which are read more
+        than once and which the caller deletes; stdin, read for ``-``; on_download, called with
+        the bytes done and the total.
     Returns: each file once.
-    Raises: DataError if there is none; ResourceError if a folder may not be read.
+    Raises: DataError if there are no files; ResourceError if a folder may not be read.
     """
-    sources: list[Source] = []
+    files: list[CorpusFile] = []
     for word in paths or (BUILTIN,):
         path = Path(os.path.expanduser(word))
         with _reading(word):
             if word == "-":
-                sources.append(_spooled(stdin or sys.stdin.buffer, spool, "standard input"))
+                files.append(_spooled(stdin or sys.stdin.buffer, spool, "standard input"))
             elif path.is_fifo():
                 with path.open("rb") as stream:
-                    sources.append(_spooled(stream, spool, word))
+                    files.append(_spooled(stream, spool, word))
             elif path.is_dir():
-                sources += _files_in(path)
+                files += _files_in(path)
             elif path.exists():
-                sources.append(Source(path, word))
+                files.append(CorpusFile(path, word))
             elif glob.has_magic(word):
-                sources += _files_matching(str(path))
-            elif word in (BUILTIN, *DOWNLOADS):
-                sources.append(Source(dataset_path(word, cache, on_download), word))
+                files += _files_matching(str(path))
+            elif word == BUILTIN or word in _named_corpora():
+                path = ring(_DATASETS).dataset_path(word, cache, on_download)
+                files.append(CorpusFile(path, word))
             else:
                 raise DataError(_missing(path))
-    return list({source.path.resolve(): source for source in sources}.values())
+    return list({corpus_file.path.resolve(): corpus_file for corpus_file in files}.values())
 
 
-def iter_documents(sources: Iterable[Source]) -> Iterator[Document]:
+def iter_documents(files: Iterable[CorpusFile]) -> Iterator[Document]:
     """Yield every document, long ones in pieces of about PIECE_CHARS characters.
 
     A text file is one document; each line of a JSONL file is one. A byte-order mark is dropped,
     line ends stay as they are. Memory holds a piece (of JSONL: a line), never a file.
 
-    Raises: DataError for what is not text, not JSONL, damaged, or empty altogether;
+    Raises: DataError if a file is not text, not JSONL or damaged, or if all are empty;
         ResourceError if a file may not be read.
     """
-    sources = list(sources)
+    files = list(files)
     is_empty = True
-    for source in sources:
-        for document in _jsonl(source) if source.is_jsonl else _text(source):
+    for corpus_file in files:
+        for document in _jsonl(corpus_file) if corpus_file.is_jsonl else _text(corpus_file):
             is_empty = False
             yield document
     if is_empty:
-        names = ", ".join(repr(source.name) for source in sources[:3])
+        names = ", ".join(repr(corpus_file.name) for corpus_file in files[:3])
         raise DataError(f"the corpus is empty: no text in {names}. Pass files that have some.")
 
 
-def content_hash(sources: Iterable[Source]) -> str:
-    """Return a sha256 in hex over what the files say and in which order, not what they are called.
+def content_hash(files: Iterable[CorpusFile]) -> str:
+    """Return a sha256 in hex over the contents of the files and their order, not their names.
 
     Raises: DataError or ResourceError if one cannot be read.
     """
     digest = hashlib.sha256()
-    for source in sources:
-        with _reading(source.name), source.path.open("rb") as file:
+    for corpus_file in files:
+        with _reading(corpus_file.name), corpus_file.path.open("rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
-        packing = source.path.suffix if source.path.suffix in PACKED_SUFFIXES else ""
-        digest.update(f"{content} {source.is_jsonl} {packing}\n".encode())
+        packing = corpus_file.path.suffix if corpus_file.path.suffix in PACKED_SUFFIXES else ""
+        digest.update(f"{content} {corpus_file.is_jsonl} {packing}\n".encode())
     return digest.hexdigest()
 
 
@@ -145,7 +151,7 @@ def _unpacked_suffix(path: Path) -> str:
     return (path.with_suffix("") if path.suffix in PACKED_SUFFIXES else path).suffix.lower()
 
 
-def _files_in(folder: Path) -> list[Source]:
+def _files_in(folder: Path) -> list[CorpusFile]:
     def refuse(error: OSError) -> None:
         raise error
 
@@ -159,14 +165,18 @@ def _files_in(folder: Path) -> list[Source]:
             f"the folder {str(folder)!r} has no {', '.join(TEXT_SUFFIXES)} files. Name others "
             f"with a glob, as in {str(folder / '**' / '*.py')!r}."
         )
-    return [Source(path, str(path)) for path in found]
+    return [CorpusFile(path, str(path)) for path in found]
 
 
-def _files_matching(pattern: str) -> list[Source]:
+def _files_matching(pattern: str) -> list[CorpusFile]:
     found = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
     if not found:
         raise DataError(f"no file matches {pattern!r}. Check the pattern, and quote it.")
-    return [Source(Path(name), name) for name in found]
+    return [CorpusFile(Path(name), name) for name in found]
+
+
+def _named_corpora() -> list[str]:
+    return [BUILTIN, *ring(_DATASETS).DOWNLOADS] if has_ring(_DATASETS) else []
 
 
 def _missing(path: Path) -> str:
@@ -174,22 +184,22 @@ def _missing(path: Path) -> str:
         siblings = os.listdir(path.parent)
     except OSError:
         return f"the folder {str(path.parent)!r} does not exist. Check the path."
-    remedy = nearest(repr(path.name), map(repr, [*siblings, BUILTIN, *DOWNLOADS]))
-    if not remedy.startswith("Did"):  # all the names of a folder help nobody
-        remedy = f"Check the path; the named corpora are {', '.join([BUILTIN, *DOWNLOADS])}."
+    remedy = nearest(repr(path.name), map(repr, [*siblings, *_named_corpora()]))
+    if not remedy.startswith("Did"):  # do not list all names of a folder
+        remedy = f"Check the path; the named corpora are {', '.join(_named_corpora())}."
     return f"there is no file or folder {str(path)!r}. {remedy}"
 
 
-def _spooled(stream: BinaryIO, spool: Path, name: str) -> Source:
+def _spooled(stream: BinaryIO, spool: Path, name: str) -> CorpusFile:
     path = spool / f"stream-{len(os.listdir(spool))}.txt"
     with resource_errors(path, OTHER_CACHE), path.open("wb") as file:
         shutil.copyfileobj(stream, file, BLOCK_BYTES)
-    return Source(path, name)
+    return CorpusFile(path, name)
 
 
 @contextmanager
 def _reading(name: str) -> Iterator[None]:
-    """Turn what can go wrong with a file into an error that names it."""
+    """Turn the errors of reading a file into one that names it."""
     try:
         yield
     except PermissionError:
@@ -205,10 +215,10 @@ def _reading(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _opened(source: Source) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """Open a source as its text's bytes, and its file's own for the position."""
-    with _reading(source.name), source.path.open("rb") as raw:
-        match source.path.suffix:
+def _opened(corpus_file: CorpusFile) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """Open a file, unpacked; the second result is the packed file, for the position."""
+    with _reading(corpus_file.name), corpus_file.path.open("rb") as raw:
+        match corpus_file.path.suffix:
             case ".gz":
                 with gzip.open(raw) as file:
                     yield cast(BinaryIO, file), raw
@@ -219,22 +229,22 @@ def _opened(source: Source) -> Iterator[tuple[BinaryIO, BinaryIO]]:
                 yield raw, raw
 
 
-def _text(source: Source) -> Iterator[Document]:
-    with _opened(source) as (file, raw):
+def _text(corpus_file: CorpusFile) -> Iterator[Document]:
+    with _opened(corpus_file) as (file, raw):
         is_start = True
-        for piece in _pieces(_decoded(file, source.name)):
-            yield Document(piece, source, is_start, raw.tell())
+        for piece in _pieces(_decoded(file, corpus_file.name)):
+            yield Document(piece, corpus_file, is_start, raw.tell())
             is_start = False
 
 
-def _jsonl(source: Source) -> Iterator[Document]:
-    with _opened(source) as (file, raw):
+def _jsonl(corpus_file: CorpusFile) -> Iterator[Document]:
+    with _opened(corpus_file) as (file, raw):
         for number, line in enumerate(file, start=1):
             if line.strip():
-                text = _text_of_line(line, f"line {number} of {source.name!r}")
+                text = _text_of_line(line, f"line {number} of {corpus_file.name!r}")
                 slices = (text[i : i + PIECE_CHARS] for i in range(0, len(text), PIECE_CHARS))
                 for index, piece in enumerate(_pieces(slices)):
-                    yield Document(piece, source, index == 0, raw.tell())
+                    yield Document(piece, corpus_file, index == 0, raw.tell())
 
 
 def _text_of_line(line: bytes, where: str) -> str:
@@ -247,7 +257,7 @@ def _text_of_line(line: bytes, where: str) -> str:
         ) from None
     text = record.get("text") if isinstance(record, dict) else None
     if not isinstance(text, str):
-        raise DataError(f'{where} is no object with a "text" string. Add or rename that field.')
+        raise DataError(f'{where} is not an object with a "text" string. Add or rename that field.')
     return well_formed(text)
 
 
@@ -281,7 +291,7 @@ def _is_utf16(block: bytes, n_before: int) -> bool:
 
 
 def _pieces(texts: Iterable[str]) -> Iterator[str]:
-    """Join texts and cut them again, at borders of tokens."""
+    """Join texts and cut them again, at token borders."""
     waiting = ""
     for text in texts:
         waiting += text

@@ -1,4 +1,4 @@
-"""Corpora that have a name: the built-in one, and downloads checked by size and sha256."""
+"""Named corpora: the built-in one, and downloads checked by size and sha256."""
 
 import ast
 import hashlib
@@ -17,13 +17,13 @@ from pathlib import Path
 
 from minigpt.errors import DataError, nearest
 from minigpt.files import OTHER_CACHE, resource_errors, writing_aside
+from minigpt.text.corpus import BUILTIN
 
-BUILTIN = "builtin"
 BLOCK_BYTES = 2**16
 TIMEOUT_S = 30.0
 
-# Some systems package these apart from the rest of the standard library, or not at all: without
-# them, one version of Python gives one corpus.
+# Some systems package these separately from the standard library, or not at all: without them,
+# a version of Python always gives the same corpus.
 OPTIONAL_MODULES = frozenset(
     ["distutils", "ensurepip", "idlelib", "lib2to3", "test", "tkinter", "turtle", "turtledemo"]
 )
@@ -31,16 +31,16 @@ OPTIONAL_MODULES = frozenset(
 
 @dataclass(frozen=True)
 class Download:
-    """A corpus on the web, and how to know that it is the right one."""
+    """A corpus on the web, with its expected size and hash."""
 
     url: str
-    """Where it is."""
+    """Address."""
     size: int
-    """Bytes."""
+    """Size in bytes."""
     sha256: str
-    """Of the whole file, in hex."""
+    """sha256 of the file, in hex."""
     licence: str
-    """Under which terms it may be used."""
+    """Terms of use."""
 
 
 DOWNLOADS = {
@@ -56,9 +56,9 @@ DOWNLOADS = {
 def dataset_path(
     name: str, cache: Path, on_progress: Callable[[int, int], None] | None = None
 ) -> Path:
-    """Return the file of a named corpus, made or downloaded if it is not in the cache yet.
+    """Return the file of a named corpus, generated or downloaded if the cache lacks it.
 
-    Args: on_progress, called with the bytes done and the bytes in all, while downloading.
+    Args: on_progress, called with the bytes done and the total, while downloading.
     Raises: DataError for an unknown name or a failed download; ResourceError if the cache cannot
         be written.
     """
@@ -68,9 +68,9 @@ def dataset_path(
 def fetch_dataset(
     name: str, cache: Path, on_progress: Callable[[int, int], None] | None = None
 ) -> Path:
-    """Return the file of a downloadable corpus; what is in the cache is not fetched again.
+    """Return the file of a downloadable corpus, from the cache if it is there.
 
-    Args: on_progress, called with the bytes done and the bytes in all.
+    Args: on_progress, called with the bytes done and the total.
     Raises: DataError for an unknown name, a failed download, or a file of another size or hash;
         ResourceError if the cache cannot be written.
     """
@@ -90,13 +90,13 @@ def fetch_dataset(
                 on_progress(n_bytes, wanted.size)
         if n_bytes != wanted.size or digest.hexdigest() != wanted.sha256:
             raise _failed(
-                name, f"{n_bytes} bytes came that are not the {wanted.size} expected ones"
+                name, f"{n_bytes} bytes arrived, which are not the expected {wanted.size}"
             )
     return path
 
 
 def _received(name: str, wanted: Download) -> Iterator[bytes]:
-    """Yield what the server sends, but no more than a block past the size we want."""
+    """Yield the blocks of the answer, at most one past the expected size."""
     request = urllib.request.Request(wanted.url, headers={"User-Agent": "minigpt"})
     n_bytes = 0
     try:
@@ -160,7 +160,7 @@ def _library_docstrings() -> list[str]:
 def _docstrings(
     node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef,
 ) -> Iterator[str]:
-    """Yield a module's docstrings in the order of its lines."""
+    """Yield the docstrings of a module in source order."""
     if text := ast.get_docstring(node):
         yield text
     for child in node.body:
@@ -169,7 +169,7 @@ def _docstrings(
 
 
 def _prose(text: str) -> Iterator[str]:
-    """Yield the paragraphs that are sentences: hardly anything but letters, and a full stop."""
+    """Yield the paragraphs that are sentences: mostly letters, ending in a full stop."""
     for paragraph in re.split(r"\n\s*\n", text):
         paragraph = textwrap.dedent(paragraph).strip()
         n_plain = sum(c.isalpha() or c in " \n,." for c in paragraph)

@@ -1,7 +1,6 @@
-"""The files of a prepared corpus: token shards, what they are of, and how far an unfinished one is.
+"""The files of a prepared corpus: manifest.json, vocabulary.json and tokens-*.bin.
 
-manifest.json, vocabulary.json and tokens-*.bin, all little-endian; while it is being made,
-unfinished.json stands in the place of the manifest.
+Tokens are little-endian. A resumable preparation has unfinished.json until its manifest is written.
 """
 
 import dataclasses
@@ -19,8 +18,8 @@ import numpy.typing as npt
 from minigpt.files import WRITING, sha256, sync_file, writing_aside
 from minigpt.text.tokenizer import Tokenizer
 
-# Written into every manifest and hashed into every identity: raise it when what is prepared from
-# the same text changes, or how a text is cut into pieces.
+# Part of every manifest and identity: raise it when the same text gives other tokens, or is cut
+# into other pieces.
 SCHEMA_VERSION = 1
 MAX_SHARD_TOKENS = 2**24
 
@@ -36,16 +35,16 @@ class Shard:
     """One file of tokens."""
 
     name: str
-    """In the prepared folder."""
+    """File name in the prepared folder."""
     n_tokens: int
-    """How many it holds."""
+    """Number of its tokens."""
     sha256: str
-    """Of the file, in hex."""
+    """sha256 of the file, in hex."""
     mtime_ns: int
-    """When it was written; a file of another time is hashed before it is used."""
+    """Modification time; a file with another time is hashed before it is used."""
 
     def is_intact(self, folder: Path) -> bool:
-        """Check the file's bytes, unless it still has the time of its writing: hashing is slow.
+        """Return whether the file is unchanged: its time, else its hash, which is slow.
 
         Raises: OSError if it cannot be read.
         """
@@ -57,100 +56,47 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a prepared corpus is and was made from."""
+    """Contents and origin of a prepared corpus."""
 
     schema_version: int
-    """Of this record and of the files beside it."""
+    """Version of this record and of the files beside it."""
     identity: str
-    """sha256 over what went in: the text, and what made the tokens."""
+    """sha256 over the text and the tokenizer."""
     dtype: str
-    """Of the tokens: <u2 or <u4."""
+    """Data type of the tokens: <u2 or <u4."""
     n_tokens: int
-    """All of them, the separators too."""
+    """Number of tokens, separators included."""
     n_bytes: int
     """UTF-8 bytes of the text, without separators."""
     n_documents: int
-    """How many were read."""
+    """Number of documents."""
     tokenizer: str
-    """Its name: its spec, if it was made of one."""
+    """Name of the tokenizer: its spec, if it has one."""
     tokenizer_fingerprint: str
-    """Its sha256."""
+    """Fingerprint of the tokenizer."""
     shards: tuple[Shard, ...]
-    """In order."""
+    """Shards in order."""
     sources: tuple[str, ...]
-    """The files, as the user called them the first time."""
+    """Names of the files, as the user first gave them."""
 
     def write(self, folder: Path) -> None:
-        """Write it, and with it finish the folder."""
+        """Write the manifest, which finishes the folder."""
         write_json(folder / MANIFEST, dataclasses.asdict(self))
-        (folder / UNFINISHED).unlink(missing_ok=True)
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
-        """Read a finished folder's.
+        """Read the manifest of a finished folder.
 
         Raises: OSError, ValueError, KeyError or TypeError if it is missing or damaged.
         """
-        return cls(**_read(folder / MANIFEST))
+        return cls(**read_record(folder / MANIFEST))
 
 
-@dataclass(frozen=True)
-class Place:
-    """A place in the tokens of a corpus, as its pieces are read one after the other."""
+def read_record(path: Path) -> dict[str, Any]:
+    """Read the JSON record of a prepared folder, finished or not.
 
-    n_pieces: int = 0
-    """Pieces whose tokens all come before it."""
-    n_tokens: int = 0
-    """Tokens of the pieces after those that come before it too."""
-    n_documents: int = 0
-    """Documents that begin in those pieces."""
-    n_bytes: int = 0
-    """UTF-8 bytes of the text of those pieces."""
-
-
-@dataclass(frozen=True)
-class Unfinished:
-    """How far a preparation is: what is needed to go on with it."""
-
-    schema_version: int
-    identity: str
-    """As in the manifest."""
-    tokenizer_fingerprint: str
-    """Of the vocabulary beside it."""
-    shards: tuple[Shard, ...] = ()
-    """Those that are whole, in order."""
-    places: tuple[Place, ...] = ()
-    """Where each of them ends."""
-
-    def write(self, folder: Path) -> None:
-        """Write it, in the place of an earlier one."""
-        write_json(folder / UNFINISHED, dataclasses.asdict(self))
-
-    @classmethod
-    def read(cls, folder: Path) -> "Unfinished":
-        """Read an unfinished folder's.
-
-        Raises: OSError, ValueError, KeyError or TypeError if it is missing or damaged.
-        """
-        values = _read(folder / UNFINISHED)
-        return cls(**values | {"places": tuple(Place(**place) for place in values["places"])})
-
-    def intact(self, folder: Path) -> "Unfinished":
-        """Return it with the shards before the first one that is not as it was written."""
-        n_intact = 0
-        for shard in self.shards:
-            try:
-                if not shard.is_intact(folder):
-                    break
-            except OSError:
-                break
-            n_intact += 1
-        return dataclasses.replace(
-            self, shards=self.shards[:n_intact], places=self.places[:n_intact]
-        )
-
-
-def _read(path: Path) -> dict[str, Any]:
+    Raises: OSError, ValueError, KeyError or TypeError if it is missing or damaged.
+    """
     values: dict[str, Any] = json.loads(path.read_bytes())
     if values["schema_version"] != SCHEMA_VERSION:
         raise ValueError(f"its schema version is {values['schema_version']!r}")
@@ -163,7 +109,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def read_vocabulary(folder: Path) -> Tokenizer:
-    """Read the tokenizer that made the tokens.
+    """Read the tokenizer of a prepared folder.
 
     Raises: OSError, ValueError or DataError if it is missing or damaged.
     """
@@ -182,13 +128,13 @@ def is_ours(path: Path) -> bool:
 
 
 class ShardWriter:
-    """Write tokens one after the other into files of at most MAX_SHARD_TOKENS; use as a context."""
+    """Writes tokens into files of at most MAX_SHARD_TOKENS; use as a context manager."""
 
     def __init__(self, folder: Path, dtype: str, shards: Sequence[Shard] = ()) -> None:
-        """Args: dtype, of the tokens; shards, those that come before and are there."""
+        """Args: dtype, of the tokens; shards, those that are already complete."""
         self.folder, self.dtype = folder, dtype
         self.shards = list(shards)
-        """Those that are whole."""
+        """Complete shards."""
         self._file: BinaryIO | None = None
         self._n_tokens = 0
 
@@ -201,11 +147,11 @@ class ShardWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._file is not None:  # an error came first: what is in it counts for nothing
+        if self._file is not None:  # after an error: its contents are discarded
             self._file.close()
 
     def write(self, tokens: npt.NDArray[Any]) -> list[int]:
-        """Append tokens; return after how many of them a shard was full, for each that is."""
+        """Append tokens; return, for each shard that this filled, how many were written by then."""
         ends = []
         n_written = 0
         while n_written < len(tokens):
@@ -224,7 +170,7 @@ class ShardWriter:
         return ends
 
     def close(self) -> None:
-        """End the last shard, full or not."""
+        """Finish the last shard, full or not."""
         if self._file is None:
             return
         sync_file(self._file)

@@ -1,12 +1,11 @@
-"""Documents -> token shards on disk, read back through memory maps.
+"""A corpus as token shards on disk, read through memory maps.
 
-What ``prepare`` makes is a folder of the cache, whose name is a hash of what goes in, so that the
-same corpus is prepared once; ``prepare_folder`` makes one where the user wants it.
+``prepare`` writes a folder of the cache, named by a hash of text and tokenizer, so that the same
+corpus is prepared once.
 """
 
 import dataclasses
 import hashlib
-import os
 import shutil
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
@@ -18,21 +17,14 @@ import numpy as np
 import numpy.typing as npt
 
 from minigpt.config import DataConfig
-from minigpt.errors import ConfigError, DataError
-from minigpt.files import locked, resource_errors
-from minigpt.text.building import Corpus, PrepareProgress, Work, build, opened_corpus, tidy
-from minigpt.text.shard_files import (
-    MANIFEST,
-    UNFINISHED,
-    VOCABULARY,
-    Manifest,
-    Unfinished,
-    is_ours,
-    read_vocabulary,
-)
+from minigpt.errors import DataError
+from minigpt.files import locked
+from minigpt.rings import has_ring, ring
+from minigpt.text.building import Corpus, PrepareProgress, build, opened_corpus
+from minigpt.text.shard_files import Manifest, read_vocabulary
 from minigpt.text.tokenizer import Tokenizer
 
-_LOCK = ".lock"
+_PREPARED_FOLDERS = "text.prepared_folders"
 
 
 @dataclass(frozen=True)
@@ -40,20 +32,20 @@ class PreparedData:
     """A corpus that is ready to train on."""
 
     tokenizer: Tokenizer
-    """The one that made the tokens."""
+    """Tokenizer that made the tokens."""
     tokens: "TokenDataset"
-    """All of them."""
+    """All tokens."""
     manifest: Manifest
     """Counts and hashes."""
     folder: Path
-    """Where it lies; ``open_prepared`` opens it again."""
+    """Folder of its files, for ``open_prepared``."""
 
 
 class TokenDataset:
-    """All tokens of a corpus, in shards that the operating system pages in as they are read."""
+    """All tokens of a corpus, in memory-mapped shards."""
 
     def __init__(self, shards: Sequence[npt.NDArray[Any]], fingerprint: str) -> None:
-        """Args: shards, one-dimensional arrays of ids, in order; fingerprint, of them all."""
+        """Args: shards, one-dimensional arrays of ids, in order; fingerprint, of all tokens."""
         self._shards = shards
         self._starts = np.cumsum([0, *map(len, shards)]).tolist()
         self.fingerprint = fingerprint
@@ -63,7 +55,7 @@ class TokenDataset:
         return int(self._starts[-1])
 
     def read_into(self, out: npt.NDArray[np.int64], start: int) -> None:
-        """Fill ``out`` with the tokens from ``start`` on, across the borders of shards."""
+        """Fill ``out`` with the tokens from ``start`` on, across shards."""
         assert start >= 0
         assert start + len(out) <= len(self)
         index = bisect_right(self._starts, start) - 1
@@ -89,13 +81,13 @@ class TokenSpan:
     """A contiguous part of a dataset."""
 
     dataset: TokenDataset
-    """The whole."""
+    """Dataset that it is part of."""
     start: int
     """Index of its first token."""
     stop: int
     """Index after its last token."""
     name: str
-    """For messages: training or validation."""
+    """Name for messages: training or validation."""
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -122,20 +114,22 @@ def prepare(
     tokenizer: Tokenizer | None = None,
     n_workers: int = 0,
 ) -> PreparedData:
-    """Turn a corpus into tokens on disk, or find that it was done before.
+    """Turn a corpus into tokens on disk, or open the result of an earlier call.
 
-    ``Tokenizer.separator`` stands before each document, the first too. Memory stays bounded,
-    whatever the size of the corpus. What a killed preparation has left is never used but to go on
-    with it. A folder that ``prepare_folder`` wrote is opened as it is.
+    ``Tokenizer.separator`` comes before each document, the first too. Memory stays bounded for any
+    size of corpus. A killed preparation is resumed, or started again. A folder that the user
+    prepared is opened as it is.
 
-    Args: cache_dir, the cache instead of the user's own; tokenizer, one that is there already,
-        instead of making the one that ``data`` names; n_workers, threads, 0 for all cores.
-    Raises: ConfigError for an unknown tokenizer, or another one than a folder was prepared with;
+    Args: cache_dir, instead of the user's cache; tokenizer, instead of the one that ``data``
+        names; n_workers, threads, 0 for all cores.
+    Raises: ConfigError for an unknown tokenizer, or not the one that a folder was prepared with;
         DataError for a corpus that cannot be used; ResourceError if a file may not be read or the
         cache cannot be written.
     """
-    if folder := prepared_folder(data.paths):
-        return _opened(folder, data.tokenizer, tokenizer)
+    if has_ring(_PREPARED_FOLDERS):
+        named: PreparedData | None = ring(_PREPARED_FOLDERS).open_named(data, tokenizer)
+        if named is not None:
+            return named
     with opened_corpus(data, tokenizer, cache_dir, on_progress) as corpus:
         folder = corpus.cache / "prepared" / corpus.identity[:32]
         with locked(Path(f"{folder}.lock")):
@@ -144,151 +138,38 @@ def prepare(
             except DataError:
                 _replace(folder, corpus, n_workers)
                 prepared = open_prepared(folder)
-    # Of two vocabularies that differ in nothing but their name, the one that was given.
+    # Two vocabularies may differ in nothing but their name: return the one that was given.
     return prepared if tokenizer is None else dataclasses.replace(prepared, tokenizer=tokenizer)
 
 
 def _replace(folder: Path, corpus: Corpus, n_workers: int) -> None:
-    """Build a prepared corpus aside and rename it; an unusable one in its place goes first."""
+    """Build a corpus under another name and rename it; an unusable one is deleted first."""
     aside = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(folder, ignore_errors=True)
     aside.mkdir(exist_ok=True)
     try:
-        build(aside, corpus, n_workers)
+        if has_ring(_PREPARED_FOLDERS):
+            ring(_PREPARED_FOLDERS).build_resumable(aside, corpus, n_workers)
+        else:
+            build(aside, corpus, n_workers)
         aside.rename(folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def prepare_folder(
-    data: DataConfig,
-    folder: Path,
-    cache_dir: Path | None = None,
-    on_progress: Callable[[PrepareProgress], None] | None = None,
-    *,
-    tokenizer: Tokenizer | None = None,
-    n_workers: int = 0,
-) -> tuple[PreparedData, Work]:
-    """Turn a corpus into tokens in a folder of the user's own, or go on where that was broken off.
-
-    Full shards are kept, whatever ends the call; the same call then gives the same bytes.
-
-    Args: folder, which is empty, not there, or was begun by this function for the same corpus; the
-        others as in ``prepare``.
-    Returns: the whole corpus, and what of it was done now.
-    Raises: ConfigError if the folder holds anything else; LockedError if another process is at it;
-        otherwise as ``prepare``.
-    """
-    if prepared := prepared_folder(data.paths):
-        raise DataError(f"{str(prepared)!r} is prepared already. Train on it as it is.")
-    _require_ours(folder)
-    with (
-        opened_corpus(data, tokenizer, cache_dir, on_progress) as corpus,
-        resource_errors(folder, "name another --out"),
-        locked(
-            folder / _LOCK,
-            f"another process is preparing {str(folder)!r}. Wait until it ends, or name another "
-            "--out.",
-        ),
-    ):
-        work = Work()
-        if not _is_finished(folder, corpus.identity):
-            try:
-                work = build(folder, corpus, n_workers)
-            except BaseException:
-                tidy(folder)
-                raise
-    return open_prepared(folder), work
-
-
-def _require_ours(folder: Path) -> None:
-    if folder.is_dir():
-        others = [p.name for p in folder.iterdir() if not is_ours(p) and p.name != _LOCK]
-        if others:
-            raise ConfigError(
-                f"the folder {str(folder)!r} holds {min(others)!r}, which is none of what is "
-                "prepared. Name an empty or a new one."
-            )
-
-
-def _is_finished(folder: Path, identity: str) -> bool:
-    """Tell whether a corpus is in the folder, whole.
-
-    Raises: ConfigError if another one is there, whole or not.
-    """
-    kind = Manifest if (folder / MANIFEST).exists() else Unfinished
-    try:
-        record = kind.read(folder)
-    except FileNotFoundError:
-        return False
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _unreadable(folder, error) from None
-    if record.identity != identity:
-        raise ConfigError(
-            f"the folder {str(folder)!r} holds another text, or tokens of another tokenizer. "
-            "Delete it, or name another --out."
-        )
-    return kind is Manifest
-
-
-def prepared_folder(words: Sequence[str]) -> Path | None:
-    """Return the folder of ``prepare_folder`` that is named as a corpus; None if it is text.
-
-    Raises: DataError if its preparation has not ended, or other texts are named too.
-    """
-    paths = [Path(os.path.expanduser(word)) for word in words]
-    folders = [path for path in paths if _is_prepared(path)]
-    if not folders:
-        return None
-    name = repr(str(folders[0]))
-    if len(paths) > 1:
-        raise DataError(f"{name} is a prepared corpus, and goes with no other. Name it alone.")
-    if not os.path.isfile(folders[0] / MANIFEST):
-        raise DataError(f"the preparation of {name} has not ended. Call minigpt prepare again.")
-    return folders[0]
-
-
-def _is_prepared(folder: Path) -> bool:
-    # os.path says no, where Path raises, of a name that can be none.
-    has = {name for name in (MANIFEST, UNFINISHED, VOCABULARY) if os.path.isfile(folder / name)}
-    return VOCABULARY in has and len(has) > 1
-
-
 def prepared_tokenizer(words: Sequence[str]) -> str | None:
     """Return the name of the tokenizer of a prepared folder; None if the words name text.
 
-    Raises: DataError as ``prepared_folder``, or if it is damaged.
+    Raises: DataError if the folder is unfinished, damaged, or not named alone.
     """
-    folder = prepared_folder(words)
-    if folder is None:
+    if not has_ring(_PREPARED_FOLDERS):
         return None
-    try:
-        return Manifest.read(folder).tokenizer
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _unreadable(folder, error) from None
-
-
-def _opened(folder: Path, spec: str, tokenizer: Tokenizer | None) -> PreparedData:
-    """Open a prepared folder.
-
-    Raises: ConfigError if its tokenizer is not the one that is asked for.
-    """
-    prepared = open_prepared(folder)
-    if tokenizer is None and prepared.manifest.tokenizer != spec:
-        raise ConfigError(
-            f"{str(folder)!r} was prepared with the tokenizer {prepared.manifest.tokenizer!r}, not "
-            f"{spec!r}. Leave --tokenizer out, or prepare the text again."
-        )
-    if tokenizer is not None and prepared.manifest.tokenizer_fingerprint != tokenizer.fingerprint:
-        raise ConfigError(
-            f"{str(folder)!r} was prepared with another tokenizer than the model's "
-            f"({prepared.manifest.tokenizer!r}). Prepare the text with minigpt prepare --from."
-        )
-    return prepared if tokenizer is None else dataclasses.replace(prepared, tokenizer=tokenizer)
+    name: str | None = ring(_PREPARED_FOLDERS).prepared_tokenizer(words)
+    return name
 
 
 def open_prepared(folder: Path) -> PreparedData:
-    """Open a prepared corpus, and check that it is what was written.
+    """Open a prepared corpus, and check that it is unchanged.
 
     Raises: DataError if it is missing, incomplete or damaged.
     """
@@ -304,13 +185,14 @@ def open_prepared(folder: Path) -> PreparedData:
             arrays.append(array)
             digest.update(shard.sha256.encode())
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _unreadable(folder, error) from None
+        raise unreadable(folder, error) from None
     if not is_whole:
         raise DataError(f"the prepared corpus {str(folder)!r} is damaged. Delete that folder.")
     return PreparedData(tokenizer, TokenDataset(arrays, digest.hexdigest()), manifest, folder)
 
 
-def _unreadable(folder: Path, error: Exception) -> DataError:
+def unreadable(folder: Path, error: Exception) -> DataError:
+    """Return the error for a prepared corpus that cannot be read."""
     reason = f"{type(error).__name__}: {error}"
     return DataError(
         f"the prepared corpus {str(folder)!r} cannot be read ({reason}). Delete that folder."

@@ -119,7 +119,7 @@ def test_interrupted_and_called_again_it_goes_on(run: Run, monkeypatch: pytest.M
     Path("docs.jsonl").write_text("".join(lines))
     monkeypatch.setattr(shard_files, "MAX_SHARD_TOKENS", 10_000)
     monkeypatch.setattr(building, "PROGRESS_BYTES", 1)
-    monkeypatch.setattr("minigpt.text.encoding.CHUNK_CHARS", 1000)
+    monkeypatch.setattr("minigpt.text.building.CHUNK_CHARS", 1000)
     from minigpt.commands.status_line import ProgressLine
 
     def interrupt(self: ProgressLine, progress: PrepareProgress) -> None:
@@ -133,7 +133,7 @@ def test_interrupted_and_called_again_it_goes_on(run: Run, monkeypatch: pytest.M
     assert (interrupted.code, interrupted.out) == (130, "")
     trained = run("train", "tokens", *TINY)
     assert trained.code == 3
-    assert "the preparation of 'tokens' has not ended" in error_line(trained)
+    assert "the preparation of 'tokens' is unfinished" in error_line(trained)
     facts = facts_of(run(*words, "--json"))
     assert 0 < facts["n_bytes_encoded"] < 0.7 * facts["n_bytes"]
     whole = facts_of(

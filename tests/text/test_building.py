@@ -20,11 +20,11 @@ from filelock import FileLock
 from minigpt import files
 from minigpt.config import DataConfig
 from minigpt.errors import ConfigError, DataError, LockedError, ResourceError
-from minigpt.text import building, corpus, encoding, shard_files, shards, tokenizer
-from minigpt.text.building import PrepareProgress, Work
+from minigpt.text import building, corpus, prepared_folders, shard_files, shards, tokenizer
+from minigpt.text.building import Encoded, PrepareProgress, Work
 from minigpt.text.corpus import Document
-from minigpt.text.encoding import Encoded
-from minigpt.text.shards import PreparedData, TokenSpan, prepare, prepare_folder
+from minigpt.text.prepared_folders import prepare_folder
+from minigpt.text.shards import PreparedData, TokenSpan, prepare
 from minigpt.text.tokenizer import TiktokenTokenizer, Tokenizer, train_bpe
 
 Prepare = Callable[..., tuple[PreparedData, Work]]
@@ -50,7 +50,7 @@ def data(texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> D
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(corpus, "PIECE_CHARS", 900)
     monkeypatch.setattr(corpus, "LOOKAHEAD_CHARS", 400)
-    monkeypatch.setattr(encoding, "CHUNK_CHARS", 1000)
+    monkeypatch.setattr(building, "CHUNK_CHARS", 1000)
     monkeypatch.setattr(shard_files, "MAX_SHARD_TOKENS", 1500)
     monkeypatch.setattr(building, "PROGRESS_BYTES", 1)
     lines = [json.dumps({"text": text}) + "\n" for text in texts]
@@ -88,13 +88,13 @@ def tokens_of(data: PreparedData) -> list[int]:
 def test_tokens_are_those_of_a_plain_loop_whatever_the_number_of_workers(
     prepared: Prepare, texts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encode, draw = encoding._encode, random.Random(1)
+    encode, draw = building._encode, random.Random(1)
 
     def encode_sometime(chunk: list[Document], tokenizer: Tokenizer, dtype: str) -> Encoded:
         time.sleep(draw.random() / 500)  # so that later chunks are often ready before
         return encode(chunk, tokenizer, dtype)
 
-    monkeypatch.setattr(encoding, "_encode", encode_sometime)
+    monkeypatch.setattr(building, "_encode", encode_sometime)
     made = [prepared(f"out-{n}", n_workers=n)[0] for n in (1, 2, 7)]
     tokenizer = made[0].tokenizer
     expected: list[int] = []
@@ -152,7 +152,7 @@ def kill_at_sync(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(os, "fsync", sync_or_die)
     monkeypatch.setattr(files, "sync_folder", lambda folder: None)
-    monkeypatch.setattr(shards, "tidy", lambda folder: None)
+    monkeypatch.setattr(prepared_folders, "tidy", lambda folder: None)
 
 
 def test_killed_anywhere_and_called_again_it_goes_on_and_gives_the_same_bytes(
@@ -188,9 +188,9 @@ def test_a_process_killed_in_the_middle_is_gone_on_with_in_another(
 import os, signal, sys
 from pathlib import Path
 from minigpt.config import DataConfig
-from minigpt.text import building, corpus, encoding, shard_files
-from minigpt.text.shards import prepare_folder
-corpus.PIECE_CHARS, corpus.LOOKAHEAD_CHARS, encoding.CHUNK_CHARS = 900, 400, 1000
+from minigpt.text import building, corpus, shard_files
+from minigpt.text.prepared_folders import prepare_folder
+corpus.PIECE_CHARS, corpus.LOOKAHEAD_CHARS, building.CHUNK_CHARS = 900, 400, 1000
 shard_files.MAX_SHARD_TOKENS, building.PROGRESS_BYTES = 1500, 1
 def kill(progress):
     if progress.stage == "encode" and progress.done > progress.total / 2:
@@ -282,13 +282,13 @@ def test_a_killed_preparation_in_the_cache_is_gone_on_with(
 ) -> None:
     whole = prepare(data, tmp_path / "other")
     built: list[Work] = []
-    build = shards.build
+    build = prepared_folders.build_resumable
 
     def watched(*words: object) -> Work:
         built.append(build(*words))  # type: ignore[arg-type]
         return built[-1]
 
-    monkeypatch.setattr(shards, "build", watched)
+    monkeypatch.setattr(prepared_folders, "build_resumable", watched)
     with monkeypatch.context() as patch:
         kill_at_sync(11, patch)
         patch.setattr(shards.shutil, "rmtree", lambda *words, **more: None)
@@ -341,12 +341,12 @@ def test_a_prepared_folder_goes_alone_finished_and_with_its_own_tokenizer(
         with pytest.raises(Killed):
             prepared()
     out = str(tmp_path / "out")
-    with pytest.raises(DataError, match="has not ended"):
+    with pytest.raises(DataError, match="is unfinished"):
         prepare(DataConfig(paths=(out,)))
     made, _ = prepared()
     assert shards.prepared_tokenizer([out]) == "bpe:300"
     assert shards.prepared_tokenizer(["a.jsonl"]) is None
-    with pytest.raises(DataError, match="goes with no other"):
+    with pytest.raises(DataError, match="cannot be combined"):
         prepare(DataConfig(paths=("a.jsonl", out)))
     with pytest.raises(ConfigError, match=r"with the tokenizer 'bpe:300', not 'bytes'\. Leave"):
         prepare(DataConfig(paths=(out,), tokenizer="bytes"))
@@ -355,7 +355,7 @@ def test_a_prepared_folder_goes_alone_finished_and_with_its_own_tokenizer(
         prepare(DataConfig(paths=(out,)), tokenizer=other)
     renamed = TiktokenTokenizer("model's", made.tokenizer.encoding)
     assert prepare(DataConfig(paths=(out,)), tokenizer=renamed).tokenizer is renamed
-    with pytest.raises(DataError, match="is prepared already"):
+    with pytest.raises(DataError, match="is already prepared"):
         prepare_folder(DataConfig(paths=(out,)), tmp_path / "again", tmp_path / "cache")
 
 
@@ -402,7 +402,7 @@ def test_a_jsonl_of_256_mb_takes_less_than_500_mb_of_memory(tmp_path: Path, toke
 import resource, sys
 from pathlib import Path
 from minigpt.config import DataConfig
-from minigpt.text.shards import prepare_folder
+from minigpt.text.prepared_folders import prepare_folder
 data = DataConfig(paths=("a.jsonl",), tokenizer=sys.argv[1])
 prepared, _ = prepare_folder(data, Path("out"), Path("cache"), n_workers=4)
 print(prepared.manifest.n_bytes, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)

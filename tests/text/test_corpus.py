@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from minigpt.errors import DataError, MinigptError, ResourceError
-from minigpt.text import corpus
-from minigpt.text.corpus import Document, content_hash, find_sources, iter_documents
+from minigpt.text import corpus, datasets
+from minigpt.text.corpus import Document, content_hash, find_files, iter_documents
 from minigpt.text.tokenizer import bytes_tokenizer, named_tokenizer, train_bpe
 
 
@@ -30,8 +30,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def documents(*words: str, stdin: bytes = b"") -> list[Document]:
     beside = Path.cwd().parent
-    sources = find_sources(words, beside / "cache", beside / "spool", stdin=io.BytesIO(stdin))
-    return list(iter_documents(sources))
+    files = find_files(words, beside / "cache", beside / "spool", stdin=io.BytesIO(stdin))
+    return list(iter_documents(files))
 
 
 def texts(*words: str, stdin: bytes = b"") -> list[str]:
@@ -107,7 +107,7 @@ def test_a_byte_order_mark_is_dropped_and_line_ends_are_kept(folder: Path) -> No
 def test_standard_input_is_a_document(folder: Path) -> None:
     write("a.txt", "a")
     assert texts("-", "a.txt", stdin="né\n".encode()) == ["né\n", "a"]
-    assert documents("-", stdin=b"x")[0].source.name == "standard input"
+    assert documents("-", stdin=b"x")[0].file.name == "standard input"
 
 
 def test_a_pipe_is_read_like_a_file(folder: Path) -> None:
@@ -121,7 +121,7 @@ def test_a_pipe_is_read_like_a_file(folder: Path) -> None:
 def test_no_words_stand_for_the_builtin_corpus_and_a_name_for_its_own(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(corpus, "dataset_path", lambda name, *_: Path(f"{name}.txt"))
+    monkeypatch.setattr(datasets, "dataset_path", lambda name, *_: Path(f"{name}.txt"))
     write("builtin.txt", "prose")
     write("shakespeare.txt", "verse")
     assert texts() == texts("builtin") == ["prose"]
@@ -179,7 +179,7 @@ def test_a_long_file_is_read_in_bounded_memory(folder: Path) -> None:
             file.write("a line of words\n" * 2**16)
     tracemalloc.start()
     n_chars = 0
-    for document in iter_documents(find_sources(["a.txt"], folder, folder)):
+    for document in iter_documents(find_files(["a.txt"], folder, folder)):
         n_chars += len(document.text)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -189,7 +189,7 @@ def test_a_long_file_is_read_in_bounded_memory(folder: Path) -> None:
 
 def test_the_content_hash_follows_what_files_say_and_not_their_names(folder: Path) -> None:
     def of(*words: str) -> str:
-        return content_hash(find_sources(words, folder, folder))
+        return content_hash(find_files(words, folder, folder))
 
     for name, data in (("a.txt", "1"), ("b.txt", "2"), ("c.txt", "1"), ("d.txt", "12")):
         write(name, data)
@@ -267,9 +267,9 @@ def test_a_utf16_file_is_told_how_to_be_converted(folder: Path, encoding: str) -
     ("line", "message"),
     [
         ("{oops}", "line 2 of 'a.jsonl' is not JSON"),
-        ('"text"', "line 2 of 'a.jsonl' is no object with a \"text\" string"),
-        ('{"body": "x"}', "no object with"),
-        ('{"text": 1}', "no object with"),
+        ('"text"', "line 2 of 'a.jsonl' is not an object with a \"text\" string"),
+        ('{"body": "x"}', "not an object with"),
+        ('{"text": 1}', "not an object with"),
         (b'{"text": "\xff"}', "is not JSON: 'utf-8' codec can't decode"),
         ("[" * 100_000, "is not JSON"),
     ],

@@ -19,7 +19,7 @@ import pytest
 from minigpt.checkpoint.tokenizer_json import tokenizer_from_json, tokenizer_to_json
 from minigpt.config import DataConfig
 from minigpt.errors import ConfigError, DataError, ResourceError
-from minigpt.text import corpus, shard_files, shards
+from minigpt.text import corpus, prepared_folders, shard_files
 from minigpt.text.batches import window_starts
 from minigpt.text.building import PrepareProgress, Work
 from minigpt.text.shards import PreparedData, TokenSpan, open_prepared, prepare
@@ -194,13 +194,13 @@ def test_ranks_that_prepare_together_share_one_preparation(
     (tmp_path / "a.txt").write_text("a text " * 1000)
     data = DataConfig(paths=(str(tmp_path / "a.txt"),))
     built: list[Path] = []
-    build = shards.build
+    build = prepared_folders.build_resumable
 
     def counted(folder: Path, *rest: object) -> Work:
         built.append(folder)
         return build(folder, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(shards, "build", counted)
+    monkeypatch.setattr(prepared_folders, "build_resumable", counted)
     with ThreadPoolExecutor(4) as ranks:
         made = list(ranks.map(lambda _: prepare(data, tmp_path / "cache"), range(4)))
     assert len(built) == 1

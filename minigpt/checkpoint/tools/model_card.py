@@ -8,7 +8,7 @@ from minigpt.checkpoint.families import OWN_TYPE
 from minigpt.checkpoint.tools.hub import is_hub_name
 from minigpt.config import ModelConfig, RunConfig
 from minigpt.model.cost import parameter_count
-from minigpt.text.datasets import BUILTIN
+from minigpt.text.corpus import BUILTIN
 from minigpt.text.escape import printable
 
 _MOST_NAMES = 20

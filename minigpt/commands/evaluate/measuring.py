@@ -26,7 +26,7 @@ from minigpt.generation.api import load, tokenizer_of
 from minigpt.model.device import resolve_device, resolve_dtype
 from minigpt.settings import build
 from minigpt.text.batches import validation_windows
-from minigpt.text.datasets import BUILTIN
+from minigpt.text.corpus import BUILTIN
 from minigpt.text.shards import PreparedData, TokenSpan, prepare
 
 

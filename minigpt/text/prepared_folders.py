@@ -1,0 +1,259 @@
+"""Folders of tokens that a user prepares before training, resumed where they were interrupted."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from minigpt.config import DataConfig
+from minigpt.errors import ConfigError, DataError
+from minigpt.files import locked, resource_errors
+from minigpt.text.building import (
+    Corpus,
+    Place,
+    PrepareProgress,
+    Start,
+    Work,
+    begin,
+    build,
+    opened_corpus,
+)
+from minigpt.text.shard_files import (
+    MANIFEST,
+    SCHEMA_VERSION,
+    UNFINISHED,
+    VOCABULARY,
+    Manifest,
+    Shard,
+    is_ours,
+    read_record,
+    read_vocabulary,
+    write_json,
+)
+from minigpt.text.shards import PreparedData, open_prepared, unreadable
+from minigpt.text.tokenizer import Tokenizer
+
+_LOCK = ".lock"
+_DAMAGED = (OSError, ValueError, KeyError, TypeError)
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """Record of an unfinished preparation, from which it is resumed."""
+
+    schema_version: int
+    """Version of this record and of the files beside it."""
+    identity: str
+    """Identity of the corpus, as in the manifest."""
+    tokenizer_fingerprint: str
+    """Fingerprint of the vocabulary beside it."""
+    shards: tuple[Shard, ...] = ()
+    """Full shards, in order."""
+    places: tuple[Place, ...] = ()
+    """End of each shard."""
+
+    def write(self, folder: Path) -> None:
+        """Write the record in the place of an earlier one."""
+        write_json(folder / UNFINISHED, dataclasses.asdict(self))
+
+    @classmethod
+    def read(cls, folder: Path) -> "Unfinished":
+        """Read the record of an unfinished folder.
+
+        Raises: OSError, ValueError, KeyError or TypeError if it is missing or damaged.
+        """
+        values = read_record(folder / UNFINISHED)
+        return cls(**values | {"places": tuple(Place(**place) for place in values["places"])})
+
+    def intact(self, folder: Path) -> "Unfinished":
+        """Return it with the shards before the first one that was changed or deleted."""
+        n_intact = 0
+        for shard in self.shards:
+            try:
+                if not shard.is_intact(folder):
+                    break
+            except OSError:
+                break
+            n_intact += 1
+        return dataclasses.replace(
+            self, shards=self.shards[:n_intact], places=self.places[:n_intact]
+        )
+
+
+def prepare_folder(
+    data: DataConfig,
+    folder: Path,
+    cache_dir: Path | None = None,
+    on_progress: Callable[[PrepareProgress], None] | None = None,
+    *,
+    tokenizer: Tokenizer | None = None,
+    n_workers: int = 0,
+) -> tuple[PreparedData, Work]:
+    """Turn a corpus into tokens in a folder of the user, or resume an interrupted preparation.
+
+    Full shards are kept however the call ends; the same call then gives the same bytes.
+
+    Args: folder, which is empty, missing, or was begun by this function for the same corpus; the
+        others as in ``prepare``.
+    Returns: the whole corpus, and the work of this call.
+    Raises: ConfigError if the folder holds anything else; LockedError if another process is
+        writing it; otherwise as ``prepare``.
+    """
+    if prepared := prepared_folder(data.paths):
+        raise DataError(f"{str(prepared)!r} is already prepared. Train on it as it is.")
+    _require_ours(folder)
+    busy = f"another process is preparing {str(folder)!r}. Wait, or name another --out."
+    work = Work()
+    with (
+        opened_corpus(data, tokenizer, cache_dir, on_progress) as corpus,
+        resource_errors(folder, "name another --out"),
+    ):
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder / _LOCK, busy):
+            if not _is_finished(folder, corpus.identity):
+                try:
+                    work = build_resumable(folder, corpus, n_workers)
+                except BaseException:
+                    tidy(folder)
+                    raise
+    return open_prepared(folder), work
+
+
+def build_resumable(folder: Path, corpus: Corpus, n_workers: int = 0) -> Work:
+    """Build a corpus as ``build`` does, from the last full shard of an interrupted call."""
+    resumed = _resumed(folder, corpus)
+    if resumed:
+        start, record = resumed
+    else:
+        start = begin(folder, corpus)
+        record = Unfinished(SCHEMA_VERSION, corpus.identity, start.tokenizer.fingerprint)
+        record.write(folder)
+    places = list(record.places)
+
+    def on_shard(shards: Sequence[Shard], place: Place) -> None:
+        places.append(place)
+        dataclasses.replace(record, shards=tuple(shards), places=tuple(places)).write(folder)
+
+    work = build(folder, corpus, n_workers, start, on_shard)
+    (folder / UNFINISHED).unlink(missing_ok=True)
+    return work
+
+
+def _resumed(folder: Path, corpus: Corpus) -> tuple[Start, Unfinished] | None:
+    """Return the intact part of an earlier call for the same corpus."""
+    try:
+        record, tokenizer = Unfinished.read(folder), read_vocabulary(folder)
+    except (*_DAMAGED, DataError):
+        return None
+    if (record.identity, record.tokenizer_fingerprint) != (corpus.identity, tokenizer.fingerprint):
+        return None
+    record = record.intact(folder)
+    place = record.places[-1] if record.places else Place()
+    return Start(tokenizer, record.shards, place), record
+
+
+def tidy(folder: Path) -> None:
+    """Delete the files of an interrupted build that cannot be resumed."""
+    if (folder / MANIFEST).exists():  # interrupted when everything was done
+        return
+    try:
+        kept = {shard.name for shard in Unfinished.read(folder).shards}
+    except _DAMAGED:
+        kept = set()
+    for path in folder.iterdir():
+        if is_ours(path) and not (kept and path.name in (*kept, UNFINISHED, VOCABULARY)):
+            path.unlink()
+
+
+def _require_ours(folder: Path) -> None:
+    if folder.is_dir():
+        others = [p.name for p in folder.iterdir() if not is_ours(p) and p.name != _LOCK]
+        if others:
+            raise ConfigError(
+                f"the folder {str(folder)!r} holds {min(others)!r}, which minigpt prepare did not "
+                "write. Name an empty or a new one."
+            )
+
+
+def _is_finished(folder: Path, identity: str) -> bool:
+    """Return whether the folder holds the whole corpus.
+
+    Raises: ConfigError if it holds another one, whole or not.
+    """
+    kind = Manifest if (folder / MANIFEST).exists() else Unfinished
+    try:
+        record = kind.read(folder)
+    except FileNotFoundError:
+        return False
+    except _DAMAGED as error:
+        raise unreadable(folder, error) from None
+    if record.identity != identity:
+        raise ConfigError(
+            f"the folder {str(folder)!r} holds another text, or tokens of another tokenizer. "
+            "Delete it, or name another --out."
+        )
+    return kind is Manifest
+
+
+def prepared_folder(words: Sequence[str]) -> Path | None:
+    """Return the prepared folder that is named as a corpus; None if the words name text.
+
+    Raises: DataError if its preparation is unfinished, or other texts are named too.
+    """
+    paths = [Path(os.path.expanduser(word)) for word in words]
+    folders = [path for path in paths if _is_prepared(path)]
+    if not folders:
+        return None
+    name = repr(str(folders[0]))
+    if len(paths) > 1:
+        raise DataError(
+            f"{name} is a prepared corpus, which cannot be combined with others. Name it alone."
+        )
+    if not os.path.isfile(folders[0] / MANIFEST):
+        raise DataError(f"the preparation of {name} is unfinished. Call minigpt prepare again.")
+    return folders[0]
+
+
+def _is_prepared(folder: Path) -> bool:
+    # os.path returns False for a name that no file can have, where Path raises.
+    has = {name for name in (MANIFEST, UNFINISHED, VOCABULARY) if os.path.isfile(folder / name)}
+    return VOCABULARY in has and len(has) > 1
+
+
+def prepared_tokenizer(words: Sequence[str]) -> str | None:
+    """Return the name of the tokenizer of a prepared folder; None if the words name text.
+
+    Raises: DataError as ``prepared_folder``, or if it is damaged.
+    """
+    folder = prepared_folder(words)
+    if folder is None:
+        return None
+    try:
+        return Manifest.read(folder).tokenizer
+    except _DAMAGED as error:
+        raise unreadable(folder, error) from None
+
+
+def open_named(data: DataConfig, tokenizer: Tokenizer | None) -> PreparedData | None:
+    """Open the prepared folder that ``data`` names; None if it names text.
+
+    Raises: ConfigError if its tokenizer is not the requested one; DataError as ``prepared_folder``
+        and ``open_prepared``.
+    """
+    folder = prepared_folder(data.paths)
+    if folder is None:
+        return None
+    prepared = open_prepared(folder)
+    manifest = prepared.manifest
+    if tokenizer is None and manifest.tokenizer != data.tokenizer:
+        raise ConfigError(
+            f"{str(folder)!r} was prepared with the tokenizer {manifest.tokenizer!r}, not "
+            f"{data.tokenizer!r}. Leave --tokenizer out, or prepare the text again."
+        )
+    if tokenizer is not None and manifest.tokenizer_fingerprint != tokenizer.fingerprint:
+        raise ConfigError(
+            f"{str(folder)!r} was prepared with another tokenizer than the model's "
+            f"({manifest.tokenizer!r}). Prepare the text with minigpt prepare --from."
+        )
+    return prepared if tokenizer is None else dataclasses.replace(prepared, tokenizer=tokenizer)
