@@ -1,7 +1,6 @@
-"""Several architectures on the same data: parameters matched, one budget, and what came of it.
+"""Comparing architectures on the same text, with equal parameter counts and budgets.
 
-Every run is an ordinary one, which the trainer makes; here is which runs there are to be, and what
-their metrics say.
+Every run is an ordinary training run. This module plans the runs and summarizes their metrics.
 """
 
 import statistics
@@ -15,18 +14,19 @@ from typing import Any
 from minigpt.checkpoint.folder import RunFolder
 from minigpt.checkpoint.resolve import ROOT
 from minigpt.config import ARCHS, ATTENTIONS, ModelConfig, RunConfig, SamplingConfig
-from minigpt.errors import CheckpointError, ConfigError, nearest
+from minigpt.errors import CheckpointError, ConfigError, require_choice
 from minigpt.generation.api import load
 from minigpt.generation.decoder import Decoder
 from minigpt.model.cost import cache_bytes_per_token, parameter_count
+from minigpt.studies.matching import closest_in_size
 from minigpt.training.reports.curves import LossCurves, read_curves
 from minigpt.training.reports.plan import flops_of_steps
 
 TOLERANCE = 0.03
-"""By what share a variant's parameters may be more or fewer than those aimed at."""
+"""Largest relative difference between the parameter counts of a variant and the base model."""
 BUDGETS = ("steps", "seconds", "flops")
 _DEFAULT_SECONDS = 60.0
-# Multiples of 8 suit the kernels; any width is better than a count that is far off.
+# Multiples of 8 are faster; other widths are tried only if no multiple comes close enough.
 _WIDTH_STEPS = ((8, 0.01), (1, TOLERANCE))
 _DECODED_TOKENS = 128
 _DECODING_ROUNDS = 5
@@ -34,12 +34,12 @@ _DECODING_ROUNDS = 5
 
 @dataclass(frozen=True)
 class Variant:
-    """What makes a variant of a model, and the width that is then searched for."""
+    """Changes that turn the base model into a variant."""
 
     settings: Mapping[str, Any]
-    """Of ModelConfig, laid over those of the model that is compared with."""
+    """Fields of ModelConfig that replace those of the base model."""
     width: str
-    """The setting of ModelConfig that the number of parameters is matched by."""
+    """Field of ModelConfig that is chosen to match the parameter count."""
 
 
 _RECURRENT_SHAPE = {
@@ -59,22 +59,22 @@ VARIANTS: Mapping[str, Variant] = {
     **{name: Variant({"attention": name, "model_type": ""}, "d_mlp") for name in ATTENTIONS},
     **{name: Variant({"arch": name, **_RECURRENT_SHAPE}, "d_model") for name in list(ARCHS)[1:]},
 }
-"""The variants by name: each score of attention, and what there was before it."""
+"""Variants by name: every attention score, and the recurrent architectures."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What every run may spend."""
+    """The training budget of each run."""
 
     kind: str
-    """steps, seconds of training, or flops of forward and backward passes."""
+    """Unit: steps, seconds of training, or flops of forward and backward passes."""
     amount: float
-    """Of a run."""
+    """Number of units."""
 
 
 @dataclass(frozen=True)
 class ComparedRun:
-    """One run of a comparison: a variant, trained from one seed."""
+    """One run of a comparison: a variant, trained with one seed."""
 
     variant: str
     seed: int
@@ -84,37 +84,37 @@ class ComparedRun:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What came of a run."""
+    """Result of one run."""
 
     name: str
-    """Of its folder."""
+    """Name of the run's folder."""
     seed: int
     steps: int
     seconds: float
-    """Of training, without evaluation and saving."""
+    """Training time, without evaluation and saving."""
     val_loss: float
-    """The least of its validation passes, nats/token."""
+    """Lowest validation loss, in nats/token."""
     bits_per_byte: float
-    """Of that pass."""
+    """Bits/byte of the same evaluation."""
     train_tokens_per_s: float
 
 
 @dataclass(frozen=True)
 class VariantResult:
-    """What came of a variant, over its seeds."""
+    """Result of a variant over all seeds."""
 
     variant: str
     n_parameters: int
     cache_bytes_per_token: int
-    """Of one sequence, in float32."""
+    """Cache bytes of one position of one sequence, in float32."""
     decode_tokens_per_s: float | None
-    """At batch 1; None if it was not measured."""
+    """Decoding speed at batch size 1; None if not measured."""
     runs: tuple[RunResult, ...]
-    """At least one."""
+    """Results of its runs, at least one."""
     val_loss: float = field(init=False)
-    """Mean over the runs of their least validation losses, nats/token."""
+    """Mean of the runs' lowest validation losses, in nats/token."""
     val_loss_spread: float | None = field(init=False)
-    """Sample standard deviation of those; None of a single run."""
+    """Sample standard deviation of the same losses; None for a single run."""
     bits_per_byte: float = field(init=False)
     """Mean over the runs."""
     train_tokens_per_s: float = field(init=False)
@@ -130,42 +130,40 @@ class VariantResult:
 
 
 def parse_variants(text: str) -> list[str]:
-    """Return the names in a list with commas, each once.
+    """Return the names in a comma-separated list, without duplicates.
 
-    Raises: ConfigError if there is no variant of that name.
+    Raises: ConfigError for an unknown variant.
     """
     names = list(dict.fromkeys(name.strip() for name in text.split(",")))
     for name in names:
-        if name not in VARIANTS:
-            raise ConfigError(f"there is no variant {name!r}. {nearest(name, VARIANTS)}")
+        require_choice("variant", name, VARIANTS)
     return names
 
 
 def parse_budget(text: str, config: RunConfig) -> Budget:
     """Read KIND or KIND:N, as in steps:500.
 
-    Without a number, steps are those of the config, flops those of its steps, seconds a minute.
+    Without a number: the steps of the config, the flops of those steps, or 60 seconds.
 
-    Args: config, of the model that is compared with, its epochs already made steps.
-    Raises: ConfigError if it is no budget, or the config has no number of steps.
+    Args: config, of the base model; its epochs are converted to steps already.
+    Raises: ConfigError for an invalid budget, or if a number is needed and missing.
     """
     kind, colon, number = text.partition(":")
-    if kind not in BUDGETS:
-        raise ConfigError(f"there is no --budget {kind!r}. {nearest(kind, BUDGETS)}")
+    require_choice("--budget", kind, BUDGETS)
     max_steps = config.training.max_steps
     if not colon:
         if kind == "seconds":
             return Budget(kind, _DEFAULT_SECONDS)
         if not max_steps:
-            raise ConfigError(f"--budget {kind} needs a number here. Say it, as in {kind}:500.")
+            raise ConfigError(f"--budget {kind} needs a number here, as in {kind}:500.")
         flops = float(flops_of_steps(config, max_steps, max_steps))
         return Budget(kind, max_steps if kind == "steps" else flops)
     try:
         amount = float(number)
     except ValueError:
         amount = 0.0
-    is_whole = amount.is_integer() or kind != "steps"
-    if not (0 < amount < float("inf") and is_whole):
+    is_valid = 0 < amount < float("inf") and (kind != "steps" or amount.is_integer())
+    if not is_valid:
         what = "a whole number" if kind == "steps" else "a number"
         raise ConfigError(f"--budget {kind} takes {what} above 0: it is {number!r}.")
     return Budget(kind, amount)
@@ -174,7 +172,7 @@ def parse_budget(text: str, config: RunConfig) -> Budget:
 def with_budget(config: RunConfig, budget: Budget) -> RunConfig:
     """Return a run's config with the budget as its only limit.
 
-    Of flops, as many steps as fit into it, and one at least.
+    A budget of flops becomes the number of steps that fit into it, at least one.
     """
     limits: dict[str, Any] = {"max_steps": 0, "max_minutes": 0.0, "max_epochs": 0.0}
     if budget.kind == "seconds":
@@ -182,9 +180,8 @@ def with_budget(config: RunConfig, budget: Budget) -> RunConfig:
     elif budget.kind == "steps":
         limits["max_steps"] = int(budget.amount)
     else:
-        most = (
-            int(budget.amount / flops_of_steps(config, 1, 1)) + 1
-        )  # the first step is a short one
+        # Every step costs at least as much as the first, whose sequences are short.
+        most = int(budget.amount / flops_of_steps(config, 1, 1)) + 1
         n_steps = range(1, most + 1)
         fitting = bisect_right(n_steps, budget.amount, key=lambda n: flops_of_steps(config, n, n))
         limits["max_steps"] = max(1, fitting)
@@ -192,28 +189,23 @@ def with_budget(config: RunConfig, budget: Budget) -> RunConfig:
 
 
 def matched(base: ModelConfig, name: str) -> ModelConfig:
-    """Return a variant of a model that has as many parameters, within ``TOLERANCE``.
+    """Return a variant of a model with as many parameters, within ``TOLERANCE``.
 
-    Raises: ConfigError if no width comes as close.
+    Raises: ConfigError if no width comes close enough.
     """
     variant, target = VARIANTS[name], parameter_count(base)
 
-    def of_width(width: int) -> ModelConfig:
+    def with_width(width: int) -> ModelConfig:
         return replace(base, **(dict(variant.settings) | {variant.width: width}))
 
-    def count(width: int) -> int:
-        return parameter_count(of_width(width))
-
     own: int = getattr(base, variant.width)
-    if count(own) == target:
-        return of_width(own)
-    closest = of_width(1)
-    for step, most in _WIDTH_STEPS:
+    closest = with_width(own)
+    if parameter_count(closest) == target:
+        return closest
+    for step, tolerance in _WIDTH_STEPS:
         widths = range(step, max(own, target) + step, step)
-        place = bisect_right(widths, target, key=count)
-        near = [of_width(width) for width in widths[max(place - 1, 0) : place + 1]]
-        closest = min(near, key=lambda config: abs(parameter_count(config) - target))
-        if abs(parameter_count(closest) - target) <= most * target:
+        closest = closest_in_size(with_width, widths, target)
+        if abs(parameter_count(closest) - target) <= tolerance * target:
             return closest
     raise ConfigError(
         f"no {variant.width} gives the variant {name} {target:,} parameters within "
@@ -225,11 +217,10 @@ def matched(base: ModelConfig, name: str) -> ModelConfig:
 def compared_runs(
     base: RunConfig, variants: Sequence[str], n_seeds: int, budget: Budget, name: str
 ) -> list[ComparedRun]:
-    """Return the runs of a comparison, seed by seed, so that an early end leaves whole rounds.
+    """Return the runs of a comparison, seed by seed, so that stopping early leaves full rounds.
 
-    Args: base, the model that sets the number of parameters, and all other settings; name, with
-        which those of their folders in checkpoints/ begin.
-    Raises: ConfigError if a variant cannot have as many parameters.
+    Args: base, the settings of the base model; name, prefix of the run folders in checkpoints/.
+    Raises: ConfigError if a variant cannot match the parameter count.
     """
     models = {variant: matched(base.model, variant) for variant in variants}
     runs = []
@@ -245,9 +236,9 @@ def compared_runs(
 def summarize(
     runs: Sequence[ComparedRun], decode_tokens_per_s: Mapping[str, float]
 ) -> list[VariantResult]:
-    """Return what came of runs that are finished, the least validation loss first.
+    """Return the results of finished runs by variant, lowest validation loss first.
 
-    Raises: CheckpointError if the metrics of a run do not tell.
+    Raises: CheckpointError if a run's metrics have no loss.
     """
     by_variant: dict[str, list[ComparedRun]] = {}
     for run in runs:
@@ -270,8 +261,8 @@ def _result(run: ComparedRun, curves: LossCurves) -> RunResult:
     last = curves.train[-1] if curves.train else None
     if best is None or best.bits_per_byte is None or last is None or last.tokens is None:
         raise CheckpointError(
-            f"the metrics of {str(run.folder.path)!r} tell no loss. Delete that run, and give the "
-            "same command again."
+            f"the metrics of {str(run.folder.path)!r} have no loss. Delete that run and repeat the "
+            "command."
         )
     return RunResult(
         name=run.folder.path.name,
@@ -287,13 +278,12 @@ def _result(run: ComparedRun, curves: LossCurves) -> RunResult:
 def decoding_speeds(
     models: Mapping[str, Path], prompt: Sequence[int], device: str
 ) -> dict[str, float]:
-    """Return how many tokens a second each model decodes at batch 1, the prompt left out.
+    """Return each model's decoding speed in tokens/s at batch size 1, without the prompt.
 
-    The models take turns, so that whatever else the machine does meets all of them; the medians
-    count.
+    The models alternate, so that other load on the machine affects all of them; each speed is a
+    median.
 
-    Args: models, folders by name; prompt, at least a token, of which as many are taken as leave
-        the context room for what is decoded.
+    Args: models, folders by name; prompt, at least one token, cut to leave room in the context.
     """
     decoders, sampling = {}, {}
     for name, folder in models.items():

@@ -1,4 +1,4 @@
-"""minigpt compare: the runs that it makes, how it goes on, and what it says of them."""
+"""minigpt compare: its runs, how it resumes, and its table, JSON and picture."""
 
 import json
 import math
@@ -43,7 +43,7 @@ def evaluations(name: str) -> list[dict[str, Any]]:
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, n_steps: int) -> None:
-    """Let Ctrl-C be pressed during a step, counted over all runs."""
+    """Press Ctrl-C during a step, counted over all runs."""
     take_step, n_taken = Trainer.take_step, 0
 
     def stopped(self: Trainer) -> bool:
@@ -56,7 +56,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, n_steps: int) -> None:
     monkeypatch.setattr(Trainer, "take_step", stopped)
 
 
-def test_the_table_says_what_json_says_and_that_is_what_the_metrics_say(run: Run) -> None:
+def test_table_json_and_metrics_agree(run: Run) -> None:
     result = run("compare", *TINY, "--variants", "dot,lstm,lstm-attention", "--budget", "steps:4")
     assert result.code == 0, result.err
     as_json = run(
@@ -89,7 +89,7 @@ def test_the_table_says_what_json_says_and_that_is_what_the_metrics_say(run: Run
             assert one["steps"] == 4
 
 
-def test_each_run_is_what_train_makes_of_the_same_settings(run: Run) -> None:
+def test_each_run_equals_a_training_run_with_the_same_settings(run: Run) -> None:
     assert run("compare", *TWO, "--name", "cmp").code == 0
     words = ["--max-steps", "4", "--set", "training.eval_every=1"]
     assert run("train", *TINY, *words, "--name", "own", "--seed", "1338").code == 0
@@ -130,7 +130,7 @@ def test_all_variants_of_a_seed_see_the_same_tokens_in_the_same_order(
     assert seen["cmp-lstm-s1337"] != seen["cmp-lstm-s1338"]
 
 
-def test_ctrl_c_saves_and_the_same_command_goes_on_to_the_same_bits(
+def test_after_ctrl_c_the_same_command_resumes_to_the_same_bits(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run("compare", *TWO, "--name", "whole").code == 0
@@ -139,7 +139,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on_to_the_same_bits(
         result = run("compare", *TWO, "--name", "parted")
     assert result.code == 130
     assert [line.split()[0] for line in result.out.splitlines()[3:]] == ["scaled_dot"]
-    assert "1 of 4 runs are finished; go on with:" in result.err
+    assert "1 of 4 runs are finished. Resume with:" in result.err
     assert "compare corpus.txt" in result.err.splitlines()[-1]
     assert [p.name for p in Path("checkpoints/parted-additive-s1337").glob("step-*")] == [
         "step-000002"
@@ -160,16 +160,14 @@ def test_ctrl_c_saves_and_the_same_command_goes_on_to_the_same_bits(
     assert losses[0] == losses[1]
 
 
-def test_stopped_in_its_first_run_there_is_no_table_yet(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ctrl_c_in_the_first_run_prints_no_table(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     stop_at(monkeypatch, 2)
     result = run("compare", *TWO)
     assert (result.code, result.out) == (130, "")
     assert "0 of 4 runs are finished" in result.err
 
 
-def test_more_seeds_and_variants_are_added_to_those_that_are_there(run: Run) -> None:
+def test_more_seeds_and_variants_are_added_to_the_existing_runs(run: Run) -> None:
     words = [*TINY, "--budget", "steps:2", "--seeds"]
     assert run("compare", *words, "1", "--variants", "lstm").code == 0
     result = run("compare", *words, "2", "--variants", "dot,lstm", "--json")
@@ -183,15 +181,15 @@ def test_more_seeds_and_variants_are_added_to_those_that_are_there(run: Run) -> 
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (["--budget", "steps:5"], "with another training.max_steps: 4, not 5"),
         (["--set", "training.lr=0.5"], "with another training.lr: 0.006, not 0.5"),
         (["--set", "model.d_mlp=50"], "with another model.d_mlp: 48, not 50"),
     ],
 )
-def test_other_settings_under_the_same_name_are_refused(
-    run: Run, change: list[str], said: str
+def test_other_settings_under_the_same_name_are_an_error(
+    run: Run, change: list[str], message: str
 ) -> None:
     words = [*TINY, "--variants", "scaled_dot", "--seeds", "1", "--name", "cmp"]
     assert run("compare", *words, "--budget", "steps:4").code == 0
@@ -199,10 +197,10 @@ def test_other_settings_under_the_same_name_are_refused(
     assert result.code == 2
     line = error_line(result)
     assert "the run 'cmp-scaled_dot-s1337'" in line
-    assert said in line
+    assert message in line
 
 
-def test_another_text_under_the_same_name_is_refused_and_a_moved_one_is_not(run: Run) -> None:
+def test_another_text_under_the_same_name_is_an_error_but_a_moved_one_is_not(run: Run) -> None:
     words = [*TINY[1:], "--variants", "dot", "--seeds", "1", "--budget", "steps:2", "--name", "cmp"]
     assert run("compare", "corpus.txt", *words).code == 0
     shutil.copy("corpus.txt", "moved.txt")
@@ -210,11 +208,11 @@ def test_another_text_under_the_same_name_is_refused_and_a_moved_one_is_not(run:
     Path("corpus.txt").write_text("To be, or not to be. " * 90)
     result = run("compare", "corpus.txt", *words)
     assert result.code == 2
-    assert "the run 'cmp-dot-s1337' is there, of another text" in error_line(result)
+    assert "the run 'cmp-dot-s1337' exists with another text" in error_line(result)
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "parts"),
     [
         (["--variants", "scaled_dott"], ["'scaled_dott'", "Did you mean scaled_dot?"]),
         (["--budget", "hours"], ["--budget 'hours'", "steps, seconds, flops"]),
@@ -230,13 +228,11 @@ def test_another_text_under_the_same_name_is_refused_and_a_moved_one_is_not(run:
         (["--budget", "steps", "--set", "training.max_minutes=1"], ["as in steps:500"]),
     ],
 )
-def test_what_cannot_be_compared_is_said_in_a_line(
-    run: Run, words: list[str], said: list[str]
-) -> None:
+def test_a_usage_error_is_one_line(run: Run, words: list[str], parts: list[str]) -> None:
     result = run("compare", *TINY, *words)
     line = error_line(result)
     assert result.code == 2
-    assert all(part in line for part in said), line
+    assert all(part in line for part in parts), line
     assert not Path("checkpoints").exists()
 
 
@@ -252,11 +248,11 @@ def test_a_variant_that_diverges_is_named(run: Run, monkeypatch: pytest.MonkeyPa
     assert (result.code, result.out) == (5, ""), result.err
     line = result.err.splitlines()[-1]
     assert line.startswith("error: 'cmp-additive-s1337': training diverged at step 1")
-    assert line.endswith("--set training.lr=N; or leave additive out of --variants.")
+    assert line.endswith("--set training.lr=N, or leave additive out of --variants.")
     assert weights("cmp-scaled_dot-s1337")
 
 
-def test_the_picture_has_a_line_a_run_and_a_name_a_variant(run: Run) -> None:
+def test_the_picture_has_a_line_per_run_and_a_name_per_variant(run: Run) -> None:
     pytest.importorskip("matplotlib", reason="needs pip install 'minigpt[plot]'")
     result = run("compare", *TWO, "--out", "losses.svg", "--x", "tokens")
     assert result.code == 0
@@ -271,7 +267,7 @@ def test_the_picture_has_a_line_a_run_and_a_name_a_variant(run: Run) -> None:
     assert len([e for e in marks if "#4c9bc6" in e.get("style", "")]) == 2 * 4 + 1
 
 
-def test_a_budget_of_seconds_ends_every_run_by_the_clock(run: Run) -> None:
+def test_a_budget_of_seconds_ends_every_run(run: Run) -> None:
     words = [*TINY, "--variants", "dot,additive", "--seeds", "1", "--budget", "seconds:0.1"]
     facts = json.loads(run("compare", *words, "--json").out)
     for variant in facts["variants"]:
@@ -282,7 +278,7 @@ def test_a_budget_of_seconds_ends_every_run_by_the_clock(run: Run) -> None:
         )
 
 
-def test_cache_bytes_are_those_of_the_run_s_own_model(run: Run) -> None:
+def test_cache_bytes_are_those_of_the_variant(run: Run) -> None:
     words = [*TINY, "--variants", "lstm", "--seeds", "1", "--budget", "steps:1", "--name", "cmp"]
     (variant,) = json.loads(run("compare", *words, "--json").out)["variants"]
     model = read_toml(Path("checkpoints/cmp-lstm-s1337/config.toml"))["model"]

@@ -1,4 +1,4 @@
-"""Which runs a comparison has: parameters, budgets, and what is made of their losses."""
+"""Plans of comparisons: parameter counts, budgets and statistics of the losses."""
 
 from dataclasses import replace
 from typing import Any
@@ -49,7 +49,9 @@ def built_parameters(config: ModelConfig) -> int:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("base", BASES)
-def test_every_variant_has_as_many_parameters_within_3_percent(base: str, variant: str) -> None:
+def test_every_variant_matches_the_parameter_count_within_3_percent(
+    base: str, variant: str
+) -> None:
     wanted, config = built_parameters(BASES[base]), matched(BASES[base], variant)
     assert abs(built_parameters(config) - wanted) <= 0.03 * wanted
     kind = config.attention if config.arch == "gpt" else config.arch
@@ -61,11 +63,11 @@ def test_every_variant_has_as_many_parameters_within_3_percent(base: str, varian
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_the_model_that_is_compared_with_stays_as_it_is(base: str) -> None:
+def test_the_base_model_matches_itself(base: str) -> None:
     assert matched(BASES[base], "scaled_dot") == BASES[base]
 
 
-def test_what_no_width_can_match_is_refused() -> None:
+def test_an_unreachable_parameter_count_is_an_error() -> None:
     base = small_config(d_mlp=1)
     with pytest.raises(ConfigError, match=r"no d_mlp gives the variant concat .* within 3%: the"):
         matched(base, "concat")
@@ -109,9 +111,9 @@ def test_a_budget_is_the_only_limit() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
-        ("step", "there is no --budget 'step'. Did you mean steps?"),
+        ("step", "unknown --budget 'step'. Did you mean steps?"),
         ("steps:", "takes a whole number above 0: it is ''"),
         ("steps:2.5", "takes a whole number above 0: it is '2.5'"),
         ("seconds:-1", "takes a number above 0: it is '-1'"),
@@ -119,27 +121,27 @@ def test_a_budget_is_the_only_limit() -> None:
         ("seconds:nan", "takes a number above 0: it is 'nan'"),
     ],
 )
-def test_what_is_no_budget_is_refused(text: str, said: str) -> None:
+def test_an_invalid_budget_is_an_error(text: str, message: str) -> None:
     with pytest.raises(ConfigError) as raised:
         parse_budget(text, run_config())
-    assert said in str(raised.value)
+    assert message in str(raised.value)
 
 
 @pytest.mark.parametrize("text", ["steps", "flops"])
-def test_a_budget_without_a_number_needs_steps_to_go_by(text: str) -> None:
-    with pytest.raises(ConfigError, match=f"Say it, as in {text}:500"):
+def test_a_budget_without_a_number_needs_max_steps(text: str) -> None:
+    with pytest.raises(ConfigError, match=f"needs a number here, as in {text}:500"):
         parse_budget(text, run_config(max_steps=0, max_minutes=1.0))
 
 
-def test_variants_are_named_once_each_and_misspelt_ones_are_refused() -> None:
+def test_variants_are_deduplicated_and_unknown_ones_are_errors() -> None:
     assert parse_variants("dot, lstm,dot") == ["dot", "lstm"]
-    with pytest.raises(ConfigError, match=r"no variant 'aditive'. Did you mean additive\?"):
+    with pytest.raises(ConfigError, match=r"unknown variant 'aditive'. Did you mean additive\?"):
         parse_variants("dot,aditive")
-    with pytest.raises(ConfigError, match="no variant ''"):
+    with pytest.raises(ConfigError, match="unknown variant ''"):
         parse_variants("dot,")
 
 
-def test_every_variant_meets_every_seed_with_the_settings_of_the_others() -> None:
+def test_every_variant_is_planned_with_every_seed_and_the_same_settings() -> None:
     base = run_config(seed=5)
     runs = compared_runs(base, ["dot", "lstm"], 2, Budget("steps", 3), "name")
     assert [(run.variant, run.seed) for run in runs] == [
@@ -155,7 +157,7 @@ def test_every_variant_meets_every_seed_with_the_settings_of_the_others() -> Non
 
 
 @pytest.mark.parametrize("losses", [[1.5], [1.5, 1.75], [2.0, 1.0, 4.5]])
-def test_means_and_spread_are_numpy_s(losses: list[float]) -> None:
+def test_means_and_spread_equal_numpy(losses: list[float]) -> None:
     runs = tuple(
         RunResult("x", seed, 9, 2.0, loss, loss / 2, 100.0 + seed)
         for seed, loss in enumerate(losses)

@@ -1,4 +1,4 @@
-"""What minigpt compare does once its options are read: runs, one after the other, and a table."""
+"""minigpt compare after option parsing: train the runs one after another, print a table."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -58,34 +58,34 @@ _NOT_SETTINGS = {
     "model.arch": "compare takes it from --variants",
     "model.attention": "compare takes it from --variants",
 }
-_POINTS = 10  # of a curve, at least, where its length is known
+_MIN_EVALUATIONS = 10  # of a run with a known number of steps
 _UNKNOWN = "-"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All that a comparison is made of."""
+    """The runs of a comparison, and what they share."""
 
     base: RunConfig
-    """The model that sets the number of parameters."""
+    """Settings of the base model, which sets the parameter count."""
     budget: Budget
     runs: Sequence[ComparedRun]
     data: PreparedData
 
 
 def run_comparison(config: ComparisonConfig, overrides: dict[str, Any], *, is_json: bool) -> None:
-    """Train what is not trained yet, and print what came of it.
+    """Train the runs that are not finished, and print the results.
 
-    Raises: ConfigError for what cannot be compared, or for runs of these names that are others;
-        otherwise as ``train_job``.
+    Raises: ConfigError for invalid settings, or if a run exists with other settings; otherwise as
+        ``train_job``.
     """
     if config.out is not None:
         require_picture(config.out)
-    comparison = _prepared(config, overrides)
+    comparison = _planned(config, overrides)
     signal_number = _train(comparison)
     finished = [run for run in comparison.runs if _is_finished(run)]
     if finished:
-        # Who asked for an end does not wait for more.
+        # After Ctrl-C, nothing more is measured.
         speeds = {} if signal_number else _decoding_speeds(comparison, finished)
         results = summarize(finished, speeds)
         if is_json:
@@ -95,21 +95,21 @@ def run_comparison(config: ComparisonConfig, overrides: dict[str, Any], *, is_js
         if config.out is not None:
             _draw(config.out, finished, config.x)
     if signal_number:
-        note(f"{len(finished)} of {len(comparison.runs)} runs are finished; go on with:")
+        note(f"{len(finished)} of {len(comparison.runs)} runs are finished. Resume with:")
         note(command_line(*sys.argv[1:]))
         raise typer.Exit(128 + signal_number)
 
 
-def _prepared(config: ComparisonConfig, overrides: dict[str, Any]) -> Comparison:
-    """Settle which runs there are to be; those that are there already must be the same."""
+def _planned(config: ComparisonConfig, overrides: dict[str, Any]) -> Comparison:
+    """Read the text and plan the runs; existing runs must have the same settings."""
     asked = flat(overrides)
     for setting, reason in _NOT_SETTINGS.items():
         if asked.get(setting) is not None:
-            raise ConfigError(f"{setting} is {asked[setting]!r}, and {reason}. Leave it out.")
+            raise ConfigError(f"{setting} is {asked[setting]!r}, but {reason}. Leave it out.")
     variants = parse_variants(config.variants)
     settings = settings_of(overrides)
     data_config = build(DataConfig, settings.get("data", {}), "data.")
-    # No run has the name itself, so that it is the same every time.
+    # The prefix itself is not the name of a run, so the derived prefix is always the same.
     name = checked_name(config.name) if config.name else fresh_name(data_config, "compare")
     with TrainingDisplay() as display:
         data = prepare(data_config, on_progress=display.preparing)
@@ -118,7 +118,7 @@ def _prepared(config: ComparisonConfig, overrides: dict[str, Any]) -> Comparison
     budget = parse_budget(config.budget, base)
     runs = compared_runs(base, variants, config.seeds, budget, name)
     if given(overrides, "training", "eval_every") is None:
-        runs = [replace(run, config=_with_points(run.config)) for run in runs]
+        runs = [replace(run, config=_evaluated_often(run.config)) for run in runs]
     for run in runs:
         checked_name(run.folder.path.name)
         require_memory(run.config, resolve_device(run.config.training.device))
@@ -126,31 +126,31 @@ def _prepared(config: ComparisonConfig, overrides: dict[str, Any]) -> Comparison
     return Comparison(base, budget, runs, data)
 
 
-def _with_points(config: RunConfig) -> RunConfig:
-    """Let a short run be evaluated often enough for a curve."""
+def _evaluated_often(config: RunConfig) -> RunConfig:
+    """Return the config with enough evaluations for a curve, also for a short run."""
     training = config.training
-    every = max(1, training.max_steps // _POINTS)
+    every = max(1, training.max_steps // _MIN_EVALUATIONS)
     if not training.max_steps or 0 < training.eval_every <= every:
         return config
     return replace(config, training=replace(training, eval_every=every))
 
 
 def _require_same(run: ComparedRun, data: PreparedData) -> None:
-    """Raise ConfigError if a run of this name is of other settings or another text."""
+    """Raise ConfigError if a run of this name has other settings or another text."""
     latest = run.folder.latest()
     if latest is None:
         return
-    remedy = "Give the settings that it began with, or another --name."
+    remedy = "Use the settings that it started with, or another --name."
     before, after = (flat(to_dict(config)) for config in (_saved(run), run.config))
     for key in before | after:
-        # The text may have moved: its tokens are compared instead.
+        # The text may have moved; its tokens are compared below.
         if key not in ("command", "data.paths") and before.get(key) != after.get(key):
             raise ConfigError(
-                f"the run {run.folder.path.name!r} is there with another {key}: "
+                f"the run {run.folder.path.name!r} exists with another {key}: "
                 f"{before.get(key)!r}, not {after.get(key)!r}. {remedy}"
             )
     if read_state(latest.folder).corpus != data.tokens.fingerprint:
-        raise ConfigError(f"the run {run.folder.path.name!r} is there, of another text. {remedy}")
+        raise ConfigError(f"the run {run.folder.path.name!r} exists with another text. {remedy}")
 
 
 def _saved(run: ComparedRun) -> RunConfig:
@@ -166,7 +166,7 @@ def _is_finished(run: ComparedRun) -> bool:
 
 
 def _train(comparison: Comparison) -> int:
-    """Train the runs that are not finished; return the signal that ended it, 0 if none did."""
+    """Train the runs that are not finished; return the number of a signal, 0 if none came."""
     for number, run in enumerate(comparison.runs, start=1):
         with run.folder.lock():
             if _is_finished(run):
@@ -183,7 +183,7 @@ def _train(comparison: Comparison) -> int:
                     _, signal_number = train_job(job, display)
                 except DivergedError as error:
                     raise DivergedError(
-                        f"{run.folder.path.name!r}: {error} Here that is --set training.lr=N; or "
+                        f"{run.folder.path.name!r}: {error} Set it with --set training.lr=N, or "
                         f"leave {run.variant} out of --variants."
                     ) from None
                 display.finish()
@@ -193,7 +193,7 @@ def _train(comparison: Comparison) -> int:
 
 
 def _decoding_speeds(comparison: Comparison, finished: Sequence[ComparedRun]) -> dict[str, float]:
-    """Measure the first finished run of each variant, as it ended."""
+    """Measure the latest checkpoint of the first finished run of each variant."""
     folders: dict[str, Path] = {}
     for run in finished:
         latest = run.folder.latest()
@@ -229,7 +229,7 @@ def _cells(result: VariantResult) -> Iterator[str]:
 def _record(
     comparison: Comparison, results: Sequence[VariantResult], n_finished: int
 ) -> dict[str, Any]:
-    """Return all that is known of a comparison, for JSON."""
+    """Return the comparison and its results, for JSON."""
     config = comparison.base
     return {
         "data": list(config.data.paths),
