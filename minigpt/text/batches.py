@@ -104,11 +104,11 @@ def validation_windows(
 ) -> Iterator[tuple["torch.Tensor", "torch.Tensor"]]:
     """Yield one pass over a span: every token but the first is a target exactly once.
 
-    Each window begins stride tokens after the one before, and the last stride of its tokens have
-    their targets given; those before them are context that was predicted already. Without a
-    stride, windows do not overlap. What is left at the end is a shorter window by itself, and so
-    is what the first window has before its last stride tokens. If the targets are more than
-    max_tokens, evenly spread windows are taken instead, at least one, and nothing else.
+    Each window begins stride tokens after the previous one, and has targets for its last stride
+    tokens; those before them are context. Without a stride, windows do not overlap. The tokens
+    left at the end form a shorter window, and so do those of the first window before its last
+    stride tokens. If there are more than max_tokens targets, only evenly spread windows are used,
+    at least one.
 
     Args: stride, 1 to context_length.
     Returns: inputs (B, T) with B at most batch_size, and what follows the last S of them, (B, S);
@@ -162,8 +162,8 @@ def _permute(
     """Map each index in [0, n) to another, one to one for each key.
 
     A Feistel network (Luby and Rackoff 1988, doi:10.1137/0217022) over pairs left < n_left,
-    right < n_right, of which there are hardly more than n; where it leaves [0, n) it is applied
-    again. Both ideas: Black and Rogaway 2002, doi:10.1007/3-540-45760-7_9.
+    right < n_right, slightly more than n in number; results outside [0, n) are permuted again.
+    Both ideas: Black and Rogaway 2002, doi:10.1007/3-540-45760-7_9.
     """
     n_left = np.uint64(math.isqrt(n - 1) + 1)
     n_right = np.uint64(-(-n // int(n_left)))

@@ -1,11 +1,11 @@
-"""Untrusted text made safe and visible: nothing that steers a terminal gets through."""
+"""Escaping of untrusted text: no control character reaches the terminal."""
 
 import re
 import unicodedata
 
-# What moves the cursor, joins or reorders its neighbours, or cannot be seen.
+# Categories of characters that move the cursor, join or reorder others, or are invisible.
 _UNSAFE_CATEGORIES = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
-# What steers nothing, though its category is unsafe: Persian and emoji are wrong without joiners.
+# Harmless in spite of their category: Persian and emoji need the joiners.
 _HARMLESS = "\n\t\u200c\u200d"
 # Jamo that join a syllable, Hangul fillers that show nothing, skin tones: no mark by category.
 _JOINING = re.compile("[\u115f-\u11ff\u3164\ud7b0-\ud7fb\uffa0\U0001f3fb-\U0001f3ff]")
@@ -29,7 +29,7 @@ def _joins_or_hides(character: str) -> bool:
 
 
 def printable(text: str) -> str:
-    """Escape what could steer a terminal; line breaks, tabs and joiners stay."""
+    """Escape characters that could control a terminal; line breaks, tabs and joiners stay."""
     if text.isascii() and text.isprintable():
         return text
     return "".join(c if c in _HARMLESS or not _is_unsafe(c) else _escape(c) for c in text)
@@ -38,8 +38,8 @@ def printable(text: str) -> str:
 def visible(data: bytes) -> str:
     """Show a token's bytes on one line, with nothing hidden: ``b" a\\n"`` is ``␣a\\n``.
 
-    Bytes that are no UTF-8 by themselves, such as half a character, become ``\\xe2``; a mark that
-    would join the character before it is escaped too.
+    Bytes that are not valid UTF-8, such as half a character, become ``\\xe2``; a mark that would
+    join the character before it is escaped too.
     """
     shown = []
     for character in data.decode("utf-8", errors="surrogateescape"):
