@@ -217,7 +217,7 @@ def test_another_text_under_the_same_name_is_an_error_but_a_moved_one_is_not(run
         (["--variants", "scaled_dott"], ["'scaled_dott'", "Did you mean scaled_dot?"]),
         (["--budget", "hours"], ["--budget 'hours'", "steps, seconds, flops"]),
         (["--seeds", "0"], ["seeds must be at least 1: it is 0"]),
-        (["--name", "a/b"], ["--name 'a/b'", "no name for a folder"]),
+        (["--name", "a/b"], ["--name 'a/b'", "is not a folder name"]),
         (["--set", "model.arch=lstm"], ["model.arch is 'lstm'", "--variants"]),
         (["--set", "from=x"], ["from is 'x'", "random weights"]),
         (
