@@ -1,13 +1,13 @@
-"""The run folder: checkpoints that no crash can cost.
+"""The run folder: checkpoints that survive any crash.
 
     NAME/step-000500/       one checkpoint: a Hugging Face folder, training_state/, manifest.json
-    NAME/.writing-step-...  one that is being written; a kill leaves it, the next lock removes it
-    NAME/latest.json        which step, and the facts that were known when it was written
-    NAME/best.json          the same, of the step with the least validation loss
+    NAME/.writing-step-...  unfinished checkpoint; after a kill, the next lock removes it
+    NAME/latest.json        newest step, and the facts known when it was written
+    NAME/best.json          the same for the step with the lowest validation loss
 
-A step folder appears under its name by one rename, when all its bytes are on the disk, so that
-a folder of that name is complete; the manifest tells if it was damaged afterwards, and the facts
-of its step, so that a kill before the two pointers are written costs nothing.
+A step folder gets its name by one rename once all its bytes are on the disk, so a folder of that
+name is complete. Its manifest shows later damage, and holds the facts of the step, so a kill before
+the two pointers are written loses nothing.
 """
 
 import math
@@ -33,9 +33,9 @@ from minigpt.files import (
 )
 
 CONFIG_FILE = "config.toml"
-"""A run's settings, resolved."""
+"""Resolved settings of a run."""
 METRICS_FILE = "metrics.jsonl"
-"""A run's events, one a line."""
+"""Events of a run, one per line."""
 
 _STEP = re.compile(r"step-(\d{6,})")
 _REPLACED, _DELETING = ".replaced-", ".deleting-"
@@ -48,23 +48,24 @@ class Pointer:
     step: int
     """Optimizer steps done."""
     folder: Path
-    """The complete checkpoint."""
+    """Folder of the checkpoint."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """What is known of this step, such as its validation loss."""
+    """Facts about this step, such as its validation loss."""
 
 
 class RunFolder:
-    """One training run on the disk. Writing needs the lock; reading does not."""
+    """A training run on the disk. Writing needs the lock; reading does not."""
 
     def __init__(self, path: Path) -> None:
-        """Name the run's folder; nothing is read or made."""
+        """Args: path, which is neither read nor created."""
         self.path = path
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the run folder, made if need be, against every other writer; tidy what kills left.
+        """Lock the run folder, created if needed, against other writers; clean up after kills.
 
-        Raises: LockedError, at once, if another process or RunFolder holds it; ResourceError.
+        Raises: LockedError, without waiting, if another process or RunFolder holds it;
+            ResourceError.
         """
         message = (
             f"another run is writing {str(self.path)!r}. Wait until it ends, or give this one "
@@ -85,23 +86,23 @@ class RunFolder:
                 remove(path)
 
     def step_folder(self, step: int) -> Path:
-        """Return where the checkpoint of a step is, or would be."""
+        """Return the folder of a step's checkpoint, whether it exists or not."""
         return self.path / f"step-{step:06d}"
 
     @contextmanager
     def writing_step(self, step: int, **facts: Any) -> Iterator[Path]:
-        """Yield an empty folder that becomes the checkpoint of a step when the block ends well.
+        """Yield an empty folder that becomes the checkpoint of a step if the block succeeds.
 
-        After an exception nothing of it remains, and the earlier checkpoints are as they were.
+        After an exception it is removed, and the earlier checkpoints are unchanged.
 
-        Args: facts of the step, of what JSON can hold.
-        Raises: ResourceError if the disk is full or the folder is not ours to write.
+        Args: facts of the step, JSON values.
+        Raises: ResourceError if the disk is full or the folder cannot be written.
         """
         with writing_folder(self.step_folder(step), facts) as folder:
             yield folder
 
     def point(self, name: Literal["best", "latest"], step: int, **facts: Any) -> None:
-        """Let best.json or latest.json name a complete step, with facts that JSON can hold.
+        """Write best.json or latest.json: a complete step and facts about it, JSON values.
 
         Raises: ResourceError.
         """
@@ -116,16 +117,16 @@ class RunFolder:
         return sorted(int(match[1]) for match in matches if match)
 
     def latest(self) -> Pointer | None:
-        """Return the newest intact checkpoint, past damaged ones; None if there is none."""
+        """Return the newest intact checkpoint; None if there is none."""
         for step in reversed(self.steps()):
             if pointer := self._pointer(step, "latest"):
                 return pointer
         return None
 
     def best(self) -> Pointer | None:
-        """Return the intact checkpoint with the least validation loss that is known.
+        """Return the intact checkpoint with the lowest known validation loss.
 
-        Where none is, the one that best.json names, else the latest; None if there is none.
+        If no loss is known, the one that best.json names, else the latest; None if there is none.
         """
         named = self._pointed("best").get("step")
         pointers = [pointer for step in self.steps() if (pointer := self._pointer(step, "best"))]
@@ -151,9 +152,9 @@ class RunFolder:
         return Pointer(step, folder, facts | (own if isinstance(own, dict) else {}))
 
     def prunable(self, keep: int) -> list[int]:
-        """Return the steps of intact checkpoints but best, latest and the newest ``keep`` others.
+        """Return the intact steps except best, latest and the newest ``keep`` others.
 
-        Damaged ones stay: something of them may be saved by hand.
+        Damaged ones stay, as parts of them may be recovered by hand.
         """
         protected = {pointer.step for pointer in (self.best(), self.latest()) if pointer}
         others = [step for step in self.steps() if step not in protected]
@@ -166,18 +167,18 @@ class RunFolder:
             for step in self.prunable(keep):
                 folder = self.step_folder(step)
                 doomed = self.path / f"{_DELETING}{folder.name}"
-                os.rename(folder, doomed)  # first, so that no half of it is taken for a checkpoint
+                os.rename(folder, doomed)  # first: half of it is no checkpoint
                 remove(doomed)
 
 
 @contextmanager
 def writing_folder(final: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
-    """Yield an empty folder that takes its place, with a manifest, when the block ends well.
+    """Yield an empty folder that becomes ``final``, with a manifest, if the block succeeds.
 
-    After an exception nothing of it remains, and what was in its place is as it was.
+    After an exception it is removed, and an older folder in its place is unchanged.
 
-    Args: facts, of what JSON can hold.
-    Raises: ResourceError if the disk is full or the folder is not ours to write.
+    Args: facts, JSON values.
+    Raises: ResourceError if the disk is full or the folder cannot be written.
     """
     aside = final.with_name(f"{WRITING}{final.name}")
     with resource_errors(final.parent):
@@ -193,8 +194,8 @@ def writing_folder(final: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
 
 
 def _put_in_place(aside: Path, final: Path) -> None:
-    # A folder cannot be renamed over one that has files, so an older one in its place steps aside
-    # first; a run's _tidy brings it back if we are killed between the renames.
+    # A folder cannot be renamed over one that has files, so an older one is renamed first;
+    # RunFolder._tidy restores it if we are killed between the renames.
     replaced = final.with_name(f"{_REPLACED}{final.name}")
     if final.exists():
         os.rename(final, replaced)

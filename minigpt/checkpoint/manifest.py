@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: what was written, so that damage is seen before it is read."""
+"""The manifest of a checkpoint: sizes and hashes of its files, to detect damage."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +18,7 @@ MANIFEST = "manifest.json"
 
 
 def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Write the sizes and hashes of a folder's files, and its facts, once all is on the disk."""
+    """Write sizes and hashes of a folder's files, and its facts, after syncing all to the disk."""
     paths = sorted(folder.rglob("*"))
     files = {}
     for path in paths:
@@ -35,9 +35,10 @@ def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
 
 
 def verify(step_folder: Path, *, hashes: bool = False) -> None:
-    """Check a checkpoint against its manifest: each file's size, and its SHA-256 when asked.
+    """Check the size of each file of a checkpoint against its manifest.
 
-    Raises: CheckpointError naming the first file that is missing or not as it was written.
+    Args: hashes, whether to compare SHA-256 hashes too.
+    Raises: CheckpointError naming the first file that is missing or changed.
     """
     files = read_json(step_folder / MANIFEST).get("files")
     if not isinstance(files, dict) or not files:
@@ -50,9 +51,9 @@ def verify(step_folder: Path, *, hashes: bool = False) -> None:
         if not path.is_file():
             problem = "is missing"
         elif path.stat().st_size != facts.get("bytes"):
-            problem = f"has {path.stat().st_size} bytes, {facts.get('bytes')!r} when written"
+            problem = f"has {path.stat().st_size} bytes instead of {facts.get('bytes')!r}"
         elif hashes and sha256(path) != facts.get("sha256"):
-            problem = "is not as it was written (its SHA-256 differs)"
+            problem = "has changed (its SHA-256 differs)"
         else:
             continue
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""A model folder: config.json, model.safetensors, tokenizer.json, as Hugging Face lays it out."""
+"""A model folder in Hugging Face's format: config.json, model.safetensors, tokenizer.json."""
 
 import errno
 import os
@@ -42,20 +42,20 @@ _GENERATION_CONFIG = "generation_config.json"
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """What a model folder holds."""
+    """A model and tokenizer read from a folder."""
 
     model: LanguageModel
-    """In evaluation mode."""
+    """Model in evaluation mode."""
     tokenizer: Tokenizer | None
-    """None if the folder has no tokenizer.json."""
+    """Tokenizer; None if the folder has none."""
     folder: Path
-    """Where it was read."""
+    """Folder that was read."""
 
 
 def write_model(folder: Path, model: LanguageModel, tokenizer: Tokenizer | None) -> None:
-    """Write a folder that transformers and read_model read; complete, but not synced to the disk.
+    """Write a folder that transformers and read_model can read, without syncing it to the disk.
 
-    Raises: ResourceError if the disk is full or the folder is not ours to write.
+    Raises: ResourceError if the disk is full or the folder cannot be written.
     """
     tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
@@ -77,12 +77,12 @@ def save_tensors(
 ) -> None:
     """Write a safetensors file.
 
-    Raises: ResourceError if the disk is full or the folder is not ours to write.
+    Raises: ResourceError if the disk is full or the folder cannot be written.
     """
     with resource_errors(path):
         try:
             save_file(tensors, path, metadata)
-        except SafetensorError as error:  # it wraps the system's errors in words
+        except SafetensorError as error:  # its message has the system's error code
             code = re.search(r"os error (\d+)", str(error))
             number = int(code[1]) if code else errno.EIO
             raise OSError(number, os.strerror(number), str(path)) from error
@@ -91,7 +91,7 @@ def save_tensors(
 def read_config(folder: Path) -> ModelConfig:
     """Read a folder's config.json.
 
-    Raises: CheckpointError if it is missing, not JSON, or of a model that ours cannot compute.
+    Raises: CheckpointError if it is missing, not JSON, or of a model that we cannot compute.
     """
     return model_config_from_hf(read_json(folder / CONFIG))
 
@@ -99,9 +99,9 @@ def read_config(folder: Path) -> ModelConfig:
 def read_model(
     folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> LoadedModel:
-    """Read a model folder, strictly; names, shapes and sizes are checked before any weight is.
+    """Read a model folder; names, shapes and sizes are checked before any weight is read.
 
-    Args: dtype, of the weights; None for what is stored.
+    Args: dtype, of the weights; None keeps the stored dtype.
     Raises: CheckpointError naming the file, what is wrong with it and the remedy.
     """
     settings = read_json(folder / CONFIG)

@@ -1,67 +1,123 @@
-"""Which model is meant: a run, a step, a folder, a name of one of them, or one of the hub's."""
+"""Find the model or run that a user names: by path, by name, or on the Hugging Face hub."""
 
 import os
+import re
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 from minigpt.checkpoint.folder import RunFolder
 from minigpt.checkpoint.manifest import MANIFEST, verify
-from minigpt.checkpoint.tools.hub import download_model, is_hub_name
 from minigpt.errors import CheckpointError, MinigptError, nearest
 from minigpt.files import WRITING, resource_errors
+from minigpt.rings import ring
 
 ROOT = Path("checkpoints")
-"""Where runs go, and what ships lies, seen from the project's root."""
+"""Folder of runs and of the model that ships, relative to the working directory."""
+MAKE_ONE = "Make one with `minigpt train`."
+"""Remedy where there is no run or model at all."""
+HUB_NAME = re.compile(
+    r"(?P<repository>[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96})(@(?P<revision>[\w./-]{1,200}))?",
+    re.ASCII,
+)
+"""Repository of the Hugging Face hub: org/name or org/name@revision."""
+
+
+def is_hub_name(spec: str) -> bool:
+    """Return whether a text could name a repository: org/name or org/name@revision."""
+    return HUB_NAME.fullmatch(spec) is not None
 
 
 def resolve_model(spec: str | None, root: Path = ROOT) -> Path:
-    """Return the model folder that is meant, ready for ``read_model``.
+    """Return the model folder that a user names, ready for ``read_model``.
 
     Args: spec, a run folder (its best step, else its latest), a step folder, any Hugging Face
-        folder, the name of one of these under root, or, where there is no such path, a model of
-        the Hugging Face hub (org/name or org/name@revision), which is downloaded. None: the newest
-        run under root that has a checkpoint, else what ships there.
-    Raises: CheckpointError if there is none, it is half-written or damaged, or cannot be
-        downloaded; ResourceError if there is no room for it.
+        folder, the name of one of these under root, or, if there is no such path, a model of the
+        Hugging Face hub (org/name or org/name@revision), which is downloaded. None: the newest run
+        under root that has a checkpoint, else the model that ships there.
+    Raises: CheckpointError if there is no such model, or it is incomplete, damaged or cannot be
+        downloaded; ConfigError if this installation cannot download; ResourceError.
     """
     if spec is None:
         return _newest(root)
-    is_name = Path(spec).name == spec
-    places = [Path(spec), root / spec] if is_name else [Path(spec)]
-    for place in places:
-        if _holds_model(place):
-            return _model_in(place)
-    for place in places:
+    if place := find_model(spec, root):
+        return _model_in(place)
+    for place in _places(spec, root):
         if os.path.exists(place):  # unlike Path.exists, False for impossible names
             raise CheckpointError(
                 f"{str(place)!r} holds no checkpoint: no step folder, no config.json. "
-                f"{_remedy(place.name, root)}"
+                f"{remedy(place.name, names_in(root))}"
             )
     if is_hub_name(spec) and not Path(spec).is_relative_to(root):
-        return download_model(spec)
-    where = f" in {str(root)!r}" if is_name else ""
+        folder: Path = ring("checkpoint.tools.hub").download_model(spec)
+        return folder
+    where = f" in {str(root)!r}" if Path(spec).name == spec else ""
     shown = spec if len(spec) <= 120 else f"{spec[:120]}..."
-    raise CheckpointError(f"there is no model {shown!r}{where}. {_remedy(places[0].name, root)}")
+    raise CheckpointError(
+        f"there is no model {shown!r}{where}. {remedy(Path(spec).name, names_in(root))}"
+    )
+
+
+def require_model(spec: str, root: Path = ROOT) -> Path:
+    """Return the run folder or model folder at a path, or of that name under root.
+
+    Raises: CheckpointError if there is none.
+    """
+    if place := find_model(spec, root):
+        return place
+    advice = remedy(spec, names_in(root))
+    raise CheckpointError(f"there is no run or model {spec[:120]!r}. {advice}")
+
+
+def find_model(spec: str, root: Path = ROOT) -> Path | None:
+    """Return the run folder or model folder at a path, or of that name under root; else None."""
+    return next((place for place in _places(spec, root) if _holds_model(place)), None)
+
+
+def models_in(root: Path) -> list[Path]:
+    """Return the run folders and the model folders in a folder, by name; no unfinished ones.
+
+    Raises: ResourceError if it cannot be read.
+    """
+    if not root.is_dir():
+        return []
+    with resource_errors(root):
+        places = (place for place in root.iterdir() if not place.name.startswith(WRITING))
+        return sorted(place for place in places if _holds_model(place))
+
+
+def names_in(root: Path) -> list[str]:
+    """Return the names of the runs and models in a folder that can be printed."""
+    return [place.name for place in models_in(root) if place.name.isprintable()]
+
+
+def remedy(word: str, names: Iterable[str]) -> str:
+    """Return the remedy for an unknown name: the nearest of the known ones, else to train."""
+    return nearest(word, known) if (known := list(names)) else MAKE_ONE
+
+
+def _places(spec: str, root: Path) -> list[Path]:
+    return [Path(spec), root / spec] if Path(spec).name == spec else [Path(spec)]
 
 
 def _holds_model(place: Path) -> bool:
     try:
         return (place / "config.json").is_file() or bool(RunFolder(place).steps())
-    except (OSError, ValueError):  # not ours to read, a name too long, a NUL in it
+    except (OSError, ValueError):  # no permission, a name too long, a NUL in it
         return False
 
 
 def _model_in(place: Path) -> Path:
     if (place / "config.json").is_file():
         if place.name.startswith(WRITING):
-            raise CheckpointError(f"{str(place)!r} was only half written. Use another step.")
+            raise CheckpointError(f"{str(place)!r} was not finished. Use another step.")
         if (place / MANIFEST).is_file():
             verify(place)
         return place
     run = RunFolder(place)
     pointer = run.best()
     if pointer is None:
-        verify(run.step_folder(run.steps()[-1]))  # raises, and says what is wrong with it
+        verify(run.step_folder(run.steps()[-1]))  # raises, naming the damage
         raise AssertionError("a step that verifies was not found")
     return pointer.folder
 
@@ -77,29 +133,6 @@ def _newest(root: Path) -> Path:
         with suppress(MinigptError):
             return _model_in(place)
     raise CheckpointError(
-        f"there is no checkpoint in {str(root)!r} yet. Make one with `minigpt train`, or name a "
-        "model folder with --model."
+        f"there is no checkpoint in {str(root)!r} yet. {MAKE_ONE[:-1]}, or name a model folder "
+        "with --model."
     )
-
-
-def models_in(root: Path) -> list[Path]:
-    """Return the run folders and the model folders in a folder, by name; no half-written ones.
-
-    Raises: ResourceError if it may not be read.
-    """
-    if not root.is_dir():
-        return []
-    with resource_errors(root):
-        places = (place for place in root.iterdir() if not place.name.startswith(WRITING))
-        return sorted(place for place in places if _holds_model(place))
-
-
-def _remedy(word: str, root: Path) -> str:
-    names = [place.name for place in models_in(root) if place.name.isprintable()]
-    return nearest(word, names) if names else "Make one with `minigpt train`."
-
-
-def find_model(spec: str, root: Path = ROOT) -> Path | None:
-    """Return the run or model folder of that path, or of that name under root; None: no such."""
-    places = [Path(spec), root / spec] if Path(spec).name == spec else [Path(spec)]
-    return next((place for place in places if _holds_model(place)), None)

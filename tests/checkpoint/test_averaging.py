@@ -34,5 +34,5 @@ def test_every_number_is_the_mean_of_those_of_the_models(
 def test_a_model_of_another_shape_is_no_part_of_a_mean(tmp_path: Path) -> None:
     write_model(tmp_path / "a", make_model(259, "llama-grouped"), None)
     write_model(tmp_path / "b", make_model(260, "llama-grouped"), None)
-    with pytest.raises(CheckpointError, match=r"b' is of another shape than '.*a'\. Average"):
+    with pytest.raises(CheckpointError, match=r"b' has another config than '.*a'\. Average"):
         average([tmp_path / "a", tmp_path / "b"])

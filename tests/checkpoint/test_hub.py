@@ -24,10 +24,9 @@ import pytest
 import torch
 from layout_models import make_model
 
-from minigpt.checkpoint import resolve as finding
 from minigpt.checkpoint.model_folder import read_model, save_tensors, write_model
-from minigpt.checkpoint.resolve import resolve_model
-from minigpt.checkpoint.tools.hub import download_model, is_hub_name
+from minigpt.checkpoint.resolve import is_hub_name, resolve_model
+from minigpt.checkpoint.tools.hub import download_model
 from minigpt.checkpoint.weights import tensors_to_hf
 from minigpt.commands.loading import load
 from minigpt.commands.options import ModelSource
@@ -39,7 +38,6 @@ PICKLE = b"\x80\x04 what would run any code"
 LIES = {"a": "pytorch_model.bin", "b": "old/a.safetensors", "c": "../../a.safetensors", "d": [1]}
 RESOLVER = """
 import json, sys
-from minigpt.checkpoint import resolve as finding
 from minigpt.checkpoint.resolve import resolve_model
 from minigpt.commands.loading import load
 from minigpt.commands.options import ModelSource
@@ -356,7 +354,7 @@ def test_without_the_hub_its_cache_is_used_and_what_it_lacks_is_one_line(
         if is_offline
         else f"the Hugging Face hub ({nowhere}) cannot be reached ("
     )
-    assert absent["error"].startswith(f"'tiny/pickled' is no folder here, and {says}")
+    assert absent["error"].startswith(f"'tiny/pickled' is not a folder here, and {says}")
     assert hub.asked == []
 
 
@@ -376,7 +374,7 @@ def test_a_path_that_is_there_is_never_asked_of_the_hub(
         "checkpoints/tiny": "there is no model 'checkpoints/tiny'",
         "./tiny/none": "there is no model",
         "tiny/none/step-000001": "there is no model",
-        "tiny/gated": r"'tiny/gated' is no folder here\..* pip install 'minigpt\[hub\]'\.$",
+        "tiny/gated": r"'tiny/gated' is not a folder here\..* pip install 'minigpt\[hub\]'\.$",
     }.items():
         with pytest.raises(CheckpointError, match=says):
             resolve_model(spec)
@@ -431,7 +429,10 @@ def test_a_name_of_the_hub_serves_as_a_model_of_the_commands(
     models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(finding, "download_model", lambda spec: asked.append(spec) or models["one"])
+    monkeypatch.setattr(
+        "minigpt.checkpoint.tools.hub.download_model",
+        lambda spec: asked.append(spec) or models["one"],
+    )
     ready = load(ModelSource(model="tiny/story@main", device="cpu"), "ab")
     assert asked == ["tiny/story@main"]
     assert (ready.folder, ready.prompt) == (models["one"], [97, 98])

@@ -136,7 +136,7 @@ def test_a_stored_byte_that_changed_is_found_by_the_manifest_only(
     path.write_bytes(data)
     verdict = check(folder, is_step=True)
     assert verdict.has_manifest
-    assert str(verdict.problem).startswith("'model.safetensors' is not as it was written")
+    assert str(verdict.problem).startswith("'model.safetensors' has changed")
     assert check(folder, is_step=False) == verdict
     (folder / "manifest.json").unlink()
     verdict = check(folder, is_step=False)

@@ -109,7 +109,7 @@ def test_a_damaged_step_is_marked_and_the_ones_before_it_take_its_place(run: Run
     (run.step_folder(3) / "training_state" / "momentum").write_text("x")
     (run.step_folder(2) / "config.json").unlink()
     third, second, first = entry_of(run.path).checkpoints
-    assert "1 bytes, 300 when written" in str(third.damage)
+    assert "1 bytes instead of 300" in str(third.damage)
     assert "config.json is missing" in str(second.damage)
     assert (first.damage, first.is_best, first.is_latest) == (None, True, True)
     assert second.val_loss == 1.5  # the log still knows

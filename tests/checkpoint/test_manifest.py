@@ -1,4 +1,4 @@
-"""Manifests: what is not as it was written is found, and passed over."""
+"""Manifests: damaged checkpoints are detected and skipped."""
 
 import json
 from collections.abc import Callable

@@ -285,14 +285,14 @@ def test_prune_asks_a_terminal_and_takes_no_for_an_answer(runs: Path) -> None:
 
 def test_prune_does_nothing_where_nobody_can_be_asked(run: Run, runs: Path) -> None:
     result = run("checkpoints", "prune", "tiny", stdin=b"y\n")
-    assert "no terminal. Give --yes" in error_line(result)
+    assert "not a terminal. Pass --yes" in error_line(result)
     assert (result.code, steps(runs)) == (2, [1, 2, 3, 4])
 
 
 def test_prune_waits_for_no_training_run(run: Run, runs: Path) -> None:
     with RunFolder(runs / "checkpoints" / "tiny").lock():
         result = run("checkpoints", "prune", "tiny", "--yes")
-        assert "'tiny' is being trained" in error_line(result)
+        assert "'tiny' is training" in error_line(result)
         assert (result.code, steps(runs)) == (7, [1, 2, 3, 4])
         assert run("checkpoints", "prune", "tiny", "--dry-run").code == 0
 
@@ -324,7 +324,7 @@ def test_prune_removes_nothing_while_what_would_stay_is_damaged(
 ) -> None:
     flip_a_byte(runs / "checkpoints" / "tiny" / f"step-00000{step}")
     result = run("checkpoints", "prune", "tiny", "--yes")
-    assert "nothing is removed while what would stay is bad" in error_line(result)
+    assert "nothing is removed, as a step to keep is damaged" in error_line(result)
     assert f"step-00000{step}" in result.err
     assert (result.code, steps(runs)) == (4, [1, 2, 3, 4])
 

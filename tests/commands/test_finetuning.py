@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from calls import TINY, Run, error_line
 from safetensors.torch import load_file
 
-from minigpt.checkpoint import resolve as finding
 from minigpt.checkpoint.model_folder import read_model
+from minigpt.checkpoint.tools import hub
 from minigpt.commands.train.finetune import Base, finetuning_config, read_base
 from minigpt.config import DataConfig, ModelConfig
 from minigpt.model.gpt import GPT
@@ -270,7 +270,7 @@ def test_a_hub_model_is_recorded_with_its_commit(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     snapshot = shutil.copytree(folders / "gpt2", tmp_path / "snapshots/0a1b2c")
-    monkeypatch.setattr(finding, "download_model", lambda spec: snapshot)
+    monkeypatch.setattr(hub, "download_model", lambda spec: snapshot)
     for spec in ("org/some-model", "org/some-model@main"):
         base = read_base(spec)
         assert (base.source, base.name) == ("org/some-model@0a1b2c", "some-model")

@@ -1,1 +1,1 @@
-"""What is done with checkpoints besides writing and reading them."""
+"""Tools for checkpoints: download, list, inspect, average, and model cards."""

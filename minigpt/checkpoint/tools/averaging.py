@@ -1,4 +1,4 @@
-"""The mean of the weights of several checkpoints of one run."""
+"""Checkpoint averaging: the mean of the weights of several checkpoints of one run."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,22 +14,22 @@ from minigpt.errors import CheckpointError
 def average(folders: Sequence[Path]) -> LoadedModel:
     """Return a model whose weights are the mean, in float32, of those of these checkpoints.
 
-    Near its end a run goes to and fro about a point that is better than any at which it stops.
-    The mean of its last checkpoints is nearer to it.
+    Near its end, training oscillates around weights that are better than those of any single step.
+    The mean of the last checkpoints is closer to them.
 
     Args: folders, at least one; two models are in memory at a time.
-    Returns: with the tokenizer of the first.
-    Raises: CheckpointError if one is damaged, or of another shape than the first.
+    Returns: the mean, with the tokenizer of the first.
+    Raises: CheckpointError if one is damaged, or its config differs from the first.
     Source: Polyak and Juditsky 1992, doi:10.1137/0330046; Vaswani et al. 2017, arXiv:1706.03762,
         section 6.1; Izmailov et al. 2018, arXiv:1803.05407.
     """
     loaded = read_model(folders[0], dtype=torch.float32)
-    means = loaded.model.state_dict()  # no copies: what is done to them is done to the model
+    means = loaded.model.state_dict()  # no copies: in-place changes change the model
     for n_models, folder in enumerate(folders[1:], start=2):
         model = read_model(folder, dtype=torch.float32).model
         if replace(model.config, dropout=loaded.model.config.dropout) != loaded.model.config:
             raise CheckpointError(
-                f"{str(folder)!r} is of another shape than {str(folders[0])!r}. Average "
+                f"{str(folder)!r} has another config than {str(folders[0])!r}. Average "
                 "checkpoints of one run."
             )
         for name, tensor in model.state_dict().items():

@@ -1,16 +1,13 @@
-"""Models from the Hugging Face hub: of a repository what read_model reads, and never a pickle."""
+"""Download models from the Hugging Face hub: only the files that read_model reads, no pickles."""
 
 import re
 from pathlib import Path
 from typing import Any
 
+from minigpt.checkpoint.resolve import HUB_NAME
 from minigpt.errors import CheckpointError, MinigptError
 from minigpt.files import read_json, resource_errors
 
-_NAME = re.compile(
-    r"(?P<repository>[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96})(@(?P<revision>[\w./-]{1,200}))?",
-    re.ASCII,
-)
 _INDEX = "model.safetensors.index.json"
 _WEIGHTS = "model.safetensors"
 _SMALL_FILES = [
@@ -24,30 +21,25 @@ _SMALL_FILES = [
 _LOG_IN = "log in with `hf auth login`"
 
 
-def is_hub_name(spec: str) -> bool:
-    """Tell whether a text could name a repository: org/name or org/name@revision."""
-    return _NAME.fullmatch(spec) is not None
-
-
 def download_model(spec: str) -> Path:
-    """Return the folder of a repository's model, downloaded but for what is in the hub's cache.
+    """Download a repository's model, unless it is in the hub's cache, and return its folder.
 
-    Without a network, or with HF_HUB_OFFLINE, it is what the cache has. huggingface_hub draws its
-    progress on stderr, where that is a terminal.
+    Without a network, or with HF_HUB_OFFLINE, the cached files are used. huggingface_hub shows its
+    progress on stderr if that is a terminal.
 
     Args: spec, org/name or org/name@revision (a branch, a tag or a commit).
-    Raises: CheckpointError if huggingface_hub is not installed, or the repository cannot be had or
-        has no weights that we read; ResourceError if the cache cannot be written.
+    Raises: CheckpointError if huggingface_hub is not installed, the repository cannot be
+        downloaded, or it has no weights that we read; ResourceError if the cache cannot be written.
     """
-    match = _NAME.fullmatch(spec)
-    assert match is not None, f"{spec!r} is no name of the hub"
+    match = HUB_NAME.fullmatch(spec)
+    assert match is not None, f"{spec!r} is not a name of the hub"
     try:
         from huggingface_hub import constants, hf_hub_download, snapshot_download
         from huggingface_hub.utils import logging
     except ImportError:
         raise CheckpointError(
-            f"{spec!r} is no folder here. If it is a model of the Hugging Face hub, install what "
-            "downloads it: pip install 'minigpt[hub]'."
+            f"{spec!r} is not a folder here. If it is a model of the Hugging Face hub, install "
+            "huggingface_hub: pip install 'minigpt[hub]'."
         ) from None
     # Its warnings repeat what the server says, whatever bytes that has.
     logging.set_verbosity_error()
@@ -67,7 +59,7 @@ def download_model(spec: str) -> Path:
         raise
     except Exception as error:  # those of its transport have no common class over its versions
         problem = _problem(error, match["repository"], match["revision"])
-        raise CheckpointError(f"{spec!r} is no folder here, and {problem}") from error
+        raise CheckpointError(f"{spec!r} is not a folder here, and {problem}") from error
     return folder
 
 

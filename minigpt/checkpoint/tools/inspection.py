@@ -1,4 +1,4 @@
-"""Looking at one model folder: what it says of its model, and whether it is whole."""
+"""Inspect one model folder: facts about its model, and whether it is damaged."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,21 +14,21 @@ from minigpt.model import cost
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """A model as its config.json and the headers of its weights describe it."""
+    """Facts about a model from its config.json and the headers of its weights."""
 
     folder: Path
     config: ModelConfig
     tensors: tuple[StoredTensor, ...]
-    """In the model's order, from the embedding to the output projection."""
+    """Tensors in the order of the model, from the embedding to the output projection."""
 
     @property
     def n_parameters(self) -> int:
-        """Weights, each counted once."""
+        """Number of parameters, each counted once."""
         return cost.parameter_count(self.config)
 
     @property
     def n_bytes(self) -> int:
-        """Bytes that the stored weights take."""
+        """Bytes of the stored weights."""
         return sum(tensor.n_bytes for tensor in self.tensors)
 
     @property
@@ -38,18 +38,18 @@ class ModelFacts:
 
     @property
     def forward_flops_per_token(self) -> int:
-        """FLOPs of a forward pass over one token of a full context: a backward one takes twice."""
+        """FLOPs of a forward pass over one token of a full context: a third of training's."""
         return self.training_flops_per_token // 3
 
     def cache_bytes_per_token(self, bytes_per_value: int) -> int:
-        """Return the KV cache bytes that one position of one sequence takes."""
+        """Return the KV cache bytes of one position of one sequence."""
         return cost.cache_bytes_per_token(self.config, bytes_per_value)
 
 
 def describe(folder: Path) -> ModelFacts:
-    """Describe a model by its config.json and the headers of its weights; no weight is read.
+    """Return the facts of a model; no weight is read.
 
-    Raises: CheckpointError if the two do not fit, or the model is none that ours can compute.
+    Raises: CheckpointError if config and weights do not fit, or we cannot compute the model.
     """
     config = read_config(folder)
     tensors = stored_tensors(config, folder).values()
@@ -58,18 +58,18 @@ def describe(folder: Path) -> ModelFacts:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What a check of a model folder came to."""
+class Check:
+    """Result of checking a model folder."""
 
     folder: Path
     has_manifest: bool
-    """Whether each byte was compared with the manifest; else names and shapes with config.json."""
+    """Whether bytes were compared with the manifest; else names and shapes with config.json."""
     problem: str | None
-    """None if there is none."""
+    """What is wrong; None if nothing is."""
 
 
-def check(folder: Path, *, is_step: bool) -> Verdict:
-    """Compare a checkpoint with its manifest, or, if it has none, its headers with its config.
+def check(folder: Path, *, is_step: bool) -> Check:
+    """Compare a checkpoint with its manifest, or without one, its headers with its config.
 
     Args: is_step, whether it is a step of a run, which must have a manifest.
     """
@@ -83,4 +83,4 @@ def check(folder: Path, *, is_step: bool) -> Verdict:
                 describe(folder)
     except MinigptError as error:
         problem = str(error).removeprefix(f"the checkpoint {str(folder)!r} is damaged: ")
-    return Verdict(folder, has_manifest, problem)
+    return Check(folder, has_manifest, problem)

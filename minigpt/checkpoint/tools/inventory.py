@@ -1,6 +1,6 @@
-"""What lies in a folder of checkpoints: runs with their steps, and model folders of their own.
+"""List a folder of checkpoints: runs with their steps, and single model folders.
 
-Names, sizes, dates and losses only: no weight is read, and nothing heavy is imported.
+Reads names, sizes, dates and losses only, no weights, and does not import torch.
 """
 
 import json
@@ -15,8 +15,8 @@ from typing import Any
 
 from minigpt.checkpoint.folder import METRICS_FILE, Pointer, RunFolder
 from minigpt.checkpoint.manifest import MANIFEST, verify
-from minigpt.checkpoint.resolve import ROOT, find_model, models_in
-from minigpt.errors import CheckpointError, ConfigError, MinigptError, nearest
+from minigpt.checkpoint.resolve import ROOT, find_model, models_in, require_model
+from minigpt.errors import CheckpointError, ConfigError, MinigptError
 from minigpt.files import read_json
 
 _CONFIG = "config.json"
@@ -24,58 +24,58 @@ _CONFIG = "config.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """One model folder: a step of a run, or one of its own."""
+    """One model folder: a step of a run, or a single model."""
 
     folder: Path
     step: int | None = None
-    """Optimizer steps done; None for a folder that is no step of a run."""
+    """Optimizer steps done; None for a single model."""
     layout: str | None
-    """The model type that config.json names; None if it names none."""
+    """Model type in config.json; None if there is none."""
     val_loss: float | None = None
-    """Nats/token; None if the run's records do not tell."""
+    """Validation loss in nats/token; None if the run has no record of it."""
     bits_per_byte: float | None = None
     n_bytes: int
-    """Bytes of all files in it."""
+    """Bytes of all files of the checkpoint."""
     written_at: datetime
     is_best: bool = False
-    """Whether the run's name, given as a model, means this step."""
+    """Whether --model with the name of the run means this step."""
     is_latest: bool = False
     """Whether the run resumes from this step."""
     damage: str | None
-    """What is wrong at a glance: sizes are compared, and no file is read to its end."""
+    """What is wrong, judged by the sizes of the files; None if nothing is."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A run, or a model folder of its own."""
+    """A run, or a single model folder."""
 
     name: str
     folder: Path
     is_run: bool
     checkpoints: tuple[Checkpoint, ...]
-    """The newest step first; of a model folder, the one that it is."""
+    """Checkpoints, the newest step first; exactly one for a single model."""
 
     @property
     def written_at(self) -> datetime:
-        """When the newest of its checkpoints was written."""
+        """Time when the newest checkpoint was written."""
         return max(checkpoint.written_at for checkpoint in self.checkpoints)
 
 
 def take_inventory(folder: Path) -> list[Entry]:
-    """Return the runs in a folder, the newest first, and after them the models that are none.
+    """Return the runs in a folder, the newest first, and after them the single models.
 
-    Raises: ResourceError if the folder may not be read.
+    Raises: ResourceError if the folder cannot be read.
     """
     entries = [entry_of(place) for place in models_in(folder)]
-    # What a training run that prunes its steps took away in the meantime has no checkpoints.
+    # A run whose steps were pruned in the meantime has no checkpoints.
     there = [entry for entry in entries if entry.checkpoints]
     return sorted(there, key=lambda entry: (entry.is_run, entry.written_at), reverse=True)
 
 
 def inventory_of(spec: str, root: Path = ROOT) -> list[Entry]:
-    """Return what a folder holds, or the one run or model of that path, or that name under root.
+    """Return the entries of a folder, or the one run or model at a path or of that name under root.
 
-    Raises: CheckpointError if there is none of these; ResourceError.
+    Raises: CheckpointError if there is no such folder, run or model; ResourceError.
     """
     if find_model(spec, root) is None and os.path.isdir(spec):
         return take_inventory(Path(spec))
@@ -83,33 +83,28 @@ def inventory_of(spec: str, root: Path = ROOT) -> list[Entry]:
 
 
 def entry_named(spec: str, root: Path = ROOT) -> Entry:
-    """Return the run or model of that path, or of that name under root.
+    """Return the run or model at a path, or of that name under root.
 
     Raises: CheckpointError if there is none.
     """
-    place = find_model(spec, root)
-    if place is None:
-        names = [place.name for place in models_in(root) if place.name.isprintable()]
-        remedy = nearest(spec, names) if names else "Make one with `minigpt train`."
-        raise CheckpointError(f"there is no run or model {spec[:120]!r}. {remedy}")
-    return entry_of(place)
+    return entry_of(require_model(spec, root))
 
 
 def run_named(spec: str) -> Entry:
-    """Return the run of that path, or of that name under the root.
+    """Return the run at a path, or of that name under the root.
 
-    Raises: CheckpointError if there is none; ConfigError if it is a model folder.
+    Raises: CheckpointError if there is none; ConfigError if it is a single model.
     """
     entry = entry_named(spec)
     if not entry.is_run:
         raise ConfigError(
-            f"{str(entry.folder)!r} is a model folder and no run, so it has no steps. Name a run."
+            f"{str(entry.folder)!r} is a model folder, not a run, so it has no steps. Name a run."
         )
     return entry
 
 
 def entry_of(folder: Path) -> Entry:
-    """Return what a run folder or a model folder holds."""
+    """Return the entry of a run folder or a model folder."""
     name = folder.name or folder.resolve().name  # the working directory's
     if (folder / _CONFIG).is_file():
         return Entry(name, folder, False, tuple(_seen(folder)))
@@ -132,7 +127,7 @@ def _is_at(pointer: Pointer | None, step: int) -> bool:
 
 
 def _seen(folder: Path, **facts: Any) -> Iterator[Checkpoint]:
-    """Yield the checkpoint in a folder, unless it was removed while it was looked at."""
+    """Yield the checkpoint in a folder, unless it is removed meanwhile."""
     layout, damage = None, None
     try:
         named = read_json(folder / _CONFIG).get("model_type")
@@ -157,13 +152,13 @@ def _n_bytes(folder: Path) -> int:
 
 
 def _written_at(folder: Path) -> datetime:
-    """Return when the manifest was written, which is the last of a checkpoint; else the config."""
+    """Return when the manifest was written, the last file of a checkpoint; else the config."""
     files = (path for path in (folder / MANIFEST, folder / _CONFIG) if path.exists())
     return datetime.fromtimestamp(next(files, folder).stat().st_mtime, UTC)
 
 
 def _losses(run: RunFolder) -> dict[int, dict[str, float]]:
-    """Return what a run's records say of each step: val_loss and bits_per_byte."""
+    """Return the recorded val_loss and bits_per_byte of each step."""
     losses: dict[int, dict[str, float]] = {}
     for record in _records(run):
         step = record.get("step")
@@ -175,7 +170,7 @@ def _losses(run: RunFolder) -> dict[int, dict[str, float]]:
 
 
 def _records(run: RunFolder) -> Iterator[dict[str, Any]]:
-    """Yield the run's log and, after it, its pointers; what cannot be read is passed over."""
+    """Yield the records of the log and then of the pointers, skipping unreadable ones."""
     with (
         suppress(OSError),
         (run.path / METRICS_FILE).open(encoding="utf-8", errors="replace") as lines,

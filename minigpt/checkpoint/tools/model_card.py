@@ -1,11 +1,11 @@
-"""The model card: README.md of a checkpoint, as people and the Hugging Face hub read it."""
+"""The model card: README.md of a checkpoint, in the format of the Hugging Face hub."""
 
 import json
 import re
 from pathlib import Path
 
 from minigpt.checkpoint.families import OWN_TYPE
-from minigpt.checkpoint.tools.hub import is_hub_name
+from minigpt.checkpoint.resolve import is_hub_name
 from minigpt.config import ModelConfig, RunConfig
 from minigpt.model.cost import parameter_count
 from minigpt.text.corpus import BUILTIN
@@ -53,12 +53,12 @@ def model_card(
     bits_per_byte: float,
     n_train_tokens: int,
 ) -> str:
-    """Return the README.md of a checkpoint: the hub's metadata, then what it is, in Markdown.
+    """Return the README.md of a checkpoint: the hub's metadata, then a description in Markdown.
 
-    Whatever names and the command hold, it is text in both, and no markup.
+    Names and the command are escaped in both.
 
-    Args: name, the run's; step, optimizer steps done; val_loss, nats/token; n_train_tokens, those
-        of the text without its validation part.
+    Args: name, of the run; step, optimizer steps done; val_loss, nats/token; n_train_tokens, of the
+        text without its validation part.
     """
     losses = f"{val_loss:.4f} nats/token, {bits_per_byte:.4f} bits/byte"
     parts = [
@@ -85,7 +85,7 @@ def _use(model_type: str) -> str:
 
 
 def _metadata(config: RunConfig, name: str, val_loss: float, bits_per_byte: float) -> str:
-    """Return the YAML block, as the hub's specification of model cards has it."""
+    """Return the YAML block that the hub specifies for model cards."""
     repository = _base_repository(config)
     library = "minigpt" if config.model.model_type == OWN_TYPE else "transformers"
     base = f"base_model: {_quoted(repository)}\n" if repository else ""
@@ -150,7 +150,7 @@ def _text(config: RunConfig, n_train_tokens: int) -> str:
 
 
 def _names(config: RunConfig) -> list[str]:
-    """Return what the corpora are called; the folders that they lie in are nobody's business."""
+    """Return the names of the corpora without their folders, which are private."""
     called = {"-": "standard input", BUILTIN: "English prose that comes with Python"}
     names = [called.get(path) or Path(path).name or path for path in config.data.paths or [BUILTIN]]
     n_more = len(names) - _MOST_NAMES
@@ -177,7 +177,7 @@ def _start(config: RunConfig) -> str:
 
 
 def _base_repository(config: RunConfig) -> str | None:
-    """Return the name on the hub of the model that the run started from, if it is from there."""
+    """Return the hub repository of the model that the run started from; None without one."""
     repository, _, commit = (config.from_ or "").partition("@")
     return repository if is_hub_name(repository) and _COMMIT.fullmatch(commit) else None
 

@@ -25,7 +25,7 @@ def list_(
     --model NAME uses the step marked best; --resume continues from the one marked latest. A step
     marked damaged lacks a file, or has one of another size; verify checks every byte.
     """
-    from minigpt.checkpoint.resolve import ROOT
+    from minigpt.checkpoint.resolve import MAKE_ONE, ROOT
     from minigpt.checkpoint.tools.inventory import inventory_of, take_inventory
     from minigpt.commands import output
     from minigpt.commands.checkpoints.views import inventory_lines
@@ -36,7 +36,7 @@ def list_(
     elif entries:
         output.show(inventory_lines(entries, output.line_width()))
     else:
-        output.note("no checkpoint is here yet. Make one with `minigpt train`.")
+        output.note(f"there is no checkpoint here yet. {MAKE_ONE}")
 
 
 @command
@@ -120,7 +120,7 @@ def prune(
     Lists what would be removed, and asks. Damaged steps stay, as parts of them may be recovered by
     hand. Nothing is removed while the run is training, or if a step to keep is damaged.
     """
-    from minigpt.commands.checkpoints.prune import prune_run
+    from minigpt.commands.checkpoints.writing import prune_run
 
     prune_run(run, keep, dry_run=dry_run, yes=yes, as_json=as_json)
 
@@ -146,7 +146,7 @@ def average(
 
     The mean is a model folder that `--model` can name. It cannot be resumed.
     """
-    from minigpt.commands.checkpoints.average import average_run
+    from minigpt.commands.checkpoints.writing import average_run
 
     average_run(run, last, until, out, as_json=as_json)
 

@@ -1,4 +1,4 @@
-"""Checkpoints as people read them: what lies in a folder, and what one model is."""
+"""Lines of text about checkpoints: the list of a folder, and the facts of one model."""
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,7 +12,7 @@ from minigpt.commands.output import aligned, one_line
 from minigpt.format import with_unit
 
 if TYPE_CHECKING:  # a list needs no torch, which these import
-    from minigpt.checkpoint.tools.inspection import ModelFacts, Verdict
+    from minigpt.checkpoint.tools.inspection import Check, ModelFacts
     from minigpt.checkpoint.tools.inventory import Checkpoint, Entry
     from minigpt.checkpoint.weights import StoredTensor
 
@@ -23,7 +23,7 @@ _MLPS = {"gpt2": "two layers", "llama": "gated"}
 
 
 def inventory_lines(entries: Sequence["Entry"], width: int | None) -> Iterator[Text]:
-    """Yield a table of all checkpoints, under the name of their run or model."""
+    """Yield a table of all checkpoints, grouped by run or model."""
     head = ["step", "nats/token", "bits/byte", "size", "written", ""]
     rows = [[Text(word, "dim") for word in head]]
     rows += [_row(checkpoint) for entry in entries for checkpoint in entry.checkpoints]
@@ -52,8 +52,8 @@ def _row(checkpoint: "Checkpoint") -> list[Text]:
     ]
 
 
-def verdict_line(verdict: "Verdict") -> Text:
-    """Return what a check came to, in one line."""
+def verdict_line(verdict: "Check") -> Text:
+    """Return the line of a check."""
     word, style = ("bad", "red") if verdict.problem else ("ok ", "green")
     good = {True: "as written, by SHA-256", False: "no manifest; names and shapes fit config.json"}
     facts = verdict.problem or good[verdict.has_manifest]
@@ -63,21 +63,21 @@ def verdict_line(verdict: "Verdict") -> Text:
 
 
 def removal_lines(word: str, doomed: Iterable["Checkpoint"]) -> Iterator[Text]:
-    """Yield a line for each checkpoint that goes."""
+    """Yield a line for each removed checkpoint."""
     for checkpoint in doomed:
         size = with_unit(checkpoint.n_bytes, "B")
         yield Text(f"{word} {one_line(str(checkpoint.folder))}, {size}")
 
 
 def total(checkpoints: Sequence["Checkpoint"]) -> str:
-    """Return how many checkpoints they are, and how large together."""
+    """Return the number of checkpoints and their total size."""
     noun = "checkpoint" if len(checkpoints) == 1 else "checkpoints"
     n_bytes = sum(checkpoint.n_bytes for checkpoint in checkpoints)
     return f"{len(checkpoints)} {noun}, {with_unit(n_bytes, 'B')}"
 
 
 def model_lines(facts: "ModelFacts", width: int | None) -> Iterator[Text]:
-    """Yield what a model is, and the table of its tensors with the blocks folded."""
+    """Yield the facts of a model and a table of its tensors, identical blocks as one."""
     yield Text(one_line(str(facts.folder)), "bold")
     yield from aligned(
         [[Text(name, "dim"), Text(fact)] for name, fact in _facts(facts).items()], ["left"] * 2
@@ -89,7 +89,7 @@ def model_lines(facts: "ModelFacts", width: int | None) -> Iterator[Text]:
 
 
 def model_record(facts: "ModelFacts") -> dict[str, Any]:
-    """Return all that is known of a model, for JSON."""
+    """Return the facts of a model, for JSON."""
     return {
         "folder": facts.folder,
         "config": asdict(facts.config),
@@ -164,7 +164,7 @@ def _positions(facts: "ModelFacts") -> str:
 
 
 def _tensor_rows(tensors: Iterable["StoredTensor"]) -> Iterator[list[list[Text]]]:
-    """Yield the rows of each tensor, and of all blocks that are alike those of one."""
+    """Yield the rows of each tensor, those of identical blocks once."""
     blocks: dict[str, dict[int, list[tuple[str, StoredTensor]]]] = {}
     order: dict[str, StoredTensor | None] = {}
     for tensor in tensors:
@@ -185,11 +185,11 @@ def _tensor_rows(tensors: Iterable["StoredTensor"]) -> Iterator[list[list[Text]]
 def _block_rows(
     layers: str, blocks: dict[int, list[tuple[str, "StoredTensor"]]]
 ) -> Iterator[list[list[Text]]]:
-    alike: dict[tuple[tuple[str, str, tuple[int, ...]], ...], list[int]] = {}
+    identical: dict[tuple[tuple[str, str, tuple[int, ...]], ...], list[int]] = {}
     for number, block in blocks.items():
         shape = tuple((rest, tensor.dtype, tensor.shape) for rest, tensor in block)
-        alike.setdefault(shape, []).append(number)
-    for numbers in alike.values():
+        identical.setdefault(shape, []).append(number)
+    for numbers in identical.values():
         block = _by_module(blocks[numbers[0]])
         n_bytes = sum(tensor.n_bytes for _, tensor in block)
         total = f"{len(numbers)} x {with_unit(n_bytes, 'B')}"
@@ -200,7 +200,7 @@ def _block_rows(
 
 
 def _by_module(block: list[tuple[str, "StoredTensor"]]) -> list[tuple[str, "StoredTensor"]]:
-    """Bring together what belongs to one part of a block, the parts in the order of the block."""
+    """Group the tensors of a block by module, in the order of the block."""
     parts = list(dict.fromkeys(rest.split(".")[0] for rest, _ in block))
     return sorted(block, key=lambda item: parts.index(item[0].split(".")[0]))
 
@@ -215,7 +215,7 @@ def _tensor_row(name: str, tensor: "StoredTensor") -> list[Text]:
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """Return ascending numbers in few characters: 0-11, or 0-2,5."""
+    """Return ascending numbers as ranges: 0-11, or 0-2,5."""
     spans: list[list[int]] = []
     for number in numbers:
         if spans and number == spans[-1][-1] + 1:

@@ -11,8 +11,7 @@ import torch
 
 from minigpt.checkpoint.folder import RunFolder
 from minigpt.checkpoint.model_folder import read_model
-from minigpt.checkpoint.resolve import ROOT, resolve_model
-from minigpt.checkpoint.tools.hub import is_hub_name
+from minigpt.checkpoint.resolve import ROOT, is_hub_name, resolve_model
 from minigpt.commands.train.job import (
     Job,
     Request,

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from minigpt.checkpoint.folder import CONFIG_FILE, METRICS_FILE
-from minigpt.checkpoint.resolve import ROOT
+from minigpt.checkpoint.resolve import MAKE_ONE, ROOT, remedy
 from minigpt.config import RunConfig
-from minigpt.errors import CheckpointError, ConfigError, nearest
+from minigpt.errors import CheckpointError, ConfigError
 from minigpt.files import resource_errors
 from minigpt.settings import build, read_toml
 
@@ -57,16 +57,14 @@ def find_run(spec: str | None, root: Path = ROOT) -> Path:
     known = {path.parent: path.stat().st_mtime_ns for path in root.glob(f"*/{METRICS_FILE}")}
     if spec is None:
         if not known:
-            raise CheckpointError(
-                f"there is no run in {str(root)!r} yet. Make one with `minigpt train`."
-            )
+            raise CheckpointError(f"there is no run in {str(root)!r} yet. {MAKE_ONE}")
         return max(known, key=lambda folder: known[folder])
     for folder in (Path(spec), root / spec):
         if _has_metrics(folder):
             return folder
     names = sorted(folder.name for folder in known)
-    remedy = nearest(Path(spec).name, names) if names else "Make one with `minigpt train`."
-    raise CheckpointError(f"there is no run with a {METRICS_FILE} at {spec[:120]!r}. {remedy}")
+    advice = remedy(Path(spec).name, names)
+    raise CheckpointError(f"there is no run with a {METRICS_FILE} at {spec[:120]!r}. {advice}")
 
 
 def _has_metrics(folder: Path) -> bool:

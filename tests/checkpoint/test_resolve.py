@@ -76,7 +76,7 @@ def test_half_written_step_is_refused(run: RunFolder) -> None:
     half = run.path / ".writing-step-000003"
     half.mkdir()
     (half / "config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="half written"):
+    with pytest.raises(CheckpointError, match="was not finished"):
         resolve_model(str(half))
     with run.lock():
         assert_holds(run, 2)

@@ -1,0 +1,138 @@
+"""Prune and average the checkpoints of a run."""
+
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import typer
+from rich.text import Text
+
+from minigpt.checkpoint.folder import RunFolder, writing_folder
+from minigpt.checkpoint.manifest import verify
+from minigpt.checkpoint.tools.inventory import Checkpoint, entry_of, run_named
+from minigpt.commands import output
+from minigpt.commands.checkpoints.views import removal_lines, total
+from minigpt.errors import CheckpointError, ConfigError, LockedError
+
+
+def prune_run(spec: str, keep: int, *, dry_run: bool, yes: bool, as_json: bool) -> None:
+    """Remove steps of a run after asking, or only list them.
+
+    Raises: ConfigError if nobody can be asked, or it is not a run; CheckpointError if there is no
+        such run, or a step to keep is damaged; LockedError if the run is training.
+    """
+    if keep < 0:
+        raise ConfigError(f"--keep must be at least 0: it is {keep}.")
+    if not (yes or dry_run or sys.stdin.isatty()):
+        raise ConfigError(
+            "prune asks before it removes, and standard input is not a terminal. Pass --yes "
+            "to remove, or --dry-run to list."
+        )
+    run = RunFolder(run_named(spec).folder)
+    doomed = _doomed(run, keep) if dry_run else _prune(run, keep, is_asked=not yes)
+    kept = _kept_steps(run, doomed)
+    if as_json:
+        facts = ("step", "folder", "n_bytes")
+        removed = [{name: getattr(item, name) for name in facts} for item in doomed]
+        output.write_json(
+            {"run": run.path, "is_dry_run": dry_run, "removed": removed, "kept_steps": kept}
+        )
+        return
+    word = "would remove" if dry_run else "removed"
+    output.show(removal_lines(word, doomed))
+    output.note(f"{word} {total(doomed)}; {_stays(kept)}" if doomed else "nothing to remove")
+
+
+def _prune(run: RunFolder, keep: int, *, is_asked: bool) -> list[Checkpoint]:
+    """Remove steps under the lock of the run, after asking; return the removed checkpoints."""
+    try:
+        with run.lock():
+            doomed = _doomed(run, keep)
+            if doomed and is_asked:
+                _ask(run, doomed)
+            run.prune(keep)
+            return doomed
+    except LockedError:
+        raise LockedError(
+            f"the run {run.path.name!r} is training. Prune it after that has ended."
+        ) from None
+
+
+def _doomed(run: RunFolder, keep: int) -> list[Checkpoint]:
+    """Return the checkpoints to remove, once every byte of best and latest is verified."""
+    steps = run.prunable(keep)
+    checkpoints = entry_of(run.path).checkpoints
+    for checkpoint in checkpoints:
+        if steps and (checkpoint.is_best or checkpoint.is_latest):
+            try:
+                verify(checkpoint.folder, hashes=True)
+            except CheckpointError as error:
+                raise CheckpointError(
+                    f"nothing is removed, as a step to keep is damaged: {error}"
+                ) from None
+    return [checkpoint for checkpoint in checkpoints if checkpoint.step in steps]
+
+
+def _ask(run: RunFolder, doomed: Sequence[Checkpoint]) -> None:
+    """List what would be removed, and end the program if the answer is no."""
+    for line in removal_lines("to remove:", doomed):
+        output.note(line.plain)
+    output.note(_stays(_kept_steps(run, doomed)))
+    with redirect_stdout(sys.stderr):  # err=True would still put a space on stdout
+        is_confirmed = typer.confirm(f"Remove {total(doomed)}?")
+    if not is_confirmed:
+        output.note("nothing was removed")
+        raise typer.Exit(1)
+
+
+def _kept_steps(run: RunFolder, doomed: Sequence[Checkpoint]) -> list[int]:
+    return sorted(set(run.steps()) - {checkpoint.step for checkpoint in doomed})
+
+
+def _stays(steps: Sequence[int]) -> str:
+    numbers = ", ".join(map(str, steps))
+    return f"step {numbers} stays" if len(steps) == 1 else f"steps {numbers} stay"
+
+
+def average_run(
+    spec: str, last: int, until: int | None, out: Path | None, *, as_json: bool
+) -> None:
+    """Write the mean of a run's newest checkpoints as a model folder.
+
+    Args: until, the last step to include; out, None for the path of the run followed by -mean.
+    Raises: ConfigError if it is not a run, it has fewer checkpoints, or out exists;
+        CheckpointError if there is no such run, or a checkpoint is damaged.
+    """
+    from minigpt.checkpoint.model_folder import write_model  # import torch, unlike prune
+    from minigpt.checkpoint.tools.averaging import average
+
+    if last < 2:
+        raise ConfigError(f"--last must be at least 2: it is {last}.")
+    entry = run_named(spec)
+    run = RunFolder(entry.folder)
+    steps = [step for step in run.steps() if until is None or step <= until][-last:]
+    if len(steps) < last:
+        which = "" if until is None else f" up to step {until}"
+        noun = "checkpoint" if len(steps) == 1 else "checkpoints"
+        raise ConfigError(
+            f"--last {last}: the run {entry.name!r} has {len(steps)} {noun}{which}. Give fewer, or "
+            "let training keep more of them (training.keep)."
+        )
+    if out is None:
+        place = run.path if run.path.name.strip(".") else run.path.resolve()  # it may be . or ..
+        out = place.with_name(f"{place.name}-mean")
+    if os.path.lexists(out):
+        raise ConfigError(f"{str(out)!r} exists already. Choose another --out.")
+    folders = [run.step_folder(step) for step in steps]
+    for folder in folders:
+        verify(folder, hashes=True)
+    mean = average(folders)
+    with writing_folder(out, {"mean_of_steps": steps}) as folder:
+        write_model(folder, mean.model, mean.tokenizer)
+    if as_json:
+        output.write_json({"run": run.path, "steps": steps, "folder": out})
+    else:
+        what = f"the mean of {len(steps)} checkpoints, steps {steps[0]} to {steps[-1]}"
+        output.show([Text(f"{what}, is in {output.one_line(str(out))}")])
