@@ -182,7 +182,7 @@ def test_verify_checks_all_before_it_fails(run: Run, runs: Path) -> None:
     bad = run("checkpoints", "verify", "tiny", "plain")
     assert bad.code == 4
     assert [line[:3] for line in bad.out.splitlines()] == ["bad", "ok ", "ok ", "ok ", "ok "]
-    assert "'model.safetensors' is not as it was written" in bad.out.splitlines()[0]
+    assert "'model.safetensors' has changed" in bad.out.splitlines()[0]
     assert bad.err == (
         "error: bad checkpoints: 1 of 5. Use another one, or write or download it again.\n"
     )
