@@ -323,7 +323,7 @@ ERRORS = {
     "tiny/story@v3": "its repository has no revision 'v3'. Name a branch, a tag or a commit.",
     "tiny/gated": "its repository is gated. Accept the terms at http://127.0.0.1:",
     "tiny/down": "answered 503. Try again later",
-    "tiny/a--b": "no repository can have that name",
+    "tiny/a--b": "not a valid name of a repository",
     "tiny/pickled": "its repository has no model.safetensors, or not all of its parts. Weights in",
     "tiny/half": "its repository has no model.safetensors, or not all of its parts. Weights in",
 }
@@ -350,7 +350,7 @@ def test_without_the_hub_its_cache_is_used_and_what_it_lacks_is_one_line(
     assert [Path(answer["folder"]) for answer in cached] == list(downloads.folders.values())
     assert absent["code"] == 4
     says = (
-        "HF_HUB_OFFLINE allows what is in the hub's cache only, where it is not, or not whole."
+        "HF_HUB_OFFLINE allows only the cache of the hub, which does not have all of its files."
         if is_offline
         else f"the Hugging Face hub ({nowhere}) cannot be reached ("
     )

@@ -99,7 +99,7 @@ def _problem(error: Exception, repository: str, revision: str | None) -> str:
     if isinstance(error, errors.RevisionNotFoundError):
         return f"its repository has no revision {revision!r}. Name a branch, a tag or a commit."
     if isinstance(error, errors.HFValidationError):
-        return "no repository can have that name. Check it."
+        return "that is not a valid name of a repository. Check it."
     is_local = isinstance(error, errors.LocalEntryNotFoundError)  # a kind of EntryNotFoundError
     if isinstance(error, errors.EntryNotFoundError) and not is_local:
         return (
@@ -108,7 +108,7 @@ def _problem(error: Exception, repository: str, revision: str | None) -> str:
         )
     if isinstance(cause, errors.OfflineModeIsEnabled):
         return (
-            "HF_HUB_OFFLINE allows what is in the hub's cache only, where it is not, or not whole. "
+            "HF_HUB_OFFLINE allows only the cache of the hub, which does not have all of its files. "
             "Unset it to download."
         )
     if response is not None:

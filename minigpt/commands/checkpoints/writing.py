@@ -105,7 +105,7 @@ def average_run(
     Raises: ConfigError if it is not a run, it has fewer checkpoints, or out exists;
         CheckpointError if there is no such run, or a checkpoint is damaged.
     """
-    from minigpt.checkpoint.model_folder import write_model  # import torch, unlike prune
+    from minigpt.checkpoint.model_folder import write_model  # imports torch; prune does not
     from minigpt.checkpoint.tools.averaging import average
 
     if last < 2:
