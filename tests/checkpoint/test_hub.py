@@ -350,7 +350,7 @@ def test_without_the_hub_its_cache_is_used_and_what_it_lacks_is_one_line(
     assert [Path(answer["folder"]) for answer in cached] == list(downloads.folders.values())
     assert absent["code"] == 4
     says = (
-        "HF_HUB_OFFLINE allows only the cache of the hub, which does not have all of its files."
+        "HF_HUB_OFFLINE allows only the cache of the hub, which lacks some of its files."
         if is_offline
         else f"the Hugging Face hub ({nowhere}) cannot be reached ("
     )

@@ -108,7 +108,7 @@ def _problem(error: Exception, repository: str, revision: str | None) -> str:
         )
     if isinstance(cause, errors.OfflineModeIsEnabled):
         return (
-            "HF_HUB_OFFLINE allows only the cache of the hub, which does not have all of its files. "
+            "HF_HUB_OFFLINE allows only the cache of the hub, which lacks some of its files. "
             "Unset it to download."
         )
     if response is not None:
