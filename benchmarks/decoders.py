@@ -78,13 +78,14 @@ class UnavailableError(Exception):
 def minigpt(contender: Contender, job: Job) -> Decode:
     """Ours, by the classes that the commands use."""
     from minigpt.config import SamplingConfig
-    from minigpt.generation.api import load
+    from minigpt.generation.api import load, prepare_for_decoding
     from minigpt.generation.decoder import Decoder
 
     is_int8 = contender.precision == "int8"
     dtype = {"fp32": "float32", "bf16": "bfloat16"}.get(contender.precision, "auto")
     quantize = "int8" if is_int8 else None
     model = load(Path(job.folder), device=job.device, dtype=dtype, quantize=quantize).model
+    prepare_for_decoding(model, compile=contender.is_compiled)
     sampling = SamplingConfig(temperature=0, max_new_tokens=job.n_new)
 
     def decode(first: Callable[[], None]) -> list[int]:

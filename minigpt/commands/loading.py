@@ -41,6 +41,7 @@ def load(source: ModelSource, prompt: str | None) -> Ready:
     """
     text = read_prompt(prompt)
     folder, loaded = load_model(source)
+    api.prepare_for_decoding(loaded.model, compile=source.compile)
     tokenizer = api.tokenizer_of(loaded)
     return Ready(loaded.model, tokenizer, folder, text, api.encode_prompt(tokenizer, text))
 

@@ -23,8 +23,8 @@ from minigpt.model.language_model import LanguageModel
 FinishReason = Literal["length", "stop", "end_of_text", "context"]
 """max_new_tokens reached, a stop text found, an end of text drawn, or the model's window full."""
 
-_CACHE_BYTES_AT_ONCE = 2**30
-_ROWS_AT_ONCE = 256
+_MAX_CACHE_BYTES = 2**30
+_MAX_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,10 @@ def check_prompt(prompt: Sequence[int], context_length: int) -> None:
         )
 
 
-def rows_at_once(config: ModelConfig, n_rows: int, n_positions: int) -> int:
+def max_rows_together(config: ModelConfig, n_rows: int, n_positions: int) -> int:
     """Return how many of n rows to decode together: no more than a GiB of cache, and at least 1."""
     row_bytes = min(n_positions, config.context_length) * cache_bytes_per_token(config)
-    return max(1, min(n_rows, _ROWS_AT_ONCE, _CACHE_BYTES_AT_ONCE // row_bytes))
+    return max(1, min(n_rows, _MAX_ROWS, _MAX_CACHE_BYTES // row_bytes))
 
 
 class Decoder:

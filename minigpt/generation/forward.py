@@ -1,55 +1,29 @@
-"""A model with its KV cache: tokens in, logits of the next one out.
+"""A model with its KV cache: tokens in, logits of the next token out.
 
 Shapes: B rows (sequences of one length that share a prompt), T new tokens, V vocabulary.
 """
 
 from collections.abc import Sequence
-from typing import Protocol, TypeGuard
 
 import torch
 from torch import Tensor
 
-from minigpt.config import ModelConfig
 from minigpt.errors import ConfigError
 from minigpt.model.attention import Recorder
 from minigpt.model.cache import KVCache
-from minigpt.model.gpt import GPT
 from minigpt.model.language_model import LanguageModel
+from minigpt.rings import has_ring, ring
+
+_FAST = "generation.fast"
 
 
-class Forward(Protocol):
-    """What decoding asks of a model, however it is computed."""
-
-    config: ModelConfig
-    device: torch.device
-
-    @property
-    def cache(self) -> KVCache:
-        """The keys and values of every position so far."""
-
-    def feed(self, tokens: Tensor) -> Tensor:
-        """Take the next tokens (B, T) of every row; return the logits (B, V), float32, after them.
-
-        The logits may be overwritten by the next call.
-        """
-
-    def repeat(self, n_rows: int) -> None:
-        """Make of the one row n that are equal."""
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Let only these rows go on, in this order."""
-
-    def truncate(self, length: int) -> None:
-        """Forget, in every row, every position from ``length`` on."""
-
-
-class EagerForward:
-    """The model's forward itself, as every other way must compute it."""
+class PlainForward:
+    """Decoding by the model's own ``forward``, which every faster path must equal."""
 
     def __init__(
         self, model: LanguageModel, *, capacity: int, recorder: Recorder | None = None
     ) -> None:
-        """Args: capacity, the positions that the cache has room for."""
+        """Args: capacity, the number of positions that the cache has room for."""
         self.model, self.recorder = model, recorder
         self.config, self.device = model.config, model.device
         self.cache = KVCache(
@@ -58,22 +32,29 @@ class EagerForward:
 
     @torch.inference_mode()
     def feed(self, tokens: Tensor) -> Tensor:
+        """Append tokens (B, T) to every row; return the logits (B, V), float32, after them.
+
+        The next call may overwrite the logits.
+        """
         logits = self.model(tokens, self.cache, self.recorder, logits_to_keep=1)
         return logits[:, -1].float()
 
     def repeat(self, n_rows: int) -> None:
-        self.cache.select([0] * n_rows)
+        """Copy the first row, so that there are n rows."""
+        self.keep([0] * n_rows)
 
     def keep(self, rows: Sequence[int]) -> None:
+        """Keep only these rows, in this order; repeats are allowed."""
         self.cache.select(rows)
 
     def truncate(self, length: int) -> None:
+        """Forget every position from ``length`` on."""
         self.cache.truncate(length)
 
 
-def has_compiled_step(model: LanguageModel) -> TypeGuard[GPT]:
-    """Tell whether a model can decode through a compiled graph."""
-    return type(model) is GPT and model.config.attention == "scaled_dot"
+def has_compiled_step(model: LanguageModel) -> bool:
+    """Return whether a model can decode through a compiled graph."""
+    return has_ring(_FAST) and bool(ring(_FAST).supports(model, compiles=True))
 
 
 def make_forward(
@@ -83,24 +64,21 @@ def make_forward(
     n_rows: int = 1,
     recorder: Recorder | None = None,
     compiles: bool = False,
-) -> Forward:
-    """Return the fastest way that the model's hardware and dtype have.
+) -> PlainForward:
+    """Return the fastest way to decode with a model: the fast ring where it supports the model.
 
-    Args: capacity, the positions that the cache has room for; n_rows, the most rows that
+    Args: capacity, the number of positions that the cache has room for; n_rows, the most rows that
         ``repeat`` will be asked for.
-    Raises: ConfigError if it is to be compiled, and there is no graph for such a model.
+    Raises: ConfigError if compiling is not possible for this model.
     """
-    if compiles:
-        if not has_compiled_step(model):
-            raise ConfigError(
-                "the compiled graph is of a gpt with scaled_dot attention, and this model is of "
-                f"arch {model.config.arch}, attention {model.config.attention}. Use --no-compile."
-            )
-        from minigpt.generation.fast.compiled import CompiledForward
-
-        return CompiledForward(model, capacity=capacity, n_rows=n_rows, recorder=recorder)
-    if type(model) is GPT and model.device.type == "cpu" and not model.training:
-        from minigpt.generation.fast.fused import FusedForward
-
-        return FusedForward(model, capacity=capacity, recorder=recorder)
-    return EagerForward(model, capacity=capacity, recorder=recorder)
+    if compiles and not ring(_FAST).supports(model, compiles=True):
+        raise ConfigError(
+            "--compile needs a gpt with scaled_dot attention: this model has arch "
+            f"{model.config.arch}, attention {model.config.attention}. Use --no-compile."
+        )
+    if compiles or (has_ring(_FAST) and ring(_FAST).supports(model)):
+        forward: PlainForward = ring(_FAST).make_forward(
+            model, capacity=capacity, n_rows=n_rows, recorder=recorder, compiles=compiles
+        )
+        return forward
+    return PlainForward(model, capacity=capacity, recorder=recorder)

@@ -36,34 +36,35 @@ class KVCache:
         self.values_LBGSD = torch.empty(shape, device=device, dtype=dtype)
 
     def write(self, layer: int, k_BGTD: Tensor, v_BGTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Store a layer's new keys and values; return views of all its filled positions.
+        """Store the new keys and values of a layer; return views of all its filled positions.
 
         Returns: keys and values, each (B, G, length + T, D).
         Raises: ValueError if they do not fit.
         """
         end = self.length + k_BGTD.shape[2]
-        self._check_room(end)
+        self.require_room(end)
         keys_BGSD, values_BGSD = self.keys_LBGSD[layer], self.values_LBGSD[layer]
         keys_BGSD[:, :, self.length : end] = k_BGTD
         values_BGSD[:, :, self.length : end] = v_BGTD
         return keys_BGSD[:, :, :end], values_BGSD[:, :, :end]
 
-    def grown(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Yield for each layer where one more position goes, and views of all with it.
+    def append_views(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Yield views for one more position of each layer, which the caller must write.
 
-        Returns: places of its key and its value, each (B, G, D), to be written to, and keys and
-            values, each (B, G, length + 1, D).
+        Returns: its key and its value, each (B, G, D), and keys and values of all positions
+            including it, each (B, G, length + 1, D).
         Raises: ValueError if it does not fit.
         """
         end = self.length + 1
-        self._check_room(end)
+        self.require_room(end)
         new = [
             kind.select(3, self.length).unbind() for kind in (self.keys_LBGSD, self.values_LBGSD)
         ]
         all_ = [kind.narrow(3, 0, end).unbind() for kind in (self.keys_LBGSD, self.values_LBGSD)]
         return zip(*new, *all_, strict=True)
 
-    def _check_room(self, end: int) -> None:
+    def require_room(self, end: int) -> None:
+        """Raise ValueError if the cache has no room for ``end`` positions."""
         if end > self.capacity:
             raise ValueError(f"the cache holds {self.capacity} positions; {end} were asked for")
 
@@ -79,10 +80,15 @@ class KVCache:
 
     @torch.inference_mode()
     def select(self, rows: Sequence[int]) -> None:
-        """Let the batch consist of these of its rows, in this order, repeats allowed."""
+        """Keep these rows of the batch, in this order; repeats are allowed."""
         index = torch.tensor(rows, device=self.keys_LBGSD.device)
         self.keys_LBGSD = self.keys_LBGSD.index_select(1, index)
         self.values_LBGSD = self.values_LBGSD.index_select(1, index)
+
+    @property
+    def n_rows(self) -> int:
+        """Number of sequences in the batch."""
+        return self.keys_LBGSD.shape[1]
 
     @property
     def n_bytes(self) -> int:

@@ -49,8 +49,8 @@ def trace(
     sampling = build(SamplingConfig, options)
     if sampling.num_samples != 1:
         raise ConfigError(f"a trace is of one sample: num_samples is {sampling.num_samples}.")
-    network, tokenizer, name = api.at_hand(
-        model, tokenizer, device=device, dtype=dtype, quantize=quantize
+    network, tokenizer, name = api.model_and_tokenizer(
+        model, tokenizer, device=device, dtype=dtype, quantize=quantize, compile=compile
     )
     ids = api.encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
     header, *steps, footer = tracer.trace(

@@ -10,7 +10,7 @@ from small_models import LAYOUTS, random_tokens, small_config, small_model
 
 from minigpt.config import SamplingConfig
 from minigpt.errors import DataError
-from minigpt.generation.decoder import Decoder, Step, rows_at_once
+from minigpt.generation.decoder import Decoder, Step, max_rows_together
 from minigpt.generation.sampling import Sampler
 from minigpt.model.cost import cache_bytes_per_token
 from minigpt.model.gpt import GPT
@@ -110,15 +110,15 @@ def test_a_decoder_may_take_one_row_and_several_in_any_order() -> None:
             assert facts(row_steps) == expected[seed][: len(row_steps)]
 
 
-def test_rows_at_once_fit_a_gigabyte() -> None:
+def test_max_rows_together_fit_a_gigabyte() -> None:
     config = small_config(context_length=1000)
     per_row = 1000 * cache_bytes_per_token(config)
-    assert rows_at_once(config, 10, 50) == 10
-    assert rows_at_once(config, 10**6, 50) == 256
+    assert max_rows_together(config, 10, 50) == 10
+    assert max_rows_together(config, 10**6, 50) == 256
     huge = small_config(context_length=2_000_000)
     assert per_row * 2000 * 2 > 2**30
-    assert rows_at_once(huge, 10, 10**9) == 1
-    n = rows_at_once(small_config(context_length=50_000), 256, 10**9)
+    assert max_rows_together(huge, 10, 10**9) == 1
+    n = max_rows_together(small_config(context_length=50_000), 256, 10**9)
     assert 1 < n < 256
     assert n * per_row * 50 <= 2**30 < (n + 1) * per_row * 50
 

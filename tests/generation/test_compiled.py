@@ -18,10 +18,10 @@ from minigpt.config import SamplingConfig
 from minigpt.errors import ConfigError
 from minigpt.files import CACHE_VARIABLE
 from minigpt.generation.decoder import Decoder
-from minigpt.generation.fast import compiled, compiling
+from minigpt.generation.fast import compiled, compiling, prepare_for_decoding
 from minigpt.generation.fast.compiled import CompiledForward
-from minigpt.generation.fast.decode_step import DecodeStep
-from minigpt.generation.fast.quantize import quantize_int8, widen_activations
+from minigpt.generation.fast.graph import GraphStep
+from minigpt.generation.fast.quantize import quantize_int8, use_float32_activations
 from minigpt.model.gpt import GPT
 from minigpt.tracing.recorder import RowRecorder
 
@@ -30,7 +30,7 @@ from minigpt.tracing.recorder import RowRecorder
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.3}
 
 
-def uncompiled(step: DecodeStep, **_: Any) -> compiling.Run:
+def uncompiled(step: GraphStep, **_: Any) -> compiling.Run:
     n_layer = step.model.config.n_layer
     return lambda tensors: list(step(*tensors[:3], tensors[3:-n_layer], tensors[-n_layer:]))
 
@@ -96,7 +96,7 @@ def test_narrow_weights_are_multiplied_as_the_narrowed_model_does(layout: str, k
     if kind == "int8":
         quantize_int8(model)
     else:
-        widen_activations(model.bfloat16())
+        use_float32_activations(model.bfloat16())
     tokens = random_tokens(1, 12)
     forward = CompiledForward(model, capacity=24)
     forward.feed(tokens[:, :3])
@@ -158,10 +158,10 @@ def test_the_context_and_the_capacity_are_kept() -> None:
 
 def test_a_graph_is_told_from_every_other() -> None:
     def key(
-        layout: str = "llama", n_rows: int = 1, *, shows_rows: bool = False, **changes: Any
+        layout: str = "llama", n_rows: int = 1, *, shows_attention: bool = False, **changes: Any
     ) -> str:
         model = small_model(layout, **changes)
-        step = DecodeStep(model, shows_rows=shows_rows)
+        step = GraphStep(model, shows_attention=shows_attention)
         tensors = dict(step.named_parameters())
         return compiling._key(step, tensors, torch.float32, is_batch=n_rows > 1)
 
@@ -172,7 +172,7 @@ def test_a_graph_is_told_from_every_other() -> None:
         key(n_rows=2),
         key(n_layer=1),
         key(norm_eps=1e-6),
-        key(shows_rows=True),
+        key(shows_attention=True),
     ]
     assert len(set(keys)) == len(keys)
 
@@ -209,15 +209,12 @@ def test_greedy_tokens_are_those_of_gpt_forward_and_a_second_time_nothing_is_com
     assert tokens() == context[5:]
 
 
-def test_weights_that_lie_the_other_way_round_are_laid_straight(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(compiled, "load_step", uncompiled)
-    model = small_model("gpt2").requires_grad_(False)
+def test_a_transposed_weight_is_made_contiguous_for_the_graph() -> None:
+    model = small_model("gpt2")
     up = model.get_submodule("blocks.1.mlp.up")
     assert isinstance(up, torch.nn.Linear)
     before = up.weight.clone()
     up.weight.data = up.weight.data.t().contiguous().t()
-    CompiledForward(model, capacity=24)
+    prepare_for_decoding(model, compiles=True)
     assert up.weight.is_contiguous()
     assert torch.equal(up.weight, before)

@@ -11,11 +11,12 @@ from small_models import LAYOUTS, random_tokens, small_model
 from torch import Tensor, nn
 
 from minigpt.config import SamplingConfig
+from minigpt.errors import ConfigError
 from minigpt.generation.decoder import Decoder
-from minigpt.generation.fast import products
-from minigpt.generation.fast.fused import FusedForward
-from minigpt.generation.fast.quantize import quantize_int8, widen_activations
-from minigpt.generation.forward import EagerForward, make_forward
+from minigpt.generation.fast import prepare_for_decoding, products, supports
+from minigpt.generation.fast.eager import EagerForward
+from minigpt.generation.fast.quantize import quantize_int8, use_float32_activations
+from minigpt.generation.forward import PlainForward, make_forward
 from minigpt.model.gpt import GPT
 
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in LAYOUTS} | {
@@ -38,15 +39,15 @@ TOLERANCE = {
 CHUNKS = [5, 1, 1, 1, 4, 1, 1, 2, 1, 1, 1, 1, 1, 1, 1, 1]
 
 
-def pair(kind: str, shape: str = "qwen3", *, frozen: bool = False) -> tuple[GPT, GPT]:
+def pair(kind: str, shape: str = "qwen3") -> tuple[GPT, GPT]:
     """A model, and in float32 the one that has the same weights once they are rounded."""
     layout, changes = SHAPES[shape]
-    model = small_model(layout, **changes).requires_grad_(not frozen)
+    model = small_model(layout, **changes)
     if "bfloat16" in kind:
         model = model.to(torch.bfloat16)
     plain = copy.deepcopy(model).float()
     if "widened" in kind:
-        widen_activations(model)
+        use_float32_activations(model)
     if "int8" in kind:
         quantize_int8(model)
         put_rounded(model, plain)
@@ -82,7 +83,7 @@ def test_fused_logits_are_those_of_a_plain_float32_forward_at_every_position(
     model, plain = pair(kind, shape)
     tokens = random_tokens(1, 24)
     fused = make_forward(model, capacity=24)
-    assert isinstance(fused, FusedForward)
+    assert isinstance(fused, EagerForward)
     for part in tokens.split(CHUNKS, dim=1):
         logits = fused.feed(part)
         assert_near(logits, plain_logits(plain, tokens[:, : fused.cache.length]), kind)
@@ -93,10 +94,10 @@ def test_float32_tables_compute_the_same_where_mkl_is_slow(
     shape: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(products, "has_slow_matvec", lambda device: True)
-    monkeypatch.setattr(products, "side_by_side", None)  # no matmul is left
+    monkeypatch.setattr(products, "MatrixProduct", None)  # no matmul is left
     model, plain = pair("float32", shape)
     tokens = random_tokens(1, 8)
-    fused = FusedForward(model, capacity=24)
+    fused = EagerForward(model, capacity=24)
     for part in tokens.split([3, 1, 1, 1, 1, 1], dim=1):
         logits = fused.feed(part)
         assert_near(logits, plain_logits(plain, tokens[:, : fused.cache.length]), "float32")
@@ -107,7 +108,7 @@ def test_float32_tables_compute_the_same_where_mkl_is_slow(
 @pytest.mark.parametrize("n_rows", [2, 18])
 def test_rows_go_on_as_each_would_alone(n_rows: int, shape: str, kind: str) -> None:
     model, plain = pair(kind, shape)
-    fused = FusedForward(model, capacity=24)
+    fused = EagerForward(model, capacity=24)
     rows = random_tokens(1, 5).expand(n_rows, -1)
 
     def feed(n_new: int) -> None:
@@ -145,9 +146,9 @@ def test_a_recorder_sees_what_a_plain_forward_shows_and_changes_no_bit(
     model, plain = pair(kind, shape)
     tokens = random_tokens(1, 12)
     recorder, expected = KeptAttention(), KeptAttention()
-    watched = FusedForward(model, capacity=12, recorder=recorder)
-    alone = FusedForward(model, capacity=12)
-    reference = EagerForward(plain, capacity=12, recorder=expected)
+    watched = EagerForward(model, capacity=12, recorder=recorder)
+    alone = EagerForward(model, capacity=12)
+    reference = PlainForward(plain, capacity=12, recorder=expected)
     for part in tokens.split([7, 1, 1, 1, 1, 1], dim=1):
         assert torch.equal(watched.feed(part), alone.feed(part))
         reference.feed(part)
@@ -168,46 +169,69 @@ def storages(model: GPT) -> int:
 
 
 @pytest.mark.parametrize("shape", ["gpt2", "llama", "qwen2"])
-def test_frozen_weights_lie_once_in_memory_as_the_step_reads_them(
+def test_prepared_weights_are_in_memory_once_and_keep_their_values(
     shape: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(products, "has_slow_matvec", lambda device: False)
-    model, plain = pair("float32", shape, frozen=True)
+    model, plain = pair("float32", shape)
     before, values = storages(model), copy.deepcopy(model.state_dict())
-    first = FusedForward(model, capacity=24)
-    second = FusedForward(model, capacity=24)
+    prepare_for_decoding(model)
+    places = {name: (p.data_ptr(), p.stride()) for name, p in model.named_parameters()}
+    prepare_for_decoding(model)
+    assert places == {name: (p.data_ptr(), p.stride()) for name, p in model.named_parameters()}
     assert storages(model) == before
     for name, value in model.state_dict().items():
         assert torch.equal(value, values[name])
-    for mine, other in zip(first._layers, second._layers, strict=True):
-        for name in ("qkv", "output", "up", "down"):
-            product = getattr(mine, name)
-            address = product.weight_IO.data_ptr()
-            assert address == getattr(other, name).weight_IO.data_ptr()
-            assert address in {parameter.data_ptr() for parameter in model.parameters()}
+    for block in model.blocks:
+        attention = block.attention
+        product = products.make_product([attention.query, attention.key, attention.value])
+        assert product.weight_IO.data_ptr() == attention.query.weight.data_ptr()
     tokens = random_tokens(2, 9)
     torch.testing.assert_close(plain_logits(model, tokens), plain_logits(plain, tokens))
 
 
-def test_weights_that_may_be_trained_stay_where_they_are() -> None:
-    model, _ = pair("float32", "llama")
-    places = {name: (p.data_ptr(), p.stride()) for name, p in model.named_parameters()}
-    FusedForward(model, capacity=24)
-    assert places == {name: (p.data_ptr(), p.stride()) for name, p in model.named_parameters()}
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_constructor_changes_no_layout(kind: str) -> None:
+    model, _ = pair(kind, "llama")
+
+    def places() -> list[tuple[str, int, tuple[int, ...]]]:
+        tensors = [*model.named_parameters(), *model.named_buffers()]
+        return [(name, t.data_ptr(), t.stride()) for name, t in tensors]
+
+    before = places()
+    EagerForward(model, capacity=24)
+    assert places() == before
+
+
+class Subclass(GPT):
+    """What a family that computes something else would bring."""
+
+
+def test_only_what_the_step_knows_is_supported() -> None:
+    model = small_model()
+    assert supports(model)
+    assert supports(model, compiles=True)
+    assert not supports(small_model(attention="dot"), compiles=True)
+    other = Subclass(model.config).eval()
+    assert not supports(other)
+    assert not supports(other, compiles=True)
+    assert type(make_forward(other, capacity=8)) is PlainForward
+    with pytest.raises(ConfigError, match="--no-compile"):
+        make_forward(other, capacity=8, compiles=True)
 
 
 def test_a_model_with_dropout_on_goes_through_its_own_forward() -> None:
-    assert isinstance(make_forward(small_model().train(), capacity=8), EagerForward)
+    assert type(make_forward(small_model().train(), capacity=8)) is PlainForward
 
 
 def test_a_full_context_and_a_full_cache_take_no_more() -> None:
     model = small_model("llama-grouped")
-    fused = FusedForward(model, capacity=6)
+    fused = EagerForward(model, capacity=6)
     fused.feed(random_tokens(1, 6))
     with pytest.raises(ValueError, match="the cache holds 6 positions; 7 were asked for"):
         fused.feed(random_tokens(1, 1))
     assert fused.cache.length == 6
-    fused = FusedForward(model, capacity=30)
+    fused = EagerForward(model, capacity=30)
     fused.feed(random_tokens(1, 24))
     with pytest.raises(ValueError, match="the model sees 24 positions; 25 were given"):
         fused.feed(random_tokens(1, 1))
@@ -262,6 +286,6 @@ def test_200_greedy_tokens_are_those_that_transformers_generates(
         )[0, 8:].tolist()
     assert len(set(expected)) > 10  # no loop of a few tokens, which any model could fall into
     decoder = Decoder(read_model(tmp_path).model, prompt[0].tolist())
-    assert isinstance(decoder.forward, FusedForward)
+    assert isinstance(decoder.forward, EagerForward)
     sampling = SamplingConfig(temperature=0.0, max_new_tokens=200)
     assert [step.token for step in decoder.generate(sampling, seed=0)] == expected

@@ -1,9 +1,8 @@
-"""A decode step -> machine code, by AOTInductor, once for every process to come.
+"""Ahead-of-time compilation of the decode step by AOTInductor, cached for later processes.
 
-Why not torch.compile with its caches: they save the C++ compiler's time and no more. Every process
-would import the compiler and trace the model again before it found out what it once compiled,
-while the loader of a package is already in torch. The weights stay outside, so that a package is
-small and serves every checkpoint of one shape.
+torch.compile's own caches only save the C++ compiler's time: every process would import the
+compiler and trace the model again, while the loader of a package is already in torch. The weights
+stay outside the package, so it is small and serves every checkpoint of the same shape.
 """
 
 import hashlib
@@ -19,31 +18,31 @@ import torch
 from torch import Tensor
 
 from minigpt.errors import ConfigError
-from minigpt.generation.fast import decode_step
-from minigpt.generation.fast.decode_step import DecodeStep
+from minigpt.generation.fast import decode_step, graph
+from minigpt.generation.fast.graph import GraphStep
 from minigpt.generation.fast.package_cache import package
 from minigpt.model import layers
 
 Example = tuple[Any, ...]
 Run = Callable[[list[Tensor]], list[Tensor]]
-"""Takes the tensors of DecodeStep.forward in one list; returns its results in another."""
+"""Takes the tensors of GraphStep.forward as one list and returns its results as another."""
 
 _OPTIONS = {
     "aot_inductor.package_constants_in_so": False,
-    # Made to speed up later compilations, and there is none.
+    # Would only speed up later compilations.
     "aot_inductor.precompile_headers": False,
-    # a * b + c in one instruction, as any library's product does it.
+    # a * b + c in one instruction, as in a library's product.
     "cpp.enable_floating_point_contract_flag": "fast",
 }
 
 
-def load_step(step: DecodeStep, *, cache_dtype: torch.dtype, is_batch: bool) -> Run:
-    """Return the step compiled, for one row or for any number from two on; from the disk if may be.
+def load_step(step: GraphStep, *, cache_dtype: torch.dtype, is_batch: bool) -> Run:
+    """Return the compiled step, for one row or for any number from two on; cached on disk.
 
-    Raises: ConfigError if there is no C++ compiler that works; ResourceError if the cache folder
+    Raises: ConfigError if there is no working C++ compiler; ResourceError if the cache folder
         cannot be used.
     """
-    # Tied tensors go by one of their names, and we do not choose which.
+    # torch chooses one of the names of a tied tensor.
     tensors: dict[str, Tensor] = dict(step.named_buffers(remove_duplicate=False))
     tensors.update(step.named_parameters(remove_duplicate=False))
     key = _key(step, tensors, cache_dtype, is_batch=is_batch)
@@ -52,9 +51,9 @@ def load_step(step: DecodeStep, *, cache_dtype: torch.dtype, is_batch: bool) -> 
     # torch._inductor.aoti_load_package is this and an import of the compiler.
     loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)
     names = loader.get_constant_fqns()
-    assert tensors.keys() >= set(names), "a weight is laid out for another way to decode"
-    weights = {name: tensors[name].detach() for name in names}
-    loader.load_constants(weights, False, True, True)  # check that all are there; do not copy them
+    assert tensors.keys() >= set(names), "the weights were prepared for eager decoding"
+    weights = {name: tensors[name].detach().contiguous() for name in names}
+    loader.load_constants(weights, False, True, True)  # require all of them; do not copy
 
     def run(inputs: list[Tensor]) -> list[Tensor]:
         assert weights  # the loader only points at them
@@ -64,9 +63,9 @@ def load_step(step: DecodeStep, *, cache_dtype: torch.dtype, is_batch: bool) -> 
 
 
 def _key(
-    step: DecodeStep, tensors: dict[str, Tensor], cache_dtype: torch.dtype, *, is_batch: bool
+    step: GraphStep, tensors: dict[str, Tensor], cache_dtype: torch.dtype, *, is_batch: bool
 ) -> str:
-    """Return all that the machine code depends on, as text."""
+    """Return everything that the machine code depends on, as text."""
     device = tensors["model.final_norm.weight"].device
     is_cuda = device.type == "cuda"
     return json.dumps(
@@ -74,13 +73,13 @@ def _key(
             "torch": [torch.__version__, torch.version.git_version],
             "code": [
                 hashlib.sha256(inspect.getsource(s).encode()).hexdigest()
-                for s in (decode_step, layers)
+                for s in (decode_step, graph, layers)
             ],
             "options": _OPTIONS,
             "config": asdict(step.model.config),
             "tensors": {n: [str(t.dtype), t.shape] for n, t in tensors.items()},
             "cache": [str(cache_dtype), is_batch],
-            "rows": step.shows_rows,
+            "shows_attention": step.shows_attention,
             "device": torch.cuda.get_device_properties(device).name
             if is_cuda
             else [dict(torch.cpu.get_capabilities()), torch.get_num_threads()],
@@ -89,18 +88,18 @@ def _key(
     )
 
 
-def _compile(step: DecodeStep, inputs: Example, free: Example, path: Path) -> None:
-    # Here, as they import the compiler: a second that only a first run should take.
+def _compile(step: GraphStep, inputs: Example, free: Example, path: Path) -> None:
+    # Imported here because it takes a second, which only the first run needs.
     import torch._inductor
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
     from torch._inductor.utils import fresh_cache
 
     try:
-        get_cpp_compiler()  # rather now than after the work that comes before it is called
-        # The compiler's own cache is a folder with a guessable name in the system's temporary one.
+        get_cpp_compiler()  # fail before the work, not after it
+        # The compiler's own cache has a guessable name in the system's temporary folder.
         with warnings.catch_warnings(), fresh_cache(), torch.no_grad():
-            warnings.simplefilter("ignore")  # of the compiler, about its own code
+            warnings.simplefilter("ignore")  # the compiler warns about its own code
             program = torch.export.export(step, inputs, dynamic_shapes=free, strict=False)
             torch._inductor.aoti_compile_and_package(
                 program, package_path=str(path), inductor_configs=_OPTIONS
@@ -108,15 +107,15 @@ def _compile(step: DecodeStep, inputs: Example, free: Example, path: Path) -> No
     except (InvalidCxxCompiler, CppCompileError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
-            f"compiling needs a C++ compiler that works: {reason}. Install g++ or name another in "
+            f"compiling needs a working C++ compiler: {reason}. Install g++, or name another in "
             "the variable CXX, or use --no-compile."
         ) from error
 
 
 def _example(
-    step: DecodeStep, cache_dtype: torch.dtype, *, is_batch: bool
+    step: GraphStep, cache_dtype: torch.dtype, *, is_batch: bool
 ) -> tuple[Example, Example]:
-    """Return inputs of DecodeStep.forward, and which of their dimensions are free."""
+    """Return example inputs of GraphStep.forward, and their dynamic dimensions."""
     config, device = step.model.config, next(step.parameters()).device
     n_rows, n_view, n_room = 1 + is_batch, 16, 32
     shape = (n_rows, config.n_kv_head, n_room, config.d_head)

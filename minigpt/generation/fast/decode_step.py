@@ -1,153 +1,115 @@
-"""One token a row, as a pure function of tensors: what --compile makes one graph of.
+"""One decode step of a GPT: the logits after one new token in each row.
 
-Shapes: B rows, C model dim, V vocabulary, L layers, H query heads, G key/value heads, R = H / G, D
-head dim, S positions in view, P positions that the caches have room for, I inputs and O outputs of
-a product.
+``GPT.forward`` is the definition. This is the same computation for one query per row, with its
+parts taken from a set of kernels: eager ones, made for few calls, or those of a compiled graph.
+
+Shapes: B rows, C model dim, V vocabulary, L layers, H query heads, D head dim, S positions in view.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minigpt.model.attention import Attention
 from minigpt.model.gpt import GPT, Block
-from minigpt.model.layers import MLP, GatedMLP, rotate
+from minigpt.model.layers import MLP, GatedMLP
 
-# Places of a weight that are read in turn: measured 1, 2, 4 and 8. 4 read float32 and bfloat16 a
-# fifth faster than 1, and int8 by half.
-_SIDES = 4
+Function = Callable[[Tensor], Tensor]
 
 
-class DecodeStep(nn.Module):
-    """The logits after one more token in every row, as GPT.forward computes them.
+class Attend(Protocol):
+    """Attention of one layer, with its query, key and value projections."""
 
-    Activations are float32 whatever the weights are: a weight is converted on its way into the
-    product, so that fewer bytes are read and nothing but the weights and the cache is rounded.
-    """
+    def __call__(
+        self, normed_BC: Tensor, position: Any, rotary: Any, cache: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write key and value into the cache; return context (B, H D) and weights (B, H, S)."""
 
-    def __init__(self, model: GPT, *, shows_rows: bool = False) -> None:
-        super().__init__()
-        self.model, self.shows_rows = model, shows_rows
 
-    def forward(
-        self,
-        tokens: Tensor,
-        position: Tensor,
-        in_view: Tensor,
-        keys: Sequence[Tensor],
-        values: Sequence[Tensor],
-    ) -> tuple[Tensor, ...]:
-        """Write the tokens' keys and values into the caches, and look at all up to them.
+class Add(Protocol):
+    """A linear layer that ends a residual branch."""
 
-        Args: tokens (B,); position (1,), theirs; in_view (S,), of which only the shape is read: no
-            position from S on is looked at; keys and values, for each layer (B, G, P, D), finite.
-        Returns: logits (B, V), float32; if it shows rows, also the weights (L, B, H, S)
-            and the heads' outputs (L, B, H, D).
-        """
-        model, config = self.model, self.model.config
-        x = _embedded(model.embedding, tokens)
-        rotary = None
-        if config.family == "gpt2":
-            x = x + model.positions.weight[position].float()
-        else:
-            rotary = model.rotary_cos[position].float(), model.rotary_sin[position].float()
-        is_filled_S = torch.arange(in_view.shape[0], device=x.device) <= position
-        weights, contexts = [], []
-        for layer, block in enumerate(model.blocks):
+    def __call__(self, x_BC: Tensor, branch: Tensor) -> Tensor:
+        """Return x plus the layer's output, perhaps in-place."""
+
+
+class Kernels(Protocol):
+    """The parts of a decode step. What ``position``, ``rotary`` and ``cache`` are is up to them."""
+
+    def embed(self, tokens: Tensor, position: Any) -> Tensor:
+        """Return the residual stream (B, C) of tokens (B,)."""
+
+    def rotary(self, position: Any) -> Sequence[Any]:
+        """Return the rotation of queries and keys for each layer."""
+
+    def norm(self, module: nn.Module) -> Function:
+        """Return a norm of the residual stream."""
+
+    def attention(self, layer: int, module: Attention) -> Attend:
+        """Return the attention of a layer."""
+
+    def hidden(self, module: MLP | GatedMLP) -> Function:
+        """Return an MLP up to its activated hidden values."""
+
+    def add(self, module: nn.Module) -> Add:
+        """Return a linear layer that adds its output to the residual stream."""
+
+    def unembed(self, module: nn.Module) -> Function:
+        """Return the output projection; an embedding is used transposed."""
+
+    def store(self, x: Tensor) -> Tensor:
+        """Return x, materialized if a compiler could compute it again instead."""
+
+
+@dataclass(frozen=True)
+class _Layer:
+    attention_norm: Function
+    attend: Attend
+    output: Add
+    mlp_norm: Function
+    hidden: Function
+    down: Add
+
+
+class DecodeStep:
+    """The logits after one more token in every row, as GPT.forward computes them."""
+
+    def __init__(self, model: GPT, kernels: Kernels) -> None:
+        self._kernels = kernels
+        self._layers = []
+        for i, block in enumerate(model.blocks):
             assert isinstance(block, Block)
-            normed = _kept(_norm(block.attention_norm, x))
-            context, weights_BHS = _attend(
-                block.attention, normed, rotary, position, is_filled_S, keys[layer], values[layer]
+            layer = _Layer(
+                kernels.norm(block.attention_norm),
+                kernels.attention(i, block.attention),
+                kernels.add(block.attention.output),
+                kernels.norm(block.mlp_norm),
+                kernels.hidden(block.mlp),
+                kernels.add(block.mlp.down),
             )
-            if self.shows_rows:
-                weights.append(weights_BHS)
-                contexts.append(context.unflatten(1, (-1, config.d_head)))
-            x = x + _product(block.attention.output, _kept(context))
-            x = x + _mlp(block.mlp, _kept(_norm(block.mlp_norm, x)))
-            x = _kept(x)
-        logits = _product(model.unembedding or model.embedding, _kept(_norm(model.final_norm, x)))
-        if not self.shows_rows:
-            return (logits,)
-        return logits, torch.stack(weights), torch.stack(contexts)
+            self._layers.append(layer)
+        self._final_norm = kernels.norm(model.final_norm)
+        self._unembed = kernels.unembed(model.unembedding or model.embedding)
 
+    def __call__(
+        self, tokens: Tensor, position: Any, caches: Sequence[Any]
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Write the new keys and values into the caches, and attend to all positions up to them.
 
-def _attend(
-    attention: Attention,
-    x: Tensor,
-    rotary: tuple[Tensor, Tensor] | None,
-    position: Tensor,
-    is_filled_S: Tensor,
-    keys_BGPD: Tensor,
-    values_BGPD: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Return the heads' outputs (B, H D) and weights (B, H, S) of queries made of x (B, C)."""
-
-    def heads(projection: nn.Linear, norm: nn.Module) -> Tensor:
-        projected = _product(projection, x).unflatten(-1, (-1, 1, attention.d_head))
-        return _norm(norm, projected)  # (B, H or G, 1, D)
-
-    q_BHTD = heads(attention.query, attention.query_norm)
-    k_BGTD = heads(attention.key, attention.key_norm)
-    v_BGTD = heads(attention.value, nn.Identity())
-    if rotary is not None:
-        q_BHTD, k_BGTD = rotate(q_BHTD, *rotary), rotate(k_BGTD, *rotary)
-    keys_BGPD.index_copy_(2, position, k_BGTD.to(keys_BGPD.dtype))
-    values_BGPD.index_copy_(2, position, v_BGTD.to(values_BGPD.dtype))
-    n_group, n_view = keys_BGPD.shape[1], is_filled_S.shape[0]
-    # Sums of products and no matmul: see _product.
-    q_BGRTD = _kept(q_BHTD * attention.d_head**-0.5).unflatten(1, (n_group, -1))
-    score_BGRS = (q_BGRTD * keys_BGPD[:, :, None, :n_view].float()).sum(-1)
-    weights_BGRS = _kept(torch.where(is_filled_S, score_BGRS, -torch.inf).softmax(-1))
-    context_BGRD = (weights_BGRS[..., None] * values_BGPD[:, :, None, :n_view].float()).sum(-2)
-    return context_BGRD.flatten(1), weights_BGRS.flatten(1, 2)
-
-
-def _mlp(mlp: MLP | GatedMLP, x: Tensor) -> Tensor:
-    if isinstance(mlp, GatedMLP):
-        hidden = mlp.activation(_product(mlp.gate, x)) * _product(mlp.up, x)
-    else:
-        hidden = mlp.activation(_product(mlp.up, x))
-    return _product(mlp.down, _kept(hidden))
-
-
-def _embedded(embedding: nn.Embedding, tokens: Tensor) -> Tensor:
-    x = embedding.weight[tokens].float()  # (B, C)
-    scale = getattr(embedding, "scale", None)
-    return x if scale is None else x * scale[tokens].float()[:, None]
-
-
-def _product(linear: nn.Module, x: Tensor) -> Tensor:
-    """Return what a linear layer, or an embedding the other way round, makes of x (B, I).
-
-    A sum of products fuses, with the conversion of the weight before it and the bias and residual
-    after it, into one loop that reads each weight once for all rows; a matmul is a call to a
-    library, which is made for many rows. The weight is read at several places in turn, as one sum
-    would wait for its own last addition, and more is under way from memory.
-    """
-    weight = linear.weight
-    assert isinstance(weight, Tensor)
-    n_together = len(weight) // _SIDES * _SIDES
-    parts = [*weight[:n_together].chunk(_SIDES), weight[n_together:]]
-    y_OB = torch.cat([(part.float()[:, None] * x).sum(-1) for part in parts if len(part)])
-    y = y_OB.mT  # (B, O)
-    if (scale := getattr(linear, "scale", None)) is not None:
-        y = y * scale.float()
-    if (bias := getattr(linear, "bias", None)) is not None:
-        y = y + bias.float()
-    return y
-
-
-def _norm(norm: nn.Module, x: Tensor) -> Tensor:
-    if isinstance(norm, nn.LayerNorm):
-        weight, bias = norm.weight.float(), norm.bias.float()
-        return F.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
-    if isinstance(norm, nn.RMSNorm):
-        return F.rms_norm(x, norm.normalized_shape, norm.weight.float(), norm.eps)
-    return x
-
-
-def _kept(x: Tensor) -> Tensor:
-    """Return x as one that the compiler must store, not compute again for each row of a weight."""
-    return torch.as_strided(x, x.shape, x.stride())
+        Args: tokens (B,); position, the index of the new tokens; caches, one for each layer.
+        Returns: logits (B, V); of each layer the weights (B, H, S) and the contexts (B, H D).
+        """
+        kernels = self._kernels
+        x = kernels.embed(tokens, position)
+        weights, contexts = [], []
+        for layer, rotary, cache in zip(
+            self._layers, kernels.rotary(position), caches, strict=True
+        ):
+            context_BX, weights_BHS = layer.attend(layer.attention_norm(x), position, rotary, cache)
+            weights.append(weights_BHS)
+            contexts.append(context_BX)
+            x = layer.output(x, context_BX)
+            x = kernels.store(layer.down(x, layer.hidden(layer.mlp_norm(x))))
+        return self._unembed(self._final_norm(x)), weights, contexts

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from minigpt.generation.fast.matvec import Table, blocks, has_tables
+from minigpt.generation.fast.matvec import MatvecTable, has_matvec_kernels, split_into_blocks
 
 pytestmark = pytest.mark.skipif(
-    not has_tables(torch.device("cpu")), reason="embedding_bag has no fast kernels here"
+    not has_matvec_kernels(torch.device("cpu")), reason="embedding_bag has no fast kernels here"
 )
 
 SHAPES = [(61, 10), (1, 3), (384, 32), (1000, 7), (257, 64)]
@@ -29,7 +29,7 @@ def test_a_table_gives_back_its_matrix_and_any_of_its_rows(
 ) -> None:
     weight = matrix(shape, dtype)
     weight[0, 0] = -127
-    table = Table(weight)
+    table = MatvecTable(weight)
     assert torch.equal(table.weight(), weight)
     half = shape[0] // 2
     assert torch.equal(table.weight(half // 2, half + 1), weight[half // 2 : half + 1])
@@ -43,11 +43,11 @@ def test_a_product_is_that_of_the_matrix(shape: tuple[int, int], n_rows: int) ->
     x = factors(n_rows, shape[1])
     weight = matrix(shape, torch.int8)
     for _ in range(2):  # its buffers are used again
-        product = Table(weight).product(x)
+        product = MatvecTable(weight).product(x)
         assert product.dtype == torch.float32
         expected = (x.double() @ weight.double().T).float()
         torch.testing.assert_close(product, expected, rtol=1e-5, atol=1e-3)
-    rounded = Table(weight.bfloat16()).product(x.bfloat16())
+    rounded = MatvecTable(weight.bfloat16()).product(x.bfloat16())
     expected = x.bfloat16().float() @ weight.float().T
     # Exact inputs, float32 sums, one rounding to bfloat16 at the end.
     torch.testing.assert_close(rounded, expected.bfloat16(), rtol=2**-7, atol=1e-3)
@@ -62,7 +62,9 @@ def test_a_matmul_is_that_of_the_outputs_asked_for(
     x = factors(9, shape[1])
     start, end = shape[0] // 3, shape[0]
     expected = x @ weight[start:end].float().T
-    torch.testing.assert_close(Table(weight).matmul(x, start, end), expected, rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(
+        MatvecTable(weight).matmul(x, start, end), expected, rtol=1e-5, atol=1e-3
+    )
 
 
 def test_a_product_is_the_same_to_the_bit_with_any_number_of_threads_and_rows() -> None:
@@ -72,7 +74,7 @@ def test_a_product_is_the_same_to_the_bit_with_any_number_of_threads_and_rows() 
         products = []
         for n in (1, 2, 3):
             torch.set_num_threads(n)
-            table = Table(weight)
+            table = MatvecTable(weight)
             products += [table.product(x), torch.cat([table.product(row[None]) for row in x])]
     finally:
         torch.set_num_threads(n_threads)
@@ -82,7 +84,7 @@ def test_a_product_is_the_same_to_the_bit_with_any_number_of_threads_and_rows() 
 @pytest.mark.parametrize("n_threads", [1, 2, 6, 16])
 @pytest.mark.parametrize("n_outputs", [1, 32, 257, 384, 2304, 50257])
 def test_blocks_hold_all_outputs_and_waste_little(n_outputs: int, n_threads: int) -> None:
-    n_blocks, width = blocks(n_outputs, n_threads)
+    n_blocks, width = split_into_blocks(n_outputs, n_threads)
     assert n_outputs <= n_blocks * width <= n_outputs + 16 * n_blocks
     assert width <= 256
     if n_outputs >= 256 * n_threads:

@@ -15,12 +15,12 @@ from minigpt.checkpoint.model_folder import read_model, write_model
 from minigpt.errors import ConfigError
 from minigpt.evaluation import evaluate
 from minigpt.generation import api
-from minigpt.generation.fast.fused import FusedForward
+from minigpt.generation.fast import prepare_for_decoding
 from minigpt.generation.fast.quantize import (
-    NarrowEmbedding,
-    NarrowLinear,
+    WeightOnlyEmbedding,
+    WeightOnlyLinear,
     quantize_int8,
-    widen_activations,
+    use_float32_activations,
 )
 from minigpt.model.gpt import GPT
 
@@ -42,7 +42,7 @@ def test_every_weight_is_rounded_to_the_nearest_of_its_outputs_255_steps(
         if not isinstance(module, nn.Linear) and name != "embedding":
             continue
         rounded = linears[name]
-        assert isinstance(rounded, (NarrowLinear, NarrowEmbedding))
+        assert isinstance(rounded, (WeightOnlyLinear, WeightOnlyEmbedding))
         weight, scale = module.weight.float(), rounded.scale.float()
         assert isinstance(weight, torch.Tensor)
         for output in range(len(weight)):
@@ -59,7 +59,7 @@ def test_an_int8_layer_computes_with_its_rounded_weight() -> None:
     linear = nn.Linear(40, 24)
     weight = torch.randint(-127, 128, (24, 40), dtype=torch.int8)
     scale = torch.rand(24) / 100
-    layer = NarrowLinear(weight, linear.bias, scale)
+    layer = WeightOnlyLinear(weight, linear.bias, scale)
     linear.weight.copy_(weight.float() * scale[:, None])
     x = torch.randn(3, 5, 40)
     torch.testing.assert_close(layer(x), linear(x))
@@ -70,9 +70,9 @@ def test_an_int8_layer_computes_with_its_rounded_weight() -> None:
 def test_a_widened_model_computes_in_float32_with_its_bfloat16_weights(layout: str) -> None:
     model = small_model(layout).bfloat16()
     plain = copy.deepcopy(model).float()
-    widen_activations(model)
+    use_float32_activations(model)
     assert model.dtype == torch.float32
-    assert isinstance(model.embedding, NarrowEmbedding)
+    assert isinstance(model.embedding, WeightOnlyEmbedding)
     assert model.embedding.weight.dtype == torch.bfloat16
     tokens = random_tokens(2, 20)
     torch.testing.assert_close(model(tokens), plain(tokens), rtol=1e-4, atol=1e-4)
@@ -83,7 +83,7 @@ def narrowed(kind: str, layout: str, **changes: Any) -> GPT:
     if kind == "int8":
         quantize_int8(model)
     else:
-        widen_activations(model.bfloat16())
+        use_float32_activations(model.bfloat16())
     return model
 
 
@@ -95,15 +95,15 @@ def test_a_narrowed_model_is_the_same_after_decoding_has_moved_its_weights(
 ) -> None:
     model = narrowed(kind, layout)
     before = copy.deepcopy(model)
-    FusedForward(model, capacity=24)
+    prepare_for_decoding(model)
     tokens = random_tokens(2, 20)
     torch.testing.assert_close(model(tokens), before(tokens), rtol=1e-4, atol=1e-4)
     one = tokens[:, :1]  # few enough for the tables, which round to their dtype
     tolerance = 1e-4 if kind == "int8" else 0.1
     torch.testing.assert_close(model(one), before(one), rtol=tolerance, atol=tolerance)
     for (name, moved), kept in zip(model.named_modules(), before.modules(), strict=True):
-        if isinstance(moved, (NarrowLinear, NarrowEmbedding)):
-            assert isinstance(kept, (NarrowLinear, NarrowEmbedding))
+        if isinstance(moved, (WeightOnlyLinear, WeightOnlyEmbedding)):
+            assert isinstance(kept, (WeightOnlyLinear, WeightOnlyEmbedding))
             assert torch.equal(moved.weight, kept.weight), name
 
 
@@ -112,7 +112,7 @@ def n_bytes(model: GPT) -> int:
     seen: dict[int, int] = {}
     for module in model.modules():
         tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        table = getattr(module, "_table", None)
+        table = getattr(module, "table", None)
         if table is not None:
             tensors.append(table._table)
         for tensor in tensors:
@@ -129,7 +129,7 @@ def test_narrow_weights_take_about_their_share_of_float32s_memory(
     before = n_bytes(small_model(layout, **shape))
     model = narrowed(kind, layout, **shape)
     assert n_bytes(model) < (share + 0.03) * before
-    FusedForward(model, capacity=8)
+    prepare_for_decoding(model)
     assert n_bytes(model) < (share + 0.07) * before  # of int8, 8 bytes more a row of a table
 
 

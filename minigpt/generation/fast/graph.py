@@ -1,0 +1,163 @@
+"""Kernels of the decode step for a compiled graph: pure functions that fuse into few loops.
+
+Activations are float32 whatever the weights are: a weight is converted on its way into the product,
+so that fewer bytes are read, and only the weights and the cache are rounded.
+
+Shapes: B rows, C model dim, V vocabulary, L layers, H query heads, G key/value heads, R = H / G, D
+head dim, S positions in view, P positions that the caches have room for, I inputs, O outputs.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minigpt.generation.fast.decode_step import Add, Attend, DecodeStep, Function
+from minigpt.model.attention import Attention
+from minigpt.model.gpt import GPT
+from minigpt.model.layers import MLP, GatedMLP, rotate
+
+_PARTS = 4
+"""Parts of a weight that are read alternately, of 1, 2, 4 and 8 the fastest: a fifth faster than 1
+for float32 and bfloat16, by half for int8."""
+
+
+class GraphStep(nn.Module):
+    """The decode step as a function of tensors, which can be exported."""
+
+    def __init__(self, model: GPT, *, shows_attention: bool = False) -> None:
+        super().__init__()
+        self.model, self.shows_attention = model, shows_attention
+        self._step = DecodeStep(model, GraphKernels(model))
+
+    def forward(
+        self,
+        tokens: Tensor,
+        position: Tensor,
+        in_view: Tensor,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+    ) -> tuple[Tensor, ...]:
+        """Write the tokens' keys and values into the caches, and attend to all up to them.
+
+        Args: tokens (B,); position (1,), their index; in_view (S,), of which only the shape is
+            read: positions from S on are not read; keys and values, for each layer (B, G, P, D),
+            finite.
+        Returns: logits (B, V), float32; if it shows attention, also the weights (L, B, H, S) and
+            the heads' outputs (L, B, H, D).
+        """
+        is_filled_S = torch.arange(in_view.shape[0], device=tokens.device) <= position
+        caches = [(*pair, is_filled_S) for pair in zip(keys, values, strict=True)]
+        logits, weights, contexts = self._step(tokens, position, caches)
+        if not self.shows_attention:
+            return (logits,)
+        d_head = self.model.config.d_head
+        return logits, torch.stack(weights), torch.stack(contexts).unflatten(2, (-1, d_head))
+
+
+class GraphKernels:
+    """Kernels without side effects but for the caches; modules are read when called."""
+
+    def __init__(self, model: GPT) -> None:
+        self._model = model
+
+    def embed(self, tokens: Tensor, position: Tensor) -> Tensor:
+        model = self._model
+        x = model.embedding.weight[tokens].float()  # (B, C)
+        scale = getattr(model.embedding, "scale", None)
+        if scale is not None:
+            x = x * scale[tokens].float()[:, None]
+        if model.config.family == "gpt2":
+            x = x + model.positions.weight[position].float()
+        return x
+
+    def rotary(self, position: Tensor) -> Sequence[tuple[Tensor, Tensor] | None]:
+        model = self._model
+        if model.config.family == "gpt2":
+            return [None] * model.config.n_layer
+        rotary = model.rotary_cos[position].float(), model.rotary_sin[position].float()
+        return [rotary] * model.config.n_layer
+
+    def norm(self, module: nn.Module) -> Function:
+        return lambda x: self.store(_norm(module, x))
+
+    def attention(self, layer: int, module: Attention) -> Attend:
+        def heads(projection: nn.Linear, norm: nn.Module, x: Tensor) -> Tensor:
+            projected = _product(projection, x).unflatten(-1, (-1, 1, module.d_head))
+            return _norm(norm, projected)  # (B, H or G, 1, D)
+
+        def attend(
+            normed_BC: Tensor,
+            position: Tensor,
+            rotary: tuple[Tensor, Tensor] | None,
+            cache: tuple[Tensor, Tensor, Tensor],
+        ) -> tuple[Tensor, Tensor]:
+            keys_BGPD, values_BGPD, is_filled_S = cache
+            q_BHTD = heads(module.query, module.query_norm, normed_BC)
+            k_BGTD = heads(module.key, module.key_norm, normed_BC)
+            v_BGTD = heads(module.value, nn.Identity(), normed_BC)
+            if rotary is not None:
+                q_BHTD, k_BGTD = rotate(q_BHTD, *rotary), rotate(k_BGTD, *rotary)
+            keys_BGPD.index_copy_(2, position, k_BGTD.to(keys_BGPD.dtype))
+            values_BGPD.index_copy_(2, position, v_BGTD.to(values_BGPD.dtype))
+            n_group, n_view = keys_BGPD.shape[1], is_filled_S.shape[0]
+            # Sums of products and no matmul: see _product.
+            q_BGRTD = self.store(q_BHTD * module.d_head**-0.5).unflatten(1, (n_group, -1))
+            score_BGRS = (q_BGRTD * keys_BGPD[:, :, None, :n_view].float()).sum(-1)
+            masked_BGRS = torch.where(is_filled_S, score_BGRS, -torch.inf)
+            weights_BGRS = self.store(masked_BGRS.softmax(-1))
+            values_BGTSD = values_BGPD[:, :, None, :n_view].float()
+            context_BGRD = (weights_BGRS[..., None] * values_BGTSD).sum(-2)
+            return self.store(context_BGRD.flatten(1)), weights_BGRS.flatten(1, 2)
+
+        return attend
+
+    def hidden(self, module: MLP | GatedMLP) -> Function:
+        def hidden(normed_BC: Tensor) -> Tensor:
+            up = _product(module.up, normed_BC)
+            if isinstance(module, GatedMLP):
+                return self.store(module.activation(_product(module.gate, normed_BC)) * up)
+            return self.store(module.activation(up))
+
+        return hidden
+
+    def add(self, module: nn.Module) -> Add:
+        return lambda x_BC, branch: x_BC + _product(module, branch)
+
+    def unembed(self, module: nn.Module) -> Function:
+        return lambda normed_BC: _product(module, normed_BC)
+
+    def store(self, x: Tensor) -> Tensor:
+        """Return x as one that the compiler must store, not compute again for each row."""
+        return torch.as_strided(x, x.shape, x.stride())
+
+
+def _product(linear: nn.Module, x_BI: Tensor) -> Tensor:
+    """Return the output (B, O) of a linear layer, or of a transposed embedding.
+
+    A sum of products fuses, with the conversion of the weight before it and the bias and residual
+    after it, into one loop that reads each weight once for all rows; a matmul is a library call,
+    made for many rows. The weight is read at several places alternately: one sum alone would wait
+    for its own last addition, and less would be in flight from memory.
+    """
+    weight = linear.weight
+    assert isinstance(weight, Tensor)
+    n_even = len(weight) // _PARTS * _PARTS
+    parts = [*weight[:n_even].chunk(_PARTS), weight[n_even:]]
+    y_OB = torch.cat([(part.float()[:, None] * x_BI).sum(-1) for part in parts if len(part)])
+    y_BO = y_OB.mT
+    if (scale := getattr(linear, "scale", None)) is not None:
+        y_BO = y_BO * scale.float()
+    if (bias := getattr(linear, "bias", None)) is not None:
+        y_BO = y_BO + bias.float()
+    return y_BO
+
+
+def _norm(norm: nn.Module, x: Tensor) -> Tensor:
+    if isinstance(norm, nn.LayerNorm):
+        weight, bias = norm.weight.float(), norm.bias.float()
+        return F.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
+    if isinstance(norm, nn.RMSNorm):
+        return F.rms_norm(x, norm.normalized_shape, norm.weight.float(), norm.eps)
+    return x
