@@ -80,7 +80,7 @@ def test_more_samples_than_rows_come_in_several_batches() -> None:
 @pytest.mark.parametrize(
     ("model", "options", "error", "said"),
     [
-        (MODEL, {}, ConfigError, "Give tokenizer, too."),
+        (MODEL, {}, ConfigError, "Pass tokenizer, too."),
         (MODEL, {"tokenizer": BYTES, "tempurature": 1}, ConfigError, "Did you mean temperature?"),
         (MODEL, {"tokenizer": BYTES, "top_p": 2.0}, ConfigError, "top_p must be in (0, 1]"),
         (MODEL, {"tokenizer": BYTES, "prompt": "x" * 99}, DataError, "99 tokens, the model sees"),

@@ -92,5 +92,5 @@ def test_what_cannot_be_traced_is_said(
 
 
 def test_a_model_without_a_tokenizer_is_refused() -> None:
-    with pytest.raises(ConfigError, match="Give tokenizer, too"):
+    with pytest.raises(ConfigError, match="Pass tokenizer, too"):
         minigpt.trace(small_model(), PROMPT)
