@@ -54,7 +54,7 @@ WAYS: dict[str, TraceConfig] = {
     "lines": TraceConfig(),
     "lines, --measure both": TraceConfig(measure="both"),
     "--out, every head": TraceConfig(has_heads=True),
-    "lines, --verify 3": TraceConfig(n_verified=3),
+    "lines, --n-verified 3": TraceConfig(n_verified=3),
 }
 WIDTH = 140
 TRANSFORMERS = ("transformers", "transformers, output_attentions")
