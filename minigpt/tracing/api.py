@@ -1,4 +1,4 @@
-"""A trace in one call: what ``minigpt attention-trace`` does, for Python."""
+"""The Python API of tracing: ``minigpt.trace``."""
 
 from collections.abc import Sequence
 from dataclasses import fields
@@ -28,20 +28,20 @@ def trace(
     compile: bool | None = None,
     **options: Any,
 ) -> Trace:
-    """Go on from a prompt and return what each generated token attended to.
+    """Continue a prompt and return the attention of each generated token.
 
         import minigpt
 
         trace = minigpt.trace("book", "Once upon a time", temperature=0, n_verified=3)
         trace.steps[0].row.sources[0].token.data
 
-    As the last line of a notebook's cell a trace shows itself as the page that ``--html`` writes.
+    In a notebook, a trace is displayed as the page that ``--html`` writes.
 
     Args: model, prompt, tokenizer, device, dtype, quantize, compile: as of ``minigpt.generate``.
         options, fields of TraceConfig (heads="4.2,5.*", measure="both", n_verified=3, roles=True
         and so on; has_heads is True by default) and of SamplingConfig (temperature,
         max_new_tokens, seed...).
-    Raises: as ``minigpt.generate``, and ConfigError for heads that the model lacks.
+    Raises: as ``minigpt.generate``, and ConfigError for heads that the model does not have.
     """
     names = {f.name for f in fields(TraceConfig)}
     chosen = {name: options.pop(name) for name in names & options.keys()}

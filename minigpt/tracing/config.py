@@ -1,13 +1,16 @@
 """Settings of a trace; imports neither torch nor numpy, so that --help may import it."""
 
 from dataclasses import dataclass
+from pathlib import Path
+from pkgutil import iter_modules
 from typing import Literal
 
 from minigpt.config import check_fields, option
 from minigpt.errors import ConfigError
 
 Measure = str
-"""Name of what a row is made of: weight, the attention weight, or norm."""
+"""Name of what a row is made of: weight, the attention weight, or a module of
+tracing/analysis/measures."""
 Reduce = Literal["mean", "max", "rollout"]
 """Reduction of the rows of several heads to one. rollout: attention followed through the layers
 (Abnar & Zuidema 2020, arXiv:2005.00928)."""
@@ -15,10 +18,14 @@ Knockout = Literal["key", "value"]
 """Part of a source that a knockout removes. key: hidden from the query, so that the softmax
 renormalizes the other weights. value: set to 0, with the weights unchanged."""
 
-MEASURES = ("weight", "norm")
+MEASURES = (
+    "weight",
+    *(m.name for m in iter_modules([str(Path(__file__).parent / "analysis" / "measures")])),
+)
 """Names of the measures of this installation."""
 N_SOURCES = 8
 """Number of sources kept per token, unless another is asked for."""
+_BOTH = ("both",) if "norm" in MEASURES else ()
 _GROUP = "Attention"
 
 
@@ -30,7 +37,7 @@ class TraceConfig:
     """Layers to show, as in 0,2,4-6. None for all."""
     heads: str | None = option(None, group=_GROUP, metavar="LIST", shown="all")
     """Heads to show, layer.head, as in 4.2,5.*. None for all."""
-    measure: str = option("weight", choices=(*MEASURES, "both"), group=_GROUP)
+    measure: str = option("weight", choices=(*MEASURES, *_BOTH), group=_GROUP)
     """Measure. both: weight and norm."""
     reduce: Reduce = option("mean", group=_GROUP)
     """Reduction over heads."""

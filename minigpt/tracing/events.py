@@ -1,11 +1,11 @@
-"""What a trace consists of: a header, a step for each generated token, and a footer.
+"""The records of a trace: a header, a step per generated token, and a footer.
 
-Shapes: L layers, H query heads, S positions in view, K sources that are kept of a row.
+Shapes: L layers, H query heads, S positions in view, K sources kept per row.
 """
 
 import html
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,79 +24,81 @@ CONVENTION = (
 
 @dataclass(frozen=True)
 class Token:
-    """A token in its place."""
+    """A token at its position."""
 
     position: int
-    """0 for the prompt's first token."""
+    """Index in the sequence; 0 is the first token of the prompt."""
     id: int
     data: bytes
-    """The bytes that it stands for."""
+    """Bytes of its text."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """An earlier token that was attended to."""
+    """An earlier token that received attention."""
 
     token: Token
     weight: float
-    """Its part of the row: a share from 0 to 1, but for the reduction max."""
+    """Weight in the row, in [0, 1]."""
 
 
 @dataclass(frozen=True, eq=False)
 class HeadRows:
-    """The rows of every head of every layer at one step, in brief."""
+    """Summaries of the rows of all heads at one step."""
 
     sink_LH: NDArray[np.float32]
-    """Share on the sink."""
+    """Weight on the sink."""
     own_LH: NDArray[np.float32]
-    """Share on the query's own position."""
+    """Weight on the query's own position."""
     prompt_LH: NDArray[np.float32]
-    """Share on the prompt, the sink and the own position among it."""
+    """Weight on the prompt, including the sink."""
     entropy_LH: NDArray[np.float32]
-    """Bits: 0 for all on one position, log2 S for all alike."""
+    """Entropy in bits, in [0, log2 S]."""
     distance_LH: NDArray[np.float32]
-    """Positions from the query back to what it looked at, on average."""
+    """Mean distance from the query to the positions, in tokens."""
     positions_LHK: NDArray[np.int32]
-    """The positions with the most weight but the sink, most first."""
+    """Positions with the largest weights, except the sink, in descending order."""
     weights_LHK: NDArray[np.float32]
-    """Their weights."""
+    """Weights of those positions."""
 
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """What one query attended to, by one measure, reduced over the chosen heads."""
+    """The attention of one query by one measure, reduced over the chosen heads."""
 
     measure: Measure
     total: float
-    """Sum of the whole row: 1, but for the reduction max."""
+    """Sum of the row; 1 unless the reduction is max."""
     sink: float
-    """Weight on the sink, where heads put what they have no use for (Xiao et al. 2023,
-    arXiv:2309.17453)."""
+    """Weight on the sink, the position that heads attend to when nothing is relevant (Xiao et al.
+    2023, arXiv:2309.17453)."""
     own: float
     """Weight on the query's own position."""
     prompt: float
-    """Weight on the prompt, the sink and the own position among it."""
+    """Weight on the prompt, including the sink."""
     generated: float
-    """Weight on what was generated."""
+    """Weight on generated tokens."""
     entropy: float
-    """Bits: 0 for all on one position, log2 S for all alike."""
+    """Entropy in bits, in [0, log2 S]."""
     distance: float
-    """Positions from the query back to what it looked at, on average."""
+    """Mean distance from the query to the positions, in tokens."""
     sources: tuple[Source, ...]
-    """The positions with the most weight but the sink, most first."""
+    """Positions with the largest weights, except the sink, in descending order."""
     weights_S: NDArray[np.float32]
     """The whole row."""
     heads: HeadRows | None = None
-    """Every head's row by the same measure, chosen or not; None if they were not asked for."""
+    """Rows of all heads by this measure. None if they were not kept."""
 
     @property
     def sums_to_one(self) -> bool:
-        """Whether the weights are shares of a whole."""
+        """Whether the row sums to 1."""
         return abs(self.total - 1) < 1e-3
 
     @property
     def rest(self) -> float | None:
-        """Weight on all positions but the sink and the sources; None if they are no shares."""
+        """Weight on positions other than the sink and the sources; None if the row need not sum to
+        1.
+        """
         if not self.sums_to_one:
             return None
         return max(0.0, self.total - self.sink - sum(source.weight for source in self.sources))
@@ -104,40 +106,43 @@ class Row:
 
 @dataclass(frozen=True)
 class Effect:
-    """What became of a generated token's probability when one source was knocked out."""
+    """The effect of knocking out one source on the probability of the generated token."""
 
     source: Source
     change: float
-    """ln of the token's probability without the source, less that with it: negative if the source
-    had helped."""
+    """Change of ln p(token) without the source, in nats. Negative: the source raised p."""
     control_of: int | None = None
-    """For a control, which of the step's sources it was matched with; None for a source."""
+    """Index of the source that a control belongs to. None for a source."""
 
 
 @dataclass(frozen=True)
 class Roles:
-    """How much of a head's attention went where a known kind of head looks, 0 to 1 each.
+    """Fractions of a head's attention, in [0, 1], that each known kind of head would pay.
 
     Source: Olsson et al. 2022, arXiv:2209.11895; Wang et al. 2022, arXiv:2211.00593.
     """
 
     previous: float
-    """On the token before."""
+    """Attention on the previous token."""
     duplicate: float
-    """On the earlier appearance of the same token."""
+    """Attention on the previous occurrence of the same token."""
     induction: float
-    """On the token after the earlier appearance."""
+    """Attention on the token after the previous occurrence."""
     sink: float
-    """On position 0."""
+    """Attention on position 0."""
     local: float
-    """On the few tokens before and itself."""
+    """Attention on the last few tokens, including itself."""
     tag: str
-    """The role that it plays for the most part, in at most five letters; empty for none."""
+    """Main role, abbreviated to at most five letters. Empty for none."""
+
+
+ROLE_SCORES = tuple(f.name for f in fields(Roles) if f.name != "tag")
+"""Names of the scores of a head's roles."""
 
 
 @dataclass(frozen=True)
 class TraceHeader:
-    """What a trace is of."""
+    """The model, the settings and the prompt of a trace."""
 
     model: str
     n_layer: int
@@ -146,61 +151,61 @@ class TraceHeader:
     d_model: int
     d_head: int
     dtype: str
-    """Of the model's activations."""
+    """Dtype of the activations."""
     kernel: str
-    """What computed the model's own attention."""
+    """Implementation that computed the model's attention."""
     score: str
-    """How a query and a key are compared, as ModelConfig.attention names it."""
+    """Attention score, as in ``ModelConfig.attention``."""
     selection: HeadSelection
     measures: tuple[Measure, ...]
     reduce: Reduce
     sink: int
-    """The position that counts as the sink."""
+    """Position of the sink."""
     sink_rule: str
-    """How it was found: first, given or detected."""
+    """How the sink was chosen: first, given or detected."""
     seed: int
     sampling: SamplingConfig
     prompt: tuple[Token, ...]
     n_verified: int = 0
-    """How many sources of each token are knocked out; 0 for none."""
+    """Number of sources per token that are knocked out."""
     knockout: Knockout = "key"
     roles: tuple[tuple[Roles, ...], ...] | None = None
-    """For each layer its heads' roles; None if they were not asked for."""
+    """Roles of the heads of each layer. None if they were not requested."""
     model_sha256: str | None = None
-    """Of the file of its weights; None if it was not asked for."""
+    """SHA-256 of the weights file. None if it was not requested."""
 
 
 @dataclass(frozen=True, eq=False)
 class TraceStep:
-    """One generated token and what its query attended to."""
+    """One generated token and the attention of the query that produced it."""
 
     index: int
-    """0 for the first generated token."""
+    """Index of the step, from 0."""
     token: Token
     log_probability: float
-    """ln of the model's own probability of the token, before any sampling option."""
+    """ln p of the token, before any sampling option."""
     rows: tuple[Row, ...]
-    """One for each measure, in the header's order."""
+    """One row per measure, in the order of the header."""
     text: str
-    """Text that became certain with this token."""
+    """Text completed by this token."""
     finish: FinishReason | None
     effects: tuple[Effect, ...] = ()
-    """Of each source that was knocked out, most weight first, and then of each control."""
+    """Effects of the sources, largest weight first, then those of their controls."""
 
     @property
     def probability(self) -> float:
-        """The model's own probability of the token."""
+        """Probability of the token, before any sampling option."""
         return math.exp(self.log_probability)
 
     @property
     def row(self) -> Row:
-        """What it attended to, by the first measure."""
+        """The row of the first measure."""
         return self.rows[0]
 
 
 @dataclass(frozen=True)
 class CauseCheck:
-    """Whether more attention went with more effect, over all that was knocked out in a trace."""
+    """Whether more attention goes with more effect, over all knockouts of a trace."""
 
     n_sources: int
     n_controls: int
@@ -209,23 +214,23 @@ class CauseCheck:
     mean_control_effect: float
     """Mean |change| of the controls, in nats."""
     rank_correlation: float | None
-    """Spearman's, between weight and |change|; None if there is too little to rank."""
+    """Spearman correlation of weight and |change|. None if there are too few values."""
 
 
 @dataclass(frozen=True)
 class TraceFooter:
-    """How a trace ended."""
+    """How a trace ended, and the results of its checks."""
 
     n_tokens: int
     finish: FinishReason | None
-    """None if it was interrupted."""
+    """Reason to stop. None if interrupted."""
     seconds: float
-    """From the first forward pass to the last token."""
+    """Time from the start of the prefill to the last token."""
     worst_row_sum_error: float | None
-    """Largest |sum of a row of weights - 1|; None if the reduction does not sum to 1."""
+    """Largest |sum of a row of weights - 1|. None if rows need not sum to 1."""
     worst_product_error: float | None = None
-    """Largest difference between a head's output and its row times the values, over the largest
-    output: of each step, one layer. None where there is nothing beside the row to compare with."""
+    """Largest relative difference between a head's output and its row times the values, in one
+    layer per step. None if it was not measured."""
     cause: CauseCheck | None = None
 
 
@@ -234,7 +239,7 @@ TraceEvent = TraceHeader | TraceStep | TraceFooter
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """A whole trace."""
+    """A complete trace."""
 
     header: TraceHeader
     steps: tuple[TraceStep, ...]
@@ -242,16 +247,16 @@ class Trace:
 
     @property
     def tokens(self) -> tuple[Token, ...]:
-        """The prompt, and what was generated."""
+        """Tokens of the prompt and generated tokens."""
         return (*self.header.prompt, *(step.token for step in self.steps))
 
     @property
     def text(self) -> str:
-        """What was generated."""
+        """Generated text."""
         return "".join(step.text for step in self.steps)
 
     def _repr_html_(self) -> str:
-        """Show itself in a notebook, in a frame of its own."""
+        """Return the page of the trace in a frame, for notebooks."""
         page = html.escape(ring("tracing.views.page").to_html(self), quote=True)
         return (
             f'<iframe srcdoc="{page}" sandbox="allow-scripts allow-downloads" '

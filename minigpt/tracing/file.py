@@ -1,9 +1,8 @@
 """The trace as JSON lines: a header, steps and a footer.
 
-docs/trace-format.md describes it, and docs/trace.schema.json is its JSON Schema. Weights are
-rounded to six digits, those of single heads to four; whole rows are exact, as base64 of float32.
-Text that is no UTF-8 by itself (a token may be half a character) is shown with U+FFFD; ``bytes``
-has it exactly, in base64.
+See docs/trace-format.md; docs/trace.schema.json is the JSON Schema. Weights are rounded to six
+digits, those of single heads to four; whole rows are exact, as base64 of float32. In ``text``,
+invalid UTF-8 (a token may be half a character) is replaced by U+FFFD; ``bytes`` is exact.
 """
 
 import base64
@@ -28,7 +27,7 @@ from minigpt.tracing.events import (
 
 SCHEMA = "minigpt-trace/1"
 INTERRUPTED = "interrupted"
-"""The finish_reason of a footer that a trace did not come to by itself."""
+"""The finish_reason of a trace that was interrupted."""
 HEAD_FIELDS = {
     "sink": "sink_LH",
     "self": "own_LH",
@@ -38,7 +37,7 @@ HEAD_FIELDS = {
     "positions": "positions_LHK",
     "weights": "weights_LHK",
 }
-"""What is written of HeadRows, and its fields."""
+"""Keys in the file, and the fields of HeadRows."""
 ROW_FIELDS = {
     "total": "total",
     "sink": "sink",
@@ -48,7 +47,7 @@ ROW_FIELDS = {
     "entropy_bits": "entropy",
     "distance": "distance",
 }
-"""What is written of a Row as a number, and its fields."""
+"""Keys in the file, and the fields of Row that are numbers."""
 _DIGITS = 6
 _HEAD_DIGITS = 4
 
@@ -129,8 +128,8 @@ def _source(source: Source) -> dict[str, Any]:
 
 
 def _row(row: Row) -> dict[str, Any]:
-    # What is made of other numbers is made of those that are written: read and written again, a
-    # trace has the same bytes.
+    # Derived numbers are derived from the rounded ones, so that a trace that is read and written
+    # again has the same bytes.
     facts = {name: round(getattr(row, field), _DIGITS) for name, field in ROW_FIELDS.items()}
     sources = [_source(source) for source in row.sources]
     listed = facts["sink"] + sum(source["weight"] for source in sources)

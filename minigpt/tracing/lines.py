@@ -1,10 +1,9 @@
-"""A trace as lines for a terminal, as it comes: pure layout, in spans of text and style names.
+"""A trace as lines for a terminal, step by step: text with style names, without escape codes.
 
-One line per generated token. From left to right: step, token, the model's probability of it, the
-share that went to the sink, then the earlier tokens that got the most, each with its position, its
-share and a bar, and at last what is left, and the row's entropy. A row accounts for 100 %. With two
-measures each share stands twice. Below a token whose sources were knocked out stands what became of
-its probability.
+One line per generated token: step, token, its probability, the weight on the sink, the earlier
+tokens with the most weight, each with position, weight and a bar, the weight on all other
+positions, and the entropy of the row. With two measures, each weight is shown by both. Below a
+token whose sources were knocked out, a line shows the changes of its probability.
 """
 
 import math
@@ -13,7 +12,19 @@ from dataclasses import dataclass
 
 from minigpt.text.escape import visible
 from minigpt.tracing.config import Measure
-from minigpt.tracing.events import Effect, Row, Source, Token, TraceFooter, TraceHeader, TraceStep
+from minigpt.tracing.events import (
+    ROLE_SCORES,
+    CauseCheck,
+    Effect,
+    Roles,
+    Row,
+    Source,
+    Token,
+    TraceFooter,
+    TraceHeader,
+    TraceStep,
+)
+from minigpt.tracing.selection import HeadSelection
 from minigpt.tracing.spans import (
     SHARE_WIDTH,
     Line,
@@ -27,8 +38,12 @@ from minigpt.tracing.spans import (
     upright_bar,
     wrapped,
 )
-from minigpt.tracing.words import cause_in_words, knockout_in_words, measured, roles_in_words
 
+KNOCKOUTS = {
+    "key": "its key is hidden from that query, and the other weights grow to sum to 1",
+    "value": "its value is set to 0 for that query, and its weight is kept",
+}
+"""Descriptions of the kinds of knockout."""
 _STEP_WIDTH = 4
 _BYTE_WIDTH = 4  # \xe2
 _ENTROPY_WIDTH = 5
@@ -38,7 +53,7 @@ _WITHOUT = "ln p without"
 
 _ENDINGS = {
     "length": "the token limit was reached",
-    "stop": "a stop text was found",
+    "stop": "a stop string was found",
     "end_of_text": "the model ended the text",
     "context": "the context window is full",
     None: "interrupted",
@@ -47,15 +62,15 @@ _ENDINGS = {
 
 @dataclass(frozen=True)
 class _Form:
-    """How much of a line each of its parts takes."""
+    """Widths of the parts of a line."""
 
     word: int
-    """Cells of a token."""
+    """Width of a token, in cells."""
     bar: int
-    """Cells of a bar; 0 for no bars."""
+    """Width of a bar, in cells. 0 for no bars."""
     has_entropy: bool = False
     is_bare: bool = False
-    """Whether the rest, and the second measure's share of the sink, are left out."""
+    """Whether the rest and the second measure of the sink are left out."""
 
 
 _ROOMY = (_Form(9, 3, has_entropy=True), _Form(9, 3), _Form(7, 3))
@@ -63,7 +78,7 @@ _ALL = (*_ROOMY, _Form(5, 2), _Form(4, 0), _Form(4, 0, is_bare=True))
 
 
 class TraceLayout:
-    """Columns that fit a width, for one vocabulary."""
+    """The columns of a trace for a given width and vocabulary."""
 
     def __init__(
         self,
@@ -74,16 +89,16 @@ class TraceLayout:
         n_sources: int | None = None,
         measures: tuple[Measure, ...] = ("weight",),
     ) -> None:
-        """Lay out a line.
+        """Choose the widths of the columns.
 
-        Args: width, cells of the terminal, 40 or more; vocab_size, which tells bytes from words;
-            n_positions, the most that will be shown; n_sources, sources per token, None for as many
-            as fit one line: more than fit go on below; measures, the trace's.
+        Args: width, of the terminal in cells, 40 or more; vocab_size, small for byte tokens, which
+            need less room; n_positions, the largest number of positions; n_sources, sources per
+            token, wrapped if they do not fit, or None for one full line; measures, of the trace.
         """
         self.width, self.measures = width, measures
         self.position_width = max(3, len(str(n_positions - 1)))
         is_bytes = vocab_size <= 300
-        # Two sources, or at least one, with as much room for each as there is.
+        # The roomiest form that fits two sources, else the roomiest that fits one.
         forms = [(2, form) for form in _ROOMY] + [(1, form) for form in _ALL]
         for wanted, form in forms:
             self._take(form, is_bytes)
@@ -113,7 +128,7 @@ class TraceLayout:
         )
 
     def heading(self) -> Line:
-        """Return the line above the columns."""
+        """Return the column titles."""
         token = "token".ljust(self.token_width)
         sink = "sink" + " " * (self.sink_width - SHARE_WIDTH)
         left = f"{'step':>{_STEP_WIDTH}} {token} prob {sink}"
@@ -125,13 +140,13 @@ class TraceLayout:
         titles = [f"the earlier token, {share}", f"token, {share}", f"by {by}", initials]
         title = next((at + title for title in titles if len(at + title) < room), "")
         sources = (title if self.n_sources else "").ljust(room)
-        # "rest" is one cell wider than its column: it borrows the blank before it.
+        # "rest" is one cell wider than its column, and takes the blank before it.
         rest = "rest".ljust(self.rest_width) if self.rest_width else ""
         entropy = "bits".rjust(_ENTROPY_WIDTH) if self.form.has_entropy else ""
         return [(left + sources + rest + entropy, "dim")]
 
     def step(self, step: TraceStep) -> list[Line]:
-        """Return the lines of a generated token: one, or more if its sources or effects need it."""
+        """Return the line of a generated token, and more if its sources or effects need them."""
         row = step.row
         sinks = [one.sink for one in step.rows]
         first: Line = [
@@ -170,7 +185,7 @@ class TraceLayout:
         return spans
 
     def _right(self, rows: Sequence[Row], sources: Sequence[Source]) -> Line:
-        """Return what a line ends in: the rest of each row, and the entropy of the first."""
+        """Return the end of a line: the rest of each row, and the entropy of the first."""
         spans: Line = []
         if self.rest_width and rows[0].rest is not None:
             positions = [source.token.position for source in sources]
@@ -183,12 +198,12 @@ class TraceLayout:
         return spans
 
     def _effects(self, effects: Sequence[Effect]) -> list[Line]:
-        """Return what became of ln p without each source, and without its control."""
+        """Return the changes of ln p without each source, and without its control."""
         controls = {
             effect.control_of: effect for effect in effects if effect.control_of is not None
         }
         sources = [effect for effect in effects if effect.control_of is None]
-        # As wide as the column of a source where that is enough, so that it stands below it.
+        # As wide as the column of a source, so that they are aligned, if that is enough.
         cell_width = max(self.source_width, self.position_width + 2 * _CHANGE_WIDTH + 4)
         versus = " vs " if cell_width >= self.position_width + 2 * _CHANGE_WIDTH + 6 else "  "
         per_line = max(1, (self.width - self.left_width) // cell_width)
@@ -211,12 +226,12 @@ class TraceLayout:
 
 
 def rest_beside(row: Row, positions: Sequence[int]) -> float:
-    """Return what of a row is neither on the sink nor on these other positions."""
+    """Return the weight of a row that is neither on the sink nor on the given positions."""
     return max(0.0, row.total - row.sink - sum(float(row.weights_S[p]) for p in positions))
 
 
 def _effect_heat(change: float) -> str:
-    """Return the style of a change of ln p: by the share of the probability that it took."""
+    """Return the style of a change of ln p, by the fraction by which it changed p."""
     return heat(1 - math.exp(-abs(change)))
 
 
@@ -225,13 +240,13 @@ def _shares(shares: Sequence[float]) -> str:
 
 
 def _signed(change: float) -> str:
-    """Return a change of ln p in five cells."""
+    """Format a change of ln p in five cells."""
     digits = 2 if abs(change) < 9.995 else 1 if abs(change) < 99.95 else 0
     return f"{min(max(change, -9999), 9999):+{_CHANGE_WIDTH}.{digits}f}"
 
 
 def header_lines(header: TraceHeader, width: int) -> list[Line]:
-    """Return what stands above a trace: what it is of, and the end of the prompt."""
+    """Return the lines above a trace: model, measure, options and the end of the prompt."""
     room = width - _LABEL_WIDTH
     prompt = f"prompt   positions 0 to {len(header.prompt) - 1}: "
     lines: list[Line] = [
@@ -250,7 +265,7 @@ def header_lines(header: TraceHeader, width: int) -> list[Line]:
 
 
 def footer_lines(footer: TraceFooter, width: int = 80) -> list[Line]:
-    """Return what stands below a trace: how it ended, and what its checks found."""
+    """Return the lines below a trace: why it ended, and the results of its checks."""
     checks = ""
     if footer.worst_row_sum_error is not None:
         checks += f"; every row sums to 1 within {max(footer.worst_row_sum_error, 1e-7):.0e}"
@@ -258,14 +273,80 @@ def footer_lines(footer: TraceFooter, width: int = 80) -> list[Line]:
         error = max(footer.worst_product_error, 1e-7)
         checks += f"; row times values is the head's output within {error:.0e}"
     ending = f"{footer.n_tokens} tokens; {_ENDINGS[footer.finish]}{checks}."
-    cause = "Where a head looked is not why a token came."
+    cause = "Attention shows where a head looked, not why a token was generated."
     if footer.cause is not None:
         cause = cause_in_words(footer.cause)
     return [[], *wrapped(ending, width), *wrapped(cause, width)]
 
 
 def _end_of_prompt(prompt: Sequence[Token], width: int) -> str:
-    # A token has at least one cell, so what is before the last width of them cannot be shown.
+    # Each token takes at least one cell, so more than width tokens cannot be visible.
     n_shown = max(width, 1)
     text = "".join(visible(token.data) for token in prompt[-n_shown - 1 :])
     return fit_start(text, width)
+
+
+def measured(header: TraceHeader, measures: Sequence[Measure] | None = None) -> str:
+    """Describe the rows, as in ``weight, mean of all 8 heads (2 layers x 4)``."""
+    names = " and ".join(header.measures if measures is None else measures)
+    selection = header.selection
+    how = "rollout of the mean" if header.reduce == "rollout" else header.reduce
+    if selection.n_chosen == 1 and header.reduce != "rollout":
+        return f"{names} of head {selection.as_text()}"
+    if selection.is_all:
+        layers = f"{header.n_layer} layer{'s' if header.n_layer > 1 else ''}"
+        return f"{names}, {how} of all {selection.n_chosen} heads ({layers} x {header.n_head})"
+    return f"{names}, {how} of {selection.n_chosen} heads ({selection.as_text()})"
+
+
+def roles_in_words(roles: tuple[tuple[Roles, ...], ...], selection: HeadSelection) -> str:
+    """Describe the scores of the chosen head, or which of several chosen heads have which role."""
+    chosen = [(i, head) for i, heads in enumerate(selection.heads_by_layer) for head in heads]
+    if len(chosen) == 1:
+        role = roles[chosen[0][0]][chosen[0][1]]
+        scores = ", ".join(f"{name} {getattr(role, name):.0%}" for name in ROLE_SCORES)
+        return f"{role.tag or 'none'}: {scores}"
+    by_tag: dict[str, list[str]] = {}
+    for layer, head in chosen:
+        if tag := roles[layer][head].tag:
+            by_tag.setdefault(tag, []).append(f"{layer}.{head}")
+    found = "; ".join(f"{tag} {' '.join(heads)}" for tag, heads in sorted(by_tag.items()))
+    return found or "no head has one"
+
+
+def knockout_in_words(header: TraceHeader) -> str:
+    """Describe what is knocked out, and where its effect is shown."""
+    return (
+        f"the {header.n_verified} strongest sources of each token are knocked out, and a control "
+        f"near each ({KNOCKOUTS[header.knockout]}); below a token, the change of ln p without a "
+        "source vs without its control"
+    )
+
+
+def cause_in_words(check: CauseCheck) -> str:
+    """Describe the result of the knockouts of a trace."""
+    sources, controls = _without(check.n_sources, "source"), _without(check.n_controls, "control")
+    by_control = f"{controls} by {check.mean_control_effect:.3f}"
+    found = (
+        f"Weight is not influence. Checked: {sources} ln p changed by {check.mean_effect:.3f} on "
+        f"average, {by_control if check.n_controls else 'no controls'}."
+    )
+    if check.n_controls:
+        is_more = check.mean_effect > 2 * check.mean_control_effect
+        found += (
+            " What was attended to mattered more than what stood near it."
+            if is_more
+            else " What was attended to hardly mattered more than what stood near it."
+        )
+    correlation = check.rank_correlation
+    if correlation is None:
+        return f"{found} That is too little to rank weights against effects."
+    told = "little" if correlation < 0.3 else "something" if correlation < 0.7 else "much"
+    return (
+        f"{found} Rank correlation of weight and effect: {correlation:.2f}, so here the weights "
+        f"say {told} about what mattered."
+    )
+
+
+def _without(n: int, what: str) -> str:
+    return f"without the one {what}" if n == 1 else f"without any of {n} {what}s"

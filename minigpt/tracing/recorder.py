@@ -1,7 +1,6 @@
 """Recording of attention: the last query's row of every head.
 
-Shapes: L layers, B batch, H query heads, G key/value heads, T new positions, S keys, D head dim,
-C model dim.
+Shapes: L layers, B batch, H query heads, G key/value heads, T queries, S keys, D head dim.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,7 +12,8 @@ from torch import Tensor
 from minigpt.errors import ConfigError
 from minigpt.model.attention import AttentionPass
 from minigpt.model.language_model import LanguageModel
-from minigpt.model.layers import dense_weight
+from minigpt.rings import ring
+from minigpt.tracing.config import Measure
 
 _CHUNK = 64  # queries of a prompt whose weights are in memory together
 
@@ -44,21 +44,25 @@ class RowRecorder:
         self,
         model: LanguageModel,
         *,
-        has_norms: bool = False,
+        measures: Sequence[Measure] = ("weight",),
         watchers: Sequence[Watcher] = (),
     ) -> None:
         """Prepare to record forward passes of a model.
 
-        Args: has_norms, whether ``norms_LHS`` is wanted. watchers receive the weights of all
+        Args: measures, those that ``rows_LHS`` returns. watchers receive the weights of all
             queries, not only the last one.
-        Raises: ConfigError if the model has no attention.
+        Raises: ConfigError if the model has no attention, or if a measure is not installed.
         """
         require_attention(model)
         self._scores = [attention.score for attention in model.attentions]
         self._watchers = watchers
         self.needs_queries = bool(watchers)
-        self._norms = _ValueNorms(model) if has_norms else None
-        self._weights_LHS: Tensor | None = None
+        self._measures = {
+            name: ring(f"tracing.analysis.measures.{name}").measure(model)
+            for name in measures
+            if name != "weight"
+        }
+        self._rows: dict[Measure, Tensor] = {}
         self._n_passes = 0
         self.product_error: Tensor | None = None
         """Largest difference between a row times the values and the head's output, relative to the
@@ -67,16 +71,15 @@ class RowRecorder:
     @torch.no_grad()
     def record(self, attention: AttentionPass) -> None:
         """Take the rows of the first sequence of the batch."""
-        weights_LHS = self._weights_LHS = attention.weights_LBHS[:, 0]
+        weights_LHS = attention.weights_LBHS[:, 0]
+        self._rows = {name: rows_LHS(attention) for name, rows_LHS in self._measures.items()}
+        self._rows["weight"] = weights_LHS
         values_LGSD = attention.values_LBGSD[:, 0]
         layer = self._n_passes % len(self._scores)
         self.product_error = _product_error(
             weights_LHS[layer], values_LGSD[layer], attention.context_LBHD[layer, 0]
         )
         self._n_passes += 1
-        if self._norms is not None:
-            n_key = values_LGSD.shape[2]
-            self._norms.extend(values_LGSD[:, :, n_key - attention.n_new :], n_key)
         if self._watchers:
             for layer in range(len(self._scores)):
                 for weights_HTS in self._new_rows(attention, layer):
@@ -97,18 +100,13 @@ class RowRecorder:
 
     @property
     def weights_LHS(self) -> Tensor:
-        """Rows of the last pass, float32, on the model's device; each sums to 1."""
-        assert self._weights_LHS is not None, "no forward pass was recorded"
-        return self._weights_LHS
+        """Attention weights of the last pass, float32, on the model's device; rows sum to 1."""
+        return self.rows_LHS("weight")
 
-    @property
-    def norms_LHS(self) -> Tensor:
-        """Norms of the weighted value vectors, after W_O: the rows times ||v W_O||.
-
-        Source: Kobayashi et al. 2020, arXiv:2004.10102, equation 4.
-        """
-        assert self._norms is not None, "pass has_norms=True"
-        return self.weights_LHS * self._norms.norms_LHP[:, :, : self.weights_LHS.shape[2]]
+    def rows_LHS(self, measure: Measure) -> Tensor:
+        """Return the rows of the last pass by a measure, float32, on the model's device."""
+        assert measure in self._rows, f"no forward pass was recorded with the measure {measure}"
+        return self._rows[measure]
 
 
 def _product_error(weights_HS: Tensor, v_GSD: Tensor, context_HD: Tensor) -> Tensor:
@@ -116,33 +114,3 @@ def _product_error(weights_HS: Tensor, v_GSD: Tensor, context_HD: Tensor) -> Ten
     product_HD = (rows_GRS @ v_GSD.float()).flatten(0, 1)
     context_HD = context_HD.float()
     return (product_HD - context_HD).abs().max() / context_HD.abs().max().clamp(min=1e-30)
-
-
-class _ValueNorms:
-    """||v_j W_O,h|| of every layer, head and position: one scalar each, computed once.
-
-    The length of v_j W_O,h, where W_O,h is a head's (C, D) part of W_O, only needs the R of its QR
-    decomposition: D x D numbers, however wide the model is.
-    """
-
-    def __init__(self, model: LanguageModel) -> None:
-        factors = []
-        for attention in model.attentions:
-            weight = dense_weight(attention.output).detach()
-            heads_HCD = weight.unflatten(1, (model.config.n_head, -1)).transpose(0, 1)
-            factors.append(torch.linalg.qr(heads_HCD, mode="r").R)
-        factors_LHCD = torch.stack(factors)
-        # (L, G, R, D, C or D), so that it meets the values of the heads' groups
-        self._factors = factors_LHCD.unflatten(1, (model.config.n_kv_head, -1)).mT.contiguous()
-        self.norms_LHP = torch.empty(*factors_LHCD.shape[:2], 0, device=weight.device)
-
-    def extend(self, new_values_LGTD: Tensor, end: int) -> None:
-        """Add the norms of new positions; ``end`` is one past the last of them."""
-        n_new = new_values_LGTD.shape[2]
-        if end > self.norms_LHP.shape[2]:
-            room = self.norms_LHP.new_empty(*self.norms_LHP.shape[:2], 2 * end)
-            room[:, :, : self.norms_LHP.shape[2]] = self.norms_LHP
-            self.norms_LHP = room
-        added_LGRTD = new_values_LGTD.float()[:, :, None] @ self._factors
-        lengths_LGRT = torch.linalg.vector_norm(added_LGRTD, dim=-1)
-        self.norms_LHP[:, :, end - n_new : end] = lengths_LGRT.flatten(1, 2)

@@ -1,4 +1,4 @@
-"""Which heads a trace looks at: ``0,2,4-6`` for layers, ``4.2,5.*`` for layer.head."""
+"""Selection of heads: ``0,2,4-6`` for layers, ``4.2,5.*`` for layer.head."""
 
 import re
 from dataclasses import dataclass
@@ -13,23 +13,23 @@ class HeadSelection:
     """The chosen heads of each layer."""
 
     heads_by_layer: tuple[tuple[int, ...], ...]
-    """For each layer, the chosen heads in order; empty where the layer is left out."""
+    """Chosen heads of each layer, in ascending order."""
     n_head: int
-    """Heads that each layer has."""
+    """Number of heads per layer."""
 
     @property
     def n_chosen(self) -> int:
-        """Heads chosen in all layers together."""
+        """Number of chosen heads, over all layers."""
         return sum(len(heads) for heads in self.heads_by_layer)
 
     @property
     def is_all(self) -> bool:
-        """Whether no head is left out."""
+        """Whether every head is chosen."""
         return self.n_chosen == self.n_head * len(self.heads_by_layer)
 
     @property
     def flat_indices(self) -> list[int]:
-        """The chosen heads, counted through all layers."""
+        """Indices of the chosen heads, layer * n_head + head."""
         return [
             layer * self.n_head + head
             for layer, heads in enumerate(self.heads_by_layer)
@@ -37,7 +37,7 @@ class HeadSelection:
         ]
 
     def as_text(self) -> str:
-        """Return the chosen heads as ``4.2,5.*``, which ``select_heads`` reads."""
+        """Return the chosen heads as ``4.2,5.*``, the syntax that ``select_heads`` parses."""
         parts = []
         for layer, heads in enumerate(self.heads_by_layer):
             if len(heads) == self.n_head:
@@ -50,10 +50,9 @@ class HeadSelection:
 def select_heads(
     n_layer: int, n_head: int, *, layers: str | None = None, heads: str | None = None
 ) -> HeadSelection:
-    """Return the heads that are in ``layers`` and in ``heads``; None leaves none out.
+    """Return the heads that are in both ``layers`` and ``heads``. None selects all.
 
-    Raises: ConfigError for text that does not parse, numbers that the model lacks, or if none is
-        left.
+    Raises: ConfigError for a syntax error, an index out of range, or an empty selection.
     """
     chosen_layers = _numbers("*" if layers is None else layers, n_layer, "--layers", "layer")
     chosen_heads = {

@@ -1,13 +1,12 @@
-"""Text for a terminal in spans, measured in cells; bars and shares. What the views are made of."""
+"""Lines of styled text for a terminal: bars, colours, and text fitted to a width in cells."""
 
 import textwrap
-
-from rich.cells import cell_len, set_cell_size
+import unicodedata
 
 from minigpt.text.escape import printable
 
 Span = tuple[str, str]
-"""Text, and its style: a name of the console's theme, or colours such as ``#ff8800 on #000000``."""
+"""Text and its style: a name of the console's theme, or colours as ``#ff8800 on #000000``."""
 Line = list[Span]
 
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
@@ -18,18 +17,18 @@ SHARE_WIDTH = 3
 
 
 def bar(share: float, width: int = BAR_WIDTH) -> str:
-    """Return a bar of eighths of a cell: empty for 0, ``width`` full cells for 1."""
+    """Return a horizontal bar: blank for 0, ``width`` full cells for 1."""
     full, part = divmod(eighths(share, width), 8)
     return ("█" * full + (_EIGHTHS[part] if part else "")).ljust(width)
 
 
 def upright_bar(share: float) -> str:
-    """Return one cell that is filled from below: blank for 0, full for 1."""
+    """Return a vertical bar in one cell: blank for 0, full for 1."""
     return _UPRIGHT_EIGHTHS[eighths(share)]
 
 
 def eighths(share: float, width: int = 1) -> int:
-    """Return how many eighths of ``width`` cells a share fills."""
+    """Return the number of eighths of a cell that a share of ``width`` cells fills."""
     return round(min(max(share, 0.0), 1.0) * width * 8)
 
 
@@ -44,24 +43,36 @@ def percent(share: float) -> str:
 
 
 def heat(share: float) -> str:
-    """Return the style of a share of the attention."""
+    """Return the style of an attention weight."""
     return f"heat{sum(share >= bound for bound in _HEAT_BOUNDS)}"
 
 
+def cell_len(text: str) -> int:
+    """Return the width of text in terminal cells."""
+    if text.isascii():
+        return len(text)
+    wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
+    return len(text) + wide - sum(map(bool, map(unicodedata.combining, text)))
+
+
 def fit(text: str, width: int) -> str:
-    """Pad or cut a text to a number of terminal cells; a cut one ends in an ellipsis."""
-    if cell_len(text) <= width:
-        return set_cell_size(text, width)
-    return set_cell_size(text, width - 1) + "…"
+    """Pad text to a number of terminal cells, or truncate it with an ellipsis."""
+    if cell_len(text) > width:
+        text = text[:width]
+        while cell_len(text) > width - 1:
+            text = text[:-1]
+        # a wide character that does not fit leaves a blank
+        return text + " " * (width - 1 - cell_len(text)) + "…"
+    return text + " " * (width - cell_len(text))
 
 
 def fit_end(text: str, width: int) -> str:
-    """Cut the end of a text that is too wide; do not pad."""
+    """Truncate the end of text that is too wide."""
     return text if cell_len(text) <= width else fit(text, width).rstrip()
 
 
 def fit_start(text: str, width: int) -> str:
-    """Cut the start of a text that is too wide; do not pad."""
+    """Truncate the start of text that is too wide."""
     if cell_len(text) <= width:
         return text
     while cell_len(text) > max(width - 1, 1):
@@ -70,7 +81,7 @@ def fit_start(text: str, width: int) -> str:
 
 
 def wrapped(text: str, width: int, style: str = "dim", *, label: str = "") -> list[Line]:
-    """Break a text of our own at blanks; a label stands before its first line."""
+    """Wrap text at blanks, after a label on the first line."""
     room = width - len(label)
     pieces = textwrap.wrap(text, room, break_on_hyphens=False)
     start = [(label, "dim")] if label else []
@@ -79,6 +90,6 @@ def wrapped(text: str, width: int, style: str = "dim", *, label: str = "") -> li
 
 
 def one_line(text: str) -> str:
-    """Escape a name for a place in a line: what steers a terminal, and what breaks or joins."""
+    """Escape a name for use within a line: control, line-breaking and joining characters."""
     escaped = printable(text).replace("\n", "\\n").replace("\t", "\\t")
     return escaped.replace("\u200c", "\\u200c").replace("\u200d", "\\u200d")

@@ -70,9 +70,23 @@ def test_a_config_is_built_from_its_options(
 ) -> None:
     brew, got = brewed
     call(brew)
-    words = r"--minutes 4 --kind green --sugar 2 --with-milk --notes a\nb --notes c"
-    call(brew, *words.split(" "))
-    call(brew, "--steep", "5", "--sugar", "auto")
+    call(
+        brew,
+        *[
+            "--minutes",
+            "4",
+            "--kind",
+            "green",
+            "--sugar",
+            "2",
+            "--with-milk",
+            "--notes",
+            "a\\nb",
+            "--notes",
+            "c",
+        ],
+    )
+    call(brew, "--steep", "5", "--sugar", "auto", "--no-with-milk")
     assert got == [
         BrewConfig(),
         BrewConfig(minutes=4, kind="green", sugar=2.0, with_milk=True, notes=("a\nb", "c")),
@@ -85,13 +99,13 @@ def test_help_shows_first_sentence_choices_default_and_group_but_no_alias(
 ) -> None:
     text = call(brewed[0], "--help")
     time, brew = text.split("Time:\n")[1].split("Brew:\n")
-    assert time.strip() == "--minutes N   Minutes of steeping; 1 for green tea [3]"
+    assert time.strip() == "--minutes N       Minutes of steeping; 1 for green tea [3]"
     lines = [line.strip() for line in brew.split("\n\n")[0].splitlines()]
     assert lines == [
-        "--kind NAME   Kind of leaf: green or black [black]",
-        "--sugar N     Grams of sugar, or auto [none]",
-        "--with-milk   Add milk",
-        "--notes TEXT  Note; repeat for several",
+        "--kind NAME       Kind of leaf: green or black [black]",
+        "--sugar N         Grams of sugar, or auto [none]",
+        "--with-milk    Add milk",
+        "--notes TEXT      Note; repeat for several",
     ]
 
 

@@ -132,7 +132,7 @@ def test_rows_are_repeated_kept_and_cut_as_told(layout: str) -> None:
 @pytest.mark.usefixtures("way")
 def test_the_rows_in_the_graph_are_those_beside_it_and_change_no_token() -> None:
     model = small_model("llama-grouped")
-    inside, beside = (RowRecorder(model, has_norms=True) for _ in range(2))
+    inside, beside = (RowRecorder(model, measures=("norm",)) for _ in range(2))
     forward = CompiledForward(model, capacity=24, recorder=inside)
     plain = CompiledForward(model, capacity=24)
     tokens = random_tokens(1, 24)
@@ -142,7 +142,9 @@ def test_the_rows_in_the_graph_are_those_beside_it_and_change_no_token() -> None
             model(tokens[:, : forward.cache.length], recorder=beside)
         assert inside.weights_LHS.shape == (2, 4, forward.cache.length)
         torch.testing.assert_close(inside.weights_LHS, beside.weights_LHS, rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(inside.norms_LHS, beside.norms_LHS, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            inside.rows_LHS("norm"), beside.rows_LHS("norm"), rtol=1e-4, atol=1e-5
+        )
 
 
 @pytest.mark.usefixtures("way")

@@ -16,9 +16,9 @@ from small_traces import small_trace
 
 from minigpt.text.escape import visible
 from minigpt.tracing.events import Trace, TraceFooter
+from minigpt.tracing.lines import cause_in_words
 from minigpt.tracing.spans import one_line
 from minigpt.tracing.views.page import embedded_json, to_html
-from minigpt.tracing.words import cause_in_words
 
 
 class Page(HTMLParser):
@@ -197,7 +197,7 @@ def test_the_page_and_the_terminal_end_with_the_same_sentences() -> None:
 
 def test_without_knockouts_the_page_claims_no_cause() -> None:
     text = " ".join(Page(to_html(made_trace(has_effects=False))).data["closing"])
-    assert "Where a head looked is not why a token came" in text
+    assert "Attention shows where a head looked, not why a token was generated" in text
     assert "says nothing about cause" in text
 
 

@@ -32,7 +32,7 @@ def test_watching_changes_no_bit_of_the_logits(layout: str, dtype: torch.dtype) 
     for seed, n_prompt in ((1, 1), (2, 7), (3, 16)):
         prompt = random_tokens(n_prompt, seed=seed).tolist()
         plain = Decoder(model, prompt)
-        watched = Decoder(model, prompt, RowRecorder(model, has_norms=True))
+        watched = Decoder(model, prompt, RowRecorder(model, measures=("norm",)))
         assert torch.equal(watched.prompt_logits, plain.prompt_logits)
         for token in random_tokens(8, seed=seed + 10).tolist():
             assert torch.equal(watched.logits([token]), plain.logits([token]))
@@ -57,8 +57,8 @@ def test_watching_changes_no_token(layout: str, dtype: torch.dtype) -> None:
 
     for seed in range(2):
         plain = steps(seed, None)
-        for has_norms in (False, True):
-            assert steps(seed, RowRecorder(model, has_norms=has_norms)) == plain
+        for measure in ("weight", "norm"):
+            assert steps(seed, RowRecorder(model, measures=(measure,))) == plain
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -191,18 +191,18 @@ def added_vectors(model: GPT, tokens: Tensor) -> Tensor:
 def test_the_norms_are_the_lengths_of_the_vectors_that_the_heads_add(layout: str) -> None:
     model = small_model(layout)
     tokens = random_tokens(1, 20)
-    recorder = RowRecorder(model, has_norms=True)
+    recorder = RowRecorder(model, measures=("norm",))
     cache = KVCache(model.config)
     for part in tokens.split([7, 1, 1, 4, 1, 1, 5], dim=1):
         model(part, cache, recorder)
         expected = added_vectors(model, tokens[:, : cache.length]).norm(dim=-1)
-        torch.testing.assert_close(recorder.norms_LHS, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(recorder.rows_LHS("norm"), expected, rtol=1e-4, atol=1e-5)
     cache.truncate(3)  # what comes instead is measured again
     other = random_tokens(1, 4, seed=11)
     model(other, cache, recorder)
     seen = torch.cat((tokens[:, :3], other), dim=1)
     expected = added_vectors(model, seen).norm(dim=-1)
-    torch.testing.assert_close(recorder.norms_LHS, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(recorder.rows_LHS("norm"), expected, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
@@ -222,18 +222,18 @@ def test_what_the_heads_add_sums_to_the_attention_s_output() -> None:
 def test_norms_of_int8_weights_are_those_of_what_the_integers_stand_for() -> None:
     model = small_model("gpt2")
     quantize_int8(model)
-    recorder = RowRecorder(model, has_norms=True)
+    recorder = RowRecorder(model, measures=("norm",))
     tokens = random_tokens(1, 9)
     model(tokens, recorder=recorder)
     plain = small_model("gpt2")
     for ours, theirs in zip(plain.blocks, model.blocks, strict=True):
         quantized = theirs.attention.output
         ours.attention.output.weight.copy_(quantized.weight * quantized.scale[:, None])
-    norms = RowRecorder(plain, has_norms=True)
+    norms = RowRecorder(plain, measures=("norm",))
     kept = KeptAttention()
     model(tokens, recorder=kept)
     norms.record(kept.last)
-    torch.testing.assert_close(recorder.norms_LHS, norms.norms_LHS)
+    torch.testing.assert_close(recorder.rows_LHS("norm"), norms.rows_LHS("norm"))
 
 
 @torch.no_grad()

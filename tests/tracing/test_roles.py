@@ -23,9 +23,8 @@ from minigpt.tracing.analysis.roles import (
     role_tag,
 )
 from minigpt.tracing.config import TraceConfig
-from minigpt.tracing.events import TraceFooter, TraceHeader, TraceStep
+from minigpt.tracing.events import ROLE_SCORES, TraceFooter, TraceHeader, TraceStep
 from minigpt.tracing.tracer import trace
-from minigpt.tracing.words import SCORES
 
 N_REPEATED = 16
 
@@ -52,10 +51,10 @@ IDEAL = {
 @pytest.mark.parametrize("role", IDEAL)
 def test_an_ideal_head_scores_one_and_gets_its_tag(role: str) -> None:
     place, tag = IDEAL[role]
-    scores = dict(zip(SCORES, role_scores(planted(place))[0].tolist(), strict=True))
+    scores = dict(zip(ROLE_SCORES, role_scores(planted(place))[0].tolist(), strict=True))
     assert scores[role] == pytest.approx(1)
     assert role_tag(**scores) == tag
-    others = {name for name in SCORES if name != role and scores[name] > 0.1}
+    others = {name for name in ROLE_SCORES if name != role and scores[name] > 0.1}
     # The previous token is local too; the first query sees only itself and the sink.
     assert others == ({"local"} if role == "previous" else set())
 
@@ -64,14 +63,14 @@ def test_an_ideal_head_scores_one_and_gets_its_tag(role: str) -> None:
 def test_scores_are_proportional_to_the_attention(share: float) -> None:
     for role in ("previous", "duplicate", "induction", "sink"):
         place, tag = IDEAL[role]
-        scores = dict(zip(SCORES, role_scores(planted(place, share))[0].tolist(), strict=True))
+        scores = dict(zip(ROLE_SCORES, role_scores(planted(place, share))[0].tolist(), strict=True))
         assert scores[role] == pytest.approx(share)
         assert role_tag(**scores) == (tag if share > 0.5 else "local")
 
 
 def test_the_tag_is_the_most_specific_role_above_its_threshold() -> None:
     def tag(**scores: float) -> str:
-        return role_tag(**(dict.fromkeys(SCORES, 0.0) | scores))
+        return role_tag(**(dict.fromkeys(ROLE_SCORES, 0.0) | scores))
 
     assert tag() == ""
     assert tag(induction=0.41, sink=0.59) == "induc"
@@ -114,7 +113,7 @@ def test_scores_equal_a_plain_loop_over_full_attention_maps(layout: str) -> None
             np.mean([a[i, 0] for i in range(1, n)]),
             np.mean([a[i, i - 3 : i + 1].sum() for i in second]),
         ]
-        assert [getattr(ours, name) for name in SCORES] == pytest.approx(expected, abs=1e-5)
+        assert [getattr(ours, name) for name in ROLE_SCORES] == pytest.approx(expected, abs=1e-5)
         assert ours.tag == role_tag(*expected)
 
 
@@ -164,7 +163,7 @@ def test_int8_and_bfloat16_models_have_nearly_the_same_scores() -> None:
         for ours, theirs in zip(
             sum(head_roles(model), ()), sum(head_roles(exact), ()), strict=True
         ):
-            for name in SCORES:
+            for name in ROLE_SCORES:
                 assert getattr(ours, name) == pytest.approx(getattr(theirs, name), abs=0.05)
 
 

@@ -218,7 +218,7 @@ def test_the_header_says_what_is_not_as_usual() -> None:
 @pytest.mark.parametrize(
     ("cause", "said"),
     [
-        (None, ["Where a head looked is not why a token came."]),
+        (None, ["Attention shows where a head looked, not why a token was generated."]),
         (
             CauseCheck(60, 58, 0.3121, 0.0213, 0.12),
             ["Weight is not influence", "60 sources", "0.312", "58 controls", "0.021",

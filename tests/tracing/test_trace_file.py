@@ -5,10 +5,14 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from page_traces import made_trace
 from small_traces import header_of, small_trace, step_of
 
 from minigpt.config import SamplingConfig
@@ -86,14 +90,14 @@ def test_a_whole_trace_is_a_header_steps_and_a_footer() -> None:
     assert footer["worst_product_error"] < 1e-5
 
 
-def test_the_bytes_of_any_token_come_back_exactly() -> None:
+def test_the_bytes_of_any_token_are_exact() -> None:
     value = parsed(to_json_line(step_of(b"x", HOSTILE)))
     for data, source in zip(HOSTILE, value["rows"][0]["sources"], strict=True):
         assert base64.b64decode(source["bytes"], validate=True) == data
         assert source["text"] == data.decode("utf-8", "replace")
 
 
-def test_a_maximum_has_null_for_its_rest() -> None:
+def test_the_rest_of_a_maximum_is_null() -> None:
     trace = small_trace(reduce="max", max_new_tokens=2)
     _, step, _, footer = lines_of(trace)
     assert step["rows"][0]["rest"] is None
@@ -142,7 +146,7 @@ def assert_close(value: Any, expected: Any) -> None:
     ],
     ids=str,
 )
-def test_what_was_written_is_read_again(config: dict[str, Any], tmp_path: Path) -> None:
+def test_a_trace_is_read_as_it_was_written(config: dict[str, Any], tmp_path: Path) -> None:
     first, second = small_trace(**config), small_trace(seed=5, **config)
     read = read_traces(written(tmp_path / "t.jsonl", first, second))
     assert [trace.header for trace in read] == [first.header, second.header]
@@ -154,7 +158,30 @@ def test_what_was_written_is_read_again(config: dict[str, Any], tmp_path: Path) 
         assert trace.footer.finish == original.footer.finish
 
 
-def test_a_trace_whose_writer_was_killed_is_read_up_to_there(tmp_path: Path) -> None:
+@given(
+    n_prompt=st.integers(1, 5),
+    n_generated=st.integers(0, 4),
+    n_sources=st.integers(0, 6),
+    texts=st.lists(st.text(), max_size=4),
+    measures=st.sampled_from([("weight",), ("norm",), ("weight", "norm")]),
+    has_heads=st.booleans(),
+    has_effects=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+    model=st.text(),
+    sink_rule=st.sampled_from(["first", "given", "detected"]),
+)
+@settings(max_examples=50, deadline=None)
+def test_a_trace_that_is_read_and_written_again_has_the_same_bytes(**facts: Any) -> None:
+    made = made_trace(**facts)
+    with TemporaryDirectory() as folder:
+        path = written(Path(folder) / "t.jsonl", made)
+        data = path.read_bytes()
+        (read,) = read_traces(path)
+        assert written(path, read).read_bytes() == data
+    assert (read.header, read.tokens) == (made.header, made.tokens)
+
+
+def test_a_trace_of_a_killed_run_is_read_up_to_the_last_complete_line(tmp_path: Path) -> None:
     trace = small_trace()
     path = written(tmp_path / "t.jsonl", trace)
     lines = path.read_text().splitlines(keepends=True)
@@ -178,29 +205,29 @@ def damages() -> dict[str, Callable[[list[Any]], Any]]:
         return damage
 
     return {
-        "no header": lambda lines: lines.pop(0),
+        "missing header": lambda lines: lines.pop(0),
         "another schema": setting(0, "schema", to="minigpt-trace/99"),
-        "no such type": setting(2, "type", to="stop"),
+        "unknown type": setting(2, "type", to="stop"),
         "a list": lambda lines: lines.__setitem__(1, []),
-        "a sink that is not there": setting(0, "sink", "position", to=99),
-        "a head that is not there": setting(0, "heads", to="7.*"),
-        "no selection": setting(0, "n_layer", to="2"),
-        "a token out of its place": setting(2, "position", to=99),
-        "bytes that are none": setting(2, "bytes", to="*"),
-        "a source to come": setting(2, "rows", 0, "sources", 0, "position", to=99),
-        "a row too short": setting(2, "rows", 0, "weights", to="AAAAAA=="),
-        "a number that is none": setting(2, "log_probability", to="-1"),
-        "no such measure": setting(0, "measures", to=["score"]),
-        "a reduction that is none": setting(0, "reduce", to="median"),
-        "a name that is none": setting(0, "model", to=["x"]),
+        "sink outside the prompt": setting(0, "sink", "position", to=99),
+        "head out of range": setting(0, "heads", to="7.*"),
+        "layer count of the wrong type": setting(0, "n_layer", to="2"),
+        "token at the wrong position": setting(2, "position", to=99),
+        "invalid base64": setting(2, "bytes", to="*"),
+        "source in the future": setting(2, "rows", 0, "sources", 0, "position", to=99),
+        "row too short": setting(2, "rows", 0, "weights", to="AAAAAA=="),
+        "number of the wrong type": setting(2, "log_probability", to="-1"),
+        "unknown measure": setting(0, "measures", to=["score"]),
+        "unknown reduction": setting(0, "reduce", to="median"),
+        "name of the wrong type": setting(0, "model", to=["x"]),
         "roles of too few heads": setting(0, "roles", to=[[]]),
-        "a text that is none": setting(2, "certain_text", to=None),
-        "an end that is none": setting(2, "finish_reason", to="<b>"),
-        "an effect of nothing": setting(2, "effects", to=[{}]),
-        "a row less": setting(2, "rows", to=[]),
-        "a field less": lambda lines: lines[2].pop("certain_text"),
-        "heads of another shape": setting(2, "rows", 0, "heads", "sink", to=[[0.5]]),
-        "heads that see what is to come": setting(
+        "text of the wrong type": setting(2, "certain_text", to=None),
+        "unknown finish reason": setting(2, "finish_reason", to="<b>"),
+        "empty effect": setting(2, "effects", to=[{}]),
+        "missing row": setting(2, "rows", to=[]),
+        "missing field": lambda lines: lines[2].pop("certain_text"),
+        "heads of the wrong shape": setting(2, "rows", 0, "heads", "sink", to=[[0.5]]),
+        "heads that attend to the future": setting(
             2, "rows", 0, "heads", "positions", to=[[[99] * 3] * 4] * 2
         ),
     }
@@ -218,7 +245,7 @@ def test_a_damaged_trace_is_a_data_error_that_names_the_line(
         read_traces(path)
 
 
-def test_a_file_that_is_no_trace_is_a_data_error(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_trace_is_a_data_error(tmp_path: Path) -> None:
     for name, data in (("empty", b""), ("binary", b"\xff\xfe"), ("text", b"hello\n")):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(DataError, match=name):

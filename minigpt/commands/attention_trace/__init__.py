@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from minigpt.tracing.events import TraceEvent
 
 _FILES = "Files"
+_RECORDED = "commands.attention_trace.recorded"
 
 
 @command
@@ -69,9 +70,9 @@ def attention_trace(
                 "continue. Leave out PROMPT, --model and --dense."
             )
         if diff is not None:
-            ring("commands.attention_trace.diff").show_diff(*diff, as_json=targets.as_json)
+            ring(_RECORDED).show_diff(*diff, as_json=targets.as_json)
         elif replay is not None:
-            _replay(replay, targets, n_sources=config.n_sources)
+            ring(_RECORDED).replay(replay, targets, n_sources=config.n_sources)
         return
     from minigpt.commands.loading import load
 
@@ -90,11 +91,11 @@ def _trace(
     *,
     compile: bool | None,
 ) -> bool:
-    """Trace each sample in turn; tell whether all came to their end."""
+    """Trace each sample; return whether all ended without Ctrl-C."""
     from contextlib import AbstractContextManager, nullcontext
 
     from minigpt.checkpoint.weights import weights_sha256
-    from minigpt.commands.attention_trace.output import Shower
+    from minigpt.commands.attention_trace.output import TraceOutput
     from minigpt.console import make_console
     from minigpt.generation.api import is_compiled
     from minigpt.generation.decoder import fresh_seed
@@ -114,7 +115,7 @@ def _trace(
     digest = weights_sha256(ready.folder) if targets.out is not None else None
     compiles = is_compiled(ready.model, compile)
     first_seed = fresh_seed() if sampling.seed is None else sampling.seed
-    with Shower(targets, layout) as shower:
+    with TraceOutput(targets, layout) as output:
         for seed in range(first_seed, first_seed + sampling.num_samples):
             dense: AbstractContextManager[Any] = nullcontext()
             if targets.dense is not None:
@@ -137,32 +138,11 @@ def _trace(
                     compiles=compiles,
                     dense=add_rows,
                 )
-                is_whole = shower.show(_after_compiling(events, compiles))
+                is_whole = output.show(_after_compiling(events, compiles))
             make_console(is_stderr=True).print(f"seed {seed}", style="dim")
             if not is_whole:
                 return False
     return True
-
-
-def _replay(path: Path, targets: Targets, *, n_sources: int | None) -> None:
-    from minigpt.commands.attention_trace.output import Shower
-    from minigpt.console import make_console
-    from minigpt.tracing.lines import TraceLayout
-
-    traces = ring("tracing.analysis.reader").read_traces(path)
-    targets.check(len(traces))
-    if targets.out is not None:
-        raise ConfigError("--out and --replay name the same thing. Copy the file.")
-    for trace in traces:
-        layout = TraceLayout(
-            make_console(is_stderr=False).width,
-            vocab_size=1 + max(token.id for token in trace.tokens),
-            n_positions=len(trace.tokens),
-            n_sources=n_sources,
-            measures=trace.header.measures,
-        )
-        with Shower(targets, layout) as shower:
-            shower.show([trace.header, *trace.steps, trace.footer])
 
 
 def _after_compiling(events: "Iterator[TraceEvent]", compiles: bool) -> "Iterator[TraceEvent]":

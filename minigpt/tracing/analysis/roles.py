@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from minigpt.errors import CheckpointError, ConfigError
 from minigpt.model.attention import AttentionPass
 from minigpt.model.language_model import LanguageModel
-from minigpt.tracing.events import Roles
+from minigpt.tracing.events import ROLE_SCORES, Roles
 from minigpt.tracing.recorder import require_attention
-from minigpt.tracing.words import SCORES
 
 _MAX_REPEATED = 64  # T: uniform attention would give the induction position about 1 %
 _MIN_REPEATED = 3  # of two tokens, the one after the earlier occurrence is the previous token
@@ -50,7 +49,7 @@ def head_roles(model: LanguageModel, *, seed: int = 0) -> tuple[tuple[Roles, ...
         )
 
     def roles(*scores: float) -> Roles:
-        named = dict(zip(SCORES, scores, strict=True))
+        named = dict(zip(ROLE_SCORES, scores, strict=True))
         return Roles(**named, tag=role_tag(**named))
 
     return tuple(tuple(roles(*scores) for scores in layer) for layer in scores_LH5.tolist())
@@ -81,7 +80,7 @@ def repeated_sequences(model: LanguageModel, *, seed: int) -> Tensor:
 
 
 def role_scores(weights_BHQS: Tensor) -> Tensor:
-    """Return the scores of each head (H, 5) on repeated sequences, in the order of SCORES.
+    """Return the scores of each head (H, 5) on repeated sequences, in the order of ROLE_SCORES.
 
     With A the attention weights of a head and i a query:
     previous: mean of A[i, i - 1]. duplicate: mean of A[i, i - T] over the second half. induction:

@@ -5,10 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from minigpt.errors import ConfigError
-from minigpt.tracing.events import Roles, Trace
+from minigpt.tracing.events import ROLE_SCORES, Roles, Trace
 from minigpt.tracing.spans import Line, bar, heat, percent, wrapped
 from minigpt.tracing.views import DEFAULTS, ViewOptions
-from minigpt.tracing.words import SCORES
 
 _NO_TAG = "·"
 _CELL_WIDTH = 8
@@ -58,8 +57,8 @@ def roles_grid(roles: Sequence[Sequence[Roles]], width: int) -> list[Line]:
     """
 
     def cell(role: Roles) -> list[Line]:
-        named = [name for name in SCORES if role.tag and name.startswith(role.tag)]
-        score = max(float(getattr(role, name)) for name in named or SCORES)
+        named = [name for name in ROLE_SCORES if role.tag and name.startswith(role.tag)]
+        score = max(float(getattr(role, name)) for name in named or ROLE_SCORES)
         style = heat(score) if role.tag else "dim"
         return [
             _tag(role, _ROLE_CELL_WIDTH - 1),
@@ -71,14 +70,14 @@ def roles_grid(roles: Sequence[Sequence[Roles]], width: int) -> list[Line]:
 
 def roles_table(roles: Sequence[Sequence[Roles]], width: int) -> list[Line]:
     """Return a line for each head: all of its scores in percent, and its role."""
-    is_wide = width >= 6 + len(SCORES) * _COLUMN_WIDTH + 5
+    is_wide = width >= 6 + len(ROLE_SCORES) * _COLUMN_WIDTH + 5
     column = _COLUMN_WIDTH if is_wide else _NARROW_COLUMN_WIDTH
-    names = "".join(name[: column - 1].ljust(column) for name in SCORES)
+    names = "".join(name[: column - 1].ljust(column) for name in ROLE_SCORES)
     lines: list[Line] = [[(f"head  {names}role", "dim")]]
     for layer, heads in enumerate(roles):
         for head, role in enumerate(heads):
             line: Line = [(f"{layer}.{head}".ljust(6), "plain")]
-            for name in SCORES:
+            for name in ROLE_SCORES:
                 score = float(getattr(role, name))
                 text = percent(score) + (f" {bar(score, _BAR_WIDTH)}" if is_wide else "")
                 line.append((text.ljust(column), heat(score)))

@@ -12,9 +12,9 @@ from rich.cells import cell_len
 
 from minigpt.text.escape import visible
 from minigpt.tracing.events import Row, Token, Trace
+from minigpt.tracing.lines import measured
 from minigpt.tracing.spans import Line, Span, fit, wrapped
 from minigpt.tracing.views import DEFAULTS, ViewOptions
-from minigpt.tracing.words import measured
 
 # Colours of viridis, which is perceptually uniform and readable in greyscale (van der Walt and
 # Smith 2015, BSD); colours between two of them are interpolated.

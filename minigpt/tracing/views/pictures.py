@@ -21,10 +21,10 @@ from rich.cells import cell_len
 from minigpt.figures import our_style, to_bytes
 from minigpt.text.escape import visible
 from minigpt.tracing.events import Row, Token, Trace
+from minigpt.tracing.lines import measured
 from minigpt.tracing.spans import fit_end, fit_start, one_line, percent
 from minigpt.tracing.views import DEFAULTS, ViewOptions
 from minigpt.tracing.views.matrix import as_matrix, scale_end
-from minigpt.tracing.words import measured
 
 _DPI = 200
 _FONT = ["DejaVu Sans Mono", "monospace"]

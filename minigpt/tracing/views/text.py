@@ -10,10 +10,10 @@ from rich.cells import cell_len
 
 from minigpt.text.escape import visible
 from minigpt.tracing.events import Row, Token, Trace
+from minigpt.tracing.lines import measured
 from minigpt.tracing.spans import Line, bar, eighths, fit, heat, percent, upright_bar, wrapped
 from minigpt.tracing.views import DEFAULTS, ViewOptions
 from minigpt.tracing.views.matrix import scale_end
-from minigpt.tracing.words import measured
 
 _N_SOURCES = 12
 _MIN_SHARE = 0.005

@@ -24,10 +24,9 @@ from minigpt.config import SamplingConfig
 from minigpt.text.escape import visible
 from minigpt.tracing.events import CONVENTION, Roles, Row, Trace, TraceStep
 from minigpt.tracing.file import ROW_FIELDS
-from minigpt.tracing.lines import footer_lines
+from minigpt.tracing.lines import KNOCKOUTS, footer_lines, measured
 from minigpt.tracing.spans import one_line
 from minigpt.tracing.views import DEFAULTS, ViewOptions
-from minigpt.tracing.words import KNOCKED_OUT, measured
 
 # Concatenated in this order into one script.
 _SCRIPTS = ("data.js", "rows.js", "strip.js", "grid.js", "table.js", "picture.js", "page.js")
@@ -119,7 +118,7 @@ def _page_data(trace: Trace) -> dict[str, Any]:
         "steps": [_step(step) for step in trace.steps],
         "nSources": n_sources,
         "knockout": (
-            f"Without it: {KNOCKED_OUT[header.knockout]}. In brackets: the factor by which the "
+            f"Without it: {KNOCKOUTS[header.knockout]}. In brackets: the factor by which the "
             "token's probability changes. Its control is a position nearby that got less attention."
         ),
         "closing": _closing(trace),

@@ -1,20 +1,43 @@
-"""minigpt attention-trace --diff: two traces of the same tokens, as lines or as JSON."""
+"""minigpt attention-trace --replay and --diff: traces that --out wrote."""
 
 import json
 from pathlib import Path
 
+from minigpt.commands.attention_trace.output import TraceOutput
+from minigpt.commands.attention_trace.targets import Targets
 from minigpt.console import make_console, print_lines, write_result
-from minigpt.errors import DataError
+from minigpt.errors import ConfigError, DataError
 from minigpt.text.escape import visible
 from minigpt.tracing.analysis.diff import StepDiff, diff_traces
 from minigpt.tracing.analysis.reader import read_traces
 from minigpt.tracing.events import Token, Trace
+from minigpt.tracing.lines import TraceLayout, measured
 from minigpt.tracing.spans import Line, bar, fit, fit_start, heat, one_line, percent, wrapped
-from minigpt.tracing.words import measured
 
 _TOKEN_WIDTH = 9
 _LABEL_WIDTH = 9
 _SOURCE_WIDTH = 14  # a position and its token
+
+
+def replay(path: Path, targets: Targets, *, n_sources: int | None) -> None:
+    """Show the traces of a file as when they were generated.
+
+    Raises: DataError for a file that is not a trace.
+    """
+    traces = read_traces(path)
+    targets.check(len(traces))
+    if targets.out is not None:
+        raise ConfigError("--out cannot be combined with --replay. Copy the file.")
+    for trace in traces:
+        layout = TraceLayout(
+            make_console(is_stderr=False).width,
+            vocab_size=1 + max(token.id for token in trace.tokens),
+            n_positions=len(trace.tokens),
+            n_sources=n_sources,
+            measures=trace.header.measures,
+        )
+        with TraceOutput(targets, layout) as output:
+            output.show([trace.header, *trace.steps, trace.footer])
 
 
 def show_diff(first: Path, second: Path, *, as_json: bool) -> None:

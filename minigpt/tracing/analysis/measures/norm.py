@@ -1,0 +1,60 @@
+"""Norms of the weighted value vectors: weight x ||v W_O||.
+
+Source: Kobayashi et al. 2020, arXiv:2004.10102, equation 4.
+
+Shapes: L layers, B batch, H query heads, G key/value heads, R query heads per key/value head,
+T new positions, S positions in view, P positions for which memory is allocated, D head dim,
+C model dim.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from minigpt.model.attention import AttentionPass
+from minigpt.model.language_model import LanguageModel
+from minigpt.model.layers import dense_weight
+
+
+def measure(model: LanguageModel) -> Callable[[AttentionPass], Tensor]:
+    """Return the function from a forward pass to the norms of its last query (L, H, S)."""
+    norms = _ValueNorms(model)
+
+    def rows_LHS(attention: AttentionPass) -> Tensor:
+        values_LGSD = attention.values_LBGSD[:, 0]
+        n_key = values_LGSD.shape[2]
+        norms.extend(values_LGSD[:, :, n_key - attention.n_new :], n_key)
+        return attention.weights_LBHS[:, 0] * norms.norms_LHP[:, :, :n_key]
+
+    return rows_LHS
+
+
+class _ValueNorms:
+    """||v_j W_O,h|| of every layer, head and position: one scalar each, computed once.
+
+    The length of v_j W_O,h, where W_O,h is a head's (C, D) part of W_O, only needs the R of its QR
+    decomposition: D x D numbers, however wide the model is.
+    """
+
+    def __init__(self, model: LanguageModel) -> None:
+        factors = []
+        for attention in model.attentions:
+            weight = dense_weight(attention.output).detach()
+            heads_HCD = weight.unflatten(1, (model.config.n_head, -1)).transpose(0, 1)
+            factors.append(torch.linalg.qr(heads_HCD, mode="r").R)
+        factors_LHCD = torch.stack(factors)
+        # (L, G, R, D, C or D), so that it meets the values of the heads' groups
+        self._factors = factors_LHCD.unflatten(1, (model.config.n_kv_head, -1)).mT.contiguous()
+        self.norms_LHP = torch.empty(*factors_LHCD.shape[:2], 0, device=weight.device)
+
+    def extend(self, new_values_LGTD: Tensor, end: int) -> None:
+        """Add the norms of new positions; ``end`` is one past the last of them."""
+        n_new = new_values_LGTD.shape[2]
+        if end > self.norms_LHP.shape[2]:
+            room = self.norms_LHP.new_empty(*self.norms_LHP.shape[:2], 2 * end)
+            room[:, :, : self.norms_LHP.shape[2]] = self.norms_LHP
+            self.norms_LHP = room
+        added_LGRTD = new_values_LGTD.float()[:, :, None] @ self._factors
+        lengths_LGRT = torch.linalg.vector_norm(added_LGRTD, dim=-1)
+        self.norms_LHP[:, :, end - n_new : end] = lengths_LGRT.flatten(1, 2)
