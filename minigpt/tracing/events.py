@@ -44,22 +44,22 @@ class Source:
 
 @dataclass(frozen=True, eq=False)
 class HeadRows:
-    """Summaries of the rows of all heads at one step."""
+    """Summaries of the rows of all heads at one step; each array is [layer, head]."""
 
-    sink_LH: NDArray[np.float32]
+    sink: NDArray[np.float32]
     """Weight on the sink."""
-    own_LH: NDArray[np.float32]
+    own: NDArray[np.float32]
     """Weight on the query's own position."""
-    prompt_LH: NDArray[np.float32]
+    prompt: NDArray[np.float32]
     """Weight on the prompt, including the sink."""
-    entropy_LH: NDArray[np.float32]
+    entropy: NDArray[np.float32]
     """Entropy in bits, in [0, log2 S]."""
-    distance_LH: NDArray[np.float32]
+    distance: NDArray[np.float32]
     """Mean distance from the query to the positions, in tokens."""
-    positions_LHK: NDArray[np.int32]
-    """Positions with the largest weights, except the sink, in descending order."""
-    weights_LHK: NDArray[np.float32]
-    """Weights of those positions."""
+    positions: NDArray[np.int32]
+    """Positions with the largest weights, except the sink, in descending order (L, H, K)."""
+    weights: NDArray[np.float32]
+    """Weights of those positions (L, H, K)."""
 
 
 @dataclass(frozen=True, eq=False)

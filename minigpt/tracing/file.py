@@ -8,7 +8,7 @@ invalid UTF-8 (a token may be half a character) is replaced by U+FFFD; ``bytes``
 import base64
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 import numpy as np
@@ -28,26 +28,15 @@ from minigpt.tracing.events import (
 SCHEMA = "minigpt-trace/1"
 INTERRUPTED = "interrupted"
 """The finish_reason of a trace that was interrupted."""
-HEAD_FIELDS = {
-    "sink": "sink_LH",
-    "self": "own_LH",
-    "prompt": "prompt_LH",
-    "entropy_bits": "entropy_LH",
-    "distance": "distance_LH",
-    "positions": "positions_LHK",
-    "weights": "weights_LHK",
-}
+_KEYS = {"own": "self", "entropy": "entropy_bits"}
+HEAD_FIELDS = {_KEYS.get(f.name, f.name): f.name for f in fields(HeadRows)}
 """Keys in the file, and the fields of HeadRows."""
 ROW_FIELDS = {
-    "total": "total",
-    "sink": "sink",
-    "self": "own",
-    "prompt": "prompt",
-    "generated": "generated",
-    "entropy_bits": "entropy",
-    "distance": "distance",
+    _KEYS.get(name, name): name
+    for name in ("total", "sink", "own", "prompt", "generated", "entropy", "distance")
 }
 """Keys in the file, and the fields of Row that are numbers."""
+_MODEL_FIELDS = ("n_layer", "n_head", "n_kv_head", "d_model", "d_head", "dtype", "kernel", "score")
 _DIGITS = 6
 _HEAD_DIGITS = 4
 
@@ -79,14 +68,7 @@ def _header(header: TraceHeader) -> dict[str, Any]:
         "schema": SCHEMA,
         "model": header.model,
         "model_sha256": header.model_sha256,
-        "n_layer": header.n_layer,
-        "n_head": header.n_head,
-        "n_kv_head": header.n_kv_head,
-        "d_model": header.d_model,
-        "d_head": header.d_head,
-        "dtype": header.dtype,
-        "kernel": header.kernel,
-        "score": header.score,
+        **{name: getattr(header, name) for name in _MODEL_FIELDS},
         "heads": header.selection.as_text(),
         "reduce": header.reduce,
         "measures": list(header.measures),
@@ -144,12 +126,10 @@ def _row(row: Row) -> dict[str, Any]:
 
 
 def _heads(heads: HeadRows) -> dict[str, Any]:
-    return {
-        name: getattr(heads, field).astype(np.float64).round(_HEAD_DIGITS).tolist()
-        if name != "positions"
-        else heads.positions_LHK.tolist()
-        for name, field in HEAD_FIELDS.items()
-    }
+    arrays = {name: getattr(heads, field) for name, field in HEAD_FIELDS.items()}
+    for name in arrays.keys() - {"positions"}:
+        arrays[name] = arrays[name].astype(np.float64).round(_HEAD_DIGITS)
+    return {name: array.tolist() for name, array in arrays.items()}
 
 
 def _footer(footer: TraceFooter) -> dict[str, Any]:

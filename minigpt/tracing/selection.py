@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from itertools import product
 
 from minigpt.errors import ConfigError
 
@@ -55,36 +56,23 @@ def select_heads(
     Raises: ConfigError for a syntax error, an index out of range, or an empty selection.
     """
     chosen_layers = _numbers("*" if layers is None else layers, n_layer, "--layers", "layer")
-    chosen_heads = {
-        (layer, head)
-        for part in ("*.*" if heads is None else heads).split(",")
-        for layer, head in _layer_heads(part, n_layer, n_head)
-    }
+    chosen: set[tuple[int, int]] = set()
+    for part in ("*.*" if heads is None else heads).split(","):
+        layer, dot, head = part.strip().partition(".")
+        if not dot:
+            raise ConfigError(f"--heads takes layer.head, as in 4.2 or 5.*: it is {part!r}.")
+        layer_numbers = _numbers(layer, n_layer, "--heads", "layer")
+        chosen |= {*product(layer_numbers, _numbers(head, n_head, "--heads", "head"))}
     selection = HeadSelection(
         tuple(
-            tuple(
-                head
-                for head in range(n_head)
-                if layer in chosen_layers and (layer, head) in chosen_heads
-            )
-            for layer in range(n_layer)
+            tuple(h for h in range(n_head) if i in chosen_layers and (i, h) in chosen)
+            for i in range(n_layer)
         ),
         n_head,
     )
     if not selection.n_chosen:
         raise ConfigError(f"--layers {layers} and --heads {heads} have no head in common.")
     return selection
-
-
-def _layer_heads(part: str, n_layer: int, n_head: int) -> list[tuple[int, int]]:
-    layer, dot, head = part.strip().partition(".")
-    if not dot:
-        raise ConfigError(f"--heads takes layer.head, as in 4.2 or 5.*: it is {part!r}.")
-    return [
-        (layer_index, head_index)
-        for layer_index in _numbers(layer, n_layer, "--heads", "layer")
-        for head_index in _numbers(head, n_head, "--heads", "head")
-    ]
 
 
 def _numbers(text: str, n: int, option: str, noun: str) -> set[int]:

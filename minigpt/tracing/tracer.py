@@ -194,9 +194,7 @@ class AttentionObserver:
             rows_RS = torch.cat((rows_RS, rows_LHS.flatten(0, 1)))
         if measure != "weight":  # of no unit of its own: as shares of the row
             rows_RS = rows_RS / rows_RS.sum(dim=1, keepdim=True).clamp(min=1e-30)
-        facts = self._reader.facts(rows_RS)
-        heads = facts.by_head(rows_LHS.shape[0]) if config.has_heads else None
-        return facts.first_row(measure, tokens, heads)
+        return self._reader.row(measure, rows_RS, tokens, rows_LHS.shape[0])
 
     def effects(
         self, cache: KVCache, tokens: Sequence[Token], row: Row, target: int

@@ -46,10 +46,10 @@ def head_row(trace: Trace, position: int, layer: int, head: int) -> list[float]:
     """The kept part of a head's row."""
     heads = heads_of(row_of(trace, position))
     shares = [0.0] * len(trace.tokens)
-    shares[trace.header.sink] += float(heads.sink_LH[layer, head])
+    shares[trace.header.sink] += float(heads.sink[layer, head])
     kept = zip(
-        heads.positions_LHK[layer, head].tolist(),
-        heads.weights_LHK[layer, head].tolist(),
+        heads.positions[layer, head].tolist(),
+        heads.weights[layer, head].tolist(),
         strict=True,
     )
     for source, weight in kept:
@@ -301,7 +301,7 @@ def test_the_grid_has_the_entropy_and_role_of_each_head(opened: Opened) -> None:
     cells = page.page.locator("#grid [role=gridcell]").all()
     for cell, bits, role in zip(
         cells,
-        heads.entropy_LH.flatten().tolist(),
+        heads.entropy.flatten().tolist(),
         [role for layer in trace.header.roles for role in layer],
         strict=True,
     ):
@@ -318,7 +318,7 @@ def test_the_grid_of_a_prompt_token_has_means_over_all_generated_tokens(
     trace = made_trace()
     page = opened(trace)
     page.click(2)
-    mean = np.mean([heads_of(step.row).entropy_LH for step in trace.steps], axis=0)
+    mean = np.mean([heads_of(step.row).entropy for step in trace.steps], axis=0)
     shown = page.page.locator("#grid .entropy").all_inner_texts()
     np.testing.assert_allclose([float(text) for text in shown], mean.flatten(), atol=0.06)
 

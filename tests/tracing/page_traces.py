@@ -196,13 +196,13 @@ def _heads(
     if n_kept and (n_view - 1) % 7919 == 0:
         raise ValueError("7919 is to have no divisor in common with the number of positions")
     return HeadRows(
-        sink_LH=weights[..., 0],
-        own_LH=weights[..., -1],
-        prompt_LH=random.random(shape, np.float32),
-        entropy_LH=(random.random(shape) * np.log2(n_view)).astype(np.float32),
-        distance_LH=(random.random(shape) * (n_view - 1)).astype(np.float32),
-        positions_LHK=positions.astype(np.int32),
-        weights_LHK=weights[..., 1 : n_kept + 1],
+        sink=weights[..., 0],
+        own=weights[..., -1],
+        prompt=random.random(shape, np.float32),
+        entropy=(random.random(shape) * np.log2(n_view)).astype(np.float32),
+        distance=(random.random(shape) * (n_view - 1)).astype(np.float32),
+        positions=positions.astype(np.int32),
+        weights=weights[..., 1 : n_kept + 1],
     )
 
 

@@ -65,8 +65,8 @@ def test_cells_are_means_over_the_steps(
         for step in trace.steps:
             heads = step.rows[measure == "norm"].heads
             assert heads is not None
-            entropies.append(heads.entropy_LH[layer, head])
-            sinks.append(heads.sink_LH[layer, head])
+            entropies.append(heads.entropy[layer, head])
+            sinks.append(heads.sink[layer, head])
         numbers = f"{np.mean(entropies):.1f} {percent(float(np.mean(sinks)))}"
         assert cell[-1] == numbers
         if roles is not None:

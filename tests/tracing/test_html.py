@@ -100,24 +100,24 @@ def test_rows_of_heads_survive_packing() -> None:
         for row in step.rows:
             heads = row.heads
             assert heads is not None
-            shape, n_kept = heads.sink_LH.shape, heads.positions_LHK.shape[2]
+            shape, n_kept = heads.sink.shape, heads.positions.shape[2]
 
             def taken(name: str, n: int, measure: str = row.measure) -> list[int]:
                 return [next(arrays[f"{measure}.{name}"]) for _ in range(n)]
 
-            n_heads = heads.sink_LH.size
+            n_heads = heads.sink.size
             positions = np.array(taken("positions", n_heads * 5)).reshape(*shape, 5)
             weights = shares_of(taken("weights", n_heads * 5), 255).reshape(*shape, 5)
-            assert (positions[..., :n_kept] == heads.positions_LHK).all()
+            assert (positions[..., :n_kept] == heads.positions).all()
             # Half a code of 255.
-            np.testing.assert_allclose(weights[..., :n_kept], heads.weights_LHK, atol=0.004)
+            np.testing.assert_allclose(weights[..., :n_kept], heads.weights, atol=0.004)
             assert (weights[..., n_kept:] == 0).all()
             for name, expected in (
-                ("sink", heads.sink_LH),
-                ("own", heads.own_LH),
-                ("prompt", heads.prompt_LH),
-                ("entropy", heads.entropy_LH / np.log2(n_view)),
-                ("distance", heads.distance_LH / (n_view - 1)),
+                ("sink", heads.sink),
+                ("own", heads.own),
+                ("prompt", heads.prompt),
+                ("entropy", heads.entropy / np.log2(n_view)),
+                ("distance", heads.distance / (n_view - 1)),
             ):
                 shares = shares_of(taken(name, n_heads), 255).reshape(shape)
                 np.testing.assert_allclose(shares, expected, atol=0.004)
@@ -128,7 +128,7 @@ def test_small_shares_have_finer_steps_than_one_255th() -> None:
     trace = made_trace(n_generated=1, n_prompt=40)
     heads = trace.steps[0].row.heads
     assert heads is not None
-    heads.sink_LH[0, 0] = 0.0005
+    heads.sink[0, 0] = 0.0005
     arrays = unpacked(Page(to_html(trace)).data)
     assert shares_of(arrays["weight.sink"], 255)[0] == pytest.approx(0.0005, abs=1e-4)
 

@@ -163,12 +163,12 @@ class _Reader:
         arrays: dict[str, NDArray[Any]] = {}
         for name, field in HEAD_FIELDS.items():
             array = np.array(value[name], np.int32 if name == "positions" else np.float32)
-            n_axes = 3 if field.endswith("K") else 2
+            n_axes = 3 if field in ("positions", "weights") else 2
             if array.shape[:2] != shape or array.ndim != n_axes or not np.isfinite(array).all():
                 raise ValueError(f"the {name} of its heads have another shape")
             arrays[field] = array
-        positions = arrays["positions_LHK"]
-        if positions.shape != arrays["weights_LHK"].shape:
+        positions = arrays["positions"]
+        if positions.shape != arrays["weights"].shape:
             raise ValueError("each position of its heads must have a weight")
         if positions.size and not 0 <= positions.min() <= positions.max() < len(self.tokens):
             raise ValueError("its heads attend to a position that does not exist")

@@ -28,8 +28,8 @@ def show(trace: Trace, options: ViewOptions = DEFAULTS) -> list[Line]:
         raise ConfigError(
             "the trace has no rows of single heads. Trace again with --view heads, --out or --html."
         )
-    entropy_LH = np.mean([heads.entropy_LH for heads in kept], axis=0)
-    sink_LH = np.mean([heads.sink_LH for heads in kept], axis=0)
+    entropy_LH = np.mean([heads.entropy for heads in kept], axis=0)
+    sink_LH = np.mean([heads.sink for heads in kept], axis=0)
     max_bits = float(np.log2(np.mean([len(row.weights_S) for row in rows])))
 
     def cell(layer: int, head: int) -> list[Line]:

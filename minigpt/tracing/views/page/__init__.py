@@ -196,7 +196,7 @@ def _closing(trace: Trace) -> list[str]:
 def _n_head_sources(trace: Trace) -> int | None:
     """Return how many sources are kept of a head's row; None if there are no rows of heads."""
     heads = [row.heads for step in trace.steps for row in step.rows]
-    kept = [rows.positions_LHK.shape[2] for rows in heads if rows is not None]
+    kept = [rows.positions.shape[2] for rows in heads if rows is not None]
     return max(kept) if kept and len(kept) == len(heads) else None
 
 
@@ -230,11 +230,11 @@ def _head_arrays(rows: Sequence[Row], n_sources: int) -> dict[str, NDArray[Any]]
         "distance": np.maximum(n_views - 1, 1),
     }
     arrays = {
-        "positions": padded("positions_LHK").astype("<u4"),
-        "weights": share_codes(padded("weights_LHK"), "u1"),
+        "positions": padded("positions").astype("<u4"),
+        "weights": share_codes(padded("weights"), "u1"),
     }
     for name in _HEAD_FACTS:
-        values = np.stack([getattr(head_rows, f"{name}_LH") for head_rows in heads])
+        values = np.stack([getattr(head_rows, name) for head_rows in heads])
         arrays[name] = share_codes(values / largest.get(name, 1), "u1")
     return arrays
 
