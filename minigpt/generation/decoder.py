@@ -21,7 +21,7 @@ from minigpt.model.cost import cache_bytes_per_token
 from minigpt.model.language_model import LanguageModel
 
 FinishReason = Literal["length", "stop", "end_of_text", "context"]
-"""max_new_tokens reached, a stop text found, an end of text drawn, or the model's window full."""
+"""max_new_tokens reached, stop string found, end-of-text token sampled, or context window full."""
 
 _MAX_CACHE_BYTES = 2**30
 _MAX_ROWS = 256
@@ -34,27 +34,27 @@ class Step:
     index: int
     """0 for the first generated token."""
     position: int
-    """Its place in all that was said, the prompt's first token being 0, forgotten ones counted."""
+    """Index in prompt and output, counted from 0, with the tokens that left the window."""
     token: int
     log_probability: float
-    """ln of the model's own probability of it, before any sampling option."""
+    """Natural log of the model's probability, before any sampling option."""
     finish: FinishReason | None
-    """Why it is the last one; None if it is not."""
+    """Reason to stop after this token; None if generation continues."""
     best: tuple[tuple[int, float], ...] = ()
-    """The model's most probable tokens here, each with its ln: as many as logprobs asked for."""
+    """Most probable tokens with their log-probabilities, as many as ``logprobs``."""
     n_slides: int = 0
-    """How often the window had slid before it, with overflow slide."""
+    """Number of times that the window has slid."""
     n_forgotten: int = 0
-    """How many tokens were no longer in view when it was drawn."""
+    """Number of tokens that have left the window."""
 
 
 def fresh_seed() -> int:
-    """Return a seed from the system's randomness, short enough to type again."""
+    """Return a random seed that is short enough to type."""
     return secrets.randbelow(2**32)
 
 
 def check_prompt(prompt: Sequence[int], context_length: int) -> None:
-    """Raise DataError if a prompt leaves the model nothing to look at, or does not fit."""
+    """Raise DataError if a prompt is empty or longer than the context."""
     if not prompt:
         raise DataError("the prompt is empty. Give at least one character of text.")
     if len(prompt) > context_length:
@@ -65,16 +65,16 @@ def check_prompt(prompt: Sequence[int], context_length: int) -> None:
 
 
 def max_rows_together(config: ModelConfig, n_rows: int, n_positions: int) -> int:
-    """Return how many of n rows to decode together: no more than a GiB of cache, and at least 1."""
+    """Return how many of n rows to decode together: at least 1, and at most a GiB of cache."""
     row_bytes = min(n_positions, config.context_length) * cache_bytes_per_token(config)
     return max(1, min(n_rows, _MAX_ROWS, _MAX_CACHE_BYTES // row_bytes))
 
 
 class Decoder:
-    """A model and its cache, decoding what comes after a prompt.
+    """A model and its cache, which continue a prompt.
 
-    ``prompt`` fills the cache once; ``generate`` and ``batch`` may then be called any number of
-    times, each time from the end of the prompt. ``extend`` makes the prompt longer.
+    The constructor fills the cache with the prompt; ``generate`` and ``batch`` may be called any
+    number of times, each time from the end of the prompt. ``extend`` makes the prompt longer.
     """
 
     def __init__(
@@ -118,12 +118,12 @@ class Decoder:
 
     @property
     def prompt(self) -> list[int]:
-        """The tokens in view that ``generate`` goes on from."""
+        """The tokens in view that ``generate`` continues."""
         return self._start.rows[0]
 
     @property
     def is_full(self) -> bool:
-        """Whether what was generated last has left no place in the window."""
+        """Whether the window has no room for another token."""
         return len(self._window) > self.context_length
 
     def logits(self, tokens: Sequence[int]) -> Tensor:
@@ -138,22 +138,22 @@ class Decoder:
         When a Step is yielded, the recorder has last seen the forward pass whose final query
         produced its token.
 
-        Args: end_of_text, the ids of which any ends the text.
-        Raises: CheckpointError if the model's logits are no numbers.
+        Args: end_of_text, the ids that end a text.
+        Raises: CheckpointError for NaN or inf in the logits.
         """
         for _, step in self.batch(config, seeds=[seed], end_of_text=end_of_text):
             yield step
 
     def batch(
         self, config: SamplingConfig, *, seeds: Sequence[int], end_of_text: Collection[int] = ()
-    ) -> "Batch":
+    ) -> "Continuations":
         """Return several continuations of the prompt, one for each seed, decoded together."""
-        return Batch(self, config, seeds, end_of_text)
+        return Continuations(self, config, seeds, end_of_text)
 
     def extend(self, tokens: Sequence[int], *, overflow: str = "stop") -> None:
-        """Let the prompt end with what was generated last, and then these tokens.
+        """Append to the prompt what was generated last, and then these tokens.
 
-        An end of the text is no part of it. Only what the cache lacks is fed.
+        An end-of-text token is left out. Only tokens that the cache lacks are fed.
 
         Args: overflow, as in SamplingConfig.
         Raises: DataError if they do not fit, and the window may not slide.
@@ -175,7 +175,7 @@ class Decoder:
         self._prefill(n_held)
 
     def _prefill(self, n_held: int = 0) -> None:
-        """Feed the prompt, but for what the cache holds of it."""
+        """Feed the prompt, except for the first tokens that the cache holds."""
         self.forward.truncate(n_held)
         # The next call may overwrite them.
         self.prompt_logits = self.logits(self.prompt[n_held:]).clone()
@@ -185,7 +185,7 @@ class Decoder:
         self._n_live = len(rows)
 
     def _begin(self, n_rows: int) -> tuple[Window, Tensor]:
-        """Go back to the end of the prompt; return its window and logits (B, V), in n rows."""
+        """Return to the end of the prompt, with n rows; return its window and logits (B, V)."""
         assert self.recorder is None or n_rows == 1, "a recorder sees one row"
         if self._n_live > 1:
             self._keep([0])
@@ -210,12 +210,11 @@ class Decoder:
         return self.forward.feed(torch.tensor(window.rows, device=self.forward.device))
 
 
-class Batch:
+class Continuations:
     """Continuations of one prompt, decoded together: iterate over it for (row, Step).
 
-    Each row draws from its own generator, so it is what it would be alone, whatever the others
-    are, as far as the rounding of products of another shape goes. Rows that have ended take no more
-    part.
+    Each row samples from its own generator, so it equals what it would be alone, up to the rounding
+    of products of another shape. Rows that have ended are removed.
     """
 
     def __init__(
@@ -232,13 +231,13 @@ class Batch:
         self._ended: set[int] = set()
 
     def drop(self, row: int) -> None:
-        """Let a row end, because of what its text says."""
+        """Stop a row whose stop string was found."""
         self._ended.add(row)
 
     def __iter__(self) -> Iterator[tuple[int, Step]]:
         """Decode from the end of the prompt, a token of every row in turn.
 
-        Raises: CheckpointError if the model's logits are no numbers.
+        Raises: CheckpointError for NaN or inf in the logits.
         """
         decoder, config = self._decoder, self._config
         rows = list(range(len(self._seeds)))
@@ -278,7 +277,7 @@ class Batch:
         # One logit that is nan or inf makes every log-probability nan, so this looks at them all.
         if not math.isfinite(log_probability):
             raise CheckpointError(
-                f"the model's logits are no finite numbers at position {position}, so its "
+                f"the model's logits are NaN or inf at position {position}, so its "
                 "weights are damaged. Use another checkpoint, or download it again."
             )
         finish: FinishReason | None = None
@@ -304,7 +303,7 @@ class Batch:
 
 @torch.inference_mode()
 def _facts(logits: Tensor, tokens: Tensor, n_best: int) -> list[list[float]]:
-    """Return of each row its token, ln of its probability, the best ids and then their ln's."""
+    """Return for each row its token, log-probability, the best ids, and their log-probabilities."""
     log_probability = logits.log_softmax(dim=-1)
     facts = [tokens[:, None], log_probability.gather(1, tokens[:, None])]
     if n_best:

@@ -1,4 +1,4 @@
-"""Tokens -> text: complete characters only, and stop texts found across token borders."""
+"""Tokens -> text: complete characters only, and stop strings found across token borders."""
 
 import codecs
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,17 +11,17 @@ from minigpt.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class TextStep:
-    """One generated token and the text that it made certain."""
+    """One generated token, and the text that is final with it."""
 
     step: Step
     text: str
-    """What may be shown now: no half character, nothing that may yet turn out a stop text."""
+    """Text that is final now: whole characters, and no possible beginning of a stop string."""
     sample: int = 0
-    """Which of several continuations of one prompt it belongs to."""
+    """Index of the sample."""
 
 
 class StopFinder:
-    """Passes text through up to the first of some stop texts, which it keeps back."""
+    """Passes text through up to the first stop string."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self.stops = tuple(stops)
@@ -29,7 +29,7 @@ class StopFinder:
         self._held = ""
 
     def push(self, text: str) -> str:
-        """Take more text; return what is certain to come before any stop text."""
+        """Take more text; return what is certain to come before any stop string."""
         if self.is_found:
             return ""
         text = self._held + text
@@ -45,7 +45,7 @@ class StopFinder:
         return text[: len(text) - n_held]
 
     def finish(self) -> str:
-        """Return what was held back in vain."""
+        """Return the text that was held back."""
         held, self._held = self._held, ""
         return held
 
@@ -65,7 +65,7 @@ class TextStream:
         self._finder = StopFinder(stops)
 
     def push(self, step: Step) -> TextStep:
-        """Take the next step; the one that completes a stop text is the last, and says so."""
+        """Take the next step; the one that completes a stop string is the last, and says so."""
         finder = self._finder
         is_end = step.finish == "end_of_text"
         text = finder.push("" if is_end else self._utf8.decode(self._bytes(step)))
@@ -84,7 +84,7 @@ def stream_text(
 ) -> Iterator[TextStep]:
     """Turn steps into text as it becomes certain; the texts together are the result.
 
-    The token that ends a document has no text. A step that completes a stop text is the last one
+    The token that ends a document has no text. A step that completes a stop string is the last one
     and its finish says so.
     """
     stream = TextStream(tokenizer, stops)

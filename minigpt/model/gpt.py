@@ -37,7 +37,7 @@ class Block(nn.Module):
         collector: PassCollector | None = None,
         visible_BS: Tensor | None = None,
     ) -> Tensor:
-        """Add what attention and then the MLP make of x to x."""
+        """Add the outputs of attention and of the MLP to the residual stream."""
         normed = self.attention_norm(x)
         x = x + self.dropout(self.attention(normed, rotary, cache, collector, visible_BS))
         x = x + self.dropout(self.mlp(self.mlp_norm(x)))
@@ -104,10 +104,9 @@ class GPT(LanguageModel):
         Args: tokens (B, T), ids below V. With a cache, they come after the positions that it
             holds, and are added to it. recorder receives the attention of all
             layers. visible_BS,
-            over all positions in view, false for those that no query of a sequence may look at.
-            logits_to_keep: only of the last so many positions; 0 for all. recompute: keep
-            nothing of the blocks for a backward pass, which computes them again (Chen et al. 2016,
-            arXiv:1604.06174).
+            over all positions in view, false for those that no query of a sequence may attend to.
+            logits_to_keep, number of last positions whose logits are wanted; 0 for all.
+            recompute, activation checkpointing of each block (Chen et al. 2016, arXiv:1604.06174).
         Returns: (B, T, V), or (B, logits_to_keep, V).
         Raises: ValueError if more than context_length positions would be in view.
         """

@@ -1,4 +1,4 @@
-"""What every architecture is: a causal language model, whatever is between its two embeddings.
+"""The base class of every architecture: a causal language model.
 
 Shapes: B batch, T new tokens, C model dim, V vocabulary.
 """
@@ -17,7 +17,7 @@ from minigpt.model.cache import KVCache
 
 
 class _WithoutInit(TorchFunctionMode):
-    """Leaves out the initial weights that torch's modules draw."""
+    """Skips the random initialization of torch's modules."""
 
     def __torch_function__(
         self,
@@ -33,16 +33,16 @@ class _WithoutInit(TorchFunctionMode):
 
 
 class LanguageModel(nn.Module):
-    """Token ids in, logits of each next token out: ``forward`` takes what GPT's takes.
+    """Token ids in, logits of each next token out; ``forward`` has the signature of GPT.forward.
 
-    Subclasses make the modules named here, in the order in which their weights are to be drawn.
+    Subclasses create the modules named here, in the order of their initialization.
     """
 
     embedding: nn.Embedding
     blocks: nn.ModuleList
     final_norm: nn.Module
     unembedding: nn.Module | None
-    """None: the embedding the other way round."""
+    """None if tied: logits use the transposed embedding."""
 
     def __init__(self, config: ModelConfig) -> None:
         """Build with torch's own initial weights; ``init_weights`` draws ours."""
@@ -51,7 +51,7 @@ class LanguageModel(nn.Module):
 
     @classmethod
     def without_weights(cls, config: ModelConfig) -> Self:
-        """Build the shape of a model on the meta device: no memory, no weights, no tables."""
+        """Build a model on the meta device: shapes without memory."""
         # Drawing on the meta device would import torch's compiler: over a second, for nothing.
         with torch.device("meta"), _WithoutInit():
             return cls(config)
@@ -68,12 +68,12 @@ class LanguageModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self._norm_weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What activations are without autocast; quantized weights are of another one."""
+        """Dtype of activations without autocast; quantized weights have another."""
         return self._norm_weight.dtype
 
     @property
@@ -84,7 +84,7 @@ class LanguageModel(nn.Module):
 
     @property
     def attentions(self) -> Sequence[AttentionLayer]:
-        """The layers of attention, as a recorder counts them."""
+        """The attention layers, in the order of a recorder's layers."""
         raise NotImplementedError
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
@@ -92,7 +92,7 @@ class LanguageModel(nn.Module):
         raise NotImplementedError
 
     def _positions_of(self, tokens: Tensor, cache: KVCache | None) -> tuple[int, int]:
-        """Return where new tokens begin and end.
+        """Return the first position of new tokens, and one past the last.
 
         Raises: ValueError if more than context_length positions would be in view.
         """
@@ -105,7 +105,7 @@ class LanguageModel(nn.Module):
         return start, end
 
     def _logits(self, x: Tensor, logits_to_keep: int) -> Tensor:
-        """Return the logits after the last so many positions of x (B, T, C); 0 for all."""
+        """Return the logits of the last positions of x (B, T, C); 0 for all."""
         x = self.final_norm(x[:, -logits_to_keep:])  # [-0:] is all of them
         if self.unembedding is None:
             return F.linear(x, self.embedding.weight)
