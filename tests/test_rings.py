@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-RINGS: dict[str, list[str]] = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"][
-    "minigpt"
-]["rings"]
+SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
+RINGS: dict[str, list[str]] = SETTINGS["minigpt"]["rings"]
 
 JOBS = """
 train corpus.txt --name tiny --tokenizer bytes --max-steps 2 --context-length 32 --batch-size 2
@@ -63,3 +62,11 @@ def test_the_three_jobs_work_without(ring: str, tmp_path: Path) -> None:
     text, *lines = done.stdout.splitlines()
     assert text
     assert sum("%" in line for line in lines) >= 3, "a line of the trace for each token"
+
+
+def test_import_linter_protects_every_module_of_every_ring() -> None:
+    contracts = SETTINGS["importlinter"]["contracts"]
+    (protected,) = [c for c in contracts if c["type"] == "protected"]
+    modules = {p.removesuffix(".py").replace("/", ".") for paths in RINGS.values() for p in paths}
+    assert set(protected["protected_modules"]) == modules
+    assert set(protected["allowed_importers"]) == modules
