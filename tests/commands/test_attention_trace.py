@@ -1,4 +1,4 @@
-"""minigpt attention-trace: its lines, its JSON, and how it ends."""
+"""minigpt attention-trace: lines, JSON, files and errors."""
 
 import json
 import signal
@@ -25,14 +25,14 @@ def objects(result: Result) -> list[dict[str, Any]]:
     return [json.loads(line) for line in result.out.splitlines()]
 
 
-def test_the_text_is_the_one_that_generate_gives(run: Run) -> None:
+def test_the_text_is_that_of_generate(run: Run) -> None:
     steps = objects(run(*WORDS, "--json"))[1:-1]
     generated = json.loads(run("generate", *WORDS[1:], "--json").out)
     assert "".join(step["certain_text"] for step in steps) == generated["text"]
     assert run(*WORDS).out.endswith(f"\n\n{generated['text']}\n")
 
 
-def test_json_is_a_header_a_step_for_each_token_and_a_footer(run: Run) -> None:
+def test_json_is_a_header_a_step_per_token_and_a_footer(run: Run) -> None:
     result = run(*WORDS, "--json", "--seed", "7")
     header, *steps, footer = objects(result)
     assert result.code == 0
@@ -44,7 +44,7 @@ def test_json_is_a_header_a_step_for_each_token_and_a_footer(run: Run) -> None:
     assert result.err == "seed 7\n"
 
 
-def test_sources_and_heads_are_those_that_were_asked_for(run: Run) -> None:
+def test_n_sources_and_heads_select_sources_and_heads(run: Run) -> None:
     header, step, *_ = objects(run(*WORDS, "--json", "--sources", "2", "--heads", "1.0"))
     assert header["heads"] == "1.0"
     assert len(step["rows"][0]["sources"]) == 2
@@ -62,7 +62,7 @@ def test_lines_in_a_pipe_have_no_control_bytes(run: Run) -> None:
 
 
 @pytest.mark.parametrize("as_json", [True, False])
-def test_ctrl_c_still_ends_with_a_footer(
+def test_a_trace_interrupted_by_ctrl_c_has_a_footer(
     run: Run, monkeypatch: pytest.MonkeyPatch, as_json: bool
 ) -> None:
     from minigpt.tracing import events, tracer
@@ -87,7 +87,7 @@ def test_ctrl_c_still_ends_with_a_footer(
         assert "3 tokens; interrupted" in result.out
 
 
-def test_a_file_holds_what_stdout_shows_and_every_head_beside_it(run: Run, tmp_path: Path) -> None:
+def test_out_writes_the_same_json_as_stdout_with_all_heads(run: Run, tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
     result = run(*WORDS, "--json", "--seed", "7", "--out", str(path), "--measure", "both")
     written = path.read_text()
@@ -102,7 +102,7 @@ def test_a_file_holds_what_stdout_shows_and_every_head_beside_it(run: Run, tmp_p
             assert (shares.sum(axis=2) + row["heads"]["sink"] <= 1.001).all()
 
 
-def test_a_file_is_shown_again_as_the_trace_was(run: Run, tmp_path: Path) -> None:
+def test_replay_shows_a_file_as_the_trace_was_shown(run: Run, tmp_path: Path) -> None:
     path = str(tmp_path / "t.jsonl")
     for view in ("lines", "text", "matrix", "heads"):
         live = run(*WORDS, "--view", view, "--out", path, "--num-samples", "2", "--seed", "3")
@@ -112,7 +112,7 @@ def test_a_file_is_shown_again_as_the_trace_was(run: Run, tmp_path: Path) -> Non
     assert run("attention-trace", "--replay", path, "--json").out == Path(path).read_text()
 
 
-def test_two_files_are_compared(run: Run, tmp_path: Path) -> None:
+def test_diff_compares_two_files(run: Run, tmp_path: Path) -> None:
     first, second = str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")
     run(*WORDS, "--out", first)
     run(*WORDS, "--out", second, "--heads", "0.0", "--measure", "norm")
@@ -127,7 +127,7 @@ def test_two_files_are_compared(run: Run, tmp_path: Path) -> None:
     assert {step["moved"] for step in objects(same)} == {0}
 
 
-def test_a_page_rows_and_pictures_are_written(run: Run, tmp_path: Path) -> None:
+def test_page_dense_rows_and_pictures_are_written(run: Run, tmp_path: Path) -> None:
     names = {name: tmp_path / f"t.{name}" for name in ("html", "svg", "png", "dense")}
     options = [word for name, path in names.items() for word in (f"--{name}", str(path))]
     assert run(*WORDS, *options).code == 0
@@ -165,7 +165,7 @@ def test_a_page_rows_and_pictures_are_written(run: Run, tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_what_cannot_be_traced_is_one_line(
+def test_an_invalid_option_is_one_line_on_stderr(
     run: Run, words: list[str], code: int, message: str
 ) -> None:
     result = run(*WORDS, *words)
@@ -181,7 +181,7 @@ def test_a_full_disk_is_one_line_that_names_the_file(run: Run) -> None:
     assert "'/dev/full': No space left on device" in result.err.splitlines()[-1]
 
 
-def test_a_file_that_is_no_trace_is_bad_data(run: Run, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_trace_is_bad_data(run: Run, tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
     path.write_text("hello\n")
     for words in (["--replay", str(path)], ["--diff", str(path), str(path)]):

@@ -49,7 +49,7 @@ def traced(model: LanguageModel, **config: Any) -> Trace:
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
-def test_tracing_changes_nothing_and_rows_are_those_of_the_heads(variant: dict[str, Any]) -> None:
+def test_tracing_changes_nothing_and_rows_match_the_head_outputs(variant: dict[str, Any]) -> None:
     model = model_of(variant)
     result = traced(model, measure="both", has_heads=True, n_verified=2, sink="auto")
     decoder = Decoder(model, [token.id for token in result.header.prompt], max_new_tokens=8)
@@ -89,7 +89,7 @@ def test_roles_are_found_with_every_score() -> None:
         assert head_effects(model).shape == shape
 
 
-def test_what_an_lstm_lacks_is_refused_in_one_line() -> None:
+def test_what_an_lstm_cannot_do_is_refused_in_one_line() -> None:
     with pytest.raises(ConfigError, match="arch lstm has no attention to show"):
         traced(model_of({"arch": "lstm", "n_head": 1}))
     with pytest.raises(ConfigError, match="arch lstm has no attention to show"):

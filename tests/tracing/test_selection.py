@@ -1,4 +1,4 @@
-"""Which heads: 0,2,4-6 for layers and 4.2,5.* for heads, and what is refused."""
+"""Selection of heads: 0,2,4-6 for layers and 4.2,5.* for heads."""
 
 import itertools
 import random
@@ -23,9 +23,7 @@ from minigpt.tracing.selection import HeadSelection, select_heads
         ({"layers": "5-6", "heads": "*.0,4.1"}, [(), (), (), (), (), (0,), (0,)]),
     ],
 )
-def test_texts_choose_the_heads_that_they_say(
-    options: dict[str, str], expected: list[tuple[int, ...]]
-) -> None:
+def test_a_selection_is_parsed(options: dict[str, str], expected: list[tuple[int, ...]]) -> None:
     selection = select_heads(7, 3, **options)
     assert list(selection.heads_by_layer) == expected
     assert selection.n_chosen == sum(map(len, expected))
@@ -60,14 +58,14 @@ def test_texts_choose_the_heads_that_they_say(
         ({"layers": "0", "heads": "1.*"}, "--layers 0 and --heads 1.* have no head in common."),
     ],
 )
-def test_texts_that_choose_nothing_are_refused(options: dict[str, str], message: str) -> None:
+def test_an_invalid_or_empty_selection_is_refused(options: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         select_heads(7, 3, **options)
     assert message in str(caught.value)
     assert "\x1b" not in str(caught.value)
 
 
-def test_a_selection_s_own_text_selects_it_again() -> None:
+def test_a_selection_as_text_parses_to_itself() -> None:
     source = random.Random(0)
     every = list(itertools.product(range(4), range(5)))
     for _ in range(200):

@@ -1,4 +1,4 @@
-"""minigpt.trace gives what the command does, as objects; a notebook shows it as the page."""
+"""The Python API of tracing."""
 
 import html
 import re
@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_it_is_the_trace_that_the_tracer_yields(folder: Path) -> None:
+def test_minigpt_trace_returns_what_the_tracer_yields(folder: Path) -> None:
     options: dict[str, Any] = {"temperature": 0, "max_new_tokens": 6, "seed": 3}
     ours = minigpt.trace(str(folder), PROMPT, measure="both", heads="0.1", n_verified=1, **options)
     header, *steps, _ = trace(
@@ -53,7 +53,7 @@ def test_it_is_the_trace_that_the_tracer_yields(folder: Path) -> None:
     assert len(ours.tokens) == len(PROMPT) + 6
 
 
-def test_a_model_at_hand_is_traced_by_its_tokenizer_and_from_ids() -> None:
+def test_a_loaded_model_is_traced_from_text_or_ids() -> None:
     model, tokenizer = small_model("gpt2", vocab_size=257), bytes_tokenizer()
     options: dict[str, Any] = {"tokenizer": tokenizer, "max_new_tokens": 4, "seed": 1}
     by_text = minigpt.trace(model, PROMPT, **options)
@@ -62,7 +62,7 @@ def test_a_model_at_hand_is_traced_by_its_tokenizer_and_from_ids() -> None:
     assert minigpt.trace(model, PROMPT, has_heads=False, **options).steps[0].row.heads is None
 
 
-def test_a_notebook_shows_the_page_in_a_frame_of_its_own(folder: Path) -> None:
+def test_a_notebook_shows_the_page_in_a_frame(folder: Path) -> None:
     shown = minigpt.trace(str(folder), '<b>"&', max_new_tokens=3, seed=1)
     assert isinstance(shown, Trace)
     frame = shown._repr_html_()
@@ -84,7 +84,7 @@ def test_a_notebook_shows_the_page_in_a_frame_of_its_own(folder: Path) -> None:
     ],
     ids=str,
 )
-def test_what_cannot_be_traced_is_said(
+def test_invalid_options_are_refused(
     folder: Path, options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):

@@ -1,4 +1,4 @@
-"""The trace as JSON lines: every field, exact bytes, nothing that breaks a line."""
+"""The trace as JSON lines, written and read."""
 
 import base64
 import json
@@ -61,7 +61,7 @@ def parsed(line: str) -> dict[str, Any]:
     return value
 
 
-def test_a_whole_trace_is_a_header_steps_and_a_footer() -> None:
+def test_a_trace_is_a_header_steps_and_a_footer() -> None:
     trace = small_trace("aé", n_sources=3, heads="0.*,1.3", measure="both")
     header, *steps, footer = lines_of(trace)
     assert header["schema"] == SCHEMA

@@ -1,4 +1,4 @@
-"""Every line of a trace is as the published JSON Schema says, and nothing else is."""
+"""Lines of a trace against the published JSON Schema."""
 
 import copy
 import json
@@ -20,7 +20,7 @@ def lines_of(trace: Trace) -> list[Any]:
     return [json.loads(to_json_line(e)) for e in (trace.header, *trace.steps, trace.footer)]
 
 
-def test_the_schema_is_one_and_has_the_version_that_is_written() -> None:
+def test_the_schema_is_valid_and_names_the_version_of_the_writer() -> None:
     Draft202012Validator.check_schema(VALIDATOR.schema)
     assert VALIDATOR.schema["$id"] == SCHEMA
 
@@ -59,7 +59,7 @@ def test_effects_roles_and_a_check_are_valid() -> None:
     ("line", "name"),
     [(0, "schema"), (0, "sink"), (1, "rows"), (1, "position"), (2, "finish_reason")],
 )
-def test_a_line_with_a_field_less_or_more_is_not(line: int, name: str) -> None:
+def test_a_line_with_a_missing_or_unknown_field_is_invalid(line: int, name: str) -> None:
     value = lines_of(small_trace(max_new_tokens=1))[line]
     assert VALIDATOR.is_valid(value)
     assert not VALIDATOR.is_valid(value | {"surprise": 1})

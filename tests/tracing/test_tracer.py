@@ -1,4 +1,4 @@
-"""A trace is a generation with its sources beside it, and nothing else changes."""
+"""Tracing yields the tokens of a generation, with their attention."""
 
 import math
 from typing import Any
@@ -59,7 +59,9 @@ def traced(
     ids=str,
 )
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_trace_generates_what_generation_does(layout: str, options: dict[str, Any]) -> None:
+def test_a_trace_generates_the_same_tokens_and_text_as_generation(
+    layout: str, options: dict[str, Any]
+) -> None:
     model = model_of(layout)
     sampling = SamplingConfig(temperature=1.1, top_p=0.95, max_new_tokens=8, stop=("zz",))
     for seed in range(2):
@@ -89,7 +91,7 @@ def test_a_trace_generates_what_generation_does(layout: str, options: dict[str, 
         assert footer.finish == plain[-1].step.finish
 
 
-def test_each_row_accounts_for_all_of_the_attention() -> None:
+def test_sink_sources_and_rest_of_a_row_sum_to_1() -> None:
     for n_sources in (0, 1, 3, 100):
         _, steps, footer = traced(
             model_of(), SamplingConfig(max_new_tokens=16), n_sources=n_sources
@@ -106,7 +108,7 @@ def test_each_row_accounts_for_all_of_the_attention() -> None:
         assert footer.worst_row_sum_error < 1e-6
 
 
-def test_a_row_that_does_not_sum_to_one_would_be_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_footer_reports_a_row_that_does_not_sum_to_1(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = iter(range(100))
 
     def row(rows_LHS: Tensor, selection: HeadSelection, *, is_max: bool) -> Tensor:
@@ -117,13 +119,13 @@ def test_a_row_that_does_not_sum_to_one_would_be_reported(monkeypatch: pytest.Mo
     assert footer.worst_row_sum_error == pytest.approx(0.5, abs=1e-6)
 
 
-def test_a_maximum_has_no_rest_because_it_does_not_sum_to_one() -> None:
+def test_a_row_of_maxima_has_no_rest() -> None:
     _, steps, footer = traced(model_of(), SamplingConfig(max_new_tokens=5), reduce="max")
     assert {step.row.rest for step in steps} == {None}
     assert footer.worst_row_sum_error is None
 
 
-def test_sources_are_earlier_tokens_with_their_own_weights() -> None:
+def test_sources_are_earlier_tokens_with_the_weights_of_a_full_forward() -> None:
     model = model_of()
     sampling = SamplingConfig(max_new_tokens=14, temperature=1.0)
     _, steps, _ = traced(model, sampling, n_sources=100, seed=5)
@@ -145,7 +147,7 @@ def test_sources_are_earlier_tokens_with_their_own_weights() -> None:
         context.append(step.token.id)
 
 
-def test_the_header_says_what_is_traced() -> None:
+def test_the_header_records_the_model_and_the_settings() -> None:
     sampling = SamplingConfig(max_new_tokens=1)
     selection = select_heads(2, 4, heads="1.2,0.*")
     header, _, _ = traced(
@@ -157,7 +159,7 @@ def test_the_header_says_what_is_traced() -> None:
     assert [token.position for token in header.prompt] == list(range(8))
 
 
-def test_the_probability_is_the_model_s_own_before_any_option() -> None:
+def test_the_probability_is_before_any_sampling_option() -> None:
     model = model_of()
     _, steps, _ = traced(model, SamplingConfig(max_new_tokens=3, temperature=0.0))
     context = list(PROMPT)
@@ -170,7 +172,7 @@ def test_the_probability_is_the_model_s_own_before_any_option() -> None:
 
 
 @pytest.mark.parametrize("stops_there", [True, False])
-def test_the_end_of_text_ends_a_trace_if_it_is_to(stops_there: bool) -> None:
+def test_the_end_of_text_token_ends_a_trace_unless_told_otherwise(stops_there: bool) -> None:
     model = model_of("gpt2")
     with torch.no_grad():
         model.unembedding.weight[256] = model.final_norm.bias * 100  # <|endoftext|>, always
@@ -183,7 +185,7 @@ def test_the_end_of_text_ends_a_trace_if_it_is_to(stops_there: bool) -> None:
     assert footer.finish == ("end_of_text" if stops_there else "length")
 
 
-def test_a_trace_ends_at_any_of_several_ends_of_text() -> None:
+def test_any_of_several_end_of_text_tokens_ends_a_trace() -> None:
     model = model_of()
     _, free, _ = traced(model, SamplingConfig(max_new_tokens=9))
     second = free[4].token.id
@@ -205,7 +207,7 @@ def test_a_trace_ends_at_any_of_several_ends_of_text() -> None:
     assert events[-1].finish == "end_of_text"
 
 
-def test_a_trace_of_a_few_tokens_takes_no_cache_for_a_long_context(
+def test_the_cache_is_as_long_as_the_trace_not_the_context(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     capacities = []
@@ -221,13 +223,13 @@ def test_a_trace_of_a_few_tokens_takes_no_cache_for_a_long_context(
     assert capacities == [len(PROMPT) + 3]
 
 
-def test_a_trace_ends_with_the_context() -> None:
+def test_a_trace_ends_when_the_context_is_full() -> None:
     _, steps, footer = traced(model_of(), SamplingConfig(max_new_tokens=100), n_sources=2)
     assert len(steps) == 24 - 8 + 1
     assert footer.finish == "context"
 
 
-def test_tracing_one_prompt_token_has_nothing_but_the_sink() -> None:
+def test_a_prompt_of_one_token_has_only_the_sink() -> None:
     events = list(
         trace(
             model_of(),

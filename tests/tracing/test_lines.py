@@ -1,4 +1,4 @@
-"""The trace on a terminal: never too wide, never steered by a token, always 100 %."""
+"""Lines of a trace for a terminal."""
 
 import re
 from collections.abc import Sequence
@@ -45,7 +45,7 @@ def effects_of(step: TraceStep, n_verified: int) -> tuple[Effect, ...]:
 @pytest.mark.parametrize("n_positions", [24, 131_072])
 @pytest.mark.parametrize("n_sources", [None, 0, 1, 30])
 @pytest.mark.parametrize("measures", [("weight",), BOTH])
-def test_no_line_is_wider_than_the_terminal_whatever_the_tokens(
+def test_no_line_is_wider_than_the_terminal(
     width: int,
     vocab_size: int,
     n_positions: int,
@@ -83,7 +83,7 @@ def test_more_width_shows_more_sources() -> None:
 
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("measures", [("weight",), ("norm",), BOTH])
-def test_columns_stand_below_each_other(width: int, measures: tuple[Measure, ...]) -> None:
+def test_columns_are_aligned(width: int, measures: tuple[Measure, ...]) -> None:
     layout = TraceLayout(width, vocab_size=257, n_positions=1000, measures=measures)
     ends = {cells(text_of(layout.heading()))}
     for i, token in enumerate(HOSTILE):
@@ -94,7 +94,7 @@ def test_columns_stand_below_each_other(width: int, measures: tuple[Measure, ...
     assert len(ends) == 1
 
 
-def test_a_line_shows_the_numbers_of_its_step_and_accounts_for_all() -> None:
+def test_a_line_shows_the_numbers_of_its_step() -> None:
     layout = TraceLayout(140, vocab_size=257, n_positions=1000)
     trace = small_trace("to be or not", max_new_tokens=10, n_sources=layout.n_sources)
     for step in trace.steps:
@@ -111,7 +111,7 @@ def test_a_line_shows_the_numbers_of_its_step_and_accounts_for_all() -> None:
             assert f" {source.token.position} " in text
 
 
-def test_both_measures_stand_side_by_side() -> None:
+def test_a_line_shows_both_measures_of_each_source() -> None:
     layout = TraceLayout(140, vocab_size=257, n_positions=40, measures=BOTH)
     assert "share by weight and norm" in text_of(layout.heading())
     trace = small_trace(measure="both", n_sources=layout.n_sources)
@@ -129,7 +129,7 @@ def test_both_measures_stand_side_by_side() -> None:
         assert float(text.split()[-1]) == round(weight.entropy, 1)
 
 
-def test_the_entropy_is_left_out_where_sources_need_the_room() -> None:
+def test_a_narrow_terminal_shows_no_entropy() -> None:
     lines = {
         width: TraceLayout(width, vocab_size=50_257, n_positions=99).heading() for width in (50, 80)
     }
@@ -141,7 +141,7 @@ def test_the_entropy_is_left_out_where_sources_need_the_room() -> None:
 
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("n_verified", [1, 2, 7])
-def test_each_effect_stands_below_with_its_control(width: int, n_verified: int) -> None:
+def test_each_effect_is_shown_below_with_its_control(width: int, n_verified: int) -> None:
     layout = TraceLayout(width, vocab_size=257, n_positions=1000)
     step = step_of(b"x", [b"s"] * 9)
     without = layout.step(step)
@@ -165,7 +165,7 @@ def test_changes_of_any_size_take_five_cells() -> None:
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_header_and_footer_fit_too(width: int) -> None:
+def test_header_and_footer_fit_the_width(width: int) -> None:
     for heads in (None, "0.1", "0.1,3.2,5.0,7.*,9.3,11.1,11.2,11.3,11.5,11.7"):
         for prompt in (HOSTILE * 2, HOSTILE[11:12], [b"x"] * width, [b"x"]):
             header = header_of(
@@ -194,7 +194,7 @@ def words_of(lines: list[Line]) -> str:
     return " ".join(" ".join(map(text_of, lines)).split())
 
 
-def test_the_header_says_what_is_not_as_usual() -> None:
+def test_the_header_shows_options_that_are_not_the_default() -> None:
     usual = words_of(header_lines(header_of(), 80))
     assert "measure weight of head 0.*" in usual
     assert not re.search("sink|role|verify", usual)
@@ -228,7 +228,9 @@ def test_the_header_says_what_is_not_as_usual() -> None:
         (CauseCheck(1, 0, 0.3, 0.0, None), ["without the one source ln p", "too little to rank"]),
     ],
 )  # fmt: skip
-def test_the_footer_says_what_the_checks_found(cause: CauseCheck | None, said: list[str]) -> None:
+def test_the_footer_shows_the_results_of_the_checks(
+    cause: CauseCheck | None, said: list[str]
+) -> None:
     text = words_of(footer_lines(TraceFooter(9, "length", 1.0, 1.2e-7, 3e-6, cause), 80))
     assert "sums to 1 within 1e-07" in text
     assert "within 3e-06" in text
@@ -237,7 +239,7 @@ def test_the_footer_says_what_the_checks_found(cause: CauseCheck | None, said: l
 
 
 @pytest.mark.parametrize("n", [1, 5, 20, 34, 35, 36, 37, 38, 50])
-def test_the_header_shows_the_end_of_the_prompt_and_cuts_no_more_than_it_must(n: int) -> None:
+def test_the_header_shows_as_much_of_the_end_of_the_prompt_as_fits(n: int) -> None:
     prompt = bytes(97 + i % 26 for i in range(n))
     header = header_of(
         prompt=tuple(Token(i, b, bytes([b])) for i, b in enumerate(prompt)),
@@ -248,7 +250,7 @@ def test_the_header_shows_the_end_of_the_prompt_and_cuts_no_more_than_it_must(n:
     assert shown == (prompt.decode() if n <= room else "…" + prompt.decode()[n - room + 1 :])
 
 
-def test_bars_and_percents_say_the_share() -> None:
+def test_bars_and_percentages_show_the_share() -> None:
     assert [bar(x, 2) for x in (0, 1 / 16, 0.5, 0.75, 1, 7, -1)] == [
         "  ",
         "▏ ",
@@ -284,6 +286,6 @@ def test_heat_rises_with_the_share() -> None:
         ("", 2, "  "),
     ],
 )
-def test_fit_pads_and_cuts_to_cells(text: str, width: int, expected: str) -> None:
+def test_fit_pads_or_truncates_to_a_width_in_cells(text: str, width: int, expected: str) -> None:
     assert fit(text, width) == expected
     assert cells(expected) == width
