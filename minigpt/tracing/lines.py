@@ -6,17 +6,13 @@ positions, and the entropy of the row. With two measures, each weight is shown b
 token whose sources were knocked out, a line shows the changes of its probability.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from minigpt.rings import ring
 from minigpt.text.escape import visible
 from minigpt.tracing.config import Measure
 from minigpt.tracing.events import (
-    ROLE_SCORES,
-    CauseCheck,
-    Effect,
-    Roles,
     Row,
     Source,
     Token,
@@ -24,7 +20,6 @@ from minigpt.tracing.events import (
     TraceHeader,
     TraceStep,
 )
-from minigpt.tracing.selection import HeadSelection
 from minigpt.tracing.spans import (
     SHARE_WIDTH,
     Line,
@@ -47,9 +42,7 @@ KNOCKOUTS = {
 _STEP_WIDTH = 4
 _BYTE_WIDTH = 4  # \xe2
 _ENTROPY_WIDTH = 5
-_CHANGE_WIDTH = 5
 _LABEL_WIDTH = 9
-_WITHOUT = "ln p without"
 
 _ENDINGS = {
     "length": "the token limit was reached",
@@ -165,7 +158,9 @@ class TraceLayout:
                 line.extend(self._source(source, step.rows))
         lines[-1].append((" " * ((self.per_line - len(parts[-1])) * self.source_width), "plain"))
         lines[-1].extend(self._right(step.rows, row.sources))
-        return lines + self._effects(step.effects)
+        if step.effects:
+            lines += ring("tracing.analysis.lines").effect_lines(step.effects, self)
+        return lines
 
     def _indent(self) -> Line:
         return [(" " * self.left_width, "plain")]
@@ -197,52 +192,14 @@ class TraceLayout:
             spans.append((f"{rows[0].entropy:{_ENTROPY_WIDTH}.1f}", "dim"))
         return spans
 
-    def _effects(self, effects: Sequence[Effect]) -> list[Line]:
-        """Return the changes of ln p without each source, and without its control."""
-        controls = {
-            effect.control_of: effect for effect in effects if effect.control_of is not None
-        }
-        sources = [effect for effect in effects if effect.control_of is None]
-        # As wide as the column of a source, so that they are aligned, if that is enough.
-        cell_width = max(self.source_width, self.position_width + 2 * _CHANGE_WIDTH + 4)
-        versus = " vs " if cell_width >= self.position_width + 2 * _CHANGE_WIDTH + 6 else "  "
-        per_line = max(1, (self.width - self.left_width) // cell_width)
-        lines = []
-        for start in range(0, len(sources), per_line):
-            line = self._indent()
-            if start == 0:
-                line = [(_WITHOUT.rjust(self.left_width), "dim")]
-            for i, effect in enumerate(sources[start : start + per_line], start):
-                change = _signed(effect.change)
-                control = _signed(controls[i].change) if i in controls else "-"
-                line += [
-                    (f" {effect.source.token.position:>{self.position_width}} ", "dim"),
-                    (change, _effect_heat(effect.change)),
-                    (f"{versus}{control}".ljust(cell_width - self.position_width - 7), "dim"),
-                ]
-            line[-1] = (line[-1][0].rstrip(), "dim")
-            lines.append(line)
-        return lines
-
 
 def rest_beside(row: Row, positions: Sequence[int]) -> float:
     """Return the weight of a row that is neither on the sink nor on the given positions."""
     return max(0.0, row.total - row.sink - sum(float(row.weights_S[p]) for p in positions))
 
 
-def _effect_heat(change: float) -> str:
-    """Return the style of a change of ln p, by the fraction by which it changed p."""
-    return heat(1 - math.exp(-abs(change)))
-
-
 def _shares(shares: Sequence[float]) -> str:
     return " ".join(percent(share) for share in shares)
-
-
-def _signed(change: float) -> str:
-    """Format a change of ln p in five cells."""
-    digits = 2 if abs(change) < 9.995 else 1 if abs(change) < 99.95 else 0
-    return f"{min(max(change, -9999), 9999):+{_CHANGE_WIDTH}.{digits}f}"
 
 
 def header_lines(header: TraceHeader, width: int) -> list[Line]:
@@ -255,11 +212,8 @@ def header_lines(header: TraceHeader, width: int) -> list[Line]:
     ]
     if header.sink_rule != "first":
         lines += wrapped(f"position {header.sink}, {header.sink_rule}", width, label="sink     ")
-    if header.roles is not None:
-        label = "role     " if header.selection.n_chosen == 1 else "roles    "
-        lines += wrapped(roles_in_words(header.roles, header.selection), width, label=label)
-    if header.n_verified:
-        lines += wrapped(knockout_in_words(header), width, label="verify   ")
+    if header.roles is not None or header.n_verified:
+        lines += ring("tracing.analysis.lines").header_lines(header, width)
     end = _end_of_prompt(header.prompt, width - len(prompt))
     return [*lines, [(prompt, "dim"), (end, "token")], []]
 
@@ -275,7 +229,7 @@ def footer_lines(footer: TraceFooter, width: int = 80) -> list[Line]:
     ending = f"{footer.n_tokens} tokens; {_ENDINGS[footer.finish]}{checks}."
     cause = "Attention shows where a head looked, not why a token was generated."
     if footer.cause is not None:
-        cause = cause_in_words(footer.cause)
+        cause = ring("tracing.analysis.lines").cause_in_words(footer.cause)
     return [[], *wrapped(ending, width), *wrapped(cause, width)]
 
 
@@ -297,56 +251,3 @@ def measured(header: TraceHeader, measures: Sequence[Measure] | None = None) -> 
         layers = f"{header.n_layer} layer{'s' if header.n_layer > 1 else ''}"
         return f"{names}, {how} of all {selection.n_chosen} heads ({layers} x {header.n_head})"
     return f"{names}, {how} of {selection.n_chosen} heads ({selection.as_text()})"
-
-
-def roles_in_words(roles: tuple[tuple[Roles, ...], ...], selection: HeadSelection) -> str:
-    """Describe the scores of the chosen head, or which of several chosen heads have which role."""
-    chosen = [(i, head) for i, heads in enumerate(selection.heads_by_layer) for head in heads]
-    if len(chosen) == 1:
-        role = roles[chosen[0][0]][chosen[0][1]]
-        scores = ", ".join(f"{name} {getattr(role, name):.0%}" for name in ROLE_SCORES)
-        return f"{role.tag or 'none'}: {scores}"
-    by_tag: dict[str, list[str]] = {}
-    for layer, head in chosen:
-        if tag := roles[layer][head].tag:
-            by_tag.setdefault(tag, []).append(f"{layer}.{head}")
-    found = "; ".join(f"{tag} {' '.join(heads)}" for tag, heads in sorted(by_tag.items()))
-    return found or "no head has one"
-
-
-def knockout_in_words(header: TraceHeader) -> str:
-    """Describe what is knocked out, and where its effect is shown."""
-    return (
-        f"the {header.n_verified} strongest sources of each token are knocked out, and a control "
-        f"near each ({KNOCKOUTS[header.knockout]}); below a token, the change of ln p without a "
-        "source vs without its control"
-    )
-
-
-def cause_in_words(check: CauseCheck) -> str:
-    """Describe the result of the knockouts of a trace."""
-    sources, controls = _without(check.n_sources, "source"), _without(check.n_controls, "control")
-    by_control = f"{controls} by {check.mean_control_effect:.3f}"
-    found = (
-        f"Weight is not influence. Checked: {sources} ln p changed by {check.mean_effect:.3f} on "
-        f"average, {by_control if check.n_controls else 'no controls'}."
-    )
-    if check.n_controls:
-        is_more = check.mean_effect > 2 * check.mean_control_effect
-        found += (
-            " What was attended to mattered more than what stood near it."
-            if is_more
-            else " What was attended to hardly mattered more than what stood near it."
-        )
-    correlation = check.rank_correlation
-    if correlation is None:
-        return f"{found} That is too little to rank weights against effects."
-    told = "little" if correlation < 0.3 else "something" if correlation < 0.7 else "much"
-    return (
-        f"{found} Rank correlation of weight and effect: {correlation:.2f}, so here the weights "
-        f"say {told} about what mattered."
-    )
-
-
-def _without(n: int, what: str) -> str:
-    return f"without the one {what}" if n == 1 else f"without any of {n} {what}s"

@@ -15,8 +15,8 @@ from page_traces import BOTH, HOSTILE, made_trace
 from small_traces import small_trace
 
 from minigpt.text.escape import visible
+from minigpt.tracing.analysis.lines import cause_in_words
 from minigpt.tracing.events import Trace, TraceFooter
-from minigpt.tracing.lines import cause_in_words
 from minigpt.tracing.spans import one_line
 from minigpt.tracing.views.page import embedded_json, to_html
 

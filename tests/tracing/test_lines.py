@@ -225,7 +225,7 @@ def test_the_header_shows_options_that_are_not_the_default() -> None:
              "mattered more than", "0.12", "say little"],
         ),
         (CauseCheck(60, 58, 0.3, 0.2, 0.8), ["hardly mattered more", "0.80", "say much"]),
-        (CauseCheck(1, 0, 0.3, 0.0, None), ["without the one source ln p", "too little to rank"]),
+        (CauseCheck(1, 0, 0.3, 0.0, None), ["without the one source ln p", "too few to rank"]),
     ],
 )  # fmt: skip
 def test_the_footer_shows_the_results_of_the_checks(

@@ -1,0 +1,109 @@
+"""Lines of a trace about knockouts and head roles.
+
+``tracing.lines`` asks for them if a trace has some.
+"""
+
+import math
+from collections.abc import Sequence
+
+from minigpt.tracing.events import ROLE_SCORES, CauseCheck, Effect, TraceHeader
+from minigpt.tracing.lines import KNOCKOUTS, TraceLayout
+from minigpt.tracing.spans import Line, heat, wrapped
+
+_CHANGE_WIDTH = 5
+_WITHOUT = "ln p without"
+
+
+def header_lines(header: TraceHeader, width: int) -> list[Line]:
+    """Return the lines of a header about roles and knockouts."""
+    lines: list[Line] = []
+    if header.roles is not None:
+        label = "role     " if header.selection.n_chosen == 1 else "roles    "
+        lines += wrapped(_roles_in_words(header), width, label=label)
+    if header.n_verified:
+        text = (
+            f"the {header.n_verified} strongest sources of each token are knocked out, and a "
+            f"control near each ({KNOCKOUTS[header.knockout]}); below a token, the change of ln p "
+            "without a source vs without its control"
+        )
+        lines += wrapped(text, width, label="verify   ")
+    return lines
+
+
+def _roles_in_words(header: TraceHeader) -> str:
+    """Describe the scores of the chosen head, or which of several chosen heads have which role."""
+    roles, by_layer = header.roles or (), header.selection.heads_by_layer
+    chosen = [(layer, head) for layer, heads in enumerate(by_layer) for head in heads]
+    if len(chosen) == 1:
+        [(layer, head)] = chosen
+        role = roles[layer][head]
+        scores = ", ".join(f"{name} {getattr(role, name):.0%}" for name in ROLE_SCORES)
+        return f"{role.tag or 'none'}: {scores}"
+    by_tag: dict[str, list[str]] = {}
+    for layer, head in chosen:
+        if tag := roles[layer][head].tag:
+            by_tag.setdefault(tag, []).append(f"{layer}.{head}")
+    found = "; ".join(f"{tag} {' '.join(heads)}" for tag, heads in sorted(by_tag.items()))
+    return found or "no head has one"
+
+
+def effect_lines(effects: Sequence[Effect], layout: TraceLayout) -> list[Line]:
+    """Return the changes of ln p without each source, and without its control."""
+    controls = {effect.control_of: effect for effect in effects if effect.control_of is not None}
+    sources = [effect for effect in effects if effect.control_of is None]
+    # As wide as the column of a source, so that they are aligned, if that is enough.
+    cell_width = max(layout.source_width, layout.position_width + 2 * _CHANGE_WIDTH + 4)
+    versus = " vs " if cell_width >= layout.position_width + 2 * _CHANGE_WIDTH + 6 else "  "
+    per_line = max(1, (layout.width - layout.left_width) // cell_width)
+    lines = []
+    for start in range(0, len(sources), per_line):
+        line: Line = [(" " * layout.left_width, "plain")]
+        if start == 0:
+            line = [(_WITHOUT.rjust(layout.left_width), "dim")]
+        for i, effect in enumerate(sources[start : start + per_line], start):
+            change = _signed(effect.change)
+            control = _signed(controls[i].change) if i in controls else "-"
+            line += [
+                (f" {effect.source.token.position:>{layout.position_width}} ", "dim"),
+                (change, _effect_heat(effect.change)),
+                (f"{versus}{control}".ljust(cell_width - layout.position_width - 7), "dim"),
+            ]
+        line[-1] = (line[-1][0].rstrip(), "dim")
+        lines.append(line)
+    return lines
+
+
+def _effect_heat(change: float) -> str:
+    """Return the style of a change of ln p, by the fraction by which it changed p."""
+    return heat(1 - math.exp(-abs(change)))
+
+
+def _signed(change: float) -> str:
+    """Format a change of ln p in five cells."""
+    digits = 2 if abs(change) < 9.995 else 1 if abs(change) < 99.95 else 0
+    return f"{min(max(change, -9999), 9999):+{_CHANGE_WIDTH}.{digits}f}"
+
+
+def cause_in_words(check: CauseCheck) -> str:
+    """Describe the result of the knockouts of a trace."""
+    sources, controls = _without(check.n_sources, "source"), _without(check.n_controls, "control")
+    by_control = f"{controls} by {check.mean_control_effect:.3f}"
+    found = (
+        f"Weight is not influence. Checked: {sources} ln p changed by {check.mean_effect:.3f} on "
+        f"average, {by_control if check.n_controls else 'no controls'}."
+    )
+    if check.n_controls:
+        hardly = "" if check.mean_effect > 2 * check.mean_control_effect else "hardly "
+        found += f" The sources {hardly}mattered more than their controls."
+    correlation = check.rank_correlation
+    if correlation is None:
+        return f"{found} These are too few to rank weights against effects."
+    told = "little" if correlation < 0.3 else "something" if correlation < 0.7 else "much"
+    return (
+        f"{found} Rank correlation of weight and effect: {correlation:.2f}, so here the weights "
+        f"say {told} about what mattered."
+    )
+
+
+def _without(n: int, what: str) -> str:
+    return f"without the one {what}" if n == 1 else f"without any of {n} {what}s"
