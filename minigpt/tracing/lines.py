@@ -9,6 +9,7 @@ token whose sources were knocked out, a line shows the changes of its probabilit
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from minigpt.format import percent
 from minigpt.rings import ring
 from minigpt.text.escape import visible
 from minigpt.tracing.config import Measure
@@ -29,7 +30,6 @@ from minigpt.tracing.spans import (
     fit_start,
     heat,
     one_line,
-    percent,
     upright_bar,
     wrapped,
 )

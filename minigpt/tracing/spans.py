@@ -32,16 +32,6 @@ def eighths(share: float, width: int = 1) -> int:
     return round(min(max(share, 0.0), 1.0) * width * 8)
 
 
-def percent(share: float) -> str:
-    """Return a share in whole percent, three cells wide: `` 7%``, ``<1%``, ``100``."""
-    whole = round(share * 100)
-    if whole >= 100:
-        return "100"
-    if whole == 0 and share > 0:
-        return "<1%"
-    return f"{whole}%".rjust(SHARE_WIDTH)
-
-
 def heat(share: float) -> str:
     """Return the style of an attention weight."""
     return f"heat{sum(share >= bound for bound in _HEAT_BOUNDS)}"

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from small_traces import HOSTILE, cells, header_of, roles_of, row_of, small_trace, step_of, text_of
 
+from minigpt.format import percent
 from minigpt.tracing.config import Measure
 from minigpt.tracing.events import CauseCheck, Effect, Token, TraceFooter, TraceStep
 from minigpt.tracing.lines import (
@@ -16,7 +17,7 @@ from minigpt.tracing.lines import (
     header_lines,
 )
 from minigpt.tracing.selection import select_heads
-from minigpt.tracing.spans import Line, bar, fit, heat, percent
+from minigpt.tracing.spans import Line, bar, fit, heat
 
 WIDTHS = [40, 60, 80, 140]
 BOTH: tuple[Measure, ...] = ("weight", "norm")

@@ -7,12 +7,13 @@ from minigpt.commands.attention_trace.output import TraceOutput
 from minigpt.commands.attention_trace.targets import Targets
 from minigpt.console import make_console, print_lines, write_result
 from minigpt.errors import ConfigError, DataError
+from minigpt.format import percent
 from minigpt.text.escape import visible
 from minigpt.tracing.analysis.diff import StepDiff, diff_traces
 from minigpt.tracing.analysis.reader import read_traces
 from minigpt.tracing.events import Token, Trace
 from minigpt.tracing.lines import TraceLayout, measured
-from minigpt.tracing.spans import Line, bar, fit, fit_start, heat, one_line, percent, wrapped
+from minigpt.tracing.spans import Line, bar, fit, fit_start, heat, one_line, wrapped
 
 _TOKEN_WIDTH = 9
 _LABEL_WIDTH = 9

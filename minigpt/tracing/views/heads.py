@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from minigpt.errors import ConfigError
+from minigpt.format import percent
 from minigpt.tracing.events import ROLE_SCORES, Roles, Trace
-from minigpt.tracing.spans import Line, bar, heat, percent, wrapped
+from minigpt.tracing.spans import Line, bar, heat, wrapped
 from minigpt.tracing.views import DEFAULTS, ViewOptions
 
 _NO_TAG = "·"

@@ -8,12 +8,11 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.cells import cell_len
 
 from minigpt.text.escape import visible
 from minigpt.tracing.events import Row, Token, Trace
 from minigpt.tracing.lines import measured
-from minigpt.tracing.spans import Line, Span, fit, wrapped
+from minigpt.tracing.spans import Line, Span, cell_len, fit, wrapped
 from minigpt.tracing.views import DEFAULTS, ViewOptions
 
 # Colours of viridis, which is perceptually uniform and readable in greyscale (van der Walt and

@@ -16,13 +16,13 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 from matplotlib.patches import Rectangle
-from rich.cells import cell_len
 
 from minigpt.figures import our_style, to_bytes
+from minigpt.format import percent
 from minigpt.text.escape import visible
 from minigpt.tracing.events import Row, Token, Trace
 from minigpt.tracing.lines import measured
-from minigpt.tracing.spans import fit_end, fit_start, one_line, percent
+from minigpt.tracing.spans import cell_len, fit_end, fit_start, one_line
 from minigpt.tracing.views import DEFAULTS, ViewOptions
 from minigpt.tracing.views.matrix import as_matrix, scale_end
 

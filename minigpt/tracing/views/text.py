@@ -6,12 +6,12 @@ Below each line of text, blocks show the shares by their height, so that it read
 from collections.abc import Sequence
 
 import numpy as np
-from rich.cells import cell_len
 
+from minigpt.format import percent
 from minigpt.text.escape import visible
 from minigpt.tracing.events import Row, Token, Trace
 from minigpt.tracing.lines import measured
-from minigpt.tracing.spans import Line, bar, eighths, fit, heat, percent, upright_bar, wrapped
+from minigpt.tracing.spans import Line, bar, cell_len, eighths, fit, heat, upright_bar, wrapped
 from minigpt.tracing.views import DEFAULTS, ViewOptions
 from minigpt.tracing.views.matrix import scale_end
 
