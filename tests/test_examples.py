@@ -57,3 +57,11 @@ def test_the_notebook_runs_from_top_to_bottom(workplace: Path) -> None:
     out = run("-c", source, cwd=workplace)
     assert "sink" in out
     assert "control" in out
+
+
+def test_fine_tuning_in_plain_pytorch_lowers_the_loss(workplace: Path) -> None:
+    words = ["book", "my-book.txt", "letters"]
+    out = run(str(EXAMPLES / "finetune.py"), *words, cwd=workplace)
+    losses = [float(line.split()[3]) for line in out.splitlines() if line.startswith("step")]
+    assert losses[-1] < losses[0] - 0.1
+    assert (workplace / "letters" / "model.safetensors").is_file()
