@@ -2,9 +2,9 @@
 
     python examples/finetune.py book my-letters.txt letters
 
-Reads the model of a run (or a Hugging Face folder), trains it on a text, and writes a new model
-folder, which `minigpt generate --model letters` and `transformers` load. `minigpt train --from book`
-does the same with evaluation, checkpoints and exact resume.
+Reads the model of a run (or a Hugging Face folder), trains it on a text, and writes a model folder,
+which `minigpt generate --model letters` and `transformers` load. `minigpt train --from book` does
+the same with evaluation, checkpoints and exact resume.
 """
 
 import sys
