@@ -2,6 +2,7 @@
 
 import textwrap
 import unicodedata
+from functools import lru_cache
 
 from minigpt.text.escape import printable
 
@@ -37,6 +38,7 @@ def heat(share: float) -> str:
     return f"heat{sum(share >= bound for bound in _HEAT_BOUNDS)}"
 
 
+@lru_cache(maxsize=4096)
 def cell_len(text: str) -> int:
     """Return the width of text in terminal cells."""
     if text.isascii():
