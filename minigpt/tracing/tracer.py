@@ -192,7 +192,7 @@ class AttentionObserver:
         rows_RS = reduced_S[None]
         if config.has_heads:
             rows_RS = torch.cat((rows_RS, rows_LHS.flatten(0, 1)))
-        if measure != "weight":  # of no unit of its own: as shares of the row
+        if measure != "weight":  # other measures need not sum to 1: normalize
             rows_RS = rows_RS / rows_RS.sum(dim=1, keepdim=True).clamp(min=1e-30)
         return self._reader.row(measure, rows_RS, tokens, rows_LHS.shape[0])
 
