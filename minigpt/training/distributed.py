@@ -86,9 +86,6 @@ class DistributedWorld(World):
         dist.all_reduce(total)
         return total / self.size
 
-    def barrier(self) -> None:
-        self.max(0)
-
     def evaluate(self, evaluate: Callable[[Batches], Evaluation], batches: Batches) -> Evaluation:
         """Evaluate batches, each rank an equal number of them.
 

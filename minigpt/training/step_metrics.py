@@ -1,7 +1,7 @@
-"""Loss, gradient norm and throughput of the optimizer steps.
+"""Loss and gradient norm of the optimizer steps.
 
-Loss and gradient norm are computed on the device, and reading them waits for it. They are read when
-a line of the log is due, for all steps since the last line, or at every step if ``on_nan`` is skip.
+They are computed on the device, and reading them waits for it. They are read when a line of the log
+is due, for all steps since the last line, or at every step if ``on_nan`` is skip.
 """
 
 import math
@@ -63,36 +63,3 @@ class PendingMetrics:
         norm = torch.stack([self._world.full_tensor(norm) for norm in norms])
         numbers = torch.stack([loss, norm]).tolist()
         return [StepMetrics(*values) for values in zip(steps, lrs, *numbers, strict=True)]
-
-
-@dataclass(frozen=True)
-class Clock:
-    """How far a run is."""
-
-    step: int
-    """Number of steps taken."""
-    elapsed_s: float
-    """Seconds of training."""
-    progress: float
-    """Fraction of the budget used, in [0, 1]."""
-
-
-class Stopwatch:
-    """Measures throughput between log lines and estimates the time left."""
-
-    def __init__(self, start: Clock, step_tokens: int) -> None:
-        """Args: start, where this process begins; step_tokens, tokens per step over all ranks."""
-        self._start = self._last = start
-        self._step_tokens = step_tokens
-
-    def tokens_per_s(self, now: Clock) -> float:
-        """Return the throughput since the last call, in tokens per second."""
-        seconds = now.elapsed_s - self._last.elapsed_s
-        n_steps, self._last = now.step - self._last.step, now
-        return n_steps * self._step_tokens / seconds
-
-    def remaining_s(self, now: Clock) -> float:
-        """Return the estimated seconds of training left, at the mean speed so far."""
-        used = now.progress - self._start.progress
-        seconds = now.elapsed_s - self._start.elapsed_s
-        return seconds / used * (1 - now.progress) if used else 0.0

@@ -34,13 +34,7 @@ from minigpt.training.state import (
     restore_state,
     write_state,
 )
-from minigpt.training.step_metrics import (
-    MAX_SKIPPED_IN_A_ROW,
-    Clock,
-    PendingMetrics,
-    StepMetrics,
-    Stopwatch,
-)
+from minigpt.training.step_metrics import MAX_SKIPPED_IN_A_ROW, PendingMetrics, StepMetrics
 from minigpt.training.world import ALONE, World
 
 DIVERGED_LOSS = 100
@@ -101,6 +95,8 @@ class Trainer:
         forward: Any = torch.compile(self.model) if config.training.compile else self.model
         self._forward = self.world.replicate(forward)
         self._stop_is_requested = False
+        self._begun = self._logged = (self.step, self.elapsed_s, self.progress)
+        """Steps, seconds and progress when this process began, and at the last log line."""
         self._saved_step = self.step if resume_from else None
         self._last_evaluation: tuple[int, Evaluation] | None = None
         self._pending = PendingMetrics(self.world)
@@ -170,7 +166,6 @@ class Trainer:
         """
         config = self.config.training
         self.model.train()
-        stopwatch = Stopwatch(self._clock, config.batch_size * self.config.sequence_length)
         if self.config.from_ and self._saved_step is None:
             yield self._evaluate()  # the loss before fine-tuning
         n_skipped_in_a_row = 0
@@ -181,7 +176,7 @@ class Trainer:
             if not is_taken:
                 yield self._skip_event(n_skipped_in_a_row)
             elif is_last or _is_due(self.step, config.log_every):
-                yield self._step_event(stopwatch)
+                yield self._step_event()
             if _is_due(self.step, config.eval_every) and not is_last:
                 yield self._evaluate()
             if _is_due(self.step, config.save_every) and not is_last:
@@ -256,15 +251,11 @@ class Trainer:
 
     def _must_stop(self) -> bool:
         """Return whether any rank was asked to stop, so that all stop at the same step."""
-        is_agreed = bool(self.world.max(int(self._stop_is_requested)))
         # A signal that arrives meanwhile is kept for the next call: the other ranks do not know it.
-        if is_agreed:
-            self._stop_is_requested = True
-        return is_agreed
-
-    @property
-    def _clock(self) -> Clock:
-        return Clock(self.step, self.elapsed_s, self.progress)
+        if not self.world.max(int(self._stop_is_requested)):
+            return False
+        self._stop_is_requested = True
+        return True
 
     def _read_metrics(self) -> StepMetrics:
         """Return the last step's metrics, after checking those of all steps before it."""
@@ -283,22 +274,26 @@ class Trainer:
             if metrics.is_finite and metrics.loss > threshold:
                 raise self._diverged(str(metrics))
 
-    def _step_event(self, stopwatch: Stopwatch) -> StepEvent:
-        metrics, now = self._read_metrics(), self._clock
-        tokens_per_s = stopwatch.tokens_per_s(now)
+    def _step_event(self) -> StepEvent:
+        metrics, now = self._read_metrics(), (self.step, self.elapsed_s, self.progress)
+        n_steps, seconds, _ = (a - b for a, b in zip(now, self._logged, strict=True))
+        _, all_seconds, used = (a - b for a, b in zip(now, self._begun, strict=True))
+        self._logged = now
+        step_tokens = self.config.training.batch_size * self.config.sequence_length
+        tokens_per_s = n_steps * step_tokens / seconds
         peak = peak_flops(self.device, self.dtype)
         model = replace(self.config.model, context_length=self.context_length)
         flops_per_s = tokens_per_s * training_flops_per_token(model)
         return StepEvent(
             step=self.step,
-            progress=now.progress,
+            progress=self.progress,
             train_loss=metrics.loss,
             lr=metrics.lr,
             grad_norm=metrics.grad_norm,
             tokens_per_s=tokens_per_s,
             mfu=flops_per_s / (peak * self.world.size) if peak else None,
             elapsed_s=self.elapsed_s,
-            remaining_s=stopwatch.remaining_s(now),
+            remaining_s=all_seconds / used * (1 - self.progress) if used else 0.0,
         )
 
     def _skip_event(self, n_in_a_row: int) -> SkipEvent:
@@ -350,7 +345,7 @@ class Trainer:
         optimizer_state = self.world.gather(optimizer_tensors(self.model, self.optimizers))
         if model is not None:
             yield self._save(model, optimizer_state, self._last_evaluation[1])
-        self.world.barrier()
+        self.world.max(0)  # wait for rank 0
         self._saved_step = self.step
 
     def _save(

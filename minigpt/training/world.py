@@ -77,9 +77,6 @@ class World:
         """Return the mean of the ranks' values on every rank."""
         return value
 
-    def barrier(self) -> None:
-        """Wait until every rank has called this method."""
-
     def evaluate(self, evaluate: Callable[[Batches], Evaluation], batches: Batches) -> Evaluation:
         """Evaluate batches, divided among the ranks."""
         return evaluate(batches)

@@ -104,7 +104,7 @@ def test_ctrl_c_saves_and_the_printed_command_resumes(launch: Launch, run: Run) 
     code, out, err = end_of(process)
     assert (code != 0, out) == (True, "")
     assert err.count("\nmodel  ") == err.count("\nbest   ") == 1, "rank 0 alone speaks"
-    assert "on 2 x cpu in float32" in err
+    assert "on 2 x cpu in " in err
     latest = RUN.latest()
     assert latest is not None
     lines = Path("checkpoints/a/metrics.jsonl").read_text().splitlines()
@@ -115,7 +115,7 @@ def test_ctrl_c_saves_and_the_printed_command_resumes(launch: Launch, run: Run) 
     more = ["--max-steps", str(latest.step + 2), "--shard", "--recompute"]
     code, out, err = end_of(launch(*resume_command(err), *more))
     assert (code, out) == (0, ""), err
-    assert f"2 x cpu, weights in shards, in float32, from step {latest.step} on" in err
+    assert re.search(rf"2 x cpu, weights in shards, in \w+, from step {latest.step} on", err)
     training = read_toml(Path("checkpoints/a/config.toml"))["training"]
     assert training["shard"] is training["recompute"] is True
     result = run("train", "--resume", "--name", "a", "--max-steps", str(latest.step + 3))

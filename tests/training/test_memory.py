@@ -53,10 +53,10 @@ def test_the_estimate_is_what_a_run_allocates(
     _, moments = allocated(trainer.take_step)
     step, _ = allocated(trainer.take_step)
     estimate = estimate_memory(config, len(trainer.val_tokens), torch.float32)
-    assert estimate.weights == pytest.approx(held, rel=0.02)  # and tables of angles
-    assert estimate.optimizer == pytest.approx(moments, rel=0.02)  # and counters
+    assert estimate["weights"] == pytest.approx(held, rel=0.02)  # and tables of angles
+    assert estimate["optimizer"] == pytest.approx(moments, rel=0.02)  # and counters
     # A formula: temporary tensors of the kernels are not in it.
-    assert estimate.total == pytest.approx(held + moments + step, rel=0.1)
+    assert estimate["total"] == pytest.approx(held + moments + step, rel=0.1)
 
 
 def test_an_evaluation_that_is_larger_than_a_step_is_counted(
@@ -68,8 +68,8 @@ def test_an_evaluation_that_is_larger_than_a_step_is_counted(
     step, _ = allocated(trainer.take_step)
     assert evaluation > step
     estimate = estimate_memory(config, len(trainer.val_tokens), torch.float32)
-    held = estimate.weights + estimate.optimizer
-    assert estimate.total == pytest.approx(held + evaluation, rel=0.15)
+    held = estimate["weights"] + estimate["optimizer"]
+    assert estimate["total"] == pytest.approx(held + evaluation, rel=0.15)
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
@@ -110,7 +110,7 @@ def test_a_run_that_can_never_fit_is_refused(
 def test_a_run_that_fits_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The lower bound is below the estimate, but not by much."""
     config = config_of("llama", batch_size=64)
-    needed = estimate_memory(config, 1000, torch.float32).total
+    needed = estimate_memory(config, 1000, torch.float32)["total"]
     monkeypatch.setattr(memory, "machine_bytes", lambda device: needed)
     require_memory(config, torch.device("cpu"))
     require_memory(config_of("llama", batch_size=256), torch.device("cpu"), n_ranks=4)

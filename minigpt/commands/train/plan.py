@@ -1,7 +1,6 @@
 """minigpt train --dry-run: print the plan of a run as a table or as JSON."""
 
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import Any
 
 from rich.text import Text
@@ -12,10 +11,9 @@ from minigpt.commands.train.job import Request, open_job
 from minigpt.commands.train.run import releasing_ranks
 from minigpt.config import RunConfig
 from minigpt.format import duration, short, with_unit
-from minigpt.model.device import resolve_device, resolve_dtype
 from minigpt.rings import ring
-from minigpt.training.reports.plan import Plan, make_plan
-from minigpt.training.state import TrainingState, read_state
+from minigpt.training.reports.plan import make_plan
+from minigpt.training.state import read_state
 from minigpt.training.world import join
 
 _POINTERS = 2  # the best and the latest checkpoint are kept as well
@@ -36,55 +34,43 @@ def plan_training(
         with TrainingDisplay() as display:
             request = Request(name, overrides, world.size, display.preparing, is_dry_run=True)
             with open_job(request, resume=resume) as job:
-                device = resolve_device(job.config.training.device)
-                plan = make_plan(
-                    job.config,
-                    job.data,
-                    job.run,
-                    device=device,
-                    dtype=resolve_dtype(job.config.training.dtype, device),
-                    world=world,
-                    done=read_state(job.resume_from) if job.resume_from else TrainingState(),
-                )
-        _show(plan, job.config, is_json=is_json)
+                done = read_state(job.resume_from) if job.resume_from else None
+                plan = make_plan(job.config, job.data, world, done)
+        if is_json:
+            write_json(plan)
+        else:
+            rows = [[Text(cell) for cell in row] for row in _rows(plan, job.config)]
+            show(aligned(rows, ["left", "right", "left"], line_width()))
         world.send_plan({})
 
 
-def _show(plan: Plan, config: RunConfig, *, is_json: bool) -> None:
-    if is_json:
-        facts = asdict(plan)
-        facts["memory"]["total"] = plan.memory.total
-        write_json(facts | {"n_parameters": sum(plan.parameters.values()), "mfu": plan.mfu})
-        return
-    rows = [[Text(cell) for cell in row] for row in _rows(plan, config)]
-    show(aligned(rows, ["left", "right", "left"], line_width()))
-
-
-def _rows(plan: Plan, config: RunConfig) -> Iterator[tuple[str, str, str]]:
+def _rows(plan: dict[str, Any], config: RunConfig) -> Iterator[tuple[str, str, str]]:
     model, training = config.model, config.training
-    yield "parameters", f"{sum(plan.parameters.values()):,}", model.model_type
-    for part, count in plan.parameters.items():
+    yield "parameters", f"{plan['n_parameters']:,}", model.model_type
+    for part, count in plan["parameters"].items():
         yield f"  {part}", f"{count:,}", ""
-    yield "training tokens", f"{plan.n_train_tokens:,}", config.data.tokenizer
-    yield "validation tokens", f"{plan.n_val_tokens:,}", ""
-    ranks = f" on each of {plan.n_ranks} processes" if plan.n_ranks > 1 else ""
+    yield "training tokens", f"{plan['n_train_tokens']:,}", config.data.tokenizer
+    yield "validation tokens", f"{plan['n_val_tokens']:,}", ""
+    ranks = f" on each of {plan['n_ranks']} processes" if plan["n_ranks"] > 1 else ""
     shape = f"{training.batch_size} x {config.sequence_length}"
-    yield "tokens a step", f"{plan.step_tokens:,}", f"{shape}, in {plan.n_micro_batches}{ranks}"
+    shape += f", in {plan['n_micro_batches']}{ranks}"
+    yield "tokens a step", f"{plan['step_tokens']:,}", shape
     is_clock = ", fewer if time runs out" if training.max_minutes else ""
-    yield "steps", f"{plan.max_steps:,}", f"{plan.n_steps_left:,} left{is_clock}"
-    all_tokens = f"{short(plan.max_steps * plan.step_tokens)} tokens"
-    yield "epochs", f"{plan.epochs:.3g}", all_tokens
-    yield "arithmetic", with_unit(plan.training_flops, "FLOP"), "forward and backward passes"
-    there = with_unit(plan.machine_bytes, "B") if plan.machine_bytes else "an unknown amount"
-    note = f"estimate; {plan.device} has {there}"
-    yield "memory", with_unit(plan.memory.total, "B"), note
-    for part, n_bytes in asdict(plan.memory).items():
-        yield f"  {part}", with_unit(n_bytes, "B"), ""
+    yield "steps", f"{plan['max_steps']:,}", f"{plan['n_steps_left']:,} left{is_clock}"
+    n_tokens = plan["max_steps"] * plan["step_tokens"]
+    yield "epochs", f"{plan['epochs']:.3g}", f"{short(n_tokens)} tokens"
+    yield "arithmetic", with_unit(plan["training_flops"], "FLOP"), "forward and backward passes"
+    there = with_unit(plan["machine_bytes"], "B") if plan["machine_bytes"] else "an unknown amount"
+    note = f"estimate; {plan['device']} has {there}"
+    yield "memory", with_unit(plan["memory"]["total"], "B"), note
+    for part, n_bytes in plan["memory"].items():
+        if part != "total":
+            yield f"  {part}", with_unit(n_bytes, "B"), ""
     note = f"at most {training.keep + _POINTERS} are kept"
-    yield "a checkpoint", with_unit(plan.checkpoint_bytes, "B"), note
+    yield "a checkpoint", with_unit(plan["checkpoint_bytes"], "B"), note
     note = "estimated from a few steps, without evaluation"
-    yield "time", duration(plan.training_s), note
-    yield "  a step", f"{1000 * plan.step_s:.3g} ms", "uncompiled" if training.compile else ""
-    speed = f"{short(plan.step_tokens / plan.step_s)} tok/s"
-    peak = f"{plan.mfu:.0%} of its peak" if plan.mfu is not None else "peak and MFU unknown"
-    yield "device", plan.device, f"{plan.dtype}, {speed}, {peak}"
+    yield "time", duration(plan["training_s"]), note
+    yield "  a step", f"{1000 * plan['step_s']:.3g} ms", "uncompiled" if training.compile else ""
+    speed = f"{short(plan['step_tokens'] / plan['step_s'])} tok/s"
+    peak = f"{plan['mfu']:.0%} of its peak" if plan["mfu"] is not None else "peak and MFU unknown"
+    yield "device", plan["device"], f"{plan['dtype']}, {speed}, {peak}"
