@@ -91,7 +91,7 @@ def _effects(model: "LanguageModel", seed: int) -> "NDArray[np.float32]":
     with ProgressLine(label := "ablating heads") as line:
 
         def show(share: float) -> None:
-            line.show(label, share, [f"{round(share * n_heads)} of {n_heads} heads"])
+            line.show_task(label, share, [f"{round(share * n_heads)} of {n_heads} heads"])
 
         return head_effects(model, seed=seed, progress=show)
 

@@ -117,20 +117,20 @@ class _Measured:
 class ProgressLine:
     """The progress of one task after another, as a context manager."""
 
-    def __init__(self, label: str) -> None:
-        """Args: label, the first task."""
-        self._console = make_console(is_stderr=True)
-        self._line = StatusLine()
-        self._line.label = label
-        self._is_live = sys.stderr.isatty() and not self._console.is_dumb_terminal
-        self._live = LiveLines(self._line, self._console)
+    def __init__(self, label: str = "") -> None:
+        """Args: label, the first task. Nothing is shown before it has one."""
+        self.console = make_console(is_stderr=True)
+        self.line = StatusLine()
+        self.line.label = label
+        self.is_live = sys.stderr.isatty() and not self.console.is_dumb_terminal
+        self.live = LiveLines(self.line, self.console)
         self._last_line_at = time.monotonic()
         self._stage: PrepareProgress | None = None
         self._stage_began_at = 0.0
 
     def __enter__(self) -> Self:
-        if self._is_live:
-            self._live.start()
+        if self.is_live:
+            self.live.start()
         return self
 
     def __exit__(
@@ -139,14 +139,20 @@ class ProgressLine:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._live.stop()
+        self.live.stop()
 
-    def show(self, label: str, share: float, facts: Sequence[str]) -> None:
-        """Show the current task, the share of it that is done (0 to 1), and facts about it."""
-        self._line.label, self._line.share, self._line.facts = label, share, facts
-        if not self._is_live and time.monotonic() - self._last_line_at >= PLAIN_EVERY_S:
+    def show_task(
+        self, label: str, share: float, facts: Sequence[str], *, is_due: bool = False
+    ) -> None:
+        """Show the current task, the share of it that is done (0 to 1), and facts about it.
+
+        Without a terminal, a line is printed every few seconds, or if it is due.
+        """
+        self.line.label, self.line.share, self.line.facts = label, share, facts
+        is_due = is_due or time.monotonic() - self._last_line_at >= PLAIN_EVERY_S
+        if is_due and not self.is_live:
             self._last_line_at = time.monotonic()
-            self._console.print(printable("  ".join([label, *facts])))
+            self.console.print(printable("  ".join([label, *facts])))
 
     def preparing(self, progress: PrepareProgress) -> None:
         """Show the progress of preparing a text, and its speed since the stage began."""
@@ -157,4 +163,4 @@ class ProgressLine:
         if progress.done > self._stage.done:
             facts.append(f"{(progress.done - self._stage.done) / 1e6 / seconds:.3g} MB/s")
         share = progress.done / progress.total if progress.total else 0.0
-        self.show(_STAGES.get(progress.stage, progress.stage), share, facts)
+        self.show_task(_STAGES.get(progress.stage, progress.stage), share, facts)

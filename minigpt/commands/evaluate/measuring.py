@@ -164,7 +164,7 @@ def _shown(
     for inputs, targets in batches:
         speed = n_done / (time.perf_counter() - started)
         facts = [f"{short(n_done)} of {short(n_tokens)} tokens", f"{short(speed)} tok/s"]
-        progress.show("evaluating", n_done / n_tokens, facts)
+        progress.show_task("evaluating", n_done / n_tokens, facts)
         yield inputs, targets
         n_done += targets.numel()
 

@@ -1,18 +1,15 @@
 """A training run on stderr: live on a terminal, plain lines elsewhere."""
 
-import sys
-import time
 from collections.abc import Sequence
 from dataclasses import replace
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from rich.text import Text
 
-from minigpt.commands.status_line import FREE_CELLS, LiveLines, StatusLine
+from minigpt.commands.status_line import FREE_CELLS, LiveLines, ProgressLine
 from minigpt.config import SamplingConfig
-from minigpt.console import make_console, spans_to_text
+from minigpt.console import spans_to_text
 from minigpt.errors import CheckpointError
 from minigpt.format import clock, count, duration, short
 from minigpt.generation.decoder import Decoder
@@ -20,7 +17,6 @@ from minigpt.generation.stream import stream_text
 from minigpt.model.cost import parameter_count
 from minigpt.model.language_model import LanguageModel
 from minigpt.rings import has_ring, ring
-from minigpt.text.building import PrepareProgress
 from minigpt.text.escape import printable
 from minigpt.training.events import EvalEvent, Event, SampleEvent, SkipEvent, StepEvent
 from minigpt.training.trainer import Trainer
@@ -28,46 +24,21 @@ from minigpt.training.trainer import Trainer
 _SAMPLE = SamplingConfig(max_new_tokens=200, temperature=0.8)
 _GLIMPSE = replace(_SAMPLE, max_new_tokens=80)
 _WIDEST_GLIMPSE = 100
-_PLAIN_EVERY_S = 5.0
 _LOSSES = {"val_loss": "nats/token", "bits_per_byte": "bits/byte"}
-_STAGES = {"download": "downloading", "train tokenizer": "learning tokens", "encode": "encoding"}
 
 
-class TrainingDisplay:
+class TrainingDisplay(ProgressLine):
     """Shows preparation and training; use it as a context."""
 
     def __init__(self) -> None:
-        self.console = make_console(is_stderr=True)
-        self.is_live = sys.stderr.isatty() and not self.console.is_dumb_terminal
-        self.line = StatusLine()
+        super().__init__()
         self.panel: Any = None
         """Live chart. None outside a terminal or without the ring."""
         if self.is_live and has_ring("commands.train.panel"):
             self.panel = ring("commands.train.panel").TrainingPanel(self.line)
-        self.live = LiveLines(self.panel or self.line, self.console)
+            self.live = LiveLines(self.panel, self.console)
         self._trainer: Trainer | None = None
         self._evaluation: EvalEvent | None = None
-        self._last_line_at = time.monotonic()
-
-    def __enter__(self) -> Self:
-        if self.is_live:
-            self.live.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.live.stop()
-
-    def preparing(self, progress: PrepareProgress) -> None:
-        """Show the progress of the text's preparation."""
-        self.line.label = _STAGES.get(progress.stage, progress.stage)
-        self.line.share = progress.done / progress.total if progress.total else 0.0
-        facts = [f"{progress.done / 1e6:.1f} of {progress.total / 1e6:.1f} MB"]
-        self._update(facts, is_due=False)
 
     def start(self, trainer: Trainer) -> None:
         """Print the text, the model and the run, before the first step."""
@@ -75,9 +46,17 @@ class TrainingDisplay:
         config, manifest = trainer.config, trainer.data.manifest
         model = config.model
         dtype = str(trainer.dtype).removeprefix("torch.")
+        world = trainer.world
+        n_ranks = f"{world.size} x " if world.size > 1 else ""
+        shards = ", weights in shards," if world.is_sharded else ""
+        device = f"{n_ranks}{world.device.type}{shards}"
         where = f", from step {trainer.step} on" if trainer.step else ""
         is_shorter = config.sequence_length < model.context_length
         sequences = f", trained on {config.sequence_length}" if is_shorter else ""
+        training = config.training
+        epochs = f" ({count(training.max_epochs, 'epoch')})" if training.max_epochs else ""
+        limits = [f"{training.max_steps} steps{epochs}"] if training.max_steps else []
+        limits += [duration(60 * training.max_minutes)] if training.max_minutes else []
         if config.from_ is not None and not trainer.step:
             self._print_fact("from", config.from_)
         self._print_fact(
@@ -93,7 +72,7 @@ class TrainingDisplay:
         )
         self._print_fact(
             "run",
-            f"{trainer.folder.path}: {self._budget()} on {_devices(trainer)} in {dtype}{where}",
+            f"{trainer.folder.path}: {' or '.join(limits)} on {device} in {dtype}{where}",
         )
         if trainer.moved_from is not None:
             self.note(
@@ -106,16 +85,6 @@ class TrainingDisplay:
             self.panel.resume(trainer.folder.path)
         self.line.label, self.line.share = "train", trainer.progress
         self.line.facts = [self._place(trainer.step), "Ctrl-C saves and stops"]
-
-    def _budget(self) -> str:
-        assert self._trainer is not None
-        config = self._trainer.config.training
-        epochs = f" ({count(config.max_epochs, 'epoch')})" if config.max_epochs else ""
-        limits = [
-            f"{config.max_steps} steps{epochs}" if config.max_steps else "",
-            duration(60 * config.max_minutes) if config.max_minutes else "",
-        ]
-        return " or ".join(filter(None, limits))
 
     def _place(self, step: int) -> str:
         assert self._trainer is not None
@@ -150,12 +119,13 @@ class TrainingDisplay:
                 )
                 self._show_glimpse()
             case SampleEvent():
-                self._show_sample(event)
+                assert self._trainer is not None
+                self._print(f"step {event.step:>6}  sample")
+                # A bar before each line, so that model text cannot pass for our own.
+                for line in draw_sample(event.model, self._trainer).splitlines():
+                    self._print(f"  | {line}")
 
     def _show_step(self, event: StepEvent) -> None:
-        self.line.share = event.progress
-        if event.progress >= 1:
-            self.line.label = "saving"
         place, left = self._place(event.step), f"{clock(event.remaining_s)} left"
         val = self._evaluation.val_loss if self._evaluation else None
         facts = [
@@ -169,22 +139,9 @@ class TrainingDisplay:
         ]
         if self.panel:
             self.panel.show_step(event, [place, left])
-        self._update([fact for fact in facts if fact], is_due=event.progress >= 1)
-
-    def _update(self, facts: Sequence[str], *, is_due: bool) -> None:
-        """Update the status line, or print it every few seconds without a terminal."""
-        self.line.facts = facts
-        is_due = is_due or time.monotonic() - self._last_line_at >= _PLAIN_EVERY_S
-        if is_due and not self.is_live:
-            self._last_line_at = time.monotonic()
-            self._print("  ".join([self.line.label, *facts]))
-
-    def _show_sample(self, event: SampleEvent) -> None:
-        assert self._trainer is not None
-        self._print(f"step {event.step:>6}  sample")
-        # A bar before each line, so that model text cannot pass for our own.
-        for line in draw_sample(event.model, self._trainer).splitlines():
-            self._print(f"  | {line}")
+        is_last = event.progress >= 1
+        label = "saving" if is_last else self.line.label
+        self.show_task(label, event.progress, [fact for fact in facts if fact], is_due=is_last)
 
     def _show_glimpse(self) -> None:
         """Print one line of sampled text on a terminal."""
@@ -223,14 +180,6 @@ class TrainingDisplay:
 
     def _print(self, text: str) -> None:
         self.console.print(printable(text))
-
-
-def _devices(trainer: Trainer) -> str:
-    world = trainer.world
-    if world.size == 1:
-        return world.device.type
-    shards = ", weights in shards," if world.is_sharded else ""
-    return f"{world.size} x {world.device.type}{shards}"
 
 
 def draw_sample(model: LanguageModel, trainer: Trainer, config: SamplingConfig = _SAMPLE) -> str:

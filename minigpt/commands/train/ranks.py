@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from minigpt.checkpoint.folder import RunFolder
+from minigpt.commands.train.display import TrainingDisplay
 from minigpt.commands.train.job import Job
 from minigpt.commands.train.run import resume_command, stopping_on_signals
 from minigpt.config import RunConfig
@@ -24,11 +25,17 @@ from minigpt.training.distributed import DistributedWorld, is_lost_process
 
 
 @contextmanager
-def leading(job: Job, world: DistributedWorld, resume: str, console: Console) -> Iterator[None]:
+def leading(
+    job: Job, world: DistributedWorld, resume: str, display: TrainingDisplay
+) -> Iterator[None]:
     """Send a job's plan to the other ranks; if one of them is lost, say how to resume."""
+    training = job.config.training
+    # Refuse an invalid batch size before the other ranks begin.
+    world.micro_batch_size(training.batch_size, training.micro_batch_size)
+    display.note(f"if one process dies, all of them end; resume with: {resume}")
     plan = {"config": to_dict(job.config), "data": str(job.data.folder), "run": str(job.run.path)}
     world.send_plan(plan | ({"resume_from": str(job.resume_from)} if job.resume_from else {}))
-    with _explaining_lost_process(job.run, world, resume, console):
+    with _explaining_lost_process(job.run, world, resume, display.console):
         yield
 
 
@@ -41,7 +48,15 @@ def follow(world: DistributedWorld) -> None:
     if not plan:
         return
     try:
-        job = _planned_job(plan)
+        config = build(RunConfig, plan["config"])
+        start: dict[str, Any] = {}
+        if "resume_from" in plan:
+            start = {"resume_from": Path(plan["resume_from"])}
+        elif config.from_ is not None:
+            base = ring("commands.train.finetune").read_base(config.from_)
+            start = {"start_from": base.model}
+        data, run = open_prepared(Path(plan["data"])), RunFolder(Path(plan["run"]))
+        job = Job(config, data, run, **start)
         resume = resume_command(job, world)
         with _explaining_lost_process(job.run, world, resume, make_console(is_stderr=True)):
             trainer = job.trainer(world)
@@ -54,17 +69,6 @@ def follow(world: DistributedWorld) -> None:
     except MinigptError as error:
         raise type(error)(f"rank {world.rank}: {error}") from None
     world.close()
-
-
-def _planned_job(plan: dict[str, Any]) -> Job:
-    config = build(RunConfig, plan["config"])
-    data, run = open_prepared(Path(plan["data"])), RunFolder(Path(plan["run"]))
-    if "resume_from" in plan:
-        return Job(config, data, run, resume_from=Path(plan["resume_from"]))
-    if config.from_ is not None:
-        model = ring("commands.train.finetune").read_base(config.from_).model
-        return Job(config, data, run, start_from=model)
-    return Job(config, data, run)
 
 
 @contextmanager

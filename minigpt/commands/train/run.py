@@ -57,7 +57,10 @@ def _train(job: Job, display: TrainingDisplay, report_to: str | None, world: Wor
         command = launch_command(world, *sys.argv[1:])
         job = replace(job, config=replace(job.config, command=command))
     resume = resume_command(job, world)
-    with _leading_ranks(job, world, resume, display):
+    leading: AbstractContextManager[None] = nullcontext()
+    if world.size > 1:
+        leading = ring("commands.train.ranks").leading(job, world, resume, display)
+    with leading:
         trainer, signal_number = train_job(job, display, report_to, world)
     world.close()
     display.finish()
@@ -65,22 +68,6 @@ def _train(job: Job, display: TrainingDisplay, report_to: str | None, world: Wor
         display.propose("resume", [resume])
         raise typer.Exit(128 + signal_number)
     display.propose("next", _next_commands(trainer))
-
-
-def _leading_ranks(
-    job: Job, world: World, resume: str, display: TrainingDisplay
-) -> AbstractContextManager[None]:
-    """Send the other ranks their plan, and return a context that explains it if one is lost."""
-    if world.size == 1:
-        return nullcontext()
-    training = job.config.training
-    # Refuse an invalid batch size before the other ranks begin.
-    world.micro_batch_size(training.batch_size, training.micro_batch_size)
-    display.note(f"if one process dies, all of them end; resume with: {resume}")
-    context: AbstractContextManager[None] = ring("commands.train.ranks").leading(
-        job, world, resume, display.console
-    )
-    return context
 
 
 def train_job(
@@ -113,6 +100,8 @@ def train_job(
 def stopping_on_signals(stop: Callable[[], None]) -> Iterator[list[int]]:
     """Call ``stop``, which must be quick, on the first signal, and exit on the second.
 
+    Batch systems send SIGUSR1 to a job before they preempt it.
+
     Yields: the list of received signal numbers.
     """
     received: list[int] = []
@@ -123,7 +112,11 @@ def stopping_on_signals(stop: Callable[[], None]) -> Iterator[list[int]]:
         received.append(number)
         stop()
 
-    before = {number: signal.getsignal(number) for number in _stop_signals()}
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
+    # A signal that is ignored, as SIGHUP under nohup, stays ignored.
+    before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
     for number in before:
         signal.signal(number, receive)
     try:
@@ -131,16 +124,6 @@ def stopping_on_signals(stop: Callable[[], None]) -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _stop_signals() -> list[int]:
-    """Return the signals that stop a run, without those that are ignored, as SIGHUP under nohup.
-
-    Batch systems send SIGUSR1 to a job before they preempt it.
-    """
-    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    return [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
 
 
 def launch_command(world: World, *words: str) -> str:
@@ -157,18 +140,15 @@ def resume_command(job: Job, world: World) -> str:
 
 
 def _next_commands(trainer: Trainer) -> list[str]:
-    model = ["--model", trainer.folder.path.name]
-    prompt = [_PROMPT] if _fits(trainer, _PROMPT) else []
-    commands = [command_line("generate", *model, *prompt)]
-    if trainer.config.model.n_attention_layer:
-        tracing = ("attention-trace", *model, "--max-new-tokens", "40", *prompt)
-        commands.append(command_line(*tracing))
-    return commands
-
-
-def _fits(trainer: Trainer, prompt: str) -> bool:
+    config = trainer.config.model
+    words = ["--model", trainer.folder.path.name]
     try:
-        n_tokens = len(trainer.data.tokenizer.encode_prompt(prompt))
+        if len(trainer.data.tokenizer.encode_prompt(_PROMPT)) <= config.context_length:
+            words.append(_PROMPT)
     except DataError:  # the vocabulary lacks a character of the prompt
-        return False
-    return n_tokens <= trainer.config.model.context_length
+        pass
+    commands = [command_line("generate", *words)]
+    if config.n_attention_layer:
+        tracing = (*words[:2], "--max-new-tokens", "40", *words[2:])
+        commands.append(command_line("attention-trace", *tracing))
+    return commands
