@@ -125,7 +125,7 @@ def test_the_first_diverged_step_is_named_even_if_metrics_are_read_rarely(
         list(trainer.run())
     assert str(caught.value) == (
         f"training diverged at step 14: loss nan, gradient norm nan, lr {lrs[14]:.3g}. Nothing was "
-        "saved yet. Try a lower --lr, or --on-nan skip to leave such steps out."
+        "saved yet. Try a lower --lr, or --on-nan skip to skip these steps."
     )
 
 

@@ -55,7 +55,7 @@ def estimate_memory(
     # Log-probabilities, their gradients and those of the logits; then the final norm.
     output = n_tokens * (model.vocab_size * (3 * _FLOAT32 + cast_bytes) + 3 * stream)
     hidden = 0
-    if not load_class(ATTENTIONS[model.attention]).is_dot_product:
+    if _has_hidden_values(model):
         n_hidden = n_tokens * length * model.n_head * model.d_head
         hidden = 3 * _FLOAT32 * min(n_hidden, _MAX_HIDDEN)
     earlier = gradients if n_local > training.micro_batch_size else 0
@@ -98,10 +98,15 @@ def _block_bytes_per_token(model: ModelConfig, dtype: torch.dtype) -> int:
     per_norm += dtype.itemsize if dtype != torch.float32 else 0
     heads = (model.n_head + model.n_kv_head) * model.d_head
     attention = (5 if model.qk_norm else 2) * heads * dtype.itemsize
-    if not load_class(ATTENTIONS[model.attention]).is_dot_product:
+    if _has_hidden_values(model):
         attention += _ATTENTION_VALUES * model.n_head * model.d_head * _FLOAT32
     mlp = (2 if is_gpt2 else 4) * model.d_mlp * dtype.itemsize
     return 2 * model.d_model * per_norm + attention + mlp
+
+
+def _has_hidden_values(model: ModelConfig) -> bool:
+    has_attention = model.n_attention_layer > 0
+    return has_attention and not load_class(ATTENTIONS[model.attention]).is_dot_product
 
 
 def optimizer_values(config: RunConfig) -> int:
