@@ -24,15 +24,13 @@ class MetricsLog:
     def __init__(self, path: Path, *, from_step: int | None = None) -> None:
         """Open the log. Args: from_step, last step whose lines are kept; None for a new run."""
         self.path = path
-        lines = self._lines() if from_step is not None else []
-        kept = [line for line in lines if json.loads(line)["step"] <= (from_step or 0)]
+        kept = []
+        if from_step is not None and path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+                # A kill may have cut the last line.
+                if line.endswith("}\n") and json.loads(line)["step"] <= from_step:
+                    kept.append(line)
         write_atomically(path, "".join(kept).encode())
-
-    def _lines(self) -> list[str]:
-        if not self.path.exists():
-            return []
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [line for line in lines if line.endswith("}\n")]  # a kill may cut the last
 
     def write(self, event: Event) -> None:
         """Append one event, unless it is a sample. NaN and inf become null."""

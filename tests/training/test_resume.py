@@ -130,7 +130,9 @@ def test_resume_accepts_another_dropout_but_no_other_shape(
     for model in (same_sizes, config_of("gpt2").model, config_of("llama-grouped").model):
         config = config_of("llama")
         object.__setattr__(config, "model", model)
-        with pytest.raises(CheckpointError, match=r"a model of another shape than the run's config"):
+        with pytest.raises(
+            CheckpointError, match=r"a model of another shape than the run's config"
+        ):
             trainer_of(config, data, tmp_path, resume=True)
 
 

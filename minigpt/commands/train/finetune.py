@@ -24,7 +24,7 @@ from minigpt.commands.train.job import (
     require_memory,
     require_new,
 )
-from minigpt.config import ModelConfig, RunConfig
+from minigpt.config import RunConfig
 from minigpt.errors import CheckpointError, ConfigError
 from minigpt.evaluation import LOGITS_AT_ONCE
 from minigpt.model.language_model import LanguageModel
@@ -94,28 +94,6 @@ def read_base(spec: str) -> Base:
     return Base(source, loaded.model, tokenizer)
 
 
-def finetuning_settings(model: ModelConfig) -> dict[str, Any]:
-    """Return the default training settings; docs/training.md has the measurements.
-
-    AdamW's best learning rate is inversely proportional to the width (Yang et al. 2022,
-    arXiv:2203.03466).
-    """
-    lr = min(2e-3, float(f"{0.1 / model.d_model:.1g}"))
-    return {
-        "max_steps": 300,
-        "batch_size": 4,
-        "sequence_length": min(model.context_length, _LONGEST_SEQUENCE),
-        "optimizer": "adamw",
-        "lr": lr,
-        "embedding_lr": lr,
-        "warmup_fraction": 0.05,
-        "log_every": 1,
-        "eval_every": 100,
-        "eval_tokens": 32_768,
-        "save_every": 100,
-    }
-
-
 def finetuning_config(overrides: Mapping[str, Any], base: Base) -> RunConfig:
     """Merge the user's settings over the model's own and the defaults for fine-tuning.
 
@@ -126,15 +104,6 @@ def finetuning_config(overrides: Mapping[str, Any], base: Base) -> RunConfig:
         "model": to_dict(base.model.config),
         "data": {"tokenizer": base.tokenizer.name},
     }
-    _require_own(overrides, own)
-    defaults = {"training": finetuning_settings(base.model.config)}
-    wanted = one_lr(one_budget(overrides))
-    config = build(RunConfig, merge(own, defaults, wanted, {"from": base.source}))
-    return config if given(overrides, "training", "micro_batch_size") else _in_micro_batches(config)
-
-
-def _require_own(overrides: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Raise ConfigError if the user asks for another model shape or tokenizer."""
     asked = flat(overrides)
     for name, value in flat(own).items():
         # Dropout has no weights.
@@ -143,11 +112,28 @@ def _require_own(overrides: Mapping[str, Any], own: Mapping[str, Any]) -> None:
                 f"--from uses a model and its tokenizer unchanged: {name} is {value!r} there, not "
                 f"{asked[name]!r}. Leave it out."
             )
-
-
-def _in_micro_batches(config: RunConfig) -> RunConfig:
-    """Choose a micro-batch whose logits fit into a laptop's memory."""
-    n_fitting = LOGITS_AT_ONCE // (config.model.vocab_size * config.sequence_length)
+    # AdamW's best learning rate is inversely proportional to the width: Yang et al. 2022,
+    # arXiv:2203.03466. docs/training.md has the measurements of the others.
+    lr = min(2e-3, float(f"{0.1 / base.model.config.d_model:.1g}"))
+    defaults = {
+        "max_steps": 300,
+        "batch_size": 4,
+        "sequence_length": min(base.model.config.context_length, _LONGEST_SEQUENCE),
+        "optimizer": "adamw",
+        "lr": lr,
+        "embedding_lr": lr,
+        "warmup_fraction": 0.05,
+        "log_every": 1,
+        "eval_every": 100,
+        "eval_tokens": 32_768,
+        "save_every": 100,
+    }
+    wanted = one_lr(one_budget(overrides))
+    config = build(RunConfig, merge(own, {"training": defaults}, wanted, {"from": base.source}))
+    if given(overrides, "training", "micro_batch_size"):
+        return config
+    # A micro-batch whose logits fit into a laptop's memory.
+    n_fitting = max(1, LOGITS_AT_ONCE // (config.model.vocab_size * config.sequence_length))
     batch = config.training.batch_size
-    size = max(n for n in range(1, batch + 1) if batch % n == 0 and n <= max(1, n_fitting))
+    size = max(n for n in range(1, min(batch, n_fitting) + 1) if batch % n == 0)
     return replace(config, training=replace(config.training, micro_batch_size=size))

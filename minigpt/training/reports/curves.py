@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,7 +85,9 @@ def read_curves(run: Path) -> LossCurves:
     step_tokens = config.training.batch_size * config.sequence_length if config else None
     curves: dict[str, list[LossPoint]] = {name: [] for name in _LOSSES.values()}
     path = run / METRICS_FILE
-    for number, line in _lines(path):
+    with resource_errors(path):
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    for number, line in enumerate(lines[:-1], start=1):
         try:
             event = json.loads(line)
             name = _LOSSES.get(event["event"])
@@ -96,15 +97,11 @@ def read_curves(run: Path) -> LossCurves:
             raise CheckpointError(
                 f"line {number} of {str(path)!r} is not a line of metrics. Delete it."
             ) from None
-    train, val = (tuple(filter(_is_finite, points)) for points in curves.values())
+    train, val = (
+        tuple(p for p in points if math.isfinite(p.loss) and math.isfinite(p.seconds))
+        for points in curves.values()
+    )
     return LossCurves(run, config.data.tokenizer if config else None, train, val)
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    with resource_errors(path):
-        text = path.read_text(encoding="utf-8", errors="replace")
-    lines = text.split("\n")
-    yield from enumerate(lines[:-1], start=1)
 
 
 def _point(event: dict[str, Any], name: str, step_tokens: int | None) -> LossPoint:
@@ -116,7 +113,3 @@ def _point(event: dict[str, Any], name: str, step_tokens: int | None) -> LossPoi
         loss=float(event[name]),
         bits_per_byte=None if bits is None else float(bits),
     )
-
-
-def _is_finite(point: LossPoint) -> bool:
-    return math.isfinite(point.loss) and math.isfinite(point.seconds)
