@@ -100,8 +100,6 @@ def train_job(
 def stopping_on_signals(stop: Callable[[], None]) -> Iterator[list[int]]:
     """Call ``stop``, which must be quick, on the first signal, and exit on the second.
 
-    Batch systems send SIGUSR1 to a job before they preempt it.
-
     Yields: the list of received signal numbers.
     """
     received: list[int] = []
@@ -112,11 +110,7 @@ def stopping_on_signals(stop: Callable[[], None]) -> Iterator[list[int]]:
         received.append(number)
         stop()
 
-    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    before = {number: signal.getsignal(number) for number in numbers}
-    # A signal that is ignored, as SIGHUP under nohup, stays ignored.
-    before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
+    before = {number: signal.getsignal(number) for number in _stop_signals()}
     for number in before:
         signal.signal(number, receive)
     try:
@@ -124,6 +118,16 @@ def stopping_on_signals(stop: Callable[[], None]) -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _stop_signals() -> list[int]:
+    """Return the signals that stop a run, without those that are ignored, as SIGHUP under nohup.
+
+    Batch systems send SIGUSR1 to a job before they preempt it.
+    """
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    return [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
 
 
 def launch_command(world: World, *words: str) -> str:
