@@ -39,7 +39,7 @@ from rich.console import Console
 
 from minigpt.config import SamplingConfig
 from minigpt.console import THEME, print_lines
-from minigpt.generation.api import load
+from minigpt.generation.api import load, prepare_for_decoding
 from minigpt.generation.decoder import Decoder
 from minigpt.generation.stream import stream_text
 from minigpt.model.gpt import GPT
@@ -197,6 +197,7 @@ def run_in(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     prompt = [random.Random(0).randrange(32, 127) for _ in range(arguments.n_prompt)]
     write_random(folder, shape_of(arguments.shape, arguments.n_prompt + n_new))
     model = load(folder, device="cpu", dtype=arguments.dtype).model
+    prepare_for_decoding(model, compile=arguments.compile)
 
     def ours(way: str) -> Callable[[], Iterator[None]]:
         return lambda: decoding(model, prompt, n_new, way, folder, compiles=arguments.compile)

@@ -7,8 +7,6 @@ H / G. To add a score, write a subclass of ``Score`` and name it in ``config.ATT
 Shapes: B batch, H query heads, G key/value heads, T queries, S keys, D head dim.
 """
 
-from typing import Protocol
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -199,10 +197,3 @@ def visibility(
 def in_float32(x: Tensor) -> Tensor:
     """Return x as float32, or as float64 if it is that."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-class Weights(Protocol):
-    """Attention weights of queries (B, H, T, D) and keys (B, G, S, D): (B, H, T, S), float32."""
-
-    def __call__(self, q_BHTD: Tensor, k_BGSD: Tensor, /) -> Tensor:
-        """Return the weights, the last query aligned with the last key."""
