@@ -4,7 +4,6 @@ import math
 import secrets
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Literal
 
 import torch
@@ -34,7 +33,7 @@ class Step:
     index: int
     """0 for the first generated token."""
     position: int
-    """Index in prompt and output, counted from 0, with the tokens that left the window."""
+    """Index in prompt and output, from 0, including tokens that have left the window."""
     token: int
     log_probability: float
     """Natural log of the model's probability, before any sampling option."""
@@ -73,8 +72,8 @@ def max_rows_together(config: ModelConfig, n_rows: int, n_positions: int) -> int
 class Decoder:
     """A model and its cache, which continue a prompt.
 
-    The constructor fills the cache with the prompt; ``generate`` and ``batch`` may be called any
-    number of times, each time from the end of the prompt. ``extend`` makes the prompt longer.
+    The constructor fills the cache with the prompt. ``generate`` and ``batch`` may be called any
+    number of times and start at the end of the prompt, which ``extend`` moves.
     """
 
     def __init__(
@@ -89,9 +88,9 @@ class Decoder:
     ) -> None:
         """Prefill.
 
-        Args: max_new_tokens, the most that ``generate`` will be asked for, so that the cache is no
-            larger than that; None for all that the context has room for. n_rows, the most rows
-            that ``batch`` will be asked for. compiles, through torch.compile: slow to begin.
+        Args: max_new_tokens, the largest that ``generate`` is called with, which limits the cache;
+            None fills the context. n_rows, the largest number of seeds that ``batch`` is called
+            with. compiles, whether to decode through a compiled graph, which is slow to begin.
         Raises: DataError if the prompt is empty or longer than the context.
         """
         self.context_length = model.config.context_length
@@ -133,30 +132,87 @@ class Decoder:
     def generate(
         self, config: SamplingConfig, *, seed: int, end_of_text: Collection[int] = ()
     ) -> Iterator[Step]:
-        """Yield tokens after the prompt until one is the last.
+        """Yield the tokens of a continuation of the prompt.
 
-        When a Step is yielded, the recorder has last seen the forward pass whose final query
-        produced its token.
+        When a Step is yielded, the recorder's latest pass is the one that predicted its token.
 
-        Args: end_of_text, the ids that end a text.
+        Args: end_of_text, token ids that end a text.
         Raises: CheckpointError for NaN or inf in the logits.
         """
         for _, step in self.batch(config, seeds=[seed], end_of_text=end_of_text):
             yield step
 
     def batch(
-        self, config: SamplingConfig, *, seeds: Sequence[int], end_of_text: Collection[int] = ()
-    ) -> "Continuations":
-        """Return several continuations of the prompt, one for each seed, decoded together."""
-        return Continuations(self, config, seeds, end_of_text)
+        self,
+        config: SamplingConfig,
+        *,
+        seeds: Sequence[int],
+        end_of_text: Collection[int] = (),
+        stopped: Collection[int] = (),
+    ) -> Iterator[tuple[int, Step]]:
+        """Yield (row, Step) of one continuation per seed, decoded together, the rows in turn.
+
+        Each row samples from its own generator, so it equals what it would be alone, up to the
+        rounding of products of another shape. Rows that have finished are removed.
+
+        Args: stopped, a set to which the caller adds the rows whose stop string was found.
+        Raises: CheckpointError for NaN or inf in the logits.
+        """
+        n_positions = min(self.context_length, len(self.prompt) + config.max_new_tokens)
+        assert n_positions <= self.cache.capacity, "the decoder was made for less max_new_tokens"
+        rows = list(range(len(seeds)))
+        window, logits = self._begin(len(rows))
+        sampler = Sampler(
+            config,
+            seeds=seeds,
+            device=logits.device,
+            prompt=self.prompt,
+            end_of_text=[token for token in end_of_text if token < logits.shape[1]],
+        )
+        finished: set[int] = set()
+        for index in range(config.max_new_tokens):
+            tokens = sampler.draw(logits)
+            position = window.n_forgotten + len(window)
+            limit: FinishReason | None = None
+            if index + 1 == config.max_new_tokens:
+                limit = "length"
+            elif config.overflow == "stop" and len(window) == self.context_length:
+                limit = "context"
+            results = _to_host(logits, tokens, config.logprobs)
+            for row, view, (token, log_probability, best) in zip(
+                rows, window.rows, results, strict=True
+            ):
+                # One NaN or inf among the logits makes every log-probability NaN.
+                if not math.isfinite(log_probability):
+                    raise CheckpointError(
+                        f"the model's logits are NaN or inf at position {position}, so its "
+                        "weights are damaged. Use another checkpoint, or download it again."
+                    )
+                finish = "end_of_text" if token in end_of_text else limit
+                if finish != "end_of_text":
+                    view.append(token)
+                if finish:
+                    finished.add(row)
+                slides = window.n_slides, window.n_forgotten
+                yield row, Step(index, position, token, log_probability, finish, best, *slides)
+            places = [i for i, row in enumerate(rows) if row not in finished | set(stopped)]
+            if not places:
+                return
+            if len(places) < len(rows):
+                rows = [rows[place] for place in places]
+                window.rows = [window.rows[place] for place in places]
+                tokens = tokens[torch.tensor(places, device=tokens.device)]
+                sampler.keep(places)
+                self._keep(places)
+            logits = self._feed(window, tokens)
 
     def extend(self, tokens: Sequence[int], *, overflow: str = "stop") -> None:
-        """Append to the prompt what was generated last, and then these tokens.
+        """Append the latest continuation to the prompt, without its end-of-text, and then tokens.
 
-        An end-of-text token is left out. Only tokens that the cache lacks are fed.
+        Only tokens that are not in the cache are fed.
 
         Args: overflow, as in SamplingConfig.
-        Raises: DataError if they do not fit, and the window may not slide.
+        Raises: DataError if the context window is full and overflow is "stop".
         """
         window = Window(self._window.rows[:1], self._window.n_slides, self._window.n_forgotten)
         window.rows[0] += tokens
@@ -164,8 +220,8 @@ class Decoder:
         if len(window) > self.context_length:
             if overflow == "stop":
                 raise DataError(
-                    f"the context window is full: {len(window)} tokens were said, the model sees "
-                    f"{self.context_length}. Begin again, or let it --overflow slide."
+                    f"the context window is full: the conversation has {len(window)} tokens, the "
+                    f"model sees {self.context_length}. Start again, or use --overflow slide."
                 )
             window.slide(self.context_length)
             n_held = 0
@@ -191,18 +247,17 @@ class Decoder:
             self._keep([0])
         has_slid = self._window.n_slides > self._start.n_slides
         if has_slid or (self.recorder is not None and self.cache.length > len(self.prompt)):
-            # The cache begins with other tokens; or the recorder has seen later passes since, and
-            # the first token's is the prompt's.
+            # The cache holds other tokens, or the recorder has seen later passes; but the first
+            # token is predicted by the prompt's.
             self._prefill()
         self.forward.truncate(len(self.prompt))
         if n_rows > 1:
-            self.forward.repeat(n_rows)
-            self._n_live = n_rows
+            self._keep([0] * n_rows)
         self._window = self._start.copies(n_rows)
         return self._window, self.prompt_logits.expand(n_rows, -1)
 
     def _feed(self, window: Window, tokens: Tensor) -> Tensor:
-        """Feed each row's newest token (B,), already in its window; return logits (B, V)."""
+        """Feed the newest token of each row (B,), already in its window; return logits (B, V)."""
         if len(window) <= self.context_length:
             return self.forward.feed(tokens[:, None])
         window.slide(self.context_length)
@@ -210,107 +265,21 @@ class Decoder:
         return self.forward.feed(torch.tensor(window.rows, device=self.forward.device))
 
 
-class Continuations:
-    """Continuations of one prompt, decoded together: iterate over it for (row, Step).
-
-    Each row samples from its own generator, so it equals what it would be alone, up to the rounding
-    of products of another shape. Rows that have ended are removed.
-    """
-
-    def __init__(
-        self,
-        decoder: Decoder,
-        config: SamplingConfig,
-        seeds: Sequence[int],
-        end_of_text: Collection[int],
-    ) -> None:
-        wanted = min(decoder.context_length, len(decoder.prompt) + config.max_new_tokens)
-        assert wanted <= decoder.cache.capacity, "the decoder was made for less max_new_tokens"
-        self._decoder, self._config = decoder, config
-        self._seeds, self._end_of_text = seeds, end_of_text
-        self._ended: set[int] = set()
-
-    def drop(self, row: int) -> None:
-        """Stop a row whose stop string was found."""
-        self._ended.add(row)
-
-    def __iter__(self) -> Iterator[tuple[int, Step]]:
-        """Decode from the end of the prompt, a token of every row in turn.
-
-        Raises: CheckpointError for NaN or inf in the logits.
-        """
-        decoder, config = self._decoder, self._config
-        rows = list(range(len(self._seeds)))
-        window, logits = decoder._begin(len(rows))
-        sampler = Sampler(
-            config,
-            seeds=self._seeds,
-            device=logits.device,
-            prompt=decoder.prompt,
-            end_of_text=[token for token in self._end_of_text if token < logits.shape[1]],
-        )
-        for index in range(config.max_new_tokens):
-            tokens = sampler.draw(logits)
-            facts = _facts(logits, tokens, config.logprobs)
-            n_seen = len(window)
-            for place, row in enumerate(rows):
-                step = self._step(index, facts[place], n_seen, window)
-                if step.finish != "end_of_text":
-                    window.rows[place].append(step.token)
-                if step.finish:
-                    self._ended.add(row)
-                yield row, step
-            places = [place for place, row in enumerate(rows) if row not in self._ended]
-            if not places:
-                return
-            if len(places) < len(rows):
-                rows = [rows[place] for place in places]
-                window.rows = [window.rows[place] for place in places]
-                tokens = tokens[torch.tensor(places, device=tokens.device)]
-                sampler.keep(places)
-                decoder._keep(places)
-            logits = decoder._feed(window, tokens)
-
-    def _step(self, index: int, facts: Sequence[float], n_seen: int, window: Window) -> Step:
-        position = window.n_forgotten + n_seen
-        token, log_probability, *best = facts
-        # One logit that is nan or inf makes every log-probability nan, so this looks at them all.
-        if not math.isfinite(log_probability):
-            raise CheckpointError(
-                f"the model's logits are NaN or inf at position {position}, so its "
-                "weights are damaged. Use another checkpoint, or download it again."
-            )
-        finish: FinishReason | None = None
-        if token in self._end_of_text:
-            finish = "end_of_text"
-        elif index + 1 == self._config.max_new_tokens:
-            finish = "length"
-        elif self._config.overflow == "stop" and n_seen == self._decoder.context_length:
-            finish = "context"
-        k = len(best) // 2
-        pairs = tuple(zip(map(int, best[:k]), best[k:], strict=True))
-        return Step(
-            index,
-            position,
-            int(token),
-            log_probability,
-            finish,
-            pairs,
-            window.n_slides,
-            window.n_forgotten,
-        )
-
-
 @torch.inference_mode()
-def _facts(logits: Tensor, tokens: Tensor, n_best: int) -> list[list[float]]:
-    """Return for each row its token, log-probability, the best ids, and their log-probabilities."""
+def _to_host(
+    logits: Tensor, tokens: Tensor, n_best: int
+) -> list[tuple[int, float, tuple[tuple[int, float], ...]]]:
+    """Return each row's token, its log-probability, and the best tokens with theirs."""
     log_probability = logits.log_softmax(dim=-1)
-    facts = [tokens[:, None], log_probability.gather(1, tokens[:, None])]
+    ids = values = log_probability[:, :0]
     if n_best:
-        best = log_probability.topk(min(n_best, logits.shape[1]))
-        facts += [best.indices, best.values]
-    if logits.device.type == "cpu":  # nothing to wait for
-        columns = [fact.tolist() for fact in facts]
-        return [[*chain.from_iterable(row)] for row in zip(*columns, strict=True)]
-    # One copy, and so one synchronisation, a token: float64 holds any id exactly.
-    return torch.cat([fact.double() for fact in facts], dim=1).tolist()
+        values, ids = log_probability.topk(min(n_best, logits.shape[1]))
+    columns = [tokens[:, None], log_probability.gather(1, tokens[:, None]), ids, values]
+    if logits.device.type != "cpu":
+        # One copy, and so one synchronization, per token: float64 holds any id exactly.
+        joined = torch.cat([column.double() for column in columns], dim=1).cpu()
+        columns = list(joined.split([column.shape[1] for column in columns], dim=1))
+    return [
+        (int(token), value, tuple(zip(map(int, ids), values, strict=True)))
+        for [token], [value], ids, values in zip(*(c.tolist() for c in columns), strict=True)
+    ]

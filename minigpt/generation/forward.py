@@ -39,10 +39,6 @@ class PlainForward:
         logits = self.model(tokens, self.cache, self.recorder, logits_to_keep=1)
         return logits[:, -1].float()
 
-    def repeat(self, n_rows: int) -> None:
-        """Copy the first row, so that there are n rows."""
-        self.keep([0] * n_rows)
-
     def keep(self, rows: Sequence[int]) -> None:
         """Keep only these rows, in this order; repeats are allowed."""
         self.cache.select(rows)
@@ -67,8 +63,8 @@ def make_forward(
 ) -> PlainForward:
     """Return the fastest way to decode with a model: the fast ring where it supports the model.
 
-    Args: capacity, the number of positions that the cache has room for; n_rows, the most rows that
-        ``repeat`` will be asked for.
+    Args: capacity, the number of positions that the cache has room for; n_rows, the largest number
+        of rows.
     Raises: ConfigError if compiling is not possible for this model.
     """
     if compiles and not ring(_FAST).supports(model, compiles=True):

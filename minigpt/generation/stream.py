@@ -1,4 +1,4 @@
-"""Tokens -> text: complete characters only, and stop strings found across token borders."""
+"""Tokens -> text: complete characters only, and stop strings found across token boundaries."""
 
 import codecs
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,7 +29,7 @@ class StopFinder:
         self._held = ""
 
     def push(self, text: str) -> str:
-        """Take more text; return what is certain to come before any stop string."""
+        """Append text; return the part that certainly comes before any stop string."""
         if self.is_found:
             return ""
         text = self._held + text
@@ -37,8 +37,8 @@ class StopFinder:
         if found:
             self.is_found = True
             self._held = ""
-            # The one that is complete first, as if the text came character by character: where
-            # tokens happen to end must not matter.
+            # The first to be complete, as if characters arrived one by one: the result must not
+            # depend on token boundaries.
             return text[: min(found)[1]]
         n_held = max((_overlap(text, stop) for stop in self.stops), default=0)
         self._held = text[len(text) - n_held :]
@@ -65,28 +65,21 @@ class TextStream:
         self._finder = StopFinder(stops)
 
     def push(self, step: Step) -> TextStep:
-        """Take the next step; the one that completes a stop string is the last, and says so."""
+        """Take the next step; if it completes a stop string, its finish becomes "stop"."""
         finder = self._finder
-        is_end = step.finish == "end_of_text"
-        text = finder.push("" if is_end else self._utf8.decode(self._bytes(step)))
+        data = b"" if step.finish == "end_of_text" else self._tokenizer.token_bytes(step.token)
+        text = finder.push(self._utf8.decode(data))
         if step.finish and not finder.is_found:
             text += finder.push(self._utf8.decode(b"", final=True)) + finder.finish()
         if finder.is_found:
             step = replace(step, finish="stop")
         return TextStep(step, text, self._sample)
 
-    def _bytes(self, step: Step) -> bytes:
-        return self._tokenizer.token_bytes(step.token)
-
 
 def stream_text(
     steps: Iterable[Step], tokenizer: Tokenizer, stops: Sequence[str] = ()
 ) -> Iterator[TextStep]:
-    """Turn steps into text as it becomes certain; the texts together are the result.
-
-    The token that ends a document has no text. A step that completes a stop string is the last one
-    and its finish says so.
-    """
+    """Turn steps into text as it becomes certain, up to an end-of-text token or a stop string."""
     stream = TextStream(tokenizer, stops)
     for step in steps:
         item = stream.push(step)
@@ -98,22 +91,23 @@ def stream_text(
 def stream_samples(
     decoder: Decoder, tokenizer: Tokenizer, sampling: SamplingConfig, *, seed: int
 ) -> Iterator[TextStep]:
-    """Yield the steps of all samples, of as many at a time as the decoder was made for.
+    """Yield the steps of all samples, ``decoder.n_rows`` decoded together, in turn.
 
-    Sample i draws by seed + i. The steps of those that are decoded together come in turn.
+    Sample i has the seed ``seed + i``.
 
-    Raises: CheckpointError if the model's logits are no numbers.
+    Raises: CheckpointError for NaN or inf in the logits.
     """
     for first in range(0, sampling.num_samples, decoder.n_rows):
         numbers = range(first, min(first + decoder.n_rows, sampling.num_samples))
         streams = [TextStream(tokenizer, sampling.stop, number) for number in numbers]
-        batch = decoder.batch(
+        stopped: set[int] = set()
+        for row, step in decoder.batch(
             sampling,
             seeds=[seed + number for number in numbers],
             end_of_text=tokenizer.end_of_text_ids,
-        )
-        for row, step in batch:
+            stopped=stopped,
+        ):
             item = streams[row].push(step)
             if item.step.finish:
-                batch.drop(row)
+                stopped.add(row)
             yield item

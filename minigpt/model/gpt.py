@@ -110,7 +110,7 @@ class GPT(LanguageModel):
         Returns: (B, T, V), or (B, logits_to_keep, V).
         Raises: ValueError if more than context_length positions would be in view.
         """
-        start, end = self._positions_of(tokens, cache)
+        start, end = self.positions_of(tokens, cache)
         x = self.embed(tokens)
         rotary = None
         if self.config.family == "gpt2":

@@ -91,7 +91,7 @@ class LanguageModel(nn.Module):
         """Draw initial weights in place."""
         raise NotImplementedError
 
-    def _positions_of(self, tokens: Tensor, cache: KVCache | None) -> tuple[int, int]:
+    def positions_of(self, tokens: Tensor, cache: KVCache | None) -> tuple[int, int]:
         """Return the first position of new tokens, and one past the last.
 
         Raises: ValueError if more than context_length positions would be in view.

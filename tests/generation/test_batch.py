@@ -37,18 +37,18 @@ def together(
     model: GPT,
     seeds: Sequence[int],
     end_of_text: Sequence[int] = (),
-    drops: Sequence[tuple[int, int]] = (),
+    stops: Sequence[tuple[int, int]] = (),
     **options: Any,
 ) -> list[list[Step]]:
-    """Decode rows together; ``drops`` are (row, index) after which it is dropped."""
+    """Decode rows together; ``stops`` are (row, index) after which it is stopped."""
     config = SamplingConfig(**options)
     decoder = Decoder(model, PROMPT, max_new_tokens=config.max_new_tokens, n_rows=len(seeds))
-    batch = decoder.batch(config, seeds=seeds, end_of_text=end_of_text)
     rows: list[list[Step]] = [[] for _ in seeds]
-    for row, step in batch:
+    stopped: set[int] = set()
+    for row, step in decoder.batch(config, seeds=seeds, end_of_text=end_of_text, stopped=stopped):
         rows[row].append(step)
-        if (row, step.index) in drops:
-            batch.drop(row)
+        if (row, step.index) in stops:
+            stopped.add(row)
     return rows
 
 
@@ -101,11 +101,11 @@ def test_a_decoder_may_take_one_row_and_several_in_any_order() -> None:
     expected = {seed: facts(alone(model, seed, **options)) for seed in range(4)}
     for seeds in ([0], [1, 2, 3, 0], [2], [3, 1]):
         rows: list[list[Step]] = [[] for _ in seeds]
-        batch = decoder.batch(config, seeds=seeds)
-        for row, step in batch:
+        stopped: set[int] = set()
+        for row, step in decoder.batch(config, seeds=seeds, stopped=stopped):
             rows[row].append(step)
             if len(seeds) == 4 and step.index == row:
-                batch.drop(row)  # the first ends first
+                stopped.add(row)
         for seed, row_steps in zip(seeds, rows, strict=True):
             assert facts(row_steps) == expected[seed][: len(row_steps)]
 
@@ -264,7 +264,7 @@ def test_a_prompt_that_outgrows_the_window_is_refused_or_slides() -> None:
     assert decoder.is_full
     before = decoder.prompt
     with pytest.raises(
-        DataError, match=r"^the context window is full: 28 tokens were said, the mo"
+        DataError, match=r"^the context window is full: the conversation has 28 tokens, the mo"
     ):
         decoder.extend([1, 2, 3])
     assert decoder.prompt == before

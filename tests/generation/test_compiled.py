@@ -18,7 +18,7 @@ from minigpt.config import SamplingConfig
 from minigpt.errors import ConfigError
 from minigpt.files import CACHE_VARIABLE
 from minigpt.generation.decoder import Decoder
-from minigpt.generation.fast import compiled, compiling, prepare_for_decoding
+from minigpt.generation.fast import compiled, prepare_for_decoding
 from minigpt.generation.fast.compiled import CompiledForward
 from minigpt.generation.fast.graph import GraphStep
 from minigpt.generation.fast.quantize import quantize_int8, use_float32_activations
@@ -30,7 +30,7 @@ from minigpt.tracing.recorder import RowRecorder
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.3}
 
 
-def uncompiled(step: GraphStep, **_: Any) -> compiling.Run:
+def uncompiled(step: GraphStep, **_: Any) -> compiled.Run:
     n_layer = step.model.config.n_layer
     return lambda tensors: list(step(*tensors[:3], tensors[3:-n_layer], tensors[-n_layer:]))
 
@@ -113,7 +113,7 @@ def test_rows_are_repeated_kept_and_cut_as_told(layout: str) -> None:
     tokens[:, :5] = tokens[0, :5]
     forward.feed(tokens[:1, :4])
     assert_close(forward.feed(tokens[:1, 4:5]), fed(model, tokens[:1, :5]))
-    forward.repeat(3)
+    forward.keep([0] * 3)
     rows = [0, 1, 2]
     for end, kept in ((6, None), (7, [2, 0]), (8, None), (9, [1]), (10, None)):
         logits = forward.feed(tokens[rows, end - 1 : end])
@@ -123,7 +123,7 @@ def test_rows_are_repeated_kept_and_cut_as_told(layout: str) -> None:
             rows = [rows[i] for i in kept]
     assert rows == [0]
     forward.truncate(5)
-    forward.repeat(3)  # again, after fewer
+    forward.keep([0] * 3)  # again, after fewer
     again = random_tokens(3, 4, seed=8)
     logits = [forward.feed(part) for part in again.split([1, 2, 1], dim=1)][-1]
     assert_close(logits, fed(model, torch.cat((tokens[:, :5], again), dim=1)))
@@ -165,7 +165,7 @@ def test_a_graph_is_told_from_every_other() -> None:
         model = small_model(layout, **changes)
         step = GraphStep(model, shows_attention=shows_attention)
         tensors = dict(step.named_parameters())
-        return compiling._key(step, tensors, torch.float32, is_batch=n_rows > 1)
+        return compiled._key(step, tensors, torch.float32, is_batch=n_rows > 1)
 
     assert key() == key(seed=8)  # the weights are no part of it
     keys = [
@@ -208,7 +208,7 @@ def test_greedy_tokens_are_those_of_gpt_forward_and_a_second_time_nothing_is_com
         assert token == fed(model, torch.tensor([context])).argmax().item()
         context.append(token)
     assert len(context) == 24
-    monkeypatch.delattr(compiling, "_compile")
+    monkeypatch.delattr(compiled, "_compile")
     assert tokens() == context[5:]
 
 

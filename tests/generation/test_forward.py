@@ -118,7 +118,7 @@ def test_rows_go_on_as_each_would_alone(n_rows: int, shape: str, kind: str) -> N
         assert_near(fused.feed(new), plain_logits(plain, rows), kind)
 
     fused.feed(rows[:1])
-    fused.repeat(n_rows)
+    fused.keep([0] * n_rows)
     for n_new in (1, 1, 3, 1):
         feed(n_new)
     kept = [n_rows - 1, 0]

@@ -8,7 +8,7 @@ import pytest
 
 from minigpt.errors import ResourceError
 from minigpt.files import CACHE_VARIABLE
-from minigpt.generation.fast.package_cache import package
+from minigpt.generation.fast.compiled import cached_package
 
 
 @pytest.fixture(autouse=True)
@@ -26,54 +26,54 @@ def never(path: Path) -> None:
 
 
 def test_what_was_compiled_once_is_found_again() -> None:
-    path = package("a key", writer(b"code"))
+    path = cached_package("a key", writer(b"code"))
     assert path.read_bytes() == b"code"
-    assert package("a key", never) == path
-    assert package("another", writer(b"other")).read_bytes() == b"other"
-    assert package("a key", never) == path
+    assert cached_package("a key", never) == path
+    assert cached_package("another", writer(b"other")).read_bytes() == b"other"
+    assert cached_package("a key", never) == path
 
 
 @pytest.mark.parametrize("damage", [b"", b"cod", b"Code"])
 def test_a_damaged_package_is_compiled_again_and_gone(folder: Path, damage: bytes) -> None:
-    path = package("a key", writer(b"code"))
+    path = cached_package("a key", writer(b"code"))
     path.write_bytes(damage)
-    assert package("a key", writer(b"code, again")).read_bytes() == b"code, again"
+    assert cached_package("a key", writer(b"code, again")).read_bytes() == b"code, again"
     assert len(list(folder.iterdir())) == 1
 
 
 def test_a_link_is_not_followed(folder: Path, tmp_path: Path) -> None:
-    path = package("a key", writer(b"code"))
+    path = cached_package("a key", writer(b"code"))
     foreign = tmp_path / "foreign"
     path.rename(foreign)
     path.symlink_to(foreign)
     with pytest.raises(AssertionError, match="compiled again"):
-        package("a key", never)
+        cached_package("a key", never)
     assert foreign.read_bytes() == b"code"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="permissions of others are no bits on Windows")
 def test_what_others_may_write_is_not_executed(folder: Path) -> None:
-    path = package("a key", writer(b"code"))
+    path = cached_package("a key", writer(b"code"))
     assert path.stat().st_mode & 0o777 == 0o600
     path.chmod(0o622)
     with pytest.raises(AssertionError, match="compiled again"):
-        package("a key", never)
+        cached_package("a key", never)
     folder.chmod(0o777)
     with pytest.raises(ResourceError, match=r"others may write to .* MINIGPT_CACHE_DIR"):
-        package("a key", never)
+        cached_package("a key", never)
 
 
 @pytest.mark.skipif(os.name == "nt" or os.getuid() != 0, reason="only root gives files away")
 def test_what_another_user_owns_is_not_executed(folder: Path) -> None:
-    os.chown(package("a key", writer(b"code")), 12345, 12345)
+    os.chown(cached_package("a key", writer(b"code")), 12345, 12345)
     with pytest.raises(AssertionError, match="compiled again"):
-        package("a key", never)
+        cached_package("a key", never)
     os.chown(folder, 12345, 12345)
     with pytest.raises(ResourceError, match="others may write to"):
-        package("a key", never)
+        cached_package("a key", never)
 
 
 def test_an_interrupted_compilation_leaves_nothing(folder: Path) -> None:
     with pytest.raises(AssertionError, match="compiled again"):
-        package("a key", never)
+        cached_package("a key", never)
     assert not list(folder.iterdir())

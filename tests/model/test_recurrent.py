@@ -242,5 +242,5 @@ def test_settings_that_an_lstm_does_not_have_are_refused(
 
 
 def test_an_lstm_is_not_quantized() -> None:
-    with pytest.raises(ConfigError, match="quantize int8 is for arch gpt"):
+    with pytest.raises(ConfigError, match="quantize int8 needs arch gpt"):
         quantize_int8(model_of("lstm"))

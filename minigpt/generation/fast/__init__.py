@@ -3,9 +3,9 @@
 import torch
 
 from minigpt.generation.fast.compiled import CompiledForward
+from minigpt.generation.fast.decode_step import StepForward
 from minigpt.generation.fast.eager import EagerForward
 from minigpt.generation.fast.products import join_weights
-from minigpt.generation.fast.step_forward import StepForward
 from minigpt.model.attention import Recorder
 from minigpt.model.gpt import GPT, Block
 from minigpt.model.language_model import LanguageModel
@@ -61,8 +61,8 @@ def make_forward(
 ) -> StepForward:
     """Return the decode step of a model that is supported.
 
-    Args: capacity, the number of positions that the cache has room for; n_rows, the most rows that
-        ``repeat`` will be asked for.
+    Args: capacity, the number of positions that the cache has room for; n_rows, the largest number
+        of rows.
     """
     if compiles:
         return CompiledForward(model, capacity=capacity, n_rows=n_rows, recorder=recorder)

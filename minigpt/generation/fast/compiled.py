@@ -1,26 +1,67 @@
 """Decoding by a compiled graph of the decode step: ``--compile``.
 
+AOTInductor compiles ahead of time, for later processes too. torch.compile's own caches only save
+the C++ compiler's time: every process would import the compiler and trace the model again, while
+the loader of a package is already in torch. The weights stay outside the package, so it is small
+and serves every checkpoint of the same shape.
+
+A package is machine code that is loaded into this process. So it is only read from a folder and a
+file that are owned by the user and not writable by others, and only if its content has the SHA-256
+that ends its name. Anything else is compiled again.
+
 Shapes: B rows, S positions in view.
 """
+
+import hashlib
+import inspect
+import json
+import os
+import stat
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from minigpt.config import round_up
-from minigpt.generation.fast.compiling import load_step
+from minigpt.errors import ConfigError, ResourceError
+from minigpt.files import (
+    CACHE_VARIABLE,
+    OTHER_CACHE,
+    cache_folder,
+    resource_errors,
+    writing_aside,
+)
+from minigpt.generation.fast import decode_step, graph
+from minigpt.generation.fast.decode_step import StepForward
 from minigpt.generation.fast.graph import GraphStep
-from minigpt.generation.fast.step_forward import StepForward, StepOutput
+from minigpt.model import layers
 from minigpt.model.attention import Recorder
 from minigpt.model.gpt import GPT
 
+Run = Callable[[list[Tensor]], list[Tensor]]
+"""Takes the tensors of GraphStep.forward as one list and returns its results as another."""
+
 _CPU_VIEW = 16  # positions in view are rounded up to whole vectors
-_CUDA_VIEW = 256  # and here to a power of two from this on, as each needs its own CUDA graph
+_CUDA_VIEW = 256  # and on CUDA to a power of two from this on, as each needs its own CUDA graph
+
+_OPTIONS = {
+    "aot_inductor.package_constants_in_so": False,
+    # Would only speed up later compilations.
+    "aot_inductor.precompile_headers": False,
+    # a * b + c in one instruction, as in a library's product.
+    "cpp.enable_floating_point_contract_flag": "fast",
+}
 
 
 class CompiledForward(StepForward):
-    """Decodes one token per row by a compiled graph, whose shape is free in the positions.
+    """Decodes one token per row by a compiled graph with a dynamic number of positions.
 
-    The graph of several rows is free in the rows too, but needs at least two of them.
+    The graph of several rows is dynamic in the rows too, but needs at least two of them.
     """
 
     def __init__(
@@ -28,14 +69,14 @@ class CompiledForward(StepForward):
     ) -> None:
         """Load the graph, compiling it if no earlier process has.
 
-        Args: capacity, the number of positions that the cache has room for; n_rows, the most rows
-            that ``repeat`` will be asked for.
+        Args: capacity, the number of positions that the cache has room for; n_rows, the largest
+            number of rows.
         Raises: ConfigError if there is no C++ compiler; ResourceError if the cache folder cannot
             be written.
         """
         super().__init__(model, capacity=round_up(capacity, _CPU_VIEW), recorder=recorder)
         self.min_rows = 2 if n_rows > 1 else 1
-        # Positions that are not filled have weight 0, which NaN and inf would survive.
+        # Unfilled positions have weight 0, but 0 times NaN or inf would be NaN.
         self.cache.keys_LBGSD.zero_()
         self.cache.values_LBGSD.zero_()
         self._run = load_step(
@@ -53,18 +94,18 @@ class CompiledForward(StepForward):
         self._caches = [*keys.unbind(), *values.unbind()]
         self._replays: dict[int, tuple[torch.cuda.CUDAGraph, list[Tensor]]] = {}
 
-    def _decode(self, tokens: Tensor, position: int) -> StepOutput:
+    def _decode(self, tokens: Tensor, position: int) -> Sequence[Tensor]:
         self._tokens.copy_(tokens)
         self._position.fill_(position)
         n_view = self._n_view(position + 1)
         inputs = [self._tokens, self._position, self._view[:n_view], *self._caches]
         if self.device.type != "cuda":
-            return StepOutput(*self._run(inputs))
+            return self._run(inputs)
         if n_view not in self._replays:
             self._replays[n_view] = self._capture(inputs)
-        graph, outputs = self._replays[n_view]
-        graph.replay()
-        return StepOutput(*outputs)
+        cuda_graph, outputs = self._replays[n_view]
+        cuda_graph.replay()
+        return outputs
 
     def _n_view(self, n_filled: int) -> int:
         """Return how many positions to read, rounded up so that few different numbers occur."""
@@ -81,7 +122,141 @@ class CompiledForward(StepForward):
         with torch.cuda.stream(warm_up):
             self._run(inputs)  # the first call's initialization must not be captured
         torch.cuda.current_stream(self.device).wait_stream(warm_up)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        cuda_graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(cuda_graph):
             outputs = self._run(inputs)
-        return graph, outputs
+        return cuda_graph, outputs
+
+
+def load_step(step: GraphStep, *, cache_dtype: torch.dtype, is_batch: bool) -> Run:
+    """Return the compiled step, for one row or for any number from two on; cached on disk.
+
+    Raises: ConfigError if there is no working C++ compiler; ResourceError if the cache folder
+        cannot be used.
+    """
+    # torch chooses one of the names of a tied tensor.
+    tensors: dict[str, Tensor] = dict(step.named_buffers(remove_duplicate=False))
+    tensors.update(step.named_parameters(remove_duplicate=False))
+    key = _key(step, tensors, cache_dtype, is_batch=is_batch)
+    path = cached_package(
+        key, lambda path: _compile(step, path, cache_dtype=cache_dtype, is_batch=is_batch)
+    )
+    # torch._inductor.aoti_load_package is this and an import of the compiler.
+    loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)
+    names = loader.get_constant_fqns()
+    assert tensors.keys() >= set(names), "the weights were prepared for eager decoding"
+    weights = {name: tensors[name].detach().contiguous() for name in names}
+    loader.load_constants(weights, False, True, True)  # require all of them; do not copy
+
+    def run(inputs: list[Tensor]) -> list[Tensor]:
+        assert weights  # the loader only points at them
+        return loader.run(inputs)
+
+    return run
+
+
+def _key(
+    step: GraphStep, tensors: dict[str, Tensor], cache_dtype: torch.dtype, *, is_batch: bool
+) -> str:
+    """Return everything that the machine code depends on, as text."""
+    device = tensors["model.final_norm.weight"].device
+    hardware: Any = [dict(torch.cpu.get_capabilities()), torch.get_num_threads()]
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_properties(device).name
+    return json.dumps(
+        {
+            "torch": [torch.__version__, torch.version.git_version],
+            "code": [
+                hashlib.sha256(inspect.getsource(s).encode()).hexdigest()
+                for s in (decode_step, graph, layers)
+            ],
+            "options": _OPTIONS,
+            "config": asdict(step.model.config),
+            "tensors": {n: [str(t.dtype), t.shape] for n, t in tensors.items()},
+            "cache": [str(cache_dtype), is_batch],
+            "shows_attention": step.shows_attention,
+            "device": hardware,
+        },
+        sort_keys=True,
+    )
+
+
+def _compile(step: GraphStep, path: Path, *, cache_dtype: torch.dtype, is_batch: bool) -> None:
+    """Compile GraphStep.forward, with a dynamic number of positions, and of rows in a batch."""
+    # Imported here because it takes a second, which only the first run needs.
+    import torch._inductor
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+    from torch._inductor.utils import fresh_cache
+
+    config, device = step.model.config, step.model.device
+    n_rows, n_view, n_room = 1 + is_batch, 16, 32
+    shape = (n_rows, config.n_kv_head, n_room, config.d_head)
+    caches = [
+        [torch.zeros(shape, device=device, dtype=cache_dtype) for _ in range(config.n_layer)]
+        for _ in range(2)
+    ]
+    tokens = torch.zeros(n_rows, dtype=torch.int64, device=device)
+    position = torch.zeros(1, dtype=torch.int64, device=device)
+    inputs = (tokens, position, torch.empty(n_view, device=device), *caches)
+    rows: Any = {0: torch.export.Dim("n_rows", min=2)} if is_batch else {}
+    in_view, room = torch.export.Dim("n_view", min=2), torch.export.Dim("n_room", min=2)
+    free = [{**rows, 2: room}] * config.n_layer
+    dynamic: Any = (rows, {}, {0: in_view}, free, free)
+    try:
+        get_cpp_compiler()  # fail before the work, not after it
+        # The compiler's own cache has a guessable name in the system's temporary folder.
+        with warnings.catch_warnings(), fresh_cache(), torch.no_grad():
+            warnings.simplefilter("ignore")  # the compiler warns about its own code
+            program = torch.export.export(step, inputs, dynamic_shapes=dynamic, strict=False)
+            torch._inductor.aoti_compile_and_package(
+                program, package_path=str(path), inductor_configs=_OPTIONS
+            )
+    except (InvalidCxxCompiler, CppCompileError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"compiling needs a working C++ compiler: {reason}. Install g++, or name another in "
+            "the variable CXX, or use --no-compile."
+        ) from error
+
+
+def cached_package(key: str, compile_to: Callable[[Path], None]) -> Path:
+    """Return the package of a key, written by ``compile_to`` if there is none in the cache.
+
+    Raises: ResourceError if the cache folder cannot be written or others may write to it.
+    """
+    folder = cache_folder() / "compiled"
+    with resource_errors(folder, OTHER_CACHE):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not _is_ours(folder):
+        raise ResourceError(
+            f"others may write to {str(folder)!r}, and what is there would be executed. Take their "
+            f"permission away, or set {CACHE_VARIABLE} to a folder of your own."
+        )
+    name = hashlib.sha256(key.encode()).hexdigest()[:32]
+    for path in folder.glob(f"{name}-*.pt2"):
+        if _is_ours(path) and path.stem == f"{name}-{_digest(path.read_bytes())}":
+            return path
+        path.unlink()  # damaged, or not ours
+    with tempfile.TemporaryDirectory() as aside:
+        compiled = Path(aside) / "model.pt2"
+        compile_to(compiled)
+        data = compiled.read_bytes()
+    path = folder / f"{name}-{_digest(data)}.pt2"
+    with resource_errors(folder, OTHER_CACHE), writing_aside(path) as file:
+        os.chmod(file.fileno(), 0o600)
+        file.write(data)
+    return path
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:32]
+
+
+def _is_ours(path: Path) -> bool:
+    """Return whether only this user can have written a file or folder."""
+    if os.name == "nt":  # user folders are private, and there are no permission bits
+        return True
+    status = path.lstat()
+    is_plain = stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)
+    return is_plain and status.st_uid == os.getuid() and not status.st_mode & 0o022

@@ -1,42 +1,32 @@
-"""One decode step of a GPT: the logits after one new token in each row.
+"""Decoding a GPT by a step that computes the logits after one new token in each row.
 
-``GPT.forward`` is the definition. This is the same computation for one query per row, with its
-parts taken from a set of kernels: eager ones, made for few calls, or those of a compiled graph.
+``GPT.forward`` is the definition. ``DecodeStep`` is the same computation for one query per row,
+made of a set of kernels: eager ones, which need few calls, or those of a compiled graph.
 
-Shapes: B rows, C model dim, V vocabulary, L layers, H query heads, D head dim, S positions in view.
+Shapes: B rows, C model dim, V vocabulary, L layers, H query heads, D head dim, S positions in view,
+X all heads' values side by side.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
-from minigpt.model.attention import Attention
+from minigpt.generation.forward import PlainForward
+from minigpt.model.attention import Attention, AttentionPass
 from minigpt.model.gpt import GPT, Block
 from minigpt.model.layers import MLP, GatedMLP
 
 Function = Callable[[Tensor], Tensor]
-
-
-class Attend(Protocol):
-    """Attention of one layer, with its query, key and value projections."""
-
-    def __call__(
-        self, normed_BC: Tensor, position: Any, rotary: Any, cache: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Write key and value into the cache; return context (B, H D) and weights (B, H, S)."""
-
-
-class Add(Protocol):
-    """A linear layer that ends a residual branch."""
-
-    def __call__(self, x_BC: Tensor, branch: Tensor) -> Tensor:
-        """Return x plus the layer's output, perhaps in-place."""
+Add = Callable[[Tensor, Tensor], Tensor]
+"""Residual stream and branch -> the stream plus a linear layer of the branch, perhaps in-place."""
+Attend = Callable[[Tensor, Any, Any, Any], tuple[Tensor, Tensor]]
+"""Normed stream, position, rotary, cache -> context (B, X) and weights (B, H, S)."""
 
 
 class Kernels(Protocol):
-    """The parts of a decode step. What ``position``, ``rotary`` and ``cache`` are is up to them."""
+    """The parts of a decode step, which define the types of position, rotary and cache."""
 
     def embed(self, tokens: Tensor, position: Any) -> Tensor:
         """Return the residual stream (B, C) of tokens (B,)."""
@@ -47,8 +37,8 @@ class Kernels(Protocol):
     def norm(self, module: nn.Module) -> Function:
         """Return a norm of the residual stream."""
 
-    def attention(self, layer: int, module: Attention) -> Attend:
-        """Return the attention of a layer."""
+    def attention(self, module: Attention) -> Attend:
+        """Return the attention of a layer, which writes its key and value into the cache."""
 
     def hidden(self, module: MLP | GatedMLP) -> Function:
         """Return an MLP up to its activated hidden values."""
@@ -59,57 +49,95 @@ class Kernels(Protocol):
     def unembed(self, module: nn.Module) -> Function:
         """Return the output projection; an embedding is used transposed."""
 
-    def store(self, x: Tensor) -> Tensor:
-        """Return x, materialized if a compiler could compute it again instead."""
-
-
-@dataclass(frozen=True)
-class _Layer:
-    attention_norm: Function
-    attend: Attend
-    output: Add
-    mlp_norm: Function
-    hidden: Function
-    down: Add
-
 
 class DecodeStep:
     """The logits after one more token in every row, as GPT.forward computes them."""
 
-    def __init__(self, model: GPT, kernels: Kernels) -> None:
-        self._kernels = kernels
-        self._layers = []
-        for i, block in enumerate(model.blocks):
-            assert isinstance(block, Block)
-            layer = _Layer(
+    def __init__(self, model: GPT, kernels: Kernels, *, shows_attention: bool) -> None:
+        self._kernels, self._shows_attention = kernels, shows_attention
+        self._d_head = model.config.d_head
+        self._layers = [
+            (
                 kernels.norm(block.attention_norm),
-                kernels.attention(i, block.attention),
+                kernels.attention(block.attention),
                 kernels.add(block.attention.output),
                 kernels.norm(block.mlp_norm),
                 kernels.hidden(block.mlp),
                 kernels.add(block.mlp.down),
             )
-            self._layers.append(layer)
+            for block in model.blocks
+            if isinstance(block, Block)
+        ]
         self._final_norm = kernels.norm(model.final_norm)
         self._unembed = kernels.unembed(model.unembedding or model.embedding)
 
-    def __call__(
-        self, tokens: Tensor, position: Any, caches: Sequence[Any]
-    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    def __call__(self, tokens: Tensor, position: Any, caches: Sequence[Any]) -> tuple[Tensor, ...]:
         """Write the new keys and values into the caches, and attend to all positions up to them.
 
         Args: tokens (B,); position, the index of the new tokens; caches, one for each layer.
-        Returns: logits (B, V); of each layer the weights (B, H, S) and the contexts (B, H D).
+        Returns: logits (B, V); if it shows attention, also the weights (L, B, H, S) and the heads'
+            outputs (L, B, H, D).
         """
-        kernels = self._kernels
-        x = kernels.embed(tokens, position)
+        x = self._kernels.embed(tokens, position)
         weights, contexts = [], []
         for layer, rotary, cache in zip(
-            self._layers, kernels.rotary(position), caches, strict=True
+            self._layers, self._kernels.rotary(position), caches, strict=True
         ):
-            context_BX, weights_BHS = layer.attend(layer.attention_norm(x), position, rotary, cache)
+            attention_norm, attend, output, mlp_norm, hidden, down = layer
+            context_BX, weights_BHS = attend(attention_norm(x), position, rotary, cache)
             weights.append(weights_BHS)
             contexts.append(context_BX)
-            x = layer.output(x, context_BX)
-            x = kernels.store(layer.down(x, layer.hidden(layer.mlp_norm(x))))
-        return self._unembed(self._final_norm(x)), weights, contexts
+            x = output(x, context_BX)
+            x = down(x, hidden(mlp_norm(x)))
+        logits = self._unembed(self._final_norm(x))
+        if not self._shows_attention:
+            return (logits,)
+        context_LBHD = torch.stack(contexts).unflatten(2, (-1, self._d_head))
+        return logits, torch.stack(weights), context_LBHD
+
+
+class StepForward(PlainForward):
+    """Runs ``_decode`` for one new token per row, and GPT.forward for more, on the same cache.
+
+    A prompt is one pass over the weights for all its tokens, where libraries are fast already.
+    """
+
+    min_rows = 1
+    """Least number of rows that a step takes; the last row is repeated."""
+
+    def _bind(self) -> None:
+        """Make the buffers for the rows that the cache now has."""
+        raise NotImplementedError
+
+    def _decode(self, tokens: Tensor, position: int) -> Sequence[Tensor]:
+        """Run the step for tokens (B,) at a position; return what DecodeStep does."""
+        raise NotImplementedError
+
+    @torch.inference_mode()
+    def feed(self, tokens: Tensor) -> Tensor:
+        n_rows, n_new = tokens.shape
+        if n_new == 1 and self.cache.n_rows < self.min_rows:
+            self.keep([0])
+        if n_rows < self.cache.n_rows:  # the cache repeats the last row
+            tokens = torch.cat((tokens, tokens[-1:].expand(self.cache.n_rows - n_rows, -1)))
+        if n_new > 1:
+            return super().feed(tokens)[:n_rows]
+        start, end = self.model.positions_of(tokens, self.cache)
+        self.cache.require_room(end)
+        logits, *attention = self._decode(tokens[:, 0], start)
+        self.cache.advance(1)
+        if self.recorder is not None:
+            weights_LBHS, context_LBHD = attention
+            self.recorder.record(
+                AttentionPass(
+                    weights_LBHS[:, :n_rows, :, :end],
+                    context_LBHD[:, :n_rows],
+                    self.cache.values_LBGSD[:, :n_rows, :, :end],
+                    n_new=1,
+                )
+            )
+        return logits[:n_rows].float()
+
+    def keep(self, rows: Sequence[int]) -> None:
+        super().keep([*rows, *[rows[-1]] * (self.min_rows - len(rows))])
+        self._bind()

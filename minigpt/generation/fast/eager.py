@@ -12,11 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from minigpt.generation.fast.decode_step import Add, Attend, DecodeStep, Function
+from minigpt.generation.fast.decode_step import Add, Attend, DecodeStep, Function, StepForward
 from minigpt.generation.fast.products import make_product
-from minigpt.generation.fast.step_forward import StepForward, StepOutput
 from minigpt.model.attention import Attention, Recorder
-from minigpt.model.gpt import GPT, Block
+from minigpt.model.gpt import GPT
 from minigpt.model.layers import MLP, GatedMLP
 
 
@@ -28,53 +27,68 @@ class EagerForward(StepForward):
         super().__init__(model, capacity=capacity, recorder=recorder)
         with torch.no_grad():
             self._kernels = EagerKernels(model)
-            self._step = DecodeStep(model, self._kernels)
-        self._bind()
+            self._step = DecodeStep(model, self._kernels, shows_attention=recorder is not None)
 
     def _bind(self) -> None:
         self._kernels.bind(self.cache.n_rows)
 
-    def _decode(self, tokens: Tensor, position: int) -> StepOutput:
-        caches = list(self.cache.append_views())
-        logits, weights, contexts = self._step(tokens, position, caches)
-        if self.recorder is None:
-            return StepOutput(logits.float())
-        context_LBX = torch.stack(contexts)
-        return StepOutput(
-            logits.float(),
-            torch.stack(weights),
-            context_LBX.unflatten(2, (-1, self.config.d_head)),
-        )
+    def _decode(self, tokens: Tensor, position: int) -> Sequence[Tensor]:
+        return self._step(tokens, position, list(self.cache.append_views()))
 
 
 class EagerKernels:
     """Kernels that write into buffers, which the next step overwrites."""
 
     def __init__(self, model: GPT) -> None:
-        self._model = model
-        self._rotary = _Rotary(model) if model.config.family == "llama" else None
+        self._model, config = model, model.config
+        self._zero = torch.zeros(1, 1, 1)
+        self._signs = torch.tensor([-1.0, 1.0], dtype=model.dtype)[:, None]
+        self._qk_weights: tuple[Tensor, Tensor] | None = None
+        if config.family == "llama":
+            self._cos_PD = torch.cat((model.rotary_cos, model.rotary_cos), dim=1)
+            self._sin_PD = torch.cat((model.rotary_sin, model.rotary_sin), dim=1)
+        if config.qk_norm:
+            weight_LXD = torch.stack([_qk_weight(attention) for attention in model.attentions])
+            # What sin multiplies comes from the other half of the head.
+            self._qk_weights = weight_LXD, weight_LXD.roll(config.d_head // 2, 2)
         self.bind(1)
 
     def bind(self, n_rows: int) -> None:
         """Make the buffers for a number of rows."""
         config, dtype = self._model.config, self._model.dtype
+        n_query, n_key, d_head = config.n_head, config.n_kv_head, config.d_head
         # The residual stream x, with room for -x beside it.
-        self.both_B2C = torch.empty(n_rows, 2 * config.d_model, dtype=dtype)
-        self.x_BC, self.minus_x_BC = self.both_B2C.chunk(2, dim=1)
+        self._both_B2C = torch.empty(n_rows, 2 * config.d_model, dtype=dtype)
+        self._x_BC, self._minus_x_BC = self._both_B2C.chunk(2, dim=1)
         self._logits = torch.empty(n_rows, config.vocab_size, dtype=dtype)
-        n_heads = config.n_head + 2 * config.n_kv_head
-        self.heads = Heads(self._model, torch.empty(n_rows, n_heads * config.d_head, dtype=dtype))
+        # Queries, keys and values of the new positions side by side, and views of them.
+        self._qkv_BX = torch.empty(n_rows, (n_query + 2 * n_key) * d_head, dtype=dtype)
+        heads = self._qkv_BX.unflatten(1, (-1, d_head))
+        q_BHD, self._k_BGD, self._v_BGD = heads.split([n_query, n_key, n_key], dim=1)
+        self._q_BHTD = q_BHD[:, :, None]
+        self._q_BGRD = q_BHD.unflatten(1, (n_key, -1))
+        self._qk = heads[:, : n_query + n_key]
+        self._both_qk = torch.empty(n_rows, n_query + n_key, 2, d_head, dtype=dtype)  # -x, x
 
     def embed(self, tokens: Tensor, position: int) -> Tensor:
         embedded = self._model.embedding(tokens)
         if self._model.config.family == "gpt2":
-            return torch.add(embedded, self._model.positions.weight[position], out=self.x_BC)
-        return self.x_BC.copy_(embedded)
+            return torch.add(embedded, self._model.positions.weight[position], out=self._x_BC)
+        return self._x_BC.copy_(embedded)
 
     def rotary(self, position: int) -> Sequence[tuple[Tensor, Tensor] | None]:
-        if self._rotary is None:
-            return [None] * self._model.config.n_layer
-        return self._rotary.at(position)
+        """Return cos and sin for each layer, multiplied by the weights of the norms of q and k.
+
+        sin is for the second half of -x and the first half of x.
+        """
+        n_layer = self._model.config.n_layer
+        if self._model.config.family == "gpt2":
+            return [None] * n_layer
+        cos, sin = self._cos_PD[position], self._sin_PD[position]
+        if self._qk_weights is None:
+            return [(cos, sin)] * n_layer
+        own, crossed = self._qk_weights
+        return list(zip((own * cos).unbind(), (crossed * sin).unbind(), strict=True))
 
     def norm(self, module: nn.Module) -> Function:
         if isinstance(module, nn.LayerNorm):
@@ -92,13 +106,27 @@ class EagerKernels:
         weights = torch.cat((weight, torch.zeros_like(weight)))
 
         def norm(x: Tensor) -> Tensor:
-            torch.neg(x, out=self.minus_x_BC)
-            normed = torch.layer_norm(self.both_B2C, weights.shape, weights, None, eps)
+            torch.neg(x, out=self._minus_x_BC)
+            normed = torch.layer_norm(self._both_B2C, weights.shape, weights, None, eps)
             return normed.narrow(1, 0, width)
 
         return norm
 
-    def attention(self, layer: int, module: Attention) -> Attend:
+    def _rotate(self, cos: Tensor, sin: Tensor, norm_eps: float | None) -> None:
+        """Normalize queries and keys, if there is an eps, and rotate them.
+
+        The norms' weights are in cos and sin; -x beside x makes the RMSNorm a LayerNorm.
+        """
+        torch.mul(self._qk[:, :, None], self._signs, out=self._both_qk)
+        both = self._both_qk.flatten(2)
+        if norm_eps is not None:
+            both = torch.layer_norm(both, both.shape[2:], eps=norm_eps)
+        d_head = self._qk.shape[2]
+        crossed = both.narrow(2, d_head // 2, d_head)  # -x's second half, x's first
+        torch.mul(both.narrow(2, d_head, d_head), cos, out=self._qk)
+        self._qk.addcmul_(crossed, sin)
+
+    def attention(self, module: Attention) -> Attend:
         project = make_product([module.query, module.key, module.value])
         score, scale = module.score, module.d_head**-0.5
         eps = module.query_norm.eps if isinstance(module.query_norm, nn.RMSNorm) else None
@@ -109,23 +137,23 @@ class EagerKernels:
             rotary: tuple[Tensor, Tensor] | None,
             cache: tuple[Tensor, Tensor, Tensor, Tensor],
         ) -> tuple[Tensor, Tensor]:
-            heads = self.heads
             new_k_BGD, new_v_BGD, k_BGSD, v_BGSD = cache
-            project.write(normed_BC, heads.qkv_BX)
+            project.write(normed_BC, self._qkv_BX)
             if rotary is not None:
-                heads.rotate(*rotary, eps)
-            new_k_BGD.copy_(heads.k_BGD)
-            new_v_BGD.copy_(heads.v_BGD)
+                self._rotate(*rotary, eps)
+            new_k_BGD.copy_(self._k_BGD)
+            new_v_BGD.copy_(self._v_BGD)
             if score.changes_queries:
-                heads.q_BHTD.copy_(score.fold(heads.q_BHTD))
+                self._q_BHTD.copy_(score.fold(self._q_BHTD))
             k_NSD, v_NSD = k_BGSD.flatten(0, 1), v_BGSD.flatten(0, 1)  # N = B G; views
             if score.is_dot_product:
+                q_NRD = self._q_BGRD.flatten(0, 1)
                 score_NRS = torch.baddbmm(
-                    heads.zero, heads.q_NRD.float(), k_NSD.float().mT, beta=0, alpha=scale
+                    self._zero, q_NRD.float(), k_NSD.float().mT, beta=0, alpha=scale
                 )
                 weights_NRS = score_NRS.softmax(-1)
             else:
-                weights_BHTS = score.weights(heads.q_BHTD, k_BGSD)
+                weights_BHTS = score.weights(self._q_BHTD, k_BGSD)
                 weights_NRS = weights_BHTS.reshape(len(k_NSD), -1, k_NSD.shape[1])
             context_NRD = torch.bmm(weights_NRS, v_NSD.float())
             context_BX = context_NRD.view(len(normed_BC), -1).to(normed_BC.dtype)
@@ -167,70 +195,6 @@ class EagerKernels:
             return self._logits
 
         return unembed
-
-    def store(self, x: Tensor) -> Tensor:
-        return x
-
-
-class Heads:
-    """The buffer that holds queries, keys and values of the new positions, and views of it."""
-
-    def __init__(self, model: GPT, qkv_BX: Tensor) -> None:
-        config, dtype = model.config, model.dtype
-        n_query, n_key, d_head = config.n_head, config.n_kv_head, config.d_head
-        self.qkv_BX = qkv_BX
-        heads = qkv_BX.unflatten(1, (-1, d_head))
-        q_BHD, self.k_BGD, self.v_BGD = heads.split([n_query, n_key, n_key], dim=1)
-        self.q_BHTD = q_BHD[:, :, None]
-        self._q_BGRD = q_BHD.unflatten(1, (n_key, -1))
-        self.zero = torch.zeros(1, 1, 1)
-        self._qk = heads[:, : n_query + n_key]
-        self._qk_alone = self._qk[:, :, None]
-        self._signs = torch.tensor([-1.0, 1.0], dtype=dtype)[:, None]
-        self._both = torch.empty(*self._qk.shape[:2], 2, d_head, dtype=dtype)  # -x, x
-        self._side_by_side = self._both.flatten(2)
-
-    @property
-    def q_NRD(self) -> Tensor:
-        """The queries that share a key head: (B G, R, D)."""
-        return self._q_BGRD.flatten(0, 1)
-
-    def rotate(self, cos: Tensor, sin: Tensor, norm_eps: float | None) -> None:
-        """Normalize queries and keys, if there is an eps, and rotate them.
-
-        The norms' weights are in cos and sin; -x beside x makes the RMSNorm a LayerNorm.
-        """
-        torch.mul(self._qk_alone, self._signs, out=self._both)
-        both = self._side_by_side
-        if norm_eps is not None:
-            both = torch.layer_norm(both, both.shape[2:], eps=norm_eps)
-        d_head = self._qk.shape[2]
-        crossed = both.narrow(2, d_head // 2, d_head)  # -x's second half, x's first
-        torch.mul(both.narrow(2, d_head, d_head), cos, out=self._qk)
-        self._qk.addcmul_(crossed, sin)
-
-
-class _Rotary:
-    """Cosines and sines of RoPE, multiplied by the weights of the norms of queries and keys."""
-
-    def __init__(self, model: GPT) -> None:
-        self._cos_PD = torch.cat((model.rotary_cos, model.rotary_cos), dim=1)
-        self._sin_PD = torch.cat((model.rotary_sin, model.rotary_sin), dim=1)
-        self._n_layer = len(model.blocks)
-        self._weights: tuple[Tensor, Tensor] | None = None
-        if model.config.qk_norm:
-            attentions = [block.attention for block in model.blocks if isinstance(block, Block)]
-            weight_LXD = torch.stack([_qk_weight(attention) for attention in attentions])
-            # What sin multiplies comes from the other half of the head.
-            self._weights = weight_LXD, weight_LXD.roll(weight_LXD.shape[2] // 2, 2)
-
-    def at(self, position: int) -> Sequence[tuple[Tensor, Tensor]]:
-        """Return cos and sin for each layer; sin is for -x's second half and x's first."""
-        cos, sin = self._cos_PD[position], self._sin_PD[position]
-        if self._weights is None:
-            return [(cos, sin)] * self._n_layer
-        own, crossed = self._weights
-        return list(zip((own * cos).unbind(), (crossed * sin).unbind(), strict=True))
 
 
 def _qk_weight(attention: Attention) -> Tensor:

@@ -29,7 +29,7 @@ class GraphStep(nn.Module):
     def __init__(self, model: GPT, *, shows_attention: bool = False) -> None:
         super().__init__()
         self.model, self.shows_attention = model, shows_attention
-        self._step = DecodeStep(model, GraphKernels(model))
+        self._step = DecodeStep(model, GraphKernels(model), shows_attention=shows_attention)
 
     def forward(
         self,
@@ -49,11 +49,7 @@ class GraphStep(nn.Module):
         """
         is_filled_S = torch.arange(in_view.shape[0], device=tokens.device) <= position
         caches = [(*pair, is_filled_S) for pair in zip(keys, values, strict=True)]
-        logits, weights, contexts = self._step(tokens, position, caches)
-        if not self.shows_attention:
-            return (logits,)
-        d_head = self.model.config.d_head
-        return logits, torch.stack(weights), torch.stack(contexts).unflatten(2, (-1, d_head))
+        return self._step(tokens, position, caches)
 
 
 class GraphKernels:
@@ -80,9 +76,9 @@ class GraphKernels:
         return [rotary] * model.config.n_layer
 
     def norm(self, module: nn.Module) -> Function:
-        return lambda x: self.store(_norm(module, x))
+        return lambda x: _stored(_norm(module, x))
 
-    def attention(self, layer: int, module: Attention) -> Attend:
+    def attention(self, module: Attention) -> Attend:
         def heads(projection: nn.Linear, norm: nn.Module, x: Tensor) -> Tensor:
             projected = _product(projection, x).unflatten(-1, (-1, 1, module.d_head))
             return _norm(norm, projected)  # (B, H or G, 1, D)
@@ -103,13 +99,13 @@ class GraphKernels:
             values_BGPD.index_copy_(2, position, v_BGTD.to(values_BGPD.dtype))
             n_group, n_view = keys_BGPD.shape[1], is_filled_S.shape[0]
             # Sums of products and no matmul: see _product.
-            q_BGRTD = self.store(q_BHTD * module.d_head**-0.5).unflatten(1, (n_group, -1))
+            q_BGRTD = _stored(q_BHTD * module.d_head**-0.5).unflatten(1, (n_group, -1))
             score_BGRS = (q_BGRTD * keys_BGPD[:, :, None, :n_view].float()).sum(-1)
             masked_BGRS = torch.where(is_filled_S, score_BGRS, -torch.inf)
-            weights_BGRS = self.store(masked_BGRS.softmax(-1))
+            weights_BGRS = _stored(masked_BGRS.softmax(-1))
             values_BGTSD = values_BGPD[:, :, None, :n_view].float()
             context_BGRD = (weights_BGRS[..., None] * values_BGTSD).sum(-2)
-            return self.store(context_BGRD.flatten(1)), weights_BGRS.flatten(1, 2)
+            return _stored(context_BGRD.flatten(1)), weights_BGRS.flatten(1, 2)
 
         return attend
 
@@ -117,20 +113,16 @@ class GraphKernels:
         def hidden(normed_BC: Tensor) -> Tensor:
             up = _product(module.up, normed_BC)
             if isinstance(module, GatedMLP):
-                return self.store(module.activation(_product(module.gate, normed_BC)) * up)
-            return self.store(module.activation(up))
+                return _stored(module.activation(_product(module.gate, normed_BC)) * up)
+            return _stored(module.activation(up))
 
         return hidden
 
     def add(self, module: nn.Module) -> Add:
-        return lambda x_BC, branch: x_BC + _product(module, branch)
+        return lambda x_BC, branch: _stored(x_BC + _product(module, branch))
 
     def unembed(self, module: nn.Module) -> Function:
         return lambda normed_BC: _product(module, normed_BC)
-
-    def store(self, x: Tensor) -> Tensor:
-        """Return x as one that the compiler must store, not compute again for each row."""
-        return torch.as_strided(x, x.shape, x.stride())
 
 
 def _product(linear: nn.Module, x_BI: Tensor) -> Tensor:
@@ -161,3 +153,8 @@ def _norm(norm: nn.Module, x: Tensor) -> Tensor:
     if isinstance(norm, nn.RMSNorm):
         return F.rms_norm(x, norm.normalized_shape, norm.weight.float(), norm.eps)
     return x
+
+
+def _stored(x: Tensor) -> Tensor:
+    """Return x as a tensor that the compiler must store, not compute again for each row."""
+    return torch.as_strided(x, x.shape, x.stride())

@@ -4,7 +4,6 @@ Shapes: B rows, I inputs, O outputs.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,14 +16,25 @@ from minigpt.model.device import has_fast_bfloat16, has_slow_matvec
 _MAX_ROWS_OF_FAST_MATMUL = 4  # where a matmul is slow for very few rows only
 
 
-class Product(Protocol):
-    """Linear layers of the same input, with their outputs side by side."""
+class Product:
+    """Linear layers of the same input, with their outputs side by side: by their own forward."""
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self._layers = layers
 
     def write(self, x_BI: Tensor, out_BO: Tensor) -> None:
         """Write the outputs."""
+        torch.cat([self._apply(layer, x_BI) for layer in self._layers], dim=1, out=out_BO)
 
     def add(self, x_BI: Tensor, out_BO: Tensor) -> None:
         """Add the outputs."""
+        for layer in self._layers:
+            out_BO.add_(self._apply(layer, x_BI))
+
+    def _apply(self, layer: nn.Module, x_BI: Tensor) -> Tensor:
+        product: Tensor
+        product = F.linear(x_BI, layer.weight) if isinstance(layer, nn.Embedding) else layer(x_BI)
+        return product
 
 
 def make_product(layers: Sequence[nn.Module]) -> Product:
@@ -41,7 +51,7 @@ def make_product(layers: Sequence[nn.Module]) -> Product:
     quantized = [layer for layer in layers if isinstance(layer, WeightOnlyLinear)]
     if quantized:
         if not has_matvec_kernels(quantized[0].weight.device):
-            return LayersProduct(quantized)
+            return Product(quantized)
         scale_O = _concatenated([layer.scale for layer in quantized])
         table = quantized[0].table
         if table is None:
@@ -110,7 +120,7 @@ def _transposed_view(weights: Sequence[Tensor]) -> Tensor | None:
     return first.detach().as_strided((n_inputs, n_outputs), (n_outputs, 1), first.storage_offset())
 
 
-class MatrixProduct:
+class MatrixProduct(Product):
     """A matmul with a weight stored as (I, O).
 
     For one row, MKL reads it a tenth (GPT-2's) to a quarter (384 x 384) faster than the (O, I) that
@@ -132,7 +142,7 @@ class MatrixProduct:
             out_BO.add_(self.bias_O)
 
 
-class TableProduct:
+class TableProduct(Product):
     """A table for few rows, and the layers themselves for many.
 
     The layers of a float table keep their own weights, so a bfloat16 model takes as much memory as
@@ -147,53 +157,23 @@ class TableProduct:
         bias_O: Tensor | None = None,
         max_rows: int = MAX_ROWS,
     ) -> None:
-        self.table, self.scale_O, self.bias_O = table, scale_O, bias_O
-        self.max_rows = max_rows
-        self._layers = LayersProduct(layers)
+        super().__init__(layers)
+        self.table, self.max_rows = table, max_rows
+        # A product is always bias + sums * scale, in one call.
+        self._scale_O = torch.ones(1, dtype=table.dtype) if scale_O is None else scale_O
+        self._bias_O = self._scale_O.new_zeros(1) if bias_O is None else bias_O
+        self._has_bias = bias_O is not None
 
     def write(self, x_BI: Tensor, out_BO: Tensor) -> None:
         if len(x_BI) > self.max_rows:
-            self._layers.write(x_BI, out_BO)
-            return
-        product = self.table.product(x_BI)
-        if self.scale_O is not None and self.bias_O is not None:
-            torch.addcmul(self.bias_O, product, self.scale_O, out=out_BO)
-        elif self.scale_O is not None:
-            torch.mul(product, self.scale_O, out=out_BO)
-        elif self.bias_O is not None:
-            torch.add(product, self.bias_O, out=out_BO)
+            super().write(x_BI, out_BO)
         else:
-            out_BO.copy_(product)
+            torch.addcmul(self._bias_O, self.table.product(x_BI), self._scale_O, out=out_BO)
 
     def add(self, x_BI: Tensor, out_BO: Tensor) -> None:
         if len(x_BI) > self.max_rows:
-            self._layers.add(x_BI, out_BO)
+            super().add(x_BI, out_BO)
             return
-        product = self.table.product(x_BI)
-        if self.scale_O is not None:
-            out_BO.addcmul_(product, self.scale_O)
-        else:
-            out_BO.add_(product)
-        if self.bias_O is not None:
-            out_BO.add_(self.bias_O)
-
-
-class LayersProduct:
-    """The layers' own forward."""
-
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
-        self._layers = layers
-
-    def write(self, x_BI: Tensor, out_BO: Tensor) -> None:
-        torch.cat([_apply(layer, x_BI) for layer in self._layers], dim=1, out=out_BO)
-
-    def add(self, x_BI: Tensor, out_BO: Tensor) -> None:
-        for layer in self._layers:
-            out_BO.add_(_apply(layer, x_BI))
-
-
-def _apply(layer: nn.Module, x_BI: Tensor) -> Tensor:
-    if isinstance(layer, nn.Embedding):
-        return F.linear(x_BI, layer.weight)
-    product: Tensor = layer(x_BI)
-    return product
+        out_BO.addcmul_(self.table.product(x_BI), self._scale_O)
+        if self._has_bias:
+            out_BO.add_(self._bias_O)

@@ -136,7 +136,7 @@ class LSTM(LanguageModel):
         """
         if visible_BS is not None and self.attention is None:
             raise ValueError("an LSTM without attention hands all on: no position can be hidden")
-        _, end = self._positions_of(tokens, cache)
+        _, end = self.positions_of(tokens, cache)
         x = self.dropout(self.embedding(tokens))
         for block in self.blocks:
             x = checkpoint(block, x, use_reentrant=False) if recompute else block(x, cache)
