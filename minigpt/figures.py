@@ -2,8 +2,8 @@
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,14 +14,11 @@ from minigpt.files import write_atomically
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SUFFIXES = (".svg", ".png", ".pdf")
-"""File formats that a figure can be written in."""
 _NO_DATE: dict[str, dict[str, Any]] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
-_RC: dict[Any, Any] = {"svg.hashsalt": "minigpt", "svg.fonttype": "none"}
 
 
 def require_matplotlib(
-    path: Path, suffixes: Sequence[str] = SUFFIXES, *, what: str = "a picture"
+    path: Path, suffixes: Sequence[str] = (".svg", ".png", ".pdf"), *, what: str = "a picture"
 ) -> None:
     """Check that a picture can be written to a path, before any long computation.
 
@@ -44,13 +41,12 @@ def require_matplotlib(
         ) from None
 
 
-@contextmanager
-def our_style() -> Iterator[None]:
+def our_style() -> AbstractContextManager[None]:
     """Use matplotlib's defaults instead of the user's settings: TeX would run what a label says."""
-    import matplotlib.style
+    from matplotlib import style
 
-    with matplotlib.style.context("default", after_reset=True), matplotlib.rc_context(_RC):
-        yield
+    own = {"svg.hashsalt": "minigpt", "svg.fonttype": "none"}
+    return style.context(["default", own], after_reset=True)
 
 
 def to_bytes(figure: "Figure", format: str, *, dpi: int = 150) -> bytes:
@@ -64,8 +60,5 @@ def to_bytes(figure: "Figure", format: str, *, dpi: int = 150) -> bytes:
 
 
 def write_figure(path: Path, figure: "Figure") -> None:
-    """Write a figure in the format of the path's suffix.
-
-    Raises: ResourceError if the file cannot be written.
-    """
+    """Write a figure in the format of the path's suffix, or raise ResourceError."""
     write_atomically(path, to_bytes(figure, path.suffix.lower().removeprefix(".")))

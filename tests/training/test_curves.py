@@ -89,9 +89,8 @@ def test_nan_and_inf_losses_are_left_out(tmp_path: Path) -> None:
     ],
 )
 def test_a_damaged_line_is_named(bad: str, tmp_path: Path) -> None:
-    with pytest.raises(
-        CheckpointError, match=r"line 2 of '.*metrics\.jsonl' is not a line of"
-    ) as error:
+    message = r"line 2 of '.*metrics\.jsonl' is not a line of metrics"
+    with pytest.raises(CheckpointError, match=message) as error:
         read_curves(written(tmp_path, f"{STEP}{bad}\n{STEP}"))
     assert str(error.value).isprintable()
 

@@ -5,6 +5,7 @@ redraws, at a given width and in rich's styles.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
@@ -18,7 +19,6 @@ _BITS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 _BRAILLE = 0x2800
 _ROWS_PER_TICK, _CELLS_PER_TICK = 2, 12
 _AXES = "dim"
-_Cells = dict[tuple[int, int], tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,12 @@ def draw_chart(
     for row in range(n_rows):
         label = y_labels.get(row, "")
         axis = (f"{label:>{n_label}} {tick if label else side}", _AXES)
-        lines.append(Text.assemble(axis, _row(cells, row, n_columns), no_wrap=True))
+        columns = [cells.get((row, column), (" ", "")) for column in range(n_columns)]
+        spans = groupby(columns, key=lambda cell: cell[1])
+        pieces = [("".join(cell[0] for cell in same), style) for style, same in spans]
+        line = Text.assemble(axis, *pieces, no_wrap=True)
+        line.rstrip()
+        lines.append(line)
     for below in (f" {corner}{bar * n_columns}", f"  {_x_labels(x_scale, n_columns, x_unit)}"):
         lines.append(Text.assemble((" " * n_label + below, _AXES), no_wrap=True))
     for line in lines:
@@ -88,10 +93,12 @@ def draw_chart(
     return lines
 
 
-def _cells(series: Sequence[Series], x_scale: _Scale, y_scale: _Scale, *, is_ascii: bool) -> _Cells:
+def _cells(
+    series: Sequence[Series], x_scale: _Scale, y_scale: _Scale, *, is_ascii: bool
+) -> dict[tuple[int, int], tuple[str, str]]:
     """Return the character and style of each filled cell, by row and column."""
-    bits: dict[tuple[int, int], int] = {}
-    cells: _Cells = {}
+    bits: dict[tuple[int, int], int] = defaultdict(int)
+    cells: dict[tuple[int, int], tuple[str, str]] = {}
     for one in sorted(series, key=lambda one: bool(one.mark)):  # marks over lines
         dots = [(x_scale.dot(x), y_scale.dot(y)) for x, y in one.points]
         for x, y in dots if one.mark else _line(dots):
@@ -102,7 +109,7 @@ def _cells(series: Sequence[Series], x_scale: _Scale, y_scale: _Scale, *, is_asc
             if one.mark:
                 cells[place] = one.mark, one.style
                 continue
-            bits[place] = bits.get(place, 0) | _BITS[row_in_cell][x % _DOTS_WIDE]
+            bits[place] |= _BITS[row_in_cell][x % _DOTS_WIDE]
             cells[place] = "." if is_ascii else chr(_BRAILLE + bits[place]), one.style
     return cells
 
@@ -114,15 +121,6 @@ def _line(dots: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
         n = max(abs(next_x - x), abs(next_y - y))
         for i in range(1, n + 1):
             yield x + round((next_x - x) * i / n), y + round((next_y - y) * i / n)
-
-
-def _row(cells: _Cells, row: int, n_columns: int) -> Text:
-    text = Text()
-    columns = [cells.get((row, column), (" ", "")) for column in range(n_columns)]
-    for style, group in groupby(columns, key=lambda cell: cell[1]):
-        text.append("".join(character for character, _ in group), style=style)
-    text.rstrip()
-    return text
 
 
 def _widened(low: float, high: float) -> tuple[float, float]:

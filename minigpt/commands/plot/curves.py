@@ -7,12 +7,12 @@ from typing import Any
 
 from rich.text import Text
 
-from minigpt import figures
 from minigpt.checkpoint.resolve import ROOT
 from minigpt.commands.output import aligned, one_line, show
 from minigpt.commands.plot.chart import Point, Series, draw_chart, y_limits
 from minigpt.console import make_console
 from minigpt.errors import CheckpointError, ConfigError
+from minigpt.figures import require_matplotlib, write_figure
 from minigpt.training.reports.curves import LossCurves, LossPoint
 
 # Of medium luminance, so that each is legible on dark and on light backgrounds.
@@ -41,11 +41,6 @@ class PlottedRun:
         """The run's colour, in hex."""
         return _COLOURS[self.number % len(_COLOURS)]
 
-    def mark(self, *, is_ascii: bool) -> tuple[str, str]:
-        """Return the style and the mark of validation losses; marks differ without colours too."""
-        marks = _ASCII_MARKS if is_ascii else _MARKS
-        return f"bold {self.colour}", marks[self.number % len(marks)]
-
 
 def plotted_runs(runs: Sequence[LossCurves], axis: str) -> list[PlottedRun]:
     """Return the losses of runs against steps, tokens or seconds.
@@ -57,7 +52,13 @@ def plotted_runs(runs: Sequence[LossCurves], axis: str) -> list[PlottedRun]:
         names = ", ".join(repr(run.folder.name) for run in runs)
         raise CheckpointError(f"{names} has no losses yet. Wait for the first steps.")
     return [
-        PlottedRun(_name(run), _points(run, run.train, axis), _points(run, run.val, axis), number)
+        PlottedRun(
+            # A run outside checkpoints/ is named by its path.
+            one_line(run.folder.name if run.folder.parent == ROOT else str(run.folder)),
+            _points(run, run.train, axis),
+            _points(run, run.val, axis),
+            number,
+        )
         for number, run in enumerate(runs)
     ]
 
@@ -77,11 +78,6 @@ def validation_curves(groups: Mapping[str, Sequence[LossCurves]], axis: str) -> 
     return plotted
 
 
-def _name(run: LossCurves) -> str:
-    """Return a run's name, or its path if it is outside checkpoints/."""
-    return one_line(run.folder.name if run.folder.parent == ROOT else str(run.folder))
-
-
 def _points(run: LossCurves, losses: Sequence[LossPoint], axis: str) -> list[Point]:
     points = [(getattr(loss, axis), loss.loss) for loss in losses]
     if any(x is None for x, _ in points):
@@ -94,10 +90,9 @@ def _points(run: LossCurves, losses: Sequence[LossPoint], axis: str) -> list[Poi
 
 def record(run: LossCurves) -> dict[str, Any]:
     """Return all points of a run, for JSON."""
-    train = [asdict(point) for point in run.train]
+    train, val = ([asdict(point) for point in points] for points in (run.train, run.val))
     for point in train:
         del point["bits_per_byte"]  # only validation has it
-    val = [asdict(point) for point in run.val]
     return {"run": run.folder, "tokenizer": run.tokenizer, "train": train, "val": val}
 
 
@@ -107,12 +102,16 @@ def show_chart(runs: Sequence[LossCurves], axis: str) -> None:
     Raises: as ``plotted_runs``.
     """
     console = make_console(is_stderr=False)
-    plotted, is_ascii = plotted_runs(runs, axis), console.options.ascii_only
-    table = list(_table(plotted, runs, console.width, is_ascii=is_ascii))
+    is_ascii = console.options.ascii_only
+    marks = _ASCII_MARKS if is_ascii else _MARKS
+    rows = [[Text(f"  {word}" if word == "run" else word, "dim") for word in _HEAD]]
     series = []
-    for one in plotted:
-        series.append(Series(one.train, one.colour))
-        series.append(Series(one.val, *one.mark(is_ascii=is_ascii)))
+    for one, run in zip(plotted_runs(runs, axis), runs, strict=True):
+        # Marks differ without colours too.
+        style, mark = f"bold {one.colour}", marks[one.number % len(marks)]
+        series += [Series(one.train, one.colour), Series(one.val, style, mark)]
+        rows.append([Text.assemble((mark, style), f" {one.name}"), *map(Text, _summary(run))])
+    table = list(aligned(rows, ["left"] + ["right"] * (len(_HEAD) - 1), console.width))
     # Chart, table and the next prompt fit on the screen.
     room = console.height - len(table) - 3 if console.is_terminal else _CHART_LINES
     height = min(max(room, _FEWEST_LINES), _CHART_LINES)
@@ -120,26 +119,14 @@ def show_chart(runs: Sequence[LossCurves], axis: str) -> None:
     show([Text(_TITLE, "dim"), *chart, Text(), *table])
 
 
-def _table(
-    plotted: Sequence[PlottedRun], runs: Sequence[LossCurves], width: int, *, is_ascii: bool
-) -> Iterator[Text]:
-    """Yield the legend: each run's last training loss and best validation loss."""
-    rows = [[Text(f"  {word}" if word == "run" else word, "dim") for word in _HEAD]]
-    for one, run in zip(plotted, runs, strict=True):
-        style, mark = one.mark(is_ascii=is_ascii)
-        name = Text.assemble((mark, style), f" {one.name}")
-        rows.append([name, *map(Text, _summary(run))])
-    yield from aligned(rows, ["left"] + ["right"] * (len(_HEAD) - 1), width)
-
-
 def _summary(run: LossCurves) -> Iterator[str]:
+    """Yield a row of the table: a run's last training loss and best validation loss."""
     last = run.train[-1] if run.train else None
     best = min(run.val, key=lambda point: point.loss, default=None)
-    bits = best.bits_per_byte if best else None
     yield f"{last.steps:,}" if last else _UNKNOWN
     yield f"{last.loss:.4f}" if last else _UNKNOWN
     yield f"{best.loss:.4f}" if best else _UNKNOWN
-    yield _UNKNOWN if bits is None else f"{bits:.4f}"
+    yield f"{best.bits_per_byte:.4f}" if best and best.bits_per_byte is not None else _UNKNOWN
     yield f"{best.steps:,}" if best else _UNKNOWN
 
 
@@ -148,7 +135,7 @@ def require_picture(path: Path) -> None:
 
     Raises: ConfigError if it is not an .svg or .png file, or matplotlib is not installed.
     """
-    figures.require_matplotlib(path, (".png", ".svg"), what="--out")
+    require_matplotlib(path, (".png", ".svg"), what="--out")
 
 
 def write_picture(
@@ -169,8 +156,11 @@ def write_picture(
     axes = figure.add_subplot(xlabel=x_unit, ylabel=y_label)
     named = []
     for one in plotted:
-        axes.plot(*_columns(one.train), color=one.colour, linewidth=0.8, alpha=0.6)
-        dots = axes.plot(*_columns(one.val), "o", color=one.colour, markersize=4)
+        train, val = (
+            list(zip(*points, strict=True)) or [(), ()] for points in (one.train, one.val)
+        )
+        axes.plot(*train, color=one.colour, linewidth=0.8, alpha=0.6)
+        dots = axes.plot(*val, "o", color=one.colour, markersize=4)
         named += [(one.name, dots[0])] if one.name else []
     low, high = y_limits(points for one in plotted for points in (one.train, one.val))
     margin = (high - low) / 25
@@ -183,8 +173,4 @@ def write_picture(
     for text, (name, _) in zip(legend.get_texts(), named, strict=True):
         text.set_parse_math(False)
         text.set_text(name)
-    figures.write_figure(path, figure)
-
-
-def _columns(points: Sequence[Point]) -> tuple[list[float], list[float]]:
-    return [x for x, _ in points], [y for _, y in points]
+    write_figure(path, figure)

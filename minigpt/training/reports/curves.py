@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,18 +60,13 @@ def find_run(spec: str | None, root: Path = ROOT) -> Path:
             raise CheckpointError(f"there is no run in {str(root)!r} yet. {MAKE_ONE}")
         return max(known, key=lambda folder: known[folder])
     for folder in (Path(spec), root / spec):
-        if _has_metrics(folder):
-            return folder
+        # A path that is too long or has a NUL cannot exist.
+        with suppress(OSError, ValueError):
+            if (folder / METRICS_FILE).is_file():
+                return folder
     names = sorted(folder.name for folder in known)
     advice = remedy(Path(spec).name, names)
     raise CheckpointError(f"there is no run with a {METRICS_FILE} at {spec[:120]!r}. {advice}")
-
-
-def _has_metrics(folder: Path) -> bool:
-    try:
-        return (folder / METRICS_FILE).is_file()
-    except (OSError, ValueError):  # not ours to read, a name too long, a NUL in it
-        return False
 
 
 def read_curves(run: Path) -> LossCurves:
@@ -86,21 +82,20 @@ def read_curves(run: Path) -> LossCurves:
     curves: dict[str, list[LossPoint]] = {name: [] for name in _LOSSES.values()}
     path = run / METRICS_FILE
     with resource_errors(path):
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    for number, line in enumerate(lines[:-1], start=1):
+        *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    for number, line in enumerate(lines, start=1):
         try:
             event = json.loads(line)
             name = _LOSSES.get(event["event"])
             if name is not None:
-                curves[name].append(_point(event, name, step_tokens))
+                point = _point(event, name, step_tokens)
+                if math.isfinite(point.loss) and math.isfinite(point.seconds):
+                    curves[name].append(point)
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             raise CheckpointError(
                 f"line {number} of {str(path)!r} is not a line of metrics. Delete it."
             ) from None
-    train, val = (
-        tuple(p for p in points if math.isfinite(p.loss) and math.isfinite(p.seconds))
-        for points in curves.values()
-    )
+    train, val = map(tuple, curves.values())
     return LossCurves(run, config.data.tokenizer if config else None, train, val)
 
 
