@@ -37,9 +37,9 @@ def weights(name: str) -> bytes:
     return Path("checkpoints", name, "step-000004/model.safetensors").read_bytes()
 
 
-def evaluations(name: str) -> list[dict[str, Any]]:
+def events(name: str, kind: str) -> list[dict[str, Any]]:
     lines = Path("checkpoints", name, "metrics.jsonl").read_text().splitlines()
-    return [event for event in map(json.loads, lines) if event["event"] == "eval"]
+    return [event for event in map(json.loads, lines) if event["event"] == kind]
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, n_steps: int) -> None:
@@ -83,7 +83,7 @@ def test_table_json_and_metrics_agree(run: Run) -> None:
         assert int(cache) == variant["cache_bytes_per_token"]
         assert [one["seed"] for one in variant["runs"]] == [1337, 1338, 1339]
         for one in variant["runs"]:
-            best = min(evaluations(one["name"]), key=lambda event: event["val_loss"])
+            best = min(events(one["name"], "eval"), key=lambda event: event["val_loss"])
             assert one["val_loss"] == best["val_loss"]
             assert one["bits_per_byte"] == best["bits_per_byte"]
             assert one["steps"] == 4
@@ -272,7 +272,9 @@ def test_a_budget_of_seconds_ends_every_run(run: Run) -> None:
     facts = json.loads(run("compare", *words, "--json").out)
     for variant in facts["variants"]:
         (one,) = variant["runs"]
-        assert 0.1 <= one["seconds"] < 1
+        *earlier, last = [event["elapsed_s"] for event in events(one["name"], "step")]
+        assert all(seconds < 0.1 for seconds in earlier), "no step begins after the budget"
+        assert one["seconds"] == last >= 0.1
         assert one["steps"] == pytest.approx(
             one["seconds"] * variant["train_tokens_per_s"] / (2 * 32)
         )

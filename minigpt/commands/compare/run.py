@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,18 +59,6 @@ _NOT_SETTINGS = {
     "model.attention": "compare takes it from --variants",
 }
 _MIN_EVALUATIONS = 10  # of a run with a known number of steps
-_UNKNOWN = "-"
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The runs of a comparison, and what they share."""
-
-    base: RunConfig
-    """Settings of the base model, which sets the parameter count."""
-    budget: Budget
-    runs: Sequence[ComparedRun]
-    data: PreparedData
 
 
 def run_comparison(config: ComparisonConfig, overrides: dict[str, Any], *, is_json: bool) -> None:
@@ -81,27 +69,46 @@ def run_comparison(config: ComparisonConfig, overrides: dict[str, Any], *, is_js
     """
     if config.out is not None:
         require_picture(config.out)
-    comparison = _planned(config, overrides)
-    signal_number = _train(comparison)
-    finished = [run for run in comparison.runs if _is_finished(run)]
+    base, budget, runs, data = _planned(config, overrides)
+    signal_number = _train(runs, data)
+    finished = [run for run in runs if _is_finished(run)]
     if finished:
         # After Ctrl-C, nothing more is measured.
-        speeds = {} if signal_number else _decoding_speeds(comparison, finished)
+        speeds = {} if signal_number else _decoding_speeds(finished, base, data)
         results = summarize(finished, speeds)
         if is_json:
-            write_json(_record(comparison, results, len(finished)))
+            facts: dict[str, Any] = {
+                "data": list(base.data.paths),
+                "tokenizer": base.data.tokenizer,
+                "preset": base.preset,
+                "budget": asdict(budget),
+                "n_parameters_wanted": parameter_count(base.model),
+                "spread": "sample standard deviation over the runs",
+                "is_complete": len(finished) == len(runs),
+                "variants": [asdict(result) for result in results],
+            }
+            write_json(facts)
         else:
-            show(_table(results))
+            rows = [[Text(word, "dim") for word in _HEAD]]
+            rows += [[Text(cell) for cell in _cells(result)] for result in results]
+            sides = ["left"] + ["right"] * (len(_HEAD) - 1)
+            show([Text(line, "dim") for line in _TITLE])
+            show(aligned(rows, sides, line_width()))
         if config.out is not None:
             _draw(config.out, finished, config.x)
     if signal_number:
-        note(f"{len(finished)} of {len(comparison.runs)} runs are finished. Resume with:")
+        note(f"{len(finished)} of {len(runs)} runs are finished. Resume with:")
         note(command_line(*sys.argv[1:]))
         raise typer.Exit(128 + signal_number)
 
 
-def _planned(config: ComparisonConfig, overrides: dict[str, Any]) -> Comparison:
-    """Read the text and plan the runs; existing runs must have the same settings."""
+def _planned(
+    config: ComparisonConfig, overrides: dict[str, Any]
+) -> tuple[RunConfig, Budget, list[ComparedRun], PreparedData]:
+    """Return the base model's settings, the budget of a run, the runs and the text.
+
+    Raises: ConfigError if a run exists with other settings.
+    """
     asked = flat(overrides)
     for setting, reason in _NOT_SETTINGS.items():
         if asked.get(setting) is not None:
@@ -123,7 +130,7 @@ def _planned(config: ComparisonConfig, overrides: dict[str, Any]) -> Comparison:
         checked_name(run.folder.path.name)
         require_memory(run.config, resolve_device(run.config.training.device))
         _require_same(run, data)
-    return Comparison(base, budget, runs, data)
+    return base, budget, runs, data
 
 
 def _evaluated_often(config: RunConfig) -> RunConfig:
@@ -165,20 +172,18 @@ def _is_finished(run: ComparedRun) -> bool:
     return progress(run.config.training, done.step, done.elapsed_s) >= 1
 
 
-def _train(comparison: Comparison) -> int:
+def _train(runs: Sequence[ComparedRun], data: PreparedData) -> int:
     """Train the runs that are not finished; return the number of a signal, 0 if none came."""
-    for number, run in enumerate(comparison.runs, start=1):
+    for number, run in enumerate(runs, start=1):
         with run.folder.lock():
             if _is_finished(run):
                 continue
             latest = run.folder.latest()
             command = _saved(run).command if latest else command_line(*sys.argv[1:])
             config = replace(run.config, command=command)
-            resume_from = latest.folder if latest else None
-            job = Job(config, comparison.data, run.folder, resume_from=resume_from)
-            place = f"{number} of {len(comparison.runs)}"
+            job = Job(config, data, run.folder, resume_from=latest.folder if latest else None)
             with TrainingDisplay() as display:
-                display.note(f"run {place}: {run.variant}, seed {run.seed}")
+                display.note(f"run {number} of {len(runs)}: {run.variant}, seed {run.seed}")
                 try:
                     _, signal_number = train_job(job, display)
                 except DivergedError as error:
@@ -192,29 +197,23 @@ def _train(comparison: Comparison) -> int:
     return 0
 
 
-def _decoding_speeds(comparison: Comparison, finished: Sequence[ComparedRun]) -> dict[str, float]:
+def _decoding_speeds(
+    finished: Sequence[ComparedRun], base: RunConfig, data: PreparedData
+) -> dict[str, float]:
     """Measure the latest checkpoint of the first finished run of each variant."""
     folders: dict[str, Path] = {}
     for run in finished:
         latest = run.folder.latest()
         assert latest is not None, "a finished run has a checkpoint"
         folders.setdefault(run.variant, latest.folder)
-    config = comparison.base
-    _, val_tokens = comparison.data.tokens.split(config.data.val_fraction)
-    n_prompt = min(len(val_tokens), config.model.context_length)
+    _, val_tokens = data.tokens.split(base.data.val_fraction)
+    n_prompt = min(len(val_tokens), base.model.context_length)
     prompt = val_tokens.windows(np.zeros(1, np.int64), n_prompt)[0].tolist()
-    return decoding_speeds(folders, prompt, resolve_device(config.training.device).type)
-
-
-def _table(results: Sequence[VariantResult]) -> Iterator[Text]:
-    for line in _TITLE:
-        yield Text(line, "dim")
-    rows = [[Text(word, "dim") for word in _HEAD]]
-    rows += [[Text(cell) for cell in _cells(result)] for result in results]
-    yield from aligned(rows, ["left"] + ["right"] * (len(_HEAD) - 1), line_width())
+    return decoding_speeds(folders, prompt, resolve_device(base.training.device).type)
 
 
 def _cells(result: VariantResult) -> Iterator[str]:
+    """Yield the cells of a row of the table."""
     spread, decode = result.val_loss_spread, result.decode_tokens_per_s
     yield result.variant
     yield short(result.n_parameters)
@@ -222,32 +221,14 @@ def _cells(result: VariantResult) -> Iterator[str]:
     yield f"{result.val_loss:.4f}" + ("" if spread is None else f" ± {spread:.4f}")
     yield f"{result.bits_per_byte:.4f}"
     yield short(result.train_tokens_per_s)
-    yield _UNKNOWN if decode is None else short(decode)
+    yield "-" if decode is None else short(decode)
     yield f"{result.cache_bytes_per_token:,}"
-
-
-def _record(
-    comparison: Comparison, results: Sequence[VariantResult], n_finished: int
-) -> dict[str, Any]:
-    """Return the comparison and its results, for JSON."""
-    config = comparison.base
-    return {
-        "data": list(config.data.paths),
-        "tokenizer": config.data.tokenizer,
-        "preset": config.preset,
-        "budget": asdict(comparison.budget),
-        "n_parameters_wanted": parameter_count(config.model),
-        "spread": "sample standard deviation over the runs",
-        "is_complete": n_finished == len(comparison.runs),
-        "variants": [asdict(result) for result in results],
-    }
 
 
 def _draw(out: Path, finished: Sequence[ComparedRun], x_axis: str) -> None:
     groups: dict[str, list[LossCurves]] = {}
     for run in finished:
         groups.setdefault(run.variant, []).append(read_curves(run.folder.path))
-    curves = validation_curves(groups, x_axis)
     label = "validation loss, nats/token (a line for each run)"
-    write_picture(out, curves, x_unit=x_axis, y_label=label)
+    write_picture(out, validation_curves(groups, x_axis), x_unit=x_axis, y_label=label)
     note(f"wrote {out}")
