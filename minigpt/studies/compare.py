@@ -8,6 +8,8 @@ import time
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +34,8 @@ _DECODED_TOKENS = 128
 _DECODING_ROUNDS = 5
 
 
-@dataclass(frozen=True)
-class Variant:
-    """Changes that turn the base model into a variant."""
-
-    settings: Mapping[str, Any]
-    """Fields of ModelConfig that replace those of the base model."""
-    width: str
-    """Field of ModelConfig that is chosen to match the parameter count."""
-
-
+VARIANTS = (*ATTENTIONS, *list(ARCHS)[1:])
+"""Names of the variants: every attention score, and the recurrent architectures."""
 _RECURRENT_SHAPE = {
     "attention": "",
     "family": "llama",
@@ -55,11 +49,6 @@ _RECURRENT_SHAPE = {
     "mlp_bias": False,
     "model_type": "",
 }
-VARIANTS: Mapping[str, Variant] = {
-    **{name: Variant({"attention": name, "model_type": ""}, "d_mlp") for name in ATTENTIONS},
-    **{name: Variant({"arch": name, **_RECURRENT_SHAPE}, "d_model") for name in list(ARCHS)[1:]},
-}
-"""Variants by name: every attention score, and the recurrent architectures."""
 
 
 @dataclass(frozen=True)
@@ -162,8 +151,7 @@ def parse_budget(text: str, config: RunConfig) -> Budget:
         amount = float(number)
     except ValueError:
         amount = 0.0
-    is_valid = 0 < amount < float("inf") and (kind != "steps" or amount.is_integer())
-    if not is_valid:
+    if not 0 < amount < float("inf") or (kind == "steps" and not amount.is_integer()):
         what = "a whole number" if kind == "steps" else "a number"
         raise ConfigError(f"--budget {kind} takes {what} above 0: it is {number!r}.")
     return Budget(kind, amount)
@@ -181,8 +169,7 @@ def with_budget(config: RunConfig, budget: Budget) -> RunConfig:
         limits["max_steps"] = int(budget.amount)
     else:
         # Every step costs at least as much as the first, whose sequences are short.
-        most = int(budget.amount / flops_of_steps(config, 1, 1)) + 1
-        n_steps = range(1, most + 1)
+        n_steps = range(1, int(budget.amount / flops_of_steps(config, 1, 1)) + 2)
         fitting = bisect_right(n_steps, budget.amount, key=lambda n: flops_of_steps(config, n, n))
         limits["max_steps"] = max(1, fitting)
     return replace(config, training=replace(config.training, **limits))
@@ -193,12 +180,15 @@ def matched(base: ModelConfig, name: str) -> ModelConfig:
 
     Raises: ConfigError if no width comes close enough.
     """
-    variant, target = VARIANTS[name], parameter_count(base)
+    target = parameter_count(base)
+    field, own = ("d_mlp", base.d_mlp) if name in ATTENTIONS else ("d_model", base.d_model)
+    settings: dict[str, Any] = {"arch": name, **_RECURRENT_SHAPE}
+    if name in ATTENTIONS:
+        settings = {"attention": name, "model_type": ""}
 
     def with_width(width: int) -> ModelConfig:
-        return replace(base, **(dict(variant.settings) | {variant.width: width}))
+        return replace(base, **(settings | {field: width}))
 
-    own: int = getattr(base, variant.width)
     closest = with_width(own)
     if parameter_count(closest) == target:
         return closest
@@ -208,7 +198,7 @@ def matched(base: ModelConfig, name: str) -> ModelConfig:
         if abs(parameter_count(closest) - target) <= tolerance * target:
             return closest
     raise ConfigError(
-        f"no {variant.width} gives the variant {name} {target:,} parameters within "
+        f"no {field} gives the variant {name} {target:,} parameters within "
         f"{TOLERANCE:.0%}: the closest is {parameter_count(closest):,}. Compare a larger model, or "
         "leave the variant out."
     )
@@ -285,17 +275,16 @@ def decoding_speeds(
 
     Args: models, folders by name; prompt, at least one token, cut to leave room in the context.
     """
-    decoders, sampling = {}, {}
+    decodings = {}
     for name, folder in models.items():
         model = load(folder, device=device).model
         n_new = max(1, min(_DECODED_TOKENS, model.config.context_length // 2))
         room = max(1, model.config.context_length - n_new)
-        decoders[name] = Decoder(model, prompt[:room], max_new_tokens=n_new)
-        sampling[name] = SamplingConfig(max_new_tokens=n_new)
-    speeds: dict[str, list[float]] = {name: [] for name in decoders}
-    for _ in range(_DECODING_ROUNDS):
-        for name, decoder in decoders.items():
-            started = time.perf_counter()
-            n_tokens = sum(1 for _ in decoder.generate(sampling[name], seed=0))
-            speeds[name].append(n_tokens / (time.perf_counter() - started))
+        decoder = Decoder(model, prompt[:room], max_new_tokens=n_new)
+        decodings[name] = partial(decoder.generate, SamplingConfig(max_new_tokens=n_new), seed=0)
+    speeds: dict[str, list[float]] = {name: [] for name in decodings}
+    for _, (name, decoding) in product(range(_DECODING_ROUNDS), decodings.items()):
+        started = time.perf_counter()
+        n_tokens = sum(1 for _ in decoding())
+        speeds[name].append(n_tokens / (time.perf_counter() - started))
     return {name: statistics.median(found) for name, found in speeds.items()}

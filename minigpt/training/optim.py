@@ -1,7 +1,7 @@
 """The optimizers: Muon on the matrices, AdamW on everything else."""
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -137,3 +137,10 @@ def make_optimizers(
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
+
+
+def scale_learning_rates(optimizers: Iterable[Optimizer], scale: float) -> None:
+    """Set the learning rate of each parameter group to a fraction of its peak."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * scale

@@ -25,7 +25,7 @@ from minigpt.rings import has_ring, ring
 from minigpt.text.batches import batch, require_length, validation_windows
 from minigpt.text.shards import PreparedData
 from minigpt.training.events import EvalEvent, Event, SampleEvent, SaveEvent, SkipEvent, StepEvent
-from minigpt.training.optim import make_optimizers
+from minigpt.training.optim import make_optimizers, scale_learning_rates
 from minigpt.training.schedule import lr_scale, progress, with_max_steps
 from minigpt.training.state import (
     TrainingState,
@@ -194,9 +194,7 @@ class Trainer:
         config = self.config.training
         started = time.perf_counter()
         scale = lr_scale(config, self.progress)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * scale
+        scale_learning_rates(self.optimizers, scale)
         if self.config.model.dropout:
             # Dropout masks are a pure function of seed, step and rank, so that resume is exact.
             torch.manual_seed(config.seed + 1_000_003 * (self.step + 1) + self.world.rank)

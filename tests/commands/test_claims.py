@@ -1,23 +1,23 @@
 """minigpt claims: each claim as text, JSON and a picture."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 from calls import Run, error_line
 
-from minigpt.studies.claims import study
-from minigpt.studies.claims.learning import Curriculum
+from minigpt.studies.claims import learning
 
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make --quick quicker: these tests check the format of the output, not its numbers."""
-    size = replace(
-        study.QUICK,
-        curriculum=Curriculum(n_steps=2, batch_tokens=64, stages=(8,), d_model=16),
+    size = learning.Size(
+        n_steps=2,
+        batch_tokens=64,
+        stages=(8,),
+        d_model=16,
         distances=(8, 12),
         n_sequences=2,
         lengths=(8, 16),
@@ -25,7 +25,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
         n_repeats=1,
         timed_d_model=16,
     )
-    monkeypatch.setattr(study, "QUICK", size)
+    monkeypatch.setattr(learning, "QUICK", size)
 
 
 def test_each_claim_shows_a_table_a_judgement_and_reasons(run: Run) -> None:

@@ -10,15 +10,11 @@ import torch
 
 from minigpt.model.cost import parameter_count
 from minigpt.model.registry import model_class
+from minigpt.studies.claims import explainable
 from minigpt.studies.claims.explainable import answer
-from minigpt.studies.claims.learning import (
-    Curriculum,
-    Progress,
-    equal_size_config,
-    train_on_task,
-)
+from minigpt.studies.claims.learning import Progress, Size, equal_size_config, train_on_task
 from minigpt.studies.claims.long_range import accuracy
-from minigpt.studies.claims.study import QUICK, Finding, Study
+from minigpt.studies.claims.study import Finding, Study
 from minigpt.studies.claims.tasks import FIRST_KEY, FIRST_VALUE, N_VALUES, RECALL, VOCAB_SIZE
 
 CPU = torch.device("cpu")
@@ -43,18 +39,29 @@ def test_compared_models_are_of_equal_size(arch: str, d_model: int) -> None:
     assert abs(found / wanted - 1) < 0.03
 
 
-CURRICULUM = Curriculum(n_steps=4, batch_tokens=64, stages=(8, 16), d_model=16)
+TINY = Size(
+    n_steps=4,
+    batch_tokens=64,
+    stages=(8, 16),
+    d_model=16,
+    distances=(8, 16),
+    n_sequences=5,
+    lengths=(8, 16),
+    step_tokens=32,
+    n_repeats=1,
+    timed_d_model=16,
+)
 
 
 def test_training_with_one_seed_is_deterministic_and_reports_rising_progress() -> None:
     config = equal_size_config("lstm", 16, context_length=128)
     first, second = (
-        finished(train_on_task(config, RECALL, CURRICULUM, seed=3, device=CPU)).state_dict()
+        finished(train_on_task(config, RECALL, TINY, seed=3, device=CPU)).state_dict()
         for _ in range(2)
     )
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name])
-    shares = [one.share for one in train_on_task(config, RECALL, CURRICULUM, seed=3, device=CPU)]
+    shares = [one.share for one in train_on_task(config, RECALL, TINY, seed=3, device=CPU)]
     assert shares == sorted(shares)
     assert shares[0] == 0
 
@@ -108,17 +115,7 @@ def test_hiding_a_position_equals_a_forward_pass_that_masks_it(arch: str) -> Non
 
 
 def test_a_study_measures_and_judges_each_claim() -> None:
-    size = replace(
-        QUICK,
-        curriculum=CURRICULUM,
-        distances=(8, 16),
-        n_sequences=5,
-        lengths=(8, 16),
-        step_tokens=32,
-        n_repeats=1,
-        timed_d_model=16,
-    )
-    study = Study(size, seeds=(0, 1), device=CPU)
+    study = Study(TINY, seeds=(0, 1), device=CPU)
     findings = {}
     for claim in ("long-range", "explainable", "parallel"):
         *progress, finding = study.measure(claim)
@@ -134,13 +131,24 @@ def test_a_study_measures_and_judges_each_claim() -> None:
         assert math.isclose(timing.tokens_per_s * timing.step_ms / 1000, 32)
 
 
+def test_chance_is_averaged_over_answers_and_not_over_batches(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(explainable, "_BATCH_TOKENS", 300)  # one batch at 8, two at 64
+    size = replace(TINY, distances=(8, 64), n_sequences=3)
+    *_, finding = Study(size, seeds=(0,), device=CPU).measure("explainable")
+    assert isinstance(finding, Finding)
+    # A recall of distance d has d + 4 positions before its query, which sees itself too.
+    assert finding.measured[0].chance == pytest.approx((1 / 13 + 1 / 69) / 2)
+
+
 @pytest.mark.slow  # two models train for some seconds each
 def test_an_lstm_recalls_worse_than_a_transformer_of_equal_size() -> None:
-    curriculum = Curriculum(n_steps=220, batch_tokens=640, stages=(16,), d_model=64)
+    size = Size(n_steps=220, batch_tokens=640, stages=(16,), d_model=64)
     right = {}
     for arch in ("lstm", "gpt"):
-        config = equal_size_config(arch, curriculum.d_model, context_length=128)
-        model = finished(train_on_task(config, RECALL, curriculum, seed=0, device=CPU))
+        config = equal_size_config(arch, size.d_model, context_length=128)
+        model = finished(train_on_task(config, RECALL, size, seed=0, device=CPU))
         right[arch] = [
             accuracy(model, RECALL, distance, n_sequences=200, seed=0)[0]
             for distance in (8, 12, 16)

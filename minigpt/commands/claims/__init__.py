@@ -45,13 +45,12 @@ def claims(
     if out is not None:
         prepare_folder(out)
     from minigpt.model.device import resolve_device
-    from minigpt.studies.claims.learning import Progress
-    from minigpt.studies.claims.study import DEFAULT, QUICK, Study
+    from minigpt.studies.claims.learning import QUICK, Progress, Size
+    from minigpt.studies.claims.study import Study
 
     use_threads(source.threads)
-    study = Study(
-        QUICK if quick else DEFAULT, seeds=range(seeds), device=resolve_device(source.device)
-    )
+    size = QUICK if quick else Size()
+    study = Study(size, seeds=range(seeds), device=resolve_device(source.device))
     findings = []
     for claim in wanted:
         with ProgressLine(claim) as line:

@@ -9,6 +9,7 @@ Shapes: B sequences, N heads of all layers, S positions in view.
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ POINTED = 0.8
 MATTERED = 1.0
 """Smallest fall of ln p beyond the control's that counts: the answer is e times less probable."""
 _ARCHS = ("lstm-attention", "gpt")
-_TOKENS_AT_ONCE = 2**13
+_BATCH_TOKENS = 2**13
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +61,7 @@ class Explanation:
     """Mean change when the most attended position of the mean head is hidden."""
 
 
-@dataclass(frozen=True)
-class Answers:
+class Answers(NamedTuple):
     """Measurements of some answers, one row per answer."""
 
     hits_BN: Tensor
@@ -69,9 +69,10 @@ class Answers:
     log_p_B4: Tensor
     """ln p of the right answer: with everything in view, then without the source, the control and
     the most attended position."""
-    right_B2: Tensor
-    """Whether the most probable answer was right: with everything in view, without the source."""
-    n_in_view: int
+    right_B4: Tensor
+    """Whether the most probable answer was right, in the same four cases."""
+    chance_B: Tensor
+    """Share of the positions in view that one position is."""
 
 
 class _LastRows:
@@ -97,13 +98,11 @@ def measure(study: Study) -> Generator[Progress, None, tuple[Explanation, ...]]:
 
 def _explain(model: LanguageModel, study: Study, seed: int) -> Explanation:
     """Measure a model's answers; the best head is chosen on as many other sequences."""
-    held_out = _ask(model, study, torch.Generator().manual_seed(TEST_SEED + 2 * seed + 1))
-    best = int(_joined(held_out, "hits_BN")[:, :-1].mean(dim=0).argmax())
-    answers = _ask(model, study, torch.Generator().manual_seed(TEST_SEED + 2 * seed))
-    hits = _joined(answers, "hits_BN").mean(dim=0)
-    log_p = _joined(answers, "log_p_B4")
+    held_out, answers = (_ask(model, study, 2 * seed + part) for part in (1, 0))
+    best = int(held_out.hits_BN[:, :-1].mean(dim=0).argmax())
+    hits, right = answers.hits_BN.mean(dim=0), answers.right_B4.mean(dim=0)
+    log_p = answers.log_p_B4
     changes = (log_p[:, 1:] - log_p[:, :1]).mean(dim=0)
-    right = _joined(answers, "right_B2").mean(dim=0)
     best_layer, best_head = divmod(best, model.config.n_head)
     return Explanation(
         arch=model.config.arch,
@@ -114,7 +113,7 @@ def _explain(model: LanguageModel, study: Study, seed: int) -> Explanation:
         best_head=best_head,
         best_head_share=float(hits[best]),
         mean_share=float(hits[-1]),
-        chance=sum(1 / one.n_in_view for one in answers) / len(answers),
+        chance=float(answers.chance_B.mean()),
         source_change=float(changes[0]),
         control_change=float(changes[1]),
         source_mattered_share=float((log_p[:, 1] < log_p[:, 2]).float().mean()),
@@ -123,19 +122,15 @@ def _explain(model: LanguageModel, study: Study, seed: int) -> Explanation:
     )
 
 
-def _joined(answers: Sequence[Answers], name: str) -> Tensor:
-    return torch.cat([getattr(one, name) for one in answers]).float()
-
-
-def _ask(model: LanguageModel, study: Study, generator: torch.Generator) -> list[Answers]:
-    answers = []
-    for distance in study.size.distances:
-        n_at_once = max(1, _TOKENS_AT_ONCE // (distance + 2 * RECALL.n_asked))
-        for first in range(0, study.size.n_sequences, n_at_once):
-            n_batch = min(n_at_once, study.size.n_sequences - first)
-            batch = RECALL.draw(torch.full((n_batch,), distance), generator)
-            answers.append(answer(model, batch))
-    return answers
+def _ask(model: LanguageModel, study: Study, seed: int) -> Answers:
+    """Measure the answers to as many test sequences of each distance."""
+    generator, n_sequences = torch.Generator().manual_seed(TEST_SEED + seed), study.size.n_sequences
+    answers = [
+        answer(model, batch)
+        for distance in study.size.distances
+        for batch in RECALL.batches(distance, n_sequences, generator, batch_tokens=_BATCH_TOKENS)
+    ]
+    return Answers(*(torch.cat(parts).float() for parts in zip(*answers, strict=True)))
 
 
 @torch.inference_mode()
@@ -154,27 +149,23 @@ def answer(model: LanguageModel, batch: TaskBatch) -> Answers:
     rows = _LastRows()
     all_visible = torch.ones(n_batch, n_view, dtype=torch.bool, device=model.device)
 
-    def log_p_without(position_B: Tensor | None) -> tuple[Tensor, Tensor]:
-        visible_BS = all_visible
-        if position_B is not None:
-            visible_BS = visible_BS.scatter(1, position_B[:, None].to(model.device), False)
-        recorder = rows if position_B is None else None
+    def answer_without(*hidden_B: Tensor) -> tuple[Tensor, Tensor]:
+        visible_BS = all_visible.clone()
+        for position_B in hidden_B:
+            visible_BS.scatter_(1, position_B[:, None].to(model.device), False)
         cache.truncate(n_view - 1)
-        logits = model(tokens_BT[:, -1:], cache, recorder, visible_BS=visible_BS)[:, -1].float()
+        logits = model(tokens_BT[:, -1:], cache, rows, visible_BS=visible_BS)[:, -1].float()
         log_p = logits.log_softmax(dim=-1).gather(1, target_B[:, None])[:, 0]
-        return log_p, logits.argmax(dim=-1) == target_B
+        return log_p.cpu(), (logits.argmax(dim=-1) == target_B).cpu()
 
-    in_full = log_p_without(None)
+    results = [answer_without()]
     mean_B1S = rows.weights_BNS.mean(dim=1, keepdim=True)
     attended_BN = torch.cat((rows.weights_BNS, mean_B1S), dim=1).argmax(-1)
-    no_source = log_p_without(batch.source_B)
-    others = [log_p_without(position_B) for position_B in (batch.other_B, attended_BN[:, -1])]
-    return Answers(
-        hits_BN=(attended_BN.cpu() == batch.source_B[:, None]),
-        log_p_B4=torch.stack([log_p for log_p, _ in (in_full, no_source, *others)], dim=1).cpu(),
-        right_B2=torch.stack((in_full[1], no_source[1]), dim=1).cpu(),
-        n_in_view=n_view,
-    )
+    for position_B in (batch.source_B, batch.other_B, attended_BN[:, -1]):
+        results.append(answer_without(position_B))
+    log_p_B4, right_B4 = (torch.stack(column, dim=1) for column in zip(*results, strict=True))
+    hits_BN = attended_BN.cpu() == batch.source_B[:, None]
+    return Answers(hits_BN, log_p_B4, right_B4, torch.full((n_batch,), 1 / n_view))
 
 
 def judge(explanations: Sequence[Explanation]) -> Judgement:

@@ -15,7 +15,7 @@ from minigpt.model.language_model import LanguageModel
 from minigpt.model.registry import model_class
 from minigpt.studies.claims.tasks import VOCAB_SIZE, Task
 from minigpt.studies.matching import closest_in_size
-from minigpt.training.optim import make_optimizers
+from minigpt.training.optim import make_optimizers, scale_learning_rates
 from minigpt.training.schedule import lr_scale
 
 _REPORT_EVERY = 10  # reading the loss waits for the device
@@ -41,18 +41,45 @@ class Progress:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Curriculum:
-    """Length of the training on a task, and the order of its distances."""
+class Size:
+    """How large the models are, how long they train, and how much is measured."""
 
-    n_steps: int
+    n_steps: int = 700
     """Optimizer steps; three times as many for an LSTM, whose step takes a third of the time."""
-    batch_tokens: int
+    batch_tokens: int = 1280
     """Approximate tokens in a step; longer sequences come in smaller batches."""
-    stages: tuple[int, ...]
-    """Largest distance of each stage, ascending. A step draws one of the stages reached so far,
-    and each of its sequences a distance up to that stage's."""
-    d_model: int
+    stages: tuple[int, ...] = (12, 24, 48, 128, 512)
+    """Largest distance of each stage of training, ascending. A step draws one of the stages
+    reached so far, and each of its sequences a distance up to that stage's."""
+    d_model: int = 64
     """Width of the Transformer; the other models get the width that makes them as large."""
+    distances: tuple[int, ...] = (8, 16, 32, 64, 128, 256, 512)
+    """Distances at which models are tested, ascending."""
+    n_sequences: int = 200
+    """Test sequences at each distance."""
+    lengths: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048)
+    """Sequence lengths at which training is timed, ascending."""
+    step_tokens: int = 4096
+    """Tokens in a timed step."""
+    n_repeats: int = 5
+    """Timed steps of each architecture and length."""
+    timed_d_model: int = 128
+    """Width of the Transformer whose training is timed."""
+
+
+QUICK = Size(
+    n_steps=150,
+    batch_tokens=640,
+    stages=(16, 64),
+    d_model=48,
+    distances=(8, 16, 32, 64),
+    n_sequences=50,
+    lengths=(64, 256, 1024),
+    step_tokens=1024,
+    n_repeats=3,
+    timed_d_model=64,
+)
+"""Size of a study that takes about a minute."""
 
 
 def equal_size_config(
@@ -80,11 +107,11 @@ def equal_size_config(
 
 
 def train_on_task(
-    config: ModelConfig, task: Task, curriculum: Curriculum, *, seed: int, device: torch.device
+    config: ModelConfig, task: Task, size: Size, *, seed: int, device: torch.device
 ) -> Generator[Progress, None, LanguageModel]:
     """Train a new model on a task; yield the progress and return the model.
 
-    The stages of the curriculum are added one by one in the first half of the steps.
+    The stages are added one by one in the first half of the steps.
 
     Raises: DivergedError on a NaN or infinite loss.
     """
@@ -92,16 +119,14 @@ def train_on_task(
     model = model_class(config)(config)
     model.init_weights(generator)
     model.to(device)
-    n_steps = _STEPS_FACTOR[config.arch] * curriculum.n_steps
+    n_steps = _STEPS_FACTOR[config.arch] * size.n_steps
     training = TrainingConfig(max_steps=n_steps, seed=seed)
     optimizers = make_optimizers(model, training, torch.float32)
     label = f"{config.arch} learns {task.name}"
     for step in range(n_steps):
         share = step / n_steps
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * lr_scale(training, share)
-        loss = _loss(model, task, curriculum, share, generator)
+        scale_learning_rates(optimizers, lr_scale(training, share))
+        loss = _loss(model, task, size, share, generator)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), training.grad_clip)
         for optimizer in optimizers:
@@ -116,13 +141,12 @@ def train_on_task(
 
 
 def _loss(
-    model: LanguageModel, task: Task, curriculum: Curriculum, share: float, rng: torch.Generator
+    model: LanguageModel, task: Task, size: Size, share: float, rng: torch.Generator
 ) -> torch.Tensor:
     """Return the loss of a fresh batch, drawn for this share of the training."""
-    stages = curriculum.stages
-    n_reached = min(len(stages), 1 + int(2 * share * len(stages)))
-    longest = stages[int(torch.randint(n_reached, (), generator=rng))]
-    n_batch = max(_MIN_BATCH_SIZE, curriculum.batch_tokens // (longest + 2 * task.n_asked))
+    n_reached = min(len(size.stages), 1 + int(2 * share * len(size.stages)))
+    longest = size.stages[int(torch.randint(n_reached, (), generator=rng))]
+    n_batch = max(_MIN_BATCH_SIZE, size.batch_tokens // (longest + 2 * task.n_asked))
     distance_B = torch.randint(task.least_distance, longest + 1, (n_batch,), generator=rng)
     batch = task.draw(distance_B, rng)
     logits = model(batch.tokens_BT.to(model.device), logits_to_keep=task.n_asked)

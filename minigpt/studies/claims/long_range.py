@@ -20,7 +20,7 @@ TEST_SEED = 2**31
 """Seed offset of test sequences; training seeds are smaller. (A CPU generator uses only the lowest
 32 bits of its seed.)"""
 _ARCHS = ("lstm", "lstm-attention", "gpt")
-_TOKENS_AT_ONCE = 2**14
+_BATCH_TOKENS = 2**14
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +46,8 @@ def measure(study: Study) -> Generator[Progress, None, tuple[AccuracyCurve, ...]
     curves = []
     for task, arch, seed in product(TASKS.values(), _ARCHS, study.seeds):
         model, train_s = yield from study.trained(arch, task, seed)
-        found = [
-            accuracy(model, task, distance, n_sequences=study.size.n_sequences, seed=seed)
-            for distance in study.size.distances
-        ]
+        distances, n_sequences = study.size.distances, study.size.n_sequences
+        found = (accuracy(model, task, d, n_sequences=n_sequences, seed=seed) for d in distances)
         shares, n_answers = zip(*found, strict=True)
         curves.append(
             AccuracyCurve(
@@ -57,7 +55,7 @@ def measure(study: Study) -> Generator[Progress, None, tuple[AccuracyCurve, ...]
                 arch=arch,
                 seed=seed,
                 n_parameters=parameter_count(model.config),
-                distances=study.size.distances,
+                distances=distances,
                 accuracy=shares,
                 n_answers=n_answers,
                 train_s=train_s,
@@ -75,11 +73,8 @@ def accuracy(
     The answer is the most probable token. In a copy, the symbols before it are given correctly.
     """
     generator = torch.Generator().manual_seed(TEST_SEED + seed)
-    n_at_once = max(1, _TOKENS_AT_ONCE // (distance + 2 * task.n_asked))
     n_right = n_answers = 0
-    for first in range(0, n_sequences, n_at_once):
-        n_batch = min(n_at_once, n_sequences - first)
-        batch = task.draw(torch.full((n_batch,), distance), generator)
+    for batch in task.batches(distance, n_sequences, generator, batch_tokens=_BATCH_TOKENS):
         logits = model(batch.tokens_BT.to(model.device), logits_to_keep=task.n_asked)
         answers = logits.argmax(dim=-1).cpu()[:, : task.n_exact]
         targets = batch.targets_BT[:, -task.n_asked :][:, : task.n_exact]

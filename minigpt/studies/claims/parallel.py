@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -13,8 +13,8 @@ from minigpt.format import with_unit
 from minigpt.model.cost import parameter_count
 from minigpt.model.language_model import LanguageModel
 from minigpt.model.registry import model_class
-from minigpt.studies.claims.learning import Progress, equal_size_config
-from minigpt.studies.claims.study import Judgement, Panel, Size, Study, percent
+from minigpt.studies.claims.learning import Progress, Size, equal_size_config
+from minigpt.studies.claims.study import Judgement, Panel, Study, percent
 
 FASTER = 2.0
 """Smallest ratio of two speeds that counts as faster."""
@@ -52,22 +52,20 @@ def _measure_on(device: torch.device, size: Size) -> Generator[Progress, None, t
 
     Lengths and architectures alternate, so that other load on the machine affects all of them.
     """
-    steps: dict[tuple[str, int], Callable[[], float]] = {}
-    n_parameters = {}
+    models: dict[str, LanguageModel] = {}
     for arch in _ARCHS:
         config = equal_size_config(
             arch, size.timed_d_model, context_length=max(size.lengths), vocab_size=_VOCAB_SIZE
         )
-        n_parameters[arch] = parameter_count(config)
-        model = model_class(config)(config).to(device)
-        for length in size.lengths:
-            steps[arch, length] = _timed_step(model, max(1, size.step_tokens // length), length)
-    seconds: dict[tuple[str, int], list[float]] = {key: [] for key in steps}
+        models[arch] = model_class(config)(config).to(device)
+    seconds: dict[tuple[str, int], list[float]] = {k: [] for k in product(_ARCHS, size.lengths)}
     n_rounds = size.n_repeats + 1  # the first round warms up
-    for repeat, (key, step_s) in product(range(n_rounds), steps.items()):
-        facts = key[0], f"{key[1]} tokens"
-        yield Progress(f"steps on {device.type}", repeat / n_rounds, facts)
-        seconds[key].append(step_s())
+    for repeat, (arch, length) in product(range(n_rounds), seconds):
+        yield Progress(f"steps on {device.type}", repeat / n_rounds, (arch, f"{length} tokens"))
+        shape = max(1, size.step_tokens // length), length
+        generator = torch.Generator().manual_seed(length)
+        tokens = torch.randint(_VOCAB_SIZE, shape, generator=generator).to(device)
+        seconds[arch, length].append(_step_s(models[arch], tokens))
     timings = []
     for (arch, length), found in seconds.items():
         batch_size = max(1, size.step_tokens // length)
@@ -76,7 +74,7 @@ def _measure_on(device: torch.device, size: Size) -> Generator[Progress, None, t
             Timing(
                 arch=arch,
                 device=device.type,
-                n_parameters=n_parameters[arch],
+                n_parameters=parameter_count(models[arch].config),
                 length=length,
                 batch_size=batch_size,
                 step_ms=1000 * median_s,
@@ -86,22 +84,15 @@ def _measure_on(device: torch.device, size: Size) -> Generator[Progress, None, t
     return tuple(timings)
 
 
-def _timed_step(model: LanguageModel, batch_size: int, length: int) -> Callable[[], float]:
-    """Return a function that takes one forward and backward pass and returns its seconds."""
-    device = model.device
-    generator = torch.Generator().manual_seed(length)
-    tokens = torch.randint(_VOCAB_SIZE, (batch_size, length), generator=generator).to(device)
-
-    def step_s() -> float:
-        _wait(device)
-        started_at = time.perf_counter()
-        F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()).backward()
-        _wait(device)
-        elapsed_s = time.perf_counter() - started_at
-        model.zero_grad()
-        return elapsed_s
-
-    return step_s
+def _step_s(model: LanguageModel, tokens: torch.Tensor) -> float:
+    """Take a forward and backward pass and return its seconds."""
+    _wait(model.device)
+    started_at = time.perf_counter()
+    F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()).backward()
+    _wait(model.device)
+    elapsed_s = time.perf_counter() - started_at
+    model.zero_grad()
+    return elapsed_s
 
 
 def _wait(device: torch.device) -> None:

@@ -9,58 +9,11 @@ from typing import Any, Literal
 import torch
 
 from minigpt.model.language_model import LanguageModel
-from minigpt.studies.claims.learning import (
-    Curriculum,
-    Progress,
-    equal_size_config,
-    train_on_task,
-)
+from minigpt.studies.claims.learning import Progress, Size, equal_size_config, train_on_task
 from minigpt.studies.claims.tasks import MOST_ASKED, Task
 
 LEARNED = 0.9
 """Share of right answers at which a task counts as learned."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Size:
-    """How large the models are, and how much is measured."""
-
-    curriculum: Curriculum
-    """Training of each model on each task."""
-    distances: tuple[int, ...]
-    """Distances at which models are tested, ascending."""
-    n_sequences: int
-    """Test sequences at each distance."""
-    lengths: tuple[int, ...]
-    """Sequence lengths at which training is timed, ascending."""
-    step_tokens: int
-    """Tokens in a timed step."""
-    n_repeats: int
-    """Timed steps of each architecture and length."""
-    timed_d_model: int
-    """Width of the Transformer whose training is timed."""
-
-
-DEFAULT = Size(
-    curriculum=Curriculum(
-        n_steps=700, batch_tokens=1280, stages=(12, 24, 48, 128, 512), d_model=64
-    ),
-    distances=(8, 16, 32, 64, 128, 256, 512),
-    n_sequences=200,
-    lengths=(64, 128, 256, 512, 1024, 2048),
-    step_tokens=4096,
-    n_repeats=5,
-    timed_d_model=128,
-)
-QUICK = Size(
-    curriculum=Curriculum(n_steps=150, batch_tokens=640, stages=(16, 64), d_model=48),
-    distances=(8, 16, 32, 64),
-    n_sequences=50,
-    lengths=(64, 256, 1024),
-    step_tokens=1024,
-    n_repeats=3,
-    timed_d_model=64,
-)
 
 
 Outcome = Literal["borne out", "borne out in part", "not borne out"]
@@ -136,13 +89,11 @@ class Study:
         """Return a model trained on a task, and the seconds that its training took."""
         key = arch, task.name, seed
         if key not in self._trained:
-            curriculum = self.size.curriculum
-            context_length = max(*self.size.distances, *curriculum.stages) + 2 * MOST_ASKED
-            config = equal_size_config(arch, curriculum.d_model, context_length=context_length)
+            size = self.size
+            context_length = max(*size.distances, *size.stages) + 2 * MOST_ASKED
+            config = equal_size_config(arch, size.d_model, context_length=context_length)
             started_at = time.monotonic()
-            model = yield from train_on_task(
-                config, task, curriculum, seed=seed, device=self.device
-            )
+            model = yield from train_on_task(config, task, size, seed=seed, device=self.device)
             self._trained[key] = model, time.monotonic() - started_at
         return self._trained[key]
 

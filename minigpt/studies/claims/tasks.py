@@ -8,7 +8,7 @@ sequence does not tell where its source is.
 Shapes: B sequences, T positions, N items to remember.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -65,6 +65,15 @@ class Task:
     """Accuracy of guessing among all possible answers."""
     informed_chance: float
     """Accuracy of guessing among the answers that occur in the sequence."""
+
+    def batches(
+        self, distance: int, n_sequences: int, generator: torch.Generator, *, batch_tokens: int
+    ) -> Iterator[TaskBatch]:
+        """Draw sequences of one distance, in batches of about ``batch_tokens`` tokens."""
+        n_at_once = max(1, batch_tokens // (distance + 2 * self.n_asked))
+        for first in range(0, n_sequences, n_at_once):
+            n_batch = min(n_at_once, n_sequences - first)
+            yield self.draw(torch.full((n_batch,), distance), generator)
 
 
 def recall(distance_B: Tensor, generator: torch.Generator) -> TaskBatch:
