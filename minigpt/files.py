@@ -35,31 +35,34 @@ _REMEDIES = {
     errno.ENOTDIR: _NAME,
     errno.ENAMETOOLONG: _NAME,
     errno.EIO: "the disk may be failing: ",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.ENOMEM: "free some memory",
 }
 
 
 @contextmanager
-def resource_errors(path: Path, remedy: str = "") -> Iterator[None]:
-    """Turn errors of disk space, permissions and names into ResourceError.
+def resource_errors(path: Path | None, remedy: str = "") -> Iterator[None]:
+    """Turn errors of disk space, memory, permissions and names into ResourceError.
 
     Any other OSError passes through.
 
-    Args: path, named in the message if the error names no file; remedy, what to do if space or
-        permissions cannot be had there, as the end of a sentence.
+    Args: path, named in the message if the error names no file; None to name none. remedy, what to
+        do if space or permissions cannot be had there, as the end of a sentence.
     """
     try:
         yield
     except OSError as error:
-        if error.errno not in _REMEDIES:
+        advice = _REMEDIES.get(error.errno or 0, "")
+        if not advice:
             raise
-        where = str(error.filename or path)
-        advice = _REMEDIES[error.errno]
-        if advice == _NAME:
-            advice = remedy or _NAME
-        else:
+        where = error.filename or path
+        if advice.endswith(" "):
             advice += remedy or "choose another folder or disk"
+        elif advice == _NAME:
+            advice = remedy or _NAME
         advice = advice[0].upper() + advice[1:]
-        raise ResourceError(f"{where!r}: {os.strerror(error.errno)}. {advice}.") from error
+        reason = f"{os.strerror(error.errno or 0)}. {advice}."
+        raise ResourceError(f"{str(where)!r}: {reason}" if where else reason) from error
 
 
 def sync_folder(folder: Path) -> None:

@@ -3,18 +3,17 @@
 Nothing here imports torch before a command runs, so that --help answers at once.
 """
 
-import os
 import platform
 import signal
 import sys
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
-from minigpt.commands.failures import describe
-from minigpt.commands.layout import Commands, show_help
-from minigpt.commands.openmp import set_spin_count
+from minigpt.commands.layout import COMMANDS, Commands, show_help
+from minigpt.commands.process import close_streams, open_streams, set_spin_count
+from minigpt.errors import ConfigError, MinigptError, ResourceError, nearest
 from minigpt.text.escape import printable
 
 app = typer.Typer(
@@ -53,7 +52,7 @@ def minigpt(
 
 def main() -> NoReturn:
     """Run the command line and exit with its code; an error is one line on stderr."""
-    _open_streams()
+    open_streams()
     signal.signal(signal.SIGTERM, _terminate)
     set_spin_count(sys.argv[1:])
     try:
@@ -67,9 +66,15 @@ def main() -> NoReturn:
     except (KeyboardInterrupt, typer.Abort):
         status = 128 + signal.SIGINT
     except BaseException as error:
-        status = _report(error)
+        if "--debug" in sys.argv:
+            import traceback
+
+            traceback.print_exception(error)
+        message, status = _describe(error)
+        line = " ".join(printable(message).split())
+        print(f"error: {line}", file=sys.stderr)  # noqa: T201
     finally:
-        _close_streams()
+        close_streams()
     sys.exit(status if isinstance(status, int) else 0)
 
 
@@ -78,36 +83,47 @@ def _terminate(number: int, frame: FrameType | None) -> NoReturn:
     sys.exit(128 + number)
 
 
-def _report(error: BaseException) -> int:
-    """Print one line about an error and return its exit code."""
-    if "--debug" in sys.argv:
-        import traceback
+def _describe(error: BaseException) -> tuple[str, int]:
+    """Return an error's message (what, the value, the remedy) and its exit code."""
+    if isinstance(error, MinigptError):
+        return str(error), error.exit_code
+    if hasattr(error, "format_message"):  # a usage error of typer, or of click below it
+        return _usage(error), ConfigError.exit_code
+    if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("minigpt"):
+        return f"{error.name} is not installed. Install minigpt again with its dependencies.", 1
+    is_torch = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    if is_torch or isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__:
+        remedy = "Try a smaller model, --batch-size or --context-length."
+        return f"out of memory. {remedy}", ResourceError.exit_code
+    if isinstance(error, OSError):
+        from minigpt.files import resource_errors
 
-        traceback.print_exception(error)
-    message, code = describe(error)
-    line = " ".join(printable(message).split())
-    print(f"error: {line}", file=sys.stderr)  # noqa: T201
-    return code
-
-
-def _open_streams() -> None:
-    """Make sure that stdin, stdout and stderr exist, and that no character makes them fail."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed by the caller, as with >&-
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-
-
-def _close_streams() -> None:
-    """Silence streams that can no longer be written, so that Python's last flush does not fail."""
-    for stream in (sys.stdout, sys.stderr, sys.__stdout__):
-        if stream is None:
-            continue
         try:
-            stream.flush()
-        except (OSError, ValueError):
-            from minigpt.console import silence
+            with resource_errors(None):
+                raise error
+        except ResourceError as resource:
+            return str(resource), resource.exit_code
+        except OSError:
+            where = f"{error.filename!r}: " if error.filename else ""
+            reason = error.strerror or str(error) or type(error).__name__
+            return f"{where}{reason}. Check the path, its permissions and the disk.", 1
+    return f"{type(error).__name__}: {error}. This is a bug of minigpt; --debug shows more.", 1
 
-            silence(stream)
+
+def _usage(error: Any) -> str:
+    command = next((word for word in sys.argv[1:] if word in COMMANDS), None)
+    page = f"See minigpt {command} --help." if command else "See minigpt --help."
+    takes_prompt = command in ("generate", "attention-trace")
+    message = str(error.format_message()).splitlines()[0].rstrip(".")
+    if type(error).__name__ == "NoSuchOption":
+        message = f"unknown option {error.option_name!r}"
+        if takes_prompt and " " in error.option_name:
+            page = "Put -- before a prompt that begins with a dash."
+        else:
+            parameters = error.ctx.command.get_params(error.ctx)
+            known = [flag for p in parameters for flag in (*p.opts, *p.secondary_opts)]
+            remedy = nearest(error.option_name, known)
+            page = remedy if remedy.startswith("Did") else page  # not a list of thirty names
+    elif "unexpected extra argument" in message and takes_prompt:
+        page = "A prompt is one argument: put it in quotes."
+    return f"{message[:1].lower()}{message[1:]}. {page}"

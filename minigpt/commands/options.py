@@ -23,6 +23,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
+from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
@@ -33,7 +34,6 @@ from minigpt.config import (
     Quantization,
     check_fields,
     choices_in,
-    choices_of,
     option,
     parts_of,
     require_within,
@@ -41,6 +41,8 @@ from minigpt.config import (
 from minigpt.errors import ConfigError, require_choice
 from minigpt.presets import DEFAULT_PRESET, PRESETS
 from minigpt.settings import build, merge, parse_assignment, plain_key, read_toml
+
+_METAVARS = {bool: None, int: "N", float: "N", Path: "FILE"}
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Option:
     choices: tuple[str, ...] = ()
     """Valid values. Empty derives them from the type."""
     bounds: str = ""
-    """Interval of valid numbers, as in ``config.setting``. Fields have their own."""
+    """Interval of valid numbers, as in ``config.setting``."""
     has_escapes: bool = False
     r"""Whether \n, \r, \t and \\ in the value stand for the characters."""
 
@@ -83,89 +85,6 @@ class Fields:
     """Config whose values are shown as defaults. None for the dataclass's own defaults."""
 
 
-@dataclass(frozen=True)
-class _Declared:
-    """One option of a command."""
-
-    path: tuple[str, ...]
-    """Where its value goes: the parameter, and for a config the names of table and field."""
-    hint: Any
-    default: Any
-    choices: tuple[str, ...]
-    about: Option
-    is_layered: bool = False
-    """Whether it goes over other settings, so that a flag needs its opposite too."""
-
-    @property
-    def flag(self) -> str:
-        return "--" + (self.about.name or plain_key(self.path[-1])).replace("_", "-")
-
-    @property
-    def kind(self) -> Any:
-        """The type of a value, for those that are not one of a few words."""
-        kinds = [kind for kind in parts_of(self.hint)[1] if kind is not type(None)]
-        return (get_origin(kinds[0]) or kinds[0]) if kinds else str
-
-    def parameter(self) -> inspect.Parameter:
-        """Return it as typer declares an option."""
-        annotation: Any = str | None
-        flag = self.flag
-        if self.kind is bool:
-            annotation = bool | None
-            is_two_way = self.is_layered or self.default is not False
-            flag += f"/--no-{flag[2:]}" if is_two_way else ""
-        elif self.kind in (tuple, list):
-            annotation = list[str] | None
-        default = typer.Option(
-            ... if self.default is inspect.Parameter.empty else None,
-            flag,
-            *self.about.aliases,
-            help=self._help(),
-            metavar=self._metavar(),
-            show_default=False,
-            rich_help_panel=self.about.group,
-            parser=None if self.kind is bool else self._parse,
-            autocompletion=self._complete if self.choices else None,
-        )
-        name = "__".join(self.path)
-        kind = inspect.Parameter.KEYWORD_ONLY
-        return inspect.Parameter(name, kind, default=default, annotation=annotation)
-
-    def _complete(self, incomplete: str) -> list[str]:
-        return [choice for choice in self.choices if choice.startswith(incomplete)]
-
-    def _help(self) -> str:
-        text, choices, shown = self.about.text, self.choices, self.about.shown
-        if choices:
-            words = " or ".join([*([", ".join(choices[:-1])] if choices[1:] else []), choices[-1]])
-            text = f"{text}: {words}" if text else words
-        is_plain = isinstance(self.default, int | float | str) and self.kind is not bool
-        if is_plain and not shown:
-            shown = f"{self.default:g}" if self.kind is float else str(self.default)
-        return f"{text} [{shown}]" if shown else text
-
-    def _metavar(self) -> str | None:
-        kinds = {bool: None, int: "N", float: "N", Path: "FILE"}
-        return self.about.metavar or ("NAME" if self.choices else kinds.get(self.kind, "TEXT"))
-
-    def _parse(self, text: str) -> Any:
-        if self.about.has_escapes:
-            return _unescape(text)
-        if self.choices:
-            require_choice(self.flag, text, self.choices)
-        words = parts_of(self.hint)[0]
-        if text in words or self.kind not in (int, float, Path):
-            return text
-        try:
-            value = self.kind(text)
-        except ValueError:
-            what = " or ".join(["a whole number" if self.kind is int else "a number", *words])
-            raise ConfigError(f"{self.flag} takes {what}: it is {text!r}.") from None
-        if self.about.bounds:
-            require_within(self.flag, value, self.about.bounds)
-        return value
-
-
 def command(function: Callable[..., None]) -> Callable[..., None]:
     """Turn a function's parameters into the arguments and options of a command.
 
@@ -173,32 +92,30 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     which gets only what was given; ``Annotated[type, Option(...)]``; or declared as typer does.
     """
     signature = inspect.signature(function)
-    hints = typing.get_type_hints(function, include_extras=True)
     shown: list[inspect.Parameter] = []
     configs: dict[str, type] = {}
     defaults: dict[str, Any] = {}
-    for name, parameter in signature.parameters.items():
-        hint, about = hints[name], None
-        if get_origin(hint) is Annotated:
-            hint, about = get_args(hint)[:2]
-        if is_dataclass(hint):
-            configs[name] = typing.cast("type", hint)
-        if is_dataclass(hint) or isinstance(about, Fields):
+    for name, hint in typing.get_type_hints(function, include_extras=True).items():
+        if name == "return":
+            continue
+        kind, about = get_args(hint)[:2] if get_origin(hint) is Annotated else (hint, None)
+        parameter = signature.parameters[name]
+        defaults[name] = parameter.default
+        if is_dataclass(kind):
+            configs[name] = typing.cast("type", kind)
+        if is_dataclass(kind) or isinstance(about, Fields):
             defaults[name] = {}
             chosen = about or Fields()
-            fields_of = _declared(chosen.config or hint, (name,), chosen, chosen.defaults)
-            shown += [declared.parameter() for declared in fields_of]
-            continue
-        defaults[name] = parameter.default
-        if isinstance(about, Option):
-            choices = about.choices or choices_in(hint)
-            shown.append(_Declared((name,), hint, parameter.default, choices, about).parameter())
+            shown += _fields(chosen.config or kind, (name,), chosen, chosen.defaults)
+        elif isinstance(about, Option):
+            shown.append(_parameter((name,), kind, parameter.default, about))
         else:
-            shown.append(parameter.replace(annotation=hints[name]))
-    shown.append(_DEBUG)
+            shown.append(parameter.replace(annotation=hint))
+    shown.append(_parameter(("debug",), bool, False, Option("Show the traceback of an error")))
 
     @functools.wraps(function)
     def run(**typed: Any) -> None:
+        del typed["debug"]  # main looks for it
         given = defaults | _nested(typed)
         for name, config in configs.items():
             given[name] = build(config, given[name])
@@ -214,57 +131,103 @@ def _nested(typed: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that were given, those of configs as nested settings."""
     given: dict[str, Any] = {}
     for name, value in typed.items():
-        *tables, last = name.split("__")
-        if value in (None, []) or name == _DEBUG.name:
-            continue
-        place = given
-        for table in tables:
-            place = place.setdefault(table, {})
-        place[last] = value
+        if value not in (None, []):
+            for key in reversed(name.split("__")):
+                value = {key: value}
+            given = merge(given, value)
     return given
 
 
-def _declared(
+def _fields(
     config: Any, path: tuple[str, ...], chosen: Fields, defaults: object
-) -> Iterator[_Declared]:
+) -> Iterator[inspect.Parameter]:
     """Yield the options of a config dataclass, those of dataclasses in it included."""
     heading = config.__name__.removesuffix("Config")
     for f in fields(config):
         here = (*path, plain_key(f.name))
+        name = ".".join(here[1:])
         default = f.default if defaults is None else getattr(defaults, f.name)
         if is_dataclass(f.type):
-            yield from _declared(f.type, here, chosen, None if defaults is None else default)
-        elif "option" in f.metadata and _is_chosen(".".join(here[1:]), chosen):
-            about = Option(**{"group": heading} | f.metadata["option"])
-            text = about.text or _first_sentence(_docstrings(config)[f.name])
-            about = replace(about, text=text, group=chosen.group or about.group)
-            is_layered = chosen.config is not None
-            yield _Declared(here, f.type, default, choices_of(f), about, is_layered)
-
-
-def _is_chosen(name: str, chosen: Fields) -> bool:
-    return name not in chosen.without and (not chosen.only or name in chosen.only)
+            yield from _fields(f.type, here, chosen, None if defaults is None else default)
+        elif "option" in f.metadata and name in (chosen.only or {name} - set(chosen.without)):
+            limits = {key: f.metadata[key] for key in ("bounds", "choices")}
+            about = Option(**{"group": heading} | limits | f.metadata["option"])
+            text = _docstrings(inspect.getfile(config))[config.__name__, f.name]
+            text = re.split(r"\.\s", " ".join(text.split()) + " ")[0]
+            about = replace(about, text=about.text or text, group=chosen.group or about.group)
+            yield _parameter(here, f.type, default, about, is_layered=chosen.config is not None)
 
 
 @functools.cache
-def _docstrings(config: type) -> dict[str, str]:
-    """Return the docstring under each field of a dataclass, read from its source."""
-    body = next(c.body for c in _classes(inspect.getfile(config)) if c.name == config.__name__)
+def _docstrings(path: str) -> dict[tuple[str, str], str]:
+    """Return the docstring under each field of the dataclasses in a source file."""
     return {
-        ast.unparse(field.target): ast.literal_eval(below.value)
-        for field, below in itertools.pairwise(body)
+        (node.name, ast.unparse(field.target)): ast.literal_eval(below.value)
+        for node in ast.parse(Path(path).read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef)
+        for field, below in itertools.pairwise(node.body)
         if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr)
     }
 
 
-@functools.cache
-def _classes(path: str) -> list[ast.ClassDef]:
-    module = ast.parse(Path(path).read_text(encoding="utf-8"))
-    return [node for node in module.body if isinstance(node, ast.ClassDef)]
+def _parameter(
+    path: tuple[str, ...], hint: Any, default: Any, about: Option, *, is_layered: bool = False
+) -> inspect.Parameter:
+    """Return an option as typer declares it.
+
+    Args: path, where its value goes: the parameter, and for a config the names of table and field.
+        is_layered, whether it goes over other settings, so that a flag needs its opposite too.
+    """
+    words, kinds = parts_of(hint)
+    kind = next((get_origin(kind) or kind for kind in kinds if kind is not NoneType), str)
+    choices = choices_in(hint) or about.choices
+    flag = "--" + (about.name or plain_key(path[-1])).replace("_", "-")
+
+    def parse(text: str) -> Any:
+        if about.has_escapes:
+            return _unescape(text)
+        if choices:
+            require_choice(flag, text, choices)
+        if text in words or kind not in (int, float, Path):
+            return text
+        try:
+            value = kind(text)
+        except ValueError:
+            what = " or ".join(["a whole number" if kind is int else "a number", *words])
+            raise ConfigError(f"{flag} takes {what}: it is {text!r}.") from None
+        if about.bounds:
+            require_within(flag, value, about.bounds)
+        return value
+
+    is_two_way = kind is bool and (is_layered or default is not False)
+    is_list = kind in (tuple, list)
+    metavar = "NAME" if choices else _METAVARS.get(kind, "TEXT")
+    declared = typer.Option(
+        ... if default is inspect.Parameter.empty else None,
+        f"{flag}/--no-{flag[2:]}" if is_two_way else flag,
+        *about.aliases,
+        help=_help(about, choices, default, kind),
+        metavar=about.metavar or metavar,
+        show_default=False,
+        rich_help_panel=about.group,
+        parser=None if kind is bool else parse,
+        autocompletion=lambda incomplete: [c for c in choices if c.startswith(incomplete)],
+    )
+    return inspect.Parameter(
+        "__".join(path),
+        inspect.Parameter.KEYWORD_ONLY,
+        default=declared,
+        annotation=bool | None if kind is bool else list[str] | None if is_list else str | None,
+    )
 
 
-def _first_sentence(text: str) -> str:
-    return re.split(r"\.\s", " ".join(text.split()) + " ")[0]
+def _help(about: Option, choices: Sequence[str], default: Any, kind: type) -> str:
+    text, shown = about.text, about.shown
+    if choices:
+        text += ": " + " or ".join(filter(None, [", ".join(choices[:-1]), choices[-1]]))
+    if not shown and kind is not bool and isinstance(default, int | float | str):
+        shown = f"{default:g}" if kind is float else str(default)
+    return f"{text} [{shown}]" if shown else text
 
 
 def _unescape(text: str) -> str:
@@ -286,8 +249,8 @@ class ModelSource:
     """Model folder, name of a run, or org/name on the Hub."""
     device: Device = option("auto", group="Model")
     """Device."""
-    dtype: Dtype = option("auto", group="Model")
-    """Compute dtype. auto is float32 on a CPU."""
+    dtype: Dtype = option("auto", group="Model", shown="auto, float32 on a CPU")
+    """Compute dtype."""
     quantize: Quantization | None = option(None, group="Model", shown="none")
     """Weight-only quantization."""
     compile: bool | None = option(None, group="Model", shown="on CUDA only")
@@ -338,8 +301,3 @@ def layered(
         given,
         *changes,
     )
-
-
-_DEBUG = _Declared(
-    ("debug",), bool, False, (), Option("Show the traceback of an error")
-).parameter()

@@ -47,7 +47,7 @@ def prepare(
     from pathlib import Path
 
     from minigpt.commands import output
-    from minigpt.commands.program import command_line
+    from minigpt.commands.process import command_line
     from minigpt.commands.status_line import ProgressLine
     from minigpt.settings import build, to_dict
     from minigpt.text.prepared_folders import prepare_folder

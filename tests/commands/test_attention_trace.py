@@ -152,7 +152,7 @@ def test_page_dense_rows_and_pictures_are_written(run: Run, tmp_path: Path) -> N
         ),
         (["--sink", "first"], 2, "--sink takes a whole number or auto: it is 'first'"),
         (["--sink", "99"], 2, "the sink must be a position of the prompt"),
-        (["--verify", "-1"], 2, "n_verified must be at least 0"),
+        (["--verify", "-1"], 2, "--n-verified must be at least 0"),
         (["--html", "no/such/t.html"], 2, "--html: there is no folder 'no/such'"),
         (["--html", "t.html", "--num-samples", "2"], 2, "--html shows one trace"),
         (["--dense", "t", "--num-samples", "2"], 2, "--dense shows one trace"),

@@ -175,7 +175,7 @@ def test_threads_sets_the_number_of_torch_threads(
     assert asked == [1]
     result = run(command, *words, "--threads", "0")
     assert result.code == 2
-    assert "threads must be at least 1: it is 0." in result.err
+    assert "--threads must be at least 1: it is 0." in result.err
 
 
 def test_a_trace_refuses_a_sliding_window(run: Run) -> None:

@@ -86,7 +86,7 @@ def test_a_config_is_built_from_its_options(
             "c",
         ],
     )
-    call(brew, "--steep", "5", "--sugar", "auto", "--no-with-milk")
+    call(brew, "--steep", "5", "--sugar", "auto")
     assert got == [
         BrewConfig(),
         BrewConfig(minutes=4, kind="green", sugar=2.0, with_milk=True, notes=("a\nb", "c")),
@@ -99,20 +99,20 @@ def test_help_shows_first_sentence_choices_default_and_group_but_no_alias(
 ) -> None:
     text = call(brewed[0], "--help")
     time, brew = text.split("Time:\n")[1].split("Brew:\n")
-    assert time.strip() == "--minutes N       Minutes of steeping; 1 for green tea [3]"
+    assert time.strip() == "--minutes N   Minutes of steeping; 1 for green tea [3]"
     lines = [line.strip() for line in brew.split("\n\n")[0].splitlines()]
     assert lines == [
-        "--kind NAME       Kind of leaf: green or black [black]",
-        "--sugar N         Grams of sugar, or auto [none]",
-        "--with-milk    Add milk",
-        "--notes TEXT      Note; repeat for several",
+        "--kind NAME   Kind of leaf: green or black [black]",
+        "--sugar N     Grams of sugar, or auto [none]",
+        "--with-milk   Add milk",
+        "--notes TEXT  Note; repeat for several",
     ]
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--minutes 0", "minutes must be at least 1: it is 0."),
+        ("--minutes 0", "--minutes must be at least 1: it is 0."),
         ("--minutes two", "--minutes takes a whole number: it is 'two'."),
         ("--sugar much", "--sugar takes a number or auto: it is 'much'."),
         ("--kind grean", "unknown --kind 'grean'. Did you mean green?"),

@@ -14,7 +14,7 @@ from minigpt.checkpoint.folder import CONFIG_FILE
 from minigpt.commands.compare import ComparisonConfig
 from minigpt.commands.output import aligned, line_width, note, show, write_json
 from minigpt.commands.plot.curves import require_picture, validation_curves, write_picture
-from minigpt.commands.program import command_line
+from minigpt.commands.process import command_line
 from minigpt.commands.train.display import TrainingDisplay
 from minigpt.commands.train.job import (
     Job,

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated
 
 from minigpt.commands.options import Data, Fields, Json, ModelSource, command
-from minigpt.config import check_fields, option
+from minigpt.config import Dtype, check_fields, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,8 @@ class EvaluationConfig:
     """Tokens from the start of a window to that of the next."""
     batch_size: int | None = option(None, "[1, inf)", group="Windows", shown="by their size")
     """Windows per forward pass."""
+    dtype: Dtype = option("auto", group="Model")
+    """Compute dtype, by autocast."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -34,8 +36,8 @@ class EvaluationConfig:
 def evaluate(
     data: Data = None,
     *,
+    source: Annotated[ModelSource, Fields(without=("compile", "dtype"))],
     config: EvaluationConfig,
-    source: Annotated[ModelSource, Fields(without=("compile",))],
     as_json: Json = False,
 ) -> None:
     """Measure how well a model predicts a text.

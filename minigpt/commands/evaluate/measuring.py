@@ -85,7 +85,7 @@ def measure(config: EvaluationConfig, source: ModelSource) -> Measurement:
     share = {} if config.val_fraction is None else {"val_fraction": config.val_fraction}
     text = build(DataConfig, {"paths": list(config.data), **share})
     device = resolve_device(source.device)
-    dtype = resolve_dtype(source.dtype, device)
+    dtype = resolve_dtype(config.dtype, device)
     folder = resolve_model(source.model)
     # As while training: weights in float32, and autocast to the dtype.
     loaded = load(folder, device=device.type, dtype="float32", quantize=source.quantize)

@@ -11,7 +11,7 @@ from typing import Any
 import typer
 
 from minigpt.checkpoint.folder import CONFIG_FILE
-from minigpt.commands.program import command_line
+from minigpt.commands.process import command_line
 from minigpt.commands.train.display import TrainingDisplay
 from minigpt.commands.train.job import Job, Request, open_job
 from minigpt.errors import DataError

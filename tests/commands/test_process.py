@@ -1,4 +1,4 @@
-"""Suggested commands call the program the way it was called."""
+"""How long OpenMP threads spin, and how the program suggests commands that call it again."""
 
 import os
 import shlex
@@ -8,7 +8,40 @@ from pathlib import Path
 
 import pytest
 
-from minigpt.commands.program import command_line
+from minigpt.commands import process
+from minigpt.commands.process import command_line
+
+ALONE, BESIDE_ANOTHER = "0.52 0.30 0.11 1/212 4711\n", "0.00 0.01 0.05 2/212 4711\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "load", "count"),
+    [
+        ("generate", ALONE, "100000"),
+        ("attention-trace", ALONE, "100000"),
+        ("generate", BESIDE_ANOTHER, "10000"),
+        ("generate", "", "10000"),
+        ("generate", None, "10000"),
+        ("train", ALONE, "10000"),
+        ("", ALONE, "10000"),
+    ],
+)
+def test_threads_spin_long_only_for_decoding_on_an_idle_machine(
+    command: str, load: str | None, count: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if load is not None:
+        (tmp_path / "loadavg").write_text(load)
+    monkeypatch.setattr(process, "_LOAD", tmp_path / "loadavg")
+    monkeypatch.setenv("GOMP_SPINCOUNT", "")  # so that it is restored
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    process.set_spin_count([*command.split(), "train"])
+    assert os.environ["GOMP_SPINCOUNT"] == count
+
+
+def test_the_environment_takes_precedence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    process.set_spin_count(["generate"])
+    assert os.environ["GOMP_SPINCOUNT"] == "7"
 
 
 @pytest.fixture
