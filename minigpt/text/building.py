@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,15 +23,22 @@ from minigpt.config import DataConfig
 from minigpt.files import OTHER_CACHE, cache_folder, resource_errors
 from minigpt.text.corpus import CorpusFile, Document, content_hash, find_files, iter_documents
 from minigpt.text.shard_files import (
+    MANIFEST,
     SCHEMA_VERSION,
     VOCABULARY,
     Manifest,
     Shard,
-    ShardWriter,
     is_ours,
     write_json,
+    write_shards,
 )
-from minigpt.text.tokenizer import BPE_TRAINING_BYTES, Tokenizer, make_tokenizer, parse_spec
+from minigpt.text.tokenizer import (
+    BPE_TRAINING_BYTES,
+    Tokenizer,
+    first_texts,
+    make_tokenizer,
+    parse_spec,
+)
 
 PROGRESS_BYTES = 2**20
 CHUNK_CHARS = 2**20
@@ -51,9 +58,6 @@ class PrepareProgress:
     """Bytes of all files."""
 
 
-Report = Callable[[PrepareProgress], None]
-
-
 @dataclass(frozen=True)
 class Corpus:
     """Files, and how they become tokens."""
@@ -68,7 +72,7 @@ class Corpus:
     """sha256 over the text and the tokenizer."""
     cache: Path
     """Folder that keeps prepared corpora."""
-    report: Report
+    report: Callable[[PrepareProgress], None]
     """Called now and then while the files are read."""
 
 
@@ -87,17 +91,6 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Start:
-    """State from which a corpus is written."""
-
-    tokenizer: Tokenizer
-    shards: Sequence[Shard] = ()
-    """Shards that are already complete."""
-    place: Place = Place()
-    """End of those shards."""
-
-
-@dataclass(frozen=True)
 class Work:
     """Amount of work that one call of ``build`` did."""
 
@@ -107,27 +100,12 @@ class Work:
     """Seconds of reading, encoding and writing."""
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """Tokens of consecutive pieces of documents."""
-
-    tokens: npt.NDArray[Any]
-    """Tokens, with the separators before the documents that begin here."""
-    n_pieces: int
-    n_documents: int
-    """Number of documents that begin here."""
-    n_bytes: int
-    """UTF-8 bytes of the text."""
-    last: Document
-    """Last piece."""
-
-
 @contextmanager
 def opened_corpus(
     data: DataConfig,
     tokenizer: Tokenizer | None,
     cache_dir: Path | None,
-    on_progress: Report | None,
+    on_progress: Callable[[PrepareProgress], None] | None,
 ) -> Iterator[Corpus]:
     """Find the files of a corpus; copies of streams exist until the context ends.
 
@@ -156,99 +134,109 @@ def opened_corpus(
             yield Corpus(files, used, train_fraction, identity, cache, report)
 
 
-def begin(folder: Path, corpus: Corpus) -> Start:
+def begin(folder: Path, corpus: Corpus) -> Tokenizer:
     """Empty a folder and write the vocabulary of a corpus, trained if necessary."""
     for path in folder.iterdir():
         if is_ours(path):
             path.unlink()
     tokenizer = corpus.tokenizer
     if isinstance(tokenizer, str):
-        texts = _Reporter(corpus, "train tokenizer").texts(iter_documents(corpus.files))
-        tokenizer = make_tokenizer(tokenizer, _first(texts, corpus.train_fraction))
+        tokenizer = make_tokenizer(tokenizer, _training_texts(corpus))
     write_json(folder / VOCABULARY, tokenizer.to_dict())
-    return Start(tokenizer)
+    return tokenizer
 
 
 def build(
     folder: Path,
     corpus: Corpus,
+    tokenizer: Tokenizer,
     n_workers: int = 0,
-    start: Start | None = None,
-    on_shard: Callable[[Sequence[Shard], Place], None] | None = None,
+    *,
+    shards: Sequence[Shard] = (),
+    place: Place = Place(),
+    on_shard: Callable[[Shard, Place], None] | None = None,
 ) -> Work:
-    """Write the shards and the manifest of a corpus.
+    """Write the shards and the manifest of a corpus into the folder of ``begin``.
 
     The files are the same for any number of workers, and any start.
 
-    Args: folder, which exists; n_workers, threads, 0 for all cores; start, None to ``begin``;
-        on_shard, called with all full shards, and where they end, after each.
+    Args: n_workers, threads, 0 for all cores; shards, those that are already complete, and place,
+        their end; on_shard, called with each shard and its end.
     Raises: DataError for a corpus that cannot be used; OSError if the folder cannot be written.
     """
-    start = start or begin(folder, corpus)
-    tokenizer, place = start.tokenizer, start.place
-    reporter = _Reporter(corpus, "encode")
+    n_bytes_before = place.n_bytes
+    report = _reporter(corpus, "encode")
     pieces = iter_documents(corpus.files)
     for piece in islice(pieces, place.n_pieces):
-        reporter.at(piece)
+        report(piece)
     started = time.perf_counter()
     dtype = "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
-    n_known = place.n_tokens  # of a piece that continues after the last full shard
-    parts = encode_pieces(pieces, tokenizer, dtype, n_workers or default_workers())
-    with closing(parts), ShardWriter(folder, dtype, start.shards) as writer:
-        for part in parts:
-            n_skipped = min(n_known, len(part.tokens))
-            n_known -= n_skipped
-            for n_written in writer.write(part.tokens[n_skipped:]):
-                if on_shard:
-                    on_shard(writer.shards, replace(place, n_tokens=n_skipped + n_written))
+    encoded = encode_pieces(pieces, tokenizer, dtype, n_workers or default_workers())
+
+    def new_tokens() -> Iterator[npt.NDArray[Any]]:
+        """Yield tokens that no shard has, while ``place`` is where they begin."""
+        nonlocal place
+        n_known = place.n_tokens
+        for chunk, tokens in encoded:
+            place = replace(place, n_tokens=min(n_known, len(tokens)))
+            n_known -= place.n_tokens
+            if place.n_tokens < len(tokens):
+                yield tokens[place.n_tokens :]
             place = Place(
-                n_pieces=place.n_pieces + part.n_pieces,
-                n_documents=place.n_documents + part.n_documents,
-                n_bytes=place.n_bytes + part.n_bytes,
+                n_pieces=place.n_pieces + len(chunk),
+                n_documents=place.n_documents + sum(piece.is_start for piece in chunk),
+                n_bytes=place.n_bytes + sum(len(piece.text.encode()) for piece in chunk),
             )
-            reporter.at(part.last)
-        writer.close()
+            report(chunk[-1])
+
+    shards = list(shards)
+    with closing(encoded):
+        for shard, n_written in write_shards(folder, dtype, new_tokens(), len(shards)):
+            shards.append(shard)
+            if on_shard:
+                on_shard(shard, replace(place, n_tokens=place.n_tokens + n_written))
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         identity=corpus.identity,
         dtype=dtype,
-        n_tokens=sum(shard.n_tokens for shard in writer.shards),
+        n_tokens=sum(shard.n_tokens for shard in shards),
         n_bytes=place.n_bytes,
         n_documents=place.n_documents,
         tokenizer=tokenizer.name,
         tokenizer_fingerprint=tokenizer.fingerprint,
-        shards=tuple(writer.shards),
+        shards=tuple(shards),
         sources=tuple(file.name for file in corpus.files),
     )
-    manifest.write(folder)
-    return Work(place.n_bytes - start.place.n_bytes, time.perf_counter() - started)
+    write_json(folder / MANIFEST, asdict(manifest))
+    return Work(place.n_bytes - n_bytes_before, time.perf_counter() - started)
 
 
 def default_workers() -> int:
     """Return the number of cores that this process may use, at most MAX_WORKERS."""
-    if hasattr(os, "sched_getaffinity"):
-        return min(len(os.sched_getaffinity(0)), MAX_WORKERS)
-    return min(os.cpu_count() or 1, MAX_WORKERS)
+    has_affinity = hasattr(os, "sched_getaffinity")
+    n_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    return min(n_cores, MAX_WORKERS)
 
 
 def encode_pieces(
     pieces: Iterable[Document], tokenizer: Tokenizer, dtype: str, n_workers: int
-) -> Generator[Encoded]:
-    """Encode documents in threads, and yield their tokens in order.
+) -> Generator[tuple[list[Document], npt.NDArray[Any]]]:
+    """Encode documents in threads, and yield them in chunks, in order, with their tokens.
 
     Memory holds about CHUNK_CHARS characters and their tokens, twice for each worker.
 
     Raises: DataError if the vocabulary lacks a byte, and what reading ``pieces`` raises.
     """
     pool = ThreadPoolExecutor(n_workers, thread_name_prefix="encode")
-    waiting: deque[Future[Encoded]] = deque()
+    waiting: deque[tuple[list[Document], Future[npt.NDArray[Any]]]] = deque()
     try:
         for chunk in _chunks(pieces):
-            waiting.append(pool.submit(_encode, chunk, tokenizer, dtype))
+            waiting.append((chunk, pool.submit(_encode, chunk, tokenizer, dtype)))
             if len(waiting) >= 2 * n_workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+                done, tokens = waiting.popleft()
+                yield done, tokens.result()
+        for done, tokens in waiting:
+            yield done, tokens.result()
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -267,62 +255,44 @@ def _chunks(pieces: Iterable[Document]) -> Iterator[list[Document]]:
         yield chunk
 
 
-def _encode(chunk: list[Document], tokenizer: Tokenizer, dtype: str) -> Encoded:
-    separator = np.array(tokenizer.separator, np.uint32)
+def _encode(chunk: list[Document], tokenizer: Tokenizer, dtype: str) -> npt.NDArray[Any]:
     arrays = []
     for piece in chunk:
         if piece.is_start:
-            arrays.append(separator)
+            arrays.append(np.array(tokenizer.separator, np.uint32))
         arrays.append(tokenizer.encode_array(piece.text, is_start=piece.is_start))
-    return Encoded(
-        tokens=np.concatenate(arrays, dtype=dtype, casting="unsafe"),
-        n_pieces=len(chunk),
-        n_documents=sum(piece.is_start for piece in chunk),
-        n_bytes=sum(len(piece.text.encode()) for piece in chunk),
-        last=chunk[-1],
-    )
+    return np.concatenate(arrays, dtype=dtype, casting="unsafe")
 
 
-def _first(texts: Iterable[str], share: float) -> Iterator[str]:
-    """Yield the first share of texts, so that no merge is learned from validation text.
+def _training_texts(corpus: Corpus) -> Iterator[str]:
+    """Yield the first share of a corpus, so that no merge is learned from validation text.
 
     Only as much of a long corpus is read as merges are learned from.
     """
-    read: list[str] = []
-    n_bytes = 0
-    for text in texts:
-        read.append(text)
-        n_bytes += len(text.encode())
-        if share * n_bytes >= BPE_TRAINING_BYTES:
-            break
-    n_left = int(share * n_bytes)
+    report = _reporter(corpus, "train tokenizer")
+
+    def texts() -> Iterator[str]:
+        for document in iter_documents(corpus.files):
+            report(document)
+            yield document.text
+
+    read = first_texts(texts(), BPE_TRAINING_BYTES / corpus.train_fraction)
+    n_left = int(corpus.train_fraction * sum(len(text.encode()) for text in read))
     for text in read:
         data = text.encode()[:n_left]
         n_left -= len(data)
-        if data:
-            yield data.decode(errors="ignore")
+        yield data.decode(errors="ignore")
 
 
-class _Reporter:
-    """Reports now and then how far the files of a corpus have been read."""
+def _reporter(corpus: Corpus, stage: str) -> Callable[[Document], None]:
+    """Return a function that reports now and then how far the corpus has been read."""
+    total = sum(file.path.stat().st_size for file in corpus.files)
+    reported = 0
 
-    def __init__(self, corpus: Corpus, stage: str) -> None:
-        self._report, self._stage = corpus.report, stage
-        self._before: dict[CorpusFile, int] = {}
-        self._total = self._done = 0
-        for file in corpus.files:
-            self._before[file] = self._total
-            self._total += file.path.stat().st_size
+    def report(document: Document) -> None:
+        nonlocal reported
+        if document.position - reported >= min(PROGRESS_BYTES, total - reported) > 0:
+            reported = document.position
+            corpus.report(PrepareProgress(stage, reported, total))
 
-    def at(self, document: Document) -> None:
-        """Report that a document has been processed."""
-        done = self._before[document.file] + document.file_position
-        if done - self._done >= min(PROGRESS_BYTES, self._total - self._done) > 0:
-            self._report(PrepareProgress(self._stage, done, self._total))
-            self._done = done
-
-    def texts(self, documents: Iterable[Document]) -> Iterator[str]:
-        """Yield the texts of documents; each counts as processed when the next is requested."""
-        for document in documents:
-            yield document.text
-            self.at(document)
+    return report

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO
 
 from minigpt.errors import DataError, ResourceError, nearest
 from minigpt.files import OTHER_CACHE, resource_errors
@@ -27,13 +27,13 @@ BUILTIN = "builtin"
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".jsonl", ".ndjson")
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
-PACKED_SUFFIXES = (".gz", ".xz")
 
 PIECE_CHARS = 2**20
 LOOKAHEAD_CHARS = 2**16
 BLOCK_BYTES = 2**20
 
 _DATASETS = "text.datasets"
+_OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
 
 # Places where cutting a text does not change its tokens: the split patterns of gpt2, cl100k_base,
 # o200k_base and ours end a token there.
@@ -61,12 +61,10 @@ class Document:
 
     text: str
     """Text, never empty."""
-    file: CorpusFile
-    """File that contains it."""
     is_start: bool
     """Whether it is the first piece of its document."""
-    file_position: int
-    """Bytes of the file read so far."""
+    position: int
+    """Bytes of the corpus read so far."""
 
 
 def find_files(
@@ -79,14 +77,13 @@ def find_files(
 ) -> list[CorpusFile]:
     """Find the files that the user names, in their order.
 
-    A word is a file (read as it is, whatever its suffix), a folder (its files with one of
-    TEXT_SUFFIXES, packed or not, at any depth, sorted; hidden ones left out), a glob (``**``
-    too), a named corpus, or ``-`` for standard input. Files on the disk take precedence over named
-    corpora. No words stand for the built-in corpus.
+    A word is a file (with any suffix), a folder (its files with one of TEXT_SUFFIXES, packed or
+    not, at any depth, sorted; hidden ones left out), a glob (``**`` too), a named corpus, or ``-``
+    for standard input. Files on the disk take precedence over named corpora. Without words, it is
+    the built-in corpus.
 
-    Args: cache, folder of downloads; spool, a folder for the copies of streams, which are read more
-        than once and which the caller deletes; stdin, read for ``-``; on_download, called with
-        the bytes done and the total.
+    Args: cache, folder of downloads; spool, a folder for the copies of streams, deleted by the
+        caller; stdin, read for ``-``; on_download, called with the bytes done and the total.
     Returns: each file once.
     Raises: DataError if there are no files; ResourceError if a folder may not be read.
     """
@@ -124,10 +121,16 @@ def iter_documents(files: Iterable[CorpusFile]) -> Iterator[Document]:
     """
     files = list(files)
     is_empty = True
+    n_bytes_before = 0
     for corpus_file in files:
-        for document in _jsonl(corpus_file) if corpus_file.is_jsonl else _text(corpus_file):
-            is_empty = False
-            yield document
+        with _reading(corpus_file.name), corpus_file.path.open("rb") as packed:
+            opener = _OPENERS.get(corpus_file.path.suffix)
+            file: BinaryIO = opener(packed) if opener else packed
+            for pieces in (_lines if corpus_file.is_jsonl else _whole)(file, corpus_file.name):
+                for index, piece in enumerate(_pieces(pieces)):
+                    is_empty = False
+                    yield Document(piece, index == 0, n_bytes_before + packed.tell())
+            n_bytes_before += packed.tell()
     if is_empty:
         names = ", ".join(repr(corpus_file.name) for corpus_file in files[:3])
         raise DataError(f"the corpus is empty: no text in {names}. Pass files that have some.")
@@ -142,13 +145,13 @@ def content_hash(files: Iterable[CorpusFile]) -> str:
     for corpus_file in files:
         with _reading(corpus_file.name), corpus_file.path.open("rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
-        packing = corpus_file.path.suffix if corpus_file.path.suffix in PACKED_SUFFIXES else ""
+        packing = corpus_file.path.suffix if corpus_file.path.suffix in _OPENERS else ""
         digest.update(f"{content} {corpus_file.is_jsonl} {packing}\n".encode())
     return digest.hexdigest()
 
 
 def _unpacked_suffix(path: Path) -> str:
-    return (path.with_suffix("") if path.suffix in PACKED_SUFFIXES else path).suffix.lower()
+    return (path.with_suffix("") if path.suffix in _OPENERS else path).suffix.lower()
 
 
 def _files_in(folder: Path) -> list[CorpusFile]:
@@ -214,37 +217,12 @@ def _reading(name: str) -> Iterator[None]:
         ) from None
 
 
-@contextmanager
-def _opened(corpus_file: CorpusFile) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """Open a file, unpacked; the second result is the packed file, for the position."""
-    with _reading(corpus_file.name), corpus_file.path.open("rb") as raw:
-        match corpus_file.path.suffix:
-            case ".gz":
-                with gzip.open(raw) as file:
-                    yield cast(BinaryIO, file), raw
-            case ".xz":
-                with lzma.open(raw) as file:
-                    yield cast(BinaryIO, file), raw
-            case _:
-                yield raw, raw
-
-
-def _text(corpus_file: CorpusFile) -> Iterator[Document]:
-    with _opened(corpus_file) as (file, raw):
-        is_start = True
-        for piece in _pieces(_decoded(file, corpus_file.name)):
-            yield Document(piece, corpus_file, is_start, raw.tell())
-            is_start = False
-
-
-def _jsonl(corpus_file: CorpusFile) -> Iterator[Document]:
-    with _opened(corpus_file) as (file, raw):
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                text = _text_of_line(line, f"line {number} of {corpus_file.name!r}")
-                slices = (text[i : i + PIECE_CHARS] for i in range(0, len(text), PIECE_CHARS))
-                for index, piece in enumerate(_pieces(slices)):
-                    yield Document(piece, corpus_file, index == 0, raw.tell())
+def _lines(file: BinaryIO, name: str) -> Iterator[Iterable[str]]:
+    """Yield each document of a JSONL file, in slices."""
+    for number, line in enumerate(file, start=1):
+        if line.strip():
+            text = _text_of_line(line, f"line {number} of {name!r}")
+            yield (text[i : i + PIECE_CHARS] for i in range(0, len(text), PIECE_CHARS))
 
 
 def _text_of_line(line: bytes, where: str) -> str:
@@ -261,8 +239,12 @@ def _text_of_line(line: bytes, where: str) -> str:
     return well_formed(text)
 
 
+def _whole(file: BinaryIO, name: str) -> Iterator[Iterable[str]]:
+    """Yield the one document of a text file, block by block."""
+    yield _decoded(file, name)
+
+
 def _decoded(file: BinaryIO, name: str) -> Iterator[str]:
-    """Yield the text of a UTF-8 file, block by block."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     n_before = 0
     is_last = False

@@ -89,9 +89,9 @@ def fetch_dataset(
             if on_progress:
                 on_progress(n_bytes, wanted.size)
         if n_bytes != wanted.size or digest.hexdigest() != wanted.sha256:
-            raise _failed(
-                name, f"{n_bytes} bytes arrived, which are not the expected {wanted.size}"
-            )
+            is_complete = n_bytes == wanted.size
+            reason = f"{n_bytes} of {wanted.size} bytes arrived"
+            raise _failed(name, "its SHA-256 is not the expected one" if is_complete else reason)
     return path
 
 

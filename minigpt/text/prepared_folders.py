@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from minigpt.config import DataConfig
@@ -13,18 +13,17 @@ from minigpt.text.building import (
     Corpus,
     Place,
     PrepareProgress,
-    Start,
     Work,
     begin,
     build,
     opened_corpus,
 )
 from minigpt.text.shard_files import (
+    DAMAGED,
     MANIFEST,
     SCHEMA_VERSION,
     UNFINISHED,
     VOCABULARY,
-    Manifest,
     Shard,
     is_ours,
     read_record,
@@ -35,50 +34,6 @@ from minigpt.text.shards import PreparedData, open_prepared, unreadable
 from minigpt.text.tokenizer import Tokenizer
 
 _LOCK = ".lock"
-_DAMAGED = (OSError, ValueError, KeyError, TypeError)
-
-
-@dataclass(frozen=True)
-class Unfinished:
-    """Record of an unfinished preparation, from which it is resumed."""
-
-    schema_version: int
-    """Version of this record and of the files beside it."""
-    identity: str
-    """Identity of the corpus, as in the manifest."""
-    tokenizer_fingerprint: str
-    """Fingerprint of the vocabulary beside it."""
-    shards: tuple[Shard, ...] = ()
-    """Full shards, in order."""
-    places: tuple[Place, ...] = ()
-    """End of each shard."""
-
-    def write(self, folder: Path) -> None:
-        """Write the record in the place of an earlier one."""
-        write_json(folder / UNFINISHED, dataclasses.asdict(self))
-
-    @classmethod
-    def read(cls, folder: Path) -> "Unfinished":
-        """Read the record of an unfinished folder.
-
-        Raises: OSError, ValueError, KeyError or TypeError if it is missing or damaged.
-        """
-        values = read_record(folder / UNFINISHED)
-        return cls(**values | {"places": tuple(Place(**place) for place in values["places"])})
-
-    def intact(self, folder: Path) -> "Unfinished":
-        """Return it with the shards before the first one that was changed or deleted."""
-        n_intact = 0
-        for shard in self.shards:
-            try:
-                if not shard.is_intact(folder):
-                    break
-            except OSError:
-                break
-            n_intact += 1
-        return dataclasses.replace(
-            self, shards=self.shards[:n_intact], places=self.places[:n_intact]
-        )
 
 
 def prepare_folder(
@@ -92,7 +47,7 @@ def prepare_folder(
 ) -> tuple[PreparedData, Work]:
     """Turn a corpus into tokens in a folder of the user, or resume an interrupted preparation.
 
-    Full shards are kept however the call ends; the same call then gives the same bytes.
+    Complete shards are kept however the call ends; the same call then gives the same bytes.
 
     Args: folder, which is empty, missing, or was begun by this function for the same corpus; the
         others as in ``prepare``.
@@ -121,36 +76,47 @@ def prepare_folder(
 
 
 def build_resumable(folder: Path, corpus: Corpus, n_workers: int = 0) -> Work:
-    """Build a corpus as ``build`` does, from the last full shard of an interrupted call."""
-    resumed = _resumed(folder, corpus)
-    if resumed:
-        start, record = resumed
-    else:
-        start = begin(folder, corpus)
-        record = Unfinished(SCHEMA_VERSION, corpus.identity, start.tokenizer.fingerprint)
-        record.write(folder)
-    places = list(record.places)
+    """Build a corpus as ``build`` does, from the last intact shard of an interrupted call."""
+    try:
+        tokenizer, shards, places = _resumed(folder, corpus)
+    except (*DAMAGED, DataError):
+        tokenizer, shards, places = begin(folder, corpus), [], []
 
-    def on_shard(shards: Sequence[Shard], place: Place) -> None:
+    def write_record() -> None:
+        record = {
+            "schema_version": SCHEMA_VERSION,
+            "identity": corpus.identity,
+            "tokenizer_fingerprint": tokenizer.fingerprint,
+            "shards": list(map(dataclasses.asdict, shards)),
+            "places": list(map(dataclasses.asdict, places)),
+        }
+        write_json(folder / UNFINISHED, record)
+
+    def on_shard(shard: Shard, place: Place) -> None:
+        shards.append(shard)
         places.append(place)
-        dataclasses.replace(record, shards=tuple(shards), places=tuple(places)).write(folder)
+        write_record()
 
-    work = build(folder, corpus, n_workers, start, on_shard)
+    write_record()
+    place = places[-1] if places else Place()
+    work = build(
+        folder, corpus, tokenizer, n_workers, shards=shards, place=place, on_shard=on_shard
+    )
     (folder / UNFINISHED).unlink(missing_ok=True)
     return work
 
 
-def _resumed(folder: Path, corpus: Corpus) -> tuple[Start, Unfinished] | None:
-    """Return the intact part of an earlier call for the same corpus."""
-    try:
-        record, tokenizer = Unfinished.read(folder), read_vocabulary(folder)
-    except (*_DAMAGED, DataError):
-        return None
-    if (record.identity, record.tokenizer_fingerprint) != (corpus.identity, tokenizer.fingerprint):
-        return None
-    record = record.intact(folder)
-    place = record.places[-1] if record.places else Place()
-    return Start(tokenizer, record.shards, place), record
+def _resumed(folder: Path, corpus: Corpus) -> tuple[Tokenizer, list[Shard], list[Place]]:
+    """Read the vocabulary, intact shards and their ends of an earlier call.
+
+    Raises: one of DAMAGED, or DataError, if there was none for the same corpus.
+    """
+    record, tokenizer = read_record(folder / UNFINISHED), read_vocabulary(folder)
+    found = (record["identity"], record["tokenizer_fingerprint"])
+    if found != (corpus.identity, tokenizer.fingerprint):
+        raise ValueError("it is of another corpus")
+    shards = list(takewhile(lambda shard: shard.is_intact(folder), record["shards"]))
+    return tokenizer, shards, [Place(**place) for place in record["places"][: len(shards)]]
 
 
 def tidy(folder: Path) -> None:
@@ -158,8 +124,8 @@ def tidy(folder: Path) -> None:
     if (folder / MANIFEST).exists():  # interrupted when everything was done
         return
     try:
-        kept = {shard.name for shard in Unfinished.read(folder).shards}
-    except _DAMAGED:
+        kept = {shard.name for shard in read_record(folder / UNFINISHED)["shards"]}
+    except DAMAGED:
         kept = set()
     for path in folder.iterdir():
         if is_ours(path) and not (kept and path.name in (*kept, UNFINISHED, VOCABULARY)):
@@ -181,19 +147,19 @@ def _is_finished(folder: Path, identity: str) -> bool:
 
     Raises: ConfigError if it holds another one, whole or not.
     """
-    kind = Manifest if (folder / MANIFEST).exists() else Unfinished
+    is_finished = (folder / MANIFEST).exists()
     try:
-        record = kind.read(folder)
+        record = read_record(folder / (MANIFEST if is_finished else UNFINISHED))
     except FileNotFoundError:
         return False
-    except _DAMAGED as error:
+    except DAMAGED as error:
         raise unreadable(folder, error) from None
-    if record.identity != identity:
+    if record["identity"] != identity:
         raise ConfigError(
             f"the folder {str(folder)!r} holds another text, or tokens of another tokenizer. "
             "Delete it, or name another --out."
         )
-    return kind is Manifest
+    return is_finished
 
 
 def prepared_folder(words: Sequence[str]) -> Path | None:
@@ -230,8 +196,8 @@ def prepared_tokenizer(words: Sequence[str]) -> str | None:
     if folder is None:
         return None
     try:
-        return Manifest.read(folder).tokenizer
-    except _DAMAGED as error:
+        return str(read_record(folder / MANIFEST)["tokenizer"])
+    except DAMAGED as error:
         raise unreadable(folder, error) from None
 
 

@@ -3,15 +3,13 @@
 Tokens are little-endian. A resumable preparation has unfinished.json until its manifest is written.
 """
 
-import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any
 
 import numpy.typing as npt
 
@@ -27,6 +25,8 @@ MANIFEST = "manifest.json"
 VOCABULARY = "vocabulary.json"
 UNFINISHED = "unfinished.json"
 _SHARD = re.compile(r"tokens-\d+\.bin")
+DAMAGED = (OSError, ValueError, KeyError, TypeError)
+"""Errors of reading a record that is missing or damaged."""
 _FILES = "|".join([*map(re.escape, (MANIFEST, VOCABULARY, UNFINISHED)), _SHARD.pattern])
 
 
@@ -44,14 +44,12 @@ class Shard:
     """Modification time; a file with another time is hashed before it is used."""
 
     def is_intact(self, folder: Path) -> bool:
-        """Return whether the file is unchanged: its time, else its hash, which is slow.
-
-        Raises: OSError if it cannot be read.
-        """
+        """Return whether the file is unchanged: its time, else its hash, which is slow."""
         path = folder / self.name
-        if path.stat().st_mtime_ns == self.mtime_ns:
-            return True
-        return sha256(path) == self.sha256
+        try:
+            return path.stat().st_mtime_ns == self.mtime_ns or sha256(path) == self.sha256
+        except OSError:
+            return False
 
 
 @dataclass(frozen=True)
@@ -79,23 +77,11 @@ class Manifest:
     sources: tuple[str, ...]
     """Names of the files, as the user first gave them."""
 
-    def write(self, folder: Path) -> None:
-        """Write the manifest, which finishes the folder."""
-        write_json(folder / MANIFEST, dataclasses.asdict(self))
-
-    @classmethod
-    def read(cls, folder: Path) -> "Manifest":
-        """Read the manifest of a finished folder.
-
-        Raises: OSError, ValueError, KeyError or TypeError if it is missing or damaged.
-        """
-        return cls(**read_record(folder / MANIFEST))
-
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Read the JSON record of a prepared folder, finished or not.
+    """Read the record of a prepared folder: MANIFEST, or UNFINISHED.
 
-    Raises: OSError, ValueError, KeyError or TypeError if it is missing or damaged.
+    Raises: one of DAMAGED.
     """
     values: dict[str, Any] = json.loads(path.read_bytes())
     if values["schema_version"] != SCHEMA_VERSION:
@@ -127,60 +113,29 @@ def is_ours(path: Path) -> bool:
     return re.fullmatch(rf"({_FILES})|{re.escape(WRITING)}({_FILES})\.\d+", path.name) is not None
 
 
-class ShardWriter:
-    """Writes tokens into files of at most MAX_SHARD_TOKENS; use as a context manager."""
+def write_shards(
+    folder: Path, dtype: str, arrays: Iterator[npt.NDArray[Any]], n_complete: int
+) -> Iterator[tuple[Shard, int]]:
+    """Write tokens into files of at most MAX_SHARD_TOKENS.
 
-    def __init__(self, folder: Path, dtype: str, shards: Sequence[Shard] = ()) -> None:
-        """Args: dtype, of the tokens; shards, those that are already complete."""
-        self.folder, self.dtype = folder, dtype
-        self.shards = list(shards)
-        """Complete shards."""
-        self._file: BinaryIO | None = None
-        self._n_tokens = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._file is not None:  # after an error: its contents are discarded
-            self._file.close()
-
-    def write(self, tokens: npt.NDArray[Any]) -> list[int]:
-        """Append tokens; return, for each shard that this filled, how many were written by then."""
-        ends = []
-        n_written = 0
-        while n_written < len(tokens):
-            if self._file is None:
-                self._open()
-            assert self._file is not None
-            part = tokens[n_written : n_written + MAX_SHARD_TOKENS - self._n_tokens]
-            data = part.astype(self.dtype, copy=False).data.cast("B")
-            self._file.write(data)
-            self._digest.update(data)
-            self._n_tokens += len(part)
-            n_written += len(part)
-            if self._n_tokens == MAX_SHARD_TOKENS:
-                self.close()
-                ends.append(n_written)
-        return ends
-
-    def close(self) -> None:
-        """Finish the last shard, full or not."""
-        if self._file is None:
-            return
-        sync_file(self._file)
-        self._file.close()
-        mtime_ns = (self.folder / self._name).stat().st_mtime_ns
-        self.shards.append(Shard(self._name, self._n_tokens, self._digest.hexdigest(), mtime_ns))
-        self._file = None
-
-    def _open(self) -> None:
-        self._name = f"tokens-{len(self.shards):05d}.bin"
-        self._file = (self.folder / self._name).open("wb")
-        self._digest = hashlib.sha256()
-        self._n_tokens = 0
+    Args: arrays of tokens, none of them empty; n_complete, number of shards before the first.
+    Yields: each shard once it is on the disk, and the number of tokens in it, or in shards before,
+        of the array that was read last.
+    """
+    array, n_written = next(arrays, None), 0
+    while array is not None:
+        path = folder / f"tokens-{n_complete:05d}.bin"
+        digest, n_tokens = hashlib.sha256(), 0
+        with path.open("wb") as file:
+            while array is not None and n_tokens < MAX_SHARD_TOKENS:
+                part = array[n_written : n_written + MAX_SHARD_TOKENS - n_tokens]
+                data = part.astype(dtype, copy=False).data.cast("B")
+                file.write(data)
+                digest.update(data)
+                n_tokens += len(part)
+                n_written += len(part)
+                if n_written == len(array):
+                    array, n_written = next(arrays, None), 0
+            sync_file(file)
+        yield Shard(path.name, n_tokens, digest.hexdigest(), path.stat().st_mtime_ns), n_written
+        n_complete += 1

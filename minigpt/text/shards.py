@@ -18,10 +18,10 @@ import numpy.typing as npt
 
 from minigpt.config import DataConfig
 from minigpt.errors import DataError
-from minigpt.files import locked
+from minigpt.files import WRITING, locked
 from minigpt.rings import has_ring, ring
-from minigpt.text.building import Corpus, PrepareProgress, build, opened_corpus
-from minigpt.text.shard_files import Manifest, read_vocabulary
+from minigpt.text.building import Corpus, PrepareProgress, begin, build, opened_corpus
+from minigpt.text.shard_files import DAMAGED, MANIFEST, Manifest, read_record, read_vocabulary
 from minigpt.text.tokenizer import Tokenizer
 
 _PREPARED_FOLDERS = "text.prepared_folders"
@@ -144,14 +144,14 @@ def prepare(
 
 def _replace(folder: Path, corpus: Corpus, n_workers: int) -> None:
     """Build a corpus under another name and rename it; an unusable one is deleted first."""
-    aside = folder.with_name(f"{folder.name}.partial")
+    aside = folder.with_name(f"{WRITING}{folder.name}")
     shutil.rmtree(folder, ignore_errors=True)
     aside.mkdir(exist_ok=True)
     try:
         if has_ring(_PREPARED_FOLDERS):
             ring(_PREPARED_FOLDERS).build_resumable(aside, corpus, n_workers)
         else:
-            build(aside, corpus, n_workers)
+            build(aside, corpus, begin(aside, corpus), n_workers)
         aside.rename(folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -174,7 +174,7 @@ def open_prepared(folder: Path) -> PreparedData:
     Raises: DataError if it is missing, incomplete or damaged.
     """
     try:
-        manifest = Manifest.read(folder)
+        manifest = Manifest(**read_record(folder / MANIFEST))
         tokenizer = read_vocabulary(folder)
         is_whole = tokenizer.fingerprint == manifest.tokenizer_fingerprint
         digest = hashlib.sha256(tokenizer.fingerprint.encode())
@@ -184,7 +184,7 @@ def open_prepared(folder: Path) -> PreparedData:
             is_whole &= len(array) == shard.n_tokens and shard.is_intact(folder)
             arrays.append(array)
             digest.update(shard.sha256.encode())
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except DAMAGED as error:
         raise unreadable(folder, error) from None
     if not is_whole:
         raise DataError(f"the prepared corpus {str(folder)!r} is damaged. Delete that folder.")

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from itertools import chain
 from typing import Any
@@ -293,7 +293,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> TiktokenTokenizer:
             "included. Try bpe:1024, or the tokenizer bytes."
         )
     trainer = rustbpe.Tokenizer()
-    trainer.train_from_iterator(_first_bytes(texts), vocab_size - 1, pattern=BPE_PATTERN)
+    read = first_texts(texts, BPE_TRAINING_BYTES)
+    parts = (part for text in read for part in _parts(well_formed(text)))
+    trainer.train_from_iterator(parts, vocab_size - 1, pattern=BPE_PATTERN)
     ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
     name = f"bpe:{vocab_size}"
     encoding = make_encoding(name, BPE_PATTERN, ranks, {END_OF_TEXT: len(ranks)})
@@ -346,23 +348,23 @@ def make_tokenizer(spec: str, texts: Iterable[str]) -> Tokenizer:
     if kind != "bpe":
         return named_tokenizer(kind)
     if not vocab_size:
-        vocab_size, texts = _fitting_vocab_size(texts)
+        texts = iter(texts)
+        read = first_texts(texts, BYTES_PER_MERGE * LARGEST_FITTING_BPE)
+        n_merges = sum(len(text.encode("utf-8", "replace")) for text in read) // BYTES_PER_MERGE
+        # 258 is the smallest size that train_bpe takes.
+        vocab_size, texts = min(257 + max(1, n_merges), LARGEST_FITTING_BPE), chain(read, texts)
     return train_bpe(texts, vocab_size)
 
 
-def _fitting_vocab_size(texts: Iterable[str]) -> tuple[int, Iterable[str]]:
-    """Return the vocabulary size that suits a corpus, and the texts, which are read in part."""
-    texts = iter(texts)
+def first_texts(texts: Iterable[str], n_bytes: float) -> list[str]:
+    """Return the texts up to the one with which they have n_bytes, or all."""
     read: list[str] = []
-    n_bytes = 0
     for text in texts:
         read.append(text)
-        n_bytes += len(text.encode("utf-8", "replace"))
-        if n_bytes >= BYTES_PER_MERGE * LARGEST_FITTING_BPE:
+        n_bytes -= len(text.encode("utf-8", "replace"))
+        if n_bytes <= 0:
             break
-    # 258 is the smallest size that train_bpe takes.
-    vocab_size = min(max(258, 257 + n_bytes // BYTES_PER_MERGE), LARGEST_FITTING_BPE)
-    return vocab_size, chain(read, texts)
+    return read
 
 
 def well_formed(text: str) -> str:
@@ -380,12 +382,3 @@ def _parts(text: str) -> list[str]:
     if not re.search(r"\s{15}", text[::4096]):
         return [text]
     return [part for part in _LONG_WHITESPACE.split(text) if part]
-
-
-def _first_bytes(texts: Iterable[str]) -> Iterator[str]:
-    n_bytes = 0
-    for text in texts:
-        yield from _parts(well_formed(text))
-        n_bytes += len(text.encode("utf-8", "replace"))
-        if n_bytes >= BPE_TRAINING_BYTES:
-            return

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from filelock import FileLock
 
@@ -21,7 +22,7 @@ from minigpt import files
 from minigpt.config import DataConfig
 from minigpt.errors import ConfigError, DataError, LockedError, ResourceError
 from minigpt.text import building, corpus, prepared_folders, shard_files, shards, tokenizer
-from minigpt.text.building import Encoded, PrepareProgress, Work
+from minigpt.text.building import PrepareProgress, Work
 from minigpt.text.corpus import Document
 from minigpt.text.prepared_folders import prepare_folder
 from minigpt.text.shards import PreparedData, TokenSpan, prepare
@@ -90,7 +91,9 @@ def test_tokens_are_those_of_a_plain_loop_whatever_the_number_of_workers(
 ) -> None:
     encode, draw = building._encode, random.Random(1)
 
-    def encode_sometime(chunk: list[Document], tokenizer: Tokenizer, dtype: str) -> Encoded:
+    def encode_sometime(
+        chunk: list[Document], tokenizer: Tokenizer, dtype: str
+    ) -> npt.NDArray[np.uint16]:
         time.sleep(draw.random() / 500)  # so that later chunks are often ready before
         return encode(chunk, tokenizer, dtype)
 
@@ -161,7 +164,7 @@ def test_killed_anywhere_and_called_again_it_goes_on_and_gives_the_same_bytes(
     whole, _ = prepared("whole")
     n_shards = len(whole.manifest.shards)
     n_encoded = []
-    for number in range(1, 2 * n_shards + 3):  # vocabulary, record, and two for each shard
+    for number in range(1, 2 * n_shards + 4):  # vocabulary, record, two for each shard, manifest
         out = f"out-{number}"
         with monkeypatch.context() as patch:
             kill_at_sync(number, patch)
@@ -296,7 +299,7 @@ def test_a_killed_preparation_in_the_cache_is_gone_on_with(
             prepare(data, tmp_path / "cache")
     assert prepare(data, tmp_path / "cache").tokens.fingerprint == whole.tokens.fingerprint
     assert 0 < built[0].n_bytes < whole.manifest.n_bytes
-    assert not list((tmp_path / "cache").rglob("*.partial"))
+    assert not list((tmp_path / "cache").rglob(".writing-*"))
 
 
 def test_a_folder_of_something_else_is_refused_and_left_as_it_is(

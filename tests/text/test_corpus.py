@@ -107,7 +107,7 @@ def test_a_byte_order_mark_is_dropped_and_line_ends_are_kept(folder: Path) -> No
 def test_standard_input_is_a_document(folder: Path) -> None:
     write("a.txt", "a")
     assert texts("-", "a.txt", stdin="né\n".encode()) == ["né\n", "a"]
-    assert documents("-", stdin=b"x")[0].file.name == "standard input"
+    assert find_files(["-"], folder, folder, stdin=io.BytesIO())[0].name == "standard input"
 
 
 def test_a_pipe_is_read_like_a_file(folder: Path) -> None:
@@ -148,7 +148,7 @@ def test_pieces_join_to_the_document_and_only_the_first_is_its_start(
         assert [d.is_start for d in found].count(True) == n_documents
         assert found[0].is_start
         assert max(len(d.text) for d in found) <= 70
-        assert found[-1].file_position == Path(name).stat().st_size
+        assert found[-1].position == Path(name).stat().st_size
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])

@@ -264,7 +264,7 @@ prepare(DataConfig(paths=(sys.argv[1],)), pathlib.Path(sys.argv[2]), kill)
     assert "manifest.json" not in files(cache)
     data = prepare(DataConfig(paths=(str(corpus),)), cache)
     assert len(data.tokens) == corpus.stat().st_size + 1
-    assert not list(cache.rglob("*.partial"))
+    assert not list(cache.rglob(".writing-*"))
 
 
 def test_a_full_disk_is_a_resource_error_and_gives_its_space_back(
