@@ -16,7 +16,7 @@ from minigpt.checkpoint.folder import RunFolder
 from minigpt.checkpoint.model_folder import read_model, write_model
 from minigpt.config import RunConfig
 from minigpt.errors import CheckpointError, DataError, DivergedError
-from minigpt.evaluation import Evaluation, evaluate, windows_at_once
+from minigpt.evaluation import evaluate, windows_at_once
 from minigpt.model.cost import training_flops_per_token
 from minigpt.model.device import autocast, has_fast_bfloat16, peak_flops
 from minigpt.model.language_model import LanguageModel
@@ -98,7 +98,7 @@ class Trainer:
         self._begun = self._logged = (self.step, self.elapsed_s, self.progress)
         """Steps, seconds and progress when this process began, and at the last log line."""
         self._saved_step = self.step if resume_from else None
-        self._last_evaluation: tuple[int, Evaluation] | None = None
+        self._evaluation: EvalEvent | None = None
         self._pending = PendingMetrics(self.world)
         self._last_metrics: StepMetrics | None = None
 
@@ -182,7 +182,9 @@ class Trainer:
             if _is_due(self.step, config.save_every) and not is_last:
                 yield from self._evaluate_and_save()
             if _is_due(self.step, config.sample_every) or (config.sample_every and is_last):
-                yield from self._sample()
+                model = self.world.full_model(self.model)
+                if model is not None:
+                    yield SampleEvent(self.step, model.to(self.device))
         if self._saved_step != self.step:
             yield from self._evaluate_and_save()
 
@@ -324,8 +326,7 @@ class Trainer:
         )
         if not math.isfinite(result.nats):
             raise self._diverged(self._at_step(f"validation loss {result.nats_per_token:.4g}"))
-        self._last_evaluation = self.step, result
-        return EvalEvent(
+        self._evaluation = EvalEvent(
             step=self.step,
             val_loss=result.nats_per_token,
             bits_per_byte=result.bits_per_byte,
@@ -333,23 +334,24 @@ class Trainer:
             elapsed_s=self.elapsed_s,
             eval_s=time.perf_counter() - started,
         )
+        return self._evaluation
 
     def _evaluate_and_save(self) -> Iterator[Event]:
         """Save a checkpoint with its validation loss."""
-        if self._last_evaluation is None or self._last_evaluation[0] != self.step:
-            yield self._evaluate()
-        assert self._last_evaluation is not None
+        evaluation = self._evaluation
+        if evaluation is None or evaluation.step != self.step:
+            yield (evaluation := self._evaluate())
         model = self.world.full_model(self.model)
         optimizer_state = self.world.gather(optimizer_tensors(self.model, self.optimizers))
         if model is not None:
-            yield self._save(model, optimizer_state, self._last_evaluation[1])
+            yield self._save(model, optimizer_state, evaluation)
         self.world.max(0)  # wait for rank 0
         self._saved_step = self.step
 
     def _save(
-        self, model: LanguageModel, optimizer_state: dict[str, Tensor], result: Evaluation
+        self, model: LanguageModel, optimizer_state: dict[str, Tensor], evaluation: EvalEvent
     ) -> SaveEvent:
-        losses = {"val_loss": result.nats_per_token, "bits_per_byte": result.bits_per_byte}
+        losses = {"val_loss": evaluation.val_loss, "bits_per_byte": evaluation.bits_per_byte}
         state = TrainingState(
             step=self.step,
             elapsed_s=self.elapsed_s,
@@ -377,14 +379,9 @@ class Trainer:
         return SaveEvent(
             step=self.step,
             folder=self.folder.step_folder(self.step),
-            val_loss=result.nats_per_token,
+            val_loss=evaluation.val_loss,
             is_best=best.step == self.step,
         )
-
-    def _sample(self) -> Iterator[Event]:
-        model = self.world.full_model(self.model)
-        if model is not None:
-            yield SampleEvent(self.step, model.to(self.device))
 
     def diverged_in_sample(self) -> DivergedError:
         """Return the error for NaN or inf in the logits of a sample."""

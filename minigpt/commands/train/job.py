@@ -11,7 +11,7 @@ from typing import Any
 
 from minigpt.checkpoint.folder import CONFIG_FILE, Pointer, RunFolder
 from minigpt.checkpoint.model_folder import read_model
-from minigpt.checkpoint.resolve import ROOT
+from minigpt.checkpoint.resolve import ROOT, models_in
 from minigpt.config import DataConfig, RunConfig
 from minigpt.errors import CheckpointError, ConfigError, nearest
 from minigpt.model.device import resolve_device, resolve_dtype
@@ -159,7 +159,7 @@ def require_memory(config: RunConfig, request: Request) -> None:
 def _require_checkpoint(run: RunFolder) -> Pointer:
     latest = run.latest()
     if latest is None:
-        names = [path.name for path in _folders() if RunFolder(path).steps()]
+        names = [path.name for path in models_in(ROOT) if RunFolder(path).steps()]
         raise CheckpointError(
             f"the run {run.path.name!r} has no checkpoint to resume from. "
             f"{nearest(run.path.name, names) if names else 'Start one without --resume.'}"
@@ -167,12 +167,8 @@ def _require_checkpoint(run: RunFolder) -> Pointer:
     return latest
 
 
-def _folders() -> list[Path]:
-    return [path for path in ROOT.iterdir() if path.is_dir()] if ROOT.is_dir() else []
-
-
 def _newest_run() -> RunFolder:
-    runs = [RunFolder(path) for path in _folders()]
+    runs = [RunFolder(path) for path in models_in(ROOT)]
     latest = {run: pointer for run in runs if (pointer := run.latest())}
     if not latest:
         raise CheckpointError(

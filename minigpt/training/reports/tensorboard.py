@@ -1,6 +1,5 @@
 """Scalars for TensorBoard, in event files beside a run's metrics.jsonl."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,12 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 _FLUSH_S = 10
+_TAGS: dict[type[Event], dict[str, str]] = {
+    StepEvent: {"train_loss": "loss/train"}
+    | {name: name for name in ("lr", "grad_norm", "tokens_per_s", "mfu")},
+    SkipEvent: {"n_skipped": "skipped_steps"},
+    EvalEvent: {"val_loss": "loss/val", "bits_per_byte": "bits_per_byte/val"},
+}
 
 
 def summary_writer() -> "type[SummaryWriter]":
@@ -43,30 +48,12 @@ class TensorBoardLog:
 
     def write(self, event: Event) -> None:
         """Add the scalars of an event, and flush the file at each checkpoint."""
-        match event:
-            case StepEvent():
-                self._add(
-                    event.step,
-                    {
-                        "loss/train": event.train_loss,
-                        "lr": event.lr,
-                        "grad_norm": event.grad_norm,
-                        "tokens_per_s": event.tokens_per_s,
-                        "mfu": event.mfu,
-                    },
-                )
-            case SkipEvent():
-                self._add(event.step, {"skipped_steps": event.n_skipped})
-            case EvalEvent():
-                losses = {"loss/val": event.val_loss, "bits_per_byte/val": event.bits_per_byte}
-                self._add(event.step, losses)
-            case SaveEvent():
-                self._writer.flush()
-
-    def _add(self, step: int, scalars: Mapping[str, float | None]) -> None:
-        for tag, value in scalars.items():
+        for name, tag in _TAGS.get(type(event), {}).items():
+            value = getattr(event, name)
             if value is not None:
-                self._writer.add_scalar(tag, value, step)
+                self._writer.add_scalar(tag, value, event.step)
+        if isinstance(event, SaveEvent):
+            self._writer.flush()
 
     def close(self) -> None:
         """Flush and close the file."""
