@@ -1,35 +1,21 @@
 """minigpt train --from: fine-tuning, which starts from a model instead of a preset."""
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from minigpt.checkpoint.folder import RunFolder
 from minigpt.checkpoint.model_folder import read_model
-from minigpt.checkpoint.resolve import ROOT, is_hub_name, resolve_model
-from minigpt.commands.train.job import (
-    Job,
-    Request,
-    checked_name,
-    flat,
-    fresh_name,
-    given,
-    one_budget,
-    one_lr,
-    require_memory,
-    require_new,
-)
+from minigpt.checkpoint.resolve import is_hub_name, resolve_model
+from minigpt.commands.train.job import flat, given, one_budget, one_lr
 from minigpt.config import RunConfig
 from minigpt.errors import CheckpointError, ConfigError
 from minigpt.evaluation import LOGITS_AT_ONCE
 from minigpt.model.language_model import LanguageModel
 from minigpt.settings import build, merge, to_dict
-from minigpt.text.shards import prepare
 from minigpt.text.tokenizer import Tokenizer
 
 _LONGEST_SEQUENCE = 512  # default limit, because a large model's full context may not fit
@@ -54,33 +40,14 @@ class Base:
         return name.partition("@")[0]
 
 
-@contextmanager
-def finetuning_job(request: Request) -> Iterator[Job]:
-    """Start a run in checkpoints/NAME from the model ``overrides["from"]``.
-
-    Raises: CheckpointError if the model or its tokenizer cannot be read; ConfigError for invalid
-        settings, or if the run exists; ResourceError if it can never fit into memory.
-    """
-    name, spec = request.name, request.overrides["from"]
-    if not isinstance(spec, str):
-        raise ConfigError(f"from must name a model: it is {spec!r}.")
-    if name:
-        require_new(RunFolder(ROOT / checked_name(name)))
-    base = read_base(spec)
-    config = finetuning_config(request.overrides, base)
-    run = RunFolder(ROOT / (name or fresh_name(config.data, base.name)))
-    require_memory(config, request)
-    data = prepare(config.data, on_progress=request.on_progress, tokenizer=base.tokenizer)
-    with request.lock(run):
-        require_new(run)
-        yield Job(config, data, run, start_from=base.model)
-
-
 def read_base(spec: str) -> Base:
     """Read the model and the tokenizer to fine-tune.
 
-    Raises: CheckpointError if the model is missing or damaged, or has no tokenizer.
+    Raises: ConfigError if ``spec`` is not a text; CheckpointError if the model is missing or
+        damaged, or has no tokenizer.
     """
+    if not isinstance(spec, str):  # as a --config file may have it
+        raise ConfigError(f"from must name a model: it is {spec!r}.")
     folder = resolve_model(spec)
     is_remote = is_hub_name(spec) and not os.path.exists(spec)
     source = f"{spec.partition('@')[0]}@{folder.name}" if is_remote else str(folder)

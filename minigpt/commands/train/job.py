@@ -89,34 +89,37 @@ class Job:
 
 def open_job(request: Request, *, resume: bool) -> AbstractContextManager[Job]:
     """Return the context of a new, fine-tuning or resumed run, which holds its lock."""
-    if resume:
-        return _resumed_job(request)
-    if request.overrides.get("from") is not None:
-        job: AbstractContextManager[Job] = ring("commands.train.finetune").finetuning_job(request)
-        return job
-    return _new_job(request)
+    return _resumed_job(request) if resume else _new_job(request)
 
 
 @contextmanager
 def _new_job(request: Request) -> Iterator[Job]:
-    """Start a run in checkpoints/NAME.
+    """Start a run in checkpoints/NAME from a preset, or from the model ``overrides["from"]``.
 
-    Raises: ConfigError for invalid settings, or if the run exists; ResourceError if it can never
-        fit into memory.
+    Raises: ConfigError for invalid settings, or if the run exists; CheckpointError if the model or
+        its tokenizer cannot be read; ResourceError if the run can never fit into memory.
     """
-    settings = settings_of(request.overrides)
-    data_config = build(DataConfig, settings.get("data", {}), "data.")
-    name = request.name
-    name = checked_name(name) if name else fresh_name(data_config, settings["preset"])
-    run = RunFolder(ROOT / name)
-    require_new(run)
-    require_memory(with_vocabulary(settings, 1), request)  # before the text is read
-    data = prepare(data_config, on_progress=request.on_progress)
-    config = with_vocabulary(settings, data.tokenizer.vocab_size)
-    require_memory(config, request)
+    name, overrides = request.name, request.overrides
+    if name:
+        _require_new(RunFolder(ROOT / checked_name(name)))
+    base: Any = None
+    if overrides.get("from") is not None:
+        finetune = ring("commands.train.finetune")
+        base = finetune.read_base(overrides["from"])
+        config = finetune.finetuning_config(overrides, base)
+    else:
+        settings = settings_of(overrides)
+        config = with_vocabulary(settings, 1)
+    run = RunFolder(ROOT / (name or fresh_name(config.data, base.name if base else config.preset)))
+    _require_memory(config, request)  # before the text is read
+    tokenizer = base.tokenizer if base else None
+    data = prepare(config.data, on_progress=request.on_progress, tokenizer=tokenizer)
+    if base is None:
+        config = with_vocabulary(settings, data.tokenizer.vocab_size)
+        _require_memory(config, request)
     with request.lock(run):
-        require_new(run)  # another process may have created it meanwhile
-        yield Job(config, data, run)
+        _require_new(run)  # another process may have created it meanwhile
+        yield Job(config, data, run, start_from=base.model if base else None)
 
 
 @contextmanager
@@ -132,7 +135,7 @@ def _resumed_job(request: Request) -> Iterator[Job]:
         overrides = request.overrides if saved.from_ is None else one_lr(request.overrides)
         config = build(RunConfig, merge(to_dict(saved), one_budget(overrides)))
         _require_same(saved, config)
-        require_memory(config, request)
+        _require_memory(config, request)
         latest = _require_checkpoint(run)
         # The model that a run was fine-tuned from may be gone; the checkpoint has its tokenizer.
         tokenizer = read_model(latest.folder).tokenizer if saved.from_ is not None else None
@@ -140,7 +143,7 @@ def _resumed_job(request: Request) -> Iterator[Job]:
         yield Job(config, data, run, resume_from=latest.folder)
 
 
-def require_new(run: RunFolder) -> None:
+def _require_new(run: RunFolder) -> None:
     """Raise ConfigError if a run has checkpoints already."""
     if run.steps():
         raise ConfigError(
@@ -149,7 +152,7 @@ def require_new(run: RunFolder) -> None:
         )
 
 
-def require_memory(config: RunConfig, request: Request) -> None:
+def _require_memory(config: RunConfig, request: Request) -> None:
     """Raise ResourceError if a run can never fit into memory."""
     if has_ring("training.reports.memory"):
         device = resolve_device(config.training.device)
