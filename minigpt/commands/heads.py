@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from minigpt.model.language_model import LanguageModel
-    from minigpt.tracing.events import Roles
     from minigpt.tracing.spans import Line
 
 _CELL_WIDTH = 14
@@ -53,11 +52,14 @@ def heads(
     effects_LH = _effects(loaded.model, seed) if ablate else None
     n_repeated = repeated_sequences(loaded.model, seed=seed).shape[1] // 2
     if as_json:
-        records = [
-            _record(layer, head, role, effects_LH)
+        records: list[dict[str, Any]] = [
+            {"layer": layer, "head": head, **asdict(role)}
             for layer, roles_H in enumerate(roles)
             for head, role in enumerate(roles_H)
         ]
+        if effects_LH is not None:
+            for record, effect in zip(records, effects_LH.flat, strict=True):
+                record["loss_effect"] = float(effect)
         facts = {"model": str(folder), "seed": seed, "n_repeated": n_repeated, "heads": records}
         output.write_json(facts)
         return
@@ -74,13 +76,6 @@ def heads(
         title = "Increase of the loss on the second copy without a head (layer.head), nats/token:"
         lines += [[], *wrapped(title, console.width), *_costs(effects_LH, console.width)]
     print_lines(console, lines)
-
-
-def _record(
-    layer: int, head: int, role: "Roles", effects_LH: "NDArray[np.float32] | None"
-) -> dict[str, Any]:
-    effect = {} if effects_LH is None else {"loss_effect": float(effects_LH[layer, head])}
-    return {"layer": layer, "head": head, **asdict(role), **effect}
 
 
 def _effects(model: "LanguageModel", seed: int) -> "NDArray[np.float32]":

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from statistics import fmean
 
 from minigpt.commands.attention_trace.output import TraceOutput
 from minigpt.commands.attention_trace.targets import Targets
@@ -97,13 +98,11 @@ def _source(token: Token) -> str:
 def _summary(diffs: list[StepDiff]) -> str:
     if not diffs:
         return "No token was generated."
-    n = len(diffs)
-    moved, divergence = (
-        sum(getattr(d, name) for d in diffs) / n for name in ("moved", "divergence")
-    )
+    moved = fmean(diff.moved for diff in diffs)
+    divergence = fmean(diff.divergence for diff in diffs)
     n_changed = sum(diff.first_token != diff.second_token for diff in diffs)
     return (
-        f"{n} tokens: on average, {percent(moved).strip()} of the attention moved and the "
+        f"{len(diffs)} tokens: on average, {percent(moved).strip()} of the attention moved and the "
         f"Jensen-Shannon divergence is {divergence:.3f} bits; {n_changed} tokens have another "
         "strongest source."
     )

@@ -42,8 +42,11 @@ def writing_rows(
         n_bytes = 4 * offsets[-1] * n_layer * n_head
         file.write(end := np.array(offsets, dtype="<i4").tobytes())
         tensors = {
-            "rows": _entry("F32", [offsets[-1], n_layer, n_head], 0, n_bytes),
-            "offsets": _entry("I32", [len(offsets)], n_bytes, len(end)),
+            name: {"dtype": dtype, "shape": shape, "data_offsets": place}
+            for name, dtype, shape, place in (
+                ("rows", "F32", [offsets[-1], n_layer, n_head], [0, n_bytes]),
+                ("offsets", "I32", [len(offsets)], [n_bytes, n_bytes + len(end)]),
+            )
         }
         header = json.dumps({"__metadata__": metadata} | tensors).encode()
         room = _HEADER_BYTES - 8
@@ -51,7 +54,3 @@ def writing_rows(
         file.seek(0)
         # The format allows trailing blanks in a header.
         file.write(room.to_bytes(8, "little") + header.ljust(room))
-
-
-def _entry(dtype: str, shape: list[int], start: int, n_bytes: int) -> dict[str, object]:
-    return {"dtype": dtype, "shape": shape, "data_offsets": [start, start + n_bytes]}

@@ -35,7 +35,8 @@ def diff_traces(first: Trace, second: Trace) -> Iterator[StepDiff]:
     """
     _check_tokens(first, second)
     for one, other in zip(first.steps, second.steps, strict=True):
-        p, q = _shares(one.row), _shares(other.row)
+        weights = (row.weights_S.astype(np.float64) for row in (one.row, other.row))
+        p, q = (weights_S / max(weights_S.sum(), 1e-300) for weights_S in weights)
         yield StepDiff(
             token=one.token,
             divergence=_divergence(p, q),
@@ -64,11 +65,6 @@ def _check_tokens(first: Trace, second: Trace) -> None:
             f"the traces have {len(first.steps)} and {len(second.steps)} generated tokens. Trace "
             "both with the same --max-new-tokens."
         )
-
-
-def _shares(row: Row) -> NDArray[np.float64]:
-    weights = row.weights_S.astype(np.float64)
-    return weights / max(weights.sum(), 1e-300)
 
 
 def _divergence(p: NDArray[np.float64], q: NDArray[np.float64]) -> float:

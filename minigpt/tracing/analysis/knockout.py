@@ -18,7 +18,6 @@ from minigpt.model.language_model import LanguageModel
 from minigpt.tracing.config import Knockout
 from minigpt.tracing.events import CauseCheck, Effect, Row, Source, Token
 
-_MIN_TO_RANK = 3  # two pairs always correlate by 1 or -1
 _MAX_CACHE_BYTES = 2**28  # of all rows of a batch
 
 
@@ -70,18 +69,14 @@ def choose_controls(
     Sources, the sink and controls of other sources are not eligible. Of two positions at the same
     distance, the earlier one is chosen. None if no position is left.
     """
-    taken = {sink, *sources}
+    taken: set[int | None] = {sink, *sources}
     controls: list[int | None] = []
     for source in sources:
-        free = [
-            position
-            for position in range(len(weights_S))
-            if position not in taken and weights_S[position] < weights_S[source]
-        ]
-        control = min(free, key=lambda position: (abs(position - source), position), default=None)
+        smaller = np.flatnonzero(weights_S < weights_S[source]).tolist()
+        nearest = sorted(smaller, key=lambda position: abs(position - source))
+        control = next((position for position in nearest if position not in taken), None)
         controls.append(control)
-        if control is not None:
-            taken.add(control)
+        taken.add(control)
     return controls
 
 
@@ -177,7 +172,7 @@ def rank_correlation(x: ArrayLike, y: ArrayLike) -> float | None:
     """
     ranks_x, ranks_y = _centred_ranks(x), _centred_ranks(y)
     scale = float(np.sqrt((ranks_x @ ranks_x) * (ranks_y @ ranks_y)))
-    if len(ranks_x) < _MIN_TO_RANK or scale == 0:
+    if len(ranks_x) < 3 or scale == 0:  # two pairs always correlate by 1 or -1
         return None
     return float(ranks_x @ ranks_y) / scale
 

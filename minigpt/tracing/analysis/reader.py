@@ -23,11 +23,12 @@ from minigpt.files import resource_errors
 from minigpt.generation.decoder import FinishReason
 from minigpt.settings import build
 from minigpt.tracing import events
-from minigpt.tracing.config import MEASURES, Measure
+from minigpt.tracing.config import MEASURES
 from minigpt.tracing.file import HEAD_FIELDS, INTERRUPTED, ROW_FIELDS, SCHEMA
 from minigpt.tracing.selection import select_heads
 
 T = TypeVar("T")
+_type_hints = cache(get_type_hints)
 
 
 def read_traces(path: Path) -> list[events.Trace]:
@@ -94,6 +95,8 @@ class _Reader:
         sink = _checked(value["sink"]["position"], int)
         if sink >= max(1, len(self.tokens)):
             raise ValueError("the sink is not a position of the prompt")
+        for name in value["measures"]:
+            require_choice("measure", name, MEASURES)
         roles = value["roles"]
         if roles is not None:
             if (len(roles), *{len(layer) for layer in roles}) != (n_layer, n_head):
@@ -103,7 +106,7 @@ class _Reader:
             events.TraceHeader,
             value,
             selection=select_heads(n_layer, n_head, heads=value["heads"]),
-            measures=tuple(_measure(name) for name in value["measures"]),
+            measures=tuple(value["measures"]),
             sink=sink,
             sink_rule=_checked(value["sink"]["rule"], str),
             sampling=build(SamplingConfig, value["sampling"]),
@@ -185,21 +188,11 @@ def _token(value: dict[str, Any], position: int) -> events.Token:
     return events.Token(position, _checked(value["token"], int), data)
 
 
-def _measure(name: str) -> Measure:
-    require_choice("measure", name, MEASURES)
-    return name
-
-
 def _read(cls: type[T], value: dict[str, Any], **given: Any) -> T:
     """Build a dataclass from an object with a key for each field but the ``given`` ones."""
-    hints = _hints(cls).items()  # type: ignore[arg-type]
+    hints = _type_hints(cls).items()  # type: ignore[arg-type]
     read = {name: _checked(value[name], hint) for name, hint in hints if name not in given}
     return cls(**read, **given)
-
-
-@cache
-def _hints(cls: Any) -> dict[str, Any]:
-    return get_type_hints(cls)
 
 
 def _checked(value: Any, hint: Any) -> Any:

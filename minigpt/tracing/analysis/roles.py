@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from minigpt.config import require_within
 from minigpt.errors import CheckpointError, ConfigError
 from minigpt.model.attention import AttentionPass
 from minigpt.model.language_model import LanguageModel
@@ -49,8 +50,7 @@ def head_roles(model: LanguageModel, *, seed: int = 0) -> tuple[tuple[Roles, ...
         )
 
     def roles(*scores: float) -> Roles:
-        named = dict(zip(ROLE_SCORES, scores, strict=True))
-        return Roles(**named, tag=role_tag(**named))
+        return Roles(**dict(zip(ROLE_SCORES, scores, strict=True)), tag=role_tag(*scores))
 
     return tuple(tuple(roles(*scores) for scores in layer) for layer in scores_LH5.tolist())
 
@@ -61,8 +61,7 @@ def repeated_sequences(model: LanguageModel, *, seed: int) -> Tensor:
     Raises: ConfigError if the context or the vocabulary is too small, or for a seed out of range.
     """
     config = model.config
-    if not 0 <= seed < 2**63:
-        raise ConfigError(f"seed must be between 0 and {2**63 - 1}: it is {seed}.")
+    require_within("seed", seed, "[0, 2**63)")
     n_repeated = min(config.context_length // 2, config.vocab_size, _MAX_REPEATED)
     if n_repeated < _MIN_REPEATED:
         raise ConfigError(
@@ -72,11 +71,10 @@ def repeated_sequences(model: LanguageModel, *, seed: int) -> Tensor:
         )
     generator = torch.Generator().manual_seed(seed)
     sequences = [
-        torch.randperm(config.vocab_size, generator=generator)[:n_repeated]
+        torch.randperm(config.vocab_size, generator=generator)[:n_repeated].repeat(2)
         for _ in range(_N_TOKENS // n_repeated)
     ]
-    tokens = torch.stack(sequences)
-    return torch.cat((tokens, tokens), dim=1).to(model.device)
+    return torch.stack(sequences).to(model.device)
 
 
 def role_scores(weights_BHQS: Tensor) -> Tensor:
@@ -92,7 +90,7 @@ def role_scores(weights_BHQS: Tensor) -> Tensor:
     n_repeated = weights_BHQS.shape[-1] // 2
 
     def mean_back(distance: int, *, is_second_half: bool = True) -> Tensor:
-        """The mean of A[i, i - distance]."""
+        """Return the mean of A[i, i - distance]."""
         diagonal_BHQ = weights_BHQS.diagonal(-distance, dim1=-2, dim2=-1)
         return (diagonal_BHQ[..., -n_repeated:] if is_second_half else diagonal_BHQ).mean((0, 2))
 

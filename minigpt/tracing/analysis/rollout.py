@@ -33,8 +33,8 @@ class Rollout:
                 "a rollout keeps a matrix of positions x positions for each layer, so it takes at "
                 f"most {MAX_POSITIONS}: prompt and max_new_tokens are {n_positions}. Reduce them."
             )
-        self._heads_by_layer = selection.heads_by_layer
-        self._layers = [i for i, heads in enumerate(selection.heads_by_layer) if heads]
+        by_layer = enumerate(selection.heads_by_layer)
+        self._heads = {layer: list(heads) for layer, heads in by_layer if heads}
         self._n_positions = n_positions
         self._products: dict[int, Tensor] = {}
         """For each chosen layer (P, P); the first ``_end`` rows are filled."""
@@ -42,21 +42,19 @@ class Rollout:
 
     def add(self, layer: int, weights_HTS: Tensor) -> None:
         """Add the weights of the newest queries of a layer; lower layers must come first."""
-        if layer not in self._layers:
+        if layer not in self._heads:
             return
         n_new, end = weights_HTS.shape[1:]
-        mean_TS = weights_HTS[list(self._heads_by_layer[layer])].mean(dim=0)
-        identity_TS = torch.eye(end, device=mean_TS.device)[end - n_new :]
-        mixed_TS = 0.5 * mean_TS + 0.5 * identity_TS
+        mean_TS = weights_HTS[self._heads[layer]].mean(dim=0)
+        mixed_TS = 0.5 * mean_TS + 0.5 * torch.eye(end, device=mean_TS.device)[end - n_new :]
+        below = max((other for other in self._heads if other < layer), default=None)
+        if below is not None:
+            mixed_TS = mixed_TS @ self._products[below][:end, :end]
         if layer not in self._products:
-            shape = (self._n_positions, self._n_positions)
-            self._products[layer] = torch.zeros(shape, device=mean_TS.device)
-        below = self._layers.index(layer) - 1
-        if below >= 0:
-            mixed_TS = mixed_TS @ self._products[self._layers[below]][:end, :end]
+            self._products[layer] = mixed_TS.new_zeros(self._n_positions, self._n_positions)
         self._products[layer][end - n_new : end, :end] = mixed_TS
         self._end = end
 
     def row(self) -> Tensor:
         """Return the newest query's row (S,) after the last chosen layer."""
-        return self._products[self._layers[-1]][self._end - 1, : self._end]
+        return self._products[max(self._heads)][self._end - 1, : self._end]

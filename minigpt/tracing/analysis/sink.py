@@ -16,17 +16,14 @@ class SinkFinder:
 
     def __init__(self, n_prompt: int) -> None:
         self._n_prompt = n_prompt
-        self._received_S: Tensor | None = None
+        self._received_S = torch.zeros(n_prompt)
 
     def add(self, layer: int, weights_HTS: Tensor) -> None:
         """Add the weights of the newest queries of a layer; later tokens are ignored."""
         n_new, end = weights_HTS.shape[1:]
-        if end > self._n_prompt:
-            return
-        if self._received_S is None:
-            self._received_S = torch.zeros(self._n_prompt, device=weights_HTS.device)
-        # Below the diagonal: a token that attends to itself is no sink.
-        self._received_S[:end] += weights_HTS.tril(end - n_new - 1).sum(dim=(0, 1))
+        if end <= self._n_prompt:
+            # Below the diagonal: a token that attends to itself is no sink.
+            self._received_S[:end] += weights_HTS.tril(end - n_new - 1).sum(dim=(0, 1)).cpu()
 
     def sink(self) -> int:
         """Return the position that gets the most weight per later position.
@@ -34,7 +31,5 @@ class SinkFinder:
         Only the first half of the prompt is considered: later positions have too few after them.
         """
         n = self._n_prompt
-        if self._received_S is None:
-            return 0
-        n_later = torch.arange(n - 1, -1, -1, device=self._received_S.device).clamp(min=1)
+        n_later = torch.arange(n - 1, -1, -1).clamp(min=1)
         return int((self._received_S / n_later)[: max(1, n // 2)].argmax())

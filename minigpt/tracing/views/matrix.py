@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from minigpt.text.escape import visible
 from minigpt.tracing.events import Row, Token, Trace
 from minigpt.tracing.lines import measured
-from minigpt.tracing.spans import Line, Span, cell_len, fit, wrapped
+from minigpt.tracing.spans import Line, cell_len, fit, wrapped
 from minigpt.tracing.views import DEFAULTS, ViewOptions
 
 # Colours of viridis, which is perceptually uniform and readable in greyscale (van der Walt and
@@ -113,14 +113,10 @@ def density(share: float) -> str:
 
 def _pool(matrix: NDArray[np.float32], n_pooled: int) -> NDArray[np.float32]:
     """Return the mean of each group of neighbouring columns, NaN left out."""
-    if n_pooled == 1:
-        return matrix
     padding = -matrix.shape[1] % n_pooled
     padded = np.pad(matrix, ((0, 0), (0, padding)), constant_values=np.nan)
-    groups = padded.reshape(len(matrix), -1, n_pooled)
-    counts = (~np.isnan(groups)).sum(axis=2)
-    sums = np.nansum(groups, axis=2)
-    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan).astype(np.float32)
+    groups = np.ma.masked_invalid(padded.reshape(len(matrix), -1, n_pooled))
+    return groups.mean(axis=2).filled(np.nan)
 
 
 def _full(row: NDArray[np.float32], cell_width: int, has_colour: bool) -> Line:
@@ -136,11 +132,8 @@ def _halves(pair: NDArray[np.float32]) -> Line:
     upper, *rest = ([colour(x) for x in row[~np.isnan(row)].tolist()] for row in pair)
     if not rest:
         return [("▀", above) for above in upper]
-    lower = rest[0]
-    spans: list[Span] = [
-        ("▀", f"{above} on {below}") for above, below in zip(upper, lower, strict=False)
-    ]
-    return spans + [("▄", below) for below in lower[len(upper) :]]
+    spans = [("▀", f"{above} on {below}") for above, below in zip(upper, rest[0], strict=False)]
+    return spans + [("▄", below) for below in rest[0][len(upper) :]]
 
 
 def _column_names(tokens: Sequence[Token], cell_width: int) -> list[str]:

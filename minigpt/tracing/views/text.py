@@ -26,8 +26,8 @@ def show(trace: Trace, options: ViewOptions = DEFAULTS) -> list[Line]:
 
     Raises: ConfigError for a position that has no row, or a measure that the trace lacks.
     """
-    token = options.step(trace).token
-    row = options.rows(trace)[options.step(trace).index]
+    step = options.step(trace)
+    token, row = step.token, options.rows(trace)[step.index]
     scale = scale_end(row.weights_S, trace.header.sink)
     title = (
         f"What position {token.position} attended to, from the query at {token.position - 1}: "
@@ -36,70 +36,61 @@ def show(trace: Trace, options: ViewOptions = DEFAULTS) -> list[Line]:
     return [
         *wrapped(title, options.width),
         [],
-        *_ShadedText(trace, row, token, scale, options.width).lines(),
+        *_shaded_text(trace, row, token, scale, options.width),
         [],
         *wrapped(_legend(row, scale, trace.header.sink), options.width),
         *_sources(trace, row, options.width),
     ]
 
 
-class _ShadedText:
-    """Text wrapped to a width; each line begins with the position of its first token."""
+def _shaded_text(trace: Trace, row: Row, chosen: Token, scale: float, width: int) -> list[Line]:
+    """Wrap the text; each line begins with the position of its first token.
 
-    def __init__(self, trace: Trace, row: Row, chosen: Token, scale: float, width: int) -> None:
-        self.trace, self.row, self.chosen, self.scale = trace, row, chosen, scale
-        self.number_width = len(str(len(trace.tokens) - 1))
-        self.room = width - self.number_width - 1
-        self.used = self.room
-        self.pairs: list[tuple[Line, Line]] = []
-        """For each line, its text and the blocks below it."""
+    Each line is followed by its blocks unless all are blank.
+    """
+    number_width = len(str(len(trace.tokens) - 1))
+    room = width - number_width - 1
+    used = room
+    pairs: list[tuple[Line, Line]] = []  # a line of text, and the blocks below it
+    for word in _words(trace.tokens):
+        word_width = sum(cell_len(readable(token.data)) for token in word)
+        if word_width <= room < used + word_width:
+            used = room
+        for token in word:
+            style, block, block_style = _look(trace, row, chosen, scale, token.position)
+            # A piece never splits a character, however many cells it has.
+            for piece in _pieces(readable(token.data), room):
+                if used + cell_len(piece) > room:
+                    number = f"{token.position:>{number_width}} "
+                    pairs.append(([(number, "dim")], [(" " * len(number), "plain")]))
+                    used = 0
+                text, blocks = pairs[-1]
+                text.append((piece, style))
+                blocks.append((block * cell_len(piece), block_style))
+                used += cell_len(piece)
+            if token.data.endswith(b"\n"):
+                used = room
+    return [
+        line
+        for text, blocks in pairs
+        for line in ([text, blocks] if any(block.strip() for block, _ in blocks) else [text])
+    ]
 
-    def lines(self) -> list[Line]:
-        """Return the lines of text, each followed by its blocks unless all are blank."""
-        for word in _words(self.trace.tokens):
-            word_width = sum(cell_len(readable(token.data)) for token in word)
-            if word_width <= self.room < self.used + word_width:
-                self._start_line(word[0])
-            for token in word:
-                self._write(token)
-        lines = []
-        for text, blocks in self.pairs:
-            lines.append(text)
-            if any(block.strip() for block, _ in blocks):
-                lines.append(blocks)
-        return lines
 
-    def _write(self, token: Token) -> None:
-        style, block, block_style = self._look(token)
-        # A piece never splits a character, however many cells it has.
-        for piece in _pieces(readable(token.data), self.room):
-            if self.used + cell_len(piece) > self.room:
-                self._start_line(token)
-            text, blocks = self.pairs[-1]
-            text.append((piece, style))
-            blocks.append((block * cell_len(piece), block_style))
-            self.used += cell_len(piece)
-        if token.data.endswith(b"\n"):
-            self.used = self.room
-
-    def _start_line(self, token: Token) -> None:
-        number = f"{token.position:>{self.number_width}} "
-        self.pairs.append(([(number, "dim")], [(" " * len(number), "plain")]))
-        self.used = 0
-
-    def _look(self, token: Token) -> tuple[str, str, str]:
-        """Return a token's style, the block below it and the block's style."""
-        position = token.position
-        if position == self.chosen.position:
-            return "chosen", _MARK, "token"
-        if position > self.chosen.position:
-            return "dim", " ", "plain"
-        share = float(self.row.weights_S[position]) / self.scale
-        if position == self.trace.header.sink:
-            return "plain", upright_bar(share), "dim"
-        level = -(-eighths(share) // 2)  # 0 to 4
-        unshaded = "plain" if position < len(self.trace.header.prompt) else "token"
-        return f"shade{level}" if level else unshaded, upright_bar(share), f"heat{level}"
+def _look(
+    trace: Trace, row: Row, chosen: Token, scale: float, position: int
+) -> tuple[str, str, str]:
+    """Return a token's style, the block below it and the block's style."""
+    if position == chosen.position:
+        return "chosen", _MARK, "token"
+    if position > chosen.position:
+        return "dim", " ", "plain"
+    share = float(row.weights_S[position]) / scale
+    if position == trace.header.sink:
+        return "plain", upright_bar(share), "dim"
+    level = -(-eighths(share) // 2)  # 0 to 4
+    unshaded = "plain" if position < len(trace.header.prompt) else "token"
+    return f"shade{level}" if level else unshaded, upright_bar(share), f"heat{level}"
 
 
 def readable(data: bytes) -> str:

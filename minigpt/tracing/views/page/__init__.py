@@ -100,7 +100,13 @@ def _hash(text: str) -> str:
 
 def _page_data(trace: Trace) -> dict[str, Any]:
     header, tokens = trace.header, trace.tokens
-    n_sources = _n_head_sources(trace)
+    heads = [row.heads for step in trace.steps for row in step.rows]
+    n_kept = [rows.positions.shape[2] for rows in heads if rows is not None]
+    n_sources = max(n_kept) if n_kept and len(n_kept) == len(heads) else None
+    ending = footer_lines(trace.footer, 10_000)  # one line each: the page breaks lines itself
+    closing = ["".join(text for text, _ in line) for line in ending if line]
+    if trace.footer.cause is None:
+        closing.append("Nothing was knocked out in this trace: it says nothing about cause.")
     return {
         "model": one_line(header.model),
         "facts": [(name, one_line(text)) for name, text in _facts(trace)],
@@ -121,7 +127,7 @@ def _page_data(trace: Trace) -> dict[str, Any]:
             f"Without it: {KNOCKOUTS[header.knockout]}. In brackets: the factor by which the "
             "token's probability changes. Its control is a position nearby that got less attention."
         ),
-        "closing": _closing(trace),
+        "closing": closing,
         "packed": _pack(_arrays(trace, n_sources)),
     }
 
@@ -170,10 +176,10 @@ def _step(step: TraceStep) -> dict[str, Any]:
         {
             "position": effect.source.token.position,
             "change": round(effect.change, _DIGITS),
-            "control": control and control.source.token.position,
+            "control": (control := controls.get(i)) and control.source.token.position,
             "controlChange": control and round(control.change, _DIGITS),
         }
-        for effect, control in ((effect, controls.get(i)) for i, effect in enumerate(sources))
+        for i, effect in enumerate(sources)
     ]
     rows = [
         {name: round(float(getattr(row, name)), _DIGITS) for name in ROW_FIELDS.values()}
@@ -181,23 +187,6 @@ def _step(step: TraceStep) -> dict[str, Any]:
     ]
     log_probability = round(step.log_probability, _DIGITS)
     return {"logProbability": log_probability, "rows": rows, "effects": effects}
-
-
-def _closing(trace: Trace) -> list[str]:
-    """Return how the trace ended and what its checks found, in sentences."""
-    no_limit = 10_000  # the page breaks lines itself
-    lines = footer_lines(trace.footer, no_limit)
-    sentences = ["".join(text for text, _ in line) for line in lines if line]
-    if trace.footer.cause is None:
-        sentences.append("Nothing was knocked out in this trace: it says nothing about cause.")
-    return sentences
-
-
-def _n_head_sources(trace: Trace) -> int | None:
-    """Return how many sources are kept of a head's row; None if there are no rows of heads."""
-    heads = [row.heads for step in trace.steps for row in step.rows]
-    kept = [rows.positions.shape[2] for rows in heads if rows is not None]
-    return max(kept) if kept and len(kept) == len(heads) else None
 
 
 def _arrays(trace: Trace, n_sources: int | None) -> dict[str, NDArray[Any]]:
@@ -217,11 +206,10 @@ def _head_arrays(rows: Sequence[Row], n_sources: int) -> dict[str, NDArray[Any]]
     heads = [row.heads for row in rows if row.heads is not None]
 
     def padded(name: str) -> NDArray[Any]:
-        """Early steps have fewer than K sources."""
+        """Return one array of all steps: early steps have fewer than K sources."""
         arrays_LHK = [getattr(head_rows, name) for head_rows in heads]
-        missing = [n_sources - array.shape[2] for array in arrays_LHK]
-        pairs = zip(arrays_LHK, missing, strict=True)
-        return np.stack([np.pad(array, ((0, 0), (0, 0), (0, n))) for array, n in pairs])
+        widths = [((0, 0), (0, 0), (0, n_sources - array.shape[2])) for array in arrays_LHK]
+        return np.stack(list(map(np.pad, arrays_LHK, widths)))
 
     # Entropy and distance as shares of the largest values possible at their step.
     n_views = np.array([len(row.weights_S) for row in rows])[:, None, None]
