@@ -102,7 +102,7 @@ def require_within(name: str, value: float, bounds: str) -> None:
     if is_low_enough and (low < value or (value == low and bounds[0] == "[")):
         return
     expected = f"in {bounds}"
-    if value == math.inf or low == -math.inf:
+    if not math.isfinite(value) or low == -math.inf:
         expected = "a finite number"
     elif high == math.inf:
         expected = f"at least {low:g}" if bounds[0] == "[" else f"above {low:g}"

@@ -307,7 +307,7 @@ UNSUPPORTED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ),
     (QWEN3, {"rope_parameters": "yarn"}, "rope_parameters is 'yarn'"),
     (QWEN3, {"rope_theta": "big"}, "rope_theta must be of type float"),
-    (QWEN3, {"rope_theta": float("nan")}, "rope_theta must be above 0: it is nan"),
+    (QWEN3, {"rope_theta": float("nan")}, "rope_theta must be a finite number: it is nan"),
     (QWEN3, {"hidden_act": "\x1b[31m" * 99}, r"hidden_act is '\\x1b"),
 ]
 

@@ -31,7 +31,7 @@ def test_changed_byte_is_found_by_hash_only(run: RunFolder) -> None:
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "is missing": lambda folder: (folder / "training_state" / "momentum").unlink(),
-    "has 3 bytes, 7 when": lambda folder: (folder / "training_state" / "momentum").write_text(
+    "has 3 bytes instead of 7": lambda folder: (folder / "training_state" / "momentum").write_text(
         "abc"
     ),
     "manifest.json is missing": lambda folder: (folder / "manifest.json").unlink(),

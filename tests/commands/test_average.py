@@ -74,7 +74,7 @@ def test_what_cannot_be_averaged_is_said_in_one_line(run: Run, tiny: RunFolder) 
     refused(2, "the run 'tiny' has 4 checkpoints. Give fewer", "tiny")
     refused(2, "has 1 checkpoint up to step 1. Give", "tiny", "--last", "2", "--until", "1")
     refused(2, "--last must be at least 2: it is 1.", "tiny", "--last", "1")
-    refused(2, "is a model folder and no run", str(tiny.step_folder(4)), "--last", "2")
+    refused(2, "is a model folder, not a run", str(tiny.step_folder(4)), "--last", "2")
     refused(2, "'checkpoints/tiny' exists already", "tiny", "--last=2", "--out=checkpoints/tiny")
     refused(4, "there is no run or model 'tine'. Did you mean tiny?", "tine")
     weights = tiny.step_folder(3) / "model.safetensors"

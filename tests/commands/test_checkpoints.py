@@ -300,8 +300,8 @@ def test_prune_waits_for_no_training_run(run: Run, runs: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said", "code"),
     [
-        (["plain"], "'checkpoints/plain' is a model folder and no run", 2),
-        (["checkpoints/tiny/step-000001"], "is a model folder and no run", 2),
+        (["plain"], "'checkpoints/plain' is a model folder, not a run", 2),
+        (["checkpoints/tiny/step-000001"], "is a model folder, not a run", 2),
         (["tinny"], "there is no run or model 'tinny'. Did you mean tiny?", 4),
         (["checkpoints"], "there is no run or model 'checkpoints'", 4),
         (["tiny", "--keep", "-1"], "--keep must be at least 0: it is -1", 2),

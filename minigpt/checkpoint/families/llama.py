@@ -46,8 +46,13 @@ _LLAMA3_ROPE = {
     "rope_high_freq_factor": "high_freq_factor",
     "rope_original_context": "original_max_position_embeddings",
 }
-_ATTENTION = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "output"}
-_MLP = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
+_ATTENTION = {
+    f"layers.{{i}}.self_attn.{name[0]}_proj": f"blocks.{{i}}.attention.{name}"
+    for name in ("query", "key", "value", "output")
+}
+_MLP = {
+    f"layers.{{i}}.mlp.{name}_proj": f"blocks.{{i}}.mlp.{name}" for name in ("gate", "up", "down")
+}
 
 
 class LlamaFamily(Family):
@@ -92,24 +97,23 @@ class LlamaFamily(Family):
         return bias | theta | {"rope_scaling": scaling, "attention_dropout": 0.0} | rope
 
     def tensors(self, config: ModelConfig) -> Iterator[TensorName]:
-        biased = {"none": (), "qkv": ("query", "key", "value"), "all": tuple(_ATTENTION.values())}
         yield from same("embed_tokens", "embedding")
         yield from same("layers.{i}.input_layernorm", "blocks.{i}.attention_norm")
         for theirs, ours in _ATTENTION.items():
-            suffixes = ("weight", "bias") if ours in biased[config.attention_bias] else ("weight",)
-            yield from same(
-                f"layers.{{i}}.self_attn.{theirs}", f"blocks.{{i}}.attention.{ours}", *suffixes
-            )
-        if config.qk_norm:
-            for theirs, ours in {"q_norm": "query_norm", "k_norm": "key_norm"}.items():
-                yield from same(
-                    f"layers.{{i}}.self_attn.{theirs}", f"blocks.{{i}}.attention.{ours}"
-                )
+            yield from same(theirs, ours)
         yield from same("layers.{i}.post_attention_layernorm", "blocks.{i}.mlp_norm")
-        suffixes = ("weight", "bias") if config.mlp_bias else ("weight",)
         for theirs, ours in _MLP.items():
-            yield from same(f"layers.{{i}}.mlp.{theirs}", f"blocks.{{i}}.mlp.{ours}", *suffixes)
+            yield from same(theirs, ours)
         yield from same("norm", "final_norm")
+        if config.qk_norm:
+            for name in ("query", "key"):
+                theirs = f"layers.{{i}}.self_attn.{name[0]}_norm"
+                yield from same(theirs, f"blocks.{{i}}.attention.{name}_norm")
+        n_biased = {"none": 0, "qkv": 3, "all": 4}[config.attention_bias]
+        for theirs, ours in list(_ATTENTION.items())[:n_biased]:
+            yield from same(theirs, ours, "bias")
+        for theirs, ours in _MLP.items() if config.mlp_bias else ():
+            yield from same(theirs, ours, "bias")
 
 
 def _read_rope(config: Mapping[str, Any]) -> dict[str, Any]:
