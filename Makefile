@@ -40,6 +40,7 @@ check: $(INSTALLED) ## Lint, check types, and check the direction of imports
 format: $(INSTALLED) ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/python docs/reading_order.py --write
 
 bench: $(INSTALLED) ## Time training to 1.88 nats/byte on tinyshakespeare
 	$(BIN)/python benchmarks/training.py

@@ -30,9 +30,10 @@ def table() -> str:
     for part in _settings()["reading_order"]:
         files = [ROOT / "minigpt" / name for name in part["files"]]
         names = [f"`{name}`" for name in part["files"]]
-        if folder := part.get("rest_of"):
-            rest = [path for path in left if ROOT / "minigpt" / folder in path.parents]
-            files += [path for path in rest if path not in files]
+        folder = ROOT / "minigpt" / part["rest_of"]
+        is_top = not part["rest_of"]  # of the files beside the packages
+        rest = [p for p in left if (p.parent == folder if is_top else folder in p.parents)]
+        files += [path for path in rest if path not in files]
         left = [path for path in left if path not in files]
         n_lines = sum(map(_n_lines, files))
         total += n_lines

@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -71,3 +73,15 @@ def test_the_first_two_commands_are_demo_and_test() -> None:
     assert targets == ["make demo", "make test"]
     makefile = (ROOT / "Makefile").read_text()
     assert all(f"\n{target.split()[1]}: $(INSTALLED)" in makefile for target in targets)
+
+
+def test_the_reading_order_names_the_core_with_its_line_counts() -> None:
+    script = [sys.executable, str(ROOT / "docs" / "reading_order.py")]
+    now = subprocess.run(script, capture_output=True, text=True, check=True).stdout
+    readme = (ROOT / "README.md").read_text()
+    shown = readme.split("reading order: begin -->\n")[1].split("<!-- reading order: end")[0]
+    number = re.compile(r"([\d,]+) \|$", re.MULTILINE)
+    assert number.sub("", shown) == number.sub("", now), "run docs/reading_order.py --write"
+    counts = [[int(n.replace(",", "")) for n in number.findall(text)] for text in (shown, now)]
+    # Exact counts would make every change edit the README; `make format` writes them.
+    assert counts[0] == pytest.approx(counts[1], rel=0.05), "run docs/reading_order.py --write"
