@@ -6,6 +6,7 @@ from typing import Literal
 
 from minigpt.config import check_fields, option
 from minigpt.errors import ConfigError
+from minigpt.figures import require_matplotlib
 from minigpt.rings import has_ring, ring
 
 LINES = "lines"
@@ -62,7 +63,7 @@ class Targets:
                     f"--{name} shows one trace, and there are {n_samples}. Leave --num-samples out."
                 )
             if name in _PICTURES:
-                ring("figures").require_matplotlib(path)
+                require_matplotlib(path)
 
     @property
     def has_heads(self) -> bool:
