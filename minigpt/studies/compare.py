@@ -21,7 +21,7 @@ from minigpt.generation.api import load
 from minigpt.generation.decoder import Decoder
 from minigpt.model.cost import cache_bytes_per_token, parameter_count
 from minigpt.studies.matching import closest_in_size
-from minigpt.training.reports.curves import LossCurves, read_curves
+from minigpt.training.reports.curves import read_curves
 from minigpt.training.reports.plan import flops_of_steps
 
 TOLERANCE = 0.03
@@ -230,23 +230,22 @@ def summarize(
 
     Raises: CheckpointError if a run's metrics have no loss.
     """
-    by_variant: dict[str, list[ComparedRun]] = {}
-    for run in runs:
-        by_variant.setdefault(run.variant, []).append(run)
+    models = {run.variant: run.config.model for run in runs}
     results = [
         VariantResult(
             variant=variant,
-            n_parameters=parameter_count(same[0].config.model),
-            cache_bytes_per_token=cache_bytes_per_token(same[0].config.model),
+            n_parameters=parameter_count(model),
+            cache_bytes_per_token=cache_bytes_per_token(model),
             decode_tokens_per_s=decode_tokens_per_s.get(variant),
-            runs=tuple(_result(run, read_curves(run.folder.path)) for run in same),
+            runs=tuple(_result(run) for run in runs if run.variant == variant),
         )
-        for variant, same in by_variant.items()
+        for variant, model in models.items()
     ]
     return sorted(results, key=lambda result: result.val_loss)
 
 
-def _result(run: ComparedRun, curves: LossCurves) -> RunResult:
+def _result(run: ComparedRun) -> RunResult:
+    curves = read_curves(run.folder.path)
     best = min(curves.val, key=lambda point: point.loss, default=None)
     last = curves.train[-1] if curves.train else None
     if best is None or best.bits_per_byte is None or last is None or last.tokens is None:

@@ -16,7 +16,6 @@ from minigpt.studies.claims.study import Finding, Panel
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_SUFFIX = ".svg"
 _PANEL_INCHES = (5.0, 3.6)
 _COLOURS = {"lstm": "#cb4b16", "lstm-attention": "#2aa198", "gpt": "#4c6bc6"}
 
@@ -27,7 +26,7 @@ def prepare_folder(folder: Path) -> None:
     Raises: ConfigError if matplotlib is not installed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    figures.require_matplotlib(folder / f"claims{_SUFFIX}", (_SUFFIX, ".png"), what="--out")
+    figures.require_matplotlib(folder / "claims.svg", what="--out")
 
 
 def record(finding: Finding) -> dict[str, Any]:
@@ -57,8 +56,7 @@ def write_findings(folder: Path, findings: Sequence[Finding]) -> None:
     write_atomically(folder / "claims.json", lines.encode())
     last = findings[-1]
     if last.panels:
-        path = folder / f"{last.judgement.claim}{_SUFFIX}"
-        figures.write_figure(path, _draw(last.panels))
+        figures.write_figure(folder / f"{last.judgement.claim}.svg", _draw(last.panels))
 
 
 def _draw(panels: Sequence[Panel]) -> "Figure":

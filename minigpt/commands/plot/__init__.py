@@ -27,26 +27,20 @@ def plot(
     --out needs matplotlib (the extra plot). --json prints all points, one line per run.
     """
     from minigpt.commands import output
-    from minigpt.commands.plot.curves import (
-        plotted_runs,
-        record,
-        require_picture,
-        show_chart,
-        write_picture,
-    )
+    from minigpt.commands.plot import curves
     from minigpt.training.reports.curves import find_run, read_curves
 
     if out is not None:
-        require_picture(out)
+        curves.require_picture(out)
     folders = [find_run(run) for run in runs] if runs else [find_run(None)]
     found = [read_curves(folder) for folder in dict.fromkeys(folders)]
     if len({one.tokenizer for one in found}) > 1:
         output.note("the runs have different tokenizers: compare bits/byte, not nats/token.")
     if as_json:
         for one in found:
-            output.write_json(record(one))
+            output.write_json(curves.record(one))
     if out is not None:
-        write_picture(out, plotted_runs(found, x), x_unit=x)
+        curves.write_picture(out, curves.plotted_runs(found, x), x_unit=x)
         output.note(f"wrote {out}")
     elif not as_json:
-        show_chart(found, x)
+        curves.show_chart(found, x)

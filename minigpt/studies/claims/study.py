@@ -4,7 +4,7 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -16,24 +16,21 @@ LEARNED = 0.9
 """Share of right answers at which a task counts as learned."""
 
 
-Outcome = Literal["borne out", "borne out in part", "not borne out"]
-
-
 @dataclass(frozen=True)
 class Judgement:
     """Whether a claim holds for the measured numbers."""
 
     claim: str
-    outcome: Outcome
+    outcome: str
+    """``borne out``, ``borne out in part`` or ``not borne out``."""
     reasons: tuple[str, ...]
     """Sentences: what was measured, and where the claim goes too far."""
 
     @classmethod
     def of(cls, claim: str, reasons: Sequence[str], *, holds: bool, in_part: bool) -> "Judgement":
         """Return the judgement of a claim that holds, holds in part, or does not hold."""
-        not_fully: Outcome = "borne out in part" if in_part else "not borne out"
-        outcome: Outcome = "borne out" if holds else not_fully
-        return cls(claim, outcome, tuple(reasons))
+        not_fully = "borne out in part" if in_part else "not borne out"
+        return cls(claim, "borne out" if holds else not_fully, tuple(reasons))
 
 
 @dataclass(frozen=True)
