@@ -6,7 +6,7 @@ is documented as derived is filled in at that moment, so that a saved config is 
 
 import math
 from collections.abc import Iterable
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -62,13 +62,8 @@ def option(
     return field(default=default, metadata=metadata)
 
 
-def choices_of(f: "Field[Any]") -> tuple[str, ...]:
-    """Return the values that a field may have besides its default; empty if any will do."""
-    return choices_in(f.type) or f.metadata.get("choices", ())
-
-
 def choices_in(hint: Any) -> tuple[str, ...]:
-    """Return the choices of a type that allows nothing but a few words, or None."""
+    """Return the choices of a type that allows nothing but a few words, or None; else ()."""
     words, kinds = parts_of(hint)
     return tuple(word for word in words if word) if set(kinds) <= {NoneType} else ()
 
@@ -87,8 +82,8 @@ def check_fields(config: Any) -> None:
     Raises: ConfigError for the first value outside them.
     """
     for f in fields(config):
-        value, choices = getattr(config, f.name), choices_of(f)
-        bounds = f.metadata.get("bounds")
+        value, bounds = getattr(config, f.name), f.metadata.get("bounds")
+        choices = choices_in(f.type) or f.metadata.get("choices", ())
         if choices and value != f.default:
             require_choice(f.name, value, choices)
         elif bounds and not isinstance(value, str | None):
@@ -119,6 +114,11 @@ def _ends(bounds: str) -> tuple[float, float]:
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
+
+
+def _require_divides(name: str, part: int, of: str, whole: int, remedy: str = "") -> None:
+    message = f"{name} must divide {of}: {part} does not divide {whole}.{remedy}"
+    _require(whole % part == 0, message)
 
 
 def round_up(value: float, multiple: int) -> int:
@@ -187,8 +187,9 @@ class ModelConfig:
         check_fields(self)
         is_llama = self.family == "llama"
         is_wide = self.arch != "gpt" or not is_llama
-        if not self.d_head:
-            self._check_n_head_divides()
+        if not self.d_head or not is_llama:
+            remedy = f" Try d_model {round_up(self.d_model, self.n_head)}."
+            _require_divides("n_head", self.n_head, "d_model", self.d_model, remedy)
         derived = {
             "n_kv_head": self.n_head,
             "d_head": self.d_model // self.n_head,
@@ -200,10 +201,7 @@ class ModelConfig:
             object.__setattr__(self, name, getattr(self, name) or value)
         object.__setattr__(self, "model_type", self.model_type or self._layout())
         self._check_arch()
-        _require(
-            self.n_head % self.n_kv_head == 0,
-            f"n_kv_head must divide n_head: {self.n_kv_head} does not divide {self.n_head}.",
-        )
+        _require_divides("n_kv_head", self.n_kv_head, "n_head", self.n_head)
         if is_llama:
             _require(
                 self.d_head % 2 == 0 or self.arch != "gpt",
@@ -238,20 +236,11 @@ class ModelConfig:
             f"attention {self.attention} does not go with arch {self.arch}. Leave attention out, "
             f"or choose arch {'lstm-attention' if has_none else 'lstm'}.",
         )
-        if self.arch == "gpt":
-            return
-        for name, only in {
-            "family": "llama",
-            "n_head": 1,
-            "n_kv_head": 1,
-            "d_head": self.d_model,
-            "d_mlp": 4 * self.d_model,
-            "qk_norm": False,
-            "attention_bias": "none",
-            "mlp_bias": False,
-        }.items():
+        fixed = {"family": "llama", "n_head": 1, "n_kv_head": 1, "d_head": self.d_model}
+        fixed |= {"d_mlp": 4 * self.d_model, "qk_norm": False, "attention_bias": "none"}
+        for name, only in (fixed | {"mlp_bias": False}).items():
             _require(
-                getattr(self, name) == only,
+                self.arch == "gpt" or getattr(self, name) == only,
                 f"with arch {self.arch}, {name} can only be {only}: it is {getattr(self, name)}. "
                 "Leave it out.",
             )
@@ -265,7 +254,6 @@ class ModelConfig:
             self.attention_bias == "none" and not self.mlp_bias,
             "the gpt2 family always has all biases: leave attention_bias and mlp_bias out.",
         )
-        self._check_n_head_divides()
         _require(
             self.d_head == self.d_model // self.n_head,
             f"the gpt2 family needs d_head = d_model / n_head: d_head is {self.d_head}.",
@@ -274,13 +262,15 @@ class ModelConfig:
     def _layout(self) -> str:
         if self.arch != "gpt" or self.attention != "scaled_dot":
             return "minigpt"
-        if self.family == "gpt2" or self.qk_norm:
-            return "gpt2" if self.family == "gpt2" else "qwen3"
-        return "qwen2" if self.attention_bias == "qkv" else "llama"
+        if self.family == "gpt2":
+            return "gpt2"
+        return "qwen3" if self.qk_norm else "qwen2" if self.attention_bias == "qkv" else "llama"
 
     def _check_layout(self) -> None:
-        if self.model_type not in (*HF_LAYOUTS, "minigpt") and self._has_family_file():
-            return  # what it can compute is the family's to say
+        name = self.model_type
+        is_known = name in (*HF_LAYOUTS, "minigpt") or not name.isidentifier()
+        if not is_known and has_ring(f"checkpoint.families.{name}"):
+            return  # the family decides what it can compute
         require_choice("activation", self.activation, ACTIVATIONS)
         layout = self._layout()
         known = {"llama": ("llama", "mistral")}.get(layout, (layout,))
@@ -293,17 +283,6 @@ class ModelConfig:
         _require(
             not self.mlp_bias or self.model_type in ("llama", "minigpt"),
             f"the layout {self.model_type} has no MLP biases. Set mlp_bias to false.",
-        )
-
-    def _has_family_file(self) -> bool:
-        name = self.model_type
-        return name.isidentifier() and has_ring(f"checkpoint.families.{name}")
-
-    def _check_n_head_divides(self) -> None:
-        _require(
-            self.d_model % self.n_head == 0,
-            f"n_head must divide d_model: {self.n_head} does not divide {self.d_model}. "
-            f"Try d_model {round_up(self.d_model, self.n_head)}.",
         )
 
 
@@ -328,8 +307,7 @@ class TrainingConfig:
     """Budget, optimizer, schedule and reports of a training run."""
 
     max_steps: int = option(0, "[0, inf)")
-    """Number of optimizer steps; 0 for no limit. A run needs this limit, max_minutes or
-    max_epochs."""
+    """Number of optimizer steps; 0 for no limit. One of the three limits is needed."""
     max_minutes: float = option(0.0, "[0, inf)")
     """Minutes of training, without evaluation; 0 for no limit. The schedule ends with it."""
     max_epochs: float = option(0.0, "[0, inf)")
@@ -337,8 +315,7 @@ class TrainingConfig:
     batch_size: int = option(16, "[1, inf)")
     """Sequences per optimizer step, over all ranks."""
     micro_batch_size: int = setting(0, "[0, inf)")
-    """Most sequences per forward pass of a process, by gradient accumulation. 0 derives
-    batch_size."""
+    """Most sequences per forward pass (gradient accumulation). 0 derives batch_size."""
     sequence_length: int = setting(0, "[0, inf)")
     """Tokens per training sequence. 0 for the model's context_length."""
     context_warmup_length: int = setting(0, "[0, inf)")
@@ -388,8 +365,8 @@ class TrainingConfig:
     sample_every: int | None = option(
         None, "[0, inf)", group="Reports", shown="one line per validation pass on a terminal"
     )
-    """Steps between generated samples; 0 for none. None prints one line at each validation pass if
-    stderr is a terminal."""
+    """Steps between generated samples; 0 for none. None: a line per validation pass, if stderr is a
+    terminal."""
     seed: int = option(1337, "[0, 2**63)")
     """Seed of the weights, data order and dropout."""
     device: Device = option("auto")
@@ -411,11 +388,7 @@ class TrainingConfig:
             bool(self.max_steps or self.max_minutes or self.max_epochs),
             "training needs a limit: set max_steps, max_minutes or max_epochs.",
         )
-        _require(
-            self.batch_size % self.micro_batch_size == 0,
-            f"micro_batch_size must divide batch_size: {self.micro_batch_size} does not divide "
-            f"{self.batch_size}.",
-        )
+        _require_divides("micro_batch_size", self.micro_batch_size, "batch_size", self.batch_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -478,12 +451,10 @@ class RunConfig:
             f"training.sequence_length (--context-length with --from) is "
             f"{self.training.sequence_length}, and the model sees {full} tokens. Use at most that.",
         )
-        short, full = self.training.context_warmup_length, self.sequence_length
-        _require(
-            not short or full % short == 0,
-            f"training.context_warmup_length must divide model.context_length, or the "
-            f"sequence_length if there is one: {short} does not divide {full}. Use 0 for none.",
-        )
+        if short := self.training.context_warmup_length:
+            name, full = "training.context_warmup_length", self.sequence_length
+            of = "model.context_length, or the sequence_length if there is one"
+            _require_divides(name, short, of, full, " Use 0 for none.")
 
     @property
     def sequence_length(self) -> int:
