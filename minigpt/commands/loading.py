@@ -1,10 +1,10 @@
 """Loading a model, its tokenizer and a prompt for a command."""
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from minigpt.checkpoint.model_folder import LoadedModel
 from minigpt.checkpoint.resolve import resolve_model
@@ -39,7 +39,7 @@ def load(source: ModelSource, prompt: str | None) -> Ready:
         model that is missing, damaged or without a tokenizer; ConfigError for a device that is not
         available.
     """
-    text = read_prompt(prompt)
+    text = _read_prompt(prompt)
     folder, loaded = load_model(source)
     api.prepare_for_decoding(loaded.model, compile=source.compile)
     tokenizer = api.tokenizer_of(loaded)
@@ -62,27 +62,25 @@ def use_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-@contextmanager
-def compiling(is_compiled: bool) -> Iterator[None]:
+def compiling(is_compiled: bool) -> AbstractContextManager[Any]:
     """Show on a terminal that the model is being compiled."""
-    if is_compiled and sys.stderr.isatty():
-        from minigpt.commands.status_line import ProgressLine
+    if not is_compiled or not sys.stderr.isatty():
+        return nullcontext()
+    from minigpt.commands.status_line import ProgressLine
 
-        with ProgressLine("compiling the model"):
-            yield
-    else:
-        yield
+    return ProgressLine("compiling the model")
 
 
-def read_prompt(prompt: str | None) -> str:
-    """Return the prompt's text, all bytes kept; for ``-``, read it from standard input.
-
-    Raises: DataError if it is given but empty, is not UTF-8, or is too long for any context.
-    """
+def _read_prompt(prompt: str | None) -> str:
+    """Return the prompt's text, all bytes kept; for ``-``, read it from standard input."""
     if prompt is None:
         return ""
-    data = _standard_input() if prompt == "-" else prompt.encode(errors="surrogateescape")
-    where = "the prompt on standard input" if prompt == "-" else "the prompt"
+    data, where = prompt.encode(errors="surrogateescape"), "the prompt"
+    if prompt == "-":
+        if sys.stdin.isatty():
+            print("Type the prompt; Ctrl-D ends it.", file=sys.stderr)  # noqa: T201
+        data = sys.stdin.buffer.read(_LONGEST_PROMPT_BYTES + 1)
+        where = "the prompt on standard input"
     if not data:
         raise DataError(f"{where} is empty. Give some text, or no prompt for a new document.")
     return _decoded(data, where)
@@ -91,12 +89,11 @@ def read_prompt(prompt: str | None) -> str:
 def read_line() -> str | None:
     """Return the next line of standard input without its line break; None at the end of input.
 
-    Raises: DataError as ``read_prompt``.
+    Raises: DataError if it is not UTF-8, or is too long for any context.
     """
     data = sys.stdin.buffer.readline(_LONGEST_PROMPT_BYTES + 1)
-    if not data:
-        return None
-    return _decoded(data, "a line on standard input").removesuffix("\n").removesuffix("\r")
+    text = _decoded(data, "a line on standard input")
+    return text.removesuffix("\n").removesuffix("\r") if data else None
 
 
 def _decoded(data: bytes, where: str) -> str:
@@ -112,9 +109,3 @@ def _decoded(data: bytes, where: str) -> str:
             f"{where} is not UTF-8 text: byte {error.start} is invalid. Convert it first, as "
             "with iconv."
         ) from None
-
-
-def _standard_input() -> bytes:
-    if sys.stdin.isatty():
-        print("Type the prompt; Ctrl-D ends it.", file=sys.stderr)  # noqa: T201
-    return sys.stdin.buffer.read(_LONGEST_PROMPT_BYTES + 1)

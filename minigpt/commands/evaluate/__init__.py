@@ -1,6 +1,7 @@
 """minigpt evaluate; the command's docstring is its --help."""
 
 from dataclasses import dataclass, replace
+from math import isfinite
 from typing import Annotated
 
 from minigpt.commands.options import Data, Fields, Json, ModelSource, command
@@ -52,11 +53,11 @@ def evaluate(
     eval_tokens and context_length of its config.toml if they differ from the defaults here.
     """
     from minigpt.commands import output
-    from minigpt.commands.evaluate.measuring import lines, measure, record
+    from minigpt.commands.evaluate.measuring import lines, measure
 
-    config = replace(config, data=(*(data or ()), *config.data))
-    measurement = measure(config, source)
+    result = measure(replace(config, data=(*(data or ()), *config.data)), source)
     if as_json:
-        output.write_json(record(measurement))
+        finite = {k: v for k, v in result.items() if not isinstance(v, float) or isfinite(v)}
+        output.write_json(dict.fromkeys(result) | finite)  # NaN and inf become null
     else:
-        output.show(lines(measurement))
+        output.show(lines(result))

@@ -38,8 +38,12 @@ def generate(
     With --interactive, the text continues from each typed line. A line that ends with \ continues
     on the next one; an empty line lets the model continue. Ctrl-C stops an answer.
     """
-    if interactive:
-        _check_interactive(sampling, prompt)
+    if interactive and sampling.num_samples > 1:
+        raise ConfigError("--interactive continues one sample. Leave --num-samples out.")
+    if interactive and prompt == "-":
+        raise ConfigError(
+            "--interactive reads lines from standard input. Give the prompt as an argument."
+        )
     from minigpt.commands.generate.samples import SampleDisplay
     from minigpt.commands.loading import compiling, load
     from minigpt.generation.api import is_compiled, make_decoder
@@ -70,12 +74,3 @@ def generate(
     )
     if not is_whole:
         raise typer.Exit(130)
-
-
-def _check_interactive(sampling: SamplingConfig, prompt: str | None) -> None:
-    if sampling.num_samples > 1:
-        raise ConfigError("--interactive continues one sample. Leave --num-samples out.")
-    if prompt == "-":
-        raise ConfigError(
-            "--interactive reads lines from standard input. Give the prompt as an argument."
-        )

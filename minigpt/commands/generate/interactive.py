@@ -31,21 +31,22 @@ def converse(
         text is the prompt of the command line.
     """
     decoder: Decoder | None = None
+    tokenizer = ready.tokenizer
     text = ready.text if has_prompt else _typed()
     while text is not None:
         try:
             if decoder is None:
-                ids = encode_prompt(ready.tokenizer, text)
-                with compiling(is_compiled(ready.model, compile)):
-                    decoder = Decoder(ready.model, ids, compiles=is_compiled(ready.model, compile))
+                ids = encode_prompt(tokenizer, text)
+                compiles = is_compiled(ready.model, compile)
+                with compiling(compiles):
+                    decoder = Decoder(ready.model, ids, compiles=compiles)
             else:
-                ids = ready.tokenizer.encode(text, is_start=False)
+                ids = tokenizer.encode(text, is_start=False)
                 decoder.extend(ids, overflow=sampling.overflow)
         except DataError as error:  # too long; the next one may fit
             note(str(error))
             text = _typed()
             continue
-        tokenizer = ready.tokenizer
         steps = decoder.generate(sampling, seed=seed, end_of_text=tokenizer.end_of_text_ids)
         display.show(
             stream_text(steps, tokenizer, sampling.stop),

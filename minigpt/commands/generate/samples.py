@@ -12,6 +12,7 @@ from minigpt.commands.loading import Ready
 from minigpt.commands.output import note
 from minigpt.config import SamplingConfig
 from minigpt.console import make_console, write_result
+from minigpt.generation.decoder import Step
 from minigpt.generation.stream import TextStep
 from minigpt.text.escape import printable, visible
 from minigpt.text.tokenizer import Tokenizer
@@ -66,16 +67,16 @@ class Sample:
             "seed": self.seed,
         }
         if last and last.best:
-            facts["steps"] = [_logprobs(item, tokenizer) for item in self.steps]
+            facts["steps"] = [_logprobs(item.step, tokenizer) for item in self.steps]
         return facts
 
     def summary(self) -> str:
         """Return a line with its length, speed, seed and end."""
         line = f"{len(self.steps)} tokens, {self.tokens_per_s:.4g} tok/s, seed {self.seed}"
-        if self.steps and (n_slides := self.steps[-1].step.n_slides):
-            times = "once" if n_slides == 1 else f"{n_slides} times"
-            n_forgotten = self.steps[-1].step.n_forgotten
-            line += f"; the window slid {times}, {n_forgotten} tokens are forgotten"
+        last = self.steps[-1].step if self.steps else None
+        if last and last.n_slides:
+            times = "once" if last.n_slides == 1 else f"{last.n_slides} times"
+            line += f"; the window slid {times}, {last.n_forgotten} tokens are forgotten"
         return line + _ENDINGS.get(self.finish or "interrupted", "")
 
     def probable(self, tokenizer: Tokenizer) -> Iterator[str]:
@@ -89,12 +90,11 @@ class Sample:
             yield f"{token:>{_TOKEN_CELLS}} {math.exp(step.log_probability):>7.2%}  of  {best}"
 
 
-def _logprobs(item: TextStep, tokenizer: Tokenizer) -> dict[str, Any]:
+def _logprobs(step: Step, tokenizer: Tokenizer) -> dict[str, Any]:
     def fact(token: int, log_probability: float) -> dict[str, Any]:
         text = tokenizer.token_bytes(token).decode("utf-8", "replace")
         return {"token": token, "text": text, "log_probability": round(log_probability, 6)}
 
-    step = item.step
     return fact(step.token, step.log_probability) | {"best": [fact(*pair) for pair in step.best]}
 
 
