@@ -11,7 +11,7 @@ from minigpt.checkpoint.resolve import resolve_model
 from minigpt.config import DEVICES, DTYPES, QUANTIZATIONS, SamplingConfig
 from minigpt.errors import CheckpointError, ConfigError, DataError, require_choice
 from minigpt.generation.decoder import Decoder, fresh_seed, max_rows_together
-from minigpt.generation.forward import has_compiled_step
+from minigpt.generation.forward import FAST
 from minigpt.generation.stream import TextStep, stream_samples
 from minigpt.model.device import has_fast_bfloat16, resolve_device, resolve_dtype
 from minigpt.model.language_model import LanguageModel
@@ -40,13 +40,13 @@ def generate(
 
     The same settings give the same text as ``minigpt generate``.
 
-    Args: model, a model as for ``--model``, or a LanguageModel in evaluation mode with its
-        tokenizer. prompt, text or token ids; empty text starts a new document. device, dtype,
-        quantize (int8), as the options of the command, for a model that is loaded. compile, whether
-        to decode through a compiled graph; None does on CUDA. sampling, fields of SamplingConfig:
-        temperature, top_k, stop=("text",), seed and so on.
-    Returns: the steps; those of several samples alternate, and ``step.sample`` tells them apart.
-        ``step.step.finish`` is the reason of a sample's last step.
+    Args: model, as for ``--model``, or a LanguageModel in evaluation mode with its tokenizer.
+        prompt, text or token ids; empty text starts a new document. device, dtype and quantize
+        (int8), as for the command, for a model that is loaded. compile, whether to decode through
+        a compiled graph; None does on CUDA. sampling, fields of SamplingConfig: temperature,
+        top_k, stop=("text",), seed and so on.
+    Returns: the steps; those of several samples (``step.sample``) alternate.
+        ``step.step.finish`` is why a sample's last step is the last.
     Raises: immediately, ConfigError for an invalid setting, CheckpointError for a model that is
         missing or damaged, DataError for a prompt that is empty or too long; while it yields,
         CheckpointError for NaN or inf in the logits.
@@ -70,10 +70,7 @@ def model_and_tokenizer(
     quantize: str | None,
     compile: bool | None,
 ) -> tuple[LanguageModel, Tokenizer, str]:
-    """Return a model, its tokenizer and its name, loading the model unless it is one already.
-
-    Raises: as ``generate``.
-    """
+    """Return a model, its tokenizer and its name ("" unless loaded here); raise as ``generate``."""
     if isinstance(model, LanguageModel):
         if tokenizer is None:
             raise ConfigError("a LanguageModel has no tokenizer. Pass tokenizer, too.")
@@ -97,16 +94,16 @@ def load(
     if quantize:
         require_choice("quantize", quantize, QUANTIZATIONS)
     place = resolve_device(device)
-    # On a CPU, a small model is bound by calls and bfloat16 does not help: it must be asked for.
-    automatic = "float32" if place.type == "cpu" else "auto"
-    resolved = resolve_dtype(automatic if dtype == "auto" else dtype, place)
+    is_cpu = place.type == "cpu"
+    # On a CPU, a small model is bound by calls, and bfloat16 does not help.
+    resolved = resolve_dtype("float32" if is_cpu and dtype == "auto" else dtype, place)
     loaded = read_model(folder, device=place, dtype=resolved)
     loaded.model.requires_grad_(False)
-    is_slow = resolved == torch.bfloat16 and place.type == "cpu" and not has_fast_bfloat16(place)
+    is_slow = is_cpu and resolved == torch.bfloat16 and not has_fast_bfloat16(place)
     if quantize:
-        ring("generation.fast.quantize").quantize_int8(loaded.model)
-    elif is_slow and has_ring("generation.fast"):
-        ring("generation.fast.quantize").use_float32_activations(loaded.model)
+        ring(f"{FAST}.quantize").quantize_int8(loaded.model)
+    elif is_slow and has_ring(FAST):
+        ring(f"{FAST}.quantize").use_float32_activations(loaded.model)
     return loaded
 
 
@@ -115,20 +112,16 @@ def prepare_for_decoding(model: LanguageModel, *, compile: bool | None = None) -
 
     The model must not be trained afterwards. Args: compile, as for ``generate``.
     """
-    if has_ring("generation.fast"):
-        fast = ring("generation.fast")
-        fast.prepare_for_decoding(model, compiles=is_compiled(model, compile))
+    if has_ring(FAST):
+        ring(FAST).prepare_for_decoding(model, compiles=is_compiled(model, compile))
 
 
 def tokenizer_of(loaded: LoadedModel) -> Tokenizer:
-    """Return the tokenizer of a model.
-
-    Raises: CheckpointError if it has none.
-    """
+    """Return the tokenizer of a model; raise CheckpointError if it has none."""
     if loaded.tokenizer is None:
         raise CheckpointError(
-            f"{str(loaded.folder)!r} has neither tokenizer.json nor sp_vocab.json, so text means "
-            "nothing to it. Add the one that the model was trained with."
+            f"{str(loaded.folder)!r} has neither tokenizer.json nor sp_vocab.json. "
+            "Add the one that the model was trained with."
         )
     return loaded.tokenizer
 
@@ -170,4 +163,6 @@ def is_compiled(model: LanguageModel, compile: bool | None) -> bool:
     """Return whether to decode through a compiled graph: by default on CUDA, if possible."""
     if compile is not None:
         return compile
-    return next(model.parameters()).is_cuda and has_compiled_step(model)
+    if model.device.type != "cuda" or not has_ring(FAST):
+        return False
+    return bool(ring(FAST).supports(model, compiles=True))

@@ -52,17 +52,6 @@ def fresh_seed() -> int:
     return secrets.randbelow(2**32)
 
 
-def check_prompt(prompt: Sequence[int], context_length: int) -> None:
-    """Raise DataError if a prompt is empty or longer than the context."""
-    if not prompt:
-        raise DataError("the prompt is empty. Give at least one character of text.")
-    if len(prompt) > context_length:
-        raise DataError(
-            f"the prompt has {len(prompt)} tokens, the model sees {context_length}. "
-            "Shorten the prompt, or train with a larger --context-length."
-        )
-
-
 def max_rows_together(config: ModelConfig, n_rows: int, n_positions: int) -> int:
     """Return how many of n rows to decode together: at least 1, and at most a GiB of cache."""
     row_bytes = min(n_positions, config.context_length) * cache_bytes_per_token(config)
@@ -94,7 +83,13 @@ class Decoder:
         Raises: DataError if the prompt is empty or longer than the context.
         """
         self.context_length = model.config.context_length
-        check_prompt(prompt, self.context_length)
+        if not prompt:
+            raise DataError("the prompt is empty. Give at least one character of text.")
+        if len(prompt) > self.context_length:
+            raise DataError(
+                f"the prompt has {len(prompt)} tokens, the model sees {self.context_length}. "
+                "Shorten the prompt, or train with a larger --context-length."
+            )
         self.model = model
         self.recorder = recorder
         self.n_rows = n_rows

@@ -14,7 +14,8 @@ from minigpt.model.cache import KVCache
 from minigpt.model.language_model import LanguageModel
 from minigpt.rings import has_ring, ring
 
-_FAST = "generation.fast"
+FAST = "generation.fast"
+"""Ring of the fast ways to decode."""
 
 
 class PlainForward:
@@ -48,11 +49,6 @@ class PlainForward:
         self.cache.truncate(length)
 
 
-def has_compiled_step(model: LanguageModel) -> bool:
-    """Return whether a model can decode through a compiled graph."""
-    return has_ring(_FAST) and bool(ring(_FAST).supports(model, compiles=True))
-
-
 def make_forward(
     model: LanguageModel,
     *,
@@ -67,13 +63,13 @@ def make_forward(
         of rows.
     Raises: ConfigError if compiling is not possible for this model.
     """
-    if compiles and not ring(_FAST).supports(model, compiles=True):
+    if compiles and not ring(FAST).supports(model, compiles=True):
         raise ConfigError(
             "--compile needs a gpt with scaled_dot attention: this model has arch "
             f"{model.config.arch}, attention {model.config.attention}. Use --no-compile."
         )
-    if compiles or (has_ring(_FAST) and ring(_FAST).supports(model)):
-        forward: PlainForward = ring(_FAST).make_forward(
+    if compiles or (has_ring(FAST) and ring(FAST).supports(model)):
+        forward: PlainForward = ring(FAST).make_forward(
             model, capacity=capacity, n_rows=n_rows, recorder=recorder, compiles=compiles
         )
         return forward

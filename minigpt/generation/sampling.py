@@ -1,17 +1,17 @@
 """Logits -> token.
 
-The order in which the options apply, each skipped at its neutral value:
+The options apply in this order, each skipped at its neutral value:
 
-1. ignore_eos takes out the tokens that end a text;
-2. repetition_penalty, of tokens in the prompt or generated, as transformers and vLLM count;
-3. presence_penalty and frequency_penalty, of tokens generated, as OpenAI and vLLM count;
-4. temperature; 0 takes the most probable token, and nothing of what follows applies;
+1. ignore_eos removes the tokens that end a text;
+2. repetition_penalty, on tokens of the prompt and the output, as in transformers and vLLM;
+3. presence_penalty and frequency_penalty, on tokens of the output, as in OpenAI's API and vLLM;
+4. temperature; 0 takes the most probable token and skips the rest;
 5. top_k;
-6. top_p, of the probabilities that top_k left;
-7. min_p, of the most probable token;
-8. the draw, with one uniform number of the row's own generator.
+6. top_p, on the probabilities after top_k;
+7. min_p, relative to the most probable token;
+8. sampling, by one uniform random number from the row's own generator.
 
-From 4 on it is the order of transformers. logprobs are of the logits before all of this.
+From 4 on the order is that of transformers. logprobs are of the logits before all of this.
 
 Shapes: B rows, V vocabulary, K candidates, N tokens.
 """
@@ -25,15 +25,14 @@ from torch import Tensor
 from minigpt.config import SamplingConfig
 
 _FIRST_CANDIDATES = 64
-_UNIFORMS_AT_ONCE = 64
+_N_UNIFORMS = 64  # random numbers drawn together
 _TINY_TEMPERATURE = 1e-6
 
 
 class Sampler:
-    """Draws a token for each of some rows by a SamplingConfig.
+    """Samples a token for each row.
 
-    Each row has its own generator: no global state is touched, and no row's draws depend on the
-    other rows.
+    Each row has its own generator: there is no global state, and no row depends on another.
     """
 
     def __init__(
@@ -45,9 +44,10 @@ class Sampler:
         prompt: Sequence[int] = (),
         end_of_text: Collection[int] = (),
     ) -> None:
-        """Args: seeds, of each row; prompt, ids that every row begins with."""
-        self.config = config
-        self._uniforms = _Uniforms(seeds, device)
+        """Args: seeds, one for each row; prompt, token ids that every row starts with."""
+        self.config, self._device = config, device
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self._uniforms = torch.empty(0)  # (N, B, 1), those not used yet
         never = sorted(end_of_text) if config.ignore_eos else []
         self._never = torch.tensor(never, dtype=torch.int64, device=device)
         self._penalizes = (
@@ -57,16 +57,16 @@ class Sampler:
         )
         self._n_prompt = len(prompt) if self._penalizes else 0
         begin = [list(prompt[: self._n_prompt]) for _ in seeds]
-        # All that was ever there, whatever a window that slides has forgotten: (B, N).
+        # Prompt (for the repetition penalty) and output, also what left a sliding window: (B, N).
         self._tokens = torch.tensor(begin, dtype=torch.int64, device=device)
-        self._cumulated = torch.empty(0, dtype=torch.float64, device=device)
+        self._cumulative = torch.empty(0, dtype=torch.float64, device=device)
 
     @torch.inference_mode()
     def draw(self, logits: Tensor) -> Tensor:
-        """Draw the next token of each row, without waiting for the device.
+        """Sample the next token of each row, without synchronizing with the device.
 
-        Args: logits (B, V), float32; they are not changed.
-        Returns: ids (B,), int64, on the device.
+        Args: logits (B, V), float32, which are not modified.
+        Returns: token ids (B,), int64, on the device.
         """
         if self.config.temperature == 0:
             tokens = self._penalized(logits).argmax(dim=-1)
@@ -79,24 +79,26 @@ class Sampler:
         return tokens
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows alone, in this order."""
-        index = torch.tensor(rows, device=self._tokens.device)
+        """Keep only these rows, in this order."""
+        index = torch.tensor(rows, device=self._device)
         self._tokens = self._tokens[index]
-        self._uniforms.keep(rows)
+        self._generators = [self._generators[row] for row in rows]
+        if len(self._uniforms):
+            self._uniforms = self._uniforms[:, index]
 
     @torch.inference_mode()
     def candidates(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return what the draw is made from; the temperature must be above 0.
+        """Return the distribution to sample from, for a temperature above 0.
 
         Returns: probabilities (B, K), float32, and their ids (B, K), most probable first; or
-            probabilities (B, V) and None where all tokens are candidates.
+            probabilities (B, V) and None if all tokens are candidates.
         """
         config = self.config
         logits = self._penalized(logits)
         if config.temperature < _TINY_TEMPERATURE:
-            # It would overflow before the softmax could subtract the largest logit.
+            # Dividing would overflow before the softmax subtracts the largest logit.
             logits = logits - logits.amax(dim=-1, keepdim=True)
-        # One below float32's range would be 0 there, and 0 / 0 no number.
+        # A smaller temperature would be 0 in float32, and 0 / 0 NaN.
         logits = logits / max(config.temperature, torch.finfo(torch.float32).tiny)
         if config.top_k or config.top_p < 1 or config.min_p:
             kept, ids = _kept(logits, config)
@@ -104,7 +106,7 @@ class Sampler:
         return logits.softmax(dim=-1), None
 
     def _penalized(self, logits: Tensor) -> Tensor:
-        """Apply options 1 to 3 of the order above."""
+        """Apply options 1 to 3."""
         if len(self._never):
             logits = logits.index_fill(1, self._never, -torch.inf)
         if self._penalizes:
@@ -115,23 +117,34 @@ class Sampler:
         return logits
 
     def _places(self, probability: Tensor) -> Tensor:
-        """Return the place (B, 1) where each row's cumulated probability passes its number."""
-        # In float32, the sum of many rare tokens would be rounded to few different numbers.
-        if self._cumulated.shape != probability.shape:
-            self._cumulated = torch.empty_like(probability, dtype=torch.float64)
-        torch.cumsum(probability, dim=-1, dtype=torch.float64, out=self._cumulated)
-        number = self._uniforms.next() * self._cumulated[:, -1:]
-        places = torch.searchsorted(self._cumulated, number, right=True)
-        # Logits that are no numbers give places that do not exist; the decoder refuses them.
+        """Sample by inversion: return the index (B, 1) where the cumulative sum passes a uniform.
+
+        The uniforms are drawn on the CPU and copied in blocks: on a GPU, drawing one number takes
+        as long as a whole step of a small model.
+        """
+        if not len(self._uniforms):
+            drawn = [
+                torch.rand(_N_UNIFORMS, 1, dtype=torch.float64, generator=generator)
+                for generator in self._generators
+            ]
+            self._uniforms = torch.stack(drawn, dim=1).to(self._device)
+        uniform, self._uniforms = self._uniforms[0], self._uniforms[1:]
+        # In float32, the cumulative sum of many rare tokens would lose them to rounding.
+        if self._cumulative.shape != probability.shape:
+            self._cumulative = torch.empty_like(probability, dtype=torch.float64)
+        torch.cumsum(probability, dim=-1, dtype=torch.float64, out=self._cumulative)
+        places = torch.searchsorted(
+            self._cumulative, uniform * self._cumulative[:, -1:], right=True
+        )
+        # With NaN logits the index is out of range; the decoder raises an error for them.
         return places.clamp_(max=probability.shape[1] - 1)
 
 
 def penalize_repetition(logits: Tensor, tokens: Tensor, penalty: float) -> Tensor:
-    """Make tokens that were already there less likely.
+    """Divide positive logits (B, V) of the tokens (B, N) by the penalty, multiply negative ones.
 
-    Positive logits are divided by the penalty, negative ones multiplied.
+    Repeated tokens count once.
 
-    Args: logits (B, V); tokens, ids (B, N), repeats allowed.
     Source: Keskar et al. 2019, arXiv:1909.05858, section 4.1.
     """
     if penalty == 1:
@@ -141,7 +154,7 @@ def penalize_repetition(logits: Tensor, tokens: Tensor, penalty: float) -> Tenso
 
 
 def penalize_presence(logits: Tensor, tokens: Tensor, penalty: float) -> Tensor:
-    """Take ``penalty`` once from the logits (B, V) of the tokens (B, N), repeats allowed.
+    """Subtract the penalty from the logits (B, V) of the tokens (B, N); repeats count once.
 
     Source: OpenAI, API guide, "Frequency and presence penalties".
     """
@@ -151,7 +164,7 @@ def penalize_presence(logits: Tensor, tokens: Tensor, penalty: float) -> Tensor:
 
 
 def penalize_frequency(logits: Tensor, tokens: Tensor, penalty: float) -> Tensor:
-    """Take ``penalty`` from the logits (B, V) of the tokens (B, N) as often as each is there.
+    """Subtract the penalty from the logits (B, V) of the tokens (B, N) for each occurrence.
 
     Source: OpenAI, API guide, "Frequency and presence penalties".
     """
@@ -163,13 +176,13 @@ def penalize_frequency(logits: Tensor, tokens: Tensor, penalty: float) -> Tensor
 def _kept(logits: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor]:
     """Apply top-k, top-p and min-p to logits (B, V).
 
-    Each keeps the first of the tokens in the order of their probability, so none beyond the first
-    that was left out needs to be ordered; to order a large vocabulary takes milliseconds.
+    Each keeps the most probable tokens, so sorting can stop at the first one removed. Sorting a
+    large vocabulary takes milliseconds.
 
-    Returns: logits, most probable first, -inf for what is left out, and their ids, each (B, K).
+    Returns: logits, most probable first, -inf if removed, and their ids, each (B, K).
     """
     n_vocab = logits.shape[1]
-    # Only on a CPU can it be asked for nothing whether these were enough.
+    # Checking whether these are enough would synchronize with a GPU.
     n_first = max(_FIRST_CANDIDATES, 2 * config.top_k) if logits.device.type == "cpu" else n_vocab
     total = logits.logsumexp(dim=-1, keepdim=True) if config.top_p < 1 else None
     for n in (n_first, 16 * n_first):
@@ -183,55 +196,24 @@ def _kept(logits: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor]:
 
 
 def _first_of(best: Tensor, total: Tensor | None, config: SamplingConfig) -> Tensor:
-    """Replace by -inf what top-k, top-p and min-p leave out.
+    """Set logits to -inf that top-k, top-p and min-p remove.
 
-    Args: best, the highest logits (B, K) in falling order; total (B, 1), ln of the sum of exp of
-        all logits, if there is a top_p.
+    Args: best, the highest logits (B, K), descending; total (B, 1), logsumexp of all logits, needed
+        for top_p.
     Sources: top-p, Holtzman et al. 2020, arXiv:1904.09751, section 3.1; min-p, Nguyen et al. 2024,
         arXiv:2407.01082.
     """
     if 0 < config.top_k < best.shape[1]:
-        # Tokens as probable as the last stay with it.
+        # Keep ties with the k-th token.
         best = best.masked_fill(best < best[:, config.top_k - 1, None], -torch.inf)
         total = best.logsumexp(dim=-1, keepdim=True)
     if config.top_p < 1:
         assert total is not None
         probability = (best - total).exp()
-        # A token is left out when those before it already reach p; the first never is.
-        is_left_out = probability.cumsum(dim=-1) - probability >= config.top_p
-        is_left_out[:, 0] = False
-        best = best.masked_fill(is_left_out, -torch.inf)
+        # Remove tokens before which the probabilities already sum to p, but never the first.
+        is_removed = probability.cumsum(dim=-1) - probability >= config.top_p
+        is_removed[:, 0] = False
+        best = best.masked_fill(is_removed, -torch.inf)
     if config.min_p:
         best = best.masked_fill(best < best[:, :1] + math.log(config.min_p), -torch.inf)
     return best
-
-
-class _Uniforms:
-    """Numbers in [0, 1), a stream of its own for each row.
-
-    They are drawn on the host and copied many at a time: one number a token is all that a draw
-    needs, and a device would take as long for it as for a whole step of a small model.
-    """
-
-    def __init__(self, seeds: Sequence[int], device: torch.device | str) -> None:
-        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self._device = device
-        self._block = torch.empty(0)
-        self._n_used = 0
-
-    def next(self) -> Tensor:
-        """Return a number for each row, (B, 1), float64."""
-        if self._n_used == len(self._block):
-            drawn = [
-                torch.rand(_UNIFORMS_AT_ONCE, 1, dtype=torch.float64, generator=generator)
-                for generator in self._generators
-            ]
-            self._block = torch.stack(drawn, dim=1).to(self._device)
-            self._n_used = 0
-        self._n_used += 1
-        return self._block[self._n_used - 1]
-
-    def keep(self, rows: Sequence[int]) -> None:
-        self._generators = [self._generators[row] for row in rows]
-        if len(self._block):
-            self._block = self._block[:, torch.tensor(rows, device=self._device)]

@@ -40,10 +40,7 @@ class AttentionPass:
 
 
 class Recorder(Protocol):
-    """Receives the attention of every forward pass, once, after the last layer.
-
-    It must not change the tensors.
-    """
+    """Receives the attention of every forward pass, once, and must not modify the tensors."""
 
     needs_queries: bool
     """Whether the weights of all queries of a prompt are wanted, not only those of the last one."""
@@ -66,12 +63,12 @@ class PassCollector:
 
     def __init__(self, recorder: Recorder, n_new: int) -> None:
         self._recorder, self._n_new = recorder, n_new
+        self._has_queries = recorder.needs_queries and n_new > 1
         self._weights_BHS: list[Tensor] = []
         self._context_BHD: list[Tensor] = []
         self._values_BGSD: list[Tensor] = []
-        has_queries = recorder.needs_queries and n_new > 1
-        self._queries: list[Tensor] | None = [] if has_queries else None
-        self._keys: list[Tensor] | None = [] if has_queries else None
+        self._queries: list[Tensor] = []
+        self._keys: list[Tensor] = []
 
     def add(
         self, q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, context_BHTD: Tensor, w_BHTS: Tensor
@@ -80,7 +77,7 @@ class PassCollector:
         self._weights_BHS.append(w_BHTS[:, :, -1])
         self._context_BHD.append(context_BHTD[:, :, -1])
         self._values_BGSD.append(v_BGSD)
-        if self._queries is not None and self._keys is not None:
+        if self._has_queries:
             self._queries.append(q_BHTD)
             self._keys.append(k_BGSD)
 
@@ -98,8 +95,8 @@ class PassCollector:
                 context_LBHD=torch.stack(self._context_BHD),
                 values_LBGSD=values_LBGSD,
                 n_new=self._n_new,
-                queries=self._queries,
-                keys=self._keys,
+                queries=self._queries if self._has_queries else None,
+                keys=self._keys if self._has_queries else None,
             )
         )
 
@@ -112,11 +109,11 @@ def attend(
     visible_BS: Tensor | None = None,
     collector: PassCollector | None = None,
 ) -> Tensor:
-    """Return each head's output (B, H, T, D) for folded queries, and show it to the collector.
+    """Return each head's output (B, H, T, D) for folded queries, and add it to the collector.
 
-    The weights of a single query are computed explicitly, and the collector gets those very
-    weights. For more queries the fused kernel is faster, and only the last query's weights are
-    computed beside it, if there is a collector.
+    For a single query, the weights are computed explicitly, and the collector gets the same tensor.
+    For more queries the fused kernel is faster, and the weights of the last query are computed
+    separately if there is a collector.
     """
     if q_BHTD.shape[2] == 1:
         weights_BHTS = score.weights(q_BHTD, k_BGSD, visible_BS)
@@ -132,7 +129,7 @@ def attend(
 
 
 class Attention(nn.Module):
-    """Each position looks at itself and those before it: (B, T, C) -> (B, T, C).
+    """Causal self-attention: (B, T, C) -> (B, T, C).
 
     Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.2.
     """
@@ -168,7 +165,7 @@ class Attention(nn.Module):
         """Attend; with a cache, also to the positions that it holds, and add these to it.
 
         Args: x (B, T, C), normed; rotary, cos and sin of these positions, each (T, D / 2).
-            visible_BS, false for keys that a sequence of the batch shall not see; None for none.
+            visible_BS, false for keys that are masked in a sequence; None masks none.
         """
         q_BHTD = self.query_norm(self._split_heads(self.query(x)))
         k_BGSD = self.key_norm(self._split_heads(self.key(x)))

@@ -1,4 +1,4 @@
-"""Which device and dtype to compute with, and how fast the hardware could at most be."""
+"""Device and dtype selection, and what the hardware can do."""
 
 from contextlib import AbstractContextManager
 
@@ -8,9 +8,9 @@ from minigpt.errors import ConfigError
 
 
 def resolve_device(name: str) -> torch.device:
-    """Turn auto, cpu, cuda or mps into a device that is there; auto takes the fastest.
+    """Return the device of a name: auto (the fastest available), cpu, cuda or mps.
 
-    Raises: ConfigError if the one asked for is not available.
+    Raises: ConfigError if it is not available.
     """
     available = {
         "cuda": torch.cuda.is_available(),
@@ -18,17 +18,17 @@ def resolve_device(name: str) -> torch.device:
         "cpu": True,
     }
     if name == "auto":
-        return torch.device(next(kind for kind, is_there in available.items() if is_there))
+        return torch.device(next(kind for kind in available if available[kind]))
     if not available[name]:
-        there = ", ".join(kind for kind, is_there in available.items() if is_there)
-        raise ConfigError(f"device {name} is not available here. Use auto or one of: {there}.")
+        names = ", ".join(kind for kind in available if available[kind])
+        raise ConfigError(f"device {name} is not available here. Use auto or one of: {names}.")
     return torch.device(name)
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
-    """Tell whether the hardware multiplies bfloat16 faster than float32.
+    """Return whether the hardware multiplies bfloat16 faster than float32.
 
-    A CPU without the instructions still computes bfloat16, several times slower than float32.
+    Without the instructions, a CPU is several times slower in bfloat16 than in float32.
     """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
@@ -39,10 +39,10 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 
 
 def has_slow_matvec(device: torch.device) -> bool:
-    """Tell whether a float32 matmul of one row is slow for what it reads: MKL's, not on Intel.
+    """Return whether float32 matrix-vector products are slow: MKL's on CPUs not made by Intel.
 
-    Measured on an AMD CPU with AVX512, over GPT-2's matrices: a third of the speed of memory, where
-    it is nine tenths on Intel.
+    Measured with GPT-2's matrices: a third of the memory bandwidth on an AMD CPU with AVX512, nine
+    tenths on Intel.
     """
     if device.type != "cpu" or not torch.backends.mkl.is_available():
         return False
@@ -50,7 +50,7 @@ def has_slow_matvec(device: torch.device) -> bool:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Turn auto, float32 or bfloat16 into a dtype; auto takes bfloat16 where it is fast."""
+    """Return the dtype of a name: auto (bfloat16 if it is fast), float32 or bfloat16."""
     if name == "auto":
         return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
@@ -62,7 +62,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 
 
 # Dense bfloat16 tensor-core peaks, FLOP/s, from NVIDIA's datasheets (without sparsity). The first
-# name that the device's name contains is taken, so the longer names come first.
+# key that is part of the device's name counts, so longer keys come first.
 _BFLOAT16_PEAKS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -81,7 +81,7 @@ _BFLOAT16_PEAKS = {
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Return the hardware's peak FLOP/s in ``dtype``; None where we do not know it."""
+    """Return the hardware's peak FLOP/s in ``dtype``; None if unknown."""
     if device.type != "cuda" or dtype != torch.bfloat16:
         return None
     name = torch.cuda.get_device_name(device)

@@ -101,12 +101,11 @@ class GPT(LanguageModel):
     ) -> Tensor:
         """Return the logits of the token after each position.
 
-        Args: tokens (B, T), ids below V. With a cache, they come after the positions that it
-            holds, and are added to it. recorder receives the attention of all
-            layers. visible_BS,
-            over all positions in view, false for those that no query of a sequence may attend to.
-            logits_to_keep, number of last positions whose logits are wanted; 0 for all.
-            recompute, activation checkpointing of each block (Chen et al. 2016, arXiv:1604.06174).
+        Args: tokens (B, T), ids below V; they follow the positions in the cache, and are added to
+            it. recorder receives the attention of all layers. visible_BS, false for positions in
+            view that no query of a sequence may attend to. logits_to_keep, number of last
+            positions to return logits for; 0 for all. recompute, activation checkpointing of each
+            block (Chen et al. 2016, arXiv:1604.06174).
         Returns: (B, T, V), or (B, logits_to_keep, V).
         Raises: ValueError if more than context_length positions would be in view.
         """
@@ -131,7 +130,7 @@ class GPT(LanguageModel):
         return self._logits(x, logits_to_keep)
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Draw initial weights in place.
+        """Draw initial weights in-place.
 
         gpt2: normal, std 0.02, the residual branches' outputs shrunk by sqrt(2 n_layer) (Radford
         et al. 2019). llama: normal, std 1 / sqrt(fan-in), and the residual branches' outputs zero,

@@ -88,7 +88,7 @@ class LanguageModel(nn.Module):
         raise NotImplementedError
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Draw initial weights in place."""
+        """Draw initial weights in-place."""
         raise NotImplementedError
 
     def positions_of(self, tokens: Tensor, cache: KVCache | None) -> tuple[int, int]:

@@ -51,7 +51,7 @@ class Score(nn.Module):
         return parameter.unflatten(0, (self.n_head, -1))
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Draw initial weights in place, for queries and keys with entries of about 1."""
+        """Draw initial weights in-place, for queries and keys with entries of about 1."""
 
     def fold(self, q_BHTD: Tensor) -> Tensor:
         """Return the queries whose scaled dot product with the keys is the score."""
@@ -161,11 +161,6 @@ def causal_softmax(score_BHTS: Tensor, visible_BS: Tensor | None = None) -> Tens
     if visible_BS is not None:
         weights_BHTS = weights_BHTS.masked_fill(~mask.any(dim=-1, keepdim=True), 0)
     return weights_BHTS
-
-
-def attention_weights(q_BHTD: Tensor, k_BGSD: Tensor, visible_BS: Tensor | None = None) -> Tensor:
-    """Return the causal weights of the scaled dot product: (B, H, T, S), float32."""
-    return causal_softmax(scaled_dot_score(q_BHTD, k_BGSD), visible_BS)
 
 
 def weighted_sum(weights_BHTS: Tensor, v_BGSD: Tensor) -> Tensor:

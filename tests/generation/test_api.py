@@ -45,14 +45,14 @@ def test_steps_are_those_of_the_decoder_and_the_text_stream(folder: Path) -> Non
     assert list(minigpt.generate(MODEL, list(b"The king"), **loaded)) == expected
 
 
-def test_no_prompt_is_the_beginning_of_a_document() -> None:
+def test_an_empty_prompt_starts_a_document() -> None:
     options: dict[str, Any] = {"tokenizer": BYTES, "max_new_tokens": 5, "seed": 1}
     assert list(minigpt.generate(MODEL, **options)) == list(
         minigpt.generate(MODEL, [256], **options)
     )
 
 
-def test_samples_are_those_of_their_seeds_alone_each_to_its_own_end() -> None:
+def test_each_sample_equals_the_generation_of_its_seed() -> None:
     options: dict[str, Any] = {"tokenizer": BYTES, "max_new_tokens": 30, "temperature": 9.0}
     stops = list("aeiou .")
     items = list(minigpt.generate(MODEL, "x", num_samples=6, seed=10, stop=stops, **options))
@@ -67,7 +67,7 @@ def test_samples_are_those_of_their_seeds_alone_each_to_its_own_end() -> None:
     assert len({max(i.step.index for i in items if i.sample == n) for n in range(6)}) > 2
 
 
-def test_more_samples_than_rows_come_in_several_batches() -> None:
+def test_more_samples_than_rows_are_decoded_in_several_batches() -> None:
     config = SamplingConfig(max_new_tokens=6, temperature=1.5, num_samples=5)
     whole = Decoder(MODEL, [3], max_new_tokens=6, n_rows=5)
     parts = Decoder(MODEL, [3], max_new_tokens=6, n_rows=2)
@@ -90,7 +90,7 @@ def test_more_samples_than_rows_come_in_several_batches() -> None:
         ("folder", {"device": "gpu"}, ConfigError, "gpu"),
     ],
 )
-def test_what_cannot_be_is_refused_at_once(
+def test_invalid_arguments_raise_immediately(
     folder: Path, model: Any, options: dict[str, Any], error: type[MinigptError], said: str
 ) -> None:
     with pytest.raises(error) as caught:
@@ -111,7 +111,7 @@ def test_the_package_imports_no_torch_until_it_is_used() -> None:
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-def test_the_callers_random_state_is_left_alone() -> None:
+def test_the_global_random_state_is_unchanged() -> None:
     torch.manual_seed(1)
     state = torch.random.get_rng_state()
     list(minigpt.generate(MODEL, "x", tokenizer=BYTES, max_new_tokens=3))

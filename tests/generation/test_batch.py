@@ -58,7 +58,7 @@ def facts(steps: Sequence[Step]) -> list[tuple[Any, ...]]:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("options", [{"temperature": 1.0}, ALL], ids=["plain", "all"])
-def test_a_row_is_the_generation_of_its_seed_alone(layout: str, options: dict[str, Any]) -> None:
+def test_each_row_equals_the_generation_of_its_seed(layout: str, options: dict[str, Any]) -> None:
     model = small_model(layout)
     rows = together(model, [4, 5, 6, 7], max_new_tokens=12, **options)
     for seed, row in zip([4, 5, 6, 7], rows, strict=True):
@@ -71,7 +71,7 @@ def test_a_row_is_the_generation_of_its_seed_alone(layout: str, options: dict[st
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_rows_that_end_leave_the_others_as_they_are(layout: str) -> None:
+def test_finished_rows_do_not_change_the_others(layout: str) -> None:
     """By an end of text, each at another place, and by being dropped."""
     model, seeds = small_model(layout), list(range(8))
     free = together(model, seeds, max_new_tokens=15, temperature=1.2)
@@ -87,14 +87,14 @@ def test_rows_that_end_leave_the_others_as_they_are(layout: str) -> None:
     assert len({len(row) for row in ended}) >= 4, "they ended at different places"
 
 
-def test_a_row_is_the_same_beside_any_others() -> None:
+def test_a_row_does_not_depend_on_the_other_rows() -> None:
     model = small_model()
     for others in ([1, 2, 3], [9, 9, 9], [100, 200, 300]):
         rows = together(model, [others[0], 5, *others[1:]], max_new_tokens=12, **ALL)
         assert facts(rows[1]) == facts(alone(model, 5, max_new_tokens=12, **ALL))
 
 
-def test_a_decoder_may_take_one_row_and_several_in_any_order() -> None:
+def test_a_decoder_generates_one_row_or_several_in_any_order() -> None:
     model, options = small_model(), {"max_new_tokens": 9, "temperature": 1.0}
     config = SamplingConfig(**options)
     decoder = Decoder(model, PROMPT, max_new_tokens=9, n_rows=4)
@@ -110,7 +110,7 @@ def test_a_decoder_may_take_one_row_and_several_in_any_order() -> None:
             assert facts(row_steps) == expected[seed][: len(row_steps)]
 
 
-def test_max_rows_together_fit_a_gigabyte() -> None:
+def test_max_rows_together_fit_into_a_gibibyte() -> None:
     config = small_config(context_length=1000)
     per_row = 1000 * cache_bytes_per_token(config)
     assert max_rows_together(config, 10, 50) == 10
@@ -123,7 +123,7 @@ def test_max_rows_together_fit_a_gigabyte() -> None:
     assert n * per_row * 50 <= 2**30 < (n + 1) * per_row * 50
 
 
-def test_the_best_tokens_are_the_models_own_whatever_the_options() -> None:
+def test_logprobs_do_not_depend_on_sampling_options() -> None:
     model = small_model()
     steps = alone(model, 1, max_new_tokens=6, logprobs=4, ignore_eos=True, **ALL)
     context = list(PROMPT)
@@ -138,7 +138,7 @@ def test_the_best_tokens_are_the_models_own_whatever_the_options() -> None:
     assert len(alone(model, 1, max_new_tokens=1, logprobs=1000)[0].best) == 61
 
 
-def test_an_end_of_text_that_is_ignored_is_never_drawn() -> None:
+def test_an_ignored_end_of_text_is_never_sampled() -> None:
     model = small_model()
     free = alone(model, 1, max_new_tokens=18, temperature=1.0)
     ends = [free[3].token, 10**6]  # a vocabulary may be larger than the model
@@ -167,7 +167,7 @@ def plain_sliding(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_window_that_slides_equals_a_plain_loop(layout: str) -> None:
+def test_a_sliding_window_equals_a_plain_loop(layout: str) -> None:
     model = small_model(layout)
     config = SamplingConfig(max_new_tokens=60, overflow="slide", **ALL)
     decoder = Decoder(model, PROMPT, n_rows=3)
@@ -185,7 +185,7 @@ def test_a_window_that_slides_equals_a_plain_loop(layout: str) -> None:
 
 
 @pytest.mark.parametrize("context_length", [1, 2, 3, 4, 7])
-def test_a_tiny_window_slides_too(context_length: int) -> None:
+def test_a_tiny_window_slides(context_length: int) -> None:
     model = small_model(context_length=context_length)
     config = SamplingConfig(max_new_tokens=20, overflow="slide", temperature=1.0)
     steps = list(Decoder(model, [3]).generate(config, seed=1))
@@ -194,7 +194,7 @@ def test_a_tiny_window_slides_too(context_length: int) -> None:
     )
 
 
-def test_a_window_that_never_fills_never_slides() -> None:
+def test_a_window_that_is_not_full_does_not_slide() -> None:
     model = small_model()
     slid = alone(model, 1, max_new_tokens=20, temperature=1.0, overflow="slide")
     assert slid == alone(model, 1, max_new_tokens=20, temperature=1.0)
@@ -215,7 +215,7 @@ class Fed:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("n_seen", [0, 1, 4, 6])
-def test_an_extended_prompt_goes_on_as_the_whole_text(
+def test_an_extended_prompt_continues_like_the_whole_text(
     layout: str, n_seen: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After a whole answer of six tokens, after one that was left, and with no answer at all."""
@@ -235,7 +235,7 @@ def test_an_extended_prompt_goes_on_as_the_whole_text(
     )
 
 
-def test_nothing_more_may_be_said_and_an_end_of_text_is_left_out() -> None:
+def test_extending_keeps_the_continuation_without_its_end_of_text() -> None:
     model, config = small_model(), SamplingConfig(max_new_tokens=6, temperature=1.0)
     decoder = Decoder(model, PROMPT)
     free = [step.token for step in decoder.generate(config, seed=1)]
@@ -255,7 +255,7 @@ def test_nothing_more_may_be_said_and_an_end_of_text_is_left_out() -> None:
     assert decoder.prompt == [*PROMPT, *free[: len(ended) - 1], 7]
 
 
-def test_a_prompt_that_outgrows_the_window_is_refused_or_slides() -> None:
+def test_a_prompt_too_long_for_the_window_raises_or_slides() -> None:
     model = small_model()  # of 24 positions
     decoder = Decoder(model, random_tokens(20).tolist())
     config = SamplingConfig(max_new_tokens=30, temperature=1.0)
@@ -279,7 +279,7 @@ def test_a_prompt_that_outgrows_the_window_is_refused_or_slides() -> None:
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
-def test_greedy_text_is_that_of_transformers(penalty: float) -> None:
+def test_greedy_text_equals_transformers(penalty: float) -> None:
     """200 tokens in float32, of GPT-2's layout and of Llama's with grouped heads."""
     import transformers
 

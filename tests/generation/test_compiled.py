@@ -71,7 +71,7 @@ def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype = torch.fl
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_logits_are_those_of_a_full_float32_forward_at_every_position(
+def test_logits_equal_a_full_float32_forward_at_every_position(
     layout: str, dtype: torch.dtype
 ) -> None:
     model = small_model(layout).to(dtype)
@@ -91,7 +91,7 @@ def test_logits_are_those_of_a_full_float32_forward_at_every_position(
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("kind", ["int8", "bfloat16"])
 @pytest.mark.parametrize("layout", ["gpt2", "llama-grouped"])
-def test_narrow_weights_are_multiplied_as_the_narrowed_model_does(layout: str, kind: str) -> None:
+def test_quantized_weights_compute_what_the_quantized_model_does(layout: str, kind: str) -> None:
     model = small_model(layout)
     if kind == "int8":
         quantize_int8(model)
@@ -106,7 +106,7 @@ def test_narrow_weights_are_multiplied_as_the_narrowed_model_does(layout: str, k
 
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("layout", ["gpt2", "llama-grouped"])
-def test_rows_are_repeated_kept_and_cut_as_told(layout: str) -> None:
+def test_rows_are_repeated_kept_and_truncated(layout: str) -> None:
     model = small_model(layout)
     forward = CompiledForward(model, capacity=24, n_rows=3)
     tokens = random_tokens(3, 24)
@@ -130,7 +130,7 @@ def test_rows_are_repeated_kept_and_cut_as_told(layout: str) -> None:
 
 
 @pytest.mark.usefixtures("way")
-def test_the_rows_in_the_graph_are_those_beside_it_and_change_no_token() -> None:
+def test_rows_from_the_graph_equal_recomputed_rows_and_change_no_token() -> None:
     model = small_model("llama-grouped")
     inside, beside = (RowRecorder(model, measures=("norm",)) for _ in range(2))
     forward = CompiledForward(model, capacity=24, recorder=inside)
@@ -148,7 +148,7 @@ def test_the_rows_in_the_graph_are_those_beside_it_and_change_no_token() -> None
 
 
 @pytest.mark.usefixtures("way")
-def test_the_context_and_the_capacity_are_kept() -> None:
+def test_context_and_capacity_limits_raise() -> None:
     model = small_model()
     for capacity, message in ((24, "the model sees 24"), (16, "the cache holds 16")):
         forward = CompiledForward(model, capacity=capacity)
@@ -158,7 +158,7 @@ def test_the_context_and_the_capacity_are_kept() -> None:
         assert forward.cache.length == capacity
 
 
-def test_a_graph_is_told_from_every_other() -> None:
+def test_different_graphs_have_different_keys() -> None:
     def key(
         layout: str = "llama", n_rows: int = 1, *, shows_attention: bool = False, **changes: Any
     ) -> str:
@@ -179,7 +179,7 @@ def test_a_graph_is_told_from_every_other() -> None:
     assert len(set(keys)) == len(keys)
 
 
-def test_a_missing_compiler_is_one_line_that_says_the_remedy(
+def test_a_missing_compiler_is_one_line_with_the_remedy(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
@@ -192,7 +192,7 @@ def test_a_missing_compiler_is_one_line_that_says_the_remedy(
 
 @pytest.mark.slow  # compiles: half a minute
 @pytest.mark.parametrize("way", ["compiled"], indirect=True)
-def test_greedy_tokens_are_those_of_gpt_forward_and_a_second_time_nothing_is_compiled(
+def test_greedy_tokens_equal_gpt_forward_and_the_graph_is_compiled_once(
     way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = small_model("qwen3").requires_grad_(False)

@@ -93,13 +93,13 @@ def test_generation_ends_after_max_new_tokens(n: int) -> None:
     assert [step.finish for step in steps] == [None] * (n - 1) + ["length"]
 
 
-def test_a_limit_that_is_met_exactly_at_the_end_of_the_context_is_a_limit() -> None:
+def test_max_new_tokens_reached_at_the_end_of_the_context_finishes_by_length() -> None:
     steps = generated(small_model(), PROMPT, max_new_tokens=20)
     assert len(steps) == 20
     assert steps[-1].finish == "length"
 
 
-def test_generation_ends_with_the_end_of_text_and_only_where_it_is_one() -> None:
+def test_generation_ends_at_an_end_of_text_only() -> None:
     model = small_model()
     free = generated(model, PROMPT, temperature=0.0, max_new_tokens=10)
     tokens = [step.token for step in free]
@@ -114,7 +114,7 @@ def test_generation_ends_with_the_end_of_text_and_only_where_it_is_one() -> None
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_cache_holds_what_can_be_used_and_the_tokens_are_those_of_a_larger_one(
+def test_a_cache_of_limited_capacity_gives_the_same_tokens(
     layout: str,
 ) -> None:
     model = small_model(layout, context_length=2000)
@@ -128,7 +128,7 @@ def test_the_cache_holds_what_can_be_used_and_the_tokens_are_those_of_a_larger_o
     assert Decoder(model, PROMPT, max_new_tokens=10**9).cache.capacity == 2000
 
 
-def test_fewer_tokens_than_the_decoder_was_made_for_end_by_their_own_limit() -> None:
+def test_a_smaller_max_new_tokens_than_the_decoders_is_respected() -> None:
     decoder = Decoder(small_model(), PROMPT, max_new_tokens=8)
     for n in (8, 3):
         steps = list(decoder.generate(SamplingConfig(max_new_tokens=n), seed=1))
@@ -137,9 +137,7 @@ def test_fewer_tokens_than_the_decoder_was_made_for_end_by_their_own_limit() -> 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("options", [{"temperature": 0.0}, {"temperature": 0.8, "top_p": 0.9}])
-def test_logits_that_are_no_numbers_are_a_checkpoint_error(
-    value: float, options: dict[str, Any]
-) -> None:
+def test_nan_or_inf_logits_are_a_checkpoint_error(value: float, options: dict[str, Any]) -> None:
     for name in ("unembedding", "blocks.1.mlp.down", "blocks.0.attention.value"):
         model = small_model()
         with torch.no_grad():
@@ -148,7 +146,7 @@ def test_logits_that_are_no_numbers_are_a_checkpoint_error(
             generated(model, PROMPT, **options)
 
 
-def test_the_same_seed_gives_the_same_tokens_and_another_seed_others() -> None:
+def test_tokens_are_determined_by_the_seed() -> None:
     model = small_model("qwen3")
     torch.manual_seed(3)
     state = torch.random.get_rng_state()
@@ -160,7 +158,7 @@ def test_the_same_seed_gives_the_same_tokens_and_another_seed_others() -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_generations_from_one_prefill_equal_those_from_fresh_ones(layout: str) -> None:
+def test_repeated_generations_equal_those_of_a_new_decoder(layout: str) -> None:
     model = small_model(layout)
     decoder = Decoder(model, PROMPT)
     config = SamplingConfig(max_new_tokens=10, temperature=1.0)
@@ -175,7 +173,7 @@ def test_generations_from_one_prefill_equal_those_from_fresh_ones(layout: str) -
     )
 
 
-def test_the_recorder_has_last_seen_the_pass_of_each_token() -> None:
+def test_the_recorders_latest_pass_predicted_the_token() -> None:
     recorder = KeptAttention()
     decoder = Decoder(small_model(), PROMPT, recorder)
     first_rows = []
@@ -193,7 +191,7 @@ def test_an_empty_prompt_is_a_data_error() -> None:
         Decoder(small_model(), [])
 
 
-def test_a_prompt_longer_than_the_context_is_a_data_error_with_both_numbers() -> None:
+def test_a_prompt_longer_than_the_context_is_a_data_error_with_both_lengths() -> None:
     with pytest.raises(DataError) as caught:
         Decoder(small_model(), random_tokens(25).tolist())
     assert str(caught.value) == (
@@ -212,7 +210,7 @@ def test_a_bfloat16_model_decodes_with_a_bfloat16_cache(layout: str) -> None:
     assert all(step.log_probability <= 0 for step in steps)
 
 
-def test_fresh_seeds_differ_and_are_accepted() -> None:
+def test_fresh_seeds_differ_and_are_valid() -> None:
     seeds = {fresh_seed() for _ in range(20)}
     assert len(seeds) == 20
     for seed in seeds:

@@ -77,7 +77,7 @@ def plain_logits(model: GPT, tokens: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_fused_logits_are_those_of_a_plain_float32_forward_at_every_position(
+def test_eager_logits_equal_a_plain_float32_forward_at_every_position(
     shape: str, kind: str
 ) -> None:
     model, plain = pair(kind, shape)
@@ -106,7 +106,7 @@ def test_float32_tables_compute_the_same_where_mkl_is_slow(
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", ["gpt2", "qwen3", "llama-grouped"])
 @pytest.mark.parametrize("n_rows", [2, 18])
-def test_rows_go_on_as_each_would_alone(n_rows: int, shape: str, kind: str) -> None:
+def test_rows_of_a_batch_equal_single_rows(n_rows: int, shape: str, kind: str) -> None:
     model, plain = pair(kind, shape)
     fused = EagerForward(model, capacity=24)
     rows = random_tokens(1, 5).expand(n_rows, -1)
@@ -140,7 +140,7 @@ def test_rows_go_on_as_each_would_alone(n_rows: int, shape: str, kind: str) -> N
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_recorder_sees_what_a_plain_forward_shows_and_changes_no_bit(
+def test_a_recorder_gets_what_plain_forward_records_and_changes_no_bit(
     shape: str, kind: str
 ) -> None:
     model, plain = pair(kind, shape)
@@ -169,7 +169,7 @@ def storages(model: GPT) -> int:
 
 
 @pytest.mark.parametrize("shape", ["gpt2", "llama", "qwen2"])
-def test_prepared_weights_are_in_memory_once_and_keep_their_values(
+def test_prepared_weights_are_stored_once_and_keep_their_values(
     shape: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(products, "has_slow_matvec", lambda device: False)
@@ -191,7 +191,7 @@ def test_prepared_weights_are_in_memory_once_and_keep_their_values(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_constructor_changes_no_layout(kind: str) -> None:
+def test_the_constructor_does_not_change_the_weights_layout(kind: str) -> None:
     model, _ = pair(kind, "llama")
 
     def places() -> list[tuple[str, int, tuple[int, ...]]]:
@@ -207,7 +207,7 @@ class Subclass(GPT):
     """What a family that computes something else would bring."""
 
 
-def test_only_what_the_step_knows_is_supported() -> None:
+def test_only_gpt_itself_is_supported() -> None:
     model = small_model()
     assert supports(model)
     assert supports(model, compiles=True)
@@ -220,11 +220,11 @@ def test_only_what_the_step_knows_is_supported() -> None:
         make_forward(other, capacity=8, compiles=True)
 
 
-def test_a_model_with_dropout_on_goes_through_its_own_forward() -> None:
+def test_a_model_in_training_mode_uses_its_own_forward() -> None:
     assert type(make_forward(small_model().train(), capacity=8)) is PlainForward
 
 
-def test_a_full_context_and_a_full_cache_take_no_more() -> None:
+def test_a_full_context_and_a_full_cache_raise() -> None:
     model = small_model("llama-grouped")
     fused = EagerForward(model, capacity=6)
     fused.feed(random_tokens(1, 6))
@@ -257,9 +257,7 @@ LLAMA = {
 
 
 @pytest.mark.parametrize("settings", [GPT2, LLAMA], ids=["gpt2", "llama"])
-def test_200_greedy_tokens_are_those_that_transformers_generates(
-    settings: dict[str, Any], tmp_path: Any
-) -> None:
+def test_200_greedy_tokens_equal_transformers(settings: dict[str, Any], tmp_path: Any) -> None:
     from minigpt.checkpoint.model_folder import read_model
 
     with warnings.catch_warnings():

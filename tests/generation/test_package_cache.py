@@ -25,7 +25,7 @@ def never(path: Path) -> None:
     raise AssertionError("compiled again")
 
 
-def test_what_was_compiled_once_is_found_again() -> None:
+def test_a_cached_package_is_not_compiled_again() -> None:
     path = cached_package("a key", writer(b"code"))
     assert path.read_bytes() == b"code"
     assert cached_package("a key", never) == path
@@ -34,14 +34,14 @@ def test_what_was_compiled_once_is_found_again() -> None:
 
 
 @pytest.mark.parametrize("damage", [b"", b"cod", b"Code"])
-def test_a_damaged_package_is_compiled_again_and_gone(folder: Path, damage: bytes) -> None:
+def test_a_damaged_package_is_replaced(folder: Path, damage: bytes) -> None:
     path = cached_package("a key", writer(b"code"))
     path.write_bytes(damage)
     assert cached_package("a key", writer(b"code, again")).read_bytes() == b"code, again"
     assert len(list(folder.iterdir())) == 1
 
 
-def test_a_link_is_not_followed(folder: Path, tmp_path: Path) -> None:
+def test_a_symlink_is_not_followed(folder: Path, tmp_path: Path) -> None:
     path = cached_package("a key", writer(b"code"))
     foreign = tmp_path / "foreign"
     path.rename(foreign)
@@ -52,7 +52,7 @@ def test_a_link_is_not_followed(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="permissions of others are no bits on Windows")
-def test_what_others_may_write_is_not_executed(folder: Path) -> None:
+def test_packages_writable_by_others_are_not_executed(folder: Path) -> None:
     path = cached_package("a key", writer(b"code"))
     assert path.stat().st_mode & 0o777 == 0o600
     path.chmod(0o622)
@@ -64,7 +64,7 @@ def test_what_others_may_write_is_not_executed(folder: Path) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt" or os.getuid() != 0, reason="only root gives files away")
-def test_what_another_user_owns_is_not_executed(folder: Path) -> None:
+def test_packages_of_another_user_are_not_executed(folder: Path) -> None:
     os.chown(cached_package("a key", writer(b"code")), 12345, 12345)
     with pytest.raises(AssertionError, match="compiled again"):
         cached_package("a key", never)

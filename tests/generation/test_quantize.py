@@ -27,7 +27,7 @@ from minigpt.model.gpt import GPT
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_weight_is_rounded_to_the_nearest_of_its_outputs_255_steps(
+def test_int8_weights_are_rounded_to_the_nearest_of_255_steps_per_output(
     layout: str, dtype: torch.dtype
 ) -> None:
     model = small_model(layout).to(dtype)
@@ -67,7 +67,7 @@ def test_an_int8_layer_computes_with_its_rounded_weight() -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
-def test_a_widened_model_computes_in_float32_with_its_bfloat16_weights(layout: str) -> None:
+def test_float32_activations_use_the_bfloat16_weights(layout: str) -> None:
     model = small_model(layout).bfloat16()
     plain = copy.deepcopy(model).float()
     use_float32_activations(model)
@@ -90,7 +90,7 @@ def narrowed(kind: str, layout: str, **changes: Any) -> GPT:
 @pytest.mark.parametrize("kind", ["int8", "bfloat16"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
-def test_a_narrowed_model_is_the_same_after_decoding_has_moved_its_weights(
+def test_a_quantized_model_is_unchanged_after_its_weights_move_into_tables(
     layout: str, kind: str
 ) -> None:
     model = narrowed(kind, layout)
@@ -122,7 +122,7 @@ def n_bytes(model: GPT) -> int:
 
 @pytest.mark.parametrize(("kind", "share"), [("int8", 0.25), ("bfloat16", 0.5)])
 @pytest.mark.parametrize("layout", ["gpt2-tied", "llama"])
-def test_narrow_weights_take_about_their_share_of_float32s_memory(
+def test_quantized_weights_take_a_fraction_of_float32_memory(
     layout: str, kind: str, share: float
 ) -> None:
     shape = {"d_model": 256, "vocab_size": 512, "context_length": 8}
@@ -134,7 +134,7 @@ def test_narrow_weights_take_about_their_share_of_float32s_memory(
 
 
 @pytest.mark.parametrize("has_instructions", [False, True])
-def test_bfloat16_is_of_the_weights_only_where_the_cpu_has_no_instructions(
+def test_bfloat16_is_weight_only_on_a_cpu_without_the_instructions(
     has_instructions: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(api, "has_fast_bfloat16", lambda device: has_instructions)
@@ -144,7 +144,7 @@ def test_bfloat16_is_of_the_weights_only_where_the_cpu_has_no_instructions(
     assert model.embedding.weight.dtype == torch.bfloat16
 
 
-def test_a_published_model_loses_less_than_half_a_percent(shared: Path) -> None:
+def test_int8_loses_less_than_half_a_percent_on_a_published_model(shared: Path) -> None:
     loaded = read_model(shared / "weights" / "stories260K")
     assert loaded.tokenizer is not None
     text = (
@@ -163,7 +163,7 @@ def test_a_published_model_loses_less_than_half_a_percent(shared: Path) -> None:
     assert abs(after - before) < 0.005 * before
 
 
-def test_int8_is_refused_where_it_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_int8_raises_where_it_is_not_available(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(GPT, "device", torch.device("mps"))
     model = small_model()
     with pytest.raises(ConfigError, match="int8 is not available on mps"):

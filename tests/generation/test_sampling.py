@@ -152,7 +152,7 @@ def chance_of_more(statistic: float, freedom: int) -> float:
     return torch.special.gammaincc(half[0], half[1]).item()
 
 
-def test_the_chances_of_chi_squared_are_those_of_the_table() -> None:
+def test_chi_squared_p_values_equal_the_table() -> None:
     """Abramowitz and Stegun 1964, table 26.8, at 0.0001 and 0.05."""
     for statistic, freedom, chance in ((21.1075, 3, 1e-4), (35.5640, 10, 1e-4), (43.773, 30, 0.05)):
         assert chance_of_more(statistic, freedom) == pytest.approx(chance, rel=1e-3)
@@ -175,8 +175,8 @@ def test_the_distribution_equals_plain_python(options: dict[str, Any]) -> None:
     ids=str,
 )
 @pytest.mark.parametrize("scale", [0.1, 4.0])
-def test_a_large_vocabulary_is_cut_as_a_small_one(options: dict[str, Any], scale: float) -> None:
-    """Few tokens are left of it, or nearly all: however many had to be put in order."""
+def test_a_large_vocabulary_is_filtered_like_a_sort(options: dict[str, Any], scale: float) -> None:
+    """Whether few candidates are left or nearly all."""
     logits = some_logits(1, n=6000) * scale
     config = SamplingConfig(**{"temperature": 1.0, **options})
     expected = reference(logits[0].tolist(), PROMPT, [], config)
@@ -234,7 +234,7 @@ def test_neutral_options_leave_the_softmax_of_the_model() -> None:
     torch.testing.assert_close(actual, logits.softmax(dim=-1))
 
 
-def test_penalties_of_the_generated_spare_the_prompt() -> None:
+def test_presence_and_frequency_penalties_ignore_the_prompt() -> None:
     """As OpenAI and vLLM count; transformers' repetition penalty counts the prompt's as well."""
     logits = some_logits()
     spared = sampler(prompt=PROMPT, presence_penalty=1.0, frequency_penalty=1.0)
@@ -244,7 +244,7 @@ def test_penalties_of_the_generated_spare_the_prompt() -> None:
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_draws_have_the_distribution(options: dict[str, Any]) -> None:
+def test_samples_follow_the_distribution(options: dict[str, Any]) -> None:
     logits, n_rows = some_logits(5) / 3, 4000
     # A draw in each of many rows, so that no draw's penalty falls on the next.
     seeds = range(100_000, 100_000 + n_rows)
@@ -256,14 +256,14 @@ def test_draws_have_the_distribution(options: dict[str, Any]) -> None:
         assert not chi_squared_is_plausible(draws, reference(logits[0].tolist(), [], [], config))
 
 
-def test_draws_of_one_stream_have_the_distribution() -> None:
+def test_samples_of_one_generator_follow_the_distribution() -> None:
     logits = some_logits(4)
     assert chi_squared_is_plausible(
         drawn(sampler(), logits, 3000), logits[0].softmax(dim=0).tolist()
     )
 
 
-def test_pairs_of_successive_draws_are_independent() -> None:
+def test_successive_samples_are_independent() -> None:
     logits = some_logits(4, n=6) / 3
     draws = drawn(sampler(), logits, 6001)
     p = logits[0].softmax(dim=0)
@@ -271,7 +271,7 @@ def test_pairs_of_successive_draws_are_independent() -> None:
     assert chi_squared_is_plausible(pairs, torch.outer(p, p).flatten().tolist())
 
 
-def test_first_draws_of_neighbouring_seeds_have_the_distribution() -> None:
+def test_first_samples_of_consecutive_seeds_follow_the_distribution() -> None:
     """Samples 1, 2, 3 of a prompt take neighbouring seeds."""
     logits = some_logits(4)
     draws = [sampler(seed).draw(logits).item() for seed in range(3000)]
@@ -290,7 +290,7 @@ def test_the_chi_squared_test_notices_another_option(other: dict[str, Any]) -> N
     assert not chi_squared_is_plausible(draws, logits[0].softmax(dim=0).tolist())
 
 
-def test_a_draw_follows_the_softmax_even_for_a_large_vocabulary() -> None:
+def test_samples_follow_the_softmax_of_a_large_vocabulary() -> None:
     logits = torch.zeros(1, 50_000)
     logits[0, 123] = math.log(50_000)  # half of all
     draws = sampler(*range(400)).draw(logits.expand(400, -1)).tolist()
@@ -325,7 +325,7 @@ def test_temperature_zero_is_penalized_too() -> None:
 
 
 @pytest.mark.parametrize("temperature", [1e-6, 1e-30, 1e-300, 5e-324])
-def test_a_tiny_temperature_is_greedy_and_no_nan(temperature: float) -> None:
+def test_a_tiny_temperature_is_greedy_without_nan(temperature: float) -> None:
     for seed in range(5):
         logits = some_logits(seed)
         for options in ({}, {"top_k": 20, "top_p": 0.9, "min_p": 0.1}):
@@ -335,18 +335,18 @@ def test_a_tiny_temperature_is_greedy_and_no_nan(temperature: float) -> None:
 
 
 @pytest.mark.parametrize("temperature", [1e30, 1e300])
-def test_a_huge_temperature_is_an_even_draw(temperature: float) -> None:
+def test_a_huge_temperature_is_uniform(temperature: float) -> None:
     actual = distribution(sampler(temperature=temperature), some_logits())
     torch.testing.assert_close(actual, torch.full((1, 50), 0.02))
 
 
-def test_equal_logits_at_the_border_of_top_k_stay_together() -> None:
+def test_ties_with_the_kth_token_are_kept() -> None:
     logits = torch.tensor([[1.0, 3.0, 2.0, 2.0, 0.0]])
     kept = distribution(sampler(top_k=2), logits)[0] > 0
     assert kept.tolist() == [False, True, True, True, False]
 
 
-def test_many_equal_logits_at_the_border_of_top_k_stay_together() -> None:
+def test_many_ties_with_the_kth_token_are_kept() -> None:
     """More of them than a first look at a large vocabulary takes in."""
     logits = torch.zeros(1, 6000)
     logits[0, ::2] = 2.0
@@ -370,13 +370,13 @@ def test_top_p_takes_the_fewest_tokens_that_reach_it() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"top_p": 0.999}], ids=str)
-def test_logits_of_minus_infinity_are_never_drawn(options: dict[str, Any]) -> None:
+def test_logits_of_minus_infinity_are_never_sampled(options: dict[str, Any]) -> None:
     logits = torch.full((1, 10), -torch.inf)
     logits[0, [2, 7]] = torch.tensor([1.0, 0.5])
     assert set(drawn(sampler(temperature=3.0, **options), logits, 200)) == {2, 7}
 
 
-def test_the_logits_that_are_given_are_not_changed() -> None:
+def test_the_logits_are_not_modified() -> None:
     logits = some_logits()
     before = logits.clone()
     sampler(prompt=PROMPT, generated=GENERATED, **ALL).draw(logits)
@@ -385,7 +385,7 @@ def test_the_logits_that_are_given_are_not_changed() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, ALL], ids=["plain", "all"])
-def test_a_row_draws_what_it_draws_alone_whoever_leaves(options: dict[str, Any]) -> None:
+def test_a_row_samples_the_same_tokens_when_others_are_removed(options: dict[str, Any]) -> None:
     """Its seed and its own tokens decide: 70 draws, more than are drawn ahead at once."""
     logits = some_logits(3, n=50, n_rows=70)
     alone = [sampler(seed, prompt=PROMPT, **options) for seed in (5, 6, 7)]
@@ -402,7 +402,7 @@ def test_a_row_draws_what_it_draws_alone_whoever_leaves(options: dict[str, Any])
     assert drawn_of == [expected[0], expected[1][:10], expected[2]]
 
 
-def test_draws_depend_on_the_seed_alone_and_touch_no_global_state() -> None:
+def test_samples_depend_on_the_seed_and_not_on_global_state() -> None:
     logits = some_logits(4)
 
     def draws(seed: int) -> list[int]:

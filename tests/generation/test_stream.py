@@ -59,7 +59,7 @@ def cut(text: str, stops: Sequence[str]) -> tuple[str, bool]:
 
 
 @pytest.mark.parametrize("tokenizer", [BYTES, WIDE], ids=["bytes", "wide"])
-def test_streamed_text_equals_text_decoded_at_once_and_cut(tokenizer: Tokenizer) -> None:
+def test_streamed_text_equals_the_decoded_text_up_to_the_stop_string(tokenizer: Tokenizer) -> None:
     source = random.Random(1)
     stop_choices = ["ab", "b", "abc", "bca", "aab", "é", "bé", "日", "a日", "\ufffd", "aa", "ca c"]
     ids = [97, 98, 99, 32] * 3 + [0xC3, 0xA9, 0xE6, 0x97, 0xA5, 0xFF]
@@ -94,7 +94,7 @@ def test_streamed_text_equals_text_decoded_at_once_and_cut(tokenizer: Tokenizer)
         ("日本", ("本",), "日"),
     ],
 )
-def test_where_tokens_end_does_not_matter_to_a_stop_text(
+def test_stop_strings_do_not_depend_on_token_boundaries(
     text: str, stops: tuple[str, ...], expected: str
 ) -> None:
     source = random.Random(2)
@@ -115,7 +115,7 @@ def test_a_stop_ends_the_stream_at_its_step() -> None:
     assert [item.step.finish for item in items[:-1]] == [None] * 6
 
 
-def test_a_stop_takes_no_token_more_from_the_model() -> None:
+def test_no_token_is_generated_after_a_stop_string() -> None:
     taken = []
 
     def steps():  # type: ignore[no-untyped-def]
@@ -127,25 +127,25 @@ def test_a_stop_takes_no_token_more_from_the_model() -> None:
     assert bytes(taken) == b"a."
 
 
-def test_text_comes_as_soon_as_it_is_certain() -> None:
+def test_text_is_yielded_as_soon_as_it_is_final() -> None:
     assert [item.text for item in streamed("aé日".encode())] == ["a", "", "é", "", "", "日"]
     items = streamed(b"xstay", stops=("stop",))
     assert [item.text for item in items] == ["x", "", "", "sta", "y"]
 
 
-def test_text_that_was_held_back_in_vain_comes_with_the_last_step() -> None:
+def test_held_back_text_is_yielded_with_the_last_step() -> None:
     assert [item.text for item in streamed(b"ab st", stops=("stop",))] == ["a", "b", " ", "", "st"]
     # half a character at the end becomes U+FFFD, after what was held
     assert [item.text for item in streamed(b"st\xe6", stops=("stop",))] == ["", "", "st\ufffd"]
 
 
-def test_a_stop_text_that_the_end_completes_is_found() -> None:
+def test_a_stop_string_at_the_very_end_is_found() -> None:
     items = streamed(b"a\xe6", stops=("\ufffd",))
     assert joined(items) == "a"
     assert items[-1].step.finish == "stop"
 
 
-def test_the_end_of_text_has_no_text_and_releases_what_was_held() -> None:
+def test_an_end_of_text_has_no_text_and_releases_held_back_text() -> None:
     items = streamed([*b"hi s", 256], stops=("stop",), finish="end_of_text")
     assert joined(items) == "hi s"
     assert items[-1].step.finish == "end_of_text"
@@ -156,7 +156,7 @@ def test_a_special_token_that_ends_nothing_is_shown() -> None:
     assert joined(streamed([*b"a", 256, *b"b"])) == f"a{END_OF_TEXT}b"
 
 
-def test_ids_that_the_vocabulary_lacks_have_no_text() -> None:
+def test_ids_outside_the_vocabulary_have_no_text() -> None:
     assert joined(streamed([97, 299, 98], tokenizer=WIDE)) == "ab"
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from minigpt.model.attention import Attention, AttentionPass, PassCollector
 from minigpt.model.gpt import GPT
-from minigpt.model.scores import attention_weights, causal_mask, scaled_dot_score
+from minigpt.model.scores import causal_mask, causal_softmax, scaled_dot_score
 
 
 def turned(vector: list[float], position: int, theta: float) -> list[float]:
@@ -92,7 +92,7 @@ def test_attention_equals_plain_loops(layout: str) -> None:
     output, shown = attend(attention, x, rotary)
     assert shown.queries is not None
     assert shown.keys is not None
-    weights = attention_weights(shown.queries[0], shown.keys[0])
+    weights = causal_softmax(scaled_dot_score(shown.queries[0], shown.keys[0]))
     torch.testing.assert_close(shown.weights_LBHS[0], weights[:, :, -1])
     for i in range(2):
         expected_output, expected_weights = plain_attention(attention, x[i], model)
@@ -103,7 +103,7 @@ def test_attention_equals_plain_loops(layout: str) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
-def test_a_token_changes_no_logits_before_it(layout: str) -> None:
+def test_a_token_does_not_change_earlier_logits(layout: str) -> None:
     model = small_model(layout)
     tokens = random_tokens(1, 24)
     before = model(tokens)
@@ -136,7 +136,7 @@ def test_half_precision_scores_are_computed_in_float32() -> None:
 
 
 @pytest.mark.parametrize(("n_query", "n_key"), [(1, 1), (1, 5), (3, 3), (3, 7), (7, 7)])
-def test_the_causal_mask_lets_a_query_see_all_up_to_its_own_place(n_query: int, n_key: int) -> None:
+def test_the_causal_mask_is_aligned_to_the_last_key(n_query: int, n_key: int) -> None:
     mask = causal_mask(n_query, n_key)
     for t in range(n_query):
         for s in range(n_key):
@@ -146,7 +146,7 @@ def test_the_causal_mask_lets_a_query_see_all_up_to_its_own_place(n_query: int, 
 def test_huge_scores_give_weights_without_nan() -> None:
     q = torch.full((1, 1, 4, 2), 1e15)
     k = torch.tensor([1.0, -1.0, 1.0, -1.0])[:, None].expand(4, 2).mul(1e15)[None, None]
-    weights = attention_weights(q, k)
+    weights = causal_softmax(scaled_dot_score(q, k))
     expected = torch.tensor([[1, 0, 0, 0], [1, 0, 0, 0], [0.5, 0, 0.5, 0], [0.5, 0, 0.5, 0]])
     torch.testing.assert_close(weights[0, 0], expected)
 

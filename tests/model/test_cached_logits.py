@@ -55,7 +55,7 @@ def test_cached_logits_equal_those_of_every_prefix_alone(model: GPT) -> None:
 
 @pytest.mark.parametrize("kept", [0, 1, 8, 15])
 @torch.no_grad()
-def test_a_truncated_cache_goes_on_as_if_the_rest_had_never_been(model: GPT, kept: int) -> None:
+def test_a_truncated_cache_equals_one_that_was_never_longer(model: GPT, kept: int) -> None:
     tokens = random_tokens(2, 24)
     cache = KVCache(model.config, batch_size=2)
     model(random_tokens(2, 20, seed=4).index_copy(1, torch.arange(kept), tokens[:, :kept]), cache)
@@ -66,7 +66,7 @@ def test_a_truncated_cache_goes_on_as_if_the_rest_had_never_been(model: GPT, kep
 
 
 @torch.no_grad()
-def test_a_small_capacity_is_enough_for_as_many_positions(model: GPT) -> None:
+def test_a_cache_of_small_capacity_gives_the_same_logits(model: GPT) -> None:
     tokens = random_tokens(1, 6)
     cache = KVCache(model.config, capacity=6)
     torch.testing.assert_close(
@@ -74,7 +74,7 @@ def test_a_small_capacity_is_enough_for_as_many_positions(model: GPT) -> None:
     )
 
 
-def test_a_full_cache_takes_no_more() -> None:
+def test_a_full_cache_raises() -> None:
     model = small_model("llama-grouped")
     cache = KVCache(model.config, capacity=6)
     model(random_tokens(1, 5), cache)
@@ -84,7 +84,7 @@ def test_a_full_cache_takes_no_more() -> None:
 
 
 @pytest.mark.parametrize("layout", ["gpt2", "llama"])
-def test_more_positions_than_the_context_are_refused_with_and_without_a_cache(layout: str) -> None:
+def test_more_positions_than_the_context_raise_with_and_without_a_cache(layout: str) -> None:
     model = small_model(layout)
     message = "the model sees 24 positions; 25 were given"
     with pytest.raises(ValueError, match=message):
@@ -96,14 +96,14 @@ def test_more_positions_than_the_context_are_refused_with_and_without_a_cache(la
 
 
 @pytest.mark.parametrize("length", [-1, 4, 24])
-def test_a_cache_is_truncated_to_what_it_holds_only(length: int) -> None:
+def test_truncating_to_more_than_the_length_raises(length: int) -> None:
     cache = KVCache(small_config())
     small_model()(random_tokens(1, 3), cache)
     with pytest.raises(ValueError, match=f"a cache of 3 positions to {length}"):
         cache.truncate(length)
 
 
-def test_the_cache_writes_nothing_outside_its_new_positions() -> None:
+def test_the_cache_writes_only_its_new_positions() -> None:
     cache = KVCache(small_config("llama-grouped"), batch_size=2)
     cache.keys_LBGSD.fill_(9)
     cache.values_LBGSD.fill_(9)

@@ -22,7 +22,7 @@ SHAPES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_parameters_counted_are_those_of_the_model(layout: str, shape: dict[str, Any]) -> None:
+def test_parameter_counts_equal_the_model(layout: str, shape: dict[str, Any]) -> None:
     config = small_config(layout, **shape)
     with torch.device("meta"):
         model = GPT(config)
@@ -40,7 +40,7 @@ def test_the_small_gpt2_has_its_published_size() -> None:
 @pytest.mark.parametrize(
     ("preset", "millions"), [("nano", (0.7, 1.5)), ("mini", (8, 13)), ("small", (100, 150))]
 )
-def test_presets_have_about_the_size_that_they_are_said_to_have(
+def test_presets_have_about_their_documented_size(
     preset: str, millions: tuple[float, float]
 ) -> None:
     vocab_size = 50257 if preset == "small" else 257
@@ -49,7 +49,7 @@ def test_presets_have_about_the_size_that_they_are_said_to_have(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_training_flops_agree_with_torch_s_counter(layout: str) -> None:
+def test_training_flops_agree_with_torchs_counter(layout: str) -> None:
     config = small_config(layout, context_length=64)
     model = GPT(config)
     tokens = random_tokens(1, 64)
@@ -77,7 +77,7 @@ def test_training_flops_of_a_tiny_model_worked_out_by_hand() -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_cache_bytes_are_those_that_the_cache_allocates(layout: str) -> None:
+def test_cache_bytes_equal_what_the_cache_allocates(layout: str) -> None:
     config = small_config(layout)
     cache = KVCache(config, batch_size=3, capacity=5)
     assert cache.n_bytes == cache_bytes_per_token(config) * 3 * 5

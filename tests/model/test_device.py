@@ -16,7 +16,7 @@ from minigpt.model.device import (
 CPU = torch.device("cpu")
 
 
-def test_auto_takes_the_fastest_device_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_selects_the_fastest_available_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert resolve_device("auto") == CPU
@@ -27,7 +27,7 @@ def test_auto_takes_the_fastest_device_that_is_there(monkeypatch: pytest.MonkeyP
     assert resolve_device("cpu") == CPU
 
 
-def test_a_device_that_is_not_there_is_an_error_that_names_those_that_are(
+def test_an_unavailable_device_is_an_error_that_names_the_available_ones(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -41,7 +41,7 @@ def test_a_device_that_is_not_there_is_an_error_that_names_those_that_are(
     ("abilities", "is_fast"),
     [({"avx512_bf16": True}, True), ({"bf16": True}, True), ({"avx2": True}, False), ({}, False)],
 )
-def test_auto_takes_bfloat16_on_a_cpu_that_has_the_instructions(
+def test_auto_selects_bfloat16_on_a_cpu_with_the_instructions(
     monkeypatch: pytest.MonkeyPatch, abilities: dict[str, bool], is_fast: bool
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: abilities)
@@ -71,7 +71,7 @@ def test_autocast_computes_products_in_the_dtype_asked_for() -> None:
         ("NVIDIA GeForce GTX 1080", None),
     ],
 )
-def test_the_peak_is_that_of_the_datasheet_or_unknown(
+def test_peak_flops_equal_the_datasheet_or_are_unknown(
     monkeypatch: pytest.MonkeyPatch, name: str, peak: float | None
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
@@ -88,7 +88,7 @@ def test_the_peak_is_that_of_the_datasheet_or_unknown(
         ("Intel Xeon 2.50GHz", True, False),
     ],
 )
-def test_mkl_is_taken_for_slow_at_one_row_on_what_intel_did_not_make(
+def test_matvec_is_considered_slow_on_cpus_not_made_by_intel(
     name: str, has_mkl: bool, is_slow: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name})

@@ -19,7 +19,7 @@ def initialised(layout: str, *, seed: int = 1, **changes: Any) -> GPT:
 
 
 @torch.no_grad()
-def test_llama_blocks_begin_as_the_identity() -> None:
+def test_llama_blocks_are_initialized_as_the_identity() -> None:
     model = initialised("qwen3")
     x = torch.randn(2, 5, 32)
     rotary = model.rotary_cos[:5], model.rotary_sin[:5]
@@ -33,14 +33,14 @@ def test_llama_blocks_begin_as_the_identity() -> None:
     [("llama", 1e-6), ("qwen3", 1e-6), ("gpt2", 0.05), ("gpt2-tied", 0.05)],
 )
 @torch.no_grad()
-def test_a_fresh_model_is_as_unsure_as_an_even_draw(layout: str, tolerance: float) -> None:
+def test_a_new_models_loss_is_that_of_a_uniform_distribution(layout: str, tolerance: float) -> None:
     model = initialised(layout)
     tokens = random_tokens(16, 24)
     loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
     assert loss.item() == pytest.approx(math.log(61), abs=tolerance)
 
 
-def test_initial_weights_have_the_deviations_that_are_promised() -> None:
+def test_initial_weights_have_the_documented_deviations() -> None:
     wide = {"d_model": 128, "vocab_size": 500}
     gpt2 = dict(initialised("gpt2", **wide).named_parameters())
     llama = dict(initialised("llama", **wide).named_parameters())
@@ -67,7 +67,7 @@ def test_initial_weights_have_the_deviations_that_are_promised() -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_initial_weights_are_those_of_their_seed(layout: str) -> None:
+def test_initial_weights_are_determined_by_the_seed(layout: str) -> None:
     state = torch.random.get_rng_state()
     one, same, other = (initialised(layout, seed=seed).state_dict() for seed in (1, 1, 2))
     for name, tensor in one.items():
@@ -92,7 +92,7 @@ def test_a_model_from_tensors_equals_the_one_they_came_from(layout: str) -> None
 
 
 @pytest.mark.parametrize("change", ["missing", "extra", "shape"])
-def test_tensors_that_do_not_fit_are_refused(change: str) -> None:
+def test_tensors_that_do_not_fit_raise(change: str) -> None:
     model = small_model("llama")
     tensors = dict(model.state_dict())
     if change == "missing":
@@ -107,7 +107,7 @@ def test_tensors_that_do_not_fit_are_refused(change: str) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
-def test_the_last_logits_are_kept_as_they_are_in_all(layout: str) -> None:
+def test_logits_to_keep_equals_the_last_of_all_logits(layout: str) -> None:
     model = small_model(layout)
     tokens = random_tokens(2, 10)
     everything = model(tokens)
@@ -141,7 +141,7 @@ def test_every_weight_of_a_tied_or_untied_model_gets_a_gradient() -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
-def test_bfloat16_runs_and_stays_close(layout: str) -> None:
+def test_bfloat16_stays_close_to_float32(layout: str) -> None:
     model = small_model(layout)
     for parameter in model.parameters():  # of a size at which rounding does not pile up
         parameter.mul_(0.5)
@@ -178,7 +178,7 @@ def test_autocast_stays_close_and_returns_to_float32_weights(layout: str) -> Non
     assert torch.equal(model(tokens), exact)
 
 
-def test_dropout_drops_in_training_and_never_in_evaluation() -> None:
+def test_dropout_is_active_in_training_only() -> None:
     model = small_model("gpt2", dropout=0.5)
     tokens = random_tokens(1, 24)
     assert torch.equal(model(tokens), model(tokens))

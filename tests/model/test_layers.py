@@ -61,7 +61,7 @@ def test_both_mlps_equal_their_formulas(activation: str) -> None:
     torch.testing.assert_close(gated(x), hidden @ gated.down.weight.T)
 
 
-def test_rotary_turns_the_pairs_of_the_two_halves_as_complex_numbers() -> None:
+def test_rotary_rotates_pairs_of_the_two_halves_as_complex_numbers() -> None:
     config = small_config("llama", rope_theta=500.0)
     x = normal(1, 2, 24, 8)
     z = torch.complex(x[..., :4].double(), x[..., 4:].double())
@@ -73,7 +73,7 @@ def test_rotary_turns_the_pairs_of_the_two_halves_as_complex_numbers() -> None:
     torch.testing.assert_close(rotate(x, *rotary_table(config)), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_rotary_scores_depend_on_the_distance_alone() -> None:
+def test_rotary_scores_depend_only_on_the_distance() -> None:
     config = small_config("llama", context_length=2000)
     cos, sin = rotary_table(config)
     q, k = normal(8).double(), normal(8, seed=1).double()
@@ -91,7 +91,7 @@ def test_rotary_scores_depend_on_the_distance_alone() -> None:
         torch.testing.assert_close(shifted, scores, rtol=0, atol=1e-3)
 
 
-def test_rotary_changes_no_length() -> None:
+def test_rotary_keeps_vector_norms() -> None:
     x = normal(2, 3, 24, 8)
     turned = rotate(x, *rotary_table(small_config("llama")))
     torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
@@ -99,7 +99,7 @@ def test_rotary_changes_no_length() -> None:
 
 
 @torch.no_grad()
-def test_learned_positions_are_added_from_the_start_of_the_cache_on() -> None:
+def test_learned_positions_start_at_the_cache_length() -> None:
     model = small_model("gpt2")
     tokens = torch.full((1, 24), 5)
     before = model(tokens)

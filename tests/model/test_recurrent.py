@@ -123,7 +123,7 @@ def test_cached_logits_equal_a_full_forward_at_every_position(kind: str, chunks:
 @pytest.mark.parametrize("kept", [0, 1, 8, 15])
 @pytest.mark.parametrize("kind", ["lstm", "lstm-attention"])
 @torch.no_grad()
-def test_a_truncated_cache_goes_on_as_if_the_rest_had_never_been(kind: str, kept: int) -> None:
+def test_a_truncated_cache_equals_one_that_was_never_longer(kind: str, kept: int) -> None:
     model = model_of(kind)
     tokens = random_tokens(2, 24)
     cache = KVCache(model.config, batch_size=2)
@@ -134,7 +134,7 @@ def test_a_truncated_cache_goes_on_as_if_the_rest_had_never_been(kind: str, kept
 
 
 @torch.inference_mode()
-def test_the_rows_of_a_batch_can_be_chosen_anew() -> None:
+def test_rows_of_the_cache_can_be_selected() -> None:
     model = model_of("lstm-attention")
     tokens = random_tokens(3, 12)
     cache = KVCache(model.config, batch_size=3)
@@ -146,7 +146,7 @@ def test_the_rows_of_a_batch_can_be_chosen_anew() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_a_token_changes_no_logits_before_it(kind: str) -> None:
+def test_a_token_does_not_change_earlier_logits(kind: str) -> None:
     model = model_of(kind)
     tokens = random_tokens(1, 24)
     other = tokens.clone()
@@ -157,7 +157,7 @@ def test_a_token_changes_no_logits_before_it(kind: str) -> None:
 
 
 @torch.no_grad()
-def test_a_hidden_state_is_not_looked_at_and_without_attention_none_can_be_hidden() -> None:
+def test_masked_states_get_no_attention_and_an_lstm_without_attention_raises() -> None:
     model, tokens = model_of("lstm-attention"), random_tokens(1, 6)
     kept = KeptAttention()
     visible = torch.ones(1, 6, dtype=torch.bool)
@@ -171,12 +171,12 @@ def test_a_hidden_state_is_not_looked_at_and_without_attention_none_can_be_hidde
     )
     assert torch.equal(after[:, :2], before[:, :2])
     assert (after[0, 2:] != before[0, 2:]).any(dim=-1).all()
-    with pytest.raises(ValueError, match="no position can be hidden"):
+    with pytest.raises(ValueError, match="without attention cannot mask"):
         model_of("lstm")(tokens, visible_BS=visible)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_recomputing_and_loading_change_no_bit(kind: str) -> None:
+def test_checkpointing_and_loading_change_no_bit(kind: str) -> None:
     model = model_of(kind)
     tokens = random_tokens(2, 24)
     again = type(model).from_tensors(model.config, model.state_dict()).eval()
@@ -190,7 +190,7 @@ def test_recomputing_and_loading_change_no_bit(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_an_lstm_costs_is_counted(kind: str) -> None:
+def test_the_cost_of_an_lstm_is_counted(kind: str) -> None:
     config = config_of(kind)
     model = model_class(config).without_weights(config)
     assert parameter_count(config) == sum(p.numel() for p in model.parameters())
@@ -198,7 +198,7 @@ def test_what_an_lstm_costs_is_counted(kind: str) -> None:
     assert cache.n_bytes == cache_bytes_per_token(config) * 3 * 5
 
 
-def test_an_lstm_s_flops_do_not_grow_with_the_context_and_attention_s_do() -> None:
+def test_flops_grow_with_the_context_only_with_attention() -> None:
     def flops(kind: str, length: int) -> int:
         return training_flops_per_token(config_of(kind, context_length=length))
 
@@ -207,7 +207,7 @@ def test_an_lstm_s_flops_do_not_grow_with_the_context_and_attention_s_do() -> No
     assert flops("lstm-attention", 240) - flops("lstm-attention", 24) == 18 * 12 * 108
 
 
-def test_fresh_lstms_are_as_unsure_as_an_even_draw_and_keep_their_states() -> None:
+def test_new_lstms_have_a_uniform_loss_and_keep_their_states() -> None:
     model = model_of("lstm-attention")
     model.init_weights(torch.Generator().manual_seed(1))
     assert (model(random_tokens(1, 24)) == 0).all()
@@ -233,7 +233,7 @@ def test_fresh_lstms_are_as_unsure_as_an_even_draw_and_keep_their_states() -> No
         ({"arch": "lstm", "model_type": "llama"}, "unknown model_type 'llama'"),
     ],
 )
-def test_settings_that_an_lstm_does_not_have_are_refused(
+def test_settings_that_an_lstm_does_not_support_raise(
     changes: dict[str, Any], message: str
 ) -> None:
     shape = {"vocab_size": 61, "context_length": 24, "n_layer": 2, "n_head": 1, "d_model": 12}
@@ -241,6 +241,6 @@ def test_settings_that_an_lstm_does_not_have_are_refused(
         ModelConfig(**(shape | changes))
 
 
-def test_an_lstm_is_not_quantized() -> None:
+def test_quantizing_an_lstm_raises() -> None:
     with pytest.raises(ConfigError, match="quantize int8 needs arch gpt"):
         quantize_int8(model_of("lstm"))

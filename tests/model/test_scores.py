@@ -15,7 +15,7 @@ from minigpt.errors import ConfigError
 from minigpt.model.cache import KVCache
 from minigpt.model.cost import parameter_count, training_flops_per_token
 from minigpt.model.gpt import GPT
-from minigpt.model.scores import Score, attention_weights, make_score, scaled_dot_score
+from minigpt.model.scores import Score, causal_softmax, make_score, scaled_dot_score
 from minigpt.model.variants import tanh_scores
 
 TANH = ("concat", "additive")
@@ -96,7 +96,7 @@ def test_each_score_equals_a_plain_loop(name: str, n_group: int) -> None:
 
 
 @pytest.mark.parametrize("name", ATTENTIONS)
-def test_the_gradients_of_each_score_are_those_of_finite_differences(name: str) -> None:
+def test_gradients_of_each_score_equal_finite_differences(name: str) -> None:
     module = score_with(name, parameters_of(name, 4, 3, 2), 4, 3)
     names = [key for key, _ in module.named_parameters()]
     leaves = [drawn(2, 4, 2, 3), drawn(2, 2, 3, 3, seed=1)]
@@ -117,7 +117,7 @@ def test_the_gradients_of_each_score_are_those_of_finite_differences(name: str) 
     assert torch.autograd.gradcheck(score, leaves)
 
 
-def test_concat_of_w_and_u_side_by_side_is_additive() -> None:
+def test_concat_with_concatenated_matrices_is_additive() -> None:
     q, k, p = drawn(2, 4, 3, 5), drawn(2, 2, 6, 5, seed=1), parameters_of("additive", 4, 5, 7)
     both = {"w": torch.cat((p["w_q"], p["w_k"]), dim=2), "v": p["v"]}
     concat, additive = score_with("concat", both, 4, 5), score_with("additive", p, 4, 5)
@@ -174,7 +174,7 @@ def whole_attention(
 @pytest.mark.parametrize("hides", [False, True])
 @pytest.mark.parametrize(("n_query", "n_key"), [(1, 9), (9, 9), (5, 9)])
 @pytest.mark.parametrize("name", ATTENTIONS)
-def test_attention_in_chunks_is_attention_at_once_forward_and_backward(
+def test_chunked_attention_equals_unchunked_forward_and_backward(
     name: str, n_query: int, n_key: int, hides: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Two queries at a time: 9 keys x 8 hidden values x 4 heads x 2 sequences each.
@@ -202,7 +202,7 @@ def test_attention_in_chunks_is_attention_at_once_forward_and_backward(
         torch.testing.assert_close(rows.sum(-1), torch.ones_like(rows[..., 0]))
 
 
-def test_chunked_attention_s_gradients_are_those_of_finite_differences(
+def test_chunked_gradients_equal_finite_differences(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(tanh_scores, "_MAX_HIDDEN", 1)
@@ -249,7 +249,7 @@ def test_the_memory_of_tanh_scores_does_not_grow_with_queries_times_keys(
 
 @pytest.mark.parametrize("name", OTHERS)
 @torch.no_grad()
-def test_rows_are_the_model_s_own_in_every_layer(name: str) -> None:
+def test_recorded_rows_equal_the_models_in_every_layer(name: str) -> None:
     """Rows sum to 1, and rows times the values are what the heads gave."""
     model = small_model("qwen3", attention=name)
     cache = KVCache(model.config, batch_size=2)
@@ -270,7 +270,7 @@ def test_rows_are_the_model_s_own_in_every_layer(name: str) -> None:
 
 @pytest.mark.parametrize("name", OTHERS)
 @torch.no_grad()
-def test_positions_that_are_not_visible_change_nothing(name: str) -> None:
+def test_masked_positions_change_nothing(name: str) -> None:
     model = small_model("llama-grouped", attention=name)
     tokens = random_tokens(2, 10)
     visible = torch.ones(2, 10, dtype=torch.bool)
@@ -289,7 +289,7 @@ def initialised(name: str, seed: int = 1) -> GPT:
 
 
 @torch.no_grad()
-def test_general_begins_as_the_scaled_dot_product() -> None:
+def test_general_is_initialized_as_the_scaled_dot_product() -> None:
     general, scaled = initialised("general"), initialised("scaled_dot")
     score, plain = general.blocks[0].attention.score, scaled.blocks[0].attention.score
     q, k = drawn(1, 4, 5, 16, dtype=torch.float32), drawn(1, 1, 5, 16, seed=1, dtype=torch.float32)
@@ -298,7 +298,7 @@ def test_general_begins_as_the_scaled_dot_product() -> None:
 
 @pytest.mark.parametrize("name", TANH)
 @torch.no_grad()
-def test_tanh_scores_begin_at_about_the_size_of_scaled_dot_ones(name: str) -> None:
+def test_initial_tanh_scores_have_about_the_size_of_scaled_dot_scores(name: str) -> None:
     q, k = (drawn(4, 4, 30, 16, seed=s, dtype=torch.float32) for s in (0, 1))
     sizes = []
     for seed in range(8):
@@ -310,7 +310,7 @@ def test_tanh_scores_begin_at_about_the_size_of_scaled_dot_ones(name: str) -> No
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_every_parameter_of_a_score_gets_a_gradient_from_the_first_step(name: str) -> None:
+def test_every_score_parameter_gets_a_gradient_in_the_first_step(name: str) -> None:
     model = initialised(name)
     for block in model.blocks:  # llama's branches begin at zero, and let nothing through
         torch.nn.init.normal_(block.attention.output.weight, std=0.1)
@@ -323,13 +323,13 @@ def test_every_parameter_of_a_score_gets_a_gradient_from_the_first_step(name: st
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_the_score_s_parameters_are_counted(name: str) -> None:
+def test_score_parameters_are_counted(name: str) -> None:
     config = small_config("qwen3", attention=name)
     model = GPT.without_weights(config)
     assert parameter_count(config) == sum(p.numel() for p in model.parameters())
 
 
-def test_a_tanh_score_takes_six_more_flops_a_hidden_value_and_its_matrices() -> None:
+def test_tanh_score_flops_include_hidden_values_and_matrices() -> None:
     scaled, additive = (small_config(attention=name) for name in ("scaled_dot", "additive"))
     # 2 layers of 4 heads of 8: W and U are (8, 8), v (8,); 12 keys in view on average
     matrices, hidden = 2 * 4 * (2 * 64 + 8), 2 * 4 * 12 * 8
@@ -338,15 +338,15 @@ def test_a_tanh_score_takes_six_more_flops_a_hidden_value_and_its_matrices() -> 
     assert more == 6 * matrices + 6 * hidden
 
 
-def test_an_unknown_score_is_refused_with_the_nearest_one() -> None:
+def test_an_unknown_score_raises_with_the_nearest_name() -> None:
     with pytest.raises(ConfigError, match="unknown attention 'aditive'"):
         small_config(attention="aditive")
 
 
-def test_weights_of_a_query_that_may_look_at_nothing_are_zero_as_in_the_kernel() -> None:
+def test_weights_of_a_fully_masked_query_are_zero() -> None:
     q, k = drawn(1, 1, 2, 4), drawn(1, 1, 2, 4, seed=1)
     visible = torch.tensor([[False, True]])
-    weights = attention_weights(q, k, visible_BS=visible)
+    weights = causal_softmax(scaled_dot_score(q, k), visible)
     kernel = score_of("scaled_dot").attend(q, k, k, visible)
     assert (weights[0, 0, 0] == 0).all()
     torch.testing.assert_close(weights @ k, kernel)

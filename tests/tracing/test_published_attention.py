@@ -13,7 +13,7 @@ from torch import Tensor
 from minigpt.checkpoint.model_folder import read_model
 from minigpt.model.cache import KVCache
 from minigpt.model.gpt import GPT
-from minigpt.model.scores import attention_weights
+from minigpt.model.scores import causal_softmax, scaled_dot_score
 from minigpt.tracing.recorder import RowRecorder
 from minigpt.tracing.rows import reduce_rows
 from minigpt.tracing.selection import select_heads
@@ -50,7 +50,8 @@ def test_attention_of_the_first_layer_equals_the_published_one(
     q, k = kept.last.queries[0], kept.last.keys[0]
     for ours, name in ((q, "q"), (k, "k"), (kept.last.values_LBGSD[0], "v")):
         torch.testing.assert_close(ours, published(name), **CLOSE)
-    torch.testing.assert_close(attention_weights(q, k), published("attSm"), **CLOSE)
+    weights = causal_softmax(scaled_dot_score(q, k))
+    torch.testing.assert_close(weights, published("attSm"), **CLOSE)
     context = kept.last.context_LBHD[0].flatten(1)
     torch.testing.assert_close(context, published("y")[:, -1], **CLOSE)
 

@@ -27,7 +27,7 @@ def mean_row(recorder: RowRecorder) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_watching_changes_no_bit_of_the_logits(layout: str, dtype: torch.dtype) -> None:
+def test_recording_changes_no_bit_of_the_logits(layout: str, dtype: torch.dtype) -> None:
     model = small_model(layout).to(dtype)
     for seed, n_prompt in ((1, 1), (2, 7), (3, 16)):
         prompt = random_tokens(n_prompt, seed=seed).tolist()
@@ -44,7 +44,7 @@ def test_watching_changes_no_bit_of_the_logits(layout: str, dtype: torch.dtype) 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_watching_changes_no_token(layout: str, dtype: torch.dtype) -> None:
+def test_recording_changes_no_token(layout: str, dtype: torch.dtype) -> None:
     model = small_model(layout).to(dtype)
     config = SamplingConfig(temperature=1.2, top_k=30, max_new_tokens=8)
 
@@ -78,7 +78,7 @@ def test_rows_sum_to_one_and_see_nothing_after_the_query(layout: str) -> None:
 )
 @pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
-def test_a_row_times_the_values_is_the_head_s_output(
+def test_a_row_times_the_values_is_the_heads_output(
     layout: str, dtype: torch.dtype, tolerance: float
 ) -> None:
     model = small_model(layout).to(dtype)
@@ -117,7 +117,7 @@ def test_a_decode_row_is_the_last_row_of_a_full_forward(layout: str) -> None:
         torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_the_row_of_a_generated_token_is_that_of_the_query_before_it() -> None:
+def test_the_row_of_a_generated_token_is_of_the_query_that_predicted_it() -> None:
     """Position t - 1: the token is not among its own keys."""
     model = small_model("qwen3")
     prompt = random_tokens(5).tolist()
@@ -188,7 +188,7 @@ def added_vectors(model: GPT, tokens: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
-def test_the_norms_are_the_lengths_of_the_vectors_that_the_heads_add(layout: str) -> None:
+def test_norms_are_the_lengths_of_the_heads_output_vectors(layout: str) -> None:
     model = small_model(layout)
     tokens = random_tokens(1, 20)
     recorder = RowRecorder(model, measures=("norm",))
@@ -206,7 +206,7 @@ def test_the_norms_are_the_lengths_of_the_vectors_that_the_heads_add(layout: str
 
 
 @torch.no_grad()
-def test_what_the_heads_add_sums_to_the_attention_s_output() -> None:
+def test_head_output_vectors_sum_to_the_attention_output() -> None:
     """The vectors behind the norms, over all heads and sources, are the layer's own output."""
     model = small_model("llama-grouped")
     tokens = random_tokens(1, 11)
@@ -219,7 +219,7 @@ def test_what_the_heads_add_sums_to_the_attention_s_output() -> None:
 
 
 @torch.no_grad()
-def test_norms_of_int8_weights_are_those_of_what_the_integers_stand_for() -> None:
+def test_norms_of_int8_weights_use_dequantized_values() -> None:
     model = small_model("gpt2")
     quantize_int8(model)
     recorder = RowRecorder(model, measures=("norm",))
@@ -237,7 +237,7 @@ def test_norms_of_int8_weights_are_those_of_what_the_integers_stand_for() -> Non
 
 
 @torch.no_grad()
-def test_a_row_that_is_not_the_kernel_s_would_be_noticed() -> None:
+def test_a_row_that_differs_from_the_kernel_has_a_product_error() -> None:
     model = small_model()
     recorder, kept = RowRecorder(model), KeptAttention()
     for n_tokens in (5, 9, 14):
@@ -250,7 +250,7 @@ def test_a_row_that_is_not_the_kernel_s_would_be_noticed() -> None:
 
 
 @torch.no_grad()
-def test_a_recorder_of_a_batch_shows_its_first_sequence() -> None:
+def test_a_recorder_of_a_batch_keeps_the_first_sequence() -> None:
     model = small_model()
     tokens = random_tokens(3, 10)
     recorder = RowRecorder(model)
@@ -260,6 +260,6 @@ def test_a_recorder_of_a_batch_shows_its_first_sequence() -> None:
     torch.testing.assert_close(batched, mean_row(recorder))
 
 
-def test_a_recorder_that_saw_nothing_has_no_row() -> None:
+def test_rows_before_the_first_pass_raise() -> None:
     with pytest.raises(AssertionError, match="no forward pass was recorded"):
         _ = RowRecorder(small_model()).weights_LHS

@@ -1,4 +1,4 @@
-"""Life without attention, and the step after it: an LSTM, and one that looks back over its states.
+"""LSTM language models: without attention, and with attention over the hidden states.
 
 Shapes: L layers, B batch, T new tokens, S positions in view, C model dim, V vocabulary.
 """
@@ -33,16 +33,16 @@ class RecurrentBlock(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Go on from the last state that the cache holds, else from zeros.
+        """Continue from the last state in the cache, or from zeros.
 
-        With a cache, every new state is added to it: hidden ones (B, 1, T, C) as its keys, which
-        attention may look at, cell states as its values. So it can be truncated anywhere.
+        All new states are added to the cache, so that it can be truncated anywhere: hidden states
+        (B, 1, T, C) as keys, which attention reads, and cell states as values.
         """
         hidden = self.lstm(x)[0] if cache is None else self._step_by_step(x, cache)
         return self.dropout(hidden)
 
     def _step_by_step(self, x_BTC: Tensor, cache: KVCache) -> Tensor:
-        # nn.LSTM tells the cell state of the last position only.
+        # nn.LSTM returns only the last cell state.
         weights = [self.lstm.get_parameter(name) for name in self.lstm._all_weights[0]]
         if cache.length:
             stored = (cache.keys_LBGSD, cache.values_LBGSD)
@@ -60,9 +60,9 @@ class RecurrentBlock(nn.Module):
 
 
 class StateAttention(nn.Module):
-    """Attention of each hidden state over itself and those before it: (B, T, C) -> (B, T, C).
+    """Causal attention over the hidden states: (B, T, C) -> (B, T, C).
 
-    h' = tanh(W_c [context; h]), in two parts, so that ``output`` is what the context goes through.
+    h' = tanh(W_c [context; h]), with W_c split into ``output`` for the context and ``own`` for h.
 
     Source: Bahdanau et al. 2014, arXiv:1409.0473 (the additive score); Luong et al. 2015,
         arXiv:1508.04025, equation 5 (the attentional vector).
@@ -81,14 +81,14 @@ class StateAttention(nn.Module):
         collector: PassCollector | None = None,
         visible_BS: Tensor | None = None,
     ) -> Tensor:
-        """Attend; the last of the states is the last of h."""
+        """Attend to states that end with those of h."""
         q_B1TC = self.score.fold(h_BTC[:, None])
         context_B1TC = attend(self.score, q_B1TC, states_B1SC, states_B1SC, visible_BS, collector)
         return torch.tanh(self.output(context_B1TC[:, 0]) + self.own(h_BTC))
 
 
 class LSTM(LanguageModel):
-    """An LSTM language model, and if the config says so, attention over its states on top.
+    """An LSTM language model, with attention over the top hidden states if the config has it.
 
     Source: Mikolov et al. 2010 (recurrent language models); Zaremba et al. 2014, arXiv:1409.2329.
     """
@@ -109,7 +109,7 @@ class LSTM(LanguageModel):
         model = super().from_tensors(config, tensors)
         for block in model.blocks:
             assert isinstance(block, RecurrentBlock)
-            block.lstm.flatten_parameters()  # as cuDNN wants them; nothing on a CPU
+            block.lstm.flatten_parameters()  # for cuDNN
         return model
 
     @property
@@ -128,14 +128,14 @@ class LSTM(LanguageModel):
     ) -> Tensor:
         """Return the logits of the token after each position.
 
-        Args: as GPT.forward. visible_BS hides states from attention; what they have handed on to
-            later states is there.
+        Args: as GPT.forward. visible_BS masks states in attention; they still influence later
+            states.
         Returns: (B, T, V), or (B, logits_to_keep, V).
-        Raises: ValueError if more than context_length positions would be in view, or if some are
-            to be hidden where there is no attention.
+        Raises: ValueError if more than context_length positions would be in view, or for visible_BS
+            without attention.
         """
         if visible_BS is not None and self.attention is None:
-            raise ValueError("an LSTM without attention hands all on: no position can be hidden")
+            raise ValueError("an LSTM without attention cannot mask positions")
         _, end = self.positions_of(tokens, cache)
         x = self.dropout(self.embedding(tokens))
         for block in self.blocks:
@@ -151,12 +151,12 @@ class LSTM(LanguageModel):
         return self._logits(x, logits_to_keep)
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Draw initial weights in place.
+        """Draw initial weights in-place.
 
-        Matrices normal, std 1 / sqrt(inputs), where an LSTM's input and state, and a context and
-        its state, are the inputs of one. Biases zero, but the forget gates' one: states are kept
-        until training says otherwise (Jozefowicz et al. 2015). The embedding has entries of 1, as
-        no norm comes after it, and the output projection zeros; the two in one, 1 / sqrt(C).
+        Matrices are normal with std 1 / sqrt(fan-in), where input and state (or context and state)
+        count as one input. Biases are zero, but the forget gates' are one, so that states are kept
+        at first (Jozefowicz et al. 2015). The embedding has std 1, as no norm follows it, and the
+        output projection is zero; tied, they have std 1 / sqrt(C).
         """
         d_model = self.config.d_model
         for name, parameter in self.named_parameters():
@@ -171,7 +171,7 @@ class LSTM(LanguageModel):
                 nn.init.normal_(parameter, std=(2 * d_model) ** -0.5, generator=generator)
         for block in self.blocks:
             assert isinstance(block, RecurrentBlock)
-            # torch's gates are input, forget, cell and output; there are two biases, which add up.
+            # torch's gates are input, forget, cell, output; its two biases are added.
             bias = block.lstm.get_parameter("bias_ih_l0")
             nn.init.ones_(bias.data[d_model : 2 * d_model])
         if self.attention is not None:
