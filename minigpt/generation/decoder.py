@@ -227,7 +227,7 @@ class Decoder:
 
     def _prefill(self, n_held: int = 0) -> None:
         """Feed the prompt, except for the first tokens that the cache holds."""
-        self.forward.truncate(n_held)
+        self.cache.truncate(n_held)
         # The next call may overwrite them.
         self.prompt_logits = self.logits(self.prompt[n_held:]).clone()
 
@@ -245,7 +245,7 @@ class Decoder:
             # The cache holds other tokens, or the recorder has seen later passes; but the first
             # token is predicted by the prompt's.
             self._prefill()
-        self.forward.truncate(len(self.prompt))
+        self.cache.truncate(len(self.prompt))
         if n_rows > 1:
             self._keep([0] * n_rows)
         self._window = self._start.copies(n_rows)
@@ -256,7 +256,7 @@ class Decoder:
         if len(window) <= self.context_length:
             return self.forward.feed(tokens[:, None])
         window.slide(self.context_length)
-        self.forward.truncate(0)
+        self.cache.truncate(0)
         return self.forward.feed(torch.tensor(window.rows, device=self.forward.device))
 
 

@@ -44,10 +44,6 @@ class PlainForward:
         """Keep only these rows, in this order; repeats are allowed."""
         self.cache.select(rows)
 
-    def truncate(self, length: int) -> None:
-        """Forget every position from ``length`` on."""
-        self.cache.truncate(length)
-
 
 def make_forward(
     model: LanguageModel,

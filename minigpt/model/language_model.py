@@ -69,18 +69,12 @@ class LanguageModel(nn.Module):
     @property
     def device(self) -> torch.device:
         """Device of the weights."""
-        return self._norm_weight.device
+        return next(self.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of activations without autocast; quantized weights have another."""
-        return self._norm_weight.dtype
-
-    @property
-    def _norm_weight(self) -> Tensor:
-        weight = self.final_norm.weight
-        assert isinstance(weight, Tensor)
-        return weight
+        """Dtype of activations without autocast. Quantized weights are buffers of another dtype."""
+        return next(self.parameters()).dtype
 
     @property
     def attentions(self) -> Sequence[AttentionLayer]:

@@ -79,7 +79,7 @@ def test_logits_equal_a_full_float32_forward_at_every_position(
     forward = CompiledForward(model, capacity=24)
     plain = small_model(layout).to(dtype).float()
     for n_prompt in (1, 7):
-        forward.truncate(0)
+        forward.cache.truncate(0)
         assert_close(forward.feed(tokens[:, :n_prompt]), fed(plain, tokens[:, :n_prompt]), dtype)
         for end in range(n_prompt + 1, 25):
             logits = forward.feed(tokens[:, end - 1 : end])
@@ -122,7 +122,7 @@ def test_rows_are_repeated_kept_and_truncated(layout: str) -> None:
             forward.keep(kept)
             rows = [rows[i] for i in kept]
     assert rows == [0]
-    forward.truncate(5)
+    forward.cache.truncate(5)
     forward.keep([0] * 3)  # again, after fewer
     again = random_tokens(3, 4, seed=8)
     logits = [forward.feed(part) for part in again.split([1, 2, 1], dim=1)][-1]

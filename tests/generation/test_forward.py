@@ -125,14 +125,14 @@ def test_rows_of_a_batch_equal_single_rows(n_rows: int, shape: str, kind: str) -
     fused.keep(kept)
     rows = rows[kept]
     feed(1)
-    fused.truncate(6)
+    fused.cache.truncate(6)
     rows = rows[:, :6]
     feed(1)
     feed(1)
     fused.keep([1])
     rows = rows[[1]]
     feed(1)
-    fused.truncate(0)
+    fused.cache.truncate(0)
     rows = rows[:, :0]
     feed(1)
     feed(1)

@@ -61,6 +61,9 @@ class EagerKernels:
         self._both_B2C = torch.empty(n_rows, 2 * config.d_model, dtype=dtype)
         self._x_BC, self._minus_x_BC = self._both_B2C.chunk(2, dim=1)
         self._logits = torch.empty(n_rows, config.vocab_size, dtype=dtype)
+        is_gated = config.family == "llama"
+        self._hidden = torch.empty(n_rows, config.d_mlp * (1 + is_gated), dtype=dtype)
+        self._gate_and_up = self._hidden.chunk(2, dim=1)
         # Queries, keys and values of the new positions side by side, and views of them.
         self._qkv_BX = torch.empty(n_rows, (n_query + 2 * n_key) * d_head, dtype=dtype)
         heads = self._qkv_BX.unflatten(1, (-1, d_head))
@@ -164,17 +167,14 @@ class EagerKernels:
     def hidden(self, module: MLP | GatedMLP) -> Function:
         activation, is_gated = module.activation, isinstance(module, GatedMLP)
         layers = [module.gate, module.up] if isinstance(module, GatedMLP) else [module.up]
-        product, width = make_product(layers), len(layers) * module.down.in_features
-        buffer = gate = up = torch.empty(0)
+        product = make_product(layers)
 
         def hidden(normed_BC: Tensor) -> Tensor:
-            nonlocal buffer, gate, up
-            if len(buffer) != len(normed_BC):
-                buffer = normed_BC.new_empty(len(normed_BC), width)
-                gate, up = buffer.chunk(2, dim=1)
-            product.write(normed_BC, buffer)
-            result: Tensor = activation(gate).mul_(up) if is_gated else activation(buffer)
-            return result
+            product.write(normed_BC, self._hidden)
+            if not is_gated:
+                return activation(self._hidden)
+            gate, up = self._gate_and_up
+            return activation(gate).mul_(up)
 
         return hidden
 
