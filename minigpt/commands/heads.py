@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from minigpt.model.language_model import LanguageModel
     from minigpt.tracing.spans import Line
 
 _CELL_WIDTH = 14
@@ -43,13 +42,22 @@ def heads(
     """
     from minigpt.commands import output
     from minigpt.commands.loading import load_model
+    from minigpt.commands.status_line import ProgressLine
     from minigpt.console import make_console, print_lines
-    from minigpt.tracing.analysis.roles import head_roles, repeated_sequences
+    from minigpt.tracing.analysis.roles import head_effects, head_roles, repeated_sequences
     from minigpt.tracing.spans import wrapped
 
     folder, loaded = load_model(source)
     roles = head_roles(loaded.model, seed=seed)
-    effects_LH = _effects(loaded.model, seed) if ablate else None
+    effects_LH = None
+    if ablate:
+        n_heads = sum(map(len, roles))
+        with ProgressLine(label := "ablating heads") as line:
+
+            def show(share: float) -> None:
+                line.show_task(label, share, [f"{round(share * n_heads)} of {n_heads} heads"])
+
+            effects_LH = head_effects(loaded.model, seed=seed, progress=show)
     n_repeated = repeated_sequences(loaded.model, seed=seed).shape[1] // 2
     if as_json:
         records: list[dict[str, Any]] = [
@@ -76,19 +84,6 @@ def heads(
         title = "Increase of the loss on the second copy without a head (layer.head), nats/token:"
         lines += [[], *wrapped(title, console.width), *_costs(effects_LH, console.width)]
     print_lines(console, lines)
-
-
-def _effects(model: "LanguageModel", seed: int) -> "NDArray[np.float32]":
-    from minigpt.commands.status_line import ProgressLine
-    from minigpt.tracing.analysis.roles import head_effects
-
-    n_heads = model.config.n_attention_layer * model.config.n_head
-    with ProgressLine(label := "ablating heads") as line:
-
-        def show(share: float) -> None:
-            line.show_task(label, share, [f"{round(share * n_heads)} of {n_heads} heads"])
-
-        return head_effects(model, seed=seed, progress=show)
 
 
 def _costs(effects_LH: "NDArray[np.float32]", width: int) -> "list[Line]":

@@ -17,8 +17,6 @@ from minigpt.tracing.lines import TraceLayout, measured
 from minigpt.tracing.spans import Line, bar, fit, fit_start, heat, one_line, wrapped
 
 _TOKEN_WIDTH = 9
-_LABEL_WIDTH = 9
-_SOURCE_WIDTH = 14  # a position and its token
 
 
 def replay(path: Path, targets: Targets, *, n_sources: int | None) -> None:
@@ -55,14 +53,11 @@ def show_diff(first: Path, second: Path, *, as_json: bool) -> None:
         return
     console = make_console(is_stderr=False)
     lines: list[Line] = []
-    for label, trace in (("first", one), ("second", other)):
+    for label, trace in (("first    ", one), ("second   ", other)):
         name = f"{one_line(trace.header.model)}: {measured(trace.header)}"
-        name = fit_start(name, console.width - _LABEL_WIDTH)
-        lines.append([(label.ljust(_LABEL_WIDTH), "dim"), (name, "plain")])
-    title = (
-        f"step {'token':<{_TOKEN_WIDTH}} moved       bits   ln p  "
-        f"{'top of first':<{_SOURCE_WIDTH}}  top of second"
-    )
+        lines.append([(label, "dim"), (fit_start(name, console.width - len(label)), "plain")])
+    source = "top of first".ljust(5 + _TOKEN_WIDTH)
+    title = f"step {'token':<{_TOKEN_WIDTH}} moved       bits   ln p  {source}  top of second"
     lines += [[], [(title, "dim")]]
     lines += [_line(number, diff) for number, diff in enumerate(diffs, start=1)]
     print_lines(console, [*lines, [], *wrapped(_summary(diffs), console.width)])
@@ -91,8 +86,7 @@ def _line(number: int, diff: StepDiff) -> Line:
 
 
 def _source(token: Token) -> str:
-    text = fit(visible(token.data), _TOKEN_WIDTH)
-    return f"{token.position:>{_SOURCE_WIDTH - _TOKEN_WIDTH - 1}} {text}"
+    return f"{token.position:>4} {fit(visible(token.data), _TOKEN_WIDTH)}"
 
 
 def _summary(diffs: list[StepDiff]) -> str:

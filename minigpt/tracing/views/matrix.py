@@ -22,6 +22,9 @@ _ANCHORS = bytes.fromhex(
     "1fa088 28ae80 3fbc73 5ec962 84d44b addc30 d8e219 fde725"
 )
 N_COLOURS = 64
+_PLACES = np.linspace(0, len(_ANCHORS) // 3 - 1, N_COLOURS)
+_CHANNELS = [np.interp(_PLACES, range(len(_ANCHORS) // 3), list(_ANCHORS[i::3])) for i in range(3)]
+_COLOURS = [f"#{bytes(rgb).hex()}" for rgb in np.rint(_CHANNELS).astype(np.uint8).T.tolist()]
 DENSITY = " .:-=+*#%@"
 """Characters in order of density."""
 
@@ -98,12 +101,7 @@ def scale_end(rows: NDArray[np.float32], sink: int) -> float:
 
 def colour(share: float) -> str:
     """Return one of N_COLOURS colours for a number from 0 (``#440154``) to 1 (yellow)."""
-    n_gaps = len(_ANCHORS) // 3 - 1
-    place = round(min(max(share, 0.0), 1.0) * (N_COLOURS - 1)) / (N_COLOURS - 1) * n_gaps
-    low = min(int(place), n_gaps - 1)
-    below, above = _ANCHORS[3 * low : 3 * low + 3], _ANCHORS[3 * low + 3 : 3 * low + 6]
-    mixed = (round(a + (b - a) * (place - low)) for a, b in zip(below, above, strict=True))
-    return f"#{bytes(mixed).hex()}"
+    return _COLOURS[round(min(max(share, 0.0), 1.0) * (N_COLOURS - 1))]
 
 
 def density(share: float) -> str:
