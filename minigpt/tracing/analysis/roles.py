@@ -1,7 +1,7 @@
 """Roles of heads, such as previous-token head or induction head, found on repeated random tokens.
 
-Random tokens cannot be predicted, so what a head attends to there is its habit. If the sequence is
-repeated, its second half can only be predicted by attending to the first copy.
+Random tokens cannot be predicted, so attention on them shows a head's default pattern. If the
+sequence is repeated, its second half can only be predicted by attending to the first copy.
 
 Shapes: L layers, B sequences, H query heads, G key/value heads, T tokens in each copy, Q = 2 T
 queries, S = 2 T keys, D head dim.
@@ -94,7 +94,7 @@ def role_scores(weights_BHQS: Tensor) -> Tensor:
         diagonal_BHQ = weights_BHQS.diagonal(-distance, dim1=-2, dim2=-1)
         return (diagonal_BHQ[..., -n_repeated:] if is_second_half else diagonal_BHQ).mean((0, 2))
 
-    # Too few positions to include the one that an induction head attends to.
+    # Small enough to exclude the position that an induction head attends to.
     n_local = min(_N_LOCAL, n_repeated - 1)
     local_H = sum((mean_back(i) for i in range(1, n_local)), start=mean_back(0))
     sink_H = weights_BHQS[:, :, 1:, 0].mean((0, 2))
