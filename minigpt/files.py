@@ -82,19 +82,6 @@ def sync_file(file: IO[Any]) -> None:
     os.fsync(file.fileno())
 
 
-def path_aside(path: Path) -> Path:
-    """Return where this process writes a file before it is renamed to ``path``."""
-    return path.with_name(f"{WRITING}{path.name}.{os.getpid()}")
-
-
-def rename_synced(file: BinaryIO, path: Path) -> None:
-    """Close a file once its bytes are on the disk, and rename it to ``path``."""
-    sync_file(file)
-    file.close()
-    os.replace(file.name, path)
-    sync_folder(path.parent)
-
-
 @contextmanager
 def writing_aside(path: Path) -> Iterator[BinaryIO]:
     """Yield a file that is renamed to ``path`` when the block ends without an exception.
@@ -102,14 +89,15 @@ def writing_aside(path: Path) -> Iterator[BinaryIO]:
     A reader, or a crash, sees the old file or the whole new one. The folder is created if needed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path_aside(path)
+    aside = path.with_name(f"{WRITING}{path.name}.{os.getpid()}")
     try:
         with aside.open("wb") as file:
             yield file
-            rename_synced(file, path)
+            sync_file(file)
+        os.replace(aside, path)
+        sync_folder(path.parent)
     except BaseException:
-        with suppress(OSError):
-            aside.unlink(missing_ok=True)
+        remove(aside)
         raise
 
 

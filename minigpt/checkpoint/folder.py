@@ -73,17 +73,14 @@ class RunFolder:
         )
         with locked(self.path / ".lock", message):
             with resource_errors(self.path):
-                self._tidy()
+                for path in self.path.glob(f"{_REPLACED}*"):
+                    final = self.path / path.name.removeprefix(_REPLACED)
+                    if not final.exists():  # killed between the two renames of _put_in_place
+                        os.rename(path, final)
+                for prefix in (WRITING, _REPLACED, _DELETING):
+                    for path in self.path.glob(f"{prefix}*"):
+                        remove(path)
             yield
-
-    def _tidy(self) -> None:
-        for path in self.path.glob(f"{_REPLACED}*"):
-            final = self.path / path.name.removeprefix(_REPLACED)
-            if not final.exists():  # killed between the two renames of _put_in_place
-                os.rename(path, final)
-        for prefix in (WRITING, _REPLACED, _DELETING):
-            for path in self.path.glob(f"{prefix}*"):
-                remove(path)
 
     def step_folder(self, step: int) -> Path:
         """Return the folder of a step's checkpoint, whether it exists or not."""
@@ -195,7 +192,7 @@ def writing_folder(final: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
 
 def _put_in_place(aside: Path, final: Path) -> None:
     # A folder cannot be renamed over one that has files, so an older one is renamed first;
-    # RunFolder._tidy restores it if we are killed between the renames.
+    # RunFolder.lock restores it if we are killed between the renames.
     replaced = final.with_name(f"{_REPLACED}{final.name}")
     if final.exists():
         os.rename(final, replaced)

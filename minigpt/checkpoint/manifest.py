@@ -5,14 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from minigpt.errors import CheckpointError
-from minigpt.files import (
-    read_json,
-    sha256,
-    sync_file,
-    sync_folder,
-    to_json,
-    write_atomically,
-)
+from minigpt.files import read_json, sha256, sync_file, sync_folder, to_json, write_atomically
 
 MANIFEST = "manifest.json"
 

@@ -107,7 +107,12 @@ def read_model(
     settings = read_json(folder / CONFIG)
     config = model_config_from_hf(settings)
     weights = LazyTensors(stored_tensors(config, folder))
-    tokenizer = _read_tokenizer(folder, config, _end_of_text_ids(folder, settings))
+    tokenizer = read_tokenizer(folder, _end_of_text_ids(folder, settings))
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+        raise CheckpointError(
+            f"the vocabulary in {str(folder)!r} has {tokenizer.vocab_size} tokens, and the model "
+            f"only {config.vocab_size}. Take both from the same place."
+        )
     model = model_class(config).from_tensors(
         config, tensors_from_hf(config, weights, device=device, dtype=dtype)
     )
@@ -115,8 +120,9 @@ def read_model(
 
 
 def _end_of_text_ids(folder: Path, settings: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return what generation_config.json, else config.json, says ends a text: an id, or several."""
-    ends = _read_if_there(folder / _GENERATION_CONFIG).get("eos_token_id")
+    """Return the end-of-text token ids in generation_config.json, else in config.json."""
+    path = folder / _GENERATION_CONFIG
+    ends = read_json(path).get("eos_token_id") if path.exists() else None
     ends = settings.get("eos_token_id") if ends is None else ends
     ids = ends if isinstance(ends, list) else [] if ends is None else [ends]
     if not all(type(id_) is int and id_ >= 0 for id_ in ids):
@@ -125,17 +131,3 @@ def _end_of_text_ids(folder: Path, settings: Mapping[str, Any]) -> tuple[int, ..
             "of ids. Download its JSON files again."
         )
     return tuple(ids)
-
-
-def _read_if_there(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.exists() else {}
-
-
-def _read_tokenizer(folder: Path, config: ModelConfig, ends: tuple[int, ...]) -> Tokenizer | None:
-    tokenizer = read_tokenizer(folder, ends)
-    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
-        raise CheckpointError(
-            f"the vocabulary in {str(folder)!r} has {tokenizer.vocab_size} tokens, and the model "
-            f"only {config.vocab_size}. Take both from the same place."
-        )
-    return tokenizer

@@ -42,20 +42,18 @@ def resolve_model(spec: str | None, root: Path = ROOT) -> Path:
         return _newest(root)
     if place := find_model(spec, root):
         return _model_in(place)
+    advice = remedy(Path(spec).name, names_in(root))
     for place in _places(spec, root):
         if os.path.exists(place):  # unlike Path.exists, False for impossible names
             raise CheckpointError(
-                f"{str(place)!r} holds no checkpoint: no step folder, no config.json. "
-                f"{remedy(place.name, names_in(root))}"
+                f"{str(place)!r} holds no checkpoint: no step folder, no config.json. {advice}"
             )
     if is_hub_name(spec) and not Path(spec).is_relative_to(root):
         folder: Path = ring("checkpoint.tools.hub").download_model(spec)
         return folder
     where = f" in {str(root)!r}" if Path(spec).name == spec else ""
     shown = spec if len(spec) <= 120 else f"{spec[:120]}..."
-    raise CheckpointError(
-        f"there is no model {shown!r}{where}. {remedy(Path(spec).name, names_in(root))}"
-    )
+    raise CheckpointError(f"there is no model {shown!r}{where}. {advice}")
 
 
 def require_model(spec: str, root: Path = ROOT) -> Path:
@@ -65,8 +63,9 @@ def require_model(spec: str, root: Path = ROOT) -> Path:
     """
     if place := find_model(spec, root):
         return place
-    advice = remedy(spec, names_in(root))
-    raise CheckpointError(f"there is no run or model {spec[:120]!r}. {advice}")
+    raise CheckpointError(
+        f"there is no run or model {spec[:120]!r}. {remedy(spec, names_in(root))}"
+    )
 
 
 def find_model(spec: str, root: Path = ROOT) -> Path | None:

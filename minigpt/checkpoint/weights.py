@@ -3,7 +3,7 @@
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,6 @@ _HEAD = TensorName("lm_head.weight", ("unembedding.weight",))
 # Tensors of old files that are not weights: causal masks, RoPE tables.
 _IGNORED = re.compile(r"(.*\.)?(attn\.(bias|masked_bias)|self_attn\.rotary_emb\.inv_freq)")
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # of one value of each supported dtype
-_BLOCK_BYTES = 2**20
 _LARGEST_WIDTH = 2**28
 _LARGEST_CONTEXT = 2**20  # RoPE tables of all positions are computed
 
@@ -95,9 +94,10 @@ def tensors_from_hf(
         return {name: _placed(tensors[name], device, dtype) for name in tensors}
     renamed: dict[str, Tensor] = {}
     for name in _names(config):
-        parts = _split(tensors[name.theirs], name)
+        tensor = tensors[name.theirs]
+        parts = (tensor.t() if name.is_transposed else tensor).chunk(len(name.ours))
         renamed |= zip(name.ours, (_placed(part, device, dtype) for part in parts), strict=True)
-        del parts
+        del tensor, parts
     if config.tie_embeddings and _HEAD.theirs in tensors:  # some files have both
         embedding = next(_names(config)).theirs
         if not torch.equal(tensors[_HEAD.theirs], tensors[embedding]):
@@ -106,10 +106,6 @@ def tensors_from_hf(
                 "embedding. Set it to false there."
             )
     return renamed
-
-
-def _split(tensor: Tensor, name: TensorName) -> Sequence[Tensor]:
-    return (tensor.t() if name.is_transposed else tensor).chunk(len(name.ours))
 
 
 def _placed(part: Tensor, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
@@ -182,13 +178,10 @@ def _weight_files(folder: Path) -> list[Path]:
             f"{str(folder / _INDEX)!r} does not map tensors to files of its folder. "
             "Download it again."
         )
-    pickled = sorted(path.name for path in folder.glob("*.bin")) + sorted(
-        path.name for path in folder.glob("*.pt*")
-    )
-    if pickled:
+    if pickled := [*sorted(folder.glob("*.bin")), *sorted(folder.glob("*.pt*"))]:
         raise CheckpointError(
-            f"{str(folder)!r} has its weights in {pickled[0]!r}, a pickle, which can run any code "
-            f"and is never opened. Save the model as {WEIGHTS}."
+            f"{str(folder)!r} has its weights in {pickled[0].name!r}, a pickle, which can run any "
+            f"code and is never opened. Save the model as {WEIGHTS}."
         )
     raise CheckpointError(f"{WEIGHTS} is missing in {str(folder)!r}. Write or download it again.")
 
@@ -211,7 +204,12 @@ def stored_tensors(config: ModelConfig, folder: Path) -> dict[str, StoredTensor]
                         f"{path.name!r}. Download the model again."
                     )
     _check_size(config, len(found))
-    expected = _expected_shapes(config, has_head=_HEAD.theirs in found)
+    with torch.device("meta"):
+        tensors = tensors_to_hf(config, model_class(config).without_weights(config).state_dict())
+    expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    # Some files of others hold tied embeddings twice.
+    if config.tie_embeddings and _HEAD.theirs in found and config.model_type != OWN_TYPE:
+        expected[_HEAD.theirs] = next(iter(expected.values()))
     if problem := _first_problem(expected, found):
         raise CheckpointError(
             f"the weights in {str(folder)!r} do not fit config.json: {problem}. "
@@ -228,8 +226,7 @@ def weights_sha256(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in _weight_files(folder):
         with resource_errors(path), path.open("rb") as file:
-            while block := file.read(_BLOCK_BYTES):
-                digest.update(block)
+            hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()
 
 
@@ -249,16 +246,6 @@ def _check_size(config: ModelConfig, n_tensors: int) -> None:
                 f"config.json asks for a {what} of {size}, and at most {largest} is possible here. "
                 "Download it again."
             )
-
-
-def _expected_shapes(config: ModelConfig, *, has_head: bool) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
-        tensors = tensors_to_hf(config, model_class(config).without_weights(config).state_dict())
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    # Some files of others hold tied embeddings twice.
-    if config.tie_embeddings and has_head and config.model_type != OWN_TYPE:
-        shapes[_HEAD.theirs] = next(iter(shapes.values()))
-    return shapes
 
 
 def _first_problem(

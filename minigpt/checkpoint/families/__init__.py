@@ -100,11 +100,6 @@ class Family:
         raise NotImplementedError
 
 
-def model_types() -> list[str]:
-    """Return the model types that have a file here, and our own."""
-    return [*sorted(module.name for module in iter_modules(__path__)), OWN_TYPE]
-
-
 def family_of(model_type: object) -> Family:
     """Return the family of a model type.
 
@@ -112,9 +107,10 @@ def family_of(model_type: object) -> Family:
     """
     name = model_type if isinstance(model_type, str) else ""
     if not name.isidentifier() or not has_ring(f"checkpoint.families.{name}"):
+        known = [*sorted(module.name for module in iter_modules(__path__)), OWN_TYPE]
         raise CheckpointError(
             f"config.json: unsupported model_type {str(model_type)[:80]!r}. "
-            f"Choose a model of type {', '.join(model_types())}."
+            f"Choose a model of type {', '.join(known)}."
         )
     family: Family = ring(f"checkpoint.families.{name}").FAMILY
     return family

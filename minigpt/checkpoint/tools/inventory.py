@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from minigpt.checkpoint.folder import METRICS_FILE, Pointer, RunFolder
+from minigpt.checkpoint.folder import METRICS_FILE, RunFolder
 from minigpt.checkpoint.manifest import MANIFEST, verify
 from minigpt.checkpoint.resolve import ROOT, find_model, models_in, require_model
 from minigpt.errors import CheckpointError, ConfigError, MinigptError
@@ -79,15 +79,7 @@ def inventory_of(spec: str, root: Path = ROOT) -> list[Entry]:
     """
     if find_model(spec, root) is None and os.path.isdir(spec):
         return take_inventory(Path(spec))
-    return [entry_named(spec, root)]
-
-
-def entry_named(spec: str, root: Path = ROOT) -> Entry:
-    """Return the run or model at a path, or of that name under root.
-
-    Raises: CheckpointError if there is none.
-    """
-    return entry_of(require_model(spec, root))
+    return [entry_of(require_model(spec, root))]
 
 
 def run_named(spec: str) -> Entry:
@@ -95,7 +87,7 @@ def run_named(spec: str) -> Entry:
 
     Raises: CheckpointError if there is none; ConfigError if it is a single model.
     """
-    entry = entry_named(spec)
+    entry = entry_of(require_model(spec))
     if not entry.is_run:
         raise ConfigError(
             f"{str(entry.folder)!r} is a model folder, not a run, so it has no steps. Name a run."
@@ -114,16 +106,12 @@ def entry_of(folder: Path) -> Entry:
     for step in reversed(run.steps()):
         facts: dict[str, Any] = {
             "step": step,
-            "is_best": _is_at(best, step),
-            "is_latest": _is_at(latest, step),
+            "is_best": best is not None and best.step == step,
+            "is_latest": latest is not None and latest.step == step,
             **losses.get(step, {}),
         }
         checkpoints += _seen(run.step_folder(step), **facts)
     return Entry(name, folder, True, tuple(checkpoints))
-
-
-def _is_at(pointer: Pointer | None, step: int) -> bool:
-    return pointer is not None and pointer.step == step
 
 
 def _seen(folder: Path, **facts: Any) -> Iterator[Checkpoint]:
@@ -136,25 +124,18 @@ def _seen(folder: Path, **facts: Any) -> Iterator[Checkpoint]:
             verify(folder)
     except MinigptError as error:
         damage = str(error)
+    # The file of a checkpoint that is written last, where there is one.
+    files = (path for path in (folder / MANIFEST, folder / _CONFIG) if path.exists())
+    last = next(files, folder)
     with suppress(FileNotFoundError):
         yield Checkpoint(
             folder=folder,
             layout=layout,
-            n_bytes=_n_bytes(folder),
-            written_at=_written_at(folder),
+            n_bytes=sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+            written_at=datetime.fromtimestamp(last.stat().st_mtime, UTC),
             damage=damage,
             **facts,
         )
-
-
-def _n_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def _written_at(folder: Path) -> datetime:
-    """Return when the manifest was written, the last file of a checkpoint; else the config."""
-    files = (path for path in (folder / MANIFEST, folder / _CONFIG) if path.exists())
-    return datetime.fromtimestamp(next(files, folder).stat().st_mtime, UTC)
 
 
 def _losses(run: RunFolder) -> dict[int, dict[str, float]]:

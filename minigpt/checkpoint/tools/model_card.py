@@ -60,28 +60,29 @@ def model_card(
     Args: name, of the run; step, optimizer steps done; val_loss, nats/token; n_train_tokens, of the
         text without its validation part.
     """
+    model_type = config.model.model_type
     losses = f"{val_loss:.4f} nats/token, {bits_per_byte:.4f} bits/byte"
+    # AutoTokenizer splits text as Qwen2 does in every qwen2 folder, whatever tokenizer.json says.
+    tokenizer = "PreTrainedTokenizerFast" if model_type == "qwen2" else "AutoTokenizer"
+    others = _NOWHERE_ELSE if model_type == OWN_TYPE else _ELSEWHERE.format(tokenizer=tokenizer)
     parts = [
         _metadata(config, name, val_loss, bits_per_byte),
         f"# {_code(name)}",
         "A small language model that continues text, trained with minigpt.",
-        _model(config),
+        f"""\
+## The model
+
+- Layout: {_layout(config.model)}
+- Parameters: {parameter_count(config.model):,}
+- Context: {config.model.context_length:,} tokens
+- Vocabulary: {config.model.vocab_size:,} tokens, {_code(config.data.tokenizer)}""",
         _text(config, n_train_tokens),
         _training(config, step, n_train_tokens, losses),
         *([f"It was made by:\n\n    {_one_line(config.command)}"] if config.command else []),
-        _use(config.model.model_type),
+        _USE.format(elsewhere=others),
         _LIMITS,
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def _use(model_type: str) -> str:
-    # AutoTokenizer splits text as Qwen2 does in every qwen2 folder, whatever tokenizer.json says.
-    tokenizer = "PreTrainedTokenizerFast" if model_type == "qwen2" else "AutoTokenizer"
-    is_own = model_type == OWN_TYPE
-    return _USE.format(
-        elsewhere=_NOWHERE_ELSE if is_own else _ELSEWHERE.format(tokenizer=tokenizer)
-    )
 
 
 def _metadata(config: RunConfig, name: str, val_loss: float, bits_per_byte: float) -> str:
@@ -113,17 +114,6 @@ model-index:
       name: bits/byte
       value: {bits_per_byte:.4f}
 ---"""
-
-
-def _model(config: RunConfig) -> str:
-    model = config.model
-    return f"""\
-## The model
-
-- Layout: {_layout(model)}
-- Parameters: {parameter_count(model):,}
-- Context: {model.context_length:,} tokens
-- Vocabulary: {model.vocab_size:,} tokens, {_code(config.data.tokenizer)}"""
 
 
 def _layout(model: ModelConfig) -> str:
