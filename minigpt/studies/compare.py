@@ -162,17 +162,15 @@ def with_budget(config: RunConfig, budget: Budget) -> RunConfig:
 
     A budget of flops becomes the number of steps that fit into it, at least one.
     """
-    limits: dict[str, Any] = {"max_steps": 0, "max_minutes": 0.0, "max_epochs": 0.0}
-    if budget.kind == "seconds":
-        limits["max_minutes"] = budget.amount / 60
-    elif budget.kind == "steps":
-        limits["max_steps"] = int(budget.amount)
-    else:
+    n_steps = int(budget.amount) if budget.kind == "steps" else 0
+    if budget.kind == "flops":
         # Every step costs at least as much as the first, whose sequences are short.
-        n_steps = range(1, int(budget.amount / flops_of_steps(config, 1, 1)) + 2)
-        fitting = bisect_right(n_steps, budget.amount, key=lambda n: flops_of_steps(config, n, n))
-        limits["max_steps"] = max(1, fitting)
-    return replace(config, training=replace(config.training, **limits))
+        steps = range(1, int(budget.amount / flops_of_steps(config, 1, 1)) + 2)
+        fitting = bisect_right(steps, budget.amount, key=lambda n: flops_of_steps(config, n, n))
+        n_steps = max(1, fitting)
+    minutes = budget.amount / 60 if budget.kind == "seconds" else 0.0
+    limits = replace(config.training, max_steps=n_steps, max_minutes=minutes, max_epochs=0.0)
+    return replace(config, training=limits)
 
 
 def matched(base: ModelConfig, name: str) -> ModelConfig:
@@ -181,14 +179,15 @@ def matched(base: ModelConfig, name: str) -> ModelConfig:
     Raises: ConfigError if no width comes close enough.
     """
     target = parameter_count(base)
-    field, own = ("d_mlp", base.d_mlp) if name in ATTENTIONS else ("d_model", base.d_model)
     settings: dict[str, Any] = {"arch": name, **_RECURRENT_SHAPE}
+    width_field = "d_model"
     if name in ATTENTIONS:
-        settings = {"attention": name, "model_type": ""}
+        settings, width_field = {"attention": name, "model_type": ""}, "d_mlp"
 
     def with_width(width: int) -> ModelConfig:
-        return replace(base, **(settings | {field: width}))
+        return replace(base, **(settings | {width_field: width}))
 
+    own: int = getattr(base, width_field)
     closest = with_width(own)
     if parameter_count(closest) == target:
         return closest
@@ -198,7 +197,7 @@ def matched(base: ModelConfig, name: str) -> ModelConfig:
         if abs(parameter_count(closest) - target) <= tolerance * target:
             return closest
     raise ConfigError(
-        f"no {field} gives the variant {name} {target:,} parameters within "
+        f"no {width_field} gives the variant {name} {target:,} parameters within "
         f"{TOLERANCE:.0%}: the closest is {parameter_count(closest):,}. Compare a larger model, or "
         "leave the variant out."
     )
