@@ -62,10 +62,10 @@ class _Unfailing:
 
     def write(self, text: str) -> int:
         try:
-            return self._stream.write(text)
+            self._stream.write(text)
         except OSError:
             silence(self._stream)
-            return len(text)
+        return len(text)
 
     def flush(self) -> None:
         try:

@@ -1,4 +1,4 @@
-"""How well a model predicts a text: one deterministic pass, with no random number drawn."""
+"""Loss of a model over a text: one deterministic pass."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -17,10 +17,10 @@ from minigpt.model.language_model import LanguageModel
 from minigpt.text.batches import validation_windows
 from minigpt.text.shards import PreparedData, TokenSpan
 
-_LONGEST_WINDOW = 1024  # the context of some models fits no machine
+_LONGEST_WINDOW = 1024  # by default: the full context of some models needs too much memory
 _TOKENS_AT_ONCE = 16_384
 LOGITS_AT_ONCE = 2**27
-"""The most logits of one forward pass, where we choose its size: half a GiB in float32."""
+"""Most logits of one forward pass by default: half a GiB in float32."""
 
 
 @dataclass(frozen=True)
@@ -32,21 +32,21 @@ class Evaluation:
     n_tokens: int
     """Tokens predicted."""
     n_bytes: int
-    """UTF-8 bytes that these tokens stand for."""
+    """UTF-8 bytes of these tokens."""
 
     @property
     def nats_per_token(self) -> float:
-        """Mean cross-entropy, the loss that training lowers."""
+        """Mean cross-entropy, the training loss."""
         return self.nats / self.n_tokens
 
     @property
     def bits_per_byte(self) -> float:
-        """Loss that can be compared between tokenizers; nan if the tokens stand for no byte."""
+        """Loss that can be compared between tokenizers; NaN if the tokens have no bytes."""
         return self.nats / math.log(2) / self.n_bytes if self.n_bytes else math.nan
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean cross-entropy: the equally likely tokens it is unsure between."""
+        """exp of the mean cross-entropy; inf if it is too large for a float."""
         try:
             return math.exp(self.nats_per_token)
         except OverflowError:
@@ -54,7 +54,7 @@ class Evaluation:
 
 
 def windows_at_once(vocab_size: int, window_length: int) -> int:
-    """Return how many windows one forward pass takes, so that their logits fit any machine."""
+    """Return the batch size at which the logits of a forward pass stay small."""
     n_tokens = min(_TOKENS_AT_ONCE, LOGITS_AT_ONCE // vocab_size)
     return max(1, n_tokens // window_length)
 
@@ -149,25 +149,24 @@ def evaluate(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> Evaluation:
-    """Sum the loss over batches of inputs (B, T) and targets (B, S), as the model stands.
+    """Sum the loss over batches of inputs (B, T) and targets (B, S).
 
-    The targets are what follows the last S inputs. Dropout is off during the pass and as it was
-    after it.
+    The targets are the tokens after the last S inputs. The model is in evaluation mode during the
+    pass; its mode is restored afterwards. No random number is drawn.
     """
     was_training = model.training
     device = model.embedding.weight.device
     model.eval()
-    # Summed on the device in float64: one synchronisation, and no rounding with the text's length.
-    nats = torch.zeros((), dtype=torch.float64 if device.type != "mps" else torch.float32)
-    nats = nats.to(device)
+    # Summed on the device: one synchronization. float64 where there is one, for long texts.
+    sum_dtype = torch.float32 if device.type == "mps" else torch.float64
+    nats = torch.zeros((), dtype=sum_dtype, device=device)
     n_tokens = n_bytes = 0
     for inputs, targets in batches:
         with autocast(device, dtype):
             logits = model(inputs.to(device), logits_to_keep=targets.shape[1])
-        loss = F.cross_entropy(
+        nats += F.cross_entropy(
             logits.float().flatten(0, 1), targets.to(device).flatten(), reduction="sum"
         )
-        nats += loss
         n_tokens += targets.numel()
         n_bytes += int(token_byte_lengths[targets.numpy()].sum())
     model.train(was_training)

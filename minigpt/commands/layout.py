@@ -24,12 +24,38 @@ COMMANDS = {
 """Each command and its line in ``minigpt --help``; its module has its name."""
 
 
-class Commands(TyperGroup):
+class Subcommands(TyperGroup):
+    """A command made of several, laid out like the program."""
+
+    def lines(self, ctx: Any) -> dict[str, str]:
+        """Return the names of its commands, and the line of each in --help."""
+        return {name: str(c.help).partition("\n")[0] for name, c in self.commands.items()}
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Return one of its commands, ready to run.
+
+        Raises: ConfigError if it does not exist.
+        """
+        require_choice("command", cmd_name, self.commands)
+        return self.commands[cmd_name]
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the options and the commands."""
+        _write_groups(ctx, formatter, self.get_params(ctx))
+        with formatter.section("Commands"):
+            formatter.write_dl(list(self.lines(ctx).items()))
+
+
+class Commands(Subcommands):
     """The program, which imports a command's module only when it is called."""
+
+    def lines(self, ctx: Any) -> dict[str, str]:
+        """Return the commands of this installation, and the line of each in --help."""
+        return {name: line for name, line in COMMANDS.items() if has_ring(_module(name))}
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Return the commands of this installation, in the order of --help."""
-        return [name for name in COMMANDS if has_ring(_module(name))]
+        return list(self.lines(ctx))
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Return a command, ready to run.
@@ -44,29 +70,6 @@ class Commands(TyperGroup):
         app = typer.Typer(rich_markup_mode=None, add_completion=False)
         _add(app, cmd_name, command)
         return typer.main.get_command(app)
-
-    def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write the options and the commands, without importing the commands' modules."""
-        _write_groups(ctx, formatter, self.get_params(ctx))
-        _write_commands(formatter, {name: COMMANDS[name] for name in self.list_commands(ctx)})
-
-
-class Subcommands(TyperGroup):
-    """A command made of several, laid out like the program."""
-
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """Return one of its commands, ready to run.
-
-        Raises: ConfigError if it does not exist.
-        """
-        require_choice("command", cmd_name, self.commands)
-        return self.commands[cmd_name]
-
-    def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write the options and the commands."""
-        _write_groups(ctx, formatter, self.get_params(ctx))
-        lines = {name: str(command.help) for name, command in self.commands.items()}
-        _write_commands(formatter, {name: text.split("\n")[0] for name, text in lines.items()})
 
 
 class Command(TyperCommand):
@@ -108,11 +111,6 @@ def _add(app: typer.Typer, name: str, function: Callable[..., None]) -> None:
     # A docstring's first line ends with a full stop, a line of --help does not.
     first, break_, rest = str(function.__doc__).partition("\n")
     app.command(name, cls=Command, help=first.rstrip(".") + break_ + rest)(function)
-
-
-def _write_commands(formatter: Any, lines: Mapping[str, str]) -> None:
-    with formatter.section("Commands"):
-        formatter.write_dl(list(lines.items()))
 
 
 def _write_groups(ctx: Any, formatter: Any, parameters: Iterable[Any]) -> None:
