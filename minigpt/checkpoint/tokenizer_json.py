@@ -1,7 +1,7 @@
 """tokenizer.json and tokenizer_config.json of a model folder <-> Tokenizer.
 
 A vocabulary of our own is written so that the tokenizers library encodes every text alike, and is
-read back as the same tiktoken encoding. Vocabularies of other models are kept as they are.
+read with tiktoken; so is one in GPT-2's layout. The others are kept as they are.
 """
 
 import re
@@ -38,6 +38,7 @@ _PLAIN_BPE = {
     "fuse_unk": False,
     "byte_fallback": False,
 }
+_GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _NO_RANK = 2**32
 
 # Oniguruma, which tokenizers uses, and fancy-regex, which tiktoken uses, disagree on these:
@@ -77,18 +78,17 @@ def tokenizer_from_json(
     config: Mapping[str, Any] | None = None,
     end_of_text_ids: tuple[int, ...] = (),
 ) -> Tokenizer:
-    """Read a tokenizer.json, as tiktoken if it is one of ours, else with the tokenizers library.
-
-    Every added token can be put in by id; those that are not special are found in a text too.
+    """Read a tokenizer.json, as tiktoken if that encodes alike, else with the tokenizers library.
 
     Args: data, the parsed file; name, for the Tokenizer; config, the parsed tokenizer_config.json,
         whose add_bos_token takes precedence; end_of_text_ids, () for ``<|endoftext|>``.
     Raises: CheckpointError naming the part that is damaged or cannot be used.
     """
     config = config or {}
-    own = None if config.get("add_bos_token") else _own_tokenizer(data, name, end_of_text_ids)
-    if own is not None:
-        return own
+    if not config.get("add_bos_token"):
+        tokenizer = _tiktoken_tokenizer(data, name, end_of_text_ids)
+        if tokenizer is not None:
+            return tokenizer
     try:
         imported: Tokenizer = ring("text.imported").import_tokenizer(
             data, name, config=config, end_of_text_ids=end_of_text_ids
@@ -101,44 +101,44 @@ def tokenizer_from_json(
         ) from None
 
 
-def _own_tokenizer(
+def _tiktoken_tokenizer(
     data: Mapping[str, Any], name: str, end_of_text_ids: tuple[int, ...]
 ) -> TiktokenTokenizer | None:
-    """Read a vocabulary of our own, None if it is not one.
+    """Read a byte-level BPE that tiktoken encodes as the file says, None if it is another kind.
 
-    A file is recognised as ours by its parts: writing what was read gives the same ones, so that
-    tiktoken encodes as the file says. transformers writes our files with merges as lists, options
-    of the decoder that do nothing, and a post-processor that adds nothing.
+    Writing what was read must give the parts of the file, except for what changes no ids: merges
+    may be lists, empty options left out, and GPT-2's pattern implied by ByteLevel.
     """
     try:
-        if data["normalizer"] is not None or _adds_tokens(data["post_processor"]):
-            return None
-        model = dict(data["model"])
         specials = {token["content"]: token["id"] for token in data["added_tokens"]}
-        pattern = _from_oniguruma(data["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"])
+        model = _PLAIN_BPE | {"ignore_merges": False} | data["model"]
+        for option in ("continuing_subword_prefix", "end_of_word_suffix"):
+            model[option] = model[option] or None
+        model["merges"] = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
         ranks = {
             bytes([BYTE_OF_CHARACTER[character] for character in token]): id_
             for token, id_ in model["vocab"].items()
             if token not in specials
         }
+        model["vocab"] = specials | model["vocab"]
+        splits = data["pre_tokenizer"]
+        implied = {"use_regex": True} | splits | {"trim_offsets": False}
+        if implied == _BYTE_LEVEL | {"use_regex": True}:
+            splits = _splits(_GPT2_PATTERN)
+        pattern = _from_oniguruma(splits["pretokenizers"][0]["pattern"]["Regex"])
+        processor = data["post_processor"] or {"type": "ByteLevel"}
+        around = [] if processor["type"] == "ByteLevel" else processor["single"]
+        changes_text = data["normalizer"] is not None or data["decoder"]["type"] != "ByteLevel"
         encoding = make_encoding(name, pattern, ranks, specials)
         tokenizer = TiktokenTokenizer(name, encoding, end_of_text_ids)
-        model["merges"] = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
-        found = {**data, "model": model}
-        is_byte_level = data["decoder"]["type"] == "ByteLevel"
         written = tokenizer_to_json(tokenizer)
+        added = [token | {"normalized": False} for token in data["added_tokens"]]
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, MinigptError):
         return None
-    is_own = is_byte_level and all(
-        found[part] == written[part] for part in ("added_tokens", "pre_tokenizer", "model")
-    )
-    return tokenizer if is_own else None
-
-
-def _adds_tokens(post_processor: Mapping[str, Any] | None) -> bool:
-    if post_processor is None:
-        return False
-    return any("Sequence" not in part for part in post_processor["single"])
+    if changes_text or not all("Sequence" in part for part in around):
+        return None
+    parts = {"added_tokens": added, "pre_tokenizer": splits, "model": model}
+    return tokenizer if written | parts == written else None
 
 
 def tokenizer_to_json(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -154,9 +154,6 @@ def tokenizer_to_json(tokenizer: Tokenizer) -> dict[str, Any]:
     ranks, specials = tokenizer.encoding._mergeable_ranks, tokenizer.special_ids
     merges = merges_of(ranks)
     vocab = {_to_characters(token): id_ for token, id_ in ranks.items()} | dict(specials)
-    pattern = _to_oniguruma(tokenizer.encoding._pat_str)
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
-    steps = [split | {"invert": False}, _BYTE_LEVEL | {"use_regex": False}]
     n_reached = len(merges) + sum(len(token) == 1 for token in ranks)
     return {
         "version": "1.0",
@@ -168,7 +165,7 @@ def tokenizer_to_json(tokenizer: Tokenizer) -> dict[str, Any]:
             for text, id_ in sorted(specials.items(), key=lambda item: item[1])
         ],
         "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
+        "pre_tokenizer": _splits(_to_oniguruma(tokenizer.encoding._pat_str)),
         "post_processor": None,
         "decoder": _BYTE_LEVEL,
         "model": _PLAIN_BPE
@@ -178,6 +175,13 @@ def tokenizer_to_json(tokenizer: Tokenizer) -> dict[str, Any]:
             "merges": [" ".join(map(_to_characters, pair)) for pair in merges],
         },
     }
+
+
+def _splits(pattern: str) -> dict[str, Any]:
+    """Return the pre_tokenizer that splits a text by a pattern in Oniguruma's dialect."""
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
+    steps = [split | {"invert": False}, _BYTE_LEVEL | {"use_regex": False}]
+    return {"type": "Sequence", "pretokenizers": steps}
 
 
 def tokenizer_config(tokenizer: Tokenizer, context_length: int) -> dict[str, Any]:

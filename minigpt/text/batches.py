@@ -82,15 +82,8 @@ def batch(
     Raises: DataError if the span is shorter than context_length + 1 tokens.
     """
     require_length(span, context_length)
-    starts = window_starts(
-        len(span),
-        context_length,
-        batch_size,
-        seed=seed,
-        step=step,
-        rank=rank,
-        world_size=world_size,
-    )
+    ranks = {"rank": rank, "world_size": world_size}
+    starts = window_starts(len(span), context_length, batch_size, seed=seed, step=step, **ranks)
     return _inputs_and_targets(span.windows(starts, context_length + 1), context_length)
 
 

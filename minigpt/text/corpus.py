@@ -101,7 +101,10 @@ def find_files(
             elif path.exists():
                 files.append(CorpusFile(path, word))
             elif glob.has_magic(word):
-                files += _files_matching(str(path))
+                found = sorted(filter(os.path.isfile, glob.glob(str(path), recursive=True)))
+                if not found:
+                    raise DataError(f"no file matches {word!r}. Check the pattern, and quote it.")
+                files += [CorpusFile(Path(name), name) for name in found]
             elif word == BUILTIN or word in _named_corpora():
                 path = ring(_DATASETS).dataset_path(word, cache, on_download)
                 files.append(CorpusFile(path, word))
@@ -169,13 +172,6 @@ def _files_in(folder: Path) -> list[CorpusFile]:
             f"with a glob, as in {str(folder / '**' / '*.py')!r}."
         )
     return [CorpusFile(path, str(path)) for path in found]
-
-
-def _files_matching(pattern: str) -> list[CorpusFile]:
-    found = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
-    if not found:
-        raise DataError(f"no file matches {pattern!r}. Check the pattern, and quote it.")
-    return [CorpusFile(Path(name), name) for name in found]
 
 
 def _named_corpora() -> list[str]:

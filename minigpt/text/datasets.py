@@ -59,21 +59,11 @@ def dataset_path(
     """Return the file of a named corpus, generated or downloaded if the cache lacks it.
 
     Args: on_progress, called with the bytes done and the total, while downloading.
-    Raises: DataError for an unknown name or a failed download; ResourceError if the cache cannot
-        be written.
-    """
-    return builtin(cache) if name == BUILTIN else fetch_dataset(name, cache, on_progress)
-
-
-def fetch_dataset(
-    name: str, cache: Path, on_progress: Callable[[int, int], None] | None = None
-) -> Path:
-    """Return the file of a downloadable corpus, from the cache if it is there.
-
-    Args: on_progress, called with the bytes done and the total.
     Raises: DataError for an unknown name, a failed download, or a file of another size or hash;
         ResourceError if the cache cannot be written.
     """
+    if name == BUILTIN:
+        return builtin(cache)
     if name not in DOWNLOADS:
         raise DataError(f"unknown corpus {name!r}. {nearest(name, [BUILTIN, *DOWNLOADS])}")
     wanted = DOWNLOADS[name]

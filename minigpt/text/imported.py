@@ -50,10 +50,10 @@ class ImportedTokenizer(Tokenizer):
             name,
             {token.content: id_ for id_, token in added.items()},
             vocab_size=size,
+            textless_ids=[id_ for id_, token in added.items() if token.special],
             prefix=_prefix(self._library),
             end_of_text_ids=end_of_text_ids,
         )
-        self._special = [id_ for id_, token in added.items() if token.special]
         self._added_bytes = {id_: token.content.encode() for id_, token in added.items()}
         self._known = _known_characters(self.data, vocab)
         decoders = _types(self.data.get("decoder")) or _types(self.data.get("pre_tokenizer"))
@@ -95,10 +95,6 @@ class ImportedTokenizer(Tokenizer):
             return f" {token}"
         gap = decoder.decode([_MARK, _MARK])[1:-1]
         return decoder.decode([_MARK, token, _MARK])[1:-1].removesuffix(gap)
-
-    @property
-    def textless_ids(self) -> list[int]:
-        return self._special
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -57,7 +57,12 @@ def prepare_folder(
     """
     if prepared := prepared_folder(data.paths):
         raise DataError(f"{str(prepared)!r} is already prepared. Train on it as it is.")
-    _require_ours(folder)
+    others = [p.name for p in folder.glob("*") if not is_ours(p) and p.name != _LOCK]
+    if others:
+        raise ConfigError(
+            f"the folder {str(folder)!r} holds {min(others)!r}, which minigpt prepare did not "
+            "write. Name an empty or a new one."
+        )
     busy = f"another process is preparing {str(folder)!r}. Wait, or name another --out."
     work = Work()
     with (
@@ -130,16 +135,6 @@ def tidy(folder: Path) -> None:
     for path in folder.iterdir():
         if is_ours(path) and not (kept and path.name in (*kept, UNFINISHED, VOCABULARY)):
             path.unlink()
-
-
-def _require_ours(folder: Path) -> None:
-    if folder.is_dir():
-        others = [p.name for p in folder.iterdir() if not is_ours(p) and p.name != _LOCK]
-        if others:
-            raise ConfigError(
-                f"the folder {str(folder)!r} holds {min(others)!r}, which minigpt prepare did not "
-                "write. Name an empty or a new one."
-            )
 
 
 def _is_finished(folder: Path, identity: str) -> bool:

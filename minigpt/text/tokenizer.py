@@ -10,8 +10,8 @@ import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
-from functools import cached_property
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property, partial
 from itertools import chain
 from typing import Any
 
@@ -39,14 +39,10 @@ BYTES_PER_MERGE = 1000
 LARGEST_FITTING_BPE = 1024
 
 
-def _byte_alphabet() -> dict[str, int]:
-    # GPT-2's bijection of bytes to printable characters: Radford et al. 2019, encoder.py.
-    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
-
-
-BYTE_OF_CHARACTER = _byte_alphabet()
+# GPT-2's bijection of bytes to printable characters: Radford et al. 2019, encoder.py.
+_PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_OTHERS = enumerate(byte for byte in range(256) if byte not in _PRINTABLE)
+BYTE_OF_CHARACTER = {chr(b): b for b in _PRINTABLE} | {chr(256 + n): b for n, b in _OTHERS}
 """The characters that stand for bytes in a byte-level tokenizer.json."""
 
 # The backtracking of \s+(?!\S) overflows the regex engine's stack at about a million spaces.
@@ -62,6 +58,7 @@ class Tokenizer(ABC):
         special_ids: Mapping[str, int],
         *,
         vocab_size: int,
+        textless_ids: Sequence[int],
         prefix: tuple[int, ...] = (),
         end_of_text_ids: tuple[int, ...] = (),
     ) -> None:
@@ -71,6 +68,8 @@ class Tokenizer(ABC):
         """Added tokens, such as ``<|endoftext|>``, and their ids."""
         self.vocab_size = vocab_size
         """Ids run from 0 to vocab_size - 1; some vocabularies leave gaps."""
+        self.textless_ids = list(textless_ids)
+        """Ids that never stand for text of a document: the special tokens."""
         self.prefix = prefix
         """Ids before every prompt, such as a beginning-of-text token."""
         usual = special_ids.get(END_OF_TEXT)
@@ -95,11 +94,6 @@ class Tokenizer(ABC):
 
         Models often have more rows than the vocabulary has tokens, and may sample one of them.
         """
-
-    @property
-    @abstractmethod
-    def textless_ids(self) -> list[int]:
-        """Ids that never stand for text of a document: the special tokens."""
 
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:
@@ -176,6 +170,7 @@ class TiktokenTokenizer(Tokenizer):
             name,
             dict(encoding._special_tokens),
             vocab_size=encoding.n_vocab,
+            textless_ids=list(encoding._special_tokens.values()),
             end_of_text_ids=end_of_text_ids,
         )
         self.encoding = encoding
@@ -187,17 +182,28 @@ class TiktokenTokenizer(Tokenizer):
         text = well_formed(text)
         if self._is_bytes:
             return np.frombuffer(text.encode(), np.uint8).astype(np.uint32)
-        self._check_bytes(text)
-        # Whitespace of 65,536 characters and more is split.
-        arrays = [self._encode_part(part) for part in _parts(text)]
+        n_single = len(self._single_bytes)
+        if n_single < 256 and (lacking := text.encode().translate(None, self._single_bytes)):
+            raise DataError(
+                f"the vocabulary {self.name!r} has no token for the byte {lacking[:1]!r}. "
+                "Leave that character out of the text."
+            )
+        try:
+            # Arrays avoid a list of ids, which would take a tenth of the encoding's time.
+            encode = partial(self.encoding.encode_to_numpy, disallowed_special=())
+            arrays = list(map(encode, _parts(text)))
+        except BaseException as error:
+            # PanicException cannot be imported, and is not an Exception.
+            if type(error).__name__ != "PanicException":
+                raise
+            raise DataError(
+                f"the split pattern of {self.name!r} failed on this text ({error}). "
+                "Break its longest runs of the same character."
+            ) from None
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
     def token_bytes(self, token: int) -> bytes:
         return self._bytes_of.get(int(token), b"")
-
-    @property
-    def textless_ids(self) -> list[int]:
-        return list(self.special_ids.values())
 
     def to_dict(self) -> dict[str, Any]:
         ranks = sorted(self.encoding._mergeable_ranks.items(), key=lambda item: item[1])
@@ -225,29 +231,6 @@ class TiktokenTokenizer(Tokenizer):
     def _bytes_of(self) -> dict[int, bytes]:
         tokens = {rank: token for token, rank in self.encoding._mergeable_ranks.items()}
         return tokens | {i: text.encode() for text, i in self.special_ids.items()}
-
-    def _check_bytes(self, text: str) -> None:
-        if len(self._single_bytes) == 256:
-            return
-        lacking = text.encode().translate(None, self._single_bytes)
-        if lacking:
-            raise DataError(
-                f"the vocabulary {self.name!r} has no token for the byte {lacking[:1]!r}. "
-                "Leave that character out of the text."
-            )
-
-    def _encode_part(self, part: str) -> npt.NDArray[np.uint32]:
-        try:
-            # Arrays avoid a list of ids, which would take a tenth of the encoding's time.
-            return self.encoding.encode_to_numpy(part, disallowed_special=())
-        except BaseException as error:
-            # PanicException cannot be imported, and is not an Exception.
-            if type(error).__name__ != "PanicException":
-                raise
-            raise DataError(
-                f"the split pattern of {self.name!r} failed on this text ({error}). "
-                "Break its longest runs of the same character."
-            ) from None
 
 
 def make_encoding(

@@ -8,6 +8,7 @@ import functools
 import itertools
 import json
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ from minigpt.checkpoint.tokenizer_json import (
     tokenizer_to_json,
 )
 from minigpt.errors import CheckpointError, DataError
-from minigpt.text.imported import json_from_scores
-from minigpt.text.tokenizer import Tokenizer, bytes_tokenizer
+from minigpt.text.imported import ImportedTokenizer, json_from_scores
+from minigpt.text.tokenizer import TiktokenTokenizer, Tokenizer, bytes_tokenizer
 
 tokenizers = pytest.importorskip("tokenizers", reason="compares with the tokenizers library")
 
@@ -310,6 +311,23 @@ def test_byte_lengths_add_up_to_the_text(kind: Callable[[], dict[str, Any]]) -> 
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_only_the_layout_of_gpt2_is_read_with_tiktoken(kind: Callable[[], dict[str, Any]]) -> None:
+    ours = tokenizer_from_json(published(kind)[0], "theirs")
+    assert type(ours) is (TiktokenTokenizer if kind is gpt2 else ImportedTokenizer)
+
+
+@pytest.mark.slow
+def test_gpt2_pattern_splits_every_character_as_the_tokenizers_library_does() -> None:
+    data, theirs = published(gpt2)
+    ours = tokenizer_from_json(data, "theirs")
+    for code in range(sys.maxunicode + 1):
+        if not 0xD800 <= code < 0xE000:  # no surrogates
+            c = chr(code)
+            text = f"a{c}b {c}1{c}{c}! {c}.  {c}"
+            assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids, hex(code)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind is not gpt2])
 def test_imported_tokenizer_is_written_again_as_it_was_read(
     kind: Callable[[], dict[str, Any]],
 ) -> None:

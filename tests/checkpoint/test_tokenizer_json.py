@@ -122,7 +122,7 @@ def test_merges_are_those_that_openai_published(
     assert written(gpt2)[1]["model"]["merges"] == lines
 
 
-def test_only_files_that_ours_would_be_written_as_are_read_with_tiktoken() -> None:
+def test_only_files_in_our_layout_are_read_with_tiktoken() -> None:
     _, data = written(small_bpe)
     assert type(tokenizer_from_json(data, "x")) is TiktokenTokenizer
     rewritten = json.loads(json.dumps(data))  # as transformers writes merges
@@ -130,7 +130,7 @@ def test_only_files_that_ours_would_be_written_as_are_read_with_tiktoken() -> No
     assert type(tokenizer_from_json(rewritten, "x")) is TiktokenTokenizer
     for change in (
         {"normalizer": {"type": "NFC"}},
-        {"pre_tokenizer": data["pre_tokenizer"]["pretokenizers"][1] | {"use_regex": True}},
+        {"pre_tokenizer": data["pre_tokenizer"]["pretokenizers"][1] | {"add_prefix_space": True}},
         {"model": data["model"] | {"ignore_merges": not data["model"]["ignore_merges"]}},
         {"added_tokens": [token | {"lstrip": True} for token in data["added_tokens"]]},
     ):

@@ -17,7 +17,7 @@ import pytest
 from minigpt.errors import DataError, ResourceError
 from minigpt.files import cache_folder
 from minigpt.text import datasets
-from minigpt.text.datasets import DOWNLOADS, Download, builtin, fetch_dataset
+from minigpt.text.datasets import DOWNLOADS, Download, builtin, dataset_path
 
 BODY = bytes(range(256)) * 1000
 
@@ -80,20 +80,20 @@ def test_a_download_is_checked_kept_and_not_fetched_again(
 ) -> None:  # type: ignore[no-untyped-def]
     offer(f"{server}/good")
     progress: list[tuple[int, int]] = []
-    path = fetch_dataset("sample", tmp_path, lambda *n: progress.append(n))
+    path = dataset_path("sample", tmp_path, lambda *n: progress.append(n))
     assert path.read_bytes() == BODY
     assert progress[-1] == (len(BODY), len(BODY))
     assert [done for done, _ in progress] == sorted({done for done, _ in progress})
-    assert fetch_dataset("sample", tmp_path) == path
+    assert dataset_path("sample", tmp_path) == path
     assert Answer.requests == ["/good"]
     assert list(path.parent.iterdir()) == [path]
 
 
 def test_a_damaged_cached_download_is_fetched_again(server: str, offer, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     offer(f"{server}/good")
-    path = fetch_dataset("sample", tmp_path)
+    path = dataset_path("sample", tmp_path)
     path.write_bytes(BODY[::-1])
-    assert fetch_dataset("sample", tmp_path).read_bytes() == BODY
+    assert dataset_path("sample", tmp_path).read_bytes() == BODY
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_a_bad_download_says_why_and_leaves_nothing(
     monkeypatch.setattr(datasets, "TIMEOUT_S", 0.2)
     offer(f"{server}/{page}")
     with pytest.raises(DataError) as caught:
-        fetch_dataset("sample", tmp_path)
+        dataset_path("sample", tmp_path)
     message = str(caught.value)
     assert reason in message
     assert f"could not download sample from {server}/{page}" in message
@@ -129,7 +129,7 @@ def test_a_server_that_never_stops_is_hung_up_on(server: str, offer, tmp_path: P
     offer(f"{server}/endless")
     done = []
     with pytest.raises(DataError):
-        fetch_dataset("sample", tmp_path, lambda n, _: done.append(n))
+        dataset_path("sample", tmp_path, lambda n, _: done.append(n))
     assert max(done) <= len(BODY) + datasets.BLOCK_BYTES
 
 
@@ -139,7 +139,7 @@ def test_no_network_is_a_data_error(offer, tmp_path: Path, monkeypatch: pytest.M
         port = unused.getsockname()[1]
     offer(f"http://127.0.0.1:{port}/")
     with pytest.raises(DataError, match="Connection refused"):
-        fetch_dataset("sample", tmp_path)
+        dataset_path("sample", tmp_path)
 
 
 def test_a_cache_that_cannot_be_written_is_a_resource_error(
@@ -148,12 +148,12 @@ def test_a_cache_that_cannot_be_written_is_a_resource_error(
     offer(f"{server}/good")
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ResourceError, match="MINIGPT_CACHE_DIR"):
-        fetch_dataset("sample", tmp_path / "file")
+        dataset_path("sample", tmp_path / "file")
 
 
 def test_an_unknown_corpus_names_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"Did you mean shakespeare\?"):
-        fetch_dataset("shakspeare", tmp_path)
+        dataset_path("shakspeare", tmp_path)
 
 
 def test_shakespeare_is_the_file_that_the_field_uses(shared: Path) -> None:
