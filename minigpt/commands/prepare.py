@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
     from minigpt.text.building import Work
     from minigpt.text.shard_files import Manifest
-    from minigpt.text.tokenizer import Tokenizer
 
 _DEFAULTS = DataConfig(**PRESETS["nano"]["data"])
 
@@ -54,12 +53,17 @@ def prepare(
 
     config = build(DataConfig, to_dict(_DEFAULTS) | {"paths": data or []} | settings)
     folder = Path(out).expanduser()
+    tokenizer = None
+    if from_ is not None:
+        from minigpt.commands.train.finetune import read_base
+
+        tokenizer = read_base(from_).tokenizer
     with ProgressLine("reading") as progress:
         prepared, work = prepare_folder(
             config,
             folder,
             on_progress=progress.preparing,
-            tokenizer=None if from_ is None else _tokenizer_of(from_),
+            tokenizer=tokenizer,
             n_workers=workers or 0,
         )
     if as_json:
@@ -67,13 +71,6 @@ def prepare(
     else:
         output.show(_lines(folder, prepared.manifest, work))
         output.note(f"next    {command_line('train', str(folder))}")
-
-
-def _tokenizer_of(spec: str) -> "Tokenizer":
-    """Return the tokenizer that ``minigpt train --from`` would train with."""
-    from minigpt.commands.train.finetune import read_base
-
-    return read_base(spec).tokenizer
 
 
 def _record(folder: "Path", manifest: "Manifest", work: "Work") -> dict[str, Any]:

@@ -39,8 +39,6 @@ class Download:
     """Size in bytes."""
     sha256: str
     """sha256 of the file, in hex."""
-    licence: str
-    """Terms of use."""
 
 
 DOWNLOADS = {
@@ -48,7 +46,6 @@ DOWNLOADS = {
         url="https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
         size=1_115_394,
         sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
-        licence="public domain",
     ),
 }
 

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
 
@@ -19,7 +20,6 @@ from minigpt.text.building import (
     opened_corpus,
 )
 from minigpt.text.shard_files import (
-    DAMAGED,
     MANIFEST,
     SCHEMA_VERSION,
     UNFINISHED,
@@ -28,9 +28,10 @@ from minigpt.text.shard_files import (
     is_ours,
     read_record,
     read_vocabulary,
+    reading,
     write_json,
 )
-from minigpt.text.shards import PreparedData, open_prepared, unreadable
+from minigpt.text.shards import PreparedData, open_prepared
 from minigpt.text.tokenizer import Tokenizer
 
 _LOCK = ".lock"
@@ -83,8 +84,9 @@ def prepare_folder(
 def build_resumable(folder: Path, corpus: Corpus, n_workers: int = 0) -> Work:
     """Build a corpus as ``build`` does, from the last intact shard of an interrupted call."""
     try:
-        tokenizer, shards, places = _resumed(folder, corpus)
-    except (*DAMAGED, DataError):
+        with reading(folder):
+            tokenizer, shards, places = _resumed(folder, corpus)
+    except DataError:
         tokenizer, shards, places = begin(folder, corpus), [], []
 
     def write_record() -> None:
@@ -112,9 +114,9 @@ def build_resumable(folder: Path, corpus: Corpus, n_workers: int = 0) -> Work:
 
 
 def _resumed(folder: Path, corpus: Corpus) -> tuple[Tokenizer, list[Shard], list[Place]]:
-    """Read the vocabulary, intact shards and their ends of an earlier call.
+    """Read the vocabulary, intact shards and their ends of an earlier call for the same corpus.
 
-    Raises: one of DAMAGED, or DataError, if there was none for the same corpus.
+    Raises: errors of ``reading``, or DataError, if there was none.
     """
     record, tokenizer = read_record(folder / UNFINISHED), read_vocabulary(folder)
     found = (record["identity"], record["tokenizer_fingerprint"])
@@ -128,10 +130,9 @@ def tidy(folder: Path) -> None:
     """Delete the files of an interrupted build that cannot be resumed."""
     if (folder / MANIFEST).exists():  # interrupted when everything was done
         return
-    try:
+    kept = set()
+    with suppress(DataError), reading(folder):
         kept = {shard.name for shard in read_record(folder / UNFINISHED)["shards"]}
-    except DAMAGED:
-        kept = set()
     for path in folder.iterdir():
         if is_ours(path) and not (kept and path.name in (*kept, UNFINISHED, VOCABULARY)):
             path.unlink()
@@ -143,13 +144,12 @@ def _is_finished(folder: Path, identity: str) -> bool:
     Raises: ConfigError if it holds another one, whole or not.
     """
     is_finished = (folder / MANIFEST).exists()
-    try:
-        record = read_record(folder / (MANIFEST if is_finished else UNFINISHED))
-    except FileNotFoundError:
+    path = folder / (MANIFEST if is_finished else UNFINISHED)
+    if not path.exists():
         return False
-    except DAMAGED as error:
-        raise unreadable(folder, error) from None
-    if record["identity"] != identity:
+    with reading(folder):
+        found = read_record(path)["identity"]
+    if found != identity:
         raise ConfigError(
             f"the folder {str(folder)!r} holds another text, or tokens of another tokenizer. "
             "Delete it, or name another --out."
@@ -190,10 +190,8 @@ def prepared_tokenizer(words: Sequence[str]) -> str | None:
     folder = prepared_folder(words)
     if folder is None:
         return None
-    try:
+    with reading(folder):
         return str(read_record(folder / MANIFEST)["tokenizer"])
-    except DAMAGED as error:
-        raise unreadable(folder, error) from None
 
 
 def open_named(data: DataConfig, tokenizer: Tokenizer | None) -> PreparedData | None:

@@ -7,12 +7,14 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
 
+from minigpt.errors import DataError
 from minigpt.files import WRITING, sha256, sync_file, writing_aside
 from minigpt.text.tokenizer import Tokenizer
 
@@ -25,8 +27,6 @@ MANIFEST = "manifest.json"
 VOCABULARY = "vocabulary.json"
 UNFINISHED = "unfinished.json"
 _SHARD = re.compile(r"tokens-\d+\.bin")
-DAMAGED = (OSError, ValueError, KeyError, TypeError)
-"""Errors of reading a record that is missing or damaged."""
 _FILES = "|".join([*map(re.escape, (MANIFEST, VOCABULARY, UNFINISHED)), _SHARD.pattern])
 
 
@@ -78,11 +78,20 @@ class Manifest:
     """Names of the files, as the user first gave them."""
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """Read the record of a prepared folder: MANIFEST, or UNFINISHED.
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Turn errors of files that are missing or damaged into DataError."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise DataError(
+            f"the prepared corpus {str(folder)!r} cannot be read ({reason}). Delete that folder."
+        ) from None
 
-    Raises: one of DAMAGED.
-    """
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Read MANIFEST or UNFINISHED of a prepared folder; errors are those of ``reading``."""
     values: dict[str, Any] = json.loads(path.read_bytes())
     if values["schema_version"] != SCHEMA_VERSION:
         raise ValueError(f"its schema version is {values['schema_version']!r}")
@@ -95,10 +104,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def read_vocabulary(folder: Path) -> Tokenizer:
-    """Read the tokenizer of a prepared folder.
-
-    Raises: OSError, ValueError or DataError if it is missing or damaged.
-    """
+    """Read the tokenizer of a prepared folder; errors are those of ``reading``, or DataError."""
     return Tokenizer.from_dict(json.loads((folder / VOCABULARY).read_bytes()))
 
 

@@ -21,7 +21,7 @@ from minigpt.errors import DataError
 from minigpt.files import WRITING, locked
 from minigpt.rings import has_ring, ring
 from minigpt.text.building import Corpus, PrepareProgress, begin, build, opened_corpus
-from minigpt.text.shard_files import DAMAGED, MANIFEST, Manifest, read_record, read_vocabulary
+from minigpt.text.shard_files import MANIFEST, Manifest, read_record, read_vocabulary, reading
 from minigpt.text.tokenizer import Tokenizer
 
 _PREPARED_FOLDERS = "text.prepared_folders"
@@ -173,7 +173,7 @@ def open_prepared(folder: Path) -> PreparedData:
 
     Raises: DataError if it is missing, incomplete or damaged.
     """
-    try:
+    with reading(folder):
         manifest = Manifest(**read_record(folder / MANIFEST))
         tokenizer = read_vocabulary(folder)
         is_whole = tokenizer.fingerprint == manifest.tokenizer_fingerprint
@@ -184,16 +184,6 @@ def open_prepared(folder: Path) -> PreparedData:
             is_whole &= len(array) == shard.n_tokens and shard.is_intact(folder)
             arrays.append(array)
             digest.update(shard.sha256.encode())
-    except DAMAGED as error:
-        raise unreadable(folder, error) from None
     if not is_whole:
         raise DataError(f"the prepared corpus {str(folder)!r} is damaged. Delete that folder.")
     return PreparedData(tokenizer, TokenDataset(arrays, digest.hexdigest()), manifest, folder)
-
-
-def unreadable(folder: Path, error: Exception) -> DataError:
-    """Return the error for a prepared corpus that cannot be read."""
-    reason = f"{type(error).__name__}: {error}"
-    return DataError(
-        f"the prepared corpus {str(folder)!r} cannot be read ({reason}). Delete that folder."
-    )

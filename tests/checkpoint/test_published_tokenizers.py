@@ -433,7 +433,7 @@ def test_tokenizer_config_decides_whether_prompts_begin_with_a_token() -> None:
         prefix(data, add_bos_token=True, bos_token="nowhere")
 
 
-def test_texts_end_as_is_said_or_with_the_usual_token() -> None:
+def test_end_of_text_ids_are_the_given_ones_or_the_usual_token() -> None:
     data, _ = published(llama3)
     assert tokenizer_from_json(data, "x").end_of_text is None
     end = data["added_tokens"][1]["id"]

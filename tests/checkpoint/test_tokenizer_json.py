@@ -163,7 +163,7 @@ def test_files_with_tampered_merges_encode_as_the_tokenizers_library_does() -> N
     assert min(kinds.count(TiktokenTokenizer), kinds.count(ImportedTokenizer)) > 15
 
 
-def test_pattern_that_the_other_dialect_reads_otherwise_is_not_written() -> None:
+def test_pattern_with_another_meaning_in_oniguruma_is_not_written() -> None:
     ranks = {bytes([b]): b for b in range(256)}
     tokenizer = TiktokenTokenizer("x", make_encoding("x", r"(?:ab){2,3}+|(?s:.)", ranks, {}))
     with pytest.raises(CheckpointError, match=r"'\{2,3\}\+' means something else"):

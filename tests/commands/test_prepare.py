@@ -1,4 +1,4 @@
-"""minigpt prepare: what it says, and that a folder of its trains as its text does."""
+"""minigpt prepare: its output, and training on its folders."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def facts_of(result: Result) -> dict[str, Any]:
     return facts
 
 
-def test_it_reports_tokens_bytes_per_token_and_speed(run: Run) -> None:
+def test_prepare_reports_tokens_bytes_per_token_and_speed(run: Run) -> None:
     words = ["prepare", "corpus.txt", "--tokenizer", "bpe:300", "--out"]
     facts = facts_of(run(*words, "a", "--json"))
     n_bytes, n_tokens = len(TEXT.encode()), facts["n_tokens"]
@@ -59,7 +59,7 @@ speed   \S+ MB/s: 3\.42 kB in \d+\.\d s
     assert facts_of(run(*words, "b", "--json"))["mb_per_s"] is None
 
 
-def test_it_needs_no_torch(workplace: Path) -> None:
+def test_prepare_does_not_import_torch(workplace: Path) -> None:
     code = (
         "import sys\n"
         "from minigpt.commands import main\n"
@@ -97,9 +97,7 @@ def test_a_prepared_folder_trains_as_its_text_does(run: Run) -> None:
     assert losses[0] == losses[1]
 
 
-def test_from_a_model_it_takes_the_tokenizer_that_training_from_it_wants(
-    run: Run, workplace: Path
-) -> None:
+def test_prepare_from_a_model_uses_its_tokenizer(run: Run, workplace: Path) -> None:
     tokenizer = train_bpe([TEXT], 290)
     write_model(workplace / "m", small_model(vocab_size=tokenizer.vocab_size), tokenizer)
     facts = facts_of(run("prepare", "corpus.txt", "--from", "m", "--out", "tokens", "--json"))
@@ -114,7 +112,7 @@ def test_from_a_model_it_takes_the_tokenizer_that_training_from_it_wants(
     assert "another tokenizer than the model's ('bytes')" in error_line(refused)
 
 
-def test_interrupted_and_called_again_it_goes_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_prepare_is_resumed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = [json.dumps({"text": TEXT[: 40 * i]}) + "\n" for i in range(1, 60)]
     Path("docs.jsonl").write_text("".join(lines))
     monkeypatch.setattr(shard_files, "MAX_SHARD_TOKENS", 10_000)
@@ -163,7 +161,7 @@ def test_interrupted_and_called_again_it_goes_on(run: Run, monkeypatch: pytest.M
         ("train tokens corpus.txt", 3, ["'tokens' is a prepared corpus", "Name it alone"]),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_line(
+def test_invalid_calls_are_refused_in_one_line(
     run: Run, words: str, code: int, said: list[str]
 ) -> None:
     if words.startswith("train"):

@@ -1,4 +1,4 @@
-"""Prepared folders: the same bytes whatever the workers, and wherever the work was broken off."""
+"""Prepared folders: the same bytes for any number of workers, and after any interruption."""
 
 import errno
 import json
@@ -34,7 +34,7 @@ WORDS = ["the owl ", "a nest, ", "né ", "世界 ", "tree\n", "<|endoftext|> ", 
 
 
 class Killed(BaseException):
-    """Ends a preparation as kill -9 would: nothing is tidied."""
+    """Ends a preparation as SIGKILL would: no file is deleted."""
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def texts() -> list[str]:
 
 @pytest.fixture
 def data(texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DataConfig:
-    """The documents in two files, of which the second is packed; and units that are small."""
+    """The documents in two files; pieces, chunks and shards are small."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(corpus, "PIECE_CHARS", 900)
     monkeypatch.setattr(corpus, "LOOKAHEAD_CHARS", 400)
@@ -86,7 +86,7 @@ def tokens_of(data: PreparedData) -> list[int]:
     return whole.windows(np.array([0]), len(whole))[0].tolist()
 
 
-def test_tokens_are_those_of_a_plain_loop_whatever_the_number_of_workers(
+def test_tokens_equal_a_plain_loop_for_any_number_of_workers(
     prepared: Prepare, texts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encode, draw = building._encode, random.Random(1)
@@ -113,7 +113,7 @@ def test_tokens_are_those_of_a_plain_loop_whatever_the_number_of_workers(
 
 
 @pytest.mark.parametrize("val_fraction", [0.1, 0.7])
-def test_no_merge_is_learned_from_what_validates(
+def test_no_merge_is_learned_from_validation_text(
     val_fraction: float, data: DataConfig, texts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = replace(data, val_fraction=val_fraction)
@@ -131,7 +131,7 @@ def test_no_merge_is_learned_from_what_validates(
     assert made.fingerprint == train_bpe(texts, 300).fingerprint
 
 
-def test_a_folder_has_the_tokens_and_the_fingerprint_that_the_cache_has(
+def test_prepared_folder_equals_prepared_cache(
     prepared: Prepare, data: DataConfig, tmp_path: Path
 ) -> None:
     in_folder, work = prepared()
@@ -158,7 +158,7 @@ def kill_at_sync(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepared_folders, "tidy", lambda folder: None)
 
 
-def test_killed_anywhere_and_called_again_it_goes_on_and_gives_the_same_bytes(
+def test_preparation_killed_anywhere_resumes_and_gives_the_same_bytes(
     prepared: Prepare, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, _ = prepared("whole")
@@ -184,7 +184,7 @@ def test_killed_anywhere_and_called_again_it_goes_on_and_gives_the_same_bytes(
     assert prepared("whole")[1] == Work(0, 0.0)
 
 
-def test_a_process_killed_in_the_middle_is_gone_on_with_in_another(
+def test_preparation_of_a_killed_process_is_resumed_by_another(
     prepared: Prepare, tmp_path: Path
 ) -> None:
     code = """
@@ -210,7 +210,7 @@ prepare_folder(data, Path("out"), Path("cache"), kill, n_workers=3)
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "missing"])
-def test_of_a_broken_off_preparation_only_what_is_intact_is_kept(
+def test_resumed_preparation_keeps_only_intact_shards(
     prepared: Prepare, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
     whole, _ = prepared("whole")
@@ -238,7 +238,7 @@ def test_of_a_broken_off_preparation_only_what_is_intact_is_kept(
     ]
 
 
-def test_a_broken_off_preparation_with_another_vocabulary_begins_anew(
+def test_interrupted_preparation_with_another_vocabulary_starts_again(
     prepared: Prepare, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, _ = prepared("whole")
@@ -253,7 +253,7 @@ def test_a_broken_off_preparation_with_another_vocabulary_begins_anew(
     assert contents(again.folder) == contents(whole.folder)
 
 
-def test_an_error_leaves_full_shards_or_nothing(
+def test_error_leaves_complete_shards_or_nothing(
     prepared: Prepare, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(descriptor: int) -> None:
@@ -280,7 +280,7 @@ def test_an_error_leaves_full_shards_or_nothing(
     assert contents(again.folder) == contents(prepared("whole")[0].folder)
 
 
-def test_a_killed_preparation_in_the_cache_is_gone_on_with(
+def test_killed_preparation_in_the_cache_is_resumed(
     data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = prepare(data, tmp_path / "other")
@@ -302,7 +302,7 @@ def test_a_killed_preparation_in_the_cache_is_gone_on_with(
     assert not list((tmp_path / "cache").rglob(".writing-*"))
 
 
-def test_a_folder_of_something_else_is_refused_and_left_as_it_is(
+def test_folder_with_other_contents_is_refused_and_unchanged(
     prepared: Prepare, data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refused(message: str, **changes: object) -> None:
@@ -327,7 +327,7 @@ def test_a_folder_of_something_else_is_refused_and_left_as_it_is(
     refused("another text, or tokens of another tokenizer")
 
 
-def test_two_at_the_same_folder_are_too_many(prepared: Prepare, tmp_path: Path) -> None:
+def test_folder_that_another_process_prepares_is_refused(prepared: Prepare, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with (
         FileLock(tmp_path / "out/.lock"),
@@ -336,7 +336,7 @@ def test_two_at_the_same_folder_are_too_many(prepared: Prepare, tmp_path: Path) 
         prepared()
 
 
-def test_a_prepared_folder_goes_alone_finished_and_with_its_own_tokenizer(
+def test_prepared_folder_must_be_finished_alone_and_have_the_same_tokenizer(
     prepared: Prepare, data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:

@@ -1,4 +1,4 @@
-"""What the user's words stand for, and what the files say."""
+"""Finding the files of a corpus, and reading their documents."""
 
 import codecs
 import gzip
@@ -51,7 +51,7 @@ def write(name: str, data: str | bytes) -> None:
     path.write_bytes(data if isinstance(data, bytes) else data.encode())
 
 
-def test_files_are_read_in_the_order_given_whatever_their_suffix(folder: Path) -> None:
+def test_files_with_any_suffix_are_read_in_the_given_order(folder: Path) -> None:
     write("b.txt", "b")
     write("a.py", "a")
     assert texts("b.txt", "a.py") == ["b", "a"]
@@ -93,7 +93,7 @@ def test_lone_surrogates_in_jsonl_become_the_replacement_character(folder: Path)
 
 
 @pytest.mark.parametrize(("suffix", "module"), [(".gz", gzip), (".xz", lzma)])
-def test_packed_files_say_what_they_say_unpacked(folder: Path, suffix: str, module) -> None:  # type: ignore[no-untyped-def]
+def test_packed_files_are_unpacked(folder: Path, suffix: str, module) -> None:  # type: ignore[no-untyped-def]
     write(f"d/a.txt{suffix}", module.compress("café".encode()))
     write(f"d/b.jsonl{suffix}", module.compress(b'{"text": "one"}\n{"text": "two"}\n'))
     assert texts("d") == ["café", "one", "two"]
@@ -118,7 +118,7 @@ def test_a_pipe_is_read_like_a_file(folder: Path) -> None:
     writer.join()
 
 
-def test_no_words_stand_for_the_builtin_corpus_and_a_name_for_its_own(
+def test_default_is_the_builtin_corpus_and_names_are_looked_up(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(datasets, "dataset_path", lambda name, *_: Path(f"{name}.txt"))
@@ -128,7 +128,7 @@ def test_no_words_stand_for_the_builtin_corpus_and_a_name_for_its_own(
     assert texts("shakespeare", "builtin") == ["verse", "prose"]
 
 
-def test_a_path_goes_before_a_corpus_of_the_same_name(folder: Path) -> None:
+def test_path_takes_precedence_over_a_corpus_name(folder: Path) -> None:
     write("shakespeare", "mine")
     assert texts("shakespeare") == ["mine"]
 
@@ -153,7 +153,7 @@ def test_pieces_join_to_the_document_and_only_the_first_is_its_start(
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
 @pytest.mark.parametrize("name", ["bytes", "bpe:400", "gpt2", "cl100k_base"])
-def test_tokens_of_the_pieces_are_those_of_the_whole(
+def test_tokens_of_pieces_equal_tokens_of_the_whole(
     folder: Path, shared: Path, monkeypatch: pytest.MonkeyPatch, name: str, newline: str
 ) -> None:
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared / "tiktoken"))
@@ -187,7 +187,7 @@ def test_a_long_file_is_read_in_bounded_memory(folder: Path) -> None:
     assert peak < 10 * 2**20
 
 
-def test_the_content_hash_follows_what_files_say_and_not_their_names(folder: Path) -> None:
+def test_content_hash_depends_on_contents_and_order_not_names(folder: Path) -> None:
     def of(*words: str) -> str:
         return content_hash(find_files(words, folder, folder))
 
@@ -233,7 +233,7 @@ def test_a_folder_or_glob_without_text_files_says_how_to_name_others(folder: Pat
     assert "no file matches 'd/*.txt'" in str(error("d/*.txt"))
 
 
-def test_a_binary_file_names_the_place_of_its_nul_byte(
+def test_error_of_a_binary_file_names_the_position_of_its_nul_byte(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(corpus, "BLOCK_BYTES", 8)
@@ -242,7 +242,7 @@ def test_a_binary_file_names_the_place_of_its_nul_byte(
 
 
 @pytest.mark.parametrize("block_bytes", [1, 4, 100])
-def test_a_file_that_is_not_utf8_names_the_place_and_the_remedy(
+def test_error_of_a_file_that_is_not_utf8_names_the_position_and_the_remedy(
     folder: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int
 ) -> None:
     monkeypatch.setattr(corpus, "BLOCK_BYTES", block_bytes)
@@ -258,7 +258,7 @@ def test_a_file_that_is_not_utf8_names_the_place_and_the_remedy(
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
-def test_a_utf16_file_is_told_how_to_be_converted(folder: Path, encoding: str) -> None:
+def test_error_of_a_utf16_file_shows_how_to_convert_it(folder: Path, encoding: str) -> None:
     write("a.txt", "\ufeff".encode(encoding) * (encoding != "utf-16") + "text".encode(encoding))
     assert "iconv -f UTF-16 -t UTF-8" in str(error("a.txt"))
 

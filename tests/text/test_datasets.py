@@ -1,4 +1,4 @@
-"""Named corpora: downloads from a server that misbehaves, and the built-in prose."""
+"""Named corpora: failing downloads, and the built-in corpus."""
 
 import ast
 import hashlib
@@ -70,14 +70,12 @@ def offer(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
 
     def add(url: str) -> None:
         sha256 = hashlib.sha256(BODY).hexdigest()
-        monkeypatch.setitem(DOWNLOADS, "sample", Download(url, len(BODY), sha256, "none"))
+        monkeypatch.setitem(DOWNLOADS, "sample", Download(url, len(BODY), sha256))
 
     return add
 
 
-def test_a_download_is_checked_kept_and_not_fetched_again(
-    server: str, offer, tmp_path: Path
-) -> None:  # type: ignore[no-untyped-def]
+def test_download_is_verified_and_cached(server: str, offer, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     offer(f"{server}/good")
     progress: list[tuple[int, int]] = []
     path = dataset_path("sample", tmp_path, lambda *n: progress.append(n))
@@ -106,7 +104,7 @@ def test_a_damaged_cached_download_is_fetched_again(server: str, offer, tmp_path
         ("silent", "timed out"),
     ],
 )
-def test_a_bad_download_says_why_and_leaves_nothing(
+def test_failed_download_names_its_cause_and_leaves_no_file(
     server: str,
     offer,
     tmp_path: Path,
@@ -125,7 +123,7 @@ def test_a_bad_download_says_why_and_leaves_nothing(
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-def test_a_server_that_never_stops_is_hung_up_on(server: str, offer, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_download_stops_after_the_expected_size(server: str, offer, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     offer(f"{server}/endless")
     done = []
     with pytest.raises(DataError):
@@ -156,7 +154,7 @@ def test_an_unknown_corpus_names_the_nearest(tmp_path: Path) -> None:
         dataset_path("shakspeare", tmp_path)
 
 
-def test_shakespeare_is_the_file_that_the_field_uses(shared: Path) -> None:
+def test_shakespeare_is_nanogpts_file(shared: Path) -> None:
     data = (shared / "data" / "tinyshakespeare.txt").read_bytes()
     wanted = DOWNLOADS["shakespeare"]
     assert wanted.size == len(data)
@@ -182,7 +180,7 @@ def test_the_builtin_corpus_is_a_megabyte_of_sentences(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_builtin_corpus_is_the_same_whatever_the_hash_seed(tmp_path: Path) -> None:
+def test_builtin_corpus_does_not_depend_on_the_hash_seed(tmp_path: Path) -> None:
     code = "import sys, pathlib, minigpt.text.datasets as d; d.builtin(pathlib.Path(sys.argv[1]))"
     made = []
     for seed in ("1", "2"):
@@ -193,14 +191,12 @@ def test_the_builtin_corpus_is_the_same_whatever_the_hash_seed(tmp_path: Path) -
     assert made[0] == made[1]
 
 
-def test_the_builtin_corpus_is_made_without_importing_what_it_reads(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_builtin_corpus_imports_no_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "antigravity.py").write_text('"""Up."""\nraise SystemExit("imported")\n')
     monkeypatch.setattr(datasets.sysconfig, "get_path", lambda name: str(tmp_path))
     assert datasets._library_docstrings() == ["Up."]
 
 
-def test_docstrings_come_in_the_order_of_their_lines() -> None:
+def test_docstrings_are_in_source_order() -> None:
     source = '"""a"""\nclass A:\n """b"""\n async def f(): "c"\nif 1:\n def h(): "no"\ndef g(): "d"'
     assert list(datasets._docstrings(ast.parse(source))) == ["a", "b", "c", "d"]

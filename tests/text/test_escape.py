@@ -1,4 +1,4 @@
-"""Untrusted text on a terminal: held to the lists of what terminals and Unicode take as orders."""
+"""Escaping of untrusted text, against Unicode's and terminals' control characters."""
 
 import sys
 import unicodedata
@@ -12,14 +12,14 @@ BIDI_CONTROLS = [0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 
 C0_AND_C1 = [*range(0x20), *range(0x7F, 0xA0)]
 
 
-def test_no_character_that_steers_a_terminal_is_printable() -> None:
+def test_printable_text_has_no_terminal_control_characters() -> None:
     steering = {*map(chr, [*C0_AND_C1, *BIDI_CONTROLS, 0x2028, 0x2029, 0xFEFF, 0xD800, 0xDFFF])}
     steering -= {"\n", "\t"}
     for character in steering:
         assert not steering & set(printable(f"a{character}b")), hex(ord(character))
 
 
-def test_what_is_shown_of_any_character_at_all_can_be_encoded_and_steers_nothing() -> None:
+def test_escaped_text_of_every_character_is_encodable_and_harmless() -> None:
     shown: set[str] = set()
     for start in range(0, sys.maxunicode + 1, 4096):
         text = "".join(map(chr, range(start, start + 4096)))
@@ -32,7 +32,7 @@ def test_what_is_shown_of_any_character_at_all_can_be_encoded_and_steers_nothing
 @pytest.mark.parametrize(
     "text", ["", "plain", "Grüße, 世界\n\tend", "e\u0301", "می\u200cشود", "👩\u200d🚀"]
 )
-def test_text_that_steers_nothing_is_printed_as_it_is(text: str) -> None:
+def test_harmless_text_is_unchanged(text: str) -> None:
     assert printable(text) == text
 
 
@@ -41,24 +41,24 @@ def test_escapes_name_the_character() -> None:
     assert printable(hostile) == r"\x1b]0;title\x07 \x9b31m \u202e \U000e0041"
 
 
-def test_a_token_shows_its_blanks_breaks_and_half_characters() -> None:
+def test_visible_shows_spaces_line_breaks_and_partial_characters() -> None:
     assert visible(b" a\n\t\r\\") == r"␣a\n\t\r\\"
     assert visible("é".encode()[:1]) == r"\xc3"
     assert visible("é".encode()[1:]) == r"\xa9"
     assert visible(b"\xff\xfe") == r"\xff\xfe"
 
 
-def test_a_token_is_one_line_with_nothing_hidden_or_joined() -> None:
+def test_visible_is_one_line_without_hidden_or_combining_characters() -> None:
     assert visible("\u0301a".encode()) == r"\u0301a"  # a mark that would join the column before it
     assert visible("\u00a0\u3000\u200d".encode()) == r"\xa0\u3000\u200d"
 
 
-def test_different_tokens_of_one_byte_are_shown_differently() -> None:
+def test_visible_distinguishes_all_bytes() -> None:
     shown = [visible(bytes([b])) for b in range(256)]
     assert len(set(shown)) == 256
 
 
-def test_jamo_and_skin_tones_stand_alone_and_fillers_show() -> None:
+def test_jamo_skin_tones_and_fillers_are_escaped() -> None:
     for hidden in "\u1160\u3164\uffa0\ud7b0\U0001f3fd":
         assert visible(hidden.encode()) == hidden.encode("unicode_escape").decode()
     assert visible("\uac00\u1100".encode()) == "\uac00\u1100"  # a syllable, a first consonant

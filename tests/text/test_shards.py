@@ -59,9 +59,7 @@ def files(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(("tokenizer", "dtype"), [("bytes", "<u2"), ("bpe:300", "<u2")])
-def test_each_document_comes_after_end_of_text(
-    prepared: Prepare, tokenizer: str, dtype: str
-) -> None:
+def test_end_of_text_precedes_each_document(prepared: Prepare, tokenizer: str, dtype: str) -> None:
     texts = ["the owl\n" * 30, "né <|endoftext|> the nest"]
     data = prepared(*texts, tokenizer=tokenizer)
     end = data.tokenizer.end_of_text
@@ -102,7 +100,7 @@ def imported(specials: dict[str, int], end_of_text_ids: tuple[int, ...] = ()) ->
     ],
     ids=["neither", "end", "end and begin", "begin", "one for both"],
 )
-def test_a_vocabulary_that_is_there_is_used_and_its_own_tokens_part_documents(
+def test_given_vocabulary_is_used_and_its_tokens_separate_documents(
     prepared: Prepare, tokenizer: Tokenizer, separator: list[int]
 ) -> None:
     texts = ["the owl <s> <|endoftext|>\n", "né"]
@@ -123,7 +121,7 @@ def test_vocabularies_of_one_name_do_not_share_a_preparation(prepared: Prepare) 
     assert again.tokens.fingerprint == ours.tokens.fingerprint
 
 
-def test_pieces_of_a_document_have_the_tokens_of_the_whole(
+def test_tokens_of_pieces_equal_tokens_of_the_whole_document(
     prepared: Prepare, shared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SentencePiece puts a space before a text, and none before its later pieces."""
@@ -147,7 +145,7 @@ def test_large_vocabularies_are_stored_as_four_bytes(
     assert tokens_of(data) == [100257, 15339, 1917]  # tiktoken's cookbook
 
 
-def test_shakespeare_leaves_exactly_nanogpts_validation_text(shared: Path, tmp_path: Path) -> None:
+def test_shakespeare_is_split_as_in_nanogpt(shared: Path, tmp_path: Path) -> None:
     path = shared / "data" / "tinyshakespeare.txt"
     text = path.read_bytes()
     data = prepare(DataConfig(paths=(str(path),)), tmp_path)
@@ -159,9 +157,7 @@ def test_shakespeare_leaves_exactly_nanogpts_validation_text(shared: Path, tmp_p
     assert bytes(train.windows(np.array([1]), len(train) - 1)[0].tolist()) == text[:border]
 
 
-def test_windows_cross_the_borders_of_shards(
-    prepared: Prepare, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_windows_may_span_shards(prepared: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shard_files, "MAX_SHARD_TOKENS", 10)
     text = "".join(chr(33 + i % 90) for i in range(203))
     data = prepared(text)
@@ -245,7 +241,7 @@ def test_a_copied_cache_is_checked_by_its_hashes(prepared: Prepare, tmp_path: Pa
     assert tokens_of(open_prepared(copy)) == tokens_of(data)
 
 
-def test_a_killed_preparation_leaves_nothing_that_is_used(tmp_path: Path) -> None:
+def test_killed_preparation_leaves_no_usable_files(tmp_path: Path) -> None:
     corpus = tmp_path / "a.txt"
     corpus.write_text("the owl and the nest\n" * 150_000)
     code = """
@@ -267,7 +263,7 @@ prepare(DataConfig(paths=(sys.argv[1],)), pathlib.Path(sys.argv[2]), kill)
     assert not list(cache.rglob(".writing-*"))
 
 
-def test_a_full_disk_is_a_resource_error_and_gives_its_space_back(
+def test_full_disk_is_a_resource_error_and_leaves_no_files(
     prepared: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(descriptor: int) -> None:
@@ -281,14 +277,14 @@ def test_a_full_disk_is_a_resource_error_and_gives_its_space_back(
     assert len(prepared("a text").tokens) == 7
 
 
-def test_a_cache_that_is_no_folder_is_a_resource_error(tmp_path: Path) -> None:
+def test_cache_that_is_not_a_folder_is_a_resource_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(ResourceError, match=r"Not a directory.*MINIGPT_CACHE_DIR"):
         prepare(DataConfig(paths=(str(tmp_path / "a.txt"),)), tmp_path / "file")
 
 
-def test_a_misspelt_tokenizer_fails_before_the_corpus_is_looked_for(tmp_path: Path) -> None:
+def test_misspelled_tokenizer_fails_before_the_corpus_is_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="Did you mean gpt2"):
         prepare(DataConfig(paths=("/nowhere",), tokenizer="gpt3"), tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
@@ -324,7 +320,7 @@ def test_progress_ends_with_all_bytes_in_every_stage(prepared: Prepare) -> None:
     assert {progress.total for progress in seen} == {total}
 
 
-def test_the_cache_holds_no_pickle(prepared: Prepare) -> None:
+def test_cache_contains_only_json_and_tokens(prepared: Prepare) -> None:
     data = prepared("a text", tokenizer="bpe:300")
     json.loads((data.folder / "manifest.json").read_text())
     vocabulary = json.loads((data.folder / "vocabulary.json").read_text())
@@ -332,7 +328,7 @@ def test_the_cache_holds_no_pickle(prepared: Prepare) -> None:
     assert files(data.folder) == ["manifest.json", "tokens-00000.bin", "vocabulary.json"]
 
 
-def test_preparing_and_reading_take_bounded_memory(prepared: Prepare) -> None:
+def test_preparing_and_reading_use_bounded_memory(prepared: Prepare) -> None:
     text = "the owl and the nest and the tree\n" * 700_000  # 24 MB, 48 MB as tokens
     Path("0.txt").write_text(text)
     n_bytes = len(text)

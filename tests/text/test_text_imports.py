@@ -1,11 +1,19 @@
-"""The room of text stays light."""
+"""Imports of minigpt.text."""
 
 import subprocess
 import sys
 
 
-def test_importing_the_room_of_text_does_not_import_torch() -> None:
-    modules = ["batches", "building", "corpus", "datasets", "shards", "tokenizer"]
+def test_importing_minigpt_text_does_not_import_torch() -> None:
+    modules = [
+        "batches",
+        "building",
+        "corpus",
+        "datasets",
+        "prepared_folders",
+        "shards",
+        "tokenizer",
+    ]
     lines = [f"import minigpt.text.{name}" for name in modules]
     code = "; ".join([*lines, "import sys; print('torch' in sys.modules)"])
     result = subprocess.run(

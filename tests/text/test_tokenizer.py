@@ -73,7 +73,7 @@ def test_bpe_of_a_text_with_few_pairs_is_smaller_than_asked_for() -> None:
 @pytest.mark.parametrize(
     ("n_bytes", "vocab_size"), [(10, 258), (50_000, 307), (767_000, 1024), (1_100_000, 1024)]
 )
-def test_bpe_without_a_size_learns_a_merge_from_every_so_many_bytes(
+def test_bpe_without_a_size_depends_on_the_size_of_the_corpus(
     n_bytes: int, vocab_size: int
 ) -> None:
     letters = "".join(np.random.default_rng(0).choice(list("abcdefg "), size=n_bytes))
@@ -84,7 +84,7 @@ def test_bpe_without_a_size_learns_a_merge_from_every_so_many_bytes(
     assert tokenizer.fingerprint == same.fingerprint
 
 
-def test_bpe_reads_no_more_text_than_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bpe_reads_no_more_text_than_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "BPE_TRAINING_BYTES", 100)
     n_read = 0
 
@@ -145,7 +145,7 @@ def test_a_named_tokenizer_is_tiktokens(shared: Path, monkeypatch: pytest.Monkey
     assert (gpt2.vocab_size, gpt2.end_of_text) == (50257, 50256)
 
 
-def test_holes_and_special_tokens_have_no_bytes_of_text(
+def test_unused_ids_and_special_tokens_have_no_bytes_of_text(
     shared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared / "tiktoken"))
