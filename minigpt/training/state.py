@@ -131,21 +131,19 @@ def restore_state(
         found.setdefault(name, {})[key] = tensor
     for name, optimizer, parameter in _optimized(model, optimizers):
         state = found.pop(name, {})
-        if counters.step and state.keys() != _STATE_KEYS[type(optimizer)]:
+        has_keys = not counters.step or state.keys() == _STATE_KEYS[type(optimizer)]
+        if not has_keys or any(
+            key != "step" and tensor.shape != parameter.shape for key, tensor in state.items()
+        ):
             raise CheckpointError(
-                f"{str(path)!r} lacks the {type(optimizer).__name__} state of {name}. "
-                "Resume with the run's own settings."
+                f"{str(path)!r} has no {type(optimizer).__name__} state for {name} of shape "
+                f"{tuple(parameter.shape)}. Resume with the run's own settings."
             )
         for key, tensor in state.items():
-            if key != "step" and tensor.shape != parameter.shape:
-                raise CheckpointError(
-                    f"{str(path)!r}: {name}/{key} has shape {tuple(tensor.shape)}, but the "
-                    f"parameter has {tuple(parameter.shape)}. The state belongs to another model."
-                )
             optimizer.state[parameter][key] = world.shard_like(tensor, parameter)
     if found:
         raise CheckpointError(
             f"{str(path)!r} has state for {min(found)!r}, which the model does not have. "
-            "The state belongs to another model."
+            "Resume with the run's own settings."
         )
     return counters

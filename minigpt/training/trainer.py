@@ -325,7 +325,7 @@ class Trainer:
             lambda part: evaluate(self.model, part, lengths, dtype=self.dtype), batches
         )
         if not math.isfinite(result.nats):
-            raise self._diverged(self._at_step(f"validation loss {result.nats_per_token:.4g}"))
+            raise self.diverged(f"validation loss {result.nats_per_token:.4g}")
         self._evaluation = EvalEvent(
             step=self.step,
             val_loss=result.nats_per_token,
@@ -383,20 +383,17 @@ class Trainer:
             is_best=best.step == self.step,
         )
 
-    def diverged_in_sample(self) -> DivergedError:
-        """Return the error for NaN or inf in the logits of a sample."""
-        return self._diverged(self._at_step("a sample's logits are NaN or inf"))
+    def diverged(self, fact: str) -> DivergedError:
+        """Return the error for a divergence found at the current step, such as NaN in a sample."""
+        config, last = self.config.training, self._last_metrics
+        norm = f"gradient norm {last.grad_norm:.4g}, " if last else ""
+        lr = config.lr * lr_scale(config, self.progress)
+        return self._diverged(f"at step {self.step}: {fact}, {norm}lr {lr:.3g}")
 
     def _diverged(self, facts: str, remedy: str = "Try a lower --lr.") -> DivergedError:
         saved = self.folder.steps()
         kept = f"The checkpoint of step {saved[-1]} is kept." if saved else "Nothing was saved yet."
         return DivergedError(f"training diverged {facts}. {kept} {remedy}")
-
-    def _at_step(self, fact: str) -> str:
-        config, last = self.config.training, self._last_metrics
-        norm = f"gradient norm {last.grad_norm:.4g}, " if last else ""
-        lr = config.lr * lr_scale(config, self.progress)
-        return f"at step {self.step}: {fact}, {norm}lr {lr:.3g}"
 
 
 def _is_due(step: int, every: int | None) -> bool:

@@ -194,6 +194,6 @@ def draw_sample(model: LanguageModel, trainer: Trainer, config: SamplingConfig =
     try:
         text = "".join(item.text for item in stream_text(steps, tokenizer))
     except CheckpointError:  # NaN or inf in the logits
-        raise trainer.diverged_in_sample() from None
+        raise trainer.diverged("a sample's logits are NaN or inf") from None
     model.train()
     return text
