@@ -52,9 +52,7 @@ def source_effects(
     sources = [position for position in order if position != sink][:n_sources]
     controls = choose_controls(weights_S, sources, sink=sink)
     chosen: list[tuple[int, int | None]] = [(position, None) for position in sources]
-    chosen += [
-        (position, source) for source, position in enumerate(controls) if position is not None
-    ]
+    chosen += [(position, i) for i, position in enumerate(controls) if position is not None]
     positions = [position for position, _ in chosen]
     changes = knock_out(model, cache, tokens[-1].id, target, positions, knockout)
     return tuple(

@@ -10,6 +10,7 @@ C model dim.
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minigpt.model.attention import AttentionPass
@@ -52,9 +53,7 @@ class _ValueNorms:
         """Add the norms of new positions; ``end`` is one past the last of them."""
         n_new = new_values_LGTD.shape[2]
         if end > self.norms_LHP.shape[2]:
-            room = self.norms_LHP.new_empty(*self.norms_LHP.shape[:2], 2 * end)
-            room[:, :, : self.norms_LHP.shape[2]] = self.norms_LHP
-            self.norms_LHP = room
+            self.norms_LHP = F.pad(self.norms_LHP, (0, 2 * end - self.norms_LHP.shape[2]))
         added_LGRTD = new_values_LGTD.float()[:, :, None] @ self._factors
         lengths_LGRT = torch.linalg.vector_norm(added_LGRTD, dim=-1)
         self.norms_LHP[:, :, end - n_new : end] = lengths_LGRT.flatten(1, 2)
