@@ -274,8 +274,7 @@ Data = Annotated[
 ]
 Json = Annotated[bool, Option("Print JSON, one object per line", "Output", name="json")]
 Preset = Annotated[
-    str | None,
-    Option("Starting point", "Run", shown=DEFAULT_PRESET, choices=tuple(PRESETS)),
+    str | None, Option("Starting point", "Run", shown=DEFAULT_PRESET, choices=tuple(PRESETS))
 ]
 ConfigFile = Annotated[Path | None, Option("Read settings from a TOML file", "Run")]
 Assignments = Annotated[
@@ -293,11 +292,7 @@ def layered(
     assignments: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Return the settings of a config file, of options and of ``--set``; later ones win."""
+    words = {"preset": preset} if preset else {}
+    paths = {"data": {"paths": data}} if data else {}
     changes = map(parse_assignment, assignments or ())
-    return merge(
-        read_toml(file) if file else {},
-        {"preset": preset} if preset else {},
-        {"data": {"paths": data}} if data else {},
-        given,
-        *changes,
-    )
+    return merge(read_toml(file) if file else {}, words, paths, given, *changes)

@@ -32,12 +32,7 @@ class Sample:
     def __init__(self, seed: int, began_at: float) -> None:
         self.seed = seed
         self.steps: list[TextStep] = []
-        self._began_at = self._ended_at = began_at
-
-    def add(self, item: TextStep) -> None:
-        """Add the next step."""
-        self.steps.append(item)
-        self._ended_at = time.perf_counter()
+        self._began_at = self.ended_at = began_at
 
     @property
     def text(self) -> str:
@@ -52,7 +47,7 @@ class Sample:
     @property
     def tokens_per_s(self) -> float:
         """Speed of this sample alone."""
-        return len(self.steps) / (self._ended_at - self._began_at) if self.steps else 0.0
+        return len(self.steps) / (self.ended_at - self._began_at) if self.steps else 0.0
 
     def facts(self, tokenizer: Tokenizer) -> dict[str, Any]:
         """Return its part of the JSON."""
@@ -122,14 +117,14 @@ class SampleDisplay:
         about = {"prompt": prompt, "n_prompt_tokens": n_prompt_tokens}
         samples = {0: Sample(seed, began_at)}
         shown_prompt = prompt if is_prompt_shown else ""
-        current, n_tokens = 0, 0
+        current = n_tokens = 0
         self._begin(shown_prompt)
         try:
             for item in items:
                 n_tokens += 1
-                if item.sample not in samples:
-                    samples[item.sample] = Sample(seed + item.sample, ready_at)
-                samples[item.sample].add(item)
+                sample = samples.setdefault(item.sample, Sample(seed + item.sample, ready_at))
+                sample.steps.append(item)
+                sample.ended_at = time.perf_counter()
                 if item.step.index:  # the first tokens of one batch began at the same time
                     ready_at = time.perf_counter()
                 if item.sample == current:
