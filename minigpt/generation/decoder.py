@@ -101,7 +101,6 @@ class Decoder:
             recorder=recorder,
             compiles=compiles,
         )
-        self._n_live = 1
         self._start = self._window = Window([prompt])
         self._prefill()
 
@@ -198,7 +197,7 @@ class Decoder:
                 window.rows = [window.rows[place] for place in places]
                 tokens = tokens[torch.tensor(places, device=tokens.device)]
                 sampler.keep(places)
-                self._keep(places)
+                self.forward.keep(places)
             logits = self._feed(window, tokens)
 
     def extend(self, tokens: Sequence[int], *, overflow: str = "stop") -> None:
@@ -220,8 +219,8 @@ class Decoder:
                 )
             window.slide(self.context_length)
             n_held = 0
-        if self._n_live > 1:
-            self._keep([0])
+        if self.cache.n_rows > 1:
+            self.forward.keep([0])
         self._start = self._window = window
         self._prefill(n_held)
 
@@ -231,15 +230,11 @@ class Decoder:
         # The next call may overwrite them.
         self.prompt_logits = self.logits(self.prompt[n_held:]).clone()
 
-    def _keep(self, rows: Sequence[int]) -> None:
-        self.forward.keep(rows)
-        self._n_live = len(rows)
-
     def _begin(self, n_rows: int) -> tuple[Window, Tensor]:
         """Return to the end of the prompt, with n rows; return its window and logits (B, V)."""
         assert self.recorder is None or n_rows == 1, "a recorder sees one row"
-        if self._n_live > 1:
-            self._keep([0])
+        if self.cache.n_rows > 1:
+            self.forward.keep([0])
         has_slid = self._window.n_slides > self._start.n_slides
         if has_slid or (self.recorder is not None and self.cache.length > len(self.prompt)):
             # The cache holds other tokens, or the recorder has seen later passes; but the first
@@ -247,7 +242,7 @@ class Decoder:
             self._prefill()
         self.cache.truncate(len(self.prompt))
         if n_rows > 1:
-            self._keep([0] * n_rows)
+            self.forward.keep([0] * n_rows)
         self._window = self._start.copies(n_rows)
         return self._window, self.prompt_logits.expand(n_rows, -1)
 

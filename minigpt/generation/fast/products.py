@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minigpt.generation.fast.matvec import MAX_ROWS, MatvecTable, has_matvec_kernels
-from minigpt.generation.fast.quantize import WeightOnlyLinear, join_tables
+from minigpt.generation.fast.quantize import WeightOnlyLinear
 from minigpt.model.device import has_fast_bfloat16, has_slow_matvec
 
 _MAX_ROWS_OF_FAST_MATMUL = 4  # where a matmul is slow for very few rows only
@@ -50,12 +50,12 @@ def make_product(layers: Sequence[nn.Module]) -> Product:
     bias_O = _concatenated([getattr(layer, "bias", None) for layer in layers])
     quantized = [layer for layer in layers if isinstance(layer, WeightOnlyLinear)]
     if quantized:
-        if not has_matvec_kernels(quantized[0].weight.device):
-            return Product(quantized)
-        scale_O = _concatenated([layer.scale for layer in quantized])
         table = quantized[0].table
         if table is None:
+            if not has_matvec_kernels(quantized[0].weight.device):
+                return Product(quantized)
             table = MatvecTable(torch.cat([layer.weight for layer in quantized]))
+        scale_O = _concatenated([layer.scale for layer in quantized])
         return TableProduct(table, quantized, scale_O, bias_O)
     weights = _weights(layers)
     max_rows = _max_table_rows(weights[0])
@@ -75,8 +75,11 @@ def join_weights(layers: Sequence[nn.Module]) -> None:
     """
     quantized = [layer for layer in layers if isinstance(layer, WeightOnlyLinear)]
     if quantized:
-        if has_matvec_kernels(quantized[0].weight.device):
-            join_tables(quantized)
+        if quantized[0].table is None and has_matvec_kernels(quantized[0].weight.device):
+            table, start = MatvecTable(torch.cat([layer.weight for layer in quantized])), 0
+            for layer in quantized:
+                layer.move_into(table, start)
+                start += layer.out_features
         return
     weights = _weights(layers)
     if _max_table_rows(weights[0]) or _transposed_view(weights) is not None:

@@ -6,7 +6,7 @@ Activations are never rounded (LLM.int8 and others round both, and lose more).
 Shapes: I inputs, O outputs, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -78,17 +78,6 @@ class WeightOnlyLinear(nn.Module):
         if len(x_BI) <= MAX_ROWS and self.out_features == self.table.n_outputs:
             return self.table.product(x_BI).to(x_BI.dtype)
         return self.table.matmul(x_BI, self._start, self._start + self.out_features)
-
-
-def join_tables(layers: Sequence[WeightOnlyLinear]) -> None:
-    """Move the weights of layers of the same input into one table, unless they are in one."""
-    if layers[0].table is not None:
-        return
-    table = MatvecTable(torch.cat([layer.weight for layer in layers]))
-    start = 0
-    for layer in layers:
-        layer.move_into(table, start)
-        start += layer.out_features
 
 
 class WeightOnlyEmbedding(nn.Module):
