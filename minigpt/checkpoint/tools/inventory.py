@@ -139,29 +139,25 @@ def _seen(folder: Path, **facts: Any) -> Iterator[Checkpoint]:
 
 
 def _losses(run: RunFolder) -> dict[int, dict[str, float]]:
-    """Return the recorded val_loss and bits_per_byte of each step."""
+    """Return the recorded val_loss and bits_per_byte of each step.
+
+    The pointers come after the log and win. What cannot be read is skipped.
+    """
+    records: list[Any] = []
+    with suppress(OSError):
+        log = (run.path / METRICS_FILE).read_text(encoding="utf-8", errors="replace")
+        for line in log.split("\n"):
+            if '"val_loss"' in line:
+                with suppress(ValueError, RecursionError):  # a kill can cut the last one
+                    records.append(json.loads(line))
+    for name in ("best.json", "latest.json"):
+        with suppress(CheckpointError):
+            records.append(read_json(run.path / name))
     losses: dict[int, dict[str, float]] = {}
-    for record in _records(run):
+    for record in (record for record in records if isinstance(record, dict)):
         step = record.get("step")
         for name in ("val_loss", "bits_per_byte"):
             value = record.get(name)
             if type(step) is int and isinstance(value, float) and math.isfinite(value):
                 losses.setdefault(step, {})[name] = value
     return losses
-
-
-def _records(run: RunFolder) -> Iterator[dict[str, Any]]:
-    """Yield the records of the log and then of the pointers, skipping unreadable ones."""
-    with (
-        suppress(OSError),
-        (run.path / METRICS_FILE).open(encoding="utf-8", errors="replace") as lines,
-    ):
-        for line in lines:
-            if '"val_loss"' in line:
-                with suppress(ValueError, RecursionError):  # a kill can cut the last one
-                    record = json.loads(line)
-                    if isinstance(record, dict):
-                        yield record
-    for name in ("best.json", "latest.json"):
-        with suppress(CheckpointError):
-            yield read_json(run.path / name)

@@ -61,7 +61,9 @@ def model_card(
         text without its validation part.
     """
     model_type = config.model.model_type
-    losses = f"{val_loss:.4f} nats/token, {bits_per_byte:.4f} bits/byte"
+    names = "\n".join(f"- {_code(name)}" for name in _names(config))
+    percent = f"{100 * config.data.val_fraction:.3g} %"
+    n_seen = step * config.training.batch_size * config.sequence_length
     # AutoTokenizer splits text as Qwen2 does in every qwen2 folder, whatever tokenizer.json says.
     tokenizer = "PreTrainedTokenizerFast" if model_type == "qwen2" else "AutoTokenizer"
     others = _NOWHERE_ELSE if model_type == OWN_TYPE else _ELSEWHERE.format(tokenizer=tokenizer)
@@ -76,8 +78,19 @@ def model_card(
 - Parameters: {parameter_count(config.model):,}
 - Context: {config.model.context_length:,} tokens
 - Vocabulary: {config.model.vocab_size:,} tokens, {_code(config.data.tokenizer)}""",
-        _text(config, n_train_tokens),
-        _training(config, step, n_train_tokens, losses),
+        f"""\
+## The text
+
+{names}
+
+{n_train_tokens:,} tokens of it to train on; the last {percent} of the whole for validation.""",
+        f"""\
+## Training
+
+- Start: {_start(config)}
+- Steps: {step:,}, with {config.training.optimizer}
+- Tokens seen: {n_seen:,}, which is the text {n_seen / n_train_tokens:.3g} times
+- Validation loss: {val_loss:.4f} nats/token, {bits_per_byte:.4f} bits/byte""",
         *([f"It was made by:\n\n    {_one_line(config.command)}"] if config.command else []),
         _USE.format(elsewhere=others),
         _LIMITS,
@@ -128,34 +141,12 @@ def _layout(model: ModelConfig) -> str:
   ({model.n_kv_head} of keys and values), width {model.d_model}, MLP {model.d_mlp}"""
 
 
-def _text(config: RunConfig, n_train_tokens: int) -> str:
-    names = "\n".join(f"- {_code(name)}" for name in _names(config))
-    percent = f"{100 * config.data.val_fraction:.3g} %"
-    return f"""\
-## The text
-
-{names}
-
-{n_train_tokens:,} tokens of it to train on; the last {percent} of the whole for validation."""
-
-
 def _names(config: RunConfig) -> list[str]:
     """Return the names of the corpora without their folders, which are private."""
     called = {"-": "standard input", BUILTIN: "English prose that comes with Python"}
     names = [called.get(path) or Path(path).name or path for path in config.data.paths or [BUILTIN]]
     n_more = len(names) - _MOST_NAMES
     return [*names[:_MOST_NAMES], f"and {n_more} more"] if n_more > 0 else names
-
-
-def _training(config: RunConfig, step: int, n_train_tokens: int, losses: str) -> str:
-    n_seen = step * config.training.batch_size * config.sequence_length
-    return f"""\
-## Training
-
-- Start: {_start(config)}
-- Steps: {step:,}, with {config.training.optimizer}
-- Tokens seen: {n_seen:,}, which is the text {n_seen / n_train_tokens:.3g} times
-- Validation loss: {losses}"""
 
 
 def _start(config: RunConfig) -> str:

@@ -1,11 +1,20 @@
 """minigpt checkpoints; the docstring of each command under it is its --help."""
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated
 
+from minigpt.checkpoint.resolve import MAKE_ONE, ROOT, find_model, resolve_model
+from minigpt.checkpoint.tools.inventory import entry_of, inventory_of, take_inventory
+from minigpt.commands import output
+from minigpt.commands.checkpoints.views import (
+    inventory_lines,
+    model_lines,
+    model_record,
+    verdict_line,
+)
+from minigpt.commands.checkpoints.writing import average, prune
 from minigpt.commands.layout import group
-from minigpt.commands.options import Json, Option, argument, command
+from minigpt.commands.options import Json, argument, command
 from minigpt.errors import CheckpointError
 
 
@@ -25,11 +34,6 @@ def list_(
     --model NAME uses the step marked best; --resume continues from the one marked latest. A step
     marked damaged lacks a file, or has one of another size; verify checks every byte.
     """
-    from minigpt.checkpoint.resolve import MAKE_ONE, ROOT
-    from minigpt.checkpoint.tools.inventory import inventory_of, take_inventory
-    from minigpt.commands import output
-    from minigpt.commands.checkpoints.views import inventory_lines
-
     entries = take_inventory(ROOT) if folder is None else inventory_of(folder)
     if as_json:
         output.write_json({"folder": folder or ROOT, "entries": [asdict(e) for e in entries]})
@@ -51,10 +55,7 @@ def show(
     Reads config.json and the headers of the weights, but no weights. Compute is per token at full
     context; identical blocks are shown as one. --json lists every tensor.
     """
-    from minigpt.checkpoint.resolve import resolve_model
-    from minigpt.checkpoint.tools.inspection import describe
-    from minigpt.commands import output
-    from minigpt.commands.checkpoints.views import model_lines, model_record
+    from minigpt.checkpoint.tools.inspection import describe  # imports torch; list does not
 
     facts = describe(resolve_model(model))
     if as_json:
@@ -79,11 +80,7 @@ def verify(
 
     Prints one line each; the exit code is 4 if any is damaged.
     """
-    from minigpt.checkpoint.resolve import ROOT, find_model, resolve_model
     from minigpt.checkpoint.tools.inspection import check
-    from minigpt.checkpoint.tools.inventory import entry_of, take_inventory
-    from minigpt.commands import output
-    from minigpt.commands.checkpoints.views import verdict_line
 
     if models:
         entries = [entry_of(find_model(spec) or resolve_model(spec)) for spec in models]
@@ -105,50 +102,6 @@ def verify(
             f"bad checkpoints: {n_bad} of {len(checkpoints)}. Use another one, or write or "
             "download it again."
         )
-
-
-@command
-def prune(
-    run: Annotated[str, argument("RUN", "Name of a run, or its folder")],
-    keep: Annotated[int, Option("Keep the newest N besides best and latest", "Run")] = 0,
-    dry_run: Annotated[bool, Option("Only list what would be removed", "Run")] = False,
-    yes: Annotated[bool, Option("Remove without asking", "Run")] = False,
-    as_json: Json = False,
-) -> None:
-    """Remove all steps of a run except best and latest.
-
-    Lists what would be removed, and asks. Damaged steps stay, as parts of them may be recovered by
-    hand. Nothing is removed while the run is training, or if a step to keep is damaged.
-    """
-    from minigpt.commands.checkpoints.writing import prune_run
-
-    prune_run(run, keep, dry_run=dry_run, yes=yes, as_json=as_json)
-
-
-@command
-def average(
-    run: Annotated[str, argument("RUN", "Name of a run, or its folder")],
-    last: Annotated[int, Option("Average the newest N checkpoints", "Run")] = 5,
-    until: Annotated[
-        int | None, Option("Leave out checkpoints after step N", "Run", shown="the latest")
-    ] = None,
-    out: Annotated[
-        Path | None, Option("New folder for the mean", "Run", "FOLDER", shown="RUN-mean")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Average the last checkpoints of a run.
-
-    Near its end, training oscillates around weights that are better than those of any single step.
-    The mean of the last checkpoints is closer to them; `minigpt evaluate` shows whether it is
-    better. Save often enough and keep enough: --save-every, --set training.keep=N. If the loss has
-    risen since the best step, use --until to stop there.
-
-    The mean is a model folder that `--model` can name. It cannot be resumed.
-    """
-    from minigpt.commands.checkpoints.writing import average_run
-
-    average_run(run, last, until, out, as_json=as_json)
 
 
 checkpoints = group(

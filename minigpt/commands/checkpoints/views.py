@@ -35,8 +35,7 @@ def inventory_lines(entries: Sequence["Entry"], width: int | None) -> Iterator[T
         yield Text.assemble(
             (one_line(entry.name), "bold"), _INDENT, (one_line("".join(layouts[:1])), "dim")
         )
-        for _ in entry.checkpoints:
-            yield Text(_INDENT) + next(lines)
+        yield from (Text(_INDENT) + next(lines) for _ in entry.checkpoints)
 
 
 def _row(checkpoint: "Checkpoint") -> list[Text]:
@@ -119,15 +118,24 @@ def _facts(facts: "ModelFacts") -> dict[str, str]:
     if config.n_kv_head < config.n_head:
         heads += f", {config.n_kv_head} key/value heads"
     output = "the embedding again" if config.tie_embeddings else "a projection of its own"
+    norm = ", QK-norm" if config.qk_norm else ""
+    biases = {"none": "", "qkv": ", biases of queries, keys, values", "all": ", biases"}[
+        "all" if config.family == "gpt2" else config.attention_bias
+    ]
+    positions = "learned"
+    if config.family != "gpt2":
+        positions = f"rotary, theta {config.rope_theta:,.0f}"
+        if config.rope_scaling_factor != 1:
+            positions += f", stretched {config.rope_scaling_factor:g} times as in Llama 3"
     cache_bytes = facts.cache_bytes_per_token(4)
     shown = {
         "layout": config.model_type,
         "parameters": f"{facts.n_parameters:,}, stored in {with_unit(facts.n_bytes, 'B')} "
         f"({dtypes})",
         "blocks": f"{config.n_layer}, {config.d_model} wide",
-        "attention": f"{config.attention}, {heads}{_attention_extras(facts)}",
+        "attention": f"{config.attention}, {heads}{norm}{biases}",
         "MLP": f"{_MLPS[config.family]}, {config.d_mlp} wide, {config.activation}",
-        "positions": _positions(facts),
+        "positions": positions,
         "vocabulary": f"{config.vocab_size:,} tokens; the output is {output}",
         "context": f"{config.context_length:,} tokens",
         "compute": f"{with_unit(facts.forward_flops_per_token, 'FLOPs')}/token forward, "
@@ -145,64 +153,38 @@ def _facts(facts: "ModelFacts") -> dict[str, str]:
     return shown
 
 
-def _attention_extras(facts: "ModelFacts") -> str:
-    config = facts.config
-    biases = {"none": "", "qkv": ", biases of queries, keys, values", "all": ", biases"}
-    has_all = config.family == "gpt2"
-    norm = ", QK-norm" if config.qk_norm else ""
-    return norm + biases["all" if has_all else config.attention_bias]
-
-
-def _positions(facts: "ModelFacts") -> str:
-    config = facts.config
-    if config.family == "gpt2":
-        return "learned"
-    stretched = f", stretched {config.rope_scaling_factor:g} times as in Llama 3"
-    return f"rotary, theta {config.rope_theta:,.0f}" + (
-        stretched if config.rope_scaling_factor != 1 else ""
-    )
-
-
 def _tensor_rows(tensors: Iterable["StoredTensor"]) -> Iterator[list[list[Text]]]:
     """Yield the rows of each tensor, those of identical blocks once."""
-    blocks: dict[str, dict[int, list[tuple[str, StoredTensor]]]] = {}
-    order: dict[str, StoredTensor | None] = {}
+    # Name of a tensor, or of a stack of blocks -> number of the block -> its tensors.
+    found: dict[str, dict[str, list[tuple[str, StoredTensor]]]] = {}
     for tensor in tensors:
         match = _LAYER.fullmatch(tensor.name)
-        if match is None:
-            order[tensor.name] = tensor
-            continue
-        order[match["layers"]] = None
-        block = blocks.setdefault(match["layers"], {}).setdefault(int(match["number"]), [])
-        block.append((match["rest"], tensor))
-    for name, single in order.items():
-        if single is not None:
-            yield [_tensor_row(name, single)]
+        name, number, rest = match.groups() if match else (tensor.name, "", "")
+        found.setdefault(name, {}).setdefault(number, []).append((rest, tensor))
+    for name, blocks in found.items():
+        if "" in blocks:
+            yield [_tensor_row(name, blocks[""][0][1])]
         else:
-            yield from _block_rows(name, blocks[name])
+            yield from _block_rows(name, blocks)
 
 
 def _block_rows(
-    layers: str, blocks: dict[int, list[tuple[str, "StoredTensor"]]]
+    layers: str, blocks: dict[str, list[tuple[str, "StoredTensor"]]]
 ) -> Iterator[list[list[Text]]]:
-    identical: dict[tuple[tuple[str, str, tuple[int, ...]], ...], list[int]] = {}
+    identical: dict[Any, list[int]] = {}
     for number, block in blocks.items():
         shape = tuple((rest, tensor.dtype, tensor.shape) for rest, tensor in block)
-        identical.setdefault(shape, []).append(number)
+        identical.setdefault(shape, []).append(int(number))
     for numbers in identical.values():
-        block = _by_module(blocks[numbers[0]])
+        block = blocks[str(numbers[0])]
+        modules = list(dict.fromkeys(rest.split(".")[0] for rest, _ in block))
+        block = sorted(block, key=lambda item: modules.index(item[0].split(".")[0]))
         n_bytes = sum(tensor.n_bytes for _, tensor in block)
         total = f"{len(numbers)} x {with_unit(n_bytes, 'B')}"
         yield [
             [Text(f"{one_line(layers)}.{_ranges(numbers)}"), Text(), Text(), Text(total)],
             *(_tensor_row(f"{_INDENT}{rest}", tensor) for rest, tensor in block),
         ]
-
-
-def _by_module(block: list[tuple[str, "StoredTensor"]]) -> list[tuple[str, "StoredTensor"]]:
-    """Group the tensors of a block by module, in the order of the block."""
-    parts = list(dict.fromkeys(rest.split(".")[0] for rest, _ in block))
-    return sorted(block, key=lambda item: parts.index(item[0].split(".")[0]))
 
 
 def _tensor_row(name: str, tensor: "StoredTensor") -> list[Text]:

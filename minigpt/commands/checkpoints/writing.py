@@ -1,10 +1,11 @@
-"""Prune and average the checkpoints of a run."""
+"""Prune and average the checkpoints of a run; each docstring is the command's --help."""
 
 import os
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Annotated
 
 import typer
 from rich.text import Text
@@ -14,14 +15,22 @@ from minigpt.checkpoint.manifest import verify
 from minigpt.checkpoint.tools.inventory import Checkpoint, entry_of, run_named
 from minigpt.commands import output
 from minigpt.commands.checkpoints.views import removal_lines, total
+from minigpt.commands.options import Json, Option, argument, command
 from minigpt.errors import CheckpointError, ConfigError, LockedError
 
 
-def prune_run(spec: str, keep: int, *, dry_run: bool, yes: bool, as_json: bool) -> None:
-    """Remove steps of a run after asking, or only list them.
+@command
+def prune(
+    run: Annotated[str, argument("RUN", "Name of a run, or its folder")],
+    keep: Annotated[int, Option("Keep the newest N besides best and latest", "Run")] = 0,
+    dry_run: Annotated[bool, Option("Only list what would be removed", "Run")] = False,
+    yes: Annotated[bool, Option("Remove without asking", "Run")] = False,
+    as_json: Json = False,
+) -> None:
+    """Remove all steps of a run except best and latest.
 
-    Raises: ConfigError if nobody can be asked, or it is not a run; CheckpointError if there is no
-        such run, or a step to keep is damaged; LockedError if the run is training.
+    Lists what would be removed, and asks. Damaged steps stay, as parts of them may be recovered by
+    hand. Nothing is removed while the run is training, or if a step to keep is damaged.
     """
     if keep < 0:
         raise ConfigError(f"--keep must be at least 0: it is {keep}.")
@@ -30,14 +39,14 @@ def prune_run(spec: str, keep: int, *, dry_run: bool, yes: bool, as_json: bool) 
             "prune asks before it removes, and standard input is not a terminal. Pass --yes "
             "to remove, or --dry-run to list."
         )
-    run = RunFolder(run_named(spec).folder)
-    doomed = _doomed(run, keep) if dry_run else _prune(run, keep, is_asked=not yes)
-    kept = _kept_steps(run, doomed)
+    folder = RunFolder(run_named(run).folder)
+    doomed = _doomed(folder, keep) if dry_run else _prune(folder, keep, is_asked=not yes)
+    kept = _kept_steps(folder, doomed)
     if as_json:
         facts = ("step", "folder", "n_bytes")
         removed = [{name: getattr(item, name) for name in facts} for item in doomed]
         output.write_json(
-            {"run": run.path, "is_dry_run": dry_run, "removed": removed, "kept_steps": kept}
+            {"run": folder.path, "is_dry_run": dry_run, "removed": removed, "kept_steps": kept}
         )
         return
     word = "would remove" if dry_run else "removed"
@@ -96,23 +105,35 @@ def _stays(steps: Sequence[int]) -> str:
     return f"step {numbers} stays" if len(steps) == 1 else f"steps {numbers} stay"
 
 
-def average_run(
-    spec: str, last: int, until: int | None, out: Path | None, *, as_json: bool
+@command
+def average(
+    run: Annotated[str, argument("RUN", "Name of a run, or its folder")],
+    last: Annotated[int, Option("Average the newest N checkpoints", "Run")] = 5,
+    until: Annotated[
+        int | None, Option("Leave out checkpoints after step N", "Run", shown="the latest")
+    ] = None,
+    out: Annotated[
+        Path | None, Option("New folder for the mean", "Run", "FOLDER", shown="RUN-mean")
+    ] = None,
+    as_json: Json = False,
 ) -> None:
-    """Write the mean of a run's newest checkpoints as a model folder.
+    """Average the last checkpoints of a run.
 
-    Args: until, the last step to include; out, None for the path of the run followed by -mean.
-    Raises: ConfigError if it is not a run, it has fewer checkpoints, or out exists;
-        CheckpointError if there is no such run, or a checkpoint is damaged.
+    Near its end, training oscillates around weights that are better than those of any single step.
+    The mean of the last checkpoints is closer to them; `minigpt evaluate` shows whether it is
+    better. Save often enough and keep enough: --save-every, --set training.keep=N. If the loss has
+    risen since the best step, use --until to stop there.
+
+    The mean is a model folder that `--model` can name. It cannot be resumed.
     """
     from minigpt.checkpoint.model_folder import write_model  # imports torch; prune does not
     from minigpt.checkpoint.tools.averaging import average
 
     if last < 2:
         raise ConfigError(f"--last must be at least 2: it is {last}.")
-    entry = run_named(spec)
-    run = RunFolder(entry.folder)
-    steps = [step for step in run.steps() if until is None or step <= until][-last:]
+    entry = run_named(run)
+    source = RunFolder(entry.folder)
+    steps = [step for step in source.steps() if until is None or step <= until][-last:]
     if len(steps) < last:
         which = "" if until is None else f" up to step {until}"
         noun = "checkpoint" if len(steps) == 1 else "checkpoints"
@@ -121,18 +142,20 @@ def average_run(
             "let training keep more of them (training.keep)."
         )
     if out is None:
-        place = run.path if run.path.name.strip(".") else run.path.resolve()  # it may be . or ..
+        place = source.path
+        if not place.name.strip("."):  # . or ..
+            place = place.resolve()
         out = place.with_name(f"{place.name}-mean")
     if os.path.lexists(out):
         raise ConfigError(f"{str(out)!r} exists already. Choose another --out.")
-    folders = [run.step_folder(step) for step in steps]
+    folders = [source.step_folder(step) for step in steps]
     for folder in folders:
         verify(folder, hashes=True)
     mean = average(folders)
     with writing_folder(out, {"mean_of_steps": steps}) as folder:
         write_model(folder, mean.model, mean.tokenizer)
     if as_json:
-        output.write_json({"run": run.path, "steps": steps, "folder": out})
+        output.write_json({"run": source.path, "steps": steps, "folder": out})
     else:
         what = f"the mean of {len(steps)} checkpoints, steps {steps[0]} to {steps[-1]}"
         output.show([Text(f"{what}, is in {output.one_line(str(out))}")])
