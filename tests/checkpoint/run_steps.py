@@ -1,4 +1,4 @@
-"""Steps of a run folder, written and looked at."""
+"""Write and read steps of a run folder."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The mean of several checkpoints against a plain loop over their numbers."""
+"""Checkpoint averaging, compared with a plain loop."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from minigpt.errors import CheckpointError
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_number_is_the_mean_of_those_of_the_models(
+def test_every_weight_is_the_mean_of_the_models_weights(
     layout: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     models = []
@@ -31,7 +31,7 @@ def test_every_number_is_the_mean_of_those_of_the_models(
         torch.testing.assert_close(tensor.double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_model_of_another_shape_is_no_part_of_a_mean(tmp_path: Path) -> None:
+def test_models_of_different_shapes_are_not_averaged(tmp_path: Path) -> None:
     write_model(tmp_path / "a", make_model(259, "llama-grouped"), None)
     write_model(tmp_path / "b", make_model(260, "llama-grouped"), None)
     with pytest.raises(CheckpointError, match=r"b' has another config than '.*a'\. Average"):

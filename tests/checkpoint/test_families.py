@@ -229,7 +229,7 @@ def test_published_configs_are_read() -> None:
     )
 
 
-def test_window_that_hides_nothing_is_no_window() -> None:
+def test_sliding_window_of_at_least_the_context_is_accepted() -> None:
     full = model_config_from_hf(MISTRAL)
     assert model_config_from_hf(MISTRAL | {"sliding_window": 32768}) == full
     short = model_config_from_hf(MISTRAL | {"max_position_embeddings": 4096})
@@ -249,7 +249,7 @@ def test_window_that_hides_nothing_is_no_window() -> None:
         {"rope_parameters": {"rope_theta": 123.0}, "rope_theta": 9.0},
     ],
 )
-def test_rotary_base_is_read_where_any_version_of_transformers_puts_it(
+def test_rope_theta_is_read_from_the_fields_of_any_transformers_version(
     rope: dict[str, Any],
 ) -> None:
     assert model_config_from_hf(QWEN3 | rope).rope_theta == 123.0
@@ -313,7 +313,7 @@ UNSUPPORTED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("config", "change", "says"), UNSUPPORTED)
-def test_field_that_would_change_the_computation_is_refused_by_name(
+def test_unsupported_field_is_refused_by_name(
     config: dict[str, Any], change: dict[str, Any], says: str
 ) -> None:
     with pytest.raises(CheckpointError, match=says) as caught:
@@ -321,7 +321,7 @@ def test_field_that_would_change_the_computation_is_refused_by_name(
     assert len(str(caught.value)) < 300
 
 
-def test_fused_and_transposed_tensors_are_those_of_gpt2(make: Callable[[int, str], GPT]) -> None:
+def test_gpt2_tensors_are_split_and_transposed(make: Callable[[int, str], GPT]) -> None:
     model = make(50, "gpt2-untied")
     ours = model.state_dict()
     theirs = tensors_to_hf(model.config, ours)
@@ -344,7 +344,7 @@ def test_tensors_survive_the_round_trip_bit_for_bit(model: GPT) -> None:
         assert torch.equal(again[name], tensor)
 
 
-def test_bare_model_and_old_buffers_are_understood(make: Callable[[int, str], GPT]) -> None:
+def test_missing_prefix_and_old_buffers_are_handled(make: Callable[[int, str], GPT]) -> None:
     config = make(50, "gpt2-tied").config
     found = ["wte.weight", "h.0.attn.bias", "h.0.attn.masked_bias", "h.0.attn.c_attn.bias"]
     assert canonical_names(config, found) == {

@@ -1,4 +1,4 @@
-"""Run folders: no kill, full disk or second run costs a checkpoint."""
+"""Run folders: no kill, full disk or second run loses a checkpoint."""
 
 import errno
 import os
@@ -20,7 +20,7 @@ from minigpt.errors import LockedError, ResourceError
 
 
 class Boundaries:
-    """Interferes with the n-th thing that a block does to the files under a folder."""
+    """Interferes with the n-th file operation of a block under a folder."""
 
     def __init__(self) -> None:
         self.folder: str | None = None
@@ -54,9 +54,7 @@ def boundaries() -> Boundaries:
     return Boundaries()
 
 
-def test_disk_that_fills_at_any_moment_costs_no_checkpoint(
-    run: RunFolder, boundaries: Boundaries
-) -> None:
+def test_full_disk_at_any_write_loses_no_checkpoint(run: RunFolder, boundaries: Boundaries) -> None:
     for n in range(100):
         failure = ""
         try:
@@ -73,7 +71,7 @@ def test_disk_that_fills_at_any_moment_costs_no_checkpoint(
     assert_holds(run, 3)
 
 
-def test_fsync_that_fails_at_any_moment_costs_no_checkpoint(
+def test_failed_fsync_at_any_point_loses_no_checkpoint(
     run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for n in range(100):
@@ -139,7 +137,7 @@ for n in range(1, 300):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked children")
-def test_kill_at_any_moment_costs_no_checkpoint(tmp_path: Path) -> None:
+def test_kill_at_any_moment_loses_no_checkpoint(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", KILLED, tmp_path], check=True, timeout=60)
     runs = [RunFolder(path) for path in sorted(tmp_path.iterdir(), key=lambda path: int(path.name))]
     assert 40 < len(runs) < 299
@@ -189,7 +187,7 @@ def test_lock_is_not_shared_within_a_process(run: RunFolder) -> None:
         pass
 
 
-def test_exception_leaves_no_trace_of_the_step(run: RunFolder) -> None:
+def test_exception_removes_the_unfinished_step(run: RunFolder) -> None:
     def write_and_interrupt() -> None:
         with run.writing_step(3) as folder:
             (folder / "config.json").write_text("{}")
@@ -201,7 +199,7 @@ def test_exception_leaves_no_trace_of_the_step(run: RunFolder) -> None:
     assert_holds(run, 2)
 
 
-def test_step_is_not_seen_before_it_is_whole(run: RunFolder) -> None:
+def test_step_is_not_visible_before_it_is_complete(run: RunFolder) -> None:
     with run.writing_step(3) as folder:
         (folder / "config.json").write_text("{}")
         assert run.steps() == [1, 2]
@@ -220,13 +218,13 @@ def test_permission_is_a_resource_error(
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "file/run"])
-def test_impossible_run_name_is_an_error_of_one_line(tmp_path: Path, name: str) -> None:
+def test_impossible_run_name_is_a_one_line_error(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ResourceError, match="Choose another name"):
         RunFolder(tmp_path / name).lock().__enter__()
 
 
-def test_pointer_gives_the_facts_of_its_own_step_only(run: RunFolder) -> None:
+def test_pointer_has_only_the_facts_of_its_own_step(run: RunFolder) -> None:
     run.point("best", 1, val_loss=1.25)
     best, latest = run.best(), run.latest()
     assert best is not None

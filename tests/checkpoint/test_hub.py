@@ -1,4 +1,4 @@
-"""Models of the hub, from a server that answers as the hub does; each client is a process."""
+"""Downloads from a local server that imitates the hub; each client is a process."""
 
 import errno
 import hashlib
@@ -52,13 +52,13 @@ for spec in sys.argv[1:]:
 
 @dataclass
 class Hub:
-    """A server with repositories: by name and revision, the files of a commit."""
+    """A server with repositories: name and revision -> files of the commit."""
 
     repositories: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
     """Methods and paths of all requests."""
     goes_on: threading.Event = field(default_factory=threading.Event)
-    """What tiny/slow waits for in the middle of its weights."""
+    """Event that tiny/slow waits for in the middle of its weights."""
     url: str = ""
 
     def files(self, name: str, revision: str) -> tuple[str, dict[str, bytes]] | None:
@@ -227,7 +227,7 @@ def environment(home: Path, url: str, **more: str) -> dict[str, str]:
 
 
 def resolve(cwd: Path, env: dict[str, str], *specs: str) -> list[dict[str, Any]]:
-    """Resolve each spec in one process; what it writes to stderr is checked to be nothing."""
+    """Resolve each spec in one process, and check that its stderr is empty."""
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", RESOLVER, *specs],
         cwd=cwd,
@@ -242,14 +242,14 @@ def resolve(cwd: Path, env: dict[str, str], *specs: str) -> list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Downloads:
-    """What one process has downloaded."""
+    """Downloads of one process."""
 
     home: Path
-    """Where the hub's cache is."""
+    """Folder of the hub's cache."""
     folders: dict[str, Path]
-    """By what was asked for."""
+    """Spec -> result."""
     asked: tuple[str, ...]
-    """The paths that the server was asked for."""
+    """Paths that the server received."""
 
 
 @pytest.fixture(scope="module")
@@ -266,7 +266,7 @@ def downloads(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Downloads:
     return Downloads(home, dict(zip(specs, folders, strict=True)), tuple(hub.asked))
 
 
-def test_a_model_s_own_files_are_downloaded_and_nothing_else(
+def test_only_the_files_of_the_model_are_downloaded(
     downloads: Downloads, models: dict[str, Path]
 ) -> None:
     for spec, original in {"tiny/story": "one", "tiny/sharded": "sharded"}.items():
@@ -311,7 +311,7 @@ def test_ctrl_c_ends_a_download_at_once(hub: Hub, tmp_path: Path) -> None:
     hub.goes_on.set()
 
 
-def test_what_was_downloaded_is_read_as_strictly_as_any_folder(downloads: Downloads) -> None:
+def test_downloaded_folder_is_checked_as_strictly_as_a_local_one(downloads: Downloads) -> None:
     with pytest.raises(CheckpointError, match="is not a complete safetensors file"):
         read_model(downloads.folders["tiny/bad"])
     with pytest.raises(CheckpointError, match="does not map tensors to files of its folder"):
@@ -329,7 +329,7 @@ ERRORS = {
 }
 
 
-def test_what_cannot_be_had_is_one_line_each(hub: Hub, tmp_path: Path) -> None:
+def test_each_failed_download_has_a_one_line_error(hub: Hub, tmp_path: Path) -> None:
     answers = resolve(tmp_path, environment(tmp_path, hub.url), *ERRORS)
     for (spec, says), answer in zip(ERRORS.items(), answers, strict=True):
         assert answer["code"] == 4
@@ -339,7 +339,7 @@ def test_what_cannot_be_had_is_one_line_each(hub: Hub, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("is_offline", [True, False], ids=["HF_HUB_OFFLINE", "no network"])
-def test_without_the_hub_its_cache_is_used_and_what_it_lacks_is_one_line(
+def test_offline_uses_the_cache_and_a_missing_file_is_a_one_line_error(
     hub: Hub, downloads: Downloads, is_offline: bool
 ) -> None:
     nowhere = "http://127.0.0.1:9"  # the port where nothing is ever served
@@ -358,7 +358,7 @@ def test_without_the_hub_its_cache_is_used_and_what_it_lacks_is_one_line(
     assert hub.asked == []
 
 
-def test_a_path_that_is_there_is_never_asked_of_the_hub(
+def test_existing_path_is_not_looked_up_on_the_hub(
     hub: Hub, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "tiny").mkdir()
@@ -381,7 +381,7 @@ def test_a_path_that_is_there_is_never_asked_of_the_hub(
     assert hub.asked == []
 
 
-def test_a_name_of_the_hub_is_told_from_other_words() -> None:
+def test_hub_names_are_recognized() -> None:
     for spec in ("a/b", "Qwen/Qwen3-0.6B", "a_b/c.d@v1.0", "a/b@refs/pr/1", "0/_@main"):
         assert is_hub_name(spec), spec
     for spec in (
@@ -400,9 +400,7 @@ def test_a_full_disk_is_a_resource_error(tmp_path: Path, monkeypatch: pytest.Mon
         download_model("tiny/story")
 
 
-def test_progress_is_drawn_on_a_terminal_s_stderr_and_nowhere_else(
-    hub: Hub, tmp_path: Path
-) -> None:
+def test_progress_is_shown_only_if_stderr_is_a_terminal(hub: Hub, tmp_path: Path) -> None:
     terminal, stderr = pty.openpty()
     termios.tcsetwinsize(stderr, (24, 80))
     done = subprocess.run(
@@ -425,7 +423,7 @@ def test_progress_is_drawn_on_a_terminal_s_stderr_and_nowhere_else(
     assert len(done.stdout.splitlines()) == 1
 
 
-def test_a_name_of_the_hub_serves_as_a_model_of_the_commands(
+def test_commands_accept_a_hub_name_as_model(
     models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []

@@ -1,4 +1,4 @@
-"""What a model folder says of its model: against published numbers, and without its weights."""
+"""Facts of a model folder, compared with published numbers, without reading weights."""
 
 import json
 import os
@@ -47,7 +47,7 @@ BLOCK = {
 
 
 def write_hollow_8b(folder: Path) -> None:
-    """Write the headers of Llama 3 8B, and for its 16 GB of weights a hole in the file."""
+    """Write the headers of Llama 3 8B and a sparse file for its 16 GB of weights."""
     blocks = {
         f"model.layers.{i}.{name}.weight": shape for i in range(32) for name, shape in BLOCK.items()
     }
@@ -71,7 +71,7 @@ def write_hollow_8b(folder: Path) -> None:
 
 
 class Headers:
-    """A safetensors file of which names, shapes and dtypes can be asked, and nothing else."""
+    """A safetensors file that gives names, shapes and dtypes only."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self._file = safe_open(*args, **options)
@@ -108,7 +108,7 @@ def test_a_model_larger_than_memory_is_described_from_its_headers(
     assert os.stat(tmp_path / "model.safetensors").st_blocks * 512 < 2**20, "a hole takes no room"
 
 
-def test_the_tensors_are_those_of_the_file_in_the_model_s_order(model: GPT, tmp_path: Path) -> None:
+def test_tensors_are_listed_in_the_order_of_the_model(model: GPT, tmp_path: Path) -> None:
     write_model(tmp_path, model, None)
     facts = describe(tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
@@ -122,7 +122,7 @@ def test_the_tensors_are_those_of_the_file_in_the_model_s_order(model: GPT, tmp_
     assert is_tied or names[-1] == "lm_head.weight"
 
 
-def test_a_stored_byte_that_changed_is_found_by_the_manifest_only(
+def test_changed_byte_is_found_only_with_a_manifest(
     make: Callable[[int, str], GPT], tmp_path: Path
 ) -> None:
     run = RunFolder(tmp_path / "run")
@@ -157,7 +157,7 @@ def test_headers_that_do_not_fit_the_config_are_refused(
     assert "has shape [17], not [16]" in str(check(tmp_path, is_step=False).problem)
 
 
-def test_what_cannot_be_read_is_a_problem_and_no_exception(
+def test_unreadable_folder_is_a_problem_not_an_exception(
     make: Callable[[int, str], GPT], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""What lies in a folder of checkpoints, against what was put there."""
+"""The inventory of a folder of checkpoints, compared with what was written."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def run(tmp_path: Path) -> RunFolder:
     return run
 
 
-def test_each_step_has_its_losses_and_its_place(run: RunFolder) -> None:
+def test_each_step_has_its_losses_and_marks(run: RunFolder) -> None:
     entry = entry_of(run.path)
     assert (entry.name, entry.is_run) == ("tales", True)
     seen = [
@@ -63,7 +63,7 @@ def test_each_step_has_its_losses_and_its_place(run: RunFolder) -> None:
     assert not any(c.damage for c in entry.checkpoints)
 
 
-def test_losses_are_known_from_the_pointers_where_there_is_no_log(run: RunFolder) -> None:
+def test_losses_come_from_the_pointers_if_there_is_no_log(run: RunFolder) -> None:
     (run.path / "metrics.jsonl").unlink()
     run.point("best", 2, val_loss=1.25, bits_per_byte=2.0)
     losses = {c.step: (c.val_loss, c.bits_per_byte) for c in entry_of(run.path).checkpoints}
@@ -84,14 +84,14 @@ def test_losses_are_known_from_the_pointers_where_there_is_no_log(run: RunFolder
         '"val_loss" \x00\x1b\udcff',
     ],
 )
-def test_a_record_that_says_nothing_of_a_step_is_passed_over(run: RunFolder, line: str) -> None:
+def test_record_without_a_step_is_skipped(run: RunFolder, line: str) -> None:
     text = LOG + line + "\n"
     (run.path / "metrics.jsonl").write_text(text, encoding="utf-8", errors="surrogateescape")
     (run.path / "best.json").write_text(line, encoding="utf-8", errors="surrogateescape")
     assert entry_of(run.path).checkpoints[0].val_loss == 1.75
 
 
-def test_size_is_that_of_all_files_and_date_that_of_the_manifest(run: RunFolder) -> None:
+def test_size_counts_all_files_and_date_is_the_manifest_s(run: RunFolder) -> None:
     folder = run.step_folder(3)
     os.utime(folder / "manifest.json", (0, 1_700_000_000))
     step = entry_of(run.path).checkpoints[0]
@@ -105,7 +105,7 @@ def test_size_is_that_of_all_files_and_date_that_of_the_manifest(run: RunFolder)
     assert step.written_at == datetime(2023, 11, 14, 22, 13, 20, tzinfo=UTC)
 
 
-def test_a_damaged_step_is_marked_and_the_ones_before_it_take_its_place(run: RunFolder) -> None:
+def test_damaged_step_is_marked_and_an_earlier_one_is_best_and_latest(run: RunFolder) -> None:
     (run.step_folder(3) / "training_state" / "momentum").write_text("x")
     (run.step_folder(2) / "config.json").unlink()
     third, second, first = entry_of(run.path).checkpoints
@@ -116,12 +116,12 @@ def test_a_damaged_step_is_marked_and_the_ones_before_it_take_its_place(run: Run
 
 
 @pytest.mark.parametrize("model_type", [None, 5, ["qwen3"], {}])
-def test_a_model_type_that_is_no_word_is_none(tmp_path: Path, model_type: object) -> None:
+def test_model_type_that_is_not_a_string_is_none(tmp_path: Path, model_type: object) -> None:
     run = write_run(tmp_path / "odd", 1, model_type=model_type)
     assert entry_of(run.path).checkpoints[0].layout is None
 
 
-def test_the_newest_run_comes_first_and_models_that_are_none_last(tmp_path: Path) -> None:
+def test_newest_run_comes_first_and_single_models_last(tmp_path: Path) -> None:
     for name, seconds in {"old": 10, "new": 30, "middle": 20}.items():
         folder = write_run(tmp_path / name, 5).step_folder(5)
         os.utime(folder / "manifest.json", (0, seconds))
@@ -139,12 +139,12 @@ def test_the_newest_run_comes_first_and_models_that_are_none_last(tmp_path: Path
     assert (model.val_loss, model.is_best, model.damage) == (None, False, None)
 
 
-def test_a_model_whose_config_is_no_json_is_damaged(tmp_path: Path) -> None:
+def test_model_with_invalid_json_config_is_damaged(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     assert "is not JSON" in str(entry_of(tmp_path).checkpoints[0].damage)
 
 
-def test_a_folder_a_path_and_a_name_are_understood(run: RunFolder, tmp_path: Path) -> None:
+def test_inventory_accepts_a_folder_a_path_and_a_name(run: RunFolder, tmp_path: Path) -> None:
     entry = entry_of(run.path)
     for spec in (str(tmp_path), str(run.path), "tales"):
         assert inventory_of(spec, tmp_path) == [entry]
@@ -165,7 +165,7 @@ def removing(path: Path, call: Callable[[Path], None]) -> Callable[[Path], None]
     return remove_and_call
 
 
-def test_a_step_that_its_run_removes_meanwhile_is_left_out(
+def test_step_pruned_meanwhile_is_left_out(
     run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inventory, "verify", removing(run.step_folder(1), inventory.verify))

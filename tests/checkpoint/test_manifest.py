@@ -44,7 +44,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("says", DAMAGES)
-def test_damaged_step_is_passed_over(run: RunFolder, says: str) -> None:
+def test_damaged_step_is_skipped(run: RunFolder, says: str) -> None:
     run.point("best", 2)
     DAMAGES[says](run.step_folder(2))
     with pytest.raises(CheckpointError, match=says):

@@ -1,4 +1,4 @@
-"""The model card as parsers of YAML and Markdown, the hub's library and transformers see it."""
+"""The model card, read by YAML and Markdown parsers, huggingface_hub and transformers."""
 
 import contextlib
 import io
@@ -80,7 +80,7 @@ def metadata(card: str) -> dict[str, Any]:
     return data
 
 
-def test_the_hub_s_library_reads_the_metadata() -> None:
+def test_huggingface_hub_reads_the_metadata() -> None:
     data = metadata(model_card(CONFIG, **FACTS))
     index = data.pop("model-index")
     assert data == {
@@ -98,7 +98,7 @@ def test_the_hub_s_library_reads_the_metadata() -> None:
     assert results[0].dataset_name == "tales.txt, *.jsonl, standard input"
 
 
-def test_the_text_says_what_it_is_and_what_made_it() -> None:
+def test_card_describes_the_model_and_its_training() -> None:
     card = model_card(CONFIG, **FACTS)
     model = GPT.without_weights(CONFIG.model)
     for says in (
@@ -121,7 +121,7 @@ def test_the_text_says_what_it_is_and_what_made_it() -> None:
     assert "- `English prose that comes with Python`\n" in built_in
 
 
-def test_many_files_are_counted_and_not_listed() -> None:
+def test_long_list_of_corpora_is_shortened() -> None:
     paths = tuple(f"part-{i}.txt" for i in range(1000))
     card = model_card(replace(CONFIG, data=DataConfig(paths=paths)), **FACTS)
     assert "- `part-19.txt`\n- `and 980 more`\n" in card
@@ -141,7 +141,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
         (f"../Qwen/x@{COMMIT}", f"x@{COMMIT}", None),
     ],
 )
-def test_what_it_started_from_is_named(source: str, shown: str, base: str | None) -> None:
+def test_card_names_the_base_model(source: str, shown: str, base: str | None) -> None:
     config = replace(CONFIG, from_=source, training=replace(CONFIG.training, sequence_length=32))
     card = model_card(config, **FACTS)
     assert f"Start: the weights of `{shown}`\n" in card
@@ -150,7 +150,7 @@ def test_what_it_started_from_is_named(source: str, shown: str, base: str | None
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
-def test_hostile_names_are_text_in_the_metadata_and_on_the_page(text: str) -> None:
+def test_hostile_names_are_escaped_in_the_metadata_and_the_markdown(text: str) -> None:
     plain = model_card(CONFIG, **FACTS)
     data = replace(CONFIG.data, paths=(text, "b/" + text, "c"), tokenizer=text)
     config = replace(CONFIG, data=data, from_=text, command=f"x {text}")

@@ -1,4 +1,4 @@
-"""Model folders: what is written is read back to the bit; what is damaged is named."""
+"""Model folders: round trips are exact, and errors name what is damaged."""
 
 import json
 import os
@@ -55,7 +55,7 @@ def test_model_and_tokenizer_survive_the_round_trip_bit_for_bit(model: GPT, tmp_
     assert loaded.tokenizer.fingerprint == tokenizer.fingerprint
 
 
-def test_model_is_read_in_the_dtype_asked_for_or_stored(model: GPT, tmp_path: Path) -> None:
+def test_model_is_read_in_the_requested_or_stored_dtype(model: GPT, tmp_path: Path) -> None:
     write_model(tmp_path, model.to(torch.bfloat16), None)
     assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "bfloat16"
     for dtype in (None, torch.float32):
@@ -66,7 +66,7 @@ def test_model_is_read_in_the_dtype_asked_for_or_stored(model: GPT, tmp_path: Pa
             assert torch.equal(tensor, model.state_dict()[name].to(tensor.dtype))
 
 
-def test_training_a_read_model_leaves_its_file_as_it_is(model: GPT, tmp_path: Path) -> None:
+def test_training_a_loaded_model_does_not_change_its_file(model: GPT, tmp_path: Path) -> None:
     write_model(tmp_path, model, None)
     before = (tmp_path / "model.safetensors").read_bytes()
     with torch.no_grad():
@@ -76,7 +76,7 @@ def test_training_a_read_model_leaves_its_file_as_it_is(model: GPT, tmp_path: Pa
 
 
 def shard(folder: Path, place: Callable[[str], str]) -> None:
-    """Move each tensor of a folder to the file that place says."""
+    """Move each tensor of a folder to the file that ``place`` returns."""
     tensors = weights(folder)
     shards: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
@@ -99,7 +99,7 @@ def test_sharded_folder_is_read(model: GPT, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_weights_of_every_precision_are_read_in_the_one_asked_for(
+def test_weights_of_every_dtype_are_converted(
     model: GPT, tmp_path: Path, dtype: torch.dtype
 ) -> None:
     write_model(tmp_path, model, None)
@@ -121,7 +121,7 @@ def test_published_gpt2_layout_is_read(shared: Path) -> None:
         assert model(tokens)[0, 5:].argmax(-1).tolist() == [0, 0, 1, 1, 2, 2]
 
 
-def test_published_llama_layout_tells_its_story(shared: Path) -> None:
+def test_published_llama_model_continues_its_text(shared: Path) -> None:
     loaded = read_model(shared / "weights" / "stories260K")
     assert sum(parameter.numel() for parameter in loaded.model.parameters()) == 260_032
     tokenizer = loaded.tokenizer
@@ -143,7 +143,7 @@ def test_published_llama_layout_tells_its_story(shared: Path) -> None:
         ({"config.json": None, "generation_config.json": ...}, (256,)),
     ],
 )
-def test_every_id_that_ends_a_text_is_known(
+def test_all_end_of_text_ids_are_read(
     folder: Path, files: dict[str, Any], expected: tuple[int, ...]
 ) -> None:
     for name, ids in files.items():
@@ -213,7 +213,7 @@ def folder(make: Callable[[int, str], GPT], tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_embedding_that_is_stored_twice_must_be_one(
+def test_tied_embedding_that_is_stored_twice_must_be_equal(
     make: Callable[[int, str], GPT], tmp_path: Path
 ) -> None:
     model = make(50, "gpt2-tied")
@@ -351,7 +351,7 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
 
 @pytest.fixture
 def little_memory() -> Iterator[None]:
-    """Let no more than 256 MiB be allocated on top of what is there."""
+    """Limit further allocations to 256 MiB."""
     resource = pytest.importorskip("resource", reason="needs the limits of a POSIX system")
     limits = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0]) if os.path.exists("/proc") else 0
@@ -364,7 +364,7 @@ def little_memory() -> Iterator[None]:
 
 @pytest.mark.usefixtures("little_memory")
 @pytest.mark.parametrize("says", DAMAGES)
-def test_damaged_folder_is_refused_in_one_line(folder: Path, says: str) -> None:
+def test_damaged_folder_is_a_one_line_error(folder: Path, says: str) -> None:
     DAMAGES[says](folder)
     with pytest.raises(CheckpointError, match=says) as caught:
         read_model(folder)
@@ -373,7 +373,7 @@ def test_damaged_folder_is_refused_in_one_line(folder: Path, says: str) -> None:
 
 
 @pytest.mark.usefixtures("little_memory")
-def test_config_that_lies_about_its_heads_makes_nothing_large(
+def test_config_with_wrong_sizes_allocates_little_memory(
     make: Callable[[int, str], GPT], tmp_path: Path
 ) -> None:
     write_model(tmp_path, make(50, "llama-grouped"), None)
@@ -382,7 +382,7 @@ def test_config_that_lies_about_its_heads_makes_nothing_large(
         read_model(tmp_path)
 
 
-def test_tokenizer_that_outgrows_the_model_is_refused(
+def test_tokenizer_larger_than_the_model_is_refused(
     make: Callable[[int, str], GPT], tmp_path: Path
 ) -> None:
     write_model(tmp_path, make(256, "llama-tied"), bytes_tokenizer())
@@ -402,7 +402,7 @@ def file_size_limit(n_bytes: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("n_bytes", [100, 20_000])  # stops config.json, then the weights
-def test_write_that_the_system_refuses_is_a_resource_error(
+def test_failed_write_is_a_resource_error(
     make: Callable[[int, str], GPT], tmp_path: Path, n_bytes: int
 ) -> None:
     with (

@@ -1,4 +1,4 @@
-"""Folders of tiny random models that transformers made, computed by it and by us."""
+"""Tiny random models saved by transformers give the same results in both."""
 
 import functools
 import tempfile
@@ -100,7 +100,7 @@ TOKENS = torch.randint(61, (2, CONTEXT), generator=torch.Generator().manual_seed
 
 
 @torch.no_grad()
-def test_logits_are_those_of_transformers_at_every_position(pair: Pair) -> None:
+def test_logits_equal_those_of_transformers_at_every_position(pair: Pair) -> None:
     expected = pair.theirs(TOKENS).logits
     assert expected.std() > 0.3  # else any model would agree
     torch.testing.assert_close(pair.ours.model(TOKENS), expected, rtol=0, atol=1e-4)
@@ -108,7 +108,7 @@ def test_logits_are_those_of_transformers_at_every_position(pair: Pair) -> None:
 
 @torch.no_grad()
 def assert_continues_alike(pair: Pair, prompt: list[int]) -> None:
-    """Each token that we draw greedily is the best one for transformers after those before it."""
+    """Each of our greedy tokens is the most probable one in transformers."""
     sampling = SamplingConfig(temperature=0.0, max_new_tokens=NEW)
     steps = Decoder(pair.ours.model, prompt).generate(sampling, seed=0)
     tokens = prompt + [step.token for step in steps]
@@ -145,7 +145,7 @@ def test_traced_rows_are_the_attention_of_transformers(pair: Pair) -> None:
         torch.testing.assert_close(recorder.weights_LHS, expected, rtol=0, atol=1e-5)
 
 
-def test_model_that_is_written_again_has_the_same_bytes(pair: Pair, tmp_path: Path) -> None:
+def test_rewritten_model_has_the_same_bytes(pair: Pair, tmp_path: Path) -> None:
     write_model(tmp_path, pair.ours.model, None)
     before, after = load_file(pair.folder / WEIGHTS), load_file(tmp_path / WEIGHTS)
     assert before.keys() == after.keys()
@@ -168,7 +168,7 @@ UNWRITTEN = {
 }
 
 
-def test_config_that_is_written_again_is_equal(pair: Pair, tmp_path: Path) -> None:
+def test_rewritten_config_is_equal(pair: Pair, tmp_path: Path) -> None:
     write_model(tmp_path, pair.ours.model, None)
     again = type(pair.theirs.config).from_pretrained(tmp_path).to_dict()
     expected = pair.theirs.config.to_dict()
@@ -182,7 +182,7 @@ def test_config_that_is_written_again_is_equal(pair: Pair, tmp_path: Path) -> No
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["gpt2-tied", "llama-tied"])
-def test_bare_model_is_read_as_the_one_with_a_head(
+def test_base_model_without_a_head_is_read(
     open_both: Callable[[str], Pair], tmp_path: Path, kind: str
 ) -> None:
     pair = open_both(kind)

@@ -1,4 +1,4 @@
-"""Which model is meant by a path, a name, or nothing."""
+"""Models are found by path, by name, or by default."""
 
 import os
 from pathlib import Path
@@ -29,7 +29,7 @@ def test_model_is_found_by_path_step_and_name(
     assert resolve_model("gpt2", root) == Path("gpt2")
 
 
-def test_without_a_name_the_newest_run_is_meant_then_what_ships(tmp_path: Path) -> None:
+def test_default_model_is_the_newest_run_else_the_one_that_ships(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no checkpoint in .*nowhere.*`minigpt train`"):
         resolve_model(None, tmp_path / "nowhere")
     shipped = tmp_path / "a-shipped"
@@ -45,7 +45,7 @@ def test_without_a_name_the_newest_run_is_meant_then_what_ships(tmp_path: Path) 
     assert resolve_model(None, tmp_path) == tmp_path / "newest" / "step-000005"
 
 
-def test_wrong_name_is_told_the_nearest_run(run: RunFolder, tmp_path: Path) -> None:
+def test_error_for_an_unknown_name_suggests_the_nearest_run(run: RunFolder, tmp_path: Path) -> None:
     root = run.path.parent
     (root / "empty").mkdir()
     (root / "\x1b[31mtails").mkdir()
@@ -65,14 +65,14 @@ def test_wrong_name_is_told_the_nearest_run(run: RunFolder, tmp_path: Path) -> N
         resolve_model("x", tmp_path / "nowhere")
 
 
-def test_half_written_model_is_not_among_the_models(run: RunFolder) -> None:
+def test_unfinished_model_is_not_listed(run: RunFolder) -> None:
     half = run.path.with_name(".writing-tales-mean")
     half.mkdir()
     (half / "config.json").write_text("{}")
     assert models_in(run.path.parent) == [run.path]
 
 
-def test_half_written_step_is_refused(run: RunFolder) -> None:
+def test_unfinished_step_is_refused(run: RunFolder) -> None:
     half = run.path / ".writing-step-000003"
     half.mkdir()
     (half / "config.json").write_text("{}")

@@ -1,4 +1,4 @@
-"""A Hugging Face family that is one new file: it opens, generates, trains and is traced."""
+"""A Hugging Face family in one new file: it is read, generates, trains and is traced."""
 
 import math
 import sys
@@ -105,7 +105,7 @@ def prompt() -> list[int]:
     return torch.randint(61, (9,), generator=torch.Generator().manual_seed(3)).tolist()
 
 
-def test_a_family_of_one_file_has_the_logits_of_transformers(
+def test_family_in_one_file_has_the_logits_of_transformers(
     toy: tuple[Any, LoadedModel],
 ) -> None:
     theirs, ours = toy
@@ -117,7 +117,7 @@ def test_a_family_of_one_file_has_the_logits_of_transformers(
 
 
 @torch.no_grad()
-def test_it_generates_and_attends_as_in_transformers(
+def test_toy_family_generates_and_attends_as_in_transformers(
     toy: tuple[Any, LoadedModel], prompt: list[int]
 ) -> None:
     theirs, ours = toy
@@ -134,7 +134,7 @@ def test_it_generates_and_attends_as_in_transformers(
     assert len(sequence) == len(prompt) + 8
 
 
-def test_it_trains_and_is_written_as_the_same_family(
+def test_toy_family_is_trained_and_written_as_the_same_family(
     toy: tuple[Any, LoadedModel], prompt: list[int], tmp_path: Path
 ) -> None:
     _, ours = toy

@@ -35,7 +35,7 @@ def load(transformers: Any, folder: Path) -> tuple[Any, Any]:
     return theirs.eval(), kind.from_pretrained(folder, local_files_only=True)
 
 
-def test_transformers_computes_the_logits_of_a_folder_of_ours(
+def test_transformers_computes_the_same_logits_from_our_folder(
     transformers: Any, model: GPT, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     write_model(tmp_path, model, tokenizer)

@@ -1,4 +1,4 @@
-"""minigpt checkpoints average: the mean of a run's last steps, as a model like any other."""
+"""minigpt checkpoints average: the mean of a run's last steps is an ordinary model."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ def tiny(trained: Path, workplace: Path) -> RunFolder:
     return run
 
 
-def test_the_mean_of_the_last_steps_is_a_model_by_its_name(run: Run, tiny: RunFolder) -> None:
+def test_mean_of_the_last_steps_is_a_model_with_a_name(run: Run, tiny: RunFolder) -> None:
     result = run("checkpoints", "average", "tiny", "--last", "3")
     assert (result.code, result.err) == (0, "")
     assert result.out == "the mean of 3 checkpoints, steps 2 to 4, is in checkpoints/tiny-mean\n"
@@ -45,7 +45,7 @@ def test_the_mean_of_the_last_steps_is_a_model_by_its_name(run: Run, tiny: RunFo
     assert not list(Path("checkpoints").glob(".*"))
 
 
-def test_the_run_may_be_the_working_directory(
+def test_run_can_be_the_working_directory(
     run: Run, tiny: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tiny.path)
@@ -53,7 +53,7 @@ def test_the_run_may_be_the_working_directory(
     assert (tiny.path.parent / "tiny-mean" / "config.json").exists()
 
 
-def test_json_says_which_steps_and_where(run: Run) -> None:
+def test_json_has_the_steps_and_the_folder(run: Run) -> None:
     words = ("--last", "2", "--until", "3", "--out", "x/mean", "--json")
     result = run("checkpoints", "average", "tiny", *words)
     assert json.loads(result.out) == {
@@ -64,7 +64,7 @@ def test_json_says_which_steps_and_where(run: Run) -> None:
     assert Path("x/mean/tokenizer.json").exists()
 
 
-def test_what_cannot_be_averaged_is_said_in_one_line(run: Run, tiny: RunFolder) -> None:
+def test_average_refuses_bad_input_in_one_line(run: Run, tiny: RunFolder) -> None:
     def refused(code: int, message: str, *words: str) -> None:
         result = run("checkpoints", "average", *words)
         assert result.code == code

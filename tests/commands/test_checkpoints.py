@@ -1,4 +1,4 @@
-"""minigpt checkpoints: what it says, what it removes, and what it never does."""
+"""minigpt checkpoints list, show, verify and prune."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def flip_a_byte(folder: Path) -> None:
     path.write_bytes(data)
 
 
-def test_list_says_the_same_as_json_and_the_log(run: Run, runs: Path) -> None:
+def test_list_agrees_with_json_and_the_log(run: Run, runs: Path) -> None:
     shown, as_json = run("checkpoints", "list"), run("checkpoints", "list", "--json")
     assert (shown.code, shown.err, as_json.code, as_json.err) == (0, "", 0, "")
     document = json.loads(as_json.out)
@@ -71,7 +71,7 @@ def test_list_says_the_same_as_json_and_the_log(run: Run, runs: Path) -> None:
     assert not any(line.endswith(" ") for line in lines)
 
 
-def test_list_takes_a_folder_and_a_run_and_marks_what_is_damaged(run: Run, runs: Path) -> None:
+def test_list_accepts_a_folder_or_a_run_and_marks_damage(run: Run, runs: Path) -> None:
     (runs / "checkpoints" / "tiny" / "step-000003" / "model.safetensors").unlink()
     for spec in ("tiny", "checkpoints/tiny", "checkpoints"):
         result = run("checkpoints", "list", spec)
@@ -83,7 +83,7 @@ def test_list_takes_a_folder_and_a_run_and_marks_what_is_damaged(run: Run, runs:
     assert result.code == 4
 
 
-def test_nothing_to_list_is_said_beside_the_result(run: Run, runs: Path) -> None:
+def test_empty_list_is_a_note_on_stderr(run: Run, runs: Path) -> None:
     (runs / "empty").mkdir()
     result = run("checkpoints", "list", "empty")
     assert (result.code, result.out) == (0, "")
@@ -97,7 +97,7 @@ def test_nothing_to_list_is_said_beside_the_result(run: Run, runs: Path) -> None
 HOSTILE = "\x1b]0;title\x07\n\t\u202e\udcff" + "n" * 90
 
 
-def test_hostile_names_stay_on_their_line_and_cannot_steer(run: Run, runs: Path) -> None:
+def test_hostile_names_are_escaped_on_one_line(run: Run, runs: Path) -> None:
     folder = runs / "checkpoints" / HOSTILE
     shutil.move(runs / "checkpoints" / "plain", folder)
     (folder / "generation_config.json").unlink()
@@ -117,7 +117,7 @@ def test_hostile_names_stay_on_their_line_and_cannot_steer(run: Run, runs: Path)
         assert len(out.split("\n")) == (11 if words == ["list"] else 6)
 
 
-def test_a_terminal_of_80_columns_is_wide_enough(runs: Path, run: Run) -> None:
+def test_list_fits_80_columns(runs: Path, run: Run) -> None:
     entries = take_inventory(runs / "checkpoints")
     assert all(line.cell_len <= 80 for line in inventory_lines(entries, 80))
     facts = describe(runs / "checkpoints" / "plain")
@@ -128,9 +128,7 @@ def test_a_terminal_of_80_columns_is_wide_enough(runs: Path, run: Run) -> None:
     assert not any("…" in line.plain for line in model_lines(facts, None))
 
 
-def test_show_gives_every_tensor_to_programs_and_folds_the_blocks_for_people(
-    run: Run, runs: Path
-) -> None:
+def test_show_lists_every_tensor_in_json_and_identical_blocks_once(run: Run, runs: Path) -> None:
     facts = json.loads(run("checkpoints", "show", "plain", "--json").out)
     stored = load_file(runs / "checkpoints" / "plain" / "model.safetensors")
     assert {t["name"]: t["shape"] for t in facts["tensors"]} == {
@@ -151,7 +149,7 @@ def test_show_gives_every_tensor_to_programs_and_folds_the_blocks_for_people(
     assert shown.out.count("q_proj") == 1
 
 
-def test_blocks_that_differ_are_not_folded_together(run: Run, runs: Path) -> None:
+def test_different_blocks_are_shown_apart(run: Run, runs: Path) -> None:
     path = runs / "checkpoints" / "plain" / "model.safetensors"
     tensors = load_file(path)
     name = "model.layers.1.mlp.up_proj.weight"
@@ -162,7 +160,7 @@ def test_blocks_that_differ_are_not_folded_together(run: Run, runs: Path) -> Non
     assert "(F32, F16)" in out
 
 
-def test_show_takes_what_a_model_option_takes(run: Run) -> None:
+def test_show_accepts_every_form_of_model_name(run: Run) -> None:
     newest = json.loads(run("checkpoints", "show", "--json").out)
     assert newest["folder"] == "checkpoints/tiny/step-000002"  # its best
     step = json.loads(run("checkpoints", "show", "checkpoints/tiny/step-000001", "--json").out)
@@ -200,7 +198,7 @@ def test_verify_compares_the_headers_of_a_folder_without_manifest(run: Run, runs
     assert re.match(r"bad  checkpoints/plain  .*has shape \[16, 16\], not \[16, 17\]", result.out)
 
 
-def test_a_step_that_its_run_removes_meanwhile_is_not_bad(
+def test_step_pruned_meanwhile_is_not_bad(
     run: Run, runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check = inspection.check
@@ -219,7 +217,7 @@ def steps(runs: Path) -> list[int]:
 
 
 @pytest.mark.parametrize(("keep", "left"), [((), [2, 4]), (("--keep", "1"), [2, 3, 4])])
-def test_prune_leaves_best_latest_and_the_newest_others(
+def test_prune_keeps_best_latest_and_the_newest_others(
     run: Run, runs: Path, keep: tuple[str, ...], left: list[int]
 ) -> None:
     would = run("checkpoints", "prune", "tiny", *keep, "--dry-run", "--json")
@@ -241,7 +239,7 @@ def test_prune_leaves_best_latest_and_the_newest_others(
     assert (again.code, again.out, again.err) == (0, "", "nothing to remove\n")
 
 
-def test_prune_says_what_it_does(run: Run, runs: Path) -> None:
+def test_prune_reports_what_it_removes(run: Run, runs: Path) -> None:
     would = run("checkpoints", "prune", "tiny", "--dry-run")
     done = run("checkpoints", "prune", "tiny", "--yes")
     assert would.out.replace("would remove", "removed") == done.out
@@ -253,7 +251,7 @@ def test_prune_says_what_it_does(run: Run, runs: Path) -> None:
     assert re.fullmatch(r"removed 2 checkpoints, .* [kM]B; steps 2, 4 stay\n", done.err)
 
 
-def test_prune_asks_a_terminal_and_takes_no_for_an_answer(runs: Path) -> None:
+def test_prune_asks_on_a_terminal_and_no_removes_nothing(runs: Path) -> None:
     pty = pytest.importorskip("pty", reason="needs a system with pseudo-terminals")
 
     def answer(text: bytes) -> subprocess.CompletedProcess[str]:
@@ -283,13 +281,13 @@ def test_prune_asks_a_terminal_and_takes_no_for_an_answer(runs: Path) -> None:
     assert said_yes.stdout.count("removed ") == 2
 
 
-def test_prune_does_nothing_where_nobody_can_be_asked(run: Run, runs: Path) -> None:
+def test_prune_without_a_terminal_needs_yes(run: Run, runs: Path) -> None:
     result = run("checkpoints", "prune", "tiny", stdin=b"y\n")
     assert "not a terminal. Pass --yes" in error_line(result)
     assert (result.code, steps(runs)) == (2, [1, 2, 3, 4])
 
 
-def test_prune_waits_for_no_training_run(run: Run, runs: Path) -> None:
+def test_prune_of_a_training_run_fails_at_once(run: Run, runs: Path) -> None:
     with RunFolder(runs / "checkpoints" / "tiny").lock():
         result = run("checkpoints", "prune", "tiny", "--yes")
         assert "'tiny' is training" in error_line(result)
@@ -309,7 +307,7 @@ def test_prune_waits_for_no_training_run(run: Run, runs: Path) -> None:
         ([], "missing argument 'RUN'", 2),
     ],
 )
-def test_prune_refuses_what_is_no_run(
+def test_prune_refuses_other_folders_and_bad_options(
     run: Run, runs: Path, words: list[str], said: str, code: int
 ) -> None:
     result = run("checkpoints", "prune", *words, "--yes")
@@ -319,9 +317,7 @@ def test_prune_refuses_what_is_no_run(
 
 
 @pytest.mark.parametrize("step", [2, 4])
-def test_prune_removes_nothing_while_what_would_stay_is_damaged(
-    run: Run, runs: Path, step: int
-) -> None:
+def test_prune_removes_nothing_if_a_kept_step_is_damaged(run: Run, runs: Path, step: int) -> None:
     flip_a_byte(runs / "checkpoints" / "tiny" / f"step-00000{step}")
     result = run("checkpoints", "prune", "tiny", "--yes")
     assert "nothing is removed, as a step to keep is damaged" in error_line(result)
@@ -368,7 +364,7 @@ def test_help_lists_the_commands_and_fits_80_columns(run: Run) -> None:
 @pytest.mark.parametrize(
     "words", [["--help"], ["show", "--help"], ["list"], ["prune", "tiny", "--yes"]]
 )
-def test_what_needs_no_weights_imports_no_torch(runs: Path, words: list[str]) -> None:
+def test_commands_without_weights_do_not_import_torch(runs: Path, words: list[str]) -> None:
     program = (
         "import sys\n"
         "from minigpt.commands import main\n"

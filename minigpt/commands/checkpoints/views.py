@@ -99,13 +99,8 @@ def model_record(facts: "ModelFacts") -> dict[str, Any]:
         "float32_cache_bytes_per_token": facts.cache_bytes_per_token(4),
         "bfloat16_cache_bytes_per_token": facts.cache_bytes_per_token(2),
         "tensors": [
-            {
-                "name": tensor.name,
-                "dtype": tensor.dtype,
-                "shape": tensor.shape,
-                "n_bytes": tensor.n_bytes,
-                "file": tensor.path.name,
-            }
+            {name: getattr(tensor, name) for name in ("name", "dtype", "shape", "n_bytes")}
+            | {"file": tensor.path.name}
             for tensor in facts.tensors
         ],
     }
