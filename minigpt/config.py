@@ -307,7 +307,7 @@ class TrainingConfig:
     """Budget, optimizer, schedule and reports of a training run."""
 
     max_steps: int = option(0, "[0, inf)")
-    """Number of optimizer steps; 0 for no limit. One of the three limits is needed."""
+    """Number of optimizer steps; 0 for no limit. A run needs one of the three max_ limits."""
     max_minutes: float = option(0.0, "[0, inf)")
     """Minutes of training, without evaluation; 0 for no limit. The schedule ends with it."""
     max_epochs: float = option(0.0, "[0, inf)")
