@@ -55,7 +55,7 @@ _AMBIGUOUS = re.compile(
 def read_tokenizer(folder: Path, end_of_text_ids: tuple[int, ...] = ()) -> Tokenizer | None:
     """Read the tokenizer of a model folder, None if it has none.
 
-    Args: end_of_text_ids, the ids that end a text; () for ``<|endoftext|>``.
+    Args: end_of_text_ids, () for ``<|endoftext|>``.
     Raises: CheckpointError if a file is damaged, or a vocabulary cannot be used.
     """
     path = folder / TOKENIZER_CONFIG
@@ -129,13 +129,13 @@ def _tiktoken_tokenizer(
         processor = data["post_processor"] or {"type": "ByteLevel"}
         around = [] if processor["type"] == "ByteLevel" else processor["single"]
         changes_text = data["normalizer"] is not None or data["decoder"]["type"] != "ByteLevel"
+        if changes_text or not all("Sequence" in part for part in around):
+            return None
         encoding = make_encoding(name, pattern, ranks, specials)
         tokenizer = TiktokenTokenizer(name, encoding, end_of_text_ids)
         written = tokenizer_to_json(tokenizer)
         added = [token | {"normalized": False} for token in data["added_tokens"]]
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, MinigptError):
-        return None
-    if changes_text or not all("Sequence" in part for part in around):
         return None
     parts = {"added_tokens": added, "pre_tokenizer": splits, "model": model}
     return tokenizer if written | parts == written else None

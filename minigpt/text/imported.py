@@ -86,15 +86,13 @@ class ImportedTokenizer(Tokenizer):
                 return text.encode()
         if self._has_byte_tokens and (match := _BYTE_TOKEN.fullmatch(text)):
             return bytes([int(match[1], 16)])
-        return self._text_inside(text).encode() if text else b""
-
-    def _text_inside(self, token: str) -> str:
-        """Return the text that the library gives for a token between two others."""
         decoder = self._library.decoder
         if decoder is None:  # the library joins tokens with spaces
-            return f" {token}"
+            return f" {text}".encode() if text else b""
+        # The text that the library gives for a token between two others.
         gap = decoder.decode([_MARK, _MARK])[1:-1]
-        return decoder.decode([_MARK, token, _MARK])[1:-1].removesuffix(gap)
+        inside = decoder.decode([_MARK, text, _MARK])[1:-1].removesuffix(gap)
+        return inside.encode() if text else b""
 
     def to_dict(self) -> dict[str, Any]:
         return {
