@@ -164,7 +164,7 @@ class RunFolder:
             for step in self.prunable(keep):
                 folder = self.step_folder(step)
                 doomed = self.path / f"{_DELETING}{folder.name}"
-                os.rename(folder, doomed)  # first: half of it is no checkpoint
+                os.rename(folder, doomed)  # a partly deleted step must not look like one
                 remove(doomed)
 
 

@@ -41,7 +41,7 @@ _FIXED = {
     "pruned_heads": {},
     "quantization_config": None,
 }
-_DERIVED = ("n_inner", "num_key_value_heads", "head_dim")  # from other fields where they are null
+_DERIVED = ("n_inner", "num_key_value_heads", "head_dim")  # derived from others if null
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def download_model(spec: str) -> Path:
             f"{spec!r} is not a folder here. If it is a model of the Hugging Face hub, install "
             "huggingface_hub: pip install 'minigpt[hub]'."
         ) from None
-    # Its warnings repeat what the server says, whatever bytes that has.
+    # Its warnings repeat the reply of the server unescaped.
     logging.set_verbosity_error()
     try:
         with resource_errors(Path(constants.HF_HUB_CACHE)):
@@ -51,20 +51,20 @@ def download_model(spec: str) -> Path:
                 allow_patterns=_SMALL_FILES,
                 tqdm_class=_progress_bar(),
             )
-            folder = Path(path)  # named as the commit is
+            folder = Path(path)  # its name is the commit
             for name in _weight_files(folder):
                 # Not in snapshot_download's threads: Ctrl-C would wait until they are done.
                 hf_hub_download(match["repository"], name, revision=folder.name)
     except MinigptError:
         raise
-    except Exception as error:  # those of its transport have no common class over its versions
+    except Exception as error:  # network errors have no common class across its versions
         problem = _problem(error, match["repository"], match["revision"])
         raise CheckpointError(f"{spec!r} is not a folder here, and {problem}") from error
     return folder
 
 
 def _weight_files(folder: Path) -> list[str]:
-    """Return the weights' files; what an index names but safetensors of the folder is left out."""
+    """Return the names of the weight files: safetensors in the folder itself, nothing else."""
     if not (folder / _INDEX).exists():
         return [_WEIGHTS]
     shards = read_json(folder / _INDEX).get("weight_map")
@@ -76,7 +76,7 @@ def _progress_bar() -> Any:
     from huggingface_hub.utils.tqdm import tqdm
 
     class TerminalBar(tqdm):
-        """A progress bar that is off where stderr is no terminal; some of the hub's are not."""
+        """A progress bar that is shown only if stderr is a terminal."""
 
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **options | {"disable": None})
