@@ -19,7 +19,7 @@ from minigpt.model.scores import Score
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each normed before and added to the stream: (B, T, C) -> (B, T, C)."""
+    """Pre-norm attention and MLP with residual connections: (B, T, C) -> (B, T, C)."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()

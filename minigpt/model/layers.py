@@ -19,7 +19,7 @@ ACTIVATIONS = {
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's, in the dtype of what it norms: under autocast that is not the weight's."""
+    """nn.RMSNorm in the dtype of its input, which under autocast is not that of the weight."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
@@ -37,7 +37,7 @@ def make_norm(config: ModelConfig, width: int) -> nn.Module:
 
 
 class MLP(nn.Module):
-    """Two layers around an activation, at every position by itself: (B, T, C) -> (B, T, C)."""
+    """Position-wise feed-forward network: (B, T, C) -> (B, T, C)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class GatedMLP(nn.Module):
 def dense_weight(linear: nn.Module) -> Tensor:
     """Return the weight of a linear layer, (O, I), float32.
 
-    A quantized layer that is no ``nn.Linear`` has a method of this name.
+    A quantized layer, which is not an ``nn.Linear``, has a method of this name.
     """
     dense: Any = linear
     weight: Tensor = dense.weight if isinstance(linear, nn.Linear) else dense.dense_weight()
@@ -92,7 +92,7 @@ def rotary_table(config: ModelConfig) -> tuple[Tensor, Tensor]:
 
 
 def _stretched(frequency: Tensor, config: ModelConfig) -> Tensor:
-    """Divide low frequencies by the scaling factor, high ones not, and those between in part.
+    """Scale RoPE frequencies: divide low ones by the factor, keep high ones, interpolate between.
 
     Source: Llama 3.1's reference implementation, apply_scaling; Dubey et al. 2024,
         arXiv:2407.21783.
