@@ -284,15 +284,23 @@ Assignments = Annotated[
 XAxis = Literal["steps", "tokens", "seconds"]
 
 
+def read_config(path: Path | None) -> dict[str, Any]:
+    """Read the file of ``--config``, once, as it may be a pipe; {} if there is none."""
+    return read_toml(path) if path else {}
+
+
 def layered(
-    file: Path | None,
+    file: Mapping[str, Any],
     given: Mapping[str, Any],
     data: Sequence[str] | None = None,
     preset: str | None = None,
     assignments: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """Return the settings of a config file, of options and of ``--set``; later ones win."""
+    """Return the settings of a config file, of options and of ``--set``; later ones win.
+
+    Args: file, as from ``read_config``; given, the options as nested settings.
+    """
     words = {"preset": preset} if preset else {}
     paths = {"data": {"paths": data}} if data else {}
     changes = map(parse_assignment, assignments or ())
-    return merge(read_toml(file) if file else {}, words, paths, given, *changes)
+    return merge(file, words, paths, given, *changes)

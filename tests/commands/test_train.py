@@ -123,6 +123,18 @@ def test_settings_win_in_the_order_preset_file_option_set(run: Run) -> None:
     assert (training["lr"], training["beta1"], training["beta2"]) == (0.25, 0.125, 0.5)
 
 
+@pytest.mark.skipif(not Path("/dev/fd").is_dir(), reason="needs /dev/fd")
+def test_a_config_file_can_be_a_pipe(run: Run) -> None:
+    """As in --config <(command): a pipe can be read only once."""
+    reader, writer = os.pipe()
+    os.write(writer, b"[training]\nseed = 5\n")
+    os.close(writer)
+    words = ["--config", f"/dev/fd/{reader}", *TINY]
+    assert run("train", "corpus.txt", "--name", "a", *words).code == 0
+    os.close(reader)
+    assert read_toml(Path("checkpoints/a/config.toml"))["training"]["seed"] == 5
+
+
 def test_a_run_can_be_repeated_from_its_own_config(run: Run, trained: Path) -> None:
     config = trained / "checkpoints/tiny/config.toml"
     assert run("train", "--config", str(config), "--name", "again").code == 0

@@ -14,6 +14,7 @@ from minigpt.commands.options import (
     XAxis,
     command,
     layered,
+    read_config,
 )
 from minigpt.config import ARCHS, ATTENTIONS, RunConfig, check_fields, option
 from minigpt.presets import default_run
@@ -77,5 +78,5 @@ def compare(
     """
     from minigpt.commands.compare.run import run_comparison
 
-    overrides = layered(config, settings, data, preset, set_)
+    overrides = layered(read_config(config), settings, data, preset, set_)
     run_comparison(comparison, overrides, is_json=as_json)

@@ -1,6 +1,5 @@
 """minigpt train; the command's docstring is its --help."""
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from minigpt.commands.options import (
@@ -12,6 +11,7 @@ from minigpt.commands.options import (
     Preset,
     command,
     layered,
+    read_config,
 )
 from minigpt.config import RunConfig
 from minigpt.errors import ConfigError
@@ -63,7 +63,8 @@ def train(
         )
     if as_json and not dry_run:
         raise ConfigError("--json is for --dry-run. The metrics of a run are in metrics.jsonl.")
-    overrides = layered(config, _for_its_model(settings, config, set_), data, preset, set_)
+    file = read_config(config)
+    overrides = layered(file, _for_its_model(settings, file, set_), data, preset, set_)
     if report_to == "tensorboard":
         ring("training.reports.tensorboard").summary_writer()  # before anything long begins
     if dry_run:
@@ -75,11 +76,11 @@ def train(
 
 
 def _for_its_model(
-    settings: dict[str, Any], config: Path | None, assignments: list[str] | None
+    settings: dict[str, Any], file: dict[str, Any], assignments: list[str] | None
 ) -> dict[str, Any]:
     """Take --context-length as the training sequences' length where the model is given."""
     model = dict(settings.get("model", {}))
-    has_model = "from" in layered(config, settings, assignments=assignments)
+    has_model = "from" in layered(file, settings, assignments=assignments)
     if not has_model or "context_length" not in model:
         return settings
     length = {"sequence_length": model.pop("context_length")}
