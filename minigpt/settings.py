@@ -92,7 +92,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"the config file {path} does not exist.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, or nested too deeply
         raise ConfigError(f"the config file {path} is not valid TOML: {error}.") from None
     except OSError as error:
         raise ConfigError(f"the config file {path} cannot be read: {error.strerror}.") from None
@@ -110,7 +110,7 @@ def parse_assignment(text: str) -> dict[str, Any]:
     try:
         value: Any
         (value,) = tomllib.loads(f"value = {raw}").values()  # fails on a hidden second line
-    except ValueError:
+    except (ValueError, RecursionError):
         value = raw
     for key in reversed(keys):
         value = {key: value}

@@ -93,6 +93,7 @@ def test_integers_are_accepted_as_floats_and_lists_as_tuples() -> None:
         (None, "does not exist."),
         (b"a = = 3", "is not valid TOML"),
         (b"\xff\xfe", "is not valid TOML"),
+        (b"a = " + b"[" * 100_000, "is not valid TOML"),
     ],
 )
 def test_a_config_file_that_cannot_be_read_is_an_error_that_names_it(
@@ -117,6 +118,7 @@ def test_a_config_file_that_cannot_be_read_is_an_error_that_names_it(
         ('data.paths=["a", "b"]', {"data": {"paths": ["a", "b"]}}),
         ("data.tokenizer=a=b", {"data": {"tokenizer": "a=b"}}),
         ("preset=", {"preset": ""}),
+        ("preset=" + "[" * 3000, {"preset": "[" * 3000}),
     ],
 )
 def test_assignments_are_parsed_as_toml_values_or_text(text: str, expected: dict[str, Any]) -> None:
