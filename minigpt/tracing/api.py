@@ -45,7 +45,7 @@ def trace(
     """
     names = {f.name for f in fields(TraceConfig)}
     chosen = {name: options.pop(name) for name in names & options.keys()}
-    config = TraceConfig(**{"has_heads": True} | chosen)
+    config = build(TraceConfig, {"has_heads": True} | chosen)
     sampling = build(SamplingConfig, options)
     if sampling.num_samples != 1:
         raise ConfigError(f"a trace is of one sample: num_samples is {sampling.num_samples}.")

@@ -79,6 +79,8 @@ def test_a_notebook_shows_the_page_in_a_frame(folder: Path) -> None:
         ({"num_samples": 2}, ConfigError, "a trace is of one sample"),
         ({"colour": 1}, ConfigError, "colour"),
         ({"n_sources": -1}, ConfigError, "n_sources must be at least 0"),
+        ({"n_sources": 1.5}, ConfigError, "n_sources must be of type int"),
+        ({"layers": 1}, ConfigError, "layers must be of type str"),
         ({"overflow": "slide"}, ConfigError, "overflow slide"),
         ({"prompt": "x" * 99}, DataError, "the prompt has 99 tokens"),
     ],
