@@ -80,7 +80,7 @@ class Decoder:
         Args: max_new_tokens, the largest that ``generate`` is called with, which limits the cache;
             None fills the context. n_rows, the largest number of seeds that ``batch`` is called
             with. compiles, whether to decode through a compiled graph, which is slow to begin.
-        Raises: DataError if the prompt is empty or longer than the context.
+        Raises: DataError if the prompt is empty, longer than the context, or of unknown token ids.
         """
         self.context_length = model.config.context_length
         if not prompt:
@@ -89,6 +89,12 @@ class Decoder:
             raise DataError(
                 f"the prompt has {len(prompt)} tokens, the model sees {self.context_length}. "
                 "Shorten the prompt, or train with a larger --context-length."
+            )
+        n_tokens = model.config.vocab_size
+        if unknown := [token for token in prompt if not 0 <= token < n_tokens]:
+            raise DataError(
+                f"the prompt has the token id {unknown[0]}, the model's are 0 to {n_tokens - 1}. "
+                "Encode the prompt with the model's own tokenizer."
             )
         self.model = model
         self.recorder = recorder

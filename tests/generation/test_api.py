@@ -85,6 +85,8 @@ def test_more_samples_than_rows_are_decoded_in_several_batches() -> None:
         (MODEL, {"tokenizer": BYTES, "top_p": 2.0}, ConfigError, "top_p must be in (0, 1]"),
         (MODEL, {"tokenizer": BYTES, "prompt": "x" * 99}, DataError, "99 tokens, the model sees"),
         (MODEL, {"tokenizer": BYTES, "prompt": []}, DataError, "the prompt is empty"),
+        (MODEL, {"tokenizer": BYTES, "prompt": [-1]}, DataError, "the token id -1"),
+        (MODEL, {"tokenizer": BYTES, "prompt": [9999]}, DataError, "the token id 9999"),
         ("no/such/place", {}, CheckpointError, "no/such/place"),
         ("folder", {"quantize": "int3"}, ConfigError, "int3"),
         ("folder", {"device": "gpu"}, ConfigError, "gpu"),
