@@ -268,8 +268,9 @@ class ModelConfig:
 
     def _check_layout(self) -> None:
         name = self.model_type
-        is_known = name in (*HF_LAYOUTS, "minigpt") or not name.isidentifier()
-        if not is_known and has_ring(f"checkpoint.families.{name}"):
+        is_file = name.isidentifier() and not name.startswith("_")
+        is_other = is_file and name not in (*HF_LAYOUTS, "minigpt")
+        if is_other and has_ring(f"checkpoint.families.{name}"):
             return  # the family decides what it can compute
         require_choice("activation", self.activation, ACTIVATIONS)
         layout = self._layout()
@@ -408,9 +409,9 @@ class SamplingConfig:
     repetition_penalty: float = option(1.0, "(0, inf)")
     """Penalty for tokens in the prompt or the output; 1 for none. Positive logits are divided by
     it, negative ones multiplied (Keskar et al. 2019)."""
-    presence_penalty: float = option(0.0, "(-inf, inf)")
+    presence_penalty: float = option(0.0, "(-1e30, 1e30)")
     """Amount subtracted once from the logits of generated tokens (OpenAI)."""
-    frequency_penalty: float = option(0.0, "(-inf, inf)")
+    frequency_penalty: float = option(0.0, "(-1e30, 1e30)")
     """Amount subtracted from a token's logit each time it was generated (OpenAI)."""
     ignore_eos: bool = option(False)
     """Never sample the end-of-text token."""

@@ -262,6 +262,7 @@ def test_config_survives_the_round_trip(model: GPT) -> None:
 UNSUPPORTED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (GPT2, {"model_type": "mamba"}, "unsupported model_type 'mamba'"),
     (GPT2, {"model_type": ["gpt2"]}, "unsupported model_type"),
+    (GPT2, {"model_type": "__init__"}, "unsupported model_type '__init__'"),
     (GPT2, {"activation_function": "tanh"}, "activation_function is 'tanh'"),
     (GPT2, {"scale_attn_weights": False}, "scale_attn_weights is False"),
     (GPT2, {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),

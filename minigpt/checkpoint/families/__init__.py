@@ -106,7 +106,8 @@ def family_of(model_type: object) -> Family:
     Raises: CheckpointError if there is no file for it.
     """
     name = model_type if isinstance(model_type, str) else ""
-    if not name.isidentifier() or not has_ring(f"checkpoint.families.{name}"):
+    is_file = name.isidentifier() and not name.startswith("_")
+    if not is_file or not has_ring(f"checkpoint.families.{name}"):
         known = [*sorted(module.name for module in iter_modules(__path__)), OWN_TYPE]
         raise CheckpointError(
             f"config.json: unsupported model_type {str(model_type)[:80]!r}. "
