@@ -1,10 +1,10 @@
-"""One contender in a process of its own: loads, decodes once to warm up, then whenever it is told.
+"""One contender in a separate process: load, decode once to warm up, then decode on request.
 
     python decoders.py '{"contender": {...}, "job": {...}}'
 
-Each line on standard input is a turn; each line on standard output is a Turn as JSON, or
-{"failed": why}. At the top only the standard library is imported: the Python that has llama.cpp
-may have no torch.
+Each line on standard input requests a turn; each line on standard output is a Turn as JSON, or
+{"failed": why}. The module level only imports the standard library, because the Python that has
+llama.cpp may not have torch.
 """
 
 import importlib.util
@@ -21,17 +21,17 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Contender:
-    """What decodes, and how."""
+    """An implementation and its options."""
 
     engine: str
-    """minigpt, transformers, gpt-fast, llama.cpp, or memory: reading it, and nothing else."""
+    """minigpt, transformers, gpt-fast, llama.cpp, or memory, which only reads memory."""
     precision: str
     """fp32, bf16 or int8 (llama.cpp: q8_0)."""
     variant: str = ""
-    """Empty for how its users call it; trace, loop (a bare loop over forward) or static."""
+    """Empty for the usual call; trace, loop (a bare loop over forward) or static."""
     is_compiled: bool = False
     n_rows: int = 1
-    """Sequences that are decoded together."""
+    """Batch size."""
 
     @property
     def name(self) -> str:
@@ -41,21 +41,21 @@ class Contender:
 
 @dataclass(frozen=True)
 class Job:
-    """What every contender is given."""
+    """The input of every contender."""
 
     folder: str
-    """The model, as a Hugging Face folder; llama.cpp's is in it as PRECISION.gguf."""
+    """Hugging Face folder of the model; llama.cpp reads PRECISION.gguf in it."""
     prompt: list[int]
     n_new: int
     threads: int
     device: str
     gpt_fast: str
-    """A checkout of it, or empty."""
+    """Path of a gpt-fast checkout, or empty."""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One decoding, timed."""
+    """The timing of one decoding."""
 
     first_s: float
     """From the prompt's ids to the first new token's on the host."""
@@ -72,11 +72,11 @@ Decode = Callable[[Callable[[], None]], list[int]]
 
 
 class UnavailableError(Exception):
-    """Why a contender cannot be measured here."""
+    """A contender cannot be measured here, with the reason."""
 
 
 def minigpt(contender: Contender, job: Job) -> Decode:
-    """Ours, by the classes that the commands use."""
+    """minigpt, through the classes that the commands use."""
     from minigpt.config import SamplingConfig
     from minigpt.generation.api import load, prepare_for_decoding
     from minigpt.generation.decoder import Decoder
@@ -105,7 +105,7 @@ def minigpt(contender: Contender, job: Job) -> Decode:
 
 
 def _traced(model: Any, sampling: Any, contender: Contender, job: Job) -> Decode:
-    """The same, with what ``attention-trace`` makes of each token's attention."""
+    """minigpt with a row of attention per token, as in ``attention-trace``."""
     from random_models import BYTES
 
     from minigpt.tracing.events import TraceStep
@@ -180,7 +180,7 @@ def transformers(contender: Contender, job: Job) -> Decode:
 
 
 def gpt_fast(contender: Contender, job: Job) -> Decode:
-    """gpt-fast's model class and its compiled step, as its main() puts them together.
+    """gpt-fast's model class and compiled step, set up as in its main().
 
     Its class is a Llama without QK-norm, so the shape is the same and the weights are not: with an
     MLP as wide as keeps the number of them, for a GPT-2.
@@ -192,7 +192,7 @@ def gpt_fast(contender: Contender, job: Job) -> Decode:
     from minigpt.checkpoint.model_folder import read_config
 
     config = read_config(Path(job.folder))
-    # Its generate.py wants a tokenizer library that nothing here needs.
+    # Its generate.py imports a tokenizer library that is not needed here.
     sys.modules["tokenizer"] = SimpleNamespace(get_tokenizer=None)  # type: ignore[assignment]
     model_file = _module(Path(job.gpt_fast, "model.py"), "model")
     generate = _module(Path(job.gpt_fast, "generate.py"), "gpt_fast_generate")
@@ -320,7 +320,7 @@ def peak_bytes(device: str) -> int:
 
 
 def take_turn(decode: Decode, job: Job) -> Turn:
-    """Decode once, by the clock."""
+    """Decode once and time it."""
     marks: list[float] = []
     started = time.perf_counter()
     tokens = decode(lambda: marks.append(time.perf_counter()))
@@ -329,7 +329,7 @@ def take_turn(decode: Decode, job: Job) -> Turn:
 
 
 def main() -> None:
-    # What libraries print must not come among the replies.
+    # Keep the output of libraries out of the replies.
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     request = json.loads(sys.argv[1])

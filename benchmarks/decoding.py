@@ -1,21 +1,22 @@
-"""Tokens/s of decoding: ours beside transformers, llama.cpp and gpt-fast, in one run.
+"""Decoding throughput compared with transformers, llama.cpp and gpt-fast, in one run.
 
     python benchmarks/decoding.py
     python benchmarks/decoding.py --shape mini --only minigpt "transformers fp32" --without trace
     python benchmarks/decoding.py --gpt-fast DIR --llama-cpp-python DIR/bin/python --static
 
-All have the same random weights (gpt-fast: as many), one prompt of random ids, and decode greedily;
-nothing is downloaded. Ours is what the commands use; transformers is its generate and, as that does
-much in Python, a bare loop over its forward too: ratios are to the faster of the two.
+All have the same random weights (gpt-fast: the same number), the same prompt of random ids, and
+decode greedily; nothing is downloaded. minigpt runs the code of its commands. transformers runs its
+generate and, because that has much Python overhead, a bare loop over its forward: ratios are
+relative to the faster of the two.
 
-Each contender is a process of its own, so that its peak memory is its own, no setting of one
-touches another, and llama.cpp may live in another Python. All stay loaded, and in each round each
-has one turn, in an order of its own, while the others sleep: a busy moment hits them alike. Ratios
-are medians over the rounds of what two had in the same round. Before any is timed, each decodes
-once, and the float32 tokens of ours must be those of transformers.
+Each contender is a separate process with its own peak memory and settings; llama.cpp may be
+installed in another Python. All stay loaded, and in each round every contender decodes once, in
+shuffled order, while the others sleep, so that other load on the machine affects all of them. A
+ratio is the median over rounds of the ratio in the same round. Before the timing starts, each
+decodes once, and minigpt's float32 tokens must equal those of transformers.
 
 llama.cpp is measured where a Python has llama-cpp-python, gguf and safetensors (by default this
-one), and gpt-fast from a checkout of it. --device cuda is written and has not been run yet.
+one), and gpt-fast from a checkout of it. --device cuda has not been run yet.
 """
 
 import argparse
@@ -41,7 +42,7 @@ GGUF_TYPES = {"fp32": "F32", "bf16": "BF16", "int8": "Q8_0"}
 
 
 def contenders(precisions: list[str], batches: list[int], *, with_static: bool) -> list[Contender]:
-    """Return all that there are, in the order of the table."""
+    """Return all contenders, in the order of the table."""
     found = []
     for n_rows in batches:
         for precision in precisions:
@@ -79,7 +80,10 @@ class Worker:
         )
 
     def turn(self, *, is_first: bool = False) -> Turn | str:
-        """Let it decode once, as it does unasked at first; return why it could not, if so."""
+        """Decode once and return the timing, or the reason for a failure.
+
+        The first turn starts without a request.
+        """
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         try:
@@ -104,7 +108,7 @@ def measure(
 ) -> tuple[dict[Contender, Measured], dict[Contender, str], list[int]]:
     """Time the contenders in rounds.
 
-    Returns: what was measured, why others were not, and the tokens that float32 gives.
+    Returns: the measurements, the reasons of failures, and the float32 tokens.
     """
     workers, failed, texts = {}, dict[Contender, str](), dict[Contender, list[int]]()
     turns: dict[Contender, list[Turn]] = {}
@@ -125,7 +129,9 @@ def measure(
         order = random.Random(0)
         for number in range(rounds):
             for contender in order.sample(list(workers), len(workers)):
-                time.sleep(0.1)  # the threads of the one before spin a little until they sleep
+                time.sleep(
+                    0.1
+                )  # threads of the previous contender spin for a moment before they sleep
                 turn = workers[contender].turn()
                 if isinstance(turn, str):
                     raise SystemExit(f"{contender.name}, after it had warmed up: {turn}")
@@ -136,7 +142,7 @@ def measure(
 
 
 def check_tokens(texts: dict[Contender, list[int]]) -> list[int]:
-    """Return what transformers decodes in float32; SystemExit if ours is not the same."""
+    """Return the float32 tokens of transformers; SystemExit if minigpt's differ."""
     theirs = texts.get(Contender("transformers", "fp32"))
     for contender, tokens in texts.items():
         if theirs is None or contender.engine != "minigpt" or contender.precision != "fp32":
@@ -150,12 +156,12 @@ def check_tokens(texts: dict[Contender, list[int]]) -> list[int]:
 
 
 def note(words: str) -> None:
-    """Say how far it is."""
+    """Print the progress."""
     print(f"  {words}", file=sys.stderr, flush=True)
 
 
 def write_ggufs(folder: Path, precisions: list[str], python: str) -> None:
-    """Write the folder's model as llama.cpp reads it; where that fails, llama.cpp will say so."""
+    """Write the folder's model as GGUF; if that fails, llama.cpp reports the missing file."""
     for precision in precisions:
         words = [str(folder), str(folder / f"{precision}.gguf"), GGUF_TYPES[precision]]
         done = subprocess.run(
@@ -166,7 +172,7 @@ def write_ggufs(folder: Path, precisions: list[str], python: str) -> None:
 
 
 def report(shape: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Measure one shape and print what was found."""
+    """Measure one shape and print the results."""
     config = shape_of(shape, args.prompt + args.new)
     found = contenders(args.precision, args.batch, with_static=args.static)
     chosen = [one for one in found if is_chosen(one, args.only, args.without)]
@@ -206,7 +212,7 @@ def report(shape: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def is_chosen(contender: Contender, only: list[str], without: list[str]) -> bool:
-    """Tell whether all words of one of the texts are in its name, and no unwanted word is."""
+    """Return whether a name has all words of one of the texts, and no unwanted word."""
     words = set(contender.name.split())
     is_wanted = not only or any(set(text.split()) <= words for text in only)
     return is_wanted and not words & set(without)
@@ -215,18 +221,26 @@ def is_chosen(contender: Contender, only: list[str], without: list[str]) -> bool
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--prompt", type=int, default=32, help="tokens of it")
-    parser.add_argument("--new", type=int, default=256, help="tokens that are decoded after it")
+    parser.add_argument("--prompt", type=int, default=32, help="prompt length, in tokens")
+    parser.add_argument("--new", type=int, default=256, help="new tokens to decode")
     parser.add_argument("--precision", nargs="+", choices=GGUF_TYPES, default=list(GGUF_TYPES))
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--static", action="store_true", help="transformers' compiled step too")
-    parser.add_argument("--only", nargs="+", default=[], help="words of contenders' names")
-    parser.add_argument("--without", nargs="+", default=[], help="words that none may have")
-    parser.add_argument("--llama-cpp-python", default=sys.executable, help="a Python that has it")
-    parser.add_argument("--gpt-fast", default="", help="a checkout of it")
+    parser.add_argument(
+        "--static", action="store_true", help="also run transformers' compiled step"
+    )
+    parser.add_argument(
+        "--only", nargs="+", default=[], help="contenders whose names have these words"
+    )
+    parser.add_argument(
+        "--without", nargs="+", default=[], help="leave out contenders with these words"
+    )
+    parser.add_argument(
+        "--llama-cpp-python", default=sys.executable, help="Python with llama-cpp-python"
+    )
+    parser.add_argument("--gpt-fast", default="", help="path of a gpt-fast checkout")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 

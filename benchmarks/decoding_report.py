@@ -1,4 +1,4 @@
-"""What timed turns say: medians, paired ratios, a table, and the bars that were set."""
+"""Results of the timed turns: medians, paired ratios, a table, and the goals."""
 
 import statistics
 from collections.abc import Mapping
@@ -13,25 +13,25 @@ _Q8_0_BYTES = 34 / 32  # blocks of 32 bytes, each with a scale in two
 
 @dataclass(frozen=True)
 class Measured:
-    """A contender's turns, one a round."""
+    """The turns of a contender, one per round."""
 
     contender: Contender
     turns: list[Turn]
 
     @property
     def tokens_per_s(self) -> float:
-        """Of all rows together, after the first token."""
+        """Throughput of all rows after the first token."""
         n_tokens = (len(self.turns[0].tokens) - 1) * self.contender.n_rows
         return n_tokens / statistics.median(turn.rest_s for turn in self.turns)
 
     @property
     def step_ms(self) -> float:
-        """Of one token of every row."""
+        """Time of one step, a token of every row."""
         return 1e3 * self.contender.n_rows / self.tokens_per_s
 
     @property
     def first_ms(self) -> float:
-        """From the prompt to the first token."""
+        """Time from the prompt to the first token."""
         return 1e3 * statistics.median(turn.first_s for turn in self.turns)
 
     @property
@@ -39,7 +39,7 @@ class Measured:
         return max(turn.peak_bytes for turn in self.turns) / 1e6
 
     def times_faster(self, other: "Measured") -> float:
-        """Return the median over rounds of the ratio of tokens/s: both had the same weather."""
+        """Return the median over rounds of the ratio of tokens/s in the same round."""
         rows = self.contender.n_rows / other.contender.n_rows
         pairs = zip(self.turns, other.turns, strict=True)
         return rows * statistics.median(theirs.rest_s / ours.rest_s for ours, theirs in pairs)
@@ -49,7 +49,7 @@ Results = Mapping[Contender, Measured]
 
 
 def bandwidth(results: Results) -> float | None:
-    """Return the bytes per second of reading memory and nothing else."""
+    """Return the memory bandwidth, in bytes/s."""
     read = results.get(MEMORY)
     if read is None:
         return None
@@ -57,7 +57,7 @@ def bandwidth(results: Results) -> float | None:
 
 
 def bandwidth_share(measured: Measured, n_weights: int, bytes_per_s: float) -> float:
-    """Return which share of the bandwidth reading the weights once a step takes."""
+    """Return the share of the bandwidth that reading the weights once per step uses."""
     contender = measured.contender
     is_q8_0 = contender.engine == "llama.cpp" and contender.precision == "int8"
     size = _Q8_0_BYTES if is_q8_0 else _BYTES_PER_WEIGHT[contender.precision]
@@ -65,9 +65,9 @@ def bandwidth_share(measured: Measured, n_weights: int, bytes_per_s: float) -> f
 
 
 def transformers_of(contender: Contender, results: Results) -> Measured | None:
-    """Return the faster of transformers' generate and a loop, as many rows, the same precision.
+    """Return the faster of transformers' generate and loop, same batch size and precision.
 
-    It has no int8 of its own, which is therefore held to its bf16.
+    transformers has no int8 here: int8 is compared with its bf16.
     """
     precision = "bf16" if contender.precision == "int8" else contender.precision
     ways = [
@@ -82,13 +82,13 @@ def _fastest(measured: list[Measured]) -> Measured | None:
 
 
 def n_same(tokens: list[int], reference: list[int]) -> int:
-    """Return how many tokens two texts have in common before they part."""
+    """Return the length of the common prefix of two token sequences."""
     pairs = enumerate(zip(tokens, reference, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(tokens), len(reference)))
 
 
 def table(results: Results, n_weights: int, reference: list[int]) -> str:
-    """Return the results as Markdown; reference, the tokens of float32."""
+    """Return the results as Markdown. Args: reference, the float32 tokens."""
     heads = ["", "tokens/s", "ms/step", "first token", "peak memory", "of the bandwidth"]
     rows = [[*heads, "x transformers", "tokens as float32"], ["---"] + 7 * ["---:"]]
     bytes_per_s = bandwidth(results)
@@ -116,15 +116,15 @@ def table(results: Results, n_weights: int, reference: list[int]) -> str:
 
 @dataclass(frozen=True)
 class Bar:
-    """What was set out to be reached."""
+    """A goal: a factor over the fastest of some contenders."""
 
     ours: Contender
     theirs: tuple[Contender, ...]
-    """The fastest of them counts."""
+    """Contenders to compare with; the fastest counts."""
     factor: float
 
     def verdict(self, results: Results) -> str:
-        """Return a line that says by how much it was reached, or was not."""
+        """Return a line with the ratio and its distance from the goal."""
         against = _fastest([results[theirs] for theirs in self.theirs if theirs in results])
         missing = [self.ours.name] * (self.ours not in results)
         missing += [self.theirs[0].name] * (against is None)
@@ -147,7 +147,7 @@ def _transformers(precision: str) -> tuple[Contender, ...]:
 
 
 def bars(shape: str, device: str) -> list[Bar]:
-    """Return the bars of a shape."""
+    """Return the goals of a shape."""
     eager = {name: Contender("minigpt", name) for name in _BYTES_PER_WEIGHT}
     compiled = {name: Contender("minigpt", name, is_compiled=True) for name in _BYTES_PER_WEIGHT}
     fast = {name: (Contender("gpt-fast", name, is_compiled=True),) for name in ("fp32", "bf16")}

@@ -1,9 +1,9 @@
-"""A Hugging Face folder of ours as a GGUF file, for llama.cpp.
+"""Convert a Hugging Face folder of minigpt to GGUF, for llama.cpp.
 
     python gguf_model.py FOLDER OUT.gguf F32|BF16|Q8_0
 
-Its own script, for it runs in the Python that has llama.cpp: that needs gguf, safetensors and
-numpy, and no torch. There is no vocabulary in the file: prompts are ids.
+A separate script, because it runs in the Python that has llama.cpp, which needs gguf, safetensors
+and numpy, but not torch. The file has no vocabulary: prompts are ids.
 """
 
 import json
@@ -48,7 +48,7 @@ _QWEN3_NAMES = {
 
 
 def gguf_tensors(config: dict[str, Any], tensors: dict[str, Array]) -> dict[str, Array]:
-    """Return the tensors by llama.cpp's names, each matrix as (out, in)."""
+    """Return the tensors under llama.cpp's names, each matrix as (out, in)."""
     is_gpt2 = config["model_type"] == "gpt2"
     names = _GPT2_NAMES if is_gpt2 else _QWEN3_NAMES
     renamed = {}

@@ -1,4 +1,4 @@
-"""What a measurement was taken on."""
+"""Description of the machine of a measurement."""
 
 import os
 import platform
@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-# Instructions that decide how fast weights of a dtype are multiplied.
+# Instruction sets that determine the speed of products in a dtype.
 _ABILITIES = ("avx2", "avx512_f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "bf16")
 
 
 def machine_facts(device: str, packages: list[str]) -> dict[str, Any]:
-    """Return the processor or GPU, what it can do, how busy it is, and the versions of packages."""
+    """Return the CPU or GPU, its instruction sets, the load, and the versions of packages."""
     abilities = torch.cpu.get_capabilities()
     facts: dict[str, Any] = {
         "processor": abilities.get("cpu_name", platform.processor()),
@@ -34,11 +34,11 @@ def machine_facts(device: str, packages: list[str]) -> dict[str, Any]:
 
 
 def child_environment(threads: int) -> dict[str, str]:
-    """Return the environment of a process that has so many threads and can import minigpt."""
+    """Return the environment of a child process with this many threads and minigpt on its path."""
     paths = [str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     return os.environ | {
         "PYTHONPATH": os.pathsep.join(paths),
         "OMP_NUM_THREADS": str(threads),
-        # As `generate` sets it where nothing else runs.
+        # As `generate` sets it on an idle machine.
         "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "100000"),
     }

@@ -1,6 +1,6 @@
-"""nanoGPT's CPU recipe, from a checkout of it or re-created in its shape, timed as ours is.
+"""nanoGPT's CPU recipe, from a checkout or a stand-in of the same shape, timed like minigpt.
 
-The recipe is the one of its README for a computer without a GPU: 4 layers, 128 wide, context 64,
+The recipe is that of its README for a computer without a GPU: 4 layers, 128 wide, context 64,
 batch 12, 2,000 steps of AdamW with a cosine, dropout 0.
 """
 
@@ -30,7 +30,7 @@ LossOf = Callable[[Tensor, Tensor], Tensor]
 def real(
     checkout: Path, vocab_size: int, *, device: str = "cpu", **shape: int
 ) -> tuple[nn.Module, LossOf, Any]:
-    """Return nanoGPT's own model, its loss and its optimizer, from the model.py of a checkout."""
+    """Return nanoGPT's model, loss and optimizer, from the model.py of a checkout."""
     spec = importlib.util.spec_from_file_location("nanogpt_model", checkout / "model.py")
     assert spec is not None
     assert spec.loader is not None
@@ -45,7 +45,7 @@ def real(
 
 
 def recreated(vocab_size: int) -> tuple[nn.Module, LossOf, Any]:
-    """Return a stand-in of the same shape, built of our gpt2 layout and torch's AdamW."""
+    """Return a stand-in of the same shape, built from minigpt's gpt2 layout and torch's AdamW."""
     model = GPT(
         ModelConfig(
             vocab_size=vocab_size,
@@ -72,7 +72,7 @@ def recreated(vocab_size: int) -> tuple[nn.Module, LossOf, Any]:
 def train(
     tokens: Tensor, validate: Callable[[LossOf], float], checkout: Path | None, eval_every: int
 ) -> dict[str, Any]:
-    """Train by the recipe; only steps are timed, evaluation is not.
+    """Train with the recipe; steps are timed, evaluation is not.
 
     Args: tokens, the training text's bytes; validate, what gives the loss over the validation
         text; checkout, of nanoGPT; None takes the stand-in.

@@ -1,13 +1,13 @@
-"""MB/s of text to tokens: ours, from files to shards on disk, beside tiktoken's, in memory.
+"""Tokenization throughput, from files to shards on disk, compared with tiktoken in memory.
 
     python benchmarks/preparing.py ../shared/data/fairytales.txt
     TIKTOKEN_CACHE_DIR=../shared/tiktoken python benchmarks/preparing.py \\
         ../shared/data/novels.jsonl.xz --tokenizer gpt2 bpe:1024
 
-Both have the same number of threads and the same text, in the same pieces, and take turns; the
-best of each is shown. Ours reads and unpacks the files, encodes, hashes and writes the shards;
-tiktoken's ``encode_ordinary_batch`` only encodes what is in memory already. Learning a BPE and
-comparing the text with what was prepared before are no part of either.
+Both use the same number of threads and the same pieces of text, and alternate; the best of each is
+shown. minigpt reads and unpacks the files, encodes, hashes and writes the shards; tiktoken's
+``encode_ordinary_batch`` only encodes text in memory. Training a BPE and hashing the corpus to find
+an earlier result are not included.
 """
 
 import argparse

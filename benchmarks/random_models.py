@@ -1,4 +1,4 @@
-"""Models of known shapes with random weights, as Hugging Face folders: decoding asks no more."""
+"""Hugging Face folders with random weights in known shapes, for the decoding benchmarks."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -29,16 +29,16 @@ SHAPES = {
 
 
 def shape_of(name: str, n_positions: int) -> ModelConfig:
-    """Return a shape whose window has room for so many positions."""
+    """Return a shape whose context has room for this number of positions."""
     config = SHAPES[name]
     return replace(config, context_length=max(config.context_length, n_positions))
 
 
 def write_random(folder: Path, config: ModelConfig, tokenizer: Tokenizer | None = None) -> None:
-    """Write a model whose next token hangs on every weight, the same one each time.
+    """Write a model with fixed random weights whose next token depends on every weight.
 
-    With weights as they are drawn for training, a block adds little to the stream, and the greedy
-    text is one token again and again: these are twice as large in the blocks, and it wanders.
+    With the usual initial weights, a block adds little to the residual stream, and greedy decoding
+    repeats one token. Weights of blocks are twice as large here, so that the text varies.
     """
     model = GPT(config)
     generator = torch.Generator().manual_seed(0)
@@ -55,7 +55,7 @@ def write_random(folder: Path, config: ModelConfig, tokenizer: Tokenizer | None 
 
 
 def weights_read(config: ModelConfig) -> int:
-    """Return how many weights a decoding step reads: all but the rows that are only looked up."""
+    """Return the number of weights that a decode step reads: all except embedding lookups."""
     lookups = 0 if config.tie_embeddings else config.vocab_size * config.d_model
     if config.family == "gpt2":
         lookups += config.context_length * config.d_model

@@ -1,12 +1,12 @@
-"""Seconds from the start of a process to its first token, beside importing torch and loading.
+"""Time from the start of a process to its first token, compared with import torch and loading.
 
     python benchmarks/startup.py
     python benchmarks/startup.py --shape gpt2 --compile --rounds 7
 
-Each is a process of its own, in turns; the clock runs from before it is started to the first byte
-on its standard output. "import torch, load" reads the same model.safetensors with safetensors'
-load_file, which maps it: no weight of it is touched yet. Every file has been read once before, so
-it is in memory and not on the disk.
+Each is a separate process, and they alternate; the time is from before its start to the first byte
+on standard output. "import torch, load" reads the same model.safetensors with safetensors'
+load_file, which memory-maps the file without reading weights. Every file has been read once before,
+so it is in the page cache.
 """
 
 import argparse
@@ -48,7 +48,7 @@ print(model.generate(prompt, do_sample=False, max_new_tokens=1)[0, -1])
 
 
 def commands(folder: str, prompt: str, *, with_compiled: bool) -> dict[str, list[str]]:
-    """Return what is started, by its name."""
+    """Return the command of each name."""
     options = ["--model", folder, "--max-new-tokens", "1", "--dtype", "float32"]
     generate = ["-m", "minigpt", "generate", prompt, *options]
     found = {
@@ -61,7 +61,7 @@ def commands(folder: str, prompt: str, *, with_compiled: bool) -> dict[str, list
 
 
 def seconds_to_first_byte(words: list[str], threads: int) -> float:
-    """Start Python with these arguments and wait for what it prints.
+    """Start Python with these arguments and wait for its output.
 
     Raises: RuntimeError with the last line of standard error if it fails.
     """
@@ -85,7 +85,7 @@ def seconds_to_first_byte(words: list[str], threads: int) -> float:
 
 
 def measure(found: dict[str, list[str]], rounds: int, threads: int) -> dict[str, list[float]]:
-    """Time each in rounds, after one that is not counted; one that fails is named and left out."""
+    """Time each command in rounds, after a warm-up; report those that fail."""
     taken: dict[str, list[float]] = {}
     for name, words in found.items():
         try:
@@ -102,10 +102,12 @@ def measure(found: dict[str, list[str]], rounds: int, threads: int) -> dict[str,
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--prompt", type=int, default=32, help="bytes of it")
+    parser.add_argument("--prompt", type=int, default=32, help="prompt length, in bytes")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--compile", action="store_true", help="the second start with --compile")
+    parser.add_argument(
+        "--compile", action="store_true", help="also time the second start with --compile"
+    )
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 

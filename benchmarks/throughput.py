@@ -1,10 +1,10 @@
-"""Training tokens/s at nanoGPT's own shapes: our gpt2 layout beside nanoGPT, step by step.
+"""Training throughput at nanoGPT's own shapes: minigpt's gpt2 layout compared with nanoGPT.
 
     python benchmarks/throughput.py --nanogpt-checkout DIR
     python benchmarks/throughput.py --nanogpt-checkout DIR --device cuda --dtype bfloat16 --compile
 
-Both take whole optimizer steps (forward, backward, clipping, AdamW) on the same random tokens, in
-turns, so that a busy moment hits both; medians of the steps after a warm-up.
+Both take full optimizer steps (forward, backward, clipping, AdamW) on the same random tokens, and
+alternate, so that other load affects both. The results are medians after a warm-up.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from minigpt.training.optim import make_optimizers
 
 VOCABULARY = 65
 SHAPES = {
-    # Of its README for a CPU, and of config/train_shakespeare_char.py for a GPU.
+    # From its README for a CPU, and from config/train_shakespeare_char.py for a GPU.
     "cpu": {"n_layer": 4, "n_head": 4, "width": 128, "context": 64, "batch": 12},
     "gpu": {"n_layer": 6, "n_head": 6, "width": 384, "context": 256, "batch": 64},
 }
@@ -37,7 +37,7 @@ Step = Callable[[Tensor, Tensor], None]
 
 
 def ours(shape: dict[str, int], device: torch.device, dtype: torch.dtype, compiled: bool) -> Step:
-    """Return a training step of our gpt2 layout with AdamW, as the trainer takes it."""
+    """Return a training step of minigpt's gpt2 layout with AdamW, as the trainer takes it."""
     config = ModelConfig(
         vocab_size=VOCABULARY,
         family="gpt2",
@@ -107,7 +107,7 @@ def _step(
 
 
 def seconds_of(step: Step, inputs: Tensor, targets: Tensor) -> float:
-    """Time one step, to its end on the device."""
+    """Time one step, including synchronization with the device."""
     started = time.perf_counter()
     step(inputs, targets)
     if inputs.device.type == "cuda":
@@ -119,7 +119,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--nanogpt-checkout", type=Path, required=True)
     parser.add_argument("--shape", choices=SHAPES, default="cpu")
-    parser.add_argument("--batch", type=int, help="sequences; the shape's own if left out")
+    parser.add_argument("--batch", type=int, help="sequences [those of the shape]")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")

@@ -1,18 +1,18 @@
-"""What watching costs: decoding with the attention trace on, over decoding with it off.
+"""Cost of tracing: decoding with an attention trace, relative to decoding without.
 
     python benchmarks/trace.py
     python benchmarks/trace.py --shape mini --compile
     python benchmarks/trace.py --memory
     python benchmarks/trace.py --transformers
 
-A model of random weights goes on from one prompt several times at once, in one process: a token of
-each way in turn, in another order each time, so that all ways see the same machine. The text of the
-trace goes to a file, as `minigpt attention-trace > file` writes it. A ratio is of the sums of the
-step times; the one in brackets, the median of the ratios of single steps.
+A model with random weights continues one prompt in several variants in one process. The variants
+alternate, one token each, in shuffled order, so that other load affects all of them. The text of
+the trace goes to a file, as with `minigpt attention-trace > file`. A ratio is that of the sums of
+step times; the one in brackets is the median of the ratios of single steps.
 
---memory decodes a thousand tokens in a process of its own for each way, and prints how much its
-peak of resident memory is above that without a trace. --transformers does both for
-transformers with output_attentions, for scale.
+--memory decodes a thousand tokens in a separate process per variant, and prints how far its peak
+resident memory is above that without a trace. --transformers does both for transformers with
+output_attentions, for comparison.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-# As the command line sets it where nothing else runs, and before torch starts OpenMP.
+# As the command line sets it on an idle machine; must precede the start of OpenMP in torch.
 os.environ.setdefault("GOMP_SPINCOUNT", "100000")
 
 import torch
@@ -63,7 +63,7 @@ TRANSFORMERS = ("transformers", "transformers, output_attentions")
 def decoding(
     model: GPT, prompt: list[int], n_new: int, way: str, folder: Path, *, compiles: bool
 ) -> Iterator[None]:
-    """Decode one token at each turn, shown as this way shows it."""
+    """Decode one token per turn, with the output of a variant."""
     sampling = SamplingConfig(temperature=0, max_new_tokens=n_new, ignore_eos=True)
     if way == OFF:
         decoder = Decoder(model, prompt, max_new_tokens=n_new, compiles=compiles)
@@ -95,7 +95,7 @@ def decoding(
 def transformers_decoding(
     folder: Path, prompt: list[int], n_new: int, *, attentions: bool
 ) -> Iterator[None]:
-    """Decode with transformers, a token at each turn, with or without its attention maps."""
+    """Decode with transformers, one token per turn, with or without attention maps."""
     from transformers import AutoModelForCausalLM, DynamicCache
 
     kernel = "eager" if attentions else "sdpa"
@@ -112,7 +112,7 @@ def transformers_decoding(
 
 
 def timed(ways: dict[str, Iterator[None]], n_steps: int, n_warm: int) -> dict[str, list[float]]:
-    """Return the seconds of each way's steps, taken in turns."""
+    """Return the step times of each variant in seconds; the variants alternate."""
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for step in range(n_steps):
         for way in random.sample(list(ways), len(ways)):
@@ -124,9 +124,9 @@ def timed(ways: dict[str, Iterator[None]], n_steps: int, n_warm: int) -> dict[st
 
 
 def table(seconds: dict[str, list[float]], bases: dict[str, str]) -> list[dict[str, Any]]:
-    """Print a table of the ways; return its rows."""
+    """Print a table of the variants; return its rows."""
     rows = []
-    print("| trace | ms/token | over without |\n| --- | --- | --- |")
+    print("| trace | ms/token | relative |\n| --- | --- | --- |")
     for way, times in seconds.items():
         base = seconds[bases[way]]
         ratio = sum(times) / sum(base)
@@ -139,7 +139,7 @@ def table(seconds: dict[str, list[float]], bases: dict[str, str]) -> list[dict[s
 
 
 def peak_memory(arguments: argparse.Namespace, way: str) -> float:
-    """Return the MiB that a process holds at most while it decodes this way."""
+    """Return the peak memory of a process that decodes with a variant, in MiB."""
     words = [sys.executable, __file__, "--shape", arguments.shape, "--one", way]
     words += ["--threads", str(arguments.threads), "--n-new", str(arguments.n_new)]
     run = subprocess.run(
@@ -149,10 +149,10 @@ def peak_memory(arguments: argparse.Namespace, way: str) -> float:
 
 
 def measure_memory(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Print how much more memory each way takes than none."""
+    """Print the additional memory of each variant."""
     rows = []
     groups = [(OFF, *WAYS)] + ([TRANSFORMERS] if arguments.transformers else [])
-    print(f"\n| trace of {arguments.n_new} tokens | peak MiB | more than without |")
+    print(f"\n| trace of {arguments.n_new} tokens | peak MiB | difference |")
     print("| --- | --- | --- |")
     for names in groups:
         base = 0.0
@@ -168,7 +168,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="gpt2")
     parser.add_argument("--n-prompt", type=int, default=24)
-    parser.add_argument("--n-new", type=int, default=None, help="256; with --memory 1000")
+    parser.add_argument(
+        "--n-new", type=int, default=None, help="new tokens [256; 1000 with --memory]"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--compile", action="store_true")
@@ -192,7 +194,7 @@ def main() -> None:
 
 
 def run_in(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Time all ways in one process; of --one, decode it alone and print its peak memory."""
+    """Time all variants in one process; with --one, decode one and print its peak memory."""
     n_new = arguments.n_new
     prompt = [random.Random(0).randrange(32, 127) for _ in range(arguments.n_prompt)]
     write_random(folder, shape_of(arguments.shape, arguments.n_prompt + n_new))

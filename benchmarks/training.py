@@ -1,14 +1,14 @@
-"""Seconds of training to a validation loss on tinyshakespeare, beside nanoGPT's.
+"""Training time to a validation loss on tiny Shakespeare, compared with nanoGPT.
 
     python benchmarks/training.py ../shared/data/tinyshakespeare.txt --seconds 15 25 --nanogpt
     python benchmarks/training.py ... --nanogpt-checkout DIR --plot docs/training.svg
 
-The validation text is the last 10 % of the bytes, in one full pass, for both, and losses are in
-nats per byte of it, whatever the tokens. A tokenizer that is trained sees the first 90 % alone, and
-the seconds that it takes are counted; else only training steps are timed: not reading the text, not
-evaluation, not saving. The schedule ends with the budget, so each number of --seconds is a run of
-its own. --nanogpt runs the recipe in its shape, in the same process afterwards; with
---nanogpt-checkout it is nanoGPT's own model and optimizer.
+For both, the validation text is the last 10 % of the bytes, in one full pass, and losses are in
+nats per byte, for any tokenizer. A BPE is trained on the first 90 % only, and its training time
+counts; otherwise only training steps are timed, without reading the text, evaluation or saving. The
+schedule ends with the budget, so each number of --seconds is a separate run. --nanogpt then runs
+nanoGPT's recipe with a stand-in of its shape in the same process; --nanogpt-checkout uses nanoGPT's
+own model and optimizer.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# As the command line sets it, and before torch starts OpenMP.
+# As the command line sets it; must precede the start of OpenMP in torch.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import nanogpt
@@ -47,7 +47,7 @@ VAL_FRACTION = 0.1
 
 @dataclass(frozen=True)
 class Text:
-    """The text as tokens of a tokenizer that has not seen its end."""
+    """The text as tokens of a tokenizer that was not trained on the validation text."""
 
     data: PreparedData
     val_fraction: float
@@ -57,7 +57,7 @@ class Text:
 
 
 def tokenized(path: Path, spec: str) -> Text:
-    """Turn the text into tokens."""
+    """Tokenize the text."""
     text = path.read_bytes()
     n_train = int(len(text) * (1 - VAL_FRACTION))
     started = time.perf_counter()
@@ -66,13 +66,13 @@ def tokenized(path: Path, spec: str) -> Text:
     data = prepare(DataConfig(paths=(str(path),)), tokenizer=tokenizer)
     tokens = np.empty(len(data.tokens), np.int64)
     data.tokens.read_into(tokens, 0)
-    # The border lies in one token of the text: it is the last one to be trained on.
+    # If a token crosses the border, it belongs to the training text.
     border = int(np.searchsorted(np.cumsum(tokenizer.token_byte_lengths[tokens]), n_train)) + 1
     return Text(data, 1 - (border + 0.5) / len(tokens), tokenizer_s if spec != "bytes" else 0.0)
 
 
 def measure(settings: dict[str, Any], text: Text) -> dict[str, Any]:
-    """Train once and return the validation losses by seconds of training."""
+    """Train once and return the validation losses with their training times in seconds."""
     data = text.data
     own = {"vocab_size": data.tokenizer.vocab_size}
     settings = merge(settings, {"model": own, "data": {"val_fraction": text.val_fraction}})
@@ -148,8 +148,7 @@ def table(runs: list[dict[str, Any]], targets: list[float]) -> str:
 def plot(runs: list[dict[str, Any]], path: Path) -> None:
     """Draw the validation losses by seconds of training (needs matplotlib).
 
-    Of a preset, each point is the end of a run with a budget of its own; of nanoGPT, the points of
-    one run.
+    For a preset, each point is the end of a separate run; for nanoGPT, all points are of one run.
     """
     import matplotlib.pyplot as plt
 
@@ -173,7 +172,7 @@ def parse_arguments() -> argparse.Namespace:
     default = Path("../shared/data/tinyshakespeare.txt")
     parser.add_argument("data", nargs="?", type=Path, default=default)
     parser.add_argument("--preset", default="nano")
-    parser.add_argument("--tokenizer", help="instead of the preset's")
+    parser.add_argument("--tokenizer", help="tokenizer [that of the preset]")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--seconds", type=float, nargs="+", default=[25.0])
     parser.add_argument("--target", type=float, nargs="+", default=[1.88, 1.898])

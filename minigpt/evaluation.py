@@ -70,7 +70,7 @@ class Windows:
     batch_size: int
     """Windows per forward pass."""
     n_tokens: int
-    """Most tokens to predict."""
+    """Maximum number of tokens to predict."""
 
     @classmethod
     def fitting(
@@ -83,7 +83,7 @@ class Windows:
         batch_size: int | None = None,
         eval_tokens: int | None = None,
     ) -> Self:
-        """Choose what is None for a model and a text of n_tokens.
+        """Return windows for a model and a text of n_tokens, with defaults for what is None.
 
         Raises: ConfigError for a window longer than the context, or a stride longer than a window.
         """
@@ -118,7 +118,7 @@ def span_to_evaluate(data: PreparedData, val_fraction: float | None) -> TokenSpa
     if val_fraction is not None:
         span = data.tokens.split(val_fraction)[1]
     else:
-        # Of several tokens before a document, only the last has a predictable successor.
+        # If several tokens separate documents, only the token after the last one is predicted.
         first = max(len(data.tokenizer.separator) - 1, 0)
         span = TokenSpan(data.tokens, first, len(data.tokens), "whole")
     if len(span) < 2:
@@ -130,10 +130,10 @@ def span_to_evaluate(data: PreparedData, val_fraction: float | None) -> TokenSpa
 
 
 def text_bytes(data: PreparedData, span: TokenSpan) -> int:
-    """Return the bytes of a whole text, without those of a first token that is not predicted.
+    """Return the number of bytes of a text, without its first token if that is not predicted.
 
-    The bytes of its tokens may sum to another number: some tokenizers add a space before a text, or
-    normalize its characters.
+    The byte lengths of its tokens may have another sum: some tokenizers add a space before a text,
+    or normalize characters.
     """
     if data.tokenizer.separator:
         return data.manifest.n_bytes
@@ -152,12 +152,12 @@ def evaluate(
     """Sum the loss over batches of inputs (B, T) and targets (B, S).
 
     The targets are the tokens after the last S inputs. The model is in evaluation mode during the
-    pass; its mode is restored afterwards. No random number is drawn.
+    pass; its mode is restored afterwards. The RNG state does not change.
     """
     was_training = model.training
     device = model.embedding.weight.device
     model.eval()
-    # Summed on the device: one synchronization. float64 where there is one, for long texts.
+    # Summed on the device, for a single synchronization; in float64 if supported, for long texts.
     sum_dtype = torch.float32 if device.type == "mps" else torch.float64
     nats = torch.zeros((), dtype=sum_dtype, device=device)
     n_tokens = n_bytes = 0

@@ -1,6 +1,6 @@
 """The command line: one thin module per command; ``main`` maps errors to exit codes.
 
-Nothing here imports torch before a command runs, so that --help answers at once.
+Nothing here imports torch before a command runs, so that --help is fast.
 """
 
 import platform

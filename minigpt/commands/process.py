@@ -33,10 +33,10 @@ def close_streams() -> None:
 
 
 def set_spin_count(words: Sequence[str]) -> None:
-    """Set how long OpenMP threads spin while they wait, unless the environment says it.
+    """Set how long OpenMP threads spin while they wait, unless the environment sets it.
 
-    A spinning thread answers at once, but takes the core from other work; a sleeping one takes up
-    to 0.1 ms and more to wake (measured in docs/decoding.md and docs/training.md). Training runs
+    A spinning thread resumes immediately, but takes the core from other work; a sleeping one needs
+    0.1 ms or more to wake up (measured in docs/decoding.md and docs/training.md). Training runs
     for hours, and the machine may become busy: it spins briefly. Decoding is over soon, and its
     products follow each other within that time: it spins long if nothing else is running.
 

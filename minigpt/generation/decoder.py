@@ -77,10 +77,11 @@ class Decoder:
     ) -> None:
         """Prefill.
 
-        Args: max_new_tokens, the largest that ``generate`` is called with, which limits the cache;
-            None fills the context. n_rows, the largest number of seeds that ``batch`` is called
-            with. compiles, whether to decode through a compiled graph, which is slow to begin.
-        Raises: DataError if the prompt is empty, longer than the context, or of unknown token ids.
+        Args: max_new_tokens, the largest that ``generate`` is called with, which sets the size of
+            the cache; None for the full context. n_rows, the largest number of seeds that
+            ``batch`` is called with. compiles, whether to decode with a compiled graph, which
+            starts more slowly.
+        Raises: DataError if the prompt is empty, longer than the context, or has unknown token ids.
         """
         self.context_length = model.config.context_length
         if not prompt:
@@ -150,10 +151,11 @@ class Decoder:
         end_of_text: Collection[int] = (),
         stopped: Collection[int] = (),
     ) -> Iterator[tuple[int, Step]]:
-        """Yield (row, Step) of one continuation per seed, decoded together, the rows in turn.
+        """Yield (row, Step) of one continuation per seed, decoded as a batch.
 
-        Each row samples from its own generator, so it equals what it would be alone, up to the
-        rounding of products of another shape. Rows that have finished are removed.
+        Each step of the batch yields its rows in order. Each row samples from its own generator, so
+        it equals the row decoded alone, up to rounding, because matrix products of another shape
+        may round differently. Finished rows are removed.
 
         Args: stopped, a set to which the caller adds the rows whose stop string was found.
         Raises: CheckpointError for NaN or inf in the logits.
@@ -231,20 +233,20 @@ class Decoder:
         self._prefill(n_held)
 
     def _prefill(self, n_held: int = 0) -> None:
-        """Feed the prompt, except for the first tokens that the cache holds."""
+        """Feed the prompt, except for its first ``n_held`` tokens, which are in the cache."""
         self.cache.truncate(n_held)
-        # The next call may overwrite them.
+        # A copy, because the next forward pass may overwrite its output.
         self.prompt_logits = self.logits(self.prompt[n_held:]).clone()
 
     def _begin(self, n_rows: int) -> tuple[Window, Tensor]:
-        """Return to the end of the prompt, with n rows; return its window and logits (B, V)."""
+        """Rewind to the end of the prompt with n rows; return its window and logits (B, V)."""
         assert self.recorder is None or n_rows == 1, "a recorder sees one row"
         if self.cache.n_rows > 1:
             self.forward.keep([0])
         has_slid = self._window.n_slides > self._start.n_slides
         if has_slid or (self.recorder is not None and self.cache.length > len(self.prompt)):
-            # The cache holds other tokens, or the recorder has seen later passes; but the first
-            # token is predicted by the prompt's.
+            # The cache no longer holds the prompt, or the recorder's latest pass is not the
+            # prompt's, which predicts the first token.
             self._prefill()
         self.cache.truncate(len(self.prompt))
         if n_rows > 1:

@@ -57,7 +57,8 @@ class Sampler:
         )
         self._n_prompt = len(prompt) if self._penalizes else 0
         begin = [list(prompt[: self._n_prompt]) for _ in seeds]
-        # Prompt (for the repetition penalty) and output, also what left a sliding window: (B, N).
+        # Prompt (for the repetition penalty) and output, including tokens that have left the
+        # window: (B, N).
         self._tokens = torch.tensor(begin, dtype=torch.int64, device=device)
         self._cumulative = torch.empty(0, dtype=torch.float64, device=device)
 
@@ -96,9 +97,9 @@ class Sampler:
         config = self.config
         logits = self._penalized(logits)
         if config.temperature < _TINY_TEMPERATURE:
-            # Dividing would overflow before the softmax subtracts the largest logit.
+            # Otherwise the division overflows before the softmax subtracts the largest logit.
             logits = logits - logits.amax(dim=-1, keepdim=True)
-        # A smaller temperature would be 0 in float32, and 0 / 0 NaN.
+        # A smaller temperature would be 0 in float32, and 0 / 0 is NaN.
         logits = logits / max(config.temperature, torch.finfo(torch.float32).tiny)
         if config.top_k or config.top_p < 1 or config.min_p:
             kept, ids = _kept(logits, config)
@@ -129,7 +130,7 @@ class Sampler:
             ]
             self._uniforms = torch.stack(drawn, dim=1).to(self._device)
         uniform, self._uniforms = self._uniforms[0], self._uniforms[1:]
-        # In float32, the cumulative sum of many rare tokens would lose them to rounding.
+        # float64, because a float32 cumulative sum loses many rare tokens to rounding.
         if self._cumulative.shape != probability.shape:
             self._cumulative = torch.empty_like(probability, dtype=torch.float64)
         torch.cumsum(probability, dim=-1, dtype=torch.float64, out=self._cumulative)

@@ -11,11 +11,12 @@ from minigpt.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class TextStep:
-    """One generated token, and the text that is final with it."""
+    """One generated token, and the text that it completes."""
 
     step: Step
     text: str
-    """Text that is final now: whole characters, and no possible beginning of a stop string."""
+    """Text completed by this token: without a partial character, or the possible start of a stop
+    string."""
     sample: int = 0
     """Index of the sample."""
 
@@ -29,7 +30,7 @@ class StopFinder:
         self._held = ""
 
     def push(self, text: str) -> str:
-        """Append text; return the part that certainly comes before any stop string."""
+        """Append text; return the part that cannot be in a stop string."""
         if self.is_found:
             return ""
         text = self._held + text
@@ -37,8 +38,8 @@ class StopFinder:
         if found:
             self.is_found = True
             self._held = ""
-            # The first to be complete, as if characters arrived one by one: the result must not
-            # depend on token boundaries.
+            # The stop string that ends first, as if characters arrived one by one: the result
+            # must not depend on token boundaries.
             return text[: min(found)[1]]
         n_held = max((_overlap(text, stop) for stop in self.stops), default=0)
         self._held = text[len(text) - n_held :]
@@ -57,7 +58,7 @@ def _overlap(text: str, stop: str) -> int:
 
 
 class TextStream:
-    """Turns the steps of one continuation into text as it becomes certain."""
+    """Turns the steps of one continuation into text, holding back what is not final yet."""
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), sample: int = 0) -> None:
         self._tokenizer, self._sample = tokenizer, sample
@@ -79,7 +80,7 @@ class TextStream:
 def stream_text(
     steps: Iterable[Step], tokenizer: Tokenizer, stops: Sequence[str] = ()
 ) -> Iterator[TextStep]:
-    """Turn steps into text as it becomes certain, up to an end-of-text token or a stop string."""
+    """Turn steps into text, up to an end-of-text token or a stop string."""
     stream = TextStream(tokenizer, stops)
     for step in steps:
         item = stream.push(step)
@@ -91,7 +92,7 @@ def stream_text(
 def stream_samples(
     decoder: Decoder, tokenizer: Tokenizer, sampling: SamplingConfig, *, seed: int
 ) -> Iterator[TextStep]:
-    """Yield the steps of all samples, ``decoder.n_rows`` decoded together, in turn.
+    """Yield the steps of all samples, decoded in batches of ``decoder.n_rows``.
 
     Sample i has the seed ``seed + i``.
 

@@ -36,14 +36,14 @@ class AttentionPass:
     """All queries of each layer (B, H, T, D), after ``Score.fold``. None unless the recorder needs
     them and T is above 1."""
     keys: Sequence[Tensor] | None = None
-    """Keys in view of each layer (B, G, S, D), wherever there are queries."""
+    """Keys in view of each layer (B, G, S, D). None if ``queries`` is None."""
 
 
 class Recorder(Protocol):
     """Receives the attention of every forward pass, once, and must not modify the tensors."""
 
     needs_queries: bool
-    """Whether the weights of all queries of a prompt are wanted, not only those of the last one."""
+    """Whether to receive the weights of all queries of a prompt, not only those of the last one."""
 
     def record(self, attention: AttentionPass) -> None:
         """Take the attention of a forward pass."""
@@ -85,7 +85,7 @@ class PassCollector:
     def finish(self, values_LBGSD: Tensor | None = None) -> None:
         """Hand the pass to the recorder.
 
-        Args: values_LBGSD, the values of all layers, where a cache holds them in one tensor.
+        Args: values_LBGSD, the values of all layers, if a cache holds them in one tensor.
         """
         if values_LBGSD is None:
             values_LBGSD = torch.stack(self._values_BGSD)

@@ -57,7 +57,7 @@ class GPT(LanguageModel):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         if config.family == "gpt2":
             self.positions = nn.Embedding(config.context_length, config.d_model)
-        elif not self.embedding.weight.is_meta:  # a shape without weights needs no tables
+        elif not self.embedding.weight.is_meta:  # on the meta device, no tables are needed
             self._make_rotary()
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
@@ -135,7 +135,7 @@ class GPT(LanguageModel):
         gpt2: normal, std 0.02, the residual branches' outputs shrunk by sqrt(2 n_layer) (Radford
         et al. 2019). llama: normal, std 1 / sqrt(fan-in), and the residual branches' outputs zero,
         so that every block begins as the identity (Zhang et al. 2019, arXiv:1901.09321).
-        Parameters of scores: as ``Score.init_weights`` says.
+        Parameters of scores: see ``Score.init_weights``.
         """
         is_gpt2 = self.config.family == "gpt2"
         for name, parameter in self.named_parameters():

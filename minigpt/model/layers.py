@@ -83,15 +83,15 @@ def rotary_table(config: ModelConfig) -> tuple[Tensor, Tensor]:
 
     Source: Su et al. 2021, arXiv:2104.09864, section 3.2.2.
     """
-    # On the CPU whatever the default device is: every device then turns by the same angles.
+    # Always computed on the CPU, so that all devices use the same angles.
     exponent = torch.arange(0, config.d_head, 2, device="cpu", dtype=torch.float32) / config.d_head
-    frequency = _stretched(1.0 / config.rope_theta**exponent, config)
+    frequency = _scale_frequencies(1.0 / config.rope_theta**exponent, config)
     position = torch.arange(config.context_length, device="cpu", dtype=torch.float32)
     angle = torch.outer(position, frequency)  # (T, D / 2)
     return angle.cos(), angle.sin()
 
 
-def _stretched(frequency: Tensor, config: ModelConfig) -> Tensor:
+def _scale_frequencies(frequency: Tensor, config: ModelConfig) -> Tensor:
     """Scale RoPE frequencies: divide low ones by the factor, keep high ones, interpolate between.
 
     Source: Llama 3.1's reference implementation, apply_scaling; Dubey et al. 2024,
@@ -101,15 +101,16 @@ def _stretched(frequency: Tensor, config: ModelConfig) -> Tensor:
         return frequency
     low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
     turns = config.rope_original_context * frequency / (2 * math.pi)  # in the original context
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return kept * frequency + (1 - kept) * frequency / config.rope_scaling_factor
+    high_share = ((turns - low) / (high - low)).clamp(0, 1)
+    scaled = frequency / config.rope_scaling_factor
+    return high_share * frequency + (1 - high_share) * scaled
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x_i, x_{i + D/2}) by its position's angle.
+    """Rotate each pair (x_i, x_{i + D/2}) by its position's angle.
 
-    The halves are paired as in Hugging Face, not neighbours as in the paper; the two differ by a
-    fixed permutation of the head's dimensions.
+    The two halves are paired, as in Hugging Face, not neighbours, as in the paper; the results
+    differ by a fixed permutation of the head's dimensions.
 
     Args: x (B, H, T, D); cos, sin (T, D / 2).
     Returns: (B, H, T, D).

@@ -51,7 +51,7 @@ class CorpusFile:
 
     @property
     def is_jsonl(self) -> bool:
-        """Whether each line is a JSON object with a ``text``, as its name says."""
+        """Whether the suffix is that of JSONL: each line is a JSON object with a ``text``."""
         return _unpacked_suffix(self.path) in JSONL_SUFFIXES
 
 
@@ -77,10 +77,10 @@ def find_files(
 ) -> list[CorpusFile]:
     """Find the files that the user names, in their order.
 
-    A word is a file (with any suffix), a folder (its files with one of TEXT_SUFFIXES, packed or
-    not, at any depth, sorted; hidden ones left out), a glob (``**`` too), a named corpus, or ``-``
-    for standard input. Files on the disk take precedence over named corpora. Without words, it is
-    the built-in corpus.
+    A path is a file (with any suffix), a folder (its files with one of TEXT_SUFFIXES, packed or
+    not, at any depth, sorted, without hidden ones), a glob (``**`` too), a named corpus, or ``-``
+    for standard input. Files on the disk take precedence over named corpora. Without paths, the
+    built-in corpus is used.
 
     Args: cache, folder of downloads; spool, a folder for the copies of streams, deleted by the
         caller; stdin, read for ``-``; on_download, called with the bytes done and the total.
@@ -117,7 +117,7 @@ def iter_documents(files: Iterable[CorpusFile]) -> Iterator[Document]:
     """Yield every document, long ones in pieces of about PIECE_CHARS characters.
 
     A text file is one document; each line of a JSONL file is one. A byte-order mark is dropped,
-    line ends stay as they are. Memory holds a piece (of JSONL: a line), never a file.
+    line ends are kept. Memory holds a piece (of JSONL: a line), never a file.
 
     Raises: DataError if a file is not text, not JSONL or damaged, or if all are empty;
         ResourceError if a file may not be read.

@@ -1,7 +1,7 @@
 """Text <-> token ids: single bytes, trained byte-pair encoding, and OpenAI's published encodings.
 
-tiktoken and rustbpe panic on some inputs, with an exception that ``except Exception`` does not
-catch; everything that could make them panic is caught here first.
+tiktoken and rustbpe panic on some inputs, with an exception that is not a subclass of
+``Exception``. The checks here reject or split such inputs first.
 """
 
 import base64
@@ -63,20 +63,20 @@ class Tokenizer(ABC):
         end_of_text_ids: tuple[int, ...] = (),
     ) -> None:
         self.name = name
-        """Spec that makes it again (``bytes``, ``bpe:1024``, ``gpt2``), or the model's name."""
+        """Tokenizer spec (``bytes``, ``bpe:1024``, ``gpt2``), or the name of its model."""
         self.special_ids = special_ids
         """Added tokens, such as ``<|endoftext|>``, and their ids."""
         self.vocab_size = vocab_size
         """Ids run from 0 to vocab_size - 1; some vocabularies leave gaps."""
         self.textless_ids = list(textless_ids)
-        """Ids that never stand for text of a document: the special tokens."""
+        """Ids without text, which are those of the special tokens."""
         self.prefix = prefix
         """Ids before every prompt, such as a beginning-of-text token."""
         usual = special_ids.get(END_OF_TEXT)
         self.end_of_text_ids = end_of_text_ids or (() if usual is None else (usual,))
-        """Ids with which a model ends a text."""
+        """Ids of end-of-text tokens, at which generation stops."""
         self.end_of_text = next(iter(self.end_of_text_ids), None) if usual is None else usual
-        """Id that ends a document, None if the vocabulary has none."""
+        """Id of the token between documents. None if the vocabulary has none."""
 
     @abstractmethod
     def encode_array(self, text: str, *, is_start: bool = True) -> npt.NDArray[np.uint32]:
@@ -112,7 +112,7 @@ class Tokenizer(ABC):
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over everything but the name: equal if and only if two encode alike."""
+        """SHA-256 of everything except the name; equal for tokenizers that encode identically."""
         parts = {key: value for key, value in self.to_dict().items() if key != "name"}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -132,10 +132,9 @@ class Tokenizer(ABC):
         return ids
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Return the ids that a model continues: the prefix, then the text.
+        """Return the ids of a prompt: the prefix, then the text.
 
-        An empty text is the beginning of a document; it has no ids if the vocabulary has no token
-        for that.
+        An empty text gives the token that begins a document, or no ids if there is no such token.
 
         Raises: DataError as ``encode_array``.
         """
@@ -264,7 +263,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> TiktokenTokenizer:
     """Learn byte-pair merges from texts, with rustbpe.
 
     Only the first BPE_TRAINING_BYTES of text are read. A corpus with too few distinct pairs gives
-    a smaller vocabulary than asked for.
+    a smaller vocabulary than requested.
 
     Args: vocab_size, number of all tokens: 256 bytes, the merges, ``<|endoftext|>`` last.
     Raises: ConfigError if vocab_size leaves no room for a merge.
@@ -303,7 +302,7 @@ def named_tokenizer(name: str) -> TiktokenTokenizer:
 def parse_spec(spec: str) -> tuple[str, int]:
     """Split a tokenizer's spec into its kind and vocabulary size: ``bpe:1024`` -> (bpe, 1024).
 
-    The size is 0 if the kind determines it or, for ``bpe``, the corpus does.
+    The size is 0 if it is not part of the spec: for ``bpe``, it then depends on the corpus.
 
     Raises: ConfigError for an unknown spec, naming the nearest one.
     """
@@ -321,7 +320,7 @@ def parse_spec(spec: str) -> tuple[str, int]:
 
 
 def make_tokenizer(spec: str, texts: Iterable[str]) -> Tokenizer:
-    """Make the tokenizer that a spec names; texts are read only to train one.
+    """Return the tokenizer of a spec; ``texts`` are only read to train one.
 
     Raises: ConfigError for an unknown spec; DataError if it cannot be made or downloaded.
     """
@@ -340,7 +339,7 @@ def make_tokenizer(spec: str, texts: Iterable[str]) -> Tokenizer:
 
 
 def first_texts(texts: Iterable[str], n_bytes: float) -> list[str]:
-    """Return the texts up to the one with which they have n_bytes, or all."""
+    """Return the first texts that have at least n_bytes together, or all texts."""
     read: list[str] = []
     for text in texts:
         read.append(text)

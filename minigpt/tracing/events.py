@@ -205,7 +205,7 @@ class TraceStep:
 
 @dataclass(frozen=True)
 class CauseCheck:
-    """Whether more attention goes with more effect, over all knockouts of a trace."""
+    """Whether sources with more attention have larger effects, over all knockouts of a trace."""
 
     n_sources: int
     n_controls: int

@@ -37,7 +37,7 @@ class RowRecorder:
     """Keeps each head's attention row of the last query of the last forward pass.
 
     In a decode step these are the weights that the model used. In a prefill, the model uses a fused
-    kernel, and the row is the softmax of the model's own score, computed beside it in float32.
+    kernel, and the row is the softmax of the model's own score, computed separately in float32.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class RowRecorder:
     ) -> None:
         """Prepare to record forward passes of a model.
 
-        Args: measures, those that ``rows_LHS`` returns. watchers receive the weights of all
+        Args: measures, available from ``rows_LHS``; watchers, which receive the weights of all
             queries, not only the last one.
         Raises: ConfigError if the model has no attention, or if a measure is not installed.
         """

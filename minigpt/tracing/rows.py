@@ -41,7 +41,7 @@ class RowReader:
         self._columns_P3 = torch.empty(0, 3)
 
     def row(self, measure: Measure, rows_RS: Tensor, tokens: Sequence[Token], n_layer: int) -> Row:
-        """Return the first of some rows; the others, if any, are those of all heads.
+        """Summarize the first row; any further rows are those of all heads, for ``Row.heads``.
 
         Args: tokens, those in view.
         """
@@ -73,7 +73,7 @@ class RowReader:
         others_RS[:, self.sink] = -1
         top = others_RS.topk(min(self._n_sources, n_view - 1), dim=1)
         n_top = top.values.shape[1]
-        # Few calls, because each costs as much as the work in it.
+        # Few calls, because at this size each call costs more than its arithmetic.
         packed = torch.cat(
             (
                 rows_RS @ self._columns(n_view, rows_RS.device),

@@ -56,8 +56,8 @@ def trace(
     """
     if sampling.overflow != "stop":
         raise ConfigError(
-            "overflow slide would encode again what was traced. Trace at most a context window, "
-            "or generate without a trace."
+            "overflow slide would recompute rows that were already traced. Trace at most one "
+            "context window, or generate without a trace."
         )
     observer = AttentionObserver(model, config, len(prompt), sampling)
     tokens = [Token(i, token, tokenizer.token_bytes(token)) for i, token in enumerate(prompt)]
@@ -109,7 +109,7 @@ class AttentionObserver:
     ) -> None:
         """Prepare to observe passes of a model; ``recorder`` must be given to all of them.
 
-        Raises: ConfigError if the model cannot be traced as the config says.
+        Raises: ConfigError if the model cannot be traced with this config.
         """
         require_attention(model)
         self._knockout = ring("tracing.analysis.knockout") if config.n_verified else None
@@ -139,9 +139,9 @@ class AttentionObserver:
         self._product_error: Tensor | None = None
 
     def header(self, **facts: Any) -> TraceHeader:
-        """Return the header, once the prompt has been through the model.
+        """Return the header; call it after the prefill.
 
-        Args: facts, the fields that model and config do not determine.
+        Args: facts, the fields of the header that do not follow from model and config.
         """
         config, shape = self._config, self._model.config
         if self._sink_finder is not None:
@@ -199,7 +199,7 @@ class AttentionObserver:
     def effects(
         self, cache: KVCache, tokens: Sequence[Token], row: Row, target: int
     ) -> tuple[Effect, ...]:
-        """Knock out sources of the row of the token ``target``, which was drawn last."""
+        """Knock out sources of ``row``, the row of ``target``, the newest sampled token."""
         if self._knockout is None:
             return ()
         effects: tuple[Effect, ...] = self._knockout.source_effects(
@@ -216,7 +216,7 @@ class AttentionObserver:
         return effects
 
     def checks(self) -> dict[str, Any]:
-        """Return the fields of the footer that say what was checked."""
+        """Return the fields of the footer that hold the results of checks."""
         knockout, error = self._knockout, self._product_error
         return {
             "worst_row_sum_error": self._sum_error,

@@ -40,7 +40,7 @@ class Muon(torch.optim.Muon):
 
     torch's own orthogonalizes one matrix at a time and always in bfloat16, which a CPU without
     bfloat16 instructions computes several times more slowly than float32 (see
-    benchmarks/optimizer.py). Update rule, options and state are torch's. On several ranks, each
+    docs/training.md). Update rule, options and state are torch's. On several ranks, each
     orthogonalizes some of the matrices and receives the others.
 
     Source: Jordan et al. 2024, kellerjordan.github.io/posts/muon; the scale of the update: Liu et

@@ -9,8 +9,8 @@ from minigpt.config import RunConfig, TrainingConfig
 def with_max_steps(config: RunConfig, n_train_tokens: int) -> RunConfig:
     """Convert ``max_epochs`` to ``max_steps``, rounded up.
 
-    An epoch is as many steps as process ``n_train_tokens`` tokens. If both limits are given, the
-    lower one holds.
+    An epoch is the number of steps that process ``n_train_tokens`` tokens. If both limits are set,
+    the lower one applies.
     """
     training = config.training
     if not training.max_epochs:
@@ -24,8 +24,8 @@ def with_max_steps(config: RunConfig, n_train_tokens: int) -> RunConfig:
 def progress(config: TrainingConfig, step: int, elapsed_s: float) -> float:
     """Return the fraction of the budget used, in [0, 1]: the larger one of steps and minutes.
 
-    Without a limit of minutes it depends on the step alone. With one, the schedule ends when the
-    time does, on any machine.
+    Without ``max_minutes`` it only depends on the step. With it, the schedule ends when the time is
+    up, on any machine.
     """
     assert config.max_steps or config.max_minutes, "with_max_steps has not been called"
     shares = [0.0]
@@ -45,7 +45,7 @@ def lr_scale(config: TrainingConfig, progress: float) -> float:
         arXiv:1608.03983.
     """
     if progress < config.warmup_fraction:
-        # Not from zero, which would waste the first step.
+        # Starts at 0.1, because a rate of 0 would waste the first step.
         return 0.1 + 0.9 * progress / config.warmup_fraction
     after_warmup = (progress - config.warmup_fraction) / max(1 - config.warmup_fraction, 1e-12)
     match config.schedule:

@@ -61,10 +61,10 @@ class Trainer:
     ) -> None:
         """Start a run, or resume it from a checkpoint.
 
-        Args: dtype, of autocast, weights stay float32; start_from, a float32 model to fine-tune
-            (None for random weights); resume_from, a checkpoint folder; world, the processes.
-        Raises: DataError if the corpus is too short, or not the one of the checkpoint;
-            CheckpointError if the checkpoint is damaged or of another model; ConfigError if the
+        Args: dtype of autocast (weights stay float32); start_from, a float32 model to fine-tune
+            (None for random weights); resume_from, a checkpoint folder; world, the process group.
+        Raises: DataError if the corpus is too short, or differs from that of the checkpoint;
+            CheckpointError if the checkpoint is damaged or has another model; ConfigError if the
             batch cannot be divided among the ranks, or there are fewer GPUs than ranks.
         """
         self.data = data
@@ -220,7 +220,7 @@ class Trainer:
         """Accumulate the gradients of this rank's part of a batch; return its mean loss."""
         config = self.config.training
         context_length = self.context_length
-        # A shorter context has as many more sequences: the tokens per step stay the same.
+        # With a shorter context, use more sequences: the tokens per step stay the same.
         n_times = self.config.sequence_length // context_length
         inputs, targets = batch(
             self.train_tokens,
@@ -243,7 +243,7 @@ class Trainer:
         return total
 
     def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        # A function of its own, so that the logits are freed before the backward pass.
+        # A separate function, so that the logits are freed before the backward pass.
         recompute = self.config.training.recompute
         with autocast(self.device, self.dtype):
             logits = self._forward(inputs.to(self.device), recompute=recompute)
@@ -251,7 +251,7 @@ class Trainer:
 
     def _must_stop(self) -> bool:
         """Return whether any rank was asked to stop, so that all stop at the same step."""
-        # A signal that arrives meanwhile is kept for the next call: the other ranks do not know it.
+        # A signal that arrives during the reduction waits for the next call, so that ranks agree.
         if not self.world.max(int(self._stop_is_requested)):
             return False
         self._stop_is_requested = True
@@ -312,7 +312,7 @@ class Trainer:
 
     def _evaluate(self) -> EvalEvent:
         config, length = self.config.training, self.config.sequence_length
-        self._check()  # report an earlier divergence as that of its step
+        self._check()  # report an earlier divergence with its own step
         started = time.perf_counter()
         batches = validation_windows(
             self.val_tokens,

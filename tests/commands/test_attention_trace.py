@@ -160,7 +160,7 @@ def test_page_dense_rows_and_pictures_are_written(run: Run, tmp_path: Path) -> N
         (["--html", "/dev/null"], 2, "--html: '/dev/null' is not a file"),
         (["--out", "."], 2, "--out: '.' is not a file"),
         (["--png", "t.jpg"], 2, "t.jpg"),
-        (["--overflow", "slide"], 2, "overflow slide would encode again"),
+        (["--overflow", "slide"], 2, "overflow slide would recompute rows"),
         (["--replay", "t.jsonl"], 2, "there is no model and no prompt"),
     ],
     ids=str,

@@ -181,7 +181,7 @@ def test_threads_sets_the_number_of_torch_threads(
 def test_a_trace_refuses_a_sliding_window(run: Run) -> None:
     result = run("attention-trace", "x", "--overflow", "slide")
     assert result.code == 2
-    assert "overflow slide would encode again what was traced." in error_line(result)
+    assert "overflow slide would recompute rows that were already traced." in error_line(result)
 
 
 def interrupt_after(

@@ -21,9 +21,9 @@ class StepDiff:
     moved: float
     """Total variation distance of the rows as shares, 0 to 1: the share of attention that moved."""
     first_token: Token
-    """Strongest source in the first trace, the sink left out."""
+    """Strongest source in the first trace, except the sink."""
     second_token: Token
-    """Strongest source in the second trace, the sink left out."""
+    """Strongest source in the second trace, except the sink."""
     change: float
     """ln of the token's probability in the second trace, minus that in the first."""
 

@@ -26,7 +26,7 @@ def require_knockout(model: LanguageModel, knockout: Knockout) -> None:
     if knockout == "value" and not isinstance(model, GPT):
         raise ConfigError(
             f"--knockout value is not possible with an {model.config.arch}: its states are keys "
-            "and values at once, and later states depend on them. Use --knockout key."
+            "and values together, and later states depend on them. Use --knockout key."
         )
 
 
