@@ -1,4 +1,4 @@
-"""Fixtures that several rooms share."""
+"""Fixtures shared by several test packages."""
 
 import os
 from pathlib import Path

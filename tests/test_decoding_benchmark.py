@@ -1,4 +1,4 @@
-"""What benchmarks/decoding.py says of its turns, and that its contenders decode the same text."""
+"""benchmarks/decoding.py: its report, and that its contenders decode the same text."""
 
 import sys
 from pathlib import Path
@@ -106,6 +106,6 @@ def test_each_decodes_the_most_probable_tokens(contender: Contender, job: Job) -
     assert len(calls) == 1, "one first token"
 
 
-def test_contender_without_what_it_needs_says_what(job: Job) -> None:
+def test_contender_with_a_missing_dependency_names_it(job: Job) -> None:
     with pytest.raises(UnavailableError, match="--gpt-fast DIR"):
         ENGINES["gpt-fast"](Contender("gpt-fast", "fp32", is_compiled=True), job)

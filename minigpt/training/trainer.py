@@ -125,7 +125,7 @@ class Trainer:
         state = restore_state(folder, self.model, self.optimizers, self.world)
         if state.corpus != self.data.tokens.fingerprint:
             raise DataError(
-                "the corpus is not the one that this run began with. Give the same text, or "
+                "the corpus is not the one that this run started with. Give the same text, or "
                 "start a new run under another --name."
             )
         self.step, self.elapsed_s = state.step, state.elapsed_s

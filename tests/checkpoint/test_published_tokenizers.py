@@ -1,7 +1,7 @@
 """tokenizer.json as GPT-2, Llama, Qwen3, SmolLM, Mistral, BERT and T5 have it, in miniature.
 
 Each has the normalizer, pre_tokenizer, post_processor and decoder of the real file, and a small
-vocabulary that the tokenizers library learnt; that library is the oracle.
+vocabulary that the tokenizers library trained; that library is the oracle.
 """
 
 import functools
@@ -374,7 +374,7 @@ def test_unusable_vocabulary_is_refused_by_name(says: str) -> None:
     assert str(caught.value).isprintable()
 
 
-def test_vocabulary_without_all_bytes_refuses_what_it_lacks() -> None:
+def test_vocabulary_without_all_bytes_refuses_text_with_a_missing_byte() -> None:
     data = tokenizer_to_json(bytes_tokenizer())
     del data["model"]["vocab"]["z"]
     ours = tokenizer_from_json(data, "no-z")

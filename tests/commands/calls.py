@@ -1,4 +1,4 @@
-"""Calls of the program, and what they must look like."""
+"""Helpers that run the program and check its output."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

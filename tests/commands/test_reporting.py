@@ -1,4 +1,4 @@
-"""train --report-to: TensorBoard when asked for, and not a trace of it otherwise."""
+"""train --report-to: TensorBoard logs only if requested."""
 
 import shutil
 import sys

@@ -1,4 +1,4 @@
-"""What a command imports: nothing heavy for --help, no training for generate."""
+"""Imports of the commands: no torch for --help, no training code for generate."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""minigpt train: what it says and writes, how it is stopped, and how it goes on."""
+"""minigpt train: its output and files, how it stops, and how it resumes."""
 
 import json
 import math

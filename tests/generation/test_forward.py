@@ -1,4 +1,4 @@
-"""Every fast way computes what the plain float32 GPT.forward does."""
+"""Every fast decode step gives the results of the plain float32 GPT.forward."""
 
 import copy
 import warnings

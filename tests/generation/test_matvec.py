@@ -1,4 +1,4 @@
-"""A table is a matrix in another order."""
+"""Matrix-vector products over tables equal plain matrix products."""
 
 import pytest
 import torch

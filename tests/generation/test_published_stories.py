@@ -1,4 +1,4 @@
-"""A published Llama model with grouped heads goes on with the story that it is known for."""
+"""A published Llama model with grouped heads generates its published story."""
 
 import itertools
 import json

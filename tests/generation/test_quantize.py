@@ -1,4 +1,4 @@
-"""Weights in 8 bits or bfloat16: what they are, what they cost, and where there are none."""
+"""Weights in int8 or bfloat16: their values, memory and accuracy, and unsupported models."""
 
 import copy
 import math

@@ -1,4 +1,4 @@
-"""Streamed text against text that is decoded and cut all at once."""
+"""Streamed text, compared with text decoded and cut in one call."""
 
 import random
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The cache is an economy and nothing else: logits are those of a forward without it."""
+"""Logits with a KV cache equal those of a forward pass without one."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Devices and dtypes: what is asked for, or an error that says what is there."""
+"""Devices and dtypes: the requested one, or an error that names those available."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Traces of small models, and steps and headers made up for what shows them."""
+"""Traces of small models, and made-up steps and headers for the views."""
 
 import unicodedata
 from collections.abc import Sequence

@@ -172,7 +172,7 @@ def test_the_probability_is_before_any_sampling_option() -> None:
 
 
 @pytest.mark.parametrize("stops_there", [True, False])
-def test_the_end_of_text_token_ends_a_trace_unless_told_otherwise(stops_there: bool) -> None:
+def test_the_end_of_text_token_ends_a_trace_unless_disabled(stops_there: bool) -> None:
     model = model_of("gpt2")
     with torch.no_grad():
         model.unembedding.weight[256] = model.final_norm.bias * 100  # <|endoftext|>, always

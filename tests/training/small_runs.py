@@ -1,4 +1,4 @@
-"""Training runs that take a second, and everything of them that could differ."""
+"""Training runs that take a second, and their results to compare."""
 
 import random
 from pathlib import Path

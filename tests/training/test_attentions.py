@@ -1,4 +1,4 @@
-"""Models that no other program has: trained, resumed, read again, decoded and traced."""
+"""Models with minigpt's own architectures are trained, resumed, loaded, decoded and traced."""
 
 import json
 from dataclasses import replace

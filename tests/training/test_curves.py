@@ -1,4 +1,4 @@
-"""Loss curves as metrics.jsonl has them: every whole line, of a run at rest or under way."""
+"""Loss curves from metrics.jsonl: every complete line, of finished and running runs."""
 
 import json
 import os

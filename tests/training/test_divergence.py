@@ -1,4 +1,4 @@
-"""Losses that are no numbers: a run stops with its last good checkpoint, or leaves steps out."""
+"""NaN and inf losses: a run stops and keeps its last good checkpoint, or skips the steps."""
 
 import json
 import math

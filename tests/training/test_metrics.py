@@ -1,4 +1,4 @@
-"""metrics.jsonl: one line an event, cut back to where a run resumes."""
+"""metrics.jsonl: one line per event, truncated to the checkpoint when a run resumes."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a run is said to be before it begins, against the run."""
+"""The plan of --dry-run, compared with the run itself."""
 
 from dataclasses import replace
 from pathlib import Path

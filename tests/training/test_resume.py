@@ -139,7 +139,7 @@ def test_resume_accepts_another_dropout_but_no_other_shape(
 def test_another_corpus_is_a_data_error(data: PreparedData, tmp_path: Path) -> None:
     run_until(trainer_of(config_of(), data, tmp_path / "run"), 2)
     other = data_of(text(600, seed=1), tmp_path / "other")
-    with pytest.raises(DataError, match=r"^the corpus is not the one that this run began with\."):
+    with pytest.raises(DataError, match=r"^the corpus is not the one that this run started with\."):
         trainer_of(config_of(), other, tmp_path / "run", resume=True)
 
 

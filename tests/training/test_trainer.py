@@ -1,4 +1,4 @@
-"""The loop against a plain one, and what it does when a run goes well or badly."""
+"""The training loop, compared with a plain loop, and its events and checkpoints."""
 
 import json
 import math

@@ -112,7 +112,7 @@ def _facts(facts: "ModelFacts") -> dict[str, str]:
     heads = f"{config.n_head} heads of {config.d_head}"
     if config.n_kv_head < config.n_head:
         heads += f", {config.n_kv_head} key/value heads"
-    output = "the embedding again" if config.tie_embeddings else "a projection of its own"
+    output = "tied to the embedding" if config.tie_embeddings else "not tied"
     norm = ", QK-norm" if config.qk_norm else ""
     biases = {"none": "", "qkv": ", biases of queries, keys, values", "all": ", biases"}[
         "all" if config.family == "gpt2" else config.attention_bias
@@ -131,7 +131,7 @@ def _facts(facts: "ModelFacts") -> dict[str, str]:
         "attention": f"{config.attention}, {heads}{norm}{biases}",
         "MLP": f"{_MLPS[config.family]}, {config.d_mlp} wide, {config.activation}",
         "positions": positions,
-        "vocabulary": f"{config.vocab_size:,} tokens; the output is {output}",
+        "vocabulary": f"{config.vocab_size:,} tokens; output projection {output}",
         "context": f"{config.context_length:,} tokens",
         "compute": f"{with_unit(facts.forward_flops_per_token, 'FLOPs')}/token forward, "
         f"{with_unit(facts.training_flops_per_token, 'FLOPs')}/token training",

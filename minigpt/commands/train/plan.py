@@ -53,7 +53,8 @@ def _rows(plan: dict[str, Any], config: RunConfig) -> Iterator[tuple[str, str, s
     yield "validation tokens", f"{plan['n_val_tokens']:,}", ""
     ranks = f" on each of {plan['n_ranks']} processes" if plan["n_ranks"] > 1 else ""
     shape = f"{training.batch_size} x {config.sequence_length}"
-    shape += f", in {plan['n_micro_batches']}{ranks}"
+    n_micro = plan["n_micro_batches"]
+    shape += f", in {n_micro} micro-batch{'es' if n_micro > 1 else ''}{ranks}"
     yield "tokens a step", f"{plan['step_tokens']:,}", shape
     is_clock = ", fewer if time runs out" if training.max_minutes else ""
     yield "steps", f"{plan['max_steps']:,}", f"{plan['n_steps_left']:,} left{is_clock}"
