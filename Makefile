@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help demo test test-slow test-dist test-browser test-gpu check format bench clean
+.PHONY: help demo test test-slow test-rings test-dist test-browser test-gpu check format bench clean
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /: /' | column -t -s :
 
@@ -20,6 +20,9 @@ test: $(INSTALLED) ## Run the tests, in as many processes as there are cores
 
 test-slow: $(INSTALLED) ## Run the slow tests too
 	$(BIN)/python -m pytest -m 'not gpu and not browser'
+
+test-rings: $(INSTALLED) ## Delete each ring in a copy and run the three jobs
+	$(BIN)/python -m pytest -n auto tests/test_rings.py
 
 test-dist: $(INSTALLED) ## Run the tests that train in several processes
 	$(BIN)/python -m pytest -m dist

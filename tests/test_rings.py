@@ -47,7 +47,9 @@ for line in sys.argv[1].replace("\\n  ", " ").strip().splitlines():
 """
 
 
-@pytest.mark.parametrize("ring", [*sorted(RINGS), "all rings"])
+@pytest.mark.parametrize(
+    "ring", [*(pytest.param(ring, marks=pytest.mark.slow) for ring in sorted(RINGS)), "all rings"]
+)
 def test_the_three_jobs_work_without(ring: str, tmp_path: Path) -> None:
     paths = RINGS.get(ring) or [path for parts in RINGS.values() for path in parts]
     folder = without(paths, tmp_path)
