@@ -41,8 +41,8 @@ class GraphStep(nn.Module):
     ) -> tuple[Tensor, ...]:
         """Write the tokens' keys and values into the caches, and attend to all up to them.
 
-        Args: tokens (B,); position (1,), their index; in_view (S,), of which only the shape is
-            read: positions from S on are not read; keys and values, for each layer (B, G, P, D),
+        Args: tokens (B,); position (1,), their index; in_view (S,), whose shape alone
+            matters: positions from S on are not read; keys and values, for each layer (B, G, P, D),
             finite.
         Returns: logits (B, V), float32; if it shows attention, also the weights (L, B, H, S) and
             the heads' outputs (L, B, H, D).

@@ -121,7 +121,7 @@ def optimizer_values(config: RunConfig) -> int:
 def parameters(model: ModelConfig) -> Iterator[tuple[str, Tensor, int]]:
     """Yield the name of each parameter, one without memory, and the number of its kind.
 
-    Blocks are alike: only the first is built, so that no number of layers is too large.
+    All blocks have the same shape, so only one is built, however many layers there are.
     """
     one = replace(model, n_layer=1)
     for name, parameter in model_class(one).without_weights(one).named_parameters():
