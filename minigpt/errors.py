@@ -7,6 +7,9 @@ import difflib
 from collections.abc import Iterable
 from typing import ClassVar
 
+DISTRIBUTION = "minigpt-attention"
+"""Name of the distribution on PyPI, where minigpt is another program."""
+
 
 class MinigptError(Exception):
     """Base of all errors that are not bugs of minigpt."""
@@ -62,3 +65,8 @@ def require_choice(name: str, value: object, choices: Iterable[str]) -> None:
     names = list(choices)
     if value not in names:
         raise ConfigError(f"unknown {name} {value!r}. {nearest(str(value), names)}")
+
+
+def install_extra(extra: str) -> str:
+    """Return the command that installs an optional dependency, for the remedy of a message."""
+    return f"pip install '{DISTRIBUTION}[{extra}]'"

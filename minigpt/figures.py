@@ -8,7 +8,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minigpt.errors import ConfigError
+from minigpt.errors import ConfigError, install_extra
 from minigpt.files import write_atomically
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def require_matplotlib(
         import matplotlib.figure  # noqa: F401
     except ImportError:
         raise ConfigError(
-            f"{what} needs matplotlib. Install it: pip install 'minigpt[plot]'."
+            f"{what} needs matplotlib. Install it: {install_extra('plot')}."
         ) from None
 
 

@@ -13,7 +13,7 @@ import typer
 
 from minigpt.commands.layout import COMMANDS, Commands, show_help
 from minigpt.commands.process import close_streams, open_streams, set_spin_count
-from minigpt.errors import ConfigError, MinigptError, ResourceError, nearest
+from minigpt.errors import DISTRIBUTION, ConfigError, MinigptError, ResourceError, nearest
 from minigpt.text.escape import printable
 
 app = typer.Typer(
@@ -30,7 +30,7 @@ def _show_version(is_wanted: bool) -> None:
     from importlib.metadata import PackageNotFoundError, version
 
     try:
-        number = version("minigpt")
+        number = version(DISTRIBUTION)
     except PackageNotFoundError:  # run by cli.py from the source tree
         number = "of the source tree"
     python = platform.python_version()

@@ -212,7 +212,7 @@ def hub(models: dict[str, Path]) -> Iterator[Hub]:
 
 @pytest.fixture(scope="module", autouse=True)
 def installed() -> None:
-    pytest.importorskip("huggingface_hub", reason="the extra minigpt[hub] is not installed")
+    pytest.importorskip("huggingface_hub", reason="the extra hub is not installed")
 
 
 def environment(home: Path, url: str, **more: str) -> dict[str, str]:
@@ -374,7 +374,7 @@ def test_existing_path_is_not_looked_up_on_the_hub(
         "checkpoints/tiny": "there is no model 'checkpoints/tiny'",
         "./tiny/none": "there is no model",
         "tiny/none/step-000001": "there is no model",
-        "tiny/gated": r"'tiny/gated' is not a folder here\..* pip install 'minigpt\[hub\]'\.$",
+        "tiny/gated": r"'tiny/gated' is not a folder here\..*'minigpt-attention\[hub\]'\.$",
     }.items():
         with pytest.raises(CheckpointError, match=says):
             resolve_model(spec)

@@ -55,7 +55,7 @@ def test_json_has_a_line_per_requested_claim(run: Run) -> None:
 
 
 def test_out_writes_claims_json_and_pictures(run: Run) -> None:
-    pytest.importorskip("matplotlib", reason="needs pip install 'minigpt[plot]'")
+    pytest.importorskip("matplotlib", reason="needs pip install 'minigpt-attention[plot]'")
     result = run("claims", "--quick", "--json", "--out", "found/here")
     assert result.code == 0, result.err
     folder = Path("found/here")

@@ -253,7 +253,7 @@ def test_a_variant_that_diverges_is_named(run: Run, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_picture_has_a_line_per_run_and_a_name_per_variant(run: Run) -> None:
-    pytest.importorskip("matplotlib", reason="needs pip install 'minigpt[plot]'")
+    pytest.importorskip("matplotlib", reason="needs pip install 'minigpt-attention[plot]'")
     result = run("compare", *TWO, "--out", "losses.svg", "--x", "tokens")
     assert result.code == 0
     assert result.err.endswith("wrote losses.svg\n")

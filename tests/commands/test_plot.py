@@ -92,7 +92,7 @@ def test_json_has_every_point_of_each_run(run: Run, runs: Path) -> None:
 
 
 def test_an_svg_has_the_points_and_the_literal_names(run: Run, runs: Path) -> None:
-    pytest.importorskip("matplotlib", reason="needs pip install 'minigpt[plot]'")
+    pytest.importorskip("matplotlib", reason="needs pip install 'minigpt-attention[plot]'")
     (runs / "other").rename(runs / HOSTILE)
     result = run("plot", "tiny", HOSTILE, "--out", "losses.svg")
     assert (result.code, result.out, result.err) == (0, "", "wrote losses.svg\n")
@@ -109,7 +109,7 @@ def test_an_svg_has_the_points_and_the_literal_names(run: Run, runs: Path) -> No
 def test_a_png_shows_losses_falling_from_the_upper_left_to_the_lower_right(
     run: Run, runs: Path
 ) -> None:
-    pytest.importorskip("matplotlib", reason="needs pip install 'minigpt[plot]'")
+    pytest.importorskip("matplotlib", reason="needs pip install 'minigpt-attention[plot]'")
     from matplotlib.image import imread
 
     lines = [
@@ -133,7 +133,7 @@ def test_a_missing_matplotlib_is_reported_with_the_extra_to_install(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     result = run("plot", "tiny", "--out", "losses.png")
     assert result.code == 2
-    assert "pip install 'minigpt[plot]'" in error_line(result)
+    assert "pip install 'minigpt-attention[plot]'" in error_line(result)
     assert run("plot", "tiny").code == 0, "the text chart does not need matplotlib"
 
 
@@ -156,7 +156,7 @@ def test_an_error_is_one_line(
     (runs / "bare").mkdir()
     shutil.copy(runs / "tiny/metrics.jsonl", runs / "bare")
     if "--out" in words:
-        pytest.importorskip("matplotlib", reason="needs pip install 'minigpt[plot]'")
+        pytest.importorskip("matplotlib", reason="needs pip install 'minigpt-attention[plot]'")
     result = run("plot", *words)
     assert result.code == code, result.err
     assert message in error_line(result)

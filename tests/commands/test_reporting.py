@@ -19,7 +19,7 @@ def without_tensorboard(trained: Path, workplace: Path, monkeypatch: pytest.Monk
 def test_without_tensorboard_the_error_names_the_extra_before_training(run: Run) -> None:
     result = run("train", "corpus.txt", "--name", "a", *TINY, "--report-to", "tensorboard")
     assert result.code == 2
-    assert "pip install 'minigpt[tensorboard]'" in error_line(result)
+    assert "pip install 'minigpt-attention[tensorboard]'" in error_line(result)
     assert not Path("checkpoints").exists()
 
 

@@ -64,7 +64,7 @@ def test_colours_rise_in_lightness_and_are_distinct() -> None:
 
 
 def test_colours_are_those_of_viridis_in_matplotlib() -> None:
-    pytest.importorskip("matplotlib", reason="needs pip install 'minigpt[plot]'")
+    pytest.importorskip("matplotlib", reason="needs pip install 'minigpt-attention[plot]'")
     from matplotlib import colormaps
 
     for text, share in SHARES.items():

@@ -20,7 +20,7 @@ from minigpt.tracing.events import Trace
 from minigpt.tracing.views import ViewOptions
 
 pictures = pytest.importorskip(
-    "minigpt.tracing.views.pictures", reason="needs pip install 'minigpt[plot]'"
+    "minigpt.tracing.views.pictures", reason="needs pip install 'minigpt-attention[plot]'"
 )
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -201,5 +201,5 @@ def test_paths_of_no_picture_are_refused(
     for name in [name for name in sys.modules if name.startswith("matplotlib")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ConfigError, match=r"pip install 'minigpt\[plot\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'minigpt-attention\[plot\]'"):
         require_matplotlib(tmp_path / "map.svg")

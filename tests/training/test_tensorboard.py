@@ -28,7 +28,7 @@ def accumulator() -> Any:
     """TensorBoard's reader of a folder."""
     module = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator",
-        reason="needs TensorBoard to read its files: pip install 'minigpt[tensorboard]'",
+        reason="needs TensorBoard to read its files: pip install 'minigpt-attention[tensorboard]'",
     )
     return module.EventAccumulator
 

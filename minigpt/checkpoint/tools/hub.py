@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from minigpt.checkpoint.resolve import HUB_NAME
-from minigpt.errors import CheckpointError, MinigptError
+from minigpt.errors import CheckpointError, MinigptError, install_extra
 from minigpt.files import read_json, resource_errors
 
 _INDEX = "model.safetensors.index.json"
@@ -39,7 +39,7 @@ def download_model(spec: str) -> Path:
     except ImportError:
         raise CheckpointError(
             f"{spec!r} is not a folder here. If it is a model of the Hugging Face hub, install "
-            "huggingface_hub: pip install 'minigpt[hub]'."
+            f"huggingface_hub: {install_extra('hub')}."
         ) from None
     # Its warnings repeat the reply of the server unescaped.
     logging.set_verbosity_error()

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minigpt.errors import ConfigError
+from minigpt.errors import ConfigError, install_extra
 from minigpt.training.events import EvalEvent, Event, SaveEvent, SkipEvent, StepEvent
 
 if TYPE_CHECKING:
@@ -27,8 +27,8 @@ def summary_writer() -> "type[SummaryWriter]":
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise ConfigError(
-            "--report-to tensorboard needs TensorBoard. Install it: pip install "
-            "'minigpt[tensorboard]'; or report to none."
+            "--report-to tensorboard needs TensorBoard. Install it: "
+            f"{install_extra('tensorboard')}; or report to none."
         ) from None
     return SummaryWriter
 

@@ -1,0 +1,86 @@
+"""The distribution: its name in every message and page, and its editable install."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from minigpt.errors import DISTRIBUTION, install_extra
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+TEXTS = {".py", ".md", ".toml", ".txt", ".ipynb", ".sh", ".js", ".html", ""}
+
+
+def our_texts() -> dict[str, str]:
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+    )
+    if listed.returncode:
+        pytest.skip("needs a git checkout to list the project's files")
+    paths = [Path(name) for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
+    return {str(path): (ROOT / path).read_text() for path in paths if path.suffix in TEXTS}
+
+
+def test_the_distribution_is_not_named_as_the_stranger_on_pypi() -> None:
+    assert PROJECT["name"] == DISTRIBUTION != "minigpt"
+    assert PROJECT["scripts"].keys() == {"minigpt"}
+
+
+def test_messages_install_extras_that_exist() -> None:
+    sources = "".join(path.read_text() for path in (ROOT / "minigpt").rglob("*.py"))
+    extras = set(re.findall(r"install_extra\([\"'](\w+)", sources))
+    assert {"plot", "hub", "tensorboard"} <= extras <= PROJECT["optional-dependencies"].keys()
+    assert install_extra("plot") == f"pip install '{DISTRIBUTION}[plot]'"
+
+
+def test_no_file_recommends_the_stranger_on_pypi() -> None:
+    # A string literal may go on in the next line.
+    stranger = re.compile(
+        r"pip\s+install[\s\"'f\\]+(-\S+\s+)*minigpt(?![\w-])|[\"'\s]minigpt\[[a-z,]+\]"
+    )
+    assert stranger.search("pip install 'minigpt[plot]'")
+    assert stranger.search("pip install --upgrade minigpt")
+    assert not stranger.search(install_extra("plot"))
+    ours = {
+        name: text for name, text in our_texts().items() if name != "tests/test_installation.py"
+    }
+    assert {name: found[0] for name, text in ours.items() if (found := stranger.search(text))} == {}
+
+
+def test_an_editable_install_is_found_from_the_folder_of_the_clone(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools", reason="needs setuptools to build without a network")
+    clone = tmp_path / "minigpt"
+    shutil.copytree(
+        ROOT / "minigpt", clone / "minigpt", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, clone)
+    venv = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
+    python = venv / ("Scripts" if os.name == "nt" else "bin") / "python"
+    site_packages = next(path for path in sys.path if path.endswith("site-packages"))
+    clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run(
+        [*install, "--disable-pip-version-check", "-e", clone],
+        env=clean | {"PYTHONPATH": site_packages},
+        check=True,
+        timeout=120,
+    )
+    code = "import minigpt, importlib.metadata as m; print(minigpt.__file__, m.version('{}'))"
+    for folder in (tmp_path, clone, venv):
+        found = subprocess.run(
+            [python, "-c", code.format(DISTRIBUTION)],
+            cwd=folder,
+            env=clean,
+            capture_output=True,
+            text=True,
+        )
+        expected = f"{clone / 'minigpt' / '__init__.py'} {PROJECT['version']}"
+        assert (found.stdout.strip(), found.stderr) == (expected, ""), folder
