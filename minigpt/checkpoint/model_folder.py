@@ -107,7 +107,8 @@ def read_model(
     settings = read_json(folder / CONFIG)
     config = model_config_from_hf(settings)
     weights = LazyTensors(stored_tensors(config, folder))
-    tokenizer = read_tokenizer(folder, _end_of_text_ids(folder, settings))
+    ends = _end_of_text_ids(folder, settings)
+    tokenizer = read_tokenizer(folder, ends, n_rows=config.vocab_size)
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(
             f"the vocabulary in {str(folder)!r} has {tokenizer.vocab_size} tokens, and the model "

@@ -22,6 +22,8 @@ from minigpt.text.tokenizer import (
 
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+VOCAB, MERGES, ADDED = "vocab.json", "merges.txt", "added_tokens.json"
+"""A byte-level BPE vocabulary, read if there is no tokenizer.json."""
 SCORES = "sp_vocab.json"
 """The vocabulary of a llama2.c model, read if there is no tokenizer.json."""
 NAME_FIELD = "name_or_path"
@@ -52,23 +54,65 @@ _AMBIGUOUS = re.compile(
 )
 
 
-def read_tokenizer(folder: Path, end_of_text_ids: tuple[int, ...] = ()) -> Tokenizer | None:
+def read_tokenizer(
+    folder: Path, end_of_text_ids: tuple[int, ...] = (), *, n_rows: int | None = None
+) -> Tokenizer | None:
     """Read the tokenizer of a model folder, None if it has none.
 
-    Args: end_of_text_ids, () for ``<|endoftext|>``.
+    Args: end_of_text_ids, () for ``<|endoftext|>``; n_rows, number of the model's embeddings: added
+        tokens without one are left out.
     Raises: CheckpointError if a file is damaged, or a vocabulary cannot be used.
     """
     path = folder / TOKENIZER_CONFIG
     config = read_json(path) if path.exists() else {}
     if (folder / TOKENIZER).exists():
         data = read_json(folder / TOKENIZER)
+    elif (folder / VOCAB).exists() and (folder / MERGES).exists():
+        data = _json_from_merges(folder, config)
     elif (folder / SCORES).exists():
         data = ring("text.imported").json_from_scores(read_json(folder / SCORES))
     else:
         return None
+    if n_rows is not None:
+        data = _with_rows(data, n_rows)
+        end_of_text_ids = tuple(id_ for id_ in end_of_text_ids if id_ < n_rows)
     named = config.get(NAME_FIELD)
     name = named if isinstance(named, str) else folder.name
     return tokenizer_from_json(data, name, config=config, end_of_text_ids=end_of_text_ids)
+
+
+def _json_from_merges(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    added = read_json(folder / ADDED) if (folder / ADDED).exists() else {}
+    try:
+        merges = (folder / MERGES).read_text(encoding="utf-8")
+        data: dict[str, Any] = ring("text.imported").json_from_merges(
+            read_json(folder / VOCAB), merges, config, added
+        )
+        return data
+    except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
+        raise CheckpointError(
+            f"{VOCAB}, {MERGES} or {ADDED} in {str(folder)!r} is damaged ({type(error).__name__}: "
+            f"{str(error)[:80]!r}). Download them again."
+        ) from None
+
+
+def _with_rows(data: dict[str, Any], n_rows: int) -> dict[str, Any]:
+    """Return a tokenizer.json without its added tokens that the model has no embedding for.
+
+    Such a token, often one for padding, cannot occur in a model's text.
+    """
+    try:
+        without = {t["content"] for t in data["added_tokens"] if t["id"] >= n_rows}
+        if not without:
+            return data
+        added = [t for t in data["added_tokens"] if t["content"] not in without]
+        model, vocab = data["model"], data["model"].get("vocab")
+        if isinstance(vocab, dict):
+            vocab = {token: id_ for token, id_ in vocab.items() if token not in without}
+            model = model | {"vocab": vocab}
+        return data | {"added_tokens": added, "model": model}
+    except (KeyError, TypeError, AttributeError):
+        return data  # damaged, as is said where it is read
 
 
 def tokenizer_from_json(
@@ -129,7 +173,8 @@ def _tiktoken_tokenizer(
         processor = data["post_processor"] or {"type": "ByteLevel"}
         around = [] if processor["type"] == "ByteLevel" else processor["single"]
         changes_text = data["normalizer"] is not None or data["decoder"]["type"] != "ByteLevel"
-        if changes_text or not all("Sequence" in part for part in around):
+        is_byte_special = not specials.keys().isdisjoint(BYTE_OF_CHARACTER)
+        if changes_text or is_byte_special or not all("Sequence" in part for part in around):
             return None
         encoding = make_encoding(name, pattern, ranks, specials)
         tokenizer = TiktokenTokenizer(name, encoding, end_of_text_ids)

@@ -15,12 +15,21 @@ import numpy.typing as npt
 import tokenizers
 
 from minigpt.errors import CheckpointError, DataError
-from minigpt.text.tokenizer import BYTE_OF_CHARACTER, Tokenizer, well_formed
+from minigpt.text.tokenizer import (
+    BPE_PATTERN,
+    BYTE_OF_CHARACTER,
+    END_OF_TEXT,
+    Tokenizer,
+    well_formed,
+)
 
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 _VISIBLE_SPACE = "\u2581"
 _MARK = "\x01"
 _LARGEST_GAP = 2**20
+# How Qwen2's tokenizer class splits text before merging, as its tokenizer.json publishes it.
+_QWEN2_PATTERN = BPE_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
+_END_OF_TEXT = dict.fromkeys(("unk_token", "bos_token", "eos_token"), END_OF_TEXT)
 
 JSONValue = dict[str, Any]
 
@@ -33,8 +42,7 @@ class ImportedTokenizer(Tokenizer):
     ) -> None:
         """Args: data, the parsed tokenizer.json; end_of_text_ids, () for ``<|endoftext|>``.
 
-        Raises: CheckpointError if the library cannot read it, or it encodes at random or puts
-            tokens after a text.
+        Raises: CheckpointError if the library cannot read it, or it encodes at random.
         """
         self.data = dict(data)
         self._library = _library(self.data)
@@ -67,19 +75,21 @@ class ImportedTokenizer(Tokenizer):
         try:
             # The fast variant leaves out offsets; it encodes alike.
             [encoding] = library.encode_batch_fast([text], add_special_tokens=False)
-        except Exception as error:  # the library raises no narrower class
+        except BaseException as error:
+            if not _is_of_library(error):
+                raise
             raise DataError(
-                f"the vocabulary {self.name!r} cannot encode this text ({str(error)[:80]}). "
-                "Break its longest runs of the same character."
+                f"the vocabulary {self.name!r} cannot encode this text ({str(error)[:80]}). Leave "
+                "out the characters that it lacks, and break long runs of the same character."
             ) from None
         return np.array(encoding.ids, np.uint32)
 
     def token_bytes(self, token: int) -> bytes:
         token = int(token)
-        if token in self._added_bytes:
-            return self._added_bytes[token]
         text = self._tokens.get(token, "")
         if self._is_byte_level:
+            if token in self._added_bytes:
+                return self._added_bytes[token]
             try:
                 return bytes([BYTE_OF_CHARACTER[character] for character in text])
             except KeyError:
@@ -93,6 +103,19 @@ class ImportedTokenizer(Tokenizer):
         gap = decoder.decode([_MARK, _MARK])[1:-1]
         inside = decoder.decode([_MARK, text, _MARK])[1:-1].removesuffix(gap)
         return inside.encode() if text else b""
+
+    def id_of(self, token: str, field: str) -> int:
+        """Return the id of a token that a field of tokenizer_config.json names.
+
+        Raises: CheckpointError if the vocabulary does not have it.
+        """
+        id_ = self._library.token_to_id(token)
+        if id_ is None:
+            raise CheckpointError(
+                f"tokenizer_config.json: {field} is {token[:40]!r}, which is not in the "
+                f"vocabulary. Take both files from the same place, or remove {field} there."
+            )
+        return id_
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -169,9 +192,8 @@ def import_tokenizer(
     begins = config.get("add_bos_token")
     if begins is None:
         return tokenizer
-    token = config.get("bos_token")
-    token = token["content"] if isinstance(token, dict) else token
-    prefix = (tokenizer.special_ids[token],) if begins and token is not None else ()
+    token = _content(config.get("bos_token"))
+    prefix = (tokenizer.id_of(token, "bos_token"),) if begins and token is not None else ()
     if prefix == tokenizer.prefix:
         return tokenizer
     processor = _beginning_with(str(token), prefix[0]) if prefix else None
@@ -235,6 +257,77 @@ def json_from_scores(data: Mapping[str, Any]) -> JSONValue:
     }
 
 
+def json_from_merges(
+    vocab: Mapping[str, Any], merges: str, config: Mapping[str, Any], added: Mapping[str, Any]
+) -> JSONValue:
+    """Return vocab.json and merges.txt as the tokenizer.json that transformers makes of them.
+
+    Args: merges, the text of merges.txt; config, the parsed tokenizer_config.json, whose
+        tokenizer_class decides how a text is split; added, the parsed added_tokens.json.
+    Raises: CheckpointError for another class, or if a file is damaged.
+    """
+    kind = str(config.get("tokenizer_class") or "GPT2Tokenizer").removesuffix("Fast")
+    if kind not in ("GPT2Tokenizer", "CodeGenTokenizer", "Qwen2Tokenizer"):
+        raise CheckpointError(
+            f"vocab.json and merges.txt of a {kind[:40]!r} cannot be read without tokenizer.json. "
+            "Write it with transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained("
+            "FOLDER)."
+        )
+    is_qwen = kind == "Qwen2Tokenizer"
+    lines = [line for line in merges.split("\n") if line and not line.startswith("#version")]
+    byte_level = {
+        "type": "ByteLevel",
+        "add_prefix_space": bool(config.get("add_prefix_space")),
+        "trim_offsets": True,
+        "use_regex": not is_qwen,
+    }
+    splits: JSONValue = byte_level
+    if is_qwen:
+        regex = {"Regex": _QWEN2_PATTERN}
+        split = {"type": "Split", "pattern": regex, "behavior": "Isolated", "invert": False}
+        splits = {"type": "Sequence", "pretokenizers": [split, byte_level]}
+    options: dict[str, JSONValue] = {str(token): {"id": id_} for token, id_ in added.items()}
+    for id_, token in dict(config.get("added_tokens_decoder") or {}).items():
+        options[token["content"]] = token | {"id": int(id_)}
+    for field in ("unk_token", "bos_token", "eos_token", "pad_token"):
+        if (token := _content(config.get(field, _END_OF_TEXT.get(field)))) is not None:
+            options.setdefault(token, {})
+    ids = {str(token): int(id_) for token, id_ in vocab.items()}
+    for token, option in options.items():
+        ids.setdefault(token, option.get("id", 1 + max(ids.values(), default=-1)))
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            plain | {"special": True} | options[token] | {"id": ids[token], "content": token}
+            for token in sorted(options, key=ids.__getitem__)
+        ],
+        "normalizer": {"type": "NFC"} if is_qwen else None,
+        "pre_tokenizer": splits,
+        "post_processor": None,
+        "decoder": byte_level | {"use_regex": True},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": "",
+            "end_of_word_suffix": "",
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": dict(vocab),
+            "merges": [line.rstrip("\r") for line in lines],
+        },
+    }
+
+
+def _content(token: Any) -> Any:
+    """Return the text of a token, which may be given with its options."""
+    return token["content"] if isinstance(token, dict) else token
+
+
 def _beginning_with(token: str, id_: int) -> JSONValue:
     single = [
         {"SpecialToken": {"id": token, "type_id": 0}},
@@ -260,9 +353,9 @@ def _library(data: Mapping[str, Any]) -> tokenizers.Tokenizer:
         if data["model"].get("dropout"):
             raise _unsupported(f"the model's dropout {str(data['model']['dropout'])[:20]!r}")
         library = tokenizers.Tokenizer.from_str(json.dumps(data))
-    except CheckpointError:
-        raise
-    except Exception as error:  # the library raises no narrower class
+    except BaseException as error:
+        if isinstance(error, CheckpointError) or not _is_of_library(error):
+            raise
         raise CheckpointError(
             f"tokenizer.json is damaged ({type(error).__name__}: {str(error)[:120]!r}). "
             "Write or download it again."
@@ -286,14 +379,25 @@ def _types(part: Mapping[str, Any] | None) -> list[str]:
     return [step["type"] for step in _steps(part)]
 
 
+def _is_of_library(error: BaseException) -> bool:
+    """Return whether the library may have raised an error: it has no narrower class."""
+    # A panic of its Rust code is not an Exception, and its class cannot be imported.
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
 def _prefix(library: tokenizers.Tokenizer) -> tuple[int, ...]:
-    """Return the ids that the post-processor puts before a text."""
-    text = library.encode("a", add_special_tokens=False).ids
-    whole = library.encode("a").ids
-    n_before = len(whole) - len(text)
-    if whole[n_before:] != text:
-        raise _unsupported("a post-processor that puts tokens after a text")
-    return tuple(whole[:n_before])
+    """Return the ids that the post-processor puts before a text.
+
+    Those that it puts after a text, such as an end-of-text token, are left out: a prompt is
+    continued, and documents of a corpus have their own separator.
+    """
+    # A vocabulary of one token: no real one has a text that every one can encode.
+    word = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
+    if library.post_processor is not None:
+        word.post_processor = library.post_processor
+    encoding = word.encode("a")
+    is_added = encoding.special_tokens_mask
+    return tuple(encoding.ids[: is_added.index(0) if 0 in is_added else None])
 
 
 def _known_characters(data: Mapping[str, Any], vocab: Mapping[str, int]) -> frozenset[str] | None:

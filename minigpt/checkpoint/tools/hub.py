@@ -15,6 +15,9 @@ _SMALL_FILES = [
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
     "sp_vocab.json",
     _INDEX,
 ]
