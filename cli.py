@@ -1,6 +1,6 @@
 """Run minigpt from the project's folder: python cli.py train ..."""
 
-from minigpt.commands import main
+from minigpt.__main__ import run
 
 if __name__ == "__main__":
-    main()
+    run()

@@ -1,6 +1,24 @@
-"""python -m minigpt."""
+"""python -m minigpt, and the command that is installed."""
 
-from minigpt.commands import main
+import os
+import signal
+from types import FrameType
+from typing import NoReturn
+
+
+def run() -> NoReturn:
+    """Run the command line; Ctrl-C ends it with one line, also while modules are imported."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)  # main replaces it while a command runs
+    from minigpt.commands import main
+
+    main()
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    os.write(2, b"interrupted\n")
+    os._exit(128 + number)
+
 
 if __name__ == "__main__":
-    main()
+    run()

@@ -56,6 +56,8 @@ def resource_errors(path: Path | None, remedy: str = "") -> Iterator[None]:
         if not advice:
             raise
         where = error.filename or path
+        if path and WRITING in str(where):  # the user knows the file, not its unfinished copy
+            where = path
         if advice.endswith(" "):
             advice += remedy or "choose another folder or disk"
         elif advice == _NAME:
@@ -99,6 +101,20 @@ def writing_aside(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         remove(aside)
         raise
+
+
+def require_writable(path: Path) -> None:
+    """Check that a file can be written, before long work whose result it takes.
+
+    Raises: ResourceError if it, or its folder, cannot be written.
+    """
+    with resource_errors(path):
+        if path.exists() and not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        if not path.exists() or path.is_file():
+            aside = path.with_name(f"{WRITING}{path.name}.{os.getpid()}")
+            aside.touch()
+            aside.unlink()
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -54,6 +54,9 @@ def main() -> NoReturn:
     """Run the command line and exit with its code; an error is one line on stderr."""
     open_streams()
     signal.signal(signal.SIGTERM, _terminate)
+    on_ctrl_c = signal.getsignal(signal.SIGINT)
+    if on_ctrl_c != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     set_spin_count(sys.argv[1:])
     try:
         status = app(prog_name="minigpt", standalone_mode=False)
@@ -63,8 +66,6 @@ def main() -> NoReturn:
         status = 0 if isinstance(error.__context__, BrokenPipeError) else error.code
     except BrokenPipeError:
         status = 0
-    except (KeyboardInterrupt, typer.Abort):
-        status = 128 + signal.SIGINT
     except BaseException as error:
         if "--debug" in sys.argv:
             import traceback
@@ -72,9 +73,11 @@ def main() -> NoReturn:
             traceback.print_exception(error)
         message, status = _describe(error)
         line = " ".join(printable(message).split())
-        print(f"error: {line}", file=sys.stderr)  # noqa: T201
+        is_interrupt = status == 128 + signal.SIGINT
+        print(line if is_interrupt else f"error: {line}", file=sys.stderr)  # noqa: T201
     finally:
         close_streams()
+        signal.signal(signal.SIGINT, on_ctrl_c)
     sys.exit(status if isinstance(status, int) else 0)
 
 
@@ -85,6 +88,11 @@ def _terminate(number: int, frame: FrameType | None) -> NoReturn:
 
 def _describe(error: BaseException) -> tuple[str, int]:
     """Return an error's message (what, the value, the remedy) and its exit code."""
+    cause: BaseException | None = error
+    while cause is not None:  # a library may turn the exception of Ctrl-C into one of its own
+        if isinstance(cause, KeyboardInterrupt | typer.Abort):
+            return "interrupted", 128 + signal.SIGINT
+        cause = cause.__cause__ or cause.__context__
     if isinstance(error, MinigptError):
         return str(error), error.exit_code
     if hasattr(error, "format_message"):  # a usage error of typer, or of click below it

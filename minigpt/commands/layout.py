@@ -1,12 +1,14 @@
 """Layout of the command line: commands imported when they are called, options under headings."""
 
+import itertools
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from minigpt.errors import require_choice
+from minigpt.errors import ConfigError, require_choice
 from minigpt.rings import has_ring, ring
 
 COMMANDS = {
@@ -49,6 +51,13 @@ class Subcommands(TyperGroup):
 class Commands(Subcommands):
     """The program, which imports a command's module only when it is called."""
 
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command; Ctrl-C becomes Abort, because typer would exit without a word."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise typer.Abort from error
+
     def lines(self, ctx: Any) -> dict[str, str]:
         """Return the commands of this installation, and the line of each in --help."""
         return {name: line for name, line in COMMANDS.items() if has_ring(_module(name))}
@@ -74,6 +83,27 @@ class Commands(Subcommands):
 
 class Command(TyperCommand):
     """A command whose --help lists its options under headings, in aligned columns."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments.
+
+        Raises: ConfigError for an option that lacks its value and is followed by another option,
+            which would be taken as the value.
+        """
+        options = {name: p for p in self.get_params(ctx) for name in (*p.opts, *p.secondary_opts)}
+        words = iter(args)
+        for word in words:
+            if word == "--":
+                break
+            option = options.get(word)
+            n_values = 0 if option is None or getattr(option, "is_flag", False) else option.nargs
+            for value in itertools.islice(words, n_values):
+                if value in options or re.match(r"--[a-z]", value):
+                    also = f", or write {word}={value}" if n_values == 1 else ""
+                    raise ConfigError(
+                        f"{word} needs a value, and {value!r} is an option. Give a value{also}."
+                    )
+        return list(super().parse_args(ctx, args))
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write arguments and options, each under its ``rich_help_panel``."""

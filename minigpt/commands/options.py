@@ -12,6 +12,9 @@ A command is a function whose parameters say what it takes:
 A config dataclass becomes one option per field that is declared with ``config.option``: named as
 the field, with its type, default and choices, and the first sentence of its docstring as help. The
 command gets the config, built and checked.
+
+A command that works in several ways declares a ``Mode`` for each of them. An option that has no
+effect in the chosen mode is refused by name.
 """
 
 import ast
@@ -20,8 +23,8 @@ import inspect
 import itertools
 import re
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -42,6 +45,7 @@ from minigpt.errors import ConfigError, require_choice
 from minigpt.presets import DEFAULT_PRESET, PRESETS
 from minigpt.settings import build, merge, parse_assignment, plain_key, read_toml
 
+_NOT_GIVEN: tuple[Any, ...] = (None, [], ())
 _METAVARS = {bool: None, int: "N", float: "N", Path: "FILE"}
 
 
@@ -85,6 +89,75 @@ class Fields:
     """Config whose values are shown as defaults. None for the dataclass's own defaults."""
 
 
+@dataclass(frozen=True)
+class Mode:
+    """One way to call a command, and the options that have an effect in it.
+
+    A condition is an option, as in ``--out``, or an option and a value that it has or has not, as
+    in ``--view text`` and ``--view other than text``.
+    """
+
+    flag: str = ""
+    """Option that chooses this mode. Empty for the mode without any such option."""
+    takes: tuple[str, ...] | None = None
+    """Options that may be given with ``flag``. None for all of the command."""
+    why: str = ""
+    """Reason that there are no others, as a sentence."""
+    needs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Options that have no effect unless one of these conditions holds."""
+    refuses: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Conditions, and the options that have no effect where one holds."""
+    defaults: Mapping[str, str] = field(default_factory=dict)
+    """Values of options whose default is None."""
+
+    def check(self, given: Collection[str], values: Mapping[str, Any]) -> None:
+        """Check the options that were given.
+
+        Args: given, their names; values, the value of each option of the command.
+        Raises: ConfigError for an option that would have no effect.
+        """
+
+        def holds(condition: str) -> bool:
+            name, _, word = condition.partition(" ")
+            value = values.get(name) or self.defaults.get(name)
+            other = word.removeprefix("other than ")
+            return (str(value) == other) == (other == word) if word else bool(value)
+
+        for name in given:
+            if self.takes is not None and name not in (self.flag, *self.takes):
+                why = f"{self.why} " if self.why else ""
+                takes = f"It takes {_listed(self.takes, 'and')}" if self.takes else "It takes none"
+                raise ConfigError(f"{name} cannot be used with {self.flag}. {why}{takes}.")
+            conditions = self.needs.get(name)
+            if conditions and not any(map(holds, conditions)):
+                raise ConfigError(
+                    f"{name} has no effect without {_listed(conditions, 'or')}. Add it, or leave "
+                    f"{name} out."
+                )
+            for condition, others in self.refuses.items():
+                if name in others and holds(condition):
+                    raise ConfigError(
+                        f"{name} has no effect with {condition}. Leave one of them out."
+                    )
+
+
+def _listed(words: Sequence[str], last: str) -> str:
+    return f" {last} ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+
+
+def modes(*declared: Mode) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Return a decorator, to be put below ``@command``, that declares a command's modes.
+
+    The first mode whose flag is given is checked.
+    """
+
+    def declare(function: Callable[..., None]) -> Callable[..., None]:
+        function.modes = declared  # type: ignore[attr-defined]
+        return function
+
+    return declare
+
+
 def command(function: Callable[..., None]) -> Callable[..., None]:
     """Turn a function's parameters into the arguments and options of a command.
 
@@ -111,6 +184,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             shown.append(_parameter((name,), kind, parameter.default, about))
         else:
             shown.append(parameter.replace(annotation=hint))
+    flags = {parameter.name: _flag(parameter) for parameter in shown}
+    ways: Sequence[Mode] = getattr(function, "modes", ())
     shown.append(_parameter(("debug",), bool, False, Option("Show the traceback of an error")))
 
     @functools.wraps(function)
@@ -119,6 +194,15 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         given = defaults | _nested(typed)
         for name, config in configs.items():
             given[name] = build(config, given[name])
+        words = [
+            flags[name].replace("--", "--no-") if value is False else flags[name]
+            for name, value in typed.items()
+            if value not in _NOT_GIVEN
+        ]
+        for mode in ways:
+            if not mode.flag or mode.flag in words:
+                mode.check(words, {flag: _value(given, name) for name, flag in flags.items()})
+                break
         function(**given)
 
     del run.__wrapped__
@@ -127,11 +211,27 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+def _flag(parameter: inspect.Parameter) -> str:
+    """Return an option's name, or an argument's placeholder."""
+    about = parameter.default
+    if get_origin(parameter.annotation) is Annotated:  # declared as typer does
+        about = get_args(parameter.annotation)[1]
+    return str(about.param_decls[0].split("/")[0] if about.param_decls else about.metavar)
+
+
+def _value(given: Mapping[str, Any], name: str) -> Any:
+    """Return the value of an option, its default if it was not given."""
+    value: Any = given
+    for key in name.split("__"):
+        value = value.get(key) if isinstance(value, Mapping) else getattr(value, key, None)
+    return value
+
+
 def _nested(typed: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that were given, those of configs as nested settings."""
     given: dict[str, Any] = {}
     for name, value in typed.items():
-        if value not in (None, []):
+        if value not in _NOT_GIVEN:
             for key in reversed(name.split("__")):
                 value = {key: value}
             given = merge(given, value)
@@ -162,11 +262,11 @@ def _fields(
 def _docstrings(path: str) -> dict[tuple[str, str], str]:
     """Return the docstring under each field of the dataclasses in a source file."""
     return {
-        (node.name, ast.unparse(field.target)): ast.literal_eval(below.value)
+        (node.name, ast.unparse(line.target)): ast.literal_eval(below.value)
         for node in ast.parse(Path(path).read_text(encoding="utf-8")).body
         if isinstance(node, ast.ClassDef)
-        for field, below in itertools.pairwise(node.body)
-        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr)
+        for line, below in itertools.pairwise(node.body)
+        if isinstance(line, ast.AnnAssign) and isinstance(below, ast.Expr)
     }
 
 
@@ -224,7 +324,7 @@ def _parameter(
 def _help(about: Option, choices: Sequence[str], default: Any, kind: type) -> str:
     text, shown = about.text, about.shown
     if choices:
-        text += ": " + " or ".join(filter(None, [", ".join(choices[:-1]), choices[-1]]))
+        text += f": {_listed(choices, 'or')}"
     if not shown and kind is not bool and isinstance(default, int | float | str):
         shown = f"{default:g}" if kind is float else str(default)
     return f"{text} [{shown}]" if shown else text

@@ -46,7 +46,8 @@ def trace(
 ) -> Iterator[TraceEvent]:
     """Generate as ``Decoder`` does, and yield a header, a step per token, and a footer.
 
-    The tokens are the same as without a trace.
+    The tokens are the same as without a trace. A KeyboardInterrupt after the header, here or thrown
+    into this generator, ends the trace with a footer.
 
     Args: dense, called with the weights of all heads (L, H, S) at each step.
     Raises: DataError if the prompt is empty or longer than the context; ConfigError for heads that
@@ -80,17 +81,20 @@ def trace(
     end_of_text = tokenizer.end_of_text_ids if stop_at_end_of_text else ()
     steps = decoder.generate(sampling, seed=seed, end_of_text=end_of_text)
     finish, n_generated = None, 0
-    for item in stream_text(steps, tokenizer, sampling.stop):
-        step = item.step
-        rows = observer.rows(tokens)
-        if dense is not None:
-            dense(observer.recorder.weights_LHS)
-        effects = observer.effects(decoder.cache, tokens, rows[0], step.token)
-        tokens.append(Token(step.position, step.token, tokenizer.token_bytes(step.token)))
-        finish, n_generated = step.finish, n_generated + 1
-        yield TraceStep(
-            step.index, tokens[-1], step.log_probability, rows, item.text, finish, effects
-        )
+    try:
+        for item in stream_text(steps, tokenizer, sampling.stop):
+            step = item.step
+            rows = observer.rows(tokens)
+            if dense is not None:
+                dense(observer.recorder.weights_LHS)
+            effects = observer.effects(decoder.cache, tokens, rows[0], step.token)
+            tokens.append(Token(step.position, step.token, tokenizer.token_bytes(step.token)))
+            finish, n_generated = step.finish, n_generated + 1
+            yield TraceStep(
+                step.index, tokens[-1], step.log_probability, rows, item.text, finish, effects
+            )
+    except KeyboardInterrupt:
+        finish = None
     yield TraceFooter(n_generated, finish, time.perf_counter() - started, **observer.checks())
 
 

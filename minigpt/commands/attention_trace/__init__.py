@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from minigpt.commands.attention_trace.targets import Targets
-from minigpt.commands.options import Fields, ModelSource, Option, Prompt, command
+from minigpt.commands.attention_trace.targets import DIFF, LIVE, REPLAY, Targets
+from minigpt.commands.options import Fields, ModelSource, Option, Prompt, command, modes
 from minigpt.config import SamplingConfig
-from minigpt.errors import ConfigError
 from minigpt.rings import ring
 from minigpt.tracing.config import N_SOURCES, TraceConfig
 
@@ -23,6 +22,7 @@ _RECORDED = "commands.attention_trace.recorded"
 
 
 @command
+@modes(DIFF, REPLAY, LIVE)
 def attention_trace(
     prompt: Prompt = None,
     *,
@@ -63,16 +63,11 @@ def attention_trace(
 
     In a token, ␣ is a space, \n a line break, and \xe2 a byte that is not valid text.
     """
-    if diff is not None or replay is not None:
-        if prompt is not None or source.model is not None or targets.dense is not None:
-            raise ConfigError(
-                "--replay and --diff read files of --out: there is no model and no prompt to "
-                "continue. Leave out PROMPT, --model and --dense."
-            )
-        if diff is not None:
-            ring(_RECORDED).show_diff(*diff, as_json=targets.as_json)
-        elif replay is not None:
-            ring(_RECORDED).replay(replay, targets, n_sources=config.n_sources)
+    if diff is not None:
+        ring(_RECORDED).show_diff(*diff, as_json=targets.as_json)
+        return
+    if replay is not None:
+        ring(_RECORDED).replay(replay, targets, n_sources=config.n_sources)
         return
     from minigpt.commands.loading import load
 
@@ -96,6 +91,7 @@ def _trace(
 
     from minigpt.checkpoint.weights import weights_sha256
     from minigpt.commands.attention_trace.output import TraceOutput
+    from minigpt.commands.output import note
     from minigpt.console import make_console
     from minigpt.generation.api import is_compiled
     from minigpt.generation.decoder import fresh_seed
@@ -139,7 +135,9 @@ def _trace(
                     dense=add_rows,
                 )
                 is_whole = output.show(_after_compiling(events, compiles))
-            make_console(is_stderr=True).print(f"seed {seed}", style="dim")
+            if targets.dense is not None:
+                note(f"wrote {targets.dense}")
+            note(f"seed {seed}")
             if not is_whole:
                 return False
     return True

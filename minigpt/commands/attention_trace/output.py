@@ -1,18 +1,21 @@
 """Output of traces: lines or a view on stdout, and files."""
 
+import os
 import sys
 import time
-from collections.abc import Iterable
-from contextlib import ExitStack, suppress
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from types import TracebackType
+from typing import Any, BinaryIO
 
 from minigpt.commands.attention_trace.targets import LINES, Targets
+from minigpt.commands.output import note
 from minigpt.console import make_console, print_lines, write_result
-from minigpt.files import resource_errors, write_atomically
+from minigpt.files import resource_errors, write_atomically, writing_aside
 from minigpt.rings import ring
-from minigpt.tracing.events import Trace, TraceEvent, TraceFooter, TraceHeader, TraceStep
+from minigpt.tracing.events import Effect, Trace, TraceEvent, TraceFooter, TraceHeader, TraceStep
 from minigpt.tracing.file import to_json_line
 from minigpt.tracing.lines import TraceLayout, footer_lines, header_lines
 
@@ -22,54 +25,87 @@ _LINES_BELOW = 3  # the seed, and the shell's next prompt
 class TraceOutput:
     """Shows traces on stdout and writes their files, one trace after another."""
 
-    def __init__(self, targets: Targets, layout: TraceLayout) -> None:
+    def __init__(self, targets: Targets, layout: TraceLayout, *, is_quiet: bool = False) -> None:
+        """Args: is_quiet, whether stdout gets nothing."""
         self._targets, self._layout = targets, layout
+        self._view = "" if is_quiet else "json" if targets.as_json else targets.view or LINES
         self._console = make_console(is_stderr=False)
         self._files = ExitStack()
-        self._out: IO[str] | None = None
+        self._out: BinaryIO | None = None
 
     def __enter__(self) -> "TraceOutput":
-        path = self._targets.out
-        if path is not None:
-            with resource_errors(path):
-                self._out = self._files.enter_context(path.open("w", encoding="utf-8"))
         return self
 
-    def __exit__(self, *_: object) -> None:
-        with suppress(OSError):  # a failed write was reported already
-            self._files.close()
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Rename the file of --out into place, unless there was an error."""
+        path = self._targets.out
+        if self._out is None or path is None:
+            return
+        is_kept = kind is None or kind is SystemExit  # a signal: the rows so far are worth keeping
+        with resource_errors(path):
+            self._files.__exit__(*((None, None, None) if is_kept else (kind, error, trace)))
+        if is_kept:
+            note(f"wrote {path}")
 
-    def show(self, events: Iterable[TraceEvent]) -> bool:
+    def show(self, events: Iterator[TraceEvent]) -> bool:
         """Show a trace as its events come; return whether it ended without Ctrl-C.
 
         Raises: ConfigError if the trace lacks what a view needs; ResourceError if a file cannot be
-            written.
+            written; KeyboardInterrupt for Ctrl-C before the header.
         """
         started = time.perf_counter()
-        shown: list[TraceEvent] = []
-        try:
-            for event in events:
-                shown.append(event)
+        is_kept = bool(self._targets.files) or self._view not in ("", "json", LINES)
+        header: TraceHeader | None = None
+        steps: list[TraceStep] = []
+        texts: list[str] = []
+        effects: list[Effect] = []
+        footer: TraceFooter | None = None
+        signal: SystemExit | None = None
+        while footer is None:
+            try:
+                event = next(events)
+                match event:
+                    case TraceHeader():
+                        header = event
+                    case TraceStep():
+                        steps += [event] if is_kept else []
+                        texts.append(event.text)
+                        effects += event.effects
+                    case TraceFooter():
+                        footer = event
                 self._show_event(event)
-        except KeyboardInterrupt:
-            n_tokens = sum(isinstance(event, TraceStep) for event in shown)
-            shown.append(TraceFooter(n_tokens, None, time.perf_counter() - started, None))
-            self._show_event(shown[-1])
-        header, *steps, footer = shown
-        assert isinstance(header, TraceHeader)
-        assert isinstance(footer, TraceFooter)
-        self._end(Trace(header, tuple(s for s in steps if isinstance(s, TraceStep)), footer))
+            except (KeyboardInterrupt, SystemExit) as error:
+                if header is None or footer is not None or not isinstance(events, Generator):
+                    raise
+                signal = error if isinstance(error, SystemExit) else None
+                try:
+                    footer = events.throw(KeyboardInterrupt)
+                except KeyboardInterrupt:  # it had ended
+                    cause = effects and ring("tracing.analysis.knockout").check_cause(effects)
+                    seconds = time.perf_counter() - started
+                    footer = TraceFooter(len(texts), None, seconds, None, cause=cause or None)
+                self._show_event(footer)
+        assert header is not None
+        if self._view == LINES:
+            print_lines(self._console, [[], [("".join(texts), "token")]])
+        if is_kept:
+            self._show_views(Trace(header, tuple(steps), footer))
+        if signal is not None:
+            raise signal
         return footer.finish is not None
 
     def _show_event(self, event: TraceEvent) -> None:
-        targets, width = self._targets, self._console.width
-        if self._out is not None:
-            with resource_errors(targets.out or Path()):
-                self._out.write(to_json_line(event) + "\n")
-                self._out.flush()
-        if targets.as_json:
+        width = self._console.width
+        if self._targets.out is not None:
+            self._write(to_json_line(event) + "\n", self._targets.out)
+        if self._view == "json":
             write_result(to_json_line(event) + "\n")
-        elif targets.view != LINES:
+        elif self._view != LINES:
             return
         elif isinstance(event, TraceHeader):
             lines = [*header_lines(event, width), self._layout.heading()]
@@ -80,20 +116,31 @@ class TraceOutput:
         else:
             print_lines(self._console, footer_lines(event, width))
 
-    def _end(self, trace: Trace) -> None:
-        targets = self._targets
-        if targets.view == LINES and not targets.as_json:
-            print_lines(self._console, [[], [(trace.text, "token")]])
-        elif not targets.as_json:
-            print_lines(self._console, self._view(targets.view, trace))
-        if targets.html is not None:
-            write_atomically(targets.html, self._view("page", trace))
-        for path in (targets.svg, targets.png):
-            if path is not None:
-                format = path.suffix.lower().removeprefix(".")
-                write_atomically(path, self._view("pictures", trace, format=format))
+    def _write(self, line: str, path: Path) -> None:
+        """Write a line of --out: aside, to be renamed at the end; or to a device or a pipe."""
+        with resource_errors(path):
+            if self._out is None:
+                place = Path(os.path.realpath(path))  # a link stays one
+                is_new = not place.exists() or place.is_file()
+                file = writing_aside(place) if is_new else place.open("wb")
+                self._out = self._files.enter_context(file)
+            self._out.write(line.encode())
+            self._out.flush()
 
-    def _view(self, name: str, trace: Trace, **more: Any) -> Any:
+    def _show_views(self, trace: Trace) -> None:
+        targets = self._targets
+        if self._view not in ("", "json", LINES):
+            print_lines(self._console, self._drawn(self._view, trace))
+        for path in targets.files:
+            if path == targets.html:
+                data = self._drawn("page", trace)
+            else:
+                format = path.suffix.lower().removeprefix(".")
+                data = self._drawn("pictures", trace, format=format)
+            write_atomically(path, data)
+            note(f"wrote {path}")
+
+    def _drawn(self, view: str, trace: Trace, **more: Any) -> Any:
         options = ring("tracing.views").ViewOptions(
             position=self._targets.position,
             width=self._console.width,
@@ -102,4 +149,4 @@ class TraceOutput:
             picture=self._targets.picture,
             **more,
         )
-        return ring(f"tracing.views.{name}").show(trace, options)
+        return ring(f"tracing.views.{view}").show(trace, options)

@@ -7,7 +7,7 @@ from statistics import fmean
 from minigpt.commands.attention_trace.output import TraceOutput
 from minigpt.commands.attention_trace.targets import Targets
 from minigpt.console import make_console, print_lines, write_result
-from minigpt.errors import ConfigError, DataError
+from minigpt.errors import DataError
 from minigpt.format import percent
 from minigpt.text.escape import visible
 from minigpt.tracing.analysis.diff import StepDiff, diff_traces
@@ -26,8 +26,6 @@ def replay(path: Path, targets: Targets, *, n_sources: int | None) -> None:
     """
     traces = read_traces(path)
     targets.check(len(traces))
-    if targets.out is not None:
-        raise ConfigError("--out cannot be combined with --replay. Copy the file.")
     for trace in traces:
         layout = TraceLayout(
             make_console(is_stderr=False).width,
@@ -36,8 +34,9 @@ def replay(path: Path, targets: Targets, *, n_sources: int | None) -> None:
             n_sources=n_sources,
             measures=trace.header.measures,
         )
-        with TraceOutput(targets, layout) as output:
-            output.show([trace.header, *trace.steps, trace.footer])
+        is_quiet = bool(targets.files) and targets.view is None and n_sources is None
+        with TraceOutput(targets, layout, is_quiet=is_quiet and not targets.as_json) as output:
+            output.show(iter([trace.header, *trace.steps, trace.footer]))
 
 
 def show_diff(first: Path, second: Path, *, as_json: bool) -> None:

@@ -4,23 +4,63 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from minigpt.commands.options import Mode
 from minigpt.config import check_fields, option
 from minigpt.errors import ConfigError
 from minigpt.figures import require_matplotlib
+from minigpt.files import require_writable
 from minigpt.rings import has_ring, ring
 
 LINES = "lines"
 _VIEWS = (LINES, *(ring("tracing.views").terminal_views() if has_ring("tracing.views") else ()))
 _PICTURES = ("svg", "png")
 _FILES = "Files"
+_PICTURE_NEEDS = {
+    "--picture": ("--svg", "--png"),
+    "--position": ("--view text", "--picture strip"),
+}
+_DRAWN = ("--json", "--out", "--html")
+
+LIVE = Mode(
+    needs={
+        "--knockout": ("--n-verified",),
+        "--n-verified": ("--view lines", *_DRAWN),
+        "--n-sources": ("--view lines", *_DRAWN),
+        "--roles": ("--view lines", "--view heads", *_DRAWN),
+        **dict.fromkeys(
+            ("--layers", "--heads", "--reduce"),
+            ("--view other than heads", "--svg", "--png", *_DRAWN),
+        ),
+        **_PICTURE_NEEDS,
+    },
+    refuses={"--json": ("--view",)},
+    defaults={"--view": LINES},
+)
+REPLAY = Mode(
+    "--replay",
+    takes=(
+        *("--view", "--position", "--n-sources", "--json"),
+        *("--html", "--svg", "--png", "--picture"),
+    ),
+    why="It shows a file that --out wrote: there is no model and no prompt to continue.",
+    needs={"--n-sources": ("--view lines",), **_PICTURE_NEEDS},
+    refuses={"--json": ("--view", "--n-sources")},
+    defaults={"--view": LINES},
+)
+DIFF = Mode(
+    "--diff",
+    takes=("--json",),
+    why="It compares two files that --out wrote: there is no model and no prompt to continue.",
+)
+"""The ways to call the command, and the options of each."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Targets:
     """What stdout shows of a trace, and the files that it is written to."""
 
-    view: str = option(LINES, choices=_VIEWS, group="Output")
-    """View."""
+    view: str | None = option(None, choices=_VIEWS, group="Output", shown=LINES)
+    """View. None for lines, or for nothing if a replay writes a file."""
     position: int | None = option(None, group="Output", shown="the last")
     """Generated token whose sources the view text or the picture strip shows."""
     as_json: bool = option(False, group="Output", name="json")
@@ -45,7 +85,7 @@ class Targets:
         """Check the files before anything long begins.
 
         Raises: ConfigError for a file without a folder, a picture without matplotlib, or one file
-            for several traces.
+            for several traces; ResourceError for a file that cannot be written.
         """
         for name in ("out", "html", "dense", *_PICTURES):
             path: Path | None = getattr(self, name)
@@ -64,6 +104,12 @@ class Targets:
                 )
             if name in _PICTURES:
                 require_matplotlib(path)
+            require_writable(path)
+
+    @property
+    def files(self) -> list[Path]:
+        """Files of a view: the page and the pictures."""
+        return [path for path in (self.html, self.svg, self.png) if path is not None]
 
     @property
     def has_heads(self) -> bool:

@@ -15,11 +15,12 @@ from minigpt.checkpoint.manifest import verify
 from minigpt.checkpoint.tools.inventory import Checkpoint, entry_of, run_named
 from minigpt.commands import output
 from minigpt.commands.checkpoints.views import removal_lines, total
-from minigpt.commands.options import Json, Option, argument, command
+from minigpt.commands.options import Json, Mode, Option, argument, command, modes
 from minigpt.errors import CheckpointError, ConfigError, LockedError
 
 
 @command
+@modes(Mode(refuses={"--dry-run": ("--yes",)}))
 def prune(
     run: Annotated[str, argument("RUN", "Name of a run, or its folder")],
     keep: Annotated[int, Option("Keep the newest N besides best and latest", "Run")] = 0,

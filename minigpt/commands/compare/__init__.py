@@ -10,10 +10,12 @@ from minigpt.commands.options import (
     Data,
     Fields,
     Json,
+    Mode,
     Preset,
     XAxis,
     command,
     layered,
+    modes,
     read_config,
 )
 from minigpt.config import ARCHS, ATTENTIONS, RunConfig, check_fields, option
@@ -46,6 +48,7 @@ class ComparisonConfig:
 
 
 @command
+@modes(Mode(needs={"--x": ("--out",)}))
 def compare(
     data: Data = None,
     *,

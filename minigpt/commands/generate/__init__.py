@@ -4,13 +4,14 @@ from typing import Annotated
 
 import typer
 
-from minigpt.commands.options import Json, ModelSource, Option, Prompt, command
+from minigpt.commands.options import Json, Mode, ModelSource, Option, Prompt, command, modes
 from minigpt.config import SamplingConfig
 from minigpt.errors import ConfigError
 from minigpt.rings import ring
 
 
 @command
+@modes(Mode(refuses={"--json": ("--stream",), "--interactive": ("--num-samples",)}))
 def generate(
     prompt: Prompt = None,
     *,
@@ -38,8 +39,6 @@ def generate(
     With --interactive, the text continues from each typed line. A line that ends with \ continues
     on the next one; an empty line lets the model continue. Ctrl-C stops an answer.
     """
-    if interactive and sampling.num_samples > 1:
-        raise ConfigError("--interactive continues one sample. Leave --num-samples out.")
     if interactive and prompt == "-":
         raise ConfigError(
             "--interactive reads lines from standard input. Give the prompt as an argument."

@@ -7,14 +7,15 @@ from minigpt.commands.options import (
     ConfigFile,
     Data,
     Fields,
+    Mode,
     Option,
     Preset,
     command,
     layered,
+    modes,
     read_config,
 )
 from minigpt.config import RunConfig
-from minigpt.errors import ConfigError
 from minigpt.presets import default_run
 from minigpt.rings import ring
 
@@ -22,6 +23,12 @@ _GROUP = "Run"
 
 
 @command
+@modes(
+    Mode(
+        needs={"--json": ("--dry-run",)},
+        refuses={"--resume": ("--from",), "--dry-run": ("--report-to",)},
+    )
+)
 def train(
     data: Data = None,
     *,
@@ -56,13 +63,6 @@ def train(
 
     Defaults in brackets are those of the preset nano.
     """
-    if resume and "from" in settings:
-        raise ConfigError(
-            "--from starts a run, and --resume continues one. Give one of them; a run that "
-            "began with --from is resumed without it."
-        )
-    if as_json and not dry_run:
-        raise ConfigError("--json is for --dry-run. The metrics of a run are in metrics.jsonl.")
     file = read_config(config)
     overrides = layered(file, _for_its_model(settings, file, set_), data, preset, set_)
     if report_to == "tensorboard":

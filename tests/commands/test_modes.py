@@ -1,0 +1,293 @@
+"""An option that has no effect in the chosen way of calling a command is refused by name."""
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from calls import Run, error_line
+
+TRACE = ["attention-trace", "The king", "--temperature", "0", "--max-new-tokens", "4"]
+FILES = {"R": ["attention-trace", "--replay", "t.jsonl"]}
+FILES["D"] = ["attention-trace", "--diff", "t.jsonl", "t.jsonl"]
+
+
+@pytest.fixture
+def place(trained: Path, workplace: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the tiny run and the trace t.jsonl."""
+    (workplace / "checkpoints").symlink_to(trained / "checkpoints")
+    assert run(*TRACE, "--out", "t.jsonl", "--verify", "1").code == 0
+    return workplace
+
+
+@pytest.mark.parametrize(
+    ("mode", "words"),
+    [
+        *(
+            (mode, words)
+            for mode in "RD"
+            for words in (
+                *("PROMPT", "--model x", "--device cpu", "--dtype float32", "--quantize int8"),
+                *("--compile", "--no-compile", "--threads 1", "--layers 0", "--heads 0.0"),
+                *("--measure norm", "--reduce max", "--sink 0", "--roles", "--verify 1"),
+                *("--knockout key", "--out o", "--dense o", "--max-new-tokens 1", "--top-k 1"),
+                *("--temperature 0", "--seed 1", "--stop x", "--num-samples 2", "--ignore-eos"),
+                *("--overflow stop", "--top-p 1", "--min-p 0", "--repetition-penalty 1"),
+            )
+        ),
+        *(("D", w) for w in ("--html h", "--svg s", "--png p", "--view text", "--picture strip")),
+        *(("D", w) for w in ("--position 1", "--n-sources 2", "--replay t.jsonl")),
+    ],
+)
+def test_replay_and_diff_refuse_every_option_of_a_live_trace(
+    run: Run, place: Path, mode: str, words: str
+) -> None:
+    before = sorted(place.iterdir())
+    result = run(*FILES[mode], *words.split())
+    line = error_line(result)
+    assert result.code == 2
+    name = words.split()[0].replace("--verify", "--n-verified")
+    other = {"R": "--replay", "D": "--diff"}[mode]
+    assert line.startswith(f"{name} cannot be used with {other}."), line
+    assert sorted(place.iterdir()) == before, "nothing is written"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--knockout value", "--knockout has no effect without --n-verified"),
+        ("--knockout key --verify 0", "--knockout has no effect without --n-verified"),
+        ("--position 9", "--position has no effect without --view text or --picture strip"),
+        ("--position 9 --view matrix", "--position has no effect without"),
+        ("--position 9 --svg x.svg", "--position has no effect without"),
+        ("--picture strip", "--picture has no effect without --svg or --png"),
+        ("--picture matrix --html x.html", "--picture has no effect without --svg or --png"),
+        ("--json --view matrix", "--view has no effect with --json"),
+        ("--json --view lines", "--view has no effect with --json"),
+        ("--view matrix --verify 1", "--n-verified has no effect without --view lines"),
+        ("--view text --n-sources 3", "--n-sources has no effect without --view lines"),
+        ("--view matrix --roles", "--roles has no effect without --view lines, --view heads"),
+        ("--view heads --heads 0.0", "--heads has no effect without --view other than heads"),
+        ("--view heads --layers 0", "--layers has no effect without"),
+        ("--view heads --reduce max", "--reduce has no effect without"),
+        ("--replay t.jsonl --position 9", "--position has no effect without --view text"),
+        ("--replay t.jsonl --picture strip", "--picture has no effect without --svg or --png"),
+        ("--replay t.jsonl --json --view text", "--view has no effect with --json"),
+        ("--replay t.jsonl --json --n-sources 1", "--n-sources has no effect with --json"),
+        ("--replay t.jsonl --view matrix --n-sources 1", "--n-sources has no effect without"),
+    ],
+)
+def test_an_option_of_a_trace_without_what_it_needs_is_refused(
+    run: Run, place: Path, words: str, said: str
+) -> None:
+    start = TRACE[:1] if "--replay" in words else TRACE
+    result = run(*start, *words.split())
+    assert result.code == 2
+    assert error_line(result).startswith(said)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--verify 1 --knockout value",
+        "--position 9 --view text",
+        "--position 9 --svg x.svg --picture strip",
+        "--view heads --roles",
+        "--view heads --heads 0.0 --out x.jsonl",
+        "--view matrix --verify 1 --html x.html",
+        "--view text --heads 0.0",
+        "--n-sources 2 --json",
+        "--roles --json",
+        "--replay t.jsonl --view text --position 9",
+        "--replay t.jsonl --n-sources 1",
+        "--replay t.jsonl --view heads",
+        "--diff t.jsonl t.jsonl --json",
+    ],
+)
+def test_an_option_with_what_it_needs_is_taken(run: Run, place: Path, words: str) -> None:
+    start = TRACE[:1] if "--replay" in words or "--diff" in words else TRACE
+    result = run(*start, *words.split())
+    assert result.code == 0, result.err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("generate --interactive --num-samples 2", "--num-samples has no effect with --inter"),
+        ("generate --interactive --num-samples 1", "--num-samples has no effect with --inter"),
+        ("generate --json --stream", "--stream has no effect with --json"),
+        ("train --json", "--json has no effect without --dry-run"),
+        ("train --dry-run --report-to none", "--report-to has no effect with --dry-run"),
+        ("train --resume --from tiny", "--from has no effect with --resume"),
+        ("plot --json --x tokens", "--x has no effect with --json"),
+        ("compare --x tokens", "--x has no effect without --out"),
+        ("heads --json --view table", "--view has no effect with --json"),
+        ("checkpoints prune tiny --dry-run --yes", "--yes has no effect with --dry-run"),
+    ],
+)
+def test_no_option_of_another_command_is_ignored(
+    run: Run, place: Path, words: str, said: str
+) -> None:
+    result = run(*words.split())
+    assert result.code == 2
+    assert error_line(result).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "value"),
+    [
+        (["generate", "x", "--stop", "--json"], "--stop", "--json"),
+        (["generate", "x", "--stop", "a", "--stop", "--no-stream"], "--stop", "--no-stream"),
+        (["generate", "x", "--stop", "--jsn"], "--stop", "--jsn"),
+        (["generate", "x", "--stop", "-h"], "--stop", "-h"),
+        (["generate", "x", "--model", "--seed", "1"], "--model", "--seed"),
+        (["generate", "x", "--seed", "--json"], "--seed", "--json"),
+        (["train", "--name", "--dry-run"], "--name", "--dry-run"),
+        (["train", "--set", "--json"], "--set", "--json"),
+        (["train", "--config", "--resume"], "--config", "--resume"),
+        (["attention-trace", "x", "--out", "--json"], "--out", "--json"),
+        (["attention-trace", "--diff", "a", "--json"], "--diff", "--json"),
+        (["plot", "--out", "--json"], "--out", "--json"),
+        (["checkpoints", "average", "a", "--out", "--json"], "--out", "--json"),
+    ],
+)
+def test_an_option_is_never_taken_as_the_text_of_another(
+    run: Run, workplace: Path, words: list[str], name: str, value: str
+) -> None:
+    result = run(*words)
+    assert result.code == 2
+    assert error_line(result).startswith(f"{name} needs a value, and {value!r} is an option.")
+    assert not list(workplace.iterdir())
+
+
+def test_a_text_that_looks_like_an_option_can_be_given_with_an_equals_sign(
+    run: Run, place: Path
+) -> None:
+    for words in (["--stop=--json"], ["--stop", "--"], ["--stop", "-5"], ["--stop", "---"]):
+        result = run("generate", "The", "--max-new-tokens", "3", *words)
+        assert result.code == 0, result.err
+        assert not result.out.startswith("{")
+
+
+def test_each_written_file_is_named_on_stderr(run: Run, place: Path) -> None:
+    names = {"out": "o.jsonl", "dense": "d", "html": "h.html", "svg": "s.svg", "png": "p.png"}
+    words = [word for name, path in names.items() for word in (f"--{name}", path)]
+    result = run(*TRACE, *words)
+    assert result.code == 0
+    for path in names.values():
+        assert f"wrote {path}\n" in result.err
+        assert (place / path).stat().st_size
+
+
+def test_a_replay_that_only_writes_files_prints_no_trace(run: Run, place: Path) -> None:
+    result = run("attention-trace", "--replay", "t.jsonl", "--svg", "s.svg", "--html", "h.html")
+    assert (result.code, result.out) == (0, "")
+    assert result.err == "wrote h.html\nwrote s.svg\n"
+    lines = run("attention-trace", "--replay", "t.jsonl")
+    again = run("attention-trace", "--replay", "t.jsonl", "--svg", "s.svg", "--view", "lines")
+    assert again.out == lines.out
+    assert run("attention-trace", "--replay", "t.jsonl", "--svg", "s.svg", "--json").out
+
+
+def broken(monkeypatch: pytest.MonkeyPatch, where: str, error: type[BaseException]) -> None:
+    """Raise an error where the tracer calls one of its functions."""
+    from minigpt.tracing import tracer
+
+    def fail(*words: Any, **more: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(tracer, where, fail)
+
+
+def test_ctrl_c_before_the_first_row_keeps_the_file_that_was_there(
+    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place / "o.jsonl").write_text("old")
+    for where in ("AttentionObserver", "Decoder"):
+        with monkeypatch.context() as patch:
+            broken(patch, where, KeyboardInterrupt)
+            result = run(*TRACE, "--out", "o.jsonl", "--html", "h.html")
+        assert (result.code, result.out, result.err) == (130, "", "interrupted\n")
+        assert (place / "o.jsonl").read_text() == "old"
+    assert not list(place.glob(".writing*"))
+
+
+def test_an_error_keeps_the_file_that_was_there(run: Run, place: Path) -> None:
+    (place / "o.jsonl").write_text("old")
+    for words in (["--layers", "9"], ["--heads", "9.9"], ["--sink", "99"], ["--overflow", "slide"]):
+        assert run(*TRACE, *words, "--out", "o.jsonl").code == 2
+        assert (place / "o.jsonl").read_text() == "old"
+    assert run(TRACE[0], "long " * 99, "--out", "o.jsonl").code == 3
+    assert (place / "o.jsonl").read_text() == "old"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_trace_cut_short_reports_its_knockouts_and_checks(
+    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    from minigpt.commands.attention_trace import output
+    from minigpt.tracing.analysis.reader import read_traces
+
+    shown = []
+    real = output.to_json_line
+
+    def press(event: Any) -> str:
+        shown.append(event)
+        if len(shown) == 4:
+            signal.raise_signal(number)
+        return real(event)
+
+    monkeypatch.setattr(output, "to_json_line", press)
+    result = run(*TRACE, "--verify", "1", "--out", "o.jsonl")
+    assert result.code == 128 + number
+    assert "interrupted" in result.out
+    assert "Checked: " in result.out
+    (trace,) = read_traces(place / "o.jsonl")
+    footer = trace.footer
+    assert footer.n_tokens == 3
+    assert footer.finish is None
+    assert footer.cause is not None
+    effects = [effect for step in shown[1:4] for effect in step.effects]
+    assert footer.cause.n_sources == sum(effect.control_of is None for effect in effects)
+    assert footer.worst_row_sum_error is not None
+    assert footer.worst_product_error is not None
+
+
+def test_ctrl_c_is_one_line_in_every_command(
+    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from minigpt.commands import loading
+    from minigpt.commands.train import job
+
+    def press(*words: Any, **more: Any) -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt as error:  # as some libraries do
+            raise RuntimeError("import failed") from error
+
+    monkeypatch.setattr(loading, "resolve_model", press)
+    monkeypatch.setattr(job, "prepare", press)
+    for words in (["generate", "x"], ["attention-trace", "x"], ["heads"], ["train", "t.jsonl"]):
+        result = run(*words)
+        assert (result.code, result.out, result.err) == (130, "", "interrupted\n")
+
+
+@pytest.mark.parametrize("name", ["html", "svg", "out", "dense"])
+def test_a_folder_that_cannot_be_written_is_named_before_any_token(
+    run: Run, place: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place / "locked").mkdir()
+    touch = Path.touch
+
+    def refuse(path: Path) -> None:  # root may write everywhere, so permissions alone are no test
+        if path.parent.name == "locked":
+            raise PermissionError(13, "Permission denied", str(path))
+        touch(path)
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    broken(monkeypatch, "AttentionObserver", AssertionError)
+    result = run(*TRACE, f"--{name}", "locked/t.svg")
+    assert result.code == 6
+    line = error_line(result)
+    assert "'locked/t.svg': Permission denied" in line
+    assert "space" not in line
