@@ -298,6 +298,10 @@ class DataConfig:
     which decides its size; bpe:N has N tokens in all. With ``from``, the name of the model's."""
     val_fraction: float = setting(0.1, "(0, 1)")
     """Fraction of the tokens, at the end, kept for validation. ``bpe`` learns no merges from it."""
+    special: bool = option(False)
+    """Parse special tokens in the text, such as <|endoftext|>, which then ends a document."""
+    skip_unencodable: bool = option(False)
+    """Skip and count characters that the vocabulary lacks."""
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -8,7 +8,8 @@ from typing import Any
 
 from minigpt.checkpoint.model_folder import LoadedModel
 from minigpt.checkpoint.resolve import resolve_model
-from minigpt.commands.options import ModelSource
+from minigpt.commands.options import ModelSource, PromptForm
+from minigpt.commands.output import note
 from minigpt.errors import DataError
 from minigpt.generation import api
 from minigpt.model.language_model import LanguageModel
@@ -32,8 +33,10 @@ class Ready:
     """Token ids of the prompt."""
 
 
-def load(source: ModelSource, prompt: str | None) -> Ready:
+def load(source: ModelSource, prompt: str | None, form: PromptForm) -> Ready:
     """Load a model and encode a prompt for it; None is the start of a document.
+
+    A note says if a special token in the prompt is taken as plain text.
 
     Raises: DataError for a prompt that is empty, not text or far too long; CheckpointError for a
         model that is missing, damaged or without a tokenizer; ConfigError for a device that is not
@@ -43,7 +46,10 @@ def load(source: ModelSource, prompt: str | None) -> Ready:
     folder, loaded = load_model(source)
     api.prepare_for_decoding(loaded.model, compile=source.compile)
     tokenizer = api.tokenizer_of(loaded)
-    return Ready(loaded.model, tokenizer, folder, text, api.encode_prompt(tokenizer, text))
+    ids = api.encode_prompt(tokenizer, text, special=form.special)
+    if not form.special and (found := tokenizer.special_pattern.search(text)):
+        note(f"{found[0]} in the prompt is plain text; --special makes it the special token")
+    return Ready(loaded.model, tokenizer, folder, text, ids)
 
 
 def load_model(source: ModelSource) -> tuple[Path, LoadedModel]:

@@ -362,6 +362,17 @@ class ModelSource:
         check_fields(self)
 
 
+@dataclass(frozen=True, kw_only=True)
+class PromptForm:
+    """How a prompt becomes tokens."""
+
+    special: bool = option(False, group="Prompt")
+    """Parse special tokens in the prompt, such as <|endoftext|>."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
 Prompt = Annotated[
     str | None, argument("PROMPT", "Text to continue, or - for standard input [empty]")
 ]

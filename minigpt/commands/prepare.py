@@ -41,7 +41,7 @@ def prepare(
 
     The tokens are written in shards of 17 million each.
     """
-    if settings and from_ is not None:
+    if "tokenizer" in settings and from_ is not None:
         raise ConfigError("--from brings its own tokenizer. Leave --tokenizer out.")
     from pathlib import Path
 
@@ -66,6 +66,8 @@ def prepare(
             tokenizer=tokenizer,
             n_workers=workers or 0,
         )
+    for line in prepared.manifest.notes():
+        output.note(line)
     if as_json:
         output.write_json(_record(folder, prepared.manifest, work))
     else:
@@ -79,6 +81,7 @@ def _record(folder: "Path", manifest: "Manifest", work: "Work") -> dict[str, Any
         "n_documents": manifest.n_documents,
         "n_bytes": manifest.n_bytes,
         "n_tokens": manifest.n_tokens,
+        "n_skipped": sum(manifest.skipped.values()),
         "bytes_per_token": manifest.n_bytes / manifest.n_tokens,
         "tokenizer": manifest.tokenizer,
         "n_shards": len(manifest.shards),

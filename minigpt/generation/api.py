@@ -126,12 +126,13 @@ def tokenizer_of(loaded: LoadedModel) -> Tokenizer:
     return loaded.tokenizer
 
 
-def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, prompt: str, *, special: bool = False) -> list[int]:
     """Return the token ids of a prompt; empty text starts a new document.
 
+    Args: special, whether the text of a special token becomes its id.
     Raises: DataError if the vocabulary has no token for that.
     """
-    ids = tokenizer.encode_prompt(prompt)
+    ids = tokenizer.encode_prompt(prompt, special=special)
     if not ids:
         raise DataError("this model has no token that begins a document. Give a prompt.")
     return ids

@@ -7,11 +7,12 @@ import hashlib
 import os
 import tempfile
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,14 @@ import numpy.typing as npt
 
 from minigpt.config import DataConfig
 from minigpt.files import OTHER_CACHE, cache_folder, resource_errors
-from minigpt.text.corpus import CorpusFile, Document, content_hash, find_files, iter_documents
+from minigpt.text.corpus import (
+    CorpusFile,
+    Document,
+    content_hash,
+    find_files,
+    iter_documents,
+    split_documents,
+)
 from minigpt.text.shard_files import (
     MANIFEST,
     SCHEMA_VERSION,
@@ -34,6 +42,7 @@ from minigpt.text.shard_files import (
 )
 from minigpt.text.tokenizer import (
     BPE_TRAINING_BYTES,
+    END_OF_TEXT,
     Tokenizer,
     first_texts,
     make_tokenizer,
@@ -66,6 +75,10 @@ class Corpus:
     """Files in order."""
     tokenizer: Tokenizer | str
     """Tokenizer, or the spec of one that may have to be trained."""
+    special: bool
+    """Whether the text of a special token becomes its id."""
+    skip_unencodable: bool
+    """Whether characters that the vocabulary lacks are left out."""
     train_fraction: float
     """Share of the text, from its beginning, that a tokenizer may be trained on."""
     identity: str
@@ -87,7 +100,34 @@ class Place:
     n_documents: int = 0
     """Number of documents that begin in those pieces."""
     n_bytes: int = 0
-    """UTF-8 bytes of the text of those pieces."""
+    """UTF-8 bytes of the text of those pieces that became tokens other than special ones."""
+    unparsed: Mapping[str, int] = field(default_factory=dict)
+    """Special tokens that are plain text in those pieces, and how often each is."""
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    """Characters of those pieces that were skipped, and how often each was."""
+
+    def after(self, encoded: "Encoded") -> "Place":
+        """Return the place after this one and some encoded pieces."""
+        return Place(
+            n_pieces=self.n_pieces + len(encoded.pieces),
+            n_documents=self.n_documents + sum(piece.is_start for piece in encoded.pieces),
+            n_bytes=self.n_bytes + encoded.n_bytes,
+            unparsed=dict(Counter(self.unparsed) + encoded.unparsed),
+            skipped=dict(Counter(self.skipped) + encoded.skipped),
+        )
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Some pieces of a corpus and their tokens. Its counts are those of ``Place``."""
+
+    pieces: list[Document]
+    """Pieces in order."""
+    tokens: npt.NDArray[Any]
+    """Tokens of all of them, separators included."""
+    n_bytes: int
+    unparsed: Counter[str]
+    skipped: Counter[str]
 
 
 @dataclass(frozen=True)
@@ -129,9 +169,19 @@ def opened_corpus(
             if kind == "bpe":
                 vocabulary += f" of {train_fraction}"
             what = f"{SCHEMA_VERSION} {vocabulary} {content_hash(files)}"
+            what += " special" * data.special + " skip" * data.skip_unencodable
             identity = hashlib.sha256(what.encode()).hexdigest()
             used = tokenizer or data.tokenizer
-            yield Corpus(files, used, train_fraction, identity, cache, report)
+            yield Corpus(
+                files=files,
+                tokenizer=used,
+                special=data.special,
+                skip_unencodable=data.skip_unencodable,
+                train_fraction=train_fraction,
+                identity=identity,
+                cache=cache,
+                report=report,
+            )
 
 
 def begin(folder: Path, corpus: Corpus) -> Tokenizer:
@@ -167,27 +217,27 @@ def build(
     n_bytes_before = place.n_bytes
     report = _reporter(corpus, "encode")
     pieces = iter_documents(corpus.files)
+    ends = [text for text, id_ in tokenizer.special_ids.items() if id_ == tokenizer.end_of_text]
+    if corpus.special and ends:
+        pieces = split_documents(pieces, ends[0])
     for piece in islice(pieces, place.n_pieces):
         report(piece)
     started = time.perf_counter()
     dtype = "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
-    encoded = encode_pieces(pieces, tokenizer, dtype, n_workers or default_workers())
+    encode = partial(_encode, corpus=corpus, tokenizer=tokenizer, dtype=dtype)
+    encoded = encode_pieces(pieces, encode, n_workers or default_workers())
 
     def new_tokens() -> Iterator[npt.NDArray[Any]]:
         """Yield tokens that no shard has, while ``place`` is where they begin."""
         nonlocal place
         n_known = place.n_tokens
-        for chunk, tokens in encoded:
-            place = replace(place, n_tokens=min(n_known, len(tokens)))
+        for part in encoded:
+            place = replace(place, n_tokens=min(n_known, len(part.tokens)))
             n_known -= place.n_tokens
-            if place.n_tokens < len(tokens):
-                yield tokens[place.n_tokens :]
-            place = Place(
-                n_pieces=place.n_pieces + len(chunk),
-                n_documents=place.n_documents + sum(piece.is_start for piece in chunk),
-                n_bytes=place.n_bytes + sum(len(piece.text.encode()) for piece in chunk),
-            )
-            report(chunk[-1])
+            if place.n_tokens < len(part.tokens):
+                yield part.tokens[place.n_tokens :]
+            place = place.after(part)
+            report(part.pieces[-1])
 
     shards = list(shards)
     with closing(encoded):
@@ -206,6 +256,9 @@ def build(
         tokenizer_fingerprint=tokenizer.fingerprint,
         shards=tuple(shards),
         sources=tuple(file.name for file in corpus.files),
+        special=corpus.special,
+        unparsed=place.unparsed,
+        skipped=place.skipped,
     )
     write_json(folder / MANIFEST, asdict(manifest))
     return Work(place.n_bytes - n_bytes_before, time.perf_counter() - started)
@@ -219,24 +272,23 @@ def default_workers() -> int:
 
 
 def encode_pieces(
-    pieces: Iterable[Document], tokenizer: Tokenizer, dtype: str, n_workers: int
-) -> Generator[tuple[list[Document], npt.NDArray[Any]]]:
-    """Encode documents in threads, and yield them in chunks, in order, with their tokens.
+    pieces: Iterable[Document], encode: Callable[[list[Document]], Encoded], n_workers: int
+) -> Generator[Encoded]:
+    """Encode documents in threads, and yield them in chunks, in order.
 
     Memory holds about CHUNK_CHARS characters and their tokens, twice for each worker.
 
-    Raises: DataError if the vocabulary lacks a byte, and what reading ``pieces`` raises.
+    Raises: what ``encode`` and reading ``pieces`` raise.
     """
     pool = ThreadPoolExecutor(n_workers, thread_name_prefix="encode")
-    waiting: deque[tuple[list[Document], Future[npt.NDArray[Any]]]] = deque()
+    waiting: deque[Future[Encoded]] = deque()
     try:
         for chunk in _chunks(pieces):
-            waiting.append((chunk, pool.submit(_encode, chunk, tokenizer, dtype)))
+            waiting.append(pool.submit(encode, chunk))
             if len(waiting) >= 2 * n_workers:
-                done, tokens = waiting.popleft()
-                yield done, tokens.result()
-        for done, tokens in waiting:
-            yield done, tokens.result()
+                yield waiting.popleft().result()
+        for future in waiting:
+            yield future.result()
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -255,13 +307,29 @@ def _chunks(pieces: Iterable[Document]) -> Iterator[list[Document]]:
         yield chunk
 
 
-def _encode(chunk: list[Document], tokenizer: Tokenizer, dtype: str) -> npt.NDArray[Any]:
-    arrays = []
+def _encode(chunk: list[Document], corpus: Corpus, tokenizer: Tokenizer, dtype: str) -> Encoded:
+    """Encode documents.
+
+    Raises: DataError if the vocabulary lacks a character, unless such characters are skipped.
+    """
+    arrays, n_bytes, unparsed, skipped = [], 0, Counter[str](), Counter[str]()
     for piece in chunk:
         if piece.is_start:
             arrays.append(np.array(tokenizer.separator, np.uint32))
-        arrays.append(tokenizer.encode_array(piece.text, is_start=piece.is_start))
-    return np.concatenate(arrays, dtype=dtype, casting="unsafe")
+        parts = [piece.text]
+        if corpus.special:  # the odd parts are special tokens
+            parts = tokenizer.special_pattern.split(piece.text)
+        else:
+            unparsed.update(tokenizer.special_pattern.findall(piece.text))
+        for i, part in list(enumerate(parts))[::2] if corpus.skip_unencodable else ():
+            if lacking := tokenizer.unencodable(part):
+                skipped.update(filter(lacking.__contains__, part))
+                parts[i] = part.translate({ord(character): None for character in lacking})
+        n_bytes += sum(len(part.encode()) for part in parts[::2])
+        text = "".join(parts)
+        arrays.append(tokenizer.encode_array(text, is_start=piece.is_start, special=corpus.special))
+    tokens = np.concatenate(arrays, dtype=dtype, casting="unsafe")
+    return Encoded(chunk, tokens, n_bytes, unparsed, skipped)
 
 
 def _training_texts(corpus: Corpus) -> Iterator[str]:
@@ -272,7 +340,8 @@ def _training_texts(corpus: Corpus) -> Iterator[str]:
     report = _reporter(corpus, "train tokenizer")
 
     def texts() -> Iterator[str]:
-        for document in iter_documents(corpus.files):
+        documents = iter_documents(corpus.files)
+        for document in split_documents(documents, END_OF_TEXT) if corpus.special else documents:
             report(document)
             yield document.text
 

@@ -13,7 +13,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -137,6 +137,16 @@ def iter_documents(files: Iterable[CorpusFile]) -> Iterator[Document]:
     if is_empty:
         names = ", ".join(repr(corpus_file.name) for corpus_file in files[:3])
         raise DataError(f"the corpus is empty: no text in {names}. Pass files that have some.")
+
+
+def split_documents(documents: Iterable[Document], end: str) -> Iterator[Document]:
+    """Split documents at each occurrence of a text that ends a document."""
+    for document in documents:
+        is_start = document.is_start
+        for text in document.text.split(end):
+            if text:
+                yield replace(document, text=text, is_start=is_start)
+            is_start = True
 
 
 def content_hash(files: Iterable[CorpusFile]) -> str:

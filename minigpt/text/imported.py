@@ -20,6 +20,7 @@ from minigpt.text.tokenizer import (
     BYTE_OF_CHARACTER,
     END_OF_TEXT,
     Tokenizer,
+    unencodable_error,
     well_formed,
 )
 
@@ -68,10 +69,15 @@ class ImportedTokenizer(Tokenizer):
         self._is_byte_level = "ByteLevel" in decoders
         self._has_byte_tokens = "ByteFallback" in decoders
 
-    def encode_array(self, text: str, *, is_start: bool = True) -> npt.NDArray[np.uint32]:
+    def encode_array(
+        self, text: str, *, is_start: bool = True, special: bool = False
+    ) -> npt.NDArray[np.uint32]:
         text = well_formed(text)
         library = self._library if is_start else self._continuing
-        self._check_characters(library, text)
+        for plain in self.special_pattern.split(text)[::2] if special else [text]:
+            self._check_characters(library, plain)
+        if special:
+            library = self._parsing if is_start else self._parsing_continuing
         try:
             # The fast variant leaves out offsets; it encodes alike.
             [encoding] = library.encode_batch_fast([text], add_special_tokens=False)
@@ -132,6 +138,25 @@ class ImportedTokenizer(Tokenizer):
         except (KeyError, TypeError, ValueError, CheckpointError) as error:
             raise DataError(f"the saved vocabulary is damaged: {error!r}.") from None
 
+    def unencodable(self, text: str) -> set[str]:
+        lacking = set()
+        for character in set(text) if self._known is not None else ():
+            try:
+                self._check_characters(self._library, character)
+            except DataError:
+                lacking.add(character)
+        return lacking
+
+    @cached_property
+    def _parsing(self) -> tokenizers.Tokenizer:
+        """The library's tokenizer that finds special tokens in a text."""
+        return _parsing(self._library)
+
+    @cached_property
+    def _parsing_continuing(self) -> tokenizers.Tokenizer:
+        """As ``_parsing``, for later pieces of a text."""
+        return _parsing(self._continuing)
+
     @cached_property
     def _continuing(self) -> tokenizers.Tokenizer:
         """The library's tokenizer for later pieces of a text: without a space before the piece."""
@@ -163,10 +188,7 @@ class ImportedTokenizer(Tokenizer):
             what = f"character {lacking!r}"
             if self._is_byte_level:
                 what = f"byte {bytes([BYTE_OF_CHARACTER[lacking]])!r}"
-            raise DataError(
-                f"the vocabulary {self.name!r} has no token for the {what}. "
-                "Leave that character out of the text."
-            )
+            raise unencodable_error(self.name, what)
 
 
 _NO_SPACE: Mapping[str, JSONValue] = {
@@ -364,6 +386,12 @@ def _library(data: Mapping[str, Any]) -> tokenizers.Tokenizer:
     library.no_padding()
     library.encode_special_tokens = True  # the text of a special token is text
     return library
+
+
+def _parsing(library: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    copy = tokenizers.Tokenizer.from_str(library.to_str())
+    copy.encode_special_tokens = False
+    return copy
 
 
 def _steps(part: Mapping[str, Any] | None) -> list[JSONValue]:

@@ -205,6 +205,11 @@ def open_named(data: DataConfig, tokenizer: Tokenizer | None) -> PreparedData | 
         return None
     prepared = open_prepared(folder)
     manifest = prepared.manifest
+    if data.special and not manifest.special:
+        raise ConfigError(
+            f"{str(folder)!r} was prepared without --special. Prepare the text again with it, or "
+            "leave it out here."
+        )
     if tokenizer is None and manifest.tokenizer != data.tokenizer:
         raise ConfigError(
             f"{str(folder)!r} was prepared with the tokenizer {manifest.tokenizer!r}, not "

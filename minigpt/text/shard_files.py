@@ -6,9 +6,10 @@ Tokens are little-endian. A resumable preparation has unfinished.json until its 
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ class Manifest:
     n_tokens: int
     """Number of tokens, separators included."""
     n_bytes: int
-    """UTF-8 bytes of the text, without separators."""
+    """UTF-8 bytes of the text, without separators, parsed special tokens and what was skipped."""
     n_documents: int
     """Number of documents."""
     tokenizer: str
@@ -76,6 +77,31 @@ class Manifest:
     """Shards in order."""
     sources: tuple[str, ...]
     """Names of the files, as the user first gave them."""
+    special: bool = False
+    """Whether the text of a special token became its id."""
+    unparsed: Mapping[str, int] = field(default_factory=dict)
+    """Special tokens that are plain text in it, and how often each is."""
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    """Characters that were left out because the vocabulary lacks them, and how often each was."""
+
+    def notes(self) -> Iterator[str]:
+        """Yield what a user should know about the text, in lines."""
+        if self.unparsed:
+            yield (
+                f"the text holds special tokens as plain text ({_most_common(self.unparsed)}). "
+                "--special parses them, when the text is tokenized."
+            )
+        if self.skipped:
+            n = sum(self.skipped.values())
+            yield (
+                f"skipped {n:,} characters that the vocabulary lacks "
+                f"({_most_common({repr(c): n for c, n in self.skipped.items()})})"
+            )
+
+
+def _most_common(counts: Mapping[str, int]) -> str:
+    shown = [f"{text} {n:,} times" for text, n in Counter(counts).most_common(3)]
+    return ", ".join(shown + (["..."] if len(counts) > len(shown) else []))
 
 
 @contextmanager

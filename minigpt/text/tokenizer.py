@@ -79,14 +79,21 @@ class Tokenizer(ABC):
         """Id of the token between documents. None if the vocabulary has none."""
 
     @abstractmethod
-    def encode_array(self, text: str, *, is_start: bool = True) -> npt.NDArray[np.uint32]:
-        """Return the ids of a text; ``<|endoftext|>`` in it is plain text.
+    def encode_array(
+        self, text: str, *, is_start: bool = True, special: bool = False
+    ) -> npt.NDArray[np.uint32]:
+        """Return the ids of a text; ``<|endoftext|>`` in it is plain text, unless ``special``.
 
         Lone surrogates become U+FFFD.
 
-        Args: is_start, False for a later piece of a text, which gets no space before it.
+        Args: is_start, False for a later piece of a text, which gets no space before it; special,
+            whether the text of a special token becomes its id.
         Raises: DataError if the vocabulary cannot represent the text.
         """
+
+    @abstractmethod
+    def unencodable(self, text: str) -> set[str]:
+        """Return the characters of a text that the vocabulary cannot represent."""
 
     @abstractmethod
     def token_bytes(self, token: int) -> bytes:
@@ -126,12 +133,20 @@ class Tokenizer(ABC):
             return self.prefix
         return (self.end_of_text, *self.prefix)
 
-    def encode(self, text: str, *, is_start: bool = True) -> list[int]:
+    @cached_property
+    def special_pattern(self) -> re.Pattern[str]:
+        """Matches the text of a special token, in one group; the longest where several begin."""
+        textless = set(self.textless_ids)
+        texts = [text for text, id_ in self.special_ids.items() if text and id_ in textless]
+        longest_first = sorted(texts, key=len, reverse=True)
+        return re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
+
+    def encode(self, text: str, *, is_start: bool = True, special: bool = False) -> list[int]:
         """Return the ids of a text as a list; see ``encode_array``."""
-        ids: list[int] = self.encode_array(text, is_start=is_start).tolist()
+        ids: list[int] = self.encode_array(text, is_start=is_start, special=special).tolist()
         return ids
 
-    def encode_prompt(self, text: str) -> list[int]:
+    def encode_prompt(self, text: str, *, special: bool = False) -> list[int]:
         """Return the ids of a prompt: the prefix, then the text.
 
         An empty text gives the token that begins a document, or no ids if there is no such token.
@@ -141,7 +156,7 @@ class Tokenizer(ABC):
         begin = list(self.prefix)
         if not text and not begin and self.end_of_text is not None:
             begin = [self.end_of_text]
-        return begin + self.encode(text)
+        return begin + self.encode(text, special=special)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Return the bytes of the ids; unused ids have none."""
@@ -177,16 +192,20 @@ class TiktokenTokenizer(Tokenizer):
         self._single_bytes = bytes(b for b in range(256) if bytes([b]) in ranks)
         self._is_bytes = len(ranks) == 256 and all(ranks.get(bytes([b])) == b for b in range(256))
 
-    def encode_array(self, text: str, *, is_start: bool = True) -> npt.NDArray[np.uint32]:
+    def encode_array(
+        self, text: str, *, is_start: bool = True, special: bool = False
+    ) -> npt.NDArray[np.uint32]:
         text = well_formed(text)
+        if special:
+            parts = self.special_pattern.split(text)
+            arrays = [self.encode_array(part) for part in parts]
+            # The odd parts are the special tokens.
+            arrays[1::2] = [np.array([self.special_ids[t]], np.uint32) for t in parts[1::2]]
+            return np.concatenate(arrays)
         if self._is_bytes:
             return np.frombuffer(text.encode(), np.uint8).astype(np.uint32)
-        n_single = len(self._single_bytes)
-        if n_single < 256 and (lacking := text.encode().translate(None, self._single_bytes)):
-            raise DataError(
-                f"the vocabulary {self.name!r} has no token for the byte {lacking[:1]!r}. "
-                "Leave that character out of the text."
-            )
+        if lacking := self._lacking(text):
+            raise unencodable_error(self.name, f"byte {lacking[:1]!r}")
         try:
             # Arrays avoid a list of ids, which would take a tenth of the encoding's time.
             encode = partial(self.encoding.encode_to_numpy, disallowed_special=())
@@ -200,6 +219,14 @@ class TiktokenTokenizer(Tokenizer):
                 "Break its longest runs of the same character."
             ) from None
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+    def unencodable(self, text: str) -> set[str]:
+        return {c for c in set(text) if self._lacking(c)} if self._lacking(text) else set()
+
+    def _lacking(self, text: str) -> bytes:
+        if len(self._single_bytes) == 256:
+            return b""
+        return text.encode().translate(None, self._single_bytes)
 
     def token_bytes(self, token: int) -> bytes:
         return self._bytes_of.get(int(token), b"")
@@ -347,6 +374,14 @@ def first_texts(texts: Iterable[str], n_bytes: float) -> list[str]:
         if n_bytes <= 0:
             break
     return read
+
+
+def unencodable_error(name: str, what: str) -> DataError:
+    """Return the error for a text with a character that a vocabulary lacks."""
+    return DataError(
+        f"the vocabulary {name!r} has no token for the {what}. Leave that character out of the "
+        "text; train, prepare and evaluate do so with --skip-unencodable."
+    )
 
 
 def well_formed(text: str) -> str:

@@ -12,9 +12,9 @@ import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 from filelock import FileLock
 
@@ -22,11 +22,11 @@ from minigpt import files
 from minigpt.config import DataConfig
 from minigpt.errors import ConfigError, DataError, LockedError, ResourceError
 from minigpt.text import building, corpus, prepared_folders, shard_files, shards, tokenizer
-from minigpt.text.building import PrepareProgress, Work
+from minigpt.text.building import Encoded, PrepareProgress, Work
 from minigpt.text.corpus import Document
 from minigpt.text.prepared_folders import prepare_folder
 from minigpt.text.shards import PreparedData, TokenSpan, prepare
-from minigpt.text.tokenizer import TiktokenTokenizer, Tokenizer, train_bpe
+from minigpt.text.tokenizer import TiktokenTokenizer, train_bpe
 
 Prepare = Callable[..., tuple[PreparedData, Work]]
 
@@ -91,11 +91,9 @@ def test_tokens_equal_a_plain_loop_for_any_number_of_workers(
 ) -> None:
     encode, draw = building._encode, random.Random(1)
 
-    def encode_sometime(
-        chunk: list[Document], tokenizer: Tokenizer, dtype: str
-    ) -> npt.NDArray[np.uint16]:
+    def encode_sometime(chunk: list[Document], **about: Any) -> Encoded:
         time.sleep(draw.random() / 500)  # so that later chunks are often ready before
-        return encode(chunk, tokenizer, dtype)
+        return encode(chunk, **about)
 
     monkeypatch.setattr(building, "_encode", encode_sometime)
     made = [prepared(f"out-{n}", n_workers=n)[0] for n in (1, 2, 7)]

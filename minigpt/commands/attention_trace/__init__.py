@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from minigpt.commands.attention_trace.targets import DIFF, LIVE, REPLAY, Targets
-from minigpt.commands.options import Fields, ModelSource, Option, Prompt, command, modes
+from minigpt.commands.options import (
+    Fields,
+    ModelSource,
+    Option,
+    Prompt,
+    PromptForm,
+    command,
+    modes,
+)
 from minigpt.config import SamplingConfig
 from minigpt.rings import ring
 from minigpt.tracing.config import N_SOURCES, TraceConfig
@@ -26,6 +34,7 @@ _RECORDED = "commands.attention_trace.recorded"
 def attention_trace(
     prompt: Prompt = None,
     *,
+    form: PromptForm,
     source: ModelSource,
     config: TraceConfig,
     targets: Targets,
@@ -73,7 +82,7 @@ def attention_trace(
 
     targets.check(sampling.num_samples)
     config = replace(config, has_heads=targets.has_heads)
-    ready = load(source, prompt)
+    ready = load(source, prompt, form)
     if not _trace(ready, sampling, config, targets, compile=source.compile):
         raise typer.Exit(130)
 

@@ -18,6 +18,10 @@ class EvaluationConfig:
     """Fraction of the text, at its end, to evaluate on."""
     eval_tokens: int | None = option(None, "[1, inf)", group="Text", shown="all")
     """Most tokens to predict, in evenly spaced windows."""
+    special: bool = option(False, group="Text")
+    """Parse special tokens in the text, such as <|endoftext|>."""
+    skip_unencodable: bool = option(False, group="Text")
+    """Skip and count characters that the vocabulary lacks."""
     context_length: int | None = option(
         None, "[1, inf)", group="Windows", shown="the model's, at most 1024"
     )

@@ -13,7 +13,7 @@ from minigpt.checkpoint.resolve import resolve_model
 from minigpt.commands.evaluate import EvaluationConfig
 from minigpt.commands.loading import use_threads
 from minigpt.commands.options import ModelSource
-from minigpt.commands.output import aligned, one_line
+from minigpt.commands.output import aligned, note, one_line
 from minigpt.commands.status_line import ProgressLine
 from minigpt.config import DataConfig
 from minigpt.errors import CheckpointError
@@ -34,7 +34,8 @@ def measure(config: EvaluationConfig, source: ModelSource) -> dict[str, Any]:
     """
     use_threads(source.threads)
     share = {} if config.val_fraction is None else {"val_fraction": config.val_fraction}
-    text = build(DataConfig, {"paths": list(config.data), **share})
+    reading = {"special": config.special, "skip_unencodable": config.skip_unencodable}
+    text = build(DataConfig, {"paths": list(config.data), **share, **reading})
     device = resolve_device(source.device)
     dtype = resolve_dtype(config.dtype, device)
     folder = resolve_model(source.model)
@@ -43,6 +44,8 @@ def measure(config: EvaluationConfig, source: ModelSource) -> dict[str, Any]:
     model, tokenizer = loaded.model, tokenizer_of(loaded)
     with ProgressLine("reading") as progress:
         data = prepare(text, on_progress=progress.preparing, tokenizer=tokenizer)
+        for line in data.manifest.notes():
+            note(line)
         span = span_to_evaluate(data, config.val_fraction)
         windows = Windows.fitting(
             model.config,
@@ -74,6 +77,7 @@ def measure(config: EvaluationConfig, source: ModelSource) -> dict[str, Any]:
         "seconds": seconds,
         "n_tokens": result.n_tokens,
         "n_bytes": result.n_bytes,
+        "n_skipped": sum(data.manifest.skipped.values()),
         "context_length": windows.context_length,
         "stride": windows.stride,
         "batch_size": windows.batch_size,

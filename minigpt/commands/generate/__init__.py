@@ -4,7 +4,16 @@ from typing import Annotated
 
 import typer
 
-from minigpt.commands.options import Json, Mode, ModelSource, Option, Prompt, command, modes
+from minigpt.commands.options import (
+    Json,
+    Mode,
+    ModelSource,
+    Option,
+    Prompt,
+    PromptForm,
+    command,
+    modes,
+)
 from minigpt.config import SamplingConfig
 from minigpt.errors import ConfigError
 from minigpt.rings import ring
@@ -15,6 +24,7 @@ from minigpt.rings import ring
 def generate(
     prompt: Prompt = None,
     *,
+    form: PromptForm,
     source: ModelSource,
     sampling: SamplingConfig,
     interactive: Annotated[bool, Option("Continue each typed line; Ctrl-D ends", "Output")] = False,
@@ -49,7 +59,7 @@ def generate(
     from minigpt.generation.decoder import fresh_seed
     from minigpt.generation.stream import stream_samples
 
-    ready = load(source, prompt)
+    ready = load(source, prompt, form)
     display = SampleDisplay(ready, sampling, as_json=as_json, streams=stream)
     seed = fresh_seed() if sampling.seed is None else sampling.seed
     if interactive:
@@ -60,6 +70,7 @@ def generate(
             seed=seed,
             compile=source.compile,
             has_prompt=prompt is not None,
+            special=form.special,
         )
         return
     with compiling(is_compiled(ready.model, source.compile)):

@@ -22,13 +22,14 @@ def converse(
     seed: int,
     compile: bool | None,
     has_prompt: bool,
+    special: bool = False,
 ) -> None:
     """Continue from each text of standard input, until its end or a full context window.
 
     The cache keeps the earlier turns, so only the new text is processed.
 
     Args: seed, of the first answer; later ones have the next seeds. has_prompt, whether the first
-        text is the prompt of the command line.
+        text is the prompt of the command line. special, whether special tokens are parsed.
     """
     decoder: Decoder | None = None
     tokenizer = ready.tokenizer
@@ -36,12 +37,12 @@ def converse(
     while text is not None:
         try:
             if decoder is None:
-                ids = encode_prompt(tokenizer, text)
+                ids = encode_prompt(tokenizer, text, special=special)
                 compiles = is_compiled(ready.model, compile)
                 with compiling(compiles):
                     decoder = Decoder(ready.model, ids, compiles=compiles)
             else:
-                ids = tokenizer.encode(text, is_start=False)
+                ids = tokenizer.encode(text, is_start=False, special=special)
                 decoder.extend(ids, overflow=sampling.overflow)
         except DataError as error:  # too long; the next one may fit
             note(str(error))

@@ -64,6 +64,8 @@ class TrainingDisplay(ProgressLine):
             f"{manifest.n_tokens:,} tokens ({manifest.tokenizer}) of {manifest.n_bytes:,} "
             f"bytes; the last {config.data.val_fraction:.0%} validate",
         )
+        for line in manifest.notes():
+            self.note(line)
         self._print_fact(
             "model",
             f"{short(parameter_count(model))} parameters ({model.kind}): "

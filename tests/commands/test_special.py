@@ -1,0 +1,93 @@
+"""--special and --skip-unencodable of every command that reads a text."""
+
+import json
+from pathlib import Path
+
+import pytest
+from calls import TINY, Run, error_line
+from small_models import small_model
+
+from minigpt.checkpoint.model_folder import write_model
+from minigpt.text.tokenizer import TiktokenTokenizer, make_encoding
+
+END = "<|endoftext|>"
+MARKED = f"once upon a time {END} there was " * 30
+
+
+@pytest.fixture(autouse=True)
+def at_trained(trained: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work where the tiny run is."""
+    monkeypatch.chdir(trained)
+
+
+@pytest.mark.parametrize("command", ["generate", "attention-trace"])
+def test_a_special_token_in_a_prompt_is_text_and_said_so_or_is_parsed(
+    run: Run, command: str
+) -> None:
+    words = [command, f"ab{END}", "--max-new-tokens", "2", "--seed", "1", "--json"]
+
+    def n_prompt(out: str) -> int:
+        facts = json.loads(out.splitlines()[0])
+        return int(facts["n_prompt_tokens"] if command == "generate" else len(facts["prompt"]))
+
+    plain, parsed = run(*words), run(*words, "--special")
+    assert plain.err.count(f"{END} in the prompt is plain text; --special") == 1
+    assert "plain text" not in parsed.err
+    assert (n_prompt(plain.out), n_prompt(parsed.out)) == (15, 3)
+
+
+def test_typed_lines_are_parsed_too(run: Run) -> None:
+    words = ["generate", "--interactive", "--special", "--max-new-tokens", "1", "--json"]
+    out = run(*words, stdin=f"a{END}\n{END}b\n".encode()).out
+    assert [json.loads(line)["n_prompt_tokens"] for line in out.splitlines()] == [2, 5]
+
+
+def test_evaluate_says_what_is_plain_text_and_parses_it(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "marked.txt"
+    path.write_text(MARKED)
+    words = ["evaluate", str(path), "--model", "tiny", "--json"]
+    plain, parsed = run(*words), run(*words, "--special")
+    assert plain.err.count(f"{END} 30 times") == 1
+    assert (plain.code, parsed.code, parsed.err) == (0, 0, "")
+    n_bytes = len(MARKED) - 30 * len(END)
+    assert json.loads(parsed.out)["n_bytes"] == n_bytes
+    assert json.loads(parsed.out)["n_tokens"] == n_bytes + 30
+    assert json.loads(plain.out)["n_bytes"] == len(MARKED)
+
+
+def test_train_and_prepare_say_what_is_plain_text_and_parse_it(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("marked.txt").write_text(MARKED)
+    assert f"{END} 30 times" in run("prepare", "marked.txt", "--out", "plain").err
+    result = run("prepare", "marked.txt", "--out", "parsed", "--special", "--json")
+    assert "plain text" not in result.err
+    assert json.loads(result.out)["n_documents"] == 31
+    plain = run("train", "marked.txt", "--name", "one", *TINY)
+    assert plain.err.count(f"{END} 30 times") == 1
+    parsed = run("train", "marked.txt", "--name", "two", "--special", *TINY)
+    assert (parsed.code, parsed.err.count("30 times")) == (0, 0)
+    resumed = run("train", "--resume", "--name", "two", "--max-steps", "6")
+    assert resumed.code == 0
+
+
+def test_a_byte_that_a_vocabulary_lacks_is_refused_with_the_option_or_skipped(
+    run: Run, tmp_path: Path
+) -> None:
+    ranks = {bytes([b]): i for i, b in enumerate(b"abcdefg \n")}
+    encoding = make_encoding("few", ".|\\n", ranks, {END: len(ranks)})
+    write_model(tmp_path / "few", small_model(), TiktokenTokenizer("few", encoding))
+    path = tmp_path / "text.txt"
+    path.write_text("bad cafe\nface éé bag!\n" * 9)
+    for words in (
+        ["evaluate", "--model", str(tmp_path / "few")],
+        ["prepare", "--from", str(tmp_path / "few"), "--out", str(tmp_path / "out")],
+    ):
+        refused = run(*words, str(path))
+        assert refused.code == 3
+        assert "--skip-unencodable" in error_line(refused)
+        result = run(*words, str(path), "--skip-unencodable", "--json")
+        assert result.code == 0
+        assert json.loads(result.out)["n_skipped"] == 27
+        assert result.err.count("skipped 27 characters that the vocabulary lacks") == 1
