@@ -16,7 +16,7 @@ from minigpt.rings import has_ring
 
 HF_LAYOUTS = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
 """Hugging Face model types that GPT computes; other files in checkpoint/families/ add more."""
-ACTIVATIONS = ("silu", "relu2", "gelu_tanh", "gelu")
+ACTIVATIONS = ("silu", "relu", "relu2", "gelu_tanh", "gelu", "gelu_sigmoid")
 ARCHS = {
     "gpt": "model.gpt:GPT",
     "lstm": "model.variants.lstm:LSTM",
@@ -164,13 +164,22 @@ class ModelConfig:
     """Biases of the MLP projections (llama). The gpt2 family always has all biases."""
     rope_theta: float = setting(10_000.0, "(0, inf)")
     """Base of the RoPE frequencies (llama)."""
+    rope_scaling: Literal["llama3", "linear", "dynamic", "yarn"] = "llama3"
+    """Method of RoPE scaling: llama3 and yarn stretch long wavelengths, linear all; dynamic none
+    within context_length."""
     rope_scaling_factor: float = setting(1.0, "(0, inf)")
-    """Factor by which long RoPE wavelengths are stretched, as in Llama 3. 1 stretches none."""
+    """Factor by which RoPE wavelengths are stretched. 1 stretches none."""
     rope_low_freq_factor: float = setting(1.0, "(0, inf)")
-    """Divisor of rope_original_context; longer wavelengths are stretched in full."""
+    """Divisor of rope_original_context; longer wavelengths are stretched in full (llama3)."""
     rope_high_freq_factor: float = setting(4.0, "(0, inf)")
     """Divisor of rope_original_context; shorter wavelengths are not stretched, and those between
-    the two limits in part."""
+    the two limits in part (llama3)."""
+    rope_beta_fast: float = setting(32.0, "(0, inf)")
+    """Turns in rope_original_context; wavelengths with more are not stretched (yarn)."""
+    rope_beta_slow: float = setting(1.0, "(0, inf)")
+    """Turns in rope_original_context; wavelengths with fewer are stretched in full (yarn)."""
+    rope_attention_factor: float = setting(1.0, "(0, inf)")
+    """Factor of rotated queries and keys (yarn)."""
     rope_original_context: int = setting(8192, "[1, inf)")
     """Context length before RoPE scaling, in tokens."""
     norm_eps: float = setting(1e-5, "(0, inf)")
@@ -182,6 +191,8 @@ class ModelConfig:
     model_type: str = ""
     """Hugging Face model type. Empty derives gpt2, llama, qwen2 or qwen3, or minigpt for a model
     that Hugging Face does not have."""
+    hf_fields: tuple[str, ...] = ()
+    """Fields of config.json that only the model type's own class reads, each as NAME=JSON."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -200,6 +211,10 @@ class ModelConfig:
         for name, value in derived.items():
             object.__setattr__(self, name, getattr(self, name) or value)
         object.__setattr__(self, "model_type", self.model_type or self._layout())
+        _require(
+            not self.hf_fields or self.model_type != "minigpt",
+            "hf_fields needs a model_type of Hugging Face. Leave it out.",
+        )
         self._check_arch()
         _require_divides("n_kv_head", self.n_kv_head, "n_head", self.n_head)
         if is_llama:
@@ -215,6 +230,12 @@ class ModelConfig:
             self.rope_low_freq_factor < self.rope_high_freq_factor,
             f"rope_high_freq_factor must be above rope_low_freq_factor: it is "
             f"{self.rope_high_freq_factor}, not above {self.rope_low_freq_factor}.",
+        )
+        _require(
+            self.rope_scaling != "yarn"
+            or (self.rope_beta_slow < self.rope_beta_fast and self.rope_theta > 1),
+            "rope_scaling yarn needs rope_beta_fast above rope_beta_slow and rope_theta above 1: "
+            f"they are {self.rope_beta_fast}, {self.rope_beta_slow} and {self.rope_theta}.",
         )
 
     @property

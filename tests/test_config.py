@@ -55,7 +55,7 @@ def test_round_up_returns_the_smallest_multiple(value: float, multiple: int, exp
         ({"n_layer": 0}, "n_layer must be at least 1: it is 0."),
         ({"d_model": -48}, "d_model must be at least 1: it is -48."),
         ({"family": "lama"}, "unknown family 'lama'. Did you mean llama?"),
-        ({"activation": "relu"}, "Did you mean relu2?"),
+        ({"activation": "rellu2"}, "Did you mean relu2?"),
         ({"model_type": "__init__"}, "unknown model_type '__init__'"),
         ({"dropout": 1.0}, "dropout must be in [0, 1): it is 1.0."),
         ({"dropout": math.nan}, "dropout must be a finite number: it is nan."),

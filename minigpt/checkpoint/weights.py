@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,10 @@ from minigpt.model.registry import model_class
 WEIGHTS = "model.safetensors"
 
 _INDEX = "model.safetensors.index.json"
-_HEAD = TensorName("lm_head.weight", ("unembedding.weight",))
 # Tensors of old files that are not weights: causal masks, RoPE tables.
-_IGNORED = re.compile(r"(.*\.)?(attn\.(bias|masked_bias)|self_attn\.rotary_emb\.inv_freq)")
+_IGNORED = re.compile(
+    r"(.*\.)?(attn\.(bias|masked_bias)|attention\.(bias|masked_bias)|rotary_emb\.inv_freq)"
+)
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # of one value of each supported dtype
 _LARGEST_WIDTH = 2**28
 _LARGEST_CONTEXT = 2**20  # RoPE tables of all positions are computed
@@ -32,13 +33,17 @@ _LARGEST_CONTEXT = 2**20  # RoPE tables of all positions are computed
 
 def _names(config: ModelConfig) -> Iterator[TensorName]:
     # The largest first: while few others are loaded, there is memory for a second copy of it.
-    if not config.tie_embeddings:
-        yield _HEAD
     family = family_of(config.model_type)
+    if not config.tie_embeddings:
+        yield TensorName(family.head, ("unembedding.weight",))
     for name in family.tensors(config):
         for i in range(config.n_layer if "{i}" in name.theirs else 1):
             ours = tuple(part.format(i=i) for part in name.ours)
-            yield TensorName(family.prefix + name.theirs.format(i=i), ours, name.is_transposed)
+            yield replace(name, theirs=family.prefix + name.theirs.format(i=i), ours=ours)
+
+
+def _head(config: ModelConfig) -> str:
+    return family_of(config.model_type).head
 
 
 def canonical_names(config: ModelConfig, names: Iterable[str]) -> dict[str, str]:
@@ -47,10 +52,12 @@ def canonical_names(config: ModelConfig, names: Iterable[str]) -> dict[str, str]
     Adds the prefix that files of the bare model lack, and drops tensors that are not weights.
     Raises: CheckpointError if a tensor is there with the prefix and without.
     """
-    prefix = "" if config.model_type == OWN_TYPE else family_of(config.model_type).prefix
+    prefix = head = ""
+    if config.model_type != OWN_TYPE:
+        prefix, head = family_of(config.model_type).prefix, _head(config)
     canonical: dict[str, str] = {}
     for name in names:
-        has_prefix = name.startswith(prefix) or name == _HEAD.theirs
+        has_prefix = name.startswith(prefix) or name == head
         full = name if has_prefix else prefix + name
         if prefix and _IGNORED.fullmatch(full):
             continue
@@ -68,8 +75,8 @@ def tensors_to_hf(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[st
         return {name: tensor.contiguous() for name, tensor in tensors.items()}
     renamed = {}
     for name in _names(config):
-        parts = [tensors[part] for part in name.ours]
-        tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+        parts = [tensors[part].unflatten(0, (name.n_groups, -1)) for part in name.ours]
+        tensor = torch.cat(parts, dim=1).flatten(0, 1) if len(parts) > 1 else tensors[name.ours[0]]
         renamed[name.theirs] = (tensor.t() if name.is_transposed else tensor).contiguous()
     return renamed
 
@@ -95,21 +102,25 @@ def tensors_from_hf(
     renamed: dict[str, Tensor] = {}
     for name in _names(config):
         tensor = tensors[name.theirs]
-        parts = (tensor.t() if name.is_transposed else tensor).chunk(len(name.ours))
+        groups = (tensor.t() if name.is_transposed else tensor).unflatten(0, (name.n_groups, -1))
+        shares = name.shares or (1,) * len(name.ours)
+        sizes = [groups.shape[1] // sum(shares) * share for share in shares]
+        parts = (part.flatten(0, 1) for part in groups.split(sizes, dim=1))
         renamed |= zip(name.ours, (_placed(part, device, dtype) for part in parts), strict=True)
-        del tensor, parts
-    if config.tie_embeddings and _HEAD.theirs in tensors:  # some files have both
+        del tensor, groups, parts
+    head = _head(config)
+    if config.tie_embeddings and head in tensors:  # some files have both
         embedding = next(_names(config)).theirs
-        if not torch.equal(tensors[_HEAD.theirs], tensors[embedding]):
+        if not torch.equal(tensors[head], tensors[embedding]):
             raise CheckpointError(
-                "config.json: tie_word_embeddings is true, but lm_head.weight is not the "
-                "embedding. Set it to false there."
+                f"config.json: tie_word_embeddings is true, but {head} is not the embedding. Set "
+                "it to false there."
             )
     return renamed
 
 
 def _placed(part: Tensor, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
-    if part.is_contiguous():
+    if part.is_contiguous() and part.nbytes == part.untyped_storage().nbytes():
         return part.to(device, dtype)
     place = torch.empty(part.shape, device=device or part.device, dtype=dtype or part.dtype)
     return place.copy_(part)
@@ -208,8 +219,8 @@ def stored_tensors(config: ModelConfig, folder: Path) -> dict[str, StoredTensor]
         tensors = tensors_to_hf(config, model_class(config).without_weights(config).state_dict())
     expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     # Some files of others hold tied embeddings twice.
-    if config.tie_embeddings and _HEAD.theirs in found and config.model_type != OWN_TYPE:
-        expected[_HEAD.theirs] = next(iter(expected.values()))
+    if config.tie_embeddings and config.model_type != OWN_TYPE and _head(config) in found:
+        expected[_head(config)] = next(iter(expected.values()))
     if problem := _first_problem(expected, found):
         raise CheckpointError(
             f"the weights in {str(folder)!r} do not fit config.json: {problem}. "

@@ -171,14 +171,18 @@ class Attention(nn.Module):
         k_BGSD = self.key_norm(self._split_heads(self.key(x)))
         v_BGSD = self._split_heads(self.value(x))
         if rotary is not None:
-            q_BHTD = rotate(q_BHTD, *rotary)
-            k_BGSD = rotate(k_BGSD, *rotary)
+            q_BHTD = self.rotate(q_BHTD, rotary)
+            k_BGSD = self.rotate(k_BGSD, rotary)
         q_BHTD = self.score.fold(q_BHTD)
         if cache is not None:
             k_BGSD, v_BGSD = cache.write(self.layer, k_BGSD, v_BGSD)
         context_BHTD = attend(self.score, q_BHTD, k_BGSD, v_BGSD, visible_BS, collector)
         output: Tensor = self.output(context_BHTD.transpose(1, 2).flatten(2))  # (B, T, C)
         return output
+
+    def rotate(self, x_BHTD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """Apply RoPE to queries or keys; a subclass may rotate a part of them, or none."""
+        return rotate(x_BHTD, *rotary)
 
     def _split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.d_head)).transpose(1, 2)  # (B, H, T, D)

@@ -21,10 +21,13 @@ from minigpt.model.scores import Score
 class Block(nn.Module):
     """Pre-norm attention and MLP with residual connections: (B, T, C) -> (B, T, C)."""
 
+    attention_class: type[Attention] = Attention
+    """Class of the attention layer."""
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.attention_norm = make_norm(config, config.d_model)
-        self.attention = Attention(config, layer)
+        self.attention = self.attention_class(config, layer)
         self.mlp_norm = make_norm(config, config.d_model)
         self.mlp = MLP(config) if config.family == "gpt2" else GatedMLP(config)
         self.dropout = nn.Dropout(config.dropout)
@@ -47,8 +50,14 @@ class Block(nn.Module):
 class GPT(LanguageModel):
     """A causal language model: token ids in, logits of each next token out.
 
+    A family that computes something else is a subclass, which may change ``block_class``,
+    ``embed``, ``rotary_table`` and ``logits``.
+
     Source: Radford et al. 2019 (GPT-2); Touvron et al. 2023, arXiv:2302.13971 (Llama).
     """
+
+    block_class: type[Block] = Block
+    """Class of the blocks."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
@@ -60,14 +69,14 @@ class GPT(LanguageModel):
         elif not self.embedding.weight.is_meta:  # on the meta device, no tables are needed
             self._make_rotary()
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.blocks = nn.ModuleList(self.block_class(config, i) for i in range(config.n_layer))
         self.final_norm = make_norm(config, config.d_model)
         self.unembedding = None
         if not config.tie_embeddings:
             self.unembedding = nn.Linear(config.d_model, config.vocab_size, bias=False)
 
     def _make_rotary(self) -> None:
-        cos, sin = rotary_table(self.config)
+        cos, sin = self.rotary_table()
         self.register_buffer("rotary_cos", cos, persistent=False)
         self.register_buffer("rotary_sin", sin, persistent=False)
 
@@ -88,6 +97,10 @@ class GPT(LanguageModel):
         """Return the token embeddings (B, T, C); a subclass may scale them, for example."""
         x: Tensor = self.embedding(tokens)
         return x
+
+    def rotary_table(self) -> tuple[Tensor, Tensor]:
+        """Return cos and sin of RoPE, whose first axis is the position."""
+        return rotary_table(self.config)
 
     def forward(
         self,
@@ -127,7 +140,7 @@ class GPT(LanguageModel):
             cache.advance(tokens.shape[1])
         if collector is not None:
             collector.finish(None if cache is None else cache.values_LBGSD[:, :, :, :end])
-        return self._logits(x, logits_to_keep)
+        return self.logits(x, logits_to_keep)
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Draw initial weights in-place.

@@ -98,7 +98,7 @@ class LanguageModel(nn.Module):
             )
         return start, end
 
-    def _logits(self, x: Tensor, logits_to_keep: int) -> Tensor:
+    def logits(self, x: Tensor, logits_to_keep: int) -> Tensor:
         """Return the logits of the last positions of x (B, T, C); 0 for all."""
         x = self.final_norm(x[:, -logits_to_keep:])  # [-0:] is all of them
         if self.unembedding is None:

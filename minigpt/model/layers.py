@@ -11,9 +11,11 @@ from minigpt.config import ModelConfig
 
 ACTIVATIONS = {
     "silu": F.silu,
+    "relu": F.relu,
     "relu2": lambda x: F.relu(x).square(),
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_sigmoid": lambda x: x * (1.702 * x).sigmoid(),  # Hendrycks & Gimpel 2016, section 2
 }
 """ModelConfig.activation -> function. A file in checkpoint/families/ may add its own."""
 
@@ -81,6 +83,8 @@ def dense_weight(linear: nn.Module) -> Tensor:
 def rotary_table(config: ModelConfig) -> tuple[Tensor, Tensor]:
     """Return cos and sin of position x frequency, each (context_length, D / 2), float32.
 
+    With YaRN, both are multiplied by its attention factor.
+
     Source: Su et al. 2021, arXiv:2104.09864, section 3.2.2.
     """
     # Always computed on the CPU, so that all devices use the same angles.
@@ -88,22 +92,47 @@ def rotary_table(config: ModelConfig) -> tuple[Tensor, Tensor]:
     frequency = _scale_frequencies(1.0 / config.rope_theta**exponent, config)
     position = torch.arange(config.context_length, device="cpu", dtype=torch.float32)
     angle = torch.outer(position, frequency)  # (T, D / 2)
-    return angle.cos(), angle.sin()
+    if config.rope_scaling != "yarn":
+        return angle.cos(), angle.sin()
+    return angle.cos() * config.rope_attention_factor, angle.sin() * config.rope_attention_factor
 
 
 def _scale_frequencies(frequency: Tensor, config: ModelConfig) -> Tensor:
-    """Scale RoPE frequencies: divide low ones by the factor, keep high ones, interpolate between.
+    """Scale RoPE frequencies (D / 2,) for a longer context than the original one.
 
-    Source: Llama 3.1's reference implementation, apply_scaling; Dubey et al. 2024,
-        arXiv:2407.21783.
+    llama3 and yarn divide low frequencies by the factor, keep high ones and interpolate between;
+    linear divides all. dynamic changes only what is longer than the context, so it does nothing.
+
+    Source: llama3: its reference implementation, apply_scaling; Dubey et al. 2024,
+        arXiv:2407.21783. yarn: Peng et al. 2023, arXiv:2309.00071, section 3.2. linear: Chen et
+        al. 2023, arXiv:2306.15595.
     """
-    if config.rope_scaling_factor == 1:
+    if config.rope_scaling_factor == 1 or config.rope_scaling == "dynamic":
         return frequency
-    low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
-    turns = config.rope_original_context * frequency / (2 * math.pi)  # in the original context
-    high_share = ((turns - low) / (high - low)).clamp(0, 1)
     scaled = frequency / config.rope_scaling_factor
-    return high_share * frequency + (1 - high_share) * scaled
+    if config.rope_scaling == "linear":
+        return scaled
+    if config.rope_scaling == "yarn":
+        kept_share = 1 - _yarn_ramp(config)
+    else:
+        low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
+        turns = config.rope_original_context * frequency / (2 * math.pi)  # in the original context
+        kept_share = ((turns - low) / (high - low)).clamp(0, 1)
+    return kept_share * frequency + (1 - kept_share) * scaled
+
+
+def _yarn_ramp(config: ModelConfig) -> Tensor:
+    """Return how far each frequency is scaled, in [0, 1]: (D / 2,)."""
+
+    def dimension(n_turns: float) -> float:
+        """Return the dimension of the frequency with so many turns in the original context."""
+        wavelength = config.rope_original_context / (2 * math.pi * n_turns)
+        return config.d_head * math.log(wavelength) / (2 * math.log(config.rope_theta))
+
+    low = max(math.floor(dimension(config.rope_beta_fast)), 0)
+    high = min(math.ceil(dimension(config.rope_beta_slow)), config.d_head - 1)
+    place = torch.arange(config.d_head // 2, device="cpu", dtype=torch.float32)
+    return ((place - low) / (high - low or 0.001)).clamp(0, 1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ def model_class(config: ModelConfig) -> type[LanguageModel]:
 
     Raises: ConfigError if it is in a file that this installation does not have.
     """
-    if config.model_type not in (*HF_LAYOUTS, "minigpt"):
+    if config.hf_fields or config.model_type not in (*HF_LAYOUTS, "minigpt"):
         # Looked up by name: families are above this package.
         own: type[LanguageModel] | None
         own = ring(f"checkpoint.families.{config.model_type}").FAMILY.model

@@ -38,6 +38,8 @@ class Score(nn.Module):
         super().__init__()
         self.name = config.attention
         self.n_head, self.d_head = config.n_head, config.d_head
+        self.window = 0
+        """Sliding window: number of positions that a query attends to, up to its own; 0 for all."""
 
     def parameter(self, *inputs: int) -> nn.Parameter:
         """Return a parameter with D outputs for each head, stacked as in a projection: (H D, ...).
@@ -68,7 +70,7 @@ class Score(nn.Module):
         """
         # Autocast would round scores to bfloat16, as the fused kernel does not.
         with torch.autocast(q_BHTD.device.type, enabled=False):
-            return causal_softmax(self.score(q_BHTD, k_BGSD), visible_BS)
+            return causal_softmax(self.score(q_BHTD, k_BGSD), visible_BS, self.window)
 
     def attend(
         self, q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, visible_BS: Tensor | None = None
@@ -81,8 +83,8 @@ class Score(nn.Module):
         mask = None
         # SDPA's own causal mask is aligned upper-left; after a cached prefix it must be
         # lower-right, so that the last query sees every key.
-        if visible_BS is not None or n_query != n_key:
-            mask = visibility(n_query, n_key, q_BHTD.device, visible_BS)
+        if visible_BS is not None or n_query != n_key or 0 < self.window < n_key:
+            mask = visibility(n_query, n_key, q_BHTD.device, visible_BS, self.window)
         return F.scaled_dot_product_attention(
             q_BHTD,
             k_BGSD,
@@ -93,16 +95,27 @@ class Score(nn.Module):
         )
 
 
-class DotScore(Score):
+class ScaledScore(Score):
+    """The dot product of queries and keys times a constant."""
+
+    changes_queries = True
+
+    def __init__(self, config: ModelConfig, scale: float) -> None:
+        super().__init__(config)
+        self.scale = scale
+
+    def fold(self, q_BHTD: Tensor) -> Tensor:
+        return q_BHTD * (self.scale * self.d_head**0.5)
+
+
+class DotScore(ScaledScore):
     """The dot product, q . k.
 
     Source: Luong et al. 2015, arXiv:1508.04025, section 3.1.
     """
 
-    changes_queries = True
-
-    def fold(self, q_BHTD: Tensor) -> Tensor:
-        return q_BHTD * self.d_head**0.5
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config, 1.0)
 
 
 class GeneralScore(Score):
@@ -147,14 +160,14 @@ def scaled_dot_score(q_BHTD: Tensor, k_BGSD: Tensor) -> Tensor:
     return score.reshape(n_batch, n_head, n_query, n_key)
 
 
-def causal_softmax(score_BHTS: Tensor, visible_BS: Tensor | None = None) -> Tensor:
+def causal_softmax(score_BHTS: Tensor, visible_BS: Tensor | None = None, window: int = 0) -> Tensor:
     """Return the weights (B, H, T, S) of scores, the last query aligned with the last key.
 
     Args: visible_BS, false for keys that no query of a sequence may attend to. The weights of a
-        query without any visible key are 0.
+        query without any visible key are 0. window, as ``Score.window``.
     """
     n_query, n_key = score_BHTS.shape[-2:]
-    mask = visibility(n_query, n_key, score_BHTS.device, visible_BS)
+    mask = visibility(n_query, n_key, score_BHTS.device, visible_BS, window)
     if mask is None:
         return score_BHTS.softmax(dim=-1)
     weights_BHTS = score_BHTS.masked_fill(~mask, -torch.inf).softmax(dim=-1)
@@ -172,17 +185,27 @@ def weighted_sum(weights_BHTS: Tensor, v_BGSD: Tensor) -> Tensor:
     return context_BGRD.reshape(*weights_BHTS.shape[:3], -1).to(v_BGSD.dtype)
 
 
-def causal_mask(n_query: int, n_key: int, device: torch.device | str = "cpu") -> Tensor:
-    """Return (T, S), true where a query may attend, the last query aligned with the last key."""
-    mask = torch.ones(n_query, n_key, dtype=torch.bool, device=device)
-    return mask.tril(n_key - n_query)
+def causal_mask(
+    n_query: int, n_key: int, device: torch.device | str = "cpu", window: int = 0
+) -> Tensor:
+    """Return (T, S), true where a query may attend, the last query aligned with the last key.
+
+    Args: window, as ``Score.window``.
+    """
+    mask = torch.ones(n_query, n_key, dtype=torch.bool, device=device).tril(n_key - n_query)
+    return mask.triu(n_key - n_query - window + 1) if window else mask
 
 
 def visibility(
-    n_query: int, n_key: int, device: torch.device | str, visible_BS: Tensor | None
+    n_query: int,
+    n_key: int,
+    device: torch.device | str,
+    visible_BS: Tensor | None,
+    window: int = 0,
 ) -> Tensor | None:
     """Return (T, S) or (B, 1, 1 or T, S), true where a query may attend; None if everywhere."""
-    mask = causal_mask(n_query, n_key, device) if n_query > 1 else None
+    is_everywhere = n_query == 1 and not 0 < window < n_key
+    mask = None if is_everywhere else causal_mask(n_query, n_key, device, window)
     if visible_BS is None:
         return mask
     visible_B1TS = visible_BS[:, None, None]

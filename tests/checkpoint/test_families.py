@@ -1,5 +1,6 @@
 """config.json and tensor names of GPT-2, Llama and Qwen3, both ways."""
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -236,8 +237,21 @@ def test_sliding_window_of_at_least_the_context_is_accepted() -> None:
     absent = {k: v for k, v in MISTRAL.items() if k != "sliding_window"}
     # transformers takes 4096 where the field is absent.
     assert model_config_from_hf(absent | {"max_position_embeddings": 4096}) == short
-    with pytest.raises(CheckpointError, match="set max_position_embeddings to it"):
-        model_config_from_hf(absent)
+    assert model_config_from_hf(absent).hf_fields == ("sliding_window=4096",)
+
+
+def test_sliding_windows_are_read_by_layer() -> None:
+    def fields(**change: Any) -> tuple[str, ...]:
+        return model_config_from_hf(QWEN2 | {"num_hidden_layers": 3} | change).hf_fields
+
+    some = {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2}
+    types = ["full_attention", "full_attention", "sliding_attention"]
+    expected = (f"layer_types={json.dumps(types)}", "sliding_window=9", "use_sliding_window=true")
+    assert fields(**some) == fields(**some, layer_types=types) == expected
+    assert fields(**some | {"max_window_layers": 3}) == ()
+    assert fields(**some | {"sliding_window": 32768}) == ()
+    assert fields(**some | {"use_sliding_window": False}) == ()
+    assert fields(**some, layer_types=["full_attention"] * 3) == ()
 
 
 @pytest.mark.parametrize(
@@ -255,6 +269,24 @@ def test_rope_theta_is_read_from_the_fields_of_any_transformers_version(
     assert model_config_from_hf(QWEN3 | rope).rope_theta == 123.0
 
 
+HARMLESS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    (GPT2, {"keys_to_ignore_at_inference": ["past_key_values"], "max_new_tokens": 50}),
+    (GPT2, {"attn_implementation": "sdpa", "_attn_implementation": "eager", "min_p": 0.1}),
+    (GPT2, {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": None}),
+    (QWEN3, {"rope_scaling": {"type": "default", "factor": 1.0}}),
+    (QWEN3, {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 28}),
+    (QWEN3, {"layer_types": ["full_attention"] * 28}),
+    (LLAMA3, {"output_router_logits": False, "neftune_noise_alpha": None, "stop_strings": None}),
+]
+
+
+@pytest.mark.parametrize(("config", "change"), HARMLESS)
+def test_field_that_changes_no_logits_is_ignored(
+    config: dict[str, Any], change: dict[str, Any]
+) -> None:
+    assert model_config_from_hf(config | change) == model_config_from_hf(config)
+
+
 def test_config_survives_the_round_trip(model: GPT) -> None:
     assert model_config_from_hf(model_config_to_hf(model.config, None)) == model.config
 
@@ -264,8 +296,7 @@ UNSUPPORTED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (GPT2, {"model_type": ["gpt2"]}, "unsupported model_type"),
     (GPT2, {"model_type": "__init__"}, "unsupported model_type '__init__'"),
     (GPT2, {"activation_function": "tanh"}, "activation_function is 'tanh'"),
-    (GPT2, {"scale_attn_weights": False}, "scale_attn_weights is False"),
-    (GPT2, {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
+    (GPT2, {"scale_attn_weights": 0.5}, "scale_attn_weights is 0.5"),
     (GPT2, {"add_cross_attention": True}, "add_cross_attention is True"),
     (GPT2, {"quantization_config": {"bits": 4}}, "quantization_config is"),
     (GPT2, {"n_layer": None}, "n_layer is missing"),
@@ -274,13 +305,10 @@ UNSUPPORTED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (GPT2, {"resid_pdrop": 1.5}, "dropout must be"),
     (QWEN2, {"attention_bias": True}, "attention_bias is True"),
     (QWEN3, {"mlp_bias": True}, "mlp_bias is True"),
-    (
-        QWEN2,
-        {"use_sliding_window": True, "sliding_window": 99},
-        "sliding_window is 99, .* only full attention",
-    ),
-    (QWEN2, {"use_sliding_window": True, "sliding_window": "x"}, "sliding_window is 'x'"),
-    (MISTRAL, {"sliding_window": 4096}, "sliding_window is 4096, .* only full attention"),
+    (QWEN2, {"use_sliding_window": True, "max_window_layers": "x"}, "max_window_layers is 'x'"),
+    (QWEN3, {"rope_theta": 1.0, "rope_scaling": ROPE | {"rope_type": "yarn"}}, "high_freq_factor"),
+    (MISTRAL, {"sliding_window": "x"}, "sliding_window is 'x'"),
+    (MISTRAL, {"sliding_window": 0}, "sliding_window is 0"),
     (QWEN3, {"use_mrope": True}, "use_mrope is True"),
     (LLAMA3, {"rope_interleaved": True}, "rope_interleaved is True"),
     (LLAMA3, {"logit_scale": 0.5}, "unknown field 'logit_scale' with value 0.5"),
@@ -288,14 +316,25 @@ UNSUPPORTED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (LLAMA3, {"rms_norm_eps": None, "num_hidden_layers": None}, "num_hidden_layers is missing"),
     (LLAMA3, {"attention_bias": 1}, "attention_bias is 1"),
     (LLAMA3, {"attention_bias": True, "mlp_bias": "x"}, "mlp_bias must be of type bool"),
-    (QWEN3, {"layer_types": ["sliding_attention"]}, "layer_types is 'sliding_attention'"),
+    (QWEN3, {"layer_types": ["full_attention"]}, r"layer_types is \['full_attention'\]"),
+    (QWEN3, {"layer_types": ["sliding_attention"] * 28}, "sliding_window is None"),
+    (QWEN3, {"layer_types": ["chunked_attention"] * 28}, r"layer_types is \['chunked_attention'"),
     (QWEN3, {"layer_types": 5}, "layer_types is 5"),
     (QWEN3, {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
-    (QWEN3, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling.rope_type is"),
+    (QWEN3, {"rope_scaling": {"rope_type": "longrope"}}, "rope_scaling.rope_type is 'longrope'"),
+    (QWEN3, {"rope_scaling": {"rope_type": ["yarn"]}}, "rope_scaling.rope_type is"),
+    (QWEN3, {"rope_scaling": {"type": "default", "factor": 4.0}}, "rope_scaling.factor is 4.0"),
+    (QWEN3, {"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is missing"),
+    (QWEN3, {"rope_scaling": {"type": "yarn", "factor": "4"}}, "rope_scaling.factor, .* is '4'"),
     (
         QWEN3,
-        {"rope_scaling": {"type": "linear", "factor": 4.0}},
-        "rope_scaling.rope_type is 'linear'",
+        {"rope_scaling": {"type": "yarn", "factor": 4.0, "truncate": False}},
+        "rope_scaling.truncate is False",
+    ),
+    (
+        QWEN3,
+        {"rope_scaling": {"type": "yarn", "factor": 4.0, "beta_fast": 0.5}},
+        "rope_scaling yarn needs",
     ),
     (QWEN3, {"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters.factor is missing"),
     (QWEN3, {"rope_parameters": {"full_attention": {}}}, "rope_parameters.full_attention is"),

