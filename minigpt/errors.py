@@ -53,6 +53,10 @@ class LockedError(MinigptError):
     exit_code = 7
 
 
+class MinigptWarning(UserWarning):
+    """Something that was not asked for could not be done, and the work continues without it."""
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """Return the remedy for a misspelled name: the nearest choice, or all of them."""
     names = list(choices)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from minigpt.config import ModelConfig
 from minigpt.errors import ConfigError, DataError
-from minigpt.model.device import autocast
+from minigpt.model.device import autocast, to_device
 from minigpt.model.language_model import LanguageModel
 from minigpt.text.batches import validation_windows
 from minigpt.text.shards import PreparedData, TokenSpan
@@ -162,10 +162,11 @@ def evaluate(
     nats = torch.zeros((), dtype=sum_dtype, device=device)
     n_tokens = n_bytes = 0
     for inputs, targets in batches:
+        tokens, next_tokens = to_device((inputs, targets), device)
         with autocast(device, dtype):
-            logits = model(inputs.to(device), logits_to_keep=targets.shape[1])
+            logits = model(tokens, logits_to_keep=targets.shape[1])
         nats += F.cross_entropy(
-            logits.float().flatten(0, 1), targets.to(device).flatten(), reduction="sum"
+            logits.float().flatten(0, 1), next_tokens.flatten(), reduction="sum"
         )
         n_tokens += targets.numel()
         n_bytes += int(token_byte_lengths[targets.numpy()].sum())

@@ -6,6 +6,7 @@ Nothing here imports torch before a command runs, so that --help is fast.
 import platform
 import signal
 import sys
+import warnings
 from types import FrameType
 from typing import Annotated, Any, NoReturn
 
@@ -13,7 +14,14 @@ import typer
 
 from minigpt.commands.layout import COMMANDS, Commands, show_help
 from minigpt.commands.process import close_streams, open_streams, set_spin_count
-from minigpt.errors import DISTRIBUTION, ConfigError, MinigptError, ResourceError, nearest
+from minigpt.errors import (
+    DISTRIBUTION,
+    ConfigError,
+    MinigptError,
+    MinigptWarning,
+    ResourceError,
+    nearest,
+)
 from minigpt.text.escape import printable
 
 app = typer.Typer(
@@ -58,6 +66,7 @@ def main() -> NoReturn:
     if on_ctrl_c != signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     set_spin_count(sys.argv[1:])
+    warnings.showwarning = _show_warning
     try:
         status = app(prog_name="minigpt", standalone_mode=False)
         sys.stdout.flush()
@@ -81,6 +90,21 @@ def main() -> NoReturn:
     sys.exit(status if isinstance(status, int) else 0)
 
 
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: Any = None,
+    line: str | None = None,
+) -> None:
+    """Print a warning of ours as one line, and those of libraries with their place."""
+    text = str(message)
+    if not issubclass(category, MinigptWarning):
+        text = f"{category.__name__}: {text} ({filename}:{lineno})"
+    print(" ".join(printable(text).split()), file=sys.stderr)  # noqa: T201
+
+
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:
     """Exit by an exception, so that unfinished work is cleaned up."""
     sys.exit(128 + number)
@@ -99,7 +123,10 @@ def _describe(error: BaseException) -> tuple[str, int]:
         return _usage(error), ConfigError.exit_code
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("minigpt"):
         return f"{error.name} is not installed. Install minigpt again with its dependencies.", 1
-    is_torch = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    # The CPU's allocator, and cuBLAS, which allocates by itself.
+    is_torch = isinstance(error, RuntimeError) and (
+        "can't allocate memory" in str(error) or "_STATUS_ALLOC_FAILED" in str(error)
+    )
     if is_torch or isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__:
         remedy = "Try a smaller model, --batch-size or --context-length."
         return f"out of memory. {remedy}", ResourceError.exit_code

@@ -12,6 +12,7 @@ from minigpt.commands.options import ModelSource, PromptForm
 from minigpt.commands.output import note
 from minigpt.errors import DataError
 from minigpt.generation import api
+from minigpt.generation.forward import is_compiled
 from minigpt.model.language_model import LanguageModel
 from minigpt.text.tokenizer import Tokenizer
 
@@ -68,9 +69,9 @@ def use_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def compiling(is_compiled: bool) -> AbstractContextManager[Any]:
-    """Show on a terminal that the model is being compiled."""
-    if not is_compiled or not sys.stderr.isatty():
+def compiling(model: LanguageModel, compile: bool | None) -> AbstractContextManager[Any]:
+    """Show on a terminal that the model is being compiled, if it is."""
+    if not is_compiled(model, compile) or not sys.stderr.isatty():
         return nullcontext()
     from minigpt.commands.status_line import ProgressLine
 

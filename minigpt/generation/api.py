@@ -11,7 +11,7 @@ from minigpt.checkpoint.resolve import resolve_model
 from minigpt.config import DEVICES, DTYPES, QUANTIZATIONS, SamplingConfig
 from minigpt.errors import CheckpointError, ConfigError, DataError, require_choice
 from minigpt.generation.decoder import Decoder, fresh_seed, max_rows_together
-from minigpt.generation.forward import FAST
+from minigpt.generation.forward import FAST, is_compiled
 from minigpt.generation.stream import TextStep, stream_samples
 from minigpt.model.device import has_fast_bfloat16, resolve_device, resolve_dtype
 from minigpt.model.language_model import LanguageModel
@@ -156,14 +156,5 @@ def make_decoder(
         prompt,
         max_new_tokens=sampling.max_new_tokens,
         n_rows=max_rows_together(model.config, sampling.num_samples, n_positions),
-        compiles=is_compiled(model, compile),
+        compiles=compile,
     )
-
-
-def is_compiled(model: LanguageModel, compile: bool | None) -> bool:
-    """Return whether to decode through a compiled graph: by default on CUDA, if possible."""
-    if compile is not None:
-        return compile
-    if model.device.type != "cuda" or not has_ring(FAST):
-        return False
-    return bool(ring(FAST).supports(model, compiles=True))

@@ -73,15 +73,16 @@ class Decoder:
         *,
         max_new_tokens: int | None = None,
         n_rows: int = 1,
-        compiles: bool = False,
+        compiles: bool | None = False,
     ) -> None:
         """Prefill.
 
         Args: max_new_tokens, the largest that ``generate`` is called with, which sets the size of
             the cache; None for the full context. n_rows, the largest number of seeds that
             ``batch`` is called with. compiles, whether to decode with a compiled graph, which
-            starts more slowly.
-        Raises: DataError if the prompt is empty, longer than the context, or has unknown token ids.
+            starts more slowly; None does on CUDA, where possible.
+        Raises: ConfigError if compiling is asked for and not possible; DataError if the prompt is
+            empty, longer than the context, or has unknown token ids.
         """
         self.context_length = model.config.context_length
         if not prompt:

@@ -3,12 +3,13 @@
 Shapes: B rows (sequences of one length that share a prompt), T new tokens, V vocabulary.
 """
 
+import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from minigpt.errors import ConfigError
+from minigpt.errors import ConfigError, MinigptWarning, ResourceError
 from minigpt.model.attention import Recorder
 from minigpt.model.cache import KVCache
 from minigpt.model.language_model import LanguageModel
@@ -20,6 +21,9 @@ FAST = "generation.fast"
 
 class PlainForward:
     """Decoding by the model's own ``forward``, which every faster path must equal."""
+
+    is_compiled = False
+    """Whether tokens are decoded through a compiled graph."""
 
     def __init__(
         self, model: LanguageModel, *, capacity: int, recorder: Recorder | None = None
@@ -51,22 +55,43 @@ def make_forward(
     capacity: int,
     n_rows: int = 1,
     recorder: Recorder | None = None,
-    compiles: bool = False,
+    compiles: bool | None = False,
 ) -> PlainForward:
     """Return the fastest way to decode with a model: the fast ring where it supports the model.
 
     Args: capacity, the number of positions that the cache has room for; n_rows, the largest number
-        of rows.
-    Raises: ConfigError if compiling is not possible for this model.
+        of rows; compiles, as for ``is_compiled``.
+    Raises: ConfigError if compiling is asked for and not possible.
     """
     if compiles and not ring(FAST).supports(model, compiles=True):
         raise ConfigError(
             "--compile needs a gpt with scaled_dot attention: this model has arch "
             f"{model.config.arch}, attention {model.config.attention}. Use --no-compile."
         )
-    if compiles or (has_ring(FAST) and ring(FAST).supports(model)):
-        forward: PlainForward = ring(FAST).make_forward(
-            model, capacity=capacity, n_rows=n_rows, recorder=recorder, compiles=compiles
-        )
+    sizes = {"capacity": capacity, "n_rows": n_rows, "recorder": recorder}
+    if is_compiled(model, compiles):
+        try:
+            forward: PlainForward = ring(FAST).make_forward(model, **sizes, compiles=True)
+        except (ConfigError, ResourceError) as error:
+            if compiles:
+                raise
+            note = f"decoding without a compiled graph: {error}"
+            warnings.warn(note, MinigptWarning, stacklevel=2)
+        else:
+            return forward
+    if has_ring(FAST) and ring(FAST).supports(model):
+        forward = ring(FAST).make_forward(model, **sizes)
         return forward
     return PlainForward(model, capacity=capacity, recorder=recorder)
+
+
+def is_compiled(model: LanguageModel, compiles: bool | None) -> bool:
+    """Return whether to decode through a compiled graph.
+
+    Args: compiles, whether it is asked for; None for the default: on CUDA, if the model is
+        supported. If that fails, decoding continues without it, with a warning.
+    """
+    if compiles is not None:
+        return compiles
+    is_cuda = model.device.type == "cuda"
+    return is_cuda and has_ring(FAST) and bool(ring(FAST).supports(model, compiles=True))

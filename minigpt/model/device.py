@@ -1,8 +1,11 @@
 """Device and dtype selection, and what the hardware can do."""
 
+import re
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 import torch
+from torch import Tensor
 
 from minigpt.errors import ConfigError
 
@@ -61,8 +64,21 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
+def to_device(tensors: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
+    """Return tensors of one dtype on a device, without waiting for it if it is a GPU.
+
+    They travel as one copy from pinned memory.
+    """
+    if device.type != "cuda":
+        return [tensor.to(device) for tensor in tensors]
+    sizes = [tensor.numel() for tensor in tensors]
+    joined = torch.cat([tensor.flatten() for tensor in tensors]).pin_memory()
+    parts = joined.to(device, non_blocking=True).split(sizes)
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
 # Dense bfloat16 tensor-core peaks, FLOP/s, from NVIDIA's datasheets (without sparsity). The first
-# key that is part of the device's name counts, so longer keys come first.
+# key whose words are in the device's name counts, so longer keys come first.
 _BFLOAT16_PEAKS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -71,6 +87,7 @@ _BFLOAT16_PEAKS = {
     "B200": 2250e12,
     "A100": 312e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
     "A10G": 70e12,
     "A10": 125e12,
@@ -85,4 +102,5 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     if device.type != "cuda" or dtype != torch.bfloat16:
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in _BFLOAT16_PEAKS.items() if key in name), None)
+    # Whole words: an L40 is no L4.
+    return next((p for key, p in _BFLOAT16_PEAKS.items() if re.search(rf"\b{key}\b", name)), None)

@@ -80,17 +80,20 @@ class Score(nn.Module):
         Args: visible_BS, false for keys that no query of a sequence may attend to.
         """
         n_query, n_key = q_BHTD.shape[2], k_BGSD.shape[2]
-        mask = None
+        # A constant in each branch: if computed from n_query, which torch.compile makes symbolic
+        # when the context grows, it would be no bool, and break the graph.
+        mask, is_causal = None, True
         # SDPA's own causal mask is aligned upper-left; after a cached prefix it must be
         # lower-right, so that the last query sees every key.
         if visible_BS is not None or n_query != n_key or 0 < self.window < n_key:
             mask = visibility(n_query, n_key, q_BHTD.device, visible_BS, self.window)
+            is_causal = False
         return F.scaled_dot_product_attention(
             q_BHTD,
             k_BGSD,
             v_BGSD,
             attn_mask=mask,
-            is_causal=mask is None and n_query > 1,
+            is_causal=is_causal,
             enable_gqa=k_BGSD.shape[1] != q_BHTD.shape[1],
         )
 

@@ -61,7 +61,7 @@ def trace(
         config,
         seed=fresh_seed() if sampling.seed is None else sampling.seed,
         model_name=name,
-        compiles=api.is_compiled(network, compile),
+        compiles=compile,
     )
     assert isinstance(header, TraceHeader)
     assert isinstance(footer, TraceFooter)

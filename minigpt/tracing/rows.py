@@ -5,6 +5,7 @@ Shapes: L layers, H query heads, S positions in view, R rows, K sources.
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,14 @@ def reduce_rows(rows_LHS: Tensor, selection: HeadSelection, *, is_max: bool = Fa
     """Return the mean of the chosen heads' rows, or the maximum at each position: (S,)."""
     rows_RS = rows_LHS.flatten(0, 1)
     if not selection.is_all:
-        rows_RS = rows_RS[selection.flat_indices]
+        rows_RS = rows_RS.index_select(0, _chosen(selection, rows_RS.device))
     return rows_RS.amax(dim=0) if is_max else rows_RS.mean(dim=0)
+
+
+@lru_cache(maxsize=8)
+def _chosen(selection: HeadSelection, device: torch.device) -> Tensor:
+    """Return the indices of the chosen heads: copied once, because each copy waits for the GPU."""
+    return torch.tensor(selection.flat_indices, device=device)
 
 
 class RowReader:

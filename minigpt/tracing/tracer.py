@@ -41,7 +41,7 @@ def trace(
     model_name: str = "",
     model_sha256: str | None = None,
     stop_at_end_of_text: bool = True,
-    compiles: bool = False,
+    compiles: bool | None = False,
     dense: Callable[[Tensor], None] | None = None,
 ) -> Iterator[TraceEvent]:
     """Generate as ``Decoder`` does, and yield a header, a step per token, and a footer.
@@ -73,7 +73,7 @@ def trace(
     yield observer.header(
         model=model_name,
         model_sha256=model_sha256,
-        kernel=_kernel(model, compiles=compiles),
+        kernel=_kernel(model, is_compiled=decoder.forward.is_compiled),
         seed=seed,
         sampling=sampling,
         prompt=tuple(tokens),
@@ -98,8 +98,8 @@ def trace(
     yield TraceFooter(n_generated, finish, time.perf_counter() - started, **observer.checks())
 
 
-def _kernel(model: LanguageModel, *, compiles: bool) -> str:
-    if compiles:
+def _kernel(model: LanguageModel, *, is_compiled: bool) -> str:
+    if is_compiled:
         return "compiled graph"
     is_dot_product = model.attentions[0].score.is_dot_product
     return "scaled_dot_product_attention" if is_dot_product else "tanh score, in chunks"

@@ -18,7 +18,7 @@ from minigpt.config import RunConfig
 from minigpt.errors import CheckpointError, DataError, DivergedError
 from minigpt.evaluation import evaluate, windows_at_once
 from minigpt.model.cost import training_flops_per_token
-from minigpt.model.device import autocast, has_fast_bfloat16, peak_flops
+from minigpt.model.device import autocast, has_fast_bfloat16, peak_flops, to_device
 from minigpt.model.language_model import LanguageModel
 from minigpt.model.registry import model_class
 from minigpt.rings import has_ring, ring
@@ -231,6 +231,7 @@ class Trainer:
             rank=self.world.rank,
             world_size=self.world.size,
         )
+        inputs, targets = to_device((inputs, targets), self.device)
         total = torch.zeros((), device=self.device)
         size = self.micro_batch_size * n_times
         micro_batches = list(zip(inputs.split(size), targets.split(size), strict=True))
@@ -246,8 +247,8 @@ class Trainer:
         # A separate function, so that the logits are freed before the backward pass.
         recompute = self.config.training.recompute
         with autocast(self.device, self.dtype):
-            logits = self._forward(inputs.to(self.device), recompute=recompute)
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.to(self.device).flatten())
+            logits = self._forward(inputs, recompute=recompute)
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
     def _must_stop(self) -> bool:
         """Return whether any rank was asked to stop, so that all stop at the same step."""

@@ -102,7 +102,6 @@ def _trace(
     from minigpt.commands.attention_trace.output import TraceOutput
     from minigpt.commands.output import note
     from minigpt.console import make_console
-    from minigpt.generation.api import is_compiled
     from minigpt.generation.decoder import fresh_seed
     from minigpt.tracing.lines import TraceLayout
     from minigpt.tracing.tracer import trace
@@ -118,7 +117,6 @@ def _trace(
     if config.n_sources is None:
         config = replace(config, n_sources=max(N_SOURCES, layout.n_sources))
     digest = weights_sha256(ready.folder) if targets.out is not None else None
-    compiles = is_compiled(ready.model, compile)
     first_seed = fresh_seed() if sampling.seed is None else sampling.seed
     with TraceOutput(targets, layout) as output:
         for seed in range(first_seed, first_seed + sampling.num_samples):
@@ -140,10 +138,10 @@ def _trace(
                     seed=seed,
                     model_name=str(ready.folder),
                     model_sha256=digest,
-                    compiles=compiles,
+                    compiles=compile,
                     dense=add_rows,
                 )
-                is_whole = output.show(_after_compiling(events, compiles))
+                is_whole = output.show(_after_compiling(events, ready, compile))
             if targets.dense is not None:
                 note(f"wrote {targets.dense}")
             note(f"seed {seed}")
@@ -152,10 +150,12 @@ def _trace(
     return True
 
 
-def _after_compiling(events: "Iterator[TraceEvent]", compiles: bool) -> "Iterator[TraceEvent]":
+def _after_compiling(
+    events: "Iterator[TraceEvent]", ready: "Ready", compile: bool | None
+) -> "Iterator[TraceEvent]":
     from minigpt.commands.loading import compiling
 
-    with compiling(compiles):
+    with compiling(ready.model, compile):
         header = next(events)
     yield header
     yield from events

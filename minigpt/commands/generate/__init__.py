@@ -55,7 +55,7 @@ def generate(
         )
     from minigpt.commands.generate.samples import SampleDisplay
     from minigpt.commands.loading import compiling, load
-    from minigpt.generation.api import is_compiled, make_decoder
+    from minigpt.generation.api import make_decoder
     from minigpt.generation.decoder import fresh_seed
     from minigpt.generation.stream import stream_samples
 
@@ -73,7 +73,7 @@ def generate(
             special=form.special,
         )
         return
-    with compiling(is_compiled(ready.model, source.compile)):
+    with compiling(ready.model, source.compile):
         decoder = make_decoder(ready.model, ready.prompt, sampling, compile=source.compile)
     is_whole = display.show(
         stream_samples(decoder, ready.tokenizer, sampling, seed=seed),

@@ -7,7 +7,7 @@ from minigpt.commands.loading import Ready, compiling, read_line
 from minigpt.commands.output import note
 from minigpt.config import SamplingConfig
 from minigpt.errors import DataError
-from minigpt.generation.api import encode_prompt, is_compiled
+from minigpt.generation.api import encode_prompt
 from minigpt.generation.decoder import Decoder
 from minigpt.generation.stream import stream_text
 
@@ -38,9 +38,8 @@ def converse(
         try:
             if decoder is None:
                 ids = encode_prompt(tokenizer, text, special=special)
-                compiles = is_compiled(ready.model, compile)
-                with compiling(compiles):
-                    decoder = Decoder(ready.model, ids, compiles=compiles)
+                with compiling(ready.model, compile):
+                    decoder = Decoder(ready.model, ids, compiles=compile)
             else:
                 ids = tokenizer.encode(text, is_start=False, special=special)
                 decoder.extend(ids, overflow=sampling.overflow)

@@ -64,6 +64,8 @@ class CompiledForward(StepForward):
     The graph of several rows is dynamic in the rows too, but needs at least two of them.
     """
 
+    is_compiled = True
+
     def __init__(
         self, model: GPT, *, capacity: int, n_rows: int = 1, recorder: Recorder | None = None
     ) -> None:
@@ -93,6 +95,21 @@ class CompiledForward(StepForward):
         self._view = torch.empty(self.cache.capacity, device=self.device)
         self._caches = [*keys.unbind(), *values.unbind()]
         self._replays: dict[int, tuple[torch.cuda.CUDAGraph, list[Tensor]]] = {}
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Keep only these rows. On CUDA, buffers shrink only when half of them are unused.
+
+        Every number of rows needs CUDA graphs of its own, and capturing one takes as long as many
+        tokens. The rows that are kept move to the front; the others repeat the last one.
+        """
+        n_held = self.cache.n_rows
+        is_small = n_held == self.min_rows or n_held < 2 * len(rows)
+        if self.device.type != "cuda" or len(rows) > n_held or not is_small:
+            super().keep(rows)
+            return
+        index = torch.tensor([*rows, *[rows[-1]] * (n_held - len(rows))], device=self.device)
+        for kind in (self.cache.keys_LBGSD, self.cache.values_LBGSD):
+            kind.copy_(kind.index_select(1, index))
 
     def _decode(self, tokens: Tensor, position: int) -> Sequence[Tensor]:
         self._tokens.copy_(tokens)
@@ -203,6 +220,8 @@ def _compile(step: GraphStep, path: Path, *, cache_dtype: torch.dtype, is_batch:
     in_view, room = torch.export.Dim("n_view", min=2), torch.export.Dim("n_room", min=2)
     free = [{**rows, 2: room}] * config.n_layer
     dynamic: Any = (rows, {}, {0: in_view}, free, free)
+    if device.type == "cuda":
+        _find_cuda_headers()
     try:
         get_cpp_compiler()  # fail before the work, not after it
         # The compiler's own cache has a guessable name in the system's temporary folder.
@@ -218,6 +237,31 @@ def _compile(step: GraphStep, path: Path, *, cache_dtype: torch.dtype, is_batch:
             f"compiling needs a working C++ compiler: {reason}. Install g++, or name another in "
             "the variable CXX, or use --no-compile."
         ) from error
+    except (OSError, RuntimeError) as error:
+        if device.type != "cuda":
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"compiling for CUDA failed: {reason} Install the CUDA toolkit of torch's version "
+            f"({torch.version.cuda}) and set CUDA_HOME to its folder, or use --no-compile."
+        ) from error
+
+
+def _find_cuda_headers() -> None:
+    """Point torch at the CUDA headers of NVIDIA's wheels, if no toolkit is installed.
+
+    pip installs them with torch, where torch itself does not look.
+    """
+    from torch.utils import cpp_extension
+
+    if cpp_extension.CUDA_HOME is not None or torch.version.cuda is None:
+        return
+    wheels = Path(torch.__file__).parents[1] / "nvidia"
+    major = torch.version.cuda.split(".")[0]
+    for folder in (wheels / f"cu{major}", wheels / "cuda_runtime"):
+        if (folder / "include" / "cuda_runtime.h").is_file():
+            cpp_extension.CUDA_HOME = os.environ["CUDA_HOME"] = str(folder)
+            return
 
 
 def cached_package(key: str, compile_to: Callable[[Path], None]) -> Path:

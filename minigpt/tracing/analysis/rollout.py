@@ -34,7 +34,7 @@ class Rollout:
                 f"most {MAX_POSITIONS}: prompt and max_new_tokens are {n_positions}. Reduce them."
             )
         by_layer = enumerate(selection.heads_by_layer)
-        self._heads = {layer: list(heads) for layer, heads in by_layer if heads}
+        self._heads = {layer: torch.tensor(heads) for layer, heads in by_layer if heads}
         self._n_positions = n_positions
         self._products: dict[int, Tensor] = {}
         """For each chosen layer (P, P); the first ``_end`` rows are filled."""
@@ -45,6 +45,8 @@ class Rollout:
         if layer not in self._heads:
             return
         n_new, end = weights_HTS.shape[1:]
+        if self._heads[layer].device != weights_HTS.device:  # once: an index that is copied waits
+            self._heads[layer] = self._heads[layer].to(weights_HTS.device)
         mean_TS = weights_HTS[self._heads[layer]].mean(dim=0)
         mixed_TS = 0.5 * mean_TS + 0.5 * torch.eye(end, device=mean_TS.device)[end - n_new :]
         below = max((other for other in self._heads if other < layer), default=None)

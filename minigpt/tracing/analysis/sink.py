@@ -23,7 +23,8 @@ class SinkFinder:
         n_new, end = weights_HTS.shape[1:]
         if end <= self._n_prompt:
             # Below the diagonal: a token that attends to itself is no sink.
-            self._received_S[:end] += weights_HTS.tril(end - n_new - 1).sum(dim=(0, 1)).cpu()
+            self._received_S = self._received_S.to(weights_HTS.device)
+            self._received_S[:end] += weights_HTS.tril(end - n_new - 1).sum(dim=(0, 1))
 
     def sink(self) -> int:
         """Return the position that gets the most weight per later position.
@@ -32,4 +33,4 @@ class SinkFinder:
         """
         n = self._n_prompt
         n_later = torch.arange(n - 1, -1, -1).clamp(min=1)
-        return int((self._received_S / n_later)[: max(1, n // 2)].argmax())
+        return int((self._received_S.cpu() / n_later)[: max(1, n // 2)].argmax())

@@ -1,0 +1,255 @@
+"""The CUDA paths on a machine without a GPU: no devices are mixed, and the host rarely waits."""
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from pretend_cuda import CUDA, PretendCuda
+
+from minigpt.config import ModelConfig, SamplingConfig, TrainingConfig
+from minigpt.errors import ConfigError, MinigptWarning
+from minigpt.evaluation import evaluate
+from minigpt.generation.decoder import Decoder
+from minigpt.generation.fast import compiled
+from minigpt.generation.fast.quantize import quantize_int8
+from minigpt.model.device import autocast, peak_flops
+from minigpt.model.registry import model_class
+from minigpt.tracing.analysis.knockout import knock_out
+from minigpt.tracing.analysis.rollout import Rollout
+from minigpt.tracing.analysis.sink import SinkFinder
+from minigpt.tracing.recorder import RowRecorder
+from minigpt.tracing.rows import reduce_rows
+from minigpt.tracing.selection import select_heads
+from minigpt.training.optim import make_optimizers
+
+BASE: dict[str, Any] = {"n_layer": 2, "d_model": 32, "vocab_size": 97, "context_length": 64}
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama": {"n_head": 4, "n_kv_head": 2, "qk_norm": True},
+    "gpt2": {"family": "gpt2", "n_head": 4},
+    "general": {"attention": "general", "n_head": 4},
+    "additive": {"attention": "additive", "n_head": 4},
+    "lstm": {"arch": "lstm", "n_head": 1},
+    "lstm-attention": {"arch": "lstm-attention", "n_head": 1},
+}
+
+
+def make(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    """A model without any weight of zero, so that every weight matters."""
+    config = ModelConfig(**BASE, **SHAPES[name])
+    model = model_class(config)(config)
+    generator = torch.Generator().manual_seed(0)
+    model.init_weights(generator)
+    for parameter in model.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1, generator=generator)
+    tensors = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+    return model_class(config).from_tensors(config, tensors)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("name", SHAPES)
+def test_training_step_never_waits_for_the_device(name: str, recompute: bool) -> None:
+    tokens = torch.randint(97, (2, 4, 33), generator=torch.Generator().manual_seed(0))
+    losses = {}
+    for device in ("cpu", "cuda"):
+        with PretendCuda() as seen:
+            model = make(name).to(device)
+            optimizers = make_optimizers(model, TrainingConfig(max_steps=2), torch.float32)
+            seen.clear()
+            for step in tokens.to(device):
+                logits = model(step[:, :-1], recompute=recompute)
+                F.cross_entropy(logits.flatten(0, 1), step[:, 1:].flatten()).backward()
+                torch.nn.utils.clip_grad_norm_(list(model.parameters()), 1.0)
+                for optimizer in optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+            assert not seen.syncs
+            with autocast(torch.device(device), torch.bfloat16):
+                assert model(tokens[0].to(device)).dtype == torch.bfloat16
+            result = evaluate(model, [(tokens[0, :, :-1], tokens[0, :, 1:])], np.ones(97, int))
+            losses[device] = result.nats
+            assert sum(seen.syncs.values()) == (device == "cuda")
+    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=1e-4)
+
+
+SAMPLING: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0.0},
+    "all": {
+        "top_k": 20,
+        "top_p": 0.9,
+        "min_p": 0.01,
+        "repetition_penalty": 1.2,
+        "presence_penalty": 0.1,
+        "frequency_penalty": 0.1,
+        "ignore_eos": True,
+        "logprobs": 3,
+    },
+}
+
+
+def decode(decoder: Decoder, config: SamplingConfig, seen: PretendCuda, n_rows: int = 1) -> Any:
+    """Return the first row's tokens, and the waits and copies of a token in the middle."""
+    found, marks = [], []
+    for row, step in decoder.batch(config, seeds=range(n_rows), end_of_text=[3]):
+        if row == 0:
+            found.append(step.token)
+            marks.append((Counter(seen.syncs), Counter(seen.copies), Counter(seen.launches)))
+    return found, *(later - before for before, later in zip(marks[-3], marks[-2], strict=True))
+
+
+@pytest.mark.parametrize("n_rows", [1, 3])
+@pytest.mark.parametrize("options", SAMPLING)
+@pytest.mark.parametrize("name", [*SHAPES, "int8"])
+def test_token_waits_for_the_device_once(name: str, options: str, n_rows: int) -> None:
+    found = {}
+    config = SamplingConfig(max_new_tokens=9, **SAMPLING[options])
+    for device in ("cpu", "cuda"):
+        with PretendCuda() as seen:
+            model = make("llama" if name == "int8" else name).to(device).eval()
+            model.requires_grad_(False)
+            if name == "int8":
+                quantize_int8(model)
+            decoder = Decoder(model, [5, 6, 7], max_new_tokens=9, n_rows=n_rows)
+            found[device], syncs, copies, _ = decode(decoder, config, seen, n_rows)
+    assert found["cuda"] == found["cpu"]
+    assert sum(syncs.values()) == 1, syncs
+    assert not copies
+
+
+def run_eagerly(step: Any, **_: Any) -> Any:
+    """Stands in for the compiler: the graph step as it is."""
+    n = step.model.config.n_layer
+    return lambda x: list(step(*x[:3], x[3 : 3 + n], x[3 + n :]))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_compiled_step_is_captured_once_per_number_of_positions(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled, "load_step", run_eagerly)
+    config = SamplingConfig(max_new_tokens=9, temperature=0.0)
+    with PretendCuda() as seen:
+        alone = make(name).eval().requires_grad_(False)
+        steps = Decoder(alone, [5, 6, 7], max_new_tokens=9).generate(config, seed=0)
+        wanted = [step.token for step in steps]
+        model = make(name).to("cuda").eval().requires_grad_(False)
+        decoder = Decoder(model, [5, 6, 7], RowRecorder(model), max_new_tokens=9, compiles=True)
+        tokens, syncs, copies, _ = decode(decoder, config, seen)
+        assert tokens == wanted
+        assert sum(syncs.values()) == 1
+        assert not copies
+        assert sum(seen.captures.values()) == 1
+
+
+def test_rollout_copies_nothing_to_the_device() -> None:
+    with PretendCuda() as seen:
+        model = make("llama").to("cuda").eval().requires_grad_(False)
+        recorder = RowRecorder(model, watchers=[Rollout(select_heads(2, 4), 32)])
+        decoder = Decoder(model, [5, 6, 7], recorder, max_new_tokens=9)
+        config = SamplingConfig(max_new_tokens=9, temperature=0.0)
+        _, _, copies, _ = decode(decoder, config, seen)
+        assert not copies
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "additive", "lstm-attention"])
+def test_recording_attention_adds_no_wait(name: str) -> None:
+    with PretendCuda() as seen:
+        model = make(name).to("cuda").eval().requires_grad_(False)
+        recorder = RowRecorder(model, measures=("weight", "norm"), watchers=[SinkFinder(3)])
+        decoder = Decoder(model, [5, 6, 7], recorder, max_new_tokens=9)
+        config = SamplingConfig(max_new_tokens=9, temperature=0.0)
+        _, syncs, copies, _ = decode(decoder, config, seen)
+        assert recorder.rows_LHS("norm").device == CUDA
+        assert sum(syncs.values()) == 1
+        kinds = ["key"] if name.startswith("lstm") else ["key", "value"]
+        for kind in kinds:
+            knock_out(model, decoder.cache, 5, 6, [0, 1], kind)  # type: ignore[arg-type]
+        assert not copies, copies
+
+
+def test_pretend_device_refuses_what_cuda_refuses() -> None:
+    with PretendCuda() as seen:
+        x = torch.ones(3, device="cuda")
+        with pytest.raises(RuntimeError, match="same device"):
+            x + torch.ones(3)
+        with pytest.raises(RuntimeError, match="same device"):
+            torch.cat([x, torch.ones(3)])
+        with pytest.raises(TypeError, match="numpy"):
+            x.numpy()
+        graph = torch.cuda.graph(torch.cuda.CUDAGraph())
+        with pytest.raises(RuntimeError, match="capturing"), graph:
+            x.sum().item()
+        seen.clear()
+        bool(x.any()), x.tolist(), x[x > 0], x.nonzero()
+        assert sum(seen.syncs.values()) >= 4
+        model = make("llama").to("cuda")
+        model.rotary_cos = model.rotary_cos.to("cpu")  # a table that was forgotten
+        with pytest.raises(RuntimeError, match="same device"):
+            model(torch.ones(1, 4, dtype=torch.int64, device="cuda"))
+
+
+def test_failed_default_compilation_decodes_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise ConfigError("compiling for CUDA failed: CUDA_HOME is not set.")
+
+    monkeypatch.setattr(compiled, "load_step", fail)
+    config = SamplingConfig(max_new_tokens=5, temperature=0.0)
+    with PretendCuda():
+        model = make("llama").to("cuda").eval().requires_grad_(False)
+        with pytest.warns(MinigptWarning, match="without a compiled graph: .* CUDA_HOME"):
+            decoder = Decoder(model, [5, 6, 7], max_new_tokens=5, compiles=None)
+        assert not decoder.forward.is_compiled
+        assert len(list(decoder.generate(config, seed=0))) == 5
+        with pytest.raises(ConfigError, match="CUDA_HOME"):
+            Decoder(model, [5, 6, 7], compiles=True)
+
+
+def test_rows_that_end_cost_few_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "load_step", run_eagerly)
+    config = SamplingConfig(max_new_tokens=12)
+    tokens: dict[str, dict[int, list[int]]] = {}
+    for device in ("cpu", "cuda"):
+        with PretendCuda() as seen:
+            model = make("llama").to(device).eval().requires_grad_(False)
+            decoder = Decoder(model, [5, 6, 7], max_new_tokens=12, n_rows=8, compiles=True)
+            rows: dict[int, list[int]] = {row: [] for row in range(8)}
+            stopped: set[int] = set()
+            for row, step in decoder.batch(config, seeds=range(8), stopped=stopped):
+                rows[row].append(step.token)
+                if step.index >= row + 1:  # the rows end one after the other
+                    stopped.add(row)
+            tokens[device] = rows
+            assert sum(seen.captures.values()) <= 3  # for 8, 4 and 2 rows
+    assert tokens["cuda"] == tokens["cpu"]
+    assert [len(row) for row in tokens["cuda"].values()] == [2, 3, 4, 5, 6, 7, 8, 9]
+
+
+def test_decode_step_needs_no_fused_attention() -> None:
+    """cuDNN's kernel, which torch prefers on Hopper, plans anew for every number of keys."""
+    with PretendCuda() as seen:
+        model = make("llama").to("cuda").eval().requires_grad_(False)
+        decoder = Decoder(model, [5, 6, 7], max_new_tokens=9)
+        seen.clear()
+        decode(decoder, SamplingConfig(max_new_tokens=9, temperature=0.0), seen)
+        assert not seen.sdpa
+
+
+def test_chosen_heads_are_copied_to_the_device_once() -> None:
+    selection = select_heads(2, 4, heads="0.1,1.2")
+    with PretendCuda() as seen:
+        rows = torch.ones(2, 4, 9, device="cuda")
+        reduce_rows(rows, selection)
+        seen.clear()
+        reduce_rows(rows, selection)
+        assert not seen.copies
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"), [("NVIDIA L4", 121e12), ("NVIDIA L40", 181e12), ("NVIDIA L40S", 362e12)]
+)
+def test_peak_is_of_the_device_with_the_whole_name(name: str, peak: float) -> None:
+    with PretendCuda(name=name):
+        assert peak_flops(CUDA, torch.bfloat16) == peak
