@@ -43,16 +43,16 @@ def plain_key(name: str) -> str:
 
 
 def _checked(hint: Any, value: Any, name: str) -> Any:
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{name} must be a table of settings: it is {value!r}.")
-        return build(hint, value, f"{name}.")
     words, kinds = parts_of(hint)
     if value in words or (value is None and type(None) in kinds):
         return value
     hint = next((kind for kind in kinds if kind is not type(None)), None)
     if hint is None:
         require_choice(name, value, [word for word in words if word])
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{name} must be a table of settings: it is {value!r}.")
+        return build(hint, value, f"{name}.")
     if typing.get_origin(hint) is tuple:
         is_texts = isinstance(value, list | tuple) and all(isinstance(v, str) for v in value)
         if not is_texts:

@@ -1,9 +1,35 @@
 """The budget and the learning rate schedule, as pure functions of step and time."""
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from minigpt.config import RunConfig, TrainingConfig
+
+LARGEST_RISE = 1.2
+"""Most that the learning rate is multiplied by in one step after a change of the schedule."""
+_MOST_RISES = 500  # 1.2 ** 500 is still a float, and far above any ratio of learning rates
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seam:
+    """A step at which a resumed run got another schedule, for example by a larger budget.
+
+    The learning rate continues from where it was: it rises by at most ``LARGEST_RISE`` a step until
+    it meets the new schedule. Sequences that have left the context warm-up do not become short
+    again.
+    """
+
+    step: int
+    """Number of steps taken under the old schedule."""
+    lr_scale: float
+    """Learning rate of the last of them as a fraction of the peak."""
+    is_warm: bool
+    """Whether the context warm-up was over."""
+
+    def limit(self, lr_scale: float, step: int) -> float:
+        """Return the learning rate of a step after the seam: that of the new schedule, limited."""
+        n_rises = min(step + 1 - self.step, _MOST_RISES)
+        return min(lr_scale, self.lr_scale * LARGEST_RISE**n_rises)
 
 
 def with_max_steps(config: RunConfig, n_train_tokens: int) -> RunConfig:

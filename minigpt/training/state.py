@@ -19,6 +19,7 @@ from minigpt.checkpoint.model_folder import save_tensors
 from minigpt.errors import CheckpointError, ConfigError
 from minigpt.settings import build
 from minigpt.training.optim import Muon
+from minigpt.training.schedule import Seam
 from minigpt.training.world import ALONE, World
 
 STATE_FOLDER = "training_state"
@@ -45,6 +46,14 @@ class TrainingState:
     """Fingerprint of the tokenized corpus."""
     computed_on: str = ""
     """Hardware, dtype and torch version, from ``computed_on``."""
+    lr_scale: float | None = None
+    """Learning rate of the last step as a fraction of the peak. None before the first step."""
+    next_lr_scale: float | None = None
+    """Learning rate of the next step as a fraction of the peak, if the schedule stays the same."""
+    is_warm: bool = False
+    """Whether the context warm-up is over."""
+    seam: Seam | None = None
+    """Where a change of the schedule was last smoothed."""
 
 
 def computed_on(world: World, dtype: torch.dtype) -> str:

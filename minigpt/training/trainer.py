@@ -26,7 +26,7 @@ from minigpt.text.batches import batch, require_length, validation_windows
 from minigpt.text.shards import PreparedData
 from minigpt.training.events import EvalEvent, Event, SampleEvent, SaveEvent, SkipEvent, StepEvent
 from minigpt.training.optim import make_optimizers, scale_learning_rates
-from minigpt.training.schedule import lr_scale, progress, with_max_steps
+from minigpt.training.schedule import Seam, lr_scale, progress, with_max_steps
 from minigpt.training.state import (
     TrainingState,
     computed_on,
@@ -90,6 +90,9 @@ class Trainer:
         self.computed_on = computed_on(self.world, dtype)
         self.moved_from: str | None = None
         """Where the checkpoint was computed, if resume is not bit-exact for that reason."""
+        self.seam: Seam | None = None
+        """Where a change of the schedule is smoothed, in this process or an earlier one."""
+        self._last_lr_scale: float | None = None
         if resume_from:
             self._restore(resume_from)
         forward: Any = torch.compile(self.model) if config.training.compile else self.model
@@ -132,11 +135,21 @@ class Trainer:
         self.n_skipped = state.n_skipped
         if state.computed_on not in ("", self.computed_on):
             self.moved_from = state.computed_on
+        self.seam, self._last_lr_scale = state.seam, state.lr_scale
+        is_changed = state.next_lr_scale not in (None, self.lr_scale)
+        if is_changed and state.lr_scale is not None:
+            self.seam = Seam(step=self.step, lr_scale=state.lr_scale, is_warm=state.is_warm)
 
     @property
     def progress(self) -> float:
         """Fraction of the budget used, in [0, 1]."""
         return progress(self.config.training, self.step, self.elapsed_s)
+
+    @property
+    def lr_scale(self) -> float:
+        """Learning rate of the next step as a fraction of the peak."""
+        scale = lr_scale(self.config.training, self.progress)
+        return self.seam.limit(scale, self.step) if self.seam else scale
 
     @property
     def context_length(self) -> int:
@@ -146,7 +159,8 @@ class Trainer:
         (Li et al. 2021, arXiv:2108.06084).
         """
         config = self.config.training
-        if config.context_warmup_length and self.progress < config.context_warmup_fraction:
+        is_warm = self.progress >= config.context_warmup_fraction
+        if config.context_warmup_length and not is_warm and not (self.seam and self.seam.is_warm):
             return config.context_warmup_length
         return self.config.sequence_length
 
@@ -195,7 +209,7 @@ class Trainer:
         """
         config = self.config.training
         started = time.perf_counter()
-        scale = lr_scale(config, self.progress)
+        self._last_lr_scale = scale = self.lr_scale
         scale_learning_rates(self.optimizers, scale)
         if self.config.model.dropout:
             # Dropout masks are a pure function of seed, step and rank, so that resume is exact.
@@ -359,6 +373,10 @@ class Trainer:
             n_skipped=self.n_skipped,
             corpus=self.data.tokens.fingerprint,
             computed_on=self.computed_on,
+            lr_scale=self._last_lr_scale,
+            next_lr_scale=self.lr_scale,
+            is_warm=self.context_length == self.config.sequence_length,
+            seam=self.seam,
         )
         with self.folder.writing_step(self.step, **losses) as folder:
             write_model(folder, model, self.data.tokenizer)
@@ -388,7 +406,7 @@ class Trainer:
         """Return the error for a divergence found at the current step, such as NaN in a sample."""
         config, last = self.config.training, self._last_metrics
         norm = f"gradient norm {last.grad_norm:.4g}, " if last else ""
-        lr = config.lr * lr_scale(config, self.progress)
+        lr = config.lr * self.lr_scale
         return self._diverged(f"at step {self.step}: {fact}, {norm}lr {lr:.3g}")
 
     def _diverged(self, facts: str, remedy: str = "Try a lower --lr.") -> DivergedError:

@@ -19,6 +19,7 @@ from minigpt.model.language_model import LanguageModel
 from minigpt.rings import has_ring, ring
 from minigpt.text.escape import printable
 from minigpt.training.events import EvalEvent, Event, SampleEvent, SkipEvent, StepEvent
+from minigpt.training.schedule import LARGEST_RISE, lr_scale
 from minigpt.training.trainer import Trainer
 
 _SAMPLE = SamplingConfig(max_new_tokens=200, temperature=0.8)
@@ -80,6 +81,12 @@ class TrainingDisplay(ProgressLine):
             self.note(
                 f"saved on {trainer.moved_from}, and resumed on {trainer.computed_on}: the run "
                 "continues, but rounds differently than it would have"
+            )
+        seam, scheduled = trainer.seam, lr_scale(training, trainer.progress)
+        if seam and seam.step == trainer.step and scheduled > trainer.lr_scale:
+            self.note(
+                f"the learning rate continues from {training.lr * seam.lr_scale:.1e} and rises by "
+                f"at most {LARGEST_RISE - 1:.0%} a step until it meets the new budget's schedule"
             )
         if trainer.progress >= 1:
             self._print_fact("", "already complete: raise --max-steps or --max-minutes to continue")
