@@ -11,7 +11,7 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from minigpt.errors import ConfigError, require_choice
+from minigpt.errors import ConfigError, cut, require_choice
 from minigpt.rings import has_ring
 
 HF_LAYOUTS = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
@@ -93,15 +93,18 @@ def check_fields(config: Any) -> None:
 def require_within(name: str, value: float, bounds: str) -> None:
     """Raise ConfigError if a value is outside an interval."""
     low, high = _ends(bounds)
+    is_count = high == math.inf or (bounds[-1] == "]" and high > 1)
+    if isinstance(value, int) and high == math.inf:  # torch's integers have 64 bits
+        high, bounds = 2.0**63, bounds.replace("inf", "2**63")
     is_low_enough = value < high or (value == high and bounds[-1] == "]")
     if is_low_enough and (low < value or (value == low and bounds[0] == "[")):
         return
     expected = f"in {bounds}"
-    if not math.isfinite(value) or low == -math.inf:
+    if value in (math.inf, -math.inf) or value != value or low == -math.inf:
         expected = "a finite number"
-    elif high == math.inf:
+    elif is_count and value <= low:
         expected = f"at least {low:g}" if bounds[0] == "[" else f"above {low:g}"
-    raise ConfigError(f"{name} must be {expected}: it is {value}.")
+    raise ConfigError(f"{name} must be {expected}: it is {cut(value)}.")
 
 
 @cache
@@ -130,25 +133,25 @@ def round_up(value: float, multiple: int) -> int:
 class ModelConfig:
     """The shape of a language model; enough to build it and to write its config.json."""
 
-    vocab_size: int = setting(bounds="[1, inf)")
+    vocab_size: int = setting(bounds="[1, 2**28]")
     """Number of tokens in the vocabulary, V."""
-    context_length: int = option(bounds="[1, inf)")
+    context_length: int = option(bounds="[1, 2**28]")
     """Longest sequence that the model can process, in tokens."""
-    n_layer: int = option(bounds="[1, inf)")
+    n_layer: int = option(bounds="[1, 2**12]")
     """Number of blocks."""
-    n_head: int = option(bounds="[1, inf)")
+    n_head: int = option(bounds="[1, 2**16]")
     """Query heads per block, H. 1 for an LSTM."""
-    d_model: int = option(bounds="[1, inf)")
+    d_model: int = option(bounds="[1, 2**28]")
     """Width of the residual stream, C."""
     arch: str = option("gpt", choices=tuple(ARCHS))
     """Architecture. An LSTM, with or without attention over its states, is for comparison."""
     family: Literal["llama", "gpt2"] = option("llama")
     """Block layout. llama: RMSNorm, RoPE, gated MLP; gpt2: LayerNorm, learned positions."""
-    n_kv_head: int = setting(0, "[0, inf)")
+    n_kv_head: int = setting(0, "[0, 2**16]")
     """Key/value heads per block, G, which divides n_head. 0 derives n_head."""
-    d_head: int = setting(0, "[0, inf)")
+    d_head: int = setting(0, "[0, 2**28]")
     """Width of one head, D, even for llama. 0 derives d_model / n_head."""
-    d_mlp: int = setting(0, "[0, inf)")
+    d_mlp: int = setting(0, "[0, 2**28]")
     """Hidden width of the MLP. 0 derives 4 d_model (gpt2) or 8/3 d_model, rounded up to a multiple
     of 32 (llama). An LSTM has 4 d_model gates."""
     activation: str = ""
@@ -338,7 +341,7 @@ class TrainingConfig:
     """Minutes of training, without evaluation; 0 for no limit. The schedule ends with it."""
     max_epochs: float = option(0.0, "[0, inf)")
     """Passes over the training tokens; 0 for no limit. Becomes max_steps once the text is read."""
-    batch_size: int = option(16, "[1, inf)")
+    batch_size: int = option(16, "[1, 2**24]")
     """Sequences per optimizer step, over all ranks."""
     micro_batch_size: int = setting(0, "[0, inf)")
     """Most sequences per forward pass (gradient accumulation). 0 derives batch_size."""
@@ -359,7 +362,7 @@ class TrainingConfig:
     """Decoupled weight decay of the matrices, multiplied by the learning rate."""
     momentum: float = setting(0.95, "[0, 1)")
     """Nesterov momentum of Muon, in [0, 1)."""
-    newton_schulz_steps: int = setting(5, "[1, inf)")
+    newton_schulz_steps: int = setting(5, "[1, 100]")
     """Newton-Schulz iterations of Muon's orthogonalization."""
     beta1: float = setting(0.9, "[0, 1)")
     """Decay rate of AdamW's first moment, in [0, 1)."""
@@ -444,7 +447,7 @@ class SamplingConfig:
     """Seed of the sampling RNG. Sample i of several has seed + i; None for a random seed."""
     stop: tuple[str, ...] = option((), metavar="TEXT", has_escapes=True)
     r"""Stop string (\n for a line break); repeat for several. It is not part of the output."""
-    num_samples: int = option(1, "[1, inf)")
+    num_samples: int = option(1, "[1, 2**16]")
     """Number of samples, generated in parallel."""
     logprobs: int = option(0, "[0, inf)", group="Output")
     """Number of most probable tokens to report at each step."""

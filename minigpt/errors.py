@@ -68,7 +68,13 @@ def require_choice(name: str, value: object, choices: Iterable[str]) -> None:
     """Raise ConfigError, with the nearest choice, if a value is not one of the choices."""
     names = list(choices)
     if value not in names:
-        raise ConfigError(f"unknown {name} {value!r}. {nearest(str(value), names)}")
+        raise ConfigError(f"unknown {name} {cut(value)}. {nearest(str(value)[:80], names)}")
+
+
+def cut(value: object, most: int = 80) -> str:
+    """Return the repr of a value of a file or a command, with its middle left out if it is long."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[: most - 23]}...{text[-20:]}"
 
 
 def install_extra(extra: str) -> str:

@@ -5,13 +5,12 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any, BinaryIO
-
-import platformdirs
-from filelock import FileLock, Timeout
 
 from minigpt.errors import CheckpointError, LockedError, ResourceError
 
@@ -20,6 +19,8 @@ OTHER_CACHE = f"set {CACHE_VARIABLE} to a folder that can be written"
 """Remedy where the cache cannot be written."""
 WRITING = ".writing-"
 """Prefix of the names of unfinished files and folders."""
+LARGEST_READ = 2**28
+"""Most bytes of a file that is read at once. The largest tokenizer.json has 2**25."""
 
 _SPACE = "free some space there, or "
 _NAME = "choose another name or folder"
@@ -84,6 +85,35 @@ def sync_file(file: IO[Any]) -> None:
     os.fsync(file.fileno())
 
 
+def open_regular(path: Path, *, may_be_pipe: bool = False) -> BufferedReader:
+    """Open a regular file for reading.
+
+    Reading a FIFO could wait forever, and a device never end.
+
+    Args: may_be_pipe, whether a FIFO is read too, as the user named it.
+    Raises: OSError, whose strerror says what the path is instead.
+    """
+    mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, "it is a folder, not a file", str(path))
+    if not (stat.S_ISREG(mode) or (may_be_pipe and stat.S_ISFIFO(mode))):
+        kind = {stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}.get(stat.S_IFMT(mode), "device")
+        raise OSError(errno.EINVAL, f"it is a {kind}, not a regular file", str(path))
+    return open(path, "rb")
+
+
+def read_bytes(path: Path, *, may_be_pipe: bool = False) -> bytes:
+    """Return the bytes of a regular file of at most LARGEST_READ; see ``open_regular``."""
+    with open_regular(path, may_be_pipe=may_be_pipe) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size <= LARGEST_READ:
+            data = file.read((size or LARGEST_READ) + 1)  # a pipe's size is 0
+            if len(data) <= LARGEST_READ:
+                return data
+        reason = f"it has more than {LARGEST_READ:,} bytes"
+        raise OSError(errno.EINVAL, reason, str(path))
+
+
 @contextmanager
 def writing_aside(path: Path) -> Iterator[BinaryIO]:
     """Yield a file that is renamed to ``path`` when the block ends without an exception.
@@ -140,6 +170,8 @@ def locked(path: Path, message: str = "") -> Iterator[None]:
     Args: message, of the error if another process holds the lock; empty to wait for it.
     Raises: LockedError; ResourceError if the folder cannot be written.
     """
+    from filelock import FileLock, Timeout  # slow to import, and --help does without
+
     lock = FileLock(path, timeout=0 if message else -1)
     with resource_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -167,7 +199,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         with resource_errors(path):
-            value = json.loads(path.read_bytes())
+            value = json.loads(read_bytes(path))
     except FileNotFoundError:
         raise CheckpointError(
             f"{path.name} is missing in {str(path.parent)!r}. A model folder is as `minigpt train` "
@@ -186,11 +218,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def sha256(path: Path) -> str:
     """Return a file's SHA-256 in hexadecimal, read in chunks."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def cache_folder() -> Path:
     """Return MINIGPT_CACHE_DIR if it is set, else the user's cache folder of this system."""
+    import platformdirs
+
     chosen = os.environ.get(CACHE_VARIABLE)
     return Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("minigpt")

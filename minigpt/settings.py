@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 import tomli_w
 
 from minigpt.config import RunConfig, parts_of
-from minigpt.errors import ConfigError, nearest, require_choice
+from minigpt.errors import ConfigError, cut, nearest, require_choice
+from minigpt.files import read_bytes, resource_errors
 
 T = TypeVar("T")
 
@@ -27,7 +28,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     checked: dict[str, Any] = {}
     for key, value in values.items():
         if key not in fields:
-            raise ConfigError(f"unknown setting {where}{key}. {nearest(key, fields)}")
+            raise ConfigError(f"unknown setting {where}{key[:80]}. {nearest(key[:80], fields)}")
         name = fields[key].name
         checked[name] = _checked(hints[name], value, f"{where}{key}")
     for key, f in fields.items():
@@ -51,17 +52,20 @@ def _checked(hint: Any, value: Any, name: str) -> Any:
         require_choice(name, value, [word for word in words if word])
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{name} must be a table of settings: it is {value!r}.")
+            raise ConfigError(f"{name} must be a table of settings: it is {cut(value)}.")
         return build(hint, value, f"{name}.")
     if typing.get_origin(hint) is tuple:
         is_texts = isinstance(value, list | tuple) and all(isinstance(v, str) for v in value)
         if not is_texts:
-            raise ConfigError(f"{name} must be a list of strings: it is {value!r}.")
+            raise ConfigError(f"{name} must be a list of strings: it is {cut(value)}.")
         return tuple(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ConfigError(f"{name} is too large: it is {cut(value)}.") from None
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise ConfigError(f"{name} must be of type {hint.__name__}: it is {value!r}.")
+        raise ConfigError(f"{name} must be of type {hint.__name__}: it is {cut(value)}.")
     return value
 
 
@@ -83,17 +87,19 @@ def to_toml(config: RunConfig) -> str:
     return tomli_w.dumps(to_dict(config))
 
 
-def read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path, *, may_be_pipe: bool = False) -> dict[str, Any]:
     """Read a TOML file as plain nested values.
 
-    Raises: ConfigError if it is missing, unreadable or not TOML.
+    Raises: ConfigError if it is missing, unreadable or not TOML; ResourceError if it may not be
+        read.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        with resource_errors(path):
+            return tomllib.loads(read_bytes(path, may_be_pipe=may_be_pipe).decode())
     except FileNotFoundError:
         raise ConfigError(f"the config file {path} does not exist.") from None
     except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, or nested too deeply
-        raise ConfigError(f"the config file {path} is not valid TOML: {error}.") from None
+        raise ConfigError(f"the config file {path} is not valid TOML: {cut(str(error))}.") from None
     except OSError as error:
         raise ConfigError(f"the config file {path} cannot be read: {error.strerror}.") from None
 

@@ -80,8 +80,11 @@ def save_tensors(
     Raises: ResourceError if the disk is full or the folder cannot be written.
     """
     with resource_errors(path):
+        path.touch()
+        mode = path.stat().st_mode
         try:
             save_file(tensors, path, metadata)
+            os.chmod(path, mode)  # the library makes files that only the owner can read
         except SafetensorError as error:  # its message has the system's error code
             code = re.search(r"os error (\d+)", str(error))
             number = int(code[1]) if code else errno.EIO
@@ -123,7 +126,7 @@ def read_model(
 def _end_of_text_ids(folder: Path, settings: Mapping[str, Any]) -> tuple[int, ...]:
     """Return the end-of-text token ids in generation_config.json, else in config.json."""
     path = folder / _GENERATION_CONFIG
-    ends = read_json(path).get("eos_token_id") if path.exists() else None
+    ends = read_json(path).get("eos_token_id") if os.path.lexists(path) else None
     ends = settings.get("eos_token_id") if ends is None else ends
     ids = ends if isinstance(ends, list) else [] if ends is None else [ends]
     if not all(type(id_) is int and id_ >= 0 for id_ in ids):

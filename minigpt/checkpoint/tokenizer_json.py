@@ -4,6 +4,7 @@ A vocabulary of our own is written so that the tokenizers library encodes every 
 read with tiktoken; so is one in GPT-2's layout. The others are kept as they are.
 """
 
+import os
 import re
 from collections.abc import Mapping
 from itertools import pairwise
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from minigpt.errors import CheckpointError, MinigptError
-from minigpt.files import read_json
+from minigpt.files import read_bytes, read_json, resource_errors
 from minigpt.rings import ring
 from minigpt.text.tokenizer import (
     BYTE_OF_CHARACTER,
@@ -64,12 +65,12 @@ def read_tokenizer(
     Raises: CheckpointError if a file is damaged, or a vocabulary cannot be used.
     """
     path = folder / TOKENIZER_CONFIG
-    config = read_json(path) if path.exists() else {}
-    if (folder / TOKENIZER).exists():
+    config = read_json(path) if os.path.lexists(path) else {}
+    if os.path.lexists(folder / TOKENIZER):
         data = read_json(folder / TOKENIZER)
-    elif (folder / VOCAB).exists() and (folder / MERGES).exists():
+    elif os.path.lexists(folder / VOCAB) and os.path.lexists(folder / MERGES):
         data = _json_from_merges(folder, config)
-    elif (folder / SCORES).exists():
+    elif os.path.lexists(folder / SCORES):
         data = ring("text.imported").json_from_scores(read_json(folder / SCORES))
     else:
         return None
@@ -82,9 +83,10 @@ def read_tokenizer(
 
 
 def _json_from_merges(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    added = read_json(folder / ADDED) if (folder / ADDED).exists() else {}
+    added = read_json(folder / ADDED) if os.path.lexists(folder / ADDED) else {}
     try:
-        merges = (folder / MERGES).read_text(encoding="utf-8")
+        with resource_errors(folder):
+            merges = read_bytes(folder / MERGES).decode().replace("\r\n", "\n")
         data: dict[str, Any] = ring("text.imported").json_from_merges(
             read_json(folder / VOCAB), merges, config, added
         )

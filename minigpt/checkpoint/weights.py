@@ -1,7 +1,9 @@
 """The weights of a model folder: Hugging Face's names and ours, checks of headers, reading."""
 
+import errno
 import hashlib
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,8 +17,8 @@ from torch import Tensor
 
 from minigpt.checkpoint.families import OWN_TYPE, TensorName, family_of
 from minigpt.config import ModelConfig
-from minigpt.errors import CheckpointError
-from minigpt.files import read_json, resource_errors
+from minigpt.errors import CheckpointError, cut
+from minigpt.files import open_regular, read_json, resource_errors
 from minigpt.model.registry import model_class
 
 WEIGHTS = "model.safetensors"
@@ -29,6 +31,7 @@ _IGNORED = re.compile(
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # of one value of each supported dtype
 _LARGEST_WIDTH = 2**28
 _LARGEST_CONTEXT = 2**20  # RoPE tables of all positions are computed
+_LARGEST_HEADER = 2**22  # room for 40,000 tensors; reading it takes up to forty times the memory
 
 
 def _names(config: ModelConfig) -> Iterator[TensorName]:
@@ -62,7 +65,9 @@ def canonical_names(config: ModelConfig, names: Iterable[str]) -> dict[str, str]
         if prefix and _IGNORED.fullmatch(full):
             continue
         if canonical.setdefault(full, name) != name:
-            raise CheckpointError(f"the tensor {full!r} is there twice. Download the model again.")
+            raise CheckpointError(
+                f"the tensor {cut(full)} is there twice. Download the model again."
+            )
     return canonical
 
 
@@ -167,19 +172,31 @@ class LazyTensors(Mapping[str, Tensor]):
 def _opened(path: Path) -> Iterator[Any]:
     try:
         # Read, not mapped: a file that shrinks under a mapping kills the process (SIGBUS).
-        with resource_errors(path), safe_open(path, framework="pt", backend="pread") as file:
-            yield file
+        with resource_errors(path):
+            _check_header(path)
+            with safe_open(path, framework="pt", backend="pread") as file:
+                yield file
     except (SafetensorError, OSError) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or str(error)
         raise CheckpointError(
-            f"{str(path)!r} is not a complete safetensors file ({str(error)[:120]!r}). "
+            f"{str(path)!r} is not a complete safetensors file ({reason[:120]!r}). "
             "Write or download it again."
         ) from None
 
 
+def _check_header(path: Path) -> None:
+    """Refuse what is not a regular file, or may not be read, or has a header that fills memory."""
+    with open_regular(path) as file:
+        n_bytes = int.from_bytes(file.read(8), "little")
+        if _LARGEST_HEADER < n_bytes < os.fstat(file.fileno()).st_size:
+            reason = f"its header has {n_bytes:,} bytes, and at most {_LARGEST_HEADER:,} are read"
+            raise OSError(errno.EINVAL, reason, str(path))
+
+
 def _weight_files(folder: Path) -> list[Path]:
-    if (folder / WEIGHTS).exists():
+    if os.path.lexists(folder / WEIGHTS):
         return [folder / WEIGHTS]
-    if (folder / _INDEX).exists():
+    if os.path.lexists(folder / _INDEX):
         shards = read_json(folder / _INDEX).get("weight_map")
         names = list(shards.values()) if isinstance(shards, dict) else []
         # Nothing outside the folder is opened, whatever the index says.
@@ -211,7 +228,7 @@ def stored_tensors(config: ModelConfig, folder: Path) -> dict[str, StoredTensor]
                 shape, dtype = tuple(header.get_shape()), header.get_dtype()
                 if found.setdefault(name, StoredTensor(path, stored, shape, dtype)).path != path:
                     raise CheckpointError(
-                        f"the tensor {name!r} is there twice, in {str(found[name].path)!r} and in "
+                        f"the tensor {cut(name)} is in {str(found[name].path)!r} and in "
                         f"{path.name!r}. Download the model again."
                     )
     _check_size(config, len(found))
@@ -236,7 +253,7 @@ def weights_sha256(folder: Path) -> str:
     """
     digest = hashlib.sha256()
     for path in _weight_files(folder):
-        with resource_errors(path), path.open("rb") as file:
+        with resource_errors(path), open_regular(path) as file:
             hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()
 
@@ -265,7 +282,7 @@ def _first_problem(
     if missing := [name for name in expected if name not in found]:
         return f"{missing[0]!r} is missing ({len(missing)} of {len(expected)} are)"
     if extra := [name for name in found if name not in expected]:
-        return f"{extra[0]!r} is not in the model ({len(extra)} are not)"
+        return f"{cut(extra[0])} is not in the model ({len(extra)} are not)"
     for name, stored in found.items():
         if stored.shape != expected[name]:
             return f"{name!r} has shape {list(stored.shape)}, not {list(expected[name])}"

@@ -24,6 +24,8 @@ from minigpt.errors import (
 )
 from minigpt.text.escape import printable
 
+_HALF = 1000  # of the longest message, in characters
+
 app = typer.Typer(
     cls=Commands,
     rich_markup_mode=None,
@@ -81,6 +83,8 @@ def main() -> NoReturn:
 
             traceback.print_exception(error)
         message, status = _describe(error)
+        if len(message) > 2 * _HALF:  # a name in a file can have megabytes
+            message = f"{message[:_HALF]} ... {message[-_HALF:]}"
         line = " ".join(printable(message).split())
         is_interrupt = status == 128 + signal.SIGINT
         print(line if is_interrupt else f"error: {line}", file=sys.stderr)  # noqa: T201

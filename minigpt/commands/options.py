@@ -397,7 +397,7 @@ XAxis = Literal["steps", "tokens", "seconds"]
 
 def read_config(path: Path | None) -> dict[str, Any]:
     """Read the file of ``--config``, once, as it may be a pipe; {} if there is none."""
-    return read_toml(path) if path else {}
+    return read_toml(path, may_be_pipe=True) if path else {}
 
 
 def layered(

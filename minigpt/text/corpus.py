@@ -174,7 +174,8 @@ def _files_in(folder: Path) -> list[CorpusFile]:
     found = []
     for root, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(root, name) for name in files if not name.startswith(".")]
+        paths = [Path(root, name) for name in files if not name.startswith(".")]
+        found += [path for path in paths if path.is_file() or not path.exists()]  # no FIFOs
     found = sorted(path for path in found if _unpacked_suffix(path) in TEXT_SUFFIXES)
     if not found:
         raise DataError(

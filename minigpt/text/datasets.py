@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minigpt.errors import DataError, nearest
-from minigpt.files import OTHER_CACHE, resource_errors, writing_aside
+from minigpt.files import OTHER_CACHE, resource_errors, sha256, writing_aside
 from minigpt.text.corpus import BUILTIN
 
 BLOCK_BYTES = 2**16
@@ -65,7 +65,7 @@ def dataset_path(
         raise DataError(f"unknown corpus {name!r}. {nearest(name, [BUILTIN, *DOWNLOADS])}")
     wanted = DOWNLOADS[name]
     path = cache / "downloads" / f"{name}.txt"
-    if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == wanted.sha256:
+    if path.is_file() and sha256(path) == wanted.sha256:
         return path
     digest, n_bytes = hashlib.sha256(), 0
     with resource_errors(path, OTHER_CACHE), writing_aside(path) as file:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy.typing as npt
 
 from minigpt.errors import DataError
-from minigpt.files import WRITING, sha256, sync_file, writing_aside
+from minigpt.files import WRITING, read_bytes, sha256, sync_file, writing_aside
 from minigpt.text.tokenizer import Tokenizer
 
 # Part of every manifest and identity: raise it when the same text gives other tokens, or is cut
@@ -118,9 +118,11 @@ def reading(folder: Path) -> Iterator[None]:
 
 def read_record(path: Path) -> dict[str, Any]:
     """Read MANIFEST or UNFINISHED of a prepared folder; errors are those of ``reading``."""
-    values: dict[str, Any] = json.loads(path.read_bytes())
+    values: dict[str, Any] = json.loads(read_bytes(path))
     if values["schema_version"] != SCHEMA_VERSION:
         raise ValueError(f"its schema version is {values['schema_version']!r}")
+    if values.get("dtype", "<u4") not in ("<u2", "<u4"):
+        raise ValueError(f"its dtype is {values['dtype']!r}")
     values["shards"] = tuple(Shard(**shard) for shard in values["shards"])
     if others := [shard.name for shard in values["shards"] if not _SHARD.fullmatch(shard.name)]:
         raise ValueError(f"it names the file {others[0]!r}")
@@ -131,7 +133,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 def read_vocabulary(folder: Path) -> Tokenizer:
     """Read the tokenizer of a prepared folder; errors are those of ``reading``, or DataError."""
-    return Tokenizer.from_dict(json.loads((folder / VOCABULARY).read_bytes()))
+    return Tokenizer.from_dict(json.loads(read_bytes(folder / VOCABULARY)))
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

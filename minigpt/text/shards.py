@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from minigpt.config import DataConfig
 from minigpt.errors import DataError
-from minigpt.files import WRITING, locked
+from minigpt.files import WRITING, locked, open_regular
 from minigpt.rings import has_ring, ring
 from minigpt.text.building import Corpus, PrepareProgress, begin, build, opened_corpus
 from minigpt.text.shard_files import MANIFEST, Manifest, read_record, read_vocabulary, reading
@@ -180,7 +180,8 @@ def open_prepared(folder: Path) -> PreparedData:
         digest = hashlib.sha256(tokenizer.fingerprint.encode())
         arrays = []
         for shard in manifest.shards:
-            array = np.asarray(np.memmap(folder / shard.name, manifest.dtype, mode="r"))
+            with open_regular(folder / shard.name) as file:
+                array = np.asarray(np.memmap(file, manifest.dtype, mode="r"))
             is_whole &= len(array) == shard.n_tokens and shard.is_intact(folder)
             arrays.append(array)
             digest.update(shard.sha256.encode())

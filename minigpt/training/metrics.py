@@ -2,13 +2,14 @@
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 from minigpt.checkpoint.folder import METRICS_FILE
-from minigpt.files import resource_errors, write_atomically
+from minigpt.files import read_bytes, resource_errors, write_atomically
 from minigpt.rings import ring
 from minigpt.training.events import EvalEvent, Event, SaveEvent, SkipEvent, StepEvent
 
@@ -25,12 +26,10 @@ class MetricsLog:
         """Open the log. Args: from_step, last step whose lines are kept; None for a new run."""
         self.path = path
         kept = []
-        if from_step is not None and path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-                # A kill may have cut the last line.
-                if line.endswith("}\n") and json.loads(line)["step"] <= from_step:
-                    kept.append(line)
-        write_atomically(path, "".join(kept).encode())
+        if from_step is not None and os.path.lexists(path):
+            lines = read_bytes(path).splitlines(keepends=True)
+            kept = [line for line in lines if _step_of(line) <= from_step]
+        write_atomically(path, b"".join(kept))
 
     def write(self, event: Event) -> None:
         """Append one event, unless it is a sample. NaN and inf become null."""
@@ -40,6 +39,15 @@ class MetricsLog:
         facts = {key: _in_json(fact) for key, fact in asdict(event).items() if key != "folder"}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"event": kind, **facts}) + "\n")
+
+
+def _step_of(line: bytes) -> float:
+    """Return the step of a line, inf for one that is damaged, as a kill or a disk may leave it."""
+    try:
+        step = json.loads(line)["step"] if line.endswith(b"}\n") else None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        step = None
+    return step if isinstance(step, int) else math.inf
 
 
 def _in_json(fact: object) -> object:

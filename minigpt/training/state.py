@@ -17,6 +17,7 @@ from torch.optim import AdamW, Optimizer
 
 from minigpt.checkpoint.model_folder import save_tensors
 from minigpt.errors import CheckpointError, ConfigError
+from minigpt.files import open_regular, read_bytes
 from minigpt.settings import build
 from minigpt.training.optim import Muon
 from minigpt.training.schedule import Seam
@@ -111,7 +112,7 @@ def read_state(folder: Path) -> TrainingState:
     """
     path = folder / STATE_FOLDER
     try:
-        return build(TrainingState, json.loads((path / _STATE_FILE).read_text()))
+        return build(TrainingState, json.loads(read_bytes(path / _STATE_FILE)))
     except (OSError, ValueError, ConfigError, AttributeError) as error:
         raise _not_resumable(path, error) from None
 
@@ -131,6 +132,7 @@ def restore_state(
     """
     path, counters = folder / STATE_FOLDER, read_state(folder)
     try:
+        open_regular(path / _OPTIMIZER_FILE).close()
         tensors = load_file(path / _OPTIMIZER_FILE)
     except (OSError, SafetensorError) as error:
         raise _not_resumable(path, error) from None

@@ -339,9 +339,11 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
     r"the eos_token_id of .* is '\[True\]', and not an id": lambda f: (
         f / "generation_config.json"
     ).write_text('{"eos_token_id": [true]}'),
-    r"number of layers of 1000000000": lambda f: change_config(f, n_layer=10**9),
-    r"vocabulary of 1000000000000": lambda f: change_config(f, vocab_size=10**12),
-    r"context of 1000000000000": lambda f: change_config(f, n_positions=10**12),
+    r"n_layer must be in .* it is 1000000000": lambda f: change_config(f, n_layer=10**9),
+    r"vocab_size must be in .* it is 1000000000000": lambda f: change_config(f, vocab_size=10**12),
+    r"context_length must be in .* it is 1000000000000": lambda f: change_config(
+        f, n_positions=10**12
+    ),
     r"tokenizer\.json is damaged": lambda f: (f / "tokenizer.json").write_text(
         '{"decoder": {"type": "WordPiece"}}'
     ),

@@ -17,7 +17,7 @@ from minigpt.checkpoint.folder import METRICS_FILE, RunFolder
 from minigpt.checkpoint.manifest import MANIFEST, verify
 from minigpt.checkpoint.resolve import ROOT, find_model, models_in, require_model
 from minigpt.errors import CheckpointError, ConfigError, MinigptError
-from minigpt.files import read_json
+from minigpt.files import read_bytes, read_json
 
 _CONFIG = "config.json"
 
@@ -145,7 +145,7 @@ def _losses(run: RunFolder) -> dict[int, dict[str, float]]:
     """
     records: list[Any] = []
     with suppress(OSError):
-        log = (run.path / METRICS_FILE).read_text(encoding="utf-8", errors="replace")
+        log = read_bytes(run.path / METRICS_FILE).decode("utf-8", errors="replace")
         for line in log.split("\n"):
             if '"val_loss"' in line:
                 with suppress(ValueError, RecursionError):  # a kill can cut the last one

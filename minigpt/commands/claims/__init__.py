@@ -16,7 +16,7 @@ def claims(
     ] = None,
     *,
     quick: Annotated[bool, Option("Train smaller models for about a minute", "Size")] = False,
-    seeds: Annotated[int, Option("Number of models of each kind", "Size", bounds="[1, inf)")] = 1,
+    seeds: Annotated[int, Option("Number of models of each kind", "Size", bounds="[1, 1000]")] = 1,
     source: Annotated[ModelSource, Fields(only=("device", "threads"), group="Size")],
     out: Annotated[
         Path | None, Option("Folder for pictures and claims.json", "Output", metavar="FOLDER")

@@ -34,7 +34,7 @@ class ComparisonConfig:
     """Names of the variants, separated by commas."""
     budget: str = option("steps", metavar="NAME:N", shown="the preset's steps")
     """Budget of each run: steps, seconds or flops, as in seconds:60."""
-    seeds: int = option(3, "[1, inf)")
+    seeds: int = option(3, "[1, 1000]")
     """Number of runs per variant."""
     name: str | None = option(None, metavar="NAME", shown="from the text")
     """Prefix of the runs' names in checkpoints/."""

@@ -6,20 +6,20 @@ shape is an error that names the line.
 
 import base64
 import binascii
+import io
 import json
-import math
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
 
 from minigpt.config import SamplingConfig
-from minigpt.errors import ConfigError, DataError, require_choice
-from minigpt.files import resource_errors
+from minigpt.errors import ConfigError, DataError, cut, require_choice
+from minigpt.files import open_regular, resource_errors
 from minigpt.generation.decoder import FinishReason
 from minigpt.settings import build
 from minigpt.tracing import events
@@ -28,6 +28,12 @@ from minigpt.tracing.file import HEAD_FIELDS, INTERRUPTED, ROW_FIELDS, SCHEMA
 from minigpt.tracing.selection import select_heads
 
 T = TypeVar("T")
+_MOST_HEADS = 2**16
+"""Most heads of a model in a trace; those of Llama 3 405B are a quarter of that."""
+_LARGEST_NUMBER = 3e38
+"""Largest magnitude of a number, that of float32."""
+_ROUNDING = 1e-3
+"""Largest logarithm of a probability, which is 0 but for rounding."""
 _type_hints = cache(get_type_hints)
 
 
@@ -40,12 +46,13 @@ def read_traces(path: Path) -> list[events.Trace]:
         not permitted.
     """
     try:
-        with resource_errors(path), path.open(encoding="utf-8", errors="strict") as file:
+        with resource_errors(path), io.TextIOWrapper(open_regular(path), "utf-8") as file:
             traces = list(_traces(path, file))
     except FileNotFoundError:
         raise DataError(f"there is no file {str(path)!r}. Name a file written by --out.") from None
-    except (IsADirectoryError, UnicodeDecodeError) as error:
-        raise DataError(f"{str(path)!r} is not a trace: {error}. Name a file of --out.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or error
+        raise DataError(f"{str(path)!r} is not a trace: {reason}. Name a file of --out.") from None
     if not traces:
         raise DataError(f"{str(path)!r} is empty. Name a file written by --out.")
     return traces
@@ -55,7 +62,7 @@ def _traces(path: Path, lines: Iterable[str]) -> Iterator[events.Trace]:
     reader: _Reader | None = None
     for number, line in enumerate(lines, start=1):
         try:
-            value = json.loads(line)
+            value = _object(json.loads(line), "it")
             kind = value["type"]
             if kind == "header":
                 if reader is not None:
@@ -69,12 +76,13 @@ def _traces(path: Path, lines: Iterable[str]) -> Iterator[events.Trace]:
                 yield reader.trace(value)
                 reader = None
             else:
-                raise ValueError(f"there is no type {kind!r}")
-        except (ValueError, TypeError, KeyError, IndexError, RecursionError, ConfigError) as error:
+                raise ValueError(f"there is no type {cut(kind)}")
+        except (ValueError, KeyError, RecursionError, ConfigError) as error:
             # A last line without a line break was still being written.
             if reader is not None and not line.endswith("\n"):
                 break
-            reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)[:200]
+            reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+            reason = reason if len(reason) <= 200 else f"{reason[:200]}..."
             raise DataError(
                 f"line {number} of {str(path)!r} is not valid in a trace ({SCHEMA}): {reason}. "
                 "Write the file again with --out."
@@ -88,39 +96,51 @@ class _Reader:
 
     def __init__(self, value: dict[str, Any]) -> None:
         if value["schema"] != SCHEMA:
-            raise ValueError(f"its schema is {value['schema']!r}")
-        self.tokens = [_token(token, i) for i, token in enumerate(value["prompt"])]
+            raise ValueError(f"its schema is {cut(value['schema'])}")
+        self.tokens = [_token(token, i) for i, token in enumerate(_objects(value, "prompt"))]
         self.steps: list[events.TraceStep] = []
-        n_layer, n_head = (_checked(value[name], int) for name in ("n_layer", "n_head"))
-        sink = _checked(value["sink"]["position"], int)
+        n_layer, n_head = (_checked(value[name], int, name) for name in ("n_layer", "n_head"))
+        if n_layer * n_head > _MOST_HEADS:
+            raise ValueError(f"n_layer * n_head is {n_layer} * {n_head}, above {_MOST_HEADS}")
+        place = _object(value["sink"], "sink")
+        sink = _checked(place["position"], int, "sink.position")
         if sink >= max(1, len(self.tokens)):
-            raise ValueError("the sink is not a position of the prompt")
-        for name in value["measures"]:
+            raise ValueError(f"sink.position {sink} is not in the prompt")
+        measures = tuple(_checked(m, str, "measures") for m in _list(value, "measures"))
+        for name in measures:
             require_choice("measure", name, MEASURES)
+        if not measures:
+            raise ValueError("measures is empty")
         roles = value["roles"]
         if roles is not None:
+            roles = tuple(
+                tuple(_read(events.Roles, _object(head, "roles")) for head in layer)
+                for layer in _lists(value, "roles")
+            )
             if (len(roles), *{len(layer) for layer in roles}) != (n_layer, n_head):
-                raise ValueError("there must be roles for each head")
-            roles = tuple(tuple(_read(events.Roles, head) for head in layer) for layer in roles)
+                raise ValueError("roles must have an object for each head")
         self.header = _read(
             events.TraceHeader,
             value,
-            selection=select_heads(n_layer, n_head, heads=value["heads"]),
-            measures=tuple(value["measures"]),
+            selection=select_heads(n_layer, n_head, heads=_checked(value["heads"], str, "heads")),
+            measures=measures,
             sink=sink,
-            sink_rule=_checked(value["sink"]["rule"], str),
-            sampling=build(SamplingConfig, value["sampling"]),
+            sink_rule=_checked(place["rule"], str, "sink.rule"),
+            sampling=build(SamplingConfig, _object(value["sampling"], "sampling"), "sampling."),
             prompt=tuple(self.tokens),
             roles=roles,
         )
 
     def add(self, value: dict[str, Any]) -> None:
         """Add a step."""
-        rows = tuple(self._row(row) for row in value["rows"])
+        if value["step"] != len(self.steps) + 1:
+            raise ValueError(f"step is {cut(value['step'])} instead of {len(self.steps) + 1}")
+        rows = tuple(self._row(row) for row in _objects(value, "rows"))
         if tuple(row.measure for row in rows) != self.header.measures:
             raise ValueError("its measures are not those of the header")
         effects = tuple(
-            _read(events.Effect, effect, source=self._source(effect)) for effect in value["effects"]
+            _read(events.Effect, effect, source=self._source(effect))
+            for effect in _objects(value, "effects")
         )
         self.tokens.append(_token(value, len(self.tokens)))
         self.steps.append(
@@ -139,80 +159,118 @@ class _Reader:
         end = events.TraceFooter(len(self.steps), None, 0.0, None)
         if footer is not None:
             reason = footer["finish_reason"]
-            finish = None if reason == INTERRUPTED else _checked(reason, FinishReason)
-            cause = footer["cause"] and _read(events.CauseCheck, footer["cause"])
+            is_cut = reason == INTERRUPTED
+            finish = None if is_cut else _checked(reason, FinishReason, "finish_reason")
+            cause = footer["cause"]
+            cause = cause and _read(events.CauseCheck, _object(cause, "cause"))
             end = _read(events.TraceFooter, footer, finish=finish, cause=cause)
         return events.Trace(self.header, tuple(self.steps), end)
 
     def _source(self, value: dict[str, Any]) -> events.Source:
-        return _read(events.Source, value, token=self.tokens[_checked(value["position"], int)])
+        position = _checked(value["position"], int, "position")
+        if position >= len(self.tokens):
+            raise ValueError(f"position {position} is not one of {len(self.tokens)} tokens")
+        return _read(events.Source, value, token=self.tokens[position])
 
     def _row(self, value: dict[str, Any]) -> events.Row:
-        weights_S = np.frombuffer(base64.b64decode(value["weights"], validate=True), "<f4")
+        weights_S = np.frombuffer(_bytes(value, "weights"), "<f4")
         if len(weights_S) != len(self.tokens) or not np.isfinite(weights_S).all():
-            raise ValueError(f"a row must have a number for each of {len(self.tokens)} tokens")
+            raise ValueError(f"weights must be a number for each of {len(self.tokens)} tokens")
         heads = value["heads"]
         return _read(
             events.Row,
             {field: value[name] for name, field in ROW_FIELDS.items()},
             measure=value["measure"],
-            sources=tuple(self._source(source) for source in value["sources"]),
+            sources=tuple(self._source(source) for source in _objects(value, "sources")),
             weights_S=weights_S.astype(np.float32),
-            heads=heads and self._heads(heads),
+            heads=None if heads is None else self._heads(_object(heads, "heads")),
         )
 
     def _heads(self, value: dict[str, Any]) -> events.HeadRows:
         shape = (self.header.n_layer, self.header.n_head)
         arrays: dict[str, NDArray[Any]] = {}
         for name, field in HEAD_FIELDS.items():
-            array = np.array(value[name], np.int32 if name == "positions" else np.float32)
+            try:
+                array = np.array(value[name], np.int32 if name == "positions" else np.float32)
+            except (ValueError, TypeError, OverflowError):
+                raise ValueError(f"heads.{name} must be lists of numbers") from None
             n_axes = 3 if field in ("positions", "weights") else 2
             if array.shape[:2] != shape or array.ndim != n_axes or not np.isfinite(array).all():
-                raise ValueError(f"the {name} of its heads have another shape")
+                raise ValueError(f"heads.{name} has another shape, or NaN")
             arrays[field] = array
         positions = arrays["positions"]
         if positions.shape != arrays["weights"].shape:
-            raise ValueError("each position of its heads must have a weight")
+            raise ValueError("heads.positions must each have a weight")
         if positions.size and not 0 <= positions.min() <= positions.max() < len(self.tokens):
-            raise ValueError("its heads attend to a position that does not exist")
+            raise ValueError("heads.positions has one that does not exist")
         return events.HeadRows(**arrays)
 
 
 def _token(value: dict[str, Any], position: int) -> events.Token:
     if value["position"] != position:
-        raise ValueError(f"position {value['position']!r} is where {position} should be")
+        raise ValueError(f"position {cut(value['position'])} is where {position} should be")
+    return events.Token(position, _checked(value["token"], int, "token"), _bytes(value, "bytes"))
+
+
+def _bytes(value: dict[str, Any], name: str) -> bytes:
     try:
-        data = base64.b64decode(value["bytes"], validate=True)
+        return base64.b64decode(_checked(value[name], str, name), validate=True)
     except binascii.Error as error:
-        raise ValueError(f"the bytes of a token are not base64: {error}") from None
-    return events.Token(position, _checked(value["token"], int), data)
+        raise ValueError(f"{name} is not base64: {error}") from None
+
+
+def _object(value: Any, name: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} must be an object: it is {cut(value)}")
+    return value
+
+
+def _list(value: dict[str, Any], name: str) -> list[Any]:
+    if not isinstance(value[name], list):
+        raise ValueError(f"{name} must be a list: it is {cut(value[name])}")
+    return cast(list[Any], value[name])
+
+
+def _lists(value: dict[str, Any], name: str) -> list[list[Any]]:
+    return [_list({name: item}, name) for item in _list(value, name)]
+
+
+def _objects(value: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    return [_object(item, name) for item in _list(value, name)]
 
 
 def _read(cls: type[T], value: dict[str, Any], **given: Any) -> T:
     """Build a dataclass from an object with a key for each field but the ``given`` ones."""
     hints = _type_hints(cls).items()  # type: ignore[arg-type]
-    read = {name: _checked(value[name], hint) for name, hint in hints if name not in given}
+    read = {name: _checked(value[name], hint, name) for name, hint in hints if name not in given}
     return cls(**read, **given)
 
 
-def _checked(value: Any, hint: Any) -> Any:
+def _checked(value: Any, hint: Any, name: str) -> Any:
     """Return a JSON value if it has the type of an annotation.
 
-    Integers must be at least 0, floats finite; unions are of one type and None.
+    Integers must be at least 0, and seeds below 2**63, all else below 2**31; floats must be finite
+    as float32; unions are of one type and None.
+
+    Raises: ValueError naming the field.
     """
     if get_origin(hint) in (Union, UnionType):
         if value is None:
             return None
         hint = get_args(hint)[0]
-    name = getattr(hint, "__name__", str(hint))
+    expected = getattr(hint, "__name__", str(hint))
     if get_origin(hint) is Literal:
-        is_valid, name = value in get_args(hint), f"one of {', '.join(get_args(hint))}"
+        is_valid, expected = value in get_args(hint), f"one of {', '.join(get_args(hint))}"
     elif hint is float:
-        is_valid = type(value) in (int, float) and math.isfinite(value)
+        low = 0 if name == "seconds" else -_LARGEST_NUMBER
+        high = _ROUNDING if name == "log_probability" else _LARGEST_NUMBER
+        is_valid = type(value) in (int, float) and low <= value <= high  # NaN is not
+        expected = f"a number from {low:g} to {high:g}"
     elif hint is int:
-        is_valid = type(value) is int and value >= 0
+        end = 2**63 if name == "seed" else 2**31
+        is_valid, expected = type(value) is int and 0 <= value < end, f"an integer in [0, {end})"
     else:
         is_valid = isinstance(value, hint)
     if not is_valid:
-        raise ValueError(f"{str(value)[:40]!r} is not {name}")
+        raise ValueError(f"{name} is not {expected}: it is {cut(value)}")
     return float(value) if hint is float else value

@@ -11,7 +11,7 @@ from minigpt.checkpoint.folder import CONFIG_FILE, METRICS_FILE
 from minigpt.checkpoint.resolve import MAKE_ONE, ROOT, remedy
 from minigpt.config import RunConfig
 from minigpt.errors import CheckpointError, ConfigError
-from minigpt.files import resource_errors
+from minigpt.files import read_bytes, resource_errors
 from minigpt.settings import build, read_toml
 
 _LOSSES = {"step": "train_loss", "eval": "val_loss"}
@@ -82,7 +82,7 @@ def read_curves(run: Path) -> LossCurves:
     curves: dict[str, list[LossPoint]] = {name: [] for name in _LOSSES.values()}
     path = run / METRICS_FILE
     with resource_errors(path):
-        *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        *lines, _ = read_bytes(path).decode("utf-8", errors="replace").split("\n")
     for number, line in enumerate(lines, start=1):
         try:
             event = json.loads(line)
