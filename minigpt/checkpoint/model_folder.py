@@ -110,7 +110,7 @@ def read_model(
     settings = read_json(folder / CONFIG)
     config = model_config_from_hf(settings)
     weights = LazyTensors(stored_tensors(config, folder))
-    ends = _end_of_text_ids(folder, settings)
+    ends = end_of_text_ids(folder, settings)
     tokenizer = read_tokenizer(folder, ends, n_rows=config.vocab_size)
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(
@@ -123,7 +123,7 @@ def read_model(
     return LoadedModel(model.eval(), tokenizer, folder)
 
 
-def _end_of_text_ids(folder: Path, settings: Mapping[str, Any]) -> tuple[int, ...]:
+def end_of_text_ids(folder: Path, settings: Mapping[str, Any]) -> tuple[int, ...]:
     """Return the end-of-text token ids in generation_config.json, else in config.json."""
     path = folder / _GENERATION_CONFIG
     ends = read_json(path).get("eos_token_id") if os.path.lexists(path) else None

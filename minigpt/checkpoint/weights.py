@@ -34,7 +34,8 @@ _LARGEST_CONTEXT = 2**20  # RoPE tables of all positions are computed
 _LARGEST_HEADER = 2**22  # room for 40,000 tensors; reading it takes up to forty times the memory
 
 
-def _names(config: ModelConfig) -> Iterator[TensorName]:
+def tensor_names(config: ModelConfig) -> Iterator[TensorName]:
+    """Yield the names of all tensors of a Hugging Face model, with prefix and block number."""
     # The largest first: while few others are loaded, there is memory for a second copy of it.
     family = family_of(config.model_type)
     if not config.tie_embeddings:
@@ -79,7 +80,7 @@ def tensors_to_hf(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[st
     if config.model_type == OWN_TYPE:
         return {name: tensor.contiguous() for name, tensor in tensors.items()}
     renamed = {}
-    for name in _names(config):
+    for name in tensor_names(config):
         parts = [tensors[part].unflatten(0, (name.n_groups, -1)) for part in name.ours]
         tensor = torch.cat(parts, dim=1).flatten(0, 1) if len(parts) > 1 else tensors[name.ours[0]]
         renamed[name.theirs] = (tensor.t() if name.is_transposed else tensor).contiguous()
@@ -105,7 +106,7 @@ def tensors_from_hf(
     if config.model_type == OWN_TYPE:
         return {name: _placed(tensors[name], device, dtype) for name in tensors}
     renamed: dict[str, Tensor] = {}
-    for name in _names(config):
+    for name in tensor_names(config):
         tensor = tensors[name.theirs]
         groups = (tensor.t() if name.is_transposed else tensor).unflatten(0, (name.n_groups, -1))
         shares = name.shares or (1,) * len(name.ours)
@@ -113,15 +114,20 @@ def tensors_from_hf(
         parts = (part.flatten(0, 1) for part in groups.split(sizes, dim=1))
         renamed |= zip(name.ours, (_placed(part, device, dtype) for part in parts), strict=True)
         del tensor, groups, parts
+    check_tied(config, tensors)
+    return renamed
+
+
+def check_tied(config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError if tied embeddings are stored as two different tensors."""
     head = _head(config)
     if config.tie_embeddings and head in tensors:  # some files have both
-        embedding = next(_names(config)).theirs
+        embedding = next(tensor_names(config)).theirs
         if not torch.equal(tensors[head], tensors[embedding]):
             raise CheckpointError(
                 f"config.json: tie_word_embeddings is true, but {head} is not the embedding. Set "
                 "it to false there."
             )
-    return renamed
 
 
 def _placed(part: Tensor, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:

@@ -21,7 +21,7 @@ COMMANDS = {
     "compare": "Compare attention scores and recurrent models",
     "claims": "Measure common claims about attention",
     "prepare": "Tokenize text before training",
-    "checkpoints": "List, show, verify, prune and average checkpoints",
+    "checkpoints": "List, show, verify, prune, average and convert checkpoints",
 }
 """Each command and its line in ``minigpt --help``; its module has its name."""
 

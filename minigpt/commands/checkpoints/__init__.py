@@ -6,6 +6,7 @@ from typing import Annotated
 from minigpt.checkpoint.resolve import MAKE_ONE, ROOT, find_model, resolve_model
 from minigpt.checkpoint.tools.inventory import entry_of, inventory_of, take_inventory
 from minigpt.commands import output
+from minigpt.commands.checkpoints.converting import export
 from minigpt.commands.checkpoints.views import (
     inventory_lines,
     model_lines,
@@ -106,6 +107,13 @@ def verify(
 
 checkpoints = group(
     "checkpoints",
-    {"list": list_, "show": show, "verify": verify, "prune": prune, "average": average},
+    {
+        "list": list_,
+        "show": show,
+        "verify": verify,
+        "prune": prune,
+        "average": average,
+        "export": export,
+    },
 )
-"""The command, made of these five."""
+"""The command, made of these."""

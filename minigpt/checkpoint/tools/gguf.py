@@ -1,0 +1,266 @@
+"""Write a model folder as a GGUF file, which llama.cpp and Ollama run.
+
+Tensors are read, converted and written one by one. llama.cpp computes some of our models only:
+what it would compute otherwise is refused by name.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from minigpt.checkpoint.model_folder import CONFIG, end_of_text_ids, read_config
+from minigpt.checkpoint.tokenizer_json import read_tokenizer
+from minigpt.checkpoint.tools.gguf_vocabulary import chat_template, gguf_vocabulary
+from minigpt.checkpoint.weights import LazyTensors, check_tied, stored_tensors, tensor_names
+from minigpt.config import ModelConfig
+from minigpt.errors import CheckpointError, ConfigError, install_extra
+from minigpt.files import read_json, resource_errors, writing_aside
+from minigpt.model.layers import rotary_table
+
+TYPES = ("f32", "f16", "bf16", "q8_0")
+"""Types of the matrices; vectors are always float32."""
+
+# model_type -> llama.cpp's architecture and the only activation that it computes there.
+_ARCHITECTURES = {
+    "gpt2": ("gpt2", "gelu_tanh"),
+    "llama": ("llama", "silu"),
+    "mistral": ("llama", "silu"),
+    "qwen2": ("qwen2", "silu"),
+    "qwen3": ("qwen3", "silu"),
+}
+_WRITTEN = """
+    vocab_size context_length n_layer n_head d_model arch family n_kv_head d_head d_mlp activation
+    attention qk_norm attention_bias mlp_bias rope_theta norm_eps tie_embeddings dropout model_type
+"""
+_LLAMA3_ROPE = """
+    rope_scaling_factor rope_low_freq_factor rope_high_freq_factor rope_original_context
+"""
+_LARGEST = {"f16": 65504.0, "q8_0": 65504.0 * 127}
+_VALUES_AT_ONCE = 2**22
+_BLOCK = 32  # values that share a scale in q8_0
+_ALIGNMENT = 32  # bytes; GGUF's default
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A GGUF file that was written."""
+
+    path: Path
+    """The file."""
+    type: str
+    """Type of its matrices."""
+    n_bytes: int
+    """Size of the file."""
+    is_chat: bool
+    """Whether it has a chat template."""
+    notes: tuple[str, ...]
+    """What llama.cpp does otherwise than minigpt, a sentence each."""
+
+
+def export_gguf(folder: Path, path: Path, type_: str) -> Exported:
+    """Write a model folder as a GGUF file, atomically.
+
+    Args: type_, one of TYPES.
+    Raises: CheckpointError if llama.cpp cannot compute the model or its vocabulary; ConfigError if
+        the package gguf is not installed; ResourceError.
+    """
+    try:
+        import gguf
+    except ImportError:
+        raise ConfigError(
+            f"writing GGUF files needs the package gguf. Install it: {install_extra('gguf')}."
+        ) from None
+    config = read_config(folder)
+    architecture = _architecture(config)
+    stored = stored_tensors(config, folder)
+    tensors = LazyTensors(stored)
+    check_tied(config, tensors)
+    writer = gguf.GGUFWriter(None, architecture)
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(folder.parent.name if folder.name.startswith("step-") else folder.name)
+    all_of = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
+    writer.add_file_type(gguf.LlamaFileType[all_of[type_]])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    _add_config(writer, config)
+    notes = _add_vocabulary(writer, folder, config)
+    template = chat_template(folder)
+    if template:
+        writer.add_chat_template(template)
+    kinds = {}
+    names = _names(gguf, architecture, config)
+    for name in tensor_names(config):
+        shape = stored[name.theirs].shape
+        shape = shape[::-1] if name.is_transposed else shape
+        kinds[name.theirs] = _add_tensor_info(writer, gguf, names[name.theirs], shape, type_)
+    factors = _rope_factors(config)
+    if factors is not None:
+        _add_tensor_info(writer, gguf, "rope_freqs.weight", tuple(factors.shape), "f32")
+    with resource_errors(path), writing_aside(path) as file:
+        writer.write_header_to_file(Path(file.name))
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        writer.close()
+        file.seek(0, 2)
+        for name in tensor_names(config):
+            tensor = tensors[name.theirs]
+            tensor = tensor.t() if name.is_transposed else tensor
+            tensor = _permuted(tensor, name.theirs, config) if architecture == "llama" else tensor
+            _write_tensor(file, gguf, name.theirs, tensor, kinds[name.theirs])
+        if factors is not None:
+            _write_tensor(file, gguf, "RoPE", factors, gguf.GGMLQuantizationType.F32)
+        _pad(file)
+        n_bytes = file.tell()
+    return Exported(path, type_, n_bytes, template is not None, tuple(notes))
+
+
+def _architecture(config: ModelConfig) -> str:
+    """Return llama.cpp's name of an architecture.
+
+    Raises: CheckpointError if it computes something else.
+    """
+    kind = config.kind if config.model_type == "minigpt" else config.model_type
+    if config.model_type not in _ARCHITECTURES:
+        raise _refusal(f"models of the kind {kind!r}")
+    architecture, activation = _ARCHITECTURES[config.model_type]
+    if config.activation != activation:
+        raise _refusal(
+            f"the activation {config.activation!r} in the {architecture} layout",
+            f"It always computes {activation} there",
+        )
+    written = _WRITTEN.split() + (_LLAMA3_ROPE.split() if architecture == "llama" else [])
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if f.name not in written and value != f.default:
+            raise _refusal(f"{f.name} {value} in the {architecture} layout")
+    if architecture == "qwen2" and config.n_head * config.d_head != config.d_model:
+        raise _refusal(
+            f"{config.n_head} heads of {config.d_head} with a width of {config.d_model} in the "
+            "qwen2 layout"
+        )
+    if architecture == "qwen3" and config.attention_bias != "none":
+        raise _refusal(f"attention_bias {config.attention_bias} in the qwen3 layout")
+    return architecture
+
+
+def _refusal(what: str, why: str = "") -> CheckpointError:
+    why = f"{why}. " if why else ""
+    return CheckpointError(
+        f"llama.cpp does not compute {what}. {why}Export another model, or use this one with "
+        "minigpt or transformers."
+    )
+
+
+def _add_config(writer: Any, config: ModelConfig) -> None:
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.context_length)
+    writer.add_embedding_length(config.d_model)
+    writer.add_block_count(config.n_layer)
+    writer.add_feed_forward_length(config.d_mlp)
+    writer.add_head_count(config.n_head)
+    writer.add_head_count_kv(config.n_kv_head)
+    if config.family == "gpt2":
+        writer.add_layer_norm_eps(config.norm_eps)
+        return
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_key_length(config.d_head)
+    writer.add_value_length(config.d_head)
+    writer.add_rope_dimension_count(config.d_head)
+    writer.add_rope_freq_base(config.rope_theta)
+
+
+def _add_vocabulary(writer: Any, folder: Path, config: ModelConfig) -> list[str]:
+    """Write the vocabulary of a folder; return the differences that remain."""
+    ends = end_of_text_ids(folder, read_json(folder / CONFIG))
+    tokenizer = read_tokenizer(folder, ends, n_rows=config.vocab_size)
+    if tokenizer is None:
+        writer.add_tokenizer_model("none")
+        return ["the model has no vocabulary: llama.cpp takes and gives ids"]
+    vocabulary = gguf_vocabulary(folder, tokenizer, config.vocab_size)
+    writer.add_tokenizer_model(vocabulary.model)
+    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types(vocabulary.types)
+    writer.add_token_merges(vocabulary.merges)
+    writer.add_token_scores(vocabulary.scores)
+    writer.add_add_space_prefix(vocabulary.has_space_prefix)
+    writer.add_add_bos_token(vocabulary.add_bos)
+    writer.add_add_eos_token(False)
+    for role, id_ in vocabulary.special_ids.items():
+        getattr(writer, f"add_{role}_token_id")(id_)
+    return vocabulary.notes
+
+
+def _names(gguf: ModuleType, architecture: str, config: ModelConfig) -> dict[str, str]:
+    """Return Hugging Face's names of tensors -> those of GGUF."""
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    known = gguf.get_tensor_name_map(kinds[architecture], config.n_layer)
+    theirs = [name.theirs for name in tensor_names(config)]
+    return {name: known.get_name(name, try_suffixes=(".weight", ".bias")) for name in theirs}
+
+
+def _add_tensor_info(
+    writer: Any, gguf: ModuleType, name: str, shape: tuple[int, ...], type_: str
+) -> Any:
+    """Declare a tensor, and return its type: vectors and positions are always float32."""
+    if len(shape) == 1 or name.startswith("position_embd"):
+        type_ = "f32"
+    elif type_ == "q8_0" and shape[-1] % _BLOCK:
+        type_ = "f16"  # as llama.cpp's own converter does
+    kind = gguf.GGMLQuantizationType[type_.upper()]
+    n_bytes = math.prod(gguf.quant_shape_to_byte_shape(shape, kind))
+    writer.add_tensor_info(name, shape, np.dtype(np.float32), n_bytes, kind)
+    return kind
+
+
+def _write_tensor(file: Any, gguf: ModuleType, name: str, tensor: Tensor, kind: Any) -> None:
+    _pad(file)
+    for rows in _rows(tensor):
+        largest = np.abs(rows).max(initial=0)
+        limit = _LARGEST.get(kind.name.lower(), np.finfo(np.float32).max)
+        if not largest <= limit:
+            what = f"the value {largest:g}" if np.isfinite(largest) else "NaN or inf"
+            remedy = "" if not np.isfinite(largest) else "Use --type bf16 or f32."
+            raise CheckpointError(
+                f"the tensor {name!r} holds {what}, which {kind.name.lower()} cannot represent. "
+                f"{remedy or 'Choose another checkpoint.'}"
+            )
+        file.write(gguf.quantize(rows, kind).tobytes())
+
+
+def _pad(file: Any) -> None:
+    file.write(bytes(-file.tell() % _ALIGNMENT))
+
+
+def _rows(tensor: Tensor) -> Iterator[npt.NDArray[np.float32]]:
+    """Yield the rows of a tensor in float32, some at a time."""
+    n_rows = max(_VALUES_AT_ONCE // max(tensor.shape[-1], 1), 1) if tensor.dim() > 1 else 1
+    for rows in tensor.split(n_rows) if tensor.dim() > 1 else [tensor]:
+        yield rows.to(torch.float32).contiguous().numpy()
+
+
+def _permuted(tensor: Tensor, name: str, config: ModelConfig) -> Tensor:
+    """Reorder the rows of queries and keys for RoPE on neighbours instead of on two halves."""
+    if ".q_proj." in name or ".k_proj." in name:
+        halves = tensor.unflatten(0, (-1, 2, config.d_head // 2))  # (H, 2, D / 2, ...)
+        return halves.transpose(1, 2).flatten(0, 2)
+    return tensor
+
+
+def _rope_factors(config: ModelConfig) -> Tensor | None:
+    """Return the divisors of the RoPE frequencies, (D / 2,), None if they are not scaled."""
+    if config.family == "gpt2" or config.rope_scaling_factor == 1:
+        return None
+
+    def frequencies(config: ModelConfig) -> Tensor:
+        cos, sin = rotary_table(replace(config, context_length=2))
+        return torch.atan2(sin[1], cos[1])  # the angles of position 1, which are at most 1
+
+    return frequencies(replace(config, rope_scaling_factor=1.0)) / frequencies(config)

@@ -1,0 +1,296 @@
+"""The vocabulary of a GGUF file, in the terms of llama.cpp: tokens, merges, split, special ids.
+
+llama.cpp has a fixed list of split patterns, each with a name. A vocabulary is written under the
+name whose pattern is its own, and refused if there is none, as its ids would differ.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from minigpt.checkpoint.tokenizer_json import TOKENIZER_CONFIG, tokenizer_to_json
+from minigpt.errors import CheckpointError
+from minigpt.files import read_json
+from minigpt.text.tokenizer import BYTE_OF_CHARACTER, TiktokenTokenizer, Tokenizer
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+"""Types of tokens, as llama.cpp numbers them."""
+
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3 = rf"{_WORDS}\p{{N}}{{1,3}}{_REST}"
+_QWEN2 = rf"{_WORDS}\p{{N}}{_REST}"
+_DIGITS = r"\p{N}"
+# tiktoken's spellings. That of cl100k_base splits a line break from spaces after it, unless a text
+# ends there.
+_SPELLINGS = {
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s": _GPT2,
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|(?>\p{N}{1,3})"
+    r"| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s": _LLAMA3,
+}
+_CL100K = list(_SPELLINGS)[1]
+# Patterns -> llama.cpp's name where pieces are merged, and where a piece that is a token is one.
+_NAMES = {
+    (_GPT2,): ("gpt-2", None),
+    (_LLAMA3,): ("dbrx", "llama-bpe"),
+    (_QWEN2,): ("qwen2", None),
+    (_DIGITS, _GPT2): ("smollm", None),
+}
+_SPACE = "\u2581"
+_PREPEND = {"type": "Prepend", "prepend": _SPACE}
+_REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+_BYTE_TOKENS = {f"<0x{byte:02X}>" for byte in range(256)}
+# llama.cpp takes no empty list of merges. This one never applies: parts of a word begin as single
+# characters.
+_NO_MERGE = "<none> <none>"
+
+
+@dataclass
+class GGUFVocabulary:
+    """What llama.cpp needs to give each text the ids that our tokenizer gives it."""
+
+    model: str
+    """Algorithm: ``gpt2`` for byte-level BPE, ``llama`` for BPE of characters with scores."""
+    tokens: list[str]
+    """Text of each id, one for each row of the embedding."""
+    types: list[int]
+    """Type of each id."""
+    pre: str = "default"
+    """Name of the split pattern."""
+    merges: list[str] = field(default_factory=list)
+    """Pairs in order of their rank, for ``gpt2``."""
+    scores: list[float] = field(default_factory=list)
+    """Priority of each id in merging, for ``llama``."""
+    has_space_prefix: bool = False
+    """Whether a space is put before a text."""
+    add_bos: bool = False
+    """Whether a prompt begins with the bos token."""
+    special_ids: dict[str, int] = field(default_factory=dict)
+    """Ids by role: bos, eos, eot, eom, unk, pad."""
+    notes: list[str] = field(default_factory=list)
+    """Differences that remain."""
+
+
+def gguf_vocabulary(folder: Path, tokenizer: Tokenizer, n_rows: int) -> GGUFVocabulary:
+    """Return the vocabulary of a model folder for llama.cpp.
+
+    Args: tokenizer, of that folder; n_rows, of its embedding: as many tokens are needed.
+    Raises: CheckpointError if llama.cpp has no equal vocabulary.
+    """
+    data = tokenizer_to_json(tokenizer)
+    kind = data["model"].get("type")
+    if kind != "BPE":
+        raise _refusal(f"its tokens are of the kind {kind}, and only BPE can be written")
+    if len(tokenizer.prefix) > 1:
+        raise _refusal(f"a prompt begins with {len(tokenizer.prefix)} tokens, and at most one can")
+    model = data["model"]
+    for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(option):
+            raise _refusal(f"it has a {option}")
+    tokens, types = _tokens(data, n_rows)
+    is_bytes = any(step["type"] == "ByteLevel" for step in _steps(data.get("pre_tokenizer")))
+    write = _byte_level if is_bytes else _characters
+    vocabulary = write(tokenizer, data, tokens, types)
+    vocabulary.add_bos = bool(tokenizer.prefix)
+    vocabulary.special_ids = _special_ids(folder, tokenizer, tokens, vocabulary.notes)
+    return vocabulary
+
+
+def chat_template(folder: Path) -> str | list[dict[str, str]] | None:
+    """Return the chat template of a model folder, or its named templates; None if it has none."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8", errors="replace")
+    template = _tokenizer_config(folder).get("chat_template")
+    if isinstance(template, list):
+        named = [t for t in template if isinstance(t, dict) and {"name", "template"} <= t.keys()]
+        return [{key: str(t[key]) for key in ("name", "template")} for t in named] or None
+    return template if isinstance(template, str) else None
+
+
+def _tokens(data: Mapping[str, Any], n_rows: int) -> tuple[list[str], list[int]]:
+    """Return text and type of each row's token; rows without a token get an unused one."""
+    texts = {id_: text for text, id_ in data["model"]["vocab"].items()}
+    types = dict.fromkeys(texts, NORMAL)
+    unknown = data["model"].get("unk_token")
+    for token in data["added_tokens"]:
+        id_, text = token["id"], token["content"]
+        texts[id_] = text
+        types[id_] = CONTROL if token["special"] else USER_DEFINED
+        if text == unknown:
+            types[id_] = UNKNOWN
+        if not token["special"] and any(token.get(s) for s in ("lstrip", "rstrip", "single_word")):
+            raise _refusal(f"its added token {text[:40]!r} strips spaces, or is a single word")
+    known = set(texts.values())
+    # No text gives these: byte-level tokens have no space, and the others have U+2581 instead.
+    free = (name for i in count() if (name := f"<unused {i}>") not in known)
+    tokens = [texts[i] if i in texts else next(free) for i in range(n_rows)]
+    if len(set(tokens)) < n_rows:
+        raise _refusal("two of its tokens have the same text")
+    return tokens, [types.get(i, UNUSED) for i in range(n_rows)]
+
+
+def _byte_level(
+    tokenizer: Tokenizer, data: Mapping[str, Any], tokens: list[str], types: list[int]
+) -> GGUFVocabulary:
+    model, notes = data["model"], []
+    for step in _steps(data.get("normalizer")):
+        if step["type"] != "NFC":
+            raise _refusal(f"its normalizer is {step['type']}")
+        notes.append("llama.cpp does not normalize: text that is not in the form NFC differs")
+    merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+    keeps_words = bool(model.get("ignore_merges"))
+    if not merges and all(len(t) == 1 for t, kind in zip(tokens, types, strict=True) if kind == 1):
+        merges, pre = [_NO_MERGE], "gpt-2"  # nothing is merged, so that no split matters
+    else:
+        pre, note = _split_name(tokenizer, data, keeps_words=keeps_words)
+        notes += note
+    if model.get("byte_fallback"):
+        raise _refusal("it has both byte-level tokens and a byte fallback")
+    if lacking := 256 - len(BYTE_OF_CHARACTER.keys() & set(tokens)):
+        notes.append(f"llama.cpp drops the {lacking} bytes that the vocabulary lacks")
+    return GGUFVocabulary("gpt2", tokens, types, pre, merges, notes=notes)
+
+
+def _split_name(
+    tokenizer: Tokenizer, data: Mapping[str, Any], *, keeps_words: bool
+) -> tuple[str, list[str]]:
+    """Return llama.cpp's name of a byte-level vocabulary's split, and what differs."""
+    patterns = tuple(_patterns(data))
+    merging, keeping = _NAMES.get(tuple(_SPELLINGS.get(p, p) for p in patterns), (None, None))
+    # tiktoken keeps words too. Where merging reaches every token, that is the same.
+    is_either = isinstance(tokenizer, TiktokenTokenizer) and not keeps_words
+    name = keeping if keeps_words else (keeping or merging) if is_either else merging
+    if name is None:
+        shown = " then ".join(repr(p[:60]) for p in patterns) or "none"
+        raise _refusal(f"its split pattern is not one of llama.cpp's: {shown}")
+    notes = ["llama.cpp splits off spaces after the last line break of a text"]
+    return name, notes if _CL100K in patterns else []
+
+
+def _patterns(data: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the regexes by which a byte-level vocabulary splits a text, one after the other."""
+    for step in _steps(data.get("pre_tokenizer")):
+        match step:
+            # The same, as the patterns of llama.cpp match all of a text.
+            case {"type": "Split", "pattern": {"Regex": str(regex)}} if (
+                step["behavior"],
+                bool(step.get("invert")),
+            ) in (("Isolated", False), ("Removed", True)):
+                yield regex
+            case {"type": "Digits", "individual_digits": True}:
+                yield _DIGITS
+            case {"type": "ByteLevel"} if not step.get("add_prefix_space"):
+                if step.get("use_regex", True):
+                    yield _GPT2
+            case {"type": "ByteLevel"}:
+                raise _refusal("it puts a space before a text")
+            case _:
+                raise _refusal(f"it splits by {step['type']} in a way that llama.cpp does not")
+
+
+def _characters(
+    tokenizer: Tokenizer, data: Mapping[str, Any], tokens: list[str], types: list[int]
+) -> GGUFVocabulary:
+    """Return a vocabulary as SentencePiece has it: merges of characters by the score of a token."""
+    model = data["model"]
+    if not model.get("byte_fallback") or not set(tokens) >= _BYTE_TOKENS:
+        raise _refusal("its characters have no byte fallback")
+    normalizers, splits = _steps(data.get("normalizer")), _steps(data.get("pre_tokenizer"))
+    notes = []
+    if not splits and normalizers in ([_PREPEND, _REPLACE], [_REPLACE]):
+        has_prefix = _PREPEND in normalizers
+    elif not normalizers and [step["type"] for step in splits] == ["Metaspace"]:
+        if splits[0].get("split", True) or splits[0].get("replacement") != _SPACE:
+            raise _refusal("it splits a text into words before merging")
+        has_prefix = splits[0].get("prepend_scheme", "always") != "never"
+        if has_prefix:
+            notes.append("llama.cpp puts a space also before a text that begins with one")
+    else:
+        names = ", ".join(step["type"] for step in [*normalizers, *splits]) or "none"
+        raise _refusal(f"its treatment of spaces ({names}) is not one of llama.cpp's")
+    scores = _scores(data, set(tokens))
+    types = [BYTE if t in _BYTE_TOKENS else kind for t, kind in zip(tokens, types, strict=True)]
+    return GGUFVocabulary(
+        "llama",
+        tokens,
+        types,
+        scores=[scores.get(token, 0.0) for token in tokens],
+        has_space_prefix=has_prefix,
+        notes=notes,
+    )
+
+
+def _scores(data: Mapping[str, Any], tokens: set[str]) -> dict[str, float]:
+    """Return token -> score; of two neighbours' unions, llama.cpp makes that of highest score.
+
+    Raises: CheckpointError if merges by rank are not merges by score: for each token, all pairs
+        that make it up must have neighbouring ranks.
+    """
+    merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in data["model"]["merges"]]
+    scores: dict[str, float] = {}
+    last = ""
+    for left, right in merges:
+        token = left + right
+        if token != last and token in scores:
+            raise _refusal("its merges are not in the order of their tokens")
+        scores.setdefault(token, -float(len(scores)))
+        last = token
+    special = {token["content"] for token in data["added_tokens"]} | _BYTE_TOKENS
+    pairs = set(merges)
+    for token in tokens - special:
+        for i in range(1, len(token)):
+            pair = token[:i], token[i:]
+            if pair not in pairs and pair[0] in tokens and pair[1] in tokens:
+                raise _refusal(f"it never merges {pair[0]!r} and {pair[1]!r}, as llama.cpp would")
+    return scores
+
+
+def _special_ids(
+    folder: Path, tokenizer: Tokenizer, tokens: list[str], notes: list[str]
+) -> dict[str, int]:
+    """Return the ids of special tokens by role."""
+    config, id_of = _tokenizer_config(folder), {token: id_ for id_, token in enumerate(tokens)}
+    ids: dict[str, int] = {}
+    for role in ("bos", "eos", "unk", "pad"):
+        token = config.get(f"{role}_token")
+        token = token.get("content") if isinstance(token, Mapping) else token
+        if isinstance(token, str) and token in id_of:
+            ids[role] = id_of[token]
+    ends = [id_ for id_ in tokenizer.end_of_text_ids if id_ < len(tokens)]
+    ends.sort(key=lambda id_: id_ != ids.get("eos"))  # that of the tokenizer first
+    ids |= zip(("eos", "eot", "eom"), ends, strict=False)
+    if len(ends) > 3:
+        notes.append(f"llama.cpp may not stop at the ids {ends[3:]}, as it takes three ends")
+    if "eos" not in ids:
+        raise _refusal(
+            "it has no end-of-text token, and llama.cpp would take another token for one",
+            "Name one as eos_token_id in generation_config.json",
+        )
+    ids["bos"] = tokenizer.prefix[0] if tokenizer.prefix else ids.get("bos", ids["eos"])
+    return ids
+
+
+def _tokenizer_config(folder: Path) -> dict[str, Any]:
+    path = folder / TOKENIZER_CONFIG
+    return read_json(path) if path.is_file() else {}
+
+
+def _steps(part: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """Return the steps of a part of tokenizer.json, in one list however they are nested."""
+    if part is None:
+        return []
+    if part["type"] != "Sequence":
+        return [dict(part)]
+    nested = part.get("normalizers", part.get("pretokenizers", []))
+    return [inner for step in nested for inner in _steps(step)]
+
+
+def _refusal(what: str, remedy: str = "") -> CheckpointError:
+    remedy = remedy or "Train with --tokenizer bpe, bytes or gpt2 for a model that llama.cpp reads"
+    return CheckpointError(
+        f"llama.cpp would not give the same ids as this vocabulary: {what}. {remedy}."
+    )

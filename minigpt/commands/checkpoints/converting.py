@@ -1,0 +1,53 @@
+"""Export a model to GGUF, and import one from pickles; each docstring is the command's --help."""
+
+import os
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+from rich.text import Text
+
+from minigpt.checkpoint.resolve import resolve_model
+from minigpt.commands import output
+from minigpt.commands.options import Json, Option, argument, command
+from minigpt.errors import ConfigError
+from minigpt.format import with_unit
+
+_TYPES = ("f32", "f16", "bf16", "q8_0")
+
+
+@command
+def export(
+    model: Annotated[str, argument("MODEL", "Model folder, name of a run, or org/name on the Hub")],
+    *,
+    gguf: Annotated[Path, Option("GGUF file to write", "Output")],
+    type_: Annotated[
+        str, Option("Type of the weights", "Output", name="type", choices=_TYPES)
+    ] = "f16",
+    as_json: Json = False,
+) -> None:
+    """Write a model as a GGUF file for llama.cpp and Ollama.
+
+    The file has the model's weights, vocabulary, special tokens and chat template. llama.cpp gives
+    texts the same ids, and with --type f32 the same greedy text. Models and vocabularies that it
+    would compute otherwise are refused. Layouts: gpt2, llama, mistral, qwen2, qwen3.
+
+    q8_0 has 8-bit weights with a scale for each 32; rows of another length stay f16. Vectors are
+    always f32.
+    """
+    from minigpt.checkpoint.tools.gguf import export_gguf  # imports torch; list does not
+
+    if os.path.lexists(gguf):
+        raise ConfigError(f"{str(gguf)!r} exists already. Choose another --gguf.")
+    exported = export_gguf(resolve_model(model), gguf, type_)
+    for note in exported.notes:
+        output.note(f"note: {note}")
+    words = "llama-cli" if exported.is_chat else "llama-completion -p 'Once upon a time'"
+    run = f"{words} -m {shlex.quote(str(gguf))}"
+    if as_json:
+        facts = {"file": gguf, "type": type_, "n_bytes": exported.n_bytes, "run": run}
+        output.write_json(facts | {"notes": exported.notes})
+        return
+    size = with_unit(exported.n_bytes, "B")
+    line = f"{output.one_line(str(gguf))}: {size}, {type_}. Run it: {output.one_line(run)}"
+    output.show([Text(line)])

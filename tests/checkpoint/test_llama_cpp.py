@@ -1,0 +1,156 @@
+"""llama.cpp gives texts our ids, and our greedy text, with the GGUF files that we write.
+
+Needs llama-cpp-python, which takes several minutes to build.
+"""
+
+import re
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import test_published_tokenizers as published_tokenizers
+import torch
+from fuzzed_texts import SAMPLE, fuzzed_texts
+from layout_models import LAYOUTS
+
+from minigpt.checkpoint.model_folder import read_model, write_model
+from minigpt.checkpoint.tokenizer_json import tokenizer_from_json
+from minigpt.checkpoint.tools.gguf import export_gguf
+from minigpt.config import ModelConfig
+from minigpt.model.gpt import GPT
+from minigpt.text.tokenizer import Tokenizer, bytes_tokenizer, named_tokenizer, train_bpe
+
+pytestmark = pytest.mark.slow
+llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python")
+
+COMPUTED = {
+    "gpt2-tied": LAYOUTS["gpt2-tied"],
+    "gpt2-untied": {"family": "gpt2", "d_mlp": 40, "norm_eps": 1e-3},
+    "llama-grouped": LAYOUTS["llama-grouped"],
+    "llama-biased": LAYOUTS["llama-biased"],
+    "llama-wide": {"tie_embeddings": True, "d_head": 10},
+    "mistral": LAYOUTS["mistral"],
+    "qwen2": LAYOUTS["qwen2"],
+    "qwen3": LAYOUTS["qwen3"],
+}
+"""Models that llama.cpp computes."""
+
+
+def small_folder(folder: Path, tokenizer: Tokenizer | None, layout: str, n_rows: int = 0) -> Path:
+    config = ModelConfig(
+        vocab_size=n_rows or (tokenizer.vocab_size if tokenizer else 61),
+        context_length=128,
+        n_layer=2,
+        n_head=4,
+        d_model=32,
+        **COMPUTED[layout],
+    )
+    model = GPT(config)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3, generator=generator)
+    write_model(folder, model.eval(), tokenizer)
+    return folder
+
+
+@pytest.fixture
+def exported(tmp_path: Path) -> Callable[..., Any]:
+    """Export a folder and open it with llama.cpp."""
+
+    def export(folder: Path, type_: str = "f32", **options: Any) -> Any:
+        path = tmp_path / f"{folder.name}.gguf"
+        export_gguf(folder, path, type_)
+        return llama_cpp.Llama(
+            str(path), n_ctx=0, n_threads=1, verbose=False, logits_all=True, **options
+        )
+
+    return export
+
+
+def logits_of(llama: Any, ids: list[int]) -> torch.Tensor:
+    llama.reset()
+    llama.eval(ids)
+    return torch.tensor(llama.scores[: len(ids)])
+
+
+@pytest.mark.parametrize("layout", COMPUTED)
+def test_logits_and_greedy_ids_equal_ours(
+    layout: str, tmp_path: Path, exported: Callable[..., Any]
+) -> None:
+    folder = small_folder(tmp_path / layout, bytes_tokenizer(), layout)
+    llama, model = exported(folder), read_model(folder).model
+    ids = list(b"Once upon a time, there was")
+    with torch.no_grad():
+        for _ in range(60):
+            logits = model(torch.tensor([ids]))[0]
+            ids.append(int(logits[-1].argmax()))
+    theirs = logits_of(llama, ids)
+    # llama.cpp's cache and its table of GELU are float16
+    torch.testing.assert_close(theirs[: len(logits)], logits, atol=0.03, rtol=0.01)
+    greedy = ids[:27]
+    llama.reset()
+    llama.eval(greedy)
+    for _ in range(60):
+        greedy.append(int(llama.scores[len(greedy) - 1].argmax()))
+        llama.eval(greedy[-1:])
+    assert greedy == ids
+
+
+TEXTS = fuzzed_texts(400, published_tokenizers.WORDS)
+OWN = {
+    "bytes": bytes_tokenizer,
+    "bpe": lambda: train_bpe([SAMPLE * 3], 600),
+    "gpt2": lambda: named_tokenizer("gpt2"),
+    "cl100k_base": lambda: named_tokenizer("cl100k_base"),
+}
+"""Vocabularies that we make."""
+PUBLISHED = ("gpt2", "smollm", "llama3", "qwen3", "gpt4", "unordered", "llama2", "mistral")
+"""Vocabularies of others, in miniature."""
+
+
+def check_ids(llama: Any, tokenizer: Tokenizer, texts: list[str]) -> None:
+    different = [
+        text
+        for text in texts
+        if llama.tokenize(text.encode(), add_bos=False, special=False) != tokenizer.encode(text)
+    ]
+    assert not different, (len(different), different[:3])
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_ids_of_fuzzed_texts_equal_ours(
+    name: str, tmp_path: Path, exported: Callable[..., Any]
+) -> None:
+    tokenizer = OWN[name]()
+    folder = small_folder(tmp_path / name, tokenizer, "llama-grouped", tokenizer.vocab_size + 7)
+    llama = exported(folder)
+    texts = TEXTS
+    if name == "cl100k_base":  # the export says so
+        texts = [text for text in texts if not re.search(r"[\r\n]\s*[^\S\r\n]\Z", text)]
+    check_ids(llama, tokenizer, texts)
+    end = tokenizer.end_of_text
+    assert (llama.token_eos(), llama.tokenize(b"a", add_bos=True)) == (end, tokenizer.encode("a"))
+    assert llama.tokenize(b"<|endoftext|>", add_bos=False, special=True) == [end]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_ids_of_other_vocabularies_equal_ours(
+    name: str, tmp_path: Path, exported: Callable[..., Any]
+) -> None:
+    data, _ = published_tokenizers.published(getattr(published_tokenizers, name))
+    end = max(token["id"] for token in data["added_tokens"] or [{"id": 5}])
+    tokenizer = tokenizer_from_json(data, name, end_of_text_ids=(end,))
+    llama = exported(small_folder(tmp_path / name, tokenizer, "llama-grouped"))
+    texts = TEXTS
+    if name == "qwen3":  # the export says so
+        texts = [text for text in texts if unicodedata.is_normalized("NFC", text)]
+    if name == "mistral":
+        texts = [text for text in texts if not text.startswith((" ", "\u2581"))]
+    check_ids(llama, tokenizer, texts)
+    assert llama.tokenize(b"It's 12", add_bos=True) == tokenizer.encode_prompt("It's 12")
+    for text, id_ in tokenizer.special_ids.items():
+        assert llama.tokenize(text.encode(), add_bos=False, special=True)[-1] == id_
+    assert llama.token_eos() == end
