@@ -45,6 +45,9 @@ def resolve_model(spec: str | None, root: Path = ROOT) -> Path:
     advice = remedy(Path(spec).name, names_in(root))
     for place in _places(spec, root):
         if os.path.exists(place):  # unlike Path.exists, False for impossible names
+            if os.path.isdir(place):
+                with resource_errors(place):
+                    os.listdir(place)
             raise CheckpointError(
                 f"{str(place)!r} holds no checkpoint: no step folder, no config.json. {advice}"
             )

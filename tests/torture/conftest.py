@@ -1,0 +1,53 @@
+"""What a stranger, a full disk, a kill or a power cut can do; tests run whole with make torture.
+
+A test of the default suite takes a few seconds at most; the long forms have the marker torture.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+# Helpers of the other test packages: small_runs, small_traces, calls.
+sys.path += [str(ROOT / "tests" / name) for name in ("training", "tracing", "commands")]
+
+from small_models import small_model  # noqa: E402
+
+from minigpt.checkpoint.model_folder import write_model  # noqa: E402
+from minigpt.text.tokenizer import bytes_tokenizer  # noqa: E402
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path) -> Path:
+    """A folder with a model of random weights and byte tokens."""
+    folder = tmp_path / "model"
+    write_model(folder, small_model(vocab_size=257), bytes_tokenizer())
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def limit(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a test that hangs, as a read of a FIFO does."""
+
+    def fail(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError("the test hangs")
+
+    if request.node.get_closest_marker("torture") or not hasattr(signal, "setitimer"):
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.setitimer(signal.ITIMER_REAL, 120)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture
+def program() -> dict[str, str]:
+    """The environment of the program as a process of its own."""
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
