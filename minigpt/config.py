@@ -4,6 +4,7 @@ A config that exists is valid: a bad value raises ConfigError when it is made. A
 is documented as derived is filled in at that moment, so that a saved config is complete.
 """
 
+import codecs
 import math
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields
@@ -320,15 +321,47 @@ class DataConfig:
     tokenizer: str = option("bytes", metavar="NAME")
     """Tokenizer: bytes, bpe, bpe:N, gpt2, cl100k_base or o200k_base. bpe is trained on the corpus,
     which decides its size; bpe:N has N tokens in all. With ``from``, the name of the model's."""
-    val_fraction: float = setting(0.1, "(0, 1)")
-    """Fraction of the tokens, at the end, kept for validation. ``bpe`` learns no merges from it."""
     special: bool = option(False)
     """Parse special tokens in the text, such as <|endoftext|>, which then ends a document."""
     skip_unencodable: bool = option(False)
     """Skip and count characters that the vocabulary lacks."""
+    format: Literal["text", "jsonl", "json", "csv", "parquet"] | None = option(
+        None, shown="by suffix or content"
+    )
+    """Format of all files. None decides for each file, by its suffix or its first rows."""
+    field: str = option("text", metavar="NAME")
+    """Field or column that has the text of a row (JSONL, JSON, CSV, Parquet)."""
+    encoding: str = option("utf-8", metavar="NAME")
+    """Character encoding of the files, by its name in Python: utf-16, cp1252, gb18030."""
+    skip_bad: bool = option(False)
+    """Leave out rows without text, broken or not in the encoding, and count them."""
+    val_fraction: float = option(0.1, "[0, 1)", metavar="F")
+    """Fraction of the text kept for validation; 0 to train on all. ``bpe`` learns no merges from
+    it."""
+    val_split: Literal["tail", "documents"] | None = option(
+        None, shown="documents if there are ten"
+    )
+    """Text kept for validation. documents: whole documents, chosen by a hash of their text; tail:
+    the last tokens. None derives documents if there are at least ten, else tail."""
+    val: tuple[str, ...] = option((), metavar="DATA")
+    """Validation text of its own, instead of a fraction; repeat for several."""
 
     def __post_init__(self) -> None:
         check_fields(self)
+        try:
+            is_text = codecs.lookup(self.encoding)._is_text_encoding
+        except (LookupError, ValueError):  # ValueError: a NUL in the name
+            is_text = False
+        _require(
+            is_text,
+            f"unknown encoding {self.encoding!r}. Use a name that Python knows, such as utf-8, "
+            "utf-16, cp1252, latin-1, gb18030, big5 or shift_jis.",
+        )
+        _require(
+            not self.val or (self.val_split is None and self.val_fraction == 0.1),
+            "val is the whole validation text, so val_split and val_fraction do not go with it. "
+            "Leave them out.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

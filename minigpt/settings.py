@@ -95,7 +95,7 @@ def read_toml(path: Path, *, may_be_pipe: bool = False) -> dict[str, Any]:
     """
     try:
         with resource_errors(path):
-            return tomllib.loads(read_bytes(path, may_be_pipe=may_be_pipe).decode())
+            return tomllib.loads(read_bytes(path, may_be_pipe=may_be_pipe).decode("utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"the config file {path} does not exist.") from None
     except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, or nested too deeply

@@ -18,7 +18,7 @@ from rich.live import Live
 from rich.segment import ControlType, Segment
 from rich.text import Text
 
-from minigpt.console import make_console
+from minigpt.console import make_console, spans_to_text
 from minigpt.text.building import PrepareProgress
 from minigpt.text.escape import printable
 
@@ -29,7 +29,12 @@ PLAIN_EVERY_S = 5.0
 """Seconds between lines where stderr is not a terminal."""
 _SHORTEST_BAR = 6
 _LONGEST_BAR = 40
-_STAGES = {"download": "downloading", "train tokenizer": "training tokenizer", "encode": "encoding"}
+_STAGES = {
+    "download": "downloading",
+    "split": "choosing validation documents",
+    "train tokenizer": "training tokenizer",
+    "encode": "encoding",
+}
 
 
 class StatusLine:
@@ -156,6 +161,10 @@ class ProgressLine:
 
     def preparing(self, progress: PrepareProgress) -> None:
         """Show the progress of preparing a text, and its speed since the stage began."""
+        if progress.note:
+            line = spans_to_text([("text   ", "dim"), (progress.note, "plain")])
+            self.console.print(line, soft_wrap=True)
+            return
         if self._stage is None or self._stage.stage != progress.stage:
             self._stage, self._stage_began_at = progress, time.monotonic()
         seconds = time.monotonic() - self._stage_began_at

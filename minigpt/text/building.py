@@ -21,7 +21,9 @@ import numpy as np
 import numpy.typing as npt
 
 from minigpt.config import DataConfig
+from minigpt.errors import ConfigError, DataError
 from minigpt.files import OTHER_CACHE, cache_folder, resource_errors
+from minigpt.rings import has_ring, ring
 from minigpt.text.corpus import (
     CorpusFile,
     Document,
@@ -49,6 +51,7 @@ from minigpt.text.tokenizer import (
     parse_spec,
 )
 
+_SPLITTING = "text.splitting"
 PROGRESS_BYTES = 2**20
 CHUNK_CHARS = 2**20
 MAX_WORKERS = 16
@@ -60,11 +63,13 @@ class PrepareProgress:
     """Progress of a preparation."""
 
     stage: str
-    """download, train tokenizer, or encode."""
+    """download, split, train tokenizer, or encode."""
     done: int
     """Bytes of the files read in this stage."""
     total: int
     """Bytes of all files."""
+    note: str = ""
+    """A line about the text that is read. Empty for progress only."""
 
 
 @dataclass(frozen=True)
@@ -73,20 +78,47 @@ class Corpus:
 
     files: list[CorpusFile]
     """Files in order."""
+    val_files: list[CorpusFile]
+    """Files of a validation text of its own."""
+    data: DataConfig
+    """How the files are read and split."""
     tokenizer: Tokenizer | str
     """Tokenizer, or the spec of one that may have to be trained."""
-    special: bool
-    """Whether the text of a special token becomes its id."""
-    skip_unencodable: bool
-    """Whether characters that the vocabulary lacks are left out."""
-    train_fraction: float
-    """Share of the text, from its beginning, that a tokenizer may be trained on."""
-    identity: str
-    """sha256 over the text and the tokenizer."""
     cache: Path
     """Folder that keeps prepared corpora."""
+    spool: Path
+    """Folder of temporary files."""
     report: Callable[[PrepareProgress], None]
     """Called now and then while the files are read."""
+    val_split: str = "tail"
+    """Text kept for validation: tail, documents, own (val_files) or none."""
+    is_validation: Callable[[str], bool] | None = None
+    """Whether a document is kept for validation, by its first piece. None without such a choice."""
+    identity: str = ""
+    """sha256 over the text, the split and the tokenizer."""
+
+    def documents(
+        self, *, training_only: bool = False, on_skip: Callable[[str], None] | None = None
+    ) -> Iterator[Document]:
+        """Yield the documents as they are stored: those for training, then those for validation."""
+        found = self.read(self.files, on_skip)
+        if self.is_validation:
+            splitting = ring(_SPLITTING)
+            found = splitting.training_first(found, self.is_validation, self.spool)
+        for document in found:
+            if not (training_only and document.is_validation):
+                yield document
+        if self.val_files and not training_only:
+            for document in self.read(self.val_files, on_skip):
+                yield replace(document, is_validation=True)
+
+    def read(
+        self, files: list[CorpusFile], on_skip: Callable[[str], None] | None = None
+    ) -> Iterator[Document]:
+        """Yield the documents of files in their order."""
+        documents = iter_documents(files, self.data, on_skip)
+        end = _end_of_text(self.tokenizer)
+        return split_documents(documents, end) if self.data.special and end else documents
 
 
 @dataclass(frozen=True)
@@ -105,6 +137,8 @@ class Place:
     """Special tokens that are plain text in those pieces, and how often each is."""
     skipped: Mapping[str, int] = field(default_factory=dict)
     """Characters of those pieces that were skipped, and how often each was."""
+    n_val_tokens: int = 0
+    """Number of tokens of validation documents in those pieces."""
 
     def after(self, encoded: "Encoded") -> "Place":
         """Return the place after this one and some encoded pieces."""
@@ -114,6 +148,7 @@ class Place:
             n_bytes=self.n_bytes + encoded.n_bytes,
             unparsed=dict(Counter(self.unparsed) + encoded.unparsed),
             skipped=dict(Counter(self.skipped) + encoded.skipped),
+            n_val_tokens=self.n_val_tokens + len(encoded.tokens) * encoded.pieces[0].is_validation,
         )
 
 
@@ -157,31 +192,66 @@ def opened_corpus(
     with resource_errors(cache, OTHER_CACHE):
         (cache / "prepared").mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="streams-", dir=cache) as spool:
-            files = find_files(
-                data.paths,
-                cache,
-                Path(spool),
-                on_download=lambda *n: report(PrepareProgress("download", *n)),
-            )
-            # A name does not identify a vocabulary that was not made here: two may share it.
-            vocabulary = data.tokenizer if tokenizer is None else tokenizer.fingerprint
-            train_fraction = 1 - data.val_fraction
-            if kind == "bpe":
-                vocabulary += f" of {train_fraction}"
-            what = f"{SCHEMA_VERSION} {vocabulary} {content_hash(files)}"
-            what += " special" * data.special + " skip" * data.skip_unencodable
-            identity = hashlib.sha256(what.encode()).hexdigest()
-            used = tokenizer or data.tokenizer
-            yield Corpus(
-                files=files,
-                tokenizer=used,
-                special=data.special,
-                skip_unencodable=data.skip_unencodable,
-                train_fraction=train_fraction,
-                identity=identity,
+            find = partial(
+                find_files,
                 cache=cache,
-                report=report,
+                spool=Path(spool),
+                data=data,
+                on_download=lambda *n: report(PrepareProgress("download", *n)),
+                on_note=lambda note: report(PrepareProgress("read", 0, 0, note)),
             )
+            files, val_files = find(data.paths), find(data.val) if data.val else []
+            used = tokenizer or data.tokenizer
+            corpus = _split(Corpus(files, val_files, data, used, cache, Path(spool), report))
+            # A name does not identify a vocabulary that was not made here: two may share it.
+            what = [SCHEMA_VERSION, data.tokenizer if tokenizer is None else tokenizer.fingerprint]
+            what += [content_hash(files), data.special, data.skip_unencodable]
+            what += [data.field, data.encoding, data.skip_bad]
+            if corpus.val_split == "documents" or (kind == "bpe" and corpus.val_split == "tail"):
+                what += [corpus.val_split, data.val_fraction]
+            if val_files:
+                what.append(content_hash(val_files))
+            identity = hashlib.sha256("\n".join(map(str, what)).encode()).hexdigest()
+            yield replace(corpus, identity=identity)
+
+
+def _split(corpus: Corpus) -> Corpus:
+    """Choose the documents of a corpus that are kept for validation.
+
+    Raises: DataError if a file is in both texts; ConfigError for an option of rows without any.
+    """
+    data, files = corpus.data, corpus.files
+    has_rows = any(file.format != "text" for file in (*files, *corpus.val_files))
+    for name, default in (("field", "text"), ("skip_bad", False)):
+        if getattr(data, name) != default and not has_rows:
+            raise ConfigError(
+                f"{name} is for files of rows, and {files[0].name!r} is text. Leave it out, or "
+                "name the format with --format."
+            )
+    paths = [{file.path.resolve() for file in part} for part in (files, corpus.val_files)]
+    if both := paths[0] & paths[1]:
+        raise DataError(f"{str(min(both))!r} is in both DATA and --val. Leave it out of one.")
+    if corpus.val_files or not data.val_fraction:
+        return replace(corpus, val_split="own" if corpus.val_files else "none")
+    if data.val_split == "tail" or not (data.val_split or has_ring(_SPLITTING)):
+        return corpus
+    splitting = ring(_SPLITTING)
+    if data.val_split is None:
+        # A text file is a document: it need not be read to be counted.
+        is_few = not has_rows and not data.special and len(files) < splitting.MIN_DOCUMENTS
+        if is_few or not splitting.are_several(corpus.read(files)):
+            return corpus
+    report = _reporter(files, "split", corpus.report)
+    is_validation = splitting.choose(map(report, corpus.read(files)), data.val_fraction)
+    return replace(corpus, val_split="documents", is_validation=is_validation)
+
+
+def _end_of_text(tokenizer: Tokenizer | str) -> str:
+    """Return the text of the token between documents; empty if there is none."""
+    if isinstance(tokenizer, str):
+        return END_OF_TEXT
+    texts = (text for text, i in tokenizer.special_ids.items() if i == tokenizer.end_of_text)
+    return next(texts, "")
 
 
 def begin(folder: Path, corpus: Corpus) -> Tokenizer:
@@ -215,11 +285,14 @@ def build(
     Raises: DataError for a corpus that cannot be used; OSError if the folder cannot be written.
     """
     n_bytes_before = place.n_bytes
-    report = _reporter(corpus, "encode")
-    pieces = iter_documents(corpus.files)
-    ends = [text for text, id_ in tokenizer.special_ids.items() if id_ == tokenizer.end_of_text]
-    if corpus.special and ends:
-        pieces = split_documents(pieces, ends[0])
+    report = _reporter([*corpus.files, *corpus.val_files], "encode", corpus.report)
+    n_bad_rows, bad_row = 0, ""
+
+    def on_skip(message: str) -> None:
+        nonlocal n_bad_rows, bad_row
+        n_bad_rows, bad_row = n_bad_rows + 1, bad_row or message
+
+    pieces = corpus.documents(on_skip=on_skip)
     for piece in islice(pieces, place.n_pieces):
         report(piece)
     started = time.perf_counter()
@@ -256,9 +329,14 @@ def build(
         tokenizer_fingerprint=tokenizer.fingerprint,
         shards=tuple(shards),
         sources=tuple(file.name for file in corpus.files),
-        special=corpus.special,
+        special=corpus.data.special,
         unparsed=place.unparsed,
         skipped=place.skipped,
+        val_split=corpus.val_split,
+        val_fraction=corpus.data.val_fraction,
+        n_val_tokens=place.n_val_tokens,
+        n_bad_rows=n_bad_rows,
+        bad_row=bad_row,
     )
     write_json(folder / MANIFEST, asdict(manifest))
     return Work(place.n_bytes - n_bytes_before, time.perf_counter() - started)
@@ -298,6 +376,9 @@ def _chunks(pieces: Iterable[Document]) -> Iterator[list[Document]]:
     chunk: list[Document] = []
     n_chars = 0
     for piece in pieces:
+        if chunk and chunk[-1].is_validation != piece.is_validation:
+            yield chunk
+            chunk, n_chars = [], 0
         chunk.append(piece)
         n_chars += len(piece.text)
         if n_chars >= CHUNK_CHARS:
@@ -317,51 +398,51 @@ def _encode(chunk: list[Document], corpus: Corpus, tokenizer: Tokenizer, dtype: 
         if piece.is_start:
             arrays.append(np.array(tokenizer.separator, np.uint32))
         parts = [piece.text]
-        if corpus.special:  # the odd parts are special tokens
+        if corpus.data.special:  # the odd parts are special tokens
             parts = tokenizer.special_pattern.split(piece.text)
         else:
             unparsed.update(tokenizer.special_pattern.findall(piece.text))
-        for i, part in list(enumerate(parts))[::2] if corpus.skip_unencodable else ():
+        for i, part in list(enumerate(parts))[::2] if corpus.data.skip_unencodable else ():
             if lacking := tokenizer.unencodable(part):
                 skipped.update(filter(lacking.__contains__, part))
                 parts[i] = part.translate({ord(character): None for character in lacking})
         n_bytes += sum(len(part.encode()) for part in parts[::2])
         text = "".join(parts)
-        arrays.append(tokenizer.encode_array(text, is_start=piece.is_start, special=corpus.special))
+        arrays.append(
+            tokenizer.encode_array(text, is_start=piece.is_start, special=corpus.data.special)
+        )
     tokens = np.concatenate(arrays, dtype=dtype, casting="unsafe")
     return Encoded(chunk, tokens, n_bytes, unparsed, skipped)
 
 
 def _training_texts(corpus: Corpus) -> Iterator[str]:
-    """Yield the first share of a corpus, so that no merge is learned from validation text.
+    """Yield the training text of a corpus, so that no merge is learned from validation text.
 
     Only as much of a long corpus is read as merges are learned from.
     """
-    report = _reporter(corpus, "train tokenizer")
-
-    def texts() -> Iterator[str]:
-        documents = iter_documents(corpus.files)
-        for document in split_documents(documents, END_OF_TEXT) if corpus.special else documents:
-            report(document)
-            yield document.text
-
-    read = first_texts(texts(), BPE_TRAINING_BYTES / corpus.train_fraction)
-    n_left = int(corpus.train_fraction * sum(len(text.encode()) for text in read))
+    report = _reporter(corpus.files, "train tokenizer", corpus.report)
+    texts = (report(document).text for document in corpus.documents(training_only=True))
+    train_fraction = 1 - corpus.data.val_fraction if corpus.val_split == "tail" else 1
+    read = first_texts(texts, BPE_TRAINING_BYTES / train_fraction)
+    n_left = int(train_fraction * sum(len(text.encode()) for text in read))
     for text in read:
         data = text.encode()[:n_left]
         n_left -= len(data)
         yield data.decode(errors="ignore")
 
 
-def _reporter(corpus: Corpus, stage: str) -> Callable[[Document], None]:
-    """Return a function that reports now and then how far the corpus has been read."""
-    total = sum(file.path.stat().st_size for file in corpus.files)
+def _reporter(
+    files: Sequence[CorpusFile], stage: str, report: Callable[[PrepareProgress], None]
+) -> Callable[[Document], Document]:
+    """Return a function that reports now and then how far the files have been read."""
+    total = sum(file.path.stat().st_size for file in files)
     reported = 0
 
-    def report(document: Document) -> None:
+    def look(document: Document) -> Document:
         nonlocal reported
         if document.position - reported >= min(PROGRESS_BYTES, total - reported) > 0:
             reported = document.position
-            corpus.report(PrepareProgress(stage, reported, total))
+            report(PrepareProgress(stage, reported, total))
+        return document
 
-    return report
+    return look

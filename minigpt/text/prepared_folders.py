@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 from minigpt.config import DataConfig
 from minigpt.errors import ConfigError, DataError
@@ -24,6 +25,7 @@ from minigpt.text.shard_files import (
     SCHEMA_VERSION,
     UNFINISHED,
     VOCABULARY,
+    Manifest,
     Shard,
     is_ours,
     read_record,
@@ -56,8 +58,8 @@ def prepare_folder(
     Raises: ConfigError if the folder holds anything else; LockedError if another process is
         writing it; otherwise as ``prepare``.
     """
-    if prepared := prepared_folder(data.paths):
-        raise DataError(f"{str(prepared)!r} is already prepared. Train on it as it is.")
+    if done := prepared_folder(data.paths):
+        raise DataError(f"{str(done)!r} is already prepared. Train on it as it is.")
     others = [p.name for p in folder.glob("*") if not is_ours(p) and p.name != _LOCK]
     if others:
         raise ConfigError(
@@ -182,16 +184,22 @@ def _is_prepared(folder: Path) -> bool:
     return VOCABULARY in has and len(has) > 1
 
 
-def prepared_tokenizer(words: Sequence[str]) -> str | None:
-    """Return the name of the tokenizer of a prepared folder; None if the words name text.
+def prepared_settings(words: Sequence[str]) -> dict[str, Any]:
+    """Return the data settings that a prepared folder was made with; {} if the words name text.
 
     Raises: DataError as ``prepared_folder``, or if it is damaged.
     """
     folder = prepared_folder(words)
     if folder is None:
-        return None
+        return {}
     with reading(folder):
-        return str(read_record(folder / MANIFEST)["tokenizer"])
+        manifest = Manifest(**read_record(folder / MANIFEST))
+    settings: dict[str, Any] = {"tokenizer": manifest.tokenizer}
+    if manifest.val_split == "none":
+        return settings | {"val_fraction": 0.0}
+    if manifest.val_split == "own":
+        return settings
+    return settings | {"val_split": manifest.val_split, "val_fraction": manifest.val_fraction}
 
 
 def open_named(data: DataConfig, tokenizer: Tokenizer | None) -> PreparedData | None:
@@ -220,4 +228,27 @@ def open_named(data: DataConfig, tokenizer: Tokenizer | None) -> PreparedData | 
             f"{str(folder)!r} was prepared with another tokenizer than the model's "
             f"({manifest.tokenizer!r}). Prepare the text with minigpt prepare --from."
         )
+    default = DataConfig()
+    for name in ("format", "field", "encoding", "skip_bad"):
+        if getattr(data, name) != getattr(default, name):
+            raise ConfigError(
+                f"{str(folder)!r} is prepared: {name} has no effect on it. Leave it out, or "
+                "prepare the text again with it."
+            )
+    _require_same_split(folder, manifest, data)
     return prepared if tokenizer is None else dataclasses.replace(prepared, tokenizer=tokenizer)
+
+
+def _require_same_split(folder: Path, manifest: Manifest, data: DataConfig) -> None:
+    """Raise ConfigError if other documents are to validate than the folder was prepared for."""
+    kind = "tail" if manifest.val_split == "none" else manifest.val_split
+    purpose = {"tail": "its tail", "documents": "documents of it", "own": "a text of its own"}[kind]
+    is_other = bool(data.val) or (data.val_split or kind) != kind
+    if kind == "documents":
+        is_other |= data.val_fraction != manifest.val_fraction
+        purpose += f", {manifest.val_fraction:g} of its bytes"
+    if is_other and data.val_fraction:
+        raise ConfigError(
+            f"{str(folder)!r} was prepared to validate on {purpose}. Leave --val, --val-split "
+            "and --val-fraction out, or prepare the text again with them."
+        )

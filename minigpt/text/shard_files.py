@@ -83,9 +83,31 @@ class Manifest:
     """Special tokens that are plain text in it, and how often each is."""
     skipped: Mapping[str, int] = field(default_factory=dict)
     """Characters that were left out because the vocabulary lacks them, and how often each was."""
+    val_split: str = "tail"
+    """Text kept for validation: tail, documents, own or none (docs/text.md)."""
+    val_fraction: float = 0.1
+    """Fraction of the text that was to be kept for validation."""
+    n_val_tokens: int = 0
+    """Number of tokens, the last ones, of the documents kept for validation; 0 for a tail."""
+    n_bad_rows: int = 0
+    """Number of rows left out (--skip-bad)."""
+    bad_row: str = ""
+    """Message about the first of them."""
+
+    def validation(self, val_fraction: float) -> str:
+        """Say which part of the text validates, for a run with this val_fraction."""
+        if not val_fraction:
+            return "all of it is trained on"
+        if self.val_split in ("documents", "own"):
+            kind = "whole documents" if self.val_split == "documents" else "a text of their own"
+            return f"{self.n_val_tokens:,} tokens, {kind}, validate"
+        return f"the last {val_fraction:.0%} validate"
 
     def notes(self) -> Iterator[str]:
         """Yield what a user should know about the text, in lines."""
+        if self.n_bad_rows:
+            rows = "row was" if self.n_bad_rows == 1 else "rows were"
+            yield f"{self.n_bad_rows:,} {rows} left out; the first: {self.bad_row}"
         if self.unparsed:
             yield (
                 f"the text holds special tokens as plain text ({_most_common(self.unparsed)}). "

@@ -44,12 +44,21 @@ class PreparedData:
 class TokenDataset:
     """All tokens of a corpus, in memory-mapped shards."""
 
-    def __init__(self, shards: Sequence[npt.NDArray[Any]], fingerprint: str) -> None:
-        """Args: shards, one-dimensional arrays of ids, in order; fingerprint, of all tokens."""
+    def __init__(
+        self,
+        shards: Sequence[npt.NDArray[Any]],
+        fingerprint: str,
+        n_val_tokens: int | None = None,
+    ) -> None:
+        """Args: shards, one-dimensional arrays of ids, in order; fingerprint, of all tokens;
+        n_val_tokens, those of the documents for validation, the last ones; None for no such
+        documents.
+        """
         self._shards = shards
         self._starts = np.cumsum([0, *map(len, shards)]).tolist()
+        self._n_val_tokens = n_val_tokens
         self.fingerprint = fingerprint
-        """sha256 over the tokens and their tokenizer."""
+        """sha256 over the tokens, their tokenizer and the documents for validation."""
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -68,8 +77,13 @@ class TokenDataset:
             index += 1
 
     def split(self, val_fraction: float) -> tuple["TokenSpan", "TokenSpan"]:
-        """Return the training tokens and, after them, the last share for validation."""
+        """Return the training tokens and, after them, those for validation.
+
+        Args: val_fraction, share of the tokens without documents for validation; 0 for none.
+        """
         border = int(len(self) * (1 - val_fraction))
+        if val_fraction and self._n_val_tokens is not None:
+            border = len(self) - self._n_val_tokens
         return (
             TokenSpan(self, 0, border, "training"),
             TokenSpan(self, border, len(self), "validation"),
@@ -157,15 +171,15 @@ def _replace(folder: Path, corpus: Corpus, n_workers: int) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def prepared_tokenizer(words: Sequence[str]) -> str | None:
-    """Return the name of the tokenizer of a prepared folder; None if the words name text.
+def prepared_settings(words: Sequence[str]) -> dict[str, Any]:
+    """Return the data settings that a prepared folder was made with; {} if the words name text.
 
     Raises: DataError if the folder is unfinished, damaged, or not named alone.
     """
     if not has_ring(_PREPARED_FOLDERS):
-        return None
-    name: str | None = ring(_PREPARED_FOLDERS).prepared_tokenizer(words)
-    return name
+        return {}
+    settings: dict[str, Any] = ring(_PREPARED_FOLDERS).prepared_settings(words)
+    return settings
 
 
 def open_prepared(folder: Path) -> PreparedData:
@@ -185,6 +199,11 @@ def open_prepared(folder: Path) -> PreparedData:
             is_whole &= len(array) == shard.n_tokens and shard.is_intact(folder)
             arrays.append(array)
             digest.update(shard.sha256.encode())
+        n_val_tokens = None
+        if manifest.val_split in ("documents", "own"):
+            n_val_tokens = manifest.n_val_tokens
+            digest.update(f"validation {n_val_tokens}".encode())
     if not is_whole:
         raise DataError(f"the prepared corpus {str(folder)!r} is damaged. Delete that folder.")
-    return PreparedData(tokenizer, TokenDataset(arrays, digest.hexdigest()), manifest, folder)
+    tokens = TokenDataset(arrays, digest.hexdigest(), n_val_tokens)
+    return PreparedData(tokenizer, tokens, manifest, folder)

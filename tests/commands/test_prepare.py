@@ -121,7 +121,7 @@ def test_interrupted_prepare_is_resumed(run: Run, monkeypatch: pytest.MonkeyPatc
     from minigpt.commands.status_line import ProgressLine
 
     def interrupt(self: ProgressLine, progress: PrepareProgress) -> None:
-        if progress.done > progress.total / 2:
+        if progress.stage == "encode" and progress.done > progress.total / 2:
             raise KeyboardInterrupt
 
     words = ["prepare", "docs.jsonl", "--tokenizer", "bytes", "--out", "tokens", "--workers", "2"]

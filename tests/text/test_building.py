@@ -114,7 +114,7 @@ def test_tokens_equal_a_plain_loop_for_any_number_of_workers(
 def test_no_merge_is_learned_from_validation_text(
     val_fraction: float, data: DataConfig, texts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = replace(data, val_fraction=val_fraction)
+    config = replace(data, val_fraction=val_fraction, val_split="tail")
     n_left = int((1 - val_fraction) * sum(len(text.encode()) for text in texts))
     first = []
     for text in texts:
@@ -270,7 +270,7 @@ def test_error_leaves_complete_shards_or_nothing(
         prepared(on_progress=interrupt)
     left = contents(Path("out"))
     record = json.loads(left["unfinished.json"])
-    assert len(record["shards"]) > 3
+    assert len(record["shards"]) >= 3
     names = {shard["name"] for shard in record["shards"]}
     assert left.keys() == names | {"unfinished.json", "vocabulary.json"}
     again, work = prepared()
@@ -345,8 +345,9 @@ def test_prepared_folder_must_be_finished_alone_and_have_the_same_tokenizer(
     with pytest.raises(DataError, match="is unfinished"):
         prepare(DataConfig(paths=(out,)))
     made, _ = prepared()
-    assert shards.prepared_tokenizer([out]) == "bpe:300"
-    assert shards.prepared_tokenizer(["a.jsonl"]) is None
+    settings = {"tokenizer": "bpe:300", "val_split": "documents", "val_fraction": 0.1}
+    assert shards.prepared_settings([out]) == settings
+    assert shards.prepared_settings(["a.jsonl"]) == {}
     with pytest.raises(DataError, match="cannot be combined"):
         prepare(DataConfig(paths=("a.jsonl", out)))
     with pytest.raises(ConfigError, match=r"with the tokenizer 'bpe:300', not 'bytes'\. Leave"):

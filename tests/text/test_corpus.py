@@ -268,9 +268,10 @@ def test_error_of_a_utf16_file_shows_how_to_convert_it(folder: Path, encoding: s
     [
         ("{oops}", "line 2 of 'a.jsonl' is not JSON"),
         ('"text"', "line 2 of 'a.jsonl' is not an object with a \"text\" string"),
-        ('{"body": "x"}', "not an object with"),
-        ('{"text": 1}', "not an object with"),
-        (b'{"text": "\xff"}', "is not JSON: 'utf-8' codec can't decode"),
+        ('{"body": "x"}', "line 2 of 'a.jsonl' has no \"text\" string: its fields are 'body'"),
+        ('{"text": 1}', "line 2 of 'a.jsonl' has no \"text\" string: it is of type int"),
+        ('{"text": null}', 'has no "text" string: it is null'),
+        (b'{"text": "\xff"}', "line 2 of 'a.jsonl' is not UTF-8"),
         ("[" * 100_000, "is not JSON"),
     ],
 )

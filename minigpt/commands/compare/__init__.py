@@ -60,7 +60,11 @@ def compare(
         dict[str, Any],
         Fields(
             RunConfig,
-            only=("data.tokenizer", "training.seed", "training.device", "training.dtype"),
+            only=(
+                *("data.tokenizer", "data.format", "data.field", "data.encoding", "data.skip_bad"),
+                *("data.val_fraction", "data.val_split", "data.val"),
+                *("training.seed", "training.device", "training.dtype"),
+            ),
             group="Run",
             defaults=default_run(),
         ),

@@ -23,6 +23,7 @@ from minigpt.commands.train.job import (
     fresh_name,
     given,
     settings_of,
+    with_split,
     with_vocabulary,
 )
 from minigpt.commands.train.run import train_job
@@ -120,7 +121,9 @@ def _planned(
     name = checked_name(config.name) if config.name else fresh_name(data_config, "compare")
     with TrainingDisplay() as display:
         data = prepare(data_config, on_progress=display.preparing)
-    base = with_vocabulary(settings, data.tokenizer.vocab_size)
+    base = with_split(with_vocabulary(settings, data.tokenizer.vocab_size), data)
+    if not base.data.val_fraction:
+        raise ConfigError("compare sorts by validation loss: val_fraction must not be 0.")
     base = with_max_steps(base, len(data.tokens.split(base.data.val_fraction)[0]))
     budget = parse_budget(config.budget, base)
     runs = compared_runs(base, variants, config.seeds, budget, name)

@@ -63,7 +63,7 @@ class TrainingDisplay(ProgressLine):
         self._print_fact(
             "text",
             f"{manifest.n_tokens:,} tokens ({manifest.tokenizer}) of {manifest.n_bytes:,} "
-            f"bytes; the last {config.data.val_fraction:.0%} validate",
+            f"bytes; {manifest.validation(config.data.val_fraction)}",
         )
         for line in manifest.notes():
             self.note(line)

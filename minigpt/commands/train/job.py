@@ -3,11 +3,11 @@
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from math import gcd
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from minigpt.checkpoint.folder import CONFIG_FILE, Pointer, RunFolder
 from minigpt.checkpoint.model_folder import read_model
@@ -21,7 +21,7 @@ from minigpt.presets import preset as preset_settings
 from minigpt.rings import has_ring, ring
 from minigpt.settings import build, merge, read_toml, to_dict
 from minigpt.text.building import PrepareProgress
-from minigpt.text.shards import PreparedData, prepare, prepared_tokenizer
+from minigpt.text.shards import PreparedData, prepare, prepared_settings
 from minigpt.training.trainer import Trainer
 from minigpt.training.world import World
 
@@ -34,6 +34,7 @@ _FIXED = (
     "model",
     "data.tokenizer",
     "data.val_fraction",
+    "data.val_split",
     "training.seed",
     "training.batch_size",
     "training.sequence_length",
@@ -107,6 +108,9 @@ def _new_job(request: Request) -> Iterator[Job]:
         finetune = ring("commands.train.finetune")
         base = finetune.read_base(overrides["from"])
         config = finetune.finetuning_config(overrides, base)
+        own = prepared_settings(config.data.paths) | {"tokenizer": config.data.tokenizer}
+        own |= overrides.get("data", {})
+        config = build(RunConfig, merge(to_dict(config), {"data": own}))
     else:
         settings = settings_of(overrides)
         config = with_vocabulary(settings, 1)
@@ -117,6 +121,7 @@ def _new_job(request: Request) -> Iterator[Job]:
     if base is None:
         config = with_vocabulary(settings, data.tokenizer.vocab_size)
         _require_memory(config, request)
+    config = with_split(config, data)
     with request.lock(run):
         _require_new(run)  # another process may have created it meanwhile
         yield Job(config, data, run, start_from=base.model if base else None)
@@ -131,7 +136,10 @@ def _resumed_job(request: Request) -> Iterator[Job]:
     run = RunFolder(ROOT / checked_name(request.name)) if request.name else _newest_run()
     _require_checkpoint(run)
     with request.lock(run):
-        saved = build(RunConfig, read_toml(run.path / CONFIG_FILE))
+        settings = read_toml(run.path / CONFIG_FILE)
+        if "val" not in settings.get("data", {}):  # saved before there were other splits
+            settings = merge(settings, {"data": {"val_split": "tail"}})
+        saved = build(RunConfig, settings)
         overrides = request.overrides if saved.from_ is None else one_lr(request.overrides)
         config = build(RunConfig, merge(to_dict(saved), one_budget(overrides)))
         _require_same(saved, config)
@@ -202,11 +210,18 @@ def settings_of(overrides: dict[str, Any]) -> dict[str, Any]:
     preset = _adapted(preset_settings(overrides["preset"]), overrides)
     settings = merge(preset, one_budget(overrides))
     config = build(RunConfig, merge({"model": {"vocab_size": 1}}, settings))
-    # The tokenizer of a prepared folder wins over that of the preset.
-    own = prepared_tokenizer(config.data.paths)
-    if own is not None and given(overrides, "data", "tokenizer") is None:
-        settings = merge(settings, {"data": {"tokenizer": own}})
-    return settings
+    # The tokenizer and the split of a prepared folder win over those of the preset.
+    own = prepared_settings(config.data.paths)
+    return merge(settings, {"data": own}, {"data": overrides.get("data", {})})
+
+
+def with_split(config: RunConfig, data: PreparedData) -> RunConfig:
+    """Return the config with the split of the text, so that a resumed run has the same."""
+    kind = data.manifest.val_split
+    if kind == "own":
+        return config
+    split: Literal["documents", "tail"] = "documents" if kind == "documents" else "tail"
+    return replace(config, data=replace(config.data, val_split=split))
 
 
 def _adapted(preset: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

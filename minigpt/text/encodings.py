@@ -1,0 +1,91 @@
+"""What to do about bytes that are not UTF-8, without damaging the text that they stand for."""
+
+import codecs
+import re
+
+_WIDE = ("utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be")
+_MARKS = {  # UTF-32 first: its mark begins with that of UTF-16
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+_ICONV_NAMES = {"cp1252": "WINDOWS-1252", "latin-1": "LATIN1"} | {
+    name: name[:6].upper() + name[6:].replace("-", "").upper()
+    for name in ("utf-16", "utf-32", *_WIDE)
+}
+_EASTERN = ("gb18030", "big5", "shift_jis", "euc_jp", "euc_kr")
+# Bytes that cp1252 does not have, or punctuation of it inside a word.
+_NOT_CP1252 = re.compile(
+    rb"[\x81\x8d\x8f\x90\x9d]|[a-z][\x80\x82-\x87\x89\x8b\x8e\x91\x93-\x95\x98\x99\x9b\xd5][a-z]"
+)
+_CONTROLS = re.compile(r"[\0-\x08\x0e-\x1f\ud800-\udfff]")
+
+
+def wide_encoding(data: bytes) -> str:
+    """Return the UTF-16 or UTF-32 encoding of the beginning of a file; empty for none.
+
+    Without a byte-order mark, it is found by its zero bytes.
+    """
+    for mark, name in _MARKS.items():
+        if data.startswith(mark):
+            return name
+    if data.count(0) < (0.25 * len(data) if data.isascii() else 1):
+        return ""
+    found: dict[str, int] = {}
+    for name in _WIDE:
+        try:  # the part may end in the middle of a character
+            text = codecs.getincrementaldecoder(name)().decode(data)
+        except UnicodeDecodeError:
+            continue
+        if not _CONTROLS.search(text):
+            found[name] = sum(c < "\x7f" for c in text)
+    # With its bytes in the wrong order, a text has no space and no line break.
+    best = max(found, key=lambda name: found[name], default="")
+    return best if best and found[best] else ""
+
+
+def advice(data: bytes, position: int, *, n_multibyte: int = 0, is_end: bool = False) -> str:
+    """Return the remedy for a file that is not UTF-8, as one or two sentences.
+
+    Args: data, a part of the file with the invalid bytes; position, of the first one in the file;
+        n_multibyte, valid characters of several bytes before this part; is_end, whether the
+        file ends in the middle of a character.
+    """
+    if wide := wide_encoding(data):
+        return _convert(wide)
+    text = data.decode("utf-8", "replace")
+    n_multibyte += sum(c > "\x7f" and c != "\ufffd" for c in text)
+    if is_end and (n_multibyte or not data[:-1].isascii()):
+        return (
+            "It ends in the middle of a character, so it was cut: get the whole file, or leave out "
+            f"its last bytes: head -c {position} OLD > NEW"
+        )
+    if n_multibyte > 4 * text.count("\ufffd"):
+        return (
+            "Most of it is UTF-8, so it is damaged: get it again, or drop the invalid bytes: "
+            "iconv -c -f UTF-8 -t UTF-8 OLD > NEW"
+        )
+    n_high = sum(byte > 0x7F for byte in data)
+    if n_high > 8 and n_high > 0.25 * len(b"".join(data.split())):
+        names = ", ".join([*(name for name in _EASTERN if _fits(data, name)), "cp1251"])
+        return f"Name its encoding with --encoding, which may be {names} or koi8-r."
+    if _NOT_CP1252.search(data):
+        return "Name its encoding with --encoding, as in --encoding cp437, mac-roman or gb18030."
+    has_quotes = re.search(rb"[\x80-\x9f]", data)
+    return _convert("cp1252" if has_quotes else "latin-1", " (Western European)")
+
+
+def _convert(name: str, about: str = "") -> str:
+    return (
+        f"Give --encoding {name}{about}, or convert it: "
+        f"iconv -f {_ICONV_NAMES[name]} -t UTF-8 OLD > NEW"
+    )
+
+
+def _fits(data: bytes, name: str) -> bool:
+    try:
+        codecs.getincrementaldecoder(name)().decode(data)
+    except UnicodeDecodeError:
+        return False
+    return True

@@ -1,0 +1,367 @@
+"""Files of rows -> the text of each row: JSONL, JSON, CSV and Parquet. Zstandard too."""
+
+import csv
+import importlib
+import io
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any, BinaryIO, TextIO
+
+from minigpt.config import DataConfig
+from minigpt.errors import DataError, install_extra
+from minigpt.text.encodings import advice, wide_encoding
+from minigpt.text.tokenizer import well_formed
+
+READ_CHARS = 2**20
+LONGEST_CELL = 2**27
+"""Longest cell of a CSV file, in characters: more is a quote that is not closed."""
+
+_N_SNIFFED = 10  # rows
+_N_FIELDS_SHOWN = 12
+_UNITS = {"jsonl": "line", "json": "item", "csv": "row", "parquet": "row"}
+_BETWEEN = re.compile(r"[\s,\[\]]*")
+_LITERAL_CHARS = 64  # more than the longest literal of JSON has
+
+
+class BadRow(Exception):  # noqa: N818
+    """A row without a text. Its arguments: why, and what to do about it, a sentence or nothing."""
+
+    def __init__(self, reason: str, remedy: str = "") -> None:
+        super().__init__(reason, remedy)
+        self.reason, self.remedy = reason, remedy
+
+
+def texts(
+    file: BinaryIO, kind: str, name: str, data: DataConfig, on_skip: Callable[[str], None] | None
+) -> Iterator[str]:
+    """Yield the text of each row of a file; those without one are refused or skipped.
+
+    Args: kind, the format; name, of the file, for messages; on_skip, called with a message for
+        each row that is skipped; None to refuse it.
+    Raises: DataError for a row that is refused, or a file that is not of its format.
+    """
+    for number, row in _ROWS[kind](file, name, data):
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            text = row_text(row, data.field)
+        except BadRow as error:
+            message = f"{_UNITS[kind]} {number} of {name!r} {error.reason}"
+            if on_skip is None:
+                remedies = f"Leave such rows out with --skip-bad. {error.remedy}"
+                raise DataError(f"{message}. {remedies.strip()}") from None
+            on_skip(message)
+        else:
+            yield text
+
+
+def row_text(row: object, field: str) -> str:
+    """Return the text of a row.
+
+    Raises: BadRow if it has none.
+    """
+    if not isinstance(row, Mapping):
+        raise BadRow(f'is not an object with a "{field}" string')
+    text = row.get(field)
+    if isinstance(text, str):
+        return well_formed(text)
+    if field in row:
+        found = "null" if text is None else f"of type {type(text).__name__}"
+        raise BadRow(f'has no "{field}" string: it is {found}')
+    raise BadRow(f'has no "{field}" string: {_fields_of(row)}', "Name another one with --field.")
+
+
+def _fields_of(row: Mapping[Any, Any]) -> str:
+    names = [repr(str(name)[:60]) for name in list(row)[:_N_FIELDS_SHOWN]]
+    if not names:
+        return "it has no fields"
+    more = ", ..." if len(row) > _N_FIELDS_SHOWN else ""
+    return f"its fields are {', '.join(names)}{more}"
+
+
+def has_field(file: BinaryIO, kind: str, name: str, data: DataConfig) -> bool:
+    """Return whether the first row has the field of the text, or cannot be read at all."""
+    try:
+        _, row = next(_ROWS[kind](file, name, data), (0, None))
+    except DataError:
+        return True
+    return not isinstance(row, Mapping) or data.field in row
+
+
+def _json_lines(file: BinaryIO, name: str, data: DataConfig) -> Iterator[tuple[int, object]]:
+    with _as_text(file, name, data) as stream:
+        for number, line in enumerate(stream, start=1):
+            if not line.isspace():
+                yield number, _json_line(line.removeprefix("\ufeff"), data)
+
+
+def _json_line(line: str, data: DataConfig) -> object:
+    if undecodable := _undecodable(line, data):
+        return undecodable
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        remedy = "JSONL has one object a line; give --format text if it is plain text."
+        return BadRow(f"is not JSON: {error}", remedy)
+
+
+def _json_values(file: BinaryIO, name: str, data: DataConfig) -> Iterator[tuple[int, object]]:
+    """Yield the items of a JSON array, or the objects of a file of several."""
+    with _as_text(file, name, data) as stream:
+        yield from _items(stream, name, data)
+
+
+def _items(stream: TextIO, name: str, data: DataConfig) -> Iterator[tuple[int, object]]:
+    decoder = json.JSONDecoder()
+    text, n_open, number, is_end = "", 0, 0, False
+    while not is_end:
+        block = stream.read(max(READ_CHARS, len(text)))
+        is_end = not block
+        text, at = text + block, 0
+        while True:
+            between = _BETWEEN.match(text, at)
+            assert between is not None
+            n_open += between[0].count("[") - between[0].count("]")
+            at = between.end()
+            if at == len(text):
+                break
+            try:
+                row, end = decoder.raw_decode(text, at)
+            except (ValueError, RecursionError) as error:
+                if not is_end and _is_cut(error, text):
+                    break
+                raise DataError(
+                    f"{name!r} is not JSON after item {number}: {error}. Get it again, or give "
+                    "--format text if it is plain text."
+                ) from None
+            if end == len(text) and not is_end:  # a number may go on
+                break
+            number += 1
+            undecodable = _undecodable(text[at:end], data)
+            yield number, undecodable or ({data.field: row} if isinstance(row, str) else row)
+            at = end
+        text = text[at:]
+    if n_open:
+        raise DataError(f"{name!r} ends within its array, after item {number}. Get it again.")
+
+
+def _csv_rows(file: BinaryIO, name: str, data: DataConfig) -> Iterator[tuple[int, object]]:
+    with _as_text(file, name, data) as stream:
+        yield from _rows(stream, data)
+
+
+def _rows(stream: TextIO, data: DataConfig) -> Iterator[tuple[int, object]]:
+    first = stream.readline()
+    head = re.sub(r'"[^"]*"?', "", first)
+    delimiter = max(",\t;|", key=head.count)
+    rows = csv.reader(_after(first, stream), delimiter=delimiter, strict=True)
+    header: list[str] = []
+    number = 0
+    csv.field_size_limit(LONGEST_CELL)
+    while True:
+        row: object
+        try:
+            cells = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            row = BadRow(f"(line {rows.line_num}) is not CSV: {error}")
+        else:
+            if not cells:
+                continue
+            if not header:
+                header = cells
+                continue
+            row = dict(zip(header, cells, strict=False))
+            if len(cells) != len(header):
+                reason = f"(line {rows.line_num}) has {len(cells)} cells, the header {len(header)}"
+                row = BadRow(reason, "Quote a text that has commas, quotes or line breaks.")
+            elif undecodable := _undecodable(row.get(data.field, ""), data):
+                row = undecodable
+        number += 1
+        yield number, row
+
+
+def _after(first: str, stream: TextIO) -> Iterator[str]:
+    yield first
+    yield from stream
+
+
+def _parquet_rows(file: BinaryIO, name: str, data: DataConfig) -> Iterator[tuple[int, object]]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise DataError(
+            f"{name!r} is a Parquet file, which needs pyarrow: {install_extra('parquet')}"
+        ) from None
+    number = 0
+    try:
+        table = parquet.ParquetFile(file)
+        names = table.schema_arrow.names
+        columns = [data.field] if data.field in names else None
+        for batch in table.iter_batches(batch_size=256, columns=columns):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row
+    except (ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(
+            f"{name!r} cannot be read as Parquet after row {number}: {reason}. Get it again."
+        ) from None
+
+
+_ROWS: Mapping[str, Callable[[BinaryIO, str, DataConfig], Iterator[tuple[int, object]]]] = {
+    "jsonl": _json_lines,
+    "json": _json_values,
+    "csv": _csv_rows,
+    "parquet": _parquet_rows,
+}
+
+
+@contextmanager
+def _as_text(file: BinaryIO, name: str, data: DataConfig) -> Iterator[TextIO]:
+    """Read a file as text, in which an invalid byte is a lone surrogate."""
+    buffered = io.BufferedReader(file)  # type: ignore[type-var]
+    encoding = data.encoding
+    if _is_utf8(encoding):
+        if wide := wide_encoding(buffered.peek(2**12)[: 2**12]):
+            raise DataError(f"{name!r} is not UTF-8: it is {wide}. Give --encoding {wide}.")
+        encoding = "utf-8-sig"
+    stream = io.TextIOWrapper(buffered, encoding, errors="surrogateescape", newline="\n")
+    try:
+        yield stream
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name!r} is not {encoding}: {error}. Give another --encoding.") from None
+    finally:
+        stream.detach().detach()
+
+
+def _is_utf8(encoding: str) -> bool:
+    return encoding.lower().replace("_", "-") in ("utf-8", "utf8", "utf-8-sig")
+
+
+def _undecodable(text: str, data: DataConfig) -> BadRow | None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        if "\udc80" <= text[error.start] <= "\udcff":  # from surrogateescape
+            if not _is_utf8(data.encoding):
+                return BadRow(f"is not {data.encoding}")
+            return BadRow("is not UTF-8", advice(text.encode(errors="surrogateescape"), 0))
+    return None
+
+
+def sniffed(head: bytes, encoding: str, *, is_whole: bool) -> str:
+    """Return the format that the beginning of a file looks like: text, jsonl, json, csv, parquet.
+
+    Args: head, its first bytes, unpacked; is_whole, whether these are all.
+    """
+    if head.startswith(b"PAR1"):
+        return "parquet"
+    text = head.decode(encoding, "ignore").removeprefix("\ufeff").lstrip()
+    lines = [line for line in text.split("\n") if not line.isspace() and line]
+    if not is_whole and len(lines) > 1:
+        del lines[-1]
+    lines = lines[:_N_SNIFFED]
+    if text.startswith("{"):
+        n_objects = sum(isinstance(_parsed(line), dict) for line in lines)
+        if 2 * n_objects >= len(lines):
+            return "jsonl"
+    if re.match(r'\{\s*"|\[\s*(\{\s*"|"|\]\s*$)', text):
+        if len(lines) == 1 and not is_whole and text.startswith("{"):
+            return "jsonl"  # its first line is longer than the head
+        return "json" if _begins_with_json(text, is_whole=is_whole) else "text"
+    return "csv" if _is_table(lines) else "text"
+
+
+def _parsed(line: str) -> object:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _begins_with_json(text: str, *, is_whole: bool) -> bool:
+    start = text.index("[") + 1 if text.startswith("[") else 0
+    at = len(text) - len(text[start:].lstrip())
+    if text[at] == "]":
+        return True
+    try:
+        _, end = json.JSONDecoder().raw_decode(text, at)
+    except json.JSONDecodeError as error:
+        return not is_whole and _is_cut(error, text)
+    except RecursionError:
+        return False
+    return text[end:].lstrip()[:1] in ("", ",", "]", "{")
+
+
+def _is_cut(error: Exception, text: str) -> bool:
+    """Return whether JSON may be invalid only because its end is missing."""
+    position = getattr(error, "pos", 0)
+    return "Unterminated" in str(error) or position > len(text) - _LITERAL_CHARS
+
+
+def _is_table(lines: list[str]) -> bool:
+    """Return whether lines are CSV: a line of names, then rows with as many cells."""
+    for delimiter in ",\t;|":
+        rows: list[list[str]] = []
+        with suppress(csv.Error):  # a quoted text that goes on after these lines
+            rows += csv.reader(lines, delimiter=delimiter, strict=True)
+        if len(rows) < 2 or not 1 < len(rows[0]) == len(set(rows[0])):
+            continue
+        is_header = all(re.fullmatch(r"[^\W\d][\w.-]{0,40}", name) for name in rows[0])
+        if is_header and len(set(map(len, rows))) == 1:
+            return True
+    return False
+
+
+def open_zstd(file: BinaryIO) -> io.BufferedReader:
+    """Open a file that is packed with Zstandard, to read it unpacked."""
+    return io.BufferedReader(_ZstdFile(file))
+
+
+class _ZstdFile(io.RawIOBase):
+    """Reads frames of Zstandard; unlike the reader of ``zstandard``, it notices a cut file."""
+
+    _READ_BYTES = 2**12  # a block of it can become a thousand times as much
+
+    def __init__(self, file: BinaryIO) -> None:
+        try:  # since Python 3.14
+            zstd: Any = importlib.import_module("compression.zstd")
+            self._new_frame = zstd.ZstdDecompressor
+        except ImportError:
+            try:
+                zstd = importlib.import_module("zstandard")
+            except ImportError:
+                raise DataError(
+                    "files packed with Zstandard need Python 3.14 or zstandard: "
+                    f"{install_extra('zstd')}"
+                ) from None
+            self._new_frame = lambda: zstd.ZstdDecompressor().decompressobj()
+        self._error: type[Exception] = zstd.ZstdError
+        self._file, self._frame, self._packed, self._unpacked = file, self._new_frame(), b"", b""
+        self._is_between = True  # frames
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._unpacked:
+            self._packed = self._packed or self._file.read(self._READ_BYTES)
+            if not self._packed:
+                if not self._is_between:
+                    raise EOFError("it ends within a frame")
+                return 0
+            try:
+                self._unpacked = self._frame.decompress(self._packed)
+            except self._error as error:
+                raise EOFError(str(error)) from None
+            self._is_between, self._packed = self._frame.eof, b""
+            if self._frame.eof:
+                self._packed, self._frame = self._frame.unused_data, self._new_frame()
+        n_bytes = min(len(buffer), len(self._unpacked))
+        buffer[:n_bytes] = self._unpacked[:n_bytes]
+        self._unpacked = self._unpacked[n_bytes:]
+        return n_bytes

@@ -1,0 +1,78 @@
+"""Which documents of a corpus are kept for validation, chosen by a hash of their text."""
+
+import hashlib
+import json
+import tempfile
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+
+from minigpt.text.corpus import Document
+
+MIN_DOCUMENTS = 10
+"""Number of documents from which they are split by default."""
+MAX_MEASURED = 2**16
+"""Documents that are measured. With more of them, their sizes even out."""
+_LARGEST = 2**64
+
+
+def are_several(documents: Iterable[Document]) -> bool:
+    """Return whether there are at least MIN_DOCUMENTS; no more are read."""
+    starts = (document for document in documents if document.is_start)
+    return len(list(islice(starts, MIN_DOCUMENTS))) == MIN_DOCUMENTS
+
+
+def choose(documents: Iterable[Document], val_fraction: float) -> Callable[[str], bool]:
+    """Choose the documents for validation; return a function of a document's first piece.
+
+    The choice depends on the texts alone, not on their order or a seed, and puts equal texts on
+    the same side. Documents are taken in the order of their hashes until they have the wanted
+    share of the bytes; those that would exceed it by half are left out, but one is always taken.
+    """
+    hashes, sizes = array("Q"), array("Q")
+    for document in documents:
+        if document.is_start:
+            if len(hashes) == MAX_MEASURED:
+                return lambda text: _hash(text) < val_fraction * _LARGEST
+            hashes.append(_hash(document.text))
+            sizes.append(0)
+        sizes[-1] += len(document.text.encode())
+    n_bytes = {h: 0 for h in hashes}
+    for h, size in zip(hashes, sizes, strict=True):
+        n_bytes[h] += size
+    wanted = val_fraction * sum(sizes)
+    chosen: set[int] = set()
+    n_chosen = 0
+    for h in sorted(n_bytes):
+        if n_chosen < wanted and n_chosen + n_bytes[h] <= 1.5 * wanted:
+            chosen.add(h)
+            n_chosen += n_bytes[h]
+    chosen = chosen or {min(n_bytes, key=lambda h: (n_bytes[h], h))}
+    return lambda text: _hash(text) in chosen
+
+
+def training_first(
+    documents: Iterable[Document], is_validation: Callable[[str], bool], spool: Path
+) -> Iterator[Document]:
+    """Yield the training documents, then those for validation, each in their order.
+
+    Args: spool, a folder for a copy of the latter, which is deleted.
+    """
+    is_kept = False
+    with tempfile.TemporaryFile("w+", encoding="utf-8", dir=spool) as kept:
+        for document in documents:
+            if document.is_start:
+                is_kept = is_validation(document.text)
+            if is_kept:
+                kept.write(json.dumps(asdict(document)) + "\n")
+            else:
+                yield document
+        kept.seek(0)
+        for line in kept:
+            yield Document(**json.loads(line) | {"is_validation": True})
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
