@@ -17,7 +17,7 @@ def training_flops_per_token(config: ModelConfig) -> int:
     """Return the FLOPs of a forward and backward pass over one token of a full context.
 
     Six per parameter that multiplies (lookups do not), and what the score declares per attention
-    weight, for half the context on average, because the mask is causal.
+    weight, for half the context on average, because the mask is causal, or for a sliding window.
     Source: Chowdhery et al. 2022, arXiv:2204.02311, appendix B.
     """
     return _counts(config)[1]
@@ -34,7 +34,9 @@ def _counts(config: ModelConfig) -> tuple[int, int]:
     flops = 6 * (n_parameters - n_lookups)
     width = config.n_head * config.d_head
     for attention in model.attentions:
-        flops += attention.score.flops_per_weight * (width * config.context_length // 2)
+        seen = min(attention.score.window or config.context_length, config.context_length)
+        seen_on_average = seen * (2 * config.context_length - seen) // (2 * config.context_length)
+        flops += attention.score.flops_per_weight * width * seen_on_average
     return n_parameters, flops
 
 

@@ -80,16 +80,20 @@ def dense_weight(linear: nn.Module) -> Tensor:
     return weight.float()
 
 
-def rotary_table(config: ModelConfig) -> tuple[Tensor, Tensor]:
+def rotary_table(config: ModelConfig, divisor: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return cos and sin of position x frequency, each (context_length, D / 2), float32.
 
     With YaRN, both are multiplied by its attention factor.
+
+    Args: divisor, of each frequency (D / 2,).
 
     Source: Su et al. 2021, arXiv:2104.09864, section 3.2.2.
     """
     # Always computed on the CPU, so that all devices use the same angles.
     exponent = torch.arange(0, config.d_head, 2, device="cpu", dtype=torch.float32) / config.d_head
     frequency = _scale_frequencies(1.0 / config.rope_theta**exponent, config)
+    if divisor is not None:
+        frequency = frequency / divisor
     position = torch.arange(config.context_length, device="cpu", dtype=torch.float32)
     angle = torch.outer(position, frequency)  # (T, D / 2)
     if config.rope_scaling != "yarn":

@@ -1,0 +1,116 @@
+"""Gemma 3, its text models: Gemma 2 with QK-norm, and other RoPE frequencies in windows."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minigpt.checkpoint.families import gemma2, hf_fields, llama, unsupported
+from minigpt.checkpoint.families.gemma import GemmaNorm
+from minigpt.checkpoint.families.gemma2 import Gemma2Attention, Gemma2Block, Gemma2Family, Gemma2GPT
+from minigpt.config import ModelConfig
+from minigpt.model.layers import rotary_table, rotate
+
+_LOCAL_THETA = 10_000.0
+
+
+class Gemma3Attention(Gemma2Attention):
+    """Attention with Gemma's norm on queries and keys, and RoPE by the type of the layer."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        self.query_norm = GemmaNorm(config.d_head, eps=config.norm_eps)
+        self.key_norm = GemmaNorm(config.d_head, eps=config.norm_eps)
+        types = hf_fields(config).get("layer_types") or [llama.SLIDING]
+        self.is_local = types[layer % len(types)] == llama.SLIDING
+
+    def rotate(self, x_BHTD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        cos, sin = (table[:, int(self.is_local)] for table in rotary)
+        return rotate(x_BHTD, cos, sin)
+
+
+class Gemma3Block(Gemma2Block):
+    """Block with Gemma 3's attention."""
+
+    attention_class = Gemma3Attention
+
+
+class Gemma3GPT(Gemma2GPT):
+    """Gemma 3.
+
+    Source: Gemma Team 2025, arXiv:2503.19786.
+    """
+
+    block_class = Gemma3Block
+
+    def rotary_table(self) -> tuple[Tensor, Tensor]:
+        """Return cos and sin, each (context_length, 2, D / 2): of full and of sliding layers."""
+        theta = hf_fields(self.config).get("rope_local_base_freq", _LOCAL_THETA)
+        full = rotary_table(self.config)
+        local = rotary_table(replace(self.config, rope_theta=theta, rope_scaling_factor=1.0))
+        cos, sin = (torch.stack(tables, dim=1) for tables in zip(full, local, strict=True))
+        return cos, sin
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gemma3Family(Gemma2Family):
+    """The Gemma 3 layout."""
+
+    def read_rope(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        theta = config.get("rope_theta", 1_000_000.0)
+        nested = config.get("rope_parameters")
+        if nested is None:
+            rope = config.get("rope_scaling") or {}
+            return llama.read_rope(rope, "rope_scaling", config, theta)
+        if not isinstance(nested, Mapping) or not nested.keys() <= {
+            "full_attention",
+            llama.SLIDING,
+        }:
+            raise unsupported("rope_parameters", nested, f"full_attention and {llama.SLIDING}")
+        rope = (nested.get("full_attention") or {}) | (config.get("rope_scaling") or {})
+        return llama.read_rope(rope, "rope_parameters.full_attention", config, theta)
+
+    def read_fields(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        name = f"rope_parameters.{llama.SLIDING}"
+        rope = (config.get("rope_parameters") or {}).get(llama.SLIDING) or {}
+        theta = config.get("rope_local_base_freq", _LOCAL_THETA)
+        local = llama.read_rope(rope, name, config, theta)
+        theta = local["rope_theta"]
+        if local.get("rope_scaling_factor", 1) != 1:
+            raise unsupported(f"{name}.rope_type", local["rope_scaling"], "default")
+        if isinstance(theta, bool) or not isinstance(theta, int | float) or not 0 < theta < 1e12:
+            raise unsupported(f"{name}.rope_theta", theta, "a positive number")
+        return super().read_fields(config) | {"rope_local_base_freq": float(theta)}
+
+    def layer_types(self, config: Mapping[str, Any]) -> list[str]:
+        every = config.get("sliding_window_pattern", 6)
+        if type(every) is not int or every < 1:
+            raise unsupported("sliding_window_pattern", every, "a positive integer")
+        n_layer = config.get("num_hidden_layers")
+        return llama.sliding_layers(n_layer, lambda i: (i + 1) % every != 0)
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        written = super().write(config)
+        theta = hf_fields(config).get("rope_local_base_freq", _LOCAL_THETA)
+        local = {"rope_type": "default", "rope_theta": theta}
+        return written | {
+            "rope_parameters": {"full_attention": written["rope_parameters"], llama.SLIDING: local}
+        }
+
+
+FAMILY = Gemma3Family(
+    architecture="Gemma3ForCausalLM",
+    prefix="model.",
+    fields=gemma2.FAMILY.fields,
+    activations=gemma2.FAMILY.activations,
+    defaults={**gemma2.FAMILY.defaults, "final_logit_softcapping": None},
+    # transformers' Gemma 3 has no softcapping of scores, whatever this field says.
+    fixed={**gemma2.FAMILY.fixed, "attn_logit_softcapping": None},
+    no_effect=gemma2.FAMILY.no_effect | {"rope_local_base_freq", "sliding_window_pattern"},
+    constants={"family": "llama", "qk_norm": True},
+    norms=gemma2.NORMS,
+    numbers=("query_pre_attn_scalar", "final_logit_softcapping"),
+    model=Gemma3GPT,
+)

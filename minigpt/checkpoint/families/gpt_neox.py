@@ -1,0 +1,142 @@
+"""GPT-NeoX, as Pythia: LayerNorm, biases, RoPE on a part of each head, attention beside the MLP."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from minigpt.checkpoint.families import Family, TensorName, hf_fields, llama, same, unsupported
+from minigpt.checkpoint.families.llama import PartialRotaryAttention, partial_rotary_table
+from minigpt.config import ModelConfig
+from minigpt.model.attention import PassCollector
+from minigpt.model.cache import KVCache
+from minigpt.model.gpt import GPT, Block
+from minigpt.model.layers import MLP
+
+_BOTH = ("weight", "bias")
+_NO_EFFECT = """
+    attention_dropout embd_pdrop rope_parameters rope_scaling rotary_emb_base rotary_pct
+    use_parallel_residual attention_bias
+"""
+
+
+class NeoXBlock(Block):
+    """Block whose MLP reads what the attention reads, or, as in GPT-2, what it has added to."""
+
+    attention_class = PartialRotaryAttention
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        self.attention_norm = nn.LayerNorm(config.d_model, eps=config.norm_eps)
+        self.mlp_norm = nn.LayerNorm(config.d_model, eps=config.norm_eps)
+        self.mlp = MLP(config)
+        self.is_parallel = hf_fields(config).get("use_parallel_residual", True)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        cache: KVCache | None = None,
+        collector: PassCollector | None = None,
+        visible_BS: Tensor | None = None,
+    ) -> Tensor:
+        normed = self.attention_norm(x)
+        attended = x + self.dropout(self.attention(normed, rotary, cache, collector, visible_BS))
+        x = x if self.is_parallel else attended
+        return attended + self.dropout(self.mlp(self.mlp_norm(x)))
+
+
+class NeoXGPT(GPT):
+    """GPT-NeoX.
+
+    Source: Black et al. 2022, arXiv:2204.06745, section 2.1.
+    """
+
+    block_class = NeoXBlock
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.final_norm = nn.LayerNorm(config.d_model, eps=config.norm_eps)
+
+    def rotary_table(self) -> tuple[Tensor, Tensor]:
+        return partial_rotary_table(self.config)
+
+
+class NeoXFamily(Family):
+    """The GPT-NeoX layout."""
+
+    def read(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+        rope = config.get(name) or {}
+        own = rope.get("partial_rotary_factor") if isinstance(rope, Mapping) else None
+        share = config.get("rotary_pct") if own is None else own
+        share = 0.25 if share is None else share
+        values = llama.read_rope(rope, name, config, config.get("rotary_emb_base"), partial=share)
+        fields = {"rotary_pct": share}
+        for flag in ("use_parallel_residual", "attention_bias"):
+            value = config.get(flag)
+            if not isinstance(value, bool | None):
+                raise unsupported(flag, value, "true, false")
+            fields[flag] = value is not False
+        values["attention_bias"] = "all" if fields["attention_bias"] else "none"
+        n_head, width = config.get("num_attention_heads"), config.get("hidden_size")
+        if isinstance(n_head, int) and isinstance(width, int) and n_head > 0:
+            llama.rotated_width("rotary_pct", width // n_head, share)
+        return values | {"hf_fields": fields}
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        scaling, share = llama.write_rope(config), hf_fields(config).get("rotary_pct", 0.25)
+        rope = {"rope_theta": config.rope_theta, "partial_rotary_factor": share}
+        return {
+            "rotary_emb_base": config.rope_theta,
+            "rope_scaling": scaling,
+            "rope_parameters": (scaling or {"rope_type": "default"}) | rope,
+            "attention_dropout": 0.0,
+        }
+
+    def tensors(self, config: ModelConfig) -> Iterator[TensorName]:
+        attention = "blocks.{i}.attention"
+        qkv = [f"{attention}.{name}" for name in ("query", "key", "value")]
+        biases = ("weight",) if config.attention_bias == "none" else _BOTH
+        yield from same("embed_in", "embedding")
+        yield from same("layers.{i}.input_layernorm", "blocks.{i}.attention_norm", *_BOTH)
+        yield from same("layers.{i}.post_attention_layernorm", "blocks.{i}.mlp_norm", *_BOTH)
+        for kind in biases:
+            yield TensorName(
+                f"layers.{{i}}.attention.query_key_value.{kind}",
+                tuple(f"{name}.{kind}" for name in qkv),
+                n_groups=config.n_head,
+            )
+        yield from same("layers.{i}.attention.dense", f"{attention}.output", *biases)
+        yield from same("layers.{i}.mlp.dense_h_to_4h", "blocks.{i}.mlp.up", *_BOTH)
+        yield from same("layers.{i}.mlp.dense_4h_to_h", "blocks.{i}.mlp.down", *_BOTH)
+        yield from same("final_layer_norm", "final_norm", *_BOTH)
+
+
+FAMILY = NeoXFamily(
+    architecture="GPTNeoXForCausalLM",
+    prefix="gpt_neox.",
+    head="embed_out.weight",
+    fields={
+        "vocab_size": "vocab_size",
+        "context_length": "max_position_embeddings",
+        "n_layer": "num_hidden_layers",
+        "n_head": "num_attention_heads",
+        "d_model": "hidden_size",
+        "d_mlp": "intermediate_size",
+        "activation": "hidden_act",
+        "norm_eps": "layer_norm_eps",
+        "tie_embeddings": "tie_word_embeddings",
+        "dropout": "hidden_dropout",
+    },
+    activations={"gelu": "gelu", **llama.FAMILY.activations},
+    defaults={
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+        "hidden_dropout": 0.0,
+    },
+    no_effect=frozenset(_NO_EFFECT.split()),
+    constants={"family": "llama"},
+    model=NeoXGPT,
+)
