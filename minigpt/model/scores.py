@@ -34,6 +34,9 @@ class Score(nn.Module):
     """FLOPs per attention weight and head dimension, forward and backward: 2 for the score and 2
     for the weighted sum, and twice that backward."""
 
+    kept_per_weight = 0
+    """Float32 values that the backward pass keeps for each attention weight."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.name = config.attention

@@ -1,6 +1,7 @@
 """Families with a class of their own: trained, traced, knocked out, quantized, counted, refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minigpt.checkpoint.families import model_config_from_hf
+from minigpt.checkpoint.families import canonical, model_config_from_hf
 from minigpt.checkpoint.model_folder import read_model, write_model
 from minigpt.config import ModelConfig
-from minigpt.errors import CheckpointError
+from minigpt.errors import CheckpointError, ConfigError
 from minigpt.generation.decoder import Decoder
 from minigpt.generation.fast import supports
 from minigpt.generation.fast.quantize import quantize_int8
@@ -251,6 +252,27 @@ def test_field_that_a_family_does_not_compute_is_refused_by_name(
     with pytest.raises(CheckpointError, match=says) as caught:
         model_config_from_hf(CONFIGS[kind] | change)
     assert len(str(caught.value)) < 300
+
+
+def test_new_model_that_its_family_could_not_read_again_is_refused() -> None:
+    shape = {"vocab_size": 61, "context_length": 24, "n_layer": 3, "n_head": 4, "d_model": 32}
+    new = ModelConfig(**shape, model_type="gemma2", activation="gelu_tanh")
+    read = canonical(new)
+    assert json.loads(read.hf_fields[2].removeprefix("layer_types="))[1] == "full_attention"
+    assert canonical(read) == read
+    assert replace(read, hf_fields=()) == new
+    with pytest.raises(ConfigError, match=r"gemma2 always has qk_norm False: .* model.qk_norm"):
+        canonical(replace(new, qk_norm=True))
+    with pytest.raises(ConfigError, match=r"olmo2 always has qk_norm True: it is False"):
+        canonical(replace(new, model_type="olmo2"))
+    with pytest.raises(ConfigError, match="hf_fields must be a list of NAME=JSON"):
+        canonical(replace(new, hf_fields=("sliding_window",)))
+    with pytest.raises(ConfigError, match="sliding_window is 'x'"):
+        canonical(replace(new, hf_fields=('sliding_window="x"',)))
+    with pytest.raises(ConfigError, match="hf_fields needs a model_type of Hugging Face"):
+        replace(new, model_type="minigpt", hf_fields=("sliding_window=3",))
+    mistral = replace(new, model_type="mistral", hf_fields=("sliding_window=3",))
+    assert canonical(mistral) == mistral
 
 
 def test_published_configs_are_read() -> None:

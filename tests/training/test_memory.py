@@ -11,6 +11,7 @@ import torch
 from small_runs import config_of, trainer_of
 from torch.profiler import ProfilerActivity, profile
 
+from minigpt.checkpoint.families import canonical
 from minigpt.errors import ResourceError
 from minigpt.text.shards import PreparedData
 from minigpt.training.reports import memory
@@ -56,6 +57,24 @@ def test_the_estimate_is_what_a_run_allocates(
     assert estimate["weights"] == pytest.approx(held, rel=0.02)  # and tables of angles
     assert estimate["optimizer"] == pytest.approx(moments, rel=0.02)  # and counters
     # A formula: temporary tensors of the kernels are not in it.
+    assert estimate["total"] == pytest.approx(held + moments + step, rel=0.1)
+
+
+@pytest.mark.parametrize("model_type", ["gpt_neox", "gemma2", "olmo2", "phi3"])
+def test_the_estimate_counts_what_a_family_of_its_own_keeps(
+    model_type: str, data: PreparedData, tmp_path: Path
+) -> None:
+    config = config_of("llama", batch_size=64, max_steps=3)
+    model = replace(config.model, n_layer=4, model_type=model_type, activation="gelu_tanh")
+    own = {"attention_bias": "all"} if model_type == "gpt_neox" else {"qk_norm": False}
+    model = replace(model, **own | ({"qk_norm": True} if model_type == "olmo2" else {}))
+    config = replace(config, model=canonical(model))
+    made = []
+    _, held = allocated(lambda: made.append(trainer_of(config, data, tmp_path)))
+    _, moments = allocated(made[0].take_step)
+    step, _ = allocated(made[0].take_step)
+    estimate = estimate_memory(config, len(made[0].val_tokens), torch.float32)
+    assert estimate["weights"] == pytest.approx(held, rel=0.02)  # and tables of angles
     assert estimate["total"] == pytest.approx(held + moments + step, rel=0.1)
 
 

@@ -30,6 +30,7 @@ class SoftcappedScore(ScaledScore):
     """
 
     is_dot_product = False
+    kept_per_weight = 2  # tanh's and softmax's
 
     def __init__(self, config: ModelConfig, scale: float, cap: float) -> None:
         super().__init__(config, scale)

@@ -19,7 +19,6 @@ if TYPE_CHECKING:  # a list needs no torch, which these import
 _UNKNOWN = "-"
 _INDENT = "  "
 _LAYER = re.compile(r"(?P<layers>\D*)\.(?P<number>\d+)\.(?P<rest>.*)")
-_MLPS = {"gpt2": "two layers", "llama": "gated"}
 
 
 def inventory_lines(entries: Sequence["Entry"], width: int | None) -> Iterator[Text]:
@@ -121,7 +120,8 @@ def _facts(facts: "ModelFacts") -> dict[str, str]:
     if config.family != "gpt2":
         positions = f"rotary, theta {config.rope_theta:,.0f}"
         if config.rope_scaling_factor != 1:
-            positions += f", stretched {config.rope_scaling_factor:g} times as in Llama 3"
+            positions += f", stretched {config.rope_scaling_factor:g} times ({config.rope_scaling})"
+    mlp = "gated" if any(".gate" in tensor.name for tensor in facts.tensors) else "two layers"
     cache_bytes = facts.cache_bytes_per_token(4)
     shown = {
         "layout": config.model_type,
@@ -129,7 +129,7 @@ def _facts(facts: "ModelFacts") -> dict[str, str]:
         f"({dtypes})",
         "blocks": f"{config.n_layer}, {config.d_model} wide",
         "attention": f"{config.attention}, {heads}{norm}{biases}",
-        "MLP": f"{_MLPS[config.family]}, {config.d_mlp} wide, {config.activation}",
+        "MLP": f"{mlp}, {config.d_mlp} wide, {config.activation}",
         "positions": positions,
         "vocabulary": f"{config.vocab_size:,} tokens; output projection {output}",
         "context": f"{config.context_length:,} tokens",
@@ -139,6 +139,9 @@ def _facts(facts: "ModelFacts") -> dict[str, str]:
         f"{with_unit(cache_bytes * config.context_length, 'B')} for a full context (float32; "
         "bfloat16: half)",
     }
+    if config.hf_fields:  # what only the family's class computes
+        own = (field if len(field) < 40 else f"{field[:36]}..." for field in config.hf_fields)
+        shown["its fields"] = one_line(", ".join(own))
     if config.arch != "gpt":
         shown["layout"] = f"{config.model_type}, {config.arch}"
         shown["attention"] = config.attention

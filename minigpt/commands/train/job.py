@@ -9,6 +9,7 @@ from math import gcd
 from pathlib import Path
 from typing import Any, Literal
 
+from minigpt.checkpoint.families import canonical
 from minigpt.checkpoint.folder import CONFIG_FILE, Pointer, RunFolder
 from minigpt.checkpoint.model_folder import read_model
 from minigpt.checkpoint.resolve import ROOT, models_in
@@ -258,7 +259,7 @@ def with_vocabulary(settings: dict[str, Any], vocab_size: int) -> RunConfig:
             f"model.vocab_size must be at least {vocab_size}, the size of the tokenizer: it is "
             f"{config.model.vocab_size}. Leave it out."
         )
-    return config
+    return replace(config, model=canonical(config.model))
 
 
 def one_budget(overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minigpt.config import ATTENTIONS, ModelConfig, RunConfig
 from minigpt.errors import ResourceError
 from minigpt.evaluation import windows_at_once
 from minigpt.format import with_unit
+from minigpt.model.gpt import Block
+from minigpt.model.layers import GatedMLP
 from minigpt.model.registry import model_class
 from minigpt.rings import load_class
 from minigpt.training.optim import is_muon_parameter
@@ -50,7 +52,7 @@ def estimate_memory(
     n_local = max(1, training.batch_size // n_ranks)
     n_tokens = min(training.micro_batch_size, n_local) * length
     stream = model.d_model * _FLOAT32
-    block = _block_bytes_per_token(model, dtype)
+    block = _block_bytes_per_token(model, dtype, length)
     kept = n_tokens * model.n_layer * (stream if training.recompute else block)
     # Log-probabilities, their gradients and those of the logits; then the final norm.
     output = n_tokens * (model.vocab_size * (3 * _FLOAT32 + cast_bytes) + 3 * stream)
@@ -82,26 +84,32 @@ def estimate_memory(
     return parts | {"total": sum(parts.values())}
 
 
-def _block_bytes_per_token(model: ModelConfig, dtype: torch.dtype) -> int:
+def _block_bytes_per_token(model: ModelConfig, dtype: torch.dtype, length: int) -> int:
     """Return the bytes that one block keeps per token for its backward pass.
 
     Norms keep float32 values: input and output, RMSNorm the normalized input too, and a copy of
     the output in ``dtype``. The rest is in ``dtype``: queries, keys, values and context; with
     QK-norm, its inputs, normalized inputs and outputs; and the MLP's hidden values (gate, up,
-    activation and product; gpt2: up and activation). An LSTM keeps its gates and states.
+    activation and product; not gated: up and activation). Some scores keep weights. An LSTM keeps
+    its gates and states.
     """
     if model.arch != "gpt":
         n_values = _LSTM_VALUES + (_ATTENTION_VALUES if model.n_attention_layer else 0)
         return n_values * model.d_model * _FLOAT32
-    is_gpt2 = model.family == "gpt2"
-    per_norm = (2 if is_gpt2 else 3) * _FLOAT32
+    one = replace(model, n_layer=1)
+    built = model_class(one).without_weights(one)
+    block = built.blocks[0]
+    assert isinstance(block, Block)
+    n_norms = sum(isinstance(child, nn.LayerNorm | nn.RMSNorm) for child in block.children())
+    per_norm = (2 if isinstance(block.mlp_norm, nn.LayerNorm) else 3) * _FLOAT32
     per_norm += dtype.itemsize if dtype != torch.float32 else 0
     heads = (model.n_head + model.n_kv_head) * model.d_head
     attention = (5 if model.qk_norm else 2) * heads * dtype.itemsize
     if _has_hidden_values(model):
         attention += _ATTENTION_VALUES * model.n_head * model.d_head * _FLOAT32
-    mlp = (2 if is_gpt2 else 4) * model.d_mlp * dtype.itemsize
-    return 2 * model.d_model * per_norm + attention + mlp
+    attention += block.attention.score.kept_per_weight * model.n_head * length * _FLOAT32
+    mlp = (4 if isinstance(block.mlp, GatedMLP) else 2) * model.d_mlp * dtype.itemsize
+    return n_norms * model.d_model * per_norm + attention + mlp
 
 
 def _has_hidden_values(model: ModelConfig) -> bool:
