@@ -14,6 +14,7 @@ from minigpt.errors import DataError
 from minigpt.generation import api
 from minigpt.generation.forward import is_compiled
 from minigpt.model.language_model import LanguageModel
+from minigpt.rings import ring
 from minigpt.text.tokenizer import Tokenizer
 
 _LONGEST_PROMPT_BYTES = 2**24
@@ -32,6 +33,8 @@ class Ready:
     """Prompt as given. Empty for the start of a new document."""
     prompt: list[int]
     """Token ids of the prompt."""
+    chat: Any = None
+    """Conversation that the prompt begins, a ``text.chat.Chat``. None without a chat template."""
 
 
 def load(source: ModelSource, prompt: str | None, form: PromptForm) -> Ready:
@@ -41,12 +44,20 @@ def load(source: ModelSource, prompt: str | None, form: PromptForm) -> Ready:
 
     Raises: DataError for a prompt that is empty, not text or far too long; CheckpointError for a
         model that is missing, damaged or without a tokenizer; ConfigError for a device that is not
-        available.
+        available, or a model without a chat template.
     """
     text = _read_prompt(prompt)
+    templates = ring("text.chat") if form.chat else None
+    if templates:  # before the model is loaded, which takes longer
+        template = templates.read_chat_template(resolve_model(source.model), form.chat_template)
     folder, loaded = load_model(source)
     api.prepare_for_decoding(loaded.model, compile=source.compile)
     tokenizer = api.tokenizer_of(loaded)
+    if templates:
+        tokenizer = templates.ending_turns(tokenizer, template)
+        chat = templates.Chat(template, tokenizer, form.system)
+        ids = chat.ask(text)[0] if prompt is not None else []
+        return Ready(loaded.model, tokenizer, folder, text, ids, chat)
     ids = api.encode_prompt(tokenizer, text, special=form.special)
     if not form.special and (found := tokenizer.special_pattern.search(text)):
         note(f"{found[0]} in the prompt is plain text; --special makes it the special token")

@@ -27,7 +27,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
 import typer
 
@@ -366,8 +366,21 @@ class ModelSource:
 class PromptForm:
     """How a prompt becomes tokens."""
 
+    NEEDS: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "--system": ("--chat",),
+        "--chat-template": ("--chat",),
+    }
+    REFUSES: ClassVar[Mapping[str, tuple[str, ...]]] = {"--chat": ("--special",)}
+    """Conditions of a ``Mode`` that takes these options."""
+
     special: bool = option(False, group="Prompt")
     """Parse special tokens in the prompt, such as <|endoftext|>."""
+    chat: bool = option(False, group="Prompt")
+    """Apply the model's chat template: the prompt is a message of the user."""
+    system: str | None = option(None, group="Prompt", shown="none")
+    """System message that the chat begins with."""
+    chat_template: str | None = option(None, group="Prompt", metavar="FILE", shown="the model's")
+    """Jinja file of a chat template, or the name of one of several in the model folder."""
 
     def __post_init__(self) -> None:
         check_fields(self)

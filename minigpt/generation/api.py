@@ -1,6 +1,6 @@
 """The Python API of generation: ``minigpt.generate``."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,17 @@ from minigpt.rings import has_ring, ring
 from minigpt.settings import build
 from minigpt.text.tokenizer import Tokenizer
 
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+"""Text, token ids, or the messages of a chat."""
+
 
 def generate(
     model: str | Path | LanguageModel,
-    prompt: str | Sequence[int] = "",
+    prompt: Prompt = "",
     *,
     tokenizer: Tokenizer | None = None,
+    special: bool = False,
+    chat_template: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
     quantize: str | None = None,
@@ -41,7 +46,9 @@ def generate(
     The same settings give the same text as ``minigpt generate``.
 
     Args: model, as for ``--model``, or a LanguageModel in evaluation mode with its tokenizer.
-        prompt, text or token ids; empty text starts a new document. device, dtype and quantize
+        prompt, text or token ids; empty text starts a new document; or the messages of a chat, as
+        in ``[{"role": "user", "content": "Hi"}]``, for a model that is loaded here. special,
+        whether special tokens in a text are parsed. chat_template, device, dtype and quantize
         (int8), as for the command, for a model that is loaded. compile, whether to decode through
         a compiled graph; None does on CUDA. sampling, fields of SamplingConfig: temperature,
         top_k, stop=("text",), seed and so on.
@@ -52,10 +59,12 @@ def generate(
         CheckpointError for NaN or inf in the logits.
     """
     config = build(SamplingConfig, sampling)
-    network, tokenizer, _ = model_and_tokenizer(
+    network, tokenizer, folder = model_and_tokenizer(
         model, tokenizer, device=device, dtype=dtype, quantize=quantize, compile=compile
     )
-    ids = encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
+    ids, tokenizer = prompt_ids(
+        tokenizer, prompt, folder, special=special, chat_template=chat_template
+    )
     decoder = make_decoder(network, ids, config, compile=compile)
     seed = fresh_seed() if config.seed is None else config.seed
     return stream_samples(decoder, tokenizer, config, seed=seed)
@@ -136,6 +145,33 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str, *, special: bool = False) -
     if not ids:
         raise DataError("this model has no token that begins a document. Give a prompt.")
     return ids
+
+
+def prompt_ids(
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    folder: str,
+    *,
+    special: bool = False,
+    chat_template: str | None = None,
+) -> tuple[list[int], Tokenizer]:
+    """Return the token ids of a prompt, and the tokenizer with the tokens that end its answer.
+
+    Args: folder, of the model, for the messages of a chat; the others as for ``generate``.
+    Raises: as ``encode_prompt``, and ConfigError if there is no chat template.
+    """
+    if isinstance(prompt, str):
+        return encode_prompt(tokenizer, prompt, special=special), tokenizer
+    if not prompt or isinstance(prompt[0], int):
+        return [int(token) for token in prompt], tokenizer  # type: ignore[arg-type]
+    if not folder:
+        raise ConfigError(
+            "messages need the chat template of a model folder. Name the folder as the model."
+        )
+    chat = ring("text.chat")
+    template = chat.read_chat_template(Path(folder), chat_template)
+    messages = chat.check_messages(list(prompt), "the messages of the prompt")
+    return template.encode(tokenizer, messages), chat.ending_turns(tokenizer, template)
 
 
 def make_decoder(

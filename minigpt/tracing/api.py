@@ -1,6 +1,5 @@
 """The Python API of tracing: ``minigpt.trace``."""
 
-from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,11 @@ from minigpt.tracing.events import Trace, TraceFooter, TraceHeader, TraceStep
 
 def trace(
     model: str | Path | LanguageModel,
-    prompt: str | Sequence[int] = "",
+    prompt: api.Prompt = "",
     *,
     tokenizer: Tokenizer | None = None,
+    special: bool = False,
+    chat_template: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
     quantize: str | None = None,
@@ -37,7 +38,8 @@ def trace(
 
     In a notebook, a trace is displayed as the page that ``--html`` writes.
 
-    Args: model, prompt, tokenizer, device, dtype, quantize, compile: as of ``minigpt.generate``.
+    Args: model, prompt, tokenizer, special, chat_template, device, dtype, quantize, compile: as of
+        ``minigpt.generate``.
         options, fields of TraceConfig (heads="4.2,5.*", measure="both", n_verified=3, roles=True
         and so on; has_heads is True by default) and of SamplingConfig (temperature,
         max_new_tokens, seed...).
@@ -52,7 +54,9 @@ def trace(
     network, tokenizer, name = api.model_and_tokenizer(
         model, tokenizer, device=device, dtype=dtype, quantize=quantize, compile=compile
     )
-    ids = api.encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
+    ids, tokenizer = api.prompt_ids(
+        tokenizer, prompt, name, special=special, chat_template=chat_template
+    )
     header, *steps, footer = tracer.trace(
         network,
         tokenizer,

@@ -66,7 +66,7 @@ def test_train_and_prepare_say_what_is_plain_text_and_parse_it(
     assert json.loads(result.out)["n_documents"] == 31
     plain = run("train", "marked.txt", "--name", "one", *TINY)
     assert plain.err.count(f"{END} 30 times") == 1
-    parsed = run("train", "marked.txt", "--name", "two", "--special", *TINY)
+    parsed = run("train", "marked.txt", "--name", "two", "--special", "--val-split", "tail", *TINY)
     assert (parsed.code, parsed.err.count("30 times")) == (0, 0)
     resumed = run("train", "--resume", "--name", "two", "--max-steps", "6")
     assert resumed.code == 0

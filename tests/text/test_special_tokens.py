@@ -135,7 +135,7 @@ def test_the_tales_are_278_documents(shared: Path, tmp_path: Path) -> None:
     path = shared / "data" / "fairytales.txt"
     if not path.exists():
         pytest.skip(f"{path} is not there")
-    data = DataConfig(paths=(str(path),), special=True)
+    data = DataConfig(paths=(str(path),), special=True, val_split="tail")
     parsed = prepare(data, tmp_path)
     assert parsed.manifest.n_documents == 278
     text = path.read_text(encoding="utf-8")

@@ -18,6 +18,7 @@ from minigpt.commands.options import (
     modes,
 )
 from minigpt.config import SamplingConfig
+from minigpt.errors import ConfigError
 from minigpt.rings import ring
 from minigpt.tracing.config import N_SOURCES, TraceConfig
 
@@ -70,6 +71,9 @@ def attention_trace(
     --knockout value zeroes its value and keeps the weights; and does the same at a nearby position
     as a control.
 
+    With --chat, the prompt is a message of the user, through the model's chat template, whose
+    special tokens are sources as all others.
+
     In a token, ␣ is a space, \n a line break, and \xe2 a byte that is not valid text.
     """
     if diff is not None:
@@ -78,6 +82,8 @@ def attention_trace(
     if replay is not None:
         ring(_RECORDED).replay(replay, targets, n_sources=config.n_sources)
         return
+    if form.chat and prompt is None:
+        raise ConfigError("--chat answers a message. Give a PROMPT.")
     from minigpt.commands.loading import load
 
     targets.check(sampling.num_samples)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from minigpt.commands.options import Mode
+from minigpt.commands.options import Mode, PromptForm
 from minigpt.config import check_fields, option
 from minigpt.errors import ConfigError
 from minigpt.figures import require_matplotlib
@@ -23,6 +23,7 @@ _DRAWN = ("--json", "--out", "--html")
 
 LIVE = Mode(
     needs={
+        **PromptForm.NEEDS,
         "--knockout": ("--n-verified",),
         "--n-verified": ("--view lines", *_DRAWN),
         "--n-sources": ("--view lines", *_DRAWN),
@@ -33,7 +34,7 @@ LIVE = Mode(
         ),
         **_PICTURE_NEEDS,
     },
-    refuses={"--json": ("--view",)},
+    refuses={"--json": ("--view",), **PromptForm.REFUSES},
     defaults={"--view": LINES},
 )
 REPLAY = Mode(

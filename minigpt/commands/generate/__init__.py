@@ -20,7 +20,16 @@ from minigpt.rings import ring
 
 
 @command
-@modes(Mode(refuses={"--json": ("--stream",), "--interactive": ("--num-samples",)}))
+@modes(
+    Mode(
+        needs=PromptForm.NEEDS,
+        refuses={
+            "--json": ("--stream",),
+            "--interactive": ("--num-samples",),
+            **PromptForm.REFUSES,
+        },
+    )
+)
 def generate(
     prompt: Prompt = None,
     *,
@@ -48,11 +57,18 @@ def generate(
 
     With --interactive, the text continues from each typed line. A line that ends with \ continues
     on the next one; an empty line lets the model continue. Ctrl-C stops an answer.
+
+    With --chat, the prompt and each typed line are messages of the user to an instruction-tuned
+    model, through the chat template of its folder, and an answer ends with the model's end-of-turn
+    token. Special tokens in a message are plain text. With --overflow slide, the oldest turns
+    leave a full context window.
     """
     if interactive and prompt == "-":
         raise ConfigError(
             "--interactive reads lines from standard input. Give the prompt as an argument."
         )
+    if form.chat and prompt is None and not interactive:
+        raise ConfigError("--chat answers a message. Give a PROMPT, or --interactive.")
     from minigpt.commands.generate.samples import SampleDisplay
     from minigpt.commands.loading import compiling, load
     from minigpt.generation.api import make_decoder
@@ -80,6 +96,7 @@ def generate(
         seed=seed,
         prompt=ready.text,
         n_prompt_tokens=len(ready.prompt),
+        is_prompt_shown=ready.chat is None,
         n_samples=sampling.num_samples,
     )
     if not is_whole:

@@ -1,6 +1,8 @@
 """minigpt generate --interactive: text that continues from each typed line."""
 
 import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from minigpt.commands.generate.samples import SampleDisplay
 from minigpt.commands.loading import Ready, compiling, read_line
@@ -9,7 +11,7 @@ from minigpt.config import SamplingConfig
 from minigpt.errors import DataError
 from minigpt.generation.api import encode_prompt
 from minigpt.generation.decoder import Decoder
-from minigpt.generation.stream import stream_text
+from minigpt.generation.stream import TextStep, stream_text
 
 _MARKER = "> "
 
@@ -26,22 +28,33 @@ def converse(
 ) -> None:
     """Continue from each text of standard input, until its end or a full context window.
 
-    The cache keeps the earlier turns, so only the new text is processed.
+    The cache keeps the earlier turns, so only the new text is processed. In a chat, the texts are
+    messages, and empty ones are passed over.
 
     Args: seed, of the first answer; later ones have the next seeds. has_prompt, whether the first
         text is the prompt of the command line. special, whether special tokens are parsed.
     """
     decoder: Decoder | None = None
-    tokenizer = ready.tokenizer
+    tokenizer, chat = ready.tokenizer, ready.chat
     text = ready.text if has_prompt else _typed()
     while text is not None:
+        if chat is not None and not text:
+            text = _typed()
+            continue
+        answer: list[str] = []
         try:
-            if decoder is None:
+            if chat is not None:
+                ids = _asked(chat, text, ready.model.config.context_length, sampling)
+            elif decoder is None:
                 ids = encode_prompt(tokenizer, text, special=special)
-                with compiling(ready.model, compile):
-                    decoder = Decoder(ready.model, ids, compiles=compile)
             else:
                 ids = tokenizer.encode(text, is_start=False, special=special)
+            if decoder is None:
+                with compiling(ready.model, compile):
+                    decoder = Decoder(ready.model, ids, compiles=compile)
+            elif chat is not None:
+                decoder.replace(ids)
+            else:
                 decoder.extend(ids, overflow=sampling.overflow)
         except DataError as error:  # too long; the next one may fit
             note(str(error))
@@ -49,17 +62,37 @@ def converse(
             continue
         steps = decoder.generate(sampling, seed=seed, end_of_text=tokenizer.end_of_text_ids)
         display.show(
-            stream_text(steps, tokenizer, sampling.stop),
+            _kept(stream_text(steps, tokenizer, sampling.stop), answer),
             seed=seed,
             prompt=text,
             n_prompt_tokens=len(decoder.prompt),
-            is_prompt_shown=has_prompt,
+            is_prompt_shown=has_prompt and chat is None,
         )
+        if chat is not None:
+            chat.answered("".join(answer))
         if decoder.is_full and sampling.overflow == "stop":
             note("Start again for more, or use --overflow slide")
             return
         seed, has_prompt = seed + 1, False
         text = _typed()
+
+
+def _asked(chat: Any, text: str, context_length: int, sampling: SamplingConfig) -> list[int]:
+    """Return the ids of a chat and a new message; a sliding window leaves out the oldest turns."""
+    room = min(sampling.max_new_tokens, context_length // 2)
+    slides = sampling.overflow == "slide"
+    ids: list[int]
+    ids, n_dropped = chat.ask(text, context_length - room if slides else None)
+    if n_dropped:
+        note(f"the context window is full: the oldest {n_dropped} messages are left out")
+    return ids
+
+
+def _kept(items: Iterable[TextStep], texts: list[str]) -> Iterator[TextStep]:
+    """Yield the items, and append their texts to a list."""
+    for item in items:
+        texts.append(item.text)
+        yield item
 
 
 def _typed() -> str | None:

@@ -1,0 +1,559 @@
+"""Chat templates: a conversation -> text and token ids, rendered by Jinja in a sandbox.
+
+The text is that of transformers' ``apply_chat_template``, and so are the ids, with one exception:
+special tokens that a message contains as text stay plain text, so that no message can end its turn.
+
+A template is foreign code. It runs in jinja2's sandbox, and its loops, calls and values are
+counted, so that it ends.
+"""
+
+import copy
+import functools
+import json
+import os
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.visitor import NodeTransformer
+
+from minigpt.errors import CheckpointError, ConfigError, DataError
+from minigpt.files import read_bytes, read_json
+from minigpt.text.tokenizer import Tokenizer, well_formed
+
+Message = Mapping[str, Any]
+"""One turn: its ``role`` (system, user, assistant, ...) and ``content``."""
+
+TEMPLATE_FILE = "chat_template.jinja"
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ message['role'] | capitalize }}:\n{{ message['content'] | trim }}"
+    "{{ eos_token if message['role'] == 'assistant' else '\n\n' }}"
+    "{% endfor %}"
+    "{{ 'Assistant:\n' if add_generation_prompt }}"
+)
+"""Template for a vocabulary whose only special token is the end of a text."""
+
+MAX_STEPS = 200_000
+"""Most iterations and calls of one rendering; a thousand characters count as one more."""
+MAX_SIZE = 2**24
+"""Most characters or items of one value, and of the rendered text."""
+_MAX_BITS = 4096
+
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+_NAMED_TOKENS = [f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
+
+# Unicode noncharacters, which no text has; they are removed from messages.
+_BEGIN, _END = "\ufdd0", "\ufdd1"  # around a special token that is plain text
+_ANSWER, _ANSWER_END = "\ufdd2", "\ufdd3"  # around what a {% generation %} block renders
+_NONCHARACTERS = re.compile("[\ufdd0-\ufdd3]")
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A chat template and the names of special tokens that it may use."""
+
+    source: str
+    """Jinja source."""
+    tokens: Mapping[str, str]
+    """bos_token, eos_token and so on."""
+    where: str
+    """Where it comes from, for messages."""
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+        """Return the text of a conversation.
+
+        Args: add_generation_prompt, whether the text ends with the beginning of an answer.
+        Raises: DataError if the template refuses the messages; CheckpointError if it is not valid,
+            fails, does what the sandbox forbids, or does not end.
+        """
+        return _NONCHARACTERS.sub("", self._rendered(messages, add_generation_prompt))
+
+    def encode(
+        self,
+        tokenizer: Tokenizer,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        """Return the ids of a conversation; raise as ``render``."""
+        text = self._rendered(_marked(messages, tokenizer), add_generation_prompt)
+        return _encode(tokenizer, re.sub(f"[{_ANSWER}{_ANSWER_END}]", "", text))
+
+    def encode_answers(
+        self, tokenizer: Tokenizer, messages: Sequence[Message]
+    ) -> tuple[list[int], list[bool]]:
+        """Return the ids of a whole conversation, and which of them are the assistant's.
+
+        Those are the tokens that a model has to generate: an answer and the special token after it,
+        or what the template has in its ``{% generation %}`` blocks.
+
+        Raises: as ``render``, and DataError if the template changes the text around an answer.
+        """
+        marked = _marked(messages, tokenizer)
+        text, spans = _take_spans(self._rendered(marked, False))
+        if not spans:
+            spans = [
+                self._span(tokenizer, text, marked, index)
+                for index, message in enumerate(marked)
+                if message.get("role") == "assistant"
+            ]
+        ids = _encode(tokenizer, text)
+        is_answer = [False] * len(ids)
+        for start, stop in spans:
+            first, last = (_n_common(ids, _encode(tokenizer, text[:n])) for n in (start, stop))
+            is_answer[first:last] = [True] * (last - first)
+        return ids, is_answer
+
+    def end_of_turn(self, tokenizer: Tokenizer) -> int | None:
+        """Return the id of the special token after an answer; None if there is none."""
+        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _BEGIN}]
+        after = self._rendered(messages, False).partition(_BEGIN)[2]
+        found = tokenizer.special_pattern.match(_NONCHARACTERS.sub("", after).lstrip())
+        return tokenizer.special_ids[found[0]] if found else None
+
+    def _span(
+        self, tokenizer: Tokenizer, text: str, messages: Sequence[Message], index: int
+    ) -> tuple[int, int]:
+        """Return where an answer and the special token after it are in the rendered text."""
+        changed = [*messages]
+        changed[index] = {**messages[index], "content": _BEGIN + _END}
+        before, found, after = self._rendered(changed, False).partition(_BEGIN + _END)
+        fits = text.startswith(before) and text.endswith(after)
+        if not found or not fits or len(before) + len(after) > len(text):
+            raise DataError(
+                f"{self.where} renders the rest of a conversation differently for another answer, "
+                "so the answers cannot be found. Use {% generation %} in it, or --loss-on all."
+            )
+        start, stop = len(before), len(text) - len(after)
+        prompt = self._rendered(messages[:index], True) if index else before
+        if text.startswith(prompt):  # what a model continues may end before the answer
+            start = min(start, len(prompt))
+        special = re.compile(rf"\s*{tokenizer.special_pattern.pattern}").match(after)
+        return start, stop + (special.end() if special else 0)
+
+    def _rendered(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        try:
+            template = _compiled(self.source)
+            environment = template.environment
+            assert isinstance(environment, _Sandbox)
+            environment.local.n_left = MAX_STEPS
+            parts: list[str] = []
+            size = 0
+            for part in template.generate(
+                **self.tokens,
+                messages=[_plain(message) for message in messages],
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+            ):
+                size += len(part)
+                if size > MAX_SIZE:
+                    raise _EndlessError(f"more than {MAX_SIZE} characters")
+                parts.append(part)
+            return "".join(parts)
+        except _RefusedError as error:
+            raise DataError(
+                f"{self.where} refuses these messages: {str(error.message)[:200]!r}. Change them, "
+                "or use another --chat-template."
+            ) from None
+        except Exception as error:  # a template is foreign code, which may raise anything
+            what = "is not valid Jinja"
+            if isinstance(error, _EndlessError | RecursionError | MemoryError):
+                what = "does not end, or needs too much memory"
+            elif isinstance(error, jinja2.exceptions.SecurityError):
+                what = "does what the sandbox forbids"
+            elif not isinstance(error, jinja2.TemplateSyntaxError):
+                what = "fails"
+            is_syntax = isinstance(error, jinja2.TemplateSyntaxError)
+            line = f" in line {error.lineno}" if is_syntax else ""  # type: ignore[attr-defined]
+            raise CheckpointError(
+                f"{self.where} {what}{line} ({type(error).__name__}: {str(error)[:120]!r}). Give "
+                "another with --chat-template FILE."
+            ) from None
+
+
+def read_chat_template(folder: Path, named: str | None = None) -> ChatTemplate:
+    """Return the chat template of a model folder.
+
+    Args: named, a file, or the name of one of several templates of the folder; None for its
+        default.
+    Raises: ConfigError if there is no such template; CheckpointError if a file is damaged.
+    """
+    path = folder / _TOKENIZER_CONFIG
+    config = read_json(path) if os.path.lexists(path) else {}
+    templates = _templates(folder, config)
+    where = f"the chat template of {str(folder)!r}"
+    if named is not None and named not in templates:
+        where = f"the chat template {named!r}"
+        source = _read(Path(named).expanduser())
+    elif (named or "default") in templates:
+        source = templates[named or "default"]
+    elif templates:
+        raise ConfigError(
+            f"{str(folder)!r} has several chat templates and no default: "
+            f"{', '.join(map(repr, sorted(templates)))}. Choose one with --chat-template NAME."
+        )
+    else:
+        raise ConfigError(
+            f"{str(folder)!r} has no chat template, so it may not be a chat model. Leave --chat "
+            f"out, or give a template: --chat-template FILE, in Jinja as {TEMPLATE_FILE} of others."
+        )
+    return ChatTemplate(source, named_tokens(config), where)
+
+
+def named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return bos_token, eos_token and so on of a parsed tokenizer_config.json."""
+    found = {name: config.get(name) for name in _NAMED_TOKENS}
+    texts = {name: t.get("content") if isinstance(t, dict) else t for name, t in found.items()}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
+
+
+def plain_template(tokenizer: Tokenizer) -> ChatTemplate:
+    """Return PLAIN_TEMPLATE for a vocabulary.
+
+    Raises: ConfigError if the vocabulary has no token that ends a text.
+    """
+    ends = [text for text, id_ in tokenizer.special_ids.items() if id_ == tokenizer.end_of_text]
+    if not ends:
+        raise ConfigError(
+            f"the vocabulary {tokenizer.name!r} has no end-of-text token, which the plain chat "
+            "template needs. Give another with --chat-template FILE."
+        )
+    return ChatTemplate(PLAIN_TEMPLATE, {"eos_token": ends[0]}, "the plain chat template")
+
+
+def conversation(text: str, system: str | None = None) -> list[dict[str, str]]:
+    """Return the messages of a conversation that begins with a text of the user."""
+    first = [] if system is None else [{"role": "system", "content": system}]
+    return [*first, {"role": "user", "content": text}]
+
+
+class Chat:
+    """A conversation that grows turn by turn."""
+
+    def __init__(self, template: ChatTemplate, tokenizer: Tokenizer, system: str | None) -> None:
+        """Args: system, the text of the system message; None for none."""
+        self._template, self._tokenizer = template, tokenizer
+        self._first = conversation("", system)[:-1]
+        self._turns: list[Message] = []
+
+    def ask(self, text: str, n_tokens: int | None = None) -> tuple[list[int], int]:
+        """Return the ids of the conversation with a new message of the user.
+
+        Args: n_tokens, the number of ids above which the oldest turns are left out, for good; None
+            leaves none out.
+        Returns: the ids, and the number of messages that were left out now.
+        """
+        asked = conversation(text)
+        n_dropped = 0
+        while True:
+            turns = self._turns[n_dropped:] + asked
+            ids = self._template.encode(self._tokenizer, [*self._first, *turns])
+            if n_tokens is None or len(ids) <= n_tokens or n_dropped == len(self._turns):
+                self._asked = turns
+                return ids, n_dropped
+            n_dropped += 2
+
+    def answered(self, text: str) -> None:
+        """Take the assistant's answer to the last ``ask``."""
+        self._turns = [*self._asked, {"role": "assistant", "content": text}]
+
+
+def ending_turns(tokenizer: Tokenizer, template: ChatTemplate) -> Tokenizer:
+    """Return the tokenizer with the tokens that end a turn among those that end a text."""
+    ends = {tokenizer.special_ids.get(template.tokens.get("eos_token", ""))}
+    with suppress(DataError):  # the template may refuse the messages that find it
+        ends.add(template.end_of_turn(tokenizer))
+    changed = copy.copy(tokenizer)
+    known = tokenizer.end_of_text_ids
+    changed.end_of_text_ids = (
+        *known,
+        *sorted(end for end in ends if end is not None and end not in known),
+    )
+    return changed
+
+
+def check_messages(messages: object, where: str) -> list[Message]:
+    """Return the messages of a conversation, if they are a list of objects with a role.
+
+    Raises: DataError naming ``where``.
+    """
+    is_valid = isinstance(messages, list) and all(
+        isinstance(m, Mapping) and isinstance(m.get("role"), str) for m in messages
+    )
+    if not messages or not is_valid:
+        raise DataError(
+            f"{where} are not a list of messages. Each is an object with a role and a content, as "
+            '{"role": "user", "content": "Hi"}.'
+        )
+    assert isinstance(messages, list)
+    return messages
+
+
+def _templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the templates of a folder by name; files take precedence, as in transformers."""
+    stored = config.get("chat_template")
+    if isinstance(stored, str):
+        stored = [{"name": "default", "template": stored}]
+    try:
+        found = {str(t["name"]): str(t["template"]) for t in stored or ()}
+    except (TypeError, KeyError):
+        raise CheckpointError(
+            f"the chat_template in {str(folder / _TOKENIZER_CONFIG)!r} is neither a text nor a "
+            "list of objects with name and template. Give another with --chat-template FILE."
+        ) from None
+    others = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    files = {path.stem: _read(path) for path in others}
+    if os.path.lexists(folder / TEMPLATE_FILE):
+        files["default"] = _read(folder / TEMPLATE_FILE)
+    return files or found
+
+
+def _read(path: Path) -> str:
+    try:
+        return read_bytes(path).decode("utf-8")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ConfigError(
+            f"the chat template {str(path)!r} cannot be read: {reason}. Name a file with a Jinja "
+            "template."
+        ) from None
+
+
+def _plain(message: Message) -> dict[str, Any]:
+    """Return a message as transformers passes it: without None, with reasoning_content."""
+    kept = {key: value for key, value in message.items() if value is not None}
+    names = ("reasoning_content", "thinking", "reasoning")
+    reasoning = next((kept[name] for name in names if name in kept), None)
+    if reasoning is None:
+        return kept
+    return {"thinking": reasoning, **kept, "reasoning_content": reasoning}
+
+
+def _marked(messages: Sequence[Message], tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """Mark special tokens in the texts of messages, which then stay plain text."""
+
+    def mark(value: Any) -> Any:
+        if isinstance(value, str):
+            value = _NONCHARACTERS.sub("", well_formed(value))
+            return tokenizer.special_pattern.sub(f"{_BEGIN}\\1{_END}", value)
+        if isinstance(value, Mapping):
+            return {key: mark(item) for key, item in value.items()}
+        return [mark(item) for item in value] if isinstance(value, list | tuple) else value
+
+    return [mark(message) for message in messages]
+
+
+def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Return the ids of a rendered text, whose marked special tokens are plain text."""
+    if _BEGIN not in text and _END not in text:
+        return tokenizer.encode(text, special=True)
+    special = tokenizer.special_pattern.pattern
+    ids: list[int] = []
+    token: str | None = None
+    segments: list[tuple[str | None, str]] = []
+    at = 0
+    for match in re.finditer(f"{_BEGIN}{special.replace('(', '(?:', 1)}{_END}|{special}", text):
+        if match[1]:
+            segments.append((token, text[at : match.start()]))
+            token, at = match[1], match.end()
+    segments.append((token, text[at:]))
+    for token, segment in segments:
+        is_start = token is None or _begins_again(tokenizer, token)
+        ids += [] if token is None else [tokenizer.special_ids[token]]
+        ids += tokenizer.encode(re.sub(f"[{_BEGIN}{_END}]", "", segment), is_start=is_start)
+    return ids
+
+
+def _begins_again(tokenizer: Tokenizer, special: str) -> bool:
+    """Return whether text after a special token is encoded as the start of a text is."""
+    return tokenizer.encode(f"{special}a", special=True)[1:] == tokenizer.encode("a")
+
+
+def _take_spans(text: str) -> tuple[str, list[tuple[int, int]]]:
+    """Remove the marks of generation blocks; return the text and the blocks' spans."""
+    parts, spans, size = [], [], 0
+    for part in re.split(f"([{_ANSWER}{_ANSWER_END}])", text):
+        if part == _ANSWER:
+            spans.append((size, size))
+        elif part == _ANSWER_END:
+            spans[-1] = (spans[-1][0], size)
+        else:
+            parts.append(part)
+            size += len(part)
+    return "".join(parts), spans
+
+
+def _n_common(first: Sequence[int], second: Sequence[int]) -> int:
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
+
+
+class _RefusedError(jinja2.TemplateError):
+    """The template called raise_exception."""
+
+
+class _EndlessError(Exception):
+    """The template has used all its steps, or made something too large."""
+
+
+class _Generation(Extension):
+    """The ``{% generation %}`` block of transformers, which marks what the assistant says."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Any) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
+
+    def _mark(self, caller: Callable[[], str]) -> str:
+        return f"{_ANSWER}{caller()}{_ANSWER_END}"
+
+
+class _Counted(NodeTransformer):
+    """Counts iterations and the size of what templates join."""
+
+    def visit_For(self, node: nodes.For) -> nodes.Node:
+        self.generic_visit(node)
+        node.iter = _filtered(node.iter, "_counted")
+        return node
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+        self.generic_visit(node)
+        return _filtered(node, "_sized")
+
+    def visit_AssignBlock(self, node: nodes.AssignBlock) -> nodes.Node:
+        self.generic_visit(node)
+        node.filter = _filtered(node.filter, "_sized")
+        return node
+
+
+def _filtered(node: Any, name: str) -> nodes.Filter:
+    return nodes.Filter(node, name, [], [], None, None)
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """The environment of transformers, with limits on steps and sizes."""
+
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
+
+    def __init__(self) -> None:
+        super().__init__(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            optimized=False,  # nothing is computed while compiling
+            extensions=[_Generation, loopcontrols],
+        )
+        self.local = threading.local()
+        self.filters["tojson"] = _to_json
+        self.filters = {name: self._limited(filter_) for name, filter_ in self.filters.items()}
+        self.filters |= {"_counted": self._counted, "_sized": self._sized}
+        self.globals.pop("lipsum")
+        self.globals |= {"raise_exception": _refuse, "strftime_now": _now}
+
+    def _parse(self, *args: Any) -> nodes.Template:
+        tree = super()._parse(*args)
+        _Counted().visit(tree)
+        for node in tree.find_all(nodes.Filter):
+            node.set_lineno(node.lineno or 1)
+        return tree.set_environment(self)  # type: ignore[return-value]
+
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+        # The sandbox wraps the method str.format.
+        method = getattr(__obj, "__wrapped__", __obj)
+        if isinstance(text := getattr(method, "__self__", None), str):
+            __self._check_numbers((*args, *kwargs.values()))
+            if method.__name__.startswith("format"):
+                _check_format(text)
+        return __self._sized(super().call(__context, __obj, *args, **kwargs))
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "**" and isinstance(right, int | float) and abs(right) > _MAX_BITS:
+            raise _EndlessError(f"the power {right}")
+        if operator == "*":
+            sizes = [len(x) if hasattr(x, "__len__") else x for x in (left, right)]
+            if any(hasattr(x, "__len__") for x in (left, right)) and sizes[0] * sizes[1] > MAX_SIZE:
+                raise _EndlessError("a repeated value")
+        if operator == "%" and isinstance(left, str):
+            _check_format(left)
+        return self._sized(super().call_binop(context, operator, left, right))
+
+    def _limited(self, filter_: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(filter_)
+        def limited(*args: Any, **kwargs: Any) -> Any:
+            self._check_numbers((*args[1:], *kwargs.values()))
+            return self._sized(filter_(*args, **kwargs))
+
+        return limited
+
+    def _check_numbers(self, values: Iterable[Any]) -> None:
+        if any(isinstance(value, int) and abs(value) > MAX_SIZE for value in values):
+            raise _EndlessError("a large number")
+
+    def _counted(self, values: Iterable[Any]) -> Iterator[Any]:
+        for value in values:
+            self._spend(1)
+            yield value
+
+    def _sized(self, value: Any) -> Any:
+        size = 0
+        if isinstance(value, str | bytes | list | tuple | dict):
+            size = len(value)
+        elif isinstance(value, int) and value.bit_length() > _MAX_BITS:
+            size = MAX_SIZE + 1
+        if size > MAX_SIZE:
+            raise _EndlessError("a value that is too large")
+        self._spend(1 + size // 1000)
+        return value
+
+    def _spend(self, n_steps: int) -> None:
+        self.local.n_left -= n_steps
+        if self.local.n_left < 0:
+            raise _EndlessError(f"more than {MAX_STEPS} steps")
+
+
+def _check_format(text: str) -> None:
+    """Refuse a format whose width is large, or comes from a value."""
+    if re.search(r"\d{6}|%[^%a-zA-Z]*\*|:[^}]*\{", text):
+        raise _EndlessError("a wide format")
+
+
+@functools.lru_cache(16)
+def _compiled(source: str) -> jinja2.Template:
+    return _Sandbox().from_string(source)
+
+
+def _refuse(message: str) -> None:
+    raise _RefusedError(message)
+
+
+def _now(format: str) -> str:
+    return datetime.now().strftime(format)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Without the escapes for HTML of Jinja's own filter, as in transformers."""
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )

@@ -1,0 +1,152 @@
+"""generate --chat and attention-trace --chat: the template's ids, turns, and the end of a turn."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from calls import Run, error_line
+from small_models import small_model
+from transformers import AutoTokenizer
+
+import minigpt
+from minigpt.checkpoint.model_folder import read_model, write_model
+from minigpt.text.chat import read_chat_template
+from minigpt.text.tokenizer import TiktokenTokenizer, bytes_tokenizer, make_encoding
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+GREEDY = ["--temperature", "0", "--json", "--max-new-tokens"]
+
+
+@pytest.fixture
+def folder(workplace: Path) -> Path:
+    """A chat model with random weights."""
+    ranks = bytes_tokenizer().encoding._mergeable_ranks
+    specials = {"<|endoftext|>": 256, "<|im_start|>": 257, "<|im_end|>": 258}
+    encoding = make_encoding("chat", r"(?s:.)", ranks, specials)
+    model = small_model(vocab_size=259, context_length=128)
+    write_model(Path("model"), model, TiktokenTokenizer("chat", encoding))
+    Path("model/chat_template.jinja").write_text(CHATML)
+    return Path("model")
+
+
+def facts(out: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def test_a_chat_prompt_has_the_ids_of_transformers(run: Run, folder: Path) -> None:
+    words = ["--model", "model", "--chat", "--system", "Be brief", "Hi"]
+    messages = [{"role": "system", "content": "Be brief"}, {"role": "user", "content": "Hi"}]
+    theirs = AutoTokenizer.from_pretrained(folder)
+    ids = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    traced = facts(run("attention-trace", *words, *GREEDY, "4").out)
+    assert [token["token"] for token in traced[0]["prompt"]] == ids
+    generated = facts(run("generate", *words, *GREEDY, "4").out)[0]
+    assert generated["n_prompt_tokens"] == len(ids)
+    assert generated["prompt"] == "Hi"
+    steps = minigpt.generate("model", messages, temperature=0, max_new_tokens=4)
+    assert "".join(step.text for step in steps) == generated["text"]
+    trace = minigpt.trace("model", messages, temperature=0, max_new_tokens=4)
+    assert [token.id for token in trace.header.prompt] == ids
+
+
+def test_each_turn_continues_the_conversation(run: Run, folder: Path) -> None:
+    words = ["generate", "--chat", "--interactive", "--model", "model", "--system", "s", "a"]
+    first, second = facts(run(*words, *GREEDY, "6", stdin=b"\nb\n").out)
+    messages = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": first["text"]},
+        {"role": "user", "content": "b"},
+    ]
+    tokenizer = read_model(folder).tokenizer
+    assert tokenizer is not None
+    ids = read_chat_template(folder).encode(tokenizer, messages)
+    assert second["n_prompt_tokens"] == len(ids)
+    steps = minigpt.generate("model", ids, temperature=0, max_new_tokens=6)  # without a cache
+    assert second["text"] == "".join(step.text for step in steps)
+    assert (first["prompt"], second["prompt"]) == ("a", "b")
+
+
+def test_a_full_window_loses_the_oldest_turns_and_says_so(run: Run, folder: Path) -> None:
+    words = ["generate", "--chat", "--interactive", "--model", "model", *GREEDY, "8"]
+    lines = "".join(f"question {n}\n" for n in range(5)).encode()
+    slid = run(*words, "--overflow", "slide", stdin=lines)
+    assert slid.code == 0
+    assert len(facts(slid.out)) == 5
+    assert "the context window is full: the oldest 2 messages are left out" in slid.err
+    assert all(fact["n_prompt_tokens"] <= 120 for fact in facts(slid.out))
+    stopped = run(*words, stdin=lines)
+    assert len(facts(stopped.out)) < 5
+    assert "--overflow slide" in stopped.err
+
+
+def test_a_message_longer_than_the_window_is_refused_and_the_next_one_answered(
+    run: Run, folder: Path
+) -> None:
+    words = ["generate", "--chat", "--interactive", "--model", "model", *GREEDY, "4"]
+    result = run(*words, "--overflow", "slide", stdin=b"a\n" + b"x" * 200 + b"\nb\n")
+    assert [fact["prompt"] for fact in facts(result.out)] == ["a", "b"]
+    assert "the model sees 128" in result.err
+
+
+def test_an_answer_ends_with_the_end_of_turn_token(run: Run, folder: Path) -> None:
+    words = ["generate", "--chat", "--model", "model", "Hi", "--max-new-tokens", "100", "--json"]
+    # Hot enough to sample every token soon.
+    fact = facts(run(*words, "--temperature", "1000", "--seed", "4", "--overflow", "slide").out)[0]
+    n = fact["n_tokens"]
+    plain = minigpt.generate(
+        "model",
+        read_chat_template(folder).encode(
+            read_model(folder).tokenizer,  # type: ignore[arg-type]
+            [{"role": "user", "content": "Hi"}],
+        ),
+        temperature=1000,
+        seed=4,
+        max_new_tokens=100,
+        overflow="slide",
+    )
+    tokens = [step.step.token for step in plain]
+    expected = next((i + 1 for i, token in enumerate(tokens) if token in (256, 258)), len(tokens))
+    assert n == expected
+    if n < 100:
+        assert fact["finish_reason"] == "end_of_text"
+
+
+def test_options_of_a_chat_are_refused_where_they_do_nothing(run: Run, folder: Path) -> None:
+    for command in ("generate", "attention-trace"):
+        calls = {
+            "--system has no effect without --chat": ["Hi", "--system", "s"],
+            "--chat-template has no effect without --chat": ["Hi", "--chat-template", "x"],
+            "--special has no effect with --chat": ["Hi", "--chat", "--special"],
+            "--chat answers a message": ["--chat"],
+        }
+        for says, words in calls.items():
+            result = run(command, "--model", "model", *words)
+            assert (result.code, says in error_line(result)) == (2, True), result.err
+
+
+def test_a_model_without_a_template_needs_one(run: Run, folder: Path) -> None:
+    Path("model/chat_template.jinja").rename("own.jinja")
+    for command in ("generate", "attention-trace"):
+        result = run(command, "--model", "model", "--chat", "Hi")
+        assert result.code == 2
+        assert "has no chat template" in error_line(result)
+        assert "--chat-template FILE" in error_line(result)
+    words = ["generate", "--model", "model", "--chat", "Hi", *GREEDY, "3"]
+    assert facts(run(*words, "--chat-template", "own.jinja").out)[0]["n_prompt_tokens"] == 21
+    Path("own.jinja").write_text("{{ raise_exception('only\x1b[31m songs') }}")
+    refused = run(*words, "--chat-template", "own.jinja")
+    assert (refused.code, "only" in error_line(refused)) == (3, True)
+    Path("own.jinja").write_text("{{ ().__class__.__mro__ }}")
+    refused = run(*words, "--chat-template", "own.jinja")
+    assert (refused.code, "sandbox" in error_line(refused)) == (4, True)
+
+
+def test_special_tokens_in_a_message_are_plain_text(run: Run, folder: Path) -> None:
+    words = ["attention-trace", "--chat", "--model", "model", *GREEDY, "1"]
+    ids = [token["token"] for token in facts(run(*words, "a<|im_end|>").out)[0]["prompt"]]
+    assert (ids.count(257), ids.count(258)) == (2, 1)
