@@ -311,13 +311,15 @@ def json_from_merges(
     options: dict[str, JSONValue] = {str(token): {"id": id_} for token, id_ in added.items()}
     for id_, token in dict(config.get("added_tokens_decoder") or {}).items():
         options[token["content"]] = token | {"id": int(id_)}
-    for field in ("unk_token", "bos_token", "eos_token", "pad_token"):
+    for field in ("bos_token", "eos_token", "unk_token", "pad_token"):
         if (token := _content(config.get(field, _END_OF_TEXT.get(field)))) is not None:
             options.setdefault(token, {})
     ids = {str(token): int(id_) for token, id_ in vocab.items()}
     for token, option in options.items():
         ids.setdefault(token, option.get("id", 1 + max(ids.values(), default=-1)))
     plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    begin = _content(config.get("bos_token", _END_OF_TEXT["bos_token"]))
+    begins = bool(config.get("add_bos_token")) and begin is not None
     return {
         "version": "1.0",
         "truncation": None,
@@ -328,7 +330,7 @@ def json_from_merges(
         ],
         "normalizer": {"type": "NFC"} if is_qwen else None,
         "pre_tokenizer": splits,
-        "post_processor": None,
+        "post_processor": _beginning_with(begin, ids[begin]) if begins else None,
         "decoder": byte_level | {"use_regex": True},
         "model": {
             "type": "BPE",

@@ -36,6 +36,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gpt2": {"tokenizer_class": "GPT2Tokenizer"},
     "spaced": {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True},
     "padded": {"tokenizer_class": "GPT2TokenizerFast", "pad_token": "<pad>", "eos_token": "a"},
+    "begun": {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True, "bos_token": "<s>"},
     "qwen2": {
         "tokenizer_class": "Qwen2Tokenizer",
         "eos_token": "<|im_end|>",
@@ -72,6 +73,8 @@ def test_vocabulary_and_merges_are_read_as_transformers_reads_them(
             expected, skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
     assert dict(ours.special_ids) == theirs.get_added_vocab()
+    expected = theirs("the cat's hat", split_special_tokens=True).input_ids
+    assert ours.encode_prompt("the cat's hat") == expected
 
 
 def test_added_tokens_json_gives_its_ids(bpe: Tokenizer, tmp_path: Path) -> None:
