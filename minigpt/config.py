@@ -39,6 +39,7 @@ DEVICES = get_args(Device)
 DTYPES = get_args(Dtype)
 QUANTIZATIONS = get_args(Quantization)
 
+_LARGEST_FLOAT = 1e30  # float32 holds it, and its square root's square
 _ATTENTION_OF = {"gpt": "scaled_dot", "lstm": "none", "lstm-attention": "additive"}
 
 
@@ -97,6 +98,8 @@ def require_within(name: str, value: float, bounds: str) -> None:
     is_count = high == math.inf or (bounds[-1] == "]" and high > 1)
     if isinstance(value, int) and high == math.inf:  # torch's integers have 64 bits
         high, bounds = 2.0**63, bounds.replace("inf", "2**63")
+    if isinstance(value, float) and _LARGEST_FLOAT <= value < high:
+        raise ConfigError(f"{name} must be below {_LARGEST_FLOAT:g}: it is {value:g}.")
     is_low_enough = value < high or (value == high and bounds[-1] == "]")
     if is_low_enough and (low < value or (value == low and bounds[0] == "[")):
         return
@@ -190,7 +193,7 @@ class ModelConfig:
     """Epsilon added under the square root of every norm."""
     tie_embeddings: bool = False
     """Whether the token embedding is the output projection too."""
-    dropout: float = setting(0.0, "[0, 1)")
+    dropout: float = option(0.0, "[0, 1)")
     """Dropout probability of embeddings and residual branches, in [0, 1)."""
     model_type: str = ""
     """Hugging Face model type. Empty derives gpt2, llama, qwen2 or qwen3, or minigpt for a model
@@ -203,8 +206,8 @@ class ModelConfig:
         is_llama = self.family == "llama"
         is_wide = self.arch != "gpt" or not is_llama
         if not self.d_head or not is_llama:
-            remedy = f" Try d_model {round_up(self.d_model, self.n_head)}."
-            _require_divides("n_head", self.n_head, "d_model", self.d_model, remedy)
+            _require_divides("n_head", self.n_head, "d_model", self.d_model, self._widths())
+        is_derived = not self.d_head
         derived = {
             "n_kv_head": self.n_head,
             "d_head": self.d_model // self.n_head,
@@ -224,8 +227,8 @@ class ModelConfig:
         if is_llama:
             _require(
                 self.d_head % 2 == 0 or self.arch != "gpt",
-                f"d_head must be even, because RoPE rotates pairs: it is {self.d_head}. "
-                f"Try d_model {self.n_head * (self.d_head + 1)}.",
+                f"d_head must be even, because RoPE rotates pairs: it is {self.d_head}."
+                + (self._widths() if is_derived else f" Try d_head {self.d_head + 1}."),
             )
         else:
             self._check_gpt2()
@@ -253,6 +256,12 @@ class ModelConfig:
     def n_attention_layer(self) -> int:
         """Number of layers with attention."""
         return {"gpt": self.n_layer, "lstm-attention": 1, "lstm": 0}[self.arch]
+
+    def _widths(self) -> str:
+        """Return the remedy for a width that the heads do not divide: those that fit next to it."""
+        unit = self.n_head * (2 if self.family == "llama" and self.arch == "gpt" else 1)
+        below, above = self.d_model // unit * unit, round_up(self.d_model + 1, unit)
+        return f" Try d_model {above}.{f' The next smaller one is {below}.' if below else ''}"
 
     def _check_arch(self) -> None:
         has_none = self.arch == "lstm"
@@ -370,9 +379,9 @@ class TrainingConfig:
 
     max_steps: int = option(0, "[0, inf)")
     """Number of optimizer steps; 0 for no limit. A run needs one of the three max_ limits."""
-    max_minutes: float = option(0.0, "[0, inf)")
+    max_minutes: float = option(0.0, "[0, 1e8]")
     """Minutes of training, without evaluation; 0 for no limit. The schedule ends with it."""
-    max_epochs: float = option(0.0, "[0, inf)")
+    max_epochs: float = option(0.0, "[0, 1e6]")
     """Passes over the training tokens; 0 for no limit. Becomes max_steps once the text is read."""
     batch_size: int = option(16, "[1, 2**24]")
     """Sequences per optimizer step, over all ranks."""

@@ -4,11 +4,17 @@ A message says in one line what is wrong, the value, and the remedy.
 """
 
 import difflib
+import re
 from collections.abc import Iterable
 from typing import ClassVar
 
 DISTRIBUTION = "minigpt-attention"
 """Name of the distribution on PyPI, where minigpt is another program."""
+
+
+_NEAR = 0.75
+_SHORTEST_PART = 3
+_MAX_SUGGESTIONS = 3
 
 
 class MinigptError(Exception):
@@ -58,10 +64,47 @@ class MinigptWarning(UserWarning):
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
-    """Return the remedy for a misspelled name: the nearest choice, or all of them."""
+    """Return the remedy for a misspelled name: what it may have meant, or all choices."""
     names = list(choices)
-    close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
-    return f"Did you mean {close[0]}?" if close else f"Choose from {', '.join(names)}."
+    return did_you_mean(word, names) or f"Choose from {', '.join(names)}."
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """Return a question that names the choices near a misspelled name; empty if none is near.
+
+    Near are the names that it abbreviates, as --temp does --temperature and --max-tokens does
+    --max-new-tokens; else the one that has the fewest other letters, if these are few.
+    """
+    names = list(choices)
+    near = [name for name in names if _abbreviates(_parts(word), _parts(name))]
+    if not near:
+        best = max(names, key=lambda name: _likeness(word, name), default="")
+        near = [best] if best and _likeness(word, best) >= _NEAR else []
+    return f"Did you mean {' or '.join(near)}?" if 0 < len(near) <= _MAX_SUGGESTIONS else ""
+
+
+def _parts(name: str) -> list[str]:
+    return re.split(r"[-_.]", name.strip("-'\"").lower())
+
+
+def _abbreviates(word: list[str], name: list[str]) -> bool:
+    """Return whether the parts of a word begin parts of a name, in order; all of it are letters."""
+    rest = iter(name)
+    parts = [part.removesuffix("s") or part for part in word]
+    is_long = max(map(len, parts)) >= _SHORTEST_PART
+    return is_long and all(any(other.startswith(part) for other in rest) for part in parts)
+
+
+def _likeness(word: str, name: str) -> float:
+    """Return the share of letters that two names have in common, without parts that both have."""
+    ours, theirs = _parts(word), _parts(name)
+    for end in (0, -1):
+        while len(ours) > 1 and len(theirs) > 1 and ours[end] == theirs[end]:
+            ours.pop(end), theirs.pop(end)
+    one, other = "-".join(ours), "-".join(theirs)
+    if len(one) == len(other) > 2 and sum(map(str.__ne__, one, other)) == 1:
+        return 1.0  # one letter for another
+    return difflib.SequenceMatcher(None, one, other).ratio()
 
 
 def require_choice(name: str, value: object, choices: Iterable[str]) -> None:

@@ -31,7 +31,7 @@ _REMEDIES = {
     errno.EFBIG: "raise the limit on file sizes (ulimit -f), or ",
     errno.EACCES: _PERMISSION,
     errno.EPERM: _PERMISSION,
-    errno.EROFS: _PERMISSION,
+    errno.EROFS: "mount it for writing, or ",
     errno.EEXIST: _NAME,
     errno.ENOTDIR: _NAME,
     errno.ENAMETOOLONG: _NAME,

@@ -22,6 +22,8 @@ HUB_NAME = re.compile(
 )
 """Repository of the Hugging Face hub: org/name or org/name@revision."""
 
+_URL = re.compile(r"[a-z][a-z0-9+.-]*://(?P<host>[^/]*)/?")
+
 
 def is_hub_name(spec: str) -> bool:
     """Return whether a text could name a repository: org/name or org/name@revision."""
@@ -42,7 +44,15 @@ def resolve_model(spec: str | None, root: Path = ROOT) -> Path:
         return _newest(root)
     if place := find_model(spec, root):
         return _model_in(place)
+    if url := _URL.match(spec):
+        name = spec[url.end() :]
+        advice = "Download the model's files into a folder, and name that."
+        if url["host"] == "huggingface.co" and (found := HUB_NAME.match(name)):
+            advice = f"Name the model as the Hub does: {found['repository']}."
+        raise CheckpointError(f"{spec[:120]!r} is a URL, not a folder or a name. {advice}")
     advice = remedy(Path(spec).name, names_in(root))
+    if Path(spec).name == spec and not advice.startswith("Did"):
+        advice += " A model of the Hugging Face Hub is named org/name, as openai-community/gpt2."
     for place in _places(spec, root):
         if os.path.exists(place):  # unlike Path.exists, False for impossible names
             if os.path.isdir(place):

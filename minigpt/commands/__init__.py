@@ -20,7 +20,6 @@ from minigpt.errors import (
     MinigptError,
     MinigptWarning,
     ResourceError,
-    nearest,
 )
 from minigpt.text.escape import printable
 
@@ -145,7 +144,9 @@ def _describe(error: BaseException) -> tuple[str, int]:
         except OSError:
             where = f"{error.filename!r}: " if error.filename else ""
             reason = error.strerror or str(error) or type(error).__name__
-            return f"{where}{reason}. Check the path, its permissions and the disk.", 1
+            is_missing = isinstance(error, FileNotFoundError)
+            check = "Check the path" + ("." if is_missing else ", its permissions and the disk.")
+            return f"{where}{reason}. {check}", 1
     return f"{type(error).__name__}: {error}. This is a bug of minigpt; --debug shows more.", 1
 
 
@@ -156,13 +157,6 @@ def _usage(error: Any) -> str:
     message = str(error.format_message()).splitlines()[0].rstrip(".")
     if type(error).__name__ == "NoSuchOption":
         message = f"unknown option {error.option_name!r}"
-        if takes_prompt and " " in error.option_name:
-            page = "Put -- before a prompt that begins with a dash."
-        else:
-            parameters = error.ctx.command.get_params(error.ctx)
-            known = [flag for p in parameters for flag in (*p.opts, *p.secondary_opts)]
-            remedy = nearest(error.option_name, known)
-            page = remedy if remedy.startswith("Did") else page  # not a list of thirty names
     elif "unexpected extra argument" in message and takes_prompt:
         page = "A prompt is one argument: put it in quotes."
     return f"{message[:1].lower()}{message[1:]}. {page}"

@@ -2,13 +2,14 @@
 
 import itertools
 import re
+import shlex
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from minigpt.errors import ConfigError, require_choice
+from minigpt.errors import ConfigError, did_you_mean, require_choice
 from minigpt.rings import has_ring, ring
 
 COMMANDS = {
@@ -51,6 +52,11 @@ class Subcommands(TyperGroup):
 class Commands(Subcommands):
     """The program, which imports a command's module only when it is called."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments; ``help COMMAND`` is ``COMMAND --help``."""
+        asked = [*args[1:], "--help"] if args[:1] == ["help"] else args
+        return list(super().parse_args(ctx, asked))
+
     def invoke(self, ctx: Any) -> Any:
         """Run a command; Ctrl-C becomes Abort, because typer would exit without a word."""
         try:
@@ -87,16 +93,19 @@ class Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the arguments.
 
-        Raises: ConfigError for an option that lacks its value and is followed by another option,
-            which would be taken as the value.
+        Raises: ConfigError for an unknown option, and for one that lacks its value and is followed
+            by another option, which would be taken as the value.
         """
         options = {name: p for p in self.get_params(ctx) for name in (*p.opts, *p.secondary_opts)}
         words = iter(args)
         for word in words:
             if word == "--":
                 break
-            option = options.get(word)
-            n_values = 0 if option is None or getattr(option, "is_flag", False) else option.nargs
+            name, equals, _ = word.partition("=")
+            option = options.get(name)
+            if option is None and word.startswith("-") and word != "-":
+                raise ConfigError(f"unknown option {word!r}. {self._advice(ctx, word)}")
+            n_values = 0 if option is None or equals or _is_flag(option) else option.nargs
             for value in itertools.islice(words, n_values):
                 if value in options or re.match(r"--[a-z]", value):
                     also = f", or write {word}={value}" if n_values == 1 else ""
@@ -104,6 +113,18 @@ class Command(TyperCommand):
                         f"{word} needs a value, and {value!r} is an option. Give a value{also}."
                     )
         return list(super().parse_args(ctx, args))
+
+    def _advice(self, ctx: Any, word: str) -> str:
+        """Return the remedy for a word that begins with a dash and is no option."""
+        parameters = self.get_params(ctx)
+        has_argument = any(p.param_type_name == "argument" for p in parameters)
+        if has_argument and (" " in word or not word.lstrip("-")[:1].isalpha()):
+            call = f"{ctx.command_path} -- {shlex.quote(word)}"
+            return f"Put -- before a text that begins with a dash, after all options: {call}"
+        is_negated = word.startswith("--no-")
+        names = [n for p in parameters for n in (p.secondary_opts if is_negated else p.opts[:1])]
+        near = did_you_mean(word.partition("=")[0], [n for n in names if n.startswith("-")])
+        return near or f"See {ctx.command_path} --help."
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write arguments and options, each under its ``rich_help_panel``."""
@@ -155,6 +176,10 @@ def _write_groups(ctx: Any, formatter: Any, parameters: Iterable[Any]) -> None:
     for heading, rows in groups.items():
         with formatter.section(heading):
             formatter.write_dl([(left.ljust(width), text) for left, text in rows], width)
+
+
+def _is_flag(parameter: Any) -> bool:
+    return bool(getattr(parameter, "is_flag", False))
 
 
 def _left(parameter: Any) -> str:

@@ -216,6 +216,8 @@ def _flag(parameter: inspect.Parameter) -> str:
     about = parameter.default
     if get_origin(parameter.annotation) is Annotated:  # declared as typer does
         about = get_args(parameter.annotation)[1]
+        if isinstance(about.default, str):
+            return about.default
     return str(about.param_decls[0].split("/")[0] if about.param_decls else about.metavar)
 
 
@@ -341,6 +343,10 @@ def argument(metavar: str, text: str) -> Any:
     return typer.Argument(metavar=metavar, help=text, show_default=False)
 
 
+THREADS = "[1, 1024]"
+"""Valid numbers of CPU threads; far more of them than cores crash OpenMP."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSource:
     """Which model to load, and where and how it computes."""
@@ -355,7 +361,7 @@ class ModelSource:
     """Weight-only quantization."""
     compile: bool | None = option(None, group="Model", shown="on CUDA only")
     """Decode with one compiled graph, which starts more slowly."""
-    threads: int | None = option(None, "[1, inf)", group="Model", shown="one per core")
+    threads: int | None = option(None, THREADS, group="Model", shown="one per core")
     """Number of CPU threads."""
 
     def __post_init__(self) -> None:
@@ -404,6 +410,9 @@ ConfigFile = Annotated[Path | None, Option("Read settings from a TOML file", "Ru
 Assignments = Annotated[
     list[str] | None,
     Option("Any setting, as in model.d_mlp=512; repeat for several", "Run", "NAME=VALUE"),
+]
+Threads = Annotated[
+    int | None, Option("Number of CPU threads", "Run", shown="one per core", bounds=THREADS)
 ]
 XAxis = Literal["steps", "tokens", "seconds"]
 

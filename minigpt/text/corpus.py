@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from minigpt.config import DataConfig
-from minigpt.errors import DataError, ResourceError, nearest
+from minigpt.errors import DataError, ResourceError, did_you_mean
 from minigpt.files import OTHER_CACHE, resource_errors
 from minigpt.rings import has_ring, ring
 
@@ -160,6 +160,8 @@ def find_files(
                 path = ring(_DATASETS).dataset_path(word, cache, on_download)
                 is_jsonl = path.suffix == ".jsonl"
                 files.append(CorpusFile(path, word, "jsonl" if is_jsonl else "text"))
+            elif "://" in word:
+                raise DataError(f"{word!r} is a URL. Download the text first: curl -LO {word}")
             else:
                 raise DataError(_missing(path))
     files = list({corpus_file.path.resolve(): corpus_file for corpus_file in files}.values())
@@ -376,9 +378,8 @@ def _missing(path: Path) -> str:
         siblings = os.listdir(path.parent)
     except OSError:
         return f"the folder {str(path.parent)!r} does not exist. Check the path."
-    remedy = nearest(repr(path.name), map(repr, [*siblings, *_named_corpora()]))
-    if not remedy.startswith("Did"):  # do not list all names of a folder
-        remedy = f"Check the path; the named corpora are {', '.join(_named_corpora())}."
+    remedy = did_you_mean(repr(path.name), map(repr, [*siblings, *_named_corpora()]))
+    remedy = remedy or f"Check the path; the named corpora are {', '.join(_named_corpora())}."
     return f"there is no file or folder {str(path)!r}. {remedy}"
 
 

@@ -82,7 +82,7 @@ def test_sampling_values_out_of_range_are_refused(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("--n-head 3 --d-model 128", ["n_head", "3 does not divide 128", "Try d_model 129"]),
+        ("--n-head 3 --d-model 128", ["n_head", "3 does not divide 128", "Try d_model 132"]),
         ("--n-head 4 --d-model 12", ["even", "3", "Try d_model 16"]),
         ("--n-head 4 --set model.n_kv_head=3", ["n_kv_head", "3 does not divide 4"]),
         ("--family gpt2 --set model.qk_norm=true", ["gpt2", "qk_norm", "llama"]),

@@ -139,8 +139,9 @@ def average(
         which = "" if until is None else f" up to step {until}"
         noun = "checkpoint" if len(steps) == 1 else "checkpoints"
         raise ConfigError(
-            f"--last {last}: the run {entry.name!r} has {len(steps)} {noun}{which}. Give fewer, or "
-            "let training keep more of them (training.keep)."
+            f"--last {last}: the run {entry.name!r} has {len(steps)} {noun}{which}. "
+            f"{'Give fewer, or train' if len(steps) > 1 else 'Train'} with a smaller --save-every "
+            "and a larger --set training.keep=N."
         )
     if out is None:
         place = source.path

@@ -118,7 +118,8 @@ def _planned(
     settings = settings_of(overrides)
     data_config = build(DataConfig, settings.get("data", {}), "data.")
     # The prefix itself is not the name of a run, so the derived prefix is always the same.
-    name = checked_name(config.name) if config.name else fresh_name(data_config, "compare")
+    is_named = config.name is not None
+    name = checked_name(config.name or "") if is_named else fresh_name(data_config, "compare")
     with TrainingDisplay() as display:
         data = prepare(data_config, on_progress=display.preparing)
     base = with_split(with_vocabulary(settings, data.tokenizer.vocab_size), data)

@@ -1,5 +1,6 @@
 """minigpt train; the command's docstring is its --help."""
 
+import os
 from typing import Annotated, Any, Literal
 
 from minigpt.commands.options import (
@@ -10,12 +11,14 @@ from minigpt.commands.options import (
     Mode,
     Option,
     Preset,
+    Threads,
     command,
     layered,
     modes,
     read_config,
 )
 from minigpt.config import RunConfig
+from minigpt.errors import ConfigError
 from minigpt.presets import default_run
 from minigpt.rings import ring
 
@@ -41,6 +44,7 @@ def train(
     settings: Annotated[dict[str, Any], Fields(RunConfig, defaults=default_run())],
     set_: Assignments = None,
     resume: Annotated[bool, Option("Resume --name, or the newest run", _GROUP)] = False,
+    threads: Threads = None,
     dry_run: Annotated[bool, Option("Print the plan and do not train", _GROUP)] = False,
     as_json: Annotated[bool, Option("Print the plan as JSON", _GROUP, name="json")] = False,
     report_to: Annotated[
@@ -63,8 +67,17 @@ def train(
 
     Defaults in brackets are those of the preset nano.
     """
+    from minigpt.commands.loading import use_threads
+
+    use_threads(threads)
     file = read_config(config)
     overrides = layered(file, _for_its_model(settings, file, set_), data, preset, set_)
+    training = overrides.get("training")
+    if isinstance(training, dict) and training.get("shard") and "WORLD_SIZE" not in os.environ:
+        raise ConfigError(
+            "--shard shards the model over several processes, and this is one. Start them with "
+            "torchrun --nproc-per-node N -m minigpt train ..., or leave --shard out."
+        )
     if report_to == "tensorboard":
         ring("training.reports.tensorboard").summary_writer()  # before anything long begins
     if dry_run:

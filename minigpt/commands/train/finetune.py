@@ -52,6 +52,12 @@ def read_base(spec: str) -> Base:
     is_remote = is_hub_name(spec) and not os.path.exists(spec)
     source = f"{spec.partition('@')[0]}@{folder.name}" if is_remote else str(folder)
     loaded = read_model(folder, dtype=torch.float32)
+    for name, tensor in loaded.model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise CheckpointError(
+                f"the weights of {str(folder)!r} are damaged: {name} has NaN or inf. Use another "
+                "checkpoint, or download it again."
+            )
     tokenizer = loaded.tokenizer
     if tokenizer is None:
         raise CheckpointError(

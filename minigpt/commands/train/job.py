@@ -102,7 +102,7 @@ def _new_job(request: Request) -> Iterator[Job]:
         its tokenizer cannot be read; ResourceError if the run can never fit into memory.
     """
     name, overrides = request.name, request.overrides
-    if name:
+    if name is not None:
         _require_new(RunFolder(ROOT / checked_name(name)))
     base: Any = None
     if overrides.get("from") is not None:
@@ -134,7 +134,8 @@ def _resumed_job(request: Request) -> Iterator[Job]:
 
     Raises: CheckpointError if there is none; ConfigError for a setting that cannot change.
     """
-    run = RunFolder(ROOT / checked_name(request.name)) if request.name else _newest_run()
+    is_named = request.name is not None
+    run = RunFolder(ROOT / checked_name(request.name or "")) if is_named else _newest_run()
     _require_checkpoint(run)
     with request.lock(run):
         settings = read_toml(run.path / CONFIG_FILE)

@@ -1,0 +1,231 @@
+"""Suggestions name what is near and fits; remedies work when they are followed."""
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from calls import TINY, Run, error_line
+
+from minigpt.checkpoint.model_folder import read_model, write_model
+from minigpt.errors import did_you_mean
+
+
+@pytest.mark.parametrize(
+    ("words", "near"),
+    [
+        ("generate --temp 1", "--temperature"),
+        ("generate -temp 1", "--temperature"),
+        ("generate --n-samples 2", "--num-samples"),
+        ("generate --max-tokens 2", "--max-new-tokens"),
+        ("generate --tokens 2", "--max-new-tokens"),
+        ("generate --top 2", "--top-k or --top-p"),
+        ("generate --rep-penalty 2", "--repetition-penalty"),
+        ("generate --quantise int8", "--quantize"),
+        ("generate --no-strem", "--no-stream"),
+        ("train --epochs 2", "--max-epochs"),
+        ("train --steps 2", "--max-steps"),
+        ("train --layers 2", "--n-layer"),
+        ("train --heads 2", "--n-head"),
+        ("train --batch 2", "--batch-size"),
+        ("train --context 2", "--context-length"),
+        ("attention-trace --verif 2", "--n-verified"),
+        ("trace x", "attention-trace"),
+        ("eval", "evaluate"),
+        ("checkpoints lst", "list"),
+    ],
+)
+def test_a_name_that_is_near_is_suggested(run: Run, words: str, near: str) -> None:
+    result = run(*words.split())
+    assert result.code == 2
+    assert f"Did you mean {near}?" in error_line(result)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "generate --num-beams 2",
+        "generate --greedy",
+        "generate --length 2",
+        "generate --prompt x",
+        "train --optimizer x",
+        "train --n-embd 4",
+        "train --block-size 4",
+        "train --gpu",
+        "train --data x",
+        "train --xyzzy",
+        "chat",
+        "ls",
+        "nonsense",
+    ],
+)
+def test_a_name_that_is_not_near_gets_no_suggestion(run: Run, words: str) -> None:
+    result = run(*words.split())
+    assert result.code == 2
+    assert "Did you mean" not in error_line(result)
+
+
+def test_a_suffix_makes_no_file_near() -> None:
+    names = ["my-book.txt", "a.txt", "notes.md", "autumn.txt"]
+    assert did_you_mean("nope.txt", names) == ""
+    assert did_you_mean("x.txt", names) == ""
+    assert did_you_mean("my-bok.txt", names) == "Did you mean my-book.txt?"
+    assert did_you_mean("gpt2", ["gpt-nano", "book"]) == ""
+
+
+@pytest.mark.parametrize("words", [[], ["generate"], ["train"], ["checkpoints", "list"]])
+def test_help_is_a_command_too(run: Run, words: list[str]) -> None:
+    asked, shown = run("help", *words), run(*words, "--help")
+    assert (asked.code, asked.err) == (0, "")
+    assert asked.out == shown.out
+
+
+@pytest.mark.parametrize("prompt", ["-5 degrees", "-5", "-- a list", "-hello there", "--x y"])
+def test_the_advice_for_a_prompt_that_begins_with_a_dash_works(
+    run: Run, trained: Path, monkeypatch: pytest.MonkeyPatch, prompt: str
+) -> None:
+    monkeypatch.chdir(trained)
+    for command in ("generate", "attention-trace"):
+        result = run(command, "--max-new-tokens", "2", prompt)
+        line = error_line(result)
+        assert result.code == 2
+        *_, advice = line.partition("after all options: ")
+        words = shlex.split(advice)
+        assert words[:2] == ["minigpt", command]
+        assert words[-2:] == ["--", prompt]
+        assert run(*words[1:-2], "--max-new-tokens", "2", *words[-2:]).code == 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--n-head", "5"],
+        ["--n-head", "7"],
+        ["--n-head", "3", "--d-model", "128"],
+        ["--n-head", "4", "--d-model", "12"],
+        ["--n-head", "5", "--family", "gpt2"],
+        ["--d-model", "100"],
+        ["--n-head", "500"],
+    ],
+)
+def test_each_suggested_width_is_valid(run: Run, trained: Path, words: list[str]) -> None:
+    text = str(trained / "corpus.txt")
+    tiny = [text, "--tokenizer", "bytes", "--batch-size", "1", "--context-length", "16"]
+    result = run("train", *tiny, "--dry-run", *words)
+    assert result.code == 2
+    widths = re.search(
+        r"Try d_model (\d+)\.(?: The next smaller one is (\d+)\.)?", error_line(result)
+    )
+    assert widths
+    for width in filter(None, widths.groups()):
+        assert run("train", *tiny, "--dry-run", *words, "--d-model", width).code == 0
+
+
+def test_train_has_threads_and_dropout(run: Run, trained: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        text = str(trained / "corpus.txt")
+        result = run("train", text, *TINY, "--name", "a", "--threads", "1", "--dropout", "0.25")
+        assert result.code == 0, result.err
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+    assert read_model(Path("checkpoints/a/step-000004")).model.config.dropout == 0.25
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--threads 0", ["--threads", "[1, 1024]"]),
+        ("--threads 50000", ["--threads", "[1, 1024]"]),
+        ("--threads 99999999999", ["--threads", "[1, 1024]"]),
+        ("--dropout 1", ["--dropout", "[0, 1)"]),
+        ("--set training.max_epochs=1e300", ["max_epochs", "[0, 1e6]"]),
+        ("--max-epochs 1e300", ["--max-epochs", "[0, 1e6]"]),
+        ("--set training.max_minutes=1e300", ["max_minutes", "[0, 1e8]"]),
+        ("--set training.lr=1e308", ["lr", "below 1e+30"]),
+        ("--lr 1e308", ["--lr", "below 1e+30"]),
+        ("--set training.weight_decay=1e308", ["weight_decay", "below 1e+30"]),
+        ("--set model.rope_theta=1e308", ["rope_theta", "below 1e+30"]),
+        ("--name=", ["--name ''", "not a folder name"]),
+        ("--resume --name=", ["--name ''", "not a folder name"]),
+        ("--shard", ["--shard", "torchrun"]),
+        ("--set training.shard=true", ["--shard", "torchrun"]),
+    ],
+)
+def test_numbers_and_names_that_no_run_can_have_are_refused(
+    run: Run, trained: Path, words: str, said: list[str]
+) -> None:
+    result = run("train", str(trained / "corpus.txt"), *TINY, "--dry-run", *words.split(" "))
+    line = error_line(result)
+    assert result.code == 2
+    assert all(part in line for part in said), line
+
+
+def test_generate_bounds_its_threads(run: Run) -> None:
+    for command in ("generate", "attention-trace", "evaluate", "heads"):
+        result = run(command, "--threads", "50000")
+        assert result.code == 2
+        assert "--threads must be in [1, 1024]" in error_line(result)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        ("generate --model https://huggingface.co/org/name", 4, "as the Hub does: org/name."),
+        ("generate --model https://huggingface.co/org/name/tree/main", 4, "does: org/name."),
+        ("generate --model https://example.com/model", 4, "is a URL"),
+        ("train --from https://huggingface.co/org/name", 4, "as the Hub does: org/name."),
+        ("train https://example.com/a.txt", 3, "curl -LO https://example.com/a.txt"),
+        ("evaluate https://example.com/a.txt --model tiny", 3, "is a URL"),
+        ("train x --from gpt2", 4, "org/name, as openai-community/gpt2"),
+        ("generate --model gpt2", 4, "org/name, as openai-community/gpt2"),
+    ],
+)
+def test_a_url_or_a_bare_name_gets_the_form_that_works(
+    run: Run, trained: Path, workplace: Path, words: str, code: int, said: str
+) -> None:
+    (workplace / "checkpoints").symlink_to(trained / "checkpoints")
+    result = run(*words.split())
+    assert result.code == code
+    assert said in error_line(result)
+
+
+def test_nan_weights_of_a_base_are_named(run: Run, trained: Path, workplace: Path) -> None:
+    loaded = read_model(trained / "checkpoints/tiny/step-000004")
+    assert loaded.tokenizer is not None
+    with torch.no_grad():
+        next(loaded.model.parameters())[0] = torch.nan
+    write_model(workplace / "nan", loaded.model, loaded.tokenizer)
+    result = run("train", str(trained / "corpus.txt"), "--from", "nan", "--max-steps", "1")
+    assert result.code == 4
+    line = error_line(result)
+    assert "'nan' are damaged" in line
+    assert "has NaN or inf" in line
+    assert "--lr" not in line
+
+
+def test_a_slow_step_of_the_plan_is_in_seconds() -> None:
+    from minigpt.commands.train import plan
+    from minigpt.config import RunConfig
+    from minigpt.presets import default_run
+
+    config: RunConfig = default_run()
+
+    def shown(step_s: float) -> str:
+        class Facts(dict[str, Any]):
+            def __missing__(self, key: str) -> Any:
+                return {} if key == "parameters" else {"total": 1} if key == "memory" else 1
+
+        rows = plan._rows(Facts(step_s=step_s, mfu=None, device="cpu", dtype="float32"), config)
+        return next(row[1] for row in rows if row[0] == "  a step")
+
+    assert [shown(s) for s in (0.0123, 0.9994, 0.9999, 1.07, 1234.5)] == [
+        "12.3 ms",
+        "999 ms",
+        "0.9999 s",
+        "1.07 s",
+        "1,234 s",
+    ]
