@@ -77,6 +77,7 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """
     names = list(choices)
     near = [name for name in names if _abbreviates(_parts(word), _parts(name))]
+    near = [name for name in near if _parts(name)[0].startswith(_parts(word)[0])] or near
     if not near:
         best = max(names, key=lambda name: _likeness(word, name), default="")
         near = [best] if best and _likeness(word, best) >= _NEAR else []
