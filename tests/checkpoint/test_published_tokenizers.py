@@ -254,6 +254,37 @@ def unigram() -> dict[str, Any]:
     }
 
 
+def gemma() -> dict[str, Any]:
+    """SentencePiece's bytes and visible spaces without one before the text, as Gemma has them."""
+    by_space = {"pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+    data = metaspace(normalizer=REPLACE, pre_tokenizer={"type": "Split"} | by_space)
+    data["decoder"]["decoders"].pop()  # nothing is stripped
+    newlines = special(len(data["model"]["vocab"]), "\n\n", is_special=False)
+    data["added_tokens"] += [newlines]
+    return data
+
+
+def neox() -> dict[str, Any]:
+    """GPT-2's layout with tokens for runs of spaces, found after normalization to NFC."""
+    runs = [special(701 + n, " " * n, is_special=False) | {"normalized": True} for n in (2, 3, 4)]
+    offsets = {"add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    return trained(
+        {"type": "ByteLevel"} | offsets,
+        normalizer={"type": "NFC"},
+        post_processor={"type": "ByteLevel"} | offsets,
+        added_tokens=[special(700, "<|endoftext|>"), *runs],
+    )
+
+
+def phi3() -> dict[str, Any]:
+    """Llama 2's layout with special tokens that take the white space after them."""
+    data = llama2()
+    n = len(data["model"]["vocab"])
+    data["added_tokens"] += [special(n, "<|assistant|>") | {"rstrip": True}]
+    data["added_tokens"] += [special(n + 1, "</think>", is_special=False) | {"rstrip": True}]
+    return data
+
+
 def prefixed() -> dict[str, Any]:
     """GPT-2's layout with a space before each text, as RoBERTa and OPT have it."""
     data = trained(byte_level(), added_tokens=[special(700, "<mask>") | {"lstrip": True}])
@@ -275,7 +306,19 @@ def published(make: Callable[[], dict[str, Any]]) -> Oracle:
 
 FAMILIES = [gpt2, smollm, llama3, qwen3, nemo, gpt4, unordered, llama2, mistral]
 KINDS = [*FAMILIES, bert, unigram, prefixed]
-WORDS = ("<think>", "<thinking", "<|endoftext|>", "qzqz", " vuz", "▁", "<s>", " <mask>")
+WORDS = (
+    "\n\n",
+    "</think>",
+    "    ",
+    "<think>",
+    "<thinking",
+    "<|endoftext|>",
+    "qzqz",
+    " vuz",
+    "▁",
+    "<s>",
+    " <mask>",
+)
 TEXTS = fuzzed_texts(350, WORDS)
 
 
@@ -428,6 +471,9 @@ UNUSUAL: dict[str, Callable[[], dict[str, Any]]] = {
         for splits in (False, True)
     },
     "WordLevel": word_level,
+    "Gemma": gemma,
+    "GPT-NeoX": neox,
+    "Phi-3": phi3,
 }
 
 
@@ -441,10 +487,9 @@ def test_whatever_the_tokenizers_library_reads_gives_its_ids_and_its_text(name: 
         expected = theirs.encode(text, add_special_tokens=False).ids
         assert ours.encode(text) == expected, text
         decoded = ours.decode(expected)
-        # The library drops the space before a text, which may as well be a later piece of one.
-        assert decoded.removeprefix(" ") == theirs.decode(
-            expected, skip_special_tokens=False
-        ).removeprefix(" ")
+        # The library may drop the space before a text, which may as well be a later piece of one.
+        text = theirs.decode(expected, skip_special_tokens=False)
+        assert text in (decoded, decoded.removeprefix(" "))
 
 
 @pytest.mark.parametrize("name", UNUSUAL)

@@ -15,8 +15,8 @@ from minigpt.model.layers import MLP
 
 _BOTH = ("weight", "bias")
 _NO_EFFECT = """
-    attention_dropout embd_pdrop rope_parameters rope_scaling rotary_emb_base rotary_pct
-    use_parallel_residual attention_bias
+    attention_bias attention_dropout attention_probs_dropout_prob embd_pdrop hidden_dropout_prob
+    rope_parameters rope_scaling rotary_emb_base rotary_pct use_parallel_residual
 """
 
 

@@ -181,7 +181,8 @@ FAMILY = Phi3Family(
     activations=llama.FAMILY.activations,
     defaults=llama.DEFAULTS | {"rms_norm_eps": 1e-5},
     fixed={name: value for name, value in llama.FIXED.items() if name != "partial_rotary_factor"}
-    | llama.NO_BIASES,
+    | llama.NO_BIASES
+    | {"full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": False},
     no_effect=llama.FAMILY.no_effect
     | {"partial_rotary_factor", "original_max_position_embeddings", "resid_pdrop"},
     constants={"family": "llama"},
