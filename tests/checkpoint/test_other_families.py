@@ -275,6 +275,153 @@ def test_new_model_that_its_family_could_not_read_again_is_refused() -> None:
     assert canonical(mistral) == mistral
 
 
+USUAL = {"attention_dropout": 0.0, "hidden_act": "silu", "use_cache": True, "rope_scaling": None}
+PHI3 = USUAL | {
+    "model_type": "phi3",
+    "attention_bias": False,
+    "auto_map": {"AutoConfig": "configuration_phi3.Phi3Config"},
+    "embd_pdrop": 0.0,
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "original_max_position_embeddings": 4096,
+    "resid_pdrop": 0.0,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 10000.0,
+}
+PUBLISHED: list[tuple[int, dict[str, Any]]] = [
+    (
+        3_821_079_552,  # Phi-3-mini-4k-instruct
+        PHI3
+        | {
+            "max_position_embeddings": 4096,
+            "num_key_value_heads": 32,
+            "sliding_window": 2047,
+            "tie_word_embeddings": False,
+            "vocab_size": 32064,
+        },
+    ),
+    (
+        3_836_021_760,  # Phi-4-mini-instruct
+        PHI3
+        | {
+            "full_attn_mod": 1,
+            "interpolate_factor": 1,
+            "lm_head_bias": False,
+            "max_position_embeddings": 131072,
+            "mlp_bias": False,
+            "num_attention_heads": 24,
+            "num_key_value_heads": 8,
+            "partial_rotary_factor": 0.75,
+            "rope_scaling": {
+                "long_factor": [1.0 + n for n in range(48)],
+                "short_factor": [1.0] * 48,
+                "type": "longrope",
+            },
+            "sliding_window": 262144,
+            "tie_word_embeddings": True,
+            "vocab_size": 200064,
+        },
+    ),
+    (
+        3_075_098_624,  # SmolLM3-3B
+        USUAL
+        | {
+            "model_type": "smollm3",
+            "attention_bias": False,
+            "hidden_size": 2048,
+            "intermediate_size": 11008,
+            "layer_types": ["full_attention"] * 36,
+            "max_position_embeddings": 65536,
+            "max_window_layers": 28,
+            "mlp_bias": False,
+            "no_rope_layer_interval": 4,
+            "no_rope_layers": [1, 1, 1, 0] * 9,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 36,
+            "num_key_value_heads": 4,
+            "pretraining_tp": 2,
+            "rms_norm_eps": 1e-06,
+            "rope_theta": 5000000.0,
+            "sliding_window": None,
+            "use_sliding_window": False,
+            "vocab_size": 128256,
+        },
+    ),
+    (
+        1_484_916_736,  # OLMo-2-0425-1B
+        USUAL
+        | {
+            "model_type": "olmo2",
+            "attention_bias": False,
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "max_position_embeddings": 4096,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 16,
+            "num_key_value_heads": 16,
+            "rms_norm_eps": 1e-06,
+            "rope_theta": 500000,
+            "tie_word_embeddings": False,
+            "vocab_size": 100352,
+        },
+    ),
+    (
+        2_614_341_888,  # gemma-2-2b
+        USUAL
+        | {
+            "model_type": "gemma2",
+            "attention_bias": False,
+            "attn_logit_softcapping": 50.0,
+            "cache_implementation": "hybrid",
+            "final_logit_softcapping": 30.0,
+            "head_dim": 256,
+            "hidden_act": "gelu_pytorch_tanh",
+            "hidden_activation": "gelu_pytorch_tanh",
+            "hidden_size": 2304,
+            "intermediate_size": 9216,
+            "max_position_embeddings": 8192,
+            "num_attention_heads": 8,
+            "num_hidden_layers": 26,
+            "num_key_value_heads": 4,
+            "query_pre_attn_scalar": 256,
+            "rms_norm_eps": 1e-06,
+            "rope_theta": 10000.0,
+            "sliding_window": 4096,
+            "vocab_size": 256000,
+        },
+    ),
+    (
+        2_506_172_416,  # gemma-2b
+        USUAL
+        | {
+            "model_type": "gemma",
+            "attention_bias": False,
+            "head_dim": 256,
+            "hidden_act": "gelu",
+            "hidden_activation": None,
+            "hidden_size": 2048,
+            "intermediate_size": 16384,
+            "max_position_embeddings": 8192,
+            "num_attention_heads": 8,
+            "num_hidden_layers": 18,
+            "num_key_value_heads": 1,
+            "rms_norm_eps": 1e-06,
+            "rope_theta": 10000.0,
+            "vocab_size": 256000,
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(("n_parameters", "config"), PUBLISHED)
+def test_published_config_has_the_published_number_of_parameters(
+    n_parameters: int, config: dict[str, Any]
+) -> None:
+    assert parameter_count(model_config_from_hf(config)) == n_parameters
+
+
 def test_published_configs_are_read() -> None:
     pythia = {
         "architectures": ["GPTNeoXForCausalLM"],
