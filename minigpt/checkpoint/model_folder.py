@@ -107,23 +107,32 @@ def read_model(
     Args: dtype, of the weights; None keeps the stored dtype.
     Raises: CheckpointError naming the file, what is wrong with it and the remedy.
     """
-    settings = read_json(folder / CONFIG)
-    config = model_config_from_hf(settings)
+    config = read_config(folder)
     weights = LazyTensors(stored_tensors(config, folder))
-    ends = end_of_text_ids(folder, settings)
-    tokenizer = read_tokenizer(folder, ends, n_rows=config.vocab_size)
-    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
-        raise CheckpointError(
-            f"the vocabulary in {str(folder)!r} has {tokenizer.vocab_size} tokens, and the model "
-            f"only {config.vocab_size}. Take both from the same place."
-        )
+    tokenizer = read_vocabulary(folder, config.vocab_size)
     model = model_class(config).from_tensors(
         config, tensors_from_hf(config, weights, device=device, dtype=dtype)
     )
     return LoadedModel(model.eval(), tokenizer, folder)
 
 
-def end_of_text_ids(folder: Path, settings: Mapping[str, Any]) -> tuple[int, ...]:
+def read_vocabulary(folder: Path, n_rows: int) -> Tokenizer | None:
+    """Read the tokenizer of a model folder, None if it has none.
+
+    Args: n_rows, number of the model's embeddings.
+    Raises: CheckpointError if a file is damaged, or the vocabulary has more tokens than the model.
+    """
+    ends = _end_of_text_ids(folder, read_json(folder / CONFIG))
+    tokenizer = read_tokenizer(folder, ends, n_rows=n_rows)
+    if tokenizer is not None and tokenizer.vocab_size > n_rows:
+        raise CheckpointError(
+            f"the vocabulary in {str(folder)!r} has {tokenizer.vocab_size} tokens, and the model "
+            f"only {n_rows}. Take both from the same place."
+        )
+    return tokenizer
+
+
+def _end_of_text_ids(folder: Path, settings: Mapping[str, Any]) -> tuple[int, ...]:
     """Return the end-of-text token ids in generation_config.json, else in config.json."""
     path = folder / _GENERATION_CONFIG
     ends = read_json(path).get("eos_token_id") if os.path.lexists(path) else None

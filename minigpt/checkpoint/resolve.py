@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -58,6 +59,7 @@ def resolve_model(spec: str | None, root: Path = ROOT) -> Path:
             if os.path.isdir(place):
                 with resource_errors(place):
                     os.listdir(place)
+            _refuse_pickle(place)
             raise CheckpointError(
                 f"{str(place)!r} holds no checkpoint: no step folder, no config.json. {advice}"
             )
@@ -67,6 +69,17 @@ def resolve_model(spec: str | None, root: Path = ROOT) -> Path:
     where = f" in {str(root)!r}" if Path(spec).name == spec else ""
     shown = spec if len(spec) <= 120 else f"{spec[:120]}..."
     raise CheckpointError(f"there is no model {shown!r}{where}. {advice}")
+
+
+def _refuse_pickle(place: Path) -> None:
+    """Raise CheckpointError for a pickle, or a folder of nanoGPT, naming the command for it."""
+    pickles = [place] if place.is_file() else sorted(place.glob("*.pt"))
+    if pickles and pickles[0].suffix in (".pt", ".pth", ".bin", ".ckpt", ".pkl"):
+        raise CheckpointError(
+            f"{str(pickles[0])!r} is a pickle, which can run any code. Make a model folder from "
+            f"it, which runs none: `minigpt checkpoints import {shlex.quote(str(pickles[0]))} "
+            "NEW_FOLDER`."
+        )
 
 
 def require_model(spec: str, root: Path = ROOT) -> Path:

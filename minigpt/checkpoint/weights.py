@@ -5,6 +5,7 @@ import hashlib
 import math
 import os
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,7 +24,8 @@ from minigpt.model.registry import model_class
 
 WEIGHTS = "model.safetensors"
 
-_INDEX = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
+"""Files of a sharded model's tensors."""
 # Tensors of old files that are not weights: causal masks, RoPE tables.
 _IGNORED = re.compile(
     r"(.*\.)?(attn\.(bias|masked_bias)|attention\.(bias|masked_bias)|rotary_emb\.inv_freq)"
@@ -53,7 +55,8 @@ def _head(config: ModelConfig) -> str:
 def canonical_names(config: ModelConfig, names: Iterable[str]) -> dict[str, str]:
     """Return the names that ``tensors_from_hf`` takes -> the names in a file.
 
-    Adds the prefix that files of the bare model lack, and drops tensors that are not weights.
+    Adds the prefix that files of the bare model lack, removes those of torch.compile, and drops
+    tensors that are not weights.
     Raises: CheckpointError if a tensor is there with the prefix and without.
     """
     prefix = head = ""
@@ -61,8 +64,8 @@ def canonical_names(config: ModelConfig, names: Iterable[str]) -> dict[str, str]
         prefix, head = family_of(config.model_type).prefix, _head(config)
     canonical: dict[str, str] = {}
     for name in names:
-        has_prefix = name.startswith(prefix) or name == head
-        full = name if has_prefix else prefix + name
+        plain = name.replace("_orig_mod.", "")  # torch.compile's
+        full = plain if plain.startswith(prefix) or plain == head else prefix + plain
         if prefix and _IGNORED.fullmatch(full):
             continue
         if canonical.setdefault(full, name) != name:
@@ -202,22 +205,29 @@ def _check_header(path: Path) -> None:
 def _weight_files(folder: Path) -> list[Path]:
     if os.path.lexists(folder / WEIGHTS):
         return [folder / WEIGHTS]
-    if os.path.lexists(folder / _INDEX):
-        shards = read_json(folder / _INDEX).get("weight_map")
-        names = list(shards.values()) if isinstance(shards, dict) else []
-        # Nothing outside the folder is opened, whatever the index says.
-        if names and all(isinstance(n, str) and re.fullmatch(r"[\w.-]+", n) for n in names):
-            return [folder / name for name in sorted(set(names))]
-        raise CheckpointError(
-            f"{str(folder / _INDEX)!r} does not map tensors to files of its folder. "
-            "Download it again."
-        )
+    if os.path.lexists(folder / INDEX):
+        return [folder / name for name in shard_names(folder / INDEX)]
     if pickled := [*sorted(folder.glob("*.bin")), *sorted(folder.glob("*.pt*"))]:
         raise CheckpointError(
             f"{str(folder)!r} has its weights in {pickled[0].name!r}, a pickle, which can run any "
-            f"code and is never opened. Save the model as {WEIGHTS}."
+            "code. Make a model folder from it, which runs none: `minigpt checkpoints import "
+            f"{shlex.quote(str(folder))} NEW_FOLDER`."
         )
     raise CheckpointError(f"{WEIGHTS} is missing in {str(folder)!r}. Write or download it again.")
+
+
+def shard_names(index: Path) -> list[str]:
+    """Return the files that an index of weights names, all of them in its folder.
+
+    Raises: CheckpointError if it names others, or none.
+    """
+    shards = read_json(index).get("weight_map")
+    names = list(shards.values()) if isinstance(shards, dict) else []
+    if names and all(isinstance(n, str) and re.fullmatch(r"[\w.-]+", n) for n in names):
+        return sorted(set(names))
+    raise CheckpointError(
+        f"{str(index)!r} does not map tensors to files of its folder. Download it again."
+    )
 
 
 def stored_tensors(config: ModelConfig, folder: Path) -> dict[str, StoredTensor]:

@@ -21,7 +21,7 @@ from minigpt.checkpoint.tools.inventory import take_inventory
 from minigpt.commands import app
 from minigpt.commands.checkpoints.views import inventory_lines, model_lines
 
-NAMES = ["list", "show", "verify", "prune", "average", "export"]
+NAMES = ["list", "show", "verify", "prune", "average", "export", "import"]
 
 
 @pytest.fixture(autouse=True)

@@ -1,10 +1,12 @@
 """minigpt checkpoints export and import."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from calls import Run, error_line
 
 
@@ -51,3 +53,45 @@ def test_export_refuses_bad_input_in_one_line(run: Run) -> None:
     refused(6, "there.gguf", "tiny", "--gguf", "there.gguf/a.gguf")
     assert Path("there.gguf").read_text() == "mine"
     assert not Path("a.gguf").exists()
+
+
+def test_import_says_where_the_model_is_and_generate_opens_it(run: Run) -> None:
+    text = "The king said: once upon a time.\n"
+    Path("input.txt").write_text(text)
+    vocab_size, width = len(set(text)), 8
+    shape = {"n_layer": 1, "n_head": 2, "n_embd": width, "block_size": 16, "dropout": 0.0}
+    sizes = {"attn.c_attn": (24, width), "attn.c_proj": (width, width)}
+    sizes |= {"mlp.c_fc": (32, width), "mlp.c_proj": (width, 32), "ln_1": (width,)}
+    names = {f"h.0.{name}": size for name, size in (sizes | {"ln_2": (width,)}).items()}
+    names |= {"wte": (vocab_size, width), "wpe": (16, width), "ln_f": (width,)}
+    model = {f"transformer.{name}.weight": torch.ones(size) for name, size in names.items()}
+    args = shape | {"vocab_size": vocab_size, "bias": False}
+    torch.save({"model": model, "model_args": args}, "ckpt.pt")
+    result = run("checkpoints", "import", "ckpt.pt", "checkpoints/nano", "--vocabulary=input.txt")
+    assert (result.code, result.err) == (0, "")
+    assert re.fullmatch(
+        r"checkpoints/nano: [\d.]+k parameters from ckpt.pt of nanoGPT. "
+        r"Run it: minigpt generate --model checkpoints/nano\n",
+        result.out,
+    )
+    assert run("checkpoints", "verify", "nano").code == 0
+    assert run("generate", "--model", "nano", "--max-new-tokens", "2", "The").code == 0
+    as_json = run("checkpoints", "import", "ckpt.pt", "a", "--vocabulary=input.txt", "--json")
+    assert json.loads(as_json.out)["folder"] == "a"
+
+
+def test_import_refuses_bad_input_in_one_line(run: Run) -> None:
+    def refused(code: int, message: str, *words: str) -> None:
+        result = run("checkpoints", "import", *words)
+        assert result.code == code
+        assert message in error_line(result)
+
+    Path("ckpt.pt").write_bytes(b"junk")
+    refused(2, "'checkpoints/tiny' exists already", "ckpt.pt", "checkpoints/tiny")
+    refused(4, "'ckpt.pt' is not a complete file of torch.save", "ckpt.pt", "new")
+    refused(4, "there is no 'nowhere.pt'", "nowhere.pt", "new")
+    refused(2, "unknown --activation 'relu'", "ckpt.pt", "new", "--activation", "relu")
+    assert not Path("new").exists()
+    result = run("generate", "--model", "ckpt.pt")
+    assert result.code == 4
+    assert "minigpt checkpoints import ckpt.pt NEW_FOLDER" in error_line(result)

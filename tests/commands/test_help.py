@@ -16,7 +16,7 @@ from minigpt.presets import PRESETS
 
 PAGES = Path(__file__).parent / "help"
 """Every --help page. To regenerate: UPDATE_HELP=1 pytest tests/commands/test_help.py"""
-SUBCOMMANDS = ["list", "show", "verify", "prune", "average", "export"]
+SUBCOMMANDS = ["list", "show", "verify", "prune", "average", "export", "import"]
 CALLS = [[], *([name] for name in COMMANDS), *(["checkpoints", name] for name in SUBCOMMANDS)]
 
 

@@ -16,13 +16,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from minigpt.checkpoint.model_folder import CONFIG, end_of_text_ids, read_config
-from minigpt.checkpoint.tokenizer_json import read_tokenizer
+from minigpt.checkpoint.model_folder import read_config, read_vocabulary
 from minigpt.checkpoint.tools.gguf_vocabulary import chat_template, gguf_vocabulary
 from minigpt.checkpoint.weights import LazyTensors, check_tied, stored_tensors, tensor_names
 from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError, ConfigError, install_extra
-from minigpt.files import read_json, resource_errors, writing_aside
+from minigpt.files import resource_errors, writing_aside
 from minigpt.model.layers import rotary_table
 
 TYPES = ("f32", "f16", "bf16", "q8_0")
@@ -178,8 +177,7 @@ def _add_config(writer: Any, config: ModelConfig) -> None:
 
 def _add_vocabulary(writer: Any, folder: Path, config: ModelConfig) -> list[str]:
     """Write the vocabulary of a folder; return the differences that remain."""
-    ends = end_of_text_ids(folder, read_json(folder / CONFIG))
-    tokenizer = read_tokenizer(folder, ends, n_rows=config.vocab_size)
+    tokenizer = read_vocabulary(folder, config.vocab_size)
     if tokenizer is None:
         writer.add_tokenizer_model("none")
         return ["the model has no vocabulary: llama.cpp takes and gives ids"]

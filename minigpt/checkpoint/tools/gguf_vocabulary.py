@@ -12,7 +12,7 @@ from typing import Any
 
 from minigpt.checkpoint.tokenizer_json import TOKENIZER_CONFIG, tokenizer_to_json
 from minigpt.errors import CheckpointError
-from minigpt.files import read_json
+from minigpt.files import read_bytes, read_json, resource_errors
 from minigpt.text.tokenizer import BYTE_OF_CHARACTER, TiktokenTokenizer, Tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -102,8 +102,12 @@ def gguf_vocabulary(folder: Path, tokenizer: Tokenizer, n_rows: int) -> GGUFVoca
 def chat_template(folder: Path) -> str | list[dict[str, str]] | None:
     """Return the chat template of a model folder, or its named templates; None if it has none."""
     path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8", errors="replace")
+    if path.exists():
+        try:
+            with resource_errors(path):
+                return read_bytes(path).decode(errors="replace")
+        except OSError as error:
+            raise CheckpointError(f"{str(path)!r} cannot be read: {error.strerror}.") from None
     template = _tokenizer_config(folder).get("chat_template")
     if isinstance(template, list):
         named = [t for t in template if isinstance(t, dict) and {"name", "template"} <= t.keys()]

@@ -6,7 +6,7 @@ from typing import Annotated
 from minigpt.checkpoint.resolve import MAKE_ONE, ROOT, find_model, resolve_model
 from minigpt.checkpoint.tools.inventory import entry_of, inventory_of, take_inventory
 from minigpt.commands import output
-from minigpt.commands.checkpoints.converting import export
+from minigpt.commands.checkpoints.converting import export, import_
 from minigpt.commands.checkpoints.views import (
     inventory_lines,
     model_lines,
@@ -114,6 +114,7 @@ checkpoints = group(
         "prune": prune,
         "average": average,
         "export": export,
+        "import": import_,
     },
 )
 """The command, made of these."""

@@ -11,7 +11,7 @@ from minigpt.checkpoint.resolve import resolve_model
 from minigpt.commands import output
 from minigpt.commands.options import Json, Option, argument, command
 from minigpt.errors import ConfigError
-from minigpt.format import with_unit
+from minigpt.format import short, with_unit
 
 _TYPES = ("f32", "f16", "bf16", "q8_0")
 
@@ -51,3 +51,56 @@ def export(
     size = with_unit(exported.n_bytes, "B")
     line = f"{output.one_line(str(gguf))}: {size}, {type_}. Run it: {output.one_line(run)}"
     output.show([Text(line)])
+
+
+@command
+def import_(
+    source: Annotated[
+        str, argument("SOURCE", "nanoGPT's ckpt.pt, or a folder of pytorch_model.bin")
+    ],
+    folder: Annotated[str, argument("FOLDER", "New model folder")],
+    *,
+    tokenizer: Annotated[
+        str | None,
+        Option("Vocabulary of a ckpt.pt", "Vocabulary", "NAME", shown="gpt2, if it has its size"),
+    ] = None,
+    vocabulary: Annotated[
+        Path | None,
+        Option("Text that a character-level ckpt.pt was trained on", "Vocabulary", shown="none"),
+    ] = None,
+    activation: Annotated[
+        str | None,
+        Option("Activation of a ckpt.pt", "Model", shown="gelu", choices=("gelu", "gelu_tanh")),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Make a model folder from a pickle.
+
+    Reads nanoGPT's ckpt.pt, and folders of Hugging Face whose weights are in pytorch_model.bin, in
+    one file or several. Of a pickle, only tensors and plain values are read: no code in it is run.
+    --model never opens one.
+
+    nanoGPT keeps the vocabulary of a character-level model in meta.pkl, which is never opened:
+    --vocabulary gives the text that prepare.py read, whose sorted characters it is. gelu_tanh is
+    the activation of nanoGPT before June 2023, which its checkpoints do not record.
+    """
+    from minigpt.checkpoint.tools.pickled import import_pickled
+
+    if os.path.lexists(folder):
+        raise ConfigError(f"{folder!r} exists already. Choose another FOLDER.")
+    imported = import_pickled(
+        Path(source),
+        Path(folder),
+        tokenizer=tokenizer,
+        vocabulary=vocabulary,
+        activation=activation,
+    )
+    if not imported.has_tokenizer:
+        output.note("note: the model has no vocabulary, which generate needs")
+    if as_json:
+        facts = {"folder": folder, "source": imported.source}
+        output.write_json(facts | {"n_parameters": imported.n_parameters})
+        return
+    run = output.one_line(f"minigpt generate --model {shlex.quote(folder)}")
+    what = f"{short(imported.n_parameters)} parameters from {imported.source}"
+    output.show([Text(f"{output.one_line(folder)}: {what}. Run it: {run}")])

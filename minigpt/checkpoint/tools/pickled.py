@@ -1,0 +1,319 @@
+"""Model folders from pickles: nanoGPT's ckpt.pt, and Hugging Face's pytorch_model.bin.
+
+Pickles are opened by torch.load with weights_only, which reads tensors and plain values and runs
+nothing that a file asks for. No other part of minigpt opens one.
+"""
+
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minigpt.checkpoint.families import model_config_to_hf
+from minigpt.checkpoint.folder import writing_folder
+from minigpt.checkpoint.model_folder import (
+    CONFIG,
+    read_config,
+    read_model,
+    read_vocabulary,
+    save_tensors,
+    write_model,
+)
+from minigpt.checkpoint.tokenizer_json import tokenizer_from_json
+from minigpt.checkpoint.weights import INDEX, WEIGHTS, canonical_names, shard_names, stored_tensors
+from minigpt.config import ModelConfig
+from minigpt.errors import CheckpointError, ConfigError, DataError, cut
+from minigpt.files import open_regular, read_bytes, resource_errors, to_json
+from minigpt.model import cost
+from minigpt.settings import build
+from minigpt.text.tokenizer import Tokenizer, make_tokenizer
+
+_BIN = "pytorch_model.bin"
+_BIN_INDEX = "pytorch_model.bin.index.json"
+_NANOGPT = "ckpt.pt"
+_SHAPE = {
+    "vocab_size": "vocab_size",
+    "block_size": "context_length",
+    "n_layer": "n_layer",
+    "n_head": "n_head",
+    "n_embd": "d_model",
+    "dropout": "dropout",
+}
+"""nanoGPT's model_args -> ModelConfig fields."""
+_GPT2_TOKENS = range(50257, 50305)  # nanoGPT pads the vocabulary of GPT-2 to a multiple of 64
+_COPIED = (".json", ".txt", ".jinja", ".md", ".model")
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A model folder made from pickles."""
+
+    folder: Path
+    """New model folder."""
+    source: str
+    """Kind of file it was made from."""
+    n_parameters: int
+    """Number of parameters, each counted once."""
+    has_tokenizer: bool
+    """Whether the folder has a vocabulary."""
+
+
+def import_pickled(
+    source: Path,
+    out: Path,
+    *,
+    tokenizer: str | None = None,
+    vocabulary: Path | None = None,
+    activation: str | None = None,
+) -> Imported:
+    """Make a model folder from nanoGPT's ckpt.pt, or from a folder with pytorch_model.bin.
+
+    Args: source, a file, or a folder that holds one; out, a new folder; the others are for ckpt.pt
+        alone: tokenizer, a spec of ``make_tokenizer``; vocabulary, the text that a character-level
+        model was trained on; activation, gelu or gelu_tanh, None for gelu.
+    Raises: CheckpointError if the file is malicious, damaged or of another model; ConfigError;
+        DataError; ResourceError.
+    """
+    folder = source if source.is_dir() else source.parent
+    is_nanogpt = not (folder / CONFIG).is_file()
+    if is_nanogpt:
+        path = source / _NANOGPT if source.is_dir() else source
+        shape, tensors = _read_nanogpt(path)
+        chosen = _tokenizer(shape["vocab_size"], tokenizer, vocabulary)
+        shape |= {"activation": activation or "gelu"}
+    elif tokenizer or vocabulary or activation:
+        raise ConfigError(
+            "--tokenizer, --vocabulary and --activation are for ckpt.pt of nanoGPT. "
+            f"{str(folder)!r} has a config.json: leave them out."
+        )
+    with writing_folder(out, {"imported_from": source.name}) as aside:
+        try:
+            if is_nanogpt:
+                _write_nanogpt(aside, shape, tensors, chosen)
+            else:
+                _write_hugging_face(aside, folder, None if source.is_dir() else source)
+            config = read_config(aside)
+            stored_tensors(config, aside)
+            has_tokenizer = read_vocabulary(aside, config.vocab_size) is not None
+        except (CheckpointError, DataError) as error:
+            raise type(error)(str(error).replace(str(aside), str(source))) from None
+    kind = f"{_NANOGPT} of nanoGPT" if is_nanogpt else _BIN
+    return Imported(out, kind, cost.parameter_count(config), has_tokenizer)
+
+
+def _load(path: Path) -> Any:
+    """Return the tensors and plain values of a pickle, without running any code of it."""
+    try:
+        with resource_errors(path), open_regular(path) as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CheckpointError(f"{str(path)!r} cannot be read: {error.strerror}.") from None
+    except Exception as error:  # a damaged file may raise anything
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if asked:
+            raise CheckpointError(
+                f"{str(path)!r} asks to run {cut(asked[1])} when it is opened. Nothing was run: "
+                "only tensors and plain values are read. Save the state_dict of the model alone."
+            ) from None
+        raise CheckpointError(
+            f"{str(path)!r} is not a complete file of torch.save ({type(error).__name__}). "
+            "Write or download it again."
+        ) from None
+
+
+def _state_dict(path: Path, value: Any) -> dict[str, Tensor]:
+    """Return a state_dict under the names that it had before torch.compile and DDP.
+
+    Raises: CheckpointError if a value is not a tensor, or a name is there twice.
+    """
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        raise CheckpointError(
+            f"{str(path)!r} holds no state_dict, which maps names to tensors. Choose another file."
+        )
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in value.items():
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
+            raise CheckpointError(
+                f"{str(path)!r}: {cut(name)} is not a dense tensor. Save the state_dict of the "
+                "model alone."
+            )
+        plain = name.replace("_orig_mod.", "").removeprefix("module.")
+        if tensors.setdefault(plain, tensor) is not tensor:
+            raise CheckpointError(f"{str(path)!r} has {cut(plain)} twice. Write it again.")
+    return {name: tensor.detach() for name, tensor in tensors.items()}
+
+
+def _read_nanogpt(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the shape of nanoGPT's model, as of ModelConfig, and its state_dict."""
+    if not path.exists():
+        raise CheckpointError(
+            f"there is no {str(path)!r}. Name nanoGPT's {_NANOGPT}, or a folder with config.json "
+            f"and {_BIN}."
+        )
+    checkpoint = _load(path)
+    args = checkpoint.get("model_args") if isinstance(checkpoint, Mapping) else None
+    if not isinstance(args, Mapping) or "model" not in checkpoint:
+        raise CheckpointError(
+            f"{str(path)!r} has no model_args beside its model, as {_NANOGPT} of nanoGPT has, and "
+            "there is no config.json beside it. Put the config.json of the model there."
+        )
+    if unknown := [str(name) for name in args if name not in (*_SHAPE, "bias")]:
+        raise CheckpointError(
+            f"{str(path)!r}: nanoGPT has no model_args {cut(unknown[0])}. Models of other programs "
+            "cannot be imported."
+        )
+    if missing := [name for name in _SHAPE if name not in args]:
+        raise CheckpointError(f"{str(path)!r}: model_args lacks {missing[0]}. Write it again.")
+    shape = {ours: args[theirs] for theirs, ours in _SHAPE.items()}
+    tensors = _state_dict(path, checkpoint["model"])
+    if args.get("bias", True) is False:
+        tensors |= _zero_biases(tensors)
+    return shape, tensors
+
+
+def _zero_biases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the biases that GPT-2 has and nanoGPT's model without biases lacks."""
+    biased = re.compile(r"transformer\.(.*\.c_\w+|.*\.ln_\d|ln_f)\.weight")
+    return {
+        f"{name.removesuffix('weight')}bias": weight.new_zeros(weight.shape[:1])
+        for name, weight in tensors.items()
+        if biased.fullmatch(name)
+    }
+
+
+def _write_nanogpt(
+    folder: Path, shape: dict[str, Any], tensors: dict[str, Tensor], tokenizer: Tokenizer
+) -> None:
+    """Write nanoGPT's model in GPT-2's layout: transposed matrices, and all biases."""
+    head, embedding = tensors.get("lm_head.weight"), tensors.get("transformer.wte.weight")
+    is_tied = head is None or (embedding is not None and torch.equal(head, embedding))
+    try:
+        config = build(ModelConfig, shape | {"family": "gpt2", "tie_embeddings": is_tied})
+    except ConfigError as error:
+        raise CheckpointError(f"model_args of {str(folder)!r}: {error}") from None
+    if is_tied:
+        tensors.pop("lm_head.weight", None)
+    written = {}
+    for name, theirs in canonical_names(config, tensors).items():
+        tensor = tensors[theirs]
+        written[name] = tensor.t() if ".c_" in name and tensor.dim() == 2 else tensor
+    _save(folder / WEIGHTS, written)
+    with resource_errors(folder):
+        (folder / CONFIG).write_bytes(to_json(model_config_to_hf(config, tokenizer)))
+    write_model(folder, read_model(folder).model, tokenizer)
+
+
+def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file, which takes no tensors that share their memory."""
+    kept: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES:
+            raise CheckpointError(
+                f"the tensor {cut(name)} in {str(path.parent)!r} is {tensor.dtype}, and only "
+                "floating-point weights are read. Save the model in float32 or bfloat16."
+            )
+        address = tensor.untyped_storage().data_ptr()
+        kept[name] = (tensor.clone() if address in seen else tensor).contiguous()
+        seen.add(address)
+    save_tensors(path, kept, {"format": "pt"})
+
+
+def _tokenizer(vocab_size: Any, spec: str | None, text: Path | None) -> Tokenizer:
+    """Return the vocabulary of nanoGPT's model; meta.pkl, where it keeps one, is never opened."""
+    if spec and text:
+        raise ConfigError("--tokenizer and --vocabulary exclude each other. Leave one of them out.")
+    if text:
+        return _characters(vocab_size, text)
+    if not spec and vocab_size not in _GPT2_TOKENS:
+        raise ConfigError(
+            f"the model has {str(vocab_size)[:20]} tokens, whose vocabulary nanoGPT keeps in "
+            "meta.pkl, which is never opened. Pass --vocabulary FILE with the text that it was "
+            "trained on (input.txt) if they are characters, or --tokenizer NAME."
+        )
+    kind = spec or "gpt2"
+    if kind.partition(":")[0] == "bpe":
+        raise ConfigError(f"--tokenizer {kind} would be trained anew. Name a fixed one, as gpt2.")
+    tokenizer = make_tokenizer(kind, ())
+    if isinstance(vocab_size, int) and tokenizer.vocab_size > vocab_size:
+        raise ConfigError(
+            f"--tokenizer {kind} has {tokenizer.vocab_size} tokens, and the model {vocab_size}. "
+            "Name the one that it was trained with."
+        )
+    return tokenizer
+
+
+def _characters(vocab_size: Any, path: Path) -> Tokenizer:
+    """Return the vocabulary of nanoGPT's prepare.py: the sorted characters of a text."""
+    try:
+        with resource_errors(path):
+            text = read_bytes(path).decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"--vocabulary {str(path)!r} cannot be read as UTF-8 text: {str(error)[:80]}. "
+            "Name another file."
+        ) from None
+    # nanoGPT reads a text with Python's universal newlines.
+    characters = sorted(set(text.replace("\r\n", "\n").replace("\r", "\n")))
+    if len(characters) != vocab_size:
+        raise DataError(
+            f"{str(path)!r} has {len(characters)} different characters, and the model "
+            f"{str(vocab_size)[:20]} tokens. Name the whole text that it was trained on."
+        )
+    model = {"type": "BPE", "vocab": {c: i for i, c in enumerate(characters)}, "merges": []}
+    data: dict[str, Any] = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": None,
+        "post_processor": None,
+        "decoder": {"type": "Fuse"},
+        "model": model,
+    }
+    return tokenizer_from_json(data, "characters")
+
+
+def _write_hugging_face(folder: Path, source: Path, path: Path | None) -> None:
+    """Write a folder of Hugging Face with its pickles as safetensors, and all else as it is."""
+    names = [path.name] if path else _bin_names(source)
+    config = read_config(source)
+    weight_map: dict[str, str] = {}
+    for i, name in enumerate(names, start=1):
+        shard = WEIGHTS if len(names) == 1 else f"model-{i:05}-of-{len(names):05}.safetensors"
+        tensors = _state_dict(source / name, _load(source / name))
+        theirs = canonical_names(config, tensors)
+        _save(folder / shard, {ours: tensors[stored] for ours, stored in theirs.items()})
+        weight_map |= dict.fromkeys(theirs, shard)
+        del tensors
+    with resource_errors(folder):
+        if len(names) > 1:
+            index = {"metadata": {}, "weight_map": weight_map}
+            (folder / INDEX).write_bytes(to_json(index))
+        for other in source.iterdir():
+            is_index = other.name.endswith(".index.json")
+            if other.is_file() and other.suffix in _COPIED and not is_index:
+                shutil.copyfile(other, folder / other.name)
+
+
+def _bin_names(folder: Path) -> list[str]:
+    if (folder / _BIN).is_file():
+        return [_BIN]
+    if (folder / _BIN_INDEX).is_file():
+        return shard_names(folder / _BIN_INDEX)
+    if (folder / WEIGHTS).is_file() or (folder / INDEX).is_file():
+        raise ConfigError(
+            f"{str(folder)!r} is a model folder already, which --model opens. There is nothing to "
+            "import."
+        )
+    raise CheckpointError(
+        f"{str(folder)!r} has no {_BIN}. Name a folder that has one beside its config.json, or "
+        f"nanoGPT's {_NANOGPT}."
+    )
