@@ -334,6 +334,12 @@ class DataConfig:
     """Parse special tokens in the text, such as <|endoftext|>, which then ends a document."""
     skip_unencodable: bool = option(False)
     """Skip and count characters that the vocabulary lacks."""
+    chat: bool = option(False)
+    """Read rows as conversations: messages, or prompt and completion."""
+    loss_on: Literal["completion", "all"] | None = option(None, shown="completion with --chat")
+    """Tokens of conversations that the loss is averaged over. completion: the assistant's."""
+    chat_template: str | None = option(None, metavar="FILE", shown="the model's, or a plain one")
+    """Jinja file of the chat template, or the name of one of several in the model folder."""
     format: Literal["text", "jsonl", "json", "csv", "parquet"] | None = option(
         None, shown="by suffix or content"
     )
@@ -366,6 +372,17 @@ class DataConfig:
             f"unknown encoding {self.encoding!r}. Use a name that Python knows, such as utf-8, "
             "utf-16, cp1252, latin-1, gb18030, big5 or shift_jis.",
         )
+        _require(
+            self.chat or (self.loss_on is None and self.chat_template is None),
+            "loss_on and chat_template are for conversations. Give --chat too, or leave them out.",
+        )
+        _require(
+            not self.chat or not (self.special or self.skip_unencodable or self.field != "text"),
+            "special, skip_unencodable and field have no effect on conversations. Leave them out, "
+            "or --chat.",
+        )
+        if self.chat and self.loss_on is None:
+            object.__setattr__(self, "loss_on", "completion")
         _require(
             not self.val or (self.val_split is None and self.val_fraction == 0.1),
             "val is the whole validation text, so val_split and val_fraction do not go with it. "

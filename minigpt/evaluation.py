@@ -14,7 +14,7 @@ from minigpt.config import ModelConfig
 from minigpt.errors import ConfigError, DataError
 from minigpt.model.device import autocast, to_device
 from minigpt.model.language_model import LanguageModel
-from minigpt.text.batches import validation_windows
+from minigpt.text.batches import NO_TARGET, validation_windows
 from minigpt.text.shards import PreparedData, TokenSpan
 
 _LONGEST_WINDOW = 1024  # by default: the full context of some models needs too much memory
@@ -36,8 +36,8 @@ class Evaluation:
 
     @property
     def nats_per_token(self) -> float:
-        """Mean cross-entropy, the training loss."""
-        return self.nats / self.n_tokens
+        """Mean cross-entropy, the training loss. NaN without tokens."""
+        return self.nats / self.n_tokens if self.n_tokens else math.nan
 
     @property
     def bits_per_byte(self) -> float:
@@ -168,7 +168,8 @@ def evaluate(
         nats += F.cross_entropy(
             logits.float().flatten(0, 1), next_tokens.flatten(), reduction="sum"
         )
-        n_tokens += targets.numel()
-        n_bytes += int(token_byte_lengths[targets.numpy()].sum())
+        counted = targets[targets != NO_TARGET]
+        n_tokens += counted.numel()
+        n_bytes += int(token_byte_lengths[counted.numpy()].sum())
     model.train(was_training)
     return Evaluation(nats=nats.item(), n_tokens=n_tokens, n_bytes=n_bytes)

@@ -6,6 +6,7 @@ from minigpt.commands.options import Data, Fields, Json, Option, command
 from minigpt.config import DataConfig
 from minigpt.errors import ConfigError
 from minigpt.presets import PRESETS
+from minigpt.rings import ring
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -53,17 +54,21 @@ def prepare(
 
     config = build(DataConfig, to_dict(_DEFAULTS) | {"paths": data or []} | settings)
     folder = Path(out).expanduser()
-    tokenizer = None
+    tokenizer = base_folder = template = None
     if from_ is not None:
         from minigpt.commands.train.finetune import read_base
 
-        tokenizer = read_base(from_).tokenizer
+        base = read_base(from_)
+        tokenizer, base_folder = base.tokenizer, base.folder
+    if config.chat:
+        template = ring("text.chat").training_template(config.chat_template, base_folder)
     with ProgressLine("reading") as progress:
         prepared, work = prepare_folder(
             config,
             folder,
             on_progress=progress.preparing,
             tokenizer=tokenizer,
+            template=template,
             n_workers=workers or 0,
         )
     for line in prepared.manifest.notes():

@@ -12,12 +12,15 @@ import numpy as np
 import numpy.typing as npt
 
 from minigpt.errors import DataError
+from minigpt.text.shard_files import CONTEXT_ONLY
 from minigpt.text.shards import TokenSpan
 
 if TYPE_CHECKING:
     import torch
 
 N_ROUNDS = 3
+NO_TARGET = -100
+"""Target without a loss: the default ``ignore_index`` of cross_entropy."""
 
 
 def require_length(span: TokenSpan, context_length: int) -> None:
@@ -78,13 +81,14 @@ def batch(
 ) -> tuple["torch.Tensor", "torch.Tensor"]:
     """Return the inputs of one step and the tokens that follow them.
 
-    Returns: inputs and targets, each (batch_size // world_size, T), int64.
+    Returns: inputs and targets, each (batch_size // world_size, T), int64. A target without a loss
+        is NO_TARGET.
     Raises: DataError if the span is shorter than context_length + 1 tokens.
     """
     require_length(span, context_length)
     ranks = {"rank": rank, "world_size": world_size}
     starts = window_starts(len(span), context_length, batch_size, seed=seed, step=step, **ranks)
-    return _inputs_and_targets(span.windows(starts, context_length + 1), context_length)
+    return _inputs_and_targets(span.marked_windows(starts, context_length + 1), context_length)
 
 
 def validation_windows(
@@ -120,13 +124,15 @@ def validation_windows(
         n_kept = min(max(1, max_tokens // stride), n_windows)
         windows = np.arange(n_kept) * n_windows // n_kept
     if n_overlap and not is_thinned:
-        yield _inputs_and_targets(span.windows(np.zeros(1, np.int64), n_overlap + 1), n_overlap)
+        yield _inputs_and_targets(
+            span.marked_windows(np.zeros(1, np.int64), n_overlap + 1), n_overlap
+        )
     for first in range(0, len(windows), batch_size):
         starts = windows[first : first + batch_size] * stride
-        yield _inputs_and_targets(span.windows(starts, context_length + 1), stride)
+        yield _inputs_and_targets(span.marked_windows(starts, context_length + 1), stride)
     if n_rest and not is_thinned:
         starts = np.array([n_windows * stride])
-        yield _inputs_and_targets(span.windows(starts, n_overlap + n_rest + 1), n_rest)
+        yield _inputs_and_targets(span.marked_windows(starts, n_overlap + n_rest + 1), n_rest)
 
 
 def _inputs_and_targets(
@@ -134,8 +140,9 @@ def _inputs_and_targets(
 ) -> tuple["torch.Tensor", "torch.Tensor"]:
     import torch
 
-    tokens = torch.from_numpy(windows)
-    return tokens[:, :-1].contiguous(), tokens[:, -n_targets:].contiguous()
+    tokens = torch.from_numpy(windows % CONTEXT_ONLY)
+    targets = torch.from_numpy(np.where(windows < CONTEXT_ONLY, windows, NO_TARGET))
+    return tokens[:, :-1].contiguous(), targets[:, -n_targets:].contiguous()
 
 
 def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

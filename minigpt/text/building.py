@@ -33,6 +33,7 @@ from minigpt.text.corpus import (
     split_documents,
 )
 from minigpt.text.shard_files import (
+    CONTEXT_ONLY,
     MANIFEST,
     SCHEMA_VERSION,
     VOCABULARY,
@@ -90,6 +91,8 @@ class Corpus:
     """Folder of temporary files."""
     report: Callable[[PrepareProgress], None]
     """Called now and then while the files are read."""
+    template: Any = None
+    """Chat template, if the rows are conversations."""
     val_split: str = "tail"
     """Text kept for validation: tail, documents, own (val_files) or none."""
     is_validation: Callable[[str], bool] | None = None
@@ -181,6 +184,7 @@ def opened_corpus(
     tokenizer: Tokenizer | None,
     cache_dir: Path | None,
     on_progress: Callable[[PrepareProgress], None] | None,
+    template: Any = None,
 ) -> Iterator[Corpus]:
     """Find the files of a corpus; copies of streams exist until the context ends.
 
@@ -202,7 +206,8 @@ def opened_corpus(
             )
             files, val_files = find(data.paths), find(data.val) if data.val else []
             used = tokenizer or data.tokenizer
-            corpus = _split(Corpus(files, val_files, data, used, cache, Path(spool), report))
+            corpus = Corpus(files, val_files, data, used, cache, Path(spool), report, template)
+            corpus = _split(corpus)
             # A name does not identify a vocabulary that was not made here: two may share it.
             what = [SCHEMA_VERSION, data.tokenizer if tokenizer is None else tokenizer.fingerprint]
             what += [content_hash(files), data.special, data.skip_unencodable]
@@ -211,6 +216,9 @@ def opened_corpus(
                 what += [corpus.val_split, data.val_fraction]
             if val_files:
                 what.append(content_hash(val_files))
+            if data.chat:
+                assert template is not None, "conversations need a template"
+                what += [data.loss_on, template.source, sorted(template.tokens.items())]
             identity = hashlib.sha256("\n".join(map(str, what)).encode()).hexdigest()
             yield replace(corpus, identity=identity)
 
@@ -296,7 +304,8 @@ def build(
     for piece in islice(pieces, place.n_pieces):
         report(piece)
     started = time.perf_counter()
-    dtype = "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
+    is_small = tokenizer.vocab_size <= 2**16 and not corpus.data.chat
+    dtype = "<u2" if is_small else "<u4"
     encode = partial(_encode, corpus=corpus, tokenizer=tokenizer, dtype=dtype)
     encoded = encode_pieces(pieces, encode, n_workers or default_workers())
 
@@ -330,6 +339,8 @@ def build(
         shards=tuple(shards),
         sources=tuple(file.name for file in corpus.files),
         special=corpus.data.special,
+        chat_template=corpus.template.source if corpus.template else "",
+        loss_on=corpus.data.loss_on or "all",
         unparsed=place.unparsed,
         skipped=place.skipped,
         val_split=corpus.val_split,
@@ -395,6 +406,11 @@ def _encode(chunk: list[Document], corpus: Corpus, tokenizer: Tokenizer, dtype: 
     """
     arrays, n_bytes, unparsed, skipped = [], 0, Counter[str](), Counter[str]()
     for piece in chunk:
+        if corpus.template is not None:
+            loss_on, chat = corpus.data.loss_on, ring("text.chat")
+            arrays.append(chat.encode_row(piece.text, corpus.template, tokenizer, loss_on))
+            n_bytes += int(tokenizer.token_byte_lengths[arrays[-1] % CONTEXT_ONLY].sum())
+            continue
         if piece.is_start:
             arrays.append(np.array(tokenizer.separator, np.uint32))
         parts = [piece.text]
@@ -422,6 +438,9 @@ def _training_texts(corpus: Corpus) -> Iterator[str]:
     """
     report = _reporter(corpus.files, "train tokenizer", corpus.report)
     texts = (report(document).text for document in corpus.documents(training_only=True))
+    if corpus.template is not None:
+        render = partial(ring("text.chat").row_text, template=corpus.template)
+        texts = (part for text in texts for part in render(text).split(END_OF_TEXT))
     train_fraction = 1 - corpus.data.val_fraction if corpus.val_split == "tail" else 1
     read = first_texts(texts, BPE_TRAINING_BYTES / train_fraction)
     n_left = int(train_fraction * sum(len(text.encode()) for text in read))

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
+import numpy.typing as npt
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -28,7 +30,8 @@ from jinja2.visitor import NodeTransformer
 
 from minigpt.errors import CheckpointError, ConfigError, DataError
 from minigpt.files import read_bytes, read_json
-from minigpt.text.tokenizer import Tokenizer, well_formed
+from minigpt.text.shard_files import CONTEXT_ONLY
+from minigpt.text.tokenizer import END_OF_TEXT, Tokenizer, well_formed
 
 Message = Mapping[str, Any]
 """One turn: its ``role`` (system, user, assistant, ...) and ``content``."""
@@ -218,18 +221,77 @@ def named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
-def plain_template(tokenizer: Tokenizer) -> ChatTemplate:
-    """Return PLAIN_TEMPLATE for a vocabulary.
+def training_template(named: str | None, folder: Path | None) -> ChatTemplate:
+    """Return the template of a model folder, or a plain one if there is none.
 
-    Raises: ConfigError if the vocabulary has no token that ends a text.
+    Args: named, as for ``read_chat_template``; folder, None for a vocabulary of our own.
+    Raises: as ``read_chat_template``, and ConfigError if no token ends an answer.
     """
-    ends = [text for text, id_ in tokenizer.special_ids.items() if id_ == tokenizer.end_of_text]
-    if not ends:
-        raise ConfigError(
-            f"the vocabulary {tokenizer.name!r} has no end-of-text token, which the plain chat "
-            "template needs. Give another with --chat-template FILE."
-        )
-    return ChatTemplate(PLAIN_TEMPLATE, {"eos_token": ends[0]}, "the plain chat template")
+    tokens = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
+    if folder is not None:
+        path = folder / _TOKENIZER_CONFIG
+        config = read_json(path) if os.path.lexists(path) else {}
+        if named is not None or _templates(folder, config):
+            return read_chat_template(folder, named)
+        tokens = named_tokens(config)
+        if "eos_token" not in tokens:
+            raise ConfigError(
+                f"{str(folder)!r} has no chat template, and no eos_token for a plain one. Give a "
+                "template with --chat-template FILE."
+            )
+    if named is not None:
+        return ChatTemplate(_read(Path(named).expanduser()), tokens, f"the template {named!r}")
+    return ChatTemplate(PLAIN_TEMPLATE, tokens, "the plain chat template")
+
+
+def conversation_of_row(row: object) -> str:
+    """Return the messages of a row of training data, as JSON.
+
+    Raises: DataError, to be put after the name of the row, if it has none.
+    """
+    row = row if isinstance(row, Mapping) else {}
+    messages = row.get("messages")
+    if messages is None and {"prompt", "completion"} <= row.keys():
+        messages = []
+        for name, role in (("prompt", "user"), ("completion", "assistant")):
+            value = row[name]
+            messages += [{"role": role, "content": value}] if isinstance(value, str) else value
+    if not messages or not isinstance(messages, list):
+        raise DataError('has no "messages", or "prompt" and "completion"')
+    for message in messages:
+        is_message = isinstance(message, Mapping) and isinstance(message.get("role"), str)
+        if not is_message or not isinstance(message.get("content", ""), str | list | None):
+            raise DataError("has a message that is not an object with role and content")
+    if not any(message["role"] == "assistant" for message in messages):
+        raise DataError("has no message of the assistant")
+    return json.dumps(messages, ensure_ascii=False)
+
+
+def row_text(text: str, template: ChatTemplate) -> str:
+    """Return the rendered text of a conversation, given as JSON."""
+    return template.render(json.loads(text), add_generation_prompt=False)
+
+
+def encode_row(
+    text: str, template: ChatTemplate, tokenizer: Tokenizer, loss_on: str
+) -> npt.NDArray[np.uint32]:
+    """Return the tokens of a conversation, given as JSON, after the separator of documents.
+
+    Args: loss_on, completion to add CONTEXT_ONLY to tokens that are not the assistant's.
+    Raises: as ``ChatTemplate.encode_answers``.
+    """
+    messages = json.loads(text)
+    if loss_on == "all":
+        ids = template.encode(tokenizer, messages, add_generation_prompt=False)
+        is_counted = [True] * len(ids)
+    else:
+        ids, is_counted = template.encode_answers(tokenizer, messages)
+    prefix, before = list(tokenizer.prefix), list(tokenizer.separator)
+    if prefix and ids[: len(prefix)] == prefix:  # as most templates begin
+        before = before[: len(before) - len(prefix)]
+    marks = [CONTEXT_ONLY * (loss_on != "all")] * len(before)
+    marks += [CONTEXT_ONLY * (not counted) for counted in is_counted]
+    return np.array([*before, *ids], np.uint32) | np.array(marks, np.uint32)
 
 
 def conversation(text: str, system: str | None = None) -> list[dict[str, str]]:

@@ -412,6 +412,11 @@ def _texts(
 ) -> Iterator[Iterable[str]]:
     """Yield each document of a file, in slices."""
     if about.format == "text":
+        if data.chat:
+            raise DataError(
+                f"{about.name!r} is text, and --chat reads rows, each a conversation. Give JSONL "
+                'whose lines have "messages", or "prompt" and "completion".'
+            )
         yield _decoded(file, about.name, data.encoding)
         return
     for text in ring(_RECORDS).texts(file, about.format, about.name, data, on_skip):

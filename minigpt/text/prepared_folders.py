@@ -46,6 +46,7 @@ def prepare_folder(
     on_progress: Callable[[PrepareProgress], None] | None = None,
     *,
     tokenizer: Tokenizer | None = None,
+    template: Any = None,
     n_workers: int = 0,
 ) -> tuple[PreparedData, Work]:
     """Turn a corpus into tokens in a folder of the user, or resume an interrupted preparation.
@@ -69,7 +70,7 @@ def prepare_folder(
     busy = f"another process is preparing {str(folder)!r}. Wait, or name another --out."
     work = Work()
     with (
-        opened_corpus(data, tokenizer, cache_dir, on_progress) as corpus,
+        opened_corpus(data, tokenizer, cache_dir, on_progress, template) as corpus,
         resource_errors(folder, "name another --out"),
     ):
         folder.mkdir(parents=True, exist_ok=True)
@@ -195,6 +196,8 @@ def prepared_settings(words: Sequence[str]) -> dict[str, Any]:
     with reading(folder):
         manifest = Manifest(**read_record(folder / MANIFEST))
     settings: dict[str, Any] = {"tokenizer": manifest.tokenizer}
+    if manifest.chat_template:
+        settings |= {"chat": True, "loss_on": manifest.loss_on}
     if manifest.val_split == "none":
         return settings | {"val_fraction": 0.0}
     if manifest.val_split == "own":
@@ -217,6 +220,15 @@ def open_named(data: DataConfig, tokenizer: Tokenizer | None) -> PreparedData | 
         raise ConfigError(
             f"{str(folder)!r} was prepared without --special. Prepare the text again with it, or "
             "leave it out here."
+        )
+    if data.chat != bool(manifest.chat_template) or (data.loss_on or "all") != manifest.loss_on:
+        raise ConfigError(
+            f"{str(folder)!r} was not prepared with this --chat or --loss-on. Prepare the rows "
+            "again with them, or leave them out here."
+        )
+    if data.chat_template is not None:
+        raise ConfigError(
+            f"{str(folder)!r} is prepared with its chat template. Leave --chat-template out."
         )
     if tokenizer is None and manifest.tokenizer != data.tokenizer:
         raise ConfigError(

@@ -11,10 +11,13 @@ from typing import Any, BinaryIO, TextIO
 
 from minigpt.config import DataConfig
 from minigpt.errors import DataError, install_extra
+from minigpt.rings import ring
 from minigpt.text.encodings import advice, wide_encoding
 from minigpt.text.tokenizer import well_formed
 
 READ_CHARS = 2**20
+LONGEST_CONVERSATION = 2**20
+"""Most characters of a conversation, as JSON."""
 LONGEST_CELL = 2**27
 """Longest cell of a CSV file, in characters: more is a quote that is not closed."""
 
@@ -46,7 +49,7 @@ def texts(
         try:
             if isinstance(row, BadRow):
                 raise row
-            text = row_text(row, data.field)
+            text = _conversation(row) if data.chat else row_text(row, data.field)
         except BadRow as error:
             message = f"{_UNITS[kind]} {number} of {name!r} {error.reason}"
             if on_skip is None:
@@ -70,7 +73,20 @@ def row_text(row: object, field: str) -> str:
     if field in row:
         found = "null" if text is None else f"of type {type(text).__name__}"
         raise BadRow(f'has no "{field}" string: it is {found}')
-    raise BadRow(f'has no "{field}" string: {_fields_of(row)}', "Name another one with --field.")
+    remedy = "Name another one with --field."
+    if "messages" in row or {"prompt", "completion"} <= row.keys():
+        remedy = "Give --chat to read conversations."
+    raise BadRow(f'has no "{field}" string: {_fields_of(row)}', remedy)
+
+
+def _conversation(row: object) -> str:
+    try:
+        text: str = ring("text.chat").conversation_of_row(row)
+    except DataError as error:
+        raise BadRow(str(error)) from None
+    if len(text) > LONGEST_CONVERSATION:
+        raise BadRow(f"is a conversation of more than {LONGEST_CONVERSATION} characters")
+    return text
 
 
 def _fields_of(row: Mapping[Any, Any]) -> str:
@@ -87,7 +103,8 @@ def has_field(file: BinaryIO, kind: str, name: str, data: DataConfig) -> bool:
         _, row = next(_ROWS[kind](file, name, data), (0, None))
     except DataError:
         return True
-    return not isinstance(row, Mapping) or data.field in row
+    names = ("messages", "prompt") if data.chat else (data.field,)
+    return not isinstance(row, Mapping) or any(name in row for name in names)
 
 
 def _json_lines(file: BinaryIO, name: str, data: DataConfig) -> Iterator[tuple[int, object]]:
@@ -200,7 +217,7 @@ def _parquet_rows(file: BinaryIO, name: str, data: DataConfig) -> Iterator[tuple
     try:
         table = parquet.ParquetFile(file)
         names = table.schema_arrow.names
-        columns = [data.field] if data.field in names else None
+        columns = [data.field] if data.field in names and not data.chat else None
         for batch in table.iter_batches(batch_size=256, columns=columns):
             for row in batch.to_pylist():
                 number += 1

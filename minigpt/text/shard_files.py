@@ -24,6 +24,9 @@ from minigpt.text.tokenizer import Tokenizer
 SCHEMA_VERSION = 1
 MAX_SHARD_TOKENS = 2**24
 
+CONTEXT_ONLY = 2**31
+"""Bit of a stored token that is context only: no loss is computed for it as a target."""
+
 MANIFEST = "manifest.json"
 VOCABULARY = "vocabulary.json"
 UNFINISHED = "unfinished.json"
@@ -103,8 +106,15 @@ class Manifest:
             return f"{self.n_val_tokens:,} tokens, {kind}, validate"
         return f"the last {val_fraction:.0%} validate"
 
+    chat_template: str = ""
+    """Jinja source of the template that conversations went through. Empty for plain text."""
+    loss_on: str = "all"
+    """Tokens that the loss is averaged over: all, or completion."""
+
     def notes(self) -> Iterator[str]:
         """Yield what a user should know about the text, in lines."""
+        if self.loss_on == "completion":
+            yield "the loss is on what the assistant says; --loss-on all counts all tokens"
         if self.n_bad_rows:
             rows = "row was" if self.n_bad_rows == 1 else "rows were"
             yield f"{self.n_bad_rows:,} {rows} left out; the first: {self.bad_row}"

@@ -21,7 +21,14 @@ from minigpt.errors import DataError
 from minigpt.files import WRITING, locked, open_regular
 from minigpt.rings import has_ring, ring
 from minigpt.text.building import Corpus, PrepareProgress, begin, build, opened_corpus
-from minigpt.text.shard_files import MANIFEST, Manifest, read_record, read_vocabulary, reading
+from minigpt.text.shard_files import (
+    CONTEXT_ONLY,
+    MANIFEST,
+    Manifest,
+    read_record,
+    read_vocabulary,
+    reading,
+)
 from minigpt.text.tokenizer import Tokenizer
 
 _PREPARED_FOLDERS = "text.prepared_folders"
@@ -107,7 +114,11 @@ class TokenSpan:
         return self.stop - self.start
 
     def windows(self, starts: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.int64]:
-        """Gather windows of tokens.
+        """Gather windows of tokens, as ``marked_windows`` but without the mark."""
+        return self.marked_windows(starts, length) % CONTEXT_ONLY
+
+    def marked_windows(self, starts: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.int64]:
+        """Gather windows of tokens, in which those without a loss have CONTEXT_ONLY added.
 
         Args: starts (B,), counted from the beginning of the span.
         Returns: (B, length).
@@ -126,6 +137,7 @@ def prepare(
     on_progress: Callable[[PrepareProgress], None] | None = None,
     *,
     tokenizer: Tokenizer | None = None,
+    template: Any = None,
     n_workers: int = 0,
 ) -> PreparedData:
     """Turn a corpus into tokens on disk, or open the result of an earlier call.
@@ -135,7 +147,8 @@ def prepare(
     prepared is opened as it is.
 
     Args: cache_dir, instead of the user's cache; tokenizer, instead of the one that ``data``
-        names; n_workers, threads, 0 for all cores.
+        names; template, a ``text.chat.ChatTemplate`` if the rows are conversations; n_workers,
+        threads, 0 for all cores.
     Raises: ConfigError for an unknown tokenizer, or not the one that a folder was prepared with;
         DataError for a corpus that cannot be used; ResourceError if a file may not be read or the
         cache cannot be written.
@@ -144,7 +157,7 @@ def prepare(
         named: PreparedData | None = ring(_PREPARED_FOLDERS).open_named(data, tokenizer)
         if named is not None:
             return named
-    with opened_corpus(data, tokenizer, cache_dir, on_progress) as corpus:
+    with opened_corpus(data, tokenizer, cache_dir, on_progress, template) as corpus:
         folder = corpus.cache / "prepared" / corpus.identity[:32]
         with locked(Path(f"{folder}.lock")):
             try:

@@ -22,7 +22,7 @@ from minigpt.model.device import autocast, has_fast_bfloat16, peak_flops, to_dev
 from minigpt.model.language_model import LanguageModel
 from minigpt.model.registry import model_class
 from minigpt.rings import has_ring, ring
-from minigpt.text.batches import batch, require_length, validation_windows
+from minigpt.text.batches import NO_TARGET, batch, require_length, validation_windows
 from minigpt.text.shards import PreparedData
 from minigpt.training.events import EvalEvent, Event, SampleEvent, SaveEvent, SkipEvent, StepEvent
 from minigpt.training.optim import make_optimizers, scale_learning_rates
@@ -246,23 +246,30 @@ class Trainer:
             world_size=self.world.size,
         )
         inputs, targets = to_device((inputs, targets), self.device)
+        n_counted = None
+        if self.data.manifest.loss_on == "completion":
+            # The mean is over the counted tokens of all micro-batches and ranks.
+            n_counted = self.world.mean((targets != NO_TARGET).sum().float()).clamp(min=1)
         total = torch.zeros((), device=self.device)
         size = self.micro_batch_size * n_times
         micro_batches = list(zip(inputs.split(size), targets.split(size), strict=True))
         for number, (micro_inputs, micro_targets) in enumerate(micro_batches, start=1):
             is_last = number == len(micro_batches)
             with nullcontext() if is_last else self.world.no_sync(self._forward):
-                loss = self._loss(micro_inputs, micro_targets) / len(micro_batches)
+                loss = self._loss(micro_inputs, micro_targets, is_sum=n_counted is not None)
+                loss = loss / (len(micro_batches) if n_counted is None else n_counted)
                 loss.backward()
             total += loss.detach()
         return total
 
-    def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def _loss(self, inputs: Tensor, targets: Tensor, *, is_sum: bool) -> Tensor:
         # A separate function, so that the logits are freed before the backward pass.
         recompute = self.config.training.recompute
         with autocast(self.device, self.dtype):
             logits = self._forward(inputs, recompute=recompute)
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        reduction = "sum" if is_sum else "mean"
+        logits = logits.float().flatten(0, 1)
+        return F.cross_entropy(logits, targets.flatten(), reduction=reduction)
 
     def _must_stop(self) -> bool:
         """Return whether any rank was asked to stop, so that all stop at the same step."""
@@ -339,6 +346,11 @@ class Trainer:
         result = self.world.evaluate(
             lambda part: evaluate(self.model, part, lengths, dtype=self.dtype), batches
         )
+        if not result.n_tokens:
+            raise DataError(
+                "no token of the validation text counts in the loss, as no answer of the assistant "
+                "is among those evaluated. Give more text, or a larger eval_tokens."
+            )
         if not math.isfinite(result.nats):
             raise self.diverged(f"validation loss {result.nats_per_token:.4g}")
         self._evaluation = EvalEvent(
@@ -380,6 +392,8 @@ class Trainer:
         )
         with self.folder.writing_step(self.step, **losses) as folder:
             write_model(folder, model, self.data.tokenizer)
+            if template := self.data.manifest.chat_template:
+                (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
             if has_ring("checkpoint.tools.model_card"):
                 card = ring("checkpoint.tools.model_card").model_card(
                     self.config,

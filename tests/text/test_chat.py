@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from minigpt.checkpoint.tokenizer_json import read_tokenizer, tokenizer_to_json
 from minigpt.errors import CheckpointError, ConfigError, DataError
-from minigpt.text.chat import ChatTemplate, ending_turns, plain_template, read_chat_template
+from minigpt.text.chat import ChatTemplate, ending_turns, read_chat_template, training_template
 from minigpt.text.tokenizer import (
     TiktokenTokenizer,
     Tokenizer,
@@ -220,7 +220,7 @@ def test_answers_are_what_a_model_has_to_generate(
 
 def test_the_plain_template_ends_answers_with_the_end_of_text() -> None:
     tokenizer = bytes_tokenizer()
-    template = plain_template(tokenizer)
+    template = training_template(None, None)
     messages = [turn("system", "s"), turn("user", "q"), turn("assistant", "a"), turn("user", "r")]
     text = "System:\ns\n\nUser:\nq\n\nAssistant:\na<|endoftext|>User:\nr\n\nAssistant:\n"
     assert template.render(messages) == text

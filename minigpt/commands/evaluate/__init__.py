@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from math import isfinite
-from typing import Annotated
+from typing import Annotated, Literal
 
 from minigpt.commands.options import Data, Fields, Json, ModelSource, command
 from minigpt.config import Dtype, check_fields, option
@@ -22,6 +22,14 @@ class EvaluationConfig:
     """Parse special tokens in the text, such as <|endoftext|>."""
     skip_unencodable: bool = option(False, group="Text")
     """Skip and count characters that the vocabulary lacks."""
+    chat: bool = option(False, group="Text")
+    """Read rows as conversations: messages, or prompt and completion."""
+    loss_on: Literal["completion", "all"] | None = option(
+        None, group="Text", shown="completion with --chat"
+    )
+    """Tokens of conversations to evaluate on. completion: the assistant's."""
+    chat_template: str | None = option(None, group="Text", metavar="FILE", shown="the model's")
+    """Jinja file of the chat template, or the name of one of several in the model folder."""
     context_length: int | None = option(
         None, "[1, inf)", group="Windows", shown="the model's, at most 1024"
     )

@@ -16,11 +16,12 @@ from minigpt.commands.options import ModelSource
 from minigpt.commands.output import aligned, note, one_line
 from minigpt.commands.status_line import ProgressLine
 from minigpt.config import DataConfig
-from minigpt.errors import CheckpointError
+from minigpt.errors import CheckpointError, DataError
 from minigpt.evaluation import Windows, evaluate, span_to_evaluate, text_bytes
 from minigpt.format import duration, short
 from minigpt.generation.api import load, tokenizer_of
 from minigpt.model.device import resolve_device, resolve_dtype
+from minigpt.rings import ring
 from minigpt.settings import build
 from minigpt.text.corpus import BUILTIN
 from minigpt.text.shards import prepare
@@ -34,7 +35,8 @@ def measure(config: EvaluationConfig, source: ModelSource) -> dict[str, Any]:
     """
     use_threads(source.threads)
     share = {} if config.val_fraction is None else {"val_fraction": config.val_fraction}
-    reading = {"special": config.special, "skip_unencodable": config.skip_unencodable}
+    names = ("special", "skip_unencodable", "chat", "loss_on", "chat_template")
+    reading = {name: getattr(config, name) for name in names if getattr(config, name)}
     text = build(DataConfig, {"paths": list(config.data), **share, **reading})
     device = resolve_device(source.device)
     dtype = resolve_dtype(config.dtype, device)
@@ -42,8 +44,11 @@ def measure(config: EvaluationConfig, source: ModelSource) -> dict[str, Any]:
     # As while training: weights in float32, and autocast to the dtype.
     loaded = load(folder, device=device.type, dtype="float32", quantize=source.quantize)
     model, tokenizer = loaded.model, tokenizer_of(loaded)
+    template = None
+    if text.chat:
+        template = ring("text.chat").training_template(text.chat_template, folder)
     with ProgressLine("reading") as progress:
-        data = prepare(text, on_progress=progress.preparing, tokenizer=tokenizer)
+        data = prepare(text, on_progress=progress.preparing, tokenizer=tokenizer, template=template)
         for line in data.manifest.notes():
             note(line)
         span = span_to_evaluate(data, config.val_fraction)
@@ -59,6 +64,8 @@ def measure(config: EvaluationConfig, source: ModelSource) -> dict[str, Any]:
         batches = _shown(windows.batches(span), windows.n_tokens, progress)
         result = evaluate(model, batches, tokenizer.token_byte_lengths, dtype=dtype)
         seconds = time.perf_counter() - started
+    if not result.n_tokens:
+        raise DataError("no answer of the assistant is in it. Give more text.")
     if not math.isfinite(result.nats):
         raise CheckpointError(
             f"the loss of {str(folder)!r} is {result.nats_per_token}: its weights are damaged. Use "

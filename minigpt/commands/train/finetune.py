@@ -31,6 +31,8 @@ class Base:
     """Model in float32."""
     tokenizer: Tokenizer
     """Tokenizer of the model."""
+    folder: Path = Path()
+    """Folder of the model, on the disk."""
 
     @property
     def name(self) -> str:
@@ -64,7 +66,7 @@ def read_base(spec: str) -> Base:
             f"{str(folder)!r} has neither tokenizer.json nor sp_vocab.json, so it cannot be "
             "trained on text. Add the tokenizer that the model was trained with."
         )
-    return Base(source, loaded.model, tokenizer)
+    return Base(source, loaded.model, tokenizer, folder)
 
 
 def finetuning_config(overrides: Mapping[str, Any], base: Base) -> RunConfig:

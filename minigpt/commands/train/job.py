@@ -118,7 +118,12 @@ def _new_job(request: Request) -> Iterator[Job]:
     run = RunFolder(ROOT / (name or fresh_name(config.data, base.name if base else config.preset)))
     _require_memory(config, request)  # before the text is read
     tokenizer = base.tokenizer if base else None
-    data = prepare(config.data, on_progress=request.on_progress, tokenizer=tokenizer)
+    data = prepare(
+        config.data,
+        on_progress=request.on_progress,
+        tokenizer=tokenizer,
+        template=chat_template(config.data, base.folder if base else None),
+    )
     if base is None:
         config = with_vocabulary(settings, data.tokenizer.vocab_size)
         _require_memory(config, request)
@@ -149,8 +154,23 @@ def _resumed_job(request: Request) -> Iterator[Job]:
         latest = _require_checkpoint(run)
         # The model that a run was fine-tuned from may be gone; the checkpoint has its tokenizer.
         tokenizer = read_model(latest.folder).tokenizer if saved.from_ is not None else None
-        data = prepare(config.data, on_progress=request.on_progress, tokenizer=tokenizer)
+        data = prepare(
+            config.data,
+            on_progress=request.on_progress,
+            tokenizer=tokenizer,
+            template=chat_template(replace(config.data, chat_template=None), latest.folder),
+        )
         yield Job(config, data, run, resume_from=latest.folder)
+
+
+def chat_template(data: DataConfig, folder: Path | None) -> Any:
+    """Return the template of conversations; None for other text.
+
+    Args: folder, of the model that brings it; None for a vocabulary of our own.
+    """
+    if not data.chat or prepared_settings(data.paths):
+        return None
+    return ring("text.chat").training_template(data.chat_template, folder)
 
 
 def _require_new(run: RunFolder) -> None:

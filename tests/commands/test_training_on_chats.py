@@ -1,0 +1,216 @@
+"""Training on conversations: the template is applied, and the loss is on answers only."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from calls import TINY, Run, error_line
+from small_models import small_model
+
+from minigpt.checkpoint.folder import RunFolder
+from minigpt.checkpoint.model_folder import read_model, write_model
+from minigpt.config import DataConfig, RunConfig
+from minigpt.settings import build, read_toml
+from minigpt.text.batches import NO_TARGET, batch
+from minigpt.text.chat import training_template
+from minigpt.text.shards import PreparedData, prepare
+from minigpt.text.tokenizer import TiktokenTokenizer, bytes_tokenizer, make_encoding
+from minigpt.training.trainer import Trainer
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+WORDS = ["--chat", "--val-split", "tail", *TINY]
+
+
+def turns(n: int) -> list[dict[str, str]]:
+    question, answer = f"What is {n} + {n}?", f"It is {2 * n}. " * (1 + n % 3)
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+@pytest.fixture
+def rows(workplace: Path) -> Path:
+    """Rows of messages, and of prompt and completion."""
+    lines: list[Any] = [{"messages": turns(n)} for n in range(60)]
+    lines += [{"prompt": f"Say {n}", "completion": f"{n}!"} for n in range(20)]
+    Path("chats.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return Path("chats.jsonl")
+
+
+@pytest.fixture
+def base(workplace: Path) -> Path:
+    """A chat model."""
+    specials = {"<|endoftext|>": 256, "<|im_start|>": 257, "<|im_end|>": 258}
+    ranks = bytes_tokenizer().encoding._mergeable_ranks
+    encoding = make_encoding("chat", r"(?s:.)", ranks, specials)
+    model = small_model(vocab_size=259, context_length=128)
+    write_model(Path("base"), model, TiktokenTokenizer("chat", encoding))
+    Path("base/chat_template.jinja").write_text(CHATML)
+    return Path("base")
+
+
+def prepared(rows: Path, **about: Any) -> PreparedData:
+    data = DataConfig(paths=(str(rows),), chat=True, val_split="tail", **about)
+    return prepare(data, template=training_template(None, None))
+
+
+def test_targets_are_the_answers_and_inputs_are_all_tokens(rows: Path) -> None:
+    data, whole = prepared(rows), prepared(rows, loss_on="all")
+    lengths = {"context_length": 200, "batch_size": 8, "seed": 1, "step": 0}
+    inputs, targets = _batch(data, lengths)
+    all_inputs, all_targets = _batch(whole, lengths)
+    assert torch.equal(inputs, all_inputs)
+    is_counted = targets != NO_TARGET
+    assert torch.equal(targets[is_counted], all_targets[is_counted])
+    assert not (all_targets == NO_TARGET).any()
+    for row, counted in zip(all_targets, is_counted, strict=True):
+        text = bytes(t if t < 256 else 0 for t in row.tolist())
+        marks = bytes(65 if flag else 46 for flag in counted.tolist())
+        # The plain loop: from an answer's first character to the end of text after it.
+        start = text.find(b"Assistant:\n")
+        while start >= 0:
+            begin = start + len(b"Assistant:\n")
+            end = text.find(b"\0", begin)
+            stop = len(text) if end < 0 else end + 1
+            assert marks[start:begin].count(b"A") == 0
+            assert marks[begin:stop] == b"A" * (stop - begin)
+            start = text.find(b"Assistant:\n", stop)
+
+
+def _batch(data: PreparedData, lengths: dict[str, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    span = data.tokens.split(0.1)[0]
+    return batch(span, **lengths)
+
+
+def test_the_loss_and_gradient_are_the_means_over_counted_tokens(
+    run: Run, rows: Path, base: Path
+) -> None:
+    sizes = ["--batch-size", "8", "--set", "training.micro_batch_size=2", "--max-steps", "1"]
+    words = [
+        "--from",
+        "base",
+        "--context-length",
+        "32",
+        "--val-split",
+        "tail",
+        "--dtype",
+        "float32",
+    ]
+    assert run("train", str(rows), "--chat", "--name", "x", *words, *sizes).code == 0
+    config = build(RunConfig, read_toml(Path("checkpoints/x/config.toml")))
+    latest = RunFolder(Path("checkpoints/x")).latest()
+    assert latest is not None
+    loaded = read_model(base, dtype=torch.float32)
+    template = training_template(None, base)
+    data = prepare(config.data, tokenizer=loaded.tokenizer, template=template)
+    trainer = Trainer(
+        config,
+        data,
+        RunFolder(Path("checkpoints/y")),
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        start_from=loaded.model,
+    )
+    loss = trainer._accumulate_gradients()
+    inputs, targets = batch(trainer.train_tokens, 32, 8, seed=config.training.seed, step=0)
+    counts = [(part != NO_TARGET).sum().item() for part in targets.split(2)]
+    assert len(set(counts)) > 1  # so that a mean of means would differ
+    model = read_model(base, dtype=torch.float32).model
+    expected = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+    expected.backward()
+    torch.testing.assert_close(loss, expected.detach())
+    grads = dict(trainer.model.named_parameters())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(grads[name].grad, parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_resumed_run_on_chats_ends_with_the_same_bits(run: Run, rows: Path) -> None:
+    words = ["train", str(rows), *WORDS, "--set", "training.save_every=3"]
+    assert run(*words, "--name", "whole", "--max-steps", "6").code == 0
+    assert run(*words, "--name", "parts", "--max-steps", "6").code == 0
+    folder = RunFolder(Path("checkpoints/parts"))
+    shutil.rmtree(folder.step_folder(6))
+    resumed = run("train", "--resume", "--name", "parts")
+    assert resumed.code == 0, resumed.err
+    names = [Path(f"checkpoints/{n}/step-000006/model.safetensors") for n in ("whole", "parts")]
+    assert names[0].read_bytes() == names[1].read_bytes()
+
+
+def test_an_own_model_trained_on_chats_can_be_chatted_with(run: Run, rows: Path) -> None:
+    result = run("train", str(rows), "--name", "own", *WORDS)
+    assert result.code == 0, result.err
+    assert result.err.count("the loss is on what the assistant says") == 1
+    step = Path("checkpoints/own/step-000004")
+    assert (step / "chat_template.jinja").exists()
+    out = run(
+        "generate", "--model", "own", "--chat", "Say 4", "--max-new-tokens", "3", "--json"
+    ).out
+    assert json.loads(out)["n_prompt_tokens"] == len("User:\nSay 4\n\nAssistant:\n")
+
+
+def test_fine_tuning_keeps_the_template_of_the_base(run: Run, rows: Path, base: Path) -> None:
+    words = ["--from", "base", "--max-steps", "2", "--context-length", "32", "--val-split", "tail"]
+    result = run("train", str(rows), "--chat", "--name", "tuned", *words)
+    assert result.code == 0, result.err
+    kept = Path("checkpoints/tuned/step-000002/chat_template.jinja")
+    assert kept.read_text() == CHATML
+    facts = {}
+    for loss_on in ("completion", "all"):
+        words = ["evaluate", str(rows), "--model", "base", "--chat", "--loss-on", loss_on, "--json"]
+        facts[loss_on] = json.loads(run(*words).out)
+    assert 0 < facts["completion"]["n_tokens"] < 0.6 * facts["all"]["n_tokens"]
+    assert all(math.isfinite(fact["bits_per_byte"]) for fact in facts.values())
+
+
+def test_a_prepared_folder_of_chats_trains_like_the_rows(run: Run, rows: Path) -> None:
+    words = ["--chat", "--val-split", "tail", "--tokenizer", "bytes"]
+    assert run("prepare", str(rows), "--out", "folder", *words).code == 0
+    tiny = TINY[2:]
+    assert run("train", "folder", "--name", "one", *tiny).code == 0
+    assert run("train", str(rows), "--name", "two", *words, *tiny).code == 0
+    names = [Path(f"checkpoints/{n}/step-000004/model.safetensors") for n in ("one", "two")]
+    assert names[0].read_bytes() == names[1].read_bytes()
+    assert Path("checkpoints/one/step-000004/chat_template.jinja").exists()
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"text": "a"}, 'has no "messages", or "prompt" and "completion"'),
+        ({"messages": [{"role": "user", "content": "a"}]}, "no message of the assistant"),
+        ({"messages": ["a"]}, "not an object with role and content"),
+        ({"messages": [{"role": 1, "content": "a"}]}, "not an object with role and content"),
+        ({"messages": [{"role": "user", "content": 4}]}, "not an object with role and content"),
+        ({"prompt": "a"}, 'has no "messages"'),
+        ({"messages": []}, 'has no "messages"'),
+    ],
+)
+def test_a_row_that_is_no_conversation_is_refused_or_left_out(
+    run: Run, rows: Path, row: Any, says: str
+) -> None:
+    with rows.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    refused = run("prepare", str(rows), "--chat", "--out", "folder")
+    assert refused.code == 3
+    assert says in error_line(refused)
+    assert "line 81" in error_line(refused)
+    assert "--skip-bad" in error_line(refused)
+    assert run("prepare", str(rows), "--chat", "--out", "folder", "--skip-bad").code == 0
+
+
+def test_chats_need_rows_and_rows_of_chats_name_the_option(run: Run, rows: Path) -> None:
+    Path("text.txt").write_text("plain " * 99)
+    refused = run("train", "text.txt", *WORDS)
+    assert (refused.code, "--chat reads rows" in error_line(refused)) == (3, True)
+    refused = run("train", str(rows), *TINY)
+    assert (refused.code, "Give --chat" in error_line(refused)) == (3, True)
+    refused = run("train", str(rows), "--loss-on", "all", *TINY)
+    assert (refused.code, "--chat" in error_line(refused)) == (2, True)
+    refused = run("train", str(rows), "--special", *WORDS)
+    assert (refused.code, "special" in error_line(refused)) == (2, True)
