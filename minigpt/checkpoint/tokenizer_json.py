@@ -126,19 +126,21 @@ def tokenizer_from_json(
 ) -> Tokenizer:
     """Read a tokenizer.json, as tiktoken if that encodes alike, else with the tokenizers library.
 
-    Args: data, the parsed file; name, for the Tokenizer; config, the parsed tokenizer_config.json,
-        whose add_bos_token takes precedence; end_of_text_ids, () for ``<|endoftext|>``.
+    The post-processor decides what a prompt begins with. As in transformers, add_bos_token and
+    add_eos_token of tokenizer_config.json are ignored, and GPTNeoXTokenizer begins with nothing.
+
+    Args: data, the parsed file; name, for the Tokenizer; config, the parsed tokenizer_config.json;
+        end_of_text_ids, () for ``<|endoftext|>``.
     Raises: CheckpointError naming the part that is damaged or cannot be used.
     """
-    config = config or {}
-    if not config.get("add_bos_token"):
-        tokenizer = _tiktoken_tokenizer(data, name, end_of_text_ids)
-        if tokenizer is not None:
-            return tokenizer
+    kind = (config or {}).get("tokenizer_class")
+    if isinstance(kind, str) and kind.removesuffix("Fast") == "GPTNeoXTokenizer":
+        data = {**data, "post_processor": None}
+    tokenizer = _tiktoken_tokenizer(data, name, end_of_text_ids)
+    if tokenizer is not None:
+        return tokenizer
     try:
-        imported: Tokenizer = ring("text.imported").import_tokenizer(
-            data, name, config=config, end_of_text_ids=end_of_text_ids
-        )
+        imported: Tokenizer = ring("text.imported").ImportedTokenizer(name, data, end_of_text_ids)
         return imported
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(

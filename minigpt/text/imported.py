@@ -110,19 +110,6 @@ class ImportedTokenizer(Tokenizer):
         inside = decoder.decode([_MARK, text, _MARK])[1:-1].removesuffix(gap)
         return inside.encode() if text else b""
 
-    def id_of(self, token: str, field: str) -> int:
-        """Return the id of a token that a field of tokenizer_config.json names.
-
-        Raises: CheckpointError if the vocabulary does not have it.
-        """
-        id_ = self._library.token_to_id(token)
-        if id_ is None:
-            raise CheckpointError(
-                f"tokenizer_config.json: {field} is {token[:40]!r}, which is not in the "
-                f"vocabulary. Take both files from the same place, or remove {field} there."
-            )
-        return id_
-
     def to_dict(self) -> dict[str, Any]:
         return {
             "name": self.name,
@@ -195,31 +182,6 @@ _NO_SPACE: Mapping[str, JSONValue] = {
     "Metaspace": {"prepend_scheme": "never", "add_prefix_space": False},
     "ByteLevel": {"add_prefix_space": False},
 }
-
-
-def import_tokenizer(
-    data: Mapping[str, Any],
-    name: str,
-    *,
-    config: Mapping[str, Any],
-    end_of_text_ids: tuple[int, ...] = (),
-) -> ImportedTokenizer:
-    """Read a tokenizer.json of another model.
-
-    Args: config, the parsed tokenizer_config.json; its add_bos_token takes precedence over
-        tokenizer.json, as in transformers.
-    Raises: CheckpointError as ``ImportedTokenizer``, or if bos_token is not in the vocabulary.
-    """
-    tokenizer = ImportedTokenizer(name, data, end_of_text_ids)
-    begins = config.get("add_bos_token")
-    if begins is None:
-        return tokenizer
-    token = _content(config.get("bos_token"))
-    prefix = (tokenizer.id_of(token, "bos_token"),) if begins and token is not None else ()
-    if prefix == tokenizer.prefix:
-        return tokenizer
-    processor = _beginning_with(str(token), prefix[0]) if prefix else None
-    return ImportedTokenizer(name, {**data, "post_processor": processor}, end_of_text_ids)
 
 
 def json_from_scores(data: Mapping[str, Any]) -> JSONValue:

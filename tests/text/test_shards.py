@@ -74,6 +74,9 @@ def test_end_of_text_precedes_each_document(prepared: Prepare, tokenizer: str, d
     assert manifest.sources == ("0.txt", "1.txt")
 
 
+SEQUENCE = {"id": "A", "type_id": 0}
+
+
 def vocabulary(specials: dict[str, int], end_of_text_ids: tuple[int, ...] = ()) -> Tokenizer:
     """Bytes in another order than ``bytes``, so that no shortcut for those is taken."""
     ranks = {bytes([b]): 255 - b for b in range(256)}
@@ -83,10 +86,14 @@ def vocabulary(specials: dict[str, int], end_of_text_ids: tuple[int, ...] = ()) 
 
 def imported(specials: dict[str, int], end_of_text_ids: tuple[int, ...] = ()) -> Tokenizer:
     """The same as another model's, whose texts begin with <s>."""
-    data, config = tokenizer_to_json(vocabulary(specials)), {"bos_token": "<s>"}
-    return tokenizer_from_json(
-        data, "book", config=config | {"add_bos_token": True}, end_of_text_ids=end_of_text_ids
-    )
+    data = tokenizer_to_json(vocabulary(specials))
+    data["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": SEQUENCE}],
+        "pair": [{"Sequence": SEQUENCE}, {"Sequence": SEQUENCE}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [specials["<s>"]], "tokens": ["<s>"]}},
+    }
+    return tokenizer_from_json(data, "book", end_of_text_ids=end_of_text_ids)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,96 @@
+"""AutoTokenizer reads every folder that we read or write as we do: the same ids for every text."""
+
+import itertools
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minigpt.checkpoint.tokenizer_json import read_tokenizer, tokenizer_to_json
+from minigpt.text.tokenizer import TiktokenTokenizer, make_encoding, train_bpe
+
+
+@pytest.fixture(scope="module")
+def transformers() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its imports
+        module = pytest.importorskip("transformers", reason="compares with its AutoTokenizer")
+    module.logging.set_verbosity_error()
+    return module
+
+
+def template(token: str, id_: int) -> dict[str, Any]:
+    """The post-processor that begins a text with a token."""
+    sequences = [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]
+    begin = {"SpecialToken": {"id": token, "type_id": 0}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [begin, sequences[0]],
+        "pair": [begin, *sequences],
+        "special_tokens": {token: {"id": token, "ids": [id_], "tokens": [token]}},
+    }
+
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
+BEGIN = template("<s>", 300)
+PROCESSORS = {
+    "none": None,
+    "byte-level": BYTE_LEVEL | {"use_regex": True},
+    "template": BEGIN,
+    "sequence": {"type": "Sequence", "processors": [BYTE_LEVEL | {"use_regex": True}, BEGIN]},
+}
+FLAGS: list[dict[str, Any]] = [
+    {},
+    {"add_bos_token": True},
+    {"add_bos_token": False},
+    {"add_bos_token": True, "add_eos_token": True},
+    {"add_bos_token": None, "add_eos_token": False},
+]
+CLASSES = {
+    "TokenizersBackend": "llama",
+    "PreTrainedTokenizerFast": "llama",
+    "PreTrainedTokenizer": "qwen3",
+    "LlamaTokenizer": "llama",
+    "LlamaTokenizerFast": "mistral",
+    "GPT2Tokenizer": "gpt2",
+    "GPT2TokenizerFast": "llama",
+    "Qwen2Tokenizer": "qwen2",
+    "Qwen2TokenizerFast": "qwen3",
+    "GemmaTokenizer": "gemma2",
+    "CohereTokenizer": "llama",
+    "GPTNeoXTokenizer": "gpt_neox",
+    "GPTNeoXTokenizerFast": "llama",
+    "UnknownTokenizer": "llama",
+    "": "llama",
+}
+
+
+@pytest.mark.parametrize("processor", PROCESSORS)
+@pytest.mark.parametrize("kind", CLASSES)
+def test_prompts_begin_as_those_of_auto_tokenizer_with_every_class_flag_and_post_processor(
+    transformers: Any, tmp_path: Path, kind: str, processor: str
+) -> None:
+    encoding = train_bpe(["the king and the kings"] * 9, 265).encoding
+    specials = {"<|endoftext|>": 299, "<s>": 300, "</s>": 301}
+    made = make_encoding("x", encoding._pat_str, encoding._mergeable_ranks, specials)
+    data = tokenizer_to_json(TiktokenTokenizer("x", made))
+    (tmp_path / "tokenizer.json").write_text(
+        json.dumps(data | {"post_processor": PROCESSORS[processor]})
+    )
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": CLASSES[kind]}))
+    for flags, bos in itertools.product(
+        FLAGS, ("<s>", {"__type": "AddedToken", "content": "<s>"}, None)
+    ):
+        config: dict[str, Any] = {"bos_token": bos, "eos_token": "</s>", **flags}
+        config |= {"tokenizer_class": kind} if kind else {}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+        ours = read_tokenizer(tmp_path)
+        assert ours is not None
+        ids = theirs("king").input_ids
+        assert list(ours.prefix) == [token for token in ids if token >= 299], config
+        assert ours.encode_prompt("king") == ids, config
+        begin = [299, *ours.prefix]
+        assert list(ours.separator) == begin, config
