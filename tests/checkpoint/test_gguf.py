@@ -5,6 +5,7 @@ tests/checkpoint/test_llama_cpp.py compares with llama.cpp itself.
 
 import json
 import math
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -429,3 +430,15 @@ def test_large_matrices_are_converted_some_rows_at_a_time(
     export_gguf(folder, tmp_path / "parts.gguf", "q8_0")
     assert max(sizes) <= 200
     assert (tmp_path / "whole.gguf").read_bytes() == (tmp_path / "parts.gguf").read_bytes()
+
+
+def test_names_and_templates_that_are_not_utf_8_are_written_as_replaced(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / os.fsdecode(b"tales\xff"), bytes_tokenizer())
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    templates = [{"name": "default", "template": "a\ud800"}, {"name": "tool", "template": "b"}, 7]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": templates}))
+    export_gguf(folder, tmp_path / "m.gguf", "f32")
+    facts, _ = read(tmp_path / "m.gguf")
+    assert facts["general.name"] == "tales\ufffd"
+    assert facts["tokenizer.chat_template"] == "a\ufffd"
+    assert facts["tokenizer.chat_template.tool"] == "b"

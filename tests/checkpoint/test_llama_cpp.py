@@ -3,7 +3,10 @@
 Needs llama-cpp-python, which takes several minutes to build.
 """
 
+import itertools
+import json
 import re
+import shutil
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +23,15 @@ from minigpt.checkpoint.tokenizer_json import tokenizer_from_json
 from minigpt.checkpoint.tools.gguf import export_gguf
 from minigpt.config import ModelConfig
 from minigpt.model.gpt import GPT
-from minigpt.text.tokenizer import Tokenizer, bytes_tokenizer, named_tokenizer, train_bpe
+from minigpt.text.tokenizer import (
+    BYTES_PATTERN,
+    TiktokenTokenizer,
+    Tokenizer,
+    bytes_tokenizer,
+    make_encoding,
+    named_tokenizer,
+    train_bpe,
+)
 
 pytestmark = pytest.mark.slow
 llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python")
@@ -154,3 +165,89 @@ def test_ids_of_other_vocabularies_equal_ours(
     for text, id_ in tokenizer.special_ids.items():
         assert llama.tokenize(text.encode(), add_bos=False, special=True)[-1] == id_
     assert llama.token_eos() == end
+
+
+def test_published_stories_equal_ours(
+    shared: Path, tmp_path: Path, exported: Callable[..., Any]
+) -> None:
+    folder = tmp_path / "stories"
+    shutil.copytree(shared / "weights" / "stories260K", folder)
+    loaded, llama = read_model(folder), exported(folder)
+    assert loaded.tokenizer is not None
+    check_ids(llama, loaded.tokenizer, TEXTS)
+    prompt = loaded.tokenizer.encode_prompt("Once upon a time")
+    assert llama.tokenize(b"Once upon a time", add_bos=True) == prompt
+    ids = torch.tensor([prompt])
+    with torch.no_grad():
+        for _ in range(60):
+            ids = torch.cat((ids, loaded.model(ids)[:, -1:].argmax(-1)), dim=1)
+    ours = loaded.tokenizer.decode(ids[0, len(prompt) :].tolist())
+    made = llama.create_completion("Once upon a time", max_tokens=60, temperature=0)
+    assert made["choices"][0]["text"] == ours
+    assert len(ours) > 100
+
+
+def test_model_without_vocabulary_sorts_as_published(
+    shared: Path, tmp_path: Path, exported: Callable[..., Any]
+) -> None:
+    folder = tmp_path / "sort"
+    shutil.copytree(shared / "weights" / "gpt-nano-sort", folder)
+    ids = [2, 0, 1, 0, 2, 1, 0, 0, 1, 1, 2]
+    with torch.no_grad():
+        logits = read_model(folder).model(torch.tensor([ids]))[0]
+    theirs = logits_of(exported(folder), ids)
+    torch.testing.assert_close(theirs, logits, atol=0.05, rtol=0.01)
+
+
+def test_chat_template_and_ends_are_seen_by_llama_cpp(
+    tmp_path: Path, exported: Callable[..., Any]
+) -> None:
+    transformers = pytest.importorskip("transformers", reason="compares with transformers")
+    ranks = {bytes([b]): b for b in range(256)}
+    specials = {"<|im_start|>": 256, "<|im_end|>": 257, "<|endoftext|>": 258, "[gone]": 259}
+    encoding = make_encoding("chat", BYTES_PATTERN, ranks, specials)
+    tokenizer = TiktokenTokenizer("chat", encoding, (258, 257, 259))
+    folder = small_folder(tmp_path / "chat", tokenizer, "qwen3")
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    (folder / "chat_template.jinja").write_text(template)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"eos_token": "<|im_end|>", "bos_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    llama = exported(folder)
+    formatter = llama_cpp.llama_chat_format.Jinja2ChatFormatter(
+        template=llama.metadata["tokenizer.chat_template"],
+        eos_token=llama._model.token_get_text(llama.token_eos()),
+        bos_token=llama._model.token_get_text(llama.token_bos()),
+    )
+    messages = [{"role": "system", "content": "Be <b>brief"}, {"role": "user", "content": "Hé"}]
+    made = formatter(messages=messages)
+    auto = transformers.AutoTokenizer.from_pretrained(folder)
+    text = auto.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert made.prompt == text
+    ids = llama.tokenize(text.encode(), add_bos=False, special=True)
+    assert ids == auto(text, add_special_tokens=False).input_ids
+    assert llama.token_eos() == 257
+    vocabulary = llama_cpp.llama_model_get_vocab(llama._model.model)
+    ends = [i for i in range(260) if llama_cpp.llama_vocab_is_eog(vocabulary, i)]
+    assert ends == [257, 258, 259]
+
+
+@pytest.mark.parametrize("spec", ["bytes", "bpe"])
+@pytest.mark.parametrize("layout", ["gpt2-tied", "llama-grouped", "qwen2", "qwen3"])
+def test_greedy_ids_of_a_prompt_equal_ours(
+    layout: str, spec: str, tmp_path: Path, exported: Callable[..., Any]
+) -> None:
+    folder = small_folder(tmp_path / "run", OWN[spec](), layout)
+    llama, loaded = exported(folder), read_model(folder)
+    assert loaded.tokenizer is not None
+    ids = loaded.tokenizer.encode_prompt("Once upon a time")
+    prompt = llama.tokenize(b"Once upon a time", add_bos=True)
+    assert prompt == ids
+    with torch.no_grad():
+        for _ in range(60):
+            ids.append(int(loaded.model(torch.tensor([ids]))[0, -1].argmax()))
+    theirs = itertools.islice(llama.generate(prompt, temp=0), 60)
+    assert [*prompt, *theirs] == ids

@@ -23,6 +23,7 @@ from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError, ConfigError, install_extra
 from minigpt.files import resource_errors, writing_aside
 from minigpt.model.layers import rotary_table
+from minigpt.text.tokenizer import well_formed
 
 TYPES = ("f32", "f16", "bf16", "q8_0")
 """Types of the matrices; vectors are always float32."""
@@ -84,7 +85,8 @@ def export_gguf(folder: Path, path: Path, type_: str) -> Exported:
     check_tied(config, tensors)
     writer = gguf.GGUFWriter(None, architecture)
     writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(folder.parent.name if folder.name.startswith("step-") else folder.name)
+    run = folder.parent if folder.name.startswith("step-") else folder
+    writer.add_name(well_formed(run.name))
     all_of = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
     writer.add_file_type(gguf.LlamaFileType[all_of[type_]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)

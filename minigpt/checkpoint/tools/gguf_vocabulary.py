@@ -13,7 +13,7 @@ from typing import Any
 from minigpt.checkpoint.tokenizer_json import TOKENIZER_CONFIG, tokenizer_to_json
 from minigpt.errors import CheckpointError
 from minigpt.files import read_bytes, read_json, resource_errors
-from minigpt.text.tokenizer import BYTE_OF_CHARACTER, TiktokenTokenizer, Tokenizer
+from minigpt.text.tokenizer import BYTE_OF_CHARACTER, TiktokenTokenizer, Tokenizer, well_formed
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """Types of tokens, as llama.cpp numbers them."""
@@ -81,7 +81,7 @@ def gguf_vocabulary(folder: Path, tokenizer: Tokenizer, n_rows: int) -> GGUFVoca
     Raises: CheckpointError if llama.cpp has no equal vocabulary.
     """
     data = tokenizer_to_json(tokenizer)
-    kind = data["model"].get("type")
+    kind = data["model"].get("type", "BPE" if "merges" in data["model"] else None)
     if kind != "BPE":
         raise _refusal(f"its tokens are of the kind {kind}, and only BPE can be written")
     if len(tokenizer.prefix) > 1:
@@ -111,8 +111,8 @@ def chat_template(folder: Path) -> str | list[dict[str, str]] | None:
     template = _tokenizer_config(folder).get("chat_template")
     if isinstance(template, list):
         named = [t for t in template if isinstance(t, dict) and {"name", "template"} <= t.keys()]
-        return [{key: str(t[key]) for key in ("name", "template")} for t in named] or None
-    return template if isinstance(template, str) else None
+        return [{k: well_formed(str(t[k])) for k in ("name", "template")} for t in named] or None
+    return well_formed(template) if isinstance(template, str) else None
 
 
 def _tokens(data: Mapping[str, Any], n_rows: int) -> tuple[list[str], list[int]]:
@@ -120,7 +120,7 @@ def _tokens(data: Mapping[str, Any], n_rows: int) -> tuple[list[str], list[int]]
     texts = {id_: text for text, id_ in data["model"]["vocab"].items()}
     types = dict.fromkeys(texts, NORMAL)
     unknown = data["model"].get("unk_token")
-    for token in data["added_tokens"]:
+    for token in data.get("added_tokens") or ():
         id_, text = token["id"], token["content"]
         texts[id_] = text
         types[id_] = CONTROL if token["special"] else USER_DEFINED
@@ -181,7 +181,7 @@ def _patterns(data: Mapping[str, Any]) -> Iterator[str]:
         match step:
             # The same, as the patterns of llama.cpp match all of a text.
             case {"type": "Split", "pattern": {"Regex": str(regex)}} if (
-                step["behavior"],
+                step.get("behavior"),
                 bool(step.get("invert")),
             ) in (("Isolated", False), ("Removed", True)):
                 yield regex
@@ -243,7 +243,7 @@ def _scores(data: Mapping[str, Any], tokens: set[str]) -> dict[str, float]:
             raise _refusal("its merges are not in the order of their tokens")
         scores.setdefault(token, -float(len(scores)))
         last = token
-    special = {token["content"] for token in data["added_tokens"]} | _BYTE_TOKENS
+    special = {token["content"] for token in data.get("added_tokens") or ()} | _BYTE_TOKENS
     pairs = set(merges)
     for token in tokens - special:
         for i in range(1, len(token)):
