@@ -129,6 +129,11 @@ def read_vocabulary(folder: Path, n_rows: int) -> Tokenizer | None:
             f"the vocabulary in {str(folder)!r} has {tokenizer.vocab_size} tokens, and the model "
             f"only {n_rows}. Take both from the same place."
         )
+    if tokenizer is not None and any(id_ >= n_rows for id_ in tokenizer.prefix):
+        raise CheckpointError(
+            f"the tokenizer in {str(folder)!r} begins each text with the id {tokenizer.prefix[0]}, "
+            f"and the model's are 0 to {n_rows - 1}. Take both from the same place."
+        )
     return tokenizer
 
 

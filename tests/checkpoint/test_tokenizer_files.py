@@ -114,6 +114,24 @@ def test_added_token_without_an_embedding_is_never_produced(
     assert tokenizer.encode("<pad>") == list(b"<pad>")
 
 
+def test_text_that_begins_with_a_token_without_an_embedding_is_refused(tmp_path: Path) -> None:
+    write_model(tmp_path, make_model(257, "gpt2-tied"), bytes_tokenizer())
+    data = json.loads((tmp_path / "tokenizer.json").read_text())
+    data["added_tokens"].append(data["added_tokens"][0] | {"id": 257, "content": "<s>"})
+    data["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [
+            {"SpecialToken": {"id": "<s>", "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+        ],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [257], "tokens": ["<s>"]}},
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    with pytest.raises(CheckpointError, match=r"begins each text with the id 257, .*0 to 256"):
+        read_model(tmp_path)
+
+
 def test_vocabulary_of_another_model_is_still_refused(bpe: Tokenizer, tmp_path: Path) -> None:
     write_model(tmp_path, make_model(257, "gpt2-tied"), bytes_tokenizer())
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer_to_json(bpe)))
