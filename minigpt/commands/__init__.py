@@ -68,6 +68,7 @@ def main() -> NoReturn:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     set_spin_count(sys.argv[1:])
     warnings.showwarning = _show_warning
+    warnings.filterwarnings("default", category=MinigptWarning)
     try:
         status = app(prog_name="minigpt", standalone_mode=False)
         sys.stdout.flush()

@@ -42,7 +42,7 @@ def heads(
     and measures how much the loss on the second copy increases (nats/token).
     """
     from minigpt.commands import output
-    from minigpt.commands.loading import load_model
+    from minigpt.commands.loading import load_model, show_model
     from minigpt.commands.status_line import ProgressLine
     from minigpt.console import make_console, print_lines
     from minigpt.tracing.analysis.roles import head_effects, head_roles, repeated_sequences
@@ -60,6 +60,7 @@ def heads(
 
             effects_LH = head_effects(loaded.model, seed=seed, progress=show)
     n_repeated = repeated_sequences(loaded.model, seed=seed).shape[1] // 2
+    show_model(folder)
     if as_json:
         records: list[dict[str, Any]] = [
             {"layer": layer, "head": head, **asdict(role)}

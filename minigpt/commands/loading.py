@@ -72,6 +72,11 @@ def load_model(source: ModelSource) -> tuple[Path, LoadedModel]:
     return folder, loaded
 
 
+def show_model(folder: Path) -> None:
+    """Name the model on stderr: its folder, and so the run and the step."""
+    note(f"model {folder}")
+
+
 def use_threads(threads: int | None) -> None:
     """Set the number of CPU threads that torch uses; None leaves the default."""
     import torch

@@ -131,8 +131,8 @@ class Mode:
             conditions = self.needs.get(name)
             if conditions and not any(map(holds, conditions)):
                 raise ConfigError(
-                    f"{name} has no effect without {_listed(conditions, 'or')}. Add it, or leave "
-                    f"{name} out."
+                    f"{name} is for {_listed(conditions, 'or')}, and has no effect otherwise. Add "
+                    f"that, or leave {name} out."
                 )
             for condition, others in self.refuses.items():
                 if name in others and holds(condition):

@@ -41,7 +41,7 @@ def test_json_is_a_header_a_step_per_token_and_a_footer(run: Run) -> None:
     assert [step["step"] for step in steps] == [1, 2, 3, 4, 5, 6]
     assert (footer["type"], footer["n_tokens"]) == ("footer", 6)
     assert footer["finish_reason"] == "length"
-    assert result.err == "seed 7\n"
+    assert result.err == "model checkpoints/tiny/step-000004\nseed 7\n"
 
 
 def test_n_sources_and_heads_select_sources_and_heads(run: Run) -> None:
@@ -53,7 +53,7 @@ def test_n_sources_and_heads_select_sources_and_heads(run: Run) -> None:
 def test_each_sample_has_its_own_header_and_seed(run: Run) -> None:
     result = run(*WORDS, "--json", "--num-samples", "2", "--seed", "7")
     assert [o["seed"] for o in objects(result) if o["type"] == "header"] == [7, 8]
-    assert result.err == "seed 7\nseed 8\n"
+    assert result.err == "model checkpoints/tiny/step-000004\nseed 7\nseed 8\n"
 
 
 def test_lines_in_a_pipe_have_no_control_bytes(run: Run) -> None:

@@ -29,7 +29,8 @@ def at_trained(trained: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def evaluated(run: Run, *words: str, stdin: bytes = b"") -> dict[str, Any]:
     result = run("evaluate", *words, "--json", stdin=stdin)
-    assert (result.code, result.err) == (0, "")
+    assert result.code == 0
+    assert re.match(r"model \S+\n", result.err)
     assert result.out.count("\n") == 1
     facts: dict[str, Any] = json.loads(result.out)
     return facts
@@ -146,7 +147,7 @@ def test_windows_are_at_most_1024_tokens_by_default(run: Run, tmp_path: Path) ->
 def test_the_result_is_a_few_lines_with_units(run: Run) -> None:
     words = ["corpus.txt", "--model", "tiny", "--val-fraction", "0.25", "--stride", "32"]
     result, facts = run("evaluate", *words), evaluated(run, *words)
-    assert (result.code, result.err) == (0, "")
+    assert (result.code, result.err) == (0, "model checkpoints/tiny/step-000004\n")
     loss, bits = (f"{facts[name]:.4f}" for name in ("nats_per_token", "bits_per_byte"))
     expected = rf"""model       checkpoints/tiny/step-000004
 text        corpus\.txt, the last 25%

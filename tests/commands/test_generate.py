@@ -121,7 +121,7 @@ def test_logprobs_are_in_the_json_and_on_stderr(run: Run) -> None:
     facts = json.loads(run(*words, "--json").out)
     assert result.out == facts["text"] + "\n"
     assert len(facts["steps"]) == 6
-    lines = result.err.splitlines()
+    _, *lines = result.err.splitlines()  # the model comes first
     assert len(lines) == 7
     for step, line in zip(facts["steps"], lines, strict=False):
         values = [best["log_probability"] for best in step["best"]]
@@ -208,7 +208,7 @@ def test_ctrl_c_keeps_the_text_so_far(run: Run, monkeypatch: pytest.MonkeyPatch)
     assert result.out.endswith("\n")
     assert whole.startswith(result.out.removesuffix("\n"))
     assert 0 < len(result.out) < len(whole)
-    assert re.fullmatch(r"7 tokens, .* tok/s, seed \d+; interrupted\n", result.err)
+    assert re.fullmatch(r"model .*\n7 tokens, .* tok/s, seed \d+; interrupted\n", result.err)
 
 
 def test_sigterm_ends_with_its_code_and_no_traceback(
@@ -216,16 +216,16 @@ def test_sigterm_ends_with_its_code_and_no_traceback(
 ) -> None:
     interrupt_after(7, monkeypatch, signal.SIGTERM)
     result = run("generate", "The", "--temperature", "0")
-    assert (result.code, result.err) == (143, "")
+    assert (result.code, result.err) == (143, "model checkpoints/tiny/step-000004\n")
     assert result.out
 
 
-def test_ctrl_c_while_loading_is_quiet(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_while_loading_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     from minigpt.commands import loading
 
     monkeypatch.setattr(loading, "resolve_model", lambda spec: signal.raise_signal(signal.SIGINT))
     result = run("generate", "The")
-    assert (result.code, result.out, result.err.strip()) == (130, "", "")
+    assert (result.code, result.out, result.err) == (130, "", "interrupted\n")
 
 
 def test_ctrl_c_leaves_valid_json(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

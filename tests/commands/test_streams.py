@@ -189,7 +189,9 @@ def test_a_terminal_shows_the_prompt_before_the_text(
 ) -> None:
     words = ["generate", "The king", "--temperature", "0", "--max-new-tokens", "5"]
     monkeypatch.chdir(trained)
-    assert on_terminal(*words).startswith("The king" + run(*words).out.splitlines()[0])
+    model, _, shown = on_terminal(*words).partition("\r\n")
+    assert "model checkpoints/tiny/step-000004" in model
+    assert shown.startswith("The king" + run(*words).out.splitlines()[0])
 
 
 def test_the_live_line_is_drawn_within_80_columns_and_leaves_nothing(
@@ -243,7 +245,9 @@ def test_a_closed_pipe_ends_the_program_quietly(start: Start, trained: Path, run
         process.stdout.close()
         err = process.stderr.read().decode()
     assert process.returncode == 0
-    assert all(re.fullmatch(r"\d+ tokens, .* seed \d+.*", line) for line in err.splitlines())
+    model, *lines = err.splitlines()
+    assert model == "model checkpoints/tiny/step-000004"
+    assert all(re.fullmatch(r"\d+ tokens, .* seed \d+.*", line) for line in lines)
 
 
 def test_a_full_device_and_closed_streams_give_no_traceback(workplace: Path) -> None:

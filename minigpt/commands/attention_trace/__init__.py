@@ -124,7 +124,7 @@ def _trace(
         config = replace(config, n_sources=max(N_SOURCES, layout.n_sources))
     digest = weights_sha256(ready.folder) if targets.out is not None else None
     first_seed = fresh_seed() if sampling.seed is None else sampling.seed
-    with TraceOutput(targets, layout) as output:
+    with TraceOutput(targets, layout, model=ready.folder) as output:
         for seed in range(first_seed, first_seed + sampling.num_samples):
             dense: AbstractContextManager[Any] = nullcontext()
             if targets.dense is not None:

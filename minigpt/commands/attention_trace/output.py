@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from minigpt.commands.attention_trace.targets import LINES, Targets
+from minigpt.commands.loading import show_model
 from minigpt.commands.output import note
 from minigpt.console import make_console, print_lines, write_result
 from minigpt.files import resource_errors, write_atomically, writing_aside
@@ -25,8 +26,16 @@ _LINES_BELOW = 3  # the seed, and the shell's next prompt
 class TraceOutput:
     """Shows traces on stdout and writes their files, one trace after another."""
 
-    def __init__(self, targets: Targets, layout: TraceLayout, *, is_quiet: bool = False) -> None:
-        """Args: is_quiet, whether stdout gets nothing."""
+    def __init__(
+        self,
+        targets: Targets,
+        layout: TraceLayout,
+        *,
+        model: Path | None = None,
+        is_quiet: bool = False,
+    ) -> None:
+        """Args: model, named on stderr when the first trace begins; is_quiet, for no stdout."""
+        self._model = model
         self._targets, self._layout = targets, layout
         self._view = "" if is_quiet else "json" if targets.as_json else targets.view or LINES
         self._console = make_console(is_stderr=False)
@@ -101,6 +110,9 @@ class TraceOutput:
 
     def _show_event(self, event: TraceEvent) -> None:
         width = self._console.width
+        if self._model is not None:
+            show_model(self._model)
+            self._model = None
         if self._targets.out is not None:
             self._write(to_json_line(event) + "\n", self._targets.out)
         if self._view == "json":

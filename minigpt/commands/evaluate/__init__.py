@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Annotated, Literal
 
-from minigpt.commands.options import Data, Fields, Json, ModelSource, command
+from minigpt.commands.options import Fields, Json, ModelSource, argument, command
 from minigpt.config import Dtype, check_fields, option
 
 
@@ -47,7 +47,10 @@ class EvaluationConfig:
 
 @command
 def evaluate(
-    data: Data = None,
+    data: Annotated[
+        list[str] | None,
+        argument("DATA", "Files, folders, globs, -, or shakespeare [what the run validates on]"),
+    ] = None,
     *,
     source: Annotated[ModelSource, Fields(without=("compile", "dtype"))],
     config: EvaluationConfig,
@@ -61,8 +64,9 @@ def evaluate(
 
     Bits/byte counts the bytes of the text, so it can be compared between tokenizers.
 
-    To reproduce the validation loss of a run, give its text with --val-fraction 0.1, and the
-    eval_tokens and context_length of its config.toml if they differ from the defaults here.
+    Without DATA, the text is the one that the run itself validates on, which reproduces its
+    validation loss; give the eval_tokens and context_length of its config.toml too if they differ
+    from the defaults here.
     """
     from minigpt.commands import output
     from minigpt.commands.evaluate.measuring import lines, measure

@@ -4,25 +4,27 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from rich.text import Text
 from torch import Tensor
 
+from minigpt.checkpoint.folder import CONFIG_FILE
 from minigpt.checkpoint.resolve import resolve_model
 from minigpt.commands.evaluate import EvaluationConfig
-from minigpt.commands.loading import use_threads
+from minigpt.commands.loading import show_model, use_threads
 from minigpt.commands.options import ModelSource
 from minigpt.commands.output import aligned, note, one_line
 from minigpt.commands.status_line import ProgressLine
-from minigpt.config import DataConfig
-from minigpt.errors import CheckpointError, DataError
+from minigpt.config import DataConfig, RunConfig
+from minigpt.errors import CheckpointError, ConfigError, DataError
 from minigpt.evaluation import Windows, evaluate, span_to_evaluate, text_bytes
 from minigpt.format import duration, short
 from minigpt.generation.api import load, tokenizer_of
 from minigpt.model.device import resolve_device, resolve_dtype
 from minigpt.rings import ring
-from minigpt.settings import build
+from minigpt.settings import build, read_toml
 from minigpt.text.corpus import BUILTIN
 from minigpt.text.shards import prepare
 
@@ -34,13 +36,10 @@ def measure(config: EvaluationConfig, source: ModelSource) -> dict[str, Any]:
         missing, damaged or without a tokenizer; DataError for a text that cannot be used.
     """
     use_threads(source.threads)
-    share = {} if config.val_fraction is None else {"val_fraction": config.val_fraction}
-    names = ("special", "skip_unencodable", "chat", "loss_on", "chat_template")
-    reading = {name: getattr(config, name) for name in names if getattr(config, name)}
-    text = build(DataConfig, {"paths": list(config.data), **share, **reading})
     device = resolve_device(source.device)
     dtype = resolve_dtype(config.dtype, device)
     folder = resolve_model(source.model)
+    text, val_fraction = _text(config, folder)
     # As while training: weights in float32, and autocast to the dtype.
     loaded = load(folder, device=device.type, dtype="float32", quantize=source.quantize)
     model, tokenizer = loaded.model, tokenizer_of(loaded)
@@ -51,7 +50,7 @@ def measure(config: EvaluationConfig, source: ModelSource) -> dict[str, Any]:
         data = prepare(text, on_progress=progress.preparing, tokenizer=tokenizer, template=template)
         for line in data.manifest.notes():
             note(line)
-        span = span_to_evaluate(data, config.val_fraction)
+        span = span_to_evaluate(data, val_fraction)
         windows = Windows.fitting(
             model.config,
             len(span),
@@ -71,12 +70,15 @@ def measure(config: EvaluationConfig, source: ModelSource) -> dict[str, Any]:
             f"the loss of {str(folder)!r} is {result.nats_per_token}: its weights are damaged. Use "
             "another checkpoint, or download it again."
         )
-    if config.val_fraction is None and result.n_tokens == len(span) - 1:
+    show_model(folder)
+    if not config.data:
+        note(f"text {', '.join(text.paths) or BUILTIN}: the run's own, as no DATA is given")
+    if val_fraction is None and result.n_tokens == len(span) - 1:
         result = replace(result, n_bytes=text_bytes(data, span))
     return {
         "model": folder,
-        "data": list(config.data) or [BUILTIN],
-        "val_fraction": config.val_fraction,
+        "data": list(text.paths) or [BUILTIN],
+        "val_fraction": val_fraction,
         "nats_per_token": result.nats_per_token,
         "bits_per_byte": result.bits_per_byte,
         "perplexity": result.perplexity,
@@ -92,6 +94,29 @@ def measure(config: EvaluationConfig, source: ModelSource) -> dict[str, Any]:
         "dtype": str(dtype).removeprefix("torch."),
         "quantize": source.quantize,
     }
+
+
+def _text(config: EvaluationConfig, folder: Path) -> tuple[DataConfig, float | None]:
+    """Return the text to evaluate on, and the share of it; without DATA, what the run validates on.
+
+    Raises: DataError if there is no DATA and the model's folder does not say what it validates on.
+    """
+    share = config.val_fraction
+    names = ("special", "skip_unencodable", "chat", "loss_on", "chat_template")
+    reading = {name: getattr(config, name) for name in names if getattr(config, name)}
+    if config.data:
+        own = {} if share is None else {"val_fraction": share}
+        return build(DataConfig, {"paths": list(config.data), **own, **reading}), share
+    try:
+        data = build(RunConfig, read_toml(folder.parent / CONFIG_FILE)).data
+    except ConfigError:  # a model from elsewhere
+        raise DataError(
+            f"{str(folder)!r} is not a step of a run, so it has no text of its own. Give DATA."
+        ) from None
+    if "-" in data.paths:
+        raise DataError("the run's own text came from standard input. Give it as DATA.")
+    data = replace(data, val_fraction=share or data.val_fraction, **reading)
+    return data, data.val_fraction
 
 
 def _shown(

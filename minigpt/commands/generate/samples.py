@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
 
-from minigpt.commands.loading import Ready
+from minigpt.commands.loading import Ready, show_model
 from minigpt.commands.output import note
 from minigpt.config import SamplingConfig
 from minigpt.console import make_console, write_result
@@ -101,6 +101,7 @@ class SampleDisplay:
     ) -> None:
         self._ready, self._sampling = ready, sampling
         self._as_json, self._streams = as_json, streams and not as_json
+        self._is_first = True
 
     def show(
         self,
@@ -113,6 +114,9 @@ class SampleDisplay:
         n_samples: int = 1,
     ) -> bool:
         """Show the steps of samples with seeds from ``seed`` on; return False on Ctrl-C."""
+        if self._is_first:
+            show_model(self._ready.folder)
+            self._is_first = False
         began_at = ready_at = time.perf_counter()
         about = {"prompt": prompt, "n_prompt_tokens": n_prompt_tokens}
         samples = {0: Sample(seed, began_at)}

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from minigpt.checkpoint.families import canonical
 from minigpt.checkpoint.folder import CONFIG_FILE, Pointer, RunFolder
 from minigpt.checkpoint.model_folder import read_model
-from minigpt.checkpoint.resolve import ROOT, models_in
+from minigpt.checkpoint.resolve import ROOT, models_in, warn_of_damage
 from minigpt.config import DataConfig, RunConfig
 from minigpt.errors import CheckpointError, ConfigError, nearest
 from minigpt.model.device import resolve_device, resolve_dtype
@@ -197,6 +197,7 @@ def _require_checkpoint(run: RunFolder) -> Pointer:
             f"the run {run.path.name!r} has no checkpoint to resume from. "
             f"{nearest(run.path.name, names) if names else 'Start one without --resume.'}"
         )
+    warn_of_damage(run, latest.step)
     return latest
 
 

@@ -1,0 +1,85 @@
+"""Each command says which model it used, and which text."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from calls import TINY, Run, error_line
+
+STEP = "checkpoints/tiny/step-000004"
+
+
+@pytest.fixture
+def place(trained: Path, workplace: Path) -> Path:
+    """The working directory, with a copy of the tiny run and its text in it."""
+    shutil.copytree(trained / "checkpoints", workplace / "checkpoints")
+    shutil.copy(trained / "corpus.txt", workplace)
+    return workplace
+
+
+@pytest.mark.parametrize("model", [[], ["--model", "tiny"], ["--model", STEP]])
+@pytest.mark.parametrize("as_json", [[], ["--json"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["generate", "The", "--max-new-tokens", "2", "--num-samples", "2"],
+        ["generate", "The", "--max-new-tokens", "2", "--interactive"],
+        ["attention-trace", "The", "--max-new-tokens", "2", "--num-samples", "2"],
+        ["evaluate", "corpus.txt"],
+        ["evaluate"],
+        ["heads"],
+    ],
+)
+def test_the_model_is_named_once_on_stderr(
+    run: Run, place: Path, words: list[str], model: list[str], as_json: list[str]
+) -> None:
+    result = run(*words, *model, *as_json)
+    assert result.code == 0, result.err
+    assert result.err.splitlines().count(f"model {STEP}") == 1
+
+
+def test_evaluate_without_data_scores_what_the_run_validates_on(run: Run, place: Path) -> None:
+    metrics = (place / "checkpoints/tiny/metrics.jsonl").read_text().splitlines()
+    evaluations = [e for line in metrics if (e := json.loads(line))["event"] == "eval"]
+    result = run("evaluate", "--json", "--eval-tokens", "256")
+    facts = json.loads(result.out)
+    assert facts["nats_per_token"] == pytest.approx(evaluations[-1]["val_loss"], abs=2e-4)
+    assert facts["data"] == ["corpus.txt"]
+    assert facts["val_fraction"] == 0.1
+    assert "text corpus.txt: the run's own" in result.err
+    whole = json.loads(run("evaluate", "--json", "--val-fraction", "0.5").out)
+    assert whole["n_tokens"] > 4 * facts["n_tokens"]
+
+
+def test_evaluate_without_data_needs_a_run_and_its_text(run: Run, place: Path) -> None:
+    shutil.copytree(STEP, "alone")
+    alone = run("evaluate", "--model", "alone")
+    assert alone.code == 3
+    assert "'alone' is not a step of a run" in error_line(alone)
+    (place / "corpus.txt").unlink()
+    gone = run("evaluate")
+    assert gone.code == 3
+    assert "'corpus.txt'" in error_line(gone)
+    text = "The king said: once upon a time.\n" * 90
+    assert run("train", "-", *TINY, "--name", "piped", stdin=text.encode()).code == 0
+    piped = run("evaluate", "--model", "piped")
+    assert piped.code == 3
+    assert "standard input" in error_line(piped)
+
+
+def test_a_damaged_newest_step_is_named_where_an_older_one_is_used(run: Run, place: Path) -> None:
+    words = ["--resume", "--name", "tiny", "--max-steps"]
+    assert run("train", *words, "6").code == 0
+    path = place / "checkpoints/tiny/step-000006/model.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+    used = run("generate", "The", "--max-new-tokens", "2")
+    assert used.code == 0
+    assert "step-000006" in used.err
+    assert "Step 4 is used." in used.err
+    assert f"model {STEP}" in used.err
+    resumed = run("train", *words, "6")
+    assert resumed.code == 0
+    assert "step-000006" in resumed.err
+    assert "Step 4 is used." in resumed.err
+    assert "used" not in run("generate", "The", "--max-new-tokens", "2").err
