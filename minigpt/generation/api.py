@@ -184,7 +184,7 @@ def make_decoder(
     """Return a decoder for as many samples at a time as fit into its memory.
 
     Args: compile, as for ``generate``.
-    Raises: DataError if the prompt is empty or longer than the context.
+    Raises: DataError if the prompt is empty, or longer than the context and overflow is stop.
     """
     n_positions = len(prompt) + sampling.max_new_tokens
     return Decoder(
@@ -193,4 +193,5 @@ def make_decoder(
         max_new_tokens=sampling.max_new_tokens,
         n_rows=max_rows_together(model.config, sampling.num_samples, n_positions),
         compiles=compile,
+        overflow=sampling.overflow,
     )

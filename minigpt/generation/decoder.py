@@ -75,23 +75,28 @@ class Decoder:
         max_new_tokens: int | None = None,
         n_rows: int = 1,
         compiles: bool | None = False,
+        overflow: str | None = None,
     ) -> None:
         """Prefill.
 
         Args: max_new_tokens, the largest that ``generate`` is called with, which sets the size of
             the cache; None for the full context. n_rows, the largest number of seeds that
             ``batch`` is called with. compiles, whether to decode with a compiled graph, which
-            starts more slowly; None does on CUDA, where possible.
+            starts more slowly; None does on CUDA, where possible. overflow, as in SamplingConfig,
+            for a prompt that is longer than the context: slide keeps its first tokens and its end,
+            None refuses it without naming that option.
         Raises: ConfigError if compiling is asked for and not possible; DataError if the prompt is
             empty, longer than the context, or has unknown token ids.
         """
         self.context_length = model.config.context_length
         if not prompt:
             raise DataError("the prompt is empty. Give at least one character of text.")
-        if len(prompt) > self.context_length:
+        window = Window([prompt])
+        if len(prompt) > self.context_length and overflow != "slide":
+            slide = "use --overflow slide, " if overflow else ""
             raise DataError(
                 f"the prompt has {len(prompt)} tokens, the model sees {self.context_length}. "
-                "Shorten the prompt, or train with a larger --context-length."
+                f"Shorten the prompt, {slide}or train with a larger --context-length."
             )
         n_tokens = model.config.vocab_size
         if unknown := [token for token in prompt if not 0 <= token < n_tokens]:
@@ -110,7 +115,9 @@ class Decoder:
             recorder=recorder,
             compiles=compiles,
         )
-        self._start = self._window = Window([prompt])
+        if len(window) > self.context_length:
+            window.slide(self.context_length)
+        self._start = self._window = window
         self._prefill()
 
     @property

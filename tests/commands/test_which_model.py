@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from calls import TINY, Run, error_line
 
+from minigpt.checkpoint.folder import RunFolder
+
 STEP = "checkpoints/tiny/step-000004"
 
 
@@ -83,3 +85,31 @@ def test_a_damaged_newest_step_is_named_where_an_older_one_is_used(run: Run, pla
     assert "step-000006" in resumed.err
     assert "Step 4 is used." in resumed.err
     assert "used" not in run("generate", "The", "--max-new-tokens", "2").err
+
+
+@pytest.mark.parametrize("more", [[], ["--num-samples", "2"]])
+def test_a_sliding_window_takes_a_prompt_longer_than_the_context(
+    run: Run, place: Path, more: list[str]
+) -> None:
+    prompt = "The king said: once upon a time. " * 4  # 132 tokens, and the model sees 64
+    words = ["generate", "--temperature", "0", "--max-new-tokens", "5", "--json", *more]
+    facts = json.loads(run(*words, "--overflow", "slide", prompt).out.splitlines()[0])
+    # As window.py says: the first four tokens and the newest half of a window.
+    view = prompt[:4] + prompt[-32:]
+    same = json.loads(run(*words, view).out.splitlines()[0])
+    assert facts["text"] == same["text"]
+    assert (facts["n_slides"], facts["n_forgotten"]) == (1, len(prompt) - len(view))
+    refused = run(*words, prompt)
+    assert refused.code == 3
+    assert "--overflow slide" in error_line(refused)
+
+
+def test_runs_without_a_name_that_start_together_get_two_names(run: Run, place: Path) -> None:
+    taken = RunFolder(Path("checkpoints/corpus-nano"))
+    with taken.lock():
+        assert run("train", "corpus.txt", *TINY).code == 0
+        assert RunFolder(Path("checkpoints/corpus-nano-2")).steps() == [4]
+        named = run("train", "corpus.txt", *TINY, "--name", "corpus-nano")
+        assert named.code == 7
+    assert run("train", "corpus.txt", *TINY).code == 0
+    assert taken.steps() == [4]

@@ -20,7 +20,7 @@ from minigpt.commands.train.job import (
     Job,
     checked_name,
     flat,
-    fresh_name,
+    fresh_names,
     given,
     settings_of,
     with_split,
@@ -119,7 +119,9 @@ def _planned(
     data_config = build(DataConfig, settings.get("data", {}), "data.")
     # The prefix itself is not the name of a run, so the derived prefix is always the same.
     is_named = config.name is not None
-    name = checked_name(config.name or "") if is_named else fresh_name(data_config, "compare")
+    name = (
+        checked_name(config.name or "") if is_named else next(fresh_names(data_config, "compare"))
+    )
     with TrainingDisplay() as display:
         data = prepare(data_config, on_progress=display.preparing)
     base = with_split(with_vocabulary(settings, data.tokenizer.vocab_size), data)

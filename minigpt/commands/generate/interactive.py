@@ -51,7 +51,9 @@ def converse(
                 ids = tokenizer.encode(text, is_start=False, special=special)
             if decoder is None:
                 with compiling(ready.model, compile):
-                    decoder = Decoder(ready.model, ids, compiles=compile)
+                    decoder = Decoder(
+                        ready.model, ids, compiles=compile, overflow=sampling.overflow
+                    )
             elif chat is not None:
                 decoder.replace(ids)
             else:

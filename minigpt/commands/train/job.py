@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import count
 from math import gcd
@@ -14,7 +14,7 @@ from minigpt.checkpoint.folder import CONFIG_FILE, Pointer, RunFolder
 from minigpt.checkpoint.model_folder import read_model
 from minigpt.checkpoint.resolve import ROOT, models_in, warn_of_damage
 from minigpt.config import DataConfig, RunConfig
-from minigpt.errors import CheckpointError, ConfigError, nearest
+from minigpt.errors import CheckpointError, ConfigError, LockedError, nearest
 from minigpt.model.device import resolve_device, resolve_dtype
 from minigpt.model.language_model import LanguageModel
 from minigpt.presets import DEFAULT_PRESET
@@ -115,7 +115,6 @@ def _new_job(request: Request) -> Iterator[Job]:
     else:
         settings = settings_of(overrides)
         config = with_vocabulary(settings, 1)
-    run = RunFolder(ROOT / (name or fresh_name(config.data, base.name if base else config.preset)))
     _require_memory(config, request)  # before the text is read
     tokenizer = base.tokenizer if base else None
     data = prepare(
@@ -128,8 +127,18 @@ def _new_job(request: Request) -> Iterator[Job]:
         config = with_vocabulary(settings, data.tokenizer.vocab_size)
         _require_memory(config, request)
     config = with_split(config, data)
-    with request.lock(run):
-        _require_new(run)  # another process may have created it meanwhile
+    names = fresh_names(config.data, base.name if base else config.preset)
+    with ExitStack() as held:
+        while True:
+            run = RunFolder(ROOT / (name or next(names)))
+            try:
+                held.enter_context(request.lock(run))
+                _require_new(run)  # another process may have created it meanwhile
+                break
+            except (LockedError, ConfigError):
+                if name:
+                    raise
+                held.close()  # another run took the name that was free: take the next one
         yield Job(config, data, run, start_from=base.model if base else None)
 
 
@@ -322,15 +331,15 @@ def checked_name(name: str) -> str:
     return name
 
 
-def fresh_name(data: DataConfig, start: str) -> str:
-    """Return an unused name for a run. Args: start, the preset or the model it starts from."""
+def fresh_names(data: DataConfig, start: str) -> Iterator[str]:
+    """Yield unused names for a run. Args: start, the preset or the model it starts from."""
     corpus = "python"
     if data.paths:
         first = data.paths[0]
         corpus = "stdin" if first == "-" else Path(first).name.split(".")[0]
     stem = f"{_plain(corpus) or 'text'}-{_plain(start) or 'model'}"
     names = (stem if number == 1 else f"{stem}-{number}" for number in count(1))
-    return next(name for name in names if not RunFolder(ROOT / name).steps())
+    return (name for name in names if not RunFolder(ROOT / name).steps())
 
 
 def _plain(name: str) -> str:
