@@ -140,6 +140,10 @@ class Place:
     """Special tokens that are plain text in those pieces, and how often each is."""
     skipped: Mapping[str, int] = field(default_factory=dict)
     """Characters of those pieces that were skipped, and how often each was."""
+    n_refused: int = 0
+    """Number of conversations that the chat template refused, left out of the tokens."""
+    refused: str = ""
+    """Message about the first of them."""
     n_val_tokens: int = 0
     """Number of tokens of validation documents in those pieces."""
 
@@ -147,7 +151,11 @@ class Place:
         """Return the place after this one and some encoded pieces."""
         return Place(
             n_pieces=self.n_pieces + len(encoded.pieces),
-            n_documents=self.n_documents + sum(piece.is_start for piece in encoded.pieces),
+            n_documents=self.n_documents
+            + sum(piece.is_start for piece in encoded.pieces)
+            - len(encoded.refused),
+            n_refused=self.n_refused + len(encoded.refused),
+            refused=self.refused or next(iter(encoded.refused), ""),
             n_bytes=self.n_bytes + encoded.n_bytes,
             unparsed=dict(Counter(self.unparsed) + encoded.unparsed),
             skipped=dict(Counter(self.skipped) + encoded.skipped),
@@ -166,6 +174,7 @@ class Encoded:
     n_bytes: int
     unparsed: Counter[str]
     skipped: Counter[str]
+    refused: list[str]
 
 
 @dataclass(frozen=True)
@@ -346,8 +355,8 @@ def build(
         val_split=corpus.val_split,
         val_fraction=corpus.data.val_fraction,
         n_val_tokens=place.n_val_tokens,
-        n_bad_rows=n_bad_rows,
-        bad_row=bad_row,
+        n_bad_rows=n_bad_rows + place.n_refused,
+        bad_row=bad_row or place.refused,
     )
     write_json(folder / MANIFEST, asdict(manifest))
     return Work(place.n_bytes - n_bytes_before, time.perf_counter() - started)
@@ -404,11 +413,23 @@ def _encode(chunk: list[Document], corpus: Corpus, tokenizer: Tokenizer, dtype: 
 
     Raises: DataError if the vocabulary lacks a character, unless such characters are skipped.
     """
-    arrays, n_bytes, unparsed, skipped = [], 0, Counter[str](), Counter[str]()
+    arrays, n_bytes, unparsed, skipped = (
+        [np.array([], np.uint32)],
+        0,
+        Counter[str](),
+        Counter[str](),
+    )
+    refused: list[str] = []
     for piece in chunk:
         if corpus.template is not None:
             loss_on, chat = corpus.data.loss_on, ring("text.chat")
-            arrays.append(chat.encode_row(piece.text, corpus.template, tokenizer, loss_on))
+            try:
+                arrays.append(chat.encode_row(piece.text, corpus.template, tokenizer, loss_on))
+            except DataError as error:
+                if not corpus.data.skip_bad:
+                    raise
+                refused.append(str(error))
+                continue
             n_bytes += int(tokenizer.token_byte_lengths[arrays[-1] % CONTEXT_ONLY].sum())
             continue
         if piece.is_start:
@@ -428,7 +449,7 @@ def _encode(chunk: list[Document], corpus: Corpus, tokenizer: Tokenizer, dtype: 
             tokenizer.encode_array(text, is_start=piece.is_start, special=corpus.data.special)
         )
     tokens = np.concatenate(arrays, dtype=dtype, casting="unsafe")
-    return Encoded(chunk, tokens, n_bytes, unparsed, skipped)
+    return Encoded(chunk, tokens, n_bytes, unparsed, skipped, refused)
 
 
 def _training_texts(corpus: Corpus) -> Iterator[str]:

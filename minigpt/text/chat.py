@@ -138,9 +138,10 @@ class ChatTemplate:
                 "so the answers cannot be found. Use {% generation %} in it, or --loss-on all."
             )
         start, stop = len(before), len(text) - len(after)
-        prompt = self._rendered(messages[:index], True) if index else before
-        if text.startswith(prompt):  # what a model continues may end before the answer
-            start = min(start, len(prompt))
+        with suppress(DataError, CheckpointError):  # a template may refuse a part
+            prompt = self._rendered(messages[:index], True) if index else before
+            if text.startswith(prompt):  # what a model continues may end before the answer
+                start = min(start, len(prompt))
         special = re.compile(rf"\s*{tokenizer.special_pattern.pattern}").match(after)
         return start, stop + (special.end() if special else 0)
 
@@ -268,8 +269,10 @@ def conversation_of_row(row: object) -> str:
 
 
 def row_text(text: str, template: ChatTemplate) -> str:
-    """Return the rendered text of a conversation, given as JSON."""
-    return template.render(json.loads(text), add_generation_prompt=False)
+    """Return the rendered text of a conversation, given as JSON; empty if it is refused."""
+    with suppress(DataError):
+        return template.render(json.loads(text), add_generation_prompt=False)
+    return ""
 
 
 def encode_row(
@@ -281,11 +284,14 @@ def encode_row(
     Raises: as ``ChatTemplate.encode_answers``.
     """
     messages = json.loads(text)
-    if loss_on == "all":
-        ids = template.encode(tokenizer, messages, add_generation_prompt=False)
-        is_counted = [True] * len(ids)
-    else:
-        ids, is_counted = template.encode_answers(tokenizer, messages)
+    try:
+        if loss_on == "all":
+            ids = template.encode(tokenizer, messages, add_generation_prompt=False)
+            is_counted = [True] * len(ids)
+        else:
+            ids, is_counted = template.encode_answers(tokenizer, messages)
+    except DataError as error:
+        raise DataError(f"{error} The conversation begins {text[:100]!r}.") from None
     prefix, before = list(tokenizer.prefix), list(tokenizer.separator)
     if prefix and ids[: len(prefix)] == prefix:  # as most templates begin
         before = before[: len(before) - len(prefix)]
@@ -457,8 +463,9 @@ def _take_spans(text: str) -> tuple[str, list[tuple[int, int]]]:
 
 
 def _n_common(first: Sequence[int], second: Sequence[int]) -> int:
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
+    n = min(len(first), len(second))
+    differs = np.array(first[:n]) != np.array(second[:n])
+    return int(differs.argmax()) if differs.any() else n
 
 
 class _RefusedError(jinja2.TemplateError):

@@ -256,13 +256,13 @@ class Trainer:
         for number, (micro_inputs, micro_targets) in enumerate(micro_batches, start=1):
             is_last = number == len(micro_batches)
             with nullcontext() if is_last else self.world.no_sync(self._forward):
-                loss = self._loss(micro_inputs, micro_targets, is_sum=n_counted is not None)
+                loss = self._loss(micro_inputs, micro_targets, n_counted is not None)
                 loss = loss / (len(micro_batches) if n_counted is None else n_counted)
                 loss.backward()
             total += loss.detach()
         return total
 
-    def _loss(self, inputs: Tensor, targets: Tensor, *, is_sum: bool) -> Tensor:
+    def _loss(self, inputs: Tensor, targets: Tensor, is_sum: bool) -> Tensor:
         # A separate function, so that the logits are freed before the backward pass.
         recompute = self.config.training.recompute
         with autocast(self.device, self.dtype):

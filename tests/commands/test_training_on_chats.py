@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from minigpt.text.chat import training_template
 from minigpt.text.shards import PreparedData, prepare
 from minigpt.text.tokenizer import TiktokenTokenizer, bytes_tokenizer, make_encoding
 from minigpt.training.trainer import Trainer
+from minigpt.training.world import ALONE, World
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}"
@@ -88,6 +90,43 @@ def _batch(data: PreparedData, lengths: dict[str, int]) -> tuple[torch.Tensor, t
     return batch(span, **lengths)
 
 
+@dataclass(frozen=True)
+class Rank(World):
+    """One of two ranks, which knows the mean of their counts."""
+
+    n_counted: torch.Tensor = field(default_factory=torch.Tensor)
+    size: int = 2
+
+    def __init__(self, n_counted: torch.Tensor, rank: int) -> None:
+        super().__init__(rank=rank, size=2)
+        object.__setattr__(self, "n_counted", n_counted)
+
+    def on(self, device: torch.device, *, shard: bool) -> "Rank":
+        return self
+
+    def mean(self, value: torch.Tensor) -> torch.Tensor:
+        return self.n_counted
+
+
+def trainer_of(config: RunConfig, data: PreparedData, base: Path, world: World = ALONE) -> Trainer:
+    return Trainer(
+        config,
+        data,
+        RunFolder(Path("checkpoints/y")),
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        start_from=read_model(base, dtype=torch.float32).model,
+        world=world,
+    )
+
+
+def assert_gradients_equal(model: torch.nn.Module, trainers: list[Trainer]) -> None:
+    ranks = [dict(trainer.model.named_parameters()) for trainer in trainers]
+    for name, parameter in model.named_parameters():
+        mean = torch.stack([rank[name].grad for rank in ranks]).mean(dim=0)
+        torch.testing.assert_close(mean, parameter.grad, rtol=1e-4, atol=1e-6)
+
+
 def test_the_loss_and_gradient_are_the_means_over_counted_tokens(
     run: Run, rows: Path, base: Path
 ) -> None:
@@ -109,25 +148,22 @@ def test_the_loss_and_gradient_are_the_means_over_counted_tokens(
     loaded = read_model(base, dtype=torch.float32)
     template = training_template(None, base)
     data = prepare(config.data, tokenizer=loaded.tokenizer, template=template)
-    trainer = Trainer(
-        config,
-        data,
-        RunFolder(Path("checkpoints/y")),
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        start_from=loaded.model,
-    )
-    loss = trainer._accumulate_gradients()
+    trainer = trainer_of(config, data, base)
+    losses = [trainer._accumulate_gradients()]
     inputs, targets = batch(trainer.train_tokens, 32, 8, seed=config.training.seed, step=0)
     counts = [(part != NO_TARGET).sum().item() for part in targets.split(2)]
     assert len(set(counts)) > 1  # so that a mean of means would differ
     model = read_model(base, dtype=torch.float32).model
     expected = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
     expected.backward()
-    torch.testing.assert_close(loss, expected.detach())
-    grads = dict(trainer.model.named_parameters())
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(grads[name].grad, parameter.grad, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(losses[0], expected.detach())
+    assert_gradients_equal(model, [trainer])
+    # Two ranks average their losses and gradients.
+    n_counted = torch.tensor(sum(counts) / 2)
+    ranks = [trainer_of(config, data, base, world=Rank(n_counted, rank)) for rank in (0, 1)]
+    losses = [rank._accumulate_gradients() for rank in ranks]
+    torch.testing.assert_close(sum(losses) / 2, expected.detach())
+    assert_gradients_equal(model, ranks)
 
 
 def test_a_resumed_run_on_chats_ends_with_the_same_bits(run: Run, rows: Path) -> None:
@@ -214,3 +250,24 @@ def test_chats_need_rows_and_rows_of_chats_name_the_option(run: Run, rows: Path)
     assert (refused.code, "--chat" in error_line(refused)) == (2, True)
     refused = run("train", str(rows), "--special", *WORDS)
     assert (refused.code, "special" in error_line(refused)) == (2, True)
+
+
+def test_a_conversation_that_the_template_refuses_is_named_or_left_out(
+    run: Run, rows: Path
+) -> None:
+    Path("strict.jinja").write_text(
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}"
+        "{% endif %}{{ m.role + ':' + m.content + eos_token }}{% endfor %}"
+    )
+    row = {"messages": [{"role": "system", "content": "x"}, *turns(3)]}
+    with rows.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    words = ["prepare", str(rows), "--chat", "--chat-template", "strict.jinja", "--out", "folder"]
+    refused = run(*words)
+    assert refused.code == 3
+    assert "'no system'" in error_line(refused)
+    assert "The conversation begins" in error_line(refused)
+    result = run(*words, "--skip-bad", "--json")
+    assert result.code == 0
+    assert json.loads(result.out)["n_documents"] == 80
+    assert "1 row was left out" in result.err
