@@ -413,12 +413,8 @@ def _encode(chunk: list[Document], corpus: Corpus, tokenizer: Tokenizer, dtype: 
 
     Raises: DataError if the vocabulary lacks a character, unless such characters are skipped.
     """
-    arrays, n_bytes, unparsed, skipped = (
-        [np.array([], np.uint32)],
-        0,
-        Counter[str](),
-        Counter[str](),
-    )
+    arrays, n_bytes = [np.array([], np.uint32)], 0
+    unparsed, skipped = Counter[str](), Counter[str]()
     refused: list[str] = []
     for piece in chunk:
         if corpus.template is not None:
