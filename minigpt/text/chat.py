@@ -28,7 +28,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
-from minigpt.errors import CheckpointError, ConfigError, DataError
+from minigpt.errors import CheckpointError, ConfigError, DataError, MinigptError
 from minigpt.files import read_bytes, read_json
 from minigpt.text.shard_files import CONTEXT_ONLY
 from minigpt.text.tokenizer import END_OF_TEXT, Tokenizer, well_formed
@@ -90,7 +90,12 @@ class ChatTemplate:
     ) -> list[int]:
         """Return the ids of a conversation; raise as ``render``."""
         text = self._rendered(_marked(messages, tokenizer), add_generation_prompt)
-        return _encode(tokenizer, re.sub(f"[{_ANSWER}{_ANSWER_END}]", "", text))
+        ids = _encode(tokenizer, re.sub(f"[{_ANSWER}{_ANSWER_END}]", "", text))
+        if not ids:
+            raise DataError(
+                f"{self.where} renders these messages to no text. Use another --chat-template."
+            )
+        return ids
 
     def encode_answers(
         self, tokenizer: Tokenizer, messages: Sequence[Message]
@@ -195,7 +200,12 @@ def read_chat_template(folder: Path, named: str | None = None) -> ChatTemplate:
     """
     path = folder / _TOKENIZER_CONFIG
     config = read_json(path) if os.path.lexists(path) else {}
-    templates = _templates(folder, config)
+    try:
+        templates = _templates(folder, config)
+    except CheckpointError:
+        if named is None:
+            raise
+        templates = {}
     where = f"the chat template of {str(folder)!r}"
     if named is not None and named not in templates:
         where = f"the chat template {named!r}"
@@ -256,6 +266,8 @@ def conversation_of_row(row: object) -> str:
         messages = []
         for name, role in (("prompt", "user"), ("completion", "assistant")):
             value = row[name]
+            if not isinstance(value, str | list):
+                raise DataError(f'has a "{name}" that is neither a text nor a list of messages')
             messages += [{"role": role, "content": value}] if isinstance(value, str) else value
     if not messages or not isinstance(messages, list):
         raise DataError('has no "messages", or "prompt" and "completion"')
@@ -265,7 +277,7 @@ def conversation_of_row(row: object) -> str:
             raise DataError("has a message that is not an object with role and content")
     if not any(message["role"] == "assistant" for message in messages):
         raise DataError("has no message of the assistant")
-    return json.dumps(messages, ensure_ascii=False)
+    return well_formed(json.dumps(messages, ensure_ascii=False))
 
 
 def row_text(text: str, template: ChatTemplate) -> str:
@@ -290,6 +302,8 @@ def encode_row(
             is_counted = [True] * len(ids)
         else:
             ids, is_counted = template.encode_answers(tokenizer, messages)
+    except RecursionError:
+        raise DataError(f"a conversation is nested too deeply: {text[:100]!r}.") from None
     except DataError as error:
         raise DataError(f"{error} The conversation begins {text[:100]!r}.") from None
     prefix, before = list(tokenizer.prefix), list(tokenizer.separator)
@@ -381,18 +395,18 @@ def _templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
             "list of objects with name and template. Give another with --chat-template FILE."
         ) from None
     others = sorted((folder / "additional_chat_templates").glob("*.jinja"))
-    files = {path.stem: _read(path) for path in others}
+    files = {path.stem: _read(path, CheckpointError) for path in others}
     if os.path.lexists(folder / TEMPLATE_FILE):
-        files["default"] = _read(folder / TEMPLATE_FILE)
+        files["default"] = _read(folder / TEMPLATE_FILE, CheckpointError)
     return files or found
 
 
-def _read(path: Path) -> str:
+def _read(path: Path, kind: type[MinigptError] = ConfigError) -> str:
     try:
         return read_bytes(path).decode("utf-8")
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise ConfigError(
+        raise kind(
             f"the chat template {str(path)!r} cannot be read: {reason}. Name a file with a Jinja "
             "template."
         ) from None

@@ -224,6 +224,7 @@ def test_a_prepared_folder_of_chats_trains_like_the_rows(run: Run, rows: Path) -
         ({"messages": [{"role": 1, "content": "a"}]}, "not an object with role and content"),
         ({"messages": [{"role": "user", "content": 4}]}, "not an object with role and content"),
         ({"prompt": "a"}, 'has no "messages"'),
+        ({"prompt": 1, "completion": "b"}, 'has a "prompt" that is neither'),
         ({"messages": []}, 'has no "messages"'),
     ],
 )

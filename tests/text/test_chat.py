@@ -269,7 +269,14 @@ def test_a_missing_template_is_a_usage_error_that_names_the_option(tmp_path: Pat
     with pytest.raises(CheckpointError, match="neither a text nor a list"):
         read_chat_template(folder)
     (tmp_path / "own.jinja").write_text("own")
-    assert read_chat_template(folder_with(tmp_path, "bytes"), str(tmp_path / "own.jinja")).source
+    assert read_chat_template(folder, str(tmp_path / "own.jinja")).source == "own"
+    folder_with(tmp_path, "bytes")
+    (tmp_path / "chat_template.jinja").mkdir()
+    with pytest.raises(CheckpointError, match="cannot be read: it is a folder"):
+        read_chat_template(folder)
+    (tmp_path / "chat_template.jinja").rmdir()
+    with pytest.raises(DataError, match="to no text"):
+        ChatTemplate("", {}, "x").encode(bytes_tokenizer(), [turn("user", "a")])
 
 
 GROW = "{% set ns = namespace(s='aa') %}{% for i in range(99) %}GROWN{% endfor %}"
