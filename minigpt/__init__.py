@@ -4,16 +4,33 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from minigpt.commands.python_api import evaluate, train
     from minigpt.generation.api import generate
     from minigpt.tracing.api import trace
 
-__all__ = ["generate", "trace"]
+    __version__: str
 
-_HOMES = {"generate": "minigpt.generation.api", "trace": "minigpt.tracing.api"}
+__all__ = ["__version__", "evaluate", "generate", "trace", "train"]
+
+_HOMES = {
+    "evaluate": "minigpt.commands.python_api",
+    "generate": "minigpt.generation.api",
+    "trace": "minigpt.tracing.api",
+    "train": "minigpt.commands.python_api",
+}
 
 
 def __getattr__(name: str) -> Any:
     # Imported when it is first used: torch takes seconds, and --help needs none of it.
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        from minigpt.errors import DISTRIBUTION
+
+        try:
+            return version(DISTRIBUTION)
+        except PackageNotFoundError:  # run from the source tree
+            return "0+source"
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

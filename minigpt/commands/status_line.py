@@ -18,6 +18,7 @@ from rich.live import Live
 from rich.segment import ControlType, Segment
 from rich.text import Text
 
+from minigpt.commands.output import one_line
 from minigpt.console import make_console, spans_to_text
 from minigpt.text.building import PrepareProgress
 from minigpt.text.escape import printable
@@ -122,12 +123,13 @@ class _Measured:
 class ProgressLine:
     """The progress of one task after another, as a context manager."""
 
-    def __init__(self, label: str = "") -> None:
-        """Args: label, the first task. Nothing is shown before it has one."""
+    def __init__(self, label: str = "", *, is_quiet: bool = False) -> None:
+        """Args: label, the first task. Nothing is shown before it has one, or if is_quiet."""
         self.console = make_console(is_stderr=True)
+        self.console.quiet = is_quiet
         self.line = StatusLine()
         self.line.label = label
-        self.is_live = sys.stderr.isatty() and not self.console.is_dumb_terminal
+        self.is_live = not is_quiet and sys.stderr.isatty() and not self.console.is_dumb_terminal
         self.live = LiveLines(self.line, self.console)
         self._last_line_at = time.monotonic()
         self._stage: PrepareProgress | None = None
@@ -145,6 +147,10 @@ class ProgressLine:
         trace: TracebackType | None,
     ) -> None:
         self.live.stop()
+
+    def note(self, text: str) -> None:
+        """Print a line."""
+        self.console.print(one_line(text), style="dim")
 
     def show_task(
         self, label: str, share: float, facts: Sequence[str], *, is_due: bool = False

@@ -1,6 +1,7 @@
 """The Python API of generation: ``minigpt.generate``."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,13 @@ from minigpt.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """Text, token ids, or the messages of a chat."""
+Prompts = Prompt | Sequence[str] | Sequence[Sequence[int]]
+"""A prompt, or a list of texts or of lists of token ids."""
 
 
 def generate(
     model: str | Path | LanguageModel,
-    prompt: Prompt = "",
+    prompt: Prompts = "",
     *,
     tokenizer: Tokenizer | None = None,
     special: bool = False,
@@ -47,7 +50,9 @@ def generate(
 
     Args: model, as for ``--model``, or a LanguageModel in evaluation mode with its tokenizer.
         prompt, text or token ids; empty text starts a new document; or the messages of a chat, as
-        in ``[{"role": "user", "content": "Hi"}]``, for a model that is loaded here. special,
+        in ``[{"role": "user", "content": "Hi"}]``, for a model that is loaded here; or a list of
+        texts or of lists of token ids, which are continued one after another: sample j of prompt i
+        has the number i * num_samples + j, which is added to the seed. special,
         whether special tokens in a text are parsed. chat_template, device, dtype and quantize
         (int8), as for the command, for a model that is loaded. compile, whether to decode through
         a compiled graph; None does on CUDA. sampling, fields of SamplingConfig: temperature,
@@ -62,12 +67,42 @@ def generate(
     network, tokenizer, folder = model_and_tokenizer(
         model, tokenizer, device=device, dtype=dtype, quantize=quantize, compile=compile
     )
-    ids, tokenizer = prompt_ids(
-        tokenizer, prompt, folder, special=special, chat_template=chat_template
-    )
-    decoder = make_decoder(network, ids, config, compile=compile)
     seed = fresh_seed() if config.seed is None else config.seed
-    return stream_samples(decoder, tokenizer, config, seed=seed)
+    encoded = [
+        prompt_ids(tokenizer, one, folder, special=special, chat_template=chat_template)
+        for one in prompts_of(prompt)
+    ]
+    (ids, tokenizer), *others = encoded
+    decoder = make_decoder(network, ids, config, compile=compile)
+
+    def steps() -> Iterator[TextStep]:
+        yield from stream_samples(decoder, tokenizer, config, seed=seed)
+        for number, (ids, ending) in enumerate(others, start=1):
+            first = number * config.num_samples
+            next_decoder = make_decoder(network, ids, config, compile=compile)
+            for item in stream_samples(next_decoder, ending, config, seed=seed + first):
+                yield replace(item, sample=first + item.sample)
+
+    return steps()
+
+
+def prompts_of(prompt: Prompts) -> list[Prompt]:
+    """Return the prompts of a list of texts or of lists of token ids; else the one prompt.
+
+    Raises: ConfigError for an empty list, or one of several kinds.
+    """
+    if isinstance(prompt, str) or not isinstance(prompt, Sequence):
+        return [prompt]
+    is_text = [isinstance(one, str) for one in prompt]
+    is_nested = [isinstance(one, Sequence) and not isinstance(one, str) for one in prompt]
+    if prompt and (all(is_text) or all(is_nested)):
+        return list(prompt)  # type: ignore[arg-type]
+    if any(is_text) or any(is_nested):
+        raise ConfigError(
+            "a list of prompts holds texts, or lists of token ids, all of one kind. Pass the "
+            "others in another call."
+        )
+    return [prompt]  # type: ignore[list-item]
 
 
 def model_and_tokenizer(

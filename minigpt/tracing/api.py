@@ -18,7 +18,7 @@ from minigpt.tracing.events import Trace, TraceFooter, TraceHeader, TraceStep
 
 def trace(
     model: str | Path | LanguageModel,
-    prompt: api.Prompt = "",
+    prompt: api.Prompts = "",
     *,
     tokenizer: Tokenizer | None = None,
     special: bool = False,
@@ -28,13 +28,15 @@ def trace(
     quantize: str | None = None,
     compile: bool | None = None,
     **options: Any,
-) -> Trace:
+) -> Any:
     """Continue a prompt and return the attention of each generated token.
 
         import minigpt
 
         trace = minigpt.trace("book", "Once upon a time", temperature=0, n_verified=3)
         trace.steps[0].row.sources[0].token.data
+
+    Returns a ``Trace``; for a list of prompts a list of them, prompt i with the seed ``seed + i``.
 
     In a notebook, a trace is displayed as the page that ``--html`` writes.
 
@@ -54,19 +56,24 @@ def trace(
     network, tokenizer, name = api.model_and_tokenizer(
         model, tokenizer, device=device, dtype=dtype, quantize=quantize, compile=compile
     )
-    ids, tokenizer = api.prompt_ids(
-        tokenizer, prompt, name, special=special, chat_template=chat_template
-    )
-    header, *steps, footer = tracer.trace(
-        network,
-        tokenizer,
-        ids,
-        sampling,
-        config,
-        seed=fresh_seed() if sampling.seed is None else sampling.seed,
-        model_name=name,
-        compiles=compile,
-    )
-    assert isinstance(header, TraceHeader)
-    assert isinstance(footer, TraceFooter)
-    return Trace(header, tuple(s for s in steps if isinstance(s, TraceStep)), footer)
+    seed = fresh_seed() if sampling.seed is None else sampling.seed
+    traces = []
+    for number, one in enumerate(api.prompts_of(prompt)):
+        ids, ending = api.prompt_ids(
+            tokenizer, one, name, special=special, chat_template=chat_template
+        )
+        header, *steps, footer = tracer.trace(
+            network,
+            ending,
+            ids,
+            sampling,
+            config,
+            seed=seed + number,
+            model_name=name,
+            compiles=compile,
+        )
+        assert isinstance(header, TraceHeader)
+        assert isinstance(footer, TraceFooter)
+        traces.append(Trace(header, tuple(s for s in steps if isinstance(s, TraceStep)), footer))
+    is_one = not prompt or isinstance(prompt, str) or api.prompts_of(prompt)[0] is prompt
+    return traces[0] if is_one else traces

@@ -5,12 +5,13 @@ Shapes: L layers, H query heads, S positions in view, K sources kept per row.
 
 import html
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 from numpy.typing import NDArray
 
 from minigpt.config import SamplingConfig
+from minigpt.errors import cut
 from minigpt.generation.decoder import FinishReason
 from minigpt.rings import ring
 from minigpt.tracing.config import Knockout, Measure, Reduce
@@ -84,9 +85,9 @@ class Row:
     """Mean distance from the query to the positions, in tokens."""
     sources: tuple[Source, ...]
     """Positions with the largest weights, except the sink, in descending order."""
-    weights_S: NDArray[np.float32]
+    weights_S: NDArray[np.float32] = field(repr=False)
     """The whole row."""
-    heads: HeadRows | None = None
+    heads: HeadRows | None = field(default=None, repr=False)
     """Rows of all heads by this measure. None if they were not kept."""
 
     @property
@@ -237,7 +238,7 @@ class TraceFooter:
 TraceEvent = TraceHeader | TraceStep | TraceFooter
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Trace:
     """A complete trace."""
 
@@ -254,6 +255,15 @@ class Trace:
     def text(self) -> str:
         """Generated text."""
         return "".join(step.text for step in self.steps)
+
+    def __repr__(self) -> str:
+        """Return the model, the numbers of tokens and the text, cut to a line."""
+        n_prompt, n_steps = len(self.header.prompt), len(self.steps)
+        finish = self.footer.finish or "interrupted"
+        return (
+            f"Trace(model={self.header.model!r}, prompt of {n_prompt} tokens, {n_steps} generated, "
+            f"finish={finish!r}, text={cut(self.text)})"
+        )
 
     def _repr_html_(self) -> str:
         """Return the page of the trace in a frame, for notebooks."""

@@ -13,9 +13,9 @@ from torch import Tensor
 from minigpt.checkpoint.folder import CONFIG_FILE
 from minigpt.checkpoint.resolve import resolve_model
 from minigpt.commands.evaluate import EvaluationConfig
-from minigpt.commands.loading import show_model, use_threads
+from minigpt.commands.loading import use_threads
 from minigpt.commands.options import ModelSource
-from minigpt.commands.output import aligned, note, one_line
+from minigpt.commands.output import aligned, one_line
 from minigpt.commands.status_line import ProgressLine
 from minigpt.config import DataConfig, RunConfig
 from minigpt.errors import CheckpointError, ConfigError, DataError
@@ -29,7 +29,9 @@ from minigpt.text.corpus import BUILTIN
 from minigpt.text.shards import prepare
 
 
-def measure(config: EvaluationConfig, source: ModelSource) -> dict[str, Any]:
+def measure(
+    config: EvaluationConfig, source: ModelSource, *, is_quiet: bool = False
+) -> dict[str, Any]:
     """Load the model and the text, evaluate in one pass, and return the result for JSON.
 
     Raises: ConfigError for a window longer than the context; CheckpointError for a model that is
@@ -46,10 +48,10 @@ def measure(config: EvaluationConfig, source: ModelSource) -> dict[str, Any]:
     template = None
     if text.chat:
         template = ring("text.chat").training_template(text.chat_template, folder)
-    with ProgressLine("reading") as progress:
+    with ProgressLine("reading", is_quiet=is_quiet) as progress:
         data = prepare(text, on_progress=progress.preparing, tokenizer=tokenizer, template=template)
         for line in data.manifest.notes():
-            note(line)
+            progress.note(line)
         span = span_to_evaluate(data, val_fraction)
         windows = Windows.fitting(
             model.config,
@@ -70,9 +72,11 @@ def measure(config: EvaluationConfig, source: ModelSource) -> dict[str, Any]:
             f"the loss of {str(folder)!r} is {result.nats_per_token}: its weights are damaged. Use "
             "another checkpoint, or download it again."
         )
-    show_model(folder)
+    progress.note(f"model {folder}")
     if not config.data:
-        note(f"text {', '.join(text.paths) or BUILTIN}: the run's own, as no DATA is given")
+        progress.note(
+            f"text {', '.join(text.paths) or BUILTIN}: the run's own, as no DATA is given"
+        )
     if val_fraction is None and result.n_tokens == len(span) - 1:
         result = replace(result, n_bytes=text_bytes(data, span))
     return {

@@ -2,11 +2,12 @@
 
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import typer
 
@@ -18,6 +19,7 @@ from minigpt.errors import DataError
 from minigpt.files import write_atomically
 from minigpt.rings import ring
 from minigpt.settings import to_toml
+from minigpt.training.events import Event
 from minigpt.training.metrics import logging_to
 from minigpt.training.trainer import Trainer
 from minigpt.training.world import ALONE, World, join
@@ -70,8 +72,21 @@ def _train(job: Job, display: TrainingDisplay, report_to: str | None, world: Wor
     display.propose("next", _next_commands(trainer))
 
 
+class Display(Protocol):
+    """What a training run tells about itself."""
+
+    def start(self, trainer: Trainer) -> None:
+        """Take the run, before its first step."""
+
+    def show(self, event: Event) -> None:
+        """Take an event."""
+
+    def stopping(self) -> None:
+        """Hear that a stop was requested; safe in a signal handler."""
+
+
 def train_job(
-    job: Job, display: TrainingDisplay, report_to: str | None = None, world: World = ALONE
+    job: Job, display: Display, report_to: str | None = None, world: World = ALONE
 ) -> tuple[Trainer, int]:
     """Train a job, and write its events to metrics.jsonl and to the display.
 
@@ -110,7 +125,8 @@ def stopping_on_signals(stop: Callable[[], None]) -> Iterator[list[int]]:
         received.append(number)
         stop()
 
-    before = {number: signal.getsignal(number) for number in _stop_signals()}
+    is_main = threading.current_thread() is threading.main_thread()  # only it may set handlers
+    before = {number: signal.getsignal(number) for number in _stop_signals() if is_main}
     for number in before:
         signal.signal(number, receive)
     try:

@@ -1,0 +1,123 @@
+"""The Python API of training and evaluation: ``minigpt.train`` and ``minigpt.evaluate``."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from minigpt.commands.options import ModelSource
+from minigpt.commands.train.job import Request, open_job
+from minigpt.commands.train.run import train_job
+from minigpt.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
+from minigpt.errors import ConfigError, nearest
+from minigpt.rings import ring
+from minigpt.settings import build, merge, plain_key
+from minigpt.training.events import Event
+from minigpt.training.trainer import Trainer
+
+_TABLES = {"model": ModelConfig, "training": TrainingConfig, "data": DataConfig}
+Paths = str | Path | Sequence[str | Path]
+
+
+def train(
+    data: Paths = (),
+    *,
+    name: str | None = None,
+    resume: bool = False,
+    on_event: Callable[[Event], None] | None = None,
+    **settings: Any,
+) -> Path:
+    """Train a model from text, as ``minigpt train`` does, and return the folder of its run.
+
+        import minigpt
+
+        run = minigpt.train("book.txt", name="book", max_steps=300, n_layer=2)
+        print("".join(step.text for step in minigpt.generate(run, "Once")))
+
+    Nothing is printed. The first Ctrl-C saves a checkpoint and ends the training.
+
+    Args: data, a path or several, as DATA of the command; nothing for its default text. name, of
+        the folder in checkpoints/; None derives it. resume, whether to continue that run, or the
+        newest one. on_event, called with each event of training/events.py. settings, fields of
+        ModelConfig, TrainingConfig and DataConfig by their names, preset, and from_ (a model to
+        fine-tune).
+    Returns: checkpoints/NAME, which ``minigpt.generate``, ``trace`` and ``evaluate`` take.
+    Raises: ConfigError for an invalid setting, or if the run exists; DataError, CheckpointError,
+        DivergedError, ResourceError and LockedError as the command; KeyboardInterrupt after Ctrl-C.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "minigpt.train is one process. Use the command minigpt train in torchrun."
+        )
+    paths = [data] if isinstance(data, str | Path) else list(data)
+    given = {"data": {"paths": [str(path) for path in paths]}} if paths else {}
+    request = Request(name, merge(given, _nested(settings)), 1, lambda progress: None)
+    with open_job(request, resume=resume) as job:
+        trainer, signal = train_job(job, _Listener(on_event))
+    if signal:
+        raise KeyboardInterrupt
+    return trainer.folder.path
+
+
+def evaluate(model: str | Path | None = None, data: Paths = (), **options: Any) -> dict[str, Any]:
+    """Measure how well a model predicts a text, as ``minigpt evaluate`` does.
+
+        import minigpt
+
+        minigpt.evaluate("book", "other.txt", stride=32)["bits_per_byte"]
+
+    Args: model, as for ``--model``; None for the newest run. data, a path or several, as DATA of
+        the command; nothing for the text that the run validates on. options, those of the command
+        by their names: val_fraction, eval_tokens, context_length, stride, batch_size, dtype,
+        device, quantize, threads.
+    Returns: what ``--json`` prints: nats_per_token, bits_per_byte, perplexity, n_tokens and so on.
+    Raises: ConfigError, CheckpointError and DataError as the command.
+    """
+    paths = [data] if isinstance(data, str | Path) else list(data)
+    sources = {f.name for f in fields(ModelSource)} - {"dtype", "compile"}
+    about = {key: options.pop(key) for key in sources & options.keys()}
+    source = build(ModelSource, about | {"model": None if model is None else str(model)})
+    config = build(
+        ring("commands.evaluate").EvaluationConfig, options | {"data": [str(p) for p in paths]}
+    )
+    result: dict[str, Any] = ring("commands.evaluate.measuring").measure(
+        config, source, is_quiet=True
+    )
+    return result
+
+
+def _nested(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings by the tables of RunConfig that have them.
+
+    Raises: ConfigError for a name that none has.
+    """
+    tables = {f.name: table for table, config in _TABLES.items() for f in fields(config)}
+    tops = [plain_key(f.name) for f in fields(RunConfig) if f.name not in _TABLES]
+    nested: dict[str, Any] = {}
+    for name, value in settings.items():
+        if plain_key(name) in tops:
+            nested[plain_key(name)] = value
+        elif name in tables:
+            nested = merge(nested, {tables[name]: {name: value}})
+        else:
+            raise ConfigError(f"unknown setting {name}. {nearest(name, [*tables, *tops])}")
+    return nested
+
+
+class _Listener:
+    """Passes the events of a training run on, in the place of its display."""
+
+    def __init__(self, on_event: Callable[[Event], None] | None) -> None:
+        self._on_event = on_event
+
+    def start(self, trainer: Trainer) -> None:
+        """Nothing is shown."""
+
+    def show(self, event: Event) -> None:
+        """Pass an event on."""
+        if self._on_event is not None:
+            self._on_event(event)
+
+    def stopping(self) -> None:
+        """Nothing is shown."""

@@ -1,0 +1,139 @@
+"""minigpt.train, evaluate, trace and generate from Python; importing minigpt stays light."""
+
+import re
+import subprocess
+import sys
+import threading
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_models import small_model
+
+import minigpt
+from minigpt.checkpoint.folder import RunFolder
+from minigpt.commands.evaluate import EvaluationConfig
+from minigpt.commands.evaluate.measuring import measure
+from minigpt.commands.options import ModelSource
+from minigpt.errors import DISTRIBUTION, CheckpointError, ConfigError, DataError
+from minigpt.text.tokenizer import bytes_tokenizer
+from minigpt.training.events import EvalEvent, StepEvent
+
+TINY: dict[str, Any] = {
+    "tokenizer": "bytes",
+    "max_steps": 4,
+    "context_length": 64,
+    "batch_size": 2,
+    "n_layer": 2,
+    "n_head": 2,
+    "d_model": 16,
+    "d_mlp": 16,
+    "log_every": 1,
+}
+MODEL = small_model("gpt2", vocab_size=257, context_length=64)
+OPTIONS: dict[str, Any] = {"tokenizer": bytes_tokenizer(), "max_new_tokens": 6}
+
+
+@pytest.fixture
+def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A text in an empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MINIGPT_CACHE_DIR", str(tmp_path / "cache"))
+    path = tmp_path / "book.txt"
+    path.write_text("The king said: once upon a time.\n" * 90)
+    return path
+
+
+def test_train_returns_a_run_that_the_other_functions_take(
+    text: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    events: list[Any] = []
+    run = minigpt.train(text, name="book", on_event=events.append, **TINY)
+    assert run == Path("checkpoints/book")
+    assert [e.step for e in events if isinstance(e, StepEvent)] == [1, 2, 3, 4]
+    assert RunFolder(run).steps() == [4]
+    assert len(list(minigpt.generate(run, "The", max_new_tokens=3))) == 3
+    assert len(minigpt.trace(run, "The", max_new_tokens=3).steps) == 3
+    facts = minigpt.evaluate(run)
+    (evaluated,) = (e for e in events if isinstance(e, EvalEvent))
+    assert facts["nats_per_token"] == pytest.approx(evaluated.val_loss, abs=2e-4)
+    assert minigpt.train(str(text), name="book", resume=True, max_steps=6) == run
+    assert RunFolder(run).steps()[-1] == 6
+    tuned = minigpt.train([text], name="tuned", from_=str(run), max_steps=1)
+    assert RunFolder(tuned).steps() == [1]
+    assert capfd.readouterr() == ("", ""), "nothing is printed"
+
+
+def test_train_works_in_a_thread(text: Path) -> None:
+    runs: list[Path] = []
+    worker = threading.Thread(target=lambda: runs.append(minigpt.train(text, name="a", **TINY)))
+    worker.start()
+    worker.join()
+    assert runs == [Path("checkpoints/a")]
+
+
+def test_evaluate_gives_what_the_command_measures(text: Path) -> None:
+    run = minigpt.train(text, name="book", **TINY)
+    config = EvaluationConfig(data=("book.txt",), stride=32)
+    expected = measure(config, ModelSource(model="book"), is_quiet=True)
+    found = minigpt.evaluate(run, text.name, stride=32)
+    for name in ("nats_per_token", "bits_per_byte", "n_tokens", "n_bytes"):
+        assert found[name] == expected[name]
+    assert minigpt.evaluate(data=[text], threads=1)["n_tokens"] == found["n_tokens"]
+
+
+def test_mistakes_are_refused_at_once(text: Path) -> None:
+    cases: list[tuple[Any, type[Exception], str]] = [
+        (lambda: minigpt.train(text, max_step=3), ConfigError, "Did you mean max_steps?"),
+        (lambda: minigpt.train(text, n_layer="two"), ConfigError, "model.n_layer"),
+        (lambda: minigpt.train("no.txt", **TINY), DataError, "no.txt"),
+        (lambda: minigpt.train(text, resume=True), CheckpointError, "no run to resume"),
+        (lambda: minigpt.evaluate("none", text), CheckpointError, "none"),
+        (lambda: minigpt.evaluate("none", text, strid=3), ConfigError, "Did you mean stride?"),
+        (lambda: minigpt.generate(MODEL, ["a", 3], **OPTIONS), ConfigError, "all of one kind"),
+        (lambda: minigpt.trace(MODEL, ["a", [3]], **OPTIONS), ConfigError, "all of one kind"),
+        (lambda: minigpt.generate(MODEL, [], **OPTIONS), DataError, "empty"),
+    ]
+    for call, kind, message in cases:
+        with pytest.raises(kind, match=re.escape(message)):
+            call()
+
+
+@pytest.mark.parametrize("prompts", [["The king", "a"], [list(b"The king"), list(b"a")]])
+def test_a_list_of_prompts_is_as_one_call_each(prompts: list[Any]) -> None:
+    items = list(minigpt.generate(MODEL, prompts, num_samples=2, seed=5, **OPTIONS))
+    for number, prompt in enumerate(prompts):
+        for sample in range(2):
+            index = 2 * number + sample
+            alone = list(minigpt.generate(MODEL, prompt, seed=5 + index, **OPTIONS))
+            together = [item for item in items if item.sample == index]
+            assert [i.step.token for i in together] == [i.step.token for i in alone]
+    traces = minigpt.trace(MODEL, prompts, seed=5, **OPTIONS)
+    assert isinstance(traces, list)
+    for number, prompt in enumerate(prompts):
+        alone_trace = minigpt.trace(MODEL, prompt, seed=5 + number, **OPTIONS)
+        assert traces[number].tokens == alone_trace.tokens
+
+
+def test_the_repr_of_a_trace_is_a_short_line() -> None:
+    trace = minigpt.trace(MODEL, "The king " * 6, **OPTIONS)
+    assert len(repr(trace)) < 300
+    assert "prompt of 54 tokens, 6 generated, finish='length'" in repr(trace)
+    assert len(repr(trace.steps[0])) < 2000
+    assert "\n" not in repr(trace)
+
+
+def test_the_version_is_that_of_the_distribution() -> None:
+    try:
+        assert minigpt.__version__ == version(DISTRIBUTION)
+    except PackageNotFoundError:
+        assert minigpt.__version__ == "0+source"
+
+
+def test_importing_minigpt_and_its_version_import_no_torch() -> None:
+    code = "import sys, minigpt; minigpt.__version__; print('torch' in sys.modules, dir(minigpt))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.startswith("False")
+    for name in minigpt.__all__:
+        assert getattr(minigpt, name)
