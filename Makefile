@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help demo test test-slow test-rings test-dist test-browser test-gpu check format bench clean
+.PHONY: help demo test test-slow test-rings test-dist test-browser test-gpu torture check format bench clean
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /: /' | column -t -s :
 
@@ -33,6 +33,9 @@ test-browser: $(INSTALLED) ## Run the tests that open a trace's page in Chromium
 
 test-gpu: $(INSTALLED) ## Run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
+
+torture: $(INSTALLED) ## Run kills, full disks, power cuts and hostile files at length
+	$(BIN)/python -m pytest -n auto --dist worksteal -m torture
 
 check: $(INSTALLED) ## Lint, check types, and check the direction of imports
 	$(BIN)/ruff check .

@@ -191,7 +191,8 @@ class _Reader:
         arrays: dict[str, NDArray[Any]] = {}
         for name, field in HEAD_FIELDS.items():
             try:
-                array = np.array(value[name], np.int32 if name == "positions" else np.float32)
+                with np.errstate(over="ignore"):  # inf is refused below
+                    array = np.array(value[name], np.int32 if name == "positions" else np.float32)
             except (ValueError, TypeError, OverflowError):
                 raise ValueError(f"heads.{name} must be lists of numbers") from None
             n_axes = 3 if field in ("positions", "weights") else 2
