@@ -24,6 +24,7 @@ from minigpt.tracing.recorder import RowRecorder
 from minigpt.tracing.rows import reduce_rows
 from minigpt.tracing.selection import select_heads
 from minigpt.training.optim import make_optimizers
+from minigpt.training.reports.memory import machine_bytes
 
 BASE: dict[str, Any] = {"n_layer": 2, "d_model": 32, "vocab_size": 97, "context_length": 64}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -253,3 +254,8 @@ def test_chosen_heads_are_copied_to_the_device_once() -> None:
 def test_peak_is_of_the_device_with_the_whole_name(name: str, peak: float) -> None:
     with PretendCuda(name=name):
         assert peak_flops(CUDA, torch.bfloat16) == peak
+
+
+def test_memory_that_other_processes_hold_is_not_available() -> None:
+    with PretendCuda(free_memory=3 * 2**30):
+        assert machine_bytes(CUDA) == 3 * 2**30

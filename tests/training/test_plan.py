@@ -11,7 +11,7 @@ from minigpt.model.cost import parameter_count, training_flops_per_token
 from minigpt.text.shards import PreparedData
 from minigpt.training.events import SaveEvent, StepEvent
 from minigpt.training.reports import plan as plan_module
-from minigpt.training.reports.plan import make_plan, parameters_by_part
+from minigpt.training.reports.plan import make_plan, parameters_by_part, tokens_to_measure
 from minigpt.training.state import TrainingState
 from minigpt.training.world import World
 
@@ -108,3 +108,15 @@ def test_ranks_share_the_work_and_the_peak(
     assert (alone["n_micro_batches"], shared["n_micro_batches"]) == (4, 1)
     assert (alone["peak_flops"], shared["peak_flops"]) == (2e12, 8e12)
     assert alone["mfu"] == shared["mfu"] == pytest.approx(0.5)
+
+
+def test_timed_steps_are_long_enough_not_to_measure_launches() -> None:
+    def token_s(n_tokens: int) -> float:
+        """20 ms to launch the kernels of a step, and a microsecond a token."""
+        return (0.02 + 1e-6 * n_tokens) / n_tokens
+
+    n_tokens = tokens_to_measure(token_s, 64, 10_000_000)
+    assert token_s(n_tokens) == pytest.approx(1e-6, rel=0.05)
+    assert n_tokens * token_s(n_tokens) < 2
+    assert tokens_to_measure(token_s, 64, 4096) == 4096
+    assert tokens_to_measure(lambda n: 10.0, 64, 4096) == 64

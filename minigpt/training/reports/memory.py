@@ -137,9 +137,9 @@ def parameters(model: ModelConfig) -> Iterator[tuple[str, Tensor, int]]:
 
 
 def machine_bytes(device: torch.device) -> int | None:
-    """Return the memory of a device; None if it is unknown."""
+    """Return the memory of a device, of a GPU what is free of it; None if it is unknown."""
     if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
+        return int(torch.cuda.mem_get_info(device)[0])
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # not on Windows
@@ -167,5 +167,5 @@ def require_memory(config: RunConfig, device: torch.device, n_ranks: int = 1) ->
         raise ResourceError(
             f"training needs at least {with_unit(state, 'B')} for weights, gradients and optimizer "
             f"and {with_unit(batch, 'B')} for a batch, but {device.type} has "
-            f"{with_unit(available, 'B')} of memory. Use a smaller {what}."
+            f"{with_unit(available, 'B')} of {'free ' * (device.type == 'cuda')}memory. Use a smaller {what}."
         )

@@ -3,6 +3,7 @@
 import math
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -43,6 +44,7 @@ _PARTS = {
 _FIRST_TOKENS = 64
 _MEASURED_S = 1.0
 _MOST_STEPS = 20
+_MOST_GROWTH = 4
 
 
 def make_plan(
@@ -132,10 +134,7 @@ def _flops_per_token(config: RunConfig, length: int) -> int:
 def _measure(
     config: RunConfig, max_sequences: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[float, float]:
-    """Return the seconds per FLOP of forward and backward pass, and the seconds of an update.
-
-    A first trial on few tokens decides how many tokens take about a second.
-    """
+    """Return the seconds per FLOP of forward and backward pass, and the seconds of an update."""
     model = model_class(config.model)(config.model).to(device)
     product_dtype = torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
     optimizers = make_optimizers(model, config.training, product_dtype)
@@ -161,9 +160,14 @@ def _measure(
     length = config.sequence_length
     few = min(_FIRST_TOKENS, length)
     step(1, few)  # creates the optimizer state
-    flop_s, _ = step(1, few)
-    n_tokens = max(few, int(_MEASURED_S / (flop_s * _flops_per_token(config, length))))
-    shape = min(max_sequences, max(1, n_tokens // length)), min(length, n_tokens)
+
+    def shape_of(n_tokens: int) -> tuple[int, int]:
+        return max(1, n_tokens // length), min(length, n_tokens)
+
+    def token_s(n_tokens: int) -> float:
+        return step(*shape_of(n_tokens))[0] * _flops_per_token(config, length)
+
+    shape = shape_of(tokens_to_measure(token_s, few, max_sequences * length))
     step(*shape)
     end = now() + _MEASURED_S
     times = [step(*shape)]
@@ -171,3 +175,20 @@ def _measure(
         times.append(step(*shape))
     flop_times, update_times = zip(*times, strict=True)
     return statistics.median(flop_times), statistics.median(update_times)
+
+
+def tokens_to_measure(token_s: Callable[[int], float], few: int, most: int) -> int:
+    """Return how many tokens take about a second, from ``few`` to ``most``.
+
+    The number grows until the time is proportional to it: on a GPU, a step on few tokens only takes
+    as long as it takes to launch its kernels.
+
+    Args: token_s, measures the seconds per token for a number of tokens.
+    """
+    n_tokens = few
+    while n_tokens < most:
+        wanted = min(most, int(_MEASURED_S / token_s(n_tokens)))
+        if wanted <= _MOST_GROWTH * n_tokens:
+            return max(n_tokens, wanted)
+        n_tokens = min(wanted, _MOST_GROWTH**2 * n_tokens)
+    return n_tokens
