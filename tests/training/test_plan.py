@@ -65,16 +65,11 @@ def test_the_plan_equals_the_run_that_follows(data: PreparedData, tmp_path: Path
     assert plan["checkpoint_bytes"] == pytest.approx(n_bytes, rel=0.1)  # and headers, large here
 
 
-def test_the_estimated_time_has_the_right_order_of_magnitude(
-    data: PreparedData, tmp_path: Path
-) -> None:
+def test_the_estimated_time_is_that_of_the_steps(data: PreparedData) -> None:
     config = config_of("llama", max_steps=30, batch_size=48, micro_batch_size=12)
     plan = make_plan(config, data)
-    trainer = trainer_of(config, data, tmp_path)
-    list(trainer.run())
+    assert plan["step_s"] > 0
     assert plan["training_s"] == pytest.approx(30 * plan["step_s"])
-    # Other work on the machine may slow down either.
-    assert trainer.elapsed_s / 8 < plan["training_s"] < trainer.elapsed_s * 8
 
 
 def test_a_limit_of_minutes_is_planned_as_a_number_of_steps(
@@ -110,7 +105,11 @@ def test_ranks_share_the_work_and_the_peak(
     assert alone["mfu"] == shared["mfu"] == pytest.approx(0.5)
 
 
-def test_timed_steps_are_long_enough_not_to_measure_launches() -> None:
+def test_timed_steps_are_long_enough_not_to_measure_launches(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(plan_module, "_MEASURED_S", 1.0)
+
     def token_s(n_tokens: int) -> float:
         """20 ms to launch the kernels of a step, and a microsecond a token."""
         return (0.02 + 1e-6 * n_tokens) / n_tokens
