@@ -167,5 +167,6 @@ def require_memory(config: RunConfig, device: torch.device, n_ranks: int = 1) ->
         raise ResourceError(
             f"training needs at least {with_unit(state, 'B')} for weights, gradients and optimizer "
             f"and {with_unit(batch, 'B')} for a batch, but {device.type} has "
-            f"{with_unit(available, 'B')} of {'free ' * (device.type == 'cuda')}memory. Use a smaller {what}."
+            f"{with_unit(available, 'B')} of {'free ' * (device.type == 'cuda')}memory. "
+            f"Use a smaller {what}."
         )
