@@ -1,23 +1,58 @@
 """GPT-NeoX, as Pythia: LayerNorm, biases, RoPE on a part of each head, attention beside the MLP."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from minigpt.checkpoint.families import Family, TensorName, hf_fields, llama, same, unsupported
-from minigpt.checkpoint.families.llama import PartialRotaryAttention, partial_rotary_table
 from minigpt.config import ModelConfig
-from minigpt.model.attention import PassCollector
+from minigpt.model.attention import Attention, PassCollector
 from minigpt.model.cache import KVCache
 from minigpt.model.gpt import GPT, Block
-from minigpt.model.layers import MLP
+from minigpt.model.layers import MLP, rotary_table, rotate
 
 _BOTH = ("weight", "bias")
 _NO_EFFECT = """
     attention_bias attention_dropout attention_probs_dropout_prob embd_pdrop hidden_dropout_prob
     rope_parameters rope_scaling rotary_emb_base rotary_pct use_parallel_residual
 """
+
+
+class PartialRotaryAttention(Attention):
+    """Attention that rotates the first dimensions of each head, as many as the table has."""
+
+    def rotate(self, x_BHTD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        n_rotated = 2 * rotary[0].shape[-1]
+        rotated, rest = x_BHTD.tensor_split([n_rotated], dim=-1)
+        return torch.cat((rotate(rotated, *rotary), rest), dim=-1)
+
+
+def partial_rotary_table(
+    config: ModelConfig, divisor: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the RoPE table of the rotated part of each head.
+
+    Args: divisor, of each frequency.
+    """
+    fields = hf_fields(config)
+    share = fields.get("rotary_pct", fields.get("partial_rotary_factor", 1.0))
+    n_rotated = rotated_width("rotary_pct", config.d_head, share)
+    return rotary_table(replace(config, d_head=n_rotated), divisor)
+
+
+def rotated_width(name: str, d_head: Any, share: Any) -> int:
+    """Return the number of rotated dimensions of a head.
+
+    Raises: CheckpointError if it is not even or none.
+    """
+    is_share = isinstance(share, int | float) and not isinstance(share, bool) and 0 < share <= 1
+    n_rotated = int(d_head * share) if is_share and isinstance(d_head, int) else 0
+    if n_rotated < 2 or n_rotated % 2:
+        raise unsupported(name, share, f"an even part of the {str(d_head)[:20]} dimensions")
+    return n_rotated
 
 
 class NeoXBlock(Block):
@@ -81,7 +116,7 @@ class NeoXFamily(Family):
         values["attention_bias"] = "all" if fields["attention_bias"] else "none"
         n_head, width = config.get("num_attention_heads"), config.get("hidden_size")
         if isinstance(n_head, int) and isinstance(width, int) and n_head > 0:
-            llama.rotated_width("rotary_pct", width // n_head, share)
+            rotated_width("rotary_pct", width // n_head, share)
         return values | {"hf_fields": fields}
 
     def write(self, config: ModelConfig) -> dict[str, Any]:

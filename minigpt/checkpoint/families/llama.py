@@ -2,11 +2,8 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from minigpt.checkpoint.families import (
     Family,
@@ -20,7 +17,6 @@ from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError
 from minigpt.model.attention import Attention
 from minigpt.model.gpt import GPT, Block
-from minigpt.model.layers import rotary_table, rotate
 
 SLIDING, _FULL = "sliding_attention", "full_attention"
 _MANY_LAYERS = 10_000
@@ -105,40 +101,6 @@ class WindowedGPT(GPT):
     """
 
     block_class = WindowedBlock
-
-
-class PartialRotaryAttention(Attention):
-    """Attention that rotates the first dimensions of each head, as many as the table has."""
-
-    def rotate(self, x_BHTD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        n_rotated = 2 * rotary[0].shape[-1]
-        rotated, rest = x_BHTD.tensor_split([n_rotated], dim=-1)
-        return torch.cat((rotate(rotated, *rotary), rest), dim=-1)
-
-
-def partial_rotary_table(
-    config: ModelConfig, divisor: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Return the RoPE table of the rotated part of each head.
-
-    Args: divisor, of each frequency.
-    """
-    fields = hf_fields(config)
-    share = fields.get("rotary_pct", fields.get("partial_rotary_factor", 1.0))
-    n_rotated = rotated_width("rotary_pct", config.d_head, share)
-    return rotary_table(replace(config, d_head=n_rotated), divisor)
-
-
-def rotated_width(name: str, d_head: Any, share: Any) -> int:
-    """Return the number of rotated dimensions of a head.
-
-    Raises: CheckpointError if it is not even or none.
-    """
-    is_share = isinstance(share, int | float) and not isinstance(share, bool) and 0 < share <= 1
-    n_rotated = int(d_head * share) if is_share and isinstance(d_head, int) else 0
-    if n_rotated < 2 or n_rotated % 2:
-        raise unsupported(name, share, f"an even part of the {str(d_head)[:20]} dimensions")
-    return n_rotated
 
 
 def window_of(config: ModelConfig, layer: int) -> int:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from minigpt.checkpoint.families import TensorName, hf_fields, llama, same, unsupported
-from minigpt.checkpoint.families.llama import (
-    LlamaFamily,
+from minigpt.checkpoint.families.gpt_neox import (
     PartialRotaryAttention,
     partial_rotary_table,
-    window_of,
+    rotated_width,
 )
+from minigpt.checkpoint.families.llama import LlamaFamily, window_of
 from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError
 from minigpt.model.gpt import GPT, Block
@@ -85,7 +85,7 @@ class Phi3Family(LlamaFamily):
         n_rotated = 0
         if isinstance(n_head, int) and isinstance(width, int) and n_head > 0:
             d_head = config.get("head_dim") or width // n_head
-            n_rotated = llama.rotated_width("partial_rotary_factor", d_head, share)
+            n_rotated = rotated_width("partial_rotary_factor", d_head, share)
         fields = super().read_fields(config) | {"partial_rotary_factor": share}
         scaling = _long_rope(config)
         if scaling is None:
