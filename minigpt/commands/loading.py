@@ -59,9 +59,17 @@ def load(source: ModelSource, prompt: str | None, form: PromptForm) -> Ready:
         ids = chat.ask(text)[0] if prompt is not None else []
         return Ready(loaded.model, tokenizer, folder, text, ids, chat)
     ids = api.encode_prompt(tokenizer, text, special=form.special)
-    if not form.special and (found := tokenizer.special_pattern.search(text)):
-        note(f"{found[0]} in the prompt is plain text; --special makes it the special token")
+    if not form.special:
+        note_special(tokenizer, text)
     return Ready(loaded.model, tokenizer, folder, text, ids)
+
+
+def note_special(tokenizer: Tokenizer, text: str) -> bool:
+    """Say if a prompt has a special token, which is taken as plain text; return whether it has."""
+    found = tokenizer.special_pattern.search(text)
+    if found:
+        note(f"{found[0]} in the prompt is plain text; --special makes it the special token")
+    return bool(found)
 
 
 def load_model(source: ModelSource) -> tuple[Path, LoadedModel]:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from minigpt.commands.generate.samples import SampleDisplay
-from minigpt.commands.loading import Ready, compiling, read_line
+from minigpt.commands.loading import Ready, compiling, note_special, read_line
 from minigpt.commands.output import note
 from minigpt.config import SamplingConfig
 from minigpt.errors import DataError
@@ -36,11 +36,14 @@ def converse(
     """
     decoder: Decoder | None = None
     tokenizer, chat = ready.tokenizer, ready.chat
+    is_noted = False
     text = ready.text if has_prompt else _typed()
     while text is not None:
         if chat is not None and not text:
             text = _typed()
             continue
+        if not (special or chat or has_prompt or is_noted):
+            is_noted = note_special(tokenizer, text)
         answer: list[str] = []
         try:
             if chat is not None:
@@ -50,10 +53,9 @@ def converse(
             else:
                 ids = tokenizer.encode(text, is_start=False, special=special)
             if decoder is None:
+                slides = None if chat else sampling.overflow  # a message is not cut
                 with compiling(ready.model, compile):
-                    decoder = Decoder(
-                        ready.model, ids, compiles=compile, overflow=sampling.overflow
-                    )
+                    decoder = Decoder(ready.model, ids, compiles=compile, overflow=slides)
             elif chat is not None:
                 decoder.replace(ids)
             else:
