@@ -43,6 +43,8 @@ _PLAIN_BPE = {
 }
 _GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _NO_RANK = 2**32
+_MOST_STEPS = 2**25  # five times as many as cl100k_base takes
+_MOST_ADDED = 2**16  # the libraries take seconds for more
 
 # Oniguruma, which tokenizers uses, and fancy-regex, which tiktoken uses, disagree on these:
 # X{1,3}+ is possessive only in fancy-regex, (?s:.) exists only there, and ^ and $ match at every
@@ -133,6 +135,12 @@ def tokenizer_from_json(
         end_of_text_ids, () for ``<|endoftext|>``.
     Raises: CheckpointError naming the part that is damaged or cannot be used.
     """
+    added = data.get("added_tokens")
+    if isinstance(added, list) and len(added) > _MOST_ADDED:
+        raise CheckpointError(
+            f"tokenizer.json has {len(added):,} added tokens, and at most {_MOST_ADDED:,} are "
+            "read. Choose another model."
+        )
     kind = (config or {}).get("tokenizer_class")
     if isinstance(kind, str) and kind.removesuffix("Fast") == "GPTNeoXTokenizer":
         data = {**data, "post_processor": None}
@@ -180,6 +188,8 @@ def _tiktoken_tokenizer(
         is_byte_special = not specials.keys().isdisjoint(BYTE_OF_CHARACTER)
         if changes_text or is_byte_special or not all("Sequence" in part for part in around):
             return None
+        if sum(len(token) ** 2 for token in ranks) > _MOST_STEPS:
+            return None  # merges_of would take minutes
         encoding = make_encoding(name, pattern, ranks, specials)
         tokenizer = TiktokenTokenizer(name, encoding, end_of_text_ids)
         written = tokenizer_to_json(tokenizer)

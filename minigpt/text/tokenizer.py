@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import regex
 import rustbpe
 import tiktoken
 
-from minigpt.errors import ConfigError, DataError, nearest
+from minigpt.errors import ConfigError, DataError, cut, nearest
 from minigpt.rings import ring
 
 END_OF_TEXT = "<|endoftext|>"
@@ -47,6 +48,10 @@ BYTE_OF_CHARACTER = {chr(b): b for b in _PRINTABLE} | {chr(256 + n): b for n, b 
 
 # The backtracking of \s+(?!\S) overflows the regex engine's stack at about a million spaces.
 _LONG_WHITESPACE = re.compile(r"(\s{65536})")
+
+
+# Every kind of neighbours that a pattern may look at.
+_PROBE = "".join(map(chr, range(128))) + "a b  cc\n\nd's 12 345\t\u00e9\u65e5\u672c\U0001f642 q"
 
 
 class Tokenizer(ABC):
@@ -271,12 +276,28 @@ def make_encoding(
     ids = [*ranks.values(), *specials.values()]
     if not ranks or len(set(ids)) != len(ids) or min(ids) < 0:
         raise DataError(f"the vocabulary {name!r} is empty, or two of its tokens share an id.")
+    if _matches_nothing(pattern):
+        raise DataError(f"the split pattern of {name!r} matches the empty string: {cut(pattern)}.")
     try:
         return tiktoken.Encoding(
             name, pat_str=pattern, mergeable_ranks=dict(ranks), special_tokens=dict(specials)
         )
     except ValueError as error:
         raise DataError(f"the split pattern of {name!r} is not a regex: {error}.") from None
+
+
+def _matches_nothing(pattern: str) -> bool:
+    """Return whether a pattern matches the empty string somewhere, where tiktoken panics.
+
+    A pattern that takes too long, or that only tiktoken reads, counts as one of the two.
+    """
+    try:
+        matches = regex.finditer(pattern, _PROBE, timeout=1)
+        return any(match.start() == match.end() for match in matches)
+    except TimeoutError:
+        return True
+    except regex.error:
+        return False
 
 
 def bytes_tokenizer() -> TiktokenTokenizer:
