@@ -34,6 +34,7 @@ ATTENTIONS = {
 """Attention scores, and the class of each."""
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Dtype = Literal["auto", "float32", "bfloat16"]
+SaveDtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["int8"]
 DEVICES = get_args(Device)
 DTYPES = get_args(Dtype)
@@ -461,6 +462,8 @@ class TrainingConfig:
     """Device."""
     dtype: Dtype = option("auto")
     """Compute dtype. Weights stay float32; bfloat16 is by autocast."""
+    save_dtype: SaveDtype = option("auto", group="Reports", shown="that of --from, else float32")
+    """Dtype of saved weights. A checkpoint keeps its float32 weights in training_state/ too."""
     compile: bool = option(False)
     """Compile the model with torch.compile."""
     shard: bool = option(False)

@@ -15,8 +15,11 @@ from torch import Tensor
 
 from minigpt.checkpoint.families import model_config_from_hf, model_config_to_hf
 from minigpt.checkpoint.tokenizer_json import (
+    CARRIED,
+    MERGES,
     TOKENIZER,
     TOKENIZER_CONFIG,
+    VOCAB,
     read_tokenizer,
     tokenizer_config,
     tokenizer_to_json,
@@ -30,14 +33,18 @@ from minigpt.checkpoint.weights import (
 )
 from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError
-from minigpt.files import read_json, resource_errors, to_json
+from minigpt.files import read_bytes, read_json, resource_errors, to_json
 from minigpt.model.language_model import LanguageModel
 from minigpt.model.registry import model_class
 from minigpt.text.tokenizer import Tokenizer
 
 CONFIG = "config.json"
 
+STATE_FOLDER = "training_state"
+"""Folder of a checkpoint with what only a resumed run needs."""
+
 _GENERATION_CONFIG = "generation_config.json"
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True)
@@ -52,24 +59,119 @@ class LoadedModel:
     """Folder that was read."""
 
 
-def write_model(folder: Path, model: LanguageModel, tokenizer: Tokenizer | None) -> None:
+@dataclass(frozen=True)
+class Carried:
+    """What a model folder says that training does not change."""
+
+    config: dict[str, Any]
+    """Parsed config.json."""
+    files: dict[str, bytes]
+    """Tokenizer, chat template, generation and license files by their names."""
+    dtypes: dict[str, torch.dtype]
+    """Dtype of each stored tensor by its name in Hugging Face's format."""
+
+    @property
+    def dtype(self) -> str:
+        """Name of the dtype in which most tensors are stored."""
+        return _name_of(max(self.dtypes.values(), key=list(self.dtypes.values()).count))
+
+
+def read_carried(folder: Path) -> Carried:
+    """Read what is written again with a model that was trained from this folder's.
+
+    Raises: CheckpointError as ``read_model``; ResourceError if a file cannot be read.
+    """
+    settings = read_json(folder / CONFIG)
+    stored = stored_tensors(model_config_from_hf(settings), folder)
+    with resource_errors(folder):
+        paths = [path for pattern in CARRIED for path in sorted(folder.glob(pattern))]
+        files = {path.relative_to(folder).as_posix(): read_bytes(path) for path in paths}
+    return Carried(settings, files, {name: tensor.torch_dtype for name, tensor in stored.items()})
+
+
+def write_model(
+    folder: Path,
+    model: LanguageModel,
+    tokenizer: Tokenizer | None,
+    *,
+    carried: Carried | None = None,
+    dtype: torch.dtype | None = None,
+) -> bool:
     """Write a folder that transformers and read_model can read, without syncing it to the disk.
+
+    Args: carried, from the folder that the model was trained from: its files are written again as
+        they were, and its config.json with no change but those of training; dtype, of the stored
+        weights. None for that of ``carried``, else the model's. A tensor with values that overflow
+        float16 is stored in its own dtype.
+    Returns: whether any weight was rounded.
+    Raises: ResourceError if the disk is full or the folder cannot be written.
+    """
+    config = model_config_to_hf(model.config, tokenizer)
+    config["torch_dtype"] = _name_of(dtype or model.embedding.weight.dtype)
+    ids = {name: config[name] for name in _TOKEN_IDS}
+    files: dict[str, bytes] = {}
+    dtypes: Mapping[str, torch.dtype] = {}
+    if carried is None:
+        files[_GENERATION_CONFIG] = to_json({"_from_model_config": True} | ids)
+    else:
+        config = _carried_config(carried.config, config, model.config, dtype)
+        files, dtypes = dict(carried.files), carried.dtypes
+    if tokenizer is not None and TOKENIZER not in files and not {VOCAB, MERGES} <= files.keys():
+        files[TOKENIZER] = to_json(tokenizer_to_json(tokenizer))
+        own = to_json(tokenizer_config(tokenizer, model.config.context_length))
+        files.setdefault(TOKENIZER_CONFIG, own)
+        config |= {name: id_ for name, id_ in ids.items() if config.get(name) is None}
+    with resource_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, data in {CONFIG: to_json(config), **files}.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(data)
+    tensors = _tensors(model)
+    stored = {n: _rounded(t, dtype or dtypes.get(n, t.dtype)) for n, t in tensors.items()}
+    save_tensors(folder / WEIGHTS, stored, {"format": "pt"})
+    return any(
+        stored[name].dtype.itemsize < tensor.dtype.itemsize for name, tensor in tensors.items()
+    )
+
+
+def write_full_precision(folder: Path, model: LanguageModel) -> None:
+    """Write the weights of a checkpoint in the model's dtype, for a resumed run.
 
     Raises: ResourceError if the disk is full or the folder cannot be written.
     """
+    save_tensors(folder / STATE_FOLDER / WEIGHTS, _tensors(model), {"format": "pt"})
+
+
+def _tensors(model: LanguageModel) -> dict[str, Tensor]:
     tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
-    config = model_config_to_hf(model.config, tokenizer) | {"torch_dtype": dtype}
-    specials = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    files = {CONFIG: config, _GENERATION_CONFIG: {"_from_model_config": True} | specials}
-    if tokenizer is not None:
-        files[TOKENIZER] = tokenizer_to_json(tokenizer)
-        files[TOKENIZER_CONFIG] = tokenizer_config(tokenizer, model.config.context_length)
-    with resource_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, value in files.items():
-            (folder / name).write_bytes(to_json(value))
-    save_tensors(folder / WEIGHTS, tensors_to_hf(model.config, tensors), {"format": "pt"})
+    return tensors_to_hf(model.config, tensors)
+
+
+def _rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    rounded = tensor.to(dtype)
+    is_overflow = dtype == torch.float16 and not torch.equal(rounded.isinf(), tensor.isinf())
+    return tensor if is_overflow else rounded
+
+
+def _carried_config(
+    before: Mapping[str, Any],
+    ours: Mapping[str, Any],
+    model: ModelConfig,
+    dtype: torch.dtype | None,
+) -> dict[str, Any]:
+    """Return a config.json with the changes of training: dropout, and the dtype if it is given."""
+    config = dict(before)
+    if model_config_from_hf(before).dropout != model.dropout:
+        names = ("resid_pdrop", "embd_pdrop", "dropout")
+        config |= {name: ours[name] for name in names if name in ours}
+    if dtype is not None:
+        found = [name for name in ("dtype", "torch_dtype") if name in config]
+        config |= dict.fromkeys(found or ["torch_dtype"], _name_of(dtype))
+    return config
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def save_tensors(
@@ -100,15 +202,22 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def read_model(
-    folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    folder: Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    is_exact: bool = False,
 ) -> LoadedModel:
     """Read a model folder; names, shapes and sizes are checked before any weight is read.
 
-    Args: dtype, of the weights; None keeps the stored dtype.
+    Args: dtype, of the weights; None keeps the stored dtype; is_exact, whether to read the weights
+        of a checkpoint before they were rounded to the stored dtype.
     Raises: CheckpointError naming the file, what is wrong with it and the remedy.
     """
     config = read_config(folder)
-    weights = LazyTensors(stored_tensors(config, folder))
+    exact = folder / STATE_FOLDER
+    has_exact = is_exact and os.path.lexists(exact / WEIGHTS)
+    weights = LazyTensors(stored_tensors(config, exact if has_exact else folder))
     tokenizer = read_vocabulary(folder, config.vocab_size)
     model = model_class(config).from_tensors(
         config, tensors_from_hf(config, weights, device=device, dtype=dtype)

@@ -27,6 +27,29 @@ VOCAB, MERGES, ADDED = "vocab.json", "merges.txt", "added_tokens.json"
 """A byte-level BPE vocabulary, read if there is no tokenizer.json."""
 SCORES = "sp_vocab.json"
 """The vocabulary of a llama2.c model, read if there is no tokenizer.json."""
+CARRIED = (
+    "generation_config.json",
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    SCORES,
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+    "*.tiktoken",
+    "tokenization*.py",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+    "LICENSE*",
+    "NOTICE*",
+)
+"""Patterns of the small files of a model folder that training does not change."""
 NAME_FIELD = "name_or_path"
 """Where tokenizer_config.json keeps Tokenizer.name."""
 
@@ -80,7 +103,8 @@ def read_tokenizer(
         data = _with_rows(data, n_rows)
         end_of_text_ids = tuple(id_ for id_ in end_of_text_ids if id_ < n_rows)
     named = config.get(NAME_FIELD)
-    name = named if isinstance(named, str) else folder.name
+    place = folder.parent if folder.name.startswith("step-") else folder
+    name = named if isinstance(named, str) else place.name
     return tokenizer_from_json(data, name, config=config, end_of_text_ids=end_of_text_ids)
 
 

@@ -30,7 +30,12 @@ INDEX = "model.safetensors.index.json"
 _IGNORED = re.compile(
     r"(.*\.)?(attn\.(bias|masked_bias)|attention\.(bias|masked_bias)|rotary_emb\.inv_freq)"
 )
-_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # of one value of each supported dtype
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 _LARGEST_WIDTH = 2**28
 _LARGEST_CONTEXT = 2**20  # RoPE tables of all positions are computed
 _LARGEST_HEADER = 2**22  # room for 40,000 tensors; reading it takes up to forty times the memory
@@ -155,7 +160,12 @@ class StoredTensor:
     @property
     def n_bytes(self) -> int:
         """Bytes of its values."""
-        return math.prod(self.shape) * _BYTES[self.dtype]
+        return math.prod(self.shape) * self.torch_dtype.itemsize
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Dtype as torch's."""
+        return _DTYPES[self.dtype]
 
 
 class LazyTensors(Mapping[str, Tensor]):
@@ -302,7 +312,7 @@ def _first_problem(
     for name, stored in found.items():
         if stored.shape != expected[name]:
             return f"{name!r} has shape {list(stored.shape)}, not {list(expected[name])}"
-        if stored.dtype not in _BYTES:
-            readable = ", ".join(sorted(_BYTES))
+        if stored.dtype not in _DTYPES:
+            readable = ", ".join(sorted(_DTYPES))
             return f"{name!r} is stored as {stored.dtype}, and only {readable} are read"
     return None

@@ -59,6 +59,12 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
+def save_dtype(name: str) -> torch.dtype | None:
+    """Return the dtype of saved weights of a name; None for auto."""
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    return names.get(name)
+
+
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
     """Return the context in which float32 weights compute in ``dtype``."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)

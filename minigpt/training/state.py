@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from minigpt.checkpoint.model_folder import save_tensors
+from minigpt.checkpoint.model_folder import STATE_FOLDER, save_tensors
 from minigpt.errors import CheckpointError, ConfigError
 from minigpt.files import open_regular, read_bytes
 from minigpt.settings import build
@@ -23,8 +23,6 @@ from minigpt.training.optim import Muon
 from minigpt.training.schedule import Seam
 from minigpt.training.world import ALONE, World
 
-STATE_FOLDER = "training_state"
-"""Folder inside a checkpoint."""
 _OPTIMIZER_FILE = "optimizer.safetensors"
 _STATE_FILE = "progress.json"
 _STATE_KEYS: dict[type[Optimizer], set[str]] = {

@@ -13,12 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minigpt.checkpoint.folder import RunFolder
-from minigpt.checkpoint.model_folder import read_model, write_model
+from minigpt.checkpoint.model_folder import (
+    Carried,
+    read_model,
+    write_full_precision,
+    write_model,
+)
 from minigpt.config import RunConfig
 from minigpt.errors import CheckpointError, DataError, DivergedError
 from minigpt.evaluation import evaluate, windows_at_once
 from minigpt.model.cost import training_flops_per_token
-from minigpt.model.device import autocast, has_fast_bfloat16, peak_flops, to_device
+from minigpt.model.device import autocast, has_fast_bfloat16, peak_flops, save_dtype, to_device
 from minigpt.model.language_model import LanguageModel
 from minigpt.model.registry import model_class
 from minigpt.rings import has_ring, ring
@@ -57,12 +62,14 @@ class Trainer:
         dtype: torch.dtype,
         start_from: LanguageModel | None = None,
         resume_from: Path | None = None,
+        carried: Carried | None = None,
         world: World = ALONE,
     ) -> None:
         """Start a run, or resume it from a checkpoint.
 
         Args: dtype of autocast (weights stay float32); start_from, a float32 model to fine-tune
-            (None for random weights); resume_from, a checkpoint folder; world, the process group.
+            (None for random weights); resume_from, a checkpoint folder; carried, from the folder of
+            the model to fine-tune or of the checkpoint; world, the process group.
         Raises: DataError if the corpus is too short, or differs from that of the checkpoint;
             CheckpointError if the checkpoint is damaged or has another model; ConfigError if the
             batch cannot be divided among the ranks, or there are fewer GPUs than ranks.
@@ -72,6 +79,7 @@ class Trainer:
         self.world = world.on(device, shard=config.training.shard)
         self.device = self.world.device
         self.dtype = dtype
+        self.carried = carried
         self.train_tokens, self.val_tokens = data.tokens.split(config.data.val_fraction)
         self.config = config = with_max_steps(config, len(self.train_tokens))
         for tokens in (self.train_tokens, self.val_tokens):
@@ -110,7 +118,7 @@ class Trainer:
     ) -> LanguageModel:
         config = self.config.model
         if resume_from:
-            start_from = read_model(resume_from, dtype=torch.float32).model
+            start_from = read_model(resume_from, dtype=torch.float32, is_exact=True).model
         if start_from is None:
             model = model_class(config)(config)
             # On the CPU, so that every device starts from the same weights.
@@ -391,7 +399,13 @@ class Trainer:
             seam=self.seam,
         )
         with self.folder.writing_step(self.step, **losses) as folder:
-            write_model(folder, model, self.data.tokenizer)
+            is_rounded = write_model(
+                folder,
+                model,
+                self.data.tokenizer,
+                carried=self.carried,
+                dtype=save_dtype(self.config.training.save_dtype),
+            )
             if template := self.data.manifest.chat_template:
                 (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
             if has_ring("checkpoint.tools.model_card"):
@@ -404,6 +418,8 @@ class Trainer:
                 )
                 (folder / "README.md").write_text(card, encoding="utf-8")
             write_state(folder, optimizer_state, state)
+            if is_rounded:
+                write_full_precision(folder, model)
         self.folder.point("latest", self.step, **losses)
         best = self.folder.best()
         assert best is not None

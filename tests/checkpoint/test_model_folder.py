@@ -228,6 +228,18 @@ def test_tied_embedding_that_is_stored_twice_must_be_equal(
         read_model(tmp_path)
 
 
+def test_weights_that_overflow_float16_are_saved_in_float32(
+    make: Callable[[int, str], GPT], tmp_path: Path
+) -> None:
+    model = make(50, "llama-tied")
+    with torch.no_grad():
+        model.final_norm.weight[0] = 70_000
+    assert write_model(tmp_path, model, None, dtype=torch.float16)
+    tensors = weights(tmp_path)
+    assert tensors["model.norm.weight"].equal(model.final_norm.weight)
+    assert tensors["model.embed_tokens.weight"].dtype == torch.float16
+
+
 class Bomb:
     def __reduce__(self) -> tuple[Any, ...]:
         return os._exit, (99,)

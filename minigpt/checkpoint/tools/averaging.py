@@ -23,10 +23,10 @@ def average(folders: Sequence[Path]) -> LoadedModel:
     Source: Polyak and Juditsky 1992, doi:10.1137/0330046; Vaswani et al. 2017, arXiv:1706.03762,
         section 6.1; Izmailov et al. 2018, arXiv:1803.05407.
     """
-    loaded = read_model(folders[0], dtype=torch.float32)
+    loaded = read_model(folders[0], dtype=torch.float32, is_exact=True)
     means = loaded.model.state_dict()  # no copies: in-place changes change the model
     for n_models, folder in enumerate(folders[1:], start=2):
-        model = read_model(folder, dtype=torch.float32).model
+        model = read_model(folder, dtype=torch.float32, is_exact=True).model
         if replace(model.config, dropout=loaded.model.config.dropout) != loaded.model.config:
             raise CheckpointError(
                 f"{str(folder)!r} has another config than {str(folders[0])!r}. Average "

@@ -5,22 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from minigpt.checkpoint.resolve import HUB_NAME
+from minigpt.checkpoint.tokenizer_json import CARRIED
 from minigpt.errors import CheckpointError, MinigptError, install_extra
 from minigpt.files import read_json, resource_errors
 
 _INDEX = "model.safetensors.index.json"
 _WEIGHTS = "model.safetensors"
-_SMALL_FILES = [
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "sp_vocab.json",
-    _INDEX,
-]
+_SMALL_FILES = ["config.json", _INDEX, *CARRIED]
 _LOG_IN = "log in with `hf auth login`"
 
 

@@ -16,6 +16,7 @@ from minigpt.checkpoint.tools.inventory import Checkpoint, entry_of, run_named
 from minigpt.commands import output
 from minigpt.commands.checkpoints.views import removal_lines, total
 from minigpt.commands.options import Json, Mode, Option, argument, command, modes
+from minigpt.config import SaveDtype
 from minigpt.errors import CheckpointError, ConfigError, LockedError
 
 
@@ -116,6 +117,9 @@ def average(
     out: Annotated[
         Path | None, Option("New folder for the mean", "Run", "FOLDER", shown="RUN-mean")
     ] = None,
+    save_dtype: Annotated[
+        SaveDtype, Option("Dtype of the mean's weights", "Run", shown="that of the checkpoints")
+    ] = "auto",
     as_json: Json = False,
 ) -> None:
     """Average the last checkpoints of a run.
@@ -127,8 +131,12 @@ def average(
 
     The mean is a model folder that `--model` can name. It cannot be resumed.
     """
-    from minigpt.checkpoint.model_folder import write_model  # imports torch; prune does not
+    from minigpt.checkpoint.model_folder import (  # imports torch; prune does not
+        read_carried,
+        write_model,
+    )
     from minigpt.checkpoint.tools.averaging import average
+    from minigpt.model.device import save_dtype as dtype_of
 
     if last < 2:
         raise ConfigError(f"--last must be at least 2: it is {last}.")
@@ -155,9 +163,12 @@ def average(
         verify(folder, hashes=True)
     mean = average(folders)
     with writing_folder(out, {"mean_of_steps": steps}) as folder:
-        write_model(folder, mean.model, mean.tokenizer)
+        carried, dtype = read_carried(folders[-1]), dtype_of(save_dtype)
+        write_model(folder, mean.model, mean.tokenizer, carried=carried, dtype=dtype)
+    saved = carried.dtype if save_dtype == "auto" else save_dtype
     if as_json:
         output.write_json({"run": source.path, "steps": steps, "folder": out})
     else:
         what = f"the mean of {len(steps)} checkpoints, steps {steps[0]} to {steps[-1]}"
+        what += "" if saved == "float32" else f", in {saved}"
         output.show([Text(f"{what}, is in {output.one_line(str(out))}")])

@@ -60,6 +60,12 @@ class TrainingDisplay(ProgressLine):
         limits += [duration(60 * training.max_minutes)] if training.max_minutes else []
         if config.from_ is not None and not trainer.step:
             self._print_fact("from", config.from_)
+        chosen = training.save_dtype
+        inherited = trainer.carried.dtype if trainer.carried else "float32"
+        saved = inherited if chosen == "auto" else chosen
+        if saved != "float32" or inherited != "float32":
+            why = "as in the base; --save-dtype changes it" if chosen == "auto" else "--save-dtype"
+            self._print_fact("saved", f"weights in {saved} ({why})")
         self._print_fact(
             "text",
             f"{manifest.n_tokens:,} tokens ({manifest.tokenizer}) of {manifest.n_bytes:,} "

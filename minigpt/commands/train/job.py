@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from minigpt.checkpoint.families import canonical
 from minigpt.checkpoint.folder import CONFIG_FILE, Pointer, RunFolder
-from minigpt.checkpoint.model_folder import read_model
+from minigpt.checkpoint.model_folder import Carried, read_carried, read_model
 from minigpt.checkpoint.resolve import ROOT, models_in, warn_of_damage
 from minigpt.config import DataConfig, RunConfig
 from minigpt.errors import CheckpointError, ConfigError, LockedError, nearest
@@ -73,6 +73,7 @@ class Job:
     run: RunFolder
     start_from: LanguageModel | None = None
     resume_from: Path | None = None
+    carried: Carried | None = None
 
     def trainer(self, world: World) -> Trainer:
         """Return this process's trainer of the run."""
@@ -85,6 +86,7 @@ class Job:
             dtype=resolve_dtype(self.config.training.dtype, device),
             start_from=self.start_from,
             resume_from=self.resume_from,
+            carried=self.carried,
             world=world,
         )
 
@@ -139,7 +141,9 @@ def _new_job(request: Request) -> Iterator[Job]:
                 if name:
                     raise
                 held.close()  # another run took the name that was free: take the next one
-        yield Job(config, data, run, start_from=base.model if base else None)
+        carried = read_carried(base.folder) if base else None
+        start = base.model if base else None
+        yield Job(config, data, run, start_from=start, carried=carried)
 
 
 @contextmanager
@@ -162,14 +166,16 @@ def _resumed_job(request: Request) -> Iterator[Job]:
         _require_memory(config, request)
         latest = _require_checkpoint(run)
         # The model that a run was fine-tuned from may be gone; the checkpoint has its tokenizer.
-        tokenizer = read_model(latest.folder).tokenizer if saved.from_ is not None else None
+        is_tuned = saved.from_ is not None
+        tokenizer = read_model(latest.folder).tokenizer if is_tuned else None
+        carried = read_carried(latest.folder) if is_tuned else None
         data = prepare(
             config.data,
             on_progress=request.on_progress,
             tokenizer=tokenizer,
             template=chat_template(replace(config.data, chat_template=None), latest.folder),
         )
-        yield Job(config, data, run, resume_from=latest.folder)
+        yield Job(config, data, run, resume_from=latest.folder, carried=carried)
 
 
 def chat_template(data: DataConfig, folder: Path | None) -> Any:
