@@ -29,7 +29,7 @@ from minigpt.checkpoint.resolve import is_hub_name, resolve_model
 from minigpt.checkpoint.tools.hub import download_model
 from minigpt.checkpoint.weights import tensors_to_hf
 from minigpt.commands.loading import load
-from minigpt.commands.options import ModelSource
+from minigpt.commands.options import ModelSource, PromptForm
 from minigpt.errors import CheckpointError, ResourceError
 from minigpt.text.tokenizer import bytes_tokenizer
 
@@ -431,6 +431,6 @@ def test_commands_accept_a_hub_name_as_model(
         "minigpt.checkpoint.tools.hub.download_model",
         lambda spec: asked.append(spec) or models["one"],
     )
-    ready = load(ModelSource(model="tiny/story@main", device="cpu"), "ab")
+    ready = load(ModelSource(model="tiny/story@main", device="cpu"), "ab", PromptForm())
     assert asked == ["tiny/story@main"]
     assert (ready.folder, ready.prompt) == (models["one"], [97, 98])
