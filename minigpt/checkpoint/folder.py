@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from minigpt.checkpoint.manifest import MANIFEST, verify, write_manifest
-from minigpt.errors import CheckpointError
+from minigpt.errors import CheckpointError, ResourceError
 from minigpt.files import (
     WRITING,
     locked,
@@ -59,6 +59,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         """Args: path, which is neither read nor created."""
         self.path = path
+        self._locked: os.stat_result | None = None
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -80,6 +81,7 @@ class RunFolder:
                 for prefix in (WRITING, _REPLACED, _DELETING):
                     for path in self.path.glob(f"{prefix}*"):
                         remove(path)
+                self._locked = os.stat(self.path)
             yield
 
     def step_folder(self, step: int) -> Path:
@@ -95,8 +97,18 @@ class RunFolder:
         Args: facts of the step, JSON values.
         Raises: ResourceError if the disk is full or the folder cannot be written.
         """
+        self._require_in_place()
         with writing_folder(self.step_folder(step), facts) as folder:
             yield folder
+
+    def _require_in_place(self) -> None:
+        """Raise ResourceError if the folder was moved since it was locked: do not make another."""
+        try:
+            is_same = self._locked is None or os.path.samestat(self._locked, os.stat(self.path))
+        except FileNotFoundError:
+            is_same = False
+        if not is_same:
+            raise moved(self.path)
 
     def point(self, name: Literal["best", "latest"], step: int, **facts: Any) -> None:
         """Write best.json or latest.json: a complete step and facts about it, JSON values.
@@ -166,6 +178,14 @@ class RunFolder:
                 doomed = self.path / f"{_DELETING}{folder.name}"
                 os.rename(folder, doomed)  # a partly deleted step must not look like one
                 remove(doomed)
+
+
+def moved(run: Path) -> ResourceError:
+    """Return the error for a run folder that was moved while a run writes it."""
+    return ResourceError(
+        f"{str(run)!r} was moved or deleted while the run was training. Its checkpoints are where "
+        "it is now: move it back, and resume the run."
+    )
 
 
 @contextmanager

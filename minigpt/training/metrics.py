@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from minigpt.checkpoint.folder import METRICS_FILE
+from minigpt.checkpoint.folder import METRICS_FILE, moved
 from minigpt.files import read_bytes, resource_errors, write_atomically
 from minigpt.rings import ring
 from minigpt.training.events import EvalEvent, Event, SaveEvent, SkipEvent, StepEvent
@@ -76,8 +76,11 @@ def logging_to(
                 writes.append(scalars.write)
 
         def write(event: Event) -> None:
-            with resource_errors(run):
-                for write_to in writes:
-                    write_to(event)
+            try:
+                with resource_errors(run):
+                    for write_to in writes:
+                        write_to(event)
+            except FileNotFoundError:
+                raise moved(run) from None
 
         yield write
