@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from minigpt.checkpoint.folder import RunFolder
 from minigpt.checkpoint.model_folder import (
@@ -44,6 +44,26 @@ from minigpt.training.world import ALONE, World
 
 DIVERGED_LOSS = 100
 """Divergence threshold of the loss, as a multiple of ln(vocab_size), the loss of guessing."""
+
+
+class TrainingLoss(nn.Module):
+    """The loss of a model on a batch: a module, so that torch.compile fuses it with the model."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, inputs: Tensor, targets: Tensor, *, recompute: bool = False, is_sum: bool = False
+    ) -> Tensor:
+        """Return the cross-entropy in nats, its mean over tokens or its sum.
+
+        Args: inputs and targets (B, T); targets may be NO_TARGET, which count nothing; recompute,
+            activation checkpointing.
+        """
+        logits = self.model(inputs, recompute=recompute).float().flatten(0, 1)
+        reduction = "sum" if is_sum else "mean"
+        return F.cross_entropy(logits, targets.flatten(), reduction=reduction)
 
 
 class Trainer:
@@ -103,8 +123,10 @@ class Trainer:
         self._last_lr_scale: float | None = None
         if resume_from:
             self._restore(resume_from)
-        forward: Any = torch.compile(self.model) if config.training.compile else self.model
-        self._forward = self.world.replicate(forward)
+        self._replica = self.world.replicate(TrainingLoss(self.model))
+        # Compiled around DDP, which then averages some gradients while others are computed.
+        compiled: Any = torch.compile(self._replica) if config.training.compile else self._replica
+        self._loss_of = compiled
         self._stop_is_requested = False
         self._begun = self._logged = (self.step, self.elapsed_s, self.progress)
         """Steps, seconds and progress when this process began, and at the last log line."""
@@ -263,7 +285,7 @@ class Trainer:
         micro_batches = list(zip(inputs.split(size), targets.split(size), strict=True))
         for number, (micro_inputs, micro_targets) in enumerate(micro_batches, start=1):
             is_last = number == len(micro_batches)
-            with nullcontext() if is_last else self.world.no_sync(self._forward):
+            with nullcontext() if is_last else self.world.no_sync(self._replica):
                 loss = self._loss(micro_inputs, micro_targets, n_counted is not None)
                 loss = loss / (len(micro_batches) if n_counted is None else n_counted)
                 loss.backward()
@@ -271,13 +293,10 @@ class Trainer:
         return total
 
     def _loss(self, inputs: Tensor, targets: Tensor, is_sum: bool) -> Tensor:
-        # A separate function, so that the logits are freed before the backward pass.
         recompute = self.config.training.recompute
         with autocast(self.device, self.dtype):
-            logits = self._forward(inputs, recompute=recompute)
-        reduction = "sum" if is_sum else "mean"
-        logits = logits.float().flatten(0, 1)
-        return F.cross_entropy(logits, targets.flatten(), reduction=reduction)
+            loss: Tensor = self._loss_of(inputs, targets, recompute=recompute, is_sum=is_sum)
+        return loss
 
     def _must_stop(self) -> bool:
         """Return whether any rank was asked to stop, so that all stop at the same step."""
