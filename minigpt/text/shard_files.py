@@ -141,8 +141,8 @@ def reading(folder: Path) -> Iterator[None]:
     """Turn errors of files that are missing or damaged into DataError."""
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = f"{type(error).__name__}: {error}"
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
         raise DataError(
             f"the prepared corpus {str(folder)!r} cannot be read ({reason}). Delete that folder."
         ) from None
