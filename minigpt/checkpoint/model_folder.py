@@ -44,6 +44,7 @@ STATE_FOLDER = "training_state"
 """Folder of a checkpoint with what only a resumed run needs."""
 
 _GENERATION_CONFIG = "generation_config.json"
+_PLAIN_CLASS = "tokenization_plain"
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -118,8 +119,13 @@ def write_model(
         files, dtypes = dict(carried.files), carried.dtypes
     if tokenizer is not None and TOKENIZER not in files and not {VOCAB, MERGES} <= files.keys():
         files[TOKENIZER] = to_json(tokenizer_to_json(tokenizer))
-        own = to_json(tokenizer_config(tokenizer, model.config.context_length))
-        files.setdefault(TOKENIZER_CONFIG, own)
+        own = tokenizer_config(tokenizer, model.config.context_length)
+        if config["model_type"] == "qwen2" and carried is None:
+            # Otherwise AutoTokenizer uses Qwen2Tokenizer, with its own normalizer and split
+            # pattern, whatever tokenizer_class is. The code runs with trust_remote_code only.
+            own["auto_map"] = {"AutoTokenizer": [None, f"{_PLAIN_CLASS}.PreTrainedTokenizerFast"]}
+            files[f"{_PLAIN_CLASS}.py"] = b"from transformers import PreTrainedTokenizerFast\n"
+        files.setdefault(TOKENIZER_CONFIG, to_json(own))
         config |= {name: id_ for name, id_ in ids.items() if config.get(name) is None}
     with resource_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)

@@ -277,6 +277,9 @@ def tokenizer_config(tokenizer: Tokenizer, context_length: int) -> dict[str, Any
         "clean_up_tokenization_spaces": False,
         "bos_token": tokenizer.decode(tokenizer.prefix[:1]) or end_text,
         "eos_token": end_text,
+        "pad_token": end_text,
+        "padding_side": "left",
+        "add_bos_token": bool(tokenizer.prefix),
         NAME_FIELD: tokenizer.name,
     }
 

@@ -14,7 +14,7 @@ from minigpt.errors import CheckpointError, ConfigError, DataError, require_choi
 from minigpt.generation.decoder import Decoder, fresh_seed, max_rows_together
 from minigpt.generation.forward import FAST, is_compiled
 from minigpt.generation.stream import TextStep, stream_samples
-from minigpt.model.device import has_fast_bfloat16, resolve_device, resolve_dtype
+from minigpt.model.device import has_fast_bfloat16, inference_dtype, resolve_device
 from minigpt.model.language_model import LanguageModel
 from minigpt.rings import has_ring, ring
 from minigpt.settings import build
@@ -139,8 +139,7 @@ def load(
         require_choice("quantize", quantize, QUANTIZATIONS)
     place = resolve_device(device)
     is_cpu = place.type == "cpu"
-    # On a CPU, a small model is bound by calls, and bfloat16 does not help.
-    resolved = resolve_dtype("float32" if is_cpu and dtype == "auto" else dtype, place)
+    resolved = inference_dtype(dtype, place)
     loaded = read_model(folder, device=place, dtype=resolved)
     loaded.model.requires_grad_(False)
     is_slow = is_cpu and resolved == torch.bfloat16 and not has_fast_bfloat16(place)

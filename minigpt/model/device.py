@@ -59,6 +59,15 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
+def inference_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the dtype of a name for evaluation and generation: auto is float32 on a CPU.
+
+    There, float32 gives the same loss on every CPU, and a small model decodes no slower in it.
+    """
+    is_default = name == "auto" and device.type == "cpu"
+    return resolve_dtype("float32" if is_default else name, device)
+
+
 def save_dtype(name: str) -> torch.dtype | None:
     """Return the dtype of saved weights of a name; None for auto."""
     names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

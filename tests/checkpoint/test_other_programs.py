@@ -7,9 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from layout_models import LAYOUTS, make_model
 
+from minigpt.checkpoint.model_folder import read_model, write_model
 from minigpt.checkpoint.tokenizer_json import read_tokenizer, tokenizer_to_json
-from minigpt.text.tokenizer import TiktokenTokenizer, make_encoding, train_bpe
+from minigpt.text.tokenizer import (
+    TiktokenTokenizer,
+    Tokenizer,
+    bytes_tokenizer,
+    make_encoding,
+    train_bpe,
+)
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +102,50 @@ def test_prompts_begin_as_those_of_auto_tokenizer_with_every_class_flag_and_post
         assert ours.encode_prompt("king") == ids, config
         begin = [299, *ours.prefix]
         assert list(ours.separator) == begin, config
+
+
+HARD_TEXTS = [
+    "1984 12345 3.14159 \u0664\u0662",
+    "de\u0301ja\u0300 vu, A\u030a \uac00 \u1100\u1161 \ufb01",
+    "a  b\t\tc \n\n\n   d \r\n\u00a0\u2003e   ",
+    "\U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f44d\U0001f3fd!",
+    "\u6f22\u5b57\u3068\u304b\u306a \ud55c\uad6d\uc5b4",
+    "I'LL we're DON'T x's <|endo ftext|> <s>",
+    " leading and trailing ",
+    "",
+]
+VOCABULARIES = {
+    "bytes": bytes_tokenizer,
+    "bpe": lambda: train_bpe(["In 1984 the king said: de\u0301ja\u0300 vu 1984 times. "] * 9, 290),
+}
+
+
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_auto_tokenizer_and_pipelines_read_every_layout_that_we_write_as_we_do(
+    transformers: Any, tmp_path: Path, layout: str, vocabulary: str
+) -> None:
+    tokenizer: Tokenizer = VOCABULARIES[vocabulary]()
+    write_model(tmp_path, make_model(tokenizer.vocab_size, layout), tokenizer)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for trusts in (False, True):
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=trusts)
+        for text in HARD_TEXTS:
+            assert theirs(text).input_ids == tokenizer.encode_prompt(text) if text else True
+            assert theirs.decode(theirs(text).input_ids) == text
+    end = tokenizer.end_of_text
+    assert theirs.pad_token_id == theirs.eos_token_id == theirs.bos_token_id == end
+    for name in ("generation_config.json", "config.json"):
+        ids = json.loads((tmp_path / name).read_text())
+        for kind in ("pad", "eos", "bos"):
+            assert ids[f"{kind}_token_id"] == end
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert settings["add_bos_token"] is False
+    if config["model_type"] == "gpt2":
+        assert config["n_ctx"] == config["n_positions"]
+    batch = theirs(["the", "the king"], padding=True)
+    assert len({len(ids) for ids in batch.input_ids}) == 1
+    pipeline = transformers.pipeline("text-generation", model=str(tmp_path), batch_size=2)
+    together = pipeline(["the", "the king"], max_new_tokens=4, do_sample=False)
+    assert len(together) == 2
+    assert read_model(tmp_path).model.config == make_model(tokenizer.vocab_size, layout).config

@@ -29,10 +29,7 @@ def tokenizer() -> Tokenizer:
 
 def load(transformers: Any, folder: Path) -> tuple[Any, Any]:
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
-    # AutoTokenizer splits as Qwen does in every folder of that type, whatever tokenizer.json says.
-    is_qwen2 = theirs.config.model_type == "qwen2"
-    kind = transformers.PreTrainedTokenizerFast if is_qwen2 else transformers.AutoTokenizer
-    return theirs.eval(), kind.from_pretrained(folder, local_files_only=True)
+    return theirs.eval(), transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def test_transformers_computes_the_same_logits_from_our_folder(

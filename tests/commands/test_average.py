@@ -72,7 +72,7 @@ def test_average_refuses_bad_input_in_one_line(run: Run, tiny: RunFolder) -> Non
         assert sorted(path.name for path in Path("checkpoints").iterdir()) == ["tiny"]
 
     refused(2, "the run 'tiny' has 4 checkpoints. Give fewer", "tiny")
-    refused(2, "has 1 checkpoint up to step 1. Give", "tiny", "--last", "2", "--until", "1")
+    refused(2, "has 1 checkpoint up to step 1. Train", "tiny", "--last", "2", "--until", "1")
     refused(2, "--last must be at least 2: it is 1.", "tiny", "--last", "1")
     refused(2, "is a model folder, not a run", str(tiny.step_folder(4)), "--last", "2")
     refused(2, "'checkpoints/tiny' exists already", "tiny", "--last=2", "--out=checkpoints/tiny")

@@ -16,9 +16,14 @@ from test_streams import Screen
 from minigpt.checkpoint.folder import RunFolder
 from minigpt.checkpoint.model_folder import read_model, write_model
 from minigpt.commands import status_line
+from minigpt.model.device import resolve_dtype
 from minigpt.text.tokenizer import TiktokenTokenizer, bytes_tokenizer, make_encoding, train_bpe
 
 TEXT = "The king said: né, once upon a time.\n" * 12
+
+
+AS_TRAINED = ["--dtype", str(resolve_dtype("auto", torch.device("cpu"))).removeprefix("torch.")]
+"""The dtype of a run's own validation passes; by default, evaluate computes in float32."""
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +44,7 @@ def evaluated(run: Run, *words: str, stdin: bytes = b"") -> dict[str, Any]:
 def test_the_validation_text_of_a_run_has_its_validation_loss(run: Run) -> None:
     best = RunFolder(Path("checkpoints/tiny")).best()
     assert best is not None
-    words = ["corpus.txt", "--model", "tiny", "--val-fraction", "0.1"]
+    words = ["corpus.txt", "--model", "tiny", "--val-fraction", "0.1", *AS_TRAINED]
     facts = evaluated(run, *words, "--eval-tokens", "256")  # as the run is told by TINY
     assert facts["nats_per_token"] == pytest.approx(best.facts["val_loss"], rel=1e-6)
     assert facts["bits_per_byte"] == pytest.approx(best.facts["bits_per_byte"], rel=1e-6)
@@ -62,7 +67,7 @@ def test_so_has_a_run_with_documents_bpe_dropout_and_short_sequences(
     best = RunFolder(Path("checkpoints/other")).best()
     assert best is not None
     given = ["--data", "docs.jsonl", "--val-fraction", "0.3", "--context-length", "32"]
-    facts = evaluated(run, *given)
+    facts = evaluated(run, *given, *AS_TRAINED)
     assert facts["nats_per_token"] == pytest.approx(best.facts["val_loss"], rel=1e-6)
     assert facts["bits_per_byte"] == pytest.approx(best.facts["bits_per_byte"], rel=1e-6)
 

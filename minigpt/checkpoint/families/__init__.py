@@ -253,7 +253,7 @@ def model_config_to_hf(config: ModelConfig, tokenizer: Tokenizer | None) -> dict
         "model_type": config.model_type,
         "bos_token_id": begin,
         "eos_token_id": ends[0] if len(ends) == 1 else list(ends) or None,
-        "pad_token_id": None,
+        "pad_token_id": None if tokenizer is None else tokenizer.end_of_text,
         "initializer_range": 0.02,
         "use_cache": True,
     }

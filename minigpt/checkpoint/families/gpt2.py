@@ -61,6 +61,9 @@ class GPT2Family(Family):
         other = {n: config[n] for n, v in usual.items() if config.get(n) not in (None, v)}
         return {"hf_fields": other}
 
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        return {"n_ctx": config.context_length}  # which llama.cpp's converter reads
+
     def tensors(self, config: ModelConfig) -> Iterator[TensorName]:
         qkv = [f"blocks.{{i}}.attention.{name}" for name in ("query", "key", "value")]
         yield from same("wte", "embedding")

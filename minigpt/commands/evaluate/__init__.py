@@ -38,7 +38,7 @@ class EvaluationConfig:
     """Tokens from the start of a window to that of the next."""
     batch_size: int | None = option(None, "[1, inf)", group="Windows", shown="by their size")
     """Windows per forward pass."""
-    dtype: Dtype = option("auto", group="Model")
+    dtype: Dtype = option("auto", group="Model", shown="auto, float32 on a CPU")
     """Compute dtype, by autocast."""
 
     def __post_init__(self) -> None:
@@ -66,7 +66,8 @@ def evaluate(
 
     Without DATA, the text is the one that the run itself validates on, which reproduces its
     validation loss; give the eval_tokens and context_length of its config.toml too if they differ
-    from the defaults here.
+    from the defaults here, and --dtype bfloat16 if it computed in that. As in `generate`, a CPU
+    computes in float32 by default: the loss is then the same on every CPU.
     """
     from minigpt.commands import output
     from minigpt.commands.evaluate.measuring import lines, measure

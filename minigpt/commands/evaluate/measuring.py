@@ -22,7 +22,7 @@ from minigpt.errors import CheckpointError, ConfigError, DataError
 from minigpt.evaluation import Windows, evaluate, span_to_evaluate, text_bytes
 from minigpt.format import duration, short
 from minigpt.generation.api import load, tokenizer_of
-from minigpt.model.device import resolve_device, resolve_dtype
+from minigpt.model.device import inference_dtype, resolve_device
 from minigpt.rings import ring
 from minigpt.settings import build, read_toml
 from minigpt.text.corpus import BUILTIN
@@ -39,7 +39,7 @@ def measure(
     """
     use_threads(source.threads)
     device = resolve_device(source.device)
-    dtype = resolve_dtype(config.dtype, device)
+    dtype = inference_dtype(config.dtype, device)
     folder = resolve_model(source.model)
     text, val_fraction = _text(config, folder)
     # As while training: weights in float32, and autocast to the dtype.

@@ -70,7 +70,10 @@ class WeightOnlyLinear(nn.Module):
             product = F.linear(x, self.weight.to(x.dtype))
         else:
             product = self._from_table(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
-        product = product if self.scale is None else product * self.scale
+        if self.scale is not None:
+            # In-place where the dtype allows: a copy of the logits would set the peak memory.
+            is_same = self.scale.dtype == product.dtype
+            product = product.mul_(self.scale) if is_same else product * self.scale
         return product if self.bias is None else product + self.bias
 
     def _from_table(self, x_BI: Tensor) -> Tensor:
@@ -137,7 +140,8 @@ def use_float32_activations(model: LanguageModel) -> None:
 def _replace_layers(
     model: LanguageModel, quantize: Callable[[Tensor, Tensor | None], WeightOnlyLinear]
 ) -> None:
-    for module in list(model.modules()):
+    # Without a reference to a replaced layer, whose weight is released before the next one.
+    for module in [module for module in model.modules() if not isinstance(module, nn.Linear)]:
         for name, child in module.named_children():
             if isinstance(child, nn.Linear):
                 setattr(module, name, quantize(child.weight, child.bias))
