@@ -2,6 +2,7 @@
 
 import copy
 import math
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from minigpt.checkpoint.model_folder import read_model, write_model
 from minigpt.errors import ConfigError
 from minigpt.evaluation import evaluate
 from minigpt.generation import api
-from minigpt.generation.fast import prepare_for_decoding
+from minigpt.generation.fast import prepare_for_decoding, quantize
 from minigpt.generation.fast.quantize import (
     WeightOnlyEmbedding,
     WeightOnlyLinear,
@@ -168,3 +169,20 @@ def test_int8_raises_where_it_is_not_available(monkeypatch: pytest.MonkeyPatch) 
     model = small_model()
     with pytest.raises(ConfigError, match="int8 is not available on mps"):
         quantize_int8(model)
+
+
+def test_quantizing_releases_each_block_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model(n_layer=4)
+    weights = [weakref.ref(m.weight) for m in model.modules() if isinstance(m, nn.Linear)]
+    alive: list[int] = []
+    convert = quantize._to_int8
+
+    def counting(weight: torch.Tensor, bias: torch.Tensor | None) -> quantize.WeightOnlyLinear:
+        alive.append(sum(ref() is not None for ref in weights))
+        return convert(weight, bias)
+
+    monkeypatch.setattr(quantize, "_to_int8", counting)
+    quantize.quantize_int8(model)
+    # At most the layers of one block are still referenced.
+    assert all(n <= len(weights) - max(i - 5, 0) for i, n in enumerate(alive))
+    assert alive[-1] < len(weights) / 4, alive

@@ -140,7 +140,7 @@ def use_float32_activations(model: LanguageModel) -> None:
 def _replace_layers(
     model: LanguageModel, quantize: Callable[[Tensor, Tensor | None], WeightOnlyLinear]
 ) -> None:
-    # Without a reference to a replaced layer, whose weight is released before the next one.
+    # No reference is kept to a replaced layer: the weights of a block are released before the next.
     for module in [module for module in model.modules() if not isinstance(module, nn.Linear)]:
         for name, child in module.named_children():
             if isinstance(child, nn.Linear):
