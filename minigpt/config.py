@@ -443,10 +443,21 @@ class TrainingConfig:
     """Final learning rate as a fraction of the peak, in [0, 1]."""
     log_every: int = setting(10, "[1, inf)")
     """Steps between lines of metrics.jsonl, when the loss is read from the device."""
-    eval_every: int = option(250, "[0, inf)", group="Reports")
-    """Steps between validation passes; 0 for one at the end."""
-    eval_tokens: int = setting(262_144, "[1, inf)")
-    """Most validation tokens per pass. A longer text is sampled in evenly spaced windows."""
+    eval_every: int | None = option(
+        None, "[0, inf)", group="Reports", shown="an epoch, or a twentieth of the run"
+    )
+    """Steps between validation passes; 0 for one at the end. None derives an epoch, at most a
+    twentieth of the run, or 50 steps if that is more."""
+    eval_tokens: int | None = setting(None, "[1, inf)")
+    """Most validation tokens per pass. A longer text is sampled in evenly spaced windows, the same
+    in every pass. None derives a tenth of the arithmetic of training, and at least 8,192 tokens."""
+    patience: float = option(0.0, "[0, inf)", shown="4")
+    """Epochs without a lower validation loss after which training stops; 0 for no limit."""
+    average: float = setting(0.0, "[0, 1)")
+    """Decay per step of a moving average of the weights; 0 for none. A checkpoint holds the average
+    if its validation loss is lower."""
+    dropout_start: float = setting(0.0, "[0, inf)")
+    """Epochs before dropout begins."""
     save_every: int = option(250, "[0, inf)", group="Reports")
     """Steps between checkpoints; 0 for one at the end. Each has its validation loss."""
     keep: int = setting(2, "[0, inf)")

@@ -3,7 +3,8 @@
     NAME/step-000500/       one checkpoint: a Hugging Face folder, training_state/, manifest.json
     NAME/.writing-step-...  unfinished checkpoint; after a kill, the next lock removes it
     NAME/latest.json        newest step, and the facts known when it was written
-    NAME/best.json          the same for the step with the lowest validation loss
+    NAME/best.json          the same for the step with the lowest validation loss, which may have
+                            no training_state/
 
 A step folder gets its name by one rename once all its bytes are on the disk, so a folder of that
 name is complete. Its manifest shows later damage, and holds the facts of the step, so a kill before
@@ -36,6 +37,8 @@ CONFIG_FILE = "config.toml"
 """Resolved settings of a run."""
 METRICS_FILE = "metrics.jsonl"
 """Events of a run, one per line."""
+WEIGHTS_ONLY = "weights_only"
+"""Fact of a step without training_state/: the best one between two checkpoints."""
 
 _STEP = re.compile(r"step-(\d{6,})")
 _REPLACED, _DELETING = ".replaced-", ".deleting-"
@@ -126,9 +129,10 @@ class RunFolder:
         return sorted(int(match[1]) for match in matches if match)
 
     def latest(self) -> Pointer | None:
-        """Return the newest intact checkpoint; None if there is none."""
+        """Return the newest intact checkpoint that a run can resume from; None if there is none."""
         for step in reversed(self.steps()):
-            if pointer := self._pointer(step, "latest"):
+            pointer = self._pointer(step, "latest")
+            if pointer and not pointer.facts.get(WEIGHTS_ONLY):
                 return pointer
         return None
 

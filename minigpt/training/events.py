@@ -64,6 +64,20 @@ class EvalEvent:
     """Seconds of training before this evaluation."""
     eval_s: float
     """Seconds that this evaluation took."""
+    is_averaged: bool = False
+    """Whether the loss is that of the averaged weights, because it is lower."""
+
+
+@dataclass(frozen=True)
+class EarlyStopEvent:
+    """Training stops early, because the validation loss has not fallen for ``patience`` epochs."""
+
+    step: int
+    """Number of steps taken."""
+    best_step: int
+    """Step of the lowest validation loss."""
+    epochs_since: float
+    """Epochs since that step."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +88,8 @@ class SaveEvent:
     """Number of steps taken."""
     folder: Path
     """Folder of the checkpoint."""
-    val_loss: float
-    """Validation loss of the checkpoint, in nats/token."""
+    val_loss: float | None
+    """Validation loss of the checkpoint, in nats/token. None without a validation text."""
     is_best: bool
     """Whether it has the lowest validation loss of the run's checkpoints."""
 
@@ -90,4 +104,4 @@ class SampleEvent:
     """The model with full parameters."""
 
 
-Event = StepEvent | SkipEvent | EvalEvent | SaveEvent | SampleEvent
+Event = StepEvent | SkipEvent | EvalEvent | EarlyStopEvent | SaveEvent | SampleEvent

@@ -11,12 +11,25 @@ from pathlib import Path
 from minigpt.checkpoint.folder import METRICS_FILE, moved
 from minigpt.files import read_bytes, resource_errors, write_atomically
 from minigpt.rings import ring
-from minigpt.training.events import EvalEvent, Event, SaveEvent, SkipEvent, StepEvent
+from minigpt.training.events import (
+    EarlyStopEvent,
+    EvalEvent,
+    Event,
+    SaveEvent,
+    SkipEvent,
+    StepEvent,
+)
 
 TENSORBOARD_FOLDER = "tensorboard"
 """Folder of TensorBoard's event files inside a run."""
 
-_KINDS = {StepEvent: "step", SkipEvent: "skip", EvalEvent: "eval", SaveEvent: "save"}
+_KINDS = {
+    StepEvent: "step",
+    SkipEvent: "skip",
+    EvalEvent: "eval",
+    EarlyStopEvent: "early_stop",
+    SaveEvent: "save",
+}
 
 
 class MetricsLog:

@@ -7,6 +7,12 @@ from minigpt.config import RunConfig, TrainingConfig
 
 LARGEST_RISE = 1.2
 """Most that the learning rate is multiplied by in one step after a change of the schedule."""
+EVAL_SHARE = 0.1
+"""Share of the arithmetic of training that evaluation may add."""
+LEAST_EVAL_TOKENS = 8192
+"""Fewest validation tokens of a pass by default, if the text has as many."""
+LEAST_PATIENCE = 100
+"""Fewest steps without a lower validation loss before a run stops early."""
 _MOST_RISES = 500  # 1.2 ** 500 is still a float, and far above any ratio of learning rates
 
 
@@ -45,6 +51,35 @@ def with_max_steps(config: RunConfig, n_train_tokens: int) -> RunConfig:
     max_steps = max(1, math.ceil(training.max_epochs * n_train_tokens / step_tokens))
     max_steps = min(max_steps, training.max_steps or max_steps)
     return replace(config, training=replace(training, max_steps=max_steps))
+
+
+def with_evaluations(config: RunConfig, n_train_tokens: int) -> RunConfig:
+    """Derive ``eval_every`` and ``eval_tokens`` where they are None.
+
+    The best step is seen: there is an evaluation at least once an epoch (or a hundredth of the run,
+    if that is longer). Evaluations cost at most a tenth of the arithmetic of training, unless the
+    windows are fewer than ``LEAST_EVAL_TOKENS``.
+    """
+    training = config.training
+    step_tokens = training.batch_size * config.sequence_length
+    every, n_tokens = training.eval_every, training.eval_tokens
+    if every is None:
+        often = min(math.ceil(n_train_tokens / step_tokens), max(50, training.max_steps // 20))
+        every = max(1, often, training.max_steps // 100)
+    if n_tokens is None:
+        between = (every or training.max_steps) * step_tokens
+        # A forward pass is a third of a training step. The averaged weights need one too.
+        share = 3 * EVAL_SHARE / (2 if training.average else 1)
+        n_tokens = max(LEAST_EVAL_TOKENS, int(share * between))
+    return replace(config, training=replace(training, eval_every=every, eval_tokens=n_tokens))
+
+
+def patience_steps(config: RunConfig, n_train_tokens: int) -> int | None:
+    """Return the steps without a lower loss after which training stops; None for no limit."""
+    if not config.training.patience:
+        return None
+    step_tokens = config.training.batch_size * config.sequence_length
+    return max(LEAST_PATIENCE, math.ceil(config.training.patience * n_train_tokens / step_tokens))
 
 
 def progress(config: TrainingConfig, step: int, elapsed_s: float) -> float:

@@ -6,7 +6,7 @@ saved.
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -21,10 +21,12 @@ from minigpt.files import open_regular, read_bytes
 from minigpt.settings import build
 from minigpt.training.optim import Muon
 from minigpt.training.schedule import Seam
+from minigpt.training.selection import Lowest, WeightAverage
 from minigpt.training.world import ALONE, World
 
 _OPTIMIZER_FILE = "optimizer.safetensors"
 _STATE_FILE = "progress.json"
+_STEP_KEY, _AVERAGE_KEY = "step_weight", "average"
 _STATE_KEYS: dict[type[Optimizer], set[str]] = {
     Muon: {"momentum_buffer"},
     AdamW: {"step", "exp_avg", "exp_avg_sq"},
@@ -51,6 +53,8 @@ class TrainingState:
     """Learning rate of the next step as a fraction of the peak, if the schedule stays the same."""
     is_warm: bool = False
     """Whether the context warm-up is over."""
+    lowest: Lowest = field(default_factory=Lowest)
+    """Lowest validation loss of the evaluations that were due."""
     seam: Seam | None = None
     """Where a change of the schedule was last smoothed."""
 
@@ -72,12 +76,23 @@ def computed_on(world: World, dtype: torch.dtype) -> str:
 
 
 def optimizer_tensors(
-    model: nn.Module, optimizers: list[Optimizer]
+    model: nn.Module,
+    optimizers: list[Optimizer],
+    average: WeightAverage | None = None,
+    *,
+    is_exchanged: bool = False,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the optimizers' tensors with names like ``blocks.0.mlp.up.weight/exp_avg``."""
+    """Yield the optimizers' tensors with names like ``blocks.0.mlp.up.weight/exp_avg``.
+
+    Args: average, of the weights, yielded as ``.../average``; is_exchanged, whether the model holds
+        the average at the moment: then the step's own weights are yielded, as ``.../step_weight``.
+    """
     for name, optimizer, parameter in _optimized(model, optimizers):
         for key, tensor in optimizer.state[parameter].items():
             yield f"{name}/{key}", tensor
+        if average:
+            key = _STEP_KEY if is_exchanged else _AVERAGE_KEY
+            yield f"{name}/{key}", average.tensors[parameter]
 
 
 def _optimized(
@@ -122,10 +137,16 @@ def _not_resumable(path: Path, error: Exception) -> CheckpointError:
 
 
 def restore_state(
-    folder: Path, model: nn.Module, optimizers: list[Optimizer], world: World = ALONE
+    folder: Path,
+    model: nn.Module,
+    optimizers: list[Optimizer],
+    world: World = ALONE,
+    average: WeightAverage | None = None,
 ) -> TrainingState:
     """Load the optimizers' state from a checkpoint, and return its counters.
 
+    Args: model, with the weights of the checkpoint's model, which may be averaged ones: they are
+        replaced by those of the step; average, started from the same weights.
     Raises: CheckpointError if it is missing, damaged, or of another model or optimizer.
     """
     path, counters = folder / STATE_FOLDER, read_state(folder)
@@ -140,14 +161,21 @@ def restore_state(
         found.setdefault(name, {})[key] = tensor
     for name, optimizer, parameter in _optimized(model, optimizers):
         state = found.pop(name, {})
+        other = {key: state.pop(key) for key in (_STEP_KEY, _AVERAGE_KEY) if key in state}
         has_keys = not counters.step or state.keys() == _STATE_KEYS[type(optimizer)]
         if not has_keys or any(
-            key != "step" and tensor.shape != parameter.shape for key, tensor in state.items()
+            key != "step" and tensor.shape != parameter.shape
+            for key, tensor in (state | other).items()
         ):
             raise CheckpointError(
                 f"{str(path)!r} has no {type(optimizer).__name__} state for {name} of shape "
                 f"{tuple(parameter.shape)}. Resume with the run's own settings."
             )
+        with torch.no_grad():
+            if _STEP_KEY in other:
+                parameter.copy_(world.shard_like(other[_STEP_KEY], parameter))
+            if average and _AVERAGE_KEY in other:
+                average.tensors[parameter].copy_(world.shard_like(other[_AVERAGE_KEY], parameter))
         for key, tensor in state.items():
             optimizer.state[parameter][key] = world.shard_like(tensor, parameter)
     if found:

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minigpt.checkpoint.folder import RunFolder
+from minigpt.checkpoint.folder import WEIGHTS_ONLY, RunFolder
 from minigpt.checkpoint.model_folder import (
     Carried,
     read_model,
@@ -21,7 +21,7 @@ from minigpt.checkpoint.model_folder import (
 )
 from minigpt.config import RunConfig
 from minigpt.errors import CheckpointError, DataError, DivergedError
-from minigpt.evaluation import evaluate, windows_at_once
+from minigpt.evaluation import Evaluation, evaluate, windows_at_once
 from minigpt.model.cost import training_flops_per_token
 from minigpt.model.device import autocast, has_fast_bfloat16, peak_flops, save_dtype, to_device
 from minigpt.model.language_model import LanguageModel
@@ -29,9 +29,25 @@ from minigpt.model.registry import model_class
 from minigpt.rings import has_ring, ring
 from minigpt.text.batches import NO_TARGET, batch, require_length, validation_windows
 from minigpt.text.shards import PreparedData
-from minigpt.training.events import EvalEvent, Event, SampleEvent, SaveEvent, SkipEvent, StepEvent
+from minigpt.training.events import (
+    EarlyStopEvent,
+    EvalEvent,
+    Event,
+    SampleEvent,
+    SaveEvent,
+    SkipEvent,
+    StepEvent,
+)
 from minigpt.training.optim import make_optimizers, scale_learning_rates
-from minigpt.training.schedule import Seam, lr_scale, progress, with_max_steps
+from minigpt.training.schedule import (
+    Seam,
+    lr_scale,
+    patience_steps,
+    progress,
+    with_evaluations,
+    with_max_steps,
+)
+from minigpt.training.selection import Lowest, WeightAverage
 from minigpt.training.state import (
     TrainingState,
     computed_on,
@@ -101,9 +117,11 @@ class Trainer:
         self.dtype = dtype
         self.carried = carried
         self.train_tokens, self.val_tokens = data.tokens.split(config.data.val_fraction)
-        self.config = config = with_max_steps(config, len(self.train_tokens))
+        config = with_max_steps(config, len(self.train_tokens))
+        self.config = config = with_evaluations(config, len(self.train_tokens))
         for tokens in (self.train_tokens, self.val_tokens):
-            require_length(tokens, config.sequence_length)
+            if len(tokens) or tokens is self.train_tokens:  # there may be no validation text
+                require_length(tokens, config.sequence_length)
         self.micro_batch_size = world.micro_batch_size(
             config.training.batch_size, config.training.micro_batch_size
         )
@@ -118,6 +136,12 @@ class Trainer:
         self.computed_on = computed_on(self.world, dtype)
         self.moved_from: str | None = None
         """Where the checkpoint was computed, if resume is not bit-exact for that reason."""
+        self.average: WeightAverage | None = None
+        if config.training.average:
+            self.average = WeightAverage(self.model, config.training.average, self.world)
+        self._lowest, self._best_loss = Lowest(), math.inf
+        self._unsaved_best: tuple[EvalEvent, dict[str, Tensor]] | None = None
+        """The best evaluation since the last checkpoint, and its weights, which only rank 0 has."""
         self.seam: Seam | None = None
         """Where a change of the schedule is smoothed, in this process or an earlier one."""
         self._last_lr_scale: float | None = None
@@ -132,6 +156,10 @@ class Trainer:
         """Steps, seconds and progress when this process began, and at the last log line."""
         self._saved_step = self.step if resume_from else None
         self._evaluation: EvalEvent | None = None
+        self._evaluated_step = self.step
+        self._dropouts = [
+            module for module in self.model.modules() if isinstance(module, nn.Dropout)
+        ]
         self._pending = PendingMetrics(self.world)
         self._last_metrics: StepMetrics | None = None
 
@@ -155,7 +183,7 @@ class Trainer:
         return model_class(config).from_tensors(config, start_from.state_dict())
 
     def _restore(self, folder: Path) -> None:
-        state = restore_state(folder, self.model, self.optimizers, self.world)
+        state = restore_state(folder, self.model, self.optimizers, self.world, self.average)
         if state.corpus != self.data.tokens.fingerprint:
             raise DataError(
                 "the corpus is not the one that this run started with. Give the same text, or "
@@ -165,6 +193,10 @@ class Trainer:
         self.n_skipped = state.n_skipped
         if state.computed_on not in ("", self.computed_on):
             self.moved_from = state.computed_on
+        best = self.folder.best()
+        best_loss = best.facts.get("val_loss") if best else None
+        self._best_loss = self.world.broadcast(math.inf if best_loss is None else best_loss)
+        self._lowest = state.lowest
         self.seam, self._last_lr_scale = state.seam, state.lr_scale
         is_changed = state.next_lr_scale not in (None, self.lr_scale)
         if is_changed and state.lr_scale is not None:
@@ -201,7 +233,13 @@ class Trainer:
     @property
     def was_stopped(self) -> bool:
         """Whether ``request_stop`` ended the run before its budget was used."""
-        return self._stop_is_requested and self.progress < 1
+        return self._stop_is_requested and self.progress < 1 and not self.has_run_out
+
+    @property
+    def has_run_out(self) -> bool:
+        """Whether the validation loss has not fallen for the epochs of ``patience``."""
+        patience = patience_steps(self.config, len(self.train_tokens))
+        return patience is not None and self._evaluated_step - self._lowest.step >= patience
 
     def run(self) -> Iterator[Event]:
         """Train until the budget is used or a stop is requested, then save.
@@ -213,7 +251,7 @@ class Trainer:
         if self.config.from_ and self._saved_step is None:
             yield self._evaluate()  # the loss before fine-tuning
         n_skipped_in_a_row = 0
-        while self.progress < 1 and not self._must_stop():
+        while self.progress < 1 and not self.has_run_out and not self._must_stop():
             is_taken = self.take_step()
             n_skipped_in_a_row = 0 if is_taken else n_skipped_in_a_row + 1
             is_last = self.progress >= 1
@@ -221,14 +259,17 @@ class Trainer:
                 yield self._skip_event(n_skipped_in_a_row)
             elif is_last or _is_due(self.step, config.log_every):
                 yield self._step_event()
-            if _is_due(self.step, config.eval_every) and not is_last:
-                yield self._evaluate()
+            if _is_due(self.step, config.eval_every) and not is_last and len(self.val_tokens):
+                yield self._evaluate_and_keep()
             if _is_due(self.step, config.save_every) and not is_last:
                 yield from self._evaluate_and_save()
             if _is_due(self.step, config.sample_every) or (config.sample_every and is_last):
                 model = self.world.full_model(self.model)
                 if model is not None:
                     yield SampleEvent(self.step, model.to(self.device))
+        if self.has_run_out and self._saved_step != self.step:
+            epochs = self._epochs(self.step - self._lowest.step)
+            yield EarlyStopEvent(self.step, best_step=self._lowest.step, epochs_since=epochs)
         if self._saved_step != self.step:
             yield from self._evaluate_and_save()
 
@@ -242,6 +283,9 @@ class Trainer:
         self._last_lr_scale = scale = self.lr_scale
         scale_learning_rates(self.optimizers, scale)
         if self.config.model.dropout:
+            has_begun = self._epochs(self.step) >= config.dropout_start
+            for dropout in self._dropouts:
+                dropout.p = self.config.model.dropout if has_begun else 0.0
             # Dropout masks are a pure function of seed, step and rank, so that resume is exact.
             torch.manual_seed(config.seed + 1_000_003 * (self.step + 1) + self.world.rank)
         loss = self._accumulate_gradients()
@@ -253,6 +297,8 @@ class Trainer:
             if is_taken:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        if self.average and is_taken:
+            self.average.update(self.step + 1)
         if self.device.type == "cuda" and _is_due(self.step + 1, config.log_every):
             torch.cuda.synchronize()
         self.step += 1
@@ -297,6 +343,11 @@ class Trainer:
         with autocast(self.device, self.dtype):
             loss: Tensor = self._loss_of(inputs, targets, recompute=recompute, is_sum=is_sum)
         return loss
+
+    def _epochs(self, n_steps: int) -> float:
+        """Return the passes over the training text that steps make."""
+        step_tokens = self.config.training.batch_size * self.config.sequence_length
+        return n_steps * step_tokens / len(self.train_tokens)
 
     def _must_stop(self) -> bool:
         """Return whether any rank was asked to stop, so that all stop at the same step."""
@@ -360,19 +411,10 @@ class Trainer:
         )
 
     def _evaluate(self) -> EvalEvent:
-        config, length = self.config.training, self.config.sequence_length
+        """Compute the validation loss of the weights, or of their average if it is lower."""
         self._check()  # report an earlier divergence with its own step
         started = time.perf_counter()
-        batches = validation_windows(
-            self.val_tokens,
-            length,
-            config.eval_tokens,
-            batch_size=windows_at_once(self.config.model.vocab_size, length),
-        )
-        lengths = self.data.tokenizer.token_byte_lengths
-        result = self.world.evaluate(
-            lambda part: evaluate(self.model, part, lengths, dtype=self.dtype), batches
-        )
+        result, is_averaged = self._validation(), False
         if not result.n_tokens:
             raise DataError(
                 "no token of the validation text counts in the loss, as no answer of the assistant "
@@ -380,6 +422,11 @@ class Trainer:
             )
         if not math.isfinite(result.nats):
             raise self.diverged(f"validation loss {result.nats_per_token:.4g}")
+        if self.average:
+            with self.average.in_model():
+                averaged = self._validation()
+            if averaged.nats < result.nats:
+                result, is_averaged = averaged, True
         self._evaluation = EvalEvent(
             step=self.step,
             val_loss=result.nats_per_token,
@@ -387,37 +434,89 @@ class Trainer:
             n_tokens=result.n_tokens,
             elapsed_s=self.elapsed_s,
             eval_s=time.perf_counter() - started,
+            is_averaged=is_averaged,
         )
+        config = self.config.training
+        if _is_due(self.step, config.eval_every) or _is_due(self.step, config.save_every):
+            self._evaluated_step = self.step
+            self._lowest = self._lowest.with_loss(self.step, result.nats_per_token)
         return self._evaluation
 
+    def _validation(self) -> Evaluation:
+        """Evaluate the model's current weights on the validation windows, always the same."""
+        config, length = self.config.training, self.config.sequence_length
+        batches = validation_windows(
+            self.val_tokens,
+            length,
+            config.eval_tokens or len(self.val_tokens),
+            batch_size=windows_at_once(self.config.model.vocab_size, length),
+        )
+        lengths = self.data.tokenizer.token_byte_lengths
+        return self.world.evaluate(
+            lambda part: evaluate(self.model, part, lengths, dtype=self.dtype), batches
+        )
+
+    def _weights_of(self, evaluation: EvalEvent | None) -> AbstractContextManager[None]:
+        """Return the context in which the model has the weights of an evaluation at this step."""
+        is_averaged = self.average and evaluation and evaluation.is_averaged
+        return self.average.in_model() if self.average and is_averaged else nullcontext()
+
+    def _evaluate_and_keep(self) -> EvalEvent:
+        """Evaluate, and keep the weights in memory until the next checkpoint if they are best."""
+        evaluation = self._evaluate()
+        if evaluation.val_loss < self._best_loss:
+            self._best_loss = evaluation.val_loss
+            with self._weights_of(evaluation):
+                weights = self.world.gather(self.model.state_dict().items())
+                copies = {name: w.detach().to("cpu", copy=True) for name, w in weights.items()}
+            self._unsaved_best = evaluation, copies
+        return evaluation
+
     def _evaluate_and_save(self) -> Iterator[Event]:
-        """Save a checkpoint with its validation loss."""
+        """Save a checkpoint with its validation loss, and the best weights since the last one."""
         evaluation = self._evaluation
-        if evaluation is None or evaluation.step != self.step:
+        if not len(self.val_tokens):
+            evaluation = None
+        elif evaluation is None or evaluation.step != self.step:
             yield (evaluation := self._evaluate())
-        model = self.world.full_model(self.model)
-        optimizer_state = self.world.gather(optimizer_tensors(self.model, self.optimizers))
-        if model is not None:
-            yield self._save(model, optimizer_state, evaluation)
+        best, self._unsaved_best = self._unsaved_best, None
+        if evaluation and evaluation.val_loss < self._best_loss:
+            self._best_loss, best = evaluation.val_loss, None
+        if best and best[0].step != self.step and self.world.is_first:
+            # Before the latest checkpoint: if it is not written, resuming finds this step again.
+            weights = model_class(self.config.model).from_tensors(self.config.model, best[1])
+            yield self._write(weights, best[0])
+        with self._weights_of(evaluation):
+            is_averaged = evaluation is not None and evaluation.is_averaged
+            tensors = optimizer_tensors(
+                self.model, self.optimizers, self.average, is_exchanged=is_averaged
+            )
+            optimizer_state = self.world.gather(tensors)
+            model = self.world.full_model(self.model)
+            saved = self._write(model, evaluation, optimizer_state) if model else None
+        if saved:
+            yield saved
         self.world.max(0)  # wait for rank 0
         self._saved_step = self.step
 
-    def _save(
-        self, model: LanguageModel, optimizer_state: dict[str, Tensor], evaluation: EvalEvent
+    def _write(
+        self,
+        model: LanguageModel,
+        evaluation: EvalEvent | None,
+        optimizer_state: dict[str, Tensor] | None = None,
     ) -> SaveEvent:
-        losses = {"val_loss": evaluation.val_loss, "bits_per_byte": evaluation.bits_per_byte}
-        state = TrainingState(
-            step=self.step,
-            elapsed_s=self.elapsed_s,
-            n_skipped=self.n_skipped,
-            corpus=self.data.tokens.fingerprint,
-            computed_on=self.computed_on,
-            lr_scale=self._last_lr_scale,
-            next_lr_scale=self.lr_scale,
-            is_warm=self.context_length == self.config.sequence_length,
-            seam=self.seam,
-        )
-        with self.folder.writing_step(self.step, **losses) as folder:
+        """Write the checkpoint of this step, or the weights of the step of an earlier evaluation.
+
+        Args: optimizer_state, None for weights that a run cannot resume from.
+        """
+        step, losses = self.step, {}
+        if evaluation:
+            step = evaluation.step
+            losses = {"val_loss": evaluation.val_loss, "bits_per_byte": evaluation.bits_per_byte}
+        facts: dict[str, Any] = {WEIGHTS_ONLY: True} if optimizer_state is None else {}
+        if evaluation and evaluation.is_averaged:
+            facts["is_averaged"] = True
+        with self.folder.writing_step(step, **losses, **facts) as folder:
             is_rounded = write_model(
                 folder,
                 model,
@@ -431,24 +530,43 @@ class Trainer:
                 card = ring("checkpoint.tools.model_card").model_card(
                     self.config,
                     name=self.folder.path.name,
-                    step=self.step,
+                    step=step,
                     n_train_tokens=len(self.train_tokens),
                     **losses,
                 )
                 (folder / "README.md").write_text(card, encoding="utf-8")
-            write_state(folder, optimizer_state, state)
-            if is_rounded:
-                write_full_precision(folder, model)
-        self.folder.point("latest", self.step, **losses)
+            if optimizer_state is not None:
+                write_state(folder, optimizer_state, self._state())
+                if is_rounded:
+                    write_full_precision(folder, model)
+        if optimizer_state is not None:
+            self.folder.point("latest", step, **losses, **facts)
+        if not evaluation:  # without a validation text, the latest checkpoint counts as the best
+            self.folder.point("best", step)
         best = self.folder.best()
         assert best is not None
         self.folder.point("best", best.step, **best.facts)
-        self.folder.prune(self.config.training.keep)
+        if optimizer_state is not None:
+            self.folder.prune(self.config.training.keep)
         return SaveEvent(
+            step=step,
+            folder=self.folder.step_folder(step),
+            val_loss=evaluation.val_loss if evaluation else None,
+            is_best=best.step == step,
+        )
+
+    def _state(self) -> TrainingState:
+        return TrainingState(
             step=self.step,
-            folder=self.folder.step_folder(self.step),
-            val_loss=evaluation.val_loss,
-            is_best=best.step == self.step,
+            elapsed_s=self.elapsed_s,
+            n_skipped=self.n_skipped,
+            corpus=self.data.tokens.fingerprint,
+            computed_on=self.computed_on,
+            lr_scale=self._last_lr_scale,
+            next_lr_scale=self.lr_scale,
+            is_warm=self.context_length == self.config.sequence_length,
+            lowest=self._lowest,
+            seam=self.seam,
         )
 
     def diverged(self, fact: str) -> DivergedError:

@@ -49,9 +49,9 @@ def model_card(
     *,
     name: str,
     step: int,
-    val_loss: float,
-    bits_per_byte: float,
     n_train_tokens: int,
+    val_loss: float | None = None,
+    bits_per_byte: float | None = None,
 ) -> str:
     """Return the README.md of a checkpoint: the hub's metadata, then a description in Markdown.
 
@@ -67,6 +67,9 @@ def model_card(
     # AutoTokenizer splits text as Qwen2 does in every qwen2 folder, whatever tokenizer.json says.
     tokenizer = "PreTrainedTokenizerFast" if model_type == "qwen2" else "AutoTokenizer"
     others = _NOWHERE_ELSE if model_type == OWN_TYPE else _ELSEWHERE.format(tokenizer=tokenizer)
+    loss = "- No validation text"
+    if val_loss is not None:
+        loss = f"- Validation loss: {val_loss:.4f} nats/token, {bits_per_byte:.4f} bits/byte"
     parts = [
         _metadata(config, name, val_loss, bits_per_byte),
         f"# {_code(name)}",
@@ -90,7 +93,7 @@ def model_card(
 - Start: {_start(config)}
 - Steps: {step:,}, with {config.training.optimizer}
 - Tokens seen: {n_seen:,}, which is the text {n_seen / n_train_tokens:.3g} times
-- Validation loss: {val_loss:.4f} nats/token, {bits_per_byte:.4f} bits/byte""",
+{loss}""",
         *([f"It was made by:\n\n    {_one_line(config.command)}"] if config.command else []),
         _USE.format(elsewhere=others),
         _LIMITS,
@@ -98,18 +101,17 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
-def _metadata(config: RunConfig, name: str, val_loss: float, bits_per_byte: float) -> str:
+def _metadata(
+    config: RunConfig, name: str, val_loss: float | None, bits_per_byte: float | None
+) -> str:
     """Return the YAML block that the hub specifies for model cards."""
     repository = _base_repository(config)
     library = "minigpt" if config.model.model_type == OWN_TYPE else "transformers"
     base = f"base_model: {_quoted(repository)}\n" if repository else ""
-    return f"""\
----
-library_name: {library}
-pipeline_tag: text-generation
-{base}tags:
-- minigpt
-- {config.model.model_type}
+    results = (
+        ""
+        if val_loss is None
+        else f"""\
 model-index:
 - name: {_quoted(name)}
   results:
@@ -126,7 +128,16 @@ model-index:
     - type: bits_per_byte
       name: bits/byte
       value: {bits_per_byte:.4f}
----"""
+"""
+    )
+    return f"""\
+---
+library_name: {library}
+pipeline_tag: text-generation
+{base}tags:
+- minigpt
+- {config.model.model_type}
+{results}---"""
 
 
 def _layout(model: ModelConfig) -> str:

@@ -143,7 +143,7 @@ def _evaluated_often(config: RunConfig) -> RunConfig:
     """Return the config with enough evaluations for a curve, also for a short run."""
     training = config.training
     every = max(1, training.max_steps // _MIN_EVALUATIONS)
-    if not training.max_steps or 0 < training.eval_every <= every:
+    if not training.max_steps or 0 < (training.eval_every or 0) <= every:
         return config
     return replace(config, training=replace(training, eval_every=every))
 

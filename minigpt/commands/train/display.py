@@ -1,5 +1,6 @@
 """A training run on stderr: live on a terminal, plain lines elsewhere."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,13 +19,22 @@ from minigpt.model.cost import parameter_count
 from minigpt.model.language_model import LanguageModel
 from minigpt.rings import has_ring, ring
 from minigpt.text.escape import printable
-from minigpt.training.events import EvalEvent, Event, SampleEvent, SkipEvent, StepEvent
-from minigpt.training.schedule import LARGEST_RISE, lr_scale
+from minigpt.training.events import (
+    EarlyStopEvent,
+    EvalEvent,
+    Event,
+    SampleEvent,
+    SkipEvent,
+    StepEvent,
+)
+from minigpt.training.schedule import LARGEST_RISE, lr_scale, with_max_steps
 from minigpt.training.trainer import Trainer
 
 _SAMPLE = SamplingConfig(max_new_tokens=200, temperature=0.8)
 _GLIMPSE = replace(_SAMPLE, max_new_tokens=80)
 _WIDEST_GLIMPSE = 100
+_BY_HEART = 0.6
+"""Ratio of training to validation loss below which a text counts as learned by heart."""
 _LOSSES = {"val_loss": "nats/token", "bits_per_byte": "bits/byte"}
 
 
@@ -40,6 +50,7 @@ class TrainingDisplay(ProgressLine):
             self.live = LiveLines(self.panel, self.console)
         self._trainer: Trainer | None = None
         self._evaluation: EvalEvent | None = None
+        self._train_loss: float | None = None
 
     def start(self, trainer: Trainer) -> None:
         """Print the text, the model and the run, before the first step."""
@@ -55,7 +66,7 @@ class TrainingDisplay(ProgressLine):
         is_shorter = config.sequence_length < model.context_length
         sequences = f", trained on {config.sequence_length}" if is_shorter else ""
         training = config.training
-        epochs = f" ({count(training.max_epochs, 'epoch')})" if training.max_epochs else ""
+        epochs = f" ({count(training.max_epochs, 'epoch')})" if _ends_by_epochs(trainer) else ""
         limits = [f"{training.max_steps} steps{epochs}"] if training.max_steps else []
         limits += [duration(60 * training.max_minutes)] if training.max_minutes else []
         if config.from_ is not None and not trainer.step:
@@ -94,12 +105,29 @@ class TrainingDisplay(ProgressLine):
                 f"the learning rate continues from {training.lr * seam.lr_scale:.1e} and rises by "
                 f"at most {LARGEST_RISE - 1:.0%} a step until it meets the new budget's schedule"
             )
+        self._note_limits(trainer)
         if trainer.progress >= 1:
             self._print_fact("", "already complete: raise --max-steps or --max-minutes to continue")
+        elif trainer.has_run_out:
+            self._print_fact("", "stopped early: raise --patience to continue, or 0 for no limit")
         if trainer.step and self.panel:
             self.panel.resume(trainer.folder.path)
         self.line.label, self.line.share = "train", trainer.progress
         self.line.facts = [self._place(trainer.step), "Ctrl-C saves and stops"]
+
+    def _note_limits(self, trainer: Trainer) -> None:
+        """Print what was chosen against overfitting."""
+        model, training = trainer.config.model, trainer.config.training
+        if model.dropout and training.dropout_start:
+            self.note(
+                f"dropout {model.dropout:g} after {training.dropout_start:g} epochs, for a text of "
+                "this size (--dropout)"
+            )
+        if training.dropout_start and _ends_by_epochs(trainer) and not trainer.step:
+            self.note(
+                f"the text is read at most {training.max_epochs:.3g} times (--max-epochs): more "
+                "does not improve the model"
+            )
 
     def _place(self, step: int) -> str:
         assert self._trainer is not None
@@ -128,11 +156,19 @@ class TrainingDisplay(ProgressLine):
                 self._evaluation = event
                 if self.panel:
                     self.panel.show_evaluation(event)
+                averaged = ", averaged weights" if event.is_averaged else ""
                 self._print(
                     f"step {event.step:>6}  val loss {event.val_loss:.4f} nats/token, "
                     f"{event.bits_per_byte:.4f} bits/byte  after {duration(event.elapsed_s)}"
+                    f"{averaged}"
                 )
                 self._show_glimpse()
+            case EarlyStopEvent():
+                self._print(
+                    f"step {event.step:>6}  stopped early: no lower validation loss since "
+                    f"step {event.best_step}, {event.epochs_since:.1f} epochs ago (--patience 0 "
+                    "trains on)"
+                )
             case SampleEvent():
                 assert self._trainer is not None
                 self._print(f"step {event.step:>6}  sample")
@@ -141,6 +177,7 @@ class TrainingDisplay(ProgressLine):
                     self._print(f"  | {line}")
 
     def _show_step(self, event: StepEvent) -> None:
+        self._train_loss = event.train_loss
         place, left = self._place(event.step), f"{clock(event.remaining_s)} left"
         val = self._evaluation.val_loss if self._evaluation else None
         facts = [
@@ -183,6 +220,33 @@ class TrainingDisplay(ProgressLine):
         ]
         loss = f": val loss {', '.join(losses)}" if losses else ""
         self._print_fact("best", f"{best.folder}{loss}")
+        if "val_loss" in best.facts:
+            is_averaged = best.facts.get("is_averaged", False)
+            self._explain(best.facts["val_loss"], is_averaged=is_averaged)
+
+    def _explain(self, val_loss: float, *, is_averaged: bool) -> None:
+        """Print what a validation loss means, and whether the text was learned by heart."""
+        assert self._trainer is not None
+        trainer, n_tokens = self._trainer, self._trainer.config.model.vocab_size
+        sure = "averaged weights; " if is_averaged else ""
+        sure += f"as unsure as between {math.exp(min(val_loss, 700)):.3g} tokens"
+        self._print_fact(
+            "", f"{sure}; guessing among all {n_tokens:,} is {math.log(n_tokens):.2f} nats/token"
+        )
+        evaluation, n_val = self._evaluation, len(trainer.val_tokens) - 1
+        if evaluation and evaluation.n_tokens < n_val:
+            self._print_fact(
+                "",
+                f"measured on {evaluation.n_tokens:,} of {n_val:,} validation tokens; minigpt "
+                "evaluate measures all",
+            )
+        train_loss, last = self._train_loss, evaluation.val_loss if evaluation else val_loss
+        if train_loss is not None and train_loss < _BY_HEART * last:
+            self.note(
+                f"the text was learned by heart: at the end the training loss was {train_loss:.2f} "
+                f"and the validation loss {last:.2f} nats/token. More text, more dropout or fewer "
+                "epochs help"
+            )
 
     def propose(self, name: str, commands: Sequence[str]) -> None:
         """Print commands to run next."""
@@ -195,6 +259,14 @@ class TrainingDisplay(ProgressLine):
 
     def _print(self, text: str) -> None:
         self.console.print(printable(text))
+
+
+def _ends_by_epochs(trainer: Trainer) -> bool:
+    """Return whether ``max_epochs`` is what limits the steps."""
+    training = trainer.config.training
+    unlimited = replace(trainer.config, training=replace(training, max_steps=0, max_minutes=1.0))
+    limit = with_max_steps(unlimited, len(trainer.train_tokens)).training.max_steps
+    return bool(training.max_epochs) and limit == training.max_steps
 
 
 def draw_sample(model: LanguageModel, trainer: Trainer, config: SamplingConfig = _SAMPLE) -> str:

@@ -99,8 +99,7 @@ def finetuning_config(overrides: Mapping[str, Any], base: Base) -> RunConfig:
         "embedding_lr": lr,
         "warmup_fraction": 0.05,
         "log_every": 1,
-        "eval_every": 100,
-        "eval_tokens": 32_768,
+        "patience": 4.0,
         "save_every": 100,
     }
     wanted = one_lr(one_budget(overrides))

@@ -15,9 +15,10 @@ from minigpt.checkpoint.model_folder import Carried, read_carried, read_model
 from minigpt.checkpoint.resolve import ROOT, models_in, warn_of_damage
 from minigpt.config import DataConfig, RunConfig
 from minigpt.errors import CheckpointError, ConfigError, LockedError, nearest
+from minigpt.model.cost import parameter_count
 from minigpt.model.device import resolve_device, resolve_dtype
 from minigpt.model.language_model import LanguageModel
-from minigpt.presets import DEFAULT_PRESET
+from minigpt.presets import DEFAULT_PRESET, for_text
 from minigpt.presets import preset as preset_settings
 from minigpt.rings import has_ring, ring
 from minigpt.settings import build, merge, read_toml, to_dict
@@ -127,6 +128,7 @@ def _new_job(request: Request) -> Iterator[Job]:
     )
     if base is None:
         config = with_vocabulary(settings, data.tokenizer.vocab_size)
+        config = suited_to_text(config, overrides, data)
         _require_memory(config, request)
     config = with_split(config, data)
     names = fresh_names(config.data, base.name if base else config.preset)
@@ -297,6 +299,22 @@ def with_vocabulary(settings: dict[str, Any], vocab_size: int) -> RunConfig:
             f"{config.model.vocab_size}. Leave it out."
         )
     return replace(config, model=canonical(config.model))
+
+
+def suited_to_text(
+    config: RunConfig, overrides: Mapping[str, Any], data: PreparedData
+) -> RunConfig:
+    """Set what depends on the size of the text, such as dropout, where the user gives no value."""
+    n_train_tokens = len(data.tokens.split(config.data.val_fraction)[0])
+    step_tokens = config.training.batch_size * config.sequence_length
+    suited = for_text(max(n_train_tokens, 1), parameter_count(config.model), step_tokens)
+    if given(overrides, "model", "dropout") is not None:
+        suited["training"].pop("dropout_start", None)  # the user's dropout begins at once
+    own = {
+        table: {key: value for key, value in values.items() if given(overrides, table, key) is None}
+        for table, values in suited.items()
+    }
+    return build(RunConfig, merge(to_dict(config), own))
 
 
 def one_budget(overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -65,7 +65,8 @@ def estimate_memory(
     for name, parameter, n in parameters(model):
         if training.optimizer == "muon" and is_muon_parameter(name, parameter):
             matrices[parameter.shape] += n * parameter.numel()
-    n_windows = max(1, min(n_val_tokens, training.eval_tokens) // length)
+    n_eval_tokens = min(n_val_tokens, training.eval_tokens or n_val_tokens)
+    n_windows = max(1, n_eval_tokens // length)
     n_windows = min(n_windows, windows_at_once(model.vocab_size, length))
     logits = model.vocab_size * (2 * _FLOAT32 + cast_bytes)
     mlp = (3 if model.family == "gpt2" else 4) * model.d_mlp * dtype.itemsize + stream
@@ -75,10 +76,11 @@ def estimate_memory(
         gradients + 5 * _FLOAT32 * max(matrices.values(), default=0),
         n_windows * length * max(logits, mlp) + copies,
     )
+    n_averages = n_parameters if training.average else 0
     parts = {
         "weights": gradients,  # as many, in the same dtype
         "gradients": gradients,
-        "optimizer": optimizer_values(config) * _FLOAT32 // n_shares,
+        "optimizer": (optimizer_values(config) + n_averages) * _FLOAT32 // n_shares,
         "activations": max(0, peak - gradients),  # with logits and temporary tensors
     }
     return parts | {"total": sum(parts.values())}

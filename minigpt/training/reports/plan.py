@@ -29,7 +29,7 @@ from minigpt.training.reports.memory import (
     optimizer_values,
     parameters,
 )
-from minigpt.training.schedule import with_max_steps
+from minigpt.training.schedule import with_evaluations, with_max_steps
 from minigpt.training.state import TrainingState
 from minigpt.training.world import ALONE, World
 
@@ -63,9 +63,10 @@ def make_plan(
     device = resolve_device(config.training.device)
     dtype = resolve_dtype(config.training.dtype, device)
     train_tokens, val_tokens = data.tokens.split(config.data.val_fraction)
-    config = with_max_steps(config, len(train_tokens))
+    config = with_evaluations(with_max_steps(config, len(train_tokens)), len(train_tokens))
     for tokens in (train_tokens, val_tokens):
-        require_length(tokens, config.sequence_length)
+        if len(tokens) or tokens is train_tokens:  # there may be no validation text
+            require_length(tokens, config.sequence_length)
     training = config.training
     step_tokens = training.batch_size * config.sequence_length
     micro_batch_size = world.micro_batch_size(training.batch_size, training.micro_batch_size)
@@ -96,7 +97,8 @@ def make_plan(
         "training_flops": flops,  # of the steps left
         "memory": memory,
         "machine_bytes": available,
-        "checkpoint_bytes": 4 * (n_parameters + optimizer_values(config)),
+        "checkpoint_bytes": 4
+        * (n_parameters * (2 if training.average else 1) + optimizer_values(config)),
         "step_s": step_s,
         "training_s": training_s,  # of the steps left, without evaluation and saving
         "device": device.type,

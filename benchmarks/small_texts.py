@@ -1,0 +1,136 @@
+"""What a run leaves on small texts, compared with the best of any of its steps and larger budgets.
+
+    python benchmarks/small_texts.py ../shared/data/fairytales.txt --kilobytes 20 60 200 \
+        --steps 300 600 6000
+    python benchmarks/small_texts.py ... --seconds 30 60 600
+
+Each text is the beginning of a file (.txt, or .jsonl.xz with a field "text"), each cell a run of
+minigpt train with that budget and all defaults. `left` is the validation loss of the model that the
+run leaves, in nats per byte; `any step` the lowest of the weights of every n-th step, on the same
+windows; `worse` is left minus any step (the goal is at most 0.005), and `budget +` left minus what
+the best smaller budget left (the goal is at most 0).
+"""
+
+import argparse
+import json
+import lzma
+import math
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+# As the command line sets it; must precede the start of OpenMP in torch.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+import torch
+
+from minigpt.checkpoint.folder import RunFolder
+from minigpt.checkpoint.model_folder import read_model
+from minigpt.commands.train.job import settings_of, suited_to_text, with_vocabulary
+from minigpt.evaluation import evaluate
+from minigpt.text.batches import validation_windows
+from minigpt.text.shards import prepare
+from minigpt.training.events import EarlyStopEvent, EvalEvent, StepEvent
+from minigpt.training.trainer import Trainer
+
+HEAD = ["text", "budget", "steps", "epochs", "dropout", "left", "any step", "worse", "budget +"]
+SIDES = ["---"] + ["---:"] * (len(HEAD) - 1)
+
+
+def beginning(path: Path, n_bytes: int) -> bytes:
+    """Return the first bytes of a corpus, without a cut character."""
+    if path.suffix != ".xz":
+        with path.open("rb") as file:
+            text = file.read(n_bytes)
+    else:
+        text = b""
+        with lzma.open(path, "rt", encoding="utf-8") as lines:
+            while len(text) < n_bytes:
+                text += json.loads(next(lines))["text"].encode() + b"\n\n"
+    return text[:n_bytes].decode(errors="ignore").encode()
+
+
+def measure(path: Path, budget: dict[str, Any], every: int) -> dict[str, Any]:
+    """Train once with the defaults of minigpt train, and return what it left."""
+    overrides = {"data": {"paths": [str(path)]}, "training": budget | {"log_every": every}}
+    settings = settings_of(overrides)
+    data = prepare(with_vocabulary(settings, 1).data)
+    config = with_vocabulary(settings, data.tokenizer.vocab_size)
+    config = suited_to_text(config, overrides, data)
+    any_step, evaluation, eval_s, stopped = math.inf, None, 0.0, ""
+    with tempfile.TemporaryDirectory() as folder:
+        run = RunFolder(Path(folder))
+        cpu = torch.device("cpu")
+        trainer = Trainer(config, data, run, device=cpu, dtype=torch.float32)
+        for event in trainer.run():
+            if isinstance(event, StepEvent):
+                any_step = min(any_step, trainer._validation().nats_per_token)
+            elif isinstance(event, EvalEvent):
+                evaluation, eval_s = event, eval_s + event.eval_s
+            elif isinstance(event, EarlyStopEvent):
+                stopped = ", stopped early"
+        best = run.best()
+        assert best is not None
+        assert evaluation is not None
+        windows = validation_windows(
+            trainer.val_tokens,
+            config.sequence_length,
+            trainer.config.training.eval_tokens or len(trainer.val_tokens),
+            batch_size=16,
+        )
+        model = read_model(best.folder, dtype=torch.float32).model
+        left = evaluate(model, windows, data.tokenizer.token_byte_lengths)
+    per_byte = left.n_tokens / left.n_bytes
+    return {
+        "steps": f"{trainer.step}{stopped}",
+        "epochs": trainer._epochs(trainer.step),
+        "dropout": config.model.dropout,
+        "left": left.nats_per_token * per_byte,
+        "any_step": any_step * per_byte,
+        "what": f"step {best.step}{', averaged' if best.facts.get('is_averaged') else ''}",
+        "eval_share": eval_s / (eval_s + trainer.elapsed_s),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--kilobytes", type=int, nargs="+", default=[20, 60, 200, 1000, 3000])
+    parser.add_argument("--steps", type=int, nargs="+", default=[])
+    parser.add_argument("--seconds", type=float, nargs="+", default=[])
+    parser.add_argument("--every", type=int, default=10, help="steps between those measured")
+    args = parser.parse_args()
+    budgets: list[dict[str, Any]] = [
+        {"max_steps": n} for n in args.steps or ([] if args.seconds else [300])
+    ]
+    budgets += [{"max_minutes": seconds / 60} for seconds in args.seconds]
+    print(f"| {' | '.join([*HEAD, 'model left', 'evaluation'])} |")
+    print(f"| {' | '.join([*SIDES, '---', '---:'])} |")
+    for kilobytes in args.kilobytes:
+        smallest = math.inf
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / f"{args.data.name.split('.')[0]}-{kilobytes}.txt"
+            path.write_bytes(beginning(args.data, 1000 * kilobytes))
+            for budget in budgets:
+                run = measure(path, budget, args.every)
+                seconds = budget.get("max_minutes", 0) * 60
+                row = [
+                    f"{path.stem} KB",
+                    f"{seconds:g} s" if seconds else f"{budget['max_steps']} steps",
+                    run["steps"],
+                    f"{run['epochs']:.1f}",
+                    f"{run['dropout']:g}",
+                    f"{run['left']:.4f}",
+                    f"{run['any_step']:.4f}",
+                    f"{run['left'] - run['any_step']:+.4f}",
+                    "" if smallest == math.inf else f"{run['left'] - smallest:+.4f}",
+                    run["what"],
+                    f"{run['eval_share']:.0%}",
+                ]
+                smallest = min(smallest, run["left"])
+                print(f"| {' | '.join(row)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""minigpt train on little text: what it chooses, says and leaves."""
+
+import json
+import math
+import random
+import re
+from pathlib import Path
+
+import pytest
+from calls import Run
+
+from minigpt.settings import read_toml
+
+_SHAPE = """
+--tokenizer bytes --context-length 32 --batch-size 2 --n-layer 1 --n-head 2 --d-model 32
+--set model.d_mlp=32 --set training.context_warmup_length=0 --seed 1
+"""
+SHAPE = _SHAPE.split()
+
+
+@pytest.fixture(autouse=True)
+def corpus(workplace: Path) -> None:
+    numbers = (str(pow(7, n, 10007)) for n in range(1100))
+    (workplace / "corpus.txt").write_text(" ".join(numbers))
+
+
+def config_of(name: str) -> dict[str, dict[str, float]]:
+    return read_toml(Path("checkpoints") / name / "config.toml")
+
+
+def best_of(name: str) -> dict[str, float]:
+    facts: dict[str, float] = json.loads((Path("checkpoints") / name / "best.json").read_text())
+    return facts
+
+
+def test_what_was_chosen_for_the_text_is_recorded_said_and_resumed(run: Run) -> None:
+    result = run("train", "corpus.txt", "--name", "small", "--max-steps", "40", *SHAPE)
+    assert result.code == 0
+    saved = config_of("small")
+    assert saved["model"]["dropout"] > 0
+    assert "note   dropout" in result.err
+    for name in ("max_epochs", "average", "patience", "dropout_start", "eval_every", "eval_tokens"):
+        assert saved["training"][name] > 0, name
+    assert run("train", "--resume", "--name", "small").code == 0
+    assert config_of("small") == saved
+
+
+def test_the_users_own_values_win(run: Run) -> None:
+    own = ["--dropout", "0", "--patience", "0", "--max-epochs", "1", "--eval-every", "7"]
+    assert run("train", "corpus.txt", "--name", "own", *SHAPE, *own).code == 0
+    saved = config_of("own")
+    assert saved["model"]["dropout"] == 0
+    assert (saved["training"]["patience"], saved["training"]["max_epochs"]) == (0, 1)
+    assert saved["training"]["eval_every"] == 7
+
+
+def test_a_larger_budget_leaves_the_same_model_once_the_text_is_learned(run: Run) -> None:
+    few = ["--set", "training.lr=0.003"]
+    for steps in ("1500", "5000"):
+        assert (
+            run("train", "corpus.txt", "--name", steps, "--max-steps", steps, *SHAPE, *few).code
+            == 0
+        )
+    assert best_of("1500") == best_of("5000")
+    assert config_of("5000")["training"]["max_steps"] < 1500
+
+
+def test_the_last_lines_say_what_the_loss_means(run: Run) -> None:
+    result = run("train", "corpus.txt", "--name", "said", "--max-steps", "20", *SHAPE)
+    said = re.search(
+        r"as unsure as between ([\d.]+) tokens; guessing among all (\d+) is", result.err
+    )
+    assert said
+    assert float(said[1]) == pytest.approx(math.exp(best_of("said")["val_loss"]), rel=0.006)
+
+
+def test_learning_by_heart_and_stopping_early_are_said(run: Run) -> None:
+    letters = random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=900)
+    Path("corpus.txt").write_text("".join(letters))
+    rates = ["--set", "training.lr=0.02", "--set", "training.embedding_lr=0.02"]
+    words = ["--max-epochs", "60", "--dropout", "0", "--patience", "2", *SHAPE, *rates]
+    words += ["--n-layer", "2", "--set", "model.d_mlp=96"]
+    result = run("train", "corpus.txt", "--name", "heart", *words)
+    assert result.code == 0
+    assert "stopped early: no lower validation loss since" in result.err
+    assert "--patience 0 trains on" in result.err
+    words[words.index("2")] = "0"
+    result = run("train", "corpus.txt", "--name", "learned", *words)
+    assert "stopped early" not in result.err
+    assert "the text was learned by heart: at the end the training loss was" in result.err

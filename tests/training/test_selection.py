@@ -1,0 +1,220 @@
+"""Which weights a run leaves, when it evaluates, and when it stops early."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_runs import bits, config_of, data_of, differing, run_until, trainer_of
+
+from minigpt.checkpoint.folder import RunFolder
+from minigpt.checkpoint.model_folder import read_model
+from minigpt.evaluation import evaluate
+from minigpt.presets import for_text
+from minigpt.text.batches import validation_windows
+from minigpt.text.shards import PreparedData
+from minigpt.training.events import EarlyStopEvent, EvalEvent, SaveEvent, StepEvent
+from minigpt.training.schedule import EVAL_SHARE, LEAST_EVAL_TOKENS, with_evaluations
+from minigpt.training.trainer import Trainer
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
+    """A text that is soon learned by heart: random letters."""
+    content = "".join(chr(97 + int(i)) for i in torch.randint(26, (900,), generator=seeded()))
+    return data_of(content, tmp_path_factory.mktemp("short"))
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def loss_of(folder: Path, trainer: Trainer) -> float:
+    windows = validation_windows(trainer.val_tokens, 16, 10**6, 8)
+    model = read_model(folder, dtype=torch.float32).model
+    return evaluate(model, windows, trainer.data.tokenizer.token_byte_lengths).nats_per_token
+
+
+OVERFITTING = {"max_steps": 120, "lr": 0.02, "embedding_lr": 0.02, "eval_tokens": 10**6}
+
+
+@pytest.mark.parametrize("average", [0.0, 0.9])
+def test_best_is_the_best_of_all_evaluations_not_only_of_the_checkpoints(
+    average: float, short: PreparedData, tmp_path: Path
+) -> None:
+    config = config_of(eval_every=5, save_every=50, average=average, **OVERFITTING)
+    trainer = trainer_of(config, short, tmp_path)
+    events = list(trainer.run())
+    losses = {event.step: event.val_loss for event in events if isinstance(event, EvalEvent)}
+    best = RunFolder(tmp_path).best()
+    assert best is not None
+    assert losses[120] > min(losses.values()) + 0.5  # the text was learned by heart
+    assert losses[best.step] == min(losses.values()) == best.facts["val_loss"]
+    assert best.step not in (50, 100, 120)
+    assert json.loads((tmp_path / "best.json").read_text())["step"] == best.step
+    assert loss_of(best.folder, trainer) == pytest.approx(min(losses.values()), rel=1e-5)
+    # A run cannot resume from it, so it is not the latest even while it is the newest.
+    latest = RunFolder(tmp_path).latest()
+    assert latest is not None
+    assert latest.step == 120
+
+
+def test_the_average_is_that_of_a_plain_loop_and_is_left_only_if_it_is_better(
+    data: PreparedData, tmp_path: Path
+) -> None:
+    config = config_of(max_steps=8, eval_every=4, save_every=4, average=0.5, eval_tokens=10**6)
+    trainer = trainer_of(config, data, tmp_path)
+    assert trainer.average is not None
+    expected = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    for event in trainer.run():
+        if isinstance(event, StepEvent):
+            weight = max(0.5, 1 / (event.step + 1))
+            for name, p in trainer.model.named_parameters():
+                expected[name] += weight * (p.detach() - expected[name])
+        if isinstance(event, SaveEvent):
+            raw = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+            own = trainer._validation().nats_per_token
+            with trainer.average.in_model():
+                averaged = trainer._validation().nats_per_token
+            assert event.val_loss == min(own, averaged)
+            left = read_model(event.folder).model.state_dict()
+            better = expected if averaged < own else raw
+            for name, tensor in better.items():
+                torch.testing.assert_close(left[name], tensor, rtol=1e-5, atol=1e-6)
+            assert differing(raw, dict(trainer.model.named_parameters())) == []
+
+
+def all_bits(trainer: Trainer) -> dict[str, torch.Tensor]:
+    assert trainer.average is not None
+    names = {p: name for name, p in trainer.model.named_parameters()}
+    averages = {f"{names[p]}/average": a.clone() for p, a in trainer.average.tensors.items()}
+    return bits(trainer) | averages
+
+
+@pytest.mark.parametrize("stop_at", [37, 60, 83])
+@pytest.mark.parametrize("average", [0.5, 0.98])
+def test_a_stopped_run_with_average_and_patience_resumes_with_the_same_bits_and_the_same_end(
+    average: float, stop_at: int, short: PreparedData, tmp_path: Path
+) -> None:
+    facts = {"eval_every": 5, "save_every": 20, "average": average, "patience": 1.0}
+    config = config_of(dropout=0.2, dropout_start=2.0, **facts, **OVERFITTING | {"max_steps": 400})
+    straight = trainer_of(config, short, tmp_path / "straight")
+    list(straight.run())
+    first = trainer_of(config, short, tmp_path / "parted")
+    run_until(first, stop_at)
+    second = trainer_of(config, short, tmp_path / "parted", resume=True)
+    assert differing(all_bits(second), all_bits(first)) == []
+    list(second.run())
+    assert second.step == straight.step
+    assert differing(all_bits(second), all_bits(straight)) == []
+    left = [RunFolder(tmp_path / name).best() for name in ("straight", "parted")]
+    assert left[0] is not None
+    assert left[1] is not None
+    # The stop evaluated one step more, which may be better.
+    assert left[1].facts["val_loss"] <= left[0].facts["val_loss"]
+    if left[1].step == left[0].step:
+        tensors = [load_file(pointer.folder / "model.safetensors") for pointer in left if pointer]
+        assert differing(tensors[0], tensors[1]) == []
+
+
+def test_a_run_whose_loss_rises_stops_early_and_leaves_its_best(
+    short: PreparedData, tmp_path: Path
+) -> None:
+    config = config_of(eval_every=5, patience=3.0, **OVERFITTING | {"max_steps": 1000})
+    trainer = trainer_of(config, short, tmp_path)
+    events = list(trainer.run())
+    (stop,) = [event for event in events if isinstance(event, EarlyStopEvent)]
+    losses = {event.step: event.val_loss for event in events if isinstance(event, EvalEvent)}
+    best_step = min(losses, key=lambda step: losses[step])
+    assert stop.best_step == best_step
+    assert stop.step == trainer.step == best_step + 100 < 1000  # at least a hundred steps
+    assert stop.epochs_since == pytest.approx(100 * 6 * 16 / len(trainer.train_tokens))
+    best = RunFolder(tmp_path).best()
+    assert best is not None
+    assert best.step == best_step
+    assert not trainer.was_stopped
+
+    again = trainer_of(config, short, tmp_path, resume=True)
+    assert again.has_run_out
+    assert list(again.run()) == []
+    unlimited = replace(config, training=replace(config.training, patience=0.0, max_steps=200))
+    on = trainer_of(unlimited, short, tmp_path, resume=True)
+    assert not any(isinstance(event, EarlyStopEvent) for event in on.run())
+    assert on.step == 200
+
+
+def test_dropout_begins_after_its_epochs(data: PreparedData, tmp_path: Path) -> None:
+    config = config_of(dropout=0.5, dropout_start=1.0, max_steps=80)
+    late, none = (
+        trainer_of(c, data, tmp_path / name)
+        for name, c in {
+            "late": config,
+            "none": replace(config, model=replace(config.model, dropout=0.0)),
+        }.items()
+    )
+    start = math.ceil(len(late.train_tokens) / (6 * 16))
+    for _ in range(start):
+        late.take_step(), none.take_step()
+    assert differing(bits(late), bits(none)) == []
+    late.take_step(), none.take_step()
+    assert "blocks.0.mlp.up.weight" in differing(bits(late), bits(none))
+
+
+@pytest.mark.parametrize("n_train_tokens", [300, 16_000, 380_000, 8_000_000])
+@pytest.mark.parametrize("budget", [{"max_steps": 500}, {"max_steps": 6000}, {"max_minutes": 1.0}])
+@pytest.mark.parametrize("average", [0.0, 0.98])
+def test_there_is_an_evaluation_an_epoch_and_evaluation_costs_a_bounded_share(
+    n_train_tokens: int, budget: dict[str, Any], average: float
+) -> None:
+    shape = {"max_steps": 0, "eval_every": None, "eval_tokens": None, "average": average}
+    training = with_evaluations(config_of(**shape | budget), n_train_tokens).training
+    step_tokens = 6 * 16
+    assert training.eval_every is not None
+    assert training.eval_tokens is not None
+    epoch = math.ceil(n_train_tokens / step_tokens)
+    assert training.eval_every <= max(epoch, training.max_steps // 100)
+    assert training.eval_every <= max(50, training.max_steps // 20)
+    share = training.eval_tokens * (2 if average else 1) / 3 / (training.eval_every * step_tokens)
+    assert share <= EVAL_SHARE or training.eval_tokens == LEAST_EVAL_TOKENS
+
+
+def test_a_setting_for_evaluations_is_not_derived() -> None:
+    training = with_evaluations(config_of(eval_every=0, eval_tokens=7), 1000).training
+    assert (training.eval_every, training.eval_tokens) == (0, 7)
+
+
+def test_smaller_texts_get_more_dropout_and_fewer_steps_and_large_ones_none() -> None:
+    sizes = [14_000, 60_000, 380_000, 8_000_000]
+    suited = [for_text(size, 1_000_000, 1024) for size in sizes]
+    dropouts = [settings.get("model", {}).get("dropout", 0.0) for settings in suited]
+    assert dropouts == sorted(dropouts, reverse=True)
+    assert dropouts[0] > 0 == dropouts[-1]
+    steps = [
+        settings["training"].get("max_epochs", math.inf) * size / 1024
+        for settings, size in zip(suited, sizes, strict=True)
+    ]
+    assert steps == sorted(steps)
+    assert steps[0] >= 200
+    assert steps[-1] == math.inf
+
+
+def test_a_run_without_validation_text_trains_saves_and_points_best_at_the_latest(
+    data: PreparedData, tmp_path: Path
+) -> None:
+    config = config_of(max_steps=6, eval_every=2, save_every=2, average=0.9, patience=1.0)
+    trainer = trainer_of(config, data, tmp_path)
+    trainer.val_tokens = replace(trainer.val_tokens, stop=trainer.val_tokens.start)
+    events = list(trainer.run())
+    assert not any(isinstance(event, EvalEvent) for event in events)
+    saves = [event for event in events if isinstance(event, SaveEvent)]
+    assert [(event.step, event.val_loss, event.is_best) for event in saves] == [
+        (step, None, True) for step in (2, 4, 6)
+    ]
+    best = RunFolder(tmp_path).best()
+    assert best is not None
+    assert best.step == 6
+    assert "No validation text" in (best.folder / "README.md").read_text()
