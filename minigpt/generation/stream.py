@@ -71,7 +71,10 @@ class TextStream:
         data = b"" if step.finish == "end_of_text" else self._tokenizer.token_bytes(step.token)
         text = finder.push(self._utf8.decode(data))
         if step.finish and not finder.is_found:
-            text += finder.push(self._utf8.decode(b"", final=True)) + finder.finish()
+            # A limit may be reached inside a character, which is left out.
+            is_cut = step.finish in ("length", "context")
+            rest = "" if is_cut else self._utf8.decode(b"", final=True)
+            text += finder.push(rest) + finder.finish()
         if finder.is_found:
             step = replace(step, finish="stop")
         return TextStep(step, text, self._sample)

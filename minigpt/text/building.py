@@ -45,6 +45,7 @@ from minigpt.text.shard_files import (
 )
 from minigpt.text.tokenizer import (
     BPE_TRAINING_BYTES,
+    BPE_VERSION,
     END_OF_TEXT,
     Tokenizer,
     first_texts,
@@ -218,7 +219,8 @@ def opened_corpus(
             corpus = Corpus(files, val_files, data, used, cache, Path(spool), report, template)
             corpus = _split(corpus)
             # A name does not identify a vocabulary that was not made here: two may share it.
-            what = [SCHEMA_VERSION, data.tokenizer if tokenizer is None else tokenizer.fingerprint]
+            what: list[object] = [SCHEMA_VERSION]
+            what += [data.tokenizer, BPE_VERSION] if tokenizer is None else [tokenizer.fingerprint]
             what += [content_hash(files), data.special, data.skip_unencodable]
             what += [data.field, data.encoding, data.skip_bad]
             if corpus.val_split == "documents" or (kind == "bpe" and corpus.val_split == "tail"):

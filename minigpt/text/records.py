@@ -252,7 +252,8 @@ def _as_text(file: BinaryIO, name: str, data: DataConfig) -> Iterator[TextIO]:
     except UnicodeDecodeError as error:
         raise DataError(f"{name!r} is not {encoding}: {error}. Give another --encoding.") from None
     finally:
-        stream.detach().detach()
+        with suppress(ValueError):  # the file is closed already if an error ended the reading
+            stream.detach().detach()
 
 
 def _is_utf8(encoding: str) -> bool:

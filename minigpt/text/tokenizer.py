@@ -23,6 +23,7 @@ import tiktoken
 
 from minigpt.errors import ConfigError, DataError, cut, nearest
 from minigpt.rings import ring
+from minigpt.text.characters import character_tokens, frequent_characters, joined_ranks
 
 END_OF_TEXT = "<|endoftext|>"
 NAMED_ENCODINGS = ("gpt2", "cl100k_base", "o200k_base")
@@ -38,6 +39,10 @@ BPE_TRAINING_BYTES = 64 * 2**20
 # The vocabulary size of the spec ``bpe``: docs/training.md has the losses.
 BYTES_PER_MERGE = 1000
 LARGEST_FITTING_BPE = 1024
+BPE_VERSION = 2
+"""Changes with what ``train_bpe`` learns from a text, so that caches are made again."""
+CHARACTER_COUNT_BYTES = BYTES_PER_MERGE * LARGEST_FITTING_BPE
+_MOST_CHARACTERS = 2**14
 
 
 # GPT-2's bijection of bytes to printable characters: Radford et al. 2019, encoder.py.
@@ -307,13 +312,17 @@ def bytes_tokenizer() -> TiktokenTokenizer:
     return TiktokenTokenizer("bytes", encoding)
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> TiktokenTokenizer:
+def train_bpe(
+    texts: Iterable[str], vocab_size: int, *, n_seeds: int | None = None
+) -> TiktokenTokenizer:
     """Learn byte-pair merges from texts, with rustbpe.
 
     Only the first BPE_TRAINING_BYTES of text are read. A corpus with too few distinct pairs gives
-    a smaller vocabulary than requested.
+    a smaller vocabulary than requested. Frequent characters outside of ASCII become tokens first
+    (see characters.py).
 
-    Args: vocab_size, number of all tokens: 256 bytes, the merges, ``<|endoftext|>`` last.
+    Args: vocab_size, number of all tokens: 256 bytes, the merges, ``<|endoftext|>`` last; n_seeds,
+        the most tokens to spend on characters, by default half of those that are no bytes.
     Raises: ConfigError if vocab_size leaves no room for a merge.
     Source: Sennrich et al. 2016, arXiv:1508.07909.
     """
@@ -323,10 +332,16 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> TiktokenTokenizer:
             "included. Try bpe:1024, or the tokenizer bytes."
         )
     trainer = rustbpe.Tokenizer()
-    read = first_texts(texts, BPE_TRAINING_BYTES)
-    parts = (part for text in read for part in _parts(well_formed(text)))
-    trainer.train_from_iterator(parts, vocab_size - 1, pattern=BPE_PATTERN)
+    read = list(map(well_formed, first_texts(texts, BPE_TRAINING_BYTES)))
+    characters = frequent_characters(first_texts(read, CHARACTER_COUNT_BYTES))
+    seeds = character_tokens(characters, (vocab_size - 257) // 2 if n_seeds is None else n_seeds)
+    parts = (part for text in read for part in _parts(text))
+    # Some of what is learned builds the same characters in other ways, and is left out.
+    n_learned = vocab_size - 1 + 2 * len(seeds)
+    trainer.train_from_iterator(parts, n_learned, pattern=BPE_PATTERN)
     ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
+    if seeds:
+        ranks = joined_ranks(seeds, sorted(ranks, key=ranks.__getitem__), vocab_size - 1)
     name = f"bpe:{vocab_size}"
     encoding = make_encoding(name, BPE_PATTERN, ranks, {END_OF_TEXT: len(ranks)})
     return TiktokenTokenizer(name, encoding)
@@ -377,13 +392,17 @@ def make_tokenizer(spec: str, texts: Iterable[str]) -> Tokenizer:
         return bytes_tokenizer()
     if kind != "bpe":
         return named_tokenizer(kind)
+    n_seeds = None
     if not vocab_size:
         texts = iter(texts)
         read = first_texts(texts, BYTES_PER_MERGE * LARGEST_FITTING_BPE)
         n_merges = sum(len(text.encode("utf-8", "replace")) for text in read) // BYTES_PER_MERGE
         # 258 is the smallest size that train_bpe takes.
-        vocab_size, texts = min(257 + max(1, n_merges), LARGEST_FITTING_BPE), chain(read, texts)
-    return train_bpe(texts, vocab_size)
+        vocab_size = min(257 + max(1, n_merges), LARGEST_FITTING_BPE)
+        # Room for all frequent characters beside the merges.
+        n_seeds = len(character_tokens(frequent_characters(read), _MOST_CHARACTERS))
+        vocab_size, texts = vocab_size + n_seeds, chain(read, texts)
+    return train_bpe(texts, vocab_size, n_seeds=n_seeds)
 
 
 def first_texts(texts: Iterable[str], n_bytes: float) -> list[str]:

@@ -58,6 +58,18 @@ def cut(text: str, stops: Sequence[str]) -> tuple[str, bool]:
     return text, False
 
 
+def unfinished_bytes(data: bytes) -> int:
+    """Return how many bytes at the end begin a character that more bytes could complete."""
+    for n in (1, 2, 3):
+        for more in (b"\x80", b"\x80\x80", b"\x80\x80\x80"):
+            try:
+                if len((data[-n:] + more).decode()) == 1 and len(data) >= n:
+                    return n
+            except UnicodeDecodeError:
+                pass
+    return 0
+
+
 @pytest.mark.parametrize("tokenizer", [BYTES, WIDE], ids=["bytes", "wide"])
 def test_streamed_text_equals_the_decoded_text_up_to_the_stop_string(tokenizer: Tokenizer) -> None:
     source = random.Random(1)
@@ -70,7 +82,8 @@ def test_streamed_text_equals_the_decoded_text_up_to_the_stop_string(tokenizer: 
         tokens = source.choices(ids, k=source.randint(1, 14))
         stops = source.sample(stop_choices, k=source.randint(0, 3))
         items = streamed(tokens, stops, tokenizer)
-        whole = tokenizer.decode_bytes(tokens).decode("utf-8", "replace")
+        data = tokenizer.decode_bytes(tokens)
+        whole = data[: len(data) - unfinished_bytes(data)].decode("utf-8", "replace")
         expected, is_found = cut(whole, stops)
         assert joined(items) == expected, (tokens, stops)
         assert items[-1].step.finish == ("stop" if is_found else "length")
@@ -135,12 +148,21 @@ def test_text_is_yielded_as_soon_as_it_is_final() -> None:
 
 def test_held_back_text_is_yielded_with_the_last_step() -> None:
     assert [item.text for item in streamed(b"ab st", stops=("stop",))] == ["a", "b", " ", "", "st"]
-    # half a character at the end becomes U+FFFD, after what was held
-    assert [item.text for item in streamed(b"st\xe6", stops=("stop",))] == ["", "", "st\ufffd"]
+    assert [item.text for item in streamed(b"st\xff", stops=("stop",))] == ["", "", "st\ufffd"]
+
+
+@pytest.mark.parametrize("finish", ["length", "context"])
+@pytest.mark.parametrize("part", [b"\xe6", b"\xe6\x97", b"\xf0\x9f\x99", b"\xc3"])
+def test_a_limit_inside_a_character_leaves_it_out(finish: FinishReason, part: bytes) -> None:
+    assert joined(streamed("a日".encode() + part, finish=finish)) == "a日"
+
+
+def test_an_end_of_text_inside_a_character_is_an_invalid_one() -> None:
+    assert joined(streamed([*b"a\xe6", 256], finish="end_of_text")) == "a\ufffd"
 
 
 def test_a_stop_string_at_the_very_end_is_found() -> None:
-    items = streamed(b"a\xe6", stops=("\ufffd",))
+    items = streamed([*b"a\xe6", 256], stops=("\ufffd",), finish="end_of_text")
     assert joined(items) == "a"
     assert items[-1].step.finish == "stop"
 

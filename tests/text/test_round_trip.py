@@ -69,10 +69,10 @@ def test_streamed_text_equals_text_decoded_in_one_call(
     tokenizer = made(make)
     ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size + 3), min_size=1))
     stream = TextStream(tokenizer)
-    text = "".join(
-        stream.push(Step(i, i, token, -1.0, "length" if i == len(ids) - 1 else None)).text
-        for i, token in enumerate(ids)
-    )
+    steps = [Step(i, i, token, -1.0, None) for i, token in enumerate(ids)]
+    # An end of text, and no limit, which leaves out a character that it cuts.
+    end = Step(len(ids), len(ids), 0, -1.0, "end_of_text")
+    text = "".join(stream.push(step).text for step in (*steps, end))
     assert text == tokenizer.decode(ids)
 
 

@@ -1,0 +1,92 @@
+"""Byte-pair vocabularies in which frequent characters are whole tokens.
+
+Merges learned from bytes spend most of a small vocabulary on pieces of characters if the alphabet
+is large, as in Chinese: most characters are then two or three tokens, and a model may end a text
+inside of one.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+
+COVERED = 0.995
+"""Share of a text's characters that are whole tokens; those of ASCII always are."""
+
+
+def frequent_characters(texts: Iterable[str]) -> list[str]:
+    """Return the characters that have to become tokens to cover a text, most frequent first.
+
+    Characters that occur once are left out: nothing can be learned about them. A text with few
+    characters outside of ASCII needs none.
+    """
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(text)
+    total = counts.total()
+    covered = sum(n for character, n in counts.items() if character.isascii())
+    chosen = []
+    for character, n in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+        if covered >= COVERED * total or n < 2:
+            break
+        if not character.isascii():
+            chosen.append(character)
+            covered += n
+    return chosen
+
+
+def character_tokens(characters: Iterable[str], room: int) -> list[bytes]:
+    """Return tokens that build these characters byte by byte, as many characters as there is room.
+
+    They are to be merged before any others: then a character's bytes are joined before bytes of two
+    characters can be.
+    """
+    tokens: dict[bytes, None] = {}
+    for character in characters:
+        data = character.encode()
+        new = [data[:n] for n in range(2, len(data) + 1) if data[:n] not in tokens]
+        if len(tokens) + len(new) > room:
+            break
+        tokens |= dict.fromkeys(new)
+    # A beginning is shorter than what it begins, and so has the lower rank.
+    return sorted(tokens, key=len)
+
+
+def joined_ranks(
+    seeds: Sequence[bytes], learned: Iterable[bytes], n_tokens: int
+) -> dict[bytes, int]:
+    """Return ranks of the bytes, the seeds, and the learned tokens that can still be reached.
+
+    Args: learned, in the order of their merges; n_tokens, the most tokens to return.
+    """
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    for token in seeds:
+        ranks[token] = len(ranks)
+    for token in learned:
+        if len(ranks) == n_tokens:
+            break
+        is_new = token not in ranks and not _joins_parts_of_characters(token)
+        if is_new and len(_merged(token, ranks)) == 2:
+            ranks[token] = len(ranks)
+    return ranks
+
+
+def _joins_parts_of_characters(token: bytes) -> bool:
+    """Return whether a token has bytes of several characters, but not all bytes of each."""
+    try:
+        token.decode()
+    except UnicodeDecodeError:
+        # The first byte of a character is none of 0x80 to 0xBF.
+        return any(byte & 0xC0 != 0x80 for byte in token[1:])
+    return False
+
+
+def _merged(data: bytes, ranks: dict[bytes, int]) -> list[bytes]:
+    """Return the tokens of some bytes: the adjacent pair of lowest rank is joined first."""
+    parts = [bytes([byte]) for byte in data]
+    while len(parts) > 1:
+        pairs = [first + second for first, second in pairwise(parts)]
+        at = min(range(len(pairs)), key=lambda i: ranks.get(pairs[i], len(ranks)))
+        if pairs[at] not in ranks:
+            break
+        parts[at : at + 2] = [pairs[at]]
+    return parts
