@@ -29,7 +29,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
 from minigpt.errors import CheckpointError, ConfigError, DataError, MinigptError
-from minigpt.files import read_bytes, read_json
+from minigpt.files import read_bytes, read_json, resource_errors
 from minigpt.text.shard_files import CONTEXT_ONLY
 from minigpt.text.tokenizer import END_OF_TEXT, Tokenizer, well_formed
 
@@ -403,7 +403,8 @@ def _templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
 
 def _read(path: Path, kind: type[MinigptError] = ConfigError) -> str:
     try:
-        return read_bytes(path).decode("utf-8")
+        with resource_errors(path):
+            return read_bytes(path).decode("utf-8")
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise kind(

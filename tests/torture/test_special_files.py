@@ -24,6 +24,7 @@ from minigpt.checkpoint.weights import weights_sha256
 from minigpt.config import DataConfig
 from minigpt.errors import CheckpointError, ConfigError, DataError, MinigptError, ResourceError
 from minigpt.settings import read_toml
+from minigpt.text.chat import read_chat_template
 from minigpt.text.corpus import find_files
 from minigpt.text.shards import open_prepared, prepare
 from minigpt.text.tokenizer import bytes_tokenizer
@@ -102,6 +103,12 @@ def test_a_model_with_a_special_file_is_refused(name: str, kind: str, model_fold
     with pytest.raises(CheckpointError) as caught:
         read_model(model_folder)
     assert name in str(caught.value)
+
+
+def test_a_chat_template_that_is_a_special_file_is_refused(kind: str, model_folder: Path) -> None:
+    says = put(kind, model_folder / "chat_template.jinja")
+    with pytest.raises(CheckpointError, match=says):
+        read_chat_template(model_folder)
 
 
 def test_a_shard_of_the_weights_that_is_a_special_file_is_refused(
@@ -242,6 +249,7 @@ UNREADABLE: dict[str, Callable[[Path], object]] = {
     "model/tokenizer.json": lambda top: read_model(top / "model"),
     "model/tokenizer_config.json": lambda top: read_model(top / "model"),
     "model/generation_config.json": lambda top: read_model(top / "model"),
+    "model/chat_template.jinja": lambda top: read_chat_template(top / "model"),
     "t.jsonl": lambda top: read_traces(top / "t.jsonl"),
     "c.toml": lambda top: read_toml(top / "c.toml"),
     "model": lambda top: read_model(top / "model"),
@@ -255,6 +263,7 @@ def test_permission_denied_is_a_resource_error_that_names_the_file(
 ) -> None:
     (tmp_path / "t.jsonl").write_text(to_json_line(small_trace().header) + "\n")
     (tmp_path / "c.toml").write_text("")
+    (model_folder / "chat_template.jinja").write_text("")
     (tmp_path / name).chmod(0)
     for folder in [tmp_path, *tmp_path.parents][:3]:
         folder.chmod(folder.stat().st_mode | 0o055)
