@@ -30,6 +30,7 @@ TINY: dict[str, Any] = {
     "d_model": 16,
     "d_mlp": 16,
     "log_every": 1,
+    "dtype": "float32",  # as evaluate computes, on any CPU
 }
 MODEL = small_model("gpt2", vocab_size=257, context_length=64)
 OPTIONS: dict[str, Any] = {"tokenizer": bytes_tokenizer(), "max_new_tokens": 6}
@@ -117,7 +118,7 @@ def test_a_list_of_prompts_is_as_one_call_each(prompts: list[Any]) -> None:
 
 
 def test_the_repr_of_a_trace_is_a_short_line() -> None:
-    trace = minigpt.trace(MODEL, "The king " * 6, **OPTIONS)
+    trace = minigpt.trace(MODEL, "The king " * 6, **OPTIONS, ignore_eos=True)
     assert len(repr(trace)) < 300
     assert "prompt of 54 tokens, 6 generated, finish='length'" in repr(trace)
     assert len(repr(trace.steps[0])) < 2000

@@ -45,7 +45,9 @@ def run(line: str) -> tuple[int, str]:
         arguments += TINY_COMPARED
     elif "prune" in arguments:
         arguments.append("--yes")
-    elif arguments[0] in ("generate", "attention-trace") and "--max-new-tokens" not in arguments:
+    elif arguments[0] in ("generate", "attention-trace") and not (
+        {"--max-new-tokens", "--replay", "--diff"} & {*arguments}
+    ):
         arguments += ["--max-new-tokens", "4"]
     result = CliRunner().invoke(app, arguments, input=given)
     return result.exit_code, f"{line}\n{result.output}\n{result.exception!r}"

@@ -44,7 +44,14 @@ STATE_FOLDER = "training_state"
 """Folder of a checkpoint with what only a resumed run needs."""
 
 _GENERATION_CONFIG = "generation_config.json"
-_PLAIN_CLASS = "tokenization_plain"
+_PLAIN_MODULE = "tokenization_plain"
+# A class of its own, because transformers marks the class that it finds there as custom code.
+_PLAIN_CODE = b"""from transformers import PreTrainedTokenizerFast
+
+
+class PlainTokenizer(PreTrainedTokenizerFast):
+    pass
+"""
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -123,8 +130,8 @@ def write_model(
         if config["model_type"] == "qwen2" and carried is None:
             # Otherwise AutoTokenizer uses Qwen2Tokenizer, with its own normalizer and split
             # pattern, whatever tokenizer_class is. The code runs with trust_remote_code only.
-            own["auto_map"] = {"AutoTokenizer": [None, f"{_PLAIN_CLASS}.PreTrainedTokenizerFast"]}
-            files[f"{_PLAIN_CLASS}.py"] = b"from transformers import PreTrainedTokenizerFast\n"
+            own["auto_map"] = {"AutoTokenizer": [None, f"{_PLAIN_MODULE}.PlainTokenizer"]}
+            files[f"{_PLAIN_MODULE}.py"] = _PLAIN_CODE
         files.setdefault(TOKENIZER_CONFIG, to_json(own))
         config |= {name: id_ for name, id_ in ids.items() if config.get(name) is None}
     with resource_errors(folder):

@@ -173,7 +173,7 @@ class ImportedTokenizer(Tokenizer):
         lacking = next((c for piece in pieces for c in piece if c not in known), None)
         if lacking is not None:
             what = f"character {lacking!r}"
-            if self._is_byte_level:
+            if self._is_byte_level and lacking in BYTE_OF_CHARACTER:
                 what = f"byte {bytes([BYTE_OF_CHARACTER[lacking]])!r}"
             raise unencodable_error(self.name, what)
 

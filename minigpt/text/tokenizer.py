@@ -279,8 +279,11 @@ def make_encoding(
     Raises: DataError if there are no ranks, two tokens share an id, or the pattern is not a regex.
     """
     ids = [*ranks.values(), *specials.values()]
-    if not ranks or len(set(ids)) != len(ids) or min(ids) < 0:
-        raise DataError(f"the vocabulary {name!r} is empty, or two of its tokens share an id.")
+    if not ranks or len(set(ids)) != len(ids) or not 0 <= min(ids) <= max(ids) < 2**31:
+        raise DataError(
+            f"the vocabulary {name!r} is empty, two of its tokens share an id, or an id is not in "
+            "[0, 2**31)."
+        )
     if _matches_nothing(pattern):
         raise DataError(f"the split pattern of {name!r} matches the empty string: {cut(pattern)}.")
     try:

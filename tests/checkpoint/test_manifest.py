@@ -9,7 +9,7 @@ import pytest
 from minigpt.checkpoint.folder import RunFolder
 from minigpt.checkpoint.manifest import verify
 from minigpt.checkpoint.resolve import resolve_model
-from minigpt.errors import CheckpointError
+from minigpt.errors import CheckpointError, MinigptWarning
 
 
 def test_manifest_lists_every_file_of_the_step(run: RunFolder) -> None:
@@ -52,7 +52,8 @@ def test_damaged_step_is_skipped(run: RunFolder, says: str) -> None:
     for pointer in (run.latest(), run.best()):
         assert pointer is not None
         assert pointer.step == 1
-    assert resolve_model(str(run.path)) == run.step_folder(1)
+    with pytest.warns(MinigptWarning, match=r"Step 1 is used\."):
+        assert resolve_model(str(run.path)) == run.step_folder(1)
     DAMAGES[says](run.step_folder(1))
     assert run.latest() is None
     with pytest.raises(CheckpointError, match=says):

@@ -92,6 +92,10 @@ def test_table_json_and_metrics_agree(run: Run) -> None:
 def test_each_run_equals_a_training_run_with_the_same_settings(run: Run) -> None:
     assert run("compare", *TWO, "--name", "cmp").code == 0
     words = ["--max-steps", "4", "--set", "training.eval_every=1"]
+    # compare stops no variant early and leaves the weights of the steps, on a text of any size.
+    for setting in ("model.dropout", "training.average", "training.patience"):
+        words += ["--set", f"{setting}=0.0"]
+    words += ["--set", "training.dropout_start=0.0"]
     assert run("train", *TINY, *words, "--name", "own", "--seed", "1338").code == 0
     assert weights("own") == weights("cmp-scaled_dot-s1338")
     own, compared = (

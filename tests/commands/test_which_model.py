@@ -5,9 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from calls import TINY, Run, error_line
 
 from minigpt.checkpoint.folder import RunFolder
+from minigpt.model.device import resolve_dtype
 
 STEP = "checkpoints/tiny/step-000004"
 
@@ -44,7 +46,8 @@ def test_the_model_is_named_once_on_stderr(
 def test_evaluate_without_data_scores_what_the_run_validates_on(run: Run, place: Path) -> None:
     metrics = (place / "checkpoints/tiny/metrics.jsonl").read_text().splitlines()
     evaluations = [e for line in metrics if (e := json.loads(line))["event"] == "eval"]
-    result = run("evaluate", "--json", "--eval-tokens", "256")
+    trained_in = str(resolve_dtype("auto", torch.device("cpu"))).removeprefix("torch.")
+    result = run("evaluate", "--json", "--eval-tokens", "256", "--dtype", trained_in)
     facts = json.loads(result.out)
     assert facts["nats_per_token"] == pytest.approx(evaluations[-1]["val_loss"], abs=2e-4)
     assert facts["data"] == ["corpus.txt"]

@@ -46,7 +46,8 @@ def read_or_refuse(config: Any) -> None:
 @pytest.mark.parametrize("layout", CONFIGS)
 def test_a_config_with_400_digits_is_refused_by_name(layout: str) -> None:
     for name, value in CONFIGS[layout].items():
-        if type(value) is int and not name.endswith("token_id"):
+        # n_ctx is only for other programs.
+        if type(value) is int and not name.endswith("token_id") and name != "n_ctx":
             for hostile in (10**400, -(10**400), 2**63, 2**31):
                 with pytest.raises(CheckpointError, match=r"config\.json: "):
                     model_config_from_hf(CONFIGS[layout] | {name: hostile})

@@ -112,14 +112,15 @@ def test_the_optimizer_state_has_the_counted_size(
 @pytest.mark.parametrize(
     ("model", "training", "remedy"),
     [
-        ({"n_layer": 10**9}, {}, "a smaller model"),
-        ({"n_layer": 10**5, "d_model": 4096, "d_head": 0, "d_mlp": 0}, {}, "a smaller model"),
-        ({}, {"batch_size": 10**9}, "a smaller --batch-size or training.micro_batch_size"),
+        ({"n_layer": 2**12}, {}, "a smaller model"),
+        ({"n_layer": 10**3, "d_model": 4096, "d_head": 0, "d_mlp": 0}, {}, "a smaller model"),
+        ({}, {"batch_size": 10**6}, "a smaller --batch-size or training.micro_batch_size"),
     ],
 )
 def test_a_run_that_can_never_fit_is_refused(
-    model: dict[str, Any], training: dict[str, Any], remedy: str
+    model: dict[str, Any], training: dict[str, Any], remedy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(memory, "machine_bytes", lambda device: 10**8)
     config = config_of("llama", **training)
     config = replace(config, model=replace(config.model, **model))
     with pytest.raises(ResourceError, match=remedy):
