@@ -532,6 +532,7 @@ class Trainer:
                     name=self.folder.path.name,
                     step=step,
                     n_train_tokens=len(self.train_tokens),
+                    val_split=self.data.manifest.val_split,
                     **losses,
                 )
                 (folder / "README.md").write_text(card, encoding="utf-8")

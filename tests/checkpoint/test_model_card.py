@@ -194,3 +194,15 @@ def test_the_commands_on_the_card_work(layout: str, tmp_path: Path) -> None:
         assert names["tokenizer"](text).input_ids == tokenizer.encode(text)
     assert out.getvalue().startswith("Once upon a time")
     assert len(out.getvalue()) > len("Once upon a time\n")
+
+
+@pytest.mark.parametrize(
+    ("split", "kept"),
+    [
+        ("documents", "whole documents, about 5 % of the whole, for validation."),
+        ("tail", "the last 5 % of the whole for validation."),
+        ("own", "another text for validation."),
+    ],
+)
+def test_the_card_says_how_the_text_was_split(split: str, kept: str) -> None:
+    assert f"tokens of it to train on; {kept}" in model_card(CONFIG, **FACTS, val_split=split)

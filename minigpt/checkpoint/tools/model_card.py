@@ -52,17 +52,17 @@ def model_card(
     n_train_tokens: int,
     val_loss: float | None = None,
     bits_per_byte: float | None = None,
+    val_split: str | None = None,
 ) -> str:
     """Return the README.md of a checkpoint: the hub's metadata, then a description in Markdown.
 
     Names and the command are escaped in both.
 
     Args: name, of the run; step, optimizer steps done; val_loss, nats/token; n_train_tokens, of the
-        text without its validation part.
+        text without its validation part; val_split, as in ``Manifest``, None for the config's.
     """
     model_type = config.model.model_type
     names = "\n".join(f"- {_code(name)}" for name in _names(config))
-    percent = f"{100 * config.data.val_fraction:.3g} %"
     n_seen = step * config.training.batch_size * config.sequence_length
     # AutoTokenizer splits text as Qwen2 does in every qwen2 folder, whatever tokenizer.json says.
     tokenizer = "PreTrainedTokenizerFast" if model_type == "qwen2" else "AutoTokenizer"
@@ -86,7 +86,7 @@ def model_card(
 
 {names}
 
-{n_train_tokens:,} tokens of it to train on; the last {percent} of the whole for validation.""",
+{n_train_tokens:,} tokens of it to train on; {_validation(config, val_split)}.""",
         f"""\
 ## Training
 
@@ -99,6 +99,17 @@ def model_card(
         _LIMITS,
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _validation(config: RunConfig, val_split: str | None) -> str:
+    percent = f"{100 * config.data.val_fraction:.3g} %"
+    if config.data.val or val_split == "own":
+        return "another text for validation"
+    if not config.data.val_fraction:
+        return "nothing for validation"
+    if (val_split or config.data.val_split) == "documents":
+        return f"whole documents, about {percent} of the whole, for validation"
+    return f"the last {percent} of the whole for validation"
 
 
 def _metadata(

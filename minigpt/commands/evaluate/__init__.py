@@ -15,9 +15,19 @@ class EvaluationConfig:
     data: tuple[str, ...] = option((), group="Text", metavar="PATH")
     """Another DATA; repeat for several."""
     val_fraction: float | None = option(None, "(0, 1)", group="Text", shown="all")
-    """Fraction of the text, at its end, to evaluate on."""
+    """Fraction of the text to evaluate on: the part that training on it would validate on."""
     eval_tokens: int | None = option(None, "[1, inf)", group="Text", shown="all")
     """Most tokens to predict, in evenly spaced windows."""
+    format: Literal["text", "jsonl", "json", "csv", "parquet"] | None = option(
+        None, group="Text", shown="by suffix or content"
+    )
+    """Format of all files."""
+    field: str | None = option(None, group="Text", metavar="NAME", shown="text")
+    """Field or column that has the text of a row."""
+    encoding: str | None = option(None, group="Text", metavar="NAME", shown="utf-8")
+    """Character encoding of the files, by its name in Python."""
+    skip_bad: bool = option(False, group="Text")
+    """Leave out rows without text, broken or not in the encoding, and count them."""
     special: bool = option(False, group="Text")
     """Parse special tokens in the text, such as <|endoftext|>."""
     skip_unencodable: bool = option(False, group="Text")

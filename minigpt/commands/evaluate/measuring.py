@@ -51,7 +51,7 @@ def measure(
     with ProgressLine("reading", is_quiet=is_quiet) as progress:
         data = prepare(text, on_progress=progress.preparing, tokenizer=tokenizer, template=template)
         for line in data.manifest.notes():
-            progress.note(line)
+            progress.note(f"text    {line}")
         span = span_to_evaluate(data, val_fraction)
         windows = Windows.fitting(
             model.config,
@@ -83,6 +83,7 @@ def measure(
         "model": folder,
         "data": list(text.paths) or [BUILTIN],
         "val_fraction": val_fraction,
+        "val_split": None if val_fraction is None else data.manifest.val_split,
         "nats_per_token": result.nats_per_token,
         "bits_per_byte": result.bits_per_byte,
         "perplexity": result.perplexity,
@@ -106,8 +107,8 @@ def _text(config: EvaluationConfig, folder: Path) -> tuple[DataConfig, float | N
     Raises: DataError if there is no DATA and the model's folder does not say what it validates on.
     """
     share = config.val_fraction
-    names = ("special", "skip_unencodable", "chat", "loss_on", "chat_template")
-    reading = {name: getattr(config, name) for name in names if getattr(config, name)}
+    words = "format field encoding skip_bad special skip_unencodable chat loss_on chat_template"
+    reading = {name: getattr(config, name) for name in words.split() if getattr(config, name)}
     if config.data:
         own = {} if share is None else {"val_fraction": share}
         return build(DataConfig, {"paths": list(config.data), **own, **reading}), share
@@ -140,11 +141,14 @@ def _shown(
 def lines(result: dict[str, Any]) -> Iterator[Text]:
     """Yield what ``measure`` returned as lines of text."""
     share, seconds, quantize = result["val_fraction"], result["seconds"], result["quantize"]
+    part = ""
+    if share:
+        is_tail = result["val_split"] == "tail"
+        part = f", the last {100 * share:.3g}%" if is_tail else ", the documents for validation"
     time_ = f"{seconds:.1f} s" if seconds < 60 else duration(seconds)
     facts = {
         "model": one_line(str(result["model"])),
-        "text": one_line(", ".join(result["data"]))
-        + (f", the last {100 * share:.3g}%" if share else ""),
+        "text": one_line(", ".join(result["data"])) + part,
         "loss": f"{result['nats_per_token']:.4f} nats/token, "
         f"{result['bits_per_byte']:.4f} bits/byte",
         "perplexity": f"{result['perplexity']:,.4g}",
