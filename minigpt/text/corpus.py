@@ -130,6 +130,7 @@ def find_files(
     data = data or DataConfig()
     files: list[CorpusFile] = []
     left_out: Counter[str] = Counter()
+    glob_of_rest = ""
     is_folder = False
     for word in paths or (BUILTIN,):
         path = Path(os.path.expanduser(word))
@@ -142,7 +143,9 @@ def find_files(
                     files.append(_recognized(_spooled(opened, spool), word, data))
             elif path.is_dir():
                 is_folder = True
-                files += _files_in(path, data, left_out)
+                files += _files_in(path, data, rest := Counter[str]())
+                glob_of_rest = glob_of_rest or _other_files(path, rest)
+                left_out += rest
             elif path.exists():
                 files.append(_recognized(path, word, data))
             elif path.is_symlink():
@@ -167,7 +170,7 @@ def find_files(
     files = list({corpus_file.path.resolve(): corpus_file for corpus_file in files}.values())
     is_told = is_folder or left_out.total() or any(file.is_surprising for file in files)
     if on_note and is_told:
-        on_note(_summary(files, left_out, paths, data))
+        on_note(_summary(files, left_out, glob_of_rest, data))
     return files
 
 
@@ -243,6 +246,12 @@ def _suffixes(path: Path) -> tuple[str, str]:
     return path.with_suffix("").suffix.lower(), packing
 
 
+def _written_suffix(path: Path) -> str:
+    """Return the suffixes of the format and of the compression as they are written."""
+    is_packed = path.suffix.lower() in _OPENERS
+    return path.with_suffix("").suffix + path.suffix if is_packed else path.suffix
+
+
 def _recognized(path: Path, name: str, data: DataConfig) -> CorpusFile:
     """Return a file with its format: as the user says, else by its suffix, else by its content."""
     suffix, packing = _suffixes(path)
@@ -287,7 +296,7 @@ def _files_in(folder: Path, data: DataConfig, left_out: Counter[str]) -> list[Co
             if not os.path.isdir(entry.path):
                 left_out["dangling link" if entry.is_symlink() else "not a file"] += 1
         elif suffix not in TEXT_SUFFIXES and suffix not in FORMATS:
-            left_out[suffix or "without a suffix"] += 1
+            left_out[_written_suffix(path) or "without a suffix"] += 1
         else:
             file = _recognized(path, str(path), data)
             if _lacks_field(file, data):
@@ -302,7 +311,7 @@ def _files_in(folder: Path, data: DataConfig, left_out: Counter[str]) -> list[Co
     there = f" ({_counted(left_out)})" if left_out.total() else ""
     raise DataError(
         f"the folder {str(folder)!r} has no {', '.join((*TEXT_SUFFIXES, *FORMATS))} files{there}. "
-        f"Name others with a glob, as in {_other_files(folder, left_out)!r}."
+        f"Name others with a glob, as in {_other_files(folder, left_out) or '**/*.py'!r}."
     )
 
 
@@ -315,10 +324,12 @@ def _lacks_field(file: CorpusFile, data: DataConfig) -> bool:
 
 
 def _other_files(folder: Path, left_out: Counter[str]) -> str:
-    """Return a glob for the files of a folder that are left out most."""
-    kinds = [kind for kind, _ in left_out.most_common() if kind.startswith(".") and " " not in kind]
-    last = f"*{kinds[0]}" if kinds else ".*" if "hidden" in left_out else "*.py"
-    return str(folder / "**" / last)
+    """Return a glob for the files of a folder that are left out most; empty for none."""
+    for kind, _ in left_out.most_common():
+        last = {"hidden": ".*", "without a suffix": "*"}.get(kind, f"*{glob.escape(kind)}")
+        if kind in ("hidden", "without a suffix") or (kind[0] == "." and " " not in kind):
+            return os.path.join(glob.escape(str(folder)), "**", last)
+    return ""
 
 
 def _matching(pattern: str, left_out: Counter[str]) -> list[str]:
@@ -346,7 +357,7 @@ def _counted(counts: Counter[str]) -> str:
 
 
 def _summary(
-    files: Sequence[CorpusFile], left_out: Counter[str], paths: Sequence[str], data: DataConfig
+    files: Sequence[CorpusFile], left_out: Counter[str], glob_of_rest: str, data: DataConfig
 ) -> str:
     """Say in one line which files are read as what, and which are left out."""
     kinds = Counter(_NAMES[file.format] for file in files)
@@ -363,9 +374,8 @@ def _summary(
         line += f"; {odd.name!r} by its content: --format text reads it as it is"
     if left_out.total():
         line += f"; left out: {_counted(left_out)}"
-        folder = next((path for path in paths if os.path.isdir(os.path.expanduser(path))), "")
-        if folder:
-            line += f" (a glob takes them: {_other_files(Path(folder), left_out)!r})"
+        if glob_of_rest:
+            line += f" (a glob takes them: {glob_of_rest!r})"
     return line
 
 
@@ -444,7 +454,7 @@ def _decoded(file: BinaryIO, name: str, encoding: str) -> Iterator[str]:
                     f"{name!r} is not {encoding}: byte {position} does not fit. Give another "
                     "--encoding."
                 ) from None
-            n_multibyte = n_before - n_chars
+            n_multibyte = n_before - waiting - n_chars
             is_end = is_last and error.reason == "unexpected end of data"
             sample = error.object + file.read(HEAD_BYTES)
             raise _not_text(name, sample, position, n_multibyte, is_end=is_end) from None

@@ -30,7 +30,9 @@ def wide_encoding(data: bytes) -> str:
     for mark, name in _MARKS.items():
         if data.startswith(mark):
             return name
-    if data.count(0) < (0.25 * len(data) if data.isascii() else 1):
+    # In ASCII bytes, a quarter has to be the upper half of a character: 0 to 7 (Latin to Arabic).
+    n_upper = len(data) - len(data.translate(None, bytes(range(8))))
+    if not data.count(0) or (data.isascii() and n_upper < 0.25 * len(data)):
         return ""
     found: dict[str, int] = {}
     for name in _WIDE:
@@ -56,10 +58,12 @@ def advice(data: bytes, position: int, *, n_multibyte: int = 0, is_end: bool = F
         return _convert(wide)
     text = data.decode("utf-8", "replace")
     n_multibyte += sum(c > "\x7f" and c != "\ufffd" for c in text)
-    if is_end and (n_multibyte or not data[:-1].isascii()):
+    if is_end:
+        is_alone = not n_multibyte and data[:-1].isascii()
+        doubt = " (if it is whole, give --encoding latin-1)" if is_alone else ""
         return (
-            "It ends in the middle of a character, so it was cut: get the whole file, or leave out "
-            f"its last bytes: head -c {position} OLD > NEW"
+            f"It ends in the middle of a character, so it was cut{doubt}: get the whole file, or "
+            f"leave out its last bytes: head -c {position} OLD > NEW"
         )
     if n_multibyte > 4 * text.count("\ufffd"):
         return (

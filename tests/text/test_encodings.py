@@ -1,0 +1,204 @@
+"""Texts in other encodings: the advice of each refusal, followed, gives the right text."""
+
+import codecs
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from minigpt.config import DataConfig
+from minigpt.errors import ConfigError, DataError
+from minigpt.settings import read_toml
+from minigpt.text.corpus import find_files, iter_documents
+
+ENGLISH = "The king sat by the fire.\nHe had a daughter, and she had an owl.\n"
+FRENCH = "Le café était fermé, et la fille rêvait à côté.\nElle était là.\n" * 3
+QUOTED = "“The owl,” she said — “isn’t ours…”\nIt cost 5 €.\n"  # noqa: RUF001
+CHINESE = "世界上有一只猫头鹰。\n它住在树上。\n" * 20
+RUSSIAN = "Однажды жил король. У него была дочь.\n" * 20  # noqa: RUF001
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder; cache and spool are beside it."""
+    for name in ("work", "cache", "spool"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path
+
+
+def read(name: str, encoding: str = "utf-8") -> list[str]:
+    beside = Path.cwd().parent
+    data = DataConfig(encoding=encoding)
+    files = find_files([name], beside / "cache", beside / "spool", data)
+    return [document.text for document in iter_documents(files, data)]
+
+
+def refusal(name: str, encoding: str = "utf-8") -> str:
+    with pytest.raises(DataError) as caught:
+        read(name, encoding)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def advised_encoding(message: str) -> str:
+    found = re.search(r"--encoding ([\w-]+)", message)
+    assert found, message
+    return found[1]
+
+
+def advised_command(message: str) -> str:
+    """Return the text that the command in a message makes of a.txt."""
+    found = re.search(r"((?:iconv|head) .*) OLD > NEW$", message)
+    assert found, message
+    done = subprocess.run(f"{found[1]} a.txt", shell=True, capture_output=True)
+    return done.stdout.decode()
+
+
+WIDE = [("utf-16", True), ("utf-32", True)]
+WIDE += [(f"utf-{n}-{order}", mark) for n in (16, 32) for order in ("le", "be") for mark in (0, 1)]
+
+
+@pytest.mark.parametrize(("encoding", "has_mark"), WIDE)
+@pytest.mark.parametrize("text", [ENGLISH, FRENCH, QUOTED, CHINESE, RUSSIAN])
+def test_advice_for_a_wide_encoding_gives_the_text(
+    encoding: str, has_mark: bool, text: str
+) -> None:
+    marked = "\ufeff" + text if has_mark and encoding[-1] == "e" else text
+    Path("a.txt").write_bytes(marked.encode(encoding))
+    message = refusal("a.txt")
+    assert read("a.txt", advised_encoding(message)) == [text]
+    assert advised_command(message).removeprefix("\ufeff") == text
+
+
+@pytest.mark.parametrize(
+    ("encoding", "text"),
+    [("latin-1", FRENCH), ("cp1252", QUOTED), ("cp1252", FRENCH + QUOTED)],
+)
+def test_advice_for_a_western_encoding_gives_the_text(encoding: str, text: str) -> None:
+    Path("a.txt").write_bytes(text.encode(encoding))
+    message = refusal("a.txt")
+    assert read("a.txt", advised_encoding(message)) == [text]
+    assert advised_command(message) == text
+
+
+@pytest.mark.parametrize(
+    ("encoding", "text"),
+    [
+        ("gb18030", CHINESE),
+        ("big5", "世界上有一隻貓頭鷹。\n" * 20),
+        ("shift_jis", "ふくろうは木に住んでいます。\n" * 20),
+        ("euc_jp", "ふくろうは木に住んでいます。\n" * 20),
+        ("euc_kr", "부엉이는 나무에 산다.\n" * 20),
+        ("cp1251", RUSSIAN),
+        ("koi8-r", RUSSIAN),
+    ],
+)
+def test_advice_for_other_scripts_names_their_encoding_among_others(
+    encoding: str, text: str
+) -> None:
+    Path("a.txt").write_bytes(text.encode(encoding))
+    message = refusal("a.txt")
+    assert encoding in message
+    assert "iconv" not in message  # it would damage the text if the guess is wrong
+    assert read("a.txt", encoding) == [text]
+
+
+@pytest.mark.parametrize(
+    "text", [CHINESE, FRENCH + "é", RUSSIAN + "я", ENGLISH + "é", ENGLISH + "😀"]
+)
+def test_a_file_cut_in_its_last_character_is_told_to_be_cut_and_loses_only_that(text: str) -> None:
+    text = text.rstrip()
+    Path("a.txt").write_bytes(text.encode()[:-1])
+    message = refusal("a.txt")
+    assert "It ends in the middle of a character" in message
+    assert advised_command(message) == text[:-1]
+
+
+def test_where_only_the_last_byte_is_not_ascii_both_readings_are_named() -> None:
+    Path("a.txt").write_bytes("né".encode("latin-1"))
+    message = refusal("a.txt")
+    assert "so it was cut" in message
+    assert read("a.txt", advised_encoding(message)) == ["né"]
+
+
+def test_ascii_with_a_stray_nul_is_binary() -> None:
+    Path("a.txt").write_bytes(ENGLISH.encode() + b"\0\0" + ENGLISH.encode())
+    assert "looks binary" in refusal("a.txt")
+
+
+def test_a_utf8_file_with_one_damaged_byte_is_told_to_be_damaged() -> None:
+    data = CHINESE.encode()
+    Path("a.txt").write_bytes(data[:50] + b"\xff" + data[50:])
+    message = refusal("a.txt")
+    assert "byte 50 does not fit" in message
+    assert "Most of it is UTF-8" in message
+    assert advised_command(message) == CHINESE
+
+
+def test_the_position_is_that_in_the_file_after_the_first_block(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("minigpt.text.corpus.BLOCK_BYTES", 64)
+    data = CHINESE.encode()
+    Path("a.txt").write_bytes(data[:300] + b"\xff" + data[300:])
+    assert "byte 300 does not fit" in refusal("a.txt")
+    Path("a.txt").write_bytes(data)
+    assert read("a.txt") == [CHINESE]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "UTF_8", "utf8"])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", '{"text": "né"}\n'),
+        ("a.json", '[{"text": "né"}]'),
+        ("a.csv", "text,n\nné,1\n"),
+        ("a.txt", "né"),
+        ("pipe-like", "text,n\nné,1\n"),
+    ],
+)
+def test_a_byte_order_mark_is_not_part_of_the_text(encoding: str, name: str, content: str) -> None:
+    Path(name).write_bytes(codecs.BOM_UTF8 + content.encode())
+    assert read(name, encoding) == ["né"]
+
+
+def test_a_byte_order_mark_in_toml_is_dropped() -> None:
+    Path("a.toml").write_bytes(codecs.BOM_UTF8 + b"[data]\nfield = 'n\xc3\xa9'\n")
+    assert read_toml(Path("a.toml")) == {"data": {"field": "né"}}
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32-be", "cp1252", "gb18030"])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", '{"text": "né “q”"}\n{"text": "b"}\n'),
+        ("a.csv", "text,n\nné “q”,1\nb,2\n"),
+        ("a.json", '["né “q”", "b"]'),
+    ],
+)
+def test_rows_in_another_encoding_are_read_with_it(encoding: str, name: str, content: str) -> None:
+    Path(name).write_bytes(content.encode(encoding))
+    assert read(name, encoding) == ["né “q”", "b"]
+    message = refusal(name)
+    if "utf" in encoding:
+        assert read(name, advised_encoding(message)) == ["né “q”", "b"]
+
+
+def test_text_that_is_not_in_the_named_encoding_is_refused_with_its_position() -> None:
+    Path("a.txt").write_bytes(b"abc \x81")
+    assert "is not cp1252: byte 4 does not fit" in refusal("a.txt", "cp1252")
+    Path("b.jsonl").write_bytes(b'{"text": "a"}\n{"text": "\x81"}\n')
+    assert "line 2 of 'b.jsonl' is not cp1252" in refusal("b.jsonl", "cp1252")
+    Path("odd.txt").write_bytes("né".encode("utf-16")[:-1])
+    assert "is not utf-16" in refusal("odd.txt", "utf-16")
+    Path("odd.jsonl").write_bytes('{"text": "né"}'.encode("utf-16")[:-1])
+    assert "is not utf-16" in refusal("odd.jsonl", "utf-16")
+
+
+@pytest.mark.parametrize("encoding", ["klingon", "", "base64", "rot13", "utf-8\0", "hex"])
+def test_an_unknown_encoding_is_refused_with_known_ones(encoding: str) -> None:
+    with pytest.raises(ConfigError, match=r"unknown encoding .* Use a name that Python knows"):
+        DataConfig(encoding=encoding)

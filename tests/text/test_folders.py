@@ -1,0 +1,182 @@
+"""Folders and globs: what is read, and what is said about the rest."""
+
+import gzip
+import io
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from minigpt.config import DataConfig
+from minigpt.errors import DataError
+from minigpt.text.corpus import find_files, iter_documents
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder; cache and spool are beside it."""
+    for name in ("work", "cache", "spool"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path / "work"
+
+
+def read(*words: str, **options: object) -> tuple[list[str], str]:
+    """Return the texts and the line about what is read."""
+    beside = Path.cwd().parent
+    data, notes = DataConfig(**options), [""]  # type: ignore[arg-type]
+    files = find_files(
+        words, beside / "cache", beside / "spool", data, stdin=io.BytesIO(), on_note=notes.append
+    )
+    assert len(notes) <= 2
+    return [document.text for document in iter_documents(files, data)], notes[-1]
+
+
+def refusal(*words: str) -> str:
+    with pytest.raises(DataError) as caught:
+        read(*words)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def write(*names: str) -> None:
+    for name in names:
+        path = Path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"text": name}) if ".json" in name.lower() else name)
+
+
+def advised_glob(note: str) -> str:
+    found = re.search(r"a glob takes them: '([^']+)'", note) or re.search(r"as in '([^']+)'", note)
+    assert found, note
+    return found[1]
+
+
+def test_what_a_folder_leaves_out_is_counted_and_a_glob_takes_it() -> None:
+    write("d/a.txt", "d/x.py", "d/e/y.py", "d/z.py", "d/b.html", "d/Makefile")
+    texts, note = read("d")
+    assert texts == ["d/a.txt"]
+    assert "left out: 3 .py, 1 .html, 1 without a suffix" in note.replace(
+        "1 without a suffix, 1 .html", "1 .html, 1 without a suffix"
+    )
+    assert "d/x.py" in read(advised_glob(note))[0]
+    assert "d/e/y.py" in read(advised_glob(note))[0]
+
+
+def test_the_glob_is_for_the_folder_that_has_the_rest() -> None:
+    write("c/a.txt", "d/a.txt", "d/x.PY")
+    texts, note = read("c", "d")
+    assert texts == ["c/a.txt", "d/a.txt"]
+    assert "1 .PY" in note
+    assert read(advised_glob(note))[0] == ["d/x.PY"]
+
+
+def test_hidden_files_are_left_out_and_said() -> None:
+    write("d/a.txt", "d/.b.txt", "d/.git/c.txt")
+    texts, note = read("d")
+    assert texts == ["d/a.txt"]
+    assert "hidden" in note
+    assert "d/.b.txt" in read(advised_glob(note))[0]
+
+
+def test_a_folder_of_other_files_only_is_refused_with_a_glob_that_takes_them() -> None:
+    write("d/x.py", "d/e/y.py")
+    message = refusal("d")
+    assert "2 .py" in message
+    assert read(advised_glob(message))[0] == ["d/e/y.py", "d/x.py"]
+
+
+def test_a_folder_whose_files_are_all_read_says_so_in_one_line() -> None:
+    write("d/a.txt", "d/b.md", "d/c.jsonl")
+    texts, note = read("d")
+    assert texts == ["d/a.txt", "d/b.md", "d/c.jsonl"]
+    assert note.startswith("3 files are read: 2 text, 1 JSONL")
+    assert "left out" not in note
+
+
+def test_a_single_text_file_says_nothing() -> None:
+    write("a.txt")
+    assert read("a.txt")[1] == ""
+
+
+@pytest.mark.parametrize("word", ["d", "d/**/*.txt", "d/**"])
+def test_links_to_folders_are_followed_and_each_file_comes_once(word: str) -> None:
+    write("d/a.txt", "other/b.txt")
+    os.symlink("../other", "d/link")
+    os.symlink("../other", "d/second")
+    os.symlink("..", "other/up")
+    os.symlink(".", "d/self")
+    texts, _ = read(word)
+    assert sorted(texts) == ["d/a.txt", "other/b.txt"]
+
+
+def test_a_dangling_link_is_named_as_one(folder: Path) -> None:
+    write("d/a.txt")
+    os.symlink("nowhere.txt", "d/gone.txt")
+    os.symlink("nowhere.txt", "link.txt")
+    message = refusal("link.txt")
+    assert "'link.txt' is a link to 'nowhere.txt', which does not exist" in message
+    assert "disk" not in message
+    for word in ("d", "d/*.txt"):
+        texts, note = read(word)
+        assert texts == ["d/a.txt"]
+        assert "1 dangling link" in note
+        assert "a glob takes them" not in note
+
+
+def test_a_link_to_itself_is_refused_in_one_line() -> None:
+    os.symlink("loop.txt", "loop.txt")
+    assert "'loop.txt'" in refusal("loop.txt")
+
+
+def test_special_files_of_a_folder_are_left_out_and_said() -> None:
+    write("d/a.txt")
+    os.mkfifo("d/pipe.txt")
+    texts, note = read("d")
+    assert texts == ["d/a.txt"]
+    assert "1 not a file" in note
+
+
+def test_rows_of_a_folder_without_the_field_are_left_out_and_said() -> None:
+    write("d/a.jsonl")
+    Path("d/config.json").write_text('{"name": "x"}')
+    texts, note = read("d")
+    assert texts == ["d/a.jsonl"]
+    assert '1 .json without "text"' in note
+    Path("e").mkdir()
+    Path("e/config.json").write_text('{"name": "x"}')
+    assert "its fields are 'name'" in refusal("e")
+
+
+def test_folders_with_glob_characters_are_read_and_their_glob_takes_the_rest() -> None:
+    write("d[1]/a.txt", "d[1]/x.py")
+    texts, note = read("d[1]")
+    assert texts == ["d[1]/a.txt"]
+    assert read(advised_glob(note))[0] == ["d[1]/x.py"]
+
+
+def test_suffixes_are_compared_without_case() -> None:
+    write("d/A.TXT", "d/B.Md", "d/C.JSONL")
+    assert read("d")[0] == ["d/A.TXT", "d/B.Md", "d/C.JSONL"]
+
+
+def test_packed_files_left_out_are_counted_by_their_inner_suffix_and_a_glob_takes_them() -> None:
+    write("d/a.txt")
+    Path("d/x.py.gz").write_bytes(gzip.compress(b"packed"))
+    texts, note = read("d")
+    assert texts == ["d/a.txt"]
+    assert ".py" in note
+    assert read(advised_glob(note))[0] == ["packed"]
+
+
+def test_only_files_without_a_suffix_are_left_out_and_a_glob_takes_them() -> None:
+    write("d/a.txt", "d/README", "d/e/Makefile")
+    _, note = read("d")
+    assert "2 without a suffix" in note
+    assert {"d/README", "d/e/Makefile"} <= set(read(advised_glob(note))[0])
+
+
+def test_a_glob_without_match_is_refused() -> None:
+    assert "no file matches 'x/*.txt'" in refusal("x/*.txt")

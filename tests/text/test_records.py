@@ -1,0 +1,310 @@
+"""Files of rows: which format is recognized, and what becomes of rows without a text."""
+
+import bz2
+import csv
+import gzip
+import importlib.util
+import io
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from minigpt.config import DataConfig
+from minigpt.errors import DataError
+from minigpt.text.corpus import find_files, iter_documents
+
+TEXTS = ["The owl, at night.", 'She said "né".', "two\nlines", "世界"]
+needs_zstd = pytest.mark.skipif(
+    sys.version_info < (3, 14) and not importlib.util.find_spec("zstandard"),
+    reason="needs Python 3.14 or zstandard",
+)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder; cache and spool are beside it."""
+    for name in ("work", "cache", "spool"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path
+
+
+class Reading:
+    """The texts of some files, the line about them, and the messages of skipped rows."""
+
+    def __init__(self, *words: str, stdin: bytes = b"", **options: object) -> None:
+        data = DataConfig(**options)  # type: ignore[arg-type]
+        beside = Path.cwd().parent
+        self.notes: list[str] = []
+        self.skipped: list[str] = []
+        self.files = find_files(
+            words,
+            beside / "cache",
+            beside / "spool",
+            data,
+            stdin=io.BytesIO(stdin),
+            on_note=self.notes.append,
+        )
+        documents = list(iter_documents(self.files, data, self.skipped.append))
+        self.texts = [document.text for document in documents]
+
+
+def refusal(*words: str, **options: object) -> str:
+    with pytest.raises(DataError) as caught:
+        Reading(*words, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def jsonl(texts: list[str]) -> bytes:
+    return "".join(json.dumps({"n": 1, "text": text}) + "\n" for text in texts).encode()
+
+
+def json_array(texts: list[str]) -> bytes:
+    return json.dumps([{"n": 1, "text": text} for text in texts], indent=1).encode()
+
+
+def table(texts: list[str], delimiter: str = ",") -> bytes:
+    out = io.StringIO(newline="")
+    rows = csv.writer(out, delimiter=delimiter)
+    rows.writerows([["n", "text"], *((i, text) for i, text in enumerate(texts))])
+    return out.getvalue().encode()
+
+
+def tsv(texts: list[str]) -> bytes:
+    return table(texts, "\t")
+
+
+def semicolons(texts: list[str]) -> bytes:
+    return table(texts, ";")
+
+
+def parquet(texts: list[str]) -> bytes:
+    pyarrow = pytest.importorskip("pyarrow", reason="writes the Parquet file")
+    from pyarrow import parquet as files
+
+    out = io.BytesIO()
+    files.write_table(pyarrow.table({"n": list(range(len(texts))), "text": texts}), out)
+    return out.getvalue()
+
+
+FORMATS: list[tuple[str, str, Callable[[list[str]], bytes]]] = [
+    (".jsonl", "jsonl", jsonl),
+    (".NDJSON", "jsonl", jsonl),
+    (".json", "json", json_array),
+    (".json", "jsonl", jsonl),
+    (".csv", "csv", table),
+    (".tsv", "csv", tsv),
+    (".csv", "csv", semicolons),
+    (".parquet", "parquet", parquet),
+]
+
+
+@pytest.mark.parametrize(("suffix", "kind", "pack"), FORMATS)
+def test_the_suffix_names_the_format(
+    suffix: str, kind: str, pack: Callable[[list[str]], bytes]
+) -> None:
+    Path(f"a{suffix}").write_bytes(pack(TEXTS))
+    reading = Reading(f"a{suffix}")
+    assert reading.texts == TEXTS
+    assert [file.format for file in reading.files] == [kind]
+
+
+@pytest.mark.parametrize(("suffix", "kind", "pack"), FORMATS)
+def test_a_pipe_and_an_unknown_suffix_are_recognized_by_content_and_said(
+    suffix: str, kind: str, pack: Callable[[list[str]], bytes]
+) -> None:
+    Path("a.data").write_bytes(pack(TEXTS))
+    for reading in (Reading("a.data"), Reading("-", stdin=pack(TEXTS))):
+        assert reading.texts == TEXTS
+        assert [file.format for file in reading.files] == [kind]
+        assert "field 'text'" in reading.notes[0]
+        assert "--format text reads it as it is" in reading.notes[0]
+
+
+PROSE = [
+    "Once upon a time, there was a king.\nHe had a daughter, and she had an owl.\n",
+    "[1] A footnote, and no array.\n[2] Another.\n",
+    "{curly words} begin this text\nand {others} this line\n",
+    '"Yes," she said.\n"No," he said.\n',
+    "a, b\n",
+    "<p>one</p>\n\n\n- two\n- three\n",
+    "name\nvalue\nother\n",
+    "",
+]
+
+
+@pytest.mark.parametrize("text", [text for text in PROSE if text])
+def test_prose_that_resembles_rows_stays_text(text: str) -> None:
+    assert Reading("-", stdin=text.encode()).texts == [text]
+
+
+def test_a_text_file_that_looks_like_rows_is_text_and_the_option_is_named() -> None:
+    Path("a.txt").write_bytes(jsonl(TEXTS))
+    reading = Reading("a.txt")
+    assert reading.texts == [jsonl(TEXTS).decode()]
+    assert "looks like JSONL: --format jsonl reads its rows" in reading.notes[0]
+    assert Reading("a.txt", format="jsonl").texts == TEXTS
+
+
+def test_format_text_reads_rows_as_they_are() -> None:
+    Path("a.jsonl").write_bytes(jsonl(TEXTS))
+    assert Reading("a.jsonl", format="text").texts == [jsonl(TEXTS).decode()]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "pack"), [(".GZ", gzip.compress), (".gz", gzip.compress), (".bz2", bz2.compress)]
+)
+@pytest.mark.parametrize(("inner", "kind", "rows"), FORMATS[:6])
+def test_packed_rows_are_recognized_by_suffix_and_content(
+    suffix: str,
+    pack: Callable[[bytes], bytes],
+    inner: str,
+    kind: str,
+    rows: Callable[[list[str]], bytes],
+) -> None:
+    Path(f"a{inner}{suffix}").write_bytes(pack(rows(TEXTS)))
+    assert Reading(f"a{inner}{suffix}").texts == TEXTS
+    assert Reading("-", stdin=pack(rows(TEXTS))).texts == TEXTS
+
+
+@needs_zstd
+def test_zstandard_is_unpacked_by_suffix_and_content_and_a_cut_file_is_refused() -> None:
+    compress = _zstd_compress()
+    packed = compress(jsonl(TEXTS[:2])) + compress(jsonl(TEXTS[2:]))
+    Path("a.jsonl.zst").write_bytes(packed)
+    assert Reading("a.jsonl.zst").texts == TEXTS
+    assert Reading("-", stdin=packed).texts == TEXTS
+    Path("cut.txt.zst").write_bytes(packed[:-3])
+    assert "'cut.txt.zst' cannot be unpacked" in refusal("cut.txt.zst")
+
+
+def _zstd_compress() -> Callable[[bytes], bytes]:
+    if sys.version_info >= (3, 14):
+        return importlib.import_module("compression.zstd").compress  # type: ignore[no-any-return]
+    return importlib.import_module("zstandard").compress  # type: ignore[no-any-return]
+
+
+def test_without_the_extra_parquet_and_zstandard_name_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("a.parquet").write_bytes(b"PAR1 and so on")
+    Path("a.zst").write_bytes(b"\x28\xb5\x2f\xfd")
+    for name in ("pyarrow", "compression.zstd", "zstandard"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert "pip install" in refusal("a.parquet")
+    assert "parquet" in refusal("a.parquet")
+    assert "zstd" in refusal("a.zst")
+
+
+@pytest.mark.parametrize(("suffix", "kind", "pack"), FORMATS)
+def test_a_missing_field_is_refused_with_the_fields_seen_and_another_is_read(
+    suffix: str, kind: str, pack: Callable[[list[str]], bytes]
+) -> None:
+    Path(f"a{suffix}").write_bytes(pack(TEXTS))
+    message = refusal(f"a{suffix}", field="body")
+    assert '"body"' in message
+    assert "its fields are 'n', 'text'" in message
+    assert "--field" in message
+    Path("b.jsonl").write_bytes(b'{"body": "one"}\n{"body": "two"}\n')
+    assert Reading("b.jsonl", field="body").texts == ["one", "two"]
+
+
+BAD_LINES = [
+    (b'{"text": null}', "it is null"),
+    (b'{"text": 5}', "of type int"),
+    (b'{"text": ["a"]}', "of type list"),
+    (b"{}", "it has no fields"),
+    (b'{"other": "a"}', "its fields are 'other'"),
+    (b"null", "is not an object"),
+    (b'["a"]', "is not an object"),
+    (b'{"text": "a"', "is not JSON"),
+    (b'{"text": "a\xff"}', "is not UTF-8"),
+    (b"[" * 100_000, "is not JSON"),
+]
+
+
+@pytest.mark.parametrize(("line", "why"), BAD_LINES)
+def test_a_bad_line_is_refused_with_its_number_or_skipped_and_counted(
+    line: bytes, why: str
+) -> None:
+    Path("a.jsonl").write_bytes(jsonl(TEXTS[:2]) + line + b"\n" + jsonl(TEXTS[2:]) + line)
+    message = refusal("a.jsonl")
+    assert message.startswith("line 3 of 'a.jsonl' ")
+    assert why in message
+    assert "--skip-bad" in message
+    reading = Reading("a.jsonl", skip_bad=True)
+    assert reading.texts == TEXTS
+    assert [skipped.split(" of ")[0] for skipped in reading.skipped] == ["line 3", "line 6"]
+    assert why in reading.skipped[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "where"),
+    [
+        ("a.json", b'[{"text": "one"}, {"text": null}, {"text": "two"}]', "item 2"),
+        ("a.json", b'["one", 5, "two"]', "item 2"),
+        ("a.json", b'[{"text": "one"}, {"text": "\xff"}, {"text": "two"}]', "item 2"),
+        ("a.csv", b"n,text\n1,one\n2\n3,two\n", "row 2"),
+        ("a.csv", b"n,text\n1,one\n2,b,c\n3,two\n", "row 2"),
+        ("a.csv", b"n,text\n1,one\n2,\xff\n3,two\n", "row 2"),
+        ("a.csv", b'n,text\n1,one\n2,"a"b\n3,two\n', "row 2"),
+        ("a.tsv", b"n\ttext\n1\tone\n2\n3\ttwo\n", "row 2"),
+    ],
+)
+def test_a_bad_item_or_row_is_refused_with_its_number_or_skipped(
+    name: str, content: bytes, where: str
+) -> None:
+    Path(name).write_bytes(content)
+    message = refusal(name)
+    assert message.startswith(f"{where} of {name!r} ")
+    assert "--skip-bad" in message
+    reading = Reading(name, skip_bad=True)
+    assert (reading.texts, len(reading.skipped)) == (["one", "two"], 1)
+
+
+def test_a_null_of_parquet_is_refused_with_its_number_or_skipped() -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="writes the Parquet file")
+    from pyarrow import parquet as files
+
+    files.write_table(pyarrow.table({"text": ["one", None, "two"]}), "a.parquet")
+    assert refusal("a.parquet").startswith("row 2 of 'a.parquet' ")
+    assert Reading("a.parquet", skip_bad=True).texts == ["one", "two"]
+    Path("b.parquet").write_bytes(Path("a.parquet").read_bytes()[:-9])
+    assert "cannot be read as Parquet" in refusal("b.parquet")
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.csv", "a.jsonl"])
+def test_rows_of_which_none_has_a_text_are_an_empty_corpus_that_says_why(name: str) -> None:
+    rows = {"a.json": "[{}, {}]", "a.csv": "n,text\n1\n", "a.jsonl": '{"text": null}\n'}
+    Path(name).write_text(rows[name])
+    message = refusal(name, skip_bad=True)
+    assert message.startswith("the corpus is empty")
+    assert " 1 of " in message  # the first of the rows that were left out
+
+
+@pytest.mark.parametrize(
+    "content", [b'[{"text": "a"}', b'[{"text": "a"}, {"te', b'[{"text": "a"} x]']
+)
+def test_a_json_array_that_is_cut_or_broken_is_refused(content: bytes) -> None:
+    Path("a.json").write_bytes(content)
+    assert "item 1" in refusal("a.json", format="json")
+
+
+def test_a_long_json_array_is_read_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minigpt.text.records.READ_CHARS", 7)
+    for content in (json_array(TEXTS), json.dumps(TEXTS).encode(), b'["a", "b\\n", "\\u00e9"]'):
+        Path("a.json").write_bytes(content)
+        expected = json.loads(content)
+        assert Reading("a.json", format="json").texts == [
+            row if isinstance(row, str) else row["text"] for row in expected
+        ]
+
+
+def test_csv_keeps_quoted_delimiters_quotes_and_line_breaks_and_needs_a_column() -> None:
+    Path("a.csv").write_bytes(b'text,n\r\n"a, ""b""\nc",1\r\nd,2\r\n')
+    assert Reading("a.csv").texts == ['a, "b"\nc', "d"]
+    Path("b.csv").write_bytes(b"text\none\n\ntwo\n")
+    assert Reading("b.csv").texts == ["one", "two"]
