@@ -72,7 +72,7 @@ def prepare(
             n_workers=workers or 0,
         )
     for line in prepared.manifest.notes():
-        output.note(f"text    {line}")
+        output.note(f"text   {line}")
     if as_json:
         output.write_json(_record(folder, prepared.manifest, work))
     else:

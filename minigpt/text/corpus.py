@@ -367,11 +367,12 @@ def _summary(
     else:
         line = f"{len(files):,} files are read: {_counted(kinds)}{rows}"
     odd = next((file for file in files if file.is_surprising), None)
+    name = repr(odd.name) if odd and len(files) > 1 else "it"
     if odd and odd.format == "text":
-        name = _NAMES[odd.looks_like]
-        line += f"; {odd.name!r} looks like {name}: --format {odd.looks_like} reads its rows"
+        other = _NAMES[odd.looks_like]
+        line += f"; {name} looks like {other}: --format {odd.looks_like} reads its rows"
     elif odd:
-        line += f"; {odd.name!r} by its content: --format text reads it as it is"
+        line += f"; {name} is recognized by its content: --format text reads it as it is"
     if left_out.total():
         line += f"; left out: {_counted(left_out)}"
         if glob_of_rest:

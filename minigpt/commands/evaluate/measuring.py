@@ -51,7 +51,7 @@ def measure(
     with ProgressLine("reading", is_quiet=is_quiet) as progress:
         data = prepare(text, on_progress=progress.preparing, tokenizer=tokenizer, template=template)
         for line in data.manifest.notes():
-            progress.note(f"text    {line}")
+            progress.note(f"text   {line}")
         span = span_to_evaluate(data, val_fraction)
         windows = Windows.fitting(
             model.config,
@@ -110,8 +110,9 @@ def _text(config: EvaluationConfig, folder: Path) -> tuple[DataConfig, float | N
     words = "format field encoding skip_bad special skip_unencodable chat loss_on chat_template"
     reading = {name: getattr(config, name) for name in words.split() if getattr(config, name)}
     if config.data:
-        own = {} if share is None else {"val_fraction": share}
-        return build(DataConfig, {"paths": list(config.data), **own, **reading}), share
+        # A whole text is not split: its documents stay in their order.
+        paths = {"paths": list(config.data), "val_fraction": share or 0.0}
+        return build(DataConfig, paths | reading), share
     try:
         data = build(RunConfig, read_toml(folder.parent / CONFIG_FILE)).data
     except ConfigError:  # a model from elsewhere
@@ -120,6 +121,8 @@ def _text(config: EvaluationConfig, folder: Path) -> tuple[DataConfig, float | N
         ) from None
     if "-" in data.paths:
         raise DataError("the run's own text came from standard input. Give it as DATA.")
+    if not (share or data.val_fraction):
+        raise DataError("the run trained on all of its text and validates on none. Give DATA.")
     data = replace(data, val_fraction=share or data.val_fraction, **reading)
     return data, data.val_fraction
 
@@ -143,8 +146,9 @@ def lines(result: dict[str, Any]) -> Iterator[Text]:
     share, seconds, quantize = result["val_fraction"], result["seconds"], result["quantize"]
     part = ""
     if share:
-        is_tail = result["val_split"] == "tail"
-        part = f", the last {100 * share:.3g}%" if is_tail else ", the documents for validation"
+        part = f", the last {100 * share:.3g}%"
+        if result["val_split"] in ("documents", "own"):
+            part = ", the documents for validation"
     time_ = f"{seconds:.1f} s" if seconds < 60 else duration(seconds)
     facts = {
         "model": one_line(str(result["model"])),
