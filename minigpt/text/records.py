@@ -223,7 +223,7 @@ def _parquet_rows(file: BinaryIO, name: str, data: DataConfig) -> Iterator[tuple
                 number += 1
                 yield number, row
     except (ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].rstrip(".")
         raise DataError(
             f"{name!r} cannot be read as Parquet after row {number}: {reason}. Get it again."
         ) from None
@@ -283,10 +283,9 @@ def sniffed(head: bytes, encoding: str, *, is_whole: bool) -> str:
     if not is_whole and len(lines) > 1:
         del lines[-1]
     lines = lines[:_N_SNIFFED]
-    if text.startswith("{"):
-        n_objects = sum(isinstance(_parsed(line), dict) for line in lines)
-        if 2 * n_objects >= len(lines):
-            return "jsonl"
+    n_objects = sum(isinstance(_parsed(line), dict) for line in lines)
+    if 2 * n_objects >= len(lines) and n_objects >= (1 if text.startswith("{") else 2):
+        return "jsonl"  # some of its rows may be bad, the first one too
     if re.match(r'\{\s*"|\[\s*(\{\s*"|"|\]\s*$)', text):
         if len(lines) == 1 and not is_whole and text.startswith("{"):
             return "jsonl"  # its first line is longer than the head
@@ -329,7 +328,9 @@ def _is_table(lines: list[str]) -> bool:
             rows += csv.reader(lines, delimiter=delimiter, strict=True)
         if len(rows) < 2 or not 1 < len(rows[0]) == len(set(rows[0])):
             continue
-        is_header = all(re.fullmatch(r"[^\W\d][\w.-]{0,40}", name) for name in rows[0])
+        is_header = all(
+            re.fullmatch(r"[^\W\d][\w.-]{0,40}( [\w.-]{1,40}){0,3}", name) for name in rows[0]
+        )
         if is_header and len(set(map(len, rows))) == 1:
             return True
     return False

@@ -134,6 +134,10 @@ PROSE = [
     "a, b\n",
     "<p>one</p>\n\n\n- two\n- three\n",
     "name\nvalue\nother\n",
+    "Winter, spring\nSummer, autumn\nDawn, dusk\n",
+    "name; value\nfoo; bar\nbaz; qux\n",
+    "| a | b |\n| - | - |\n| 1 | 2 |\n",
+    'A call:\n\n{"id": 1}\n\nand its answer.\n',
     "",
 ]
 
@@ -239,6 +243,18 @@ def test_a_bad_line_is_refused_with_its_number_or_skipped_and_counted(
     assert reading.texts == TEXTS
     assert [skipped.split(" of ")[0] for skipped in reading.skipped] == ["line 3", "line 6"]
     assert why in reading.skipped[0]
+
+
+@pytest.mark.parametrize("line", [b"null", b"[]", b'{"text": "a"', b"5"])
+def test_a_pipe_whose_first_row_is_bad_is_jsonl_too(line: bytes) -> None:
+    content = line + b"\n" + jsonl(TEXTS)
+    reading = Reading("-", stdin=content, skip_bad=True)
+    assert (reading.texts, len(reading.skipped)) == (TEXTS, 1)
+
+
+def test_a_table_whose_names_have_spaces_is_recognized() -> None:
+    content = b"Row ID,Full Text\n1,one\n2,two\n"
+    assert Reading("-", stdin=content, field="Full Text").texts == ["one", "two"]
 
 
 @pytest.mark.parametrize(
