@@ -194,7 +194,7 @@ class ModelConfig:
     """Epsilon added under the square root of every norm."""
     tie_embeddings: bool = False
     """Whether the token embedding is the output projection too."""
-    dropout: float = option(0.0, "[0, 1)")
+    dropout: float = option(0.0, "[0, 1)", shown="by the size of the text")
     """Dropout probability of embeddings and residual branches, in [0, 1)."""
     model_type: str = ""
     """Hugging Face model type. Empty derives gpt2, llama, qwen2 or qwen3, or minigpt for a model
@@ -399,7 +399,7 @@ class TrainingConfig:
     """Number of optimizer steps; 0 for no limit. A run needs one of the three max_ limits."""
     max_minutes: float = option(0.0, "[0, 1e8]")
     """Minutes of training, without evaluation; 0 for no limit. The schedule ends with it."""
-    max_epochs: float = option(0.0, "[0, 1e6]")
+    max_epochs: float = option(0.0, "[0, 1e6]", shown="by the size of the text")
     """Passes over the training tokens; 0 for no limit. Becomes max_steps once the text is read."""
     batch_size: int = option(16, "[1, 2**24]")
     """Sequences per optimizer step, over all ranks."""

@@ -1,5 +1,6 @@
 """The manifest of a checkpoint: sizes and hashes of its files, to detect damage."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,8 @@ def verify(step_folder: Path, *, hashes: bool = False) -> None:
         raise CheckpointError(f"the manifest of {str(step_folder)!r} lists no files.")
     for name, facts in files.items():
         path = step_folder / name
-        is_inside = path.resolve().is_relative_to(step_folder.resolve())
+        # realpath also takes links to themselves.
+        is_inside = Path(os.path.realpath(path)).is_relative_to(os.path.realpath(step_folder))
         if not is_inside or not isinstance(facts, dict):
             raise CheckpointError(f"the manifest of {str(step_folder)!r} is damaged at {name!r}.")
         if not path.is_file():

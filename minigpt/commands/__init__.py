@@ -3,6 +3,7 @@
 Nothing here imports torch before a command runs, so that --help is fast.
 """
 
+import os
 import platform
 import signal
 import sys
@@ -65,7 +66,7 @@ def main() -> NoReturn:
     signal.signal(signal.SIGTERM, _terminate)
     on_ctrl_c = signal.getsignal(signal.SIGINT)
     if on_ctrl_c != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, _on_ctrl_c)
     set_spin_count(sys.argv[1:])
     warnings.showwarning = _show_warning
     warnings.filterwarnings("default", category=MinigptWarning)
@@ -107,6 +108,15 @@ def _show_warning(
     if not issubclass(category, MinigptWarning):
         text = f"{category.__name__}: {text} ({filename}:{lineno})"
     print(" ".join(printable(text).split()), file=sys.stderr)  # noqa: T201
+
+
+def _on_ctrl_c(number: int, frame: FrameType | None) -> None:
+    """Raise KeyboardInterrupt, or exit at once while torch is imported, which swallows it."""
+    torch = sys.modules.get("torch")
+    if torch is not None and getattr(torch.__spec__, "_initializing", False):
+        os.write(2, b"interrupted\n")
+        os._exit(128 + number)
+    raise KeyboardInterrupt
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:

@@ -1,7 +1,9 @@
 """Loading a model, its tokenizer and a prompt for a command."""
 
 import sys
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from minigpt.rings import ring
 from minigpt.text.tokenizer import Tokenizer
 
 _LONGEST_PROMPT_BYTES = 2**24
+_EVERY_S = 10
 
 
 @dataclass(frozen=True)
@@ -94,12 +97,34 @@ def use_threads(threads: int | None) -> None:
 
 
 def compiling(model: LanguageModel, compile: bool | None) -> AbstractContextManager[Any]:
-    """Show on a terminal that the model is being compiled, if it is."""
-    if not is_compiled(model, compile) or not sys.stderr.isatty():
+    """Show that the model is being compiled, if it is: on a terminal, or in a line now and then."""
+    if not is_compiled(model, compile):
         return nullcontext()
+    if not sys.stderr.isatty():
+        return _saying("compiling the model, the first time for a minute or two")
     from minigpt.commands.status_line import ProgressLine
 
     return ProgressLine("compiling the model")
+
+
+@contextmanager
+def _saying(what: str) -> Iterator[None]:
+    """Write a line every ten seconds until the block ends."""
+    is_done = threading.Event()
+
+    def say() -> None:
+        n_seconds = 0
+        while not is_done.wait(_EVERY_S):
+            n_seconds += _EVERY_S
+            note(f"{what}: {n_seconds} s")
+
+    thread = threading.Thread(target=say, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_done.set()
+        thread.join()
 
 
 def _read_prompt(prompt: str | None) -> str:

@@ -91,7 +91,11 @@ def prompts_of(prompt: Prompts) -> list[Prompt]:
 
     Raises: ConfigError for an empty list, or one of several kinds.
     """
-    if isinstance(prompt, str) or not isinstance(prompt, Sequence):
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
+        raise ConfigError(
+            f"a prompt is a text or a list of token ids: it is of type {type(prompt).__name__}."
+        )
+    if isinstance(prompt, str):
         return [prompt]
     is_text = [isinstance(one, str) for one in prompt]
     is_nested = [isinstance(one, Sequence) and not isinstance(one, str) for one in prompt]

@@ -459,6 +459,10 @@ def _decoded(file: BinaryIO, name: str, encoding: str) -> Iterator[str]:
             is_end = is_last and error.reason == "unexpected end of data"
             sample = error.object + file.read(HEAD_BYTES)
             raise _not_text(name, sample, position, n_multibyte, is_end=is_end) from None
+        except UnicodeError as error:  # no byte-order mark, or an encoding that is not for texts
+            raise DataError(
+                f"{name!r} is not {encoding}: {error}. Give another --encoding."
+            ) from None
         if "\0" in text:
             raise DataError(f"{name!r} is not {encoding}, or binary: it has NUL characters.")
         yield text.removeprefix("\ufeff") if n_before == 0 else text

@@ -38,7 +38,7 @@ def wide_encoding(data: bytes) -> str:
     for name in _WIDE:
         try:  # the part may end in the middle of a character
             text = codecs.getincrementaldecoder(name)().decode(data)
-        except UnicodeDecodeError:
+        except UnicodeError:
             continue
         if not _CONTROLS.search(text):
             found[name] = sum(c < "\x7f" for c in text)

@@ -249,7 +249,7 @@ def _as_text(file: BinaryIO, name: str, data: DataConfig) -> Iterator[TextIO]:
     stream = io.TextIOWrapper(buffered, encoding, errors="surrogateescape", newline="\n")
     try:
         yield stream
-    except UnicodeDecodeError as error:
+    except UnicodeError as error:
         raise DataError(f"{name!r} is not {encoding}: {error}. Give another --encoding.") from None
     finally:
         with suppress(ValueError):  # the file is closed already if an error ended the reading

@@ -60,10 +60,10 @@ def test_json_has_one_object_per_answer_with_its_own_seed(run: Run) -> None:
     assert [f["n_prompt_tokens"] for f in facts] == [3, 3 + 5 + 4]
 
 
-def test_a_full_window_is_reported_and_ends_the_conversation(run: Run) -> None:
-    result = run(*WORDS, stdin=b"x" * 62 + b"\nmore\n")
+def test_a_full_window_is_reported_and_the_next_text_starts_again(run: Run) -> None:
+    result = run(*WORDS, stdin=b"x" * 62 + b"\nThe\n")
     assert result.code == 0
-    assert result.out.count("\n") == 1
+    assert result.out.endswith(f"\n{answer(run, 'The')}\n")
     assert "3 tokens" in result.err
     assert "the context window is full" in result.err
     assert "--overflow slide" in result.err

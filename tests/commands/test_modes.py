@@ -291,3 +291,23 @@ def test_a_folder_that_cannot_be_written_is_named_before_any_token(
     line = error_line(result)
     assert "'locked/t.svg': Permission denied" in line
     assert "space" not in line
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--out", "k.jsonl", "--html", "k.jsonl"],
+        ["--out", "k.jsonl", "--dense", "./k.jsonl"],
+        ["--replay", "k.jsonl", "--html", "k.jsonl"],
+    ],
+)
+def test_one_file_is_named_once(run: Run, trained: Path, words: list[str]) -> None:
+    model = [] if "--replay" in words else ["The", "--model", str(trained / "checkpoints/tiny")]
+    made = run("attention-trace", "The", "--model", str(trained / "checkpoints/tiny"), "--out", "k")
+    assert made.code == 0, made.err
+    Path("k").rename("k.jsonl")
+    before = Path("k.jsonl").read_bytes()
+    result = run("attention-trace", *model, *words)
+    assert result.code == 2
+    assert "name the same file" in result.err
+    assert Path("k.jsonl").read_bytes() == before

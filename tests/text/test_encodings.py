@@ -11,6 +11,7 @@ from minigpt.config import DataConfig
 from minigpt.errors import ConfigError, DataError
 from minigpt.settings import read_toml
 from minigpt.text.corpus import find_files, iter_documents
+from minigpt.text.shards import prepare
 
 ENGLISH = "The king sat by the fire.\nHe had a daughter, and she had an owl.\n"
 FRENCH = "Le café était fermé, et la fille rêvait à côté.\nElle était là.\n" * 3
@@ -202,3 +203,11 @@ def test_text_that_is_not_in_the_named_encoding_is_refused_with_its_position() -
 def test_an_unknown_encoding_is_refused_with_known_ones(encoding: str) -> None:
     with pytest.raises(ConfigError, match=r"unknown encoding .* Use a name that Python knows"):
         DataConfig(encoding=encoding)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "idna", "punycode", "undefined"])
+def test_an_encoding_that_does_not_fit_is_a_data_error(encoding: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("The owl in the tree. " * 50)
+    data = DataConfig(paths=(str(tmp_path / "a.txt"),), encoding=encoding)
+    with pytest.raises(DataError, match=f"is not {encoding}"):
+        prepare(data, cache_dir=tmp_path / "cache")

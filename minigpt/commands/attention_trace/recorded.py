@@ -25,7 +25,7 @@ def replay(path: Path, targets: Targets, *, n_sources: int | None) -> None:
     Raises: DataError for a file that is not a trace.
     """
     traces = read_traces(path)
-    targets.check(len(traces))
+    targets.check(len(traces), path)
     for trace in traces:
         layout = TraceLayout(
             make_console(is_stderr=False).width,

@@ -1,5 +1,6 @@
 """Where a trace goes, as options of attention-trace."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -82,16 +83,24 @@ class Targets:
     def __post_init__(self) -> None:
         check_fields(self)
 
-    def check(self, n_samples: int) -> None:
+    def check(self, n_samples: int, replayed: Path | None = None) -> None:
         """Check the files before anything long begins.
 
-        Raises: ConfigError for a file without a folder, a picture without matplotlib, or one file
-            for several traces; ResourceError for a file that cannot be written.
+        Args: replayed, the file that is shown, which must not be replaced.
+        Raises: ConfigError for a file without a folder, a picture without matplotlib, one file
+            for several traces, or several options that name one file; ResourceError for a file
+            that cannot be written.
         """
+        options: dict[str, str] = {}
+        if replayed is not None:
+            options[os.path.realpath(replayed)] = "--replay"
         for name in ("out", "html", "dense", *_PICTURES):
             path: Path | None = getattr(self, name)
             if path is None:
                 continue
+            other = options.setdefault(os.path.realpath(path), f"--{name}")
+            if other != f"--{name}":
+                raise ConfigError(f"{other} and --{name} name the same file {str(path)!r}.")
             if not path.parent.is_dir():
                 raise ConfigError(
                     f"--{name}: there is no folder {str(path.parent)!r}. Make it first."

@@ -75,8 +75,8 @@ def converse(
         if chat is not None:
             chat.answered("".join(answer))
         if decoder.is_full and sampling.overflow == "stop":
-            note("Start again for more, or use --overflow slide")
-            return
+            note("the context window is full: the next text starts again, without --overflow slide")
+            decoder = None
         seed, has_prompt = seed + 1, False
         text = _typed()
 

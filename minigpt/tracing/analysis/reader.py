@@ -162,7 +162,8 @@ class _Reader:
             is_cut = reason == INTERRUPTED
             finish = None if is_cut else _checked(reason, FinishReason, "finish_reason")
             cause = footer["cause"]
-            cause = cause and _read(events.CauseCheck, _object(cause, "cause"))
+            if cause is not None:
+                cause = _read(events.CauseCheck, _object(cause, "cause"))
             end = _read(events.TraceFooter, footer, finish=finish, cause=cause)
         return events.Trace(self.header, tuple(self.steps), end)
 
