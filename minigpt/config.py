@@ -366,7 +366,8 @@ class DataConfig:
         check_fields(self)
         try:
             is_text = codecs.lookup(self.encoding)._is_text_encoding
-        except (LookupError, ValueError):  # ValueError: a NUL in the name
+            b"text".decode(self.encoding, "ignore")  # not those of host names
+        except (LookupError, ValueError):  # ValueError: a NUL in the name, UnicodeError
             is_text = False
         _require(
             is_text,

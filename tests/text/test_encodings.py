@@ -205,7 +205,13 @@ def test_an_unknown_encoding_is_refused_with_known_ones(encoding: str) -> None:
         DataConfig(encoding=encoding)
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "idna", "punycode", "undefined"])
+@pytest.mark.parametrize("encoding", ["idna", "undefined", "hex", "no-such"])
+def test_an_encoding_that_is_not_for_texts_is_refused(encoding: str) -> None:
+    with pytest.raises(ConfigError, match="unknown encoding"):
+        DataConfig(encoding=encoding)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "punycode"])
 def test_an_encoding_that_does_not_fit_is_a_data_error(encoding: str, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("The owl in the tree. " * 50)
     data = DataConfig(paths=(str(tmp_path / "a.txt"),), encoding=encoding)
