@@ -125,6 +125,11 @@ class DistributedWorld(World):
         device_ids = [self.device] if self.device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids, gradient_as_bucket_view=True)
 
+    def reshard(self, model: nn.Module) -> None:
+        for module in model.modules():
+            if self.is_sharded and hasattr(module, "reshard"):  # FSDP2's own modules
+                cast("Any", module).reshard()
+
     def no_sync(self, model: nn.Module) -> AbstractContextManager[None]:
         if isinstance(model, DistributedDataParallel):
             return model.no_sync()

@@ -452,9 +452,11 @@ class Trainer:
             batch_size=windows_at_once(self.config.model.vocab_size, length),
         )
         lengths = self.data.tokenizer.token_byte_lengths
-        return self.world.evaluate(
+        result = self.world.evaluate(
             lambda part: evaluate(self.model, part, lengths, dtype=self.dtype), batches
         )
+        self.world.reshard(self.model)
+        return result
 
     def _weights_of(self, evaluation: EvalEvent | None) -> AbstractContextManager[None]:
         """Return the context in which the model has the weights of an evaluation at this step."""

@@ -89,6 +89,9 @@ class World:
         """Return the module whose backward pass averages gradients over the ranks."""
         return model
 
+    def reshard(self, model: nn.Module) -> None:
+        """Free full parameters that a forward pass without a backward pass has left."""
+
     def no_sync(self, model: nn.Module) -> AbstractContextManager[None]:
         """Return the context of a backward pass after which gradients are not yet averaged."""
         return nullcontext()
