@@ -12,7 +12,14 @@ def run() -> NoReturn:
         signal.signal(signal.SIGINT, _interrupt)  # main replaces it while a command runs
     from minigpt.commands import main
 
-    main()
+    try:
+        main()
+    except SystemExit as ended:
+        if "WORLD_SIZE" in os.environ and isinstance(ended.code, int):
+            # Under torchrun. Everything is saved and flushed, and the threads of torch.distributed
+            # may still hold tensors: one that is released while Python finalizes ends in SIGABRT.
+            os._exit(ended.code)
+        raise
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:

@@ -3,6 +3,7 @@
 import itertools
 import re
 import shlex
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -27,8 +28,16 @@ COMMANDS = {
 """Each command and its line in ``minigpt --help``; its module has its name."""
 
 
+_NARROWEST = 18  # columns of text
+
+
 class Subcommands(TyperGroup):
     """A command made of several, laid out like the program."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the page for the width of the terminal."""
+        _fit(formatter)
+        super().format_help(ctx, formatter)
 
     def lines(self, ctx: Any) -> dict[str, str]:
         """Return the names of its commands, and the line of each in --help."""
@@ -46,7 +55,10 @@ class Subcommands(TyperGroup):
         """Write the options and the commands."""
         _write_groups(ctx, formatter, self.get_params(ctx))
         with formatter.section("Commands"):
-            formatter.write_dl(list(self.lines(ctx).items()))
+            if formatter.width < 2 * _NARROWEST:
+                _stack(formatter, self.lines(ctx).items())
+            else:
+                formatter.write_dl(list(self.lines(ctx).items()))
 
 
 class Commands(Subcommands):
@@ -89,6 +101,11 @@ class Commands(Subcommands):
 
 class Command(TyperCommand):
     """A command whose --help lists its options under headings, in aligned columns."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the page for the width of the terminal."""
+        _fit(formatter)
+        super().format_help(ctx, formatter)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the arguments.
@@ -164,6 +181,19 @@ def _add(app: typer.Typer, name: str, function: Callable[..., None]) -> None:
     app.command(name, cls=Command, help=first.rstrip(".") + break_ + rest)(function)
 
 
+def _fit(formatter: Any) -> None:
+    """Let a page of --help fit a terminal of any width; click assumes 50 columns or more."""
+    formatter.width = max(min(shutil.get_terminal_size().columns, 80), _NARROWEST)
+
+
+def _stack(formatter: Any, rows: Iterable[tuple[str, str]]) -> None:
+    """Write each text below its name, for a narrow terminal."""
+    for name, text in rows:
+        formatter.write(f"{name}\n")
+        with formatter.indentation():
+            formatter.write_text(text)
+
+
 def _write_groups(ctx: Any, formatter: Any, parameters: Iterable[Any]) -> None:
     groups: dict[str, list[tuple[str, str]]] = {}
     for parameter in parameters:
@@ -173,8 +203,12 @@ def _write_groups(ctx: Any, formatter: Any, parameters: Iterable[Any]) -> None:
         _, text = parameter.get_help_record(ctx)
         groups.setdefault(heading, []).append((_left(parameter), text.rstrip(".")))
     width = max(len(left) for rows in groups.values() for left, _ in rows)
+    is_narrow = formatter.width < width + _NARROWEST
     for heading, rows in groups.items():
         with formatter.section(heading):
+            if is_narrow:
+                _stack(formatter, rows)
+                continue
             formatter.write_dl([(left.ljust(width), text) for left, text in rows], width)
 
 

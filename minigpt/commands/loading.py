@@ -148,8 +148,12 @@ def read_line() -> str | None:
     Raises: DataError if it is not UTF-8, or is too long for any context.
     """
     data = sys.stdin.buffer.readline(_LONGEST_PROMPT_BYTES + 1)
-    text = _decoded(data, "a line on standard input")
-    return text.removesuffix("\n").removesuffix("\r") if data else None
+    return decoded_line(data) if data else None
+
+
+def decoded_line(data: bytes) -> str:
+    """Return the text of a line without its line break; raise as ``read_line``."""
+    return _decoded(data, "a line on standard input").removesuffix("\n").removesuffix("\r")
 
 
 def _decoded(data: bytes, where: str) -> str:

@@ -48,7 +48,8 @@ def cell_len(text: str) -> int:
 
 
 def fit(text: str, width: int) -> str:
-    """Pad text to a number of terminal cells, or truncate it with an ellipsis."""
+    """Pad text to a number of terminal cells, at least 1, or truncate it with an ellipsis."""
+    width = max(width, 1)
     if cell_len(text) > width:
         text = text[:width]
         while cell_len(text) > width - 1:
@@ -74,7 +75,7 @@ def fit_start(text: str, width: int) -> str:
 
 def wrapped(text: str, width: int, style: str = "dim", *, label: str = "") -> list[Line]:
     """Wrap text at blanks, after a label on the first line."""
-    room = width - len(label)
+    room = max(width - len(label), 1)
     pieces = textwrap.wrap(text, room, break_on_hyphens=False)
     start = [(label, "dim")] if label else []
     indent = [(" " * len(label), "plain")] if label else []

@@ -123,9 +123,9 @@ def test_a_line_that_is_not_utf8_is_an_error(run: Run) -> None:
     assert "a line on standard input is not UTF-8 text" in error_line(result)
 
 
-def read_until(descriptor: int, ending: bytes) -> bytes:
+def read_until(descriptor: int, ending: bytes, part: bytes = b"") -> bytes:
     data, end = b"", time.monotonic() + 60
-    while not data.endswith(ending):
+    while not (data.endswith(ending) and part in data):
         ready, _, _ = select.select([descriptor], [], [], max(0.0, end - time.monotonic()))
         assert ready, data
         data += os.read(descriptor, 1024)
@@ -162,6 +162,50 @@ def test_a_terminal_gets_an_input_marker_on_stderr_only(trained: Path, run: Run)
     assert process.returncode == 0
     assert out == f"{first}\n"
     assert b"5 tokens" in shown
+
+
+def test_a_terminal_edits_lines_and_takes_a_paste_as_one_text(
+    trained: Path, run: Run, tmp_path: Path
+) -> None:
+    pytest.importorskip("readline", reason="needs readline")
+    pasted = "Once upon\na time\nthere was"
+    first = answer(run, pasted)
+    second = answer(run, f"{pasted}{first} said")
+    ours, theirs = pty.openpty()
+    environment = {
+        "TERM": "xterm",
+        "MINIGPT_CACHE_DIR": str(tmp_path / "c"),
+        "INPUTRC": "/dev/null",
+    }
+    with subprocess.Popen(
+        [sys.executable, "-m", "minigpt", *WORDS, "--model", "tiny"],
+        cwd=trained,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        preexec_fn=own_terminal,
+    ) as process:
+        os.close(theirs)
+        try:
+            read_until(ours, b"> ")
+            os.write(ours, f"\x1b[200~{pasted}\x1b[201~\r".encode())
+            read_until(ours, b"> ", b"tok/s")
+            os.write(ours, b"sXX\x7f\x7faid\x01 \r")  # backspaces, and Ctrl-A to the start
+            shown = read_until(ours, b"> ", b"tok/s")
+            os.write(ours, b"\x04")
+            process.wait(60)
+        except BaseException:
+            process.kill()
+            raise
+    os.close(ours)
+    assert process.returncode == 0
+    assert b"5 tokens" in shown
+    assert second.splitlines()[0].encode() in shown
+    history = tmp_path / "c/history"
+    assert " said" in history.read_text().splitlines()
+    assert history.stat().st_mode & 0o777 == 0o600
 
 
 def own_terminal() -> None:

@@ -101,7 +101,7 @@ class TraceOutput:
                 self._show_event(footer)
         assert header is not None
         if self._view == LINES:
-            print_lines(self._console, [[], [("".join(texts), "token")]])
+            print_lines(self._console, [[], [("".join(texts), "token")]], is_cut=False)
         if is_kept:
             self._show_views(Trace(header, tuple(steps), footer))
         if signal is not None:
@@ -157,7 +157,8 @@ class TraceOutput:
             position=self._targets.position,
             width=self._console.width,
             height=self._console.height - _LINES_BELOW if sys.stdout.isatty() else None,
-            has_colour=self._console.color_system in ("256", "truecolor"),
+            has_colour=self._console.color_system in ("256", "truecolor")
+            and not self._console.no_color,
             picture=self._targets.picture,
             **more,
         )

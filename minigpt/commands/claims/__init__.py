@@ -38,6 +38,7 @@ def claims(
     wanted = list(dict.fromkeys(which or CLAIMS))
     for name in wanted:
         require_choice("claim", name, CLAIMS)
+    from minigpt.commands import output
     from minigpt.commands.claims.views import prepare_folder, show_finding, write_findings
     from minigpt.commands.loading import use_threads
     from minigpt.commands.status_line import ProgressLine
@@ -62,3 +63,5 @@ def claims(
         show_finding(findings[-1], as_json=as_json)
         if out is not None:
             write_findings(out, findings)
+    if out is not None:
+        output.note(f"wrote {out}")

@@ -56,7 +56,9 @@ def generate(
     Several samples are decoded as a batch; sample i equals the one that --seed SEED+i gives alone.
 
     With --interactive, the text continues from each typed line. A line that ends with \ continues
-    on the next one; an empty line lets the model continue. Ctrl-C stops an answer.
+    on the next one, and pasted lines are one text; an empty line lets the model continue. Ctrl-C
+    stops an answer. On a terminal, lines are edited with readline, and their history is kept in the
+    cache folder.
 
     With --chat, the prompt and each typed line are messages of the user to an instruction-tuned
     model, through the chat template of its folder, and an answer ends with the model's end-of-turn
@@ -79,15 +81,17 @@ def generate(
     display = SampleDisplay(ready, sampling, as_json=as_json, streams=stream)
     seed = fresh_seed() if sampling.seed is None else sampling.seed
     if interactive:
-        ring("commands.generate.interactive").converse(
-            ready,
-            sampling,
-            display,
-            seed=seed,
-            compile=source.compile,
-            has_prompt=prompt is not None,
-            special=form.special,
-        )
+        interactive_ring = ring("commands.generate.interactive")
+        with interactive_ring.editing_lines():
+            interactive_ring.converse(
+                ready,
+                sampling,
+                display,
+                seed=seed,
+                compile=source.compile,
+                has_prompt=prompt is not None,
+                special=form.special,
+            )
         return
     with compiling(ready.model, source.compile):
         decoder = make_decoder(ready.model, ready.prompt, sampling, compile=source.compile)

@@ -1,19 +1,24 @@
 """minigpt generate --interactive: text that continues from each typed line."""
 
+import os
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from typing import Any
 
 from minigpt.commands.generate.samples import SampleDisplay
-from minigpt.commands.loading import Ready, compiling, note_special, read_line
+from minigpt.commands.loading import Ready, compiling, decoded_line, note_special, read_line
 from minigpt.commands.output import note
 from minigpt.config import SamplingConfig
 from minigpt.errors import DataError
+from minigpt.files import cache_folder
 from minigpt.generation.api import encode_prompt
 from minigpt.generation.decoder import Decoder
 from minigpt.generation.stream import TextStep, stream_text
 
 _MARKER = "> "
+_HISTORY_LINES = 1000
 
 
 def converse(
@@ -26,10 +31,11 @@ def converse(
     has_prompt: bool,
     special: bool = False,
 ) -> None:
-    """Continue from each text of standard input, until its end or a full context window.
+    """Continue from each text of standard input, until its end.
 
     The cache keeps the earlier turns, so only the new text is processed. In a chat, the texts are
-    messages, and empty ones are passed over.
+    messages, and empty ones are passed over. After an answer that fills the context window with
+    overflow stop, the next text starts again.
 
     Args: seed, of the first answer; later ones have the next seeds. has_prompt, whether the first
         text is the prompt of the command line. special, whether special tokens are parsed.
@@ -99,6 +105,51 @@ def _kept(items: Iterable[TextStep], texts: list[str]) -> Iterator[TextStep]:
         yield item
 
 
+@contextmanager
+def editing_lines() -> Iterator[None]:
+    """Edit typed lines with readline, where there is one, and keep their history in the cache.
+
+    A paste of several lines is one line for readline, and so one text.
+    """
+    if not _has_editor():
+        yield
+        return
+    import readline
+
+    path = cache_folder() / "history"
+    readline.set_history_length(_HISTORY_LINES)
+    readline.set_auto_history(True)
+    readline.parse_and_bind("set enable-bracketed-paste on")
+    with suppress(OSError):
+        readline.read_history_file(path)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))  # what was typed is private
+            readline.write_history_file(path)
+
+
+def _has_editor() -> bool:
+    is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    return is_terminal and find_spec("readline") is not None
+
+
+def _read_line() -> str | None:
+    """Return the next line, with a marker before it on a terminal; None at the end of input."""
+    if _has_editor():
+        sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
+        try:
+            return decoded_line(input(_MARKER).encode(errors="surrogateescape"))
+        except EOFError:
+            return None
+    if sys.stdin.isatty():
+        sys.stderr.write(_MARKER)
+        sys.stderr.flush()
+    return read_line()
+
+
 def _typed() -> str | None:
     r"""Return the next typed text without its last line break; None at the end of input.
 
@@ -107,10 +158,7 @@ def _typed() -> str | None:
     lines: list[str] = []
     while True:
         try:
-            if sys.stdin.isatty():
-                sys.stderr.write(_MARKER)
-                sys.stderr.flush()
-            line = read_line()
+            line = _read_line()
         except KeyboardInterrupt:
             lines = []
             _break_line()

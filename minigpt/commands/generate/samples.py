@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
 
+from rich.cells import cell_len
+
 from minigpt.commands.loading import Ready, show_model
 from minigpt.commands.output import note
 from minigpt.config import SamplingConfig
@@ -82,7 +84,8 @@ class Sample:
                 for token, value in step.best
             )
             token = visible(tokenizer.token_bytes(step.token))
-            yield f"{token:>{_TOKEN_CELLS}} {math.exp(step.log_probability):>7.2%}  of  {best}"
+            indent = " " * (_TOKEN_CELLS - cell_len(token))  # cells of the terminal, not characters
+            yield f"{indent}{token} {math.exp(step.log_probability):>7.2%}  of  {best}"
 
 
 def _logprobs(step: Step, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def show(trace: Trace, options: ViewOptions = DEFAULTS) -> list[Line]:
     token_width = min(_TOKEN_WIDTH, max(cell_len(visible(token.data)) for token in tokens))
     number_width = len(str(tokens[-1].position))
     indent = " " * (number_width + token_width + 2)
-    room = width - len(indent) - (0 if has_colour else 1)
+    room = max(width - len(indent) - (0 if has_colour else 1), 1)
     n_pooled = -(-n_positions // room)
     cell_width = max(1, min(_CELL_WIDTH, room // n_positions))
     columns = _pool(matrix, n_pooled)
@@ -148,13 +148,13 @@ def _column_names(tokens: Sequence[Token], cell_width: int) -> list[str]:
 
 
 def _ticks(n_columns: int, n_pooled: int, cell_width: int) -> str:
-    """Return every fifth position below its column, where there is room for it."""
+    """Return every fifth position below its column, where there is room for all its digits."""
     line = ""
     for column in range(0, n_columns, 5):
-        place = column * cell_width
-        if not line or len(line) + 2 <= place:
-            line = line.ljust(place) + str(column * n_pooled)
-    return line[: n_columns * cell_width]
+        place, label = column * cell_width, str(column * n_pooled)
+        if not line or (len(line) + 2 <= place and place + len(label) <= n_columns * cell_width):
+            line = line.ljust(place) + label
+    return line
 
 
 def _legend(scale: float, *, is_exceeded: bool, has_colour: bool) -> Line:

@@ -1,0 +1,120 @@
+"""Narrow terminals, NO_COLOR, and columns counted in cells."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import pytest
+from calls import ROOT, Run
+from rich.cells import cell_len
+from typer.testing import CliRunner
+
+from minigpt.commands import app
+from minigpt.commands.generate.samples import Sample
+from minigpt.generation.decoder import Step
+from minigpt.generation.stream import TextStep
+from minigpt.tracing.views.matrix import DENSITY, _ticks
+
+pty = pytest.importorskip("pty", reason="needs a system with pseudo-terminals")
+TRACE = ["attention-trace", "The king", "--temperature", "0", "--max-new-tokens", "12"]
+CODES = re.compile(r"\x1b\[[\d;]*[A-Za-z]")
+
+
+def shown(trained: Path, *words: str, width: int, **environment: str) -> str:
+    """Return what a terminal of a width gets on stdout."""
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (50, width))
+    env = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLUMNS", "FORCE_COLOR")}
+    env |= {"PYTHONPATH": str(ROOT), "TERM": "xterm-256color", "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [sys.executable, "-m", "minigpt", *words],
+        cwd=trained,
+        env=env | environment,
+        stdin=subprocess.DEVNULL,
+        stdout=theirs,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        os.close(theirs)
+        data = b""
+        try:
+            while part := os.read(ours, 4096):
+                data += part
+        except OSError:  # so Linux says that the other end is closed
+            pass
+    os.close(ours)
+    assert process.returncode == 0, data
+    return data.decode().replace("\r\n", "\n")
+
+
+@pytest.mark.parametrize("width", [8, 20])
+@pytest.mark.parametrize("view", ["lines", "text", "matrix", "heads"])
+def test_no_line_of_a_trace_wraps_in_a_narrow_terminal(
+    trained: Path, width: int, view: str, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(trained)
+    out = shown(trained, *TRACE, "--view", view, "--model", "tiny", width=width)
+    lines = CODES.sub("", out).split("\n")
+    if view == "lines":
+        text = run(*TRACE, "--model", "tiny").out.split("\n\n")[-1]
+        lines = lines[: -text.count("\n") - 1]  # the text itself is whole
+    assert len(lines) > 5
+    assert max(map(cell_len, lines)) <= width
+
+
+def test_without_colours_the_map_is_drawn_by_density(trained: Path) -> None:
+    words = [*TRACE, "--view", "matrix", "--model", "tiny"]
+    plain = shown(trained, *words, width=80, NO_COLOR="1")
+    coloured = shown(trained, *words, width=80)
+    assert "█" in coloured
+    assert "█" not in plain
+    rows = [line for line in CODES.sub("", plain).split("\n") if line.endswith("|")]
+    assert len(rows) == 12
+    assert len(set("".join(rows)) & set(DENSITY)) > 3, "cells differ"
+
+
+def test_an_axis_prints_whole_numbers_or_none() -> None:
+    for n_columns in range(1, 130):
+        for cell_width in (1, 2):
+            numbers = _ticks(n_columns, 1, cell_width).split()
+            assert numbers == [str(int(n)) for n in numbers]
+            assert all(int(n) % 5 == 0 for n in numbers)
+            line = _ticks(n_columns, 1, cell_width)
+            for n in numbers[1:]:
+                assert line.index(f" {n}") + 1 == int(n) * cell_width
+
+
+def test_columns_of_logprobs_are_counted_in_cells() -> None:
+    class Words:
+        def token_bytes(self, token: int) -> bytes:
+            return ["a", "日本語", "é", "😀"][token].encode()
+
+    sample = Sample(1, 0.0)
+    for token in range(4):
+        step = Step(token, token, token, -1.0, None, ((0, -1.0),))
+        sample.steps.append(TextStep(step, ""))
+    lines = list(sample.probable(Words()))  # type: ignore[arg-type]
+    assert {cell_len(line.partition("%")[0]) for line in lines} == {19}
+
+
+@pytest.mark.parametrize("words", [[], ["generate"], ["attention-trace"], ["train"]])
+@pytest.mark.parametrize("width", [34, 40, 60, 140])
+def test_help_fits_narrow_terminals(words: list[str], width: int) -> None:
+    result = CliRunner().invoke(
+        app, [*words, "--help"], env={"COLUMNS": str(width)}, prog_name="minigpt"
+    )
+    assert result.exit_code == 0
+    assert max(map(len, result.stdout.splitlines())) <= min(width, 80)
+
+
+def test_numbers_of_the_json_do_not_depend_on_the_terminal(
+    run: Run, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(trained)
+    header = json.loads(run(*TRACE, "--json", "--model", "tiny", "--seed", "7").out.splitlines()[0])
+    monkeypatch.setenv("COLUMNS", "20")
+    narrow = run(*TRACE, "--json", "--model", "tiny", "--seed", "7")
+    assert json.loads(narrow.out.splitlines()[0]) == header
