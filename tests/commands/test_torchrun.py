@@ -147,6 +147,7 @@ def test_a_killed_process_ends_the_run_and_the_message_says_how_to_resume(
 def test_a_run_that_torchrun_restarts_resumes_from_its_checkpoint(launch: Launch, run: Run) -> None:
     assert run("train", "corpus.txt", "--name", "a", *TINY).code == 0
     words = ["train", "--resume", "--name", "a", "--max-steps", "400", "--save-every", "20"]
+    words += ["--patience", "0"]
     process = launch(*words, n_restarts=1)
     wait_for_checkpoint(process, after=4)
     os.kill(process_of(1, process), signal.SIGKILL)
