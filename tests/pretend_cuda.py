@@ -17,7 +17,6 @@ import contextlib
 import sys
 import types
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -544,10 +543,3 @@ class _Capture(contextlib.AbstractContextManager[None]):
     def __exit__(self, *args: Any) -> None:
         assert PretendCuda.current is not None
         PretendCuda.current.recording = None
-
-
-@contextlib.contextmanager
-def device_called(name: str) -> Iterator[PretendCuda | None]:
-    """The pretend device for "cuda"; nothing for "cpu"."""
-    with PretendCuda() if name == "cuda" else contextlib.nullcontext() as device:
-        yield device

@@ -149,8 +149,8 @@ class Trainer:
             self._restore(resume_from)
         self._replica = self.world.replicate(TrainingLoss(self.model))
         # Compiled around DDP, which then averages some gradients while others are computed.
-        compiled: Any = torch.compile(self._replica) if config.training.compile else self._replica
-        self._loss_of = compiled
+        is_compiled = config.training.compile
+        self._loss_of: Any = torch.compile(self._replica) if is_compiled else self._replica
         self._stop_is_requested = False
         self._begun = self._logged = (self.step, self.elapsed_s, self.progress)
         """Steps, seconds and progress when this process began, and at the last log line."""

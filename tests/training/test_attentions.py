@@ -60,8 +60,8 @@ def test_a_resumed_run_ends_with_the_same_bits_and_lowers_its_loss(
     whole = trainer_of(config, data, tmp_path / "whole")
     before = whole._evaluate().val_loss
     run_until(whole, 0)
-    run_until(trainer_of(config, data, tmp_path / "parted"), 3)
-    resumed = trainer_of(config, data, tmp_path / "parted", resume=True)
+    run_until(trainer_of(config, data, tmp_path / "interrupted"), 3)
+    resumed = trainer_of(config, data, tmp_path / "interrupted", resume=True)
     assert resumed.step == 3
     run_until(resumed, 0)
     assert differing(bits(whole), bits(resumed)) == []

@@ -54,7 +54,9 @@ def run_of(
     return {"name": name, "folder": name, "n_ranks": n_ranks} | base | {"training": training} | more
 
 
-def parted(name: str, base: dict[str, Any], before: int, after: int, **sharding: Any) -> list[Any]:
+def interrupted(
+    name: str, base: dict[str, Any], before: int, after: int, **sharding: Any
+) -> list[Any]:
     """A run that its last rank stops at step 2, and that other ranks take up."""
     stop = [before - 1, 2]
     return [
@@ -72,13 +74,13 @@ RUNS = [
     run_of("tied, 2 ranks", TIED, 2, {"recompute": True}),
     run_of("tied, 2 ranks in shards", TIED, 2, SHARDED | {"recompute": True}),
     run_of("dropout, 2 ranks", DROPPED, 2),
-    *parted("dropout, 2 ranks to 2", DROPPED, 2, 2),
+    *interrupted("dropout, 2 ranks to 2", DROPPED, 2, 2),
     run_of("dropout, 2 ranks in shards", DROPPED, 2, SHARDED),
-    *parted("dropout, 2 ranks to 2 in shards", DROPPED, 2, 2, **SHARDED),
-    *parted("qwen3, 2 ranks to 1", QWEN3, 2, 1),
-    *parted("qwen3, 2 ranks in shards to 1", QWEN3, 2, 1, **SHARDED),
-    *parted("qwen3, 1 rank to 2", QWEN3, 1, 2),
-    *parted("qwen3, 1 rank to 2 in shards", QWEN3, 1, 2, **SHARDED),
+    *interrupted("dropout, 2 ranks to 2 in shards", DROPPED, 2, 2, **SHARDED),
+    *interrupted("qwen3, 2 ranks to 1", QWEN3, 2, 1),
+    *interrupted("qwen3, 2 ranks in shards to 1", QWEN3, 2, 1, **SHARDED),
+    *interrupted("qwen3, 1 rank to 2", QWEN3, 1, 2),
+    *interrupted("qwen3, 1 rank to 2 in shards", QWEN3, 1, 2, **SHARDED),
     run_of("skips, 2 ranks", QWEN3, 2, {"on_nan": "skip"}, spoilt=[1, 2, 5]),
     run_of("skips, 2 ranks in shards", QWEN3, 2, SHARDED | {"on_nan": "skip"}, spoilt=[1, 2, 5]),
     run_of("skips, 1 rank", QWEN3, 1, {"on_nan": "skip"}, spoilt=[0, 2, 5]),

@@ -215,10 +215,10 @@ def test_a_resumed_run_continues_the_count_of_skipped_steps_and_logs_it(
     straight = trainer_of(config, data, tmp_path / "straight")
     spoil_losses(straight, 2, 6)
     list(straight.run())
-    first = trainer_of(config, data, tmp_path / "parted")
+    first = trainer_of(config, data, tmp_path / "interrupted")
     spoil_losses(first, 2, 6)
     run_until(first, 4)
-    second = trainer_of(config, data, tmp_path / "parted", resume=True)
+    second = trainer_of(config, data, tmp_path / "interrupted", resume=True)
     spoil_losses(second, 2, 6)
     log = MetricsLog(tmp_path / "metrics.jsonl")
     for event in second.run():

@@ -104,14 +104,14 @@ def test_a_stopped_run_with_average_and_patience_resumes_with_the_same_bits_and_
     config = config_of(dropout=0.2, dropout_start=2.0, **facts, **OVERFITTING | {"max_steps": 400})
     straight = trainer_of(config, short, tmp_path / "straight")
     list(straight.run())
-    first = trainer_of(config, short, tmp_path / "parted")
+    first = trainer_of(config, short, tmp_path / "interrupted")
     run_until(first, stop_at)
-    second = trainer_of(config, short, tmp_path / "parted", resume=True)
+    second = trainer_of(config, short, tmp_path / "interrupted", resume=True)
     assert differing(all_bits(second), all_bits(first)) == []
     list(second.run())
     assert second.step == straight.step
     assert differing(all_bits(second), all_bits(straight)) == []
-    left = [RunFolder(tmp_path / name).best() for name in ("straight", "parted")]
+    left = [RunFolder(tmp_path / name).best() for name in ("straight", "interrupted")]
     assert left[0] is not None
     assert left[1] is not None
     # The stop evaluated one step more, which may be better.

@@ -98,16 +98,16 @@ def test_the_log_of_a_stopped_and_resumed_run_equals_that_of_one_run(
     for event in trainer_of(config, data, tmp_path / "straight").run():
         straight.write(event)
 
-    first = trainer_of(config, data, tmp_path / "parted")
-    log = MetricsLog(tmp_path / "parted.jsonl")
+    first = trainer_of(config, data, tmp_path / "interrupted")
+    log = MetricsLog(tmp_path / "interrupted.jsonl")
     events = first.run()  # killed, so to speak, at step 5: its lines outlive the checkpoint at 4
     for event in events:
         log.write(event)
         if event.step == 5:
             break
     events.close()
-    second = trainer_of(config, data, tmp_path / "parted", resume=True)
-    log = MetricsLog(tmp_path / "parted.jsonl", from_step=second.step)
+    second = trainer_of(config, data, tmp_path / "interrupted", resume=True)
+    log = MetricsLog(tmp_path / "interrupted.jsonl", from_step=second.step)
     for event in run_until(second, 100):
         log.write(event)
-    assert facts(tmp_path / "parted.jsonl") == facts(tmp_path / "straight.jsonl")
+    assert facts(tmp_path / "interrupted.jsonl") == facts(tmp_path / "straight.jsonl")

@@ -65,19 +65,19 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_bits(
     all_events = facts(list(straight.run()))
 
     torch.manual_seed(1)  # whatever the process did before must not matter
-    first = trainer_of(config, data, tmp_path / "parted", dtype=dtype)
+    first = trainer_of(config, data, tmp_path / "interrupted", dtype=dtype)
     run_until(first, n_steps // 2)
     assert first.was_stopped
     assert first.step == n_steps // 2
     torch.manual_seed(2)
-    second = trainer_of(config, data, tmp_path / "parted", dtype=dtype, resume=True)
+    second = trainer_of(config, data, tmp_path / "interrupted", dtype=dtype, resume=True)
     assert differing(bits(second), bits(first)) == []
     later_events = facts(list(second.run()))
 
     assert differing(bits(second), bits(straight)) == []
     # The stop saved an extra checkpoint there; all that comes after it is the same.
     assert later_events == [event for event in all_events if event[0] > n_steps // 2]
-    last = [tmp_path / part / f"step-{n_steps:06d}" for part in ("straight", "parted")]
+    last = [tmp_path / part / f"step-{n_steps:06d}" for part in ("straight", "interrupted")]
     one, other = (load_file(folder / "model.safetensors") for folder in last)
     assert differing(one, other) == []
 

@@ -51,12 +51,12 @@ def test_a_run_interrupted_after_its_seam_ends_with_the_same_bits(
     data: PreparedData, tmp_path: Path
 ) -> None:
     trainers = []
-    for name in ("straight", "parted"):
+    for name in ("straight", "interrupted"):
         list(trainer_of(config_of(max_steps=4), data, tmp_path / name).run())
         trainers.append(trainer_of(config_of(max_steps=12), data, tmp_path / name, resume=True))
     list(trainers[0].run())
     run_until(trainers[1], 8)
-    last = trainer_of(config_of(max_steps=12), data, tmp_path / "parted", resume=True)
+    last = trainer_of(config_of(max_steps=12), data, tmp_path / "interrupted", resume=True)
     assert last.seam == trainers[0].seam
     assert last.seam is not None
     list(last.run())

@@ -136,7 +136,7 @@ def read_windows(config: Mapping[str, Any], window: Any, types: Any) -> dict[str
 
 
 def sliding_layers(n_layer: Any, slides: Callable[[int], bool]) -> list[str]:
-    """Return the types of layers, of which those with an index that ``slides`` have a window."""
+    """Return the layer types: sliding_attention for the indices that ``slides`` accepts."""
     n_layer = n_layer if type(n_layer) is int and n_layer <= _MANY_LAYERS else 0
     return [SLIDING if slides(i) else _FULL for i in range(n_layer)]
 

@@ -134,13 +134,15 @@ def _architecture(config: ModelConfig) -> str:
     if config.activation != activation:
         raise _refusal(
             f"the activation {config.activation!r} in the {architecture} layout",
-            f"It always computes {activation} there",
+            f"llama.cpp always computes {activation} there",
         )
     written = _WRITTEN.split() + (_LLAMA3_ROPE.split() if architecture == "llama" else [])
     for f in fields(config):
         value = getattr(config, f.name)
         if f.name not in written and value != f.default:
-            raise _refusal(f"{f.name} {value} in the {architecture} layout")
+            name = "config.json with" if f.name == "hf_fields" else f.name
+            shown = ", ".join(value) if isinstance(value, tuple) else value
+            raise _refusal(f"{name} {shown} in the {architecture} layout")
     if architecture == "qwen2" and config.n_head * config.d_head != config.d_model:
         raise _refusal(
             f"{config.n_head} heads of {config.d_head} with a width of {config.d_model} in the "
@@ -154,7 +156,7 @@ def _architecture(config: ModelConfig) -> str:
 def _refusal(what: str, why: str = "") -> CheckpointError:
     why = f"{why}. " if why else ""
     return CheckpointError(
-        f"llama.cpp does not compute {what}. {why}Export another model, or use this one with "
+        f"export to GGUF does not support {what}. {why}Export another model, or use this one with "
         "minigpt or transformers."
     )
 
