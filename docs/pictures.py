@@ -56,7 +56,7 @@ def streamed(trace: Trace) -> list[Line]:
     )
     lines = [*terminal.header_lines(trace.header, WIDTH), layout.heading()]
     for step in trace.steps:
-        lines += layout.step(step)
+        lines += layout.step(step, trace.joined.names)
     return [*lines, *terminal.footer_lines(trace.footer, WIDTH)]
 
 

@@ -6,6 +6,7 @@ Shapes: L layers, H query heads, S positions in view, K sources kept per row.
 import html
 import math
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,7 @@ from minigpt.config import SamplingConfig
 from minigpt.errors import cut
 from minigpt.generation.decoder import FinishReason
 from minigpt.rings import ring
+from minigpt.text.escape import JoinedTokens
 from minigpt.tracing.config import Knockout, Measure, Reduce
 from minigpt.tracing.selection import HeadSelection
 
@@ -250,6 +252,11 @@ class Trace:
     def tokens(self) -> tuple[Token, ...]:
         """Tokens of the prompt and generated tokens."""
         return (*self.header.prompt, *(step.token for step in self.steps))
+
+    @cached_property
+    def joined(self) -> JoinedTokens:
+        """Texts of the tokens, escaped, with characters joined that tokens split."""
+        return JoinedTokens(token.data for token in self.tokens)
 
     @property
     def text(self) -> str:

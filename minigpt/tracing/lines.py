@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from minigpt.format import percent
 from minigpt.rings import ring
-from minigpt.text.escape import visible
+from minigpt.text.escape import JoinedTokens, visible
 from minigpt.tracing.config import Measure
 from minigpt.tracing.events import (
     Row,
@@ -138,13 +138,16 @@ class TraceLayout:
         entropy = "bits".rjust(_ENTROPY_WIDTH) if self.form.has_entropy else ""
         return [(left + sources + rest + entropy, "dim")]
 
-    def step(self, step: TraceStep) -> list[Line]:
-        """Return the line of a generated token, and more if its sources or effects need them."""
+    def step(self, step: TraceStep, names: Sequence[str] = ()) -> list[Line]:
+        """Return the line of a generated token, and more if its sources or effects need them.
+
+        Args: names, of all tokens by position; none to show each token by its bytes.
+        """
         row = step.row
         sinks = [one.sink for one in step.rows]
         first: Line = [
             (f"{step.index + 1:>{_STEP_WIDTH}} ", "dim"),
-            (fit(visible(step.token.data), self.token_width), "token"),
+            (fit(_name(step.token, names), self.token_width), "token"),
             (f"  {percent(step.probability)}", "plain"),
             (f"  {_shares(sinks[:1] if self.form.is_bare else sinks)}", "dim"),
         ]
@@ -155,7 +158,7 @@ class TraceLayout:
         lines = [first] + [self._indent() for _ in parts[1:]]
         for line, sources in zip(lines, parts, strict=True):
             for source in sources:
-                line.extend(self._source(source, step.rows))
+                line.extend(self._source(source, step.rows, names))
         lines[-1].append((" " * ((self.per_line - len(parts[-1])) * self.source_width), "plain"))
         lines[-1].extend(self._right(step.rows, row.sources))
         if step.effects:
@@ -165,10 +168,10 @@ class TraceLayout:
     def _indent(self) -> Line:
         return [(" " * self.left_width, "plain")]
 
-    def _source(self, source: Source, rows: Sequence[Row]) -> Line:
+    def _source(self, source: Source, rows: Sequence[Row], names: Sequence[str]) -> Line:
         position = source.token.position
         shares = [source.weight, *(float(row.weights_S[position]) for row in rows[1:])]
-        token = fit(visible(source.token.data), self.source_token_width)
+        token = fit(_name(source.token, names), self.source_token_width)
         spans: Line = [(f" {position:>{self.position_width}} ", "dim")]
         if len(shares) == 1:
             drawn = f" {bar(source.weight, self.form.bar)}" if self.form.bar else ""
@@ -191,6 +194,10 @@ class TraceLayout:
         if self.form.has_entropy:
             spans.append((f"{rows[0].entropy:{_ENTROPY_WIDTH}.1f}", "dim"))
         return spans
+
+
+def _name(token: Token, names: Sequence[str]) -> str:
+    return names[token.position] if names else visible(token.data)
 
 
 def rest_beside(row: Row, positions: Sequence[int]) -> float:
@@ -234,10 +241,9 @@ def footer_lines(footer: TraceFooter, width: int = 80) -> list[Line]:
 
 
 def _end_of_prompt(prompt: Sequence[Token], width: int) -> str:
-    # Each token takes at least one cell, so more than width tokens cannot be visible.
-    n_shown = max(width, 1)
-    text = "".join(visible(token.data) for token in prompt[-n_shown - 1 :])
-    return fit_start(text, width)
+    text = "".join(JoinedTokens(token.data for token in prompt).texts)
+    # Each character takes at least one cell.
+    return fit_start(text[-max(width, 1) - 1 :], width)
 
 
 def measured(header: TraceHeader, measures: Sequence[Measure] | None = None) -> str:

@@ -5,7 +5,7 @@ import unicodedata
 
 import pytest
 
-from minigpt.text.escape import printable, visible
+from minigpt.text.escape import JoinedTokens, printable, visible
 
 # Unicode's Bidi_Control property (PropList.txt), and the terminal's own control characters.
 BIDI_CONTROLS = [0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
@@ -62,3 +62,56 @@ def test_jamo_skin_tones_and_fillers_are_escaped() -> None:
     for hidden in "\u1160\u3164\uffa0\ud7b0\U0001f3fd":
         assert visible(hidden.encode()) == hidden.encode("unicode_escape").decode()
     assert visible("\uac00\u1100".encode()) == "\uac00\u1100"  # a syllable, a first consonant
+
+
+SEQUENCES = [
+    "今日は、世界",
+    "مرحبا بالعالم",
+    "👩\u200d🚀 go",
+    "e\u0301\u202eabc\u2066\x00\x1b[31m",
+    "</script>\u2028日",
+    "ascii only",
+]
+
+
+@pytest.mark.parametrize("text", SEQUENCES)
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_joined_tokens_have_the_whole_characters_of_a_text(text: str, size: int) -> None:
+    data = text.encode()
+    joined = JoinedTokens(data[i : i + size] for i in range(0, len(data), size))
+    assert "".join(joined.texts) == visible(data)
+    assert not joined.is_open
+
+
+def test_the_first_token_of_a_character_shows_it_and_later_ones_continue_it() -> None:
+    joined = JoinedTokens([b"a\xe6", b"\x97", b"\xa5\xe6\x9c", b"\xac!", b"b"])
+    assert joined.texts == ["a日", "", "本", "!", "b"]
+    assert joined.names == ["a日", "⋯日", "⋯日本", "⋯本!", "b"]
+    empty = JoinedTokens([b"\xe6", b"", b"\x97\xa5"])
+    assert empty.names == ["日", "", "⋯日"]
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        [b"\xe6", b"x"],
+        [b"\xe6\x97", b"\xe6\x97", b"\xc3"],
+        [b"\x97", b"\xa5"],
+        [b"\xed", b"\xa0", b"\x80"],  # half a surrogate pair
+        [b"\xf4", b"\x90", b"\x80", b"\x80"],  # beyond Unicode
+        [b"\xc0", b"\xaf"],  # overlong
+        [b"\xff", b"", b"\xfe"],
+    ],
+)
+def test_bytes_that_are_no_character_stay_escaped_token_by_token(tokens: list[bytes]) -> None:
+    joined = JoinedTokens(tokens)
+    assert joined.texts == joined.names == [visible(token) for token in tokens]
+
+
+def test_a_character_is_open_until_its_last_byte() -> None:
+    joined = JoinedTokens()
+    opened = []
+    for byte in "é🙂".encode():
+        joined.add(bytes([byte]))
+        opened.append(joined.is_open)
+    assert opened == [True, False, True, True, True, False]

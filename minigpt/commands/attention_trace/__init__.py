@@ -74,7 +74,9 @@ def attention_trace(
     With --chat, the prompt is a message of the user, through the model's chat template, whose
     special tokens are sources as all others.
 
-    In a token, ␣ is a space, \n a line break, and \xe2 a byte that is not valid text.
+    In a token, ␣ is a space, \n a line break, and \xe2 a byte that is not valid text. Of the tokens
+    that share a character, the first shows it, as 日, and the others continue it, as ⋯日; --json
+    has the bytes of each.
     """
     if diff is not None:
         ring(_RECORDED).show_diff(*diff, as_json=targets.as_json)

@@ -16,6 +16,7 @@ from minigpt.commands.output import note
 from minigpt.console import make_console, print_lines, write_result
 from minigpt.files import resource_errors, write_atomically, writing_aside
 from minigpt.rings import ring
+from minigpt.text.escape import JoinedTokens
 from minigpt.tracing.events import Effect, Trace, TraceEvent, TraceFooter, TraceHeader, TraceStep
 from minigpt.tracing.file import to_json_line
 from minigpt.tracing.lines import TraceLayout, footer_lines, header_lines
@@ -41,6 +42,8 @@ class TraceOutput:
         self._console = make_console(is_stderr=False)
         self._files = ExitStack()
         self._out: BinaryIO | None = None
+        self._joined = JoinedTokens()
+        self._waiting: list[TraceStep] = []  # steps whose token may be part of a character
 
     def __enter__(self) -> "TraceOutput":
         return self
@@ -120,13 +123,24 @@ class TraceOutput:
         elif self._view != LINES:
             return
         elif isinstance(event, TraceHeader):
+            self._joined = JoinedTokens(token.data for token in event.prompt)
             lines = [*header_lines(event, width), self._layout.heading()]
             print_lines(self._console, lines)
         elif isinstance(event, TraceStep):
-            rows = (replace(r, sources=r.sources[: self._layout.n_sources]) for r in event.rows)
-            print_lines(self._console, self._layout.step(replace(event, rows=tuple(rows))))
+            self._joined.add(event.token.data)
+            self._waiting.append(event)
+            if not self._joined.is_open:
+                self._show_waiting()
         else:
+            self._show_waiting()
             print_lines(self._console, footer_lines(event, width))
+
+    def _show_waiting(self) -> None:
+        for step in self._waiting:
+            rows = (replace(r, sources=r.sources[: self._layout.n_sources]) for r in step.rows)
+            lines = self._layout.step(replace(step, rows=tuple(rows)), self._joined.names)
+            print_lines(self._console, lines)
+        self._waiting = []
 
     def _write(self, line: str, path: Path) -> None:
         """Write a line of --out: aside, to be renamed at the end; or to a device or a pipe."""

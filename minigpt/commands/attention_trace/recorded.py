@@ -1,6 +1,7 @@
 """minigpt attention-trace --replay and --diff: traces that --out wrote."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -9,10 +10,9 @@ from minigpt.commands.attention_trace.targets import Targets
 from minigpt.console import make_console, print_lines, write_result
 from minigpt.errors import DataError
 from minigpt.format import percent
-from minigpt.text.escape import visible
 from minigpt.tracing.analysis.diff import StepDiff, diff_traces
 from minigpt.tracing.analysis.reader import read_traces
-from minigpt.tracing.events import Token, Trace
+from minigpt.tracing.events import Trace
 from minigpt.tracing.lines import TraceLayout, measured
 from minigpt.tracing.spans import Line, bar, fit, fit_start, heat, one_line, wrapped
 
@@ -58,7 +58,7 @@ def show_diff(first: Path, second: Path, *, as_json: bool) -> None:
     source = "top of first".ljust(5 + _TOKEN_WIDTH)
     title = f"step {'token':<{_TOKEN_WIDTH}} moved       bits   ln p  {source}  top of second"
     lines += [[], [(title, "dim")]]
-    lines += [_line(number, diff) for number, diff in enumerate(diffs, start=1)]
+    lines += [_line(number, diff, one.joined.names) for number, diff in enumerate(diffs, start=1)]
     print_lines(console, [*lines, [], *wrapped(_summary(diffs), console.width)])
 
 
@@ -72,20 +72,23 @@ def _read(path: Path) -> Trace:
     return traces[0]
 
 
-def _line(number: int, diff: StepDiff) -> Line:
+def _line(number: int, diff: StepDiff, names: Sequence[str]) -> Line:
+    def named(position: int) -> str:
+        return fit(names[position], _TOKEN_WIDTH)
+
+    first, second = (
+        f"{token.position:>4} {named(token.position)}"
+        for token in (diff.first_token, diff.second_token)
+    )
     is_same = diff.first_token == diff.second_token
-    second = "same" if is_same else _source(diff.second_token).rstrip()
+    second = "same" if is_same else second.rstrip()
     return [
         (f"{number:>4} ", "dim"),
-        (fit(visible(diff.token.data), _TOKEN_WIDTH), "token"),
+        (named(diff.token.position), "token"),
         (f"  {percent(diff.moved)} {bar(diff.moved)} ", heat(diff.moved)),
         (f"{diff.divergence:>6.3f} {diff.change:>+6.2f}", "plain"),
-        (f"  {_source(diff.first_token)}  {second}", "dim" if is_same else "plain"),
+        (f"  {first}  {second}", "dim" if is_same else "plain"),
     ]
-
-
-def _source(token: Token) -> str:
-    return f"{token.position:>4} {fit(visible(token.data), _TOKEN_WIDTH)}"
 
 
 def _summary(diffs: list[StepDiff]) -> str:

@@ -16,7 +16,7 @@ from minigpt.config import SamplingConfig
 from minigpt.console import make_console, write_result
 from minigpt.generation.decoder import Step
 from minigpt.generation.stream import TextStep
-from minigpt.text.escape import printable, visible
+from minigpt.text.escape import JoinedTokens, printable, visible
 from minigpt.text.tokenizer import Tokenizer
 
 _SEPARATOR = "-" * 20
@@ -78,12 +78,15 @@ class Sample:
 
     def probable(self, tokenizer: Tokenizer) -> Iterator[str]:
         """Yield a line per token with the most probable tokens at its step, if reported."""
-        for step in (item.step for item in self.steps if item.step.best):
+        names = JoinedTokens(tokenizer.token_bytes(item.step.token) for item in self.steps).names
+        for item, token in zip(self.steps, names, strict=True):
+            step = item.step
+            if not step.best:
+                continue
             best = ", ".join(
                 f"{visible(tokenizer.token_bytes(token))} {math.exp(value):.2%}"
                 for token, value in step.best
             )
-            token = visible(tokenizer.token_bytes(step.token))
             indent = " " * (_TOKEN_CELLS - cell_len(token))  # cells of the terminal, not characters
             yield f"{indent}{token} {math.exp(step.log_probability):>7.2%}  of  {best}"
 

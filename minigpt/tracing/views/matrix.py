@@ -9,8 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from minigpt.text.escape import visible
-from minigpt.tracing.events import Row, Token, Trace
+from minigpt.tracing.events import Row, Trace
 from minigpt.tracing.lines import measured
 from minigpt.tracing.spans import Line, cell_len, fit, wrapped
 from minigpt.tracing.views import DEFAULTS, ViewOptions
@@ -48,7 +47,8 @@ def show(trace: Trace, options: ViewOptions = DEFAULTS) -> list[Line]:
     matrix = as_matrix(rows)
     n_rows, n_positions = matrix.shape
     tokens = [step.token for step in trace.steps]
-    token_width = min(_TOKEN_WIDTH, max(cell_len(visible(token.data)) for token in tokens))
+    row_names = trace.joined.names[-n_rows:]
+    token_width = min(_TOKEN_WIDTH, max(map(cell_len, row_names)))
     number_width = len(str(tokens[-1].position))
     indent = " " * (number_width + token_width + 2)
     room = max(width - len(indent) - (0 if has_colour else 1), 1)
@@ -60,7 +60,7 @@ def show(trace: Trace, options: ViewOptions = DEFAULTS) -> list[Line]:
     title = wrapped(f"{measured(trace.header, (rows[0].measure,))}.".capitalize(), width)
     names: list[str] = []
     if n_pooled == 1 and (height is None or height >= _MIN_HEIGHT_WITH_NAMES):
-        names = _column_names(trace.tokens[:n_positions], cell_width)
+        names = _column_names(trace.joined.names[:n_positions], cell_width)
     n_lines = n_rows
     if height is not None:
         caption = wrapped(_caption(trace, n_rows, n_pooled, is_halved=True), width)
@@ -73,7 +73,7 @@ def show(trace: Trace, options: ViewOptions = DEFAULTS) -> list[Line]:
     cells = columns[-n_shown:] / scale
     for i in range(0, n_shown, per_line):
         token = tokens[i - n_shown]
-        text = fit(visible(token.data), token_width)
+        text = fit(row_names[i - n_shown], token_width)
         spans = _halves(cells[i : i + 2]) if is_halved else _full(cells[i], cell_width, has_colour)
         lines.append([(f"{token.position:>{number_width}} {text} ", "token"), *spans])
     return [
@@ -134,11 +134,11 @@ def _halves(pair: NDArray[np.float32]) -> Line:
     return spans + [("▄", below) for below in rest[0][len(upper) :]]
 
 
-def _column_names(tokens: Sequence[Token], cell_width: int) -> list[str]:
+def _column_names(texts: Sequence[str], cell_width: int) -> list[str]:
     """Return lines that read downwards: each token's text above its column, aligned below."""
     names = []
-    for token in tokens:
-        characters = [c if cell_len(c) <= cell_width else "·" for c in visible(token.data)]
+    for text in texts:
+        characters = [c if cell_len(c) <= cell_width else "·" for c in text]
         if len(characters) > _NAME_LINES:
             characters = [*characters[: _NAME_LINES - 1], "…"]
         names.append(characters)

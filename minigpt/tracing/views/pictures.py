@@ -19,7 +19,6 @@ from matplotlib.patches import Rectangle
 
 from minigpt.figures import our_style, to_bytes
 from minigpt.format import percent
-from minigpt.text.escape import visible
 from minigpt.tracing.events import Row, Token, Trace
 from minigpt.tracing.lines import measured
 from minigpt.tracing.spans import cell_len, fit_end, fit_start, one_line
@@ -66,7 +65,7 @@ def matrix_figure(trace: Trace, options: ViewOptions = DEFAULTS) -> Figure:
     n_rows, n_columns = matrix.shape
     cell = min(_CELL, _MAP_SIZE / max(n_rows, n_columns))
     width, height = (max(_MIN_MAP_SIZE, n * cell) for n in (n_columns, n_rows))
-    names = [f"{_label(token, options)} {token.position}" for token in trace.tokens]
+    names = [f"{_label(name, options)} {i}" for i, name in enumerate(trace.joined.names)]
     row_names, column_names = names[len(trace.header.prompt) :], names[:n_columns]
     left = max(_text_width(name, _MEDIUM) for name in row_names) + 0.4
     below = max(_text_width(name, _MEDIUM) for name in column_names) + 0.4
@@ -102,7 +101,12 @@ def strip_figure(trace: Trace, options: ViewOptions = DEFAULTS) -> Figure:
     step, sink = options.step(trace), trace.header.sink
     row = options.rows(trace)[step.index]
     scale = scale_end(row.weights_S, sink)
-    names = [_label(token, options) for token in trace.tokens]
+    joined = trace.joined
+    names = [
+        # A token that only continues a character has no text, and shows its mark.
+        _label(text or name[:1], options)
+        for text, name in zip(joined.texts, joined.names, strict=True)
+    ]
     places = _wrap(trace.tokens, names)
     height = _HEAD + (places[-1][1] + 1) * _LINE_HEIGHT + _FOOT
     figure = Figure(figsize=(_STRIP_WIDTH, height))
@@ -221,8 +225,7 @@ def _wrap(tokens: Sequence[Token], names: Sequence[str]) -> list[tuple[float, in
     return places
 
 
-def _label(token: Token, options: ViewOptions) -> str:
-    text = visible(token.data)
+def _label(text: str, options: ViewOptions) -> str:
     return fit_end(text if options.format == "svg" else _escape_missing(text), _LABEL_CELLS)
 
 

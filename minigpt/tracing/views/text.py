@@ -6,9 +6,10 @@ Below each line of text, blocks show the shares by their height, so that it read
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from minigpt.format import percent
-from minigpt.text.escape import visible
+from minigpt.text.escape import JoinedTokens, visible
 from minigpt.tracing.events import Row, Token, Trace
 from minigpt.tracing.lines import measured
 from minigpt.tracing.spans import Line, bar, cell_len, eighths, fit, heat, upright_bar, wrapped
@@ -28,7 +29,15 @@ def show(trace: Trace, options: ViewOptions = DEFAULTS) -> list[Line]:
     """
     step = options.step(trace)
     token, row = step.token, options.rows(trace)[step.index]
-    scale = scale_end(row.weights_S, trace.header.sink)
+    texts = JoinedTokens((token.data for token in trace.tokens), escape=readable).texts
+    firsts = _first_tokens(trace.tokens, texts)
+    shares_S = np.zeros_like(row.weights_S)
+    np.add.at(shares_S, firsts[: len(shares_S)], row.weights_S)
+    scale = scale_end(shares_S, trace.header.sink)
+    legend = _legend(row, scale, trace.header.sink)
+    if any(i != first for i, first in enumerate(firsts)):
+        legend += " A character of several tokens has the sum of their shares."
+    chosen = firsts[token.position]
     title = (
         f"What position {token.position} attended to, from the query at {token.position - 1}: "
         f"{measured(trace.header, (row.measure,))}."
@@ -36,14 +45,25 @@ def show(trace: Trace, options: ViewOptions = DEFAULTS) -> list[Line]:
     return [
         *wrapped(title, options.width),
         [],
-        *_shaded_text(trace, row, token, scale, options.width),
+        *_shaded_text(trace, texts, shares_S / scale, chosen, options.width),
         [],
-        *wrapped(_legend(row, scale, trace.header.sink), options.width),
+        *wrapped(legend, options.width),
         *_sources(trace, row, options.width),
     ]
 
 
-def _shaded_text(trace: Trace, row: Row, chosen: Token, scale: float, width: int) -> list[Line]:
+def _first_tokens(tokens: Sequence[Token], texts: Sequence[str]) -> list[int]:
+    """Return, for each token, the position of the one that shows its character."""
+    firsts: list[int] = []
+    for token, text in zip(tokens, texts, strict=True):
+        continues = token.data and not text
+        firsts.append(firsts[-1] if continues else token.position)
+    return firsts
+
+
+def _shaded_text(
+    trace: Trace, texts: Sequence[str], levels_S: NDArray[np.float32], chosen: int, width: int
+) -> list[Line]:
     """Wrap the text; each line begins with the position of its first token.
 
     Each line is followed by its blocks unless all are blank.
@@ -53,13 +73,13 @@ def _shaded_text(trace: Trace, row: Row, chosen: Token, scale: float, width: int
     used = room
     pairs: list[tuple[Line, Line]] = []  # a line of text, and the blocks below it
     for word in _words(trace.tokens):
-        word_width = sum(cell_len(readable(token.data)) for token in word)
+        word_width = sum(cell_len(texts[token.position]) for token in word)
         if word_width <= room < used + word_width:
             used = room
         for token in word:
-            style, block, block_style = _look(trace, row, chosen, scale, token.position)
+            style, block, block_style = _look(trace, levels_S, chosen, token.position)
             # A piece never splits a character, however many cells it has.
-            for piece in _pieces(readable(token.data), room):
+            for piece in _pieces(texts[token.position], room):
                 if used + cell_len(piece) > room:
                     number = f"{token.position:>{number_width}} "
                     pairs.append(([(number, "dim")], [(" " * len(number), "plain")]))
@@ -78,14 +98,14 @@ def _shaded_text(trace: Trace, row: Row, chosen: Token, scale: float, width: int
 
 
 def _look(
-    trace: Trace, row: Row, chosen: Token, scale: float, position: int
+    trace: Trace, levels_S: NDArray[np.float32], chosen: int, position: int
 ) -> tuple[str, str, str]:
     """Return a token's style, the block below it and the block's style."""
-    if position == chosen.position:
+    if position == chosen:
         return "chosen", _MARK, "token"
-    if position > chosen.position:
+    if position > chosen:
         return "dim", " ", "plain"
-    share = float(row.weights_S[position]) / scale
+    share = float(levels_S[position])
     if position == trace.header.sink:
         return "plain", upright_bar(share), "dim"
     level = -(-eighths(share) // 2)  # 0 to 4
@@ -138,7 +158,7 @@ def _sources(trace: Trace, row: Row, width: int) -> list[Line]:
         share = float(row.weights_S[position])
         if share < _MIN_SHARE:
             break
-        text = fit(visible(trace.tokens[position].data), _TOKEN_WIDTH)
+        text = fit(trace.joined.names[position], _TOKEN_WIDTH)
         if not lines or len(lines[-1]) == 2 * per_line:
             lines.append([])
         lines[-1] += [

@@ -21,7 +21,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minigpt.config import SamplingConfig
-from minigpt.text.escape import visible
 from minigpt.tracing.events import CONVENTION, Roles, Row, Trace, TraceStep
 from minigpt.tracing.file import ROW_FIELDS
 from minigpt.tracing.lines import KNOCKOUTS, footer_lines, measured
@@ -110,7 +109,7 @@ def _page_data(trace: Trace) -> dict[str, Any]:
     return {
         "model": one_line(header.model),
         "facts": [(name, one_line(text)) for name, text in _facts(trace)],
-        "tokens": [visible(token.data) or "∅" for token in tokens],
+        "tokens": [name or "∅" for name in trace.joined.names],
         "ids": [token.id for token in tokens],
         "lineEnds": [token.position for token in tokens if token.data.endswith(b"\n")],
         "nPrompt": len(header.prompt),
