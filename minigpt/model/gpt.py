@@ -19,17 +19,22 @@ from minigpt.model.scores import Score
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP with residual connections: (B, T, C) -> (B, T, C)."""
+    """Pre-norm attention and MLP with residual connections: (B, T, C) -> (B, T, C).
 
-    attention_class: type[Attention] = Attention
-    """Class of the attention layer."""
+    A family's subclass may have other norms, before or after attention and MLP.
+    """
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    is_parallel = False
+    """Whether the MLP reads the input of the block, without what attention adds to it."""
+
+    def __init__(self, config: ModelConfig, attention: Attention) -> None:
         super().__init__()
         self.attention_norm = make_norm(config, config.d_model)
-        self.attention = self.attention_class(config, layer)
+        self.attention = attention
+        self.attention_post_norm: nn.Module = nn.Identity()
         self.mlp_norm = make_norm(config, config.d_model)
         self.mlp = MLP(config) if config.family == "gpt2" else GatedMLP(config)
+        self.mlp_post_norm: nn.Module = nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
@@ -42,22 +47,25 @@ class Block(nn.Module):
     ) -> Tensor:
         """Add the outputs of attention and of the MLP to the residual stream."""
         normed = self.attention_norm(x)
-        x = x + self.dropout(self.attention(normed, rotary, cache, collector, visible_BS))
-        x = x + self.dropout(self.mlp(self.mlp_norm(x)))
-        return x
+        attended = self.attention(normed, rotary, cache, collector, visible_BS)
+        residual = x + self.dropout(self.attention_post_norm(attended))
+        normed = self.mlp_norm(x if self.is_parallel else residual)
+        return residual + self.dropout(self.mlp_post_norm(self.mlp(normed)))
 
 
 class GPT(LanguageModel):
     """A causal language model: token ids in, logits of each next token out.
 
     A family that computes something else is a subclass, which may change ``block_class``,
-    ``embed``, ``rotary_table`` and ``logits``.
+    ``attention_class``, ``embed``, ``rotary_table`` and ``logits``.
 
     Source: Radford et al. 2019 (GPT-2); Touvron et al. 2023, arXiv:2302.13971 (Llama).
     """
 
     block_class: type[Block] = Block
     """Class of the blocks."""
+    attention_class: type[Attention] = Attention
+    """Class of the blocks' attention."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
@@ -69,7 +77,8 @@ class GPT(LanguageModel):
         elif not self.embedding.weight.is_meta:  # on the meta device, no tables are needed
             self._make_rotary()
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(self.block_class(config, i) for i in range(config.n_layer))
+        attentions = (self.attention_class(config, layer) for layer in range(config.n_layer))
+        self.blocks = nn.ModuleList(self.block_class(config, a) for a in attentions)
         self.final_norm = make_norm(config, config.d_model)
         self.unembedding = None
         if not config.tie_embeddings:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from minigpt.checkpoint.families import llama
 from minigpt.config import ModelConfig
+from minigpt.model.attention import Attention
 from minigpt.model.gpt import GPT, Block
 from minigpt.model.layers import RMSNorm
 
@@ -28,8 +29,8 @@ class GemmaNorm(RMSNorm):
 class GemmaBlock(Block):
     """Block with Gemma's norms."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__(config, layer)
+    def __init__(self, config: ModelConfig, attention: Attention) -> None:
+        super().__init__(config, attention)
         self.attention_norm = GemmaNorm(config.d_model, eps=config.norm_eps)
         self.mlp_norm = GemmaNorm(config.d_model, eps=config.norm_eps)
 

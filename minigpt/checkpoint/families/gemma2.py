@@ -10,8 +10,7 @@ from torch import Tensor
 from minigpt.checkpoint.families import gemma, hf_fields, llama, unsupported
 from minigpt.checkpoint.families.gemma import GemmaBlock, GemmaGPT, GemmaNorm
 from minigpt.config import ModelConfig
-from minigpt.model.attention import Attention, PassCollector
-from minigpt.model.cache import KVCache
+from minigpt.model.attention import Attention
 from minigpt.model.scores import ScaledScore, weighted_sum
 
 NORMS = {
@@ -71,24 +70,10 @@ class Gemma2Attention(Attention):
 class Gemma2Block(GemmaBlock):
     """Block whose branches have a norm before and a norm after."""
 
-    attention_class: type[Attention] = Gemma2Attention
-
-    def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__(config, layer)
+    def __init__(self, config: ModelConfig, attention: Attention) -> None:
+        super().__init__(config, attention)
         self.attention_post_norm = GemmaNorm(config.d_model, eps=config.norm_eps)
         self.mlp_post_norm = GemmaNorm(config.d_model, eps=config.norm_eps)
-
-    def forward(
-        self,
-        x: Tensor,
-        rotary: tuple[Tensor, Tensor] | None,
-        cache: KVCache | None = None,
-        collector: PassCollector | None = None,
-        visible_BS: Tensor | None = None,
-    ) -> Tensor:
-        attended = self.attention(self.attention_norm(x), rotary, cache, collector, visible_BS)
-        x = x + self.dropout(self.attention_post_norm(attended))
-        return x + self.dropout(self.mlp_post_norm(self.mlp(self.mlp_norm(x))))
 
 
 class Gemma2GPT(GemmaGPT):
@@ -98,6 +83,7 @@ class Gemma2GPT(GemmaGPT):
     """
 
     block_class = Gemma2Block
+    attention_class: type[Attention] = Gemma2Attention
 
     def logits(self, x: Tensor, logits_to_keep: int) -> Tensor:
         logits = super().logits(x, logits_to_keep)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from minigpt.checkpoint.families import gemma2, hf_fields, llama, unsupported
 from minigpt.checkpoint.families.gemma import GemmaNorm
-from minigpt.checkpoint.families.gemma2 import Gemma2Attention, Gemma2Block, Gemma2Family, Gemma2GPT
+from minigpt.checkpoint.families.gemma2 import Gemma2Attention, Gemma2Family, Gemma2GPT
 from minigpt.config import ModelConfig
 from minigpt.model.layers import rotary_table, rotate
 
@@ -31,19 +31,13 @@ class Gemma3Attention(Gemma2Attention):
         return rotate(x_BHTD, cos, sin)
 
 
-class Gemma3Block(Gemma2Block):
-    """Block with Gemma 3's attention."""
-
-    attention_class = Gemma3Attention
-
-
 class Gemma3GPT(Gemma2GPT):
     """Gemma 3.
 
     Source: Gemma Team 2025, arXiv:2503.19786.
     """
 
-    block_class = Gemma3Block
+    attention_class = Gemma3Attention
 
     def rotary_table(self) -> tuple[Tensor, Tensor]:
         """Return cos and sin, each (context_length, 2, D / 2): of full and of sliding layers."""

@@ -6,7 +6,7 @@ from typing import Any
 from minigpt.checkpoint.families import Family, TensorName, hf_fields, same, unsupported
 from minigpt.config import ModelConfig
 from minigpt.model.attention import Attention
-from minigpt.model.gpt import GPT, Block
+from minigpt.model.gpt import GPT
 from minigpt.model.scores import ScaledScore
 
 # Dropout at other places matters in training only, where we do not use it.
@@ -35,19 +35,13 @@ class RescaledAttention(Attention):
         self.score = ScaledScore(config, scale)
 
 
-class RescaledBlock(Block):
-    """Block with rescaled attention."""
-
-    attention_class = RescaledAttention
-
-
 class RescaledGPT(GPT):
     """GPT with another scale of its attention scores in each layer.
 
     Source: Mistral, github.com/stanford-crfm/mistral, which trains GPT-2 in half precision.
     """
 
-    block_class = RescaledBlock
+    attention_class = RescaledAttention
 
 
 class GPT2Family(Family):

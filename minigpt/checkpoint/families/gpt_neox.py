@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from minigpt.checkpoint.families import Family, TensorName, hf_fields, llama, same, unsupported
 from minigpt.config import ModelConfig
-from minigpt.model.attention import Attention, PassCollector
-from minigpt.model.cache import KVCache
+from minigpt.model.attention import Attention
 from minigpt.model.gpt import GPT, Block
 from minigpt.model.layers import MLP, rotary_table, rotate
 
@@ -58,27 +57,12 @@ def rotated_width(name: str, d_head: Any, share: Any) -> int:
 class NeoXBlock(Block):
     """Block whose MLP reads what the attention reads, or, as in GPT-2, what it has added to."""
 
-    attention_class = PartialRotaryAttention
-
-    def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__(config, layer)
+    def __init__(self, config: ModelConfig, attention: Attention) -> None:
+        super().__init__(config, attention)
         self.attention_norm = nn.LayerNorm(config.d_model, eps=config.norm_eps)
         self.mlp_norm = nn.LayerNorm(config.d_model, eps=config.norm_eps)
         self.mlp = MLP(config)
         self.is_parallel = hf_fields(config).get("use_parallel_residual", True)
-
-    def forward(
-        self,
-        x: Tensor,
-        rotary: tuple[Tensor, Tensor] | None,
-        cache: KVCache | None = None,
-        collector: PassCollector | None = None,
-        visible_BS: Tensor | None = None,
-    ) -> Tensor:
-        normed = self.attention_norm(x)
-        attended = x + self.dropout(self.attention(normed, rotary, cache, collector, visible_BS))
-        x = x if self.is_parallel else attended
-        return attended + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
 class NeoXGPT(GPT):
@@ -88,6 +72,7 @@ class NeoXGPT(GPT):
     """
 
     block_class = NeoXBlock
+    attention_class = PartialRotaryAttention
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)

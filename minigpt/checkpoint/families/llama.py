@@ -16,7 +16,7 @@ from minigpt.checkpoint.families import (
 from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError
 from minigpt.model.attention import Attention
-from minigpt.model.gpt import GPT, Block
+from minigpt.model.gpt import GPT
 
 SLIDING, _FULL = "sliding_attention", "full_attention"
 _MANY_LAYERS = 10_000
@@ -88,19 +88,13 @@ class WindowedAttention(Attention):
         self.score.window = window_of(config, layer)
 
 
-class WindowedBlock(Block):
-    """Block with windowed attention."""
-
-    attention_class = WindowedAttention
-
-
 class WindowedGPT(GPT):
     """GPT with sliding windows.
 
     Source: Child et al. 2019, arXiv:1904.10509; Jiang et al. 2023, arXiv:2310.06825, section 2.
     """
 
-    block_class = WindowedBlock
+    attention_class: type[Attention] = WindowedAttention
 
 
 def window_of(config: ModelConfig, layer: int) -> int:

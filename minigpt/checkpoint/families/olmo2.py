@@ -2,12 +2,11 @@
 
 from dataclasses import replace
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from minigpt.checkpoint.families import llama
 from minigpt.config import ModelConfig
-from minigpt.model.attention import Attention, PassCollector
-from minigpt.model.cache import KVCache
+from minigpt.model.attention import Attention
 from minigpt.model.gpt import GPT, Block
 from minigpt.model.layers import RMSNorm
 
@@ -32,19 +31,10 @@ class Olmo2Attention(Attention):
 class Olmo2Block(Block):
     """Block whose branches have a norm after, and none before."""
 
-    attention_class = Olmo2Attention
-
-    def forward(
-        self,
-        x: Tensor,
-        rotary: tuple[Tensor, Tensor] | None,
-        cache: KVCache | None = None,
-        collector: PassCollector | None = None,
-        visible_BS: Tensor | None = None,
-    ) -> Tensor:
-        attended = self.attention(x, rotary, cache, collector, visible_BS)
-        x = x + self.dropout(self.attention_norm(attended))
-        return x + self.dropout(self.mlp_norm(self.mlp(x)))
+    def __init__(self, config: ModelConfig, attention: Attention) -> None:
+        super().__init__(config, attention)
+        self.attention_norm, self.attention_post_norm = nn.Identity(), self.attention_norm
+        self.mlp_norm, self.mlp_post_norm = nn.Identity(), self.mlp_norm
 
 
 class Olmo2GPT(GPT):
@@ -54,6 +44,7 @@ class Olmo2GPT(GPT):
     """
 
     block_class = Olmo2Block
+    attention_class = Olmo2Attention
 
 
 FAMILY = replace(
@@ -64,8 +55,8 @@ FAMILY = replace(
     fixed=llama.FIXED | {"mlp_bias": False},
     constants={"family": "llama", "qk_norm": True},
     norms={
-        "post_attention_layernorm": "attention_norm",
-        "post_feedforward_layernorm": "mlp_norm",
+        "post_attention_layernorm": "attention_post_norm",
+        "post_feedforward_layernorm": "mlp_post_norm",
     },
     model=Olmo2GPT,
 )

@@ -17,7 +17,7 @@ from minigpt.checkpoint.families.gpt_neox import (
 from minigpt.checkpoint.families.llama import LlamaFamily, window_of
 from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError
-from minigpt.model.gpt import GPT, Block
+from minigpt.model.gpt import GPT
 
 
 class Phi3Attention(PartialRotaryAttention):
@@ -26,12 +26,6 @@ class Phi3Attention(PartialRotaryAttention):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__(config, layer)
         self.score.window = window_of(config, layer)
-
-
-class Phi3Block(Block):
-    """Block with Phi-3's attention."""
-
-    attention_class = Phi3Attention
 
 
 class Phi3GPT(GPT):
@@ -43,7 +37,7 @@ class Phi3GPT(GPT):
     Source: Abdin et al. 2024, arXiv:2404.14219; LongRoPE: Ding et al. 2024, arXiv:2402.13753.
     """
 
-    block_class = Phi3Block
+    attention_class = Phi3Attention
 
     def rotary_table(self) -> tuple[Tensor, Tensor]:
         fields = hf_fields(self.config)

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from minigpt.checkpoint.families import hf_fields, llama, unsupported
-from minigpt.checkpoint.families.llama import LlamaFamily, WindowedAttention, WindowedBlock
+from minigpt.checkpoint.families.llama import LlamaFamily, WindowedAttention
 from minigpt.config import ModelConfig
 from minigpt.model.gpt import GPT
 from minigpt.model.layers import rotate
@@ -28,16 +28,10 @@ class SmolLM3Attention(WindowedAttention):
         return rotate(x_BHTD, *rotary) if self.has_rope else x_BHTD
 
 
-class SmolLM3Block(WindowedBlock):
-    """Block with SmolLM3's attention."""
-
-    attention_class = SmolLM3Attention
-
-
 class SmolLM3GPT(GPT):
     """SmolLM3."""
 
-    block_class = SmolLM3Block
+    attention_class = SmolLM3Attention
 
 
 @dataclass(frozen=True, kw_only=True)
