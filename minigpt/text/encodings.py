@@ -2,6 +2,11 @@
 
 import codecs
 import re
+from typing import BinaryIO
+
+from minigpt.errors import DataError
+
+_SAMPLE_BYTES = 2**16  # by which an encoding is recognized
 
 _WIDE = ("utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be")
 _MARKS = {  # UTF-32 first: its mark begins with that of UTF-16
@@ -45,6 +50,51 @@ def wide_encoding(data: bytes) -> str:
     # With its bytes in the wrong order, a text has no space and no line break.
     best = max(found, key=lambda name: found[name], default="")
     return best if best and found[best] else ""
+
+
+def refusal(file: BinaryIO, name: str, encoding: str, block_bytes: int) -> DataError:
+    """Return the error for a file that is not text of an encoding, with a remedy that keeps it.
+
+    Args: file, from its beginning; block_bytes, number of bytes that are decoded together.
+    """
+    decoder = codecs.getincrementaldecoder(encoding)()
+    is_utf8 = codecs.lookup(encoding).name in ("utf-8", "utf-8-sig")
+    n_before = n_chars = 0
+    is_last = False
+    while not is_last:
+        block = file.read(block_bytes)
+        is_last = not block
+        try:
+            if is_utf8 and (index := block.find(b"\0")) >= 0:
+                position = n_before + index
+                if wide_encoding(block):
+                    return _not_utf8(name, position, advice(block, position))
+                return DataError(f"{name!r} looks binary: byte {position} is NUL. Pass text files.")
+            text = decoder.decode(block, final=is_last)
+        except UnicodeDecodeError as error:
+            waiting = len(error.object) - len(block)
+            position = n_before - waiting + error.start
+            if not is_utf8:
+                return DataError(
+                    f"{name!r} is not {encoding}: byte {position} does not fit. Give another "
+                    "--encoding."
+                )
+            n_multibyte = n_before - waiting - n_chars
+            is_end = is_last and error.reason == "unexpected end of data"
+            sample = error.object + file.read(_SAMPLE_BYTES)
+            remedy = advice(sample, position, n_multibyte=n_multibyte, is_end=is_end)
+            return _not_utf8(name, position, remedy)
+        except UnicodeError as error:  # no byte-order mark, or an encoding that is not for texts
+            return DataError(f"{name!r} is not {encoding}: {error}. Give another --encoding.")
+        if "\0" in text:
+            return DataError(f"{name!r} is not {encoding}, or binary: it has NUL characters.")
+        n_before += len(block)
+        n_chars += len(text)
+    return DataError(f"{name!r} changed while it was read. Try again.")
+
+
+def _not_utf8(name: str, position: int, remedy: str) -> DataError:
+    return DataError(f"{name!r} is not UTF-8: byte {position} does not fit. {remedy}")
 
 
 def advice(data: bytes, position: int, *, n_multibyte: int = 0, is_end: bool = False) -> str:

@@ -1,7 +1,6 @@
-"""Files of rows -> the text of each row: JSONL, JSON, CSV and Parquet. Zstandard too."""
+"""Files of rows -> the text of each row: JSONL, JSON, CSV and Parquet."""
 
 import csv
-import importlib
 import io
 import json
 import re
@@ -334,53 +333,3 @@ def _is_table(lines: list[str]) -> bool:
         if is_header and len(set(map(len, rows))) == 1:
             return True
     return False
-
-
-def open_zstd(file: BinaryIO) -> io.BufferedReader:
-    """Open a file that is packed with Zstandard, to read it unpacked."""
-    return io.BufferedReader(_ZstdFile(file))
-
-
-class _ZstdFile(io.RawIOBase):
-    """Reads frames of Zstandard; unlike the reader of ``zstandard``, it notices a cut file."""
-
-    _READ_BYTES = 2**12  # a block of it can become a thousand times as much
-
-    def __init__(self, file: BinaryIO) -> None:
-        try:  # since Python 3.14
-            zstd: Any = importlib.import_module("compression.zstd")
-            self._new_frame = zstd.ZstdDecompressor
-        except ImportError:
-            try:
-                zstd = importlib.import_module("zstandard")
-            except ImportError:
-                raise DataError(
-                    "files packed with Zstandard need Python 3.14 or zstandard: "
-                    f"{install_extra('zstd')}"
-                ) from None
-            self._new_frame = lambda: zstd.ZstdDecompressor().decompressobj()
-        self._error: type[Exception] = zstd.ZstdError
-        self._file, self._frame, self._packed, self._unpacked = file, self._new_frame(), b"", b""
-        self._is_between = True  # frames
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._unpacked:
-            self._packed = self._packed or self._file.read(self._READ_BYTES)
-            if not self._packed:
-                if not self._is_between:
-                    raise EOFError("it ends within a frame")
-                return 0
-            try:
-                self._unpacked = self._frame.decompress(self._packed)
-            except self._error as error:
-                raise EOFError(str(error)) from None
-            self._is_between, self._packed = self._frame.eof, b""
-            if self._frame.eof:
-                self._packed, self._frame = self._frame.unused_data, self._new_frame()
-        n_bytes = min(len(buffer), len(self._unpacked))
-        buffer[:n_bytes] = self._unpacked[:n_bytes]
-        self._unpacked = self._unpacked[n_bytes:]
-        return n_bytes

@@ -1,0 +1,283 @@
+"""What the user may name as text: files, folders, globs, pipes, standard input and named corpora.
+
+Each file is recognized by its suffix or its content.
+"""
+
+import glob
+import os
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import BinaryIO
+
+from minigpt.config import DataConfig
+from minigpt.errors import DataError, did_you_mean
+from minigpt.files import OTHER_CACHE, resource_errors
+from minigpt.rings import has_ring, ring
+from minigpt.text.corpus import BLOCK_BYTES, BUILTIN, CorpusFile, reading
+
+TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
+FORMATS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+}
+"""Suffixes of files whose rows are documents. A folder gives these files and TEXT_SUFFIXES."""
+
+_HEAD_BYTES = 2**16  # by which a format is recognized
+_NAMES = {"text": "text", "jsonl": "JSONL", "json": "JSON", "csv": "CSV", "parquet": "Parquet"}
+_DATASETS = "text.datasets"
+_RECORDS = "text.records"
+_COMPRESSED = "text.compressed"
+
+
+@dataclass(frozen=True)
+class FoundFile(CorpusFile):
+    """A file of a corpus, and what its content looks like."""
+
+    looks_like: str = ""
+    """Format that the content suggests, if the user names none. Empty if it was not looked at."""
+
+    @property
+    def is_surprising(self) -> bool:
+        """Whether the format is not that of the suffix, or the content suggests another one."""
+        by_suffix = FORMATS.get(_suffixes(self.path)[0], "text")
+        looks_like = self.looks_like if self.format == "text" else ""
+        return bool(self.looks_like) and not self.format == by_suffix == (looks_like or by_suffix)
+
+
+def find_files(
+    paths: Sequence[str],
+    cache: Path,
+    spool: Path,
+    data: DataConfig,
+    *,
+    stdin: BinaryIO | None = None,
+    on_download: Callable[[int, int], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
+) -> list[FoundFile]:
+    """Find the files that the user names, in their order, and the format of each.
+
+    A path is a file (with any suffix), a folder (its files with one of TEXT_SUFFIXES or FORMATS,
+    packed or not, at any depth, sorted, without hidden ones), a glob (``**`` too), a named corpus,
+    or ``-`` for standard input. Links are followed; each folder is entered once. Files on the disk
+    take precedence over named corpora. Without paths, the built-in corpus is used.
+
+    Args: cache, folder of downloads; spool, a folder for the copies of streams, deleted by the
+        caller; data, how files are read; stdin, read for ``-``; on_download, called with the bytes
+        done and the total; on_note, called with a line about what is read and what is left out, for
+        a folder or a glob, or if a file is not what its suffix says.
+    Returns: each file once.
+    Raises: DataError if there are no files; ResourceError if a folder may not be read.
+    """
+    files: list[FoundFile] = []
+    left_out: Counter[str] = Counter()
+    glob_of_rest = ""
+    is_folder = False
+    for word in paths or (BUILTIN,):
+        path = Path(os.path.expanduser(word))
+        with reading(word):
+            if word == "-":
+                stream = _spooled(stdin or sys.stdin.buffer, spool)
+                files.append(_recognized(stream, "standard input", data))
+            elif path.is_fifo():
+                with path.open("rb") as opened:
+                    files.append(_recognized(_spooled(opened, spool), word, data))
+            elif path.is_dir():
+                is_folder = True
+                files += _files_in(path, data, rest := Counter[str]())
+                glob_of_rest = glob_of_rest or _other_files(path, rest)
+                left_out += rest
+            elif path.exists():
+                files.append(_recognized(path, word, data))
+            elif path.is_symlink():
+                raise DataError(
+                    f"{word!r} is a link to {os.readlink(path)!r}, which does not exist. Restore "
+                    "that file, or name another."
+                )
+            elif glob.has_magic(word):
+                found = _matching(str(path), left_out)
+                is_folder |= len(found) > 1
+                if not found:
+                    raise DataError(f"no file matches {word!r}. Check the pattern, and quote it.")
+                files += [_recognized(Path(name), name, data) for name in found]
+            elif word == BUILTIN or word in _named_corpora():
+                path = ring(_DATASETS).dataset_path(word, cache, on_download)
+                is_jsonl = path.suffix == ".jsonl"
+                files.append(FoundFile(path, word, "jsonl" if is_jsonl else "text"))
+            elif "://" in word:
+                raise DataError(f"{word!r} is a URL. Download the text first: curl -LO {word}")
+            else:
+                raise DataError(_missing(path))
+    files = list({corpus_file.path.resolve(): corpus_file for corpus_file in files}.values())
+    is_told = is_folder or left_out.total() or any(file.is_surprising for file in files)
+    if on_note and is_told:
+        on_note(_summary(files, left_out, glob_of_rest, data))
+    return files
+
+
+def _suffixes(path: Path) -> tuple[str, str]:
+    """Return the suffixes of the format and of the compression, both in lower case."""
+    suffix, packing = _written_suffixes(path)
+    return suffix.lower(), packing.lower()
+
+
+def _written_suffixes(path: Path) -> tuple[str, str]:
+    """Return the suffixes of the format and of the compression as they are written."""
+    is_packed = has_ring(_COMPRESSED) and path.suffix.lower() in ring(_COMPRESSED).SUFFIXES
+    return (path.with_suffix("").suffix, path.suffix) if is_packed else (path.suffix, "")
+
+
+def _recognized(path: Path, name: str, data: DataConfig) -> FoundFile:
+    """Return a file with its format: as the user says, else by its suffix, else by its content."""
+    suffix, packing = _suffixes(path)
+    with reading(name), path.open("rb") as file:
+        magic = file.read(6)
+    packing = packing or (ring(_COMPRESSED).packing_of(magic) if has_ring(_COMPRESSED) else "")
+    by_suffix = FORMATS.get(suffix, "text")
+    found = FoundFile(path, name, data.format or by_suffix, packing)
+    if data.format or not has_ring(_RECORDS):
+        return found
+    with found.opened() as (_, unpacked):
+        head = unpacked.read(_HEAD_BYTES)
+    content = ring(_RECORDS).sniffed(head, data.encoding, is_whole=len(head) < _HEAD_BYTES)
+    is_json = by_suffix in ("json", "jsonl") and content in ("json", "jsonl")
+    is_open = suffix not in (*FORMATS, *TEXT_SUFFIXES)
+    return replace(found, format=content if is_json or is_open else by_suffix, looks_like=content)
+
+
+def _folders(top: str) -> Iterator[tuple[str, list["os.DirEntry[str]"]]]:
+    """Yield each folder from ``top`` down and its entries; links are followed, each folder once."""
+    waiting, seen = [top], set()
+    while waiting:
+        folder = waiting.pop()
+        real = os.path.realpath(folder)
+        if real not in seen:
+            seen.add(real)
+            with os.scandir(folder) as entries:
+                found = list(entries)
+            yield folder, found
+            waiting += [e.path for e in found if e.name[0] != "." and os.path.isdir(e.path)]
+
+
+def _files_in(folder: Path, data: DataConfig, left_out: Counter[str]) -> list[FoundFile]:
+    found, fieldless = [], ""
+    entries = [entry for _, entries in _folders(str(folder)) for entry in entries]
+    for entry in sorted(entries, key=lambda entry: Path(entry.path)):
+        path, is_file = Path(entry.path), os.path.isfile(entry.path)
+        suffix = _suffixes(path)[0]
+        if entry.name.startswith("."):
+            left_out["hidden"] += 1
+        elif not is_file:
+            if not os.path.isdir(entry.path):
+                left_out["dangling link" if entry.is_symlink() else "not a file"] += 1
+        elif suffix not in TEXT_SUFFIXES and suffix not in FORMATS:
+            left_out["".join(_written_suffixes(path)) or "without a suffix"] += 1
+        else:
+            file = _recognized(path, str(path), data)
+            if _lacks_field(file, data):
+                left_out[f'{suffix} without "{data.field}"'] += 1
+                fieldless = fieldless or str(path)
+            else:
+                found.append(file)
+    if found:
+        return found
+    if fieldless:  # one error that names its fields
+        return [_recognized(Path(fieldless), fieldless, data)]
+    there = f" ({_counted(left_out)})" if left_out.total() else ""
+    raise DataError(
+        f"the folder {str(folder)!r} has no {', '.join((*TEXT_SUFFIXES, *FORMATS))} files{there}. "
+        f"Name others with a glob, as in {_other_files(folder, left_out) or '**/*.py'!r}."
+    )
+
+
+def _lacks_field(file: FoundFile, data: DataConfig) -> bool:
+    """Return whether a file of a folder has rows, but not the field of the text: it is no text."""
+    if file.format == "text" or not has_ring(_RECORDS):
+        return False
+    with file.opened() as (_, unpacked):
+        return not ring(_RECORDS).has_field(unpacked, file.format, file.name, data)
+
+
+def _other_files(folder: Path, left_out: Counter[str]) -> str:
+    """Return a glob for the files of a folder that are left out most; empty for none."""
+    for kind, _ in left_out.most_common():
+        last = {"hidden": ".*", "without a suffix": "*"}.get(kind, f"*{glob.escape(kind)}")
+        if kind in ("hidden", "without a suffix") or (kind[0] == "." and " " not in kind):
+            return os.path.join(glob.escape(str(folder)), "**", last)
+    return ""
+
+
+def _matching(pattern: str, left_out: Counter[str]) -> list[str]:
+    """Return the files that match a glob, sorted."""
+    names = _expanded(pattern)
+    left_out["dangling link"] += sum(os.path.islink(n) and not os.path.exists(n) for n in names)
+    return sorted(filter(os.path.isfile, names))
+
+
+def _expanded(pattern: str) -> set[str]:
+    """Expand a glob as ``glob.glob`` does, but enter each folder once, so loops of links end."""
+    parts = Path(pattern).parts
+    if "**" not in parts:
+        return set(glob.glob(pattern))
+    at = parts.index("**")
+    rest = parts[at + 1 :] or ("*",)
+    tops = filter(os.path.isdir, glob.glob(os.path.join(*parts[:at])) if at else ["."])
+    folders = (folder for top in tops for folder, _ in _folders(top))
+    patterns = (os.path.join(glob.escape(folder), *rest) for folder in folders)
+    return {os.path.normpath(name) for pattern in patterns for name in _expanded(pattern)}
+
+
+def _counted(counts: Counter[str]) -> str:
+    return ", ".join(f"{n:,} {kind}" for kind, n in counts.most_common(6) if n)
+
+
+def _summary(
+    files: Sequence[FoundFile], left_out: Counter[str], glob_of_rest: str, data: DataConfig
+) -> str:
+    """Say in one line which files are read as what, and which are left out."""
+    kinds = Counter(_NAMES[file.format] for file in files)
+    rows = f", field {data.field!r}" if set(kinds) != {"text"} else ""
+    if len(files) == 1:
+        line = f"{files[0].name!r} is read as {min(kinds)}{rows}"
+    else:
+        line = f"{len(files):,} files are read: {_counted(kinds)}{rows}"
+    odd = next((file for file in files if file.is_surprising), None)
+    name = repr(odd.name) if odd and len(files) > 1 else "it"
+    if odd and odd.format == "text":
+        other = _NAMES[odd.looks_like]
+        line += f"; {name} looks like {other}: --format {odd.looks_like} reads its rows"
+    elif odd:
+        line += f"; {name} is recognized by its content: --format text reads it as it is"
+    if left_out.total():
+        line += f"; left out: {_counted(left_out)}"
+        if glob_of_rest:
+            line += f" (a glob takes them: {glob_of_rest!r})"
+    return line
+
+
+def _named_corpora() -> list[str]:
+    return [BUILTIN, *ring(_DATASETS).DOWNLOADS] if has_ring(_DATASETS) else []
+
+
+def _missing(path: Path) -> str:
+    try:
+        siblings = os.listdir(path.parent)
+    except OSError:
+        return f"the folder {str(path.parent)!r} does not exist. Check the path."
+    remedy = did_you_mean(repr(path.name), map(repr, [*siblings, *_named_corpora()]))
+    remedy = remedy or f"Check the path; the named corpora are {', '.join(_named_corpora())}."
+    return f"there is no file or folder {str(path)!r}. {remedy}"
+
+
+def _spooled(stream: BinaryIO, spool: Path) -> Path:
+    path = spool / f"stream-{len(os.listdir(spool))}"
+    with resource_errors(path, OTHER_CACHE), path.open("wb") as file:
+        shutil.copyfileobj(stream, file, BLOCK_BYTES)
+    return path
