@@ -40,29 +40,52 @@ DEVICES = get_args(Device)
 DTYPES = get_args(Dtype)
 QUANTIZATIONS = get_args(Quantization)
 
+_RECURRENT = (("arch", "lstm"), ("arch", "lstm-attention"))
+_NO_ROPE = (("family", "gpt2"), *_RECURRENT)
+_NO_SCALING = (*_NO_ROPE, ("rope_scaling_factor", 1))
+_NOT_LLAMA3 = (*_NO_SCALING, *(("rope_scaling", kind) for kind in ("linear", "dynamic", "yarn")))
+_NOT_YARN = (*_NO_ROPE, *(("rope_scaling", kind) for kind in ("llama3", "linear", "dynamic")))
+_NOT_WSD = (("schedule", "cosine"), ("schedule", "linear"), ("schedule", "constant"))
+_ADAMW = (("optimizer", "adamw"),)
+_NO_VALIDATION = (("data.val_fraction", 0),)
+_GREEDY = (("temperature", 0), ("top_k", 1))
+
 _LARGEST_FLOAT = 1e30  # float32 holds it, and its square root's square
 _ATTENTION_OF = {"gpt": "scaled_dot", "lstm": "none", "lstm-attention": "additive"}
 
 
-def setting(default: Any = MISSING, bounds: str = "", choices: Iterable[str] = ()) -> Any:
+Conditions = Iterable[tuple[str, Any]]
+"""Names of other fields, those of another table dotted as in ``--set``, and a value of each."""
+
+
+def setting(
+    default: Any = MISSING, bounds: str = "", choices: Iterable[str] = (), void_if: Conditions = ()
+) -> Any:
     """Declare a field that a TOML file and ``--set`` can give.
 
     Args: bounds, the interval of valid values, as in ``[0, 1)`` or ``(0, inf)``; choices, the valid
-        values where the type does not name them.
+        values where the type does not name them; void_if, values of other fields with which this
+        one has no effect (see ``settings.without_effect``).
     """
-    return field(default=default, metadata={"bounds": bounds, "choices": tuple(choices)})
+    metadata = {"bounds": bounds, "choices": tuple(choices), "void_if": tuple(void_if)}
+    return field(default=default, metadata=metadata)
 
 
 def option(
-    default: Any = MISSING, bounds: str = "", choices: Iterable[str] = (), **about: Any
+    default: Any = MISSING,
+    bounds: str = "",
+    choices: Iterable[str] = (),
+    void_if: Conditions = (),
+    **about: Any,
 ) -> Any:
     """Declare a field that is a command-line option too, named as the field.
 
-    Args: bounds and choices, as in ``setting``; about, fields of ``commands.options.Option``: what
-        --help shows beside the field's type, default and docstring.
+    Args: bounds, choices and void_if, as in ``setting``; about, fields of
+        ``commands.options.Option``: what --help shows beside the field's type, default and
+        docstring.
     """
-    metadata = {"bounds": bounds, "choices": tuple(choices), "option": about}
-    return field(default=default, metadata=metadata)
+    metadata = {"bounds": bounds, "choices": tuple(choices), "void_if": tuple(void_if)}
+    return field(default=default, metadata=metadata | {"option": about})
 
 
 def choices_in(hint: Any) -> tuple[str, ...]:
@@ -159,7 +182,7 @@ class ModelConfig:
     d_mlp: int = setting(0, "[0, 2**28]")
     """Hidden width of the MLP. 0 derives 4 d_model (gpt2) or 8/3 d_model, rounded up to a multiple
     of 32 (llama). An LSTM has 4 d_model gates."""
-    activation: str = ""
+    activation: str = setting("", void_if=_RECURRENT)
     """Activation function of the MLP. Empty derives silu (llama) or gelu_tanh (gpt2)."""
     attention: str = option("", choices=(*ATTENTIONS, "none"))
     """Attention score. Empty derives scaled_dot (gpt), additive (lstm-attention) or none (lstm).
@@ -170,25 +193,25 @@ class ModelConfig:
     """Biases of the attention projections (llama). all includes the output projection."""
     mlp_bias: bool = False
     """Biases of the MLP projections (llama). The gpt2 family always has all biases."""
-    rope_theta: float = setting(10_000.0, "(0, inf)")
+    rope_theta: float = setting(10_000.0, "(0, inf)", void_if=_NO_ROPE)
     """Base of the RoPE frequencies (llama)."""
     rope_scaling: Literal["llama3", "linear", "dynamic", "yarn"] = "llama3"
     """Method of RoPE scaling: llama3 and yarn stretch long wavelengths, linear all; dynamic none
     within context_length."""
-    rope_scaling_factor: float = setting(1.0, "(0, inf)")
+    rope_scaling_factor: float = setting(1.0, "(0, inf)", void_if=_NO_ROPE)
     """Factor by which RoPE wavelengths are stretched. 1 stretches none."""
-    rope_low_freq_factor: float = setting(1.0, "(0, inf)")
+    rope_low_freq_factor: float = setting(1.0, "(0, inf)", void_if=_NOT_LLAMA3)
     """Divisor of rope_original_context; longer wavelengths are stretched in full (llama3)."""
-    rope_high_freq_factor: float = setting(4.0, "(0, inf)")
+    rope_high_freq_factor: float = setting(4.0, "(0, inf)", void_if=_NOT_LLAMA3)
     """Divisor of rope_original_context; shorter wavelengths are not stretched, and those between
     the two limits in part (llama3)."""
-    rope_beta_fast: float = setting(32.0, "(0, inf)")
+    rope_beta_fast: float = setting(32.0, "(0, inf)", void_if=_NOT_YARN)
     """Turns in rope_original_context; wavelengths with more are not stretched (yarn)."""
-    rope_beta_slow: float = setting(1.0, "(0, inf)")
+    rope_beta_slow: float = setting(1.0, "(0, inf)", void_if=_NOT_YARN)
     """Turns in rope_original_context; wavelengths with fewer are stretched in full (yarn)."""
-    rope_attention_factor: float = setting(1.0, "(0, inf)")
+    rope_attention_factor: float = setting(1.0, "(0, inf)", void_if=_NOT_YARN)
     """Factor of rotated queries and keys (yarn)."""
-    rope_original_context: int = setting(8192, "[1, inf)")
+    rope_original_context: int = setting(8192, "[1, inf)", void_if=_NO_SCALING)
     """Context length before RoPE scaling, in tokens."""
     norm_eps: float = setting(1e-5, "(0, inf)")
     """Epsilon added under the square root of every norm."""
@@ -347,7 +370,7 @@ class DataConfig:
     """Format of all files. None decides for each file, by its suffix or its first rows."""
     field: str = option("text", metavar="NAME")
     """Field or column that has the text of a row (JSONL, JSON, CSV, Parquet)."""
-    encoding: str = option("utf-8", metavar="NAME")
+    encoding: str = option("utf-8", metavar="NAME", void_if=(("format", "parquet"),))
     """Character encoding of the files, by its name in Python: utf-16, cp1252, gb18030."""
     skip_bad: bool = option(False)
     """Leave out rows without text, broken or not in the encoding, and count them."""
@@ -355,7 +378,7 @@ class DataConfig:
     """Fraction of the text kept for validation; 0 to train on all. ``bpe`` learns no merges from
     it."""
     val_split: Literal["tail", "documents"] | None = option(
-        None, shown="documents if there are ten"
+        None, shown="documents if there are ten", void_if=(("val_fraction", 0),)
     )
     """Text kept for validation. documents: whole documents, chosen by a hash of their text; tail:
     the last tokens. None derives documents if there are at least ten, else tail."""
@@ -411,7 +434,7 @@ class TrainingConfig:
     context_warmup_length: int = setting(0, "[0, inf)")
     """Tokens per sequence during context warm-up; 0 for none. It divides the later length, and a
     batch has as many more sequences."""
-    context_warmup_fraction: float = setting(0.5, "[0, 1]")
+    context_warmup_fraction: float = setting(0.5, "[0, 1]", void_if=(("context_warmup_length", 0),))
     """Fraction of the budget spent in context warm-up, in [0, 1]."""
     optimizer: Literal["muon", "adamw"] = "muon"
     """Optimizer. muon: Muon for matrices and AdamW for the rest; adamw: AdamW for all."""
@@ -421,9 +444,9 @@ class TrainingConfig:
     """Peak learning rate of embeddings, output projection, norms and biases (AdamW)."""
     weight_decay: float = setting(0.0, "[0, inf)")
     """Decoupled weight decay of the matrices, multiplied by the learning rate."""
-    momentum: float = setting(0.95, "[0, 1)")
+    momentum: float = setting(0.95, "[0, 1)", void_if=_ADAMW)
     """Nesterov momentum of Muon, in [0, 1)."""
-    newton_schulz_steps: int = setting(5, "[1, 100]")
+    newton_schulz_steps: int = setting(5, "[1, 100]", void_if=_ADAMW)
     """Newton-Schulz iterations of Muon's orthogonalization."""
     beta1: float = setting(0.9, "[0, 1)")
     """Decay rate of AdamW's first moment, in [0, 1)."""
@@ -438,26 +461,30 @@ class TrainingConfig:
     """Learning rate schedule. wsd: warm-up, stable, decay."""
     warmup_fraction: float = setting(0.02, "[0, 1]")
     """Fraction of the budget over which the learning rate rises, in [0, 1]."""
-    decay_fraction: float = setting(0.6, "[0, 1]")
+    decay_fraction: float = setting(0.6, "[0, 1]", void_if=_NOT_WSD)
     """Fraction of the budget, at its end, over which wsd lowers the learning rate, in [0, 1]."""
-    final_lr_fraction: float = setting(0.0, "[0, 1]")
+    final_lr_fraction: float = setting(0.0, "[0, 1]", void_if=(("schedule", "constant"),))
     """Final learning rate as a fraction of the peak, in [0, 1]."""
     log_every: int = setting(10, "[1, inf)")
     """Steps between lines of metrics.jsonl, when the loss is read from the device."""
     eval_every: int | None = option(
-        None, "[0, inf)", group="Reports", shown="an epoch, or a twentieth of the run"
+        None,
+        "[0, inf)",
+        group="Reports",
+        shown="an epoch, or a twentieth of the run",
+        void_if=_NO_VALIDATION,
     )
     """Steps between validation passes; 0 for one at the end. None derives an epoch, at most a
     twentieth of the run, or 50 steps if that is more."""
-    eval_tokens: int | None = setting(None, "[1, inf)")
+    eval_tokens: int | None = setting(None, "[1, inf)", void_if=_NO_VALIDATION)
     """Most validation tokens per pass. A longer text is sampled in evenly spaced windows, the same
     in every pass. None derives a tenth of the arithmetic of training, and at least 8,192 tokens."""
-    patience: float = option(0.0, "[0, inf)", shown="4")
+    patience: float = option(0.0, "[0, inf)", shown="4", void_if=_NO_VALIDATION)
     """Epochs without a lower validation loss after which training stops; 0 for no limit."""
-    average: float = setting(0.0, "[0, 1)")
+    average: float = setting(0.0, "[0, 1)", void_if=_NO_VALIDATION)
     """Decay per step of a moving average of the weights; 0 for none. A checkpoint holds the average
     if its validation loss is lower."""
-    dropout_start: float = setting(0.0, "[0, inf)")
+    dropout_start: float = setting(0.0, "[0, inf)", void_if=(("model.dropout", 0),))
     """Epochs before dropout begins."""
     save_every: int = option(250, "[0, inf)", group="Reports")
     """Steps between checkpoints; 0 for one at the end. Each has its validation loss."""
@@ -500,13 +527,13 @@ class SamplingConfig:
 
     max_new_tokens: int = option(256, "[1, inf)")
     """Maximum number of generated tokens."""
-    temperature: float = option(0.8, "[0, inf)")
+    temperature: float = option(0.8, "[0, inf)", void_if=(("top_k", 1),))
     """Divisor of the logits; 0 for greedy decoding."""
-    top_k: int = option(0, "[0, inf)")
+    top_k: int = option(0, "[0, inf)", void_if=(("temperature", 0),))
     """Number of most probable tokens to sample from; 0 for all."""
-    top_p: float = option(1.0, "(0, 1]")
+    top_p: float = option(1.0, "(0, 1]", void_if=_GREEDY)
     """Nucleus sampling: cumulative probability to sample from, in (0, 1]."""
-    min_p: float = option(0.0, "[0, 1]")
+    min_p: float = option(0.0, "[0, 1]", void_if=_GREEDY)
     """Minimum probability relative to the most probable token, in [0, 1]."""
     repetition_penalty: float = option(1.0, "(0, inf)")
     """Penalty for tokens in the prompt or the output; 1 for none. Positive logits are divided by

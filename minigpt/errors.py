@@ -72,12 +72,17 @@ def nearest(word: str, choices: Iterable[str]) -> str:
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """Return a question that names the choices near a misspelled name; empty if none is near.
 
-    Near are the names that it abbreviates, as --temp does --temperature and --max-tokens does
-    --max-new-tokens; else the one that has the fewest other letters, if these are few.
+    Near are the names that it abbreviates, as --temp does --temperature, --max-tokens does
+    --max-new-tokens and --steps does --max-steps; else the one that has the fewest other letters,
+    if these are few.
     """
     names = list(choices)
-    near = [name for name in names if _abbreviates(_parts(word), _parts(name))]
-    near = [name for name in near if _parts(name)[0].startswith(_parts(word)[0])] or near
+    parts = [part.removesuffix("s") or part for part in _parts(word)]
+    near = [name for name in names if _abbreviates(parts, _parts(name))]
+    first = [name for name in near if _begin(name).startswith(parts[0])]
+    # Without the first part of a name, only whole parts count: --temp is no --chat-template.
+    whole = [name for name in near if set(parts) <= {p.removesuffix("s") for p in _parts(name)}]
+    near = first or whole
     if not near:
         best = max(names, key=lambda name: _likeness(word, name), default="")
         near = [best] if best and _likeness(word, best) >= _NEAR else []
@@ -88,12 +93,17 @@ def _parts(name: str) -> list[str]:
     return re.split(r"[-_.]", name.strip("-'\"").lower())
 
 
+def _begin(name: str) -> str:
+    """Return the first part of a name that is not only a count, as in --n-verified."""
+    parts = _parts(name)
+    return parts[1] if parts[0] == "n" and len(parts) > 1 else parts[0]
+
+
 def _abbreviates(word: list[str], name: list[str]) -> bool:
     """Return whether the parts of a word begin parts of a name, in order; all of it are letters."""
     rest = iter(name)
-    parts = [part.removesuffix("s") or part for part in word]
-    is_long = max(map(len, parts)) >= _SHORTEST_PART
-    return is_long and all(any(other.startswith(part) for other in rest) for part in parts)
+    is_long = max(map(len, word)) >= _SHORTEST_PART
+    return is_long and all(any(other.startswith(part) for other in rest) for part in word)
 
 
 def _likeness(word: str, name: str) -> float:

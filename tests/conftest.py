@@ -1,6 +1,7 @@
 """Fixtures shared by several test packages."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Before anything imports torch: the workers share the cores, one thread each.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+else:
+    # One cache for the session and its workers: no test may see or change the user's own, and what
+    # is slow to make is made once.
+    _cache = tempfile.TemporaryDirectory(prefix="minigpt-tests-")
+    os.environ["MINIGPT_CACHE_DIR"] = _cache.name
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -101,6 +101,31 @@ def test_mistakes_are_refused_at_once(text: Path) -> None:
             call()
 
 
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        (b"x", "of type bytes"),
+        (bytearray(b"x"), "of type bytearray"),
+        (3, "of type int"),
+        (None, "of type NoneType"),
+        ([True], "the prompt has True, of type bool"),
+        ([1.5], "the prompt has 1.5, of type float"),
+        ([1, 2.0], "the prompt has 2.0, of type float"),
+        ([None], "the prompt has None, of type NoneType"),
+        ([b"x"], "of type bytes"),
+        ([[True]], "the prompt has True, of type bool"),
+        ([[1], ["a"]], "the prompt has 'a', of type str"),
+        ([3, {"role": "user"}], "of type dict"),
+        ({"a": 1}, "of type dict"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("call", [minigpt.generate, minigpt.trace])
+def test_what_is_no_prompt_is_refused_by_name(call: Any, prompt: Any, said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        list(call(MODEL, prompt, **OPTIONS))
+
+
 @pytest.mark.parametrize("prompts", [["The king", "a"], [list(b"The king"), list(b"a")]])
 def test_a_list_of_prompts_is_as_one_call_each(prompts: list[Any]) -> None:
     items = list(minigpt.generate(MODEL, prompts, num_samples=2, seed=5, **OPTIONS))

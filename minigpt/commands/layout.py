@@ -10,7 +10,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from minigpt.errors import ConfigError, did_you_mean, require_choice
+from minigpt.errors import ConfigError, cut, did_you_mean, require_choice
 from minigpt.rings import has_ring, ring
 
 COMMANDS = {
@@ -28,6 +28,7 @@ COMMANDS = {
 """Each command and its line in ``minigpt --help``; its module has its name."""
 
 
+_HELP = "help"
 _NARROWEST = 18  # columns of text
 
 
@@ -39,6 +40,20 @@ class Subcommands(TyperGroup):
         _fit(formatter)
         super().format_help(ctx, formatter)
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments; ``help COMMAND`` is ``COMMAND --help``.
+
+        Raises: ConfigError for an unknown option before the command.
+        """
+        options = [name for p in self.get_params(ctx) for name in p.opts]
+        if args and args[0][0:1] == "-" and args[0].partition("=")[0] not in (*options, "--"):
+            near = did_you_mean(args[0], [name for name in options if name[:2] == "--"])
+            raise ConfigError(
+                f"unknown option {cut(args[0])}. {near or f'See {ctx.command_path} --help.'}"
+            )
+        asked = [*args[1:], "--help"] if args[:1] == [_HELP] else args
+        return list(super().parse_args(ctx, asked))
+
     def lines(self, ctx: Any) -> dict[str, str]:
         """Return the names of its commands, and the line of each in --help."""
         return {name: str(c.help).partition("\n")[0] for name, c in self.commands.items()}
@@ -48,7 +63,7 @@ class Subcommands(TyperGroup):
 
         Raises: ConfigError if it does not exist.
         """
-        require_choice("command", cmd_name, self.commands)
+        require_choice("command", cmd_name, [*self.commands, _HELP])
         return self.commands[cmd_name]
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
@@ -63,11 +78,6 @@ class Subcommands(TyperGroup):
 
 class Commands(Subcommands):
     """The program, which imports a command's module only when it is called."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the arguments; ``help COMMAND`` is ``COMMAND --help``."""
-        asked = [*args[1:], "--help"] if args[:1] == ["help"] else args
-        return list(super().parse_args(ctx, asked))
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command; Ctrl-C becomes Abort, because typer would exit without a word."""
@@ -89,7 +99,7 @@ class Commands(Subcommands):
 
         Raises: ConfigError if it does not exist, or belongs to a ring that was deleted.
         """
-        require_choice("command", cmd_name, COMMANDS)
+        require_choice("command", cmd_name, [*COMMANDS, _HELP])
         module = ring(_module(cmd_name))
         command = getattr(module, module.__name__.rpartition(".")[2])
         if isinstance(command, typer.Typer):
@@ -117,6 +127,7 @@ class Command(TyperCommand):
         words = iter(args)
         for word in words:
             if word == "--":
+                self._require_texts(ctx, list(words), options)
                 break
             name, equals, _ = word.partition("=")
             option = options.get(name)
@@ -131,6 +142,25 @@ class Command(TyperCommand):
                     )
         return list(super().parse_args(ctx, args))
 
+    def _require_texts(self, ctx: Any, after: list[str], options: Mapping[str, Any]) -> None:
+        """Raise ConfigError for an option behind the first text after ``--``."""
+        rest, moved, late = iter(after[1:]), [], ""
+        texts = after[:1]
+        for word in rest:
+            option = options.get(word.partition("=")[0])
+            if option is None:
+                texts.append(word)
+                continue
+            late = late or word
+            n_values = 0 if "=" in word or _is_flag(option) else option.nargs
+            moved += [word, *itertools.islice(rest, n_values)]
+        if late:
+            call = shlex.join([*moved, "--", *texts])
+            raise ConfigError(
+                f"{late} is behind --, where all is text. Put options before it: "
+                f"{ctx.command_path} {call}"
+            )
+
     def _advice(self, ctx: Any, word: str) -> str:
         """Return the remedy for a word that begins with a dash and is no option."""
         parameters = self.get_params(ctx)
@@ -139,8 +169,15 @@ class Command(TyperCommand):
             call = f"{ctx.command_path} -- {shlex.quote(word)}"
             return f"Put -- before a text that begins with a dash, after all options: {call}"
         is_negated = word.startswith("--no-")
-        names = [n for p in parameters for n in (p.secondary_opts if is_negated else p.opts[:1])]
-        near = did_you_mean(word.partition("=")[0], [n for n in names if n.startswith("-")])
+        listed = [p.secondary_opts if is_negated else p.opts for p in parameters]
+        name = word.partition("=")[0]
+        for parameter in parameters:  # `train --model M`, whose option for a MODEL is --from
+            if name.lstrip("-").upper() == parameter.metavar:
+                if parameter.param_type_name != "argument":
+                    return f"Did you mean {parameter.opts[0]} {parameter.metavar}?"
+                return f"Give it without a name: {ctx.command_path} {parameter.metavar}"
+        longs = [[n for n in names if n.startswith("--")][:1] for names in listed]  # no aliases
+        near = did_you_mean(name, itertools.chain(*longs))
         return near or f"See {ctx.command_path} --help."
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
@@ -197,6 +234,8 @@ def _stack(formatter: Any, rows: Iterable[tuple[str, str]]) -> None:
 def _write_groups(ctx: Any, formatter: Any, parameters: Iterable[Any]) -> None:
     groups: dict[str, list[tuple[str, str]]] = {}
     for parameter in parameters:
+        if getattr(parameter, "hidden", False):
+            continue
         is_argument = parameter.param_type_name == "argument"
         panel = getattr(parameter, "rich_help_panel", None)  # click's own --help has none
         heading = "Arguments" if is_argument else panel or "General"

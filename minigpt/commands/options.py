@@ -43,7 +43,14 @@ from minigpt.config import (
 )
 from minigpt.errors import ConfigError, require_choice
 from minigpt.presets import DEFAULT_PRESET, PRESETS
-from minigpt.settings import build, merge, parse_assignment, plain_key, read_toml
+from minigpt.settings import (
+    build,
+    merge,
+    parse_assignment,
+    plain_key,
+    read_toml,
+    without_effect,
+)
 
 _NOT_GIVEN: tuple[Any, ...] = (None, [], ())
 _METAVARS = {bool: None, int: "N", float: "N", Path: "FILE"}
@@ -69,6 +76,8 @@ class Option:
     """Valid values. Empty derives them from the type."""
     bounds: str = ""
     """Interval of valid numbers, as in ``config.setting``."""
+    is_listed: bool = True
+    """Whether --help shows it."""
     has_escapes: bool = False
     r"""Whether \n, \r, \t and \\ in the value stand for the characters."""
 
@@ -83,6 +92,8 @@ class Fields:
     """Names of the fields, dotted below the dataclass. Empty for all that are options."""
     without: tuple[str, ...] = ()
     """Names of fields left out."""
+    unlisted: tuple[str, ...] = ()
+    """Names of fields that --help does not show, because the command refuses other values."""
     group: str = ""
     """Heading of all of them. Empty for each field's own."""
     defaults: object = None
@@ -193,7 +204,12 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         del typed["debug"]  # main looks for it
         given = defaults | _nested(typed)
         for name, config in configs.items():
-            given[name] = build(config, given[name])
+            values = given[name]
+            given[name] = build(config, values)
+            for line in without_effect(given[name], values):
+                from minigpt.commands.output import note
+
+                note(line)
         words = [
             flags[name].replace("--", "--no-") if value is False else flags[name]
             for name, value in typed.items()
@@ -257,6 +273,7 @@ def _fields(
             text = _docstrings(inspect.getfile(config))[config.__name__, f.name]
             text = re.split(r"\.\s", " ".join(text.split()) + " ")[0]
             about = replace(about, text=about.text or text, group=chosen.group or about.group)
+            about = replace(about, is_listed=name not in chosen.unlisted)
             yield _parameter(here, f.type, default, about, is_layered=chosen.config is not None)
 
 
@@ -312,6 +329,7 @@ def _parameter(
         metavar=about.metavar or metavar,
         show_default=False,
         rich_help_panel=about.group,
+        hidden=not about.is_listed,
         parser=None if kind is bool else parse,
         autocompletion=lambda incomplete: [c for c in choices if c.startswith(incomplete)],
     )

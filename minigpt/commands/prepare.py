@@ -49,10 +49,12 @@ def prepare(
     from minigpt.commands import output
     from minigpt.commands.process import command_line
     from minigpt.commands.status_line import ProgressLine
-    from minigpt.settings import build, to_dict
+    from minigpt.settings import build, to_dict, without_effect
     from minigpt.text.prepared_folders import prepare_folder
 
     config = build(DataConfig, to_dict(_DEFAULTS) | {"paths": data or []} | settings)
+    for line in without_effect(config, settings):
+        output.note(line)
     folder = Path(out).expanduser()
     tokenizer = base_folder = template = None
     if from_ is not None:

@@ -10,7 +10,7 @@ import torch
 from minigpt.checkpoint.model_folder import LoadedModel, read_model
 from minigpt.checkpoint.resolve import resolve_model
 from minigpt.config import DEVICES, DTYPES, QUANTIZATIONS, SamplingConfig
-from minigpt.errors import CheckpointError, ConfigError, DataError, require_choice
+from minigpt.errors import CheckpointError, ConfigError, DataError, cut, require_choice
 from minigpt.generation.decoder import Decoder, fresh_seed, max_rows_together
 from minigpt.generation.forward import FAST, is_compiled
 from minigpt.generation.stream import TextStep, stream_samples
@@ -91,10 +91,7 @@ def prompts_of(prompt: Prompts) -> list[Prompt]:
 
     Raises: ConfigError for an empty list, or one of several kinds.
     """
-    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
-        raise ConfigError(
-            f"a prompt is a text or a list of token ids: it is of type {type(prompt).__name__}."
-        )
+    _require_prompt(prompt)
     if isinstance(prompt, str):
         return [prompt]
     is_text = [isinstance(one, str) for one in prompt]
@@ -107,6 +104,13 @@ def prompts_of(prompt: Prompts) -> list[Prompt]:
             "others in another call."
         )
     return [prompt]  # type: ignore[list-item]
+
+
+def _require_prompt(prompt: object) -> None:
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray | memoryview):
+        raise ConfigError(
+            f"a prompt is a text or a list of token ids: it is of type {type(prompt).__name__}."
+        )
 
 
 def model_and_tokenizer(
@@ -198,9 +202,16 @@ def prompt_ids(
     Args: folder, of the model, for the messages of a chat; the others as for ``generate``.
     Raises: as ``encode_prompt``, and ConfigError if there is no chat template.
     """
+    _require_prompt(prompt)
     if isinstance(prompt, str):
         return encode_prompt(tokenizer, prompt, special=special), tokenizer
-    if not prompt or isinstance(prompt[0], int):
+    if not prompt or not isinstance(prompt[0], Mapping):
+        for token in prompt:
+            if isinstance(token, bool) or not hasattr(token, "__index__"):
+                raise ConfigError(
+                    f"a token id is a whole number: the prompt has {cut(token)}, of type "
+                    f"{type(token).__name__}."
+                )
         return [int(token) for token in prompt], tokenizer  # type: ignore[arg-type]
     if not folder:
         raise ConfigError(

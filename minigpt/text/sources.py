@@ -6,6 +6,7 @@ Each file is recognized by its suffix or its content.
 import glob
 import os
 import shutil
+import stat
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -84,7 +85,9 @@ def find_files(
         path = Path(os.path.expanduser(word))
         with reading(word):
             if word == "-":
-                stream = _spooled(stdin or sys.stdin.buffer, spool)
+                if _is_endless(source := stdin or sys.stdin.buffer):
+                    raise _a_device("standard input")
+                stream = _spooled(source, spool)
                 files.append(_recognized(stream, "standard input", data))
             elif path.is_fifo():
                 with path.open("rb") as opened:
@@ -95,6 +98,8 @@ def find_files(
                 glob_of_rest = glob_of_rest or _other_files(path, rest)
                 left_out += rest
             elif path.exists():
+                if not path.is_file():
+                    raise _a_device(word)
                 files.append(_recognized(path, word, data))
             elif path.is_symlink():
                 raise DataError(
@@ -274,6 +279,21 @@ def _missing(path: Path) -> str:
     remedy = did_you_mean(repr(path.name), map(repr, [*siblings, *_named_corpora()]))
     remedy = remedy or f"Check the path; the named corpora are {', '.join(_named_corpora())}."
     return f"there is no file or folder {str(path)!r}. {remedy}"
+
+
+def _a_device(name: str) -> DataError:
+    return DataError(
+        f"{name!r} is a device or a socket, which may be endless. Name a file, or pipe its text in."
+    )
+
+
+def _is_endless(stream: BinaryIO) -> bool:
+    """Return whether a stream is a device as /dev/zero, and not a terminal or a pipe."""
+    try:
+        mode = os.fstat(stream.fileno()).st_mode
+    except (OSError, AttributeError):  # a stream in memory
+        return False
+    return stat.S_ISBLK(mode) or (stat.S_ISCHR(mode) and not stream.isatty())
 
 
 def _spooled(stream: BinaryIO, spool: Path) -> Path:

@@ -1,5 +1,6 @@
 """Every user error ends in one line: what, the value, the remedy."""
 
+import json
 import resource
 import shutil
 from pathlib import Path
@@ -282,6 +283,13 @@ def test_a_run_locked_by_another_process_is_refused(
         ("--tokenizer bpe:300", ["data.tokenizer", "'bytes'", "'bpe:300'"]),
         ("--preset mini", ["preset", "'nano'", "'mini'"]),
         ("--set training.optimizer=adamw", ["training.optimizer", "'muon'", "'adamw'"]),
+        # Also where the run's other settings would not fit the new value.
+        ("--batch-size 3", ["training.batch_size", "2", "3"]),
+        ("--context-length 100", ["model.context_length", "64", "100"]),
+        ("--arch lstm", ["model.arch", "'gpt'", "'lstm'", "another --name"]),
+        ("--n-head 3", ["model.n_head", "2", "3"]),
+        ("--val other.txt", ["data.val", "other.txt"]),
+        ("--val-fraction 0.2", ["data.val_fraction", "0.1", "0.2"]),
         ("--set model.n_layr=3", ["model.n_layr", "Did you mean n_layer?"]),
     ],
 )
@@ -298,7 +306,29 @@ def test_resume_refuses_another_text(run: Run, at_trained: Path) -> None:
     (at_trained / "corpus.txt").write_text("Another text altogether.\n" * 100)
     result = run("train", "--resume", "--name", "tiny", "--max-steps", "6")
     assert result.code == 3
-    assert "corpus" in error_line(result)
+    assert "the text of 'corpus.txt' has changed" in error_line(result)
+
+
+def test_resume_names_the_setting_that_reads_the_text_otherwise(run: Run, workplace: Path) -> None:
+    row = {"text": "Once upon a time. " * 20, "body": "The king said. " * 20}
+    Path("rows.jsonl").write_text(f"{json.dumps(row)}\n" * 20)
+    assert run("train", "rows.jsonl", "--name", "rows", *TINY).code == 0
+    result = run("train", "--resume", "--name", "rows", "--max-steps", "6", "--field", "body")
+    assert result.code == 3
+    assert "data.field is 'text' in this run, not 'body'. Leave it out" in error_line(result)
+
+
+def test_resume_says_what_is_damaged_and_does_not_suggest_the_run_itself(
+    run: Run, at_trained: Path
+) -> None:
+    (weights,) = Path("checkpoints/tiny").glob("step-*/model.safetensors")
+    weights.write_bytes(b"")
+    result = run("train", "--resume", "--name", "tiny", "--max-steps", "6")
+    line = error_line(result)
+    assert result.code == 4
+    assert "'model.safetensors' has 0 bytes instead of" in line
+    assert "another --name" in line
+    assert "Did you mean" not in line
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,25 @@
 """An option that has no effect in the chosen way of calling a command is refused by name."""
 
+import json
+import os
 import signal
+import subprocess
+import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
-from calls import Run, error_line
+from calls import ROOT, TINY, Run, error_line
+
+from minigpt.config import (
+    DataConfig,
+    ModelConfig,
+    SamplingConfig,
+    TrainingConfig,
+    choices_in,
+    require_within,
+)
 
 TRACE = ["attention-trace", "The king", "--temperature", "0", "--max-new-tokens", "4"]
 FILES = {"R": ["attention-trace", "--replay", "t.jsonl"]}
@@ -311,3 +325,113 @@ def test_one_file_is_named_once(run: Run, trained: Path, words: list[str]) -> No
     assert result.code == 2
     assert "name the same file" in result.err
     assert Path("k.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("words", "noted"),
+    [
+        ("--temperature 0 --top-k 5", "--top-k has no effect with --temperature 0"),
+        ("--temperature 0 --top-p 0.5", "--top-p has no effect with --temperature 0"),
+        ("--temperature 0 --min-p 0.1", "--min-p has no effect with --temperature 0"),
+        ("--top-k 1 --temperature 2", "--temperature has no effect with --top-k 1"),
+        ("--top-k 1 --top-p 0.5", "--top-p has no effect with --top-k 1"),
+        ("--temperature 0 --top-p 1", ""),
+        ("--temperature 0 --repetition-penalty 2", ""),
+        ("--top-k 2 --top-p 0.5", ""),
+    ],
+)
+@pytest.mark.parametrize("command", ["generate", "attention-trace"])
+def test_a_sampling_option_without_effect_is_named(
+    run: Run, place: Path, command: str, words: str, noted: str
+) -> None:
+    result = run(command, "The king", "--max-new-tokens", "2", "--model", "tiny", *words.split())
+    assert result.code == 0
+    assert noted in result.err.splitlines()[:1] if noted else "no effect" not in result.err
+
+
+@pytest.mark.parametrize(
+    ("words", "noted"),
+    [
+        ("--val-fraction 0 --eval-every 2", "--eval-every has no effect with --val-fraction 0"),
+        ("--val-fraction 0 --patience 2", "--patience has no effect with --val-fraction 0"),
+        ("--val-fraction 0 --val-split tail", "--val-split has no effect with --val-fraction 0"),
+        (
+            "--val-fraction 0 --set training.average=0.9",
+            "training.average has no effect with --val-fraction 0",
+        ),
+        (
+            "--set training.optimizer=adamw --set training.momentum=0.5",
+            "training.momentum has no effect with training.optimizer adamw",
+        ),
+        (
+            "--set training.schedule=cosine --set training.decay_fraction=0.5",
+            "training.decay_fraction has no effect with training.schedule cosine",
+        ),
+        (
+            "--dropout 0 --set training.dropout_start=1",
+            "training.dropout_start has no effect with --dropout 0",
+        ),
+        (
+            "--family gpt2 --set model.rope_theta=100.0",
+            "model.rope_theta has no effect with --family gpt2",
+        ),
+        ("--val-fraction 0 --patience 0", ""),
+    ],
+)
+def test_a_training_setting_without_effect_is_named(
+    run: Run, place: Path, trained: Path, words: str, noted: str
+) -> None:
+    text = str(trained / "corpus.txt")
+    result = run("train", text, *TINY, *words.split(), "--dry-run", "--json")
+    assert result.code == 0
+    found = [line.removeprefix("note").strip() for line in result.err.splitlines()]
+    found = [line for line in found if "no effect" in line]
+    # TINY has eval_tokens too.
+    assert noted in found if noted else not [line for line in found if "eval_tokens" not in line]
+
+
+def test_each_condition_of_a_void_setting_is_a_valid_value_of_another() -> None:
+    tables = {
+        "model": ModelConfig,
+        "training": TrainingConfig,
+        "data": DataConfig,
+        "": SamplingConfig,
+    }
+    n_conditions = 0
+    for table, config in tables.items():
+        for f in fields(config):
+            for other, value in f.metadata.get("void_if", ()):
+                place, _, name = other.rpartition(".")
+                (field,) = (o for o in fields(tables[place or table]) if o.name == name)
+                choices = choices_in(field.type) or field.metadata["choices"]
+                if choices:
+                    assert value in choices
+                else:
+                    require_within(name, value, field.metadata["bounds"])
+                n_conditions += 1
+    assert n_conditions > 40
+
+
+def test_a_trace_into_standard_output_is_its_json_lines(run: Run, place: Path) -> None:
+    assert run(*TRACE, "--seed", "1", "--out", "t.jsonl").code == 0
+    result = run(*TRACE, "--seed", "1", "--out", "/dev/stdout")  # a pipe or a file
+    assert result.code == 0
+    lines, expected = result.out.splitlines(), Path("t.jsonl").read_text().splitlines()
+    assert all(isinstance(json.loads(line), dict) for line in lines)
+    assert lines[1:-1] == expected[1:-1]  # without the seconds of the header and the footer
+    for other in (["--json"], ["--view", "text"]):
+        refused = run(*TRACE, "--out", "/dev/stdout", *other)
+        assert refused.code == 2
+        assert "'/dev/stdout' is standard output" in error_line(refused)
+
+
+def test_a_trace_into_a_pipe_of_standard_output_is_its_json_lines(place: Path) -> None:
+    words = [sys.executable, "-m", "minigpt", *TRACE, "--out", "/dev/stdout"]
+    result = subprocess.run(words, capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert result.returncode == 0, result.stderr
+    assert [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def test_the_help_of_attention_trace_does_not_offer_what_it_refuses(run: Run) -> None:
+    assert "--overflow" in run("generate", "--help").out
+    assert "--overflow" not in run("attention-trace", "--help").out

@@ -32,6 +32,13 @@ from minigpt.errors import did_you_mean
         ("train --batch 2", "--batch-size"),
         ("train --context 2", "--context-length"),
         ("attention-trace --verif 2", "--n-verified"),
+        ("train --model gpt2", "--from MODEL"),
+        ("prepare --model gpt2", "--from MODEL"),
+        ("-help", "--help"),
+        ("generate -help", "--help"),
+        ("--verison", "--version"),
+        ("hlep", "help"),
+        ("checkpoints hlep", "help"),
         ("trace x", "attention-trace"),
         ("eval", "evaluate"),
         ("checkpoints lst", "list"),
@@ -56,6 +63,7 @@ def test_a_name_that_is_near_is_suggested(run: Run, words: str, near: str) -> No
         "train --gpu",
         "train --data x",
         "train --xyzzy",
+        "train --temp 1",
         "chat",
         "ls",
         "nonsense",
@@ -77,9 +85,39 @@ def test_a_suffix_makes_no_file_near() -> None:
 
 @pytest.mark.parametrize("words", [[], ["generate"], ["train"], ["checkpoints", "list"]])
 def test_help_is_a_command_too(run: Run, words: list[str]) -> None:
+    if words[:1] == ["checkpoints"]:
+        inner = run("checkpoints", "help", *words[1:])
+        assert (inner.code, inner.out) == (0, run(*words, "--help").out)
     asked, shown = run("help", *words), run(*words, "--help")
     assert (asked.code, asked.err) == (0, "")
     assert asked.out == shown.out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--", "-5 degrees", "--max-new-tokens", "3"],
+        ["--seed", "1", "--", "-5", "--max-new-tokens=3", "--no-stream"],
+    ],
+)
+def test_an_option_behind_the_text_after_two_dashes_gets_a_call_that_works(
+    run: Run, trained: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    monkeypatch.chdir(trained)
+    result = run("generate", *words)
+    assert result.code == 2
+    _, _, advice = error_line(result).partition("Put options before it: ")
+    call = shlex.split(advice)
+    assert call[:2] == ["minigpt", "generate"]
+    assert run(*call[1:]).code == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "call"),
+    [("generate --prompt x", "generate PROMPT"), ("train --data x", "train DATA")],
+)
+def test_an_argument_named_as_an_option_is_shown_as_one(run: Run, words: str, call: str) -> None:
+    assert f"Give it without a name: minigpt {call}" in error_line(run(*words.split()))
 
 
 @pytest.mark.parametrize("prompt", ["-5 degrees", "-5", "-- a list", "-hello there", "--x y"])

@@ -309,3 +309,9 @@ def test_a_refused_file_or_folder_is_a_resource_error(
     assert isinstance(error("d/a.txt"), ResourceError)
     monkeypatch.setattr(os, "scandir", refuse)
     assert "'d' may not be read: permission denied" in str(error("d"))
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "/dev/null", "-"])
+def test_a_device_is_refused_before_it_is_read(tmp_path: Path, name: str) -> None:
+    with open("/dev/zero", "rb") as zero, pytest.raises(DataError, match="is a device"):
+        find_files([name], tmp_path, tmp_path, stdin=zero)

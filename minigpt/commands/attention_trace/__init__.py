@@ -52,7 +52,7 @@ def attention_trace(
             rich_help_panel=_FILES,
         ),
     ] = None,
-    sampling: Annotated[SamplingConfig, Fields(without=("logprobs",))],
+    sampling: Annotated[SamplingConfig, Fields(without=("logprobs",), unlisted=("overflow",))],
 ) -> None:
     r"""Continue a prompt and show what each generated token attended to.
 

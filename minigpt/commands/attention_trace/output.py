@@ -38,6 +38,7 @@ class TraceOutput:
         """Args: model, named on stderr when the first trace begins; is_quiet, for no stdout."""
         self._model = model
         self._targets, self._layout = targets, layout
+        is_quiet |= targets.is_stdout  # the lines of --out are the result
         self._view = "" if is_quiet else "json" if targets.as_json else targets.view or LINES
         self._console = make_console(is_stderr=False)
         self._files = ExitStack()
@@ -144,11 +145,15 @@ class TraceOutput:
 
     def _write(self, line: str, path: Path) -> None:
         """Write a line of --out: aside, to be renamed at the end; or to a device or a pipe."""
+        if self._targets.is_stdout:
+            write_result(line)
+            return
         with resource_errors(path):
             if self._out is None:
-                place = Path(os.path.realpath(path))  # a link stays one
-                is_new = not place.exists() or place.is_file()
-                file = writing_aside(place) if is_new else place.open("wb")
+                is_new = not path.exists() or path.is_file()
+                # realpath, as a link stays one; but a link to a pipe leads nowhere.
+                place = Path(os.path.realpath(path))
+                file = writing_aside(place) if is_new else path.open("wb")
                 self._out = self._files.enter_context(file)
             self._out.write(line.encode())
             self._out.flush()

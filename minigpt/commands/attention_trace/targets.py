@@ -105,6 +105,14 @@ class Targets:
                 raise ConfigError(
                     f"--{name}: there is no folder {str(path.parent)!r}. Make it first."
                 )
+            if name == "out" and self.is_stdout:
+                if self.view is not None or self.as_json:
+                    other = "--json" if self.as_json else "--view"
+                    raise ConfigError(
+                        f"--out {str(path)!r} is standard output, which {other} takes too. Leave "
+                        "one of them out."
+                    )
+                continue
             if path.is_dir() or (name != "out" and path.exists() and not path.is_file()):
                 # These files are written aside and renamed, which would replace a device.
                 raise ConfigError(f"--{name}: {str(path)!r} is not a file. Choose another name.")
@@ -115,6 +123,14 @@ class Targets:
             if name in _PICTURES:
                 require_matplotlib(path)
             require_writable(path)
+
+    @property
+    def is_stdout(self) -> bool:
+        """Whether --out is standard output, as /dev/stdout."""
+        try:
+            return self.out is not None and os.path.samestat(os.stat(self.out), os.fstat(1))
+        except OSError:
+            return False
 
     @property
     def files(self) -> list[Path]:

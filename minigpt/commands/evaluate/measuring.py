@@ -61,6 +61,11 @@ def measure(
             batch_size=config.batch_size,
             eval_tokens=config.eval_tokens,
         )
+        progress.note(f"model {folder}")
+        if not config.data:
+            progress.note(
+                f"text {', '.join(text.paths) or BUILTIN}: the run's own, as no DATA is given"
+            )
         started = time.perf_counter()
         batches = _shown(windows.batches(span), windows.n_tokens, progress)
         result = evaluate(model, batches, tokenizer.token_byte_lengths, dtype=dtype)
@@ -71,11 +76,6 @@ def measure(
         raise CheckpointError(
             f"the loss of {str(folder)!r} is {result.nats_per_token}: its weights are damaged. Use "
             "another checkpoint, or download it again."
-        )
-    progress.note(f"model {folder}")
-    if not config.data:
-        progress.note(
-            f"text {', '.join(text.paths) or BUILTIN}: the run's own, as no DATA is given"
         )
     if val_fraction is None and result.n_tokens == len(span) - 1:
         result = replace(result, n_bytes=text_bytes(data, span))

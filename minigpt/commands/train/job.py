@@ -1,7 +1,7 @@
 """Which run a call of minigpt train is about, and its settings: a new run, or a resumed one."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import count
@@ -11,19 +11,29 @@ from typing import Any, Literal
 
 from minigpt.checkpoint.families import canonical
 from minigpt.checkpoint.folder import CONFIG_FILE, Pointer, RunFolder
+from minigpt.checkpoint.manifest import verify
 from minigpt.checkpoint.model_folder import Carried, read_carried, read_model
 from minigpt.checkpoint.resolve import ROOT, models_in, warn_of_damage
 from minigpt.config import DataConfig, RunConfig
-from minigpt.errors import CheckpointError, ConfigError, LockedError, nearest
+from minigpt.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    LockedError,
+    cut,
+    nearest,
+)
 from minigpt.model.cost import parameter_count
 from minigpt.model.device import resolve_device, resolve_dtype
 from minigpt.model.language_model import LanguageModel
 from minigpt.presets import DEFAULT_PRESET, for_text
 from minigpt.presets import preset as preset_settings
 from minigpt.rings import has_ring, ring
-from minigpt.settings import build, merge, read_toml, to_dict
+from minigpt.settings import build, merge, read_toml, to_dict, without_effect
 from minigpt.text.building import PrepareProgress
 from minigpt.text.shards import PreparedData, prepare, prepared_settings
+from minigpt.training.schedule import with_max_steps
+from minigpt.training.state import read_state
 from minigpt.training.trainer import Trainer
 from minigpt.training.world import World
 
@@ -75,6 +85,8 @@ class Job:
     start_from: LanguageModel | None = None
     resume_from: Path | None = None
     carried: Carried | None = None
+    notes: Sequence[str] = ()
+    """What the user should know of the settings, in lines."""
 
     def trainer(self, world: World) -> Trainer:
         """Return this process's trainer of the run."""
@@ -130,6 +142,7 @@ def _new_job(request: Request) -> Iterator[Job]:
         config = with_vocabulary(settings, data.tokenizer.vocab_size)
         config = suited_to_text(config, overrides, data)
         _require_memory(config, request)
+    notes = without_effect(config, overrides)
     config = with_split(config, data)
     names = fresh_names(config.data, base.name if base else config.preset)
     with ExitStack() as held:
@@ -145,7 +158,7 @@ def _new_job(request: Request) -> Iterator[Job]:
                 held.close()  # another run took the name that was free: take the next one
         carried = read_carried(base.folder) if base else None
         start = base.model if base else None
-        yield Job(config, data, run, start_from=start, carried=carried)
+        yield Job(config, data, run, start_from=start, carried=carried, notes=notes)
 
 
 @contextmanager
@@ -162,9 +175,10 @@ def _resumed_job(request: Request) -> Iterator[Job]:
         if "val" not in settings.get("data", {}):  # saved before there were other splits
             settings = merge(settings, {"data": {"val_split": "tail"}})
         saved = build(RunConfig, settings)
+        _require_same(saved, request.overrides)  # before settings that depend on each other
         overrides = request.overrides if saved.from_ is None else one_lr(request.overrides)
         config = build(RunConfig, merge(to_dict(saved), one_budget(overrides)))
-        _require_same(saved, config)
+        notes = without_effect(config, overrides)
         _require_memory(config, request)
         latest = _require_checkpoint(run)
         # The model that a run was fine-tuned from may be gone; the checkpoint has its tokenizer.
@@ -177,7 +191,10 @@ def _resumed_job(request: Request) -> Iterator[Job]:
             tokenizer=tokenizer,
             template=chat_template(replace(config.data, chat_template=None), latest.folder),
         )
-        yield Job(config, data, run, resume_from=latest.folder, carried=carried)
+        if read_state(latest.folder).corpus != data.tokens.fingerprint:
+            raise _other_text(saved, request.overrides)
+        notes += _lifted_limit(saved, config, data)
+        yield Job(config, data, run, resume_from=latest.folder, carried=carried, notes=notes)
 
 
 def chat_template(data: DataConfig, folder: Path | None) -> Any:
@@ -208,6 +225,16 @@ def _require_memory(config: RunConfig, request: Request) -> None:
 
 def _require_checkpoint(run: RunFolder) -> Pointer:
     latest = run.latest()
+    if latest is None and (steps := run.steps()):
+        reason = "its checkpoints have weights only."
+        try:
+            verify(run.step_folder(steps[-1]))
+        except CheckpointError as error:
+            reason = str(error).replace(" Use another step; if", " If")
+        raise CheckpointError(
+            f"the run {run.path.name!r} cannot be resumed: {reason} Otherwise start a new run "
+            "under another --name."
+        )
     if latest is None:
         names = [path.name for path in models_in(ROOT) if RunFolder(path).steps()]
         raise CheckpointError(
@@ -228,15 +255,52 @@ def _newest_run() -> RunFolder:
     return max(latest, key=lambda run: latest[run].folder.stat().st_mtime_ns)
 
 
-def _require_same(saved: RunConfig, wanted: RunConfig) -> None:
-    before, after = flat(to_dict(saved)), flat(to_dict(wanted))
-    for key in before | after:
+def _require_same(saved: RunConfig, overrides: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a setting that --resume cannot change, and that differs."""
+    before = flat(to_dict(saved))
+    for key, value in flat(overrides).items():
         is_fixed = any(key == fixed or key.startswith(f"{fixed}.") for fixed in _FIXED)
-        if is_fixed and before.get(key) != after.get(key):
+        is_fixed |= key == "data.val" and not saved.data.val
+        is_known = key in before or key in _FIXED  # the others are refused with the nearest one
+        if is_fixed and is_known and before.get(key) != value:
             raise ConfigError(
-                f"--resume cannot change {key}: it is {before.get(key)!r} in this run, not "
-                f"{after.get(key)!r}. Leave it out, or start a new run under another --name."
+                f"--resume cannot change {key}: it is {cut(before.get(key))} in this run, not "
+                f"{cut(value)}. Leave it out, or start a new run under another --name."
             )
+
+
+def _other_text(saved: RunConfig, overrides: Mapping[str, Any]) -> DataError:
+    """Return the error for a text that is not the run's, with what reads it differently."""
+    before = flat({"data": to_dict(saved.data)})
+    for key, value in flat({"data": overrides.get("data", {})}).items():
+        if before.get(key) != value:
+            was = "the default" if key not in before else cut(before[key])
+            return DataError(
+                f"the corpus is not the one that this run started with: {key} is {was} in this "
+                f"run, not {cut(value)}. Leave it out, or start a new run under another --name."
+            )
+    return DataError(
+        "the corpus is not the one that this run started with: the text of "
+        f"{', '.join(map(repr, saved.data.paths)) or 'the built-in corpus'} has changed. Give the "
+        "same text as DATA, or start a new run under another --name."
+    )
+
+
+def _lifted_limit(saved: RunConfig, config: RunConfig, data: PreparedData) -> list[str]:
+    """Return a line if a resumed run will read its text more often than its limit allowed."""
+    epochs, budget = saved.training.max_epochs, config.training
+    if not epochs or budget.max_epochs:
+        return []
+    n_tokens = len(data.tokens.split(config.data.val_fraction)[0])
+    limit = with_max_steps(replace(saved, training=replace(saved.training, max_steps=0)), n_tokens)
+    n_steps = limit.training.max_steps
+    if 0 < budget.max_steps <= n_steps:
+        return []
+    wanted = f"--max-steps {budget.max_steps}" if budget.max_steps else "--max-minutes"
+    return [
+        f"{wanted} lifts this run's limit of {epochs:.3g} epochs ({n_steps} steps): "
+        f"--max-epochs {epochs:.3g} keeps it"
+    ]
 
 
 def settings_of(overrides: dict[str, Any]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def plan_training(
             request = Request(name, overrides, world.size, display.preparing, is_dry_run=True)
             with open_job(request, resume=resume) as job:
                 done = read_state(job.resume_from) if job.resume_from else None
-                for line in job.data.manifest.notes():
+                for line in (*job.notes, *job.data.manifest.notes()):
                     display.note(line)
                 plan = make_plan(job.config, job.data, world, done)
         if is_json:

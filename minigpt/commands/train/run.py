@@ -41,6 +41,8 @@ def run_training(
     with releasing_ranks(world), TrainingDisplay() as display:
         request = Request(name, overrides, world.size, display.preparing)
         with open_job(request, resume=resume) as job:
+            for line in job.notes:
+                display.note(line)
             _train(job, display, report_to, world)
 
 
