@@ -1,18 +1,34 @@
 # Every target makes its own .venv first; nothing else is needed.
 PYTHON ?= python3
 BIN := .venv/bin
-INSTALLED := .venv/.installed
+# What demo needs, and what the other targets need.
+RUNTIME := .venv/.installed
+INSTALLED := .venv/.installed-dev
 
 .PHONY: help demo test test-slow test-rings test-dist test-browser test-gpu torture check format bench clean
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /: /' | column -t -s :
 
-$(INSTALLED): pyproject.toml constraints.txt
+.venv/bin/python:
 	$(PYTHON) -m venv .venv
+
+# uv shows its progress and takes PyTorch's small CPU build where there is no GPU. pip is for where
+# uv finds no package index, as with an index that only pip is configured for.
+$(RUNTIME): .venv/bin/python pyproject.toml setup.py constraints.txt
+	@echo 'Installing minigpt and PyTorch into .venv, once. From a warm cache this takes a minute.'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv || true
+	@VIRTUAL_ENV=.venv $(BIN)/uv pip install --torch-backend=auto --constraint constraints.txt \
+	    --editable . \
+	|| { echo 'uv could not install it, so pip does.'; \
+	    $(BIN)/python -m pip install --disable-pip-version-check \
+	    --constraint constraints.txt --editable .; }
+	@touch $@
+
+$(INSTALLED): .venv/bin/python pyproject.toml setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-demo: $(INSTALLED) ## Train a small model on text that comes with Python, sample it, trace it
+demo: $(RUNTIME) ## Tell a tale with the model that ships and trace it; train one for a minute
 	sh demo.sh $(BIN)/minigpt
 
 test: $(INSTALLED) ## Run the tests, in as many processes as there are cores

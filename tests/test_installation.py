@@ -5,7 +5,9 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -59,7 +61,7 @@ def test_an_editable_install_is_found_from_the_folder_of_the_clone(tmp_path: Pat
     shutil.copytree(
         ROOT / "minigpt", clone / "minigpt", ignore=shutil.ignore_patterns("__pycache__")
     )
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, clone)
     venv = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
@@ -84,3 +86,51 @@ def test_an_editable_install_is_found_from_the_folder_of_the_clone(tmp_path: Pat
         )
         expected = f"{clone / 'minigpt' / '__init__.py'} {PROJECT['version']}"
         assert (found.stdout.strip(), found.stderr) == (expected, ""), folder
+
+
+def test_sdist_and_wheel_carry_the_model_that_ships(tmp_path: Path) -> None:
+    build_meta = pytest.importorskip("setuptools.build_meta", reason="needs setuptools to build")
+    clone = tmp_path / "clone"
+    shutil.copytree(
+        ROOT / "minigpt", clone / "minigpt", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, clone)
+    model = clone / "checkpoints/storyteller"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text("{}")
+    (clone / "checkpoints/mine").mkdir()
+    (clone / "checkpoints/mine/config.json").write_text("{}")
+    build = "import setuptools.build_meta as b, sys; b.build_{}(sys.argv[1])"
+    assert build_meta
+    for kind in ("sdist", "wheel"):
+        subprocess.run(
+            [sys.executable, "-c", build.format(kind), tmp_path],
+            cwd=clone,
+            check=True,
+            capture_output=True,
+            timeout=120,
+        )
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as packed:
+        names = [name.partition("/")[2] for name in packed.getnames()]
+    assert "checkpoints/storyteller/config.json" in names
+    assert not any("mine" in name for name in names)
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        names = wheel.namelist()
+    assert {"minigpt/storyteller/config.json", "minigpt/py.typed"} <= set(names)
+    assert not any("mine" in name for name in names)
+
+
+def test_the_workflows_run_what_ci_runs() -> None:
+    targets = re.findall(r"^make ([\w-]+)$", (ROOT / ".ci/run").read_text(), re.MULTILINE)
+    assert targets
+    workflow = (ROOT / ".github/workflows/test.yml").read_text()
+    makefile = (ROOT / "Makefile").read_text()
+    tests = re.search(r"^test:.*\n\t\$\(BIN\)/python -m pytest (.*)$", makefile, re.MULTILINE)
+    assert tests
+    flat = re.sub(r"\s+", " ", workflow)
+    assert tests[1].replace("'", '"') in flat
+    for target in set(targets) - {"test"}:
+        assert f"make {target}" in workflow or f" {target}" in workflow.partition("matrix:")[2]
+    for minor in range(11, 15):
+        assert f'"3.{minor}"' in workflow

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
+import minigpt
 from minigpt.checkpoint.folder import RunFolder
 from minigpt.checkpoint.manifest import MANIFEST, verify
 from minigpt.errors import CheckpointError, MinigptError, MinigptWarning, nearest
@@ -15,7 +16,9 @@ from minigpt.files import WRITING, resource_errors
 from minigpt.rings import ring
 
 ROOT = Path("checkpoints")
-"""Folder of runs and of the model that ships, relative to the working directory."""
+"""Folder of runs, relative to the working directory."""
+SHIPPED = "storyteller"
+"""Name of the model that ships with minigpt."""
 MAKE_ONE = "Make one with `minigpt train`."
 """Remedy where there is no run or model at all."""
 HUB_NAME = re.compile(
@@ -38,7 +41,7 @@ def resolve_model(spec: str | None, root: Path = ROOT) -> Path:
     Args: spec, a run folder (its best step, else its latest), a step folder, any Hugging Face
         folder, the name of one of these under root, or, if there is no such path, a model of the
         Hugging Face hub (org/name or org/name@revision), which is downloaded. None: the newest run
-        under root that has a checkpoint, else the model that ships there.
+        under root that has a checkpoint, else a model folder there, else the model that ships.
     Raises: CheckpointError if there is no such model, or it is incomplete, damaged or cannot be
         downloaded; ConfigError if this installation cannot download; ResourceError.
     """
@@ -122,8 +125,24 @@ def remedy(word: str, names: Iterable[str]) -> str:
     return nearest(word, known) if (known := list(names)) else MAKE_ONE
 
 
+def is_shipped(folder: Path) -> bool:
+    """Return whether a model folder is that of the model that ships."""
+    shipped = shipped_model()
+    return shipped is not None and folder.exists() and folder.samefile(shipped)
+
+
+def shipped_model() -> Path | None:
+    """Return the folder of the model that ships: in a clone, in a wheel; None where it is absent."""
+    package = Path(minigpt.__file__).parent
+    places = (package.parent / ROOT / SHIPPED, package / SHIPPED)
+    return next((place for place in places if _holds_model(place)), None)
+
+
 def _places(spec: str, root: Path) -> list[Path]:
-    return [Path(spec), root / spec] if Path(spec).name == spec else [Path(spec)]
+    if Path(spec).name != spec:
+        return [Path(spec)]
+    shipped = shipped_model() if spec == SHIPPED else None
+    return [Path(spec), root / spec, *([shipped] if shipped else [])]
 
 
 def _holds_model(place: Path) -> bool:
@@ -168,7 +187,7 @@ def _newest(root: Path) -> Path:
             runs[place] = (pointer.folder / MANIFEST).stat().st_mtime_ns
     if runs:
         return _model_in(max(runs, key=lambda place: (runs[place], place.name)))
-    for place in models_in(root):
+    for place in [*models_in(root), *([shipped] if (shipped := shipped_model()) else [])]:
         with suppress(MinigptError):
             return _model_in(place)
     raise CheckpointError(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from minigpt.checkpoint.model_folder import LoadedModel
-from minigpt.checkpoint.resolve import resolve_model
+from minigpt.checkpoint.resolve import SHIPPED, is_shipped, resolve_model
 from minigpt.commands.options import ModelSource, PromptForm
 from minigpt.commands.output import note
 from minigpt.errors import DataError
@@ -84,8 +84,8 @@ def load_model(source: ModelSource) -> tuple[Path, LoadedModel]:
 
 
 def show_model(folder: Path) -> None:
-    """Name the model on stderr: its folder, and so the run and the step."""
-    note(f"model {folder}")
+    """Name the model on stderr: its folder, and so the run and the step; or that it ships."""
+    note(f"model {SHIPPED}, which ships with minigpt" if is_shipped(folder) else f"model {folder}")
 
 
 def use_threads(threads: int | None) -> None:

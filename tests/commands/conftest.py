@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from calls import ROOT, TINY, Result, Run
 
+from minigpt.checkpoint import resolve
 from minigpt.commands import main
 
 
@@ -35,6 +36,7 @@ def workplace(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "COLUMNS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MINIGPT_CACHE_DIR", str(trained / "cache"))
+    monkeypatch.setattr(resolve, "shipped_model", lambda: None)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

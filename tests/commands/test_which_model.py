@@ -8,6 +8,7 @@ import pytest
 import torch
 from calls import TINY, Run, error_line
 
+from minigpt.checkpoint import resolve
 from minigpt.checkpoint.folder import RunFolder
 from minigpt.model.device import resolve_dtype
 
@@ -116,3 +117,34 @@ def test_runs_without_a_name_that_start_together_get_two_names(run: Run, place: 
         assert named.code == 7
     assert run("train", "corpus.txt", *TINY).code == 0
     assert taken.steps() == [4]
+
+
+@pytest.fixture
+def shipped(trained: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model that ships, in a folder of the installation."""
+    folder = workplace / "installed" / "storyteller"
+    shutil.copytree(trained / STEP, folder)
+    monkeypatch.setattr(resolve, "shipped_model", lambda: folder)
+    return folder
+
+
+@pytest.mark.parametrize("command", ["generate", "attention-trace", "heads"])
+def test_the_model_that_ships_is_used_where_there_is_no_run(
+    run: Run, shipped: Path, command: str
+) -> None:
+    words = ["The", "--max-new-tokens", "2"] if command != "heads" else []
+    for model in ([], ["--model", "storyteller"]):
+        result = run(command, *words, *model)
+        assert result.code == 0, result.err
+        assert "model storyteller, which ships with minigpt" in result.err.splitlines()
+
+
+def test_a_run_of_ones_own_goes_before_the_model_that_ships(
+    run: Run, place: Path, shipped: Path
+) -> None:
+    assert f"model {STEP}" in run("generate", "The", "--max-new-tokens", "1").err.splitlines()
+    named = run("generate", "The", "--max-new-tokens", "1", "--model", "storyteller")
+    assert "model storyteller, which ships with minigpt" in named.err.splitlines()
+    shutil.copytree("checkpoints/tiny", "checkpoints/storyteller")
+    own = run("generate", "The", "--max-new-tokens", "1", "--model", "storyteller")
+    assert "model checkpoints/storyteller/step-000004" in own.err.splitlines()
