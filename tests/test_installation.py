@@ -131,6 +131,6 @@ def test_the_workflows_run_what_ci_runs() -> None:
     flat = re.sub(r"\s+", " ", workflow)
     assert tests[1].replace("'", '"') in flat
     for target in set(targets) - {"test"}:
-        assert f"make {target}" in workflow or f" {target}" in workflow.partition("matrix:")[2]
+        assert re.search(rf"[ \[]{target}\b", workflow), target
     for minor in range(11, 15):
         assert f'"3.{minor}"' in workflow

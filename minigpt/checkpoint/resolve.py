@@ -132,7 +132,7 @@ def is_shipped(folder: Path) -> bool:
 
 
 def shipped_model() -> Path | None:
-    """Return the folder of the model that ships: in a clone, in a wheel; None where it is absent."""
+    """Return the folder of the model that ships, of a clone or a wheel; None if it is absent."""
     package = Path(minigpt.__file__).parent
     places = (package.parent / ROOT / SHIPPED, package / SHIPPED)
     return next((place for place in places if _holds_model(place)), None)
