@@ -8,10 +8,10 @@ import os
 import tempfile
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -21,7 +21,6 @@ import numpy as np
 import numpy.typing as npt
 
 from minigpt.config import DataConfig
-from minigpt.errors import ConfigError, DataError
 from minigpt.files import OTHER_CACHE, cache_folder, resource_errors
 from minigpt.rings import has_ring, ring
 from minigpt.text.corpus import (
@@ -33,10 +32,10 @@ from minigpt.text.corpus import (
     split_documents,
 )
 from minigpt.text.shard_files import (
-    CONTEXT_ONLY,
     MANIFEST,
     SCHEMA_VERSION,
     VOCABULARY,
+    Counts,
     Manifest,
     Shard,
     is_ours,
@@ -121,61 +120,33 @@ class Corpus:
     ) -> Iterator[Document]:
         """Yield the documents of files in their order."""
         documents = iter_documents(files, self.data, on_skip)
-        end = _end_of_text(self.tokenizer)
-        return split_documents(documents, end) if self.data.special and end else documents
+        if not self.data.special:
+            return documents
+        end = END_OF_TEXT
+        if isinstance(self.tokenizer, Tokenizer):
+            known, id_ = self.tokenizer.special_ids, self.tokenizer.end_of_text
+            end = next((text for text in known if known[text] == id_), "")
+        return split_documents(documents, end) if end else documents
 
 
 @dataclass(frozen=True)
-class Place:
-    """Position in the tokens of a corpus, whose pieces are read in order."""
+class Place(Counts):
+    """Position in the tokens of a corpus, and the counts of the pieces before it."""
 
-    n_pieces: int = 0
-    """Number of pieces whose tokens all come before it."""
     n_tokens: int = 0
     """Number of tokens before it that belong to later pieces."""
-    n_documents: int = 0
-    """Number of documents that begin in those pieces."""
-    n_bytes: int = 0
-    """UTF-8 bytes of the text of those pieces that became tokens other than special ones."""
-    unparsed: Mapping[str, int] = field(default_factory=dict)
-    """Special tokens that are plain text in those pieces, and how often each is."""
-    skipped: Mapping[str, int] = field(default_factory=dict)
-    """Characters of those pieces that were skipped, and how often each was."""
-    n_refused: int = 0
-    """Number of conversations that the chat template refused, left out of the tokens."""
-    refused: str = ""
-    """Message about the first of them."""
-    n_val_tokens: int = 0
-    """Number of tokens of validation documents in those pieces."""
-
-    def after(self, encoded: "Encoded") -> "Place":
-        """Return the place after this one and some encoded pieces."""
-        return Place(
-            n_pieces=self.n_pieces + len(encoded.pieces),
-            n_documents=self.n_documents
-            + sum(piece.is_start for piece in encoded.pieces)
-            - len(encoded.refused),
-            n_refused=self.n_refused + len(encoded.refused),
-            refused=self.refused or next(iter(encoded.refused), ""),
-            n_bytes=self.n_bytes + encoded.n_bytes,
-            unparsed=dict(Counter(self.unparsed) + encoded.unparsed),
-            skipped=dict(Counter(self.skipped) + encoded.skipped),
-            n_val_tokens=self.n_val_tokens + len(encoded.tokens) * encoded.pieces[0].is_validation,
-        )
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Some pieces of a corpus and their tokens. Its counts are those of ``Place``."""
+    """Some pieces of a corpus and their tokens."""
 
     pieces: list[Document]
     """Pieces in order."""
     tokens: npt.NDArray[Any]
     """Tokens of all of them, separators included."""
-    n_bytes: int
-    unparsed: Counter[str]
-    skipped: Counter[str]
-    refused: list[str]
+    counts: Counts
+    """Counts of these pieces."""
 
 
 @dataclass(frozen=True)
@@ -217,7 +188,8 @@ def opened_corpus(
             files, val_files = find(data.paths), find(data.val) if data.val else []
             used = tokenizer or data.tokenizer
             corpus = Corpus(files, val_files, data, used, cache, Path(spool), report, template)
-            corpus = _split(corpus)
+            if has_ring(_SPLITTING) or data.val or data.val_split == "documents":
+                corpus = ring(_SPLITTING).split(corpus)
             # A name does not identify a vocabulary that was not made here: two may share it.
             what: list[object] = [SCHEMA_VERSION]
             what += [data.tokenizer, BPE_VERSION] if tokenizer is None else [tokenizer.fingerprint]
@@ -232,45 +204,6 @@ def opened_corpus(
                 what += [data.loss_on, template.source, sorted(template.tokens.items())]
             identity = hashlib.sha256("\n".join(map(str, what)).encode()).hexdigest()
             yield replace(corpus, identity=identity)
-
-
-def _split(corpus: Corpus) -> Corpus:
-    """Choose the documents of a corpus that are kept for validation.
-
-    Raises: DataError if a file is in both texts; ConfigError for an option of rows without any.
-    """
-    data, files = corpus.data, corpus.files
-    has_rows = any(file.format != "text" for file in (*files, *corpus.val_files))
-    for name, default in (("field", "text"), ("skip_bad", False)):
-        if getattr(data, name) != default and not has_rows:
-            raise ConfigError(
-                f"{name} is for files of rows, and {files[0].name!r} is text. Leave it out, or "
-                "name the format with --format."
-            )
-    paths = [{file.path.resolve() for file in part} for part in (files, corpus.val_files)]
-    if both := paths[0] & paths[1]:
-        raise DataError(f"{str(min(both))!r} is in both DATA and --val. Leave it out of one.")
-    if corpus.val_files or not data.val_fraction:
-        return replace(corpus, val_split="own" if corpus.val_files else "none")
-    if data.val_split == "tail" or not (data.val_split or has_ring(_SPLITTING)):
-        return corpus
-    splitting = ring(_SPLITTING)
-    if data.val_split is None:
-        # A text file is a document: it need not be read to be counted.
-        is_few = not has_rows and not data.special and len(files) < splitting.MIN_DOCUMENTS
-        if is_few or not splitting.are_several(corpus.read(files)):
-            return corpus
-    report = _reporter(files, "split", corpus.report)
-    is_validation = splitting.choose(map(report, corpus.read(files)), data.val_fraction)
-    return replace(corpus, val_split="documents", is_validation=is_validation)
-
-
-def _end_of_text(tokenizer: Tokenizer | str) -> str:
-    """Return the text of the token between documents; empty if there is none."""
-    if isinstance(tokenizer, str):
-        return END_OF_TEXT
-    texts = (text for text, i in tokenizer.special_ids.items() if i == tokenizer.end_of_text)
-    return next(texts, "")
 
 
 def begin(folder: Path, corpus: Corpus) -> Tokenizer:
@@ -304,7 +237,7 @@ def build(
     Raises: DataError for a corpus that cannot be used; OSError if the folder cannot be written.
     """
     n_bytes_before = place.n_bytes
-    report = _reporter([*corpus.files, *corpus.val_files], "encode", corpus.report)
+    report = reporter([*corpus.files, *corpus.val_files], "encode", corpus.report)
     n_bad_rows, bad_row = 0, ""
 
     def on_skip(message: str) -> None:
@@ -323,13 +256,10 @@ def build(
     def new_tokens() -> Iterator[npt.NDArray[Any]]:
         """Yield tokens that no shard has, while ``place`` is where they begin."""
         nonlocal place
-        n_known = place.n_tokens
         for part in encoded:
-            place = replace(place, n_tokens=min(n_known, len(part.tokens)))
-            n_known -= place.n_tokens
             if place.n_tokens < len(part.tokens):
                 yield part.tokens[place.n_tokens :]
-            place = place.after(part)
+            place = place.plus(part.counts)
             report(part.pieces[-1])
 
     shards = list(shards)
@@ -339,12 +269,11 @@ def build(
             if on_shard:
                 on_shard(shard, replace(place, n_tokens=place.n_tokens + n_written))
     manifest = Manifest(
+        **vars(Counts(n_bad_rows=n_bad_rows, bad_row=bad_row).plus(place)),
         schema_version=SCHEMA_VERSION,
         identity=corpus.identity,
         dtype=dtype,
         n_tokens=sum(shard.n_tokens for shard in shards),
-        n_bytes=place.n_bytes,
-        n_documents=place.n_documents,
         tokenizer=tokenizer.name,
         tokenizer_fingerprint=tokenizer.fingerprint,
         shards=tuple(shards),
@@ -352,13 +281,8 @@ def build(
         special=corpus.data.special,
         chat_template=corpus.template.source if corpus.template else "",
         loss_on=corpus.data.loss_on or "all",
-        unparsed=place.unparsed,
-        skipped=place.skipped,
         val_split=corpus.val_split,
         val_fraction=corpus.data.val_fraction,
-        n_val_tokens=place.n_val_tokens,
-        n_bad_rows=n_bad_rows + place.n_refused,
-        bad_row=bad_row or place.refused,
     )
     write_json(folder / MANIFEST, asdict(manifest))
     return Work(place.n_bytes - n_bytes_before, time.perf_counter() - started)
@@ -415,39 +339,40 @@ def _encode(chunk: list[Document], corpus: Corpus, tokenizer: Tokenizer, dtype: 
 
     Raises: DataError if the vocabulary lacks a character, unless such characters are skipped.
     """
+    if corpus.template is not None:
+        encoded: Encoded = ring("text.chat").encode_rows(chunk, corpus, tokenizer, dtype)
+        return encoded
+    data, separator = corpus.data, np.array(tokenizer.separator, np.uint32)
     arrays, n_bytes = [np.array([], np.uint32)], 0
     unparsed, skipped = Counter[str](), Counter[str]()
-    refused: list[str] = []
     for piece in chunk:
-        if corpus.template is not None:
-            loss_on, chat = corpus.data.loss_on, ring("text.chat")
-            try:
-                arrays.append(chat.encode_row(piece.text, corpus.template, tokenizer, loss_on))
-            except DataError as error:
-                if not corpus.data.skip_bad:
-                    raise
-                refused.append(str(error))
-                continue
-            n_bytes += int(tokenizer.token_byte_lengths[arrays[-1] % CONTEXT_ONLY].sum())
-            continue
         if piece.is_start:
-            arrays.append(np.array(tokenizer.separator, np.uint32))
+            arrays.append(separator)
         parts = [piece.text]
-        if corpus.data.special:  # the odd parts are special tokens
+        if data.special:  # the odd parts are special tokens
             parts = tokenizer.special_pattern.split(piece.text)
         else:
             unparsed.update(tokenizer.special_pattern.findall(piece.text))
-        for i, part in list(enumerate(parts))[::2] if corpus.data.skip_unencodable else ():
+        for i, part in list(enumerate(parts))[::2] if data.skip_unencodable else ():
             if lacking := tokenizer.unencodable(part):
                 skipped.update(filter(lacking.__contains__, part))
                 parts[i] = part.translate({ord(character): None for character in lacking})
         n_bytes += sum(len(part.encode()) for part in parts[::2])
         text = "".join(parts)
-        arrays.append(
-            tokenizer.encode_array(text, is_start=piece.is_start, special=corpus.data.special)
-        )
+        arrays.append(tokenizer.encode_array(text, is_start=piece.is_start, special=data.special))
     tokens = np.concatenate(arrays, dtype=dtype, casting="unsafe")
-    return Encoded(chunk, tokens, n_bytes, unparsed, skipped, refused)
+    counts = counts_of(chunk, tokens, n_bytes=n_bytes, unparsed=unparsed, skipped=skipped)
+    return Encoded(chunk, tokens, counts)
+
+
+def counts_of(chunk: list[Document], tokens: npt.NDArray[Any], **others: Any) -> Counts:
+    """Return the counts of some pieces, which are all for training or all for validation."""
+    return Counts(
+        n_pieces=len(chunk),
+        n_documents=sum(piece.is_start for piece in chunk),
+        n_val_tokens=len(tokens) * chunk[0].is_validation,
+        **others,
+    )
 
 
 def _training_texts(corpus: Corpus) -> Iterator[str]:
@@ -455,7 +380,7 @@ def _training_texts(corpus: Corpus) -> Iterator[str]:
 
     Only as much of a long corpus is read as merges are learned from.
     """
-    report = _reporter(corpus.files, "train tokenizer", corpus.report)
+    report = reporter(corpus.files, "train tokenizer", corpus.report)
     texts = (report(document).text for document in corpus.documents(training_only=True))
     if corpus.template is not None:
         render = partial(ring("text.chat").row_text, template=corpus.template)
@@ -469,7 +394,7 @@ def _training_texts(corpus: Corpus) -> Iterator[str]:
         yield data.decode(errors="ignore")
 
 
-def _reporter(
+def reporter(
     files: Sequence[CorpusFile], stage: str, report: Callable[[PrepareProgress], None]
 ) -> Callable[[Document], Document]:
     """Return a function that reports now and then how far the files have been read."""

@@ -15,7 +15,7 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ from jinja2.visitor import NodeTransformer
 
 from minigpt.errors import CheckpointError, ConfigError, DataError, MinigptError
 from minigpt.files import read_bytes, read_json, resource_errors
+from minigpt.text.building import Corpus, Encoded, counts_of
+from minigpt.text.corpus import Document
 from minigpt.text.shard_files import CONTEXT_ONLY
 from minigpt.text.tokenizer import END_OF_TEXT, Tokenizer, well_formed
 
@@ -285,6 +287,30 @@ def row_text(text: str, template: ChatTemplate) -> str:
     with suppress(DataError):
         return template.render(json.loads(text), add_generation_prompt=False)
     return ""
+
+
+def encode_rows(chunk: list[Document], corpus: Corpus, tokenizer: Tokenizer, dtype: str) -> Encoded:
+    """Encode documents that are conversations, as ``encode_row`` does each.
+
+    Raises: as ``encode_row``, unless bad rows are skipped.
+    """
+    data, arrays, n_bytes = corpus.data, [np.array([], np.uint32)], 0
+    refused: list[str] = []
+    for piece in chunk:
+        try:
+            tokens = encode_row(piece.text, corpus.template, tokenizer, data.loss_on or "all")
+        except DataError as error:
+            if not data.skip_bad:
+                raise
+            refused.append(str(error))
+        else:
+            arrays.append(tokens)
+            n_bytes += int(tokenizer.token_byte_lengths[tokens % CONTEXT_ONLY].sum())
+    tokens = np.concatenate(arrays, dtype=dtype, casting="unsafe")
+    counts = counts_of(chunk, tokens, n_bytes=n_bytes, n_bad_rows=len(refused))
+    n_documents = counts.n_documents - len(refused)
+    first = next(iter(refused), "")
+    return Encoded(chunk, tokens, replace(counts, n_documents=n_documents, bad_row=first))
 
 
 def encode_row(

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy.typing as npt
 
@@ -56,8 +56,43 @@ class Shard:
             return False
 
 
-@dataclass(frozen=True)
-class Manifest:
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """Counts over pieces of a corpus, which are read in order."""
+
+    n_pieces: int = 0
+    """Number of pieces."""
+    n_documents: int = 0
+    """Number of documents that begin in them."""
+    n_bytes: int = 0
+    """UTF-8 bytes of the text, without separators, parsed special tokens and what was skipped."""
+    n_val_tokens: int = 0
+    """Number of tokens of the documents kept for validation, the last ones; 0 for a tail."""
+    unparsed: Mapping[str, int] = field(default_factory=dict)
+    """Special tokens that are plain text, and how often each is."""
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    """Characters that were left out because the vocabulary lacks them, and how often each was."""
+    n_bad_rows: int = 0
+    """Number of rows left out (--skip-bad)."""
+    bad_row: str = ""
+    """Message about the first of them."""
+
+    def plus(self, others: "Counts") -> Self:
+        """Return the counts of these pieces and of others after them."""
+        return type(self)(
+            n_pieces=self.n_pieces + others.n_pieces,
+            n_documents=self.n_documents + others.n_documents,
+            n_bytes=self.n_bytes + others.n_bytes,
+            n_val_tokens=self.n_val_tokens + others.n_val_tokens,
+            unparsed=dict(Counter(self.unparsed) + Counter(others.unparsed)),
+            skipped=dict(Counter(self.skipped) + Counter(others.skipped)),
+            n_bad_rows=self.n_bad_rows + others.n_bad_rows,
+            bad_row=self.bad_row or others.bad_row,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest(Counts):
     """Contents and origin of a prepared corpus."""
 
     schema_version: int
@@ -68,10 +103,6 @@ class Manifest:
     """Data type of the tokens: <u2 or <u4."""
     n_tokens: int
     """Number of tokens, separators included."""
-    n_bytes: int
-    """UTF-8 bytes of the text, without separators, parsed special tokens and what was skipped."""
-    n_documents: int
-    """Number of documents."""
     tokenizer: str
     """Name of the tokenizer: its spec, if it has one."""
     tokenizer_fingerprint: str
@@ -82,20 +113,14 @@ class Manifest:
     """Names of the files, as the user first gave them."""
     special: bool = False
     """Whether the text of a special token became its id."""
-    unparsed: Mapping[str, int] = field(default_factory=dict)
-    """Special tokens that are plain text in it, and how often each is."""
-    skipped: Mapping[str, int] = field(default_factory=dict)
-    """Characters that were left out because the vocabulary lacks them, and how often each was."""
     val_split: str = "tail"
     """Text kept for validation: tail, documents, own or none (docs/text.md)."""
     val_fraction: float = 0.1
     """Fraction of the text that was to be kept for validation."""
-    n_val_tokens: int = 0
-    """Number of tokens, the last ones, of the documents kept for validation; 0 for a tail."""
-    n_bad_rows: int = 0
-    """Number of rows left out (--skip-bad)."""
-    bad_row: str = ""
-    """Message about the first of them."""
+    chat_template: str = ""
+    """Jinja source of the template that conversations went through. Empty for plain text."""
+    loss_on: str = "all"
+    """Tokens that the loss is averaged over: all, or completion."""
 
     def validation(self, val_fraction: float) -> str:
         """Say which part of the text validates, for a run with this val_fraction."""
@@ -105,11 +130,6 @@ class Manifest:
             kind = "whole documents" if self.val_split == "documents" else "a text of their own"
             return f"{self.n_val_tokens:,} tokens, {kind}, validate"
         return f"the last {val_fraction:.0%} validate"
-
-    chat_template: str = ""
-    """Jinja source of the template that conversations went through. Empty for plain text."""
-    loss_on: str = "all"
-    """Tokens that the loss is averaged over: all, or completion."""
 
     def notes(self) -> Iterator[str]:
         """Yield what a user should know about the text, in lines."""

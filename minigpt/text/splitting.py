@@ -5,10 +5,12 @@ import json
 import tempfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 
+from minigpt.errors import ConfigError, DataError
+from minigpt.text.building import Corpus, reporter
 from minigpt.text.corpus import Document
 
 MIN_DOCUMENTS = 10
@@ -16,6 +18,36 @@ MIN_DOCUMENTS = 10
 MAX_MEASURED = 2**16
 """Documents that are measured. With more of them, their sizes even out."""
 _LARGEST = 2**64
+
+
+def split(corpus: Corpus) -> Corpus:
+    """Choose the documents of a corpus that are kept for validation.
+
+    Raises: DataError if a file is in both texts; ConfigError for an option of rows without any.
+    """
+    data, files = corpus.data, corpus.files
+    has_rows = any(file.format != "text" for file in (*files, *corpus.val_files))
+    for name, default in (("field", "text"), ("skip_bad", False)):
+        if getattr(data, name) != default and not has_rows:
+            raise ConfigError(
+                f"{name} is for files of rows, and {files[0].name!r} is text. Leave it out, or "
+                "name the format with --format."
+            )
+    paths = [{file.path.resolve() for file in part} for part in (files, corpus.val_files)]
+    if both := paths[0] & paths[1]:
+        raise DataError(f"{str(min(both))!r} is in both DATA and --val. Leave it out of one.")
+    if corpus.val_files or not data.val_fraction:
+        return replace(corpus, val_split="own" if corpus.val_files else "none")
+    if data.val_split == "tail":
+        return corpus
+    if data.val_split is None:
+        # A text file is a document: it need not be read to be counted.
+        is_few = not has_rows and not data.special and len(files) < MIN_DOCUMENTS
+        if is_few or not are_several(corpus.read(files)):
+            return corpus
+    report = reporter(files, "split", corpus.report)
+    is_validation = choose(map(report, corpus.read(files)), data.val_fraction)
+    return replace(corpus, val_split="documents", is_validation=is_validation)
 
 
 def are_several(documents: Iterable[Document]) -> bool:
