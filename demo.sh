@@ -3,7 +3,7 @@
 set -e
 minigpt=${1:-minigpt}
 name=demo-$(date +%Y%m%d-%H%M%S)
-prompt='The import statement'
+prompt='Once upon a time'
 
 run() {
     printf '\n$ minigpt'
@@ -12,6 +12,6 @@ run() {
     "$minigpt" "$@"
 }
 
-run train --name "$name" --tokenizer bpe:1024 --max-minutes 1.75
+run train --name "$name" --max-minutes 1
 run generate --model "$name" --max-new-tokens 160 --temperature 0.6 --seed 1 "$prompt"
 run attention-trace --model "$name" --max-new-tokens 24 --temperature 0.6 --seed 1 "$prompt"

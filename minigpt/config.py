@@ -15,6 +15,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 from minigpt.errors import ConfigError, cut, require_choice
 from minigpt.rings import has_ring
 
+DEFAULT_TEXT = "builtin:tales"
+"""Name of the text that is read where none is given."""
 HF_LAYOUTS = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
 """Hugging Face model types that GPT computes; other files in checkpoint/families/ add more."""
 ACTIVATIONS = ("silu", "relu", "relu2", "gelu_tanh", "gelu", "gelu_sigmoid")
@@ -349,8 +351,9 @@ class ModelConfig:
 class DataConfig:
     """The text to train on and its tokenizer."""
 
-    paths: tuple[str, ...] = ()
-    """Files, folders, globs, corpus names, or - for standard input. Empty for the built-in text."""
+    paths: tuple[str, ...] = (DEFAULT_TEXT,)
+    """Files, folders, globs, corpus names, or - for standard input. Empty, as in runs older than
+    the tales, is ``builtin:python``."""
     tokenizer: str = option("bytes", metavar="NAME")
     """Tokenizer: bytes, bpe, bpe:N, gpt2, cl100k_base or o200k_base. bpe is trained on the corpus,
     which decides its size; bpe:N has N tokens in all. With ``from``, the name of the model's."""
@@ -387,6 +390,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if not self.paths:
+            object.__setattr__(self, "paths", ("builtin:python",))
         try:
             is_text = codecs.lookup(self.encoding)._is_text_encoding
             b"text".decode(self.encoding, "ignore")  # not those of host names

@@ -29,6 +29,17 @@ def our_texts() -> dict[str, str]:
     return {str(path): (ROOT / path).read_text() for path in paths if path.suffix in TEXTS}
 
 
+def cloned(folder: Path) -> Path:
+    """Copy what a distribution is built from."""
+    clone = folder / "minigpt"
+    shutil.copytree(
+        ROOT / "minigpt", clone / "minigpt", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, clone)
+    return clone
+
+
 def test_the_distribution_is_not_named_as_the_stranger_on_pypi() -> None:
     assert PROJECT["name"] == DISTRIBUTION != "minigpt"
     assert PROJECT["scripts"].keys() == {"minigpt"}
@@ -55,14 +66,24 @@ def test_no_file_recommends_the_stranger_on_pypi() -> None:
     assert {name: found[0] for name, text in ours.items() if (found := stranger.search(text))} == {}
 
 
+@pytest.mark.parametrize("kind", ["wheel", "sdist"])
+def test_the_distribution_carries_its_data(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("setuptools", reason="needs setuptools to build without a network")
+    clone = cloned(tmp_path)
+    code = f"from setuptools.build_meta import *; build_{kind}('dist')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=clone, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (archive,) = (clone / "dist").iterdir()
+    unpacked = tmp_path / "unpacked"
+    shutil.unpack_archive(archive, unpacked, "zip" if kind == "wheel" else None)
+    (tales,) = unpacked.rglob("minigpt/text/tales.txt")
+    assert tales.read_bytes() == (ROOT / "minigpt/text/tales.txt").read_bytes()
+    assert list(unpacked.rglob("minigpt/py.typed"))
+
+
 def test_an_editable_install_is_found_from_the_folder_of_the_clone(tmp_path: Path) -> None:
     pytest.importorskip("setuptools", reason="needs setuptools to build without a network")
-    clone = tmp_path / "minigpt"
-    shutil.copytree(
-        ROOT / "minigpt", clone / "minigpt", ignore=shutil.ignore_patterns("__pycache__")
-    )
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, clone)
+    clone = cloned(tmp_path)
     venv = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
     python = venv / ("Scripts" if os.name == "nt" else "bin") / "python"

@@ -32,6 +32,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 import typer
 
 from minigpt.config import (
+    DEFAULT_TEXT,
     Device,
     Dtype,
     Quantization,
@@ -413,11 +414,12 @@ class PromptForm:
 Prompt = Annotated[
     str | None, argument("PROMPT", "Text to continue, or - for standard input [empty]")
 ]
+CORPORA = "builtin:tales, builtin:python, shakespeare"
 Data = Annotated[
     list[str] | None,
     argument(
         "DATA",
-        "Files, folders, globs, - for standard input, or shakespeare [the English prose in Python]",
+        f"Files, folders, globs, - for standard input, or {CORPORA} [{DEFAULT_TEXT}]",
     ),
 ]
 Json = Annotated[bool, Option("Print JSON, one object per line", "Output", name="json")]

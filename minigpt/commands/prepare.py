@@ -52,7 +52,7 @@ def prepare(
     from minigpt.settings import build, to_dict, without_effect
     from minigpt.text.prepared_folders import prepare_folder
 
-    config = build(DataConfig, to_dict(_DEFAULTS) | {"paths": data or []} | settings)
+    config = build(DataConfig, to_dict(_DEFAULTS) | ({"paths": data} if data else {}) | settings)
     for line in without_effect(config, settings):
         output.note(line)
     folder = Path(out).expanduser()

@@ -13,8 +13,6 @@ from minigpt.config import DataConfig
 from minigpt.errors import DataError, ResourceError
 from minigpt.rings import has_ring, ring
 
-BUILTIN = "builtin"
-"""Name of the corpus that every Python installation contains."""
 PIECE_CHARS = 2**20
 LOOKAHEAD_CHARS = 2**16
 BLOCK_BYTES = 2**20

@@ -1,4 +1,4 @@
-"""Named corpora: the built-in one, and downloads checked by size and sha256."""
+"""Named corpora: the built-in ones, and downloads checked by size and sha256."""
 
 import ast
 import hashlib
@@ -11,13 +11,14 @@ import sysconfig
 import textwrap
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from minigpt.errors import DataError, nearest
+from minigpt.config import DEFAULT_TEXT
+from minigpt.errors import DataError
 from minigpt.files import OTHER_CACHE, resource_errors, sha256, writing_aside
-from minigpt.text.corpus import BUILTIN
+from minigpt.text.tokenizer import END_OF_TEXT
 
 BLOCK_BYTES = 2**16
 TIMEOUT_S = 30.0
@@ -59,10 +60,10 @@ def dataset_path(
     Raises: DataError for an unknown name, a failed download, or a file of another size or hash;
         ResourceError if the cache cannot be written.
     """
-    if name == BUILTIN:
-        return builtin(cache)
+    if name in _BUILTIN:
+        return _BUILTIN[name](cache)
     if name not in DOWNLOADS:
-        raise DataError(f"unknown corpus {name!r}. {nearest(name, [BUILTIN, *DOWNLOADS])}")
+        raise DataError(f"unknown corpus {name!r}. Choose from {', '.join(NAMES)}.")
     wanted = DOWNLOADS[name]
     path = cache / "downloads" / f"{name}.txt"
     if path.is_file() and sha256(path) == wanted.sha256:
@@ -106,20 +107,42 @@ def _failed(name: str, reason: str) -> DataError:
     )
 
 
-def builtin(cache: Path) -> Path:
-    """Return the built-in corpus: the English prose that this Python carries, as JSONL.
+def _tales(cache: Path) -> Path:
+    """Return the short tales of this package: each is a document."""
+    text = Path(__file__).with_name("tales.txt").read_bytes()
+    path = cache / f"builtin-tales-{hashlib.sha256(text).hexdigest()[:16]}.jsonl"
+    return _as_jsonl(text.decode().split(END_OF_TEXT), path)
+
+
+def _python_prose(cache: Path) -> Path:
+    """Return the English prose of this Python installation.
 
     The language reference (``pydoc_data.topics``), then the docstrings of the standard library,
     module by module; of both only the paragraphs that read as sentences. No module is imported
     for it. The same on every machine with the same version of Python.
     """
     path = cache / f"builtin-1-python-{platform.python_version()}.jsonl"
+    return _as_jsonl(_python_texts(), path)
+
+
+_BUILTIN = {DEFAULT_TEXT: _tales, "builtin:python": _python_prose, "builtin": _tales}
+NAMES = ["builtin:tales", "builtin:python", *DOWNLOADS]
+"""The corpora that messages name. ``builtin`` is the default text."""
+
+
+def _as_jsonl(texts: Iterable[str], path: Path) -> Path:
+    """Write texts to a file of the cache, unless it exists."""
     if not path.is_file():
         with resource_errors(path, OTHER_CACHE), writing_aside(path) as file:
-            for text in _reference_topics() + _library_docstrings():
-                if prose := "\n\n".join(_prose(text)):
-                    file.write(json.dumps({"text": prose + "\n"}).encode() + b"\n")
+            for text in texts:
+                if text := text.strip():
+                    file.write(json.dumps({"text": text + "\n"}).encode() + b"\n")
     return path
+
+
+def _python_texts() -> Iterator[str]:
+    for text in _reference_topics() + _library_docstrings():
+        yield "\n\n".join(_prose(text))
 
 
 def _reference_topics() -> list[str]:

@@ -18,7 +18,7 @@ from minigpt.config import DataConfig
 from minigpt.errors import DataError, did_you_mean
 from minigpt.files import OTHER_CACHE, resource_errors
 from minigpt.rings import has_ring, ring
-from minigpt.text.corpus import BLOCK_BYTES, BUILTIN, CorpusFile, reading
+from minigpt.text.corpus import BLOCK_BYTES, CorpusFile, reading
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
 FORMATS = {
@@ -68,7 +68,7 @@ def find_files(
     A path is a file (with any suffix), a folder (its files with one of TEXT_SUFFIXES or FORMATS,
     packed or not, at any depth, sorted, without hidden ones), a glob (``**`` too), a named corpus,
     or ``-`` for standard input. Links are followed; each folder is entered once. Files on the disk
-    take precedence over named corpora. Without paths, the built-in corpus is used.
+    take precedence over named corpora.
 
     Args: cache, folder of downloads; spool, a folder for the copies of streams, deleted by the
         caller; data, how files are read; stdin, read for ``-``; on_download, called with the bytes
@@ -81,7 +81,7 @@ def find_files(
     left_out: Counter[str] = Counter()
     glob_of_rest = ""
     is_folder = False
-    for word in paths or (BUILTIN,):
+    for word in paths:
         path = Path(os.path.expanduser(word))
         with reading(word):
             if word == "-":
@@ -112,7 +112,7 @@ def find_files(
                 if not found:
                     raise DataError(f"no file matches {word!r}. Check the pattern, and quote it.")
                 files += [_recognized(Path(name), name, data) for name in found]
-            elif word == BUILTIN or word in _named_corpora():
+            elif word.partition(":")[0] == "builtin" or word in _named_corpora():
                 path = ring(_DATASETS).dataset_path(word, cache, on_download)
                 is_jsonl = path.suffix == ".jsonl"
                 files.append(FoundFile(path, word, "jsonl" if is_jsonl else "text"))
@@ -268,7 +268,7 @@ def _summary(
 
 
 def _named_corpora() -> list[str]:
-    return [BUILTIN, *ring(_DATASETS).DOWNLOADS] if has_ring(_DATASETS) else []
+    return ring(_DATASETS).NAMES if has_ring(_DATASETS) else []
 
 
 def _missing(path: Path) -> str:

@@ -118,7 +118,9 @@ def test_card_describes_the_model_and_its_training() -> None:
     assert card.count("/home/someone") == 1, "folders are in the command alone"
     built_in = model_card(replace(CONFIG, data=DataConfig(), command=""), **FACTS)
     assert "made by" not in built_in
-    assert "- `English prose that comes with Python`\n" in built_in
+    assert "- `short tales that come with minigpt`\n" in built_in
+    older = model_card(replace(CONFIG, data=DataConfig(paths=())), **FACTS)
+    assert "- `English prose that comes with Python`\n" in older
 
 
 def test_long_list_of_corpora_is_shortened() -> None:

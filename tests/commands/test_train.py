@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -167,6 +168,37 @@ def test_derived_names_contain_text_and_preset_and_never_collide(run: Run) -> No
         "odd-name-x-nano",
         "odd-name-x-nano-2",
     }
+
+
+def test_without_a_text_the_tales_are_trained_on(run: Run) -> None:
+    assert run("train", *TINY).code == 0
+    config = read_toml(Path("checkpoints/tales-nano/config.toml"))
+    assert config["data"]["paths"] == ["builtin:tales"]
+    assert config["data"]["val_split"] == "documents"
+    assert run("train", "--resume", "--max-steps", "5").code == 0
+    for name in ("builtin", "builtin:tales"):  # the same text by another name
+        assert run("train", name, "--resume", "--max-steps", "5").code == 0
+    evaluated = run("evaluate")
+    assert evaluated.code == 0
+    assert "text builtin:tales: the run's own" in evaluated.err
+
+
+def test_a_run_that_is_older_than_the_tales_resumes_with_the_prose_of_python(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MINIGPT_CACHE_DIR", str(tmp_path))
+    prose = tmp_path / f"builtin-1-python-{platform.python_version()}.jsonl"
+    prose.write_text(json.dumps({"text": "Return the path of a file.\n" * 90}))
+    assert run("train", "builtin:python", *TINY).code == 0
+    config = Path("checkpoints/python-nano/config.toml")
+    text = config.read_text()
+    older = re.sub(r'paths = \[\s*"builtin:python",\s*\]', "paths = []", text)
+    assert older != text
+    config.write_text(older)
+    assert run("train", "--resume", "--max-steps", "5").code == 0
+    assert "text builtin:python: the run's own" in run("evaluate").err
+    result = run("train", "builtin:tales", "--resume", "--max-steps", "6")
+    assert "the corpus is not the one that this run started with" in error_line(result)
 
 
 def test_text_on_standard_input_is_trained_on_and_resumed_with(run: Run) -> None:

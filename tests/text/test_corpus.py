@@ -118,14 +118,18 @@ def test_a_pipe_is_read_like_a_file(folder: Path) -> None:
     writer.join()
 
 
-def test_default_is_the_builtin_corpus_and_names_are_looked_up(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_names_of_corpora_are_looked_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "dataset_path", lambda name, *_: Path(f"{name}.txt"))
-    write("builtin.txt", "prose")
+    write("builtin:python.txt", "prose")
     write("shakespeare.txt", "verse")
-    assert texts() == texts("builtin") == ["prose"]
-    assert texts("shakespeare", "builtin") == ["verse", "prose"]
+    assert texts("shakespeare", "builtin:python") == ["verse", "prose"]
+
+
+@pytest.mark.parametrize("name", ["builtin:", "builtin:x", "builtin:Python", "builtin:tales.txt"])
+def test_an_unknown_builtin_corpus_is_refused_with_the_choices(folder: Path, name: str) -> None:
+    message = str(error(name))
+    assert message.startswith(f"unknown corpus {name!r}. ")
+    assert "Choose from builtin:tales, builtin:python, shakespeare." in message
 
 
 def test_path_takes_precedence_over_a_corpus_name(folder: Path) -> None:
@@ -205,7 +209,9 @@ def test_a_missing_path_names_the_nearest_existing_one(folder: Path) -> None:
         "there is no file or folder 'd/storys.txt'. Did you mean 'stories.txt'?"
     )
     assert "Did you mean 'shakespeare'?" in str(error("shakespear"))
-    assert "the named corpora are builtin, shakespeare" in str(error("qqqqqqqq"))
+    assert "the named corpora are builtin:tales, builtin:python, shakespeare" in str(
+        error("qqqqqqqq")
+    )
     assert "the folder 'nowhere' does not exist" in str(error("nowhere/a.txt"))
 
 

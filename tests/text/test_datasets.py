@@ -17,7 +17,7 @@ import pytest
 from minigpt.errors import DataError, ResourceError
 from minigpt.files import cache_folder
 from minigpt.text import datasets
-from minigpt.text.datasets import DOWNLOADS, Download, builtin, dataset_path
+from minigpt.text.datasets import DOWNLOADS, Download, dataset_path
 
 BODY = bytes(range(256)) * 1000
 
@@ -149,8 +149,8 @@ def test_a_cache_that_cannot_be_written_is_a_resource_error(
         dataset_path("sample", tmp_path / "file")
 
 
-def test_an_unknown_corpus_names_the_nearest(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"Did you mean shakespeare\?"):
+def test_an_unknown_corpus_names_the_choices(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"Choose from builtin:tales, .*, shakespeare\."):
         dataset_path("shakspeare", tmp_path)
 
 
@@ -168,20 +168,21 @@ def test_the_cache_folder_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None
     assert cache_folder().name == "minigpt"
 
 
-def test_the_builtin_corpus_is_a_megabyte_of_sentences(tmp_path: Path) -> None:
-    path = builtin(tmp_path)
+def test_python_prose_is_a_megabyte_of_sentences(tmp_path: Path) -> None:
+    path = dataset_path("builtin:python", tmp_path)
     prose = "\n".join(json.loads(line)["text"] for line in path.read_bytes().splitlines())
     assert 700_000 < len(prose) < 3_000_000
     assert sum(c.isalpha() or c.isspace() for c in prose) > 0.94 * len(prose)
     assert "Assert statements are a convenient way to insert debugging assertions" in prose
     assert "Utility functions for copying and archiving files and directory trees." in prose
     path.write_bytes(b"made before")
-    assert builtin(tmp_path).read_bytes() == b"made before"
+    assert dataset_path("builtin:python", tmp_path).read_bytes() == b"made before"
 
 
 @pytest.mark.slow
-def test_builtin_corpus_does_not_depend_on_the_hash_seed(tmp_path: Path) -> None:
-    code = "import sys, pathlib, minigpt.text.datasets as d; d.builtin(pathlib.Path(sys.argv[1]))"
+def test_python_prose_does_not_depend_on_the_hash_seed(tmp_path: Path) -> None:
+    code = "import sys, pathlib, minigpt.text.datasets as d\n"
+    code += "d.dataset_path('builtin:python', pathlib.Path(sys.argv[1]))"
     made = []
     for seed in ("1", "2"):
         command = [sys.executable, "-c", code, str(tmp_path / seed)]
@@ -191,7 +192,7 @@ def test_builtin_corpus_does_not_depend_on_the_hash_seed(tmp_path: Path) -> None
     assert made[0] == made[1]
 
 
-def test_builtin_corpus_imports_no_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_prose_imports_no_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "antigravity.py").write_text('"""Up."""\nraise SystemExit("imported")\n')
     monkeypatch.setattr(datasets.sysconfig, "get_path", lambda name: str(tmp_path))
     assert datasets._library_docstrings() == ["Up."]

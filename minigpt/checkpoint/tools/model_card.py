@@ -8,7 +8,6 @@ from minigpt.checkpoint.families import OWN_TYPE
 from minigpt.checkpoint.resolve import is_hub_name
 from minigpt.config import ModelConfig, RunConfig
 from minigpt.model.cost import parameter_count
-from minigpt.text.corpus import BUILTIN
 from minigpt.text.escape import printable
 
 _MOST_NAMES = 20
@@ -165,8 +164,13 @@ def _layout(model: ModelConfig) -> str:
 
 def _names(config: RunConfig) -> list[str]:
     """Return the names of the corpora without their folders, which are private."""
-    called = {"-": "standard input", BUILTIN: "English prose that comes with Python"}
-    names = [called.get(path) or Path(path).name or path for path in config.data.paths or [BUILTIN]]
+    called = {
+        "-": "standard input",
+        "builtin": "short tales that come with minigpt",
+        "builtin:tales": "short tales that come with minigpt",
+        "builtin:python": "English prose that comes with Python",
+    }
+    names = [called.get(path) or Path(path).name or path for path in config.data.paths]
     n_more = len(names) - _MOST_NAMES
     return [*names[:_MOST_NAMES], f"and {n_more} more"] if n_more > 0 else names
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Annotated, Literal
 
-from minigpt.commands.options import Fields, Json, ModelSource, argument, command
+from minigpt.commands.options import CORPORA, Fields, Json, ModelSource, argument, command
 from minigpt.config import Dtype, check_fields, option
 
 
@@ -59,7 +59,7 @@ class EvaluationConfig:
 def evaluate(
     data: Annotated[
         list[str] | None,
-        argument("DATA", "Files, folders, globs, -, or shakespeare [what the run validates on]"),
+        argument("DATA", f"Files, folders, globs, -, or {CORPORA} [what the run validates on]"),
     ] = None,
     *,
     source: Annotated[ModelSource, Fields(without=("compile", "dtype"))],

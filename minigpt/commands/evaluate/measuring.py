@@ -25,7 +25,6 @@ from minigpt.generation.api import load, tokenizer_of
 from minigpt.model.device import inference_dtype, resolve_device
 from minigpt.rings import ring
 from minigpt.settings import build, read_toml
-from minigpt.text.corpus import BUILTIN
 from minigpt.text.shards import prepare
 
 
@@ -63,9 +62,7 @@ def measure(
         )
         progress.note(f"model {folder}")
         if not config.data:
-            progress.note(
-                f"text {', '.join(text.paths) or BUILTIN}: the run's own, as no DATA is given"
-            )
+            progress.note(f"text {', '.join(text.paths)}: the run's own, as no DATA is given")
         started = time.perf_counter()
         batches = _shown(windows.batches(span), windows.n_tokens, progress)
         result = evaluate(model, batches, tokenizer.token_byte_lengths, dtype=dtype)
@@ -81,7 +78,7 @@ def measure(
         result = replace(result, n_bytes=text_bytes(data, span))
     return {
         "model": folder,
-        "data": list(text.paths) or [BUILTIN],
+        "data": list(text.paths),
         "val_fraction": val_fraction,
         "val_split": None if val_fraction is None else data.manifest.val_split,
         "nats_per_token": result.nats_per_token,
