@@ -78,8 +78,8 @@ class UnavailableError(Exception):
 def minigpt(contender: Contender, job: Job) -> Decode:
     """minigpt, through the classes that the commands use."""
     from minigpt.config import SamplingConfig
-    from minigpt.generation.api import load, prepare_for_decoding
     from minigpt.generation.decoder import Decoder
+    from minigpt.generation.loading import load, prepare_for_decoding
 
     is_int8 = contender.precision == "int8"
     dtype = {"fp32": "float32", "bf16": "bfloat16"}.get(contender.precision, "auto")

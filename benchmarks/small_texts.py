@@ -27,7 +27,7 @@ import torch
 
 from minigpt.checkpoint.folder import RunFolder
 from minigpt.checkpoint.model_folder import read_model
-from minigpt.commands.train.job import settings_of, suited_to_text, with_vocabulary
+from minigpt.commands.train.settings import settings_of, suited_to_text, with_vocabulary
 from minigpt.evaluation import evaluate
 from minigpt.text.batches import validation_windows
 from minigpt.text.shards import prepare

@@ -39,8 +39,8 @@ from rich.console import Console
 
 from minigpt.config import SamplingConfig
 from minigpt.console import THEME, print_lines
-from minigpt.generation.api import load, prepare_for_decoding
 from minigpt.generation.decoder import Decoder
+from minigpt.generation.loading import load, prepare_for_decoding
 from minigpt.generation.stream import stream_text
 from minigpt.model.gpt import GPT
 from minigpt.tracing.config import TraceConfig

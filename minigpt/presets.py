@@ -87,33 +87,6 @@ def preset(name: str) -> dict[str, Any]:
     return merge(PRESETS[name])
 
 
-LARGE_TEXT = 2.0
-"""Training tokens per parameter from which a text counts as large."""
-SMALL_TEXT = 0.2
-"""Training tokens per parameter below which a text counts as small."""
-MOST_EPOCHS, LEAST_STEPS, LEAST_TOKENS = 10.0, 200, 4096
-
-
-def for_text(n_train_tokens: int, n_parameters: int, step_tokens: int) -> dict[str, Any]:
-    """Return the settings that depend on the size of the text: those against overfitting.
-
-    They depend on the text and the model, never on the budget, so that a larger budget is the same
-    run with a longer schedule; and the budget is limited where more epochs do not improve the
-    model. docs/training.md has the measurements.
-
-    Args: step_tokens, tokens per step.
-    Returns: settings, nested as in RunConfig; ``training.max_epochs`` is an upper limit.
-    """
-    size = n_train_tokens / n_parameters
-    training: dict[str, Any] = {"average": 0.98, "patience": 4.0}
-    if size >= LARGE_TEXT:
-        return {"training": training}
-    training["dropout_start"] = 1.5
-    if n_train_tokens >= LEAST_TOKENS:  # a few pages are only for trying things out
-        training["max_epochs"] = max(MOST_EPOCHS, LEAST_STEPS * step_tokens / n_train_tokens)
-    return {"model": {"dropout": 0.25 if size < SMALL_TEXT else 0.1}, "training": training}
-
-
 def default_run() -> RunConfig:
     """Return the settings of a run of the default preset, whose vocabulary is not known yet."""
     return build(RunConfig, merge(preset(DEFAULT_PRESET), {"model": {"vocab_size": 257}}))

@@ -25,6 +25,11 @@ def ring(module: str) -> Any:
         ) from None
 
 
+def find_ring(module: str) -> Any:
+    """Import a module of a ring; None if this installation does not have it."""
+    return ring(module) if has_ring(module) else None
+
+
 def has_ring(module: str) -> bool:
     """Return whether this installation has a ring, without importing it."""
     try:

@@ -43,7 +43,7 @@ def heads(
     """
     from minigpt.commands import output
     from minigpt.commands.loading import load_model, show_model
-    from minigpt.commands.status_line import ProgressLine
+    from minigpt.commands.progress import ProgressLine
     from minigpt.console import make_console, print_lines
     from minigpt.tracing.analysis.roles import head_effects, head_roles, repeated_sequences
     from minigpt.tracing.spans import wrapped

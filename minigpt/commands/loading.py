@@ -13,7 +13,7 @@ from minigpt.checkpoint.resolve import SHIPPED, is_shipped, resolve_model
 from minigpt.commands.options import ModelSource, PromptForm
 from minigpt.commands.output import note
 from minigpt.errors import DataError
-from minigpt.generation import api
+from minigpt.generation import loading as models
 from minigpt.generation.forward import is_compiled
 from minigpt.model.language_model import LanguageModel
 from minigpt.rings import ring
@@ -54,14 +54,14 @@ def load(source: ModelSource, prompt: str | None, form: PromptForm) -> Ready:
     if templates:  # before the model is loaded, which takes longer
         template = templates.read_chat_template(resolve_model(source.model), form.chat_template)
     folder, loaded = load_model(source)
-    api.prepare_for_decoding(loaded.model, compile=source.compile)
-    tokenizer = api.tokenizer_of(loaded)
+    models.prepare_for_decoding(loaded.model, compile=source.compile)
+    tokenizer = models.tokenizer_of(loaded)
     if templates:
         tokenizer = templates.ending_turns(tokenizer, template)
         chat = templates.Chat(template, tokenizer, form.system)
         ids = chat.ask(text)[0] if prompt is not None else []
         return Ready(loaded.model, tokenizer, folder, text, ids, chat)
-    ids = api.encode_prompt(tokenizer, text, special=form.special)
+    ids = models.encode_prompt(tokenizer, text, special=form.special)
     if not form.special:
         note_special(tokenizer, text)
     return Ready(loaded.model, tokenizer, folder, text, ids)
@@ -79,7 +79,7 @@ def load_model(source: ModelSource) -> tuple[Path, LoadedModel]:
     """Find and load a model to decode with, and return its folder too."""
     use_threads(source.threads)
     folder = resolve_model(source.model)
-    loaded = api.load(folder, device=source.device, dtype=source.dtype, quantize=source.quantize)
+    loaded = models.load(folder, device=source.device, dtype=source.dtype, quantize=source.quantize)
     return folder, loaded
 
 
@@ -102,7 +102,7 @@ def compiling(model: LanguageModel, compile: bool | None) -> AbstractContextMana
         return nullcontext()
     if not sys.stderr.isatty():
         return _saying("compiling the model, the first time for a minute or two")
-    from minigpt.commands.status_line import ProgressLine
+    from minigpt.commands.progress import ProgressLine
 
     return ProgressLine("compiling the model")
 

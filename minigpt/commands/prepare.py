@@ -48,7 +48,7 @@ def prepare(
 
     from minigpt.commands import output
     from minigpt.commands.process import command_line
-    from minigpt.commands.status_line import ProgressLine
+    from minigpt.commands.progress import ProgressLine
     from minigpt.settings import build, to_dict, without_effect
     from minigpt.text.prepared_folders import prepare_folder
 

@@ -5,18 +5,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from minigpt.checkpoint.model_folder import LoadedModel, read_model
 from minigpt.checkpoint.resolve import resolve_model
-from minigpt.config import DEVICES, DTYPES, QUANTIZATIONS, SamplingConfig
-from minigpt.errors import CheckpointError, ConfigError, DataError, cut, require_choice
-from minigpt.generation.decoder import Decoder, fresh_seed, max_rows_together
-from minigpt.generation.forward import FAST, is_compiled
+from minigpt.config import SamplingConfig
+from minigpt.errors import ConfigError, cut
+from minigpt.generation.decoder import fresh_seed
+from minigpt.generation.loading import (
+    encode_prompt,
+    load,
+    make_decoder,
+    prepare_for_decoding,
+    tokenizer_of,
+)
 from minigpt.generation.stream import TextStep, stream_samples
-from minigpt.model.device import has_fast_bfloat16, inference_dtype, resolve_device
 from minigpt.model.language_model import LanguageModel
-from minigpt.rings import has_ring, ring
+from minigpt.rings import ring
 from minigpt.settings import build
 from minigpt.text.tokenizer import Tokenizer
 
@@ -133,62 +135,6 @@ def model_and_tokenizer(
     return loaded.model, tokenizer or tokenizer_of(loaded), str(folder)
 
 
-def load(
-    folder: Path, *, device: str = "auto", dtype: str = "auto", quantize: str | None = None
-) -> LoadedModel:
-    """Load a model for inference.
-
-    Raises: CheckpointError if it is damaged; ConfigError for a device that is not available or a
-        quantization that is unknown or not available.
-    """
-    require_choice("device", device, DEVICES)
-    require_choice("dtype", dtype, DTYPES)
-    if quantize:
-        require_choice("quantize", quantize, QUANTIZATIONS)
-    place = resolve_device(device)
-    is_cpu = place.type == "cpu"
-    resolved = inference_dtype(dtype, place)
-    loaded = read_model(folder, device=place, dtype=resolved)
-    loaded.model.requires_grad_(False)
-    is_slow = is_cpu and resolved == torch.bfloat16 and not has_fast_bfloat16(place)
-    if quantize:
-        ring(f"{FAST}.quantize").quantize_int8(loaded.model)
-    elif is_slow and has_ring(FAST):
-        ring(f"{FAST}.quantize").use_float32_activations(loaded.model)
-    return loaded
-
-
-def prepare_for_decoding(model: LanguageModel, *, compile: bool | None = None) -> None:
-    """Lay out a model's weights for fast decoding, without changing any value.
-
-    The model must not be trained afterwards. Args: compile, as for ``generate``.
-    """
-    if has_ring(FAST):
-        ring(FAST).prepare_for_decoding(model, compiles=is_compiled(model, compile))
-
-
-def tokenizer_of(loaded: LoadedModel) -> Tokenizer:
-    """Return the tokenizer of a model; raise CheckpointError if it has none."""
-    if loaded.tokenizer is None:
-        raise CheckpointError(
-            f"{str(loaded.folder)!r} has neither tokenizer.json nor sp_vocab.json. "
-            "Add the one that the model was trained with."
-        )
-    return loaded.tokenizer
-
-
-def encode_prompt(tokenizer: Tokenizer, prompt: str, *, special: bool = False) -> list[int]:
-    """Return the token ids of a prompt; empty text starts a new document.
-
-    Args: special, whether the text of a special token becomes its id.
-    Raises: DataError if the vocabulary has no token for that.
-    """
-    ids = tokenizer.encode_prompt(prompt, special=special)
-    if not ids:
-        raise DataError("this model has no token that begins a document. Give a prompt.")
-    return ids
-
-
 def prompt_ids(
     tokenizer: Tokenizer,
     prompt: Prompt,
@@ -221,26 +167,3 @@ def prompt_ids(
     template = chat.read_chat_template(Path(folder), chat_template)
     messages = chat.check_messages(list(prompt), "the messages of the prompt")
     return template.encode(tokenizer, messages), chat.ending_turns(tokenizer, template)
-
-
-def make_decoder(
-    model: LanguageModel,
-    prompt: Sequence[int],
-    sampling: SamplingConfig,
-    *,
-    compile: bool | None = None,
-) -> Decoder:
-    """Return a decoder for as many samples at a time as fit into its memory.
-
-    Args: compile, as for ``generate``.
-    Raises: DataError if the prompt is empty, or longer than the context and overflow is stop.
-    """
-    n_positions = len(prompt) + sampling.max_new_tokens
-    return Decoder(
-        model,
-        prompt,
-        max_new_tokens=sampling.max_new_tokens,
-        n_rows=max_rows_together(model.config, sampling.num_samples, n_positions),
-        compiles=compile,
-        overflow=sampling.overflow,
-    )

@@ -17,8 +17,8 @@ from minigpt.checkpoint.folder import RunFolder
 from minigpt.checkpoint.resolve import ROOT
 from minigpt.config import ARCHS, ATTENTIONS, ModelConfig, RunConfig, SamplingConfig
 from minigpt.errors import CheckpointError, ConfigError, require_choice
-from minigpt.generation.api import load
 from minigpt.generation.decoder import Decoder
+from minigpt.generation.loading import load
 from minigpt.model.cost import cache_bytes_per_token, parameter_count
 from minigpt.studies.matching import closest_in_size
 from minigpt.training.reports.curves import read_curves

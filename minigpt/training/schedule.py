@@ -1,41 +1,14 @@
 """The budget and the learning rate schedule, as pure functions of step and time."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from minigpt.config import RunConfig, TrainingConfig
 
-LARGEST_RISE = 1.2
-"""Most that the learning rate is multiplied by in one step after a change of the schedule."""
 EVAL_SHARE = 0.1
 """Share of the arithmetic of training that evaluation may add."""
 LEAST_EVAL_TOKENS = 8192
 """Fewest validation tokens of a pass by default, if the text has as many."""
-LEAST_PATIENCE = 100
-"""Fewest steps without a lower validation loss before a run stops early."""
-_MOST_RISES = 500  # 1.2 ** 500 is still a float, and far above any ratio of learning rates
-
-
-@dataclass(frozen=True, kw_only=True)
-class Seam:
-    """A step at which a resumed run got another schedule, for example by a larger budget.
-
-    The learning rate continues from where it was: it rises by at most ``LARGEST_RISE`` a step until
-    it meets the new schedule. Sequences that have left the context warm-up do not become short
-    again.
-    """
-
-    step: int
-    """Number of steps taken under the old schedule."""
-    lr_scale: float
-    """Learning rate of the last of them as a fraction of the peak."""
-    is_warm: bool
-    """Whether the context warm-up was over."""
-
-    def limit(self, lr_scale: float, step: int) -> float:
-        """Return the learning rate of a step after the seam: that of the new schedule, limited."""
-        n_rises = min(step + 1 - self.step, _MOST_RISES)
-        return min(lr_scale, self.lr_scale * LARGEST_RISE**n_rises)
 
 
 def with_max_steps(config: RunConfig, n_train_tokens: int) -> RunConfig:
@@ -72,14 +45,6 @@ def with_evaluations(config: RunConfig, n_train_tokens: int) -> RunConfig:
         share = 3 * EVAL_SHARE / (2 if training.average else 1)
         n_tokens = max(LEAST_EVAL_TOKENS, int(share * between))
     return replace(config, training=replace(training, eval_every=every, eval_tokens=n_tokens))
-
-
-def patience_steps(config: RunConfig, n_train_tokens: int) -> int | None:
-    """Return the steps without a lower loss after which training stops; None for no limit."""
-    if not config.training.patience:
-        return None
-    step_tokens = config.training.batch_size * config.sequence_length
-    return max(LEAST_PATIENCE, math.ceil(config.training.patience * n_train_tokens / step_tokens))
 
 
 def progress(config: TrainingConfig, step: int, elapsed_s: float) -> float:
@@ -119,3 +84,8 @@ def lr_scale(config: TrainingConfig, progress: float) -> float:
         case _:
             shape = min(1.0, (1 - progress) / max(config.decay_fraction, 1e-12))
     return config.final_lr_fraction + (1 - config.final_lr_fraction) * shape
+
+
+def is_due(step: int, every: int | None) -> bool:
+    """Return whether something is due after a step; None and 0 are never."""
+    return step % every == 0 if every else False

@@ -5,9 +5,11 @@ saved.
 """
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -16,14 +18,16 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from minigpt.checkpoint.model_folder import STATE_FOLDER, save_tensors
-from minigpt.errors import CheckpointError, ConfigError
+from minigpt.errors import CheckpointError, ConfigError, DataError
 from minigpt.files import open_regular, read_bytes
 from minigpt.settings import build
 from minigpt.training.optim import Muon
-from minigpt.training.schedule import Seam
-from minigpt.training.selection import Lowest, WeightAverage
+from minigpt.training.run import Run
 from minigpt.training.world import ALONE, World
 
+LARGEST_RISE = 1.2
+"""Most that the learning rate is multiplied by in one step after a change of the schedule."""
+_MOST_RISES = 500  # 1.2 ** 500 is still a float, and far above any ratio of learning rates
 _OPTIMIZER_FILE = "optimizer.safetensors"
 _STATE_FILE = "progress.json"
 _STEP_KEY, _AVERAGE_KEY = "step_weight", "average"
@@ -31,6 +35,38 @@ _STATE_KEYS: dict[type[Optimizer], set[str]] = {
     Muon: {"momentum_buffer"},
     AdamW: {"step", "exp_avg", "exp_avg_sq"},
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seam:
+    """A step at which a resumed run got another schedule, for example by a larger budget.
+
+    The learning rate continues from where it was: it rises by at most ``LARGEST_RISE`` a step until
+    it meets the new schedule. Sequences that have left the context warm-up do not become short
+    again.
+    """
+
+    step: int
+    """Number of steps taken under the old schedule."""
+    lr_scale: float
+    """Learning rate of the last of them as a fraction of the peak."""
+    is_warm: bool
+    """Whether the context warm-up was over."""
+
+    def limit(self, lr_scale: float, step: int) -> float:
+        """Return the learning rate of a step after the seam: that of the new schedule, limited."""
+        n_rises = min(step + 1 - self.step, _MOST_RISES)
+        return min(lr_scale, self.lr_scale * LARGEST_RISE**n_rises)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lowest:
+    """The lowest validation loss of the evaluations that were due."""
+
+    step: int = 0
+    """Step of the loss."""
+    val_loss: float | None = None
+    """Loss in nats/token. None before the first evaluation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,24 +111,65 @@ def computed_on(world: World, dtype: torch.dtype) -> str:
     return f"{ranks}{name}, {shards}{str(dtype).removeprefix('torch.')}, torch {torch.__version__}"
 
 
-def optimizer_tensors(
-    model: nn.Module,
-    optimizers: list[Optimizer],
-    average: WeightAverage | None = None,
-    *,
-    is_exchanged: bool = False,
-) -> Iterator[tuple[str, Tensor]]:
+def training_tensors(run: Run, *, is_exchanged: bool = False) -> Iterator[tuple[str, Tensor]]:
     """Yield the optimizers' tensors with names like ``blocks.0.mlp.up.weight/exp_avg``.
 
-    Args: average, of the weights, yielded as ``.../average``; is_exchanged, whether the model holds
-        the average at the moment: then the step's own weights are yielded, as ``.../step_weight``.
+    The average of the weights is ``.../average``. If it is in the model at the moment
+    (is_exchanged), the step's own weights are yielded instead, as ``.../step_weight``.
     """
-    for name, optimizer, parameter in _optimized(model, optimizers):
+    for name, optimizer, parameter in _optimized(run.model, run.optimizers):
         for key, tensor in optimizer.state[parameter].items():
             yield f"{name}/{key}", tensor
-        if average:
+        if run.average:
             key = _STEP_KEY if is_exchanged else _AVERAGE_KEY
-            yield f"{name}/{key}", average.tensors[parameter]
+            yield f"{name}/{key}", run.average.tensors[parameter]
+
+
+def training_state(run: Run) -> TrainingState:
+    """Return the counters of a run."""
+    early_stop = run.early_stop
+    return TrainingState(
+        step=run.step,
+        elapsed_s=run.elapsed_s,
+        n_skipped=run.n_skipped,
+        corpus=run.data.tokens.fingerprint,
+        computed_on=computed_on(run.world, run.dtype),
+        lr_scale=run.last_lr_scale,
+        next_lr_scale=run.lr_scale,
+        is_warm=run.context_length == run.config.sequence_length,
+        lowest=Lowest(step=early_stop.best_step, val_loss=early_stop.val_loss)
+        if early_stop
+        else Lowest(),
+        seam=run.seam,
+    )
+
+
+def restore(run: Run, folder: Path) -> None:
+    """Continue a run from a checkpoint, whose model it has.
+
+    Raises: CheckpointError as ``restore_state``; DataError if the corpus is another one.
+    """
+    state = restore_state(folder, run.model, run.optimizers, run.world, run.average)
+    if state.corpus != run.data.tokens.fingerprint:
+        raise DataError(
+            "the corpus is not the one that this run started with. Give the same text, or "
+            "start a new run under another --name."
+        )
+    run.step = run.saved_step = state.step
+    run.elapsed_s, run.n_skipped = state.elapsed_s, state.n_skipped
+    if state.computed_on not in ("", computed_on(run.world, run.dtype)):
+        run.moved_from = state.computed_on
+    best = run.folder.best()
+    best_loss = best.facts.get("val_loss") if best else None
+    run.best_loss = run.world.broadcast(math.inf if best_loss is None else best_loss)
+    if run.early_stop:
+        run.early_stop.best_step = state.lowest.step
+        run.early_stop.val_loss = state.lowest.val_loss
+        run.early_stop.evaluated_step = state.step
+    run.seam, run.last_lr_scale = state.seam, state.lr_scale
+    is_changed = state.next_lr_scale not in (None, run.lr_scale)
+    if is_changed and state.lr_scale is not None:
+        run.seam = Seam(step=run.step, lr_scale=state.lr_scale, is_warm=state.is_warm)
 
 
 def _optimized(
@@ -109,7 +186,7 @@ def _optimized(
 def write_state(folder: Path, tensors: dict[str, Tensor], state: TrainingState) -> None:
     """Write training_state/ into a checkpoint folder.
 
-    Args: tensors, the full ``optimizer_tensors``.
+    Args: tensors, the full ``training_tensors``.
     Raises: ResourceError if the disk is full or the folder is not writable.
     """
     folder = folder / STATE_FOLDER
@@ -141,7 +218,7 @@ def restore_state(
     model: nn.Module,
     optimizers: list[Optimizer],
     world: World = ALONE,
-    average: WeightAverage | None = None,
+    average: Any = None,
 ) -> TrainingState:
     """Load the optimizers' state from a checkpoint, and return its counters.
 

@@ -1,19 +1,25 @@
-"""Loss and gradient norm of the optimizer steps.
+"""Loss and gradient norm of the optimizer steps, and the divergence that they show.
 
 They are computed on the device, and reading them waits for it. They are read when a line of the log
 is due, for all steps since the last line, or at every step if ``on_nan`` is skip.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from minigpt.training.world import World
+from minigpt.errors import DivergedError
+from minigpt.model.cost import training_flops_per_token
+from minigpt.model.device import peak_flops
+from minigpt.training.events import SkipEvent, StepEvent
+from minigpt.training.run import Run
 
 MAX_SKIPPED_IN_A_ROW = 10
 """Number of consecutive skipped steps after which a run counts as diverged."""
+DIVERGED_LOSS = 100
+"""Divergence threshold of the loss, as a multiple of ln(vocab_size), the loss of guessing."""
 
 
 @dataclass(frozen=True)
@@ -41,25 +47,100 @@ class StepMetrics:
         )
 
 
-class PendingMetrics:
-    """Metrics of recent steps that are still on the device."""
+class Metrics:
+    """Metrics of the steps of a run; every rank must read them at the same steps."""
 
-    def __init__(self, world: World) -> None:
-        """Args: world, whose ranks all call ``read`` at the same steps."""
-        self._world = world
+    def __init__(self, run: Run) -> None:
+        self._run = run
         self._pending: list[tuple[int, float, Tensor, Tensor]] = []
+        self._last: StepMetrics | None = None
+        self._begun = self._logged = (run.step, run.elapsed_s, run.progress)
+        """Steps, seconds and progress when this process began, and at the last log line."""
+        self._skipped_step, self._n_in_a_row = 0, 0
 
     def add(self, step: int, lr: float, loss: Tensor, grad_norm: Tensor) -> None:
         """Add a step. Args: loss, the mean over this rank's part of the batch."""
         self._pending.append((step, lr, loss, grad_norm))
 
-    def read(self) -> list[StepMetrics]:
-        """Wait for the device and return the steps since the last call, in order."""
+    def last(self) -> StepMetrics:
+        """Return the metrics of the last step; raise as ``check``."""
+        self.check()
+        assert self._last is not None
+        return self._last
+
+    def check(self) -> None:
+        """Wait for the device, and read the metrics of the steps since the last call.
+
+        Raises: DivergedError if one of them diverged.
+        """
         if not self._pending:
-            return []
+            return
+        world, config = self._run.world, self._run.config
+        threshold = DIVERGED_LOSS * math.log(max(config.model.vocab_size, 3))
         steps, lrs, losses, norms = zip(*self._pending, strict=True)
         self._pending = []
-        loss = self._world.mean(torch.stack(losses))
-        norm = torch.stack([self._world.full_tensor(norm) for norm in norms])
-        numbers = torch.stack([loss, norm]).tolist()
-        return [StepMetrics(*values) for values in zip(steps, lrs, *numbers, strict=True)]
+        loss = world.mean(torch.stack(losses))
+        norm = torch.stack([world.full_tensor(norm) for norm in norms])
+        for values in zip(steps, lrs, *torch.stack([loss, norm]).tolist(), strict=True):
+            self._last = metrics = StepMetrics(*values)
+            if not metrics.is_finite and config.training.on_nan == "stop":
+                remedy = "Try a lower --lr, or --on-nan skip to skip these steps."
+                raise self._diverged(str(metrics), remedy)
+            if metrics.is_finite and metrics.loss > threshold:
+                raise self._diverged(str(metrics))
+
+    def step_event(self) -> StepEvent:
+        """Return the event of the last step, and the speed since the one before."""
+        run, metrics = self._run, self.last()
+        now = (run.step, run.elapsed_s, run.progress)
+        n_steps, seconds, _ = (a - b for a, b in zip(now, self._logged, strict=True))
+        _, all_seconds, used = (a - b for a, b in zip(now, self._begun, strict=True))
+        self._logged = now
+        tokens_per_s = n_steps * run.step_tokens / seconds
+        peak = peak_flops(run.device, run.dtype)
+        model = replace(run.config.model, context_length=run.context_length)
+        flops_per_s = tokens_per_s * training_flops_per_token(model)
+        return StepEvent(
+            step=run.step,
+            progress=run.progress,
+            train_loss=metrics.loss,
+            lr=metrics.lr,
+            grad_norm=metrics.grad_norm,
+            tokens_per_s=tokens_per_s,
+            mfu=flops_per_s / (peak * run.world.size) if peak else None,
+            elapsed_s=run.elapsed_s,
+            remaining_s=all_seconds / used * (1 - run.progress) if used else 0.0,
+        )
+
+    def skip_event(self) -> SkipEvent:
+        """Count and return the event of the last step, which was skipped.
+
+        Raises: DivergedError if too many in a row were.
+        """
+        run, metrics = self._run, self.last()
+        self._n_in_a_row = self._n_in_a_row + 1 if self._skipped_step == run.step - 1 else 1
+        self._skipped_step = run.step
+        if self._n_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            facts = f"{metrics}, and {self._n_in_a_row} steps in a row were skipped"
+            raise self._diverged(facts)
+        run.n_skipped += 1
+        return SkipEvent(
+            step=run.step,
+            train_loss=metrics.loss,
+            lr=metrics.lr,
+            grad_norm=metrics.grad_norm,
+            n_skipped=run.n_skipped,
+            elapsed_s=run.elapsed_s,
+        )
+
+    def diverged(self, fact: str) -> DivergedError:
+        """Return the error for a divergence found at the current step, such as NaN in a sample."""
+        run, last = self._run, self._last
+        norm = f"gradient norm {last.grad_norm:.4g}, " if last else ""
+        lr = run.config.training.lr * run.lr_scale
+        return self._diverged(f"at step {run.step}: {fact}, {norm}lr {lr:.3g}")
+
+    def _diverged(self, facts: str, remedy: str = "Try a lower --lr.") -> DivergedError:
+        saved = self._run.folder.steps()
+        kept = f"The checkpoint of step {saved[-1]} is kept." if saved else "Nothing was saved yet."
+        return DivergedError(f"training diverged {facts}. {kept} {remedy}")

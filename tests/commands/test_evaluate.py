@@ -15,7 +15,7 @@ from test_streams import Screen
 
 from minigpt.checkpoint.folder import RunFolder
 from minigpt.checkpoint.model_folder import read_model, write_model
-from minigpt.commands import status_line
+from minigpt.commands import progress
 from minigpt.model.device import resolve_dtype
 from minigpt.text.tokenizer import TiktokenTokenizer, bytes_tokenizer, make_encoding, train_bpe
 
@@ -180,7 +180,7 @@ def test_a_terminal_shows_progress_and_is_left_clean(
 
 
 def test_a_pipe_gets_a_plain_line_now_and_then(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(status_line, "PLAIN_EVERY_S", 0.0)
+    monkeypatch.setattr(progress, "PLAIN_EVERY_S", 0.0)
     result = run("evaluate", "corpus.txt", "--batch-size", "20")
     lines = result.err.splitlines()
     assert lines[0] == "model checkpoints/tiny/step-000004"  # before anything long begins

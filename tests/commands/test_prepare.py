@@ -120,7 +120,7 @@ def test_interrupted_prepare_is_resumed(run: Run, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(shard_files, "MAX_SHARD_TOKENS", 10_000)
     monkeypatch.setattr(building, "PROGRESS_BYTES", 1)
     monkeypatch.setattr("minigpt.text.building.CHUNK_CHARS", 1000)
-    from minigpt.commands.status_line import ProgressLine
+    from minigpt.commands.progress import ProgressLine
 
     def interrupt(self: ProgressLine, progress: PrepareProgress) -> None:
         if progress.stage == "encode" and progress.done > progress.total / 2:

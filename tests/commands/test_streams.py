@@ -15,7 +15,7 @@ import pytest
 from calls import TINY, Result, Run
 
 from minigpt.checkpoint.model_folder import read_model
-from minigpt.commands.train import display as training_display
+from minigpt.commands.train import samples
 from minigpt.config import SamplingConfig
 from minigpt.generation.decoder import Decoder
 from minigpt.generation.stream import stream_text
@@ -129,7 +129,7 @@ def test_a_sample_during_training_is_escaped_and_marked(
     on_terminal: Callable[..., str], trained: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        training_display, "draw_sample", lambda *_: f"{HOSTILE}\nbest   fake\x0bnext\u2028fake"
+        samples, "draw_sample", lambda *_: f"{HOSTILE}\nbest   fake\x0bnext\u2028fake"
     )
     text = str(trained / "corpus.txt")
     shown = on_terminal("train", text, *TINY, "--sample-every", "4", cwd=workplace)
@@ -153,7 +153,7 @@ def test_a_terminal_shows_one_line_of_a_sample_at_each_evaluation(
         drawn.append(config)
         return f"{HOSTILE}\nbest   fake\x0bnext\u2028fake {'long ' * 90}"
 
-    monkeypatch.setattr(training_display, "draw_sample", sample)
+    monkeypatch.setattr(samples, "draw_sample", sample)
     words = ["train", str(trained / "corpus.txt"), *TINY, "--eval-every", "2"]
     shown = on_terminal(*words, cwd=workplace)
     assert not steering(shown)

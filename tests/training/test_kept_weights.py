@@ -14,10 +14,10 @@ from small_runs import bits, config_of, data_of, differing, run_until, trainer_o
 from minigpt.checkpoint.folder import RunFolder
 from minigpt.checkpoint.model_folder import read_model
 from minigpt.evaluation import evaluate
-from minigpt.presets import for_text
 from minigpt.text.batches import validation_windows
 from minigpt.text.shards import PreparedData
 from minigpt.training.events import EarlyStopEvent, EvalEvent, SaveEvent, StepEvent
+from minigpt.training.overfitting import for_text
 from minigpt.training.schedule import EVAL_SHARE, LEAST_EVAL_TOKENS, with_evaluations
 from minigpt.training.trainer import Trainer
 
@@ -77,9 +77,9 @@ def test_the_average_is_that_of_a_plain_loop_and_is_left_only_if_it_is_better(
                 expected[name] += weight * (p.detach() - expected[name])
         if isinstance(event, SaveEvent):
             raw = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-            own = trainer._validation().nats_per_token
+            own = trainer.checkpoints.validation().nats_per_token
             with trainer.average.in_model():
-                averaged = trainer._validation().nats_per_token
+                averaged = trainer.checkpoints.validation().nats_per_token
             assert event.val_loss == min(own, averaged)
             left = read_model(event.folder).model.state_dict()
             better = expected if averaged < own else raw

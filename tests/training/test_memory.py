@@ -83,7 +83,7 @@ def test_an_evaluation_that_is_larger_than_a_step_is_counted(
 ) -> None:
     config = config_of("llama", batch_size=1, eval_tokens=10**6)
     trainer = trainer_of(config, data, tmp_path)
-    evaluation, _ = allocated(trainer._evaluate)
+    evaluation, _ = allocated(trainer.checkpoints.evaluate)
     step, _ = allocated(trainer.take_step)
     assert evaluation > step
     estimate = estimate_memory(config, len(trainer.val_tokens), torch.float32)

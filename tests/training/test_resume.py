@@ -287,7 +287,7 @@ def make_deadly(place, trainer):
     if place == "between the folder and its pointers":
         trainer.folder.point = die
     if place == "between checkpoints":
-        trainer._evaluate = die
+        trainer.checkpoints.evaluate = die
 
 def live(run, step, place):
     torch.set_num_threads(n_threads)

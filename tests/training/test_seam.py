@@ -10,8 +10,8 @@ from minigpt.checkpoint.folder import RunFolder
 from minigpt.checkpoint.manifest import MANIFEST, write_manifest
 from minigpt.text.shards import PreparedData
 from minigpt.training.events import StepEvent
-from minigpt.training.schedule import LARGEST_RISE, lr_scale
-from minigpt.training.state import STATE_FOLDER
+from minigpt.training.schedule import lr_scale
+from minigpt.training.state import LARGEST_RISE, STATE_FOLDER
 from minigpt.training.trainer import Trainer
 
 

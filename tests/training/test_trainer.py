@@ -125,7 +125,7 @@ def test_evaluation_makes_no_more_logits_at_once_than_fit(
         raise DataError("far enough")
 
     trainer = trainer_of(config_of("llama"), data, tmp_path)
-    monkeypatch.setattr(trainer_module, "validation_windows", stop_at)
+    monkeypatch.setattr("minigpt.training.checkpoints.validation_windows", stop_at)
     trainer.config = replace(
         trainer.config, model=replace(trainer.config.model, vocab_size=vocab_size)
     )
@@ -138,7 +138,9 @@ def test_evaluation_makes_no_more_logits_at_once_than_fit(
 def test_accumulated_micro_batches_equal_the_big_batch(
     data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer_module, "has_fast_bfloat16", lambda device: False)  # of any CPU
+    monkeypatch.setattr(
+        "minigpt.training.run.has_fast_bfloat16", lambda device: False
+    )  # of any CPU
     runs = {}
     for size in (6, 3, 2, 1):
         config = config_of("llama", max_steps=4, micro_batch_size=size)

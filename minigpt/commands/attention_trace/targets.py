@@ -8,7 +8,6 @@ from typing import Literal
 from minigpt.commands.options import Mode, PromptForm
 from minigpt.config import check_fields, option
 from minigpt.errors import ConfigError
-from minigpt.figures import require_matplotlib
 from minigpt.files import require_writable
 from minigpt.rings import has_ring, ring
 
@@ -121,7 +120,7 @@ class Targets:
                     f"--{name} shows one trace, and there are {n_samples}. Leave --num-samples out."
                 )
             if name in _PICTURES:
-                require_matplotlib(path)
+                ring("figures").require_matplotlib(path)
             require_writable(path)
 
     @property

@@ -41,7 +41,7 @@ def claims(
     from minigpt.commands import output
     from minigpt.commands.claims.views import prepare_folder, show_finding, write_findings
     from minigpt.commands.loading import use_threads
-    from minigpt.commands.status_line import ProgressLine
+    from minigpt.commands.progress import ProgressLine
 
     if out is not None:
         prepare_folder(out)

@@ -16,17 +16,15 @@ from minigpt.commands.output import aligned, line_width, note, show, write_json
 from minigpt.commands.plot.curves import require_picture, validation_curves, write_picture
 from minigpt.commands.process import command_line
 from minigpt.commands.train.display import TrainingDisplay
-from minigpt.commands.train.job import (
-    Job,
-    checked_name,
+from minigpt.commands.train.job import Job, checked_name, fresh_names
+from minigpt.commands.train.run import train_job
+from minigpt.commands.train.settings import (
     flat,
-    fresh_names,
     given,
     settings_of,
     with_split,
     with_vocabulary,
 )
-from minigpt.commands.train.run import train_job
 from minigpt.config import DataConfig, RunConfig
 from minigpt.errors import ConfigError, DivergedError
 from minigpt.format import short

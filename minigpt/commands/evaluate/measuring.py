@@ -13,15 +13,16 @@ from torch import Tensor
 from minigpt.checkpoint.folder import CONFIG_FILE
 from minigpt.checkpoint.resolve import resolve_model
 from minigpt.commands.evaluate import EvaluationConfig
+from minigpt.commands.evaluate.windows import Windows, span_to_evaluate, text_bytes
 from minigpt.commands.loading import use_threads
 from minigpt.commands.options import ModelSource
 from minigpt.commands.output import aligned, one_line
-from minigpt.commands.status_line import ProgressLine
+from minigpt.commands.progress import ProgressLine
 from minigpt.config import DataConfig, RunConfig
 from minigpt.errors import CheckpointError, ConfigError, DataError
-from minigpt.evaluation import Windows, evaluate, span_to_evaluate, text_bytes
+from minigpt.evaluation import evaluate
 from minigpt.format import duration, short
-from minigpt.generation.api import load, tokenizer_of
+from minigpt.generation.loading import load, tokenizer_of
 from minigpt.model.device import inference_dtype, resolve_device
 from minigpt.rings import ring
 from minigpt.settings import build, read_toml

@@ -73,8 +73,8 @@ def generate(
         raise ConfigError("--chat answers a message. Give a PROMPT, or --interactive.")
     from minigpt.commands.generate.samples import SampleDisplay
     from minigpt.commands.loading import compiling, load
-    from minigpt.generation.api import make_decoder
     from minigpt.generation.decoder import fresh_seed
+    from minigpt.generation.loading import make_decoder
     from minigpt.generation.stream import stream_samples
 
     ready = load(source, prompt, form)

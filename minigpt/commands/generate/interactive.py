@@ -13,8 +13,8 @@ from minigpt.commands.output import note
 from minigpt.config import SamplingConfig
 from minigpt.errors import DataError
 from minigpt.files import cache_folder
-from minigpt.generation.api import encode_prompt
 from minigpt.generation.decoder import Decoder
+from minigpt.generation.loading import encode_prompt
 from minigpt.generation.stream import TextStep, stream_text
 
 _MARKER = "> "

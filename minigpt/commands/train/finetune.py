@@ -10,7 +10,7 @@ import torch
 
 from minigpt.checkpoint.model_folder import read_model
 from minigpt.checkpoint.resolve import is_hub_name, resolve_model
-from minigpt.commands.train.job import flat, given, one_budget, one_lr
+from minigpt.commands.train.settings import flat, given, one_budget, one_lr
 from minigpt.config import RunConfig
 from minigpt.errors import CheckpointError, ConfigError
 from minigpt.evaluation import LOGITS_AT_ONCE

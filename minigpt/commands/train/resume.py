@@ -1,0 +1,168 @@
+"""minigpt train --resume: continue a run from its latest checkpoint."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from minigpt.checkpoint.folder import CONFIG_FILE, Pointer, RunFolder
+from minigpt.checkpoint.manifest import verify
+from minigpt.checkpoint.model_folder import read_carried, read_model
+from minigpt.checkpoint.resolve import ROOT, models_in, warn_of_damage
+from minigpt.commands.train.job import Job, Request, chat_template, checked_name, require_memory
+from minigpt.commands.train.settings import flat, one_budget, one_lr
+from minigpt.config import RunConfig
+from minigpt.errors import CheckpointError, ConfigError, DataError, cut, nearest
+from minigpt.settings import build, merge, read_toml, to_dict, without_effect
+from minigpt.text.shards import PreparedData, prepare
+from minigpt.training.schedule import lr_scale, with_max_steps
+from minigpt.training.state import LARGEST_RISE, computed_on, read_state
+from minigpt.training.trainer import Trainer
+
+# Settings that --resume cannot change. The text is not among them, because it may have moved: the
+# trainer compares the tokens.
+_FIXED = (
+    "preset",
+    "from",
+    "model",
+    "data.tokenizer",
+    "data.val_fraction",
+    "data.val_split",
+    "training.seed",
+    "training.batch_size",
+    "training.sequence_length",
+    "training.optimizer",
+)
+
+
+@contextmanager
+def resumed_job(request: Request) -> Iterator[Job]:
+    """Resume a run of checkpoints/ from its latest checkpoint.
+
+    Raises: CheckpointError if there is none; ConfigError for a setting that cannot change.
+    """
+    is_named = request.name is not None
+    run = RunFolder(ROOT / checked_name(request.name or "")) if is_named else _newest_run()
+    _require_checkpoint(run)
+    with request.lock(run):
+        settings = read_toml(run.path / CONFIG_FILE)
+        if "val" not in settings.get("data", {}):  # saved before there were other splits
+            settings = merge(settings, {"data": {"val_split": "tail"}})
+        saved = build(RunConfig, settings)
+        _require_same(saved, request.overrides)  # before settings that depend on each other
+        overrides = request.overrides if saved.from_ is None else one_lr(request.overrides)
+        config = build(RunConfig, merge(to_dict(saved), one_budget(overrides)))
+        notes = without_effect(config, overrides)
+        require_memory(config, request)
+        latest = _require_checkpoint(run)
+        # The model that a run was fine-tuned from may be gone; the checkpoint has its tokenizer.
+        is_tuned = saved.from_ is not None
+        tokenizer = read_model(latest.folder).tokenizer if is_tuned else None
+        carried = read_carried(latest.folder) if is_tuned else None
+        data = prepare(
+            config.data,
+            on_progress=request.on_progress,
+            tokenizer=tokenizer,
+            template=chat_template(replace(config.data, chat_template=None), latest.folder),
+        )
+        if read_state(latest.folder).corpus != data.tokens.fingerprint:
+            raise _other_text(saved, request.overrides)
+        notes += _lifted_limit(saved, config, data)
+        yield Job(config, data, run, resume_from=latest.folder, carried=carried, notes=notes)
+
+
+def _require_checkpoint(run: RunFolder) -> Pointer:
+    latest = run.latest()
+    if latest is None and (steps := run.steps()):
+        reason = "its checkpoints have weights only."
+        try:
+            verify(run.step_folder(steps[-1]))
+        except CheckpointError as error:
+            reason = str(error).replace(" Use another step; if", " If")
+        raise CheckpointError(
+            f"the run {run.path.name!r} cannot be resumed: {reason} Otherwise start a new run "
+            "under another --name."
+        )
+    if latest is None:
+        names = [path.name for path in models_in(ROOT) if RunFolder(path).steps()]
+        raise CheckpointError(
+            f"the run {run.path.name!r} has no checkpoint to resume from. "
+            f"{nearest(run.path.name, names) if names else 'Start one without --resume.'}"
+        )
+    warn_of_damage(run, latest.step)
+    return latest
+
+
+def _newest_run() -> RunFolder:
+    runs = [RunFolder(path) for path in models_in(ROOT)]
+    latest = {run: pointer for run in runs if (pointer := run.latest())}
+    if not latest:
+        raise CheckpointError(
+            f"there is no run to resume in {str(ROOT)!r}. Start one without --resume."
+        )
+    return max(latest, key=lambda run: latest[run].folder.stat().st_mtime_ns)
+
+
+def _require_same(saved: RunConfig, overrides: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a setting that --resume cannot change, and that differs."""
+    before = flat(to_dict(saved))
+    for key, value in flat(overrides).items():
+        is_fixed = any(key == fixed or key.startswith(f"{fixed}.") for fixed in _FIXED)
+        is_fixed |= key == "data.val" and not saved.data.val
+        is_known = key in before or key in _FIXED  # the others are refused with the nearest one
+        if is_fixed and is_known and before.get(key) != value:
+            raise ConfigError(
+                f"--resume cannot change {key}: it is {cut(before.get(key))} in this run, not "
+                f"{cut(value)}. Leave it out, or start a new run under another --name."
+            )
+
+
+def _other_text(saved: RunConfig, overrides: Mapping[str, Any]) -> DataError:
+    """Return the error for a text that is not the run's, with what reads it differently."""
+    before = flat({"data": to_dict(saved.data)})
+    for key, value in flat({"data": overrides.get("data", {})}).items():
+        if before.get(key) != value:
+            was = "the default" if key not in before else cut(before[key])
+            return DataError(
+                f"the corpus is not the one that this run started with: {key} is {was} in this "
+                f"run, not {cut(value)}. Leave it out, or start a new run under another --name."
+            )
+    return DataError(
+        "the corpus is not the one that this run started with: the text of "
+        f"{', '.join(map(repr, saved.data.paths)) or 'the built-in corpus'} has changed. Give the "
+        "same text as DATA, or start a new run under another --name."
+    )
+
+
+def _lifted_limit(saved: RunConfig, config: RunConfig, data: PreparedData) -> list[str]:
+    """Return a line if a resumed run will read its text more often than its limit allowed."""
+    epochs, budget = saved.training.max_epochs, config.training
+    if not epochs or budget.max_epochs:
+        return []
+    n_tokens = len(data.tokens.split(config.data.val_fraction)[0])
+    limit = with_max_steps(replace(saved, training=replace(saved.training, max_steps=0)), n_tokens)
+    n_steps = limit.training.max_steps
+    if 0 < budget.max_steps <= n_steps:
+        return []
+    wanted = f"--max-steps {budget.max_steps}" if budget.max_steps else "--max-minutes"
+    return [
+        f"{wanted} lifts this run's limit of {epochs:.3g} epochs ({n_steps} steps): "
+        f"--max-epochs {epochs:.3g} keeps it"
+    ]
+
+
+def resumed_notes(trainer: Trainer) -> Iterator[str]:
+    """Yield what a resumed run computes differently than one that was not stopped."""
+    training, seam = trainer.config.training, trainer.seam
+    if trainer.moved_from is not None:
+        yield (
+            f"saved on {trainer.moved_from}, and resumed on "
+            f"{computed_on(trainer.world, trainer.dtype)}: the run continues, but rounds "
+            "differently than it would have"
+        )
+    is_limited = lr_scale(training, trainer.progress) > trainer.lr_scale
+    if seam and seam.step == trainer.step and is_limited:
+        yield (
+            f"the learning rate continues from {training.lr * seam.lr_scale:.1e} and rises by "
+            f"at most {LARGEST_RISE - 1:.0%} a step until it meets the new budget's schedule"
+        )

@@ -1,0 +1,128 @@
+"""The settings of a training run: those of the preset, the user, and the text."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from math import gcd
+from typing import Any, Literal
+
+from minigpt.checkpoint.families import canonical
+from minigpt.config import RunConfig
+from minigpt.errors import ConfigError
+from minigpt.model.cost import parameter_count
+from minigpt.presets import DEFAULT_PRESET
+from minigpt.presets import preset as preset_settings
+from minigpt.rings import find_ring
+from minigpt.settings import build, merge, to_dict
+from minigpt.text.shards import PreparedData, prepared_settings
+
+_LIMITS = {"max_steps": 0, "max_minutes": 0.0, "max_epochs": 0.0}
+
+
+def settings_of(overrides: dict[str, Any]) -> dict[str, Any]:
+    """Merge the user's settings over those of the preset, and check them.
+
+    Raises: ConfigError for invalid settings; DataError for a prepared folder that cannot be used.
+    """
+    overrides = {"preset": DEFAULT_PRESET} | overrides
+    if not isinstance(overrides["preset"], str):
+        raise ConfigError(f"preset must be the name of a preset: it is {overrides['preset']!r}.")
+    preset = _adapted(preset_settings(overrides["preset"]), overrides)
+    settings = merge(preset, one_budget(overrides))
+    config = build(RunConfig, merge({"model": {"vocab_size": 1}}, settings))
+    # The tokenizer and the split of a prepared folder win over those of the preset.
+    own = prepared_settings(config.data.paths)
+    return merge(settings, {"data": own}, {"data": overrides.get("data", {})})
+
+
+def with_split(config: RunConfig, data: PreparedData) -> RunConfig:
+    """Return the config with the split of the text, so that a resumed run has the same."""
+    kind = data.manifest.val_split
+    if kind == "own":
+        return config
+    split: Literal["documents", "tail"] = "documents" if kind == "documents" else "tail"
+    return replace(config, data=replace(config.data, val_split=split))
+
+
+def _adapted(preset: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Drop or adapt the preset's values that depend on a shape or batch the user changed."""
+    model, training = dict(preset["model"]), dict(preset["training"])
+    is_recurrent = given(overrides, "model", "arch") in ("lstm", "lstm-attention")
+    if given(overrides, "model", "family") == "gpt2" or is_recurrent:
+        for name in ("qk_norm", "n_kv_head", "d_mlp"):
+            model.pop(name, None)
+    if is_recurrent:
+        model["n_head"] = 1
+    if given(overrides, "model", "d_model") is not None:
+        model.pop("d_mlp", None)
+    n_head = given(overrides, "model", "n_head")
+    if isinstance(n_head, int) and "n_kv_head" in model:
+        model["n_kv_head"] = gcd(n_head, model["n_kv_head"])
+    context = given(overrides, "model", "context_length")
+    if isinstance(context, int) and context % training.get("context_warmup_length", 1):
+        training["context_warmup_length"] = 0
+    batch = given(overrides, "training", "batch_size")
+    if isinstance(batch, int) and "micro_batch_size" in training:
+        training["micro_batch_size"] = gcd(batch, training["micro_batch_size"])
+    return preset | {"model": model, "training": training}
+
+
+def with_vocabulary(settings: dict[str, Any], vocab_size: int) -> RunConfig:
+    """Build the config of a run from its settings and its tokenizer's size.
+
+    Raises: ConfigError if the user asked for a smaller vocabulary.
+    """
+    config = build(RunConfig, merge({"model": {"vocab_size": vocab_size}}, settings))
+    if config.model.vocab_size < vocab_size:
+        raise ConfigError(
+            f"model.vocab_size must be at least {vocab_size}, the size of the tokenizer: it is "
+            f"{config.model.vocab_size}. Leave it out."
+        )
+    return replace(config, model=canonical(config.model))
+
+
+def suited_to_text(
+    config: RunConfig, overrides: Mapping[str, Any], data: PreparedData
+) -> RunConfig:
+    """Set what depends on the size of the text, such as dropout, where the user gives no value."""
+    overfitting = find_ring("training.overfitting")
+    if overfitting is None:
+        return config
+    n_train_tokens = len(data.tokens.split(config.data.val_fraction)[0])
+    step_tokens = config.training.batch_size * config.sequence_length
+    n_parameters = parameter_count(config.model)
+    suited = overfitting.for_text(max(n_train_tokens, 1), n_parameters, step_tokens)
+    if given(overrides, "model", "dropout") is not None:
+        suited["training"].pop("dropout_start", None)  # the user's dropout begins at once
+    own = {
+        table: {key: value for key, value in values.items() if given(overrides, table, key) is None}
+        for table, values in suited.items()
+    }
+    return build(RunConfig, merge(to_dict(config), own))
+
+
+def one_budget(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Drop the preset's or run's limits if the user gives any limit."""
+    if all(given(overrides, "training", name) is None for name in _LIMITS):
+        return dict(overrides)
+    return merge({"training": _LIMITS}, overrides)
+
+
+def one_lr(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Use the user's learning rate for embeddings too, unless they have one."""
+    lr = given(overrides, "training", "lr")
+    return merge({} if lr is None else {"training": {"embedding_lr": lr}}, overrides)
+
+
+def given(overrides: Mapping[str, Any], table: str, name: str) -> Any:
+    """Return the user's value of a setting; None if there is none."""
+    values = overrides.get(table)
+    return values.get(name) if isinstance(values, Mapping) else None
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by their dotted names, as in ``--set``."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        is_table = isinstance(value, Mapping)
+        result |= flat(value, f"{prefix}{key}.") if is_table else {f"{prefix}{key}": value}
+    return result

@@ -1,0 +1,181 @@
+"""Validation passes, and the checkpoints of the latest and of the best weights."""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from torch import Tensor
+
+from minigpt.checkpoint.folder import WEIGHTS_ONLY
+from minigpt.checkpoint.model_folder import write_full_precision, write_model
+from minigpt.errors import DataError
+from minigpt.evaluation import Evaluation, evaluate, windows_at_once
+from minigpt.model.device import save_dtype
+from minigpt.model.language_model import LanguageModel
+from minigpt.model.registry import model_class
+from minigpt.rings import find_ring
+from minigpt.text.batches import validation_windows
+from minigpt.training.events import EvalEvent, Event, SaveEvent
+from minigpt.training.run import Run
+from minigpt.training.schedule import is_due
+from minigpt.training.step_metrics import Metrics
+
+
+class Checkpoints:
+    """Evaluates the weights of a run, and saves them."""
+
+    def __init__(self, run: Run, metrics: Metrics) -> None:
+        self._run, self._metrics = run, metrics
+        self._evaluation: EvalEvent | None = None
+        self._unsaved_best: tuple[EvalEvent, dict[str, Tensor]] | None = None
+        """The best evaluation since the last checkpoint, and its weights, which only rank 0 has."""
+
+    def evaluate(self) -> EvalEvent:
+        """Compute the validation loss of the weights, or of their average if it is lower."""
+        run = self._run
+        self._metrics.check()  # report an earlier divergence with its own step
+        started = time.perf_counter()
+        result, is_averaged = self.validation(), False
+        if not result.n_tokens:
+            raise DataError(
+                "no token of the validation text counts in the loss, as no answer of the assistant "
+                "is among those evaluated. Give more text, or a larger eval_tokens."
+            )
+        if not math.isfinite(result.nats):
+            raise self._metrics.diverged(f"validation loss {result.nats_per_token:.4g}")
+        if run.average:
+            with run.average.in_model():
+                averaged = self.validation()
+            if averaged.nats < result.nats:
+                result, is_averaged = averaged, True
+        self._evaluation = EvalEvent(
+            step=run.step,
+            val_loss=result.nats_per_token,
+            bits_per_byte=result.bits_per_byte,
+            n_tokens=result.n_tokens,
+            elapsed_s=run.elapsed_s,
+            eval_s=time.perf_counter() - started,
+            is_averaged=is_averaged,
+        )
+        config = run.config.training
+        if run.early_stop and any(
+            is_due(run.step, n) for n in (config.eval_every, config.save_every)
+        ):
+            run.early_stop.add(run.step, result.nats_per_token)
+        return self._evaluation
+
+    def validation(self) -> Evaluation:
+        """Evaluate the model's current weights on the validation windows, always the same."""
+        run, length = self._run, self._run.config.sequence_length
+        batches = validation_windows(
+            run.val_tokens,
+            length,
+            run.config.training.eval_tokens or len(run.val_tokens),
+            batch_size=windows_at_once(run.config.model.vocab_size, length),
+        )
+        lengths = run.data.tokenizer.token_byte_lengths
+        result = run.world.evaluate(
+            lambda part: evaluate(run.model, part, lengths, dtype=run.dtype), batches
+        )
+        run.world.reshard(run.model)
+        return result
+
+    def evaluate_and_keep(self) -> EvalEvent:
+        """Evaluate, and keep the weights in memory until the next checkpoint if they are best."""
+        run, evaluation = self._run, self.evaluate()
+        if evaluation.val_loss < run.best_loss:
+            run.best_loss = evaluation.val_loss
+            with self._weights_of(evaluation):
+                weights = run.world.gather(run.model.state_dict().items())
+                copies = {name: w.detach().to("cpu", copy=True) for name, w in weights.items()}
+            self._unsaved_best = evaluation, copies
+        return evaluation
+
+    def evaluate_and_save(self) -> Iterator[Event]:
+        """Save a checkpoint with its validation loss, and the best weights since the last one."""
+        run, evaluation = self._run, self._evaluation
+        if not len(run.val_tokens):
+            evaluation = None
+        elif evaluation is None or evaluation.step != run.step:
+            yield (evaluation := self.evaluate())
+        best, self._unsaved_best = self._unsaved_best, None
+        if evaluation and evaluation.val_loss < run.best_loss:
+            run.best_loss, best = evaluation.val_loss, None
+        if best and best[0].step != run.step and run.world.is_first:
+            # Before the latest checkpoint: if it is not written, resuming finds this step again.
+            weights = model_class(run.config.model).from_tensors(run.config.model, best[1])
+            yield self._write(weights, best[0])
+        resume = find_ring("training.state")
+        with self._weights_of(evaluation):
+            is_averaged = evaluation is not None and evaluation.is_averaged
+            tensors = resume.training_tensors(run, is_exchanged=is_averaged) if resume else ()
+            state = run.world.gather(tensors)
+            model = run.world.full_model(run.model)
+            saved = self._write(model, evaluation, state) if model else None
+        if saved:
+            yield saved
+        run.world.max(0)  # wait for rank 0
+        run.saved_step = run.step
+
+    def _weights_of(self, evaluation: EvalEvent | None) -> AbstractContextManager[None]:
+        """Return the context in which the model has the weights of an evaluation at this step."""
+        is_averaged = evaluation is not None and evaluation.is_averaged
+        return self._run.average.in_model() if is_averaged else nullcontext()
+
+    def _write(
+        self,
+        model: LanguageModel,
+        evaluation: EvalEvent | None,
+        state: dict[str, Tensor] | None = None,
+    ) -> SaveEvent:
+        """Write the checkpoint of this step, or the weights of the step of an earlier evaluation.
+
+        Args: state, of the optimizers; None for weights that a run cannot resume from.
+        """
+        run, config = self._run, self._run.config
+        step, losses = run.step, {}
+        if evaluation:
+            step = evaluation.step
+            losses = {"val_loss": evaluation.val_loss, "bits_per_byte": evaluation.bits_per_byte}
+        facts: dict[str, Any] = {WEIGHTS_ONLY: True} if state is None else {}
+        if evaluation and evaluation.is_averaged:
+            facts["is_averaged"] = True
+        with run.folder.writing_step(step, **losses, **facts) as folder:
+            dtype = save_dtype(config.training.save_dtype)
+            is_rounded = write_model(
+                folder, model, run.data.tokenizer, carried=run.carried, dtype=dtype
+            )
+            if template := run.data.manifest.chat_template:
+                (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+            if cards := find_ring("checkpoint.tools.model_card"):
+                card = cards.model_card(
+                    config,
+                    name=run.folder.path.name,
+                    step=step,
+                    n_train_tokens=len(run.train_tokens),
+                    val_split=run.data.manifest.val_split,
+                    **losses,
+                )
+                (folder / "README.md").write_text(card, encoding="utf-8")
+            resume = find_ring("training.state")
+            if resume and state is not None:
+                resume.write_state(folder, state, resume.training_state(run))
+                if is_rounded:
+                    write_full_precision(folder, model)
+        if state is not None:
+            run.folder.point("latest", step, **losses, **facts)
+        if not evaluation:  # without a validation text, the latest checkpoint counts as the best
+            run.folder.point("best", step)
+        best = run.folder.best()
+        assert best is not None
+        run.folder.point("best", best.step, **best.facts)
+        if state is not None:
+            run.folder.prune(config.training.keep)
+        return SaveEvent(
+            step=step,
+            folder=run.folder.step_folder(step),
+            val_loss=evaluation.val_loss if evaluation else None,
+            is_best=best.step == step,
+        )

@@ -1,0 +1,116 @@
+"""What is done against overfitting: settings by the size of the text, averages, early stopping."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from minigpt.training.run import Run
+from minigpt.training.world import World
+
+LARGE_TEXT = 2.0
+"""Training tokens per parameter from which a text counts as large."""
+SMALL_TEXT = 0.2
+"""Training tokens per parameter below which a text counts as small."""
+MOST_EPOCHS, LEAST_STEPS, LEAST_TOKENS = 10.0, 200, 4096
+LEAST_PATIENCE = 100
+"""Fewest steps without a lower validation loss before a run stops early."""
+
+
+def for_text(n_train_tokens: int, n_parameters: int, step_tokens: int) -> dict[str, Any]:
+    """Return the settings that depend on the size of the text: those against overfitting.
+
+    They depend on the text and the model, never on the budget, so that a larger budget is the same
+    run with a longer schedule; and the budget is limited where more epochs do not improve the
+    model. docs/training.md has the measurements.
+
+    Args: step_tokens, tokens per step.
+    Returns: settings, nested as in RunConfig; ``training.max_epochs`` is an upper limit.
+    """
+    size = n_train_tokens / n_parameters
+    training: dict[str, Any] = {"average": 0.98, "patience": 4.0}
+    if size >= LARGE_TEXT:
+        return {"training": training}
+    training["dropout_start"] = 1.5
+    if n_train_tokens >= LEAST_TOKENS:  # a few pages are only for trying things out
+        training["max_epochs"] = max(MOST_EPOCHS, LEAST_STEPS * step_tokens / n_train_tokens)
+    return {"model": {"dropout": 0.25 if size < SMALL_TEXT else 0.1}, "training": training}
+
+
+class WeightAverage:
+    """Exponential moving average of a model's weights; the plain mean of its first steps.
+
+    Training oscillates around weights that are better than those of any single step, and on a small
+    text the average overfits later.
+
+    Source: Polyak and Juditsky 1992, doi:10.1137/0330046; Izmailov et al. 2018, arXiv:1803.05407.
+    """
+
+    def __init__(self, model: nn.Module, decay: float, world: World) -> None:
+        """Start from a model's current weights. Args: decay, per step, in (0, 1)."""
+        self._decay = decay
+        self._to_local = world.to_local
+        self.tensors = {p: p.detach().clone() for p in model.parameters()}
+        """Average of each parameter, sharded as the parameter is."""
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Add the weights after a step. Args: step, number of steps taken."""
+        weight = max(1 - self._decay, 1 / (step + 1))
+        averages, weights = self._local()
+        torch._foreach_lerp_(averages, weights, weight)
+
+    @contextmanager
+    def in_model(self) -> Iterator[None]:
+        """Exchange the model's weights and their averages during the block."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        averages, weights = self._local()
+        for average, weight in zip(averages, weights, strict=True):
+            kept = weight.clone()
+            weight.copy_(average)
+            average.copy_(kept)
+
+    def _local(self) -> tuple[list[Tensor], list[Tensor]]:
+        averages = [self._to_local(average) for average in self.tensors.values()]
+        weights = [self._to_local(cast("Tensor", p).detach()) for p in self.tensors]
+        return averages, weights
+
+
+@dataclass(kw_only=True)
+class EarlyStop:
+    """Ends a run whose validation loss has not fallen for the epochs of ``patience``.
+
+    Only the evaluations that are due count.
+    """
+
+    best_step: int = 0
+    """Step of the lowest validation loss."""
+    val_loss: float | None = None
+    """That loss, in nats/token. None before the first evaluation."""
+    evaluated_step: int = 0
+    """Step of the latest evaluation."""
+
+    def add(self, step: int, val_loss: float) -> None:
+        """Add an evaluation. An equal loss is not lower."""
+        self.evaluated_step = step
+        if self.val_loss is None or val_loss < self.val_loss:
+            self.best_step, self.val_loss = step, val_loss
+
+    def is_due(self, run: Run) -> bool:
+        """Return whether to stop."""
+        patience = run.config.training.patience
+        if not patience:
+            return False
+        n_steps = math.ceil(patience * len(run.train_tokens) / run.step_tokens)
+        return self.evaluated_step - self.best_step >= max(LEAST_PATIENCE, n_steps)

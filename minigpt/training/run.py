@@ -1,0 +1,167 @@
+"""A training run: its model, optimizers and data, and how far it is."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from minigpt.checkpoint.folder import RunFolder
+from minigpt.checkpoint.model_folder import Carried, read_model
+from minigpt.config import RunConfig
+from minigpt.errors import CheckpointError
+from minigpt.model.device import has_fast_bfloat16
+from minigpt.model.language_model import LanguageModel
+from minigpt.model.registry import model_class
+from minigpt.rings import find_ring, ring
+from minigpt.text.batches import require_length
+from minigpt.text.shards import PreparedData
+from minigpt.training.optim import make_optimizers
+from minigpt.training.schedule import lr_scale, progress, with_evaluations, with_max_steps
+from minigpt.training.world import ALONE, World
+
+
+class Run:
+    """What a training step changes, and what it needs.
+
+    With several processes, each has a Run of its own (see world.py).
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        data: PreparedData,
+        folder: RunFolder,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        start_from: LanguageModel | None = None,
+        resume_from: Path | None = None,
+        carried: Carried | None = None,
+        world: World = ALONE,
+    ) -> None:
+        """Start a run, or resume it from a checkpoint.
+
+        Args: dtype of autocast (weights stay float32); start_from, a float32 model to fine-tune
+            (None for random weights); resume_from, a checkpoint folder; carried, from the folder of
+            the model to fine-tune or of the checkpoint; world, the process group.
+        Raises: DataError if the corpus is too short, or differs from that of the checkpoint;
+            CheckpointError if the checkpoint is damaged or has another model; ConfigError if the
+            batch cannot be divided among the ranks, or there are fewer GPUs than ranks.
+        """
+        self.data, self.folder, self.carried = data, folder, carried
+        self.world = world.on(device, shard=config.training.shard)
+        self.device, self.dtype = self.world.device, dtype
+        self.train_tokens, self.val_tokens = data.tokens.split(config.data.val_fraction)
+        config = with_max_steps(config, len(self.train_tokens))
+        self.config = with_evaluations(config, len(self.train_tokens))
+        for tokens in (self.train_tokens, self.val_tokens):
+            if len(tokens) or tokens is self.train_tokens:  # there may be no validation text
+                require_length(tokens, config.sequence_length)
+        training = config.training
+        self.micro_batch_size = world.micro_batch_size(
+            training.batch_size, training.micro_batch_size
+        )
+        """Sequences per forward pass of a rank."""
+        if resume_from:
+            start_from = read_model(resume_from, dtype=torch.float32, is_exact=True).model
+        self.model = self.world.place(self._make_model(start_from, resume_from))
+        product_dtype = torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
+        self.optimizers = make_optimizers(self.model, training, product_dtype, self.world)
+        self.step = 0
+        """Number of steps taken."""
+        self.elapsed_s = 0.0
+        """Seconds of training, without evaluation and saving."""
+        self.n_skipped = 0
+        """Number of steps skipped because of NaN or inf."""
+        self.last_lr_scale: float | None = None
+        """Learning rate of the last step as a fraction of the peak."""
+        self.best_loss = math.inf
+        """Lowest validation loss of a checkpoint, or of weights kept for the next one."""
+        self.saved_step: int | None = None
+        """Step of the latest checkpoint."""
+        self.average: Any = None
+        """Moving average of the weights, an ``overfitting.WeightAverage``. None without one."""
+        if training.average:
+            averages = ring("training.overfitting").WeightAverage
+            self.average = averages(self.model, training.average, self.world)
+        self.early_stop: Any = None
+        """End of the run without progress, an ``overfitting.EarlyStop``."""
+        if training.patience or find_ring("training.overfitting"):
+            self.early_stop = ring("training.overfitting").EarlyStop()
+        self.seam: Any = None
+        """Smoothed change of the schedule, a ``state.Seam``. None in a run that has none."""
+        self.moved_from: str | None = None
+        """Where the checkpoint was computed, if resume is not bit-exact for that reason."""
+        if resume_from:
+            ring("training.state").restore(self, resume_from)
+
+    def _make_model(
+        self, start_from: LanguageModel | None, resume_from: Path | None
+    ) -> LanguageModel:
+        config = self.config.model
+        if start_from is None:
+            model = model_class(config)(config)
+            # On the CPU, so that every device starts from the same weights.
+            model.init_weights(torch.Generator().manual_seed(self.config.training.seed))
+            return model
+        # Dropout has no weights, and may be changed when a run is resumed.
+        if replace(start_from.config, dropout=config.dropout) != config:
+            raise CheckpointError(
+                f"{str(resume_from)!r} has a model of another shape than the run's config. "
+                "Resume with the run's own settings."
+            )
+        return model_class(config).from_tensors(config, start_from.state_dict())
+
+    @property
+    def progress(self) -> float:
+        """Fraction of the budget used, in [0, 1]."""
+        return progress(self.config.training, self.step, self.elapsed_s)
+
+    @property
+    def lr_scale(self) -> float:
+        """Learning rate of the next step as a fraction of the peak."""
+        scale = lr_scale(self.config.training, self.progress)
+        return self.seam.limit(scale, self.step) if self.seam else scale
+
+    @property
+    def context_length(self) -> int:
+        """Tokens per sequence of the next step.
+
+        Short sequences at the start give more, and more independent, gradients in the same time
+        (Li et al. 2021, arXiv:2108.06084).
+        """
+        config, full = self.config.training, self.config.sequence_length
+        is_warm = self.progress >= config.context_warmup_fraction
+        is_warm = is_warm or bool(self.seam and self.seam.is_warm)
+        return full if is_warm else config.context_warmup_length or full
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens per step."""
+        return self.config.training.batch_size * self.config.sequence_length
+
+    def epochs(self, n_steps: int) -> float:
+        """Return the passes over the training text that steps make."""
+        return n_steps * self.step_tokens / len(self.train_tokens)
+
+    @property
+    def has_run_out(self) -> bool:
+        """Whether the validation loss has not fallen for the epochs of ``patience``."""
+        return self.early_stop is not None and self.early_stop.is_due(self)
+
+    def set_dropout(self) -> None:
+        """Set dropout, and the seed of its masks, for the next step.
+
+        The masks are a pure function of seed, step and rank, so that resume is exact.
+        """
+        config, dropout = self.config.training, self.config.model.dropout
+        if not dropout:
+            return
+        has_begun = self.epochs(self.step) >= config.dropout_start
+        for module in self.model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = dropout if has_begun else 0.0
+        torch.manual_seed(config.seed + 1_000_003 * (self.step + 1) + self.world.rank)
