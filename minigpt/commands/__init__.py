@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from minigpt.commands.layout import COMMANDS, Commands, show_help
+from minigpt.commands.layout import Commands, show_help
 from minigpt.commands.process import close_streams, open_streams, set_spin_count
 from minigpt.errors import (
     DISTRIBUTION,
@@ -22,6 +22,7 @@ from minigpt.errors import (
     MinigptWarning,
     ResourceError,
 )
+from minigpt.rings import find_ring
 from minigpt.text.escape import printable
 
 _HALF = 1000  # of the longest message, in characters
@@ -134,7 +135,9 @@ def _describe(error: BaseException) -> tuple[str, int]:
     if isinstance(error, MinigptError):
         return str(error), error.exit_code
     if hasattr(error, "format_message"):  # a usage error of typer, or of click below it
-        return _usage(error), ConfigError.exit_code
+        usage = find_ring("commands.usage")
+        text = usage.message(error) if usage else error.format_message()
+        return text, ConfigError.exit_code
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("minigpt"):
         return f"{error.name} is not installed. Install minigpt again with its dependencies.", 1
     # The CPU's allocator, and cuBLAS, which allocates by itself.
@@ -159,15 +162,3 @@ def _describe(error: BaseException) -> tuple[str, int]:
             check = "Check the path" + ("." if is_missing else ", its permissions and the disk.")
             return f"{where}{reason}. {check}", 1
     return f"{type(error).__name__}: {error}. This is a bug of minigpt; --debug shows more.", 1
-
-
-def _usage(error: Any) -> str:
-    command = next((word for word in sys.argv[1:] if word in COMMANDS), None)
-    page = f"See minigpt {command} --help." if command else "See minigpt --help."
-    takes_prompt = command in ("generate", "attention-trace")
-    message = str(error.format_message()).splitlines()[0].rstrip(".")
-    if type(error).__name__ == "NoSuchOption":
-        message = f"unknown option {error.option_name!r}"
-    elif "unexpected extra argument" in message and takes_prompt:
-        page = "A prompt is one argument: put it in quotes."
-    return f"{message[:1].lower()}{message[1:]}. {page}"

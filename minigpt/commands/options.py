@@ -23,7 +23,7 @@ import inspect
 import itertools
 import re
 import typing
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import NoneType
@@ -44,6 +44,7 @@ from minigpt.config import (
 )
 from minigpt.errors import ConfigError, require_choice
 from minigpt.presets import DEFAULT_PRESET, PRESETS
+from minigpt.rings import find_ring
 from minigpt.settings import (
     build,
     merge,
@@ -122,38 +123,9 @@ class Mode:
     defaults: Mapping[str, str] = field(default_factory=dict)
     """Values of options whose default is None."""
 
-    def check(self, given: Collection[str], values: Mapping[str, Any]) -> None:
-        """Check the options that were given.
 
-        Args: given, their names; values, the value of each option of the command.
-        Raises: ConfigError for an option that would have no effect.
-        """
-
-        def holds(condition: str) -> bool:
-            name, _, word = condition.partition(" ")
-            value = values.get(name) or self.defaults.get(name)
-            other = word.removeprefix("other than ")
-            return (str(value) == other) == (other == word) if word else bool(value)
-
-        for name in given:
-            if self.takes is not None and name not in (self.flag, *self.takes):
-                why = f"{self.why} " if self.why else ""
-                takes = f"It takes {_listed(self.takes, 'and')}" if self.takes else "It takes none"
-                raise ConfigError(f"{name} cannot be used with {self.flag}. {why}{takes}.")
-            conditions = self.needs.get(name)
-            if conditions and not any(map(holds, conditions)):
-                raise ConfigError(
-                    f"{name} is for {_listed(conditions, 'or')}, and has no effect otherwise. Add "
-                    f"that, or leave {name} out."
-                )
-            for condition, others in self.refuses.items():
-                if name in others and holds(condition):
-                    raise ConfigError(
-                        f"{name} has no effect with {condition}. Leave one of them out."
-                    )
-
-
-def _listed(words: Sequence[str], last: str) -> str:
+def listed(words: Sequence[str], last: str) -> str:
+    """Return words as a list in a sentence. Args: last, the word before the last one."""
     return f" {last} ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
@@ -216,10 +188,10 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             for name, value in typed.items()
             if value not in _NOT_GIVEN
         ]
-        for mode in ways:
-            if not mode.flag or mode.flag in words:
-                mode.check(words, {flag: _value(given, name) for name, flag in flags.items()})
-                break
+        mode = next((mode for mode in ways if not mode.flag or mode.flag in words), None)
+        if mode and (usage := find_ring("commands.usage")):
+            values = {flag: _value(given, name) for name, flag in flags.items()}
+            usage.check_mode(mode, words, values)
         function(**given)
 
     del run.__wrapped__
@@ -345,7 +317,7 @@ def _parameter(
 def _help(about: Option, choices: Sequence[str], default: Any, kind: type) -> str:
     text, shown = about.text, about.shown
     if choices:
-        text += f": {_listed(choices, 'or')}"
+        text += f": {listed(choices, 'or')}"
     if not shown and kind is not bool and isinstance(default, int | float | str):
         shown = f"{default:g}" if kind is float else str(default)
     return f"{text} [{shown}]" if shown else text

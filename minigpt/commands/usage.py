@@ -1,0 +1,135 @@
+"""What is wrong with the words of a command line: options that are unknown or have no effect."""
+
+import itertools
+import re
+import shlex
+import sys
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from minigpt.commands.layout import COMMANDS
+from minigpt.commands.options import Mode, listed
+from minigpt.errors import ConfigError, cut, did_you_mean
+
+
+def check_group(ctx: Any, args: list[str]) -> None:
+    """Raise ConfigError for an unknown option before the name of a command."""
+    options = [name for p in ctx.command.get_params(ctx) for name in p.opts]
+    if args and args[0][0:1] == "-" and args[0].partition("=")[0] not in (*options, "--"):
+        near = did_you_mean(args[0], [name for name in options if name[:2] == "--"])
+        raise ConfigError(
+            f"unknown option {cut(args[0])}. {near or f'See {ctx.command_path} --help.'}"
+        )
+
+
+def check_words(ctx: Any, args: list[str]) -> None:
+    """Check the words of a command.
+
+    Raises: ConfigError for an unknown option, and for one that lacks its value and is followed by
+        another option, which would be taken as the value.
+    """
+    options = {
+        name: p for p in ctx.command.get_params(ctx) for name in (*p.opts, *p.secondary_opts)
+    }
+    words = iter(args)
+    for word in words:
+        if word == "--":
+            _require_texts(ctx, list(words), options)
+            break
+        name, equals, _ = word.partition("=")
+        option = options.get(name)
+        if option is None and word.startswith("-") and word != "-":
+            raise ConfigError(f"unknown option {word!r}. {_advice(ctx, word)}")
+        n_values = 0 if option is None or equals or _is_flag(option) else option.nargs
+        for value in itertools.islice(words, n_values):
+            if value in options or re.match(r"--[a-z]", value):
+                also = f", or write {word}={value}" if n_values == 1 else ""
+                raise ConfigError(
+                    f"{word} needs a value, and {value!r} is an option. Give a value{also}."
+                )
+
+
+def _require_texts(ctx: Any, after: list[str], options: Mapping[str, Any]) -> None:
+    """Raise ConfigError for an option behind the first text after ``--``."""
+    rest, moved, late = iter(after[1:]), [], ""
+    texts = after[:1]
+    for word in rest:
+        option = options.get(word.partition("=")[0])
+        if option is None:
+            texts.append(word)
+            continue
+        late = late or word
+        n_values = 0 if "=" in word or _is_flag(option) else option.nargs
+        moved += [word, *itertools.islice(rest, n_values)]
+    if late:
+        call = shlex.join([*moved, "--", *texts])
+        raise ConfigError(
+            f"{late} is behind --, where all is text. Put options before it: "
+            f"{ctx.command_path} {call}"
+        )
+
+
+def _advice(ctx: Any, word: str) -> str:
+    """Return the remedy for a word that begins with a dash and is no option."""
+    parameters = ctx.command.get_params(ctx)
+    has_argument = any(p.param_type_name == "argument" for p in parameters)
+    if has_argument and (" " in word or not word.lstrip("-")[:1].isalpha()):
+        call = f"{ctx.command_path} -- {shlex.quote(word)}"
+        return f"Put -- before a text that begins with a dash, after all options: {call}"
+    is_negated = word.startswith("--no-")
+    listed = [p.secondary_opts if is_negated else p.opts for p in parameters]
+    name = word.partition("=")[0]
+    for parameter in parameters:  # `train --model M`, whose option for a MODEL is --from
+        if name.lstrip("-").upper() == parameter.metavar:
+            if parameter.param_type_name != "argument":
+                return f"Did you mean {parameter.opts[0]} {parameter.metavar}?"
+            return f"Give it without a name: {ctx.command_path} {parameter.metavar}"
+    longs = [[n for n in names if n.startswith("--")][:1] for names in listed]  # no aliases
+    near = did_you_mean(name, itertools.chain(*longs))
+    return near or f"See {ctx.command_path} --help."
+
+
+def _is_flag(parameter: Any) -> bool:
+    return bool(getattr(parameter, "is_flag", False))
+
+
+def check_mode(mode: Mode, given: Collection[str], values: Mapping[str, Any]) -> None:
+    """Check the options that were given in a mode.
+
+    Args: given, their names; values, the value of each option of the command.
+    Raises: ConfigError for an option that would have no effect.
+    """
+
+    def holds(condition: str) -> bool:
+        name, _, word = condition.partition(" ")
+        value = values.get(name) or mode.defaults.get(name)
+        other = word.removeprefix("other than ")
+        return (str(value) == other) == (other == word) if word else bool(value)
+
+    for name in given:
+        if mode.takes is not None and name not in (mode.flag, *mode.takes):
+            why = f"{mode.why} " if mode.why else ""
+            takes = f"It takes {listed(mode.takes, 'and')}" if mode.takes else "It takes none"
+            raise ConfigError(f"{name} cannot be used with {mode.flag}. {why}{takes}.")
+        conditions = mode.needs.get(name)
+        if conditions and not any(map(holds, conditions)):
+            raise ConfigError(
+                f"{name} is for {listed(conditions, 'or')}, and has no effect otherwise. Add "
+                f"that, or leave {name} out."
+            )
+        for condition, others in mode.refuses.items():
+            if name in others and holds(condition):
+                raise ConfigError(f"{name} has no effect with {condition}. Leave one of them out.")
+
+
+def message(error: Any) -> str:
+    """Return the message of a usage error of typer, and its remedy."""
+    command = next((word for word in sys.argv[1:] if word in COMMANDS), None)
+    page = f"See minigpt {command} --help." if command else "See minigpt --help."
+    takes_prompt = command in ("generate", "attention-trace")
+    text = str(error.format_message()).splitlines()[0].rstrip(".")
+    if type(error).__name__ == "NoSuchOption":
+        text = f"unknown option {error.option_name!r}"
+    elif "unexpected extra argument" in text and takes_prompt:
+        page = "A prompt is one argument: put it in quotes."
+    return f"{text[:1].lower()}{text[1:]}. {page}"
