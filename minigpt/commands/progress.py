@@ -41,12 +41,12 @@ class ProgressLine:
         """Args: label, the first task. Nothing is shown before it has one, or if is_quiet."""
         self.console = make_console(is_stderr=True)
         self.console.quiet = is_quiet
-        self.line = Task(label)
+        status = find_ring("commands.status_line")
+        self.line = status.StatusLine(label) if status else Task(label)
         self.live: Any = None
         """Lines that are redrawn in place. None outside a terminal or without the ring."""
         is_terminal = not is_quiet and sys.stderr.isatty() and not self.console.is_dumb_terminal
-        if is_terminal and (status := find_ring("commands.status_line")):
-            self.line = status.StatusLine(label)
+        if status and is_terminal:
             self.live = status.LiveLines(self.line, self.console)
         self._last_line_at = time.monotonic()
         self._stage: PrepareProgress | None = None
