@@ -19,7 +19,7 @@ from minigpt.checkpoint.folder import RunFolder
 from minigpt.checkpoint.model_folder import read_model
 from minigpt.errors import CheckpointError, DataError, ResourceError
 from minigpt.text.shards import PreparedData
-from minigpt.training import trainer as trainer_module
+from minigpt.training import state as state_module
 from minigpt.training.events import EvalEvent, Event, SaveEvent, StepEvent
 from minigpt.training.metrics import MetricsLog
 from minigpt.training.state import STATE_FOLDER, restore_state
@@ -267,7 +267,7 @@ import torch
 import torch._dynamo  # every optimizer imports it at its first step: once here, not in each child
 from minigpt.checkpoint.folder import RunFolder
 from minigpt.text.shards import open_prepared
-from minigpt.training import trainer as trainer_module
+from minigpt.training import state as state_module
 from minigpt.training.metrics import MetricsLog
 from minigpt.training.metrics import MetricsLog
 from small_runs import config_of, trainer_of
@@ -281,7 +281,7 @@ def die(*args, **kwargs):
 
 def make_deadly(place, trainer):
     if place == "between the weights and the state":
-        trainer_module.write_state = die
+        state_module.write_state = die
     if place == "in the middle of a step":
         trainer.optimizers[-1].step = die
     if place == "between the folder and its pointers":
