@@ -22,6 +22,7 @@ from small_runs import config_of, trainer_of
 
 from minigpt import evaluation
 from minigpt.text.shards import PreparedData, open_prepared
+from minigpt.training import run as run_module
 from minigpt.training import trainer as trainer_module
 from minigpt.training.events import EvalEvent, SaveEvent, SkipEvent, StepEvent
 from minigpt.training.world import join
@@ -31,7 +32,7 @@ def live(run: dict[str, Any], rank: int, data: PreparedData, folder: Path) -> di
     """Be one rank of a run; return what it saw."""
     evaluation._TOKENS_AT_ONCE = 32  # so that there is something to share
     # Muon in bfloat16 would amplify the rounding of sums in another order.
-    trainer_module.has_fast_bfloat16 = lambda device: False
+    run_module.has_fast_bfloat16 = lambda device: False
     if "clock" in run:
         looks = count()
         tick_s = run["clock"][rank]

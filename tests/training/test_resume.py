@@ -19,7 +19,7 @@ from minigpt.checkpoint.folder import RunFolder
 from minigpt.checkpoint.model_folder import read_model
 from minigpt.errors import CheckpointError, DataError, ResourceError
 from minigpt.text.shards import PreparedData
-from minigpt.training import state as state_module
+from minigpt.training import trainer as trainer_module
 from minigpt.training.events import EvalEvent, Event, SaveEvent, StepEvent
 from minigpt.training.metrics import MetricsLog
 from minigpt.training.state import STATE_FOLDER, restore_state
