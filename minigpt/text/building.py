@@ -43,16 +43,15 @@ from minigpt.text.shard_files import (
     write_shards,
 )
 from minigpt.text.tokenizer import (
-    BPE_TRAINING_BYTES,
-    BPE_VERSION,
     END_OF_TEXT,
     Tokenizer,
-    first_texts,
     make_tokenizer,
     parse_spec,
 )
 
 _SPLITTING = "text.splitting"
+BPE_VERSION = 2
+"""Changes with what ``text.bpe`` learns from a text, so that caches are made again."""
 PROGRESS_BYTES = 2**20
 CHUNK_CHARS = 2**20
 MAX_WORKERS = 16
@@ -213,7 +212,9 @@ def begin(folder: Path, corpus: Corpus) -> Tokenizer:
             path.unlink()
     tokenizer = corpus.tokenizer
     if isinstance(tokenizer, str):
-        tokenizer = make_tokenizer(tokenizer, _training_texts(corpus))
+        is_trained = parse_spec(tokenizer)[0] == "bpe"
+        texts = ring("text.bpe").training_texts(corpus) if is_trained else ()
+        tokenizer = make_tokenizer(tokenizer, texts)
     write_json(folder / VOCABULARY, tokenizer.to_dict())
     return tokenizer
 
@@ -373,25 +374,6 @@ def counts_of(chunk: list[Document], tokens: npt.NDArray[Any], **others: Any) ->
         n_val_tokens=len(tokens) * chunk[0].is_validation,
         **others,
     )
-
-
-def _training_texts(corpus: Corpus) -> Iterator[str]:
-    """Yield the training text of a corpus, so that no merge is learned from validation text.
-
-    Only as much of a long corpus is read as merges are learned from.
-    """
-    report = reporter(corpus.files, "train tokenizer", corpus.report)
-    texts = (report(document).text for document in corpus.documents(training_only=True))
-    if corpus.template is not None:
-        render = partial(ring("text.chat").row_text, template=corpus.template)
-        texts = (part for text in texts for part in render(text).split(END_OF_TEXT))
-    train_fraction = 1 - corpus.data.val_fraction if corpus.val_split == "tail" else 1
-    read = first_texts(texts, BPE_TRAINING_BYTES / train_fraction)
-    n_left = int(train_fraction * sum(len(text.encode()) for text in read))
-    for text in read:
-        data = text.encode()[:n_left]
-        n_left -= len(data)
-        yield data.decode(errors="ignore")
 
 
 def reporter(

@@ -12,18 +12,15 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, partial
-from itertools import chain
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import regex
-import rustbpe
 import tiktoken
 
 from minigpt.errors import ConfigError, DataError, cut, nearest
 from minigpt.rings import ring
-from minigpt.text.characters import character_tokens, frequent_characters, joined_ranks
 
 END_OF_TEXT = "<|endoftext|>"
 NAMED_ENCODINGS = ("gpt2", "cl100k_base", "o200k_base")
@@ -35,16 +32,6 @@ BPE_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-BPE_TRAINING_BYTES = 64 * 2**20
-# The vocabulary size of the spec ``bpe``: docs/training.md has the losses.
-BYTES_PER_MERGE = 1000
-LARGEST_FITTING_BPE = 1024
-BPE_VERSION = 2
-"""Changes with what ``train_bpe`` learns from a text, so that caches are made again."""
-CHARACTER_COUNT_BYTES = BYTES_PER_MERGE * LARGEST_FITTING_BPE
-_MOST_CHARACTERS = 2**14
-
-
 # GPT-2's bijection of bytes to printable characters: Radford et al. 2019, encoder.py.
 _PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _OTHERS = enumerate(byte for byte in range(256) if byte not in _PRINTABLE)
@@ -219,7 +206,7 @@ class TiktokenTokenizer(Tokenizer):
         try:
             # Arrays avoid a list of ids, which would take a tenth of the encoding's time.
             encode = partial(self.encoding.encode_to_numpy, disallowed_special=())
-            arrays = list(map(encode, _parts(text)))
+            arrays = list(map(encode, split_whitespace(text)))
         except BaseException as error:
             # PanicException cannot be imported, and is not an Exception.
             if type(error).__name__ != "PanicException":
@@ -315,41 +302,6 @@ def bytes_tokenizer() -> TiktokenTokenizer:
     return TiktokenTokenizer("bytes", encoding)
 
 
-def train_bpe(
-    texts: Iterable[str], vocab_size: int, *, n_seeds: int | None = None
-) -> TiktokenTokenizer:
-    """Learn byte-pair merges from texts, with rustbpe.
-
-    Only the first BPE_TRAINING_BYTES of text are read. A corpus with too few distinct pairs gives
-    a smaller vocabulary than requested. Frequent characters outside of ASCII become tokens first
-    (see characters.py).
-
-    Args: vocab_size, number of all tokens: 256 bytes, the merges, ``<|endoftext|>`` last; n_seeds,
-        the most tokens to spend on characters, by default half of those that are no bytes.
-    Raises: ConfigError if vocab_size leaves no room for a merge.
-    Source: Sennrich et al. 2016, arXiv:1508.07909.
-    """
-    if vocab_size <= 257:
-        raise ConfigError(
-            f"bpe:{vocab_size} leaves no room for merges: 256 bytes and {END_OF_TEXT} are always "
-            "included. Try bpe:1024, or the tokenizer bytes."
-        )
-    trainer = rustbpe.Tokenizer()
-    read = list(map(well_formed, first_texts(texts, BPE_TRAINING_BYTES)))
-    characters = frequent_characters(first_texts(read, CHARACTER_COUNT_BYTES))
-    seeds = character_tokens(characters, (vocab_size - 257) // 2 if n_seeds is None else n_seeds)
-    parts = (part for text in read for part in _parts(text))
-    # Some of what is learned builds the same characters in other ways, and is left out.
-    n_learned = vocab_size - 1 + 2 * len(seeds)
-    trainer.train_from_iterator(parts, n_learned, pattern=BPE_PATTERN)
-    ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
-    if seeds:
-        ranks = joined_ranks(seeds, sorted(ranks, key=ranks.__getitem__), vocab_size - 1)
-    name = f"bpe:{vocab_size}"
-    encoding = make_encoding(name, BPE_PATTERN, ranks, {END_OF_TEXT: len(ranks)})
-    return TiktokenTokenizer(name, encoding)
-
-
 def named_tokenizer(name: str) -> TiktokenTokenizer:
     """Return one of OpenAI's published tokenizers; the first use downloads its ranks.
 
@@ -395,28 +347,8 @@ def make_tokenizer(spec: str, texts: Iterable[str]) -> Tokenizer:
         return bytes_tokenizer()
     if kind != "bpe":
         return named_tokenizer(kind)
-    n_seeds = None
-    if not vocab_size:
-        texts = iter(texts)
-        read = first_texts(texts, BYTES_PER_MERGE * LARGEST_FITTING_BPE)
-        n_merges = sum(len(text.encode("utf-8", "replace")) for text in read) // BYTES_PER_MERGE
-        # 258 is the smallest size that train_bpe takes.
-        vocab_size = min(257 + max(1, n_merges), LARGEST_FITTING_BPE)
-        # Room for all frequent characters beside the merges.
-        n_seeds = len(character_tokens(frequent_characters(read), _MOST_CHARACTERS))
-        vocab_size, texts = vocab_size + n_seeds, chain(read, texts)
-    return train_bpe(texts, vocab_size, n_seeds=n_seeds)
-
-
-def first_texts(texts: Iterable[str], n_bytes: float) -> list[str]:
-    """Return the first texts that have at least n_bytes together, or all texts."""
-    read: list[str] = []
-    for text in texts:
-        read.append(text)
-        n_bytes -= len(text.encode("utf-8", "replace"))
-        if n_bytes <= 0:
-            break
-    return read
+    tokenizer: Tokenizer = ring("text.bpe").trained_tokenizer(texts, vocab_size)
+    return tokenizer
 
 
 def unencodable_error(name: str, what: str) -> DataError:
@@ -436,7 +368,7 @@ def well_formed(text: str) -> str:
     return text
 
 
-def _parts(text: str) -> list[str]:
+def split_whitespace(text: str) -> list[str]:
     """Split a text inside its very long whitespace, so that no regex overflows on it."""
     # Such whitespace contains at least 15 adjacent samples: most texts need no full search.
     if not re.search(r"\s{15}", text[::4096]):

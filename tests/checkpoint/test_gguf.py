@@ -25,13 +25,13 @@ from minigpt.checkpoint.tools.gguf import export_gguf
 from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError, ConfigError, ResourceError
 from minigpt.model.registry import model_class
+from minigpt.text.bpe import train_bpe
 from minigpt.text.tokenizer import (
     BYTES_PATTERN,
     TiktokenTokenizer,
     Tokenizer,
     bytes_tokenizer,
     make_encoding,
-    train_bpe,
 )
 
 gguf = pytest.importorskip("gguf", reason="reads GGUF files with the package gguf")

@@ -23,6 +23,7 @@ from minigpt.checkpoint.tokenizer_json import tokenizer_from_json
 from minigpt.checkpoint.tools.gguf import export_gguf
 from minigpt.config import ModelConfig
 from minigpt.model.gpt import GPT
+from minigpt.text.bpe import train_bpe
 from minigpt.text.tokenizer import (
     BYTES_PATTERN,
     TiktokenTokenizer,
@@ -30,7 +31,6 @@ from minigpt.text.tokenizer import (
     bytes_tokenizer,
     make_encoding,
     named_tokenizer,
-    train_bpe,
 )
 
 pytestmark = pytest.mark.slow

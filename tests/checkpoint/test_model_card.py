@@ -18,7 +18,7 @@ from minigpt.checkpoint.model_folder import read_model, write_model
 from minigpt.checkpoint.tools.model_card import model_card
 from minigpt.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from minigpt.model.gpt import GPT
-from minigpt.text.tokenizer import train_bpe
+from minigpt.text.bpe import train_bpe
 
 CONFIG = RunConfig(
     model=ModelConfig(

@@ -19,7 +19,8 @@ from minigpt.config import ModelConfig, SamplingConfig
 from minigpt.errors import CheckpointError, ResourceError
 from minigpt.generation.decoder import Decoder
 from minigpt.model.gpt import GPT
-from minigpt.text.tokenizer import bytes_tokenizer, train_bpe
+from minigpt.text.bpe import train_bpe
+from minigpt.text.tokenizer import bytes_tokenizer
 
 TOKENS = torch.tensor([[1, 2, 3, 4, 5, 6, 7], [9, 9, 8, 1, 0, 2, 2]])
 

@@ -11,12 +11,12 @@ from layout_models import LAYOUTS, make_model
 
 from minigpt.checkpoint.model_folder import read_model, write_model
 from minigpt.checkpoint.tokenizer_json import read_tokenizer, tokenizer_to_json
+from minigpt.text.bpe import train_bpe
 from minigpt.text.tokenizer import (
     TiktokenTokenizer,
     Tokenizer,
     bytes_tokenizer,
     make_encoding,
-    train_bpe,
 )
 
 

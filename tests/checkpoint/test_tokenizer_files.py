@@ -11,7 +11,8 @@ from layout_models import make_model
 from minigpt.checkpoint.model_folder import read_model, write_model
 from minigpt.checkpoint.tokenizer_json import read_tokenizer, tokenizer_to_json
 from minigpt.errors import CheckpointError
-from minigpt.text.tokenizer import Tokenizer, bytes_tokenizer, train_bpe
+from minigpt.text.bpe import train_bpe
+from minigpt.text.tokenizer import Tokenizer, bytes_tokenizer
 
 WORDS = ("the cat's hat", "1984", "<|endoftext|>", "<pad>", "<think>", " déjà")
 

@@ -13,13 +13,13 @@ from fuzzed_texts import SAMPLE, fuzzed_texts
 
 from minigpt.checkpoint.tokenizer_json import merges_of, tokenizer_from_json, tokenizer_to_json
 from minigpt.errors import CheckpointError
+from minigpt.text.bpe import train_bpe
 from minigpt.text.imported import ImportedTokenizer
 from minigpt.text.tokenizer import (
     TiktokenTokenizer,
     bytes_tokenizer,
     make_encoding,
     named_tokenizer,
-    train_bpe,
 )
 
 

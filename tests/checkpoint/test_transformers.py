@@ -10,7 +10,8 @@ import torch
 
 from minigpt.checkpoint.model_folder import read_model, write_model
 from minigpt.model.gpt import GPT
-from minigpt.text.tokenizer import Tokenizer, train_bpe
+from minigpt.text.bpe import train_bpe
+from minigpt.text.tokenizer import Tokenizer
 
 TEXT = "It's the cat's\n\n  12345 hats, déjà-vu! <b> \t I'LL don't"
 

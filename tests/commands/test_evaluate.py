@@ -17,7 +17,8 @@ from minigpt.checkpoint.folder import RunFolder
 from minigpt.checkpoint.model_folder import read_model, write_model
 from minigpt.commands import progress
 from minigpt.model.device import resolve_dtype
-from minigpt.text.tokenizer import TiktokenTokenizer, bytes_tokenizer, make_encoding, train_bpe
+from minigpt.text.bpe import train_bpe
+from minigpt.text.tokenizer import TiktokenTokenizer, bytes_tokenizer, make_encoding
 
 TEXT = "The king said: né, once upon a time.\n" * 12
 

@@ -16,8 +16,8 @@ from minigpt.checkpoint.folder import RunFolder
 from minigpt.checkpoint.model_folder import write_model
 from minigpt.settings import read_toml
 from minigpt.text import building, shard_files
+from minigpt.text.bpe import train_bpe
 from minigpt.text.building import PrepareProgress
-from minigpt.text.tokenizer import train_bpe
 
 TEXT = "The king said: né, once upon a time.\n" * 90
 

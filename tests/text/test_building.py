@@ -21,12 +21,13 @@ from filelock import FileLock
 from minigpt import files
 from minigpt.config import DataConfig
 from minigpt.errors import ConfigError, DataError, LockedError, ResourceError
-from minigpt.text import building, corpus, prepared_folders, shard_files, shards, tokenizer
+from minigpt.text import bpe, building, corpus, prepared_folders, shard_files, shards
+from minigpt.text.bpe import train_bpe
 from minigpt.text.building import Encoded, PrepareProgress, Work
 from minigpt.text.corpus import Document
 from minigpt.text.prepared_folders import prepare_folder
 from minigpt.text.shards import PreparedData, TokenSpan, prepare
-from minigpt.text.tokenizer import TiktokenTokenizer, train_bpe
+from minigpt.text.tokenizer import TiktokenTokenizer
 
 Prepare = Callable[..., tuple[PreparedData, Work]]
 
@@ -123,8 +124,8 @@ def test_no_merge_is_learned_from_validation_text(
     made = prepare(config).tokenizer
     assert made.fingerprint == train_bpe(first, 300).fingerprint
     assert made.fingerprint != train_bpe(texts, 300).fingerprint
-    for module in (building, tokenizer):  # of a long corpus, only the beginning is read
-        monkeypatch.setattr(module, "BPE_TRAINING_BYTES", 1000)
+    # Of a long corpus, only the beginning is read.
+    monkeypatch.setattr(bpe, "BPE_TRAINING_BYTES", 1000)
     made = prepare(config, cache_dir=Path("another")).tokenizer
     assert made.fingerprint == train_bpe(texts, 300).fingerprint
 

@@ -13,13 +13,13 @@ from transformers import AutoTokenizer
 
 from minigpt.checkpoint.tokenizer_json import read_tokenizer, tokenizer_to_json
 from minigpt.errors import CheckpointError, ConfigError, DataError
+from minigpt.text.bpe import train_bpe
 from minigpt.text.chat import ChatTemplate, ending_turns, read_chat_template, training_template
 from minigpt.text.tokenizer import (
     TiktokenTokenizer,
     Tokenizer,
     bytes_tokenizer,
     make_encoding,
-    train_bpe,
 )
 
 CHATML = """{%- if messages[0]['role'] != 'system' %}

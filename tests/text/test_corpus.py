@@ -14,8 +14,9 @@ import pytest
 
 from minigpt.errors import DataError, MinigptError, ResourceError
 from minigpt.text import corpus, datasets
+from minigpt.text.bpe import train_bpe
 from minigpt.text.corpus import Document, content_hash, find_files, iter_documents
-from minigpt.text.tokenizer import bytes_tokenizer, named_tokenizer, train_bpe
+from minigpt.text.tokenizer import bytes_tokenizer, named_tokenizer
 
 
 @pytest.fixture

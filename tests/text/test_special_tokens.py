@@ -13,6 +13,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from minigpt.checkpoint.tokenizer_json import tokenizer_from_json, tokenizer_to_json
 from minigpt.config import DataConfig
 from minigpt.errors import ConfigError, DataError
+from minigpt.text.bpe import train_bpe
 from minigpt.text.prepared_folders import prepare_folder
 from minigpt.text.shards import PreparedData, TokenSpan, prepare
 from minigpt.text.tokenizer import (
@@ -20,7 +21,6 @@ from minigpt.text.tokenizer import (
     Tokenizer,
     bytes_tokenizer,
     make_encoding,
-    train_bpe,
 )
 
 SPECIALS = ["<|im_start|>", "<|im_end|>", "<|im_end|>>", "<|endoftext|>", "<s>", "né"]

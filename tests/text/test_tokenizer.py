@@ -11,7 +11,8 @@ import regex
 import tiktoken
 
 from minigpt.errors import ConfigError, DataError
-from minigpt.text import tokenizer as module
+from minigpt.text import bpe as module
+from minigpt.text.bpe import train_bpe
 from minigpt.text.tokenizer import (
     BPE_PATTERN,
     END_OF_TEXT,
@@ -22,7 +23,6 @@ from minigpt.text.tokenizer import (
     make_tokenizer,
     named_tokenizer,
     parse_spec,
-    train_bpe,
 )
 
 PROSE = (

@@ -1,0 +1,109 @@
+"""Byte-pair encodings that are trained on a corpus, with rustbpe."""
+
+from collections.abc import Iterable, Iterator
+from functools import partial
+from itertools import chain
+
+import rustbpe
+
+from minigpt.errors import ConfigError
+from minigpt.rings import ring
+from minigpt.text.building import Corpus, reporter
+from minigpt.text.characters import character_tokens, frequent_characters, joined_ranks
+from minigpt.text.tokenizer import (
+    BPE_PATTERN,
+    END_OF_TEXT,
+    TiktokenTokenizer,
+    make_encoding,
+    split_whitespace,
+    well_formed,
+)
+
+BPE_TRAINING_BYTES = 64 * 2**20
+# The vocabulary size of the spec ``bpe``: docs/training.md has the losses.
+BYTES_PER_MERGE = 1000
+LARGEST_FITTING_BPE = 1024
+CHARACTER_COUNT_BYTES = BYTES_PER_MERGE * LARGEST_FITTING_BPE
+_MOST_CHARACTERS = 2**14
+
+
+def trained_tokenizer(texts: Iterable[str], vocab_size: int) -> TiktokenTokenizer:
+    """Learn a vocabulary of a size from texts; size 0 for one that fits their length.
+
+    Raises: as ``train_bpe``.
+    """
+    if vocab_size:
+        return train_bpe(texts, vocab_size)
+    texts = iter(texts)
+    read = first_texts(texts, BYTES_PER_MERGE * LARGEST_FITTING_BPE)
+    n_merges = sum(len(text.encode("utf-8", "replace")) for text in read) // BYTES_PER_MERGE
+    # 258 is the smallest size that train_bpe takes.
+    vocab_size = min(257 + max(1, n_merges), LARGEST_FITTING_BPE)
+    # Room for all frequent characters beside the merges.
+    n_seeds = len(character_tokens(frequent_characters(read), _MOST_CHARACTERS))
+    return train_bpe(chain(read, texts), vocab_size + n_seeds, n_seeds=n_seeds)
+
+
+def train_bpe(
+    texts: Iterable[str], vocab_size: int, *, n_seeds: int | None = None
+) -> TiktokenTokenizer:
+    """Learn byte-pair merges from texts, with rustbpe.
+
+    Only the first BPE_TRAINING_BYTES of text are read. A corpus with too few distinct pairs gives
+    a smaller vocabulary than requested. Frequent characters outside of ASCII become tokens first
+    (see characters.py).
+
+    Args: vocab_size, number of all tokens: 256 bytes, the merges, ``<|endoftext|>`` last; n_seeds,
+        the most tokens to spend on characters, by default half of those that are no bytes.
+    Raises: ConfigError if vocab_size leaves no room for a merge.
+    Source: Sennrich et al. 2016, arXiv:1508.07909.
+    """
+    if vocab_size <= 257:
+        raise ConfigError(
+            f"bpe:{vocab_size} leaves no room for merges: 256 bytes and {END_OF_TEXT} are always "
+            "included. Try bpe:1024, or the tokenizer bytes."
+        )
+    trainer = rustbpe.Tokenizer()
+    read = list(map(well_formed, first_texts(texts, BPE_TRAINING_BYTES)))
+    characters = frequent_characters(first_texts(read, CHARACTER_COUNT_BYTES))
+    seeds = character_tokens(characters, (vocab_size - 257) // 2 if n_seeds is None else n_seeds)
+    parts = (part for text in read for part in split_whitespace(text))
+    # Some of what is learned builds the same characters in other ways, and is left out.
+    n_learned = vocab_size - 1 + 2 * len(seeds)
+    trainer.train_from_iterator(parts, n_learned, pattern=BPE_PATTERN)
+    ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
+    if seeds:
+        ranks = joined_ranks(seeds, sorted(ranks, key=ranks.__getitem__), vocab_size - 1)
+    name = f"bpe:{vocab_size}"
+    encoding = make_encoding(name, BPE_PATTERN, ranks, {END_OF_TEXT: len(ranks)})
+    return TiktokenTokenizer(name, encoding)
+
+
+def training_texts(corpus: Corpus) -> Iterator[str]:
+    """Yield the training text of a corpus, so that no merge is learned from validation text.
+
+    Only as much of a long corpus is read as merges are learned from.
+    """
+    report = reporter(corpus.files, "train tokenizer", corpus.report)
+    texts = (report(document).text for document in corpus.documents(training_only=True))
+    if corpus.template is not None:
+        render = partial(ring("text.chat").row_text, template=corpus.template)
+        texts = (part for text in texts for part in render(text).split(END_OF_TEXT))
+    train_fraction = 1 - corpus.data.val_fraction if corpus.val_split == "tail" else 1
+    read = first_texts(texts, BPE_TRAINING_BYTES / train_fraction)
+    n_left = int(train_fraction * sum(len(text.encode()) for text in read))
+    for text in read:
+        data = text.encode()[:n_left]
+        n_left -= len(data)
+        yield data.decode(errors="ignore")
+
+
+def first_texts(texts: Iterable[str], n_bytes: float) -> list[str]:
+    """Return the first texts that have at least n_bytes together, or all texts."""
+    read: list[str] = []
+    for text in texts:
+        read.append(text)
+        n_bytes -= len(text.encode("utf-8", "replace"))
+        if n_bytes <= 0:
+            break
+    return read
