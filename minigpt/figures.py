@@ -1,5 +1,6 @@
 """Figures of matplotlib, an optional extra: checked for beforehand, drawn by its own defaults."""
 
+import logging
 import os
 import warnings
 from collections.abc import Sequence
@@ -52,6 +53,8 @@ def our_style() -> AbstractContextManager[None]:
 def to_bytes(figure: "Figure", format: str, *, dpi: int = 150) -> bytes:
     """Return a figure as a file in a format such as ``svg``; equal figures give equal bytes."""
     picture = BytesIO()
+    # A fallback font without a bold face is no news.
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
     with warnings.catch_warnings(), our_style():
         # Names and tokens may have characters that the font lacks.
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)

@@ -57,6 +57,8 @@ class TraceConfig:
     """Number of sources per token to knock out, and as many controls."""
     knockout: Knockout = option("key", group=_GROUP)
     """Part of a source that a knockout removes."""
+    explain: str | None = option(None, group=_GROUP, metavar="LIST", shown="none")
+    """Heads whose weights the page works out from queries and keys, as in 4.2. None for none."""
     has_heads: bool = False
     """Whether to keep a summary of each head's row."""
 

@@ -220,6 +220,26 @@ class CauseCheck:
     """Spearman correlation of weight and |change|. None if there are too few values."""
 
 
+@dataclass(frozen=True, eq=False)
+class HeadWorking:
+    """What the weights of a head are computed from, over all positions T of a text.
+
+    The weights of position t are softmax(queries_TD[t] . keys_TD[j] * scale) over the positions j
+    in its view, and its output is the sum of the values times them.
+    """
+
+    layer: int
+    head: int
+    scale: float
+    """Factor of the products of queries and keys."""
+    window: int
+    """Number of positions that a query attends to, up to its own. 0 for all."""
+    queries_TD: NDArray[np.float32]
+    """Queries as they meet the keys: rotated and normalized, if the model does that."""
+    keys_TD: NDArray[np.float32]
+    values_TD: NDArray[np.float32]
+
+
 @dataclass(frozen=True)
 class TraceFooter:
     """How a trace ended, and the results of its checks."""
@@ -235,6 +255,8 @@ class TraceFooter:
     """Largest relative difference between a head's output and its row times the values, in one
     layer per step. None if it was not measured."""
     cause: CauseCheck | None = None
+    workings: tuple[HeadWorking, ...] = ()
+    """Queries, keys and values of the heads that are explained."""
 
 
 TraceEvent = TraceHeader | TraceStep | TraceFooter

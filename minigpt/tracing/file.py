@@ -12,10 +12,12 @@ from dataclasses import asdict, fields
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from minigpt.tracing.events import (
     CONVENTION,
     HeadRows,
+    HeadWorking,
     Row,
     Source,
     Token,
@@ -36,6 +38,8 @@ ROW_FIELDS = {
     for name in ("total", "sink", "own", "prompt", "generated", "entropy", "distance")
 }
 """Keys in the file, and the fields of Row that are numbers."""
+WORKING_ARRAYS = {"queries": "queries_TD", "keys": "keys_TD", "values": "values_TD"}
+"""Keys in the file, and the fields of HeadWorking that are arrays."""
 _MODEL_FIELDS = ("n_layer", "n_head", "n_kv_head", "d_model", "d_head", "dtype", "kernel", "score")
 _DIGITS = 6
 _HEAD_DIGITS = 4
@@ -120,7 +124,7 @@ def _row(row: Row) -> dict[str, Any]:
         **facts,
         "sources": sources,
         "rest": round(max(0.0, facts["total"] - listed), _DIGITS) if row.sums_to_one else None,
-        "weights": base64.b64encode(row.weights_S.astype("<f4").tobytes()).decode("ascii"),
+        "weights": _base64(row.weights_S),
         "heads": row.heads and _heads(row.heads),
     }
 
@@ -141,4 +145,15 @@ def _footer(footer: TraceFooter) -> dict[str, Any]:
         "worst_row_sum_error": footer.worst_row_sum_error,
         "worst_product_error": footer.worst_product_error,
         "cause": footer.cause and asdict(footer.cause),
+        "workings": [_working(working) for working in footer.workings],
     }
+
+
+def _working(working: HeadWorking) -> dict[str, Any]:
+    facts = {name: getattr(working, name) for name in ("layer", "head", "scale", "window")}
+    arrays = {name: getattr(working, field) for name, field in WORKING_ARRAYS.items()}
+    return facts | {name: _base64(array) for name, array in arrays.items()}
+
+
+def _base64(array: NDArray[np.float32]) -> str:
+    return base64.b64encode(array.astype("<f4").tobytes()).decode("ascii")

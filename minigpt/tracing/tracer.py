@@ -18,6 +18,7 @@ from minigpt.text.tokenizer import Tokenizer
 from minigpt.tracing.config import DEFAULTS, N_SOURCES, Measure, TraceConfig
 from minigpt.tracing.events import (
     Effect,
+    HeadWorking,
     Row,
     Token,
     TraceEvent,
@@ -27,7 +28,7 @@ from minigpt.tracing.events import (
 )
 from minigpt.tracing.recorder import RowRecorder, require_attention
 from minigpt.tracing.rows import RowReader, reduce_rows
-from minigpt.tracing.selection import select_heads
+from minigpt.tracing.selection import HeadSelection, select_heads
 
 
 def trace(
@@ -95,7 +96,9 @@ def trace(
             )
     except KeyboardInterrupt:
         finish = None
-    yield TraceFooter(n_generated, finish, time.perf_counter() - started, **observer.checks())
+    seconds = time.perf_counter() - started
+    workings = observer.workings([token.id for token in tokens])
+    yield TraceFooter(n_generated, finish, seconds, workings=workings, **observer.checks())
 
 
 def _kernel(model: LanguageModel, *, is_compiled: bool) -> str:
@@ -137,6 +140,10 @@ class AttentionObserver:
             self._sink_finder = ring("tracing.analysis.sink").SinkFinder(n_prompt)
         watchers = [one for one in (self._rollout, self._sink_finder) if one is not None]
         self.recorder = RowRecorder(model, measures=config.measures, watchers=watchers)
+        self._explained: HeadSelection | None = None
+        if config.explain is not None:
+            workings = ring("tracing.analysis.workings")
+            self._explained = workings.explained_heads(model, config.explain)
         self._reader: RowReader
         self._effects: list[Effect] = []
         self._sum_error: float | None = None
@@ -218,6 +225,15 @@ class AttentionObserver:
         )
         self._effects += effects
         return effects
+
+    def workings(self, tokens: Sequence[int]) -> tuple[HeadWorking, ...]:
+        """Return the queries, keys and values of the heads to explain, over a whole text."""
+        if self._explained is None:
+            return ()
+        workings: tuple[HeadWorking, ...] = ring("tracing.analysis.workings").head_workings(
+            self._model, tokens, self._explained
+        )
+        return workings
 
     def checks(self) -> dict[str, Any]:
         """Return the fields of the footer that hold the results of checks."""

@@ -218,7 +218,7 @@ def test_arrow_keys_move_to_the_lines_above_and_below(opened: Opened) -> None:
 def test_tab_reaches_every_part_and_arrow_keys_move_in_the_grid(opened: Opened) -> None:
     trace = made_trace()
     page = opened(trace)
-    page.page.locator("summary").focus()
+    page.page.locator("#about summary").focus()
     seen = []
     for _ in range(12):
         page.press("Tab")
@@ -227,8 +227,8 @@ def test_tab_reaches_every_part_and_arrow_keys_move_in_the_grid(opened: Opened) 
                 "document.activeElement.id || document.activeElement.getAttribute('role')"
             )
         )
-    wanted = ["direction", "measure", "layer", "head", "reduction", "download", "help-button"]
-    assert seen[:7] == wanted
+    wanted = ["direction", "measure", "layer", "head", "reduction", "copy", "download"]
+    assert seen[:8] == [*wanted, "help-button"]
     assert "token-14" in seen
     assert "gridcell" in seen
     while seen[-1] != "gridcell":
@@ -360,7 +360,7 @@ def exercise(page: OpenPage) -> str:
     page.click(0)
     page.click(4)
     page.press("ArrowLeft", "?", "Escape")
-    page.page.locator("summary").click()
+    page.page.locator("#about summary").click()
     page.page.locator("#grid [role=gridcell]").first.click()
     page.choose("direction", "readers")
     page.choose("reduction", "max")
@@ -394,7 +394,7 @@ def test_hostile_names_are_shown_and_never_run(text: str, opened: Opened) -> Non
         tuple(replace(role, tag=text) for role in row) for row in trace.header.roles or ()
     )
     page = opened(Trace(replace(trace.header, roles=roles), trace.steps, trace.footer))
-    page.page.locator("summary").click()
+    page.page.locator("#about summary").click()
     page.page.locator("#grid [role=gridcell]").first.click()
     page.drawn()
     assert page.page.locator("#model").text_content() == one_line(text)

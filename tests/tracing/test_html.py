@@ -158,7 +158,7 @@ def test_two_hundred_tokens_of_144_heads_by_both_measures_take_less_than_2_mb() 
 def test_every_kind_of_trace_has_a_page(make: Callable[[], Trace]) -> None:
     trace = make()
     data = Page(to_html(trace)).data
-    assert data["tokens"] == [visible(token.data) for token in trace.tokens]
+    assert data["names"] == [visible(token.data) for token in trace.tokens]
     assert data["nPrompt"] == len(trace.header.prompt)
     assert len(data["steps"]) == len(trace.steps)
     for step, shown in zip(trace.steps, data["steps"], strict=True):
@@ -240,7 +240,7 @@ def test_no_text_becomes_an_element(text: str) -> None:
     assert page.comments == []
     assert page.texts["script"] == plain.texts["script"]
     assert page.texts["title"] == f"Attention trace of {one_line(text)}"
-    assert page.data["tokens"] == [visible(text.encode())] * 6
+    assert page.data["names"] == [visible(text.encode())] * 6
     assert page.data["model"] == one_line(text)
 
 

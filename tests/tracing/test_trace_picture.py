@@ -145,11 +145,16 @@ def test_boxes_stay_inside_the_figure_and_do_not_overlap(trace: Trace) -> None:
             assert other_x >= x1 - 1e-6 or other_y >= y1
 
 
-def test_characters_missing_in_the_font_are_escaped(trace: Trace) -> None:
+def test_characters_missing_in_every_font_are_escaped(
+    trace: Trace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pictures.fontManager, "ttflist", [])
+    pictures.fonts_for.cache_clear()
     other = with_tokens(trace, ["日".encode(), "🙂".encode(), "é".encode()])
     axes = pictures.matrix_figure(other, ViewOptions(format="png")).axes[0]
     names = [label.get_text() for label in axes.get_xticklabels()]
     assert names[:3] == ["\\u65e5 0", "\\U0001f642 1", "é 2"]
+    pictures.fonts_for.cache_clear()
 
 
 def test_labels_of_a_long_trace_do_not_touch() -> None:

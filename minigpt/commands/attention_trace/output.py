@@ -168,6 +168,8 @@ class TraceOutput:
             else:
                 format = path.suffix.lower().removeprefix(".")
                 data = self._drawn("pictures", trace, format=format)
+                if format == "png":
+                    _note_missing(ring("tracing.views.pictures").missing_characters(trace))
             write_atomically(path, data)
             note(f"wrote {path}")
 
@@ -182,3 +184,13 @@ class TraceOutput:
             **more,
         )
         return ring(f"tracing.views.{view}").show(trace, options)
+
+
+def _note_missing(characters: str) -> None:
+    """Say once which characters a picture has only as escapes."""
+    if characters:
+        shown = " ".join(characters[:8]) + (" ..." if len(characters) > 8 else "")
+        note(
+            f"no installed font has {shown}: the picture has escapes instead. Install a font that "
+            "has them, such as Noto, or write --svg"
+        )

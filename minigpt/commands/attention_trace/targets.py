@@ -27,6 +27,7 @@ LIVE = Mode(
         "--knockout": ("--n-verified",),
         "--n-verified": ("--view lines", *_DRAWN),
         "--n-sources": ("--view lines", *_DRAWN),
+        "--explain": ("--html", "--out", "--json"),
         "--roles": ("--view lines", "--view heads", *_DRAWN),
         **dict.fromkeys(
             ("--layers", "--heads", "--reduce"),

@@ -24,7 +24,7 @@ from minigpt.generation.decoder import FinishReason
 from minigpt.settings import build
 from minigpt.tracing import events
 from minigpt.tracing.config import MEASURES
-from minigpt.tracing.file import HEAD_FIELDS, INTERRUPTED, ROW_FIELDS, SCHEMA
+from minigpt.tracing.file import HEAD_FIELDS, INTERRUPTED, ROW_FIELDS, SCHEMA, WORKING_ARRAYS
 from minigpt.tracing.selection import select_heads
 
 T = TypeVar("T")
@@ -164,8 +164,22 @@ class _Reader:
             cause = footer["cause"]
             if cause is not None:
                 cause = _read(events.CauseCheck, _object(cause, "cause"))
-            end = _read(events.TraceFooter, footer, finish=finish, cause=cause)
+            workings = tuple(map(self._working, _objects({"workings": []} | footer, "workings")))
+            end = _read(events.TraceFooter, footer, finish=finish, cause=cause, workings=workings)
         return events.Trace(self.header, tuple(self.steps), end)
+
+    def _working(self, value: dict[str, Any]) -> events.HeadWorking:
+        shape = (len(self.tokens), self.header.d_head)
+        arrays = {}
+        for name, field in WORKING_ARRAYS.items():
+            numbers = np.frombuffer(_bytes(value, name), "<f4")
+            if numbers.size != shape[0] * shape[1] or not np.isfinite(numbers).all():
+                raise ValueError(f"workings.{name} must be {shape[0]} x {shape[1]} numbers")
+            arrays[field] = numbers.reshape(shape).astype(np.float32)
+        working = _read(events.HeadWorking, value, **arrays)
+        if working.layer >= self.header.n_layer or working.head >= self.header.n_head:
+            raise ValueError(f"workings has head {working.layer}.{working.head}, which is not one")
+        return working
 
     def _source(self, value: dict[str, Any]) -> events.Source:
         position = _checked(value["position"], int, "position")

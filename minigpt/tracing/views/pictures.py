@@ -1,11 +1,13 @@
 """A trace as a picture for a paper: its map, or its text as a strip of shaded boxes.
 
 Lengths are in inches and computed here: the font is monospaced, so the width of a text is known.
-Tokens are untrusted: they are never parsed as formulas or TeX, and except in SVG, whose reader has
-other fonts, characters that the font lacks are escaped.
+Tokens are untrusted: they are never parsed as formulas or TeX. Characters that the font lacks are
+drawn with other installed fonts, and escaped if none has them, except in SVG, whose reader has
+fonts too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.font_manager import findfont, get_font
+from matplotlib.font_manager import FontEntry, findfont, fontManager, get_font
 from matplotlib.patches import Rectangle
 
 from minigpt.figures import our_style, to_bytes
@@ -26,7 +28,7 @@ from minigpt.tracing.views import DEFAULTS, ViewOptions
 from minigpt.tracing.views.matrix import as_matrix, scale_end
 
 _DPI = 200
-_FONT = ["DejaVu Sans Mono", "monospace"]
+_FONT = "DejaVu Sans Mono"
 _COLOURS = "magma_r"  # perceptually uniform, and light for small shares: little ink on paper
 _EM = 0.602  # width of a character, as a share of the font size
 _LARGE, _MEDIUM, _SMALL = 8.0, 6.5, 5.5  # points
@@ -65,7 +67,8 @@ def matrix_figure(trace: Trace, options: ViewOptions = DEFAULTS) -> Figure:
     n_rows, n_columns = matrix.shape
     cell = min(_CELL, _MAP_SIZE / max(n_rows, n_columns))
     width, height = (max(_MIN_MAP_SIZE, n * cell) for n in (n_columns, n_rows))
-    names = [f"{_label(name, options)} {i}" for i, name in enumerate(trace.joined.names)]
+    fonts, missing = _fonts(trace)
+    names = [f"{_label(name, missing, options)} {i}" for i, name in enumerate(trace.joined.names)]
     row_names, column_names = names[len(trace.header.prompt) :], names[:n_columns]
     left = max(_text_width(name, _MEDIUM) for name in row_names) + 0.4
     below = max(_text_width(name, _MEDIUM) for name in column_names) + 0.4
@@ -82,8 +85,8 @@ def matrix_figure(trace: Trace, options: ViewOptions = DEFAULTS) -> Figure:
         linewidth=0.1,
     )
     axes.invert_yaxis()
-    _name_cells(axes.xaxis, column_names, width / n_columns, rotation=90)
-    _name_cells(axes.yaxis, row_names, height / n_rows, rotation=0)
+    _name_cells(axes.xaxis, column_names, width / n_columns, fonts, rotation=90)
+    _name_cells(axes.yaxis, row_names, height / n_rows, fonts, rotation=0)
     axes.set_xlabel("position attended to", fontsize=_LARGE)
     axes.set_ylabel("generated token", fontsize=_LARGE)
     axes.spines[["top", "right"]].set_visible(False)
@@ -101,10 +104,11 @@ def strip_figure(trace: Trace, options: ViewOptions = DEFAULTS) -> Figure:
     step, sink = options.step(trace), trace.header.sink
     row = options.rows(trace)[step.index]
     scale = scale_end(row.weights_S, sink)
+    fonts, missing = _fonts(trace)
     joined = trace.joined
     names = [
         # A token that only continues a character has no text, and shows its mark.
-        _label(text or name[:1], options)
+        _label(text or name[:1], missing, options)
         for text, name in zip(joined.texts, joined.names, strict=True)
     ]
     places = _wrap(trace.tokens, names)
@@ -138,8 +142,12 @@ def strip_figure(trace: Trace, options: ViewOptions = DEFAULTS) -> Figure:
         axes.add_patch(box)
         if token.position >= len(trace.header.prompt):
             axes.plot((x + 0.03, x + width - 0.03), (y + 0.22, y + 0.22), color=ink, linewidth=0.6)
-        centred = {"horizontalalignment": "center", "verticalalignment": "center", "color": ink}
-        centred |= {"fontweight": "bold" if is_chosen else "normal"}
+        centred: dict[str, Any] = {
+            "horizontalalignment": "center",
+            "verticalalignment": "center",
+            "color": ink,
+        }
+        centred |= {"fontfamily": fonts, "fontweight": "bold" if is_chosen else "normal"}
         _write(axes, x + width / 2, y + 0.12, name, _LARGE, **centred)
         if share is not None and share >= _MIN_SHARE:
             text = percent(share).strip().removesuffix("%") + "%"
@@ -163,10 +171,12 @@ def _axes(figure: Figure, x: float, y: float, width: float, height: float) -> Ax
 
 
 def _write(axes: Axes, x: float, y: float, text: str, size: float, **style: Any) -> None:
-    axes.text(x, y, text, fontsize=size, fontfamily=_FONT, parse_math=False, zorder=3, **style)
+    axes.text(x, y, text, fontsize=size, parse_math=False, zorder=3, **style)
 
 
-def _name_cells(axis: Any, names: Sequence[str], pitch: float, *, rotation: int) -> None:
+def _name_cells(
+    axis: Any, names: Sequence[str], pitch: float, fonts: Sequence[str], *, rotation: int
+) -> None:
     """Label every column or row, or every few of them if the labels would touch."""
     places = range(0, len(names), max(1, int(np.ceil(_LABEL_PITCH / pitch))))
     axis.set_ticks(
@@ -174,7 +184,7 @@ def _name_cells(axis: Any, names: Sequence[str], pitch: float, *, rotation: int)
         [names[place] for place in places],
         rotation=rotation,
         fontsize=_MEDIUM,
-        fontfamily=_FONT,
+        fontfamily=fonts,
         parse_math=False,
     )
     axis.set_tick_params(length=2, pad=2)
@@ -192,9 +202,10 @@ def _add_scale(
 
 def _add_title(figure: Figure, trace: Trace, row: Row) -> None:
     width, height = figure.get_size_inches()
+    fonts, missing = _fonts(trace)
     room = int((width - 2 * _MARGIN) * 72 / (_LARGE * _EM))
     lines = (
-        _escape_missing(fit_start(one_line(trace.header.model), room)),
+        _escaped(fit_start(one_line(trace.header.model), room), missing),
         fit_end(f"{measured(trace.header, (row.measure,))}; seed {trace.header.seed}", room),
     )
     for i, line in enumerate(lines):
@@ -203,7 +214,7 @@ def _add_title(figure: Figure, trace: Trace, row: Row) -> None:
             1 - (_MARGIN + 0.15 * i) / height,
             line,
             fontsize=_LARGE,
-            fontfamily=_FONT,
+            fontfamily=fonts,
             fontweight="normal" if i else "bold",
             verticalalignment="top",
             parse_math=False,
@@ -225,14 +236,61 @@ def _wrap(tokens: Sequence[Token], names: Sequence[str]) -> list[tuple[float, in
     return places
 
 
-def _label(text: str, options: ViewOptions) -> str:
-    return fit_end(text if options.format == "svg" else _escape_missing(text), _LABEL_CELLS)
+def missing_characters(trace: Trace) -> str:
+    """Return the characters of a trace that no installed font has, and that a PNG escapes."""
+    return _fonts(trace)[1]
 
 
-def _escape_missing(text: str) -> str:
-    """Escape the characters that the font has no glyph for."""
-    known = get_font(findfont(_FONT[0])).get_charmap()
-    return "".join(c if ord(c) in known else ascii(c)[1:-1] for c in text)
+def _fonts(trace: Trace) -> tuple[list[str], str]:
+    families, missing = fonts_for("".join(sorted({*one_line(trace.header.model), *_texts(trace)})))
+    return [*families, "monospace"], missing
+
+
+def _texts(trace: Trace) -> Iterable[str]:
+    return "".join(trace.joined.texts)
+
+
+@lru_cache(maxsize=8)
+def fonts_for(text: str) -> tuple[tuple[str, ...], str]:
+    """Return installed font families that together have the characters of a text.
+
+    Returns: their names, the usual one first; and the characters that no font has.
+    """
+    families, missing = [_FONT], set(text) - _characters(findfont(_FONT))
+    for entry in sorted(fontManager.ttflist, key=_preference):
+        if not missing:
+            break
+        if "Resort" in entry.name:  # matplotlib's own, with a box for every character
+            continue
+        if found := missing & _characters(entry.fname):
+            families.append(entry.name)
+            missing -= found
+    return tuple(families), "".join(sorted(missing))
+
+
+def _preference(entry: FontEntry) -> tuple[bool, bool, bool, str]:
+    """Order fonts: regular before bold and italic, and monospaced and sans-serif before others."""
+    is_regular = entry.style == "normal" and entry.weight in (400, "normal", "regular")
+    return not is_regular, "Mono" not in entry.name, "Sans" not in entry.name, entry.name
+
+
+@lru_cache(maxsize=1024)
+def _characters(path: str) -> frozenset[str]:
+    """Return the characters of a font; none of a font of bitmaps, which matplotlib cannot draw."""
+    try:
+        font = get_font(path)
+    except (OSError, RuntimeError, ValueError):
+        return frozenset()
+    return frozenset(map(chr, font.get_charmap())) if font.scalable else frozenset()
+
+
+def _label(text: str, missing: str, options: ViewOptions) -> str:
+    return fit_end(text if options.format == "svg" else _escaped(text, missing), _LABEL_CELLS)
+
+
+def _escaped(text: str, missing: str) -> str:
+    """Escape the characters that no installed font has a glyph for."""
+    return "".join(ascii(c)[1:-1] if c in missing else c for c in text)
 
 
 def _text_width(text: str, points: float) -> float:

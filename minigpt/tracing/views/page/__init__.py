@@ -21,16 +21,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minigpt.config import SamplingConfig
+from minigpt.text.escape import JoinedTokens, printable, visible
+from minigpt.tracing import config
 from minigpt.tracing.events import CONVENTION, Roles, Row, Trace, TraceStep
-from minigpt.tracing.file import ROW_FIELDS
+from minigpt.tracing.file import ROW_FIELDS, WORKING_ARRAYS
 from minigpt.tracing.lines import KNOCKOUTS, footer_lines, measured
 from minigpt.tracing.spans import one_line
 from minigpt.tracing.views import DEFAULTS, ViewOptions
 
 # Concatenated in this order into one script.
-_SCRIPTS = ("data.js", "rows.js", "strip.js", "grid.js", "table.js", "picture.js", "page.js")
+_SCRIPTS = (
+    *("data.js", "rows.js", "strip.js", "copy.js", "map.js", "grid.js", "table.js"),
+    *("choices.js", "working.js", "picture.js", "page.js"),
+)
 _DIGITS = 5
+_EMPTY = "∅"
+_NOISE = 1e-4  # a negative number smaller than this is rounding
 _HEAD_FACTS = ("sink", "own", "prompt", "entropy", "distance")
+_SIGNED_FACTS = ("sink", "own", "prompt")  # in the unit of the measure
 _MEASURES = {
     "weight": "the softmax weight of a source",
     "norm": "the norm of what the heads add to the residual stream because of a source, weight x "
@@ -99,6 +107,7 @@ def _hash(text: str) -> str:
 
 def _page_data(trace: Trace) -> dict[str, Any]:
     header, tokens = trace.header, trace.tokens
+    scales = _scales(trace)
     heads = [row.heads for step in trace.steps for row in step.rows]
     n_kept = [rows.positions.shape[2] for rows in heads if rows is not None]
     n_sources = max(n_kept) if n_kept and len(n_kept) == len(heads) else None
@@ -109,10 +118,19 @@ def _page_data(trace: Trace) -> dict[str, Any]:
     return {
         "model": one_line(header.model),
         "facts": [(name, one_line(text)) for name, text in _facts(trace)],
-        "tokens": [name or "∅" for name in trace.joined.names],
+        "names": [name or _EMPTY for name in trace.joined.names],
+        # Within the text, a token that continues a character has no text of its own.
+        "texts": [
+            text or (_EMPTY if not token.data else "")
+            for text, token in zip(trace.joined.texts, tokens, strict=True)
+        ],
+        "plain": JoinedTokens((token.data for token in tokens), escape=_plain).texts,
+        "bytes": {t.position: t.data.hex(" ") for t in tokens if not _is_plain(t.data)},
         "ids": [token.id for token in tokens],
         "lineEnds": [token.position for token in tokens if token.data.endswith(b"\n")],
         "nPrompt": len(header.prompt),
+        # Position of the first token that has a row.
+        "firstRow": trace.steps[0].token.position if trace.steps else len(header.prompt),
         "nLayer": header.n_layer,
         "nHead": header.n_head,
         "measures": list(header.measures),
@@ -127,8 +145,29 @@ def _page_data(trace: Trace) -> dict[str, Any]:
             "token's probability changes. Its control is a position nearby that got less attention."
         ),
         "closing": closing,
-        "packed": _pack(_arrays(trace, n_sources)),
+        "scales": scales,
+        "units": {measure: _unit(measure) for measure in header.measures},
+        "workings": [
+            {"layer": one.layer, "head": one.head, "scale": one.scale, "window": one.window}
+            for one in trace.footer.workings
+        ],
+        "dHead": header.d_head,
+        "packed": _pack(_arrays(trace, n_sources, scales) | _working_arrays(trace)),
     }
+
+
+def _plain(data: bytes) -> str:
+    """Return the text of a token for the clipboard, whose reader may be a terminal."""
+    return printable(data.decode("utf-8", errors="replace"))
+
+
+def _is_plain(data: bytes) -> bool:
+    return all(0x20 <= byte < 0x7F for byte in data)
+
+
+def _unit(measure: str) -> str:
+    unit = getattr(config, "unit", None)
+    return unit(measure) if unit else "share"
 
 
 def _facts(trace: Trace) -> list[tuple[str, str]]:
@@ -181,27 +220,86 @@ def _step(step: TraceStep) -> dict[str, Any]:
         for i, effect in enumerate(sources)
     ]
     rows = [
-        {name: round(float(getattr(row, name)), _DIGITS) for name in ROW_FIELDS.values()}
+        {
+            **{name: round(float(getattr(row, name)), _DIGITS) for name in ROW_FIELDS.values()},
+            "whole": getattr(row, "whole", None),
+            "parts": [
+                (name, round(value, _DIGITS)) for name, value in getattr(row, "parts", {}).items()
+            ],
+        }
         for row in step.rows
     ]
-    log_probability = round(step.log_probability, _DIGITS)
-    return {"logProbability": log_probability, "rows": rows, "effects": effects}
+    return {
+        "logProbability": round(step.log_probability, _DIGITS),
+        "isGiven": getattr(step, "is_given", False),
+        "rows": rows,
+        "effects": effects,
+        "candidates": [_candidate(one, step.token.id) for one in getattr(step, "candidates", ())],
+        "lens": _lens(getattr(step, "lens", None), step.token.id),
+    }
 
 
-def _arrays(trace: Trace, n_sources: int | None) -> dict[str, NDArray[Any]]:
+def _candidate(candidate: Any, chosen: int) -> dict[str, Any]:
+    return {
+        "name": visible(candidate.data) or _EMPTY,
+        "probability": round(candidate.probability, _DIGITS),
+        "isChosen": candidate.id == chosen,
+    }
+
+
+def _lens(lens: Any, chosen: int) -> dict[str, Any] | None:
+    if lens is None:
+        return None
+    return {
+        "layer": lens.layer,
+        "probabilities": [round(p, _DIGITS) for p in lens.probabilities],
+        "top": [[_candidate(one, chosen) for one in layer] for layer in lens.top],
+    }
+
+
+def _arrays(
+    trace: Trace, n_sources: int | None, scales: dict[str, float | None]
+) -> dict[str, NDArray[Any]]:
     """Return each measure's whole rows and the facts about every head's row, as codes."""
     arrays: dict[str, NDArray[Any]] = {}
     for i, measure in enumerate(trace.header.measures):
         rows = [step.rows[i] for step in trace.steps]
         whole = np.concatenate([np.empty(0, np.float32), *(row.weights_S for row in rows)])
-        arrays[f"{measure}.rows"] = share_codes(whole, "<u2")
+        arrays[f"{measure}.rows"] = _codes(whole, "<u2", scales[measure])
         if n_sources is not None:
-            heads = _head_arrays(rows, n_sources)
+            heads = _head_arrays(rows, n_sources, scales[measure])
             arrays |= {f"{measure}.{name}": array for name, array in heads.items()}
     return arrays
 
 
-def _head_arrays(rows: Sequence[Row], n_sources: int) -> dict[str, NDArray[Any]]:
+def _scales(trace: Trace) -> dict[str, float | None]:
+    """Return the largest magnitude of each signed measure; None if all numbers are shares."""
+    scales: dict[str, float | None] = {}
+    for i, measure in enumerate(trace.header.measures):
+        parts = [step.rows[i].weights_S for step in trace.steps]
+        heads = [step.rows[i].heads for step in trace.steps]
+        facts = ("weights", *_SIGNED_FACTS)
+        parts += [getattr(h, name) for h in heads if h is not None for name in facts]
+        numbers = np.concatenate([np.zeros(1, np.float32), *(part.ravel() for part in parts)])
+        largest = float(np.abs(numbers).max())
+        scales[measure] = (
+            None if numbers.min() > -_NOISE and numbers.max() < 1 + _NOISE else largest
+        )
+    return scales
+
+
+def _working_arrays(trace: Trace) -> dict[str, NDArray[Any]]:
+    """Return the queries, keys and values of explained heads: the bits of float32 numbers."""
+    return {
+        f"working{i}.{name}": np.ascontiguousarray(getattr(working, field), "<f4").view("<u4")
+        for i, working in enumerate(trace.footer.workings)
+        for name, field in WORKING_ARRAYS.items()
+    }
+
+
+def _head_arrays(
+    rows: Sequence[Row], n_sources: int, scale: float | None
+) -> dict[str, NDArray[Any]]:
     heads = [row.heads for row in rows if row.heads is not None]
 
     def padded(name: str) -> NDArray[Any]:
@@ -218,12 +316,29 @@ def _head_arrays(rows: Sequence[Row], n_sources: int) -> dict[str, NDArray[Any]]
     }
     arrays = {
         "positions": padded("positions").astype("<u4"),
-        "weights": share_codes(padded("weights"), "u1"),
+        "weights": _codes(padded("weights"), "u1", scale),
     }
     for name in _HEAD_FACTS:
         values = np.stack([getattr(head_rows, name) for head_rows in heads])
-        arrays[name] = share_codes(values / largest.get(name, 1), "u1")
+        values = values / largest.get(name, 1)
+        arrays[name] = _codes(values, "u1", scale if name in _SIGNED_FACTS else None)
     return arrays
+
+
+def _codes(values: NDArray[Any], dtype: str, scale: float | None) -> NDArray[Any]:
+    """Return numbers as unsigned integers: shares, or if there is a scale, signed numbers."""
+    return share_codes(values, dtype) if scale is None else signed_codes(values / scale, dtype)
+
+
+def signed_codes(values: NDArray[Any], dtype: str) -> NDArray[Any]:
+    """Return numbers from -1 to 1 as unsigned integers, with finer steps for small numbers.
+
+    With m the middle of the dtype's integers, a code c stands for (c - m) |c - m| / (m - 1)^2.
+    """
+    middle = (np.iinfo(dtype).max + 1) // 2
+    clipped = np.clip(values, -1.0, 1.0, dtype=np.float64)
+    roots = np.sign(clipped) * np.sqrt(np.abs(clipped))
+    return (middle + np.rint(roots * (middle - 1))).astype(dtype)
 
 
 def share_codes(shares: NDArray[Any], dtype: str) -> NDArray[Any]:

@@ -6,7 +6,7 @@ async function readTrace() {
   const trace = JSON.parse(document.getElementById("trace").textContent);
   const { arrays, deflated } = trace.packed;
   trace.arrays = unpackArrays(arrays, await inflate(deflated));
-  trace.nTokens = trace.tokens.length;
+  trace.nTokens = trace.names.length;
   trace.rowStarts = rowStarts(trace);
   return trace;
 }
@@ -40,20 +40,30 @@ function unpackArray(bytes, start, width, length) {
   return values;
 }
 
-// Index of each step's first share: a row has a share for each token before the generated one.
+// Index of each step's first number: a row has one for each token before the generated one.
 function rowStarts(trace) {
   const starts = [0];
   for (let step = 0; step < trace.steps.length; step++) {
-    starts.push(starts[step] + trace.nPrompt + step);
+    starts.push(starts[step] + trace.firstRow + step);
   }
   return starts;
 }
 
-// A code c stands for (c / m)^2, m being its largest value, so that small shares have finer steps.
-function byteShare(code) {
-  return (code / 255) ** 2;
+// The number that a code stands for. Both kinds have finer steps for small numbers:
+// a share is (c / most)^2; a signed number is (c - m) |c - m| / (m - 1)^2 of the scale, m = (most + 1) / 2.
+function decoded(code, most, scale) {
+  if (scale === null) return (code / most) ** 2;
+  const middle = (most + 1) / 2;
+  const root = (code - middle) / (middle - 1);
+  return scale * root * Math.abs(root);
 }
 
-function wordShare(code) {
-  return (code / 65535) ** 2;
+function byteShare(code) {
+  return decoded(code, 255, null);
+}
+
+// How strongly a number is drawn, from -1 to 1. The root, so that a few percent are visible.
+function levelOf(value, scale) {
+  const part = Math.min(1, Math.abs(value) / (scale ?? 1));
+  return Math.sign(value) * Math.sqrt(part);
 }

@@ -16,6 +16,7 @@ function makeGrid(trace, onChoose) {
     table.append(row);
   }
   cells[0].tabIndex = 0;
+  table.style.setProperty("--n-head", trace.nHead);
   const grid = { element: table, cells, nHead: trace.nHead };
   table.addEventListener("keydown", (event) => moveInGrid(grid, event));
   describeRoles(trace);
@@ -34,7 +35,7 @@ function columnNumbers(nHead) {
 function headCell(trace, layer, head) {
   const cell = element("td", { role: "gridcell", tabindex: "-1", "aria-selected": "false" });
   const role = trace.roles?.[layer][head];
-  cell.append(element("span", { class: "entropy" }));
+  cell.append(element("canvas", { width: 1, height: 1 }), element("span", { class: "entropy" }));
   if (role) {
     cell.append(element("span", { class: "tag" }, role.tag));
     if (role.kind) cell.classList.add(`role-${role.kind}`);
@@ -58,7 +59,7 @@ function fillGrid(grid, bits, most) {
     if (cell.title === title) continue;
     cell.title = title;
     cell.setAttribute("aria-label", title);
-    cell.firstChild.textContent = text;
+    cell.querySelector(".entropy").textContent = text;
     cell.style.setProperty("--level", bits === null ? 0 : (bits[i] / (most || 1)).toFixed(3));
   }
 }

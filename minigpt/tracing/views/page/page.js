@@ -15,6 +15,13 @@ function percent(share) {
   return `${value < 9.95 ? value.toFixed(1) : Math.round(value)} %`;
 }
 
+// A share, or a signed number in the unit of its measure.
+function valueText(value, scale) {
+  return scale === null ? percent(value) : signed(value);
+}
+
+const WIDE_TOKENS = 150; // from which on the map has the whole width
+
 class Page {
   constructor(trace) {
     this.trace = trace;
@@ -25,7 +32,10 @@ class Page {
     this.pointed = trace.nTokens - 1;
     this.isDrawn = true;
     this.strip = makeStrip(trace, (at) => this.point(at), (at) => this.togglePin(at));
+    makeCopying(trace, this.strip);
+    this.map = makeMap(trace, (at) => this.pin(at));
     this.grid = makeGrid(trace, (layer, head) => this.chooseHead(layer, head));
+    makeWorking(trace, () => this.changed());
     fillWords(trace);
     this.fillControls();
     this.listen();
@@ -89,20 +99,46 @@ class Page {
     this.isDrawn = true;
     const { trace, current } = this;
     if (trace.nTokens === 0) return;
-    const readers = this.showsReaders || current < trace.nPrompt;
+    const readers = this.showsReaders || current < trace.firstRow;
     markToken(this.strip, current, this.pinned !== null);
     this.drawControls();
+    drawLegend(this.scale);
     if (readers) this.drawReaders(current);
     else this.drawSources(current);
+    fillWorking(trace, this.view, current - trace.firstRow);
+    drawChoices(trace, readers ? null : current - trace.firstRow);
     this.drawGrid(current);
+    this.drawMap(current);
+  }
+
+  get scale() {
+    return this.trace.scales[this.view.measure];
+  }
+
+  drawMap(position) {
+    const { trace, view } = this;
+    document.getElementById("map-section").hidden = trace.steps.length === 0;
+    if (trace.steps.length === 0) return;
+    const key = JSON.stringify(view);
+    if (this.mapped !== key) {
+      this.mapped = key;
+      fillMap(this.map, rowsOf(trace, view), this.scale);
+      const isWhole = view.reduction === "traced";
+      const kept = isWhole ? "" : ` Only the sink and the ${trace.nSources} strongest sources of each head are known.`;
+      setText("map-note", `${this.viewText()}: a line for each ${trace.firstRow < trace.nPrompt ? "token" : "generated token"}, a column for each earlier position.${kept}`);
+      this.map.canvas.setAttribute("aria-label", `Map of ${this.viewText()}`);
+      setText("map-readout", MAP_HINT);
+    }
+    markMap(this.map, position);
+    if (this.hasHeads) fillSmallMaps(trace, this.grid, view.measure);
   }
 
   drawSources(position) {
     const { trace, view } = this;
-    const step = position - trace.nPrompt;
+    const step = position - trace.firstRow;
     const rows = this.byMeasure((one) => rowOf(trace, one, step));
     const shares = mapValues(rows, (row) => row.shares);
-    shadeStrip(this.strip, shares[view.measure]);
+    shadeStrip(trace, this.strip, shares[view.measure], this.scale);
     this.caption = `${tokenName(trace, position)}: ${this.viewText()}`;
     setText("token-title", `What ${tokenName(trace, position)} attended to`);
     setText("token-facts", stepText(trace, step));
@@ -117,19 +153,19 @@ class Page {
   drawReaders(position) {
     const { trace, view } = this;
     const shares = this.byMeasure((one) => columnOf(trace, one, position));
-    shadeStrip(this.strip, shares[view.measure]);
+    shadeStrip(trace, this.strip, shares[view.measure], this.scale);
     this.caption = `Who attended to ${tokenName(trace, position)}: ${this.viewText()}`;
     setText("token-title", `Who attended to ${tokenName(trace, position)}`);
-    const isPrompt = position < trace.nPrompt;
+    const isPrompt = position < trace.firstRow;
     setText("knockout", "");
-    setText("token-facts", isPrompt ? "Tokens of the prompt have no row in a trace." : "");
+    setText("token-facts", isPrompt ? rowlessText(trace) : "");
     setText("listed", `${this.viewText()}: each share is from the row of that later token.`);
     fillTable(trace, { shares, measure: view.measure, own: null, effects: null });
   }
 
   drawGrid(position) {
     const { trace, view } = this;
-    const step = position - trace.nPrompt;
+    const step = position - trace.firstRow;
     const steps = step >= 0 ? [step] : Array.from(trace.steps.keys());
     markHeads(this.grid, view.reduction === "traced" ? [] : headsOf(trace, view));
     if (this.hasHeads) {
@@ -151,13 +187,14 @@ class Page {
     const { measure, layer, head, reduction } = this.view;
     if (reduction === "traced") return this.trace.traced[measure];
     if (layer !== null && head !== null) return `${measure} of head ${layer}.${head}`;
-    const how = `${measure}, ${reduction} of`;
+    const how = `${measure}, ${this.scale === null ? reduction : "sum"} of`;
     if (layer !== null) return `${how} the heads of layer ${layer}`;
     return head === null ? `${how} all heads` : `${how} head ${head} of every layer`;
   }
 
   fillControls() {
     const { trace } = this;
+    if (trace.nTokens > WIDE_TOKENS) document.getElementById("columns").classList.add("has-wide-map");
     addOptions("measure", trace.measures.map((measure) => [measure, measure]));
     addOptions("layer", numbered(trace.nLayer));
     addOptions("head", numbered(trace.nHead));
@@ -248,12 +285,19 @@ function toggleHelp() {
 }
 
 function tokenName(trace, position) {
-  return `token ${position} “${trace.tokens[position]}”`;
+  return `token ${position} “${trace.names[position]}”`;
+}
+
+function rowlessText(trace) {
+  return trace.firstRow < trace.nPrompt ? "The first token has no row." : "Tokens of the prompt have no row in this trace.";
 }
 
 function stepText(trace, step) {
-  const { logProbability } = trace.steps[step];
-  return `Generated token ${step + 1}, with probability ${percent(Math.exp(logProbability))} (ln p ${signed(logProbability)}).`;
+  const { logProbability, isGiven } = trace.steps[step];
+  const position = trace.firstRow + step;
+  const number = position - trace.nPrompt + 1;
+  const kind = number < 1 ? "Of the prompt" : isGiven ? `Token ${number}, given` : `Generated token ${number}`;
+  return `${kind}, with probability ${percent(Math.exp(logProbability))} (ln p ${signed(logProbability)}).`;
 }
 
 function listedText(trace, view, row, step) {
@@ -261,11 +305,23 @@ function listedText(trace, view, row, step) {
   const part = view.reduction === "traced"
     ? "The whole row is listed."
     : `Listed: ${percent(row.listed)} of the row (the sink and the ${trace.nSources} strongest sources of each head, rounded).`;
+  if (trace.scales[view.measure] !== null) return signedText(trace, view, step, facts, part);
   if (!sumsToOne(view, facts)) return part;
   return (
     `${percent(facts.sink)} on the sink, ${percent(facts.own)} on the query's own position, ` +
     `${percent(facts.prompt)} on the prompt; entropy ${facts.entropy.toFixed(2)} bits, ` +
     `on average ${facts.distance.toFixed(1)} tokens back. ${part}`
+  );
+}
+
+function signedText(trace, view, step, facts, part) {
+  const row = trace.steps[step].rows[trace.measures.indexOf(view.measure)];
+  const parts = view.reduction === "traced" ? row.parts : [];
+  const accounts = parts.map(([name, value]) => `${name} ${signed(value)}`).join(", ");
+  const whole = accounts && row.whole !== null ? ` Beside the row: ${accounts}; in all ${signed(row.whole)}.` : "";
+  return (
+    `In ${trace.units[view.measure]}: ${signed(facts.sink)} by the sink, ${signed(facts.own)} by the query's ` +
+    `own position, ${signed(facts.prompt)} by the prompt.${whole} ${part}`
   );
 }
 

@@ -55,7 +55,8 @@ function fillOf(colour) {
 
 // A token wider than the strip is wrapped there, and here into as many lines of equal length.
 function textLines(cell, x, y, style) {
-  const characters = Array.from(cell.firstChild.textContent);
+  const isContinued = cell.classList.contains("continued");
+  const characters = isContinued ? ["⋯"] : Array.from(cell.firstChild.textContent);
   const lineHeight = parseFloat(style.lineHeight);
   const nLines = Math.max(1, Math.round(cell.firstChild.offsetHeight / lineHeight));
   const perLine = Math.ceil(characters.length / nLines);

@@ -2,6 +2,11 @@
 // that of the trace, whose rows are complete; "mean" and "max" combine the heads selected by layer
 // and head (null selects all), of which only the sink and the strongest sources are known.
 
+// The row of every step, as arrays of numbers.
+function rowsOf(trace, view) {
+  return trace.steps.map((_, step) => rowOf(trace, view, step).shares);
+}
+
 function rowOf(trace, view, step) {
   return view.reduction === "traced" ? tracedRow(trace, view, step) : headsRow(trace, view, step);
 }
@@ -10,20 +15,24 @@ function rowOf(trace, view, step) {
 function tracedRow(trace, view, step) {
   const codes = trace.arrays[`${view.measure}.rows`];
   const start = trace.rowStarts[step];
-  const shares = new Float32Array(trace.nPrompt + step);
-  for (let i = 0; i < shares.length; i++) shares[i] = wordShare(codes[start + i]);
+  const shares = new Float32Array(trace.firstRow + step);
+  const scale = trace.scales[view.measure];
+  for (let i = 0; i < shares.length; i++) shares[i] = decoded(codes[start + i], 65535, scale);
   return { shares, listed: 1 };
 }
 
 function headsRow(trace, view, step) {
   const heads = headsOf(trace, view);
-  const shares = new Float32Array(trace.nPrompt + step);
+  const shares = new Float32Array(trace.firstRow + step);
+  // Signed numbers add up over heads; shares are averaged, or their maximum is taken.
+  const part = trace.scales[view.measure] === null ? 1 / heads.length : 1;
+  const isMax = view.reduction === "max" && part !== 1;
   let listed = 0;
   for (const head of heads) {
     eachKept(trace, view.measure, step, head, (position, share) => {
       listed += share;
-      if (view.reduction === "max") shares[position] = Math.max(shares[position], share);
-      else shares[position] += share / heads.length;
+      if (isMax) shares[position] = Math.max(shares[position], share);
+      else shares[position] += share * part;
     });
   }
   return { shares, listed: Math.min(1, listed / heads.length) };
@@ -45,25 +54,28 @@ function eachKept(trace, measure, step, head, take) {
   const row = step * trace.nLayer * trace.nHead + head;
   const positions = trace.arrays[`${measure}.positions`];
   const weights = trace.arrays[`${measure}.weights`];
-  take(trace.sink, byteShare(trace.arrays[`${measure}.sink`][row]));
+  const scale = trace.scales[measure];
+  take(trace.sink, decoded(trace.arrays[`${measure}.sink`][row], 255, scale));
   const end = (row + 1) * trace.nSources;
   for (let i = row * trace.nSources; i < end; i++) {
-    if (weights[i]) take(positions[i], byteShare(weights[i]));
+    const value = decoded(weights[i], 255, scale);
+    if (value !== 0) take(positions[i], value);
   }
 }
 
 // The weight of a token in the row of each later token: a share for each token of the trace.
 function columnOf(trace, view, position) {
   const shares = new Float32Array(trace.nTokens);
-  for (let step = Math.max(0, position + 1 - trace.nPrompt); step < trace.steps.length; step++) {
-    shares[trace.nPrompt + step] = shareAt(trace, view, step, position);
+  for (let step = Math.max(0, position + 1 - trace.firstRow); step < trace.steps.length; step++) {
+    shares[trace.firstRow + step] = shareAt(trace, view, step, position);
   }
   return shares;
 }
 
 function shareAt(trace, view, step, position) {
   if (view.reduction !== "traced") return headsRow(trace, view, step).shares[position];
-  return wordShare(trace.arrays[`${view.measure}.rows`][trace.rowStarts[step] + position]);
+  const code = trace.arrays[`${view.measure}.rows`][trace.rowStarts[step] + position];
+  return decoded(code, 65535, trace.scales[view.measure]);
 }
 
 // {sink, own, prompt, entropy, distance} of a row; the mean over several heads.
@@ -75,21 +87,22 @@ function factsOf(trace, view, step) {
   const facts = {};
   for (const name of ["sink", "own", "prompt", "entropy", "distance"]) {
     const all = heads.map((head) => headFact(trace, view.measure, name, step, head));
-    facts[name] = all.reduce((sum, value) => sum + value, 0) / heads.length;
+    const isSum = trace.scales[view.measure] !== null && ["sink", "own", "prompt"].includes(name);
+    facts[name] = all.reduce((sum, value) => sum + value, 0) / (isSum ? 1 : heads.length);
   }
   return facts;
 }
 
 function headFact(trace, measure, name, step, head) {
   const row = step * trace.nLayer * trace.nHead + head;
-  const value = byteShare(trace.arrays[`${measure}.${name}`][row]);
-  if (name === "entropy") return value * mostBits(trace, step);
-  if (name === "distance") return value * (trace.nPrompt + step - 1);
-  return value;
+  const code = trace.arrays[`${measure}.${name}`][row];
+  if (name === "entropy") return byteShare(code) * mostBits(trace, step);
+  if (name === "distance") return byteShare(code) * (trace.firstRow + step - 1);
+  return decoded(code, 255, trace.scales[measure]);
 }
 
 function mostBits(trace, step) {
-  return Math.log2(Math.max(1, trace.nPrompt + step));
+  return Math.log2(Math.max(1, trace.firstRow + step));
 }
 
 // The entropy of each head and the largest possible one, in bits; the mean over several steps.

@@ -2,7 +2,7 @@
 
 function makeStrip(trace, onPoint, onPin) {
   const strip = document.getElementById("strip");
-  const cells = trace.tokens.map((text, position) => tokenCell(trace, text, position));
+  const cells = trace.texts.map((text, position) => tokenCell(trace, text, position));
   const lineEnds = new Set(trace.lineEnds);
   for (const [position, cell] of cells.entries()) {
     strip.append(cell);
@@ -16,39 +16,49 @@ function makeStrip(trace, onPoint, onPin) {
     const position = cells.indexOf(event.target.closest(".token"));
     if (position >= 0) onPin(position);
   });
-  drawLegend();
   return { element: strip, cells, shown: new Array(cells.length).fill(""), marked: null };
 }
 
 function tokenCell(trace, text, position) {
   const kind = position < trace.nPrompt ? "prompt" : "generated";
+  const name = trace.names[position];
+  // Of the tokens that share a character, the first shows it, and the others a mark of the style sheet.
   const cell = element("span", {
-    class: `token ${kind}`,
+    class: `token ${kind}${text === "" ? " continued" : ""}`,
     id: `token-${position}`,
     role: "option",
     tabindex: "-1",
     "aria-selected": "false",
-    "aria-label": `${position}, ${kind === "prompt" ? "of the prompt" : kind}: ${text}`,
+    "aria-label": `${position}, ${kind === "prompt" ? "of the prompt" : kind}: ${name}`,
   });
   cell.append(element("span", { class: "text" }, text), element("span", { class: "bar" }));
   return cell;
 }
 
-// Tokens beyond the end of the array have no share.
-function shadeStrip(strip, shares) {
+// Tokens beyond the end of the array have no number. scale: of signed numbers, or null for shares.
+function shadeStrip(trace, strip, shares, scale) {
   for (const [position, cell] of strip.cells.entries()) {
     const share = shares[position] ?? 0;
-    const level = heatLevel(share).toFixed(3);
-    if (strip.shown[position] === level) continue;
-    strip.shown[position] = level;
-    cell.style.setProperty("--level", level);
-    cell.title = share > 0 ? percent(share) : "";
+    const level = levelOf(share, scale).toFixed(3);
+    const shown = `${level} ${scale}`;
+    if (strip.shown[position] === shown) continue;
+    strip.shown[position] = shown;
+    shade(cell, level, scale);
+    const parts = [share === 0 ? "" : valueText(share, scale), bytesText(trace, position)];
+    cell.title = parts.filter(Boolean).join("; ");
   }
 }
 
-// The square root, so that a few percent are visible.
-function heatLevel(share) {
-  return Math.sqrt(Math.min(1, Math.max(0, share)));
+function shade(cell, level, scale) {
+  cell.style.setProperty("--level", Math.abs(level));
+  cell.classList.toggle("plus", scale !== null && level > 0);
+  cell.classList.toggle("minus", scale !== null && level < 0);
+}
+
+// The bytes of a token that are not plain letters: those of a character may be split over tokens.
+function bytesText(trace, position) {
+  const bytes = trace.bytes[position];
+  return bytes ? `bytes ${bytes}` : "";
 }
 
 function markToken(strip, position, isPinned) {
@@ -84,16 +94,21 @@ function tokenOnLine(strip, position, direction) {
   return best;
 }
 
-function drawLegend() {
+function drawLegend(scale) {
   const legend = document.getElementById("legend");
-  legend.append(swatch("prompt", "prompt", 0), swatch("generated", "generated", 0));
-  for (const share of [0.01, 0.05, 0.25, 1]) legend.append(swatch("sample", percent(share), share));
-  legend.append("share of the row, as shade and as bar");
+  if (legend.dataset.scale === String(scale)) return;
+  legend.dataset.scale = String(scale);
+  legend.replaceChildren(swatch("prompt", "prompt", 0, scale), swatch("generated", "generated", 0, scale));
+  const samples = scale === null ? [0.01, 0.05, 0.25, 1] : [-1, -0.25, 0, 0.25, 1].map((part) => part * scale);
+  for (const value of samples) legend.append(swatch("sample", valueText(value, scale), value, scale));
+  legend.append(scale === null
+    ? "share of the row, as shade and as bar"
+    : "as shade and as bar: blue raised the token, orange lowered it, no shade is 0");
 }
 
-function swatch(kind, text, share) {
+function swatch(kind, text, value, scale) {
   const cell = element("span", { class: `token ${kind}` });
   cell.append(element("span", { class: "text" }, text), element("span", { class: "bar" }));
-  cell.style.setProperty("--level", heatLevel(share).toFixed(3));
+  shade(cell, levelOf(value, scale).toFixed(3), scale);
   return cell;
 }

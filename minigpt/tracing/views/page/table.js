@@ -13,8 +13,8 @@ function fillTable(trace, parts) {
 
 function strongest({ shares, measure, effects }) {
   const main = shares[measure];
-  const positions = Array.from(main.keys()).filter((position) => main[position] > 0);
-  positions.sort((a, b) => main[b] - main[a] || a - b);
+  const positions = Array.from(main.keys()).filter((position) => main[position] !== 0);
+  positions.sort((a, b) => Math.abs(main[b]) - Math.abs(main[a]) || a - b);
   const kept = positions.slice(0, MOST_ROWS);
   const verified = (effects ?? []).map((effect) => effect.position);
   return kept.concat(verified.filter((position) => !kept.includes(position)));
@@ -29,9 +29,9 @@ function headingRow(trace, { effects }) {
 }
 
 function tableRow(trace, { shares, effects, own }, position) {
-  const row = element("tr");
+  const row = element("tr", { "data-position": position });
   row.append(element("td", { class: "number" }, String(position)), nameCell(trace, position, own));
-  for (const measure of trace.measures) row.append(shareCell(shares[measure][position] ?? 0));
+  for (const measure of trace.measures) row.append(shareCell(shares[measure][position] ?? 0, trace.scales[measure]));
   if (effects) row.append(...effectCells(trace, effects, position));
   return row;
 }
@@ -39,15 +39,17 @@ function tableRow(trace, { shares, effects, own }, position) {
 function nameCell(trace, position, own) {
   const isPrompt = position < trace.nPrompt;
   const cell = element("td", { class: isPrompt ? "name prompt" : "name generated" });
-  cell.append(element("span", { class: "text" }, trace.tokens[position]));
+  cell.append(element("span", { class: "text", title: bytesText(trace, position) }, trace.names[position]));
   if (position === trace.sink) cell.append(element("span", { class: "kind" }, "sink"));
   if (position === own) cell.append(element("span", { class: "kind" }, "itself"));
   return cell;
 }
 
-function shareCell(share) {
-  const cell = element("td", { class: "number share" }, percent(share));
-  cell.style.setProperty("--share", Math.min(1, share).toFixed(4));
+function shareCell(share, scale) {
+  const cell = element("td", { class: "number share" }, valueText(share, scale));
+  const part = scale === null ? share : Math.abs(share) / scale;
+  cell.style.setProperty("--share", Math.min(1, part).toFixed(4));
+  shade(cell, share, scale);
   return cell;
 }
 
@@ -57,7 +59,7 @@ function effectCells(trace, effects, position) {
   const source = element("td", { class: "number effect" }, changeText(effect.change));
   if (effect.control === null) return [source, element("td", {}, "none")];
   const control = element("td", { class: "number" }, `${signed(effect.controlChange)} (at ${effect.control})`);
-  control.title = trace.tokens[effect.control];
+  control.title = trace.names[effect.control];
   return [source, control];
 }
 

@@ -1,0 +1,80 @@
+"""Queries, keys and values of chosen heads, from which a reader can compute their weights.
+
+Shapes: B batch, T positions, H query heads, G key/value heads, D head dim.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from minigpt.errors import ConfigError
+from minigpt.model.attention import AttentionPass
+from minigpt.model.language_model import LanguageModel
+from minigpt.tracing.events import HeadWorking
+from minigpt.tracing.selection import HeadSelection, select_heads
+
+
+def explained_heads(model: LanguageModel, heads: str) -> HeadSelection:
+    """Return the heads to explain, written as ``4.2,5.*``.
+
+    Raises: ConfigError for heads that the model does not have, or a score that is no dot product.
+    """
+    score = model.attentions[0].score
+    if not score.is_dot_product:
+        raise ConfigError(
+            f"--explain shows products of queries and keys, and the score {score.name} has none. "
+            "Leave it out."
+        )
+    shape = model.config
+    return select_heads(shape.n_attention_layer, shape.n_head, heads=heads)
+
+
+@torch.inference_mode()
+def head_workings(
+    model: LanguageModel, tokens: Sequence[int], selection: HeadSelection
+) -> tuple[HeadWorking, ...]:
+    """Return the workings of the chosen heads, by one forward pass over a text."""
+    if len(tokens) < 2:
+        return ()
+    recorder = _QueryRecorder()
+    device = next(model.parameters()).device
+    model(torch.tensor([list(tokens)], device=device), recorder=recorder, logits_to_keep=1)
+    attention = recorder.attention
+    assert attention.queries is not None
+    assert attention.keys is not None
+    workings = []
+    for layer, heads in enumerate(selection.heads_by_layer):
+        q_HTD, k_GTD = attention.queries[layer][0], attention.keys[layer][0]
+        v_GTD = attention.values_LBGSD[layer, 0]
+        n_shared = len(q_HTD) // len(k_GTD)
+        for head in heads:
+            group = head // n_shared
+            workings.append(
+                HeadWorking(
+                    layer,
+                    head,
+                    scale=q_HTD.shape[-1] ** -0.5,
+                    window=model.attentions[layer].score.window,
+                    queries_TD=_numbers(q_HTD[head]),
+                    keys_TD=_numbers(k_GTD[group]),
+                    values_TD=_numbers(v_GTD[group]),
+                )
+            )
+    return tuple(workings)
+
+
+def _numbers(x_TD: Tensor) -> NDArray[np.float32]:
+    return x_TD.float().cpu().numpy().copy()
+
+
+class _QueryRecorder:
+    """Keeps the queries, keys and values of a forward pass."""
+
+    needs_queries = True
+    attention: AttentionPass
+
+    def record(self, attention: AttentionPass) -> None:
+        self.attention = attention

@@ -1,0 +1,27 @@
+// Copying from the strip gives the text itself, without the marks for spaces and line breaks.
+
+function makeCopying(trace, strip) {
+  document.addEventListener("copy", (event) => {
+    const cells = selectedCells(strip);
+    if (cells === null) return;
+    event.clipboardData.setData("text/plain", cells.map((position) => trace.plain[position]).join(""));
+    event.preventDefault();
+  });
+  document.getElementById("copy").addEventListener("click", () => {
+    strip.cells[strip.marked]?.focus({ preventScroll: true });
+    document.getSelection().removeAllRanges();
+    setText("copied", document.execCommand("copy") ? "Copied." : "Select the tokens, and copy them.");
+    setTimeout(() => setText("copied", ""), 4000);
+  });
+}
+
+// The positions of selected tokens; all if none is selected but one has the focus; null if the
+// selection is elsewhere.
+function selectedCells(strip) {
+  const selection = document.getSelection();
+  const all = Array.from(strip.cells.keys());
+  if (selection.isCollapsed) return strip.element.contains(document.activeElement) ? all : null;
+  const isInside = (node) => strip.element.contains(node);
+  if (!isInside(selection.anchorNode) || !isInside(selection.focusNode)) return null;
+  return all.filter((position) => selection.containsNode(strip.cells[position], true));
+}

@@ -1,0 +1,79 @@
+"""Queries, keys and values of explained heads give the weights and outputs of the model."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_models import small_model
+from small_traces import small_trace
+
+from minigpt.config import SamplingConfig
+from minigpt.errors import ConfigError, DataError
+from minigpt.text.tokenizer import bytes_tokenizer
+from minigpt.tracing.analysis.reader import read_traces
+from minigpt.tracing.config import TraceConfig
+from minigpt.tracing.events import TraceFooter
+from minigpt.tracing.file import to_json_line
+from minigpt.tracing.tracer import trace
+
+
+@pytest.mark.parametrize("layout", ["gpt2", "llama-grouped"])
+def test_weights_recomputed_from_queries_and_keys_are_those_of_the_trace(layout: str) -> None:
+    dense: list[torch.Tensor] = []
+    events = trace(
+        small_model(layout, vocab_size=257, context_length=32),
+        bytes_tokenizer(),
+        list(b"to be or not"),
+        SamplingConfig(max_new_tokens=9, seed=2),
+        TraceConfig(explain="0.1,1.*"),
+        seed=2,
+        dense=lambda weights_LHS: dense.append(weights_LHS.clone()),
+    )
+    footer = list(events)[-1]
+    assert isinstance(footer, TraceFooter)
+    assert [(one.layer, one.head) for one in footer.workings] == [(0, 1)] + [
+        (1, head) for head in range(dense[0].shape[1])
+    ]
+    for working in footer.workings:
+        assert len(working.keys_TD) == 12 + 9
+        for step, weights_LHS in enumerate(dense):
+            query = 11 + step
+            expected = weights_LHS[working.layer, working.head]
+            scores = [
+                float(np.dot(working.queries_TD[query], key)) * working.scale
+                for key in working.keys_TD[: query + 1]
+            ]
+            powers = np.exp(np.array(scores) - max(scores))
+            # A fused kernel computed the keys of the prompt, in another order of sums.
+            np.testing.assert_allclose(powers / powers.sum(), expected, atol=1e-5)
+
+
+def test_workings_survive_the_file(tmp_path: Path) -> None:
+    made = small_trace(explain="1.2", has_heads=True)
+    path = tmp_path / "t.jsonl"
+    events = (made.header, *made.steps, made.footer)
+    path.write_text("".join(to_json_line(event) + "\n" for event in events))
+    (read,) = read_traces(path)
+    (one,), (other,) = made.footer.workings, read.footer.workings
+    assert (one.layer, one.head, one.scale, one.window) == (1, 2, other.scale, other.window)
+    np.testing.assert_array_equal(one.queries_TD, other.queries_TD)
+    np.testing.assert_array_equal(one.values_TD, other.values_TD)
+    # A file of an older version has none.
+    lines = path.read_text().splitlines()
+    footer = json.loads(lines[-1])
+    workings = footer.pop("workings")
+    path.write_text("\n".join([*lines[:-1], json.dumps(footer), ""]))
+    assert read_traces(path)[0].footer.workings == ()
+    for damage in ({"layer": 2}, {"keys": workings[0]["keys"][:-8]}, {"scale": None}):
+        bad = footer | {"workings": [workings[0] | damage]}
+        path.write_text("\n".join([*lines[:-1], json.dumps(bad), ""]))
+        with pytest.raises(DataError, match="is not valid in a trace"):
+            read_traces(path)
+
+
+@pytest.mark.parametrize(("heads", "message"), [("2.0", "layers 0 to 1"), ("x", "layer.head")])
+def test_heads_to_explain_must_exist(heads: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        small_trace(explain=heads)
