@@ -87,39 +87,6 @@ def to_toml(config: RunConfig) -> str:
     return tomli_w.dumps(to_dict(config))
 
 
-def without_effect(config: Any, given: Mapping[str, Any]) -> list[str]:
-    """Return a line for each given setting that other values of the config make void.
-
-    A field's own default, such as a limit of 0, is no wish.
-
-    Args: given, what the user set, nested as the config is.
-    """
-    lines = []
-
-    def spelled(part: Any, table: str, name: str) -> str:
-        is_option = any(f.name == name and "option" in f.metadata for f in dataclasses.fields(part))
-        return f"--{name.replace('_', '-')}" if is_option else f"{table}{name}"
-
-    def walk(part: Any, given: Mapping[str, Any], table: str) -> None:
-        for f in dataclasses.fields(part):
-            value, own = given.get(plain_key(f.name)), getattr(part, f.name)
-            if dataclasses.is_dataclass(own) and isinstance(value, Mapping):
-                walk(own, value, f"{f.name}.")
-            elif value is not None and own != f.default:
-                for other, void in f.metadata.get("void_if", ()):
-                    place, _, name = other.rpartition(".")
-                    holder = getattr(config, place, None) if place else part
-                    if holder is not None and getattr(holder, name) == void:
-                        with_ = spelled(holder, f"{place}." if place else table, name)
-                        lines.append(
-                            f"{spelled(part, table, f.name)} has no effect with {with_} {void}"
-                        )
-                        break
-
-    walk(config, given, "")
-    return lines
-
-
 def read_toml(path: Path, *, may_be_pipe: bool = False) -> dict[str, Any]:
     """Read a TOML file as plain nested values.
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from minigpt.commands.layout import Commands, show_help
-from minigpt.commands.process import close_streams, open_streams, set_spin_count
+from minigpt.commands.process import close_streams, open_streams
 from minigpt.errors import (
     DISTRIBUTION,
     ConfigError,
@@ -68,7 +68,8 @@ def main() -> NoReturn:
     on_ctrl_c = signal.getsignal(signal.SIGINT)
     if on_ctrl_c != signal.SIG_IGN:
         signal.signal(signal.SIGINT, _on_ctrl_c)
-    set_spin_count(sys.argv[1:])
+    if openmp := find_ring("commands.openmp"):
+        openmp.set_spin_count(sys.argv[1:])
     warnings.showwarning = _show_warning
     warnings.filterwarnings("default", category=MinigptWarning)
     try:

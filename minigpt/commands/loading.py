@@ -1,9 +1,7 @@
 """Loading a model, its tokenizer and a prompt for a command."""
 
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,6 @@ from minigpt.rings import ring
 from minigpt.text.tokenizer import Tokenizer
 
 _LONGEST_PROMPT_BYTES = 2**24
-_EVERY_S = 10
 
 
 @dataclass(frozen=True)
@@ -97,34 +94,11 @@ def use_threads(threads: int | None) -> None:
 
 
 def compiling(model: LanguageModel, compile: bool | None) -> AbstractContextManager[Any]:
-    """Show that the model is being compiled, if it is: on a terminal, or in a line now and then."""
+    """Return the context that shows that the model is compiled, if it is."""
     if not is_compiled(model, compile):
         return nullcontext()
-    if not sys.stderr.isatty():
-        return _saying("compiling the model, the first time for a minute or two")
-    from minigpt.commands.progress import ProgressLine
-
-    return ProgressLine("compiling the model")
-
-
-@contextmanager
-def _saying(what: str) -> Iterator[None]:
-    """Write a line every ten seconds until the block ends."""
-    is_done = threading.Event()
-
-    def say() -> None:
-        n_seconds = 0
-        while not is_done.wait(_EVERY_S):
-            n_seconds += _EVERY_S
-            note(f"{what}: {n_seconds} s")
-
-    thread = threading.Thread(target=say, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        is_done.set()
-        thread.join()
+    context: AbstractContextManager[Any] = ring("commands.compiling").showing()
+    return context
 
 
 def _read_prompt(prompt: str | None) -> str:

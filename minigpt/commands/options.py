@@ -51,7 +51,6 @@ from minigpt.settings import (
     parse_assignment,
     plain_key,
     read_toml,
-    without_effect,
 )
 
 _NOT_GIVEN: tuple[Any, ...] = (None, [], ())
@@ -176,20 +175,19 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     def run(**typed: Any) -> None:
         del typed["debug"]  # main looks for it
         given = defaults | _nested(typed)
+        usage = find_ring("commands.usage")
         for name, config in configs.items():
             values = given[name]
             given[name] = build(config, values)
-            for line in without_effect(given[name], values):
-                from minigpt.commands.output import note
-
-                note(line)
+            if usage:
+                usage.note_without_effect(given[name], values)
         words = [
             flags[name].replace("--", "--no-") if value is False else flags[name]
             for name, value in typed.items()
             if value not in _NOT_GIVEN
         ]
         mode = next((mode for mode in ways if not mode.flag or mode.flag in words), None)
-        if mode and (usage := find_ring("commands.usage")):
+        if mode and usage:
             values = {flag: _value(given, name) for name, flag in flags.items()}
             usage.check_mode(mode, words, values)
         function(**given)

@@ -49,12 +49,12 @@ def prepare(
     from minigpt.commands import output
     from minigpt.commands.process import command_line
     from minigpt.commands.progress import ProgressLine
-    from minigpt.settings import build, to_dict, without_effect
+    from minigpt.commands.usage import note_without_effect
+    from minigpt.settings import build, to_dict
     from minigpt.text.prepared_folders import prepare_folder
 
     config = build(DataConfig, to_dict(_DEFAULTS) | ({"paths": data} if data else {}) | settings)
-    for line in without_effect(config, settings):
-        output.note(line)
+    note_without_effect(config, settings)
     folder = Path(out).expanduser()
     tokenizer = base_folder = template = None
     if from_ is not None:

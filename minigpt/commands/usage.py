@@ -5,11 +5,13 @@ import re
 import shlex
 import sys
 from collections.abc import Collection, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from minigpt.commands.layout import COMMANDS
 from minigpt.commands.options import Mode, listed
 from minigpt.errors import ConfigError, cut, did_you_mean
+from minigpt.settings import plain_key
 
 
 def check_group(ctx: Any, args: list[str]) -> None:
@@ -120,6 +122,47 @@ def check_mode(mode: Mode, given: Collection[str], values: Mapping[str, Any]) ->
         for condition, others in mode.refuses.items():
             if name in others and holds(condition):
                 raise ConfigError(f"{name} has no effect with {condition}. Leave one of them out.")
+
+
+def without_effect(config: Any, given: Mapping[str, Any]) -> list[str]:
+    """Return a line for each given setting that other values of the config make void.
+
+    A field's own default, such as a limit of 0, is no wish.
+
+    Args: given, what the user set, nested as the config is.
+    """
+    lines = []
+
+    def spelled(part: Any, table: str, name: str) -> str:
+        is_option = any(f.name == name and "option" in f.metadata for f in fields(part))
+        return f"--{name.replace('_', '-')}" if is_option else f"{table}{name}"
+
+    def walk(part: Any, given: Mapping[str, Any], table: str) -> None:
+        for f in fields(part):
+            value, own = given.get(plain_key(f.name)), getattr(part, f.name)
+            if is_dataclass(own) and isinstance(value, Mapping):
+                walk(own, value, f"{f.name}.")
+            elif value is not None and own != f.default:
+                for other, void in f.metadata.get("void_if", ()):
+                    place, _, name = other.rpartition(".")
+                    holder = getattr(config, place, None) if place else part
+                    if holder is not None and getattr(holder, name) == void:
+                        with_ = spelled(holder, f"{place}." if place else table, name)
+                        lines.append(
+                            f"{spelled(part, table, f.name)} has no effect with {with_} {void}"
+                        )
+                        break
+
+    walk(config, given, "")
+    return lines
+
+
+def note_without_effect(config: Any, given: Mapping[str, Any]) -> None:
+    """Print a note for each line of ``without_effect``."""
+    for line in without_effect(config, given):
+        from minigpt.commands.output import note  # rich takes a while to import
+
+        note(line)
 
 
 def message(error: Any) -> str:

@@ -4,7 +4,6 @@ import math
 import secrets
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Literal
 
 import torch
@@ -130,11 +129,6 @@ class Decoder:
         """The tokens in view that ``generate`` continues."""
         return self._start.rows[0]
 
-    @property
-    def is_full(self) -> bool:
-        """Whether the window has no room for another token."""
-        return len(self._window) > self.context_length
-
     def logits(self, tokens: Sequence[int]) -> Tensor:
         """Feed tokens and return the logits (V,), float32, of the one after them."""
         return self.forward.feed(torch.tensor([tokens], device=self.forward.device))[0]
@@ -216,48 +210,6 @@ class Decoder:
                 sampler.keep(places)
                 self.forward.keep(places)
             logits = self._feed(window, tokens)
-
-    def replace(self, prompt: Sequence[int]) -> None:
-        """Continue another prompt; the tokens that it begins with are not fed again if cached.
-
-        Raises: DataError if it is longer than the context.
-        """
-        if len(prompt) > self.context_length:
-            raise DataError(self._full(len(prompt)))
-        pairs = zip(self._window.rows[0], prompt, strict=False)
-        n_same = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
-        n_held = min(n_same, self.cache.length, len(prompt) - 1)
-        if self.cache.n_rows > 1:
-            self.forward.keep([0])
-        self._start = self._window = Window([prompt])
-        self._prefill(n_held)
-
-    def extend(self, tokens: Sequence[int], *, overflow: str = "stop") -> None:
-        """Append the latest continuation to the prompt, without its end-of-text, and then tokens.
-
-        Only tokens that are not in the cache are fed.
-
-        Args: overflow, as in SamplingConfig.
-        Raises: DataError if the context window is full and overflow is "stop".
-        """
-        window = Window(self._window.rows[:1], self._window.n_slides, self._window.n_forgotten)
-        window.rows[0] += tokens
-        n_held = min(self.cache.length, len(window) - 1)
-        if len(window) > self.context_length:
-            if overflow == "stop":
-                raise DataError(self._full(len(window)))
-            window.slide(self.context_length)
-            n_held = 0
-        if self.cache.n_rows > 1:
-            self.forward.keep([0])
-        self._start = self._window = window
-        self._prefill(n_held)
-
-    def _full(self, n_tokens: int) -> str:
-        return (
-            f"the context window is full: the conversation has {n_tokens} tokens, the model sees "
-            f"{self.context_length}. Start again, or use --overflow slide."
-        )
 
     def _prefill(self, n_held: int = 0) -> None:
         """Feed the prompt, except for its first ``n_held`` tokens, which are in the cache."""

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from minigpt.config import SamplingConfig
+from minigpt.rings import ring
 
 _FIRST_CANDIDATES = 64
 _N_UNIFORMS = 64  # random numbers drawn together
@@ -111,10 +112,8 @@ class Sampler:
         if len(self._never):
             logits = logits.index_fill(1, self._never, -torch.inf)
         if self._penalizes:
-            config, generated = self.config, self._tokens[:, self._n_prompt :]
-            logits = penalize_repetition(logits, self._tokens, config.repetition_penalty)
-            logits = penalize_presence(logits, generated, config.presence_penalty)
-            logits = penalize_frequency(logits, generated, config.frequency_penalty)
+            penalize = ring("generation.penalties").penalize
+            logits = penalize(logits, self._tokens, self._n_prompt, self.config)
         return logits
 
     def _places(self, probability: Tensor) -> Tensor:
@@ -139,39 +138,6 @@ class Sampler:
         )
         # With NaN logits the index is out of range; the decoder raises an error for them.
         return places.clamp_(max=probability.shape[1] - 1)
-
-
-def penalize_repetition(logits: Tensor, tokens: Tensor, penalty: float) -> Tensor:
-    """Divide positive logits (B, V) of the tokens (B, N) by the penalty, multiply negative ones.
-
-    Repeated tokens count once.
-
-    Source: Keskar et al. 2019, arXiv:1909.05858, section 4.1.
-    """
-    if penalty == 1:
-        return logits
-    chosen = logits.gather(1, tokens)
-    return logits.scatter(1, tokens, torch.where(chosen > 0, chosen / penalty, chosen * penalty))
-
-
-def penalize_presence(logits: Tensor, tokens: Tensor, penalty: float) -> Tensor:
-    """Subtract the penalty from the logits (B, V) of the tokens (B, N); repeats count once.
-
-    Source: OpenAI, API guide, "Frequency and presence penalties".
-    """
-    if penalty == 0:
-        return logits
-    return logits.scatter(1, tokens, logits.gather(1, tokens) - penalty)
-
-
-def penalize_frequency(logits: Tensor, tokens: Tensor, penalty: float) -> Tensor:
-    """Subtract the penalty from the logits (B, V) of the tokens (B, N) for each occurrence.
-
-    Source: OpenAI, API guide, "Frequency and presence penalties".
-    """
-    if penalty == 0:
-        return logits
-    return logits.scatter_add(1, tokens, logits.new_full(tokens.shape, -penalty))
 
 
 def _kept(logits: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor]:

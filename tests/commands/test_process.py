@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from minigpt.commands import process
+from minigpt.commands import openmp
 from minigpt.commands.process import command_line
 
 ALONE, BESIDE_ANOTHER = "0.52 0.30 0.11 1/212 4711\n", "0.00 0.01 0.05 2/212 4711\n"
@@ -31,16 +31,16 @@ def test_threads_spin_long_only_for_decoding_on_an_idle_machine(
 ) -> None:
     if load is not None:
         (tmp_path / "loadavg").write_text(load)
-    monkeypatch.setattr(process, "_LOAD", tmp_path / "loadavg")
+    monkeypatch.setattr(openmp, "_LOAD", tmp_path / "loadavg")
     monkeypatch.setenv("GOMP_SPINCOUNT", "")  # so that it is restored
     monkeypatch.delenv("GOMP_SPINCOUNT")
-    process.set_spin_count([*command.split(), "train"])
+    openmp.set_spin_count([*command.split(), "train"])
     assert os.environ["GOMP_SPINCOUNT"] == count
 
 
 def test_the_environment_takes_precedence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GOMP_SPINCOUNT", "7")
-    process.set_spin_count(["generate"])
+    openmp.set_spin_count(["generate"])
     assert os.environ["GOMP_SPINCOUNT"] == "7"
 
 

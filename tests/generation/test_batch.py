@@ -10,6 +10,7 @@ from small_models import LAYOUTS, random_tokens, small_config, small_model
 
 from minigpt.config import SamplingConfig
 from minigpt.errors import DataError
+from minigpt.generation.conversation import Conversation
 from minigpt.generation.decoder import Decoder, Step, max_rows_together
 from minigpt.generation.sampling import Sampler
 from minigpt.model.cost import cache_bytes_per_token
@@ -221,7 +222,7 @@ def test_an_extended_prompt_continues_like_the_whole_text(
     """After a whole answer of six tokens, after one that was left, and with no answer at all."""
     model, typed = small_model(layout), [7, 8, 9]
     config = SamplingConfig(max_new_tokens=6, temperature=1.0)
-    decoder = Decoder(model, PROMPT)
+    decoder = Conversation(model, PROMPT)
     steps = decoder.generate(config, seed=1)
     said = [next(steps).token for _ in range(n_seen)]
     fed = Fed(decoder, monkeypatch)
@@ -231,24 +232,24 @@ def test_an_extended_prompt_continues_like_the_whole_text(
     whole = PROMPT + said + typed
     assert decoder.prompt == whole
     assert facts(list(decoder.generate(config, seed=2))) == facts(
-        list(Decoder(model, whole).generate(config, seed=2))
+        list(Conversation(model, whole).generate(config, seed=2))
     )
 
 
 def test_extending_keeps_the_continuation_without_its_end_of_text() -> None:
     model, config = small_model(), SamplingConfig(max_new_tokens=6, temperature=1.0)
-    decoder = Decoder(model, PROMPT)
+    decoder = Conversation(model, PROMPT)
     free = [step.token for step in decoder.generate(config, seed=1)]
     decoder.extend([])
     assert decoder.prompt == PROMPT + free
     longer = alone(model, 1, max_new_tokens=12, temperature=0.0)
-    decoder = Decoder(model, PROMPT)
+    decoder = Conversation(model, PROMPT)
     greedy = SamplingConfig(max_new_tokens=6, temperature=0.0)
     first = [step.token for step in decoder.generate(greedy, seed=1)]
     decoder.extend([])
     second = [step.token for step in decoder.generate(greedy, seed=1)]
     assert first + second == [step.token for step in longer]
-    decoder = Decoder(model, PROMPT)
+    decoder = Conversation(model, PROMPT)
     ended = list(decoder.generate(config, seed=1, end_of_text=[free[3]]))
     assert ended[-1].finish == "end_of_text"
     decoder.extend([7])
@@ -257,7 +258,7 @@ def test_extending_keeps_the_continuation_without_its_end_of_text() -> None:
 
 def test_a_prompt_too_long_for_the_window_raises_or_slides() -> None:
     model = small_model()  # of 24 positions
-    decoder = Decoder(model, random_tokens(20).tolist())
+    decoder = Conversation(model, random_tokens(20).tolist())
     config = SamplingConfig(max_new_tokens=30, temperature=1.0)
     steps = list(decoder.generate(config, seed=1))
     assert steps[-1].finish == "context"
@@ -271,11 +272,11 @@ def test_a_prompt_too_long_for_the_window_raises_or_slides() -> None:
     decoder.extend([1, 2, 3], overflow="slide")
     said = [*before, *(step.token for step in steps), 1, 2, 3]
     assert decoder.prompt == said[:4] + said[-12:]
-    fresh = Decoder(model, decoder.prompt).generate(config, seed=1)
+    fresh = Conversation(model, decoder.prompt).generate(config, seed=1)
     went_on = list(decoder.generate(config, seed=1))
     assert [step.token for step in went_on] == [step.token for step in fresh]
     assert (went_on[0].position, went_on[0].n_slides, went_on[0].n_forgotten) == (28, 1, 12)
-    assert not Decoder(model, before).is_full
+    assert not Conversation(model, before).is_full
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])

@@ -13,7 +13,7 @@ from minigpt.commands.output import note
 from minigpt.config import SamplingConfig
 from minigpt.errors import DataError
 from minigpt.files import cache_folder
-from minigpt.generation.decoder import Decoder
+from minigpt.generation.conversation import Conversation
 from minigpt.generation.loading import encode_prompt
 from minigpt.generation.stream import TextStep, stream_text
 
@@ -40,7 +40,7 @@ def converse(
     Args: seed, of the first answer; later ones have the next seeds. has_prompt, whether the first
         text is the prompt of the command line. special, whether special tokens are parsed.
     """
-    decoder: Decoder | None = None
+    decoder: Conversation | None = None
     tokenizer, chat = ready.tokenizer, ready.chat
     is_noted = False
     text = ready.text if has_prompt else _typed()
@@ -61,7 +61,7 @@ def converse(
             if decoder is None:
                 slides = None if chat else sampling.overflow  # a message is not cut
                 with compiling(ready.model, compile):
-                    decoder = Decoder(ready.model, ids, compiles=compile, overflow=slides)
+                    decoder = Conversation(ready.model, ids, compiles=compile, overflow=slides)
             elif chat is not None:
                 decoder.replace(ids)
             else:

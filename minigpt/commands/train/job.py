@@ -17,7 +17,7 @@ from minigpt.errors import ConfigError, LockedError
 from minigpt.model.device import resolve_device, resolve_dtype
 from minigpt.model.language_model import LanguageModel
 from minigpt.rings import find_ring, ring
-from minigpt.settings import build, merge, to_dict, without_effect
+from minigpt.settings import build, merge, to_dict
 from minigpt.text.building import PrepareProgress
 from minigpt.text.shards import PreparedData, prepare, prepared_settings
 from minigpt.training.trainer import Trainer
@@ -116,7 +116,7 @@ def _new_job(request: Request) -> Iterator[Job]:
         config = with_vocabulary(settings, data.tokenizer.vocab_size)
         config = suited_to_text(config, overrides, data)
         require_memory(config, request)
-    notes = without_effect(config, overrides)
+    notes = notes_on(config, overrides)
     config = with_split(config, data)
     names = fresh_names(config.data, base.name if base else config.preset)
     with ExitStack() as held:
@@ -133,6 +133,12 @@ def _new_job(request: Request) -> Iterator[Job]:
         carried = read_carried(base.folder) if base else None
         start = base.model if base else None
         yield Job(config, data, run, start_from=start, carried=carried, notes=notes)
+
+
+def notes_on(config: RunConfig, overrides: dict[str, Any]) -> list[str]:
+    """Return a line for each of the user's settings that others make void."""
+    usage = find_ring("commands.usage")
+    return list(usage.without_effect(config, overrides)) if usage else []
 
 
 def chat_template(data: DataConfig, folder: Path | None) -> Any:

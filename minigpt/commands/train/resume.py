@@ -9,11 +9,18 @@ from minigpt.checkpoint.folder import CONFIG_FILE, Pointer, RunFolder
 from minigpt.checkpoint.manifest import verify
 from minigpt.checkpoint.model_folder import read_carried, read_model
 from minigpt.checkpoint.resolve import ROOT, models_in, warn_of_damage
-from minigpt.commands.train.job import Job, Request, chat_template, checked_name, require_memory
+from minigpt.commands.train.job import (
+    Job,
+    Request,
+    chat_template,
+    checked_name,
+    notes_on,
+    require_memory,
+)
 from minigpt.commands.train.settings import flat, one_budget, one_lr
 from minigpt.config import RunConfig
 from minigpt.errors import CheckpointError, ConfigError, DataError, cut, nearest
-from minigpt.settings import build, merge, read_toml, to_dict, without_effect
+from minigpt.settings import build, merge, read_toml, to_dict
 from minigpt.text.shards import PreparedData, prepare
 from minigpt.training.schedule import lr_scale, with_max_steps
 from minigpt.training.state import LARGEST_RISE, computed_on, read_state
@@ -52,7 +59,7 @@ def resumed_job(request: Request) -> Iterator[Job]:
         _require_same(saved, request.overrides)  # before settings that depend on each other
         overrides = request.overrides if saved.from_ is None else one_lr(request.overrides)
         config = build(RunConfig, merge(to_dict(saved), one_budget(overrides)))
-        notes = without_effect(config, overrides)
+        notes = notes_on(config, overrides)
         require_memory(config, request)
         latest = _require_checkpoint(run)
         # The model that a run was fine-tuned from may be gone; the checkpoint has its tokenizer.

@@ -1,0 +1,59 @@
+"""A decoder whose prompt grows or changes between its answers."""
+
+from collections.abc import Sequence
+from itertools import takewhile
+
+from minigpt.errors import DataError
+from minigpt.generation.decoder import Decoder
+from minigpt.generation.window import Window
+
+
+class Conversation(Decoder):
+    """A decoder that keeps its cache from one answer to the next."""
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the window has no room for another token."""
+        return len(self._window) > self.context_length
+
+    def replace(self, prompt: Sequence[int]) -> None:
+        """Continue another prompt; the tokens that it begins with are not fed again if cached.
+
+        Raises: DataError if it is longer than the context.
+        """
+        if len(prompt) > self.context_length:
+            raise DataError(self._full(len(prompt)))
+        pairs = zip(self._window.rows[0], prompt, strict=False)
+        n_same = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+        n_held = min(n_same, self.cache.length, len(prompt) - 1)
+        if self.cache.n_rows > 1:
+            self.forward.keep([0])
+        self._start = self._window = Window([prompt])
+        self._prefill(n_held)
+
+    def extend(self, tokens: Sequence[int], *, overflow: str = "stop") -> None:
+        """Append the latest continuation to the prompt, without its end-of-text, and then tokens.
+
+        Only tokens that are not in the cache are fed.
+
+        Args: overflow, as in SamplingConfig.
+        Raises: DataError if the context window is full and overflow is "stop".
+        """
+        window = Window(self._window.rows[:1], self._window.n_slides, self._window.n_forgotten)
+        window.rows[0] += tokens
+        n_held = min(self.cache.length, len(window) - 1)
+        if len(window) > self.context_length:
+            if overflow == "stop":
+                raise DataError(self._full(len(window)))
+            window.slide(self.context_length)
+            n_held = 0
+        if self.cache.n_rows > 1:
+            self.forward.keep([0])
+        self._start = self._window = window
+        self._prefill(n_held)
+
+    def _full(self, n_tokens: int) -> str:
+        return (
+            f"the context window is full: the conversation has {n_tokens} tokens, the model sees "
+            f"{self.context_length}. Start again, or use --overflow slide."
+        )
