@@ -3,7 +3,7 @@
 import dataclasses
 import tomllib
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -134,3 +134,25 @@ def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
             else:
                 merged[key] = merge(value) if isinstance(value, Mapping) else value
     return merged
+
+
+def read_config_file(path: Path | None) -> dict[str, Any]:
+    """Read the file of ``--config``, once, as it may be a pipe; {} if there is none."""
+    return read_toml(path, may_be_pipe=True) if path else {}
+
+
+def layered(
+    file: Mapping[str, Any],
+    given: Mapping[str, Any],
+    data: Sequence[str] | None = None,
+    preset: str | None = None,
+    assignments: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """Return the settings of a config file, of options and of ``--set``; later ones win.
+
+    Args: file, as from ``read_config_file``; given, the options as nested settings.
+    """
+    words = {"preset": preset} if preset else {}
+    paths = {"data": {"paths": data}} if data else {}
+    changes = map(parse_assignment, assignments or ())
+    return merge(file, words, paths, given, *changes)

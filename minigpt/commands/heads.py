@@ -41,7 +41,7 @@ def heads(
     Where a head attends is not what it does: --ablate zeroes the output of one head after the other
     and measures how much the loss on the second copy increases (nats/token).
     """
-    from minigpt.commands import output
+    from minigpt.commands import tables
     from minigpt.commands.loading import load_model, show_model
     from minigpt.commands.progress import ProgressLine
     from minigpt.console import make_console, print_lines
@@ -71,7 +71,7 @@ def heads(
             for record, effect in zip(records, effects_LH.flat, strict=True):
                 record["loss_effect"] = float(effect)
         facts = {"model": str(folder), "seed": seed, "n_repeated": n_repeated, "heads": records}
-        output.write_json(facts)
+        tables.write_json(facts)
         return
     console = make_console(is_stderr=False)
     views = ring("tracing.views.heads")

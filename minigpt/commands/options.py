@@ -48,9 +48,7 @@ from minigpt.rings import find_ring
 from minigpt.settings import (
     build,
     merge,
-    parse_assignment,
     plain_key,
-    read_toml,
 )
 
 _NOT_GIVEN: tuple[Any, ...] = (None, [], ())
@@ -405,25 +403,3 @@ Threads = Annotated[
     int | None, Option("Number of CPU threads", "Run", shown="one per core", bounds=THREADS)
 ]
 XAxis = Literal["steps", "tokens", "seconds"]
-
-
-def read_config(path: Path | None) -> dict[str, Any]:
-    """Read the file of ``--config``, once, as it may be a pipe; {} if there is none."""
-    return read_toml(path, may_be_pipe=True) if path else {}
-
-
-def layered(
-    file: Mapping[str, Any],
-    given: Mapping[str, Any],
-    data: Sequence[str] | None = None,
-    preset: str | None = None,
-    assignments: Sequence[str] | None = None,
-) -> dict[str, Any]:
-    """Return the settings of a config file, of options and of ``--set``; later ones win.
-
-    Args: file, as from ``read_config``; given, the options as nested settings.
-    """
-    words = {"preset": preset} if preset else {}
-    paths = {"data": {"paths": data}} if data else {}
-    changes = map(parse_assignment, assignments or ())
-    return merge(file, words, paths, given, *changes)

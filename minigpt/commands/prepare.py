@@ -46,7 +46,7 @@ def prepare(
         raise ConfigError("--from brings its own tokenizer. Leave --tokenizer out.")
     from pathlib import Path
 
-    from minigpt.commands import output
+    from minigpt.commands import output, tables
     from minigpt.commands.process import command_line
     from minigpt.commands.progress import ProgressLine
     from minigpt.commands.usage import note_without_effect
@@ -76,9 +76,9 @@ def prepare(
     for line in prepared.manifest.notes():
         output.note(f"text   {line}")
     if as_json:
-        output.write_json(_record(folder, prepared.manifest, work))
+        tables.write_json(_record(folder, prepared.manifest, work))
     else:
-        output.show(_lines(folder, prepared.manifest, work))
+        tables.show(_lines(folder, prepared.manifest, work))
         output.note(f"next    {command_line('train', str(folder))}")
 
 
@@ -101,7 +101,8 @@ def _record(folder: "Path", manifest: "Manifest", work: "Work") -> dict[str, Any
 def _lines(folder: "Path", manifest: "Manifest", work: "Work") -> "Iterator[Text]":
     from rich.text import Text
 
-    from minigpt.commands.output import aligned, one_line
+    from minigpt.commands.output import one_line
+    from minigpt.commands.tables import aligned
     from minigpt.format import with_unit
 
     documents = "1 document" if manifest.n_documents == 1 else f"{manifest.n_documents:,} documents"

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from minigpt.checkpoint.resolve import MAKE_ONE, ROOT, find_model, resolve_model
 from minigpt.checkpoint.tools.inventory import entry_of, inventory_of, take_inventory
-from minigpt.commands import output
+from minigpt.commands import output, tables
 from minigpt.commands.checkpoints.converting import export, import_
 from minigpt.commands.checkpoints.views import (
     inventory_lines,
@@ -37,9 +37,9 @@ def list_(
     """
     entries = take_inventory(ROOT) if folder is None else inventory_of(folder)
     if as_json:
-        output.write_json({"folder": folder or ROOT, "entries": [asdict(e) for e in entries]})
+        tables.write_json({"folder": folder or ROOT, "entries": [asdict(e) for e in entries]})
     elif entries:
-        output.show(inventory_lines(entries, output.line_width()))
+        tables.show(inventory_lines(entries, tables.line_width()))
     else:
         output.note(f"there is no checkpoint here yet. {MAKE_ONE}")
 
@@ -60,9 +60,9 @@ def show(
 
     facts = describe(resolve_model(model))
     if as_json:
-        output.write_json(model_record(facts))
+        tables.write_json(model_record(facts))
     else:
-        output.show(model_lines(facts, output.line_width()))
+        tables.show(model_lines(facts, tables.line_width()))
 
 
 @command
@@ -95,9 +95,9 @@ def verify(
             continue
         n_bad += verdict.problem is not None
         if as_json:
-            output.write_json(asdict(verdict))
+            tables.write_json(asdict(verdict))
         else:
-            output.show([verdict_line(verdict)])
+            tables.show([verdict_line(verdict)])
     if n_bad:
         raise CheckpointError(
             f"bad checkpoints: {n_bad} of {len(checkpoints)}. Use another one, or write or "

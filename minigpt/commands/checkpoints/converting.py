@@ -8,7 +8,7 @@ from typing import Annotated
 from rich.text import Text
 
 from minigpt.checkpoint.resolve import resolve_model
-from minigpt.commands import output
+from minigpt.commands import output, tables
 from minigpt.commands.options import Json, Option, argument, command
 from minigpt.errors import ConfigError
 from minigpt.format import short, with_unit
@@ -46,11 +46,11 @@ def export(
     run = f"{words} -m {shlex.quote(str(gguf))}"
     if as_json:
         facts = {"file": gguf, "type": type_, "n_bytes": exported.n_bytes, "run": run}
-        output.write_json(facts | {"notes": exported.notes})
+        tables.write_json(facts | {"notes": exported.notes})
         return
     size = with_unit(exported.n_bytes, "B")
     line = f"{output.one_line(str(gguf))}: {size}, {type_}. Run it: {output.one_line(run)}"
-    output.show([Text(line)])
+    tables.show([Text(line)])
 
 
 @command
@@ -99,8 +99,8 @@ def import_(
         output.note("note: the model has no vocabulary, which generate needs")
     if as_json:
         facts = {"folder": folder, "source": imported.source}
-        output.write_json(facts | {"n_parameters": imported.n_parameters})
+        tables.write_json(facts | {"n_parameters": imported.n_parameters})
         return
     run = output.one_line(f"minigpt generate --model {shlex.quote(folder)}")
     what = f"{short(imported.n_parameters)} parameters from {imported.source}"
-    output.show([Text(f"{output.one_line(folder)}: {what}. Run it: {run}")])
+    tables.show([Text(f"{output.one_line(folder)}: {what}. Run it: {run}")])

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from minigpt.commands.output import aligned, one_line
+from minigpt.commands.output import one_line
+from minigpt.commands.tables import aligned
 from minigpt.format import with_unit
 
 if TYPE_CHECKING:  # a list needs no torch, which these import

@@ -13,7 +13,7 @@ from rich.text import Text
 from minigpt.checkpoint.folder import RunFolder, writing_folder
 from minigpt.checkpoint.manifest import verify
 from minigpt.checkpoint.tools.inventory import Checkpoint, entry_of, run_named
-from minigpt.commands import output
+from minigpt.commands import output, tables
 from minigpt.commands.checkpoints.views import removal_lines, total
 from minigpt.commands.options import Json, Mode, Option, argument, command, modes
 from minigpt.config import SaveDtype
@@ -47,12 +47,12 @@ def prune(
     if as_json:
         facts = ("step", "folder", "n_bytes")
         removed = [{name: getattr(item, name) for name in facts} for item in doomed]
-        output.write_json(
+        tables.write_json(
             {"run": folder.path, "is_dry_run": dry_run, "removed": removed, "kept_steps": kept}
         )
         return
     word = "would remove" if dry_run else "removed"
-    output.show(removal_lines(word, doomed))
+    tables.show(removal_lines(word, doomed))
     output.note(f"{word} {total(doomed)}; {_stays(kept)}" if doomed else "nothing to remove")
 
 
@@ -167,8 +167,8 @@ def average(
         write_model(folder, mean.model, mean.tokenizer, carried=carried, dtype=dtype)
     saved = carried.dtype if save_dtype == "auto" else save_dtype
     if as_json:
-        output.write_json({"run": source.path, "steps": steps, "folder": out})
+        tables.write_json({"run": source.path, "steps": steps, "folder": out})
     else:
         what = f"the mean of {len(steps)} checkpoints, steps {steps[0]} to {steps[-1]}"
         what += "" if saved == "float32" else f", in {saved}"
-        output.show([Text(f"{what}, is in {output.one_line(str(out))}")])
+        tables.show([Text(f"{what}, is in {output.one_line(str(out))}")])

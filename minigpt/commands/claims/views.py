@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 
 from minigpt import figures
-from minigpt.commands import output
+from minigpt.commands import tables
 from minigpt.files import write_atomically
 from minigpt.studies.claims.study import Finding, Panel
 
@@ -41,13 +41,13 @@ def record(finding: Finding) -> dict[str, Any]:
 def show_finding(finding: Finding, *, as_json: bool) -> None:
     """Write a finding to stdout: a table and the judgement, or a line of JSON."""
     if as_json:
-        output.write_json(record(finding))
+        tables.write_json(record(finding))
         return
     sides = ["left"] + ["right"] * (len(finding.table[0]) - 1)
-    output.show(output.aligned([[Text(cell) for cell in row] for row in finding.table], sides))
+    tables.show(tables.aligned([[Text(cell) for cell in row] for row in finding.table], sides))
     judgement = finding.judgement
-    output.show([Text(f"{judgement.claim}: {judgement.outcome}", style="bold")])
-    output.show([*(Text(f"- {reason}") for reason in judgement.reasons), Text()])
+    tables.show([Text(f"{judgement.claim}: {judgement.outcome}", style="bold")])
+    tables.show([*(Text(f"- {reason}") for reason in judgement.reasons), Text()])
 
 
 def write_findings(folder: Path, findings: Sequence[Finding]) -> None:

@@ -14,12 +14,11 @@ from minigpt.commands.options import (
     Preset,
     XAxis,
     command,
-    layered,
     modes,
-    read_config,
 )
 from minigpt.config import ARCHS, ATTENTIONS, RunConfig, check_fields, option
 from minigpt.presets import default_run
+from minigpt.settings import layered, read_config_file
 
 _VARIANTS = ", ".join([*ATTENTIONS, *list(ARCHS)[1:]])
 
@@ -85,5 +84,5 @@ def compare(
     """
     from minigpt.commands.compare.run import run_comparison
 
-    overrides = layered(read_config(config), settings, data, preset, set_)
+    overrides = layered(read_config_file(config), settings, data, preset, set_)
     run_comparison(comparison, overrides, is_json=as_json)

@@ -12,9 +12,10 @@ from rich.text import Text
 
 from minigpt.checkpoint.folder import CONFIG_FILE
 from minigpt.commands.compare import ComparisonConfig
-from minigpt.commands.output import aligned, line_width, note, show, write_json
+from minigpt.commands.output import note
 from minigpt.commands.plot.curves import require_picture, validation_curves, write_picture
 from minigpt.commands.process import command_line
+from minigpt.commands.tables import aligned, line_width, show, write_json
 from minigpt.commands.train.display import TrainingDisplay
 from minigpt.commands.train.job import Job, checked_name, fresh_names
 from minigpt.commands.train.run import train_job

@@ -79,12 +79,12 @@ def evaluate(
     from the defaults here, and --dtype bfloat16 if it computed in that. As in `generate`, a CPU
     computes in float32 by default: the loss is then the same on every CPU.
     """
-    from minigpt.commands import output
+    from minigpt.commands import tables
     from minigpt.commands.evaluate.measuring import lines, measure
 
     result = measure(replace(config, data=(*(data or ()), *config.data)), source)
     if as_json:
         finite = {k: v for k, v in result.items() if not isinstance(v, float) or isfinite(v)}
-        output.write_json(dict.fromkeys(result) | finite)  # NaN and inf become null
+        tables.write_json(dict.fromkeys(result) | finite)  # NaN and inf become null
     else:
-        output.show(lines(result))
+        tables.show(lines(result))

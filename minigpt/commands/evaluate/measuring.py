@@ -16,8 +16,9 @@ from minigpt.commands.evaluate import EvaluationConfig
 from minigpt.commands.evaluate.windows import Windows, span_to_evaluate, text_bytes
 from minigpt.commands.loading import use_threads
 from minigpt.commands.options import ModelSource
-from minigpt.commands.output import aligned, one_line
+from minigpt.commands.output import one_line
 from minigpt.commands.progress import ProgressLine
+from minigpt.commands.tables import aligned
 from minigpt.config import DataConfig, RunConfig
 from minigpt.errors import CheckpointError, ConfigError, DataError
 from minigpt.evaluation import evaluate

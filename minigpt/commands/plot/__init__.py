@@ -27,7 +27,7 @@ def plot(
 
     --out needs matplotlib (the extra plot). --json prints all points, one line per run.
     """
-    from minigpt.commands import output
+    from minigpt.commands import output, tables
     from minigpt.commands.plot import curves
     from minigpt.training.reports.curves import find_run, read_curves
 
@@ -39,7 +39,7 @@ def plot(
         output.note("the runs have different tokenizers: compare bits/byte, not nats/token.")
     if as_json:
         for one in found:
-            output.write_json(curves.record(one))
+            tables.write_json(curves.record(one))
     if out is not None:
         curves.write_picture(out, curves.plotted_runs(found, x), x_unit=x)
         output.note(f"wrote {out}")

@@ -13,14 +13,13 @@ from minigpt.commands.options import (
     Preset,
     Threads,
     command,
-    layered,
     modes,
-    read_config,
 )
 from minigpt.config import RunConfig
 from minigpt.errors import ConfigError
 from minigpt.presets import default_run
 from minigpt.rings import ring
+from minigpt.settings import layered, read_config_file
 
 _GROUP = "Run"
 
@@ -70,7 +69,7 @@ def train(
     from minigpt.commands.loading import use_threads
 
     use_threads(threads)
-    file = read_config(config)
+    file = read_config_file(config)
     overrides = layered(file, _for_its_model(settings, file, set_), data, preset, set_)
     training = overrides.get("training")
     if isinstance(training, dict) and training.get("shard") and "WORLD_SIZE" not in os.environ:

@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.text import Text
 
-from minigpt.commands.output import aligned, line_width, show, write_json
+from minigpt.commands.tables import aligned, line_width, show, write_json
 from minigpt.commands.train.display import TrainingDisplay
 from minigpt.commands.train.job import Request, open_job
 from minigpt.commands.train.run import releasing_ranks

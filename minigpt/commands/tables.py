@@ -1,0 +1,59 @@
+"""Results on stdout: aligned rows, lines, JSON."""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import datetime
+from typing import Any
+
+from rich.text import Text
+
+from minigpt.console import make_console, write_result
+
+_GAP = "  "
+_SHORTEST = 8
+
+
+def aligned(
+    rows: Sequence[Sequence[Text]], sides: Sequence[str], width: int | None = None
+) -> Iterator[Text]:
+    """Yield rows as lines of aligned cells.
+
+    Args: sides, left or right for each column; width, of the terminal, to which the first column
+        is truncated; None does not truncate.
+    """
+    widths = [max(cell.cell_len for cell in column) for column in zip(*rows, strict=True)]
+    if width is not None:
+        others = sum(widths[1:]) + len(_GAP) * len(widths[1:])
+        widths[0] = min(widths[0], max(width - others, _SHORTEST))
+    for row in rows:
+        line = Text()
+        for cell, side, n_cells in zip(row, sides, widths, strict=True):
+            fitted = cell.copy()
+            fitted.truncate(n_cells, overflow="ellipsis")
+            padding = Text(" " * (n_cells - fitted.cell_len))
+            line += padding + fitted if side == "right" else fitted + padding
+            line.append(_GAP)
+        line.rstrip()
+        yield line
+
+
+def line_width() -> int | None:
+    """Return the width of the terminal on stdout; None for a pipe, where nothing is truncated."""
+    console = make_console(is_stderr=False)
+    return console.width if console.is_terminal else None
+
+
+def show(lines: Iterable[Text]) -> None:
+    """Write lines to stdout."""
+    console = make_console(is_stderr=False)
+    for line in lines:
+        console.print(line)
+
+
+def write_json(facts: dict[str, Any]) -> None:
+    """Write an object to stdout as one line of JSON."""
+
+    def plain(value: object) -> str:
+        return value.isoformat() if isinstance(value, datetime) else str(value)
+
+    write_result(json.dumps(facts, default=plain) + "\n")
