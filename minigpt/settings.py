@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 
 import tomli_w
 
-from minigpt.config import RunConfig, parts_of
+from minigpt.config import RunConfig
 from minigpt.errors import ConfigError, cut, nearest, require_choice
+from minigpt.fields import parts_of
 from minigpt.files import read_bytes, resource_errors
 
 T = TypeVar("T")

@@ -6,15 +6,9 @@ from typing import Any
 
 import pytest
 
-from minigpt.config import (
-    DataConfig,
-    ModelConfig,
-    RunConfig,
-    SamplingConfig,
-    TrainingConfig,
-    round_up,
-)
+from minigpt.config import DataConfig, ModelConfig, RunConfig, SamplingConfig, TrainingConfig
 from minigpt.errors import ConfigError
+from minigpt.fields import round_up
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 257,

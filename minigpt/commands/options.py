@@ -9,7 +9,7 @@ A command is a function whose parameters say what it takes:
         runs: Annotated[int, Option("Number of runs", group="Output")] = 3,
     ) -> None: ...
 
-A config dataclass becomes one option per field that is declared with ``config.option``: named as
+A config dataclass becomes one option per field that is declared with ``fields.option``: named as
 the field, with its type, default and choices, and the first sentence of its docstring as help. The
 command gets the config, built and checked.
 
@@ -31,18 +31,8 @@ from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
 import typer
 
-from minigpt.config import (
-    DEFAULT_TEXT,
-    Device,
-    Dtype,
-    Quantization,
-    check_fields,
-    choices_in,
-    option,
-    parts_of,
-    require_within,
-)
 from minigpt.errors import ConfigError, require_choice
+from minigpt.fields import check_fields, choices_in, option, parts_of, require_within
 from minigpt.presets import DEFAULT_PRESET, PRESETS
 from minigpt.rings import find_ring
 from minigpt.settings import (
@@ -50,6 +40,7 @@ from minigpt.settings import (
     merge,
     plain_key,
 )
+from minigpt.training_config import DEFAULT_TEXT, Device, Dtype, Quantization
 
 _NOT_GIVEN: tuple[Any, ...] = (None, [], ())
 _METAVARS = {bool: None, int: "N", float: "N", Path: "FILE"}
@@ -74,7 +65,7 @@ class Option:
     choices: tuple[str, ...] = ()
     """Valid values. Empty derives them from the type."""
     bounds: str = ""
-    """Interval of valid numbers, as in ``config.setting``."""
+    """Interval of valid numbers, as in ``fields.setting``."""
     is_listed: bool = True
     """Whether --help shows it."""
     has_escapes: bool = False

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from minigpt.checkpoint.model_folder import LoadedModel, read_model
-from minigpt.config import DEVICES, DTYPES, QUANTIZATIONS, SamplingConfig
+from minigpt.config import SamplingConfig
 from minigpt.errors import CheckpointError, DataError, require_choice
 from minigpt.generation.decoder import Decoder, max_rows_together
 from minigpt.generation.forward import FAST, is_compiled
@@ -14,6 +14,7 @@ from minigpt.model.device import has_fast_bfloat16, inference_dtype, resolve_dev
 from minigpt.model.language_model import LanguageModel
 from minigpt.rings import find_ring, has_ring, ring
 from minigpt.text.tokenizer import Tokenizer
+from minigpt.training_config import DEVICES, DTYPES, QUANTIZATIONS
 
 
 def load(

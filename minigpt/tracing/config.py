@@ -5,8 +5,8 @@ from pathlib import Path
 from pkgutil import iter_modules
 from typing import Literal
 
-from minigpt.config import check_fields, option
 from minigpt.errors import ConfigError
+from minigpt.fields import check_fields, option
 
 Measure = str
 """Name of what a row is made of: weight, the attention weight, or a module of

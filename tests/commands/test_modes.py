@@ -12,14 +12,8 @@ from typing import Any
 import pytest
 from calls import ROOT, TINY, Run, error_line
 
-from minigpt.config import (
-    DataConfig,
-    ModelConfig,
-    SamplingConfig,
-    TrainingConfig,
-    choices_in,
-    require_within,
-)
+from minigpt.config import DataConfig, ModelConfig, SamplingConfig, TrainingConfig
+from minigpt.fields import choices_in, require_within
 
 TRACE = ["attention-trace", "The king", "--temperature", "0", "--max-new-tokens", "4"]
 FILES = {"R": ["attention-trace", "--replay", "t.jsonl"]}

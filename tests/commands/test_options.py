@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 from minigpt.commands import app as program
 from minigpt.commands.layout import COMMANDS, Command
 from minigpt.commands.options import Fields, Option, command
-from minigpt.config import check_fields, option, setting
 from minigpt.errors import ConfigError
+from minigpt.fields import check_fields, option, setting
 
 
 @dataclass(frozen=True, kw_only=True)

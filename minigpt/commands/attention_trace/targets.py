@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Literal
 
 from minigpt.commands.options import Mode, PromptForm
-from minigpt.config import check_fields, option
 from minigpt.errors import ConfigError
+from minigpt.fields import check_fields, option
 from minigpt.files import require_writable
 from minigpt.rings import has_ring, ring
 

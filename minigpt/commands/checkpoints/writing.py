@@ -16,8 +16,8 @@ from minigpt.checkpoint.tools.inventory import Checkpoint, entry_of, run_named
 from minigpt.commands import output, tables
 from minigpt.commands.checkpoints.views import removal_lines, total
 from minigpt.commands.options import Json, Mode, Option, argument, command, modes
-from minigpt.config import SaveDtype
 from minigpt.errors import CheckpointError, ConfigError, LockedError
+from minigpt.training_config import SaveDtype
 
 
 @command

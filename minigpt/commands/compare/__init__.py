@@ -16,7 +16,8 @@ from minigpt.commands.options import (
     command,
     modes,
 )
-from minigpt.config import ARCHS, ATTENTIONS, RunConfig, check_fields, option
+from minigpt.config import ARCHS, ATTENTIONS, RunConfig
+from minigpt.fields import check_fields, option
 from minigpt.presets import default_run
 from minigpt.settings import layered, read_config_file
 

@@ -5,7 +5,8 @@ from math import isfinite
 from typing import Annotated, Literal
 
 from minigpt.commands.options import CORPORA, Fields, Json, ModelSource, argument, command
-from minigpt.config import Dtype, check_fields, option
+from minigpt.fields import check_fields, option
+from minigpt.training_config import Dtype
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,8 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minigpt.config import round_up
 from minigpt.errors import ConfigError, ResourceError
+from minigpt.fields import round_up
 from minigpt.files import (
     CACHE_VARIABLE,
     OTHER_CACHE,

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from minigpt.config import require_within
 from minigpt.errors import CheckpointError, ConfigError
+from minigpt.fields import require_within
 from minigpt.model.attention import AttentionPass
 from minigpt.model.language_model import LanguageModel
 from minigpt.tracing.events import ROLE_SCORES, Roles

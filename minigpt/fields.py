@@ -1,0 +1,115 @@
+"""How the fields of a config dataclass are declared and checked."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import MISSING, field, fields
+from functools import cache
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from minigpt.errors import ConfigError, cut, require_choice
+
+_LARGEST_FLOAT = 1e30  # float32 holds it, and its square root's square
+Conditions = Iterable[tuple[str, Any]]
+"""Names of other fields, those of another table dotted as in ``--set``, and a value of each."""
+
+
+def setting(
+    default: Any = MISSING, bounds: str = "", choices: Iterable[str] = (), void_if: Conditions = ()
+) -> Any:
+    """Declare a field that a TOML file and ``--set`` can give.
+
+    Args: bounds, the interval of valid values, as in ``[0, 1)`` or ``(0, inf)``; choices, the valid
+        values where the type does not name them; void_if, values of other fields with which this
+        one has no effect (see ``commands.usage``).
+    """
+    metadata = {"bounds": bounds, "choices": tuple(choices), "void_if": tuple(void_if)}
+    return field(default=default, metadata=metadata)
+
+
+def option(
+    default: Any = MISSING,
+    bounds: str = "",
+    choices: Iterable[str] = (),
+    void_if: Conditions = (),
+    **about: Any,
+) -> Any:
+    """Declare a field that is a command-line option too, named as the field.
+
+    Args: bounds, choices and void_if, as in ``setting``; about, fields of
+        ``commands.options.Option``: what --help shows beside the field's type, default and
+        docstring.
+    """
+    metadata = {"bounds": bounds, "choices": tuple(choices), "void_if": tuple(void_if)}
+    return field(default=default, metadata=metadata | {"option": about})
+
+
+def choices_in(hint: Any) -> tuple[str, ...]:
+    """Return the choices of a type that allows nothing but a few words, or None; else ()."""
+    words, kinds = parts_of(hint)
+    return tuple(word for word in words if word) if set(kinds) <= {NoneType} else ()
+
+
+def parts_of(hint: Any) -> tuple[tuple[str, ...], tuple[Any, ...]]:
+    """Split a type into the words of its ``Literal[...]`` and its other types."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    literals = [kind for kind in kinds if get_origin(kind) is Literal]
+    words = tuple(word for literal in literals for word in get_args(literal))
+    return words, tuple(kind for kind in kinds if kind not in literals)
+
+
+def check_fields(config: Any) -> None:
+    """Check each field of a config against its choices and bounds.
+
+    Raises: ConfigError for the first value outside them.
+    """
+    for f in fields(config):
+        value, bounds = getattr(config, f.name), f.metadata.get("bounds")
+        choices = choices_in(f.type) or f.metadata.get("choices", ())
+        if choices and value != f.default:
+            require_choice(f.name, value, choices)
+        elif bounds and not isinstance(value, str | None):
+            require_within(f.name, value, bounds)
+
+
+def require_within(name: str, value: float, bounds: str) -> None:
+    """Raise ConfigError if a value is outside an interval."""
+    low, high = _ends(bounds)
+    is_count = high == math.inf or (bounds[-1] == "]" and high > 1)
+    if isinstance(value, int) and high == math.inf:  # torch's integers have 64 bits
+        high, bounds = 2.0**63, bounds.replace("inf", "2**63")
+    if isinstance(value, float) and _LARGEST_FLOAT <= value < high:
+        raise ConfigError(f"{name} must be below {_LARGEST_FLOAT:g}: it is {value:g}.")
+    is_low_enough = value < high or (value == high and bounds[-1] == "]")
+    if is_low_enough and (low < value or (value == low and bounds[0] == "[")):
+        return
+    expected = f"in {bounds}"
+    if value in (math.inf, -math.inf) or value != value or low == -math.inf:
+        expected = "a finite number"
+    elif is_count and value <= low:
+        expected = f"at least {low:g}" if bounds[0] == "[" else f"above {low:g}"
+    raise ConfigError(f"{name} must be {expected}: it is {cut(value)}.")
+
+
+@cache
+def _ends(bounds: str) -> tuple[float, float]:
+    low, high = bounds[1:-1].split(", ")
+    base, _, exponent = high.partition("**")
+    return float(low), float(base) ** float(exponent or 1)
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ConfigError unless a condition holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+def require_divides(name: str, part: int, of: str, whole: int, remedy: str = "") -> None:
+    """Raise ConfigError unless one number divides another."""
+    message = f"{name} must divide {of}: {part} does not divide {whole}.{remedy}"
+    require(whole % part == 0, message)
+
+
+def round_up(value: float, multiple: int) -> int:
+    """Return the smallest multiple of ``multiple`` that is at least ``value``."""
+    return math.ceil(value / multiple) * multiple

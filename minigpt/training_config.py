@@ -1,0 +1,200 @@
+"""The settings of a run's text and training."""
+
+import codecs
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from minigpt.fields import check_fields, option, require, require_divides, setting
+
+DEFAULT_TEXT = "builtin:tales"
+"""Name of the text that is read where none is given."""
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Dtype = Literal["auto", "float32", "bfloat16"]
+SaveDtype = Literal["auto", "float32", "bfloat16", "float16"]
+Quantization = Literal["int8"]
+DEVICES = get_args(Device)
+DTYPES = get_args(Dtype)
+QUANTIZATIONS = get_args(Quantization)
+
+_NOT_WSD = (("schedule", "cosine"), ("schedule", "linear"), ("schedule", "constant"))
+_ADAMW = (("optimizer", "adamw"),)
+_NO_VALIDATION = (("data.val_fraction", 0),)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The text to train on and its tokenizer."""
+
+    paths: tuple[str, ...] = (DEFAULT_TEXT,)
+    """Files, folders, globs, corpus names, or - for standard input. Empty, as in runs older than
+    the tales, is ``builtin:python``."""
+    tokenizer: str = option("bytes", metavar="NAME")
+    """Tokenizer: bytes, bpe, bpe:N, gpt2, cl100k_base or o200k_base. bpe is trained on the corpus,
+    which decides its size; bpe:N has N tokens in all. With ``from``, the name of the model's."""
+    special: bool = option(False)
+    """Parse special tokens in the text, such as <|endoftext|>, which then ends a document."""
+    skip_unencodable: bool = option(False)
+    """Skip and count characters that the vocabulary lacks."""
+    chat: bool = option(False)
+    """Read rows as conversations: messages, or prompt and completion."""
+    loss_on: Literal["completion", "all"] | None = option(None, shown="completion with --chat")
+    """Tokens of conversations that the loss is averaged over. completion: the assistant's."""
+    chat_template: str | None = option(None, metavar="FILE", shown="the model's, or a plain one")
+    """Jinja file of the chat template, or the name of one of several in the model folder."""
+    format: Literal["text", "jsonl", "json", "csv", "parquet"] | None = option(
+        None, shown="by suffix or content"
+    )
+    """Format of all files. None decides for each file, by its suffix or its first rows."""
+    field: str = option("text", metavar="NAME")
+    """Field or column that has the text of a row (JSONL, JSON, CSV, Parquet)."""
+    encoding: str = option("utf-8", metavar="NAME", void_if=(("format", "parquet"),))
+    """Character encoding of the files, by its name in Python: utf-16, cp1252, gb18030."""
+    skip_bad: bool = option(False)
+    """Leave out rows without text, broken or not in the encoding, and count them."""
+    val_fraction: float = option(0.1, "[0, 1)", metavar="F")
+    """Fraction of the text kept for validation; 0 to train on all. ``bpe`` learns no merges from
+    it."""
+    val_split: Literal["tail", "documents"] | None = option(
+        None, shown="documents if there are ten", void_if=(("val_fraction", 0),)
+    )
+    """Text kept for validation. documents: whole documents, chosen by a hash of their text; tail:
+    the last tokens. None derives documents if there are at least ten, else tail."""
+    val: tuple[str, ...] = option((), metavar="DATA")
+    """Validation text of its own, instead of a fraction; repeat for several."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not self.paths:
+            object.__setattr__(self, "paths", ("builtin:python",))
+        try:
+            is_text = codecs.lookup(self.encoding)._is_text_encoding
+            b"text".decode(self.encoding, "ignore")  # not those of host names
+        except (LookupError, ValueError):  # ValueError: a NUL in the name, UnicodeError
+            is_text = False
+        require(
+            is_text,
+            f"unknown encoding {self.encoding!r}. Use a name that Python knows, such as utf-8, "
+            "utf-16, cp1252, latin-1, gb18030, big5 or shift_jis.",
+        )
+        require(
+            self.chat or (self.loss_on is None and self.chat_template is None),
+            "loss_on and chat_template are for conversations. Give --chat too, or leave them out.",
+        )
+        require(
+            not self.chat or not (self.special or self.skip_unencodable or self.field != "text"),
+            "special, skip_unencodable and field have no effect on conversations. Leave them out, "
+            "or --chat.",
+        )
+        if self.chat and self.loss_on is None:
+            object.__setattr__(self, "loss_on", "completion")
+        require(
+            not self.val or (self.val_split is None and self.val_fraction == 0.1),
+            "val is the whole validation text, so val_split and val_fraction do not go with it. "
+            "Leave them out.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Budget, optimizer, schedule and reports of a training run."""
+
+    max_steps: int = option(0, "[0, inf)")
+    """Number of optimizer steps; 0 for no limit. A run needs one of the three max_ limits."""
+    max_minutes: float = option(0.0, "[0, 1e8]")
+    """Minutes of training, without evaluation; 0 for no limit. The schedule ends with it."""
+    max_epochs: float = option(0.0, "[0, 1e6]", shown="by the size of the text")
+    """Passes over the training tokens; 0 for no limit. Becomes max_steps once the text is read."""
+    batch_size: int = option(16, "[1, 2**24]")
+    """Sequences per optimizer step, over all ranks."""
+    micro_batch_size: int = setting(0, "[0, inf)")
+    """Most sequences per forward pass (gradient accumulation). 0 derives batch_size."""
+    sequence_length: int = setting(0, "[0, inf)")
+    """Tokens per training sequence. 0 for the model's context_length."""
+    context_warmup_length: int = setting(0, "[0, inf)")
+    """Tokens per sequence during context warm-up; 0 for none. It divides the later length, and a
+    batch has as many more sequences."""
+    context_warmup_fraction: float = setting(0.5, "[0, 1]", void_if=(("context_warmup_length", 0),))
+    """Fraction of the budget spent in context warm-up, in [0, 1]."""
+    optimizer: Literal["muon", "adamw"] = "muon"
+    """Optimizer. muon: Muon for matrices and AdamW for the rest; adamw: AdamW for all."""
+    lr: float = option(0.01, "(0, inf)")
+    """Peak learning rate of the matrices, on AdamW's scale. Muon's updates are matched to it."""
+    embedding_lr: float = setting(0.01, "(0, inf)")
+    """Peak learning rate of embeddings, output projection, norms and biases (AdamW)."""
+    weight_decay: float = setting(0.0, "[0, inf)")
+    """Decoupled weight decay of the matrices, multiplied by the learning rate."""
+    momentum: float = setting(0.95, "[0, 1)", void_if=_ADAMW)
+    """Nesterov momentum of Muon, in [0, 1)."""
+    newton_schulz_steps: int = setting(5, "[1, 100]", void_if=_ADAMW)
+    """Newton-Schulz iterations of Muon's orthogonalization."""
+    beta1: float = setting(0.9, "[0, 1)")
+    """Decay rate of AdamW's first moment, in [0, 1)."""
+    beta2: float = setting(0.95, "[0, 1)")
+    """Decay rate of AdamW's second moment, in [0, 1)."""
+    grad_clip: float = setting(1.0, "[0, inf)")
+    """Largest global gradient norm; 0 for no clipping."""
+    on_nan: Literal["stop", "skip"] = option("stop")
+    """Action on a NaN or inf loss or gradient. skip leaves the step out, and ends the run after
+    several in a row (see training/step_metrics.py)."""
+    schedule: Literal["wsd", "cosine", "linear", "constant"] = "wsd"
+    """Learning rate schedule. wsd: warm-up, stable, decay."""
+    warmup_fraction: float = setting(0.02, "[0, 1]")
+    """Fraction of the budget over which the learning rate rises, in [0, 1]."""
+    decay_fraction: float = setting(0.6, "[0, 1]", void_if=_NOT_WSD)
+    """Fraction of the budget, at its end, over which wsd lowers the learning rate, in [0, 1]."""
+    final_lr_fraction: float = setting(0.0, "[0, 1]", void_if=(("schedule", "constant"),))
+    """Final learning rate as a fraction of the peak, in [0, 1]."""
+    log_every: int = setting(10, "[1, inf)")
+    """Steps between lines of metrics.jsonl, when the loss is read from the device."""
+    eval_every: int | None = option(
+        None,
+        "[0, inf)",
+        group="Reports",
+        shown="an epoch, or a twentieth of the run",
+        void_if=_NO_VALIDATION,
+    )
+    """Steps between validation passes; 0 for one at the end. None derives an epoch, at most a
+    twentieth of the run, or 50 steps if that is more."""
+    eval_tokens: int | None = setting(None, "[1, inf)", void_if=_NO_VALIDATION)
+    """Most validation tokens per pass. A longer text is sampled in evenly spaced windows, the same
+    in every pass. None derives a tenth of the arithmetic of training, and at least 8,192 tokens."""
+    patience: float = option(0.0, "[0, inf)", shown="4", void_if=_NO_VALIDATION)
+    """Epochs without a lower validation loss after which training stops; 0 for no limit."""
+    average: float = setting(0.0, "[0, 1)", void_if=_NO_VALIDATION)
+    """Decay per step of a moving average of the weights; 0 for none. A checkpoint holds the average
+    if its validation loss is lower."""
+    dropout_start: float = setting(0.0, "[0, inf)", void_if=(("model.dropout", 0),))
+    """Epochs before dropout begins."""
+    save_every: int = option(250, "[0, inf)", group="Reports")
+    """Steps between checkpoints; 0 for one at the end. Each has its validation loss."""
+    keep: int = setting(2, "[0, inf)")
+    """Number of checkpoints kept besides best and latest."""
+    sample_every: int | None = option(
+        None, "[0, inf)", group="Reports", shown="one line per validation pass on a terminal"
+    )
+    """Steps between generated samples; 0 for none. None: a line per validation pass, if stderr is a
+    terminal."""
+    seed: int = option(1337, "[0, 2**63)")
+    """Seed of the weights, data order and dropout."""
+    device: Device = option("auto")
+    """Device."""
+    dtype: Dtype = option("auto")
+    """Compute dtype. Weights stay float32; bfloat16 is by autocast."""
+    save_dtype: SaveDtype = option("auto", group="Reports", shown="that of --from, else float32")
+    """Dtype of saved weights. A checkpoint keeps its float32 weights in training_state/ too."""
+    compile: bool = option(False)
+    """Compile the model with torch.compile."""
+    shard: bool = option(False)
+    """Shard parameters, gradients and optimizer state with FSDP2 (torchrun)."""
+    recompute: bool = option(False)
+    """Save memory by activation checkpointing."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not self.micro_batch_size:
+            object.__setattr__(self, "micro_batch_size", self.batch_size)
+        require(
+            bool(self.max_steps or self.max_minutes or self.max_epochs),
+            "training needs a limit: set max_steps, max_minutes or max_epochs.",
+        )
+        require_divides("micro_batch_size", self.micro_batch_size, "batch_size", self.batch_size)
