@@ -58,14 +58,14 @@ def test_a_resumed_run_ends_with_the_same_bits_and_lowers_its_loss(
 ) -> None:
     config = run_config(name, lr=0.02)
     whole = trainer_of(config, data, tmp_path / "whole")
-    before = whole._evaluate().val_loss
+    before = whole.checkpoints.evaluate().val_loss
     run_until(whole, 0)
     run_until(trainer_of(config, data, tmp_path / "interrupted"), 3)
     resumed = trainer_of(config, data, tmp_path / "interrupted", resume=True)
     assert resumed.step == 3
     run_until(resumed, 0)
     assert differing(bits(whole), bits(resumed)) == []
-    assert whole._evaluate().val_loss < before - 0.1
+    assert whole.checkpoints.evaluate().val_loss < before - 0.1
     read = read_model(resumed.folder.step_folder(6)).model
     assert read.config == config.model
     assert {n: t.tolist() for n, t in read.state_dict().items()} == {
