@@ -65,7 +65,7 @@ def measure(path: Path, budget: dict[str, Any], every: int) -> dict[str, Any]:
         trainer = Trainer(config, data, run, device=cpu, dtype=torch.float32)
         for event in trainer.run():
             if isinstance(event, StepEvent):
-                any_step = min(any_step, trainer._validation().nats_per_token)
+                any_step = min(any_step, trainer.checkpoints.validation().nats_per_token)
             elif isinstance(event, EvalEvent):
                 evaluation, eval_s = event, eval_s + event.eval_s
             elif isinstance(event, EarlyStopEvent):
@@ -84,7 +84,7 @@ def measure(path: Path, budget: dict[str, Any], every: int) -> dict[str, Any]:
     per_byte = left.n_tokens / left.n_bytes
     return {
         "steps": f"{trainer.step}{stopped}",
-        "epochs": trainer._epochs(trainer.step),
+        "epochs": trainer.epochs(trainer.step),
         "dropout": config.model.dropout,
         "left": left.nats_per_token * per_byte,
         "any_step": any_step * per_byte,
