@@ -87,7 +87,7 @@ def training_texts(corpus: Corpus) -> Iterator[str]:
     report = reporter(corpus.files, "train tokenizer", corpus.report)
     texts = (report(document).text for document in corpus.documents(training_only=True))
     if corpus.template is not None:
-        render = partial(ring("text.chat").row_text, template=corpus.template)
+        render = partial(ring("text.conversations").row_text, template=corpus.template)
         texts = (part for text in texts for part in render(text).split(END_OF_TEXT))
     train_fraction = 1 - corpus.data.val_fraction if corpus.val_split == "tail" else 1
     read = first_texts(texts, BPE_TRAINING_BYTES / train_fraction)

@@ -1,38 +1,23 @@
-"""Chat templates: a conversation -> text and token ids, rendered by Jinja in a sandbox.
+"""Chat templates: a conversation -> text and token ids.
 
 The text is that of transformers' ``apply_chat_template``, and so are the ids, with one exception:
 special tokens that a message contains as text stay plain text, so that no message can end its turn.
-
-A template is foreign code. It runs in jinja2's sandbox, and its loops, calls and values are
-counted, so that it ends.
 """
 
 import copy
-import functools
-import json
 import os
 import re
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from datetime import datetime
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
-import numpy.typing as npt
-from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.visitor import NodeTransformer
 
 from minigpt.errors import CheckpointError, ConfigError, DataError, MinigptError
 from minigpt.files import read_bytes, read_json, resource_errors
-from minigpt.text.building import Corpus, Encoded, counts_of
-from minigpt.text.corpus import Document
-from minigpt.text.shard_files import CONTEXT_ONLY
+from minigpt.text.chat_sandbox import ANSWER, ANSWER_END, rendered
 from minigpt.text.tokenizer import END_OF_TEXT, Tokenizer, well_formed
 
 Message = Mapping[str, Any]
@@ -48,18 +33,11 @@ PLAIN_TEMPLATE = (
 )
 """Template for a vocabulary whose only special token is the end of a text."""
 
-MAX_STEPS = 200_000
-"""Most iterations and calls of one rendering; a thousand characters count as one more."""
-MAX_SIZE = 2**24
-"""Most characters or items of one value, and of the rendered text."""
-_MAX_BITS = 4096
-
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 _NAMED_TOKENS = [f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
 
 # Unicode noncharacters, which no text has; they are removed from messages.
 _BEGIN, _END = "\ufdd0", "\ufdd1"  # around a special token that is plain text
-_ANSWER, _ANSWER_END = "\ufdd2", "\ufdd3"  # around what a {% generation %} block renders
 _NONCHARACTERS = re.compile("[\ufdd0-\ufdd3]")
 
 
@@ -92,7 +70,7 @@ class ChatTemplate:
     ) -> list[int]:
         """Return the ids of a conversation; raise as ``render``."""
         text = self._rendered(_marked(messages, tokenizer), add_generation_prompt)
-        ids = _encode(tokenizer, re.sub(f"[{_ANSWER}{_ANSWER_END}]", "", text))
+        ids = _encode(tokenizer, re.sub(f"[{ANSWER}{ANSWER_END}]", "", text))
         if not ids:
             raise DataError(
                 f"{self.where} renders these messages to no text. Use another --chat-template."
@@ -153,44 +131,15 @@ class ChatTemplate:
         return start, stop + (special.end() if special else 0)
 
     def _rendered(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        try:
-            template = _compiled(self.source)
-            environment = template.environment
-            assert isinstance(environment, _Sandbox)
-            environment.local.n_left = MAX_STEPS
-            parts: list[str] = []
-            size = 0
-            for part in template.generate(
-                **self.tokens,
-                messages=[_plain(message) for message in messages],
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-            ):
-                size += len(part)
-                if size > MAX_SIZE:
-                    raise _EndlessError(f"more than {MAX_SIZE} characters")
-                parts.append(part)
-            return "".join(parts)
-        except _RefusedError as error:
-            raise DataError(
-                f"{self.where} refuses these messages: {str(error.message)[:200]!r}. Change them, "
-                "or use another --chat-template."
-            ) from None
-        except Exception as error:  # a template is foreign code, which may raise anything
-            what = "is not valid Jinja"
-            if isinstance(error, _EndlessError | RecursionError | MemoryError):
-                what = "does not end, or needs too much memory"
-            elif isinstance(error, jinja2.exceptions.SecurityError):
-                what = "does what the sandbox forbids"
-            elif not isinstance(error, jinja2.TemplateSyntaxError):
-                what = "fails"
-            is_syntax = isinstance(error, jinja2.TemplateSyntaxError)
-            line = f" in line {error.lineno}" if is_syntax else ""  # type: ignore[attr-defined]
-            raise CheckpointError(
-                f"{self.where} {what}{line} ({type(error).__name__}: {str(error)[:120]!r}). Give "
-                "another with --chat-template FILE."
-            ) from None
+        return rendered(
+            self.source,
+            self.where,
+            **self.tokens,
+            messages=[_plain(message) for message in messages],
+            tools=None,
+            documents=None,
+            add_generation_prompt=add_generation_prompt,
+        )
 
 
 def read_chat_template(folder: Path, named: str | None = None) -> ChatTemplate:
@@ -200,10 +149,8 @@ def read_chat_template(folder: Path, named: str | None = None) -> ChatTemplate:
         default.
     Raises: ConfigError if there is no such template; CheckpointError if a file is damaged.
     """
-    path = folder / _TOKENIZER_CONFIG
-    config = read_json(path) if os.path.lexists(path) else {}
     try:
-        templates = _templates(folder, config)
+        templates = templates_of(folder)
     except CheckpointError:
         if named is None:
             raise
@@ -224,7 +171,7 @@ def read_chat_template(folder: Path, named: str | None = None) -> ChatTemplate:
             f"{str(folder)!r} has no chat template, so it may not be a chat model. Leave --chat "
             f"out, or give a template: --chat-template FILE, in Jinja as {TEMPLATE_FILE} of others."
         )
-    return ChatTemplate(source, named_tokens(config), where)
+    return ChatTemplate(source, named_tokens(_tokenizer_config(folder)), where)
 
 
 def named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
@@ -242,11 +189,9 @@ def training_template(named: str | None, folder: Path | None) -> ChatTemplate:
     """
     tokens = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
     if folder is not None:
-        path = folder / _TOKENIZER_CONFIG
-        config = read_json(path) if os.path.lexists(path) else {}
-        if named is not None or _templates(folder, config):
+        if named is not None or templates_of(folder):
             return read_chat_template(folder, named)
-        tokens = named_tokens(config)
+        tokens = named_tokens(_tokenizer_config(folder))
         if "eos_token" not in tokens:
             raise ConfigError(
                 f"{str(folder)!r} has no chat template, and no eos_token for a plain one. Give a "
@@ -255,89 +200,6 @@ def training_template(named: str | None, folder: Path | None) -> ChatTemplate:
     if named is not None:
         return ChatTemplate(_read(Path(named).expanduser()), tokens, f"the template {named!r}")
     return ChatTemplate(PLAIN_TEMPLATE, tokens, "the plain chat template")
-
-
-def conversation_of_row(row: object) -> str:
-    """Return the messages of a row of training data, as JSON.
-
-    Raises: DataError, to be put after the name of the row, if it has none.
-    """
-    row = row if isinstance(row, Mapping) else {}
-    messages = row.get("messages")
-    if messages is None and {"prompt", "completion"} <= row.keys():
-        messages = []
-        for name, role in (("prompt", "user"), ("completion", "assistant")):
-            value = row[name]
-            if not isinstance(value, str | list):
-                raise DataError(f'has a "{name}" that is neither a text nor a list of messages')
-            messages += [{"role": role, "content": value}] if isinstance(value, str) else value
-    if not messages or not isinstance(messages, list):
-        raise DataError('has no "messages", or "prompt" and "completion"')
-    for message in messages:
-        is_message = isinstance(message, Mapping) and isinstance(message.get("role"), str)
-        if not is_message or not isinstance(message.get("content", ""), str | list | None):
-            raise DataError("has a message that is not an object with role and content")
-    if not any(message["role"] == "assistant" for message in messages):
-        raise DataError("has no message of the assistant")
-    return well_formed(json.dumps(messages, ensure_ascii=False))
-
-
-def row_text(text: str, template: ChatTemplate) -> str:
-    """Return the rendered text of a conversation, given as JSON; empty if it is refused."""
-    with suppress(DataError):
-        return template.render(json.loads(text), add_generation_prompt=False)
-    return ""
-
-
-def encode_rows(chunk: list[Document], corpus: Corpus, tokenizer: Tokenizer, dtype: str) -> Encoded:
-    """Encode documents that are conversations, as ``encode_row`` does each.
-
-    Raises: as ``encode_row``, unless bad rows are skipped.
-    """
-    data, arrays, n_bytes = corpus.data, [np.array([], np.uint32)], 0
-    refused: list[str] = []
-    for piece in chunk:
-        try:
-            tokens = encode_row(piece.text, corpus.template, tokenizer, data.loss_on or "all")
-        except DataError as error:
-            if not data.skip_bad:
-                raise
-            refused.append(str(error))
-        else:
-            arrays.append(tokens)
-            n_bytes += int(tokenizer.token_byte_lengths[tokens % CONTEXT_ONLY].sum())
-    tokens = np.concatenate(arrays, dtype=dtype, casting="unsafe")
-    counts = counts_of(chunk, tokens, n_bytes=n_bytes, n_bad_rows=len(refused))
-    n_documents = counts.n_documents - len(refused)
-    first = next(iter(refused), "")
-    return Encoded(chunk, tokens, replace(counts, n_documents=n_documents, bad_row=first))
-
-
-def encode_row(
-    text: str, template: ChatTemplate, tokenizer: Tokenizer, loss_on: str
-) -> npt.NDArray[np.uint32]:
-    """Return the tokens of a conversation, given as JSON, after the separator of documents.
-
-    Args: loss_on, completion to add CONTEXT_ONLY to tokens that are not the assistant's.
-    Raises: as ``ChatTemplate.encode_answers``.
-    """
-    messages = json.loads(text)
-    try:
-        if loss_on == "all":
-            ids = template.encode(tokenizer, messages, add_generation_prompt=False)
-            is_counted = [True] * len(ids)
-        else:
-            ids, is_counted = template.encode_answers(tokenizer, messages)
-    except RecursionError:
-        raise DataError(f"a conversation is nested too deeply: {text[:100]!r}.") from None
-    except DataError as error:
-        raise DataError(f"{error} The conversation begins {text[:100]!r}.") from None
-    prefix, before = list(tokenizer.prefix), list(tokenizer.separator)
-    if prefix and ids[: len(prefix)] == prefix:  # as most templates begin
-        before = before[: len(before) - len(prefix)]
-    marks = [CONTEXT_ONLY * (loss_on != "all")] * len(before)
-    marks += [CONTEXT_ONLY * (not counted) for counted in is_counted]
-    return np.array([*before, *ids], np.uint32) | np.array(marks, np.uint32)
 
 
 def conversation(text: str, system: str | None = None) -> list[dict[str, str]]:
@@ -408,9 +270,17 @@ def check_messages(messages: object, where: str) -> list[Message]:
     return messages
 
 
-def _templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """Return the templates of a folder by name; files take precedence, as in transformers."""
-    stored = config.get("chat_template")
+def _tokenizer_config(folder: Path) -> dict[str, Any]:
+    path = folder / _TOKENIZER_CONFIG
+    return read_json(path) if os.path.lexists(path) else {}
+
+
+def templates_of(folder: Path) -> dict[str, str]:
+    """Return the templates of a folder by name; files take precedence, as in transformers.
+
+    Raises: CheckpointError if one is damaged.
+    """
+    stored = _tokenizer_config(folder).get("chat_template")
     if isinstance(stored, str):
         stored = [{"name": "default", "template": stored}]
     try:
@@ -492,10 +362,10 @@ def _begins_again(tokenizer: Tokenizer, special: str) -> bool:
 def _take_spans(text: str) -> tuple[str, list[tuple[int, int]]]:
     """Remove the marks of generation blocks; return the text and the blocks' spans."""
     parts, spans, size = [], [], 0
-    for part in re.split(f"([{_ANSWER}{_ANSWER_END}])", text):
-        if part == _ANSWER:
+    for part in re.split(f"([{ANSWER}{ANSWER_END}])", text):
+        if part == ANSWER:
             spans.append((size, size))
-        elif part == _ANSWER_END:
+        elif part == ANSWER_END:
             spans[-1] = (spans[-1][0], size)
         else:
             parts.append(part)
@@ -507,163 +377,3 @@ def _n_common(first: Sequence[int], second: Sequence[int]) -> int:
     n = min(len(first), len(second))
     differs = np.array(first[:n]) != np.array(second[:n])
     return int(differs.argmax()) if differs.any() else n
-
-
-class _RefusedError(jinja2.TemplateError):
-    """The template called raise_exception."""
-
-
-class _EndlessError(Exception):
-    """The template has used all its steps, or made something too large."""
-
-
-class _Generation(Extension):
-    """The ``{% generation %}`` block of transformers, which marks what the assistant says."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: Any) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
-
-    def _mark(self, caller: Callable[[], str]) -> str:
-        return f"{_ANSWER}{caller()}{_ANSWER_END}"
-
-
-class _Counted(NodeTransformer):
-    """Counts iterations and the size of what templates join."""
-
-    def visit_For(self, node: nodes.For) -> nodes.Node:
-        self.generic_visit(node)
-        node.iter = _filtered(node.iter, "_counted")
-        return node
-
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
-        self.generic_visit(node)
-        return _filtered(node, "_sized")
-
-    def visit_AssignBlock(self, node: nodes.AssignBlock) -> nodes.Node:
-        self.generic_visit(node)
-        node.filter = _filtered(node.filter, "_sized")
-        return node
-
-
-def _filtered(node: Any, name: str) -> nodes.Filter:
-    return nodes.Filter(node, name, [], [], None, None)
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """The environment of transformers, with limits on steps and sizes."""
-
-    intercepted_binops = frozenset({"+", "*", "**", "%"})
-
-    def __init__(self) -> None:
-        super().__init__(
-            trim_blocks=True,
-            lstrip_blocks=True,
-            optimized=False,  # nothing is computed while compiling
-            extensions=[_Generation, loopcontrols],
-        )
-        self.local = threading.local()
-        self.filters["tojson"] = _to_json
-        self.filters = {name: self._limited(filter_) for name, filter_ in self.filters.items()}
-        self.filters |= {"_counted": self._counted, "_sized": self._sized}
-        self.globals.pop("lipsum")
-        self.globals |= {"raise_exception": _refuse, "strftime_now": _now}
-
-    def _parse(self, *args: Any) -> nodes.Template:
-        tree = super()._parse(*args)
-        _Counted().visit(tree)
-        for node in tree.find_all(nodes.Filter):
-            node.set_lineno(node.lineno or 1)
-        return tree.set_environment(self)  # type: ignore[return-value]
-
-    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
-        # The sandbox wraps the method str.format.
-        method = getattr(__obj, "__wrapped__", __obj)
-        if isinstance(text := getattr(method, "__self__", None), str):
-            __self._check_numbers((*args, *kwargs.values()))
-            if method.__name__.startswith("format"):
-                _check_format(text)
-        return __self._sized(super().call(__context, __obj, *args, **kwargs))
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "**" and isinstance(right, int | float) and abs(right) > _MAX_BITS:
-            raise _EndlessError(f"the power {right}")
-        if operator == "*":
-            sizes = [len(x) if hasattr(x, "__len__") else x for x in (left, right)]
-            if any(hasattr(x, "__len__") for x in (left, right)) and sizes[0] * sizes[1] > MAX_SIZE:
-                raise _EndlessError("a repeated value")
-        if operator == "%" and isinstance(left, str):
-            _check_format(left)
-        return self._sized(super().call_binop(context, operator, left, right))
-
-    def _limited(self, filter_: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(filter_)
-        def limited(*args: Any, **kwargs: Any) -> Any:
-            self._check_numbers((*args[1:], *kwargs.values()))
-            return self._sized(filter_(*args, **kwargs))
-
-        return limited
-
-    def _check_numbers(self, values: Iterable[Any]) -> None:
-        if any(isinstance(value, int) and abs(value) > MAX_SIZE for value in values):
-            raise _EndlessError("a large number")
-
-    def _counted(self, values: Iterable[Any]) -> Iterator[Any]:
-        for value in values:
-            self._spend(1)
-            yield value
-
-    def _sized(self, value: Any) -> Any:
-        size = 0
-        if isinstance(value, str | bytes | list | tuple | dict):
-            size = len(value)
-        elif isinstance(value, int) and value.bit_length() > _MAX_BITS:
-            size = MAX_SIZE + 1
-        if size > MAX_SIZE:
-            raise _EndlessError("a value that is too large")
-        self._spend(1 + size // 1000)
-        return value
-
-    def _spend(self, n_steps: int) -> None:
-        self.local.n_left -= n_steps
-        if self.local.n_left < 0:
-            raise _EndlessError(f"more than {MAX_STEPS} steps")
-
-
-def _check_format(text: str) -> None:
-    """Refuse a format whose width is large, or comes from a value."""
-    if re.search(r"\d{6}|%[^%a-zA-Z]*\*|:[^}]*\{", text):
-        raise _EndlessError("a wide format")
-
-
-@functools.lru_cache(16)
-def _compiled(source: str) -> jinja2.Template:
-    return _Sandbox().from_string(source)
-
-
-def _refuse(message: str) -> None:
-    raise _RefusedError(message)
-
-
-def _now(format: str) -> str:
-    return datetime.now().strftime(format)
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Without the escapes for HTML of Jinja's own filter, as in transformers."""
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )

@@ -80,7 +80,7 @@ def row_text(row: object, field: str) -> str:
 
 def _conversation(row: object) -> str:
     try:
-        text: str = ring("text.chat").conversation_of_row(row)
+        text: str = ring("text.conversations").conversation_of_row(row)
     except DataError as error:
         raise BadRow(str(error)) from None
     if len(text) > LONGEST_CONVERSATION:

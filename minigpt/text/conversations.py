@@ -1,0 +1,99 @@
+"""Rows that are conversations -> token ids to train on, through a chat template."""
+
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+
+from minigpt.errors import DataError
+from minigpt.text.building import Corpus, Encoded, counts_of
+from minigpt.text.chat import ChatTemplate
+from minigpt.text.corpus import Document
+from minigpt.text.shard_files import CONTEXT_ONLY
+from minigpt.text.tokenizer import Tokenizer, well_formed
+
+
+def conversation_of_row(row: object) -> str:
+    """Return the messages of a row of training data, as JSON.
+
+    Raises: DataError, to be put after the name of the row, if it has none.
+    """
+    row = row if isinstance(row, Mapping) else {}
+    messages = row.get("messages")
+    if messages is None and {"prompt", "completion"} <= row.keys():
+        messages = []
+        for name, role in (("prompt", "user"), ("completion", "assistant")):
+            value = row[name]
+            if not isinstance(value, str | list):
+                raise DataError(f'has a "{name}" that is neither a text nor a list of messages')
+            messages += [{"role": role, "content": value}] if isinstance(value, str) else value
+    if not messages or not isinstance(messages, list):
+        raise DataError('has no "messages", or "prompt" and "completion"')
+    for message in messages:
+        is_message = isinstance(message, Mapping) and isinstance(message.get("role"), str)
+        if not is_message or not isinstance(message.get("content", ""), str | list | None):
+            raise DataError("has a message that is not an object with role and content")
+    if not any(message["role"] == "assistant" for message in messages):
+        raise DataError("has no message of the assistant")
+    return well_formed(json.dumps(messages, ensure_ascii=False))
+
+
+def row_text(text: str, template: ChatTemplate) -> str:
+    """Return the rendered text of a conversation, given as JSON; empty if it is refused."""
+    with suppress(DataError):
+        return template.render(json.loads(text), add_generation_prompt=False)
+    return ""
+
+
+def encode_rows(chunk: list[Document], corpus: Corpus, tokenizer: Tokenizer, dtype: str) -> Encoded:
+    """Encode documents that are conversations, as ``encode_row`` does each.
+
+    Raises: as ``encode_row``, unless bad rows are skipped.
+    """
+    data, arrays, n_bytes = corpus.data, [np.array([], np.uint32)], 0
+    refused: list[str] = []
+    for piece in chunk:
+        try:
+            tokens = encode_row(piece.text, corpus.template, tokenizer, data.loss_on or "all")
+        except DataError as error:
+            if not data.skip_bad:
+                raise
+            refused.append(str(error))
+        else:
+            arrays.append(tokens)
+            n_bytes += int(tokenizer.token_byte_lengths[tokens % CONTEXT_ONLY].sum())
+    tokens = np.concatenate(arrays, dtype=dtype, casting="unsafe")
+    counts = counts_of(chunk, tokens, n_bytes=n_bytes, n_bad_rows=len(refused))
+    n_documents = counts.n_documents - len(refused)
+    first = next(iter(refused), "")
+    return Encoded(chunk, tokens, replace(counts, n_documents=n_documents, bad_row=first))
+
+
+def encode_row(
+    text: str, template: ChatTemplate, tokenizer: Tokenizer, loss_on: str
+) -> npt.NDArray[np.uint32]:
+    """Return the tokens of a conversation, given as JSON, after the separator of documents.
+
+    Args: loss_on, completion to add CONTEXT_ONLY to tokens that are not the assistant's.
+    Raises: as ``ChatTemplate.encode_answers``.
+    """
+    messages = json.loads(text)
+    try:
+        if loss_on == "all":
+            ids = template.encode(tokenizer, messages, add_generation_prompt=False)
+            is_counted = [True] * len(ids)
+        else:
+            ids, is_counted = template.encode_answers(tokenizer, messages)
+    except RecursionError:
+        raise DataError(f"a conversation is nested too deeply: {text[:100]!r}.") from None
+    except DataError as error:
+        raise DataError(f"{error} The conversation begins {text[:100]!r}.") from None
+    prefix, before = list(tokenizer.prefix), list(tokenizer.separator)
+    if prefix and ids[: len(prefix)] == prefix:  # as most templates begin
+        before = before[: len(before) - len(prefix)]
+    marks = [CONTEXT_ONLY * (loss_on != "all")] * len(before)
+    marks += [CONTEXT_ONLY * (not counted) for counted in is_counted]
+    return np.array([*before, *ids], np.uint32) | np.array(marks, np.uint32)
