@@ -239,8 +239,11 @@ class ModelConfig:
 class SamplingConfig:
     """How the next token is sampled from the logits, and when generation stops."""
 
-    max_new_tokens: int = option(256, "[1, inf)")
+    max_new_tokens: int = option(256, "[0, inf)")
     """Maximum number of generated tokens."""
+    force: str | None = option(None, metavar="TEXT", shown="none", has_escapes=True)
+    r"""Text that the continuation begins with (\n for a line break). Its tokens count as generated;
+    sampling goes on after them."""
     temperature: float = option(0.8, "[0, inf)", void_if=(("top_k", 1),))
     """Divisor of the logits; 0 for greedy decoding."""
     top_k: int = option(0, "[0, inf)", void_if=(("temperature", 0),))
@@ -272,6 +275,7 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         require(all(self.stop), "stop must not be the empty string.")
+        require(self.force != "", "force must not be the empty string.")
 
 
 @dataclass(frozen=True, kw_only=True)

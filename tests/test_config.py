@@ -115,7 +115,7 @@ def test_impossible_training_settings_are_refused(changes: dict[str, Any], messa
         ({"top_k": -1}, "top_k must be at least 0: it is -1."),
         ({"min_p": 1.1}, "min_p must be in [0, 1]: it is 1.1."),
         ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0"),
-        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1: it is 0."),
+        ({"max_new_tokens": -1}, "max_new_tokens must be at least 0: it is -1."),
         ({"num_samples": 0}, "num_samples must be at least 1: it is 0."),
         ({"seed": 2**63}, "seed must be in [0, 2**63)"),
         ({"stop": ("a", "")}, "stop must not be the empty string."),

@@ -11,9 +11,11 @@ from minigpt.errors import ConfigError, cut
 from minigpt.generation.decoder import fresh_seed
 from minigpt.generation.loading import (
     encode_prompt,
+    forced_ids,
     load,
     make_decoder,
     prepare_for_decoding,
+    require_new_tokens,
     tokenizer_of,
 )
 from minigpt.generation.stream import TextStep, stream_samples
@@ -66,6 +68,7 @@ def generate(
         CheckpointError for NaN or inf in the logits.
     """
     config = build(SamplingConfig, sampling)
+    require_new_tokens(config)
     network, tokenizer, folder = model_and_tokenizer(
         model, tokenizer, device=device, dtype=dtype, quantize=quantize, compile=compile
     )
@@ -74,15 +77,18 @@ def generate(
         prompt_ids(tokenizer, one, folder, special=special, chat_template=chat_template)
         for one in prompts_of(prompt)
     ]
+    forced = [forced_ids(ending, config, network, ids, special=special) for ids, ending in encoded]
     (ids, tokenizer), *others = encoded
     decoder = make_decoder(network, ids, config, compile=compile)
 
     def steps() -> Iterator[TextStep]:
-        yield from stream_samples(decoder, tokenizer, config, seed=seed)
+        yield from stream_samples(decoder, tokenizer, config, seed=seed, forced=forced[0])
         for number, (ids, ending) in enumerate(others, start=1):
             first = number * config.num_samples
             next_decoder = make_decoder(network, ids, config, compile=compile)
-            for item in stream_samples(next_decoder, ending, config, seed=seed + first):
+            for item in stream_samples(
+                next_decoder, ending, config, seed=seed + first, forced=forced[number]
+            ):
                 yield replace(item, sample=first + item.sample)
 
     return steps()

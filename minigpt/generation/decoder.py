@@ -4,6 +4,7 @@ import math
 import secrets
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -45,6 +46,8 @@ class Step:
     """Number of times that the window has slid."""
     n_forgotten: int = 0
     """Number of tokens that have left the window."""
+    is_forced: bool = False
+    """Whether the token was given, by ``forced`` or the prompt, instead of sampled."""
 
 
 def fresh_seed() -> int:
@@ -134,17 +137,40 @@ class Decoder:
         return self.forward.feed(torch.tensor([tokens], device=self.forward.device))[0]
 
     def generate(
-        self, config: SamplingConfig, *, seed: int, end_of_text: Collection[int] = ()
+        self,
+        config: SamplingConfig,
+        *,
+        seed: int,
+        end_of_text: Collection[int] = (),
+        forced: Sequence[int] = (),
     ) -> Iterator[Step]:
         """Yield the tokens of a continuation of the prompt.
 
         When a Step is yielded, the recorder's latest pass is the one that predicted its token.
 
-        Args: end_of_text, token ids that end a text.
+        Args: end_of_text, token ids that end a text; forced, as for ``batch``.
         Raises: CheckpointError for NaN or inf in the logits.
         """
-        for _, step in self.batch(config, seeds=[seed], end_of_text=end_of_text):
+        for _, step in self.batch(config, seeds=[seed], end_of_text=end_of_text, forced=forced):
             yield step
+
+    def prompt_steps(self, n_best: int = 0) -> Iterator[Step]:
+        """Yield the tokens of the prompt from the second one on, as if they were generated.
+
+        They are fed one at a time, so that the recorder's latest pass is the one that predicted the
+        token of the Step. Then the prompt is fed again as a whole, so that ``generate`` samples the
+        same tokens as without these steps.
+
+        Args: n_best, number of most probable tokens to report at each step.
+        Raises: CheckpointError for NaN or inf in the logits.
+        """
+        self.cache.truncate(0)
+        for index, (token, following) in enumerate(pairwise(self.prompt)):
+            logits = self.logits([token])[None]
+            [result] = _to_host(logits, torch.tensor([following], device=logits.device), n_best)
+            _require_finite(result, index + 1)
+            yield Step(index, index + 1, following, result[1], None, result[2], is_forced=True)
+        self._prefill()
 
     def batch(
         self,
@@ -153,6 +179,7 @@ class Decoder:
         seeds: Sequence[int],
         end_of_text: Collection[int] = (),
         stopped: Collection[int] = (),
+        forced: Sequence[int] = (),
     ) -> Iterator[tuple[int, Step]]:
         """Yield (row, Step) of one continuation per seed, decoded as a batch.
 
@@ -160,7 +187,8 @@ class Decoder:
         it equals the row decoded alone, up to rounding, because matrix products of another shape
         may round differently. Finished rows are removed.
 
-        Args: stopped, a set to which the caller adds the rows whose stop string was found.
+        Args: stopped, a set to which the caller adds the rows whose stop string was found; forced,
+            the first tokens of every row, which are taken instead of sampled ones.
         Raises: CheckpointError for NaN or inf in the logits.
         """
         n_positions = min(self.context_length, len(self.prompt) + config.max_new_tokens)
@@ -176,7 +204,8 @@ class Decoder:
         )
         finished: set[int] = set()
         for index in range(config.max_new_tokens):
-            tokens = sampler.draw(logits)
+            is_forced = index < len(forced)
+            tokens = sampler.draw(logits, forced[index] if is_forced else None)
             position = window.n_forgotten + len(window)
             limit: FinishReason | None = None
             if index + 1 == config.max_new_tokens:
@@ -184,22 +213,16 @@ class Decoder:
             elif config.overflow == "stop" and len(window) == self.context_length:
                 limit = "context"
             results = _to_host(logits, tokens, config.logprobs)
-            for row, view, (token, log_probability, best) in zip(
-                rows, window.rows, results, strict=True
-            ):
-                # One NaN or inf among the logits makes every log-probability NaN.
-                if not math.isfinite(log_probability):
-                    raise CheckpointError(
-                        f"the model's logits are NaN or inf at position {position}, so its "
-                        "weights are damaged. Use another checkpoint, or download it again."
-                    )
+            for row, view, result in zip(rows, window.rows, results, strict=True):
+                _require_finite(result, position)
+                token, log_probability, best = result
                 finish = "end_of_text" if token in end_of_text else limit
                 if finish != "end_of_text":
                     view.append(token)
                 if finish:
                     finished.add(row)
-                slides = window.n_slides, window.n_forgotten
-                yield row, Step(index, position, token, log_probability, finish, best, *slides)
+                state = window.n_slides, window.n_forgotten, is_forced
+                yield row, Step(index, position, token, log_probability, finish, best, *state)
             places = [i for i, row in enumerate(rows) if row not in finished | set(stopped)]
             if not places:
                 return
@@ -242,10 +265,20 @@ class Decoder:
         return self.forward.feed(torch.tensor(window.rows, device=self.forward.device))
 
 
+_Result = tuple[int, float, tuple[tuple[int, float], ...]]
+
+
+def _require_finite(result: _Result, position: int) -> None:
+    # One NaN or inf among the logits makes every log-probability NaN.
+    if not math.isfinite(result[1]):
+        raise CheckpointError(
+            f"the model's logits are NaN or inf at position {position}, so its weights are "
+            "damaged. Use another checkpoint, or download it again."
+        )
+
+
 @torch.inference_mode()
-def _to_host(
-    logits: Tensor, tokens: Tensor, n_best: int
-) -> list[tuple[int, float, tuple[tuple[int, float], ...]]]:
+def _to_host(logits: Tensor, tokens: Tensor, n_best: int) -> list[_Result]:
     """Return each row's token, its log-probability, and the best tokens with theirs."""
     log_probability = logits.log_softmax(dim=-1)
     ids = values = log_probability[:, :0]

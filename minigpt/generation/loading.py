@@ -7,7 +7,7 @@ import torch
 
 from minigpt.checkpoint.model_folder import LoadedModel, read_model
 from minigpt.config import SamplingConfig
-from minigpt.errors import CheckpointError, DataError, require_choice
+from minigpt.errors import CheckpointError, ConfigError, DataError, require_choice
 from minigpt.generation.decoder import Decoder, max_rows_together
 from minigpt.generation.forward import FAST, is_compiled
 from minigpt.model.device import has_fast_bfloat16, inference_dtype, resolve_device
@@ -69,6 +69,46 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str, *, special: bool = False) -
     ids = tokenizer.encode_prompt(prompt, special=special)
     if not ids:
         raise DataError("this model has no token that begins a document. Give a prompt.")
+    return ids
+
+
+def require_new_tokens(sampling: SamplingConfig) -> None:
+    """Raise ConfigError if there is nothing to generate."""
+    if sampling.max_new_tokens == 0:
+        raise ConfigError(
+            "max_new_tokens must be at least 1 to generate text: it is 0. For the probabilities "
+            "and the attention of a given text, use attention-trace with --max-new-tokens 0."
+        )
+
+
+def forced_ids(
+    tokenizer: Tokenizer,
+    sampling: SamplingConfig,
+    model: LanguageModel,
+    prompt: Sequence[int],
+    *,
+    special: bool = False,
+) -> list[int]:
+    """Return the token ids of ``sampling.force``, which follow a prompt.
+
+    Raises: ConfigError if they are more than max_new_tokens, or do not fit into the context; as
+        ``encode_prompt``.
+    """
+    if sampling.force is None:
+        return []
+    ids = tokenizer.encode(sampling.force, is_start=False, special=special)
+    if len(ids) > sampling.max_new_tokens:
+        raise ConfigError(
+            f"the text of --force has {len(ids)} tokens, and max_new_tokens is "
+            f"{sampling.max_new_tokens}. Use --max-new-tokens {len(ids)} or more."
+        )
+    n_positions, context = len(prompt) + len(ids), model.config.context_length
+    # The last token is not fed, but a step beyond the context ends a text.
+    if n_positions > context + 1 and sampling.overflow == "stop":
+        raise ConfigError(
+            f"the prompt and the text of --force have {n_positions} tokens, the model sees "
+            f"{context}. Shorten one of them."
+        )
     return ids
 
 

@@ -64,10 +64,11 @@ class Sampler:
         self._cumulative = torch.empty(0, dtype=torch.float64, device=device)
 
     @torch.inference_mode()
-    def draw(self, logits: Tensor) -> Tensor:
+    def draw(self, logits: Tensor, forced: int | None = None) -> Tensor:
         """Sample the next token of each row, without synchronizing with the device.
 
-        Args: logits (B, V), float32, which are not modified.
+        Args: logits (B, V), float32, which are not modified; forced, the token to return instead of
+            the sampled one, so that the RNG is where it is after sampling that token.
         Returns: token ids (B,), int64, on the device.
         """
         if self.config.temperature == 0:
@@ -76,6 +77,8 @@ class Sampler:
             probability, ids = self.candidates(logits)
             places = self._places(probability)
             tokens = (places if ids is None else ids.gather(1, places))[:, 0]
+        if forced is not None:
+            tokens = torch.full_like(tokens, forced)
         if self._penalizes:
             self._tokens = torch.cat((self._tokens, tokens[:, None]), dim=1)
         return tokens

@@ -93,12 +93,18 @@ def stream_text(
 
 
 def stream_samples(
-    decoder: Decoder, tokenizer: Tokenizer, sampling: SamplingConfig, *, seed: int
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    sampling: SamplingConfig,
+    *,
+    seed: int,
+    forced: Sequence[int] = (),
 ) -> Iterator[TextStep]:
     """Yield the steps of all samples, decoded in batches of ``decoder.n_rows``.
 
     Sample i has the seed ``seed + i``.
 
+    Args: forced, the token ids of ``sampling.force``.
     Raises: CheckpointError for NaN or inf in the logits.
     """
     for first in range(0, sampling.num_samples, decoder.n_rows):
@@ -110,6 +116,7 @@ def stream_samples(
             seeds=[seed + number for number in numbers],
             end_of_text=tokenizer.end_of_text_ids,
             stopped=stopped,
+            forced=forced,
         ):
             item = streams[row].push(step)
             if item.step.finish:

@@ -8,6 +8,7 @@ from minigpt.config import SamplingConfig
 from minigpt.errors import ConfigError
 from minigpt.generation import api
 from minigpt.generation.decoder import fresh_seed
+from minigpt.generation.loading import forced_ids
 from minigpt.model.language_model import LanguageModel
 from minigpt.settings import build
 from minigpt.text.tokenizer import Tokenizer
@@ -62,6 +63,7 @@ def trace(
         ids, ending = api.prompt_ids(
             tokenizer, one, name, special=special, chat_template=chat_template
         )
+        forced = forced_ids(ending, sampling, network, ids, special=special)
         header, *steps, footer = tracer.trace(
             network,
             ending,
@@ -71,6 +73,7 @@ def trace(
             seed=seed + number,
             model_name=name,
             compiles=compile,
+            forced=forced,
         )
         assert isinstance(header, TraceHeader)
         assert isinstance(footer, TraceFooter)

@@ -59,6 +59,10 @@ class TraceConfig:
     """Part of a source that a knockout removes."""
     explain: str | None = option(None, group=_GROUP, metavar="LIST", shown="none")
     """Heads whose weights the page works out from queries and keys, as in 4.2. None for none."""
+    candidates: int = option(0, "[0, inf)", group=_GROUP)
+    """Number of most probable tokens to show at each step, before any sampling option."""
+    prompt_rows: bool = option(False, group=_GROUP)
+    """Show the tokens of the prompt too, from the second one on."""
     has_heads: bool = False
     """Whether to keep a summary of each head's row."""
 

@@ -119,6 +119,22 @@ class Effect:
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """A token that the model could have generated at a step."""
+
+    id: int
+    data: bytes
+    """Bytes of its text."""
+    log_probability: float
+    """ln p of the token, before any sampling option."""
+
+    @property
+    def probability(self) -> float:
+        """Probability of the token, before any sampling option."""
+        return math.exp(self.log_probability)
+
+
+@dataclass(frozen=True)
 class Roles:
     """Fractions of a head's attention, in [0, 1], that each known kind of head would pay.
 
@@ -180,10 +196,10 @@ class TraceHeader:
 
 @dataclass(frozen=True, eq=False)
 class TraceStep:
-    """One generated token and the attention of the query that produced it."""
+    """One token, generated or of the prompt, and the attention of the query that produced it."""
 
     index: int
-    """Index of the step, from 0."""
+    """Index of the step, from 0; steps of the prompt's own tokens come first."""
     token: Token
     log_probability: float
     """ln p of the token, before any sampling option."""
@@ -194,6 +210,10 @@ class TraceStep:
     finish: FinishReason | None
     effects: tuple[Effect, ...] = ()
     """Effects of the sources, largest weight first, then those of their controls."""
+    candidates: tuple[Candidate, ...] = ()
+    """Most probable tokens at this step, in descending order. Empty if they were not kept."""
+    is_given: bool = False
+    """Whether the token was given, by the prompt or ``force``, instead of sampled."""
 
     @property
     def probability(self) -> float:
@@ -273,7 +293,9 @@ class Trace:
     @property
     def tokens(self) -> tuple[Token, ...]:
         """Tokens of the prompt and generated tokens."""
-        return (*self.header.prompt, *(step.token for step in self.steps))
+        n_prompt = len(self.header.prompt)
+        generated = (step.token for step in self.steps if step.token.position >= n_prompt)
+        return (*self.header.prompt, *generated)
 
     @cached_property
     def joined(self) -> JoinedTokens:
@@ -287,7 +309,7 @@ class Trace:
 
     def __repr__(self) -> str:
         """Return the model, the numbers of tokens and the text, cut to a line."""
-        n_prompt, n_steps = len(self.header.prompt), len(self.steps)
+        n_prompt, n_steps = len(self.header.prompt), self.footer.n_tokens
         finish = self.footer.finish or "interrupted"
         return (
             f"Trace(model={self.header.model!r}, prompt of {n_prompt} tokens, {n_steps} generated, "

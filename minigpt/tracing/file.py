@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from minigpt.tracing.events import (
     CONVENTION,
+    Candidate,
     HeadRows,
     HeadWorking,
     Row,
@@ -58,12 +59,20 @@ def to_json_line(event: TraceEvent) -> str:
 
 
 def _token(token: Token) -> dict[str, Any]:
+    return {"position": token.position, **_text(token)}
+
+
+def _text(token: Token | Candidate) -> dict[str, Any]:
     return {
-        "position": token.position,
         "token": token.id,
         "text": token.data.decode("utf-8", errors="replace"),
         "bytes": base64.b64encode(token.data).decode("ascii"),
     }
+
+
+def _chance(log_probability: float) -> dict[str, float]:
+    rounded = round(log_probability, _DIGITS)
+    return {"log_probability": rounded, "probability": round(math.exp(rounded), _DIGITS)}
 
 
 def _header(header: TraceHeader) -> dict[str, Any]:
@@ -88,13 +97,12 @@ def _header(header: TraceHeader) -> dict[str, Any]:
 
 
 def _step(step: TraceStep) -> dict[str, Any]:
-    log_probability = round(step.log_probability, _DIGITS)
     return {
         "type": "step",
         "step": step.index + 1,
         **_token(step.token),
-        "log_probability": log_probability,
-        "probability": round(math.exp(log_probability), _DIGITS),
+        "given": step.is_given,
+        **_chance(step.log_probability),
         "rows": [_row(row) for row in step.rows],
         "effects": [
             {
@@ -104,6 +112,7 @@ def _step(step: TraceStep) -> dict[str, Any]:
             }
             for effect in step.effects
         ],
+        "candidates": [{**_text(one), **_chance(one.log_probability)} for one in step.candidates],
         "certain_text": step.text,
         "finish_reason": step.finish,
     }

@@ -14,6 +14,7 @@ from minigpt.rings import ring
 from minigpt.text.escape import JoinedTokens, visible
 from minigpt.tracing.config import Measure
 from minigpt.tracing.events import (
+    Candidate,
     Row,
     Source,
     Token,
@@ -147,7 +148,10 @@ class TraceLayout:
         sinks = [one.sink for one in step.rows]
         first: Line = [
             (f"{step.index + 1:>{_STEP_WIDTH}} ", "dim"),
-            (fit(_name(step.token, names), self.token_width), "token"),
+            (
+                fit(_name(step.token, names), self.token_width),
+                "plain" if step.is_given else "token",
+            ),
             (f"  {percent(step.probability)}", "plain"),
             (f"  {_shares(sinks[:1] if self.form.is_bare else sinks)}", "dim"),
         ]
@@ -161,8 +165,23 @@ class TraceLayout:
                 line.extend(self._source(source, step.rows, names))
         lines[-1].append((" " * ((self.per_line - len(parts[-1])) * self.source_width), "plain"))
         lines[-1].extend(self._right(step.rows, row.sources))
+        if step.candidates:
+            lines += self._candidates(step.candidates)
         if step.effects:
             lines += ring("tracing.analysis.lines").effect_lines(step.effects, self)
+        return lines
+
+    def _candidates(self, candidates: Sequence[Candidate]) -> list[Line]:
+        """Return the most probable tokens in columns, below the token of a step."""
+        width = self.token_width + SHARE_WIDTH + 2
+        per_line = max(1, (self.width - self.left_width) // width)
+        lines: list[Line] = []
+        for first in range(0, len(candidates), per_line):
+            label = "" if first else "candidates"
+            lines.append([(fit(label.rjust(self.left_width), self.left_width), "dim")])
+            for one in candidates[first : first + per_line]:
+                token = fit(visible(one.data), self.token_width)
+                lines[-1].append((f" {token} {percent(one.probability)}", heat(one.probability)))
         return lines
 
     def _indent(self) -> Line:

@@ -2,6 +2,8 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -9,14 +11,15 @@ from torch import Tensor
 
 from minigpt.config import SamplingConfig
 from minigpt.errors import ConfigError
-from minigpt.generation.decoder import Decoder
-from minigpt.generation.stream import stream_text
+from minigpt.generation.decoder import Decoder, FinishReason
+from minigpt.generation.stream import TextStep, stream_text
 from minigpt.model.cache import KVCache
 from minigpt.model.language_model import LanguageModel
 from minigpt.rings import ring
 from minigpt.text.tokenizer import Tokenizer
 from minigpt.tracing.config import DEFAULTS, N_SOURCES, Measure, TraceConfig
 from minigpt.tracing.events import (
+    Candidate,
     Effect,
     HeadWorking,
     Row,
@@ -43,14 +46,19 @@ def trace(
     model_sha256: str | None = None,
     stop_at_end_of_text: bool = True,
     compiles: bool | None = False,
+    forced: Sequence[int] = (),
     dense: Callable[[Tensor], None] | None = None,
 ) -> Iterator[TraceEvent]:
     """Generate as ``Decoder`` does, and yield a header, a step per token, and a footer.
 
+    With ``config.prompt_rows``, or if no token is to be generated, the steps of the prompt's own
+    tokens come first, from the second one on.
+
     The tokens are the same as without a trace. A KeyboardInterrupt after the header, here or thrown
     into this generator, ends the trace with a footer.
 
-    Args: dense, called with the weights of all heads (L, H, S) at each step.
+    Args: forced, the token ids of ``sampling.force``; dense, called with the weights of all heads
+        (L, H, S) at each step.
     Raises: DataError if the prompt is empty or longer than the context; ConfigError for heads that
         the model does not have, overflow slide, a sink outside the prompt, a rollout over too many
         positions, or roles of a model that is too small to have any; CheckpointError if the logits
@@ -60,6 +68,13 @@ def trace(
         raise ConfigError(
             "overflow slide would recompute rows that were already traced. Trace at most one "
             "context window, or generate without a trace."
+        )
+    sampling = replace(sampling, logprobs=max(sampling.logprobs, config.candidates))
+    has_prompt_rows = config.prompt_rows or sampling.max_new_tokens == 0
+    if has_prompt_rows and len(prompt) == 1:
+        raise ConfigError(
+            "the prompt has one token, and rows are those of the tokens after it. Give a longer "
+            "prompt, or generate without --prompt-rows."
         )
     observer = AttentionObserver(model, config, len(prompt), sampling)
     tokens = [Token(i, token, tokenizer.token_bytes(token)) for i, token in enumerate(prompt)]
@@ -80,19 +95,36 @@ def trace(
         prompt=tuple(tokens),
     )
     end_of_text = tokenizer.end_of_text_ids if stop_at_end_of_text else ()
-    steps = decoder.generate(sampling, seed=seed, end_of_text=end_of_text)
-    finish, n_generated = None, 0
+    steps = decoder.generate(sampling, seed=seed, end_of_text=end_of_text, forced=forced)
+    items: Iterator[TextStep] = stream_text(steps, tokenizer, sampling.stop)
+    if has_prompt_rows:
+        items = chain(map(TextStep, decoder.prompt_steps(sampling.logprobs), repeat("")), items)
+    finish: FinishReason | None = None if sampling.max_new_tokens else "length"
+    n_generated = 0
     try:
-        for item in stream_text(steps, tokenizer, sampling.stop):
+        for index, item in enumerate(items):
             step = item.step
-            rows = observer.rows(tokens)
+            in_view = tokens[: step.position]
+            rows = observer.rows(in_view)
             if dense is not None:
                 dense(observer.recorder.weights_LHS)
-            effects = observer.effects(decoder.cache, tokens, rows[0], step.token)
-            tokens.append(Token(step.position, step.token, tokenizer.token_bytes(step.token)))
-            finish, n_generated = step.finish, n_generated + 1
+            effects = observer.effects(decoder.cache, in_view, rows[0], step.token)
+            token = Token(step.position, step.token, tokenizer.token_bytes(step.token))
+            if step.position == len(tokens):
+                tokens.append(token)
+                finish, n_generated = step.finish, n_generated + 1
             yield TraceStep(
-                step.index, tokens[-1], step.log_probability, rows, item.text, finish, effects
+                index,
+                token,
+                step.log_probability,
+                rows,
+                item.text,
+                step.finish,
+                effects,
+                candidates=tuple(
+                    Candidate(id_, tokenizer.token_bytes(id_), value) for id_, value in step.best
+                ),
+                is_given=step.is_forced,
             )
     except KeyboardInterrupt:
         finish = None

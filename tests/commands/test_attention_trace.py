@@ -188,3 +188,50 @@ def test_a_file_that_is_not_a_trace_is_bad_data(run: Run, tmp_path: Path) -> Non
         result = run("attention-trace", *words)
         assert (result.code, result.out) == (3, "")
         assert result.err.startswith("error: line 1 of ")
+
+
+def test_the_rows_of_a_given_text_alone(run: Run) -> None:
+    words = ("attention-trace", "The king", "--max-new-tokens", "0")
+    header, *steps, footer = objects(run(*words, "--json", "--candidates", "2"))
+    assert [step["position"] for step in steps] == list(range(1, len(header["prompt"])))
+    assert [step["text"] for step in steps] == [token["text"] for token in header["prompt"][1:]]
+    assert all(step["given"] and len(step["candidates"]) == 2 for step in steps)
+    assert (footer["n_tokens"], footer["finish_reason"]) == (0, "length")
+
+
+@pytest.mark.parametrize("view", ["text", "matrix", "heads"])
+def test_every_view_and_file_shows_the_rows_of_a_given_text(
+    run: Run, view: str, workplace: Path
+) -> None:
+    out, page = workplace / "given.jsonl", workplace / "given.html"
+    words = ("attention-trace", "The king", "--max-new-tokens", "0")
+    live = run(*words, "--view", view, "--out", str(out), "--html", str(page))
+    assert live.code == 0
+    assert page.stat().st_size
+    assert run("attention-trace", "--replay", str(out), "--view", view).out == live.out
+
+
+def test_lines_name_the_tokens_of_the_prompt_and_the_candidates(run: Run) -> None:
+    out = run(*WORDS, "--prompt-rows", "--candidates", "3").out
+    names = [line[5:9].strip() for line in out.splitlines() if line[:4].strip().isdigit()]
+    assert names[:7] == list("he␣king")
+    assert sum("candidates" in line for line in out.splitlines()) == len(names)
+
+
+def test_forced_text_is_generated_first(run: Run) -> None:
+    _, *steps, _ = objects(run(*WORDS, "--json", "--force", " is"))
+    assert "".join(step["text"] for step in steps[:3]) == " is"
+    assert [step["given"] for step in steps] == [True] * 3 + [False] * 3
+    result = run("generate", *WORDS[1:], "--force", " is", "--json")
+    facts = json.loads(result.out)
+    assert facts["text"].startswith(" is")
+    assert facts["n_forced"] == 3
+    expected = sum(step["log_probability"] for step in steps[:3])
+    assert facts["forced_log_probability"] == pytest.approx(expected, abs=1e-5)
+    assert "ln p of the 3 forced tokens" in result.err
+
+
+def test_no_tokens_to_generate_is_refused_with_the_remedy(run: Run) -> None:
+    result = run("generate", "The king", "--max-new-tokens", "0")
+    assert result.code == 2
+    assert "attention-trace with --max-new-tokens 0" in result.err

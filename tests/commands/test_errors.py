@@ -64,7 +64,7 @@ def test_a_misspelled_word_gets_the_nearest_suggestion(
         ("--top-p 1.5", ["--top-p", "1.5"]),
         ("--min-p 2", ["--min-p", "2.0", "in [0, 1]"]),
         ("--repetition-penalty 0", ["--repetition-penalty", "0.0"]),
-        ("--max-new-tokens 0", ["--max-new-tokens", "0", "at least 1"]),
+        ("--max-new-tokens -1", ["--max-new-tokens", "-1", "at least 0"]),
         ("--num-samples 0", ["--num-samples", "0"]),
         ("--seed -1", ["--seed", "-1"]),
         ("--seed 99999999999999999999", ["--seed", "99999999999999999999"]),

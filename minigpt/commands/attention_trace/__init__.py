@@ -71,6 +71,11 @@ def attention_trace(
     --knockout value zeroes its value and keeps the weights; and does the same at a nearby position
     as a control.
 
+    --prompt-rows shows the tokens of the prompt too, from the second one on, with the probability
+    of the token that follows, and --max-new-tokens 0 shows nothing else. The text of --force comes
+    first, as if it had been sampled, and counts toward --max-new-tokens. The probabilities of
+    --candidates are the model's own, before any sampling option.
+
     With --chat, the prompt is a message of the user, through the model's chat template, whose
     special tokens are sources as all others.
 
@@ -87,11 +92,13 @@ def attention_trace(
     if form.chat and prompt is None:
         raise ConfigError("--chat answers a message. Give a PROMPT.")
     from minigpt.commands.loading import load
+    from minigpt.generation.loading import forced_ids
 
     targets.check(sampling.num_samples)
     config = replace(config, has_heads=targets.has_heads)
     ready = load(source, prompt, form)
-    if not _trace(ready, sampling, config, targets, compile=source.compile):
+    forced = forced_ids(ready.tokenizer, sampling, ready.model, ready.prompt, special=form.special)
+    if not _trace(ready, sampling, config, targets, forced=forced, compile=source.compile):
         raise typer.Exit(130)
 
 
@@ -101,6 +108,7 @@ def _trace(
     config: TraceConfig,
     targets: Targets,
     *,
+    forced: list[int],
     compile: bool | None,
 ) -> bool:
     """Trace each sample; return whether all ended without Ctrl-C."""
@@ -147,6 +155,7 @@ def _trace(
                     model_name=str(ready.folder),
                     model_sha256=digest,
                     compiles=compile,
+                    forced=forced,
                     dense=add_rows,
                 )
                 is_whole = output.show(_after_compiling(events, ready, compile))

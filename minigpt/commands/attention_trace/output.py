@@ -104,7 +104,7 @@ class TraceOutput:
                     footer = TraceFooter(len(texts), None, seconds, None, cause=cause or None)
                 self._show_event(footer)
         assert header is not None
-        if self._view == LINES:
+        if self._view == LINES and footer.n_tokens:
             print_lines(self._console, [[], [("".join(texts), "token")]], is_cut=False)
         if is_kept:
             self._show_views(Trace(header, tuple(steps), footer))
@@ -128,7 +128,8 @@ class TraceOutput:
             lines = [*header_lines(event, width), self._layout.heading()]
             print_lines(self._console, lines)
         elif isinstance(event, TraceStep):
-            self._joined.add(event.token.data)
+            if event.token.position == len(self._joined.names):  # generated, not of the prompt
+                self._joined.add(event.token.data)
             self._waiting.append(event)
             if not self._joined.is_open:
                 self._show_waiting()

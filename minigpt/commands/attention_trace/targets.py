@@ -28,6 +28,7 @@ LIVE = Mode(
         "--n-verified": ("--view lines", *_DRAWN),
         "--n-sources": ("--view lines", *_DRAWN),
         "--explain": ("--html", "--out", "--json"),
+        "--candidates": ("--view lines", "--view text", *_DRAWN),
         "--roles": ("--view lines", "--view heads", *_DRAWN),
         **dict.fromkeys(
             ("--layers", "--heads", "--reduce"),

@@ -25,7 +25,7 @@ from minigpt.rings import ring
         needs=PromptForm.NEEDS,
         refuses={
             "--json": ("--stream",),
-            "--interactive": ("--num-samples",),
+            "--interactive": ("--num-samples", "--force"),
             **PromptForm.REFUSES,
         },
     )
@@ -55,6 +55,9 @@ def generate(
 
     Several samples are decoded as a batch; sample i equals the one that --seed SEED+i gives alone.
 
+    The text of --force comes first, as if it had been sampled: its tokens count toward
+    --max-new-tokens, and --logprobs shows their probabilities. Sampling goes on after it.
+
     With --interactive, the text continues from each typed line. A line that ends with \ continues
     on the next one, and pasted lines are one text; an empty line lets the model continue. Ctrl-C
     stops an answer. On a terminal, lines are edited with readline, and their history is kept in the
@@ -74,10 +77,12 @@ def generate(
     from minigpt.commands.generate.samples import SampleDisplay
     from minigpt.commands.loading import compiling, load
     from minigpt.generation.decoder import fresh_seed
-    from minigpt.generation.loading import make_decoder
+    from minigpt.generation.loading import forced_ids, make_decoder, require_new_tokens
     from minigpt.generation.stream import stream_samples
 
+    require_new_tokens(sampling)
     ready = load(source, prompt, form)
+    forced = forced_ids(ready.tokenizer, sampling, ready.model, ready.prompt, special=form.special)
     display = SampleDisplay(ready, sampling, as_json=as_json, streams=stream)
     seed = fresh_seed() if sampling.seed is None else sampling.seed
     if interactive:
@@ -96,7 +101,7 @@ def generate(
     with compiling(ready.model, source.compile):
         decoder = make_decoder(ready.model, ready.prompt, sampling, compile=source.compile)
     is_whole = display.show(
-        stream_samples(decoder, ready.tokenizer, sampling, seed=seed),
+        stream_samples(decoder, ready.tokenizer, sampling, seed=seed, forced=forced),
         seed=seed,
         prompt=ready.text,
         n_prompt_tokens=len(ready.prompt),

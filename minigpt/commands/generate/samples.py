@@ -63,13 +63,23 @@ class Sample:
             "n_forgotten": last.n_forgotten if last else 0,
             "seed": self.seed,
         }
+        if forced := self._forced:
+            facts["n_forced"] = len(forced)
+            facts["forced_log_probability"] = round(sum(s.log_probability for s in forced), 6)
         if last and last.best:
             facts["steps"] = [_logprobs(item.step, tokenizer) for item in self.steps]
         return facts
 
+    @property
+    def _forced(self) -> list[Step]:
+        return [item.step for item in self.steps if item.step.is_forced]
+
     def summary(self) -> str:
         """Return a line with its length, speed, seed and end."""
         line = f"{len(self.steps)} tokens, {self.tokens_per_s:.4g} tok/s, seed {self.seed}"
+        if forced := self._forced:
+            log_probability = sum(step.log_probability for step in forced)
+            line += f"; ln p of the {len(forced)} forced tokens {log_probability:.2f}"
         last = self.steps[-1].step if self.steps else None
         if last and last.n_slides:
             times = "once" if last.n_slides == 1 else f"{last.n_slides} times"

@@ -135,28 +135,39 @@ class _Reader:
         """Add a step."""
         if value["step"] != len(self.steps) + 1:
             raise ValueError(f"step is {cut(value['step'])} instead of {len(self.steps) + 1}")
-        rows = tuple(self._row(row) for row in _objects(value, "rows"))
+        n_prompt = len(self.header.prompt)
+        if self.steps:
+            position = self.steps[-1].token.position + 1
+        else:  # 1 if the trace has the steps of the prompt's own tokens
+            position = 1 if value["position"] == 1 else n_prompt
+        token = _token(value, position)
+        if position < n_prompt and token != self.header.prompt[position]:
+            raise ValueError(f"its token at position {position} is not that of the prompt")
+        rows = tuple(self._row(row, position) for row in _objects(value, "rows"))
         if tuple(row.measure for row in rows) != self.header.measures:
             raise ValueError("its measures are not those of the header")
         effects = tuple(
-            _read(events.Effect, effect, source=self._source(effect))
+            _read(events.Effect, effect, source=self._source(effect, position))
             for effect in _objects(value, "effects")
         )
-        self.tokens.append(_token(value, len(self.tokens)))
+        if position == len(self.tokens):
+            self.tokens.append(token)
         self.steps.append(
             _read(
                 events.TraceStep,
                 value | {"text": value["certain_text"], "finish": value["finish_reason"]},
                 index=len(self.steps),
-                token=self.tokens[-1],
+                token=token,
                 rows=rows,
                 effects=effects,
+                candidates=_candidates(value),
+                is_given=_checked(value.get("given", False), bool, "given"),
             )
         )
 
     def trace(self, footer: dict[str, Any] | None) -> events.Trace:
         """Return the whole trace; a footer of None means that it was interrupted."""
-        end = events.TraceFooter(len(self.steps), None, 0.0, None)
+        end = events.TraceFooter(len(self.tokens) - len(self.header.prompt), None, 0.0, None)
         if footer is not None:
             reason = footer["finish_reason"]
             is_cut = reason == INTERRUPTED
@@ -181,27 +192,27 @@ class _Reader:
             raise ValueError(f"workings has head {working.layer}.{working.head}, which is not one")
         return working
 
-    def _source(self, value: dict[str, Any]) -> events.Source:
+    def _source(self, value: dict[str, Any], n_view: int) -> events.Source:
         position = _checked(value["position"], int, "position")
-        if position >= len(self.tokens):
-            raise ValueError(f"position {position} is not one of {len(self.tokens)} tokens")
+        if position >= n_view:
+            raise ValueError(f"position {position} is not one of {n_view} tokens")
         return _read(events.Source, value, token=self.tokens[position])
 
-    def _row(self, value: dict[str, Any]) -> events.Row:
+    def _row(self, value: dict[str, Any], n_view: int) -> events.Row:
         weights_S = np.frombuffer(_bytes(value, "weights"), "<f4")
-        if len(weights_S) != len(self.tokens) or not np.isfinite(weights_S).all():
-            raise ValueError(f"weights must be a number for each of {len(self.tokens)} tokens")
+        if len(weights_S) != n_view or not np.isfinite(weights_S).all():
+            raise ValueError(f"weights must be a number for each of {n_view} tokens")
         heads = value["heads"]
         return _read(
             events.Row,
             {field: value[name] for name, field in ROW_FIELDS.items()},
             measure=value["measure"],
-            sources=tuple(self._source(source) for source in _objects(value, "sources")),
+            sources=tuple(self._source(source, n_view) for source in _objects(value, "sources")),
             weights_S=weights_S.astype(np.float32),
-            heads=None if heads is None else self._heads(_object(heads, "heads")),
+            heads=None if heads is None else self._heads(_object(heads, "heads"), n_view),
         )
 
-    def _heads(self, value: dict[str, Any]) -> events.HeadRows:
+    def _heads(self, value: dict[str, Any], n_view: int) -> events.HeadRows:
         shape = (self.header.n_layer, self.header.n_head)
         arrays: dict[str, NDArray[Any]] = {}
         for name, field in HEAD_FIELDS.items():
@@ -217,7 +228,7 @@ class _Reader:
         positions = arrays["positions"]
         if positions.shape != arrays["weights"].shape:
             raise ValueError("heads.positions must each have a weight")
-        if positions.size and not 0 <= positions.min() <= positions.max() < len(self.tokens):
+        if positions.size and not 0 <= positions.min() <= positions.max() < n_view:
             raise ValueError("heads.positions has one that does not exist")
         return events.HeadRows(**arrays)
 
@@ -226,6 +237,18 @@ def _token(value: dict[str, Any], position: int) -> events.Token:
     if value["position"] != position:
         raise ValueError(f"position {cut(value['position'])} is where {position} should be")
     return events.Token(position, _checked(value["token"], int, "token"), _bytes(value, "bytes"))
+
+
+def _candidates(value: dict[str, Any], name: str = "candidates") -> tuple[events.Candidate, ...]:
+    """Return a list of candidates; files before they existed have none."""
+    return tuple(
+        events.Candidate(
+            _checked(one["token"], int, "token"),
+            _bytes(one, "bytes"),
+            _checked(one["log_probability"], float, "log_probability"),
+        )
+        for one in (_objects(value, name) if name in value else ())
+    )
 
 
 def _bytes(value: dict[str, Any], name: str) -> bytes:

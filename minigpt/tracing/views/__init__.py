@@ -49,8 +49,8 @@ class ViewOptions:
         position = last if self.position is None else self.position
         if not first <= position <= last:
             raise ConfigError(
-                f"only generated tokens have rows, and position {position} has none. Choose a "
-                f"position from {first} to {last}."
+                f"the trace has no row of position {position}. Choose a position from {first} to "
+                f"{last}."
             )
         return trace.steps[position - first]
 

@@ -69,7 +69,7 @@ def matrix_figure(trace: Trace, options: ViewOptions = DEFAULTS) -> Figure:
     width, height = (max(_MIN_MAP_SIZE, n * cell) for n in (n_columns, n_rows))
     fonts, missing = _fonts(trace)
     names = [f"{_label(name, missing, options)} {i}" for i, name in enumerate(trace.joined.names)]
-    row_names, column_names = names[len(trace.header.prompt) :], names[:n_columns]
+    row_names, column_names = names[-n_rows:], names[:n_columns]
     left = max(_text_width(name, _MEDIUM) for name in row_names) + 0.4
     below = max(_text_width(name, _MEDIUM) for name in column_names) + 0.4
     figure = Figure(figsize=(left + width + 1.0, below + height + 0.6))

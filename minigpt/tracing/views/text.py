@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from minigpt.format import percent
 from minigpt.text.escape import JoinedTokens, visible
-from minigpt.tracing.events import Row, Token, Trace
+from minigpt.tracing.events import Row, Token, Trace, TraceStep
 from minigpt.tracing.lines import measured
 from minigpt.tracing.spans import Line, bar, cell_len, eighths, fit, heat, upright_bar, wrapped
 from minigpt.tracing.views import DEFAULTS, ViewOptions
@@ -48,6 +48,7 @@ def show(trace: Trace, options: ViewOptions = DEFAULTS) -> list[Line]:
         *_shaded_text(trace, texts, shares_S / scale, chosen, options.width),
         [],
         *wrapped(legend, options.width),
+        *_candidates(step, options.width),
         *_sources(trace, row, options.width),
     ]
 
@@ -145,6 +146,12 @@ def _legend(row: Row, scale: float, sink: int) -> str:
         f"█ is {scale:.1%}{more}, {_MARK} the token itself; sink (position {sink}) {row.sink:.1%}; "
         f"prompt {row.prompt:.0%}, generated {row.generated:.0%}; entropy {row.entropy:.1f} bits."
     )
+
+
+def _candidates(step: TraceStep, width: int) -> list[Line]:
+    """Return the most probable tokens at a step, if they were kept."""
+    parts = [f"{visible(one.data)} {percent(one.probability).strip()}" for one in step.candidates]
+    return wrapped(", ".join(parts), width, "plain", label="candidates ") if parts else []
 
 
 def _sources(trace: Trace, row: Row, width: int) -> list[Line]:
