@@ -46,7 +46,7 @@ from minigpt.model.gpt import GPT
 from minigpt.tracing.config import TraceConfig
 from minigpt.tracing.events import TraceStep
 from minigpt.tracing.file import to_json_line
-from minigpt.tracing.lines import TraceLayout
+from minigpt.tracing.lines import make_layout
 from minigpt.tracing.tracer import trace
 
 OFF = "off"
@@ -55,7 +55,13 @@ WAYS: dict[str, TraceConfig] = {
     "lines, --measure both": TraceConfig(measure="both"),
     "--out, every head": TraceConfig(has_heads=True),
     "lines, --n-verified 3": TraceConfig(n_verified=3),
+    "lines, --measure logit": TraceConfig(measure="logit"),
 }
+SLOW_WAYS: dict[str, TraceConfig] = {
+    "lines, --measure gradient": TraceConfig(measure="gradient"),
+    "lines, --measure integrated": TraceConfig(measure="integrated"),
+}
+"""Variants with forward passes of their own over all tokens so far."""
 WIDTH = 140
 TRANSFORMERS = ("transformers", "transformers, output_attentions")
 
@@ -65,6 +71,7 @@ def decoding(
 ) -> Iterator[None]:
     """Decode one token per turn, with the output of a variant."""
     sampling = SamplingConfig(temperature=0, max_new_tokens=n_new, ignore_eos=True)
+    config = (WAYS | SLOW_WAYS).get(way, TraceConfig())
     if way == OFF:
         decoder = Decoder(model, prompt, max_new_tokens=n_new, compiles=compiles)
         for _ in stream_text(decoder.generate(sampling, seed=0), BYTES):
@@ -75,12 +82,17 @@ def decoding(
         BYTES,
         prompt,
         sampling,
-        WAYS[way],
+        config,
         seed=0,
         stop_at_end_of_text=False,
         compiles=compiles,
     )
-    layout = TraceLayout(WIDTH, vocab_size=model.config.vocab_size, n_positions=len(prompt) + n_new)
+    layout = make_layout(
+        WIDTH,
+        vocab_size=model.config.vocab_size,
+        n_positions=len(prompt) + n_new,
+        measures=config.measures,
+    )
     with (folder / f"{way}.txt").open("w") as file:
         console = Console(file=file, theme=THEME, width=WIDTH, highlight=False, soft_wrap=True)
         for event in events:
@@ -176,6 +188,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--transformers", action="store_true")
+    parser.add_argument("--gradients", action="store_true", help="time the gradient measures too")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -208,14 +221,15 @@ def run_in(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
         attentions = way != TRANSFORMERS[0]
         return lambda: transformers_decoding(folder, prompt, n_new, attentions=attentions)
 
-    begins = {way: ours(way) for way in (OFF, *WAYS)}
+    begins = {way: ours(way) for way in (OFF, *WAYS, *SLOW_WAYS)}
     begins |= {way: theirs(way) for way in TRANSFORMERS}
     if arguments.one is not None:
         for _ in begins[arguments.one]():
             pass
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
         return []
-    names = [OFF, *WAYS, *(TRANSFORMERS if arguments.transformers else ())]
+    names = [OFF, *WAYS, *(SLOW_WAYS if arguments.gradients else ())]
+    names += TRANSFORMERS if arguments.transformers else ()
     ways = {way: begins[way]() for way in names}
     bases = {way: TRANSFORMERS[0] if way in TRANSFORMERS else OFF for way in names}
     return table(timed(ways, n_new, n_warm=8), bases)

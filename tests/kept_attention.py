@@ -14,7 +14,8 @@ class KeptAttention:
 
     needs_queries = True
 
-    def __init__(self) -> None:
+    def __init__(self, *, needs_residual: bool = False) -> None:
+        self.needs_residual = needs_residual
         self.passes: list[AttentionPass] = []
 
     def record(self, attention: AttentionPass) -> None:

@@ -38,6 +38,9 @@ def heads(
     The role is the largest of the first three scores if it is at least 40 %, otherwise the larger
     of the last two if it is at least 50 %, otherwise none.
 
+    The number with a sign is the head's mean direct effect on the logit of the right next token of
+    the copy (direct logit attribution), where the model's logits are a sum of such effects.
+
     Where a head attends is not what it does: --ablate zeroes the output of one head after the other
     and measures how much the loss on the second copy increases (nats/token).
     """
@@ -45,11 +48,17 @@ def heads(
     from minigpt.commands.loading import load_model, show_model
     from minigpt.commands.progress import ProgressLine
     from minigpt.console import make_console, print_lines
-    from minigpt.tracing.analysis.roles import head_effects, head_roles, repeated_sequences
+    from minigpt.tracing.analysis.roles import (
+        head_effects,
+        head_logits,
+        head_roles,
+        repeated_sequences,
+    )
     from minigpt.tracing.spans import wrapped
 
     folder, loaded = load_model(source)
     roles = head_roles(loaded.model, seed=seed)
+    logits_LH = head_logits(loaded.model, seed=seed)
     effects_LH = None
     if ablate:
         n_heads = sum(map(len, roles))
@@ -67,9 +76,10 @@ def heads(
             for layer, roles_H in enumerate(roles)
             for head, role in enumerate(roles_H)
         ]
-        if effects_LH is not None:
-            for record, effect in zip(records, effects_LH.flat, strict=True):
-                record["loss_effect"] = float(effect)
+        for name, found_LH in (("logit_effect", logits_LH), ("loss_effect", effects_LH)):
+            if found_LH is not None:
+                for record, effect in zip(records, found_LH.flat, strict=True):
+                    record[name] = float(effect)
         facts = {"model": str(folder), "seed": seed, "n_repeated": n_repeated, "heads": records}
         tables.write_json(facts)
         return
@@ -81,7 +91,12 @@ def heads(
         "previous token; dup: to the same token in the first copy; induc: to the token after that; "
         "sink: to position 0; local: to the token itself and the few before it."
     )
-    lines = [*draw(roles, console.width), [], *wrapped(legend, console.width)]
+    if logits_LH is not None:
+        legend += (
+            " With a sign: what the head adds directly to the logit of the right next token, on "
+            "average over the copy."
+        )
+    lines = [*draw(roles, console.width, logits_LH), [], *wrapped(legend, console.width)]
     if effects_LH is not None:
         title = "Increase of the loss on the second copy without a head (layer.head), nats/token:"
         lines += [[], *wrapped(title, console.width), *_costs(effects_LH, console.width)]

@@ -1,7 +1,7 @@
 """Causal multi-head self-attention with grouped heads, QK-norm, rotary positions and a cache.
 
-Shapes: L layers, B batch, T queries, S keys, H query heads, G key/value heads, D head dim, C
-model dim.
+Shapes: L layers, N = 2 L + 1 states of the residual stream, B batch, T queries, S keys, H query
+heads, G key/value heads, D head dim, C model dim.
 """
 
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from minigpt.config import ModelConfig
+from minigpt.errors import ConfigError
 from minigpt.model.cache import KVCache
 from minigpt.model.layers import RMSNorm, rotate
 from minigpt.model.scores import Score, make_score, weighted_sum
@@ -37,6 +38,9 @@ class AttentionPass:
     them and T is above 1."""
     keys: Sequence[Tensor] | None = None
     """Keys in view of each layer (B, G, S, D). None if ``queries`` is None."""
+    residual_NBC: Tensor | None = None
+    """Residual stream of the last position: the embedding, then after each layer's attention branch
+    and after its MLP branch. None unless the recorder needs it."""
 
 
 class Recorder(Protocol):
@@ -44,6 +48,8 @@ class Recorder(Protocol):
 
     needs_queries: bool
     """Whether to receive the weights of all queries of a prompt, not only those of the last one."""
+    needs_residual: bool
+    """Whether to receive the residual stream of the last position."""
 
     def record(self, attention: AttentionPass) -> None:
         """Take the attention of a forward pass."""
@@ -64,6 +70,7 @@ class PassCollector:
     def __init__(self, recorder: Recorder, n_new: int) -> None:
         self._recorder, self._n_new = recorder, n_new
         self._has_queries = recorder.needs_queries and n_new > 1
+        self._residual_BC: list[Tensor] = []
         self._weights_BHS: list[Tensor] = []
         self._context_BHD: list[Tensor] = []
         self._values_BGSD: list[Tensor] = []
@@ -81,14 +88,28 @@ class PassCollector:
             self._queries.append(q_BHTD)
             self._keys.append(k_BGSD)
 
+    def add_residual(self, *states_BTC: Tensor) -> None:
+        """Add states of the residual stream: the embedding, or those after a block's branches."""
+        if self._recorder.needs_residual:
+            self._residual_BC += [x_BTC[:, -1].detach().clone() for x_BTC in states_BTC]
+
     @torch.no_grad()
     def finish(self, values_LBGSD: Tensor | None = None) -> None:
         """Hand the pass to the recorder.
 
         Args: values_LBGSD, the values of all layers, if a cache holds them in one tensor.
+        Raises: ConfigError if the recorder needs the residual stream of a model that has none.
         """
         if values_LBGSD is None:
             values_LBGSD = torch.stack(self._values_BGSD)
+        residual_NBC = None
+        if self._recorder.needs_residual:
+            if len(self._residual_BC) != 2 * len(self._weights_BHS) + 1:
+                raise ConfigError(
+                    "this model's blocks do not report their residual stream (add_residual). "
+                    "Choose a measure that does not need it, or another model."
+                )
+            residual_NBC = torch.stack(self._residual_BC)
         self._recorder.record(
             AttentionPass(
                 weights_LBHS=torch.stack(self._weights_BHS),
@@ -97,6 +118,7 @@ class PassCollector:
                 n_new=self._n_new,
                 queries=self._queries if self._has_queries else None,
                 keys=self._keys if self._has_queries else None,
+                residual_NBC=residual_NBC,
             )
         )
 

@@ -21,7 +21,8 @@ from minigpt.model.scores import Score
 class Block(nn.Module):
     """Pre-norm attention and MLP with residual connections: (B, T, C) -> (B, T, C).
 
-    A family's subclass may have other norms, before or after attention and MLP.
+    A family's subclass may have other norms, before or after attention and MLP. One with a forward
+    of its own tells the collector the residual stream after both branches.
     """
 
     is_parallel = False
@@ -50,7 +51,10 @@ class Block(nn.Module):
         attended = self.attention(normed, rotary, cache, collector, visible_BS)
         residual = x + self.dropout(self.attention_post_norm(attended))
         normed = self.mlp_norm(x if self.is_parallel else residual)
-        return residual + self.dropout(self.mlp_post_norm(self.mlp(normed)))
+        x = residual + self.dropout(self.mlp_post_norm(self.mlp(normed)))
+        if collector is not None:
+            collector.add_residual(residual, x)
+        return x
 
 
 class GPT(LanguageModel):
@@ -140,6 +144,8 @@ class GPT(LanguageModel):
             rotary = self.rotary_cos[start:end], self.rotary_sin[start:end]
         x = self.dropout(x)
         collector = None if recorder is None else PassCollector(recorder, tokens.shape[1])
+        if collector is not None:
+            collector.add_residual(x)
         for block in self.blocks:
             if recompute:
                 x = checkpoint(block, x, rotary, use_reentrant=False)

@@ -77,6 +77,11 @@ class LanguageModel(nn.Module):
         return next(self.parameters()).dtype
 
     @property
+    def logit_softcap(self) -> float:
+        """Smooth bound of the logits, cap * tanh(logits / cap). 0 for none."""
+        return 0.0
+
+    @property
     def attentions(self) -> Sequence[AttentionLayer]:
         """The attention layers, in the order of a recorder's layers."""
         raise NotImplementedError
@@ -102,6 +107,8 @@ class LanguageModel(nn.Module):
         """Return the logits of the last positions of x (B, T, C); 0 for all."""
         x = self.final_norm(x[:, -logits_to_keep:])  # [-0:] is all of them
         if self.unembedding is None:
-            return F.linear(x, self.embedding.weight)
-        logits: Tensor = self.unembedding(x)
-        return logits
+            logits: Tensor = F.linear(x, self.embedding.weight)
+        else:
+            logits = self.unembedding(x)
+        cap = self.logit_softcap
+        return cap * (logits / cap).tanh() if cap else logits

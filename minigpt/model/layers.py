@@ -23,6 +23,11 @@ ACTIVATIONS = {
 class RMSNorm(nn.RMSNorm):
     """nn.RMSNorm in the dtype of its input, which under autocast is not that of the weight."""
 
+    @property
+    def gain(self) -> Tensor:
+        """Factor of each normalized element (C,), float32."""
+        return self.weight.float()
+
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 

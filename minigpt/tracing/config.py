@@ -7,10 +7,14 @@ from typing import Literal
 
 from minigpt.errors import ConfigError
 from minigpt.fields import check_fields, option
+from minigpt.rings import ring
 
 Measure = str
 """Name of what a row is made of: weight, the attention weight, or a module of
 tracing/analysis/measures."""
+Need = Literal["residual", "token", "gradients"]
+"""What a measure needs beside the weights and values of a pass: the residual stream, the generated
+token, or a forward pass of its own with gradients."""
 Reduce = Literal["mean", "max", "rollout"]
 """Reduction of the rows of several heads to one. rollout: attention followed through the layers
 (Abnar & Zuidema 2020, arXiv:2005.00928)."""
@@ -23,6 +27,36 @@ MEASURES = (
     *(m.name for m in iter_modules([str(Path(__file__).parent / "analysis" / "measures")])),
 )
 """Names of the measures of this installation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureFacts:
+    """What the numbers of a measure are, and what it needs."""
+
+    unit: str = "share"
+    """Unit of the numbers of a row. share: the row is divided by its sum."""
+    is_signed: bool = False
+    """Whether numbers may be negative. Signed rows are summed over heads, others averaged."""
+    has_heads: bool = True
+    """Whether each head has a row of its own."""
+    sums_to: str = ""
+    """What a row and its parts sum to, in words. Empty if that has no meaning."""
+    needs: tuple[Need, ...] = ()
+
+
+def unit(measure: Measure) -> str:
+    """Return the unit of a measure, as in ``share`` or ``logits``."""
+    return facts_of(measure).unit
+
+
+def facts_of(measure: Measure) -> MeasureFacts:
+    """Return the facts of a measure of MEASURES."""
+    if measure == "weight":
+        return MeasureFacts(sums_to="1")
+    facts: MeasureFacts = ring("tracing.analysis.measures").find(measure).facts
+    return facts
+
+
 N_SOURCES = 8
 """Number of sources kept per token, unless another is asked for."""
 _BOTH = ("both",) if "norm" in MEASURES else ()
@@ -63,6 +97,10 @@ class TraceConfig:
     """Number of most probable tokens to show at each step, before any sampling option."""
     prompt_rows: bool = option(False, group=_GROUP)
     """Show the tokens of the prompt too, from the second one on."""
+    against: str | None = option(None, group=_GROUP, metavar="TEXT")
+    """Alternative whose first token's logit is subtracted from that of each generated token."""
+    n_steps: int = option(50, "[1, 2**16]", group=_GROUP, aliases=("--steps",))
+    """Number of steps of --measure integrated."""
     has_heads: bool = False
     """Whether to keep a summary of each head's row."""
 
@@ -70,6 +108,26 @@ class TraceConfig:
         check_fields(self)
         if self.reduce == "rollout" and self.measure != "weight":
             raise ConfigError(f"--reduce rollout requires --measure weight: it is {self.measure}.")
+        if self.against is not None and "token" not in facts_of(self.measures[0]).needs:
+            able = [m for m in MEASURES if "token" in facts_of(m).needs]
+            raise ConfigError(
+                f"--against compares the logits of two tokens, and --measure {self.measure} does "
+                f"not depend on the token. Use --measure {', '.join(able)}."
+            )
+        if self.measures[0] == "weight":
+            return
+        facts = facts_of(self.measures[0])
+        if facts.is_signed and self.reduce != "mean":
+            raise ConfigError(
+                f"--reduce {self.reduce} has no meaning for --measure {self.measure}, which is "
+                "summed. Leave --reduce out."
+            )
+        if not facts.has_heads and (self.layers is not None or self.heads is not None):
+            name = "--heads" if self.layers is None else "--layers"
+            raise ConfigError(
+                f"{name} has no effect on --measure {self.measure}, which goes through the whole "
+                "model. Leave it out."
+            )
 
     @property
     def measures(self) -> tuple[Measure, ...]:

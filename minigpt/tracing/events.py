@@ -5,6 +5,7 @@ Shapes: L layers, H query heads, S positions in view, K sources kept per row.
 
 import html
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 
@@ -16,7 +17,7 @@ from minigpt.errors import cut
 from minigpt.generation.decoder import FinishReason
 from minigpt.rings import ring
 from minigpt.text.escape import JoinedTokens
-from minigpt.tracing.config import Knockout, Measure, Reduce
+from minigpt.tracing.config import Knockout, Measure, Reduce, facts_of
 from minigpt.tracing.selection import HeadSelection
 
 CONVENTION = (
@@ -37,12 +38,26 @@ class Token:
 
 
 @dataclass(frozen=True)
+class Alternative:
+    """A token whose logit is subtracted from that of each generated token."""
+
+    text: str
+    """Text that was given."""
+    id: int
+    """Id of its first token."""
+    data: bytes
+    """Bytes of its first token."""
+    n_tokens: int
+    """Number of tokens of the text. Only the first is compared."""
+
+
+@dataclass(frozen=True)
 class Source:
     """An earlier token that received attention."""
 
     token: Token
     weight: float
-    """Weight in the row, in [0, 1]."""
+    """Number in the row: in [0, 1], unless the measure is signed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,29 +97,40 @@ class Row:
     generated: float
     """Weight on generated tokens."""
     entropy: float
-    """Entropy in bits, in [0, log2 S]."""
+    """Entropy in bits, in [0, log2 S]; of the magnitudes, if the measure is signed."""
     distance: float
-    """Mean distance from the query to the positions, in tokens."""
+    """Mean distance from the query to the positions, in tokens, weighted as the entropy."""
     sources: tuple[Source, ...]
-    """Positions with the largest weights, except the sink, in descending order."""
+    """Positions with the largest weights by magnitude, except the sink, in descending order."""
     weights_S: NDArray[np.float32] = field(repr=False)
     """The whole row."""
     heads: HeadRows | None = field(default=None, repr=False)
     """Rows of all heads by this measure. None if they were not kept."""
+    whole: float | None = None
+    """What the row and its parts sum to, such as the logit of the token. None if the measure has no
+    such sum."""
+    parts: Mapping[str, float] = field(default_factory=dict)
+    """What belongs to the whole and to no position of the row, such as that of the MLPs."""
+
+    @property
+    def is_signed(self) -> bool:
+        """Whether its numbers may be negative."""
+        return facts_of(self.measure).is_signed
 
     @property
     def sums_to_one(self) -> bool:
         """Whether the row sums to 1."""
-        return abs(self.total - 1) < 1e-3
+        return not self.is_signed and abs(self.total - 1) < 1e-3
 
     @property
     def rest(self) -> float | None:
-        """Weight on positions other than the sink and the sources; None if the row need not sum to
-        1.
+        """Weight on positions other than the sink and the sources; None if the row is of shares and
+        need not sum to 1.
         """
-        if not self.sums_to_one:
-            return None
-        return max(0.0, self.total - self.sink - sum(source.weight for source in self.sources))
+        rest = self.total - self.sink - sum(source.weight for source in self.sources)
+        if self.is_signed:
+            return rest
+        return max(0.0, rest) if self.sums_to_one else None
 
 
 @dataclass(frozen=True)
@@ -188,6 +214,8 @@ class TraceHeader:
     n_verified: int = 0
     """Number of sources per token that are knocked out."""
     knockout: Knockout = "key"
+    against: Alternative | None = None
+    """Token that each generated token is compared with. None for no comparison."""
     roles: tuple[tuple[Roles, ...], ...] | None = None
     """Roles of the heads of each layer. None if they were not requested."""
     model_sha256: str | None = None

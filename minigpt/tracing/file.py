@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from minigpt.tracing.config import facts_of
 from minigpt.tracing.events import (
     CONVENTION,
+    Alternative,
     Candidate,
     HeadRows,
     HeadWorking,
@@ -85,14 +87,25 @@ def _header(header: TraceHeader) -> dict[str, Any]:
         "heads": header.selection.as_text(),
         "reduce": header.reduce,
         "measures": list(header.measures),
+        "units": [facts_of(measure).unit for measure in header.measures],
         "convention": CONVENTION,
         "sink": {"position": header.sink, "rule": header.sink_rule},
         "n_verified": header.n_verified,
         "knockout": header.knockout,
+        "against": header.against and _alternative(header.against),
         "roles": header.roles and [[asdict(head) for head in layer] for layer in header.roles],
         "seed": header.seed,
         "sampling": asdict(header.sampling),
         "prompt": [_token(token) for token in header.prompt],
+    }
+
+
+def _alternative(against: Alternative) -> dict[str, Any]:
+    return {
+        "given": against.text,
+        "token": against.id,
+        "bytes": base64.b64encode(against.data).decode("ascii"),
+        "n_tokens": against.n_tokens,
     }
 
 
@@ -127,12 +140,16 @@ def _row(row: Row) -> dict[str, Any]:
     # again has the same bytes.
     facts = {name: round(getattr(row, field), _DIGITS) for name, field in ROW_FIELDS.items()}
     sources = [_source(source) for source in row.sources]
-    listed = facts["sink"] + sum(source["weight"] for source in sources)
+    rest = facts["total"] - facts["sink"] - sum(source["weight"] for source in sources)
+    if not row.is_signed:
+        rest = max(0.0, rest)
     return {
         "measure": row.measure,
         **facts,
         "sources": sources,
-        "rest": round(max(0.0, facts["total"] - listed), _DIGITS) if row.sums_to_one else None,
+        "rest": round(rest, _DIGITS) if row.sums_to_one or row.is_signed else None,
+        "whole": None if row.whole is None else round(row.whole, _DIGITS),
+        "parts": {name: round(part, _DIGITS) for name, part in row.parts.items()},
         "weights": _base64(row.weights_S),
         "heads": row.heads and _heads(row.heads),
     }

@@ -8,11 +8,12 @@ token whose sources were knocked out, a line shows the changes of its probabilit
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from minigpt.format import percent
 from minigpt.rings import ring
 from minigpt.text.escape import JoinedTokens, visible
-from minigpt.tracing.config import Measure
+from minigpt.tracing.config import Measure, facts_of
 from minigpt.tracing.events import (
     Candidate,
     Row,
@@ -55,7 +56,7 @@ _ENDINGS = {
 
 
 @dataclass(frozen=True)
-class _Form:
+class Form:
     """Widths of the parts of a line."""
 
     word: int
@@ -67,12 +68,23 @@ class _Form:
     """Whether the rest and the second measure of the sink are left out."""
 
 
-_ROOMY = (_Form(9, 3, has_entropy=True), _Form(9, 3), _Form(7, 3))
-_ALL = (*_ROOMY, _Form(5, 2), _Form(4, 0), _Form(4, 0, is_bare=True))
+_ROOMY = (Form(9, 3, has_entropy=True), Form(9, 3), Form(7, 3))
+_ALL = (*_ROOMY, Form(5, 2), Form(4, 0), Form(4, 0, is_bare=True))
+
+
+def make_layout(width: int, *, measures: tuple[Measure, ...], **sizes: Any) -> "TraceLayout":
+    """Return the columns of a trace by these measures; arguments as of TraceLayout."""
+    kind = TraceLayout
+    if facts_of(measures[0]).is_signed:
+        kind = ring("tracing.analysis.signed").SignedLayout
+    return kind(width, measures=measures, **sizes)
 
 
 class TraceLayout:
     """The columns of a trace for a given width and vocabulary."""
+
+    share_width = SHARE_WIDTH
+    """Width of a number of a row, in cells."""
 
     def __init__(
         self,
@@ -103,13 +115,13 @@ class TraceLayout:
         self.n_sources = n_fitting if n_sources is None else n_sources
         self.per_line = max(1, min(n_fitting, self.n_sources))
 
-    def _take(self, form: _Form, is_bytes: bool) -> None:
+    def _take(self, form: Form, is_bytes: bool) -> None:
         self.form = form
         self.source_token_width = min(form.word, _BYTE_WIDTH) if is_bytes else form.word
         self.token_width = max(len("token"), self.source_token_width)
         n_measures = len(self.measures)
-        shares_width = n_measures * (SHARE_WIDTH + 1) - 1
-        self.sink_width = SHARE_WIDTH if form.is_bare else shares_width
+        shares_width = n_measures * (self.share_width + 1) - 1
+        self.sink_width = self.share_width if form.is_bare else shares_width
         self.left_width = _STEP_WIDTH + self.token_width + SHARE_WIDTH + self.sink_width + 5
         self.rest_width = 0 if form.is_bare else 1 + shares_width
         self.right_width = self.rest_width + (_ENTROPY_WIDTH if form.has_entropy else 0)
@@ -124,20 +136,25 @@ class TraceLayout:
     def heading(self) -> Line:
         """Return the column titles."""
         token = "token".ljust(self.token_width)
-        sink = "sink" + " " * (self.sink_width - SHARE_WIDTH)
+        sink = "sink".ljust(self.sink_width + 1)
         left = f"{'step':>{_STEP_WIDTH}} {token} prob {sink}"
         room = self.per_line * self.source_width
-        by = " and ".join(self.measures)
         at = f"{'at':>{self.position_width + 1}} "
+        title = next((at + title for title in self._titles() if len(at + title) < room), "")
+        sources = (title if self.n_sources else "").ljust(room)
+        return [(left + sources + self._right_heading(), "dim")]
+
+    def _titles(self) -> list[str]:
+        """Return titles of the columns of sources, the longest first."""
+        by = " and ".join(self.measures)
         share = "share of the attention" if by == "weight" else f"share by {by}"
         initials = "/".join(measure[0] for measure in self.measures)
-        titles = [f"the earlier token, {share}", f"token, {share}", f"by {by}", initials]
-        title = next((at + title for title in titles if len(at + title) < room), "")
-        sources = (title if self.n_sources else "").ljust(room)
+        return [f"the earlier token, {share}", f"token, {share}", f"by {by}", initials]
+
+    def _right_heading(self) -> str:
         # "rest" is one cell wider than its column, and takes the blank before it.
         rest = "rest".ljust(self.rest_width) if self.rest_width else ""
-        entropy = "bits".rjust(_ENTROPY_WIDTH) if self.form.has_entropy else ""
-        return [(left + sources + rest + entropy, "dim")]
+        return rest + ("bits".rjust(_ENTROPY_WIDTH) if self.form.has_entropy else "")
 
     def step(self, step: TraceStep, names: Sequence[str] = ()) -> list[Line]:
         """Return the line of a generated token, and more if its sources or effects need them.
@@ -149,11 +166,11 @@ class TraceLayout:
         first: Line = [
             (f"{step.index + 1:>{_STEP_WIDTH}} ", "dim"),
             (
-                fit(_name(step.token, names), self.token_width),
+                fit(name_of(step.token, names), self.token_width),
                 "plain" if step.is_given else "token",
             ),
             (f"  {percent(step.probability)}", "plain"),
-            (f"  {_shares(sinks[:1] if self.form.is_bare else sinks)}", "dim"),
+            (f"  {self._shares(sinks[:1] if self.form.is_bare else sinks)}", "dim"),
         ]
         parts = [
             row.sources[i : i + self.per_line]
@@ -184,13 +201,16 @@ class TraceLayout:
                 lines[-1].append((f" {token} {percent(one.probability)}", heat(one.probability)))
         return lines
 
+    def _shares(self, shares: Sequence[float]) -> str:
+        return " ".join(percent(share) for share in shares)
+
     def _indent(self) -> Line:
         return [(" " * self.left_width, "plain")]
 
     def _source(self, source: Source, rows: Sequence[Row], names: Sequence[str]) -> Line:
         position = source.token.position
         shares = [source.weight, *(float(row.weights_S[position]) for row in rows[1:])]
-        token = fit(_name(source.token, names), self.source_token_width)
+        token = fit(name_of(source.token, names), self.source_token_width)
         spans: Line = [(f" {position:>{self.position_width}} ", "dim")]
         if len(shares) == 1:
             drawn = f" {bar(source.weight, self.form.bar)}" if self.form.bar else ""
@@ -207,7 +227,7 @@ class TraceLayout:
         if self.rest_width and rows[0].rest is not None:
             positions = [source.token.position for source in sources]
             rests = [rows[0].rest, *(rest_beside(row, positions) for row in rows[1:])]
-            spans.append((f" {_shares(rests)}", "dim"))
+            spans.append((f" {self._shares(rests)}", "dim"))
         else:
             spans.append((" " * self.rest_width, "plain"))
         if self.form.has_entropy:
@@ -215,17 +235,14 @@ class TraceLayout:
         return spans
 
 
-def _name(token: Token, names: Sequence[str]) -> str:
+def name_of(token: Token, names: Sequence[str]) -> str:
+    """Return what to show of a token: its name, or its bytes if there are no names."""
     return names[token.position] if names else visible(token.data)
 
 
 def rest_beside(row: Row, positions: Sequence[int]) -> float:
     """Return the weight of a row that is neither on the sink nor on the given positions."""
     return max(0.0, row.total - row.sink - sum(float(row.weights_S[p]) for p in positions))
-
-
-def _shares(shares: Sequence[float]) -> str:
-    return " ".join(percent(share) for share in shares)
 
 
 def header_lines(header: TraceHeader, width: int) -> list[Line]:
@@ -238,7 +255,7 @@ def header_lines(header: TraceHeader, width: int) -> list[Line]:
     ]
     if header.sink_rule != "first":
         lines += wrapped(f"position {header.sink}, {header.sink_rule}", width, label="sink     ")
-    if header.roles is not None or header.n_verified:
+    if header.roles is not None or header.n_verified or header.against is not None:
         lines += ring("tracing.analysis.lines").header_lines(header, width)
     end = _end_of_prompt(header.prompt, width - len(prompt))
     return [*lines, [(prompt, "dim"), (end, "token")], []]
@@ -268,8 +285,18 @@ def _end_of_prompt(prompt: Sequence[Token], width: int) -> str:
 def measured(header: TraceHeader, measures: Sequence[Measure] | None = None) -> str:
     """Describe the rows, as in ``weight, mean of all 8 heads (2 layers x 4)``."""
     names = " and ".join(header.measures if measures is None else measures)
-    selection = header.selection
-    how = "rollout of the mean" if header.reduce == "rollout" else header.reduce
+    selection, facts = header.selection, facts_of(header.measures[0])
+    if not facts.has_heads:
+        return f"{names} in {facts.unit}, through the whole model"
+    if facts.is_signed:
+        names += f" in {facts.unit}"
+    how = (
+        "sum"
+        if facts.is_signed
+        else "rollout of the mean"
+        if header.reduce == "rollout"
+        else header.reduce
+    )
     if selection.n_chosen == 1 and header.reduce != "rollout":
         return f"{names} of head {selection.as_text()}"
     if selection.is_all:

@@ -3,7 +3,8 @@
 Shapes: L layers, B batch, H query heads, G key/value heads, T queries, S keys, D head dim.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -13,7 +14,7 @@ from minigpt.errors import ConfigError
 from minigpt.model.attention import AttentionPass
 from minigpt.model.language_model import LanguageModel
 from minigpt.rings import ring
-from minigpt.tracing.config import Measure
+from minigpt.tracing.config import DEFAULTS, Measure, TraceConfig, facts_of
 
 _CHUNK = 64  # queries of a prompt whose weights are in memory together
 
@@ -24,6 +25,31 @@ def require_attention(model: LanguageModel) -> None:
         raise ConfigError(
             f"a model of arch {model.config.arch} has no attention to show. Choose another one."
         )
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A forward pass and the token that was drawn after it, as a measure sees them."""
+
+    attention: AttentionPass
+    tokens: Sequence[int] = ()
+    """Ids of the tokens in view. Empty for a measure that does not need the token."""
+    target: int = -1
+    """Id of the generated token; -1 for a measure that does not need it."""
+    against: int | None = None
+    """Id of the alternative whose logit is subtracted. None for none."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Rows by a measure, with what else belongs to their sum."""
+
+    rows: Tensor
+    """Rows of every head (L, H, S), or one row (S,), float32."""
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+    """Numbers that belong to no single position, each of shape ()."""
+    whole: Tensor | None = None
+    """What the rows of all heads and the parts sum to, of shape ()."""
 
 
 class Watcher(Protocol):
@@ -46,22 +72,28 @@ class RowRecorder:
         *,
         measures: Sequence[Measure] = ("weight",),
         watchers: Sequence[Watcher] = (),
+        config: TraceConfig = DEFAULTS,
+        needs_residual: bool = False,
     ) -> None:
         """Prepare to record forward passes of a model.
 
-        Args: measures, available from ``rows_LHS``; watchers, which receive the weights of all
-            queries, not only the last one.
-        Raises: ConfigError if the model has no attention, or if a measure is not installed.
+        Args: measures, available from ``measured``; watchers, which receive the weights of all
+            queries, not only the last one; config, which measures read their settings from;
+            needs_residual, whether to keep the residual stream for others than the measures.
+        Raises: ConfigError if the model has no attention, or if a measure is not installed or does
+            not support the model.
         """
         require_attention(model)
         self._scores = [attention.score for attention in model.attentions]
         self._watchers = watchers
         self.needs_queries = bool(watchers)
+        facts = {name: facts_of(name) for name in measures if name != "weight"}
+        self.needs_residual = needs_residual or any("residual" in f.needs for f in facts.values())
         self._measures = {
-            name: ring(f"tracing.analysis.measures.{name}").measure(model)
-            for name in measures
-            if name != "weight"
+            name: ring("tracing.analysis.measures").find(name).make(model, config) for name in facts
         }
+        self._waiting = {name for name, f in facts.items() if "token" in f.needs}
+        self._last: AttentionPass | None = None
         self._rows: dict[Measure, Tensor] = {}
         self._n_passes = 0
         self.product_error: Tensor | None = None
@@ -72,7 +104,12 @@ class RowRecorder:
     def record(self, attention: AttentionPass) -> None:
         """Take the rows of the first sequence of the batch."""
         weights_LHS = attention.weights_LBHS[:, 0]
-        self._rows = {name: rows_LHS(attention) for name, rows_LHS in self._measures.items()}
+        self._last = attention
+        self._rows = {
+            name: rows_LHS(Prediction(attention))
+            for name, rows_LHS in self._measures.items()
+            if name not in self._waiting
+        }
         self._rows["weight"] = weights_LHS
         values_LGSD = attention.values_LBGSD[:, 0]
         layer = self._n_passes % len(self._scores)
@@ -107,6 +144,26 @@ class RowRecorder:
         """Return the rows of the last pass by a measure, float32, on the model's device."""
         assert measure in self._rows, f"no forward pass was recorded with the measure {measure}"
         return self._rows[measure]
+
+    def measured(
+        self, measure: Measure, tokens: Sequence[int], target: int, against: int | None = None
+    ) -> Measured:
+        """Return the rows of the last pass by any measure.
+
+        Args: tokens, ids of the tokens in view; target, id of the token drawn after the pass;
+            against, id of the alternative whose logit is subtracted.
+        """
+        if measure not in self._waiting:
+            return Measured(self.rows_LHS(measure))
+        assert self._last is not None, "no forward pass was recorded"
+        rows = self._measures[measure](Prediction(self._last, tokens, target, against))
+        return rows if isinstance(rows, Measured) else Measured(rows)
+
+    @property
+    def residual_NC(self) -> Tensor | None:
+        """Residual stream of the last pass at the last position, as in AttentionPass."""
+        residual_NBC = None if self._last is None else self._last.residual_NBC
+        return None if residual_NBC is None else residual_NBC[:, 0]
 
 
 def _product_error(weights_HS: Tensor, v_GSD: Tensor, context_HD: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from minigpt.tracing.config import Measure
+from minigpt.tracing.config import Measure, facts_of
 from minigpt.tracing.events import HeadRows, Row, Source, Token
 from minigpt.tracing.selection import HeadSelection
 
@@ -52,8 +52,9 @@ class RowReader:
 
         Args: tokens, those in view.
         """
-        facts = self.facts(rows_RS)
-        numbers = {name: float(facts[name][0]) for name in ("total", *_SUMMARIES)}
+        is_signed = facts_of(measure).is_signed
+        facts = self.facts(rows_RS, is_signed=is_signed)
+        numbers: dict[str, Any] = {name: float(facts[name][0]) for name in ("total", *_SUMMARIES)}
         sources = zip(facts["positions"][0].tolist(), facts["weights"][0].tolist(), strict=True)
         heads = None
         if len(rows_RS) > 1:
@@ -64,47 +65,55 @@ class RowReader:
                     for name in (*_SUMMARIES, "positions", "weights")
                 }
             )
+        generated = numbers["total"] - numbers["prompt"]
         return Row(
             measure=measure,
-            generated=max(0.0, numbers["total"] - numbers["prompt"]),
+            generated=generated if is_signed else max(0.0, generated),
             sources=tuple(Source(tokens[position], weight) for position, weight in sources),
             weights_S=facts["first"],
             heads=heads,
             **numbers,
         )
 
-    def facts(self, rows_RS: Tensor) -> dict[str, NDArray[Any]]:
-        """Return the total and the fields of ``HeadRows``, for each row; and the ``first`` row."""
+    def facts(self, rows_RS: Tensor, *, is_signed: bool = False) -> dict[str, NDArray[Any]]:
+        """Return the total and the fields of ``HeadRows``, for each row; and the ``first`` row.
+
+        Args: is_signed, whether order, entropy and distance are those of the magnitudes.
+        """
         n_rows, n_view = rows_RS.shape
-        others_RS = rows_RS.clone()
+        size_RS = rows_RS.abs() if is_signed else rows_RS
+        others_RS = size_RS.clone()
         others_RS[:, self.sink] = -1
         top = others_RS.topk(min(self._n_sources, n_view - 1), dim=1)
         n_top = top.values.shape[1]
+        columns_S3 = self._columns(n_view, rows_RS.device)
+        sums_R3 = rows_RS @ columns_S3
         # Few calls, because at this size each call costs more than its arithmetic.
         packed = torch.cat(
             (
-                rows_RS @ self._columns(n_view, rows_RS.device),
-                torch.special.entr(rows_RS).sum(dim=1, keepdim=True),
+                sums_R3,
+                torch.special.entr(size_RS).sum(dim=1, keepdim=True),
                 rows_RS[:, self.sink, None],
                 rows_RS[:, -1:],
-                top.values,
+                size_RS @ columns_S3 if is_signed else sums_R3,
+                rows_RS.gather(1, top.indices) if is_signed else top.values,
                 top.indices.float(),  # exact below 2^24
             ),
             dim=1,
         )
         flat = torch.cat((packed.flatten(), rows_RS[0])).cpu().numpy()
         facts = flat[: packed.numel()].reshape(n_rows, -1)
-        total_R = np.maximum(facts[:, 0], _LEAST)
+        total_R = np.maximum(facts[:, 6], _LEAST)  # of the magnitudes
         return {
             "total": facts[:, 0],
             "prompt": facts[:, 1],
-            "distance": n_view - 1 - facts[:, 2] / total_R,
+            "distance": n_view - 1 - facts[:, 8] / total_R,
             # With p = r / t: -sum p ln p = -sum r ln r / t + ln t.
             "entropy": np.maximum(facts[:, 3] / total_R + np.log(total_R), 0) / math.log(2),
             "sink": facts[:, 4],
             "own": facts[:, 5],
-            "positions": facts[:, 6 + n_top :].astype(np.int32),
-            "weights": facts[:, 6 : 6 + n_top],
+            "positions": facts[:, 9 + n_top :].astype(np.int32),
+            "weights": facts[:, 9 : 9 + n_top],
             "first": flat[packed.numel() :],
         }
 

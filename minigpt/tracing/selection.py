@@ -19,6 +19,11 @@ class HeadSelection:
     """Number of heads per layer."""
 
     @property
+    def n_layer(self) -> int:
+        """Number of layers."""
+        return len(self.heads_by_layer)
+
+    @property
     def n_chosen(self) -> int:
         """Number of chosen heads, over all layers."""
         return sum(len(heads) for heads in self.heads_by_layer)
@@ -26,7 +31,7 @@ class HeadSelection:
     @property
     def is_all(self) -> bool:
         """Whether every head is chosen."""
-        return self.n_chosen == self.n_head * len(self.heads_by_layer)
+        return self.n_chosen == self.n_head * self.n_layer
 
     @property
     def flat_indices(self) -> list[int]:

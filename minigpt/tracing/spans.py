@@ -15,6 +15,8 @@ _UPRIGHT_EIGHTHS = " ▁▂▃▄▅▆▇█"
 _HEAT_BOUNDS = (0.05, 0.12, 0.25, 0.5)
 BAR_WIDTH = 3
 SHARE_WIDTH = 3
+SIGNED_WIDTH = 5
+"""Width of a number with a sign, in cells."""
 
 
 def bar(share: float, width: int = BAR_WIDTH) -> str:
@@ -36,6 +38,12 @@ def eighths(share: float, width: int = 1) -> int:
 def heat(share: float) -> str:
     """Return the style of an attention weight."""
     return f"heat{sum(share >= bound for bound in _HEAT_BOUNDS)}"
+
+
+def signed(number: float) -> str:
+    """Format a number with its sign in five cells."""
+    digits = 2 if abs(number) < 9.995 else 1 if abs(number) < 99.95 else 0
+    return f"{min(max(number, -9999), 9999):+{SIGNED_WIDTH}.{digits}f}"
 
 
 @lru_cache(maxsize=4096)

@@ -17,8 +17,9 @@ from minigpt.model.cache import KVCache
 from minigpt.model.language_model import LanguageModel
 from minigpt.rings import ring
 from minigpt.text.tokenizer import Tokenizer
-from minigpt.tracing.config import DEFAULTS, N_SOURCES, Measure, TraceConfig
+from minigpt.tracing.config import DEFAULTS, N_SOURCES, Measure, TraceConfig, facts_of
 from minigpt.tracing.events import (
+    Alternative,
     Candidate,
     Effect,
     HeadWorking,
@@ -76,7 +77,8 @@ def trace(
             "the prompt has one token, and rows are those of the tokens after it. Give a longer "
             "prompt, or generate without --prompt-rows."
         )
-    observer = AttentionObserver(model, config, len(prompt), sampling)
+    against = None if config.against is None else _alternative(tokenizer, config.against)
+    observer = AttentionObserver(model, config, len(prompt), sampling, against)
     tokens = [Token(i, token, tokenizer.token_bytes(token)) for i, token in enumerate(prompt)]
     started = time.perf_counter()
     decoder = Decoder(
@@ -105,7 +107,7 @@ def trace(
         for index, item in enumerate(items):
             step = item.step
             in_view = tokens[: step.position]
-            rows = observer.rows(in_view)
+            rows = observer.rows(in_view, step.token)
             if dense is not None:
                 dense(observer.recorder.weights_LHS)
             effects = observer.effects(decoder.cache, in_view, rows[0], step.token)
@@ -133,6 +135,19 @@ def trace(
     yield TraceFooter(n_generated, finish, seconds, workings=workings, **observer.checks())
 
 
+def _alternative(tokenizer: Tokenizer, text: str) -> Alternative:
+    """Return the first token of an alternative text.
+
+    Raises: ConfigError for an empty text.
+    """
+    ids = tokenizer.encode(text)
+    if not ids:
+        raise ConfigError(
+            "--against needs a token: the text is empty. Give at least one character."
+        )
+    return Alternative(text, ids[0], tokenizer.token_bytes(ids[0]), len(ids))
+
+
 def _kernel(model: LanguageModel, *, is_compiled: bool) -> str:
     if is_compiled:
         return "compiled graph"
@@ -144,10 +159,16 @@ class AttentionObserver:
     """Turns the attention of each forward pass into a trace's rows, effects and checks."""
 
     def __init__(
-        self, model: LanguageModel, config: TraceConfig, n_prompt: int, sampling: SamplingConfig
+        self,
+        model: LanguageModel,
+        config: TraceConfig,
+        n_prompt: int,
+        sampling: SamplingConfig,
+        against: Alternative | None = None,
     ) -> None:
         """Prepare to observe passes of a model; ``recorder`` must be given to all of them.
 
+        Args: against, what the token is compared with, if anything.
         Raises: ConfigError if the model cannot be traced with this config.
         """
         require_attention(model)
@@ -160,6 +181,7 @@ class AttentionObserver:
                 f"has {n_prompt} tokens."
             )
         self._model, self._config, self._n_prompt = model, config, n_prompt
+        self._against = against
         shape = model.config
         self._selection = select_heads(
             shape.n_attention_layer, shape.n_head, layers=config.layers, heads=config.heads
@@ -171,7 +193,9 @@ class AttentionObserver:
         if config.sink == "auto":
             self._sink_finder = ring("tracing.analysis.sink").SinkFinder(n_prompt)
         watchers = [one for one in (self._rollout, self._sink_finder) if one is not None]
-        self.recorder = RowRecorder(model, measures=config.measures, watchers=watchers)
+        self.recorder = RowRecorder(
+            model, measures=config.measures, watchers=watchers, config=config
+        )
         self._explained: HeadSelection | None = None
         if config.explain is not None:
             workings = ring("tracing.analysis.workings")
@@ -208,15 +232,19 @@ class AttentionObserver:
             sink_rule=rule,
             n_verified=config.n_verified,
             knockout=config.knockout,
+            against=self._against,
             roles=ring("tracing.analysis.roles").head_roles(self._model) if config.roles else None,
             **facts,
         )
 
     @torch.inference_mode()
-    def rows(self, tokens: Sequence[Token]) -> tuple[Row, ...]:
-        """Return the last pass's row by each measure; ``tokens`` are those in view."""
+    def rows(self, tokens: Sequence[Token], target: int) -> tuple[Row, ...]:
+        """Return the last pass's row by each measure.
+
+        Args: tokens, those in view; target, the token that was drawn.
+        """
         config, recorder = self._config, self.recorder
-        rows = tuple(self._row(measure, tokens) for measure in config.measures)
+        rows = tuple(self._row(measure, tokens, target) for measure in config.measures)
         if config.reduce != "max" and config.measures[0] == "weight":
             self._sum_error = max(self._sum_error or 0.0, abs(rows[0].total - 1))
         if recorder.product_error is not None:
@@ -225,19 +253,32 @@ class AttentionObserver:
             self._product_error = error if so_far is None else torch.maximum(so_far, error)
         return rows
 
-    def _row(self, measure: Measure, tokens: Sequence[Token]) -> Row:
-        config = self._config
-        rows_LHS = self.recorder.rows_LHS(measure)
-        if self._rollout is not None:
+    def _row(self, measure: Measure, tokens: Sequence[Token], target: int) -> Row:
+        config, selection, facts = self._config, self._selection, facts_of(measure)
+        against = None if self._against is None else self._against.id
+        ids = [token.id for token in tokens]
+        measured = self.recorder.measured(measure, ids, target, against)
+        rows, parts = measured.rows, dict(measured.parts)
+        if not facts.has_heads:
+            reduced_S = rows
+        elif self._rollout is not None:
             reduced_S = self._rollout.row()
         else:
-            reduced_S = reduce_rows(rows_LHS, self._selection, is_max=config.reduce == "max")
+            reduced_S = reduce_rows(rows, selection, is_max=config.reduce == "max")
+            if facts.is_signed:
+                reduced_S = reduced_S * selection.n_chosen  # summed
+                if not selection.is_all and parts:
+                    parts["other_heads"] = rows.sum() - reduced_S.sum()
         rows_RS = reduced_S[None]
-        if config.has_heads:
-            rows_RS = torch.cat((rows_RS, rows_LHS.flatten(0, 1)))
-        if measure != "weight":  # other measures need not sum to 1: normalize
+        if config.has_heads and facts.has_heads:
+            rows_RS = torch.cat((rows_RS, rows.flatten(0, 1)))
+        if measure != "weight" and facts.unit == "share":  # these need not sum to 1: normalize
             rows_RS = rows_RS / rows_RS.sum(dim=1, keepdim=True).clamp(min=1e-30)
-        return self._reader.row(measure, rows_RS, tokens, rows_LHS.shape[0])
+        row = self._reader.row(measure, rows_RS, tokens, selection.n_layer)
+        if measured.whole is None:
+            return row
+        whole, *values = torch.stack([measured.whole, *parts.values()]).tolist()
+        return replace(row, whole=whole, parts=dict(zip(parts, values, strict=True)))
 
     def effects(
         self, cache: KVCache, tokens: Sequence[Token], row: Row, target: int

@@ -117,6 +117,7 @@ class Keeper:
     """Keeps what a recorder receives."""
 
     needs_queries = True
+    needs_residual = True
 
     def record(self, attention: AttentionPass) -> None:
         self.attention = attention
@@ -141,6 +142,23 @@ def test_recorded_rows_times_values_are_the_heads_outputs(model: LanguageModel) 
             hidden = place[None] <= place[:, None] - window
             assert (weights[:, hidden] == 0).all()
             assert (weights[:, ~hidden & (place[None] <= place[:, None])] > 0).all()
+
+
+@torch.no_grad()
+def test_recorded_residual_stream_is_what_the_blocks_pass_on(model: LanguageModel) -> None:
+    states = []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0]))
+        block.register_forward_hook(lambda *call: states.append(call[-1]))
+    model(TOKENS, recorder=(keeper := Keeper()))
+    residual_NBC = keeper.attention.residual_NBC
+    assert residual_NBC is not None
+    assert torch.equal(residual_NBC[0::2], torch.stack([states[0], *states[1::2]])[:, :, -1])
+    for layer, attention in enumerate(model.attentions):
+        branch = attention.output(keeper.attention.context_LBHD[layer].flatten(1))
+        branch = model.blocks[layer].attention_post_norm(branch)
+        added = residual_NBC[2 * layer + 1] - residual_NBC[2 * layer]
+        torch.testing.assert_close(added, branch, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from small_models import small_model
 from minigpt.checkpoint.model_folder import read_model, write_model
 from minigpt.generation.fast.quantize import quantize_int8
 from minigpt.text.tokenizer import bytes_tokenizer
-from minigpt.tracing.analysis.roles import head_effects, head_roles
+from minigpt.tracing.analysis.roles import head_effects, head_logits, head_roles
 
 
 @pytest.fixture
@@ -44,11 +44,14 @@ def test_json_has_the_scores_tag_and_cost_of_each_head(
         quantize_int8(model)
     assert (facts["model"], facts["seed"], facts["n_repeated"]) == (str(folder), 3, 32)
     roles, effects = head_roles(model, seed=3), head_effects(model, seed=3)
+    logits = head_logits(model, seed=3)
+    assert logits is not None
     assert len(facts["heads"]) == 8
     for head, with_cost in zip(facts["heads"], ablated["heads"], strict=True):
         expected = vars(roles[head["layer"]][head["head"]])
         assert {name: head[name] for name in expected} == pytest.approx(expected, abs=1e-6)
-        assert head.keys() == {"layer", "head", *expected}
+        assert head["logit_effect"] == pytest.approx(logits[head["layer"], head["head"]], abs=1e-5)
+        assert head.keys() == {"layer", "head", "logit_effect", *expected}
         cost = with_cost.pop("loss_effect")
         assert cost == pytest.approx(effects[head["layer"], head["head"]], abs=1e-4)
         assert with_cost == head
@@ -65,7 +68,9 @@ def test_the_terminal_shows_a_grid_or_a_table_with_a_legend(run: Run, folder: Pa
     assert lines[0].split() == ["layer", "h0", "h1", "h2", "h3"]
     for layer in (0, 1):
         tags = [head["tag"] or "·" for head in facts if head["layer"] == layer]
-        assert lines[1 + 2 * layer].split() == [str(layer), *tags]
+        assert lines[1 + 3 * layer].split() == [str(layer), *tags]
+        logits = [f"{head['logit_effect']:+.2f}" for head in facts if head["layer"] == layer]
+        assert lines[3 + 3 * layer].split() == logits
     for head in facts:
         scores = [head[name] for name in ("previous", "duplicate", "induction", "sink", "local")]
         row = re.search(rf"(?m)^{head['layer']}\.{head['head']} (.*)$", table.out)

@@ -20,6 +20,7 @@ from minigpt.files import CACHE_VARIABLE
 from minigpt.generation.decoder import Decoder
 from minigpt.generation.fast import compiled, prepare_for_decoding
 from minigpt.generation.fast.compiled import CompiledForward
+from minigpt.generation.fast.decode_step import Shown
 from minigpt.generation.fast.graph import GraphStep
 from minigpt.generation.fast.quantize import quantize_int8, use_float32_activations
 from minigpt.model.gpt import GPT
@@ -160,10 +161,10 @@ def test_context_and_capacity_limits_raise() -> None:
 
 def test_different_graphs_have_different_keys() -> None:
     def key(
-        layout: str = "llama", n_rows: int = 1, *, shows_attention: bool = False, **changes: Any
+        layout: str = "llama", n_rows: int = 1, *, shown: Shown = "nothing", **changes: Any
     ) -> str:
         model = small_model(layout, **changes)
-        step = GraphStep(model, shows_attention=shows_attention)
+        step = GraphStep(model, shown)
         tensors = dict(step.named_parameters())
         return compiled._key(step, tensors, torch.float32, is_batch=n_rows > 1)
 
@@ -174,7 +175,8 @@ def test_different_graphs_have_different_keys() -> None:
         key(n_rows=2),
         key(n_layer=1),
         key(norm_eps=1e-6),
-        key(shows_attention=True),
+        key(shown="attention"),
+        key(shown="residual"),
     ]
     assert len(set(keys)) == len(keys)
 

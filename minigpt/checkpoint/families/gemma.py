@@ -21,9 +21,12 @@ FIXED = llama.FIXED | {"mlp_bias": False, "use_bidirectional_attention": False}
 class GemmaNorm(RMSNorm):
     """RMSNorm whose weight is stored minus 1, computed in float32."""
 
+    @property
+    def gain(self) -> Tensor:
+        return 1 + self.weight.float()
+
     def forward(self, x: Tensor) -> Tensor:
-        weight = 1 + self.weight.float()
-        return F.rms_norm(x.float(), self.normalized_shape, weight, self.eps).type_as(x)
+        return F.rms_norm(x.float(), self.normalized_shape, self.gain, self.eps).type_as(x)
 
 
 class GemmaBlock(Block):

@@ -36,7 +36,7 @@ class SoftcappedScore(ScaledScore):
         self.cap = cap
 
     def score(self, q_BHTD: Tensor, k_BGSD: Tensor) -> Tensor:
-        return softcap(super().score(q_BHTD, k_BGSD), self.cap)
+        return self.cap * (super().score(q_BHTD, k_BGSD) / self.cap).tanh()
 
     def attend(
         self, q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, visible_BS: Tensor | None = None
@@ -48,11 +48,6 @@ class SoftcappedScore(ScaledScore):
             weights = self.weights(q, k_BGSD[:, :, :end], visible)
             contexts.append(weighted_sum(weights, v_BGSD[:, :, :end]))
         return torch.cat(contexts, dim=2)
-
-
-def softcap(x: Tensor, cap: float) -> Tensor:
-    """Return x bounded smoothly to (-cap, cap)."""
-    return cap * (x / cap).tanh()
 
 
 class Gemma2Attention(Attention):
@@ -85,10 +80,9 @@ class Gemma2GPT(GemmaGPT):
     block_class = Gemma2Block
     attention_class: type[Attention] = Gemma2Attention
 
-    def logits(self, x: Tensor, logits_to_keep: int) -> Tensor:
-        logits = super().logits(x, logits_to_keep)
-        cap = hf_fields(self.config).get("final_logit_softcapping")
-        return softcap(logits, cap) if cap else logits
+    @property
+    def logit_softcap(self) -> float:
+        return hf_fields(self.config).get("final_logit_softcapping") or 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

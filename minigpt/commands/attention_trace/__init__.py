@@ -62,7 +62,9 @@ def attention_trace(
     at each position, which does not sum to 100 %, and rollout multiplies the mean attention of the
     layers, over at most 1024 positions.
 
-    --measure norm weighs a source by the norm of what the heads added from it.
+    --measure norm weighs a source by the norm of what the heads added from it. logit, gradient and
+    integrated explain the logit of the token, in logits with a sign: what the heads brought to it
+    directly from each position, gradient x input, and integrated gradients.
 
     The attention of a token is the row of the query that produced it, at the position before it,
     so a token is not among its own sources. Attention weight is not influence: it shows where a
@@ -119,11 +121,11 @@ def _trace(
     from minigpt.commands.output import note
     from minigpt.console import make_console
     from minigpt.generation.decoder import fresh_seed
-    from minigpt.tracing.lines import TraceLayout
+    from minigpt.tracing.lines import make_layout
     from minigpt.tracing.tracer import trace
 
     shape = ready.model.config
-    layout = TraceLayout(
+    layout = make_layout(
         make_console(is_stderr=False).width,
         vocab_size=shape.vocab_size,
         n_positions=min(shape.context_length, len(ready.prompt) + sampling.max_new_tokens),

@@ -14,9 +14,10 @@ from minigpt.commands.attention_trace.targets import LINES, Targets
 from minigpt.commands.loading import show_model
 from minigpt.commands.output import note
 from minigpt.console import make_console, print_lines, write_result
+from minigpt.errors import cut
 from minigpt.files import resource_errors, write_atomically, writing_aside
 from minigpt.rings import ring
-from minigpt.text.escape import JoinedTokens
+from minigpt.text.escape import JoinedTokens, visible
 from minigpt.tracing.events import Effect, Trace, TraceEvent, TraceFooter, TraceHeader, TraceStep
 from minigpt.tracing.file import to_json_line
 from minigpt.tracing.lines import TraceLayout, footer_lines, header_lines
@@ -117,6 +118,10 @@ class TraceOutput:
         if self._model is not None:
             show_model(self._model)
             self._model = None
+        against = event.against if isinstance(event, TraceHeader) else None
+        if against is not None and against.n_tokens > 1:
+            first = f"{visible(against.data)}, the first of {against.n_tokens} tokens"
+            note(f"--against {cut(against.text)}: compared with {first}")
         if self._targets.out is not None:
             self._write(to_json_line(event) + "\n", self._targets.out)
         if self._view == "json":

@@ -13,7 +13,7 @@ from minigpt.format import percent
 from minigpt.tracing.analysis.diff import StepDiff, diff_traces
 from minigpt.tracing.analysis.reader import read_traces
 from minigpt.tracing.events import Trace
-from minigpt.tracing.lines import TraceLayout, measured
+from minigpt.tracing.lines import make_layout, measured
 from minigpt.tracing.spans import Line, bar, fit, fit_start, heat, one_line, wrapped
 
 _TOKEN_WIDTH = 9
@@ -27,7 +27,7 @@ def replay(path: Path, targets: Targets, *, n_sources: int | None) -> None:
     traces = read_traces(path)
     targets.check(len(traces), path)
     for trace in traces:
-        layout = TraceLayout(
+        layout = make_layout(
             make_console(is_stderr=False).width,
             vocab_size=1 + max(token.id for token in trace.tokens),
             n_positions=len(trace.tokens),

@@ -19,6 +19,7 @@ _PICTURE_NEEDS = {
     "--picture": ("--svg", "--png"),
     "--position": ("--view text", "--picture strip"),
 }
+_EXPLAINING = ("logit", "gradient", "integrated")  # measures of the generated token, in logits
 _DRAWN = ("--json", "--out", "--html")
 
 LIVE = Mode(
@@ -29,6 +30,8 @@ LIVE = Mode(
         "--n-sources": ("--view lines", *_DRAWN),
         "--explain": ("--html", "--out", "--json"),
         "--candidates": ("--view lines", "--view text", *_DRAWN),
+        "--against": tuple(f"--measure {measure}" for measure in _EXPLAINING),
+        "--n-steps": ("--measure integrated",),
         "--roles": ("--view lines", "--view heads", *_DRAWN),
         **dict.fromkeys(
             ("--layers", "--heads", "--reduce"),
@@ -36,7 +39,11 @@ LIVE = Mode(
         ),
         **_PICTURE_NEEDS,
     },
-    refuses={"--json": ("--view",), **PromptForm.REFUSES},
+    refuses={
+        "--json": ("--view",),
+        **dict.fromkeys((f"--measure {m}" for m in _EXPLAINING), ("--reduce",)),
+        **PromptForm.REFUSES,
+    },
     defaults={"--view": LINES},
 )
 REPLAY = Mode(

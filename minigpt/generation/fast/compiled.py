@@ -82,7 +82,7 @@ class CompiledForward(StepForward):
         self.cache.keys_LBGSD.zero_()
         self.cache.values_LBGSD.zero_()
         self._run = load_step(
-            GraphStep(model, shows_attention=recorder is not None),
+            GraphStep(model, decode_step.shown_to(recorder)),
             cache_dtype=self.cache.keys_LBGSD.dtype,
             is_batch=n_rows > 1,
         )
@@ -191,7 +191,7 @@ def _key(
             "config": asdict(step.model.config),
             "tensors": {n: [str(t.dtype), t.shape] for n, t in tensors.items()},
             "cache": [str(cache_dtype), is_batch],
-            "shows_attention": step.shows_attention,
+            "shown": step.shown,
             "device": hardware,
         },
         sort_keys=True,

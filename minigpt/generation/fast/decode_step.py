@@ -3,22 +3,24 @@
 ``GPT.forward`` is the definition. ``DecodeStep`` is the same computation for one query per row,
 made of a set of kernels: eager ones, which need few calls, or those of a compiled graph.
 
-Shapes: B rows, C model dim, V vocabulary, L layers, H query heads, D head dim, S positions in view,
-X all heads' values side by side.
+Shapes: B rows, C model dim, V vocabulary, L layers, N = 2 L + 1 states of the residual stream, H
+query heads, D head dim, S positions in view, X all heads' values side by side.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from minigpt.generation.forward import PlainForward
-from minigpt.model.attention import Attention, AttentionPass
+from minigpt.model.attention import Attention, AttentionPass, Recorder
 from minigpt.model.gpt import GPT, Block
 from minigpt.model.layers import MLP, GatedMLP
 
 Function = Callable[[Tensor], Tensor]
+Shown = Literal["nothing", "attention", "residual"]
+"""What a step returns beside the logits; residual: attention and the residual stream."""
 Add = Callable[[Tensor, Tensor], Tensor]
 """Residual stream and branch -> the stream plus a linear layer of the branch, perhaps in-place."""
 Attend = Callable[[Tensor, Any, Any, Any], tuple[Tensor, Tensor]]
@@ -50,11 +52,18 @@ class Kernels(Protocol):
         """Return the output projection; an embedding is used transposed."""
 
 
+def shown_to(recorder: Recorder | None) -> Shown:
+    """Return what a step has to return for a recorder."""
+    if recorder is None:
+        return "nothing"
+    return "residual" if recorder.needs_residual else "attention"
+
+
 class DecodeStep:
     """The logits after one more token in every row, as GPT.forward computes them."""
 
-    def __init__(self, model: GPT, kernels: Kernels, *, shows_attention: bool) -> None:
-        self._kernels, self._shows_attention = kernels, shows_attention
+    def __init__(self, model: GPT, kernels: Kernels, shown: Shown) -> None:
+        self._kernels, self._shown = kernels, shown
         self._d_head = model.config.d_head
         self._layers = [
             (
@@ -76,10 +85,16 @@ class DecodeStep:
 
         Args: tokens (B,); position, the index of the new tokens; caches, one for each layer.
         Returns: logits (B, V); if it shows attention, also the weights (L, B, H, S) and the heads'
-            outputs (L, B, H, D).
+            outputs (L, B, H, D); if it shows the residual stream, also that (N, B, C).
         """
         x = self._kernels.embed(tokens, position)
-        weights, contexts = [], []
+        weights, contexts, residual = [], [], []
+
+        def keep(x: Tensor) -> None:
+            if self._shown == "residual":
+                residual.append(x.clone())  # kernels may change x in-place
+
+        keep(x)
         for layer, rotary, cache in zip(
             self._layers, self._kernels.rotary(position), caches, strict=True
         ):
@@ -88,12 +103,15 @@ class DecodeStep:
             weights.append(weights_BHS)
             contexts.append(context_BX)
             x = output(x, context_BX)
+            keep(x)
             x = down(x, hidden(mlp_norm(x)))
+            keep(x)
         logits = self._unembed(self._final_norm(x))
-        if not self._shows_attention:
+        if self._shown == "nothing":
             return (logits,)
         context_LBHD = torch.stack(contexts).unflatten(2, (-1, self._d_head))
-        return logits, torch.stack(weights), context_LBHD
+        shown = logits, torch.stack(weights), context_LBHD
+        return shown if self._shown == "attention" else (*shown, torch.stack(residual))
 
 
 class StepForward(PlainForward):
@@ -127,13 +145,14 @@ class StepForward(PlainForward):
         logits, *attention = self._decode(tokens[:, 0], start)
         self.cache.advance(1)
         if self.recorder is not None:
-            weights_LBHS, context_LBHD = attention
+            weights_LBHS, context_LBHD, *residual = attention
             self.recorder.record(
                 AttentionPass(
                     weights_LBHS[:, :n_rows, :, :end],
                     context_LBHD[:, :n_rows],
                     self.cache.values_LBGSD[:, :n_rows, :, :end],
                     n_new=1,
+                    residual_NBC=residual[0][:, :n_rows] if residual else None,
                 )
             )
         return logits[:n_rows].float()

@@ -12,7 +12,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from minigpt.generation.fast.decode_step import Add, Attend, DecodeStep, Function, StepForward
+from minigpt.generation.fast.decode_step import (
+    Add,
+    Attend,
+    DecodeStep,
+    Function,
+    StepForward,
+    shown_to,
+)
 from minigpt.generation.fast.products import make_product
 from minigpt.model.attention import Attention, Recorder
 from minigpt.model.gpt import GPT
@@ -27,7 +34,7 @@ class EagerForward(StepForward):
         super().__init__(model, capacity=capacity, recorder=recorder)
         with torch.no_grad():
             self._kernels = EagerKernels(model)
-            self._step = DecodeStep(model, self._kernels, shows_attention=recorder is not None)
+            self._step = DecodeStep(model, self._kernels, shown_to(recorder))
 
     def _bind(self) -> None:
         self._kernels.bind(self.cache.n_rows)

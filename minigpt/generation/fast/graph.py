@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minigpt.generation.fast.decode_step import Add, Attend, DecodeStep, Function
+from minigpt.generation.fast.decode_step import Add, Attend, DecodeStep, Function, Shown
 from minigpt.model.attention import Attention
 from minigpt.model.gpt import GPT
 from minigpt.model.layers import MLP, GatedMLP, rotate
@@ -26,10 +26,10 @@ _CPU_PARTS = 4
 class GraphStep(nn.Module):
     """The decode step as a function of tensors, which can be exported."""
 
-    def __init__(self, model: GPT, *, shows_attention: bool = False) -> None:
+    def __init__(self, model: GPT, shown: Shown = "nothing") -> None:
         super().__init__()
-        self.model, self.shows_attention = model, shows_attention
-        self._step = DecodeStep(model, GraphKernels(model), shows_attention=shows_attention)
+        self.model, self.shown = model, shown
+        self._step = DecodeStep(model, GraphKernels(model), shown)
 
     def forward(
         self,
@@ -44,8 +44,7 @@ class GraphStep(nn.Module):
         Args: tokens (B,); position (1,), their index; in_view (S,), whose shape alone
             matters: positions from S on are not read; keys and values, for each layer (B, G, P, D),
             finite.
-        Returns: logits (B, V), float32; if it shows attention, also the weights (L, B, H, S) and
-            the heads' outputs (L, B, H, D).
+        Returns: logits (B, V), float32, and what DecodeStep shows.
         """
         is_filled_S = torch.arange(in_view.shape[0], device=tokens.device) <= position
         caches = [(*pair, is_filled_S) for pair in zip(keys, values, strict=True)]

@@ -78,7 +78,8 @@ class WeightOnlyLinear(nn.Module):
 
     def _from_table(self, x_BI: Tensor) -> Tensor:
         assert self.table is not None
-        if len(x_BI) <= MAX_ROWS and self.out_features == self.table.n_outputs:
+        is_few = len(x_BI) <= MAX_ROWS and not x_BI.requires_grad  # the kernels have no gradient
+        if is_few and self.out_features == self.table.n_outputs:
             return self.table.product(x_BI).to(x_BI.dtype)
         return self.table.matmul(x_BI, self._start, self._start + self.out_features)
 

@@ -79,6 +79,7 @@ class _LastRows:
     """Recorder of the last query's attention weights in all heads of all layers."""
 
     needs_queries = False
+    needs_residual = False
     weights_BNS: Tensor
 
     def record(self, attention: AttentionPass) -> None:

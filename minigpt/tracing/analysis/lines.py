@@ -1,4 +1,4 @@
-"""Lines of a trace about knockouts and head roles.
+"""Lines of a trace about knockouts, head roles and alternatives.
 
 ``tracing.lines`` asks for them if a trace has some.
 """
@@ -6,17 +6,20 @@
 import math
 from collections.abc import Sequence
 
+from minigpt.text.escape import visible
 from minigpt.tracing.events import ROLE_SCORES, CauseCheck, Effect, TraceHeader
 from minigpt.tracing.lines import KNOCKOUTS, TraceLayout
-from minigpt.tracing.spans import Line, heat, wrapped
+from minigpt.tracing.spans import SIGNED_WIDTH, Line, heat, signed, wrapped
 
-_CHANGE_WIDTH = 5
 _WITHOUT = "ln p without"
 
 
 def header_lines(header: TraceHeader, width: int) -> list[Line]:
-    """Return the lines of a header about roles and knockouts."""
+    """Return the lines of a header about alternatives, roles and knockouts."""
     lines: list[Line] = []
+    if header.against is not None:
+        text = f"the logit of each token minus that of {visible(header.against.data)}"
+        lines += wrapped(text, width, label="against  ")
     if header.roles is not None:
         label = "role     " if header.selection.n_chosen == 1 else "roles    "
         lines += wrapped(_roles_in_words(header), width, label=label)
@@ -52,8 +55,8 @@ def effect_lines(effects: Sequence[Effect], layout: TraceLayout) -> list[Line]:
     controls = {effect.control_of: effect for effect in effects if effect.control_of is not None}
     sources = [effect for effect in effects if effect.control_of is None]
     # As wide as the column of a source, so that they are aligned, if that is enough.
-    cell_width = max(layout.source_width, layout.position_width + 2 * _CHANGE_WIDTH + 4)
-    versus = " vs " if cell_width >= layout.position_width + 2 * _CHANGE_WIDTH + 6 else "  "
+    cell_width = max(layout.source_width, layout.position_width + 2 * SIGNED_WIDTH + 4)
+    versus = " vs " if cell_width >= layout.position_width + 2 * SIGNED_WIDTH + 6 else "  "
     per_line = max(1, (layout.width - layout.left_width) // cell_width)
     lines = []
     for start in range(0, len(sources), per_line):
@@ -61,8 +64,8 @@ def effect_lines(effects: Sequence[Effect], layout: TraceLayout) -> list[Line]:
         if start == 0:
             line = [(_WITHOUT.rjust(layout.left_width), "dim")]
         for i, effect in enumerate(sources[start : start + per_line], start):
-            change = _signed(effect.change)
-            control = _signed(controls[i].change) if i in controls else "-"
+            change = signed(effect.change)
+            control = signed(controls[i].change) if i in controls else "-"
             line += [
                 (f" {effect.source.token.position:>{layout.position_width}} ", "dim"),
                 (change, _effect_heat(effect.change)),
@@ -76,12 +79,6 @@ def effect_lines(effects: Sequence[Effect], layout: TraceLayout) -> list[Line]:
 def _effect_heat(change: float) -> str:
     """Return the style of a change of ln p, by the fraction by which it changed p."""
     return heat(1 - math.exp(-abs(change)))
-
-
-def _signed(change: float) -> str:
-    """Format a change of ln p in five cells."""
-    digits = 2 if abs(change) < 9.995 else 1 if abs(change) < 99.95 else 0
-    return f"{min(max(change, -9999), 9999):+{_CHANGE_WIDTH}.{digits}f}"
 
 
 def cause_in_words(check: CauseCheck) -> str:

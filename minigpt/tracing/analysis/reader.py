@@ -126,10 +126,20 @@ class _Reader:
             measures=measures,
             sink=sink,
             sink_rule=_checked(place["rule"], str, "sink.rule"),
+            against=self._alternative(value.get("against")),
             sampling=build(SamplingConfig, _object(value["sampling"], "sampling"), "sampling."),
             prompt=tuple(self.tokens),
             roles=roles,
         )
+
+    def _alternative(self, value: Any) -> events.Alternative | None:
+        if value is None:
+            return None
+        value = _object(value, "against")
+        text = _checked(value["given"], str, "against.given")
+        token = _checked(value["token"], int, "against.token")
+        n_tokens = _checked(value["n_tokens"], int, "against.n_tokens")
+        return events.Alternative(text, token, _bytes(value, "bytes"), n_tokens)
 
     def add(self, value: dict[str, Any]) -> None:
         """Add a step."""
@@ -203,10 +213,13 @@ class _Reader:
         if len(weights_S) != n_view or not np.isfinite(weights_S).all():
             raise ValueError(f"weights must be a number for each of {n_view} tokens")
         heads = value["heads"]
+        parts = _object(value.get("parts", {}), "parts")
         return _read(
             events.Row,
-            {field: value[name] for name, field in ROW_FIELDS.items()},
+            {field: value[name] for name, field in ROW_FIELDS.items()}
+            | {"whole": value.get("whole")},
             measure=value["measure"],
+            parts={name[:80]: _checked(parts[name], float, "parts") for name in parts},
             sources=tuple(self._source(source, n_view) for source in _objects(value, "sources")),
             weights_S=weights_S.astype(np.float32),
             heads=None if heads is None else self._heads(_object(heads, "heads"), n_view),

@@ -19,7 +19,14 @@ from torch import Tensor, nn
 from minigpt.errors import CheckpointError, ConfigError
 from minigpt.fields import require_within
 from minigpt.model.attention import AttentionPass
+from minigpt.model.gpt import GPT
 from minigpt.model.language_model import LanguageModel
+from minigpt.tracing.analysis.frozen import (
+    HeadDirections,
+    frozen_norm,
+    logit_weights,
+    why_not_linear,
+)
 from minigpt.tracing.events import ROLE_SCORES, Roles
 from minigpt.tracing.recorder import require_attention
 
@@ -120,6 +127,7 @@ class _RoleRecorder:
     """Computes the scores of one layer at a time, so that only its weights are in memory."""
 
     needs_queries = True
+    needs_residual = False
 
     def __init__(self, model: LanguageModel) -> None:
         self._attentions = model.attentions
@@ -160,6 +168,41 @@ def head_effects(
             progress(n_done / effects_LH.size)
         with without_heads(model, layer, [head]):
             effects_LH[layer, head] = loss() - loss_with_all
+    return effects_LH
+
+
+@torch.inference_mode()
+def head_logits(model: LanguageModel, *, seed: int = 0) -> NDArray[np.float32] | None:
+    """Return each head's mean direct effect on the logit of the right token, in logits: (L, H).
+
+    The effect is that of ``--measure logit``, over all sources together. The mean is over the
+    second copy except its first token, as in ``head_effects``. None if the model's logits are not a
+    sum over what was added to its residual stream.
+
+    Raises: ConfigError if the context or the vocabulary is too small.
+    """
+    if why_not_linear(model):
+        return None
+    assert isinstance(model, GPT)
+    tokens = repeated_sequences(model, seed=seed)
+    n_repeated = tokens.shape[1] // 2
+    inputs: list[Tensor] = []
+
+    def keep(_: nn.Module, args: tuple[Tensor]) -> None:
+        inputs.append(args[0][:, -n_repeated:-1].float())
+
+    outputs = [attention.output for attention in model.attentions]
+    hooks = [module.register_forward_pre_hook(keep) for module in (*outputs, model.final_norm)]
+    try:
+        model(tokens, logits_to_keep=n_repeated)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    *contexts, x_BTC = inputs
+    w_BTC = logit_weights(model, tokens[:, n_repeated + 1 :])
+    u_LBTX, _ = HeadDirections(model)(frozen_norm(model.final_norm, x_BTC, w_BTC)[0], contexts)
+    by_head = (u_LBTX * torch.stack(contexts)).unflatten(3, (model.config.n_head, -1))
+    effects_LH: NDArray[np.float32] = by_head.sum(dim=4).mean(dim=(1, 2)).cpu().numpy()
     return effects_LH
 
 

@@ -74,6 +74,7 @@ class _QueryRecorder:
     """Keeps the queries, keys and values of a forward pass."""
 
     needs_queries = True
+    needs_residual = False
     attention: AttentionPass
 
     def record(self, attention: AttentionPass) -> None:

@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from minigpt.errors import ConfigError
 from minigpt.format import percent
 from minigpt.tracing.events import ROLE_SCORES, Roles, Trace
-from minigpt.tracing.spans import Line, bar, heat, wrapped
+from minigpt.tracing.spans import SIGNED_WIDTH, Line, bar, heat, signed, wrapped
 from minigpt.tracing.views import DEFAULTS, ViewOptions
 
 _NO_TAG = "·"
@@ -16,6 +17,7 @@ _ROLE_CELL_WIDTH = 6
 _COLUMN_WIDTH = 10
 _NARROW_COLUMN_WIDTH = 5
 _BAR_WIDTH = 5
+_EFFECT_WIDTH = SIGNED_WIDTH + 1
 
 
 def show(trace: Trace, options: ViewOptions = DEFAULTS) -> list[Line]:
@@ -51,30 +53,42 @@ def show(trace: Trace, options: ViewOptions = DEFAULTS) -> list[Line]:
     return [*_blocks(grid, options.width, _CELL_WIDTH), [], *wrapped(caption, options.width)]
 
 
-def roles_grid(roles: Sequence[Sequence[Roles]], width: int) -> list[Line]:
+def roles_grid(
+    roles: Sequence[Sequence[Roles]], width: int, logits_LH: NDArray[np.float32] | None = None
+) -> list[Line]:
     """Return a grid of the heads' roles, each with its score; without a role, the largest score.
 
-    Args: roles, for each layer the roles of its heads; width, of the terminal, in cells.
+    Args: roles, for each layer the roles of its heads; width, of the terminal, in cells; logits_LH,
+        the heads' effects on a logit, if they are known.
     """
 
-    def cell(role: Roles) -> list[Line]:
+    def cell(layer: int, head: int) -> list[Line]:
+        role = roles[layer][head]
         named = [name for name in ROLE_SCORES if role.tag and name.startswith(role.tag)]
         score = max(float(getattr(role, name)) for name in named or ROLE_SCORES)
         style = heat(score) if role.tag else "dim"
-        return [
-            _tag(role, _ROLE_CELL_WIDTH - 1),
-            [(percent(score).ljust(_ROLE_CELL_WIDTH - 1), style)],
-        ]
+        numbers = [(percent(score).ljust(_ROLE_CELL_WIDTH - 1), style)]
+        lines = [_tag(role, _ROLE_CELL_WIDTH - 1), numbers]
+        if logits_LH is not None:
+            lines.append([(signed(float(logits_LH[layer, head])), "dim")])
+        return lines
 
-    return _blocks([[cell(role) for role in layer] for layer in roles], width, _ROLE_CELL_WIDTH)
+    grid = [[cell(i, h) for h in range(len(layer))] for i, layer in enumerate(roles)]
+    return _blocks(grid, width, _ROLE_CELL_WIDTH)
 
 
-def roles_table(roles: Sequence[Sequence[Roles]], width: int) -> list[Line]:
-    """Return a line for each head: all of its scores in percent, and its role."""
-    is_wide = width >= 6 + len(ROLE_SCORES) * _COLUMN_WIDTH + 5
+def roles_table(
+    roles: Sequence[Sequence[Roles]], width: int, logits_LH: NDArray[np.float32] | None = None
+) -> list[Line]:
+    """Return a line for each head: all of its scores in percent, its effect and its role.
+
+    Args: as of ``roles_grid``.
+    """
+    is_wide = width >= 6 + len(ROLE_SCORES) * _COLUMN_WIDTH + 5 + _EFFECT_WIDTH
     column = _COLUMN_WIDTH if is_wide else _NARROW_COLUMN_WIDTH
     names = "".join(name[: column - 1].ljust(column) for name in ROLE_SCORES)
-    lines: list[Line] = [[(f"head  {names}role", "dim")]]
+    logit = "" if logits_LH is None else "logit".ljust(_EFFECT_WIDTH)
+    lines: list[Line] = [[(f"head  {names}{logit}role", "dim")]]
     for layer, heads in enumerate(roles):
         for head, role in enumerate(heads):
             line: Line = [(f"{layer}.{head}".ljust(6), "plain")]
@@ -82,6 +96,9 @@ def roles_table(roles: Sequence[Sequence[Roles]], width: int) -> list[Line]:
                 score = float(getattr(role, name))
                 text = percent(score) + (f" {bar(score, _BAR_WIDTH)}" if is_wide else "")
                 line.append((text.ljust(column), heat(score)))
+            if logits_LH is not None:
+                effect = signed(float(logits_LH[layer, head])).ljust(_EFFECT_WIDTH)
+                line.append((effect, "plain"))
             lines.append([*line, (role.tag, "token")])
     return lines
 

@@ -1,10 +1,66 @@
 """Measures of a row other than the attention weight; ``--measure NAME`` finds them by name.
 
-A measure is a module with one function, called once per trace:
+A measure is a function in a module of its own name, which registers itself:
 
-    def measure(model: LanguageModel) -> Callable[[AttentionPass], Tensor]
+    @register(unit="logits", is_signed=True, needs=("residual", "token"))
+    def logit(model: LanguageModel, config: TraceConfig) -> Rows
 
-It returns a function that receives the attention of every forward pass, in order, and returns the
-last query's row of every head of the first sequence (L, H, S). A trace shows each row as shares of
-its sum.
+It is called once per trace, and returns a function from a prediction to rows: of every head
+(L, H, S), or one row (S,) if the measure has no heads; or these as ``Measured``, with what else the
+row sums to. A measure that does not need the token is asked after every forward pass, in order.
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from minigpt.model.language_model import LanguageModel
+from minigpt.rings import ring
+from minigpt.tracing.config import Measure, MeasureFacts, Need, TraceConfig
+from minigpt.tracing.recorder import Measured, Prediction
+
+Rows = Callable[[Prediction], Tensor | Measured]
+Make = Callable[[LanguageModel, TraceConfig], Rows]
+
+
+class Registered(NamedTuple):
+    """A measure: what its numbers are, and the function that prepares it for a model."""
+
+    facts: MeasureFacts
+    make: Make
+
+
+_REGISTRY: dict[Measure, Registered] = {}
+
+
+def register(
+    *,
+    unit: str = "share",
+    is_signed: bool = False,
+    has_heads: bool = True,
+    sums_to: str = "",
+    needs: tuple[Need, ...] = (),
+) -> Callable[[Make], Make]:
+    """Return a decorator that registers a function as the measure of its name.
+
+    Args: as the fields of MeasureFacts.
+    """
+    facts = MeasureFacts(
+        unit=unit, is_signed=is_signed, has_heads=has_heads, sums_to=sums_to, needs=needs
+    )
+
+    def declare(make: Make) -> Make:
+        _REGISTRY[make.__name__] = Registered(facts, make)
+        return make
+
+    return declare
+
+
+def find(measure: Measure) -> Registered:
+    """Return the measure of a module in this folder.
+
+    Raises: ConfigError if there is no such module.
+    """
+    ring(f"tracing.analysis.measures.{measure}")
+    return _REGISTRY[measure]

@@ -7,22 +7,24 @@ T new positions, S positions in view, P positions for which memory is allocated,
 C model dim.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minigpt.model.attention import AttentionPass
 from minigpt.model.language_model import LanguageModel
 from minigpt.model.layers import dense_weight
+from minigpt.tracing.analysis.measures import Rows, register
+from minigpt.tracing.config import TraceConfig
+from minigpt.tracing.recorder import Prediction
 
 
-def measure(model: LanguageModel) -> Callable[[AttentionPass], Tensor]:
-    """Return the function from a forward pass to the norms of its last query (L, H, S)."""
+@register(sums_to="1")
+def norm(model: LanguageModel, config: TraceConfig) -> Rows:
+    """Weigh each source by the norm of what a head adds from it."""
     norms = _ValueNorms(model)
 
-    def rows_LHS(attention: AttentionPass) -> Tensor:
+    def rows_LHS(prediction: Prediction) -> Tensor:
+        attention = prediction.attention
         values_LGSD = attention.values_LBGSD[:, 0]
         n_key = values_LGSD.shape[2]
         norms.extend(values_LGSD[:, :, n_key - attention.n_new :], n_key)

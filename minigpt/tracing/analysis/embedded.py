@@ -1,0 +1,44 @@
+"""Forward passes over given embeddings, and the gradient of a token's logit by them.
+
+Shapes: B sequences, S positions, C model dim.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from minigpt.model.language_model import LanguageModel
+from minigpt.tracing.recorder import Prediction
+
+
+def embeddings(model: LanguageModel, tokens: Sequence[int]) -> Tensor:
+    """Return the rows of the embedding for these tokens (S, C), before a family scales them."""
+    with torch.inference_mode(False), torch.no_grad():
+        rows: Tensor = model.embedding(torch.tensor(tokens, device=model.device))
+        return rows.detach()
+
+
+def logit_at(model: LanguageModel, x_BSC: Tensor, prediction: Prediction) -> Tensor:
+    """Return the logit of the predicted token (B,), float32, for these embeddings of the tokens.
+
+    With an alternative, its logit is subtracted.
+    """
+    hook = model.embedding.register_forward_hook(lambda *call: x_BSC)
+    try:
+        tokens = torch.tensor([prediction.tokens], device=model.device)
+        logits_BV = model(tokens.expand(len(x_BSC), -1), logits_to_keep=1)[:, -1].float()
+    finally:
+        hook.remove()
+    logit_B: Tensor = logits_BV[:, prediction.target]
+    if prediction.against is not None:
+        logit_B = logit_B - logits_BV[:, prediction.against]
+    return logit_B
+
+
+def gradients(model: LanguageModel, x_BSC: Tensor, prediction: Prediction) -> Tensor:
+    """Return the gradient of ``logit_at`` by the embeddings of each sequence (B, S, C)."""
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf_BSC = x_BSC.clone().requires_grad_()
+        logit = logit_at(model, leaf_BSC, prediction).sum()
+        return torch.autograd.grad(logit, leaf_BSC)[0]

@@ -1,0 +1,93 @@
+"""Logits as linear functions of the residual stream, with the scale of a norm frozen.
+
+A norm divides by the size of its input. With that number kept as it was in a forward pass, the
+rest is linear, so a logit is a sum over whatever was added to the stream (Elhage et al. 2021, "A
+Mathematical Framework for Transformer Circuits").
+
+Shapes: L layers, C model dim, X all heads' outputs side by side; ... any leading axes.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minigpt.model.gpt import GPT, Block
+from minigpt.model.language_model import LanguageModel
+from minigpt.model.layers import RMSNorm, dense_weight
+
+
+def why_not_linear(model: LanguageModel) -> str:
+    """Return why the logits are not a sum over what was added to the residual stream, or ""."""
+    if not isinstance(model, GPT):
+        return "it has no residual stream"
+    if type(model).logits is not LanguageModel.logits:
+        return "it computes logits in a way of its own"
+    norms = [model.final_norm, *(norm for norm in _branch_norms(model) if norm is not None)]
+    others = [n for n in norms if not isinstance(n, nn.LayerNorm | RMSNorm)]
+    return f"the scale of its norm {type(others[0]).__name__} is not known" if others else ""
+
+
+def frozen_norm(norm: nn.Module, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """Return u (..., C) and b (...) with w . norm(x) = u . x + b, the norm's scale frozen at x.
+
+    Args: norm, LayerNorm or RMSNorm; x and w (..., C), float32.
+    """
+    if isinstance(norm, nn.LayerNorm):
+        gain = norm.weight.float() * w
+        scale = torch.rsqrt(x.var(dim=-1, correction=0, keepdim=True) + norm.eps)
+        return (gain - gain.mean(dim=-1, keepdim=True)) * scale, w @ norm.bias.float()
+    assert isinstance(norm, RMSNorm)
+    scale = torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + (norm.eps or 0.0))
+    return norm.gain * w * scale, w.new_zeros(w.shape[:-1])
+
+
+def logit_weights(model: LanguageModel, tokens: Tensor) -> Tensor:
+    """Return the rows of the output projection for tokens (...): (..., C), float32."""
+    if isinstance(model.unembedding, nn.Linear):
+        return model.unembedding.weight[tokens].float()
+    # A quantized output projection has a method of this name.
+    rows: Any = model.embedding if model.unembedding is None else model.unembedding.rows
+    found: Tensor = rows(tokens)
+    return found.float()
+
+
+class HeadDirections:
+    """How directions in the residual stream look from the heads' outputs, before W_O."""
+
+    def __init__(self, model: GPT) -> None:
+        outputs = [attention.output for attention in model.attentions]
+        self._norms = _branch_norms(model)
+        # Without a copy for float32 weights; others are converted once.
+        self._weights_CX = [dense_weight(output).detach() for output in outputs]
+        zero_C = self._weights_CX[0].new_zeros(model.config.d_model)
+        biases = [zero_C if o.bias is None else o.bias.detach().float() for o in outputs]
+        self._biases_C = biases
+        self._has_norms = any(norm is not None for norm in self._norms)
+        self._bias_C = torch.stack(biases).sum(dim=0)
+
+    def __call__(self, u: Tensor, contexts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return W_O^T u of each layer (L, ..., X), and what the biases add along u (...).
+
+        Args: u (..., C); contexts, the heads' outputs of each layer (..., X), at which the norms
+            after the attention, if there are any, have their scale.
+        """
+        if not self._has_norms:
+            return torch.stack([u @ weight for weight in self._weights_CX]), u @ self._bias_C
+        directions, bias = [], u.new_zeros(u.shape[:-1])
+        for norm, weight_CX, bias_C, context in zip(
+            self._norms, self._weights_CX, self._biases_C, contexts, strict=True
+        ):
+            own = u
+            if norm is not None:
+                own, of_norm = frozen_norm(norm, context.float() @ weight_CX.T + bias_C, u)
+                bias = bias + of_norm
+            bias = bias + own @ bias_C
+            directions.append(own @ weight_CX)
+        return torch.stack(directions), bias
+
+
+def _branch_norms(model: GPT) -> list[nn.Module | None]:
+    norms = [block.attention_post_norm for block in model.blocks if isinstance(block, Block)]
+    return [None if isinstance(norm, nn.Identity) else norm for norm in norms]

@@ -1,0 +1,28 @@
+"""Gradient x input: the token's logit, to first order, by the embedding of each earlier token.
+
+For the token y and the embedding e_j at position j: sum_c e_jc d logit(y) / d e_jc.
+
+Source: Shrikumar et al. 2016, arXiv:1605.01713; for contrasts Yin & Neubig 2022, arXiv:2202.10419.
+
+Shapes: B sequences, S positions in view, C model dim.
+"""
+
+from torch import Tensor
+
+from minigpt.model.language_model import LanguageModel
+from minigpt.tracing.analysis.embedded import embeddings, gradients
+from minigpt.tracing.analysis.measures import Rows, register
+from minigpt.tracing.config import TraceConfig
+from minigpt.tracing.recorder import Prediction
+
+
+@register(unit="logits", is_signed=True, has_heads=False, needs=("token", "gradients"))
+def gradient(model: LanguageModel, config: TraceConfig) -> Rows:
+    """Multiply each token's embedding by the gradient of the token's logit."""
+
+    def row_S(prediction: Prediction) -> Tensor:
+        x_SC = embeddings(model, prediction.tokens)
+        gradient_SC = gradients(model, x_SC[None], prediction)[0]
+        return (x_SC * gradient_SC).float().sum(dim=1)
+
+    return row_S

@@ -1,0 +1,253 @@
+"""Direct logit attribution: what each head brought from each position to the token's logit."""
+
+from typing import Any
+
+import pytest
+import torch
+from copying import CONTEXT, copying_model, doubled
+from kept_attention import KeptAttention
+from small_models import LAYOUTS, random_tokens, small_model
+from small_traces import small_trace
+from torch import Tensor
+
+from minigpt.checkpoint.families import model_config_from_hf
+from minigpt.config import ModelConfig
+from minigpt.errors import ConfigError
+from minigpt.generation.decoder import Decoder
+from minigpt.generation.fast.quantize import quantize_int8
+from minigpt.model.cache import KVCache
+from minigpt.model.gpt import GPT
+from minigpt.model.registry import model_class
+from minigpt.model.variants.lstm import LSTM
+from minigpt.tracing.analysis import roles
+from minigpt.tracing.recorder import Measured, RowRecorder
+
+SHAPE = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 24,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "olmo2": {},  # norms after the branches
+    "gemma": {},
+    "gemma2": {"final_logit_softcapping": None},
+    "gpt_neox": {},  # biases, an MLP beside the attention
+    "llama": {"attention_bias": True},
+}
+
+
+def family_model(name: str, **changes: Any) -> GPT:
+    shape = SHAPE
+    if name == "gpt_neox":
+        shape = {k: v for k, v in SHAPE.items() if k not in ("num_key_value_heads", "head_dim")}
+    config = model_config_from_hf(shape | {"model_type": name} | FAMILIES[name] | changes)
+    model = model_class(config)(config)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3, generator=generator)
+    return model.eval()
+
+
+def logit_of(model: GPT, tokens: Tensor, target: int, against: int | None = None) -> Measured:
+    recorder = RowRecorder(model, measures=("logit",))
+    model(tokens, recorder=recorder)
+    return recorder.measured("logit", tokens[0].tolist(), target, against)
+
+
+def plain_loop(model: GPT, tokens: Tensor, w_C: Tensor) -> Tensor:
+    """The oracle: (L, H, S), one head, position and product at a time.
+
+    The final norm is linear with its scale held constant: a part of the stream, centred by a
+    LayerNorm, divided by the size of the whole stream.
+    """
+    states: list[Tensor] = []
+    hook = model.final_norm.register_forward_pre_hook(lambda _, x: states.append(x[0][0, -1]))
+    kept = KeptAttention()
+    model(tokens, recorder=kept)
+    hook.remove()
+    x_C, norm = states[0], model.final_norm
+    centred_C = x_C - x_C.mean() if isinstance(norm, torch.nn.LayerNorm) else x_C
+    rms = (centred_C.square().mean() + model.config.norm_eps).sqrt()
+    gain_C = getattr(norm, "gain", norm.weight)
+    n_head = model.config.n_head
+    brought = torch.zeros(model.config.n_layer, n_head, tokens.shape[1])
+    for layer, block in enumerate(model.blocks):
+        values = kept.last.values_LBGSD[layer, 0]
+        output = block.attention.output.weight.unflatten(1, (n_head, -1))  # (C, H, D)
+        for head in range(n_head):
+            for position in range(tokens.shape[1]):
+                value_D = values[head * len(values) // n_head, position]
+                added_C = kept.last.weights_LBHS[layer, 0, head, position] * (
+                    output[:, head] @ value_D
+                )
+                if isinstance(norm, torch.nn.LayerNorm):
+                    added_C = added_C - added_C.mean()
+                brought[layer, head, position] = (added_C * gain_C / rms) @ w_C
+    return brought
+
+
+def unembedding(model: GPT) -> Tensor:
+    layer = model.embedding if model.unembedding is None else model.unembedding
+    return layer.weight
+
+
+@pytest.mark.parametrize("against", [None, 11])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
+def test_rows_equal_a_loop_over_heads_and_positions(layout: str, against: int | None) -> None:
+    model, tokens = small_model(layout), random_tokens(1, 13)
+    w_C = unembedding(model)[5] - (0 if against is None else unembedding(model)[against])
+    measured = logit_of(model, tokens, 5, against)
+    expected = plain_loop(model, tokens, w_C)
+    torch.testing.assert_close(measured.rows, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("model", [*LAYOUTS, *FAMILIES])
+@torch.no_grad()
+def test_rows_and_parts_sum_to_the_logit_of_the_token(model: str) -> None:
+    network = small_model(model) if model in LAYOUTS else family_model(model)
+    tokens = random_tokens(1, 13)
+    logits = network(tokens, logits_to_keep=1)[0, -1]
+    for target, against in ((5, None), (60, None), (5, 11)):
+        measured = logit_of(network, tokens, target, against)
+        expected = logits[target] - (0 if against is None else logits[against])
+        total = measured.rows.sum() + sum(measured.parts.values())
+        torch.testing.assert_close(total, expected, rtol=0, atol=1e-4)
+        torch.testing.assert_close(measured.whole, expected, rtol=0, atol=1e-4)
+        assert abs(float(measured.parts["rounding"])) < 1e-4  # nothing hides there
+
+
+@torch.no_grad()
+def test_a_softcapped_logit_is_explained_before_its_cap() -> None:
+    model, tokens = family_model("gemma2", final_logit_softcapping=3.0), random_tokens(1, 9)
+    whole = logit_of(model, tokens, 5).whole
+    assert whole is not None
+    capped = 3 * (whole / 3).tanh()
+    torch.testing.assert_close(capped, model(tokens)[0, -1, 5], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
+def test_decode_steps_attribute_as_a_full_forward(layout: str) -> None:
+    model, tokens = small_model(layout), random_tokens(1, 12)
+    recorder = RowRecorder(model, measures=("logit",))
+    decoder = Decoder(model, tokens[0, :8].tolist(), recorder)
+    for length in range(9, 13):
+        decoder.logits([int(tokens[0, length - 1])])
+        measured = recorder.measured("logit", tokens[0, :length].tolist(), 5)
+        expected = logit_of(model, tokens[:, :length], 5)
+        torch.testing.assert_close(measured.rows, expected.rows, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(measured.whole, expected.whole, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_int8_weights_are_attributed_with_what_they_round_to() -> None:
+    for layout in ("gpt2-tied", "llama"):
+        model, tokens = small_model(layout), random_tokens(1, 9)
+        quantize_int8(model)
+        measured = logit_of(model, tokens, 5)
+        torch.testing.assert_close(measured.whole, model(tokens)[0, -1, 5], rtol=0, atol=1e-3)
+        assert abs(float(measured.parts["rounding"])) < 1e-3
+
+
+def test_the_source_of_a_copied_token_has_the_largest_attribution() -> None:
+    model = copying_model()
+    generator = torch.Generator().manual_seed(5)
+    n_repeated, n_found = CONTEXT // 2, 0
+    for tokens in doubled(8, n_repeated, generator):
+        recorder = RowRecorder(model, measures=("logit",))
+        for end in (n_repeated + 4, n_repeated + 8):
+            cache = KVCache(model.config)
+            with torch.no_grad():
+                model(tokens[None, :end], cache, recorder)
+                measured = recorder.measured("logit", tokens[:end].tolist(), int(tokens[end]))
+            # The token itself, where it was first: an induction head copies from there.
+            n_found += int(measured.rows.sum(dim=(0, 1)).argmax()) == end - n_repeated
+    assert n_found == 16
+
+
+@pytest.mark.parametrize("model", ["gpt2", "llama-grouped", "olmo2"])
+@torch.no_grad()
+def test_a_heads_mean_effect_is_that_of_its_rows_over_the_copy(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(roles, "_N_TOKENS", 24)
+    network = small_model(model) if model in LAYOUTS else family_model(model)
+    sequences = roles.repeated_sequences(network, seed=3)
+    effects = [
+        logit_of(network, tokens[None, :end], int(tokens[end])).rows.sum(dim=2)
+        for tokens in sequences
+        for end in range(len(tokens) // 2 + 1, len(tokens))
+    ]
+    found = roles.head_logits(network, seed=3)
+    expected = torch.stack(effects).mean(dim=0)
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_heads_that_were_not_chosen_are_a_part_of_the_whole() -> None:
+    every, one = small_trace(measure="logit"), small_trace(measure="logit", heads="1.2")
+    for a, b in zip(every.steps, one.steps, strict=True):
+        assert "other_heads" not in a.row.parts
+        assert b.row.parts["other_heads"] == pytest.approx(a.row.total - b.row.total, abs=1e-5)
+        for row in (a.row, b.row):
+            assert row.whole == pytest.approx(row.total + sum(row.parts.values()), abs=1e-4)
+            assert row.total == pytest.approx(float(row.weights_S.sum()), abs=1e-4)
+
+
+def test_the_alternative_is_the_first_token_of_its_text() -> None:
+    alone, several = (small_trace(measure="logit", against=text) for text in ("b", "be"))
+    assert alone.header.against is not None
+    assert several.header.against is not None
+    assert (alone.header.against.n_tokens, several.header.against.n_tokens) == (1, 2)
+    assert several.header.against.data == b"b"
+    for a, b in zip(alone.steps, several.steps, strict=True):
+        assert a.row.whole == b.row.whole
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"measure": "weight", "against": "x"}, "--against compares .* logit"),
+        ({"measure": "both", "against": "x"}, "--against compares"),
+        ({"measure": "logit", "against": ""}, "--against needs a token"),
+        ({"measure": "logit", "reduce": "max"}, "--reduce max has no meaning"),
+        ({"measure": "logit", "reduce": "rollout"}, "--reduce rollout requires"),
+        ({"measure": "gradient", "heads": "0.1"}, "--heads has no effect on --measure gradient"),
+        ({"measure": "integrated", "layers": "0"}, "--layers has no effect"),
+    ],
+    ids=str,
+)
+def test_options_without_a_meaning_for_a_measure_are_refused(
+    config: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        small_trace(**config)
+
+
+def test_models_whose_logits_are_not_linear_in_a_residual_stream_are_refused_by_name() -> None:
+    shape: dict[str, Any] = {"vocab_size": 61, "context_length": 24, "n_layer": 1, "n_head": 1}
+    lstm = LSTM(ModelConfig(arch="lstm-attention", d_model=8, **shape)).eval()
+    with pytest.raises(ConfigError, match=r"\(LSTM\).*no residual stream"):
+        RowRecorder(lstm, measures=("logit",))
+
+    class Scaled(GPT):
+        def logits(self, x: Tensor, logits_to_keep: int) -> Tensor:
+            return 2 * super().logits(x, logits_to_keep)
+
+    with pytest.raises(ConfigError, match=r"\(Scaled\).*logits in a way of its own"):
+        RowRecorder(Scaled(small_model().config), measures=("logit",))
+
+
+def test_sampling_is_the_same_with_every_measure() -> None:
+    plain = small_trace()
+    for measure in ("logit", "gradient", "integrated"):
+        watched = small_trace(measure=measure, has_heads=True)
+        assert [(s.token, s.log_probability) for s in watched.steps] == [
+            (s.token, s.log_probability) for s in plain.steps
+        ]

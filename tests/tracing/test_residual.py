@@ -1,0 +1,96 @@
+"""The residual stream that recorders may ask for, from every way to decode."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from kept_attention import KeptAttention
+from small_models import LAYOUTS, random_tokens, small_model
+from torch import Tensor
+
+from minigpt.config import ModelConfig
+from minigpt.errors import ConfigError
+from minigpt.files import CACHE_VARIABLE
+from minigpt.generation.fast import compiled
+from minigpt.generation.fast.compiled import CompiledForward
+from minigpt.generation.fast.eager import EagerForward
+from minigpt.generation.fast.graph import GraphStep
+from minigpt.generation.forward import PlainForward
+from minigpt.model.gpt import GPT
+from minigpt.model.variants.lstm import LSTM
+from minigpt.tracing.recorder import RowRecorder
+
+FORWARDS = {"plain": PlainForward, "eager": EagerForward, "graph": CompiledForward}
+
+
+def streams(model: GPT, tokens: Tensor) -> Tensor:
+    """The oracle: (N, B, C), from hooks on the modules of a forward pass without a cache."""
+    states: list[Tensor] = []
+
+    def keep(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        states.append(inputs[0][:, -1])
+
+    norms = [n for block in model.blocks for n in (block.attention_norm, block.mlp_norm)]
+    hooks = [norm.register_forward_pre_hook(keep) for norm in (*norms, model.final_norm)]
+    model(tokens)
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(states)
+
+
+def uncompiled(step: GraphStep, **_: Any) -> compiled.Run:
+    n_layer = step.model.config.n_layer
+    return lambda tensors: list(step(*tensors[:3], tensors[3:-n_layer], tensors[-n_layer:]))
+
+
+@pytest.fixture(params=[*FORWARDS, pytest.param("compiled", marks=pytest.mark.slow)])
+def way(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "graph":
+        monkeypatch.setattr(compiled, "load_step", uncompiled)
+    elif request.param == "compiled" and not shutil.which(os.environ.get("CXX", "g++")):
+        pytest.skip("there is no C++ compiler")
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    return request.param
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
+def test_the_residual_stream_is_that_of_a_full_forward(layout: str, way: str) -> None:
+    model, kept = small_model(layout), KeptAttention(needs_residual=True)
+    tokens = random_tokens(1, 12)
+    forward = FORWARDS.get(way, CompiledForward)(model, capacity=24, recorder=kept)
+    watched = []
+    for part in tokens.split([7, 1, 1, 1, 1, 1], dim=1):
+        watched.append(forward.feed(part).clone())
+        assert kept.last.residual_NBC is not None
+        expected = streams(model, tokens[:, : forward.cache.length])
+        torch.testing.assert_close(kept.last.residual_NBC, expected, rtol=1e-4, atol=1e-4)
+    plain = FORWARDS.get(way, CompiledForward)(model, capacity=24)
+    unwatched = [plain.feed(part).clone() for part in tokens.split([7, 1, 1, 1, 1, 1], dim=1)]
+    if way == "compiled":  # another graph, which a compiler may sum in another order
+        torch.testing.assert_close(watched, unwatched, rtol=1e-4, atol=1e-4)
+    else:
+        assert all(map(torch.equal, watched, unwatched))
+
+
+@torch.no_grad()
+def test_a_recorder_that_does_not_ask_gets_no_residual_stream() -> None:
+    model = small_model()
+    for make in (PlainForward, EagerForward):
+        kept = KeptAttention()
+        forward = make(model, capacity=24, recorder=kept)
+        for part in random_tokens(1, 9).split([8, 1], dim=1):
+            forward.feed(part)
+            assert kept.last.residual_NBC is None
+
+
+@torch.no_grad()
+def test_a_model_without_a_residual_stream_is_refused_in_one_line() -> None:
+    shape: dict[str, Any] = {"vocab_size": 61, "context_length": 24, "n_layer": 1, "n_head": 1}
+    model = LSTM(ModelConfig(arch="lstm-attention", d_model=8, **shape)).eval()
+    recorder = RowRecorder(model, needs_residual=True)
+    with pytest.raises(ConfigError, match="residual stream"):
+        model(random_tokens(1, 5), recorder=recorder)
