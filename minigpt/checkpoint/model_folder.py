@@ -15,11 +15,8 @@ from torch import Tensor
 
 from minigpt.checkpoint.families import model_config_from_hf, model_config_to_hf
 from minigpt.checkpoint.tokenizer_json import (
-    CARRIED,
-    MERGES,
     TOKENIZER,
     TOKENIZER_CONFIG,
-    VOCAB,
     read_tokenizer,
     tokenizer_config,
     tokenizer_to_json,
@@ -33,7 +30,7 @@ from minigpt.checkpoint.weights import (
 )
 from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError
-from minigpt.files import read_bytes, read_json, resource_errors, to_json
+from minigpt.files import read_json, resource_errors, to_json
 from minigpt.model.language_model import LanguageModel
 from minigpt.model.registry import model_class
 from minigpt.text.tokenizer import Tokenizer
@@ -67,64 +64,35 @@ class LoadedModel:
     """Folder that was read."""
 
 
-@dataclass(frozen=True)
-class Carried:
-    """What a model folder says that training does not change."""
-
-    config: dict[str, Any]
-    """Parsed config.json."""
-    files: dict[str, bytes]
-    """Tokenizer, chat template, generation and license files by their names."""
-    dtypes: dict[str, torch.dtype]
-    """Dtype of each stored tensor by its name in Hugging Face's format."""
-
-    @property
-    def dtype(self) -> str:
-        """Name of the dtype in which most tensors are stored."""
-        return _name_of(max(self.dtypes.values(), key=list(self.dtypes.values()).count))
-
-
-def read_carried(folder: Path) -> Carried:
-    """Read what is written again with a model that was trained from this folder's.
-
-    Raises: CheckpointError as ``read_model``; ResourceError if a file cannot be read.
-    """
-    settings = read_json(folder / CONFIG)
-    stored = stored_tensors(model_config_from_hf(settings), folder)
-    with resource_errors(folder):
-        paths = [path for pattern in CARRIED for path in sorted(folder.glob(pattern))]
-        files = {path.relative_to(folder).as_posix(): read_bytes(path) for path in paths}
-    return Carried(settings, files, {name: tensor.torch_dtype for name, tensor in stored.items()})
-
-
 def write_model(
     folder: Path,
     model: LanguageModel,
     tokenizer: Tokenizer | None,
     *,
-    carried: Carried | None = None,
+    carried: Any = None,
     dtype: torch.dtype | None = None,
 ) -> bool:
     """Write a folder that transformers and read_model can read, without syncing it to the disk.
 
-    Args: carried, from the folder that the model was trained from: its files are written again as
-        they were, and its config.json with no change but those of training; dtype, of the stored
-        weights. None for that of ``carried``, else the model's. A tensor with values that overflow
-        float16 is stored in its own dtype.
+    Args: carried, a ``checkpoint.carried.Carried`` of the folder that the model was trained from:
+        its files are written again as they were, and its config.json with no change but those of
+        training; dtype, of the stored weights. None for that of ``carried``, else the model's. A
+        tensor with values that overflow float16 is stored in its own dtype.
     Returns: whether any weight was rounded.
     Raises: ResourceError if the disk is full or the folder cannot be written.
     """
     config = model_config_to_hf(model.config, tokenizer)
-    config["torch_dtype"] = _name_of(dtype or model.embedding.weight.dtype)
+    config["torch_dtype"] = name_of(dtype or model.embedding.weight.dtype)
     ids = {name: config[name] for name in _TOKEN_IDS}
     files: dict[str, bytes] = {}
     dtypes: Mapping[str, torch.dtype] = {}
     if carried is None:
         files[_GENERATION_CONFIG] = to_json({"_from_model_config": True} | ids)
     else:
-        config = _carried_config(carried.config, config, model.config, dtype)
+        config = carried.config_with(config, model.config, dtype)
         files, dtypes = dict(carried.files), carried.dtypes
-    if tokenizer is not None and TOKENIZER not in files and not {VOCAB, MERGES} <= files.keys():
+    has_vocabulary = TOKENIZER in files or {"vocab.json", "merges.txt"} <= files.keys()
+    if tokenizer is not None and not has_vocabulary:
         files[TOKENIZER] = to_json(tokenizer_to_json(tokenizer))
         own = tokenizer_config(tokenizer, model.config.context_length)
         if config["model_type"] == "qwen2" and carried is None:
@@ -166,24 +134,8 @@ def _rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if is_overflow else rounded
 
 
-def _carried_config(
-    before: Mapping[str, Any],
-    ours: Mapping[str, Any],
-    model: ModelConfig,
-    dtype: torch.dtype | None,
-) -> dict[str, Any]:
-    """Return a config.json with the changes of training: dropout, and the dtype if it is given."""
-    config = dict(before)
-    if model_config_from_hf(before).dropout != model.dropout:
-        names = ("resid_pdrop", "embd_pdrop", "dropout")
-        config |= {name: ours[name] for name in names if name in ours}
-    if dtype is not None:
-        found = [name for name in ("dtype", "torch_dtype") if name in config]
-        config |= dict.fromkeys(found or ["torch_dtype"], _name_of(dtype))
-    return config
-
-
-def _name_of(dtype: torch.dtype) -> str:
+def name_of(dtype: torch.dtype) -> str:
+    """Return the name of a dtype in config.json, such as bfloat16."""
     return str(dtype).removeprefix("torch.")
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from minigpt.errors import CheckpointError, MinigptError
-from minigpt.files import read_bytes, read_json, resource_errors
-from minigpt.rings import ring
+from minigpt.files import read_json
+from minigpt.rings import find_ring, ring
 from minigpt.text.tokenizer import (
     BYTE_OF_CHARACTER,
     TiktokenTokenizer,
@@ -23,33 +23,6 @@ from minigpt.text.tokenizer import (
 
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
-VOCAB, MERGES, ADDED = "vocab.json", "merges.txt", "added_tokens.json"
-"""A byte-level BPE vocabulary, read if there is no tokenizer.json."""
-SCORES = "sp_vocab.json"
-"""The vocabulary of a llama2.c model, read if there is no tokenizer.json."""
-CARRIED = (
-    "generation_config.json",
-    TOKENIZER,
-    TOKENIZER_CONFIG,
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    SCORES,
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "tekken.json",
-    "*.tiktoken",
-    "tokenization*.py",
-    "chat_template.jinja",
-    "chat_template.json",
-    "additional_chat_templates/*.jinja",
-    "LICENSE*",
-    "NOTICE*",
-)
-"""Patterns of the small files of a model folder that training does not change."""
 NAME_FIELD = "name_or_path"
 """Where tokenizer_config.json keeps Tokenizer.name."""
 
@@ -91,56 +64,20 @@ def read_tokenizer(
     """
     path = folder / TOKENIZER_CONFIG
     config = read_json(path) if os.path.lexists(path) else {}
+    files, data = find_ring("checkpoint.vocabulary_files"), None
     if os.path.lexists(folder / TOKENIZER):
         data = read_json(folder / TOKENIZER)
-    elif os.path.lexists(folder / VOCAB) and os.path.lexists(folder / MERGES):
-        data = _json_from_merges(folder, config)
-    elif os.path.lexists(folder / SCORES):
-        data = ring("text.imported").json_from_scores(read_json(folder / SCORES))
-    else:
+    elif files:
+        data = files.read_vocabulary_files(folder, config)
+    if data is None:
         return None
     if n_rows is not None:
-        data = _with_rows(data, n_rows)
+        data = files.with_rows(data, n_rows) if files else data
         end_of_text_ids = tuple(id_ for id_ in end_of_text_ids if id_ < n_rows)
     named = config.get(NAME_FIELD)
     place = folder.parent if folder.name.startswith("step-") else folder
     name = named if isinstance(named, str) else place.name
     return tokenizer_from_json(data, name, config=config, end_of_text_ids=end_of_text_ids)
-
-
-def _json_from_merges(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    added = read_json(folder / ADDED) if os.path.lexists(folder / ADDED) else {}
-    try:
-        with resource_errors(folder):
-            merges = read_bytes(folder / MERGES).decode().replace("\r\n", "\n")
-        data: dict[str, Any] = ring("text.imported").json_from_merges(
-            read_json(folder / VOCAB), merges, config, added
-        )
-        return data
-    except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
-        raise CheckpointError(
-            f"{VOCAB}, {MERGES} or {ADDED} in {str(folder)!r} is damaged ({type(error).__name__}: "
-            f"{str(error)[:80]!r}). Download them again."
-        ) from None
-
-
-def _with_rows(data: dict[str, Any], n_rows: int) -> dict[str, Any]:
-    """Return a tokenizer.json without its added tokens that the model has no embedding for.
-
-    Such a token, often one for padding, cannot occur in a model's text.
-    """
-    try:
-        without = {t["content"] for t in data["added_tokens"] if t["id"] >= n_rows}
-        if not without:
-            return data
-        added = [t for t in data["added_tokens"] if t["content"] not in without]
-        model, vocab = data["model"], data["model"].get("vocab")
-        if isinstance(vocab, dict):
-            vocab = {token: id_ for token, id_ in vocab.items() if token not in without}
-            model = model | {"vocab": vocab}
-        return data | {"added_tokens": added, "model": model}
-    except (KeyError, TypeError, AttributeError):
-        return data  # damaged, as is said where it is read
 
 
 def tokenizer_from_json(

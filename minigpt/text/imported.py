@@ -16,22 +16,15 @@ import tokenizers
 
 from minigpt.errors import CheckpointError, DataError
 from minigpt.text.tokenizer import (
-    BPE_PATTERN,
     BYTE_OF_CHARACTER,
-    END_OF_TEXT,
     Tokenizer,
     unencodable_error,
     well_formed,
 )
 
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
-_VISIBLE_SPACE = "\u2581"
 _MARK = "\x01"
 _LARGEST_GAP = 2**20
-# How Qwen2's tokenizer class splits text before merging, as its tokenizer.json publishes it.
-_QWEN2_PATTERN = BPE_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
-_END_OF_TEXT = dict.fromkeys(("unk_token", "bos_token", "eos_token"), END_OF_TEXT)
-
 JSONValue = dict[str, Any]
 
 
@@ -182,149 +175,6 @@ _NO_SPACE: Mapping[str, JSONValue] = {
     "Metaspace": {"prepend_scheme": "never", "add_prefix_space": False},
     "ByteLevel": {"add_prefix_space": False},
 }
-
-
-def json_from_scores(data: Mapping[str, Any]) -> JSONValue:
-    """Return llama2.c's vocabulary as a tokenizer.json.
-
-    Its first three ids are unknown, beginning and end of text. It merges the two parts whose
-    union has the highest score.
-
-    Args: data, the tokens, with plain spaces, and their scores.
-    Raises: CheckpointError if either is damaged, or their numbers differ.
-    """
-    try:
-        tokens, scores = list(map(str, data["tokens"])), list(map(float, data["scores"]))
-        if len(tokens) != len(scores):
-            raise ValueError(f"{len(tokens)} tokens and {len(scores)} scores")
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"the vocabulary's tokens and scores are damaged ({str(error)[:80]!r}). "
-            "Download it again."
-        ) from None
-    names = dict(enumerate(("<unk>", "<s>", "</s>")))
-    vocab = {names.get(i, t.replace(" ", _VISIBLE_SPACE)): i for i, t in enumerate(tokens)}
-    by_score = sorted(vocab.keys() - names.values(), key=lambda t: (-scores[vocab[t]], vocab[t]))
-    splits = (
-        (t[:i], t[i:]) for t in by_score if not _BYTE_TOKEN.fullmatch(t) for i in range(1, len(t))
-    )
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    replace = {"type": "Replace", "pattern": {"String": " "}, "content": _VISIBLE_SPACE}
-    prepend = {"type": "Prepend", "prepend": _VISIBLE_SPACE}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {"id": id_, "content": name, "special": True} | flags for id_, name in names.items()
-        ],
-        "normalizer": {"type": "Sequence", "normalizers": [prepend, replace]},
-        "pre_tokenizer": None,
-        "post_processor": _beginning_with("<s>", 1),
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": _VISIBLE_SPACE}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-            ],
-        },
-        "model": {
-            "type": "BPE",
-            "unk_token": "<unk>",
-            "fuse_unk": True,
-            "byte_fallback": True,
-            "vocab": vocab,
-            "merges": [list(pair) for pair in splits if vocab.keys() >= set(pair)],
-        },
-    }
-
-
-def json_from_merges(
-    vocab: Mapping[str, Any], merges: str, config: Mapping[str, Any], added: Mapping[str, Any]
-) -> JSONValue:
-    """Return vocab.json and merges.txt as the tokenizer.json that transformers makes of them.
-
-    Args: merges, the text of merges.txt; config, the parsed tokenizer_config.json, whose
-        tokenizer_class decides how a text is split; added, the parsed added_tokens.json.
-    Raises: CheckpointError for another class, or if a file is damaged.
-    """
-    kind = str(config.get("tokenizer_class") or "GPT2Tokenizer").removesuffix("Fast")
-    if kind not in ("GPT2Tokenizer", "CodeGenTokenizer", "Qwen2Tokenizer"):
-        raise CheckpointError(
-            f"vocab.json and merges.txt of a {kind[:40]!r} cannot be read without tokenizer.json. "
-            "Write it with transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained("
-            "FOLDER)."
-        )
-    is_qwen = kind == "Qwen2Tokenizer"
-    lines = [line for line in merges.split("\n") if line and not line.startswith("#version")]
-    byte_level = {
-        "type": "ByteLevel",
-        "add_prefix_space": bool(config.get("add_prefix_space")),
-        "trim_offsets": True,
-        "use_regex": not is_qwen,
-    }
-    splits: JSONValue = byte_level
-    if is_qwen:
-        regex = {"Regex": _QWEN2_PATTERN}
-        split = {"type": "Split", "pattern": regex, "behavior": "Isolated", "invert": False}
-        splits = {"type": "Sequence", "pretokenizers": [split, byte_level]}
-    options: dict[str, JSONValue] = {str(token): {"id": id_} for token, id_ in added.items()}
-    for id_, token in dict(config.get("added_tokens_decoder") or {}).items():
-        options[token["content"]] = token | {"id": int(id_)}
-    for field in ("bos_token", "eos_token", "unk_token", "pad_token"):
-        if (token := _content(config.get(field, _END_OF_TEXT.get(field)))) is not None:
-            options.setdefault(token, {})
-    ids = {str(token): int(id_) for token, id_ in vocab.items()}
-    for token, option in options.items():
-        ids.setdefault(token, option.get("id", 1 + max(ids.values(), default=-1)))
-    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    begin = _content(config.get("bos_token", _END_OF_TEXT["bos_token"]))
-    begins = bool(config.get("add_bos_token")) and begin is not None
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            plain | {"special": True} | options[token] | {"id": ids[token], "content": token}
-            for token in sorted(options, key=ids.__getitem__)
-        ],
-        "normalizer": {"type": "NFC"} if is_qwen else None,
-        "pre_tokenizer": splits,
-        "post_processor": _beginning_with(begin, ids[begin]) if begins else None,
-        "decoder": byte_level | {"use_regex": True},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": "",
-            "end_of_word_suffix": "",
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": dict(vocab),
-            "merges": [line.rstrip("\r") for line in lines],
-        },
-    }
-
-
-def _content(token: Any) -> Any:
-    """Return the text of a token, which may be given with its options."""
-    return token["content"] if isinstance(token, dict) else token
-
-
-def _beginning_with(token: str, id_: int) -> JSONValue:
-    single = [
-        {"SpecialToken": {"id": token, "type_id": 0}},
-        {"Sequence": {"id": "A", "type_id": 0}},
-    ]
-    return {
-        "type": "TemplateProcessing",
-        "single": single,
-        "pair": [*single, {"Sequence": {"id": "B", "type_id": 1}}],
-        "special_tokens": {token: {"id": token, "ids": [id_], "tokens": [token]}},
-    }
 
 
 def _unsupported(what: str) -> CheckpointError:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from minigpt.checkpoint.folder import RunFolder
-from minigpt.checkpoint.model_folder import Carried, read_model
+from minigpt.checkpoint.model_folder import read_model
 from minigpt.config import RunConfig
 from minigpt.errors import CheckpointError
 from minigpt.model.device import has_fast_bfloat16
@@ -39,7 +39,7 @@ class Run:
         dtype: torch.dtype,
         start_from: LanguageModel | None = None,
         resume_from: Path | None = None,
-        carried: Carried | None = None,
+        carried: Any = None,
         world: World = ALONE,
     ) -> None:
         """Start a run, or resume it from a checkpoint.

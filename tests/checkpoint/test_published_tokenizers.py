@@ -21,10 +21,11 @@ from minigpt.checkpoint.tokenizer_json import (
     tokenizer_from_json,
     tokenizer_to_json,
 )
+from minigpt.checkpoint.vocabulary_files import json_from_scores
 from minigpt.errors import CheckpointError, DataError
 from minigpt.generation.decoder import Step
 from minigpt.generation.stream import stream_text
-from minigpt.text.imported import ImportedTokenizer, json_from_scores
+from minigpt.text.imported import ImportedTokenizer
 from minigpt.text.tokenizer import TiktokenTokenizer, Tokenizer, bytes_tokenizer
 
 tokenizers = pytest.importorskip("tokenizers", reason="compares with the tokenizers library")

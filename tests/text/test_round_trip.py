@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minigpt.checkpoint.tokenizer_json import tokenizer_from_json, tokenizer_to_json
+from minigpt.checkpoint.vocabulary_files import json_from_scores
 from minigpt.generation.decoder import Step
 from minigpt.generation.stream import TextStream
 from minigpt.text.bpe import train_bpe
-from minigpt.text.imported import json_from_scores
 from minigpt.text.tokenizer import Tokenizer, bytes_tokenizer
 
 SAMPLE = "the owl's nest, the owls' 1234 nests: über-owls\r\n\t東京 " * 3

@@ -4,8 +4,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from minigpt.checkpoint.carried import CARRIED
 from minigpt.checkpoint.resolve import HUB_NAME
-from minigpt.checkpoint.tokenizer_json import CARRIED
 from minigpt.errors import CheckpointError, MinigptError, install_extra
 from minigpt.files import read_json, resource_errors
 

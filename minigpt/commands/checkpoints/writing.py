@@ -17,6 +17,7 @@ from minigpt.commands import output, tables
 from minigpt.commands.checkpoints.views import removal_lines, total
 from minigpt.commands.options import Json, Mode, Option, argument, command, modes
 from minigpt.errors import CheckpointError, ConfigError, LockedError
+from minigpt.rings import ring
 from minigpt.training_config import SaveDtype
 
 
@@ -132,7 +133,6 @@ def average(
     The mean is a model folder that `--model` can name. It cannot be resumed.
     """
     from minigpt.checkpoint.model_folder import (  # imports torch; prune does not
-        read_carried,
         write_model,
     )
     from minigpt.checkpoint.tools.averaging import average
@@ -163,7 +163,7 @@ def average(
         verify(folder, hashes=True)
     mean = average(folders)
     with writing_folder(out, {"mean_of_steps": steps}) as folder:
-        carried, dtype = read_carried(folders[-1]), dtype_of(save_dtype)
+        carried, dtype = ring("checkpoint.carried").read_carried(folders[-1]), dtype_of(save_dtype)
         write_model(folder, mean.model, mean.tokenizer, carried=carried, dtype=dtype)
     saved = carried.dtype if save_dtype == "auto" else save_dtype
     if as_json:

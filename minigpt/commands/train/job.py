@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from minigpt.checkpoint.folder import RunFolder
-from minigpt.checkpoint.model_folder import Carried, read_carried
 from minigpt.checkpoint.resolve import ROOT
 from minigpt.commands.train.settings import settings_of, suited_to_text, with_split, with_vocabulary
 from minigpt.config import DataConfig, RunConfig
@@ -55,7 +54,7 @@ class Job:
     run: RunFolder
     start_from: LanguageModel | None = None
     resume_from: Path | None = None
-    carried: Carried | None = None
+    carried: Any = None
     notes: Sequence[str] = ()
     """What the user should know of the settings, in lines."""
 
@@ -130,7 +129,7 @@ def _new_job(request: Request) -> Iterator[Job]:
                 if name:
                     raise
                 held.close()  # another run took the name that was free: take the next one
-        carried = read_carried(base.folder) if base else None
+        carried = ring("checkpoint.carried").read_carried(base.folder) if base else None
         start = base.model if base else None
         yield Job(config, data, run, start_from=start, carried=carried, notes=notes)
 

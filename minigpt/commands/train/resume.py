@@ -7,7 +7,7 @@ from typing import Any
 
 from minigpt.checkpoint.folder import CONFIG_FILE, Pointer, RunFolder
 from minigpt.checkpoint.manifest import verify
-from minigpt.checkpoint.model_folder import read_carried, read_model
+from minigpt.checkpoint.model_folder import read_model
 from minigpt.checkpoint.resolve import ROOT, models_in, warn_of_damage
 from minigpt.commands.train.job import (
     Job,
@@ -20,6 +20,7 @@ from minigpt.commands.train.job import (
 from minigpt.commands.train.settings import flat, one_budget, one_lr
 from minigpt.config import RunConfig
 from minigpt.errors import CheckpointError, ConfigError, DataError, cut, nearest
+from minigpt.rings import ring
 from minigpt.settings import build, merge, read_toml, to_dict
 from minigpt.text.shards import PreparedData, prepare
 from minigpt.training.schedule import lr_scale, with_max_steps
@@ -65,7 +66,7 @@ def resumed_job(request: Request) -> Iterator[Job]:
         # The model that a run was fine-tuned from may be gone; the checkpoint has its tokenizer.
         is_tuned = saved.from_ is not None
         tokenizer = read_model(latest.folder).tokenizer if is_tuned else None
-        carried = read_carried(latest.folder) if is_tuned else None
+        carried = ring("checkpoint.carried").read_carried(latest.folder) if is_tuned else None
         data = prepare(
             config.data,
             on_progress=request.on_progress,

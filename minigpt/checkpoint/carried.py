@@ -1,0 +1,84 @@
+"""What a fine-tuned model keeps of the folder that it was trained from."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minigpt.checkpoint.families import model_config_from_hf
+from minigpt.checkpoint.model_folder import CONFIG, name_of
+from minigpt.checkpoint.weights import stored_tensors
+from minigpt.config import ModelConfig
+from minigpt.files import read_bytes, read_json, resource_errors
+
+CARRIED = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "sp_vocab.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+    "*.tiktoken",
+    "tokenization*.py",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+    "LICENSE*",
+    "NOTICE*",
+)
+"""Patterns of the small files of a model folder that training does not change."""
+
+
+@dataclass(frozen=True)
+class Carried:
+    """What a model folder says that training does not change."""
+
+    config: dict[str, Any]
+    """Parsed config.json."""
+    files: dict[str, bytes]
+    """Tokenizer, chat template, generation and license files by their names."""
+    dtypes: dict[str, torch.dtype]
+    """Dtype of each stored tensor by its name in Hugging Face's format."""
+
+    @property
+    def dtype(self) -> str:
+        """Name of the dtype in which most tensors are stored."""
+        return name_of(max(self.dtypes.values(), key=list(self.dtypes.values()).count))
+
+    def config_with(
+        self, ours: Mapping[str, Any], model: ModelConfig, dtype: torch.dtype | None
+    ) -> dict[str, Any]:
+        """Return config.json with the changes of training: dropout, and the dtype if it is given.
+
+        Args: ours, the config.json of the model if it were new.
+        """
+        config = dict(self.config)
+        if model_config_from_hf(config).dropout != model.dropout:
+            names = ("resid_pdrop", "embd_pdrop", "dropout")
+            config |= {name: ours[name] for name in names if name in ours}
+        if dtype is not None:
+            found = [name for name in ("dtype", "torch_dtype") if name in config]
+            config |= dict.fromkeys(found or ["torch_dtype"], name_of(dtype))
+        return config
+
+
+def read_carried(folder: Path) -> Carried:
+    """Read what is written again with a model that was trained from this folder's.
+
+    Raises: CheckpointError as ``read_model``; ResourceError if a file cannot be read.
+    """
+    settings = read_json(folder / CONFIG)
+    stored = stored_tensors(model_config_from_hf(settings), folder)
+    with resource_errors(folder):
+        paths = [path for pattern in CARRIED for path in sorted(folder.glob(pattern))]
+        files = {path.relative_to(folder).as_posix(): read_bytes(path) for path in paths}
+    return Carried(settings, files, {name: tensor.torch_dtype for name, tensor in stored.items()})
