@@ -14,6 +14,7 @@ COMMANDS = {
     "generate": "Continue a prompt with a trained model",
     "attention-trace": "Show what each generated token attended to",
     "heads": "Show the role of each attention head",
+    "measures": "Compare measures of attention with exact effects",
     "evaluate": "Measure how well a model predicts a text",
     "plot": "Plot the loss curves of runs",
     "compare": "Compare attention scores and recurrent models",

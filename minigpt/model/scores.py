@@ -209,12 +209,15 @@ def visibility(
     visible_BS: Tensor | None,
     window: int = 0,
 ) -> Tensor | None:
-    """Return (T, S) or (B, 1, 1 or T, S), true where a query may attend; None if everywhere."""
+    """Return (T, S) or (B, 1 or H, 1 or T, S), true where a query may attend; None if everywhere.
+
+    Args: visible_BS, of all heads, or (B, H, 1, S).
+    """
     is_everywhere = n_query == 1 and not 0 < window < n_key
     mask = None if is_everywhere else causal_mask(n_query, n_key, device, window)
     if visible_BS is None:
         return mask
-    visible_B1TS = visible_BS[:, None, None]
+    visible_B1TS = visible_BS if visible_BS.ndim == 4 else visible_BS[:, None, None]
     return visible_B1TS if mask is None else visible_B1TS & mask
 
 

@@ -87,8 +87,12 @@ class TraceConfig:
     """Position of the sink, or auto to find it."""
     roles: bool = option(False, group=_GROUP)
     """Find the heads' roles first."""
-    n_verified: int = option(0, "[0, inf)", group=_GROUP, aliases=("--verify",))
-    """Number of sources per token to knock out, and as many controls."""
+    n_verified: int | Literal["all"] = option(0, "[0, inf)", group=_GROUP, aliases=("--verify",))
+    """Number of sources per token to knock out, and as many controls, or all for each position."""
+    verify_layers: str | None = option(None, group=_GROUP, metavar="LIST", shown="all")
+    """Layers to knock out sources in."""
+    verify_heads: str | None = option(None, group=_GROUP, metavar="LIST", shown="all")
+    """Heads to knock out sources in, layer.head."""
     knockout: Knockout = option("key", group=_GROUP)
     """Part of a source that a knockout removes."""
     explain: str | None = option(None, group=_GROUP, metavar="LIST", shown="none")

@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -161,6 +162,16 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """The prediction of a token from its sources and the sink alone: all else is knocked out."""
+
+    change: float
+    """Change of ln p(token), in nats: exp(change) of p remains."""
+    logit_change: float
+    """Change of the token's logit."""
+
+
+@dataclass(frozen=True)
 class Roles:
     """Fractions of a head's attention, in [0, 1], that each known kind of head would pay.
 
@@ -211,11 +222,13 @@ class TraceHeader:
     seed: int
     sampling: SamplingConfig
     prompt: tuple[Token, ...]
-    n_verified: int = 0
-    """Number of sources per token that are knocked out."""
+    n_verified: int | Literal["all"] = 0
+    """Number of sources per token that are knocked out, or all for every position in view."""
     knockout: Knockout = "key"
     against: Alternative | None = None
     """Token that each generated token is compared with. None for no comparison."""
+    verified_heads: HeadSelection | None = None
+    """Heads in which positions are knocked out. None for all."""
     roles: tuple[tuple[Roles, ...], ...] | None = None
     """Roles of the heads of each layer. None if they were not requested."""
     model_sha256: str | None = None
@@ -237,11 +250,17 @@ class TraceStep:
     """Text completed by this token."""
     finish: FinishReason | None
     effects: tuple[Effect, ...] = ()
-    """Effects of the sources, largest weight first, then those of their controls."""
+    """Effects of the sources, largest weight first, then those of their controls. With
+    ``changes_S``, the largest effects."""
     candidates: tuple[Candidate, ...] = ()
     """Most probable tokens at this step, in descending order. Empty if they were not kept."""
     is_given: bool = False
     """Whether the token was given, by the prompt or ``force``, instead of sampled."""
+    changes_S: NDArray[np.float32] | None = field(default=None, repr=False)
+    """Change of ln p(token) without each position in view, in nats. None unless all are knocked
+    out."""
+    kept: Kept | None = None
+    """Prediction from the sources and the sink alone. None unless sources are knocked out."""
 
     @property
     def probability(self) -> float:

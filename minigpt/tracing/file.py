@@ -93,6 +93,7 @@ def _header(header: TraceHeader) -> dict[str, Any]:
         "n_verified": header.n_verified,
         "knockout": header.knockout,
         "against": header.against and _alternative(header.against),
+        "verified_heads": header.verified_heads and header.verified_heads.as_text(),
         "roles": header.roles and [[asdict(head) for head in layer] for layer in header.roles],
         "seed": header.seed,
         "sampling": asdict(header.sampling),
@@ -126,6 +127,9 @@ def _step(step: TraceStep) -> dict[str, Any]:
             for effect in step.effects
         ],
         "candidates": [{**_text(one), **_chance(one.log_probability)} for one in step.candidates],
+        "changes": None if step.changes_S is None else _rounded(step.changes_S, _DIGITS),
+        "kept": step.kept
+        and {name: round(value, _DIGITS) for name, value in asdict(step.kept).items()},
         "certain_text": step.text,
         "finish_reason": step.finish,
     }
@@ -157,9 +161,14 @@ def _row(row: Row) -> dict[str, Any]:
 
 def _heads(heads: HeadRows) -> dict[str, Any]:
     arrays = {name: getattr(heads, field) for name, field in HEAD_FIELDS.items()}
-    for name in arrays.keys() - {"positions"}:
-        arrays[name] = arrays[name].astype(np.float64).round(_HEAD_DIGITS)
-    return {name: array.tolist() for name, array in arrays.items()}
+    return {
+        name: array.tolist() if name == "positions" else _rounded(array, _HEAD_DIGITS)
+        for name, array in arrays.items()
+    }
+
+
+def _rounded(array: NDArray[np.float32], n_digits: int) -> list[Any]:
+    return array.astype(np.float64).round(n_digits).tolist()
 
 
 def _footer(footer: TraceFooter) -> dict[str, Any]:

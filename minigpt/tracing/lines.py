@@ -185,7 +185,7 @@ class TraceLayout:
         if step.candidates:
             lines += self._candidates(step.candidates)
         if step.effects:
-            lines += ring("tracing.analysis.lines").effect_lines(step.effects, self)
+            lines += ring("tracing.analysis.lines").effect_lines(step, self, names)
         return lines
 
     def _candidates(self, candidates: Sequence[Candidate]) -> list[Line]:

@@ -54,20 +54,27 @@ class HeadSelection:
 
 
 def select_heads(
-    n_layer: int, n_head: int, *, layers: str | None = None, heads: str | None = None
+    n_layer: int,
+    n_head: int,
+    *,
+    layers: str | None = None,
+    heads: str | None = None,
+    options: tuple[str, str] = ("--layers", "--heads"),
 ) -> HeadSelection:
     """Return the heads that are in both ``layers`` and ``heads``. None selects all.
 
+    Args: options, names of the two options, for messages.
     Raises: ConfigError for a syntax error, an index out of range, or an empty selection.
     """
-    chosen_layers = _numbers("*" if layers is None else layers, n_layer, "--layers", "layer")
+    layers_name, name = options
+    chosen_layers = _numbers("*" if layers is None else layers, n_layer, layers_name, "layer")
     chosen: set[tuple[int, int]] = set()
     for part in ("*.*" if heads is None else heads).split(","):
         layer, dot, head = part.strip().partition(".")
         if not dot:
-            raise ConfigError(f"--heads takes layer.head, as in 4.2 or 5.*: it is {part!r}.")
-        layer_numbers = _numbers(layer, n_layer, "--heads", "layer")
-        chosen |= {*product(layer_numbers, _numbers(head, n_head, "--heads", "head"))}
+            raise ConfigError(f"{name} takes layer.head, as in 4.2 or 5.*: it is {part!r}.")
+        layer_numbers = _numbers(layer, n_layer, name, "layer")
+        chosen |= {*product(layer_numbers, _numbers(head, n_head, name, "head"))}
     selection = HeadSelection(
         tuple(
             tuple(h for h in range(n_head) if i in chosen_layers and (i, h) in chosen)
@@ -76,7 +83,7 @@ def select_heads(
         n_head,
     )
     if not selection.n_chosen:
-        raise ConfigError(f"--layers {layers} and --heads {heads} have no head in common.")
+        raise ConfigError(f"{layers_name} {layers} and {name} {heads} have no head in common.")
     return selection
 
 

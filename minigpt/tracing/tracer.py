@@ -21,7 +21,6 @@ from minigpt.tracing.config import DEFAULTS, N_SOURCES, Measure, TraceConfig, fa
 from minigpt.tracing.events import (
     Alternative,
     Candidate,
-    Effect,
     HeadWorking,
     Row,
     Token,
@@ -101,20 +100,16 @@ def trace(
     items: Iterator[TextStep] = stream_text(steps, tokenizer, sampling.stop)
     if has_prompt_rows:
         items = chain(map(TextStep, decoder.prompt_steps(sampling.logprobs), repeat("")), items)
-    finish: FinishReason | None = None if sampling.max_new_tokens else "length"
-    n_generated = 0
-    try:
+
+    def traced() -> Iterator[TraceStep]:
         for index, item in enumerate(items):
             step = item.step
-            in_view = tokens[: step.position]
-            rows = observer.rows(in_view, step.token)
+            rows = observer.rows(tokens[: step.position], step.token)
             if dense is not None:
                 dense(observer.recorder.weights_LHS)
-            effects = observer.effects(decoder.cache, in_view, rows[0], step.token)
             token = Token(step.position, step.token, tokenizer.token_bytes(step.token))
             if step.position == len(tokens):
                 tokens.append(token)
-                finish, n_generated = step.finish, n_generated + 1
             yield TraceStep(
                 index,
                 token,
@@ -122,12 +117,19 @@ def trace(
                 rows,
                 item.text,
                 step.finish,
-                effects,
                 candidates=tuple(
                     Candidate(id_, tokenizer.token_bytes(id_), value) for id_, value in step.best
                 ),
                 is_given=step.is_forced,
             )
+
+    finish: FinishReason | None = None if sampling.max_new_tokens else "length"
+    n_generated = 0
+    try:
+        for done in observer.verified(traced(), tokens, decoder.cache):
+            if done.token.position >= len(prompt):
+                finish, n_generated = done.finish, n_generated + 1
+            yield done
     except KeyboardInterrupt:
         finish = None
     seconds = time.perf_counter() - started
@@ -172,9 +174,9 @@ class AttentionObserver:
         Raises: ConfigError if the model cannot be traced with this config.
         """
         require_attention(model)
-        self._knockout = ring("tracing.analysis.knockout") if config.n_verified else None
-        if self._knockout is not None:
-            self._knockout.require_knockout(model, config.knockout)
+        self._verifier = None
+        if config.n_verified:
+            self._verifier = ring("tracing.analysis.knockout").Verifier(model, config)
         if config.sink != "auto" and config.sink >= max(n_prompt, 1):
             raise ConfigError(
                 f"the sink must be a position of the prompt: it is {config.sink}, and the prompt "
@@ -201,7 +203,6 @@ class AttentionObserver:
             workings = ring("tracing.analysis.workings")
             self._explained = workings.explained_heads(model, config.explain)
         self._reader: RowReader
-        self._effects: list[Effect] = []
         self._sum_error: float | None = None
         self._product_error: Tensor | None = None
 
@@ -233,6 +234,7 @@ class AttentionObserver:
             n_verified=config.n_verified,
             knockout=config.knockout,
             against=self._against,
+            verified_heads=self._verifier and self._verifier.selection,
             roles=ring("tracing.analysis.roles").head_roles(self._model) if config.roles else None,
             **facts,
         )
@@ -280,24 +282,19 @@ class AttentionObserver:
         whole, *values = torch.stack([measured.whole, *parts.values()]).tolist()
         return replace(row, whole=whole, parts=dict(zip(parts, values, strict=True)))
 
-    def effects(
-        self, cache: KVCache, tokens: Sequence[Token], row: Row, target: int
-    ) -> tuple[Effect, ...]:
-        """Knock out sources of ``row``, the row of ``target``, the newest sampled token."""
-        if self._knockout is None:
-            return ()
-        effects: tuple[Effect, ...] = self._knockout.source_effects(
-            self._model,
-            cache,
-            tokens,
-            row,
-            target,
-            sink=self._reader.sink,
-            n_sources=self._config.n_verified,
-            knockout=self._config.knockout,
+    def verified(
+        self, steps: Iterator[TraceStep], tokens: Sequence[Token], cache: KVCache
+    ) -> Iterator[TraceStep]:
+        """Yield steps with the effects of knockouts, which may wait for later steps.
+
+        Args: tokens, at least those in view of the newest step's query.
+        """
+        if self._verifier is None:
+            return steps
+        verified: Iterator[TraceStep] = self._verifier.verify(
+            steps, tokens, cache, sink=self._reader.sink
         )
-        self._effects += effects
-        return effects
+        return verified
 
     def workings(self, tokens: Sequence[int]) -> tuple[HeadWorking, ...]:
         """Return the queries, keys and values of the heads to explain, over a whole text."""
@@ -310,9 +307,9 @@ class AttentionObserver:
 
     def checks(self) -> dict[str, Any]:
         """Return the fields of the footer that hold the results of checks."""
-        knockout, error = self._knockout, self._product_error
+        error = self._product_error
         return {
             "worst_row_sum_error": self._sum_error,
             "worst_product_error": None if error is None else error.item(),
-            "cause": None if knockout is None else knockout.check_cause(self._effects),
+            "cause": self._verifier and self._verifier.tally.check(),
         }

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,14 +21,22 @@ from minigpt.model.gpt import GPT
 from minigpt.text.tokenizer import bytes_tokenizer
 from minigpt.tracing.analysis import knockout
 from minigpt.tracing.analysis.knockout import (
-    check_cause,
+    CauseTally,
     choose_controls,
     knock_out,
     rank_correlation,
 )
 from minigpt.tracing.analysis.roles import without_heads
 from minigpt.tracing.config import Knockout, TraceConfig
-from minigpt.tracing.events import Effect, Source, Token, TraceFooter, TraceStep
+from minigpt.tracing.events import (
+    CauseCheck,
+    Effect,
+    Source,
+    Token,
+    TraceFooter,
+    TraceStep,
+)
+from minigpt.tracing.selection import select_heads
 from minigpt.tracing.tracer import trace
 
 KINDS: tuple[Knockout, ...] = ("key", "value")
@@ -36,8 +44,15 @@ TARGET = 5
 
 
 @contextmanager
-def last_query_without(position: int, kind: Knockout) -> Iterator[None]:
-    """The oracle: plain attention in which the last query of every layer lacks a position."""
+def last_query_without(
+    hidden: int | Sequence[int], kind: Knockout, heads: Sequence[Sequence[int]] | None = None
+) -> Iterator[None]:
+    """The oracle: plain attention in which the last query lacks positions.
+
+    Args: heads, those of each layer that lack them; None for all.
+    """
+    positions = [hidden] if isinstance(hidden, int) else list(hidden)
+    calls = itertools.count()
 
     def attention(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
         n_shared = q.shape[1] // k.shape[1]
@@ -48,11 +63,15 @@ def last_query_without(position: int, kind: Knockout) -> Iterator[None]:
         for query, key in itertools.product(range(n), range(n)):
             if key > query:
                 score[..., query, key] = -math.inf
-        if kind == "key":
-            score[..., n - 1, position] = -math.inf
+        layer = next(calls)
+        chosen = range(q.shape[1]) if heads is None else heads[layer]
+        for head, position in itertools.product(chosen, positions):
+            if kind == "key":
+                score[:, head, n - 1, position] = -math.inf
         weight = score.softmax(dim=-1)
-        if kind == "value":
-            weight[..., n - 1, position] = 0  # the others do not grow
+        for head, position in itertools.product(chosen, positions):
+            if kind == "value":
+                weight[:, head, n - 1, position] = 0  # the others do not grow
         return (weight @ v).to(q.dtype)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -86,6 +105,7 @@ def cached(model: GPT, tokens: Tensor) -> KVCache:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.usefixtures("way")
 def test_a_change_equals_that_of_a_full_forward_whose_last_query_lacks_the_source(
     layout: str, kind: Knockout
 ) -> None:
@@ -99,6 +119,7 @@ def test_a_change_equals_that_of_a_full_forward_whose_last_query_lacks_the_sourc
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.usefixtures("way")
 def test_int8_and_bfloat16_models_agree_within_rounding(kind: Knockout) -> None:
     tokens = random_tokens(1, 11)
     int8, half = small_model("llama-grouped"), small_model("llama-grouped").bfloat16()
@@ -112,6 +133,7 @@ def test_int8_and_bfloat16_models_agree_within_rounding(kind: Knockout) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.usefixtures("way")
 def test_a_knockout_does_not_change_the_cache(kind: Knockout) -> None:
     model, tokens = small_model("gpt2"), random_tokens(1, 11)
     cache, untouched = cached(model, tokens), cached(model, tokens)
@@ -124,7 +146,108 @@ def test_a_knockout_does_not_change_the_cache(kind: Knockout) -> None:
         assert torch.equal(ours.view(torch.int32), theirs.view(torch.int32))
 
 
+@pytest.fixture(params=["fast", "plain"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Compute knockouts through the decode step, or through the model's own forward."""
+    if request.param == "plain":
+        monkeypatch.setattr(knockout, "has_ring", lambda _: False)
+    return str(request.param)
+
+
+HEADS = ("0.1-2,1.*", "1.3", "0.0,1.0", "0.*")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.usefixtures("way")
+def test_a_knockout_in_some_heads_equals_a_full_forward_where_only_these_lack_the_source(
+    layout: str, kind: Knockout
+) -> None:
+    model, tokens = small_model(layout), random_tokens(1, 11)
+    cache, query = cached(model, tokens), int(tokens[0, -1])
+    whole = log_p(model, tokens)
+    for text in HEADS:
+        selection = select_heads(2, 4, heads=text)
+        expected = []
+        for position in range(11):
+            with last_query_without(position, kind, selection.heads_by_layer):
+                expected.append(log_p(model, tokens) - whole)
+        changes = knock_out(model, cache, query, TARGET, range(11), kind, selection)
+        assert changes == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_decode_step_and_the_plain_forward_agree_for_queries_of_several_tokens(
+    layout: str, kind: Knockout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokens = small_model(layout), random_tokens(1, 14)
+    cache = cached(model, tokens)
+    generator = np.random.default_rng(1)
+    queries = [
+        knockout.Query(
+            end,
+            int(tokens[0, end]),
+            TARGET + end,
+            [generator.permutation(end + 1)[:n].tolist() for n in range(end + 1)],
+        )
+        for end in (13, 0, 7, 8)
+    ]
+    for heads in (None, "0.1,1.2-3"):
+        selection = heads and select_heads(2, 4, heads=heads)
+        fast = knockout.Knockouts(model, kind, selection or None)
+        assert fast.batch_rows > 1
+        with monkeypatch.context() as patch:
+            patch.setattr(knockout, "has_ring", lambda _: False)
+            plain = knockout.Knockouts(model, kind, selection or None)
+        assert plain.batch_rows == 1
+        for ours, theirs in zip(
+            fast.changes(cache, queries), plain.changes(cache, queries), strict=True
+        ):
+            np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+@pytest.mark.usefixtures("way")
+def test_hiding_every_position_leaves_no_context_and_no_nan() -> None:
+    model, tokens = small_model("llama-grouped"), random_tokens(1, 6)
+    cache, whole = cached(model, tokens), log_p(model, tokens)
+    with last_query_without(range(6), "value"):
+        expected = log_p(model, tokens) - whole
+    query = knockout.Query(5, int(tokens[0, -1]), TARGET, [range(6)])
+    for kind in KINDS:
+        [[[change, _]]] = knockout.Knockouts(model, kind).changes(cache, [query])
+        assert change == pytest.approx(expected, abs=1e-4)
+
+
+def test_batches_are_bounded_and_each_has_a_row_that_hides_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, tokens = small_model(), random_tokens(1, 20)
+    cache = cached(model, tokens)
+    queries = [
+        knockout.Query(end, int(tokens[0, end]), TARGET, [[i] for i in range(end + 1)])
+        for end in (19, 3, 4, 9)
+    ]
+    knockouts = knockout.Knockouts(model)
+    at_once = knockouts.changes(cache, queries)
+    monkeypatch.setattr(knockout, "_MAX_ROWS", 8)
+    batches = list(knockouts._batches(cache, queries))
+    assert [[(n, len(q.hidden)) for n, q in batch] for batch in batches] == [
+        [(0, 8)],
+        [(0, 8)],
+        [(0, 7)],
+        [(1, 5)],
+        [(2, 6)],
+        [(3, 8)],
+        [(3, 4)],
+    ]
+    assert all(not query.hidden[0] for batch in batches for _, query in batch)
+    for ours, theirs in zip(at_once, knockouts.changes(cache, queries), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
 def test_knockouts_of_a_long_cache_are_split_into_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(knockout, "has_ring", lambda _: False)
     model, tokens = small_model(), random_tokens(1, 11)
     cache, query = cached(model, tokens), int(tokens[0, -1])
     at_once = knock_out(model, cache, query, TARGET, range(11))
@@ -183,6 +306,12 @@ def test_rank_correlations_with_ties_equal_a_plain_loop() -> None:
 
 def effect(weight: float, change: float, control_of: int | None = None) -> Effect:
     return Effect(Source(Token(1, 1, b"a"), weight), change, control_of)
+
+
+def check_cause(effects: Sequence[Effect]) -> CauseCheck | None:
+    tally = CauseTally()
+    tally.add(TraceStep(0, Token(9, 9, b"b"), -1.0, (), "", None, tuple(effects)))
+    return tally.check()
 
 
 def test_the_cause_check_covers_all_sources_and_controls() -> None:
@@ -293,6 +422,78 @@ def test_a_trace_knocks_out_the_strongest_sources_even_if_it_shows_fewer(n_sourc
                 assert e.change == pytest.approx(changed - whole, abs=2e-4)
         tokens.append(step.token.id)
     assert footer.cause == check_cause([e for step in steps for e in step.effects])
+
+
+@pytest.mark.parametrize("heads", [None, "1.1,0.2-3"])
+@pytest.mark.usefixtures("way")
+def test_verify_all_gives_the_effect_of_every_position(heads: str | None) -> None:
+    model, prompt = small_model("llama-grouped", vocab_size=257), list(b"to be or")
+    steps, footer = steps_of(model, prompt, n_verified="all", verify_heads=heads, n_sources=3)
+    chosen = heads and select_heads(2, 4, heads=heads).heads_by_layer
+    tokens = list(prompt)
+    weights, changes = [], []
+    for step in steps:
+        assert step.changes_S is not None
+        assert step.kept is None
+        for position, change in enumerate(step.changes_S):
+            with torch.no_grad():
+                whole = model(torch.tensor([tokens]))[0, -1].log_softmax(dim=0)[step.token.id]
+                with last_query_without(position, "key", chosen or None):
+                    without = model(torch.tensor([tokens]))[0, -1].log_softmax(dim=0)
+            assert change == pytest.approx((without[step.token.id] - whole).item(), abs=2e-4)
+        largest = np.argsort(-abs(step.changes_S), kind="stable")[:3].tolist()
+        assert [e.source.token.position for e in step.effects] == largest
+        assert [e.change for e in step.effects] == step.changes_S[largest].tolist()
+        weights += step.row.weights_S.tolist()
+        changes += abs(step.changes_S).tolist()
+        tokens.append(step.token.id)
+    assert footer.cause is not None
+    assert (footer.cause.n_sources, footer.cause.n_controls) == (len(weights), 0)
+    assert footer.cause.rank_correlation == rank_correlation(weights, changes)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.usefixtures("way")
+def test_the_sources_and_the_sink_alone_equal_a_full_forward_without_all_else(
+    kind: Knockout,
+) -> None:
+    model, prompt = small_model("gpt2", vocab_size=257), list(b"to be or")
+    steps, _ = steps_of(model, prompt, n_verified=2, knockout=kind, sink=1)
+    tokens = list(prompt)
+    for step in steps:
+        seen = {1} | {e.source.token.position for e in step.effects if e.control_of is None}
+        others = [position for position in range(len(tokens)) if position not in seen]
+        with torch.no_grad():
+            whole = model(torch.tensor([tokens]))[0, -1]
+            with last_query_without(others, kind):
+                alone = model(torch.tensor([tokens]))[0, -1]
+        target = step.token.id
+        change = (alone.log_softmax(dim=0) - whole.log_softmax(dim=0))[target].item()
+        assert step.kept is not None
+        assert step.kept.change == pytest.approx(change, abs=2e-4)
+        assert step.kept.logit_change == pytest.approx((alone - whole)[target].item(), abs=2e-4)
+        tokens.append(target)
+
+
+def test_an_interrupted_trace_ends_with_a_footer_about_the_steps_so_far() -> None:
+    model = small_model("llama", vocab_size=257)
+    events = trace(
+        model,
+        TOKENIZER,
+        list(b"to be"),
+        SamplingConfig(max_new_tokens=12),
+        TraceConfig(n_verified=2),
+        seed=2,
+    )
+    next(events)
+    for step in (next(events), next(events), next(events)):
+        assert isinstance(step, TraceStep)
+        assert step.effects
+    footer = events.throw(KeyboardInterrupt)
+    assert isinstance(footer, TraceFooter)
+    assert (footer.n_tokens, footer.finish) == (3, None)
+    assert footer.cause is not None
+    assert footer.cause.n_sources == 6
 
 
 def test_a_single_token_has_no_source_to_knock_out() -> None:

@@ -65,6 +65,19 @@ def test_an_invalid_or_empty_selection_is_refused(options: dict[str, str], messa
     assert "\x1b" not in str(caught.value)
 
 
+def test_messages_name_the_option_that_was_given() -> None:
+    options = ("--verify-layers", "--verify-heads")
+    for given, message in (
+        ({"layers": "7"}, "--verify-layers 7 is out of range: the model has layers 0 to 6."),
+        ({"heads": "3"}, "--verify-heads takes layer.head, as in 4.2 or 5.*: it is '3'."),
+        ({"heads": "0.3"}, "--verify-heads 3 is out of range: the model has heads 0 to 2."),
+        ({"layers": "0", "heads": "1.*"}, "--verify-layers 0 and --verify-heads 1.* have no head"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            select_heads(7, 3, **given, options=options)
+        assert message in str(caught.value)
+
+
 def test_a_selection_as_text_parses_to_itself() -> None:
     source = random.Random(0)
     every = list(itertools.product(range(4), range(5)))

@@ -18,7 +18,7 @@ from minigpt.errors import cut
 from minigpt.files import resource_errors, write_atomically, writing_aside
 from minigpt.rings import ring
 from minigpt.text.escape import JoinedTokens, visible
-from minigpt.tracing.events import Effect, Trace, TraceEvent, TraceFooter, TraceHeader, TraceStep
+from minigpt.tracing.events import Trace, TraceEvent, TraceFooter, TraceHeader, TraceStep
 from minigpt.tracing.file import to_json_line
 from minigpt.tracing.lines import TraceLayout, footer_lines, header_lines
 
@@ -77,7 +77,7 @@ class TraceOutput:
         header: TraceHeader | None = None
         steps: list[TraceStep] = []
         texts: list[str] = []
-        effects: list[Effect] = []
+        tally: Any = None
         footer: TraceFooter | None = None
         signal: SystemExit | None = None
         while footer is None:
@@ -89,7 +89,9 @@ class TraceOutput:
                     case TraceStep():
                         steps += [event] if is_kept else []
                         texts.append(event.text)
-                        effects += event.effects
+                        if event.effects:
+                            tally = tally or ring("tracing.analysis.knockout").CauseTally()
+                            tally.add(event)
                     case TraceFooter():
                         footer = event
                 self._show_event(event)
@@ -100,9 +102,10 @@ class TraceOutput:
                 try:
                     footer = events.throw(KeyboardInterrupt)
                 except KeyboardInterrupt:  # it had ended
-                    cause = effects and ring("tracing.analysis.knockout").check_cause(effects)
                     seconds = time.perf_counter() - started
-                    footer = TraceFooter(len(texts), None, seconds, None, cause=cause or None)
+                    footer = TraceFooter(
+                        len(texts), None, seconds, None, cause=tally and tally.check()
+                    )
                 self._show_event(footer)
         assert header is not None
         if self._view == LINES and footer.n_tokens:

@@ -25,7 +25,7 @@ _DRAWN = ("--json", "--out", "--html")
 LIVE = Mode(
     needs={
         **PromptForm.NEEDS,
-        "--knockout": ("--n-verified",),
+        **dict.fromkeys(("--knockout", "--verify-layers", "--verify-heads"), ("--n-verified",)),
         "--n-verified": ("--view lines", *_DRAWN),
         "--n-sources": ("--view lines", *_DRAWN),
         "--explain": ("--html", "--out", "--json"),

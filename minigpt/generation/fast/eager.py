@@ -7,7 +7,8 @@ Shapes: B rows, C model dim, H query heads, G key/value heads, R = H / G, D head
 view, L layers, P positions of the context, X all heads' values side by side.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from minigpt.generation.fast.decode_step import (
     StepForward,
     shown_to,
 )
-from minigpt.generation.fast.products import make_product
+from minigpt.generation.fast.products import Product, make_product
 from minigpt.model.attention import Attention, Recorder
 from minigpt.model.gpt import GPT
 from minigpt.model.layers import MLP, GatedMLP
@@ -45,6 +46,9 @@ class EagerForward(StepForward):
 
 class EagerKernels:
     """Kernels that write into buffers, which the next step overwrites."""
+
+    product: Callable[[Sequence[nn.Module]], Product] = staticmethod(make_product)
+    """Makes the product of some layers."""
 
     def __init__(self, model: GPT) -> None:
         self._model, config = model, model.config
@@ -136,10 +140,24 @@ class EagerKernels:
         torch.mul(both.narrow(2, d_head, d_head), cos, out=self._qk)
         self._qk.addcmul_(crossed, sin)
 
-    def attention(self, module: Attention) -> Attend:
-        project = make_product([module.query, module.key, module.value])
-        score, scale = module.score, module.d_head**-0.5
+    def projection(self, module: Attention) -> Callable[[Tensor, Any], None]:
+        """Return a function that writes a layer's queries, keys and values into the buffers."""
+        project = self.product([module.query, module.key, module.value])
+        score = module.score
         eps = module.query_norm.eps if isinstance(module.query_norm, nn.RMSNorm) else None
+
+        def write(normed_BC: Tensor, rotary: tuple[Tensor, Tensor] | None) -> None:
+            project.write(normed_BC, self._qkv_BX)
+            if rotary is not None:
+                self._rotate(*rotary, eps)
+            if score.changes_queries:
+                self._q_BHTD.copy_(score.fold(self._q_BHTD))
+
+        return write
+
+    def attention(self, module: Attention) -> Attend:
+        project = self.projection(module)
+        score, scale = module.score, module.d_head**-0.5
 
         def attend(
             normed_BC: Tensor,
@@ -148,13 +166,9 @@ class EagerKernels:
             cache: tuple[Tensor, Tensor, Tensor, Tensor],
         ) -> tuple[Tensor, Tensor]:
             new_k_BGD, new_v_BGD, k_BGSD, v_BGSD = cache
-            project.write(normed_BC, self._qkv_BX)
-            if rotary is not None:
-                self._rotate(*rotary, eps)
+            project(normed_BC, rotary)
             new_k_BGD.copy_(self._k_BGD)
             new_v_BGD.copy_(self._v_BGD)
-            if score.changes_queries:
-                self._q_BHTD.copy_(score.fold(self._q_BHTD))
             k_NSD, v_NSD = k_BGSD.flatten(0, 1), v_BGSD.flatten(0, 1)  # N = B G; views
             if score.is_dot_product:
                 q_NRD = self._q_BGRD.flatten(0, 1)
@@ -174,7 +188,7 @@ class EagerKernels:
     def hidden(self, module: MLP | GatedMLP) -> Function:
         activation, is_gated = module.activation, isinstance(module, GatedMLP)
         layers = [module.gate, module.up] if isinstance(module, GatedMLP) else [module.up]
-        product = make_product(layers)
+        product = self.product(layers)
 
         def hidden(normed_BC: Tensor) -> Tensor:
             product.write(normed_BC, self._hidden)
@@ -186,7 +200,7 @@ class EagerKernels:
         return hidden
 
     def add(self, module: nn.Module) -> Add:
-        product = make_product([module])
+        product = self.product([module])
 
         def add(x_BC: Tensor, branch: Tensor) -> Tensor:
             product.add(branch, x_BC)
@@ -195,7 +209,7 @@ class EagerKernels:
         return add
 
     def unembed(self, module: nn.Module) -> Function:
-        product = make_product([module])
+        product = self.product([module])
 
         def unembed(normed_BC: Tensor) -> Tensor:
             product.write(normed_BC, self._logits)

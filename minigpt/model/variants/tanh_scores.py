@@ -139,7 +139,7 @@ def _score(q_HBTA: Tensor, k_HBSA: Tensor, v_HA: Tensor) -> Tensor:
 
 
 def _weights(q_HBTA: Tensor, k_HBSA: Tensor, v_HA: Tensor, visible_BS: Tensor | None) -> Tensor:
-    visible = None if visible_BS is None else visible_BS[:, : k_HBSA.shape[2]]
+    visible = None if visible_BS is None else visible_BS[..., : k_HBSA.shape[2]]
     return causal_softmax(_score(q_HBTA, k_HBSA, v_HA), visible)
 
 

@@ -1,24 +1,46 @@
 """Knockout: hide earlier positions from the newest query, and measure the effect on its token.
 
-Shapes: L layers, B rows, G key/value heads, S positions in view, T new positions, D head dim.
+Shapes: L layers, B rows, H query heads, G key/value heads, S positions in view, T new positions, D
+head dim.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from copy import copy
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from minigpt.errors import ConfigError
+from minigpt.generation.forward import FAST
 from minigpt.model.cache import KVCache
 from minigpt.model.gpt import GPT
 from minigpt.model.language_model import LanguageModel
-from minigpt.tracing.config import Knockout
-from minigpt.tracing.events import CauseCheck, Effect, Row, Source, Token
+from minigpt.rings import has_ring, ring
+from minigpt.tracing.config import N_SOURCES, Knockout, TraceConfig
+from minigpt.tracing.events import CauseCheck, Effect, Kept, Source, Token, TraceStep
+from minigpt.tracing.selection import HeadSelection, select_heads
 
-_MAX_CACHE_BYTES = 2**28  # of all rows of a batch
+_MAX_CACHE_BYTES = 2**28  # of all rows of a batch, where each needs a copy of the cache
+_MAX_BYTES = 2**27  # of the weights of a layer and of the logits of a batch, where none does
+_MAX_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Query:
+    """The query that predicted a token, and the sets of positions to hide from it."""
+
+    position: int
+    token: int
+    """Token at that position."""
+    target: int
+    """Token that was predicted."""
+    hidden: Sequence[Sequence[int]]
+    """For each row, the positions that are hidden."""
 
 
 def require_knockout(model: LanguageModel, knockout: Knockout) -> None:
@@ -28,37 +50,6 @@ def require_knockout(model: LanguageModel, knockout: Knockout) -> None:
             f"--knockout value is not possible with an {model.config.arch}: its states are keys "
             "and values together, and later states depend on them. Use --knockout key."
         )
-
-
-def source_effects(
-    model: LanguageModel,
-    cache: KVCache,
-    tokens: Sequence[Token],
-    row: Row,
-    target: int,
-    *,
-    sink: int,
-    n_sources: int,
-    knockout: Knockout = "key",
-) -> tuple[Effect, ...]:
-    """Knock out the strongest sources of a row, and for each a control.
-
-    Args: cache and tokens, what was in view when the token ``target`` was drawn; the query is at
-        the last of these positions. sink, a position that is never a source or a control.
-    Returns: the effects of the sources, largest weight first, then those of the controls.
-    """
-    weights_S = row.weights_S
-    order = np.argsort(-weights_S, kind="stable").tolist()
-    sources = [position for position in order if position != sink][:n_sources]
-    controls = choose_controls(weights_S, sources, sink=sink)
-    chosen: list[tuple[int, int | None]] = [(position, None) for position in sources]
-    chosen += [(position, i) for i, position in enumerate(controls) if position is not None]
-    positions = [position for position, _ in chosen]
-    changes = knock_out(model, cache, tokens[-1].id, target, positions, knockout)
-    return tuple(
-        Effect(Source(tokens[position], float(weights_S[position])), change, control_of)
-        for (position, control_of), change in zip(chosen, changes, strict=True)
-    )
 
 
 def choose_controls(
@@ -80,7 +71,196 @@ def choose_controls(
     return controls
 
 
-@torch.inference_mode()
+class Knockouts:
+    """Computes predictions again, with positions hidden from the query.
+
+    Each row is the newest query computed again, and a batch has a row without a knockout for each
+    of its queries, so that all are computed by the same kernels. Earlier queries are left as they
+    were. A key is hidden from the query, so the other weights grow to sum to 1. A value is set to
+    zero, and the weights stay.
+
+    Source: Geva et al. 2023, arXiv:2304.14767 (attention knockout, of keys).
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        knockout: Knockout = "key",
+        selection: HeadSelection | None = None,
+    ) -> None:
+        """Args: selection, the heads in which positions are hidden; None for all.
+
+        Raises: ConfigError if this kind of knockout is not possible with the model.
+        """
+        require_knockout(model, knockout)
+        self._model, self._is_value = model, knockout == "value"
+        self._heads_LH: Tensor | None = None
+        if selection is not None and not selection.is_all:
+            self._heads_LH = torch.zeros(
+                len(selection.heads_by_layer), selection.n_head, dtype=torch.bool
+            )
+            for heads_H, chosen in zip(self._heads_LH, selection.heads_by_layer, strict=True):
+                heads_H[list(chosen)] = True
+            self._heads_LH = self._heads_LH.to(model.device)
+        self._fast = None
+        is_fast = has_ring(FAST) and ring(FAST).supports(model)
+        if is_fast and model.attentions[0].score.is_dot_product:
+            self._fast = ring(f"{FAST}.queries")
+            self._step = self._fast.QueryStep(model)
+
+    @property
+    def batch_rows(self) -> int:
+        """Number of rows that are worth waiting for; 1 if queries are not computed together."""
+        return _MAX_ROWS if self._fast else 1
+
+    @torch.inference_mode()
+    def changes(self, cache: KVCache, queries: Sequence[Query]) -> list[NDArray[np.float32]]:
+        """Return for each query the changes of ln p(target) and of its logit, (rows, 2).
+
+        Args: cache, of one sequence, which holds at least the queries and is not changed.
+        """
+        found: list[list[Tensor]] = [[] for _ in queries]
+        for batch in self._batches(cache, queries):
+            rows = self._fast_rows if self._fast else self._plain_rows
+            scores_B2 = rows(cache, [query for _, query in batch]).cpu()
+            sizes = [len(query.hidden) for _, query in batch]
+            for (number, _), part in zip(batch, scores_B2.split(sizes), strict=True):
+                found[number].append(part[1:] - part[0])
+        return [torch.cat((torch.empty(0, 2), *parts)).numpy() for parts in found]
+
+    def _batches(
+        self, cache: KVCache, queries: Sequence[Query]
+    ) -> Iterator[list[tuple[int, Query]]]:
+        """Yield the rows of queries that are computed together, each with one that hides nothing.
+
+        Memory is bounded: a query with many rows takes several batches.
+        """
+        batch: list[tuple[int, Query]] = []
+        n_rows = 0
+        for number, query in enumerate(queries):
+            limit = self._max_rows(cache, query.position + 1)
+            for first in range(0, len(query.hidden), limit - 1):
+                hidden = [(), *query.hidden[first : first + limit - 1]]
+                if batch and (n_rows + len(hidden) > limit or not self._fast):
+                    yield batch
+                    batch, n_rows = [], 0
+                batch.append((number, replace(query, hidden=hidden)))
+                n_rows += len(hidden)
+        if batch:
+            yield batch
+
+    def _max_rows(self, cache: KVCache, n_view: int) -> int:
+        """Return the largest number of rows of a batch, at least 2."""
+        if self._fast:
+            config = self._model.config
+            row_bytes = 4 * (3 * config.n_head * n_view + 3 * config.vocab_size)
+            return min(_MAX_ROWS, max(2, _MAX_BYTES // row_bytes))
+        return 1 + max(1, _MAX_CACHE_BYTES * cache.capacity // (cache.n_bytes * n_view))
+
+    def _fast_rows(self, cache: KVCache, queries: Sequence[Query]) -> Tensor:
+        """Return ln p and the logit of the target of every row, (B, 2); the cache is shared."""
+        assert self._fast is not None
+        counts = torch.tensor([len(query.hidden) for query in queries])
+
+        def repeated(name: str) -> Tensor:
+            return torch.tensor([getattr(q, name) for q in queries]).repeat_interleave(counts)
+
+        hidden_BS = _mask(queries, max(query.position for query in queries) + 1)
+        heads_LGR = self._heads_LH
+        if heads_LGR is not None:
+            heads_LGR = heads_LGR.unflatten(1, (self._model.config.n_kv_head, -1))
+        hidden = self._fast.Hidden(repeated("position"), hidden_BS, heads_LGR, self._is_value)
+        logits = self._step(repeated("token"), hidden, cache)
+        return _scores(logits, repeated("target"))
+
+    def _plain_rows(self, cache: KVCache, queries: Sequence[Query]) -> Tensor:
+        """Return what ``_fast_rows`` does, by the model's own forward."""
+        [query] = queries
+        model, n_rows, end = self._model, len(query.hidden), query.position + 1
+        hidden_BS = _mask(queries, end).to(model.device)
+        if isinstance(model, GPT):
+            prefix: KVCache = _SharedPrefix(
+                cache, end, hidden_BS if self._is_value else None, self._heads_LH
+            )
+        else:  # an LSTM reads earlier states from the cache itself
+            prefix = copy(cache)
+            prefix.truncate(end - 1)
+            prefix.select([0] * n_rows)
+        tokens = torch.full((n_rows, 1), query.token, device=model.device)
+        if self._is_value:
+            logits = model(tokens, prefix)
+        elif self._heads_LH is None:
+            logits = model(tokens, prefix, visible_BS=~hidden_BS)
+        else:
+            with _hiding(model, hidden_BS, self._heads_LH):
+                logits = model(tokens, prefix)
+        targets_B = torch.full((n_rows,), query.target, device=model.device)
+        return _scores(logits[:, -1].float(), targets_B)
+
+
+def _mask(queries: Sequence[Query], n_view: int) -> Tensor:
+    """Return for each row of the queries which positions are hidden, (B, S)."""
+    rows = [hidden for query in queries for hidden in query.hidden]
+    hidden_BS = np.zeros((len(rows), n_view), np.bool_)
+    for row_S, hidden in zip(hidden_BS, rows, strict=True):
+        row_S[list(hidden)] = True
+    return torch.from_numpy(hidden_BS)
+
+
+def _scores(logits: Tensor, targets_B: Tensor) -> Tensor:
+    """Return ln p and the logit of each row's target, (B, 2)."""
+    logit_B = logits.gather(1, targets_B[:, None])[:, 0]
+    return torch.stack((logit_B - logits.logsumexp(dim=1), logit_B), dim=1)
+
+
+@contextmanager
+def _hiding(model: LanguageModel, hidden_BS: Tensor, heads_LH: Tensor) -> Iterator[None]:
+    """Hide keys from some heads in the forward passes inside, by the mask of each layer."""
+
+    def hide(heads_H: Tensor) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+        visible_BH1S = ~(hidden_BS[:, None, None] & heads_H[None, :, None, None])
+        return lambda _, inputs: (*inputs[:-1], visible_BH1S)
+
+    with ExitStack() as stack:
+        for layer, heads_H in zip(model.attentions, heads_LH, strict=True):
+            if heads_H.any():
+                assert isinstance(layer, nn.Module)
+                hook = layer.register_forward_pre_hook(hide(heads_H))
+                stack.callback(hook.remove)
+        yield
+
+
+class _SharedPrefix(KVCache):
+    """All positions of a cache before the newest, shared by rows that each write their own newest.
+
+    The rows of a layer are only materialised while that layer is computed.
+    """
+
+    def __init__(
+        self, cache: KVCache, end: int, zeroed_BS: Tensor | None, heads_LH: Tensor | None
+    ) -> None:
+        """Args: zeroed_BS, true for values that are set to zero, in the chosen heads or in all."""
+        self.capacity, self.length = end, end - 1
+        self.keys_LBGSD = cache.keys_LBGSD[:, :1, :, : self.length]
+        self.values_LBGSD = cache.values_LBGSD[:, :1, :, : self.length]
+        self._zeroed_BS, self._heads_LH = zeroed_BS, heads_LH
+
+    def write(self, layer: int, k_BGTD: Tensor, v_BGTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a layer's shared keys and values, followed by those of each row."""
+        shape = (len(k_BGTD), -1, -1, -1)
+        keys_BGSD = torch.cat((self.keys_LBGSD[layer].expand(shape), k_BGTD), dim=2)
+        values_BGSD = torch.cat((self.values_LBGSD[layer].expand(shape), v_BGTD), dim=2)
+        if self._zeroed_BS is None:
+            return keys_BGSD, values_BGSD
+        zeroed_B1S1 = self._zeroed_BS[:, None, :, None]
+        if self._heads_LH is not None:  # heads of a group no longer have the same values
+            n_shared = self._heads_LH.shape[1] // keys_BGSD.shape[1]
+            keys_BGSD = keys_BGSD.repeat_interleave(n_shared, dim=1)
+            values_BGSD = values_BGSD.repeat_interleave(n_shared, dim=1)
+            zeroed_B1S1 = zeroed_B1S1 & self._heads_LH[layer, None, :, None, None]
+        return keys_BGSD, values_BGSD.masked_fill(zeroed_B1S1, 0)
+
+
 def knock_out(
     model: LanguageModel,
     cache: KVCache,
@@ -88,81 +268,160 @@ def knock_out(
     target: int,
     positions: Sequence[int],
     knockout: Knockout = "key",
+    selection: HeadSelection | None = None,
 ) -> list[float]:
     """Return for each position the change of ln p(target) if the newest query lacks it.
 
-    The newest token, ``query``, is computed again in one batch: a row without a knockout, so that
-    all rows are computed by the same kernels, and a row for each position. Earlier queries are left
-    as they were. A key is hidden from the query in all layers, so the other weights grow to sum to
-    1. A value is set to zero in all layers, and the weights stay.
-
-    Args: cache, of one sequence, which is not changed; positions, all in view.
-    Source: Geva et al. 2023, arXiv:2304.14767 (attention knockout, of keys).
+    Args: cache, of one sequence, which is not changed and ends with ``query``; positions, all in
+        view; selection, the heads in which a position is hidden, None for all.
     """
-    per_batch = max(1, _MAX_CACHE_BYTES * cache.capacity // (cache.n_bytes * cache.length))
-    changes: list[float] = []
-    for first in range(0, len(positions), per_batch):
-        places = torch.tensor(positions[first : first + per_batch], device=model.device)
-        n_rows = len(places) + 1
-        rows = torch.arange(1, n_rows, device=model.device)
-        visible_BS = None
-        if knockout == "key":
-            visible_BS = places.new_ones(n_rows, cache.length, dtype=torch.bool)
-            visible_BS[rows, places] = False
-        if isinstance(model, GPT):
-            zeroed = (rows, places) if knockout == "value" else None
-            prefix: KVCache = _SharedPrefix(cache, zeroed)
-        else:  # an LSTM reads earlier states from the cache itself
-            prefix = copy(cache)
-            prefix.truncate(cache.length - 1)
-            prefix.select([0] * n_rows)
-        tokens = torch.full((n_rows, 1), query, device=model.device)
-        logits = model(tokens, prefix, visible_BS=visible_BS)[:, -1]
-        log_p = logits.float().log_softmax(dim=-1)[:, target]
-        changes += (log_p[1:] - log_p[0]).tolist()
-    return changes
+    hidden = [(position,) for position in positions]
+    knockouts = Knockouts(model, knockout, selection)
+    [changes] = knockouts.changes(cache, [Query(cache.length - 1, query, target, hidden)])
+    return [float(change) for change in changes[:, 0]]
 
 
-class _SharedPrefix(KVCache):
-    """All positions of a cache except the newest, shared by rows that each write their own newest.
+class Verifier:
+    """Adds the effects of knockouts to the steps of a trace, in batches over several steps."""
 
-    The rows of a layer are only materialised while that layer is computed.
-    """
+    def __init__(self, model: LanguageModel, config: TraceConfig) -> None:
+        """Raises: ConfigError for heads that the model does not have, or a kind of knockout that is
+        not possible with it.
+        """
+        shape = model.config
+        self.selection: HeadSelection | None = None
+        """Heads in which positions are hidden. None for all."""
+        if config.verify_layers is not None or config.verify_heads is not None:
+            self.selection = select_heads(
+                shape.n_attention_layer,
+                shape.n_head,
+                layers=config.verify_layers,
+                heads=config.verify_heads,
+                options=("--verify-layers", "--verify-heads"),
+            )
+        self._knockouts = Knockouts(model, config.knockout, self.selection)
+        self._n_verified = config.n_verified
+        self._n_shown = N_SOURCES if config.n_sources is None else config.n_sources
+        self.tally = CauseTally()
+        """Knockouts of the steps so far."""
 
-    def __init__(self, cache: KVCache, zeroed: tuple[Tensor, Tensor] | None) -> None:
-        """Args: zeroed, rows and for each of them the position whose value is set to zero."""
-        self.capacity, self.length = cache.length, cache.length - 1
-        self.keys_LBGSD = cache.keys_LBGSD[:, :1, :, : self.length]
-        self.values_LBGSD = cache.values_LBGSD[:, :1, :, : self.length]
-        self._zeroed = zeroed
+    def verify(
+        self, steps: Iterable[TraceStep], tokens: Sequence[Token], cache: KVCache, *, sink: int
+    ) -> Iterator[TraceStep]:
+        """Yield the steps with their effects, in order.
 
-    def write(self, layer: int, k_BGTD: Tensor, v_BGTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a layer's shared keys and values, followed by those of each row."""
-        shape = (len(k_BGTD), -1, -1, -1)
-        keys_BGSD = torch.cat((self.keys_LBGSD[layer].expand(shape), k_BGTD), dim=2)
-        values_BGSD = torch.cat((self.values_LBGSD[layer].expand(shape), v_BGTD), dim=2)
-        if self._zeroed is not None:
-            rows, places = self._zeroed
-            values_BGSD[rows, :, places] = 0
-        return keys_BGSD, values_BGSD
+        A step is held until the knockouts of the steps since the last batch fill one.
+
+        Args: tokens, at least those in view of the newest step's query; cache, which holds at least
+            those; sink, a position that is never a source or a control.
+        """
+        held: list[tuple[TraceStep, _Plan]] = []
+        n_rows = 0
+        for step in steps:
+            held.append((step, _plan(abs(step.row.weights_S), self._n_verified, sink)))
+            n_rows += 1 + len(held[-1][1].hidden)
+            if n_rows >= self._knockouts.batch_rows:
+                yield from self._with_effects(held, tokens, cache)
+                held, n_rows = [], 0
+        yield from self._with_effects(held, tokens, cache)
+
+    def _with_effects(
+        self, held: Sequence[tuple[TraceStep, "_Plan"]], tokens: Sequence[Token], cache: KVCache
+    ) -> Iterator[TraceStep]:
+        places = [step.token.position - 1 for step, _ in held]
+        queries = [
+            Query(place, tokens[place].id, step.token.id, plan.hidden)
+            for place, (step, plan) in zip(places, held, strict=True)
+        ]
+        found = self._knockouts.changes(cache, queries)
+        for (step, plan), changes in zip(held, found, strict=True):
+            verified = self._verified(step, tokens, plan, changes)
+            self.tally.add(verified)
+            yield verified
+
+    def _verified(
+        self,
+        step: TraceStep,
+        tokens: Sequence[Token],
+        plan: "_Plan",
+        changes: NDArray[np.float32],
+    ) -> TraceStep:
+        """Return a step with its effects."""
+        weights_S = step.row.weights_S
+
+        def effect(position: int, change: float, control_of: int | None = None) -> Effect:
+            source = Source(tokens[position], float(weights_S[position]))
+            return Effect(source, float(change), control_of)
+
+        if plan.chosen is None:
+            changes_S = changes[:, 0]
+            largest = np.argsort(-abs(changes_S), kind="stable")[: self._n_shown].tolist()
+            effects = tuple(effect(position, changes_S[position]) for position in largest)
+            return replace(step, effects=effects, changes_S=changes_S)
+        effects = tuple(
+            effect(position, change, control_of)
+            for (position, control_of), change in zip(plan.chosen, changes[:, 0], strict=False)
+        )
+        kept = Kept(*map(float, changes[-1])) if effects else None
+        return replace(step, effects=effects, kept=kept)
 
 
-def check_cause(effects: Sequence[Effect]) -> CauseCheck | None:
-    """Return whether larger weights came with larger effects; None if nothing was knocked out."""
-    if not effects:
-        return None
-    sources = [abs(effect.change) for effect in effects if effect.control_of is None]
-    controls = [abs(effect.change) for effect in effects if effect.control_of is not None]
-    return CauseCheck(
-        n_sources=len(sources),
-        n_controls=len(controls),
-        mean_effect=float(np.mean(sources)),
-        mean_control_effect=float(np.mean(controls)) if controls else 0.0,
-        rank_correlation=rank_correlation(
-            [effect.source.weight for effect in effects],
-            [abs(effect.change) for effect in effects],
-        ),
-    )
+@dataclass(frozen=True)
+class _Plan:
+    """What to hide for one token."""
+
+    hidden: list[list[int]]
+    chosen: list[tuple[int, int | None]] | None = None
+    """Position of each source, and of each control with the index of its source. None if every
+    position is hidden in turn."""
+
+
+def _plan(weights_S: NDArray[np.float32], n_verified: int | Literal["all"], sink: int) -> _Plan:
+    """Return what to hide: each source, each control, and all but the sources and the sink."""
+    if n_verified == "all":
+        return _Plan([[position] for position in range(len(weights_S))])
+    order = np.argsort(-weights_S, kind="stable").tolist()
+    sources = [position for position in order if position != sink][:n_verified]
+    controls = choose_controls(weights_S, sources, sink=sink)
+    chosen: list[tuple[int, int | None]] = [(position, None) for position in sources]
+    chosen += [(position, i) for i, position in enumerate(controls) if position is not None]
+    hidden = [[position] for position, _ in chosen]
+    if sources:
+        kept = {sink, *sources}
+        hidden.append([p for p in range(len(weights_S)) if p not in kept])
+    return _Plan(hidden, chosen)
+
+
+class CauseTally:
+    """Collects knockouts, to check whether larger weights come with larger effects."""
+
+    def __init__(self) -> None:
+        self._found: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+        """|weight| and |change| of the sources, and of the controls."""
+
+    def add(self, step: TraceStep) -> None:
+        """Add a step's knockouts; with those of all positions, each of them counts as a source."""
+        if step.changes_S is not None:
+            weights_S, changes_S = abs(step.row.weights_S), abs(step.changes_S)
+            pairs = zip(weights_S.tolist(), changes_S.tolist(), strict=True)
+            self._found[True] += pairs
+            return
+        for effect in step.effects:
+            pair = abs(effect.source.weight), abs(effect.change)
+            self._found[effect.control_of is None].append(pair)
+
+    def check(self) -> CauseCheck | None:
+        """Return the result; None if nothing was knocked out."""
+        sources, controls = self._found[True], self._found[False]
+        if not sources:
+            return None
+        return CauseCheck(
+            n_sources=len(sources),
+            n_controls=len(controls),
+            mean_effect=float(np.mean([effect for _, effect in sources])),
+            mean_control_effect=float(np.mean([effect for _, effect in controls] or [0.0])),
+            rank_correlation=rank_correlation(*zip(*sources, *controls, strict=True)),
+        )
 
 
 def rank_correlation(x: ArrayLike, y: ArrayLike) -> float | None:

@@ -7,11 +7,12 @@ import math
 from collections.abc import Sequence
 
 from minigpt.text.escape import visible
-from minigpt.tracing.events import ROLE_SCORES, CauseCheck, Effect, TraceHeader
-from minigpt.tracing.lines import KNOCKOUTS, TraceLayout
-from minigpt.tracing.spans import SIGNED_WIDTH, Line, heat, signed, wrapped
+from minigpt.tracing.events import ROLE_SCORES, CauseCheck, Effect, TraceHeader, TraceStep
+from minigpt.tracing.lines import KNOCKOUTS, TraceLayout, name_of
+from minigpt.tracing.spans import SIGNED_WIDTH, Line, cell_len, fit, heat, signed, wrapped
 
 _WITHOUT = "ln p without"
+_ALONE = "  kept alone "
 
 
 def header_lines(header: TraceHeader, width: int) -> list[Line]:
@@ -24,11 +25,19 @@ def header_lines(header: TraceHeader, width: int) -> list[Line]:
         label = "role     " if header.selection.n_chosen == 1 else "roles    "
         lines += wrapped(_roles_in_words(header), width, label=label)
     if header.n_verified:
-        text = (
-            f"the {header.n_verified} strongest sources of each token are knocked out, and a "
-            f"control near each ({KNOCKOUTS[header.knockout]}); below a token, the change of ln p "
-            "without a source vs without its control"
-        )
+        where = "" if header.verified_heads is None else f" in {header.verified_heads.as_text()}"
+        how = f"knocked out{where}"
+        if header.n_verified == "all":
+            text = (
+                f"each position is {how} ({KNOCKOUTS[header.knockout]}); below a token, the "
+                "largest changes of its ln p"
+            )
+        else:
+            text = (
+                f"the {header.n_verified} strongest sources of each token are {how}, and a control "
+                f"near each ({KNOCKOUTS[header.knockout]}); below a token, the change of ln p "
+                "without a source vs without its control, and with the sources and the sink alone"
+            )
         lines += wrapped(text, width, label="verify   ")
     return lines
 
@@ -50,8 +59,15 @@ def _roles_in_words(header: TraceHeader) -> str:
     return found or "no head has one"
 
 
-def effect_lines(effects: Sequence[Effect], layout: TraceLayout) -> list[Line]:
-    """Return the changes of ln p without each source, and without its control."""
+def effect_lines(step: TraceStep, layout: TraceLayout, names: Sequence[str] = ()) -> list[Line]:
+    """Return the changes of ln p without each source, and without its control.
+
+    The last one ends with the change with the sources and the sink alone. If every position was
+    knocked out, one line shows the largest changes. Args: names, as for ``TraceLayout.step``.
+    """
+    if step.changes_S is not None:
+        return [_largest_effects(step.effects, layout, names)]
+    effects = step.effects
     controls = {effect.control_of: effect for effect in effects if effect.control_of is not None}
     sources = [effect for effect in effects if effect.control_of is None]
     # As wide as the column of a source, so that they are aligned, if that is enough.
@@ -73,7 +89,32 @@ def effect_lines(effects: Sequence[Effect], layout: TraceLayout) -> list[Line]:
             ]
         line[-1] = (line[-1][0].rstrip(), "dim")
         lines.append(line)
+    if step.kept is not None:
+        alone: Line = [(_ALONE, "dim"), (signed(step.kept.change), _effect_heat(step.kept.change))]
+        if _width(lines[-1]) + _width(alone) > layout.width:
+            lines.append([])
+        lines[-1] += alone
     return lines
+
+
+def _largest_effects(effects: Sequence[Effect], layout: TraceLayout, names: Sequence[str]) -> Line:
+    """Return the line of the largest changes, each with the position that was knocked out."""
+    line: Line = [(_WITHOUT.rjust(layout.left_width), "dim")]
+    for effect in effects:
+        cell: Line = [
+            (f" {effect.source.token.position:>{layout.position_width}} ", "dim"),
+            (fit(name_of(effect.source.token, names), layout.source_token_width), "token"),
+            (f" {signed(effect.change)} ", _effect_heat(effect.change)),
+        ]
+        if len(line) > 1 and _width(line) + _width(cell) - 1 > layout.width:
+            break
+        line += cell
+    line[-1] = (line[-1][0].rstrip(), line[-1][1])
+    return line
+
+
+def _width(line: Line) -> int:
+    return sum(cell_len(text) for text, _ in line)
 
 
 def _effect_heat(change: float) -> str:

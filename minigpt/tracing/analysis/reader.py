@@ -8,7 +8,7 @@ import base64
 import binascii
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from types import UnionType
@@ -119,6 +119,7 @@ class _Reader:
             )
             if (len(roles), *{len(layer) for layer in roles}) != (n_layer, n_head):
                 raise ValueError("roles must have an object for each head")
+        verified, all_ = value.get("verified_heads"), value["n_verified"] == "all"
         self.header = _read(
             events.TraceHeader,
             value,
@@ -130,6 +131,10 @@ class _Reader:
             sampling=build(SamplingConfig, _object(value["sampling"], "sampling"), "sampling."),
             prompt=tuple(self.tokens),
             roles=roles,
+            n_verified="all" if all_ else _checked(value["n_verified"], int, "n_verified"),
+            verified_heads=None
+            if verified is None
+            else select_heads(n_layer, n_head, heads=_checked(verified, str, "verified_heads")),
         )
 
     def _alternative(self, value: Any) -> events.Alternative | None:
@@ -160,6 +165,7 @@ class _Reader:
             _read(events.Effect, effect, source=self._source(effect, position))
             for effect in _objects(value, "effects")
         )
+        kept = value.get("kept")
         if position == len(self.tokens):
             self.tokens.append(token)
         self.steps.append(
@@ -172,8 +178,22 @@ class _Reader:
                 effects=effects,
                 candidates=_candidates(value),
                 is_given=_checked(value.get("given", False), bool, "given"),
+                changes_S=self._changes(value, rows),
+                kept=None if kept is None else _read(events.Kept, _object(kept, "kept")),
             )
         )
+
+    def _changes(
+        self, value: dict[str, Any], rows: Sequence[events.Row]
+    ) -> NDArray[np.float32] | None:
+        if value.get("changes") is None:
+            return None
+        changes = [_checked(change, float, "changes") for change in _list(value, "changes")]
+        if len(changes) != len(rows[0].weights_S):
+            raise ValueError(
+                f"changes must be a number for each of {len(rows[0].weights_S)} tokens"
+            )
+        return np.array(changes, np.float32)
 
     def trace(self, footer: dict[str, Any] | None) -> events.Trace:
         """Return the whole trace; a footer of None means that it was interrupted."""

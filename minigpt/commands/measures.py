@@ -1,0 +1,167 @@
+"""minigpt measures; the command's docstring is its --help."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from minigpt.commands.options import (
+    Fields,
+    Json,
+    Mode,
+    ModelSource,
+    Option,
+    Prompt,
+    PromptForm,
+    command,
+    modes,
+)
+from minigpt.config import SamplingConfig
+from minigpt.tracing.config import TraceConfig
+
+if TYPE_CHECKING:
+    from minigpt.tracing.analysis.faithfulness import Comparison, Interval
+    from minigpt.tracing.spans import Line
+
+_SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "num_samples")
+_COLUMNS = {
+    "rank_correlation": "rank corr.",
+    "top_1": "top 1",
+    "top_3": "top 3",
+    "top_5": "top 5",
+    "deletion": "deletion",
+}
+_TITLES = {
+    "rank_correlation": "rank correlation with the exact effects",
+    "top_1": "share of all effects, top 1",
+    "top_3": "share of all effects, top 3",
+    "top_5": "share of all effects, top 5",
+    "deletion": "deletion: mean drop of p",
+}
+_CELL_WIDTH = 20
+
+
+@command
+@modes(Mode(needs=PromptForm.NEEDS, refuses=PromptForm.REFUSES))
+def measures(
+    prompt: Prompt = None,
+    *,
+    form: PromptForm,
+    source: Annotated[ModelSource, Fields(without=("compile",))],
+    sampling: Annotated[SamplingConfig, Fields(only=_SAMPLING)],
+    config: Annotated[TraceConfig, Fields(only=("knockout", "sink"), group="Measures")],
+    only: Annotated[
+        str | None, Option("Measures to compare, as in weight,norm", "Measures", "LIST", "all")
+    ] = None,
+    picture: Annotated[
+        Path | None, Option("Draw the table as .svg, .png or .pdf", "Output")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare measures of attention with exact effects.
+
+    The model continues the prompt. For each generated token, each earlier position but the sink is
+    knocked out of the query that predicted the token, and the absolute change of ln p is its exact
+    effect. Each measure ranks the same positions by its absolute value:
+
+    rank corr.: Spearman correlation with the exact effects, within a token. top 1, 3, 5: share of
+    the sum of all effects that the measure's first 1, 3 and 5 positions have. deletion: drop of the
+    token's probability, averaged over hiding the first 1, 5, 10, 20 and 50 % of the positions
+    together (comprehensiveness, DeYoung et al. 2020): the larger, the better the ranking.
+
+    Numbers are means over tokens, with 95 % bootstrap intervals. Controls: distance ranks the
+    nearest position first, random in a random order, exact by the exact effects themselves.
+    """
+    from minigpt.commands import output
+    from minigpt.commands.loading import load, show_model
+    from minigpt.commands.progress import ProgressLine
+    from minigpt.commands.tables import write_json
+    from minigpt.console import make_console, print_lines
+    from minigpt.figures import require_matplotlib
+    from minigpt.generation.decoder import fresh_seed
+    from minigpt.tracing.analysis.faithfulness import choose_measures, compare_measures
+
+    chosen = choose_measures(only)
+    if picture is not None:
+        require_matplotlib(picture, what="--picture")
+    ready = load(source, prompt, form)
+    seed = fresh_seed() if sampling.seed is None else sampling.seed
+    with ProgressLine() as line:
+        comparison = compare_measures(
+            ready.model,
+            ready.tokenizer,
+            ready.prompt,
+            sampling,
+            config,
+            measures=chosen,
+            seed=seed,
+            progress=lambda share, what: line.show_task(what, share, [f"{share:.0%}"]),
+        )
+    show_model(ready.folder)
+    output.note(f"seed {seed}")
+    if picture is not None:
+        _draw(comparison, picture)
+        output.note(f"wrote {picture}")
+    if as_json:
+        facts = asdict(comparison)
+        write_json({"model": str(ready.folder), "seed": seed, **facts})
+        return
+    console = make_console(is_stderr=False)
+    print_lines(console, _table(comparison, console.width))
+
+
+def _table(comparison: "Comparison", width: int) -> "list[Line]":
+    """Return a line for each ranking, with as many columns as fit."""
+    from minigpt.tracing.analysis.faithfulness import CONTROLS
+    from minigpt.tracing.spans import wrapped
+
+    names = [result.name for result in comparison.results]
+    name_width = max(map(len, names)) + 2
+    per_part = max(1, (width - name_width) // _CELL_WIDTH)
+    columns, lines = list(_COLUMNS), []
+    for first in range(0, len(columns), per_part):
+        part = columns[first : first + per_part]
+        title = " " * name_width + "".join(_COLUMNS[name].ljust(_CELL_WIDTH) for name in part)
+        lines += [*([[]] if first else []), [(title.rstrip(), "dim")]]
+        for result in comparison.results:
+            cells = "".join(_cell(result.metrics[name]).ljust(_CELL_WIDTH) for name in part)
+            style = "dim" if result.name in CONTROLS else "plain"
+            lines.append([(result.name.ljust(name_width) + cells.rstrip(), style)])
+    about = (
+        f"{comparison.n_tokens} tokens, {comparison.mean_positions:.0f} positions each on average, "
+        f"{comparison.n_knockouts} knockouts; means, with 95 % intervals in brackets."
+    )
+    return [*lines, [], *wrapped(about, width)]
+
+
+def _cell(interval: "Interval | None") -> str:
+    if interval is None:
+        return "-"
+    return f"{interval.mean:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
+
+
+def _draw(comparison: "Comparison", path: Path) -> None:
+    """Draw a panel for each column: a point and its interval for each ranking."""
+    from matplotlib.figure import Figure
+
+    from minigpt.figures import our_style, to_bytes
+    from minigpt.files import write_atomically
+    from minigpt.tracing.analysis.faithfulness import CONTROLS
+
+    with our_style():
+        height = 1 + 0.3 * len(comparison.results)
+        figure = Figure(figsize=(14, height), layout="constrained")
+        panels = figure.subplots(1, len(_TITLES), sharey=True, squeeze=False)[0]
+        names = [result.name for result in comparison.results][::-1]
+        for panel, (metric, title) in zip(panels, _TITLES.items(), strict=True):
+            for place, result in enumerate(comparison.results[::-1]):
+                interval = result.metrics[metric]
+                if interval is None:
+                    continue
+                color = "0.6" if result.name in CONTROLS else "C0"
+                panel.plot([interval.low, interval.high], [place, place], color=color)
+                panel.plot([interval.mean], [place], "o", color=color)
+            panel.set_title(title, fontsize="small")
+            panel.set_yticks(range(len(names)), names)
+            panel.axvline(0, color="0.85", zorder=0)
+        data = to_bytes(figure, path.suffix.lower()[1:])
+    write_atomically(path, data)

@@ -1,0 +1,136 @@
+"""Several queries of one sequence at once, each with earlier positions hidden from it.
+
+A query is a token at its position. All queries share the cache, which is not changed, and each has
+its own key and value, because those of higher layers depend on what was hidden below. So the
+queries of several tokens are rows of the same products: on a CPU, 64 rows of a product cost three
+to four times as much as one.
+
+Shapes: B queries, S positions in view of the last query, C model dim, V vocabulary, H query heads,
+G key/value heads, R = H / G, D head dim.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minigpt.generation.fast.decode_step import Attend, DecodeStep
+from minigpt.generation.fast.eager import EagerKernels
+from minigpt.generation.fast.products import Product
+from minigpt.model.attention import Attention
+from minigpt.model.cache import KVCache
+from minigpt.model.gpt import GPT
+
+
+@dataclass(frozen=True, eq=False)
+class Hidden:
+    """What is hidden from queries."""
+
+    positions_B: Tensor
+    """Position of each query."""
+    hidden_BS: Tensor
+    """True for positions that are hidden from a query."""
+    heads_LGR: Tensor | None
+    """True for the heads that they are hidden from. None for all heads."""
+    is_value: bool
+    """Whether values are hidden and the weights stay, instead of keys."""
+
+    def layers(self, cache: KVCache) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Return each layer's keys and values (G, S, D), and what is hidden: (G, B, R, S)."""
+        end = self.hidden_BS.shape[1]
+        hidden = self.hidden_BS[None, :, None]
+        heads = [None] * len(cache.keys_LBGSD) if self.heads_LGR is None else self.heads_LGR
+        return [
+            (
+                keys_BGSD[0, :, :end],
+                values_BGSD[0, :, :end],
+                hidden if heads_GR is None else hidden & heads_GR[:, None, :, None],
+            )
+            for keys_BGSD, values_BGSD, heads_GR in zip(
+                cache.keys_LBGSD, cache.values_LBGSD, heads, strict=True
+            )
+        ]
+
+
+class QueryStep:
+    """The logits after queries, by the decode step with attention to a shared cache."""
+
+    def __init__(self, model: GPT) -> None:
+        """Args: model, supported by the fast ring, whose score is a dot product."""
+        self._kernels = QueryKernels(model)
+        self._step = DecodeStep(model, self._kernels, "nothing")
+        self._n_rows = 1
+
+    @torch.inference_mode()
+    def __call__(self, tokens_B: Tensor, hidden: Hidden, cache: KVCache) -> Tensor:
+        """Return the logits (B, V), float32, after each token at its position.
+
+        Args: cache, of one sequence, which holds at least the positions in view.
+        """
+        if len(tokens_B) != self._n_rows:
+            self._n_rows = len(tokens_B)
+            self._kernels.bind(self._n_rows)
+        (logits,) = self._step(tokens_B, hidden, hidden.layers(cache))
+        return logits.float()
+
+
+class QueryKernels(EagerKernels):
+    """Eager kernels for queries that share keys and values."""
+
+    # With many rows, a layer's own product is the fastest, and needs no copy of its weights.
+    product = staticmethod(Product)
+
+    def embed(self, tokens: Tensor, position: Hidden) -> Tensor:  # type: ignore[override]
+        return super().embed(tokens, position.positions_B)  # type: ignore[arg-type]
+
+    def rotary(self, position: Hidden) -> Sequence[tuple[Tensor, Tensor] | None]:  # type: ignore[override]
+        n_layer = self._model.config.n_layer
+        if self._model.config.family == "gpt2":
+            return [None] * n_layer
+        cos, sin = self._cos_PD[position.positions_B], self._sin_PD[position.positions_B]
+        cos_B1D, sin_B1D = cos[:, None], sin[:, None]
+        if self._qk_weights is None:
+            return [(cos_B1D, sin_B1D)] * n_layer
+        own, crossed = self._qk_weights
+        return [(a * cos_B1D, b * sin_B1D) for a, b in zip(own, crossed, strict=True)]
+
+    def attention(self, module: Attention) -> Attend:
+        project, scale = self.projection(module), module.d_head**-0.5
+
+        def attend(
+            normed_BC: Tensor,
+            position: Hidden,
+            rotary: tuple[Tensor, Tensor] | None,
+            cache: tuple[Tensor, Tensor, Tensor],
+        ) -> tuple[Tensor, Tensor]:
+            k_GSD, v_GSD, hidden = cache
+            project(normed_BC, rotary)
+            q_GBRD = self._q_BGRD.transpose(0, 1).float()
+            own_k_GB1D = self._k_BGD.transpose(0, 1)[:, :, None].float()
+            own_v_GB1D = self._v_BGD.transpose(0, 1)[:, :, None].float()
+            score_GNS = torch.baddbmm(
+                self._zero, q_GBRD.flatten(1, 2), k_GSD.float().mT, beta=0, alpha=scale
+            )
+            score_GBRS = score_GNS.unflatten(1, q_GBRD.shape[1:3])
+            own = position.positions_B[None, :, None, None].expand(*q_GBRD.shape[:3], 1)
+            own_score_GBR1 = (q_GBRD * own_k_GB1D).sum(dim=-1, keepdim=True) * scale
+            score_GBRS.scatter_(3, own, own_score_GBR1)
+            places_S = torch.arange(k_GSD.shape[1])
+            masked = (places_S > position.positions_B[:, None])[None, :, None]
+            if not position.is_value:
+                masked = masked | hidden
+            weights_GBRS = score_GBRS.masked_fill_(masked, -torch.inf).softmax(dim=-1)
+            if position.is_value:
+                weights_GBRS.masked_fill_(hidden, 0)
+            elif (is_blind := masked.all(dim=-1, keepdim=True)).any():
+                weights_GBRS.masked_fill_(is_blind, 0)  # the softmax of nothing is NaN
+            own_weight_GBR1 = weights_GBRS.gather(3, own)
+            weights_GBRS.scatter_(3, own, 0)
+            context_GND = torch.bmm(weights_GBRS.flatten(1, 2), v_GSD.float())
+            context_GBRD = context_GND.view_as(q_GBRD) + own_weight_GBR1 * own_v_GB1D
+            context_BX = context_GBRD.transpose(0, 1).reshape(len(normed_BC), -1)
+            # The weights of all layers together would take more memory than all else.
+            return context_BX.to(normed_BC.dtype), self._zero
+
+        return attend

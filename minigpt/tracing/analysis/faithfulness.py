@@ -1,0 +1,238 @@
+"""How well each measure of attention predicts the effect of knocking a position out.
+
+Attention weights were said not to be explanations (Jain & Wallace 2019, arXiv:1902.10186) and to be
+possible ones (Wiegreffe & Pinter 2019, arXiv:1908.04626). Here, the exact effect of each position
+on each generated token is the reference, and each measure ranks the positions.
+
+Shapes: N generated tokens, S positions in view.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from math import ceil
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minigpt.config import SamplingConfig
+from minigpt.errors import ConfigError, DataError
+from minigpt.generation.decoder import Decoder
+from minigpt.model.language_model import LanguageModel
+from minigpt.text.tokenizer import Tokenizer
+from minigpt.tracing.analysis.knockout import Knockouts, Query, rank_correlation
+from minigpt.tracing.analysis.rollout import MAX_POSITIONS
+from minigpt.tracing.config import MEASURES, TraceConfig
+from minigpt.tracing.events import TraceFooter, TraceHeader, TraceStep
+from minigpt.tracing.tracer import trace
+
+ROLLOUT, DISTANCE, RANDOM, EXACT = "rollout", "distance", "random", "exact"
+CONTROLS = {
+    DISTANCE: "the nearest position first",
+    RANDOM: "a random order",
+    EXACT: "the exact effects themselves: the best that a ranking by single knockouts can reach",
+}
+"""Rankings to compare the measures with."""
+MIN_POSITIONS = 10
+"""Fewest positions besides the sink of a token that counts."""
+TOPS = (1, 3, 5)
+"""Numbers of strongest positions whose share of all effects is reported."""
+SHARES = (0.01, 0.05, 0.1, 0.2, 0.5)
+"""Shares of the positions that are hidden together, strongest first (DeYoung et al. 2020)."""
+METRICS = ("rank_correlation", *(f"top_{k}" for k in TOPS), "deletion")
+"""Names of the numbers of a token, in the order of ``Faithfulness.metrics``."""
+_N_RESAMPLES = 2000
+
+Progress = Callable[[float, str], None]
+"""Called with the share that is done, and what is being done."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over tokens, with the 95 % interval of a bootstrap over tokens."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+    """Number of tokens for which it is defined."""
+
+
+@dataclass(frozen=True)
+class Faithfulness:
+    """How well one ranking predicts the effects."""
+
+    name: str
+    metrics: dict[str, Interval | None]
+    """By name, as in METRICS. None if undefined for every token."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The measures of one model, compared on the same tokens."""
+
+    results: tuple[Faithfulness, ...]
+    n_tokens: int
+    """Number of tokens that count."""
+    n_knockouts: int
+    """Number of knockouts that were computed."""
+    mean_positions: float
+    """Mean number of positions that were ranked."""
+    text: str
+    """Generated text of the first sample."""
+
+
+def measure_names() -> tuple[str, ...]:
+    """Return the measures of this installation, and rollout."""
+    return (*MEASURES, ROLLOUT)
+
+
+def choose_measures(text: str | None) -> tuple[str, ...]:
+    """Return the measures of a list such as ``weight,norm``; None chooses all.
+
+    Raises: ConfigError for one that does not exist.
+    """
+    names = measure_names()
+    if text is None:
+        return names
+    chosen = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    for name in chosen:
+        if name not in names:
+            raise ConfigError(f"there is no measure {name!r}. Choose from {', '.join(names)}.")
+    return chosen
+
+
+def compare_measures(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    prompt: Sequence[int],
+    sampling: SamplingConfig,
+    config: TraceConfig,
+    *,
+    measures: Sequence[str],
+    seed: int,
+    progress: Progress = lambda share, what: None,
+) -> Comparison:
+    """Continue a prompt, and compare measures on all generated tokens.
+
+    Each sample is traced once for each measure, and its tokens are the same. Then every position is
+    knocked out, and for each ranking its strongest positions together.
+
+    Args: config, its ``knockout`` and ``sink``, as for a trace; seed, of the first sample.
+    Raises: as ``trace``; DataError if no token has MIN_POSITIONS positions besides the sink.
+    """
+    n_positions = len(prompt) + sampling.max_new_tokens
+    if ROLLOUT in measures and min(n_positions, model.config.context_length) > MAX_POSITIONS:
+        measures = [name for name in measures if name != ROLLOUT]
+    knockouts = Knockouts(model, config.knockout)
+    found: dict[str, list[list[float]]] = {name: [] for name in (*measures, *CONTROLS)}
+    generator = np.random.default_rng(seed)
+    counts: list[int] = []
+    n_knockouts, first_text = 0, ""
+    for sample in range(sampling.num_samples):
+
+        def show(share: float, what: str, sample: int = sample) -> None:
+            progress((sample + share) / sampling.num_samples, what)
+
+        rows: dict[str, list[NDArray[np.float32]]] = {}
+        for number, name in enumerate(measures):
+            show(0.5 * number / len(measures), f"measuring {name}")
+            is_rollout = name == ROLLOUT
+            header, *steps, footer = trace(
+                model,
+                tokenizer,
+                prompt,
+                sampling,
+                replace(
+                    config,
+                    measure="weight" if is_rollout else name,
+                    reduce="rollout" if is_rollout else "mean",
+                ),
+                seed=seed + sample,
+            )
+            assert isinstance(header, TraceHeader)
+            assert isinstance(footer, TraceFooter)
+            if footer.finish is None:  # Ctrl-C ends a trace with a footer
+                raise KeyboardInterrupt
+            taken = [step for step in steps if isinstance(step, TraceStep)]
+            rows[name] = [step.row.weights_S for step in taken]
+            sink = header.sink
+        first_text = first_text or "".join(step.text for step in taken)
+        tokens = [*prompt, *(step.token.id for step in taken)]
+        cache = Decoder(model, tokens[:-1] or tokens, max_new_tokens=1).cache
+        for number, step in enumerate(taken):
+            candidates = np.delete(np.arange(step.token.position), sink)
+            if len(candidates) < MIN_POSITIONS:
+                continue
+            show(0.5 + 0.5 * number / len(taken), "knocking out")
+            strengths = {name: abs(rows[name][number][candidates]) for name in measures}
+            strengths[DISTANCE] = candidates.astype(np.float32)
+            strengths[RANDOM] = generator.random(len(candidates), dtype=np.float32)
+            query = Query(
+                step.token.position - 1, tokens[step.token.position - 1], step.token.id, []
+            )
+            single = replace(query, hidden=[[position] for position in candidates.tolist()])
+            [changes] = knockouts.changes(cache, [single])
+            effects = strengths[EXACT] = abs(changes[:, 0])
+            orders = {name: np.argsort(-one, kind="stable") for name, one in strengths.items()}
+            hidden = [
+                candidates[order[: ceil(share * len(order))]].tolist()
+                for order in orders.values()
+                for share in SHARES
+            ]
+            [together] = knockouts.changes(cache, [replace(query, hidden=hidden)])
+            n_knockouts += len(candidates) + len(hidden)
+            drops = step.probability - np.exp(step.log_probability + together[:, 0])
+            for (name, order), drop in zip(
+                orders.items(), drops.reshape(-1, len(SHARES)).mean(axis=1), strict=True
+            ):
+                found[name].append(_numbers(strengths[name], effects, order, float(drop)))
+            counts.append(len(candidates))
+    if not counts:
+        raise DataError(
+            f"no generated token has {MIN_POSITIONS} positions besides the sink before it. Give a "
+            "longer prompt, or generate more tokens."
+        )
+    return Comparison(
+        tuple(
+            Faithfulness(
+                name,
+                {
+                    metric: bootstrap(column, seed=seed)
+                    for metric, column in zip(METRICS, np.array(numbers).T, strict=True)
+                },
+            )
+            for name, numbers in found.items()
+        ),
+        n_tokens=len(counts),
+        n_knockouts=n_knockouts,
+        mean_positions=float(np.mean(counts)),
+        text=first_text,
+    )
+
+
+def _numbers(
+    strengths_S: NDArray[np.float32],
+    effects_S: NDArray[np.float32],
+    order_S: NDArray[np.int64],
+    drop: float,
+) -> list[float]:
+    """Return the numbers of one token, as in METRICS; NaN for one that is undefined."""
+    correlation = rank_correlation(strengths_S, effects_S)
+    total = float(effects_S.sum())
+    shares = [effects_S[order_S[:k]].sum() / total if total else np.nan for k in TOPS]
+    return [np.nan if correlation is None else correlation, *map(float, shares), drop]
+
+
+def bootstrap(values_N: NDArray[np.float64], *, seed: int) -> Interval | None:
+    """Return the mean of the values that are not NaN, with its interval; None if all are NaN.
+
+    Source: Efron 1979 (the percentile interval of resampled means).
+    """
+    values_N = values_N[~np.isnan(values_N)]
+    n = len(values_N)
+    if not n:
+        return None
+    generator = np.random.default_rng(seed)
+    means = [values_N[generator.integers(0, n, n)].mean() for _ in range(_N_RESAMPLES)]
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Interval(float(values_N.mean()), float(low), float(high), n)
