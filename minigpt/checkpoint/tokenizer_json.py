@@ -37,7 +37,7 @@ _PLAIN_BPE = {
     "fuse_unk": False,
     "byte_fallback": False,
 }
-_GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _NO_RANK = 2**32
 _MOST_STEPS = 2**25  # five times as many as cl100k_base takes
 _MOST_ADDED = 2**16  # the libraries take seconds for more
@@ -141,7 +141,7 @@ def _tiktoken_tokenizer(
         splits = data["pre_tokenizer"]
         implied = {"use_regex": True} | splits | {"trim_offsets": False}
         if implied == _BYTE_LEVEL | {"use_regex": True}:
-            splits = _splits(_GPT2_PATTERN)
+            splits = _splits(GPT2_PATTERN)
         pattern = _from_oniguruma(splits["pretokenizers"][0]["pattern"]["Regex"])
         processor = data["post_processor"] or {"type": "ByteLevel"}
         around = [] if processor["type"] == "ByteLevel" else processor["single"]

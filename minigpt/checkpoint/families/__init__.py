@@ -18,6 +18,19 @@ from minigpt.rings import has_ring, ring
 from minigpt.settings import build, to_dict
 from minigpt.text.tokenizer import Tokenizer
 
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu": "gelu",
+    "relu2": "relu2",
+    "relu": "relu",
+    "gelu_fast": "gelu_tanh",
+    "gelu_python": "gelu",
+    "quick_gelu": "gelu_sigmoid",
+}
+"""Activation in config.json -> ModelConfig's. The first name of a function is written."""
 OWN_TYPE = "minigpt"
 """Model type of models that Hugging Face does not have: other attention scores, LSTMs."""
 

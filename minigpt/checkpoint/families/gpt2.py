@@ -3,7 +3,14 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from minigpt.checkpoint.families import Family, TensorName, hf_fields, same, unsupported
+from minigpt.checkpoint.families import (
+    ACTIVATIONS,
+    Family,
+    TensorName,
+    hf_fields,
+    same,
+    unsupported,
+)
 from minigpt.config import ModelConfig
 from minigpt.model.attention import Attention
 from minigpt.model.gpt import GPT
@@ -86,18 +93,7 @@ FAMILY = GPT2Family(
         "tie_embeddings": "tie_word_embeddings",
         "dropout": "resid_pdrop",
     },
-    activations={
-        "gelu_new": "gelu_tanh",
-        "gelu_pytorch_tanh": "gelu_tanh",
-        "gelu": "gelu",
-        "silu": "silu",
-        "swish": "silu",
-        "relu2": "relu2",
-        "relu": "relu",
-        "gelu_fast": "gelu_tanh",
-        "gelu_python": "gelu",
-        "quick_gelu": "gelu_sigmoid",
-    },
+    activations={"gelu_new": "gelu_tanh", **ACTIVATIONS},
     defaults={
         "activation_function": "gelu_new",
         "layer_norm_epsilon": 1e-5,

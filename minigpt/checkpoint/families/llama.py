@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from minigpt.checkpoint.families import (
+    ACTIVATIONS,
     Family,
     TensorName,
     check_fixed,
@@ -267,18 +268,7 @@ FAMILY = LlamaFamily(
     architecture="LlamaForCausalLM",
     prefix="model.",
     fields=FIELDS | {name: name for name in NO_BIASES},
-    activations={
-        "silu": "silu",
-        "swish": "silu",
-        "gelu_pytorch_tanh": "gelu_tanh",
-        "gelu_new": "gelu_tanh",
-        "gelu": "gelu",
-        "relu2": "relu2",
-        "relu": "relu",
-        "gelu_fast": "gelu_tanh",
-        "gelu_python": "gelu",
-        "quick_gelu": "gelu_sigmoid",
-    },
+    activations=ACTIVATIONS,
     defaults=DEFAULTS,
     fixed=FIXED,
     no_effect=frozenset(_NO_EFFECT.split()),

@@ -10,32 +10,35 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from minigpt.checkpoint.tokenizer_json import TOKENIZER_CONFIG, tokenizer_to_json
+from minigpt.checkpoint.tokenizer_json import GPT2_PATTERN, TOKENIZER_CONFIG, tokenizer_to_json
 from minigpt.errors import CheckpointError
 from minigpt.files import read_bytes, read_json, resource_errors
-from minigpt.text.tokenizer import BYTE_OF_CHARACTER, TiktokenTokenizer, Tokenizer, well_formed
+from minigpt.text.tokenizer import (
+    BPE_PATTERN,
+    BYTE_OF_CHARACTER,
+    TiktokenTokenizer,
+    Tokenizer,
+    well_formed,
+)
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """Types of tokens, as llama.cpp numbers them."""
 
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_LLAMA3 = rf"{_WORDS}\p{{N}}{{1,3}}{_REST}"
-_QWEN2 = rf"{_WORDS}\p{{N}}{_REST}"
+_GPT2 = GPT2_PATTERN
+_QWEN2 = BPE_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
 _DIGITS = r"\p{N}"
 # tiktoken's spellings. That of cl100k_base splits a line break from spaces after it, unless a text
 # ends there.
 _SPELLINGS = {
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s": _GPT2,
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|(?>\p{N}{1,3})"
-    r"| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s": _LLAMA3,
+    r"| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s": BPE_PATTERN,
 }
 _CL100K = list(_SPELLINGS)[1]
 # Patterns -> llama.cpp's name where pieces are merged, and where a piece that is a token is one.
 _NAMES = {
     (_GPT2,): ("gpt-2", None),
-    (_LLAMA3,): ("dbrx", "llama-bpe"),
+    (BPE_PATTERN,): ("dbrx", "llama-bpe"),
     (_QWEN2,): ("qwen2", None),
     (_DIGITS, _GPT2): ("smollm", None),
 }
