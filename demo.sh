@@ -12,6 +12,6 @@ run() {
     "$minigpt" "$@"
 }
 
-run train --name "$name" --max-minutes 1
+run train --name "$name" --tokenizer bpe:512 --max-minutes 1
 run generate --model "$name" --max-new-tokens 160 --temperature 0.6 --seed 1 "$prompt"
 run attention-trace --model "$name" --max-new-tokens 24 --temperature 0.6 --seed 1 "$prompt"
