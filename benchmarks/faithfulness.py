@@ -64,8 +64,8 @@ def table(facts: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("models", nargs="+", metavar="NAME=MODEL")
-    parser.add_argument("--max-new-tokens", default="100")
-    parser.add_argument("--num-samples", default="3")
+    parser.add_argument("--max-new-tokens", default="60")
+    parser.add_argument("--num-samples", default="2")
     arguments = parser.parse_args()
     words = ["--seed", "0", "--max-new-tokens", arguments.max_new_tokens]
     words += ["--num-samples", arguments.num_samples]
