@@ -55,6 +55,7 @@ WAYS: dict[str, TraceConfig] = {
     "lines, --measure both": TraceConfig(measure="both"),
     "--out, every head": TraceConfig(has_heads=True),
     "lines, --n-verified 3": TraceConfig(n_verified=3),
+    "lines, --n-verified all": TraceConfig(n_verified="all"),
     "lines, --measure logit": TraceConfig(measure="logit"),
 }
 SLOW_WAYS: dict[str, TraceConfig] = {

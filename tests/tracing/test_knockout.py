@@ -502,3 +502,21 @@ def test_a_single_token_has_no_source_to_knock_out() -> None:
     assert (steps[0].effects, footer.cause) == ((), None)
     steps, _ = steps_of(model, [97, 98], n_tokens=1, n_verified=3)
     assert [e.source.token.position for e in steps[0].effects] == [1], "the query's own"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("attention", ["additive", "concat", "general", "dot"])
+def test_a_knockout_in_every_head_of_another_score_equals_one_without_a_choice_of_heads(
+    attention: str, kind: Knockout
+) -> None:
+    model, tokens = small_model("llama-grouped", attention=attention), random_tokens(1, 11)
+    cache, query = cached(model, tokens), int(tokens[0, -1])
+    whole = knock_out(model, cache, query, TARGET, range(11), kind)
+    parts = knock_out(model, cache, query, TARGET, range(11), kind, select_heads(2, 4, heads="1.*"))
+    knockouts = knockout.Knockouts(model, kind, select_heads(2, 4, heads="0.1"))
+    knockouts._heads_LH = torch.ones(2, 4, dtype=torch.bool)
+    [changes] = knockouts.changes(
+        cache, [knockout.Query(10, query, TARGET, [[i] for i in range(11)])]
+    )
+    assert changes[:, 0] == pytest.approx(whole, abs=1e-4)
+    assert np.abs(np.subtract(parts, whole)).max() > 1e-3
