@@ -99,6 +99,8 @@ class TraceConfig:
     """Heads whose weights the page works out from queries and keys, as in 4.2. None for none."""
     candidates: int = option(0, "[0, inf)", group=_GROUP)
     """Number of most probable tokens to show at each step, before any sampling option."""
+    lens: bool = option(False, group=_GROUP)
+    """Show the probability of each token after each layer (logit lens)."""
     prompt_rows: bool = option(False, group=_GROUP)
     """Show the tokens of the prompt too, from the second one on."""
     against: str | None = option(None, group=_GROUP, metavar="TEXT")

@@ -172,6 +172,23 @@ class Kept:
 
 
 @dataclass(frozen=True)
+class Lens:
+    """What the model would predict after each layer: the logit lens (nostalgebraist 2020)."""
+
+    layer: int | None
+    """Layer from which the token is the first choice. None if it is not after the last one."""
+    log_probabilities: tuple[float, ...]
+    """ln p of the token after each layer."""
+    top: tuple[tuple[Candidate, ...], ...]
+    """Most probable tokens after each layer, in descending order."""
+
+    @property
+    def probabilities(self) -> tuple[float, ...]:
+        """Probability of the token after each layer."""
+        return tuple(map(math.exp, self.log_probabilities))
+
+
+@dataclass(frozen=True)
 class Roles:
     """Fractions of a head's attention, in [0, 1], that each known kind of head would pay.
 
@@ -254,6 +271,8 @@ class TraceStep:
     ``changes_S``, the largest effects."""
     candidates: tuple[Candidate, ...] = ()
     """Most probable tokens at this step, in descending order. Empty if they were not kept."""
+    lens: Lens | None = None
+    """Predictions after each layer. None if they were not requested."""
     is_given: bool = False
     """Whether the token was given, by the prompt or ``force``, instead of sampled."""
     changes_S: NDArray[np.float32] | None = field(default=None, repr=False)

@@ -21,6 +21,7 @@ from minigpt.tracing.events import (
     Candidate,
     HeadRows,
     HeadWorking,
+    Lens,
     Row,
     Source,
     Token,
@@ -130,8 +131,21 @@ def _step(step: TraceStep) -> dict[str, Any]:
         "changes": None if step.changes_S is None else _rounded(step.changes_S, _DIGITS),
         "kept": step.kept
         and {name: round(value, _DIGITS) for name, value in asdict(step.kept).items()},
+        "lens": step.lens and _lens(step.lens),
         "certain_text": step.text,
         "finish_reason": step.finish,
+    }
+
+
+def _lens(lens: Lens) -> dict[str, Any]:
+    chances = [_chance(value) for value in lens.log_probabilities]
+    return {
+        "layer": lens.layer,
+        "log_probabilities": [chance["log_probability"] for chance in chances],
+        "probabilities": [chance["probability"] for chance in chances],
+        "top": [
+            [{**_text(one), **_chance(one.log_probability)} for one in layer] for layer in lens.top
+        ],
     }
 
 

@@ -184,6 +184,8 @@ class TraceLayout:
         lines[-1].extend(self._right(step.rows, row.sources))
         if step.candidates:
             lines += self._candidates(step.candidates)
+        if step.lens is not None:
+            lines += ring("tracing.analysis.lines").lens_lines(step.lens, self)
         if step.effects:
             lines += ring("tracing.analysis.lines").effect_lines(step, self, names)
         return lines

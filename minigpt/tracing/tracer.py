@@ -22,6 +22,7 @@ from minigpt.tracing.events import (
     Alternative,
     Candidate,
     HeadWorking,
+    Lens,
     Row,
     Token,
     TraceEvent,
@@ -120,6 +121,7 @@ def trace(
                 candidates=tuple(
                     Candidate(id_, tokenizer.token_bytes(id_), value) for id_, value in step.best
                 ),
+                lens=observer.lens(step.token, tokenizer),
                 is_given=step.is_forced,
             )
 
@@ -196,7 +198,11 @@ class AttentionObserver:
             self._sink_finder = ring("tracing.analysis.sink").SinkFinder(n_prompt)
         watchers = [one for one in (self._rollout, self._sink_finder) if one is not None]
         self.recorder = RowRecorder(
-            model, measures=config.measures, watchers=watchers, config=config
+            model,
+            measures=config.measures,
+            watchers=watchers,
+            config=config,
+            needs_residual=config.lens,
         )
         self._explained: HeadSelection | None = None
         if config.explain is not None:
@@ -281,6 +287,16 @@ class AttentionObserver:
             return row
         whole, *values = torch.stack([measured.whole, *parts.values()]).tolist()
         return replace(row, whole=whole, parts=dict(zip(parts, values, strict=True)))
+
+    def lens(self, target: int, tokenizer: Tokenizer) -> Lens | None:
+        """Return the logit lens of the last pass, which predicted ``target``, if requested."""
+        if not self._config.lens:
+            return None
+        residual_NC = self.recorder.residual_NC
+        lens: Lens = ring("tracing.analysis.lens").read_lens(
+            self._model, residual_NC, target, tokenizer
+        )
+        return lens
 
     def verified(
         self, steps: Iterator[TraceStep], tokens: Sequence[Token], cache: KVCache

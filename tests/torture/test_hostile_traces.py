@@ -91,6 +91,8 @@ def test_the_trace_is_read_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixtur
         (1, ("rows", 0, "heads", "sink"), [[10**400]], "heads.sink must be lists of numbers"),
         (1, ("candidates",), [5], "candidates must be an object: it is 5"),
         (1, ("candidates",), [{"token": -1}], "token is not an integer"),
+        (1, ("lens",), 5, "lens must be an object: it is 5"),
+        (1, ("lens",), {"layer": None, "top": [], "log_probabilities": []}, "lens must have"),
         (1, ("given",), 1, "given is not bool: it is 1"),
         (1, ("effects", 0, "control_of"), -1, "control_of is not an integer"),
         (-1, ("seconds",), float("nan"), "seconds is not a number from 0 to 3e+38: it is nan"),

@@ -33,7 +33,7 @@ def test_the_schema_is_valid_and_names_the_version_of_the_writer() -> None:
         {"measure": "both", "has_heads": True},
         {"reduce": "rollout", "sink": "auto", "heads": "0.1,1.*"},
         {"n_verified": 2, "roles": True, "context_length": 64},
-        {"candidates": 2, "prompt_rows": True},
+        {"candidates": 2, "prompt_rows": True, "lens": True},
         {"measure": "logit", "against": "no", "has_heads": True, "heads": "0.1"},
         {"measure": "gradient"},
         {"measure": "integrated", "n_steps": 3},

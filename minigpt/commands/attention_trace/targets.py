@@ -30,6 +30,7 @@ LIVE = Mode(
         "--n-sources": ("--view lines", *_DRAWN),
         "--explain": ("--html", "--out", "--json"),
         "--candidates": ("--view lines", "--view text", *_DRAWN),
+        "--lens": ("--view lines", "--view lens", *_DRAWN),
         "--against": tuple(f"--measure {measure}" for measure in _EXPLAINING),
         "--n-steps": ("--measure integrated",),
         "--roles": ("--view lines", "--view heads", *_DRAWN),

@@ -6,10 +6,21 @@
 import math
 from collections.abc import Sequence
 
+from minigpt.format import percent
 from minigpt.text.escape import visible
-from minigpt.tracing.events import ROLE_SCORES, CauseCheck, Effect, TraceHeader, TraceStep
+from minigpt.tracing.events import ROLE_SCORES, CauseCheck, Effect, Lens, TraceHeader, TraceStep
 from minigpt.tracing.lines import KNOCKOUTS, TraceLayout, name_of
-from minigpt.tracing.spans import SIGNED_WIDTH, Line, cell_len, fit, heat, signed, wrapped
+from minigpt.tracing.spans import (
+    SIGNED_WIDTH,
+    Line,
+    cell_len,
+    fit,
+    fit_end,
+    heat,
+    signed,
+    upright_bar,
+    wrapped,
+)
 
 _WITHOUT = "ln p without"
 _ALONE = "  kept alone "
@@ -57,6 +68,24 @@ def _roles_in_words(header: TraceHeader) -> str:
             by_tag.setdefault(tag, []).append(f"{layer}.{head}")
     found = "; ".join(f"{tag} {' '.join(heads)}" for tag, heads in sorted(by_tag.items()))
     return found or "no head has one"
+
+
+def lens_lines(lens: Lens, layout: TraceLayout) -> list[Line]:
+    """Return a block for each layer, as high as the token's probability, and what they say."""
+    room = max(layout.width - layout.left_width - 1, 1)
+    last = lens.top[-1][0]
+    told = f" first choice from layer {lens.layer} on"
+    if lens.layer is None:
+        told = f" not the first choice, which is {visible(last.data)} {percent(last.probability)}"
+    lines: list[Line] = []
+    for first in range(0, len(lens.top), room):
+        label = "" if first else "lens"
+        lines.append([(fit(label.rjust(layout.left_width), layout.left_width) + " ", "dim")])
+        for p in lens.probabilities[first : first + room]:
+            lines[-1].append((upright_bar(p) if p >= 1 / 16 else "▁", heat(p)))
+    used = layout.left_width + 1 + (len(lens.top) - 1) % room + 1
+    lines[-1].append((fit_end(told, max(layout.width - used, 1)), "dim"))
+    return lines
 
 
 def effect_lines(step: TraceStep, layout: TraceLayout, names: Sequence[str] = ()) -> list[Line]:

@@ -177,6 +177,7 @@ class _Reader:
                 rows=rows,
                 effects=effects,
                 candidates=_candidates(value),
+                lens=self._lens(value.get("lens")),
                 is_given=_checked(value.get("given", False), bool, "given"),
                 changes_S=self._changes(value, rows),
                 kept=None if kept is None else _read(events.Kept, _object(kept, "kept")),
@@ -194,6 +195,22 @@ class _Reader:
                 f"changes must be a number for each of {len(rows[0].weights_S)} tokens"
             )
         return np.array(changes, np.float32)
+
+    def _lens(self, value: Any) -> events.Lens | None:
+        if value is None:
+            return None
+        value = _object(value, "lens")
+        layer = _checked(value["layer"], int | None, "lens.layer")
+        top = tuple(_candidates({"lens.top": one}, "lens.top") for one in _lists(value, "top"))
+        numbers = tuple(
+            _checked(number, float, "log_probability")
+            for number in _list(value, "log_probabilities")
+        )
+        if not all(top) or len(top) != self.header.n_layer or len(numbers) != len(top):
+            raise ValueError(f"lens must have {self.header.n_layer} layers")
+        if layer is not None and layer >= len(top):
+            raise ValueError(f"lens.layer is {layer} of {len(top)} layers")
+        return events.Lens(layer, numbers, top)
 
     def trace(self, footer: dict[str, Any] | None) -> events.Trace:
         """Return the whole trace; a footer of None means that it was interrupted."""

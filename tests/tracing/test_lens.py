@@ -1,0 +1,91 @@
+"""The logit lens: predictions after each layer."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_models import LAYOUTS, small_model
+from small_traces import small_trace
+
+import minigpt
+from minigpt.errors import ConfigError
+from minigpt.model.gpt import GPT
+from minigpt.text.tokenizer import bytes_tokenizer
+from minigpt.tracing.analysis.reader import read_traces
+from minigpt.tracing.events import Trace
+from minigpt.tracing.file import to_json_line
+from minigpt.tracing.views import ViewOptions, lens
+
+TOKENIZER = bytes_tokenizer()
+
+
+def traced(model: GPT, **options: Any) -> Trace:
+    trace = minigpt.trace(
+        model, "to be or", tokenizer=TOKENIZER, seed=4, max_new_tokens=6, **options
+    )
+    assert isinstance(trace, Trace)
+    return trace
+
+
+@torch.no_grad()
+def plain_lens(model: GPT, tokens: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities (L, T, V) after each layer, by hooks on a full forward."""
+    states: list[torch.Tensor] = []
+    hooks = [
+        block.register_forward_hook(lambda _, inputs, output: states.append(output))
+        for block in model.blocks
+    ]
+    model(tokens)
+    for hook in hooks:
+        hook.remove()
+    weight = model.embedding.weight if model.unembedding is None else model.unembedding.weight
+    assert isinstance(weight, torch.Tensor)
+    return torch.stack([(model.final_norm(x) @ weight.T)[0].log_softmax(-1) for x in states])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_lens_is_that_of_a_plain_loop_over_layers(layout: str) -> None:
+    model = small_model(layout, vocab_size=257, n_layer=3)
+    trace = traced(model, lens=True, prompt_rows=True, temperature=1.0)
+    tokens = torch.tensor([[token.id for token in trace.tokens[:-1]]])
+    expected = plain_lens(model, tokens)
+    for step in trace.steps:
+        assert step.lens is not None
+        at = step.token.position - 1
+        assert step.lens.log_probabilities == pytest.approx(
+            expected[:, at, step.token.id].tolist(), abs=1e-3
+        )
+        assert step.lens.log_probabilities[-1] == pytest.approx(step.log_probability, abs=1e-4)
+        best = expected[:, at].topk(3)
+        for layer, top in enumerate(step.lens.top):
+            assert [one.id for one in top] == best.indices[layer].tolist()
+        is_first = [top[0].id == step.token.id for top in step.lens.top]
+        from_layer = next((i for i in range(3) if all(is_first[i:])), None)
+        assert step.lens.layer == from_layer
+
+
+def test_the_lens_changes_nothing() -> None:
+    model = small_model("qwen3", vocab_size=257)
+    plain, watched = traced(model), traced(model, lens=True)
+    assert [(s.token, s.log_probability) for s in plain.steps] == [
+        (s.token, s.log_probability) for s in watched.steps
+    ]
+
+
+def test_the_lens_is_read_and_shown_as_it_was_written(tmp_path: Path) -> None:
+    trace = small_trace(lens=True, prompt_rows=True)
+    path = tmp_path / "trace.jsonl"
+    lines = [to_json_line(event) for event in (trace.header, *trace.steps, trace.footer)]
+    path.write_text("\n".join(lines) + "\n")
+    [read] = read_traces(path)
+    assert [to_json_line(e) for e in (read.header, *read.steps, read.footer)] == lines
+    for width in (40, 80, 200):
+        shown = lens.show(read, ViewOptions(width=width))
+        assert shown == lens.show(trace, ViewOptions(width=width))
+        assert all(sum(len(text) for text, _ in line) <= width for line in shown)
+
+
+def test_a_trace_without_a_lens_names_the_option() -> None:
+    with pytest.raises(ConfigError, match=r"Trace again with --lens"):
+        lens.show(small_trace())
