@@ -33,6 +33,8 @@ MEASURES = (
 class MeasureFacts:
     """What the numbers of a measure are, and what it needs."""
 
+    about: str = ""
+    """What a number of a row is, in words."""
     unit: str = "share"
     """Unit of the numbers of a row. share: the row is divided by its sum."""
     is_signed: bool = False
@@ -52,7 +54,7 @@ def unit(measure: Measure) -> str:
 def facts_of(measure: Measure) -> MeasureFacts:
     """Return the facts of a measure of MEASURES."""
     if measure == "weight":
-        return MeasureFacts(sums_to="1")
+        return MeasureFacts(about="the softmax weight of a source", sums_to="1")
     facts: MeasureFacts = ring("tracing.analysis.measures").find(measure).facts
     return facts
 
@@ -114,26 +116,6 @@ class TraceConfig:
         check_fields(self)
         if self.reduce == "rollout" and self.measure != "weight":
             raise ConfigError(f"--reduce rollout requires --measure weight: it is {self.measure}.")
-        if self.against is not None and "token" not in facts_of(self.measures[0]).needs:
-            able = [m for m in MEASURES if "token" in facts_of(m).needs]
-            raise ConfigError(
-                f"--against compares the logits of two tokens, and --measure {self.measure} does "
-                f"not depend on the token. Use --measure {', '.join(able)}."
-            )
-        if self.measures[0] == "weight":
-            return
-        facts = facts_of(self.measures[0])
-        if facts.is_signed and self.reduce != "mean":
-            raise ConfigError(
-                f"--reduce {self.reduce} has no meaning for --measure {self.measure}, which is "
-                "summed. Leave --reduce out."
-            )
-        if not facts.has_heads and (self.layers is not None or self.heads is not None):
-            name = "--heads" if self.layers is None else "--layers"
-            raise ConfigError(
-                f"{name} has no effect on --measure {self.measure}, which goes through the whole "
-                "model. Leave it out."
-            )
 
     @property
     def measures(self) -> tuple[Measure, ...]:

@@ -14,7 +14,7 @@ from minigpt.errors import ConfigError
 from minigpt.model.attention import AttentionPass
 from minigpt.model.language_model import LanguageModel
 from minigpt.rings import ring
-from minigpt.tracing.config import DEFAULTS, Measure, TraceConfig, facts_of
+from minigpt.tracing.config import DEFAULTS, MEASURES, Measure, TraceConfig, facts_of
 
 _CHUNK = 64  # queries of a prompt whose weights are in memory together
 
@@ -50,6 +50,29 @@ class Measured:
     """Numbers that belong to no single position, each of shape ()."""
     whole: Tensor | None = None
     """What the rows of all heads and the parts sum to, of shape ()."""
+
+
+def require_measures(config: TraceConfig) -> None:
+    """Raise ConfigError for settings that have no meaning for the measures of a config."""
+    for measure in config.measures:
+        facts = facts_of(measure)
+        if config.against is not None and "token" not in facts.needs:
+            able = [m for m in MEASURES if "token" in facts_of(m).needs]
+            raise ConfigError(
+                f"--against compares the logits of two tokens, and --measure {measure} does not "
+                f"depend on the token. Use --measure {', '.join(able)}."
+            )
+        if facts.is_signed and config.reduce != "mean":
+            raise ConfigError(
+                f"--reduce {config.reduce} has no meaning for --measure {measure}, which is "
+                "summed. Leave --reduce out."
+            )
+        if not facts.has_heads and (config.layers is not None or config.heads is not None):
+            name = "--heads" if config.layers is None else "--layers"
+            raise ConfigError(
+                f"{name} has no effect on --measure {measure}, which goes through the whole "
+                "model. Leave it out."
+            )
 
 
 class Watcher(Protocol):

@@ -30,7 +30,7 @@ from minigpt.tracing.events import (
     TraceHeader,
     TraceStep,
 )
-from minigpt.tracing.recorder import RowRecorder, require_attention
+from minigpt.tracing.recorder import RowRecorder, require_attention, require_measures
 from minigpt.tracing.rows import RowReader, reduce_rows
 from minigpt.tracing.selection import HeadSelection, select_heads
 
@@ -176,6 +176,7 @@ class AttentionObserver:
         Raises: ConfigError if the model cannot be traced with this config.
         """
         require_attention(model)
+        require_measures(config)
         self._verifier = None
         if config.n_verified:
             self._verifier = ring("tracing.analysis.knockout").Verifier(model, config)

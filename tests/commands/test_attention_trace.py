@@ -1,6 +1,7 @@
 """minigpt attention-trace: lines, JSON, files and errors."""
 
 import json
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -235,3 +236,33 @@ def test_no_tokens_to_generate_is_refused_with_the_remedy(run: Run) -> None:
     result = run("generate", "The king", "--max-new-tokens", "0")
     assert result.code == 2
     assert "attention-trace with --max-new-tokens 0" in result.err
+
+
+@pytest.mark.parametrize("measure", ["logit", "gradient", "integrated"])
+def test_rows_in_logits_have_signs_and_account_for_the_whole_logit(
+    run: Run, tmp_path: Path, measure: str
+) -> None:
+    words = [*WORDS, "--measure", measure, "--prompt-rows", "--against", "be"]
+    header, *steps, _ = objects(run(*words, "--json"))
+    assert (header["units"], header["against"]["n_tokens"]) == (["logits"], 2)
+    for step in steps:
+        [row] = step["rows"]
+        shown = sum(source["weight"] for source in row["sources"]) + row["sink"] + row["rest"]
+        assert shown == pytest.approx(row["total"], abs=1e-5)
+        if measure == "gradient":
+            assert (row["whole"], row["parts"]) == (None, {})
+        else:
+            assert row["whole"] == pytest.approx(shown + sum(row["parts"].values()), abs=1e-4)
+    live = run(*words, "--out", str(tmp_path / "t.jsonl"))
+    assert live.code == 0
+    assert "--against 'be': compared with b, the first of 2 tokens" in live.err
+    replayed = run("attention-trace", "--replay", str(tmp_path / "t.jsonl"))
+    assert replayed.out == live.out
+    lines = [line for line in live.out.splitlines() if line[:4].strip().isdigit()]
+    assert len(lines) == len(steps)
+    if measure == "logit":
+        for line, step in zip(lines, steps, strict=True):
+            numbers = [float(n) for n in re.findall(r"[+-]\d+\.\d+", line)]
+            *parts, whole = numbers
+            assert whole == pytest.approx(step["rows"][0]["whole"], abs=0.01)
+            assert sum(parts) == pytest.approx(whole, abs=0.01 * len(parts))

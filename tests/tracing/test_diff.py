@@ -85,3 +85,11 @@ def test_two_heads_of_one_model_can_be_compared() -> None:
 def test_traces_of_different_tokens_are_refused(first: Trace, second: Trace, message: str) -> None:
     with pytest.raises(DataError, match=message):
         list(diff_traces(first, second))
+
+
+def test_numbers_with_a_sign_count_by_their_magnitudes() -> None:
+    first, second = trace_of([0.0, -3.0, 1.0]), trace_of([0.0, 3.0, 1.0])
+    (diff,) = diff_traces(first, second)
+    assert (diff.divergence, diff.moved, diff.first_token.data) == (0, 0, b"b")
+    trace = small_trace(measure="logit")
+    assert all(0 <= diff.moved <= 1 for diff in diff_traces(trace, small_trace()))

@@ -20,7 +20,7 @@ from minigpt.commands.options import (
 from minigpt.config import SamplingConfig
 from minigpt.errors import ConfigError
 from minigpt.rings import ring
-from minigpt.tracing.config import N_SOURCES, TraceConfig
+from minigpt.tracing.config import N_SOURCES, TraceConfig, facts_of
 
 if TYPE_CHECKING:
     from minigpt.commands.loading import Ready
@@ -93,6 +93,11 @@ def attention_trace(
         return
     if form.chat and prompt is None:
         raise ConfigError("--chat answers a message. Give a PROMPT.")
+    if targets.view == "heads" and not facts_of(config.measures[0]).has_heads:
+        raise ConfigError(
+            f"--view heads shows the rows of single heads, and --measure {config.measure} goes "
+            "through the whole model. Use --measure logit, or another view."
+        )
     from minigpt.commands.loading import load
     from minigpt.generation.loading import forced_ids
 

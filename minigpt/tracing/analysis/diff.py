@@ -31,11 +31,13 @@ class StepDiff:
 def diff_traces(first: Trace, second: Trace) -> Iterator[StepDiff]:
     """Compare two traces step by step, by the first measure of each.
 
+    Numbers with a sign count by their magnitudes, as shares of the sum of these.
+
     Raises: DataError if their tokens differ, naming the first position where they do.
     """
     _check_tokens(first, second)
     for one, other in zip(first.steps, second.steps, strict=True):
-        weights = (row.weights_S.astype(np.float64) for row in (one.row, other.row))
+        weights = (np.abs(row.weights_S.astype(np.float64)) for row in (one.row, other.row))
         p, q = (weights_S / max(weights_S.sum(), 1e-300) for weights_S in weights)
         yield StepDiff(
             token=one.token,
@@ -78,7 +80,7 @@ def _divergence(p: NDArray[np.float64], q: NDArray[np.float64]) -> float:
 
 def _strongest(trace: Trace, row: Row) -> Token:
     """Return the token with the largest weight except the sink, unless the sink is alone."""
-    weights = row.weights_S.copy()
+    weights = np.abs(row.weights_S)
     if len(weights) > 1:
         weights[trace.header.sink] = -1
     return trace.tokens[int(weights.argmax())]

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from minigpt.errors import ConfigError
 from minigpt.format import percent
 from minigpt.tracing.events import ROLE_SCORES, Roles, Trace
-from minigpt.tracing.spans import SIGNED_WIDTH, Line, bar, heat, signed, wrapped
+from minigpt.tracing.spans import SHARE_WIDTH, SIGNED_WIDTH, Line, bar, heat, signed, wrapped
 from minigpt.tracing.views import DEFAULTS, ViewOptions
 
 _NO_TAG = "·"
@@ -33,12 +33,15 @@ def show(trace: Trace, options: ViewOptions = DEFAULTS) -> list[Line]:
         )
     entropy_LH = np.mean([heads.entropy for heads in kept], axis=0)
     sink_LH = np.mean([heads.sink for heads in kept], axis=0)
+    is_signed = rows[0].is_signed
+    width = _CELL_WIDTH + (SIGNED_WIDTH - SHARE_WIDTH) * is_signed
     max_bits = float(np.log2(np.mean([len(row.weights_S) for row in rows])))
 
     def cell(layer: int, head: int) -> list[Line]:
         entropy, sink = float(entropy_LH[layer, head]), float(sink_LH[layer, head])
         focus = 1 - entropy / max_bits if max_bits > 0 else 1.0
-        numbers: Line = [(f"{entropy:3.1f} ", heat(focus)), (percent(sink), heat(sink))]
+        of_sink = (signed(sink), "plain") if is_signed else (percent(sink), heat(sink))
+        numbers: Line = [(f"{entropy:3.1f} ", heat(focus)), of_sink]
         if header.roles is None:
             return [numbers]
         return [_tag(header.roles[layer][head], _CELL_WIDTH - 1), numbers]
@@ -47,10 +50,10 @@ def show(trace: Trace, options: ViewOptions = DEFAULTS) -> list[Line]:
     role = "role; below it " if header.roles is not None else ""
     caption = (
         f"Each head: {role}mean entropy in bits (0: all on one position; {max_bits:.1f}: uniform), "
-        f"mean share on the sink (position {header.sink}), over {len(rows)} tokens by "
-        f"{rows[0].measure}."
+        f"mean {'number' if is_signed else 'share'} on the sink (position {header.sink}), over "
+        f"{len(rows)} tokens by {rows[0].measure}."
     )
-    return [*_blocks(grid, options.width, _CELL_WIDTH), [], *wrapped(caption, options.width)]
+    return [*_blocks(grid, options.width, width), [], *wrapped(caption, options.width)]
 
 
 def roles_grid(

@@ -21,6 +21,7 @@ from matplotlib.patches import Rectangle
 
 from minigpt.figures import our_style, to_bytes
 from minigpt.format import percent
+from minigpt.tracing.config import facts_of
 from minigpt.tracing.events import Row, Token, Trace
 from minigpt.tracing.lines import measured
 from minigpt.tracing.spans import cell_len, fit_end, fit_start, one_line
@@ -196,7 +197,9 @@ def _add_scale(
     is_exceeded = max(float(row.weights_S.max()) for row in rows) > scale
     extend = "max" if is_exceeded else "neither"
     bar = axes.figure.colorbar(colours, cax=axes, orientation=orientation, extend=extend)
-    bar.set_label(_SCALE_NAMES[rows[0].measure], fontsize=_MEDIUM)
+    measure = rows[0].measure
+    label = _SCALE_NAMES.get(measure, f"{measure}, {facts_of(measure).unit}")
+    bar.set_label(label, fontsize=_MEDIUM)
     bar.ax.tick_params(labelsize=_MEDIUM, length=2, pad=2)
 
 

@@ -36,6 +36,7 @@ _REGISTRY: dict[Measure, Registered] = {}
 
 def register(
     *,
+    about: str = "",
     unit: str = "share",
     is_signed: bool = False,
     has_heads: bool = True,
@@ -47,7 +48,12 @@ def register(
     Args: as the fields of MeasureFacts.
     """
     facts = MeasureFacts(
-        unit=unit, is_signed=is_signed, has_heads=has_heads, sums_to=sums_to, needs=needs
+        about=about,
+        unit=unit,
+        is_signed=is_signed,
+        has_heads=has_heads,
+        sums_to=sums_to,
+        needs=needs,
     )
 
     def declare(make: Make) -> Make:

@@ -16,7 +16,13 @@ from minigpt.tracing.config import TraceConfig
 from minigpt.tracing.recorder import Prediction
 
 
-@register(unit="logits", is_signed=True, has_heads=False, needs=("token", "gradients"))
+@register(
+    about="the embedding of a source times the gradient of the logit (Shrikumar et al. 2016)",
+    unit="logits",
+    is_signed=True,
+    has_heads=False,
+    needs=("token", "gradients"),
+)
 def gradient(model: LanguageModel, config: TraceConfig) -> Rows:
     """Multiply each token's embedding by the gradient of the token's logit."""
 

@@ -26,6 +26,8 @@ _MAX_POSITIONS = 2**12
 
 
 @register(
+    about="integrated gradients of the token's logit, from the mean embedding to that of a source "
+    "(Sundararajan et al. 2017)",
     unit="logits",
     is_signed=True,
     has_heads=False,

@@ -26,7 +26,14 @@ from minigpt.tracing.config import TraceConfig
 from minigpt.tracing.recorder import Measured, Prediction
 
 
-@register(unit="logits", is_signed=True, sums_to="the token's logit", needs=("residual", "token"))
+@register(
+    about="what the heads brought from a source directly to the logit of the token, with the scale "
+    "of the final norm frozen (Elhage et al. 2021)",
+    unit="logits",
+    is_signed=True,
+    sums_to="the token's logit",
+    needs=("residual", "token"),
+)
 def logit(model: LanguageModel, config: TraceConfig) -> Rows:
     """Attribute the token's logit to what each head brought from each position."""
     if why := why_not_linear(model):

@@ -18,7 +18,11 @@ from minigpt.tracing.config import TraceConfig
 from minigpt.tracing.recorder import Prediction
 
 
-@register(sums_to="1")
+@register(
+    about="the norm of what the heads add to the residual stream because of a source, weight x "
+    "||v W_O|| (Kobayashi et al. 2020), as a share of the row",
+    sums_to="1",
+)
 def norm(model: LanguageModel, config: TraceConfig) -> Rows:
     """Weigh each source by the norm of what a head adds from it."""
     norms = _ValueNorms(model)

@@ -39,11 +39,6 @@ _EMPTY = "∅"
 _NOISE = 1e-4  # a negative number smaller than this is rounding
 _HEAD_FACTS = ("sink", "own", "prompt", "entropy", "distance")
 _SIGNED_FACTS = ("sink", "own", "prompt")  # in the unit of the measure
-_MEASURES = {
-    "weight": "the softmax weight of a source",
-    "norm": "the norm of what the heads add to the residual stream because of a source, weight x "
-    "||v W_O|| (Kobayashi et al. 2020), as a share of the row",
-}
 _REDUCTIONS = {
     "mean": "at each position, the mean of the heads",
     "max": "at each position, the largest of the heads: a row does not sum to 1",
@@ -184,7 +179,7 @@ def _facts(trace: Trace) -> list[tuple[str, str]]:
         ("model", header.model),
         ("size", size),
         ("rows", measured(header)),
-        *((measure, _MEASURES[measure]) for measure in header.measures),
+        *((measure, config.facts_of(measure).about) for measure in header.measures),
         (header.reduce, _REDUCTIONS[header.reduce]),
         ("sink", f"position {header.sink}, {header.sink_rule}"),
         ("tokens", f"{len(header.prompt)} of the prompt, {trace.footer.n_tokens} generated"),
