@@ -520,3 +520,20 @@ def test_a_knockout_in_every_head_of_another_score_equals_one_without_a_choice_o
     )
     assert changes[:, 0] == pytest.approx(whole, abs=1e-4)
     assert np.abs(np.subtract(parts, whole)).max() > 1e-3
+
+
+@pytest.mark.parametrize("n_tokens", [0, 3])
+def test_positions_are_knocked_out_of_the_queries_of_the_prompt_too(n_tokens: int) -> None:
+    model, prompt = small_model("llama-grouped", vocab_size=257), list(b"to be or")
+    steps, footer = steps_of(model, prompt, n_tokens=n_tokens, n_verified="all", prompt_rows=True)
+    assert (len(steps), footer.n_tokens) == (len(prompt) - 1 + n_tokens, n_tokens)
+    tokens = prompt + [step.token.id for step in steps[len(prompt) - 1 :]]
+    for step in steps[1:]:
+        assert step.changes_S is not None
+        seen = torch.tensor([tokens[: step.token.position]])
+        with torch.no_grad():
+            whole = model(seen)[0, -1].log_softmax(dim=0)[step.token.id]
+            for position, change in enumerate(step.changes_S):
+                with last_query_without(position, "key"):
+                    without = model(seen)[0, -1].log_softmax(dim=0)[step.token.id]
+                assert change == pytest.approx((without - whole).item(), abs=2e-4)
