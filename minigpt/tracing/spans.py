@@ -43,7 +43,8 @@ def heat(share: float) -> str:
 def signed(number: float) -> str:
     """Format a number with its sign in five cells."""
     digits = 2 if abs(number) < 9.995 else 1 if abs(number) < 99.95 else 0
-    return f"{min(max(number, -9999), 9999):+{SIGNED_WIDTH}.{digits}f}"
+    rounded = round(min(max(number, -9999), 9999), digits) + 0.0  # no negative zero
+    return f"{rounded:+{SIGNED_WIDTH}.{digits}f}"
 
 
 @lru_cache(maxsize=4096)

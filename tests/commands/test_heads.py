@@ -69,7 +69,11 @@ def test_the_terminal_shows_a_grid_or_a_table_with_a_legend(run: Run, folder: Pa
     for layer in (0, 1):
         tags = [head["tag"] or "·" for head in facts if head["layer"] == layer]
         assert lines[1 + 3 * layer].split() == [str(layer), *tags]
-        logits = [f"{head['logit_effect']:+.2f}" for head in facts if head["layer"] == layer]
+        logits = [
+            f"{round(head['logit_effect'], 2) + 0.0:+.2f}"
+            for head in facts
+            if head["layer"] == layer
+        ]
         assert lines[3 + 3 * layer].split() == logits
     for head in facts:
         scores = [head[name] for name in ("previous", "duplicate", "induction", "sink", "local")]
