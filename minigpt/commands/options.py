@@ -346,6 +346,13 @@ class ModelSource:
         check_fields(self)
 
 
+NOT_COMPILED: Mapping[str, tuple[str, ...]] = {
+    "--ablate": ("--compile",),
+    "--patch-from": ("--compile",),
+}
+"""Conditions of a ``Mode`` under which a model decodes by its own forward."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PromptForm:
     """How a prompt becomes tokens."""

@@ -1,14 +1,14 @@
 """The Python API of generation: ``minigpt.generate``."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from minigpt.checkpoint.resolve import resolve_model
-from minigpt.config import SamplingConfig
+from minigpt.config import InterventionConfig, SamplingConfig
 from minigpt.errors import ConfigError, cut
-from minigpt.generation.decoder import fresh_seed
+from minigpt.generation.decoder import Decoder, fresh_seed
 from minigpt.generation.loading import (
     encode_prompt,
     forced_ids,
@@ -67,6 +67,10 @@ def generate(
         missing or damaged, DataError for a prompt that is empty or too long; while it yields,
         CheckpointError for NaN or inf in the logits.
     """
+    names = {f.name for f in fields(InterventionConfig)}
+    interventions = build(
+        InterventionConfig, {name: sampling.pop(name) for name in names & sampling.keys()}
+    )
     config = build(SamplingConfig, sampling)
     require_new_tokens(config)
     network, tokenizer, folder = model_and_tokenizer(
@@ -79,13 +83,20 @@ def generate(
     ]
     forced = [forced_ids(ending, config, network, ids, special=special) for ids, ending in encoded]
     (ids, tokenizer), *others = encoded
-    decoder = make_decoder(network, ids, config, compile=compile)
+
+    def decoder_of(ids: list[int], ending: Tokenizer) -> Decoder:
+        changed, _ = ring("tracing.interventions").intervene_for(
+            network, interventions, ids, ending, special=special
+        )
+        return make_decoder(changed, ids, config, compile=compile)
+
+    decoder = decoder_of(ids, tokenizer)
 
     def steps() -> Iterator[TextStep]:
         yield from stream_samples(decoder, tokenizer, config, seed=seed, forced=forced[0])
         for number, (ids, ending) in enumerate(others, start=1):
             first = number * config.num_samples
-            next_decoder = make_decoder(network, ids, config, compile=compile)
+            next_decoder = decoder_of(ids, ending)
             for item in stream_samples(
                 next_decoder, ending, config, seed=seed + first, forced=forced[number]
             ):

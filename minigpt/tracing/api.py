@@ -4,12 +4,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from minigpt.config import SamplingConfig
+from minigpt.config import InterventionConfig, SamplingConfig
 from minigpt.errors import ConfigError
 from minigpt.generation import api
 from minigpt.generation.decoder import fresh_seed
 from minigpt.generation.loading import forced_ids
 from minigpt.model.language_model import LanguageModel
+from minigpt.rings import ring
 from minigpt.settings import build
 from minigpt.text.tokenizer import Tokenizer
 from minigpt.tracing import tracer
@@ -50,6 +51,10 @@ def trace(
     """
     names = {f.name for f in fields(TraceConfig)}
     chosen = {name: options.pop(name) for name in names & options.keys()}
+    names = {f.name for f in fields(InterventionConfig)}
+    interventions = build(
+        InterventionConfig, {name: options.pop(name) for name in names & options.keys()}
+    )
     config = build(TraceConfig, {"has_heads": True} | chosen)
     sampling = build(SamplingConfig, options)
     if sampling.num_samples != 1:
@@ -63,9 +68,12 @@ def trace(
         ids, ending = api.prompt_ids(
             tokenizer, one, name, special=special, chat_template=chat_template
         )
+        changed, intervention = ring("tracing.interventions").intervene_for(
+            network, interventions, ids, ending, special=special
+        )
         forced = forced_ids(ending, sampling, network, ids, special=special)
         header, *steps, footer = tracer.trace(
-            network,
+            changed,
             ending,
             ids,
             sampling,
@@ -74,6 +82,7 @@ def trace(
             model_name=name,
             compiles=compile,
             forced=forced,
+            intervention=intervention,
         )
         assert isinstance(header, TraceHeader)
         assert isinstance(footer, TraceFooter)

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from minigpt.config import SamplingConfig
+from minigpt.config import InterventionConfig, SamplingConfig
 from minigpt.errors import cut
 from minigpt.generation.decoder import FinishReason
 from minigpt.rings import ring
@@ -248,6 +248,8 @@ class TraceHeader:
     """Heads in which positions are knocked out. None for all."""
     roles: tuple[tuple[Roles, ...], ...] | None = None
     """Roles of the heads of each layer. None if they were not requested."""
+    intervention: InterventionConfig | None = None
+    """Heads that were ablated or patched. None if there were none."""
     model_sha256: str | None = None
     """SHA-256 of the weights file. None if it was not requested."""
 

@@ -96,6 +96,7 @@ def _header(header: TraceHeader) -> dict[str, Any]:
         "against": header.against and _alternative(header.against),
         "verified_heads": header.verified_heads and header.verified_heads.as_text(),
         "roles": header.roles and [[asdict(head) for head in layer] for layer in header.roles],
+        "intervention": header.intervention and asdict(header.intervention),
         "seed": header.seed,
         "sampling": asdict(header.sampling),
         "prompt": [_token(token) for token in header.prompt],

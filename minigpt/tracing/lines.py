@@ -255,6 +255,8 @@ def header_lines(header: TraceHeader, width: int) -> list[Line]:
         [("model    ", "dim"), (fit_start(one_line(header.model), room), "plain")],
         [("measure  ", "dim"), (fit_end(measured(header), room), "plain")],
     ]
+    if header.intervention is not None:
+        lines += wrapped(one_line(str(header.intervention)), width, label="changed  ")
     if header.sink_rule != "first":
         lines += wrapped(f"position {header.sink}, {header.sink_rule}", width, label="sink     ")
     if header.roles is not None or header.n_verified or header.against is not None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minigpt.config import SamplingConfig
+from minigpt.config import InterventionConfig, SamplingConfig
 from minigpt.errors import ConfigError
 from minigpt.generation.decoder import Decoder, FinishReason
 from minigpt.generation.stream import TextStep, stream_text
@@ -48,6 +48,7 @@ def trace(
     stop_at_end_of_text: bool = True,
     compiles: bool | None = False,
     forced: Sequence[int] = (),
+    intervention: InterventionConfig | None = None,
     dense: Callable[[Tensor], None] | None = None,
 ) -> Iterator[TraceEvent]:
     """Generate as ``Decoder`` does, and yield a header, a step per token, and a footer.
@@ -58,8 +59,8 @@ def trace(
     The tokens are the same as without a trace. A KeyboardInterrupt after the header, here or thrown
     into this generator, ends the trace with a footer.
 
-    Args: forced, the token ids of ``sampling.force``; dense, called with the weights of all heads
-        (L, H, S) at each step.
+    Args: forced, the token ids of ``sampling.force``; intervention, that of ``model``, for the
+        header; dense, called with the weights of all heads (L, H, S) at each step.
     Raises: DataError if the prompt is empty or longer than the context; ConfigError for heads that
         the model does not have, overflow slide, a sink outside the prompt, a rollout over too many
         positions, or roles of a model that is too small to have any; CheckpointError if the logits
@@ -69,6 +70,11 @@ def trace(
         raise ConfigError(
             "overflow slide would recompute rows that were already traced. Trace at most one "
             "context window, or generate without a trace."
+        )
+    if intervention is not None and "logit" in config.measures:
+        raise ConfigError(
+            "--measure logit explains the logit by the outputs of all heads, which an intervention "
+            "replaces. Use another measure."
         )
     sampling = replace(sampling, logprobs=max(sampling.logprobs, config.candidates))
     has_prompt_rows = config.prompt_rows or sampling.max_new_tokens == 0
@@ -95,6 +101,7 @@ def trace(
         seed=seed,
         sampling=sampling,
         prompt=tuple(tokens),
+        intervention=intervention,
     )
     end_of_text = tokenizer.end_of_text_ids if stop_at_end_of_text else ()
     steps = decoder.generate(sampling, seed=seed, end_of_text=end_of_text, forced=forced)

@@ -266,3 +266,38 @@ def test_rows_in_logits_have_signs_and_account_for_the_whole_logit(
             *parts, whole = numbers
             assert whole == pytest.approx(step["rows"][0]["whole"], abs=0.01)
             assert sum(parts) == pytest.approx(whole, abs=0.01 * len(parts))
+
+
+def test_the_diff_names_the_interventions_of_two_traces(run: Run, workplace: Path) -> None:
+    words = ("attention-trace", "The king", "--max-new-tokens", "0")
+    changes = {
+        "plain": [],
+        "ablated": ["--ablate", "0.*"],
+        "patched": ["--patch-from", "Our kids", "--patch", "1.*", "--patch-position", "3"],
+    }
+    for name, more in changes.items():
+        assert run(*words, "--out", str(workplace / f"{name}.jsonl"), *more).code == 0
+    files = [str(workplace / f"{name}.jsonl") for name in ("ablated", "patched")]
+    out = run("attention-trace", "--diff", *files).out
+    assert "heads 0.* set to 0" in out
+    assert run("attention-trace", "--diff", str(workplace / "plain.jsonl"), files[0]).code == 0
+    assert "patched at position 3" in run("attention-trace", "--replay", files[1]).out
+
+
+@pytest.mark.parametrize("command", ["generate", "attention-trace"])
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--ablate", "9.0"], "the model has layers 0 to 1"),
+        (["--patch-from", "A", "--patch", "0.0"], "it has 1, and the first has 8"),
+        (["--patch-from", "A"], "--patch-from and --patch belong together"),
+        (["--ablate-mean"], "--ablate-mean is for --ablate"),
+        (["--ablate", "0.0", "--compile"], "--compile has no effect with --ablate"),
+    ],
+)
+def test_interventions_that_are_not_possible_are_usage_errors(
+    run: Run, command: str, words: list[str], says: str
+) -> None:
+    result = run(command, "The king", *words)
+    assert result.code == 2
+    assert says in result.err

@@ -17,7 +17,7 @@ from minigpt.commands.options import (
     command,
     modes,
 )
-from minigpt.config import SamplingConfig
+from minigpt.config import InterventionConfig, SamplingConfig
 from minigpt.errors import ConfigError
 from minigpt.rings import ring
 from minigpt.tracing.config import N_SOURCES, TraceConfig, facts_of
@@ -38,6 +38,7 @@ def attention_trace(
     form: PromptForm,
     source: ModelSource,
     config: TraceConfig,
+    interventions: InterventionConfig,
     targets: Targets,
     replay: Annotated[
         Path | None, Option("Show a file that --out wrote, without a model", _FILES)
@@ -78,6 +79,10 @@ def attention_trace(
     first, as if it had been sampled, and counts toward --max-new-tokens. The probabilities of
     --candidates are the model's own, before any sampling option.
 
+    --ablate sets the output of heads, before W_O, to 0 or with --ablate-mean to their mean over the
+    prompt; --patch replaces it, at --patch-position, by what it is in a run on the prompt of
+    --patch-from, which has as many tokens. --diff compares two such traces.
+
     With --chat, the prompt is a message of the user, through the model's chat template, whose
     special tokens are sources as all others.
 
@@ -98,14 +103,25 @@ def attention_trace(
             f"--view heads shows the rows of single heads, and --measure {config.measure} goes "
             "through the whole model. Use --measure logit, or another view."
         )
-    from minigpt.commands.loading import load
+    from minigpt.commands.loading import load, with_interventions
     from minigpt.generation.loading import forced_ids
 
     targets.check(sampling.num_samples)
     config = replace(config, has_heads=targets.has_heads)
     ready = load(source, prompt, form)
+    intervention = None
+    if interventions.is_any:
+        ready, intervention = with_interventions(ready, interventions, special=form.special)
     forced = forced_ids(ready.tokenizer, sampling, ready.model, ready.prompt, special=form.special)
-    if not _trace(ready, sampling, config, targets, forced=forced, compile=source.compile):
+    if not _trace(
+        ready,
+        sampling,
+        config,
+        targets,
+        forced=forced,
+        intervention=intervention,
+        compile=source.compile,
+    ):
         raise typer.Exit(130)
 
 
@@ -116,6 +132,7 @@ def _trace(
     targets: Targets,
     *,
     forced: list[int],
+    intervention: InterventionConfig | None,
     compile: bool | None,
 ) -> bool:
     """Trace each sample; return whether all ended without Ctrl-C."""
@@ -163,6 +180,7 @@ def _trace(
                     model_sha256=digest,
                     compiles=compile,
                     forced=forced,
+                    intervention=intervention,
                     dense=add_rows,
                 )
                 is_whole = output.show(_after_compiling(events, ready, compile))

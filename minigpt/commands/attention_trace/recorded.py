@@ -54,6 +54,8 @@ def show_diff(first: Path, second: Path, *, as_json: bool) -> None:
     lines: list[Line] = []
     for label, trace in (("first    ", one), ("second   ", other)):
         name = f"{one_line(trace.header.model)}: {measured(trace.header)}"
+        if trace.header.intervention is not None:
+            name += f"; {one_line(str(trace.header.intervention))}"
         lines.append([(label, "dim"), (fit_start(name, console.width - len(label)), "plain")])
     source = "top of first".ljust(5 + _TOKEN_WIDTH)
     title = f"step {'token':<{_TOKEN_WIDTH}} moved       bits   ln p  {source}  top of second"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from minigpt.commands.options import Mode, PromptForm
+from minigpt.commands.options import NOT_COMPILED, Mode, PromptForm
 from minigpt.errors import ConfigError
 from minigpt.fields import check_fields, option
 from minigpt.files import require_writable
@@ -44,6 +44,7 @@ LIVE = Mode(
         "--json": ("--view",),
         **dict.fromkeys((f"--measure {m}" for m in _EXPLAINING), ("--reduce",)),
         **PromptForm.REFUSES,
+        **NOT_COMPILED,
     },
     defaults={"--view": LINES},
 )

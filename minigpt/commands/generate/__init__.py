@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from minigpt.commands.options import (
+    NOT_COMPILED,
     Json,
     Mode,
     ModelSource,
@@ -14,7 +15,7 @@ from minigpt.commands.options import (
     command,
     modes,
 )
-from minigpt.config import SamplingConfig
+from minigpt.config import InterventionConfig, SamplingConfig
 from minigpt.errors import ConfigError
 from minigpt.rings import ring
 
@@ -25,7 +26,12 @@ from minigpt.rings import ring
         needs=PromptForm.NEEDS,
         refuses={
             "--json": ("--stream",),
-            "--interactive": ("--num-samples", "--force"),
+            "--interactive": (
+                *("--num-samples", "--force"),
+                *("--ablate-mean", "--patch-from", "--patch", "--patch-position"),
+            ),
+            "--overflow slide": ("--patch-from",),
+            **NOT_COMPILED,
             **PromptForm.REFUSES,
         },
     )
@@ -36,6 +42,7 @@ def generate(
     form: PromptForm,
     source: ModelSource,
     sampling: SamplingConfig,
+    interventions: InterventionConfig,
     interactive: Annotated[bool, Option("Continue each typed line; Ctrl-D ends", "Output")] = False,
     as_json: Json = False,
     stream: Annotated[bool, Option("Print text as it is generated", "Output")] = True,
@@ -75,13 +82,15 @@ def generate(
     if form.chat and prompt is None and not interactive:
         raise ConfigError("--chat answers a message. Give a PROMPT, or --interactive.")
     from minigpt.commands.generate.samples import SampleDisplay
-    from minigpt.commands.loading import compiling, load
+    from minigpt.commands.loading import compiling, load, with_interventions
     from minigpt.generation.decoder import fresh_seed
     from minigpt.generation.loading import forced_ids, make_decoder, require_new_tokens
     from minigpt.generation.stream import stream_samples
 
     require_new_tokens(sampling)
     ready = load(source, prompt, form)
+    if interventions.is_any:
+        ready, _ = with_interventions(ready, interventions, special=form.special)
     forced = forced_ids(ready.tokenizer, sampling, ready.model, ready.prompt, special=form.special)
     display = SampleDisplay(ready, sampling, as_json=as_json, streams=stream)
     seed = fresh_seed() if sampling.seed is None else sampling.seed

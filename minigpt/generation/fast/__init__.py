@@ -15,9 +15,12 @@ from minigpt.model.layers import GatedMLP
 def supports(model: LanguageModel, *, compiles: bool = False) -> bool:
     """Return whether the decode step computes what this model's own forward does.
 
-    A subclass of GPT may compute something else, so only GPT itself is supported.
+    A subclass of GPT may compute something else, so only GPT itself is supported. The step does not
+    run the hooks of modules.
     """
     if type(model) is not GPT or model.training:
+        return False
+    if any(module._forward_pre_hooks or module._forward_hooks for module in model.modules()):
         return False
     if compiles:
         return model.config.attention == "scaled_dot"

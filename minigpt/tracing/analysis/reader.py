@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get
 import numpy as np
 from numpy.typing import NDArray
 
-from minigpt.config import SamplingConfig
+from minigpt.config import InterventionConfig, SamplingConfig
 from minigpt.errors import ConfigError, DataError, cut, require_choice
 from minigpt.files import open_regular, resource_errors
 from minigpt.generation.decoder import FinishReason
@@ -120,6 +120,7 @@ class _Reader:
             if (len(roles), *{len(layer) for layer in roles}) != (n_layer, n_head):
                 raise ValueError("roles must have an object for each head")
         verified, all_ = value.get("verified_heads"), value["n_verified"] == "all"
+        intervention = value.get("intervention")
         self.header = _read(
             events.TraceHeader,
             value,
@@ -130,6 +131,9 @@ class _Reader:
             against=self._alternative(value.get("against")),
             sampling=build(SamplingConfig, _object(value["sampling"], "sampling"), "sampling."),
             prompt=tuple(self.tokens),
+            intervention=None
+            if intervention is None
+            else build(InterventionConfig, _object(intervention, "intervention"), "intervention."),
             roles=roles,
             n_verified="all" if all_ else _checked(value["n_verified"], int, "n_verified"),
             verified_heads=None

@@ -1,0 +1,175 @@
+"""Interventions: a model in which heads are ablated or patched from a run on another prompt.
+
+A head's output is what it has before W_O, the weighted sum of its values.
+
+- Zero ablation sets it to 0 at every position: the same as zero columns of W_O.
+- Mean ablation sets it, at every position, to its mean over the positions of the prompt in a run
+  without interventions.
+- Activation patching replaces it at one position of the prompt, or at all of them, by what it is
+  there in a run on a second prompt.
+
+The interventions are hooks on a copy of the modules that shares the weights, so the model itself is
+not changed, and decoding takes GPT.forward, which runs them.
+
+Sources: Vig et al. 2020, arXiv:2004.12265; Meng et al. 2022, arXiv:2202.05262 (patching).
+
+Shapes: B rows, T new tokens, H query heads, D head dim, P positions of the prompt.
+"""
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from minigpt.config import InterventionConfig
+from minigpt.errors import ConfigError
+from minigpt.model.gpt import GPT
+from minigpt.model.language_model import LanguageModel
+from minigpt.text.tokenizer import Tokenizer
+from minigpt.tracing.selection import HeadSelection, select_heads
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def intervene(
+    model: LanguageModel,
+    config: InterventionConfig,
+    prompt: Sequence[int],
+    encode: Callable[[str], list[int]],
+) -> tuple[LanguageModel, InterventionConfig]:
+    """Return a model with interventions, and the config with its position filled in.
+
+    Args: prompt, the tokens that will be continued; encode, which returns the tokens of a prompt.
+    Raises: ConfigError for heads or a position that do not exist, prompts of different lengths, or
+        a model that is not a GPT.
+    """
+    if not isinstance(model, GPT):
+        raise ConfigError(
+            f"heads of a model of arch {model.config.arch} cannot be ablated or patched. Use a GPT."
+        )
+    changed = shallow_copy(model)
+    if config.ablate is not None:
+        selection = _selected(model, config.ablate, "--ablate")
+        means = [x.mean(dim=0) for x in head_outputs(model, prompt)] if config.ablate_mean else None
+        _ablate(changed, selection, means)
+    if config.patch_from is not None and config.patch is not None:
+        selection = _selected(model, config.patch, "--patch")
+        source = encode(config.patch_from)
+        if len(source) != len(prompt):
+            raise ConfigError(
+                f"--patch-from needs a prompt of as many tokens as the first: it has "
+                f"{len(source)}, and the first has {len(prompt)}. Change one of them."
+            )
+        position = config.patch_position
+        if position is None:
+            position = len(prompt) - 1
+        if isinstance(position, int) and position >= len(prompt):
+            raise ConfigError(
+                f"--patch-position must be a position of the prompt, 0 to {len(prompt) - 1}, or "
+                f"all: it is {position}."
+            )
+        positions = (
+            range(len(prompt)) if position == "all" else range(int(position), int(position) + 1)
+        )
+        _patch(changed, selection, head_outputs(model, source), positions)
+        config = replace(config, patch_position=position)
+    return changed, config
+
+
+def intervene_for(
+    model: LanguageModel,
+    config: InterventionConfig,
+    prompt: Sequence[int],
+    tokenizer: Tokenizer,
+    *,
+    special: bool = False,
+) -> tuple[LanguageModel, InterventionConfig | None]:
+    """Return what ``intervene`` does, or the model itself and None if there is no intervention."""
+    if not config.is_any:
+        return model, None
+    return intervene(
+        model, config, prompt, lambda text: tokenizer.encode_prompt(text, special=special)
+    )
+
+
+def _selected(model: GPT, heads: str, option: str) -> HeadSelection:
+    shape = model.config
+    return select_heads(
+        shape.n_attention_layer, shape.n_head, heads=heads, options=("--layers", option)
+    )
+
+
+def shallow_copy(module: M) -> M:
+    """Return a copy of a tree of modules that shares the weights, so that it can have hooks."""
+    new = copy.copy(module)
+    new._forward_pre_hooks = OrderedDict(module._forward_pre_hooks)
+    new._forward_pre_hooks_with_kwargs = OrderedDict(module._forward_pre_hooks_with_kwargs)
+    new._modules = {
+        name: None if child is None else shallow_copy(child)
+        for name, child in module._modules.items()
+    }
+    return new
+
+
+@torch.inference_mode()
+def head_outputs(model: GPT, tokens: Sequence[int]) -> list[Tensor]:
+    """Return the outputs of the heads of each layer (P, H, D) in a run on some tokens."""
+    seen: list[Tensor] = []
+    watched = shallow_copy(model)
+
+    def see(_: nn.Module, inputs: tuple[Tensor]) -> None:
+        seen.append(inputs[0][0].unflatten(-1, (model.config.n_head, -1)))
+
+    for attention in watched.attentions:
+        attention.output.register_forward_pre_hook(see)
+    watched(torch.tensor([list(tokens)], device=model.device), logits_to_keep=1)
+    return [x.clone() for x in seen]
+
+
+def _ablate(model: GPT, selection: HeadSelection, means: Sequence[Tensor] | None) -> None:
+    def put(x_BTHD: Tensor, layer: int, heads: list[int]) -> None:
+        x_BTHD[:, :, heads] = 0.0 if means is None else means[layer][heads].to(x_BTHD)
+
+    _on_heads(model, selection, put)
+
+
+def _patch(
+    model: GPT, selection: HeadSelection, outputs: Sequence[Tensor], positions: range
+) -> None:
+    first = 0
+
+    def note_position(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal first
+        cache = args[1] if len(args) > 1 else kwargs.get("cache")
+        first = 0 if cache is None else cache.length
+
+    def put(x_BTHD: Tensor, layer: int, heads: list[int]) -> None:
+        for position in positions:
+            if first <= position < first + x_BTHD.shape[1]:
+                x_BTHD[:, position - first, heads] = outputs[layer][position, heads].to(x_BTHD)
+
+    model.register_forward_pre_hook(note_position, with_kwargs=True)
+    _on_heads(model, selection, put)
+
+
+def _on_heads(
+    model: GPT, selection: HeadSelection, put: Callable[[Tensor, int, list[int]], None]
+) -> None:
+    """Let ``put`` change the outputs of the heads (B, T, H, D) of each chosen layer, on a copy."""
+
+    def hook(layer: int, heads: list[int]) -> Callable[[nn.Module, tuple[Tensor]], Tensor]:
+        def change(_: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+            x_BTHD = inputs[0].unflatten(-1, (model.config.n_head, -1)).clone()
+            put(x_BTHD, layer, heads)
+            return x_BTHD.flatten(2)
+
+        return change
+
+    for layer, heads in enumerate(selection.heads_by_layer):
+        if heads:
+            output = model.attentions[layer].output
+            output.register_forward_pre_hook(hook(layer, list(heads)))

@@ -1,0 +1,166 @@
+"""Ablation and patching of heads, against zeroed weights and plain loops."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from small_models import LAYOUTS, small_model
+
+import minigpt
+from minigpt.config import InterventionConfig
+from minigpt.errors import ConfigError
+from minigpt.model.gpt import GPT
+from minigpt.text.tokenizer import bytes_tokenizer
+from minigpt.tracing.events import Trace
+
+TOKENIZER = bytes_tokenizer()
+PROMPT, OTHER = "to be or", "by me no"
+
+
+def model_of(layout: str) -> GPT:
+    return small_model(layout, vocab_size=257)
+
+
+def traced(model: GPT, prompt: str = PROMPT, **options: Any) -> Trace:
+    options = {"max_new_tokens": 7, "temperature": 1.0, "prompt_rows": True} | options
+    trace = minigpt.trace(model, prompt, tokenizer=TOKENIZER, seed=4, **options)
+    assert isinstance(trace, Trace)
+    return trace
+
+
+def assert_predicted_by(trace: Trace, log_p: torch.Tensor) -> None:
+    """Compare each token's probability with those of a full forward (T, V)."""
+    for step in trace.steps:
+        expected = log_p[step.token.position - 1, step.token.id].item()
+        assert step.log_probability == pytest.approx(expected, abs=1e-3)
+
+
+def ids_of(trace: Trace) -> torch.Tensor:
+    return torch.tensor([[token.id for token in trace.tokens[:-1]]])
+
+
+@torch.no_grad()
+def plain(model: GPT, tokens: torch.Tensor, put: Any = None) -> tuple[torch.Tensor, list[Any]]:
+    """Return log-probabilities and head outputs (T, H, D); ``put`` changes those of a layer."""
+    outputs, hooks = [], []
+
+    def hook(layer: int) -> Any:
+        def change(_: Any, inputs: tuple[torch.Tensor]) -> torch.Tensor:
+            z = inputs[0].unflatten(-1, (4, -1)).clone()
+            if put is not None:
+                put(layer, z[0])
+            outputs.append(z[0])
+            return z.flatten(2)
+
+        return change
+
+    for layer, attention in enumerate(model.attentions):
+        hooks.append(attention.output.register_forward_pre_hook(hook(layer)))
+    log_p = model(tokens).log_softmax(-1)[0]
+    for one in hooks:
+        one.remove()
+    return log_p, outputs
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_ablated_head_equals_zeroed_columns_of_the_output_projection(layout: str) -> None:
+    model = model_of(layout)
+    before = copy.deepcopy(model.state_dict())
+    trace = traced(model, ablate="1.3,0.*")
+    zeroed = copy.deepcopy(model)
+    with torch.no_grad():
+        for layer, heads in ((0, range(4)), (1, [3])):
+            weight = zeroed.attentions[layer].output.weight.unflatten(1, (4, -1))
+            weight[:, list(heads)] = 0
+    expected = traced(zeroed)
+    assert [step.token for step in trace.steps] == [step.token for step in expected.steps]
+    for one, other in zip(trace.steps, expected.steps, strict=True):
+        assert one.log_probability == pytest.approx(other.log_probability, abs=1e-4)
+        assert one.row.weights_S == pytest.approx(other.row.weights_S, abs=1e-5)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert [s.token for s in traced(model).steps] != [s.token for s in trace.steps]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_mean_ablated_head_has_its_mean_over_the_prompt_everywhere(layout: str) -> None:
+    model = model_of(layout)
+    trace = traced(model, ablate="0.1-2,1.0", ablate_mean=True)
+    _, outputs = plain(model, torch.tensor([list(PROMPT.encode())]))
+
+    def put(layer: int, z_THD: torch.Tensor) -> None:
+        for head in ([1, 2], [0])[layer]:
+            z_THD[:, head] = outputs[layer][:, head].mean(dim=0)
+
+    assert_predicted_by(trace, plain(model, ids_of(trace), put)[0])
+
+
+@pytest.mark.parametrize("position", [None, 0, 3, "all"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_patched_run_equals_a_plain_one_with_hooks(layout: str, position: Any) -> None:
+    model = model_of(layout)
+    trace = traced(model, patch_from=OTHER, patch="0.1,1.*", patch_position=position)
+    _, outputs = plain(model, torch.tensor([list(OTHER.encode())]))
+    places = range(8) if position == "all" else [7 if position is None else position]
+
+    def put(layer: int, z_THD: torch.Tensor) -> None:
+        for head in ([1], range(4))[layer]:
+            for place in places:
+                z_THD[place, head] = outputs[layer][place, head]
+
+    assert_predicted_by(trace, plain(model, ids_of(trace), put)[0])
+    assert trace.header.intervention == InterventionConfig(
+        patch_from=OTHER, patch="0.1,1.*", patch_position="all" if position == "all" else places[0]
+    )
+
+
+def test_patching_a_run_with_itself_changes_nothing() -> None:
+    model = model_of("llama")
+    same = traced(model, patch_from=PROMPT, patch="*.*", patch_position="all")
+    assert [s.token for s in same.steps] == [s.token for s in traced(model).steps]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ablate": "1.3"},
+        {"ablate": "0.*", "ablate_mean": True},
+        {"patch_from": OTHER, "patch": "1.*"},
+    ],
+    ids=str,
+)
+def test_watching_a_changed_model_changes_nothing(options: dict[str, Any]) -> None:
+    model = model_of("llama-grouped")
+    trace = traced(model, n_verified=2, lens=True, measure="both", roles=False, **options)
+    items = list(
+        minigpt.generate(
+            model, PROMPT, tokenizer=TOKENIZER, seed=4, max_new_tokens=7, temperature=1.0, **options
+        )
+    )
+    steps = [s for s in trace.steps if not s.is_given]
+    assert [(s.token.id, s.log_probability) for s in steps] == [
+        (item.step.token, item.step.log_probability) for item in items
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"ablate": "2.0"}, "--ablate 2 is out of range: the model has layers 0 to 1"),
+        ({"ablate": "0.4"}, "--ablate 4 is out of range: the model has heads 0 to 3"),
+        ({"ablate_mean": True}, "--ablate-mean is for --ablate"),
+        ({"patch": "0.0"}, "--patch-from and --patch belong together"),
+        ({"patch_from": OTHER}, "--patch-from and --patch belong together"),
+        ({"patch_position": 1}, "--patch-position is for --patch-from"),
+        ({"patch_from": "short", "patch": "0.0"}, "it has 5, and the first has 8"),
+        ({"patch_from": OTHER, "patch": "7.0"}, "--patch 7 is out of range"),
+        (
+            {"patch_from": OTHER, "patch": "0.0", "patch_position": 8},
+            "--patch-position must be a position of the prompt, 0 to 7",
+        ),
+        ({"ablate": "0.0", "measure": "logit"}, "--measure logit explains"),
+    ],
+)
+def test_interventions_that_do_not_exist_are_refused(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says.replace("(", r"\(")):
+        traced(model_of("llama"), **options)
