@@ -1,13 +1,11 @@
 """A training run on stderr: live on a terminal, plain lines elsewhere."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from minigpt.commands.progress import ProgressLine
 from minigpt.console import spans_to_text
-from minigpt.format import clock, count, duration, short
-from minigpt.model.cost import parameter_count
+from minigpt.format import clock, duration, short
 from minigpt.rings import find_ring, ring
 from minigpt.text.escape import printable
 from minigpt.training.events import (
@@ -18,7 +16,6 @@ from minigpt.training.events import (
     SkipEvent,
     StepEvent,
 )
-from minigpt.training.schedule import with_max_steps
 from minigpt.training.trainer import Trainer
 
 _EXPLANATIONS = "commands.train.explanations"
@@ -43,55 +40,9 @@ class TrainingDisplay(ProgressLine):
     def start(self, trainer: Trainer) -> None:
         """Print the text, the model and the run, before the first step."""
         self._trainer = trainer
-        config, manifest = trainer.config, trainer.data.manifest
-        model = config.model
-        dtype = str(trainer.dtype).removeprefix("torch.")
-        world = trainer.world
-        n_ranks = f"{world.size} x " if world.size > 1 else ""
-        shards = ", weights in shards," if world.is_sharded else ""
-        device = f"{n_ranks}{world.device.type}{shards}"
-        where = f", from step {trainer.step} on" if trainer.step else ""
-        is_shorter = config.sequence_length < model.context_length
-        sequences = f", trained on {config.sequence_length}" if is_shorter else ""
-        training = config.training
-        epochs = f" ({count(training.max_epochs, 'epoch')})" if ends_by_epochs(trainer) else ""
-        limits = [f"{training.max_steps} steps{epochs}"] if training.max_steps else []
-        limits += [duration(60 * training.max_minutes)] if training.max_minutes else []
-        if config.from_ is not None and not trainer.step:
-            self._print_fact("from", config.from_)
-        chosen = training.save_dtype
-        inherited = trainer.carried.dtype if trainer.carried else "float32"
-        saved = inherited if chosen == "auto" else chosen
-        if saved != "float32" or inherited != "float32":
-            why = "as in the base; --save-dtype changes it" if chosen == "auto" else "--save-dtype"
-            self._print_fact("saved", f"weights in {saved} ({why})")
-        self._print_fact(
-            "text",
-            f"{manifest.n_tokens:,} tokens ({manifest.tokenizer}) of {manifest.n_bytes:,} "
-            f"bytes; {manifest.validation(config.data.val_fraction)}",
-        )
-        for line in manifest.notes():
-            self.note(line)
-        self._print_fact(
-            "model",
-            f"{short(parameter_count(model))} parameters ({model.kind}): "
-            f"{count(model.n_layer, 'layer')}, {count(model.n_head, 'head')}, "
-            f"width {model.d_model}, context {model.context_length}{sequences}",
-        )
-        self._print_fact(
-            "run",
-            f"{trainer.folder.path}: {' or '.join(limits)} on {device} in {dtype}{where}",
-        )
-        if resume := find_ring("commands.train.resume"):
-            for line in resume.resumed_notes(trainer):
-                self.note(line)
         if explanations := find_ring(_EXPLANATIONS):
-            for line in explanations.limits(trainer):
-                self.note(line)
-        if trainer.progress >= 1:
-            self._print_fact("", "already complete: raise --max-steps or --max-minutes to continue")
-        elif trainer.has_run_out:
-            self._print_fact("", "stopped early: raise --patience to continue, or 0 for no limit")
+            for name, fact in explanations.opening(trainer):
+                self._print_fact(name, fact)
         if trainer.step and self.panel:
             self.panel.resume(trainer.folder.path)
         self.line.label, self.line.share = "train", trainer.progress
@@ -192,11 +143,3 @@ class TrainingDisplay(ProgressLine):
 
     def _print(self, text: str) -> None:
         self.console.print(printable(text))
-
-
-def ends_by_epochs(trainer: Trainer) -> bool:
-    """Return whether ``max_epochs`` is what limits the steps."""
-    training = trainer.config.training
-    unlimited = replace(trainer.config, training=replace(training, max_steps=0, max_minutes=1.0))
-    limit = with_max_steps(unlimited, len(trainer.train_tokens)).training.max_steps
-    return bool(training.max_epochs) and limit == training.max_steps

@@ -1,18 +1,82 @@
-"""What the numbers of a training run mean."""
+"""What a training run is, what its numbers mean, and what to do with its model."""
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 from minigpt.checkpoint.folder import Pointer
-from minigpt.commands.train.display import ends_by_epochs
+from minigpt.commands.process import command_line
+from minigpt.errors import DataError
+from minigpt.format import count, duration, short
+from minigpt.model.cost import parameter_count
+from minigpt.rings import find_ring
 from minigpt.training.events import EvalEvent
+from minigpt.training.schedule import with_max_steps
 from minigpt.training.trainer import Trainer
 
 _BY_HEART = 0.6
 """Ratio of training to validation loss below which a text counts as learned by heart."""
+_PROMPT = "Once upon a time"
 
 
-def limits(trainer: Trainer) -> Iterator[str]:
+def opening(trainer: Trainer) -> Iterator[tuple[str, str]]:
+    """Yield the facts of a run before its first step: its model, its text and its budget."""
+    config, manifest = trainer.config, trainer.data.manifest
+    model = config.model
+    if config.from_ is not None and not trainer.step:
+        yield "from", config.from_
+    yield from _saved(trainer)
+    yield (
+        "text",
+        f"{manifest.n_tokens:,} tokens ({manifest.tokenizer}) of {manifest.n_bytes:,} "
+        f"bytes; {manifest.validation(config.data.val_fraction)}",
+    )
+    for line in manifest.notes():
+        yield "note", line
+    is_shorter = config.sequence_length < model.context_length
+    sequences = f", trained on {config.sequence_length}" if is_shorter else ""
+    yield (
+        "model",
+        f"{short(parameter_count(model))} parameters ({model.kind}): "
+        f"{count(model.n_layer, 'layer')}, {count(model.n_head, 'head')}, "
+        f"width {model.d_model}, context {model.context_length}{sequences}",
+    )
+    yield "run", _budget(trainer)
+    if resume := find_ring("commands.train.resume"):
+        for line in resume.resumed_notes(trainer):
+            yield "note", line
+    for line in _limits(trainer):
+        yield "note", line
+    if trainer.progress >= 1:
+        yield "", "already complete: raise --max-steps or --max-minutes to continue"
+    elif trainer.has_run_out:
+        yield "", "stopped early: raise --patience to continue, or 0 for no limit"
+
+
+def _saved(trainer: Trainer) -> Iterator[tuple[str, str]]:
+    """Yield the dtype of saved weights, if it is another one than float32."""
+    chosen = trainer.config.training.save_dtype
+    inherited = trainer.carried.dtype if trainer.carried else "float32"
+    saved = inherited if chosen == "auto" else chosen
+    if saved != "float32" or inherited != "float32":
+        why = "as in the base; --save-dtype changes it" if chosen == "auto" else "--save-dtype"
+        yield "saved", f"weights in {saved} ({why})"
+
+
+def _budget(trainer: Trainer) -> str:
+    training, world = trainer.config.training, trainer.world
+    epochs = f" ({count(training.max_epochs, 'epoch')})" if _ends_by_epochs(trainer) else ""
+    limits = [f"{training.max_steps} steps{epochs}"] if training.max_steps else []
+    limits += [duration(60 * training.max_minutes)] if training.max_minutes else []
+    n_ranks = f"{world.size} x " if world.size > 1 else ""
+    shards = ", weights in shards," if world.is_sharded else ""
+    device = f"{n_ranks}{world.device.type}{shards}"
+    where = f", from step {trainer.step} on" if trainer.step else ""
+    dtype = str(trainer.dtype).removeprefix("torch.")
+    return f"{trainer.folder.path}: {' or '.join(limits)} on {device} in {dtype}{where}"
+
+
+def _limits(trainer: Trainer) -> Iterator[str]:
     """Yield what was chosen against overfitting."""
     model, training = trainer.config.model, trainer.config.training
     if model.dropout and training.dropout_start:
@@ -20,11 +84,19 @@ def limits(trainer: Trainer) -> Iterator[str]:
             f"dropout {model.dropout:g} after {training.dropout_start:g} epochs, for a text of "
             "this size (--dropout)"
         )
-    if training.dropout_start and ends_by_epochs(trainer) and not trainer.step:
+    if training.dropout_start and _ends_by_epochs(trainer) and not trainer.step:
         yield (
             f"the text is read at most {training.max_epochs:.3g} times (--max-epochs): more "
             "does not improve the model"
         )
+
+
+def _ends_by_epochs(trainer: Trainer) -> bool:
+    """Return whether ``max_epochs`` is what limits the steps."""
+    training = trainer.config.training
+    unlimited = replace(trainer.config, training=replace(training, max_steps=0, max_minutes=1.0))
+    limit = with_max_steps(unlimited, len(trainer.train_tokens)).training.max_steps
+    return bool(training.max_epochs) and limit == training.max_steps
 
 
 def meaning(
@@ -53,3 +125,19 @@ def meaning(
             f"and the validation loss {last:.2f} nats/token. More text, more dropout or fewer "
             "epochs help",
         )
+
+
+def next_commands(trainer: Trainer) -> list[str]:
+    """Return the shell commands that use a trained model."""
+    config = trainer.config.model
+    words = ["--model", trainer.folder.path.name]
+    try:
+        if len(trainer.data.tokenizer.encode_prompt(_PROMPT)) <= config.context_length:
+            words.append(_PROMPT)
+    except DataError:  # the vocabulary lacks a character of the prompt
+        pass
+    commands = [command_line("generate", *words)]
+    if config.n_attention_layer:
+        tracing = (*words[:2], "--max-new-tokens", "40", *words[2:])
+        commands.append(command_line("attention-trace", *tracing))
+    return commands

@@ -15,16 +15,12 @@ from minigpt.checkpoint.folder import CONFIG_FILE
 from minigpt.commands.process import command_line
 from minigpt.commands.train.display import TrainingDisplay
 from minigpt.commands.train.job import Job, Request, open_job
-from minigpt.errors import DataError
 from minigpt.files import write_atomically
-from minigpt.rings import ring
+from minigpt.rings import find_ring, ring
 from minigpt.settings import to_toml
 from minigpt.training.events import Event
-from minigpt.training.metrics import logging_to
 from minigpt.training.trainer import Trainer
 from minigpt.training.world import ALONE, World, join
-
-_PROMPT = "Once upon a time"
 
 
 def run_training(
@@ -71,7 +67,8 @@ def _train(job: Job, display: TrainingDisplay, report_to: str | None, world: Wor
     if trainer.was_stopped:
         display.propose("resume", [resume])
         raise typer.Exit(128 + signal_number)
-    display.propose("next", _next_commands(trainer))
+    if explanations := find_ring("commands.train.explanations"):
+        display.propose("next", explanations.next_commands(trainer))
 
 
 class Display(Protocol):
@@ -104,7 +101,11 @@ def train_job(
         trainer.request_stop()
         display.stopping()
 
-    with logging_to(job.run.path, report_to, from_step=from_step) as log:
+    logs = find_ring("training.metrics")
+    logging: AbstractContextManager[Any] = nullcontext(lambda event: None)
+    if logs:
+        logging = logs.logging_to(job.run.path, report_to, from_step=from_step)
+    with logging as log:
         display.start(trainer)
         with stopping_on_signals(stop) as received:
             for event in trainer.run():
@@ -159,18 +160,3 @@ def resume_command(job: Job, world: World) -> str:
     """Return the shell command that resumes a run."""
     command = launch_command(world, "train", "--resume", "--name", job.run.path.name)
     return f"{command} < THE_SAME_TEXT" if "-" in job.config.data.paths else command
-
-
-def _next_commands(trainer: Trainer) -> list[str]:
-    config = trainer.config.model
-    words = ["--model", trainer.folder.path.name]
-    try:
-        if len(trainer.data.tokenizer.encode_prompt(_PROMPT)) <= config.context_length:
-            words.append(_PROMPT)
-    except DataError:  # the vocabulary lacks a character of the prompt
-        pass
-    commands = [command_line("generate", *words)]
-    if config.n_attention_layer:
-        tracing = (*words[:2], "--max-new-tokens", "40", *words[2:])
-        commands.append(command_line("attention-trace", *tracing))
-    return commands
