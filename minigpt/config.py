@@ -17,8 +17,8 @@ from minigpt.fields import (
     setting,
 )
 from minigpt.rings import has_ring
-from minigpt.training_config import DataConfig as DataConfig
-from minigpt.training_config import TrainingConfig as TrainingConfig
+from minigpt.run_config import DataConfig as DataConfig
+from minigpt.run_config import TrainingConfig as TrainingConfig
 
 HF_LAYOUTS = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
 """Hugging Face model types that GPT computes; other files in checkpoint/families/ add more."""

@@ -1,5 +1,7 @@
 """Numbers as people read them: three digits, SI prefixes, durations, percentages."""
 
+from collections.abc import Sequence
+
 
 def short(number: float) -> str:
     """Return a number in three digits: 987, 12.3k, 1.05M."""
@@ -48,3 +50,8 @@ def percent(share: float) -> str:
 def count(number: float, noun: str) -> str:
     """Return a number with its noun: 1 step, 12 steps."""
     return f"{number:g} {noun}" if number == 1 else f"{number:g} {noun}s"
+
+
+def listed(words: Sequence[str], last: str) -> str:
+    """Return words as a list in a sentence. Args: last, the word before the last one."""
+    return f" {last} ".join(filter(None, [", ".join(words[:-1]), words[-1]]))

@@ -33,14 +33,15 @@ import typer
 
 from minigpt.errors import ConfigError, require_choice
 from minigpt.fields import check_fields, choices_in, option, parts_of, require_within
+from minigpt.format import listed
 from minigpt.presets import DEFAULT_PRESET, PRESETS
 from minigpt.rings import find_ring
+from minigpt.run_config import DEFAULT_TEXT, Device, Dtype, Quantization
 from minigpt.settings import (
     build,
     merge,
     plain_key,
 )
-from minigpt.training_config import DEFAULT_TEXT, Device, Dtype, Quantization
 
 _NOT_GIVEN: tuple[Any, ...] = (None, [], ())
 _METAVARS = {bool: None, int: "N", float: "N", Path: "FILE"}
@@ -110,11 +111,6 @@ class Mode:
     """Conditions, and the options that have no effect where one holds."""
     defaults: Mapping[str, str] = field(default_factory=dict)
     """Values of options whose default is None."""
-
-
-def listed(words: Sequence[str], last: str) -> str:
-    """Return words as a list in a sentence. Args: last, the word before the last one."""
-    return f" {last} ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
 def modes(*declared: Mode) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -6,12 +6,14 @@ import shlex
 import sys
 from collections.abc import Collection, Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minigpt.commands.layout import COMMANDS
-from minigpt.commands.options import Mode, listed
 from minigpt.errors import ConfigError, cut, did_you_mean
-from minigpt.settings import plain_key
+from minigpt.format import listed
+
+if TYPE_CHECKING:
+    from minigpt.commands.options import Mode
 
 
 def check_group(ctx: Any, args: list[str]) -> None:
@@ -95,7 +97,7 @@ def _is_flag(parameter: Any) -> bool:
     return bool(getattr(parameter, "is_flag", False))
 
 
-def check_mode(mode: Mode, given: Collection[str], values: Mapping[str, Any]) -> None:
+def check_mode(mode: "Mode", given: Collection[str], values: Mapping[str, Any]) -> None:
     """Check the options that were given in a mode.
 
     Args: given, their names; values, the value of each option of the command.
@@ -131,6 +133,8 @@ def without_effect(config: Any, given: Mapping[str, Any]) -> list[str]:
 
     Args: given, what the user set, nested as the config is.
     """
+    from minigpt.settings import plain_key  # the page of the program needs no settings
+
     lines = []
 
     def spelled(part: Any, table: str, name: str) -> str:

@@ -13,8 +13,8 @@ from minigpt.generation.forward import FAST, is_compiled
 from minigpt.model.device import has_fast_bfloat16, inference_dtype, resolve_device
 from minigpt.model.language_model import LanguageModel
 from minigpt.rings import find_ring, has_ring, ring
+from minigpt.run_config import DEVICES, DTYPES, QUANTIZATIONS
 from minigpt.text.tokenizer import Tokenizer
-from minigpt.training_config import DEVICES, DTYPES, QUANTIZATIONS
 
 
 def load(

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from minigpt.errors import DataError
 from minigpt.files import OTHER_CACHE, resource_errors, sha256, writing_aside
+from minigpt.run_config import DEFAULT_TEXT
 from minigpt.text.tokenizer import END_OF_TEXT
-from minigpt.training_config import DEFAULT_TEXT
 
 BLOCK_BYTES = 2**16
 TIMEOUT_S = 30.0

@@ -18,7 +18,7 @@ from minigpt.commands.checkpoints.views import removal_lines, total
 from minigpt.commands.options import Json, Mode, Option, argument, command, modes
 from minigpt.errors import CheckpointError, ConfigError, LockedError
 from minigpt.rings import ring
-from minigpt.training_config import SaveDtype
+from minigpt.run_config import SaveDtype
 
 
 @command

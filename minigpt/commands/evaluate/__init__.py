@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from minigpt.commands.options import CORPORA, Fields, Json, ModelSource, argument, command
 from minigpt.fields import check_fields, option
-from minigpt.training_config import Dtype
+from minigpt.run_config import Dtype
 
 
 @dataclass(frozen=True, kw_only=True)
