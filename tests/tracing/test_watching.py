@@ -15,6 +15,8 @@ from minigpt.tracing.events import TraceStep
 from minigpt.tracing.tracer import trace
 
 EVERYTHING = TraceConfig(measure="both", has_heads=True, n_verified=2, roles=True, sink="auto")
+LOGIT = TraceConfig(measure="logit", against="x", has_heads=True, n_verified=1)
+GRADIENTS = TraceConfig(measure="integrated", n_steps=3)
 ROLLOUT = TraceConfig(reduce="rollout", heads="0.1,1.*", n_verified=1, knockout="value")
 
 
@@ -29,7 +31,7 @@ def watched(
 def test_tracing_random_prompts_changes_no_bit_of_any_log_probability(dtype: torch.dtype) -> None:
     """A log-probability depends on all logits, so equal bits imply equal logits."""
     models = [small_model(layout, vocab_size=257).to(dtype) for layout in LAYOUTS]
-    configs = cycle([EVERYTHING, ROLLOUT])
+    configs = cycle([EVERYTHING, LOGIT, ROLLOUT, GRADIENTS])
     for seed, (model, config) in enumerate(zip(models * 5, configs, strict=False)):
         n_prompt = 1 + 5 * seed % 16
         prompt = random_tokens(n_prompt, vocab_size=256, seed=seed).tolist()
