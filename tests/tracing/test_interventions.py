@@ -13,6 +13,7 @@ from minigpt.errors import ConfigError
 from minigpt.model.gpt import GPT
 from minigpt.text.tokenizer import bytes_tokenizer
 from minigpt.tracing.events import Trace
+from minigpt.tracing.interventions import intervene_for
 
 TOKENIZER = bytes_tokenizer()
 PROMPT, OTHER = "to be or", "by me no"
@@ -164,3 +165,18 @@ def test_watching_a_changed_model_changes_nothing(options: dict[str, Any]) -> No
 def test_interventions_that_do_not_exist_are_refused(options: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says.replace("(", r"\(")):
         traced(model_of("llama"), **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"ablate": "1.*"}, {"patch_from": OTHER, "patch": "0.*", "patch_position": 2}],
+    ids=str,
+)
+def test_integrated_gradients_are_those_of_the_changed_model(options: dict[str, Any]) -> None:
+    model, prompt = model_of("llama"), list(PROMPT.encode())
+    trace = traced(model, measure="integrated", n_steps=4, **options)
+    changed, _ = intervene_for(model, InterventionConfig(**options), prompt, TOKENIZER)
+    logits = changed(ids_of(trace))[0]
+    for step in trace.steps[len(prompt) - 1 :]:
+        expected = logits[step.token.position - 1, step.token.id].item()
+        assert step.row.whole == pytest.approx(expected, abs=1e-3)
