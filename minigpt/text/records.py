@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, BinaryIO, TextIO
@@ -72,16 +73,47 @@ def row_text(row: object, field: str) -> str:
     if field in row:
         found = "null" if text is None else f"of type {type(text).__name__}"
         raise BadRow(f'has no "{field}" string: it is {found}')
+    if nested := _nested_lists(row):
+        raise _a_nest(nested, field)
     remedy = "Name another one with --field."
     if "messages" in row or {"prompt", "completion"} <= row.keys():
         remedy = "Give --chat to read conversations."
     raise BadRow(f'has no "{field}" string: {_fields_of(row)}', remedy)
 
 
+def _nested_lists(row: Mapping[Any, Any], prefix: str = "") -> list[str]:
+    """Return the keys of an object that hold lists of objects; those of an object in it are dotted.
+
+    Lists of texts count too if it has no texts of its own.
+    """
+    has_text = any(isinstance(value, str) for value in row.values())
+    wanted = Mapping if has_text else (Mapping, str)
+    found = []
+    for key, value in row.items():
+        name = f"{prefix}{str(key)[:60]}"
+        if isinstance(value, list) and value and isinstance(value[0], wanted):
+            found.append(name)
+        elif isinstance(value, Mapping) and not prefix:
+            found += _nested_lists(value, f"{name}.")
+    return found
+
+
+def _a_nest(keys: list[str], field: str) -> BadRow:
+    first = ".".join(f'"{key}"' for key in keys[0].split("."))
+    names = ", ".join(map(repr, keys[:_N_FIELDS_SHOWN]))
+    return BadRow(
+        f'is a JSON object without "{field}" that holds lists in {names}; rows are expected in a '
+        "list or one a line",
+        f"Write the list to a file of its own, as with jq '.{first}'.",
+    )
+
+
 def _conversation(row: object) -> str:
     try:
         text: str = ring("text.conversations").conversation_of_row(row)
     except DataError as error:
+        if isinstance(row, Mapping) and "messages" not in row and (nested := _nested_lists(row)):
+            raise _a_nest(nested, "messages") from None
         raise BadRow(str(error)) from None
     if len(text) > LONGEST_CONVERSATION:
         raise BadRow(f"is a conversation of more than {LONGEST_CONVERSATION} characters")
@@ -148,10 +180,17 @@ def _items(stream: TextIO, name: str, data: DataConfig) -> Iterator[tuple[int, o
             except (ValueError, RecursionError) as error:
                 if not is_end and _is_cut(error, text):
                     break
-                raise DataError(
-                    f"{name!r} is not JSON after item {number}: {error}. Get it again, or give "
-                    "--format text if it is plain text."
-                ) from None
+                if not data.skip_bad:
+                    raise DataError(
+                        f"{name!r} is not JSON after item {number}: {error}. Get it again, leave "
+                        "such items out with --skip-bad, or give --format text if it is plain text."
+                    ) from None
+                number += 1
+                yield number, BadRow(f"is not JSON: {error}")
+                text, is_end = _from_next_item(text, at, stream)
+                at = 0
+                n_open = n_open if text else 0
+                continue
             if end == len(text) and not is_end:  # a number may go on
                 break
             number += 1
@@ -163,27 +202,48 @@ def _items(stream: TextIO, name: str, data: DataConfig) -> Iterator[tuple[int, o
         raise DataError(f"{name!r} ends within its array, after item {number}. Get it again.")
 
 
+def _from_next_item(text: str, at: int, stream: TextIO) -> tuple[str, bool]:
+    """Return the text from where the item after a broken one seems to begin, "" for none.
+
+    Args: at, where the broken item begins. Returns also whether the stream has ended.
+    """
+    ends = {"{": r",\s*(?=\{)", '"': r'"\s*,\s*(?=")'}
+    border = re.compile(ends.get(text[at], r",\s*"))
+    rest = text[at + 1 :]
+    while True:
+        for match in border.finditer(rest):
+            with suppress(ValueError, RecursionError):
+                json.JSONDecoder().raw_decode(rest, match.end())
+                return rest[match.end() :], False
+        block = stream.read(READ_CHARS)
+        if not block:
+            return "", True
+        rest = rest[-_LITERAL_CHARS:] + block
+
+
 def _csv_rows(file: BinaryIO, name: str, data: DataConfig) -> Iterator[tuple[int, object]]:
     with _as_text(file, name, data) as stream:
         yield from _rows(stream, data)
 
 
 def _rows(stream: TextIO, data: DataConfig) -> Iterator[tuple[int, object]]:
-    first = stream.readline()
+    lines = _Lines(stream)
+    first = lines.peek()
     head = re.sub(r'"[^"]*"?', "", first)
     delimiter = max(",\t;|", key=head.count)
-    rows = csv.reader(_after(first, stream), delimiter=delimiter, strict=True)
     header: list[str] = []
     number = 0
     csv.field_size_limit(LONGEST_CELL)
+    rows = csv.reader(lines, delimiter=delimiter, strict=True)
     while True:
         row: object
+        lines.begin_row()
         try:
             cells = next(rows)
         except StopIteration:
             return
         except csv.Error as error:
-            row = BadRow(f"(line {rows.line_num}) is not CSV: {error}")
+            row = BadRow(f"(line {lines.first}) is not CSV: {lines.reason(error)}")
         else:
             if not cells:
                 continue
@@ -192,17 +252,56 @@ def _rows(stream: TextIO, data: DataConfig) -> Iterator[tuple[int, object]]:
                 continue
             row = dict(zip(header, cells, strict=False))
             if len(cells) != len(header):
-                reason = f"(line {rows.line_num}) has {len(cells)} cells, the header {len(header)}"
+                reason = f"(line {lines.first}) has {len(cells)} cells, the header {len(header)}"
                 row = BadRow(reason, "Quote a text that has commas, quotes or line breaks.")
             elif undecodable := _undecodable(row.get(data.field, ""), data):
                 row = undecodable
+        if isinstance(row, BadRow):  # a quote that is not closed takes the lines after it too
+            lines.put_back()
         number += 1
         yield number, row
 
 
-def _after(first: str, stream: TextIO) -> Iterator[str]:
-    yield first
-    yield from stream
+class _Lines:
+    """The lines of a stream, of which those of a row after its first can be put back."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._waiting: deque[str] = deque()
+        self._row: list[str] = []
+        self._n_read = 0
+        self.first = 1
+        """Number of the first line of the row."""
+
+    def peek(self) -> str:
+        """Return the first line."""
+        self._waiting.append(self._stream.readline())
+        return self._waiting[0]
+
+    def begin_row(self) -> None:
+        """Begin a row with the next line."""
+        self._row, self.first = [], self._n_read + 1
+
+    def put_back(self) -> None:
+        """Put the lines of the row back, except the first."""
+        self._waiting.extendleft(reversed(self._row[1:]))
+        self._n_read -= len(self._row) - 1
+
+    def reason(self, error: Exception) -> str:
+        """Return what is wrong with a row that is not CSV."""
+        is_cut = "unexpected end" in str(error) or "field larger" in str(error)
+        return "a quote in it is not closed" if is_cut else str(error)
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = self._waiting.popleft() if self._waiting else self._stream.readline()
+        if not line:
+            raise StopIteration
+        self._n_read += 1
+        self._row.append(line)
+        return line
 
 
 def _parquet_rows(file: BinaryIO, name: str, data: DataConfig) -> Iterator[tuple[int, object]]:
@@ -245,7 +344,7 @@ def _as_text(file: BinaryIO, name: str, data: DataConfig) -> Iterator[TextIO]:
         if wide := wide_encoding(buffered.peek(2**12)[: 2**12]):
             raise DataError(f"{name!r} is not UTF-8: it is {wide}. Give --encoding {wide}.")
         encoding = "utf-8-sig"
-    stream = io.TextIOWrapper(buffered, encoding, errors="surrogateescape", newline="\n")
+    stream = io.TextIOWrapper(buffered, encoding, errors="surrogateescape", newline="")
     try:
         yield stream
     except UnicodeError as error:
@@ -278,11 +377,13 @@ def sniffed(head: bytes, encoding: str, *, is_whole: bool) -> str:
     if head.startswith(b"PAR1"):
         return "parquet"
     text = head.decode(encoding, "ignore").removeprefix("\ufeff").lstrip()
-    lines = [line for line in text.split("\n") if not line.isspace() and line]
+    lines = [line for line in re.split("\r\n|\n|\r", text) if line and not line.isspace()]
     if not is_whole and len(lines) > 1:
         del lines[-1]
     lines = lines[:_N_SNIFFED]
     n_objects = sum(isinstance(_parsed(line), dict) for line in lines)
+    if is_whole and len(lines) == 1 and n_objects and _nested_lists(json.loads(lines[0])):
+        return "json"  # an object that holds the rows
     if 2 * n_objects >= len(lines) and n_objects >= (1 if text.startswith("{") else 2):
         return "jsonl"  # some of its rows may be bad, the first one too
     if re.match(r'\{\s*"|\[\s*(\{\s*"|"|\]\s*$)', text):

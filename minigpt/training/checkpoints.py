@@ -3,14 +3,14 @@
 import math
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 from torch import Tensor
 
 from minigpt.checkpoint.folder import WEIGHTS_ONLY
 from minigpt.checkpoint.model_folder import write_full_precision, write_model
-from minigpt.errors import DataError
+from minigpt.errors import DataError, MinigptError
 from minigpt.evaluation import Evaluation, evaluate, windows_at_once
 from minigpt.model.device import save_dtype
 from minigpt.model.language_model import LanguageModel
@@ -118,6 +118,14 @@ class Checkpoints:
             yield saved
         run.world.max(0)  # wait for rank 0
         run.saved_step = run.step
+
+    def save_best(self) -> None:
+        """Save the best weights since the last checkpoint, of a run that fails, if possible."""
+        best, self._unsaved_best = self._unsaved_best, None
+        if best and self._run.world.is_first:
+            config = self._run.config.model
+            with suppress(MinigptError, OSError):  # the run has another error to report
+                self._write(model_class(config).from_tensors(config, best[1]), best[0])
 
     def _weights_of(self, evaluation: EvalEvent | None) -> AbstractContextManager[None]:
         """Return the context in which the model has the weights of an evaluation at this step."""

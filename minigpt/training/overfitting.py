@@ -25,8 +25,8 @@ def for_text(n_train_tokens: int, n_parameters: int, step_tokens: int) -> dict[s
     """Return the settings that depend on the size of the text: those against overfitting.
 
     They depend on the text and the model, never on the budget, so that a larger budget is the same
-    run with a longer schedule; and the budget is limited where more epochs do not improve the
-    model. docs/training.md has the measurements.
+    run with a longer schedule; and the budget is limited where more epochs did not lower the
+    validation loss. docs/training.md has the measurements.
 
     Args: step_tokens, tokens per step.
     Returns: settings, nested as in RunConfig; ``training.max_epochs`` is an upper limit.

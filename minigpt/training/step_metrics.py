@@ -5,6 +5,7 @@ is due, for all steps since the last line, or at every step if ``on_nan`` is ski
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -57,6 +58,8 @@ class Metrics:
         self._begun = self._logged = (run.step, run.elapsed_s, run.progress)
         """Steps, seconds and progress when this process began, and at the last log line."""
         self._skipped_step, self._n_in_a_row = 0, 0
+        self.before_divergence: Callable[[], None] = lambda: None
+        """Called before the error of a divergence is made, which names the last checkpoint."""
 
     def add(self, step: int, lr: float, loss: Tensor, grad_norm: Tensor) -> None:
         """Add a step. Args: loss, the mean over this rank's part of the batch."""
@@ -141,6 +144,7 @@ class Metrics:
         return self._diverged(f"at step {run.step}: {fact}, {norm}lr {lr:.3g}")
 
     def _diverged(self, facts: str, remedy: str = "Try a lower --lr.") -> DivergedError:
+        self.before_divergence()
         saved = self._run.folder.steps()
         kept = f"The checkpoint of step {saved[-1]} is kept." if saved else "Nothing was saved yet."
         return DivergedError(f"training diverged {facts}. {kept} {remedy}")

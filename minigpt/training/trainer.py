@@ -59,12 +59,22 @@ class Trainer(Run):
         self._stop_is_requested = False
         self.metrics = Metrics(self)
         self.checkpoints = Checkpoints(self, self.metrics)
+        self.metrics.before_divergence = self.checkpoints.save_best
 
     def run(self) -> Iterator[Event]:
         """Train until the budget is used or a stop is requested, then save.
 
+        An error saves the best weights since the last checkpoint, but no checkpoint.
+
         Raises: DivergedError on NaN or inf, or on a loss above the divergence threshold.
         """
+        try:
+            yield from self._run()
+        except Exception:
+            self.checkpoints.save_best()
+            raise
+
+    def _run(self) -> Iterator[Event]:
         config = self.config.training
         self.model.train()
         if self.config.from_ and self.saved_step is None:

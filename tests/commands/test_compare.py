@@ -91,11 +91,8 @@ def test_table_json_and_metrics_agree(run: Run) -> None:
 
 def test_each_run_equals_a_training_run_with_the_same_settings(run: Run) -> None:
     assert run("compare", *TWO, "--name", "cmp").code == 0
-    words = ["--max-steps", "4", "--set", "training.eval_every=1"]
-    # compare stops no variant early and leaves the weights of the steps, on a text of any size.
-    for setting in ("model.dropout", "training.average", "training.patience"):
-        words += ["--set", f"{setting}=0.0"]
-    words += ["--set", "training.dropout_start=0.0"]
+    # compare chooses dropout and averaging by the size of the text, as train does, but stops none.
+    words = ["--max-steps", "4", "--set", "training.eval_every=1", "--patience", "0"]
     assert run("train", *TINY, *words, "--name", "own", "--seed", "1338").code == 0
     assert weights("own") == weights("cmp-scaled_dot-s1338")
     own, compared = (
@@ -104,6 +101,8 @@ def test_each_run_equals_a_training_run_with_the_same_settings(run: Run) -> None
     )
     assert "compare corpus.txt" in compared["command"]
     assert own | {"command": ""} == compared | {"command": ""}
+    assert own["model"]["dropout"] > 0
+    assert own["training"]["average"] > 0
     result = run("generate", "--model", "cmp-additive-s1337", "--max-new-tokens", "3", "The")
     assert result.code == 0
     assert run("plot", "cmp-additive-s1337", "cmp-scaled_dot-s1337").code == 0

@@ -14,6 +14,7 @@ import pytest
 
 from minigpt.config import DataConfig
 from minigpt.errors import DataError
+from minigpt.text import records
 from minigpt.text.corpus import find_files, iter_documents
 
 TEXTS = ["The owl, at night.", 'She said "né".', "two\nlines", "世界"]
@@ -324,3 +325,74 @@ def test_csv_keeps_quoted_delimiters_quotes_and_line_breaks_and_needs_a_column()
     assert Reading("a.csv").texts == ['a, "b"\nc', "d"]
     Path("b.csv").write_bytes(b"text\none\n\ntwo\n")
     assert Reading("b.csv").texts == ["one", "two"]
+
+
+def test_an_unclosed_quote_is_named_by_its_row_and_costs_only_its_own_line() -> None:
+    rows = [f"{i},text {i}" for i in range(8)]
+    rows[3] = '3,"text 3'
+    Path("a.csv").write_text("\n".join(["n,text", *rows, ""]))
+    assert "row 4 of 'a.csv' (line 5) is not CSV: a quote in it is not closed" in refusal("a.csv")
+    found = Reading("a.csv", skip_bad=True)
+    assert found.texts == [f"text {i}" for i in range(8) if i != 3]
+    assert len(found.skipped) == 1
+    Path("a.csv").write_text("\n".join(["n,text", *rows, '8,"text, 8"', "9,text 9"]))
+    found = Reading("a.csv", skip_bad=True)  # the next quote seems to close it
+    assert found.texts == [f"text {i}" for i in range(8) if i != 3] + ["text, 8", "text 9"]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_lines_of_rows_may_end_as_on_any_system(end: str) -> None:
+    cells = ["n,text", "1,one", '2,"two\rlines"', "3,three"]
+    Path("a.csv").write_bytes(end.join([*cells, ""]).encode())
+    Path("b.jsonl").write_bytes(end.join(json.dumps({"text": t}) for t in "xyz").encode())
+    assert Reading("a.csv").texts == ["one", "two\rlines", "three"]
+    assert Reading("b.jsonl").texts == ["x", "y", "z"]
+    assert Reading("-", stdin=Path("a.csv").read_bytes()).files[0].format == "csv"
+
+
+@pytest.mark.parametrize(
+    ("broken", "n_lost"),
+    [
+        ('{"text": "b", oops}', 1),
+        ('{"text": "b" "n": 1}', 1),
+        ('{"text": nul}', 1),
+        ('{"text": "b"', 1),
+        ('{"text": {"a": 1}, {"x": 2}}', 3),  # what follows the error may look like items
+    ],
+)
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_broken_item_of_an_array_is_left_out_with_skip_bad(
+    broken: str, n_lost: int, indent: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "READ_CHARS", 64)
+    items = [json.dumps({"text": f"text {i}", "n": {"m": i}}, indent=indent) for i in range(9)]
+    items[4] = broken
+    Path("a.json").write_text("[" + ",\n".join(items) + "]")
+    assert "is not JSON after item 4" in refusal("a.json")
+    found = Reading("a.json", skip_bad=True)
+    assert found.texts == [f"text {i}" for i in range(9) if i != 4]
+    assert len(found.skipped) == n_lost
+    items[8] = broken
+    Path("a.json").write_text("[" + ",\n".join(items) + "]")
+    assert Reading("a.json", skip_bad=True).texts == [f"text {i}" for i in range(8) if i != 4]
+
+
+@pytest.mark.parametrize(
+    ("value", "keys"),
+    [
+        ({"data": [{"text": "a"}]}, "'data'"),
+        ({"version": "1", "train": [{"text": "a"}], "test": [{"text": "b"}]}, "'train', 'test'"),
+        ({"data": {"rows": [{"text": "a"}]}}, "'data.rows'"),
+        ({"texts": ["a", "b"]}, "'texts'"),
+    ],
+)
+@pytest.mark.parametrize("indent", [None, 2])
+def test_an_object_that_nests_its_rows_is_called_one(
+    value: object, keys: str, indent: int | None
+) -> None:
+    Path("a.json").write_text(json.dumps(value, indent=indent))
+    message = refusal("a.json")
+    assert message.startswith("item 1 of 'a.json' is a JSON object without \"text\"")
+    assert f"holds lists in {keys}; rows are expected in a list or one a line" in message
+    assert "JSONL" not in message
+    assert find_files(["a.json"], Path("c"), Path("s"))[0].format == "json"

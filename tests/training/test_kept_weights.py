@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from small_runs import bits, config_of, data_of, differing, run_until, trainer_o
 
 from minigpt.checkpoint.folder import RunFolder
 from minigpt.checkpoint.model_folder import read_model
+from minigpt.errors import DivergedError
 from minigpt.evaluation import evaluate
 from minigpt.text.batches import validation_windows
 from minigpt.text.shards import PreparedData
@@ -218,3 +220,50 @@ def test_a_run_without_validation_text_trains_saves_and_points_best_at_the_lates
     assert best is not None
     assert best.step == 6
     assert "No validation text" in (best.folder / "README.md").read_text()
+
+
+def run_and_fail(trainer: Trainer, at_step: int, fail: Callable[[], Any]) -> dict[int, float]:
+    """Run, and call ``fail`` after an evaluation; return the losses of the evaluations so far."""
+    losses: dict[int, float] = {}
+    for event in trainer.run():
+        if isinstance(event, EvalEvent):
+            losses[event.step] = event.val_loss
+        if losses and max(losses) == at_step:
+            fail()
+    return losses
+
+
+@pytest.mark.parametrize("average", [0.0, 0.9])
+def test_a_run_that_diverges_leaves_the_best_weights_since_its_last_checkpoint(
+    average: float, data: PreparedData, tmp_path: Path
+) -> None:
+    facts = {"eval_every": 2, "save_every": 50, "max_steps": 60, "eval_tokens": 10**6}
+    config = config_of("llama", average=average, **facts)
+    trainer = trainer_of(config, data, tmp_path)
+
+    def spoil() -> None:
+        with torch.no_grad():
+            next(trainer.model.parameters()).fill_(math.nan)
+
+    with pytest.raises(DivergedError) as caught:
+        run_and_fail(trainer, 8, spoil)
+    best = RunFolder(tmp_path).best()
+    assert best is not None
+    assert best.step == 8
+    assert "The checkpoint of step 8 is kept" in str(caught.value)
+    assert loss_of(best.folder, trainer) == pytest.approx(best.facts["val_loss"], rel=1e-5)
+    assert RunFolder(tmp_path).latest() is None, "a run cannot resume from weights alone"
+
+
+def test_another_error_leaves_the_best_weights_too(
+    data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of("llama", eval_every=2, save_every=50, max_steps=60)
+    trainer = trainer_of(config, data, tmp_path)
+
+    def fail() -> None:
+        monkeypatch.setattr(Trainer, "take_step", lambda self: (1 / 0, True)[1])
+
+    with pytest.raises(ZeroDivisionError):
+        run_and_fail(trainer, 4, fail)
+    assert RunFolder(tmp_path).steps() == [4]

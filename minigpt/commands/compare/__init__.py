@@ -78,7 +78,9 @@ def compare(
     the MLP, or of a whole LSTM, is chosen to match. All other settings are the same.
 
     --budget is per run: optimizer steps, seconds of training, or floating-point operations as
-    minigpt counts them. Without :N, it is the steps of the preset, or 60 seconds.
+    minigpt counts them. Without :N, it is the steps of the preset (on a small text, those of its
+    limit of epochs if they are fewer), or 60 seconds. Dropout and averaged weights are those that
+    `train` chooses for a text of this size; no run stops early.
 
     Each run is a training run in checkpoints/NAME-VARIANT-sSEED. Ctrl-C saves; the same command
     resumes, and with more seeds or variants adds their runs.

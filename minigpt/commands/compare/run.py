@@ -23,6 +23,7 @@ from minigpt.commands.train.settings import (
     flat,
     given,
     settings_of,
+    suited_to_text,
     with_split,
     with_vocabulary,
 )
@@ -57,6 +58,7 @@ _NOT_SETTINGS = {
     "from": "compare trains from random weights",
     "model.arch": "compare takes it from --variants",
     "model.attention": "compare takes it from --variants",
+    "training.patience": "all runs of a comparison have the same budget",
 }
 _MIN_EVALUATIONS = 10  # of a run with a known number of steps
 
@@ -123,7 +125,9 @@ def _planned(
     )
     with TrainingDisplay() as display:
         data = prepare(data_config, on_progress=display.preparing)
-    base = with_split(with_vocabulary(settings, data.tokenizer.vocab_size), data)
+    base = suited_to_text(with_vocabulary(settings, data.tokenizer.vocab_size), overrides, data)
+    base = with_split(base, data)
+    base = replace(base, training=replace(base.training, patience=0.0))
     if not base.data.val_fraction:
         raise ConfigError("compare sorts by validation loss: val_fraction must not be 0.")
     base = with_max_steps(base, len(data.tokens.split(base.data.val_fraction)[0]))
