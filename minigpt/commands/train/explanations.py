@@ -86,8 +86,8 @@ def _limits(trainer: Trainer) -> Iterator[str]:
         )
     if training.dropout_start and _ends_by_epochs(trainer) and not trainer.step:
         yield (
-            f"the text is read at most {training.max_epochs:.3g} times (--max-epochs): more did not "
-            "lower the validation loss of measured texts (docs/training.md)"
+            f"the text is read at most {training.max_epochs:.3g} times (--max-epochs): more did "
+            "not lower the validation loss of measured texts (docs/training.md)"
         )
 
 
