@@ -106,7 +106,8 @@ def check_mode(mode: "Mode", given: Collection[str], values: Mapping[str, Any]) 
 
     def holds(condition: str) -> bool:
         name, _, word = condition.partition(" ")
-        value = values.get(name) or mode.defaults.get(name)
+        value = values.get(name)
+        value = mode.defaults.get(name) if value is None else value
         other = word.removeprefix("other than ")
         return (str(value) == other) == (other == word) if word else bool(value)
 

@@ -265,8 +265,11 @@ def header_lines(header: TraceHeader, width: int) -> list[Line]:
     return [*lines, [(prompt, "dim"), (end, "token")], []]
 
 
-def footer_lines(footer: TraceFooter, width: int = 80) -> list[Line]:
-    """Return the lines below a trace: why it ended, and the results of its checks."""
+def footer_lines(footer: TraceFooter, width: int = 80, *, is_all: bool = False) -> list[Line]:
+    """Return the lines below a trace: why it ended, and the results of its checks.
+
+    Args: is_all, whether every position in view was knocked out.
+    """
     checks = ""
     if footer.worst_row_sum_error is not None:
         checks += f"; every row sums to 1 within {max(footer.worst_row_sum_error, 1e-7):.0e}"
@@ -276,7 +279,7 @@ def footer_lines(footer: TraceFooter, width: int = 80) -> list[Line]:
     ending = f"{footer.n_tokens} tokens; {_ENDINGS[footer.finish]}{checks}."
     cause = "Attention shows where a head looked, not why a token was generated."
     if footer.cause is not None:
-        cause = ring("tracing.analysis.lines").cause_in_words(footer.cause)
+        cause = ring("tracing.analysis.lines").cause_in_words(footer.cause, is_all=is_all)
     return [[], *wrapped(ending, width), *wrapped(cause, width)]
 
 

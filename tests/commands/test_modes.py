@@ -95,6 +95,11 @@ def test_replay_and_diff_refuse_every_option_of_a_live_trace(
         ("--measure gradient --heads 0.0", "--heads has no effect on --measure gradient"),
         ("--measure integrated --layers 0", "--layers has no effect on --measure integrated"),
         ("--measure gradient --view heads", "--view heads shows the rows of single heads"),
+        *(
+            (f"--max-new-tokens 0 {words}", f"{words.split()[0]} has no effect with --max-new")
+            for words in ("--top-k 3", "--stop x", "--num-samples 2", "--seed 0", "--top-p 0.5")
+        ),
+        ("--max-new-tokens 0", "--temperature has no effect with --max-new-tokens 0"),
         ("--replay t.jsonl --position 9", "--position is for --view text"),
         ("--replay t.jsonl --picture strip", "--picture is for --svg or --png"),
         ("--replay t.jsonl --json --view text", "--view has no effect with --json"),

@@ -26,7 +26,7 @@ from minigpt.tracing.analysis.faithfulness import (
     compare_measures,
     measure_names,
 )
-from minigpt.tracing.analysis.knockout import rank_correlation
+from minigpt.tracing.analysis.tally import rank_correlation
 from minigpt.tracing.config import DEFAULTS, TraceConfig
 from minigpt.tracing.events import TraceStep
 from minigpt.tracing.tracer import trace

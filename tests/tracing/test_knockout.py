@@ -20,13 +20,9 @@ from minigpt.model.cache import KVCache
 from minigpt.model.gpt import GPT
 from minigpt.text.tokenizer import bytes_tokenizer
 from minigpt.tracing.analysis import knockout
-from minigpt.tracing.analysis.knockout import (
-    CauseTally,
-    choose_controls,
-    knock_out,
-    rank_correlation,
-)
+from minigpt.tracing.analysis.knockout import choose_controls, knock_out
 from minigpt.tracing.analysis.roles import without_heads
+from minigpt.tracing.analysis.tally import CauseTally, rank_correlation
 from minigpt.tracing.config import Knockout, TraceConfig
 from minigpt.tracing.events import (
     CauseCheck,

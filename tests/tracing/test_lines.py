@@ -159,7 +159,7 @@ def test_each_effect_is_shown_below_with_its_control(width: int, n_verified: int
 
 def test_changes_of_any_size_take_five_cells() -> None:
     layout = TraceLayout(80, vocab_size=50_257, n_positions=1000)
-    for change, shown in ((-0.004, "-0.00"), (-9.99, "-9.99"), (-10, "-10.0"), (-123.4, " -123")):
+    for change, shown in ((-0.004, "+0.00"), (-9.99, "-9.99"), (-10, "-10.0"), (-123.4, " -123")):
         step = step_of(b"x", [b"s"])
         step = replace(step, effects=(Effect(step.row.sources[0], change),))
         assert text_of(layout.step(step)[1]).endswith(f" 499 {shown} vs -")
@@ -214,6 +214,13 @@ def test_the_header_shows_options_that_are_not_the_default() -> None:
     said = words_of(header_lines(header, 80))
     assert "weight, rollout of the mean of 3 heads (0.*,1.1)" in said
     assert "roles sink 0.0 1.1 prompt" in said, "the roles of the heads that were not chosen"
+
+
+def test_the_footer_counts_positions_where_every_position_is_knocked_out() -> None:
+    footer = TraceFooter(9, "length", 1.0, 1.2e-7, 3e-6, CauseCheck(60, 0, 0.3, 0.0, 0.8))
+    text = words_of(footer_lines(footer, 80, is_all=True))
+    assert "without any of 60 positions ln p changed by 0.300 on average. Rank" in text
+    assert not re.search("source|control", text)
 
 
 @pytest.mark.parametrize(

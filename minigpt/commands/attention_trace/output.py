@@ -45,6 +45,7 @@ class TraceOutput:
         self._files = ExitStack()
         self._out: BinaryIO | None = None
         self._joined = JoinedTokens()
+        self._is_all = False  # whether every position in view is knocked out
         self._waiting: list[TraceStep] = []  # steps whose token may be part of a character
 
     def __enter__(self) -> "TraceOutput":
@@ -90,7 +91,7 @@ class TraceOutput:
                         steps += [event] if is_kept else []
                         texts.append(event.text)
                         if event.effects:
-                            tally = tally or ring("tracing.analysis.knockout").CauseTally()
+                            tally = tally or ring("tracing.analysis.tally").CauseTally()
                             tally.add(event)
                     case TraceFooter():
                         footer = event
@@ -133,6 +134,7 @@ class TraceOutput:
             return
         elif isinstance(event, TraceHeader):
             self._joined = JoinedTokens(token.data for token in event.prompt)
+            self._is_all = event.n_verified == "all"
             lines = [*header_lines(event, width), self._layout.heading()]
             print_lines(self._console, lines)
         elif isinstance(event, TraceStep):
@@ -143,7 +145,7 @@ class TraceOutput:
                 self._show_waiting()
         else:
             self._show_waiting()
-            print_lines(self._console, footer_lines(event, width))
+            print_lines(self._console, footer_lines(event, width, is_all=self._is_all))
 
     def _show_waiting(self) -> None:
         for step in self._waiting:

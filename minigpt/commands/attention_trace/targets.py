@@ -1,11 +1,12 @@
 """Where a trace goes, as options of attention-trace."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
 from minigpt.commands.options import NOT_COMPILED, Mode, PromptForm
+from minigpt.config import SamplingConfig
 from minigpt.errors import ConfigError
 from minigpt.fields import check_fields, option
 from minigpt.files import require_writable
@@ -20,6 +21,11 @@ _PICTURE_NEEDS = {
     "--position": ("--view text", "--picture strip"),
 }
 _EXPLAINING = ("logit", "gradient", "integrated")  # measures of the generated token, in logits
+_SAMPLING = tuple(  # options of sampled tokens
+    f"--{f.name.replace('_', '-')}"
+    for f in fields(SamplingConfig)
+    if f.name not in ("max_new_tokens", "force")
+)
 _DRAWN = ("--json", "--out", "--html")
 
 LIVE = Mode(
@@ -43,6 +49,7 @@ LIVE = Mode(
     refuses={
         "--json": ("--view",),
         **dict.fromkeys((f"--measure {m}" for m in _EXPLAINING), ("--reduce",)),
+        "--max-new-tokens 0": _SAMPLING,
         **PromptForm.REFUSES,
         **NOT_COMPILED,
     },

@@ -151,14 +151,22 @@ def _effect_heat(change: float) -> str:
     return heat(1 - math.exp(-abs(change)))
 
 
-def cause_in_words(check: CauseCheck) -> str:
-    """Describe the result of the knockouts of a trace."""
-    sources, controls = _without(check.n_sources, "source"), _without(check.n_controls, "control")
-    by_control = f"{controls} by {check.mean_control_effect:.3f}"
+def cause_in_words(check: CauseCheck, *, is_all: bool = False) -> str:
+    """Describe the result of the knockouts of a trace.
+
+    Args: is_all, whether every position in view was knocked out, which needs no controls.
+    """
+    sources = _without(check.n_sources, "position" if is_all else "source")
     found = (
         f"Weight is not influence. Checked: {sources} ln p changed by {check.mean_effect:.3f} on "
-        f"average, {by_control if check.n_controls else 'no controls'}."
+        "average"
     )
+    if check.n_controls:
+        controls = _without(check.n_controls, "control")
+        found += f", {controls} by {check.mean_control_effect:.3f}"
+    elif not is_all:
+        found += ", no controls"
+    found += "."
     if check.n_controls:
         hardly = "" if check.mean_effect > 2 * check.mean_control_effect else "hardly "
         found += f" The sources {hardly}mattered more than their controls."

@@ -106,7 +106,9 @@ def _page_data(trace: Trace) -> dict[str, Any]:
     heads = [row.heads for step in trace.steps for row in step.rows]
     n_kept = [rows.positions.shape[2] for rows in heads if rows is not None]
     n_sources = max(n_kept) if n_kept and len(n_kept) == len(heads) else None
-    ending = footer_lines(trace.footer, 10_000)  # one line each: the page breaks lines itself
+    is_all = header.n_verified == "all"
+    # One line each: the page breaks lines itself.
+    ending = footer_lines(trace.footer, 10_000, is_all=is_all)
     closing = ["".join(text for text, _ in line) for line in ending if line]
     if trace.footer.cause is None:
         closing.append("Nothing was knocked out in this trace: it says nothing about cause.")
