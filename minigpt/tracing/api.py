@@ -83,6 +83,7 @@ def trace(
             compiles=compile,
             forced=forced,
             intervention=intervention,
+            special=special,
         )
         assert isinstance(header, TraceHeader)
         assert isinstance(footer, TraceFooter)

@@ -49,6 +49,7 @@ def trace(
     compiles: bool | None = False,
     forced: Sequence[int] = (),
     intervention: InterventionConfig | None = None,
+    special: bool = False,
     dense: Callable[[Tensor], None] | None = None,
 ) -> Iterator[TraceEvent]:
     """Generate as ``Decoder`` does, and yield a header, a step per token, and a footer.
@@ -60,7 +61,8 @@ def trace(
     into this generator, ends the trace with a footer.
 
     Args: forced, the token ids of ``sampling.force``; intervention, that of ``model``, for the
-        header; dense, called with the weights of all heads (L, H, S) at each step.
+        header; special, whether special tokens in ``config.against`` are parsed; dense, called with
+        the weights of all heads (L, H, S) at each step.
     Raises: DataError if the prompt is empty or longer than the context; ConfigError for heads that
         the model does not have, overflow slide, a sink outside the prompt, a rollout over too many
         positions, or roles of a model that is too small to have any; CheckpointError if the logits
@@ -83,7 +85,9 @@ def trace(
             "the prompt has one token, and rows are those of the tokens after it. Give a longer "
             "prompt, or generate without --prompt-rows."
         )
-    against = None if config.against is None else _alternative(tokenizer, config.against)
+    against = None
+    if config.against is not None:
+        against = _alternative(tokenizer, config.against, special=special)
     observer = AttentionObserver(model, config, len(prompt), sampling, against)
     tokens = [Token(i, token, tokenizer.token_bytes(token)) for i, token in enumerate(prompt)]
     started = time.perf_counter()
@@ -146,12 +150,12 @@ def trace(
     yield TraceFooter(n_generated, finish, seconds, workings=workings, **observer.checks())
 
 
-def _alternative(tokenizer: Tokenizer, text: str) -> Alternative:
-    """Return the first token of an alternative text.
+def _alternative(tokenizer: Tokenizer, text: str, *, special: bool) -> Alternative:
+    """Return the first token of an alternative text, which continues a text.
 
     Raises: ConfigError for an empty text.
     """
-    ids = tokenizer.encode(text)
+    ids = tokenizer.encode(text, is_start=False, special=special)
     if not ids:
         raise ConfigError(
             "--against needs a token: the text is empty. Give at least one character."

@@ -10,6 +10,7 @@ from small_models import LAYOUTS, random_tokens, small_model
 from small_traces import small_trace
 from torch import Tensor
 
+import minigpt
 from minigpt.checkpoint.families import model_config_from_hf
 from minigpt.config import ModelConfig
 from minigpt.errors import ConfigError
@@ -19,8 +20,10 @@ from minigpt.model.cache import KVCache
 from minigpt.model.gpt import GPT
 from minigpt.model.registry import model_class
 from minigpt.model.variants.lstm import LSTM
+from minigpt.text.tokenizer import bytes_tokenizer
 from minigpt.tracing.analysis import roles
 from minigpt.tracing.recorder import Measured, RowRecorder
+from minigpt.tracing.tracer import _alternative
 
 SHAPE = {
     "vocab_size": 61,
@@ -208,6 +211,45 @@ def test_the_alternative_is_the_first_token_of_its_text() -> None:
     assert several.header.against.data == b"b"
     for a, b in zip(alone.steps, several.steps, strict=True):
         assert a.row.whole == b.row.whole
+
+
+def test_a_contrast_in_python_is_the_difference_of_two_logits() -> None:
+    model, tokenizer, prompt = small_model("llama", vocab_size=257), bytes_tokenizer(), "to be"
+    trace = minigpt.trace(
+        model, prompt, tokenizer=tokenizer, seed=1, max_new_tokens=5, measure="logit", against="x"
+    )
+    assert trace.header.against.data == b"x"
+    ids = torch.tensor([[token.id for token in trace.tokens]])
+    logits_TV = model(ids)[0]
+    for step in trace.steps:
+        logits_V = logits_TV[step.token.position - 1]
+        whole = (logits_V[step.token.id] - logits_V[ord("x")]).item()
+        assert step.row.whole == pytest.approx(whole, abs=1e-4)
+        assert step.row.total + sum(step.row.parts.values()) == pytest.approx(whole, abs=1e-4)
+
+
+class Spaced:
+    """A tokenizer that, as SentencePiece, puts a space before a text that starts."""
+
+    def encode(self, text: str, *, is_start: bool = True, special: bool = False) -> list[int]:
+        """Return bytes, or 3 for a special token."""
+        if special and text == "<|x|>":
+            return [3]
+        return list(((" " if is_start else "") + text).encode())
+
+    def token_bytes(self, token: int) -> bytes:
+        """Return a byte."""
+        return bytes([token])
+
+
+def test_an_alternative_continues_a_text_and_may_be_a_special_token() -> None:
+    def first(text: str, *, special: bool = False) -> int:
+        return _alternative(Spaced(), text, special=special).id  # type: ignore[arg-type]
+
+    assert first("king") == ord("k")
+    assert first(" king") == ord(" ")
+    assert first("<|x|>") == ord("<")
+    assert first("<|x|>", special=True) == 3
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,9 @@ def test_workings_survive_the_file(tmp_path: Path) -> None:
             read_traces(path)
 
 
-@pytest.mark.parametrize(("heads", "message"), [("2.0", "layers 0 to 1"), ("x", "layer.head")])
+@pytest.mark.parametrize(
+    ("heads", "message"), [("2.0", "--explain 2 .* layers 0 to 1"), ("x", "layer.head")]
+)
 def test_heads_to_explain_must_exist(heads: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         small_trace(explain=heads)

@@ -120,6 +120,7 @@ def attention_trace(
         targets,
         forced=forced,
         intervention=intervention,
+        special=form.special,
         compile=source.compile,
     ):
         raise typer.Exit(130)
@@ -133,6 +134,7 @@ def _trace(
     *,
     forced: list[int],
     intervention: InterventionConfig | None,
+    special: bool,
     compile: bool | None,
 ) -> bool:
     """Trace each sample; return whether all ended without Ctrl-C."""
@@ -181,6 +183,7 @@ def _trace(
                     compiles=compile,
                     forced=forced,
                     intervention=intervention,
+                    special=special,
                     dense=add_rows,
                 )
                 is_whole = output.show(_after_compiling(events, ready, compile))

@@ -20,8 +20,8 @@ from minigpt.generation.decoder import Decoder
 from minigpt.model.language_model import LanguageModel
 from minigpt.text.tokenizer import Tokenizer
 from minigpt.tracing.analysis.knockout import Knockouts, Query
-from minigpt.tracing.analysis.tally import rank_correlation
 from minigpt.tracing.analysis.rollout import MAX_POSITIONS
+from minigpt.tracing.analysis.tally import rank_correlation
 from minigpt.tracing.config import MEASURES, TraceConfig
 from minigpt.tracing.events import TraceFooter, TraceHeader, TraceStep
 from minigpt.tracing.tracer import trace

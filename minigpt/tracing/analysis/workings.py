@@ -29,7 +29,9 @@ def explained_heads(model: LanguageModel, heads: str) -> HeadSelection:
             "Leave it out."
         )
     shape = model.config
-    return select_heads(shape.n_attention_layer, shape.n_head, heads=heads)
+    return select_heads(
+        shape.n_attention_layer, shape.n_head, heads=heads, options=("--layers", "--explain")
+    )
 
 
 @torch.inference_mode()
