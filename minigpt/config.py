@@ -101,6 +101,8 @@ class ModelConfig:
     """Turns in rope_original_context; wavelengths with fewer are stretched in full (yarn)."""
     rope_attention_factor: float = setting(1.0, "(0, inf)", void_if=_NOT_YARN)
     """Factor of rotated queries and keys (yarn)."""
+    rope_truncate: bool = setting(True, void_if=_NOT_YARN)
+    """Whether the dimensions of the two limits are rounded outwards to whole ones (yarn)."""
     rope_original_context: int = setting(8192, "[1, inf)", void_if=_NO_SCALING)
     """Context length before RoPE scaling, in tokens."""
     norm_eps: float = setting(1e-5, "(0, inf)")

@@ -36,7 +36,7 @@ class DataConfig:
     skip_unencodable: bool = option(False)
     """Skip and count characters that the vocabulary lacks."""
     chat: bool = option(False)
-    """Read rows as conversations: messages, or prompt and completion."""
+    """Read rows as conversations: messages, prompt and completion, or instruction and output."""
     loss_on: Literal["completion", "all"] | None = option(None, shown="completion with --chat")
     """Tokens of conversations that the loss is averaged over. completion: the assistant's."""
     chat_template: str | None = option(None, metavar="FILE", shown="the model's, or a plain one")

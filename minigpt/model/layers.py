@@ -138,8 +138,10 @@ def _yarn_ramp(config: ModelConfig) -> Tensor:
         wavelength = config.rope_original_context / (2 * math.pi * n_turns)
         return config.d_head * math.log(wavelength) / (2 * math.log(config.rope_theta))
 
-    low = max(math.floor(dimension(config.rope_beta_fast)), 0)
-    high = min(math.ceil(dimension(config.rope_beta_slow)), config.d_head - 1)
+    low, high = dimension(config.rope_beta_fast), dimension(config.rope_beta_slow)
+    if config.rope_truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, config.d_head - 1)
     place = torch.arange(config.d_head // 2, device="cpu", dtype=torch.float32)
     return ((place - low) / (high - low or 0.001)).clamp(0, 1)
 

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,8 @@ def conversation_of_row(row: object) -> str:
     """
     row = row if isinstance(row, Mapping) else {}
     messages = row.get("messages")
+    if messages is None and {"instruction", "output"} <= row.keys() and "prompt" not in row:
+        row = _instruction(row)
     if messages is None and {"prompt", "completion"} <= row.keys():
         messages = []
         for name, role in (("prompt", "user"), ("completion", "assistant")):
@@ -31,7 +34,9 @@ def conversation_of_row(row: object) -> str:
                 raise DataError(f'has a "{name}" that is neither a text nor a list of messages')
             messages += [{"role": role, "content": value}] if isinstance(value, str) else value
     if not messages or not isinstance(messages, list):
-        raise DataError('has no "messages", or "prompt" and "completion"')
+        raise DataError(
+            'has no "messages", or "prompt" and "completion", or "instruction" and "output"'
+        )
     for message in messages:
         is_message = isinstance(message, Mapping) and isinstance(message.get("role"), str)
         if not is_message or not isinstance(message.get("content", ""), str | list | None):
@@ -39,6 +44,17 @@ def conversation_of_row(row: object) -> str:
     if not any(message["role"] == "assistant" for message in messages):
         raise DataError("has no message of the assistant")
     return well_formed(json.dumps(messages, ensure_ascii=False))
+
+
+def _instruction(row: Mapping[str, Any]) -> dict[str, str]:
+    """Return the prompt and completion of a row of instruction, optional input, and output."""
+    values = {name: row.get(name) for name in ("instruction", "input", "output")}
+    for name, value in values.items():
+        if not isinstance(value, str) and (name != "input" or value is not None):
+            raise DataError(f'has an "{name}" that is no text')
+    parts = (values["instruction"], values["input"])
+    prompt = "\n\n".join(part for part in parts if part)
+    return {"prompt": prompt, "completion": str(values["output"])}
 
 
 def row_text(text: str, template: ChatTemplate) -> str:

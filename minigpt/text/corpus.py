@@ -167,7 +167,8 @@ def _texts(
         if data.chat:
             raise DataError(
                 f"{about.name!r} is text, and --chat reads rows, each a conversation. Give JSONL "
-                'whose lines have "messages", or "prompt" and "completion".'
+                'whose lines have "messages", or "prompt" and "completion", or "instruction" and '
+                '"output".'
             )
         yield _decoded(file, about, data.encoding)
         return

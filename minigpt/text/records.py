@@ -23,6 +23,9 @@ LONGEST_CELL = 2**27
 
 _N_SNIFFED = 10  # rows
 _N_FIELDS_SHOWN = 12
+_LONGEST_LABEL = (
+    80  # characters of a text that is not what a row is about, as a version or a source
+)
 _UNITS = {"jsonl": "line", "json": "item", "csv": "row", "parquet": "row"}
 _BETWEEN = re.compile(r"[\s,\[\]]*")
 _LITERAL_CHARS = 64  # more than the longest literal of JSON has
@@ -73,21 +76,24 @@ def row_text(row: object, field: str) -> str:
     if field in row:
         found = "null" if text is None else f"of type {type(text).__name__}"
         raise BadRow(f'has no "{field}" string: it is {found}')
-    if nested := _nested_lists(row):
-        raise _a_nest(nested, field)
     remedy = "Name another one with --field."
-    if "messages" in row or {"prompt", "completion"} <= row.keys():
+    pairs = ({"messages"}, {"prompt", "completion"}, {"instruction", "output"})
+    if any(names <= row.keys() for names in pairs):
         remedy = "Give --chat to read conversations."
+    elif nested := _nested_lists(row):
+        raise _a_nest(nested, field)
     raise BadRow(f'has no "{field}" string: {_fields_of(row)}', remedy)
 
 
 def _nested_lists(row: Mapping[Any, Any], prefix: str = "") -> list[str]:
     """Return the keys of an object that hold lists of objects; those of an object in it are dotted.
 
-    Lists of texts count too if it has no texts of its own.
+    Lists of texts count too if it has no texts of its own. With a long text, it is a row itself.
     """
-    has_text = any(isinstance(value, str) for value in row.values())
-    wanted = Mapping if has_text else (Mapping, str)
+    texts_of_row = [value for value in row.values() if isinstance(value, str)]
+    if any(len(text) > _LONGEST_LABEL for text in texts_of_row):
+        return []
+    wanted = Mapping if texts_of_row else (Mapping, str)
     found = []
     for key, value in row.items():
         name = f"{prefix}{str(key)[:60]}"
@@ -134,7 +140,7 @@ def has_field(file: BinaryIO, kind: str, name: str, data: DataConfig) -> bool:
         _, row = next(_ROWS[kind](file, name, data), (0, None))
     except DataError:
         return True
-    names = ("messages", "prompt") if data.chat else (data.field,)
+    names = ("messages", "prompt", "instruction") if data.chat else (data.field,)
     return not isinstance(row, Mapping) or any(name in row for name in names)
 
 

@@ -328,8 +328,8 @@ UNSUPPORTED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (QWEN3, {"rope_scaling": {"type": "yarn", "factor": "4"}}, "rope_scaling.factor, .* is '4'"),
     (
         QWEN3,
-        {"rope_scaling": {"type": "yarn", "factor": 4.0, "truncate": False}},
-        "rope_scaling.truncate is False",
+        {"rope_scaling": {"type": "yarn", "factor": 4.0, "truncate": "no"}},
+        "rope_scaling.truncate is 'no'",
     ),
     (
         QWEN3,

@@ -60,6 +60,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "llama-linear": LLAMA | {"rope_parameters": {"rope_type": "linear", "factor": 4.0}},
     "llama-dynamic": LLAMA | {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}},
     "llama-yarn": LLAMA | {"rope_parameters": YARN | {"rope_theta": 500.0}, "head_dim": 16},
+    "llama-yarn-not-truncated": LLAMA
+    | {"rope_parameters": YARN | {"truncate": False}, "head_dim": 16},
     "qwen3-yarn": QWEN3 | {"rope_parameters": YARN | {"beta_fast": 8.0, "attention_factor": 1.3}},
     "qwen3-yarn-mscale": QWEN3 | {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.9}},
     "mistral-short-window": MISTRAL | {"sliding_window": 7},

@@ -15,6 +15,7 @@ from minigpt.checkpoint.tokenizer_json import read_tokenizer, tokenizer_to_json
 from minigpt.errors import CheckpointError, ConfigError, DataError
 from minigpt.text.bpe import train_bpe
 from minigpt.text.chat import ChatTemplate, ending_turns, read_chat_template, training_template
+from minigpt.text.conversations import conversation_of_row
 from minigpt.text.tokenizer import (
     TiktokenTokenizer,
     Tokenizer,
@@ -339,3 +340,22 @@ def test_the_end_of_a_turn_ends_an_answer(tmp_path: Path) -> None:
     tokenizer = tokenizer_of(folder)
     ends = ending_turns(tokenizer, read_chat_template(folder)).end_of_text_ids
     assert {*ends} == {tokenizer.special_ids["<|im_end|>"], tokenizer.special_ids["</s>"]}
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"instruction": "Add.", "input": "1 and 2", "output": "3"}, "Add.\n\n1 and 2"),
+        ({"instruction": "Add.", "input": "", "output": "3"}, "Add."),
+        ({"instruction": "Add.", "input": None, "output": "3"}, "Add."),
+        ({"id": 7, "instruction": "Add.", "output": "3"}, "Add."),
+    ],
+)
+def test_a_row_of_instruction_and_output_is_one_of_prompt_and_completion(
+    row: dict[str, Any], prompt: str
+) -> None:
+    expected = conversation_of_row({"prompt": prompt, "completion": "3"})
+    assert conversation_of_row(row) == expected
+    for name in ("instruction", "output"):
+        with pytest.raises(DataError, match=f'"{name}" that is no text'):
+            conversation_of_row(row | {name: 3})

@@ -224,7 +224,8 @@ def read_rope(
         if kind == "yarn":
             given = _yarn_defaults(name, given)
             known |= {"mscale": rope.get("mscale"), "mscale_all_dim": rope.get("mscale_all_dim")}
-            known |= {"truncate": True}
+            values["rope_truncate"] = bool(rope.get("truncate", True))
+            known |= {"truncate": values["rope_truncate"]}
         known |= {key: rope.get(key) for key in keys.values()}
         for ours, theirs in keys.items():
             if given.get(theirs) is None:
@@ -261,6 +262,7 @@ def write_rope(config: ModelConfig) -> dict[str, Any] | None:
         return None
     keys = {"rope_scaling_factor": "factor"} | _ROPE_FIELDS[config.rope_scaling]
     scaling = {theirs: getattr(config, ours) for ours, theirs in keys.items()}
+    scaling |= {} if config.rope_truncate else {"truncate": False}
     return {"rope_type": config.rope_scaling} | scaling
 
 

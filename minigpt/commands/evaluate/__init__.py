@@ -34,7 +34,7 @@ class EvaluationConfig:
     skip_unencodable: bool = option(False, group="Text")
     """Skip and count characters that the vocabulary lacks."""
     chat: bool = option(False, group="Text")
-    """Read rows as conversations: messages, or prompt and completion."""
+    """Read rows as conversations: messages, prompt and completion, or instruction and output."""
     loss_on: Literal["completion", "all"] | None = option(
         None, group="Text", shown="completion with --chat"
     )
