@@ -88,3 +88,15 @@ def test_learning_by_heart_and_stopping_early_are_said(run: Run) -> None:
     result = run("train", "corpus.txt", "--name", "learned", *words)
     assert "stopped early" not in result.err
     assert "the text was learned by heart: at the end the training loss was" in result.err
+
+
+def test_a_budget_that_lifts_the_limit_of_epochs_of_a_resumed_run_is_said(run: Run) -> None:
+    assert run("train", "corpus.txt", "--name", "lifted", "--max-steps", "9", *SHAPE).code == 0
+    resume = ["train", "--resume", "--name", "lifted", "--dry-run", "--json"]
+    result = run(*resume, "--max-steps", "90000")
+    assert result.code == 0
+    assert re.search(
+        r"--max-steps 90000 lifts this run's limit of \S+ epochs \(\d+ steps\)", result.err
+    )
+    for words in ([], ["--max-steps", "12"], ["--max-steps", "90000", "--max-epochs", "2"]):
+        assert "lifts" not in run(*resume, *words).err
