@@ -87,9 +87,20 @@ def test_traces_of_different_tokens_are_refused(first: Trace, second: Trace, mes
         list(diff_traces(first, second))
 
 
-def test_numbers_with_a_sign_count_by_their_magnitudes() -> None:
+def test_a_number_that_changes_its_sign_has_moved() -> None:
     first, second = trace_of([0.0, -3.0, 1.0]), trace_of([0.0, 3.0, 1.0])
     (diff,) = diff_traces(first, second)
-    assert (diff.divergence, diff.moved, diff.first_token.data) == (0, 0, b"b")
+    assert (diff.moved, diff.divergence) == pytest.approx((0.75, 0.75))
+    assert diff.first_token.data == diff.second_token.data == b"b"
     trace = small_trace(measure="logit")
+    assert {(d.moved, d.divergence) for d in diff_traces(trace, trace)} == {(0, 0)}
     assert all(0 <= diff.moved <= 1 for diff in diff_traces(trace, small_trace()))
+
+
+def test_rows_of_the_prompt_are_not_compared_with_those_of_generated_tokens() -> None:
+    given = small_trace("abcd", max_new_tokens=0)
+    generated = small_trace("abcd", max_new_tokens=len(given.steps))
+    both = small_trace("abcd", max_new_tokens=len(given.steps), prompt_rows=True)
+    for first, second in ((given, generated), (generated, both)):
+        with pytest.raises(DataError, match=r"rows of the prompt. Trace both with --prompt-rows"):
+            list(diff_traces(first, second))

@@ -31,14 +31,14 @@ class StepDiff:
 def diff_traces(first: Trace, second: Trace) -> Iterator[StepDiff]:
     """Compare two traces step by step, by the first measure of each.
 
-    Numbers with a sign count by their magnitudes, as shares of the sum of these.
+    Numbers with a sign are shares of the sum of their magnitudes, and those of different signs
+    have nothing in common.
 
     Raises: DataError if their tokens differ, naming the first position where they do.
     """
     _check_tokens(first, second)
     for one, other in zip(first.steps, second.steps, strict=True):
-        weights = (np.abs(row.weights_S.astype(np.float64)) for row in (one.row, other.row))
-        p, q = (weights_S / max(weights_S.sum(), 1e-300) for weights_S in weights)
+        p, q = _shares(one.row), _shares(other.row)
         yield StepDiff(
             token=one.token,
             divergence=_divergence(p, q),
@@ -60,13 +60,30 @@ def _check_tokens(first: Trace, second: Trace) -> None:
         if one.data != other.data:
             raise DataError(
                 f"the traces differ at position {one.position}: {one.data!r} and {other.data!r}. "
-                "Trace the same prompt with --temperature 0 or with the same --seed."
+                "Trace the same prompt with --temperature 0 or the same --seed, or --force the "
+                "same text."
             )
-    if len(first.steps) != len(second.steps):
-        raise DataError(
-            f"the traces have {len(first.steps)} and {len(second.steps)} generated tokens. Trace "
-            "both with the same --max-new-tokens."
-        )
+    n_prompt, both = len(first.header.prompt), (first, second)
+    n_given, n_generated = (
+        [sum((step.token.position < n_prompt) == is_prompt for step in t.steps) for t in both]
+        for is_prompt in (True, False)
+    )
+    for kind, counts, option in (
+        ("rows of the prompt", n_given, "--prompt-rows in both, or in none"),
+        ("generated tokens", n_generated, "the same --max-new-tokens"),
+    ):
+        if counts[0] != counts[1]:
+            raise DataError(
+                f"the traces have {counts[0]} and {counts[1]} {kind}. Trace both with {option}."
+            )
+
+
+def _shares(row: Row) -> NDArray[np.float64]:
+    """Return the positive numbers of a row and then the negative ones, as shares (2 S,)."""
+    weights_S = row.weights_S.astype(np.float64)
+    sizes = np.concatenate((weights_S.clip(min=0), (-weights_S).clip(min=0)))
+    shares: NDArray[np.float64] = sizes / max(sizes.sum(), 1e-300)
+    return shares
 
 
 def _divergence(p: NDArray[np.float64], q: NDArray[np.float64]) -> float:
