@@ -31,7 +31,7 @@ from minigpt.errors import did_you_mean
         ("train --heads 2", "--n-head"),
         ("train --batch 2", "--batch-size"),
         ("train --context 2", "--context-length"),
-        ("attention-trace --verif 2", "--n-verified"),
+        ("attention-trace --verif 2", "--n-verified or --verify-layers or --verify-heads"),
         ("train --model gpt2", "--from MODEL"),
         ("prepare --model gpt2", "--from MODEL"),
         ("-help", "--help"),
