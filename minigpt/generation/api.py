@@ -1,6 +1,6 @@
 """The Python API of generation: ``minigpt.generate``."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -60,17 +60,15 @@ def generate(
         whether special tokens in a text are parsed. chat_template, device, dtype and quantize
         (int8), as for the command, for a model that is loaded. compile, whether to decode through
         a compiled graph; None does on CUDA. sampling, fields of SamplingConfig: temperature,
-        top_k, stop=("text",), seed and so on.
+        top_k, stop=("text",), seed and so on; and of InterventionConfig, whose patch_from may be
+        text, token ids or messages.
     Returns: the steps; those of several samples (``step.sample``) alternate.
         ``step.step.finish`` is why a sample's last step is the last.
     Raises: immediately, ConfigError for an invalid setting, CheckpointError for a model that is
         missing or damaged, DataError for a prompt that is empty or too long; while it yields,
         CheckpointError for NaN or inf in the logits.
     """
-    names = {f.name for f in fields(InterventionConfig)}
-    interventions = build(
-        InterventionConfig, {name: sampling.pop(name) for name in names & sampling.keys()}
-    )
+    interventions, source = interventions_in(sampling)
     config = build(SamplingConfig, sampling)
     require_new_tokens(config)
     network, tokenizer, folder = model_and_tokenizer(
@@ -85,8 +83,15 @@ def generate(
     (ids, tokenizer), *others = encoded
 
     def decoder_of(ids: list[int], ending: Tokenizer) -> Decoder:
-        changed, _ = ring("tracing.interventions").intervene_for(
-            network, interventions, ids, ending, special=special
+        changed, _ = intervened(
+            network,
+            interventions,
+            ids,
+            lambda one: prompt_ids(
+                ending, one, folder, special=special, chat_template=chat_template
+            )[0],
+            ending,
+            source,
         )
         return make_decoder(changed, ids, config, compile=compile)
 
@@ -103,6 +108,45 @@ def generate(
                 yield replace(item, sample=first + item.sample)
 
     return steps()
+
+
+def interventions_in(options: dict[str, Any]) -> tuple[InterventionConfig, Prompt | None]:
+    """Take the interventions out of keyword arguments; second, a ``patch_from`` that is no text."""
+    names = {f.name for f in fields(InterventionConfig)}
+    chosen = {name: options.pop(name) for name in names & options.keys()}
+    source = chosen.get("patch_from")
+    if source is None or isinstance(source, str):
+        return build(InterventionConfig, chosen), None
+    _require_prompt(source)
+    return build(InterventionConfig, chosen | {"patch_from": ""}), source
+
+
+def intervened(
+    model: LanguageModel,
+    config: InterventionConfig,
+    prompt: Sequence[int],
+    encode: Callable[[Prompt], list[int]],
+    tokenizer: Tokenizer,
+    source: Prompt | None,
+) -> tuple[LanguageModel, InterventionConfig | None]:
+    """Return a model with interventions, and what they are; None if there are none.
+
+    Args: encode, which returns the tokens of a prompt; source, as of ``interventions_in``.
+    """
+    if not config.is_any:
+        return model, None
+    if source is None:
+        found = ring("tracing.interventions").intervene(model, config, prompt, encode)
+    else:
+        ids = encode(source)
+        if any(not 0 <= token < model.config.vocab_size for token in ids):
+            raise ConfigError(
+                f"patch_from has token ids that are not 0 to {model.config.vocab_size - 1}."
+            )
+        config = replace(config, patch_from=tokenizer.decode(ids))
+        found = ring("tracing.interventions").intervene(model, config, prompt, lambda _: ids)
+    changed: tuple[LanguageModel, InterventionConfig] = found
+    return changed
 
 
 def prompts_of(prompt: Prompts) -> list[Prompt]:

@@ -4,13 +4,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from minigpt.config import InterventionConfig, SamplingConfig
+from minigpt.config import SamplingConfig
 from minigpt.errors import ConfigError
 from minigpt.generation import api
 from minigpt.generation.decoder import fresh_seed
 from minigpt.generation.loading import forced_ids
 from minigpt.model.language_model import LanguageModel
-from minigpt.rings import ring
 from minigpt.settings import build
 from minigpt.text.tokenizer import Tokenizer
 from minigpt.tracing import tracer
@@ -46,15 +45,12 @@ def trace(
         ``minigpt.generate``.
         options, fields of TraceConfig (heads="4.2,5.*", measure="both", n_verified=3, roles=True
         and so on; has_heads is True by default) and of SamplingConfig (temperature,
-        max_new_tokens, seed...).
+        max_new_tokens, seed...), and interventions as of ``minigpt.generate``.
     Raises: as ``minigpt.generate``, and ConfigError for heads that the model does not have.
     """
     names = {f.name for f in fields(TraceConfig)}
     chosen = {name: options.pop(name) for name in names & options.keys()}
-    names = {f.name for f in fields(InterventionConfig)}
-    interventions = build(
-        InterventionConfig, {name: options.pop(name) for name in names & options.keys()}
-    )
+    interventions, source = api.interventions_in(options)
     config = build(TraceConfig, {"has_heads": True} | chosen)
     sampling = build(SamplingConfig, options)
     if sampling.num_samples != 1:
@@ -68,8 +64,15 @@ def trace(
         ids, ending = api.prompt_ids(
             tokenizer, one, name, special=special, chat_template=chat_template
         )
-        changed, intervention = ring("tracing.interventions").intervene_for(
-            network, interventions, ids, ending, special=special
+        changed, intervention = api.intervened(
+            network,
+            interventions,
+            ids,
+            lambda other, ending=ending: api.prompt_ids(  # type: ignore[misc]
+                ending, other, name, special=special, chat_template=chat_template
+            )[0],
+            ending,
+            source,
         )
         forced = forced_ids(ending, sampling, network, ids, special=special)
         header, *steps, footer = tracer.trace(

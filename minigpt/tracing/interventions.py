@@ -29,7 +29,6 @@ from minigpt.config import InterventionConfig
 from minigpt.errors import ConfigError
 from minigpt.model.gpt import GPT
 from minigpt.model.language_model import LanguageModel
-from minigpt.text.tokenizer import Tokenizer
 from minigpt.tracing.selection import HeadSelection, select_heads
 
 M = TypeVar("M", bound=nn.Module)
@@ -78,22 +77,6 @@ def intervene(
         _patch(changed, selection, head_outputs(model, source), positions)
         config = replace(config, patch_position=position)
     return changed, config
-
-
-def intervene_for(
-    model: LanguageModel,
-    config: InterventionConfig,
-    prompt: Sequence[int],
-    tokenizer: Tokenizer,
-    *,
-    special: bool = False,
-) -> tuple[LanguageModel, InterventionConfig | None]:
-    """Return what ``intervene`` does, or the model itself and None if there is no intervention."""
-    if not config.is_any:
-        return model, None
-    return intervene(
-        model, config, prompt, lambda text: tokenizer.encode_prompt(text, special=special)
-    )
 
 
 def _selected(model: GPT, heads: str, option: str) -> HeadSelection:

@@ -76,7 +76,7 @@ def trace(
     if intervention is not None and "logit" in config.measures:
         raise ConfigError(
             "--measure logit explains the logit by the outputs of all heads, which an intervention "
-            "replaces. Use another measure."
+            "replaces. Use --measure gradient, which goes through the changed model."
         )
     sampling = replace(sampling, logprobs=max(sampling.logprobs, config.candidates))
     has_prompt_rows = config.prompt_rows or sampling.max_new_tokens == 0

@@ -13,7 +13,7 @@ from minigpt.errors import ConfigError
 from minigpt.model.gpt import GPT
 from minigpt.text.tokenizer import bytes_tokenizer
 from minigpt.tracing.events import Trace
-from minigpt.tracing.interventions import intervene_for
+from minigpt.tracing.interventions import intervene
 
 TOKENIZER = bytes_tokenizer()
 PROMPT, OTHER = "to be or", "by me no"
@@ -115,6 +115,17 @@ def test_a_patched_run_equals_a_plain_one_with_hooks(layout: str, position: Any)
     )
 
 
+def test_in_python_a_patch_may_come_from_token_ids() -> None:
+    model, ids = model_of("llama"), list(OTHER.encode())
+    one, other = (traced(model, patch_from=p, patch="1.*") for p in (OTHER, ids))
+    assert [(s.token, s.log_probability) for s in one.steps] == [
+        (s.token, s.log_probability) for s in other.steps
+    ]
+    assert one.header.intervention == other.header.intervention
+    with pytest.raises(ConfigError, match="token ids that are not 0 to 256"):
+        traced(model, patch_from=[1, 2, 3, 4, 5, 6, 7, 257], patch="1.*")
+
+
 def test_patching_a_run_with_itself_changes_nothing() -> None:
     model = model_of("llama")
     same = traced(model, patch_from=PROMPT, patch="*.*", patch_position="all")
@@ -175,7 +186,7 @@ def test_interventions_that_do_not_exist_are_refused(options: dict[str, Any], sa
 def test_integrated_gradients_are_those_of_the_changed_model(options: dict[str, Any]) -> None:
     model, prompt = model_of("llama"), list(PROMPT.encode())
     trace = traced(model, measure="integrated", n_steps=4, **options)
-    changed, _ = intervene_for(model, InterventionConfig(**options), prompt, TOKENIZER)
+    changed, _ = intervene(model, InterventionConfig(**options), prompt, TOKENIZER.encode_prompt)
     logits = changed(ids_of(trace))[0]
     for step in trace.steps[len(prompt) - 1 :]:
         expected = logits[step.token.position - 1, step.token.id].item()
