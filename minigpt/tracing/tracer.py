@@ -83,7 +83,7 @@ def trace(
     if has_prompt_rows and len(prompt) == 1:
         raise ConfigError(
             "the prompt has one token, and rows are those of the tokens after it. Give a longer "
-            "prompt, or generate without --prompt-rows."
+            "prompt, or generate tokens without --prompt-rows."
         )
     against = None
     if config.against is not None:

@@ -1,5 +1,6 @@
 """Direct logit attribution: what each head brought from each position to the token's logit."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 
 import minigpt
 from minigpt.checkpoint.families import model_config_from_hf
+from minigpt.checkpoint.model_folder import write_model
 from minigpt.config import ModelConfig
 from minigpt.errors import ConfigError
 from minigpt.generation.decoder import Decoder
@@ -201,6 +203,43 @@ def test_heads_that_were_not_chosen_are_a_part_of_the_whole() -> None:
         for row in (a.row, b.row):
             assert row.whole == pytest.approx(row.total + sum(row.parts.values()), abs=1e-4)
             assert row.total == pytest.approx(float(row.weights_S.sum()), abs=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["llama", "llama-grouped"])
+@torch.no_grad()
+def test_rows_and_parts_equal_those_of_the_states_of_transformers(
+    layout: str, tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    model, tokens = small_model(layout), random_tokens(1, 13)
+    write_model(tmp_path, model, None)
+    other = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, attn_implementation="eager", dtype=torch.float32
+    ).eval()
+    kept: dict[str, list[Tensor]] = {"v_proj": [], "mlp": [], "norm": []}
+    for layer in other.model.layers:
+        layer.self_attn.v_proj.register_forward_hook(lambda _, x, y: kept["v_proj"].append(y[0]))
+        layer.mlp.register_forward_hook(lambda _, x, y: kept["mlp"].append(y[0, -1]))
+    other.model.norm.register_forward_pre_hook(lambda _, x: kept["norm"].append(x[0][0, -1]))
+    out = other(tokens, output_attentions=True, output_hidden_states=True)
+    [x_C] = kept["norm"]
+    rms = (x_C.square().mean() + other.config.rms_norm_eps).sqrt()
+    u_C = other.lm_head.weight[5] * other.model.norm.weight / rms
+    n_head, d_head = other.config.num_attention_heads, model.config.d_head
+    rows = []
+    for layer, weights_HTS, v_SX in zip(
+        other.model.layers, [a[0] for a in out.attentions], kept["v_proj"], strict=True
+    ):
+        values_HSD = v_SX.unflatten(1, (-1, d_head)).transpose(0, 1)
+        values_HSD = values_HSD.repeat_interleave(n_head // len(values_HSD), dim=0)
+        output_HCD = layer.self_attn.o_proj.weight.unflatten(1, (n_head, d_head)).transpose(0, 1)
+        rows.append(weights_HTS[:, -1] * (values_HSD @ output_HCD.mT @ u_C))
+    measured = logit_of(model, tokens, 5)
+    torch.testing.assert_close(measured.rows, torch.stack(rows), rtol=1e-4, atol=1e-5)
+    embedding, mlp = out.hidden_states[0][0, -1] @ u_C, sum(kept["mlp"]) @ u_C
+    torch.testing.assert_close(measured.parts["embedding"], embedding, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(measured.parts["mlp"], mlp, rtol=1e-4, atol=1e-5)
+    assert measured.whole == pytest.approx(out.logits[0, -1, 5].item(), abs=1e-4)
 
 
 def test_the_alternative_is_the_first_token_of_its_text() -> None:
