@@ -95,10 +95,6 @@ def test_replay_and_diff_refuse_every_option_of_a_live_trace(
         ("--measure gradient --heads 0.0", "--heads has no effect on --measure gradient"),
         ("--measure integrated --layers 0", "--layers has no effect on --measure integrated"),
         ("--measure gradient --view heads", "--view heads shows the rows of single heads"),
-        *(
-            (f"--max-new-tokens 0 {words}", f"{words.split()[0]} has no effect with --max-new")
-            for words in ("--top-k 3", "--stop x", "--num-samples 2", "--seed 0", "--top-p 0.5")
-        ),
         ("--max-new-tokens 0", "--temperature has no effect with --max-new-tokens 0"),
         ("--replay t.jsonl --position 9", "--position is for --view text"),
         ("--replay t.jsonl --picture strip", "--picture is for --svg or --png"),
@@ -113,6 +109,18 @@ def test_an_option_of_a_trace_without_what_it_needs_is_refused(
     start = TRACE[:1] if "--replay" in words else TRACE
     result = run(*start, *words.split())
     assert result.code == 2
+    assert error_line(result).startswith(said)
+
+
+@pytest.mark.parametrize(
+    "words", ["--top-k 3", "--stop x", "--num-samples 2", "--seed 0", "--ignore-eos"]
+)
+def test_sampling_options_are_refused_where_nothing_is_sampled(
+    run: Run, place: Path, words: str
+) -> None:
+    result = run(*TRACE[:2], "--max-new-tokens", "0", *words.split())
+    assert result.code == 2
+    said = f"{words.split()[0]} has no effect with --max-new-tokens 0."
     assert error_line(result).startswith(said)
 
 
