@@ -113,6 +113,24 @@ def test_replay_shows_a_file_as_the_trace_was_shown(run: Run, tmp_path: Path) ->
     assert run("attention-trace", "--replay", path, "--json").out == Path(path).read_text()
 
 
+def test_a_replay_with_dense_rows_chooses_heads_without_the_model(run: Run, tmp_path: Path) -> None:
+    path, rows = str(tmp_path / "t.jsonl"), str(tmp_path / "t.rows")
+    run(*WORDS, "--out", path, "--dense", rows, "--seed", "3")
+    before = Path(rows).read_bytes()
+    for words in (["--heads", "1.0"], ["--layers", "0", "--reduce", "max"], []):
+        live = run(*WORDS, "--seed", "3", "--view", "text", *words)
+        again = run("attention-trace", "--replay", path, "--dense", rows, "--view", "text", *words)
+        assert (again.code, again.err, again.out) == (0, "", live.out)
+    assert Path(rows).read_bytes() == before
+    refused = run("attention-trace", "--replay", path, "--heads", "1.0")
+    assert refused.code == 2
+    assert "--dense" in refused.err
+    missing = run("attention-trace", "--replay", path, "--dense", str(tmp_path / "no"))
+    assert missing.code == 3
+    page = run("attention-trace", "--replay", path, "--dense", rows, "--html", str(tmp_path / "h"))
+    assert page.code == 0
+
+
 def test_diff_compares_two_files(run: Run, tmp_path: Path) -> None:
     first, second = str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")
     run(*WORDS, "--out", first)

@@ -1,18 +1,25 @@
 """The dense file holds every row of every head, and exists only when it is complete."""
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.numpy import load_file as load_arrays
+from safetensors.numpy import save
 from safetensors.torch import load_file
 from small_models import random_tokens, small_model
 
 from minigpt.config import SamplingConfig
-from minigpt.errors import ResourceError
+from minigpt.errors import ConfigError, DataError, ResourceError
 from minigpt.text.tokenizer import bytes_tokenizer
-from minigpt.tracing.analysis.dense import writing_rows
+from minigpt.tracing.analysis.dense import with_rows_of, writing_rows
+from minigpt.tracing.config import TraceConfig
+from minigpt.tracing.events import Trace, TraceFooter, TraceHeader, TraceStep
 from minigpt.tracing.recorder import RowRecorder
 from minigpt.tracing.tracer import trace
 
@@ -74,3 +81,75 @@ def test_a_missing_folder_is_a_resource_error(tmp_path: Path) -> None:
     rows = writing_rows(tmp_path / "file" / "rows", n_layer=1, n_head=1, metadata={})
     with pytest.raises(ResourceError, match="Choose another name or folder"), rows:
         pass
+
+
+def traced_with_rows(path: Path, **config: Any) -> Trace:
+    """A trace whose file of all rows is at ``path``."""
+    model = small_model("llama-grouped", vocab_size=257, context_length=32)
+    with writing_rows(path, n_layer=2, n_head=4, metadata={}) as add:
+        header, *steps, footer = trace(
+            model,
+            bytes_tokenizer(),
+            list(b"to be or not"),
+            SamplingConfig(max_new_tokens=7, seed=2),
+            TraceConfig(has_heads=True, **config),
+            seed=2,
+            dense=add,
+        )
+    assert isinstance(header, TraceHeader)
+    assert isinstance(footer, TraceFooter)
+    return Trace(header, tuple(s for s in steps if isinstance(s, TraceStep)), footer)
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"heads": "1.2"}, {"layers": "0", "reduce": "max"}, {"heads": "0.1,1.*"}]
+)
+def test_rows_of_a_file_are_those_of_a_trace_with_other_options(
+    tmp_path: Path, config: dict[str, Any]
+) -> None:
+    traced_first = traced_with_rows(tmp_path / "rows", heads="0.0", measure="both")
+    expected = traced_with_rows(tmp_path / "other", **config)
+    found = with_rows_of(traced_first, tmp_path / "rows", TraceConfig(**config), n_kept=8)
+    assert found.header.selection == expected.header.selection
+    assert found.header.measures == ("weight",)
+    for one, other in zip(found.steps, expected.steps, strict=True):
+        np.testing.assert_allclose(one.row.weights_S, other.row.weights_S, rtol=0, atol=1e-7)
+        assert one.row.sources[0].token == other.row.sources[0].token
+        assert one.row.entropy == pytest.approx(other.row.entropy, abs=1e-5)
+        assert one.row.heads is not None
+        assert other.row.heads is not None
+        np.testing.assert_allclose(one.row.heads.weights, other.row.heads.weights, atol=1e-7)
+
+
+def test_whole_rows_of_heads_can_be_kept(tmp_path: Path) -> None:
+    made = traced_with_rows(tmp_path / "rows")
+    found = with_rows_of(made, tmp_path / "rows", TraceConfig(), n_kept=100)
+    for step in found.steps:
+        assert step.row.heads is not None
+        sums = step.row.heads.weights.sum(axis=2) + step.row.heads.sink
+        np.testing.assert_allclose(sums, 1, atol=1e-5)
+
+
+def test_a_file_that_does_not_belong_to_the_trace_is_refused(tmp_path: Path) -> None:
+    made = traced_with_rows(tmp_path / "rows")
+    with pytest.raises(DataError, match="another trace"):
+        shorter = replace(made, steps=made.steps[:-1])
+        with_rows_of(shorter, tmp_path / "rows", TraceConfig(), n_kept=8)
+    with pytest.raises(ConfigError, match="Use mean or max"):
+        with_rows_of(made, tmp_path / "rows", TraceConfig(reduce="rollout"), n_kept=8)
+    good = load_arrays(tmp_path / "rows")
+    for name, damage in {
+        "empty": b"",
+        "text": b"{}",
+        "other": save({"rows": good["rows"]}),
+        "float64": save(good | {"rows": good["rows"].astype(np.float64)}),
+        "nan": save(good | {"rows": good["rows"] * np.float32("nan")}),
+        "negative": save(good | {"rows": -good["rows"]}),
+        "offsets": save(good | {"offsets": good["offsets"] + 1}),
+        "none": save(good | {"offsets": good["offsets"][:0]}),
+    }.items():
+        (tmp_path / name).write_bytes(damage)
+        with pytest.raises(DataError, match="--dense|Trace again"):
+            with_rows_of(made, tmp_path / name, TraceConfig(), n_kept=8)
+    with pytest.raises(DataError, match="is not a file of --dense"):
+        with_rows_of(made, tmp_path / "missing", TraceConfig(), n_kept=8)

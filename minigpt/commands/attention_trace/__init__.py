@@ -94,7 +94,7 @@ def attention_trace(
         ring(_RECORDED).show_diff(*diff, as_json=targets.as_json)
         return
     if replay is not None:
-        ring(_RECORDED).replay(replay, targets, n_sources=config.n_sources)
+        ring(_RECORDED).replay(replay, targets, config)
         return
     if form.chat and prompt is None:
         raise ConfigError("--chat answers a message. Give a PROMPT.")

@@ -11,22 +11,30 @@ from minigpt.console import make_console, print_lines, write_result
 from minigpt.errors import DataError
 from minigpt.format import percent
 from minigpt.text.escape import visible
+from minigpt.tracing.analysis.dense import with_rows_of
 from minigpt.tracing.analysis.diff import StepDiff, diff_traces
 from minigpt.tracing.analysis.reader import read_traces
+from minigpt.tracing.config import N_SOURCES, TraceConfig
 from minigpt.tracing.events import Trace
 from minigpt.tracing.lines import make_layout, measured
 from minigpt.tracing.spans import Line, bar, fit, fit_start, heat, one_line, wrapped
 
 _TOKEN_WIDTH = 9
+_MOST_ON_PAGE = 4_000_000
+"""Most weights of heads in a page; as many take some 10 MB."""
 
 
-def replay(path: Path, targets: Targets, *, n_sources: int | None) -> None:
-    """Show the traces of a file as when they were generated.
+def replay(path: Path, targets: Targets, config: TraceConfig) -> None:
+    """Show the traces of a file as when they were generated, or with rows of other heads.
 
-    Raises: DataError for a file that is not a trace.
+    Raises: DataError for a file that is not a trace, or rows that are not its own; ConfigError for
+        heads that the model does not have.
     """
     traces = read_traces(path)
+    n_sources = config.n_sources
     targets.check(len(traces), path)
+    if targets.dense is not None:
+        traces = [_with_rows_of(traces[0], targets, config)]
     for trace in traces:
         layout = make_layout(
             make_console(is_stderr=False).width,
@@ -38,6 +46,17 @@ def replay(path: Path, targets: Targets, *, n_sources: int | None) -> None:
         is_quiet = bool(targets.files) and targets.view is None and n_sources is None
         with TraceOutput(targets, layout, is_quiet=is_quiet and not targets.as_json) as output:
             output.show(iter([trace.header, *trace.steps, trace.footer]))
+
+
+def _with_rows_of(trace: Trace, targets: Targets, config: TraceConfig) -> Trace:
+    """Return a trace with the rows of --dense; for a page, whole rows of heads if they fit."""
+    assert targets.dense is not None
+    header = trace.header
+    n_kept = N_SOURCES
+    if targets.html is not None:
+        n_rows = max(1, len(trace.steps)) * header.n_layer * header.n_head
+        n_kept = max(N_SOURCES, min(len(trace.tokens), _MOST_ON_PAGE // n_rows))
+    return with_rows_of(trace, targets.dense, config, n_kept=n_kept)
 
 
 def show_diff(first: Path, second: Path, *, as_json: bool) -> None:

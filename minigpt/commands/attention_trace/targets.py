@@ -60,9 +60,14 @@ REPLAY = Mode(
     takes=(
         *("--view", "--position", "--n-sources", "--json"),
         *("--html", "--svg", "--png", "--picture"),
+        *("--dense", "--layers", "--heads", "--reduce"),
     ),
     why="It shows a file that --out wrote: there is no model and no prompt to continue.",
-    needs={"--n-sources": ("--view lines",), **_PICTURE_NEEDS},
+    needs={
+        "--n-sources": ("--view lines",),
+        **dict.fromkeys(("--layers", "--heads", "--reduce"), ("--dense",)),
+        **_PICTURE_NEEDS,
+    },
     refuses={"--json": ("--view", "--n-sources")},
     defaults={"--view": LINES},
 )
@@ -87,7 +92,7 @@ class Targets:
     out: Path | None = option(None, group=_FILES)
     """Write the trace as JSON lines."""
     dense: Path | None = option(None, group=_FILES)
-    """Write the full rows of all heads as safetensors."""
+    """Write the full rows of all heads as safetensors, or with --replay, read them."""
     html: Path | None = option(None, group=_FILES)
     """Write an interactive page for a browser."""
     svg: Path | None = option(None, group=_FILES)
@@ -111,9 +116,16 @@ class Targets:
         options: dict[str, str] = {}
         if replayed is not None:
             options[os.path.realpath(replayed)] = "--replay"
-        for name in ("out", "html", "dense", *_PICTURES):
+        for name in ("dense", "out", "html", *_PICTURES):
             path: Path | None = getattr(self, name)
             if path is None:
+                continue
+            if name != "out" and n_samples > 1:
+                raise ConfigError(
+                    f"--{name} shows one trace, and there are {n_samples}. Leave --num-samples out."
+                )
+            if name == "dense" and replayed is not None:  # it is read
+                options[os.path.realpath(path)] = "--dense"
                 continue
             other = options.setdefault(os.path.realpath(path), f"--{name}")
             if other != f"--{name}":
@@ -133,10 +145,6 @@ class Targets:
             if path.is_dir() or (name != "out" and path.exists() and not path.is_file()):
                 # These files are written aside and renamed, which would replace a device.
                 raise ConfigError(f"--{name}: {str(path)!r} is not a file. Choose another name.")
-            if name != "out" and n_samples > 1:
-                raise ConfigError(
-                    f"--{name} shows one trace, and there are {n_samples}. Leave --num-samples out."
-                )
             if name in _PICTURES:
                 ring("figures").require_matplotlib(path)
             require_writable(path)

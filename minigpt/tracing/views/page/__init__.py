@@ -312,7 +312,7 @@ def _head_arrays(
         "distance": np.maximum(n_views - 1, 1),
     }
     arrays = {
-        "positions": padded("positions").astype("<u4"),
+        "positions": padded("positions").astype("<u2" if n_views.max() < 2**16 else "<u4"),
         "weights": _codes(padded("weights"), "u1", scale),
     }
     for name in _HEAD_FACTS:
