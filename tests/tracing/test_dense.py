@@ -132,8 +132,8 @@ def test_whole_rows_of_heads_can_be_kept(tmp_path: Path) -> None:
 
 def test_a_file_that_does_not_belong_to_the_trace_is_refused(tmp_path: Path) -> None:
     made = traced_with_rows(tmp_path / "rows")
+    shorter = replace(made, steps=made.steps[:-1])
     with pytest.raises(DataError, match="another trace"):
-        shorter = replace(made, steps=made.steps[:-1])
         with_rows_of(shorter, tmp_path / "rows", TraceConfig(), n_kept=8)
     with pytest.raises(ConfigError, match="Use mean or max"):
         with_rows_of(made, tmp_path / "rows", TraceConfig(reduce="rollout"), n_kept=8)
@@ -149,7 +149,7 @@ def test_a_file_that_does_not_belong_to_the_trace_is_refused(tmp_path: Path) -> 
         "none": save(good | {"offsets": good["offsets"][:0]}),
     }.items():
         (tmp_path / name).write_bytes(damage)
-        with pytest.raises(DataError, match="--dense|Trace again"):
+        with pytest.raises(DataError, match=r"--dense|Trace again"):
             with_rows_of(made, tmp_path / name, TraceConfig(), n_kept=8)
     with pytest.raises(DataError, match="is not a file of --dense"):
         with_rows_of(made, tmp_path / "missing", TraceConfig(), n_kept=8)

@@ -4,7 +4,7 @@ If not every token fits on a line of its own, each line holds two tokens, as hal
 colours, a cell is a character whose density grows with the share, and each row ends in ``|``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,8 @@ N_COLOURS = 64
 _PLACES = np.linspace(0, len(_ANCHORS) // 3 - 1, N_COLOURS)
 _CHANNELS = [np.interp(_PLACES, range(len(_ANCHORS) // 3), list(_ANCHORS[i::3])) for i in range(3)]
 _COLOURS = [f"#{bytes(rgb).hex()}" for rgb in np.rint(_CHANNELS).astype(np.uint8).T.tolist()]
+# Blue and orange, which readers with any colour blindness tell apart.
+_POSITIVE, _NEUTRAL, _NEGATIVE = map(bytes.fromhex, ("2166ac", "f7f7f7", "b35806"))
 DENSITY = " .:-=+*#%@"
 """Characters in order of density."""
 
@@ -71,16 +73,22 @@ def show(trace: Trace, options: ViewOptions = DEFAULTS) -> list[Line]:
 
     lines: list[Line] = [*title, *([(indent + line, "dim")] for line in names)]
     cells = columns[-n_shown:] / scale
+    is_signed = rows[0].is_signed
+    paint = signed_colour if is_signed else colour
+    is_exceeded = float(np.nanmax(np.abs(columns))) > scale
     for i in range(0, n_shown, per_line):
         token = tokens[i - n_shown]
         text = fit(row_names[i - n_shown], token_width)
-        spans = _halves(cells[i : i + 2]) if is_halved else _full(cells[i], cell_width, has_colour)
+        if is_halved:
+            spans = _halves(cells[i : i + 2], paint)
+        else:
+            spans = _full(cells[i], cell_width, paint if has_colour else None, is_signed)
         lines.append([(f"{token.position:>{number_width}} {text} ", "token"), *spans])
     return [
         *lines,
         [(indent + _ticks(columns.shape[1], n_pooled, cell_width), "dim")],
         [],
-        _legend(scale, is_exceeded=float(np.nanmax(columns)) > scale, has_colour=has_colour),
+        _legend(scale, is_exceeded, paint if has_colour else None, is_signed),
         *wrapped(_caption(trace, n_shown, n_pooled, is_halved=is_halved), width),
     ]
 
@@ -94,14 +102,27 @@ def as_matrix(rows: Sequence[Row]) -> NDArray[np.float32]:
 
 
 def scale_end(rows: NDArray[np.float32], sink: int) -> float:
-    """Return the share at the end of a colour scale: the largest one outside the sink's column."""
-    largest = float(np.nanmax(np.delete(rows, sink, axis=-1), initial=0.0))
+    """Return the end of a colour scale: the largest magnitude outside the sink's column."""
+    largest = float(np.nanmax(np.abs(np.delete(rows, sink, axis=-1)), initial=0.0))
     return largest if largest > 0 else 1.0
 
 
 def colour(share: float) -> str:
     """Return one of N_COLOURS colours for a number from 0 (``#440154``) to 1 (yellow)."""
     return _COLOURS[round(min(max(share, 0.0), 1.0) * (N_COLOURS - 1))]
+
+
+def signed_colour(level: float) -> str:
+    """Return a colour for a number from -1 (orange) through 0 (nearly white) to 1 (blue)."""
+    end = _POSITIVE if level > 0 else _NEGATIVE
+    part = min(abs(level), 1.0)
+    rgb = [round(zero + part * (one - zero)) for zero, one in zip(_NEUTRAL, end, strict=True)]
+    return f"#{bytes(rgb).hex()}"
+
+
+def signed_density(level: float) -> str:
+    """Return two characters for a number from -1 to 1: a minus or a blank, and the density."""
+    return f"{'-' if level < 0 else ' '}{density(abs(level))}"
 
 
 def density(share: float) -> str:
@@ -117,17 +138,21 @@ def _pool(matrix: NDArray[np.float32], n_pooled: int) -> NDArray[np.float32]:
     return groups.mean(axis=2).filled(np.nan)
 
 
-def _full(row: NDArray[np.float32], cell_width: int, has_colour: bool) -> Line:
+def _full(
+    row: NDArray[np.float32], cell_width: int, paint: Callable[[float], str] | None, is_signed: bool
+) -> Line:
     """Return one row as one line."""
-    shares = row[~np.isnan(row)].tolist()
-    if has_colour:
-        return [("█" * cell_width, colour(share)) for share in shares]
-    return [("".join(density(share) * cell_width for share in shares) + "|", "plain")]
+    levels = row[~np.isnan(row)].tolist()
+    if paint is not None:
+        return [("█" * cell_width, paint(level)) for level in levels]
+    if is_signed and cell_width > 1:
+        return [("".join(map(signed_density, levels)) + "|", "plain")]
+    return [("".join(density(abs(level)) * cell_width for level in levels) + "|", "plain")]
 
 
-def _halves(pair: NDArray[np.float32]) -> Line:
+def _halves(pair: NDArray[np.float32], paint: Callable[[float], str]) -> Line:
     """Return two rows as one line; the lower, newer one may have one more position."""
-    upper, *rest = ([colour(x) for x in row[~np.isnan(row)].tolist()] for row in pair)
+    upper, *rest = ([paint(x) for x in row[~np.isnan(row)].tolist()] for row in pair)
     if not rest:
         return [("▀", above) for above in upper]
     spans = [("▀", f"{above} on {below}") for above, below in zip(upper, rest[0], strict=False)]
@@ -157,11 +182,19 @@ def _ticks(n_columns: int, n_pooled: int, cell_width: int) -> str:
     return line
 
 
-def _legend(scale: float, *, is_exceeded: bool, has_colour: bool) -> Line:
+def _legend(
+    scale: float, is_exceeded: bool, paint: Callable[[float], str] | None, is_signed: bool
+) -> Line:
     shares = [i / (_SCALE_WIDTH - 1) for i in range(_SCALE_WIDTH)]
+    if is_signed:
+        ends = f"{-scale:+.3g} ", f" {scale:+.3g}{' or beyond' if is_exceeded else ''}"
+        if paint is None:
+            return [(f"{ends[0]}-{DENSITY[-1]}", "dim"), (f"   0   {DENSITY[-1]}{ends[1]}", "dim")]
+        colours: Line = [("█", paint(2 * share - 1)) for share in shares]
+        return [(ends[0], "dim"), *colours, (ends[1], "dim")]
     spans: Line = [("0% ", "dim")]
-    if has_colour:
-        spans += [("█", colour(share)) for share in shares]
+    if paint is not None:
+        spans += [("█", paint(share)) for share in shares]
     else:
         spans.append(("".join(map(density, shares)), "plain"))
     return [*spans, (f" {scale:.1%}{' or more' if is_exceeded else ''}", "dim")]

@@ -21,16 +21,17 @@ from matplotlib.patches import Rectangle
 
 from minigpt.figures import our_style, to_bytes
 from minigpt.format import percent
-from minigpt.tracing.config import facts_of
+from minigpt.tracing.config import unit
 from minigpt.tracing.events import Row, Token, Trace
 from minigpt.tracing.lines import measured
-from minigpt.tracing.spans import cell_len, fit_end, fit_start, one_line
+from minigpt.tracing.spans import cell_len, fit_end, fit_start, one_line, signed
 from minigpt.tracing.views import DEFAULTS, ViewOptions
 from minigpt.tracing.views.matrix import as_matrix, scale_end
 
 _DPI = 200
 _FONT = "DejaVu Sans Mono"
 _COLOURS = "magma_r"  # perceptually uniform, and light for small shares: little ink on paper
+_SIGNED_COLOURS = "PuOr"  # orange below 0, neutral at 0, purple above: for any colour blindness
 _EM = 0.602  # width of a character, as a share of the font size
 _LARGE, _MEDIUM, _SMALL = 8.0, 6.5, 5.5  # points
 _SCALE_NAMES = {"weight": "attention weight", "norm": "share of the value-weighted norm"}
@@ -78,8 +79,8 @@ def matrix_figure(trace: Trace, options: ViewOptions = DEFAULTS) -> Figure:
     scale = scale_end(matrix, trace.header.sink)
     mesh = axes.pcolormesh(
         np.ma.masked_invalid(matrix),
-        cmap=_COLOURS,
-        vmin=0,
+        cmap=_SIGNED_COLOURS if rows[0].is_signed else _COLOURS,
+        vmin=-scale if rows[0].is_signed else 0,
         vmax=scale,
         rasterized=matrix.size > _MAX_VECTOR_CELLS,
         edgecolors="face",  # no hairlines between cells
@@ -118,7 +119,8 @@ def strip_figure(trace: Trace, options: ViewOptions = DEFAULTS) -> Figure:
     axes = _axes(figure, 0, 0, _STRIP_WIDTH, height)
     axes.set(xlim=(0, _STRIP_WIDTH), ylim=(height, 0))
     axes.set_axis_off()
-    colours = ScalarMappable(Normalize(0, scale), colormaps[_COLOURS])
+    low, name_of_colours = (-scale, _SIGNED_COLOURS) if row.is_signed else (0, _COLOURS)
+    colours = ScalarMappable(Normalize(low, scale), colormaps[name_of_colours])
     for token, name, (x, line, width) in zip(trace.tokens, names, places, strict=True):
         share, ground, ink = None, np.ones(4), "black"
         if token.position < step.token.position:
@@ -150,15 +152,17 @@ def strip_figure(trace: Trace, options: ViewOptions = DEFAULTS) -> Figure:
         }
         centred |= {"fontfamily": fonts, "fontweight": "bold" if is_chosen else "normal"}
         _write(axes, x + width / 2, y + 0.12, name, _LARGE, **centred)
-        if share is not None and share >= _MIN_SHARE:
+        if share is not None and abs(share) >= _MIN_SHARE:
             text = percent(share).strip().removesuffix("%") + "%"
+            text = signed(share).strip() if row.is_signed else text
             _write(axes, x + width / 2, y + 0.28, text, _SMALL, **centred)
     bar = _axes(figure, _MARGIN, 0.42, 2, 0.1)
     _add_scale(bar, colours, [row], scale, orientation="horizontal")
     _add_title(figure, trace, row)
+    sink_text = signed(row.sink).strip() if row.is_signed else f"{row.sink:.1%}"
     key = (
         f"thick: position {step.token.position}, whose row this is; dashed: the sink, position "
-        f"{sink}, {row.sink:.1%}\nunderlined: generated"
+        f"{sink}, {sink_text}\nunderlined: generated"
     )
     axes.text(2 + 4 * _MARGIN, height - 0.32, key, fontsize=_MEDIUM, parse_math=False)
     return figure
@@ -194,12 +198,14 @@ def _name_cells(
 def _add_scale(
     axes: Axes, colours: ScalarMappable, rows: Sequence[Row], scale: float, *, orientation: str
 ) -> None:
-    is_exceeded = max(float(row.weights_S.max()) for row in rows) > scale
-    extend = "max" if is_exceeded else "neither"
+    is_exceeded = max(float(np.abs(row.weights_S).max()) for row in rows) > scale
+    extend = "neither"
+    if is_exceeded:
+        extend = "both" if rows[0].is_signed else "max"
     bar = axes.figure.colorbar(colours, cax=axes, orientation=orientation, extend=extend)
     measure = rows[0].measure
-    label = _SCALE_NAMES.get(measure, f"{measure}, {facts_of(measure).unit}")
-    bar.set_label(label, fontsize=_MEDIUM)
+    name = _SCALE_NAMES.get(measure, f"{measure}, in {unit(measure)}")
+    bar.set_label(name, fontsize=_MEDIUM)
     bar.ax.tick_params(labelsize=_MEDIUM, length=2, pad=2)
 
 

@@ -10,9 +10,20 @@ from numpy.typing import NDArray
 
 from minigpt.format import percent
 from minigpt.text.escape import JoinedTokens, visible
+from minigpt.tracing.config import unit
 from minigpt.tracing.events import Row, Token, Trace, TraceStep
 from minigpt.tracing.lines import measured
-from minigpt.tracing.spans import Line, bar, cell_len, eighths, fit, heat, upright_bar, wrapped
+from minigpt.tracing.spans import (
+    Line,
+    bar,
+    cell_len,
+    eighths,
+    fit,
+    heat,
+    signed,
+    upright_bar,
+    wrapped,
+)
 from minigpt.tracing.views import DEFAULTS, ViewOptions
 from minigpt.tracing.views.matrix import scale_end
 
@@ -20,6 +31,7 @@ _N_SOURCES = 12
 _MIN_SHARE = 0.005
 _TOKEN_WIDTH = 9
 _MARK = "^"
+_NEGATIVE = "#e07b39"  # orange, as on the page
 
 
 def show(trace: Trace, options: ViewOptions = DEFAULTS) -> list[Line]:
@@ -106,10 +118,12 @@ def _look(
         return "chosen", _MARK, "token"
     if position > chosen:
         return "dim", " ", "plain"
-    share = float(levels_S[position])
+    share = abs(float(levels_S[position]))
     if position == trace.header.sink:
         return "plain", upright_bar(share), "dim"
     level = -(-eighths(share) // 2)  # 0 to 4
+    if levels_S[position] < 0 and level:
+        return _NEGATIVE, upright_bar(share), _NEGATIVE
     unshaded = "plain" if position < len(trace.header.prompt) else "token"
     return f"shade{level}" if level else unshaded, upright_bar(share), f"heat{level}"
 
@@ -141,6 +155,13 @@ def _pieces(text: str, width: int) -> list[str]:
 
 
 def _legend(row: Row, scale: float, sink: int) -> str:
+    if row.is_signed:
+        beyond = " or more" if abs(row.sink) > scale else ""
+        return (
+            f"█ is a magnitude of {scale:.3g} {unit(row.measure)}{beyond}, orange where it lowered "
+            f"the token; {_MARK} the token itself; sink (position {sink}) {row.sink:+.2f}; prompt "
+            f"{row.prompt:+.2f}, generated {row.generated:+.2f}."
+        )
     more = " or more" if row.sink > scale else ""
     return (
         f"█ is {scale:.1%}{more}, {_MARK} the token itself; sink (position {sink}) {row.sink:.1%}; "
@@ -159,17 +180,23 @@ def _sources(trace: Trace, row: Row, width: int) -> list[Line]:
     position_width = max(3, len(str(len(trace.tokens) - 1)))
     cell_width = position_width + _TOKEN_WIDTH + 10
     per_line = max(1, (width + 1) // (cell_width + 1))
-    order = np.argsort(-row.weights_S, kind="stable").tolist()
+    order = np.argsort(-np.abs(row.weights_S), kind="stable").tolist()
+    largest = max(float(np.abs(row.weights_S).max()), 1e-9)
     lines: list[Line] = []
     for position in [p for p in order if p != trace.header.sink][:_N_SOURCES]:
         share = float(row.weights_S[position])
-        if share < _MIN_SHARE:
+        if abs(share) < _MIN_SHARE:
             break
+        shown = f"{percent(share)} {bar(share)}"
+        style = heat(share)
+        if row.is_signed:
+            shown = f"{signed(share)}  "
+            style = _NEGATIVE if share < 0 else heat(share / largest)
         text = fit(trace.joined.names[position], _TOKEN_WIDTH)
         if not lines or len(lines[-1]) == 2 * per_line:
             lines.append([])
         lines[-1] += [
             (f"{position:>{position_width}} ", "dim"),
-            (f"{text} {percent(share)} {bar(share)}  ", heat(share)),
+            (f"{text} {shown}  ", style),
         ]
     return lines

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 from minigpt.config import SamplingConfig
 from minigpt.text.escape import JoinedTokens, printable, visible
-from minigpt.tracing import config
-from minigpt.tracing.events import CONVENTION, Roles, Row, Trace, TraceStep
+from minigpt.tracing.config import facts_of, unit
+from minigpt.tracing.events import CONVENTION, Candidate, Roles, Row, Trace, TraceStep
 from minigpt.tracing.file import ROW_FIELDS, WORKING_ARRAYS
 from minigpt.tracing.lines import KNOCKOUTS, footer_lines, measured
 from minigpt.tracing.spans import one_line
@@ -143,7 +143,7 @@ def _page_data(trace: Trace) -> dict[str, Any]:
         ),
         "closing": closing,
         "scales": scales,
-        "units": {measure: _unit(measure) for measure in header.measures},
+        "units": {measure: unit(measure) for measure in header.measures},
         "workings": [
             {"layer": one.layer, "head": one.head, "scale": one.scale, "window": one.window}
             for one in trace.footer.workings
@@ -160,11 +160,6 @@ def _plain(data: bytes) -> str:
 
 def _is_plain(data: bytes) -> bool:
     return all(0x20 <= byte < 0x7F for byte in data)
-
-
-def _unit(measure: str) -> str:
-    unit = getattr(config, "unit", None)
-    return unit(measure) if unit else "share"
 
 
 def _facts(trace: Trace) -> list[tuple[str, str]]:
@@ -219,24 +214,22 @@ def _step(step: TraceStep) -> dict[str, Any]:
     rows = [
         {
             **{name: round(float(getattr(row, name)), _DIGITS) for name in ROW_FIELDS.values()},
-            "whole": getattr(row, "whole", None),
-            "parts": [
-                (name, round(value, _DIGITS)) for name, value in getattr(row, "parts", {}).items()
-            ],
+            "whole": row.whole,
+            "parts": [(name, round(value, _DIGITS)) for name, value in row.parts.items()],
         }
         for row in step.rows
     ]
     return {
         "logProbability": round(step.log_probability, _DIGITS),
-        "isGiven": getattr(step, "is_given", False),
+        "isGiven": step.is_given,
         "rows": rows,
         "effects": effects,
-        "candidates": [_candidate(one, step.token.id) for one in getattr(step, "candidates", ())],
+        "candidates": [_candidate(one, step.token.id) for one in step.candidates],
         "lens": _lens(getattr(step, "lens", None), step.token.id),
     }
 
 
-def _candidate(candidate: Any, chosen: int) -> dict[str, Any]:
+def _candidate(candidate: Candidate, chosen: int) -> dict[str, Any]:
     return {
         "name": visible(candidate.data) or _EMPTY,
         "probability": round(candidate.probability, _DIGITS),
@@ -278,10 +271,8 @@ def _scales(trace: Trace) -> dict[str, float | None]:
         facts = ("weights", *_SIGNED_FACTS)
         parts += [getattr(h, name) for h in heads if h is not None for name in facts]
         numbers = np.concatenate([np.zeros(1, np.float32), *(part.ravel() for part in parts)])
-        largest = float(np.abs(numbers).max())
-        scales[measure] = (
-            None if numbers.min() > -_NOISE and numbers.max() < 1 + _NOISE else largest
-        )
+        is_signed = facts_of(measure).is_signed or numbers.min() < -_NOISE
+        scales[measure] = max(1e-9, float(np.abs(numbers).max())) if is_signed else None
     return scales
 
 
