@@ -176,7 +176,7 @@ def _facts(trace: Trace) -> list[tuple[str, str]]:
         ("model", header.model),
         ("size", size),
         ("rows", measured(header)),
-        *((measure, config.facts_of(measure).about) for measure in header.measures),
+        *((measure, facts_of(measure).about) for measure in header.measures),
         (header.reduce, _REDUCTIONS[header.reduce]),
         ("sink", f"position {header.sink}, {header.sink_rule}"),
         ("tokens", f"{len(header.prompt)} of the prompt, {trace.footer.n_tokens} generated"),
