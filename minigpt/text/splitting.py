@@ -6,7 +6,6 @@ import tempfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
-from itertools import islice
 from pathlib import Path
 
 from minigpt.errors import ConfigError, DataError
@@ -51,9 +50,17 @@ def split(corpus: Corpus) -> Corpus:
 
 
 def are_several(documents: Iterable[Document]) -> bool:
-    """Return whether there are at least MIN_DOCUMENTS; no more are read."""
-    starts = (document for document in documents if document.is_start)
-    return len(list(islice(starts, MIN_DOCUMENTS))) == MIN_DOCUMENTS
+    """Return whether at least MIN_DOCUMENTS have different beginnings; no more are read.
+
+    Equal texts stay on the same side, so that copies of one document cannot be split.
+    """
+    beginnings: set[str] = set()
+    for document in documents:
+        if document.is_start:
+            beginnings.add(document.text)
+        if len(beginnings) == MIN_DOCUMENTS:
+            return True
+    return False
 
 
 def choose(documents: Iterable[Document], val_fraction: float) -> Callable[[str], bool]:

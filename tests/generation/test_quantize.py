@@ -15,7 +15,7 @@ from torch import nn
 from minigpt.checkpoint.model_folder import read_model, write_model
 from minigpt.errors import ConfigError
 from minigpt.evaluation import evaluate
-from minigpt.generation import api
+from minigpt.generation import api, loading
 from minigpt.generation.fast import prepare_for_decoding, quantize
 from minigpt.generation.fast.quantize import (
     WeightOnlyEmbedding,
@@ -138,7 +138,7 @@ def test_quantized_weights_take_a_fraction_of_float32_memory(
 def test_bfloat16_is_weight_only_on_a_cpu_without_the_instructions(
     has_instructions: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(api, "has_fast_bfloat16", lambda device: has_instructions)
+    monkeypatch.setattr(loading, "has_fast_bfloat16", lambda device: has_instructions)
     write_model(tmp_path, small_model("llama"), None)
     model = api.load(tmp_path, device="cpu", dtype="bfloat16").model
     assert model.dtype == (torch.bfloat16 if has_instructions else torch.float32)

@@ -1,0 +1,134 @@
+"""Make the texts that checkpoints/storyteller was trained on, and measure and sample the model.
+
+    python benchmarks/storyteller.py texts ../shared/data OUT   the three training texts, and the
+                                                                works that are held out
+    python benchmarks/storyteller.py card ../shared/data        bits/byte, and twelve samples
+
+The card, checkpoints/storyteller/README.md, has the commands of the training itself. Every
+twentieth tale, every tenth of the short ones and four novels are held out whole. Hard-wrapped lines
+are joined to paragraphs, so that the model does not learn to break lines.
+"""
+
+import json
+import lzma
+import random
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+import minigpt
+
+HELD_OUT_NOVELS = {
+    "Burnett_Princess_1905",
+    "Eliot_Felix_1866",
+    "Kipling_Captains_1896",
+    "Stevenson_Catriona_1893",
+}
+N_NOVELS = 48
+"""Number of novels that are trained on: those with the shortest words and sentences."""
+PIECE = 120
+"""Paragraphs of a novel in one document, so that tales and novels alternate."""
+SAMPLES = [
+    "Once upon a time",
+    "There was once a king who",
+    "A poor woodcutter lived",
+    "One day the little girl",
+    "The fox said to the bear",
+    "Far away, by the sea, there lived",
+]
+
+
+def paragraphs(text: str) -> str:
+    """Return a text with each paragraph in one line and an empty line between paragraphs."""
+    text = text.replace("\ufeff", "").replace("\r", "")
+    lines, parts = text.split("\n"), re.split(r"\n\s*\n", text)
+    middle = sorted(map(len, lines))[len(lines) // 2]
+    n_long = sum(len(line) > 120 for line in lines)
+    if (middle > 90 and len(parts) < len(lines) / 5) or n_long > 0.2 * len(lines):
+        parts = lines  # each line is a paragraph already
+    return "\n\n".join(" ".join(part.split()) for part in parts if part.strip())
+
+
+def difficulty(text: str) -> float:
+    """Return words per sentence plus 16 for each letter of a word beyond 4.5."""
+    n_words = len(text.split())
+    return n_words / len(re.split(r"[.!?]+\s", text)) + 16 * (len(text) / n_words - 4.5)
+
+
+def read_tales() -> list[str]:
+    """Return the short tales that ship with minigpt."""
+    text = (Path(minigpt.__file__).parent / "text" / "tales.txt").read_text(encoding="utf-8")
+    return [tale.strip() for tale in text.split("<|endoftext|>") if tale.strip()]
+
+
+def texts(data: Path) -> dict[str, list[str]]:
+    """Return the documents of each text by its name."""
+    source = (data / "fairytales.txt").read_text(encoding="utf-8")
+    tales = [paragraphs(tale) for tale in source.split("<|endoftext|>") if tale.strip()]
+    with lzma.open(data / "novels.jsonl.xz", "rt", encoding="utf-8") as file:
+        rows = map(json.loads, file)
+        novels = {row["title"]: paragraphs(row["text"]) for row in rows}
+    held_out = [novels.pop(title) for title in sorted(HELD_OUT_NOVELS)]
+    plain = sorted(novels.values(), key=difficulty)[:N_NOVELS]
+    pieces = []
+    for novel in plain:
+        parts = novel.split("\n\n")
+        starts = range(0, len(parts), PIECE)
+        pieces += ["\n\n".join(parts[start : start + PIECE]) for start in starts]
+    ours = [tale for i, tale in enumerate(tales) if i % 20 != 19]
+    mixture = pieces + 5 * ours
+    random.Random(7).shuffle(mixture)
+    draw = random.Random(11)
+    ending = 3 * ours + draw.sample(pieces, len(pieces) // 10)
+    draw.shuffle(ending)
+    short = read_tales()
+    simple = 8 * [tale for i, tale in enumerate(short) if i % 10 != 9] + draw.sample(ours, 50)
+    draw.shuffle(simple)
+    return {
+        "mixture": mixture,
+        "ending": ending,
+        "simple": simple,
+        "short-tales-held-out": short[9::10],
+        "tales-held-out": tales[19::20],
+        "novels-held-out": held_out,
+    }
+
+
+def write(out: Path, name: str, documents: list[str]) -> None:
+    """Write a text as OUT/NAME.jsonl, a document a line."""
+    lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents]
+    (out / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    n_letters = sum(map(len, documents))
+    print(f"{name}.jsonl: {len(documents)} documents, {n_letters:,} letters", file=sys.stderr)
+
+
+def write_texts(data: Path, out: Path) -> None:
+    """Write all texts."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name, documents in texts(data).items():
+        write(out, name, documents)
+
+
+def card(data: Path) -> None:
+    """Print the measurements and samples of the card in Markdown."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_texts(data, Path(folder))
+        for name in ("tales-held-out", "novels-held-out", "short-tales-held-out"):
+            facts = minigpt.evaluate("storyteller", f"{folder}/{name}.jsonl")
+            print(f"| {name} | {facts['bits_per_byte']:.3f} | {facts['n_tokens']:,} |")
+    for seed, prompt in enumerate([*SAMPLES, *SAMPLES], 1):
+        options = {"seed": seed, "temperature": 0.7, "top_p": 0.95, "max_new_tokens": 100}
+        text = "".join(step.text for step in minigpt.generate("storyteller", prompt, **options))
+        quoted = "\n".join(f"> {line}".rstrip() for line in f"**{prompt}**{text}".split("\n"))
+        print(f"\nseed {seed}:\n\n{quoted}")
+
+
+if __name__ == "__main__":
+    match sys.argv[1:]:
+        case ["texts", data, out]:
+            write_texts(Path(data), Path(out))
+        case ["card", data]:
+            card(Path(data))
+        case _:
+            sys.exit(__doc__)

@@ -1,0 +1,43 @@
+"""The model that ships: its card, its size, and the numbers that it claims."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+import minigpt
+from minigpt.checkpoint.resolve import is_shipped, resolve_model
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = ROOT / "checkpoints" / "storyteller"
+CARD = (MODEL / "README.md").read_text(encoding="utf-8")
+
+
+def test_it_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert resolve_model(None) == resolve_model("storyteller") == MODEL
+    assert is_shipped(MODEL)
+
+
+def test_it_fits_into_a_repository() -> None:
+    assert sum(path.stat().st_size for path in MODEL.iterdir()) < 24e6
+
+
+def test_it_tells_something() -> None:
+    options = {"seed": 6, "temperature": 0.7, "top_p": 0.95, "max_new_tokens": 100}
+    prompt = "Far away, by the sea, there lived"
+    steps = list(minigpt.generate("storyteller", prompt, **options))
+    assert len(steps) > 5
+    assert "".join(step.text for step in steps).strip()
+
+
+def test_it_predicts_held_out_tales_as_its_card_says(shared: Path, tmp_path: Path) -> None:
+    script = runpy.run_path(str(ROOT / "benchmarks" / "storyteller.py"))
+    name = "short-tales-held-out"
+    claimed = re.search(rf"\| {name} \| ([\d.]+) \| ([\d,]+) \|", CARD)
+    assert claimed
+    script["write"](tmp_path, name, script["texts"](shared / "data")[name])
+    facts = minigpt.evaluate("storyteller", tmp_path / f"{name}.jsonl")
+    assert facts["bits_per_byte"] == pytest.approx(float(claimed[1]), abs=0.003)
+    assert f"{facts['n_tokens']:,}" == claimed[2]
