@@ -5,7 +5,7 @@ BIN := .venv/bin
 RUNTIME := .venv/.installed
 INSTALLED := .venv/.installed-dev
 
-.PHONY: help demo test test-slow test-rings test-dist test-browser test-gpu torture check format bench clean
+.PHONY: help demo docs test test-slow test-rings test-dist test-browser test-gpu torture check format bench clean
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /: /' | column -t -s :
 
@@ -63,6 +63,11 @@ format: $(INSTALLED) ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/python docs/reading_order.py --write
+
+docs: $(INSTALLED) ## Write the outputs, pictures and pages that README.md and docs/ show: some minutes
+	$(BIN)/python docs/reading_order.py --write
+	$(BIN)/python docs/outputs.py
+	$(BIN)/python docs/pictures.py storyteller 'Once upon a time'
 
 bench: $(INSTALLED) ## Time training to 1.88 nats/byte on tinyshakespeare
 	$(BIN)/python benchmarks/training.py

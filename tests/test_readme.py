@@ -1,6 +1,7 @@
-"""The README tells the truth: every minigpt command that it shows runs, in its order."""
+"""README, guide and tutorial tell the truth: each command that they show runs, in their order."""
 
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -25,9 +26,14 @@ TINY_COMPARED = shlex.split(
 TINY_FROM = shlex.split("--max-steps 2 --context-length 32 --batch-size 2")
 
 
-def shown_commands() -> list[str]:
-    blocks = re.findall(r"```console\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    return [line for block in blocks for line in block.splitlines() if "minigpt " in line]
+def shown_commands(page: str) -> list[str]:
+    blocks = re.findall(r"```console\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    lines = []
+    for block in blocks:
+        # A block with outputs marks its commands with a prompt.
+        commands = re.findall(r"^\$ (.*)$", block, re.MULTILINE) or block.splitlines()
+        lines += [line for line in commands if "minigpt " in line]
+    return lines
 
 
 def run(line: str) -> tuple[int, str]:
@@ -53,16 +59,17 @@ def run(line: str) -> tuple[int, str]:
     return result.exit_code, f"{line}\n{result.output}\n{result.exception!r}"
 
 
-def test_every_command_that_the_readme_shows_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("page", ["README.md", "docs/guide.md", "docs/tutorial.md"])
+def test_every_command_that_a_page_shows_runs(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MINIGPT_CACHE_DIR", str(tmp_path / "cache"))
     text = "The king said: once upon a time there was a book. To be, or not to be!\n" * 60
     for name in ("my-book.txt", "my-letters.txt"):
         (tmp_path / name).write_text(text)
-    commands = shown_commands()
-    assert len(commands) >= 13, "the README shows the three jobs and what came of them"
+    commands = shown_commands(page)
+    assert len(commands) >= 4
     for line in commands:
         code, output = run(line)
         assert code == 0, output
@@ -74,7 +81,28 @@ def test_the_first_two_commands_are_demo_and_test() -> None:
     targets = [line.split("#")[0].strip() for line in first_block[1].splitlines()]
     assert targets == ["make demo", "make test"]
     makefile = (ROOT / "Makefile").read_text()
-    assert all(f"\n{target.split()[1]}: $(INSTALLED)" in makefile for target in targets)
+    assert "\ndemo: $(RUNTIME)" in makefile, "make demo installs no more than it needs"
+    assert "\ntest: $(INSTALLED)" in makefile
+
+
+def test_the_readme_is_read_in_one_sitting() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) < 200
+
+
+@pytest.mark.parametrize(
+    "page", sorted((ROOT / "docs").glob("**/*.md")), ids=lambda path: path.name
+)
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for link in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):
+        if "://" not in link:
+            assert (page.parent / link).exists(), link
+
+
+def test_the_pages_of_the_commands_are_their_help() -> None:
+    module = runpy.run_path(str(ROOT / "docs" / "outputs.py"))
+    shown = {path.name: path.read_text() for path in (ROOT / "docs" / "commands").iterdir()}
+    assert shown == module["command_pages"](), "run make docs, or docs/outputs.py --commands"
 
 
 def test_the_reading_order_names_the_core_with_its_line_counts() -> None:
