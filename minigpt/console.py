@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
+from functools import cache
 from typing import IO, Any, cast
 
 from rich.console import Console
@@ -35,6 +36,8 @@ THEME = Theme(
 )
 """Colors of the style names of the trace."""
 _PIPE_WIDTH = 100
+_ASCII = dict(zip("█▉▊▋▌▍▎▏▇▆▅▄▃▂▁▀━─│┬┴┼·…␣⋯∅", "#===---.#==--..#--|+++.~_~0", strict=True))
+"""Characters of bars, charts and tokens in ASCII, for a stream that cannot encode them."""
 
 
 def make_console(*, is_stderr: bool) -> Console:
@@ -97,7 +100,9 @@ def print_lines(
 
     Args: is_cut, whether a terminal too narrow for a line gets its beginning, and does not wrap it.
     """
-    for spans in lines:
+    missing = _not_encodable(console.encoding) if is_cut else {}
+    for line_spans in lines:
+        spans = [(text.translate(missing), style) for text, style in line_spans]
         if console.color_system is None and not (is_cut and console.is_terminal):
             # The same output, without rich's 0.5 ms per line.
             line = "".join(printable(text) for text, _ in spans).expandtabs()
@@ -108,6 +113,18 @@ def print_lines(
             text.truncate(console.width, overflow="ellipsis")
         console.print(text)
     console.file.flush()
+
+
+@cache
+def _not_encodable(encoding: str) -> dict[int, str]:
+    """Return the characters of _ASCII that an encoding lacks, for ``str.translate``."""
+    lacking = {}
+    for character, replacement in _ASCII.items():
+        try:
+            character.encode(encoding)
+        except UnicodeEncodeError:
+            lacking[ord(character)] = replacement
+    return lacking
 
 
 def write_result(text: str) -> None:

@@ -2,11 +2,11 @@
 
 import os
 import sys
-from io import StringIO
+from io import BytesIO, StringIO, TextIOWrapper
 
 import pytest
 
-from minigpt.console import make_console, silence, spans_to_text, write_result
+from minigpt.console import make_console, print_lines, silence, spans_to_text, write_result
 
 HOSTILE = "\x1b[31mred\x07\u202e\x9b2J\x00 end\n"
 
@@ -91,3 +91,18 @@ def test_a_silenced_stream_does_not_fail() -> None:
         stream.write("lost")
         silence(stream)
         stream.flush()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "cp437", "utf-8"])
+def test_bars_are_ascii_where_stdout_cannot_encode_blocks(
+    monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
+    stream = TextIOWrapper(BytesIO(), encoding)
+    monkeypatch.setattr(sys, "stdout", stream)
+    line = "".join(["a", "█▉▊▋▌▍▎▏▇▆▅▄▃▂▁▀━─│┬┴┼·…␣⋯", "é" if encoding != "ascii" else ""])
+    print_lines(make_console(is_stderr=False), [[(line, "plain")]])
+    shown = stream.buffer.getvalue().decode(encoding).rstrip("\n")  # type: ignore[attr-defined]
+    assert len(shown) == len(line)
+    assert (shown == line) == (encoding == "utf-8")
+    if encoding == "cp1252":
+        assert "…" in shown, "what the encoding has is kept"

@@ -88,7 +88,7 @@ class Fields:
     group: str = ""
     """Heading of all of them. Empty for each field's own."""
     defaults: object = None
-    """Config whose values are shown as defaults. None for the dataclass's own defaults."""
+    """Config whose values are the defaults. None for the dataclass's own."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +135,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     signature = inspect.signature(function)
     shown: list[inspect.Parameter] = []
     configs: dict[str, type] = {}
+    bases: dict[str, dict[str, Any]] = {}
     defaults: dict[str, Any] = {}
     for name, hint in typing.get_type_hints(function, include_extras=True).items():
         if name == "return":
@@ -144,6 +145,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         defaults[name] = parameter.default
         if is_dataclass(kind):
             configs[name] = typing.cast("type", kind)
+            base = about.defaults if isinstance(about, Fields) else None
+            bases[name] = {} if base is None else vars(base)
         if is_dataclass(kind) or isinstance(about, Fields):
             defaults[name] = {}
             chosen = about or Fields()
@@ -163,7 +166,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         usage = find_ring("commands.usage")
         for name, config in configs.items():
             values = given[name]
-            given[name] = build(config, values)
+            given[name] = build(config, bases[name] | values)
             if usage:
                 usage.note_without_effect(given[name], values)
         words = [

@@ -13,7 +13,7 @@ from minigpt.model.language_model import LanguageModel
 from minigpt.settings import build
 from minigpt.text.tokenizer import Tokenizer
 from minigpt.tracing import tracer
-from minigpt.tracing.config import TraceConfig
+from minigpt.tracing.config import SAMPLING, TraceConfig
 from minigpt.tracing.events import Trace, TraceFooter, TraceHeader, TraceStep
 
 
@@ -45,14 +45,14 @@ def trace(
         ``minigpt.generate``.
         options, fields of TraceConfig (heads="4.2,5.*", measure="both", n_verified=3, roles=True
         and so on; has_heads is True by default) and of SamplingConfig (temperature,
-        max_new_tokens, seed...), and interventions as of ``minigpt.generate``.
+        max_new_tokens, 40 by default, seed...), and interventions as of ``minigpt.generate``.
     Raises: as ``minigpt.generate``, and ConfigError for heads that the model does not have.
     """
     names = {f.name for f in fields(TraceConfig)}
     chosen = {name: options.pop(name) for name in names & options.keys()}
     interventions, source = api.interventions_in(options)
     config = build(TraceConfig, {"has_heads": True} | chosen)
-    sampling = build(SamplingConfig, options)
+    sampling = build(SamplingConfig, vars(SAMPLING) | options)
     if sampling.num_samples != 1:
         raise ConfigError(f"a trace is of one sample: num_samples is {sampling.num_samples}.")
     network, tokenizer, name = api.model_and_tokenizer(

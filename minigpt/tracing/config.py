@@ -5,6 +5,7 @@ from pathlib import Path
 from pkgutil import iter_modules
 from typing import Literal
 
+from minigpt.config import SamplingConfig
 from minigpt.errors import ConfigError
 from minigpt.fields import check_fields, option
 from minigpt.rings import ring
@@ -124,3 +125,5 @@ class TraceConfig:
 
 
 DEFAULTS = TraceConfig()
+SAMPLING = SamplingConfig(max_new_tokens=40)
+"""Sampling of a trace by default: fewer tokens than ``generate``, so that a trace fits a screen."""

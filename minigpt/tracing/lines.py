@@ -27,6 +27,7 @@ from minigpt.tracing.spans import (
     SHARE_WIDTH,
     Line,
     bar,
+    cell_len,
     fit,
     fit_end,
     fit_start,
@@ -45,6 +46,12 @@ _STEP_WIDTH = 4
 _BYTE_WIDTH = 4  # \xe2
 _ENTROPY_WIDTH = 5
 _LABEL_WIDTH = 9
+_PROMPT_LINES = 6
+"""Largest number of lines that list the tokens of the prompt."""
+_NAME_WIDTH = 10
+"""Largest width of a token in that list, in cells."""
+_TOLERANCE = 1e-3
+"""Largest error of a check that float32 explains."""
 
 _ENDINGS = {
     "length": "the token limit was reached",
@@ -144,11 +151,35 @@ class TraceLayout:
         sources = (title if self.n_sources else "").ljust(room)
         return [(left + sources + self._right_heading(), "dim")]
 
+    def legend(self, header: TraceHeader) -> list[Line]:
+        """Return lines that explain the columns that are shown."""
+        parts = ["prob: probability of the token", self._sink_in_words(header)]
+        parts += self._right_in_words()
+        return wrapped("; ".join(parts), self.width, label="columns  ")
+
+    def _sink_in_words(self, header: TraceHeader) -> str:
+        what = f"{self._what()} position {header.sink}"
+        if self.measures[0] == "weight":
+            what += ", where heads look when nothing else matches"
+        return f"sink: {what}"
+
+    def _what(self) -> str:
+        by = " and ".join(self.measures)
+        return "attention on" if by == "weight" else f"share by {by} of"
+
+    def _right_in_words(self) -> list[str]:
+        words = ["rest: all positions not shown"] if self.rest_width else []
+        if self.form.has_entropy:
+            words.append("bits: entropy of the row (3: as if spread evenly over 8)")
+        return words
+
     def _titles(self) -> list[str]:
         """Return titles of the columns of sources, the longest first."""
         by = " and ".join(self.measures)
         share = "share of the attention" if by == "weight" else f"share by {by}"
         initials = "/".join(measure[0] for measure in self.measures)
+        if len(self.measures) == 1:
+            initials = "token"
         return [f"the earlier token, {share}", f"token, {share}", f"by {by}", initials]
 
     def _right_heading(self) -> str:
@@ -248,9 +279,8 @@ def rest_beside(row: Row, positions: Sequence[int]) -> float:
 
 
 def header_lines(header: TraceHeader, width: int) -> list[Line]:
-    """Return the lines above a trace: model, measure, options and the end of the prompt."""
+    """Return the lines above a trace: model, measure, options and the prompt's tokens."""
     room = width - _LABEL_WIDTH
-    prompt = f"prompt   positions 0 to {len(header.prompt) - 1}: "
     lines: list[Line] = [
         [("model    ", "dim"), (fit_start(one_line(header.model), room), "plain")],
         [("measure  ", "dim"), (fit_end(measured(header), room), "plain")],
@@ -261,8 +291,11 @@ def header_lines(header: TraceHeader, width: int) -> list[Line]:
         lines += wrapped(f"position {header.sink}, {header.sink_rule}", width, label="sink     ")
     if header.roles is not None or header.n_verified or header.against is not None:
         lines += ring("tracing.analysis.lines").header_lines(header, width)
-    end = _end_of_prompt(header.prompt, width - len(prompt))
-    return [*lines, [(prompt, "dim"), (end, "token")], []]
+    lines += _prompt_lines(header.prompt, width)
+    if header.sampling.max_new_tokens:
+        text = f"from {len(header.prompt)} on: generated tokens"
+        lines.append([(" " * _LABEL_WIDTH, "plain"), (fit_end(text, room), "dim")])
+    return lines
 
 
 def footer_lines(footer: TraceFooter, width: int = 80, *, is_all: bool = False) -> list[Line]:
@@ -270,23 +303,64 @@ def footer_lines(footer: TraceFooter, width: int = 80, *, is_all: bool = False) 
 
     Args: is_all, whether every position in view was knocked out.
     """
-    checks = ""
-    if footer.worst_row_sum_error is not None:
-        checks += f"; every row sums to 1 within {max(footer.worst_row_sum_error, 1e-7):.0e}"
-    if footer.worst_product_error is not None:
-        error = max(footer.worst_product_error, 1e-7)
-        checks += f"; row times values is the head's output within {error:.0e}"
-    ending = f"{footer.n_tokens} tokens; {_ENDINGS[footer.finish]}{checks}."
+    ending = f"{footer.n_tokens} tokens; {_ENDINGS[footer.finish]}{_checks(footer)}."
     cause = "Attention shows where a head looked, not why a token was generated."
     if footer.cause is not None:
         cause = ring("tracing.analysis.lines").cause_in_words(footer.cause, is_all=is_all)
     return [[], *wrapped(ending, width), *wrapped(cause, width)]
 
 
-def _end_of_prompt(prompt: Sequence[Token], width: int) -> str:
-    text = "".join(JoinedTokens(token.data for token in prompt).texts)
-    # Each character takes at least one cell.
-    return fit_start(text[-max(width, 1) - 1 :], width)
+def _checks(footer: TraceFooter) -> str:
+    """Describe the results of the checks: what they say, and the error of one that failed."""
+    sums, product = footer.worst_row_sum_error, footer.worst_product_error
+    passed, failed = [], ""
+    if sums is not None and sums <= _TOLERANCE:
+        passed.append("every row sums to 100%")
+    elif sums is not None:
+        failed += f"; check failed: a row sums to 1 only within {sums:.0e}"
+    if product is not None and product <= _TOLERANCE:
+        passed.append("rows times values give the heads' outputs")
+    elif product is not None:
+        failed += (
+            f"; check failed: rows times values give the heads' outputs only within {product:.0e} "
+            "of their size"
+        )
+    return (f"; checks passed: {' and '.join(passed)}" if passed else "") + failed
+
+
+def _prompt_lines(prompt: Sequence[Token], width: int) -> list[Line]:
+    """List the tokens of the prompt with their positions in columns, the middle left out."""
+    names = JoinedTokens(token.data for token in prompt).names
+    room = max(width - _LABEL_WIDTH, 1)
+    number_width = len(str(len(names) - 1))
+    name_width = min(
+        _NAME_WIDTH, max(map(cell_len, names), default=1), max(room - number_width - 1, 1)
+    )
+    per_line = max(1, (room + 2) // (number_width + name_width + 3))
+    starts = list(range(0, len(names), per_line))
+    n_after = (_PROMPT_LINES - 1) // 2
+    n_before = _PROMPT_LINES - 1 - n_after
+    lines: list[Line] = [] if names else [[]]
+    for row, start in enumerate(starts):
+        if len(starts) > _PROMPT_LINES and n_before <= row < len(starts) - n_after:
+            if row == n_before:
+                n_hidden = starts[len(starts) - n_after] - start
+                lines.append([(fit_end(f"... {n_hidden} more tokens ...", room), "dim")])
+            continue
+        lines.append([])
+        for position in range(start, min(start + per_line, len(names))):
+            gap = "  " if position > start else ""
+            lines[-1] += [
+                (f"{gap}{position:>{number_width}} ", "dim"),
+                (fit(names[position], name_width), "token"),
+            ]
+        text, style = lines[-1][-1]
+        lines[-1][-1] = (text.rstrip(), style)
+    labels = ["prompt", *[""] * (len(lines) - 1)]
+    return [
+        [(label.ljust(_LABEL_WIDTH), "dim"), *line]
+        for label, line in zip(labels, lines, strict=True)
+    ]
 
 
 def measured(header: TraceHeader, measures: Sequence[Measure] | None = None) -> str:

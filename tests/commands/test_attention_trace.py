@@ -12,6 +12,7 @@ from calls import Result, Run
 from safetensors.numpy import load_file
 
 from minigpt.tracing import lines as terminal
+from minigpt.tracing.config import SAMPLING
 
 WORDS = ["attention-trace", "The king", "--temperature", "0", "--max-new-tokens", "6"]
 
@@ -319,3 +320,29 @@ def test_interventions_that_are_not_possible_are_usage_errors(
     result = run(command, "The king", *words)
     assert result.code == 2
     assert says in result.err
+
+
+def test_a_trace_has_40_new_tokens_by_default_and_generate_256(run: Run) -> None:
+    import minigpt
+
+    words = ("The king", "--temperature", "0", "--ignore-eos")
+    *_, footer = objects(run("attention-trace", *words, "--json"))
+    assert footer["n_tokens"] == SAMPLING.max_new_tokens == 40
+    trace = minigpt.trace("tiny", "The king", temperature=0, ignore_eos=True)
+    assert trace.footer.n_tokens == 40
+    assert trace.header.sampling.max_new_tokens == 40
+    help_pages = {name: run(name, "--help").out for name in ("attention-trace", "generate")}
+    assert "generated tokens [40]" in " ".join(help_pages["attention-trace"].split())
+    assert "generated tokens [256]" in " ".join(help_pages["generate"].split())
+
+
+def test_each_source_can_be_looked_up_among_the_tokens_of_the_prompt(run: Run) -> None:
+    out = run(*WORDS).out
+    listed = dict(re.findall(r"(\d+) (\S+)", out[out.index("prompt") : out.index("from 8 on")]))
+    assert "".join(listed.values()) == "The␣king"
+    assert list(map(int, listed)) == list(range(8))
+    for line in out.splitlines():
+        if line[:4].strip().isdigit():
+            sources = line[line.index("%") + 1 :]
+            for position, name in re.findall(r" (\d+) (\S+) +\d+%", sources):
+                assert listed.get(position, name) == name

@@ -13,6 +13,7 @@ from minigpt.commands import app
 from minigpt.commands.layout import COMMANDS
 from minigpt.config import SamplingConfig
 from minigpt.presets import PRESETS
+from minigpt.tracing.config import SAMPLING
 
 PAGES = Path(__file__).parent / "help"
 """Every --help page. To regenerate: UPDATE_HELP=1 pytest tests/commands/test_help.py"""
@@ -52,7 +53,8 @@ def test_help_fits_80_columns_in_aligned_lines(words: list[str]) -> None:
 
 @pytest.mark.parametrize("command", ["generate", "attention-trace"])
 def test_sampling_options_show_their_defaults(command: str) -> None:
-    text, sampling = " ".join(help_of(command).split()), SamplingConfig()
+    text = " ".join(help_of(command).split())
+    sampling = SAMPLING if command == "attention-trace" else SamplingConfig()
     for name in ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "num_samples"):
         flag, default = f"--{name.replace('_', '-')}", f"{getattr(sampling, name):g}"
         assert re.search(rf"{flag} N [^\[]*(\[0, 1\]|\(0, 1\])? *\[{re.escape(default)}\]", text), (

@@ -191,7 +191,7 @@ def test_the_page_and_the_terminal_end_with_the_same_sentences() -> None:
     trace = made_trace()
     assert trace.footer.cause is not None
     text = Page(to_html(trace)).data["closing"]
-    assert text[0].startswith("9 tokens; the token limit was reached; every row sums to 1 within")
+    assert text[0].startswith("9 tokens; the token limit was reached; checks passed: every row")
     assert text[1:] == [cause_in_words(trace.footer.cause)]
 
 

@@ -15,6 +15,7 @@ from minigpt.tracing.lines import (
     TraceLayout,
     footer_lines,
     header_lines,
+    make_layout,
 )
 from minigpt.tracing.selection import select_heads
 from minigpt.tracing.spans import Line, bar, fit, heat
@@ -240,22 +241,54 @@ def test_the_footer_shows_the_results_of_the_checks(
     cause: CauseCheck | None, said: list[str]
 ) -> None:
     text = words_of(footer_lines(TraceFooter(9, "length", 1.0, 1.2e-7, 3e-6, cause), 80))
-    assert "sums to 1 within 1e-07" in text
-    assert "within 3e-06" in text
+    assert "checks passed: every row sums to 100% and rows times values give the heads'" in text
+    assert "e-0" not in text
     for words in said:
         assert words in text
 
 
-@pytest.mark.parametrize("n", [1, 5, 20, 34, 35, 36, 37, 38, 50])
-def test_the_header_shows_as_much_of_the_end_of_the_prompt_as_fits(n: int) -> None:
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("n", [1, 9, 18, 30, 400])
+def test_the_header_lists_each_token_of_the_prompt_with_its_position(n: int, width: int) -> None:
     prompt = bytes(97 + i % 26 for i in range(n))
     header = header_of(
         prompt=tuple(Token(i, b, bytes([b])) for i, b in enumerate(prompt)),
     )
-    (line,) = [text for text in map(text_of, header_lines(header, 66)) if "prompt" in text]
-    shown = line.partition(": ")[2]
-    room = 66 - (len(line) - len(shown))
-    assert shown == (prompt.decode() if n <= room else "…" + prompt.decode()[n - room + 1 :])
+    lines = [text_of(line) for line in header_lines(header, width)]
+    assert max(map(cells, lines)) <= width
+    text = "\n".join(lines).partition("prompt ")[2].partition("from ")[0]
+    shown = {int(position): name for position, name in re.findall(r"(\d+) ([a-z])(?=\s)", text)}
+    assert all(chr(prompt[position]) == name for position, name in shown.items())
+    assert {0, n - 1} <= set(shown)
+    hidden = re.findall(r"\.\.\. (\d+) more", text)
+    assert len(shown) + sum(map(int, hidden)) == n
+    assert len(text.strip().splitlines()) <= 6
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("measure", ["weight", "norm", "logit"])
+def test_the_columns_are_explained_once_above_them(width: int, measure: Measure) -> None:
+    layout = make_layout(width, vocab_size=4096, n_positions=200, measures=(measure,))
+    legend = layout.legend(header_of(measures=(measure,), sink=3))
+    assert all(cells(text_of(line)) <= width for line in legend)
+    explained = re.findall(r"(\w+): ", words_of(legend).removeprefix("columns "))
+    heading = text_of(layout.heading()).split()
+    columns = [name for name in ("prob", "sink", "rest", "bits", "other", "sum") if name in heading]
+    assert set(columns) <= set(explained)
+    assert "bits" in heading or "bits" not in explained
+    assert "position 3" in words_of(legend)
+
+
+def test_a_check_that_failed_is_shown_with_its_number() -> None:
+    footer = TraceFooter(9, "length", 1.0, 0.5, 4e-3)
+    text = words_of(footer_lines(footer, 80))
+    assert "passed" not in text
+    assert "check failed: a row sums to 1 only within 5e-01" in text
+    assert "within 4e-03 of their size" in text
+    nan = words_of(footer_lines(replace(footer, worst_product_error=float("nan")), 80))
+    assert "only within nan" in nan
+    none = words_of(footer_lines(TraceFooter(9, "length", 1.0, None), 80))
+    assert "check" not in none
 
 
 def test_bars_and_percentages_show_the_share() -> None:

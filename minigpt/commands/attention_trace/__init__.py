@@ -20,7 +20,7 @@ from minigpt.commands.options import (
 from minigpt.config import InterventionConfig, SamplingConfig
 from minigpt.errors import ConfigError
 from minigpt.rings import ring
-from minigpt.tracing.config import N_SOURCES, TraceConfig, facts_of
+from minigpt.tracing.config import N_SOURCES, SAMPLING, TraceConfig, facts_of
 
 if TYPE_CHECKING:
     from minigpt.commands.loading import Ready
@@ -53,7 +53,10 @@ def attention_trace(
             rich_help_panel=_FILES,
         ),
     ] = None,
-    sampling: Annotated[SamplingConfig, Fields(without=("logprobs",), unlisted=("overflow",))],
+    sampling: Annotated[
+        SamplingConfig,
+        Fields(without=("logprobs",), unlisted=("overflow",), defaults=SAMPLING),
+    ],
 ) -> None:
     r"""Continue a prompt and show what each generated token attended to.
 

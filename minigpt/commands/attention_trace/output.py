@@ -135,8 +135,8 @@ class TraceOutput:
         elif isinstance(event, TraceHeader):
             self._joined = JoinedTokens(token.data for token in event.prompt)
             self._is_all = event.n_verified == "all"
-            lines = [*header_lines(event, width), self._layout.heading()]
-            print_lines(self._console, lines)
+            lines = header_lines(event, width) + self._layout.legend(event)
+            print_lines(self._console, [*lines, [], self._layout.heading()])
         elif isinstance(event, TraceStep):
             if event.token.position == len(self._joined.names):  # generated, not of the prompt
                 self._joined.add(event.token.data)
