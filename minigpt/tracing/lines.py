@@ -51,7 +51,9 @@ _PROMPT_LINES = 6
 _NAME_WIDTH = 10
 """Largest width of a token in that list, in cells."""
 _TOLERANCE = 1e-3
-"""Largest error of a check that float32 explains."""
+"""Error of a check up to which it is not mentioned: what float32 explains."""
+_LARGEST_ERROR = 2e-2
+"""Error of a check up to which it passed: what bfloat16 explains."""
 
 _ENDINGS = {
     "length": "the token limit was reached",
@@ -312,19 +314,18 @@ def footer_lines(footer: TraceFooter, width: int = 80, *, is_all: bool = False) 
 
 def _checks(footer: TraceFooter) -> str:
     """Describe the results of the checks: what they say, and the error of one that failed."""
-    sums, product = footer.worst_row_sum_error, footer.worst_product_error
+    checks = [
+        ("every row sums to 100%", footer.worst_row_sum_error),
+        ("rows times values give the heads' outputs", footer.worst_product_error),
+    ]
     passed, failed = [], ""
-    if sums is not None and sums <= _TOLERANCE:
-        passed.append("every row sums to 100%")
-    elif sums is not None:
-        failed += f"; check failed: a row sums to 1 only within {sums:.0e}"
-    if product is not None and product <= _TOLERANCE:
-        passed.append("rows times values give the heads' outputs")
-    elif product is not None:
-        failed += (
-            f"; check failed: rows times values give the heads' outputs only within {product:.0e} "
-            "of their size"
-        )
+    for what, error in checks:
+        if error is None:
+            continue
+        if not error <= _LARGEST_ERROR:
+            failed += f"; check failed: {what} only within {error:.0e}"
+        else:
+            passed.append(what if error <= _TOLERANCE else f"{what} within {error:.0e}")
     return (f"; checks passed: {' and '.join(passed)}" if passed else "") + failed
 
 
