@@ -15,7 +15,7 @@ help: ## List the targets
 # uv shows its progress and takes PyTorch's small CPU build where there is no GPU. pip is for where
 # uv finds no package index, as with an index that only pip is configured for.
 $(RUNTIME): .venv/bin/python pyproject.toml setup.py constraints.txt
-	@echo 'Installing minigpt and PyTorch into .venv, once. From a warm cache this takes a minute.'
+	@echo 'Installing minigpt and PyTorch into .venv, once.'
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv || true
 	@VIRTUAL_ENV=.venv $(BIN)/uv pip install --torch-backend=auto --constraint constraints.txt \
 	    --editable . \

@@ -7,7 +7,7 @@ from minigpt.config import SamplingConfig
 
 
 def penalize(logits: Tensor, tokens: Tensor, n_prompt: int, config: SamplingConfig) -> Tensor:
-    """Apply all penalties. Args: tokens, of which the first n_prompt are the prompt."""
+    """Apply all penalties. Args: tokens, those of the prompt (n_prompt) first."""
     logits = penalize_repetition(logits, tokens, config.repetition_penalty)
     logits = penalize_presence(logits, tokens[:, n_prompt:], config.presence_penalty)
     return penalize_frequency(logits, tokens[:, n_prompt:], config.frequency_penalty)

@@ -269,7 +269,7 @@ def _rows(stream: TextIO, data: DataConfig) -> Iterator[tuple[int, object]]:
 
 
 class _Lines:
-    """The lines of a stream, of which those of a row after its first can be put back."""
+    """The lines of a stream. Those of a row after its first line can be put back."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
