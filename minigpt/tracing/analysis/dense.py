@@ -69,8 +69,8 @@ def writing_rows(
 def with_rows_of(trace: Trace, path: Path, config: TraceConfig, *, n_kept: int) -> Trace:
     """Return a trace whose rows are reduced anew, as if it had been traced with other options.
 
-    Args: path, of a file of ``writing_rows`` for the same trace; config, of which layers, heads,
-        reduce and n_sources count; n_kept, the number of sources to keep of each head.
+    Args: path, a file that ``writing_rows`` wrote for the same trace; config, whose layers, heads,
+        reduce and n_sources are used; n_kept, the number of sources to keep of each head.
     Raises: ConfigError for heads that the model does not have, or reduce rollout; DataError if the
         file is not one of ``writing_rows``, or of another trace; ResourceError if reading it is not
         permitted.
