@@ -9,27 +9,16 @@ INSTALLED := .venv/.installed-dev
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /: /' | column -t -s :
 
-.venv/bin/python:
-	$(PYTHON) -m venv .venv
-
-# uv shows its progress and takes PyTorch's small CPU build where there is no GPU. pip is for where
-# uv finds no package index, as with an index that only pip is configured for.
-$(RUNTIME): .venv/bin/python pyproject.toml setup.py constraints.txt
-	@echo 'Installing minigpt and PyTorch into .venv, once.'
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv || true
-	@VIRTUAL_ENV=.venv $(BIN)/uv pip install --torch-backend=auto --constraint constraints.txt \
-	    --editable . \
-	|| { echo 'uv could not install it, so pip does.'; \
-	    $(BIN)/python -m pip install --disable-pip-version-check \
-	    --constraint constraints.txt --editable .; }
+$(RUNTIME): pyproject.toml setup.py constraints.txt install.py
+	@$(PYTHON) install.py
 	@touch $@
 
-$(INSTALLED): .venv/bin/python pyproject.toml setup.py constraints.txt
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	touch $@
+$(INSTALLED): pyproject.toml setup.py constraints.txt install.py
+	@$(PYTHON) install.py dev
+	@touch $@ $(RUNTIME)
 
 demo: $(RUNTIME) ## Tell a tale with the model that ships and trace it; train one for a minute
-	sh demo.sh $(BIN)/minigpt
+	@$(BIN)/python demo.py
 
 test: $(INSTALLED) ## Run the tests, in as many processes as there are cores
 	$(BIN)/python -m pytest -n auto --dist worksteal -m 'not slow and not torture and not dist and not browser and not gpu'
@@ -44,7 +33,7 @@ test-dist: $(INSTALLED) ## Run the tests that train in several processes
 	$(BIN)/python -m pytest -m dist
 
 test-browser: $(INSTALLED) ## Run the tests that open a trace's page in Chromium
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,browser]'
+	@$(PYTHON) install.py dev browser
 	$(BIN)/python -m pytest -m browser
 
 test-gpu: $(INSTALLED) ## Run the tests that need a CUDA device

@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -136,3 +137,27 @@ def test_the_workflows_run_what_ci_runs() -> None:
         assert re.search(rf"[ \[]{target}\b", workflow), target
     for minor in range(11, 15):
         assert f'"3.{minor}"' in workflow
+
+
+def test_uv_gets_the_indexes_and_folders_that_pip_is_configured_for() -> None:
+    uv_environment = runpy.run_path(str(ROOT / "install.py"))["uv_environment"]
+    listed = (
+        ":env:.find-links='/wheels /more wheels'\n"
+        ":env:.cert='/etc/cert.pem'\n"
+        "global.extra-index-url='file:///a/simple\\nfile:///b/simple'\n"
+        "global.find-links='/not/these'\n"
+        "global.index-url='https://mirror/simple'\n"
+    )
+    assert uv_environment(listed) == {
+        "UV_FIND_LINKS": "/wheels,/more,wheels",
+        "UV_INDEX": "file:///a/simple file:///b/simple",
+        "UV_INDEX_STRATEGY": "unsafe-best-match",
+        "UV_DEFAULT_INDEX": "https://mirror/simple",
+    }
+    assert uv_environment("") == {}
+
+
+def test_install_and_demo_need_the_standard_library_only() -> None:
+    for name in ("install.py", "demo.py"):
+        imported = re.findall(r"^(?:from|import) (\w+)", (ROOT / name).read_text(), re.MULTILINE)
+        assert set(imported) <= sys.stdlib_module_names, name

@@ -138,6 +138,5 @@ def next_commands(trainer: Trainer) -> list[str]:
         pass
     commands = [command_line("generate", *words)]
     if config.n_attention_layer:
-        tracing = (*words[:2], "--max-new-tokens", "40", *words[2:])
-        commands.append(command_line("attention-trace", *tracing))
+        commands.append(command_line("attention-trace", *words))
     return commands

@@ -1,0 +1,65 @@
+"""Show what minigpt does: a tale and its trace from the model that ships, then one of your own.
+
+python demo.py        in an environment that has minigpt (make demo, or install.py)
+"""
+
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+PROMPT = "Once upon a time"
+HOW_TO_READ = """
+How to read this:
+  Each line is a new token; prob is the probability that the model gave it.
+  The rest of the line is where its attention heads looked, on average: 100 % a line.
+  sink is the first position. Heads put there what they have no use for.
+  Then come the tokens that got the most attention, each with its position and share.
+  Few bits mean that the attention is on few tokens; many bits, that it is spread out.
+  A look is not a reason: add --n-verified 2 to see what changes without a token."""
+
+
+def main() -> None:
+    name = time.strftime("demo-%Y%m%d-%H%M%S")
+    page = f"{name}.html"
+    shipped = ["--model", "storyteller", "--seed", "2", "--ignore-eos"]
+    own = ["--model", name, "--seed", "1", "--temperature", "0.5", "--ignore-eos"]
+
+    say("1. The model that ships tells a tale")
+    minigpt("generate", *shipped, "--max-new-tokens", "120", PROMPT)
+
+    say("2. What each of its tokens looked at")
+    minigpt("attention-trace", *shipped, "--max-new-tokens", "24", "--html", page, PROMPT)
+    print(HOW_TO_READ)
+    print(f"The same as a page to click through: {Path(page).resolve().as_uri()}", flush=True)
+
+    say("3. A model of your own: one minute on 150 tales")
+    minigpt("train", "--name", name, "--tokenizer", "bpe:512", "--max-minutes", "1")
+    minigpt("generate", *own, "--max-new-tokens", "80", PROMPT)
+    minigpt("attention-trace", *own, "--max-new-tokens", "12", PROMPT)
+
+    activate = r".venv\Scripts\activate" if os.name == "nt" else ". .venv/bin/activate"
+    say(f"Next, with your own text: {activate}, then minigpt train FILE (docs/tutorial.md)")
+
+
+def minigpt(*words: str) -> None:
+    """Show a command and run it."""
+    print(f"\n$ minigpt {shlex.join(words)}", flush=True)
+    program = Path(sys.executable).with_name("minigpt")  # Windows adds .exe itself
+    ended = subprocess.run([program, *words]).returncode
+    if ended:
+        sys.exit(ended)
+
+
+def say(line: str) -> None:
+    is_plain = not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.name == "nt"
+    print(f"\n{line}" if is_plain else f"\n\033[1m{line}\033[0m", flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:  # the command has said so
+        sys.exit(130)
