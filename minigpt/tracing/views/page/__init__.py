@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from minigpt.config import SamplingConfig
 from minigpt.text.escape import JoinedTokens, printable, visible
 from minigpt.tracing.config import facts_of, unit
-from minigpt.tracing.events import CONVENTION, Candidate, Roles, Row, Trace, TraceStep
+from minigpt.tracing.events import CONVENTION, Candidate, Roles, Row, Trace, TraceHeader, TraceStep
 from minigpt.tracing.file import ROW_FIELDS, WORKING_ARRAYS
 from minigpt.tracing.lines import KNOCKOUTS, footer_lines, measured
 from minigpt.tracing.spans import one_line
@@ -36,6 +36,7 @@ _SCRIPTS = (
 )
 _DIGITS = 5
 _EMPTY = "∅"
+_EFFECTS = "knockout"  # the exact effects of all positions, shown like one more measure
 _NOISE = 1e-4  # a negative number smaller than this is rounding
 _HEAD_FACTS = ("sink", "own", "prompt", "entropy", "distance")
 _SIGNED_FACTS = ("sink", "own", "prompt")  # in the unit of the measure
@@ -131,15 +132,19 @@ def _page_data(trace: Trace) -> dict[str, Any]:
         "nLayer": header.n_layer,
         "nHead": header.n_head,
         "measures": list(header.measures),
-        "traced": {measure: measured(header, [measure]) for measure in header.measures},
+        "choices": [*header.measures, *([_EFFECTS] if _EFFECTS in scales else [])],
+        "traced": {measure: measured(header, [measure]) for measure in header.measures}
+        | {_EFFECTS: "what ln p loses without each position"},
+        "changed": "" if header.intervention is None else one_line(str(header.intervention)),
         "sink": header.sink,
         "roles": header.roles and [[_role(role) for role in layer] for layer in header.roles],
         "roleMeanings": list(_ROLES.items()),
         "steps": [_step(step) for step in trace.steps],
         "nSources": n_sources,
         "knockout": (
-            f"Without it: {KNOCKOUTS[header.knockout]}. In brackets: the factor by which the "
-            "token's probability changes. Its control is a position nearby that got less attention."
+            f"Without it: {_knocked_out(header)}. In brackets: the factor by which the token's "
+            "probability changes."
+            + ("" if is_all else " Its control is a position nearby that got less attention.")
         ),
         "closing": closing,
         "scales": scales,
@@ -151,6 +156,11 @@ def _page_data(trace: Trace) -> dict[str, Any]:
         "dHead": header.d_head,
         "packed": _pack(_arrays(trace, n_sources, scales) | _working_arrays(trace)),
     }
+
+
+def _knocked_out(header: TraceHeader) -> str:
+    heads = header.verified_heads
+    return KNOCKOUTS[header.knockout] + ("" if heads is None else f" in {heads.as_text()}")
 
 
 def _plain(data: bytes) -> str:
@@ -186,6 +196,12 @@ def _facts(trace: Trace) -> list[tuple[str, str]]:
         ("kernel", header.kernel),
         ("convention", CONVENTION),
     ]
+    if header.against is not None:
+        facts.append(("against", f"minus the logit of {visible(header.against.data)}"))
+    if header.n_verified:
+        facts.append(("knockouts", f"{header.n_verified} per token: {_knocked_out(header)}"))
+    if header.intervention is not None:
+        facts.append(("changed", str(header.intervention)))
     return facts if header.model_sha256 is None else [*facts, ("sha256", header.model_sha256)]
 
 
@@ -209,7 +225,7 @@ def _step(step: TraceStep) -> dict[str, Any]:
             "control": (control := controls.get(i)) and control.source.token.position,
             "controlChange": control and round(control.change, _DIGITS),
         }
-        for i, effect in enumerate(sources)
+        for i, effect in enumerate(sources if step.changes_S is None else [])
     ]
     rows = [
         {
@@ -224,6 +240,7 @@ def _step(step: TraceStep) -> dict[str, Any]:
         "isGiven": step.is_given,
         "rows": rows,
         "effects": effects,
+        "kept": step.kept and round(step.kept.change, _DIGITS),
         "candidates": [_candidate(one, step.token.id) for one in step.candidates],
         "lens": _lens(getattr(step, "lens", None), step.token.id),
     }
@@ -259,7 +276,17 @@ def _arrays(
         if n_sources is not None:
             heads = _head_arrays(rows, n_sources, scales[measure])
             arrays |= {f"{measure}.{name}": array for name, array in heads.items()}
+    if (scale := scales.get(_EFFECTS)) is not None:
+        arrays[f"{_EFFECTS}.rows"] = _codes(-_changes(trace), "<u2", scale)
     return arrays
+
+
+def _changes(trace: Trace) -> NDArray[np.float32]:
+    """Return the changes of ln p of all steps, one after the other; empty if a step has none."""
+    found = [step.changes_S for step in trace.steps if step.changes_S is not None]
+    return np.concatenate(
+        found if len(found) == len(trace.steps) > 0 else [np.empty(0, np.float32)]
+    )
 
 
 def _scales(trace: Trace) -> dict[str, float | None]:
@@ -273,6 +300,8 @@ def _scales(trace: Trace) -> dict[str, float | None]:
         numbers = np.concatenate([np.zeros(1, np.float32), *(part.ravel() for part in parts)])
         is_signed = facts_of(measure).is_signed or numbers.min() < -_NOISE
         scales[measure] = max(1e-9, float(np.abs(numbers).max())) if is_signed else None
+    if (changes := _changes(trace)).size:
+        scales[_EFFECTS] = max(1e-9, float(np.abs(changes).max()))
     return scales
 
 

@@ -20,6 +20,8 @@ function valueText(value, scale) {
   return scale === null ? percent(value) : signed(value);
 }
 
+// The exact effects of all positions, a row without heads.
+const EFFECTS = "knockout";
 const WIDE_TOKENS = 150; // from which on the map has the whole width
 
 class Page {
@@ -80,6 +82,9 @@ class Page {
   // The reduction of the trace covers the heads that were traced; choosing others switches to mean.
   choose(change) {
     Object.assign(this.view, change);
+    if (change.measure === EFFECTS) change = { reduction: "traced" };
+    else if (this.view.measure === EFFECTS) this.view.measure = this.trace.measures[0];
+    if (change.reduction === "traced") this.view.reduction = "traced";
     const { layer, head } = this.view;
     if (change.reduction === "traced") Object.assign(this.view, { layer: null, head: null });
     else if (this.view.reduction === "traced" && (layer !== null || head !== null)) {
@@ -115,6 +120,10 @@ class Page {
     return this.trace.scales[this.view.measure];
   }
 
+  get headMeasure() {
+    return this.view.measure === EFFECTS ? this.trace.measures[0] : this.view.measure;
+  }
+
   drawMap(position) {
     const { trace, view } = this;
     document.getElementById("map-section").hidden = trace.steps.length === 0;
@@ -130,7 +139,7 @@ class Page {
       setText("map-readout", MAP_HINT);
     }
     markMap(this.map, position);
-    if (this.hasHeads) fillSmallMaps(trace, this.grid, view.measure);
+    if (this.hasHeads) fillSmallMaps(trace, this.grid, this.headMeasure);
   }
 
   drawSources(position) {
@@ -142,12 +151,10 @@ class Page {
     this.caption = `${tokenName(trace, position)}: ${this.viewText()}`;
     setText("token-title", `What ${tokenName(trace, position)} attended to`);
     setText("token-facts", stepText(trace, step));
-    setText("knockout", trace.steps[step].effects.length ? trace.knockout : "");
+    const effects = effectsOf(trace, step);
+    setText("knockout", effects ? `${trace.knockout}${keptText(trace.steps[step])}` : "");
     setText("listed", `${this.viewText()}: ${listedText(trace, view, rows[view.measure], step)}`);
-    const effects = trace.steps[step].effects;
-    fillTable(trace, {
-      shares, measure: view.measure, own: position - 1, effects: effects.length ? effects : null,
-    });
+    fillTable(trace, { shares, measure: view.measure, own: position - 1, effects });
   }
 
   drawReaders(position) {
@@ -169,7 +176,7 @@ class Page {
     const steps = step >= 0 ? [step] : Array.from(trace.steps.keys());
     markHeads(this.grid, view.reduction === "traced" ? [] : headsOf(trace, view));
     if (this.hasHeads) {
-      const { bits, most } = entropiesOf(trace, view.measure, steps);
+      const { bits, most } = entropiesOf(trace, this.headMeasure, steps);
       fillGrid(this.grid, bits, most);
       setText("grid-note", gridText(step >= 0 ? position : null, most));
     } else {
@@ -179,7 +186,8 @@ class Page {
   }
 
   byMeasure(rowsOf) {
-    const pairs = this.trace.measures.map((measure) => [measure, rowsOf({ ...this.view, measure })]);
+    const shown = [...new Set([...this.trace.measures, this.view.measure])];
+    const pairs = shown.map((measure) => [measure, rowsOf({ ...this.view, measure })]);
     return Object.fromEntries(pairs);
   }
 
@@ -195,12 +203,12 @@ class Page {
   fillControls() {
     const { trace } = this;
     if (trace.nTokens > WIDE_TOKENS) document.getElementById("columns").classList.add("has-wide-map");
-    addOptions("measure", trace.measures.map((measure) => [measure, measure]));
+    addOptions("measure", trace.choices.map((measure) => [measure, measure === EFFECTS ? "change of ln p" : measure]));
     addOptions("layer", numbered(trace.nLayer));
     addOptions("head", numbered(trace.nHead));
     const reductions = [["traced", "as traced"], ["mean", "mean of the heads"], ["max", "max of the heads"]];
     addOptions("reduction", reductions);
-    document.getElementById("measure-label").hidden = trace.measures.length < 2;
+    document.getElementById("measure-label").hidden = trace.choices.length < 2;
     document.getElementById("no-heads").hidden = this.hasHeads;
     for (const id of ["layer", "head", "reduction"]) control(id).disabled = !this.hasHeads;
     this.grid.element.hidden = !this.hasHeads && !trace.roles;
@@ -300,7 +308,14 @@ function stepText(trace, step) {
   return `${kind}, with probability ${percent(Math.exp(logProbability))} (ln p ${signed(logProbability)}).`;
 }
 
+function keptText({ kept }) {
+  return kept === null ? "" : ` With the verified sources and the sink alone: ln p ${changeText(kept)}.`;
+}
+
 function listedText(trace, view, row, step) {
+  if (view.measure === EFFECTS) {
+    return "in nats, for each position hidden alone. A plus says that it raised the token, a minus that it lowered it.";
+  }
   const facts = factsOf(trace, view, step);
   const part = view.reduction === "traced"
     ? "The whole row is listed."
@@ -338,6 +353,8 @@ function gridText(position, most) {
 // Texts that do not change.
 function fillWords(trace) {
   setText("model", trace.model);
+  document.getElementById("changed").hidden = !trace.changed;
+  setText("changed", `The model was changed: ${trace.changed}.`);
   const facts = document.getElementById("facts");
   for (const [name, value] of trace.facts) facts.append(element("dt", {}, name), element("dd", {}, value));
   const footer = document.getElementById("footer");

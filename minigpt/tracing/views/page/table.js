@@ -2,6 +2,14 @@
 
 const MOST_ROWS = 12;
 
+// The effects of a step: a list, or a function of the position if all were knocked out; or null.
+function effectsOf(trace, step) {
+  const view = { measure: EFFECTS, reduction: "traced" };
+  if (trace.choices.includes(EFFECTS)) return (position) => -shareAt(trace, view, step, position);
+  const { effects } = trace.steps[step];
+  return effects.length ? effects : null;
+}
+
 // parts: {shares: by measure, measure: to sort by, own: query's position or null, effects: or null}.
 function fillTable(trace, parts) {
   const table = document.getElementById("sources");
@@ -16,14 +24,15 @@ function strongest({ shares, measure, effects }) {
   const positions = Array.from(main.keys()).filter((position) => main[position] !== 0);
   positions.sort((a, b) => Math.abs(main[b]) - Math.abs(main[a]) || a - b);
   const kept = positions.slice(0, MOST_ROWS);
-  const verified = (effects ?? []).map((effect) => effect.position);
+  const verified = (Array.isArray(effects) ? effects : []).map((effect) => effect.position);
   return kept.concat(verified.filter((position) => !kept.includes(position)));
 }
 
 function headingRow(trace, { effects }) {
   const row = element("tr");
   const titles = ["at", "token", ...trace.measures];
-  if (effects) titles.push("without it, ln p", "control, ln p");
+  if (effects) titles.push("without it, ln p");
+  if (Array.isArray(effects)) titles.push("control, ln p");
   for (const title of titles) row.append(element("th", { scope: "col" }, title));
   return row;
 }
@@ -54,6 +63,9 @@ function shareCell(share, scale) {
 }
 
 function effectCells(trace, effects, position) {
+  if (!Array.isArray(effects)) {
+    return [element("td", { class: "number effect" }, changeText(effects(position)))];
+  }
   const effect = effects.find((candidate) => candidate.position === position);
   if (!effect) return [element("td"), element("td")];
   const source = element("td", { class: "number effect" }, changeText(effect.change));
