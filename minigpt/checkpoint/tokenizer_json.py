@@ -13,7 +13,7 @@ from typing import Any
 
 from minigpt.errors import CheckpointError, MinigptError
 from minigpt.files import read_json
-from minigpt.rings import find_ring, ring
+from minigpt.rings import find_ring, has_ring, ring
 from minigpt.text.tokenizer import (
     BYTE_OF_CHARACTER,
     TiktokenTokenizer,
@@ -38,6 +38,7 @@ _PLAIN_BPE = {
     "byte_fallback": False,
 }
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_CLASSES = "checkpoint.tokenizer_classes"
 _NO_RANK = 2**32
 _MOST_STEPS = 2**25  # five times as many as cl100k_base takes
 _MOST_ADDED = 2**16  # the libraries take seconds for more
@@ -67,6 +68,8 @@ def read_tokenizer(
     files, data = find_ring("checkpoint.vocabulary_files"), None
     if os.path.lexists(folder / TOKENIZER):
         data = read_json(folder / TOKENIZER)
+        if has_ring(_CLASSES):
+            data = ring(_CLASSES).as_auto_tokenizer(folder, config, data)
     elif files:
         data = files.read_vocabulary_files(folder, config)
     if data is None:
@@ -77,23 +80,22 @@ def read_tokenizer(
     named = config.get(NAME_FIELD)
     place = folder.parent if folder.name.startswith("step-") else folder
     name = named if isinstance(named, str) else place.name
-    return tokenizer_from_json(data, name, config=config, end_of_text_ids=end_of_text_ids)
+    return tokenizer_from_json(data, name, end_of_text_ids=end_of_text_ids)
 
 
 def tokenizer_from_json(
     data: Mapping[str, Any],
     name: str,
     *,
-    config: Mapping[str, Any] | None = None,
     end_of_text_ids: tuple[int, ...] = (),
 ) -> Tokenizer:
     """Read a tokenizer.json, as tiktoken if that encodes alike, else with the tokenizers library.
 
     The post-processor decides what a prompt begins with. As in transformers, add_bos_token and
-    add_eos_token of tokenizer_config.json are ignored, and GPTNeoXTokenizer begins with nothing.
+    add_eos_token of tokenizer_config.json are ignored.
 
-    Args: data, the parsed file; name, for the Tokenizer; config, the parsed tokenizer_config.json;
-        end_of_text_ids, () for ``<|endoftext|>``.
+    Args: data, the parsed file; name, for the Tokenizer; end_of_text_ids, () for
+        ``<|endoftext|>``.
     Raises: CheckpointError naming the part that is damaged or cannot be used.
     """
     added = data.get("added_tokens")
@@ -102,9 +104,6 @@ def tokenizer_from_json(
             f"tokenizer.json has {len(added):,} added tokens, and at most {_MOST_ADDED:,} are "
             "read. Choose another model."
         )
-    kind = (config or {}).get("tokenizer_class")
-    if isinstance(kind, str) and kind.removesuffix("Fast") == "GPTNeoXTokenizer":
-        data = {**data, "post_processor": None}
     tokenizer = _tiktoken_tokenizer(data, name, end_of_text_ids)
     if tokenizer is not None:
         return tokenizer

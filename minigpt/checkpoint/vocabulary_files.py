@@ -6,17 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from minigpt.checkpoint.tokenizer_classes import class_parts, content, tokenizer_class
 from minigpt.errors import CheckpointError
 from minigpt.files import read_bytes, read_json, resource_errors
-from minigpt.text.tokenizer import BPE_PATTERN, END_OF_TEXT
+from minigpt.text.tokenizer import END_OF_TEXT
 
 VOCAB, MERGES, ADDED = "vocab.json", "merges.txt", "added_tokens.json"
 SCORES = "sp_vocab.json"
 
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 _VISIBLE_SPACE = "\u2581"
-# How Qwen2's tokenizer class splits text before merging, as its tokenizer.json publishes it.
-_QWEN2_PATTERN = BPE_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
 _END_OF_TEXT = dict.fromkeys(("unk_token", "bos_token", "eos_token"), END_OF_TEXT)
 
 JSONValue = dict[str, Any]
@@ -29,18 +28,18 @@ def read_vocabulary_files(folder: Path, config: Mapping[str, Any]) -> JSONValue 
     Raises: CheckpointError if a file is damaged, or of a kind that is not read.
     """
     if os.path.lexists(folder / VOCAB) and os.path.lexists(folder / MERGES):
-        return _json_from_merges(folder, config)
+        return _json_from_merges(folder, config, tokenizer_class(folder, config, {}))
     if os.path.lexists(folder / SCORES):
         return json_from_scores(read_json(folder / SCORES))
     return None
 
 
-def _json_from_merges(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+def _json_from_merges(folder: Path, config: Mapping[str, Any], kind: str) -> dict[str, Any]:
     added = read_json(folder / ADDED) if os.path.lexists(folder / ADDED) else {}
     try:
         with resource_errors(folder):
             merges = read_bytes(folder / MERGES).decode().replace("\r\n", "\n")
-        return json_from_merges(read_json(folder / VOCAB), merges, config, added)
+        return json_from_merges(read_json(folder / VOCAB), merges, config, added, kind)
     except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
         raise CheckpointError(
             f"{VOCAB}, {MERGES} or {ADDED} in {str(folder)!r} is damaged ({type(error).__name__}: "
@@ -125,45 +124,38 @@ def json_from_scores(data: Mapping[str, Any]) -> JSONValue:
 
 
 def json_from_merges(
-    vocab: Mapping[str, Any], merges: str, config: Mapping[str, Any], added: Mapping[str, Any]
+    vocab: Mapping[str, Any],
+    merges: str,
+    config: Mapping[str, Any],
+    added: Mapping[str, Any],
+    kind: str,
 ) -> JSONValue:
     """Return vocab.json and merges.txt as the tokenizer.json that transformers makes of them.
 
-    Args: merges, the text of merges.txt; config, the parsed tokenizer_config.json, whose
-        tokenizer_class decides how a text is split; added, the parsed added_tokens.json.
+    Args: merges, the text of merges.txt; config, the parsed tokenizer_config.json; added, the
+        parsed added_tokens.json; kind, the tokenizer class, which decides how a text is split.
     Raises: CheckpointError for another class, or if a file is damaged.
     """
-    kind = str(config.get("tokenizer_class") or "GPT2Tokenizer").removesuffix("Fast")
-    if kind not in ("GPT2Tokenizer", "CodeGenTokenizer", "Qwen2Tokenizer"):
+    kind = kind or "GPT2Tokenizer"
+    parts = class_parts(kind, config)
+    if parts is None or parts["model"]["byte_fallback"]:
         raise CheckpointError(
             f"vocab.json and merges.txt of a {kind[:40]!r} cannot be read without tokenizer.json. "
             "Write it with transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained("
             "FOLDER)."
         )
-    is_qwen = kind == "Qwen2Tokenizer"
     lines = [line for line in merges.split("\n") if line and not line.startswith("#version")]
-    byte_level = {
-        "type": "ByteLevel",
-        "add_prefix_space": bool(config.get("add_prefix_space")),
-        "trim_offsets": True,
-        "use_regex": not is_qwen,
-    }
-    splits: JSONValue = byte_level
-    if is_qwen:
-        regex = {"Regex": _QWEN2_PATTERN}
-        split = {"type": "Split", "pattern": regex, "behavior": "Isolated", "invert": False}
-        splits = {"type": "Sequence", "pretokenizers": [split, byte_level]}
     options: dict[str, JSONValue] = {str(token): {"id": id_} for token, id_ in added.items()}
     for id_, token in dict(config.get("added_tokens_decoder") or {}).items():
         options[token["content"]] = token | {"id": int(id_)}
     for field in ("bos_token", "eos_token", "unk_token", "pad_token"):
-        if (token := _content(config.get(field, _END_OF_TEXT.get(field)))) is not None:
+        if (token := content(config.get(field, _END_OF_TEXT.get(field)))) is not None:
             options.setdefault(token, {})
     ids = {str(token): int(id_) for token, id_ in vocab.items()}
     for token, option in options.items():
         ids.setdefault(token, option.get("id", 1 + max(ids.values(), default=-1)))
     plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    begin = _content(config.get("bos_token", _END_OF_TEXT["bos_token"]))
+    begin = content(config.get("bos_token", _END_OF_TEXT["bos_token"]))
     begins = bool(config.get("add_bos_token")) and begin is not None
     return {
         "version": "1.0",
@@ -173,28 +165,10 @@ def json_from_merges(
             plain | {"special": True} | options[token] | {"id": ids[token], "content": token}
             for token in sorted(options, key=ids.__getitem__)
         ],
-        "normalizer": {"type": "NFC"} if is_qwen else None,
-        "pre_tokenizer": splits,
+        **parts,
         "post_processor": _beginning_with(begin, ids[begin]) if begins else None,
-        "decoder": byte_level | {"use_regex": True},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": "",
-            "end_of_word_suffix": "",
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": dict(vocab),
-            "merges": [line.rstrip("\r") for line in lines],
-        },
+        "model": parts["model"] | {"vocab": dict(vocab), "merges": [m.rstrip("\r") for m in lines]},
     }
-
-
-def _content(token: Any) -> Any:
-    """Return the text of a token, which may be given with its options."""
-    return token["content"] if isinstance(token, dict) else token
 
 
 def _beginning_with(token: str, id_: int) -> JSONValue:

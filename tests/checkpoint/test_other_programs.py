@@ -11,6 +11,7 @@ from layout_models import LAYOUTS, make_model
 
 from minigpt.checkpoint.model_folder import read_model, write_model
 from minigpt.checkpoint.tokenizer_json import read_tokenizer, tokenizer_to_json
+from minigpt.errors import MinigptWarning
 from minigpt.text.bpe import train_bpe
 from minigpt.text.tokenizer import (
     TiktokenTokenizer,
@@ -75,6 +76,7 @@ CLASSES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore::minigpt.errors.MinigptWarning")
 @pytest.mark.parametrize("processor", PROCESSORS)
 @pytest.mark.parametrize("kind", CLASSES)
 def test_prompts_begin_as_those_of_auto_tokenizer_with_every_class_flag_and_post_processor(
@@ -102,6 +104,146 @@ def test_prompts_begin_as_those_of_auto_tokenizer_with_every_class_flag_and_post
         assert ours.encode_prompt("king") == ids, config
         begin = [299, *ours.prefix]
         assert list(ours.separator) == begin, config
+
+
+def _byte_level_vocabulary(**changes: Any) -> dict[str, Any]:
+    text = "In 1984 the king's I'LL de\u0301ja\u0300 vu 12345 3.14159 a  b   d <s>"
+    encoding = train_bpe([text] * 9, 310).encoding
+    specials = {"<|endoftext|>": 320, "</s>": 322, "<unk>": 323}
+    made = make_encoding("x", encoding._pat_str, encoding._mergeable_ranks, specials)
+    return tokenizer_to_json(TiktokenTokenizer("x", made)) | changes
+
+
+def _sentencepiece_vocabulary(**changes: Any) -> dict[str, Any]:
+    """BPE of characters with a byte fallback, as Llama 2 and Gemma have it."""
+    tokenizers = pytest.importorskip("tokenizers")
+    model = tokenizers.models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True)
+    library = tokenizers.Tokenizer(model)
+    library.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=420,
+        special_tokens=["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))],
+        show_progress=False,
+    )
+    library.train_from_iterator(["In 1984 the king's I'LL de\u0301ja vu 12345  a"] * 9, trainer)
+    data: dict[str, Any] = json.loads(library.to_str())
+    steps = [{"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}]
+    steps += [{"type": "ByteFallback"}, {"type": "Fuse"}]
+    decoder = {"type": "Sequence", "decoders": steps}
+    return data | {"added_tokens": data["added_tokens"][:3], "decoder": decoder} | changes
+
+
+_QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_WORDS = BYTE_LEVEL | {"use_regex": True}
+_QWEN2_SPLITS = {
+    "type": "Sequence",
+    "pretokenizers": [
+        {
+            "type": "Split",
+            "pattern": {"Regex": _QWEN2},
+            "behavior": "Isolated",
+            "invert": False,
+        },
+        BYTE_LEVEL | {"use_regex": False},
+    ],
+}
+_DIGITS = {
+    "type": "Sequence",
+    "pretokenizers": [{"type": "Digits", "individual_digits": True}, _WORDS],
+}
+_TO_SPACE = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+_PREPENDED = {
+    "type": "Sequence",
+    "normalizers": [{"type": "Prepend", "prepend": "\u2581"}, _TO_SPACE],
+}
+_MERGED = {
+    "type": "Split",
+    "pattern": {"String": " "},
+    "behavior": "MergedWithPrevious",
+    "invert": False,
+}
+_NEVER = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "never", "split": False}
+FILES = {
+    "own": lambda: _byte_level_vocabulary(),
+    "gpt2": lambda: _byte_level_vocabulary(pre_tokenizer=_WORDS),
+    "spaced": lambda: _byte_level_vocabulary(pre_tokenizer=_WORDS | {"add_prefix_space": True}),
+    "digits": lambda: _byte_level_vocabulary(pre_tokenizer=_DIGITS),
+    "qwen2": lambda: _byte_level_vocabulary(
+        pre_tokenizer=_QWEN2_SPLITS, normalizer={"type": "NFC"}
+    ),
+    "qwen2-not-normalized": lambda: _byte_level_vocabulary(pre_tokenizer=_QWEN2_SPLITS),
+    "lowercase": lambda: _byte_level_vocabulary(normalizer={"type": "Lowercase"}),
+    "metaspace": lambda: _sentencepiece_vocabulary(),
+    "metaspace-never": lambda: _sentencepiece_vocabulary(pre_tokenizer=_NEVER),
+    "llama2": lambda: _sentencepiece_vocabulary(pre_tokenizer=None, normalizer=_PREPENDED),
+    "gemma": lambda: _sentencepiece_vocabulary(pre_tokenizer=_MERGED, normalizer=_TO_SPACE),
+}
+SPLITTING_CLASSES = [
+    *(None, "PreTrainedTokenizerFast", "GPT2Tokenizer", "GPT2TokenizerFast", "LlamaTokenizer"),
+    *("LlamaTokenizerFast", "Qwen2Tokenizer", "Qwen2TokenizerFast", "GemmaTokenizerFast"),
+    *("GPTNeoXTokenizerFast", "CodeGenTokenizer", "UnknownTokenizer"),
+]
+MODEL_TYPES = [
+    *("llama", "mistral", "gpt2", "qwen2", "qwen3", "gpt_neox", "gemma2", "gemma3_text"),
+    *("olmo2", "phi3", "smollm3"),
+]
+_FOR_BYTES = ("GPT2Tokenizer", "Qwen2Tokenizer", "GPTNeoXTokenizer", "CodeGenTokenizer")
+
+
+@pytest.mark.filterwarnings("ignore::minigpt.errors.MinigptWarning")
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_text_is_split_as_the_class_that_auto_tokenizer_takes_does_it(
+    transformers: Any, tmp_path: Path, model_type: str
+) -> None:
+    """Classes bring a split of their own, whatever tokenizer.json says."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    for name, kind in itertools.product(FILES, SPLITTING_CLASSES):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(FILES[name]()))
+        is_bytes = FILES[name]()["decoder"]["type"] == "ByteLevel"
+        for flags in ({}, {"add_prefix_space": True}, {"add_prefix_space": False, "legacy": True}):
+            config = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", **flags}
+            config |= {"tokenizer_class": kind} if kind else {}
+            (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+            theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+            if not is_bytes and type(theirs).__name__ in _FOR_BYTES:
+                continue  # it would lose characters: see the next test
+            ours = read_tokenizer(tmp_path)
+            assert ours is not None
+            for text in HARD_TEXTS[:-1]:
+                plain = text.replace("<s>", "")
+                assert ours.encode_prompt(plain) == theirs(plain).input_ids, (name, config, text)
+            special = "In </s>king <unk>"
+            ids = [*ours.prefix, *ours.encode(special, special=True)]
+            assert ids == theirs(special).input_ids, (name, config)
+
+
+def test_a_class_that_splits_otherwise_is_named_and_one_that_loses_characters_is_not_followed(
+    transformers: Any, tmp_path: Path
+) -> None:
+    def write(file: str, kind: str, model_type: str) -> Tokenizer:
+        (tmp_path / "tokenizer.json").write_text(json.dumps(FILES[file]()))
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
+        tokenizer = read_tokenizer(tmp_path)
+        assert tokenizer is not None
+        return tokenizer
+
+    with pytest.warns(MinigptWarning, match="Qwen2Tokenizer.* splits text otherwise"):
+        write("own", "PreTrainedTokenizerFast", "qwen2")
+    with pytest.warns(MinigptWarning, match="loses characters.*followed instead"):
+        tokenizer = write("llama2", "LlamaTokenizer", "qwen2")
+    library = pytest.importorskip("tokenizers").Tokenizer.from_file(
+        str(tmp_path / "tokenizer.json")
+    )
+    assert tokenizer.encode("In 1984 we") == library.encode("In 1984 we").ids
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write("qwen2", "Qwen2Tokenizer", "qwen2")  # both say the same
+        write("own", "PreTrainedTokenizerFast", "llama")
+        write("llama2", "LlamaTokenizer", "llama")  # differs at leading spaces only
 
 
 HARD_TEXTS = [

@@ -584,13 +584,8 @@ def test_the_post_processor_decides_whether_prompts_begin_with_a_token() -> None
     data, _ = published(llama3)
     begin = data["added_tokens"][0]["id"]
 
-    def prefix(data: dict[str, Any], **config: Any) -> tuple[int, ...]:
-        return tokenizer_from_json(data, "x", config=config).prefix
-
-    assert prefix(data) == prefix(data, bos_token="<|eot_id|>") == (begin,)
-    for says in (True, False, None):
-        assert prefix(data, add_bos_token=says, bos_token="nowhere") == (begin,)
-        assert prefix(data | {"post_processor": None}, add_bos_token=says) == ()
+    assert tokenizer_from_json(data, "x").prefix == (begin,)
+    assert tokenizer_from_json(data | {"post_processor": None}, "x").prefix == ()
 
 
 def test_end_of_text_ids_are_the_given_ones_or_the_usual_token() -> None:

@@ -1,0 +1,222 @@
+"""What AutoTokenizer of transformers 5 makes of a folder's vocabulary.
+
+Tokenizer classes such as Qwen2Tokenizer take vocabulary, merges, added tokens and post-processor
+from tokenizer.json, and bring a normalizer, a pre-tokenizer and a decoder of their own.
+"""
+
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from minigpt.errors import MinigptError, MinigptWarning
+from minigpt.files import read_json
+from minigpt.rings import ring
+from minigpt.text.tokenizer import BPE_PATTERN
+
+JSONValue = dict[str, Any]
+
+_CLASS_OF_MODEL_TYPE = {
+    "gpt2": "GPT2Tokenizer",
+    "gpt_neox": "GPTNeoXTokenizer",
+    "gemma": "GemmaTokenizer",
+    "gemma2": "GemmaTokenizer",
+    "gemma3_text": "GemmaTokenizer",
+    "qwen2": "Qwen2Tokenizer",
+    "qwen3": "Qwen2Tokenizer",
+}
+_ALWAYS_FROM_FILE = ("mistral", "olmo2", "phi3")  # whatever tokenizer_class says
+_QWEN2_PATTERN = BPE_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
+_SPACE = "\u2581"
+_BPE = {
+    "type": "BPE",
+    "dropout": None,
+    "unk_token": None,
+    "fuse_unk": False,
+    "byte_fallback": False,
+    "ignore_merges": False,
+    "continuing_subword_prefix": "",
+    "end_of_word_suffix": "",
+}
+_ROLES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+_PROBE = "The 1984 I'LL x's de\u0301ja\u0300  vu,\n\n 3.14\t\u4e2d\u6587 A\u030a ... end "
+
+
+def tokenizer_class(folder: Path, config: Mapping[str, Any], data: Mapping[str, Any]) -> str:
+    """Return the name of the class that AutoTokenizer uses, without ``Fast``; "" for the generic.
+
+    Args: config, the parsed tokenizer_config.json; data, the parsed tokenizer.json, {} for none.
+    """
+    path = folder / "config.json"
+    model = read_json(path) if os.path.lexists(path) else {}
+    kind = model.get("model_type")
+    declared = config.get("tokenizer_class") or model.get("tokenizer_class")
+    named = declared.removesuffix("Fast") if isinstance(declared, str) else ""
+    own = _CLASS_OF_MODEL_TYPE.get(kind, "") if isinstance(kind, str) else ""
+    code = config.get("auto_map")
+    if code and (not isinstance(code, Mapping) or "AutoTokenizer" in code):
+        return named or own
+    if kind in _ALWAYS_FROM_FILE:
+        return ""
+    if kind == "qwen2":  # whatever tokenizer_class says
+        return own
+    parts = (data.get("pre_tokenizer"), data.get("decoder"))
+    is_byte_level = any(step["type"] == "ByteLevel" for part in parts for step in _steps(part))
+    if named == "LlamaTokenizer" and is_byte_level:
+        return ""
+    return named or own
+
+
+def class_parts(name: str, config: Mapping[str, Any]) -> JSONValue | None:
+    """Return the parts of a tokenizer.json that a class brings; None if it reads the file's.
+
+    Args: name, without ``Fast``; config, the parsed tokenizer_config.json.
+    """
+    has_space = config.get("add_prefix_space")
+    byte_level = {
+        "type": "ByteLevel",
+        "add_prefix_space": bool(has_space),
+        "trim_offsets": True,
+        "use_regex": True,
+    }
+    merged = {"normalizer": None, "pre_tokenizer": byte_level, "decoder": byte_level, "model": _BPE}
+    decoders: list[JSONValue] = [
+        {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    fallback = _BPE | {"fuse_unk": True, "byte_fallback": True}
+    match name:
+        case "GPT2Tokenizer" | "CodeGenTokenizer":
+            return merged
+        case "GPTNeoXTokenizer":
+            # It updates its post-processor without add_bos_token, so that it begins with nothing.
+            return merged | {"normalizer": {"type": "NFC"}, "post_processor": None}
+        case "Qwen2Tokenizer":
+            regex = {"Regex": _QWEN2_PATTERN}
+            split = {"type": "Split", "pattern": regex, "behavior": "Isolated", "invert": False}
+            steps = [split, byte_level | {"use_regex": False}]
+            splits = {"type": "Sequence", "pretokenizers": steps}
+            return merged | {"normalizer": {"type": "NFC"}, "pre_tokenizer": splits}
+        case "LlamaTokenizer":
+            scheme = "always" if config.get("legacy") else "first"
+            is_prefixed = has_space is None or has_space
+            return {
+                "normalizer": None,
+                "pre_tokenizer": {
+                    "type": "Metaspace",
+                    "replacement": _SPACE,
+                    "prepend_scheme": scheme if is_prefixed else "never",
+                    "split": False,
+                },
+                "decoder": _sequence([*decoders, strip] if is_prefixed else decoders),
+                "model": fallback,
+            }
+        case "GemmaTokenizer":
+            space = {"String": " "}
+            behavior = {"behavior": "MergedWithPrevious", "invert": False}
+            return {
+                "normalizer": {"type": "Replace", "pattern": space, "content": _SPACE},
+                "pre_tokenizer": {"type": "Split", "pattern": space} | behavior,
+                "decoder": _sequence(decoders),
+                "model": fallback | {"unk_token": content(config.get("unk_token", "<unk>"))},
+            }
+    return None
+
+
+def as_auto_tokenizer(
+    folder: Path, config: Mapping[str, Any], data: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """Return a tokenizer.json with the parts that AutoTokenizer replaces, and the tokens it adds.
+
+    A warning says if that changes ids. A class that cannot encode characters that the file can,
+    being for another kind of vocabulary, is not followed.
+
+    Args: config, the parsed tokenizer_config.json; data, the parsed tokenizer.json.
+    """
+    try:
+        data = _with_named_tokens(data, config)
+        model = data["model"]
+        name = tokenizer_class(folder, config, data)
+        parts = class_parts(name, config)
+        if parts is None or model.get("type", "BPE") != "BPE" or "merges" not in model:
+            return data
+        changed = {**data, **parts, "model": model | parts["model"]}
+        if _split(data) == _split(changed):
+            return changed
+    except (KeyError, TypeError, AttributeError):
+        return data  # damaged, as is said where it is read
+    by_file, by_class = _probed(data), _probed(changed)
+    if by_file is None or by_class is None or by_file == by_class:
+        return changed
+    is_lossy = len(by_class[1]) > len(by_file[1])
+    what = (
+        "loses characters of this vocabulary. tokenizer.json is followed instead"
+        if is_lossy
+        else "splits text otherwise than tokenizer.json, and is followed"
+    )
+    warnings.warn(
+        f"the tokenizer of {str(folder)!r}: {name}, which transformers 5 uses for it, {what}. "
+        "docs/models.md says how to choose.",
+        MinigptWarning,
+        stacklevel=2,
+    )
+    return data if is_lossy else changed
+
+
+def _probed(data: Mapping[str, Any]) -> tuple[list[int], set[str]] | None:
+    """Return the ids of a text of many kinds, and its characters without a token."""
+    try:
+        tokenizer = ring("text.imported").ImportedTokenizer("", data)
+        lacking = tokenizer.unencodable(_PROBE)
+        ids = tokenizer.encode_array("".join(c for c in _PROBE if c not in lacking))
+    except (MinigptError, KeyError, TypeError, ValueError, AttributeError):
+        return None  # damaged, as is said where it is read
+    return ids.tolist(), lacking
+
+
+def _split(data: Mapping[str, Any]) -> list[Any]:
+    """Return what decides on ids, without what does not."""
+    options = ("ignore_merges", "byte_fallback")
+    parts = [bool(data["model"].get(name)) for name in options]
+    steps = [*_steps(data.get("normalizer")), *_steps(data.get("pre_tokenizer"))]
+    return parts + [{"use_regex": True} | step | {"trim_offsets": None} for step in steps]
+
+
+def _with_named_tokens(data: Mapping[str, Any], config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Add the special tokens that only tokenizer_config.json names, where they have an id."""
+    added, vocab = list(data.get("added_tokens") or ()), data["model"].get("vocab")
+    known = {token["content"] for token in added}
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or ()
+    named = [config.get(role) for role in _ROLES]
+    named += list(extra.values()) if isinstance(extra, Mapping) else list(extra)
+    texts = [content(token) for token in named if token is not None]
+    new = [text for text in dict.fromkeys(texts) if isinstance(text, str) and text not in known]
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    for text in new if isinstance(vocab, Mapping) else ():
+        if text in vocab:
+            added.append({"id": vocab[text], "content": text, "special": True} | plain)
+    if len(added) == len(known):
+        return data
+    return {**data, "added_tokens": sorted(added, key=lambda token: int(token["id"]))}
+
+
+def content(token: Any) -> Any:
+    """Return the text of a token, which may be given with its options."""
+    return token["content"] if isinstance(token, Mapping) else token
+
+
+def _sequence(steps: list[JSONValue]) -> JSONValue:
+    return {"type": "Sequence", "decoders": steps}
+
+
+def _steps(part: Any) -> list[JSONValue]:
+    """Return the steps of a part of tokenizer.json, in one list however they are nested."""
+    if part is None:
+        return []
+    if part["type"] != "Sequence":
+        return [dict(part)]
+    nested = [step for value in part.values() if isinstance(value, list) for step in value]
+    return [inner for step in nested for inner in _steps(step)]
