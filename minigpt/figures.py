@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minigpt.errors import ConfigError, install_extra
-from minigpt.files import write_atomically
+from minigpt.files import require_writable, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,7 +25,7 @@ def require_matplotlib(
 
     Args: suffixes, of the allowed formats; what, the option or file that error messages name.
     Raises: ConfigError if the path has another suffix, is a folder or is in no folder, or if
-        matplotlib is not installed.
+        matplotlib is not installed; ResourceError if it cannot be written.
     """
     if path.suffix.lower() not in suffixes:
         choices = f"{', '.join(suffixes[:-1])} or {suffixes[-1]}"
@@ -40,6 +40,7 @@ def require_matplotlib(
         raise ConfigError(
             f"{what} needs matplotlib. Install it: {install_extra('plot')}."
         ) from None
+    require_writable(path)
 
 
 def our_style() -> AbstractContextManager[None]:

@@ -54,6 +54,8 @@ def resource_errors(path: Path | None, remedy: str = "") -> Iterator[None]:
         yield
     except OSError as error:
         advice = _REMEDIES.get(error.errno or 0, "")
+        if WRITING in str(error.filename):  # in /proc, there is no file that one may create
+            advice = advice or _NAME
         if not advice:
             raise
         where = error.filename or path

@@ -192,7 +192,7 @@ def _opened(path: Path) -> Iterator[Any]:
     try:
         # Read, not mapped: a file that shrinks under a mapping kills the process (SIGBUS).
         with resource_errors(path):
-            _check_header(path)
+            check_header(path)
             with safe_open(path, framework="pt", backend="pread") as file:
                 yield file
     except (SafetensorError, OSError) as error:
@@ -203,7 +203,7 @@ def _opened(path: Path) -> Iterator[Any]:
         ) from None
 
 
-def _check_header(path: Path) -> None:
+def check_header(path: Path) -> None:
     """Refuse what is not a regular file, or may not be read, or has a header that fills memory."""
     with open_regular(path) as file:
         n_bytes = int.from_bytes(file.read(8), "little")

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from minigpt.commands.options import Mode
 
 
+_SYNONYMS = {"--learning-rate": "--lr"}
+"""Common names of other programs for an option."""
+
+
 def check_group(ctx: Any, args: list[str]) -> None:
     """Raise ConfigError for an unknown option before the name of a command."""
     options = [name for p in ctx.command.get_params(ctx) for name in p.opts]
@@ -84,13 +88,31 @@ def _advice(ctx: Any, word: str) -> str:
     listed = [p.secondary_opts if is_negated else p.opts for p in parameters]
     name = word.partition("=")[0]
     for parameter in parameters:  # `train --model M`, whose option for a MODEL is --from
-        if name.lstrip("-").upper() == parameter.metavar:
+        if name.startswith("--") and name[2:].upper() == parameter.metavar:
             if parameter.param_type_name != "argument":
                 return f"Did you mean {parameter.opts[0]} {parameter.metavar}?"
             return f"Give it without a name: {ctx.command_path} {parameter.metavar}"
+    if any("--set" in names for names in listed) and (setting := _setting(name)):
+        return f"It is a setting: --set {setting}=VALUE"
     longs = [[n for n in names if n.startswith("--")][:1] for names in listed]  # no aliases
-    near = did_you_mean(name, itertools.chain(*longs))
+    synonym = _SYNONYMS.get(name, "")
+    near = did_you_mean(synonym or name, itertools.chain(*longs))
     return near or f"See {ctx.command_path} --help."
+
+
+def _setting(name: str) -> str:
+    """Return the setting of a run that an option is named after, dotted; empty if there is none."""
+    from minigpt.config import DataConfig, ModelConfig, TrainingConfig
+
+    plain = name[2:].replace("-", "_")
+    for table, config in (
+        ("training", TrainingConfig),
+        ("model", ModelConfig),
+        ("data", DataConfig),
+    ):
+        if any(f.name == plain for f in fields(config)):
+            return f"{table}.{plain}"
+    return ""
 
 
 def _is_flag(parameter: Any) -> bool:

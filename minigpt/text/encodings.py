@@ -24,6 +24,19 @@ _EASTERN = ("gb18030", "big5", "shift_jis", "euc_jp", "euc_kr")
 _NOT_CP1252 = re.compile(
     rb"[\x81\x8d\x8f\x90\x9d]|[a-z][\x80\x82-\x87\x89\x8b\x8e\x91\x93-\x95\x98\x99\x9b\xd5][a-z]"
 )
+_OTHER_KINDS = {
+    b"%PDF": "a PDF. Extract its text: pdftotext OLD NEW",
+    b"PK\x03\x04": "a ZIP archive, as .docx and .epub are. Unpack it, or save it as plain text",
+    b"\xd0\xcf\x11\xe0": "an Office document. Save it as plain text",
+    b"7z\xbc\xaf": "an archive. Unpack it",
+    b"Rar!": "an archive. Unpack it",
+    b"SQLite format 3": "a database. Export its text as CSV",
+    b"\x89PNG": "a picture. Pass text files",
+    b"\xff\xd8\xff": "a picture. Pass text files",
+    b"GGUF": "the weights of a model. Pass text files",
+}
+"""First bytes of files that are no text, whatever their encoding: what they are, and the remedy."""
+_TAR = slice(257, 262)
 _CONTROLS = re.compile(r"[\0-\x08\x0e-\x1f\ud800-\udfff]")
 
 
@@ -64,6 +77,8 @@ def refusal(file: BinaryIO, name: str, encoding: str, block_bytes: int) -> DataE
     while not is_last:
         block = file.read(block_bytes)
         is_last = not block
+        if not n_before and (kind := _other_kind(block)):
+            return DataError(f"{name!r} is {kind}.")
         try:
             if is_utf8 and (index := block.find(b"\0")) >= 0:
                 position = n_before + index
@@ -91,6 +106,13 @@ def refusal(file: BinaryIO, name: str, encoding: str, block_bytes: int) -> DataE
         n_before += len(block)
         n_chars += len(text)
     return DataError(f"{name!r} changed while it was read. Try again.")
+
+
+def _other_kind(data: bytes) -> str:
+    """Return what a file is by its first bytes, with the remedy; empty if it may be text."""
+    if data[_TAR] == b"ustar":
+        return "a tar archive. Unpack it"
+    return next((kind for mark, kind in _OTHER_KINDS.items() if data.startswith(mark)), "")
 
 
 def _not_utf8(name: str, position: int, remedy: str) -> DataError:

@@ -56,7 +56,7 @@ def texts(
         except BadRow as error:
             message = f"{_UNITS[kind]} {number} of {name!r} {error.reason}"
             if on_skip is None:
-                remedies = f"Leave such rows out with --skip-bad. {error.remedy}"
+                remedies = f"{error.remedy} Leave such rows out with --skip-bad."
                 raise DataError(f"{message}. {remedies.strip()}") from None
             on_skip(message)
         else:

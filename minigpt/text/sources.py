@@ -240,7 +240,9 @@ def _expanded(pattern: str) -> set[str]:
 
 
 def _counted(counts: Counter[str]) -> str:
-    return ", ".join(f"{n:,} {kind}" for kind, n in counts.most_common(6) if n)
+    links = {"dangling link": "dangling links"}
+    names = {kind: links.get(kind, kind) if n > 1 else kind for kind, n in counts.items()}
+    return ", ".join(f"{n:,} {names[kind]}" for kind, n in counts.most_common(6) if n)
 
 
 def _summary(

@@ -69,6 +69,8 @@ def choose(documents: Iterable[Document], val_fraction: float) -> Callable[[str]
     The choice depends on the texts alone, not on their order or a seed, and puts equal texts on
     the same side. Documents are taken in the order of their hashes until they have the wanted
     share of the bytes; those that would exceed it by half are left out, but one is always taken.
+
+    Raises: DataError if there are no two different ones.
     """
     hashes, sizes = array("Q"), array("Q")
     for document in documents:
@@ -81,6 +83,11 @@ def choose(documents: Iterable[Document], val_fraction: float) -> Callable[[str]
     n_bytes = {h: 0 for h in hashes}
     for h, size in zip(hashes, sizes, strict=True):
         n_bytes[h] += size
+    if len(n_bytes) < 2:
+        raise DataError(
+            f"--val-split documents needs two different documents: this text has {len(n_bytes)}. "
+            "Use --val-split tail."
+        )
     wanted = val_fraction * sum(sizes)
     chosen: set[int] = set()
     n_chosen = 0

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from minigpt.checkpoint.model_folder import STATE_FOLDER, save_tensors
+from minigpt.checkpoint.weights import check_header
 from minigpt.errors import CheckpointError, ConfigError, DataError
-from minigpt.files import open_regular, read_bytes
+from minigpt.fields import check_fields, setting
+from minigpt.files import read_bytes
 from minigpt.settings import build
 from minigpt.training.optim import Muon
 from minigpt.training.run import Run
@@ -46,12 +48,14 @@ class Seam:
     again.
     """
 
-    step: int
+    step: int = setting(bounds="[0, inf)")
     """Number of steps taken under the old schedule."""
-    lr_scale: float
+    lr_scale: float = setting(bounds="[0, inf)")
     """Learning rate of the last of them as a fraction of the peak."""
     is_warm: bool
     """Whether the context warm-up was over."""
+
+    __post_init__ = check_fields
 
     def limit(self, lr_scale: float, step: int) -> float:
         """Return the learning rate of a step after the seam: that of the new schedule, limited."""
@@ -63,29 +67,31 @@ class Seam:
 class Lowest:
     """The lowest validation loss of the evaluations that were due."""
 
-    step: int = 0
+    step: int = setting(0, "[0, inf)")
     """Step of the loss."""
-    val_loss: float | None = None
+    val_loss: float | None = setting(None, "[0, inf)")
     """Loss in nats/token. None before the first evaluation."""
+
+    __post_init__ = check_fields
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingState:
     """Counters of a run at a checkpoint."""
 
-    step: int = 0
+    step: int = setting(0, "[0, inf)")
     """Number of optimizer steps taken."""
-    elapsed_s: float = 0.0
+    elapsed_s: float = setting(0.0, "[0, inf)")
     """Seconds of training, without evaluation and saving."""
-    n_skipped: int = 0
+    n_skipped: int = setting(0, "[0, inf)")
     """Number of steps skipped because of NaN or inf."""
     corpus: str = ""
     """Fingerprint of the tokenized corpus."""
     computed_on: str = ""
     """Hardware, dtype and torch version, from ``computed_on``."""
-    lr_scale: float | None = None
+    lr_scale: float | None = setting(None, "[0, inf)")
     """Learning rate of the last step as a fraction of the peak. None before the first step."""
-    next_lr_scale: float | None = None
+    next_lr_scale: float | None = setting(None, "[0, inf)")
     """Learning rate of the next step as a fraction of the peak, if the schedule stays the same."""
     is_warm: bool = False
     """Whether the context warm-up is over."""
@@ -93,6 +99,8 @@ class TrainingState:
     """Lowest validation loss of the evaluations that were due."""
     seam: Seam | None = None
     """Where a change of the schedule was last smoothed."""
+
+    __post_init__ = check_fields
 
 
 def computed_on(world: World, dtype: torch.dtype) -> str:
@@ -161,7 +169,7 @@ def restore(run: Run, folder: Path) -> None:
         run.moved_from = state.computed_on
     best = run.folder.best()
     best_loss = best.facts.get("val_loss") if best else None
-    run.best_loss = run.world.broadcast(math.inf if best_loss is None else best_loss)
+    run.best_loss = run.world.broadcast(best_loss if isinstance(best_loss, float) else math.inf)
     if run.early_stop:
         run.early_stop.best_step = state.lowest.step
         run.early_stop.val_loss = state.lowest.val_loss
@@ -203,7 +211,7 @@ def read_state(folder: Path) -> TrainingState:
     path = folder / STATE_FOLDER
     try:
         return build(TrainingState, json.loads(read_bytes(path / _STATE_FILE)))
-    except (OSError, ValueError, ConfigError, AttributeError) as error:
+    except (OSError, ValueError, ConfigError, AttributeError, RecursionError) as error:
         raise _not_resumable(path, error) from None
 
 
@@ -228,7 +236,7 @@ def restore_state(
     """
     path, counters = folder / STATE_FOLDER, read_state(folder)
     try:
-        open_regular(path / _OPTIMIZER_FILE).close()
+        check_header(path / _OPTIMIZER_FILE)
         tensors = load_file(path / _OPTIMIZER_FILE)
     except (OSError, SafetensorError) as error:
         raise _not_resumable(path, error) from None
@@ -240,9 +248,9 @@ def restore_state(
         state = found.pop(name, {})
         other = {key: state.pop(key) for key in (_STEP_KEY, _AVERAGE_KEY) if key in state}
         has_keys = not counters.step or state.keys() == _STATE_KEYS[type(optimizer)]
-        if not has_keys or any(
-            key != "step" and tensor.shape != parameter.shape
-            for key, tensor in (state | other).items()
+        if not has_keys or not all(
+            value.is_floating_point() and value.shape == (() if key == "step" else parameter.shape)
+            for key, value in (state | other).items()
         ):
             raise CheckpointError(
                 f"{str(path)!r} has no {type(optimizer).__name__} state for {name} of shape "

@@ -32,6 +32,7 @@ from minigpt.errors import did_you_mean
         ("train --batch 2", "--batch-size"),
         ("train --context 2", "--context-length"),
         ("attention-trace --verif 2", "--n-verified or --verify-layers or --verify-heads"),
+        ("train --learning-rate 2", "--lr"),
         ("train --model gpt2", "--from MODEL"),
         ("prepare --model gpt2", "--from MODEL"),
         ("-help", "--help"),
@@ -56,6 +57,7 @@ def test_a_name_that_is_near_is_suggested(run: Run, words: str, near: str) -> No
         "generate --num-beams 2",
         "generate --greedy",
         "generate --length 2",
+        "generate -n 2",
         "generate --prompt x",
         "train --optimizer x",
         "train --n-embd 4",
@@ -73,6 +75,24 @@ def test_a_name_that_is_not_near_gets_no_suggestion(run: Run, words: str) -> Non
     result = run(*words.split())
     assert result.code == 2
     assert "Did you mean" not in error_line(result)
+
+
+@pytest.mark.parametrize(
+    ("option", "setting"),
+    [
+        ("--weight-decay", "training.weight_decay"),
+        ("--grad-clip=1", "training.grad_clip"),
+        ("--d-mlp", "model.d_mlp"),
+        ("--optimizer", "training.optimizer"),
+    ],
+)
+def test_an_option_named_as_a_setting_is_given_with_set(
+    run: Run, option: str, setting: str
+) -> None:
+    for command in ("train", "compare"):
+        advice = error_line(run(command, option, "1")).rpartition(". ")[2]
+        assert advice == f"It is a setting: --set {setting}=VALUE"
+    assert "--set" not in error_line(run("generate", option, "1"))
 
 
 def test_a_suffix_makes_no_file_near() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import shlex
 import shutil
@@ -19,6 +20,8 @@ import torch
 from calls import ROOT, TINY, Run
 
 from minigpt.checkpoint.folder import RunFolder
+from minigpt.checkpoint.manifest import verify
+from minigpt.checkpoint.model_folder import read_model
 from minigpt.settings import read_toml
 
 pytestmark = [
@@ -142,6 +145,53 @@ def test_a_killed_process_ends_the_run_and_the_message_says_how_to_resume(
     assert "Traceback" not in err.split("error: ")[1].split("torch/distributed")[0]
     assert run(*words, "--max-steps", str(latest.step + 1)).code == 0
     assert RUN.steps()[-1] == latest.step + 1
+
+
+def weights_of(name: str) -> dict[str, torch.Tensor]:
+    latest = RunFolder(Path("checkpoints", name)).latest()
+    assert latest is not None
+    assert latest.step == 40
+    verify(latest.folder, hashes=True)
+    return dict(read_model(latest.folder).model.state_dict())
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize("words", [[], ["--shard"]], ids=["replicated", "sharded"])
+def test_ranks_killed_at_random_moments_lose_nothing_and_end_with_the_same_bits(
+    words: list[str], launch: Launch
+) -> None:
+    train = ["train", "corpus.txt", *TINY, "--max-steps", "40", "--save-every", "2", *words]
+    code, _, err = end_of(launch(*train, "--name", "straight"))
+    assert code == 0, err
+    rng, newest, n_killed = random.Random(5), 0, 0
+    process = launch(*train, "--name", "a")
+    for _ in range(40):
+        if rng.random() < 0.7:  # also while it starts, while the first checkpoint is written
+            while process.poll() is None and max(RUN.steps(), default=0) <= newest:
+                time.sleep(0.02)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(rng.uniform(0.1, 3))
+        victims = [process.pid, *children_of(process)]
+        number = rng.choice([signal.SIGKILL, signal.SIGTERM])
+        # A torchrun that is killed leaves its ranks behind, which train on and hold the lock.
+        victims = victims[1:] if number == signal.SIGKILL else victims
+        victim = rng.choice(victims) if victims else 0
+        if process.poll() is None and victim:
+            with suppress(ProcessLookupError):
+                os.kill(victim, number)
+                n_killed += 1
+        code, out, err = end_of(process)
+        assert out == ""
+        assert "bug of minigpt" not in err, err
+        latest = RUN.latest()
+        assert (latest.step if latest else 0) >= newest, "no checkpoint is lost"
+        newest = latest.step if latest else 0
+        if newest == 40:
+            break
+        process = launch(*(["train", "--resume"] if latest else train), "--name", "a")
+    assert n_killed > 3
+    found, expected = weights_of("a"), weights_of("straight")
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
 def test_a_run_that_torchrun_restarts_resumes_from_its_checkpoint(launch: Launch, run: Run) -> None:

@@ -217,3 +217,24 @@ def test_an_encoding_that_does_not_fit_is_a_data_error(encoding: str, tmp_path: 
     data = DataConfig(paths=(str(tmp_path / "a.txt"),), encoding=encoding)
     with pytest.raises(DataError, match=f"is not {encoding}"):
         prepare(data, cache_dir=tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("head", "says"),
+    [
+        (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", "is a PDF. Extract its text: pdftotext OLD NEW"),
+        (b"PK\x03\x04\x14\x00\x06\x00", "is a ZIP archive, as .docx and .epub are. Unpack it"),
+        (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "is an Office document. Save it as plain text"),
+        (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "is a picture"),
+        (b"\xff\xd8\xff\xe0\0\x10JFIF", "is a picture"),
+        (b"SQLite format 3\0", "is a database. Export its text as CSV"),
+        (b"a.txt".ljust(257, b"\0") + b"ustar\x0000", "is a tar archive. Unpack it"),
+    ],
+)
+def test_a_file_of_another_kind_is_named_and_no_encoding_is_advised(head: bytes, says: str) -> None:
+    for rest in (bytes(range(128, 256)) * 40, b"\0" * 300, FRENCH.encode("latin-1")):
+        Path("a.txt").write_bytes(head + rest)
+        message = refusal("a.txt")
+        assert says in message
+        assert "--encoding" not in message
+        assert "iconv" not in message

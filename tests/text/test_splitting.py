@@ -196,3 +196,11 @@ def test_a_folder_prepared_by_documents_refuses_another_split() -> None:
     for other in ({"val_fraction": 0.2}, {"val_split": "tail", "val_fraction": 0.3}):
         with pytest.raises(ConfigError):
             prepared("out", **other)
+
+
+def test_one_document_cannot_be_split_by_document(folder: Path) -> None:
+    Path("a.txt").write_text("one text " * 200)
+    for paths in (("a.txt",), (write("a.jsonl", ["the same " * 9] * 30),)):
+        with pytest.raises(DataError, match="needs two different documents: this text has 1"):
+            prepared(*paths, val_split="documents")
+        assert prepared(*paths, val_split="tail").manifest.val_split == "tail"

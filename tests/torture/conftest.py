@@ -16,9 +16,12 @@ ROOT = Path(__file__).resolve().parents[2]
 # Helpers of the other test packages: small_runs, small_traces, calls.
 sys.path += [str(ROOT / "tests" / name) for name in ("training", "tracing", "commands")]
 
+from interrupted_runs import train  # noqa: E402
 from small_models import small_model  # noqa: E402
+from small_runs import data_of, text  # noqa: E402
 
 from minigpt.checkpoint.model_folder import write_model  # noqa: E402
+from minigpt.text.shards import PreparedData  # noqa: E402
 from minigpt.text.tokenizer import bytes_tokenizer  # noqa: E402
 
 
@@ -51,3 +54,24 @@ def limit(request: pytest.FixtureRequest) -> Iterator[None]:
 def program() -> dict[str, str]:
     """The environment of the program as a process of its own."""
     return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
+    return data_of(text(400), tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def begun(data: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps."""
+    folder = tmp_path_factory.mktemp("begun") / "run"
+    train(folder, data, until=2)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def straight(data: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of six steps that nothing happened to."""
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    train(folder, data)
+    return folder

@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import config_of, data_of, differing, run_until, text, trainer_of
+from interrupted_runs import train, weights
+from small_runs import differing
 
 from minigpt.checkpoint.folder import RunFolder
 from minigpt.checkpoint.manifest import verify
-from minigpt.checkpoint.model_folder import read_model
 from minigpt.errors import CheckpointError, MinigptError, ResourceError
 from minigpt.files import write_atomically
 from minigpt.text.shards import PreparedData
@@ -76,43 +76,6 @@ class Disk:
             return call(path, mode, *rest, **more)
 
         return opened
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
-    return data_of(text(400), tmp_path_factory.mktemp("data"))
-
-
-CONFIG = config_of(max_steps=6, save_every=2)
-
-
-def train(folder: Path, data: PreparedData, *, until: int = 6) -> None:
-    run = RunFolder(folder)
-    with run.lock():
-        run_until(trainer_of(CONFIG, data, folder, resume=run.latest() is not None), until)
-
-
-@pytest.fixture(scope="module")
-def begun(data: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two steps."""
-    folder = tmp_path_factory.mktemp("begun") / "run"
-    train(folder, data, until=2)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def straight(data: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of six steps that nothing happened to."""
-    folder = tmp_path_factory.mktemp("straight") / "run"
-    train(folder, data)
-    return folder
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    latest = RunFolder(folder).latest()
-    assert latest is not None
-    verify(latest.folder, hashes=True)
-    return dict(read_model(latest.folder).model.state_dict())
 
 
 def calls_of_a_resume(begun: Path, data: PreparedData, folder: Path) -> int:

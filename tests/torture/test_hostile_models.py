@@ -8,18 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hostile_values import VALUES, changed, places, values
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from interrupted_runs import CONFIG
+from safetensors.torch import load_file, save_file
 from small_models import LAYOUTS, small_config
+from small_runs import trainer_of
 
 from minigpt.checkpoint.families import model_config_from_hf, model_config_to_hf
-from minigpt.checkpoint.manifest import verify
-from minigpt.checkpoint.model_folder import read_config, read_model
+from minigpt.checkpoint.folder import RunFolder
+from minigpt.checkpoint.manifest import verify, write_manifest
+from minigpt.checkpoint.model_folder import STATE_FOLDER, read_config, read_model
 from minigpt.config import DataConfig, ModelConfig, RunConfig, SamplingConfig, TrainingConfig
-from minigpt.errors import CheckpointError, ConfigError, DataError
+from minigpt.errors import CheckpointError, ConfigError, DataError, MinigptError
 from minigpt.settings import build, read_toml
-from minigpt.text.shards import open_prepared, prepare
+from minigpt.text.shards import PreparedData, open_prepared, prepare
 from minigpt.training.reports.curves import read_curves
 
 QUIET = settings(
@@ -237,3 +242,68 @@ def test_any_change_of_a_prepared_corpus_is_read_or_refused(
         open_prepared(folder)
     except DataError as error:
         assert len(str(error)) < 900  # noqa: PT017
+
+
+@pytest.fixture(scope="module")
+def state_folder(data: PreparedData, begun: Path) -> Path:
+    latest = RunFolder(begun).latest()
+    assert latest is not None
+    return latest.folder / STATE_FOLDER
+
+
+@QUIET
+@given(draw=st.data())
+def test_any_change_of_a_training_state_is_resumed_or_refused(
+    begun: Path,
+    state_folder: Path,
+    data: PreparedData,
+    tmp_path_factory: pytest.TempPathFactory,
+    draw: st.DataObject,
+) -> None:
+    run = tmp_path_factory.mktemp("state") / "run"
+    shutil.copytree(begun, run)
+    path = run / state_folder.relative_to(begun) / "progress.json"
+    content = json.loads(path.read_text())
+    place = draw.draw(st.sampled_from(list(places(content))))
+    try:
+        path.write_text(json.dumps(changed(content, place, draw.draw(values))), "utf-8")
+    except TypeError:
+        return
+    write_manifest(path.parents[1], {})
+    try:
+        trainer = trainer_of(CONFIG, data, run, resume=True)
+    except MinigptError as error:
+        assert len(str(error)) < 700 + len(str(run))  # noqa: PT017
+    else:
+        assert 0 <= trainer.step < 2**63
+        assert trainer.lr_scale >= 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"shape": (3,)},
+        {"dtype": torch.int64},
+        {"name": "nowhere/momentum_buffer"},
+        {"name": "/"},
+        {"name": ""},
+        {"name": "\x1b[2J/step"},
+    ],
+)
+def test_a_hostile_optimizer_state_is_refused(
+    changes: dict[str, Any], begun: Path, state_folder: Path, data: PreparedData, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(begun, run)
+    path = run / state_folder.relative_to(begun) / "optimizer.safetensors"
+    tensors = load_file(path)
+    for old in list(tensors):
+        new = dict(tensors)
+        tensor = new.pop(old)
+        shape = changes.get("shape", tensor.shape)
+        new[changes.get("name", old)] = torch.zeros(shape, dtype=changes.get("dtype", tensor.dtype))
+        save_file(new, path)
+        write_manifest(path.parents[1], {})
+        with pytest.raises(CheckpointError, match="training_state") as caught:
+            trainer_of(CONFIG, data, run, resume=True)
+        assert "\x1b" not in str(caught.value)

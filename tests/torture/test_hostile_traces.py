@@ -7,7 +7,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hostile_values import VALUES, changed, places, values
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -17,6 +19,7 @@ from minigpt.commands.attention_trace.recorded import replay, show_diff
 from minigpt.commands.attention_trace.targets import Targets
 from minigpt.errors import DataError, MinigptError
 from minigpt.rings import ring
+from minigpt.tracing.analysis.dense import writing_rows
 from minigpt.tracing.analysis.reader import read_traces
 from minigpt.tracing.config import TraceConfig
 from minigpt.tracing.file import to_json_line
@@ -181,3 +184,72 @@ def test_every_view_shows_each_trace_that_is_read(view: str, tmp_path: Path) -> 
                 n_shown += 1
                 show(trace, ViewOptions())
     assert n_shown > 100
+
+
+def hostile_dense() -> st.SearchStrategy[bytes]:
+    """Return files in the place of one that --dense wrote."""
+    numbers = st.integers(-(2**31), 2**31) | st.just(10**400)
+    facts = st.fixed_dictionaries(
+        {},
+        optional={
+            "dtype": st.sampled_from(["F32", "I32", "F64", "BF16", "F8_E5M2", "BOOL", "", None]),
+            "shape": st.lists(numbers, max_size=4),
+            "data_offsets": st.lists(numbers, max_size=3),
+        },
+    )
+    headers = st.dictionaries(st.sampled_from(["rows", "offsets", "\x1b[2J", "a"]), facts)
+    bodies = st.binary(max_size=64)
+
+    def file(header: Any, body: bytes) -> bytes:
+        data = json.dumps(header).encode()
+        return len(data).to_bytes(8, "little") + data + body
+
+    return st.binary(max_size=99) | st.builds(file, headers, bodies)
+
+
+@pytest.fixture
+def dense(tmp_path: Path) -> tuple[Path, Path]:
+    """A trace, and the file of its rows."""
+    path = write(tmp_path / "t.jsonl", LINES)
+    [trace] = read_traces(path)
+    with writing_rows(tmp_path / "d", n_layer=2, n_head=4, metadata={}) as add:
+        for step in trace.steps:
+            add(torch.full((2, 4, len(step.row.weights_S)), 1 / len(step.row.weights_S)))
+    return path, tmp_path / "d"
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+@given(hostile_dense())
+def test_any_file_in_the_place_of_dense_is_refused(dense: tuple[Path, Path], data: bytes) -> None:
+    path, rows = dense
+    rows.write_bytes(data)
+    with pytest.raises(DataError, match=r"another trace|is not a file of --dense") as caught:
+        replay(path, Targets(view="lines", dense=rows), TraceConfig())
+    assert len(str(caught.value)) < 500
+    assert "\x1b" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [-1.0, 1.5, 1e38, float("nan"), float("inf")])
+def test_weights_of_dense_that_no_softmax_gives_are_refused(
+    value: float, dense: tuple[Path, Path]
+) -> None:
+    path, rows = dense
+    replay(path, Targets(view="lines", dense=rows), TraceConfig())
+    data = bytearray(rows.read_bytes())
+    data[4096:4100] = np.float32(value).tobytes()
+    rows.write_bytes(data)
+    with pytest.raises(DataError, match="below 0, above 1, NaN or inf"):
+        replay(path, Targets(view="lines", dense=rows), TraceConfig())
+
+
+def test_dense_of_another_size_is_refused_before_it_is_read(dense: tuple[Path, Path]) -> None:
+    path, rows = dense
+    n_bytes = 2**40
+    facts = {"rows": {"dtype": "F32", "shape": [2**35, 2, 4], "data_offsets": [0, n_bytes]}}
+    facts["offsets"] = {"dtype": "I32", "shape": [4], "data_offsets": [n_bytes, n_bytes + 16]}
+    header = json.dumps(facts).encode()
+    with rows.open("wb") as file:  # a sparse file
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + n_bytes + 16)
+    with pytest.raises(DataError, match="another trace"):
+        replay(path, Targets(view="lines", dense=rows), TraceConfig())

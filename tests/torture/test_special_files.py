@@ -28,7 +28,9 @@ from minigpt.text.chat import read_chat_template
 from minigpt.text.corpus import find_files
 from minigpt.text.shards import open_prepared, prepare
 from minigpt.text.tokenizer import bytes_tokenizer
+from minigpt.tracing.analysis.dense import with_rows_of
 from minigpt.tracing.analysis.reader import read_traces
+from minigpt.tracing.config import TraceConfig
 from minigpt.tracing.file import to_json_line
 from minigpt.training.metrics import MetricsLog
 from minigpt.training.reports.curves import read_curves
@@ -128,6 +130,12 @@ def test_a_trace_that_is_a_special_file_is_refused(kind: str, tmp_path: Path) ->
     says = put(kind, tmp_path / "t.jsonl")
     with pytest.raises(DataError, match=says):
         read_traces(tmp_path / "t.jsonl")
+
+
+def test_rows_of_dense_that_are_a_special_file_are_refused(kind: str, tmp_path: Path) -> None:
+    says = put(kind, tmp_path / "rows")
+    with pytest.raises(DataError, match=says):
+        with_rows_of(small_trace(), tmp_path / "rows", TraceConfig(), n_kept=8)
 
 
 def test_settings_in_a_special_file_are_refused(kind: str, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from minigpt import figures
 from minigpt.commands import tables
-from minigpt.files import write_atomically
+from minigpt.files import resource_errors, write_atomically
 from minigpt.studies.claims.study import Finding, Panel
 
 if TYPE_CHECKING:
@@ -25,7 +25,8 @@ def prepare_folder(folder: Path) -> None:
 
     Raises: ConfigError if matplotlib is not installed.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    with resource_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     figures.require_matplotlib(folder / "claims.svg", what="--out")
 
 

@@ -7,23 +7,27 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from minigpt.checkpoint.weights import check_header
 from minigpt.errors import ConfigError, DataError
 from minigpt.files import resource_errors, writing_aside
+from minigpt.text.escape import printable
 from minigpt.tracing.config import TraceConfig
 from minigpt.tracing.events import Trace
 from minigpt.tracing.rows import RowReader, reduce_rows
 from minigpt.tracing.selection import select_heads
 
 _HEADER_BYTES = 4096
+_LARGEST_WEIGHT = 1.01
+"""1, and the rounding of bfloat16."""
 
 
 @contextmanager
@@ -83,15 +87,11 @@ def with_rows_of(trace: Trace, path: Path, config: TraceConfig, *, n_kept: int) 
     header = trace.header
     shape = (header.n_layer, header.n_head)
     selection = select_heads(*shape, layers=config.layers, heads=config.heads)
-    rows_NLH, offsets = _read_rows(path)
-    lengths = [len(step.row.weights_S) for step in trace.steps]
-    if rows_NLH.shape[1:] != shape or np.diff(offsets).tolist() != lengths:
-        raise DataError(
-            f"{str(path)!r} has rows of another trace. Name the file that --dense wrote with it."
-        )
+    offsets = [0, *accumulate(len(step.row.weights_S) for step in trace.steps)]
+    rows_NLH = _read_rows(path, (offsets[-1], *shape), offsets)
     reader = RowReader(sink=header.sink, n_prompt=len(header.prompt), n_sources=n_kept)
     steps = []
-    for step, start, end in zip(trace.steps, offsets[:-1], offsets[1:], strict=True):
+    for step, (start, end) in zip(trace.steps, pairwise(offsets), strict=True):
         rows_LHS = torch.from_numpy(np.ascontiguousarray(rows_NLH[start:end].transpose(1, 2, 0)))
         reduced_S = reduce_rows(rows_LHS, selection, is_max=config.reduce == "max")
         rows_RS = torch.cat((reduced_S[None], rows_LHS.flatten(0, 1)))
@@ -101,20 +101,27 @@ def with_rows_of(trace: Trace, path: Path, config: TraceConfig, *, n_kept: int) 
     return replace(trace, header=changed, steps=tuple(steps))
 
 
-def _read_rows(path: Path) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
-    """Return rows (N, L, H) and offsets of a file, after checking that they fit together."""
+def _read_rows(path: Path, shape: tuple[int, int, int], offsets: list[int]) -> NDArray[np.float32]:
+    """Return the rows (N, L, H) of a file; nothing is read before its header fits the trace."""
+    expected = {"rows": ("F32", list(shape)), "offsets": ("I32", [len(offsets)])}
     try:
         with resource_errors(path):
-            tensors = load_file(path)
-        rows_NLH, offsets = tensors["rows"], tensors["offsets"]
-    except (OSError, SafetensorError, KeyError) as error:
-        what = f"there is no {error}" if isinstance(error, KeyError) else str(error)
+            check_header(path)
+            with safe_open(path, framework="numpy", backend="pread") as file:
+                parts = {name: file.get_slice(name) for name in expected}
+                found = {name: (p.get_dtype(), p.get_shape()) for name, p in parts.items()}
+                is_its_own = found == expected and file.get_tensor("offsets").tolist() == offsets
+                rows_NLH: NDArray[np.float32] = file.get_tensor("rows") if is_its_own else None
+    except (OSError, SafetensorError) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or str(error)
         raise DataError(
-            f"{str(path)!r} is not a file of --dense: {what}. Name one that --dense wrote."
+            f"{str(path)!r} is not a file of --dense: {printable(reason[:120])}. Name one that "
+            "--dense wrote."
         ) from None
-    is_valid = rows_NLH.dtype == np.float32 and rows_NLH.ndim == 3 and offsets.ndim == 1
-    if not is_valid or not len(offsets) or offsets[0] != 0 or offsets[-1] != len(rows_NLH):
-        raise DataError(f"{str(path)!r} is not a file of --dense. Name one that --dense wrote.")
-    if not np.isfinite(rows_NLH).all() or rows_NLH.min(initial=0) < 0:
-        raise DataError(f"{str(path)!r} has weights that are negative, NaN or inf. Trace again.")
-    return rows_NLH, offsets
+    if not is_its_own:
+        raise DataError(
+            f"{str(path)!r} has rows of another trace. Name the file that --dense wrote with it."
+        )
+    if not ((rows_NLH >= 0) & (rows_NLH < _LARGEST_WEIGHT)).all():  # NaN is neither
+        raise DataError(f"{str(path)!r} has weights below 0, above 1, NaN or inf. Trace again.")
+    return rows_NLH
