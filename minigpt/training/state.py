@@ -55,7 +55,8 @@ class Seam:
     is_warm: bool
     """Whether the context warm-up was over."""
 
-    __post_init__ = check_fields
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def limit(self, lr_scale: float, step: int) -> float:
         """Return the learning rate of a step after the seam: that of the new schedule, limited."""
@@ -72,7 +73,8 @@ class Lowest:
     val_loss: float | None = setting(None, "[0, inf)")
     """Loss in nats/token. None before the first evaluation."""
 
-    __post_init__ = check_fields
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +102,8 @@ class TrainingState:
     seam: Seam | None = None
     """Where a change of the schedule was last smoothed."""
 
-    __post_init__ = check_fields
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 def computed_on(world: World, dtype: torch.dtype) -> str:

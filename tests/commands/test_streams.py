@@ -5,14 +5,13 @@ import os
 import re
 import subprocess
 import sys
-import termios
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from calls import TINY, Result, Run
+from screens import HOSTILE, OURS, Screen, steering
 
 from minigpt.checkpoint.model_folder import read_model
 from minigpt.commands.train import samples
@@ -21,41 +20,7 @@ from minigpt.generation.decoder import Decoder
 from minigpt.generation.stream import stream_text
 
 Start = Callable[..., Any]
-pty = pytest.importorskip("pty", reason="needs a system with pseudo-terminals")
-
-HOSTILE = "\x1b]0;title\x07\x1b[2J\x9b31m\u202egnp.exe\r\x7f"
-# What rich itself writes to a terminal: colours, and cursor moves to redraw the live line.
-OURS = re.compile(r"\x1b\[[\d;]*[mKA]|\x1b\[\?25[lh]|\r\n|\r")
-
-
-class Screen:
-    """A terminal of 80 x 24 in the place of stdout and stderr, and all that was written to it."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.master, slave = pty.openpty()
-        termios.tcsetwinsize(slave, (24, 80))
-        self.received = b""
-        self.reader = threading.Thread(target=self._read)
-        self.reader.start()
-        self.stream = os.fdopen(slave, "w", encoding="utf-8")
-        for name in ("stdout", "stderr"):
-            monkeypatch.setattr(sys, name, self.stream)
-        monkeypatch.setenv("TERM", "xterm-256color")
-        monkeypatch.setenv("COLUMNS", "80")
-
-    def _read(self) -> None:
-        try:
-            while data := os.read(self.master, 4096):
-                self.received += data
-        except OSError:  # so Linux says that the other end is closed
-            pass
-
-    def text(self) -> str:
-        """Close the terminal and return what it got."""
-        self.stream.close()
-        self.reader.join()
-        os.close(self.master)
-        return self.received.decode("utf-8")
+pytest.importorskip("pty", reason="needs a system with pseudo-terminals")
 
 
 @pytest.fixture
@@ -92,11 +57,6 @@ def hostile(trained: Path) -> tuple[list[str], str]:
         if {"\x1b", "\ufffd"} <= set(text):
             return ["x", "--temperature", "99", "--seed", str(seed)], text
     raise AssertionError("no such text")
-
-
-def steering(shown: str) -> set[str]:
-    """Return the characters that could steer a terminal and are not our own doing."""
-    return {c for c in OURS.sub("", shown) if not c.isprintable()} - {"\n", "\t"}
 
 
 def test_model_text_reaches_a_pipe_byte_for_byte(

@@ -19,7 +19,7 @@ from small_runs import trainer_of
 
 from minigpt.checkpoint.families import model_config_from_hf, model_config_to_hf
 from minigpt.checkpoint.folder import RunFolder
-from minigpt.checkpoint.manifest import verify, write_manifest
+from minigpt.checkpoint.manifest import MANIFEST, verify, write_manifest
 from minigpt.checkpoint.model_folder import STATE_FOLDER, read_config, read_model
 from minigpt.config import DataConfig, ModelConfig, RunConfig, SamplingConfig, TrainingConfig
 from minigpt.errors import CheckpointError, ConfigError, DataError, MinigptError
@@ -269,6 +269,7 @@ def test_any_change_of_a_training_state_is_resumed_or_refused(
         path.write_text(json.dumps(changed(content, place, draw.draw(values))), "utf-8")
     except TypeError:
         return
+    (path.parents[1] / MANIFEST).unlink()
     write_manifest(path.parents[1], {})
     try:
         trainer = trainer_of(CONFIG, data, run, resume=True)
@@ -303,6 +304,7 @@ def test_a_hostile_optimizer_state_is_refused(
         shape = changes.get("shape", tensor.shape)
         new[changes.get("name", old)] = torch.zeros(shape, dtype=changes.get("dtype", tensor.dtype))
         save_file(new, path)
+        (path.parents[1] / MANIFEST).unlink()
         write_manifest(path.parents[1], {})
         with pytest.raises(CheckpointError, match="training_state") as caught:
             trainer_of(CONFIG, data, run, resume=True)

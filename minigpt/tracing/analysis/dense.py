@@ -111,7 +111,7 @@ def _read_rows(path: Path, shape: tuple[int, int, int], offsets: list[int]) -> N
                 parts = {name: file.get_slice(name) for name in expected}
                 found = {name: (p.get_dtype(), p.get_shape()) for name, p in parts.items()}
                 is_its_own = found == expected and file.get_tensor("offsets").tolist() == offsets
-                rows_NLH: NDArray[np.float32] = file.get_tensor("rows") if is_its_own else None
+                rows_NLH: NDArray[np.float32] = file.get_tensor("rows" if is_its_own else "offsets")
     except (OSError, SafetensorError) as error:
         reason = (isinstance(error, OSError) and error.strerror) or str(error)
         raise DataError(
