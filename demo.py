@@ -13,12 +13,12 @@ from pathlib import Path
 PROMPT = "Once upon a time"
 HOW_TO_READ = """
 How to read this:
-  Each line is a new token; prob is the probability that the model gave it.
-  The rest of the line is where its attention heads looked, on average: 100 % a line.
+  A line is a new token; prob is the probability that the model gave it.
+  The rest of the line is where its attention heads looked, 100 % in all.
   sink is the first position. Heads put there what they have no use for.
-  Then come the tokens that got the most attention, each with its position and share.
-  Few bits mean that the attention is on few tokens; many bits, that it is spread out.
-  A look is not a reason: add --n-verified 2 to see what changes without a token."""
+  Then the tokens with the most attention, each with its position and share.
+  Few bits: the attention is on few tokens. Many bits: it is spread out.
+  A look is not a reason: --n-verified 2 shows what changes without a token."""
 
 
 def main() -> None:
@@ -31,9 +31,9 @@ def main() -> None:
     minigpt("generate", *shipped, "--max-new-tokens", "120", PROMPT)
 
     say("2. What each of its tokens looked at")
-    minigpt("attention-trace", *shipped, "--max-new-tokens", "24", "--html", page, PROMPT)
+    minigpt("attention-trace", *shipped, "--max-new-tokens", "12", "--html", page, PROMPT)
     print(HOW_TO_READ)
-    print(f"The same as a page to click through: {Path(page).resolve().as_uri()}", flush=True)
+    print(f"The same, to click through, is {page}: open it in a browser.", flush=True)
 
     say("3. A model of your own: one minute on 150 tales")
     # With whole words in its vocabulary, the text is words even where a slow core does 40 steps.
@@ -42,7 +42,7 @@ def main() -> None:
     minigpt("attention-trace", *own, "--max-new-tokens", "12", PROMPT)
 
     activate = r".venv\Scripts\activate" if os.name == "nt" else ". .venv/bin/activate"
-    say(f"Next, with your own text: {activate}, then minigpt train FILE (docs/tutorial.md)")
+    say(f"Next, with a text of yours:\n  {activate}\n  minigpt train FILE")
 
 
 def minigpt(*words: str) -> None:

@@ -50,10 +50,12 @@ def main() -> None:
     say("Installing minigpt and PyTorch into .venv, once.")
     if not PYTHON.with_suffix(".exe" if os.name == "nt" else "").exists():
         run(sys.executable, "-m", "venv", VENV, check=True)
+    say("  getting uv, which installs the packages")
     pip = [PYTHON, "-m", "pip", "--disable-pip-version-check"]
     run(*pip, "install", "--quiet", "uv", stderr=subprocess.DEVNULL)
     listed = run(*pip, "config", "list", stdout=subprocess.PIPE, text=True)
     environment = uv_environment(listed.stdout) | os.environ
+    say("  choosing the build of PyTorch for this machine")
     for backend in (["--torch-backend=auto"], []):
         install = [UV, "pip", "install", "--python", VENV, *backend, *what]
         try:
@@ -70,7 +72,7 @@ def main() -> None:
         if tried.returncode == 0 and run(*install, env=environment).returncode == 0:
             return
         if backend:
-            say("PyTorch's own index is out of reach; taking PyTorch from your package index.")
+            say("  PyTorch's own index is out of reach; taking PyTorch from your package index")
     say("uv cannot install it, so pip does.")
     sys.exit(run(*pip, "install", *what).returncode)
 

@@ -2,6 +2,10 @@
 
     python benchmarks/startup.py
     python benchmarks/startup.py --shape gpt2 --compile --rounds 7
+    python benchmarks/startup.py --model storyteller
+
+With --model, a model that is there and import torch only, and the ratio is of processor time too,
+which other load on the machine changes less.
 
 Each is a separate process, and they alternate; the time is from before its start to the first byte
 on standard output. "import torch, load" reads the same model.safetensors with safetensors'
@@ -13,6 +17,7 @@ import argparse
 import json
 import os
 import random
+import resource
 import statistics
 import string
 import subprocess
@@ -99,9 +104,34 @@ def measure(found: dict[str, list[str]], rounds: int, threads: int) -> dict[str,
     return taken
 
 
+def compare_with_import(model: str, rounds: int, threads: int) -> None:
+    """Print how long the first token of a model takes, as multiples of import torch."""
+    words = ["-m", "minigpt", "generate", "--model", model, "--max-new-tokens", "1", "Once"]
+    seconds_to_first_byte(words, threads)  # bytecode is written, files are in the page cache
+    pairs = []
+    for _ in range(rounds):
+        pair = []
+        for command in (["-c", "import torch; print()"], words):
+            before = _processor_seconds()
+            pair.append((seconds_to_first_byte(command, threads), _processor_seconds() - before))
+        pairs.append(pair)
+    print(f"\n| | import torch | first token of {model} | ratio |\n| --- | ---: | ---: | ---: |")
+    for i, name in enumerate(("s to the first byte", "s of processor time")):
+        base, ours = ([pair[j][i] for pair in pairs] for j in (0, 1))
+        ratio = statistics.median(b / a for a, b in zip(base, ours, strict=True))
+        medians = f"{statistics.median(base):.2f} | {statistics.median(ours):.2f}"
+        print(f"| {name} | {medians} | {ratio:.2f} |")
+
+
+def _processor_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--model", help="a model to compare with import torch, instead of shapes")
     parser.add_argument("--prompt", type=int, default=32, help="prompt length, in bytes")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -114,6 +144,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
+    if args.model:
+        return compare_with_import(args.model, args.rounds, args.threads)
     prompt = "".join(random.Random(0).choices(string.ascii_letters, k=args.prompt))
     runs = []
     for shape in args.shape:

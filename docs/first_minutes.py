@@ -18,22 +18,26 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "first-minutes.md"
 COLUMNS, ROWS = 80, 40
-CAPTURES = {20: "20 s", 60: "60 s", 180: "3 minutes", 300: "5 minutes"}
+CAPTURES = {20: "20 s", 60: "60 s", 120: "2 minutes", 180: "3 minutes", 300: "5 minutes"}
 # What the stopwatch waits for, in this order.
 MARKS = {
     "make begins to install": r"^Installing minigpt",
     "the packages are there": r"^1\. The model that ships",
     "the tale is told": r"^120 tokens",
-    "its trace and the page are there": r"click through",
+    "its trace and the page are there": r"^The same, to click through",
     "training begins": r"^run    checkpoints/",
     "the model is trained": r"^best   checkpoints/",
-    "its text and its trace are there": r"^Next, with your own text",
+    "its text and its trace are there": r"^Next, with a text of yours",
 }
-AFTER = [". .venv/bin/activate", "minigpt generate --seed 3 'The fox said'"]
+AFTER = [
+    ". .venv/bin/activate",
+    "minigpt attention-trace --model storyteller --n-verified 2 --max-new-tokens 6 'The king'",
+]
 HEAD = """# The first five minutes
 
 What a terminal of {columns} columns shows after `git clone` and `make demo` in a new folder, by
-`python docs/first_minutes.py` on {machine}. Packages were in the cache of uv.
+`python docs/first_minutes.py` on {machine}. Packages were in the cache of uv,
+and other programs shared the machine.
 
 | after | |
 | --- | --- |
@@ -48,11 +52,13 @@ class Terminal:
 
     def __init__(self, folder: Path) -> None:
         self.tmux = ["tmux", "-L", f"first-minutes-{os.getpid()}", "-f", os.devnull]
-        environment = {"PS1": "$ ", "HISTFILE": os.devnull, "LC_ALL": "C.UTF-8"}
+        environment = {"HISTFILE": os.devnull, "LC_ALL": "C.UTF-8"}
         given = [word for item in environment.items() for word in ("-e", "=".join(item))]
         size = ["-x", str(COLUMNS), "-y", str(ROWS)]
-        shell = "exec bash --norc --noprofile"
+        shell = "PS1='$ ' exec bash --norc --noprofile"
         self._run("new-session", "-d", *size, *given, "-c", str(folder), shell)
+        while "$" not in self.screen():
+            time.sleep(0.1)
 
     def type(self, line: str) -> None:
         self._run("send-keys", "-l", line)
@@ -95,7 +101,9 @@ def film(terminal: Terminal, marks: dict[str, float]) -> Iterator[tuple[str, str
 
 def machine() -> str:
     model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    return f"{len(os.sched_getaffinity(0))} cores of {model[1] if model else 'a processor'}"
+    n = len(os.sched_getaffinity(0))
+    cores = "one core" if n == 1 else f"{n} cores"
+    return f"{cores} of an {model[1] if model else 'unknown processor'}"
 
 
 def main() -> None:
