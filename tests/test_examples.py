@@ -49,7 +49,13 @@ def test_a_trace_file_is_read_with_the_standard_library(workplace: Path) -> None
     assert "most from" in out
 
 
-def test_the_notebook_runs_from_top_to_bottom(workplace: Path) -> None:
+@pytest.mark.parametrize("model", ["storyteller", "book"])
+def test_the_notebook_runs_from_top_to_bottom(
+    workplace: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MINIGPT_MODEL", raising=False)
+    if model != "storyteller":  # the model that ships is what it takes by itself
+        monkeypatch.setenv("MINIGPT_MODEL", model)
     notebook = json.loads((EXAMPLES / "look_inside.ipynb").read_text(encoding="utf-8"))
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert all(not cell["outputs"] for cell in cells), "outputs are not committed"
