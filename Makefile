@@ -53,10 +53,13 @@ format: $(INSTALLED) ## Format the code
 	$(BIN)/ruff format .
 	$(BIN)/python docs/reading_order.py --write
 
-docs: $(INSTALLED) ## Write the outputs, pictures and pages that README.md and docs/ show: some minutes
+docs: $(INSTALLED) ## Write all outputs and pictures in README.md and docs/: some 15 minutes; commit a new model before
+	@$(PYTHON) install.py dev browser
 	$(BIN)/python docs/reading_order.py --write
 	$(BIN)/python docs/outputs.py
 	$(BIN)/python docs/pictures.py storyteller 'Once upon a time'
+	$(BIN)/python docs/page_picture.py storyteller 'Once upon a time'
+	$(BIN)/python docs/first_minutes.py
 
 bench: $(INSTALLED) ## Time training to 1.88 nats/byte on tinyshakespeare
 	$(BIN)/python benchmarks/training.py

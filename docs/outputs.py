@@ -5,7 +5,7 @@
 
 A block of a Markdown file that begins with ```console and a line `$ minigpt ...` is run, in the
 order of the file and in one new folder, and what it prints replaces what stood under the command.
-A comment `<!-- show 12 lines -->` before the block limits it.
+A comment `<!-- show 12 lines -->` before the block limits what each of its commands shows.
 """
 
 import os
@@ -19,7 +19,8 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *(ROOT / "docs" / name for name in ("tutorial.md",))]
+LEARNING = ("tutorial.md", "worksheet.md", "reading-a-trace.md")
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / name for name in LEARNING)]
 COMMANDS = ROOT / "docs" / "commands"
 BLOCK = re.compile(r"(?:<!-- show (\d+) lines -->\n)?```console\n(\$ minigpt .*?)```\n", re.DOTALL)
 
