@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minigpt.model.device import autocast, to_device
+from minigpt.model.device import autocast, to_device, widest_float
 from minigpt.model.language_model import LanguageModel
 from minigpt.text.batches import NO_TARGET
 
@@ -71,8 +71,7 @@ def evaluate(
     device = model.embedding.weight.device
     model.eval()
     # Summed on the device, for a single synchronization; in float64 if supported, for long texts.
-    sum_dtype = torch.float32 if device.type == "mps" else torch.float64
-    nats = torch.zeros((), dtype=sum_dtype, device=device)
+    nats = torch.zeros((), dtype=widest_float(device), device=device)
     n_tokens = n_bytes = 0
     for inputs, targets in batches:
         tokens, next_tokens = to_device((inputs, targets), device)

@@ -9,7 +9,7 @@ from minigpt.fields import check_fields, option, require, require_divides, setti
 DEFAULT_TEXT = "builtin:tales"
 """Name of the text that is read where none is given."""
 Device = Literal["auto", "cpu", "cuda", "mps"]
-Dtype = Literal["auto", "float32", "bfloat16"]
+Dtype = Literal["auto", "float32", "tf32", "bfloat16"]
 SaveDtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["int8"]
 DEVICES = get_args(Device)
@@ -179,7 +179,8 @@ class TrainingConfig:
     device: Device = option("auto")
     """Device."""
     dtype: Dtype = option("auto")
-    """Compute dtype. Weights stay float32; bfloat16 is by autocast."""
+    """Compute dtype. Weights stay float32; bfloat16 is by autocast; tf32 is float32 with faster,
+    less exact products (CUDA)."""
     save_dtype: SaveDtype = option("auto", group="Reports", shown="that of --from, else float32")
     """Dtype of saved weights. A checkpoint keeps its float32 weights in training_state/ too."""
     compile: bool = option(False)

@@ -1,9 +1,9 @@
-"""A pretend CUDA device, for tests on machines without a GPU.
+"""Pretend CUDA and MPS devices, for tests on machines without a GPU.
 
-Tensors report the device cuda:0 and are computed on the CPU. An operation that real CUDA would
-refuse, because its operands are on two devices, raises. Synchronizations, copies and kernel
-launches are counted, each with the line of minigpt that caused it, and CUDA graphs are captured and
-replayed.
+Tensors report the device cuda:0 (or mps:0) and are computed on the CPU. An operation that the real
+device would refuse, because its operands are on two devices, or because it is float64 on MPS,
+raises. Synchronizations, copies and kernel launches are counted, each with the line of minigpt that
+caused it, and CUDA graphs are captured and replayed.
 
     with PretendCuda() as device:
         model.to("cuda")
@@ -100,6 +100,17 @@ _TAKES_CPU_INDEX = frozenset(
 _NORMS = (torch.layer_norm, torch.rms_norm, F.layer_norm, F.rms_norm)
 
 
+def here() -> torch.device:
+    """Return the device that is pretended."""
+    assert PretendCuda.current is not None, "a pretend tensor outside of its device"
+    return PretendCuda.current.where
+
+
+def is_here(device: Any) -> bool:
+    """Return whether a device, or None, is the one that is pretended."""
+    return device is not None and torch.device(device).type == here().type
+
+
 class PretendTensor(torch.Tensor):
     """A tensor on cuda:0 whose numbers are in a CPU tensor."""
 
@@ -140,9 +151,9 @@ class PretendTensor(torch.Tensor):
             args[0].elem = args[1].elem
             return None
         if func == torch.Tensor.device.__get__:  # type: ignore[attr-defined]
-            return CUDA
+            return here()
         if func == torch.Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
-            return True
+            return here().type == "cuda"
         if func == torch.Tensor.is_cpu.__get__:  # type: ignore[attr-defined]
             return False
         if func in (torch.Tensor.to, torch.Tensor.cpu, torch.Tensor.cuda):
@@ -150,13 +161,13 @@ class PretendTensor(torch.Tensor):
         if func in (torch.Tensor.data_ptr, torch.Tensor.untyped_storage, torch.Tensor.storage):
             return func(args[0].elem)
         if func in (torch.Tensor.numpy, torch.Tensor.__array__):
-            raise TypeError("can't convert cuda:0 device type tensor to numpy")
+            raise TypeError(f"can't convert {here()} device type tensor to numpy")
         if func is torch.Tensor.tolist:
             return args[0].to("cpu").tolist()
         if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
             # A list becomes an index tensor in C++, on the tensor's device: a copy that waits.
             where = args[1] if isinstance(args[1], tuple) else (args[1],)
-            where = tuple(torch.tensor(i).to(CUDA) if isinstance(i, list) else i for i in where)
+            where = tuple(torch.tensor(i).to(here()) if isinstance(i, list) else i for i in where)
             args = (args[0], where, *args[2:])
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
@@ -180,10 +191,10 @@ def _move(func: Any, args: Any, kwargs: dict[str, Any]) -> torch.Tensor:
                 options["dtype"] = value
             elif isinstance(value, (str, torch.device)):
                 options["device"] = value
-    device = torch.device(options.pop("device", None) or CUDA)
+    device = torch.device(options.pop("device", None) or here())
     dtype = options.get("dtype") or tensor.dtype
     with torch._C.DisableTorchFunctionSubclass():
-        if device.type == "cuda":
+        if device.type == here().type:
             if options.get("dtype") or options.get("copy"):
                 return tensor.to(dtype, copy=options.get("copy", False))  # type: ignore[no-any-return]
             return tensor  # type: ignore[no-any-return]
@@ -198,7 +209,7 @@ def _move_from_host(func: Any, args: Any, kwargs: dict[str, Any]) -> torch.Tenso
         for value in values
         if isinstance(value, (str, torch.device, torch.Tensor))
     ]
-    if func is not torch.Tensor.cuda and not any(device.type == "cuda" for device in devices):
+    if func is not torch.Tensor.cuda and not any(is_here(device) for device in devices):
         return func(*args, **kwargs)  # type: ignore[no-any-return]
     dtypes = [value for value in values if isinstance(value, torch.dtype)]
     is_async = bool(kwargs.get("non_blocking")) and getattr(args[0], "is_pretend_pinned", False)
@@ -215,7 +226,7 @@ class _ToHost(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # type: ignore[override]
-        return gradient.to(CUDA), None
+        return gradient.to(here()), None
 
 
 class _ToDevice(torch.autograd.Function):
@@ -227,6 +238,7 @@ class _ToDevice(torch.autograd.Function):
         assert device is not None
         kind = "async_copies" if is_async else "copies"
         device.count(kind, f"copy to the device {tuple(tensor.shape)}")
+        device.require_dtype(dtype)
         return PretendTensor(tensor.detach().to(dtype, copy=True))
 
     @staticmethod
@@ -238,6 +250,7 @@ class PretendCuda(TorchDispatchMode):
     """The device; see the module."""
 
     current: "PretendCuda | None" = None
+    where = CUDA
 
     def __init__(self, *, name: str = "NVIDIA H100 80GB HBM3", free_memory: int = TOTAL_MEMORY):
         super().__init__()
@@ -255,7 +268,12 @@ class PretendCuda(TorchDispatchMode):
         self.name, self.free_memory = name, free_memory
         self.recording: list[tuple[Any, Any, Any, Any]] | None = None
         """Operations of the CUDA graph that is being captured."""
+        self.sync_is_an_error = False
         self._stack = contextlib.ExitStack()
+
+    def set_sync_debug_mode(self, mode: str) -> None:
+        """Raise from now on where the host waits, as torch.cuda.set_sync_debug_mode("error")."""
+        self.sync_is_an_error = mode == "error"
 
     # -- what torch.cuda reports -------------------------------------------------------------
     def __enter__(self) -> "PretendCuda":
@@ -265,7 +283,7 @@ class PretendCuda(TorchDispatchMode):
         )
         answers: dict[str, Any] = {
             "_lazy_init": lambda *a: None,
-            "is_available": lambda: True,
+            "is_available": lambda: self.where.type == "cuda",
             "device_count": lambda: 1,
             "is_initialized": lambda: True,
             "_is_in_bad_fork": lambda: False,
@@ -289,17 +307,22 @@ class PretendCuda(TorchDispatchMode):
             "reset_peak_memory_stats": lambda d=None: None,
             "empty_cache": lambda: None,
             "device": lambda d: contextlib.nullcontext(),
+            "set_sync_debug_mode": self.set_sync_debug_mode,
             "get_rng_state": lambda d="cuda": torch.zeros(16, dtype=torch.uint8),
             "set_rng_state": lambda s, d="cuda": None,
         }
         for key, answer in answers.items():
             stack.enter_context(mock.patch.object(cuda, key, answer))
+        has_mps = self.where.type == "mps"
+        stack.enter_context(
+            mock.patch.object(torch.backends.mps, "is_available", return_value=has_mps)
+        )
         group = torch.nn.utils.clip_grad._group_tensors_by_device_and_dtype
 
         def grouped(tensors: Any, with_indices: bool = False) -> Any:
             found = group(tensors, with_indices)
             is_ours = isinstance(tensors[0][0], PretendTensor)
-            return {(CUDA if is_ours else key[0], key[1]): v for key, v in found.items()}
+            return {(self.where if is_ours else key[0], key[1]): v for key, v in found.items()}
 
         clip_grad = torch.nn.utils.clip_grad
         name = "_group_tensors_by_device_and_dtype"
@@ -322,7 +345,7 @@ class PretendCuda(TorchDispatchMode):
         autocast = torch.autocast
 
         def autocast_on_cpu(kind: str, **options: Any) -> Any:
-            return autocast("cpu" if kind == "cuda" else kind, **options)
+            return autocast("cpu" if kind == self.where.type else kind, **options)
 
         stack.enter_context(mock.patch.object(torch, "autocast", autocast_on_cpu))
         stack.enter_context(mock.patch.object(torch.Tensor, "pin_memory", _pinned))
@@ -355,7 +378,12 @@ class PretendCuda(TorchDispatchMode):
         """Count an event of a kind; raise if a CUDA graph that is captured does not permit it."""
         if self.recording is not None and kind in ("syncs", "copies", "async_copies"):
             raise RuntimeError(f"not permitted when stream is capturing: {what} {_line()}")
+        if self.sync_is_an_error and kind in ("syncs", "copies"):
+            raise RuntimeError(f"called a synchronizing CUDA operation: {what} {_line()}")
         getattr(self, kind)[f"{what} {_line()}"] += 1
+
+    def require_dtype(self, dtype: torch.dtype) -> None:
+        """Raise as torch does for a tensor of a dtype that the device does not have."""
 
     # -- what an operation does --------------------------------------------------------------
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -366,11 +394,13 @@ class PretendCuda(TorchDispatchMode):
         flat, _ = tree_flatten((args, kwargs))
         ours = [x for x in flat if isinstance(x, PretendTensor)]
         wanted = kwargs.get("device")
-        to_cuda = wanted is not None and torch.device(wanted).type == "cuda"
+        to_cuda = is_here(wanted)
         # "cpu" beside a pretend tensor is what C++ believes; Tensor.to is _move.
         to_cpu = wanted is not None and torch.device(wanted).type == "cpu" and not ours
         if not ours and not to_cuda:
             return func(*args, **kwargs)
+        if func.namespace == "quantized":
+            raise NotImplementedError(f"{func} has no kernel for {here().type} at {_line()}")
         name = func._schema.name.split("::")[1]
         hosts = [
             x for x in flat if isinstance(x, torch.Tensor) and not isinstance(x, PretendTensor)
@@ -388,6 +418,9 @@ class PretendCuda(TorchDispatchMode):
             return out
         if name == "copy_" and not isinstance(args[0], PretendTensor):
             return args[0]
+        for made in tree_flatten(out)[0]:
+            if isinstance(made, torch.Tensor):
+                self.require_dtype(made.dtype)
         plain_types = (torch.Tensor, torch.nn.Parameter)
         wrapped = tree_map(lambda x: PretendTensor(x) if type(x) in plain_types else x, out)
         if not ours:
@@ -430,13 +463,23 @@ class PretendCuda(TorchDispatchMode):
         wrong = [tuple(x.shape) for x in hosts if x.ndim or not takes_scalars]
         if ours and wrong:
             raise RuntimeError(
-                f"Expected all tensors to be on the same device, but {overload} has cuda:0 and cpu "
-                f"{wrong} at {_line()}"
+                f"Expected all tensors to be on the same device, but {overload} has {here()} and "
+                f"cpu {wrong} at {_line()}"
             )
         if to_cuda and not ours and hosts:
-            raise RuntimeError(f"{overload} of CPU tensors onto cuda at {_line()}")
+            raise RuntimeError(f"{overload} of CPU tensors onto {here()} at {_line()}")
         if name not in _NO_KERNEL:
             self.count("launches", name)
+
+
+class PretendMps(PretendCuda):
+    """A pretend MPS device, which has no float64."""
+
+    where = torch.device("mps", 0)
+
+    def require_dtype(self, dtype: torch.dtype) -> None:
+        if dtype == torch.float64:
+            raise TypeError(f"the MPS framework doesn't support float64, at {_line()}")
 
 
 def _line() -> str:
@@ -475,7 +518,7 @@ class _Functions(TorchFunctionMode):
                     accumulate_grad=True,
                 )
         wanted = kwargs.get("device")
-        is_ours = wanted is not None and torch.device(wanted).type == "cuda"
+        is_ours = is_here(wanted)
         if (
             func in (torch.tensor, torch.as_tensor) and is_ours
         ):  # as in C++: on the host, then a copy

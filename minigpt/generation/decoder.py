@@ -18,6 +18,7 @@ from minigpt.generation.window import Window
 from minigpt.model.attention import Recorder
 from minigpt.model.cache import KVCache
 from minigpt.model.cost import cache_bytes_per_token
+from minigpt.model.device import widest_float
 from minigpt.model.language_model import LanguageModel
 
 FinishReason = Literal["length", "stop", "end_of_text", "context"]
@@ -286,8 +287,10 @@ def _to_host(logits: Tensor, tokens: Tensor, n_best: int) -> list[_Result]:
         values, ids = log_probability.topk(min(n_best, logits.shape[1]))
     columns = [tokens[:, None], log_probability.gather(1, tokens[:, None]), ids, values]
     if logits.device.type != "cpu":
-        # One copy, and so one synchronization, per token: float64 holds any id exactly.
-        joined = torch.cat([column.double() for column in columns], dim=1).cpu()
+        # One copy, and so one synchronization, per token. float64 holds any id exactly, and float32
+        # those below 2**24, more than any vocabulary has.
+        dtype = widest_float(logits.device)
+        joined = torch.cat([column.to(dtype) for column in columns], dim=1).cpu()
         columns = list(joined.split([column.shape[1] for column in columns], dim=1))
     return [
         (int(token), value, tuple(zip(map(int, ids), values, strict=True)))

@@ -65,8 +65,9 @@ def make_forward(
     """
     if compiles and not ring(FAST).supports(model, compiles=True):
         raise ConfigError(
-            "--compile needs a GPT with scaled_dot attention and full context: this model is a "
-            f"{type(model).__name__} with {model.config.attention}. Use --no-compile."
+            "--compile needs a GPT with scaled_dot attention and full context on cpu or cuda: this "
+            f"model is a {type(model).__name__} with {model.config.attention} on "
+            f"{model.device.type}. Use --no-compile."
         )
     sizes = {"capacity": capacity, "n_rows": n_rows, "recorder": recorder}
     if is_compiled(model, compiles):

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from minigpt.config import SamplingConfig
+from minigpt.model.device import widest_float
 from minigpt.rings import ring
 
 _FIRST_CANDIDATES = 64
@@ -61,7 +62,7 @@ class Sampler:
         # Prompt (for the repetition penalty) and output, including tokens that have left the
         # window: (B, N).
         self._tokens = torch.tensor(begin, dtype=torch.int64, device=device)
-        self._cumulative = torch.empty(0, dtype=torch.float64, device=device)
+        self._cumulative = torch.empty(0, dtype=widest_float(device), device=device)
 
     @torch.inference_mode()
     def draw(self, logits: Tensor, forced: int | None = None) -> Tensor:
@@ -130,12 +131,13 @@ class Sampler:
                 torch.rand(_N_UNIFORMS, 1, dtype=torch.float64, generator=generator)
                 for generator in self._generators
             ]
-            self._uniforms = torch.stack(drawn, dim=1).to(self._device)
+            self._uniforms = torch.stack(drawn, dim=1).to(self._device, self._cumulative.dtype)
         uniform, self._uniforms = self._uniforms[0], self._uniforms[1:]
-        # float64, because a float32 cumulative sum loses many rare tokens to rounding.
+        # float64 if supported: a float32 cumulative sum loses many rare tokens to rounding.
+        dtype = self._cumulative.dtype
         if self._cumulative.shape != probability.shape:
-            self._cumulative = torch.empty_like(probability, dtype=torch.float64)
-        torch.cumsum(probability, dim=-1, dtype=torch.float64, out=self._cumulative)
+            self._cumulative = torch.empty_like(probability, dtype=dtype)
+        torch.cumsum(probability, dim=-1, dtype=dtype, out=self._cumulative)
         places = torch.searchsorted(
             self._cumulative, uniform * self._cumulative[:, -1:], right=True
         )

@@ -53,10 +53,26 @@ def has_slow_matvec(device: torch.device) -> bool:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of a name: auto (bfloat16 if it is fast), float32 or bfloat16."""
+    """Return the dtype of a name: auto (bfloat16 if it is fast), float32, tf32 or bfloat16.
+
+    tf32 is float32 with products in TF32, which torch turns on or off for the process.
+
+    Raises: ConfigError for tf32 without CUDA.
+    """
+    is_tf32 = name == "tf32"
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if is_tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = is_tf32  # the LSTM's; torch's default is True
+    elif is_tf32:
+        raise ConfigError(f"dtype tf32 needs a CUDA device: this is {device.type}. Use float32.")
     if name == "auto":
         return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    return torch.bfloat16 if name == "bfloat16" else torch.float32
+
+
+def widest_float(device: torch.device | str) -> torch.dtype:
+    """Return float64, or float32 on MPS, which has no float64."""
+    return torch.float32 if torch.device(device).type == "mps" else torch.float64
 
 
 def inference_dtype(name: str, device: torch.device) -> torch.dtype:

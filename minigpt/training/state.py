@@ -115,7 +115,8 @@ def computed_on(world: World, dtype: torch.dtype) -> str:
     shards = "in shards, " if world.is_sharded else ""
     name = world.device.type
     if name == "cuda":
-        name = torch.cuda.get_device_name(world.device)
+        precision = ", TF32" if torch.get_float32_matmul_precision() == "high" else ""
+        name = torch.cuda.get_device_name(world.device) + precision
     elif name == "cpu":
         threads = f"threads: {torch.get_num_threads()}"
         name = f"cpu ({torch.backends.cpu.get_cpu_capability()}, {threads})"

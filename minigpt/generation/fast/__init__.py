@@ -23,7 +23,7 @@ def supports(model: LanguageModel, *, compiles: bool = False) -> bool:
     if any(module._forward_pre_hooks or module._forward_hooks for module in model.modules()):
         return False
     if compiles:
-        return model.config.attention == "scaled_dot"
+        return model.config.attention == "scaled_dot" and model.device.type in ("cpu", "cuda")
     return model.device.type == "cpu"
 
 

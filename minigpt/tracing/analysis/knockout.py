@@ -224,10 +224,9 @@ def _hiding(model: LanguageModel, hidden_BS: Tensor, heads_LH: Tensor) -> Iterat
 
     with ExitStack() as stack:
         for layer, heads_H in zip(model.attentions, heads_LH, strict=True):
-            if heads_H.any():
-                assert isinstance(layer, nn.Module)
-                hook = layer.register_forward_pre_hook(hide(heads_H))
-                stack.callback(hook.remove)
+            assert isinstance(layer, nn.Module)
+            hook = layer.register_forward_pre_hook(hide(heads_H))
+            stack.callback(hook.remove)
         yield
 
 

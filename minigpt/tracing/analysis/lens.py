@@ -12,6 +12,7 @@ Shapes: L layers, N = 2 L + 1 states of the residual stream, C model dim, V voca
 import torch
 from torch import Tensor
 
+from minigpt.model.device import widest_float
 from minigpt.model.language_model import LanguageModel
 from minigpt.text.tokenizer import Tokenizer
 from minigpt.tracing.events import Candidate, Lens
@@ -27,7 +28,9 @@ def read_lens(model: LanguageModel, residual_NC: Tensor, target: int, tokenizer:
     """
     log_p_LV = model.logits(residual_NC[None, 2::2], 0)[0].float().log_softmax(dim=-1)
     values_LK, ids_LK = log_p_LV.topk(min(_N_TOP, log_p_LV.shape[1]))
-    packed = torch.cat((log_p_LV[:, target, None].double(), values_LK, ids_LK), dim=1).tolist()
+    columns = (log_p_LV[:, target, None], values_LK, ids_LK)
+    dtype = widest_float(log_p_LV.device)  # holds any id exactly
+    packed = torch.cat([column.to(dtype) for column in columns], dim=1).tolist()
     n_top = values_LK.shape[1]
     top = tuple(
         tuple(

@@ -48,10 +48,9 @@ def logit(model: LanguageModel, config: TraceConfig) -> Rows:
         attention = prediction.attention
         assert attention.residual_NBC is not None
         x_NC = attention.residual_NBC[:, 0].float()
-        w_C = logit_weights(model, torch.tensor(prediction.target, device=model.device))
-        if prediction.against is not None:
-            against = torch.tensor(prediction.against, device=model.device)
-            w_C = w_C - logit_weights(model, against)
+        ids = [id_ for id_ in (prediction.target, prediction.against) if id_ is not None]
+        w_NC = logit_weights(model, torch.tensor(ids, device=model.device))
+        w_C = w_NC[0] if prediction.against is None else w_NC[0] - w_NC[1]
         u_C, bias = frozen_norm(model.final_norm, x_NC[-1], w_C)
         contexts_LX = attention.context_LBHD[:, 0].flatten(1)
         u_LX, branch_bias = directions(u_C, contexts_LX.unbind())
