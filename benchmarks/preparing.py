@@ -23,8 +23,9 @@ from typing import Any
 
 from minigpt.config import DataConfig
 from minigpt.text.building import default_workers
-from minigpt.text.corpus import find_files, iter_documents
+from minigpt.text.corpus import iter_documents
 from minigpt.text.prepared_folders import prepare_folder
+from minigpt.text.sources import find_files
 from minigpt.text.tokenizer import Tokenizer, make_tokenizer
 
 
@@ -48,7 +49,7 @@ def tiktokens(pieces: list[str], tokenizer: Tokenizer, n_threads: int) -> tuple[
 def measure(data: DataConfig, spec: str, n_workers: int, repeats: int) -> dict[str, Any]:
     """Compare the two with one tokenizer."""
     with tempfile.TemporaryDirectory() as cache:
-        files = find_files(data.paths, Path(cache), Path(cache))
+        files = find_files(data.paths, Path(cache), Path(cache), data)
         documents = list(iter_documents(files))
     pieces = [document.text for document in documents]
     tokenizer = make_tokenizer(spec, pieces)

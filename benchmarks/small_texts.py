@@ -30,7 +30,7 @@ from minigpt.checkpoint.model_folder import read_model
 from minigpt.commands.train.settings import settings_of, suited_to_text, with_vocabulary
 from minigpt.evaluation import evaluate
 from minigpt.text.batches import validation_windows
-from minigpt.text.shards import prepare
+from minigpt.text.tokens import prepare
 from minigpt.training.events import EarlyStopEvent, EvalEvent, StepEvent
 from minigpt.training.trainer import Trainer
 

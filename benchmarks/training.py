@@ -37,8 +37,8 @@ from minigpt.model.device import resolve_device, resolve_dtype
 from minigpt.presets import PRESETS, preset
 from minigpt.settings import build, merge, parse_assignment
 from minigpt.text.batches import validation_windows
-from minigpt.text.shards import PreparedData, prepare
 from minigpt.text.tokenizer import make_tokenizer
+from minigpt.text.tokens import PreparedData, prepare
 from minigpt.training.events import EvalEvent, StepEvent
 from minigpt.training.trainer import Trainer
 

@@ -10,7 +10,7 @@ from small_models import LAYOUTS, random_tokens, small_model
 from minigpt.evaluation import Evaluation, evaluate, windows_at_once
 from minigpt.model.gpt import GPT
 from minigpt.text.batches import validation_windows
-from minigpt.text.shards import TokenDataset, TokenSpan
+from minigpt.text.tokens import TokenDataset, TokenSpan
 
 CONTEXT = 24
 

@@ -88,7 +88,7 @@ def _record(folder: "Path", manifest: "Manifest", work: "Work") -> dict[str, Any
         "n_documents": manifest.n_documents,
         "n_bytes": manifest.n_bytes,
         "n_tokens": manifest.n_tokens,
-        "n_skipped": sum(manifest.skipped.values()),
+        "n_skipped": manifest.n_skipped,
         "bytes_per_token": manifest.n_bytes / manifest.n_tokens,
         "tokenizer": manifest.tokenizer,
         "n_shards": len(manifest.shards),

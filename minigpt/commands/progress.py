@@ -10,8 +10,8 @@ from typing import Any, Self
 from minigpt.commands.output import one_line
 from minigpt.console import make_console, spans_to_text
 from minigpt.rings import find_ring
-from minigpt.text.building import PrepareProgress
 from minigpt.text.escape import printable
+from minigpt.text.tokens import PrepareProgress
 
 PLAIN_EVERY_S = 5.0
 """Seconds between lines where stderr is not a terminal."""

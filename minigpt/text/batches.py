@@ -12,8 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from minigpt.errors import DataError
-from minigpt.text.shard_files import CONTEXT_ONLY
-from minigpt.text.shards import TokenSpan
+from minigpt.text.tokens import CONTEXT_ONLY, TokenSpan
 
 if TYPE_CHECKING:
     import torch

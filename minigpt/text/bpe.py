@@ -1,14 +1,11 @@
 """Byte-pair encodings that are trained on a corpus, with rustbpe."""
 
-from collections.abc import Iterable, Iterator
-from functools import partial
+from collections.abc import Iterable
 from itertools import chain
 
 import rustbpe
 
 from minigpt.errors import ConfigError
-from minigpt.rings import ring
-from minigpt.text.building import Corpus, reporter
 from minigpt.text.characters import character_tokens, frequent_characters, joined_ranks
 from minigpt.text.tokenizer import (
     BPE_PATTERN,
@@ -77,25 +74,6 @@ def train_bpe(
     name = f"bpe:{vocab_size}"
     encoding = make_encoding(name, BPE_PATTERN, ranks, {END_OF_TEXT: len(ranks)})
     return TiktokenTokenizer(name, encoding)
-
-
-def training_texts(corpus: Corpus) -> Iterator[str]:
-    """Yield the training text of a corpus, so that no merge is learned from validation text.
-
-    Only as much of a long corpus is read as merges are learned from.
-    """
-    report = reporter(corpus.files, "train tokenizer", corpus.report)
-    texts = (report(document).text for document in corpus.documents(training_only=True))
-    if corpus.template is not None:
-        render = partial(ring("text.conversations").row_text, template=corpus.template)
-        texts = (part for text in texts for part in render(text).split(END_OF_TEXT))
-    train_fraction = 1 - corpus.data.val_fraction if corpus.val_split == "tail" else 1
-    read = first_texts(texts, BPE_TRAINING_BYTES / train_fraction)
-    n_left = int(train_fraction * sum(len(text.encode()) for text in read))
-    for text in read:
-        data = text.encode()[:n_left]
-        n_left -= len(data)
-        yield data.decode(errors="ignore")
 
 
 def first_texts(texts: Iterable[str], n_bytes: float) -> list[str]:

@@ -22,15 +22,8 @@ import numpy.typing as npt
 
 from minigpt.config import DataConfig
 from minigpt.files import OTHER_CACHE, cache_folder, resource_errors
-from minigpt.rings import has_ring, ring
-from minigpt.text.corpus import (
-    CorpusFile,
-    Document,
-    content_hash,
-    find_files,
-    iter_documents,
-    split_documents,
-)
+from minigpt.rings import ring
+from minigpt.text.corpus import Corpus, Document, content_hash, reporter
 from minigpt.text.shard_files import (
     MANIFEST,
     SCHEMA_VERSION,
@@ -42,90 +35,16 @@ from minigpt.text.shard_files import (
     write_json,
     write_shards,
 )
-from minigpt.text.tokenizer import (
-    END_OF_TEXT,
-    Tokenizer,
-    make_tokenizer,
-    parse_spec,
-)
+from minigpt.text.sources import find_files
+from minigpt.text.splitting import split
+from minigpt.text.tokenizer import END_OF_TEXT, Tokenizer, make_tokenizer, parse_spec
+from minigpt.text.tokens import PrepareProgress
 
-_SPLITTING = "text.splitting"
 BPE_VERSION = 2
 """Changes with what ``text.bpe`` learns from a text, so that caches are made again."""
-PROGRESS_BYTES = 2**20
 CHUNK_CHARS = 2**20
 MAX_WORKERS = 16
 """Default limit of threads: each holds some megabytes, and one thread reads for all."""
-
-
-@dataclass(frozen=True)
-class PrepareProgress:
-    """Progress of a preparation."""
-
-    stage: str
-    """download, split, train tokenizer, or encode."""
-    done: int
-    """Bytes of the files read in this stage."""
-    total: int
-    """Bytes of all files."""
-    note: str = ""
-    """A line about the text that is read. Empty for progress only."""
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Files, and how they become tokens."""
-
-    files: list[CorpusFile]
-    """Files in order."""
-    val_files: list[CorpusFile]
-    """Files of a validation text of its own."""
-    data: DataConfig
-    """How the files are read and split."""
-    tokenizer: Tokenizer | str
-    """Tokenizer, or the spec of one that may have to be trained."""
-    cache: Path
-    """Folder that keeps prepared corpora."""
-    spool: Path
-    """Folder of temporary files."""
-    report: Callable[[PrepareProgress], None]
-    """Called now and then while the files are read."""
-    template: Any = None
-    """Chat template, if the rows are conversations."""
-    val_split: str = "tail"
-    """Text kept for validation: tail, documents, own (val_files) or none."""
-    is_validation: Callable[[str], bool] | None = None
-    """Whether a document is kept for validation, by its first piece. None without such a choice."""
-    identity: str = ""
-    """sha256 over the text, the split and the tokenizer."""
-
-    def documents(
-        self, *, training_only: bool = False, on_skip: Callable[[str], None] | None = None
-    ) -> Iterator[Document]:
-        """Yield the documents as they are stored: those for training, then those for validation."""
-        found = self.read(self.files, on_skip)
-        if self.is_validation:
-            splitting = ring(_SPLITTING)
-            found = splitting.training_first(found, self.is_validation, self.spool)
-        for document in found:
-            if not (training_only and document.is_validation):
-                yield document
-        if self.val_files and not training_only:
-            for document in self.read(self.val_files, on_skip):
-                yield replace(document, is_validation=True)
-
-    def read(
-        self, files: list[CorpusFile], on_skip: Callable[[str], None] | None = None
-    ) -> Iterator[Document]:
-        """Yield the documents of files in their order."""
-        documents = iter_documents(files, self.data, on_skip)
-        if not self.data.special:
-            return documents
-        end = END_OF_TEXT
-        if isinstance(self.tokenizer, Tokenizer):
-            known, id_ = self.tokenizer.special_ids, self.tokenizer.end_of_text
-            end = next((text for text in known if known[text] == id_), "")
-        return split_documents(documents, end) if end else documents
 
 
 @dataclass(frozen=True)
@@ -187,8 +106,7 @@ def opened_corpus(
             files, val_files = find(data.paths), find(data.val) if data.val else []
             used = tokenizer or data.tokenizer
             corpus = Corpus(files, val_files, data, used, cache, Path(spool), report, template)
-            if has_ring(_SPLITTING) or data.val or data.val_split == "documents":
-                corpus = ring(_SPLITTING).split(corpus)
+            corpus = split(corpus)
             # A name does not identify a vocabulary that was not made here: two may share it.
             what: list[object] = [SCHEMA_VERSION]
             what += [data.tokenizer, BPE_VERSION] if tokenizer is None else [tokenizer.fingerprint]
@@ -213,10 +131,30 @@ def begin(folder: Path, corpus: Corpus) -> Tokenizer:
     tokenizer = corpus.tokenizer
     if isinstance(tokenizer, str):
         is_trained = parse_spec(tokenizer)[0] == "bpe"
-        texts = ring("text.bpe").training_texts(corpus) if is_trained else ()
+        texts = training_texts(corpus) if is_trained else ()
         tokenizer = make_tokenizer(tokenizer, texts)
     write_json(folder / VOCABULARY, tokenizer.to_dict())
     return tokenizer
+
+
+def training_texts(corpus: Corpus) -> Iterator[str]:
+    """Yield the training text of a corpus, so that no merge is learned from validation text.
+
+    Only as much of a long corpus is read as merges are learned from.
+    """
+    bpe = ring("text.bpe")
+    report = reporter(corpus.files, "train tokenizer", corpus.report)
+    texts = (report(document).text for document in corpus.documents(training_only=True))
+    if corpus.template is not None:
+        render = partial(ring("text.conversations").row_text, template=corpus.template)
+        texts = (part for text in texts for part in render(text).split(END_OF_TEXT))
+    train_fraction = 1 - corpus.data.val_fraction if corpus.val_split == "tail" else 1
+    read: list[str] = bpe.first_texts(texts, bpe.BPE_TRAINING_BYTES / train_fraction)
+    n_left = int(train_fraction * sum(len(text.encode()) for text in read))
+    for text in read:
+        data = text.encode()[:n_left]
+        n_left -= len(data)
+        yield data.decode(errors="ignore")
 
 
 def build(
@@ -374,20 +312,3 @@ def counts_of(chunk: list[Document], tokens: npt.NDArray[Any], **others: Any) ->
         n_val_tokens=len(tokens) * chunk[0].is_validation,
         **others,
     )
-
-
-def reporter(
-    files: Sequence[CorpusFile], stage: str, report: Callable[[PrepareProgress], None]
-) -> Callable[[Document], Document]:
-    """Return a function that reports now and then how far the files have been read."""
-    total = sum(file.path.stat().st_size for file in files)
-    reported = 0
-
-    def look(document: Document) -> Document:
-        nonlocal reported
-        if document.position - reported >= min(PROGRESS_BYTES, total - reported) > 0:
-            reported = document.position
-            report(PrepareProgress(stage, reported, total))
-        return document
-
-    return look

@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from minigpt.errors import DataError
-from minigpt.text.building import Corpus, Encoded, counts_of
+from minigpt.text.building import Encoded, counts_of
 from minigpt.text.chat import ChatTemplate
-from minigpt.text.corpus import Document
-from minigpt.text.shard_files import CONTEXT_ONLY
+from minigpt.text.corpus import Corpus, Document
 from minigpt.text.tokenizer import Tokenizer, well_formed
+from minigpt.text.tokens import CONTEXT_ONLY
 
 
 def conversation_of_row(row: object) -> str:

@@ -1,24 +1,26 @@
-"""Files -> documents, one piece at a time."""
+"""A corpus: files, and their documents, one piece at a time."""
 
 import codecs
 import hashlib
+import json
 import re
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from minigpt.config import DataConfig
 from minigpt.errors import DataError, ResourceError
-from minigpt.rings import has_ring, ring
+from minigpt.text import compressed, encodings, records
+from minigpt.text.tokenizer import END_OF_TEXT, Tokenizer
+from minigpt.text.tokens import PrepareProgress
 
+PROGRESS_BYTES = 2**20
 PIECE_CHARS = 2**20
 LOOKAHEAD_CHARS = 2**16
 BLOCK_BYTES = 2**20
-
-_SOURCES = "text.sources"
-_ENCODINGS = "text.encodings"
 
 # Places where cutting a text does not change its tokens: the split patterns of gpt2, cl100k_base,
 # o200k_base and ours end a token there.
@@ -45,7 +47,7 @@ class CorpusFile:
             if not self.packing:
                 yield packed, packed
             else:
-                with ring("text.compressed").unpacked(packed, self.packing, self.name) as file:
+                with compressed.unpacked(packed, self.packing, self.name) as file:
                     yield packed, file
 
 
@@ -61,23 +63,6 @@ class Document:
     """Bytes of the corpus read so far."""
     is_validation: bool = False
     """Whether its document is kept for validation."""
-
-
-def find_files(
-    paths: Sequence[str], cache: Path, spool: Path, data: DataConfig | None = None, **options: Any
-) -> list[CorpusFile]:
-    """Find the files that the user names, in their order, and the format of each.
-
-    Without the ring ``text.sources``, which has the other arguments, a path is a text file.
-
-    Raises: DataError if there are no files; ResourceError if one may not be read.
-    """
-    if has_ring(_SOURCES):
-        found: list[CorpusFile] = ring(_SOURCES).find_files(
-            paths, cache, spool, data or DataConfig(), **options
-        )
-        return found
-    return [CorpusFile(Path(path), path) for path in paths]
 
 
 def iter_documents(
@@ -131,6 +116,99 @@ def split_documents(documents: Iterable[Document], end: str) -> Iterator[Documen
             is_start = True
 
 
+@dataclass(frozen=True)
+class Corpus:
+    """Files, and how they become tokens."""
+
+    files: Sequence[CorpusFile]
+    """Files in order."""
+    val_files: Sequence[CorpusFile]
+    """Files of a validation text of its own."""
+    data: DataConfig
+    """How the files are read and split."""
+    tokenizer: Tokenizer | str
+    """Tokenizer, or the spec of one that may have to be trained."""
+    cache: Path
+    """Folder that keeps prepared corpora."""
+    spool: Path
+    """Folder of temporary files."""
+    report: Callable[[PrepareProgress], None]
+    """Called now and then while the files are read."""
+    template: Any = None
+    """Chat template, if the rows are conversations."""
+    val_split: str = "tail"
+    """Text kept for validation: tail, documents, own (val_files) or none."""
+    is_validation: Callable[[str], bool] | None = None
+    """Whether a document is kept for validation, by its first piece. None without such a choice."""
+    identity: str = ""
+    """sha256 over the text, the split and the tokenizer."""
+
+    def documents(
+        self, *, training_only: bool = False, on_skip: Callable[[str], None] | None = None
+    ) -> Iterator[Document]:
+        """Yield the documents as they are stored: those for training, then those for validation."""
+        found = self.read(self.files, on_skip)
+        if self.is_validation:
+            found = training_first(found, self.is_validation, self.spool)
+        for document in found:
+            if not (training_only and document.is_validation):
+                yield document
+        if self.val_files and not training_only:
+            for document in self.read(self.val_files, on_skip):
+                yield replace(document, is_validation=True)
+
+    def read(
+        self, files: Sequence[CorpusFile], on_skip: Callable[[str], None] | None = None
+    ) -> Iterator[Document]:
+        """Yield the documents of files in their order."""
+        documents = iter_documents(files, self.data, on_skip)
+        if not self.data.special:
+            return documents
+        end = END_OF_TEXT
+        if isinstance(self.tokenizer, Tokenizer):
+            known, id_ = self.tokenizer.special_ids, self.tokenizer.end_of_text
+            end = next((text for text in known if known[text] == id_), "")
+        return split_documents(documents, end) if end else documents
+
+
+def training_first(
+    documents: Iterable[Document], is_validation: Callable[[str], bool], spool: Path
+) -> Iterator[Document]:
+    """Yield the training documents, then those for validation, each in their order.
+
+    Args: spool, a folder for a copy of the latter, which is deleted.
+    """
+    is_kept = False
+    with tempfile.TemporaryFile("w+", encoding="utf-8", dir=spool) as kept:
+        for document in documents:
+            if document.is_start:
+                is_kept = is_validation(document.text)
+            if is_kept:
+                kept.write(json.dumps(asdict(document)) + "\n")
+            else:
+                yield document
+        kept.seek(0)
+        for line in kept:
+            yield Document(**json.loads(line) | {"is_validation": True})
+
+
+def reporter(
+    files: Sequence[CorpusFile], stage: str, report: Callable[[PrepareProgress], None]
+) -> Callable[[Document], Document]:
+    """Return a function that reports now and then how far the files have been read."""
+    total = sum(file.path.stat().st_size for file in files)
+    reported = 0
+
+    def look(document: Document) -> Document:
+        nonlocal reported
+        if document.position - reported >= min(PROGRESS_BYTES, total - reported) > 0:
+            reported = document.position
+            report(PrepareProgress(stage, reported, total))
+        return document
+
+    return look
+
+
 def content_hash(files: Iterable[CorpusFile]) -> str:
     """Return a sha256 in hex over the contents of the files and their order, not their names.
 
@@ -172,7 +250,7 @@ def _texts(
             )
         yield _decoded(file, about, data.encoding)
         return
-    for text in ring("text.records").texts(file, about.format, about.name, data, on_skip):
+    for text in records.texts(file, about.format, about.name, data, on_skip):
         yield (text[i : i + PIECE_CHARS] for i in range(0, len(text), PIECE_CHARS))
 
 
@@ -184,21 +262,14 @@ def _decoded(file: BinaryIO, about: CorpusFile, encoding: str) -> Iterator[str]:
         block = file.read(BLOCK_BYTES)
         try:
             text = decoder.decode(block, final=not block)
+            is_text = "\0" not in text
         except UnicodeError:
-            raise _not_text(about, encoding) from None
-        if "\0" in text:
-            raise _not_text(about, encoding)
+            is_text = False
+        if not is_text:
+            with about.opened() as (_, again):
+                raise encodings.refusal(again, about.name, encoding, BLOCK_BYTES)
         yield text.removeprefix("\ufeff") if is_first else text
         is_first = False
-
-
-def _not_text(about: CorpusFile, encoding: str) -> DataError:
-    """Return the error for a file that is binary or in another encoding."""
-    if has_ring(_ENCODINGS):
-        with about.opened() as (_, file):
-            error: DataError = ring(_ENCODINGS).refusal(file, about.name, encoding, BLOCK_BYTES)
-            return error
-    return DataError(f"{about.name!r} is binary, or not {encoding}. Convert it to UTF-8.")
 
 
 def _pieces(texts: Iterable[str]) -> Iterator[str]:

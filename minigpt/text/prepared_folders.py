@@ -1,7 +1,11 @@
-"""Folders of tokens that a user prepares before training, resumed where they were interrupted."""
+"""Folders of tokens: those of the cache, one for each corpus, and those that a user prepares.
+
+An interrupted preparation is resumed.
+"""
 
 import dataclasses
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import takewhile
@@ -10,16 +14,15 @@ from typing import Any
 
 from minigpt.config import DataConfig
 from minigpt.errors import ConfigError, DataError
-from minigpt.files import locked, resource_errors
+from minigpt.files import WRITING, locked, resource_errors
 from minigpt.text.building import (
-    Corpus,
     Place,
-    PrepareProgress,
     Work,
     begin,
     build,
     opened_corpus,
 )
+from minigpt.text.corpus import Corpus
 from minigpt.text.shard_files import (
     MANIFEST,
     SCHEMA_VERSION,
@@ -27,16 +30,67 @@ from minigpt.text.shard_files import (
     VOCABULARY,
     Manifest,
     Shard,
+    StoredData,
     is_ours,
+    open_prepared,
     read_record,
     read_vocabulary,
     reading,
     write_json,
 )
-from minigpt.text.shards import PreparedData, open_prepared
 from minigpt.text.tokenizer import Tokenizer
+from minigpt.text.tokens import PrepareProgress
 
 _LOCK = ".lock"
+
+
+def prepare(
+    data: DataConfig,
+    cache_dir: Path | None = None,
+    on_progress: Callable[[PrepareProgress], None] | None = None,
+    *,
+    tokenizer: Tokenizer | None = None,
+    template: Any = None,
+    n_workers: int = 0,
+) -> StoredData:
+    """Turn a corpus into tokens on disk, or open the result of an earlier call.
+
+    ``Tokenizer.separator`` comes before each document, the first too. Memory stays bounded for any
+    size of corpus. A killed preparation is resumed, or started again. A folder that the user
+    prepared is opened as it is.
+
+    Args: cache_dir, instead of the user's cache; tokenizer, instead of the one that ``data``
+        names; template, a ``text.chat.ChatTemplate`` if the rows are conversations; n_workers,
+        threads, 0 for all cores.
+    Raises: ConfigError for an unknown tokenizer, or not the one that a folder was prepared with;
+        DataError for a corpus that cannot be used; ResourceError if a file may not be read or the
+        cache cannot be written.
+    """
+    named = open_named(data, tokenizer)
+    if named is not None:
+        return named
+    with opened_corpus(data, tokenizer, cache_dir, on_progress, template) as corpus:
+        folder = corpus.cache / "prepared" / corpus.identity[:32]
+        with locked(Path(f"{folder}.lock")):
+            try:
+                prepared = open_prepared(folder)
+            except DataError:
+                _replace(folder, corpus, n_workers)
+                prepared = open_prepared(folder)
+    # Two vocabularies may differ in nothing but their name: return the one that was given.
+    return prepared if tokenizer is None else dataclasses.replace(prepared, tokenizer=tokenizer)
+
+
+def _replace(folder: Path, corpus: Corpus, n_workers: int) -> None:
+    """Build a corpus under another name and rename it; an unusable one is deleted first."""
+    aside = folder.with_name(f"{WRITING}{folder.name}")
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.mkdir(exist_ok=True)
+    try:
+        build_resumable(aside, corpus, n_workers)
+        aside.rename(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def prepare_folder(
@@ -48,7 +102,7 @@ def prepare_folder(
     tokenizer: Tokenizer | None = None,
     template: Any = None,
     n_workers: int = 0,
-) -> tuple[PreparedData, Work]:
+) -> tuple[StoredData, Work]:
     """Turn a corpus into tokens in a folder of the user, or resume an interrupted preparation.
 
     Complete shards are kept however the call ends; the same call then gives the same bytes.
@@ -205,7 +259,7 @@ def prepared_settings(words: Sequence[str]) -> dict[str, Any]:
     return settings | {"val_split": manifest.val_split, "val_fraction": manifest.val_fraction}
 
 
-def open_named(data: DataConfig, tokenizer: Tokenizer | None) -> PreparedData | None:
+def open_named(data: DataConfig, tokenizer: Tokenizer | None) -> StoredData | None:
     """Open the prepared folder that ``data`` names; None if it names text.
 
     Raises: ConfigError if its tokenizer is not the requested one; DataError as ``prepared_folder``

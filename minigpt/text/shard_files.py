@@ -13,19 +13,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import numpy.typing as npt
 
 from minigpt.errors import DataError
-from minigpt.files import WRITING, read_bytes, sha256, sync_file, writing_aside
+from minigpt.files import WRITING, open_regular, read_bytes, sha256, sync_file, writing_aside
 from minigpt.text.tokenizer import Tokenizer
+from minigpt.text.tokens import PreparedData, TextFacts, TokenDataset
 
 # Part of every manifest and identity: raise it when the same text gives other tokens, or is cut
 # into other pieces.
 SCHEMA_VERSION = 1
 MAX_SHARD_TOKENS = 2**24
-
-CONTEXT_ONLY = 2**31
-"""Bit of a stored token that is context only: no loss is computed for it as a target."""
 
 MANIFEST = "manifest.json"
 VOCABULARY = "vocabulary.json"
@@ -92,7 +91,7 @@ class Counts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Manifest(Counts):
+class Manifest(TextFacts, Counts):
     """Contents and origin of a prepared corpus."""
 
     schema_version: int
@@ -101,10 +100,6 @@ class Manifest(Counts):
     """sha256 over the text and the tokenizer."""
     dtype: str
     """Data type of the tokens: <u2 or <u4."""
-    n_tokens: int
-    """Number of tokens, separators included."""
-    tokenizer: str
-    """Name of the tokenizer: its spec, if it has one."""
     tokenizer_fingerprint: str
     """Fingerprint of the tokenizer."""
     shards: tuple[Shard, ...]
@@ -113,26 +108,20 @@ class Manifest(Counts):
     """Names of the files, as the user first gave them."""
     special: bool = False
     """Whether the text of a special token became its id."""
-    val_split: str = "tail"
-    """Text kept for validation: tail, documents, own or none (docs/text.md)."""
     val_fraction: float = 0.1
     """Fraction of the text that was to be kept for validation."""
-    chat_template: str = ""
-    """Jinja source of the template that conversations went through. Empty for plain text."""
-    loss_on: str = "all"
-    """Tokens that the loss is averaged over: all, or completion."""
 
     def validation(self, val_fraction: float) -> str:
-        """Say which part of the text validates, for a run with this val_fraction."""
-        if not val_fraction:
-            return "all of it is trained on"
-        if self.val_split in ("documents", "own"):
-            kind = "whole documents" if self.val_split == "documents" else "a text of their own"
-            return f"{self.n_val_tokens:,} tokens, {kind}, validate"
-        return f"the last {val_fraction:.0%} validate"
+        if not val_fraction or self.val_split not in ("documents", "own"):
+            return super().validation(val_fraction)
+        kind = "whole documents" if self.val_split == "documents" else "a text of their own"
+        return f"{self.n_val_tokens:,} tokens, {kind}, validate"
+
+    @property
+    def n_skipped(self) -> int:
+        return sum(self.skipped.values())
 
     def notes(self) -> Iterator[str]:
-        """Yield what a user should know about the text, in lines."""
         if self.loss_on == "completion":
             yield "the loss is on what the assistant says; --loss-on all counts all tokens"
         if self.n_bad_rows:
@@ -144,16 +133,52 @@ class Manifest(Counts):
                 "--special parses them, when the text is tokenized."
             )
         if self.skipped:
-            n = sum(self.skipped.values())
             yield (
-                f"skipped {n:,} characters that the vocabulary lacks "
+                f"skipped {self.n_skipped:,} characters that the vocabulary lacks "
                 f"({_most_common({repr(c): n for c, n in self.skipped.items()})})"
             )
+
+
+@dataclass(frozen=True)
+class StoredData(PreparedData):
+    """A corpus whose tokens are on the disk."""
+
+    manifest: Manifest
+    """Counts and hashes."""
+    folder: Path
+    """Folder of its files, for ``open_prepared``."""
 
 
 def _most_common(counts: Mapping[str, int]) -> str:
     shown = [f"{text} {n:,} times" for text, n in Counter(counts).most_common(3)]
     return ", ".join(shown + (["..."] if len(counts) > len(shown) else []))
+
+
+def open_prepared(folder: Path) -> StoredData:
+    """Open a prepared corpus, and check that it is unchanged.
+
+    Raises: DataError if it is missing, incomplete or damaged.
+    """
+    with reading(folder):
+        manifest = Manifest(**read_record(folder / MANIFEST))
+        tokenizer = read_vocabulary(folder)
+        is_whole = tokenizer.fingerprint == manifest.tokenizer_fingerprint
+        digest = hashlib.sha256(tokenizer.fingerprint.encode())
+        arrays = []
+        for shard in manifest.shards:
+            with open_regular(folder / shard.name) as file:
+                array = np.asarray(np.memmap(file, manifest.dtype, mode="r"))
+            is_whole &= len(array) == shard.n_tokens and shard.is_intact(folder)
+            arrays.append(array)
+            digest.update(shard.sha256.encode())
+        n_val_tokens = None
+        if manifest.val_split in ("documents", "own"):
+            n_val_tokens = manifest.n_val_tokens
+            digest.update(f"validation {n_val_tokens}".encode())
+    if not is_whole:
+        raise DataError(f"the prepared corpus {str(folder)!r} is damaged. Delete that folder.")
+    tokens = TokenDataset(arrays, digest.hexdigest(), n_val_tokens)
+    return StoredData(tokenizer, tokens, manifest, folder)
 
 
 @contextmanager

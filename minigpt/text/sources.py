@@ -17,7 +17,7 @@ from typing import BinaryIO
 from minigpt.config import DataConfig
 from minigpt.errors import DataError, did_you_mean
 from minigpt.files import OTHER_CACHE, resource_errors
-from minigpt.rings import has_ring, ring
+from minigpt.text import compressed, datasets, records
 from minigpt.text.corpus import BLOCK_BYTES, CorpusFile, reading
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
@@ -33,9 +33,6 @@ FORMATS = {
 
 _HEAD_BYTES = 2**16  # by which a format is recognized
 _NAMES = {"text": "text", "jsonl": "JSONL", "json": "JSON", "csv": "CSV", "parquet": "Parquet"}
-_DATASETS = "text.datasets"
-_RECORDS = "text.records"
-_COMPRESSED = "text.compressed"
 
 
 @dataclass(frozen=True)
@@ -112,8 +109,8 @@ def find_files(
                 if not found:
                     raise DataError(f"no file matches {word!r}. Check the pattern, and quote it.")
                 files += [_recognized(Path(name), name, data) for name in found]
-            elif word.partition(":")[0] == "builtin" or word in _named_corpora():
-                path = ring(_DATASETS).dataset_path(word, cache, on_download)
+            elif word.partition(":")[0] == "builtin" or word in datasets.NAMES:
+                path = datasets.dataset_path(word, cache, on_download)
                 is_jsonl = path.suffix == ".jsonl"
                 files.append(FoundFile(path, word, "jsonl" if is_jsonl else "text"))
             elif "://" in word:
@@ -135,7 +132,7 @@ def _suffixes(path: Path) -> tuple[str, str]:
 
 def _written_suffixes(path: Path) -> tuple[str, str]:
     """Return the suffixes of the format and of the compression as they are written."""
-    is_packed = has_ring(_COMPRESSED) and path.suffix.lower() in ring(_COMPRESSED).SUFFIXES
+    is_packed = path.suffix.lower() in compressed.SUFFIXES
     return (path.with_suffix("").suffix, path.suffix) if is_packed else (path.suffix, "")
 
 
@@ -144,14 +141,14 @@ def _recognized(path: Path, name: str, data: DataConfig) -> FoundFile:
     suffix, packing = _suffixes(path)
     with reading(name), path.open("rb") as file:
         magic = file.read(6)
-    packing = packing or (ring(_COMPRESSED).packing_of(magic) if has_ring(_COMPRESSED) else "")
+    packing = packing or compressed.packing_of(magic)
     by_suffix = FORMATS.get(suffix, "text")
     found = FoundFile(path, name, data.format or by_suffix, packing)
-    if data.format or not has_ring(_RECORDS):
+    if data.format:
         return found
     with found.opened() as (_, unpacked):
         head = unpacked.read(_HEAD_BYTES)
-    content = ring(_RECORDS).sniffed(head, data.encoding, is_whole=len(head) < _HEAD_BYTES)
+    content = records.sniffed(head, data.encoding, is_whole=len(head) < _HEAD_BYTES)
     is_json = by_suffix in ("json", "jsonl") and content in ("json", "jsonl")
     is_open = suffix not in (*FORMATS, *TEXT_SUFFIXES)
     return replace(found, format=content if is_json or is_open else by_suffix, looks_like=content)
@@ -204,10 +201,10 @@ def _files_in(folder: Path, data: DataConfig, left_out: Counter[str]) -> list[Fo
 
 def _lacks_field(file: FoundFile, data: DataConfig) -> bool:
     """Return whether a file of a folder has rows, but not the field of the text: it is no text."""
-    if file.format == "text" or not has_ring(_RECORDS):
+    if file.format == "text":
         return False
     with file.opened() as (_, unpacked):
-        return not ring(_RECORDS).has_field(unpacked, file.format, file.name, data)
+        return not records.has_field(unpacked, file.format, file.name, data)
 
 
 def _other_files(folder: Path, left_out: Counter[str]) -> str:
@@ -269,17 +266,13 @@ def _summary(
     return line
 
 
-def _named_corpora() -> list[str]:
-    return ring(_DATASETS).NAMES if has_ring(_DATASETS) else []
-
-
 def _missing(path: Path) -> str:
     try:
         siblings = os.listdir(path.parent)
     except OSError:
         return f"the folder {str(path.parent)!r} does not exist. Check the path."
-    remedy = did_you_mean(repr(path.name), map(repr, [*siblings, *_named_corpora()]))
-    remedy = remedy or f"Check the path; the named corpora are {', '.join(_named_corpora())}."
+    remedy = did_you_mean(repr(path.name), map(repr, [*siblings, *datasets.NAMES]))
+    remedy = remedy or f"Check the path; the named corpora are {', '.join(datasets.NAMES)}."
     return f"there is no file or folder {str(path)!r}. {remedy}"
 
 

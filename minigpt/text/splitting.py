@@ -1,16 +1,12 @@
 """Which documents of a corpus are kept for validation, chosen by a hash of their text."""
 
 import hashlib
-import json
-import tempfile
 from array import array
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, replace
-from pathlib import Path
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from minigpt.errors import ConfigError, DataError
-from minigpt.text.building import Corpus, reporter
-from minigpt.text.corpus import Document
+from minigpt.text.corpus import Corpus, Document, reporter
 
 MIN_DOCUMENTS = 10
 """Number of documents from which they are split by default."""
@@ -97,27 +93,6 @@ def choose(documents: Iterable[Document], val_fraction: float) -> Callable[[str]
             n_chosen += n_bytes[h]
     chosen = chosen or {min(n_bytes, key=lambda h: (n_bytes[h], h))}
     return lambda text: _hash(text) in chosen
-
-
-def training_first(
-    documents: Iterable[Document], is_validation: Callable[[str], bool], spool: Path
-) -> Iterator[Document]:
-    """Yield the training documents, then those for validation, each in their order.
-
-    Args: spool, a folder for a copy of the latter, which is deleted.
-    """
-    is_kept = False
-    with tempfile.TemporaryFile("w+", encoding="utf-8", dir=spool) as kept:
-        for document in documents:
-            if document.is_start:
-                is_kept = is_validation(document.text)
-            if is_kept:
-                kept.write(json.dumps(asdict(document)) + "\n")
-            else:
-                yield document
-        kept.seek(0)
-        for line in kept:
-            yield Document(**json.loads(line) | {"is_validation": True})
 
 
 def _hash(text: str) -> int:

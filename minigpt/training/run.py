@@ -17,7 +17,7 @@ from minigpt.model.language_model import LanguageModel
 from minigpt.model.registry import model_class
 from minigpt.rings import find_ring, ring
 from minigpt.text.batches import require_length
-from minigpt.text.shards import PreparedData
+from minigpt.text.tokens import PreparedData
 from minigpt.training.optim import make_optimizers
 from minigpt.training.schedule import lr_scale, progress, with_evaluations, with_max_steps
 from minigpt.training.world import ALONE, World

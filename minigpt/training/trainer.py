@@ -15,7 +15,7 @@ from minigpt.config import RunConfig
 from minigpt.model.device import autocast, to_device
 from minigpt.model.language_model import LanguageModel
 from minigpt.text.batches import NO_TARGET, batch
-from minigpt.text.shards import PreparedData
+from minigpt.text.tokens import PreparedData
 from minigpt.training.checkpoints import Checkpoints
 from minigpt.training.events import EarlyStopEvent, Event, SampleEvent
 from minigpt.training.optim import scale_learning_rates

@@ -18,8 +18,8 @@ from minigpt.commands.train.finetune import Base, finetuning_config, read_base
 from minigpt.config import DataConfig, ModelConfig
 from minigpt.model.gpt import GPT
 from minigpt.settings import read_toml
-from minigpt.text.shards import prepare
 from minigpt.text.tokenizer import bytes_tokenizer
+from minigpt.text.tokens import prepare
 
 TEXT = "The king said: once upon a time there was a book of 12 tales, déjà vu.\n" * 60
 SHORT = ["--max-steps", "6", "--context-length", "32", "--batch-size", "2", "--save-every", "3"]

@@ -15,9 +15,9 @@ from small_models import small_model
 from minigpt.checkpoint.folder import RunFolder
 from minigpt.checkpoint.model_folder import write_model
 from minigpt.settings import read_toml
-from minigpt.text import building, shard_files
+from minigpt.text import shard_files
 from minigpt.text.bpe import train_bpe
-from minigpt.text.building import PrepareProgress
+from minigpt.text.tokens import PrepareProgress
 
 TEXT = "The king said: né, once upon a time.\n" * 90
 
@@ -118,7 +118,7 @@ def test_interrupted_prepare_is_resumed(run: Run, monkeypatch: pytest.MonkeyPatc
     lines = [json.dumps({"text": TEXT[: 40 * i]}) + "\n" for i in range(1, 60)]
     Path("docs.jsonl").write_text("".join(lines))
     monkeypatch.setattr(shard_files, "MAX_SHARD_TOKENS", 10_000)
-    monkeypatch.setattr(building, "PROGRESS_BYTES", 1)
+    monkeypatch.setattr(corpus, "PROGRESS_BYTES", 1)
     monkeypatch.setattr("minigpt.text.building.CHUNK_CHARS", 1000)
     from minigpt.commands.progress import ProgressLine
 

@@ -10,7 +10,7 @@ from rich.text import Text
 from minigpt.commands.status_line import FREE_CELLS, LiveLines, StatusLine
 from minigpt.commands.train.display import TrainingDisplay
 from minigpt.format import clock, duration, short
-from minigpt.text.shards import PrepareProgress
+from minigpt.text.tokens import PrepareProgress
 
 FACTS = [
     "20000/20000",

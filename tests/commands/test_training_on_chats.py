@@ -19,8 +19,8 @@ from minigpt.config import DataConfig, RunConfig
 from minigpt.settings import build, read_toml
 from minigpt.text.batches import NO_TARGET, batch
 from minigpt.text.chat import training_template
-from minigpt.text.shards import PreparedData, prepare
 from minigpt.text.tokenizer import TiktokenTokenizer, bytes_tokenizer, make_encoding
+from minigpt.text.tokens import PreparedData, prepare
 from minigpt.training.trainer import Trainer
 from minigpt.training.world import ALONE, World
 

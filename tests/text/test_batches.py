@@ -8,7 +8,7 @@ import torch
 
 from minigpt.errors import DataError
 from minigpt.text.batches import batch, validation_windows, window_starts
-from minigpt.text.shards import TokenDataset, TokenSpan
+from minigpt.text.tokens import TokenDataset, TokenSpan
 
 GOLDEN_FIRST = [477787, 57947, 297819, 725595, 1003355, 462427]
 GOLDEN_LATE = [494690, 19298, 717410, 303714, 553826, 324194]

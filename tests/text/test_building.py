@@ -21,13 +21,13 @@ from filelock import FileLock
 from minigpt import files
 from minigpt.config import DataConfig
 from minigpt.errors import ConfigError, DataError, LockedError, ResourceError
-from minigpt.text import bpe, building, corpus, prepared_folders, shard_files, shards
+from minigpt.text import bpe, building, corpus, prepared_folders, shard_files
 from minigpt.text.bpe import train_bpe
-from minigpt.text.building import Encoded, PrepareProgress, Work
+from minigpt.text.building import Encoded, Work
 from minigpt.text.corpus import Document
 from minigpt.text.prepared_folders import prepare_folder
-from minigpt.text.shards import PreparedData, TokenSpan, prepare
 from minigpt.text.tokenizer import TiktokenTokenizer
+from minigpt.text.tokens import PreparedData, PrepareProgress, TokenSpan, prepare
 
 Prepare = Callable[..., tuple[PreparedData, Work]]
 
@@ -54,7 +54,7 @@ def data(texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> D
     monkeypatch.setattr(corpus, "LOOKAHEAD_CHARS", 400)
     monkeypatch.setattr(building, "CHUNK_CHARS", 1000)
     monkeypatch.setattr(shard_files, "MAX_SHARD_TOKENS", 1500)
-    monkeypatch.setattr(building, "PROGRESS_BYTES", 1)
+    monkeypatch.setattr(corpus, "PROGRESS_BYTES", 1)
     lines = [json.dumps({"text": text}) + "\n" for text in texts]
     Path("a.jsonl").write_text("".join(lines[:60]))
     Path("b.jsonl").write_text("".join(lines[60:]))
@@ -193,7 +193,7 @@ from minigpt.config import DataConfig
 from minigpt.text import building, corpus, shard_files
 from minigpt.text.prepared_folders import prepare_folder
 corpus.PIECE_CHARS, corpus.LOOKAHEAD_CHARS, building.CHUNK_CHARS = 900, 400, 1000
-shard_files.MAX_SHARD_TOKENS, building.PROGRESS_BYTES = 1500, 1
+shard_files.MAX_SHARD_TOKENS, corpus.PROGRESS_BYTES = 1500, 1
 def kill(progress):
     if progress.stage == "encode" and progress.done > progress.total / 2:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -293,7 +293,7 @@ def test_killed_preparation_in_the_cache_is_resumed(
     monkeypatch.setattr(prepared_folders, "build_resumable", watched)
     with monkeypatch.context() as patch:
         kill_at_sync(11, patch)
-        patch.setattr(shards.shutil, "rmtree", lambda *words, **more: None)
+        patch.setattr(prepared_folders.shutil, "rmtree", lambda *words, **more: None)
         with pytest.raises(Killed):
             prepare(data, tmp_path / "cache")
     assert prepare(data, tmp_path / "cache").tokens.fingerprint == whole.tokens.fingerprint
@@ -347,8 +347,8 @@ def test_prepared_folder_must_be_finished_alone_and_have_the_same_tokenizer(
         prepare(DataConfig(paths=(out,)))
     made, _ = prepared()
     settings = {"tokenizer": "bpe:300", "val_split": "documents", "val_fraction": 0.1}
-    assert shards.prepared_settings([out]) == settings
-    assert shards.prepared_settings(["a.jsonl"]) == {}
+    assert prepared_folders.prepared_settings([out]) == settings
+    assert prepared_folders.prepared_settings(["a.jsonl"]) == {}
     with pytest.raises(DataError, match="cannot be combined"):
         prepare(DataConfig(paths=("a.jsonl", out)))
     with pytest.raises(ConfigError, match=r"with the tokenizer 'bpe:300', not 'bytes'\. Leave"):

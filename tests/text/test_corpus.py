@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from minigpt.config import DataConfig
 from minigpt.errors import DataError, MinigptError, ResourceError
 from minigpt.text import corpus, datasets
 from minigpt.text.bpe import train_bpe
-from minigpt.text.corpus import Document, content_hash, find_files, iter_documents
+from minigpt.text.corpus import Document, content_hash, iter_documents
+from minigpt.text.sources import find_files
 from minigpt.text.tokenizer import bytes_tokenizer, named_tokenizer
 
 
@@ -31,7 +33,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def documents(*words: str, stdin: bytes = b"") -> list[Document]:
     beside = Path.cwd().parent
-    files = find_files(words, beside / "cache", beside / "spool", stdin=io.BytesIO(stdin))
+    files = find_files(
+        words, beside / "cache", beside / "spool", DataConfig(), stdin=io.BytesIO(stdin)
+    )
     return list(iter_documents(files))
 
 
@@ -108,7 +112,10 @@ def test_a_byte_order_mark_is_dropped_and_line_ends_are_kept(folder: Path) -> No
 def test_standard_input_is_a_document(folder: Path) -> None:
     write("a.txt", "a")
     assert texts("-", "a.txt", stdin="né\n".encode()) == ["né\n", "a"]
-    assert find_files(["-"], folder, folder, stdin=io.BytesIO())[0].name == "standard input"
+    assert (
+        find_files(["-"], folder, folder, DataConfig(), stdin=io.BytesIO())[0].name
+        == "standard input"
+    )
 
 
 def test_a_pipe_is_read_like_a_file(folder: Path) -> None:
@@ -184,7 +191,7 @@ def test_a_long_file_is_read_in_bounded_memory(folder: Path) -> None:
             file.write("a line of words\n" * 2**16)
     tracemalloc.start()
     n_chars = 0
-    for document in iter_documents(find_files(["a.txt"], folder, folder)):
+    for document in iter_documents(find_files(["a.txt"], folder, folder, DataConfig())):
         n_chars += len(document.text)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -194,7 +201,7 @@ def test_a_long_file_is_read_in_bounded_memory(folder: Path) -> None:
 
 def test_content_hash_depends_on_contents_and_order_not_names(folder: Path) -> None:
     def of(*words: str) -> str:
-        return content_hash(find_files(words, folder, folder))
+        return content_hash(find_files(words, folder, folder, DataConfig()))
 
     for name, data in (("a.txt", "1"), ("b.txt", "2"), ("c.txt", "1"), ("d.txt", "12")):
         write(name, data)
@@ -321,4 +328,4 @@ def test_a_refused_file_or_folder_is_a_resource_error(
 @pytest.mark.parametrize("name", ["/dev/zero", "/dev/null", "-"])
 def test_a_device_is_refused_before_it_is_read(tmp_path: Path, name: str) -> None:
     with open("/dev/zero", "rb") as zero, pytest.raises(DataError, match="is a device"):
-        find_files([name], tmp_path, tmp_path, stdin=zero)
+        find_files([name], tmp_path, tmp_path, DataConfig(), stdin=zero)

@@ -10,8 +10,9 @@ import pytest
 from minigpt.config import DataConfig
 from minigpt.errors import ConfigError, DataError
 from minigpt.settings import read_toml
-from minigpt.text.corpus import find_files, iter_documents
-from minigpt.text.shards import prepare
+from minigpt.text.corpus import iter_documents
+from minigpt.text.sources import find_files
+from minigpt.text.tokens import prepare
 
 ENGLISH = "The king sat by the fire.\nHe had a daughter, and she had an owl.\n"
 FRENCH = "Le café était fermé, et la fille rêvait à côté.\nElle était là.\n" * 3

@@ -11,7 +11,8 @@ import pytest
 
 from minigpt.config import DataConfig
 from minigpt.errors import DataError
-from minigpt.text.corpus import find_files, iter_documents
+from minigpt.text.corpus import iter_documents
+from minigpt.text.sources import find_files
 
 
 @pytest.fixture(autouse=True)

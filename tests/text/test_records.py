@@ -15,7 +15,8 @@ import pytest
 from minigpt.config import DataConfig
 from minigpt.errors import DataError
 from minigpt.text import records
-from minigpt.text.corpus import find_files, iter_documents
+from minigpt.text.corpus import iter_documents
+from minigpt.text.sources import find_files
 
 TEXTS = ["The owl, at night.", 'She said "né".', "two\nlines", "世界"]
 needs_zstd = pytest.mark.skipif(
@@ -395,4 +396,4 @@ def test_an_object_that_nests_its_rows_is_called_one(
     assert message.startswith("item 1 of 'a.json' is a JSON object without \"text\"")
     assert f"holds lists in {keys}; rows are expected in a list or one a line" in message
     assert "JSONL" not in message
-    assert find_files(["a.json"], Path("c"), Path("s"))[0].format == "json"
+    assert find_files(["a.json"], Path("c"), Path("s"), DataConfig())[0].format == "json"

@@ -21,9 +21,10 @@ from minigpt.config import DataConfig
 from minigpt.errors import ConfigError, DataError, ResourceError
 from minigpt.text import corpus, prepared_folders, shard_files
 from minigpt.text.batches import window_starts
-from minigpt.text.building import PrepareProgress, Work
-from minigpt.text.shards import PreparedData, TokenSpan, open_prepared, prepare
+from minigpt.text.building import Work
+from minigpt.text.shard_files import open_prepared
 from minigpt.text.tokenizer import TiktokenTokenizer, Tokenizer, make_encoding
+from minigpt.text.tokens import PreparedData, PrepareProgress, TokenSpan, prepare
 
 Prepare = Callable[..., PreparedData]
 
@@ -44,7 +45,7 @@ def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Prepare:
             Path(f"{i}.txt").write_bytes(text.encode())
         paths = tuple(f"{i}.txt" for i in range(len(texts)))
         config = DataConfig(paths=paths, tokenizer=tokenizer)
-        return prepare(config, tmp_path / "cache", on_progress, tokenizer=vocabulary)
+        return prepare(config, tmp_path / "cache", on_progress=on_progress, tokenizer=vocabulary)
 
     return run
 
@@ -254,7 +255,7 @@ def test_killed_preparation_leaves_no_usable_files(tmp_path: Path) -> None:
     code = """
 import os, signal, sys, pathlib
 from minigpt.config import DataConfig
-from minigpt.text.shards import prepare
+from minigpt.text.tokens import prepare
 def kill(progress):
     if progress.stage == "encode":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -365,7 +366,7 @@ def test_a_corpus_of_128_mb_is_prepared_and_read_in_bounded_memory(
 import resource, sys, pathlib, numpy as np
 from minigpt.config import DataConfig
 from minigpt.text.batches import window_starts
-from minigpt.text.shards import prepare
+from minigpt.text.tokens import prepare
 def anonymous_mib():
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon"))

@@ -15,13 +15,13 @@ from minigpt.config import DataConfig
 from minigpt.errors import ConfigError, DataError
 from minigpt.text.bpe import train_bpe
 from minigpt.text.prepared_folders import prepare_folder
-from minigpt.text.shards import PreparedData, TokenSpan, prepare
 from minigpt.text.tokenizer import (
     TiktokenTokenizer,
     Tokenizer,
     bytes_tokenizer,
     make_encoding,
 )
+from minigpt.text.tokens import PreparedData, TokenSpan, prepare
 
 SPECIALS = ["<|im_start|>", "<|im_end|>", "<|im_end|>>", "<|endoftext|>", "<s>", "né"]
 TEXTS = [

@@ -13,7 +13,7 @@ from minigpt.errors import ConfigError, DataError
 from minigpt.text import splitting
 from minigpt.text.corpus import Document
 from minigpt.text.prepared_folders import prepare_folder
-from minigpt.text.shards import PreparedData, TokenSpan, prepare
+from minigpt.text.tokens import PreparedData, TokenSpan, prepare
 
 DRAW = random.Random(3)
 TEXTS = [f"{i:03d}" + "abcdefghij"[i % 10] * DRAW.randrange(5, 60) for i in range(80)]

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from minigpt.config import DataConfig
 from minigpt.text import datasets
-from minigpt.text.corpus import content_hash, find_files, iter_documents
+from minigpt.text.corpus import content_hash, iter_documents
 from minigpt.text.datasets import dataset_path
+from minigpt.text.sources import find_files
 from minigpt.text.tokenizer import END_OF_TEXT
 
 FILE = Path(datasets.__file__).with_name("tales.txt")
@@ -69,7 +71,7 @@ def test_quotation_marks_are_closed_in_every_paragraph() -> None:
 
 @pytest.mark.parametrize("name", ["builtin", "builtin:tales"])
 def test_each_tale_is_a_document(name: str, tmp_path: Path) -> None:
-    files = find_files([name], tmp_path, tmp_path)
+    files = find_files([name], tmp_path, tmp_path, DataConfig())
     documents = list(iter_documents(files))
     assert [document.text for document in documents] == [tale + "\n" for tale in TALES]
     assert all(document.is_start for document in documents)
@@ -78,10 +80,10 @@ def test_each_tale_is_a_document(name: str, tmp_path: Path) -> None:
 def test_the_cached_tales_follow_the_packages_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = content_hash(find_files(["builtin:tales"], tmp_path, tmp_path))
+    before = content_hash(find_files(["builtin:tales"], tmp_path, tmp_path, DataConfig()))
     monkeypatch.setattr(datasets, "__file__", str(tmp_path / "datasets.py"))
     (tmp_path / "tales.txt").write_text(f"A cat.\n{END_OF_TEXT}\nA dog.\n")
     path = dataset_path("builtin:tales", tmp_path)
     texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
     assert texts == ["A cat.\n", "A dog.\n"]
-    assert content_hash(find_files(["builtin:tales"], tmp_path, tmp_path)) != before
+    assert content_hash(find_files(["builtin:tales"], tmp_path, tmp_path, DataConfig())) != before

@@ -24,7 +24,7 @@ from minigpt.checkpoint.folder import RunFolder
 from minigpt.checkpoint.manifest import verify
 from minigpt.errors import CheckpointError, MinigptError, ResourceError
 from minigpt.files import write_atomically
-from minigpt.text.shards import PreparedData
+from minigpt.text.tokens import PreparedData
 from minigpt.tracing.analysis.dense import writing_rows
 
 CALLS = ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir", "open")

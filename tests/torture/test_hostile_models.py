@@ -24,7 +24,8 @@ from minigpt.checkpoint.model_folder import STATE_FOLDER, read_config, read_mode
 from minigpt.config import DataConfig, ModelConfig, RunConfig, SamplingConfig, TrainingConfig
 from minigpt.errors import CheckpointError, ConfigError, DataError, MinigptError
 from minigpt.settings import build, read_toml
-from minigpt.text.shards import PreparedData, open_prepared, prepare
+from minigpt.text.shard_files import open_prepared
+from minigpt.text.tokens import PreparedData, prepare
 from minigpt.training.reports.curves import read_curves
 
 QUIET = settings(

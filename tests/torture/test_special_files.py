@@ -25,8 +25,8 @@ from minigpt.config import DataConfig
 from minigpt.errors import CheckpointError, ConfigError, DataError, MinigptError, ResourceError
 from minigpt.settings import read_toml
 from minigpt.text.chat import read_chat_template
-from minigpt.text.corpus import find_files
-from minigpt.text.shards import open_prepared, prepare
+from minigpt.text.shard_files import open_prepared, prepare
+from minigpt.text.sources import find_files
 from minigpt.text.tokenizer import bytes_tokenizer
 from minigpt.tracing.analysis.dense import with_rows_of
 from minigpt.tracing.analysis.reader import read_traces
@@ -190,7 +190,7 @@ def test_a_folder_of_text_is_read_without_its_special_files(tmp_path: Path) -> N
     (tmp_path / "a.txt").write_text("text")
     os.mkfifo(tmp_path / "b.txt")
     (tmp_path / "c.txt").symlink_to("/dev/zero")
-    [found] = find_files([str(tmp_path)], tmp_path / "cache", tmp_path)
+    [found] = find_files([str(tmp_path)], tmp_path / "cache", tmp_path, DataConfig())
     assert found.path == tmp_path / "a.txt"
 
 

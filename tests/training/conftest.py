@@ -3,7 +3,7 @@
 import pytest
 from small_runs import data_of, text
 
-from minigpt.text.shards import PreparedData
+from minigpt.text.tokens import PreparedData
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,8 @@ import torch.distributed.tensor
 from small_runs import config_of, trainer_of
 
 from minigpt import evaluation
-from minigpt.text.shards import PreparedData, open_prepared
+from minigpt.text.shard_files import open_prepared
+from minigpt.text.tokens import PreparedData
 from minigpt.training import run as run_module
 from minigpt.training import trainer as trainer_module
 from minigpt.training.events import EvalEvent, SaveEvent, SkipEvent, StepEvent

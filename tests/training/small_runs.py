@@ -9,7 +9,7 @@ from small_models import small_config
 
 from minigpt.checkpoint.folder import RunFolder
 from minigpt.config import DataConfig, RunConfig, TrainingConfig
-from minigpt.text.shards import PreparedData, prepare
+from minigpt.text.tokens import PreparedData, prepare
 from minigpt.training.events import Event
 from minigpt.training.trainer import Trainer
 

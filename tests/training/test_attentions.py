@@ -19,8 +19,8 @@ from minigpt.generation.forward import make_forward
 from minigpt.model.language_model import LanguageModel
 from minigpt.model.registry import model_class
 from minigpt.settings import build, to_dict, to_toml
-from minigpt.text.shards import PreparedData
 from minigpt.text.tokenizer import bytes_tokenizer
+from minigpt.text.tokens import PreparedData
 from minigpt.tracing.config import TraceConfig
 from minigpt.tracing.tracer import trace
 from minigpt.training.optim import is_muon_parameter

@@ -10,7 +10,7 @@ from small_runs import config_of, trainer_of
 from minigpt.checkpoint.folder import CONFIG_FILE, METRICS_FILE
 from minigpt.errors import CheckpointError
 from minigpt.settings import to_toml
-from minigpt.text.shards import PreparedData
+from minigpt.text.tokens import PreparedData
 from minigpt.training.events import EvalEvent, StepEvent
 from minigpt.training.metrics import logging_to
 from minigpt.training.reports.curves import LossPoint, find_run, read_curves

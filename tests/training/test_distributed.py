@@ -17,7 +17,7 @@ import minigpt
 from minigpt.checkpoint.folder import RunFolder
 from minigpt.checkpoint.model_folder import read_model
 from minigpt.errors import ConfigError
-from minigpt.text.shards import PreparedData
+from minigpt.text.tokens import PreparedData
 from minigpt.training.state import STATE_FOLDER
 from minigpt.training.world import World
 

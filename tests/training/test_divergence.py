@@ -13,7 +13,7 @@ from small_runs import bits, config_of, differing, run_until, trainer_of
 from minigpt.checkpoint.folder import RunFolder
 from minigpt.checkpoint.model_folder import read_model
 from minigpt.errors import DivergedError
-from minigpt.text.shards import PreparedData
+from minigpt.text.tokens import PreparedData
 from minigpt.training.events import EvalEvent, Event, SaveEvent, SkipEvent, StepEvent
 from minigpt.training.metrics import MetricsLog
 from minigpt.training.step_metrics import MAX_SKIPPED_IN_A_ROW

@@ -17,7 +17,7 @@ from minigpt.checkpoint.model_folder import read_model
 from minigpt.errors import DivergedError
 from minigpt.evaluation import evaluate
 from minigpt.text.batches import validation_windows
-from minigpt.text.shards import PreparedData
+from minigpt.text.tokens import PreparedData
 from minigpt.training.events import EarlyStopEvent, EvalEvent, SaveEvent, StepEvent
 from minigpt.training.overfitting import for_text
 from minigpt.training.schedule import EVAL_SHARE, LEAST_EVAL_TOKENS, with_evaluations

@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from minigpt.checkpoint.families import canonical
 from minigpt.errors import ResourceError
-from minigpt.text.shards import PreparedData
+from minigpt.text.tokens import PreparedData
 from minigpt.training.reports import memory
 from minigpt.training.reports.memory import estimate_memory, optimizer_values, require_memory
 

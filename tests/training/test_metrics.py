@@ -7,7 +7,7 @@ import pytest
 from small_models import small_model
 from small_runs import config_of, run_until, trainer_of
 
-from minigpt.text.shards import PreparedData
+from minigpt.text.tokens import PreparedData
 from minigpt.training.events import EvalEvent, Event, SampleEvent, SaveEvent, StepEvent
 from minigpt.training.metrics import MetricsLog
 

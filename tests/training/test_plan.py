@@ -8,7 +8,7 @@ import pytest
 from small_runs import config_of, trainer_of
 
 from minigpt.model.cost import parameter_count, training_flops_per_token
-from minigpt.text.shards import PreparedData
+from minigpt.text.tokens import PreparedData
 from minigpt.training.events import SaveEvent, StepEvent
 from minigpt.training.reports import plan as plan_module
 from minigpt.training.reports.plan import make_plan, parameters_by_part, tokens_to_measure

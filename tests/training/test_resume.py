@@ -18,7 +18,7 @@ import minigpt
 from minigpt.checkpoint.folder import RunFolder
 from minigpt.checkpoint.model_folder import read_model
 from minigpt.errors import CheckpointError, DataError, ResourceError
-from minigpt.text.shards import PreparedData
+from minigpt.text.tokens import PreparedData
 from minigpt.training import trainer as trainer_module
 from minigpt.training.events import EvalEvent, Event, SaveEvent, StepEvent
 from minigpt.training.metrics import MetricsLog
@@ -266,7 +266,7 @@ from pathlib import Path
 import torch
 import torch._dynamo  # every optimizer imports it at its first step: once here, not in each child
 from minigpt.checkpoint.folder import RunFolder
-from minigpt.text.shards import open_prepared
+from minigpt.text.shard_files import open_prepared
 from minigpt.training import state as state_module
 from minigpt.training.metrics import MetricsLog
 from minigpt.training.metrics import MetricsLog

@@ -8,7 +8,7 @@ from small_runs import bits, config_of, differing, run_until, trainer_of
 
 from minigpt.checkpoint.folder import RunFolder
 from minigpt.checkpoint.manifest import MANIFEST, write_manifest
-from minigpt.text.shards import PreparedData
+from minigpt.text.tokens import PreparedData
 from minigpt.training.events import StepEvent
 from minigpt.training.schedule import lr_scale
 from minigpt.training.state import LARGEST_RISE, STATE_FOLDER

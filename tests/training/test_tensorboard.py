@@ -8,7 +8,7 @@ import pytest
 from small_runs import config_of, trainer_of
 
 from minigpt.checkpoint.folder import METRICS_FILE
-from minigpt.text.shards import PreparedData
+from minigpt.text.tokens import PreparedData
 from minigpt.training.events import StepEvent
 from minigpt.training.metrics import TENSORBOARD_FOLDER, logging_to
 

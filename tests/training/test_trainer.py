@@ -20,7 +20,7 @@ from minigpt.evaluation import evaluate
 from minigpt.generation.decoder import Decoder
 from minigpt.model.gpt import GPT
 from minigpt.text.batches import batch, validation_windows
-from minigpt.text.shards import PreparedData, prepare
+from minigpt.text.tokens import PreparedData, prepare
 from minigpt.training import trainer as trainer_module
 from minigpt.training.events import EvalEvent, SampleEvent, SaveEvent, StepEvent
 from minigpt.training.schedule import lr_scale

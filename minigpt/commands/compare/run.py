@@ -43,7 +43,7 @@ from minigpt.studies.compare import (
     parse_variants,
     summarize,
 )
-from minigpt.text.shards import PreparedData, prepare
+from minigpt.text.tokens import PreparedData, prepare
 from minigpt.training.reports.curves import LossCurves, read_curves
 from minigpt.training.reports.memory import require_memory
 from minigpt.training.schedule import progress, with_max_steps

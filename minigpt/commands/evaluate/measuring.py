@@ -27,7 +27,7 @@ from minigpt.generation.loading import load, tokenizer_of
 from minigpt.model.device import inference_dtype, resolve_device
 from minigpt.rings import ring
 from minigpt.settings import build, read_toml
-from minigpt.text.shards import prepare
+from minigpt.text.tokens import prepare
 
 
 def measure(
@@ -90,7 +90,7 @@ def measure(
         "seconds": seconds,
         "n_tokens": result.n_tokens,
         "n_bytes": result.n_bytes,
-        "n_skipped": sum(data.manifest.skipped.values()),
+        "n_skipped": data.manifest.n_skipped,
         "context_length": windows.context_length,
         "stride": windows.stride,
         "batch_size": windows.batch_size,

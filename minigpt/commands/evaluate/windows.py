@@ -11,7 +11,7 @@ from minigpt.config import ModelConfig
 from minigpt.errors import ConfigError, DataError
 from minigpt.evaluation import windows_at_once
 from minigpt.text.batches import validation_windows
-from minigpt.text.shards import PreparedData, TokenSpan
+from minigpt.text.tokens import PreparedData, TokenSpan
 
 _LONGEST_WINDOW = 1024  # by default: the full context of some models needs too much memory
 

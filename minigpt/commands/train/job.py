@@ -17,8 +17,7 @@ from minigpt.model.device import resolve_device, resolve_dtype
 from minigpt.model.language_model import LanguageModel
 from minigpt.rings import find_ring, ring
 from minigpt.settings import build, merge, to_dict
-from minigpt.text.building import PrepareProgress
-from minigpt.text.shards import PreparedData, prepare, prepared_settings
+from minigpt.text.tokens import PreparedData, PrepareProgress, prepare, prepared_settings
 from minigpt.training.trainer import Trainer
 from minigpt.training.world import World
 

@@ -20,7 +20,7 @@ from minigpt.errors import DivergedError, MinigptError
 from minigpt.rings import ring
 from minigpt.settings import build, to_dict
 from minigpt.text.escape import printable
-from minigpt.text.shards import open_prepared
+from minigpt.text.shard_files import StoredData, open_prepared
 from minigpt.training.distributed import DistributedWorld, is_lost_process
 
 
@@ -33,6 +33,7 @@ def leading(
     # Refuse an invalid batch size before the other ranks begin.
     world.micro_batch_size(training.batch_size, training.micro_batch_size)
     display.note(f"if one process dies, all of them end; resume with: {resume}")
+    assert isinstance(job.data, StoredData), "tokens that every rank can open"
     plan = {"config": to_dict(job.config), "data": str(job.data.folder), "run": str(job.run.path)}
     world.send_plan(plan | ({"resume_from": str(job.resume_from)} if job.resume_from else {}))
     with _explaining_lost_process(job.run, world, resume, display.console):

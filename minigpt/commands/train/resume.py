@@ -22,7 +22,7 @@ from minigpt.config import RunConfig
 from minigpt.errors import CheckpointError, ConfigError, DataError, cut, nearest
 from minigpt.rings import ring
 from minigpt.settings import build, merge, read_toml, to_dict
-from minigpt.text.shards import PreparedData, prepare
+from minigpt.text.tokens import PreparedData, prepare
 from minigpt.training.schedule import lr_scale, with_max_steps
 from minigpt.training.state import LARGEST_RISE, computed_on, read_state
 from minigpt.training.trainer import Trainer

@@ -13,7 +13,7 @@ from minigpt.presets import DEFAULT_PRESET
 from minigpt.presets import preset as preset_settings
 from minigpt.rings import find_ring
 from minigpt.settings import build, merge, to_dict
-from minigpt.text.shards import PreparedData, prepared_settings
+from minigpt.text.tokens import PreparedData, prepared_settings
 
 _LIMITS = {"max_steps": 0, "max_minutes": 0.0, "max_epochs": 0.0}
 

@@ -21,7 +21,7 @@ from minigpt.model.device import (
 )
 from minigpt.model.registry import model_class
 from minigpt.text.batches import require_length
-from minigpt.text.shards import PreparedData
+from minigpt.text.tokens import PreparedData
 from minigpt.training.optim import make_optimizers
 from minigpt.training.reports.memory import (
     estimate_memory,

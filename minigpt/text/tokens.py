@@ -1,0 +1,227 @@
+"""A text as token ids, ready to train on, and windows of them."""
+
+import hashlib
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from minigpt.config import DataConfig
+from minigpt.errors import DataError
+from minigpt.rings import has_ring, ring
+from minigpt.text.tokenizer import Tokenizer, make_tokenizer
+
+CONTEXT_ONLY = 2**31
+"""Bit of a stored token that is context only: no loss is computed for it as a target."""
+_FOLDERS = "text.prepared_folders"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextFacts:
+    """What is known of a text that was tokenized."""
+
+    tokenizer: str
+    """Name of the tokenizer: its spec, if it has one."""
+    n_tokens: int
+    """Number of tokens, separators included."""
+    n_bytes: int = 0
+    """UTF-8 bytes of the text, without separators, parsed special tokens and what was skipped."""
+    val_split: str = "tail"
+    """Text kept for validation: tail, documents, own or none (docs/text.md)."""
+    chat_template: str = ""
+    """Jinja source of the template that conversations went through. Empty for plain text."""
+    loss_on: str = "all"
+    """Tokens that the loss is averaged over: all, or completion."""
+
+    def validation(self, val_fraction: float) -> str:
+        """Say which part of the text validates, for a run with this val_fraction."""
+        share = f"the last {val_fraction:.0%} validate"
+        return share if val_fraction else "all of it is trained on"
+
+    @property
+    def n_skipped(self) -> int:
+        """Number of characters that were left out because the vocabulary lacks them."""
+        return 0
+
+    def notes(self) -> Iterator[str]:
+        """Yield what a user should know about the text, in lines."""
+        yield from ()
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """A corpus that is ready to train on."""
+
+    tokenizer: Tokenizer
+    """Tokenizer that made the tokens."""
+    tokens: "TokenDataset"
+    """All tokens."""
+    manifest: TextFacts
+    """Facts about the text; of tokens on the disk, their manifest."""
+
+
+@dataclass(frozen=True)
+class PrepareProgress:
+    """Progress of a preparation."""
+
+    stage: str
+    """download, split, train tokenizer, or encode."""
+    done: int
+    """Bytes of the files read in this stage."""
+    total: int
+    """Bytes of all files."""
+    note: str = ""
+    """A line about the text that is read. Empty for progress only."""
+
+
+class TokenDataset:
+    """All tokens of a corpus, in one array or in memory-mapped shards."""
+
+    def __init__(
+        self,
+        shards: Sequence[npt.NDArray[Any]],
+        fingerprint: str,
+        n_val_tokens: int | None = None,
+    ) -> None:
+        """Args: shards, one-dimensional arrays of ids, in order; fingerprint, of all tokens;
+        n_val_tokens, those of the documents for validation, the last ones; None for no such
+        documents.
+        """
+        self._shards = shards
+        self._starts = np.cumsum([0, *map(len, shards)]).tolist()
+        self._n_val_tokens = n_val_tokens
+        self.fingerprint = fingerprint
+        """sha256 over the tokens, their tokenizer and the documents for validation."""
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def read_into(self, out: npt.NDArray[np.int64], start: int) -> None:
+        """Fill ``out`` with the tokens from ``start`` on, across shards."""
+        assert start >= 0
+        assert start + len(out) <= len(self)
+        index = bisect_right(self._starts, start) - 1
+        n_filled = 0
+        while n_filled < len(out):
+            begin = start + n_filled - self._starts[index]
+            part = self._shards[index][begin : begin + len(out) - n_filled]
+            out[n_filled : n_filled + len(part)] = part
+            n_filled += len(part)
+            index += 1
+
+    def split(self, val_fraction: float) -> tuple["TokenSpan", "TokenSpan"]:
+        """Return the training tokens and, after them, those for validation.
+
+        Args: val_fraction, share of the tokens without documents for validation; 0 for none.
+        """
+        border = int(len(self) * (1 - val_fraction))
+        if val_fraction and self._n_val_tokens is not None:
+            border = len(self) - self._n_val_tokens
+        return (
+            TokenSpan(self, 0, border, "training"),
+            TokenSpan(self, border, len(self), "validation"),
+        )
+
+
+@dataclass(frozen=True)
+class TokenSpan:
+    """A contiguous part of a dataset."""
+
+    dataset: TokenDataset
+    """Dataset that it is part of."""
+    start: int
+    """Index of its first token."""
+    stop: int
+    """Index after its last token."""
+    name: str
+    """Name for messages: training or validation."""
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def windows(self, starts: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.int64]:
+        """Gather windows of tokens, as ``marked_windows`` but without the mark."""
+        return self.marked_windows(starts, length) % CONTEXT_ONLY
+
+    def marked_windows(self, starts: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.int64]:
+        """Gather windows of tokens, in which those without a loss have CONTEXT_ONLY added.
+
+        Args: starts (B,), counted from the beginning of the span.
+        Returns: (B, length).
+        """
+        assert starts.min(initial=0) >= 0
+        assert starts.max(initial=0) + length <= len(self)
+        out = np.empty((len(starts), length), np.int64)
+        for row, start in zip(out, (starts + self.start).tolist(), strict=True):
+            self.dataset.read_into(row, start)
+        return out
+
+
+def prepare(
+    data: DataConfig,
+    cache_dir: Path | None = None,
+    *,
+    tokenizer: Tokenizer | None = None,
+    **options: Any,
+) -> PreparedData:
+    """Turn a text into tokens.
+
+    ``Tokenizer.separator`` comes before each document, the first too. The ring of corpora reads
+    any text in bounded memory and keeps its tokens on the disk; without it, text files are read
+    and tokenized in memory, to the same tokens.
+
+    Args: cache_dir, instead of the user's cache; tokenizer, instead of the one that ``data``
+        names; options, as of ``prepared_folders.prepare``.
+    Raises: ConfigError for an unknown tokenizer, or an option of the missing ring; DataError for a
+        text that cannot be used; as ``prepared_folders.prepare``.
+    """
+    plain = DataConfig(paths=data.paths, tokenizer=data.tokenizer, val_fraction=data.val_fraction)
+    if has_ring(_FOLDERS) or data != plain:
+        prepared: PreparedData = ring(_FOLDERS).prepare(
+            data, cache_dir, tokenizer=tokenizer, **options
+        )
+        return prepared
+    return prepare_in_memory(data, tokenizer)
+
+
+def prepare_in_memory(data: DataConfig, tokenizer: Tokenizer | None = None) -> PreparedData:
+    """Tokenize text files, each a document; the last tokens validate.
+
+    Raises: DataError if a file cannot be read, is not UTF-8, or if all are empty.
+    """
+    texts = []
+    for path in data.paths:
+        try:
+            texts.append(Path(path).read_bytes().decode("utf-8-sig"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path!r} cannot be read ({error}). Name UTF-8 text files.") from None
+    texts = [text for text in texts if text]
+    if not texts:
+        raise DataError(f"the corpus is empty: no text in {', '.join(map(repr, data.paths))}.")
+    training = (text[: int(len(text) * (1 - data.val_fraction))] for text in texts)
+    tokenizer = tokenizer or make_tokenizer(data.tokenizer, training)
+    separator = np.array(tokenizer.separator, np.uint32)
+    arrays = [part for text in texts for part in (separator, tokenizer.encode_array(text))]
+    tokens = np.concatenate(arrays)
+    digest = hashlib.sha256(tokenizer.fingerprint.encode() + tokens.tobytes())
+    facts = TextFacts(
+        tokenizer=tokenizer.name,
+        n_tokens=len(tokens),
+        n_bytes=sum(len(text.encode()) for text in texts),
+    )
+    return PreparedData(tokenizer, TokenDataset([tokens], digest.hexdigest()), facts)
+
+
+def prepared_settings(words: Sequence[str]) -> dict[str, Any]:
+    """Return the data settings that a prepared folder was made with; {} if the words name text.
+
+    Raises: DataError if the folder is unfinished, damaged, or not named alone.
+    """
+    if not has_ring(_FOLDERS):
+        return {}
+    settings: dict[str, Any] = ring(_FOLDERS).prepared_settings(words)
+    return settings

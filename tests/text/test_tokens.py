@@ -1,0 +1,50 @@
+"""The plain way from a text to tokens, which the ring of corpora must equal."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from minigpt.config import DataConfig
+from minigpt.errors import DataError
+from minigpt.text import tokens as module
+from minigpt.text.tokens import PreparedData, prepare, prepare_in_memory
+
+
+def all_tokens(data: PreparedData) -> list[int]:
+    (span, _) = data.tokens.split(0.0)
+    return span.windows(np.zeros(1, np.int64), len(span))[0].tolist()
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe:300"])
+def test_tokens_in_memory_are_those_on_the_disk(tmp_path: Path, tokenizer: str) -> None:
+    texts = ("The owl né <|endoftext|> \U0001f642.\n" * 40, "", "The nest.\r\n")
+    for i, text in enumerate(texts):
+        (tmp_path / f"{i}.txt").write_bytes(b"\xef\xbb\xbf" * (i == 2) + text.encode())
+    paths = tuple(str(tmp_path / f"{i}.txt") for i in range(3))
+    stored = prepare(DataConfig(paths=paths, tokenizer=tokenizer), tmp_path / "cache")
+    plain = prepare_in_memory(DataConfig(paths=paths), stored.tokenizer)
+    assert all_tokens(plain) == all_tokens(stored)
+    assert plain.manifest.n_tokens == stored.manifest.n_tokens
+    assert plain.manifest.n_bytes == stored.manifest.n_bytes
+    assert [len(span) for span in plain.tokens.split(0.1)] == [
+        len(span) for span in stored.tokens.split(0.1)
+    ]
+
+
+def test_without_the_ring_of_corpora_a_text_is_tokenized_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "has_ring", lambda name: False)
+    (tmp_path / "a.txt").write_text("The owl.")
+    data = prepare(DataConfig(paths=(str(tmp_path / "a.txt"),)))
+    assert all_tokens(data) == [256, *b"The owl."]
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    for name, content in (("a.txt", b"\xff"), ("b.txt", b"")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=name):
+            prepare_in_memory(DataConfig(paths=(str(tmp_path / name),)))
+    with pytest.raises(DataError, match="missing"):
+        prepare_in_memory(DataConfig(paths=("missing.txt",)))
