@@ -12,8 +12,8 @@ def model_class(config: ModelConfig) -> type[LanguageModel]:
     """
     if config.hf_fields or config.model_type not in (*HF_LAYOUTS, "minigpt"):
         # Looked up by name: families are above this package.
-        own: type[LanguageModel] | None
+        own: type[LanguageModel] | str | None
         own = ring(f"checkpoint.families.{config.model_type}").FAMILY.model
         if own is not None:
-            return own
+            return load_class(own) if isinstance(own, str) else own
     return load_class(ARCHS[config.arch])

@@ -111,9 +111,9 @@ class Family:
     """ModelConfig field -> value that the model type implies."""
     written: Mapping[str, Any] = field(default_factory=dict)
     """config.json field -> value written for every model."""
-    model: type[LanguageModel] | None = None
-    """Model class; None for GPT. Models of a layout that GPT computes only have it if they have
-    ``hf_fields``."""
+    model: type[LanguageModel] | str | None = None
+    """Model class, or "module:Class" of one in a ring; None for GPT. Models of a layout that GPT
+    computes only have it if they have ``hf_fields``."""
 
     def read(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Return ModelConfig values of config.json fields that need more than a new name.

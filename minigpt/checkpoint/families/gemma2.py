@@ -9,6 +9,7 @@ from torch import Tensor
 
 from minigpt.checkpoint.families import gemma, hf_fields, llama, unsupported
 from minigpt.checkpoint.families.gemma import GemmaBlock, GemmaGPT, GemmaNorm
+from minigpt.checkpoint.sliding_windows import read_windows, sliding_layers, window_of
 from minigpt.config import ModelConfig
 from minigpt.model.attention import Attention
 from minigpt.model.scores import ScaledScore, weighted_sum
@@ -59,7 +60,7 @@ class Gemma2Attention(Attention):
         scale = fields.get("query_pre_attn_scalar", 256) ** -0.5
         cap = fields.get("attn_logit_softcapping")
         self.score = SoftcappedScore(config, scale, cap) if cap else ScaledScore(config, scale)
-        self.score.window = llama.window_of(config, layer)
+        self.score.window = window_of(config, layer)
 
 
 class Gemma2Block(GemmaBlock):
@@ -108,11 +109,11 @@ class Gemma2Family(llama.LlamaFamily):
             types = self.layer_types(config)
         # Both are written even if no window hides anything: transformers has other defaults.
         both = {"sliding_window": window, "layer_types": types}
-        return fields | (llama.read_windows(config, window, types) or both)
+        return fields | (read_windows(config, window, types) or both)
 
     def layer_types(self, config: Mapping[str, Any]) -> list[str]:
         """Return the types of the layers if config.json does not have them."""
-        return llama.sliding_layers(config.get("num_hidden_layers"), lambda i: i % 2 == 0)
+        return sliding_layers(config.get("num_hidden_layers"), lambda i: i % 2 == 0)
 
 
 FAMILY = Gemma2Family(

@@ -10,6 +10,7 @@ from torch import Tensor
 from minigpt.checkpoint.families import gemma2, hf_fields, llama, unsupported
 from minigpt.checkpoint.families.gemma import GemmaNorm
 from minigpt.checkpoint.families.gemma2 import Gemma2Attention, Gemma2Family, Gemma2GPT
+from minigpt.checkpoint.sliding_windows import SLIDING, sliding_layers
 from minigpt.config import ModelConfig
 from minigpt.model.layers import rotary_table, rotate
 
@@ -23,8 +24,8 @@ class Gemma3Attention(Gemma2Attention):
         super().__init__(config, layer)
         self.query_norm = GemmaNorm(config.d_head, eps=config.norm_eps)
         self.key_norm = GemmaNorm(config.d_head, eps=config.norm_eps)
-        types = hf_fields(config).get("layer_types") or [llama.SLIDING]
-        self.is_local = types[layer % len(types)] == llama.SLIDING
+        types = hf_fields(config).get("layer_types") or [SLIDING]
+        self.is_local = types[layer % len(types)] == SLIDING
 
     def rotate(self, x_BHTD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         cos, sin = (table[:, int(self.is_local)] for table in rotary)
@@ -60,15 +61,15 @@ class Gemma3Family(Gemma2Family):
             return llama.read_rope(rope, "rope_scaling", config, theta)
         if not isinstance(nested, Mapping) or not nested.keys() <= {
             "full_attention",
-            llama.SLIDING,
+            SLIDING,
         }:
-            raise unsupported("rope_parameters", nested, f"full_attention and {llama.SLIDING}")
+            raise unsupported("rope_parameters", nested, f"full_attention and {SLIDING}")
         rope = (nested.get("full_attention") or {}) | (config.get("rope_scaling") or {})
         return llama.read_rope(rope, "rope_parameters.full_attention", config, theta)
 
     def read_fields(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        name = f"rope_parameters.{llama.SLIDING}"
-        rope = (config.get("rope_parameters") or {}).get(llama.SLIDING) or {}
+        name = f"rope_parameters.{SLIDING}"
+        rope = (config.get("rope_parameters") or {}).get(SLIDING) or {}
         theta = config.get("rope_local_base_freq", _LOCAL_THETA)
         local = llama.read_rope(rope, name, config, theta)
         theta = local["rope_theta"]
@@ -83,14 +84,14 @@ class Gemma3Family(Gemma2Family):
         if type(every) is not int or every < 1:
             raise unsupported("sliding_window_pattern", every, "a positive integer")
         n_layer = config.get("num_hidden_layers")
-        return llama.sliding_layers(n_layer, lambda i: (i + 1) % every != 0)
+        return sliding_layers(n_layer, lambda i: (i + 1) % every != 0)
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
         written = super().write(config)
         theta = hf_fields(config).get("rope_local_base_freq", _LOCAL_THETA)
         local = {"rope_type": "default", "rope_theta": theta}
         return written | {
-            "rope_parameters": {"full_attention": written["rope_parameters"], llama.SLIDING: local}
+            "rope_parameters": {"full_attention": written["rope_parameters"], SLIDING: local}
         }
 
 

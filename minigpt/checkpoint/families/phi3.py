@@ -14,7 +14,8 @@ from minigpt.checkpoint.families.gpt_neox import (
     partial_rotary_table,
     rotated_width,
 )
-from minigpt.checkpoint.families.llama import LlamaFamily, window_of
+from minigpt.checkpoint.families.llama import LlamaFamily
+from minigpt.checkpoint.sliding_windows import window_of
 from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError
 from minigpt.model.gpt import GPT

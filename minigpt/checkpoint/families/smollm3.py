@@ -7,7 +7,13 @@ from typing import Any
 from torch import Tensor
 
 from minigpt.checkpoint.families import hf_fields, llama, unsupported
-from minigpt.checkpoint.families.llama import LlamaFamily, WindowedAttention
+from minigpt.checkpoint.families.llama import LlamaFamily
+from minigpt.checkpoint.sliding_windows import (
+    SLIDING,
+    WindowedAttention,
+    read_windows,
+    sliding_layers,
+)
 from minigpt.config import ModelConfig
 from minigpt.model.gpt import GPT
 from minigpt.model.layers import rotate
@@ -45,16 +51,16 @@ class SmolLM3Family(LlamaFamily):
             every = config.get("no_rope_layer_interval", 4)
             if type(every) is not int or every < 1:
                 raise unsupported("no_rope_layer_interval", every, "a positive integer")
-            without = llama.sliding_layers(n_layer, lambda i: (i + 1) % every == 0)
-            has_rope = [int(kind != llama.SLIDING) for kind in without]
+            without = sliding_layers(n_layer, lambda i: (i + 1) % every == 0)
+            has_rope = [int(kind != SLIDING) for kind in without]
         is_list = isinstance(has_rope, list) and all(type(v) in (int, bool) for v in has_rope)
         if not is_list or not isinstance(n_layer, int) or len(has_rope) < n_layer:
             raise unsupported("no_rope_layers", has_rope, "a list of 0 and 1 by layer")
         window, types = config.get("sliding_window"), config.get("layer_types")
         if types is None:
             window = window if config.get("use_sliding_window") else None
-            types = llama.sliding_layers(n_layer, lambda i: bool(window) and not has_rope[i])
-        fields = llama.read_windows(config, window, types)
+            types = sliding_layers(n_layer, lambda i: bool(window) and not has_rope[i])
+        fields = read_windows(config, window, types)
         fields = fields and fields | {"use_sliding_window": True}
         return fields | {"no_rope_layers": has_rope}
 

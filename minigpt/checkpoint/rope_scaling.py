@@ -1,0 +1,75 @@
+"""RoPE scaling of published models: from config.json to ModelConfig, and back."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from minigpt.checkpoint.families import unsupported
+from minigpt.config import ModelConfig
+from minigpt.errors import CheckpointError
+
+_ROPE_FIELDS = {
+    "linear": {},
+    "dynamic": {},
+    "llama3": {
+        "rope_low_freq_factor": "low_freq_factor",
+        "rope_high_freq_factor": "high_freq_factor",
+        "rope_original_context": "original_max_position_embeddings",
+    },
+    "yarn": {
+        "rope_beta_fast": "beta_fast",
+        "rope_beta_slow": "beta_slow",
+        "rope_attention_factor": "attention_factor",
+        "rope_original_context": "original_max_position_embeddings",
+    },
+}
+"""Method of RoPE scaling -> ModelConfig field -> key, besides the factor."""
+
+
+def read_scaling(
+    rope: Mapping[str, Any], name: str, kind: object, context_length: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the ModelConfig fields of scaled RoPE, and the keys that may be given with them.
+
+    Args: rope, the field ``name`` of config.json; kind, its method; context_length, of the model.
+    Raises: CheckpointError for an unknown method, or a key that is missing.
+    """
+    if not isinstance(kind, str) or kind not in _ROPE_FIELDS:
+        raise unsupported(f"{name}.rope_type", kind, f"default, {', '.join(_ROPE_FIELDS)}")
+    given = {"original_max_position_embeddings": context_length, **rope}
+    keys = {"rope_scaling_factor": "factor"} | _ROPE_FIELDS[kind]
+    known = {key: rope.get(key) for key in keys.values()}
+    values: dict[str, Any] = {"rope_scaling": kind}
+    if kind == "yarn":
+        given = _yarn_defaults(name, given)
+        values["rope_truncate"] = bool(rope.get("truncate", True))
+        known |= {key: rope.get(key) for key in ("mscale", "mscale_all_dim")}
+        known |= {"truncate": values["rope_truncate"]}
+    for ours, theirs in keys.items():
+        if given.get(theirs) is None:
+            raise CheckpointError(f"config.json: {name}.{theirs} is missing. Download it again.")
+        values[ours] = given[theirs]
+    return values, known
+
+
+def _yarn_defaults(name: str, rope: dict[str, Any]) -> dict[str, Any]:
+    """Fill in what transformers computes: YaRN's attention factor, and the turns of its paper."""
+    rope = {"beta_fast": 32.0, "beta_slow": 1.0} | {k: v for k, v in rope.items() if v}
+    factor = rope.get("factor")
+    if rope.get("attention_factor") is not None or factor is None:
+        return rope
+    scales = [rope[key] for key in ("mscale", "mscale_all_dim") if key in rope]
+    scales = scales if len(scales) == 2 else [1.0, 0.0]
+    for value in (factor, *scales):
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise unsupported(f"{name}.factor, mscale or mscale_all_dim", value, "a number")
+    above, below = (1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1 for scale in scales)
+    return rope | {"attention_factor": above / below}
+
+
+def write_scaling(config: ModelConfig) -> dict[str, Any]:
+    """Return rope_scaling of config.json."""
+    keys = {"rope_scaling_factor": "factor"} | _ROPE_FIELDS[config.rope_scaling]
+    scaling = {theirs: getattr(config, ours) for ours, theirs in keys.items()}
+    scaling |= {} if config.rope_truncate else {"truncate": False}
+    return {"rope_type": config.rope_scaling} | scaling

@@ -1,0 +1,92 @@
+"""Sliding windows: layers whose queries attend to the nearest positions only."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from minigpt.checkpoint.families import hf_fields, unsupported
+from minigpt.config import ModelConfig
+from minigpt.model.attention import Attention
+from minigpt.model.gpt import GPT
+
+SLIDING, _FULL = "sliding_attention", "full_attention"
+_MANY_LAYERS = 10_000
+
+
+class WindowedAttention(Attention):
+    """Attention whose queries see a sliding window of positions in some layers."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        self.score.window = window_of(config, layer)
+
+
+class WindowedGPT(GPT):
+    """GPT with sliding windows.
+
+    Source: Child et al. 2019, arXiv:1904.10509; Jiang et al. 2023, arXiv:2310.06825, section 2.
+    """
+
+    attention_class: type[Attention] = WindowedAttention
+
+
+def window_of(config: ModelConfig, layer: int) -> int:
+    """Return a layer's sliding window, 0 if its queries see all positions before them."""
+    fields = hf_fields(config)
+    types = fields.get("layer_types")
+    slides = types is None or types[layer % len(types)] == SLIDING
+    return int(fields.get("sliding_window") or 0) if slides else 0
+
+
+def read_windows(config: Mapping[str, Any], window: Any, types: Any) -> dict[str, Any]:
+    """Return the fields of config.json that ``window_of`` reads, none if no window hides anything.
+
+    Args: window, in positions, or None; types, of each layer, or None if all slide.
+    Raises: CheckpointError if one of them is no window or no list of types.
+    """
+    n_layer, context = config.get("num_hidden_layers"), config.get("max_position_embeddings")
+    if types is not None:
+        is_list = isinstance(types, list) and all(t in (SLIDING, _FULL) for t in types)
+        if not is_list or len(types) != n_layer:
+            raise unsupported("layer_types", types, f"a list of {SLIDING} and {_FULL} by layer")
+        if SLIDING not in types:
+            return {}
+        if window is None:
+            raise unsupported("sliding_window", window, "a number, where layers slide")
+    if window is None:
+        return {}
+    if type(window) is not int or window < 1:
+        raise unsupported("sliding_window", window, "a positive integer")
+    if isinstance(context, int) and window >= context:
+        return {}
+    return {"sliding_window": window} | ({} if types is None else {"layer_types": types})
+
+
+def sliding_layers(n_layer: Any, slides: Callable[[int], bool]) -> list[str]:
+    """Return the layer types: sliding_attention for the indices that ``slides`` accepts."""
+    n_layer = n_layer if type(n_layer) is int and n_layer <= _MANY_LAYERS else 0
+    return [SLIDING if slides(i) else _FULL for i in range(n_layer)]
+
+
+def read_fields(
+    config: Mapping[str, Any],
+    sliding_window: Any,
+    use_sliding_window: Any,
+    layer_types: Any,
+    max_window_layers: Any,
+) -> dict[str, Any]:
+    """Return the fields of a Llama-like config.json that ``window_of`` reads.
+
+    Raises: as ``read_windows``.
+    """
+    if use_sliding_window is None:  # as in Mistral, where every layer has the window
+        return read_windows(config, sliding_window, layer_types)
+    if not use_sliding_window:
+        sliding_window = None
+    elif layer_types is None:
+        if type(max_window_layers) is not int:
+            raise unsupported("max_window_layers", max_window_layers, "an integer")
+        layer_types = sliding_layers(
+            config.get("num_hidden_layers"), lambda i: i >= max_window_layers
+        )
+    fields = read_windows(config, sliding_window, layer_types)
+    return fields and fields | {"use_sliding_window": True}
