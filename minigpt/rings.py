@@ -18,11 +18,14 @@ def ring(module: str) -> Any:
     try:
         return import_module(name)
     except ModuleNotFoundError as error:
-        if error.name is None or not name.startswith(error.name):
+        if not str(error.name).startswith("minigpt"):
             raise  # a library that the ring needs
-        raise ConfigError(
-            f"this installation lacks {name}. Install all of minigpt to use it."
-        ) from None
+        raise lacking(error.name) from None
+
+
+def lacking(module: str | None) -> ConfigError:
+    """Return the error for a module of a ring that this installation does not have."""
+    return ConfigError(f"this installation lacks {module}. Install all of minigpt to use it.")
 
 
 def find_ring(module: str) -> Any:

@@ -22,7 +22,7 @@ from minigpt.errors import (
     MinigptWarning,
     ResourceError,
 )
-from minigpt.rings import find_ring
+from minigpt.rings import find_ring, lacking
 from minigpt.text.escape import printable
 
 _HALF = 1000  # of the longest message, in characters
@@ -139,7 +139,9 @@ def _describe(error: BaseException) -> tuple[str, int]:
         usage = find_ring("commands.usage")
         text = usage.message(error) if usage else error.format_message()
         return text, ConfigError.exit_code
-    if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("minigpt"):
+    if isinstance(error, ModuleNotFoundError):
+        if str(error.name).startswith("minigpt"):
+            return str(lacking(error.name)), ConfigError.exit_code
         return f"{error.name} is not installed. Install minigpt again with its dependencies.", 1
     # The CPU's allocator, and cuBLAS, which allocates by itself.
     is_torch = isinstance(error, RuntimeError) and (

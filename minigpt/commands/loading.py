@@ -15,7 +15,7 @@ from minigpt.errors import DataError
 from minigpt.generation import loading as models
 from minigpt.generation.forward import is_compiled
 from minigpt.model.language_model import LanguageModel
-from minigpt.rings import ring
+from minigpt.rings import find_ring, ring
 from minigpt.text.tokenizer import Tokenizer
 
 _LONGEST_PROMPT_BYTES = 2**24
@@ -113,10 +113,8 @@ def use_threads(threads: int | None) -> None:
 
 def compiling(model: LanguageModel, compile: bool | None) -> AbstractContextManager[Any]:
     """Return the context that shows that the model is compiled, if it is."""
-    if not is_compiled(model, compile):
-        return nullcontext()
-    context: AbstractContextManager[Any] = ring("commands.compiling").showing()
-    return context
+    shown = find_ring("commands.compiling") if is_compiled(model, compile) else None
+    return shown.showing() if shown else nullcontext()
 
 
 def _read_prompt(prompt: str | None) -> str:

@@ -3,13 +3,11 @@
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from minigpt.commands.output import one_line
+from minigpt.commands.status_line import LiveLines, StatusLine
 from minigpt.console import make_console, spans_to_text
-from minigpt.rings import find_ring
 from minigpt.text.escape import printable
 from minigpt.text.tokens import PrepareProgress
 
@@ -23,17 +21,6 @@ _STAGES = {
 }
 
 
-@dataclass
-class Task:
-    """What is being done."""
-
-    label: str = ""
-    """Current work. An empty label is not shown."""
-    share: float = 0.0
-    """Share of it that is done, 0 to 1."""
-    facts: Sequence[str] = ()
-
-
 class ProgressLine:
     """The progress of one task after another, as a context manager."""
 
@@ -41,13 +28,10 @@ class ProgressLine:
         """Args: label, the first task. Nothing is shown before it has one, or if is_quiet."""
         self.console = make_console(is_stderr=True)
         self.console.quiet = is_quiet
-        status = find_ring("commands.status_line")
-        self.line = status.StatusLine(label) if status else Task(label)
-        self.live: Any = None
-        """Lines that are redrawn in place. None outside a terminal or without the ring."""
+        self.line = StatusLine(label)
         is_terminal = not is_quiet and sys.stderr.isatty() and not self.console.is_dumb_terminal
-        if status and is_terminal:
-            self.live = status.LiveLines(self.line, self.console)
+        self.live = LiveLines(self.line, self.console) if is_terminal else None
+        """Lines that are redrawn in place. None outside a terminal."""
         self._last_line_at = time.monotonic()
         self._stage: PrepareProgress | None = None
         self._stage_began_at = 0.0
@@ -57,12 +41,7 @@ class ProgressLine:
             self.live.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self.live:
             self.live.stop()
 

@@ -8,13 +8,12 @@ from typing import Any
 
 from minigpt.commands.options import ModelSource
 from minigpt.commands.train.job import Request, open_job
-from minigpt.commands.train.run import train_job
+from minigpt.commands.train.run import Display, train_job
 from minigpt.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from minigpt.errors import ConfigError, nearest
 from minigpt.rings import ring
 from minigpt.settings import build, merge, plain_key
 from minigpt.training.events import Event
-from minigpt.training.trainer import Trainer
 
 _TABLES = {"model": ModelConfig, "training": TrainingConfig, "data": DataConfig}
 Paths = str | Path | Sequence[str | Path]
@@ -105,19 +104,13 @@ def _nested(settings: dict[str, Any]) -> dict[str, Any]:
     return nested
 
 
-class _Listener:
+class _Listener(Display):
     """Passes the events of a training run on, in the place of its display."""
 
     def __init__(self, on_event: Callable[[Event], None] | None) -> None:
         self._on_event = on_event
 
-    def start(self, trainer: Trainer) -> None:
-        """Nothing is shown."""
-
     def show(self, event: Event) -> None:
         """Pass an event on."""
         if self._on_event is not None:
             self._on_event(event)
-
-    def stopping(self) -> None:
-        """Nothing is shown."""

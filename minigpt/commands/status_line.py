@@ -1,6 +1,7 @@
 """Lines on stderr that are redrawn in place, and a status line with a bar."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from rich.console import (
     Console,
@@ -14,8 +15,6 @@ from rich.live import Live
 from rich.segment import ControlType, Segment
 from rich.text import Text
 
-from minigpt.commands.progress import Task
-
 FREE_CELLS = 3
 """Cells left free at the end of a line. The terminal writes ^C there; without room for it, the line
 would wrap and could not be erased."""
@@ -23,8 +22,15 @@ _SHORTEST_BAR = 6
 _LONGEST_BAR = 40
 
 
-class StatusLine(Task):
-    """A line that rich can draw again and again: a label, a bar and facts."""
+@dataclass
+class StatusLine:
+    """A line that rich can draw again and again: what is being done, a bar and facts."""
+
+    label: str = ""
+    """Current work. An empty label is not shown."""
+    share: float = 0.0
+    """Share of it that is done, 0 to 1."""
+    facts: Sequence[str] = ()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Draw the line for the current width."""

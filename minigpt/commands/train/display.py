@@ -1,12 +1,14 @@
 """A training run on stderr: live on a terminal, plain lines elsewhere."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from minigpt.commands.progress import ProgressLine
+from minigpt.commands.status_line import LiveLines
+from minigpt.commands.train import explanations, samples
+from minigpt.commands.train.run import Display
 from minigpt.console import spans_to_text
 from minigpt.format import clock, duration, short
-from minigpt.rings import find_ring, ring
+from minigpt.rings import has_ring, ring
 from minigpt.text.escape import printable
 from minigpt.training.events import (
     EarlyStopEvent,
@@ -18,21 +20,20 @@ from minigpt.training.events import (
 )
 from minigpt.training.trainer import Trainer
 
-_EXPLANATIONS = "commands.train.explanations"
-_SAMPLES = "commands.train.samples"
 _LOSSES = {"val_loss": "nats/token", "bits_per_byte": "bits/byte"}
 
 
-class TrainingDisplay(ProgressLine):
+class TrainingDisplay(ProgressLine, Display):
     """Shows preparation and training; use it as a context."""
 
     def __init__(self) -> None:
         super().__init__()
         self.panel: Any = None
-        """Live chart. None outside a terminal or without the ring."""
-        if self.live and (panels := find_ring("commands.train.panel")):
+        """Live chart. None outside a terminal or without the ring of plots."""
+        if self.live and has_ring("commands.plot"):
+            panels = ring("commands.train.panel")
             self.panel = panels.TrainingPanel(self.line)
-            self.live = ring("commands.status_line").LiveLines(self.panel, self.console)
+            self.live = LiveLines(self.panel, self.console)
         self._trainer: Trainer | None = None
         self._evaluation: EvalEvent | None = None
         self._train_loss: float | None = None
@@ -40,17 +41,20 @@ class TrainingDisplay(ProgressLine):
     def start(self, trainer: Trainer) -> None:
         """Print the text, the model and the run, before the first step."""
         self._trainer = trainer
-        if explanations := find_ring(_EXPLANATIONS):
-            for name, fact in explanations.opening(trainer):
-                self._print_fact(name, fact)
+        for name, fact in explanations.opening(trainer):
+            self._print_fact(name, fact)
         if trainer.step and self.panel:
             self.panel.resume(trainer.folder.path)
         self.line.label, self.line.share = "train", trainer.progress
         self.line.facts = [self._place(trainer.step), "Ctrl-C saves and stops"]
 
+    @property
+    def _run(self) -> Trainer:
+        assert self._trainer is not None, "start has been called"
+        return self._trainer
+
     def _place(self, step: int) -> str:
-        assert self._trainer is not None
-        max_steps = self._trainer.config.training.max_steps
+        max_steps = self._run.config.training.max_steps
         return f"{step:>{len(str(max_steps))}}/{max_steps}" if max_steps else f"step {step}"
 
     def note(self, text: str) -> None:
@@ -81,8 +85,8 @@ class TrainingDisplay(ProgressLine):
                     f"{event.bits_per_byte:.4f} bits/byte  after {duration(event.elapsed_s)}"
                     f"{averaged}"
                 )
-                if self.live and (samples := find_ring(_SAMPLES)):
-                    for text in samples.glimpse(self._trainer, self.console.width):
+                if self.live:
+                    for text in samples.glimpse(self._run, self.console.width):
                         self.console.print(text)
             case EarlyStopEvent():
                 self._print(
@@ -92,7 +96,7 @@ class TrainingDisplay(ProgressLine):
                 )
             case SampleEvent():
                 self._print(f"step {event.step:>6}  sample")
-                for line in ring(_SAMPLES).sample_lines(event.model, self._trainer):
+                for line in samples.sample_lines(event.model, self._run):
                     self._print(line)
 
     def _show_step(self, event: StepEvent) -> None:
@@ -118,8 +122,7 @@ class TrainingDisplay(ProgressLine):
         """Print the best checkpoint."""
         if self.live:
             self.live.stop()
-        assert self._trainer is not None
-        best = self._trainer.folder.best()
+        best = self._run.folder.best()
         assert best is not None, "a run ends with a checkpoint"
         # Without the facts if best.json was damaged and the latest step replaces it.
         losses = [
@@ -127,16 +130,18 @@ class TrainingDisplay(ProgressLine):
         ]
         loss = f": val loss {', '.join(losses)}" if losses else ""
         self._print_fact("best", f"{best.folder}{loss}")
-        if "val_loss" in best.facts and (explanations := find_ring(_EXPLANATIONS)):
-            facts = explanations.meaning(self._trainer, best, self._evaluation, self._train_loss)
+        if "val_loss" in best.facts:
+            facts = explanations.meaning(self._run, best, self._evaluation, self._train_loss)
             for name, fact in facts:
                 self._print_fact(name, fact)
 
-    def propose(self, name: str, commands: Sequence[str]) -> None:
-        """Print commands to run next."""
-        for command in commands:
-            self._print_fact(name, command)
-            name = ""
+    def propose(self, resume: str | None) -> None:
+        """Print the command that resumes a run that was stopped, else those to run next."""
+        if resume is not None:
+            self._print_fact("resume", resume)
+            return
+        for number, command in enumerate(explanations.next_commands(self._run)):
+            self._print_fact("" if number else "next", command)
 
     def _print_fact(self, name: str, fact: str) -> None:
         self.console.print(spans_to_text([(f"{name:<7}", "dim"), (fact, "plain")]))

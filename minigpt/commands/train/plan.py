@@ -6,9 +6,8 @@ from typing import Any
 from rich.text import Text
 
 from minigpt.commands.tables import aligned, line_width, show, write_json
-from minigpt.commands.train.display import TrainingDisplay
 from minigpt.commands.train.job import Request, open_job
-from minigpt.commands.train.run import releasing_ranks
+from minigpt.commands.train.run import make_display, releasing_ranks
 from minigpt.config import RunConfig
 from minigpt.format import duration, short, with_unit
 from minigpt.rings import ring
@@ -31,7 +30,7 @@ def plan_training(
         ring("commands.train.ranks").follow(world)
         return
     with releasing_ranks(world):
-        with TrainingDisplay() as display:
+        with make_display() as display:
             request = Request(name, overrides, world.size, display.preparing, is_dry_run=True)
             with open_job(request, resume=resume) as job:
                 done = read_state(job.resume_from) if job.resume_from else None

@@ -11,9 +11,8 @@ import typer
 from rich.console import Console
 
 from minigpt.checkpoint.folder import RunFolder
-from minigpt.commands.train.display import TrainingDisplay
 from minigpt.commands.train.job import Job
-from minigpt.commands.train.run import resume_command, stopping_on_signals
+from minigpt.commands.train.run import Display, resume_command, stopping_on_signals
 from minigpt.config import RunConfig
 from minigpt.console import make_console
 from minigpt.errors import DivergedError, MinigptError
@@ -25,9 +24,7 @@ from minigpt.training.distributed import DistributedWorld, is_lost_process
 
 
 @contextmanager
-def leading(
-    job: Job, world: DistributedWorld, resume: str, display: TrainingDisplay
-) -> Iterator[None]:
+def leading(job: Job, world: DistributedWorld, resume: str, display: Display) -> Iterator[None]:
     """Send a job's plan to the other ranks; if one of them is lost, say how to resume."""
     training = job.config.training
     # Refuse an invalid batch size before the other ranks begin.
@@ -36,7 +33,7 @@ def leading(
     assert isinstance(job.data, StoredData), "tokens that every rank can open"
     plan = {"config": to_dict(job.config), "data": str(job.data.folder), "run": str(job.run.path)}
     world.send_plan(plan | ({"resume_from": str(job.resume_from)} if job.resume_from else {}))
-    with _explaining_lost_process(job.run, world, resume, display.console):
+    with _explaining_lost_process(job.run, world, resume, make_console(is_stderr=True)):
         yield
 
 

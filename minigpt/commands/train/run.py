@@ -7,20 +7,64 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Self
 
 import typer
 
 from minigpt.checkpoint.folder import CONFIG_FILE
+from minigpt.commands.output import note
 from minigpt.commands.process import command_line
-from minigpt.commands.train.display import TrainingDisplay
 from minigpt.commands.train.job import Job, Request, open_job
 from minigpt.files import write_atomically
 from minigpt.rings import find_ring, ring
 from minigpt.settings import to_toml
+from minigpt.text.tokens import PrepareProgress
 from minigpt.training.events import Event
 from minigpt.training.trainer import Trainer
 from minigpt.training.world import ALONE, World, join
+
+
+class Display:
+    """What a training run tells about itself: a line for each event, and more with the ring."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """End the display."""
+
+    def preparing(self, progress: PrepareProgress) -> None:
+        """Take the progress of preparing the text."""
+
+    def note(self, text: str) -> None:
+        """Print a note."""
+        note(text)
+
+    def start(self, trainer: Trainer) -> None:
+        """Take the run, before its first step."""
+
+    def show(self, event: Event) -> None:
+        """Take an event."""
+        facts = {name: value for name, value in vars(event).items() if name != "model"}
+        note("  ".join(f"{name} {value}" for name, value in facts.items()))
+
+    def stopping(self) -> None:
+        """Hear that a stop was requested; safe in a signal handler."""
+
+    def finish(self) -> None:
+        """Take the end of the run."""
+
+    def propose(self, resume: str | None) -> None:
+        """Print what to run next. Args: resume, the command that resumes a run that was stopped."""
+        if resume is not None:
+            note(f"resume {resume}")
+
+
+def make_display() -> Display:
+    """Return the display of the ring if it is there, else the plain one."""
+    displays = find_ring("commands.train.display")
+    display: Display = displays.TrainingDisplay() if displays else Display()
+    return display
 
 
 def run_training(
@@ -34,7 +78,7 @@ def run_training(
     if not world.is_first:
         ring("commands.train.ranks").follow(world)
         return
-    with releasing_ranks(world), TrainingDisplay() as display:
+    with releasing_ranks(world), make_display() as display:
         request = Request(name, overrides, world.size, display.preparing)
         with open_job(request, resume=resume) as job:
             for line in job.notes:
@@ -52,7 +96,7 @@ def releasing_ranks(world: World) -> Iterator[None]:
         raise
 
 
-def _train(job: Job, display: TrainingDisplay, report_to: str | None, world: World) -> None:
+def _train(job: Job, display: Display, report_to: str | None, world: World) -> None:
     if job.resume_from is None:  # the config keeps the command that started the run
         command = launch_command(world, *sys.argv[1:])
         job = replace(job, config=replace(job.config, command=command))
@@ -64,24 +108,9 @@ def _train(job: Job, display: TrainingDisplay, report_to: str | None, world: Wor
         trainer, signal_number = train_job(job, display, report_to, world)
     world.close()
     display.finish()
+    display.propose(resume if trainer.was_stopped else None)
     if trainer.was_stopped:
-        display.propose("resume", [resume])
         raise typer.Exit(128 + signal_number)
-    if explanations := find_ring("commands.train.explanations"):
-        display.propose("next", explanations.next_commands(trainer))
-
-
-class Display(Protocol):
-    """What a training run tells about itself."""
-
-    def start(self, trainer: Trainer) -> None:
-        """Take the run, before its first step."""
-
-    def show(self, event: Event) -> None:
-        """Take an event."""
-
-    def stopping(self) -> None:
-        """Hear that a stop was requested; safe in a signal handler."""
 
 
 def train_job(
