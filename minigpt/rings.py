@@ -4,28 +4,15 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-from minigpt.errors import ConfigError
-
 
 def ring(module: str) -> Any:
     """Import a module of a ring by its name below ``minigpt``, as in ``"generation.fast"``.
 
     The core never imports a ring with an import statement, so that a ring can be deleted.
 
-    Raises: ConfigError if this installation does not have that ring.
+    Raises: ModuleNotFoundError if this installation does not have that ring.
     """
-    name = f"minigpt.{module}"
-    try:
-        return import_module(name)
-    except ModuleNotFoundError as error:
-        if not str(error.name).startswith("minigpt"):
-            raise  # a library that the ring needs
-        raise lacking(error.name) from None
-
-
-def lacking(module: str | None) -> ConfigError:
-    """Return the error for a module of a ring that this installation does not have."""
-    return ConfigError(f"this installation lacks {module}. Install all of minigpt to use it.")
+    return import_module(f"minigpt.{module}")
 
 
 def find_ring(module: str) -> Any:
@@ -44,7 +31,7 @@ def has_ring(module: str) -> bool:
 def load_class(entry: str) -> Any:
     """Import the class that a registry names as ``"module:Class"`` below ``minigpt``.
 
-    Raises: ConfigError if it is in a ring that this installation does not have.
+    Raises: ModuleNotFoundError if it is in a ring that this installation does not have.
     """
     module, _, name = entry.partition(":")
     return getattr(ring(module), name)

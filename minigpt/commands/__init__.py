@@ -22,7 +22,7 @@ from minigpt.errors import (
     MinigptWarning,
     ResourceError,
 )
-from minigpt.rings import find_ring, lacking
+from minigpt.rings import find_ring
 from minigpt.text.escape import printable
 
 _HALF = 1000  # of the longest message, in characters
@@ -141,7 +141,8 @@ def _describe(error: BaseException) -> tuple[str, int]:
         return text, ConfigError.exit_code
     if isinstance(error, ModuleNotFoundError):
         if str(error.name).startswith("minigpt"):
-            return str(lacking(error.name)), ConfigError.exit_code
+            text = f"this installation lacks {error.name}. Install all of minigpt to use it."
+            return text, ConfigError.exit_code
         return f"{error.name} is not installed. Install minigpt again with its dependencies.", 1
     # The CPU's allocator, and cuBLAS, which allocates by itself.
     is_torch = isinstance(error, RuntimeError) and (
