@@ -2,7 +2,6 @@
 
 import os
 import re
-import shlex
 import warnings
 from collections.abc import Iterable
 from contextlib import suppress
@@ -13,7 +12,7 @@ from minigpt.checkpoint.folder import RunFolder
 from minigpt.checkpoint.manifest import MANIFEST, verify
 from minigpt.errors import CheckpointError, MinigptError, MinigptWarning, nearest
 from minigpt.files import WRITING, resource_errors
-from minigpt.rings import ring
+from minigpt.rings import find_ring, ring
 
 ROOT = Path("checkpoints")
 """Folder of runs, relative to the working directory."""
@@ -26,8 +25,6 @@ HUB_NAME = re.compile(
     re.ASCII,
 )
 """Repository of the Hugging Face hub: org/name or org/name@revision."""
-
-_URL = re.compile(r"[a-z][a-z0-9+.-]*://(?P<host>[^/]*)/?")
 
 
 def is_hub_name(spec: str) -> bool:
@@ -49,53 +46,14 @@ def resolve_model(spec: str | None, root: Path = ROOT) -> Path:
         return _newest(root)
     if place := find_model(spec, root):
         return _model_in(place)
-    if url := _URL.match(spec):
-        name = spec[url.end() :]
-        advice = "Download the model's files into a folder, and name that."
-        if url["host"] == "huggingface.co" and (found := HUB_NAME.match(name)):
-            advice = f"Name the model as the Hub does: {found['repository']}."
-        raise CheckpointError(f"{spec[:120]!r} is a URL, not a folder or a name. {advice}")
-    advice = remedy(Path(spec).name, names_in(root))
-    if Path(spec).name == spec and not advice.startswith("Did"):
-        advice += " A model of the Hugging Face Hub is named org/name, as openai-community/gpt2."
-    for place in _places(spec, root):
-        if os.path.exists(place):  # unlike Path.exists, False for impossible names
-            if os.path.isdir(place):
-                with resource_errors(place):
-                    os.listdir(place)
-            _refuse_pickle(place)
-            raise CheckpointError(
-                f"{str(place)!r} holds no checkpoint: no step folder, no config.json. {advice}"
-            )
-    if is_hub_name(spec) and not Path(spec).is_relative_to(root):
+    places = _places(spec, root)
+    is_there = any(map(os.path.exists, places))  # False for impossible names, unlike Path.exists
+    if is_hub_name(spec) and not is_there and not Path(spec).is_relative_to(root):
         folder: Path = ring("checkpoint.tools.hub").download_model(spec)
         return folder
-    where = f" in {str(root)!r}" if Path(spec).name == spec else ""
-    shown = spec if len(spec) <= 120 else f"{spec[:120]}..."
-    raise CheckpointError(f"there is no model {shown!r}{where}. {advice}")
-
-
-def _refuse_pickle(place: Path) -> None:
-    """Raise CheckpointError for a pickle, or a folder of nanoGPT, naming the command for it."""
-    pickles = [place] if place.is_file() else sorted(place.glob("*.pt"))
-    if pickles and pickles[0].suffix in (".pt", ".pth", ".bin", ".ckpt", ".pkl"):
-        raise CheckpointError(
-            f"{str(pickles[0])!r} is a pickle, which can run any code. Make a model folder from "
-            f"it, which runs none: `minigpt checkpoints import {shlex.quote(str(pickles[0]))} "
-            "NEW_FOLDER`."
-        )
-
-
-def require_model(spec: str, root: Path = ROOT) -> Path:
-    """Return the run folder or model folder at a path, or of that name under root.
-
-    Raises: CheckpointError if there is none.
-    """
-    if place := find_model(spec, root):
-        return place
-    raise CheckpointError(
-        f"there is no run or model {spec[:120]!r}. {remedy(spec, names_in(root))}"
-    )
+    if refusals := find_ring("checkpoint.tools.refusals"):
+        raise refusals.no_model(spec, places, root)
+    raise CheckpointError(f"there is no model {spec!r}. {remedy(spec, names_in(root))}")
 
 
 def find_model(spec: str, root: Path = ROOT) -> Path | None:

@@ -3,18 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from minigpt.checkpoint.families import (
-    ACTIVATIONS,
-    Family,
-    TensorName,
-    hf_fields,
-    same,
-    unsupported,
-)
+from minigpt.checkpoint.families import ACTIVATIONS, Family, TensorName, same, unsupported
 from minigpt.config import ModelConfig
-from minigpt.model.attention import Attention
-from minigpt.model.gpt import GPT
-from minigpt.model.scores import ScaledScore
 
 # Dropout at other places matters in training only, where we do not use it.
 _NO_EFFECT = """
@@ -30,36 +20,16 @@ def _conv1d(theirs: str, *ours: str) -> Iterator[TensorName]:
     yield TensorName(f"{theirs}.bias", tuple(f"{name}.bias" for name in ours))
 
 
-class RescaledAttention(Attention):
-    """Attention whose scores are q . k, scaled by 1 / sqrt(D), by 1 / (layer + 1), both or none."""
-
-    def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__(config, layer)
-        fields = hf_fields(config)
-        scale = config.d_head**-0.5 if fields.get("scale_attn_weights", True) else 1.0
-        if fields.get("scale_attn_by_inverse_layer_idx"):
-            scale /= layer + 1
-        self.score = ScaledScore(config, scale)
-
-
-class RescaledGPT(GPT):
-    """GPT with another scale of its attention scores in each layer.
-
-    Source: Mistral, github.com/stanford-crfm/mistral, which trains GPT-2 in half precision.
-    """
-
-    attention_class = RescaledAttention
-
-
 class GPT2Family(Family):
     """The GPT-2 layout."""
 
     def read(self, config: Mapping[str, Any]) -> dict[str, Any]:
         usual = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
-        for name in usual:
-            if not isinstance(config.get(name), bool | None):
-                raise unsupported(name, config[name], "true, false")
-        other = {n: config[n] for n, v in usual.items() if config.get(n) not in (None, v)}
+        given = {n: config[n] for n in usual if config.get(n) is not None}
+        other = {n: value for n, value in given.items() if value is not usual[n]}
+        for name, value in other.items():
+            if not isinstance(value, bool):
+                raise unsupported(name, value, "true, false")
         return {"hf_fields": other}
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
@@ -103,5 +73,5 @@ FAMILY = GPT2Family(
     no_effect=frozenset(_NO_EFFECT.split()),
     constants={"family": "gpt2"},
     written={"attn_pdrop": 0.0},
-    model=RescaledGPT,
+    model="checkpoint.rescaled_attention:RescaledGPT",
 )

@@ -15,7 +15,7 @@ from typing import Any
 
 from minigpt.checkpoint.folder import METRICS_FILE, RunFolder
 from minigpt.checkpoint.manifest import MANIFEST, verify
-from minigpt.checkpoint.resolve import ROOT, find_model, models_in, require_model
+from minigpt.checkpoint.resolve import ROOT, find_model, models_in, names_in, remedy
 from minigpt.errors import CheckpointError, ConfigError, MinigptError
 from minigpt.files import read_bytes, read_json
 
@@ -79,7 +79,7 @@ def inventory_of(spec: str, root: Path = ROOT) -> list[Entry]:
     """
     if find_model(spec, root) is None and os.path.isdir(spec):
         return take_inventory(Path(spec))
-    return [entry_of(require_model(spec, root))]
+    return [entry_of(_require_model(spec, root))]
 
 
 def run_named(spec: str) -> Entry:
@@ -87,7 +87,7 @@ def run_named(spec: str) -> Entry:
 
     Raises: CheckpointError if there is none; ConfigError if it is a single model.
     """
-    entry = entry_of(require_model(spec))
+    entry = entry_of(_require_model(spec))
     if not entry.is_run:
         raise ConfigError(
             f"{str(entry.folder)!r} is a model folder, not a run, so it has no steps. Name a run."
@@ -161,3 +161,15 @@ def _losses(run: RunFolder) -> dict[int, dict[str, float]]:
             if type(step) is int and isinstance(value, float) and math.isfinite(value):
                 losses.setdefault(step, {})[name] = value
     return losses
+
+
+def _require_model(spec: str, root: Path = ROOT) -> Path:
+    """Return the run folder or model folder at a path, or of that name under root.
+
+    Raises: CheckpointError if there is none.
+    """
+    if place := find_model(spec, root):
+        return place
+    raise CheckpointError(
+        f"there is no run or model {spec[:120]!r}. {remedy(spec, names_in(root))}"
+    )

@@ -1,0 +1,53 @@
+"""What to say of a name that is no model: a URL, a pickle, a folder without a checkpoint."""
+
+import os
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from minigpt.checkpoint.resolve import HUB_NAME, names_in, remedy
+from minigpt.errors import CheckpointError
+from minigpt.files import resource_errors
+
+_URL = re.compile(r"[a-z][a-z0-9+.-]*://(?P<host>[^/]*)/?")
+
+
+def no_model(spec: str, places: Sequence[Path], root: Path) -> CheckpointError:
+    """Return the error for a name that is no model.
+
+    Args: places, where it was looked for; root, the folder of runs.
+    Raises: ResourceError if one of the places may not be read.
+    """
+    if url := _URL.match(spec):
+        name = spec[url.end() :]
+        advice = "Download the model's files into a folder, and name that."
+        if url["host"] == "huggingface.co" and (found := HUB_NAME.match(name)):
+            advice = f"Name the model as the Hub does: {found['repository']}."
+        return CheckpointError(f"{spec[:120]!r} is a URL, not a folder or a name. {advice}")
+    advice = remedy(Path(spec).name, names_in(root))
+    if Path(spec).name == spec and not advice.startswith("Did"):
+        advice += " A model of the Hugging Face Hub is named org/name, as openai-community/gpt2."
+    for place in places:
+        if os.path.exists(place):  # unlike Path.exists, False for impossible names
+            if os.path.isdir(place):
+                with resource_errors(place):
+                    os.listdir(place)
+            _refuse_pickle(place)
+            return CheckpointError(
+                f"{str(place)!r} holds no checkpoint: no step folder, no config.json. {advice}"
+            )
+    where = f" in {str(root)!r}" if Path(spec).name == spec else ""
+    shown = spec if len(spec) <= 120 else f"{spec[:120]}..."
+    return CheckpointError(f"there is no model {shown!r}{where}. {advice}")
+
+
+def _refuse_pickle(place: Path) -> None:
+    """Raise CheckpointError for a pickle, or a folder of nanoGPT, naming the command for it."""
+    pickles = [place] if place.is_file() else sorted(place.glob("*.pt"))
+    if pickles and pickles[0].suffix in (".pt", ".pth", ".bin", ".ckpt", ".pkl"):
+        raise CheckpointError(
+            f"{str(pickles[0])!r} is a pickle, which can run any code. Make a model folder from "
+            f"it, which runs none: `minigpt checkpoints import {shlex.quote(str(pickles[0]))} "
+            "NEW_FOLDER`."
+        )
