@@ -17,7 +17,7 @@ from minigpt.commands.evaluate import EvaluationConfig
 from minigpt.commands.evaluate.measuring import measure
 from minigpt.commands.options import ModelSource
 from minigpt.errors import DISTRIBUTION, CheckpointError, ConfigError, DataError
-from minigpt.text.tokenizer import bytes_tokenizer
+from minigpt.text.tokenizer import BytesTokenizer
 from minigpt.training.events import EvalEvent, StepEvent
 
 TINY: dict[str, Any] = {
@@ -33,7 +33,7 @@ TINY: dict[str, Any] = {
     "dtype": "float32",  # as evaluate computes, on any CPU
 }
 MODEL = small_model("gpt2", vocab_size=257, context_length=64)
-OPTIONS: dict[str, Any] = {"tokenizer": bytes_tokenizer(), "max_new_tokens": 6}
+OPTIONS: dict[str, Any] = {"tokenizer": BytesTokenizer(), "max_new_tokens": 6}
 
 
 @pytest.fixture

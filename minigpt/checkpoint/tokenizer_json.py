@@ -5,30 +5,25 @@ read with tiktoken; so is one in GPT-2's layout. The others are kept as they are
 """
 
 import os
-import re
-from collections.abc import Mapping
-from itertools import pairwise
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from minigpt.errors import CheckpointError, MinigptError
+from minigpt.errors import CheckpointError
 from minigpt.files import read_json
 from minigpt.rings import find_ring, has_ring, ring
-from minigpt.text.tokenizer import (
-    BYTE_OF_CHARACTER,
-    TiktokenTokenizer,
-    Tokenizer,
-    make_encoding,
-)
+from minigpt.text.tokenizer import BYTE_OF_CHARACTER, BytesTokenizer, Tokenizer
 
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 NAME_FIELD = "name_or_path"
 """Where tokenizer_config.json keeps Tokenizer.name."""
 
-_CHARACTER_OF_BYTE = {byte: character for character, byte in BYTE_OF_CHARACTER.items()}
-_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
-_PLAIN_BPE = {
+CHARACTER_OF_BYTE = {byte: character for character, byte in BYTE_OF_CHARACTER.items()}
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
+ANY_CHARACTER = r"[\s\S]"
+"""The split pattern of single characters: nothing is merged."""
+PLAIN_BPE = {
     "type": "BPE",
     "dropout": None,
     "unk_token": None,
@@ -37,21 +32,9 @@ _PLAIN_BPE = {
     "fuse_unk": False,
     "byte_fallback": False,
 }
-GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _CLASSES = "checkpoint.tokenizer_classes"
-_NO_RANK = 2**32
-_MOST_STEPS = 2**25  # five times as many as cl100k_base takes
 _MOST_ADDED = 2**16  # the libraries take seconds for more
-
-# Oniguruma, which tokenizers uses, and fancy-regex, which tiktoken uses, disagree on these:
-# X{1,3}+ is possessive only in fancy-regex, (?s:.) exists only there, and ^ and $ match at every
-# line in Oniguruma. After \s++ that makes no difference: no line break can follow.
-_ATOM_INTERVAL = r"(?P<atom>\\p\{\w+\}|\[[^\]]+\]|\\?[^\s{}()\[\]])(?P<interval>\{\d+(?:,\d*)?\})"
-_POSSESSIVE = re.compile(_ATOM_INTERVAL + r"\+")
-_ATOMIC = re.compile(rf"\(\?>{_ATOM_INTERVAL}\)")
-_AMBIGUOUS = re.compile(
-    r"\{\d+(?:,\d*)?\}\+|\(\?\w*[ms]\w*[:)]|(?<![\[\\])\^|(?<!\\)(?<!\\s\+\+)\$"
-)
+_BYTE_PAIRS = "checkpoint.byte_pair_json"
 
 
 def read_tokenizer(
@@ -104,9 +87,12 @@ def tokenizer_from_json(
             f"tokenizer.json has {len(added):,} added tokens, and at most {_MOST_ADDED:,} are "
             "read. Choose another model."
         )
-    tokenizer = _tiktoken_tokenizer(data, name, end_of_text_ids)
-    if tokenizer is not None:
-        return tokenizer
+    if data == tokenizer_to_json(BytesTokenizer()):
+        return BytesTokenizer(name, end_of_text_ids)
+    if pairs := find_ring(_BYTE_PAIRS):
+        tokenizer: Tokenizer | None = pairs.tiktoken_tokenizer(data, name, end_of_text_ids)
+        if tokenizer is not None:
+            return tokenizer
     try:
         imported: Tokenizer = ring("text.imported").ImportedTokenizer(name, data, end_of_text_ids)
         return imported
@@ -117,49 +103,6 @@ def tokenizer_from_json(
         ) from None
 
 
-def _tiktoken_tokenizer(
-    data: Mapping[str, Any], name: str, end_of_text_ids: tuple[int, ...]
-) -> TiktokenTokenizer | None:
-    """Read a byte-level BPE that tiktoken encodes as the file says, None if it is another kind.
-
-    Writing what was read must give the parts of the file, except for what changes no ids: merges
-    may be lists, empty options left out, and GPT-2's pattern implied by ByteLevel.
-    """
-    try:
-        specials = {token["content"]: token["id"] for token in data["added_tokens"]}
-        model = _PLAIN_BPE | {"ignore_merges": False} | data["model"]
-        for option in ("continuing_subword_prefix", "end_of_word_suffix"):
-            model[option] = model[option] or None
-        model["merges"] = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
-        ranks = {
-            bytes([BYTE_OF_CHARACTER[character] for character in token]): id_
-            for token, id_ in model["vocab"].items()
-            if token not in specials
-        }
-        model["vocab"] = specials | model["vocab"]
-        splits = data["pre_tokenizer"]
-        implied = {"use_regex": True} | splits | {"trim_offsets": False}
-        if implied == _BYTE_LEVEL | {"use_regex": True}:
-            splits = _splits(GPT2_PATTERN)
-        pattern = _from_oniguruma(splits["pretokenizers"][0]["pattern"]["Regex"])
-        processor = data["post_processor"] or {"type": "ByteLevel"}
-        around = [] if processor["type"] == "ByteLevel" else processor["single"]
-        changes_text = data["normalizer"] is not None or data["decoder"]["type"] != "ByteLevel"
-        is_byte_special = not specials.keys().isdisjoint(BYTE_OF_CHARACTER)
-        if changes_text or is_byte_special or not all("Sequence" in part for part in around):
-            return None
-        if sum(len(token) ** 2 for token in ranks) > _MOST_STEPS:
-            return None  # merges_of would take minutes
-        encoding = make_encoding(name, pattern, ranks, specials)
-        tokenizer = TiktokenTokenizer(name, encoding, end_of_text_ids)
-        written = tokenizer_to_json(tokenizer)
-        added = [token | {"normalized": False} for token in data["added_tokens"]]
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, MinigptError):
-        return None
-    parts = {"added_tokens": added, "pre_tokenizer": splits, "model": model}
-    return tokenizer if written | parts == written else None
-
-
 def tokenizer_to_json(tokenizer: Tokenizer) -> dict[str, Any]:
     """Return tokenizer.json: the tokenizers library gives every text the same ids.
 
@@ -167,39 +110,73 @@ def tokenizer_to_json(tokenizer: Tokenizer) -> dict[str, Any]:
 
     Raises: CheckpointError if the library's regex dialect cannot express the split pattern.
     """
-    if not isinstance(tokenizer, TiktokenTokenizer):
-        data: dict[str, Any] = tokenizer.to_dict()["tokenizer_json"]
-        return data
-    ranks, specials = tokenizer.encoding._mergeable_ranks, tokenizer.special_ids
-    merges = merges_of(ranks)
-    vocab = {_to_characters(token): id_ for token, id_ in ranks.items()} | dict(specials)
-    n_reached = len(merges) + sum(len(token) == 1 for token in ranks)
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
+    if isinstance(tokenizer, BytesTokenizer):
+        ranks = {bytes([byte]): byte for byte in range(256)}
+        return byte_level_json(ranks, (), tokenizer.special_ids, ANY_CHARACTER)
+    data: dict[str, Any] = tokenizer.to_dict()
+    kept: dict[str, Any] | None = data.get("tokenizer_json")
+    return kept or dict(ring(_BYTE_PAIRS).byte_pair_json(tokenizer))
+
+
+def byte_level_json(
+    ranks: Mapping[bytes, int],
+    merges: Iterable[tuple[bytes, bytes]],
+    specials: Mapping[str, int],
+    pattern: str,
+    *,
+    ignore_merges: bool = False,
+) -> dict[str, Any]:
+    """Return the tokenizer.json of a byte-level vocabulary.
+
+    Args: ranks, bytes -> id; merges, in order; specials, text -> id; pattern, of the parts that
+        are merged, in Oniguruma's dialect; ignore_merges, whether a part that is a token is one
+        token, though merging does not reach it.
+    """
+    vocab = {to_characters(token): id_ for token, id_ in ranks.items()} | dict(specials)
+    return tokenizer_file(
+        added_tokens=[
             {"id": id_, "content": text, "special": True, "normalized": False}
             | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
             for text, id_ in sorted(specials.items(), key=lambda item: item[1])
         ],
-        "normalizer": None,
-        "pre_tokenizer": _splits(_to_oniguruma(tokenizer.encoding._pat_str)),
-        "post_processor": None,
-        "decoder": _BYTE_LEVEL,
-        "model": _PLAIN_BPE
+        pre_tokenizer=splits_by(pattern),
+        decoder=BYTE_LEVEL,
+        model=PLAIN_BPE
         | {
-            "ignore_merges": n_reached < len(ranks),
+            "ignore_merges": ignore_merges,
             "vocab": dict(sorted(vocab.items(), key=lambda item: item[1])),
-            "merges": [" ".join(map(_to_characters, pair)) for pair in merges],
+            "merges": [" ".join(map(to_characters, pair)) for pair in merges],
         },
+    )
+
+
+def tokenizer_file(
+    *,
+    model: dict[str, Any],
+    decoder: dict[str, Any],
+    added_tokens: Sequence[dict[str, Any]] = (),
+    normalizer: dict[str, Any] | None = None,
+    pre_tokenizer: dict[str, Any] | None = None,
+    post_processor: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return a tokenizer.json of these parts."""
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": list(added_tokens),
+        "normalizer": normalizer,
+        "pre_tokenizer": pre_tokenizer,
+        "post_processor": post_processor,
+        "decoder": decoder,
+        "model": model,
     }
 
 
-def _splits(pattern: str) -> dict[str, Any]:
+def splits_by(pattern: str) -> dict[str, Any]:
     """Return the pre_tokenizer that splits a text by a pattern in Oniguruma's dialect."""
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
-    steps = [split | {"invert": False}, _BYTE_LEVEL | {"use_regex": False}]
+    steps = [split | {"invert": False}, BYTE_LEVEL | {"use_regex": False}]
     return {"type": "Sequence", "pretokenizers": steps}
 
 
@@ -220,40 +197,6 @@ def tokenizer_config(tokenizer: Tokenizer, context_length: int) -> dict[str, Any
     }
 
 
-def merges_of(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """Return the merges that tiktoken's ranks stand for, in order.
-
-    tiktoken merges, of all adjacent parts whose union is a token, those of lowest rank; tokenizers
-    has an ordered list of pairs. The pair of a token is what remains of it, merged alone, before
-    the last merge. A token that merging never reaches has no pair.
-    """
-    merges = []
-    for token in sorted(ranks, key=ranks.__getitem__):
-        parts = [token[i : i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            unions = [ranks.get(left + right, _NO_RANK) for left, right in pairwise(parts)]
-            i = unions.index(min(unions))
-            if unions[i] == _NO_RANK:
-                break
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        if len(parts) == 2:
-            merges.append((parts[0], parts[1]))
-    return merges
-
-
-def _to_characters(token: bytes) -> str:
-    return "".join(map(_CHARACTER_OF_BYTE.__getitem__, token))
-
-
-def _to_oniguruma(pattern: str) -> str:
-    pattern = _POSSESSIVE.sub(r"(?>\g<atom>\g<interval>)", pattern.replace("(?s:.)", r"[\s\S]"))
-    if found := _AMBIGUOUS.search(pattern):
-        raise CheckpointError(
-            f"the split pattern's {found[0]!r} means something else in tokenizer.json. "
-            "Write the pattern without it."
-        )
-    return pattern
-
-
-def _from_oniguruma(pattern: str) -> str:
-    return _ATOMIC.sub(r"\g<atom>\g<interval>+", pattern.replace(r"[\s\S]", "(?s:.)"))
+def to_characters(token: bytes) -> str:
+    """Return the characters that stand for the bytes of a token."""
+    return "".join(map(CHARACTER_OF_BYTE.__getitem__, token))

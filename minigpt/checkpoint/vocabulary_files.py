@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from minigpt.checkpoint.tokenizer_classes import class_parts, content, tokenizer_class
+from minigpt.checkpoint.tokenizer_json import tokenizer_file
 from minigpt.errors import CheckpointError
 from minigpt.files import read_bytes, read_json, resource_errors
 from minigpt.text.tokenizer import END_OF_TEXT
@@ -93,17 +94,13 @@ def json_from_scores(data: Mapping[str, Any]) -> JSONValue:
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": _VISIBLE_SPACE}
     prepend = {"type": "Prepend", "prepend": _VISIBLE_SPACE}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
+    return tokenizer_file(
+        added_tokens=[
             {"id": id_, "content": name, "special": True} | flags for id_, name in names.items()
         ],
-        "normalizer": {"type": "Sequence", "normalizers": [prepend, replace]},
-        "pre_tokenizer": None,
-        "post_processor": _beginning_with("<s>", 1),
-        "decoder": {
+        normalizer={"type": "Sequence", "normalizers": [prepend, replace]},
+        post_processor=_beginning_with("<s>", 1),
+        decoder={
             "type": "Sequence",
             "decoders": [
                 {"type": "Replace", "pattern": {"String": _VISIBLE_SPACE}, "content": " "},
@@ -112,7 +109,7 @@ def json_from_scores(data: Mapping[str, Any]) -> JSONValue:
                 {"type": "Strip", "content": " ", "start": 1, "stop": 0},
             ],
         },
-        "model": {
+        model={
             "type": "BPE",
             "unk_token": "<unk>",
             "fuse_unk": True,
@@ -120,7 +117,7 @@ def json_from_scores(data: Mapping[str, Any]) -> JSONValue:
             "vocab": vocab,
             "merges": [list(pair) for pair in splits if vocab.keys() >= set(pair)],
         },
-    }
+    )
 
 
 def json_from_merges(
@@ -157,18 +154,15 @@ def json_from_merges(
     plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     begin = content(config.get("bos_token", _END_OF_TEXT["bos_token"]))
     begins = bool(config.get("add_bos_token")) and begin is not None
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
+    model = parts["model"] | {"vocab": dict(vocab), "merges": [m.rstrip("\r") for m in lines]}
+    return tokenizer_file(
+        added_tokens=[
             plain | {"special": True} | options[token] | {"id": ids[token], "content": token}
             for token in sorted(options, key=ids.__getitem__)
         ],
-        **parts,
-        "post_processor": _beginning_with(begin, ids[begin]) if begins else None,
-        "model": parts["model"] | {"vocab": dict(vocab), "merges": [m.rstrip("\r") for m in lines]},
-    }
+        post_processor=_beginning_with(begin, ids[begin]) if begins else None,
+        **parts | {"model": model},
+    )
 
 
 def _beginning_with(token: str, id_: int) -> JSONValue:

@@ -6,15 +6,9 @@ from itertools import chain
 import rustbpe
 
 from minigpt.errors import ConfigError
+from minigpt.text.byte_pairs import TiktokenTokenizer, make_encoding, split_whitespace
 from minigpt.text.characters import character_tokens, frequent_characters, joined_ranks
-from minigpt.text.tokenizer import (
-    BPE_PATTERN,
-    END_OF_TEXT,
-    TiktokenTokenizer,
-    make_encoding,
-    split_whitespace,
-    well_formed,
-)
+from minigpt.text.tokenizer import BPE_PATTERN, END_OF_TEXT, well_formed
 
 BPE_TRAINING_BYTES = 64 * 2**20
 # The vocabulary size of the spec ``bpe``: docs/training.md has the losses.

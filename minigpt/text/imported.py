@@ -15,12 +15,7 @@ import numpy.typing as npt
 import tokenizers
 
 from minigpt.errors import CheckpointError, DataError
-from minigpt.text.tokenizer import (
-    BYTE_OF_CHARACTER,
-    Tokenizer,
-    unencodable_error,
-    well_formed,
-)
+from minigpt.text.tokenizer import BYTE_OF_CHARACTER, Tokenizer, unencodable_error, well_formed
 
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 _MARK = "\x01"
@@ -110,14 +105,6 @@ class ImportedTokenizer(Tokenizer):
             "end_of_text": list(self.end_of_text_ids),
         }
 
-    @staticmethod
-    def from_dict(parts: Mapping[str, Any]) -> "ImportedTokenizer":
-        try:
-            ends = tuple(map(int, parts["end_of_text"]))
-            return ImportedTokenizer(str(parts["name"]), parts["tokenizer_json"], ends)
-        except (KeyError, TypeError, ValueError, CheckpointError) as error:
-            raise DataError(f"the saved vocabulary is damaged: {error!r}.") from None
-
     def unencodable(self, text: str) -> set[str]:
         lacking = set()
         for character in set(text) if self._known is not None else ():
@@ -169,6 +156,18 @@ class ImportedTokenizer(Tokenizer):
             if self._is_byte_level and lacking in BYTE_OF_CHARACTER:
                 what = f"byte {bytes([BYTE_OF_CHARACTER[lacking]])!r}"
             raise unencodable_error(self.name, what)
+
+
+def from_dict(parts: Mapping[str, Any]) -> ImportedTokenizer:
+    """Rebuild a tokenizer from ``ImportedTokenizer.to_dict``.
+
+    Raises: DataError if a part is missing or damaged.
+    """
+    try:
+        ends = tuple(map(int, parts["end_of_text"]))
+        return ImportedTokenizer(str(parts["name"]), parts["tokenizer_json"], ends)
+    except (KeyError, TypeError, ValueError, CheckpointError) as error:
+        raise DataError(f"the saved vocabulary is damaged: {error!r}.") from None
 
 
 _NO_SPACE: Mapping[str, JSONValue] = {

@@ -1,25 +1,18 @@
-"""Text <-> token ids: single bytes, trained byte-pair encoding, and OpenAI's published encodings.
-
-tiktoken and rustbpe panic on some inputs, with an exception that is not a subclass of
-``Exception``. The checks here reject or split such inputs first.
-"""
+"""Text <-> token ids. Single bytes are the plain way; other vocabularies are in rings."""
 
 import base64
-import binascii
 import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import regex
-import tiktoken
 
-from minigpt.errors import ConfigError, DataError, cut, nearest
+from minigpt.errors import ConfigError, DataError, nearest
 from minigpt.rings import ring
 
 END_OF_TEXT = "<|endoftext|>"
@@ -37,13 +30,6 @@ _PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0
 _OTHERS = enumerate(byte for byte in range(256) if byte not in _PRINTABLE)
 BYTE_OF_CHARACTER = {chr(b): b for b in _PRINTABLE} | {chr(256 + n): b for n, b in _OTHERS}
 """The characters that stand for bytes in a byte-level tokenizer.json."""
-
-# The backtracking of \s+(?!\S) overflows the regex engine's stack at about a million spaces.
-_LONG_WHITESPACE = re.compile(r"(\s{65536})")
-
-
-# Every kind of neighbours that a pattern may look at.
-_PROBE = "".join(map(chr, range(128))) + "a b  cc\n\nd's 12 345\t\u00e9\u65e5\u672c\U0001f642 q"
 
 
 class Tokenizer(ABC):
@@ -109,10 +95,12 @@ class Tokenizer(ABC):
 
         Raises: DataError if a part is missing or damaged.
         """
-        if "tokenizer_json" in parts:
-            imported: Tokenizer = ring("text.imported").ImportedTokenizer.from_dict(parts)
-            return imported
-        return TiktokenTokenizer.from_dict(parts)
+        plain = BytesTokenizer()
+        if {**parts, "name": plain.name} == plain.to_dict():
+            return BytesTokenizer(str(parts.get("name")))
+        kind = "imported" if "tokenizer_json" in parts else "byte_pairs"
+        tokenizer: Tokenizer = ring(f"text.{kind}").from_dict(parts)
+        return tokenizer
 
     @cached_property
     def fingerprint(self) -> str:
@@ -137,6 +125,20 @@ class Tokenizer(ABC):
         texts = [text for text, id_ in self.special_ids.items() if text and id_ in textless]
         longest_first = sorted(texts, key=len, reverse=True)
         return re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
+
+    def encode_parsed(self, text: str) -> npt.NDArray[np.uint32]:
+        """Return the ids of a text in which the texts of special tokens become their ids."""
+        parts = self.special_pattern.split(text)
+        arrays = [self.encode_array(part) for part in parts]
+        # The odd parts are the special tokens.
+        arrays[1::2] = [np.array([self.special_ids[t]], np.uint32) for t in parts[1::2]]
+        return np.concatenate(arrays)
+
+    @property
+    def unusual_ends(self) -> dict[str, list[int]]:
+        """The end-of-text ids for ``to_dict``; empty if they are those of ``<|endoftext|>``."""
+        is_usual = self.end_of_text_ids in ((), (self.special_ids.get(END_OF_TEXT),))
+        return {} if is_usual else {"end_of_text": list(self.end_of_text_ids)}
 
     def encode(self, text: str, *, is_start: bool = True, special: bool = False) -> list[int]:
         """Return the ids of a text as a list; see ``encode_array``."""
@@ -171,150 +173,35 @@ class Tokenizer(ABC):
         return lengths
 
 
-class TiktokenTokenizer(Tokenizer):
-    """A vocabulary of our own, or one of OpenAI's: a ``tiktoken.Encoding``."""
+class BytesTokenizer(Tokenizer):
+    """The bytes of UTF-8 as ids 0 to 255, and 256 for ``<|endoftext|>``."""
 
-    def __init__(
-        self, name: str, encoding: tiktoken.Encoding, end_of_text_ids: tuple[int, ...] = ()
-    ) -> None:
+    def __init__(self, name: str = "bytes", end_of_text_ids: tuple[int, ...] = ()) -> None:
         super().__init__(
             name,
-            dict(encoding._special_tokens),
-            vocab_size=encoding.n_vocab,
-            textless_ids=list(encoding._special_tokens.values()),
+            {END_OF_TEXT: 256},
+            vocab_size=257,
+            textless_ids=[256],
             end_of_text_ids=end_of_text_ids,
         )
-        self.encoding = encoding
-        ranks = encoding._mergeable_ranks
-        self._single_bytes = bytes(b for b in range(256) if bytes([b]) in ranks)
-        self._is_bytes = len(ranks) == 256 and all(ranks.get(bytes([b])) == b for b in range(256))
 
     def encode_array(
         self, text: str, *, is_start: bool = True, special: bool = False
     ) -> npt.NDArray[np.uint32]:
-        text = well_formed(text)
         if special:
-            parts = self.special_pattern.split(text)
-            arrays = [self.encode_array(part) for part in parts]
-            # The odd parts are the special tokens.
-            arrays[1::2] = [np.array([self.special_ids[t]], np.uint32) for t in parts[1::2]]
-            return np.concatenate(arrays)
-        if self._is_bytes:
-            return np.frombuffer(text.encode(), np.uint8).astype(np.uint32)
-        if lacking := self._lacking(text):
-            raise unencodable_error(self.name, f"byte {lacking[:1]!r}")
-        try:
-            # Arrays avoid a list of ids, which would take a tenth of the encoding's time.
-            encode = partial(self.encoding.encode_to_numpy, disallowed_special=())
-            arrays = list(map(encode, split_whitespace(text)))
-        except BaseException as error:
-            # PanicException cannot be imported, and is not an Exception.
-            if type(error).__name__ != "PanicException":
-                raise
-            raise DataError(
-                f"the split pattern of {self.name!r} failed on this text ({error}). "
-                "Break its longest runs of the same character."
-            ) from None
-        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+            return self.encode_parsed(text)
+        return np.frombuffer(well_formed(text).encode(), np.uint8).astype(np.uint32)
 
     def unencodable(self, text: str) -> set[str]:
-        return {c for c in set(text) if self._lacking(c)} if self._lacking(text) else set()
-
-    def _lacking(self, text: str) -> bytes:
-        if len(self._single_bytes) == 256:
-            return b""
-        return text.encode().translate(None, self._single_bytes)
+        return set()
 
     def token_bytes(self, token: int) -> bytes:
-        return self._bytes_of.get(int(token), b"")
+        return bytes([int(token)]) if 0 <= token < 256 else END_OF_TEXT.encode() * (token == 256)
 
     def to_dict(self) -> dict[str, Any]:
-        ranks = sorted(self.encoding._mergeable_ranks.items(), key=lambda item: item[1])
-        parts = {
-            "name": self.name,
-            "pattern": self.encoding._pat_str,
-            "ranks": {base64.b64encode(token).decode(): rank for token, rank in ranks},
-            "specials": dict(self.special_ids),
-        }
-        is_usual = self.end_of_text_ids in ((), (self.special_ids.get(END_OF_TEXT),))
-        return parts if is_usual else parts | {"end_of_text": list(self.end_of_text_ids)}
-
-    @staticmethod
-    def from_dict(parts: Mapping[str, Any]) -> "TiktokenTokenizer":
-        try:
-            name, pattern = str(parts["name"]), str(parts["pattern"])
-            ranks = {base64.b64decode(t, validate=True): int(r) for t, r in parts["ranks"].items()}
-            specials = {str(text): int(token) for text, token in parts["specials"].items()}
-            ends = tuple(map(int, parts.get("end_of_text", ())))
-        except (KeyError, TypeError, ValueError, AttributeError, binascii.Error) as error:
-            raise DataError(f"the saved vocabulary is damaged: {error!r}.") from None
-        return TiktokenTokenizer(name, make_encoding(name, pattern, ranks, specials), ends)
-
-    @cached_property
-    def _bytes_of(self) -> dict[int, bytes]:
-        tokens = {rank: token for token, rank in self.encoding._mergeable_ranks.items()}
-        return tokens | {i: text.encode() for text, i in self.special_ids.items()}
-
-
-def make_encoding(
-    name: str, pattern: str, ranks: Mapping[bytes, int], specials: Mapping[str, int]
-) -> tiktoken.Encoding:
-    """Build a ``tiktoken.Encoding`` from its parts.
-
-    Args: pattern, the regex that splits text before merging; ranks, token bytes -> id, where a
-        lower id merges first; specials, text -> id.
-    Raises: DataError if there are no ranks, two tokens share an id, or the pattern is not a regex.
-    """
-    ids = [*ranks.values(), *specials.values()]
-    if not ranks or len(set(ids)) != len(ids) or not 0 <= min(ids) <= max(ids) < 2**31:
-        raise DataError(
-            f"the vocabulary {name!r} is empty, two of its tokens share an id, or an id is not in "
-            "[0, 2**31)."
-        )
-    if _matches_nothing(pattern):
-        raise DataError(f"the split pattern of {name!r} matches the empty string: {cut(pattern)}.")
-    try:
-        return tiktoken.Encoding(
-            name, pat_str=pattern, mergeable_ranks=dict(ranks), special_tokens=dict(specials)
-        )
-    except ValueError as error:
-        raise DataError(f"the split pattern of {name!r} is not a regex: {error}.") from None
-
-
-def _matches_nothing(pattern: str) -> bool:
-    """Return whether a pattern matches the empty string somewhere, where tiktoken panics.
-
-    A pattern that takes too long, or that only tiktoken reads, counts as one of the two.
-    """
-    try:
-        matches = regex.finditer(pattern, _PROBE, timeout=1)
-        return any(match.start() == match.end() for match in matches)
-    except TimeoutError:
-        return True
-    except regex.error:
-        return False
-
-
-def bytes_tokenizer() -> TiktokenTokenizer:
-    """Return the tokenizer whose ids are the bytes themselves, and 256 for ``<|endoftext|>``."""
-    ranks = {bytes([b]): b for b in range(256)}
-    encoding = make_encoding("bytes", BYTES_PATTERN, ranks, {END_OF_TEXT: 256})
-    return TiktokenTokenizer("bytes", encoding)
-
-
-def named_tokenizer(name: str) -> TiktokenTokenizer:
-    """Return one of OpenAI's published tokenizers; the first use downloads its ranks.
-
-    Raises: DataError if they are neither in tiktoken's cache nor can be downloaded.
-    """
-    try:
-        return TiktokenTokenizer(name, tiktoken.get_encoding(name))
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"the tokenizer {name} could not be downloaded ({type(error).__name__}). Connect to "
-            "the internet once, point TIKTOKEN_CACHE_DIR at a folder that has its ranks, or use "
-            "--tokenizer bytes."
-        ) from None
+        ranks = {base64.b64encode(bytes([byte])).decode(): byte for byte in range(256)}
+        parts = {"name": self.name, "pattern": BYTES_PATTERN, "ranks": ranks}
+        return parts | {"specials": dict(self.special_ids)} | self.unusual_ends
 
 
 def parse_spec(spec: str) -> tuple[str, int]:
@@ -344,10 +231,12 @@ def make_tokenizer(spec: str, texts: Iterable[str]) -> Tokenizer:
     """
     kind, vocab_size = parse_spec(spec)
     if kind == "bytes":
-        return bytes_tokenizer()
-    if kind != "bpe":
-        return named_tokenizer(kind)
-    tokenizer: Tokenizer = ring("text.bpe").trained_tokenizer(texts, vocab_size)
+        return BytesTokenizer()
+    tokenizer: Tokenizer
+    if kind == "bpe":
+        tokenizer = ring("text.bpe").trained_tokenizer(texts, vocab_size)
+    else:
+        tokenizer = ring("text.byte_pairs").named_tokenizer(kind)
     return tokenizer
 
 
@@ -366,11 +255,3 @@ def well_formed(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
-
-
-def split_whitespace(text: str) -> list[str]:
-    """Split a text inside its very long whitespace, so that no regex overflows on it."""
-    # Such whitespace contains at least 15 adjacent samples: most texts need no full search.
-    if not re.search(r"\s{15}", text[::4096]):
-        return [text]
-    return [part for part in _LONG_WHITESPACE.split(text) if part]

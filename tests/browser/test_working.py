@@ -13,7 +13,7 @@ from watched_pages import OpenPage
 
 from minigpt.config import SamplingConfig
 from minigpt.text.escape import visible
-from minigpt.text.tokenizer import bytes_tokenizer
+from minigpt.text.tokenizer import BytesTokenizer
 from minigpt.tracing.config import TraceConfig
 from minigpt.tracing.events import Trace, TraceStep
 from minigpt.tracing.tracer import trace
@@ -31,7 +31,7 @@ def explained() -> tuple[Trace, list[torch.Tensor]]:
     dense: list[torch.Tensor] = []
     header, *steps, footer = trace(
         small_model("llama-grouped", vocab_size=257, context_length=32),
-        bytes_tokenizer(),
+        BytesTokenizer(),
         list(b"to be or not"),
         SamplingConfig(max_new_tokens=6, seed=2),
         TraceConfig(explain="0.1,1.2", has_heads=True),

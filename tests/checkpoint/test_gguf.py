@@ -26,13 +26,8 @@ from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError, ConfigError, ResourceError
 from minigpt.model.registry import model_class
 from minigpt.text.bpe import train_bpe
-from minigpt.text.tokenizer import (
-    BYTES_PATTERN,
-    TiktokenTokenizer,
-    Tokenizer,
-    bytes_tokenizer,
-    make_encoding,
-)
+from minigpt.text.byte_pairs import TiktokenTokenizer, make_encoding
+from minigpt.text.tokenizer import BYTES_PATTERN, BytesTokenizer, Tokenizer
 
 gguf = pytest.importorskip("gguf", reason="reads GGUF files with the package gguf")
 
@@ -121,7 +116,7 @@ def expected_tensor(name: str, tensor: torch.Tensor, config: dict[str, Any]) -> 
 def test_tensors_equal_those_of_the_folder_within_their_type(
     layout: str, type_: str, tmp_path: Path
 ) -> None:
-    folder = folder_of(tmp_path / "model", bytes_tokenizer(), **EXPORTED[layout])
+    folder = folder_of(tmp_path / "model", BytesTokenizer(), **EXPORTED[layout])
     exported = export_gguf(folder, tmp_path / "m.gguf", type_)
     assert exported.n_bytes == (tmp_path / "m.gguf").stat().st_size
     config = json.loads((folder / "config.json").read_text())
@@ -150,7 +145,7 @@ def test_tensors_equal_those_of_the_folder_within_their_type(
 def test_scaled_rope_is_written_as_divisors_of_the_frequencies(tmp_path: Path) -> None:
     scaling = {"rope_scaling_factor": 8.0, "rope_low_freq_factor": 1.0, "rope_theta": 500_000.0}
     scaling |= {"rope_original_context": 64, "rope_high_freq_factor": 4.0}
-    folder = folder_of(tmp_path / "model", bytes_tokenizer(), d_head=32, **scaling)
+    folder = folder_of(tmp_path / "model", BytesTokenizer(), d_head=32, **scaling)
     export_gguf(folder, tmp_path / "m.gguf", "f16")
     factors = read(tmp_path / "m.gguf")[1]["rope_freqs.weight"].data
     for i, factor in enumerate(factors):  # as Llama 3.1's reference implementation
@@ -167,7 +162,7 @@ def test_scaled_rope_is_written_as_divisors_of_the_frequencies(tmp_path: Path) -
 
 def test_metadata_has_the_shape_of_the_model(tmp_path: Path) -> None:
     shape = {"n_kv_head": 2, "rope_theta": 500.0, "d_head": 24, "norm_eps": 1e-4}
-    folder = folder_of(tmp_path / "tales" / "step-000500", bytes_tokenizer(), **shape)
+    folder = folder_of(tmp_path / "tales" / "step-000500", BytesTokenizer(), **shape)
     export_gguf(folder, tmp_path / "m.gguf", "q8_0")
     facts, _ = read(tmp_path / "m.gguf")
     assert facts["general.architecture"] == "llama"
@@ -188,7 +183,7 @@ def test_metadata_has_the_shape_of_the_model(tmp_path: Path) -> None:
     }
     assert {name: facts[f"llama.{name}"] for name in expected} == expected
     assert facts["llama.attention.layer_norm_rms_epsilon"] == pytest.approx(1e-4)
-    folder = folder_of(tmp_path / "gpt2", bytes_tokenizer(), family="gpt2", norm_eps=1e-3)
+    folder = folder_of(tmp_path / "gpt2", BytesTokenizer(), family="gpt2", norm_eps=1e-3)
     export_gguf(folder, tmp_path / "gpt2.gguf", "f32")
     facts, _ = read(tmp_path / "gpt2.gguf")
     assert facts["gpt2.attention.layer_norm_epsilon"] == pytest.approx(1e-3)
@@ -205,7 +200,7 @@ def vocabulary(path: Path, tokenizer: Tokenizer | None, **shape: Any) -> dict[st
 
 
 def test_vocabulary_of_bytes_has_a_merge_that_never_applies(tmp_path: Path) -> None:
-    facts = vocabulary(tmp_path / "model", bytes_tokenizer(), vocab_size=260)
+    facts = vocabulary(tmp_path / "model", BytesTokenizer(), vocab_size=260)
     assert (facts["model"], facts["pre"]) == ("gpt2", "gpt-2")
     assert facts["tokens"][97:100] == ["a", "b", "c"]
     assert facts["tokens"][256:] == ["<|endoftext|>", "<unused 0>", "<unused 1>", "<unused 2>"]
@@ -302,7 +297,7 @@ REFUSED = {
 @pytest.mark.parametrize("kind", REFUSED)
 def test_models_that_llama_cpp_computes_otherwise_are_refused(kind: str, tmp_path: Path) -> None:
     shape, message = REFUSED[kind]
-    folder = folder_of(tmp_path / "model", bytes_tokenizer(), **shape)
+    folder = folder_of(tmp_path / "model", BytesTokenizer(), **shape)
     with pytest.raises(CheckpointError, match=f"export to GGUF does not support .*{message}"):
         export_gguf(folder, tmp_path / "m.gguf", "f32")
     assert not list(tmp_path.glob("*.gguf"))
@@ -367,7 +362,7 @@ def test_vocabulary_without_an_end_is_refused(tmp_path: Path) -> None:
 
 
 def test_values_that_a_type_cannot_hold_are_refused(tmp_path: Path) -> None:
-    folder = folder_of(tmp_path / "model", bytes_tokenizer())
+    folder = folder_of(tmp_path / "model", BytesTokenizer())
     path = folder / "model.safetensors"
     tensors = load_file(path)
     tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = 1e5
@@ -397,7 +392,7 @@ def test_an_unknown_feature_of_a_config_is_refused(
 
 
 def test_full_disk_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = folder_of(tmp_path / "model", bytes_tokenizer())
+    folder = folder_of(tmp_path / "model", BytesTokenizer())
     quantize = gguf.quantize
 
     def full(rows: Any, kind: Any) -> Any:
@@ -422,7 +417,7 @@ def test_missing_package_is_named_with_its_extra(
 def test_large_matrices_are_converted_some_rows_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = folder_of(tmp_path / "model", bytes_tokenizer())
+    folder = folder_of(tmp_path / "model", BytesTokenizer())
     export_gguf(folder, tmp_path / "whole.gguf", "q8_0")
     monkeypatch.setattr("minigpt.checkpoint.tools.gguf._VALUES_AT_ONCE", 200)
     quantize, sizes = gguf.quantize, []
@@ -433,7 +428,7 @@ def test_large_matrices_are_converted_some_rows_at_a_time(
 
 
 def test_names_and_templates_that_are_not_utf_8_are_written_as_replaced(tmp_path: Path) -> None:
-    folder = folder_of(tmp_path / os.fsdecode(b"tales\xff"), bytes_tokenizer())
+    folder = folder_of(tmp_path / os.fsdecode(b"tales\xff"), BytesTokenizer())
     config = json.loads((folder / "tokenizer_config.json").read_text())
     templates = [{"name": "default", "template": "a\ud800"}, {"name": "tool", "template": "b"}, 7]
     (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": templates}))

@@ -31,7 +31,7 @@ from minigpt.checkpoint.weights import tensors_to_hf
 from minigpt.commands.loading import load
 from minigpt.commands.options import ModelSource, PromptForm
 from minigpt.errors import CheckpointError, ResourceError
-from minigpt.text.tokenizer import bytes_tokenizer
+from minigpt.text.tokenizer import BytesTokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 PICKLE = b"\x80\x04 what would run any code"
@@ -152,7 +152,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of a model in one file, and of another in two with an index."""
     places = {name: tmp_path_factory.mktemp(name) for name in ("one", "sharded")}
     for place, layout in zip(places.values(), ("qwen3", "gpt2-tied"), strict=True):
-        write_model(place, make_model(257, layout), bytes_tokenizer())
+        write_model(place, make_model(257, layout), BytesTokenizer())
     sharded = places["sharded"]
     model = read_model(sharded).model
     tensors = tensors_to_hf(model.config, model.state_dict())

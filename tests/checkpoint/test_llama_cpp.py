@@ -24,14 +24,8 @@ from minigpt.checkpoint.tools.gguf import export_gguf
 from minigpt.config import ModelConfig
 from minigpt.model.gpt import GPT
 from minigpt.text.bpe import train_bpe
-from minigpt.text.tokenizer import (
-    BYTES_PATTERN,
-    TiktokenTokenizer,
-    Tokenizer,
-    bytes_tokenizer,
-    make_encoding,
-    named_tokenizer,
-)
+from minigpt.text.byte_pairs import TiktokenTokenizer, make_encoding, named_tokenizer
+from minigpt.text.tokenizer import BYTES_PATTERN, BytesTokenizer, Tokenizer
 
 pytestmark = pytest.mark.slow
 llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python")
@@ -91,7 +85,7 @@ def logits_of(llama: Any, ids: list[int]) -> torch.Tensor:
 def test_logits_and_greedy_ids_equal_ours(
     layout: str, tmp_path: Path, exported: Callable[..., Any]
 ) -> None:
-    folder = small_folder(tmp_path / layout, bytes_tokenizer(), layout)
+    folder = small_folder(tmp_path / layout, BytesTokenizer(), layout)
     llama, model = exported(folder), read_model(folder).model
     ids = list(b"Once upon a time, there was")
     with torch.no_grad():
@@ -112,7 +106,7 @@ def test_logits_and_greedy_ids_equal_ours(
 
 TEXTS = fuzzed_texts(400, published_tokenizers.WORDS)
 OWN = {
-    "bytes": bytes_tokenizer,
+    "bytes": BytesTokenizer,
     "bpe": lambda: train_bpe([SAMPLE * 3], 600),
     "gpt2": lambda: named_tokenizer("gpt2"),
     "cl100k_base": lambda: named_tokenizer("cl100k_base"),

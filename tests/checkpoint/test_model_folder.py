@@ -20,7 +20,7 @@ from minigpt.errors import CheckpointError, ResourceError
 from minigpt.generation.decoder import Decoder
 from minigpt.model.gpt import GPT
 from minigpt.text.bpe import train_bpe
-from minigpt.text.tokenizer import bytes_tokenizer
+from minigpt.text.tokenizer import BytesTokenizer
 
 TOKENS = torch.tensor([[1, 2, 3, 4, 5, 6, 7], [9, 9, 8, 1, 0, 2, 2]])
 
@@ -210,7 +210,7 @@ def test_reading_takes_little_more_memory_than_the_weights(
 
 @pytest.fixture
 def folder(make: Callable[[int, str], GPT], tmp_path: Path) -> Path:
-    write_model(tmp_path, make(257, "gpt2-untied"), bytes_tokenizer())
+    write_model(tmp_path, make(257, "gpt2-untied"), BytesTokenizer())
     return tmp_path
 
 

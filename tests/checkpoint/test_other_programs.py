@@ -13,12 +13,8 @@ from minigpt.checkpoint.model_folder import read_model, write_model
 from minigpt.checkpoint.tokenizer_json import read_tokenizer, tokenizer_to_json
 from minigpt.errors import MinigptWarning
 from minigpt.text.bpe import train_bpe
-from minigpt.text.tokenizer import (
-    TiktokenTokenizer,
-    Tokenizer,
-    bytes_tokenizer,
-    make_encoding,
-)
+from minigpt.text.byte_pairs import TiktokenTokenizer, make_encoding
+from minigpt.text.tokenizer import BytesTokenizer, Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -257,7 +253,7 @@ HARD_TEXTS = [
     "",
 ]
 VOCABULARIES = {
-    "bytes": bytes_tokenizer,
+    "bytes": BytesTokenizer,
     "bpe": lambda: train_bpe(["In 1984 the king said: de\u0301ja\u0300 vu 1984 times. "] * 9, 290),
 }
 

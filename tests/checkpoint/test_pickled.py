@@ -19,7 +19,7 @@ from minigpt.checkpoint.model_folder import read_model, write_model
 from minigpt.checkpoint.resolve import resolve_model
 from minigpt.checkpoint.tools.pickled import import_pickled
 from minigpt.errors import CheckpointError, ConfigError, DataError
-from minigpt.text.tokenizer import bytes_tokenizer
+from minigpt.text.tokenizer import BytesTokenizer
 
 TEXT = "Die Füße, a quiz\r\nwith 漢字.\n"
 ARGS = {"n_layer": 2, "n_head": 3, "n_embd": 24, "block_size": 16, "dropout": 0.0}
@@ -177,7 +177,7 @@ def test_no_code_of_a_pickle_is_run(name: str, is_zip: bool, tmp_path: Path) -> 
     folder = tmp_path / "source"
     folder.mkdir()
     if name != "ckpt.pt":
-        write_model(folder, make_model(259, "gpt2-tied"), bytes_tokenizer())
+        write_model(folder, make_model(259, "gpt2-tied"), BytesTokenizer())
         (folder / "model.safetensors").unlink()
     bomb = {"model": {"x": torch.ones(2)}, "model_args": Malicious(tmp_path / "ran")}
     torch.save(bomb, folder / name, _use_new_zipfile_serialization=is_zip)
@@ -201,7 +201,7 @@ LAYOUTS = ["gpt2-tied", "gpt2-untied", "llama-grouped", "qwen3"]
 def save_bins(folder: Path, layout: str, n_files: int, prefix: str = "") -> Tensor:
     """Write a folder as transformers 4 wrote it, with pickles; return logits of the model."""
     model = make_model(259, layout)
-    write_model(folder, model, bytes_tokenizer())
+    write_model(folder, model, BytesTokenizer())
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     (folder / "extra.json").write_text("{}")

@@ -25,8 +25,9 @@ from minigpt.checkpoint.vocabulary_files import json_from_scores
 from minigpt.errors import CheckpointError, DataError
 from minigpt.generation.decoder import Step
 from minigpt.generation.stream import stream_text
+from minigpt.text.byte_pairs import TiktokenTokenizer
 from minigpt.text.imported import ImportedTokenizer
-from minigpt.text.tokenizer import TiktokenTokenizer, Tokenizer, bytes_tokenizer
+from minigpt.text.tokenizer import BytesTokenizer, Tokenizer
 
 tokenizers = pytest.importorskip("tokenizers", reason="compares with the tokenizers library")
 
@@ -538,7 +539,7 @@ def test_panic_of_the_tokenizers_library_is_a_damaged_file() -> None:
 
 
 def test_vocabulary_without_all_bytes_refuses_text_with_a_missing_byte() -> None:
-    data = tokenizer_to_json(bytes_tokenizer())
+    data = tokenizer_to_json(BytesTokenizer())
     del data["model"]["vocab"]["z"]
     ours = tokenizer_from_json(data, "no-z")
     assert ours.encode("ab") == [97, 98]

@@ -12,7 +12,7 @@ from minigpt.checkpoint.model_folder import read_model, write_model
 from minigpt.checkpoint.tokenizer_json import read_tokenizer, tokenizer_to_json
 from minigpt.errors import CheckpointError
 from minigpt.text.bpe import train_bpe
-from minigpt.text.tokenizer import Tokenizer, bytes_tokenizer
+from minigpt.text.tokenizer import BytesTokenizer, Tokenizer
 
 WORDS = ("the cat's hat", "1984", "<|endoftext|>", "<pad>", "<think>", " déjà")
 
@@ -102,7 +102,7 @@ def test_unknown_class_or_damaged_merges_are_refused(bpe: Tokenizer, tmp_path: P
 def test_added_token_without_an_embedding_is_never_produced(
     is_in_vocab: bool, tmp_path: Path
 ) -> None:
-    write_model(tmp_path, make_model(257, "gpt2-tied"), bytes_tokenizer())
+    write_model(tmp_path, make_model(257, "gpt2-tied"), BytesTokenizer())
     data = json.loads((tmp_path / "tokenizer.json").read_text())
     pad = data["added_tokens"][0] | {"id": 257, "content": "<pad>", "special": False}
     data["added_tokens"].append(pad)
@@ -116,7 +116,7 @@ def test_added_token_without_an_embedding_is_never_produced(
 
 
 def test_text_that_begins_with_a_token_without_an_embedding_is_refused(tmp_path: Path) -> None:
-    write_model(tmp_path, make_model(257, "gpt2-tied"), bytes_tokenizer())
+    write_model(tmp_path, make_model(257, "gpt2-tied"), BytesTokenizer())
     data = json.loads((tmp_path / "tokenizer.json").read_text())
     data["added_tokens"].append(data["added_tokens"][0] | {"id": 257, "content": "<s>"})
     data["post_processor"] = {
@@ -134,7 +134,7 @@ def test_text_that_begins_with_a_token_without_an_embedding_is_refused(tmp_path:
 
 
 def test_vocabulary_of_another_model_is_still_refused(bpe: Tokenizer, tmp_path: Path) -> None:
-    write_model(tmp_path, make_model(257, "gpt2-tied"), bytes_tokenizer())
+    write_model(tmp_path, make_model(257, "gpt2-tied"), BytesTokenizer())
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer_to_json(bpe)))
     with pytest.raises(CheckpointError, match=r"has \d+ tokens, and the model only 257"):
         read_model(tmp_path)

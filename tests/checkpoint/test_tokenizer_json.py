@@ -11,16 +11,13 @@ from typing import Any
 import pytest
 from fuzzed_texts import SAMPLE, fuzzed_texts
 
-from minigpt.checkpoint.tokenizer_json import merges_of, tokenizer_from_json, tokenizer_to_json
+from minigpt.checkpoint.byte_pair_json import merges_of
+from minigpt.checkpoint.tokenizer_json import tokenizer_from_json, tokenizer_to_json
 from minigpt.errors import CheckpointError
 from minigpt.text.bpe import train_bpe
+from minigpt.text.byte_pairs import TiktokenTokenizer, make_encoding, named_tokenizer
 from minigpt.text.imported import ImportedTokenizer
-from minigpt.text.tokenizer import (
-    TiktokenTokenizer,
-    bytes_tokenizer,
-    make_encoding,
-    named_tokenizer,
-)
+from minigpt.text.tokenizer import BytesTokenizer
 
 
 def small_bpe() -> TiktokenTokenizer:
@@ -75,7 +72,7 @@ def written(make: Callable[[], TiktokenTokenizer]) -> Written:
 
 @pytest.fixture(
     params=[
-        bytes_tokenizer,
+        BytesTokenizer,
         small_bpe,
         random_merges,
         gpt2,

@@ -18,7 +18,8 @@ from minigpt.checkpoint.model_folder import read_model, write_model
 from minigpt.commands import progress
 from minigpt.model.device import resolve_dtype
 from minigpt.text.bpe import train_bpe
-from minigpt.text.tokenizer import TiktokenTokenizer, bytes_tokenizer, make_encoding
+from minigpt.text.byte_pairs import TiktokenTokenizer, make_encoding
+from minigpt.text.tokenizer import BytesTokenizer
 
 TEXT = "The king said: né, once upon a time.\n" * 12
 
@@ -140,7 +141,7 @@ def test_the_loss_does_not_depend_on_the_batch_size(run: Run) -> None:
 
 def test_windows_are_at_most_1024_tokens_by_default(run: Run, tmp_path: Path) -> None:
     model = small_model(vocab_size=257, context_length=5000, n_layer=1)
-    write_model(tmp_path / "m", model, bytes_tokenizer())
+    write_model(tmp_path / "m", model, BytesTokenizer())
     words = ["--model", str(tmp_path / "m"), "corpus.txt"]
     assert evaluated(run, *words)["context_length"] == 1024
     assert evaluated(run, *words, "--context-length", "2000")["context_length"] == 2000
@@ -241,7 +242,7 @@ def test_a_model_without_tokenizer_or_with_a_nan_loss_is_refused(run: Run, tmp_p
     assert "neither tokenizer.json nor sp_vocab.json" in error_line(result)
     with torch.no_grad():
         model.unembedding.weight[3] = math.nan
-    write_model(tmp_path / "nan", model, bytes_tokenizer())
+    write_model(tmp_path / "nan", model, BytesTokenizer())
     result = run("evaluate", "corpus.txt", "--model", str(tmp_path / "nan"))
     assert result.code == 4
     model_line, error = result.err.splitlines()

@@ -18,7 +18,7 @@ from minigpt.commands.train.finetune import Base, finetuning_config, read_base
 from minigpt.config import DataConfig, ModelConfig
 from minigpt.model.gpt import GPT
 from minigpt.settings import read_toml
-from minigpt.text.tokenizer import bytes_tokenizer
+from minigpt.text.tokenizer import BytesTokenizer
 from minigpt.text.tokens import prepare
 
 TEXT = "The king said: once upon a time there was a book of 12 tales, déjà vu.\n" * 60
@@ -351,7 +351,7 @@ def shape(**changes: Any) -> ModelConfig:
 def test_the_fine_tuning_defaults_fit_a_laptop_and_the_width(
     model: ModelConfig, length: int, micro: int, lr: tuple[float, float]
 ) -> None:
-    base = Base("somewhere", GPT.without_weights(model), bytes_tokenizer())
+    base = Base("somewhere", GPT.without_weights(model), BytesTokenizer())
     config = finetuning_config({}, base)
     training = config.training
     assert (config.model, config.sequence_length) == (model, length)

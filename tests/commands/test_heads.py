@@ -13,7 +13,7 @@ from small_models import small_model
 
 from minigpt.checkpoint.model_folder import read_model, write_model
 from minigpt.generation.fast.quantize import quantize_int8
-from minigpt.text.tokenizer import bytes_tokenizer
+from minigpt.text.tokenizer import BytesTokenizer
 from minigpt.tracing.analysis.roles import head_effects, head_logits, head_roles
 
 
@@ -21,7 +21,7 @@ from minigpt.tracing.analysis.roles import head_effects, head_logits, head_roles
 def folder(workplace: Path) -> Path:
     """A model of two layers of four heads; some have a role."""
     model = small_model("gpt2", vocab_size=257, context_length=64)
-    write_model(workplace / "m", model, bytes_tokenizer())
+    write_model(workplace / "m", model, BytesTokenizer())
     return workplace / "m"
 
 
@@ -140,14 +140,14 @@ def test_invalid_options_are_refused_in_one_line(
 
 def test_damaged_and_too_small_models_are_refused(run: Run, workplace: Path) -> None:
     model = small_model(vocab_size=257, context_length=4)
-    write_model(workplace / "small", model, bytes_tokenizer())
+    write_model(workplace / "small", model, BytesTokenizer())
     result = run("heads", "--model", str(workplace / "small"))
     assert result.code == 2
     assert "a context of 6 positions" in error_line(result)
     model = small_model(vocab_size=257)
     with torch.no_grad():
         model.blocks[1].attention.query.weight[0, 0] = math.nan
-    write_model(workplace / "nan", model, bytes_tokenizer())
+    write_model(workplace / "nan", model, BytesTokenizer())
     result = run("heads", "--model", str(workplace / "nan"))
     assert result.code == 4
     assert "its weights are damaged" in error_line(result)

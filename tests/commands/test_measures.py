@@ -8,7 +8,7 @@ from calls import Run, error_line
 from small_models import small_model
 
 from minigpt.checkpoint.model_folder import write_model
-from minigpt.text.tokenizer import bytes_tokenizer
+from minigpt.text.tokenizer import BytesTokenizer
 
 WORDS = ("--max-new-tokens", "3", "--seed", "5", "--only", "weight,norm", "to be or not to")
 
@@ -16,7 +16,7 @@ WORDS = ("--max-new-tokens", "3", "--seed", "5", "--only", "weight,norm", "to be
 @pytest.fixture
 def folder(workplace: Path) -> Path:
     model = small_model("gpt2", vocab_size=257, context_length=64)
-    write_model(workplace / "m", model, bytes_tokenizer())
+    write_model(workplace / "m", model, BytesTokenizer())
     return workplace / "m"
 
 

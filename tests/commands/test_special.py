@@ -8,7 +8,7 @@ from calls import TINY, Run, error_line
 from small_models import small_model
 
 from minigpt.checkpoint.model_folder import write_model
-from minigpt.text.tokenizer import TiktokenTokenizer, make_encoding
+from minigpt.text.byte_pairs import TiktokenTokenizer, make_encoding
 
 END = "<|endoftext|>"
 MARKED = f"once upon a time {END} there was " * 30

@@ -15,9 +15,9 @@ from minigpt.config import SamplingConfig
 from minigpt.errors import CheckpointError, ConfigError, DataError, MinigptError
 from minigpt.generation.decoder import Decoder
 from minigpt.generation.stream import TextStep, stream_samples, stream_text
-from minigpt.text.tokenizer import bytes_tokenizer
+from minigpt.text.tokenizer import BytesTokenizer
 
-BYTES = bytes_tokenizer()
+BYTES = BytesTokenizer()
 MODEL = small_model("gpt2", vocab_size=257, context_length=64)
 
 

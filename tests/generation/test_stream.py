@@ -7,15 +7,10 @@ import pytest
 
 from minigpt.generation.decoder import FinishReason, Step
 from minigpt.generation.stream import StopFinder, TextStep, stream_text
-from minigpt.text.tokenizer import (
-    END_OF_TEXT,
-    TiktokenTokenizer,
-    Tokenizer,
-    bytes_tokenizer,
-    make_encoding,
-)
+from minigpt.text.byte_pairs import TiktokenTokenizer, make_encoding
+from minigpt.text.tokenizer import END_OF_TEXT, BytesTokenizer, Tokenizer
 
-BYTES = bytes_tokenizer()
+BYTES = BytesTokenizer()
 PIECES = [
     b"ab",
     b"abc",

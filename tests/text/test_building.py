@@ -24,9 +24,9 @@ from minigpt.errors import ConfigError, DataError, LockedError, ResourceError
 from minigpt.text import bpe, building, corpus, prepared_folders, shard_files
 from minigpt.text.bpe import train_bpe
 from minigpt.text.building import Encoded, Work
+from minigpt.text.byte_pairs import TiktokenTokenizer
 from minigpt.text.corpus import Document
 from minigpt.text.prepared_folders import prepare_folder
-from minigpt.text.tokenizer import TiktokenTokenizer
 from minigpt.text.tokens import PreparedData, PrepareProgress, TokenSpan, prepare
 
 Prepare = Callable[..., tuple[PreparedData, Work]]

@@ -7,8 +7,9 @@ import pytest
 
 from minigpt.checkpoint.tokenizer_json import tokenizer_to_json
 from minigpt.text.bpe import train_bpe
+from minigpt.text.byte_pairs import TiktokenTokenizer
 from minigpt.text.characters import character_tokens, frequent_characters, joined_ranks
-from minigpt.text.tokenizer import TiktokenTokenizer, make_tokenizer
+from minigpt.text.tokenizer import make_tokenizer
 
 ALPHABETS = {
     "Chinese": [chr(0x4E00 + 7 * i) for i in range(600)],

@@ -14,14 +14,10 @@ from transformers import AutoTokenizer
 from minigpt.checkpoint.tokenizer_json import read_tokenizer, tokenizer_to_json
 from minigpt.errors import CheckpointError, ConfigError, DataError
 from minigpt.text.bpe import train_bpe
+from minigpt.text.byte_pairs import TiktokenTokenizer, make_encoding
 from minigpt.text.chat import ChatTemplate, ending_turns, read_chat_template, training_template
 from minigpt.text.conversations import conversation_of_row
-from minigpt.text.tokenizer import (
-    TiktokenTokenizer,
-    Tokenizer,
-    bytes_tokenizer,
-    make_encoding,
-)
+from minigpt.text.tokenizer import BYTES_PATTERN, BytesTokenizer, Tokenizer
 
 CHATML = """{%- if messages[0]['role'] != 'system' %}
     {{- '<|im_start|>system\\nBe brief.<|im_end|>\\n' }}
@@ -88,6 +84,11 @@ SPECIALS = [
 ]
 
 
+def bytes_of_tiktoken() -> TiktokenTokenizer:
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    return TiktokenTokenizer("bytes", make_encoding("bytes", BYTES_PATTERN, ranks, {}))
+
+
 def our_json(make: Callable[[], TiktokenTokenizer]) -> dict[str, Any]:
     made = make()
     ranks = made.encoding._mergeable_ranks
@@ -109,7 +110,7 @@ def other_json(pre_tokenizer: Any, normalizer: Any = None) -> dict[str, Any]:
 
 
 VOCABULARIES: dict[str, Callable[[], dict[str, Any]]] = {
-    "bytes": lambda: our_json(bytes_tokenizer),
+    "bytes": lambda: our_json(bytes_of_tiktoken),
     "bpe": lambda: our_json(
         lambda: train_bpe(["the owl said: user, system and assistant " * 9], 290)
     ),
@@ -220,7 +221,7 @@ def test_answers_are_what_a_model_has_to_generate(
 
 
 def test_the_plain_template_ends_answers_with_the_end_of_text() -> None:
-    tokenizer = bytes_tokenizer()
+    tokenizer = BytesTokenizer()
     template = training_template(None, None)
     messages = [turn("system", "s"), turn("user", "q"), turn("assistant", "a"), turn("user", "r")]
     text = "System:\ns\n\nUser:\nq\n\nAssistant:\na<|endoftext|>User:\nr\n\nAssistant:\n"
@@ -277,7 +278,7 @@ def test_a_missing_template_is_a_usage_error_that_names_the_option(tmp_path: Pat
         read_chat_template(folder)
     (tmp_path / "chat_template.jinja").rmdir()
     with pytest.raises(DataError, match="to no text"):
-        ChatTemplate("", {}, "x").encode(bytes_tokenizer(), [turn("user", "a")])
+        ChatTemplate("", {}, "x").encode(BytesTokenizer(), [turn("user", "a")])
 
 
 GROW = "{% set ns = namespace(s='aa') %}{% for i in range(99) %}GROWN{% endfor %}"

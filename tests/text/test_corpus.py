@@ -16,9 +16,10 @@ from minigpt.config import DataConfig
 from minigpt.errors import DataError, MinigptError, ResourceError
 from minigpt.text import corpus, datasets
 from minigpt.text.bpe import train_bpe
+from minigpt.text.byte_pairs import named_tokenizer
 from minigpt.text.corpus import Document, content_hash, iter_documents
 from minigpt.text.sources import find_files
-from minigpt.text.tokenizer import bytes_tokenizer, named_tokenizer
+from minigpt.text.tokenizer import BytesTokenizer
 
 
 @pytest.fixture
@@ -176,7 +177,7 @@ def test_tokens_of_pieces_equal_tokens_of_the_whole(
     text += (shared / "data" / "fairytales.txt").read_text(encoding="utf-8")[:60_000]
     text = text.replace("\n", newline)
     if name == "bytes":
-        tokenizer = bytes_tokenizer()
+        tokenizer = BytesTokenizer()
     else:
         tokenizer = train_bpe([text], 400) if name == "bpe:400" else named_tokenizer(name)
     write("a.txt", text)

@@ -14,7 +14,7 @@ from minigpt.checkpoint.vocabulary_files import json_from_scores
 from minigpt.generation.decoder import Step
 from minigpt.generation.stream import TextStream
 from minigpt.text.bpe import train_bpe
-from minigpt.text.tokenizer import Tokenizer, bytes_tokenizer
+from minigpt.text.tokenizer import BytesTokenizer, Tokenizer
 
 SAMPLE = "the owl's nest, the owls' 1234 nests: über-owls\r\n\t東京 " * 3
 STORIES = Path(__file__).parents[3] / "shared" / "weights" / "stories260K" / "sp_vocab.json"
@@ -43,7 +43,7 @@ def bpe() -> Tokenizer:
     return train_bpe([SAMPLE], 300)
 
 
-ALL = pytest.mark.parametrize("make", [bytes_tokenizer, bpe, imported, stories])
+ALL = pytest.mark.parametrize("make", [BytesTokenizer, bpe, imported, stories])
 TEXTS = st.text(
     st.one_of(st.characters(codec="utf-8"), st.sampled_from("the owls 12'\n  <|>é東🙂"))
 )
@@ -79,6 +79,6 @@ def test_streamed_text_equals_text_decoded_in_one_call(
 
 @pytest.mark.parametrize("text", ["é", "€", "😀"])
 def test_a_character_appears_with_its_last_byte(text: str) -> None:
-    stream = TextStream(bytes_tokenizer())
+    stream = TextStream(BytesTokenizer())
     shown = [stream.push(Step(i, i, b, -1.0, None)).text for i, b in enumerate(text.encode())]
     assert shown == [""] * (len(text.encode()) - 1) + [text]

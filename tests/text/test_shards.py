@@ -22,8 +22,9 @@ from minigpt.errors import ConfigError, DataError, ResourceError
 from minigpt.text import corpus, prepared_folders, shard_files
 from minigpt.text.batches import window_starts
 from minigpt.text.building import Work
+from minigpt.text.byte_pairs import TiktokenTokenizer, make_encoding
 from minigpt.text.shard_files import open_prepared
-from minigpt.text.tokenizer import TiktokenTokenizer, Tokenizer, make_encoding
+from minigpt.text.tokenizer import Tokenizer
 from minigpt.text.tokens import PreparedData, PrepareProgress, TokenSpan, prepare
 
 Prepare = Callable[..., PreparedData]
@@ -64,7 +65,7 @@ def test_end_of_text_precedes_each_document(prepared: Prepare, tokenizer: str, d
     texts = ["the owl\n" * 30, "né <|endoftext|> the nest"]
     data = prepared(*texts, tokenizer=tokenizer)
     end = data.tokenizer.end_of_text
-    encode = data.tokenizer.encoding.encode_ordinary
+    encode = data.tokenizer.encode
     assert tokens_of(data) == [end, *encode(texts[0]), end, *encode(texts[1])]
     manifest = data.manifest
     assert manifest.n_tokens == len(data.tokens) == len(tokens_of(data))

@@ -14,13 +14,9 @@ from minigpt.checkpoint.tokenizer_json import tokenizer_from_json, tokenizer_to_
 from minigpt.config import DataConfig
 from minigpt.errors import ConfigError, DataError
 from minigpt.text.bpe import train_bpe
+from minigpt.text.byte_pairs import TiktokenTokenizer, make_encoding
 from minigpt.text.prepared_folders import prepare_folder
-from minigpt.text.tokenizer import (
-    TiktokenTokenizer,
-    Tokenizer,
-    bytes_tokenizer,
-    make_encoding,
-)
+from minigpt.text.tokenizer import BYTES_PATTERN, Tokenizer
 from minigpt.text.tokens import PreparedData, TokenSpan, prepare
 
 SPECIALS = ["<|im_start|>", "<|im_end|>", "<|im_end|>>", "<|endoftext|>", "<s>", "né"]
@@ -32,6 +28,11 @@ TEXTS = [
     " <|endoftext|> a<s>b <s> c<|endoftext|>",
     "né <|im_start|> né<s>",
 ]
+
+
+def bytes_of_tiktoken() -> TiktokenTokenizer:
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    return TiktokenTokenizer("bytes", make_encoding("bytes", BYTES_PATTERN, ranks, {}))
 
 
 def own(make: Callable[[], TiktokenTokenizer]) -> Callable[[], Tokenizer]:
@@ -71,7 +72,7 @@ def _json(library: tokenizers.Tokenizer) -> dict[str, Any]:
 
 
 KINDS = {
-    "bytes": own(bytes_tokenizer),
+    "bytes": own(bytes_of_tiktoken),
     "bpe": own(lambda: train_bpe(["the owl in the tree " * 9], 280)),
     "metaspace always": imported(pre_tokenizers.Metaspace(prepend_scheme="always")),
     "metaspace first": imported(pre_tokenizers.Metaspace(prepend_scheme="first")),

@@ -11,7 +11,7 @@ def test_importing_minigpt_text_does_not_import_torch() -> None:
         "corpus",
         "datasets",
         "prepared_folders",
-        "shards",
+        "tokens",
         "tokenizer",
     ]
     lines = [f"import minigpt.text.{name}" for name in modules]

@@ -21,15 +21,15 @@ from small_models import small_model  # noqa: E402
 from small_runs import data_of, text  # noqa: E402
 
 from minigpt.checkpoint.model_folder import write_model  # noqa: E402
-from minigpt.text.shards import PreparedData  # noqa: E402
-from minigpt.text.tokenizer import bytes_tokenizer  # noqa: E402
+from minigpt.text.tokenizer import BytesTokenizer  # noqa: E402
+from minigpt.text.tokens import PreparedData  # noqa: E402
 
 
 @pytest.fixture
 def model_folder(tmp_path: Path) -> Path:
     """A folder with a model of random weights and byte tokens."""
     folder = tmp_path / "model"
-    write_model(folder, small_model(vocab_size=257), bytes_tokenizer())
+    write_model(folder, small_model(vocab_size=257), BytesTokenizer())
     return folder
 
 

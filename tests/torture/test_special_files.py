@@ -25,9 +25,10 @@ from minigpt.config import DataConfig
 from minigpt.errors import CheckpointError, ConfigError, DataError, MinigptError, ResourceError
 from minigpt.settings import read_toml
 from minigpt.text.chat import read_chat_template
-from minigpt.text.shard_files import open_prepared, prepare
+from minigpt.text.shard_files import open_prepared
 from minigpt.text.sources import find_files
-from minigpt.text.tokenizer import bytes_tokenizer
+from minigpt.text.tokenizer import BytesTokenizer
+from minigpt.text.tokens import prepare
 from minigpt.tracing.analysis.dense import with_rows_of
 from minigpt.tracing.analysis.reader import read_traces
 from minigpt.tracing.config import TraceConfig
@@ -225,7 +226,7 @@ def other_user() -> Iterator[None]:
 def test_every_file_of_a_model_has_the_mode_of_the_umask(mask: int, tmp_path: Path) -> None:
     before = os.umask(mask)
     try:
-        write_model(tmp_path / "model", small_model(vocab_size=257), bytes_tokenizer())
+        write_model(tmp_path / "model", small_model(vocab_size=257), BytesTokenizer())
         save_tensors(tmp_path / "again.safetensors", {"a": torch.zeros(2)})
         save_tensors(tmp_path / "again.safetensors", {"a": torch.zeros(3)})
     finally:

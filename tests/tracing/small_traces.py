@@ -9,7 +9,7 @@ import numpy as np
 from small_models import small_model
 
 from minigpt.config import SamplingConfig
-from minigpt.text.tokenizer import bytes_tokenizer
+from minigpt.text.tokenizer import BytesTokenizer
 from minigpt.tracing.config import TraceConfig
 from minigpt.tracing.events import (
     Roles,
@@ -67,7 +67,7 @@ def small_trace(
     """The trace of a model of random weights: two layers of four heads, bytes for tokens."""
     header, *steps, footer = trace(
         small_model(layout, vocab_size=257, context_length=context_length),
-        bytes_tokenizer(),
+        BytesTokenizer(),
         list(prompt.encode()),
         SamplingConfig(max_new_tokens=max_new_tokens, seed=seed),
         TraceConfig(**config),

@@ -16,7 +16,7 @@ from small_models import random_tokens, small_model
 
 from minigpt.config import SamplingConfig
 from minigpt.errors import ConfigError, DataError, ResourceError
-from minigpt.text.tokenizer import bytes_tokenizer
+from minigpt.text.tokenizer import BytesTokenizer
 from minigpt.tracing.analysis.dense import with_rows_of, writing_rows
 from minigpt.tracing.config import TraceConfig
 from minigpt.tracing.events import Trace, TraceFooter, TraceHeader, TraceStep
@@ -33,7 +33,7 @@ def test_every_row_of_a_trace_comes_back(tmp_path: Path) -> None:
         events = list(
             trace(
                 model,
-                bytes_tokenizer(),
+                BytesTokenizer(),
                 prompt,
                 SamplingConfig(max_new_tokens=7),
                 seed=3,
@@ -89,7 +89,7 @@ def traced_with_rows(path: Path, **config: Any) -> Trace:
     with writing_rows(path, n_layer=2, n_head=4, metadata={}) as add:
         header, *steps, footer = trace(
             model,
-            bytes_tokenizer(),
+            BytesTokenizer(),
             list(b"to be or not"),
             SamplingConfig(max_new_tokens=7, seed=2),
             TraceConfig(has_heads=True, **config),

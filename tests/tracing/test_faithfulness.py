@@ -14,7 +14,7 @@ from test_knockout import last_query_without
 from minigpt.config import SamplingConfig
 from minigpt.errors import ConfigError, DataError
 from minigpt.model.gpt import GPT
-from minigpt.text.tokenizer import bytes_tokenizer
+from minigpt.text.tokenizer import BytesTokenizer
 from minigpt.tracing.analysis import faithfulness
 from minigpt.tracing.analysis.faithfulness import (
     CONTROLS,
@@ -31,7 +31,7 @@ from minigpt.tracing.config import DEFAULTS, TraceConfig
 from minigpt.tracing.events import TraceStep
 from minigpt.tracing.tracer import trace
 
-TOKENIZER = bytes_tokenizer()
+TOKENIZER = BytesTokenizer()
 
 
 def compare(

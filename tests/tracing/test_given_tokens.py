@@ -14,13 +14,13 @@ from minigpt.config import SamplingConfig
 from minigpt.errors import ConfigError
 from minigpt.generation.decoder import Decoder
 from minigpt.model.gpt import GPT
-from minigpt.text.tokenizer import bytes_tokenizer
+from minigpt.text.tokenizer import BytesTokenizer
 from minigpt.tracing.analysis.reader import read_traces
 from minigpt.tracing.events import Trace, TraceStep
 from minigpt.tracing.file import to_json_line
 from minigpt.tracing.recorder import RowRecorder
 
-TOKENIZER = bytes_tokenizer()
+TOKENIZER = BytesTokenizer()
 PROMPT = "to be or not"
 OPTIONS: list[dict[str, Any]] = [
     {},

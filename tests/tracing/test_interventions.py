@@ -11,11 +11,11 @@ import minigpt
 from minigpt.config import InterventionConfig
 from minigpt.errors import ConfigError
 from minigpt.model.gpt import GPT
-from minigpt.text.tokenizer import bytes_tokenizer
+from minigpt.text.tokenizer import BytesTokenizer
 from minigpt.tracing.events import Trace
 from minigpt.tracing.interventions import intervene
 
-TOKENIZER = bytes_tokenizer()
+TOKENIZER = BytesTokenizer()
 PROMPT, OTHER = "to be or", "by me no"
 
 

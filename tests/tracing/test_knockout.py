@@ -18,7 +18,7 @@ from minigpt.generation.fast import compiled
 from minigpt.generation.fast.quantize import quantize_int8
 from minigpt.model.cache import KVCache
 from minigpt.model.gpt import GPT
-from minigpt.text.tokenizer import bytes_tokenizer
+from minigpt.text.tokenizer import BytesTokenizer
 from minigpt.tracing.analysis import knockout
 from minigpt.tracing.analysis.knockout import choose_controls, knock_out
 from minigpt.tracing.analysis.roles import without_heads
@@ -337,7 +337,7 @@ def test_without_heads_equals_zeroed_columns_of_the_output_projection(layout: st
     assert torch.equal(model(tokens), before)
 
 
-TOKENIZER = bytes_tokenizer()
+TOKENIZER = BytesTokenizer()
 
 
 def steps_of(

@@ -11,13 +11,13 @@ from small_traces import small_trace
 import minigpt
 from minigpt.errors import ConfigError
 from minigpt.model.gpt import GPT
-from minigpt.text.tokenizer import bytes_tokenizer
+from minigpt.text.tokenizer import BytesTokenizer
 from minigpt.tracing.analysis.reader import read_traces
 from minigpt.tracing.events import Trace
 from minigpt.tracing.file import to_json_line
 from minigpt.tracing.views import ViewOptions, lens
 
-TOKENIZER = bytes_tokenizer()
+TOKENIZER = BytesTokenizer()
 
 
 def traced(model: GPT, **options: Any) -> Trace:

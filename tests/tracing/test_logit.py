@@ -22,7 +22,7 @@ from minigpt.model.cache import KVCache
 from minigpt.model.gpt import GPT
 from minigpt.model.registry import model_class
 from minigpt.model.variants.lstm import LSTM
-from minigpt.text.tokenizer import bytes_tokenizer
+from minigpt.text.tokenizer import BytesTokenizer
 from minigpt.tracing.analysis import roles
 from minigpt.tracing.recorder import Measured, RowRecorder
 from minigpt.tracing.tracer import _alternative
@@ -253,7 +253,7 @@ def test_the_alternative_is_the_first_token_of_its_text() -> None:
 
 
 def test_a_contrast_in_python_is_the_difference_of_two_logits() -> None:
-    model, tokenizer, prompt = small_model("llama", vocab_size=257), bytes_tokenizer(), "to be"
+    model, tokenizer, prompt = small_model("llama", vocab_size=257), BytesTokenizer(), "to be"
     trace = minigpt.trace(
         model, prompt, tokenizer=tokenizer, seed=1, max_new_tokens=5, measure="logit", against="x"
     )

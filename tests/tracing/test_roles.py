@@ -14,7 +14,7 @@ from minigpt.config import SamplingConfig
 from minigpt.errors import ConfigError
 from minigpt.generation.fast.quantize import quantize_int8
 from minigpt.model.gpt import GPT
-from minigpt.text.tokenizer import TiktokenTokenizer, make_encoding
+from minigpt.text.byte_pairs import TiktokenTokenizer, make_encoding
 from minigpt.tracing.analysis.roles import (
     head_effects,
     head_roles,

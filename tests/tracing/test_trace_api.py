@@ -12,7 +12,7 @@ import minigpt
 from minigpt.checkpoint.model_folder import write_model
 from minigpt.config import SamplingConfig
 from minigpt.errors import ConfigError, DataError
-from minigpt.text.tokenizer import bytes_tokenizer
+from minigpt.text.tokenizer import BytesTokenizer
 from minigpt.tracing.config import TraceConfig
 from minigpt.tracing.events import Trace
 from minigpt.tracing.tracer import trace
@@ -24,7 +24,7 @@ PROMPT = "to be or"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    write_model(folder, small_model("llama-grouped", vocab_size=257), bytes_tokenizer())
+    write_model(folder, small_model("llama-grouped", vocab_size=257), BytesTokenizer())
     return folder
 
 
@@ -33,7 +33,7 @@ def test_minigpt_trace_returns_what_the_tracer_yields(folder: Path) -> None:
     ours = minigpt.trace(str(folder), PROMPT, measure="both", heads="0.1", n_verified=1, **options)
     header, *steps, _ = trace(
         small_model("llama-grouped", vocab_size=257),
-        bytes_tokenizer(),
+        BytesTokenizer(),
         list(PROMPT.encode()),
         SamplingConfig(**options),
         TraceConfig(measure="both", heads="0.1", n_verified=1, has_heads=True),
@@ -54,7 +54,7 @@ def test_minigpt_trace_returns_what_the_tracer_yields(folder: Path) -> None:
 
 
 def test_a_loaded_model_is_traced_from_text_or_ids() -> None:
-    model, tokenizer = small_model("gpt2", vocab_size=257), bytes_tokenizer()
+    model, tokenizer = small_model("gpt2", vocab_size=257), BytesTokenizer()
     options: dict[str, Any] = {"tokenizer": tokenizer, "max_new_tokens": 4, "seed": 1}
     by_text = minigpt.trace(model, PROMPT, **options)
     by_ids = minigpt.trace(model, list(PROMPT.encode()), **options)

@@ -15,7 +15,7 @@ from minigpt.generation.decoder import Decoder
 from minigpt.generation.stream import stream_text
 from minigpt.model.cache import KVCache
 from minigpt.model.gpt import GPT
-from minigpt.text.tokenizer import TiktokenTokenizer, bytes_tokenizer
+from minigpt.text.tokenizer import BytesTokenizer
 from minigpt.tracing import tracer
 from minigpt.tracing.config import TraceConfig
 from minigpt.tracing.events import TraceEvent, TraceFooter, TraceHeader, TraceStep
@@ -24,7 +24,7 @@ from minigpt.tracing.rows import reduce_rows
 from minigpt.tracing.selection import HeadSelection, select_heads
 from minigpt.tracing.tracer import trace
 
-TOKENIZER = bytes_tokenizer()
+TOKENIZER = BytesTokenizer()
 PROMPT = list(b"to be or")
 EVERY_HEAD = select_heads(2, 4)
 
@@ -189,7 +189,7 @@ def test_any_of_several_end_of_text_tokens_ends_a_trace() -> None:
     model = model_of()
     _, free, _ = traced(model, SamplingConfig(max_new_tokens=9))
     second = free[4].token.id
-    tokenizer = TiktokenTokenizer("bytes", TOKENIZER.encoding, (256, second))
+    tokenizer = BytesTokenizer("bytes", (256, second))
     events = list(
         trace(
             model,

@@ -9,7 +9,7 @@ from small_models import LAYOUTS, random_tokens, small_model
 from minigpt.config import SamplingConfig
 from minigpt.generation.decoder import Decoder
 from minigpt.model.gpt import GPT
-from minigpt.text.tokenizer import bytes_tokenizer
+from minigpt.text.tokenizer import BytesTokenizer
 from minigpt.tracing.config import TraceConfig
 from minigpt.tracing.events import TraceStep
 from minigpt.tracing.tracer import trace
@@ -23,7 +23,7 @@ ROLLOUT = TraceConfig(reduce="rollout", heads="0.1,1.*", n_verified=1, knockout=
 def watched(
     model: GPT, prompt: list[int], sampling: SamplingConfig, seed: int, config: TraceConfig
 ) -> list[tuple[int, float]]:
-    events = trace(model, bytes_tokenizer(), prompt, sampling, config, seed=seed)
+    events = trace(model, BytesTokenizer(), prompt, sampling, config, seed=seed)
     return [(e.token.id, e.log_probability) for e in events if isinstance(e, TraceStep)]
 
 

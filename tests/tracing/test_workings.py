@@ -11,7 +11,7 @@ from small_traces import small_trace
 
 from minigpt.config import SamplingConfig
 from minigpt.errors import ConfigError, DataError
-from minigpt.text.tokenizer import bytes_tokenizer
+from minigpt.text.tokenizer import BytesTokenizer
 from minigpt.tracing.analysis.reader import read_traces
 from minigpt.tracing.config import TraceConfig
 from minigpt.tracing.events import TraceFooter
@@ -24,7 +24,7 @@ def test_weights_recomputed_from_queries_and_keys_are_those_of_the_trace(layout:
     dense: list[torch.Tensor] = []
     events = trace(
         small_model(layout, vocab_size=257, context_length=32),
-        bytes_tokenizer(),
+        BytesTokenizer(),
         list(b"to be or not"),
         SamplingConfig(max_new_tokens=9, seed=2),
         TraceConfig(explain="0.1,1.*"),

@@ -19,7 +19,7 @@ from minigpt.generation.forward import make_forward
 from minigpt.model.language_model import LanguageModel
 from minigpt.model.registry import model_class
 from minigpt.settings import build, to_dict, to_toml
-from minigpt.text.tokenizer import bytes_tokenizer
+from minigpt.text.tokenizer import BytesTokenizer
 from minigpt.text.tokens import PreparedData
 from minigpt.tracing.config import TraceConfig
 from minigpt.tracing.tracer import trace
@@ -82,7 +82,7 @@ def test_a_trace_shows_the_model_s_own_weights_and_changes_no_token(name: str, r
     plain = [step.token for step in Decoder(model, prompt).generate(sampling, seed=3)]
     measure = "weight" if reduce == "rollout" else "both"
     config = TraceConfig(reduce=reduce, sink="auto", measure=measure)
-    header, *steps, footer = trace(model, bytes_tokenizer(), prompt, sampling, config, seed=3)
+    header, *steps, footer = trace(model, BytesTokenizer(), prompt, sampling, config, seed=3)
     assert [step.token.id for step in steps] == plain
     assert header.n_layer == model.config.n_attention_layer
     assert footer.worst_row_sum_error < 1e-5
@@ -129,7 +129,7 @@ def test_a_config_json_of_another_model_is_refused(
 def test_an_lstm_without_attention_has_nothing_to_trace() -> None:
     events = trace(
         other_model("lstm", vocab_size=257),
-        bytes_tokenizer(),
+        BytesTokenizer(),
         list(b"to be"),
         SamplingConfig(),
         seed=1,

@@ -10,16 +10,12 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from minigpt.checkpoint.tokenizer_json import GPT2_PATTERN, TOKENIZER_CONFIG, tokenizer_to_json
+from minigpt.checkpoint.byte_pair_json import GPT2_PATTERN
+from minigpt.checkpoint.tokenizer_json import TOKENIZER_CONFIG, tokenizer_to_json
 from minigpt.errors import CheckpointError
 from minigpt.files import read_bytes, read_json, resource_errors
-from minigpt.text.tokenizer import (
-    BPE_PATTERN,
-    BYTE_OF_CHARACTER,
-    TiktokenTokenizer,
-    Tokenizer,
-    well_formed,
-)
+from minigpt.text.byte_pairs import TiktokenTokenizer
+from minigpt.text.tokenizer import BPE_PATTERN, BYTE_OF_CHARACTER, Tokenizer, well_formed
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """Types of tokens, as llama.cpp numbers them."""

@@ -24,7 +24,7 @@ from minigpt.checkpoint.model_folder import (
     save_tensors,
     write_model,
 )
-from minigpt.checkpoint.tokenizer_json import tokenizer_from_json
+from minigpt.checkpoint.tokenizer_json import tokenizer_file, tokenizer_from_json
 from minigpt.checkpoint.weights import INDEX, WEIGHTS, canonical_names, shard_names, stored_tensors
 from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError, ConfigError, DataError, cut
@@ -267,18 +267,7 @@ def _characters(vocab_size: Any, path: Path) -> Tokenizer:
             f"{str(vocab_size)[:20]} tokens. Name the whole text that it was trained on."
         )
     model = {"type": "BPE", "vocab": {c: i for i, c in enumerate(characters)}, "merges": []}
-    data: dict[str, Any] = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [],
-        "normalizer": None,
-        "pre_tokenizer": None,
-        "post_processor": None,
-        "decoder": {"type": "Fuse"},
-        "model": model,
-    }
-    return tokenizer_from_json(data, "characters")
+    return tokenizer_from_json(tokenizer_file(model=model, decoder={"type": "Fuse"}), "characters")
 
 
 def _write_hugging_face(folder: Path, source: Path, path: Path | None) -> None:

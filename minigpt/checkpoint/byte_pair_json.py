@@ -1,0 +1,126 @@
+"""Byte-pair vocabularies in tokenizer.json, which tiktoken and tokenizers encode alike."""
+
+import re
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+from minigpt.checkpoint.tokenizer_json import (
+    ANY_CHARACTER,
+    BYTE_LEVEL,
+    PLAIN_BPE,
+    byte_level_json,
+    splits_by,
+)
+from minigpt.errors import CheckpointError, MinigptError
+from minigpt.text.byte_pairs import TiktokenTokenizer, make_encoding
+from minigpt.text.tokenizer import BYTE_OF_CHARACTER
+
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_NO_RANK = 2**32
+_MOST_STEPS = 2**25  # five times as many as cl100k_base takes
+
+# Oniguruma, which tokenizers uses, and fancy-regex, which tiktoken uses, disagree on these:
+# X{1,3}+ is possessive only in fancy-regex, (?s:.) exists only there, and ^ and $ match at every
+# line in Oniguruma. After \s++ that makes no difference: no line break can follow.
+_ATOM_INTERVAL = r"(?P<atom>\\p\{\w+\}|\[[^\]]+\]|\\?[^\s{}()\[\]])(?P<interval>\{\d+(?:,\d*)?\})"
+_POSSESSIVE = re.compile(_ATOM_INTERVAL + r"\+")
+_ATOMIC = re.compile(rf"\(\?>{_ATOM_INTERVAL}\)")
+_AMBIGUOUS = re.compile(
+    r"\{\d+(?:,\d*)?\}\+|\(\?\w*[ms]\w*[:)]|(?<![\[\\])\^|(?<!\\)(?<!\\s\+\+)\$"
+)
+
+
+def tiktoken_tokenizer(
+    data: Mapping[str, Any], name: str, end_of_text_ids: tuple[int, ...]
+) -> TiktokenTokenizer | None:
+    """Read a byte-level BPE that tiktoken encodes as the file says, None if it is another kind.
+
+    Writing what was read must give the parts of the file, except for what changes no ids: merges
+    may be lists, empty options left out, and GPT-2's pattern implied by ByteLevel.
+    """
+    try:
+        specials = {token["content"]: token["id"] for token in data["added_tokens"]}
+        model = PLAIN_BPE | {"ignore_merges": False} | data["model"]
+        for option in ("continuing_subword_prefix", "end_of_word_suffix"):
+            model[option] = model[option] or None
+        model["merges"] = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+        ranks = {
+            bytes([BYTE_OF_CHARACTER[character] for character in token]): id_
+            for token, id_ in model["vocab"].items()
+            if token not in specials
+        }
+        model["vocab"] = specials | model["vocab"]
+        splits = data["pre_tokenizer"]
+        implied = {"use_regex": True} | splits | {"trim_offsets": False}
+        if implied == BYTE_LEVEL | {"use_regex": True}:
+            splits = splits_by(GPT2_PATTERN)
+        pattern = _from_oniguruma(splits["pretokenizers"][0]["pattern"]["Regex"])
+        processor = data["post_processor"] or {"type": "ByteLevel"}
+        around = [] if processor["type"] == "ByteLevel" else processor["single"]
+        changes_text = data["normalizer"] is not None or data["decoder"]["type"] != "ByteLevel"
+        is_byte_special = not specials.keys().isdisjoint(BYTE_OF_CHARACTER)
+        if changes_text or is_byte_special or not all("Sequence" in part for part in around):
+            return None
+        if sum(len(token) ** 2 for token in ranks) > _MOST_STEPS:
+            return None  # merges_of would take minutes
+        encoding = make_encoding(name, pattern, ranks, specials)
+        tokenizer = TiktokenTokenizer(name, encoding, end_of_text_ids)
+        written = byte_pair_json(tokenizer)
+        added = [token | {"normalized": False} for token in data["added_tokens"]]
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, MinigptError):
+        return None
+    parts = {"added_tokens": added, "pre_tokenizer": splits, "model": model}
+    return tokenizer if written | parts == written else None
+
+
+def byte_pair_json(tokenizer: TiktokenTokenizer) -> dict[str, Any]:
+    """Return tokenizer.json: the tokenizers library gives every text the same ids.
+
+    Raises: CheckpointError if the library's regex dialect cannot express the split pattern.
+    """
+    ranks = tokenizer.encoding._mergeable_ranks
+    merges = merges_of(ranks)
+    n_reached = len(merges) + sum(len(token) == 1 for token in ranks)
+    return byte_level_json(
+        ranks,
+        merges,
+        tokenizer.special_ids,
+        _to_oniguruma(tokenizer.encoding._pat_str),
+        ignore_merges=n_reached < len(ranks),
+    )
+
+
+def merges_of(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """Return the merges that tiktoken's ranks stand for, in order.
+
+    tiktoken merges, of all adjacent parts whose union is a token, those of lowest rank; tokenizers
+    has an ordered list of pairs. The pair of a token is what remains of it, merged alone, before
+    the last merge. A token that merging never reaches has no pair.
+    """
+    merges = []
+    for token in sorted(ranks, key=ranks.__getitem__):
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            unions = [ranks.get(left + right, _NO_RANK) for left, right in pairwise(parts)]
+            i = unions.index(min(unions))
+            if unions[i] == _NO_RANK:
+                break
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            merges.append((parts[0], parts[1]))
+    return merges
+
+
+def _to_oniguruma(pattern: str) -> str:
+    pattern = _POSSESSIVE.sub(r"(?>\g<atom>\g<interval>)", pattern.replace("(?s:.)", ANY_CHARACTER))
+    if found := _AMBIGUOUS.search(pattern):
+        raise CheckpointError(
+            f"the split pattern's {found[0]!r} means something else in tokenizer.json. "
+            "Write the pattern without it."
+        )
+    return pattern
+
+
+def _from_oniguruma(pattern: str) -> str:
+    return _ATOMIC.sub(r"\g<atom>\g<interval>+", pattern.replace(ANY_CHARACTER, "(?s:.)"))
