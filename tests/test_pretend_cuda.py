@@ -15,7 +15,8 @@ from minigpt.evaluation import evaluate
 from minigpt.generation.decoder import Decoder
 from minigpt.generation.fast import compiled
 from minigpt.generation.fast.quantize import quantize_int8
-from minigpt.model.device import autocast, peak_flops
+from minigpt.model.cost import peak_flops
+from minigpt.model.device import autocast
 from minigpt.model.registry import model_class
 from minigpt.tracing.analysis.knockout import knock_out
 from minigpt.tracing.analysis.rollout import Rollout

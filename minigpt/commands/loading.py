@@ -18,7 +18,7 @@ from minigpt.model.language_model import LanguageModel
 from minigpt.rings import find_ring, ring
 from minigpt.text.tokenizer import Tokenizer
 
-_LONGEST_PROMPT_BYTES = 2**24
+LONGEST_PROMPT_BYTES = 2**24
 
 
 @dataclass(frozen=True)
@@ -125,31 +125,18 @@ def _read_prompt(prompt: str | None) -> str:
     if prompt == "-":
         if sys.stdin.isatty():
             print("Type the prompt; Ctrl-D ends it.", file=sys.stderr)  # noqa: T201
-        data = sys.stdin.buffer.read(_LONGEST_PROMPT_BYTES + 1)
+        data = sys.stdin.buffer.read(LONGEST_PROMPT_BYTES + 1)
         where = "the prompt on standard input"
     if not data:
         raise DataError(f"{where} is empty. Give some text, or no prompt for a new document.")
-    return _decoded(data, where)
+    return decoded(data, where)
 
 
-def read_line() -> str | None:
-    """Return the next line of standard input without its line break; None at the end of input.
-
-    Raises: DataError if it is not UTF-8, or is too long for any context.
-    """
-    data = sys.stdin.buffer.readline(_LONGEST_PROMPT_BYTES + 1)
-    return decoded_line(data) if data else None
-
-
-def decoded_line(data: bytes) -> str:
-    """Return the text of a line without its line break; raise as ``read_line``."""
-    return _decoded(data, "a line on standard input").removesuffix("\n").removesuffix("\r")
-
-
-def _decoded(data: bytes, where: str) -> str:
-    if len(data) > _LONGEST_PROMPT_BYTES:
+def decoded(data: bytes, where: str) -> str:
+    """Return the text of a prompt in UTF-8; raise DataError if it is none, or far too long."""
+    if len(data) > LONGEST_PROMPT_BYTES:
         raise DataError(
-            f"{where} is longer than {_LONGEST_PROMPT_BYTES // 2**20} MiB, too long for any "
+            f"{where} is longer than {LONGEST_PROMPT_BYTES // 2**20} MiB, too long for any "
             "context. Give its end only."
         )
     try:

@@ -16,8 +16,7 @@ from minigpt.generation.forward import make_forward
 from minigpt.generation.sampling import Sampler
 from minigpt.generation.window import Window
 from minigpt.model.attention import Recorder
-from minigpt.model.cache import KVCache
-from minigpt.model.cost import cache_bytes_per_token
+from minigpt.model.cache import KVCache, cache_bytes_per_token
 from minigpt.model.device import widest_float
 from minigpt.model.language_model import LanguageModel
 

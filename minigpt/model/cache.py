@@ -3,7 +3,7 @@
 Shapes: L layers, B batch, G key/value heads, S positions, D head dim, T new positions.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -48,21 +48,6 @@ class KVCache:
         values_BGSD[:, :, self.length : end] = v_BGTD
         return keys_BGSD[:, :, :end], values_BGSD[:, :, :end]
 
-    def append_views(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Yield views for one more position of each layer, which the caller must write.
-
-        Returns: its key and its value, each (B, G, D), and keys and values of all positions
-            including it, each (B, G, length + 1, D).
-        Raises: ValueError if it does not fit.
-        """
-        end = self.length + 1
-        self.require_room(end)
-        new = [
-            kind.select(3, self.length).unbind() for kind in (self.keys_LBGSD, self.values_LBGSD)
-        ]
-        all_ = [kind.narrow(3, 0, end).unbind() for kind in (self.keys_LBGSD, self.values_LBGSD)]
-        return zip(*new, *all_, strict=True)
-
     def require_room(self, end: int) -> None:
         """Raise ValueError if the cache has no room for ``end`` positions."""
         if end > self.capacity:
@@ -94,3 +79,11 @@ class KVCache:
     def n_bytes(self) -> int:
         """Bytes allocated."""
         return self.keys_LBGSD.nbytes + self.values_LBGSD.nbytes
+
+
+def cache_bytes_per_token(config: ModelConfig, bytes_per_value: int = 4) -> int:
+    """Return the cache bytes of one position of one sequence.
+
+    An LSTM stores both states of each layer for each position, so that the cache can be truncated.
+    """
+    return 2 * config.n_layer * config.n_kv_head * config.d_head * bytes_per_value

@@ -1,7 +1,9 @@
-"""The cost of a model: parameters, FLOPs and cache bytes, from a model without memory."""
+"""The cost of a model: parameters and FLOPs, from a model without memory, and what GPUs reach."""
 
+import re
 from functools import lru_cache
 
+import torch
 from torch import nn
 
 from minigpt.config import ModelConfig
@@ -40,9 +42,41 @@ def _counts(config: ModelConfig) -> tuple[int, int]:
     return n_parameters, flops
 
 
-def cache_bytes_per_token(config: ModelConfig, bytes_per_value: int = 4) -> int:
-    """Return the cache bytes of one position of one sequence.
+# Dense bfloat16 tensor-core peaks, FLOP/s, from NVIDIA's datasheets (without sparsity). The first
+# key whose words are in the device's name counts, so longer keys come first.
+_BFLOAT16_PEAKS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "RTX 5090": 209.5e12,
+    "RTX 4090": 165.2e12,
+    "RTX 3090": 71e12,
+}
 
-    An LSTM stores both states of each layer for each position, so that the cache can be truncated.
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Return the hardware's peak FLOP/s in ``dtype``; None if unknown."""
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return None
+    name = torch.cuda.get_device_name(device)
+    # Whole words: an L40 is no L4.
+    return next((p for key, p in _BFLOAT16_PEAKS.items() if re.search(rf"\b{key}\b", name)), None)
+
+
+def utilization(
+    config: ModelConfig, tokens_per_s: float, device: torch.device, dtype: torch.dtype
+) -> float | None:
+    """Return the model FLOPs utilization of training on one device; None if its peak is unknown.
+
+    Source: Chowdhery et al. 2022, arXiv:2204.02311, appendix B.
     """
-    return 2 * config.n_layer * config.n_kv_head * config.d_head * bytes_per_value
+    peak = peak_flops(device, dtype)
+    return tokens_per_s * training_flops_per_token(config) / peak if peak else None

@@ -1,6 +1,5 @@
 """Device and dtype selection, and what the hardware can do."""
 
-import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
@@ -39,17 +38,6 @@ def has_fast_bfloat16(device: torch.device) -> bool:
         abilities = torch.cpu.get_capabilities()
         return any(abilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return False
-
-
-def has_slow_matvec(device: torch.device) -> bool:
-    """Return whether float32 matrix-vector products are slow: MKL's on CPUs not made by Intel.
-
-    Measured with GPT-2's matrices: a third of the memory bandwidth on an AMD CPU with AVX512, nine
-    tenths on Intel.
-    """
-    if device.type != "cpu" or not torch.backends.mkl.is_available():
-        return False
-    return "Intel" not in str(torch.cpu.get_capabilities().get("cpu_name", ""))
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -106,32 +94,3 @@ def to_device(tensors: Sequence[Tensor], device: torch.device) -> Sequence[Tenso
     joined = torch.cat([tensor.flatten() for tensor in tensors]).pin_memory()
     parts = joined.to(device, non_blocking=True).split(sizes)
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
-
-
-# Dense bfloat16 tensor-core peaks, FLOP/s, from NVIDIA's datasheets (without sparsity). The first
-# key whose words are in the device's name counts, so longer keys come first.
-_BFLOAT16_PEAKS = {
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "L4": 121e12,
-    "A10G": 70e12,
-    "A10": 125e12,
-    "RTX 5090": 209.5e12,
-    "RTX 4090": 165.2e12,
-    "RTX 3090": 71e12,
-}
-
-
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Return the hardware's peak FLOP/s in ``dtype``; None if unknown."""
-    if device.type != "cuda" or dtype != torch.bfloat16:
-        return None
-    name = torch.cuda.get_device_name(device)
-    # Whole words: an L40 is no L4.
-    return next((p for key, p in _BFLOAT16_PEAKS.items() if re.search(rf"\b{key}\b", name)), None)

@@ -19,7 +19,8 @@ from minigpt.config import ARCHS, ATTENTIONS, ModelConfig, RunConfig, SamplingCo
 from minigpt.errors import CheckpointError, ConfigError, require_choice
 from minigpt.generation.decoder import Decoder
 from minigpt.generation.loading import load
-from minigpt.model.cost import cache_bytes_per_token, parameter_count
+from minigpt.model.cache import cache_bytes_per_token
+from minigpt.model.cost import parameter_count
 from minigpt.studies.matching import closest_in_size
 from minigpt.training.reports.curves import read_curves
 from minigpt.training.reports.plan import flops_of_steps

@@ -9,6 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from minigpt.config import RunConfig
+from minigpt.model.cost import parameter_count
 from minigpt.training.run import Run
 from minigpt.training.world import World
 
@@ -19,6 +21,12 @@ SMALL_TEXT = 0.2
 MOST_EPOCHS, LEAST_STEPS, LEAST_TOKENS = 10.0, 200, 4096
 LEAST_PATIENCE = 100
 """Fewest steps without a lower validation loss before a run stops early."""
+
+
+def for_run(config: RunConfig, n_train_tokens: int) -> dict[str, Any]:
+    """Return the settings of ``for_text`` for a run."""
+    step_tokens = config.training.batch_size * config.sequence_length
+    return for_text(max(n_train_tokens, 1), parameter_count(config.model), step_tokens)
 
 
 def for_text(n_train_tokens: int, n_parameters: int, step_tokens: int) -> dict[str, Any]:

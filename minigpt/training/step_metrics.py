@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from minigpt.errors import DivergedError
-from minigpt.model.cost import training_flops_per_token
-from minigpt.model.device import peak_flops
+from minigpt.rings import find_ring
 from minigpt.training.events import SkipEvent, StepEvent
 from minigpt.training.run import Run
 
@@ -100,9 +99,11 @@ class Metrics:
         _, all_seconds, used = (a - b for a, b in zip(now, self._begun, strict=True))
         self._logged = now
         tokens_per_s = n_steps * run.step_tokens / seconds
-        peak = peak_flops(run.device, run.dtype)
-        model = replace(run.config.model, context_length=run.context_length)
-        flops_per_s = tokens_per_s * training_flops_per_token(model)
+        mfu = None
+        if cost := find_ring("model.cost"):
+            model = replace(run.config.model, context_length=run.context_length)
+            rank_tokens_per_s = tokens_per_s / run.world.size
+            mfu = cost.utilization(model, rank_tokens_per_s, run.device, run.dtype)
         return StepEvent(
             step=run.step,
             progress=run.progress,
@@ -110,7 +111,7 @@ class Metrics:
             lr=metrics.lr,
             grad_norm=metrics.grad_norm,
             tokens_per_s=tokens_per_s,
-            mfu=flops_per_s / (peak * run.world.size) if peak else None,
+            mfu=mfu,
             elapsed_s=run.elapsed_s,
             remaining_s=all_seconds / used * (1 - run.progress) if used else 0.0,
         )

@@ -13,7 +13,7 @@ from minigpt.errors import DataError
 from minigpt.generation.conversation import Conversation
 from minigpt.generation.decoder import Decoder, Step, max_rows_together
 from minigpt.generation.sampling import Sampler
-from minigpt.model.cost import cache_bytes_per_token
+from minigpt.model.cache import cache_bytes_per_token
 from minigpt.model.gpt import GPT
 
 PROMPT = random_tokens(5).tolist()

@@ -12,7 +12,7 @@ from minigpt.config import SamplingConfig
 from minigpt.errors import CheckpointError, DataError
 from minigpt.generation.decoder import Decoder, Step, fresh_seed
 from minigpt.generation.sampling import Sampler
-from minigpt.model.cost import cache_bytes_per_token
+from minigpt.model.cache import cache_bytes_per_token
 from minigpt.model.gpt import GPT
 
 PROMPT = random_tokens(5).tolist()

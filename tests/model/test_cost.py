@@ -7,8 +7,8 @@ import torch
 from small_models import LAYOUTS, random_tokens, small_config
 from torch.utils.flop_counter import FlopCounterMode
 
-from minigpt.model.cache import KVCache
-from minigpt.model.cost import cache_bytes_per_token, parameter_count, training_flops_per_token
+from minigpt.model.cache import KVCache, cache_bytes_per_token
+from minigpt.model.cost import parameter_count, training_flops_per_token
 from minigpt.model.gpt import GPT
 from minigpt.presets import PRESETS
 

@@ -4,14 +4,9 @@ import pytest
 import torch
 
 from minigpt.errors import ConfigError
-from minigpt.model.device import (
-    autocast,
-    has_fast_bfloat16,
-    has_slow_matvec,
-    peak_flops,
-    resolve_device,
-    resolve_dtype,
-)
+from minigpt.generation.fast.products import has_slow_matvec
+from minigpt.model.cost import peak_flops
+from minigpt.model.device import autocast, has_fast_bfloat16, resolve_device, resolve_dtype
 
 CPU = torch.device("cpu")
 

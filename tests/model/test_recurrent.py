@@ -11,8 +11,8 @@ from torch import Tensor
 from minigpt.config import ARCHS, ModelConfig
 from minigpt.errors import ConfigError
 from minigpt.generation.fast.quantize import quantize_int8
-from minigpt.model.cache import KVCache
-from minigpt.model.cost import cache_bytes_per_token, parameter_count, training_flops_per_token
+from minigpt.model.cache import KVCache, cache_bytes_per_token
+from minigpt.model.cost import parameter_count, training_flops_per_token
 from minigpt.model.language_model import LanguageModel
 from minigpt.model.registry import model_class
 

@@ -9,7 +9,7 @@ from minigpt.checkpoint.weights import StoredTensor, stored_tensors
 from minigpt.config import ModelConfig
 from minigpt.errors import MinigptError
 from minigpt.files import resource_errors
-from minigpt.model import cost
+from minigpt.model import cache, cost
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class ModelFacts:
 
     def cache_bytes_per_token(self, bytes_per_value: int) -> int:
         """Return the KV cache bytes of one position of one sequence."""
-        return cost.cache_bytes_per_token(self.config, bytes_per_value)
+        return cache.cache_bytes_per_token(self.config, bytes_per_value)
 
 
 def describe(folder: Path) -> ModelFacts:

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from minigpt.commands.generate.samples import SampleDisplay
-from minigpt.commands.loading import Ready, compiling, decoded_line, note_special, read_line
+from minigpt.commands.loading import LONGEST_PROMPT_BYTES, Ready, compiling, decoded, note_special
 from minigpt.commands.output import note
 from minigpt.config import SamplingConfig
 from minigpt.errors import DataError
@@ -141,13 +141,13 @@ def _read_line() -> str | None:
     if _has_editor():
         sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
         try:
-            return decoded_line(input(_MARKER).encode(errors="surrogateescape"))
+            return _decoded_line(input(_MARKER).encode(errors="surrogateescape"))
         except EOFError:
             return None
     if sys.stdin.isatty():
         sys.stderr.write(_MARKER)
         sys.stderr.flush()
-    return read_line()
+    return _read_next_line()
 
 
 def _typed() -> str | None:
@@ -176,3 +176,17 @@ def _typed() -> str | None:
 def _break_line() -> None:
     if sys.stdin.isatty():
         sys.stderr.write("\n")
+
+
+def _read_next_line() -> str | None:
+    """Return the next line of standard input without its line break; None at the end of input.
+
+    Raises: DataError if it is not UTF-8, or is too long for any context.
+    """
+    data = sys.stdin.buffer.readline(LONGEST_PROMPT_BYTES + 1)
+    return _decoded_line(data) if data else None
+
+
+def _decoded_line(data: bytes) -> str:
+    """Return the text of a line without its line break; raise as ``_read_next_line``."""
+    return decoded(data, "a line on standard input").removesuffix("\n").removesuffix("\r")

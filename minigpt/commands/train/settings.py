@@ -8,7 +8,6 @@ from typing import Any, Literal
 from minigpt.checkpoint.families import canonical
 from minigpt.config import RunConfig
 from minigpt.errors import ConfigError
-from minigpt.model.cost import parameter_count
 from minigpt.presets import DEFAULT_PRESET
 from minigpt.presets import preset as preset_settings
 from minigpt.rings import find_ring
@@ -87,10 +86,7 @@ def suited_to_text(
     overfitting = find_ring("training.overfitting")
     if overfitting is None:
         return config
-    n_train_tokens = len(data.tokens.split(config.data.val_fraction)[0])
-    step_tokens = config.training.batch_size * config.sequence_length
-    n_parameters = parameter_count(config.model)
-    suited = overfitting.for_text(max(n_train_tokens, 1), n_parameters, step_tokens)
+    suited = overfitting.for_run(config, len(data.tokens.split(config.data.val_fraction)[0]))
     if given(overrides, "model", "dropout") is not None:
         suited["training"].pop("dropout_start", None)  # the user's dropout begins at once
     own = {

@@ -7,7 +7,7 @@ Shapes: B rows, C model dim, H query heads, G key/value heads, R = H / G, D head
 view, L layers, P positions of the context, X all heads' values side by side.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from minigpt.generation.fast.decode_step import (
 )
 from minigpt.generation.fast.products import Product, make_product
 from minigpt.model.attention import Attention, Recorder
+from minigpt.model.cache import KVCache
 from minigpt.model.gpt import GPT
 from minigpt.model.layers import MLP, GatedMLP
 
@@ -41,7 +42,7 @@ class EagerForward(StepForward):
         self._kernels.bind(self.cache.n_rows)
 
     def _decode(self, tokens: Tensor, position: int) -> Sequence[Tensor]:
-        return self._step(tokens, position, list(self.cache.append_views()))
+        return self._step(tokens, position, list(append_views(self.cache)))
 
 
 class EagerKernels:
@@ -226,3 +227,17 @@ def _qk_weight(attention: Attention) -> Tensor:
     n_query = attention.query.out_features // attention.d_head
     n_key = attention.key.out_features // attention.d_head
     return torch.cat((query.expand(n_query, -1), key.expand(n_key, -1)))
+
+
+def append_views(cache: KVCache) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Yield views for one more position of each layer, which the caller must write.
+
+    Returns: its key and its value, each (B, G, D), and keys and values of all positions
+        including it, each (B, G, length + 1, D).
+    Raises: ValueError if it does not fit.
+    """
+    end = cache.length + 1
+    cache.require_room(end)
+    new = [kind.select(3, cache.length).unbind() for kind in (cache.keys_LBGSD, cache.values_LBGSD)]
+    all_ = [kind.narrow(3, 0, end).unbind() for kind in (cache.keys_LBGSD, cache.values_LBGSD)]
+    return zip(*new, *all_, strict=True)

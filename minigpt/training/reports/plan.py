@@ -11,14 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from minigpt.config import ModelConfig, RunConfig
-from minigpt.model.cost import parameter_count, training_flops_per_token
-from minigpt.model.device import (
-    autocast,
-    has_fast_bfloat16,
-    peak_flops,
-    resolve_device,
-    resolve_dtype,
-)
+from minigpt.model.cost import parameter_count, peak_flops, training_flops_per_token
+from minigpt.model.device import autocast, has_fast_bfloat16, resolve_device, resolve_dtype
 from minigpt.model.registry import model_class
 from minigpt.text.batches import require_length
 from minigpt.text.tokens import PreparedData
