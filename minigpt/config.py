@@ -31,8 +31,8 @@ ARCHS = {
 """Architectures, and the class of each: module and name below ``minigpt``."""
 ATTENTIONS = {
     "scaled_dot": "model.scores:Score",
-    "dot": "model.scores:DotScore",
-    "general": "model.scores:GeneralScore",
+    "dot": "model.variants.products:DotScore",
+    "general": "model.variants.products:GeneralScore",
     "concat": "model.variants.tanh_scores:ConcatScore",
     "additive": "model.variants.tanh_scores:AdditiveScore",
 }

@@ -5,7 +5,6 @@ import hashlib
 import math
 import os
 import re
-import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,13 +18,11 @@ from torch import Tensor
 from minigpt.checkpoint.families import OWN_TYPE, TensorName, family_of
 from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError, cut
-from minigpt.files import open_regular, read_json, resource_errors
+from minigpt.files import open_regular, resource_errors
 from minigpt.model.registry import model_class
+from minigpt.rings import find_ring
 
 WEIGHTS = "model.safetensors"
-
-INDEX = "model.safetensors.index.json"
-"""Files of a sharded model's tensors."""
 # Tensors of old files that are not weights: causal masks, RoPE tables.
 _IGNORED = re.compile(
     r"(.*\.)?(attn\.(bias|masked_bias)|attention\.(bias|masked_bias)|rotary_emb\.inv_freq)"
@@ -215,29 +212,9 @@ def check_header(path: Path) -> None:
 def _weight_files(folder: Path) -> list[Path]:
     if os.path.lexists(folder / WEIGHTS):
         return [folder / WEIGHTS]
-    if os.path.lexists(folder / INDEX):
-        return [folder / name for name in shard_names(folder / INDEX)]
-    if pickled := [*sorted(folder.glob("*.bin")), *sorted(folder.glob("*.pt*"))]:
-        raise CheckpointError(
-            f"{str(folder)!r} has its weights in {pickled[0].name!r}, a pickle, which can run any "
-            "code. Make a model folder from it, which runs none: `minigpt checkpoints import "
-            f"{shlex.quote(str(folder))} NEW_FOLDER`."
-        )
+    if files := find_ring("checkpoint.tools.weight_files"):
+        return [folder / name for name in files.shards_in(folder)]
     raise CheckpointError(f"{WEIGHTS} is missing in {str(folder)!r}. Write or download it again.")
-
-
-def shard_names(index: Path) -> list[str]:
-    """Return the files that an index of weights names, all of them in its folder.
-
-    Raises: CheckpointError if it names others, or none.
-    """
-    shards = read_json(index).get("weight_map")
-    names = list(shards.values()) if isinstance(shards, dict) else []
-    if names and all(isinstance(n, str) and re.fullmatch(r"[\w.-]+", n) for n in names):
-        return sorted(set(names))
-    raise CheckpointError(
-        f"{str(index)!r} does not map tensors to files of its folder. Download it again."
-    )
 
 
 def stored_tensors(config: ModelConfig, folder: Path) -> dict[str, StoredTensor]:

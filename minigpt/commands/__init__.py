@@ -20,7 +20,6 @@ from minigpt.errors import (
     ConfigError,
     MinigptError,
     MinigptWarning,
-    ResourceError,
 )
 from minigpt.rings import find_ring
 from minigpt.text.escape import printable
@@ -135,34 +134,12 @@ def _describe(error: BaseException) -> tuple[str, int]:
         cause = cause.__cause__ or cause.__context__
     if isinstance(error, MinigptError):
         return str(error), error.exit_code
+    if failures := find_ring("commands.failures"):
+        known: tuple[str, int] | None = failures.describe(error)
+        if known:
+            return known
     if hasattr(error, "format_message"):  # a usage error of typer, or of click below it
-        usage = find_ring("commands.usage")
-        text = usage.message(error) if usage else error.format_message()
-        return text, ConfigError.exit_code
+        return str(error.format_message()), ConfigError.exit_code
     if isinstance(error, ModuleNotFoundError):
-        if str(error.name).startswith("minigpt"):
-            text = f"this installation lacks {error.name}. Install all of minigpt to use it."
-            return text, ConfigError.exit_code
-        return f"{error.name} is not installed. Install minigpt again with its dependencies.", 1
-    # The CPU's allocator, and cuBLAS, which allocates by itself.
-    is_torch = isinstance(error, RuntimeError) and (
-        "can't allocate memory" in str(error) or "_STATUS_ALLOC_FAILED" in str(error)
-    )
-    if is_torch or isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__:
-        remedy = "Try a smaller model, --batch-size or --context-length."
-        return f"out of memory. {remedy}", ResourceError.exit_code
-    if isinstance(error, OSError):
-        from minigpt.files import resource_errors
-
-        try:
-            with resource_errors(None):
-                raise error
-        except ResourceError as resource:
-            return str(resource), resource.exit_code
-        except OSError:
-            where = f"{error.filename!r}: " if error.filename else ""
-            reason = error.strerror or str(error) or type(error).__name__
-            is_missing = isinstance(error, FileNotFoundError)
-            check = "Check the path" + ("." if is_missing else ", its permissions and the disk.")
-            return f"{where}{reason}. {check}", 1
+        return f"this installation lacks {error.name}. Install all of minigpt to use it.", 2
     return f"{type(error).__name__}: {error}. This is a bug of minigpt; --debug shows more.", 1

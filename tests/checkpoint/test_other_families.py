@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minigpt.checkpoint.families import canonical, model_config_from_hf
+from minigpt.checkpoint.families import model_config_from_hf
 from minigpt.checkpoint.model_folder import read_model, write_model
+from minigpt.checkpoint.published_models import canonical
 from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError, ConfigError
 from minigpt.generation.decoder import Decoder

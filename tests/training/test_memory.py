@@ -11,7 +11,7 @@ import torch
 from small_runs import config_of, trainer_of
 from torch.profiler import ProfilerActivity, profile
 
-from minigpt.checkpoint.families import canonical
+from minigpt.checkpoint.published_models import canonical
 from minigpt.errors import ResourceError
 from minigpt.text.tokens import PreparedData
 from minigpt.training.reports import memory

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from pkgutil import iter_modules
 from typing import Any
 
-from minigpt.config import HF_LAYOUTS, ModelConfig
+from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError, ConfigError
 from minigpt.model.language_model import LanguageModel
 from minigpt.rings import has_ring, ring
@@ -185,34 +185,6 @@ def hf_fields(config: ModelConfig) -> dict[str, Any]:
         return {name: json.loads(value) for name, value in pairs}
     except ValueError as error:
         raise ConfigError(f"hf_fields must be a list of NAME=JSON: {str(error)[:80]}.") from None
-
-
-def canonical(config: ModelConfig) -> ModelConfig:
-    """Return the config of a new model as it will be read from its config.json.
-
-    Raises: ConfigError for a field that the model type does not have, so that the model could not
-        be read again.
-    """
-    if not config.hf_fields and config.model_type in (*HF_LAYOUTS, OWN_TYPE):
-        return config
-    kind = config.model_type
-    if config.activation not in family_of(kind).activations.values():
-        raise ConfigError(
-            f"a model of type {kind} cannot have the activation {config.activation!r}. Choose "
-            f"{', '.join(sorted(set(family_of(kind).activations.values())))}."
-        )
-    try:
-        again = model_config_from_hf(model_config_to_hf(config, None))
-    except CheckpointError as error:
-        raise ConfigError(f"a model of type {kind} cannot be like this: {error}") from None
-    for f in fields(ModelConfig):
-        asked, has = getattr(config, f.name), getattr(again, f.name)
-        if f.name != "hf_fields" and asked != has:
-            raise ConfigError(
-                f"a model of type {kind} always has {f.name} {has!r}: it is {asked!r}. Set "
-                f"model.{f.name} to that."
-            )
-    return again
 
 
 def _built(values: Mapping[str, Any]) -> ModelConfig:

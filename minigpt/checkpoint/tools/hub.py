@@ -6,12 +6,12 @@ from typing import Any
 
 from minigpt.checkpoint.carried import CARRIED
 from minigpt.checkpoint.resolve import HUB_NAME
+from minigpt.checkpoint.tools.weight_files import INDEX
 from minigpt.errors import CheckpointError, MinigptError, install_extra
 from minigpt.files import read_json, resource_errors
 
-_INDEX = "model.safetensors.index.json"
 _WEIGHTS = "model.safetensors"
-_SMALL_FILES = ["config.json", _INDEX, *CARRIED]
+_SMALL_FILES = ["config.json", INDEX, *CARRIED]
 _LOG_IN = "log in with `hf auth login`"
 
 
@@ -59,9 +59,9 @@ def download_model(spec: str) -> Path:
 
 def _weight_files(folder: Path) -> list[str]:
     """Return the names of the weight files: safetensors in the folder itself, nothing else."""
-    if not (folder / _INDEX).exists():
+    if not (folder / INDEX).exists():
         return [_WEIGHTS]
-    shards = read_json(folder / _INDEX).get("weight_map")
+    shards = read_json(folder / INDEX).get("weight_map")
     names = [n for n in shards.values() if isinstance(n, str)] if isinstance(shards, dict) else []
     return sorted({n for n in names if re.fullmatch(r"[\w.-]+\.safetensors", n)})
 

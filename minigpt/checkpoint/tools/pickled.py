@@ -25,7 +25,8 @@ from minigpt.checkpoint.model_folder import (
     write_model,
 )
 from minigpt.checkpoint.tokenizer_json import tokenizer_file, tokenizer_from_json
-from minigpt.checkpoint.weights import INDEX, WEIGHTS, canonical_names, shard_names, stored_tensors
+from minigpt.checkpoint.tools.weight_files import INDEX, shard_names
+from minigpt.checkpoint.weights import WEIGHTS, canonical_names, stored_tensors
 from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError, ConfigError, DataError, cut
 from minigpt.files import open_regular, read_bytes, resource_errors, to_json

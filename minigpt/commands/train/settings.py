@@ -5,12 +5,12 @@ from dataclasses import replace
 from math import gcd
 from typing import Any, Literal
 
-from minigpt.checkpoint.families import canonical
-from minigpt.config import RunConfig
+from minigpt.checkpoint.families import OWN_TYPE
+from minigpt.config import HF_LAYOUTS, RunConfig
 from minigpt.errors import ConfigError
 from minigpt.presets import DEFAULT_PRESET
 from minigpt.presets import preset as preset_settings
-from minigpt.rings import find_ring
+from minigpt.rings import find_ring, ring
 from minigpt.settings import build, merge, to_dict
 from minigpt.text.tokens import PreparedData, prepared_settings
 
@@ -76,7 +76,10 @@ def with_vocabulary(settings: dict[str, Any], vocab_size: int) -> RunConfig:
             f"model.vocab_size must be at least {vocab_size}, the size of the tokenizer: it is "
             f"{config.model.vocab_size}. Leave it out."
         )
-    return replace(config, model=canonical(config.model))
+    model = config.model
+    if model.hf_fields or model.model_type not in (*HF_LAYOUTS, OWN_TYPE):
+        model = ring("checkpoint.published_models").canonical(model)
+    return replace(config, model=model)
 
 
 def suited_to_text(
