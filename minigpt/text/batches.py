@@ -69,24 +69,17 @@ def window_starts(
 
 
 def batch(
-    span: TokenSpan,
-    context_length: int,
-    batch_size: int,
-    *,
-    seed: int,
-    step: int,
-    rank: int = 0,
-    world_size: int = 1,
+    span: TokenSpan, context_length: int, batch_size: int, **order: int
 ) -> tuple["torch.Tensor", "torch.Tensor"]:
     """Return the inputs of one step and the tokens that follow them.
 
+    Args: order, as for ``window_starts``: seed and step, rank and world_size.
     Returns: inputs and targets, each (batch_size // world_size, T), int64. A target without a loss
         is NO_TARGET.
     Raises: DataError if the span is shorter than context_length + 1 tokens.
     """
     require_length(span, context_length)
-    ranks = {"rank": rank, "world_size": world_size}
-    starts = window_starts(len(span), context_length, batch_size, seed=seed, step=step, **ranks)
+    starts = window_starts(len(span), context_length, batch_size, **order)
     return _inputs_and_targets(span.marked_windows(starts, context_length + 1), context_length)
 
 

@@ -128,8 +128,8 @@ class ImportedTokenizer(Tokenizer):
     def _continuing(self) -> tokenizers.Tokenizer:
         """The library's tokenizer for later pieces of a text: without a space before the piece."""
         data = dict(self.data)
-        normalizers = _steps(data.get("normalizer"))
-        pre_tokenizers = _steps(data.get("pre_tokenizer"))
+        normalizers = steps_of(data.get("normalizer"))
+        pre_tokenizers = steps_of(data.get("pre_tokenizer"))
         kept = [step for step in normalizers if step["type"] != "Prepend"]
         plain = [step | _NO_SPACE.get(step["type"], {}) for step in pre_tokenizers]
         if (kept, plain) == (normalizers, pre_tokenizers):
@@ -207,17 +207,19 @@ def _parsing(library: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     return copy
 
 
-def _steps(part: Mapping[str, Any] | None) -> list[JSONValue]:
+def steps_of(part: Mapping[str, Any] | None) -> list[JSONValue]:
     """Return the steps of a part of tokenizer.json, in one list however they are nested."""
     if part is None:
         return []
+    if part["type"] != "Sequence":
+        return [dict(part)]
     names = ("normalizers", "pretokenizers", "decoders")
-    nested = [step for name in names for step in part.get(name, ())]
-    return [inner for step in nested for inner in _steps(step)] if nested else [dict(part)]
+    nested = (step for name in names for step in part.get(name, ()))
+    return [inner for step in nested for inner in steps_of(step)]
 
 
 def _types(part: Mapping[str, Any] | None) -> list[str]:
-    return [step["type"] for step in _steps(part)]
+    return [step["type"] for step in steps_of(part)]
 
 
 def _is_of_library(error: BaseException) -> bool:

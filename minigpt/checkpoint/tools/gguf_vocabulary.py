@@ -15,6 +15,7 @@ from minigpt.checkpoint.tokenizer_json import TOKENIZER_CONFIG, tokenizer_to_jso
 from minigpt.errors import CheckpointError
 from minigpt.files import read_bytes, read_json, resource_errors
 from minigpt.text.byte_pairs import TiktokenTokenizer
+from minigpt.text.imported import steps_of
 from minigpt.text.tokenizer import BPE_PATTERN, BYTE_OF_CHARACTER, Tokenizer, well_formed
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -90,7 +91,7 @@ def gguf_vocabulary(folder: Path, tokenizer: Tokenizer, n_rows: int) -> GGUFVoca
         if model.get(option):
             raise _refusal(f"it has a {option}")
     tokens, types = _tokens(data, n_rows)
-    is_bytes = any(step["type"] == "ByteLevel" for step in _steps(data.get("pre_tokenizer")))
+    is_bytes = any(step["type"] == "ByteLevel" for step in steps_of(data.get("pre_tokenizer")))
     write = _byte_level if is_bytes else _characters
     vocabulary = write(tokenizer, data, tokens, types)
     vocabulary.add_bos = bool(tokenizer.prefix)
@@ -140,7 +141,7 @@ def _byte_level(
     tokenizer: Tokenizer, data: Mapping[str, Any], tokens: list[str], types: list[int]
 ) -> GGUFVocabulary:
     model, notes = data["model"], []
-    for step in _steps(data.get("normalizer")):
+    for step in steps_of(data.get("normalizer")):
         if step["type"] != "NFC":
             raise _refusal(f"its normalizer is {step['type']}")
         notes.append("llama.cpp does not normalize: text that is not in the form NFC differs")
@@ -176,7 +177,7 @@ def _split_name(
 
 def _patterns(data: Mapping[str, Any]) -> Iterator[str]:
     """Yield the regexes by which a byte-level vocabulary splits a text, one after the other."""
-    for step in _steps(data.get("pre_tokenizer")):
+    for step in steps_of(data.get("pre_tokenizer")):
         match step:
             # The same, as the patterns of llama.cpp match all of a text.
             case {"type": "Split", "pattern": {"Regex": str(regex)}} if (
@@ -202,7 +203,7 @@ def _characters(
     model = data["model"]
     if not model.get("byte_fallback") or not set(tokens) >= _BYTE_TOKENS:
         raise _refusal("its characters have no byte fallback")
-    normalizers, splits = _steps(data.get("normalizer")), _steps(data.get("pre_tokenizer"))
+    normalizers, splits = steps_of(data.get("normalizer")), steps_of(data.get("pre_tokenizer"))
     notes = []
     if not splits and normalizers in ([_PREPEND, _REPLACE], [_REPLACE]):
         has_prefix = _PREPEND in normalizers
@@ -280,16 +281,6 @@ def _special_ids(
 def _tokenizer_config(folder: Path) -> dict[str, Any]:
     path = folder / TOKENIZER_CONFIG
     return read_json(path) if path.is_file() else {}
-
-
-def _steps(part: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """Return the steps of a part of tokenizer.json, in one list however they are nested."""
-    if part is None:
-        return []
-    if part["type"] != "Sequence":
-        return [dict(part)]
-    nested = part.get("normalizers", part.get("pretokenizers", []))
-    return [inner for step in nested for inner in _steps(step)]
 
 
 def _refusal(what: str, remedy: str = "") -> CheckpointError:
