@@ -16,8 +16,13 @@ def ring(module: str) -> Any:
 
 
 def find_ring(module: str) -> Any:
-    """Import a module of a ring; None if this installation does not have it."""
-    return ring(module) if has_ring(module) else None
+    """Import a module of a ring; None if this installation lacks it, or a ring that it needs."""
+    try:
+        return ring(module)
+    except ModuleNotFoundError as error:
+        if str(error.name).startswith("minigpt"):
+            return None
+        raise  # a library that the ring needs
 
 
 def has_ring(module: str) -> bool:
