@@ -13,7 +13,7 @@ from small_traces import small_trace
 from watched_pages import OpenPage
 
 import minigpt
-from minigpt.text.tokenizer import bytes_tokenizer
+from minigpt.text.tokenizer import BytesTokenizer
 from minigpt.tracing.events import Trace
 
 pytestmark = pytest.mark.browser
@@ -126,7 +126,7 @@ def test_the_page_of_a_changed_model_says_so(
     trace = minigpt.trace(
         small_model("llama-grouped", vocab_size=257),
         "to be or n",
-        tokenizer=bytes_tokenizer(),
+        tokenizer=BytesTokenizer(),
         max_new_tokens=3,
         seed=1,
         **options,

@@ -260,7 +260,7 @@ from minigpt.text.tokens import prepare
 def kill(progress):
     if progress.stage == "encode":
         os.kill(os.getpid(), signal.SIGKILL)
-prepare(DataConfig(paths=(sys.argv[1],)), pathlib.Path(sys.argv[2]), kill)
+prepare(DataConfig(paths=(sys.argv[1],)), pathlib.Path(sys.argv[2]), on_progress=kill)
 """
     cache = tmp_path / "cache"
     killed = subprocess.run([sys.executable, "-c", code, str(corpus), str(cache)])

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import torch
-from minigpt.text.shards import PreparedData
 from small_runs import config_of, run_until, trainer_of
 
 from minigpt.checkpoint.folder import RunFolder
 from minigpt.checkpoint.manifest import verify
 from minigpt.checkpoint.model_folder import read_model
+from minigpt.text.tokens import PreparedData
 
 CONFIG = config_of(max_steps=6, save_every=2)
 

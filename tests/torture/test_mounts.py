@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 from interrupted_runs import train, weights
-from minigpt.text.shards import PreparedData
 from small_runs import differing
 
 from minigpt.checkpoint.folder import RunFolder
 from minigpt.errors import MinigptError, ResourceError
 from minigpt.files import write_atomically
+from minigpt.text.tokens import PreparedData
 
 Mount = Callable[..., Path]
 
