@@ -271,11 +271,11 @@ def test_an_error_keeps_the_file_that_was_there(run: Run, place: Path) -> None:
 def test_a_trace_cut_short_reports_its_knockouts_and_checks(
     run: Run, place: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
-    from minigpt.commands.attention_trace import output
+    from minigpt.commands.attention_trace import files
     from minigpt.tracing.analysis.reader import read_traces
 
     shown = []
-    real = output.to_json_line
+    real = files.to_json_line
 
     def press(event: Any) -> str:
         shown.append(event)
@@ -283,7 +283,7 @@ def test_a_trace_cut_short_reports_its_knockouts_and_checks(
             signal.raise_signal(number)
         return real(event)
 
-    monkeypatch.setattr(output, "to_json_line", press)
+    monkeypatch.setattr(files, "to_json_line", press)
     result = run(*TRACE, "--verify", "1", "--out", "o.jsonl")
     assert result.code == 128 + number
     assert "interrupted" in result.out

@@ -9,7 +9,6 @@ from page_traces import made_trace
 from small_traces import small_trace, text_of, with_tokens
 
 from minigpt.commands.attention_trace.output import TraceOutput
-from minigpt.commands.attention_trace.targets import Targets
 from minigpt.tracing.events import Trace, TraceEvent
 from minigpt.tracing.lines import TraceLayout, header_lines
 from minigpt.tracing.views import ViewOptions, matrix, pictures, text
@@ -39,7 +38,7 @@ def shown_live(trace: Trace, capsys: pytest.CaptureFixture[str]) -> tuple[str, l
             counts.append(len(re.findall(r"(?m)^ +\d+ .*%", out)))
 
     layout = TraceLayout(80, vocab_size=257, n_positions=30, n_sources=0)
-    with TraceOutput(Targets(), layout) as output:
+    with TraceOutput(layout) as output:
         output.show(events())
     return out + capsys.readouterr().out, counts
 

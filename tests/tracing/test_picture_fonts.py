@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from small_traces import small_trace, with_tokens
 
-from minigpt.commands.attention_trace.output import TraceOutput
+from minigpt.commands.attention_trace.files import FileOutput
 from minigpt.commands.attention_trace.targets import Targets
 from minigpt.tracing.events import Trace
 from minigpt.tracing.lines import TraceLayout
@@ -100,7 +100,7 @@ def test_a_png_escapes_what_no_font_has_and_one_line_says_so(
     assert pictures.missing_characters(trace) == RARE
     targets = Targets(png=tmp_path / "p.png", svg=tmp_path / "p.svg")
     layout = TraceLayout(80, vocab_size=257, n_positions=30)
-    with TraceOutput(targets, layout, is_quiet=True) as output:
+    with FileOutput(targets, layout, is_quiet=True) as output:
         output.show(iter([trace.header, *trace.steps, trace.footer]))
     lines = [line for line in capsys.readouterr().err.splitlines() if "font" in line]
     assert len(lines) == 1

@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from minigpt.commands.attention_trace.targets import DIFF, LIVE, REPLAY, Targets
+from minigpt.commands.attention_trace.targets import Targets
 from minigpt.commands.options import (
     Fields,
     ModelSource,
@@ -19,7 +19,7 @@ from minigpt.commands.options import (
 )
 from minigpt.config import InterventionConfig, SamplingConfig
 from minigpt.errors import ConfigError
-from minigpt.rings import ring
+from minigpt.rings import find_ring, ring
 from minigpt.tracing.config import N_SOURCES, SAMPLING, TraceConfig, facts_of
 
 if TYPE_CHECKING:
@@ -28,10 +28,11 @@ if TYPE_CHECKING:
 
 _FILES = "Files"
 _RECORDED = "commands.attention_trace.recorded"
+_conditions = find_ring("commands.attention_trace.conditions")
 
 
 @command
-@modes(DIFF, REPLAY, LIVE)
+@modes(*(_conditions.MODES if _conditions else ()))
 def attention_trace(
     prompt: Prompt = None,
     *,
@@ -106,51 +107,24 @@ def attention_trace(
             f"--view heads shows the rows of single heads, and --measure {config.measure} goes "
             "through the whole model. Use --measure logit, or another view."
         )
+    from minigpt.checkpoint.weights import weights_sha256
+    from minigpt.commands.attention_trace.output import TraceOutput
     from minigpt.commands.loading import load, with_interventions
+    from minigpt.commands.output import note
+    from minigpt.console import make_console
+    from minigpt.generation.decoder import fresh_seed
     from minigpt.generation.loading import forced_ids
+    from minigpt.tracing.lines import make_layout
+    from minigpt.tracing.tracer import trace
 
-    targets.check(sampling.num_samples)
-    config = replace(config, has_heads=targets.has_heads)
+    files = None if targets.are_lines else ring("commands.attention_trace.files")
+    if files:
+        files.check_files(targets, sampling.num_samples)
     ready = load(source, prompt, form)
     intervention = None
     if interventions.is_any:
         ready, intervention = with_interventions(ready, interventions, special=form.special)
     forced = forced_ids(ready.tokenizer, sampling, ready.model, ready.prompt, special=form.special)
-    if not _trace(
-        ready,
-        sampling,
-        config,
-        targets,
-        forced=forced,
-        intervention=intervention,
-        special=form.special,
-        compile=source.compile,
-    ):
-        raise typer.Exit(130)
-
-
-def _trace(
-    ready: "Ready",
-    sampling: SamplingConfig,
-    config: TraceConfig,
-    targets: Targets,
-    *,
-    forced: list[int],
-    intervention: InterventionConfig | None,
-    special: bool,
-    compile: bool | None,
-) -> bool:
-    """Trace each sample; return whether all ended without Ctrl-C."""
-    from contextlib import AbstractContextManager, nullcontext
-
-    from minigpt.checkpoint.weights import weights_sha256
-    from minigpt.commands.attention_trace.output import TraceOutput
-    from minigpt.commands.output import note
-    from minigpt.console import make_console
-    from minigpt.generation.decoder import fresh_seed
-    from minigpt.tracing.lines import make_layout
-    from minigpt.tracing.tracer import trace
-
     shape = ready.model.config
     layout = make_layout(
         make_console(is_stderr=False).width,
@@ -161,41 +135,38 @@ def _trace(
     )
     if config.n_sources is None:
         config = replace(config, n_sources=max(N_SOURCES, layout.n_sources))
+    config = replace(config, has_heads=targets.has_heads)
+    output = (
+        files.FileOutput(targets, layout, model=ready.folder)
+        if files
+        else TraceOutput(layout, model=ready.folder)
+    )
     digest = weights_sha256(ready.folder) if targets.out is not None else None
     first_seed = fresh_seed() if sampling.seed is None else sampling.seed
-    with TraceOutput(targets, layout, model=ready.folder) as output:
+    is_whole = True
+    with output:
         for seed in range(first_seed, first_seed + sampling.num_samples):
-            dense: AbstractContextManager[Any] = nullcontext()
-            if targets.dense is not None:
-                dense = ring("tracing.analysis.dense").writing_rows(
-                    targets.dense,
-                    n_layer=shape.n_attention_layer,
-                    n_head=shape.n_head,
-                    metadata={"model": str(ready.folder)[-1000:], "seed": str(seed)},
-                )
-            with dense as add_rows:
-                events = trace(
-                    ready.model,
-                    ready.tokenizer,
-                    ready.prompt,
-                    sampling,
-                    config,
-                    seed=seed,
-                    model_name=str(ready.folder),
-                    model_sha256=digest,
-                    compiles=compile,
-                    forced=forced,
-                    intervention=intervention,
-                    special=special,
-                    dense=add_rows,
-                )
-                is_whole = output.show(_after_compiling(events, ready, compile))
-            if targets.dense is not None:
-                note(f"wrote {targets.dense}")
+            events = trace(
+                ready.model,
+                ready.tokenizer,
+                ready.prompt,
+                sampling,
+                config,
+                seed=seed,
+                model_name=str(ready.folder),
+                model_sha256=digest,
+                compiles=source.compile,
+                forced=forced,
+                intervention=intervention,
+                special=form.special,
+                dense=output.dense,
+            )
+            is_whole = output.show(_after_compiling(events, ready, source.compile))
             note(f"seed {seed}")
             if not is_whole:
-                return False
-    return True
+                break
+    if not is_whole:
+        raise typer.Exit(130)
 
 
 def _after_compiling(

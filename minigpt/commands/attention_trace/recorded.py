@@ -2,10 +2,11 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
-from minigpt.commands.attention_trace.output import TraceOutput
+from minigpt.commands.attention_trace.files import FileOutput, check_files
 from minigpt.commands.attention_trace.targets import Targets
 from minigpt.console import make_console, print_lines, write_result
 from minigpt.errors import DataError
@@ -32,7 +33,7 @@ def replay(path: Path, targets: Targets, config: TraceConfig) -> None:
     """
     traces = read_traces(path)
     n_sources = config.n_sources
-    targets.check(len(traces), path)
+    check_files(targets, len(traces), path)
     if targets.dense is not None:
         traces = [_with_rows_of(traces[0], targets, config)]
     for trace in traces:
@@ -43,8 +44,9 @@ def replay(path: Path, targets: Targets, config: TraceConfig) -> None:
             n_sources=n_sources,
             measures=trace.header.measures,
         )
-        is_quiet = bool(targets.files) and targets.view is None and n_sources is None
-        with TraceOutput(targets, layout, is_quiet=is_quiet and not targets.as_json) as output:
+        is_file = any(path is not None for path in (targets.html, targets.svg, targets.png))
+        is_quiet = is_file and targets.view is None and n_sources is None and not targets.as_json
+        with FileOutput(replace(targets, dense=None), layout, is_quiet=is_quiet) as output:
             output.show(iter([trace.header, *trace.steps, trace.footer]))
 
 

@@ -1,0 +1,221 @@
+"""Traces as JSON, in any view, and in files (--json, --view, --out, --html, --dense and so on)."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from torch import Tensor
+
+from minigpt.commands.attention_trace.output import TraceOutput
+from minigpt.commands.attention_trace.targets import LINES, Targets
+from minigpt.commands.output import note
+from minigpt.console import print_lines, write_result
+from minigpt.errors import ConfigError
+from minigpt.files import require_writable, resource_errors, write_atomically, writing_aside
+from minigpt.rings import ring
+from minigpt.tracing.events import Trace, TraceEvent, TraceFooter, TraceHeader, TraceStep
+from minigpt.tracing.file import to_json_line
+from minigpt.tracing.lines import TraceLayout
+
+_PICTURES = ("svg", "png")
+_LINES_BELOW = 3  # the seed, and the shell's next prompt
+
+
+def check_files(targets: Targets, n_samples: int, replayed: Path | None = None) -> None:
+    """Check the files before anything long begins.
+
+    Args: replayed, the file that is shown, which must not be replaced.
+    Raises: ConfigError for a file without a folder, a picture without matplotlib, one file
+        for several traces, or several options that name one file; ResourceError for a file
+        that cannot be written.
+    """
+    options: dict[str, str] = {}
+    if replayed is not None:
+        options[os.path.realpath(replayed)] = "--replay"
+    for name in ("dense", "out", "html", *_PICTURES):
+        path: Path | None = getattr(targets, name)
+        if path is None:
+            continue
+        if name != "out" and n_samples > 1:
+            raise ConfigError(
+                f"--{name} shows one trace, and there are {n_samples}. Leave --num-samples out."
+            )
+        if name == "dense" and replayed is not None:  # it is read
+            options[os.path.realpath(path)] = "--dense"
+            continue
+        other = options.setdefault(os.path.realpath(path), f"--{name}")
+        if other != f"--{name}":
+            raise ConfigError(f"{other} and --{name} name the same file {str(path)!r}.")
+        if not path.parent.is_dir():
+            raise ConfigError(f"--{name}: there is no folder {str(path.parent)!r}. Make it first.")
+        if name == "out" and _is_stdout(targets):
+            if targets.view is not None or targets.as_json:
+                other = "--json" if targets.as_json else "--view"
+                raise ConfigError(
+                    f"--out {str(path)!r} is standard output, which {other} takes too. Leave "
+                    "one of them out."
+                )
+            continue
+        if path.is_dir() or (name != "out" and path.exists() and not path.is_file()):
+            # These files are written aside and renamed, which would replace a device.
+            raise ConfigError(f"--{name}: {str(path)!r} is not a file. Choose another name.")
+        if name in _PICTURES:
+            ring("figures").require_matplotlib(path)
+        require_writable(path)
+
+
+def _is_stdout(targets: Targets) -> bool:
+    """Return whether --out is standard output, as /dev/stdout."""
+    try:
+        return targets.out is not None and os.path.samestat(os.stat(targets.out), os.fstat(1))
+    except OSError:
+        return False
+
+
+class FileOutput(TraceOutput):
+    """Shows traces as lines, as JSON or in a view, and writes their files."""
+
+    def __init__(
+        self,
+        targets: Targets,
+        layout: TraceLayout,
+        *,
+        model: Path | None = None,
+        is_quiet: bool = False,
+    ) -> None:
+        """Args: model, named on stderr when the first trace begins; is_quiet, for no stdout."""
+        super().__init__(layout, model=model)
+        is_quiet |= _is_stdout(targets)  # the lines of --out are the result
+        self._targets = targets
+        self._view = "" if is_quiet else "json" if targets.as_json else targets.view or LINES
+        self._drawn_files = [p for p in (targets.html, targets.svg, targets.png) if p is not None]
+        self._is_kept = bool(self._drawn_files) or self._view not in ("", "json", LINES)
+        self._events: list[TraceEvent] = []  # of the trace that is shown, if it is kept
+        self._files = ExitStack()
+        self._out: BinaryIO | None = None
+        self._rows = ExitStack()
+        if targets.dense is not None:
+            self.dense = self._add_rows
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None = None,
+        error: BaseException | None = None,
+        trace: TracebackType | None = None,
+    ) -> None:
+        """Rename the file of --out into place, unless there was an error."""
+        path = self._targets.out
+        if self._out is None or path is None:
+            return
+        is_kept = kind is None or kind is SystemExit  # a signal: the rows so far are worth keeping
+        with resource_errors(path):
+            self._files.__exit__(*((None, None, None) if is_kept else (kind, error, trace)))
+        if is_kept:
+            note(f"wrote {path}")
+
+    def show(self, events: Iterator[TraceEvent]) -> bool:
+        """Show a trace as its events come; return whether it ended without Ctrl-C.
+
+        Raises: as the base class; ConfigError if the trace lacks what a view needs; ResourceError
+            if a file cannot be written.
+        """
+        self._events = []
+        with self._rows:
+            is_whole = super().show(events)
+        if self.dense is not None:
+            note(f"wrote {self._targets.dense}")
+        return is_whole
+
+    def show_lines(self, event: TraceEvent) -> None:
+        """Show an event as lines or JSON, if stdout shows that, and write it to --out."""
+        if self.dense is not None and isinstance(event, TraceHeader):
+            self._open_rows(event)
+        if self._is_kept:
+            self._events.append(event)
+        if self._targets.out is not None:
+            self._write(to_json_line(event) + "\n", self._targets.out)
+        if self._view == "json":
+            write_result(to_json_line(event) + "\n")
+        elif self._view == LINES:
+            super().show_lines(event)
+
+    def end(self, text: str | None) -> None:
+        """Show the view of a trace and write its page and pictures."""
+        if self._view == LINES:
+            super().end(text)
+        if not self._is_kept:
+            return
+        header, *steps, footer = self._events
+        assert isinstance(header, TraceHeader)
+        assert isinstance(footer, TraceFooter)
+        self._show_views(Trace(header, tuple(s for s in steps if isinstance(s, TraceStep)), footer))
+
+    def _open_rows(self, header: TraceHeader) -> None:
+        """Open the file of --dense for a trace."""
+        assert self._targets.dense is not None
+        writing = ring("tracing.analysis.dense").writing_rows(
+            self._targets.dense,
+            n_layer=header.n_layer,
+            n_head=header.n_head,
+            metadata={"model": header.model[-1000:], "seed": str(header.seed)},
+        )
+        self._add = self._rows.enter_context(writing)
+
+    def _add_rows(self, weights_LHS: Tensor) -> None:
+        self._add(weights_LHS)
+
+    def _write(self, line: str, path: Path) -> None:
+        """Write a line of --out: aside, to be renamed at the end; or to a device or a pipe."""
+        if _is_stdout(self._targets):
+            write_result(line)
+            return
+        with resource_errors(path):
+            if self._out is None:
+                is_new = not path.exists() or path.is_file()
+                # realpath, as a link stays one; but a link to a pipe leads nowhere.
+                place = Path(os.path.realpath(path))
+                file = writing_aside(place) if is_new else path.open("wb")
+                self._out = self._files.enter_context(file)
+            self._out.write(line.encode())
+            self._out.flush()
+
+    def _show_views(self, trace: Trace) -> None:
+        targets = self._targets
+        if self._view not in ("", "json", LINES):
+            print_lines(self.console, self._drawn(self._view, trace))
+        for path in self._drawn_files:
+            if path == targets.html:
+                data = self._drawn("page", trace)
+            else:
+                format = path.suffix.lower().removeprefix(".")
+                data = self._drawn("pictures", trace, format=format)
+                if format == "png":
+                    _note_missing(ring("tracing.views.pictures").missing_characters(trace))
+            write_atomically(path, data)
+            note(f"wrote {path}")
+
+    def _drawn(self, view: str, trace: Trace, **more: Any) -> Any:
+        options = ring("tracing.views").ViewOptions(
+            position=self._targets.position,
+            width=self.console.width,
+            height=self.console.height - _LINES_BELOW if sys.stdout.isatty() else None,
+            has_colour=self.console.color_system in ("256", "truecolor")
+            and not self.console.no_color,
+            picture=self._targets.picture,
+            **more,
+        )
+        return ring(f"tracing.views.{view}").show(trace, options)
+
+
+def _note_missing(characters: str) -> None:
+    """Say once which characters a picture has only as escapes."""
+    if characters:
+        shown = " ".join(characters[:8]) + (" ..." if len(characters) > 8 else "")
+        note(
+            f"no installed font has {shown}: the picture has escapes instead. Install a font that "
+            "has them, such as Noto, or write --svg"
+        )
