@@ -118,7 +118,7 @@ def test_interrupted_prepare_is_resumed(run: Run, monkeypatch: pytest.MonkeyPatc
     lines = [json.dumps({"text": TEXT[: 40 * i]}) + "\n" for i in range(1, 60)]
     Path("docs.jsonl").write_text("".join(lines))
     monkeypatch.setattr(shard_files, "MAX_SHARD_TOKENS", 10_000)
-    monkeypatch.setattr(corpus, "PROGRESS_BYTES", 1)
+    monkeypatch.setattr("minigpt.text.corpus.PROGRESS_BYTES", 1)
     monkeypatch.setattr("minigpt.text.building.CHUNK_CHARS", 1000)
     from minigpt.commands.progress import ProgressLine
 

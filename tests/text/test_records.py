@@ -14,7 +14,7 @@ import pytest
 
 from minigpt.config import DataConfig
 from minigpt.errors import DataError
-from minigpt.text import records
+from minigpt.text import json_rows
 from minigpt.text.corpus import iter_documents
 from minigpt.text.sources import find_files
 
@@ -312,7 +312,7 @@ def test_a_json_array_that_is_cut_or_broken_is_refused(content: bytes) -> None:
 
 
 def test_a_long_json_array_is_read_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minigpt.text.records.READ_CHARS", 7)
+    monkeypatch.setattr("minigpt.text.json_rows.READ_CHARS", 7)
     for content in (json_array(TEXTS), json.dumps(TEXTS).encode(), b'["a", "b\\n", "\\u00e9"]'):
         Path("a.json").write_bytes(content)
         expected = json.loads(content)
@@ -365,7 +365,7 @@ def test_lines_of_rows_may_end_as_on_any_system(end: str) -> None:
 def test_a_broken_item_of_an_array_is_left_out_with_skip_bad(
     broken: str, n_lost: int, indent: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(records, "READ_CHARS", 64)
+    monkeypatch.setattr(json_rows, "READ_CHARS", 64)
     items = [json.dumps({"text": f"text {i}", "n": {"m": i}}, indent=indent) for i in range(9)]
     items[4] = broken
     Path("a.json").write_text("[" + ",\n".join(items) + "]")

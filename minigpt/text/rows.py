@@ -1,0 +1,53 @@
+"""Files of rows as text: what JSON and CSV have in common."""
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import BinaryIO, TextIO
+
+from minigpt.config import DataConfig
+from minigpt.errors import DataError
+from minigpt.text.encodings import advice, wide_encoding
+
+
+class BadRow(Exception):  # noqa: N818
+    """A row without a text. Its arguments: why, and what to do about it, a sentence or nothing."""
+
+    def __init__(self, reason: str, remedy: str = "") -> None:
+        super().__init__(reason, remedy)
+        self.reason, self.remedy = reason, remedy
+
+
+@contextmanager
+def as_text(file: BinaryIO, name: str, data: DataConfig) -> Iterator[TextIO]:
+    """Read a file as text, in which an invalid byte is a lone surrogate."""
+    buffered = io.BufferedReader(file)  # type: ignore[type-var]
+    encoding = data.encoding
+    if _is_utf8(encoding):
+        if wide := wide_encoding(buffered.peek(2**12)[: 2**12]):
+            raise DataError(f"{name!r} is not UTF-8: it is {wide}. Give --encoding {wide}.")
+        encoding = "utf-8-sig"
+    stream = io.TextIOWrapper(buffered, encoding, errors="surrogateescape", newline="")
+    try:
+        yield stream
+    except UnicodeError as error:
+        raise DataError(f"{name!r} is not {encoding}: {error}. Give another --encoding.") from None
+    finally:
+        with suppress(ValueError):  # the file is closed already if an error ended the reading
+            stream.detach().detach()
+
+
+def _is_utf8(encoding: str) -> bool:
+    return encoding.lower().replace("_", "-") in ("utf-8", "utf8", "utf-8-sig")
+
+
+def undecodable(text: str, data: DataConfig) -> BadRow | None:
+    """Return what is wrong with text of ``as_text`` that has an invalid byte; else None."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        if "\udc80" <= text[error.start] <= "\udcff":  # from surrogateescape
+            if not _is_utf8(data.encoding):
+                return BadRow(f"is not {data.encoding}")
+            return BadRow("is not UTF-8", advice(text.encode(errors="surrogateescape"), 0))
+    return None
