@@ -155,8 +155,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             shown.append(_parameter((name,), kind, parameter.default, about))
         else:
             shown.append(parameter.replace(annotation=hint))
-    flags = {parameter.name: _flag(parameter) for parameter in shown}
-    ways: Sequence[Mode] = getattr(function, "modes", ())
+    options = tuple(shown)
     shown.append(_parameter(("debug",), bool, False, Option("Show the traceback of an error")))
 
     @functools.wraps(function)
@@ -169,39 +168,15 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             given[name] = build(config, bases[name] | values)
             if usage:
                 usage.note_without_effect(given[name], values)
-        words = [
-            flags[name].replace("--", "--no-") if value is False else flags[name]
-            for name, value in typed.items()
-            if value not in _NOT_GIVEN
-        ]
-        mode = next((mode for mode in ways if not mode.flag or mode.flag in words), None)
-        if mode and usage:
-            values = {flag: _value(given, name) for name, flag in flags.items()}
-            usage.check_mode(mode, words, values)
+        if usage:
+            typed = {name: value for name, value in typed.items() if value not in _NOT_GIVEN}
+            usage.check_modes(getattr(function, "modes", ()), options, typed, given)
         function(**given)
 
     del run.__wrapped__
     run.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in shown}
     return run
-
-
-def _flag(parameter: inspect.Parameter) -> str:
-    """Return an option's name, or an argument's placeholder."""
-    about = parameter.default
-    if get_origin(parameter.annotation) is Annotated:  # declared as typer does
-        about = get_args(parameter.annotation)[1]
-        if isinstance(about.default, str):
-            return about.default
-    return str(about.param_decls[0].split("/")[0] if about.param_decls else about.metavar)
-
-
-def _value(given: Mapping[str, Any], name: str) -> Any:
-    """Return the value of an option, its default if it was not given."""
-    value: Any = given
-    for key in name.split("__"):
-        value = value.get(key) if isinstance(value, Mapping) else getattr(value, key, None)
-    return value
 
 
 def _nested(typed: Mapping[str, Any]) -> dict[str, Any]:
