@@ -14,7 +14,7 @@ from typing import Any
 from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError, ConfigError
 from minigpt.model.language_model import LanguageModel
-from minigpt.rings import has_ring, ring
+from minigpt.rings import find_ring, has_ring, ring
 from minigpt.settings import build, to_dict
 from minigpt.text.tokenizer import Tokenizer
 
@@ -34,27 +34,10 @@ ACTIVATIONS = {
 OWN_TYPE = "minigpt"
 """Model type of models that Hugging Face does not have: other attention scores, LSTMs."""
 
-# Of training, of generation, of other tasks, and what transformers writes about itself.
+# What we and transformers write into every config.json.
 _NO_EFFECT = """
-    architectures assistant_confidence_threshold attn_implementation auto_map bad_words_ids
-    begin_suppress_tokens bos_token_id cache_implementation chunk_size_feed_forward
-    classifier_dropout cls_token_id decoder_start_token_id diversity_penalty do_sample dtype
-    early_stopping encoder_no_repeat_ngram_size encoder_repetition_penalty eos_token_id
-    epsilon_cutoff eta_cutoff experts_implementation exponential_decay_length_penalty
-    finetuning_task force_words_ids forced_bos_token_id forced_eos_token_id
-    gradient_checkpointing guidance_scale id2label initializer_range is_decoder is_llama_config
-    keys_to_ignore_at_inference label2id length_penalty license low_memory mask_token_id
-    max_length max_new_tokens max_sequence_length max_time min_length min_new_tokens min_p
-    model_max_length model_type name_or_path neftune_noise_alpha no_repeat_ngram_size
-    num_assistant_tokens num_beam_groups num_beams num_labels num_logits_to_keep
-    num_return_sequences output_attentions output_hidden_states output_logits output_past
-    output_router_logits output_scores pad_token_id penalty_alpha prefix problem_type
-    prompt_lookup_num_tokens remove_invalid_values renormalize_logits repetition_penalty
-    return_dict return_dict_in_generate sep_token_id sequence_bias stop_strings suppress_tokens
-    task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k
-    top_p torch_dtype torchscript transformers.js_config transformers_version typical_p
-    unk_token_id unsloth_fixed unsloth_version use_bfloat16 use_cache use_return_dict vocab_file
-    watermarking_config
+    architectures bos_token_id dtype eos_token_id initializer_range model_type pad_token_id
+    torch_dtype transformers_version use_cache
 """
 _FIXED = {
     "add_cross_attention": False,
@@ -195,7 +178,8 @@ def _built(values: Mapping[str, Any]) -> ModelConfig:
 
 
 def _check_known(config: Mapping[str, Any], known: set[str]) -> None:
-    known = known.union(_NO_EFFECT.split())
+    published = find_ring("checkpoint.published_models")
+    known = known.union(_NO_EFFECT.split(), published.NO_EFFECT if published else ())
     for name, value in config.items():
         if name not in known and not name.startswith("_") and value is not None:
             raise CheckpointError(
