@@ -7,7 +7,9 @@ import pytest
 from rich.console import Console
 
 from minigpt.commands.status_line import FREE_CELLS, StatusLine
+from minigpt.commands.train.display import TrainingDisplay
 from minigpt.commands.train.panel import TRAIN_LOSS, VAL_LOSS, ThinnedCurve, TrainingPanel
+from minigpt.console import THEME
 from minigpt.training.events import EvalEvent, StepEvent
 
 NUMBERS = {
@@ -105,3 +107,19 @@ def test_a_long_curve_keeps_its_shape_in_few_points(n: int) -> None:
     assert n - curve.points[-1][0] < 1.5 * n_each + 1
     xs = [x for x, _ in curve.points]
     assert statistics.mean(xs) == pytest.approx((n + 1) / 2, abs=n_each)
+
+
+def test_facts_wrap_under_themselves_and_commands_stay_whole() -> None:
+    display, out = TrainingDisplay(), io.StringIO()
+    display.console = Console(
+        file=out, width=40, force_terminal=True, color_system=None, theme=THEME, soft_wrap=True
+    )
+    display.note("the text is read at most 10 times (--max-epochs): more did not help")
+    command = "minigpt train --resume --name a-run-with-a-long-name"
+    display.propose(command)
+    *fact, last = out.getvalue().splitlines()
+    assert fact == [
+        "note   the text is read at most 10 times",
+        "       (--max-epochs): more did not help",
+    ]
+    assert last == f"resume {command}"

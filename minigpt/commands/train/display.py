@@ -1,5 +1,6 @@
 """A training run on stderr: live on a terminal, plain lines elsewhere."""
 
+from textwrap import wrap
 from typing import Any
 
 from minigpt.commands.progress import ProgressLine
@@ -20,6 +21,10 @@ from minigpt.training.events import (
 )
 from minigpt.training.trainer import Trainer
 
+# Paths and options stay whole, and what is escaped stays as it is.
+_WRAPPING: dict[str, Any] = dict.fromkeys(
+    ("break_long_words", "break_on_hyphens", "replace_whitespace", "expand_tabs"), False
+)
 _LOSSES = {"val_loss": "nats/token", "bits_per_byte": "bits/byte"}
 
 
@@ -79,7 +84,7 @@ class TrainingDisplay(ProgressLine, Display):
                 self._evaluation = event
                 if self.panel:
                     self.panel.show_evaluation(event)
-                averaged = ", averaged weights" if event.is_averaged else ""
+                averaged = ", averaged" if event.is_averaged else ""
                 self._print(
                     f"step {event.step:>6}  val loss {event.val_loss:.4f} nats/token, "
                     f"{event.bits_per_byte:.4f} bits/byte  after {duration(event.elapsed_s)}"
@@ -138,13 +143,19 @@ class TrainingDisplay(ProgressLine, Display):
     def propose(self, resume: str | None) -> None:
         """Print the command that resumes a run that was stopped, else those to run next."""
         if resume is not None:
-            self._print_fact("resume", resume)
+            self._print_line("resume", resume)  # in one piece, to be copied
             return
         for number, command in enumerate(explanations.next_commands(self._run)):
-            self._print_fact("" if number else "next", command)
+            self._print_line("" if number else "next", command)
 
     def _print_fact(self, name: str, fact: str) -> None:
-        self.console.print(spans_to_text([(f"{name:<7}", "dim"), (fact, "plain")]))
+        width = max(20, self.console.width - 7) if self.console.is_terminal else len(fact) + 1
+        for line in wrap(fact, width, **_WRAPPING):
+            self._print_line(name, line)
+            name = ""
+
+    def _print_line(self, name: str, text: str) -> None:
+        self.console.print(spans_to_text([(f"{name:<7}", "dim"), (text, "plain")]))
 
     def _print(self, text: str) -> None:
         self.console.print(printable(text))
