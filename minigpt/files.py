@@ -60,7 +60,7 @@ def resource_errors(path: Path | None, remedy: str = "") -> Iterator[None]:
             raise
         where = error.filename or path
         if path and WRITING in str(where):  # the user knows the file, not its unfinished copy
-            where = path
+            where = str(path).replace(WRITING, "")
         if advice.endswith(" "):
             advice += remedy or "choose another folder or disk"
         elif advice == _NAME:

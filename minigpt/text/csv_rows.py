@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import BinaryIO, TextIO
 
 from minigpt.config import DataConfig
-from minigpt.text.rows import BadRow, as_text, undecodable
+from minigpt.text.rows import BadRow, as_text, read_line, undecodable
 
 LONGEST_CELL = 2**27
 """Longest cell of a CSV file, in characters: more is a quote that is not closed."""
@@ -68,7 +68,7 @@ class _Lines:
 
     def peek(self) -> str:
         """Return the first line."""
-        self._waiting.append(self._stream.readline())
+        self._waiting.append(read_line(self._stream, 1))
         return self._waiting[0]
 
     def begin_row(self) -> None:
@@ -89,7 +89,9 @@ class _Lines:
         return self
 
     def __next__(self) -> str:
-        line = self._waiting.popleft() if self._waiting else self._stream.readline()
+        line = (
+            self._waiting.popleft() if self._waiting else read_line(self._stream, self._n_read + 1)
+        )
         if not line:
             raise StopIteration
         self._n_read += 1

@@ -4,11 +4,12 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import count
 from typing import BinaryIO, TextIO
 
 from minigpt.config import DataConfig
 from minigpt.errors import DataError
-from minigpt.text.rows import BadRow, as_text, undecodable
+from minigpt.text.rows import BadRow, as_text, read_line, require_short, undecodable
 
 READ_CHARS = 2**20
 _BETWEEN = re.compile(r"[\s,\[\]]*")
@@ -17,7 +18,10 @@ _LITERAL_CHARS = 64  # more than the longest literal of JSON has
 
 def json_lines(file: BinaryIO, name: str, data: DataConfig) -> Iterator[tuple[int, object]]:
     with as_text(file, name, data) as stream:
-        for number, line in enumerate(stream, start=1):
+        for number in count(1):
+            line = read_line(stream, number)
+            if not line:
+                break
             if not line.isspace():
                 yield number, _json_line(line.removeprefix("\ufeff"), data)
 
@@ -45,6 +49,7 @@ def _items(stream: TextIO, name: str, data: DataConfig) -> Iterator[tuple[int, o
         block = stream.read(max(READ_CHARS, len(text)))
         is_end = not block
         text, at = text + block, 0
+        require_short(text, f"item {number + 1} of {name!r}")
         while True:
             between = _BETWEEN.match(text, at)
             assert between is not None

@@ -144,7 +144,7 @@ def _parquet_rows(file: BinaryIO, name: str, data: DataConfig) -> Iterator[tuple
             for row in batch.to_pylist():
                 number += 1
                 yield number, row
-    except (ArrowException, OSError) as error:
+    except (ArrowException, OSError, ValueError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise DataError(
             f"{name!r} cannot be read as Parquet after row {number}: {reason}. Get it again."

@@ -9,6 +9,9 @@ from minigpt.config import DataConfig
 from minigpt.errors import DataError
 from minigpt.text.encodings import advice, wide_encoding
 
+LONGEST_ROW = 2**27
+"""Most characters of a line of JSON or CSV, or of an item of a JSON array."""
+
 
 class BadRow(Exception):  # noqa: N818
     """A row without a text. Its arguments: why, and what to do about it, a sentence or nothing."""
@@ -39,6 +42,22 @@ def as_text(file: BinaryIO, name: str, data: DataConfig) -> Iterator[TextIO]:
 
 def _is_utf8(encoding: str) -> bool:
     return encoding.lower().replace("_", "-") in ("utf-8", "utf8", "utf-8-sig")
+
+
+def read_line(stream: TextIO, number: int) -> str:
+    """Read a line; "" at the end. Raises: DataError, as ``require_short``."""
+    line = stream.readline(LONGEST_ROW + 1)
+    require_short(line, f"line {number}")
+    return line
+
+
+def require_short(text: str, what: str) -> None:
+    """Raise DataError for a row that would fill the memory, as a small file may unpack to."""
+    if len(text) > LONGEST_ROW:
+        raise DataError(
+            f"{what} has more than {LONGEST_ROW:,} characters. Split it into several, or give "
+            "--format text if it is plain text."
+        )
 
 
 def undecodable(text: str, data: DataConfig) -> BadRow | None:

@@ -49,13 +49,19 @@ def for_text(n_train_tokens: int, n_parameters: int, step_tokens: int) -> dict[s
     return {"model": {"dropout": 0.25 if size < SMALL_TEXT else 0.1}, "training": training}
 
 
+_SHARE_OF_LATEST = 8
+"""Weight of the latest step in a short run's average, as a multiple of that in a plain mean."""
+
+
 class WeightAverage:
-    """Exponential moving average of a model's weights; the plain mean of its first steps.
+    """Exponential moving average of a model's weights, over fewer steps at the start of a run.
 
     Training oscillates around weights that are better than those of any single step, and on a small
-    text the average overfits later.
+    text the average overfits later. It covers some eighth of the steps taken, until the decay
+    covers less: the first weights of a short run are far from its last.
 
-    Source: Polyak and Juditsky 1992, doi:10.1137/0330046; Izmailov et al. 2018, arXiv:1803.05407.
+    Source: Polyak and Juditsky 1992, doi:10.1137/0330046; Izmailov et al. 2018, arXiv:1803.05407;
+        Shamir and Zhang 2013, arXiv:1212.1824, section 4.
     """
 
     def __init__(self, model: nn.Module, decay: float, world: World) -> None:
@@ -68,7 +74,7 @@ class WeightAverage:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Add the weights after a step. Args: step, number of steps taken."""
-        weight = max(1 - self._decay, 1 / (step + 1))
+        weight = max(1 - self._decay, _SHARE_OF_LATEST / (step + _SHARE_OF_LATEST))
         averages, weights = self._local()
         torch._foreach_lerp_(averages, weights, weight)
 

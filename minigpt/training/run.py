@@ -56,7 +56,7 @@ class Run:
         self.device, self.dtype = self.world.device, dtype
         self.train_tokens, self.val_tokens = data.tokens.split(config.data.val_fraction)
         config = with_max_steps(config, len(self.train_tokens))
-        self.config = with_evaluations(config, len(self.train_tokens))
+        self.config = with_evaluations(config, len(self.train_tokens), len(self.val_tokens))
         for tokens in (self.train_tokens, self.val_tokens):
             if len(tokens) or tokens is self.train_tokens:  # there may be no validation text
                 require_length(tokens, config.sequence_length)

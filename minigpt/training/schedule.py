@@ -7,6 +7,8 @@ from minigpt.config import RunConfig, TrainingConfig
 
 EVAL_SHARE = 0.1
 """Share of the arithmetic of training that evaluation may add."""
+LEAST_STEPS = 5
+"""Fewest steps between evaluations by default, in a text of more than as many."""
 LEAST_EVAL_TOKENS = 8192
 """Fewest validation tokens of a pass by default, if the text has as many."""
 
@@ -26,23 +28,25 @@ def with_max_steps(config: RunConfig, n_train_tokens: int) -> RunConfig:
     return replace(config, training=replace(training, max_steps=max_steps))
 
 
-def with_evaluations(config: RunConfig, n_train_tokens: int) -> RunConfig:
+def with_evaluations(config: RunConfig, n_train_tokens: int, n_val_tokens: int) -> RunConfig:
     """Derive ``eval_every`` and ``eval_tokens`` where they are None.
 
     The best step is seen: there is an evaluation at least once an epoch (or a hundredth of the run,
-    if that is longer). Evaluations cost at most a tenth of the arithmetic of training, unless the
-    windows are fewer than ``LEAST_EVAL_TOKENS``.
+    if that is longer), and more often if the validation text is short. Evaluations cost at most a
+    tenth of the arithmetic of training, unless the windows are fewer than ``LEAST_EVAL_TOKENS``.
     """
     training = config.training
+    # A forward pass is a third of a training step. The averaged weights need one too.
+    share = 3 * EVAL_SHARE / (2 if training.average else 1)
     step_tokens = training.batch_size * config.sequence_length
     every, n_tokens = training.eval_every, training.eval_tokens
     if every is None:
         often = min(math.ceil(n_train_tokens / step_tokens), max(50, training.max_steps // 20))
+        if n_val_tokens:
+            often = min(often, max(LEAST_STEPS, math.ceil(n_val_tokens / (share * step_tokens))))
         every = max(1, often, training.max_steps // 100)
     if n_tokens is None:
         between = (every or training.max_steps) * step_tokens
-        # A forward pass is a third of a training step. The averaged weights need one too.
-        share = 3 * EVAL_SHARE / (2 if training.average else 1)
         n_tokens = max(LEAST_EVAL_TOKENS, int(share * between))
     return replace(config, training=replace(training, eval_every=every, eval_tokens=n_tokens))
 

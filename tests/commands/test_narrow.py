@@ -9,8 +9,9 @@ import termios
 from pathlib import Path
 
 import pytest
-from calls import ROOT, Run
+from calls import ROOT, TINY, Run
 from rich.cells import cell_len
+from screens import Screen
 from typer.testing import CliRunner
 
 from minigpt.commands import app
@@ -118,3 +119,47 @@ def test_numbers_of_the_json_do_not_depend_on_the_terminal(
     monkeypatch.setenv("COLUMNS", "20")
     narrow = run(*TRACE, "--json", "--model", "tiny", "--seed", "7")
     assert json.loads(narrow.out.splitlines()[0]) == header
+
+
+NARROW = [
+    "generate a --model tiny --max-new-tokens 5 --logprobs 3",
+    "generate a --model tiny --max-new-tokens 5 --num-samples 3",
+    "checkpoints list",
+    "checkpoints show tiny",
+    "evaluate --model tiny",
+    "plot tiny",
+    "heads --model tiny",
+    "attention-trace ab --model tiny --max-new-tokens 3 --n-verified 1 --candidates 2 --lens",
+    "attention-trace ab --model tiny --max-new-tokens 3 --measure logit --against b",
+    "--help",
+    "train --help",
+]
+
+
+@pytest.mark.parametrize("words", NARROW)
+def test_every_command_works_in_a_terminal_of_20_columns(
+    words: str, trained: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(trained)
+    with monkeypatch.context() as patch:
+        screen = Screen(patch, width=20)
+        result = run(*words.split())
+    shown = screen.text()
+    assert result.code == 0, shown
+    assert len(shown.strip()) > 20
+
+
+def test_the_line_that_training_redraws_fits_20_columns(
+    trained: Path, workplace: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["train", str(trained / "corpus.txt"), *TINY, "--eval-every", "2"]
+    with monkeypatch.context() as patch:
+        screen = Screen(patch, width=20)
+        result = run(*words)
+    shown = screen.text()
+    assert result.code == 0, shown
+    redrawn = re.findall(r"\r\x1b\[2K([^\r\n]*)", shown)
+    assert len(redrawn) > 2
+    notes = ("text ", "model ", "run ", "note ", "step ", "best ", "  ", "next ", "seed ")
+    lines = [CODES.sub("", part) for part in redrawn]
+    assert max(cell_len(line) for line in lines if not line.startswith(notes)) <= 20

@@ -68,13 +68,13 @@ def test_best_is_the_best_of_all_evaluations_not_only_of_the_checkpoints(
 def test_the_average_is_that_of_a_plain_loop_and_is_left_only_if_it_is_better(
     data: PreparedData, tmp_path: Path
 ) -> None:
-    config = config_of(max_steps=8, eval_every=4, save_every=4, average=0.5, eval_tokens=10**6)
+    config = config_of(max_steps=8, eval_every=4, save_every=4, average=0.4, eval_tokens=10**6)
     trainer = trainer_of(config, data, tmp_path)
     assert trainer.average is not None
     expected = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     for event in trainer.run():
         if isinstance(event, StepEvent):
-            weight = max(0.5, 1 / (event.step + 1))
+            weight = max(0.6, 8 / (event.step + 8))
             for name, p in trainer.model.named_parameters():
                 expected[name] += weight * (p.detach() - expected[name])
         if isinstance(event, SaveEvent):
@@ -173,19 +173,30 @@ def test_there_is_an_evaluation_an_epoch_and_evaluation_costs_a_bounded_share(
     n_train_tokens: int, budget: dict[str, Any], average: float
 ) -> None:
     shape = {"max_steps": 0, "eval_every": None, "eval_tokens": None, "average": average}
-    training = with_evaluations(config_of(**shape | budget), n_train_tokens).training
+    n_val_tokens = n_train_tokens // 9
+    config = config_of(**shape | budget)
+    training = with_evaluations(config, n_train_tokens, n_val_tokens).training
     step_tokens = 6 * 16
     assert training.eval_every is not None
     assert training.eval_tokens is not None
     epoch = math.ceil(n_train_tokens / step_tokens)
     assert training.eval_every <= max(epoch, training.max_steps // 100)
     assert training.eval_every <= max(50, training.max_steps // 20)
-    share = training.eval_tokens * (2 if average else 1) / 3 / (training.eval_every * step_tokens)
-    assert share <= EVAL_SHARE or training.eval_tokens == LEAST_EVAL_TOKENS
+    n_evaluated = min(training.eval_tokens, n_val_tokens)
+    share = n_evaluated * (2 if average else 1) / 3 / (training.eval_every * step_tokens)
+    assert share <= EVAL_SHARE or n_evaluated <= LEAST_EVAL_TOKENS
+
+
+def test_a_short_validation_text_is_evaluated_more_often_than_once_an_epoch() -> None:
+    shape = {"max_steps": 500, "eval_every": None, "eval_tokens": None, "average": 0.98}
+    config = config_of(**shape)
+    every = [with_evaluations(config, 16_000, n).training.eval_every for n in (0, 99, 400, 10**5)]
+    # 400 tokens in two passes are 2.8 steps of 96 tokens; the epoch is 167 steps.
+    assert every == [50, 7, 28, 50]
 
 
 def test_a_setting_for_evaluations_is_not_derived() -> None:
-    training = with_evaluations(config_of(eval_every=0, eval_tokens=7), 1000).training
+    training = with_evaluations(config_of(eval_every=0, eval_tokens=7), 1000, 100).training
     assert (training.eval_every, training.eval_tokens) == (0, 7)
 
 

@@ -105,10 +105,12 @@ def export_gguf(folder: Path, path: Path, type_: str) -> Exported:
     if factors is not None:
         _add_tensor_info(writer, gguf, "rope_freqs.weight", tuple(factors.shape), "f32")
     with resource_errors(path), writing_aside(path) as file:
-        writer.write_header_to_file(Path(file.name))
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        writer.close()
+        try:
+            writer.write_header_to_file(Path(file.name))
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+        finally:
+            writer.close()
         file.seek(0, 2)
         for name in tensor_names(config):
             tensor = tensors[name.theirs]

@@ -57,7 +57,8 @@ def make_plan(
     device = resolve_device(config.training.device)
     dtype = resolve_dtype(config.training.dtype, device)
     train_tokens, val_tokens = data.tokens.split(config.data.val_fraction)
-    config = with_evaluations(with_max_steps(config, len(train_tokens)), len(train_tokens))
+    config = with_max_steps(config, len(train_tokens))
+    config = with_evaluations(config, len(train_tokens), len(val_tokens))
     for tokens in (train_tokens, val_tokens):
         if len(tokens) or tokens is train_tokens:  # there may be no validation text
             require_length(tokens, config.sequence_length)
