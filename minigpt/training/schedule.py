@@ -7,7 +7,7 @@ from minigpt.config import RunConfig, TrainingConfig
 
 EVAL_SHARE = 0.1
 """Share of the arithmetic of training that evaluation may add."""
-LEAST_STEPS = 5
+LEAST_EVAL_STEPS = 5
 """Fewest steps between evaluations by default, in a text of more than as many."""
 LEAST_EVAL_TOKENS = 8192
 """Fewest validation tokens of a pass by default, if the text has as many."""
@@ -43,7 +43,7 @@ def with_evaluations(config: RunConfig, n_train_tokens: int, n_val_tokens: int) 
     if every is None:
         often = min(math.ceil(n_train_tokens / step_tokens), max(50, training.max_steps // 20))
         if n_val_tokens:
-            often = min(often, max(LEAST_STEPS, math.ceil(n_val_tokens / (share * step_tokens))))
+            often = min(often, max(LEAST_EVAL_STEPS, math.ceil(n_val_tokens / (share * step_tokens))))
         every = max(1, often, training.max_steps // 100)
     if n_tokens is None:
         between = (every or training.max_steps) * step_tokens
