@@ -43,7 +43,8 @@ def with_evaluations(config: RunConfig, n_train_tokens: int, n_val_tokens: int) 
     if every is None:
         often = min(math.ceil(n_train_tokens / step_tokens), max(50, training.max_steps // 20))
         if n_val_tokens:
-            often = min(often, max(LEAST_EVAL_STEPS, math.ceil(n_val_tokens / (share * step_tokens))))
+            affordable = math.ceil(n_val_tokens / (share * step_tokens))
+            often = min(often, max(LEAST_EVAL_STEPS, affordable))
         every = max(1, often, training.max_steps // 100)
     if n_tokens is None:
         between = (every or training.max_steps) * step_tokens

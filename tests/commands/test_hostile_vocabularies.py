@@ -14,7 +14,7 @@ from small_models import small_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from minigpt.checkpoint.model_folder import read_model, write_model
-from minigpt.text.tokenizer import bytes_tokenizer
+from minigpt.text.tokenizer import BytesTokenizer
 
 MARK = "PWNED"
 TOKENS = [
@@ -70,7 +70,7 @@ def model(request: pytest.FixtureRequest, workplace: Path) -> Path:
     tokenizer: Tokenizer = request.param()
     folder = workplace / "\x1b[2Jmodel"
     n = tokenizer.get_vocab_size()
-    write_model(folder, small_model(vocab_size=n, context_length=48), bytes_tokenizer())
+    write_model(folder, small_model(vocab_size=n, context_length=48), BytesTokenizer())
     for path in folder.glob("*tokenizer*"):
         path.unlink()
     tokenizer.save(str(folder / "tokenizer.json"))

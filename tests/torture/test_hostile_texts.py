@@ -22,7 +22,8 @@ from minigpt.config import DataConfig
 from minigpt.errors import DataError, MinigptError
 from minigpt.text import rows
 from minigpt.text.chat import ChatTemplate
-from minigpt.text.corpus import find_files, iter_documents
+from minigpt.text.corpus import iter_documents
+from minigpt.text.sources import find_files
 
 QUIET = settings(
     max_examples=100, deadline=None, suppress_health_check=list(HealthCheck), database=None
