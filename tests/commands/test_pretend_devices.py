@@ -15,7 +15,7 @@ from minigpt.checkpoint.families import model_config_from_hf
 from minigpt.checkpoint.model_folder import write_model
 from minigpt.config import ModelConfig
 from minigpt.model.registry import model_class
-from minigpt.text.tokenizer import bytes_tokenizer
+from minigpt.text.tokenizer import BytesTokenizer
 
 DEVICES = {"cuda": PretendCuda, "mps": PretendMps}
 PLAIN: dict[str, dict[str, Any]] = {
@@ -65,7 +65,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for parameter in model.parameters():
                 parameter.normal_(std=0.2, generator=generator)
         (root / kind).mkdir()
-        write_model(root / kind, model, bytes_tokenizer())
+        write_model(root / kind, model, BytesTokenizer())
     return root
 
 
