@@ -44,20 +44,24 @@ def real(
     return model, lambda inputs, targets: model(inputs, targets)[1], optimizer
 
 
-def recreated(vocab_size: int) -> tuple[nn.Module, LossOf, Any]:
+def recreated(
+    vocab_size: int, *, device: str = "cpu", **shape: int
+) -> tuple[nn.Module, LossOf, Any]:
     """Return a stand-in of the same shape, built from minigpt's gpt2 layout and torch's AdamW."""
+    options = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": CONTEXT} | shape
     model = GPT(
         ModelConfig(
             vocab_size=vocab_size,
             family="gpt2",
-            n_layer=4,
-            n_head=4,
-            d_model=128,
-            context_length=CONTEXT,
+            n_layer=options["n_layer"],
+            n_head=options["n_head"],
+            d_model=options["n_embd"],
+            context_length=options["block_size"],
             tie_embeddings=True,
         )
     )
     model.init_weights()
+    model.to(device)
     matrices = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]

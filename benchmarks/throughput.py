@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
@@ -69,24 +70,28 @@ def theirs(
     device: torch.device,
     dtype: torch.dtype,
     compiled: bool,
-    checkout: Path,
+    checkout: Path | None,
 ) -> Step:
-    """Return a training step of nanoGPT's model with its optimizer, as its train.py takes it."""
-    model, _, optimizer = nanogpt.real(
-        checkout,
-        VOCABULARY,
-        device=device.type,
-        n_layer=shape["n_layer"],
-        n_head=shape["n_head"],
-        n_embd=shape["width"],
-        block_size=shape["context"],
-    )
-    forward = torch.compile(model) if compiled else model
+    """Return a training step of nanoGPT's model with its optimizer, as its train.py takes it.
+
+    Args: checkout, of nanoGPT; None for a stand-in of the same shape.
+    """
+    options: dict[str, Any] = {
+        "device": device.type,
+        "n_layer": shape["n_layer"],
+        "n_head": shape["n_head"],
+        "n_embd": shape["width"],
+        "block_size": shape["context"],
+    }
+    if checkout:
+        model, plain_loss, optimizer = nanogpt.real(checkout, VOCABULARY, **options)
+    else:
+        model, plain_loss, optimizer = nanogpt.recreated(VOCABULARY, **options)
+    compiled_loss = torch.compile(plain_loss) if compiled else plain_loss
 
     def loss_of(inputs: Tensor, targets: Tensor) -> Tensor:
         with autocast(device, dtype):
-            loss: Tensor = forward(inputs, targets)[1]
-        return loss
+            return compiled_loss(inputs, targets)
 
     return _step(model, loss_of, [optimizer])
 

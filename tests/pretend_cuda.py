@@ -17,6 +17,7 @@ import contextlib
 import sys
 import types
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -268,7 +269,7 @@ class PretendCuda(TorchDispatchMode):
         self.name, self.free_memory = name, free_memory
         self.recording: list[tuple[Any, Any, Any, Any]] | None = None
         """Operations of the CUDA graph that is being captured."""
-        self.sync_is_an_error = False
+        self.sync_is_an_error = self.is_one_kernel = False
         self._stack = contextlib.ExitStack()
 
     def set_sync_debug_mode(self, mode: str) -> None:
@@ -380,7 +381,18 @@ class PretendCuda(TorchDispatchMode):
             raise RuntimeError(f"not permitted when stream is capturing: {what} {_line()}")
         if self.sync_is_an_error and kind in ("syncs", "copies"):
             raise RuntimeError(f"called a synchronizing CUDA operation: {what} {_line()}")
-        getattr(self, kind)[f"{what} {_line()}"] += 1
+        if not (self.is_one_kernel and kind == "launches"):
+            getattr(self, kind)[f"{what} {_line()}"] += 1
+
+    @contextlib.contextmanager
+    def as_one_kernel(self, name: str) -> Iterator[None]:
+        """Count the operations inside as one launch, as CUDA has one kernel for them."""
+        self.is_one_kernel = True
+        try:
+            yield
+        finally:
+            self.is_one_kernel = False
+        self.count("launches", name)
 
     def require_dtype(self, dtype: torch.dtype) -> None:
         """Raise as torch does for a tensor of a dtype that the device does not have."""
@@ -534,6 +546,9 @@ class _Functions(TorchFunctionMode):
             args, kwargs = tree_map(  # float32 in CUDA's autocast, not in the CPU's
                 lambda x: x.float() if isinstance(x, torch.Tensor) else x, (args, kwargs)
             )
+        if func in (torch.rms_norm, F.rms_norm) and isinstance(args[0], PretendTensor):
+            with self.device.as_one_kernel("rms_norm"):
+                return func(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
             self._note_attention(*args, **kwargs)
         return func(*args, **kwargs)

@@ -121,6 +121,66 @@ def test_token_waits_for_the_device_once(name: str, options: str, n_rows: int) -
     assert not copies
 
 
+LAUNCHES = {
+    # For each layer, and for embedding, final norm, unembedding, sampling and reading.
+    "gpt2": (19, 12),
+    "llama": (36, 12),
+    "int8": (36, 13),
+    "general": (36, 12),
+    "additive": (40, 12),
+}
+"""Most kernels that a greedy token may launch without a compiled graph."""
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_token_launches_few_kernels(name: str) -> None:
+    per_layer, others = LAUNCHES[name]
+    config = SamplingConfig(max_new_tokens=9, temperature=0.0)
+    with PretendCuda() as seen:
+        model = make("llama" if name == "int8" else name).to("cuda").eval().requires_grad_(False)
+        if name == "int8":
+            quantize_int8(model)
+        decoder = Decoder(model, [5, 6, 7], max_new_tokens=9)
+        *_, launches = decode(decoder, config, seen)
+    assert sum(launches.values()) <= 2 * per_layer + others, launches
+
+
+def test_int8_weight_is_not_widened_for_each_token() -> None:
+    config = SamplingConfig(max_new_tokens=9, temperature=0.0)
+    with PretendCuda() as seen:
+        model = make("llama").to("cuda").eval().requires_grad_(False)
+        quantize_int8(model)
+        decoder = Decoder(model, [5, 6, 7], max_new_tokens=9)
+        *_, launches = decode(decoder, config, seen)
+    products = {what: n for what, n in launches.items() if "fast/quantize.py" in what}
+    assert sum(n for what, n in products.items() if what.startswith("_weight_int8pack_mm")) == 15
+    # The embedding of the token, a row.
+    assert sum(n for what, n in products.items() if what.startswith("_to_copy")) == 1
+
+
+STEP_LAUNCHES = {"gpt2": 270, "llama": 480, "additive": 510, "lstm": 110}
+"""Most kernels that a training step of two layers may launch: forward, backward, update."""
+
+
+@pytest.mark.parametrize("name", STEP_LAUNCHES)
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_training_step_launches_few_kernels(name: str, optimizer: str) -> None:
+    tokens = torch.randint(97, (3, 4, 33), generator=torch.Generator().manual_seed(0))
+    with PretendCuda() as seen:
+        model = make(name).to("cuda")
+        training = TrainingConfig(max_steps=2, optimizer=optimizer)  # type: ignore[arg-type]
+        optimizers = make_optimizers(model, training, torch.float32)
+        for step in tokens.to("cuda"):
+            seen.clear()
+            logits = model(step[:, :-1])
+            F.cross_entropy(logits.flatten(0, 1), step[:, 1:].flatten()).backward()
+            torch.nn.utils.clip_grad_norm_(list(model.parameters()), 1.0)
+            for one in optimizers:
+                one.step()
+                one.zero_grad(set_to_none=True)
+        assert sum(seen.launches.values()) <= STEP_LAUNCHES[name], seen.launches
+
+
 def run_eagerly(step: Any, **_: Any) -> Any:
     """Stands in for the compiler: the graph step as it is."""
     n = step.model.config.n_layer

@@ -65,6 +65,11 @@ class WeightOnlyLinear(nn.Module):
         self.table, self._start, self._weight = table, start, None
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cuda" and self.scale is not None and _is_few(x):
+            # The kernel reads the weight once for each row, and widens it in registers.
+            product = torch._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scale)
+            product = product.unflatten(0, x.shape[:-1])
+            return product if self.bias is None else product + self.bias
         if self.table is None:
             # int8 fits into bfloat16, and bfloat16 into float32: the conversion is exact.
             product = F.linear(x, self.weight.to(x.dtype))
@@ -78,10 +83,14 @@ class WeightOnlyLinear(nn.Module):
 
     def _from_table(self, x_BI: Tensor) -> Tensor:
         assert self.table is not None
-        is_few = len(x_BI) <= MAX_ROWS and not x_BI.requires_grad  # the kernels have no gradient
-        if is_few and self.out_features == self.table.n_outputs:
+        if _is_few(x_BI) and self.out_features == self.table.n_outputs:
             return self.table.product(x_BI).to(x_BI.dtype)
         return self.table.matmul(x_BI, self._start, self._start + self.out_features)
+
+
+def _is_few(x: Tensor) -> bool:
+    """Return whether kernels for few rows, which have no gradient, serve x (..., I)."""
+    return x.numel() <= MAX_ROWS * x.shape[-1] and not x.requires_grad
 
 
 class WeightOnlyEmbedding(nn.Module):

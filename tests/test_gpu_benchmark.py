@@ -1,0 +1,114 @@
+"""benchmarks/gpu.py, rehearsed: each part runs with tiny sizes, on the CPU and on a pretend GPU."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
+import gpu
+from machine import child_environment
+from pretend_cuda import PretendCuda
+from test_pretend_cuda import run_eagerly
+
+from minigpt.generation.fast import compiled
+
+QUICK = ["--quick", "--keep-going"]
+ON_PRETEND_GPU = ["machine", "parity", "resume", "waiting", "decoding"]
+ON_CPU = ["warm_up", "small", "nanogpts", "mini", "memory_limit"]
+"""With the part ``ranks``, these are all."""
+
+
+@pytest.fixture
+def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compile by tracing alone: the compiler itself takes a minute."""
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compile_(f, backend="eager"))
+    monkeypatch.setattr(compiled, "load_step", run_eagerly)
+
+
+def results(folder: Path) -> dict[str, Any]:
+    return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+
+
+def require_ok(folder: Path, printed: str, parts: set[str]) -> None:
+    found = results(folder)
+    assert found.keys() == parts
+    assert {name: one["status"] for name, one in found.items()} == dict.fromkeys(parts, "ok")
+    for one in found.values():
+        for what, value in one["facts"].items():
+            assert f"| {one['part']} | {what} | {value} |" in printed
+
+
+def test_every_part_has_a_rehearsal() -> None:
+    assert sorted([*ON_PRETEND_GPU, *ON_CPU, "ranks"]) == sorted(gpu.PARTS)
+
+
+@pytest.mark.usefixtures("without_compiler")
+def test_parts_are_rehearsed_on_a_pretend_gpu(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*QUICK, "--without-transformers", "--out", str(tmp_path), "--parts", *ON_PRETEND_GPU]
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        with PretendCuda():
+            assert gpu.main(words) == 0
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+    require_ok(tmp_path, capsys.readouterr().out, set(ON_PRETEND_GPU))
+
+
+@pytest.mark.usefixtures("without_compiler")
+def test_other_parts_are_rehearsed_on_the_cpu(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--device", "cpu", *QUICK, "--out", str(tmp_path), "--parts", *ON_CPU]
+    assert gpu.main(words) == 0
+    require_ok(tmp_path, capsys.readouterr().out, set(ON_CPU))
+
+
+@pytest.mark.dist
+def test_two_processes_are_rehearsed_on_the_cpu(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--device", "cpu", *QUICK, "--out", str(tmp_path), "--parts", "ranks"]
+    assert gpu.main(words) == 0
+    require_ok(tmp_path, capsys.readouterr().out, {"ranks"})
+
+
+def test_command_stops_at_the_first_part_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_: Any) -> Any:
+        raise gpu.FailedError("3 graph breaks")
+
+    monkeypatch.setitem(gpu.PARTS, "parity", fail)
+    words = ["--device", "cpu", "--quick", "--out", str(tmp_path), "--parts"]
+    assert gpu.main([*words, "machine", "parity", "resume"]) == 1
+    assert results(tmp_path).keys() == {"machine", "parity"}
+    assert "FAILED: 3 graph breaks |" in capsys.readouterr().out
+
+
+def test_nothing_begins_after_the_time_limit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--device", "cpu", "--quick", "--minutes", "0", "--parts", "parity", "mini"]
+    assert gpu.main([*words, "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.count("not run: out of time |") == 2
+
+
+@pytest.mark.slow
+def test_rehearsal_with_the_compiler_is_one_command(tmp_path: Path) -> None:
+    script = Path(gpu.__file__)
+    words = [sys.executable, str(script), "--device", "cpu", "--quick", "--out", str(tmp_path)]
+    done = subprocess.run(
+        words, env=child_environment(1), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    require_ok(tmp_path, done.stdout, set(gpu.PARTS))
