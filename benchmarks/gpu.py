@@ -39,12 +39,12 @@ from minigpt.config import ATTENTIONS, DataConfig, ModelConfig, RunConfig, Sampl
 from minigpt.generation.decoder import Decoder
 from minigpt.generation.fast.quantize import quantize_int8
 from minigpt.generation.sampling import Sampler
-from minigpt.model.cost import training_flops_per_token
-from minigpt.model.device import peak_flops, resolve_device, resolve_dtype
+from minigpt.model.cost import peak_flops, training_flops_per_token
+from minigpt.model.device import resolve_device, resolve_dtype
 from minigpt.model.registry import model_class
 from minigpt.presets import preset
 from minigpt.settings import build, merge
-from minigpt.text.shards import prepare
+from minigpt.text.tokens import prepare
 from minigpt.training.reports.memory import estimate_memory
 from minigpt.training.trainer import Trainer
 

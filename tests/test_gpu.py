@@ -11,7 +11,7 @@ from test_pretend_cuda import SAMPLING, SHAPES, make
 from minigpt.config import InterventionConfig, SamplingConfig
 from minigpt.generation.decoder import Decoder
 from minigpt.generation.fast.quantize import quantize_int8
-from minigpt.text.tokenizer import bytes_tokenizer
+from minigpt.text.tokenizer import BytesTokenizer
 from minigpt.tracing.api import trace
 from minigpt.tracing.interventions import intervene
 
@@ -83,7 +83,7 @@ def test_trace_has_the_rows_of_the_cpu(options: dict[str, Any], compiles: bool) 
         model = wide_model(device)
         way = {"compile": compiles and device == "cuda"}
         common = {"temperature": 0.0, "max_new_tokens": 6, "seed": 0}
-        one = trace(model, "Once", tokenizer=bytes_tokenizer(), **way, **common, **options)
+        one = trace(model, "Once", tokenizer=BytesTokenizer(), **way, **common, **options)
         found.append(one)
     assert [s.token.id for s in found[0].steps] == [s.token.id for s in found[1].steps]
     for here, there in zip(found[0].steps, found[1].steps, strict=True):
