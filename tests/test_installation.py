@@ -161,3 +161,8 @@ def test_install_and_demo_need_the_standard_library_only() -> None:
     for name in ("install.py", "demo.py"):
         imported = re.findall(r"^(?:from|import) (\w+)", (ROOT / name).read_text(), re.MULTILINE)
         assert set(imported) <= sys.stdlib_module_names, name
+
+
+def test_a_checkout_on_windows_keeps_line_endings() -> None:
+    assert "* text=auto eol=lf" in (ROOT / ".gitattributes").read_text().splitlines()
+    assert not [name for name, text in our_texts().items() if "\r\n" in text]
