@@ -16,12 +16,14 @@ import pytest
 import test_published_tokenizers as published_tokenizers
 import torch
 from fuzzed_texts import SAMPLE
-from layout_models import LAYOUTS
+from layout_models import FOREIGN, LAYOUTS
 from safetensors.torch import load_file, save_file
 
+from minigpt.checkpoint.families import model_config_from_hf
 from minigpt.checkpoint.model_folder import write_model
 from minigpt.checkpoint.tokenizer_json import tokenizer_from_json
 from minigpt.checkpoint.tools.gguf import export_gguf
+from minigpt.checkpoint.tools.gguf_architectures import architecture_of
 from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError, ConfigError, ResourceError
 from minigpt.model.registry import model_class
@@ -289,9 +291,70 @@ REFUSED = {
     "gelu": ({"family": "gpt2", "activation": "gelu"}, "'gelu' in the gpt2 .* always .* gelu_tanh"),
     "relu2": ({"activation": "relu2"}, "'relu2' in the llama layout"),
     "biases": ({"qk_norm": True, "attention_bias": "all"}, "attention_bias all in the qwen3"),
-    "rope": ({"qk_norm": True, "rope_scaling_factor": 2.0}, "rope_scaling_factor 2.0 in the qwen3"),
+    "rope": (
+        {"qk_norm": True, "rope_scaling_factor": 2.0},
+        "rope_scaling llama3, by 2, in the qwen3",
+    ),
     "heads": ({"attention_bias": "qkv", "d_head": 6}, "4 heads of 6 with a width of 64"),
 }
+
+
+@pytest.mark.parametrize("layout", FOREIGN)
+def test_every_tensor_of_a_foreign_family_has_a_place(layout: str, tmp_path: Path) -> None:
+    """tests/checkpoint/test_llama_cpp.py compares the logits of these."""
+    config = model_config_from_hf(FOREIGN[layout] | {"vocab_size": 257})
+    model = model_class(config)(config)
+    model.init_weights(torch.Generator().manual_seed(7))
+    write_model(tmp_path / "model", model.eval(), BytesTokenizer())
+    export_gguf(tmp_path / "model", tmp_path / "m.gguf", "f32")
+    facts, tensors = read(tmp_path / "m.gguf")
+    architecture = facts["general.architecture"]
+    stored = load_file(tmp_path / "model" / "model.safetensors")
+    extra = {name for name in tensors if name.startswith("rope_f")}
+    copies = int(config.tie_embeddings and architecture in ("gptneox", "olmo2"))
+    assert len(tensors) - len(extra) - copies == len(stored)
+    assert facts[f"{architecture}.context_length"] <= config.context_length
+    if architecture.startswith("gemma"):
+        norm = torch.from_numpy(tensors["output_norm.weight"].data.copy())
+        assert torch.equal(norm, stored["model.norm.weight"] + 1)
+    if architecture == "gptneox":
+        theirs = stored["gpt_neox.layers.1.attention.query_key_value.weight"]
+        value_of_head_2 = theirs[2 * 24 + 16 : 2 * 24 + 24]
+        written = torch.from_numpy(tensors["blk.1.attn_qkv.weight"].data.copy())
+        assert torch.equal(written[64 + 16 : 64 + 24], value_of_head_2)
+
+
+REFUSED_FOREIGN = {
+    "dynamic": ("llama-linear", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
+    "truncate": (
+        "qwen2-yarn",
+        {
+            "rope_scaling": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+                "truncate": False,
+            }
+        },
+        "yarn with truncate false",
+    ),
+    "scale": ("gemma2", {"query_pre_attn_scalar": 20}, "query_pre_attn_scalar 20"),
+    "softcap": ("gemma2", {"attn_logit_softcapping": None}, "without attn_logit_softcapping"),
+    "untied": ("gemma", {"tie_word_embeddings": False}, "an output projection beside"),
+    "no rope": ("smollm3", {"no_rope_layer_interval": 3}, "no_rope_layers"),
+    "biases": ("gpt_neox", {"attention_bias": False}, "attention_bias none"),
+    "width": ("olmo2", {"head_dim": 16}, "4 heads of 16 with a width of 32"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED_FOREIGN)
+def test_what_llama_cpp_computes_otherwise_in_a_foreign_family_is_refused(
+    kind: str, tmp_path: Path
+) -> None:
+    layout, change, message = REFUSED_FOREIGN[kind]
+    config = model_config_from_hf(FOREIGN[layout] | {"vocab_size": 257} | change)
+    with pytest.raises(CheckpointError, match=f"does not support .*{message}"):
+        architecture_of(config)
 
 
 @pytest.mark.parametrize("kind", REFUSED)
@@ -382,13 +445,13 @@ def test_an_unknown_feature_of_a_config_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A field that a later version adds changes the model unless it is known to be written."""
-    from minigpt.checkpoint.tools import gguf as module
+    from minigpt.checkpoint.tools import gguf_architectures as module
 
     config = ModelConfig(vocab_size=9, context_length=8, n_layer=1, n_head=1, d_model=8)
-    monkeypatch.setattr(module, "_WRITTEN", module._WRITTEN.replace("rope_theta", ""))
-    assert module._architecture(config) == "llama"
-    with pytest.raises(CheckpointError, match=r"rope_theta 5.0 in the llama layout"):
-        module._architecture(replace(config, rope_theta=5.0))
+    monkeypatch.setattr(module, "_WRITTEN", module._WRITTEN.replace("norm_eps", ""))
+    assert module.architecture_of(config).name == "llama"
+    with pytest.raises(CheckpointError, match=r"norm_eps 0.5 in the llama layout"):
+        module.architecture_of(replace(config, norm_eps=0.5))
 
 
 def test_full_disk_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,13 +47,19 @@ class Phi3GPT(GPT):
             return partial_rotary_table(self.config)
         divisor = torch.tensor(scaling["short_factor"], device="cpu", dtype=torch.float32)
         cos, sin = partial_rotary_table(self.config, divisor)
-        original = fields["original_max_position_embeddings"]
-        factor = scaling.get("factor") or fields["max_position_embeddings"] / original
-        attention_factor = scaling.get("attention_factor")
-        if attention_factor is None:
-            ratio = math.log(factor) / math.log(original) if factor > 1 else 0.0
-            attention_factor = math.sqrt(1 + ratio)
-        return cos * attention_factor, sin * attention_factor
+        scale = attention_factor(fields)
+        return cos * scale, sin * scale
+
+
+def attention_factor(fields: Mapping[str, Any]) -> float:
+    """Return what LongRoPE multiplies cos and sin by, given the model's ``hf_fields``."""
+    scaling, original = fields["rope_scaling"], fields["original_max_position_embeddings"]
+    factor = scaling.get("factor") or fields["max_position_embeddings"] / original
+    given = scaling.get("attention_factor")
+    if given is not None:
+        return float(given)
+    ratio = math.log(factor) / math.log(original) if factor > 1 else 0.0
+    return math.sqrt(1 + ratio)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ what it would compute otherwise is refused by name.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,32 +17,24 @@ import torch
 from torch import Tensor
 
 from minigpt.checkpoint.model_folder import read_config, read_vocabulary
+from minigpt.checkpoint.tools.gguf_architectures import (
+    add_facts,
+    architecture_of,
+    context_of,
+    converted,
+    extra_tensors,
+    notes_of,
+)
 from minigpt.checkpoint.tools.gguf_vocabulary import chat_template, gguf_vocabulary
 from minigpt.checkpoint.weights import LazyTensors, check_tied, stored_tensors, tensor_names
 from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError, ConfigError, install_extra
 from minigpt.files import resource_errors, writing_aside
-from minigpt.model.layers import rotary_table
 from minigpt.text.tokenizer import well_formed
 
 TYPES = ("f32", "f16", "bf16", "q8_0")
 """Types of the matrices; vectors are always float32."""
 
-# model_type -> llama.cpp's architecture and the only activation that it computes there.
-_ARCHITECTURES = {
-    "gpt2": ("gpt2", "gelu_tanh"),
-    "llama": ("llama", "silu"),
-    "mistral": ("llama", "silu"),
-    "qwen2": ("qwen2", "silu"),
-    "qwen3": ("qwen3", "silu"),
-}
-_WRITTEN = """
-    vocab_size context_length n_layer n_head d_model arch family n_kv_head d_head d_mlp activation
-    attention qk_norm attention_bias mlp_bias rope_theta norm_eps tie_embeddings dropout model_type
-"""
-_LLAMA3_ROPE = """
-    rope_scaling_factor rope_low_freq_factor rope_high_freq_factor rope_original_context
-"""
 _LARGEST = {"f16": 65504.0, "q8_0": 65504.0 * 127}
 _VALUES_AT_ONCE = 2**22
 _BLOCK = 32  # values that share a scale in q8_0
@@ -79,31 +71,37 @@ def export_gguf(folder: Path, path: Path, type_: str) -> Exported:
             f"writing GGUF files needs the package gguf. Install it: {install_extra('gguf')}."
         ) from None
     config = read_config(folder)
-    architecture = _architecture(config)
+    architecture = architecture_of(config)
     stored = stored_tensors(config, folder)
     tensors = LazyTensors(stored)
     check_tied(config, tensors)
-    writer = gguf.GGUFWriter(None, architecture)
+    writer = gguf.GGUFWriter(None, architecture.name)
     writer.add_type(gguf.GGUFType.MODEL)
     run = folder.parent if folder.name.startswith("step-") else folder
     writer.add_name(well_formed(run.name))
     all_of = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
     writer.add_file_type(gguf.LlamaFileType[all_of[type_]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    _add_config(writer, config)
-    notes = _add_vocabulary(writer, folder, config)
+    context_length, note = context_of(config, architecture)
+    _add_shape(writer, config, context_length)
+    add_facts(writer, config, architecture)
+    notes = [*filter(None, [note]), *notes_of(config), *_add_vocabulary(writer, folder, config)]
     template = chat_template(folder)
     if template:
         writer.add_chat_template(template)
     kinds = {}
-    names = _names(gguf, architecture, config)
+    names = _names(gguf, architecture.name, config)
     for name in tensor_names(config):
         shape = stored[name.theirs].shape
         shape = shape[::-1] if name.is_transposed else shape
         kinds[name.theirs] = _add_tensor_info(writer, gguf, names[name.theirs], shape, type_)
-    factors = _rope_factors(config)
-    if factors is not None:
-        _add_tensor_info(writer, gguf, "rope_freqs.weight", tuple(factors.shape), "f32")
+    embedding = next(tensor_names(config)).theirs
+    has_copy = architecture.head == "needed" and config.tie_embeddings
+    if has_copy:
+        _add_tensor_info(writer, gguf, "output.weight", stored[embedding].shape, type_)
+    extra = extra_tensors(config)
+    for name_there, tensor in extra.items():
+        _add_tensor_info(writer, gguf, name_there, tuple(tensor.shape), "f32")
     with resource_errors(path), writing_aside(path) as file:
         try:
             writer.write_header_to_file(Path(file.name))
@@ -115,70 +113,25 @@ def export_gguf(folder: Path, path: Path, type_: str) -> Exported:
         for name in tensor_names(config):
             tensor = tensors[name.theirs]
             tensor = tensor.t() if name.is_transposed else tensor
-            tensor = _permuted(tensor, name.theirs, config) if architecture == "llama" else tensor
+            tensor = converted(tensor, name.theirs, config, architecture)
             _write_tensor(file, gguf, name.theirs, tensor, kinds[name.theirs])
-        if factors is not None:
-            _write_tensor(file, gguf, "RoPE", factors, gguf.GGMLQuantizationType.F32)
+        if has_copy:
+            _write_tensor(file, gguf, embedding, tensors[embedding], kinds[embedding])
+        for name_there, tensor in extra.items():
+            _write_tensor(file, gguf, name_there, tensor, gguf.GGMLQuantizationType.F32)
         _pad(file)
         n_bytes = file.tell()
     return Exported(path, type_, n_bytes, template is not None, tuple(notes))
 
 
-def _architecture(config: ModelConfig) -> str:
-    """Return llama.cpp's name of an architecture.
-
-    Raises: CheckpointError if it computes something else.
-    """
-    kind = config.kind if config.model_type == "minigpt" else config.model_type
-    if config.model_type not in _ARCHITECTURES:
-        raise _refusal(f"models of the kind {kind!r}")
-    architecture, activation = _ARCHITECTURES[config.model_type]
-    if config.activation != activation:
-        raise _refusal(
-            f"the activation {config.activation!r} in the {architecture} layout",
-            f"llama.cpp always computes {activation} there",
-        )
-    written = _WRITTEN.split() + (_LLAMA3_ROPE.split() if architecture == "llama" else [])
-    for f in fields(config):
-        value = getattr(config, f.name)
-        if f.name not in written and value != f.default:
-            name = "config.json with" if f.name == "hf_fields" else f.name
-            shown = ", ".join(value) if isinstance(value, tuple) else value
-            raise _refusal(f"{name} {shown} in the {architecture} layout")
-    if architecture == "qwen2" and config.n_head * config.d_head != config.d_model:
-        raise _refusal(
-            f"{config.n_head} heads of {config.d_head} with a width of {config.d_model} in the "
-            "qwen2 layout"
-        )
-    if architecture == "qwen3" and config.attention_bias != "none":
-        raise _refusal(f"attention_bias {config.attention_bias} in the qwen3 layout")
-    return architecture
-
-
-def _refusal(what: str, why: str = "") -> CheckpointError:
-    why = f"{why}. " if why else ""
-    return CheckpointError(
-        f"export to GGUF does not support {what}. {why}Export another model, or use this one with "
-        "minigpt or transformers."
-    )
-
-
-def _add_config(writer: Any, config: ModelConfig) -> None:
+def _add_shape(writer: Any, config: ModelConfig, context_length: int) -> None:
     writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.context_length)
+    writer.add_context_length(context_length)
     writer.add_embedding_length(config.d_model)
     writer.add_block_count(config.n_layer)
     writer.add_feed_forward_length(config.d_mlp)
     writer.add_head_count(config.n_head)
     writer.add_head_count_kv(config.n_kv_head)
-    if config.family == "gpt2":
-        writer.add_layer_norm_eps(config.norm_eps)
-        return
-    writer.add_layer_norm_rms_eps(config.norm_eps)
-    writer.add_key_length(config.d_head)
-    writer.add_value_length(config.d_head)
-    writer.add_rope_dimension_count(config.d_head)
-    writer.add_rope_freq_base(config.rope_theta)
 
 
 def _add_vocabulary(writer: Any, folder: Path, config: ModelConfig) -> list[str]:
@@ -248,23 +201,3 @@ def _rows(tensor: Tensor) -> Iterator[npt.NDArray[np.float32]]:
     n_rows = max(_VALUES_AT_ONCE // max(tensor.shape[-1], 1), 1) if tensor.dim() > 1 else 1
     for rows in tensor.split(n_rows) if tensor.dim() > 1 else [tensor]:
         yield rows.to(torch.float32).contiguous().numpy()
-
-
-def _permuted(tensor: Tensor, name: str, config: ModelConfig) -> Tensor:
-    """Reorder the rows of queries and keys for RoPE on neighbours instead of on two halves."""
-    if ".q_proj." in name or ".k_proj." in name:
-        halves = tensor.unflatten(0, (-1, 2, config.d_head // 2))  # (H, 2, D / 2, ...)
-        return halves.transpose(1, 2).flatten(0, 2)
-    return tensor
-
-
-def _rope_factors(config: ModelConfig) -> Tensor | None:
-    """Return the divisors of the RoPE frequencies, (D / 2,), None if they are not scaled."""
-    if config.family == "gpt2" or config.rope_scaling_factor == 1:
-        return None
-
-    def frequencies(config: ModelConfig) -> Tensor:
-        cos, sin = rotary_table(replace(config, context_length=2))
-        return torch.atan2(sin[1], cos[1])  # the angles of position 1, which are at most 1
-
-    return frequencies(replace(config, rope_scaling_factor=1.0)) / frequencies(config)

@@ -42,6 +42,12 @@ _NAMES = {
 _SPACE = "\u2581"
 _PREPEND = {"type": "Prepend", "prepend": _SPACE}
 _REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+_SPLIT = {
+    "type": "Split",
+    "pattern": {"String": " "},
+    "behavior": "MergedWithPrevious",
+    "invert": False,
+}
 _BYTE_TOKENS = {f"<0x{byte:02X}>" for byte in range(256)}
 # llama.cpp takes no empty list of merges. This one never applies: parts of a word begin as single
 # characters.
@@ -205,6 +211,8 @@ def _characters(
         raise _refusal("its characters have no byte fallback")
     normalizers, splits = steps_of(data.get("normalizer")), steps_of(data.get("pre_tokenizer"))
     notes = []
+    if normalizers == [_REPLACE] and splits == [_SPLIT]:
+        splits = []  # no space is left to split at
     if not splits and normalizers in ([_PREPEND, _REPLACE], [_REPLACE]):
         has_prefix = _PREPEND in normalizers
     elif not normalizers and [step["type"] for step in splits] == ["Metaspace"]:

@@ -1,0 +1,342 @@
+"""The architectures of llama.cpp that our model types have, and what each of them computes.
+
+Whatever llama.cpp would compute otherwise is refused by name.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minigpt.checkpoint.families import hf_fields
+from minigpt.config import ModelConfig
+from minigpt.errors import CheckpointError
+from minigpt.model.layers import rotary_table
+from minigpt.rings import ring
+
+_WRITTEN = """
+    vocab_size context_length n_layer n_head d_model arch family n_kv_head d_head d_mlp activation
+    attention qk_norm attention_bias mlp_bias rope_theta norm_eps tie_embeddings dropout model_type
+    hf_fields
+"""  # the others have the default value, but for those of RoPE
+_WINDOWS = ("sliding_window", "layer_types", "use_sliding_window")
+_SLIDING = "sliding_attention"
+_GELU_ERROR = "llama.cpp computes the tanh form of GELU, which differs by up to 0.0005"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """One architecture of llama.cpp as it computes a model type."""
+
+    name: str
+    """Its name in GGUF files."""
+    activations: tuple[str, ...] = ("silu",)
+    """ModelConfig's activations that it computes."""
+    biases: tuple[str, ...] = ("none",)
+    """ModelConfig.attention_bias that it reads."""
+    has_mlp_biases: bool = False
+    """Whether it reads biases of the MLP."""
+    hf_fields: tuple[str, ...] = ()
+    """Fields of the family that it computes, besides those of windows."""
+    has_windows: bool = False
+    """Whether it computes sliding windows, by layer."""
+    has_divisors: bool = False
+    """Whether it reads divisors of the RoPE frequencies."""
+    has_free_width: bool = True
+    """Whether the heads together may be wider or narrower than the model."""
+    rotates_neighbours: bool = False
+    """Whether RoPE rotates neighbours, and not two halves."""
+    head: str = "optional"
+    """Output projection in the file: ``optional`` if tied, ``needed``, or ``tied`` always."""
+    norm_shift: float = 0.0
+    """What is added to the weights of norms."""
+    check: Callable[[ModelConfig], None] = lambda _: None
+    """Raises CheckpointError if a field of the family has a value that it does not compute."""
+
+
+def _refusal(what: str, why: str = "") -> CheckpointError:
+    why = f"{why}. " if why else ""
+    return CheckpointError(
+        f"export to GGUF does not support {what}. {why}Export another model, or use this one with "
+        "minigpt or transformers."
+    )
+
+
+def _check_gemma2(config: ModelConfig) -> None:
+    _check_scale(config, n_layer_of_27b=46)
+    if _SLIDING not in hf_fields(config)["layer_types"]:
+        raise _refusal("a gemma2 layout without sliding layers", "llama.cpp always has some there")
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if not hf_fields(config).get(name):
+            raise _refusal(f"a gemma2 layout without {name}", "llama.cpp always computes it there")
+
+
+def _check_gemma3(config: ModelConfig) -> None:
+    _check_scale(config, n_layer_of_27b=62)
+    if config.rope_scaling == "yarn" and config.rope_scaling_factor != 1:
+        raise _refusal(
+            "rope_scaling yarn in the gemma3 layout", "llama.cpp would scale windows with it too"
+        )
+
+
+def _check_scale(config: ModelConfig, *, n_layer_of_27b: int) -> None:
+    """Check the scale of the scores, which llama.cpp has from the shape of a model."""
+    is_27b = config.n_layer == n_layer_of_27b
+    expected = config.d_model // config.n_head if is_27b else config.d_head
+    found = hf_fields(config).get("query_pre_attn_scalar", 256)
+    if found != expected:
+        raise _refusal(
+            f"query_pre_attn_scalar {found} in the {config.model_type} layout",
+            f"llama.cpp always takes {expected} for a model of this shape",
+        )
+
+
+def _check_smollm3(config: ModelConfig) -> None:
+    has_rope = list(map(bool, hf_fields(config).get("no_rope_layers", [1])))
+    if has_rope[: config.n_layer] != [(i + 1) % 4 != 0 for i in range(config.n_layer)]:
+        raise _refusal(
+            f"no_rope_layers {str(has_rope)[:60]} in the smollm3 layout",
+            "llama.cpp always leaves RoPE out of every fourth layer",
+        )
+
+
+_LLAMA = Architecture(
+    name="llama",
+    biases=("none", "qkv", "all"),
+    has_mlp_biases=True,
+    has_divisors=True,
+    rotates_neighbours=True,
+)
+_GEMMA = Architecture(name="gemma", activations=("gelu_tanh",), head="tied", norm_shift=1.0)
+_GEMMA_FIELDS = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
+ARCHITECTURES = {
+    "gpt2": Architecture(
+        name="gpt2",
+        activations=("gelu_tanh",),
+        biases=("none", "qkv", "all"),
+        has_mlp_biases=True,
+    ),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": Architecture(name="qwen2", biases=("qkv",), has_free_width=False),
+    "qwen3": Architecture(name="qwen3"),
+    "gemma": _GEMMA,
+    "gemma2": replace(
+        _GEMMA, name="gemma2", has_windows=True, hf_fields=_GEMMA_FIELDS, check=_check_gemma2
+    ),
+    "gemma3_text": replace(
+        _GEMMA,
+        name="gemma3",
+        head="optional",
+        has_windows=True,
+        hf_fields=(*_GEMMA_FIELDS, "rope_local_base_freq"),
+        check=_check_gemma3,
+    ),
+    "gpt_neox": Architecture(
+        name="gptneox",
+        activations=("gelu", "gelu_tanh"),
+        biases=("all",),
+        has_mlp_biases=True,
+        has_free_width=False,
+        head="needed",
+        hf_fields=("rotary_pct", "use_parallel_residual", "attention_bias"),
+    ),
+    "olmo2": Architecture(name="olmo2", has_free_width=False, head="needed"),
+    "phi3": Architecture(
+        name="phi3",
+        has_free_width=False,
+        hf_fields=(
+            *("partial_rotary_factor", "rope_scaling", "max_position_embeddings"),
+            "original_max_position_embeddings",
+        ),
+    ),
+    "smollm3": Architecture(
+        name="smollm3",
+        rotates_neighbours=True,
+        hf_fields=("no_rope_layers",),
+        check=_check_smollm3,
+    ),
+}
+"""Model type -> architecture."""
+
+
+def architecture_of(config: ModelConfig) -> Architecture:
+    """Return the architecture of llama.cpp that computes a model.
+
+    Raises: CheckpointError if there is none.
+    """
+    if config.model_type not in ARCHITECTURES:
+        kind = config.kind if config.model_type == "minigpt" else config.model_type
+        raise _refusal(f"models of the kind {kind!r}")
+    architecture = ARCHITECTURES[config.model_type]
+    layout = f"in the {architecture.name} layout"
+    if config.activation not in architecture.activations:
+        raise _refusal(
+            f"the activation {config.activation!r} {layout}",
+            f"llama.cpp always computes {architecture.activations[-1]} there",
+        )
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if f.name.startswith("rope_") or f.name in _WRITTEN.split() or value == f.default:
+            continue
+        raise _refusal(
+            f"{f.name} {', '.join(value) if isinstance(value, tuple) else value} {layout}"
+        )
+    for name, value in hf_fields(config).items():
+        if name not in (*architecture.hf_fields, *_WINDOWS):
+            raise _refusal(f"config.json with {name}={value} {layout}")
+    if not architecture.has_free_width and config.n_head * config.d_head != config.d_model:
+        raise _refusal(
+            f"{config.n_head} heads of {config.d_head} with a width of {config.d_model} {layout}"
+        )
+    if config.family == "llama" and config.attention_bias not in architecture.biases:
+        raise _refusal(f"attention_bias {config.attention_bias} {layout}")
+    if config.mlp_bias and not architecture.has_mlp_biases:
+        raise _refusal(f"biases of the MLP {layout}")
+    if architecture.head == "tied" and not config.tie_embeddings:
+        raise _refusal(f"an output projection beside the embedding {layout}")
+    _check_rope(config, architecture)
+    architecture.check(config)
+    return architecture
+
+
+def _check_rope(config: ModelConfig, architecture: Architecture) -> None:
+    kind = config.rope_scaling
+    layout = f"in the {architecture.name} layout"
+    if config.family == "gpt2" or config.rope_scaling_factor == 1 or architecture.has_divisors:
+        if kind == "dynamic" and config.rope_scaling_factor != 1:
+            raise _refusal(
+                "rope_scaling dynamic", "llama.cpp does not change frequencies with the length"
+            )
+        return
+    is_native = kind == "linear" or (kind == "yarn" and config.rope_truncate)
+    if not is_native:
+        what = "yarn with truncate false" if kind == "yarn" else kind
+        raise _refusal(
+            f"rope_scaling {what}, by {config.rope_scaling_factor:g}, {layout}",
+            "llama.cpp has no frequencies of that kind there",
+        )
+
+
+def context_of(config: ModelConfig, architecture: Architecture) -> tuple[int, str]:
+    """Return the context length to write, and a note if it is shorter than the model's.
+
+    Without windows in llama.cpp, a window's length is the context: there, it hides nothing.
+    """
+    window = hf_fields(config).get("sliding_window") or config.context_length
+    types = hf_fields(config).get("layer_types") or [_SLIDING]
+    if architecture.has_windows or _SLIDING not in types or window >= config.context_length:
+        return config.context_length, ""
+    return window, (
+        f"its context is {window} tokens, the length of its sliding window, since llama.cpp has no "
+        f"windows in the {architecture.name} layout"
+    )
+
+
+def notes_of(config: ModelConfig) -> Iterator[str]:
+    """Yield what llama.cpp computes a little otherwise, or not at all."""
+    if config.model_type == "gpt_neox" and config.activation == "gelu":
+        yield _GELU_ERROR
+    if "rope_scaling" in hf_fields(config):
+        yield (
+            f"its context is {config.context_length} tokens; with a larger -c, llama.cpp takes the "
+            "long factors of LongRoPE"
+        )
+
+
+def add_facts(writer: Any, config: ModelConfig, architecture: Architecture) -> None:
+    """Write the metadata that describe a model's computation."""
+    facts = hf_fields(config)
+    if config.family == "gpt2" or config.model_type == "gpt_neox":
+        writer.add_layer_norm_eps(config.norm_eps)
+    else:
+        writer.add_layer_norm_rms_eps(config.norm_eps)
+    if config.family == "gpt2":
+        return
+    writer.add_key_length(config.d_head)
+    writer.add_value_length(config.d_head)
+    writer.add_rope_dimension_count(_n_rotated(config))
+    writer.add_rope_freq_base(config.rope_theta)
+    _add_rope_scaling(writer, config)
+    if config.model_type == "gpt_neox":
+        writer.add_parallel_residual(facts.get("use_parallel_residual", True))
+    if "attn_logit_softcapping" in facts:
+        writer.add_attn_logit_softcapping(facts["attn_logit_softcapping"])
+    if facts.get("final_logit_softcapping"):
+        writer.add_final_logit_softcapping(facts["final_logit_softcapping"])
+    types = facts.get("layer_types") or [_SLIDING] * config.n_layer
+    if architecture.has_windows and facts.get("sliding_window") and _SLIDING in types:
+        writer.add_sliding_window(facts["sliding_window"])
+        writer.add_sliding_window_pattern([kind == _SLIDING for kind in types])
+    if "rope_local_base_freq" in facts:
+        writer.add_rope_freq_base_swa(facts["rope_local_base_freq"])
+
+
+def _n_rotated(config: ModelConfig) -> int:
+    facts = hf_fields(config)
+    return int(config.d_head * facts.get("rotary_pct", facts.get("partial_rotary_factor", 1.0)))
+
+
+def _add_rope_scaling(writer: Any, config: ModelConfig) -> None:
+    from gguf import RopeScalingType
+
+    facts, factor = hf_fields(config), config.rope_scaling_factor
+    if "rope_scaling" in facts:
+        writer.add_rope_scaling_type(RopeScalingType.LONGROPE)
+        writer.add_rope_scaling_attn_factors(
+            ring("checkpoint.families.phi3").attention_factor(facts)
+        )
+        writer.add_rope_scaling_orig_ctx_len(facts["original_max_position_embeddings"])
+    elif config.rope_scaling == "linear" and factor != 1:
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(factor)
+    elif config.rope_scaling == "yarn" and not _is_by_divisors(config):
+        writer.add_rope_scaling_type(RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(factor)
+        writer.add_rope_scaling_orig_ctx_len(config.rope_original_context)
+        writer.add_rope_scaling_yarn_beta_fast(config.rope_beta_fast)
+        writer.add_rope_scaling_yarn_beta_slow(config.rope_beta_slow)
+        usual = 1 + 0.1 * math.log(factor) if factor > 1 else 1.0  # what llama.cpp multiplies by
+        writer.add_rope_scaling_attn_factors(config.rope_attention_factor / usual)
+    elif config.rope_scaling == "yarn":
+        writer.add_rope_scaling_attn_factors(config.rope_attention_factor)
+
+
+def _is_by_divisors(config: ModelConfig) -> bool:
+    """Return whether RoPE is written as divisors of the frequencies, (D / 2,)."""
+    if config.family == "gpt2" or config.rope_scaling_factor == 1:
+        return False
+    return config.rope_scaling == "llama3" or not config.rope_truncate
+
+
+def extra_tensors(config: ModelConfig) -> dict[str, Tensor]:
+    """Return the tensors of RoPE that only a GGUF file has, by their names there."""
+    scaling = hf_fields(config).get("rope_scaling")
+    if scaling is not None:
+        return {
+            f"rope_factors_{kind}.weight": torch.tensor(scaling[f"{kind}_factor"])
+            for kind in ("long", "short")
+        }
+    if not _is_by_divisors(config):
+        return {}
+
+    def frequencies(**changes: Any) -> Tensor:
+        cos, sin = rotary_table(replace(config, context_length=2, **changes))
+        return torch.atan2(sin[1], cos[1])  # the angles of position 1, which are at most 1
+
+    return {"rope_freqs.weight": frequencies(rope_scaling_factor=1.0) / frequencies()}
+
+
+def converted(tensor: Tensor, name: str, config: ModelConfig, architecture: Architecture) -> Tensor:
+    """Return a tensor of Hugging Face's name as llama.cpp has it."""
+    if architecture.norm_shift and name.endswith("norm.weight"):
+        return tensor.float() + architecture.norm_shift
+    if "query_key_value" in name:  # by heads there, by kinds here
+        return tensor.unflatten(0, (config.n_head, 3, -1)).transpose(0, 1).flatten(0, 2)
+    if architecture.rotates_neighbours and (".q_proj." in name or ".k_proj." in name):
+        halves = tensor.unflatten(0, (-1, 2, config.d_head // 2))  # (H, 2, D / 2, ...)
+        return halves.transpose(1, 2).flatten(0, 2)
+    return tensor
