@@ -1,5 +1,6 @@
 """Which measure predicts the exact effects: the tables of docs/faithfulness.md.
 
+    python benchmarks/faithfulness.py    the model that ships
     python benchmarks/faithfulness.py stories260K=../shared/weights/stories260K nano=shakespeare
 
 Each NAME=MODEL compares the measures on a model and writes the table between the lines
@@ -63,7 +64,7 @@ def table(facts: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("models", nargs="+", metavar="NAME=MODEL")
+    parser.add_argument("models", nargs="*", metavar="NAME=MODEL", default=["shipped=storyteller"])
     parser.add_argument("--max-new-tokens", default="60")
     parser.add_argument("--num-samples", default="2")
     arguments = parser.parse_args()

@@ -82,6 +82,17 @@ class Comparison:
     """Generated text of the first sample."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Measures(TraceConfig):
+    """Settings of a trace with a row by each of any measures."""
+
+    compared: tuple[str, ...] = ()
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        return self.compared
+
+
 def measure_names() -> tuple[str, ...]:
     """Return the measures of this installation, and rollout."""
     return (*MEASURES, ROLLOUT)
@@ -115,8 +126,9 @@ def compare_measures(
 ) -> Comparison:
     """Continue a prompt, and compare measures on all generated tokens.
 
-    Each sample is traced once for each measure, and its tokens are the same. Then every position is
-    knocked out, and for each ranking its strongest positions together.
+    Each sample is decoded once for all measures and once more for the rollout, with the same
+    tokens. Then every position is knocked out, and for each ranking its strongest positions
+    together.
 
     Args: config, its ``knockout`` and ``sink``, as for a trace; seed, of the first sample.
     Raises: as ``trace``; DataError if no token has MIN_POSITIONS positions besides the sink.
@@ -124,6 +136,7 @@ def compare_measures(
     n_positions = len(prompt) + sampling.max_new_tokens
     if ROLLOUT in measures and min(n_positions, model.config.context_length) > MAX_POSITIONS:
         measures = [name for name in measures if name != ROLLOUT]
+    plain = tuple(name for name in measures if name != ROLLOUT)
     knockouts = Knockouts(model, config.knockout)
     found: dict[str, list[list[float]]] = {name: [] for name in (*measures, *CONTROLS)}
     generator = np.random.default_rng(seed)
@@ -135,27 +148,22 @@ def compare_measures(
             progress((sample + share) / sampling.num_samples, what)
 
         rows: dict[str, list[NDArray[np.float32]]] = {}
-        for number, name in enumerate(measures):
-            show(0.5 * number / len(measures), f"measuring {name}")
-            is_rollout = name == ROLLOUT
+        passes = {"measuring": _Measures(**vars(config) | {"compared": plain})} if plain else {}
+        if ROLLOUT in measures:
+            passes["rolling out"] = replace(config, measure="weight", reduce="rollout")
+        for number, (what, one) in enumerate(passes.items()):
+            show(0.5 * number / len(passes), what)
             header, *steps, footer = trace(
-                model,
-                tokenizer,
-                prompt,
-                sampling,
-                replace(
-                    config,
-                    measure="weight" if is_rollout else name,
-                    reduce="rollout" if is_rollout else "mean",
-                ),
-                seed=seed + sample,
+                model, tokenizer, prompt, sampling, one, seed=seed + sample
             )
             assert isinstance(header, TraceHeader)
             assert isinstance(footer, TraceFooter)
             if footer.finish is None:  # Ctrl-C ends a trace with a footer
                 raise KeyboardInterrupt
             taken = [step for step in steps if isinstance(step, TraceStep)]
-            rows[name] = [step.row.weights_S for step in taken]
+            names = plain if isinstance(one, _Measures) else (ROLLOUT,)
+            for i, name in enumerate(names):
+                rows[name] = [step.rows[i].weights_S for step in taken]
             sink = header.sink
         first_text = first_text or "".join(step.text for step in taken)
         tokens = [*prompt, *(step.token.id for step in taken)]
