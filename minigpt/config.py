@@ -282,16 +282,16 @@ class SamplingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class InterventionConfig:
-    """Heads that are ablated, or patched from a run on another prompt."""
+    """Heads that are ablated, and heads or layers patched from a run on another prompt."""
 
     ablate: str | None = option(None, group="Interventions", metavar="LIST", shown="none")
     """Heads whose output is set to 0, layer.head, as in 1.3,0.*. None for none."""
     ablate_mean: bool = option(False, group="Interventions")
     """Set it to its mean over the prompt instead."""
     patch_from: str | None = option(None, group="Interventions", metavar="PROMPT", shown="none")
-    """Prompt of as many tokens, from which heads are patched. None for none."""
+    """Prompt of as many tokens, from which heads or layers are patched. None for none."""
     patch: str | None = option(None, group="Interventions", metavar="LIST", shown="none")
-    """Heads to patch, layer.head, as in 3.1,2.*. None for none."""
+    """Heads to patch, layer.head, or layers (residual stream), as in 3.1,2.*,4. None for none."""
     patch_position: int | Literal["all"] | None = option(
         None, "[0, inf)", group="Interventions", shown="the last of the prompt"
     )
@@ -305,7 +305,7 @@ class InterventionConfig:
         )
         require(
             (self.patch_from is None) == (self.patch is None),
-            "--patch-from and --patch belong together: a prompt, and the heads to take from it. "
+            "--patch-from and --patch belong together: a prompt, and what to take from its run. "
             "Give both.",
         )
         require(
@@ -334,7 +334,9 @@ class InterventionConfig:
                     else f"position {self.patch_position}"
                 )
             )
-            parts.append(f"heads {self.patch} patched at {place} from {self.patch_from!a}")
+            kinds = {"heads" if "." in part else "layers" for part in self.patch.split(",")}
+            what = f"{' and '.join(sorted(kinds))} {self.patch}"
+            parts.append(f"{what} patched at {place} from {self.patch_from!a}")
         return "; ".join(parts)
 
 

@@ -4,8 +4,10 @@ from typing import Any
 
 import torch
 
+from minigpt.checkpoint.families import model_config_from_hf
 from minigpt.config import ModelConfig
 from minigpt.model.gpt import GPT
+from minigpt.model.registry import model_class
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "gpt2": {"family": "gpt2", "activation": "gelu"},
@@ -14,6 +16,17 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "llama-grouped": {"n_kv_head": 2, "rope_theta": 300.0, "tie_embeddings": True},
     "qwen3": {"qk_norm": True, "n_kv_head": 1, "d_head": 10},
 }
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "olmo2": {},  # norms after the branches
+    "gemma": {},
+    "gemma2": {"final_logit_softcapping": None},  # norms before and after the branches
+    "gpt_neox": {"num_key_value_heads": None, "head_dim": None},  # biases, an MLP beside the attention
+    "llama-biases": {"attention_bias": True},
+}
+"""Families of Hugging Face whose blocks differ from those of LAYOUTS, with linear logits."""
+SOFTCAP = "gemma2-softcap"
+"""A model whose logits and scores have a soft cap."""
 
 
 def small_config(layout: str = "llama", **changes: Any) -> ModelConfig:
@@ -24,7 +37,25 @@ def small_config(layout: str = "llama", **changes: Any) -> ModelConfig:
 
 def small_model(layout: str = "llama", *, seed: int = 7, **changes: Any) -> GPT:
     """A model whose weights, biases and norms are all random, in evaluation mode."""
-    model = GPT(small_config(layout, **changes))
+    return _randomized(GPT(small_config(layout, **changes)), seed)
+
+
+def any_model(name: str, **changes: Any) -> GPT:
+    """A ``small_model`` of LAYOUTS, or one of the same shape of FAMILIES or SOFTCAP."""
+    if name in LAYOUTS:
+        return small_model(name, **changes)
+    shape = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 24}
+    shape |= {"head_dim": 8}
+    own = {"final_logit_softcapping": 3.0} if name == SOFTCAP else FAMILIES[name]
+    values: dict[str, Any] = shape | {"model_type": name.partition("-")[0]} | own | changes
+    config = model_config_from_hf(values)
+    model = model_class(config)(config)
+    assert isinstance(model, GPT)
+    return _randomized(model, 7)
+
+
+def _randomized(model: GPT, seed: int) -> GPT:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

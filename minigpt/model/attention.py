@@ -70,7 +70,7 @@ class PassCollector:
     def __init__(self, recorder: Recorder, n_new: int) -> None:
         self._recorder, self._n_new = recorder, n_new
         self._has_queries = recorder.needs_queries and n_new > 1
-        self._residual_BC: list[Tensor] = []
+        self.residual_BC: list[Tensor] = []
         self._weights_BHS: list[Tensor] = []
         self._context_BHD: list[Tensor] = []
         self._values_BGSD: list[Tensor] = []
@@ -91,7 +91,7 @@ class PassCollector:
     def add_residual(self, *states_BTC: Tensor) -> None:
         """Add states of the residual stream: the embedding, or those after a block's branches."""
         if self._recorder.needs_residual:
-            self._residual_BC += [x_BTC[:, -1].detach().clone() for x_BTC in states_BTC]
+            self.residual_BC += [x_BTC[:, -1].detach().clone() for x_BTC in states_BTC]
 
     @torch.no_grad()
     def finish(self, values_LBGSD: Tensor | None = None) -> None:
@@ -104,12 +104,12 @@ class PassCollector:
             values_LBGSD = torch.stack(self._values_BGSD)
         residual_NBC = None
         if self._recorder.needs_residual:
-            if len(self._residual_BC) != 2 * len(self._weights_BHS) + 1:
+            if len(self.residual_BC) != 2 * len(self._weights_BHS) + 1:
                 raise ConfigError(
                     "this model's blocks do not report their residual stream (add_residual). "
                     "Choose a measure that does not need it, or another model."
                 )
-            residual_NBC = torch.stack(self._residual_BC)
+            residual_NBC = torch.stack(self.residual_BC)
         self._recorder.record(
             AttentionPass(
                 weights_LBHS=torch.stack(self._weights_BHS),

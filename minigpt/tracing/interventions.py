@@ -1,12 +1,13 @@
-"""Interventions: a model in which heads are ablated or patched from a run on another prompt.
+"""Interventions: a model with heads ablated, or heads or layers patched from another prompt.
 
 A head's output is what it has before W_O, the weighted sum of its values.
 
 - Zero ablation sets it to 0 at every position: the same as zero columns of W_O.
 - Mean ablation sets it, at every position, to its mean over the positions of the prompt in a run
   without interventions.
-- Activation patching replaces it at one position of the prompt, or at all of them, by what it is
-  there in a run on a second prompt.
+- Activation patching replaces it at one position of the prompt, or at all, by what it is there in a
+  run on a second prompt. A layer's residual stream, as it leaves the block, is patched in the same
+  way.
 
 The interventions are hooks on a copy of the modules that shares the weights, so the model itself is
 not changed, and decoding takes GPT.forward, which runs them.
@@ -56,7 +57,11 @@ def intervene(
         means = [x.mean(dim=0) for x in head_outputs(model, prompt)] if config.ablate_mean else None
         _ablate(changed, selection, means)
     if config.patch_from is not None and config.patch is not None:
-        selection = _selected(model, config.patch, "--patch")
+        parts = config.patch.split(",")
+        heads = ",".join(part for part in parts if "." in part)
+        layers = ",".join(part for part in parts if "." not in part)
+        selection = _selected(model, heads, "--patch") if heads else None
+        whole = _selected(model, "*.*", "--patch", layers) if layers or not heads else None
         source = encode(config.patch_from)
         if len(source) != len(prompt):
             raise ConfigError(
@@ -74,23 +79,25 @@ def intervene(
         positions = (
             range(len(prompt)) if position == "all" else range(int(position), int(position) + 1)
         )
-        _patch(changed, selection, head_outputs(model, source), positions)
+        place = _Place(changed, positions)
+        if selection is not None:
+            _patch_heads(changed, selection, head_outputs(model, source), place)
+        if whole is not None:
+            _patch_layers(changed, whole, residual_streams(model, source), place)
         config = replace(config, patch_position=position)
     return changed, config
 
 
-def _selected(model: GPT, heads: str, option: str) -> HeadSelection:
-    shape = model.config
-    return select_heads(
-        shape.n_attention_layer, shape.n_head, heads=heads, options=("--layers", option)
-    )
+def _selected(model: GPT, heads: str, option: str, layers: str | None = None) -> HeadSelection:
+    n_layer, n_head = model.config.n_attention_layer, model.config.n_head
+    return select_heads(n_layer, n_head, layers=layers, heads=heads, options=(option, option))
 
 
 def shallow_copy(module: M) -> M:
     """Return a copy of a tree of modules that shares the weights, so that it can have hooks."""
     new = copy.copy(module)
-    new._forward_pre_hooks = OrderedDict(module._forward_pre_hooks)
-    new._forward_pre_hooks_with_kwargs = OrderedDict(module._forward_pre_hooks_with_kwargs)
+    for name in ("_forward_hooks", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"):
+        setattr(new, name, OrderedDict(getattr(module, name)))
     new._modules = {
         name: None if child is None else shallow_copy(child)
         for name, child in module._modules.items()
@@ -113,6 +120,17 @@ def head_outputs(model: GPT, tokens: Sequence[int]) -> list[Tensor]:
     return [x.clone() for x in seen]
 
 
+@torch.inference_mode()
+def residual_streams(model: GPT, tokens: Sequence[int]) -> list[Tensor]:
+    """Return the residual stream after each block (P, C) in a run on some tokens."""
+    seen: list[Tensor] = []
+    watched = shallow_copy(model)
+    for block in watched.blocks:
+        block.register_forward_hook(lambda _, inputs, x_BTC: seen.append(x_BTC[0].clone()))
+    watched(torch.tensor([list(tokens)], device=model.device), logits_to_keep=1)
+    return seen
+
+
 def _ablate(model: GPT, selection: HeadSelection, means: Sequence[Tensor] | None) -> None:
     def put(x_BTHD: Tensor, layer: int, heads: list[int]) -> None:
         x_BTHD[:, :, heads] = 0.0 if means is None else means[layer][heads].to(x_BTHD)
@@ -120,23 +138,52 @@ def _ablate(model: GPT, selection: HeadSelection, means: Sequence[Tensor] | None
     _on_heads(model, selection, put)
 
 
-def _patch(
-    model: GPT, selection: HeadSelection, outputs: Sequence[Tensor], positions: range
-) -> None:
-    first = 0
+class _Place:
+    """Where a run patches: positions of the prompt, and those of the pass that is running."""
 
-    def note_position(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal first
+    def __init__(self, model: GPT, positions: range) -> None:
+        self._positions, self._first = positions, 0
+        model.register_forward_pre_hook(self._note_first, with_kwargs=True)
+
+    def _note_first(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         cache = args[1] if len(args) > 1 else kwargs.get("cache")
-        first = 0 if cache is None else cache.length
+        self._first = 0 if cache is None else cache.length
 
+    def put(self, x_BTX: Tensor, source_PX: Tensor, *chosen: list[int]) -> None:
+        """Replace what a pass has at the positions, of the chosen heads if there are any."""
+        for position in self._positions:
+            if self._first <= position < self._first + x_BTX.shape[1]:
+                place = position - self._first
+                x_BTX[:, place, *chosen] = source_PX[position, *chosen].to(x_BTX)
+
+
+def _patch_heads(
+    model: GPT, selection: HeadSelection, outputs: Sequence[Tensor], place: _Place
+) -> None:
     def put(x_BTHD: Tensor, layer: int, heads: list[int]) -> None:
-        for position in positions:
-            if first <= position < first + x_BTHD.shape[1]:
-                x_BTHD[:, position - first, heads] = outputs[layer][position, heads].to(x_BTHD)
+        place.put(x_BTHD, outputs[layer], heads)
 
-    model.register_forward_pre_hook(note_position, with_kwargs=True)
     _on_heads(model, selection, put)
+
+
+def _patch_layers(
+    model: GPT, selection: HeadSelection, streams: Sequence[Tensor], place: _Place
+) -> None:
+    """Let the blocks of the chosen layers end with the residual stream of another run."""
+
+    def hook(layer: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+        def change(_: nn.Module, inputs: tuple[Any, ...], x_BTC: Tensor) -> Tensor:
+            x_BTC = x_BTC.clone()
+            place.put(x_BTC, streams[layer])
+            if len(inputs) > 3 and (collector := inputs[3]) and collector.residual_BC:
+                collector.residual_BC[-1] = x_BTC[:, -1].detach().clone()  # for the lens
+            return x_BTC
+
+        return change
+
+    for layer, heads in enumerate(selection.heads_by_layer):
+        if heads:
+            model.blocks[layer].register_forward_hook(hook(layer))
 
 
 def _on_heads(

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import LAYOUTS, random_tokens, small_model
+from small_models import FAMILIES, LAYOUTS, SOFTCAP, any_model, random_tokens, small_model
 from torch import Tensor
 
 from minigpt.config import ModelConfig
@@ -41,9 +41,9 @@ def from_embeddings(model: LanguageModel, n: int, against: int | None) -> Callab
 
 
 @pytest.mark.parametrize("against", [None, 11])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [*LAYOUTS, *FAMILIES, SOFTCAP])
 def test_gradient_times_input_equals_captum(layout: str, against: int | None) -> None:
-    model, tokens = small_model(layout), random_tokens(1, 9)
+    model, tokens = any_model(layout), random_tokens(1, 9)
     x_BSC = model.embedding(tokens).detach()
     oracle = captum_attr.InputXGradient(from_embeddings(model, 9, against))
     expected = oracle.attribute(x_BSC.requires_grad_()).sum(dim=2)[0]
@@ -51,9 +51,9 @@ def test_gradient_times_input_equals_captum(layout: str, against: int | None) ->
     torch.testing.assert_close(row.rows, expected.detach(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [*LAYOUTS, *FAMILIES, SOFTCAP])
 def test_integrated_gradients_equal_captum(layout: str) -> None:
-    model, tokens = small_model(layout), random_tokens(1, 9)
+    model, tokens = any_model(layout), random_tokens(1, 9)
     x_BSC = model.embedding(tokens).detach()
     baseline = model.embedding.weight.detach().mean(dim=0).expand_as(x_BSC)
     oracle = captum_attr.IntegratedGradients(from_embeddings(model, 9, None))

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import LAYOUTS, small_model
+from small_models import FAMILIES, LAYOUTS, SOFTCAP, any_model
 
 import minigpt
 from minigpt.config import InterventionConfig
@@ -19,8 +19,11 @@ TOKENIZER = BytesTokenizer()
 PROMPT, OTHER = "to be or", "by me no"
 
 
+MODELS = (*LAYOUTS, *FAMILIES, SOFTCAP)
+
+
 def model_of(layout: str) -> GPT:
-    return small_model(layout, vocab_size=257)
+    return any_model(layout, vocab_size=257)
 
 
 def traced(model: GPT, prompt: str = PROMPT, **options: Any) -> Trace:
@@ -64,7 +67,7 @@ def plain(model: GPT, tokens: torch.Tensor, put: Any = None) -> tuple[torch.Tens
     return log_p, outputs
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", MODELS)
 def test_an_ablated_head_equals_zeroed_columns_of_the_output_projection(layout: str) -> None:
     model = model_of(layout)
     before = copy.deepcopy(model.state_dict())
@@ -83,7 +86,7 @@ def test_an_ablated_head_equals_zeroed_columns_of_the_output_projection(layout: 
     assert [s.token for s in traced(model).steps] != [s.token for s in trace.steps]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", MODELS)
 def test_a_mean_ablated_head_has_its_mean_over_the_prompt_everywhere(layout: str) -> None:
     model = model_of(layout)
     trace = traced(model, ablate="0.1-2,1.0", ablate_mean=True)
@@ -97,7 +100,7 @@ def test_a_mean_ablated_head_has_its_mean_over_the_prompt_everywhere(layout: str
 
 
 @pytest.mark.parametrize("position", [None, 0, 3, "all"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", MODELS)
 def test_a_patched_run_equals_a_plain_one_with_hooks(layout: str, position: Any) -> None:
     model = model_of(layout)
     trace = traced(model, patch_from=OTHER, patch="0.1,1.*", patch_position=position)
@@ -113,6 +116,74 @@ def test_a_patched_run_equals_a_plain_one_with_hooks(layout: str, position: Any)
     assert trace.header.intervention == InterventionConfig(
         patch_from=OTHER, patch="0.1,1.*", patch_position="all" if position == "all" else places[0]
     )
+
+
+def log_p_with_streams(
+    model: GPT, tokens: torch.Tensor, streams: dict[int, torch.Tensor], places: list[int]
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Run block after block, and replace the stream after some of them; return all streams too."""
+    n = tokens.shape[1]
+    x, rotary = model.embed(tokens), None
+    if model.config.family == "gpt2":
+        x = x + model.positions(torch.arange(n))
+    else:
+        rotary = model.rotary_cos[:n], model.rotary_sin[:n]
+    seen = []
+    for layer, block in enumerate(model.blocks):
+        x = block(x, rotary)
+        seen.append(x[0].clone())
+        if layer in streams:
+            x = torch.stack([streams[layer][t] if t in places else x[0, t] for t in range(n)])[None]
+    return model.logits(x).log_softmax(-1)[0], seen
+
+
+@pytest.mark.parametrize(
+    ("patch", "position"), [("0", None), ("1", None), ("1", 0), ("0-1", 3), ("0,1.2", "all")]
+)
+@pytest.mark.parametrize("layout", MODELS)
+@torch.no_grad()
+def test_a_patched_layer_equals_a_plain_loop_over_blocks(
+    layout: str, patch: str, position: Any
+) -> None:
+    model = model_of(layout)
+    trace = traced(model, patch_from=OTHER, patch=patch, patch_position=position, lens=True)
+    places = list(range(8)) if position == "all" else [7 if position is None else position]
+    _, streams = log_p_with_streams(model, torch.tensor([list(OTHER.encode())]), {}, [])
+    layers = {"0": [0], "1": [1], "0-1": [0, 1], "0,1.2": [0]}[patch]
+    _, outputs = plain(model, torch.tensor([list(OTHER.encode())]))
+
+    def put(inputs: tuple[torch.Tensor]) -> torch.Tensor:
+        z = inputs[0].unflatten(-1, (4, -1)).clone()
+        for place in places:
+            z[0, place, 2] = outputs[1][place, 2]
+        return z.flatten(2)
+
+    hook = None
+    if "." in patch:
+        output = model.attentions[1].output
+        hook = output.register_forward_pre_hook(lambda _, inputs: put(inputs))
+    kept = {layer: streams[layer] for layer in layers}
+    log_p, _ = log_p_with_streams(model, ids_of(trace), kept, places)
+    if hook is not None:
+        hook.remove()
+    assert_predicted_by(trace, log_p)
+    for step in trace.steps:  # the last layer of the lens is the prediction
+        assert step.lens is not None
+        assert step.lens.log_probabilities[-1] == pytest.approx(step.log_probability, abs=1e-3)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("patch", "says"),
+    [
+        ("1", "layers 1 patched at position 2 from"),
+        ("0.1", "heads 0.1 patched at position 2 from"),
+        ("0.1,1", "heads and layers 0.1,1 patched at position 2 from"),
+    ],
+)
+def test_an_intervention_names_what_it_patches(patch: str, says: str) -> None:
+    config = InterventionConfig(patch_from=OTHER, patch=patch, patch_position=2)
+    assert says in str(config)
 
 
 def test_in_python_a_patch_may_come_from_token_ids() -> None:
@@ -138,6 +209,7 @@ def test_patching_a_run_with_itself_changes_nothing() -> None:
         {"ablate": "1.3"},
         {"ablate": "0.*", "ablate_mean": True},
         {"patch_from": OTHER, "patch": "1.*"},
+        {"patch_from": OTHER, "patch": "0", "patch_position": 3},
     ],
     ids=str,
 )
@@ -166,6 +238,10 @@ def test_watching_a_changed_model_changes_nothing(options: dict[str, Any]) -> No
         ({"patch_position": 1}, "--patch-position is for --patch-from"),
         ({"patch_from": "short", "patch": "0.0"}, "it has 5, and the first has 8"),
         ({"patch_from": OTHER, "patch": "7.0"}, "--patch 7 is out of range"),
+        ({"patch_from": OTHER, "patch": "2"}, "--patch 2 is out of range: the model has layers 0"),
+        ({"patch_from": OTHER, "patch": "0.1,x"}, "--patch takes numbers and ranges"),
+        ({"patch_from": OTHER, "patch": ""}, "--patch takes"),
+        ({"patch_from": OTHER, "patch": "0,,1"}, "--patch takes numbers and ranges"),
         (
             {"patch_from": OTHER, "patch": "0.0", "patch_position": 8},
             "--patch-position must be a position of the prompt, 0 to 7",
@@ -180,7 +256,11 @@ def test_interventions_that_do_not_exist_are_refused(options: dict[str, Any], sa
 
 @pytest.mark.parametrize(
     "options",
-    [{"ablate": "1.*"}, {"patch_from": OTHER, "patch": "0.*", "patch_position": 2}],
+    [
+        {"ablate": "1.*"},
+        {"patch_from": OTHER, "patch": "0.*", "patch_position": 2},
+        {"patch_from": OTHER, "patch": "0", "patch_position": 2},
+    ],
     ids=str,
 )
 def test_integrated_gradients_are_those_of_the_changed_model(options: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import LAYOUTS, small_model
+from small_models import FAMILIES, LAYOUTS, SOFTCAP, any_model, small_model
 from small_traces import small_trace
 
 import minigpt
@@ -29,7 +29,7 @@ def traced(model: GPT, **options: Any) -> Trace:
 
 
 @torch.no_grad()
-def plain_lens(model: GPT, tokens: torch.Tensor) -> torch.Tensor:
+def plain_lens(model: GPT, tokens: torch.Tensor, cap: float | None = None) -> torch.Tensor:
     """Log-probabilities (L, T, V) after each layer, by hooks on a full forward."""
     states: list[torch.Tensor] = []
     hooks = [
@@ -41,15 +41,17 @@ def plain_lens(model: GPT, tokens: torch.Tensor) -> torch.Tensor:
         hook.remove()
     weight = model.embedding.weight if model.unembedding is None else model.unembedding.weight
     assert isinstance(weight, torch.Tensor)
-    return torch.stack([(model.final_norm(x) @ weight.T)[0].log_softmax(-1) for x in states])
+    logits_LTV = torch.stack([(model.final_norm(x) @ weight.T)[0] for x in states])
+    return (logits_LTV if cap is None else cap * (logits_LTV / cap).tanh()).log_softmax(-1)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [*LAYOUTS, *FAMILIES, SOFTCAP])
 def test_the_lens_is_that_of_a_plain_loop_over_layers(layout: str) -> None:
-    model = small_model(layout, vocab_size=257, n_layer=3)
+    n_layer = {"n_layer" if layout in LAYOUTS else "num_hidden_layers": 3}
+    model = any_model(layout, vocab_size=257, **n_layer)
     trace = traced(model, lens=True, prompt_rows=True, temperature=1.0)
     tokens = torch.tensor([[token.id for token in trace.tokens[:-1]]])
-    expected = plain_lens(model, tokens)
+    expected = plain_lens(model, tokens, cap=3.0 if layout == SOFTCAP else None)
     for step in trace.steps:
         assert step.lens is not None
         at = step.token.position - 1

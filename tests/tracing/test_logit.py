@@ -7,12 +7,11 @@ import pytest
 import torch
 from copying import CONTEXT, copying_model, doubled
 from kept_attention import KeptAttention
-from small_models import LAYOUTS, random_tokens, small_model
+from small_models import FAMILIES, LAYOUTS, any_model, random_tokens, small_model
 from small_traces import small_trace
 from torch import Tensor
 
 import minigpt
-from minigpt.checkpoint.families import model_config_from_hf
 from minigpt.checkpoint.model_folder import write_model
 from minigpt.config import ModelConfig
 from minigpt.errors import ConfigError
@@ -20,43 +19,11 @@ from minigpt.generation.decoder import Decoder
 from minigpt.generation.fast.quantize import quantize_int8
 from minigpt.model.cache import KVCache
 from minigpt.model.gpt import GPT
-from minigpt.model.registry import model_class
 from minigpt.model.variants.lstm import LSTM
 from minigpt.text.tokenizer import BytesTokenizer
 from minigpt.tracing.analysis import roles
 from minigpt.tracing.recorder import Measured, RowRecorder
 from minigpt.tracing.tracer import _alternative
-
-SHAPE = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 24,
-}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "olmo2": {},  # norms after the branches
-    "gemma": {},
-    "gemma2": {"final_logit_softcapping": None},
-    "gpt_neox": {},  # biases, an MLP beside the attention
-    "llama": {"attention_bias": True},
-}
-
-
-def family_model(name: str, **changes: Any) -> GPT:
-    shape = SHAPE
-    if name == "gpt_neox":
-        shape = {k: v for k, v in SHAPE.items() if k not in ("num_key_value_heads", "head_dim")}
-    config = model_config_from_hf(shape | {"model_type": name} | FAMILIES[name] | changes)
-    model = model_class(config)(config)
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.3, generator=generator)
-    return model.eval()
 
 
 def logit_of(model: GPT, tokens: Tensor, target: int, against: int | None = None) -> Measured:
@@ -73,9 +40,17 @@ def plain_loop(model: GPT, tokens: Tensor, w_C: Tensor) -> Tensor:
     """
     states: list[Tensor] = []
     hook = model.final_norm.register_forward_pre_hook(lambda _, x: states.append(x[0][0, -1]))
+    branches: list[Tensor] = []  # what the heads of each layer add, before a norm after them
+    hooks = [
+        block.attention_post_norm.register_forward_pre_hook(
+            lambda _, x: branches.append(x[0][0, -1])
+        )
+        for block in model.blocks
+    ]
     kept = KeptAttention()
     model(tokens, recorder=kept)
-    hook.remove()
+    for one in (hook, *hooks):
+        one.remove()
     x_C, norm = states[0], model.final_norm
     centred_C = x_C - x_C.mean() if isinstance(norm, torch.nn.LayerNorm) else x_C
     rms = (centred_C.square().mean() + model.config.norm_eps).sqrt()
@@ -91,6 +66,10 @@ def plain_loop(model: GPT, tokens: Tensor, w_C: Tensor) -> Tensor:
                 added_C = kept.last.weights_LBHS[layer, 0, head, position] * (
                     output[:, head] @ value_D
                 )
+                post_norm = block.attention_post_norm
+                if not isinstance(post_norm, torch.nn.Identity):
+                    size = branches[layer].square().mean() + model.config.norm_eps
+                    added_C = added_C * post_norm.gain / size.sqrt()
                 if isinstance(norm, torch.nn.LayerNorm):
                     added_C = added_C - added_C.mean()
                 brought[layer, head, position] = (added_C * gain_C / rms) @ w_C
@@ -103,10 +82,10 @@ def unembedding(model: GPT) -> Tensor:
 
 
 @pytest.mark.parametrize("against", [None, 11])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [*LAYOUTS, *FAMILIES])
 @torch.no_grad()
 def test_rows_equal_a_loop_over_heads_and_positions(layout: str, against: int | None) -> None:
-    model, tokens = small_model(layout), random_tokens(1, 13)
+    model, tokens = any_model(layout), random_tokens(1, 13)
     w_C = unembedding(model)[5] - (0 if against is None else unembedding(model)[against])
     measured = logit_of(model, tokens, 5, against)
     expected = plain_loop(model, tokens, w_C)
@@ -116,8 +95,7 @@ def test_rows_equal_a_loop_over_heads_and_positions(layout: str, against: int | 
 @pytest.mark.parametrize("model", [*LAYOUTS, *FAMILIES])
 @torch.no_grad()
 def test_rows_and_parts_sum_to_the_logit_of_the_token(model: str) -> None:
-    network = small_model(model) if model in LAYOUTS else family_model(model)
-    tokens = random_tokens(1, 13)
+    network, tokens = any_model(model), random_tokens(1, 13)
     logits = network(tokens, logits_to_keep=1)[0, -1]
     for target, against in ((5, None), (60, None), (5, 11)):
         measured = logit_of(network, tokens, target, against)
@@ -130,17 +108,17 @@ def test_rows_and_parts_sum_to_the_logit_of_the_token(model: str) -> None:
 
 @torch.no_grad()
 def test_a_softcapped_logit_is_explained_before_its_cap() -> None:
-    model, tokens = family_model("gemma2", final_logit_softcapping=3.0), random_tokens(1, 9)
+    model, tokens = any_model("gemma2-softcap"), random_tokens(1, 9)
     whole = logit_of(model, tokens, 5).whole
     assert whole is not None
     capped = 3 * (whole / 3).tanh()
     torch.testing.assert_close(capped, model(tokens)[0, -1, 5], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [*LAYOUTS, *FAMILIES])
 @torch.no_grad()
 def test_decode_steps_attribute_as_a_full_forward(layout: str) -> None:
-    model, tokens = small_model(layout), random_tokens(1, 12)
+    model, tokens = any_model(layout), random_tokens(1, 12)
     recorder = RowRecorder(model, measures=("logit",))
     decoder = Decoder(model, tokens[0, :8].tolist(), recorder)
     for length in range(9, 13):
@@ -183,7 +161,7 @@ def test_a_heads_mean_effect_is_that_of_its_rows_over_the_copy(
     model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(roles, "_N_TOKENS", 24)
-    network = small_model(model) if model in LAYOUTS else family_model(model)
+    network = any_model(model)
     sequences = roles.repeated_sequences(network, seed=3)
     effects = [
         logit_of(network, tokens[None, :end], int(tokens[end])).rows.sum(dim=2)

@@ -148,7 +148,9 @@ def compare_measures(
             progress((sample + share) / sampling.num_samples, what)
 
         rows: dict[str, list[NDArray[np.float32]]] = {}
-        passes = {"measuring": _Measures(**vars(config) | {"compared": plain})} if plain else {}
+        passes: dict[str, TraceConfig] = {}
+        if plain:
+            passes["measuring"] = _Measures(**vars(config) | {"compared": plain})
         if ROLLOUT in measures:
             passes["rolling out"] = replace(config, measure="weight", reduce="rollout")
         for number, (what, one) in enumerate(passes.items()):
