@@ -21,7 +21,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "olmo2": {},  # norms after the branches
     "gemma": {},
     "gemma2": {"final_logit_softcapping": None},  # norms before and after the branches
-    "gpt_neox": {"num_key_value_heads": None, "head_dim": None},  # biases, an MLP beside the attention
+    "gpt_neox": {
+        "num_key_value_heads": None,
+        "head_dim": None,
+    },  # biases, an MLP beside the attention
     "llama-biases": {"attention_bias": True},
 }
 """Families of Hugging Face whose blocks differ from those of LAYOUTS, with linear logits."""

@@ -134,7 +134,7 @@ def log_p_with_streams(
         seen.append(x[0].clone())
         if layer in streams:
             x = torch.stack([streams[layer][t] if t in places else x[0, t] for t in range(n)])[None]
-    return model.logits(x).log_softmax(-1)[0], seen
+    return model.logits(x, 0).log_softmax(-1)[0], seen
 
 
 @pytest.mark.parametrize(
