@@ -60,7 +60,7 @@ def intervene(
         parts = config.patch.split(",")
         heads = ",".join(part for part in parts if "." in part)
         layers = ",".join(part for part in parts if "." not in part)
-        selection = _selected(model, heads, "--patch") if heads else None
+        patched = _selected(model, heads, "--patch") if heads else None
         whole = _selected(model, "*.*", "--patch", layers) if layers or not heads else None
         source = encode(config.patch_from)
         if len(source) != len(prompt):
@@ -80,8 +80,8 @@ def intervene(
             range(len(prompt)) if position == "all" else range(int(position), int(position) + 1)
         )
         place = _Place(changed, positions)
-        if selection is not None:
-            _patch_heads(changed, selection, head_outputs(model, source), place)
+        if patched is not None:
+            _patch_heads(changed, patched, head_outputs(model, source), place)
         if whole is not None:
             _patch_layers(changed, whole, residual_streams(model, source), place)
         config = replace(config, patch_position=position)
@@ -149,12 +149,12 @@ class _Place:
         cache = args[1] if len(args) > 1 else kwargs.get("cache")
         self._first = 0 if cache is None else cache.length
 
-    def put(self, x_BTX: Tensor, source_PX: Tensor, *chosen: list[int]) -> None:
-        """Replace what a pass has at the positions, of the chosen heads if there are any."""
+    def put(self, x_BTX: Tensor, source_PX: Tensor, chosen: Any = ...) -> None:
+        """Replace what a pass has at the positions, of the chosen heads or of all."""
         for position in self._positions:
             if self._first <= position < self._first + x_BTX.shape[1]:
                 place = position - self._first
-                x_BTX[:, place, *chosen] = source_PX[position, *chosen].to(x_BTX)
+                x_BTX[:, place, chosen] = source_PX[position, chosen].to(x_BTX)
 
 
 def _patch_heads(
