@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from minigpt.config import ModelConfig, TrainingConfig
 from minigpt.model.device import autocast, resolve_device, resolve_dtype
 from minigpt.model.gpt import GPT
+from minigpt.training.kernels import use_kernels
 from minigpt.training.optim import make_optimizers
 
 VOCABULARY = 65
@@ -52,6 +53,7 @@ def ours(shape: dict[str, int], device: torch.device, dtype: torch.dtype, compil
     model = GPT(config)
     model.init_weights()
     model.to(device)
+    use_kernels(model, device, dtype)
     training = TrainingConfig(
         max_steps=1, optimizer="adamw", lr=1e-3, embedding_lr=1e-3, weight_decay=0.1
     )

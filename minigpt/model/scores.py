@@ -7,6 +7,8 @@ H / G. To add a score, write a subclass of ``Score`` and name it in ``config.ATT
 Shapes: B batch, H query heads, G key/value heads, T queries, S keys, D head dim.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -36,6 +38,9 @@ class Score(nn.Module):
 
     kept_per_weight = 0
     """Float32 values that the backward pass keeps for each attention weight."""
+
+    fused: Callable[..., Tensor] = staticmethod(F.scaled_dot_product_attention)
+    """Fused kernel of ``attend``. A trainer may set one with a faster backward pass."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -91,7 +96,7 @@ class Score(nn.Module):
         if visible_BS is not None or n_query != n_key or 0 < self.window < n_key:
             mask = visibility(n_query, n_key, q_BHTD.device, visible_BS, self.window)
             is_causal = False
-        return F.scaled_dot_product_attention(
+        context_BHTD: Tensor = self.fused(
             q_BHTD,
             k_BGSD,
             v_BGSD,
@@ -99,6 +104,7 @@ class Score(nn.Module):
             is_causal=is_causal,
             enable_gqa=k_BGSD.shape[1] != q_BHTD.shape[1],
         )
+        return context_BHTD
 
 
 class ScaledScore(Score):

@@ -68,6 +68,8 @@ class Run:
         if resume_from:
             start_from = read_model(resume_from, dtype=torch.float32, is_exact=True).model
         self.model = self.world.place(self._make_model(start_from, resume_from))
+        if kernels := find_ring("training.kernels"):
+            kernels.use_kernels(self.model, self.device, dtype)
         product_dtype = torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
         self.optimizers = make_optimizers(self.model, training, product_dtype, self.world)
         self.step = 0

@@ -1,0 +1,105 @@
+"""Attention for training on a CPU: the same numbers as torch's, forward and backward."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minigpt.config import ModelConfig
+from minigpt.model.gpt import GPT
+from minigpt.model.scores import Score
+from minigpt.training import kernels
+from minigpt.training.trainer import TrainingLoss
+
+
+def inputs(*, n_head: int, n_group: int, n_query: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, n_head, n_query, 16), (2, n_group, n_query, 16), (2, n_group, n_query, 16)]
+    return [torch.randn(s, generator=generator).to(dtype).requires_grad_() for s in shapes]
+
+
+@pytest.mark.parametrize("n_query", [1, 7, 64, 200])
+@pytest.mark.parametrize("n_group", [1, 2, 4])
+def test_backward_pass_equals_that_of_torch_in_float32(
+    n_query: int, n_group: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "BLOCK", 64)
+    q, k, v = inputs(n_head=4, n_group=n_group, n_query=n_query, dtype=torch.float32)
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    gradient = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    expected = torch.autograd.grad(out, (q, k, v), gradient)
+    with torch.no_grad():
+        actual = kernels.attention_backward(gradient, q, k, v)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("n_query", [5, 300])
+def test_bfloat16_gradients_are_as_near_to_float32_as_those_of_torch(n_query: int) -> None:
+    q, k, v = inputs(n_head=4, n_group=2, n_query=n_query, dtype=torch.bfloat16)
+    exact = [x.detach().float().requires_grad_() for x in (q, k, v)]
+    out = F.scaled_dot_product_attention(*exact, is_causal=True, enable_gqa=True)
+    gradient = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    expected = torch.autograd.grad(out, exact, gradient.float())
+    ours = torch.autograd.grad(kernels.attention(q, k, v, is_causal=True), (q, k, v), gradient)
+    theirs = torch.autograd.grad(
+        F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
+        (q, k, v),
+        gradient,
+    )
+    for mine, other, right in zip(ours, theirs, expected, strict=True):
+        assert mine.dtype == torch.bfloat16
+        assert (mine - right).norm() < 1.5 * (other - right).norm() + 1e-3 * right.norm()
+
+
+def test_a_mask_or_another_dtype_takes_the_function_of_torch() -> None:
+    q, k, v = inputs(n_head=2, n_group=2, n_query=6, dtype=torch.float32)
+    mask = torch.ones(6, 6, dtype=torch.bool).tril()
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    assert torch.equal(kernels.attention(q, k, v, attn_mask=mask), expected)
+    assert kernels.attention(q, k, v, is_causal=True).grad_fn.name().startswith("ScaledDot")
+
+
+@pytest.mark.parametrize("is_compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_model_has_the_gradients_that_it_has_without_the_kernels(is_compiled: bool) -> None:
+    config = ModelConfig(
+        vocab_size=50,
+        context_length=40,
+        n_layer=2,
+        n_head=4,
+        n_kv_head=2,
+        d_model=32,
+        qk_norm=True,
+    )
+    plain = GPT(config)
+    plain.init_weights(torch.Generator().manual_seed(0))
+    for parameter in plain.parameters():  # zero outputs of branches would stop all gradients
+        torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(1))
+    model = copy.deepcopy(plain)
+    kernels.use_kernels(model, torch.device("cpu"), torch.bfloat16)
+    tokens = torch.randint(50, (3, 41), generator=torch.Generator().manual_seed(2))
+    gradients = []
+    for each in (plain, model):
+        loss_of = TrainingLoss(each)
+        loss_of = torch.compile(loss_of) if is_compiled else loss_of
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss_of(tokens[:, :-1], tokens[:, 1:]).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in each.parameters()]))
+    assert F.cosine_similarity(*gradients, dim=0) > 0.999
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "is_used"),
+    [
+        ("cpu", torch.bfloat16, True),
+        ("cpu", torch.float32, False),
+        ("cuda", torch.bfloat16, False),
+    ],
+)
+def test_only_training_on_a_cpu_in_bfloat16_uses_the_kernels(
+    device: str, dtype: torch.dtype, is_used: bool
+) -> None:
+    model = GPT(ModelConfig(vocab_size=5, context_length=4, n_layer=1, n_head=1, d_model=8))
+    kernels.use_kernels(model, torch.device(device), dtype)
+    scores = [m for m in model.modules() if isinstance(m, Score)]
+    assert [score.fused is kernels.attention for score in scores] == [is_used]
