@@ -39,8 +39,8 @@ class Score(nn.Module):
     kept_per_weight = 0
     """Float32 values that the backward pass keeps for each attention weight."""
 
-    fused: Callable[..., Tensor] = staticmethod(F.scaled_dot_product_attention)
-    """Fused kernel of ``attend``. A trainer may set one with a faster backward pass."""
+    fused: Callable[..., Tensor] | None = None
+    """Fused kernel of ``attend``, with a faster backward pass than torch's. None for torch's."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -96,7 +96,8 @@ class Score(nn.Module):
         if visible_BS is not None or n_query != n_key or 0 < self.window < n_key:
             mask = visibility(n_query, n_key, q_BHTD.device, visible_BS, self.window)
             is_causal = False
-        context_BHTD: Tensor = self.fused(
+        kernel = self.fused or F.scaled_dot_product_attention
+        context_BHTD: Tensor = kernel(
             q_BHTD,
             k_BGSD,
             v_BGSD,

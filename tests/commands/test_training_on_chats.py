@@ -20,7 +20,6 @@ from minigpt.settings import build, read_toml
 from minigpt.text.batches import NO_TARGET, batch
 from minigpt.text.byte_pairs import TiktokenTokenizer, make_encoding
 from minigpt.text.chat import training_template
-from minigpt.text.tokenizer import BytesTokenizer
 from minigpt.text.tokens import PreparedData, prepare
 from minigpt.training.trainer import Trainer
 from minigpt.training.world import ALONE, World
@@ -50,7 +49,7 @@ def rows(workplace: Path) -> Path:
 def base(workplace: Path) -> Path:
     """A chat model."""
     specials = {"<|endoftext|>": 256, "<|im_start|>": 257, "<|im_end|>": 258}
-    ranks = BytesTokenizer().encoding._mergeable_ranks
+    ranks = {bytes([byte]): byte for byte in range(256)}
     encoding = make_encoding("chat", r"(?s:.)", ranks, specials)
     model = small_model(vocab_size=259, context_length=128)
     write_model(Path("base"), model, TiktokenTokenizer("chat", encoding))
