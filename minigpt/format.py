@@ -39,7 +39,7 @@ def clock(seconds: float) -> str:
 
 def percent(share: float) -> str:
     """Return a share as whole percent, three cells wide: `` 7%``, ``<1%``, ``100``."""
-    whole = round(share * 100)
+    whole = round(round(share, 6) * 100)  # six digits, as in a trace file, so that a replay agrees
     if whole >= 100:
         return "100"
     if whole == 0 and share > 0:

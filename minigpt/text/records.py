@@ -9,6 +9,7 @@ from minigpt.config import DataConfig
 from minigpt.errors import DataError, install_extra
 from minigpt.rings import ring
 from minigpt.text.csv_rows import csv_rows, is_table
+from minigpt.text.escape import printable
 from minigpt.text.json_rows import begins_with_json, json_lines, json_values
 from minigpt.text.rows import BadRow
 from minigpt.text.tokenizer import well_formed
@@ -94,7 +95,7 @@ def _a_nest(keys: list[str], field: str) -> BadRow:
     return BadRow(
         f'is a JSON object without "{field}" that holds lists in {names}; rows are expected in a '
         "list or one a line",
-        f"Write the list to a file of its own, as with jq '.{first}'.",
+        f"Write the list to a file of its own, as with jq '.{printable(first)}'.",
     )
 
 
