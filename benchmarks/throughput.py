@@ -4,7 +4,8 @@
     python benchmarks/throughput.py --nanogpt-checkout DIR --device cuda --dtype bfloat16 --compile
 
 Both take full optimizer steps (forward, backward, clipping, AdamW) on the same random tokens, and
-alternate, so that other load affects both. The results are medians after a warm-up.
+alternate, so that other load affects both. minigpt's is taken once more with torch's backward pass
+of attention. The results are medians after a warm-up.
 """
 
 import argparse
@@ -38,8 +39,17 @@ SHAPES = {
 Step = Callable[[Tensor, Tensor], None]
 
 
-def ours(shape: dict[str, int], device: torch.device, dtype: torch.dtype, compiled: bool) -> Step:
-    """Return a training step of minigpt's gpt2 layout with AdamW, as the trainer takes it."""
+def ours(
+    shape: dict[str, int],
+    device: torch.device,
+    dtype: torch.dtype,
+    compiled: bool,
+    with_kernels: bool = True,
+) -> Step:
+    """Return a training step of minigpt's gpt2 layout with AdamW, as the trainer takes it.
+
+    Args: with_kernels, whether to use ``training.kernels``, as the trainer does.
+    """
     config = ModelConfig(
         vocab_size=VOCABULARY,
         family="gpt2",
@@ -53,7 +63,8 @@ def ours(shape: dict[str, int], device: torch.device, dtype: torch.dtype, compil
     model = GPT(config)
     model.init_weights()
     model.to(device)
-    use_kernels(model, device, dtype)
+    if with_kernels:
+        use_kernels(model, device, dtype)
     training = TrainingConfig(
         max_steps=1, optimizer="adamw", lr=1e-3, embedding_lr=1e-3, weight_decay=0.1
     )
@@ -138,6 +149,7 @@ def main() -> None:
     dtype = resolve_dtype(args.dtype, device)
     steps = {
         "minigpt": ours(shape, device, dtype, args.compile),
+        "minigpt, torch's attention": ours(shape, device, dtype, args.compile, with_kernels=False),
         "nanoGPT": theirs(shape, device, dtype, args.compile, args.nanogpt_checkout),
     }
     times: dict[str, list[float]] = {name: [] for name in steps}

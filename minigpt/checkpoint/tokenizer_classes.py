@@ -147,7 +147,7 @@ def as_auto_tokenizer(
         if _split(data) == _split(changed):
             return changed
     except (KeyError, TypeError, AttributeError):
-        return data  # damaged, as is said where it is read
+        return data  # damaged: reading it raises the error
     by_file, by_class = _probed(data), _probed(changed)
     if by_file is None or by_class is None or by_file == by_class:
         return changed
@@ -173,7 +173,7 @@ def _probed(data: Mapping[str, Any]) -> tuple[list[int], set[str]] | None:
         lacking = tokenizer.unencodable(_PROBE)
         ids = tokenizer.encode_array("".join(c for c in _PROBE if c not in lacking))
     except (MinigptError, KeyError, TypeError, ValueError, AttributeError):
-        return None  # damaged, as is said where it is read
+        return None  # damaged: reading it raises the error
     return ids.tolist(), lacking
 
 

@@ -64,7 +64,7 @@ def with_rows(data: dict[str, Any], n_rows: int) -> dict[str, Any]:
             model = model | {"vocab": vocab}
         return data | {"added_tokens": added, "model": model}
     except (KeyError, TypeError, AttributeError):
-        return data  # damaged, as is said where it is read
+        return data  # damaged: reading it raises the error
 
 
 def json_from_scores(data: Mapping[str, Any]) -> JSONValue:

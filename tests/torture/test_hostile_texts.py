@@ -5,6 +5,7 @@ import io
 import json
 import pickle
 import resource
+import shlex
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -244,12 +245,15 @@ def test_any_change_of_the_files_beside_the_weights_is_read_or_refused(
 
 
 class Runs:
-    """A value whose pickle runs a command."""
+    """A value whose pickle runs a command, which makes a file."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
         import os
 
-        return os.system, ("touch /tmp/minigpt-was-run",)
+        return os.system, (f"touch {shlex.quote(str(self.mark))}",)
 
 
 def import_or_refuse(folder: Path, content: bytes) -> None:
@@ -268,9 +272,9 @@ def test_any_bytes_as_a_pickle_are_refused(tmp_path: Path, content: bytes) -> No
 
 
 def test_a_hostile_pickle_runs_nothing(tmp_path: Path) -> None:
-    ran = Path("/tmp/minigpt-was-run")
-    ran.unlink(missing_ok=True)
-    for value in (Runs(), {"model": Runs()}, {"model": {}, "model_args": {"n_layer": Runs()}}):
+    ran = tmp_path / "ran"
+    runs = Runs(ran)
+    for value in (runs, {"model": runs}, {"model": {}, "model_args": {"n_layer": runs}}):
         import_or_refuse(tmp_path, pickle.dumps(value))
         buffer = io.BytesIO()
         torch.save(value, buffer)

@@ -1,14 +1,10 @@
 """Attention for training on a CPU: the same numbers as torch's, forward and backward."""
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
+from small_models import random_tokens, small_model
 
-from minigpt.config import ModelConfig
-from minigpt.model.gpt import GPT
-from minigpt.model.scores import Score
 from minigpt.training import kernels
 from minigpt.training.trainer import TrainingLoss
 
@@ -61,23 +57,13 @@ def test_a_mask_or_another_dtype_takes_the_function_of_torch() -> None:
 
 
 @pytest.mark.parametrize("is_compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_model_has_the_gradients_that_it_has_without_the_kernels(is_compiled: bool) -> None:
-    config = ModelConfig(
-        vocab_size=50,
-        context_length=40,
-        n_layer=2,
-        n_head=4,
-        n_kv_head=2,
-        d_model=32,
-        qk_norm=True,
-    )
-    plain = GPT(config)
-    plain.init_weights(torch.Generator().manual_seed(0))
-    for parameter in plain.parameters():  # zero outputs of branches would stop all gradients
-        torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(1))
-    model = copy.deepcopy(plain)
+def test_a_model_has_the_gradients_that_it_has_without_the_kernels(
+    is_compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "has_fast_bfloat16", lambda device: True)
+    plain, model = small_model().train(), small_model().train()
     kernels.use_kernels(model, torch.device("cpu"), torch.bfloat16)
-    tokens = torch.randint(50, (3, 41), generator=torch.Generator().manual_seed(2))
+    tokens = random_tokens(3, 21)
     gradients = []
     for each in (plain, model):
         loss_of = TrainingLoss(each)
@@ -89,17 +75,23 @@ def test_a_model_has_the_gradients_that_it_has_without_the_kernels(is_compiled: 
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "is_used"),
+    ("device", "dtype", "has_instructions", "is_used"),
     [
-        ("cpu", torch.bfloat16, True),
-        ("cpu", torch.float32, False),
-        ("cuda", torch.bfloat16, False),
+        ("cpu", torch.bfloat16, True, True),
+        ("cpu", torch.bfloat16, False, False),
+        ("cpu", torch.float32, True, False),
+        ("cuda", torch.bfloat16, True, False),
     ],
 )
-def test_only_training_on_a_cpu_in_bfloat16_uses_the_kernels(
-    device: str, dtype: torch.dtype, is_used: bool
+def test_only_training_in_bfloat16_on_a_cpu_with_its_instructions_uses_the_kernels(
+    device: str,
+    dtype: torch.dtype,
+    has_instructions: bool,
+    is_used: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model = GPT(ModelConfig(vocab_size=5, context_length=4, n_layer=1, n_head=1, d_model=8))
+    monkeypatch.setattr(kernels, "has_fast_bfloat16", lambda device: has_instructions)
+    model = small_model()
     kernels.use_kernels(model, torch.device(device), dtype)
-    scores = [m for m in model.modules() if isinstance(m, Score)]
-    assert [score.fused is kernels.attention for score in scores] == [is_used]
+    scores = [attention.score for attention in model.attentions]
+    assert [score.fused is kernels.attention for score in scores] == [is_used] * len(scores)
