@@ -19,6 +19,7 @@ from minigpt.model.cost import peak_flops
 from minigpt.model.device import autocast
 from minigpt.model.registry import model_class
 from minigpt.tracing.analysis.knockout import knock_out
+from minigpt.tracing.analysis.recorder import MeasureRecorder
 from minigpt.tracing.analysis.rollout import Rollout
 from minigpt.tracing.analysis.sink import SinkFinder
 from minigpt.tracing.recorder import RowRecorder
@@ -209,7 +210,7 @@ def test_compiled_step_is_captured_once_per_number_of_positions(
 def test_rollout_copies_nothing_to_the_device() -> None:
     with PretendCuda() as seen:
         model = make("llama").to("cuda").eval().requires_grad_(False)
-        recorder = RowRecorder(model, watchers=[Rollout(select_heads(2, 4), 32)])
+        recorder = MeasureRecorder(model, watchers=[Rollout(select_heads(2, 4), 32)])
         decoder = Decoder(model, [5, 6, 7], recorder, max_new_tokens=9)
         config = SamplingConfig(max_new_tokens=9, temperature=0.0)
         _, _, copies, _ = decode(decoder, config, seen)
@@ -220,7 +221,7 @@ def test_rollout_copies_nothing_to_the_device() -> None:
 def test_recording_attention_adds_no_wait(name: str) -> None:
     with PretendCuda() as seen:
         model = make(name).to("cuda").eval().requires_grad_(False)
-        recorder = RowRecorder(model, measures=("weight", "norm"), watchers=[SinkFinder(3)])
+        recorder = MeasureRecorder(model, measures=("weight", "norm"), watchers=[SinkFinder(3)])
         decoder = Decoder(model, [5, 6, 7], recorder, max_new_tokens=9)
         config = SamplingConfig(max_new_tokens=9, temperature=0.0)
         _, syncs, copies, _ = decode(decoder, config, seen)

@@ -1,6 +1,6 @@
 """Settings of a trace; imports neither torch nor numpy, so that --help may import it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from pkgutil import iter_modules
 from typing import Literal
@@ -117,6 +117,15 @@ class TraceConfig:
         check_fields(self)
         if self.reduce == "rollout" and self.measure != "weight":
             raise ConfigError(f"--reduce rollout requires --measure weight: it is {self.measure}.")
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the trace has rows of attention weights and nothing that the analysis adds."""
+        if self.reduce == "rollout" or self.sink == "auto":
+            return False
+        core = ("layers", "heads", "reduce", "n_sources", "sink", "candidates", "prompt_rows")
+        changed = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
+        return changed <= {*core, "has_heads"}
 
     @property
     def measures(self) -> tuple[Measure, ...]:

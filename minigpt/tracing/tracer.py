@@ -17,12 +17,9 @@ from minigpt.model.cache import KVCache
 from minigpt.model.language_model import LanguageModel
 from minigpt.rings import ring
 from minigpt.text.tokenizer import Tokenizer
-from minigpt.tracing.config import DEFAULTS, N_SOURCES, Measure, TraceConfig, facts_of
+from minigpt.tracing.config import DEFAULTS, N_SOURCES, TraceConfig
 from minigpt.tracing.events import (
-    Alternative,
     Candidate,
-    HeadWorking,
-    Lens,
     Row,
     Token,
     TraceEvent,
@@ -30,9 +27,9 @@ from minigpt.tracing.events import (
     TraceHeader,
     TraceStep,
 )
-from minigpt.tracing.recorder import RowRecorder, require_attention, require_measures
+from minigpt.tracing.recorder import RowRecorder
 from minigpt.tracing.rows import RowReader, reduce_rows
-from minigpt.tracing.selection import HeadSelection, select_heads
+from minigpt.tracing.selection import select_heads
 
 
 def trace(
@@ -73,11 +70,6 @@ def trace(
             "overflow slide would recompute rows that were already traced. Trace at most one "
             "context window, or generate without a trace."
         )
-    if intervention is not None and "logit" in config.measures:
-        raise ConfigError(
-            "--measure logit explains the logit by the outputs of all heads, which an intervention "
-            "replaces. Use --measure gradient, which goes through the changed model."
-        )
     sampling = replace(sampling, logprobs=max(sampling.logprobs, config.candidates))
     has_prompt_rows = config.prompt_rows or sampling.max_new_tokens == 0
     if has_prompt_rows and len(prompt) == 1:
@@ -85,10 +77,18 @@ def trace(
             "the prompt has one token, and rows are those of the tokens after it. Give a longer "
             "prompt, or generate tokens without --prompt-rows."
         )
-    against = None
-    if config.against is not None:
-        against = _alternative(tokenizer, config.against, special=special)
-    observer = AttentionObserver(model, config, len(prompt), sampling, against)
+    if config.is_plain:
+        observer = AttentionObserver(model, config, len(prompt))
+    else:
+        observer = ring("tracing.analysis.observer").AnalysisObserver(
+            model,
+            config,
+            len(prompt),
+            tokenizer=tokenizer,
+            max_new_tokens=sampling.max_new_tokens,
+            intervention=intervention,
+            special=special,
+        )
     tokens = [Token(i, token, tokenizer.token_bytes(token)) for i, token in enumerate(prompt)]
     started = time.perf_counter()
     decoder = Decoder(
@@ -132,8 +132,8 @@ def trace(
                 candidates=tuple(
                     Candidate(id_, tokenizer.token_bytes(id_), value) for id_, value in step.best
                 ),
-                lens=observer.lens(step.token, tokenizer),
                 is_given=step.is_forced,
+                **observer.more(step.token),
             )
 
     finish: FinishReason | None = None if sampling.max_new_tokens else "length"
@@ -146,21 +146,7 @@ def trace(
     except KeyboardInterrupt:
         finish = None
     seconds = time.perf_counter() - started
-    workings = observer.workings([token.id for token in tokens])
-    yield TraceFooter(n_generated, finish, seconds, workings=workings, **observer.checks())
-
-
-def _alternative(tokenizer: Tokenizer, text: str, *, special: bool) -> Alternative:
-    """Return the first token of an alternative text, which continues a text.
-
-    Raises: ConfigError for an empty text.
-    """
-    ids = tokenizer.encode(text, is_start=False, special=special)
-    if not ids:
-        raise ConfigError(
-            "--against needs a token: the text is empty. Give at least one character."
-        )
-    return Alternative(text, ids[0], tokenizer.token_bytes(ids[0]), len(ids))
+    yield TraceFooter(n_generated, finish, seconds, **observer.results(tokens))
 
 
 def _kernel(model: LanguageModel, *, is_compiled: bool) -> str:
@@ -171,56 +157,25 @@ def _kernel(model: LanguageModel, *, is_compiled: bool) -> str:
 
 
 class AttentionObserver:
-    """Turns the attention of each forward pass into a trace's rows, effects and checks."""
+    """Turns the attention of each forward pass into a row of a trace, and checks it."""
 
-    def __init__(
-        self,
-        model: LanguageModel,
-        config: TraceConfig,
-        n_prompt: int,
-        sampling: SamplingConfig,
-        against: Alternative | None = None,
-    ) -> None:
+    def __init__(self, model: LanguageModel, config: TraceConfig, n_prompt: int) -> None:
         """Prepare to observe passes of a model; ``recorder`` must be given to all of them.
 
-        Args: against, what the token is compared with, if anything.
         Raises: ConfigError if the model cannot be traced with this config.
         """
-        require_attention(model)
-        require_measures(config)
-        self._verifier = None
-        if config.n_verified:
-            self._verifier = ring("tracing.analysis.knockout").Verifier(model, config)
+        self.recorder = RowRecorder(model)
         if config.sink != "auto" and config.sink >= max(n_prompt, 1):
             raise ConfigError(
                 f"the sink must be a position of the prompt: it is {config.sink}, and the prompt "
                 f"has {n_prompt} tokens."
             )
-        self._model, self._config, self._n_prompt = model, config, n_prompt
-        self._against = against
+        self.model, self.config, self.n_prompt = model, config, n_prompt
         shape = model.config
-        self._selection = select_heads(
+        self.selection = select_heads(
             shape.n_attention_layer, shape.n_head, layers=config.layers, heads=config.heads
         )
-        self._rollout = self._sink_finder = None
-        if config.reduce == "rollout":
-            n_positions = min(shape.context_length, n_prompt + sampling.max_new_tokens)
-            self._rollout = ring("tracing.analysis.rollout").Rollout(self._selection, n_positions)
-        if config.sink == "auto":
-            self._sink_finder = ring("tracing.analysis.sink").SinkFinder(n_prompt)
-        watchers = [one for one in (self._rollout, self._sink_finder) if one is not None]
-        self.recorder = RowRecorder(
-            model,
-            measures=config.measures,
-            watchers=watchers,
-            config=config,
-            needs_residual=config.lens,
-        )
-        self._explained: HeadSelection | None = None
-        if config.explain is not None:
-            workings = ring("tracing.analysis.workings")
-            self._explained = workings.explained_heads(model, config.explain)
-        self._reader: RowReader
+        self.reader: RowReader
         self._sum_error: float | None = None
         self._product_error: Tensor | None = None
 
@@ -229,115 +184,74 @@ class AttentionObserver:
 
         Args: facts, the fields of the header that do not follow from model and config.
         """
-        config, shape = self._config, self._model.config
-        if self._sink_finder is not None:
-            sink, rule = self._sink_finder.sink(), "detected"
-        else:
-            sink, rule = config.sink, "given" if config.sink else "first"
+        config, shape = self.config, self.model.config
+        sink, rule = self.sink()
         n_sources = N_SOURCES if config.n_sources is None else config.n_sources
-        self._reader = RowReader(sink=sink, n_prompt=self._n_prompt, n_sources=n_sources)
+        self.reader = RowReader(sink=sink, n_prompt=self.n_prompt, n_sources=n_sources)
         return TraceHeader(
             n_layer=shape.n_attention_layer,
             n_head=shape.n_head,
             n_kv_head=shape.n_kv_head,
             d_model=shape.d_model,
             d_head=shape.d_head,
-            dtype=str(self._model.dtype).removeprefix("torch."),
-            score=self._model.attentions[0].score.name,
-            selection=self._selection,
+            dtype=str(self.model.dtype).removeprefix("torch."),
+            score=self.model.attentions[0].score.name,
+            selection=self.selection,
             measures=config.measures,
             reduce=config.reduce,
             sink=sink,
             sink_rule=rule,
-            n_verified=config.n_verified,
-            knockout=config.knockout,
-            against=self._against,
-            verified_heads=self._verifier and self._verifier.selection,
-            roles=ring("tracing.analysis.roles").head_roles(self._model) if config.roles else None,
             **facts,
         )
+
+    def sink(self) -> tuple[int, str]:
+        """Return the position of the sink, and how it was chosen."""
+        assert self.config.sink != "auto"
+        return self.config.sink, "given" if self.config.sink else "first"
 
     @torch.inference_mode()
     def rows(self, tokens: Sequence[Token], target: int) -> tuple[Row, ...]:
         """Return the last pass's row by each measure.
 
-        Args: tokens, those in view; target, the token that was drawn.
+        Args: tokens, those in view; target, the id of the token that was drawn.
         """
-        config, recorder = self._config, self.recorder
-        rows = tuple(self._row(measure, tokens, target) for measure in config.measures)
-        if config.reduce != "max" and config.measures[0] == "weight":
-            self._sum_error = max(self._sum_error or 0.0, abs(rows[0].total - 1))
-        if recorder.product_error is not None:
-            so_far = self._product_error
-            error = recorder.product_error
-            self._product_error = error if so_far is None else torch.maximum(so_far, error)
-        return rows
+        weights_LHS = self.recorder.weights_LHS
+        reduced_S = reduce_rows(weights_LHS, self.selection, is_max=self.config.reduce == "max")
+        rows_RS = self.with_heads(reduced_S, weights_LHS)
+        row = self.reader.row("weight", rows_RS, tokens, self.selection.n_layer)
+        self.check(row)
+        return (row,)
 
-    def _row(self, measure: Measure, tokens: Sequence[Token], target: int) -> Row:
-        config, selection, facts = self._config, self._selection, facts_of(measure)
-        against = None if self._against is None else self._against.id
-        ids = [token.id for token in tokens]
-        measured = self.recorder.measured(measure, ids, target, against)
-        rows, parts = measured.rows, dict(measured.parts)
-        if not facts.has_heads:
-            reduced_S = rows
-        elif self._rollout is not None:
-            reduced_S = self._rollout.row()
-        else:
-            reduced_S = reduce_rows(rows, selection, is_max=config.reduce == "max")
-            if facts.is_signed:
-                reduced_S = reduced_S * selection.n_chosen  # summed
-                if not selection.is_all and parts:
-                    parts["other_heads"] = rows.sum() - reduced_S.sum()
+    def with_heads(self, reduced_S: Tensor, rows_LHS: Tensor) -> Tensor:
+        """Return a row and, if they are to be kept, those of all heads: (R, S)."""
         rows_RS = reduced_S[None]
-        if config.has_heads and facts.has_heads:
-            rows_RS = torch.cat((rows_RS, rows.flatten(0, 1)))
-        if measure != "weight" and facts.unit == "share":  # these need not sum to 1: normalize
-            rows_RS = rows_RS / rows_RS.sum(dim=1, keepdim=True).clamp(min=1e-30)
-        row = self._reader.row(measure, rows_RS, tokens, selection.n_layer)
-        if measured.whole is None:
-            return row
-        whole, *values = torch.stack([measured.whole, *parts.values()]).tolist()
-        return replace(row, whole=whole, parts=dict(zip(parts, values, strict=True)))
+        return torch.cat((rows_RS, rows_LHS.flatten(0, 1))) if self.config.has_heads else rows_RS
 
-    def lens(self, target: int, tokenizer: Tokenizer) -> Lens | None:
-        """Return the logit lens of the last pass, which predicted ``target``, if requested."""
-        if not self._config.lens:
-            return None
-        residual_NC = self.recorder.residual_NC
-        lens: Lens = ring("tracing.analysis.lens").read_lens(
-            self._model, residual_NC, target, tokenizer
-        )
-        return lens
+    def check(self, row: Row) -> None:
+        """Take the errors of the last pass into account. Args: row, by the first measure."""
+        if self.config.reduce != "max" and row.measure == "weight":
+            self._sum_error = max(self._sum_error or 0.0, abs(row.total - 1))
+        error, so_far = self.recorder.product_error, self._product_error
+        if error is not None:
+            self._product_error = error if so_far is None else torch.maximum(so_far, error)
+
+    def more(self, target: int) -> dict[str, Any]:
+        """Return other fields of the step whose pass was the last, and which drew ``target``."""
+        return {}
 
     def verified(
         self, steps: Iterator[TraceStep], tokens: Sequence[Token], cache: KVCache
     ) -> Iterator[TraceStep]:
-        """Yield steps with the effects of knockouts, which may wait for later steps.
+        """Yield steps with the effects of knockouts, if there are any.
 
         Args: tokens, at least those in view of the newest step's query.
         """
-        if self._verifier is None:
-            return steps
-        verified: Iterator[TraceStep] = self._verifier.verify(
-            steps, tokens, cache, sink=self._reader.sink
-        )
-        return verified
+        return steps
 
-    def workings(self, tokens: Sequence[int]) -> tuple[HeadWorking, ...]:
-        """Return the queries, keys and values of the heads to explain, over a whole text."""
-        if self._explained is None:
-            return ()
-        workings: tuple[HeadWorking, ...] = ring("tracing.analysis.workings").head_workings(
-            self._model, tokens, self._explained
-        )
-        return workings
-
-    def checks(self) -> dict[str, Any]:
-        """Return the fields of the footer that hold the results of checks."""
+    def results(self, tokens: Sequence[Token]) -> dict[str, Any]:
+        """Return the fields of the footer that hold results. Args: tokens, those of the text."""
         error = self._product_error
         return {
             "worst_row_sum_error": self._sum_error,
             "worst_product_error": None if error is None else error.item(),
-            "cause": self._verifier and self._verifier.tally.check(),
         }

@@ -23,8 +23,8 @@ from minigpt.model.cost import parameter_count, training_flops_per_token
 from minigpt.model.language_model import LanguageModel
 from minigpt.model.registry import model_class
 from minigpt.tracing.analysis.knockout import knock_out
+from minigpt.tracing.analysis.recorder import MeasureRecorder
 from minigpt.tracing.analysis.rollout import Rollout
-from minigpt.tracing.recorder import RowRecorder
 from minigpt.tracing.selection import select_heads
 
 SHAPE = {
@@ -168,7 +168,7 @@ def test_watching_changes_no_logits_and_a_rollout_is_the_product_of_the_rows(
 ) -> None:
     n_layer, n_head = model.config.n_layer, model.config.n_head
     rollout = Rollout(select_heads(n_layer=n_layer, n_head=n_head), 20)
-    recorder = RowRecorder(model, measures=("weight", "norm"), watchers=[rollout])
+    recorder = MeasureRecorder(model, measures=("weight", "norm"), watchers=[rollout])
     keeper = Keeper()
     cache = KVCache(model.config)
     parts = [model(TOKENS[:1, :15], cache, recorder)]

@@ -24,7 +24,7 @@ from minigpt.generation.fast.decode_step import Shown
 from minigpt.generation.fast.graph import GraphStep
 from minigpt.generation.fast.quantize import quantize_int8, use_float32_activations
 from minigpt.model.gpt import GPT
-from minigpt.tracing.recorder import RowRecorder
+from minigpt.tracing.analysis.recorder import MeasureRecorder
 
 # float32 sums in another order; bfloat16: what the graph rounds less than GPT.forward, which
 # rounds every activation, over logits of about 10.
@@ -133,7 +133,7 @@ def test_rows_are_repeated_kept_and_truncated(layout: str) -> None:
 @pytest.mark.usefixtures("way")
 def test_rows_from_the_graph_equal_recomputed_rows_and_change_no_token() -> None:
     model = small_model("llama-grouped")
-    inside, beside = (RowRecorder(model, measures=("norm",)) for _ in range(2))
+    inside, beside = (MeasureRecorder(model, measures=("norm",)) for _ in range(2))
     forward = CompiledForward(model, capacity=24, recorder=inside)
     plain = CompiledForward(model, capacity=24)
     tokens = random_tokens(1, 24)

@@ -13,15 +13,16 @@ from minigpt.generation.fast.quantize import quantize_int8
 from minigpt.model.gpt import GPT
 from minigpt.model.language_model import LanguageModel
 from minigpt.model.variants.lstm import LSTM
+from minigpt.tracing.analysis.measures import Measured
+from minigpt.tracing.analysis.recorder import MeasureRecorder
 from minigpt.tracing.config import TraceConfig
-from minigpt.tracing.recorder import Measured, RowRecorder
 
 captum_attr = pytest.importorskip("captum.attr", reason="captum is not installed")
 
 
 def measured(model: LanguageModel, tokens: Tensor, **config: Any) -> Measured:
     settings = TraceConfig(**config)
-    recorder = RowRecorder(model, measures=settings.measures, config=settings)
+    recorder = MeasureRecorder(model, measures=settings.measures, config=settings)
     with torch.inference_mode():
         model(tokens, recorder=recorder)
         against = 11 if config.get("against") else None

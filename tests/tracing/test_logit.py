@@ -22,12 +22,14 @@ from minigpt.model.gpt import GPT
 from minigpt.model.variants.lstm import LSTM
 from minigpt.text.tokenizer import BytesTokenizer
 from minigpt.tracing.analysis import roles
-from minigpt.tracing.recorder import Measured, RowRecorder
-from minigpt.tracing.tracer import _alternative
+from minigpt.tracing.analysis.measures import Measured
+from minigpt.tracing.analysis.observer import find_alternative
+from minigpt.tracing.analysis.recorder import MeasureRecorder
+from minigpt.tracing.recorder import RowRecorder
 
 
 def logit_of(model: GPT, tokens: Tensor, target: int, against: int | None = None) -> Measured:
-    recorder = RowRecorder(model, measures=("logit",))
+    recorder = MeasureRecorder(model, measures=("logit",))
     model(tokens, recorder=recorder)
     return recorder.measured("logit", tokens[0].tolist(), target, against)
 
@@ -119,7 +121,7 @@ def test_a_softcapped_logit_is_explained_before_its_cap() -> None:
 @torch.no_grad()
 def test_decode_steps_attribute_as_a_full_forward(layout: str) -> None:
     model, tokens = any_model(layout), random_tokens(1, 12)
-    recorder = RowRecorder(model, measures=("logit",))
+    recorder = MeasureRecorder(model, measures=("logit",))
     decoder = Decoder(model, tokens[0, :8].tolist(), recorder)
     for length in range(9, 13):
         decoder.logits([int(tokens[0, length - 1])])
@@ -144,7 +146,7 @@ def test_the_source_of_a_copied_token_has_the_largest_attribution() -> None:
     generator = torch.Generator().manual_seed(5)
     n_repeated, n_found = CONTEXT // 2, 0
     for tokens in doubled(8, n_repeated, generator):
-        recorder = RowRecorder(model, measures=("logit",))
+        recorder = MeasureRecorder(model, measures=("logit",))
         for end in (n_repeated + 4, n_repeated + 8):
             cache = KVCache(model.config)
             with torch.no_grad():
@@ -261,7 +263,7 @@ class Spaced:
 
 def test_an_alternative_continues_a_text_and_may_be_a_special_token() -> None:
     def first(text: str, *, special: bool = False) -> int:
-        return _alternative(Spaced(), text, special=special).id  # type: ignore[arg-type]
+        return find_alternative(Spaced(), text, special=special).id  # type: ignore[arg-type]
 
     assert first("king") == ord("k")
     assert first(" king") == ord(" ")
@@ -293,7 +295,7 @@ def test_models_whose_logits_are_not_linear_in_a_residual_stream_are_refused_by_
     shape: dict[str, Any] = {"vocab_size": 61, "context_length": 24, "n_layer": 1, "n_head": 1}
     lstm = LSTM(ModelConfig(arch="lstm-attention", d_model=8, **shape)).eval()
     with pytest.raises(ConfigError, match=r"\(LSTM\).*no residual stream"):
-        RowRecorder(lstm, measures=("logit",))
+        MeasureRecorder(lstm, measures=("logit",))
 
     class Scaled(GPT):
         def logits(self, x: Tensor, logits_to_keep: int) -> Tensor:

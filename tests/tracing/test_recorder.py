@@ -14,6 +14,7 @@ from minigpt.generation.decoder import Decoder, Step
 from minigpt.generation.fast.quantize import quantize_int8
 from minigpt.model.cache import KVCache
 from minigpt.model.gpt import GPT
+from minigpt.tracing.analysis.recorder import MeasureRecorder
 from minigpt.tracing.recorder import RowRecorder
 from minigpt.tracing.rows import reduce_rows
 from minigpt.tracing.selection import select_heads
@@ -32,7 +33,7 @@ def test_recording_changes_no_bit_of_the_logits(layout: str, dtype: torch.dtype)
     for seed, n_prompt in ((1, 1), (2, 7), (3, 16)):
         prompt = random_tokens(n_prompt, seed=seed).tolist()
         plain = Decoder(model, prompt)
-        watched = Decoder(model, prompt, RowRecorder(model, measures=("norm",)))
+        watched = Decoder(model, prompt, MeasureRecorder(model, measures=("norm",)))
         assert torch.equal(watched.prompt_logits, plain.prompt_logits)
         for token in random_tokens(8, seed=seed + 10).tolist():
             assert torch.equal(watched.logits([token]), plain.logits([token]))
@@ -58,7 +59,7 @@ def test_recording_changes_no_token(layout: str, dtype: torch.dtype) -> None:
     for seed in range(2):
         plain = steps(seed, None)
         for measure in ("weight", "norm"):
-            assert steps(seed, RowRecorder(model, measures=(measure,))) == plain
+            assert steps(seed, MeasureRecorder(model, measures=(measure,))) == plain
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -191,7 +192,7 @@ def added_vectors(model: GPT, tokens: Tensor) -> Tensor:
 def test_norms_are_the_lengths_of_the_heads_output_vectors(layout: str) -> None:
     model = small_model(layout)
     tokens = random_tokens(1, 20)
-    recorder = RowRecorder(model, measures=("norm",))
+    recorder = MeasureRecorder(model, measures=("norm",))
     cache = KVCache(model.config)
     for part in tokens.split([7, 1, 1, 4, 1, 1, 5], dim=1):
         model(part, cache, recorder)
@@ -222,14 +223,14 @@ def test_head_output_vectors_sum_to_the_attention_output() -> None:
 def test_norms_of_int8_weights_use_dequantized_values() -> None:
     model = small_model("gpt2")
     quantize_int8(model)
-    recorder = RowRecorder(model, measures=("norm",))
+    recorder = MeasureRecorder(model, measures=("norm",))
     tokens = random_tokens(1, 9)
     model(tokens, recorder=recorder)
     plain = small_model("gpt2")
     for ours, theirs in zip(plain.blocks, model.blocks, strict=True):
         quantized = theirs.attention.output
         ours.attention.output.weight.copy_(quantized.weight * quantized.scale[:, None])
-    norms = RowRecorder(plain, measures=("norm",))
+    norms = MeasureRecorder(plain, measures=("norm",))
     kept = KeptAttention()
     model(tokens, recorder=kept)
     norms.record(kept.last)

@@ -21,7 +21,7 @@ from minigpt.generation.fast.graph import GraphStep
 from minigpt.generation.forward import PlainForward
 from minigpt.model.gpt import GPT
 from minigpt.model.variants.lstm import LSTM
-from minigpt.tracing.recorder import RowRecorder
+from minigpt.tracing.analysis.recorder import MeasureRecorder
 
 FORWARDS = {"plain": PlainForward, "eager": EagerForward, "graph": CompiledForward}
 
@@ -103,6 +103,6 @@ def test_a_recorder_that_does_not_ask_gets_no_residual_stream() -> None:
 def test_a_model_without_a_residual_stream_is_refused_in_one_line() -> None:
     shape: dict[str, Any] = {"vocab_size": 61, "context_length": 24, "n_layer": 1, "n_head": 1}
     model = LSTM(ModelConfig(arch="lstm-attention", d_model=8, **shape)).eval()
-    recorder = RowRecorder(model, needs_residual=True)
+    recorder = MeasureRecorder(model, needs_residual=True)
     with pytest.raises(ConfigError, match="residual stream"):
         model(random_tokens(1, 5), recorder=recorder)

@@ -6,8 +6,8 @@ from kept_attention import full_weights
 from small_models import random_tokens, small_model
 
 from minigpt.model.cache import KVCache
+from minigpt.tracing.analysis.recorder import MeasureRecorder
 from minigpt.tracing.analysis.rollout import Rollout
-from minigpt.tracing.recorder import RowRecorder
 from minigpt.tracing.selection import select_heads
 
 
@@ -34,7 +34,7 @@ def test_an_incremental_rollout_equals_the_product_of_full_matrices(heads: str |
     selection = select_heads(3, 4, heads=heads)
     tokens = random_tokens(1, 20)
     rollout = Rollout(selection, 24)
-    recorder = RowRecorder(model, watchers=[rollout])
+    recorder = MeasureRecorder(model, watchers=[rollout])
     cache = KVCache(model.config)
     for part in tokens.split([9, 1, 1, 6, 1, 2], dim=1):
         model(part, cache, recorder)

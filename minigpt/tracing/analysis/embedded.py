@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from minigpt.model.language_model import LanguageModel
-from minigpt.tracing.recorder import Prediction
+from minigpt.tracing.analysis.measures import Prediction
 
 
 def embeddings(model: LanguageModel, tokens: Sequence[int]) -> Tensor:

@@ -10,15 +10,42 @@ It is called once per trace, and returns a function from a prediction to rows: o
 row sums to. A measure that does not need the token is asked after every forward pass, in order.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import Tensor
 
+from minigpt.model.attention import AttentionPass
 from minigpt.model.language_model import LanguageModel
 from minigpt.rings import ring
 from minigpt.tracing.config import Measure, MeasureFacts, Need, TraceConfig
-from minigpt.tracing.recorder import Measured, Prediction
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A forward pass and the token that was drawn after it, as a measure sees them."""
+
+    attention: AttentionPass
+    tokens: Sequence[int] = ()
+    """Ids of the tokens in view. Empty for a measure that does not need the token."""
+    target: int = -1
+    """Id of the generated token; -1 for a measure that does not need it."""
+    against: int | None = None
+    """Id of the alternative whose logit is subtracted. None for none."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Rows by a measure, with what else belongs to their sum."""
+
+    rows: Tensor
+    """Rows of every head (L, H, S), or one row (S,), float32."""
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+    """Numbers that belong to no single position, each of shape ()."""
+    whole: Tensor | None = None
+    """What the rows of all heads and the parts sum to, of shape ()."""
+
 
 Rows = Callable[[Prediction], Tensor | Measured]
 Make = Callable[[LanguageModel, TraceConfig], Rows]

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from minigpt.model.language_model import LanguageModel
 from minigpt.tracing.analysis.embedded import embeddings, gradients
-from minigpt.tracing.analysis.measures import Rows, register
+from minigpt.tracing.analysis.measures import Prediction, Rows, register
 from minigpt.tracing.config import TraceConfig
-from minigpt.tracing.recorder import Prediction
 
 
 @register(

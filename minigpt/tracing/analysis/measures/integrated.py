@@ -17,9 +17,8 @@ import torch
 
 from minigpt.model.language_model import LanguageModel
 from minigpt.tracing.analysis.embedded import embeddings, gradients, logit_at
-from minigpt.tracing.analysis.measures import Rows, register
+from minigpt.tracing.analysis.measures import Measured, Prediction, Rows, register
 from minigpt.tracing.config import TraceConfig
-from minigpt.tracing.recorder import Measured, Prediction
 
 _MAX_POSITIONS = 2**12
 """Positions of all sequences of a batch."""

@@ -21,9 +21,8 @@ from minigpt.tracing.analysis.frozen import (
     logit_weights,
     why_not_linear,
 )
-from minigpt.tracing.analysis.measures import Rows, register
+from minigpt.tracing.analysis.measures import Measured, Prediction, Rows, register
 from minigpt.tracing.config import TraceConfig
-from minigpt.tracing.recorder import Measured, Prediction
 
 
 @register(

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from minigpt.model.language_model import LanguageModel
 from minigpt.model.layers import dense_weight
-from minigpt.tracing.analysis.measures import Rows, register
+from minigpt.tracing.analysis.measures import Prediction, Rows, register
 from minigpt.tracing.config import TraceConfig
-from minigpt.tracing.recorder import Prediction
 
 
 @register(

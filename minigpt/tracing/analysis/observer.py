@@ -1,0 +1,166 @@
+"""Observing a model for all that a trace shows beyond rows of attention weights."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from minigpt.config import InterventionConfig
+from minigpt.errors import ConfigError
+from minigpt.model.cache import KVCache
+from minigpt.model.language_model import LanguageModel
+from minigpt.text.tokenizer import Tokenizer
+from minigpt.tracing.analysis.knockout import Verifier
+from minigpt.tracing.analysis.lens import read_lens
+from minigpt.tracing.analysis.recorder import MeasureRecorder, require_measures
+from minigpt.tracing.analysis.roles import head_roles
+from minigpt.tracing.analysis.rollout import Rollout
+from minigpt.tracing.analysis.sink import SinkFinder
+from minigpt.tracing.analysis.workings import explained_heads, head_workings
+from minigpt.tracing.config import Measure, TraceConfig, facts_of
+from minigpt.tracing.events import Alternative, HeadWorking, Row, Token, TraceHeader, TraceStep
+from minigpt.tracing.rows import reduce_rows
+from minigpt.tracing.selection import HeadSelection
+from minigpt.tracing.tracer import AttentionObserver
+
+
+def find_alternative(tokenizer: Tokenizer, text: str, *, special: bool) -> Alternative:
+    """Return the first token of an alternative text, which continues a text.
+
+    Raises: ConfigError for an empty text.
+    """
+    ids = tokenizer.encode(text, is_start=False, special=special)
+    if not ids:
+        raise ConfigError(
+            "--against needs a token: the text is empty. Give at least one character."
+        )
+    return Alternative(text, ids[0], tokenizer.token_bytes(ids[0]), len(ids))
+
+
+class AnalysisObserver(AttentionObserver):
+    """Turns forward passes into rows by any measure, with effects, roles and hidden states."""
+
+    recorder: MeasureRecorder
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        config: TraceConfig,
+        n_prompt: int,
+        *,
+        tokenizer: Tokenizer,
+        max_new_tokens: int,
+        intervention: InterventionConfig | None = None,
+        special: bool = False,
+    ) -> None:
+        """Prepare to observe passes of a model; ``recorder`` must be given to all of them.
+
+        Args: as of ``tracer.trace``.
+        Raises: ConfigError if the model cannot be traced with this config.
+        """
+        if intervention is not None and "logit" in config.measures:
+            raise ConfigError(
+                "--measure logit explains the logit by the outputs of all heads, which an "
+                "intervention replaces. Use --measure gradient, which goes through the changed "
+                "model."
+            )
+        self._against: Alternative | None = None
+        if config.against is not None:
+            self._against = find_alternative(tokenizer, config.against, special=special)
+        super().__init__(model, config, n_prompt)
+        require_measures(config)
+        self._tokenizer = tokenizer
+        self._verifier = Verifier(model, config) if config.n_verified else None
+        self._rollout = self._sink_finder = None
+        if config.reduce == "rollout":
+            n_positions = min(model.config.context_length, n_prompt + max_new_tokens)
+            self._rollout = Rollout(self.selection, n_positions)
+        if config.sink == "auto":
+            self._sink_finder = SinkFinder(n_prompt)
+        watchers = [one for one in (self._rollout, self._sink_finder) if one is not None]
+        self.recorder = MeasureRecorder(
+            model,
+            measures=config.measures,
+            watchers=watchers,
+            config=config,
+            needs_residual=config.lens,
+        )
+        self._explained: HeadSelection | None = None
+        if config.explain is not None:
+            self._explained = explained_heads(model, config.explain)
+
+    def header(self, **facts: Any) -> TraceHeader:
+        """Return the header; call it after the prefill."""
+        return super().header(
+            n_verified=self.config.n_verified,
+            knockout=self.config.knockout,
+            against=self._against,
+            verified_heads=self._verifier and self._verifier.selection,
+            roles=head_roles(self.model) if self.config.roles else None,
+            **facts,
+        )
+
+    def sink(self) -> tuple[int, str]:
+        """Return the position of the sink, and how it was chosen."""
+        if self._sink_finder is not None:
+            return self._sink_finder.sink(), "detected"
+        return super().sink()
+
+    @torch.inference_mode()
+    def rows(self, tokens: Sequence[Token], target: int) -> tuple[Row, ...]:
+        """Return the last pass's row by each measure."""
+        rows = tuple(self._row(measure, tokens, target) for measure in self.config.measures)
+        self.check(rows[0])
+        return rows
+
+    def _row(self, measure: Measure, tokens: Sequence[Token], target: int) -> Row:
+        selection, facts = self.selection, facts_of(measure)
+        against = None if self._against is None else self._against.id
+        ids = [token.id for token in tokens]
+        measured = self.recorder.measured(measure, ids, target, against)
+        rows, parts = measured.rows, dict(measured.parts)
+        if not facts.has_heads:
+            rows_RS = rows[None]
+        else:
+            if self._rollout is not None:
+                reduced_S = self._rollout.row()
+            else:
+                is_max = self.config.reduce == "max"
+                reduced_S = reduce_rows(rows, selection, is_max=is_max)
+            if facts.is_signed:
+                reduced_S = reduced_S * selection.n_chosen  # summed
+                if not selection.is_all and parts:
+                    parts["other_heads"] = rows.sum() - reduced_S.sum()
+            rows_RS = self.with_heads(reduced_S, rows)
+        if measure != "weight" and facts.unit == "share":  # these need not sum to 1: normalize
+            rows_RS = rows_RS / rows_RS.sum(dim=1, keepdim=True).clamp(min=1e-30)
+        row = self.reader.row(measure, rows_RS, tokens, selection.n_layer)
+        if measured.whole is None:
+            return row
+        whole, *values = torch.stack([measured.whole, *parts.values()]).tolist()
+        return replace(row, whole=whole, parts=dict(zip(parts, values, strict=True)))
+
+    def more(self, target: int) -> dict[str, Any]:
+        """Return the logit lens of the last pass, if requested."""
+        if not self.config.lens:
+            return {}
+        residual_NC = self.recorder.residual_NC
+        return {"lens": read_lens(self.model, residual_NC, target, self._tokenizer)}
+
+    def verified(
+        self, steps: Iterator[TraceStep], tokens: Sequence[Token], cache: KVCache
+    ) -> Iterator[TraceStep]:
+        """Yield steps with the effects of knockouts, which may wait for later steps."""
+        if self._verifier is None:
+            return steps
+        return self._verifier.verify(steps, tokens, cache, sink=self.reader.sink)
+
+    def results(self, tokens: Sequence[Token]) -> dict[str, Any]:
+        """Return checks, what all knockouts say together, and the heads that are explained."""
+        workings: tuple[HeadWorking, ...] = ()
+        if self._explained is not None:
+            ids = [token.id for token in tokens]
+            workings = head_workings(self.model, ids, self._explained)
+        cause = self._verifier and self._verifier.tally.check()
+        return {**super().results(tokens), "cause": cause, "workings": workings}

@@ -1,0 +1,133 @@
+"""Recording of more than attention weights: other measures, all queries, the residual stream.
+
+Shapes: L layers, B batch, H query heads, G key/value heads, T queries, S keys, C model dim.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from minigpt.errors import ConfigError
+from minigpt.model.attention import AttentionPass
+from minigpt.model.language_model import LanguageModel
+from minigpt.tracing.analysis.measures import Measured, Prediction, find
+from minigpt.tracing.config import DEFAULTS, MEASURES, Measure, TraceConfig, facts_of
+from minigpt.tracing.recorder import RowRecorder
+
+_CHUNK = 64  # queries of a prompt whose weights are in memory together
+
+
+def require_measures(config: TraceConfig) -> None:
+    """Raise ConfigError for settings that have no meaning for the measures of a config."""
+    for measure in config.measures:
+        facts = facts_of(measure)
+        if config.against is not None and "token" not in facts.needs:
+            able = [m for m in MEASURES if "token" in facts_of(m).needs]
+            raise ConfigError(
+                f"--against compares the logits of two tokens, and --measure {measure} does not "
+                f"depend on the token. Use --measure {', '.join(able)}."
+            )
+        if facts.is_signed and config.reduce != "mean":
+            raise ConfigError(
+                f"--reduce {config.reduce} has no meaning for --measure {measure}, which is "
+                "summed. Leave --reduce out."
+            )
+        if not facts.has_heads and (config.layers is not None or config.heads is not None):
+            name = "--heads" if config.layers is None else "--layers"
+            raise ConfigError(
+                f"{name} has no effect on --measure {measure}, which goes through the whole "
+                "model. Leave it out."
+            )
+
+
+class Watcher(Protocol):
+    """Receives the weights of all queries, also those of the prompt, as a rollout does."""
+
+    def add(self, layer: int, weights_HTS: Tensor) -> None:
+        """Take the weights of the newest queries of a layer; queries come in order."""
+
+
+class MeasureRecorder(RowRecorder):
+    """Keeps the rows of the last query by any measure, and passes those of all queries on."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        *,
+        measures: Sequence[Measure] = ("weight",),
+        watchers: Sequence[Watcher] = (),
+        config: TraceConfig = DEFAULTS,
+        needs_residual: bool = False,
+    ) -> None:
+        """Prepare to record forward passes of a model.
+
+        Args: measures, available from ``measured``; watchers, which receive the weights of all
+            queries, not only the last one; config, which measures read their settings from;
+            needs_residual, whether to keep the residual stream for others than the measures.
+        Raises: ConfigError if the model has no attention, or if a measure is not installed or does
+            not support the model.
+        """
+        super().__init__(model)
+        self._scores = [attention.score for attention in model.attentions]
+        self._watchers = watchers
+        self.needs_queries = bool(watchers)
+        facts = {name: facts_of(name) for name in measures if name != "weight"}
+        self.needs_residual = needs_residual or any("residual" in f.needs for f in facts.values())
+        self._measures = {name: find(name).make(model, config) for name in facts}
+        self._waiting = {name for name, f in facts.items() if "token" in f.needs}
+        self._rows: dict[Measure, Tensor | Measured] = {}
+
+    @torch.no_grad()
+    def record(self, attention: AttentionPass) -> None:
+        """Take the rows of the first sequence of the batch."""
+        super().record(attention)
+        self._rows = {
+            name: rows_LHS(Prediction(attention))
+            for name, rows_LHS in self._measures.items()
+            if name not in self._waiting
+        }
+        if self._watchers:
+            for layer in range(len(self._scores)):
+                for weights_HTS in self._new_rows(attention, layer):
+                    for watcher in self._watchers:
+                        watcher.add(layer, weights_HTS)
+
+    def _new_rows(self, attention: AttentionPass, layer: int) -> Iterator[Tensor]:
+        """Yield the weights (H, T, S) of the new queries, a few at a time to save memory."""
+        if attention.queries is None or attention.keys is None:
+            yield attention.weights_LBHS[layer, 0, :, None]
+            return
+        q_BHTD, k_BGSD = attention.queries[layer][:1], attention.keys[layer][:1]
+        n_query, n_key = q_BHTD.shape[2], k_BGSD.shape[2]
+        for first in range(0, n_query, _CHUNK):
+            last = min(first + _CHUNK, n_query)
+            k_in_view_BGSD = k_BGSD[:, :, : n_key - n_query + last]
+            yield self._scores[layer].weights(q_BHTD[:, :, first:last], k_in_view_BGSD)[0]
+
+    def measured(
+        self, measure: Measure, tokens: Sequence[int], target: int, against: int | None = None
+    ) -> Measured:
+        """Return the rows of the last pass by any measure.
+
+        Args: tokens, ids of the tokens in view; target, id of the token drawn after the pass;
+            against, id of the alternative whose logit is subtracted.
+        """
+        if measure in self._waiting:
+            prediction = Prediction(self.attention, tokens, target, against)
+            rows = self._measures[measure](prediction)
+        else:
+            rows = self.weights_LHS if measure == "weight" else self._rows[measure]
+        return rows if isinstance(rows, Measured) else Measured(rows)
+
+    def rows_LHS(self, measure: Measure) -> Tensor:
+        """Return the rows of the last pass by a measure that does not need the token."""
+        return self.measured(measure, (), -1).rows
+
+    @property
+    def residual_NC(self) -> Tensor:
+        """Residual stream of the last pass at the last position, as in AttentionPass."""
+        residual_NBC = self.attention.residual_NBC
+        assert residual_NBC is not None
+        return residual_NBC[:, 0]
