@@ -17,7 +17,7 @@ from minigpt.commands.options import (
 )
 from minigpt.config import InterventionConfig, SamplingConfig
 from minigpt.errors import ConfigError
-from minigpt.rings import ring
+from minigpt.rings import find_ring, ring
 
 
 @command
@@ -81,18 +81,20 @@ def generate(
         )
     if form.chat and prompt is None and not interactive:
         raise ConfigError("--chat answers a message. Give a PROMPT, or --interactive.")
-    from minigpt.commands.generate.samples import SampleDisplay
     from minigpt.commands.loading import compiling, load, with_interventions
+    from minigpt.console import write_result
     from minigpt.generation.decoder import fresh_seed
     from minigpt.generation.loading import forced_ids, make_decoder, require_new_tokens
     from minigpt.generation.stream import stream_samples
 
     require_new_tokens(sampling)
+    is_plain = stream and not (as_json or interactive or sampling.logprobs)
+    find = find_ring if is_plain and sampling.num_samples == 1 else ring
+    samples = find("commands.generate.samples")
     ready = load(source, prompt, form)
     if interventions.is_any:
         ready, _ = with_interventions(ready, interventions, special=form.special)
     forced = forced_ids(ready.tokenizer, sampling, ready.model, ready.prompt, special=form.special)
-    display = SampleDisplay(ready, sampling, as_json=as_json, streams=stream)
     seed = fresh_seed() if sampling.seed is None else sampling.seed
     if interactive:
         interactive_ring = ring("commands.generate.interactive")
@@ -100,7 +102,7 @@ def generate(
             interactive_ring.converse(
                 ready,
                 sampling,
-                display,
+                samples.SampleDisplay(ready, sampling, as_json=as_json, streams=stream),
                 seed=seed,
                 compile=source.compile,
                 has_prompt=prompt is not None,
@@ -109,8 +111,15 @@ def generate(
         return
     with compiling(ready.model, source.compile):
         decoder = make_decoder(ready.model, ready.prompt, sampling, compile=source.compile)
+    items = stream_samples(decoder, ready.tokenizer, sampling, seed=seed, forced=forced)
+    if samples is None:
+        for item in items:
+            write_result(item.text)
+        write_result("\n")
+        return
+    display = samples.SampleDisplay(ready, sampling, as_json=as_json, streams=stream)
     is_whole = display.show(
-        stream_samples(decoder, ready.tokenizer, sampling, seed=seed, forced=forced),
+        items,
         seed=seed,
         prompt=ready.text,
         n_prompt_tokens=len(ready.prompt),
