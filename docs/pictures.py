@@ -16,9 +16,10 @@ from rich.terminal_theme import DEFAULT_TERMINAL_THEME, DIMMED_MONOKAI, Terminal
 
 import minigpt
 from minigpt.console import THEME, spans_to_text
-from minigpt.tracing import lines as terminal
 from minigpt.tracing.events import Trace
+from minigpt.tracing.lines import TraceLayout
 from minigpt.tracing.spans import Line
+from minigpt.tracing.summary import footer_lines, header_lines
 from minigpt.tracing.views import ViewOptions, heads, matrix, pictures, text
 
 WIDTH, HEIGHT = 100, 40
@@ -47,17 +48,17 @@ def draw(name: str, theme: TerminalTheme, lines: list[Line]) -> None:
 
 def streamed(trace: Trace) -> list[Line]:
     """Return what a terminal shows while the text is generated."""
-    layout = terminal.TraceLayout(
+    layout = TraceLayout(
         WIDTH,
         vocab_size=1 + max(token.id for token in trace.tokens),
         n_positions=len(trace.tokens),
         measures=trace.header.measures,
         n_sources=3,
     )
-    lines = [*terminal.header_lines(trace.header, WIDTH), layout.heading()]
+    lines = [*header_lines(trace.header, WIDTH), layout.heading()]
     for step in trace.steps:
         lines += layout.step(step, trace.joined.names)
-    return [*lines, *terminal.footer_lines(trace.footer, WIDTH)]
+    return [*lines, *footer_lines(trace.footer, WIDTH)]
 
 
 def main() -> None:

@@ -22,6 +22,11 @@ Reduce = Literal["mean", "max", "rollout"]
 Knockout = Literal["key", "value"]
 """Part of a source that a knockout removes. key: hidden from the query, so that the softmax
 renormalizes the other weights. value: set to 0, with the weights unchanged."""
+KNOCKOUTS = {
+    "key": "its key is hidden from that query, and the other weights grow to sum to 1",
+    "value": "its value is set to 0 for that query, and its weight is kept",
+}
+"""Descriptions of the kinds of knockout."""
 
 MEASURES = (
     "weight",

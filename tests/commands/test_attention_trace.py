@@ -11,8 +11,8 @@ import pytest
 from calls import Result, Run
 from safetensors.numpy import load_file
 
-from minigpt.tracing import lines as terminal
 from minigpt.tracing.config import SAMPLING
+from minigpt.tracing.summary import footer_lines
 
 WORDS = ["attention-trace", "The king", "--temperature", "0", "--max-new-tokens", "6"]
 
@@ -84,7 +84,7 @@ def test_a_trace_interrupted_by_ctrl_c_has_a_footer(
         assert [o["type"] for o in objects(result)] == ["header", *["step"] * 3, "footer"]
         assert objects(result)[-1]["finish_reason"] == "interrupted"
     else:
-        ending = terminal.footer_lines(events.TraceFooter(3, None, 1.0, None))
+        ending = footer_lines(events.TraceFooter(3, None, 1.0, None))
         assert "".join(text for text, _ in ending[1]) in result.out
         assert "3 tokens; interrupted" in result.out
 

@@ -10,7 +10,8 @@ from small_traces import small_trace, text_of, with_tokens
 
 from minigpt.commands.attention_trace.output import TraceOutput
 from minigpt.tracing.events import Trace, TraceEvent
-from minigpt.tracing.lines import TraceLayout, header_lines
+from minigpt.tracing.lines import TraceLayout
+from minigpt.tracing.summary import header_lines
 from minigpt.tracing.views import ViewOptions, matrix, pictures, text
 from minigpt.tracing.views.page import to_html
 

@@ -11,14 +11,10 @@ from small_traces import HOSTILE, cells, header_of, roles_of, row_of, small_trac
 from minigpt.format import percent
 from minigpt.tracing.config import Measure
 from minigpt.tracing.events import CauseCheck, Effect, Token, TraceFooter, TraceStep
-from minigpt.tracing.lines import (
-    TraceLayout,
-    footer_lines,
-    header_lines,
-    make_layout,
-)
+from minigpt.tracing.lines import TraceLayout, make_layout
 from minigpt.tracing.selection import select_heads
 from minigpt.tracing.spans import Line, bar, fit, heat
+from minigpt.tracing.summary import footer_lines, header_lines, legend
 
 WIDTHS = [40, 60, 80, 140]
 BOTH: tuple[Measure, ...] = ("weight", "norm")
@@ -269,14 +265,14 @@ def test_the_header_lists_each_token_of_the_prompt_with_its_position(n: int, wid
 @pytest.mark.parametrize("measure", ["weight", "norm", "logit"])
 def test_the_columns_are_explained_once_above_them(width: int, measure: Measure) -> None:
     layout = make_layout(width, vocab_size=4096, n_positions=200, measures=(measure,))
-    legend = layout.legend(header_of(measures=(measure,), sink=3))
-    assert all(cells(text_of(line)) <= width for line in legend)
-    explained = re.findall(r"(\w+): ", words_of(legend).removeprefix("columns "))
+    lines = legend(layout, header_of(measures=(measure,), sink=3))
+    assert all(cells(text_of(line)) <= width for line in lines)
+    explained = re.findall(r"(\w+): ", words_of(lines).removeprefix("columns "))
     heading = text_of(layout.heading()).split()
     columns = [name for name in ("prob", "sink", "rest", "bits", "other", "sum") if name in heading]
     assert set(columns) <= set(explained)
     assert "bits" in heading or "bits" not in explained
-    assert "position 3" in words_of(legend)
+    assert "position 3" in words_of(lines)
 
 
 def test_a_check_that_failed_is_shown_with_its_number() -> None:

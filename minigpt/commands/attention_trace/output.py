@@ -12,9 +12,10 @@ from minigpt.commands.loading import show_model
 from minigpt.commands.output import note
 from minigpt.console import make_console, print_lines
 from minigpt.errors import cut
+from minigpt.rings import find_ring
 from minigpt.text.escape import JoinedTokens, visible
 from minigpt.tracing.events import TraceEvent, TraceFooter, TraceHeader, TraceStep
-from minigpt.tracing.lines import TraceLayout, footer_lines, header_lines
+from minigpt.tracing.lines import TraceLayout
 
 
 class TraceOutput:
@@ -27,6 +28,7 @@ class TraceOutput:
         """Args: model, named on stderr when the first trace begins."""
         self.console = make_console(is_stderr=False)
         self._layout, self._model = layout, model
+        self._summary = find_ring("tracing.summary")
         self._joined = JoinedTokens()
         self._is_all = False  # whether every position in view is knocked out
         self._waiting: list[TraceStep] = []  # steps whose token may be part of a character
@@ -89,8 +91,11 @@ class TraceOutput:
         if isinstance(event, TraceHeader):
             self._joined = JoinedTokens(token.data for token in event.prompt)
             self._is_all = event.n_verified == "all"
-            lines = header_lines(event, width) + self._layout.legend(event)
-            print_lines(self.console, [*lines, [], self._layout.heading()])
+            if self._summary:
+                lines = self._summary.header_lines(event, width)
+                lines += self._summary.legend(self._layout, event)
+                print_lines(self.console, [*lines, []])
+            print_lines(self.console, [self._layout.heading()])
         elif isinstance(event, TraceStep):
             if event.token.position == len(self._joined.names):  # generated, not of the prompt
                 self._joined.add(event.token.data)
@@ -99,7 +104,9 @@ class TraceOutput:
                 self._show_waiting()
         else:
             self._show_waiting()
-            print_lines(self.console, footer_lines(event, width, is_all=self._is_all))
+            if self._summary:
+                lines = self._summary.footer_lines(event, width, is_all=self._is_all)
+                print_lines(self.console, lines)
 
     def end(self, text: str | None) -> None:
         """End a trace. Args: text, what was generated; None if nothing was."""

@@ -17,8 +17,9 @@ from minigpt.tracing.analysis.diff import StepDiff, diff_traces
 from minigpt.tracing.analysis.reader import read_traces
 from minigpt.tracing.config import N_SOURCES, TraceConfig
 from minigpt.tracing.events import Trace
-from minigpt.tracing.lines import make_layout, measured
+from minigpt.tracing.lines import make_layout
 from minigpt.tracing.spans import Line, bar, fit, fit_start, heat, one_line, wrapped
+from minigpt.tracing.summary import measured
 
 _TOKEN_WIDTH = 9
 _MOST_ON_PAGE = 4_000_000

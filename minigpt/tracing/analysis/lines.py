@@ -1,6 +1,6 @@
-"""Lines of a trace about knockouts, head roles and alternatives.
+"""Lines of a trace about knockouts, head roles, alternatives and candidates.
 
-``tracing.lines`` asks for them if a trace has some.
+``tracing.lines`` and ``tracing.summary`` ask for them if a trace has some.
 """
 
 import math
@@ -8,9 +8,19 @@ from collections.abc import Sequence
 
 from minigpt.format import percent
 from minigpt.text.escape import visible
-from minigpt.tracing.events import ROLE_SCORES, CauseCheck, Effect, Lens, TraceHeader, TraceStep
-from minigpt.tracing.lines import KNOCKOUTS, TraceLayout, name_of
+from minigpt.tracing.config import KNOCKOUTS
+from minigpt.tracing.events import (
+    ROLE_SCORES,
+    Candidate,
+    CauseCheck,
+    Effect,
+    Lens,
+    TraceHeader,
+    TraceStep,
+)
+from minigpt.tracing.lines import TraceLayout, name_of
 from minigpt.tracing.spans import (
+    SHARE_WIDTH,
     SIGNED_WIDTH,
     Line,
     cell_len,
@@ -68,6 +78,30 @@ def _roles_in_words(header: TraceHeader) -> str:
             by_tag.setdefault(tag, []).append(f"{layer}.{head}")
     found = "; ".join(f"{tag} {' '.join(heads)}" for tag, heads in sorted(by_tag.items()))
     return found or "no head has one"
+
+
+def lines_below(step: TraceStep, layout: TraceLayout, names: Sequence[str] = ()) -> list[Line]:
+    """Return the lines below a token: candidates, logit lens and effects, if it has some."""
+    lines = candidate_lines(step.candidates, layout)
+    if step.lens is not None:
+        lines += lens_lines(step.lens, layout)
+    if step.effects:
+        lines += effect_lines(step, layout, names)
+    return lines
+
+
+def candidate_lines(candidates: Sequence[Candidate], layout: TraceLayout) -> list[Line]:
+    """Return the most probable tokens in columns, below the token of a step."""
+    width = layout.token_width + SHARE_WIDTH + 2
+    per_line = max(1, (layout.width - layout.left_width) // width)
+    lines: list[Line] = []
+    for first in range(0, len(candidates), per_line):
+        label = "" if first else "candidates"
+        lines.append([(fit(label.rjust(layout.left_width), layout.left_width), "dim")])
+        for one in candidates[first : first + per_line]:
+            token = fit(visible(one.data), layout.token_width)
+            lines[-1].append((f" {token} {percent(one.probability)}", heat(one.probability)))
+    return lines
 
 
 def lens_lines(lens: Lens, layout: TraceLayout) -> list[Line]:

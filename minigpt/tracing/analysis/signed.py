@@ -26,16 +26,6 @@ class SignedLayout(TraceLayout):
         self.has_whole = bool(facts_of(self.measures[0]).sums_to) and not form.is_bare
         self.right_width = self.rest_width * (3 if self.has_whole else 1)
 
-    def _what(self) -> str:
-        [measure] = self.measures
-        return f"{facts_of(measure).unit} by {measure} of"
-
-    def _right_in_words(self) -> list[str]:
-        words = ["rest: all positions not shown"] if self.rest_width else []
-        if self.has_whole:
-            words.append("other: what no position brought; sum: all of them")
-        return words
-
     def _titles(self) -> list[str]:
         [measure] = self.measures
         unit = facts_of(measure).unit

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minigpt.tracing.events import Row, Trace
-from minigpt.tracing.lines import measured
 from minigpt.tracing.spans import Line, cell_len, fit, wrapped
+from minigpt.tracing.summary import measured
 from minigpt.tracing.views import DEFAULTS, ViewOptions
 
 # Colours of viridis, which is perceptually uniform and readable in greyscale (van der Walt and

@@ -23,8 +23,8 @@ from minigpt.figures import our_style, to_bytes
 from minigpt.format import percent
 from minigpt.tracing.config import unit
 from minigpt.tracing.events import Row, Token, Trace
-from minigpt.tracing.lines import measured
 from minigpt.tracing.spans import cell_len, fit_end, fit_start, one_line, signed
+from minigpt.tracing.summary import measured
 from minigpt.tracing.views import DEFAULTS, ViewOptions
 from minigpt.tracing.views.matrix import as_matrix, scale_end
 

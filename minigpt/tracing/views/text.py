@@ -12,7 +12,6 @@ from minigpt.format import percent
 from minigpt.text.escape import JoinedTokens, visible
 from minigpt.tracing.config import unit
 from minigpt.tracing.events import Row, Token, Trace, TraceStep
-from minigpt.tracing.lines import measured
 from minigpt.tracing.spans import (
     Line,
     bar,
@@ -24,6 +23,7 @@ from minigpt.tracing.spans import (
     upright_bar,
     wrapped,
 )
+from minigpt.tracing.summary import measured
 from minigpt.tracing.views import DEFAULTS, ViewOptions
 from minigpt.tracing.views.matrix import scale_end
 

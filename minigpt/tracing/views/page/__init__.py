@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 
 from minigpt.config import SamplingConfig
 from minigpt.text.escape import JoinedTokens, printable, visible
-from minigpt.tracing.config import facts_of, unit
+from minigpt.tracing.config import KNOCKOUTS, facts_of, unit
 from minigpt.tracing.events import CONVENTION, Candidate, Roles, Row, Trace, TraceHeader, TraceStep
 from minigpt.tracing.file import ROW_FIELDS, WORKING_ARRAYS
-from minigpt.tracing.lines import KNOCKOUTS, footer_lines, measured
 from minigpt.tracing.spans import one_line
+from minigpt.tracing.summary import footer_lines, measured
 from minigpt.tracing.views import DEFAULTS, ViewOptions
 
 # Concatenated in this order into one script.

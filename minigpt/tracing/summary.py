@@ -1,0 +1,158 @@
+"""What stands above and below the lines of a trace: model, prompt, columns, checks, ending."""
+
+from collections.abc import Sequence
+
+from minigpt.rings import ring
+from minigpt.text.escape import JoinedTokens
+from minigpt.tracing.config import Measure, facts_of
+from minigpt.tracing.events import Token, TraceFooter, TraceHeader
+from minigpt.tracing.lines import TraceLayout
+from minigpt.tracing.spans import Line, cell_len, fit, fit_end, fit_start, one_line, wrapped
+
+_LABEL_WIDTH = 9
+_PROMPT_LINES = 6
+"""Largest number of lines that list the tokens of the prompt."""
+_NAME_WIDTH = 10
+"""Largest width of a token in that list, in cells."""
+_TOLERANCE = 1e-3
+"""Error of a check up to which it is not mentioned: what float32 explains."""
+_LARGEST_ERROR = 2e-2
+"""Error of a check up to which it passed: what bfloat16 explains."""
+
+_ENDINGS = {
+    "length": "the token limit was reached",
+    "stop": "a stop string was found",
+    "end_of_text": "the model ended the text",
+    "context": "the context window is full",
+    None: "interrupted",
+}
+
+
+def header_lines(header: TraceHeader, width: int) -> list[Line]:
+    """Return the lines above a trace: model, measure, options and the prompt's tokens."""
+    room = width - _LABEL_WIDTH
+    lines: list[Line] = [
+        [("model    ", "dim"), (fit_start(one_line(header.model), room), "plain")],
+        [("measure  ", "dim"), (fit_end(measured(header), room), "plain")],
+    ]
+    if header.intervention is not None:
+        lines += wrapped(one_line(str(header.intervention)), width, label="changed  ")
+    if header.sink_rule != "first":
+        lines += wrapped(f"position {header.sink}, {header.sink_rule}", width, label="sink     ")
+    if header.roles is not None or header.n_verified or header.against is not None:
+        lines += ring("tracing.analysis.lines").header_lines(header, width)
+    lines += _prompt_lines(header.prompt, width)
+    if header.sampling.max_new_tokens:
+        text = f"from {len(header.prompt)} on: generated tokens"
+        lines.append([(" " * _LABEL_WIDTH, "plain"), (fit_end(text, room), "dim")])
+    return lines
+
+
+def legend(layout: TraceLayout, header: TraceHeader) -> list[Line]:
+    """Return lines that explain the columns of a layout that are shown."""
+    measures = layout.measures
+    by, facts = " and ".join(measures), facts_of(measures[0])
+    what = f"share by {by} of"
+    if facts.is_signed:
+        what = f"{facts.unit} by {by} of"
+    elif by == "weight":
+        what = "attention on"
+    sink = f"sink: {what} position {header.sink}"
+    if measures[0] == "weight":
+        sink += ", where heads look when nothing else matches"
+    parts = ["prob: probability of the token", sink]
+    if layout.rest_width:
+        parts.append("rest: all positions not shown")
+    if facts.is_signed:
+        if facts.sums_to and not layout.form.is_bare:
+            parts.append("other: what no position brought; sum: all of them")
+    elif layout.form.has_entropy:
+        parts.append("bits: entropy of the row (3: as if spread evenly over 8)")
+    return wrapped("; ".join(parts), layout.width, label="columns  ")
+
+
+def footer_lines(footer: TraceFooter, width: int = 80, *, is_all: bool = False) -> list[Line]:
+    """Return the lines below a trace: why it ended, and the results of its checks.
+
+    Args: is_all, whether every position in view was knocked out.
+    """
+    ending = f"{footer.n_tokens} tokens; {_ENDINGS[footer.finish]}{_checks(footer)}."
+    cause = "Attention shows where a head looked, not why a token was generated."
+    if footer.cause is not None:
+        cause = ring("tracing.analysis.lines").cause_in_words(footer.cause, is_all=is_all)
+    return [[], *wrapped(ending, width), *wrapped(cause, width)]
+
+
+def _checks(footer: TraceFooter) -> str:
+    """Describe the results of the checks: what they say, and the error of one that failed."""
+    checks = [
+        ("every row sums to 100%", footer.worst_row_sum_error),
+        ("rows times values give the heads' outputs", footer.worst_product_error),
+    ]
+    passed, failed = [], ""
+    for what, error in checks:
+        if error is None:
+            continue
+        if not error <= _LARGEST_ERROR:
+            failed += f"; check failed: {what} only within {error:.0e}"
+        else:
+            passed.append(what if error <= _TOLERANCE else f"{what} within {error:.0e}")
+    return (f"; checks passed: {' and '.join(passed)}" if passed else "") + failed
+
+
+def _prompt_lines(prompt: Sequence[Token], width: int) -> list[Line]:
+    """List the tokens of the prompt with their positions in columns, the middle left out."""
+    names = JoinedTokens(token.data for token in prompt).names
+    room = max(width - _LABEL_WIDTH, 1)
+    number_width = len(str(len(names) - 1))
+    name_width = min(
+        _NAME_WIDTH, max(map(cell_len, names), default=1), max(room - number_width - 1, 1)
+    )
+    per_line = max(1, (room + 2) // (number_width + name_width + 3))
+    starts = list(range(0, len(names), per_line))
+    n_after = (_PROMPT_LINES - 1) // 2
+    n_before = _PROMPT_LINES - 1 - n_after
+    lines: list[Line] = [] if names else [[]]
+    for row, start in enumerate(starts):
+        if len(starts) > _PROMPT_LINES and n_before <= row < len(starts) - n_after:
+            if row == n_before:
+                n_hidden = starts[len(starts) - n_after] - start
+                lines.append([(fit_end(f"... {n_hidden} more tokens ...", room), "dim")])
+            continue
+        lines.append([])
+        for position in range(start, min(start + per_line, len(names))):
+            gap = "  " if position > start else ""
+            lines[-1] += [
+                (f"{gap}{position:>{number_width}} ", "dim"),
+                (fit(names[position], name_width), "token"),
+            ]
+        text, style = lines[-1][-1]
+        lines[-1][-1] = (text.rstrip(), style)
+    labels = ["prompt", *[""] * (len(lines) - 1)]
+    return [
+        [(label.ljust(_LABEL_WIDTH), "dim"), *line]
+        for label, line in zip(labels, lines, strict=True)
+    ]
+
+
+def measured(header: TraceHeader, measures: Sequence[Measure] | None = None) -> str:
+    """Describe the rows, as in ``weight, mean of all 8 heads (2 layers x 4)``."""
+    names = " and ".join(header.measures if measures is None else measures)
+    selection, facts = header.selection, facts_of(header.measures[0])
+    if not facts.has_heads:
+        return f"{names} in {facts.unit}, through the whole model"
+    if facts.is_signed:
+        names += f" in {facts.unit}"
+    how = (
+        "sum"
+        if facts.is_signed
+        else "rollout of the mean"
+        if header.reduce == "rollout"
+        else header.reduce
+    )
+    if selection.n_chosen == 1 and header.reduce != "rollout":
+        return f"{names} of head {selection.as_text()}"
+    if selection.is_all:
+        layers = f"{header.n_layer} layer{'s' if header.n_layer > 1 else ''}"
+        return f"{names}, {how} of all {selection.n_chosen} heads ({layers} x {header.n_head})"
+    return f"{names}, {how} of {selection.n_chosen} heads ({selection.as_text()})"
