@@ -1,14 +1,16 @@
 """The records of a trace: a header, a step per generated token, and a footer.
 
+What only an analysis adds to them is in ``tracing/findings.py``.
+
 Shapes: L layers, H query heads, S positions in view, K sources kept per row.
 """
 
 import html
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +22,17 @@ from minigpt.rings import ring
 from minigpt.text.escape import JoinedTokens
 from minigpt.tracing.config import Knockout, Measure, Reduce, facts_of
 from minigpt.tracing.selection import HeadSelection
+
+if TYPE_CHECKING:
+    from minigpt.tracing.findings import (
+        Alternative,
+        CauseCheck,
+        Effect,
+        HeadWorking,
+        Kept,
+        Lens,
+        Roles,
+    )
 
 CONVENTION = (
     "The attention of a generated token is the row of the query that produced it, at the position "
@@ -36,20 +49,6 @@ class Token:
     id: int
     data: bytes
     """Bytes of its text."""
-
-
-@dataclass(frozen=True)
-class Alternative:
-    """A token whose logit is subtracted from that of each generated token."""
-
-    text: str
-    """Text that was given."""
-    id: int
-    """Id of its first token."""
-    data: bytes
-    """Bytes of its first token."""
-    n_tokens: int
-    """Number of tokens of the text. Only the first is compared."""
 
 
 @dataclass(frozen=True)
@@ -135,17 +134,6 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Effect:
-    """The effect of knocking out one source on the probability of the generated token."""
-
-    source: Source
-    change: float
-    """Change of ln p(token) without the source, in nats. Negative: the source raised p."""
-    control_of: int | None = None
-    """Index of the source that a control belongs to. None for a source."""
-
-
-@dataclass(frozen=True)
 class Candidate:
     """A token that the model could have generated at a step."""
 
@@ -159,58 +147,6 @@ class Candidate:
     def probability(self) -> float:
         """Probability of the token, before any sampling option."""
         return math.exp(self.log_probability)
-
-
-@dataclass(frozen=True)
-class Kept:
-    """The prediction of a token from its sources and the sink alone: all else is knocked out."""
-
-    change: float
-    """Change of ln p(token), in nats: exp(change) of p remains."""
-    logit_change: float
-    """Change of the token's logit."""
-
-
-@dataclass(frozen=True)
-class Lens:
-    """What the model would predict after each layer: the logit lens (nostalgebraist 2020)."""
-
-    layer: int | None
-    """Layer from which the token is the first choice. None if it is not after the last one."""
-    log_probabilities: tuple[float, ...]
-    """ln p of the token after each layer."""
-    top: tuple[tuple[Candidate, ...], ...]
-    """Most probable tokens after each layer, in descending order."""
-
-    @property
-    def probabilities(self) -> tuple[float, ...]:
-        """Probability of the token after each layer."""
-        return tuple(map(math.exp, self.log_probabilities))
-
-
-@dataclass(frozen=True)
-class Roles:
-    """Fractions of a head's attention, in [0, 1], that each known kind of head would pay.
-
-    Source: Olsson et al. 2022, arXiv:2209.11895; Wang et al. 2022, arXiv:2211.00593.
-    """
-
-    previous: float
-    """Attention on the previous token."""
-    duplicate: float
-    """Attention on the previous occurrence of the same token."""
-    induction: float
-    """Attention on the token after the previous occurrence."""
-    sink: float
-    """Attention on position 0."""
-    local: float
-    """Attention on the last few tokens, including itself."""
-    tag: str
-    """Main role, abbreviated to at most five letters. Empty for none."""
-
-
-ROLE_SCORES = tuple(f.name for f in fields(Roles) if f.name != "tag")
-"""Names of the scores of a head's roles."""
 
 
 @dataclass(frozen=True)
@@ -242,11 +178,11 @@ class TraceHeader:
     n_verified: int | Literal["all"] = 0
     """Number of sources per token that are knocked out, or all for every position in view."""
     knockout: Knockout = "key"
-    against: Alternative | None = None
+    against: "Alternative | None" = None
     """Token that each generated token is compared with. None for no comparison."""
     verified_heads: HeadSelection | None = None
     """Heads in which positions are knocked out. None for all."""
-    roles: tuple[tuple[Roles, ...], ...] | None = None
+    roles: "tuple[tuple[Roles, ...], ...] | None" = None
     """Roles of the heads of each layer. None if they were not requested."""
     intervention: InterventionConfig | None = None
     """Heads that were ablated or patched. None if there were none."""
@@ -268,19 +204,19 @@ class TraceStep:
     text: str
     """Text completed by this token."""
     finish: FinishReason | None
-    effects: tuple[Effect, ...] = ()
+    effects: "tuple[Effect, ...]" = ()
     """Effects of the sources, largest weight first, then those of their controls. With
     ``changes_S``, the largest effects."""
     candidates: tuple[Candidate, ...] = ()
     """Most probable tokens at this step, in descending order. Empty if they were not kept."""
-    lens: Lens | None = None
+    lens: "Lens | None" = None
     """Predictions after each layer. None if they were not requested."""
     is_given: bool = False
     """Whether the token was given, by the prompt or ``force``, instead of sampled."""
     changes_S: NDArray[np.float32] | None = field(default=None, repr=False)
     """Change of ln p(token) without each position in view, in nats. None unless all are knocked
     out."""
-    kept: Kept | None = None
+    kept: "Kept | None" = None
     """Prediction from the sources and the sink alone. None unless sources are knocked out."""
 
     @property
@@ -292,40 +228,6 @@ class TraceStep:
     def row(self) -> Row:
         """The row of the first measure."""
         return self.rows[0]
-
-
-@dataclass(frozen=True)
-class CauseCheck:
-    """Whether sources with more attention have larger effects, over all knockouts of a trace."""
-
-    n_sources: int
-    n_controls: int
-    mean_effect: float
-    """Mean |change| of the sources, in nats."""
-    mean_control_effect: float
-    """Mean |change| of the controls, in nats."""
-    rank_correlation: float | None
-    """Spearman correlation of weight and |change|. None if there are too few values."""
-
-
-@dataclass(frozen=True, eq=False)
-class HeadWorking:
-    """What the weights of a head are computed from, over all positions T of a text.
-
-    The weights of position t are softmax(queries_TD[t] . keys_TD[j] * scale) over the positions j
-    in its view, and its output is the sum of the values times them.
-    """
-
-    layer: int
-    head: int
-    scale: float
-    """Factor of the products of queries and keys."""
-    window: int
-    """Number of positions that a query attends to, up to its own. 0 for all."""
-    queries_TD: NDArray[np.float32]
-    """Queries as they meet the keys: rotated and normalized, if the model does that."""
-    keys_TD: NDArray[np.float32]
-    values_TD: NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -342,8 +244,8 @@ class TraceFooter:
     worst_product_error: float | None = None
     """Largest relative difference between a head's output and its row times the values, in one
     layer per step. None if it was not measured."""
-    cause: CauseCheck | None = None
-    workings: tuple[HeadWorking, ...] = ()
+    cause: "CauseCheck | None" = None
+    workings: "tuple[HeadWorking, ...]" = ()
     """Queries, keys and values of the heads that are explained."""
 
 

@@ -17,11 +17,8 @@ from numpy.typing import NDArray
 from minigpt.tracing.config import facts_of
 from minigpt.tracing.events import (
     CONVENTION,
-    Alternative,
     Candidate,
     HeadRows,
-    HeadWorking,
-    Lens,
     Row,
     Source,
     Token,
@@ -30,6 +27,7 @@ from minigpt.tracing.events import (
     TraceHeader,
     TraceStep,
 )
+from minigpt.tracing.findings import Alternative, HeadWorking, Lens
 
 SCHEMA = "minigpt-trace/1"
 INTERRUPTED = "interrupted"

@@ -9,10 +9,7 @@ from small_traces import header_of
 
 from minigpt.tracing.config import Measure
 from minigpt.tracing.events import (
-    CauseCheck,
-    Effect,
     HeadRows,
-    Roles,
     Row,
     Source,
     Token,
@@ -21,6 +18,7 @@ from minigpt.tracing.events import (
     TraceHeader,
     TraceStep,
 )
+from minigpt.tracing.findings import CauseCheck, Effect, Roles
 from minigpt.tracing.selection import select_heads
 
 BOTH: tuple[Measure, ...] = ("weight", "norm")

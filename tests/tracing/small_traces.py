@@ -11,16 +11,8 @@ from small_models import small_model
 from minigpt.config import SamplingConfig
 from minigpt.text.tokenizer import BytesTokenizer
 from minigpt.tracing.config import TraceConfig
-from minigpt.tracing.events import (
-    Roles,
-    Row,
-    Source,
-    Token,
-    Trace,
-    TraceFooter,
-    TraceHeader,
-    TraceStep,
-)
+from minigpt.tracing.events import Row, Source, Token, Trace, TraceFooter, TraceHeader, TraceStep
+from minigpt.tracing.findings import Roles
 from minigpt.tracing.selection import select_heads
 from minigpt.tracing.spans import Line
 from minigpt.tracing.tracer import trace

@@ -24,14 +24,8 @@ from minigpt.tracing.analysis.knockout import choose_controls, knock_out
 from minigpt.tracing.analysis.roles import without_heads
 from minigpt.tracing.analysis.tally import CauseTally, rank_correlation
 from minigpt.tracing.config import Knockout, TraceConfig
-from minigpt.tracing.events import (
-    CauseCheck,
-    Effect,
-    Source,
-    Token,
-    TraceFooter,
-    TraceStep,
-)
+from minigpt.tracing.events import Source, Token, TraceFooter, TraceStep
+from minigpt.tracing.findings import CauseCheck, Effect
 from minigpt.tracing.selection import select_heads
 from minigpt.tracing.tracer import trace
 

@@ -10,7 +10,8 @@ from small_traces import HOSTILE, cells, header_of, roles_of, row_of, small_trac
 
 from minigpt.format import percent
 from minigpt.tracing.config import Measure
-from minigpt.tracing.events import CauseCheck, Effect, Token, TraceFooter, TraceStep
+from minigpt.tracing.events import Token, TraceFooter, TraceStep
+from minigpt.tracing.findings import CauseCheck, Effect
 from minigpt.tracing.lines import TraceLayout, make_layout
 from minigpt.tracing.selection import select_heads
 from minigpt.tracing.spans import Line, bar, fit, heat

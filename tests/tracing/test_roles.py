@@ -23,7 +23,8 @@ from minigpt.tracing.analysis.roles import (
     role_tag,
 )
 from minigpt.tracing.config import TraceConfig
-from minigpt.tracing.events import ROLE_SCORES, TraceFooter, TraceHeader, TraceStep
+from minigpt.tracing.events import TraceFooter, TraceHeader, TraceStep
+from minigpt.tracing.findings import ROLE_SCORES
 from minigpt.tracing.tracer import trace
 
 N_REPEATED = 16

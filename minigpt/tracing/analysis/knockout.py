@@ -23,7 +23,8 @@ from minigpt.model.language_model import LanguageModel
 from minigpt.rings import has_ring, ring
 from minigpt.tracing.analysis.tally import CauseTally
 from minigpt.tracing.config import N_SOURCES, Knockout, TraceConfig
-from minigpt.tracing.events import Effect, Kept, Source, Token, TraceStep
+from minigpt.tracing.events import Source, Token, TraceStep
+from minigpt.tracing.findings import Effect, Kept
 from minigpt.tracing.selection import HeadSelection, select_heads
 
 _MAX_CACHE_BYTES = 2**28  # of all rows of a batch, where each needs a copy of the cache

@@ -15,7 +15,8 @@ from torch import Tensor
 from minigpt.model.device import widest_float
 from minigpt.model.language_model import LanguageModel
 from minigpt.text.tokenizer import Tokenizer
-from minigpt.tracing.events import Candidate, Lens
+from minigpt.tracing.events import Candidate
+from minigpt.tracing.findings import Lens
 
 _N_TOP = 3
 

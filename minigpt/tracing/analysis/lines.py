@@ -9,15 +9,8 @@ from collections.abc import Sequence
 from minigpt.format import percent
 from minigpt.text.escape import visible
 from minigpt.tracing.config import KNOCKOUTS
-from minigpt.tracing.events import (
-    ROLE_SCORES,
-    Candidate,
-    CauseCheck,
-    Effect,
-    Lens,
-    TraceHeader,
-    TraceStep,
-)
+from minigpt.tracing.events import Candidate, TraceHeader, TraceStep
+from minigpt.tracing.findings import ROLE_SCORES, CauseCheck, Effect, Lens
 from minigpt.tracing.lines import TraceLayout, name_of
 from minigpt.tracing.spans import (
     SHARE_WIDTH,

@@ -19,7 +19,8 @@ from minigpt.tracing.analysis.rollout import Rollout
 from minigpt.tracing.analysis.sink import SinkFinder
 from minigpt.tracing.analysis.workings import explained_heads, head_workings
 from minigpt.tracing.config import Measure, TraceConfig, facts_of
-from minigpt.tracing.events import Alternative, HeadWorking, Row, Token, TraceHeader, TraceStep
+from minigpt.tracing.events import Row, Token, TraceHeader, TraceStep
+from minigpt.tracing.findings import Alternative, HeadWorking
 from minigpt.tracing.rows import reduce_rows
 from minigpt.tracing.selection import HeadSelection
 from minigpt.tracing.tracer import AttentionObserver

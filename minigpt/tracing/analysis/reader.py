@@ -22,7 +22,7 @@ from minigpt.errors import ConfigError, DataError, cut, require_choice
 from minigpt.files import open_regular, resource_errors
 from minigpt.generation.decoder import FinishReason
 from minigpt.settings import build
-from minigpt.tracing import events
+from minigpt.tracing import events, findings
 from minigpt.tracing.config import MEASURES
 from minigpt.tracing.file import HEAD_FIELDS, INTERRUPTED, ROW_FIELDS, SCHEMA, WORKING_ARRAYS
 from minigpt.tracing.selection import select_heads
@@ -34,7 +34,6 @@ _LARGEST_NUMBER = 3e38
 """Largest magnitude of a number, that of float32."""
 _ROUNDING = 1e-3
 """Largest logarithm of a probability, which is 0 but for rounding."""
-_type_hints = cache(get_type_hints)
 
 
 def read_traces(path: Path) -> list[events.Trace]:
@@ -114,7 +113,7 @@ class _Reader:
         roles = value["roles"]
         if roles is not None:
             roles = tuple(
-                tuple(_read(events.Roles, _object(head, "roles")) for head in layer)
+                tuple(_read(findings.Roles, _object(head, "roles")) for head in layer)
                 for layer in _lists(value, "roles")
             )
             if (len(roles), *{len(layer) for layer in roles}) != (n_layer, n_head):
@@ -141,14 +140,14 @@ class _Reader:
             else select_heads(n_layer, n_head, heads=_checked(verified, str, "verified_heads")),
         )
 
-    def _alternative(self, value: Any) -> events.Alternative | None:
+    def _alternative(self, value: Any) -> findings.Alternative | None:
         if value is None:
             return None
         value = _object(value, "against")
         text = _checked(value["given"], str, "against.given")
         token = _checked(value["token"], int, "against.token")
         n_tokens = _checked(value["n_tokens"], int, "against.n_tokens")
-        return events.Alternative(text, token, _bytes(value, "bytes"), n_tokens)
+        return findings.Alternative(text, token, _bytes(value, "bytes"), n_tokens)
 
     def add(self, value: dict[str, Any]) -> None:
         """Add a step."""
@@ -166,7 +165,7 @@ class _Reader:
         if tuple(row.measure for row in rows) != self.header.measures:
             raise ValueError("its measures are not those of the header")
         effects = tuple(
-            _read(events.Effect, effect, source=self._source(effect, position))
+            _read(findings.Effect, effect, source=self._source(effect, position))
             for effect in _objects(value, "effects")
         )
         kept = value.get("kept")
@@ -184,7 +183,7 @@ class _Reader:
                 lens=self._lens(value.get("lens")),
                 is_given=_checked(value.get("given", False), bool, "given"),
                 changes_S=self._changes(value, rows),
-                kept=None if kept is None else _read(events.Kept, _object(kept, "kept")),
+                kept=None if kept is None else _read(findings.Kept, _object(kept, "kept")),
             )
         )
 
@@ -200,7 +199,7 @@ class _Reader:
             )
         return np.array(changes, np.float32)
 
-    def _lens(self, value: Any) -> events.Lens | None:
+    def _lens(self, value: Any) -> findings.Lens | None:
         if value is None:
             return None
         value = _object(value, "lens")
@@ -214,7 +213,7 @@ class _Reader:
             raise ValueError(f"lens must have {self.header.n_layer} layers")
         if layer is not None and layer >= len(top):
             raise ValueError(f"lens.layer is {layer} of {len(top)} layers")
-        return events.Lens(layer, numbers, top)
+        return findings.Lens(layer, numbers, top)
 
     def trace(self, footer: dict[str, Any] | None) -> events.Trace:
         """Return the whole trace; a footer of None means that it was interrupted."""
@@ -225,12 +224,12 @@ class _Reader:
             finish = None if is_cut else _checked(reason, FinishReason, "finish_reason")
             cause = footer["cause"]
             if cause is not None:
-                cause = _read(events.CauseCheck, _object(cause, "cause"))
+                cause = _read(findings.CauseCheck, _object(cause, "cause"))
             workings = tuple(map(self._working, _objects({"workings": []} | footer, "workings")))
             end = _read(events.TraceFooter, footer, finish=finish, cause=cause, workings=workings)
         return events.Trace(self.header, tuple(self.steps), end)
 
-    def _working(self, value: dict[str, Any]) -> events.HeadWorking:
+    def _working(self, value: dict[str, Any]) -> findings.HeadWorking:
         shape = (len(self.tokens), self.header.d_head)
         arrays = {}
         for name, field in WORKING_ARRAYS.items():
@@ -238,7 +237,7 @@ class _Reader:
             if numbers.size != shape[0] * shape[1] or not np.isfinite(numbers).all():
                 raise ValueError(f"workings.{name} must be {shape[0]} x {shape[1]} numbers")
             arrays[field] = numbers.reshape(shape).astype(np.float32)
-        working = _read(events.HeadWorking, value, **arrays)
+        working = _read(findings.HeadWorking, value, **arrays)
         if working.layer >= self.header.n_layer or working.head >= self.header.n_head:
             raise ValueError(f"workings has head {working.layer}.{working.head}, which is not one")
         return working
@@ -330,6 +329,11 @@ def _lists(value: dict[str, Any], name: str) -> list[list[Any]]:
 
 def _objects(value: dict[str, Any], name: str) -> list[dict[str, Any]]:
     return [_object(item, name) for item in _list(value, name)]
+
+
+@cache
+def _type_hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls, vars(events) | vars(findings))
 
 
 def _read(cls: type[T], value: dict[str, Any], **given: Any) -> T:

@@ -27,7 +27,7 @@ from minigpt.tracing.analysis.frozen import (
     logit_weights,
     why_not_linear,
 )
-from minigpt.tracing.events import ROLE_SCORES, Roles
+from minigpt.tracing.findings import ROLE_SCORES, Roles
 from minigpt.tracing.recorder import require_attention
 
 _MAX_REPEATED = 64  # T: uniform attention would give the induction position about 1 %

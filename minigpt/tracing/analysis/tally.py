@@ -3,7 +3,8 @@
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from minigpt.tracing.events import CauseCheck, TraceStep
+from minigpt.tracing.events import TraceStep
+from minigpt.tracing.findings import CauseCheck
 
 
 class CauseTally:

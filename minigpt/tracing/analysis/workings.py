@@ -13,7 +13,7 @@ from torch import Tensor
 from minigpt.errors import ConfigError
 from minigpt.model.attention import AttentionPass
 from minigpt.model.language_model import LanguageModel
-from minigpt.tracing.events import HeadWorking
+from minigpt.tracing.findings import HeadWorking
 from minigpt.tracing.selection import HeadSelection, select_heads
 
 

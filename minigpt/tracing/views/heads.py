@@ -7,7 +7,8 @@ from numpy.typing import NDArray
 
 from minigpt.errors import ConfigError
 from minigpt.format import percent
-from minigpt.tracing.events import ROLE_SCORES, Roles, Trace
+from minigpt.tracing.events import Trace
+from minigpt.tracing.findings import ROLE_SCORES, Roles
 from minigpt.tracing.spans import SHARE_WIDTH, SIGNED_WIDTH, Line, bar, heat, signed, wrapped
 from minigpt.tracing.views import DEFAULTS, ViewOptions
 

@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 from minigpt.config import SamplingConfig
 from minigpt.text.escape import JoinedTokens, printable, visible
 from minigpt.tracing.config import KNOCKOUTS, facts_of, unit
-from minigpt.tracing.events import CONVENTION, Candidate, Roles, Row, Trace, TraceHeader, TraceStep
+from minigpt.tracing.events import CONVENTION, Candidate, Row, Trace, TraceHeader, TraceStep
 from minigpt.tracing.file import ROW_FIELDS, WORKING_ARRAYS
+from minigpt.tracing.findings import Roles
 from minigpt.tracing.spans import one_line
 from minigpt.tracing.summary import footer_lines, measured
 from minigpt.tracing.views import DEFAULTS, ViewOptions
