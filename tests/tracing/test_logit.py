@@ -25,7 +25,6 @@ from minigpt.tracing.analysis import roles
 from minigpt.tracing.analysis.measures import Measured
 from minigpt.tracing.analysis.observer import find_alternative
 from minigpt.tracing.analysis.recorder import MeasureRecorder
-from minigpt.tracing.recorder import RowRecorder
 
 
 def logit_of(model: GPT, tokens: Tensor, target: int, against: int | None = None) -> Measured:
@@ -302,7 +301,7 @@ def test_models_whose_logits_are_not_linear_in_a_residual_stream_are_refused_by_
             return 2 * super().logits(x, logits_to_keep)
 
     with pytest.raises(ConfigError, match=r"\(Scaled\).*logits in a way of its own"):
-        RowRecorder(Scaled(small_model().config), measures=("logit",))
+        MeasureRecorder(Scaled(small_model().config), measures=("logit",))
 
 
 def test_sampling_is_the_same_with_every_measure() -> None:
