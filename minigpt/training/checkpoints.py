@@ -3,18 +3,17 @@
 import math
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor
 
 from minigpt.checkpoint.folder import WEIGHTS_ONLY
 from minigpt.checkpoint.model_folder import write_full_precision, write_model
-from minigpt.errors import DataError, MinigptError
+from minigpt.errors import DataError
 from minigpt.evaluation import Evaluation, evaluate, windows_at_once
 from minigpt.model.device import save_dtype
 from minigpt.model.language_model import LanguageModel
-from minigpt.model.registry import model_class
 from minigpt.rings import find_ring
 from minigpt.text.batches import validation_windows
 from minigpt.training.events import EvalEvent, Event, SaveEvent
@@ -29,8 +28,6 @@ class Checkpoints:
     def __init__(self, run: Run, metrics: Metrics) -> None:
         self._run, self._metrics = run, metrics
         self._evaluation: EvalEvent | None = None
-        self._unsaved_best: tuple[EvalEvent, dict[str, Tensor]] | None = None
-        """The best evaluation since the last checkpoint, and its weights, which only rank 0 has."""
 
     def evaluate(self) -> EvalEvent:
         """Compute the validation loss of the weights, or of their average if it is lower."""
@@ -76,21 +73,15 @@ class Checkpoints:
             batch_size=windows_at_once(run.config.model.vocab_size, length),
         )
         lengths = run.data.tokenizer.token_byte_lengths
-        result = run.world.evaluate(
-            lambda part: evaluate(run.model, part, lengths, dtype=run.dtype), batches
+        return run.world.evaluate(
+            run.model, lambda part: evaluate(run.model, part, lengths, dtype=run.dtype), batches
         )
-        run.world.reshard(run.model)
-        return result
 
     def evaluate_and_keep(self) -> EvalEvent:
         """Evaluate, and keep the weights in memory until the next checkpoint if they are best."""
-        run, evaluation = self._run, self.evaluate()
-        if evaluation.val_loss < run.best_loss:
-            run.best_loss = evaluation.val_loss
-            with self._weights_of(evaluation):
-                weights = run.world.gather(run.model.state_dict().items())
-                copies = {name: w.detach().to("cpu", copy=True) for name, w in weights.items()}
-            self._unsaved_best = evaluation, copies
+        evaluation = self.evaluate()
+        if self._run.best:
+            self._run.best.keep(evaluation, self._weights_of(evaluation))
         return evaluation
 
     def evaluate_and_save(self) -> Iterator[Event]:
@@ -100,13 +91,9 @@ class Checkpoints:
             evaluation = None
         elif evaluation is None or evaluation.step != run.step:
             yield (evaluation := self.evaluate())
-        best, self._unsaved_best = self._unsaved_best, None
-        if evaluation and evaluation.val_loss < run.best_loss:
-            run.best_loss, best = evaluation.val_loss, None
-        if best and best[0].step != run.step and run.world.is_first:
-            # Before the latest checkpoint: if it is not written, resuming finds this step again.
-            weights = model_class(run.config.model).from_tensors(run.config.model, best[1])
-            yield self._write(weights, best[0])
+        # Before the latest checkpoint: if it is not written, resuming finds this step again.
+        if run.best and (saved := run.best.save(self._write, evaluation)):
+            yield saved
         resume = find_ring("training.state")
         with self._weights_of(evaluation):
             is_averaged = evaluation is not None and evaluation.is_averaged
@@ -121,11 +108,8 @@ class Checkpoints:
 
     def save_best(self) -> None:
         """Save the best weights since the last checkpoint, of a run that fails, if possible."""
-        best, self._unsaved_best = self._unsaved_best, None
-        if best and self._run.world.is_first:
-            config = self._run.config.model
-            with suppress(MinigptError, OSError):  # the run has another error to report
-                self._write(model_class(config).from_tensors(config, best[1]), best[0])
+        if self._run.best:
+            self._run.best.rescue(self._write)
 
     def _weights_of(self, evaluation: EvalEvent | None) -> AbstractContextManager[None]:
         """Return the context in which the model has the weights of an evaluation at this step."""

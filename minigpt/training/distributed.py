@@ -21,7 +21,7 @@ from minigpt.errors import ConfigError
 from minigpt.evaluation import Evaluation
 from minigpt.model.language_model import LanguageModel
 from minigpt.model.registry import model_class
-from minigpt.training.world import Batches, World
+from minigpt.training.world import Batches, World, is_sharded
 
 # torch.distributed's tensor and fsdp modules take a second to import, so methods import them.
 
@@ -86,8 +86,10 @@ class DistributedWorld(World):
         dist.all_reduce(total)
         return total / self.size
 
-    def evaluate(self, evaluate: Callable[[Batches], Evaluation], batches: Batches) -> Evaluation:
-        """Evaluate batches, each rank an equal number of them.
+    def evaluate(
+        self, model: nn.Module, evaluate: Callable[[Batches], Evaluation], batches: Batches
+    ) -> Evaluation:
+        """Evaluate a model on batches, each rank on an equal number of them.
 
         Every rank evaluates the remaining batches, which are counted once: with sharded parameters
         all ranks must take the same number of forward passes.
@@ -99,6 +101,9 @@ class DistributedWorld(World):
         sums = torch.tensor([own.nats, own.n_tokens, own.n_bytes], dtype=torch.float64)
         dist.all_reduce(sums)
         nats, n_tokens, n_bytes = sums.tolist()
+        for module in model.modules():  # free full parameters, which no backward pass will
+            if self.is_sharded and hasattr(module, "reshard"):  # FSDP2's own modules
+                cast("Any", module).reshard()
         return Evaluation(
             nats=nats + rest.nats,
             n_tokens=int(n_tokens) + rest.n_tokens,
@@ -125,11 +130,6 @@ class DistributedWorld(World):
         device_ids = [self.device] if self.device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids, gradient_as_bucket_view=True)
 
-    def reshard(self, model: nn.Module) -> None:
-        for module in model.modules():
-            if self.is_sharded and hasattr(module, "reshard"):  # FSDP2's own modules
-                cast("Any", module).reshard()
-
     def no_sync(self, model: nn.Module) -> AbstractContextManager[None]:
         if isinstance(model, DistributedDataParallel):
             return model.no_sync()
@@ -152,28 +152,16 @@ class DistributedWorld(World):
         return model if self.is_first else None
 
     def full_tensor(self, tensor: Tensor) -> Tensor:
-        return cast("Any", tensor).full_tensor() if _is_sharded(tensor) else tensor
-
-    def to_local(self, tensor: Tensor) -> Tensor:
-        return cast("Any", tensor).to_local() if _is_sharded(tensor) else tensor
-
-    def shard_like(self, tensor: Tensor, parameter: Tensor) -> Tensor:
-        """Shard a full tensor, which every rank has, as a parameter of its shape is sharded.
-
-        A tensor of another shape, for example a step counter, stays full.
-        """
-        tensor = tensor.to(parameter.device)
-        if tensor.shape != parameter.shape or not _is_sharded(parameter):
-            return tensor
-        from torch.distributed.tensor import distribute_tensor
-
-        like: Any = parameter
-        return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+        return cast("Any", tensor).full_tensor() if is_sharded(tensor) else tensor
 
     def map_matrices(
         self, function: Callable[[Tensor], Tensor], matrices: Tensor, parameter: Tensor
     ) -> Tensor:
-        """Apply a function to a stack of matrices: each rank to some of them, in full."""
+        """Apply a function to a stack of matrices: each rank to some of them, in full.
+
+        Args: function, (n, R, C) -> (n, R, C); matrices, (N, R, C) or this rank's shard of it;
+            parameter, one of them as the model holds it.
+        """
         from torch.distributed.tensor import DTensor, Replicate, Shard
 
         assert self.mesh is not None
@@ -184,7 +172,7 @@ class DistributedWorld(World):
         def stack(part: Tensor, placement: Any) -> Any:
             return DTensor.from_local(part, mesh, [placement], shape=shape, stride=strides)
 
-        held = Shard(1) if _is_sharded(parameter) else Replicate()
+        held = Shard(1) if is_sharded(parameter) else Replicate()
         some = stack(matrices, held).redistribute(placements=[Shard(0)]).to_local()
         result = function(some) if len(some) else some
         return cast("Tensor", stack(result, Shard(0)).redistribute(placements=[held]).to_local())
@@ -216,7 +204,3 @@ def join() -> DistributedWorld:
 def is_lost_process(error: RuntimeError) -> bool:
     """Return whether an error means that another process has ended."""
     return isinstance(error, dist.DistError) or "/gloo/" in str(error)
-
-
-def _is_sharded(tensor: Tensor) -> bool:
-    return hasattr(tensor, "placements")  # a DTensor

@@ -1,19 +1,25 @@
 """What is done against overfitting: settings by the size of the text, averages, early stopping."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from minigpt.config import RunConfig
+from minigpt.errors import MinigptError
 from minigpt.model.cost import parameter_count
+from minigpt.model.language_model import LanguageModel
+from minigpt.model.registry import model_class
+from minigpt.training.events import EvalEvent, SaveEvent
 from minigpt.training.run import Run
-from minigpt.training.world import World
+from minigpt.training.world import to_local
 
+Write = Callable[[LanguageModel, EvalEvent], SaveEvent]
+"""Writes the weights of an evaluation at an earlier step."""
 LARGE_TEXT = 2.0
 """Training tokens per parameter from which a text counts as large."""
 SMALL_TEXT = 0.2
@@ -64,10 +70,9 @@ class WeightAverage:
         Shamir and Zhang 2013, arXiv:1212.1824, section 4.
     """
 
-    def __init__(self, model: nn.Module, decay: float, world: World) -> None:
+    def __init__(self, model: nn.Module, decay: float) -> None:
         """Start from a model's current weights. Args: decay, per step, in (0, 1)."""
         self._decay = decay
-        self._to_local = world.to_local
         self.tensors = {p: p.detach().clone() for p in model.parameters()}
         """Average of each parameter, sharded as the parameter is."""
 
@@ -96,8 +101,8 @@ class WeightAverage:
             average.copy_(kept)
 
     def _local(self) -> tuple[list[Tensor], list[Tensor]]:
-        averages = [self._to_local(average) for average in self.tensors.values()]
-        weights = [self._to_local(cast("Tensor", p).detach()) for p in self.tensors]
+        averages = [to_local(average) for average in self.tensors.values()]
+        weights = [to_local(p.detach()) for p in self.tensors]
         return averages, weights
 
 
@@ -128,3 +133,41 @@ class EarlyStop:
             return False
         n_steps = math.ceil(patience * len(run.train_tokens) / run.step_tokens)
         return self.evaluated_step - self.best_step >= max(LEAST_PATIENCE, n_steps)
+
+
+class BestWeights:
+    """The weights of the lowest validation loss since the last checkpoint, in memory."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self.loss = math.inf
+        """Lowest validation loss of a checkpoint, or of the weights kept."""
+        self._kept: tuple[EvalEvent, dict[str, Tensor]] | None = None
+        """An evaluation, and its weights, which only rank 0 has."""
+
+    def keep(self, evaluation: EvalEvent, weights: AbstractContextManager[None]) -> None:
+        """Keep the weights of an evaluation if they are best. Args: weights, puts them in place."""
+        run = self._run
+        if evaluation.val_loss >= self.loss:
+            return
+        self.loss = evaluation.val_loss
+        with weights:
+            gathered = run.world.gather(run.model.state_dict().items())
+            copies = {name: w.detach().to("cpu", copy=True) for name, w in gathered.items()}
+        self._kept = evaluation, copies
+
+    def save(self, write: Write, latest: EvalEvent | None = None) -> SaveEvent | None:
+        """Save what is kept, unless the latest evaluation, whose checkpoint follows, is as good."""
+        run, kept = self._run, self._kept
+        self._kept = None
+        if latest and latest.val_loss < self.loss:
+            self.loss, kept = latest.val_loss, None
+        if not kept or (latest and kept[0].step == run.step) or not run.world.is_first:
+            return None
+        config = run.config.model
+        return write(model_class(config).from_tensors(config, kept[1]), kept[0])
+
+    def rescue(self, write: Write) -> None:
+        """Save what is kept if possible, as the run fails and has another error to report."""
+        with suppress(MinigptError, OSError):
+            self.save(write)

@@ -1,6 +1,5 @@
 """A training run: its model, optimizers and data, and how far it is."""
 
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -80,19 +79,20 @@ class Run:
         """Number of steps skipped because of NaN or inf."""
         self.last_lr_scale: float | None = None
         """Learning rate of the last step as a fraction of the peak."""
-        self.best_loss = math.inf
-        """Lowest validation loss of a checkpoint, or of weights kept for the next one."""
         self.saved_step: int | None = None
         """Step of the latest checkpoint."""
         self.average: Any = None
         """Moving average of the weights, an ``overfitting.WeightAverage``. None without one."""
         if training.average:
             averages = ring("training.overfitting").WeightAverage
-            self.average = averages(self.model, training.average, self.world)
+            self.average = averages(self.model, training.average)
         self.early_stop: Any = None
         """End of the run without progress, an ``overfitting.EarlyStop``."""
+        self.best: Any = None
+        """Best weights since the last checkpoint, an ``overfitting.BestWeights``."""
         if training.patience or find_ring("training.overfitting"):
             self.early_stop = ring("training.overfitting").EarlyStop()
+            self.best = ring("training.overfitting").BestWeights(self)
         self.seam: Any = None
         """Smoothed change of the schedule, a ``state.Seam``. None in a run that has none."""
         self.moved_from: str | None = None

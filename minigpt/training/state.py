@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Muon, Optimizer
 
 from minigpt.checkpoint.model_folder import STATE_FOLDER, save_tensors
 from minigpt.checkpoint.weights import check_header
@@ -23,9 +23,8 @@ from minigpt.errors import CheckpointError, ConfigError, DataError
 from minigpt.fields import check_fields, setting
 from minigpt.files import read_bytes
 from minigpt.settings import build
-from minigpt.training.optim import Muon
 from minigpt.training.run import Run
-from minigpt.training.world import ALONE, World
+from minigpt.training.world import World, is_sharded
 
 LARGEST_RISE = 1.2
 """Most that the learning rate is multiplied by in one step after a change of the schedule."""
@@ -33,10 +32,7 @@ _MOST_RISES = 500  # 1.2 ** 500 is still a float, and far above any ratio of lea
 _OPTIMIZER_FILE = "optimizer.safetensors"
 _STATE_FILE = "progress.json"
 _STEP_KEY, _AVERAGE_KEY = "step_weight", "average"
-_STATE_KEYS: dict[type[Optimizer], set[str]] = {
-    Muon: {"momentum_buffer"},
-    AdamW: {"step", "exp_avg", "exp_avg_sq"},
-}
+_ADAMW_KEYS, _MUON_KEYS = {"step", "exp_avg", "exp_avg_sq"}, {"momentum_buffer"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +157,7 @@ def restore(run: Run, folder: Path) -> None:
 
     Raises: CheckpointError as ``restore_state``; DataError if the corpus is another one.
     """
-    state = restore_state(folder, run.model, run.optimizers, run.world, run.average)
+    state = restore_state(folder, run.model, run.optimizers, run.average)
     if state.corpus != run.data.tokens.fingerprint:
         raise DataError(
             "the corpus is not the one that this run started with. Give the same text, or "
@@ -173,8 +169,9 @@ def restore(run: Run, folder: Path) -> None:
         run.moved_from = state.computed_on
     best = run.folder.best()
     best_loss = best.facts.get("val_loss") if best else None
-    run.best_loss = run.world.broadcast(best_loss if isinstance(best_loss, float) else math.inf)
+    best_loss = run.world.broadcast(best_loss if isinstance(best_loss, float) else math.inf)
     if run.early_stop:
+        run.best.loss = best_loss
         run.early_stop.best_step = state.lowest.step
         run.early_stop.val_loss = state.lowest.val_loss
         run.early_stop.evaluated_step = state.step
@@ -229,7 +226,6 @@ def restore_state(
     folder: Path,
     model: nn.Module,
     optimizers: list[Optimizer],
-    world: World = ALONE,
     average: Any = None,
 ) -> TrainingState:
     """Load the optimizers' state from a checkpoint, and return its counters.
@@ -251,7 +247,8 @@ def restore_state(
     for name, optimizer, parameter in _optimized(model, optimizers):
         state = found.pop(name, {})
         other = {key: state.pop(key) for key in (_STEP_KEY, _AVERAGE_KEY) if key in state}
-        has_keys = not counters.step or state.keys() == _STATE_KEYS[type(optimizer)]
+        keys = _MUON_KEYS if isinstance(optimizer, Muon) else _ADAMW_KEYS
+        has_keys = not counters.step or state.keys() == keys
         if not has_keys or not all(
             value.is_floating_point() and value.shape == (() if key == "step" else parameter.shape)
             for key, value in (state | other).items()
@@ -262,14 +259,28 @@ def restore_state(
             )
         with torch.no_grad():
             if _STEP_KEY in other:
-                parameter.copy_(world.shard_like(other[_STEP_KEY], parameter))
+                parameter.copy_(_shard_like(other[_STEP_KEY], parameter))
             if average and _AVERAGE_KEY in other:
-                average.tensors[parameter].copy_(world.shard_like(other[_AVERAGE_KEY], parameter))
+                average.tensors[parameter].copy_(_shard_like(other[_AVERAGE_KEY], parameter))
         for key, tensor in state.items():
-            optimizer.state[parameter][key] = world.shard_like(tensor, parameter)
+            optimizer.state[parameter][key] = _shard_like(tensor, parameter)
     if found:
         raise CheckpointError(
             f"{str(path)!r} has state for {min(found)!r}, which the model does not have. "
             "Resume with the run's own settings."
         )
     return counters
+
+
+def _shard_like(tensor: Tensor, parameter: Any) -> Tensor:
+    """Move a full tensor, which every rank has, to a parameter's device, sharded as that is.
+
+    A tensor of another shape, for example a step counter, stays full.
+    """
+    tensor = tensor.to(parameter.device)
+    if tensor.shape != parameter.shape or not is_sharded(parameter):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor  # takes a second
+
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return distribute_tensor(tensor, mesh, placements, src_data_rank=None)

@@ -77,8 +77,10 @@ class World:
         """Return the mean of the ranks' values on every rank."""
         return value
 
-    def evaluate(self, evaluate: Callable[[Batches], Evaluation], batches: Batches) -> Evaluation:
-        """Evaluate batches, divided among the ranks."""
+    def evaluate(
+        self, model: nn.Module, evaluate: Callable[[Batches], Evaluation], batches: Batches
+    ) -> Evaluation:
+        """Evaluate a model on batches, divided among the ranks."""
         return evaluate(batches)
 
     def place(self, model: LanguageModel) -> LanguageModel:
@@ -88,9 +90,6 @@ class World:
     def replicate(self, model: nn.Module) -> nn.Module:
         """Return the module whose backward pass averages gradients over the ranks."""
         return model
-
-    def reshard(self, model: nn.Module) -> None:
-        """Free full parameters that a forward pass without a backward pass has left."""
 
     def no_sync(self, model: nn.Module) -> AbstractContextManager[None]:
         """Return the context of a backward pass after which gradients are not yet averaged."""
@@ -108,30 +107,23 @@ class World:
         """Return the full tensor, which may be sharded."""
         return tensor
 
-    def to_local(self, tensor: Tensor) -> Tensor:
-        """Return this rank's shard of a tensor, for in-place updates."""
-        return tensor
-
-    def shard_like(self, tensor: Tensor, parameter: Tensor) -> Tensor:
-        """Move a full tensor to a parameter's device, sharded as the parameter is."""
-        return tensor.to(parameter.device)
-
-    def map_matrices(
-        self, function: Callable[[Tensor], Tensor], matrices: Tensor, parameter: Tensor
-    ) -> Tensor:
-        """Apply a function to a stack of matrices, divided among the ranks.
-
-        Args: function, (n, R, C) -> (n, R, C); matrices, (N, R, C) or this rank's shard of it;
-            parameter, one of them as the model holds it.
-        """
-        return function(matrices)
-
     def close(self) -> None:
         """Leave the process group at the end of a run."""
 
 
 ALONE = World()
 """One process."""
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Return whether this rank holds only a shard of a tensor: a DTensor."""
+    return hasattr(tensor, "placements")
+
+
+def to_local(tensor: Any) -> Tensor:
+    """Return this rank's shard of a tensor, for in-place updates."""
+    local: Tensor = tensor.to_local() if is_sharded(tensor) else tensor
+    return local
 
 
 def join() -> World:

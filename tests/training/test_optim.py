@@ -8,7 +8,8 @@ from small_models import LAYOUTS, random_tokens, small_config, small_model
 from torch import Tensor, nn
 
 from minigpt.config import TrainingConfig
-from minigpt.training.optim import Muon, is_muon_parameter, make_optimizers, orthogonalize
+from minigpt.training.muon import Muon, orthogonalize
+from minigpt.training.optim import is_muon_parameter, make_optimizers
 
 SHAPES = [(32, 32), (96, 32), (32, 96), (7, 13), (13, 7), (32, 32), (1, 5)]
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
