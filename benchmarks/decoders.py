@@ -2,7 +2,8 @@
 
     python decoders.py '{"contender": {...}, "job": {...}}'
 
-Each line on standard input requests a turn; each line on standard output is a Turn as JSON, or
+Each line on standard input requests a turn: an empty one the job's, a number the first token after
+as many tokens of the longest prompt. Each line on standard output is a Turn as JSON, or
 {"failed": why}. The module level only imports the standard library, because the Python that has
 llama.cpp may not have torch.
 """
@@ -13,7 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -51,6 +52,13 @@ class Job:
     device: str
     gpt_fast: str
     """Path of a gpt-fast checkout, or empty."""
+    longest_prompt: list[int] = field(default_factory=list)
+    """Begins with the prompt; empty if no turn has another."""
+
+    @property
+    def n_positions(self) -> int:
+        """Positions that any turn needs."""
+        return max(len(self.prompt), len(self.longest_prompt)) + self.n_new
 
 
 @dataclass(frozen=True)
@@ -67,8 +75,8 @@ class Turn:
     """The most memory that the process, or with CUDA its tensors, ever had."""
 
 
-Decode = Callable[[Callable[[], None]], list[int]]
-"""Decodes greedily; calls its argument once the first token is on the host; returns row 0's."""
+Decode = Callable[[Job, Callable[[], None]], list[int]]
+"""Decodes greedily; calls the function once the first token is on the host; returns row 0's."""
 
 
 class UnavailableError(Exception):
@@ -86,9 +94,9 @@ def minigpt(contender: Contender, job: Job) -> Decode:
     quantize = "int8" if is_int8 else None
     model = load(Path(job.folder), device=job.device, dtype=dtype, quantize=quantize).model
     prepare_for_decoding(model, compile=contender.is_compiled)
-    sampling = SamplingConfig(temperature=0, max_new_tokens=job.n_new)
 
-    def decode(first: Callable[[], None]) -> list[int]:
+    def decode(job: Job, first: Callable[[], None]) -> list[int]:
+        sampling = SamplingConfig(temperature=0, max_new_tokens=job.n_new)
         decoder = Decoder(
             model,
             job.prompt,
@@ -100,18 +108,20 @@ def minigpt(contender: Contender, job: Job) -> Decode:
         return _drain((step.token for row, step in steps if row == 0), first)
 
     if contender.variant == "trace":
-        return _traced(model, sampling, contender, job)
+        return _traced(model, contender)
     return decode
 
 
-def _traced(model: Any, sampling: Any, contender: Contender, job: Job) -> Decode:
+def _traced(model: Any, contender: Contender) -> Decode:
     """minigpt with a row of attention per token, as in ``attention-trace``."""
     from random_models import BYTES
 
+    from minigpt.config import SamplingConfig
     from minigpt.tracing.events import TraceStep
     from minigpt.tracing.tracer import trace
 
-    def decode(first: Callable[[], None]) -> list[int]:
+    def decode(job: Job, first: Callable[[], None]) -> list[int]:
+        sampling = SamplingConfig(temperature=0, max_new_tokens=job.n_new)
         events = trace(
             model,
             BYTES,
@@ -140,8 +150,7 @@ def transformers(contender: Contender, job: Job) -> Decode:
     )
     model.to(job.device).eval()
     model.generation_config.eos_token_id = None  # every text has its full length
-    prompt = torch.tensor([job.prompt] * contender.n_rows, device=job.device)
-    options = {"do_sample": False, "max_new_tokens": job.n_new}
+    options: dict[str, Any] = {"do_sample": False}
     if contender.is_compiled:
         compile_config = CompileConfig(fullgraph=False)
         compile_config._compile_all_devices = True  # else only on a GPU
@@ -159,14 +168,21 @@ def transformers(contender: Contender, job: Job) -> Decode:
         def end(self) -> None:
             pass
 
-    def decode(first: Callable[[], None]) -> list[int]:
-        mask = torch.ones_like(prompt)
-        rows = model.generate(prompt, attention_mask=mask, streamer=Streamer(first), **options)
+    def decode(job: Job, first: Callable[[], None]) -> list[int]:
+        prompt = torch.tensor([job.prompt] * contender.n_rows, device=job.device)
+        rows = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            streamer=Streamer(first),
+            max_new_tokens=job.n_new,
+            **options,
+        )
         tokens: list[int] = rows[0, len(job.prompt) :].tolist()
         return tokens
 
     @torch.inference_mode()
-    def decode_loop(first: Callable[[], None]) -> list[int]:
+    def decode_loop(job: Job, first: Callable[[], None]) -> list[int]:
+        prompt = torch.tensor([job.prompt] * contender.n_rows, device=job.device)
         cache, chosen, tokens = DynamicCache(config=model.config), prompt, list[int]()
         for _ in range(job.n_new):
             logits = model(chosen, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
@@ -212,11 +228,12 @@ def gpt_fast(contender: Contender, job: Job) -> Decode:
     generate.decode_one_token = torch.compile(
         generate.decode_one_token, mode="reduce-overhead", fullgraph=True
     )
-    n_prompt, n_rows = len(job.prompt), contender.n_rows
-    prompt = torch.tensor([job.prompt] * n_rows, device=job.device)
+    n_rows = contender.n_rows
 
     @torch.no_grad()
-    def decode(first: Callable[[], None]) -> list[int]:
+    def decode(job: Job, first: Callable[[], None]) -> list[int]:
+        n_prompt = len(job.prompt)
+        prompt = torch.tensor([job.prompt] * n_rows, device=job.device)
         with torch.device(job.device):
             model.setup_caches(max_batch_size=n_rows, max_seq_length=n_prompt + job.n_new)
         positions = torch.arange(n_prompt, device=job.device)
@@ -238,7 +255,9 @@ def llama_cpp(contender: Contender, job: Job) -> Decode:
 
     model = Llama(
         str(Path(job.folder, f"{contender.precision}.gguf")),
-        n_ctx=len(job.prompt) + job.n_new,
+        n_ctx=job.n_positions,
+        n_batch=job.n_positions,  # a prompt in one pass
+        n_ubatch=job.n_positions,
         n_threads=job.threads,
         n_threads_batch=job.threads,
         n_gpu_layers=-1 if job.device == "cuda" else 0,
@@ -247,7 +266,7 @@ def llama_cpp(contender: Contender, job: Job) -> Decode:
         verbose=False,
     )
 
-    def decode(first: Callable[[], None]) -> list[int]:
+    def decode(job: Job, first: Callable[[], None]) -> list[int]:
         model.reset()  # else it would go on from the prompt's keys of the last turn
         stream = model.generate(job.prompt, temp=0, repeat_penalty=1.0)
         return _drain((next(stream) for _ in range(job.n_new)), first)
@@ -261,7 +280,7 @@ def memory(contender: Contender, job: Job) -> Decode:
 
     array = torch.ones(READ_BYTES // 4, device=job.device)
 
-    def decode(first: Callable[[], None]) -> list[int]:
+    def decode(_: Job, first: Callable[[], None]) -> list[int]:
         return _drain((int(array.sum() > 0) for _ in range(1 + N_READS)), first)
 
     return decode
@@ -323,7 +342,7 @@ def take_turn(decode: Decode, job: Job) -> Turn:
     """Decode once and time it."""
     marks: list[float] = []
     started = time.perf_counter()
-    tokens = decode(lambda: marks.append(time.perf_counter()))
+    tokens = decode(job, lambda: marks.append(time.perf_counter()))
     ended = time.perf_counter()
     return Turn(marks[0] - started, ended - marks[0], tokens, peak_bytes(job.device))
 
@@ -350,8 +369,11 @@ def main() -> None:
         )
         print(json.dumps({"failed": why}), file=replies)
         raise
-    for _ in sys.stdin:
-        print(json.dumps(asdict(take_turn(decode, job))), file=replies)
+    for line in sys.stdin:
+        wanted = job
+        if line.strip():
+            wanted = replace(job, prompt=job.longest_prompt[: int(line)], n_new=1)
+        print(json.dumps(asdict(take_turn(decode, wanted))), file=replies)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Decoding throughput compared with transformers, llama.cpp and gpt-fast, in one run.
 
     python benchmarks/decoding.py
+    python benchmarks/decoding.py --quick --prefill 32 128 512
     python benchmarks/decoding.py --shape mini --only minigpt "transformers fp32" --without trace
     python benchmarks/decoding.py --gpt-fast DIR --llama-cpp-python DIR/bin/python --static
 
@@ -33,12 +34,19 @@ from pathlib import Path
 from typing import Any
 
 from decoders import Contender, Job, Turn
-from decoding_report import MEMORY, Measured, bandwidth, bars, n_same, table
+from decoding_report import MEMORY, Measured, bandwidth, bars, n_same, prefill_table, table
 from machine import child_environment, machine_facts
 from random_models import SHAPES, shape_of, weights_read, write_random
 
 HERE = Path(__file__).parent
 GGUF_TYPES = {"fp32": "F32", "bf16": "BF16", "int8": "Q8_0"}
+
+
+def quick_contenders(precisions: list[str]) -> list[Contender]:
+    """Return those that start without compiling: ours and its main peers."""
+    found = [Contender("minigpt", precision) for precision in precisions]
+    found += [Contender("transformers", p, "loop") for p in precisions if p != "int8"]
+    return found + [Contender("llama.cpp", precision) for precision in precisions]
 
 
 def contenders(precisions: list[str], batches: list[int], *, with_static: bool) -> list[Contender]:
@@ -79,16 +87,17 @@ class Worker:
             env=child_environment(job.threads),
         )
 
-    def turn(self, *, is_first: bool = False) -> Turn | str:
+    def turn(self, *, is_first: bool = False, n_prompt: int | None = None) -> Turn | str:
         """Decode once and return the timing, or the reason for a failure.
 
-        The first turn starts without a request.
+        The first turn starts without a request. Args: n_prompt, to time only the first token after
+        as many tokens.
         """
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         try:
             if not is_first:
-                print(file=self.process.stdin, flush=True)
+                print(n_prompt or "", file=self.process.stdin, flush=True)
             line = self.process.stdout.readline()
         except BrokenPipeError:
             line = ""
@@ -104,12 +113,14 @@ class Worker:
 
 
 def measure(
-    chosen: list[Contender], job: Job, rounds: int, llama_python: str
+    chosen: list[Contender], job: Job, rounds: int, llama_python: str, prefill: list[int]
 ) -> tuple[dict[Contender, Measured], dict[Contender, str], list[int]]:
     """Time the contenders in rounds.
 
+    Args: prefill, lengths of prompts to time the first token after, in each round.
     Returns: the measurements, the reasons of failures, and the float32 tokens.
     """
+    prefills: dict[Contender, dict[int, list[float]]] = {}
     workers, failed, texts = {}, dict[Contender, str](), dict[Contender, list[int]]()
     turns: dict[Contender, list[Turn]] = {}
     with ExitStack() as stack:
@@ -136,14 +147,21 @@ def measure(
                 if isinstance(turn, str):
                     raise SystemExit(f"{contender.name}, after it had warmed up: {turn}")
                 turns[contender].append(turn)
-                note(f"round {number + 1} of {rounds}, {contender.name}: {turn.rest_s:.3g} s")
-    measured = {one: Measured(one, taken) for one, taken in turns.items()}
+                for n_prompt in prefill if contender != MEMORY else []:
+                    turn = workers[contender].turn(n_prompt=n_prompt)
+                    if isinstance(turn, Turn):
+                        times = prefills.setdefault(contender, {})
+                        times.setdefault(n_prompt, []).append(turn.first_s)
+                rest_s = turns[contender][-1].rest_s
+                note(f"round {number + 1} of {rounds}, {contender.name}: {rest_s:.3g} s")
+    measured = {one: Measured(one, taken, prefills.get(one, {})) for one, taken in turns.items()}
     return measured, failed, reference
 
 
 def check_tokens(texts: dict[Contender, list[int]]) -> list[int]:
     """Return the float32 tokens of transformers; SystemExit if minigpt's differ."""
-    theirs = texts.get(Contender("transformers", "fp32"))
+    ways = (Contender("transformers", "fp32", variant) for variant in ("", "loop"))
+    theirs = next((texts[way] for way in ways if way in texts), None)
     for contender, tokens in texts.items():
         if theirs is None or contender.engine != "minigpt" or contender.precision != "fp32":
             continue
@@ -173,21 +191,37 @@ def write_ggufs(folder: Path, precisions: list[str], python: str) -> None:
 
 def report(shape: str, args: argparse.Namespace) -> dict[str, Any]:
     """Measure one shape and print the results."""
-    config = shape_of(shape, args.prompt + args.new)
-    found = contenders(args.precision, args.batch, with_static=args.static)
+    longest = max([args.prompt, *args.prefill])
+    config = shape_of(shape, longest + args.new)
+    if args.quick:
+        found = quick_contenders(args.precision)
+    else:
+        found = contenders(args.precision, args.batch, with_static=args.static)
     chosen = [one for one in found if is_chosen(one, args.only, args.without)]
-    prompt = random.Random(0).choices(range(config.vocab_size), k=args.prompt)
+    prompt = random.Random(0).choices(range(config.vocab_size), k=longest)
     with tempfile.TemporaryDirectory() as folder:
         write_random(Path(folder), config)
         if any(one.engine == "llama.cpp" for one in chosen):
             write_ggufs(Path(folder), args.precision, args.llama_cpp_python)
-        job = Job(folder, prompt, args.new, args.threads, args.device, args.gpt_fast)
-        results, failed, reference = measure(chosen, job, args.rounds, args.llama_cpp_python)
+        job = Job(
+            folder,
+            prompt[: args.prompt],
+            args.new,
+            args.threads,
+            args.device,
+            args.gpt_fast,
+            prompt,
+        )
+        results, failed, reference = measure(
+            chosen, job, args.rounds, args.llama_cpp_python, args.prefill
+        )
     n_weights = weights_read(config)
     bytes_per_s = bandwidth(results)
     verdicts = {str(bar): bar.verdict(results) for bar in bars(shape, args.device)}
     print(f"\n## {shape}: {n_weights / 1e6:.1f}M weights read a step\n")
     print(table(results, n_weights, reference))
+    if args.prefill:
+        print(f"\nMilliseconds to the first token after a prompt:\n\n{prefill_table(results)}")
     print(f"\nReading memory: {(bytes_per_s or 0) / 1e9:.1f} GB/s.\n")
     for bar, verdict in verdicts.items():
         print(f"- {bar}: {verdict}")
@@ -203,7 +237,7 @@ def report(shape: str, args: argparse.Namespace) -> dict[str, Any]:
             | {"step_ms": one.step_ms, "first_ms": one.first_ms, "peak_mb": one.peak_mb}
             | {"tokens_as_float32": n_same(one.turns[0].tokens, reference)}
             | {"rest_s": [turn.rest_s for turn in one.turns]}
-            | {"first_s": [turn.first_s for turn in one.turns]}
+            | {"first_s": [turn.first_s for turn in one.turns], "prefill_s": one.prefill_s}
             for one in results.values()
         ],
         "not_measured": {one.name: why for one, why in failed.items()},
@@ -241,8 +275,19 @@ def parse_arguments() -> argparse.Namespace:
         "--llama-cpp-python", default=sys.executable, help="Python with llama-cpp-python"
     )
     parser.add_argument("--gpt-fast", default="", help="path of a gpt-fast checkout")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="nothing that compiles, batch size 1, 3 rounds of 64 tokens: some 3 minutes",
+    )
+    parser.add_argument(
+        "--prefill", type=int, nargs="+", default=[], help="also time prompts of these lengths"
+    )
     parser.add_argument("--json", type=Path)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.quick:
+        args.rounds, args.new, args.batch = min(args.rounds, 3), min(args.new, 64), [1]
+    return args
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from decoders import N_READS, READ_BYTES, Contender, Turn
 
@@ -17,6 +17,8 @@ class Measured:
 
     contender: Contender
     turns: list[Turn]
+    prefill_s: dict[int, list[float]] = field(default_factory=dict)
+    """Seconds to the first token after prompts of these lengths, one per round."""
 
     @property
     def tokens_per_s(self) -> float:
@@ -111,6 +113,17 @@ def table(results: Results, n_weights: int, reference: list[int]) -> str:
                 "other weights" if contender.engine == "gpt-fast" else f"{agreed}",
             ]
         )
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def prefill_table(results: Results) -> str:
+    """Return the milliseconds to the first token after each length of prompt as Markdown."""
+    timed = {one.name: measured.prefill_s for one, measured in results.items() if one != MEMORY}
+    lengths = sorted({length for times in timed.values() for length in times})
+    rows = [["", *map(str, lengths)], ["---", *["---:"] * len(lengths)]]
+    for name, times in timed.items():
+        cells = [f"{1e3 * statistics.median(times[n]):.0f}" if n in times else "-" for n in lengths]
+        rows.append([name, *cells])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

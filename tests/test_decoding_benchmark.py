@@ -1,6 +1,7 @@
 """benchmarks/decoding.py: its report, and that its contenders decode the same text."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from small_models import LAYOUTS, random_tokens, small_config, small_model
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 from decoders import ENGINES, Contender, Job, Turn, UnavailableError
-from decoding_report import Bar, Measured, bandwidth_share, n_same, table
+from decoding import quick_contenders
+from decoding_report import Bar, Measured, bandwidth_share, n_same, prefill_table, table
 from random_models import weights_read
 
 from minigpt.checkpoint.model_folder import write_model
@@ -67,6 +69,27 @@ def test_table_shows_where_a_text_leaves_the_reference() -> None:
     assert last.split(" | ")[-1] == "2 |"
 
 
+def test_prefill_table_shows_the_median_of_each_length() -> None:
+    ours = replace(measured(OURS, 1.0), prefill_s={32: [0.5, 0.02, 0.01], 128: [0.1]})
+    theirs = replace(measured(THEIRS, 1.0), prefill_s={32: [0.03]})
+    assert prefill_table({OURS: ours, THEIRS: theirs}).splitlines() == [
+        "|  | 32 | 128 |",
+        "| --- | ---: | ---: |",
+        "| minigpt fp32 | 20 | 100 |",
+        "| transformers fp32 | 30 | - |",
+    ]
+
+
+def test_quick_runs_nothing_that_compiles_for_each_precision() -> None:
+    found = quick_contenders(["fp32", "bf16", "int8"])
+    assert not any(contender.is_compiled for contender in found)
+    assert {(one.engine, one.precision) for one in found} >= {
+        (engine, precision)
+        for engine in ("minigpt", "llama.cpp")
+        for precision in ("fp32", "bf16", "int8")
+    }
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_weights_read_are_those_that_are_not_looked_up(layout: str) -> None:
     model = GPT(small_config(layout))
@@ -102,8 +125,12 @@ def test_each_decodes_the_most_probable_tokens(contender: Contender, job: Job) -
             tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
     calls: list[Any] = []
     decode = ENGINES[contender.engine](contender, job)
-    assert decode(lambda: calls.append(None)) == tokens[len(job.prompt) :]
+    assert decode(job, lambda: calls.append(None)) == tokens[len(job.prompt) :]
     assert len(calls) == 1, "one first token"
+    shorter = replace(job, prompt=job.prompt[:2], n_new=1)
+    with torch.inference_mode():
+        [after_two] = model(torch.tensor([shorter.prompt]))[:, -1].argmax(-1).tolist()
+    assert decode(shorter, lambda: None) == [after_two]
 
 
 def test_contender_with_a_missing_dependency_names_it(job: Job) -> None:
