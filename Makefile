@@ -23,8 +23,8 @@ demo: $(RUNTIME) ## Tell a tale with the model that ships and trace it; train on
 test: $(INSTALLED) ## Run the tests, in as many processes as there are cores
 	$(BIN)/python -m pytest -n auto --dist worksteal -m 'not slow and not torture and not dist and not browser and not gpu'
 
-test-slow: $(INSTALLED) ## Run the slow tests too
-	$(BIN)/python -m pytest -m 'not gpu and not browser'
+test-slow: $(INSTALLED) ## Run the tests that take more than a few seconds each
+	$(BIN)/python -m pytest -n auto --dist worksteal -m 'slow and not torture and not dist and not browser and not gpu' --ignore tests/test_rings.py
 
 test-rings: $(INSTALLED) ## Delete each ring in a copy and run the three jobs
 	$(BIN)/python -m pytest -n auto tests/test_rings.py

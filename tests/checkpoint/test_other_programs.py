@@ -189,6 +189,7 @@ MODEL_TYPES = [
 _FOR_BYTES = ("GPT2Tokenizer", "Qwen2Tokenizer", "GPTNeoXTokenizer", "CodeGenTokenizer")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::minigpt.errors.MinigptWarning")
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_text_is_split_as_the_class_that_auto_tokenizer_takes_does_it(

@@ -100,6 +100,7 @@ def test_invalid_arguments_raise_immediately(
     assert said in str(caught.value)
 
 
+@pytest.mark.slow
 def test_the_package_imports_no_torch_until_it_is_used() -> None:
     program = (
         "import sys, minigpt\n"

@@ -49,6 +49,7 @@ TEXTS = st.text(
 )
 
 
+@pytest.mark.slow
 @ALL
 @given(text=TEXTS)
 @settings(max_examples=150, deadline=None)

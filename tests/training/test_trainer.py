@@ -177,6 +177,7 @@ def test_evaluation_checkpoints_and_samples_change_nothing(
     assert differing(bits(plain), bits(watched)) == []
 
 
+@pytest.mark.slow
 def test_the_loss_falls_to_the_entropy_of_a_repetitive_text(tmp_path: Path) -> None:
     data = data_of("abcdefgh " * 400, tmp_path / "corpus")
     config = config_of("llama", max_steps=80, lr=0.02, embedding_lr=0.02, log_every=80)
