@@ -1,23 +1,36 @@
-"""Byte-pair vocabularies in tokenizer.json, which tiktoken and tokenizers encode alike."""
+"""Vocabularies of more than single bytes in tokenizer.json.
+
+A byte-pair vocabulary of our own is written so that the tokenizers library encodes every text
+alike, and is read with tiktoken; so is one in GPT-2's layout. The others are kept as they are.
+"""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from minigpt.checkpoint.tokenizer_json import (
-    ANY_CHARACTER,
-    BYTE_LEVEL,
-    PLAIN_BPE,
-    byte_level_json,
-    splits_by,
-)
 from minigpt.errors import CheckpointError, MinigptError
+from minigpt.rings import ring
 from minigpt.text.byte_pairs import TiktokenTokenizer, make_encoding
-from minigpt.text.tokenizer import BYTE_OF_CHARACTER
+from minigpt.text.tokenizer import Tokenizer
+from minigpt.text.vocabulary_parts import BYTE_OF_CHARACTER
 
+CHARACTER_OF_BYTE = {byte: character for character, byte in BYTE_OF_CHARACTER.items()}
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
+ANY_CHARACTER = r"[\s\S]"
+"""The split pattern of single characters: nothing is merged."""
+PLAIN_BPE = {
+    "type": "BPE",
+    "dropout": None,
+    "unk_token": None,
+    "continuing_subword_prefix": None,
+    "end_of_word_suffix": None,
+    "fuse_unk": False,
+    "byte_fallback": False,
+}
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _NO_RANK = 2**32
+_MOST_ADDED = 2**16  # the libraries take seconds for more
 _MOST_STEPS = 2**25  # five times as many as cl100k_base takes
 
 # Oniguruma, which tokenizers uses, and fancy-regex, which tiktoken uses, disagree on these:
@@ -29,6 +42,42 @@ _ATOMIC = re.compile(rf"\(\?>{_ATOM_INTERVAL}\)")
 _AMBIGUOUS = re.compile(
     r"\{\d+(?:,\d*)?\}\+|\(\?\w*[ms]\w*[:)]|(?<![\[\\])\^|(?<!\\)(?<!\\s\+\+)\$"
 )
+
+
+def tokenizer_from_json(
+    data: Mapping[str, Any], name: str, end_of_text_ids: tuple[int, ...]
+) -> Tokenizer:
+    """Read a tokenizer.json, as tiktoken if that encodes alike, else with the tokenizers library.
+
+    The post-processor decides what a prompt begins with. As in transformers, add_bos_token and
+    add_eos_token of tokenizer_config.json are ignored.
+
+    Raises: CheckpointError naming the part that is damaged or cannot be used.
+    """
+    added = data.get("added_tokens")
+    if isinstance(added, list) and len(added) > _MOST_ADDED:
+        raise CheckpointError(
+            f"tokenizer.json has {len(added):,} added tokens, and at most {_MOST_ADDED:,} are "
+            "read. Choose another model."
+        )
+    if tokenizer := tiktoken_tokenizer(data, name, end_of_text_ids):
+        return tokenizer
+    try:
+        imported: Tokenizer = ring("text.imported").ImportedTokenizer(name, data, end_of_text_ids)
+        return imported
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"tokenizer.json is damaged ({type(error).__name__}: {str(error)[:120]!r}). "
+            "Write or download it again."
+        ) from None
+
+
+def tokenizer_to_json(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return tokenizer.json: that of an imported vocabulary, or ``byte_pair_json``."""
+    if isinstance(tokenizer, TiktokenTokenizer):
+        return byte_pair_json(tokenizer)
+    data: dict[str, Any] = tokenizer.to_dict()["tokenizer_json"]
+    return data
 
 
 def tiktoken_tokenizer(
@@ -89,6 +138,73 @@ def byte_pair_json(tokenizer: TiktokenTokenizer) -> dict[str, Any]:
         _to_oniguruma(tokenizer.encoding._pat_str),
         ignore_merges=n_reached < len(ranks),
     )
+
+
+def byte_level_json(
+    ranks: Mapping[bytes, int],
+    merges: Iterable[tuple[bytes, bytes]],
+    specials: Mapping[str, int],
+    pattern: str,
+    *,
+    ignore_merges: bool = False,
+) -> dict[str, Any]:
+    """Return the tokenizer.json of a byte-level vocabulary.
+
+    Args: ranks, bytes -> id; merges, in order; specials, text -> id; pattern, of the parts that
+        are merged, in Oniguruma's dialect; ignore_merges, whether a part that is a token is one
+        token, though merging does not reach it.
+    """
+    vocab = {to_characters(token): id_ for token, id_ in ranks.items()} | dict(specials)
+    return tokenizer_file(
+        added_tokens=[
+            {"id": id_, "content": text, "special": True, "normalized": False}
+            | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+            for text, id_ in sorted(specials.items(), key=lambda item: item[1])
+        ],
+        pre_tokenizer=splits_by(pattern),
+        decoder=BYTE_LEVEL,
+        model=PLAIN_BPE
+        | {
+            "ignore_merges": ignore_merges,
+            "vocab": dict(sorted(vocab.items(), key=lambda item: item[1])),
+            "merges": [" ".join(map(to_characters, pair)) for pair in merges],
+        },
+    )
+
+
+def tokenizer_file(
+    *,
+    model: dict[str, Any],
+    decoder: dict[str, Any],
+    added_tokens: Sequence[dict[str, Any]] = (),
+    normalizer: dict[str, Any] | None = None,
+    pre_tokenizer: dict[str, Any] | None = None,
+    post_processor: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return a tokenizer.json of these parts."""
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": list(added_tokens),
+        "normalizer": normalizer,
+        "pre_tokenizer": pre_tokenizer,
+        "post_processor": post_processor,
+        "decoder": decoder,
+        "model": model,
+    }
+
+
+def splits_by(pattern: str) -> dict[str, Any]:
+    """Return the pre_tokenizer that splits a text by a pattern in Oniguruma's dialect."""
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
+    steps = [split | {"invert": False}, BYTE_LEVEL | {"use_regex": False}]
+    return {"type": "Sequence", "pretokenizers": steps}
+
+
+def to_characters(token: bytes) -> str:
+    """Return the characters that stand for the bytes of a token."""
+    return "".join(map(CHARACTER_OF_BYTE.__getitem__, token))
 
 
 def merges_of(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:

@@ -33,6 +33,7 @@ from minigpt.errors import CheckpointError
 from minigpt.files import read_json, resource_errors, to_json
 from minigpt.model.language_model import LanguageModel
 from minigpt.model.registry import model_class
+from minigpt.rings import find_ring
 from minigpt.text.tokenizer import Tokenizer
 
 CONFIG = "config.json"
@@ -41,14 +42,6 @@ STATE_FOLDER = "training_state"
 """Folder of a checkpoint with what only a resumed run needs."""
 
 _GENERATION_CONFIG = "generation_config.json"
-_PLAIN_MODULE = "tokenization_plain"
-# A class of its own, because transformers marks the class that it finds there as custom code.
-_PLAIN_CODE = b"""from transformers import PreTrainedTokenizerFast
-
-
-class PlainTokenizer(PreTrainedTokenizerFast):
-    pass
-"""
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -95,11 +88,10 @@ def write_model(
     if tokenizer is not None and not has_vocabulary:
         files[TOKENIZER] = to_json(tokenizer_to_json(tokenizer))
         own = tokenizer_config(tokenizer, model.config.context_length)
-        if config["model_type"] == "qwen2" and carried is None:
-            # Otherwise AutoTokenizer uses Qwen2Tokenizer, with its own normalizer and split
-            # pattern, whatever tokenizer_class is. The code runs with trust_remote_code only.
-            own["auto_map"] = {"AutoTokenizer": [None, f"{_PLAIN_MODULE}.PlainTokenizer"]}
-            files[f"{_PLAIN_MODULE}.py"] = _PLAIN_CODE
+        classes = find_ring("checkpoint.tokenizer_classes")
+        if classes and config["model_type"] == "qwen2" and carried is None:
+            own |= classes.PLAIN_CLASS
+            files |= classes.PLAIN_FILES
         files.setdefault(TOKENIZER_CONFIG, to_json(own))
         config |= {name: id_ for name, id_ in ids.items() if config.get(name) is None}
     with resource_errors(folder):
@@ -107,7 +99,7 @@ def write_model(
         for name, data in {CONFIG: to_json(config), **files}.items():
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(data)
-    tensors = _tensors(model)
+    tensors = weights_to_hf(model)
     stored = {n: _rounded(t, dtype or dtypes.get(n, t.dtype)) for n, t in tensors.items()}
     save_tensors(folder / WEIGHTS, stored, {"format": "pt"})
     return any(
@@ -115,15 +107,8 @@ def write_model(
     )
 
 
-def write_full_precision(folder: Path, model: LanguageModel) -> None:
-    """Write the weights of a checkpoint in the model's dtype, for a resumed run.
-
-    Raises: ResourceError if the disk is full or the folder cannot be written.
-    """
-    save_tensors(folder / STATE_FOLDER / WEIGHTS, _tensors(model), {"format": "pt"})
-
-
-def _tensors(model: LanguageModel) -> dict[str, Tensor]:
+def weights_to_hf(model: LanguageModel) -> dict[str, Tensor]:
+    """Return the weights of a model on the CPU, by Hugging Face's names."""
     tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     return tensors_to_hf(model.config, tensors)
 

@@ -13,7 +13,7 @@ from typing import Any
 from minigpt.errors import MinigptError, MinigptWarning
 from minigpt.files import read_json
 from minigpt.rings import ring
-from minigpt.text.tokenizer import BPE_PATTERN
+from minigpt.text.vocabulary_parts import BPE_PATTERN, steps_of
 
 JSONValue = dict[str, Any]
 
@@ -40,6 +40,19 @@ _BPE = {
     "end_of_word_suffix": "",
 }
 _ROLES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+_PLAIN_MODULE = "tokenization_plain"
+PLAIN_CLASS = {"auto_map": {"AutoTokenizer": [None, f"{_PLAIN_MODULE}.PlainTokenizer"]}}
+"""Field of a tokenizer_config.json without which AutoTokenizer uses Qwen2Tokenizer for a qwen2,
+with its own normalizer and split pattern, whatever tokenizer_class is."""
+# A class of its own, because transformers marks the class that it finds there as custom code.
+_PLAIN_CODE = b"""from transformers import PreTrainedTokenizerFast
+
+
+class PlainTokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+PLAIN_FILES = {f"{_PLAIN_MODULE}.py": _PLAIN_CODE}
+"""The file with the class of PLAIN_CLASS, which runs with trust_remote_code only."""
 _PROBE = "The 1984 I'LL x's de\u0301ja\u0300  vu,\n\n 3.14\t\u4e2d\u6587 A\u030a ... end "
 
 
@@ -62,7 +75,7 @@ def tokenizer_class(folder: Path, config: Mapping[str, Any], data: Mapping[str, 
     if kind == "qwen2":  # whatever tokenizer_class says
         return own
     parts = (data.get("pre_tokenizer"), data.get("decoder"))
-    is_byte_level = any(step["type"] == "ByteLevel" for part in parts for step in _steps(part))
+    is_byte_level = any(step["type"] == "ByteLevel" for part in parts for step in steps_of(part))
     if named == "LlamaTokenizer" and is_byte_level:
         return ""
     return named or own
@@ -181,7 +194,7 @@ def _split(data: Mapping[str, Any]) -> list[Any]:
     """Return what decides on ids, without what does not."""
     options = ("ignore_merges", "byte_fallback")
     parts = [bool(data["model"].get(name)) for name in options]
-    steps = [*_steps(data.get("normalizer")), *_steps(data.get("pre_tokenizer"))]
+    steps = [*steps_of(data.get("normalizer")), *steps_of(data.get("pre_tokenizer"))]
     return parts + [{"use_regex": True} | step | {"trim_offsets": None} for step in steps]
 
 
@@ -210,13 +223,3 @@ def content(token: Any) -> Any:
 
 def _sequence(steps: list[JSONValue]) -> JSONValue:
     return {"type": "Sequence", "decoders": steps}
-
-
-def _steps(part: Any) -> list[JSONValue]:
-    """Return the steps of a part of tokenizer.json, in one list however they are nested."""
-    if part is None:
-        return []
-    if part["type"] != "Sequence":
-        return [dict(part)]
-    nested = [step for value in part.values() if isinstance(value, list) for step in value]
-    return [inner for step in nested for inner in _steps(step)]

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from minigpt.checkpoint.byte_pair_json import tokenizer_file
 from minigpt.checkpoint.tokenizer_classes import class_parts, content, tokenizer_class
-from minigpt.checkpoint.tokenizer_json import tokenizer_file
 from minigpt.errors import CheckpointError
 from minigpt.files import read_bytes, read_json, resource_errors
 from minigpt.text.tokenizer import END_OF_TEXT

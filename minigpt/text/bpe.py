@@ -8,7 +8,8 @@ import rustbpe
 from minigpt.errors import ConfigError
 from minigpt.text.byte_pairs import TiktokenTokenizer, make_encoding, split_whitespace
 from minigpt.text.characters import character_tokens, frequent_characters, joined_ranks
-from minigpt.text.tokenizer import BPE_PATTERN, END_OF_TEXT, well_formed
+from minigpt.text.tokenizer import END_OF_TEXT, well_formed
+from minigpt.text.vocabulary_parts import BPE_PATTERN
 
 BPE_TRAINING_BYTES = 64 * 2**20
 # The vocabulary size of the spec ``bpe``: docs/training.md has the losses.

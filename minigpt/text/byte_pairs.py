@@ -17,16 +17,11 @@ import regex
 import tiktoken
 
 from minigpt.errors import DataError, cut
-from minigpt.text.tokenizer import (
-    Tokenizer,
-    unencodable_error,
-    well_formed,
-)
+from minigpt.text.tokenizer import Tokenizer, well_formed
+from minigpt.text.vocabulary_parts import unencodable_error
 
 # The backtracking of \s+(?!\S) overflows the regex engine's stack at about a million spaces.
 _LONG_WHITESPACE = re.compile(r"(\s{65536})")
-
-
 # Every kind of neighbours that a pattern may look at.
 _PROBE = "".join(map(chr, range(128))) + "a b  cc\n\nd's 12 345\t\u00e9\u65e5\u672c\U0001f642 q"
 

@@ -15,7 +15,8 @@ import numpy.typing as npt
 import tokenizers
 
 from minigpt.errors import CheckpointError, DataError
-from minigpt.text.tokenizer import BYTE_OF_CHARACTER, Tokenizer, unencodable_error, well_formed
+from minigpt.text.tokenizer import Tokenizer, well_formed
+from minigpt.text.vocabulary_parts import BYTE_OF_CHARACTER, steps_of, unencodable_error
 
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 _MARK = "\x01"
@@ -205,17 +206,6 @@ def _parsing(library: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     copy = tokenizers.Tokenizer.from_str(library.to_str())
     copy.encode_special_tokens = False
     return copy
-
-
-def steps_of(part: Mapping[str, Any] | None) -> list[JSONValue]:
-    """Return the steps of a part of tokenizer.json, in one list however they are nested."""
-    if part is None:
-        return []
-    if part["type"] != "Sequence":
-        return [dict(part)]
-    names = ("normalizers", "pretokenizers", "decoders")
-    nested = (step for name in names for step in part.get(name, ()))
-    return [inner for step in nested for inner in steps_of(step)]
 
 
 def _types(part: Mapping[str, Any] | None) -> list[str]:

@@ -12,24 +12,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from minigpt.errors import ConfigError, DataError, nearest
+from minigpt.errors import ConfigError, nearest
 from minigpt.rings import ring
 
 END_OF_TEXT = "<|endoftext|>"
 NAMED_ENCODINGS = ("gpt2", "cl100k_base", "o200k_base")
 
 BYTES_PATTERN = r"(?s:.)"
-# How GPT-4 and Llama 3 split text before merging: Dubey et al. 2024, arXiv:2407.21783, and
-# tiktoken's cl100k_base. It uses no possessive quantifiers, so every regex engine reads it.
-BPE_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# GPT-2's bijection of bytes to printable characters: Radford et al. 2019, encoder.py.
-_PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-_OTHERS = enumerate(byte for byte in range(256) if byte not in _PRINTABLE)
-BYTE_OF_CHARACTER = {chr(b): b for b in _PRINTABLE} | {chr(256 + n): b for n, b in _OTHERS}
-"""The characters that stand for bytes in a byte-level tokenizer.json."""
 
 
 class Tokenizer(ABC):
@@ -238,14 +227,6 @@ def make_tokenizer(spec: str, texts: Iterable[str]) -> Tokenizer:
     else:
         tokenizer = ring("text.byte_pairs").named_tokenizer(kind)
     return tokenizer
-
-
-def unencodable_error(name: str, what: str) -> DataError:
-    """Return the error for a text with a character that a vocabulary lacks."""
-    return DataError(
-        f"the vocabulary {name!r} has no token for the {what}. Leave that character out of the "
-        "text; train, prepare and evaluate do so with --skip-unencodable."
-    )
 
 
 def well_formed(text: str) -> str:

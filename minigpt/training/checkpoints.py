@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from minigpt.checkpoint.folder import WEIGHTS_ONLY
-from minigpt.checkpoint.model_folder import write_full_precision, write_model
+from minigpt.checkpoint.model_folder import write_model
 from minigpt.errors import DataError
 from minigpt.evaluation import Evaluation, evaluate, windows_at_once
 from minigpt.model.device import save_dtype
@@ -153,9 +153,8 @@ class Checkpoints:
                 (folder / "README.md").write_text(card, encoding="utf-8")
             resume = find_ring("training.state")
             if resume and state is not None:
-                resume.write_state(folder, state, resume.training_state(run))
-                if is_rounded:
-                    write_full_precision(folder, model)
+                exact = model if is_rounded else None
+                resume.write_state(folder, state, resume.training_state(run), exact)
         if state is not None:
             run.folder.point("latest", step, **losses, **facts)
         if not evaluation:  # without a validation text, the latest checkpoint counts as the best

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,12 @@ LARGE_TEXT = 2.0
 """Training tokens per parameter from which a text counts as large."""
 SMALL_TEXT = 0.2
 """Training tokens per parameter below which a text counts as small."""
+EVAL_SHARE = 0.1
+"""Share of the arithmetic of training that evaluation may add."""
+LEAST_EVAL_STEPS = 5
+"""Fewest steps between evaluations by default, in a text of more than as many."""
+LEAST_EVAL_TOKENS = 8192
+"""Fewest validation tokens of a pass by default, if the text has as many."""
 MOST_EPOCHS, LEAST_STEPS, LEAST_TOKENS = 10.0, 200, 4096
 LEAST_PATIENCE = 100
 """Fewest steps without a lower validation loss before a run stops early."""
@@ -53,6 +59,30 @@ def for_text(n_train_tokens: int, n_parameters: int, step_tokens: int) -> dict[s
     if n_train_tokens >= LEAST_TOKENS:  # a few pages are only for trying things out
         training["max_epochs"] = max(MOST_EPOCHS, LEAST_STEPS * step_tokens / n_train_tokens)
     return {"model": {"dropout": 0.25 if size < SMALL_TEXT else 0.1}, "training": training}
+
+
+def with_evaluations(config: RunConfig, n_train_tokens: int, n_val_tokens: int) -> RunConfig:
+    """Derive ``eval_every`` and ``eval_tokens`` where they are None.
+
+    The best step is seen: there is an evaluation at least once an epoch (or a hundredth of the run,
+    if that is longer), and more often if the validation text is short. Evaluations cost at most a
+    tenth of the arithmetic of training, unless the windows are fewer than ``LEAST_EVAL_TOKENS``.
+    """
+    training = config.training
+    # A forward pass is a third of a training step. The averaged weights need one too.
+    share = 3 * EVAL_SHARE / (2 if training.average else 1)
+    step_tokens = training.batch_size * config.sequence_length
+    every, n_tokens = training.eval_every, training.eval_tokens
+    if every is None:
+        often = min(math.ceil(n_train_tokens / step_tokens), max(50, training.max_steps // 20))
+        if n_val_tokens:
+            affordable = math.ceil(n_val_tokens / (share * step_tokens))
+            often = min(often, max(LEAST_EVAL_STEPS, affordable))
+        every = max(1, often, training.max_steps // 100)
+    if n_tokens is None:
+        between = (every or training.max_steps) * step_tokens
+        n_tokens = max(LEAST_EVAL_TOKENS, int(share * between))
+    return replace(config, training=replace(training, eval_every=every, eval_tokens=n_tokens))
 
 
 _SHARE_OF_LATEST = 8

@@ -16,10 +16,25 @@ from minigpt.model.language_model import LanguageModel
 from minigpt.model.registry import model_class
 from minigpt.rings import find_ring, ring
 from minigpt.text.batches import require_length
-from minigpt.text.tokens import PreparedData
+from minigpt.text.tokens import PreparedData, TokenSpan
 from minigpt.training.optim import make_optimizers
-from minigpt.training.schedule import lr_scale, progress, with_evaluations, with_max_steps
+from minigpt.training.schedule import lr_scale, progress, with_max_steps
 from minigpt.training.world import ALONE, World
+
+
+def with_text(config: RunConfig, data: PreparedData) -> tuple[RunConfig, TokenSpan, TokenSpan]:
+    """Return a config with what depends on the text, and the training and validation tokens.
+
+    Raises: DataError if the text is too short.
+    """
+    train_tokens, val_tokens = data.tokens.split(config.data.val_fraction)
+    config = with_max_steps(config, len(train_tokens))
+    if overfitting := find_ring("training.overfitting"):
+        config = overfitting.with_evaluations(config, len(train_tokens), len(val_tokens))
+    for tokens in (train_tokens, val_tokens):
+        if len(tokens) or tokens is train_tokens:  # there may be no validation text
+            require_length(tokens, config.sequence_length)
+    return config, train_tokens, val_tokens
 
 
 class Run:
@@ -53,12 +68,7 @@ class Run:
         self.data, self.folder, self.carried = data, folder, carried
         self.world = world.on(device, shard=config.training.shard)
         self.device, self.dtype = self.world.device, dtype
-        self.train_tokens, self.val_tokens = data.tokens.split(config.data.val_fraction)
-        config = with_max_steps(config, len(self.train_tokens))
-        self.config = with_evaluations(config, len(self.train_tokens), len(self.val_tokens))
-        for tokens in (self.train_tokens, self.val_tokens):
-            if len(tokens) or tokens is self.train_tokens:  # there may be no validation text
-                require_length(tokens, config.sequence_length)
+        self.config, self.train_tokens, self.val_tokens = with_text(config, data)
         training = config.training
         self.micro_batch_size = world.micro_batch_size(
             training.batch_size, training.micro_batch_size

@@ -5,13 +5,6 @@ from dataclasses import replace
 
 from minigpt.config import RunConfig, TrainingConfig
 
-EVAL_SHARE = 0.1
-"""Share of the arithmetic of training that evaluation may add."""
-LEAST_EVAL_STEPS = 5
-"""Fewest steps between evaluations by default, in a text of more than as many."""
-LEAST_EVAL_TOKENS = 8192
-"""Fewest validation tokens of a pass by default, if the text has as many."""
-
 
 def with_max_steps(config: RunConfig, n_train_tokens: int) -> RunConfig:
     """Convert ``max_epochs`` to ``max_steps``, rounded up.
@@ -26,30 +19,6 @@ def with_max_steps(config: RunConfig, n_train_tokens: int) -> RunConfig:
     max_steps = max(1, math.ceil(training.max_epochs * n_train_tokens / step_tokens))
     max_steps = min(max_steps, training.max_steps or max_steps)
     return replace(config, training=replace(training, max_steps=max_steps))
-
-
-def with_evaluations(config: RunConfig, n_train_tokens: int, n_val_tokens: int) -> RunConfig:
-    """Derive ``eval_every`` and ``eval_tokens`` where they are None.
-
-    The best step is seen: there is an evaluation at least once an epoch (or a hundredth of the run,
-    if that is longer), and more often if the validation text is short. Evaluations cost at most a
-    tenth of the arithmetic of training, unless the windows are fewer than ``LEAST_EVAL_TOKENS``.
-    """
-    training = config.training
-    # A forward pass is a third of a training step. The averaged weights need one too.
-    share = 3 * EVAL_SHARE / (2 if training.average else 1)
-    step_tokens = training.batch_size * config.sequence_length
-    every, n_tokens = training.eval_every, training.eval_tokens
-    if every is None:
-        often = min(math.ceil(n_train_tokens / step_tokens), max(50, training.max_steps // 20))
-        if n_val_tokens:
-            affordable = math.ceil(n_val_tokens / (share * step_tokens))
-            often = min(often, max(LEAST_EVAL_STEPS, affordable))
-        every = max(1, often, training.max_steps // 100)
-    if n_tokens is None:
-        between = (every or training.max_steps) * step_tokens
-        n_tokens = max(LEAST_EVAL_TOKENS, int(share * between))
-    return replace(config, training=replace(training, eval_every=every, eval_tokens=n_tokens))
 
 
 def progress(config: TrainingConfig, step: int, elapsed_s: float) -> float:

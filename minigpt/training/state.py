@@ -17,11 +17,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Muon, Optimizer
 
-from minigpt.checkpoint.model_folder import STATE_FOLDER, save_tensors
-from minigpt.checkpoint.weights import check_header
+from minigpt.checkpoint.model_folder import STATE_FOLDER, save_tensors, weights_to_hf
+from minigpt.checkpoint.weights import WEIGHTS, check_header
 from minigpt.errors import CheckpointError, ConfigError, DataError
 from minigpt.fields import check_fields, setting
 from minigpt.files import read_bytes
+from minigpt.model.language_model import LanguageModel
 from minigpt.settings import build
 from minigpt.training.run import Run
 from minigpt.training.world import World, is_sharded
@@ -192,15 +193,19 @@ def _optimized(
                 yield names[parameter], optimizer, parameter
 
 
-def write_state(folder: Path, tensors: dict[str, Tensor], state: TrainingState) -> None:
+def write_state(
+    folder: Path, tensors: dict[str, Tensor], state: TrainingState, exact: LanguageModel | None
+) -> None:
     """Write training_state/ into a checkpoint folder.
 
-    Args: tensors, the full ``training_tensors``.
+    Args: tensors, the full ``training_tensors``; exact, the model, if its weights were rounded.
     Raises: ResourceError if the disk is full or the folder is not writable.
     """
     folder = folder / STATE_FOLDER
     folder.mkdir()
     save_tensors(folder / _OPTIMIZER_FILE, tensors)
+    if exact:
+        save_tensors(folder / WEIGHTS, weights_to_hf(exact), {"format": "pt"})
     (folder / _STATE_FILE).write_text(json.dumps(asdict(state), indent=2) + "\n")
 
 

@@ -10,12 +10,14 @@ import pytest
 import regex
 import tiktoken
 
+from minigpt.checkpoint.byte_pair_json import byte_level_json
+from minigpt.checkpoint.tokenizer_json import BYTES_TOKENIZER
 from minigpt.errors import ConfigError, DataError
+from minigpt.files import to_json
 from minigpt.text import bpe as module
 from minigpt.text.bpe import train_bpe
 from minigpt.text.byte_pairs import TiktokenTokenizer, make_encoding, named_tokenizer
 from minigpt.text.tokenizer import (
-    BPE_PATTERN,
     BYTES_PATTERN,
     END_OF_TEXT,
     BytesTokenizer,
@@ -23,6 +25,7 @@ from minigpt.text.tokenizer import (
     make_tokenizer,
     parse_spec,
 )
+from minigpt.text.vocabulary_parts import BPE_PATTERN
 
 PROSE = (
     "It's the owl's 1234 nests! We'll see them, they said;  and\n\nthe owls don't mind: "
@@ -103,6 +106,12 @@ def test_bpe_reads_no_more_text_than_its_limit(monkeypatch: pytest.MonkeyPatch) 
 def test_bpe_without_room_for_a_merge_is_a_config_error(vocab_size: int) -> None:
     with pytest.raises(ConfigError, match=f"bpe:{vocab_size} leaves no room"):
         train_bpe(["text"], vocab_size)
+
+
+def test_the_tokenizer_json_of_bytes_is_that_of_a_vocabulary_without_merges() -> None:
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    expected = byte_level_json(ranks, (), {END_OF_TEXT: 256}, r"[\s\S]")
+    assert BYTES_TOKENIZER.read_bytes() == to_json(expected)
 
 
 def test_byte_ids_are_the_bytes_and_equal_those_of_the_encoding() -> None:

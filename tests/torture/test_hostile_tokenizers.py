@@ -16,7 +16,8 @@ from minigpt.checkpoint.tokenizer_json import tokenizer_from_json, tokenizer_to_
 from minigpt.errors import CheckpointError, DataError, MinigptError
 from minigpt.text.bpe import train_bpe
 from minigpt.text.byte_pairs import make_encoding
-from minigpt.text.tokenizer import BPE_PATTERN, Tokenizer
+from minigpt.text.tokenizer import Tokenizer
+from minigpt.text.vocabulary_parts import BPE_PATTERN
 
 TEXT = "the cat sat, and the dog ran 12 times\n\n  under\tthe mat q x é 日本 🙂. "
 PLAIN: dict[str, Any] = tokenizer_to_json(train_bpe([TEXT * 9], 300))

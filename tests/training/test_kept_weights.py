@@ -19,8 +19,7 @@ from minigpt.evaluation import evaluate
 from minigpt.text.batches import validation_windows
 from minigpt.text.tokens import PreparedData
 from minigpt.training.events import EarlyStopEvent, EvalEvent, SaveEvent, StepEvent
-from minigpt.training.overfitting import for_text
-from minigpt.training.schedule import EVAL_SHARE, LEAST_EVAL_TOKENS, with_evaluations
+from minigpt.training.overfitting import EVAL_SHARE, LEAST_EVAL_TOKENS, for_text, with_evaluations
 from minigpt.training.trainer import Trainer
 
 

@@ -15,8 +15,8 @@ from minigpt.checkpoint.tokenizer_json import TOKENIZER_CONFIG, tokenizer_to_jso
 from minigpt.errors import CheckpointError
 from minigpt.files import read_bytes, read_json, resource_errors
 from minigpt.text.byte_pairs import TiktokenTokenizer
-from minigpt.text.imported import steps_of
-from minigpt.text.tokenizer import BPE_PATTERN, BYTE_OF_CHARACTER, Tokenizer, well_formed
+from minigpt.text.tokenizer import Tokenizer, well_formed
+from minigpt.text.vocabulary_parts import BPE_PATTERN, BYTE_OF_CHARACTER, steps_of
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """Types of tokens, as llama.cpp numbers them."""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minigpt.checkpoint.byte_pair_json import tokenizer_file
 from minigpt.checkpoint.families import model_config_to_hf
 from minigpt.checkpoint.folder import writing_folder
 from minigpt.checkpoint.model_folder import (
@@ -24,7 +25,7 @@ from minigpt.checkpoint.model_folder import (
     save_tensors,
     write_model,
 )
-from minigpt.checkpoint.tokenizer_json import tokenizer_file, tokenizer_from_json
+from minigpt.checkpoint.tokenizer_json import tokenizer_from_json
 from minigpt.checkpoint.tools.weight_files import INDEX, shard_names
 from minigpt.checkpoint.weights import WEIGHTS, canonical_names, stored_tensors
 from minigpt.config import ModelConfig

@@ -14,7 +14,6 @@ from minigpt.config import ModelConfig, RunConfig
 from minigpt.model.cost import parameter_count, peak_flops, training_flops_per_token
 from minigpt.model.device import autocast, has_fast_bfloat16, resolve_device, resolve_dtype
 from minigpt.model.registry import model_class
-from minigpt.text.batches import require_length
 from minigpt.text.tokens import PreparedData
 from minigpt.training.optim import make_optimizers
 from minigpt.training.reports.memory import (
@@ -23,7 +22,7 @@ from minigpt.training.reports.memory import (
     optimizer_values,
     parameters,
 )
-from minigpt.training.schedule import with_evaluations, with_max_steps
+from minigpt.training.run import with_text
 from minigpt.training.state import TrainingState
 from minigpt.training.world import ALONE, World
 
@@ -56,12 +55,7 @@ def make_plan(
     done = done or TrainingState()
     device = resolve_device(config.training.device)
     dtype = resolve_dtype(config.training.dtype, device)
-    train_tokens, val_tokens = data.tokens.split(config.data.val_fraction)
-    config = with_max_steps(config, len(train_tokens))
-    config = with_evaluations(config, len(train_tokens), len(val_tokens))
-    for tokens in (train_tokens, val_tokens):
-        if len(tokens) or tokens is train_tokens:  # there may be no validation text
-            require_length(tokens, config.sequence_length)
+    config, train_tokens, val_tokens = with_text(config, data)
     training = config.training
     step_tokens = training.batch_size * config.sequence_length
     micro_batch_size = world.micro_batch_size(training.batch_size, training.micro_batch_size)
