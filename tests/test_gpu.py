@@ -8,9 +8,10 @@ import pytest
 import torch
 from test_pretend_cuda import SAMPLING, SHAPES, make
 
-from minigpt.config import InterventionConfig, SamplingConfig
+from minigpt.config import SamplingConfig
 from minigpt.generation.decoder import Decoder
 from minigpt.generation.fast.quantize import quantize_int8
+from minigpt.intervention_config import InterventionConfig
 from minigpt.text.tokenizer import BytesTokenizer
 from minigpt.tracing.api import trace
 from minigpt.tracing.interventions import intervene

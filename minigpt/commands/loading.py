@@ -8,9 +8,8 @@ from typing import Any
 
 from minigpt.checkpoint.model_folder import LoadedModel
 from minigpt.checkpoint.resolve import SHIPPED, is_shipped, resolve_model
-from minigpt.commands.options import ModelSource, PromptForm
+from minigpt.commands.options import Interventions, ModelSource, PromptForm
 from minigpt.commands.output import note
-from minigpt.config import InterventionConfig
 from minigpt.errors import DataError
 from minigpt.generation import loading as models
 from minigpt.generation.forward import is_compiled
@@ -66,8 +65,8 @@ def load(source: ModelSource, prompt: str | None, form: PromptForm) -> Ready:
 
 
 def with_interventions(
-    ready: Ready, interventions: InterventionConfig, *, special: bool
-) -> tuple[Ready, InterventionConfig]:
+    ready: Ready, interventions: Interventions, *, special: bool
+) -> tuple[Ready, Interventions]:
     """Return the model with interventions, and what they are; see tracing/interventions.py."""
 
     def encode(text: str) -> list[int]:

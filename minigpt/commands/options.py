@@ -43,6 +43,21 @@ from minigpt.settings import (
     plain_key,
 )
 
+if typing.TYPE_CHECKING:
+    from minigpt.intervention_config import InterventionConfig
+
+    Interventions = InterventionConfig
+elif _configs := find_ring("intervention_config"):
+    Interventions = _configs.InterventionConfig
+else:
+
+    @dataclass(frozen=True)
+    class Interventions:
+        """No interventions, without the ring of them."""
+
+        is_any = False
+
+
 _NOT_GIVEN: tuple[Any, ...] = (None, [], ())
 _METAVARS = {bool: None, int: "N", float: "N", Path: "FILE"}
 

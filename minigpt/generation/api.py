@@ -3,10 +3,10 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minigpt.checkpoint.resolve import resolve_model
-from minigpt.config import InterventionConfig, SamplingConfig
+from minigpt.config import SamplingConfig
 from minigpt.errors import ConfigError, cut
 from minigpt.generation.decoder import Decoder, fresh_seed
 from minigpt.generation.loading import (
@@ -20,9 +20,12 @@ from minigpt.generation.loading import (
 )
 from minigpt.generation.stream import TextStep, stream_samples
 from minigpt.model.language_model import LanguageModel
-from minigpt.rings import ring
+from minigpt.rings import find_ring, ring
 from minigpt.settings import build
 from minigpt.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from minigpt.intervention_config import InterventionConfig
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """Text, token ids, or the messages of a chat."""
@@ -110,30 +113,36 @@ def generate(
     return steps()
 
 
-def interventions_in(options: dict[str, Any]) -> tuple[InterventionConfig, Prompt | None]:
+def interventions_in(
+    options: dict[str, Any],
+) -> tuple["InterventionConfig | None", Prompt | None]:
     """Take the interventions out of keyword arguments; second, a ``patch_from`` that is no text."""
-    names = {f.name for f in fields(InterventionConfig)}
+    configs = find_ring("intervention_config")
+    if configs is None:
+        return None, None
+    config = configs.InterventionConfig
+    names = {f.name for f in fields(config)}
     chosen = {name: options.pop(name) for name in names & options.keys()}
     source = chosen.get("patch_from")
     if source is None or isinstance(source, str):
-        return build(InterventionConfig, chosen), None
+        return build(config, chosen), None
     _require_prompt(source)
-    return build(InterventionConfig, chosen | {"patch_from": ""}), source
+    return build(config, chosen | {"patch_from": ""}), source
 
 
 def intervened(
     model: LanguageModel,
-    config: InterventionConfig,
+    config: "InterventionConfig | None",
     prompt: Sequence[int],
     encode: Callable[[Prompt], list[int]],
     tokenizer: Tokenizer,
     source: Prompt | None,
-) -> tuple[LanguageModel, InterventionConfig | None]:
+) -> tuple[LanguageModel, "InterventionConfig | None"]:
     """Return a model with interventions, and what they are; None if there are none.
 
     Args: encode, which returns the tokens of a prompt; source, as of ``interventions_in``.
     """
-    if not config.is_any:
+    if config is None or not config.is_any:
         return model, None
     if source is None:
         found = ring("tracing.interventions").intervene(model, config, prompt, encode)
@@ -145,7 +154,7 @@ def intervened(
             )
         config = replace(config, patch_from=tokenizer.decode(ids))
         found = ring("tracing.interventions").intervene(model, config, prompt, lambda _: ids)
-    changed: tuple[LanguageModel, InterventionConfig] = found
+    changed: tuple[LanguageModel, InterventionConfig | None] = found
     return changed
 
 

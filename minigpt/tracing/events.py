@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from minigpt.config import InterventionConfig, SamplingConfig
+from minigpt.config import SamplingConfig
 from minigpt.errors import cut
 from minigpt.generation.decoder import FinishReason
 from minigpt.rings import ring
@@ -24,6 +24,7 @@ from minigpt.tracing.config import Knockout, Measure, Reduce, facts_of
 from minigpt.tracing.selection import HeadSelection
 
 if TYPE_CHECKING:
+    from minigpt.intervention_config import InterventionConfig
     from minigpt.tracing.findings import (
         Alternative,
         CauseCheck,
@@ -184,7 +185,7 @@ class TraceHeader:
     """Heads in which positions are knocked out. None for all."""
     roles: "tuple[tuple[Roles, ...], ...] | None" = None
     """Roles of the heads of each layer. None if they were not requested."""
-    intervention: InterventionConfig | None = None
+    intervention: "InterventionConfig | None" = None
     """Heads that were ablated or patched. None if there were none."""
     model_sha256: str | None = None
     """SHA-256 of the weights file. None if it was not requested."""

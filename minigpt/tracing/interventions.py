@@ -26,8 +26,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from minigpt.config import InterventionConfig
 from minigpt.errors import ConfigError
+from minigpt.intervention_config import InterventionConfig
 from minigpt.model.gpt import GPT
 from minigpt.model.language_model import LanguageModel
 from minigpt.tracing.selection import HeadSelection, select_heads

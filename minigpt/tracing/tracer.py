@@ -4,12 +4,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, repeat
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from minigpt.config import InterventionConfig, SamplingConfig
+from minigpt.config import SamplingConfig
 from minigpt.errors import ConfigError
 from minigpt.generation.decoder import Decoder, FinishReason
 from minigpt.generation.stream import TextStep, stream_text
@@ -31,6 +31,9 @@ from minigpt.tracing.recorder import RowRecorder
 from minigpt.tracing.rows import RowReader, reduce_rows
 from minigpt.tracing.selection import select_heads
 
+if TYPE_CHECKING:
+    from minigpt.intervention_config import InterventionConfig
+
 
 def trace(
     model: LanguageModel,
@@ -45,7 +48,7 @@ def trace(
     stop_at_end_of_text: bool = True,
     compiles: bool | None = False,
     forced: Sequence[int] = (),
-    intervention: InterventionConfig | None = None,
+    intervention: "InterventionConfig | None" = None,
     special: bool = False,
     dense: Callable[[Tensor], None] | None = None,
 ) -> Iterator[TraceEvent]:

@@ -8,8 +8,8 @@ import torch
 from small_models import FAMILIES, LAYOUTS, SOFTCAP, any_model
 
 import minigpt
-from minigpt.config import InterventionConfig
 from minigpt.errors import ConfigError
+from minigpt.intervention_config import InterventionConfig
 from minigpt.model.gpt import GPT
 from minigpt.text.tokenizer import BytesTokenizer
 from minigpt.tracing.events import Trace

@@ -10,6 +10,7 @@ import typer
 from minigpt.commands.attention_trace.targets import Targets
 from minigpt.commands.options import (
     Fields,
+    Interventions,
     ModelSource,
     Option,
     Prompt,
@@ -17,7 +18,7 @@ from minigpt.commands.options import (
     command,
     modes,
 )
-from minigpt.config import InterventionConfig, SamplingConfig
+from minigpt.config import SamplingConfig
 from minigpt.errors import ConfigError
 from minigpt.rings import find_ring, ring
 from minigpt.tracing.config import N_SOURCES, SAMPLING, TraceConfig, facts_of
@@ -39,7 +40,7 @@ def attention_trace(
     form: PromptForm,
     source: ModelSource,
     config: TraceConfig,
-    interventions: InterventionConfig,
+    interventions: Interventions,
     targets: Targets,
     replay: Annotated[
         Path | None, Option("Show a file that --out wrote, without a model", _FILES)

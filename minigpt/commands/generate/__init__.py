@@ -6,6 +6,7 @@ import typer
 
 from minigpt.commands.options import (
     NOT_COMPILED,
+    Interventions,
     Json,
     Mode,
     ModelSource,
@@ -15,7 +16,7 @@ from minigpt.commands.options import (
     command,
     modes,
 )
-from minigpt.config import InterventionConfig, SamplingConfig
+from minigpt.config import SamplingConfig
 from minigpt.errors import ConfigError
 from minigpt.rings import find_ring, ring
 
@@ -42,7 +43,7 @@ def generate(
     form: PromptForm,
     source: ModelSource,
     sampling: SamplingConfig,
-    interventions: InterventionConfig,
+    interventions: Interventions,
     interactive: Annotated[bool, Option("Continue each typed line; Ctrl-D ends", "Output")] = False,
     as_json: Json = False,
     stream: Annotated[bool, Option("Print text as it is generated", "Output")] = True,

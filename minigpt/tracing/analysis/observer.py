@@ -2,11 +2,10 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from minigpt.config import InterventionConfig
 from minigpt.errors import ConfigError
 from minigpt.model.cache import KVCache
 from minigpt.model.language_model import LanguageModel
@@ -24,6 +23,9 @@ from minigpt.tracing.findings import Alternative, HeadWorking
 from minigpt.tracing.rows import reduce_rows
 from minigpt.tracing.selection import HeadSelection
 from minigpt.tracing.tracer import AttentionObserver
+
+if TYPE_CHECKING:
+    from minigpt.intervention_config import InterventionConfig
 
 
 def find_alternative(tokenizer: Tokenizer, text: str, *, special: bool) -> Alternative:
@@ -52,7 +54,7 @@ class AnalysisObserver(AttentionObserver):
         *,
         tokenizer: Tokenizer,
         max_new_tokens: int,
-        intervention: InterventionConfig | None = None,
+        intervention: "InterventionConfig | None" = None,
         special: bool = False,
     ) -> None:
         """Prepare to observe passes of a model; ``recorder`` must be given to all of them.

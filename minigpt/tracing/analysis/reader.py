@@ -17,10 +17,11 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get
 import numpy as np
 from numpy.typing import NDArray
 
-from minigpt.config import InterventionConfig, SamplingConfig
+from minigpt.config import SamplingConfig
 from minigpt.errors import ConfigError, DataError, cut, require_choice
 from minigpt.files import open_regular, resource_errors
 from minigpt.generation.decoder import FinishReason
+from minigpt.rings import ring
 from minigpt.settings import build
 from minigpt.tracing import events, findings
 from minigpt.tracing.config import MEASURES
@@ -132,7 +133,11 @@ class _Reader:
             prompt=tuple(self.tokens),
             intervention=None
             if intervention is None
-            else build(InterventionConfig, _object(intervention, "intervention"), "intervention."),
+            else build(
+                ring("intervention_config").InterventionConfig,
+                _object(intervention, "intervention"),
+                "intervention.",
+            ),
             roles=roles,
             n_verified="all" if all_ else _checked(value["n_verified"], int, "n_verified"),
             verified_heads=None
@@ -333,7 +338,8 @@ def _objects(value: dict[str, Any], name: str) -> list[dict[str, Any]]:
 
 @cache
 def _type_hints(cls: type) -> dict[str, Any]:
-    return get_type_hints(cls, vars(events) | vars(findings))
+    others = {"InterventionConfig": Any}  # built by its own name
+    return get_type_hints(cls, vars(events) | vars(findings) | others)
 
 
 def _read(cls: type[T], value: dict[str, Any], **given: Any) -> T:

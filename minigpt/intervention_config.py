@@ -1,0 +1,60 @@
+"""The options of interventions: heads to ablate, and heads or layers to patch."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from minigpt.fields import check_fields, option, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class InterventionConfig:
+    """Heads that are ablated, and heads or layers patched from a run on another prompt."""
+
+    ablate: str | None = option(None, group="Interventions", metavar="LIST", shown="none")
+    """Heads whose output is set to 0, layer.head, as in 1.3,0.*. None for none."""
+    ablate_mean: bool = option(False, group="Interventions")
+    """Set it to its mean over the prompt instead."""
+    patch_from: str | None = option(None, group="Interventions", metavar="PROMPT", shown="none")
+    """Prompt of as many tokens, from which heads or layers are patched. None for none."""
+    patch: str | None = option(None, group="Interventions", metavar="LIST", shown="none")
+    """Heads to patch, layer.head, or layers (residual stream), as in 3.1,2.*,4. None for none."""
+    patch_position: int | Literal["all"] | None = option(
+        None, "[0, inf)", group="Interventions", shown="the last of the prompt"
+    )
+    """Position of the prompt to patch, or all. None for the last."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        require(
+            self.ablate is not None or not self.ablate_mean,
+            "--ablate-mean is for --ablate. Add that, or leave --ablate-mean out.",
+        )
+        require(
+            (self.patch_from is None) == (self.patch is None),
+            "--patch-from and --patch belong together: a prompt, and what to take from its run. "
+            "Give both.",
+        )
+        require(
+            self.patch_position is None or self.patch is not None,
+            "--patch-position is for --patch-from. Add that, or leave --patch-position out.",
+        )
+
+    @property
+    def is_any(self) -> bool:
+        """Whether there is an intervention."""
+        return self.ablate is not None or self.patch is not None
+
+    def __str__(self) -> str:
+        """Return a description, as in ``heads 1.3 set to 0``."""
+        parts = []
+        if self.ablate is not None:
+            value = "their mean over the prompt" if self.ablate_mean else "0"
+            parts.append(f"heads {self.ablate} set to {value}")
+        if self.patch is not None:
+            place = f"position {self.patch_position}"
+            if self.patch_position in (None, "all"):
+                place = "every position" if self.patch_position else "the last position"
+            kinds = {"heads" if "." in part else "layers" for part in self.patch.split(",")}
+            what = f"{' and '.join(sorted(kinds))} {self.patch}"
+            parts.append(f"{what} patched at {place} from {self.patch_from!a}")
+        return "; ".join(parts)
