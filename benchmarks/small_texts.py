@@ -35,7 +35,8 @@ from minigpt.commands.train.settings import settings_of, suited_to_text, with_vo
 from minigpt.evaluation import evaluate
 from minigpt.text.batches import validation_windows
 from minigpt.text.tokens import prepare
-from minigpt.training.events import EarlyStopEvent, EvalEvent, StepEvent
+from minigpt.training.events import EvalEvent, StepEvent
+from minigpt.training.overfitting import EarlyStopEvent
 from minigpt.training.trainer import Trainer
 
 HEAD = ["text", "budget", "steps", "epochs", "dropout", "left", "any step", "worse", "budget +"]

@@ -135,7 +135,7 @@ class TrainingConfig:
     """Largest global gradient norm; 0 for no clipping."""
     on_nan: Literal["stop", "skip"] = option("stop")
     """Action on a NaN or inf loss or gradient. skip leaves the step out, and ends the run after
-    several in a row (see training/step_metrics.py)."""
+    several in a row (see training/skipping.py)."""
     schedule: Literal["wsd", "cosine", "linear", "constant"] = "wsd"
     """Learning rate schedule. wsd: warm-up, stable, decay."""
     warmup_fraction: float = setting(0.02, "[0, 1]")

@@ -2,16 +2,30 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from minigpt.model.language_model import LanguageModel
 
 
 @dataclass(frozen=True)
-class StepEvent:
+class Event:
+    """What happened in a run; rings have events of their own, which describe themselves."""
+
+    kind: ClassVar[str] = ""
+    """Name in metrics.jsonl. Empty for what is not logged."""
+    step: int
+    """Number of optimizer steps taken."""
+
+    def describe(self) -> str:
+        """Return what happened, in a line. Empty for an event of the core."""
+        return ""
+
+
+@dataclass(frozen=True)
+class StepEvent(Event):
     """An optimizer step was taken and its log line is due."""
 
-    step: int
-    """Number of steps taken, including this one."""
+    kind = "step"
     progress: float
     """Fraction of the budget used, in [0, 1]."""
     train_loss: float
@@ -31,29 +45,10 @@ class StepEvent:
 
 
 @dataclass(frozen=True)
-class SkipEvent:
-    """The update of a step was skipped because its loss or gradient was NaN or inf."""
-
-    step: int
-    """Number of steps taken, including this one, whose batch is not repeated."""
-    train_loss: float
-    """Mean cross-entropy over the step's batch, in nats/token."""
-    lr: float
-    """Learning rate of the matrices."""
-    grad_norm: float
-    """Global gradient norm before clipping."""
-    n_skipped: int
-    """Number of steps skipped in this run so far."""
-    elapsed_s: float
-    """Seconds of training, without evaluation and saving."""
-
-
-@dataclass(frozen=True)
-class EvalEvent:
+class EvalEvent(Event):
     """The validation loss was computed."""
 
-    step: int
-    """Number of steps taken."""
+    kind = "eval"
     val_loss: float
     """Mean cross-entropy over the validation tokens, in nats/token."""
     bits_per_byte: float
@@ -69,23 +64,10 @@ class EvalEvent:
 
 
 @dataclass(frozen=True)
-class EarlyStopEvent:
-    """Training stops early, because the validation loss has not fallen for ``patience`` epochs."""
-
-    step: int
-    """Number of steps taken."""
-    best_step: int
-    """Step of the lowest validation loss."""
-    epochs_since: float
-    """Epochs since that step."""
-
-
-@dataclass(frozen=True)
-class SaveEvent:
+class SaveEvent(Event):
     """A checkpoint was written."""
 
-    step: int
-    """Number of steps taken."""
+    kind = "save"
     folder: Path
     """Folder of the checkpoint."""
     val_loss: float | None
@@ -95,13 +77,8 @@ class SaveEvent:
 
 
 @dataclass(frozen=True)
-class SampleEvent:
+class SampleEvent(Event):
     """A sample is due; the loop waits while the consumer generates it."""
 
-    step: int
-    """Number of steps taken."""
     model: LanguageModel
     """The model with full parameters."""
-
-
-Event = StepEvent | SkipEvent | EvalEvent | EarlyStopEvent | SaveEvent | SampleEvent

@@ -11,25 +11,10 @@ from pathlib import Path
 from minigpt.checkpoint.folder import METRICS_FILE, moved
 from minigpt.files import read_bytes, resource_errors, write_atomically
 from minigpt.rings import ring
-from minigpt.training.events import (
-    EarlyStopEvent,
-    EvalEvent,
-    Event,
-    SaveEvent,
-    SkipEvent,
-    StepEvent,
-)
+from minigpt.training.events import Event
 
 TENSORBOARD_FOLDER = "tensorboard"
 """Folder of TensorBoard's event files inside a run."""
-
-_KINDS = {
-    StepEvent: "step",
-    SkipEvent: "skip",
-    EvalEvent: "eval",
-    EarlyStopEvent: "early_stop",
-    SaveEvent: "save",
-}
 
 
 class MetricsLog:
@@ -46,12 +31,11 @@ class MetricsLog:
 
     def write(self, event: Event) -> None:
         """Append one event, unless it is a sample. NaN and inf become null."""
-        kind = _KINDS.get(type(event))
-        if kind is None:
+        if not event.kind:
             return
         facts = {key: _in_json(fact) for key, fact in asdict(event).items() if key != "folder"}
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"event": kind, **facts}) + "\n")
+            file.write(json.dumps({"event": event.kind, **facts}) + "\n")
 
 
 def _step_of(line: bytes) -> float:

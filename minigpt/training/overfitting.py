@@ -14,7 +14,7 @@ from minigpt.errors import MinigptError
 from minigpt.model.cost import parameter_count
 from minigpt.model.language_model import LanguageModel
 from minigpt.model.registry import model_class
-from minigpt.training.events import EvalEvent, SaveEvent
+from minigpt.training.events import EvalEvent, Event, SaveEvent
 from minigpt.training.run import Run
 from minigpt.training.world import to_local
 
@@ -136,6 +136,23 @@ class WeightAverage:
         return averages, weights
 
 
+@dataclass(frozen=True)
+class EarlyStopEvent(Event):
+    """Training stops early, because the validation loss has not fallen for ``patience`` epochs."""
+
+    kind = "early_stop"
+    best_step: int
+    """Step of the lowest validation loss."""
+    epochs_since: float
+    """Epochs since that step."""
+
+    def describe(self) -> str:
+        return (
+            f"stopped early: no lower validation loss since step {self.best_step}, "
+            f"{self.epochs_since:.1f} epochs ago (--patience 0 trains on)"
+        )
+
+
 @dataclass(kw_only=True)
 class EarlyStop:
     """Ends a run whose validation loss has not fallen for the epochs of ``patience``.
@@ -163,6 +180,10 @@ class EarlyStop:
             return False
         n_steps = math.ceil(patience * len(run.train_tokens) / run.step_tokens)
         return self.evaluated_step - self.best_step >= max(LEAST_PATIENCE, n_steps)
+
+    def event(self, run: Run) -> EarlyStopEvent:
+        """Return the event of the end of a run."""
+        return EarlyStopEvent(run.step, self.best_step, run.epochs(run.step - self.best_step))
 
 
 class BestWeights:

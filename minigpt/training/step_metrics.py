@@ -13,11 +13,9 @@ from torch import Tensor
 
 from minigpt.errors import DivergedError
 from minigpt.rings import find_ring
-from minigpt.training.events import SkipEvent, StepEvent
+from minigpt.training.events import StepEvent
 from minigpt.training.run import Run
 
-MAX_SKIPPED_IN_A_ROW = 10
-"""Number of consecutive skipped steps after which a run counts as diverged."""
 DIVERGED_LOSS = 100
 """Divergence threshold of the loss, as a multiple of ln(vocab_size), the loss of guessing."""
 
@@ -56,7 +54,6 @@ class Metrics:
         self._last: StepMetrics | None = None
         self._begun = self._logged = (run.step, run.elapsed_s, run.progress)
         """Steps, seconds and progress when this process began, and at the last log line."""
-        self._skipped_step, self._n_in_a_row = 0, 0
         self.before_divergence: Callable[[], None] = lambda: None
         """Called before the error of a divergence is made, which names the last checkpoint."""
 
@@ -87,9 +84,9 @@ class Metrics:
             self._last = metrics = StepMetrics(*values)
             if not metrics.is_finite and config.training.on_nan == "stop":
                 remedy = "Try a lower --lr, or --on-nan skip to skip these steps."
-                raise self._diverged(str(metrics), remedy)
+                raise self.divergence(str(metrics), remedy)
             if metrics.is_finite and metrics.loss > threshold:
-                raise self._diverged(str(metrics))
+                raise self.divergence(str(metrics))
 
     def step_event(self) -> StepEvent:
         """Return the event of the last step, and the speed since the one before."""
@@ -116,35 +113,15 @@ class Metrics:
             remaining_s=all_seconds / used * (1 - run.progress) if used else 0.0,
         )
 
-    def skip_event(self) -> SkipEvent:
-        """Count and return the event of the last step, which was skipped.
-
-        Raises: DivergedError if too many in a row were.
-        """
-        run, metrics = self._run, self.last()
-        self._n_in_a_row = self._n_in_a_row + 1 if self._skipped_step == run.step - 1 else 1
-        self._skipped_step = run.step
-        if self._n_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            facts = f"{metrics}, and {self._n_in_a_row} steps in a row were skipped"
-            raise self._diverged(facts)
-        run.n_skipped += 1
-        return SkipEvent(
-            step=run.step,
-            train_loss=metrics.loss,
-            lr=metrics.lr,
-            grad_norm=metrics.grad_norm,
-            n_skipped=run.n_skipped,
-            elapsed_s=run.elapsed_s,
-        )
-
     def diverged(self, fact: str) -> DivergedError:
         """Return the error for a divergence found at the current step, such as NaN in a sample."""
         run, last = self._run, self._last
         norm = f"gradient norm {last.grad_norm:.4g}, " if last else ""
         lr = run.config.training.lr * run.lr_scale
-        return self._diverged(f"at step {run.step}: {fact}, {norm}lr {lr:.3g}")
+        return self.divergence(f"at step {run.step}: {fact}, {norm}lr {lr:.3g}")
 
-    def _diverged(self, facts: str, remedy: str = "Try a lower --lr.") -> DivergedError:
+    def divergence(self, facts: str, remedy: str = "Try a lower --lr.") -> DivergedError:
+        """Return the error for a divergence. Args: facts, with the step."""
         self.before_divergence()
         saved = self._run.folder.steps()
         kept = f"The checkpoint of step {saved[-1]} is kept." if saved else "Nothing was saved yet."

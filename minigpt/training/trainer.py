@@ -14,10 +14,11 @@ from minigpt.checkpoint.folder import RunFolder
 from minigpt.config import RunConfig
 from minigpt.model.device import autocast, to_device
 from minigpt.model.language_model import LanguageModel
+from minigpt.rings import ring
 from minigpt.text.batches import NO_TARGET, batch
 from minigpt.text.tokens import PreparedData
 from minigpt.training.checkpoints import Checkpoints
-from minigpt.training.events import EarlyStopEvent, Event, SampleEvent
+from minigpt.training.events import Event, SampleEvent
 from minigpt.training.optim import scale_learning_rates
 from minigpt.training.run import Run
 from minigpt.training.schedule import is_due
@@ -58,6 +59,9 @@ class Trainer(Run):
         self._loss_of: Any = torch.compile(self._replica) if is_compiled else self._replica
         self._stop_is_requested = False
         self.metrics = Metrics(self)
+        self.skipping: Any = None
+        if config.training.on_nan == "skip":
+            self.skipping = ring("training.skipping").Skipping(self, self.metrics)
         self.checkpoints = Checkpoints(self, self.metrics)
         self.metrics.before_divergence = self.checkpoints.save_best
 
@@ -83,7 +87,7 @@ class Trainer(Run):
             is_taken = self.take_step()
             is_last = self.progress >= 1
             if not is_taken:
-                yield self.metrics.skip_event()
+                yield self.skipping.event()
             elif is_last or is_due(self.step, config.log_every):
                 yield self.metrics.step_event()
             if is_due(self.step, config.eval_every) and not is_last and len(self.val_tokens):
@@ -96,9 +100,7 @@ class Trainer(Run):
                     yield SampleEvent(self.step, model.to(self.device))
         if self.saved_step != self.step:
             if self.has_run_out:
-                best_step = self.early_stop.best_step
-                since = self.epochs(self.step - best_step)
-                yield EarlyStopEvent(self.step, best_step=best_step, epochs_since=since)
+                yield self.early_stop.event(self)
             yield from self.checkpoints.evaluate_and_save()
 
     def take_step(self) -> bool:
@@ -115,7 +117,7 @@ class Trainer(Run):
         parameters = list(self.model.parameters())
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip or math.inf)
         self.metrics.add(self.step + 1, config.lr * scale, loss, norm)
-        is_taken = config.on_nan != "skip" or self.metrics.last().is_finite
+        is_taken = not self.skipping or self.metrics.last().is_finite
         for optimizer in self.optimizers:
             if is_taken:
                 optimizer.step()

@@ -25,7 +25,8 @@ from minigpt.text.shard_files import open_prepared
 from minigpt.text.tokens import PreparedData
 from minigpt.training import run as run_module
 from minigpt.training import trainer as trainer_module
-from minigpt.training.events import EvalEvent, SaveEvent, SkipEvent, StepEvent
+from minigpt.training.events import EvalEvent, SaveEvent, StepEvent
+from minigpt.training.skipping import SkipEvent
 from minigpt.training.world import join
 
 

@@ -14,9 +14,9 @@ from minigpt.checkpoint.folder import RunFolder
 from minigpt.checkpoint.model_folder import read_model
 from minigpt.errors import DivergedError
 from minigpt.text.tokens import PreparedData
-from minigpt.training.events import EvalEvent, Event, SaveEvent, SkipEvent, StepEvent
+from minigpt.training.events import EvalEvent, Event, SaveEvent, StepEvent
 from minigpt.training.metrics import MetricsLog
-from minigpt.training.step_metrics import MAX_SKIPPED_IN_A_ROW
+from minigpt.training.skipping import MAX_SKIPPED_IN_A_ROW, SkipEvent
 from minigpt.training.trainer import Trainer
 
 

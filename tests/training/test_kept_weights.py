@@ -18,8 +18,14 @@ from minigpt.errors import DivergedError
 from minigpt.evaluation import evaluate
 from minigpt.text.batches import validation_windows
 from minigpt.text.tokens import PreparedData
-from minigpt.training.events import EarlyStopEvent, EvalEvent, SaveEvent, StepEvent
-from minigpt.training.overfitting import EVAL_SHARE, LEAST_EVAL_TOKENS, for_text, with_evaluations
+from minigpt.training.events import EvalEvent, SaveEvent, StepEvent
+from minigpt.training.overfitting import (
+    EVAL_SHARE,
+    LEAST_EVAL_TOKENS,
+    EarlyStopEvent,
+    for_text,
+    with_evaluations,
+)
 from minigpt.training.trainer import Trainer
 
 

@@ -11,14 +11,7 @@ from minigpt.console import spans_to_text
 from minigpt.format import clock, duration, short
 from minigpt.rings import has_ring, ring
 from minigpt.text.escape import printable
-from minigpt.training.events import (
-    EarlyStopEvent,
-    EvalEvent,
-    Event,
-    SampleEvent,
-    SkipEvent,
-    StepEvent,
-)
+from minigpt.training.events import EvalEvent, Event, SampleEvent, StepEvent
 from minigpt.training.trainer import Trainer
 
 # Paths and options stay whole, and what is escaped stays as it is.
@@ -75,11 +68,6 @@ class TrainingDisplay(ProgressLine, Display):
         match event:
             case StepEvent():
                 self._show_step(event)
-            case SkipEvent():
-                self._print(
-                    f"step {event.step:>6}  skipped: loss {event.train_loss:.4g}, gradient norm "
-                    f"{event.grad_norm:.4g}, lr {event.lr:.1e}  {event.n_skipped} so far"
-                )
             case EvalEvent():
                 self._evaluation = event
                 if self.panel:
@@ -93,16 +81,13 @@ class TrainingDisplay(ProgressLine, Display):
                 if self.live:
                     for text in samples.glimpse(self._run, self.console.width):
                         self.console.print(text)
-            case EarlyStopEvent():
-                self._print(
-                    f"step {event.step:>6}  stopped early: no lower validation loss since "
-                    f"step {event.best_step}, {event.epochs_since:.1f} epochs ago (--patience 0 "
-                    "trains on)"
-                )
             case SampleEvent():
                 self._print(f"step {event.step:>6}  sample")
                 for line in samples.sample_lines(event.model, self._run):
                     self._print(line)
+            case _:
+                if what := event.describe():
+                    self._print(f"step {event.step:>6}  {what}")
 
     def _show_step(self, event: StepEvent) -> None:
         self._train_loss = event.train_loss

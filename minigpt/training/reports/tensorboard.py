@@ -4,17 +4,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minigpt.errors import ConfigError, install_extra
-from minigpt.training.events import EvalEvent, Event, SaveEvent, SkipEvent, StepEvent
+from minigpt.training.events import Event
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 _FLUSH_S = 10
-_TAGS: dict[type[Event], dict[str, str]] = {
-    StepEvent: {"train_loss": "loss/train"}
+_TAGS: dict[str, dict[str, str]] = {
+    "step": {"train_loss": "loss/train"}
     | {name: name for name in ("lr", "grad_norm", "tokens_per_s", "mfu")},
-    SkipEvent: {"n_skipped": "skipped_steps"},
-    EvalEvent: {"val_loss": "loss/val", "bits_per_byte": "bits_per_byte/val"},
+    "skip": {"n_skipped": "skipped_steps"},
+    "eval": {"val_loss": "loss/val", "bits_per_byte": "bits_per_byte/val"},
 }
 
 
@@ -48,11 +48,11 @@ class TensorBoardLog:
 
     def write(self, event: Event) -> None:
         """Add the scalars of an event, and flush the file at each checkpoint."""
-        for name, tag in _TAGS.get(type(event), {}).items():
+        for name, tag in _TAGS.get(event.kind, {}).items():
             value = getattr(event, name)
             if value is not None:
                 self._writer.add_scalar(tag, value, event.step)
-        if isinstance(event, SaveEvent):
+        if event.kind == "save":
             self._writer.flush()
 
     def close(self) -> None:

@@ -1,0 +1,62 @@
+"""Optimizer steps left out because their loss or gradient is NaN or inf (``on_nan`` is skip)."""
+
+from dataclasses import dataclass
+
+from minigpt.training.events import Event
+from minigpt.training.run import Run
+from minigpt.training.step_metrics import Metrics
+
+MAX_SKIPPED_IN_A_ROW = 10
+"""Number of consecutive skipped steps after which a run counts as diverged."""
+
+
+@dataclass(frozen=True)
+class SkipEvent(Event):
+    """The update of a step was skipped; its batch is not repeated."""
+
+    kind = "skip"
+    train_loss: float
+    """Mean cross-entropy over the step's batch, in nats/token."""
+    lr: float
+    """Learning rate of the matrices."""
+    grad_norm: float
+    """Global gradient norm before clipping."""
+    n_skipped: int
+    """Number of steps skipped in this run so far."""
+    elapsed_s: float
+    """Seconds of training, without evaluation and saving."""
+
+    def describe(self) -> str:
+        return (
+            f"skipped: loss {self.train_loss:.4g}, gradient norm {self.grad_norm:.4g}, "
+            f"lr {self.lr:.1e}  {self.n_skipped} so far"
+        )
+
+
+class Skipping:
+    """Counts the skipped steps of a run."""
+
+    def __init__(self, run: Run, metrics: Metrics) -> None:
+        self._run, self._metrics = run, metrics
+        self._step, self._n_in_a_row = 0, 0
+
+    def event(self) -> SkipEvent:
+        """Count and return the event of the last step, which was skipped.
+
+        Raises: DivergedError if too many in a row were.
+        """
+        run, metrics = self._run, self._metrics.last()
+        self._n_in_a_row = self._n_in_a_row + 1 if self._step == run.step - 1 else 1
+        self._step = run.step
+        if self._n_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            facts = f"{metrics}, and {self._n_in_a_row} steps in a row were skipped"
+            raise self._metrics.divergence(facts)
+        run.n_skipped += 1
+        return SkipEvent(
+            step=run.step,
+            train_loss=metrics.loss,
+            lr=metrics.lr,
+            grad_norm=metrics.grad_norm,
+            n_skipped=run.n_skipped,
+            elapsed_s=run.elapsed_s,
+        )
