@@ -99,10 +99,8 @@ def _record(folder: "Path", manifest: "Manifest", work: "Work") -> dict[str, Any
 
 
 def _lines(folder: "Path", manifest: "Manifest", work: "Work") -> "Iterator[Text]":
-    from rich.text import Text
-
     from minigpt.commands.output import one_line
-    from minigpt.commands.tables import aligned
+    from minigpt.commands.tables import fact_lines
     from minigpt.format import with_unit
 
     documents = "1 document" if manifest.n_documents == 1 else f"{manifest.n_documents:,} documents"
@@ -111,12 +109,12 @@ def _lines(folder: "Path", manifest: "Manifest", work: "Work") -> "Iterator[Text
         speed = f"{work.n_bytes / 1e6 / work.seconds:.3g} MB/s: {with_unit(work.n_bytes, 'B')} in "
         speed += f"{work.seconds:.1f} s"
         speed += "; the rest was there" if work.n_bytes < manifest.n_bytes else ""
-    facts = {
-        "folder": one_line(str(folder)),
-        "text": f"{manifest.n_bytes:,} bytes, {documents}",
-        "tokens": f"{manifest.n_tokens:,} ({one_line(manifest.tokenizer)}), "
-        f"{manifest.n_bytes / manifest.n_tokens:.3f} bytes/token",
-        "speed": speed,
-    }
-    rows = [[Text(name, "dim"), Text(fact)] for name, fact in facts.items()]
-    yield from aligned(rows, ["left"] * 2)
+    return fact_lines(
+        {
+            "folder": one_line(str(folder)),
+            "text": f"{manifest.n_bytes:,} bytes, {documents}",
+            "tokens": f"{manifest.n_tokens:,} ({one_line(manifest.tokenizer)}), "
+            f"{manifest.n_bytes / manifest.n_tokens:.3f} bytes/token",
+            "speed": speed,
+        }
+    )

@@ -1,7 +1,7 @@
 """Results on stdout: aligned rows, lines, JSON."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -35,6 +35,12 @@ def aligned(
             line.append(_GAP)
         line.rstrip()
         yield line
+
+
+def fact_lines(facts: Mapping[str, str]) -> Iterator[Text]:
+    """Yield facts as lines, each after its name."""
+    rows = [[Text(name, "dim"), Text(fact)] for name, fact in facts.items()]
+    yield from aligned(rows, ["left"] * 2)
 
 
 def line_width() -> int | None:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
+from minigpt.commands import tables
 from minigpt.commands.output import one_line
-from minigpt.commands.tables import aligned
-from minigpt.format import with_unit
+from minigpt.format import count, with_unit
 
 if TYPE_CHECKING:  # a list needs no torch, which these import
     from minigpt.checkpoint.tools.inspection import Check, ModelFacts
@@ -27,7 +27,7 @@ def inventory_lines(entries: Sequence["Entry"], width: int | None) -> Iterator[T
     head = ["step", "nats/token", "bits/byte", "size", "written", ""]
     rows = [[Text(word, "dim") for word in head]]
     rows += [_row(checkpoint) for entry in entries for checkpoint in entry.checkpoints]
-    lines = aligned(rows, ["right"] * 4 + ["left"] * 2, width)
+    lines = tables.aligned(rows, ["right"] * 4 + ["left"] * 2, width)
     yield Text(_INDENT) + next(lines)
     for entry in entries:
         layouts = [checkpoint.layout for checkpoint in entry.checkpoints if checkpoint.layout]
@@ -70,21 +70,18 @@ def removal_lines(word: str, doomed: Iterable["Checkpoint"]) -> Iterator[Text]:
 
 def total(checkpoints: Sequence["Checkpoint"]) -> str:
     """Return the number of checkpoints and their total size."""
-    noun = "checkpoint" if len(checkpoints) == 1 else "checkpoints"
     n_bytes = sum(checkpoint.n_bytes for checkpoint in checkpoints)
-    return f"{len(checkpoints)} {noun}, {with_unit(n_bytes, 'B')}"
+    return f"{count(len(checkpoints), 'checkpoint')}, {with_unit(n_bytes, 'B')}"
 
 
 def model_lines(facts: "ModelFacts", width: int | None) -> Iterator[Text]:
     """Yield the facts of a model and a table of its tensors, identical blocks as one."""
     yield Text(one_line(str(facts.folder)), "bold")
-    yield from aligned(
-        [[Text(name, "dim"), Text(fact)] for name, fact in _facts(facts).items()], ["left"] * 2
-    )
+    yield from tables.fact_lines(_facts(facts))
     yield Text()
     head = [Text(word, "dim") for word in ("tensor", "dtype", "shape", "bytes")]
     rows = [head, *chain.from_iterable(_tensor_rows(facts.tensors))]
-    yield from aligned(rows, ["left", "left", "left", "right"], width)
+    yield from tables.aligned(rows, ["left", "left", "left", "right"], width)
 
 
 def model_record(facts: "ModelFacts") -> dict[str, Any]:

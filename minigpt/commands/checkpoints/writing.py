@@ -17,6 +17,7 @@ from minigpt.commands import output, tables
 from minigpt.commands.checkpoints.views import removal_lines, total
 from minigpt.commands.options import Json, Mode, Option, argument, command, modes
 from minigpt.errors import CheckpointError, ConfigError, LockedError
+from minigpt.format import count
 from minigpt.rings import ring
 from minigpt.run_config import SaveDtype
 
@@ -145,9 +146,8 @@ def average(
     steps = [step for step in source.steps() if until is None or step <= until][-last:]
     if len(steps) < last:
         which = "" if until is None else f" up to step {until}"
-        noun = "checkpoint" if len(steps) == 1 else "checkpoints"
         raise ConfigError(
-            f"--last {last}: the run {entry.name!r} has {len(steps)} {noun}{which}. "
+            f"--last {last}: the run {entry.name!r} has {count(len(steps), 'checkpoint')}{which}. "
             f"{'Give fewer, or train' if len(steps) > 1 else 'Train'} with a smaller --save-every "
             "and a larger --set training.keep=N."
         )

@@ -18,7 +18,7 @@ from minigpt.commands.loading import use_threads
 from minigpt.commands.options import ModelSource
 from minigpt.commands.output import one_line
 from minigpt.commands.progress import ProgressLine
-from minigpt.commands.tables import aligned
+from minigpt.commands.tables import fact_lines
 from minigpt.config import DataConfig, RunConfig
 from minigpt.errors import CheckpointError, ConfigError, DataError
 from minigpt.evaluation import evaluate
@@ -141,7 +141,7 @@ def _shown(
 
 
 def lines(result: dict[str, Any]) -> Iterator[Text]:
-    """Yield what ``measure`` returned as lines of text."""
+    """Return what ``measure`` returned as lines of text."""
     share, seconds, quantize = result["val_fraction"], result["seconds"], result["quantize"]
     part = ""
     if share:
@@ -149,16 +149,16 @@ def lines(result: dict[str, Any]) -> Iterator[Text]:
         if result["val_split"] in ("documents", "own"):
             part = ", the documents for validation"
     time_ = f"{seconds:.1f} s" if seconds < 60 else duration(seconds)
-    facts = {
-        "model": one_line(str(result["model"])),
-        "text": one_line(", ".join(result["data"])) + part,
-        "loss": f"{result['nats_per_token']:.4f} nats/token, "
-        f"{result['bits_per_byte']:.4f} bits/byte",
-        "perplexity": f"{result['perplexity']:,.4g}",
-        "predicted": f"{result['n_tokens']:,} tokens, {result['n_bytes']:,} bytes",
-        "windows": f"{result['context_length']} tokens, stride {result['stride']}",
-        "speed": f"{short(result['tokens_per_s'])} tok/s, {time_} on {result['device']} "
-        f"in {result['dtype']}" + (f", {quantize} weights" if quantize else ""),
-    }
-    rows = [[Text(name, "dim"), Text(fact)] for name, fact in facts.items()]
-    yield from aligned(rows, ["left"] * 2)
+    return fact_lines(
+        {
+            "model": one_line(str(result["model"])),
+            "text": one_line(", ".join(result["data"])) + part,
+            "loss": f"{result['nats_per_token']:.4f} nats/token, "
+            f"{result['bits_per_byte']:.4f} bits/byte",
+            "perplexity": f"{result['perplexity']:,.4g}",
+            "predicted": f"{result['n_tokens']:,} tokens, {result['n_bytes']:,} bytes",
+            "windows": f"{result['context_length']} tokens, stride {result['stride']}",
+            "speed": f"{short(result['tokens_per_s'])} tok/s, {time_} on {result['device']} "
+            f"in {result['dtype']}" + (f", {quantize} weights" if quantize else ""),
+        }
+    )
