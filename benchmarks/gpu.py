@@ -41,7 +41,7 @@ from minigpt.generation.fast.quantize import quantize_int8
 from minigpt.generation.sampling import Sampler
 from minigpt.model.cost import peak_flops, training_flops_per_token
 from minigpt.model.device import resolve_device, resolve_dtype
-from minigpt.model.registry import model_class
+from minigpt.model.language_model import model_class
 from minigpt.presets import preset
 from minigpt.settings import build, merge
 from minigpt.text.tokens import prepare

@@ -7,7 +7,7 @@ import torch
 from minigpt.checkpoint.families import model_config_from_hf
 from minigpt.config import ModelConfig
 from minigpt.model.gpt import GPT
-from minigpt.model.registry import model_class
+from minigpt.model.language_model import model_class
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "gpt2": {"family": "gpt2", "activation": "gelu"},

@@ -17,7 +17,7 @@ from minigpt.generation.fast import compiled
 from minigpt.generation.fast.quantize import quantize_int8
 from minigpt.model.cost import peak_flops
 from minigpt.model.device import autocast
-from minigpt.model.registry import model_class
+from minigpt.model.language_model import model_class
 from minigpt.tracing.analysis.knockout import knock_out
 from minigpt.tracing.analysis.recorder import MeasureRecorder
 from minigpt.tracing.analysis.rollout import Rollout

@@ -31,8 +31,7 @@ from minigpt.checkpoint.weights import (
 from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError
 from minigpt.files import read_json, resource_errors, to_json
-from minigpt.model.language_model import LanguageModel
-from minigpt.model.registry import model_class
+from minigpt.model.language_model import LanguageModel, model_class
 from minigpt.rings import find_ring
 from minigpt.text.tokenizer import Tokenizer
 

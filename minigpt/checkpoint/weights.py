@@ -19,7 +19,7 @@ from minigpt.checkpoint.families import OWN_TYPE, TensorName, family_of
 from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError, cut
 from minigpt.files import open_regular, resource_errors
-from minigpt.model.registry import model_class
+from minigpt.model.language_model import model_class
 from minigpt.rings import find_ring
 
 WEIGHTS = "model.safetensors"

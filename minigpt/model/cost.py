@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from minigpt.config import ModelConfig
-from minigpt.model.registry import model_class
+from minigpt.model.language_model import model_class
 
 
 def parameter_count(config: ModelConfig) -> int:

@@ -1,4 +1,4 @@
-"""The base class of every architecture: a causal language model.
+"""The base class of every architecture, a causal language model, and the class of a config.
 
 Shapes: B batch, T new tokens, C model dim, V vocabulary.
 """
@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from minigpt.config import ModelConfig
+from minigpt.config import ARCHS, HF_LAYOUTS, ModelConfig
 from minigpt.model.attention import AttentionLayer
 from minigpt.model.cache import KVCache
+from minigpt.rings import load_class, ring
 
 
 class _WithoutInit(TorchFunctionMode):
@@ -112,3 +113,17 @@ class LanguageModel(nn.Module):
             logits = self.unembedding(x)
         cap = self.logit_softcap
         return cap * (logits / cap).tanh() if cap else logits
+
+
+def model_class(config: ModelConfig) -> type[LanguageModel]:
+    """Return the class that builds a model of this config: its family's own, or that of its arch.
+
+    Raises: ConfigError if it is in a file that this installation does not have.
+    """
+    if config.hf_fields or config.model_type not in (*HF_LAYOUTS, "minigpt"):
+        # Looked up by name: families are above this package.
+        own: type[LanguageModel] | str | None
+        own = ring(f"checkpoint.families.{config.model_type}").FAMILY.model
+        if own is not None:
+            return load_class(own) if isinstance(own, str) else own
+    return load_class(ARCHS[config.arch])

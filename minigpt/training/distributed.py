@@ -19,8 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from minigpt.errors import ConfigError
 from minigpt.evaluation import Evaluation
-from minigpt.model.language_model import LanguageModel
-from minigpt.model.registry import model_class
+from minigpt.model.language_model import LanguageModel, model_class
 from minigpt.training.world import Batches, World, is_sharded
 
 # torch.distributed's tensor and fsdp modules take a second to import, so methods import them.

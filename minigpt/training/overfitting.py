@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from minigpt.config import RunConfig
 from minigpt.errors import MinigptError
 from minigpt.model.cost import parameter_count
-from minigpt.model.language_model import LanguageModel
-from minigpt.model.registry import model_class
+from minigpt.model.language_model import LanguageModel, model_class
 from minigpt.training.events import EvalEvent, Event, SaveEvent
 from minigpt.training.run import Run
 from minigpt.training.world import to_local

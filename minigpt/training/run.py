@@ -12,8 +12,7 @@ from minigpt.checkpoint.model_folder import read_model
 from minigpt.config import RunConfig
 from minigpt.errors import CheckpointError
 from minigpt.model.device import has_fast_bfloat16
-from minigpt.model.language_model import LanguageModel
-from minigpt.model.registry import model_class
+from minigpt.model.language_model import LanguageModel, model_class
 from minigpt.rings import find_ring, ring
 from minigpt.text.batches import require_length
 from minigpt.text.tokens import PreparedData, TokenSpan

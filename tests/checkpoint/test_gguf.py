@@ -26,7 +26,7 @@ from minigpt.checkpoint.tools.gguf import export_gguf
 from minigpt.checkpoint.tools.gguf_architectures import architecture_of
 from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError, ConfigError, ResourceError
-from minigpt.model.registry import model_class
+from minigpt.model.language_model import model_class
 from minigpt.text.bpe import train_bpe
 from minigpt.text.byte_pairs import TiktokenTokenizer, make_encoding
 from minigpt.text.tokenizer import BYTES_PATTERN, BytesTokenizer, Tokenizer

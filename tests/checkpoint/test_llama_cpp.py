@@ -23,7 +23,7 @@ from minigpt.checkpoint.model_folder import read_model, write_model
 from minigpt.checkpoint.tokenizer_json import tokenizer_from_json
 from minigpt.checkpoint.tools.gguf import export_gguf
 from minigpt.config import ModelConfig
-from minigpt.model.registry import model_class
+from minigpt.model.language_model import model_class
 from minigpt.text.bpe import train_bpe
 from minigpt.text.byte_pairs import TiktokenTokenizer, make_encoding, named_tokenizer
 from minigpt.text.tokenizer import BYTES_PATTERN, BytesTokenizer, Tokenizer

@@ -20,8 +20,7 @@ from minigpt.generation.fast.quantize import quantize_int8
 from minigpt.model.attention import AttentionPass
 from minigpt.model.cache import KVCache
 from minigpt.model.cost import parameter_count, training_flops_per_token
-from minigpt.model.language_model import LanguageModel
-from minigpt.model.registry import model_class
+from minigpt.model.language_model import LanguageModel, model_class
 from minigpt.tracing.analysis.knockout import knock_out
 from minigpt.tracing.analysis.recorder import MeasureRecorder
 from minigpt.tracing.analysis.rollout import Rollout

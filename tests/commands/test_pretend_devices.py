@@ -14,7 +14,7 @@ from pretend_cuda import PretendCuda, PretendMps
 from minigpt.checkpoint.families import model_config_from_hf
 from minigpt.checkpoint.model_folder import write_model
 from minigpt.config import ModelConfig
-from minigpt.model.registry import model_class
+from minigpt.model.language_model import model_class
 from minigpt.text.tokenizer import BytesTokenizer
 
 DEVICES = {"cuda": PretendCuda, "mps": PretendMps}

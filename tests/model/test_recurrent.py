@@ -13,8 +13,7 @@ from minigpt.errors import ConfigError
 from minigpt.generation.fast.quantize import quantize_int8
 from minigpt.model.cache import KVCache, cache_bytes_per_token
 from minigpt.model.cost import parameter_count, training_flops_per_token
-from minigpt.model.language_model import LanguageModel
-from minigpt.model.registry import model_class
+from minigpt.model.language_model import LanguageModel, model_class
 
 RECURRENT = tuple(arch for arch in ARCHS if arch != "gpt")
 KINDS: dict[str, dict[str, Any]] = {

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from minigpt.model.cost import parameter_count
-from minigpt.model.registry import model_class
+from minigpt.model.language_model import model_class
 from minigpt.studies.claims import explainable
 from minigpt.studies.claims.explainable import answer
 from minigpt.studies.claims.learning import Progress, Size, equal_size_config, train_on_task

@@ -10,7 +10,7 @@ from small_models import small_config
 from minigpt.config import ModelConfig, RunConfig, TrainingConfig
 from minigpt.errors import ConfigError
 from minigpt.model.cost import training_flops_per_token
-from minigpt.model.registry import model_class
+from minigpt.model.language_model import model_class
 from minigpt.presets import PRESETS
 from minigpt.settings import build
 from minigpt.studies.compare import (

@@ -9,8 +9,7 @@ from small_models import random_tokens
 from minigpt.config import ModelConfig, SamplingConfig
 from minigpt.errors import ConfigError
 from minigpt.generation.decoder import Decoder
-from minigpt.model.language_model import LanguageModel
-from minigpt.model.registry import model_class
+from minigpt.model.language_model import LanguageModel, model_class
 from minigpt.text.tokenizer import BytesTokenizer
 from minigpt.tracing.analysis.roles import head_effects, head_roles
 from minigpt.tracing.config import TraceConfig

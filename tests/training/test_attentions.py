@@ -16,8 +16,7 @@ from minigpt.config import ATTENTIONS, ModelConfig, RunConfig, SamplingConfig
 from minigpt.errors import CheckpointError, ConfigError
 from minigpt.generation.decoder import Decoder
 from minigpt.generation.forward import make_forward
-from minigpt.model.language_model import LanguageModel
-from minigpt.model.registry import model_class
+from minigpt.model.language_model import LanguageModel, model_class
 from minigpt.settings import build, to_dict, to_toml
 from minigpt.text.tokenizer import BytesTokenizer
 from minigpt.text.tokens import PreparedData

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from minigpt.config import ModelConfig, TrainingConfig
 from minigpt.errors import DivergedError
 from minigpt.model.cost import parameter_count
-from minigpt.model.language_model import LanguageModel
-from minigpt.model.registry import model_class
+from minigpt.model.language_model import LanguageModel, model_class
 from minigpt.studies.claims.tasks import VOCAB_SIZE, Task
 from minigpt.studies.matching import closest_in_size
 from minigpt.training.optim import make_optimizers, scale_learning_rates

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 
 from minigpt.format import with_unit
 from minigpt.model.cost import parameter_count
-from minigpt.model.language_model import LanguageModel
-from minigpt.model.registry import model_class
+from minigpt.model.language_model import LanguageModel, model_class
 from minigpt.studies.claims.learning import Progress, Size, equal_size_config
 from minigpt.studies.claims.study import Judgement, Panel, Study, percent
 

@@ -13,8 +13,8 @@ from minigpt.errors import ResourceError
 from minigpt.evaluation import windows_at_once
 from minigpt.format import with_unit
 from minigpt.model.gpt import Block
+from minigpt.model.language_model import model_class
 from minigpt.model.layers import GatedMLP
-from minigpt.model.registry import model_class
 from minigpt.rings import load_class
 from minigpt.training.optim import is_muon_parameter
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from minigpt.config import ModelConfig, RunConfig
 from minigpt.model.cost import parameter_count, peak_flops, training_flops_per_token
 from minigpt.model.device import autocast, has_fast_bfloat16, resolve_device, resolve_dtype
-from minigpt.model.registry import model_class
+from minigpt.model.language_model import model_class
 from minigpt.text.tokens import PreparedData
 from minigpt.training.optim import make_optimizers
 from minigpt.training.reports.memory import (
