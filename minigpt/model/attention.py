@@ -4,8 +4,8 @@ Shapes: L layers, N = 2 L + 1 states of the residual stream, B batch, T queries,
 heads, G key/value heads, D head dim, C model dim.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -41,6 +41,12 @@ class AttentionPass:
     residual_NBC: Tensor | None = None
     """Residual stream of the last position: the embedding, then after each layer's attention branch
     and after its MLP branch. None unless the recorder needs it."""
+    replaced: Mapping[int, tuple[Sequence[int], Tensor]] = field(default_factory=dict)
+    """Layers in which an intervention replaced the outputs of heads at the last position: these
+    heads, and what the output projection was given (B, H, D)."""
+    first_state: int = 0
+    """Index in ``residual_NBC`` of the last state that an intervention put in, from which on the
+    stream is a sum. 0 for the embedding."""
 
 
 class Recorder(Protocol):
@@ -71,6 +77,8 @@ class PassCollector:
         self._recorder, self._n_new = recorder, n_new
         self._has_queries = recorder.needs_queries and n_new > 1
         self.residual_BC: list[Tensor] = []
+        self.replaced: dict[int, tuple[Sequence[int], Tensor]] = {}
+        self.first_state = 0
         self._weights_BHS: list[Tensor] = []
         self._context_BHD: list[Tensor] = []
         self._values_BGSD: list[Tensor] = []
@@ -119,6 +127,8 @@ class PassCollector:
                 queries=self._queries if self._has_queries else None,
                 keys=self._keys if self._has_queries else None,
                 residual_NBC=residual_NBC,
+                replaced=self.replaced,
+                first_state=self.first_state,
             )
         )
 

@@ -50,6 +50,8 @@ class MeasureFacts:
     sums_to: str = ""
     """What a row and its parts sum to, in words. Empty if that has no meaning."""
     needs: tuple[Need, ...] = ()
+    caveat: str = ""
+    """What its numbers do not say, as a sentence."""
 
 
 def unit(measure: Measure) -> str:
@@ -60,7 +62,11 @@ def unit(measure: Measure) -> str:
 def facts_of(measure: Measure) -> MeasureFacts:
     """Return the facts of a measure of MEASURES."""
     if measure == "weight":
-        return MeasureFacts(about="the softmax weight of a source", sums_to="1")
+        return MeasureFacts(
+            about="the softmax weight of a source",
+            sums_to="1",
+            caveat="Attention shows where a head looked, not why a token was generated.",
+        )
     facts: MeasureFacts = ring("tracing.analysis.measures").find(measure).facts
     return facts
 

@@ -268,6 +268,11 @@ class Trace:
         generated = (step.token for step in self.steps if step.token.position >= n_prompt)
         return (*self.header.prompt, *generated)
 
+    @property
+    def has_prompt_rows(self) -> bool:
+        """Whether tokens of the prompt have rows too."""
+        return bool(self.steps) and self.steps[0].token.position < len(self.header.prompt)
+
     @cached_property
     def joined(self) -> JoinedTokens:
         """Texts of the tokens, escaped, with characters joined that tokens split."""

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from minigpt.errors import ConfigError
 from minigpt.intervention_config import InterventionConfig
+from minigpt.model.attention import PassCollector
 from minigpt.model.gpt import GPT
 from minigpt.model.language_model import LanguageModel
 from minigpt.tracing.selection import HeadSelection, select_heads
@@ -132,8 +133,9 @@ def residual_streams(model: GPT, tokens: Sequence[int]) -> list[Tensor]:
 
 
 def _ablate(model: GPT, selection: HeadSelection, means: Sequence[Tensor] | None) -> None:
-    def put(x_BTHD: Tensor, layer: int, heads: list[int]) -> None:
+    def put(x_BTHD: Tensor, layer: int, heads: list[int]) -> bool:
         x_BTHD[:, :, heads] = 0.0 if means is None else means[layer][heads].to(x_BTHD)
+        return True
 
     _on_heads(model, selection, put)
 
@@ -149,6 +151,10 @@ class _Place:
         cache = args[1] if len(args) > 1 else kwargs.get("cache")
         self._first = 0 if cache is None else cache.length
 
+    def has_last(self, x_BTX: Tensor) -> bool:
+        """Return whether the last position of the pass that is running is patched."""
+        return self._first + x_BTX.shape[1] - 1 in self._positions
+
     def put(self, x_BTX: Tensor, source_PX: Tensor, chosen: Any = ...) -> None:
         """Replace what a pass has at the positions, of the chosen heads or of all."""
         for position in self._positions:
@@ -160,8 +166,9 @@ class _Place:
 def _patch_heads(
     model: GPT, selection: HeadSelection, outputs: Sequence[Tensor], place: _Place
 ) -> None:
-    def put(x_BTHD: Tensor, layer: int, heads: list[int]) -> None:
+    def put(x_BTHD: Tensor, layer: int, heads: list[int]) -> bool:
         place.put(x_BTHD, outputs[layer], heads)
+        return place.has_last(x_BTHD)
 
     _on_heads(model, selection, put)
 
@@ -175,8 +182,10 @@ def _patch_layers(
         def change(_: nn.Module, inputs: tuple[Any, ...], x_BTC: Tensor) -> Tensor:
             x_BTC = x_BTC.clone()
             place.put(x_BTC, streams[layer])
-            if len(inputs) > 3 and (collector := inputs[3]) and collector.residual_BC:
-                collector.residual_BC[-1] = x_BTC[:, -1].detach().clone()  # for the lens
+            collector = inputs[3] if len(inputs) > 3 else None
+            if collector is not None and collector.residual_BC and place.has_last(x_BTC):
+                collector.residual_BC[-1] = x_BTC[:, -1].detach().clone()
+                collector.first_state = len(collector.residual_BC) - 1
             return x_BTC
 
         return change
@@ -187,19 +196,32 @@ def _patch_layers(
 
 
 def _on_heads(
-    model: GPT, selection: HeadSelection, put: Callable[[Tensor, int, list[int]], None]
+    model: GPT, selection: HeadSelection, put: Callable[[Tensor, int, list[int]], bool]
 ) -> None:
-    """Let ``put`` change the outputs of the heads (B, T, H, D) of each chosen layer, on a copy."""
+    """Let ``put`` change the outputs of the heads (B, T, H, D) of each chosen layer, on a copy.
 
-    def hook(layer: int, heads: list[int]) -> Callable[[nn.Module, tuple[Tensor]], Tensor]:
+    It returns whether it changed those of the last position, which the collector is told.
+    """
+
+    def change_in(layer: int, heads: list[int]) -> None:
+        attention = model.attentions[layer]
+        collectors: list[PassCollector | None] = [None]
+
+        def note(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+            collectors[0] = inputs[3] if len(inputs) > 3 else None
+
         def change(_: nn.Module, inputs: tuple[Tensor]) -> Tensor:
             x_BTHD = inputs[0].unflatten(-1, (model.config.n_head, -1)).clone()
-            put(x_BTHD, layer, heads)
+            is_last, collector = put(x_BTHD, layer, heads), collectors[0]
+            if collector is not None and is_last:
+                before, _ = collector.replaced.get(layer, ((), x_BTHD))
+                both = sorted({*before, *heads})  # of an ablation and a patch
+                collector.replaced[layer] = both, x_BTHD[:, -1].detach()
             return x_BTHD.flatten(2)
 
-        return change
+        attention.register_forward_pre_hook(note)
+        attention.output.register_forward_pre_hook(change)
 
     for layer, heads in enumerate(selection.heads_by_layer):
         if heads:
-            output = model.attentions[layer].output
-            output.register_forward_pre_hook(hook(layer, list(heads)))
+            change_in(layer, list(heads))

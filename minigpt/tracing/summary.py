@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from minigpt.rings import ring
-from minigpt.text.escape import JoinedTokens
+from minigpt.text.escape import JoinedTokens, visible
 from minigpt.tracing.config import Measure, facts_of
 from minigpt.tracing.events import Token, TraceFooter, TraceHeader
 from minigpt.tracing.lines import TraceLayout
@@ -71,16 +71,25 @@ def legend(layout: TraceLayout, header: TraceHeader) -> list[Line]:
     return wrapped("; ".join(parts), layout.width, label="columns  ")
 
 
-def footer_lines(footer: TraceFooter, width: int = 80, *, is_all: bool = False) -> list[Line]:
+def footer_lines(
+    footer: TraceFooter, header: TraceHeader, width: int = 80, *, n_rows: int | None = None
+) -> list[Line]:
     """Return the lines below a trace: why it ended, and the results of its checks.
 
-    Args: is_all, whether every position in view was knocked out.
+    Args: n_rows, the number of steps. None for those of generated tokens alone.
     """
-    ending = f"{footer.n_tokens} tokens; {_ENDINGS[footer.finish]}{_checks(footer)}."
-    cause = "Attention shows where a head looked, not why a token was generated."
+    n_given = 0 if n_rows is None else n_rows - footer.n_tokens
+    counts = [f"{footer.n_tokens} tokens"] if header.sampling.max_new_tokens else []
+    if n_given:
+        counts.insert(0, f"{n_given} tokens of the prompt")
+    if header.sampling.max_new_tokens or footer.finish is None:
+        counts.append(_ENDINGS[footer.finish])
+    ending = f"{'; '.join(counts)}{_checks(footer)}."
+    cause = facts_of(header.measures[0]).caveat
     if footer.cause is not None:
+        is_all = header.n_verified == "all"
         cause = ring("tracing.analysis.lines").cause_in_words(footer.cause, is_all=is_all)
-    return [[], *wrapped(ending, width), *wrapped(cause, width)]
+    return [[], *wrapped(ending, width), *(wrapped(cause, width) if cause else [])]
 
 
 def _checks(footer: TraceFooter) -> str:
@@ -138,6 +147,8 @@ def _prompt_lines(prompt: Sequence[Token], width: int) -> list[Line]:
 def measured(header: TraceHeader, measures: Sequence[Measure] | None = None) -> str:
     """Describe the rows, as in ``weight, mean of all 8 heads (2 layers x 4)``."""
     names = " and ".join(header.measures if measures is None else measures)
+    if header.against is not None:
+        names += f" against {visible(header.against.data)}"
     selection, facts = header.selection, facts_of(header.measures[0])
     if not facts.has_heads:
         return f"{names} in {facts.unit}, through the whole model"

@@ -89,7 +89,6 @@ def trace(
             len(prompt),
             tokenizer=tokenizer,
             max_new_tokens=sampling.max_new_tokens,
-            intervention=intervention,
             special=special,
         )
     tokens = [Token(i, token, tokenizer.token_bytes(token)) for i, token in enumerate(prompt)]

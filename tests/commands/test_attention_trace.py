@@ -12,7 +12,6 @@ from calls import Result, Run
 from safetensors.numpy import load_file
 
 from minigpt.tracing.config import SAMPLING
-from minigpt.tracing.summary import footer_lines
 
 WORDS = ["attention-trace", "The king", "--temperature", "0", "--max-new-tokens", "6"]
 
@@ -67,7 +66,7 @@ def test_lines_in_a_pipe_have_no_control_bytes(run: Run) -> None:
 def test_a_trace_interrupted_by_ctrl_c_has_a_footer(
     run: Run, monkeypatch: pytest.MonkeyPatch, as_json: bool
 ) -> None:
-    from minigpt.tracing import events, tracer
+    from minigpt.tracing import tracer
 
     real = tracer.trace
 
@@ -84,9 +83,8 @@ def test_a_trace_interrupted_by_ctrl_c_has_a_footer(
         assert [o["type"] for o in objects(result)] == ["header", *["step"] * 3, "footer"]
         assert objects(result)[-1]["finish_reason"] == "interrupted"
     else:
-        ending = footer_lines(events.TraceFooter(3, None, 1.0, None))
-        assert "".join(text for text, _ in ending[1]) in result.out
         assert "3 tokens; interrupted" in result.out
+        assert "Attention shows where a head looked" in result.out
 
 
 def test_out_writes_the_same_json_as_stdout_with_all_heads(run: Run, tmp_path: Path) -> None:

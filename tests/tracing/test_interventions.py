@@ -3,6 +3,7 @@
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from small_models import FAMILIES, LAYOUTS, SOFTCAP, any_model
@@ -246,7 +247,6 @@ def test_watching_a_changed_model_changes_nothing(options: dict[str, Any]) -> No
             {"patch_from": OTHER, "patch": "0.0", "patch_position": 8},
             "--patch-position must be a position of the prompt, 0 to 7",
         ),
-        ({"ablate": "0.0", "measure": "logit"}, "--measure logit explains"),
     ],
 )
 def test_interventions_that_do_not_exist_are_refused(options: dict[str, Any], says: str) -> None:
@@ -271,3 +271,91 @@ def test_integrated_gradients_are_those_of_the_changed_model(options: dict[str, 
     for step in trace.steps[len(prompt) - 1 :]:
         expected = logits[step.token.position - 1, step.token.id].item()
         assert step.row.whole == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("mean", [False, True])
+@pytest.mark.parametrize("layout", MODELS)
+def test_logits_without_heads_are_attributed_as_with_zero_columns_and_a_bias(
+    layout: str, mean: bool
+) -> None:
+    model = model_of(layout)
+    options: dict[str, Any] = {"ablate": "1.3,0.*", "ablate_mean": mean, "prompt_rows": False}
+    trace = traced(model, measure="logit", has_heads=True, **options)
+    _, outputs = plain(model, torch.tensor([list(PROMPT.encode())]))
+    other = copy.deepcopy(model)
+    for layer, heads in ((0, range(4)), (1, [3])):
+        output = other.attentions[layer].output
+        weight = output.weight.data.unflatten(1, (4, -1))
+        if mean:
+            mean_HD = outputs[layer].mean(dim=0)
+            added = sum(weight[:, head] @ mean_HD[head] for head in heads)
+            output.bias = torch.nn.Parameter(added + (0 if output.bias is None else output.bias))
+        weight[:, list(heads)] = 0
+    expected = traced(other, measure="logit", has_heads=True, prompt_rows=False)
+    assert [step.token for step in trace.steps] == [step.token for step in expected.steps]
+    for one, two in zip(trace.steps, expected.steps, strict=True):
+        assert one.row.weights_S == pytest.approx(two.row.weights_S, abs=1e-4)
+        assert one.row.whole == pytest.approx(two.row.whole, abs=1e-4)
+        parts = dict(one.row.parts)
+        parts["bias"] += parts.pop("intervention")
+        assert parts == pytest.approx(dict(two.row.parts), abs=1e-4)
+        assert one.row.total + sum(one.row.parts.values()) == pytest.approx(one.row.whole, abs=1e-4)
+
+
+@pytest.mark.parametrize("patch", ["0.1,1.*", "0", "1", "0,1.2", "0.1,1"])
+@pytest.mark.parametrize("position", [3, "all"])
+@pytest.mark.parametrize("layout", MODELS)
+@torch.no_grad()
+def test_logits_of_a_patched_model_are_accounted_for_at_every_token(
+    layout: str, position: Any, patch: str
+) -> None:
+    model = model_of(layout)
+    options: dict[str, Any] = {"patch_from": OTHER, "patch": patch, "patch_position": position}
+    trace = traced(model, measure="logit", has_heads=True, **options)
+    plain_trace = traced(model, patch_from=OTHER, patch=patch, patch_position=position)
+    changed, _ = intervene(
+        model, InterventionConfig(**options), list(PROMPT.encode()), TOKENIZER.encode_prompt
+    )
+    stream: list[torch.Tensor] = []
+    changed.final_norm.register_forward_pre_hook(lambda _, x: stream.append(x[0][0]))
+    logits = changed(ids_of(trace))[0]
+    _, outputs = plain(model, torch.tensor([list(OTHER.encode())]))
+    cap = 3.0 if layout == SOFTCAP else None
+    unembedding = model.unembedding or model.embedding
+    for step, same in zip(trace.steps, plain_trace.steps, strict=True):
+        row, query = step.row, step.token.position - 1
+        assert step.log_probability == same.log_probability
+        whole = torch.tensor(row.whole)
+        shown = whole if cap is None else cap * (whole / cap).tanh()
+        assert float(shown) == pytest.approx(logits[query, step.token.id].item(), abs=1e-3)
+        assert row.total + sum(row.parts.values()) == pytest.approx(row.whole, abs=1e-3)
+        assert abs(row.parts["rounding"]) < 1e-3
+        is_patched = query < 8 if position == "all" else query == position
+        assert ("intervention" in row.parts) == is_patched
+        if not is_patched:
+            continue
+        assert row.heads is not None
+        by_head = row.heads.sink + row.heads.weights.sum(axis=-1)  # all positions, as K allows
+        gone = {"0.1,1.*": [(0, 1), *((1, h) for h in range(4))], "0,1.2": [(1, 2)]}
+        for layer, head in gone.get(patch, []):
+            assert by_head[layer, head] == 0
+        if patch == "1":  # the whole stream is that of the other prompt
+            assert not np.any(row.weights_S)
+            assert row.parts["intervention"] + row.parts["bias"] == pytest.approx(
+                row.whole, abs=1e-3
+            )
+        if patch == "0.1,1.*" and layout in LAYOUTS:
+            x_C, w_C = stream[0][query], unembedding.weight[step.token.id]
+            norm = model.final_norm
+            if isinstance(norm, torch.nn.LayerNorm):
+                scale = (x_C.var(correction=0) + norm.eps).sqrt()
+            else:
+                scale = (x_C.square().mean() + model.config.norm_eps).sqrt()
+            added = 0.0
+            for layer, head in gone[patch]:
+                weight = model.attentions[layer].output.weight.unflatten(1, (4, -1))
+                added_C = weight[:, head] @ outputs[layer][query, head]
+                if isinstance(norm, torch.nn.LayerNorm):
+                    added_C = added_C - added_C.mean()
+                added += float((added_C * norm.weight / scale) @ w_C)
+            assert row.parts["intervention"] == pytest.approx(added, abs=1e-3)

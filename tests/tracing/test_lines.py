@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from small_traces import HOSTILE, cells, header_of, roles_of, row_of, small_trace, step_of, text_of
 
+from minigpt.config import SamplingConfig
 from minigpt.format import percent
-from minigpt.tracing.config import Measure
+from minigpt.tracing.config import MEASURES, Measure, facts_of
 from minigpt.tracing.events import Token, TraceFooter, TraceStep
 from minigpt.tracing.findings import CauseCheck, Effect
 from minigpt.tracing.lines import TraceLayout, make_layout
@@ -185,7 +186,7 @@ def test_header_and_footer_fit_the_width(width: int) -> None:
     for finish in ("length", "stop", "end_of_text", "context", None):
         for cause in (None, CauseCheck(8, 7, 1.5, 0.25, 0.5), CauseCheck(1, 0, 1.5, 0, None)):
             footer = TraceFooter(1024, finish, 1.0, 1.2e-7, 1e-4, cause)
-            for line in footer_lines(footer, width):
+            for line in footer_lines(footer, header, width):
                 assert cells(text_of(line)) <= width
 
 
@@ -216,7 +217,7 @@ def test_the_header_shows_options_that_are_not_the_default() -> None:
 
 def test_the_footer_counts_positions_where_every_position_is_knocked_out() -> None:
     footer = TraceFooter(9, "length", 1.0, 1.2e-7, 3e-6, CauseCheck(60, 0, 0.3, 0.0, 0.8))
-    text = words_of(footer_lines(footer, 80, is_all=True))
+    text = words_of(footer_lines(footer, header_of(n_verified="all"), 80))
     assert "without any of 60 positions ln p changed by 0.300 on average. Rank" in text
     assert not re.search("source|control", text)
 
@@ -237,7 +238,9 @@ def test_the_footer_counts_positions_where_every_position_is_knocked_out() -> No
 def test_the_footer_shows_the_results_of_the_checks(
     cause: CauseCheck | None, said: list[str]
 ) -> None:
-    text = words_of(footer_lines(TraceFooter(9, "length", 1.0, 1.2e-7, 3e-6, cause), 80))
+    text = words_of(
+        footer_lines(TraceFooter(9, "length", 1.0, 1.2e-7, 3e-6, cause), header_of(), 80)
+    )
     assert "checks passed: every row sums to 100% and rows times values give the heads'" in text
     assert "e-0" not in text
     for words in said:
@@ -278,12 +281,12 @@ def test_the_columns_are_explained_once_above_them(width: int, measure: Measure)
 
 def test_a_check_that_failed_is_shown_with_its_number() -> None:
     footer = TraceFooter(9, "length", 1.0, 0.5, 4e-3)
-    text = words_of(footer_lines(footer, 80))
+    text = words_of(footer_lines(footer, header_of(), 80))
     assert "check failed: every row sums to 100% only within 5e-01" in text
     assert "within 4e-03" in text
-    nan = words_of(footer_lines(replace(footer, worst_product_error=float("nan")), 80))
+    nan = words_of(footer_lines(replace(footer, worst_product_error=float("nan")), header_of(), 80))
     assert "only within nan" in nan
-    none = words_of(footer_lines(TraceFooter(9, "length", 1.0, None), 80))
+    none = words_of(footer_lines(TraceFooter(9, "length", 1.0, None), header_of(), 80))
     assert "check" not in none
 
 
@@ -326,3 +329,30 @@ def test_heat_rises_with_the_share() -> None:
 def test_fit_pads_or_truncates_to_a_width_in_cells(text: str, width: int, expected: str) -> None:
     assert fit(text, width) == expected
     assert cells(expected) == width
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_the_footer_says_what_the_measure_does_not(measure: Measure) -> None:
+    caveats = [facts_of(one).caveat for one in MEASURES]
+    text = words_of(
+        footer_lines(TraceFooter(9, "length", 1.0, 0.0), header_of(measures=(measure,)))
+    )
+    assert [one in text for one in caveats] == [one == measure for one in MEASURES]
+    assert len(set(caveats)) == len(caveats)
+
+
+@pytest.mark.parametrize(
+    ("n_new", "n_rows", "finish", "says"),
+    [
+        (5, 5, "length", "5 tokens; the token limit was reached"),
+        (5, 16, "length", "11 tokens of the prompt; 5 tokens; the token limit was reached"),
+        (0, 11, "length", "11 tokens of the prompt."),
+        (0, 4, None, "4 tokens of the prompt; interrupted."),
+    ],
+)
+def test_the_footer_counts_tokens_of_a_given_text_apart(
+    n_new: int, n_rows: int, finish: Any, says: str
+) -> None:
+    header = header_of(sampling=SamplingConfig(max_new_tokens=n_new))
+    footer = TraceFooter(n_new, finish, 1.0, None)
+    assert words_of(footer_lines(footer, header, n_rows=n_rows)).startswith(says)

@@ -202,3 +202,64 @@ def test_the_colour_scale_leaves_out_the_sink(trace: Trace) -> None:
 def test_a_trace_without_generated_tokens_is_refused(trace: Trace) -> None:
     with pytest.raises(ConfigError, match="no generated token"):
         show(Trace(trace.header, (), trace.footer))
+
+
+@pytest.fixture(scope="module")
+def signed_trace() -> Trace:
+    return small_trace(measure="logit", max_new_tokens=12)
+
+
+def level_of(style: str) -> float:
+    """The number from -1 to 1 of a colour between orange, nearly white and blue."""
+    red, green, blue = bytes.fromhex(style.removeprefix("#"))
+    end, sign = ((0x21, 0x66, 0xAC), 1) if blue >= red else ((0xB3, 0x58, 0x06), -1)
+    parts = [
+        (0xF7 - have) / (0xF7 - whole) for have, whole in zip((red, green, blue), end, strict=True)
+    ]
+    assert max(parts) - min(parts) < 0.02, "on the line between two colours"
+    return sign * float(np.mean(parts))
+
+
+def test_signed_cells_are_blue_or_orange_by_their_sign(signed_trace: Trace) -> None:
+    lines = show(signed_trace, ViewOptions(width=100))
+    rows = rows_of(signed_trace)
+    scale = max(float(np.abs(row[1:]).max()) for row in rows)
+    assert min(row.min() for row in rows) < 0 < max(row.max() for row in rows)
+    for line, row in zip(map_lines(lines), rows, strict=True):
+        levels = [level_of(style) for _, style in line[1:]]
+        np.testing.assert_allclose(levels, np.clip(row / scale, -1, 1), atol=0.02)
+    (legend,) = [text for text in map(text_of, lines) if text.startswith(f"{-scale:+.3g} ")]
+    beyond = max(float(np.abs(row).max()) for row in rows) > scale
+    assert legend.endswith(f" {scale:+.3g}{' or beyond' if beyond else ''}")
+
+
+def test_signed_half_blocks_show_two_rows_per_line(signed_trace: Trace) -> None:
+    lines = show(signed_trace, ViewOptions(width=100, height=15))
+    drawn, rows = map_lines(lines), rows_of(signed_trace)
+    scale = max(float(np.abs(row[1:]).max()) for row in rows)
+    assert len(drawn) < len(rows)
+    for i, line in enumerate(drawn):
+        upper, lower = rows[-2 * len(drawn) :][2 * i : 2 * i + 2]
+        pairs = [style.split(" on ") for _, style in line[1:]]
+        above = [level_of(pair[0]) for pair in pairs[:-1]]
+        below = [level_of(pair[-1]) for pair in pairs]
+        np.testing.assert_allclose(above, np.clip(upper / scale, -1, 1), atol=0.02)
+        np.testing.assert_allclose(below, np.clip(lower / scale, -1, 1), atol=0.02)
+
+
+def test_signed_cells_without_colours_have_a_minus_before_the_density(signed_trace: Trace) -> None:
+    lines = show(signed_trace, ViewOptions(width=100, has_colour=False))
+    rows = rows_of(signed_trace)
+    scale = max(float(np.abs(row[1:]).max()) for row in rows)
+    for line, row in zip(map_lines(lines), rows, strict=True):
+        text = line[1][0].removesuffix("|")
+        expected = "".join(
+            ("-" if number < 0 else " ") + density(abs(float(number)) / scale) for number in row
+        )
+        assert text == expected
+
+
+def test_the_caption_counts_tokens_of_the_prompt_as_no_generated_ones() -> None:
+    for more, says in (({}, "rows: generated tokens;"), ({"prompt_rows": True}, "rows: tokens;")):
+        text = " ".join(map(text_of, show(small_trace(max_new_tokens=2, **more))))
+        assert says in text

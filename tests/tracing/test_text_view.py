@@ -1,7 +1,9 @@
 """The shaded text shows the row of one token as blocks and percentages."""
 
 import re
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from small_traces import HOSTILE, cells, small_trace, text_of, with_tokens
 
@@ -111,3 +113,46 @@ def test_positions_and_measures_without_rows_are_refused(trace: Trace) -> None:
         show(only, ViewOptions(measure="norm"))
     with pytest.raises(ConfigError, match="no generated token"):
         show(Trace(only.header, (), only.footer))
+
+
+@pytest.mark.parametrize("position", [None, 13])
+@pytest.mark.parametrize("against", [None, "b"])
+def test_signed_rows_are_shaded_by_magnitude_and_orange_where_they_lowered_the_token(
+    position: int | None, against: str | None
+) -> None:
+    trace = small_trace(measure="logit", against=against, max_new_tokens=12)
+    letters = with_tokens(trace, [bytes([97 + i]) for i in range(26)])
+    lines = show(letters, ViewOptions(position=position, width=100))
+    title, (_, blocks), below = parts(lines)
+    chosen = position or letters.tokens[-1].position
+    row = letters.steps[chosen - 12].row
+    scale = float(np.abs(row.weights_S[1:]).max())
+    assert " ".join(title).startswith(
+        f"What raised or lowered the logit of position {chosen}, from the query at {chosen - 1}: "
+        f"logit{' against b' if against else ''} in logits, sum of all 8 heads"
+    )
+    (page,) = [line for line in lines if text_of(line).startswith(" 0 a")]
+    for place in range(chosen):
+        number = float(row.weights_S[place])
+        eighths = BLOCKS.index(blocks.ljust(80)[3 + place])
+        assert abs(eighths / 8 - min(1, abs(number) / scale)) <= 1 / 16 + 1e-6
+        if place and eighths:
+            assert (page[1 + place][1] == "#e07b39") == (number < 0)
+    assert f"█ is a magnitude of {scale:.3g} logits" in below
+    assert ("or more" in below) == (abs(row.sink) > scale)
+    assert f"sink (position 0) {row.sink:+.2f}" in below
+    assert f"prompt {row.prompt:+.2f}, generated {row.generated:+.2f}" in below
+    assert "bits" not in below
+    listed = [(int(a), b) for a, b in re.findall(r"(\d+) \S+ +([+-]\d+\.\d+)", below)]
+    order = sorted(range(1, len(row.weights_S)), key=lambda p: -abs(row.weights_S[p]))
+    assert listed == [(p, f"{row.weights_S[p]:+.2f}") for p in order[: len(listed)]]
+    assert len(listed) >= 5
+
+
+def test_sources_of_small_logits_are_listed_too() -> None:
+    trace = small_trace(measure="logit", max_new_tokens=2)
+    step = trace.steps[-1]
+    row = replace(step.row, weights_S=step.row.weights_S / 1e4)
+    small = replace(trace, steps=(trace.steps[0], replace(step, rows=(row,))))
+    listed = [len(re.findall(r"\d+ \S+ +[+-]0\.", parts(show(t))[2])) for t in (trace, small)]
+    assert listed[1] >= 5

@@ -208,3 +208,41 @@ def test_paths_of_no_picture_are_refused(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ConfigError, match=r"pip install 'minigpt-attention\[plot\]'"):
         require_matplotlib(tmp_path / "map.svg")
+
+
+def test_signed_rows_are_drawn_in_colours_and_numbers_with_a_sign() -> None:
+    from matplotlib import colormaps
+    from matplotlib.collections import QuadMesh
+    from matplotlib.patches import Rectangle
+
+    trace = small_trace(measure="logit", against="b", max_new_tokens=8)
+    rows = [step.row.weights_S for step in trace.steps]
+    scale = max(float(np.abs(row[1:]).max()) for row in rows)
+    axes = pictures.matrix_figure(trace).axes[0]
+    (mesh,) = [one for one in axes.collections if isinstance(one, QuadMesh)]
+    assert mesh.get_clim() == pytest.approx((-scale, scale))
+    assert mesh.get_cmap().name == "PuOr"
+    drawn = np.ma.getdata(mesh.get_array()).reshape(len(rows), -1)
+    for seen, row in zip(drawn, rows, strict=True):
+        np.testing.assert_array_equal(seen[: len(row)], row)
+    axes = pictures.strip_figure(trace).axes[0]
+    row = rows[-1]
+    own_scale = float(np.abs(row[1:]).max())
+    boxes = [patch for patch in axes.patches if isinstance(patch, Rectangle)]
+    numbers = [text for text in axes.texts if text.get_text()[:1] in "+-"]
+    for number, box in zip(row, boxes, strict=False):
+        expected = colormaps["PuOr"]((float(number) / own_scale + 1) / 2)
+        np.testing.assert_allclose(box.get_facecolor(), expected, atol=0.01)
+        (x0, y0), (x1, y1) = box.get_bbox().get_points()
+        inside = [
+            text.get_text()
+            for text in numbers
+            if x0 < text.get_position()[0] < x1 and y0 < text.get_position()[1] < y1
+        ]
+        assert inside == ([f"{number:+.2f}"] if abs(number) >= 0.005 else [])
+    assert "logit against b in logits" in " ".join(texts_of(pictures.show(trace)))
+
+
+def test_a_row_of_the_prompt_is_no_generated_token() -> None:
+    axes = pictures.matrix_figure(small_trace(max_new_tokens=2, prompt_rows=True)).axes[0]
+    assert axes.get_ylabel() == "token"

@@ -30,7 +30,8 @@ class TraceOutput:
         self._layout, self._model = layout, model
         self._summary = find_ring("tracing.summary")
         self._joined = JoinedTokens()
-        self._is_all = False  # whether every position in view is knocked out
+        self._header: TraceHeader | None = None  # of the trace that is shown
+        self._n_rows = 0  # of it, so far
         self._waiting: list[TraceStep] = []  # steps whose token may be part of a character
 
     def __enter__(self) -> Self:
@@ -90,7 +91,7 @@ class TraceOutput:
         width = self.console.width
         if isinstance(event, TraceHeader):
             self._joined = JoinedTokens(token.data for token in event.prompt)
-            self._is_all = event.n_verified == "all"
+            self._header, self._n_rows = event, 0
             if self._summary:
                 lines = self._summary.header_lines(event, width)
                 lines += self._summary.legend(self._layout, event)
@@ -99,13 +100,15 @@ class TraceOutput:
         elif isinstance(event, TraceStep):
             if event.token.position == len(self._joined.names):  # generated, not of the prompt
                 self._joined.add(event.token.data)
+            self._n_rows += 1
             self._waiting.append(event)
             if not self._joined.is_open:
                 self._show_waiting()
         else:
             self._show_waiting()
-            if self._summary:
-                lines = self._summary.footer_lines(event, width, is_all=self._is_all)
+            if self._summary and self._header is not None:
+                n_rows = self._n_rows
+                lines = self._summary.footer_lines(event, self._header, width, n_rows=n_rows)
                 print_lines(self.console, lines)
 
     def end(self, text: str | None) -> None:

@@ -11,7 +11,6 @@ from minigpt.commands.attention_trace.targets import Targets
 from minigpt.console import make_console, print_lines, write_result
 from minigpt.errors import DataError
 from minigpt.format import percent
-from minigpt.text.escape import visible
 from minigpt.tracing.analysis.dense import with_rows_of
 from minigpt.tracing.analysis.diff import StepDiff, diff_traces
 from minigpt.tracing.analysis.reader import read_traces
@@ -77,8 +76,6 @@ def show_diff(first: Path, second: Path, *, as_json: bool) -> None:
     lines: list[Line] = []
     for label, trace in (("first    ", one), ("second   ", other)):
         name = f"{one_line(trace.header.model)}: {measured(trace.header)}"
-        if trace.header.against is not None:
-            name += f" against {visible(trace.header.against.data)}"
         if trace.header.intervention is not None:
             name += f"; {one_line(str(trace.header.intervention))}"
         lines.append([(label, "dim"), (fit_start(name, console.width - len(label)), "plain")])

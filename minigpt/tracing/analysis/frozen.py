@@ -62,30 +62,30 @@ class HeadDirections:
         # Without a copy for float32 weights; others are converted once.
         self._weights_CX = [dense_weight(output).detach() for output in outputs]
         zero_C = self._weights_CX[0].new_zeros(model.config.d_model)
-        biases = [zero_C if o.bias is None else o.bias.detach().float() for o in outputs]
-        self._biases_C = biases
+        self._bias_LC = torch.stack(
+            [zero_C if o.bias is None else o.bias.detach().float() for o in outputs]
+        )
         self._has_norms = any(norm is not None for norm in self._norms)
-        self._bias_C = torch.stack(biases).sum(dim=0)
 
     def __call__(self, u: Tensor, contexts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return W_O^T u of each layer (L, ..., X), and what the biases add along u (...).
+        """Return W_O^T u of each layer (L, ..., X), and what its biases add along u (L, ...).
 
         Args: u (..., C); contexts, the heads' outputs of each layer (..., X), at which the norms
             after the attention, if there are any, have their scale.
         """
         if not self._has_norms:
-            return torch.stack([u @ weight for weight in self._weights_CX]), u @ self._bias_C
-        directions, bias = [], u.new_zeros(u.shape[:-1])
+            directions = torch.stack([u @ weight for weight in self._weights_CX])
+            return directions, (u @ self._bias_LC.T).movedim(-1, 0)
+        layers = []
         for norm, weight_CX, bias_C, context in zip(
-            self._norms, self._weights_CX, self._biases_C, contexts, strict=True
+            self._norms, self._weights_CX, self._bias_LC, contexts, strict=True
         ):
-            own = u
+            own, bias = u, u.new_zeros(u.shape[:-1])
             if norm is not None:
-                own, of_norm = frozen_norm(norm, context.float() @ weight_CX.T + bias_C, u)
-                bias = bias + of_norm
-            bias = bias + own @ bias_C
-            directions.append(own @ weight_CX)
-        return torch.stack(directions), bias
+                own, bias = frozen_norm(norm, context.float() @ weight_CX.T + bias_C, u)
+            layers.append((own @ weight_CX, bias + own @ bias_C))
+        directions_, biases = zip(*layers, strict=True)
+        return torch.stack(directions_), torch.stack(biases)
 
 
 def _branch_norms(model: GPT) -> list[nn.Module | None]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -23,9 +23,6 @@ from minigpt.tracing.findings import Alternative, HeadWorking
 from minigpt.tracing.rows import reduce_rows
 from minigpt.tracing.selection import HeadSelection
 from minigpt.tracing.tracer import AttentionObserver
-
-if TYPE_CHECKING:
-    from minigpt.intervention_config import InterventionConfig
 
 
 def find_alternative(tokenizer: Tokenizer, text: str, *, special: bool) -> Alternative:
@@ -54,7 +51,6 @@ class AnalysisObserver(AttentionObserver):
         *,
         tokenizer: Tokenizer,
         max_new_tokens: int,
-        intervention: "InterventionConfig | None" = None,
         special: bool = False,
     ) -> None:
         """Prepare to observe passes of a model; ``recorder`` must be given to all of them.
@@ -62,12 +58,6 @@ class AnalysisObserver(AttentionObserver):
         Args: as of ``tracer.trace``.
         Raises: ConfigError if the model cannot be traced with this config.
         """
-        if intervention is not None and "logit" in config.measures:
-            raise ConfigError(
-                "--measure logit explains the logit by the outputs of all heads, which an "
-                "intervention replaces. Use --measure gradient, which goes through the changed "
-                "model."
-            )
         self._against: Alternative | None = None
         if config.against is not None:
             self._against = find_alternative(tokenizer, config.against, special=special)

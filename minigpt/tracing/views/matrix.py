@@ -203,7 +203,8 @@ def _legend(
 def _caption(trace: Trace, n_shown: int, n_pooled: int, *, is_halved: bool) -> str:
     """Return how to read the map, and which tokens are left out."""
     n = len(trace.steps)
-    rows = "rows: generated tokens" if n_shown == n else f"rows: the newest {n_shown} of {n}"
+    what = "tokens" if trace.has_prompt_rows else "generated tokens"
+    rows = f"rows: {what}" if n_shown == n else f"rows: the newest {n_shown} of {n}"
     if is_halved:
         rows += ", two per line, labelled by the upper"
     columns = "columns: positions attended to"

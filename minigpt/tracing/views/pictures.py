@@ -90,7 +90,7 @@ def matrix_figure(trace: Trace, options: ViewOptions = DEFAULTS) -> Figure:
     _name_cells(axes.xaxis, column_names, width / n_columns, fonts, rotation=90)
     _name_cells(axes.yaxis, row_names, height / n_rows, fonts, rotation=0)
     axes.set_xlabel("position attended to", fontsize=_LARGE)
-    axes.set_ylabel("generated token", fontsize=_LARGE)
+    axes.set_ylabel("token" if trace.has_prompt_rows else "generated token", fontsize=_LARGE)
     axes.spines[["top", "right"]].set_visible(False)
     bar = _axes(figure, left + width + 0.15, below, 0.12, min(height, 2.5))
     _add_scale(bar, mesh, rows, scale, orientation="vertical")

@@ -50,10 +50,11 @@ def show(trace: Trace, options: ViewOptions = DEFAULTS) -> list[Line]:
     if any(i != first for i, first in enumerate(firsts)):
         legend += " A character of several tokens has the sum of their shares."
     chosen = firsts[token.position]
-    title = (
-        f"What position {token.position} attended to, from the query at {token.position - 1}: "
-        f"{measured(trace.header, (row.measure,))}."
-    )
+    what = f"What position {token.position} attended to"
+    if row.is_signed:
+        what = f"What raised or lowered the logit of position {token.position}"
+    by = measured(trace.header, (row.measure,))
+    title = f"{what}, from the query at {token.position - 1}: {by}."
     return [
         *wrapped(title, options.width),
         [],
@@ -185,7 +186,7 @@ def _sources(trace: Trace, row: Row, width: int) -> list[Line]:
     lines: list[Line] = []
     for position in [p for p in order if p != trace.header.sink][:_N_SOURCES]:
         share = float(row.weights_S[position])
-        if abs(share) < _MIN_SHARE:
+        if abs(share) < _MIN_SHARE * (largest if row.is_signed else 1):
             break
         shown = f"{percent(share)} {bar(share)}"
         style = heat(share)

@@ -69,6 +69,7 @@ def register(
     has_heads: bool = True,
     sums_to: str = "",
     needs: tuple[Need, ...] = (),
+    caveat: str = "",
 ) -> Callable[[Make], Make]:
     """Return a decorator that registers a function as the measure of its name.
 
@@ -81,6 +82,7 @@ def register(
         has_heads=has_heads,
         sums_to=sums_to,
         needs=needs,
+        caveat=caveat,
     )
 
     def declare(make: Make) -> Make:

@@ -21,6 +21,7 @@ from minigpt.tracing.config import TraceConfig
     is_signed=True,
     has_heads=False,
     needs=("token", "gradients"),
+    caveat="A gradient says what a small change of an embedding does, not what happens without it.",
 )
 def gradient(model: LanguageModel, config: TraceConfig) -> Rows:
     """Multiply each token's embedding by the gradient of the token's logit."""

@@ -32,6 +32,7 @@ _MAX_POSITIONS = 2**12
     has_heads=False,
     sums_to="the token's logit minus that of the baseline",
     needs=("token", "gradients"),
+    caveat="A path from the mean embedding passes inputs that the model never saw in training.",
 )
 def integrated(model: LanguageModel, config: TraceConfig) -> Rows:
     """Integrate the gradient of the token's logit from the mean embedding to the tokens' own."""

@@ -11,8 +11,10 @@ R = H / G, S positions in view, D head dim, C model dim, X all heads' outputs si
 """
 
 import torch
+from torch import Tensor
 
 from minigpt.errors import ConfigError
+from minigpt.model.attention import AttentionPass
 from minigpt.model.gpt import GPT
 from minigpt.model.language_model import LanguageModel
 from minigpt.tracing.analysis.frozen import (
@@ -32,6 +34,7 @@ from minigpt.tracing.config import TraceConfig
     is_signed=True,
     sums_to="the token's logit",
     needs=("residual", "token"),
+    caveat="Only what heads brought directly counts, not what later layers made of it.",
 )
 def logit(model: LanguageModel, config: TraceConfig) -> Rows:
     """Attribute the token's logit to what each head brought from each position."""
@@ -51,20 +54,46 @@ def logit(model: LanguageModel, config: TraceConfig) -> Rows:
         w_NC = logit_weights(model, torch.tensor(ids, device=model.device))
         w_C = w_NC[0] if prediction.against is None else w_NC[0] - w_NC[1]
         u_C, bias = frozen_norm(model.final_norm, x_NC[-1], w_C)
-        contexts_LX = attention.context_LBHD[:, 0].flatten(1)
-        u_LX, branch_bias = directions(u_C, contexts_LX.unbind())
+        given_LX = _given_to_outputs(attention)
+        u_LX, bias_L = directions(u_C, given_LX.unbind())
         u_LGRD = u_LX.unflatten(1, (n_group, -1, model.config.d_head))
         brought_LGRS = u_LGRD @ attention.values_LBGSD[:, 0].float().mT
         rows_LHS = attention.weights_LBHS[:, 0] * brought_LGRS.flatten(1, 2)
         states_N = x_NC @ u_C
+        whole, parts = states_N[-1] + bias, {"embedding": states_N[0]}
+        of_heads = 0.0  # what other values than those of the positions brought
+        if attention.replaced or attention.first_state:
+            n_gone = attention.first_state // 2  # layers whose outputs are no longer in the stream
+            rows_LHS[:n_gone] = 0
+            bias_L[:n_gone] = 0
+            by_head_LH = (u_LX * given_LX.float()).unflatten(1, (-1, model.config.d_head)).sum(2)
+            for layer, (heads, _) in attention.replaced.items():
+                rows_LHS[layer, heads] = 0
+                if layer >= n_gone:
+                    of_heads = of_heads + by_head_LH[layer, heads].sum()
+            put_in = states_N.new_zeros(()) + of_heads
+            if n_gone:
+                states_N = states_N[attention.first_state :]
+                put_in = put_in + states_N[0]
+                parts["embedding"] = states_N.new_zeros(())
+            parts["intervention"] = put_in
         by_branch = states_N.diff()
-        parts = {
-            "embedding": states_N[0],
+        parts |= {
             "mlp": by_branch[1::2].sum(),
-            "bias": branch_bias + bias,
+            "bias": bias_L.sum() + bias,
             # What kernels of a low precision lost.
-            "rounding": by_branch[0::2].sum() - rows_LHS.sum() - branch_bias,
+            "rounding": by_branch[0::2].sum() - rows_LHS.sum() - bias_L.sum() - of_heads,
         }
-        return Measured(rows_LHS, parts, whole=states_N[-1] + bias)
+        return Measured(rows_LHS, parts, whole=whole)
 
     return rows
+
+
+def _given_to_outputs(attention: AttentionPass) -> Tensor:
+    """Return what each layer's W_O was given at the last position: (L, X)."""
+    contexts_LX = attention.context_LBHD[:, 0].flatten(1)
+    if attention.replaced:
+        contexts_LX = contexts_LX.clone()
+        for layer, (_, given_BHD) in attention.replaced.items():
+            contexts_LX[layer] = given_BHD[0].flatten()
+    return contexts_LX

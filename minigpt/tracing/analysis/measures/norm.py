@@ -21,6 +21,7 @@ from minigpt.tracing.config import TraceConfig
     about="the norm of what the heads add to the residual stream because of a source, weight x "
     "||v W_O|| (Kobayashi et al. 2020), as a share of the row",
     sums_to="1",
+    caveat="A norm shows how much a source brought, not why a token was generated.",
 )
 def norm(model: LanguageModel, config: TraceConfig) -> Rows:
     """Weigh each source by the norm of what a head adds from it."""

@@ -108,9 +108,8 @@ def _page_data(trace: Trace) -> dict[str, Any]:
     heads = [row.heads for step in trace.steps for row in step.rows]
     n_kept = [rows.positions.shape[2] for rows in heads if rows is not None]
     n_sources = max(n_kept) if n_kept and len(n_kept) == len(heads) else None
-    is_all = header.n_verified == "all"
     # One line each: the page breaks lines itself.
-    ending = footer_lines(trace.footer, 10_000, is_all=is_all)
+    ending = footer_lines(trace.footer, header, 10_000, n_rows=len(trace.steps))
     closing = ["".join(text for text, _ in line) for line in ending if line]
     if trace.footer.cause is None:
         closing.append("Nothing was knocked out in this trace: it says nothing about cause.")
@@ -145,7 +144,11 @@ def _page_data(trace: Trace) -> dict[str, Any]:
         "knockout": (
             f"Without it: {_knocked_out(header)}. In brackets: the factor by which the token's "
             "probability changes."
-            + ("" if is_all else " Its control is a position nearby that got less attention.")
+            + (
+                ""
+                if header.n_verified == "all"
+                else " Its control is a position nearby that got less attention."
+            )
         ),
         "closing": closing,
         "scales": scales,
