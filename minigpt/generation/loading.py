@@ -7,7 +7,7 @@ import torch
 
 from minigpt.checkpoint.model_folder import LoadedModel, read_model
 from minigpt.config import SamplingConfig
-from minigpt.errors import CheckpointError, ConfigError, DataError, require_choice
+from minigpt.errors import CheckpointError, ConfigError, DataError, cut, require_choice
 from minigpt.generation.decoder import Decoder, max_rows_together
 from minigpt.generation.forward import FAST, is_compiled
 from minigpt.model.device import has_fast_bfloat16, inference_dtype, resolve_device
@@ -81,6 +81,21 @@ def require_new_tokens(sampling: SamplingConfig) -> None:
         )
 
 
+def continuation_ids(
+    tokenizer: Tokenizer, text: str, option: str, *, special: bool = False
+) -> list[int]:
+    """Return the token ids of the text of an option, which continues another text.
+
+    Raises: ConfigError for characters that the vocabulary cannot represent.
+    """
+    if not special and (lacking := sorted(tokenizer.unencodable(text))):
+        raise ConfigError(
+            f"the vocabulary has no token for {cut(lacking[0])} in the text of {option}, "
+            f"{cut(text)}. Use other characters."
+        )
+    return list(tokenizer.encode(text, is_start=False, special=special))
+
+
 def forced_ids(
     tokenizer: Tokenizer,
     sampling: SamplingConfig,
@@ -96,7 +111,7 @@ def forced_ids(
     """
     if sampling.force is None:
         return []
-    ids = tokenizer.encode(sampling.force, is_start=False, special=special)
+    ids = continuation_ids(tokenizer, sampling.force, "--force", special=special)
     if len(ids) > sampling.max_new_tokens:
         raise ConfigError(
             f"the text of --force has {len(ids)} tokens, and max_new_tokens is "

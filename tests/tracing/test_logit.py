@@ -256,6 +256,10 @@ class Spaced:
             return [3]
         return list(((" " if is_start else "") + text).encode())
 
+    def unencodable(self, text: str) -> set[str]:
+        """Return the characters that are not ASCII."""
+        return {c for c in text if not c.isascii()}
+
     def token_bytes(self, token: int) -> bytes:
         """Return a byte."""
         return bytes([token])
@@ -269,6 +273,8 @@ def test_an_alternative_continues_a_text_and_may_be_a_special_token() -> None:
     assert first(" king") == ord(" ")
     assert first("<|x|>") == ord("<")
     assert first("<|x|>", special=True) == 3
+    with pytest.raises(ConfigError, match="no token for '…' in the text of --against, 'k…'"):
+        first("k…")
 
 
 @pytest.mark.parametrize(

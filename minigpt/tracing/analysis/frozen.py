@@ -17,6 +17,9 @@ from minigpt.model.gpt import GPT, Block
 from minigpt.model.language_model import LanguageModel
 from minigpt.model.layers import RMSNorm, dense_weight
 
+_MAX_TOGETHER = 2**22
+"""Weights of all layers that are copied side by side."""
+
 
 def why_not_linear(model: LanguageModel) -> str:
     """Return why the logits are not a sum over what was added to the residual stream, or ""."""
@@ -65,6 +68,9 @@ class HeadDirections:
         self._bias_LC = torch.stack(
             [zero_C if o.bias is None else o.bias.detach().float() for o in outputs]
         )
+        self._together_CY: Tensor | None = None
+        if sum(weight.numel() for weight in self._weights_CX) <= _MAX_TOGETHER:
+            self._together_CY = torch.cat(self._weights_CX, dim=1)  # one call instead of L
         self._has_norms = any(norm is not None for norm in self._norms)
 
     def __call__(self, u: Tensor, contexts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -74,7 +80,11 @@ class HeadDirections:
             after the attention, if there are any, have their scale.
         """
         if not self._has_norms:
-            directions = torch.stack([u @ weight for weight in self._weights_CX])
+            if self._together_CY is not None:
+                by_layer = (u @ self._together_CY).unflatten(-1, (len(self._weights_CX), -1))
+                directions = by_layer.movedim(-2, 0)
+            else:
+                directions = torch.stack([u @ weight for weight in self._weights_CX])
             return directions, (u @ self._bias_LC.T).movedim(-1, 0)
         layers = []
         for norm, weight_CX, bias_C, context in zip(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from minigpt.errors import ConfigError
+from minigpt.generation.loading import continuation_ids
 from minigpt.model.cache import KVCache
 from minigpt.model.language_model import LanguageModel
 from minigpt.text.tokenizer import Tokenizer
@@ -28,9 +29,9 @@ from minigpt.tracing.tracer import AttentionObserver
 def find_alternative(tokenizer: Tokenizer, text: str, *, special: bool) -> Alternative:
     """Return the first token of an alternative text, which continues a text.
 
-    Raises: ConfigError for an empty text.
+    Raises: ConfigError for an empty text, or one that the vocabulary cannot represent.
     """
-    ids = tokenizer.encode(text, is_start=False, special=special)
+    ids = continuation_ids(tokenizer, text, "--against", special=special)
     if not ids:
         raise ConfigError(
             "--against needs a token: the text is empty. Give at least one character."

@@ -10,6 +10,8 @@ Shapes: L layers, N = 2 L + 1 states of the residual stream, H query heads, G ke
 R = H / G, S positions in view, D head dim, C model dim, X all heads' outputs side by side.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -77,16 +79,26 @@ def logit(model: LanguageModel, config: TraceConfig) -> Rows:
                 put_in = put_in + states_N[0]
                 parts["embedding"] = states_N.new_zeros(())
             parts["intervention"] = put_in
-        by_branch = states_N.diff()
+        of_mlps, of_attention = _branch_sums(len(states_N), states_N.device) @ states_N
+        of_biases = bias_L.sum()
         parts |= {
-            "mlp": by_branch[1::2].sum(),
-            "bias": bias_L.sum() + bias,
+            "mlp": of_mlps,
+            "bias": of_biases + bias,
             # What kernels of a low precision lost.
-            "rounding": by_branch[0::2].sum() - rows_LHS.sum() - bias_L.sum() - of_heads,
+            "rounding": of_attention - rows_LHS.sum() - of_biases - of_heads,
         }
         return Measured(rows_LHS, parts, whole=whole)
 
     return rows
+
+
+@lru_cache(maxsize=8)
+def _branch_sums(n_states: int, device: torch.device) -> Tensor:
+    """Return (2, N), which times the states gives what all MLPs and all attentions added."""
+    sums_2N = torch.zeros(2, n_states)
+    sums_2N[0, 2::2] = sums_2N[1, 1::2] = 1
+    sums_2N[0, 1::2] = sums_2N[1, :-1:2] = -1
+    return sums_2N.to(device)
 
 
 def _given_to_outputs(attention: AttentionPass) -> Tensor:
