@@ -19,6 +19,7 @@ from minigpt.tracing.interventions import intervene
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import gpu
+import gpu_setup
 
 pytestmark = [
     pytest.mark.gpu,
@@ -94,7 +95,7 @@ def test_trace_has_the_rows_of_the_cpu(options: dict[str, Any], compiles: bool) 
 
 def wide_model(device: str) -> Any:
     """A model whose vocabulary is that of bytes."""
-    return gpu.model_of(gpu.LLAMA, torch.device(device))
+    return gpu_setup.model_of(gpu_setup.LLAMA, torch.device(device))
 
 
 def test_ablation_and_patching_have_the_tokens_of_the_cpu() -> None:
@@ -112,6 +113,6 @@ def test_ablation_and_patching_have_the_tokens_of_the_cpu() -> None:
 
 @pytest.mark.parametrize("part", [part for part in gpu.PARTS if part != "machine"])
 def test_part_of_the_benchmark_finds_no_fault(part: str, tmp_path: Path) -> None:
-    """Resume on another device, waiting, out of memory, two GPUs, graph breaks, and the others."""
+    """Resume, dropout, waiting, out of memory, FSDP, two GPUs, graph breaks, and the others."""
     words = ["--quick", "--out", str(tmp_path), "--parts", part]
     assert gpu.main(words) == 0

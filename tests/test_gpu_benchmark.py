@@ -19,9 +19,10 @@ from test_pretend_cuda import run_eagerly
 from minigpt.generation.fast import compiled
 
 QUICK = ["--quick", "--keep-going"]
-ON_PRETEND_GPU = ["machine", "parity", "resume", "waiting", "decoding"]
-ON_CPU = ["warm_up", "small", "nanogpts", "mini", "memory_limit"]
-"""With the part ``ranks``, these are all."""
+ON_PRETEND_GPU = ["machine", "parity", "resume", "dropout", "waiting", "nanogpts", "decoding"]
+ON_CPU = ["warm_up", "small", "mini", "memory_limit"]
+IN_GROUPS = ["ranks", "shards"]
+"""Rehearsed in process groups on the CPU."""
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def require_ok(folder: Path, printed: str, parts: set[str]) -> None:
 
 
 def test_every_part_has_a_rehearsal() -> None:
-    assert sorted([*ON_PRETEND_GPU, *ON_CPU, "ranks"]) == sorted(gpu.PARTS)
+    assert sorted([*ON_PRETEND_GPU, *ON_CPU, *IN_GROUPS]) == sorted(gpu.PARTS)
 
 
 @pytest.mark.slow
@@ -76,12 +77,12 @@ def test_other_parts_are_rehearsed_on_the_cpu(
 
 
 @pytest.mark.dist
-def test_two_processes_are_rehearsed_on_the_cpu(
+def test_process_groups_are_rehearsed_on_the_cpu(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["--device", "cpu", *QUICK, "--out", str(tmp_path), "--parts", "ranks"]
+    words = ["--device", "cpu", *QUICK, "--out", str(tmp_path), "--parts", *IN_GROUPS]
     assert gpu.main(words) == 0
-    require_ok(tmp_path, capsys.readouterr().out, {"ranks"})
+    require_ok(tmp_path, capsys.readouterr().out, set(IN_GROUPS))
 
 
 def test_command_stops_at_the_first_part_that_fails(
