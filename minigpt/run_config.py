@@ -183,8 +183,9 @@ class TrainingConfig:
     less exact products (CUDA)."""
     save_dtype: SaveDtype = option("auto", group="Reports", shown="that of --from, else float32")
     """Dtype of saved weights. A checkpoint keeps its float32 weights in training_state/ too."""
-    compile: bool = option(False)
-    """Compile the model with torch.compile."""
+    compile: bool | None = option(None, shown="CPU runs of over 10 minutes")
+    """Compile the training step with torch.compile. None compiles a run of one process on a CPU
+    that is planned to take ten minutes."""
     shard: bool = option(False)
     """Shard parameters, gradients and optimizer state with FSDP2 (torchrun)."""
     recompute: bool = option(False)

@@ -78,6 +78,13 @@ class Run:
         self.model = self.world.place(self._make_model(start_from, resume_from))
         if kernels := find_ring("training.kernels"):
             kernels.use_kernels(self.model, self.device, dtype)
+        self.is_compiled = bool(training.compile)
+        """Whether the training step is compiled."""
+        if compiling := find_ring("training.compiling"):
+            n_parameters = sum(p.numel() for p in self.model.parameters())
+            self.is_compiled = compiling.is_compiled(
+                self.config, n_parameters, self.device, self.world.size
+            )
         product_dtype = torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
         self.optimizers = make_optimizers(self.model, training, product_dtype, self.world)
         self.step = 0

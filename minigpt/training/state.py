@@ -103,7 +103,7 @@ class TrainingState:
         check_fields(self)
 
 
-def computed_on(world: World, dtype: torch.dtype) -> str:
+def computed_on(world: World, dtype: torch.dtype, *, is_compiled: bool = False) -> str:
     """Describe everything besides the config that affects rounding: resume is exact if it is equal.
 
     Other kernels, or sums in another order, round differently.
@@ -117,7 +117,8 @@ def computed_on(world: World, dtype: torch.dtype) -> str:
     elif name == "cpu":
         threads = f"threads: {torch.get_num_threads()}"
         name = f"cpu ({torch.backends.cpu.get_cpu_capability()}, {threads})"
-    return f"{ranks}{name}, {shards}{str(dtype).removeprefix('torch.')}, torch {torch.__version__}"
+    precision = ("compiled, " if is_compiled else "") + str(dtype).removeprefix("torch.")
+    return f"{ranks}{name}, {shards}{precision}, torch {torch.__version__}"
 
 
 def training_tensors(run: Run, *, is_exchanged: bool = False) -> Iterator[tuple[str, Tensor]]:
@@ -142,7 +143,7 @@ def training_state(run: Run) -> TrainingState:
         elapsed_s=run.elapsed_s,
         n_skipped=run.n_skipped,
         corpus=run.data.tokens.fingerprint,
-        computed_on=computed_on(run.world, run.dtype),
+        computed_on=computed_on(run.world, run.dtype, is_compiled=run.is_compiled),
         lr_scale=run.last_lr_scale,
         next_lr_scale=run.lr_scale,
         is_warm=run.context_length == run.config.sequence_length,
@@ -166,7 +167,8 @@ def restore(run: Run, folder: Path) -> None:
         )
     run.step = run.saved_step = state.step
     run.elapsed_s, run.n_skipped = state.elapsed_s, state.n_skipped
-    if state.computed_on not in ("", computed_on(run.world, run.dtype)):
+    now = computed_on(run.world, run.dtype, is_compiled=run.is_compiled)
+    if state.computed_on not in ("", now):
         run.moved_from = state.computed_on
     best = run.folder.best()
     best_loss = best.facts.get("val_loss") if best else None

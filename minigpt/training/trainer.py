@@ -53,10 +53,14 @@ class Trainer(Run):
     ) -> None:
         """Start a run, or resume it. Args: those of ``Run``, which raises the errors."""
         super().__init__(config, data, folder, **start)
-        self._replica = self.world.replicate(TrainingLoss(self.model))
-        # Compiled around DDP, which then averages some gradients while others are computed.
-        is_compiled = config.training.compile
-        self._loss_of: Any = torch.compile(self._replica) if is_compiled else self._replica
+        loss = TrainingLoss(self.model)
+        self._replica = self.world.replicate(loss)
+        self._loss_of: Any = self._replica
+        if self.is_compiled:
+            # Around DDP, which then averages some gradients while others are computed.
+            self._loss_of = ring("training.compiling").CompiledLoss(
+                loss, self._replica, is_required=bool(config.training.compile)
+            )
         self._stop_is_requested = False
         self.metrics = Metrics(self)
         self.skipping: Any = None

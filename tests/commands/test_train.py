@@ -385,6 +385,22 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(run: Run) -> None:
     assert "MFU unknown" in shown["device"]
 
 
+def test_a_dry_run_says_whether_the_run_is_compiled(run: Run) -> None:
+    words = ["train", "corpus.txt", *TINY, "--set", "training.max_epochs=0", "--dry-run"]
+    long = [*words, "--set", "training.max_steps=100000000"]
+    for call, expected in (
+        (words, ""),
+        (long, "uncompiled, unlike the run (--no-compile)"),
+        ([*long, "--no-compile"], ""),
+        ([*words, "--compile"], "uncompiled, unlike the run"),
+    ):
+        result = run(*call)
+        assert (result.code, result.err) == (0, "")
+        assert all(len(line) <= 80 for line in result.out.splitlines())
+        assert plan_lines(result.out)["a step"].partition("ms")[2].strip() == expected
+        assert json.loads(run(*call, "--json").out)["is_compiled"] is bool(expected)
+
+
 def test_a_dry_run_of_a_resumed_run_plans_what_is_left(run: Run, trained: Path) -> None:
     shutil.copytree(trained / "checkpoints", "checkpoints")
     before = {path: path.stat().st_mtime_ns for path in Path("checkpoints").rglob("*")}

@@ -9,7 +9,7 @@ from minigpt.commands.process import command_line
 from minigpt.errors import DataError
 from minigpt.format import count, duration, short
 from minigpt.model.cost import parameter_count
-from minigpt.rings import find_ring
+from minigpt.rings import find_ring, ring
 from minigpt.training.events import EvalEvent
 from minigpt.training.schedule import with_max_steps
 from minigpt.training.trainer import Trainer
@@ -45,6 +45,8 @@ def opening(trainer: Trainer) -> Iterator[tuple[str, str]]:
     if resume := find_ring("commands.train.resume"):
         for line in resume.resumed_notes(trainer):
             yield "note", line
+    if trainer.is_compiled and trainer.config.training.compile is None:
+        yield "note", ring("training.compiling").NOTE
     for line in _limits(trainer):
         yield "note", line
     if trainer.progress >= 1:

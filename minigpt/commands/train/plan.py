@@ -74,7 +74,9 @@ def _rows(plan: dict[str, Any], config: RunConfig) -> Iterator[tuple[str, str, s
     yield "time", duration(plan["training_s"]), note
     step_s = plan["step_s"]
     step_time = f"{1000 * step_s:.3g} ms" if step_s < 0.9995 else f"{step_s:,.4g} s"
-    yield "  a step", step_time, "uncompiled" if training.compile else ""
+    by_default = " (--no-compile)" if training.compile is None else ""
+    note = f"uncompiled, unlike the run{by_default}" if plan["is_compiled"] else ""
+    yield "  a step", step_time, note
     speed = f"{short(plan['step_tokens'] / plan['step_s'])} tok/s"
     peak = f"{plan['mfu']:.0%} of its peak" if plan["mfu"] is not None else "peak and MFU unknown"
     yield "device", plan["device"], f"{plan['dtype']}, {speed}, {peak}"

@@ -163,9 +163,9 @@ def resumed_notes(trainer: Trainer) -> Iterator[str]:
     """Yield what a resumed run computes differently than one that was not stopped."""
     training, seam = trainer.config.training, trainer.seam
     if trainer.moved_from is not None:
+        now = computed_on(trainer.world, trainer.dtype, is_compiled=trainer.is_compiled)
         yield (
-            f"saved on {trainer.moved_from}, and resumed on "
-            f"{computed_on(trainer.world, trainer.dtype)}: the run continues, but rounds "
+            f"saved on {trainer.moved_from}, and resumed on {now}: the run continues, but rounds "
             "differently than it would have"
         )
     is_limited = lr_scale(training, trainer.progress) > trainer.lr_scale

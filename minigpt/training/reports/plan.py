@@ -14,6 +14,7 @@ from minigpt.config import ModelConfig, RunConfig
 from minigpt.model.cost import parameter_count, peak_flops, training_flops_per_token
 from minigpt.model.device import autocast, has_fast_bfloat16, resolve_device, resolve_dtype
 from minigpt.model.language_model import model_class
+from minigpt.rings import find_ring
 from minigpt.text.tokens import PreparedData
 from minigpt.training.optim import make_optimizers
 from minigpt.training.reports.memory import (
@@ -90,6 +91,7 @@ def make_plan(
         * (n_parameters * (2 if training.average else 1) + optimizer_values(config)),
         "step_s": step_s,
         "training_s": training_s,  # of the steps left, without evaluation and saving
+        "is_compiled": _is_compiled(config, n_parameters, device, world.size),
         "device": device.type,
         "dtype": str(dtype).removeprefix("torch."),
         "n_ranks": world.size,
@@ -97,6 +99,13 @@ def make_plan(
         "n_parameters": n_parameters,
         "mfu": flops / training_s / peak if peak and training_s else None,
     }
+
+
+def _is_compiled(config: RunConfig, n_parameters: int, device: torch.device, n_ranks: int) -> bool:
+    compiling = find_ring("training.compiling")
+    if compiling is None:
+        return bool(config.training.compile)
+    return bool(compiling.is_compiled(config, n_parameters, device, n_ranks))
 
 
 def parameters_by_part(config: ModelConfig) -> dict[str, int]:

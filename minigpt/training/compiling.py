@@ -1,0 +1,128 @@
+"""The compiled training step: when it pays, and what happens if it cannot be compiled."""
+
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minigpt.config import RunConfig
+from minigpt.errors import ConfigError, MinigptWarning
+
+LONG_S = 600
+"""Seconds of a run from which compiling, which takes about a minute, pays."""
+THREAD_FLOP_S = 5e10
+"""FLOP/s of a CPU thread in eager training, roughly. Not measured, so that each run of the same
+settings decides alike, and a resumed run as it did at first."""
+
+
+def is_compiled(
+    config: RunConfig, n_parameters: int, device: torch.device, n_ranks: int = 1
+) -> bool:
+    """Return whether to compile the training step.
+
+    By default it is, in a run of a GPT by one process on a CPU that is planned to take ten minutes.
+
+    Args: config, with ``max_steps``.
+    """
+    training = config.training
+    if training.compile is not None:
+        return training.compile
+    if device.type != "cpu" or n_ranks > 1 or config.model.arch != "gpt":
+        return False
+    limits = [60 * training.max_minutes]
+    tokens = training.max_steps * training.batch_size * config.sequence_length
+    limits.append(6 * n_parameters * tokens / (THREAD_FLOP_S * torch.get_num_threads()))
+    return min(limit for limit in limits if limit) >= LONG_S
+
+
+NOTE = (
+    "the training step is compiled, because the run is planned to take over ten minutes: the first "
+    "one takes about a minute (--no-compile trains without)"
+)
+"""What a run says that is compiled by default."""
+
+
+class CompiledLoss:
+    """A compiled loss module; the plain module if the compiler fails and is used by default.
+
+    Each shape of inputs is compiled by itself (``dynamic=False``), so that a run which is resumed
+    after the context warm-up has the kernels of one that was not stopped.
+    """
+
+    def __init__(self, loss: nn.Module, replica: Any, *, is_required: bool) -> None:
+        """Args: replica, the loss or a wrapper that averages its gradients over ranks;
+        is_required, whether a failure is an error."""
+        for module in loss.modules():
+            if type(module) is nn.Embedding:
+                module.__class__ = Embedding
+        self._loss, self._is_required = loss, is_required
+        self._compiled: Any = torch.compile(replica, dynamic=False)
+        self._is_rehearsed = replica is loss  # a wrapper expects one backward pass per forward
+        self._shapes: set[torch.Size] = set()
+
+    def __call__(self, inputs: Tensor, targets: Tensor, **options: bool) -> Tensor:
+        """Return the loss of a batch.
+
+        Raises: ConfigError if it cannot be compiled and ``is_required``.
+        """
+        if self._is_rehearsed and inputs.shape not in self._shapes:
+            self._shapes.add(inputs.shape)
+            self._rehearse(inputs, targets, options)
+        loss: Tensor = self._compiled(inputs, targets, **options)
+        return loss
+
+    def _rehearse(self, inputs: Tensor, targets: Tensor, options: dict[str, bool]) -> None:
+        """Compile the passes for a shape; if that fails, use the plain loss from now on."""
+        parameters = [p for p in self._loss.parameters() if p.requires_grad]
+        try:
+            with torch.random.fork_rng():
+                loss = self._compiled(inputs, targets, **options)
+                torch.autograd.grad(loss, parameters, allow_unused=True)
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as error:  # the compiler's own, the C++ compiler's, the linker's
+            reason = " ".join(str(error).split())[:200]
+            if self._is_required:
+                raise ConfigError(
+                    f"--compile: torch.compile failed with {type(error).__name__}: {reason}. Use "
+                    "--no-compile."
+                ) from error
+            note = f"training without torch.compile, which failed: {reason}"
+            warnings.warn(note, MinigptWarning, stacklevel=2)
+            self._compiled, self._is_rehearsed = self._loss, False
+
+
+class Embedding(nn.Embedding):
+    """An embedding whose compiled gradient is the same in each run.
+
+    torch.compile's own adds to rows from several threads at once, in any order.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows: Tensor = _Embed.apply(input, self.weight)
+        return rows
+
+
+class _Embed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens)
+        ctx.n_rows = weight.shape[0]
+        return F.embedding(tokens, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
+        return None, embedding_gradient(gradients[0], *ctx.saved_tensors, ctx.n_rows)
+
+
+@torch.library.custom_op("minigpt::embedding_gradient", mutates_args=())
+def embedding_gradient(gradient: Tensor, tokens: Tensor, n_rows: int) -> Tensor:
+    """Return the gradient of an embedding's weight, by torch's own kernel."""
+    return torch.ops.aten.embedding_dense_backward(gradient, tokens, n_rows, -1, False)
+
+
+@embedding_gradient.register_fake
+def _(gradient: Tensor, tokens: Tensor, n_rows: int) -> Tensor:
+    return gradient.new_empty(n_rows, gradient.shape[-1])
