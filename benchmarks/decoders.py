@@ -87,13 +87,13 @@ def minigpt(contender: Contender, job: Job) -> Decode:
     """minigpt, through the classes that the commands use."""
     from minigpt.config import SamplingConfig
     from minigpt.generation.decoder import Decoder
-    from minigpt.generation.loading import load, prepare_for_decoding
+    from minigpt.generation.loading import load
 
     is_int8 = contender.precision == "int8"
     dtype = {"fp32": "float32", "bf16": "bfloat16"}.get(contender.precision, "auto")
-    quantize = "int8" if is_int8 else None
-    model = load(Path(job.folder), device=job.device, dtype=dtype, quantize=quantize).model
-    prepare_for_decoding(model, compile=contender.is_compiled)
+    options: Any = {"quantize": "int8" if is_int8 else None, "compile": contender.is_compiled}
+    loaded = load(Path(job.folder), device=job.device, dtype=dtype, decodes=True, **options)
+    model = loaded.model
 
     def decode(job: Job, first: Callable[[], None]) -> list[int]:
         sampling = SamplingConfig(temperature=0, max_new_tokens=job.n_new)

@@ -40,7 +40,7 @@ from rich.console import Console
 from minigpt.config import SamplingConfig
 from minigpt.console import THEME, print_lines
 from minigpt.generation.decoder import Decoder
-from minigpt.generation.loading import load, prepare_for_decoding
+from minigpt.generation.loading import load
 from minigpt.generation.stream import stream_text
 from minigpt.model.gpt import GPT
 from minigpt.tracing.config import TraceConfig
@@ -212,8 +212,8 @@ def run_in(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     n_new = arguments.n_new
     prompt = [random.Random(0).randrange(32, 127) for _ in range(arguments.n_prompt)]
     write_random(folder, shape_of(arguments.shape, arguments.n_prompt + n_new))
-    model = load(folder, device="cpu", dtype=arguments.dtype).model
-    prepare_for_decoding(model, compile=arguments.compile)
+    options = {"dtype": arguments.dtype, "compile": arguments.compile}
+    model = load(folder, device="cpu", decodes=True, **options).model
 
     def ours(way: str) -> Callable[[], Iterator[None]]:
         return lambda: decoding(model, prompt, n_new, way, folder, compiles=arguments.compile)

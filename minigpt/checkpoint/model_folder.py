@@ -3,7 +3,7 @@
 import errno
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,21 +156,26 @@ def read_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     is_exact: bool = False,
+    make_reader: Callable[[ModelConfig], Any] | None = None,
 ) -> LoadedModel:
     """Read a model folder; names, shapes and sizes are checked before any weight is read.
 
     Args: dtype, of the weights; None keeps the stored dtype; is_exact, whether to read the weights
-        of a checkpoint before they were rounded to the stored dtype.
+        of a checkpoint before they were rounded to the stored dtype; make_reader, which returns a
+        ``generation.fast.reading.WeightReader`` for a config.
     Raises: CheckpointError naming the file, what is wrong with it and the remedy.
     """
     config = read_config(folder)
     exact = folder / STATE_FOLDER
     has_exact = is_exact and os.path.lexists(exact / WEIGHTS)
-    weights = LazyTensors(stored_tensors(config, exact if has_exact else folder))
+    weights = LazyTensors(stored_tensors(config, exact if has_exact else folder), dtype)
     tokenizer = read_vocabulary(folder, config.vocab_size)
+    reader = make_reader(config) if make_reader else None
     model = model_class(config).from_tensors(
-        config, tensors_from_hf(config, weights, device=device, dtype=dtype)
+        config, tensors_from_hf(config, weights, device=device, dtype=dtype, place=reader)
     )
+    if reader:
+        reader.finish(model)
     return LoadedModel(model.eval(), tokenizer, folder)
 
 

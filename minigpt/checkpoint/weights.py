@@ -5,7 +5,7 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -98,26 +98,29 @@ def tensors_from_hf(
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    place: Callable[[str, Tensor], Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Rename, transpose and split tensors of canonical names to a state_dict.
 
     Each is asked for once and released before the next one: with ``LazyTensors``, only one is in
     memory twice at any time.
 
-    Args: device and dtype, of the result; None keeps them.
+    Args: device and dtype, of the result; None keeps them. place, a function that takes our name
+        and a tensor, which may be a view, and returns it as it is to be kept, instead of these.
     Raises: CheckpointError if tied embeddings are stored as two different tensors; KeyError if a
         name is missing (``stored_tensors`` checks names and shapes first).
     """
+    place = place or (lambda _, tensor: placed(tensor, device, dtype))
     if config.model_type == OWN_TYPE:
-        return {name: _placed(tensors[name], device, dtype) for name in tensors}
+        return {name: place(name, tensors[name]) for name in tensors}
     renamed: dict[str, Tensor] = {}
     for name in tensor_names(config):
         tensor = tensors[name.theirs]
         groups = (tensor.t() if name.is_transposed else tensor).unflatten(0, (name.n_groups, -1))
         shares = name.shares or (1,) * len(name.ours)
         sizes = [groups.shape[1] // sum(shares) * share for share in shares]
-        parts = (part.flatten(0, 1) for part in groups.split(sizes, dim=1))
-        renamed |= zip(name.ours, (_placed(part, device, dtype) for part in parts), strict=True)
+        parts = zip(name.ours, groups.split(sizes, dim=1), strict=True)
+        renamed |= {ours: place(ours, part.flatten(0, 1)) for ours, part in parts}
         del tensor, groups, parts
     check_tied(config, tensors)
     return renamed
@@ -135,7 +138,8 @@ def check_tied(config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
             )
 
 
-def _placed(part: Tensor, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
+def placed(part: Tensor, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
+    """Return a tensor of this device and dtype that shares no memory with others."""
     if part.is_contiguous() and part.nbytes == part.untyped_storage().nbytes():
         return part.to(device, dtype)
     place = torch.empty(part.shape, device=device or part.device, dtype=dtype or part.dtype)
@@ -168,14 +172,18 @@ class StoredTensor:
 class LazyTensors(Mapping[str, Tensor]):
     """Tensors by canonical name, each read from its file when it is asked for."""
 
-    def __init__(self, stored: Mapping[str, StoredTensor]) -> None:
-        self._stored = stored
+    def __init__(
+        self, stored: Mapping[str, StoredTensor], dtype: torch.dtype | None = None
+    ) -> None:
+        """Args: dtype, to convert tensors of a wider one to, before they are copied elsewhere."""
+        self._stored, self._dtype = stored, dtype
 
     def __getitem__(self, name: str) -> Tensor:
         stored = self._stored[name]
         with _opened(stored.path) as file:
             tensor: Tensor = file.get_tensor(stored.name)
-            return tensor
+        is_wider = self._dtype is not None and tensor.itemsize > self._dtype.itemsize
+        return tensor.to(self._dtype) if is_wider else tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._stored)

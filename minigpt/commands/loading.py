@@ -50,8 +50,7 @@ def load(source: ModelSource, prompt: str | None, form: PromptForm) -> Ready:
     templates = ring("text.chat") if form.chat else None
     if templates:  # before the model is loaded, which takes longer
         template = templates.read_chat_template(resolve_model(source.model), form.chat_template)
-    folder, loaded = load_model(source)
-    models.prepare_for_decoding(loaded.model, compile=source.compile)
+    folder, loaded = load_model(source, decodes=True)
     tokenizer = models.tokenizer_of(loaded)
     if templates:
         tokenizer = templates.ending_turns(tokenizer, template)
@@ -89,11 +88,18 @@ def note_special(tokenizer: Tokenizer, text: str) -> bool:
     return bool(found)
 
 
-def load_model(source: ModelSource) -> tuple[Path, LoadedModel]:
-    """Find and load a model to decode with, and return its folder too."""
+def load_model(source: ModelSource, *, decodes: bool = False) -> tuple[Path, LoadedModel]:
+    """Find and load a model, and return its folder too. Args: decodes, as for ``models.load``."""
     use_threads(source.threads)
     folder = resolve_model(source.model)
-    loaded = models.load(folder, device=source.device, dtype=source.dtype, quantize=source.quantize)
+    loaded = models.load(
+        folder,
+        device=source.device,
+        dtype=source.dtype,
+        quantize=source.quantize,
+        decodes=decodes,
+        compile=source.compile,
+    )
     return folder, loaded
 
 

@@ -14,7 +14,6 @@ from minigpt.generation.loading import (
     forced_ids,
     load,
     make_decoder,
-    prepare_for_decoding,
     require_new_tokens,
     tokenizer_of,
 )
@@ -200,8 +199,9 @@ def model_and_tokenizer(
             raise ConfigError("a LanguageModel has no tokenizer. Pass tokenizer, too.")
         return model, tokenizer, ""
     folder = resolve_model(str(model))
-    loaded = load(folder, device=device, dtype=dtype, quantize=quantize)
-    prepare_for_decoding(loaded.model, compile=compile)
+    loaded = load(
+        folder, device=device, dtype=dtype, quantize=quantize, decodes=True, compile=compile
+    )
     return loaded.model, tokenizer or tokenizer_of(loaded), str(folder)
 
 

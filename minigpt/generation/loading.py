@@ -1,6 +1,7 @@
 """Loading a model to generate with: its weights, laid out for decoding, and its tokenizer."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,19 +10,27 @@ from minigpt.checkpoint.model_folder import LoadedModel, read_model
 from minigpt.config import SamplingConfig
 from minigpt.errors import CheckpointError, ConfigError, DataError, cut, require_choice
 from minigpt.generation.decoder import Decoder, max_rows_together
-from minigpt.generation.forward import FAST, is_compiled
+from minigpt.generation.forward import FAST
 from minigpt.model.device import has_fast_bfloat16, inference_dtype, resolve_device
 from minigpt.model.language_model import LanguageModel
-from minigpt.rings import find_ring, has_ring, ring
+from minigpt.rings import has_ring, ring
 from minigpt.run_config import DEVICES, DTYPES, QUANTIZATIONS
 from minigpt.text.tokenizer import Tokenizer
 
 
 def load(
-    folder: Path, *, device: str = "auto", dtype: str = "auto", quantize: str | None = None
+    folder: Path,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    quantize: str | None = None,
+    decodes: bool = False,
+    compile: bool | None = None,
 ) -> LoadedModel:
     """Load a model for inference.
 
+    Args: decodes, whether to lay out the weights for fast decoding while they are read, without
+        changing any value; compile, as for ``make_decoder``.
     Raises: CheckpointError if it is damaged; ConfigError for a device that is not available or a
         quantization that is unknown or not available.
     """
@@ -31,23 +40,20 @@ def load(
         require_choice("quantize", quantize, QUANTIZATIONS)
     place = resolve_device(device)
     resolved = inference_dtype(dtype, place)
-    loaded = read_model(folder, device=place, dtype=resolved)
-    loaded.model.requires_grad_(False)
     is_slow = place.type == "cpu" and resolved == torch.bfloat16 and not has_fast_bfloat16(place)
-    if quantize:
-        ring(f"{FAST}.quantize").quantize_int8(loaded.model)
-    elif is_slow and has_ring(FAST):
-        ring(f"{FAST}.quantize").use_float32_activations(loaded.model)
+    make_reader = None
+    if quantize or has_ring(FAST):
+        make_reader = partial(
+            ring(f"{FAST}.reading").WeightReader,
+            device=place,
+            dtype=resolved,
+            activations=torch.float32 if is_slow and not quantize else resolved,
+            quantizes=bool(quantize),
+            joins=decodes and not compile,
+        )
+    loaded = read_model(folder, device=place, dtype=resolved, make_reader=make_reader)
+    loaded.model.requires_grad_(False)
     return loaded
-
-
-def prepare_for_decoding(model: LanguageModel, *, compile: bool | None = None) -> None:
-    """Lay out a model's weights for fast decoding, without changing any value.
-
-    The model must not be trained afterwards. Args: compile, as for ``make_decoder``.
-    """
-    if fast := find_ring(FAST):
-        fast.prepare_for_decoding(model, compiles=is_compiled(model, compile))
 
 
 def tokenizer_of(loaded: LoadedModel) -> Tokenizer:

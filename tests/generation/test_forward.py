@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+import weakref
 from typing import Any
 
 import pytest
@@ -188,6 +189,28 @@ def test_prepared_weights_are_stored_once_and_keep_their_values(
         assert product.weight_IO.data_ptr() == attention.query.weight.data_ptr()
     tokens = random_tokens(2, 9)
     torch.testing.assert_close(plain_logits(model, tokens), plain_logits(plain, tokens))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", ["gpt2", "llama", "qwen2", "qwen3"])
+def test_a_prepared_model_packs_no_weight_again_and_keeps_no_second_copy(
+    shape: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "has_slow_matvec", lambda device: True)
+    if not products.max_table_rows(dtype):
+        pytest.skip("this CPU has no kernels for tables")
+    layout, changes = SHAPES[shape]
+    model = small_model(layout, **changes).to(dtype)
+    plain, tokens = copy.deepcopy(model), random_tokens(1, 9)
+    linears = [weakref.ref(m.weight) for m in model.modules() if isinstance(m, nn.Linear)]
+    prepare_for_decoding(model)
+    assert not any(weight() is not None for weight in linears)
+    monkeypatch.setattr(products, "MatvecTable", None)  # a decoder that packs would fail
+    fused = EagerForward(model, capacity=24)
+    for part in tokens.split([6, 1, 1, 1], dim=1):
+        expected = plain_logits(plain.float(), tokens[:, : fused.cache.length + part.shape[1]])
+        kind = "float32" if dtype == torch.float32 else "bfloat16"
+        assert_near(fused.feed(part), expected, kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)

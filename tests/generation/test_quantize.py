@@ -175,13 +175,13 @@ def test_quantizing_releases_each_block_before_the_next(monkeypatch: pytest.Monk
     model = small_model(n_layer=4)
     weights = [weakref.ref(m.weight) for m in model.modules() if isinstance(m, nn.Linear)]
     alive: list[int] = []
-    convert = quantize._to_int8
+    convert = quantize.to_int8
 
     def counting(weight: torch.Tensor, bias: torch.Tensor | None) -> quantize.WeightOnlyLinear:
         alive.append(sum(ref() is not None for ref in weights))
         return convert(weight, bias)
 
-    monkeypatch.setattr(quantize, "_to_int8", counting)
+    monkeypatch.setattr(quantize, "to_int8", counting)
     quantize.quantize_int8(model)
     # At most the layers of one block are still referenced.
     assert all(n <= len(weights) - max(i - 5, 0) for i, n in enumerate(alive))

@@ -1,11 +1,15 @@
 """Fast decoding of a GPT: a step of few calls, compiled graphs, weight-only quantization."""
 
+from collections.abc import Iterator, Sequence
+
 import torch
+from torch import nn
 
 from minigpt.generation.fast.compiled import CompiledForward
 from minigpt.generation.fast.decode_step import StepForward
 from minigpt.generation.fast.eager import EagerForward
-from minigpt.generation.fast.products import join_weights
+from minigpt.generation.fast.products import join_weights, max_table_rows
+from minigpt.generation.fast.quantize import WeightOnlyEmbedding, hold_weights_apart
 from minigpt.model.attention import Recorder
 from minigpt.model.gpt import GPT, Block
 from minigpt.model.language_model import LanguageModel
@@ -40,18 +44,24 @@ def prepare_for_decoding(model: LanguageModel, *, compiles: bool = False) -> Non
         for weight in model.parameters():
             weight.data = weight.data.contiguous()
         return
+    if max_table_rows(model.dtype) and not isinstance(model.embedding, WeightOnlyEmbedding):
+        hold_weights_apart(model)
+    for layers in joined_layers(model):
+        join_weights(layers)
+
+
+def joined_layers(model: LanguageModel) -> Iterator[Sequence[nn.Module]]:
+    """Yield the layers of each product of a decode step: those of the same input."""
+    # The largest first, while there is memory for a second copy of it.
+    yield [model.unembedding or model.embedding]
     for block in model.blocks:
         assert isinstance(block, Block)
         attention, mlp = block.attention, block.mlp
         up = [mlp.gate, mlp.up] if isinstance(mlp, GatedMLP) else [mlp.up]
-        for layers in (
-            [attention.query, attention.key, attention.value],
-            [attention.output],
-            up,
-            [mlp.down],
-        ):
-            join_weights(layers)
-    join_weights([model.unembedding or model.embedding])
+        yield [attention.query, attention.key, attention.value]
+        yield [attention.output]
+        yield up
+        yield [mlp.down]
 
 
 def make_forward(

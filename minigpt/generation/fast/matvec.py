@@ -8,7 +8,6 @@ Shapes: B rows, I inputs, O outputs; N blocks of W outputs each.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 MAX_ROWS = 16
@@ -32,21 +31,32 @@ class MatvecTable:
     the result does not depend on the number of threads or rows.
     """
 
-    def __init__(self, weight_OI: Tensor) -> None:
-        self.n_outputs, self.n_inputs = weight_OI.shape
-        self.dtype = weight_OI.dtype
+    def __init__(self, *weights_OI: Tensor) -> None:
+        """Args: weights_OI, of one dtype, whose outputs follow each other.
+
+        Blocks are copied one by one, so that no other copy of a large matrix is made.
+        """
+        self.n_outputs, self.n_inputs = sum(map(len, weights_OI)), weights_OI[0].shape[1]
+        self.dtype = weights_OI[0].dtype
         self._n_blocks, self._width = split_into_blocks(self.n_outputs, torch.get_num_threads())
         self._is_padded = self._n_blocks * self._width > self.n_outputs
-        if self._is_padded:
-            padding = self._n_blocks * self._width - self.n_outputs
-            weight_OI = F.pad(weight_OI, (0, 0, 0, padding))
-        table_NIW = weight_OI.unflatten(0, (self._n_blocks, self._width)).mT
-        if self.dtype == torch.int8:
-            tail = torch.tensor([1.0, -_ZERO]).view(torch.uint8)
-            tail = tail.expand(self._n_blocks, self.n_inputs, -1)
-            # Adding 128 in two's complement flips the highest bit.
-            table_NIW = torch.cat((table_NIW.view(torch.uint8) ^ _ZERO, tail), dim=2)
-        self._table = table_NIW.reshape(self._n_blocks * self.n_inputs, -1)
+        is_int8 = self.dtype == torch.int8
+        tail = torch.tensor([1.0, -_ZERO] if is_int8 else []).view(torch.uint8)
+        self._table = torch.empty(
+            self._n_blocks * self.n_inputs,
+            self._width + len(tail),
+            dtype=torch.uint8 if is_int8 else self.dtype,
+        )
+        self._table[:, self._width :] = tail
+        blocks_NIW, start = self._blocks(), 0
+        blocks_NIW[self.n_outputs // self._width :] = _ZERO if is_int8 else 0  # padding
+        for weight_OI in weights_OI:
+            for part in weight_OI.split_with_sizes(self._pieces(start, len(weight_OI))):
+                # Adding 128 in two's complement flips the highest bit.
+                stored = part.view(torch.uint8) ^ _ZERO if is_int8 else part
+                block, place = divmod(start, self._width)
+                blocks_NIW[block, :, place : place + len(part)] = stored.t()
+                start += len(part)
         self._bags: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
 
     def weight(self, start: int = 0, end: int | None = None) -> Tensor:
@@ -61,6 +71,12 @@ class MatvecTable:
         """Return the rows of the matrix for these outputs: (..., I)."""
         block, place = outputs // self._width, outputs % self._width
         return self._as_stored(self._blocks()[block, :, place])
+
+    def _pieces(self, start: int, n_outputs: int) -> list[int]:
+        """Return the sizes of outputs from ``start`` on, cut where blocks begin."""
+        first = min(n_outputs, -start % self._width)
+        n_whole, last = divmod(n_outputs - first, self._width)
+        return [n for n in (first, *[self._width] * n_whole, last) if n]
 
     def _blocks(self) -> Tensor:
         return self._table.unflatten(0, (self._n_blocks, -1))[..., : self._width]  # (N, I, W)

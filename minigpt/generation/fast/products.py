@@ -54,14 +54,15 @@ def make_product(layers: Sequence[nn.Module]) -> Product:
         if table is None:
             if not has_matvec_kernels(quantized[0].weight.device):
                 return Product(quantized)
-            table = MatvecTable(torch.cat([layer.weight for layer in quantized]))
+            table = MatvecTable(*[layer.weight for layer in quantized])
         scale_O = _concatenated([layer.scale for layer in quantized])
-        return TableProduct(table, quantized, scale_O, bias_O)
+        is_as_wide = table.dtype == quantized[0].dtype
+        max_rows = max_table_rows(table.dtype) if is_as_wide else MAX_ROWS
+        return TableProduct(table, quantized, scale_O, bias_O, max_rows)
     weights = _weights(layers)
-    max_rows = _max_table_rows(weights[0])
+    max_rows = max_table_rows(weights[0].dtype)
     if max_rows:
-        table = MatvecTable(torch.cat(weights))
-        return TableProduct(table, layers, bias_O=bias_O, max_rows=max_rows)
+        return TableProduct(MatvecTable(*weights), layers, bias_O=bias_O, max_rows=max_rows)
     weight_IO = _transposed_view(weights)
     if weight_IO is None:
         weight_IO = torch.cat([weight.detach().t() for weight in weights], dim=1)
@@ -76,13 +77,13 @@ def join_weights(layers: Sequence[nn.Module]) -> None:
     quantized = [layer for layer in layers if isinstance(layer, WeightOnlyLinear)]
     if quantized:
         if quantized[0].table is None and has_matvec_kernels(quantized[0].weight.device):
-            table, start = MatvecTable(torch.cat([layer.weight for layer in quantized])), 0
+            table, start = MatvecTable(*[layer.weight for layer in quantized]), 0
             for layer in quantized:
                 layer.move_into(table, start)
                 start += layer.out_features
         return
     weights = _weights(layers)
-    if _max_table_rows(weights[0]) or _transposed_view(weights) is not None:
+    if max_table_rows(weights[0].dtype) or _transposed_view(weights) is not None:
         return
     sizes = [len(weight) for weight in weights]
     joined_IO = weights[0].new_empty(weights[0].shape[1], sum(sizes))
@@ -95,13 +96,17 @@ def _weights(layers: Sequence[nn.Module]) -> list[Tensor]:
     return [layer.weight for layer in layers if isinstance(layer.weight, Tensor)]
 
 
-def _max_table_rows(weight: Tensor) -> int:
-    """Return the number of rows up to which a table beats a matmul on this CPU; 0 for none."""
-    if not has_matvec_kernels(weight.device):
+def max_table_rows(dtype: torch.dtype) -> int:
+    """Return the number of rows up to which a table beats a matmul on this CPU; 0 for none.
+
+    Args: dtype, of the weight and the activations.
+    """
+    device = torch.device("cpu")
+    if not has_matvec_kernels(device):
         return 0
-    if weight.dtype == torch.bfloat16:
-        return _MAX_ROWS_OF_FAST_MATMUL if has_fast_bfloat16(weight.device) else MAX_ROWS
-    return _MAX_ROWS_OF_FAST_MATMUL if has_slow_matvec(weight.device) else 0
+    if dtype == torch.bfloat16:
+        return _MAX_ROWS_OF_FAST_MATMUL if has_fast_bfloat16(device) else MAX_ROWS
+    return _MAX_ROWS_OF_FAST_MATMUL if has_slow_matvec(device) else 0
 
 
 def _concatenated(tensors: Sequence[Tensor | None]) -> Tensor | None:
@@ -148,8 +153,7 @@ class MatrixProduct(Product):
 class TableProduct(Product):
     """A table for few rows, and the layers themselves for many.
 
-    The layers of a float table keep their own weights, so a bfloat16 model takes as much memory as
-    one in float32. Quantized layers share the table once they are prepared.
+    Layers share the table, and have no other copy of their weights, once they are prepared.
     """
 
     def __init__(

@@ -7,25 +7,33 @@ Shapes: I inputs, O outputs, V vocabulary.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minigpt.config import ModelConfig
 from minigpt.errors import ConfigError
 from minigpt.generation.fast.matvec import MAX_ROWS, MatvecTable
 from minigpt.model.language_model import LanguageModel
 
 _MAX_INT8 = 127  # symmetric, so that zero is exact
+_ROWS_AT_ONCE = 4096
 
 
 class WeightOnlyLinear(nn.Module):
     """A linear layer with a bfloat16 weight, or int8 and a scale: (..., I) -> (..., O)."""
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        scale: Tensor | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        """Args: weight (O, I); scale (O,), of each output, in the dtype of the activations."""
+        """Args: weight (O, I); scale (O,), of each output; dtype, of the activations."""
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self._weight: Tensor | None
@@ -33,6 +41,7 @@ class WeightOnlyLinear(nn.Module):
         self.register_buffer("_weight", weight.detach())
         self.register_buffer("scale", scale)
         self.bias = bias
+        self.dtype = dtype
         self.table: MatvecTable | None = None
         """Table that holds the weight after ``move_into``."""
         self._start = 0
@@ -45,6 +54,11 @@ class WeightOnlyLinear(nn.Module):
         assert self._weight is not None
         return self._weight
 
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """Dtype of the stored weight."""
+        return self.weight.dtype if self.table is None else self.table.dtype
+
     def dense_weight(self) -> Tensor:
         """Return the dequantized weight: (O, I), float32."""
         weight = self.weight.float()
@@ -56,9 +70,8 @@ class WeightOnlyLinear(nn.Module):
             rows = self.weight[outputs]
         else:
             rows = self.table.rows(self._start + outputs)
-        if self.scale is None:
-            return rows.float()
-        return rows.to(self.scale.dtype) * self.scale[outputs].unsqueeze(-1)
+        rows = rows.to(self.dtype)
+        return rows if self.scale is None else rows * self.scale[outputs].unsqueeze(-1)
 
     def move_into(self, table: MatvecTable, start: int) -> None:
         """Release the weight, which the table holds from output ``start`` on."""
@@ -122,16 +135,21 @@ def quantize_int8(model: LanguageModel) -> None:
     positions stay as they are. The model can decode and be evaluated, but not be trained or saved.
     Raises: ConfigError for a device without int8 products, or for an LSTM.
     """
-    if model.config.arch != "gpt":
+    require_int8(model.config, model.device)
+    _replace_layers(model, to_int8)
+
+
+def require_int8(config: ModelConfig, device: torch.device) -> None:
+    """Raise ConfigError for a device without int8 products, or for an LSTM."""
+    if config.arch != "gpt":
         raise ConfigError(
-            f"quantize int8 needs arch gpt: of arch {model.config.arch}, only the embeddings would "
+            f"quantize int8 needs arch gpt: of arch {config.arch}, only the embeddings would "
             "become smaller. Leave it out."
         )
-    if model.device.type == "mps":
+    if device.type == "mps":
         raise ConfigError(
             "quantize int8 is not available on mps. Use --device cpu, or leave it out."
         )
-    _replace_layers(model, _to_int8)
 
 
 @torch.no_grad()
@@ -147,6 +165,12 @@ def use_float32_activations(model: LanguageModel) -> None:
         tensor.data = tensor.data.float()
 
 
+@torch.no_grad()
+def hold_weights_apart(model: LanguageModel) -> None:
+    """Make all linear layers and the embedding WeightOnly ones, with their weights as they are."""
+    _replace_layers(model, partial(WeightOnlyLinear, dtype=model.dtype))
+
+
 def _replace_layers(
     model: LanguageModel, quantize: Callable[[Tensor, Tensor | None], WeightOnlyLinear]
 ) -> None:
@@ -155,16 +179,24 @@ def _replace_layers(
         for name, child in module.named_children():
             if isinstance(child, nn.Linear):
                 setattr(module, name, quantize(child.weight, child.bias))
-    embedding = quantize(model.embedding.weight, None)
+    put_embedding(model, quantize(model.embedding.weight, None))
+
+
+def put_embedding(model: LanguageModel, embedding: WeightOnlyLinear) -> None:
+    """Make a weight the embedding of a model, and if tied the output projection."""
     if model.config.tie_embeddings:
         model.unembedding = embedding
     setattr(model, "embedding", WeightOnlyEmbedding(embedding))  # noqa: B010  another type
 
 
-def _to_int8(weight: Tensor, bias: Tensor | None) -> WeightOnlyLinear:
-    # With few temporary copies: for a large embedding, one more would set the peak memory.
+def to_int8(weight: Tensor, bias: Tensor | None) -> WeightOnlyLinear:
     largest = torch.linalg.vector_norm(weight, torch.inf, dim=1, dtype=torch.float32)
     largest.clamp_(min=torch.finfo(torch.float32).tiny)
     scale = (largest / _MAX_INT8).to(weight.dtype)  # round with the scale as it is stored
-    steps = (weight / scale.float()[:, None]).round_().clamp_(-_MAX_INT8, _MAX_INT8)
-    return WeightOnlyLinear(steps.to(torch.int8), bias, scale)
+    steps = torch.empty_like(weight, dtype=torch.int8)
+    # In parts: of a large embedding, a temporary copy would set the peak memory.
+    for part in torch.arange(len(weight)).split(_ROWS_AT_ONCE):
+        rows = slice(int(part[0]), int(part[-1]) + 1)
+        exact = weight[rows] / scale[rows].float()[:, None]
+        steps[rows] = exact.round_().clamp_(-_MAX_INT8, _MAX_INT8)
+    return WeightOnlyLinear(steps, bias, scale, dtype=weight.dtype)

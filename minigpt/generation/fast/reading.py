@@ -1,0 +1,128 @@
+"""Reading a model's weights into the layout that decodes them, without a second copy of any.
+
+Each weight is converted when it is read from its file, and joined with those of the same input as
+soon as the last of them is read: only that product is in memory twice at any time.
+"""
+
+import ctypes
+import sys
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from minigpt.checkpoint.weights import placed
+from minigpt.config import ModelConfig
+from minigpt.generation.fast import joined_layers
+from minigpt.generation.fast.matvec import has_matvec_kernels
+from minigpt.generation.fast.products import join_weights, max_table_rows
+from minigpt.generation.fast.quantize import (
+    WeightOnlyLinear,
+    put_embedding,
+    require_int8,
+    to_int8,
+)
+from minigpt.model.gpt import GPT
+from minigpt.model.language_model import LanguageModel, model_class
+
+_MMAP_THRESHOLD = 2**20
+_LARGEST_MMAP_THRESHOLD = 2**25  # glibc's own, which it raises the threshold to
+
+
+class WeightReader:
+    """Takes the weights of linear layers and the embedding as they are read, and keeps them."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        activations: torch.dtype,
+        quantizes: bool,
+        joins: bool,
+    ) -> None:
+        """Args: dtype, of the weights; quantizes, whether to quantize them to int8; joins, whether
+        to lay them out for the eager decode step, if it supports the model.
+
+        Raises: ConfigError if int8 is not available.
+        """
+        if quantizes:
+            require_int8(config, device)
+        model = model_class(config).without_weights(config)
+        self._device, self._dtype, self._activations = device, dtype, activations
+        self._quantizes = quantizes
+        joins = joins and type(model) is GPT and device.type == "cpu"
+        self._is_apart = quantizes or dtype != activations or (joins and max_table_rows(dtype) > 0)
+        self._joins = joins and (has_matvec_kernels(device) or not self._is_apart)
+        self._groups: dict[str, list[str]] = {}
+        if self._is_apart or self._joins:
+            for group in _groups(model, joins=self._joins):
+                self._groups |= dict.fromkeys(group, group)
+        if self._is_apart and not config.tie_embeddings:
+            self._groups["embedding"] = []  # only looked up
+        self._layers: dict[str, nn.Module] = {}
+        self._last = ""  # layer whose weight was read last
+        _set_mmap_threshold(_MMAP_THRESHOLD)
+
+    def __call__(self, name: str, tensor: Tensor) -> Tensor:
+        """Return a tensor for the model, without memory of its own if ``finish`` replaces it."""
+        self._join()
+        layer, _, kind = name.rpartition(".")
+        if kind != "weight" or layer not in self._groups:
+            return placed(tensor, self._device, self._activations)
+        if self._joins:  # which copies it anyway
+            weight = tensor.to(self._device, self._dtype)
+        else:
+            weight = placed(tensor, self._device, self._dtype)
+        if self._quantizes:
+            self._layers[layer] = to_int8(weight, None)
+        elif self._is_apart:
+            self._layers[layer] = WeightOnlyLinear(weight, dtype=self._activations)
+        else:
+            self._layers[layer] = nn.Embedding.from_pretrained(weight)  # holds it
+        self._last = layer
+        placeholder = torch.empty(1, device=self._device, dtype=self._activations)
+        return placeholder.expand(tensor.shape)
+
+    def _join(self) -> None:
+        """Join the layers that are complete: at the next call, when the tensor read is released."""
+        group = self._groups.get(self._last, []) if self._joins else []
+        if group and all(layer in self._layers for layer in group):
+            join_weights([self._layers[layer] for layer in group])
+        self._last = ""
+
+    def finish(self, model: LanguageModel) -> None:
+        """Put the weights into the model."""
+        self._join()
+        _set_mmap_threshold(_LARGEST_MMAP_THRESHOLD)
+        for name, kept in self._layers.items():
+            layer = model.get_submodule(name)
+            if not isinstance(kept, WeightOnlyLinear):
+                layer.weight = kept.weight
+                continue
+            parent, _, child = name.rpartition(".")
+            kept.bias = getattr(layer, "bias", None)
+            if name != "embedding":
+                setattr(model.get_submodule(parent), child, kept)
+            else:
+                put_embedding(model, kept)
+
+
+def _set_mmap_threshold(n_bytes: int) -> None:
+    """Let glibc return larger blocks to the system when they are freed.
+
+    By default they leave holes, which the tensors that stay do not fit into: 140 MB for GPT-2.
+    """
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        mallopt(-3, n_bytes)  # M_MMAP_THRESHOLD
+
+
+def _groups(model: LanguageModel, *, joins: bool) -> Iterator[list[str]]:
+    """Yield the names of the layers whose weights are laid out together."""
+    names = {module: name for name, module in model.named_modules()}
+    if joins and isinstance(model, GPT):
+        for layers in joined_layers(model):
+            yield [names[layer] for layer in layers]
+    else:
+        yield from ([n] for m, n in names.items() if isinstance(m, nn.Linear) or n == "embedding")

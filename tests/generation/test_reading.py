@@ -1,0 +1,126 @@
+"""Weights that are laid out while they are read: the same values, and no second copy."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_models import LAYOUTS, random_tokens, small_model
+
+from minigpt.checkpoint.model_folder import write_model
+from minigpt.generation import loading
+from minigpt.generation.decoder import Decoder
+from minigpt.generation.fast import prepare_for_decoding, products
+from minigpt.generation.fast.quantize import WeightOnlyLinear
+from minigpt.generation.loading import load
+from minigpt.model.gpt import GPT
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "float32-tables": {},
+    "bfloat16": {"dtype": "bfloat16"},
+    "bfloat16-weights": {"dtype": "bfloat16"},
+    "int8": {"quantize": "int8"},
+}
+
+
+@pytest.fixture(params=OPTIONS)
+def options(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    is_fast = request.param == "bfloat16"
+    monkeypatch.setattr(products, "has_slow_matvec", lambda _: request.param == "float32-tables")
+    for module in (loading, products):
+        monkeypatch.setattr(module, "has_fast_bfloat16", lambda _: is_fast)
+    return OPTIONS[request.param]
+
+
+def shown(model: Any, tokens: torch.Tensor) -> list[torch.Tensor]:
+    decoder = Decoder(model, tokens[0, :6].tolist(), compiles=False)
+    return [decoder.prompt_logits, *(decoder.logits([int(t)]).clone() for t in tokens[0, 6:])]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_model_laid_out_while_it_is_read_computes_the_same_bits(
+    layout: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_model(tmp_path, small_model(layout), None)
+    later = load(tmp_path, device="cpu", **options).model
+    prepare_for_decoding(later)
+    read = load(tmp_path, device="cpu", decodes=True, **options).model
+    if later.dtype == torch.float32:  # MatvecTable is a name in join_weights, too
+        monkeypatch.setattr(products.torch.Tensor, "t", None)  # nothing is laid out again
+        monkeypatch.setattr(products, "MatvecTable", None)
+    prepare_for_decoding(read)
+    monkeypatch.undo()
+    assert read.dtype == later.dtype
+    assert {n: type(m) for n, m in read.named_modules()} == {
+        n: type(m) for n, m in later.named_modules()
+    }
+    tokens = random_tokens(1, 9)
+    for ours, theirs in zip(shown(read, tokens), shown(later, tokens), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_model_read_for_a_compiled_step_keeps_each_weight_contiguous(tmp_path: Path) -> None:
+    write_model(tmp_path, small_model("gpt2"), None)
+    for options in ({"compile": True}, {"compile": True, "quantize": "int8"}):
+        model = load(tmp_path, device="cpu", decodes=True, **options).model  # type: ignore[arg-type]
+        assert all(tensor.is_contiguous() for tensor in model.state_dict().values())
+    eager = load(tmp_path, device="cpu", decodes=True).model
+    kept = [module for module in eager.modules() if isinstance(module, WeightOnlyLinear)]
+    assert kept or not all(parameter.is_contiguous() for parameter in eager.parameters())
+
+
+_PEAK = """
+import sys
+from pathlib import Path
+
+import torch
+
+import minigpt.generation.fast
+from minigpt.generation.decoder import Decoder
+from minigpt.generation.loading import load
+
+
+def status(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
+
+
+def decoded(folder):
+    options = {"dtype": "bfloat16"} if sys.argv[1] == "bfloat16" else {}
+    options |= {"quantize": "int8"} if sys.argv[1] == "int8" else {}
+    model = load(Path(folder), device="cpu", decodes=True, compile=False, **options).model
+    Decoder(model, [1, 2, 3], max_new_tokens=4).logits([4])
+
+
+torch.set_num_threads(1)
+decoded(sys.argv[2])
+before = status("VmRSS")
+decoded(sys.argv[3])
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's peak memory")
+@pytest.mark.parametrize(("kind", "n_bytes"), [("float32", 4), ("bfloat16", 2), ("int8", 1)])
+@pytest.mark.parametrize("layout", ["gpt2-tied", "llama"])
+def test_peak_memory_is_at_most_the_weights_a_quarter_and_the_largest_tensor(
+    layout: str, kind: str, n_bytes: int, tmp_path: Path
+) -> None:
+    shape = {"d_model": 512, "d_head": 64, "n_head": 8, "vocab_size": 8192, "n_layer": 8}
+    shape |= {"n_kv_head": 8, "d_mlp": 2048}
+    large = small_model(layout, **shape)
+    assert isinstance(large, GPT)
+    n_weights = sum(parameter.numel() for parameter in large.parameters())
+    write_model(tmp_path / "large", large, None)
+    write_model(tmp_path / "small", small_model(layout), None)
+    words = [kind, str(tmp_path / "small"), str(tmp_path / "large")]
+    peak = subprocess.check_output([sys.executable, "-c", _PEAK, *words], text=True)
+    largest = 4 * max(parameter.numel() for parameter in large.parameters())  # as it is stored
+    room = 16e6  # of the allocator, and buffers of the libraries
+    assert int(peak) < 1.25 * n_bytes * n_weights + largest + room
+    if n_bytes > 1:
+        assert int(peak) < 2 * n_bytes * n_weights  # no second copy, even with the room
