@@ -87,7 +87,7 @@ def write_model(
     if tokenizer is not None and not has_vocabulary:
         files[TOKENIZER] = to_json(tokenizer_to_json(tokenizer))
         own = tokenizer_config(tokenizer, model.config.context_length)
-        classes = find_ring("checkpoint.tokenizer_classes")
+        classes = find_ring("text.tokenizer_classes")
         if classes and config["model_type"] == "qwen2" and carried is None:
             own |= classes.PLAIN_CLASS
             files |= classes.PLAIN_FILES

@@ -33,10 +33,10 @@ def read_tokenizer(
     files, data = find_ring("checkpoint.vocabulary_files"), None
     if os.path.lexists(folder / TOKENIZER):
         data = read_json(folder / TOKENIZER)
-        if classes := find_ring("checkpoint.tokenizer_classes"):
-            data = classes.as_auto_tokenizer(folder, config, data)
+        if classes := find_ring("text.tokenizer_classes"):
+            data = classes.as_auto_tokenizer(folder, data)
     elif files:
-        data = files.read_vocabulary_files(folder, config)
+        data = files.read_vocabulary_files(folder)
     if data is None:
         return None
     if n_rows is not None:

@@ -7,35 +7,39 @@ from pathlib import Path
 from typing import Any
 
 from minigpt.checkpoint.byte_pair_json import tokenizer_file
-from minigpt.checkpoint.tokenizer_classes import class_parts, content, tokenizer_class
 from minigpt.errors import CheckpointError
 from minigpt.files import read_bytes, read_json, resource_errors
-from minigpt.text.tokenizer import END_OF_TEXT
+from minigpt.text.tokenizer_classes import (
+    class_parts,
+    content,
+    tokenizer_class,
+    tokenizer_settings,
+)
 
 VOCAB, MERGES, ADDED = "vocab.json", "merges.txt", "added_tokens.json"
 SCORES = "sp_vocab.json"
 
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 _VISIBLE_SPACE = "\u2581"
-_END_OF_TEXT = dict.fromkeys(("unk_token", "bos_token", "eos_token"), END_OF_TEXT)
 
 JSONValue = dict[str, Any]
 
 
-def read_vocabulary_files(folder: Path, config: Mapping[str, Any]) -> JSONValue | None:
+def read_vocabulary_files(folder: Path) -> JSONValue | None:
     """Return the vocabulary of a folder as a tokenizer.json; None if it has none of these files.
 
-    Args: config, the parsed tokenizer_config.json.
     Raises: CheckpointError if a file is damaged, or of a kind that is not read.
     """
     if os.path.lexists(folder / VOCAB) and os.path.lexists(folder / MERGES):
-        return _json_from_merges(folder, config, tokenizer_class(folder, config, {}))
+        return _json_from_merges(folder)
     if os.path.lexists(folder / SCORES):
         return json_from_scores(read_json(folder / SCORES))
     return None
 
 
-def _json_from_merges(folder: Path, config: Mapping[str, Any], kind: str) -> dict[str, Any]:
+def _json_from_merges(folder: Path) -> JSONValue:
+    config = tokenizer_settings(folder)
+    kind = tokenizer_class(folder, config)
     added = read_json(folder / ADDED) if os.path.lexists(folder / ADDED) else {}
     try:
         with resource_errors(folder):
@@ -129,11 +133,10 @@ def json_from_merges(
 ) -> JSONValue:
     """Return vocab.json and merges.txt as the tokenizer.json that transformers makes of them.
 
-    Args: merges, the text of merges.txt; config, the parsed tokenizer_config.json; added, the
+    Args: merges, the text of merges.txt; config, the ``tokenizer_settings``; added, the
         parsed added_tokens.json; kind, the tokenizer class, which decides how a text is split.
     Raises: CheckpointError for another class, or if a file is damaged.
     """
-    kind = kind or "GPT2Tokenizer"
     parts = class_parts(kind, config)
     if parts is None or parts["model"]["byte_fallback"]:
         raise CheckpointError(
@@ -146,13 +149,13 @@ def json_from_merges(
     for id_, token in dict(config.get("added_tokens_decoder") or {}).items():
         options[token["content"]] = token | {"id": int(id_)}
     for field in ("bos_token", "eos_token", "unk_token", "pad_token"):
-        if (token := content(config.get(field, _END_OF_TEXT.get(field)))) is not None:
+        if (token := content(config.get(field))) is not None:
             options.setdefault(token, {})
     ids = {str(token): int(id_) for token, id_ in vocab.items()}
     for token, option in options.items():
         ids.setdefault(token, option.get("id", 1 + max(ids.values(), default=-1)))
     plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    begin = content(config.get("bos_token", _END_OF_TEXT["bos_token"]))
+    begin = content(config.get("bos_token"))
     begins = bool(config.get("add_bos_token")) and begin is not None
     model = parts["model"] | {"vocab": dict(vocab), "merges": [m.rstrip("\r") for m in lines]}
     return tokenizer_file(

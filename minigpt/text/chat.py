@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from minigpt.errors import CheckpointError, ConfigError, DataError, MinigptError
 from minigpt.files import read_bytes, read_json, resource_errors
 from minigpt.text.chat_sandbox import ANSWER, ANSWER_END, rendered
 from minigpt.text.tokenizer import END_OF_TEXT, Tokenizer, well_formed
+from minigpt.text.tokenizer_classes import TOKENIZER_CONFIG, named_tokens, tokenizer_settings
 
 Message = Mapping[str, Any]
 """One turn: its ``role`` (system, user, assistant, ...) and ``content``."""
@@ -32,9 +33,6 @@ PLAIN_TEMPLATE = (
     "{{ 'Assistant:\n' if add_generation_prompt }}"
 )
 """Template for a vocabulary whose only special token is the end of a text."""
-
-_TOKENIZER_CONFIG = "tokenizer_config.json"
-_NAMED_TOKENS = [f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
 
 # Unicode noncharacters, which no text has; they are removed from messages.
 _BEGIN, _END = "\ufdd0", "\ufdd1"  # around a special token that is plain text
@@ -51,6 +49,10 @@ class ChatTemplate:
     """bos_token, eos_token and so on."""
     where: str
     """Where it comes from, for messages."""
+    with_tools: str | None = None
+    """Jinja source for conversations with tools. None for the same."""
+    tools: Sequence[Any] | None = None
+    """JSON schemas of the functions that the assistant may call. None if it can call none."""
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
         """Return the text of a conversation.
@@ -69,7 +71,8 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
     ) -> list[int]:
         """Return the ids of a conversation; raise as ``render``."""
-        text = self._rendered(_marked(messages, tokenizer), add_generation_prompt)
+        marked = replace(self, tools=_marked(self.tools, tokenizer))
+        text = marked._rendered(_marked(messages, tokenizer), add_generation_prompt)
         ids = _encode(tokenizer, re.sub(f"[{ANSWER}{ANSWER_END}]", "", text))
         if not ids:
             raise DataError(
@@ -88,10 +91,11 @@ class ChatTemplate:
         Raises: as ``render``, and DataError if the template changes the text around an answer.
         """
         marked = _marked(messages, tokenizer)
-        text, spans = _take_spans(self._rendered(marked, False))
+        template = replace(self, tools=_marked(self.tools, tokenizer))
+        text, spans = _take_spans(template._rendered(marked, False))
         if not spans:
             spans = [
-                self._span(tokenizer, text, marked, index)
+                template._span(tokenizer, text, marked, index)
                 for index, message in enumerate(marked)
                 if message.get("role") == "assistant"
             ]
@@ -131,12 +135,13 @@ class ChatTemplate:
         return start, stop + (special.end() if special else 0)
 
     def _rendered(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        source = self.source if self.tools is None else self.with_tools or self.source
         return rendered(
-            self.source,
+            source,
             self.where,
             **self.tokens,
             messages=[_plain(message) for message in messages],
-            tools=None,
+            tools=self.tools,
             documents=None,
             add_generation_prompt=add_generation_prompt,
         )
@@ -171,14 +176,8 @@ def read_chat_template(folder: Path, named: str | None = None) -> ChatTemplate:
             f"{str(folder)!r} has no chat template, so it may not be a chat model. Leave --chat "
             f"out, or give a template: --chat-template FILE, in Jinja as {TEMPLATE_FILE} of others."
         )
-    return ChatTemplate(source, named_tokens(_tokenizer_config(folder)), where)
-
-
-def named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """Return bos_token, eos_token and so on of a parsed tokenizer_config.json."""
-    found = {name: config.get(name) for name in _NAMED_TOKENS}
-    texts = {name: t.get("content") if isinstance(t, dict) else t for name, t in found.items()}
-    return {name: text for name, text in texts.items() if isinstance(text, str)}
+    with_tools = templates.get("tool_use") if named is None else None
+    return ChatTemplate(source, named_tokens(tokenizer_settings(folder)), where, with_tools)
 
 
 def training_template(named: str | None, folder: Path | None) -> ChatTemplate:
@@ -191,7 +190,7 @@ def training_template(named: str | None, folder: Path | None) -> ChatTemplate:
     if folder is not None:
         if named is not None or templates_of(folder):
             return read_chat_template(folder, named)
-        tokens = named_tokens(_tokenizer_config(folder))
+        tokens = named_tokens(tokenizer_settings(folder))
         if "eos_token" not in tokens:
             raise ConfigError(
                 f"{str(folder)!r} has no chat template, and no eos_token for a plain one. Give a "
@@ -270,25 +269,22 @@ def check_messages(messages: object, where: str) -> list[Message]:
     return messages
 
 
-def _tokenizer_config(folder: Path) -> dict[str, Any]:
-    path = folder / _TOKENIZER_CONFIG
-    return read_json(path) if os.path.lexists(path) else {}
-
-
 def templates_of(folder: Path) -> dict[str, str]:
     """Return the templates of a folder by name; files take precedence, as in transformers.
 
     Raises: CheckpointError if one is damaged.
     """
-    stored = _tokenizer_config(folder).get("chat_template")
-    if isinstance(stored, str):
-        stored = [{"name": "default", "template": stored}]
+    path = folder / TOKENIZER_CONFIG
+    stored = read_json(path).get("chat_template") if os.path.lexists(path) else None
+    found = {"default": stored} if isinstance(stored, str) else stored or {}
     try:
-        found = {str(t["name"]): str(t["template"]) for t in stored or ()}
+        if not isinstance(found, Mapping):
+            found = {t["name"]: t["template"] for t in found}
+        found = {str(name): str(template) for name, template in found.items()}
     except (TypeError, KeyError):
         raise CheckpointError(
-            f"the chat_template in {str(folder / _TOKENIZER_CONFIG)!r} is neither a text nor a "
-            "list of objects with name and template. Give another with --chat-template FILE."
+            f"the chat_template in {str(path)!r} is neither a text nor a list of objects with name "
+            "and template. Mend it, or give another with --chat-template FILE."
         ) from None
     others = sorted((folder / "additional_chat_templates").glob("*.jinja"))
     files = {path.stem: _read(path, CheckpointError) for path in others}
@@ -319,18 +315,15 @@ def _plain(message: Message) -> dict[str, Any]:
     return {"thinking": reasoning, **kept, "reasoning_content": reasoning}
 
 
-def _marked(messages: Sequence[Message], tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """Mark special tokens in the texts of messages, which then stay plain text."""
-
-    def mark(value: Any) -> Any:
-        if isinstance(value, str):
-            value = _NONCHARACTERS.sub("", well_formed(value))
-            return tokenizer.special_pattern.sub(f"{_BEGIN}\\1{_END}", value)
-        if isinstance(value, Mapping):
-            return {key: mark(item) for key, item in value.items()}
-        return [mark(item) for item in value] if isinstance(value, list | tuple) else value
-
-    return [mark(message) for message in messages]
+def _marked(value: Any, tokenizer: Tokenizer) -> Any:
+    """Mark special tokens in the texts of messages or tools, which then stay plain text."""
+    if isinstance(value, str):
+        value = _NONCHARACTERS.sub("", well_formed(value))
+        return tokenizer.special_pattern.sub(f"{_BEGIN}\\1{_END}", value)
+    if isinstance(value, Mapping):
+        return {key: _marked(item, tokenizer) for key, item in value.items()}
+    is_list = isinstance(value, list | tuple)
+    return [_marked(item, tokenizer) for item in value] if is_list else value
 
 
 def _encode(tokenizer: Tokenizer, text: str) -> list[int]:

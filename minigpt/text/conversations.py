@@ -18,12 +18,12 @@ from minigpt.text.tokens import CONTEXT_ONLY
 
 
 def conversation_of_row(row: object) -> str:
-    """Return the messages of a row of training data, as JSON.
+    """Return the messages of a row of training data, as JSON: a list, or an object with tools too.
 
     Raises: DataError, to be put after the name of the row, if it has none.
     """
     row = row if isinstance(row, Mapping) else {}
-    messages = row.get("messages")
+    messages, tools = row.get("messages"), _tools(row.get("tools"))
     if messages is None and {"instruction", "output"} <= row.keys() and "prompt" not in row:
         row = _instruction(row)
     if messages is None and {"prompt", "completion"} <= row.keys():
@@ -43,7 +43,19 @@ def conversation_of_row(row: object) -> str:
             raise DataError("has a message that is not an object with role and content")
     if not any(message["role"] == "assistant" for message in messages):
         raise DataError("has no message of the assistant")
-    return well_formed(json.dumps(messages, ensure_ascii=False))
+    found = messages if tools is None else {"messages": messages, "tools": tools}
+    return well_formed(json.dumps(found, ensure_ascii=False))
+
+
+def _tools(tools: Any) -> Any:
+    """Return the tools of a row, which may be JSON in a text."""
+    with suppress(ValueError, RecursionError):
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+    if tools is not None and not (
+        isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)
+    ):
+        raise DataError('has "tools" that are not a list of objects')
+    return tools
 
 
 def _instruction(row: Mapping[str, Any]) -> dict[str, str]:
@@ -57,10 +69,19 @@ def _instruction(row: Mapping[str, Any]) -> dict[str, str]:
     return {"prompt": prompt, "completion": str(values["output"])}
 
 
+def _parsed(text: str, template: ChatTemplate) -> tuple[list[Any], ChatTemplate]:
+    """Return the messages of ``conversation_of_row``, and the template with their tools."""
+    found = json.loads(text)
+    if isinstance(found, list):
+        return found, template
+    return found["messages"], replace(template, tools=found["tools"])
+
+
 def row_text(text: str, template: ChatTemplate) -> str:
     """Return the rendered text of a conversation, given as JSON; empty if it is refused."""
     with suppress(DataError):
-        return template.render(json.loads(text), add_generation_prompt=False)
+        messages, template = _parsed(text, template)
+        return template.render(messages, add_generation_prompt=False)
     return ""
 
 
@@ -96,7 +117,7 @@ def encode_row(
     Args: loss_on, completion to add CONTEXT_ONLY to tokens that are not the assistant's.
     Raises: as ``ChatTemplate.encode_answers``.
     """
-    messages = json.loads(text)
+    messages, template = _parsed(text, template)
     try:
         if loss_on == "all":
             ids = template.encode(tokenizer, messages, add_generation_prompt=False)

@@ -192,6 +192,21 @@ def test_metadata_has_the_shape_of_the_model(tmp_path: Path) -> None:
     assert facts["general.file_type"] == gguf.LlamaFileType.ALL_F32
 
 
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [("My-Phi-3-mini", "My-phi 3-mini"), ("phi3", "phi 3"), ("phi4", "phi4")],
+)
+def test_a_model_named_phi3_without_the_tokens_of_phi3_gets_another_name(
+    name: str, written: str, tmp_path: Path
+) -> None:
+    """llama.cpp looks for those tokens in every model of that name, and fails without them."""
+    exported = export_gguf(folder_of(tmp_path / name, BytesTokenizer()), tmp_path / "m", "f32")
+    assert read(tmp_path / "m")[0]["general.name"] == written
+    assert any("expects the tokens of Phi-3" in note for note in exported.notes) == (
+        name != written
+    )
+
+
 def vocabulary(path: Path, tokenizer: Tokenizer | None, **shape: Any) -> dict[str, Any]:
     """Return the metadata of a vocabulary, without the prefix of its names."""
     folder_of(path, tokenizer, **shape)
@@ -493,7 +508,7 @@ def test_large_matrices_are_converted_some_rows_at_a_time(
 def test_names_and_templates_that_are_not_utf_8_are_written_as_replaced(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / os.fsdecode(b"tales\xff"), BytesTokenizer())
     config = json.loads((folder / "tokenizer_config.json").read_text())
-    templates = [{"name": "default", "template": "a\ud800"}, {"name": "tool", "template": "b"}, 7]
+    templates = [{"name": "default", "template": "a\ud800"}, {"name": "tool", "template": "b"}]
     (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": templates}))
     export_gguf(folder, tmp_path / "m.gguf", "f32")
     facts, _ = read(tmp_path / "m.gguf")

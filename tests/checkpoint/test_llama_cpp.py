@@ -84,8 +84,7 @@ def logits_of(llama: Any, ids: list[int]) -> torch.Tensor:
 def test_logits_and_greedy_ids_equal_ours(
     layout: str, tmp_path: Path, exported: Callable[..., Any]
 ) -> None:
-    # llama.cpp looks for tokens of Phi-3 in the vocabulary of a file with that name
-    folder = small_folder(tmp_path / "model", BytesTokenizer(), layout)
+    folder = small_folder(tmp_path / layout, BytesTokenizer(), layout)
     exact = {"type_k": 0, "type_v": 0}  # a cache in float32
     llama, model = exported(folder, **exact), read_model(folder).model
     ids = list(b"Once upon a time, there was")
@@ -128,8 +127,15 @@ def check_ids(llama: Any, tokenizer: Tokenizer, texts: list[str]) -> None:
 
 @pytest.mark.parametrize("name", OWN)
 def test_ids_of_fuzzed_texts_equal_ours(
-    name: str, tmp_path: Path, exported: Callable[..., Any]
+    name: str,
+    tmp_path: Path,
+    exported: Callable[..., Any],
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if name in ("gpt2", "cl100k_base"):
+        shared = request.getfixturevalue("shared")
+        monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared / "tiktoken"))
     tokenizer = OWN[name]()
     folder = small_folder(tmp_path / name, tokenizer, "llama-grouped", tokenizer.vocab_size + 7)
     llama = exported(folder)

@@ -180,13 +180,16 @@ FILES = {
 SPLITTING_CLASSES = [
     *(None, "PreTrainedTokenizerFast", "GPT2Tokenizer", "GPT2TokenizerFast", "LlamaTokenizer"),
     *("LlamaTokenizerFast", "Qwen2Tokenizer", "Qwen2TokenizerFast", "GemmaTokenizerFast"),
-    *("GPTNeoXTokenizerFast", "CodeGenTokenizer", "UnknownTokenizer"),
+    *("GPTNeoXTokenizerFast", "CodeGenTokenizer", "CohereTokenizer", "UnknownTokenizer"),
 ]
 MODEL_TYPES = [
     *("llama", "mistral", "gpt2", "qwen2", "qwen3", "gpt_neox", "gemma2", "gemma3_text"),
     *("olmo2", "phi3", "smollm3"),
 ]
-_FOR_BYTES = ("GPT2Tokenizer", "Qwen2Tokenizer", "GPTNeoXTokenizer", "CodeGenTokenizer")
+_FOR_BYTES = (
+    *("GPT2Tokenizer", "Qwen2Tokenizer", "GPTNeoXTokenizer", "CodeGenTokenizer"),
+    "CohereTokenizer",
+)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Chat templates give the text and the ids of transformers, and foreign ones do no harm."""
 
+import itertools
 import json
 import re
 from collections.abc import Callable
@@ -16,8 +17,9 @@ from minigpt.errors import CheckpointError, ConfigError, DataError
 from minigpt.text.bpe import train_bpe
 from minigpt.text.byte_pairs import TiktokenTokenizer, make_encoding
 from minigpt.text.chat import ChatTemplate, ending_turns, read_chat_template, training_template
-from minigpt.text.conversations import conversation_of_row
+from minigpt.text.conversations import conversation_of_row, encode_row, row_text
 from minigpt.text.tokenizer import BYTES_PATTERN, BytesTokenizer, Tokenizer
+from minigpt.text.tokens import CONTEXT_ONLY
 
 CHATML = """{%- if messages[0]['role'] != 'system' %}
     {{- '<|im_start|>system\\nBe brief.<|im_end|>\\n' }}
@@ -236,6 +238,8 @@ def test_the_plain_template_ends_answers_with_the_end_of_text() -> None:
     [
         ({"chat_template": "one"}, {}, None, "one"),
         ({"chat_template": [{"name": "default", "template": "one"}]}, {}, None, "one"),
+        ({"chat_template": {"default": "one", "rag": "r"}}, {}, None, "one"),
+        ({"chat_template": {"default": "one", "rag": "r"}}, {}, "rag", "r"),
         ({"chat_template": "one"}, {"chat_template.jinja": "two"}, None, "two"),
         ({"chat_template": [{"name": "rag", "template": "r"}]}, {}, "rag", "r"),
         ({}, {"additional_chat_templates/t.jinja": "t", "chat_template.jinja": "d"}, "t", "t"),
@@ -256,6 +260,51 @@ def test_a_template_is_found_where_transformers_finds_it(
     assert read_chat_template(folder, named).source == expected
     theirs = AutoTokenizer.from_pretrained(folder)
     assert theirs.get_chat_template(named) == expected
+
+
+NAMES = "{% for token in [bos_token, eos_token, unk_token, pad_token, mask_token] %}{{ token }}|"
+NAMES += "{% endfor %}{{ image_token }}"
+OLD_MAP = {"bos_token": "[INST]", "eos_token": {"content": "[/INST]", "lstrip": False}}
+
+
+@pytest.mark.parametrize("vocabulary", ["bytes", "first"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"pad_token": "[INST]"},
+        {"bos_token": None},
+        {"image_token": "[INST]"},
+        {"extra_special_tokens": {"image_token": "[INST]"}},
+        {"extra_special_tokens": ["[INST]"]},
+        {"model_specific_special_tokens": {"image_token": "[INST]"}},
+        {"added_tokens_decoder": {"256": {"content": "<s>", "special": True}}},
+        *(
+            {"tokenizer_class": name}
+            for name in (
+                *("GPT2Tokenizer", "CodeGenTokenizer", "GPTNeoXTokenizerFast", "Qwen2Tokenizer"),
+                *("LlamaTokenizer", "LlamaTokenizerFast", "GemmaTokenizer", "CohereTokenizer"),
+            )
+        ),
+    ],
+    ids=str,
+)
+def test_the_special_tokens_of_a_template_are_those_of_transformers(
+    config: dict[str, Any], vocabulary: str, tmp_path: Path
+) -> None:
+    folder = folder_with(tmp_path, vocabulary, chat_template=NAMES, **config)
+    path = folder / "tokenizer_config.json"
+    unnamed = json.loads(path.read_text())
+    for name in NAMED.keys() - config.keys():
+        del unnamed[name]
+    messages = [turn("user", "a")]
+    for kept, old in itertools.product((path.read_text(), json.dumps(unnamed)), (None, OLD_MAP)):
+        path.write_text(kept)
+        if old:
+            (folder / "special_tokens_map.json").write_text(json.dumps(old))
+        theirs = AutoTokenizer.from_pretrained(folder)
+        text = theirs.apply_chat_template(messages, tokenize=False)
+        assert read_chat_template(folder).render(messages) == text, (kept, old)
 
 
 def test_a_missing_template_is_a_usage_error_that_names_the_option(tmp_path: Path) -> None:
@@ -360,3 +409,47 @@ def test_a_row_of_instruction_and_output_is_one_of_prompt_and_completion(
     for name in ("instruction", "output"):
         with pytest.raises(DataError, match=f'"{name}" that is no text'):
             conversation_of_row(row | {name: 3})
+
+
+TOOL = {"type": "function", "function": {"name": "now <|im_end|>", "parameters": {"a": [1, None]}}}
+TOOLS = """{% if tools %}{% for tool in tools %}{{ tool | tojson }}
+{% endfor %}{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}
+{% for call in m.tool_calls or [] %}{{ call.function.name }} {{ call.function.arguments | tojson }}
+{% endfor %}{{ m.content }}<|im_end|>
+{% endfor %}"""
+
+
+@pytest.mark.parametrize(
+    "template", [TOOLS, [{"name": n, "template": n + TOOLS} for n in ("default", "tool_use")]]
+)
+@pytest.mark.parametrize("tools", [None, [], [TOOL], json.dumps([TOOL])])
+def test_a_row_with_tools_is_rendered_with_them_as_in_transformers(
+    tools: Any, template: Any, tmp_path: Path
+) -> None:
+    call = {"type": "function", "function": {"name": "now", "arguments": {"zone": "\u00fc"}}}
+    messages = [
+        turn("user", "When?"),
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        turn("tool", "12:00"),
+        turn("assistant", "At noon."),
+    ]
+    folder = folder_with(tmp_path, "bytes", chat_template=template)
+    row = conversation_of_row({"messages": messages, "tools": tools})
+    given = json.loads(tools) if isinstance(tools, str) else tools
+    theirs = AutoTokenizer.from_pretrained(folder)
+    text = theirs.apply_chat_template(messages, tools=given, tokenize=False)
+    ours, tokenizer = read_chat_template(folder), tokenizer_of(folder)
+    assert row_text(row, ours) == text
+    for loss_on in ("all", "completion"):
+        tokens = encode_row(row, ours, tokenizer, loss_on)
+        ids = [int(token % CONTEXT_ONLY) for token in tokens]
+        assert tokenizer.decode(ids[len(tokenizer.separator) :]) == text
+        # what a tool is called cannot end a turn
+        assert ids.count(tokenizer.special_ids["<|im_end|>"]) == len(messages)
+
+
+def test_tools_that_are_no_list_of_objects_are_refused() -> None:
+    messages = [turn("user", "q"), turn("assistant", "a")]
+    for tools in ("now", {"name": "now"}, [1], "[1"):
+        with pytest.raises(DataError, match='has "tools" that are not a list of objects'):
+            conversation_of_row({"messages": messages, "tools": tools})

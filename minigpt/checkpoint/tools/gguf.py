@@ -5,6 +5,7 @@ what it would compute otherwise is refused by name.
 """
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,7 @@ TYPES = ("f32", "f16", "bf16", "q8_0")
 _LARGEST = {"f16": 65504.0, "q8_0": 65504.0 * 127}
 _VALUES_AT_ONCE = 2**22
 _BLOCK = 32  # values that share a scale in q8_0
+_TOKENS_OF_PHI3 = {"<unk>", "<s>", "</s>", "<|endoftext|>"}
 _ALIGNMENT = 32  # bytes; GGUF's default
 
 
@@ -77,8 +79,6 @@ def export_gguf(folder: Path, path: Path, type_: str) -> Exported:
     check_tied(config, tensors)
     writer = gguf.GGUFWriter(None, architecture.name)
     writer.add_type(gguf.GGUFType.MODEL)
-    run = folder.parent if folder.name.startswith("step-") else folder
-    writer.add_name(well_formed(run.name))
     all_of = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
     writer.add_file_type(gguf.LlamaFileType[all_of[type_]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -135,12 +135,24 @@ def _add_shape(writer: Any, config: ModelConfig, context_length: int) -> None:
 
 
 def _add_vocabulary(writer: Any, folder: Path, config: ModelConfig) -> list[str]:
-    """Write the vocabulary of a folder; return the differences that remain."""
+    """Write the name and the vocabulary of a folder; return the differences that remain."""
     tokenizer = read_vocabulary(folder, config.vocab_size)
+    run = folder.parent if folder.name.startswith("step-") else folder
+    name = well_formed(run.name)
     if tokenizer is None:
+        writer.add_name(name)
         writer.add_tokenizer_model("none")
         return ["the model has no vocabulary: llama.cpp takes and gives ids"]
     vocabulary = gguf_vocabulary(folder, tokenizer, config.vocab_size)
+    if config.model_type != "phi3" or not {*vocabulary.tokens} >= _TOKENS_OF_PHI3:
+        other = re.sub("phi-?3", "phi 3", name, flags=re.IGNORECASE)
+        if other != name:
+            vocabulary.notes.append(
+                f"the model's name in the file is {other!r}: of one named phi3, llama.cpp expects "
+                "the tokens of Phi-3"
+            )
+        name = other
+    writer.add_name(name)
     writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(vocabulary.tokens)

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from minigpt.checkpoint.byte_pair_json import GPT2_PATTERN
-from minigpt.checkpoint.tokenizer_json import TOKENIZER_CONFIG, tokenizer_to_json
+from minigpt.checkpoint.tokenizer_json import tokenizer_to_json
 from minigpt.errors import CheckpointError
-from minigpt.files import read_bytes, read_json, resource_errors
 from minigpt.text.byte_pairs import TiktokenTokenizer
+from minigpt.text.chat import templates_of
 from minigpt.text.tokenizer import Tokenizer, well_formed
+from minigpt.text.tokenizer_classes import named_tokens, tokenizer_settings
 from minigpt.text.vocabulary_parts import BPE_PATTERN, BYTE_OF_CHARACTER, steps_of
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -107,18 +108,10 @@ def gguf_vocabulary(folder: Path, tokenizer: Tokenizer, n_rows: int) -> GGUFVoca
 
 def chat_template(folder: Path) -> str | list[dict[str, str]] | None:
     """Return the chat template of a model folder, or its named templates; None if it has none."""
-    path = folder / "chat_template.jinja"
-    if path.exists():
-        try:
-            with resource_errors(path):
-                return read_bytes(path).decode(errors="replace")
-        except OSError as error:
-            raise CheckpointError(f"{str(path)!r} cannot be read: {error.strerror}.") from None
-    template = _tokenizer_config(folder).get("chat_template")
-    if isinstance(template, list):
-        named = [t for t in template if isinstance(t, dict) and {"name", "template"} <= t.keys()]
-        return [{k: well_formed(str(t[k])) for k in ("name", "template")} for t in named] or None
-    return well_formed(template) if isinstance(template, str) else None
+    templates = {name: well_formed(text) for name, text in templates_of(folder).items()}
+    if templates.keys() <= {"default"}:
+        return templates.get("default")
+    return [{"name": name, "template": text} for name, text in templates.items()]
 
 
 def _tokens(data: Mapping[str, Any], n_rows: int) -> tuple[list[str], list[int]]:
@@ -265,13 +258,10 @@ def _special_ids(
     folder: Path, tokenizer: Tokenizer, tokens: list[str], notes: list[str]
 ) -> dict[str, int]:
     """Return the ids of special tokens by role."""
-    config, id_of = _tokenizer_config(folder), {token: id_ for id_, token in enumerate(tokens)}
-    ids: dict[str, int] = {}
-    for role in ("bos", "eos", "unk", "pad"):
-        token = config.get(f"{role}_token")
-        token = token.get("content") if isinstance(token, Mapping) else token
-        if isinstance(token, str) and token in id_of:
-            ids[role] = id_of[token]
+    id_of = {token: id_ for id_, token in enumerate(tokens)}
+    named = named_tokens(tokenizer_settings(folder))
+    roles = {role: named.get(f"{role}_token", "") for role in ("bos", "eos", "unk", "pad")}
+    ids = {role: id_of[token] for role, token in roles.items() if token in id_of}
     ends = [id_ for id_ in tokenizer.end_of_text_ids if id_ < len(tokens)]
     ends.sort(key=lambda id_: id_ != ids.get("eos"))  # that of the tokenizer first
     ids |= zip(("eos", "eot", "eom"), ends, strict=False)
@@ -284,11 +274,6 @@ def _special_ids(
         )
     ids["bos"] = tokenizer.prefix[0] if tokenizer.prefix else ids.get("bos", ids["eos"])
     return ids
-
-
-def _tokenizer_config(folder: Path) -> dict[str, Any]:
-    path = folder / TOKENIZER_CONFIG
-    return read_json(path) if path.is_file() else {}
 
 
 def _refusal(what: str, remedy: str = "") -> CheckpointError:

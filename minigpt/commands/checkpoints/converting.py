@@ -30,7 +30,7 @@ def export(
 
     The file has the model's weights, vocabulary, special tokens and chat template. llama.cpp gives
     texts the same ids, and with --type f32 the same greedy text. Models and vocabularies that it
-    would compute otherwise are refused. Layouts: gpt2, llama, mistral, qwen2, qwen3.
+    would compute otherwise are refused; docs/export.md lists them.
 
     q8_0 has 8-bit weights with a scale for each 32; rows of another length stay f16. Vectors are
     always f32.

@@ -13,9 +13,12 @@ from typing import Any
 from minigpt.errors import MinigptError, MinigptWarning
 from minigpt.files import read_json
 from minigpt.rings import ring
+from minigpt.text.tokenizer import END_OF_TEXT
 from minigpt.text.vocabulary_parts import BPE_PATTERN, steps_of
 
 JSONValue = dict[str, Any]
+
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 
 _CLASS_OF_MODEL_TYPE = {
     "gpt2": "GPT2Tokenizer",
@@ -39,7 +42,6 @@ _BPE = {
     "continuing_subword_prefix": "",
     "end_of_word_suffix": "",
 }
-_ROLES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _PLAIN_MODULE = "tokenization_plain"
 PLAIN_CLASS = {"auto_map": {"AutoTokenizer": [None, f"{_PLAIN_MODULE}.PlainTokenizer"]}}
 """Field of a tokenizer_config.json without which AutoTokenizer uses Qwen2Tokenizer for a qwen2,
@@ -53,38 +55,91 @@ class PlainTokenizer(PreTrainedTokenizerFast):
 """
 PLAIN_FILES = {f"{_PLAIN_MODULE}.py": _PLAIN_CODE}
 """The file with the class of PLAIN_CLASS, which runs with trust_remote_code only."""
+_END_OF_TEXT = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+_NAMED_TOKENS = {
+    "GPT2Tokenizer": _END_OF_TEXT,
+    "CodeGenTokenizer": _END_OF_TEXT,
+    "GPTNeoXTokenizer": _END_OF_TEXT | {"pad_token": "<|padding|>"},
+    "Qwen2Tokenizer": dict.fromkeys(("eos_token", "unk_token", "pad_token"), END_OF_TEXT),
+    "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+    "GemmaTokenizer": {
+        f"{role}_token": f"<{role}>" for role in ("bos", "eos", "unk", "pad", "mask")
+    },
+    "CohereTokenizer": {
+        "bos_token": "<BOS_TOKEN>",
+        "eos_token": "<|END_OF_TURN_TOKEN|>",
+        "mask_token": "<MASK_TOKEN>",
+    }
+    | {f"{role}_token": f"<{role.upper()}>" for role in ("unk", "pad", "cls", "sep")},
+}
+"""Class -> special tokens that it has where none are named."""
 _PROBE = "The 1984 I'LL x's de\u0301ja\u0300  vu,\n\n 3.14\t\u4e2d\u6587 A\u030a ... end "
 
 
-def tokenizer_class(folder: Path, config: Mapping[str, Any], data: Mapping[str, Any]) -> str:
+def tokenizer_settings(folder: Path, data: Mapping[str, Any] | None = None) -> JSONValue:
+    """Return tokenizer_config.json with what transformers adds to it.
+
+    Those are special_tokens_map.json, as old folders have it, and the names of special tokens that
+    the tokenizer class has by default.
+
+    Args: data, the parsed tokenizer.json; None to read it if need be.
+    Raises: CheckpointError if a file is damaged.
+    """
+    config = _read(folder / TOKENIZER_CONFIG)
+    if "added_tokens_decoder" not in config:
+        config |= _read(folder / "special_tokens_map.json")
+    return _NAMED_TOKENS.get(tokenizer_class(folder, config, data), {}) | config
+
+
+def named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return bos_token, eos_token and so on of ``tokenizer_settings``, as templates name them."""
+    found = {name: token for name, token in config.items() if name.endswith("_token")}
+    for field in ("extra_special_tokens", "model_specific_special_tokens"):
+        if isinstance(extra := config.get(field), Mapping):
+            found |= extra
+    texts = {name: content(token) for name, token in found.items()}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
+
+
+def tokenizer_class(
+    folder: Path, config: Mapping[str, Any], data: Mapping[str, Any] | None = None
+) -> str:
     """Return the name of the class that AutoTokenizer uses, without ``Fast``; "" for the generic.
 
-    Args: config, the parsed tokenizer_config.json; data, the parsed tokenizer.json, {} for none.
+    Without a tokenizer.json, vocab.json and merges.txt are GPT-2's unless another class is named.
+
+    Args: config, the parsed tokenizer_config.json; data, as for ``tokenizer_settings``.
     """
-    path = folder / "config.json"
-    model = read_json(path) if os.path.lexists(path) else {}
+    has_file = data is not None or os.path.lexists(folder / TOKENIZER)
+    generic = "" if has_file else "GPT2Tokenizer"
+    model = _read(folder / "config.json")
     kind = model.get("model_type")
     declared = config.get("tokenizer_class") or model.get("tokenizer_class")
     named = declared.removesuffix("Fast") if isinstance(declared, str) else ""
     own = _CLASS_OF_MODEL_TYPE.get(kind, "") if isinstance(kind, str) else ""
     code = config.get("auto_map")
     if code and (not isinstance(code, Mapping) or "AutoTokenizer" in code):
-        return named or own
+        return named or own or generic
     if kind in _ALWAYS_FROM_FILE:
-        return ""
+        return generic
     if kind == "qwen2":  # whatever tokenizer_class says
         return own
-    parts = (data.get("pre_tokenizer"), data.get("decoder"))
-    is_byte_level = any(step["type"] == "ByteLevel" for part in parts for step in steps_of(part))
-    if named == "LlamaTokenizer" and is_byte_level:
-        return ""
-    return named or own
+    if named == "LlamaTokenizer":
+        data = _read(folder / TOKENIZER) if data is None else data
+        steps = [*steps_of(data.get("pre_tokenizer")), *steps_of(data.get("decoder"))]
+        if any(step["type"] == "ByteLevel" for step in steps):
+            return ""
+    return named or own or generic
+
+
+def _read(path: Path) -> JSONValue:
+    return read_json(path) if os.path.lexists(path) else {}
 
 
 def class_parts(name: str, config: Mapping[str, Any]) -> JSONValue | None:
     """Return the parts of a tokenizer.json that a class brings; None if it reads the file's.
 
-    Args: name, without ``Fast``; config, the parsed tokenizer_config.json.
+    Args: name, without ``Fast``; config, the ``tokenizer_settings``.
     """
     has_space = config.get("add_prefix_space")
     byte_level = {
@@ -107,6 +162,10 @@ def class_parts(name: str, config: Mapping[str, Any]) -> JSONValue | None:
         case "GPTNeoXTokenizer":
             # It updates its post-processor without add_bos_token, so that it begins with nothing.
             return merged | {"normalizer": {"type": "NFC"}, "post_processor": None}
+        case "CohereTokenizer":
+            digits = {"type": "Digits", "individual_digits": True}
+            splits = {"type": "Sequence", "pretokenizers": [digits, byte_level]}
+            return merged | {"normalizer": {"type": "NFC"}, "pre_tokenizer": splits}
         case "Qwen2Tokenizer":
             regex = {"Regex": _QWEN2_PATTERN}
             split = {"type": "Split", "pattern": regex, "behavior": "Isolated", "invert": False}
@@ -139,17 +198,17 @@ def class_parts(name: str, config: Mapping[str, Any]) -> JSONValue | None:
     return None
 
 
-def as_auto_tokenizer(
-    folder: Path, config: Mapping[str, Any], data: Mapping[str, Any]
-) -> Mapping[str, Any]:
+def as_auto_tokenizer(folder: Path, data: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a tokenizer.json with the parts that AutoTokenizer replaces, and the tokens it adds.
 
     A warning says if that changes ids. A class that cannot encode characters that the file can,
     being for another kind of vocabulary, is not followed.
 
-    Args: config, the parsed tokenizer_config.json; data, the parsed tokenizer.json.
+    Args: data, the parsed tokenizer.json.
+    Raises: CheckpointError if a file of the tokenizer's settings is damaged.
     """
     try:
+        config = tokenizer_settings(folder, data)
         data = _with_named_tokens(data, config)
         model = data["model"]
         name = tokenizer_class(folder, config, data)
@@ -203,9 +262,7 @@ def _with_named_tokens(data: Mapping[str, Any], config: Mapping[str, Any]) -> Ma
     added, vocab = list(data.get("added_tokens") or ()), data["model"].get("vocab")
     known = {token["content"] for token in added}
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or ()
-    named = [config.get(role) for role in _ROLES]
-    named += list(extra.values()) if isinstance(extra, Mapping) else list(extra)
-    texts = [content(token) for token in named if token is not None]
+    texts = [*named_tokens(config).values(), *map(content, extra)]
     new = [text for text in dict.fromkeys(texts) if isinstance(text, str) and text not in known]
     plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     for text in new if isinstance(vocab, Mapping) else ():
