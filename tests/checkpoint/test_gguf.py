@@ -17,6 +17,7 @@ import test_published_tokenizers as published_tokenizers
 import torch
 from fuzzed_texts import SAMPLE
 from layout_models import FOREIGN, LAYOUTS
+from live_bytes import LiveBytes
 from safetensors.torch import load_file, save_file
 
 from minigpt.checkpoint.families import model_config_from_hf
@@ -160,6 +161,16 @@ def test_scaled_rope_is_written_as_divisors_of_the_frequencies(tmp_path: Path) -
             smooth = (64 / wavelength - 1.0) / (4.0 - 1.0)
             expected = 1 / ((1 - smooth) / 8.0 + smooth)
         assert factor == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("type_", ["f32", "q8_0"])
+def test_export_holds_one_tensor_at_a_time(type_: str, tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "model", BytesTokenizer(), n_layer=20, d_mlp=640)
+    stored = load_file(folder / "model.safetensors")
+    with LiveBytes() as live:
+        export_gguf(folder, tmp_path / "m.gguf", type_)
+    largest = max(tensor.nbytes for tensor in stored.values())
+    assert largest <= live.peak < 4 * largest < sum(t.nbytes for t in stored.values()) / 8
 
 
 def test_metadata_has_the_shape_of_the_model(tmp_path: Path) -> None:

@@ -208,6 +208,8 @@ def make_somebodys(folder: Path) -> dict[str, bytes]:
         "vocab.json": "{}",
         "merges.txt": "#version: 0.2\n",
         "tokenizer.model": "\x00sentencepiece",
+        "tokenizer.model.v3": "\x00another",
+        "modeling_odd.py": "class Odd: ...",
         "LICENSE.txt": "Somebody's licence",
         "NOTICE": "a notice",
     }

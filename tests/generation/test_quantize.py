@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from live_bytes import LiveBytes
 from small_models import LAYOUTS, random_tokens, small_model
 from torch import nn
 
 from minigpt.checkpoint.model_folder import read_model, write_model
+from minigpt.config import ModelConfig
 from minigpt.errors import ConfigError
 from minigpt.evaluation import evaluate
 from minigpt.generation import api, loading
@@ -162,6 +164,23 @@ def test_int8_loses_less_than_half_a_percent_on_a_published_model(shared: Path) 
     assert before / tokens.numel() < 1.5  # it knows such stories
     assert after != before
     assert abs(after - before) < 0.005 * before
+
+
+@pytest.mark.parametrize("layout", ["gpt2", "llama"])
+def test_loading_and_evaluating_in_int8_peaks_below_float32(layout: str, tmp_path: Path) -> None:
+    shape = {"vocab_size": 2000, "n_layer": 6, "n_head": 4, "d_model": 64, "context_length": 32}
+    model = GPT(ModelConfig(family=layout, **shape))
+    write_model(tmp_path, model, None)
+    batch = random_tokens(1, 33, vocab_size=2000)
+    peaks = []
+    for choice in (None, "int8"):
+        with LiveBytes() as live:
+            loaded = loading.load(tmp_path, device="cpu", dtype="float32", quantize=choice).model
+            evaluate(loaded, [(batch[:, :-1], batch[:, 1:])], np.ones(2000, np.int64))
+        peaks.append(live.peak)
+    n_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    assert n_bytes < peaks[0] < 2 * n_bytes  # so the weights are counted
+    assert peaks[1] < peaks[0]
 
 
 def test_int8_raises_where_it_is_not_available(monkeypatch: pytest.MonkeyPatch) -> None:
