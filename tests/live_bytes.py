@@ -26,7 +26,7 @@ class LiveBytes(TorchDispatchMode):
     def _add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key, n_bytes = id(storage), storage.nbytes()
-        if key in self._storages:
+        if key in self._storages or tensor.device.type == "meta":
             return
 
         def forget(_: object) -> None:

@@ -206,9 +206,9 @@ def _end_of_text_ids(folder: Path, settings: Mapping[str, Any]) -> tuple[int, ..
     ends = read_json(path).get("eos_token_id") if os.path.lexists(path) else None
     ends = settings.get("eos_token_id") if ends is None else ends
     ids = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    if not all(type(id_) is int and id_ >= 0 for id_ in ids):
+    if not all(type(id_) is int for id_ in ids):
         raise CheckpointError(
             f"the eos_token_id of {str(folder)!r} is {str(ends)[:80]!r}, and not an id or a list "
             "of ids. Download its JSON files again."
         )
-    return tuple(ids)
+    return tuple(id_ for id_ in ids if id_ >= 0)  # -1 is none

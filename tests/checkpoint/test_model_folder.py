@@ -142,6 +142,7 @@ def test_published_llama_model_continues_its_text(shared: Path) -> None:
         ({"config.json": 5, "generation_config.json": [6, 7]}, (6, 7)),
         ({"config.json": [256, 8], "generation_config.json": ...}, (256, 8)),
         ({"config.json": None, "generation_config.json": ...}, (256,)),
+        ({"config.json": 5, "generation_config.json": [7, -1]}, (7,)),
     ],
 )
 def test_all_end_of_text_ids_are_read(
