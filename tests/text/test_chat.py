@@ -453,3 +453,69 @@ def test_tools_that_are_no_list_of_objects_are_refused() -> None:
     for tools in ("now", {"name": "now"}, [1], "[1"):
         with pytest.raises(DataError, match='has "tools" that are not a list of objects'):
             conversation_of_row({"messages": messages, "tools": tools})
+
+
+FEATURES = {
+    "json": "{% for m in messages %}{{ m | tojson(indent=2, sort_keys=true) }}{{ m }}{% endfor %}",
+    "attributes": "{% for m in messages %}{{ m.get('tool_calls', 0) }}{{ 'content' in m }}|"
+    "{{ m.content is none }}{{ m.content is string }}{{ m.content is iterable }}{{ m.x }}|"
+    "{{ m.reasoning_content }}{{ m['thinking'] }}{% for k, v in m.items() %}{{ k }}={{ v }},"
+    "{% endfor %}{% endfor %}",
+    "selected": "{{ messages | selectattr('role', 'equalto', 'user') | map(attribute='content') "
+    "| list }}{{ messages | rejectattr('role', 'in', ['user']) | list | length }}",
+    "namespace": "{% set ns = namespace(last=-1) %}{% for m in messages[::-1] %}"
+    "{% if m.role == 'user' and ns.last < 0 %}{% set ns.last = loop.revindex0 %}{% endif %}"
+    "{% endfor %}{{ ns.last }}{{ messages[ns.last:] }}",
+    "loop": "{% for m in messages %}{{ loop.index }}{{ loop.first }}{{ loop.last }}"
+    "{{ loop.previtem.role if loop.previtem is defined }}{{ loop.nextitem.role }}"
+    "{{ loop.cycle('a', 'b') }}{% if loop.index == 2 %}{% break %}{% endif %}{% endfor %}",
+    "macro": "{% macro show(v, sep=',') %}{% if v is mapping %}{% for k, x in v | dictsort %}"
+    "{{ k }}:{{ show(x) }}{{ sep }}{% endfor %}{% elif v is string %}{{ v | upper }}"
+    "{% elif v is iterable %}[{% for x in v %}{{ show(x) }}{% endfor %}]{% else %}{{ v }}"
+    "{% endif %}{{ caller() if caller }}{% endmacro %}{{ show(messages, sep=';') }}"
+    "{% call show(1) %}inner{% endcall %}",
+    "strings": "{% set c = messages[0].content | string %}{{ c.strip() }}{{ c.split(' ')[-1] }}"
+    "{{ c.startswith('<') }}{{ c | replace('a', 'b') }}{{ c[:3] }}{{ c | e }}{{ c | title }}"
+    "{{ '%s-%d' | format('x', 3) }}{{ '{:>4}'.format(c | length) }}{{ c.splitlines() }}",
+    "values": "{{ 7 // 2 }}{{ 2 ** 3 }}{{ 3.7 | round }}{{ '3' | int + 1 }}{{ (1, none, true) }}"
+    "{{ 1 ~ 2 }}{{ x is defined }}{{ x | default('y') }}{{ dict(a=1) }}{{ [3, 1] | sort | join }}",
+    "blocks": "{% set b %}a{{ messages | length }}{% endset %}{{ b }}{% filter upper %}a"
+    "{% endfilter %}{% with a = 1 %}{{ a }}{% endwith %}{% raw %}{{ x }}{% endraw %}{# comment #}",
+    "spaces": "\n  {% if true %}\n   A\n  {% endif %}\n{#- c -#}\n B \n{{- 1 -}}\n",
+    "raised": "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate, not ' + m.role) }}{% endif %}{% endfor %}ok",
+    "asked": "{{ tools }}{{ documents }}{{ add_generation_prompt }}{{ strftime_now('%Y') }}"
+    "{% if enable_thinking is defined %}{{ enable_thinking }}{% endif %}"
+    "{{ bos_token ~ eos_token }}",
+}
+ODD_CONVERSATIONS = [
+    [turn("system", "<a & 'b'> {{ x }}"), turn("user", " a \n"), turn("assistant", "\u00fc")],
+    [turn("user", "a"), turn("user", "b")],
+    [turn("developer", "d"), turn("user", "")],
+    [{"role": "user", "content": [{"type": "text", "text": "A"}, {"type": "text", "text": "B"}]}],
+    [turn("user", "a"), {"role": "assistant", "reasoning": "hm", "content": "b"}],
+    [
+        turn("user", "a"),
+        {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]},
+        {"role": "tool", "name": "f", "content": '{"t": 1.0}'},
+    ],
+    [{"role": "user"}],
+    [turn("assistant", "first")],
+    [turn("user", "a") | {"weight": 0, "name": "Bob"}],
+]
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_what_templates_use_renders_as_in_transformers(feature: str, tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, "bytes", chat_template=FEATURES[feature])
+    theirs, ours = AutoTokenizer.from_pretrained(folder), read_chat_template(folder)
+    for messages, prompts in itertools.product(ODD_CONVERSATIONS, (True, False)):
+        try:
+            text = theirs.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=prompts
+            )
+        except Exception:  # of Jinja, of Python or of the template
+            with pytest.raises((DataError, CheckpointError)):
+                ours.render(messages, add_generation_prompt=prompts)
+        else:
+            assert ours.render(messages, add_generation_prompt=prompts) == text, messages
