@@ -116,13 +116,25 @@ def read_bytes(path: Path, *, may_be_pipe: bool = False) -> bytes:
         raise OSError(errno.EINVAL, reason, str(path))
 
 
+def make_folder(path: Path, mode: int = 0o777) -> None:
+    """Create a folder and its parents, unless it exists.
+
+    Raises: OSError; EPERM, not ENOENT, where no folder can be created, as in /proc or in a working
+        directory that was deleted.
+    """
+    try:
+        path.mkdir(mode, parents=True, exist_ok=True)
+    except FileNotFoundError:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(path)) from None
+
+
 @contextmanager
 def writing_aside(path: Path) -> Iterator[BinaryIO]:
     """Yield a file that is renamed to ``path`` when the block ends without an exception.
 
     A reader, or a crash, sees the old file or the whole new one. The folder is created if needed.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     aside = path.with_name(f"{WRITING}{path.name}.{os.getpid()}")
     try:
         with aside.open("wb") as file:
@@ -176,7 +188,7 @@ def locked(path: Path, message: str = "") -> Iterator[None]:
 
     lock = FileLock(path, timeout=0 if message else -1)
     with resource_errors(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         try:
             lock.acquire()
         except Timeout:

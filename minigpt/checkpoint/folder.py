@@ -25,6 +25,7 @@ from minigpt.errors import CheckpointError, ResourceError
 from minigpt.files import (
     WRITING,
     locked,
+    make_folder,
     read_json,
     remove,
     resource_errors,
@@ -205,7 +206,7 @@ def writing_folder(final: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
     with resource_errors(final.parent):
         remove(aside)
         try:
-            aside.mkdir(parents=True)
+            make_folder(aside)
             yield aside
             write_manifest(aside, facts)
             _put_in_place(aside, final)

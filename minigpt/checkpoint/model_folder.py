@@ -30,7 +30,7 @@ from minigpt.checkpoint.weights import (
 )
 from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError
-from minigpt.files import read_json, resource_errors, to_json
+from minigpt.files import make_folder, read_json, resource_errors, to_json
 from minigpt.model.language_model import LanguageModel, model_class
 from minigpt.rings import find_ring
 from minigpt.text.tokenizer import Tokenizer
@@ -94,7 +94,7 @@ def write_model(
         files.setdefault(TOKENIZER_CONFIG, to_json(own))
         config |= {name: id_ for name, id_ in ids.items() if config.get(name) is None}
     with resource_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         for name, data in {CONFIG: to_json(config), **files}.items():
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(data)

@@ -20,6 +20,7 @@ from minigpt.errors import (
     ConfigError,
     MinigptError,
     MinigptWarning,
+    ResourceError,
 )
 from minigpt.rings import find_ring
 from minigpt.text.escape import printable
@@ -72,6 +73,7 @@ def main() -> NoReturn:
     warnings.showwarning = _show_warning
     warnings.filterwarnings("default", category=MinigptWarning)
     try:
+        _require_working_directory()
         status = app(prog_name="minigpt", standalone_mode=False)
         sys.stdout.flush()
     except SystemExit as error:
@@ -109,6 +111,14 @@ def _show_warning(
     if not issubclass(category, MinigptWarning):
         text = f"{category.__name__}: {text} ({filename}:{lineno})"
     print(" ".join(printable(text).split()), file=sys.stderr)  # noqa: T201
+
+
+def _require_working_directory() -> None:
+    """Raise ResourceError if the working directory was deleted, from which torch cannot start."""
+    try:
+        os.getcwd()
+    except OSError:
+        raise ResourceError("the working directory was deleted. Change to another one.") from None
 
 
 def _on_ctrl_c(number: int, frame: FrameType | None) -> None:

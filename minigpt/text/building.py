@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from minigpt.config import DataConfig
-from minigpt.files import OTHER_CACHE, cache_folder, resource_errors
+from minigpt.files import OTHER_CACHE, cache_folder, make_folder, resource_errors
 from minigpt.rings import ring
 from minigpt.text.corpus import Corpus, Document, content_hash, reporter
 from minigpt.text.shard_files import (
@@ -93,7 +93,7 @@ def opened_corpus(
     kind = None if tokenizer else parse_spec(data.tokenizer)[0]  # before a download, not after
     cache = cache_dir or cache_folder()
     with resource_errors(cache, OTHER_CACHE):
-        (cache / "prepared").mkdir(parents=True, exist_ok=True)
+        make_folder(cache / "prepared")
         with tempfile.TemporaryDirectory(prefix="streams-", dir=cache) as spool:
             find = partial(
                 find_files,

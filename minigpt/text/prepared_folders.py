@@ -14,7 +14,7 @@ from typing import Any
 
 from minigpt.config import DataConfig
 from minigpt.errors import ConfigError, DataError
-from minigpt.files import WRITING, locked, resource_errors
+from minigpt.files import WRITING, locked, make_folder, resource_errors
 from minigpt.text.building import (
     Place,
     Work,
@@ -127,7 +127,7 @@ def prepare_folder(
         opened_corpus(data, tokenizer, cache_dir, on_progress, template) as corpus,
         resource_errors(folder, "name another --out"),
     ):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         with locked(folder / _LOCK, busy):
             if not _is_finished(folder, corpus.identity):
                 try:

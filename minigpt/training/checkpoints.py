@@ -70,7 +70,7 @@ class Checkpoints:
             run.val_tokens,
             length,
             run.config.training.eval_tokens or len(run.val_tokens),
-            batch_size=windows_at_once(run.config.model.vocab_size, length),
+            batch_size=windows_at_once(run.config.model.vocab_size, length, run.device.type),
         )
         lengths = run.data.tokenizer.token_byte_lengths
         return run.world.evaluate(

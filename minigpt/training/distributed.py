@@ -1,7 +1,10 @@
 """Training with several processes, which torchrun starts: data parallel, or sharded with FSDP2."""
 
+import ctypes
 import json
 import os
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -17,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from minigpt.errors import ConfigError
+from minigpt.errors import ConfigError, ResourceError
 from minigpt.evaluation import Evaluation
 from minigpt.model.language_model import LanguageModel, model_class
 from minigpt.training.world import Batches, World, is_sharded
@@ -25,6 +28,7 @@ from minigpt.training.world import Batches, World, is_sharded
 # torch.distributed's tensor and fsdp modules take a second to import, so methods import them.
 
 _TIMEOUT = timedelta(hours=1)  # the other ranks wait while rank 0 saves or samples
+_CONNECT_TIMEOUT = timedelta(seconds=10)  # torchrun's store is there before the ranks
 _PLAN = "plan"
 _POLL_S = 0.1
 
@@ -181,8 +185,22 @@ class DistributedWorld(World):
 
 
 def join() -> DistributedWorld:
-    """Join the process group that torchrun's environment variables describe."""
-    store, rank, size = next(rendezvous("env://", timeout=_TIMEOUT))
+    """Join the process group that torchrun's environment variables describe.
+
+    Raises: ResourceError if torchrun has ended already.
+    """
+    timeout = _TIMEOUT
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        timeout = _CONNECT_TIMEOUT
+        _end_with_torchrun()
+    try:
+        store, rank, size = next(rendezvous("env://", timeout=timeout))
+    except dist.DistError:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise ResourceError(
+            f"torchrun's store at {address} cannot be reached. Start the run again."
+        ) from None
+    store.set_timeout(_TIMEOUT)
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     # On one machine torchrun restarts with the store of the failed attempt, which still holds its
     # plan. Several machines get a new store, and may not agree on the number of restarts.
@@ -198,6 +216,16 @@ def join() -> DistributedWorld:
         local_size=local_size,
         store=store,
     )
+
+
+def _end_with_torchrun() -> None:
+    """Have Linux send SIGTERM to this process when torchrun, its parent, is killed.
+
+    Else the ranks of a run would train on unseen, and hold its lock.
+    """
+    if sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
 def is_lost_process(error: RuntimeError) -> bool:

@@ -1,13 +1,17 @@
 """Every user error ends in one line: what, the value, the remedy."""
 
 import json
+import os
 import resource
+import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from calls import TINY, Run, error_line
+from calls import ROOT, TINY, Run, error_line
 
 from minigpt.checkpoint.folder import RunFolder
 
@@ -386,6 +390,45 @@ def test_a_folder_without_write_permission_is_named(
     result = run("train", "corpus.txt", "--name", "new", *TINY)
     assert result.code == 6
     assert "'checkpoints/new': Permission denied" in error_line(result)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc, where nothing is made")
+def test_a_folder_that_cannot_be_made_is_out_of_permission_and_not_a_wrong_path(
+    run: Run, at_trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for words in (
+        ["prepare", "corpus.txt", "--out", "/proc/new"],
+        ["attention-trace", "text", "--html", "/proc/new.html"],
+        ["checkpoints", "export", "tiny", "--gguf", "/proc/new/a.gguf"],
+    ):
+        result = run(*words)
+        assert result.code == 6, result.err
+        assert "'/proc/new" in error_line(result)
+    corpus = str(at_trained / "corpus.txt")
+    monkeypatch.setenv("MINIGPT_CACHE_DIR", "/proc/cache")
+    result = run("train", corpus, "--name", "new", *TINY)
+    assert result.code == 6
+    assert "MINIGPT_CACHE_DIR" in error_line(result)
+    monkeypatch.delenv("MINIGPT_CACHE_DIR")
+    monkeypatch.chdir("/proc")
+    result = run("train", corpus, "--name", "new", *TINY)
+    assert result.code == 6
+    assert "'checkpoints/new'" in error_line(result)
+
+
+def test_a_working_directory_that_was_deleted_is_named(tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    call = f"cd gone && rmdir ../gone && exec {shlex.quote(sys.executable)} -m minigpt generate Hi"
+    done = subprocess.run(
+        ["sh", "-c", call],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 6
+    assert "error: the working directory was deleted." in done.stderr
 
 
 def test_a_file_named_checkpoints_is_a_one_line_error(run: Run, workplace: Path) -> None:

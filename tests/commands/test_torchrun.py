@@ -226,6 +226,58 @@ def test_a_signal_to_one_process_saves_and_stops_all(launch: Launch) -> None:
     assert json.loads(last)["step"] == latest.step
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells a process of its parent's end")
+@pytest.mark.parametrize("words", [[], ["--shard"]], ids=["replicated", "sharded"])
+def test_ranks_end_when_their_torchrun_is_killed(
+    words: list[str], launch: Launch, run: Run
+) -> None:
+    process = launch("train", "corpus.txt", "--name", "a", *LONG, *words)
+    wait_for_checkpoint(process)
+    kill_torchrun_alone(process)
+    latest = RUN.latest()
+    assert latest is not None
+    verify(latest.folder, hashes=True)
+    more = ["--resume", "--name", "a", "--max-steps", str(latest.step + 1)]
+    assert run("train", *more).code == 0, "its lock is free"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells a process of its parent's end")
+@pytest.mark.parametrize("seconds", [0, 2, 4])
+def test_ranks_end_when_their_torchrun_is_killed_while_they_start(
+    seconds: int, launch: Launch
+) -> None:
+    process = launch("train", "corpus.txt", "--name", "a", *LONG)
+    while len(children_of(process)) < 2:
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(seconds)
+    kill_torchrun_alone(process)
+
+
+def kill_torchrun_alone(process: "Popen[bytes]") -> None:
+    """Kill torchrun, and wait until its ranks have ended."""
+    ranks = children_of(process)
+    process.kill()
+    process.wait(10)
+    deadline = time.monotonic() + 300
+    try:
+        while any(is_alive(rank) for rank in ranks):
+            assert time.monotonic() < deadline, "a rank goes on"
+            time.sleep(0.05)
+    finally:
+        for rank in ranks:
+            with suppress(ProcessLookupError):
+                os.kill(rank, signal.SIGKILL)
+
+
+def is_alive(pid: int) -> bool:
+    """Return whether a process has not ended."""
+    try:
+        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def test_an_invalid_batch_size_is_reported_once(launch: Launch) -> None:
     code, out, err = end_of(launch("train", "corpus.txt", *TINY, "--batch-size", "3"))
     assert (code, out) == (1, "")

@@ -32,7 +32,7 @@ from minigpt.training.world import join
 
 def live(run: dict[str, Any], rank: int, data: PreparedData, folder: Path) -> dict[str, Any]:
     """Be one rank of a run; return what it saw."""
-    evaluation._TOKENS_AT_ONCE = 32  # so that there is something to share
+    evaluation._TOKENS_AT_ONCE = {"cpu": 32}  # so that there is something to share
     # Muon in bfloat16 would amplify the rounding of sums in another order.
     run_module.has_fast_bfloat16 = lambda device: False
     if "clock" in run:

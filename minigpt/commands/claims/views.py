@@ -10,7 +10,7 @@ from rich.text import Text
 
 from minigpt import figures
 from minigpt.commands import tables
-from minigpt.files import resource_errors, write_atomically
+from minigpt.files import make_folder, resource_errors, write_atomically
 from minigpt.studies.claims.study import Finding, Panel
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def prepare_folder(folder: Path) -> None:
     Raises: ConfigError if matplotlib is not installed.
     """
     with resource_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
     figures.require_matplotlib(folder / "claims.svg", what="--out")
 
 

@@ -57,6 +57,7 @@ def measure(
         windows = Windows.fitting(
             model.config,
             len(span),
+            device.type,
             context_length=config.context_length,
             stride=config.stride,
             batch_size=config.batch_size,

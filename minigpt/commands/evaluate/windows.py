@@ -34,6 +34,7 @@ class Windows:
         cls,
         model: ModelConfig,
         n_tokens: int,
+        device_type: str,
         *,
         context_length: int | None = None,
         stride: int | None = None,
@@ -51,7 +52,7 @@ class Windows:
         return cls(
             context_length=length,
             stride=min(stride or length, length),
-            batch_size=batch_size or windows_at_once(model.vocab_size, length),
+            batch_size=batch_size or windows_at_once(model.vocab_size, length, device_type),
             n_tokens=min(eval_tokens or n_tokens, n_tokens - 1),
         )
 

@@ -12,7 +12,7 @@ from minigpt.commands.loading import LONGEST_PROMPT_BYTES, Ready, compiling, dec
 from minigpt.commands.output import note
 from minigpt.config import SamplingConfig
 from minigpt.errors import DataError
-from minigpt.files import cache_folder
+from minigpt.files import cache_folder, make_folder
 from minigpt.generation.conversation import Conversation
 from minigpt.generation.loading import encode_prompt
 from minigpt.generation.stream import TextStep, stream_text
@@ -126,7 +126,7 @@ def editing_lines() -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))  # what was typed is private
             readline.write_history_file(path)
 

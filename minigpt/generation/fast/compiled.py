@@ -33,6 +33,7 @@ from minigpt.files import (
     CACHE_VARIABLE,
     OTHER_CACHE,
     cache_folder,
+    make_folder,
     resource_errors,
     writing_aside,
 )
@@ -271,7 +272,7 @@ def cached_package(key: str, compile_to: Callable[[Path], None]) -> Path:
     """
     folder = cache_folder() / "compiled"
     with resource_errors(folder, OTHER_CACHE):
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_folder(folder, 0o700)
     if not _is_ours(folder):
         raise ResourceError(
             f"others may write to {str(folder)!r}, and what is there would be executed. Take their "

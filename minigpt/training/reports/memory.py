@@ -26,7 +26,11 @@ _TOKEN_BYTES = 16  # id and target
 
 
 def estimate_memory(
-    config: RunConfig, n_val_tokens: int, dtype: torch.dtype, n_ranks: int = 1
+    config: RunConfig,
+    n_val_tokens: int,
+    dtype: torch.dtype,
+    n_ranks: int = 1,
+    device_type: str = "cpu",
 ) -> dict[str, int]:
     """Estimate the peak memory of one rank, without the few hundred MB of Python and torch.
 
@@ -67,7 +71,7 @@ def estimate_memory(
             matrices[parameter.shape] += n * parameter.numel()
     n_eval_tokens = min(n_val_tokens, training.eval_tokens or n_val_tokens)
     n_windows = max(1, n_eval_tokens // length)
-    n_windows = min(n_windows, windows_at_once(model.vocab_size, length))
+    n_windows = min(n_windows, windows_at_once(model.vocab_size, length, device_type))
     logits = model.vocab_size * (2 * _FLOAT32 + cast_bytes)
     mlp = (3 if model.family == "gpt2" else 4) * model.d_mlp * dtype.itemsize + stream
     peak = max(

@@ -60,7 +60,7 @@ def make_plan(
     training = config.training
     step_tokens = training.batch_size * config.sequence_length
     micro_batch_size = world.micro_batch_size(training.batch_size, training.micro_batch_size)
-    memory = estimate_memory(config, len(val_tokens), dtype, world.size)
+    memory = estimate_memory(config, len(val_tokens), dtype, world.size, device.type)
     available = machine_bytes(device)
     is_tight = available is not None and memory["total"] > available
     flop_s, update_s = _measure(config, 1 if is_tight else micro_batch_size, device, dtype)
