@@ -32,7 +32,7 @@ def _joins_or_hides(character: str) -> bool:
 
 def printable(text: str) -> str:
     """Escape characters that could control a terminal; line breaks, tabs and joiners stay."""
-    if text.isascii() and text.isprintable():
+    if text.isprintable():  # no separator but the space, and nothing of the categories above
         return text
     return "".join(c if c in _HARMLESS or not _is_unsafe(c) else _escape(c) for c in text)
 

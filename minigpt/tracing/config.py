@@ -1,6 +1,7 @@
 """Settings of a trace; imports neither torch nor numpy, so that --help may import it."""
 
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 from pkgutil import iter_modules
 from typing import Literal
@@ -59,6 +60,7 @@ def unit(measure: Measure) -> str:
     return facts_of(measure).unit
 
 
+@cache
 def facts_of(measure: Measure) -> MeasureFacts:
     """Return the facts of a measure of MEASURES."""
     if measure == "weight":

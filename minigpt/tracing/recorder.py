@@ -3,6 +3,8 @@
 Shapes: L layers, B batch, H query heads, G key/value heads, S keys, D head dim.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -72,4 +74,7 @@ def _product_error(weights_HS: Tensor, v_GSD: Tensor, context_HD: Tensor) -> Ten
     rows_GRS = weights_HS.unflatten(0, (v_GSD.shape[0], -1))
     product_HD = (rows_GRS @ v_GSD.float()).flatten(0, 1)
     context_HD = context_HD.float()
-    return (product_HD - context_HD).abs().max() / context_HD.abs().max().clamp(min=1e-30)
+    error, largest = (
+        torch.linalg.vector_norm(x, ord=math.inf) for x in (product_HD - context_HD, context_HD)
+    )
+    return error / largest.clamp(min=1e-30)

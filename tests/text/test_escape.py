@@ -37,6 +37,14 @@ def test_harmless_text_is_unchanged(text: str) -> None:
     assert printable(text) == text
 
 
+def test_only_characters_that_steer_hide_or_join_are_escaped() -> None:
+    unsafe = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+    for code in range(sys.maxunicode + 1):
+        character = chr(code)
+        is_kept = unicodedata.category(character) not in unsafe or character in "\n\t\u200c\u200d"
+        assert (printable(character) == character) == is_kept, hex(code)
+
+
 def test_escapes_name_the_character() -> None:
     hostile = "\x1b]0;title\x07 \x9b31m \u202e \U000e0041"
     assert printable(hostile) == r"\x1b]0;title\x07 \x9b31m \u202e \U000e0041"
