@@ -145,6 +145,22 @@ def test_forced_text_that_does_not_fit_is_refused() -> None:
         traced(model, "to", force="")
 
 
+class Letters(BytesTokenizer):
+    """A vocabulary without accents."""
+
+    def unencodable(self, text: str) -> set[str]:
+        """Return what is not ASCII."""
+        return {character for character in text if not character.isascii()}
+
+
+@pytest.mark.parametrize("option", ["force", "against"])
+def test_texts_that_the_vocabulary_lacks_are_refused_by_their_option(option: str) -> None:
+    with pytest.raises(ConfigError, match=f"no token for 'ü' in the text of --{option}, 'grün'"):
+        minigpt.trace(
+            model_of("llama"), "to", tokenizer=Letters(), measure="logit", **{option: "grün"}
+        )
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_candidates_are_the_best_of_the_models_own_distribution(layout: str) -> None:
     model = model_of(layout)

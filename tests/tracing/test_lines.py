@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from small_traces import HOSTILE, cells, header_of, roles_of, row_of, small_trace, step_of, text_of
 
@@ -15,7 +16,7 @@ from minigpt.tracing.events import Token, TraceFooter, TraceStep
 from minigpt.tracing.findings import CauseCheck, Effect
 from minigpt.tracing.lines import TraceLayout, make_layout
 from minigpt.tracing.selection import select_heads
-from minigpt.tracing.spans import Line, bar, fit, heat
+from minigpt.tracing.spans import Line, bar, fit, heat, signed
 from minigpt.tracing.summary import footer_lines, header_lines, legend
 
 WIDTHS = [40, 60, 80, 140]
@@ -356,3 +357,14 @@ def test_the_footer_counts_tokens_of_a_given_text_apart(
     header = header_of(sampling=SamplingConfig(max_new_tokens=n_new))
     footer = TraceFooter(n_new, finish, 1.0, None)
     assert words_of(footer_lines(footer, header, n_rows=n_rows)).startswith(says)
+
+
+def test_bars_of_signed_sources_are_relative_to_the_largest_of_the_row() -> None:
+    trace = small_trace(measure="logit", n_sources=2)
+    layout = make_layout(140, vocab_size=257, n_positions=24, n_sources=2, measures=("logit",))
+    for step in trace.steps:
+        text = text_of(layout.step(step)[0])
+        largest = float(np.abs(step.row.weights_S).max())
+        for source in step.row.sources:
+            drawn = bar(abs(source.weight) / largest, layout.form.bar)
+            assert f"{signed(source.weight)} {drawn}" in text

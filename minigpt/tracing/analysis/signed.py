@@ -6,8 +6,6 @@ A line has the number of the sink, the sources, the rest of the row, all that no
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from minigpt.tracing.config import facts_of
 from minigpt.tracing.events import Row, Source
 from minigpt.tracing.lines import Form, TraceLayout, name_of
@@ -39,7 +37,7 @@ class SignedLayout(TraceLayout):
         return signed(shares[0])
 
     def _source(self, source: Source, rows: Sequence[Row], names: Sequence[str]) -> Line:
-        position, size = source.token.position, relative_size(source.weight, rows[0])
+        position, size = source.token.position, _relative_size(source.weight, rows[0])
         token = fit(name_of(source.token, names), self.source_token_width)
         drawn = f" {bar(size, self.form.bar)}" if self.form.bar else ""
         return [
@@ -56,7 +54,9 @@ class SignedLayout(TraceLayout):
         return [("".join(spaced), "dim")]
 
 
-def relative_size(number: float, row: Row) -> float:
+def _relative_size(number: float, row: Row) -> float:
     """Return the magnitude of a number relative to the largest of its row, in [0, 1]."""
-    largest = float(np.abs(row.weights_S).max(initial=0.0))
+    largest = abs(row.sink)
+    if row.sources:  # in descending order, the sink left out
+        largest = max(largest, abs(row.sources[0].weight))
     return min(abs(number) / largest, 1.0) if largest else 0.0
