@@ -2,7 +2,12 @@
 
 from dataclasses import fields
 
-from minigpt.checkpoint.families import family_of, model_config_from_hf, model_config_to_hf
+from minigpt.checkpoint.families import (
+    family_of,
+    hf_fields,
+    model_config_from_hf,
+    model_config_to_hf,
+)
 from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError, ConfigError
 
@@ -53,4 +58,9 @@ def canonical(config: ModelConfig) -> ModelConfig:
                 f"a model of type {kind} always has {f.name} {has!r}: it is {asked!r}. Set "
                 f"model.{f.name} to that."
             )
+    if lost := sorted(hf_fields(config).keys() - hf_fields(again).keys()):
+        raise ConfigError(
+            f"{lost[0]} changes nothing in a model of type {kind} like this. Leave it out of "
+            "model.hf_fields."
+        )
     return again

@@ -40,6 +40,8 @@ def read_scaling(
     keys = {"rope_scaling_factor": "factor"} | _ROPE_FIELDS[kind]
     known = {key: rope.get(key) for key in keys.values()}
     values: dict[str, Any] = {"rope_scaling": kind}
+    if kind == "dynamic":
+        known["original_max_position_embeddings"] = context_length
     if kind == "yarn":
         given = _yarn_defaults(name, given)
         values["rope_truncate"] = bool(rope.get("truncate", True))

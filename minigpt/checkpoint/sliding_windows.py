@@ -67,26 +67,21 @@ def sliding_layers(n_layer: Any, slides: Callable[[int], bool]) -> list[str]:
     return [SLIDING if slides(i) else _FULL for i in range(n_layer)]
 
 
-def read_fields(
-    config: Mapping[str, Any],
-    sliding_window: Any,
-    use_sliding_window: Any,
-    layer_types: Any,
-    max_window_layers: Any,
-) -> dict[str, Any]:
+def read_fields(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a Llama-like config.json that ``window_of`` reads.
 
+    Args: given, the fields that the family reads, with its defaults.
     Raises: as ``read_windows``.
     """
-    if use_sliding_window is None:  # as in Mistral, where every layer has the window
-        return read_windows(config, sliding_window, layer_types)
-    if not use_sliding_window:
-        sliding_window = None
-    elif layer_types is None:
-        if type(max_window_layers) is not int:
-            raise unsupported("max_window_layers", max_window_layers, "an integer")
-        layer_types = sliding_layers(
-            config.get("num_hidden_layers"), lambda i: i >= max_window_layers
-        )
-    fields = read_windows(config, sliding_window, layer_types)
+    window, types = given["sliding_window"], given.get("layer_types")
+    if "use_sliding_window" not in given:  # as in Mistral, where every layer has the window
+        return read_windows(config, window, None)
+    if not given["use_sliding_window"]:
+        window = None
+    elif types is None:
+        first = given["max_window_layers"]
+        if type(first) is not int:
+            raise unsupported("max_window_layers", first, "an integer")
+        types = sliding_layers(config.get("num_hidden_layers"), lambda i: i >= first)
+    fields = read_windows(config, window, types)
     return fields and fields | {"use_sliding_window": True}

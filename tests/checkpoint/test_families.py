@@ -254,6 +254,14 @@ def test_sliding_windows_are_read_by_layer() -> None:
     assert fields(**some, layer_types=["full_attention"] * 3) == ()
 
 
+def test_layer_types_of_a_family_that_does_not_read_them_must_say_what_is_computed() -> None:
+    for config, kind in ((LLAMA3, "full"), (MISTRAL | {"sliding_window": 9}, "sliding")):
+        types = [f"{kind}_attention"] * config["num_hidden_layers"]
+        assert model_config_from_hf(config | {"layer_types": types}) == model_config_from_hf(config)
+        with pytest.raises(CheckpointError, match="layer_types is"):
+            model_config_from_hf(config | {"layer_types": ["linear_attention", *types[1:]]})
+
+
 @pytest.mark.parametrize(
     "rope",
     [

@@ -291,6 +291,11 @@ def test_new_model_that_its_family_could_not_read_again_is_refused() -> None:
         replace(new, model_type="minigpt", hf_fields=("sliding_window=3",))
     mistral = replace(new, model_type="mistral", hf_fields=("sliding_window=3",))
     assert canonical(mistral) == mistral
+    llama = replace(new, model_type="llama", activation="silu", hf_fields=("sliding_window=3",))
+    with pytest.raises(
+        ConfigError, match="sliding_window changes nothing in a model of type llama"
+    ):
+        canonical(llama)
 
 
 USUAL = {"attention_dropout": 0.0, "hidden_act": "silu", "use_cache": True, "rope_scaling": None}

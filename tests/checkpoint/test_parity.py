@@ -1,6 +1,8 @@
 """Tiny random models saved by transformers give the same results in both."""
 
 import functools
+import json
+import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -100,6 +102,14 @@ KINDS |= {
         "final_logit_softcapping": 3.0,
         "rope_parameters": {
             "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 500.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+        },
+    },
+    "gemma3-yarn": GEMMA3
+    | {
+        "sliding_window_pattern": 2,
+        "rope_parameters": {
+            "full_attention": YARN | {"rope_theta": 500.0},
             "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
         },
     },
@@ -248,9 +258,12 @@ def test_rewritten_config_is_equal(pair: Pair, tmp_path: Path) -> None:
         assert again["rope_parameters"].pop("original_max_position_embeddings") == CONTEXT
         expected["rope_parameters"].pop("original_max_position_embeddings")
     if pair.ours.model.config.rope_scaling == "yarn":  # what is derived there is written
-        given = expected["rope_parameters"]
-        written = again["rope_parameters"]
-        expected["rope_parameters"] = written | {k: given[k] for k in given if "mscale" not in k}
+        given, written = expected["rope_parameters"], again["rope_parameters"]
+        if "full_attention" in given:
+            given, written = given["full_attention"], written["full_attention"]
+        given |= written | {k: given[k] for k in given if "mscale" not in k}
+        for key in [key for key in given if "mscale" in key]:
+            del given[key]
     if expected.get("n_inner", 0) is None:
         expected["n_inner"] = 4 * expected["n_embd"]
     different = {key for key in expected if expected[key] != again.get(key)}
@@ -279,3 +292,33 @@ def test_shards_of_transformers_are_read(open_both: Callable[[str], Pair], tmp_p
     pair.theirs.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 2
     assert torch.equal(read_model(tmp_path).model(TOKENS), pair.ours.model(TOKENS))
+
+
+WINDOW = {"sliding_window": 7}
+OTHER_FIELDS = [
+    ("llama-2", WINDOW),
+    ("llama-2", WINDOW | {"use_sliding_window": True, "max_window_layers": 1}),
+    ("olmo2", WINDOW | {"use_sliding_window": True, "max_window_layers": 0}),
+    ("mistral-short-window", {"use_sliding_window": False, "max_window_layers": 2}),
+    ("mistral-short-window", {"use_sliding_window": True, "max_window_layers": 1}),
+    ("phi3-window", {"use_sliding_window": False, "max_window_layers": 2}),
+    ("qwen2-short-window", {"use_sliding_window": False}),
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("kind", "change"), OTHER_FIELDS)
+def test_a_field_of_windows_is_read_where_transformers_reads_it_and_ignored_elsewhere(
+    kind: str, change: dict[str, Any], open_both: Callable[[str], Pair], tmp_path: Path
+) -> None:
+    folder = tmp_path / kind
+    shutil.copytree(open_both(kind).folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("layer_types", None)
+    (folder / "config.json").write_text(json.dumps(config | change))
+    from transformers import AutoModelForCausalLM
+
+    theirs = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    torch.testing.assert_close(
+        read_model(folder).model(TOKENS), theirs(TOKENS).logits, atol=1e-4, rtol=1e-4
+    )

@@ -44,7 +44,8 @@ class Gemma3GPT(Gemma2GPT):
         """Return cos and sin, each (context_length, 2, D / 2): of full and of sliding layers."""
         theta = hf_fields(self.config).get("rope_local_base_freq", _LOCAL_THETA)
         full = rotary_table(self.config)
-        local = rotary_table(replace(self.config, rope_theta=theta, rope_scaling_factor=1.0))
+        unscaled = replace(self.config, rope_scaling_factor=1.0, rope_attention_factor=1.0)
+        local = rotary_table(replace(unscaled, rope_theta=theta))
         cos, sin = (torch.stack(tables, dim=1) for tables in zip(full, local, strict=True))
         return cos, sin
 

@@ -66,6 +66,8 @@ class LlamaFamily(Family):
 
     norms: Mapping[str, str] = field(default_factory=lambda: NORMS)
     """Norms of a block: Hugging Face's name -> ours."""
+    windows: tuple[str, ...] = ()
+    """config.json fields of sliding windows that transformers reads; it ignores the others."""
 
     def read(self, config: Mapping[str, Any]) -> dict[str, Any]:
         values = self.read_rope(config)
@@ -85,12 +87,15 @@ class LlamaFamily(Family):
 
     def read_fields(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Return the config.json fields that the model class reads: those of sliding windows."""
-        names = ("sliding_window", "use_sliding_window", "layer_types", "max_window_layers")
-        given = {name: config.get(name, self.defaults.get(name)) for name in names}
-        if has_ring(_WINDOWS):
-            fields: dict[str, Any] = ring(_WINDOWS).read_fields(config, **given)
+        given = {name: config.get(name, self.defaults.get(name)) for name in self.windows}
+        if "layer_types" not in given and config.get("layer_types") is not None:
+            kind = "full" if given.get("sliding_window") is None else "sliding"
+            types = [f"{kind}_attention"] * int(config.get("num_hidden_layers") or 0)
+            check_fixed("layer_types", config["layer_types"], types)
+        if given and has_ring(_WINDOWS):
+            fields: dict[str, Any] = ring(_WINDOWS).read_fields(config, given)
             return fields
-        if given["sliding_window"] is not None and given["use_sliding_window"] is not False:
+        if given.get("sliding_window") is not None and given.get("use_sliding_window", True):
             raise unsupported("sliding_window", given["sliding_window"], None)
         return {}
 
@@ -162,5 +167,4 @@ FAMILY = LlamaFamily(
     fixed=FIXED,
     no_effect=frozenset(_NO_EFFECT.split()),
     constants={"family": "llama"},
-    model="checkpoint.sliding_windows:WindowedGPT",
 )

@@ -11,4 +11,6 @@ FAMILY = replace(
     defaults=llama.DEFAULTS | {"num_key_value_heads": 8, "sliding_window": 4096},
     fixed=llama.FIXED | llama.NO_BIASES,
     written={"sliding_window": None},
+    windows=("sliding_window",),
+    model="checkpoint.sliding_windows:WindowedGPT",
 )

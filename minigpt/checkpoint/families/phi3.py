@@ -188,5 +188,6 @@ FAMILY = Phi3Family(
     | {"partial_rotary_factor", "original_max_position_embeddings", "resid_pdrop"},
     constants={"family": "llama"},
     written={"sliding_window": None},
+    windows=("sliding_window",),
     model=Phi3GPT,
 )

@@ -20,4 +20,6 @@ FAMILY = replace(
     fixed=llama.FIXED | llama.NO_BIASES,
     constants={"family": "llama", "attention_bias": "qkv"},
     written={"use_sliding_window": False, "sliding_window": None},
+    windows=("sliding_window", "use_sliding_window", "layer_types", "max_window_layers"),
+    model="checkpoint.sliding_windows:WindowedGPT",
 )
