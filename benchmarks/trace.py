@@ -43,24 +43,24 @@ from minigpt.generation.decoder import Decoder
 from minigpt.generation.loading import load
 from minigpt.generation.stream import stream_text
 from minigpt.model.gpt import GPT
-from minigpt.tracing.config import TraceConfig
+from minigpt.tracing.analysis_config import AnalysisConfig
 from minigpt.tracing.events import TraceStep
 from minigpt.tracing.file import to_json_line
 from minigpt.tracing.lines import make_layout
 from minigpt.tracing.tracer import trace
 
 OFF = "off"
-WAYS: dict[str, TraceConfig] = {
-    "lines": TraceConfig(),
-    "lines, --measure both": TraceConfig(measure="both"),
-    "--out, every head": TraceConfig(has_heads=True),
-    "lines, --n-verified 3": TraceConfig(n_verified=3),
-    "lines, --n-verified all": TraceConfig(n_verified="all"),
-    "lines, --measure logit": TraceConfig(measure="logit"),
+WAYS: dict[str, AnalysisConfig] = {
+    "lines": AnalysisConfig(),
+    "lines, --measure both": AnalysisConfig(measure="both"),
+    "--out, every head": AnalysisConfig(has_heads=True),
+    "lines, --n-verified 3": AnalysisConfig(n_verified=3),
+    "lines, --n-verified all": AnalysisConfig(n_verified="all"),
+    "lines, --measure logit": AnalysisConfig(measure="logit"),
 }
-SLOW_WAYS: dict[str, TraceConfig] = {
-    "lines, --measure gradient": TraceConfig(measure="gradient"),
-    "lines, --measure integrated": TraceConfig(measure="integrated"),
+SLOW_WAYS: dict[str, AnalysisConfig] = {
+    "lines, --measure gradient": AnalysisConfig(measure="gradient"),
+    "lines, --measure integrated": AnalysisConfig(measure="integrated"),
 }
 """Variants with forward passes of their own over all tokens so far."""
 WIDTH = 140
@@ -72,7 +72,7 @@ def decoding(
 ) -> Iterator[None]:
     """Decode one token per turn, with the output of a variant."""
     sampling = SamplingConfig(temperature=0, max_new_tokens=n_new, ignore_eos=True)
-    config = (WAYS | SLOW_WAYS).get(way, TraceConfig())
+    config = (WAYS | SLOW_WAYS).get(way, AnalysisConfig())
     if way == OFF:
         decoder = Decoder(model, prompt, max_new_tokens=n_new, compiles=compiles)
         for _ in stream_text(decoder.generate(sampling, seed=0), BYTES):

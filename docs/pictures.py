@@ -16,7 +16,7 @@ from rich.terminal_theme import DEFAULT_TERMINAL_THEME, DIMMED_MONOKAI, Terminal
 
 import minigpt
 from minigpt.console import THEME, spans_to_text
-from minigpt.tracing.events import Trace
+from minigpt.tracing.findings import Trace
 from minigpt.tracing.lines import TraceLayout
 from minigpt.tracing.spans import Line
 from minigpt.tracing.summary import footer_lines, header_lines

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from knocking_out import knock_out
 from pretend_cuda import CUDA, PretendCuda
 
 from minigpt.config import ModelConfig, SamplingConfig, TrainingConfig
@@ -18,7 +19,6 @@ from minigpt.generation.fast.quantize import quantize_int8
 from minigpt.model.cost import peak_flops
 from minigpt.model.device import autocast
 from minigpt.model.language_model import model_class
-from minigpt.tracing.analysis.knockout import knock_out
 from minigpt.tracing.analysis.recorder import MeasureRecorder
 from minigpt.tracing.analysis.rollout import Rollout
 from minigpt.tracing.analysis.sink import SinkFinder

@@ -54,7 +54,7 @@ def heads(
         head_roles,
         repeated_sequences,
     )
-    from minigpt.tracing.spans import wrapped
+    from minigpt.tracing.wrapping import wrapped
 
     folder, loaded = load_model(source)
     roles = head_roles(loaded.model, seed=seed)

@@ -16,7 +16,7 @@ from minigpt.commands.options import (
     modes,
 )
 from minigpt.config import SamplingConfig
-from minigpt.tracing.config import TraceConfig
+from minigpt.tracing.analysis_config import AnalysisConfig
 
 if TYPE_CHECKING:
     from minigpt.tracing.analysis.faithfulness import Comparison, Interval
@@ -48,7 +48,7 @@ def measures(
     form: PromptForm,
     source: Annotated[ModelSource, Fields(without=("compile",))],
     sampling: Annotated[SamplingConfig, Fields(only=_SAMPLING)],
-    config: Annotated[TraceConfig, Fields(only=("knockout", "sink"), group="Measures")],
+    config: Annotated[AnalysisConfig, Fields(only=("knockout", "sink"), group="Measures")],
     only: Annotated[
         str | None, Option("Measures to compare, as in weight,norm", "Measures", "LIST", "all")
     ] = None,
@@ -112,7 +112,7 @@ def measures(
 def _table(comparison: "Comparison", width: int) -> "list[Line]":
     """Return a line for each ranking, with as many columns as fit."""
     from minigpt.tracing.analysis.faithfulness import CONTROLS
-    from minigpt.tracing.spans import wrapped
+    from minigpt.tracing.wrapping import wrapped
 
     names = [result.name for result in comparison.results]
     name_width = max(map(len, names)) + 2

@@ -13,8 +13,9 @@ from minigpt.model.language_model import LanguageModel
 from minigpt.settings import build
 from minigpt.text.tokenizer import Tokenizer
 from minigpt.tracing import tracer
-from minigpt.tracing.config import SAMPLING, TraceConfig
-from minigpt.tracing.events import Trace, TraceFooter, TraceHeader, TraceStep
+from minigpt.tracing.config import SAMPLING, config_class
+from minigpt.tracing.events import TraceFooter, TraceHeader, TraceStep
+from minigpt.tracing.findings import Trace
 
 
 def trace(
@@ -43,15 +44,16 @@ def trace(
 
     Args: model, prompt, tokenizer, special, chat_template, device, dtype, quantize, compile: as of
         ``minigpt.generate``.
-        options, fields of TraceConfig (heads="4.2,5.*", measure="both", n_verified=3, roles=True
+        options, fields of AnalysisConfig (heads="4.2,5.*", measure="both", n_verified=3, roles=True
         and so on; has_heads is True by default) and of SamplingConfig (temperature,
         max_new_tokens, 40 by default, seed...), and interventions as of ``minigpt.generate``.
     Raises: as ``minigpt.generate``, and ConfigError for heads that the model does not have.
     """
-    names = {f.name for f in fields(TraceConfig)}
+    config_type = config_class()
+    names = {f.name for f in fields(config_type)}
     chosen = {name: options.pop(name) for name in names & options.keys()}
     interventions, source = api.interventions_in(options)
-    config = build(TraceConfig, {"has_heads": True} | chosen)
+    config = build(config_type, {"has_heads": True} | chosen)
     sampling = build(SamplingConfig, vars(SAMPLING) | options)
     if sampling.num_samples != 1:
         raise ConfigError(f"a trace is of one sample: num_samples is {sampling.num_samples}.")

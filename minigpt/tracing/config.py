@@ -1,149 +1,63 @@
 """Settings of a trace; imports neither torch nor numpy, so that --help may import it."""
 
-from dataclasses import dataclass, fields
-from functools import cache
-from pathlib import Path
-from pkgutil import iter_modules
+from dataclasses import dataclass
 from typing import Literal
 
 from minigpt.config import SamplingConfig
-from minigpt.errors import ConfigError
 from minigpt.fields import check_fields, option
-from minigpt.rings import ring
-
-Measure = str
-"""Name of what a row is made of: weight, the attention weight, or a module of
-tracing/analysis/measures."""
-Need = Literal["residual", "token", "gradients"]
-"""What a measure needs beside the weights and values of a pass: the residual stream, the generated
-token, or a forward pass of its own with gradients."""
-Reduce = Literal["mean", "max", "rollout"]
-"""Reduction of the rows of several heads to one. rollout: attention followed through the layers
-(Abnar & Zuidema 2020, arXiv:2005.00928)."""
-Knockout = Literal["key", "value"]
-"""Part of a source that a knockout removes. key: hidden from the query, so that the softmax
-renormalizes the other weights. value: set to 0, with the weights unchanged."""
-KNOCKOUTS = {
-    "key": "its key is hidden from that query, and the other weights grow to sum to 1",
-    "value": "its value is set to 0 for that query, and its weight is kept",
-}
-"""Descriptions of the kinds of knockout."""
-
-MEASURES = (
-    "weight",
-    *(m.name for m in iter_modules([str(Path(__file__).parent / "analysis" / "measures")])),
-)
-"""Names of the measures of this installation."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MeasureFacts:
-    """What the numbers of a measure are, and what it needs."""
-
-    about: str = ""
-    """What a number of a row is, in words."""
-    unit: str = "share"
-    """Unit of the numbers of a row. share: the row is divided by its sum."""
-    is_signed: bool = False
-    """Whether numbers may be negative. Signed rows are summed over heads, others averaged."""
-    has_heads: bool = True
-    """Whether each head has a row of its own."""
-    sums_to: str = ""
-    """What a row and its parts sum to, in words. Empty if that has no meaning."""
-    needs: tuple[Need, ...] = ()
-    caveat: str = ""
-    """What its numbers do not say, as a sentence."""
-
-
-def unit(measure: Measure) -> str:
-    """Return the unit of a measure, as in ``share`` or ``logits``."""
-    return facts_of(measure).unit
-
-
-@cache
-def facts_of(measure: Measure) -> MeasureFacts:
-    """Return the facts of a measure of MEASURES."""
-    if measure == "weight":
-        return MeasureFacts(
-            about="the softmax weight of a source",
-            sums_to="1",
-            caveat="Attention shows where a head looked, not why a token was generated.",
-        )
-    facts: MeasureFacts = ring("tracing.analysis.measures").find(measure).facts
-    return facts
-
+from minigpt.rings import find_ring
 
 N_SOURCES = 8
 """Number of sources kept per token, unless another is asked for."""
-_BOTH = ("both",) if "norm" in MEASURES else ()
-_GROUP = "Attention"
+GROUP = "Attention"
+"""Heading of the options in --help."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TraceConfig:
-    """Which attention a trace shows, and what is measured."""
+    """Which attention a trace shows."""
 
-    layers: str | None = option(None, group=_GROUP, metavar="LIST", shown="all")
+    layers: str | None = option(None, group=GROUP, metavar="LIST", shown="all")
     """Layers to show, as in 0,2,4-6. None for all."""
-    heads: str | None = option(None, group=_GROUP, metavar="LIST", shown="all")
+    heads: str | None = option(None, group=GROUP, metavar="LIST", shown="all")
     """Heads to show, layer.head, as in 4.2,5.*. None for all."""
-    measure: str = option("weight", choices=(*MEASURES, *_BOTH), group=_GROUP)
-    """Measure. both: weight and norm."""
-    reduce: Reduce = option("mean", group=_GROUP)
+    reduce: Literal["mean", "max"] = option("mean", group=GROUP)
     """Reduction over heads."""
     n_sources: int | None = option(
         None,
         "[0, inf)",
-        group=_GROUP,
+        group=GROUP,
         shown=f"what fits; files {N_SOURCES}",
         aliases=("--sources",),
     )
     """Number of sources to show per token. None for N_SOURCES."""
-    sink: int | Literal["auto"] = option(0, "[0, inf)", group=_GROUP)
-    """Position of the sink, or auto to find it."""
-    roles: bool = option(False, group=_GROUP)
-    """Find the heads' roles first."""
-    n_verified: int | Literal["all"] = option(0, "[0, inf)", group=_GROUP, aliases=("--verify",))
-    """Number of sources per token to knock out, and as many controls, or all for each position."""
-    verify_layers: str | None = option(None, group=_GROUP, metavar="LIST", shown="all")
-    """Layers to knock out sources in."""
-    verify_heads: str | None = option(None, group=_GROUP, metavar="LIST", shown="all")
-    """Heads to knock out sources in, layer.head."""
-    knockout: Knockout = option("key", group=_GROUP)
-    """Part of a source that a knockout removes."""
-    explain: str | None = option(None, group=_GROUP, metavar="LIST", shown="none")
-    """Heads whose weights the page works out from queries and keys, as in 4.2. None for none."""
-    candidates: int = option(0, "[0, inf)", group=_GROUP)
+    sink: int = option(0, "[0, inf)", group=GROUP)
+    """Position of the sink."""
+    candidates: int = option(0, "[0, inf)", group=GROUP)
     """Number of most probable tokens to show at each step, before any sampling option."""
-    lens: bool = option(False, group=_GROUP)
-    """Show the probability of each token after each layer (logit lens)."""
-    prompt_rows: bool = option(False, group=_GROUP)
+    prompt_rows: bool = option(False, group=GROUP)
     """Show the tokens of the prompt too, from the second one on."""
-    against: str | None = option(None, group=_GROUP, metavar="TEXT")
-    """Alternative whose first token's logit is subtracted from that of each generated token."""
-    n_steps: int = option(50, "[1, 2**16]", group=_GROUP, aliases=("--steps",))
-    """Number of steps of --measure integrated."""
     has_heads: bool = False
     """Whether to keep a summary of each head's row."""
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.reduce == "rollout" and self.measure != "weight":
-            raise ConfigError(f"--reduce rollout requires --measure weight: it is {self.measure}.")
 
     @property
     def is_plain(self) -> bool:
-        """Whether the trace has rows of attention weights and nothing that the analysis adds."""
-        if self.reduce == "rollout" or self.sink == "auto":
-            return False
-        core = ("layers", "heads", "reduce", "n_sources", "sink", "candidates", "prompt_rows")
-        changed = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
-        return changed <= {*core, "has_heads"}
+        """Whether the trace has rows of attention weights, and nothing that an analysis adds."""
+        return True
 
     @property
-    def measures(self) -> tuple[Measure, ...]:
+    def measures(self) -> tuple[str, ...]:
         """The measures of each row, in order."""
-        return ("weight", "norm") if self.measure == "both" else (self.measure,)
+        return ("weight",)
+
+
+def config_class() -> type[TraceConfig]:
+    """Return the settings of this installation: those of the analysis too, if it has that ring."""
+    ring = find_ring("tracing.analysis_config")
+    return ring.AnalysisConfig if ring else TraceConfig
 
 
 DEFAULTS = TraceConfig()

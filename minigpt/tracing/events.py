@@ -2,33 +2,29 @@
 
 What only an analysis adds to them is in ``tracing/findings.py``.
 
-Shapes: L layers, H query heads, S positions in view, K sources kept per row.
+Shapes: S positions in view.
 """
 
-import html
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from minigpt.config import SamplingConfig
-from minigpt.errors import cut
 from minigpt.generation.decoder import FinishReason
-from minigpt.rings import ring
-from minigpt.text.escape import JoinedTokens
-from minigpt.tracing.config import Knockout, Measure, Reduce, facts_of
 from minigpt.tracing.selection import HeadSelection
 
 if TYPE_CHECKING:
     from minigpt.intervention_config import InterventionConfig
+    from minigpt.tracing.analysis_config import Knockout, Reduce
     from minigpt.tracing.findings import (
         Alternative,
         CauseCheck,
         Effect,
+        HeadRows,
         HeadWorking,
         Kept,
         Lens,
@@ -62,30 +58,11 @@ class Source:
 
 
 @dataclass(frozen=True, eq=False)
-class HeadRows:
-    """Summaries of the rows of all heads at one step; each array is [layer, head]."""
-
-    sink: NDArray[np.float32]
-    """Weight on the sink."""
-    own: NDArray[np.float32]
-    """Weight on the query's own position."""
-    prompt: NDArray[np.float32]
-    """Weight on the prompt, including the sink."""
-    entropy: NDArray[np.float32]
-    """Entropy in bits, in [0, log2 S]."""
-    distance: NDArray[np.float32]
-    """Mean distance from the query to the positions, in tokens."""
-    positions: NDArray[np.int32]
-    """Positions with the largest weights, except the sink, in descending order (L, H, K)."""
-    weights: NDArray[np.float32]
-    """Weights of those positions (L, H, K)."""
-
-
-@dataclass(frozen=True, eq=False)
 class Row:
     """The attention of one query by one measure, reduced over the chosen heads."""
 
-    measure: Measure
+    measure: str
+    """Name of the measure; weight for attention weights."""
     total: float
     """Sum of the row; 1 unless the reduction is max."""
     sink: float
@@ -105,18 +82,15 @@ class Row:
     """Positions with the largest weights by magnitude, except the sink, in descending order."""
     weights_S: NDArray[np.float32] = field(repr=False)
     """The whole row."""
-    heads: HeadRows | None = field(default=None, repr=False)
+    heads: "HeadRows | None" = field(default=None, repr=False)
     """Rows of all heads by this measure. None if they were not kept."""
     whole: float | None = None
     """What the row and its parts sum to, such as the logit of the token. None if the measure has no
     such sum."""
     parts: Mapping[str, float] = field(default_factory=dict)
     """What belongs to the whole and to no position of the row, such as that of the MLPs."""
-
-    @property
-    def is_signed(self) -> bool:
-        """Whether its numbers may be negative."""
-        return facts_of(self.measure).is_signed
+    is_signed: bool = False
+    """Whether its numbers may be negative."""
 
     @property
     def sums_to_one(self) -> bool:
@@ -167,8 +141,8 @@ class TraceHeader:
     score: str
     """Attention score, as in ``ModelConfig.attention``."""
     selection: HeadSelection
-    measures: tuple[Measure, ...]
-    reduce: Reduce
+    measures: tuple[str, ...]
+    reduce: "Reduce"
     sink: int
     """Position of the sink."""
     sink_rule: str
@@ -178,7 +152,7 @@ class TraceHeader:
     prompt: tuple[Token, ...]
     n_verified: int | Literal["all"] = 0
     """Number of sources per token that are knocked out, or all for every position in view."""
-    knockout: Knockout = "key"
+    knockout: "Knockout" = "key"
     against: "Alternative | None" = None
     """Token that each generated token is compared with. None for no comparison."""
     verified_heads: HeadSelection | None = None
@@ -251,51 +225,3 @@ class TraceFooter:
 
 
 TraceEvent = TraceHeader | TraceStep | TraceFooter
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Trace:
-    """A complete trace."""
-
-    header: TraceHeader
-    steps: tuple[TraceStep, ...]
-    footer: TraceFooter
-
-    @property
-    def tokens(self) -> tuple[Token, ...]:
-        """Tokens of the prompt and generated tokens."""
-        n_prompt = len(self.header.prompt)
-        generated = (step.token for step in self.steps if step.token.position >= n_prompt)
-        return (*self.header.prompt, *generated)
-
-    @property
-    def has_prompt_rows(self) -> bool:
-        """Whether tokens of the prompt have rows too."""
-        return bool(self.steps) and self.steps[0].token.position < len(self.header.prompt)
-
-    @cached_property
-    def joined(self) -> JoinedTokens:
-        """Texts of the tokens, escaped, with characters joined that tokens split."""
-        return JoinedTokens(token.data for token in self.tokens)
-
-    @property
-    def text(self) -> str:
-        """Generated text."""
-        return "".join(step.text for step in self.steps)
-
-    def __repr__(self) -> str:
-        """Return the model, the numbers of tokens and the text, cut to a line."""
-        n_prompt, n_steps = len(self.header.prompt), self.footer.n_tokens
-        finish = self.footer.finish or "interrupted"
-        return (
-            f"Trace(model={self.header.model!r}, prompt of {n_prompt} tokens, {n_steps} generated, "
-            f"finish={finish!r}, text={cut(self.text)})"
-        )
-
-    def _repr_html_(self) -> str:
-        """Return the page of the trace in a frame, for notebooks."""
-        page = html.escape(ring("tracing.views.page").to_html(self), quote=True)
-        return (
-            f'<iframe srcdoc="{page}" sandbox="allow-scripts allow-downloads" '
-            'style="width: 100%; height: 40rem; border: 0"></iframe>'
-        )

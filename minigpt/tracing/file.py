@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from minigpt.tracing.config import facts_of
+from minigpt.tracing.analysis_config import facts_of
 from minigpt.tracing.events import (
     CONVENTION,
     Candidate,
-    HeadRows,
     Row,
     Source,
     Token,
@@ -27,7 +26,7 @@ from minigpt.tracing.events import (
     TraceHeader,
     TraceStep,
 )
-from minigpt.tracing.findings import Alternative, HeadWorking, Lens
+from minigpt.tracing.findings import Alternative, HeadRows, HeadWorking, Lens
 
 SCHEMA = "minigpt-trace/1"
 INTERRUPTED = "interrupted"

@@ -1,15 +1,22 @@
-"""What the analysis adds to the records of a trace, in ``tracing/events.py``.
+"""Whole traces, and what the analysis adds to the records of ``tracing/events.py``.
 
-Shapes: T positions, D head dim.
+Shapes: L layers, H query heads, T positions, D head dim, K sources kept per row.
 """
 
+import html
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from minigpt.tracing.events import Candidate, Source
+from minigpt.errors import cut
+from minigpt.rings import ring
+from minigpt.text.escape import JoinedTokens
+from minigpt.tracing.events import Candidate, Source, Token, TraceFooter, TraceHeader, TraceStep
 
 
 @dataclass(frozen=True)
@@ -121,3 +128,78 @@ class HeadWorking:
     """Queries as they meet the keys: rotated and normalized, if the model does that."""
     keys_TD: NDArray[np.float32]
     values_TD: NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class HeadRows:
+    """Summaries of the rows of all heads at one step; each array is [layer, head]."""
+
+    sink: NDArray[np.float32]
+    """Weight on the sink."""
+    own: NDArray[np.float32]
+    """Weight on the query's own position."""
+    prompt: NDArray[np.float32]
+    """Weight on the prompt, including the sink."""
+    entropy: NDArray[np.float32]
+    """Entropy in bits, in [0, log2 S]."""
+    distance: NDArray[np.float32]
+    """Mean distance from the query to the positions, in tokens."""
+    positions: NDArray[np.int32]
+    """Positions with the largest weights, except the sink, in descending order (L, H, K)."""
+    weights: NDArray[np.float32]
+    """Weights of those positions (L, H, K)."""
+
+    @classmethod
+    def of(cls, facts: Mapping[str, NDArray[Any]], n_layer: int) -> "HeadRows":
+        """Return the summaries in ``RowReader.facts`` of the rows after the first."""
+        rows = {f.name: facts[f.name][1:] for f in fields(cls)}
+        shape = n_layer, len(rows["sink"]) // n_layer
+        return cls(**{name: x.reshape(*shape, *x.shape[1:]) for name, x in rows.items()})
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Trace:
+    """A complete trace."""
+
+    header: TraceHeader
+    steps: tuple[TraceStep, ...]
+    footer: TraceFooter
+
+    @property
+    def tokens(self) -> tuple[Token, ...]:
+        """Tokens of the prompt and generated tokens."""
+        n_prompt = len(self.header.prompt)
+        generated = (step.token for step in self.steps if step.token.position >= n_prompt)
+        return (*self.header.prompt, *generated)
+
+    @property
+    def has_prompt_rows(self) -> bool:
+        """Whether tokens of the prompt have rows too."""
+        return bool(self.steps) and self.steps[0].token.position < len(self.header.prompt)
+
+    @cached_property
+    def joined(self) -> JoinedTokens:
+        """Texts of the tokens, escaped, with characters joined that tokens split."""
+        return JoinedTokens(token.data for token in self.tokens)
+
+    @property
+    def text(self) -> str:
+        """Generated text."""
+        return "".join(step.text for step in self.steps)
+
+    def __repr__(self) -> str:
+        """Return the model, the numbers of tokens and the text, cut to a line."""
+        n_prompt, n_steps = len(self.header.prompt), self.footer.n_tokens
+        finish = self.footer.finish or "interrupted"
+        return (
+            f"Trace(model={self.header.model!r}, prompt of {n_prompt} tokens, {n_steps} generated, "
+            f"finish={finish!r}, text={cut(self.text)})"
+        )
+
+    def _repr_html_(self) -> str:
+        """Return the page of the trace in a frame, for notebooks."""
+        page = html.escape(ring("tracing.views.page").to_html(self), quote=True)
+        return (
+            f'<iframe srcdoc="{page}" sandbox="allow-scripts allow-downloads" '
+            'style="width: 100%; height: 40rem; border: 0"></iframe>'
+        )

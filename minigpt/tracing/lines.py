@@ -2,7 +2,7 @@
 
 One line per generated token: step, token, its probability, the weight on the sink, the earlier
 tokens with the most weight, each with position, weight and a bar, the weight on all other
-positions, and the entropy of the row. With two measures, each weight is shown by both.
+positions, and the entropy of the row.
 """
 
 from collections.abc import Sequence
@@ -12,21 +12,8 @@ from typing import Any
 from minigpt.format import percent
 from minigpt.rings import ring
 from minigpt.text.escape import visible
-from minigpt.tracing.config import Measure, facts_of
-from minigpt.tracing.events import (
-    Row,
-    Source,
-    Token,
-    TraceStep,
-)
-from minigpt.tracing.spans import (
-    SHARE_WIDTH,
-    Line,
-    bar,
-    fit,
-    heat,
-    upright_bar,
-)
+from minigpt.tracing.events import Row, Source, Token, TraceStep
+from minigpt.tracing.spans import SHARE_WIDTH, Line, bar, fit, heat
 
 _STEP_WIDTH = 4
 _BYTE_WIDTH = 4  # \xe2
@@ -43,19 +30,19 @@ class Form:
     """Width of a bar, in cells. 0 for no bars."""
     has_entropy: bool = False
     is_bare: bool = False
-    """Whether the rest and the second measure of the sink are left out."""
+    """Whether the rest is left out."""
 
 
 _ROOMY = (Form(9, 3, has_entropy=True), Form(9, 3), Form(7, 3))
 _ALL = (*_ROOMY, Form(5, 2), Form(4, 0), Form(4, 0, is_bare=True))
 
 
-def make_layout(width: int, *, measures: tuple[Measure, ...], **sizes: Any) -> "TraceLayout":
+def make_layout(width: int, *, measures: tuple[str, ...], **sizes: Any) -> "TraceLayout":
     """Return the columns of a trace by these measures; arguments as of TraceLayout."""
-    kind = TraceLayout
-    if facts_of(measures[0]).is_signed:
-        kind = ring("tracing.analysis.signed").SignedLayout
-    return kind(width, measures=measures, **sizes)
+    if measures == ("weight",):
+        return TraceLayout(width, **sizes)
+    layout: TraceLayout = ring("tracing.analysis.layouts").make_layout(width, measures, **sizes)
+    return layout
 
 
 class TraceLayout:
@@ -71,15 +58,14 @@ class TraceLayout:
         vocab_size: int,
         n_positions: int,
         n_sources: int | None = None,
-        measures: tuple[Measure, ...] = ("weight",),
     ) -> None:
         """Choose the widths of the columns.
 
         Args: width, of the terminal in cells, 40 or more; vocab_size, small for byte tokens, which
             need less room; n_positions, the largest number of positions; n_sources, sources per
-            token, wrapped if they do not fit, or None for one full line; measures, of the trace.
+            token, wrapped if they do not fit, or None for one full line.
         """
-        self.width, self.measures = width, measures
+        self.width = width
         self.position_width = max(3, len(str(n_positions - 1)))
         is_bytes = vocab_size <= 300
         # The roomiest form that fits two sources, else the roomiest that fits one.
@@ -97,18 +83,13 @@ class TraceLayout:
         self.form = form
         self.source_token_width = min(form.word, _BYTE_WIDTH) if is_bytes else form.word
         self.token_width = max(len("token"), self.source_token_width)
-        n_measures = len(self.measures)
-        shares_width = n_measures * (self.share_width + 1) - 1
-        self.sink_width = self.share_width if form.is_bare else shares_width
+        self.sink_width = self.share_width
         self.left_width = _STEP_WIDTH + self.token_width + SHARE_WIDTH + self.sink_width + 5
-        self.rest_width = 0 if form.is_bare else 1 + shares_width
+        self.rest_width = 0 if form.is_bare else 1 + self.share_width
         self.right_width = self.rest_width + (_ENTROPY_WIDTH if form.has_entropy else 0)
-        if n_measures > 1:
-            bars_width = n_measures if form.bar else 0
-        else:
-            bars_width = 1 + form.bar if form.bar else 0
+        bar_width = 1 + form.bar if form.bar else 0
         self.source_width = (
-            self.position_width + self.source_token_width + shares_width + bars_width + 3
+            self.position_width + self.source_token_width + self.share_width + bar_width + 3
         )
 
     def heading(self) -> Line:
@@ -124,12 +105,8 @@ class TraceLayout:
 
     def _titles(self) -> list[str]:
         """Return titles of the columns of sources, the longest first."""
-        by = " and ".join(self.measures)
-        share = "share of the attention" if by == "weight" else f"share by {by}"
-        initials = "/".join(measure[0] for measure in self.measures)
-        if len(self.measures) == 1:
-            initials = "token"
-        return [f"the earlier token, {share}", f"token, {share}", f"by {by}", initials]
+        share = "share of the attention"
+        return [f"the earlier token, {share}", f"token, {share}", "by weight", "token"]
 
     def _right_heading(self) -> str:
         # "rest" is one cell wider than its column, and takes the blank before it.
@@ -142,7 +119,6 @@ class TraceLayout:
         Args: names, of all tokens by position; none to show each token by its bytes.
         """
         row = step.row
-        sinks = [one.sink for one in step.rows]
         first: Line = [
             (f"{step.index + 1:>{_STEP_WIDTH}} ", "dim"),
             (
@@ -150,7 +126,7 @@ class TraceLayout:
                 "plain" if step.is_given else "token",
             ),
             (f"  {percent(step.probability)}", "plain"),
-            (f"  {self._shares(sinks[:1] if self.form.is_bare else sinks)}", "dim"),
+            (f"  {self._sink(step.rows)}", "dim"),
         ]
         parts = [
             row.sources[i : i + self.per_line]
@@ -166,45 +142,33 @@ class TraceLayout:
             lines += ring("tracing.analysis.lines").lines_below(step, self, names)
         return lines
 
-    def _shares(self, shares: Sequence[float]) -> str:
-        return " ".join(percent(share) for share in shares)
-
     def _indent(self) -> Line:
         return [(" " * self.left_width, "plain")]
 
+    def _sink(self, rows: Sequence[Row]) -> str:
+        return percent(rows[0].sink)
+
     def _source(self, source: Source, rows: Sequence[Row], names: Sequence[str]) -> Line:
-        position = source.token.position
-        shares = [source.weight, *(float(row.weights_S[position]) for row in rows[1:])]
         token = fit(name_of(source.token, names), self.source_token_width)
-        spans: Line = [(f" {position:>{self.position_width}} ", "dim")]
-        if len(shares) == 1:
-            drawn = f" {bar(source.weight, self.form.bar)}" if self.form.bar else ""
-            return [*spans, (f"{token} {percent(source.weight)}{drawn}", heat(source.weight))]
-        spans.append((token, heat(source.weight)))
-        for share in shares:
-            drawn = upright_bar(share) if self.form.bar else ""
-            spans.append((f" {percent(share)}{drawn}", heat(share)))
-        return spans
+        drawn = f" {bar(source.weight, self.form.bar)}" if self.form.bar else ""
+        return [
+            (f" {source.token.position:>{self.position_width}} ", "dim"),
+            (f"{token} {percent(source.weight)}{drawn}", heat(source.weight)),
+        ]
 
     def _right(self, rows: Sequence[Row], sources: Sequence[Source]) -> Line:
         """Return the end of a line: the rest of each row, and the entropy of the first."""
-        spans: Line = []
+        spans: Line = [(" " * self.rest_width, "plain")]
         if self.rest_width and rows[0].rest is not None:
-            positions = [source.token.position for source in sources]
-            rests = [rows[0].rest, *(rest_beside(row, positions) for row in rows[1:])]
-            spans.append((f" {self._shares(rests)}", "dim"))
-        else:
-            spans.append((" " * self.rest_width, "plain"))
+            spans = [(f" {self._rest(rows, sources)}", "dim")]
         if self.form.has_entropy:
             spans.append((f"{rows[0].entropy:{_ENTROPY_WIDTH}.1f}", "dim"))
         return spans
+
+    def _rest(self, rows: Sequence[Row], sources: Sequence[Source]) -> str:
+        return percent(rows[0].rest or 0.0)
 
 
 def name_of(token: Token, names: Sequence[str]) -> str:
     """Return what to show of a token: its name, or its bytes if there are no names."""
     return names[token.position] if names else visible(token.data)
-
-
-def rest_beside(row: Row, positions: Sequence[int]) -> float:
-    """Return the weight of a row that is neither on the sink nor on the given positions."""
-    return max(0.0, row.total - row.sink - sum(float(row.weights_S[p]) for p in positions))

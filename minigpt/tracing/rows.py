@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from minigpt.tracing.config import Measure, facts_of
-from minigpt.tracing.events import HeadRows, Row, Source, Token
+from minigpt.rings import ring
+from minigpt.tracing.events import Row, Source, Token
 from minigpt.tracing.selection import HeadSelection
 
 _LEAST = 1e-30
@@ -47,36 +47,36 @@ class RowReader:
         self.sink, self._n_prompt, self._n_sources = sink, n_prompt, n_sources
         self._columns_P3 = torch.empty(0, 3)
 
-    def row(self, measure: Measure, rows_RS: Tensor, tokens: Sequence[Token], n_layer: int) -> Row:
+    def row(
+        self,
+        rows_RS: Tensor,
+        tokens: Sequence[Token],
+        n_layer: int,
+        *,
+        measure: str = "weight",
+        is_signed: bool = False,
+    ) -> Row:
         """Summarize the first row; any further rows are those of all heads, for ``Row.heads``.
 
         Args: tokens, those in view.
         """
-        is_signed = facts_of(measure).is_signed
         facts = self.facts(rows_RS, is_signed=is_signed)
         numbers: dict[str, Any] = {name: float(facts[name][0]) for name in ("total", *_SUMMARIES)}
-        sources = zip(facts["positions"][0].tolist(), facts["weights"][0].tolist(), strict=True)
-        heads = None
-        if len(rows_RS) > 1:
-            shape = n_layer, (len(rows_RS) - 1) // n_layer
-            heads = HeadRows(
-                **{
-                    name: facts[name][1:].reshape(*shape, *facts[name].shape[1:])
-                    for name in (*_SUMMARIES, "positions", "weights")
-                }
-            )
         generated = numbers["total"] - numbers["prompt"]
+        sources = zip(facts["positions"][0].tolist(), facts["weights"][0].tolist(), strict=True)
+        has_heads = len(rows_RS) > 1
         return Row(
             measure=measure,
+            is_signed=is_signed,
             generated=generated if is_signed else max(0.0, generated),
             sources=tuple(Source(tokens[position], weight) for position, weight in sources),
             weights_S=facts["first"],
-            heads=heads,
+            heads=ring("tracing.findings").HeadRows.of(facts, n_layer) if has_heads else None,
             **numbers,
         )
 
     def facts(self, rows_RS: Tensor, *, is_signed: bool = False) -> dict[str, NDArray[Any]]:
-        """Return the total and the fields of ``HeadRows``, for each row; and the ``first`` row.
+        """Return the total and the fields of ``HeadRows`` for each row, and the ``first`` row.
 
         Args: is_signed, whether order, entropy and distance are those of the magnitudes.
         """

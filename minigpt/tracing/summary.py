@@ -4,10 +4,11 @@ from collections.abc import Sequence
 
 from minigpt.rings import ring
 from minigpt.text.escape import JoinedTokens, visible
-from minigpt.tracing.config import Measure, facts_of
+from minigpt.tracing.analysis_config import Measure, facts_of
 from minigpt.tracing.events import Token, TraceFooter, TraceHeader
 from minigpt.tracing.lines import TraceLayout
-from minigpt.tracing.spans import Line, cell_len, fit, fit_end, fit_start, one_line, wrapped
+from minigpt.tracing.spans import Line, cell_len, fit
+from minigpt.tracing.wrapping import fit_end, fit_start, one_line, wrapped
 
 _LABEL_WIDTH = 9
 _PROMPT_LINES = 6
@@ -50,7 +51,7 @@ def header_lines(header: TraceHeader, width: int) -> list[Line]:
 
 def legend(layout: TraceLayout, header: TraceHeader) -> list[Line]:
     """Return lines that explain the columns of a layout that are shown."""
-    measures = layout.measures
+    measures = header.measures
     by, facts = " and ".join(measures), facts_of(measures[0])
     what = f"share by {by} of"
     if facts.is_signed:

@@ -44,7 +44,6 @@ def trace(
     *,
     seed: int,
     model_name: str = "",
-    model_sha256: str | None = None,
     stop_at_end_of_text: bool = True,
     compiles: bool | None = False,
     forced: Sequence[int] = (),
@@ -102,7 +101,6 @@ def trace(
     )
     yield observer.header(
         model=model_name,
-        model_sha256=model_sha256,
         kernel=_kernel(model, is_compiled=decoder.forward.is_compiled),
         seed=seed,
         sampling=sampling,
@@ -118,24 +116,23 @@ def trace(
     def traced() -> Iterator[TraceStep]:
         for index, item in enumerate(items):
             step = item.step
-            rows = observer.rows(tokens[: step.position], step.token)
+            observed = observer.observe(tokens[: step.position], step.token)
             if dense is not None:
                 dense(observer.recorder.weights_LHS)
             token = Token(step.position, step.token, tokenizer.token_bytes(step.token))
             if step.position == len(tokens):
                 tokens.append(token)
             yield TraceStep(
-                index,
-                token,
-                step.log_probability,
-                rows,
-                item.text,
-                step.finish,
+                index=index,
+                token=token,
+                log_probability=step.log_probability,
+                text=item.text,
+                finish=step.finish,
                 candidates=tuple(
                     Candidate(id_, tokenizer.token_bytes(id_), value) for id_, value in step.best
                 ),
                 is_given=step.is_forced,
-                **observer.more(step.token),
+                **observed,
             )
 
     finish: FinishReason | None = None if sampling.max_new_tokens else "length"
@@ -167,7 +164,7 @@ class AttentionObserver:
         Raises: ConfigError if the model cannot be traced with this config.
         """
         self.recorder = RowRecorder(model)
-        if config.sink != "auto" and config.sink >= max(n_prompt, 1):
+        if isinstance(config.sink, int) and config.sink >= max(n_prompt, 1):
             raise ConfigError(
                 f"the sink must be a position of the prompt: it is {config.sink}, and the prompt "
                 f"has {n_prompt} tokens."
@@ -208,21 +205,20 @@ class AttentionObserver:
 
     def sink(self) -> tuple[int, str]:
         """Return the position of the sink, and how it was chosen."""
-        assert self.config.sink != "auto"
         return self.config.sink, "given" if self.config.sink else "first"
 
     @torch.inference_mode()
-    def rows(self, tokens: Sequence[Token], target: int) -> tuple[Row, ...]:
-        """Return the last pass's row by each measure.
+    def observe(self, tokens: Sequence[Token], target: int) -> dict[str, Any]:
+        """Return the rows of the last pass, as fields of a step.
 
         Args: tokens, those in view; target, the id of the token that was drawn.
         """
         weights_LHS = self.recorder.weights_LHS
         reduced_S = reduce_rows(weights_LHS, self.selection, is_max=self.config.reduce == "max")
         rows_RS = self.with_heads(reduced_S, weights_LHS)
-        row = self.reader.row("weight", rows_RS, tokens, self.selection.n_layer)
+        row = self.reader.row(rows_RS, tokens, self.selection.n_layer)
         self.check(row)
-        return (row,)
+        return {"rows": (row,)}
 
     def with_heads(self, reduced_S: Tensor, rows_LHS: Tensor) -> Tensor:
         """Return a row and, if they are to be kept, those of all heads: (R, S)."""
@@ -236,10 +232,6 @@ class AttentionObserver:
         error, so_far = self.recorder.product_error, self._product_error
         if error is not None:
             self._product_error = error if so_far is None else torch.maximum(so_far, error)
-
-    def more(self, target: int) -> dict[str, Any]:
-        """Return other fields of the step whose pass was the last, and which drew ``target``."""
-        return {}
 
     def verified(
         self, steps: Iterator[TraceStep], tokens: Sequence[Token], cache: KVCache

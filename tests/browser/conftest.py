@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from watched_pages import OpenPage
 
-from minigpt.tracing.events import Trace
+from minigpt.tracing.findings import Trace
 from minigpt.tracing.views.page import to_html
 
 # For the made-up traces of the tests there.

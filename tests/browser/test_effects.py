@@ -14,7 +14,7 @@ from watched_pages import OpenPage
 
 import minigpt
 from minigpt.text.tokenizer import BytesTokenizer
-from minigpt.tracing.events import Trace
+from minigpt.tracing.findings import Trace
 
 pytestmark = pytest.mark.browser
 Opened = Callable[..., OpenPage]

@@ -14,8 +14,9 @@ from watched_pages import OpenPage
 from minigpt.config import SamplingConfig
 from minigpt.text.escape import visible
 from minigpt.text.tokenizer import BytesTokenizer
-from minigpt.tracing.config import TraceConfig
-from minigpt.tracing.events import Trace, TraceStep
+from minigpt.tracing.analysis_config import AnalysisConfig
+from minigpt.tracing.events import TraceStep
+from minigpt.tracing.findings import Trace
 from minigpt.tracing.tracer import trace
 
 pytestmark = pytest.mark.browser
@@ -34,7 +35,7 @@ def explained() -> tuple[Trace, list[torch.Tensor]]:
         BytesTokenizer(),
         list(b"to be or not"),
         SamplingConfig(max_new_tokens=6, seed=2),
-        TraceConfig(explain="0.1,1.2", has_heads=True),
+        AnalysisConfig(explain="0.1,1.2", has_heads=True),
         seed=2,
         dense=lambda weights_LHS: dense.append(weights_LHS.clone()),
     )

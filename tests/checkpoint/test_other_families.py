@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from knocking_out import knock_out
 
 from minigpt.checkpoint.families import model_config_from_hf
 from minigpt.checkpoint.model_folder import read_model, write_model
@@ -21,7 +22,6 @@ from minigpt.model.attention import AttentionPass
 from minigpt.model.cache import KVCache
 from minigpt.model.cost import parameter_count, training_flops_per_token
 from minigpt.model.language_model import LanguageModel, model_class
-from minigpt.tracing.analysis.knockout import knock_out
 from minigpt.tracing.analysis.recorder import MeasureRecorder
 from minigpt.tracing.analysis.rollout import Rollout
 from minigpt.tracing.selection import select_heads

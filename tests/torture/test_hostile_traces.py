@@ -21,7 +21,7 @@ from minigpt.errors import DataError, MinigptError
 from minigpt.rings import ring
 from minigpt.tracing.analysis.dense import writing_rows
 from minigpt.tracing.analysis.reader import read_traces
-from minigpt.tracing.config import TraceConfig
+from minigpt.tracing.analysis_config import AnalysisConfig
 from minigpt.tracing.file import to_json_line
 from minigpt.tracing.views import ViewOptions
 
@@ -53,7 +53,7 @@ def try_out(path: Path) -> str:
         assert len(message) < 600, message[:80]
         return message
     for refusing in (
-        lambda: replay(path, Targets(view="lines"), TraceConfig()),
+        lambda: replay(path, Targets(view="lines"), AnalysisConfig()),
         lambda: show_diff(path, path, as_json=False),
     ):
         with suppress(MinigptError):
@@ -224,7 +224,7 @@ def test_any_file_in_the_place_of_dense_is_refused(dense: tuple[Path, Path], dat
     path, rows = dense
     rows.write_bytes(data)
     with pytest.raises(DataError, match=r"another trace|is not a file of --dense") as caught:
-        replay(path, Targets(view="lines", dense=rows), TraceConfig())
+        replay(path, Targets(view="lines", dense=rows), AnalysisConfig())
     assert len(str(caught.value)) < 500
     assert "\x1b" not in str(caught.value)
 
@@ -234,12 +234,12 @@ def test_weights_of_dense_that_no_softmax_gives_are_refused(
     value: float, dense: tuple[Path, Path]
 ) -> None:
     path, rows = dense
-    replay(path, Targets(view="lines", dense=rows), TraceConfig())
+    replay(path, Targets(view="lines", dense=rows), AnalysisConfig())
     data = bytearray(rows.read_bytes())
     data[4096:4100] = np.float32(value).tobytes()
     rows.write_bytes(data)
     with pytest.raises(DataError, match="below 0, above 1, NaN or inf"):
-        replay(path, Targets(view="lines", dense=rows), TraceConfig())
+        replay(path, Targets(view="lines", dense=rows), AnalysisConfig())
 
 
 def test_dense_of_another_size_is_refused_before_it_is_read(dense: tuple[Path, Path]) -> None:
@@ -252,4 +252,4 @@ def test_dense_of_another_size_is_refused_before_it_is_read(dense: tuple[Path, P
         file.write(len(header).to_bytes(8, "little") + header)
         file.truncate(8 + len(header) + n_bytes + 16)
     with pytest.raises(DataError, match="another trace"):
-        replay(path, Targets(view="lines", dense=rows), TraceConfig())
+        replay(path, Targets(view="lines", dense=rows), AnalysisConfig())

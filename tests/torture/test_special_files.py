@@ -31,7 +31,7 @@ from minigpt.text.tokenizer import BytesTokenizer
 from minigpt.text.tokens import prepare
 from minigpt.tracing.analysis.dense import with_rows_of
 from minigpt.tracing.analysis.reader import read_traces
-from minigpt.tracing.config import TraceConfig
+from minigpt.tracing.analysis_config import AnalysisConfig
 from minigpt.tracing.file import to_json_line
 from minigpt.training.metrics import MetricsLog
 from minigpt.training.reports.curves import read_curves
@@ -136,7 +136,7 @@ def test_a_trace_that_is_a_special_file_is_refused(kind: str, tmp_path: Path) ->
 def test_rows_of_dense_that_are_a_special_file_are_refused(kind: str, tmp_path: Path) -> None:
     says = put(kind, tmp_path / "rows")
     with pytest.raises(DataError, match=says):
-        with_rows_of(small_trace(), tmp_path / "rows", TraceConfig(), n_kept=8)
+        with_rows_of(small_trace(), tmp_path / "rows", AnalysisConfig(), n_kept=8)
 
 
 def test_settings_in_a_special_file_are_refused(kind: str, tmp_path: Path) -> None:

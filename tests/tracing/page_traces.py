@@ -7,18 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 from small_traces import header_of
 
-from minigpt.tracing.config import Measure
-from minigpt.tracing.events import (
-    HeadRows,
-    Row,
-    Source,
-    Token,
-    Trace,
-    TraceFooter,
-    TraceHeader,
-    TraceStep,
-)
-from minigpt.tracing.findings import CauseCheck, Effect, Roles
+from minigpt.tracing.analysis_config import Measure, facts_of
+from minigpt.tracing.events import Row, Source, Token, TraceFooter, TraceHeader, TraceStep
+from minigpt.tracing.findings import CauseCheck, Effect, HeadRows, Roles, Trace
 from minigpt.tracing.selection import select_heads
 
 BOTH: tuple[Measure, ...] = ("weight", "norm")
@@ -170,6 +161,7 @@ def _row(
     order = [i for i in np.argsort(-weights_S).tolist() if i != 0][:n_sources]
     return Row(
         measure=measure,
+        is_signed=facts_of(measure).is_signed,
         total=1.0,
         sink=float(weights_S[0]),
         own=float(weights_S[-1]),

@@ -10,9 +10,9 @@ from small_models import small_model
 
 from minigpt.config import SamplingConfig
 from minigpt.text.tokenizer import BytesTokenizer
-from minigpt.tracing.config import TraceConfig
-from minigpt.tracing.events import Row, Source, Token, Trace, TraceFooter, TraceHeader, TraceStep
-from minigpt.tracing.findings import Roles
+from minigpt.tracing.analysis_config import AnalysisConfig, facts_of
+from minigpt.tracing.events import Row, Source, Token, TraceFooter, TraceHeader, TraceStep
+from minigpt.tracing.findings import Roles, Trace
 from minigpt.tracing.selection import select_heads
 from minigpt.tracing.spans import Line
 from minigpt.tracing.tracer import trace
@@ -62,7 +62,7 @@ def small_trace(
         BytesTokenizer(),
         list(prompt.encode()),
         SamplingConfig(max_new_tokens=max_new_tokens, seed=seed),
-        TraceConfig(**config),
+        AnalysisConfig(**config),
         seed=seed,
         model_name="runs/small",
     )
@@ -112,7 +112,8 @@ def row_of(sources: Sequence[Source], n_positions: int, **changes: Any) -> Row:
         "sources": tuple(sources),
         "weights_S": weights_S,
     }
-    return Row(**(facts | changes))
+    facts |= changes
+    return Row(is_signed=facts_of(facts["measure"]).is_signed, **facts)
 
 
 def step_of(

@@ -18,8 +18,9 @@ from minigpt.config import SamplingConfig
 from minigpt.errors import ConfigError, DataError, ResourceError
 from minigpt.text.tokenizer import BytesTokenizer
 from minigpt.tracing.analysis.dense import with_rows_of, writing_rows
-from minigpt.tracing.config import TraceConfig
-from minigpt.tracing.events import Trace, TraceFooter, TraceHeader, TraceStep
+from minigpt.tracing.analysis_config import AnalysisConfig
+from minigpt.tracing.events import TraceFooter, TraceHeader, TraceStep
+from minigpt.tracing.findings import Trace
 from minigpt.tracing.recorder import RowRecorder
 from minigpt.tracing.tracer import trace
 
@@ -92,7 +93,7 @@ def traced_with_rows(path: Path, **config: Any) -> Trace:
             BytesTokenizer(),
             list(b"to be or not"),
             SamplingConfig(max_new_tokens=7, seed=2),
-            TraceConfig(has_heads=True, **config),
+            AnalysisConfig(has_heads=True, **config),
             seed=2,
             dense=add,
         )
@@ -109,7 +110,7 @@ def test_rows_of_a_file_are_those_of_a_trace_with_other_options(
 ) -> None:
     traced_first = traced_with_rows(tmp_path / "rows", heads="0.0", measure="both")
     expected = traced_with_rows(tmp_path / "other", **config)
-    found = with_rows_of(traced_first, tmp_path / "rows", TraceConfig(**config), n_kept=8)
+    found = with_rows_of(traced_first, tmp_path / "rows", AnalysisConfig(**config), n_kept=8)
     assert found.header.selection == expected.header.selection
     assert found.header.measures == ("weight",)
     for one, other in zip(found.steps, expected.steps, strict=True):
@@ -123,7 +124,7 @@ def test_rows_of_a_file_are_those_of_a_trace_with_other_options(
 
 def test_whole_rows_of_heads_can_be_kept(tmp_path: Path) -> None:
     made = traced_with_rows(tmp_path / "rows")
-    found = with_rows_of(made, tmp_path / "rows", TraceConfig(), n_kept=100)
+    found = with_rows_of(made, tmp_path / "rows", AnalysisConfig(), n_kept=100)
     for step in found.steps:
         assert step.row.heads is not None
         sums = step.row.heads.weights.sum(axis=2) + step.row.heads.sink
@@ -134,9 +135,9 @@ def test_a_file_that_does_not_belong_to_the_trace_is_refused(tmp_path: Path) -> 
     made = traced_with_rows(tmp_path / "rows")
     shorter = replace(made, steps=made.steps[:-1])
     with pytest.raises(DataError, match="another trace"):
-        with_rows_of(shorter, tmp_path / "rows", TraceConfig(), n_kept=8)
+        with_rows_of(shorter, tmp_path / "rows", AnalysisConfig(), n_kept=8)
     with pytest.raises(ConfigError, match="Use mean or max"):
-        with_rows_of(made, tmp_path / "rows", TraceConfig(reduce="rollout"), n_kept=8)
+        with_rows_of(made, tmp_path / "rows", AnalysisConfig(reduce="rollout"), n_kept=8)
     good = load_arrays(tmp_path / "rows")
     for name, damage in {
         "empty": b"",
@@ -150,6 +151,6 @@ def test_a_file_that_does_not_belong_to_the_trace_is_refused(tmp_path: Path) -> 
     }.items():
         (tmp_path / name).write_bytes(damage)
         with pytest.raises(DataError, match=r"--dense|Trace again"):
-            with_rows_of(made, tmp_path / name, TraceConfig(), n_kept=8)
+            with_rows_of(made, tmp_path / name, AnalysisConfig(), n_kept=8)
     with pytest.raises(DataError, match="is not a file of --dense"):
-        with_rows_of(made, tmp_path / "missing", TraceConfig(), n_kept=8)
+        with_rows_of(made, tmp_path / "missing", AnalysisConfig(), n_kept=8)

@@ -27,7 +27,7 @@ from minigpt.tracing.analysis.faithfulness import (
     measure_names,
 )
 from minigpt.tracing.analysis.tally import rank_correlation
-from minigpt.tracing.config import DEFAULTS, TraceConfig
+from minigpt.tracing.analysis_config import DEFAULTS, AnalysisConfig
 from minigpt.tracing.events import TraceStep
 from minigpt.tracing.tracer import trace
 
@@ -41,7 +41,7 @@ def compare(
     measures: tuple[str, ...],
     n_tokens: int = 8,
     n_samples: int = 1,
-    config: TraceConfig = DEFAULTS,
+    config: AnalysisConfig = DEFAULTS,
 ) -> Comparison:
     sampling = SamplingConfig(max_new_tokens=n_tokens, temperature=0, num_samples=n_samples)
     return compare_measures(model, TOKENIZER, prompt, sampling, config, measures=measures, seed=3)
@@ -58,7 +58,7 @@ def test_every_number_equals_a_plain_loop_over_full_forwards() -> None:
             TOKENIZER,
             prompt,
             SamplingConfig(max_new_tokens=4, temperature=0),
-            TraceConfig(measure=measure),
+            AnalysisConfig(measure=measure),
             seed=3,
         )
         rows[measure] = [step for step in steps if isinstance(step, TraceStep)]
@@ -116,7 +116,7 @@ def test_on_a_copying_model_measures_put_the_true_source_first_and_controls_do_n
         names, firsts = (*measures, *CONTROLS), Counter[str]()
         for row in rows:
             orders.clear()
-            compare(model, row, measures=measures, n_tokens=10, config=TraceConfig(**config))
+            compare(model, row, measures=measures, n_tokens=10, config=AnalysisConfig(**config))
             for i, (first, position) in enumerate(orders):
                 # The token at t is that at t - 12, and the one before it predicts it.
                 firsts[names[i % len(names)]] += first == position - 12

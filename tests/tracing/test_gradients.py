@@ -15,13 +15,13 @@ from minigpt.model.language_model import LanguageModel
 from minigpt.model.variants.lstm import LSTM
 from minigpt.tracing.analysis.measures import Measured
 from minigpt.tracing.analysis.recorder import MeasureRecorder
-from minigpt.tracing.config import TraceConfig
+from minigpt.tracing.analysis_config import AnalysisConfig
 
 captum_attr = pytest.importorskip("captum.attr", reason="captum is not installed")
 
 
 def measured(model: LanguageModel, tokens: Tensor, **config: Any) -> Measured:
-    settings = TraceConfig(**config)
+    settings = AnalysisConfig(**config)
     recorder = MeasureRecorder(model, measures=settings.measures, config=settings)
     with torch.inference_mode():
         model(tokens, recorder=recorder)

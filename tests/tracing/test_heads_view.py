@@ -9,8 +9,7 @@ from small_traces import cells, roles_of, small_trace, text_of
 
 from minigpt.errors import ConfigError
 from minigpt.format import percent
-from minigpt.tracing.events import Trace
-from minigpt.tracing.findings import Roles
+from minigpt.tracing.findings import Roles, Trace
 from minigpt.tracing.spans import Line
 from minigpt.tracing.views import ViewOptions
 from minigpt.tracing.views.heads import roles_grid, roles_table, show

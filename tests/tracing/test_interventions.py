@@ -13,7 +13,7 @@ from minigpt.errors import ConfigError
 from minigpt.intervention_config import InterventionConfig
 from minigpt.model.gpt import GPT
 from minigpt.text.tokenizer import BytesTokenizer
-from minigpt.tracing.events import Trace
+from minigpt.tracing.findings import Trace
 from minigpt.tracing.interventions import intervene
 
 TOKENIZER = BytesTokenizer()

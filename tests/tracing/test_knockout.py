@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from knocking_out import knock_out
 from small_models import LAYOUTS, random_tokens, small_model
 from torch import Tensor
 
@@ -20,10 +21,10 @@ from minigpt.model.cache import KVCache
 from minigpt.model.gpt import GPT
 from minigpt.text.tokenizer import BytesTokenizer
 from minigpt.tracing.analysis import knockout
-from minigpt.tracing.analysis.knockout import choose_controls, knock_out
+from minigpt.tracing.analysis.knockout import choose_controls
 from minigpt.tracing.analysis.roles import without_heads
 from minigpt.tracing.analysis.tally import CauseTally, rank_correlation
-from minigpt.tracing.config import Knockout, TraceConfig
+from minigpt.tracing.analysis_config import AnalysisConfig, Knockout
 from minigpt.tracing.events import Source, Token, TraceFooter, TraceStep
 from minigpt.tracing.findings import CauseCheck, Effect
 from minigpt.tracing.selection import select_heads
@@ -342,7 +343,7 @@ def steps_of(
         TOKENIZER,
         prompt,
         SamplingConfig(max_new_tokens=n_tokens),
-        TraceConfig(**config),
+        AnalysisConfig(**config),
         seed=2,
         compiles=compiles,
     )
@@ -472,7 +473,7 @@ def test_an_interrupted_trace_ends_with_a_footer_about_the_steps_so_far() -> Non
         TOKENIZER,
         list(b"to be"),
         SamplingConfig(max_new_tokens=12),
-        TraceConfig(n_verified=2),
+        AnalysisConfig(n_verified=2),
         seed=2,
     )
     next(events)

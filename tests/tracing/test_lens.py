@@ -13,8 +13,8 @@ from minigpt.errors import ConfigError
 from minigpt.model.gpt import GPT
 from minigpt.text.tokenizer import BytesTokenizer
 from minigpt.tracing.analysis.reader import read_traces
-from minigpt.tracing.events import Trace
 from minigpt.tracing.file import to_json_line
+from minigpt.tracing.findings import Trace
 from minigpt.tracing.views import ViewOptions, lens
 
 TOKENIZER = BytesTokenizer()

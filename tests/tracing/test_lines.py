@@ -11,13 +11,14 @@ from small_traces import HOSTILE, cells, header_of, roles_of, row_of, small_trac
 
 from minigpt.config import SamplingConfig
 from minigpt.format import percent
-from minigpt.tracing.config import MEASURES, Measure, facts_of
+from minigpt.tracing.analysis_config import MEASURES, Measure, facts_of
 from minigpt.tracing.events import Token, TraceFooter, TraceStep
 from minigpt.tracing.findings import CauseCheck, Effect
 from minigpt.tracing.lines import TraceLayout, make_layout
 from minigpt.tracing.selection import select_heads
-from minigpt.tracing.spans import Line, bar, fit, heat, signed
+from minigpt.tracing.spans import Line, bar, fit, heat
 from minigpt.tracing.summary import footer_lines, header_lines, legend
+from minigpt.tracing.wrapping import signed
 
 WIDTHS = [40, 60, 80, 140]
 BOTH: tuple[Measure, ...] = ("weight", "norm")
@@ -53,7 +54,7 @@ def test_no_line_is_wider_than_the_terminal(
     n_sources: int | None,
     measures: tuple[Measure, ...],
 ) -> None:
-    layout = TraceLayout(
+    layout = make_layout(
         width,
         vocab_size=vocab_size,
         n_positions=n_positions,
@@ -85,7 +86,7 @@ def test_more_width_shows_more_sources() -> None:
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("measures", [("weight",), ("norm",), BOTH])
 def test_columns_are_aligned(width: int, measures: tuple[Measure, ...]) -> None:
-    layout = TraceLayout(width, vocab_size=257, n_positions=1000, measures=measures)
+    layout = make_layout(width, vocab_size=257, n_positions=1000, measures=measures)
     ends = {cells(text_of(layout.heading()))}
     for i, token in enumerate(HOSTILE):
         full = (HOSTILE[i:] + HOSTILE)[: layout.n_sources]
@@ -113,7 +114,7 @@ def test_a_line_shows_the_numbers_of_its_step() -> None:
 
 
 def test_a_line_shows_both_measures_of_each_source() -> None:
-    layout = TraceLayout(140, vocab_size=257, n_positions=40, measures=BOTH)
+    layout = make_layout(140, vocab_size=257, n_positions=40, measures=BOTH)
     assert "share by weight and norm" in text_of(layout.heading())
     trace = small_trace(measure="both", n_sources=layout.n_sources)
     for step in trace.steps:

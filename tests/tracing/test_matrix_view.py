@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from small_traces import HOSTILE, cells, small_trace, text_of, with_tokens
 
 from minigpt.errors import ConfigError
-from minigpt.tracing.events import Trace
+from minigpt.tracing.findings import Trace
 from minigpt.tracing.spans import Line
 from minigpt.tracing.views import ViewOptions
 from minigpt.tracing.views.matrix import DENSITY, N_COLOURS, colour, density, show

@@ -12,8 +12,9 @@ from minigpt.generation.decoder import Decoder
 from minigpt.model.language_model import LanguageModel, model_class
 from minigpt.text.tokenizer import BytesTokenizer
 from minigpt.tracing.analysis.roles import head_effects, head_roles
-from minigpt.tracing.config import TraceConfig
-from minigpt.tracing.events import Trace, TraceFooter, TraceHeader, TraceStep
+from minigpt.tracing.analysis_config import AnalysisConfig
+from minigpt.tracing.events import TraceFooter, TraceHeader, TraceStep
+from minigpt.tracing.findings import Trace
 from minigpt.tracing.tracer import trace
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -40,7 +41,7 @@ def model_of(variant: dict[str, Any], *, context_length: int = 24) -> LanguageMo
 def traced(model: LanguageModel, **config: Any) -> Trace:
     sampling = SamplingConfig(max_new_tokens=8, temperature=1.0)
     prompt = random_tokens(5, vocab_size=256).tolist()
-    events = trace(model, BytesTokenizer(), prompt, sampling, TraceConfig(**config), seed=3)
+    events = trace(model, BytesTokenizer(), prompt, sampling, AnalysisConfig(**config), seed=3)
     header, *steps, footer = events
     assert isinstance(header, TraceHeader)
     assert isinstance(footer, TraceFooter)

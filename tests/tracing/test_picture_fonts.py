@@ -9,7 +9,7 @@ from small_traces import small_trace, with_tokens
 
 from minigpt.commands.attention_trace.files import FileOutput
 from minigpt.commands.attention_trace.targets import Targets
-from minigpt.tracing.events import Trace
+from minigpt.tracing.findings import Trace
 from minigpt.tracing.lines import TraceLayout
 from minigpt.tracing.views import ViewOptions
 

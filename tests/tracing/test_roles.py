@@ -22,7 +22,7 @@ from minigpt.tracing.analysis.roles import (
     role_scores,
     role_tag,
 )
-from minigpt.tracing.config import TraceConfig
+from minigpt.tracing.analysis_config import AnalysisConfig
 from minigpt.tracing.events import TraceFooter, TraceHeader, TraceStep
 from minigpt.tracing.findings import ROLE_SCORES
 from minigpt.tracing.tracer import trace
@@ -197,7 +197,7 @@ def test_a_copied_token_needs_its_source_and_not_the_controls(copier: GPT, kind:
             tokenizer,
             sequence[:14],
             SamplingConfig(max_new_tokens=10, temperature=0.0),
-            TraceConfig(layers=str(INDUCTION), n_verified=1, knockout=kind, roles=True),
+            AnalysisConfig(layers=str(INDUCTION), n_verified=1, knockout=kind, roles=True),
             seed=1,
         )
         assert isinstance(header, TraceHeader)

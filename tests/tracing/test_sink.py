@@ -6,7 +6,7 @@ from small_traces import small_trace
 
 from minigpt.errors import ConfigError
 from minigpt.tracing.analysis.sink import SinkFinder
-from minigpt.tracing.config import TraceConfig
+from minigpt.tracing.analysis_config import AnalysisConfig
 
 
 def rows_that_attend_to(position: int, n: int) -> torch.Tensor:
@@ -57,4 +57,4 @@ def test_a_sink_outside_the_prompt_is_refused() -> None:
     with pytest.raises(ConfigError, match="the sink must be a position of the prompt"):
         small_trace("abc", sink=3)
     with pytest.raises(ConfigError, match="at least 0"):
-        TraceConfig(sink=-1)
+        AnalysisConfig(sink=-1)

@@ -8,7 +8,7 @@ import pytest
 from small_traces import HOSTILE, cells, small_trace, text_of, with_tokens
 
 from minigpt.errors import ConfigError
-from minigpt.tracing.events import Trace
+from minigpt.tracing.findings import Trace
 from minigpt.tracing.spans import Line
 from minigpt.tracing.views import ViewOptions
 from minigpt.tracing.views.text import readable, show

@@ -13,8 +13,8 @@ from minigpt.checkpoint.model_folder import write_model
 from minigpt.config import SamplingConfig
 from minigpt.errors import ConfigError, DataError
 from minigpt.text.tokenizer import BytesTokenizer
-from minigpt.tracing.config import TraceConfig
-from minigpt.tracing.events import Trace
+from minigpt.tracing.analysis_config import AnalysisConfig
+from minigpt.tracing.findings import Trace
 from minigpt.tracing.tracer import trace
 from minigpt.tracing.views.page import to_html
 
@@ -36,7 +36,7 @@ def test_minigpt_trace_returns_what_the_tracer_yields(folder: Path) -> None:
         BytesTokenizer(),
         list(PROMPT.encode()),
         SamplingConfig(**options),
-        TraceConfig(measure="both", heads="0.1", n_verified=1, has_heads=True),
+        AnalysisConfig(measure="both", heads="0.1", n_verified=1, has_heads=True),
         seed=3,
         model_name=str(folder),
     )

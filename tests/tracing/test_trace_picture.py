@@ -15,8 +15,8 @@ from small_traces import HOSTILE, small_trace, with_tokens
 from minigpt.errors import ConfigError, ResourceError
 from minigpt.figures import require_matplotlib, write_figure
 from minigpt.text.escape import visible
-from minigpt.tracing.config import Measure
-from minigpt.tracing.events import Trace
+from minigpt.tracing.analysis_config import Measure
+from minigpt.tracing.findings import Trace
 from minigpt.tracing.views import ViewOptions
 
 pictures = pytest.importorskip(

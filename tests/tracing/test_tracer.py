@@ -17,7 +17,7 @@ from minigpt.model.cache import KVCache
 from minigpt.model.gpt import GPT
 from minigpt.text.tokenizer import BytesTokenizer
 from minigpt.tracing import tracer
-from minigpt.tracing.config import TraceConfig
+from minigpt.tracing.analysis_config import AnalysisConfig
 from minigpt.tracing.events import TraceEvent, TraceFooter, TraceHeader, TraceStep
 from minigpt.tracing.recorder import RowRecorder
 from minigpt.tracing.rows import reduce_rows
@@ -36,8 +36,8 @@ def model_of(layout: str = "qwen3") -> GPT:
 def traced(
     model: GPT, sampling: SamplingConfig, *, seed: int = 1, **options: Any
 ) -> tuple[TraceHeader, list[TraceStep], TraceFooter]:
-    names = TraceConfig.__dataclass_fields__.keys() & options.keys()
-    config = TraceConfig(**{name: options.pop(name) for name in names})
+    names = AnalysisConfig.__dataclass_fields__.keys() & options.keys()
+    config = AnalysisConfig(**{name: options.pop(name) for name in names})
     events: list[TraceEvent] = list(
         trace(model, TOKENIZER, PROMPT, sampling, config, seed=seed, **options)
     )

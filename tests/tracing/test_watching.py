@@ -10,18 +10,18 @@ from minigpt.config import SamplingConfig
 from minigpt.generation.decoder import Decoder
 from minigpt.model.gpt import GPT
 from minigpt.text.tokenizer import BytesTokenizer
-from minigpt.tracing.config import TraceConfig
+from minigpt.tracing.analysis_config import AnalysisConfig
 from minigpt.tracing.events import TraceStep
 from minigpt.tracing.tracer import trace
 
-EVERYTHING = TraceConfig(measure="both", has_heads=True, n_verified=2, roles=True, sink="auto")
-LOGIT = TraceConfig(measure="logit", against="x", has_heads=True, n_verified=1)
-GRADIENTS = TraceConfig(measure="integrated", n_steps=3)
-ROLLOUT = TraceConfig(reduce="rollout", heads="0.1,1.*", n_verified=1, knockout="value")
+EVERYTHING = AnalysisConfig(measure="both", has_heads=True, n_verified=2, roles=True, sink="auto")
+LOGIT = AnalysisConfig(measure="logit", against="x", has_heads=True, n_verified=1)
+GRADIENTS = AnalysisConfig(measure="integrated", n_steps=3)
+ROLLOUT = AnalysisConfig(reduce="rollout", heads="0.1,1.*", n_verified=1, knockout="value")
 
 
 def watched(
-    model: GPT, prompt: list[int], sampling: SamplingConfig, seed: int, config: TraceConfig
+    model: GPT, prompt: list[int], sampling: SamplingConfig, seed: int, config: AnalysisConfig
 ) -> list[tuple[int, float]]:
     events = trace(model, BytesTokenizer(), prompt, sampling, config, seed=seed)
     return [(e.token.id, e.log_probability) for e in events if isinstance(e, TraceStep)]

@@ -13,7 +13,7 @@ from minigpt.config import SamplingConfig
 from minigpt.errors import ConfigError, DataError
 from minigpt.text.tokenizer import BytesTokenizer
 from minigpt.tracing.analysis.reader import read_traces
-from minigpt.tracing.config import TraceConfig
+from minigpt.tracing.analysis_config import AnalysisConfig
 from minigpt.tracing.events import TraceFooter
 from minigpt.tracing.file import to_json_line
 from minigpt.tracing.tracer import trace
@@ -27,7 +27,7 @@ def test_weights_recomputed_from_queries_and_keys_are_those_of_the_trace(layout:
         BytesTokenizer(),
         list(b"to be or not"),
         SamplingConfig(max_new_tokens=9, seed=2),
-        TraceConfig(explain="0.1,1.*"),
+        AnalysisConfig(explain="0.1,1.*"),
         seed=2,
         dense=lambda weights_LHS: dense.append(weights_LHS.clone()),
     )

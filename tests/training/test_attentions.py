@@ -20,7 +20,7 @@ from minigpt.model.language_model import LanguageModel, model_class
 from minigpt.settings import build, to_dict, to_toml
 from minigpt.text.tokenizer import BytesTokenizer
 from minigpt.text.tokens import PreparedData
-from minigpt.tracing.config import TraceConfig
+from minigpt.tracing.analysis_config import AnalysisConfig
 from minigpt.tracing.tracer import trace
 from minigpt.training.optim import is_muon_parameter
 from minigpt.training.reports.memory import estimate_memory, optimizer_values
@@ -80,7 +80,7 @@ def test_a_trace_shows_the_model_s_own_weights_and_changes_no_token(name: str, r
     prompt = list(b"to be or not")
     plain = [step.token for step in Decoder(model, prompt).generate(sampling, seed=3)]
     measure = "weight" if reduce == "rollout" else "both"
-    config = TraceConfig(reduce=reduce, sink="auto", measure=measure)
+    config = AnalysisConfig(reduce=reduce, sink="auto", measure=measure)
     header, *steps, footer = trace(model, BytesTokenizer(), prompt, sampling, config, seed=3)
     assert [step.token.id for step in steps] == plain
     assert header.n_layer == model.config.n_attention_layer

@@ -21,11 +21,14 @@ from minigpt.commands.options import (
 from minigpt.config import SamplingConfig
 from minigpt.errors import ConfigError
 from minigpt.rings import find_ring, ring
-from minigpt.tracing.config import N_SOURCES, SAMPLING, TraceConfig, facts_of
+from minigpt.tracing.config import N_SOURCES, SAMPLING, config_class
 
 if TYPE_CHECKING:
     from minigpt.commands.loading import Ready
+    from minigpt.tracing.config import TraceConfig
     from minigpt.tracing.events import TraceEvent
+else:
+    TraceConfig = config_class()
 
 _FILES = "Files"
 _RECORDED = "commands.attention_trace.recorded"
@@ -103,12 +106,6 @@ def attention_trace(
         return
     if form.chat and prompt is None:
         raise ConfigError("--chat answers a message. Give a PROMPT.")
-    if targets.view == "heads" and not facts_of(config.measures[0]).has_heads:
-        raise ConfigError(
-            f"--view heads shows the rows of single heads, and --measure {config.measure} goes "
-            "through the whole model. Use --measure logit, or another view."
-        )
-    from minigpt.checkpoint.weights import weights_sha256
     from minigpt.commands.attention_trace.output import TraceOutput
     from minigpt.commands.loading import load, with_interventions
     from minigpt.commands.output import note
@@ -120,7 +117,7 @@ def attention_trace(
 
     files = None if targets.are_lines else ring("commands.attention_trace.files")
     if files:
-        files.check_files(targets, sampling.num_samples)
+        files.check_files(targets, sampling.num_samples, config.measures)
     ready = load(source, prompt, form)
     intervention = None
     if interventions.is_any:
@@ -142,7 +139,6 @@ def attention_trace(
         if files
         else TraceOutput(layout, model=ready.folder)
     )
-    digest = weights_sha256(ready.folder) if targets.out is not None else None
     first_seed = fresh_seed() if sampling.seed is None else sampling.seed
     is_whole = True
     with output:
@@ -155,7 +151,6 @@ def attention_trace(
                 config,
                 seed=seed,
                 model_name=str(ready.folder),
-                model_sha256=digest,
                 compiles=source.compile,
                 forced=forced,
                 intervention=intervention,

@@ -2,14 +2,16 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
 from torch import Tensor
 
+from minigpt.checkpoint.weights import weights_sha256
 from minigpt.commands.attention_trace.output import TraceOutput
 from minigpt.commands.attention_trace.targets import LINES, Targets
 from minigpt.commands.output import note
@@ -17,22 +19,35 @@ from minigpt.console import print_lines, write_result
 from minigpt.errors import ConfigError
 from minigpt.files import require_writable, resource_errors, write_atomically, writing_aside
 from minigpt.rings import ring
-from minigpt.tracing.events import Trace, TraceEvent, TraceFooter, TraceHeader, TraceStep
+from minigpt.tracing.analysis_config import facts_of
+from minigpt.tracing.events import TraceEvent, TraceFooter, TraceHeader, TraceStep
 from minigpt.tracing.file import to_json_line
+from minigpt.tracing.findings import Trace
 from minigpt.tracing.lines import TraceLayout
 
 _PICTURES = ("svg", "png")
 _LINES_BELOW = 3  # the seed, and the shell's next prompt
 
 
-def check_files(targets: Targets, n_samples: int, replayed: Path | None = None) -> None:
-    """Check the files before anything long begins.
+def check_files(
+    targets: Targets,
+    n_samples: int,
+    measures: Sequence[str] = (),
+    *,
+    replayed: Path | None = None,
+) -> None:
+    """Check the view and the files before anything long begins.
 
     Args: replayed, the file that is shown, which must not be replaced.
-    Raises: ConfigError for a file without a folder, a picture without matplotlib, one file
-        for several traces, or several options that name one file; ResourceError for a file
-        that cannot be written.
+    Raises: ConfigError for a view of heads by a measure that has none, a file without a folder, a
+        picture without matplotlib, one file for several traces, or several options that name one
+        file; ResourceError for a file that cannot be written.
     """
+    if targets.view == "heads" and measures and not facts_of(measures[0]).has_heads:
+        raise ConfigError(
+            f"--view heads shows the rows of single heads, and --measure {measures[0]} goes "
+            "through the whole model. Use --measure logit, or another view."
+        )
     options: dict[str, str] = {}
     if replayed is not None:
         options[os.path.realpath(replayed)] = "--replay"
@@ -91,6 +106,7 @@ class FileOutput(TraceOutput):
         super().__init__(layout, model=model)
         is_quiet |= _is_stdout(targets)  # the lines of --out are the result
         self._targets = targets
+        self._digest = weights_sha256(model) if model is not None and targets.out else None
         self._view = "" if is_quiet else "json" if targets.as_json else targets.view or LINES
         self._drawn_files = [p for p in (targets.html, targets.svg, targets.png) if p is not None]
         self._is_kept = bool(self._drawn_files) or self._view not in ("", "json", LINES)
@@ -132,8 +148,11 @@ class FileOutput(TraceOutput):
 
     def show_lines(self, event: TraceEvent) -> None:
         """Show an event as lines or JSON, if stdout shows that, and write it to --out."""
-        if self.dense is not None and isinstance(event, TraceHeader):
-            self._open_rows(event)
+        if isinstance(event, TraceHeader):
+            if self._digest is not None:
+                event = replace(event, model_sha256=self._digest)
+            if self.dense is not None:
+                self._open_rows(event)
         if self._is_kept:
             self._events.append(event)
         if self._targets.out is not None:

@@ -14,18 +14,20 @@ from minigpt.format import percent
 from minigpt.tracing.analysis.dense import with_rows_of
 from minigpt.tracing.analysis.diff import StepDiff, diff_traces
 from minigpt.tracing.analysis.reader import read_traces
-from minigpt.tracing.config import N_SOURCES, TraceConfig
-from minigpt.tracing.events import Trace
+from minigpt.tracing.analysis_config import AnalysisConfig
+from minigpt.tracing.config import N_SOURCES
+from minigpt.tracing.findings import Trace
 from minigpt.tracing.lines import make_layout
-from minigpt.tracing.spans import Line, bar, fit, fit_start, heat, one_line, wrapped
+from minigpt.tracing.spans import Line, bar, fit, heat
 from minigpt.tracing.summary import measured
+from minigpt.tracing.wrapping import fit_start, one_line, wrapped
 
 _TOKEN_WIDTH = 9
 _MOST_ON_PAGE = 4_000_000
 """Most weights of heads in a page; as many take some 10 MB."""
 
 
-def replay(path: Path, targets: Targets, config: TraceConfig) -> None:
+def replay(path: Path, targets: Targets, config: AnalysisConfig) -> None:
     """Show the traces of a file as when they were generated, or with rows of other heads.
 
     Raises: DataError for a file that is not a trace, or rows that are not its own; ConfigError for
@@ -33,7 +35,7 @@ def replay(path: Path, targets: Targets, config: TraceConfig) -> None:
     """
     traces = read_traces(path)
     n_sources = config.n_sources
-    check_files(targets, len(traces), path)
+    check_files(targets, len(traces), replayed=path)
     if targets.dense is not None:
         traces = [_with_rows_of(traces[0], targets, config)]
     for trace in traces:
@@ -50,7 +52,7 @@ def replay(path: Path, targets: Targets, config: TraceConfig) -> None:
             output.show(iter([trace.header, *trace.steps, trace.footer]))
 
 
-def _with_rows_of(trace: Trace, targets: Targets, config: TraceConfig) -> Trace:
+def _with_rows_of(trace: Trace, targets: Targets, config: AnalysisConfig) -> Trace:
     """Return a trace with the rows of --dense; for a page, whole rows of heads if they fit."""
     assert targets.dense is not None
     header = trace.header

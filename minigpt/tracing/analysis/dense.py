@@ -20,8 +20,8 @@ from minigpt.checkpoint.weights import check_header
 from minigpt.errors import ConfigError, DataError
 from minigpt.files import resource_errors, writing_aside
 from minigpt.text.escape import printable
-from minigpt.tracing.config import TraceConfig
-from minigpt.tracing.events import Trace
+from minigpt.tracing.analysis_config import AnalysisConfig
+from minigpt.tracing.findings import Trace
 from minigpt.tracing.rows import RowReader, reduce_rows
 from minigpt.tracing.selection import select_heads
 
@@ -70,7 +70,7 @@ def writing_rows(
         file.write(room.to_bytes(8, "little") + header.ljust(room))
 
 
-def with_rows_of(trace: Trace, path: Path, config: TraceConfig, *, n_kept: int) -> Trace:
+def with_rows_of(trace: Trace, path: Path, config: AnalysisConfig, *, n_kept: int) -> Trace:
     """Return a trace whose rows are reduced anew, as if it had been traced with other options.
 
     Args: path, a file that ``writing_rows`` wrote for the same trace; config, whose layers, heads,
@@ -95,7 +95,7 @@ def with_rows_of(trace: Trace, path: Path, config: TraceConfig, *, n_kept: int) 
         rows_LHS = torch.from_numpy(np.ascontiguousarray(rows_NLH[start:end].transpose(1, 2, 0)))
         reduced_S = reduce_rows(rows_LHS, selection, is_max=config.reduce == "max")
         rows_RS = torch.cat((reduced_S[None], rows_LHS.flatten(0, 1)))
-        row = reader.row("weight", rows_RS, trace.tokens[: end - start], header.n_layer)
+        row = reader.row(rows_RS, trace.tokens[: end - start], header.n_layer)
         steps.append(replace(step, rows=(row,)))
     changed = replace(header, selection=selection, measures=("weight",), reduce=config.reduce)
     return replace(trace, header=changed, steps=tuple(steps))

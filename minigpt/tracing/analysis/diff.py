@@ -7,7 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minigpt.errors import DataError
-from minigpt.tracing.events import Row, Token, Trace
+from minigpt.tracing.events import Row, Token
+from minigpt.tracing.findings import Trace
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from minigpt.text.tokenizer import Tokenizer
 from minigpt.tracing.analysis.knockout import Knockouts, Query
 from minigpt.tracing.analysis.rollout import MAX_POSITIONS
 from minigpt.tracing.analysis.tally import rank_correlation
-from minigpt.tracing.config import MEASURES, TraceConfig
+from minigpt.tracing.analysis_config import MEASURES, AnalysisConfig
 from minigpt.tracing.events import TraceFooter, TraceHeader, TraceStep
 from minigpt.tracing.tracer import trace
 
@@ -83,7 +83,7 @@ class Comparison:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Measures(TraceConfig):
+class _Measures(AnalysisConfig):
     """Settings of a trace with a row by each of any measures."""
 
     compared: tuple[str, ...] = ()
@@ -118,7 +118,7 @@ def compare_measures(
     tokenizer: Tokenizer,
     prompt: Sequence[int],
     sampling: SamplingConfig,
-    config: TraceConfig,
+    config: AnalysisConfig,
     *,
     measures: Sequence[str],
     seed: int,
@@ -148,7 +148,7 @@ def compare_measures(
             progress((sample + share) / sampling.num_samples, what)
 
         rows: dict[str, list[NDArray[np.float32]]] = {}
-        passes: dict[str, TraceConfig] = {}
+        passes: dict[str, AnalysisConfig] = {}
         if plain:
             passes["measuring"] = _Measures(**vars(config) | {"compared": plain})
         if ROLLOUT in measures:

@@ -22,7 +22,8 @@ from minigpt.model.gpt import GPT
 from minigpt.model.language_model import LanguageModel
 from minigpt.rings import has_ring, ring
 from minigpt.tracing.analysis.tally import CauseTally
-from minigpt.tracing.config import N_SOURCES, Knockout, TraceConfig
+from minigpt.tracing.analysis_config import AnalysisConfig, Knockout
+from minigpt.tracing.config import N_SOURCES
 from minigpt.tracing.events import Source, Token, TraceStep
 from minigpt.tracing.findings import Effect, Kept
 from minigpt.tracing.selection import HeadSelection, select_heads
@@ -262,30 +263,10 @@ class _SharedPrefix(KVCache):
         return keys_BGSD, values_BGSD.masked_fill(zeroed_B1S1, 0)
 
 
-def knock_out(
-    model: LanguageModel,
-    cache: KVCache,
-    query: int,
-    target: int,
-    positions: Sequence[int],
-    knockout: Knockout = "key",
-    selection: HeadSelection | None = None,
-) -> list[float]:
-    """Return for each position the change of ln p(target) if the newest query lacks it.
-
-    Args: cache, of one sequence, which is not changed and ends with ``query``; positions, all in
-        view; selection, the heads in which a position is hidden, None for all.
-    """
-    hidden = [(position,) for position in positions]
-    knockouts = Knockouts(model, knockout, selection)
-    [changes] = knockouts.changes(cache, [Query(cache.length - 1, query, target, hidden)])
-    return [float(change) for change in changes[:, 0]]
-
-
 class Verifier:
     """Adds the effects of knockouts to the steps of a trace, in batches over several steps."""
 
-    def __init__(self, model: LanguageModel, config: TraceConfig) -> None:
+    def __init__(self, model: LanguageModel, config: AnalysisConfig) -> None:
         """Raises: ConfigError for heads that the model does not have, or a kind of knockout that is
         not possible with it.
         """

@@ -8,22 +8,12 @@ from collections.abc import Sequence
 
 from minigpt.format import percent
 from minigpt.text.escape import visible
-from minigpt.tracing.config import KNOCKOUTS
+from minigpt.tracing.analysis_config import KNOCKOUTS
 from minigpt.tracing.events import Candidate, TraceHeader, TraceStep
 from minigpt.tracing.findings import ROLE_SCORES, CauseCheck, Effect, Lens
 from minigpt.tracing.lines import TraceLayout, name_of
-from minigpt.tracing.spans import (
-    SHARE_WIDTH,
-    SIGNED_WIDTH,
-    Line,
-    cell_len,
-    fit,
-    fit_end,
-    heat,
-    signed,
-    upright_bar,
-    wrapped,
-)
+from minigpt.tracing.spans import SHARE_WIDTH, Line, cell_len, fit, heat
+from minigpt.tracing.wrapping import SIGNED_WIDTH, fit_end, signed, upright_bar, wrapped
 
 _WITHOUT = "ln p without"
 _ALONE = "  kept alone "

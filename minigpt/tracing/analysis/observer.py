@@ -18,7 +18,7 @@ from minigpt.tracing.analysis.roles import head_roles
 from minigpt.tracing.analysis.rollout import Rollout
 from minigpt.tracing.analysis.sink import SinkFinder
 from minigpt.tracing.analysis.workings import explained_heads, head_workings
-from minigpt.tracing.config import Measure, TraceConfig, facts_of
+from minigpt.tracing.analysis_config import AnalysisConfig, Measure, facts_of
 from minigpt.tracing.events import Row, Token, TraceHeader, TraceStep
 from minigpt.tracing.findings import Alternative, HeadWorking
 from minigpt.tracing.rows import reduce_rows
@@ -42,12 +42,13 @@ def find_alternative(tokenizer: Tokenizer, text: str, *, special: bool) -> Alter
 class AnalysisObserver(AttentionObserver):
     """Turns forward passes into rows by any measure, with effects, roles and hidden states."""
 
+    config: AnalysisConfig
     recorder: MeasureRecorder
 
     def __init__(
         self,
         model: LanguageModel,
-        config: TraceConfig,
+        config: AnalysisConfig,
         n_prompt: int,
         *,
         tokenizer: Tokenizer,
@@ -102,11 +103,14 @@ class AnalysisObserver(AttentionObserver):
         return super().sink()
 
     @torch.inference_mode()
-    def rows(self, tokens: Sequence[Token], target: int) -> tuple[Row, ...]:
-        """Return the last pass's row by each measure."""
+    def observe(self, tokens: Sequence[Token], target: int) -> dict[str, Any]:
+        """Return the last pass's row by each measure and, if requested, the logit lens."""
         rows = tuple(self._row(measure, tokens, target) for measure in self.config.measures)
         self.check(rows[0])
-        return rows
+        if not self.config.lens:
+            return {"rows": rows}
+        residual_NC = self.recorder.residual_NC
+        return {"rows": rows, "lens": read_lens(self.model, residual_NC, target, self._tokenizer)}
 
     def _row(self, measure: Measure, tokens: Sequence[Token], target: int) -> Row:
         selection, facts = self.selection, facts_of(measure)
@@ -129,18 +133,13 @@ class AnalysisObserver(AttentionObserver):
             rows_RS = self.with_heads(reduced_S, rows)
         if measure != "weight" and facts.unit == "share":  # these need not sum to 1: normalize
             rows_RS = rows_RS / rows_RS.sum(dim=1, keepdim=True).clamp(min=1e-30)
-        row = self.reader.row(measure, rows_RS, tokens, selection.n_layer)
+        row = self.reader.row(
+            rows_RS, tokens, selection.n_layer, measure=measure, is_signed=facts.is_signed
+        )
         if measured.whole is None:
             return row
         whole, *values = torch.stack([measured.whole, *parts.values()]).tolist()
         return replace(row, whole=whole, parts=dict(zip(parts, values, strict=True)))
-
-    def more(self, target: int) -> dict[str, Any]:
-        """Return the logit lens of the last pass, if requested."""
-        if not self.config.lens:
-            return {}
-        residual_NC = self.recorder.residual_NC
-        return {"lens": read_lens(self.model, residual_NC, target, self._tokenizer)}
 
     def verified(
         self, steps: Iterator[TraceStep], tokens: Sequence[Token], cache: KVCache

@@ -23,8 +23,8 @@ from minigpt.files import open_regular, resource_errors
 from minigpt.generation.decoder import FinishReason
 from minigpt.rings import ring
 from minigpt.settings import build
-from minigpt.tracing import events, findings
-from minigpt.tracing.config import MEASURES
+from minigpt.tracing import analysis_config, events, findings
+from minigpt.tracing.analysis_config import MEASURES, facts_of
 from minigpt.tracing.file import HEAD_FIELDS, INTERRUPTED, ROW_FIELDS, SCHEMA, WORKING_ARRAYS
 from minigpt.tracing.selection import select_heads
 
@@ -37,7 +37,7 @@ _ROUNDING = 1e-3
 """Largest logarithm of a probability, which is 0 but for rounding."""
 
 
-def read_traces(path: Path) -> list[events.Trace]:
+def read_traces(path: Path) -> list[findings.Trace]:
     """Read the traces of a file: one, or one for each sample.
 
     A trace without a footer, because its writer was killed, counts as interrupted.
@@ -58,7 +58,7 @@ def read_traces(path: Path) -> list[events.Trace]:
     return traces
 
 
-def _traces(path: Path, lines: Iterable[str]) -> Iterator[events.Trace]:
+def _traces(path: Path, lines: Iterable[str]) -> Iterator[findings.Trace]:
     reader: _Reader | None = None
     for number, line in enumerate(lines, start=1):
         try:
@@ -166,9 +166,10 @@ class _Reader:
         token = _token(value, position)
         if position < n_prompt and token != self.header.prompt[position]:
             raise ValueError(f"its token at position {position} is not that of the prompt")
-        rows = tuple(self._row(row, position) for row in _objects(value, "rows"))
-        if tuple(row.measure for row in rows) != self.header.measures:
+        objects = _objects(value, "rows")
+        if tuple(row["measure"] for row in objects) != self.header.measures:
             raise ValueError("its measures are not those of the header")
+        rows = tuple(self._row(row, position) for row in objects)
         effects = tuple(
             _read(findings.Effect, effect, source=self._source(effect, position))
             for effect in _objects(value, "effects")
@@ -220,7 +221,7 @@ class _Reader:
             raise ValueError(f"lens.layer is {layer} of {len(top)} layers")
         return findings.Lens(layer, numbers, top)
 
-    def trace(self, footer: dict[str, Any] | None) -> events.Trace:
+    def trace(self, footer: dict[str, Any] | None) -> findings.Trace:
         """Return the whole trace; a footer of None means that it was interrupted."""
         end = events.TraceFooter(len(self.tokens) - len(self.header.prompt), None, 0.0, None)
         if footer is not None:
@@ -232,7 +233,7 @@ class _Reader:
                 cause = _read(findings.CauseCheck, _object(cause, "cause"))
             workings = tuple(map(self._working, _objects({"workings": []} | footer, "workings")))
             end = _read(events.TraceFooter, footer, finish=finish, cause=cause, workings=workings)
-        return events.Trace(self.header, tuple(self.steps), end)
+        return findings.Trace(self.header, tuple(self.steps), end)
 
     def _working(self, value: dict[str, Any]) -> findings.HeadWorking:
         shape = (len(self.tokens), self.header.d_head)
@@ -264,13 +265,14 @@ class _Reader:
             {field: value[name] for name, field in ROW_FIELDS.items()}
             | {"whole": value.get("whole")},
             measure=value["measure"],
+            is_signed=facts_of(value["measure"]).is_signed,
             parts={name[:80]: _checked(parts[name], float, "parts") for name in parts},
             sources=tuple(self._source(source, n_view) for source in _objects(value, "sources")),
             weights_S=weights_S.astype(np.float32),
             heads=None if heads is None else self._heads(_object(heads, "heads"), n_view),
         )
 
-    def _heads(self, value: dict[str, Any], n_view: int) -> events.HeadRows:
+    def _heads(self, value: dict[str, Any], n_view: int) -> findings.HeadRows:
         shape = (self.header.n_layer, self.header.n_head)
         arrays: dict[str, NDArray[Any]] = {}
         for name, field in HEAD_FIELDS.items():
@@ -288,7 +290,7 @@ class _Reader:
             raise ValueError("heads.positions must each have a weight")
         if positions.size and not 0 <= positions.min() <= positions.max() < n_view:
             raise ValueError("heads.positions has one that does not exist")
-        return events.HeadRows(**arrays)
+        return findings.HeadRows(**arrays)
 
 
 def _token(value: dict[str, Any], position: int) -> events.Token:
@@ -339,7 +341,7 @@ def _objects(value: dict[str, Any], name: str) -> list[dict[str, Any]]:
 @cache
 def _type_hints(cls: type) -> dict[str, Any]:
     others = {"InterventionConfig": Any}  # built by its own name
-    return get_type_hints(cls, vars(events) | vars(findings) | others)
+    return get_type_hints(cls, vars(events) | vars(findings) | vars(analysis_config) | others)
 
 
 def _read(cls: type[T], value: dict[str, Any], **given: Any) -> T:

@@ -13,13 +13,13 @@ from minigpt.errors import ConfigError
 from minigpt.model.attention import AttentionPass
 from minigpt.model.language_model import LanguageModel
 from minigpt.tracing.analysis.measures import Measured, Prediction, find
-from minigpt.tracing.config import DEFAULTS, MEASURES, Measure, TraceConfig, facts_of
+from minigpt.tracing.analysis_config import DEFAULTS, MEASURES, AnalysisConfig, Measure, facts_of
 from minigpt.tracing.recorder import RowRecorder
 
 _CHUNK = 64  # queries of a prompt whose weights are in memory together
 
 
-def require_measures(config: TraceConfig) -> None:
+def require_measures(config: AnalysisConfig) -> None:
     """Raise ConfigError for settings that have no meaning for the measures of a config."""
     for measure in config.measures:
         facts = facts_of(measure)
@@ -58,7 +58,7 @@ class MeasureRecorder(RowRecorder):
         *,
         measures: Sequence[Measure] = ("weight",),
         watchers: Sequence[Watcher] = (),
-        config: TraceConfig = DEFAULTS,
+        config: AnalysisConfig = DEFAULTS,
         needs_residual: bool = False,
     ) -> None:
         """Prepare to record forward passes of a model.

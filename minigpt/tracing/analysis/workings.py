@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from minigpt.errors import ConfigError
-from minigpt.model.attention import AttentionPass
 from minigpt.model.language_model import LanguageModel
 from minigpt.tracing.findings import HeadWorking
+from minigpt.tracing.recorder import RowRecorder
 from minigpt.tracing.selection import HeadSelection, select_heads
 
 
@@ -41,7 +41,8 @@ def head_workings(
     """Return the workings of the chosen heads, by one forward pass over a text."""
     if len(tokens) < 2:
         return ()
-    recorder = _QueryRecorder()
+    recorder = RowRecorder(model)
+    recorder.needs_queries = True
     device = next(model.parameters()).device
     model(torch.tensor([list(tokens)], device=device), recorder=recorder, logits_to_keep=1)
     attention = recorder.attention
@@ -70,14 +71,3 @@ def head_workings(
 
 def _numbers(x_TD: Tensor) -> NDArray[np.float32]:
     return x_TD.float().cpu().numpy().copy()
-
-
-class _QueryRecorder:
-    """Keeps the queries, keys and values of a forward pass."""
-
-    needs_queries = True
-    needs_residual = False
-    attention: AttentionPass
-
-    def record(self, attention: AttentionPass) -> None:
-        self.attention = attention

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Literal
 from minigpt.errors import ConfigError
 
 if TYPE_CHECKING:
-    from minigpt.tracing.config import Measure
-    from minigpt.tracing.events import Row, Trace, TraceStep
+    from minigpt.tracing.analysis_config import Measure
+    from minigpt.tracing.events import Row, TraceStep
+    from minigpt.tracing.findings import Trace
 
 FILE_VIEWS = ("page", "pictures")
 """Views that return the bytes of a file; every other one is for a terminal."""

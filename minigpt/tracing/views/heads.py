@@ -7,10 +7,10 @@ from numpy.typing import NDArray
 
 from minigpt.errors import ConfigError
 from minigpt.format import percent
-from minigpt.tracing.events import Trace
-from minigpt.tracing.findings import ROLE_SCORES, Roles
-from minigpt.tracing.spans import SHARE_WIDTH, SIGNED_WIDTH, Line, bar, heat, signed, wrapped
+from minigpt.tracing.findings import ROLE_SCORES, Roles, Trace
+from minigpt.tracing.spans import SHARE_WIDTH, Line, bar, heat
 from minigpt.tracing.views import DEFAULTS, ViewOptions
+from minigpt.tracing.wrapping import SIGNED_WIDTH, signed, wrapped
 
 _NO_TAG = "·"
 _CELL_WIDTH = 8

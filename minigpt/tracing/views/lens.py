@@ -3,9 +3,10 @@
 from minigpt.errors import ConfigError
 from minigpt.format import percent
 from minigpt.text.escape import visible
-from minigpt.tracing.events import Trace
-from minigpt.tracing.spans import Line, fit, heat, upright_bar, wrapped
+from minigpt.tracing.findings import Trace
+from minigpt.tracing.spans import Line, fit, heat
 from minigpt.tracing.views import DEFAULTS, ViewOptions
+from minigpt.tracing.wrapping import upright_bar, wrapped
 
 _TOKEN_WIDTH = 9
 _CELL_WIDTH = _TOKEN_WIDTH + 6

@@ -9,10 +9,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from minigpt.tracing.events import Row, Trace
-from minigpt.tracing.spans import Line, cell_len, fit, wrapped
+from minigpt.tracing.events import Row
+from minigpt.tracing.findings import Trace
+from minigpt.tracing.spans import Line, cell_len, fit
 from minigpt.tracing.summary import measured
 from minigpt.tracing.views import DEFAULTS, ViewOptions
+from minigpt.tracing.wrapping import wrapped
 
 # Colours of viridis, which is perceptually uniform and readable in greyscale (van der Walt and
 # Smith 2015, BSD); colours between two of them are interpolated.

@@ -21,12 +21,14 @@ from matplotlib.patches import Rectangle
 
 from minigpt.figures import our_style, to_bytes
 from minigpt.format import percent
-from minigpt.tracing.config import unit
-from minigpt.tracing.events import Row, Token, Trace
-from minigpt.tracing.spans import cell_len, fit_end, fit_start, one_line, signed
+from minigpt.tracing.analysis_config import facts_of
+from minigpt.tracing.events import Row, Token
+from minigpt.tracing.findings import Trace
+from minigpt.tracing.spans import cell_len
 from minigpt.tracing.summary import measured
 from minigpt.tracing.views import DEFAULTS, ViewOptions
 from minigpt.tracing.views.matrix import as_matrix, scale_end
+from minigpt.tracing.wrapping import fit_end, fit_start, one_line, signed
 
 _DPI = 200
 _FONT = "DejaVu Sans Mono"
@@ -204,7 +206,7 @@ def _add_scale(
         extend = "both" if rows[0].is_signed else "max"
     bar = axes.figure.colorbar(colours, cax=axes, orientation=orientation, extend=extend)
     measure = rows[0].measure
-    name = _SCALE_NAMES.get(measure, f"{measure}, in {unit(measure)}")
+    name = _SCALE_NAMES.get(measure, f"{measure}, in {facts_of(measure).unit}")
     bar.set_label(name, fontsize=_MEDIUM)
     bar.ax.tick_params(labelsize=_MEDIUM, length=2, pad=2)
 

@@ -10,22 +10,14 @@ from numpy.typing import NDArray
 
 from minigpt.format import percent
 from minigpt.text.escape import JoinedTokens, visible
-from minigpt.tracing.config import unit
-from minigpt.tracing.events import Row, Token, Trace, TraceStep
-from minigpt.tracing.spans import (
-    Line,
-    bar,
-    cell_len,
-    eighths,
-    fit,
-    heat,
-    signed,
-    upright_bar,
-    wrapped,
-)
+from minigpt.tracing.analysis_config import facts_of
+from minigpt.tracing.events import Row, Token, TraceStep
+from minigpt.tracing.findings import Trace
+from minigpt.tracing.spans import Line, bar, cell_len, eighths, fit, heat
 from minigpt.tracing.summary import measured
 from minigpt.tracing.views import DEFAULTS, ViewOptions
 from minigpt.tracing.views.matrix import scale_end
+from minigpt.tracing.wrapping import signed, upright_bar, wrapped
 
 _N_SOURCES = 12
 _MIN_SHARE = 0.005
@@ -157,9 +149,10 @@ def _pieces(text: str, width: int) -> list[str]:
 
 def _legend(row: Row, scale: float, sink: int) -> str:
     if row.is_signed:
+        unit = facts_of(row.measure).unit
         beyond = " or more" if abs(row.sink) > scale else ""
         return (
-            f"█ is a magnitude of {scale:.3g} {unit(row.measure)}{beyond}, orange where it lowered "
+            f"█ is a magnitude of {scale:.3g} {unit}{beyond}, orange where it lowered "
             f"the token; {_MARK} the token itself; sink (position {sink}) {row.sink:+.2f}; prompt "
             f"{row.prompt:+.2f}, generated {row.generated:+.2f}."
         )

@@ -3,7 +3,7 @@
 A measure is a function in a module of its own name, which registers itself:
 
     @register(unit="logits", is_signed=True, needs=("residual", "token"))
-    def logit(model: LanguageModel, config: TraceConfig) -> Rows
+    def logit(model: LanguageModel, config: AnalysisConfig) -> Rows
 
 It is called once per trace, and returns a function from a prediction to rows: of every head
 (L, H, S), or one row (S,) if the measure has no heads; or these as ``Measured``, with what else the
@@ -12,14 +12,14 @@ row sums to. A measure that does not need the token is asked after every forward
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from minigpt.model.attention import AttentionPass
 from minigpt.model.language_model import LanguageModel
 from minigpt.rings import ring
-from minigpt.tracing.config import Measure, MeasureFacts, Need, TraceConfig
+from minigpt.tracing.analysis_config import AnalysisConfig, Measure, MeasureFacts
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Measured:
 
 
 Rows = Callable[[Prediction], Tensor | Measured]
-Make = Callable[[LanguageModel, TraceConfig], Rows]
+Make = Callable[[LanguageModel, AnalysisConfig], Rows]
 
 
 class Registered(NamedTuple):
@@ -61,32 +61,14 @@ class Registered(NamedTuple):
 _REGISTRY: dict[Measure, Registered] = {}
 
 
-def register(
-    *,
-    about: str = "",
-    unit: str = "share",
-    is_signed: bool = False,
-    has_heads: bool = True,
-    sums_to: str = "",
-    needs: tuple[Need, ...] = (),
-    caveat: str = "",
-) -> Callable[[Make], Make]:
+def register(**facts: Any) -> Callable[[Make], Make]:
     """Return a decorator that registers a function as the measure of its name.
 
-    Args: as the fields of MeasureFacts.
+    Args: facts, fields of MeasureFacts.
     """
-    facts = MeasureFacts(
-        about=about,
-        unit=unit,
-        is_signed=is_signed,
-        has_heads=has_heads,
-        sums_to=sums_to,
-        needs=needs,
-        caveat=caveat,
-    )
 
     def declare(make: Make) -> Make:
-        _REGISTRY[make.__name__] = Registered(facts, make)
+        _REGISTRY[make.__name__] = Registered(MeasureFacts(**facts), make)
         return make
 
     return declare

@@ -12,7 +12,7 @@ from torch import Tensor
 from minigpt.model.language_model import LanguageModel
 from minigpt.tracing.analysis.embedded import embeddings, gradients
 from minigpt.tracing.analysis.measures import Prediction, Rows, register
-from minigpt.tracing.config import TraceConfig
+from minigpt.tracing.analysis_config import AnalysisConfig
 
 
 @register(
@@ -23,7 +23,7 @@ from minigpt.tracing.config import TraceConfig
     needs=("token", "gradients"),
     caveat="A gradient says what a small change of an embedding does, not what happens without it.",
 )
-def gradient(model: LanguageModel, config: TraceConfig) -> Rows:
+def gradient(model: LanguageModel, config: AnalysisConfig) -> Rows:
     """Multiply each token's embedding by the gradient of the token's logit."""
 
     def row_S(prediction: Prediction) -> Tensor:

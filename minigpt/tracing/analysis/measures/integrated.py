@@ -18,7 +18,7 @@ import torch
 from minigpt.model.language_model import LanguageModel
 from minigpt.tracing.analysis.embedded import embeddings, gradients, logit_at
 from minigpt.tracing.analysis.measures import Measured, Prediction, Rows, register
-from minigpt.tracing.config import TraceConfig
+from minigpt.tracing.analysis_config import AnalysisConfig
 
 _MAX_POSITIONS = 2**12
 """Positions of all sequences of a batch."""
@@ -34,7 +34,7 @@ _MAX_POSITIONS = 2**12
     needs=("token", "gradients"),
     caveat="A path from the mean embedding passes inputs that the model never saw in training.",
 )
-def integrated(model: LanguageModel, config: TraceConfig) -> Rows:
+def integrated(model: LanguageModel, config: AnalysisConfig) -> Rows:
     """Integrate the gradient of the token's logit from the mean embedding to the tokens' own."""
     baseline_C = embeddings(model, range(model.config.vocab_size)).float().mean(dim=0)
     nodes, weights = np.polynomial.legendre.leggauss(config.n_steps)

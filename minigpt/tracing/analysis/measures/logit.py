@@ -26,7 +26,7 @@ from minigpt.tracing.analysis.frozen import (
     why_not_linear,
 )
 from minigpt.tracing.analysis.measures import Measured, Prediction, Rows, register
-from minigpt.tracing.config import TraceConfig
+from minigpt.tracing.analysis_config import AnalysisConfig
 
 
 @register(
@@ -38,7 +38,7 @@ from minigpt.tracing.config import TraceConfig
     needs=("residual", "token"),
     caveat="Only what heads brought directly counts, not what later layers made of it.",
 )
-def logit(model: LanguageModel, config: TraceConfig) -> Rows:
+def logit(model: LanguageModel, config: AnalysisConfig) -> Rows:
     """Attribute the token's logit to what each head brought from each position."""
     if why := why_not_linear(model):
         raise ConfigError(

@@ -14,7 +14,7 @@ from torch import Tensor
 from minigpt.model.language_model import LanguageModel
 from minigpt.model.layers import dense_weight
 from minigpt.tracing.analysis.measures import Prediction, Rows, register
-from minigpt.tracing.config import TraceConfig
+from minigpt.tracing.analysis_config import AnalysisConfig
 
 
 @register(
@@ -23,7 +23,7 @@ from minigpt.tracing.config import TraceConfig
     sums_to="1",
     caveat="A norm shows how much a source brought, not why a token was generated.",
 )
-def norm(model: LanguageModel, config: TraceConfig) -> Rows:
+def norm(model: LanguageModel, config: AnalysisConfig) -> Rows:
     """Weigh each source by the norm of what a head adds from it."""
     norms = _ValueNorms(model)
 

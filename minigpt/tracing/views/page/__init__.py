@@ -22,13 +22,13 @@ from numpy.typing import NDArray
 
 from minigpt.config import SamplingConfig
 from minigpt.text.escape import JoinedTokens, printable, visible
-from minigpt.tracing.config import KNOCKOUTS, facts_of, unit
-from minigpt.tracing.events import CONVENTION, Candidate, Row, Trace, TraceHeader, TraceStep
+from minigpt.tracing.analysis_config import KNOCKOUTS, facts_of
+from minigpt.tracing.events import CONVENTION, Candidate, Row, TraceHeader, TraceStep
 from minigpt.tracing.file import ROW_FIELDS, WORKING_ARRAYS
-from minigpt.tracing.findings import Roles
-from minigpt.tracing.spans import one_line
+from minigpt.tracing.findings import Roles, Trace
 from minigpt.tracing.summary import footer_lines, measured
 from minigpt.tracing.views import DEFAULTS, ViewOptions
+from minigpt.tracing.wrapping import one_line
 
 # Concatenated in this order into one script.
 _SCRIPTS = (
@@ -152,7 +152,7 @@ def _page_data(trace: Trace) -> dict[str, Any]:
         ),
         "closing": closing,
         "scales": scales,
-        "units": {measure: unit(measure) for measure in header.measures},
+        "units": {measure: facts_of(measure).unit for measure in header.measures},
         "workings": [
             {"layer": one.layer, "head": one.head, "scale": one.scale, "window": one.window}
             for one in trace.footer.workings

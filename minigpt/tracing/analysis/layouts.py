@@ -1,0 +1,125 @@
+"""Lines of a trace by other measures than the attention weight.
+
+With several measures in shares, each number of a line is shown by all of them.
+
+By a signed measure, numbers have a sign and the unit of the measure: a line has those of the sink,
+the sources, the rest of the row, all that no position brought ("other": MLPs, embedding, biases,
+heads that were not chosen), and what these sum to.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from minigpt.format import percent
+from minigpt.tracing.analysis_config import Measure, facts_of
+from minigpt.tracing.events import Row, Source
+from minigpt.tracing.lines import Form, TraceLayout, name_of
+from minigpt.tracing.spans import SHARE_WIDTH, Line, bar, fit, heat
+from minigpt.tracing.wrapping import SIGNED_WIDTH, signed, upright_bar
+
+_SUM = "sum"
+
+
+def make_layout(width: int, measures: tuple[Measure, ...], **sizes: Any) -> TraceLayout:
+    """Return the columns of a trace by these measures; arguments as of TraceLayout."""
+    kind = SignedLayout if facts_of(measures[0]).is_signed else SharesLayout
+    return kind(width, measures, **sizes)
+
+
+class _MeasuresLayout(TraceLayout):
+    def __init__(self, width: int, measures: tuple[Measure, ...], **sizes: Any) -> None:
+        self.measures = measures
+        super().__init__(width, **sizes)
+
+
+class SharesLayout(_MeasuresLayout):
+    """The columns of a trace by one or more measures in shares."""
+
+    def _take(self, form: Form, is_bytes: bool) -> None:
+        super()._take(form, is_bytes)
+        if len(self.measures) == 1:
+            return
+        added = (len(self.measures) - 1) * (SHARE_WIDTH + 1)
+        # A bar of one cell after each number, instead of one wide bar.
+        self.source_width += added + (len(self.measures) - 1 - form.bar if form.bar else 0)
+        if not form.is_bare:
+            self.sink_width += added
+            self.left_width += added
+            self.rest_width += added
+            self.right_width += added
+
+    def _titles(self) -> list[str]:
+        by = " and ".join(self.measures)
+        initials = "/".join(measure[0] for measure in self.measures)
+        last = "token" if len(self.measures) == 1 else initials
+        return [f"the earlier token, share by {by}", f"token, share by {by}", f"by {by}", last]
+
+    def _sink(self, rows: Sequence[Row]) -> str:
+        return " ".join(percent(row.sink) for row in (rows[:1] if self.form.is_bare else rows))
+
+    def _source(self, source: Source, rows: Sequence[Row], names: Sequence[str]) -> Line:
+        if len(rows) == 1:
+            return super()._source(source, rows, names)
+        position = source.token.position
+        token = fit(name_of(source.token, names), self.source_token_width)
+        spans = [(f" {position:>{self.position_width}} ", "dim"), (token, heat(source.weight))]
+        for share in (source.weight, *(float(row.weights_S[position]) for row in rows[1:])):
+            drawn = upright_bar(share) if self.form.bar else ""
+            spans.append((f" {percent(share)}{drawn}", heat(share)))
+        return spans
+
+    def _rest(self, rows: Sequence[Row], sources: Sequence[Source]) -> str:
+        rests = [rows[0].rest or 0.0]
+        positions = [source.token.position for source in sources]
+        for row in rows[1:]:
+            rest = row.total - row.sink - sum(float(row.weights_S[p]) for p in positions)
+            rests.append(max(0.0, rest))
+        return " ".join(map(percent, rests))
+
+
+class SignedLayout(_MeasuresLayout):
+    """The columns of a trace by one signed measure."""
+
+    share_width = SIGNED_WIDTH
+
+    def _take(self, form: Form, is_bytes: bool) -> None:
+        super()._take(form, is_bytes)
+        self.has_whole = bool(facts_of(self.measures[0]).sums_to) and not form.is_bare
+        self.right_width = self.rest_width * (3 if self.has_whole else 1)
+
+    def _titles(self) -> list[str]:
+        [measure] = self.measures
+        unit = facts_of(measure).unit
+        return [f"the earlier token, {measure} in {unit}", f"token, {unit}", unit]
+
+    def _right_heading(self) -> str:
+        names = ("rest", "other", _SUM) if self.has_whole else ("rest",)
+        return "".join(f"{name:>{self.rest_width}}" for name in names if self.rest_width)
+
+    def _sink(self, rows: Sequence[Row]) -> str:
+        return signed(rows[0].sink)
+
+    def _source(self, source: Source, rows: Sequence[Row], names: Sequence[str]) -> Line:
+        position, size = source.token.position, _relative_size(source.weight, rows[0])
+        token = fit(name_of(source.token, names), self.source_token_width)
+        drawn = f" {bar(size, self.form.bar)}" if self.form.bar else ""
+        return [
+            (f" {position:>{self.position_width}} ", "dim"),
+            (f"{token} {signed(source.weight)}{drawn}", heat(size)),
+        ]
+
+    def _right(self, rows: Sequence[Row], sources: Sequence[Source]) -> Line:
+        [row] = rows
+        numbers = [row.rest or 0.0]
+        if self.has_whole and row.whole is not None:
+            numbers += [row.whole - row.total, row.whole]
+        spaced = (f" {signed(number)}" for number in numbers if self.rest_width)
+        return [("".join(spaced), "dim")]
+
+
+def _relative_size(number: float, row: Row) -> float:
+    """Return the magnitude of a number relative to the largest of its row, in [0, 1]."""
+    largest = abs(row.sink)
+    if row.sources:  # in descending order, the sink left out
+        largest = max(largest, abs(row.sources[0].weight))
+    return min(abs(number) / largest, 1.0) if largest else 0.0

@@ -1,0 +1,122 @@
+"""Measures of a row, and the settings of all that an analysis adds to a trace.
+
+Imports neither torch nor numpy, so that --help may import it.
+"""
+
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+from pkgutil import iter_modules
+from typing import Literal
+
+from minigpt.errors import ConfigError
+from minigpt.fields import option
+from minigpt.rings import ring
+from minigpt.tracing.config import GROUP, TraceConfig
+
+Measure = str
+"""Name of what a row is made of: weight, the attention weight, or a module of
+tracing/analysis/measures."""
+Need = Literal["residual", "token", "gradients"]
+"""What a measure needs beside the weights and values of a pass: the residual stream, the generated
+token, or a forward pass of its own with gradients."""
+Reduce = Literal["mean", "max", "rollout"]
+"""Reduction of the rows of several heads to one. rollout: attention followed through the layers
+(Abnar & Zuidema 2020, arXiv:2005.00928)."""
+Knockout = Literal["key", "value"]
+"""Part of a source that a knockout removes. key: hidden from the query, so that the softmax
+renormalizes the other weights. value: set to 0, with the weights unchanged."""
+KNOCKOUTS = {
+    "key": "its key is hidden from that query, and the other weights grow to sum to 1",
+    "value": "its value is set to 0 for that query, and its weight is kept",
+}
+"""Descriptions of the kinds of knockout."""
+
+MEASURES = (
+    "weight",
+    *(m.name for m in iter_modules([str(Path(__file__).parent / "analysis" / "measures")])),
+)
+"""Names of the measures of this installation."""
+_BOTH = ("both",) if "norm" in MEASURES else ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureFacts:
+    """What the numbers of a measure are, and what it needs."""
+
+    about: str = ""
+    """What a number of a row is, in words."""
+    unit: str = "share"
+    """Unit of the numbers of a row. share: the row is divided by its sum."""
+    is_signed: bool = False
+    """Whether numbers may be negative. Signed rows are summed over heads, others averaged."""
+    has_heads: bool = True
+    """Whether each head has a row of its own."""
+    sums_to: str = ""
+    """What a row and its parts sum to, in words. Empty if that has no meaning."""
+    needs: tuple[Need, ...] = ()
+    caveat: str = ""
+    """What its numbers do not say, as a sentence."""
+
+
+@cache
+def facts_of(measure: Measure) -> MeasureFacts:
+    """Return the facts of a measure of MEASURES."""
+    if measure == "weight":
+        return MeasureFacts(
+            about="the softmax weight of a source",
+            sums_to="1",
+            caveat="Attention shows where a head looked, not why a token was generated.",
+        )
+    facts: MeasureFacts = ring("tracing.analysis.measures").find(measure).facts
+    return facts
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalysisConfig(TraceConfig):
+    """Which attention a trace shows, and what is measured."""
+
+    reduce: Reduce = option("mean", group=GROUP)  # type: ignore[assignment]
+    sink: int | Literal["auto"] = option(0, "[0, inf)", group=GROUP)  # type: ignore[assignment]
+    """Position of the sink, or auto to find it."""
+    measure: str = option("weight", choices=(*MEASURES, *_BOTH), group=GROUP)
+    """Measure. both: weight and norm."""
+    against: str | None = option(None, group=GROUP, metavar="TEXT")
+    """Alternative whose first token's logit is subtracted from that of each generated token."""
+    n_steps: int = option(50, "[1, 2**16]", group=GROUP, aliases=("--steps",))
+    """Number of steps of --measure integrated."""
+    roles: bool = option(False, group=GROUP)
+    """Find the heads' roles first."""
+    lens: bool = option(False, group=GROUP)
+    """Show the probability of each token after each layer (logit lens)."""
+    n_verified: int | Literal["all"] = option(0, "[0, inf)", group=GROUP, aliases=("--verify",))
+    """Number of sources per token to knock out, and as many controls, or all for each position."""
+    verify_layers: str | None = option(None, group=GROUP, metavar="LIST", shown="all")
+    """Layers to knock out sources in."""
+    verify_heads: str | None = option(None, group=GROUP, metavar="LIST", shown="all")
+    """Heads to knock out sources in, layer.head."""
+    knockout: Knockout = option("key", group=GROUP)
+    """Part of a source that a knockout removes."""
+    explain: str | None = option(None, group=GROUP, metavar="LIST", shown="none")
+    """Heads whose weights the page works out from queries and keys, as in 4.2. None for none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.reduce == "rollout" and self.measure != "weight":
+            raise ConfigError(f"--reduce rollout requires --measure weight: it is {self.measure}.")
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the trace has rows of attention weights, and nothing that an analysis adds."""
+        core = {f.name for f in fields(TraceConfig)}
+        added = (f for f in fields(self) if f.name not in core)
+        is_default = all(getattr(self, f.name) == f.default for f in added)
+        return is_default and self.reduce != "rollout" and self.sink != "auto"
+
+    @property
+    def measures(self) -> tuple[Measure, ...]:
+        """The measures of each row, in order."""
+        return ("weight", "norm") if self.measure == "both" else (self.measure,)
+
+
+DEFAULTS = AnalysisConfig()
