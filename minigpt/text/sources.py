@@ -79,6 +79,8 @@ def find_files(
     glob_of_rest = ""
     is_folder = False
     for word in paths:
+        if not word:  # an unset variable of the shell, which Path would take for this folder
+            raise DataError("the path of a text is empty. Name a file, or '.' for this folder.")
         path = Path(os.path.expanduser(word))
         with reading(word):
             if word == "-":

@@ -170,6 +170,15 @@ def test_an_unusable_corpus_is_refused(
     assert all(part in line for part in said), line
 
 
+@pytest.mark.parametrize("words", [["train"], ["prepare", "--out", "p"], ["evaluate"]])
+def test_an_empty_path_is_not_the_working_directory(
+    run: Run, at_trained: Path, words: list[str]
+) -> None:
+    result = run(words[0], "", *words[1:])
+    assert result.code == 3
+    assert "the path of a text is empty" in error_line(result)
+
+
 def test_empty_standard_input_is_refused_as_corpus(run: Run) -> None:
     result = run("train", "-", *TINY)
     assert "standard input" in error_line(result)
