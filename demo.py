@@ -24,7 +24,7 @@ How to read this:
 def main() -> None:
     name = time.strftime("demo-%Y%m%d-%H%M%S")
     page = f"{name}.html"
-    shipped = ["--model", "storyteller", "--seed", "2", "--ignore-eos"]
+    shipped = ["--model", "storyteller", "--seed", "4", "--temperature", "0.6", "--ignore-eos"]
     own = ["--model", name, "--seed", "1", "--temperature", "0.5", "--ignore-eos"]
 
     say("1. The model that ships tells a tale")

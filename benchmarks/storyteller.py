@@ -1,6 +1,6 @@
 """Make the texts that checkpoints/storyteller was trained on, and measure and sample the model.
 
-    python benchmarks/storyteller.py texts ../shared/data OUT   the three training texts, and the
+    python benchmarks/storyteller.py texts ../shared/data OUT   the training texts, and the
                                                                 works that are held out
     python benchmarks/storyteller.py card ../shared/data        bits/byte, and twelve samples
 
@@ -29,6 +29,8 @@ N_NOVELS = 48
 """Number of novels that are trained on: those with the shortest words and sentences."""
 PIECE = 120
 """Paragraphs of a novel in one document, so that tales and novels alternate."""
+N_COPIED = 2_700_000
+"""Letters of the texts that repeat themselves, 5 % of the mixture."""
 SAMPLES = [
     "Once upon a time",
     "There was once a king who",
@@ -62,6 +64,40 @@ def read_tales() -> list[str]:
     return [tale.strip() for tale in text.split("<|endoftext|>") if tale.strip()]
 
 
+def in_pieces(novels: list[str]) -> list[str]:
+    """Return novels cut into documents of PIECE paragraphs."""
+    pieces = []
+    for novel in novels:
+        parts = novel.split("\n\n")
+        starts = range(0, len(parts), PIECE)
+        pieces += ["\n\n".join(parts[start : start + PIECE]) for start in starts]
+    return pieces
+
+
+def copies(tales: list[str], draw: random.Random) -> list[str]:
+    """Return texts that repeat themselves, from which a model learns to copy (an induction head).
+
+    What is repeated are words drawn from all words of the tales, or a paragraph; between the first
+    two may be a piece of another paragraph.
+    """
+    words = sorted({word for tale in tales for word in re.findall(r"[A-Za-z]+", tale)})
+    choices = [part for tale in tales for part in tale.split("\n\n") if 60 < len(part) < 500]
+    documents: list[str] = []
+    while sum(map(len, documents)) < N_COPIED:
+        n_words = draw.randint(8, 60)
+        if draw.random() < 0.7:
+            piece = " ".join(draw.choice(words) for _ in range(n_words))
+        else:
+            piece = draw.choice(choices)
+        n_times = 2 if len(piece) > 500 else draw.randint(2, 4)
+        separator = draw.choice(["\n\n", "\n", " ", " ; "])
+        parts = [piece] * n_times
+        if draw.random() < 0.5:
+            parts.insert(1, draw.choice(choices)[: draw.randint(40, 200)])
+        documents.append(separator.join(parts))
+    return documents
+
+
 def texts(data: Path) -> dict[str, list[str]]:
     """Return the documents of each text by its name."""
     source = (data / "fairytales.txt").read_text(encoding="utf-8")
@@ -70,24 +106,25 @@ def texts(data: Path) -> dict[str, list[str]]:
         rows = map(json.loads, file)
         novels = {row["title"]: paragraphs(row["text"]) for row in rows}
     held_out = [novels.pop(title) for title in sorted(HELD_OUT_NOVELS)]
-    plain = sorted(novels.values(), key=difficulty)[:N_NOVELS]
-    pieces = []
-    for novel in plain:
-        parts = novel.split("\n\n")
-        starts = range(0, len(parts), PIECE)
-        pieces += ["\n\n".join(parts[start : start + PIECE]) for start in starts]
+    by_difficulty = sorted(novels.values(), key=difficulty)
+    pieces, other_pieces = map(in_pieces, (by_difficulty[:N_NOVELS], by_difficulty[N_NOVELS:]))
     ours = [tale for i, tale in enumerate(tales) if i % 20 != 19]
     mixture = pieces + 5 * ours
     random.Random(7).shuffle(mixture)
-    draw = random.Random(11)
-    ending = 3 * ours + draw.sample(pieces, len(pieces) // 10)
-    draw.shuffle(ending)
+    draw = random.Random(3)
+    repeating = copies(ours, draw)
+    with_copies = mixture + repeating
+    draw.shuffle(with_copies)
+    others = other_pieces + ours + repeating[: len(repeating) // 2]
+    draw.shuffle(others)
     short = read_tales()
-    simple = 8 * [tale for i, tale in enumerate(short) if i % 10 != 9] + draw.sample(ours, 50)
+    simple = 8 * [tale for i, tale in enumerate(short) if i % 10 != 9]
+    simple += draw.sample(ours, 50) + repeating[-200:]
     draw.shuffle(simple)
     return {
         "mixture": mixture,
-        "ending": ending,
+        "with-copies": with_copies,
+        "other-novels": others,
         "simple": simple,
         "short-tales-held-out": short[9::10],
         "tales-held-out": tales[19::20],

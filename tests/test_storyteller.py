@@ -8,6 +8,8 @@ import pytest
 
 import minigpt
 from minigpt.checkpoint.resolve import is_shipped, resolve_model
+from minigpt.generation.loading import load
+from minigpt.tracing.analysis.roles import head_roles
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "checkpoints" / "storyteller"
@@ -30,6 +32,14 @@ def test_it_tells_something() -> None:
     steps = list(minigpt.generate("storyteller", prompt, **options))
     assert len(steps) > 5
     assert "".join(step.text for step in steps).strip()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_it_has_an_induction_head(seed: int) -> None:
+    layers = head_roles(load(MODEL).model, seed=seed)
+    roles = {f"{i}.{j}": role.tag for i, row in enumerate(layers) for j, role in enumerate(row)}
+    assert roles["4.1"] == "induc"
+    assert "head 4.1" in CARD
 
 
 def test_it_predicts_held_out_tales_as_its_card_says(shared: Path, tmp_path: Path) -> None:
