@@ -5,7 +5,7 @@ BIN := .venv/bin
 RUNTIME := .venv/.installed
 INSTALLED := .venv/.installed-dev
 
-.PHONY: help demo docs test test-slow test-rings test-dist test-browser test-gpu torture check format bench clean
+.PHONY: help demo docs test test-integration test-slow test-rings test-dist test-browser test-gpu torture check format bench clean
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /: /' | column -t -s :
 
@@ -21,9 +21,12 @@ demo: $(RUNTIME) ## Tell a tale with the model that ships and trace it; train on
 	@$(BIN)/python demo.py
 
 test: $(INSTALLED) ## Run the tests, in as many processes as there are cores
-	$(BIN)/python -m pytest -n auto --dist worksteal -m 'not slow and not torture and not dist and not browser and not gpu'
+	$(BIN)/python -m pytest -n auto --dist worksteal -m 'not integration and not slow and not torture and not dist and not browser and not gpu'
 
-test-slow: $(INSTALLED) ## Run the tests that take more than a few seconds each
+test-integration: $(INSTALLED) ## Run the tests of whole runs, a few seconds each
+	$(BIN)/python -m pytest -n auto --dist worksteal -m 'integration and not slow and not gpu'
+
+test-slow: $(INSTALLED) ## Run the tests of ten seconds and more: compiled graphs, kill and resume
 	$(BIN)/python -m pytest -n auto --dist worksteal -m 'slow and not torture and not dist and not browser and not gpu' --ignore tests/test_rings.py
 
 test-rings: $(INSTALLED) ## Delete each ring in a copy and run the three jobs

@@ -73,7 +73,7 @@ GENERATE = ["generate", "--model", "a", "--max-new-tokens", "3", "--seed", "1", 
 TRACE = ["attention-trace", *GENERATE[1:]]
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_an_attention_score_is_a_class_and_an_entry(copy: Path) -> None:
     scores = copy / "minigpt/model/scores.py"
     scores.write_text(scores.read_text() + "\n\n" + example("An attention score"))
@@ -84,7 +84,7 @@ def test_an_attention_score_is_a_class_and_an_entry(copy: Path) -> None:
     assert "sink" in out
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_sampling_option_is_a_field_and_a_line(copy: Path) -> None:
     insert(
         copy / "minigpt/config.py",
@@ -104,14 +104,14 @@ def test_a_sampling_option_is_a_field_and_a_line(copy: Path) -> None:
     assert plain != other
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_view_is_one_file(copy: Path) -> None:
     (copy / "minigpt/tracing/views/sinks.py").write_text(example("A view of a trace"))
     out = run(copy, ["train", "corpus.txt", "--name", "a", *TINY], [*TRACE, "--view", "sinks"])
     assert "##" in out
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_measure_of_a_row_is_one_file(copy: Path) -> None:
     (copy / "minigpt/tracing/analysis/measures/length.py").write_text(example("A measure of a row"))
     train = ["train", "corpus.txt", "--name", "a", *TINY]

@@ -41,7 +41,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_trace_file_is_read_with_the_standard_library(workplace: Path) -> None:
     words = ["--model", "book", "--max-new-tokens", "5", "--temperature", "0", "The king"]
     minigpt("attention-trace", "--out", "king.jsonl", *words, cwd=workplace)
@@ -50,7 +50,7 @@ def test_a_trace_file_is_read_with_the_standard_library(workplace: Path) -> None
     assert "most from" in out
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("model", ["storyteller", "book"])
 def test_the_notebook_runs_from_top_to_bottom(
     workplace: Path, model: str, monkeypatch: pytest.MonkeyPatch
@@ -67,7 +67,7 @@ def test_the_notebook_runs_from_top_to_bottom(
     assert "control" in out
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_fine_tuning_in_plain_pytorch_lowers_the_loss(workplace: Path) -> None:
     words = ["book", "my-book.txt", "letters"]
     out = run(str(EXAMPLES / "finetune.py"), *words, cwd=workplace)

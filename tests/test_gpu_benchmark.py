@@ -50,7 +50,7 @@ def test_every_part_has_a_rehearsal() -> None:
     assert sorted([*ON_PRETEND_GPU, *ON_CPU, *IN_GROUPS]) == sorted(gpu.PARTS)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.usefixtures("without_compiler")
 def test_parts_are_rehearsed_on_a_pretend_gpu(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -66,7 +66,7 @@ def test_parts_are_rehearsed_on_a_pretend_gpu(
     require_ok(tmp_path, capsys.readouterr().out, set(ON_PRETEND_GPU))
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.usefixtures("without_compiler")
 def test_other_parts_are_rehearsed_on_the_cpu(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -67,7 +67,7 @@ def test_no_file_recommends_the_stranger_on_pypi() -> None:
     assert {name: found[0] for name, text in ours.items() if (found := stranger.search(text))} == {}
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_an_editable_install_is_found_from_the_folder_of_the_clone(tmp_path: Path) -> None:
     pytest.importorskip("setuptools", reason="needs setuptools to build without a network")
     clone = cloned(tmp_path)
@@ -96,7 +96,7 @@ def test_an_editable_install_is_found_from_the_folder_of_the_clone(tmp_path: Pat
         assert (found.stdout.strip(), found.stderr) == (expected, ""), folder
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_sdist_and_wheel_carry_the_model_and_the_tales(tmp_path: Path) -> None:
     build_meta = pytest.importorskip("setuptools.build_meta", reason="needs setuptools to build")
     clone = cloned(tmp_path)

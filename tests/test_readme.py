@@ -59,7 +59,7 @@ def run(line: str) -> tuple[int, str]:
     return result.exit_code, f"{line}\n{result.output}\n{result.exception!r}"
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize(
     "page",
     [

@@ -11,7 +11,7 @@ from minigpt.checkpoint.tools.averaging import average
 from minigpt.errors import CheckpointError
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_weight_is_the_mean_of_the_models_weights(

@@ -266,7 +266,7 @@ def downloads(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Downloads:
     return Downloads(home, dict(zip(specs, folders, strict=True)), tuple(hub.asked))
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_only_the_files_of_the_model_are_downloaded(
     downloads: Downloads, models: dict[str, Path]
 ) -> None:
@@ -330,7 +330,7 @@ ERRORS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_each_failed_download_has_a_one_line_error(hub: Hub, tmp_path: Path) -> None:
     answers = resolve(tmp_path, environment(tmp_path, hub.url), *ERRORS)
     for (spec, says), answer in zip(ERRORS.items(), answers, strict=True):
@@ -402,7 +402,7 @@ def test_a_full_disk_is_a_resource_error(tmp_path: Path, monkeypatch: pytest.Mon
         download_model("tiny/story")
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_progress_is_shown_only_if_stderr_is_a_terminal(hub: Hub, tmp_path: Path) -> None:
     terminal, stderr = pty.openpty()
     termios.tcsetwinsize(stderr, (24, 80))

@@ -192,7 +192,7 @@ _FOR_BYTES = (
 )
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.filterwarnings("ignore::minigpt.errors.MinigptWarning")
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_text_is_split_as_the_class_that_auto_tokenizer_takes_does_it(

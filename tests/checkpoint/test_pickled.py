@@ -96,7 +96,7 @@ def _ranks(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared / "tiktoken"))
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module._orig_mod."])
 @pytest.mark.parametrize("bias", [True, False])
 def test_nanogpt_checkpoint_gives_the_logits_of_nanogpt(
@@ -115,7 +115,7 @@ def test_nanogpt_checkpoint_gives_the_logits_of_nanogpt(
     assert loaded.tokenizer.encode("Hello world") == [15496, 995]
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_transformers_opens_what_was_imported(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers", reason="compares with transformers")
     state = save_nanogpt(tmp_path / "ckpt.pt", bias=False)
@@ -127,7 +127,7 @@ def test_transformers_opens_what_was_imported(tmp_path: Path) -> None:
     torch.testing.assert_close(logits, nanogpt_logits(state, ids, 3), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_old_nanogpt_checkpoint_has_masks_no_bias_option_and_another_gelu(tmp_path: Path) -> None:
     state = save_nanogpt(tmp_path / "ckpt.pt")
     checkpoint = torch.load(tmp_path / "ckpt.pt", weights_only=True)

@@ -127,7 +127,7 @@ def loss_by_transformers(transformers: Any, folder: Path, separator: list[int]) 
     return nats / (len(ids) - 1)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "bare"])
 def test_fine_tuning_reads_and_writes_folders_of_transformers(
     run: Run, at_text: Path, transformers: Any, kind: str

@@ -51,7 +51,7 @@ def shown(trained: Path, *words: str, width: int, **environment: str) -> str:
     return data.decode().replace("\r\n", "\n")
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("width", [8, 20])
 @pytest.mark.parametrize("view", ["lines", "text", "matrix", "heads"])
 def test_no_line_of_a_trace_wraps_in_a_narrow_terminal(
@@ -67,7 +67,7 @@ def test_no_line_of_a_trace_wraps_in_a_narrow_terminal(
     assert max(map(cell_len, lines)) <= width
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_without_colours_the_map_is_drawn_by_density(trained: Path) -> None:
     words = [*TRACE, "--view", "matrix", "--model", "tiny"]
     plain = shown(trained, *words, width=80, NO_COLOR="1")

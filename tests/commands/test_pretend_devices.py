@@ -125,7 +125,7 @@ def test_a_model_generates_the_text_of_the_cpu(kind: str, models: Path, run: Run
     require_same_text(run, "--model", str(models / kind), "Once", *TOKENS)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize(
     "options",
     [
@@ -184,7 +184,7 @@ MEASURES = {
 """Options of a trace, and the waits for each token: its id, its rows, and what else is read."""
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("options", MEASURES)
 def test_a_trace_has_the_numbers_of_the_cpu_and_few_waits(
     options: str, models: Path, run: Run
@@ -208,7 +208,7 @@ def test_each_kind_of_model_is_traced_and_verified_as_on_the_cpu(
     require_close(found, expected)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize(
     "options",
     [

@@ -54,7 +54,7 @@ def test_the_users_own_values_win(run: Run) -> None:
     assert saved["training"]["eval_every"] == 7
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_larger_budget_leaves_the_same_model_once_the_text_is_learned(run: Run) -> None:
     few = ["--set", "training.lr=0.003"]
     for steps in ("1500", "5000"):
@@ -75,7 +75,7 @@ def test_the_last_lines_say_what_the_loss_means(run: Run) -> None:
     assert float(said[1]) == pytest.approx(math.exp(best_of("said")["val_loss"]), rel=0.006)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_learning_by_heart_and_stopping_early_are_said(run: Run) -> None:
     letters = random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=900)
     Path("corpus.txt").write_text("".join(letters))

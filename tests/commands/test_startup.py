@@ -60,7 +60,7 @@ def test_help_of_the_program_imports_no_command() -> None:
     }
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_generate_imports_no_training_module(trained: Path) -> None:
     imported = modules_after("generate", "x", "--max-new-tokens", "1", cwd=trained)
     training = {n for n in imported if n.startswith(("minigpt.training", "minigpt.evaluation"))}

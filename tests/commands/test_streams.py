@@ -201,7 +201,7 @@ def test_a_narrow_encoding_gets_escapes_instead_of_an_error(
     assert b"  1 _ " in out  # the sign for a space
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_closed_pipe_ends_the_program_quietly(start: Start, trained: Path, run: Run) -> None:
     with start("generate", "x", "--num-samples", "1000", cwd=trained) as process:
         process.stdout.read(1)

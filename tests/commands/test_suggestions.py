@@ -156,7 +156,7 @@ def test_the_advice_for_a_prompt_that_begins_with_a_dash_works(
         assert run(*words[1:-2], "--max-new-tokens", "2", *words[-2:]).code == 0
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize(
     "words",
     [

@@ -81,7 +81,7 @@ def test_a_command_refuses_a_read_only_mount_before_its_work(
     assert not any("tok/s" in line or line.startswith("step ") for line in lines)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("name", [n for n in COMMANDS if n not in ("compare", "claims")])
 def test_a_command_on_a_full_disk_leaves_the_old_file_and_nothing_else(
     name: str, home: Path, mount: Mount, run: Run
@@ -119,7 +119,7 @@ def test_training_in_a_read_only_folder_names_it(home: Path, mount: Mount, run: 
         assert run(*words, *prompt, "--model", "tiny").code == 0, "reading needs no writing"
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_package_that_nobody_can_write_does_its_three_jobs(
     home: Path, mount: Mount, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

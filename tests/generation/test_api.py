@@ -100,7 +100,7 @@ def test_invalid_arguments_raise_immediately(
     assert said in str(caught.value)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_the_package_imports_no_torch_until_it_is_used() -> None:
     program = (
         "import sys, minigpt\n"

@@ -157,7 +157,7 @@ def kill_at_sync(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepared_folders, "tidy", lambda folder: None)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_preparation_killed_anywhere_resumes_and_gives_the_same_bytes(
     prepared: Prepare, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -168,7 +168,7 @@ def test_the_cache_folder_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None
     assert cache_folder().name == "minigpt"
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_python_prose_is_a_megabyte_of_sentences(tmp_path: Path) -> None:
     path = dataset_path("builtin:python", tmp_path)
     prose = "\n".join(json.loads(line)["text"] for line in path.read_bytes().splitlines())

@@ -19,7 +19,7 @@ def test_printable_text_has_no_terminal_control_characters() -> None:
         assert not steering & set(printable(f"a{character}b")), hex(ord(character))
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_escaped_text_of_every_character_is_encodable_and_harmless() -> None:
     shown: set[str] = set()
     for start in range(0, sys.maxunicode + 1, 4096):

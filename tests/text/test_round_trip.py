@@ -49,7 +49,7 @@ TEXTS = st.text(
 )
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @ALL
 @given(text=TEXTS)
 @settings(max_examples=150, deadline=None)

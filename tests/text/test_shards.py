@@ -145,7 +145,7 @@ def test_tokens_of_pieces_equal_tokens_of_the_whole_document(
     assert tokens_of(data) == [*tokenizer.separator, *tokenizer.encode(text)]
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_large_vocabularies_are_stored_as_four_bytes(
     prepared: Prepare, shared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -73,7 +73,7 @@ def test_bpe_of_a_text_with_few_pairs_is_smaller_than_asked_for() -> None:
     assert tiny.decode(tiny.encode("ab ab xyz")) == "ab ab xyz"
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("n_bytes", "vocab_size"), [(10, 258), (50_000, 307), (767_000, 1024), (1_100_000, 1024)]
 )

@@ -110,7 +110,7 @@ def fault(i: int, code: int, begun: Path, straight: Path, data: PreparedData, pl
     shutil.rmtree(folder)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EACCES])
 def test_a_fault_at_some_calls_loses_nothing_and_resumes_with_the_same_bits(
     code: int, begun: Path, straight: Path, data: PreparedData, tmp_path: Path

@@ -252,7 +252,7 @@ def state_folder(data: PreparedData, begun: Path) -> Path:
     return latest.folder / STATE_FOLDER
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @QUIET
 @given(draw=st.data())
 def test_any_change_of_a_training_state_is_resumed_or_refused(
@@ -282,7 +282,7 @@ def test_any_change_of_a_training_state_is_resumed_or_refused(
         assert trainer.lr_scale >= 0
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize(
     "changes",
     [

@@ -195,7 +195,7 @@ def test_a_folder_of_text_is_read_without_its_special_files(tmp_path: Path) -> N
     assert found.path == tmp_path / "a.txt"
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_generate_with_a_fifo_as_weights_ends_at_once_in_one_line(
     model_folder: Path, program: dict[str, str]
 ) -> None:

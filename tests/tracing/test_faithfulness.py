@@ -97,7 +97,7 @@ def test_every_number_equals_a_plain_loop_over_full_forwards() -> None:
             assert all(one and one.low <= one.mean <= one.high and one.n == 4 for one in ours)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_on_a_copying_model_measures_put_the_true_source_first_and_controls_do_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

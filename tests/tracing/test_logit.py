@@ -140,7 +140,7 @@ def test_int8_weights_are_attributed_with_what_they_round_to() -> None:
         assert abs(float(measured.parts["rounding"])) < 1e-3
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_the_source_of_a_copied_token_has_the_largest_attribution() -> None:
     model = copying_model()
     generator = torch.Generator().manual_seed(5)

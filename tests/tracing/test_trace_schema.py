@@ -26,7 +26,7 @@ def test_the_schema_is_valid_and_names_the_version_of_the_writer() -> None:
     assert VALIDATOR.schema["$id"] == SCHEMA
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize(
     "config",
     [

@@ -27,7 +27,7 @@ def watched(
     return [(e.token.id, e.log_probability) for e in events if isinstance(e, TraceStep)]
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_tracing_random_prompts_changes_no_bit_of_any_log_probability(dtype: torch.dtype) -> None:
     """A log-probability depends on all logits, so equal bits imply equal logits."""

@@ -214,7 +214,7 @@ def test_the_plan_of_an_lstm_counts_its_parameters_and_optimizer_state(
     assert optimizer_values(config) == sum(moments)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("name", ["additive", "lstm", "lstm-attention"])
 def test_the_estimate_is_what_a_run_allocates(
     name: str, data: PreparedData, tmp_path: Path

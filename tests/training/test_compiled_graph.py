@@ -9,7 +9,7 @@ from small_models import LAYOUTS, small_config
 from minigpt.model.gpt import GPT
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_context_warm_up_breaks_no_graph(layout: str) -> None:
     graphs: list[torch.fx.GraphModule] = []

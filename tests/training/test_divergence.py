@@ -184,7 +184,7 @@ def test_on_nan_skip_changes_nothing_if_all_losses_are_finite(
     assert differing(bits(trainers[0]), bits(trainers[1])) == []
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_too_many_skipped_steps_in_a_row_end_the_run(data: PreparedData, tmp_path: Path) -> None:
     config = config_of(on_nan="skip", max_steps=50, save_every=2)
     spoilt = [

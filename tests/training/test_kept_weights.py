@@ -49,7 +49,7 @@ def loss_of(folder: Path, trainer: Trainer) -> float:
 OVERFITTING = {"max_steps": 120, "lr": 0.02, "embedding_lr": 0.02, "eval_tokens": 10**6}
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("average", [0.0, 0.9])
 def test_best_is_the_best_of_all_evaluations_not_only_of_the_checkpoints(
     average: float, short: PreparedData, tmp_path: Path
@@ -103,7 +103,7 @@ def all_bits(trainer: Trainer) -> dict[str, torch.Tensor]:
     return bits(trainer) | averages
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("stop_at", [37, 60, 83])
 @pytest.mark.parametrize("average", [0.5, 0.98])
 def test_a_stopped_run_with_average_and_patience_resumes_with_the_same_bits_and_the_same_end(
@@ -130,7 +130,7 @@ def test_a_stopped_run_with_average_and_patience_resumes_with_the_same_bits_and_
         assert differing(tensors[0], tensors[1]) == []
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_run_whose_loss_rises_stops_early_and_leaves_its_best(
     short: PreparedData, tmp_path: Path
 ) -> None:

@@ -34,7 +34,7 @@ def allocated(call: Callable[[], Any]) -> tuple[int, int]:
     return most, now
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("layout", "training"),
     [
@@ -61,7 +61,7 @@ def test_the_estimate_is_what_a_run_allocates(
     assert estimate["total"] == pytest.approx(held + moments + step, rel=0.1)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("model_type", ["gpt_neox", "gemma2", "olmo2", "phi3"])
 def test_the_estimate_counts_what_a_family_of_its_own_keeps(
     model_type: str, data: PreparedData, tmp_path: Path

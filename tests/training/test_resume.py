@@ -335,7 +335,7 @@ def live_and_die(data: PreparedData, folder: Path, n_steps: int, lives: list[str
     )
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @needs_kill
 def test_a_run_killed_anywhere_and_resumed_ends_with_the_same_bits(
     data: PreparedData, tmp_path: Path
