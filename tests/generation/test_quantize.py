@@ -166,10 +166,13 @@ def test_int8_loses_less_than_half_a_percent_on_a_published_model(shared: Path) 
     assert abs(after - before) < 0.005 * before
 
 
+@pytest.mark.parametrize("ties", [True, False])
 @pytest.mark.parametrize("layout", ["gpt2", "llama"])
-def test_loading_and_evaluating_in_int8_peaks_below_float32(layout: str, tmp_path: Path) -> None:
+def test_loading_and_evaluating_in_int8_peaks_below_float32(
+    layout: str, ties: bool, tmp_path: Path
+) -> None:
     shape = {"vocab_size": 2000, "n_layer": 6, "n_head": 4, "d_model": 64, "context_length": 32}
-    model = GPT(ModelConfig(family=layout, tie_embeddings=True, **shape))
+    model = GPT(ModelConfig(family=layout, tie_embeddings=ties, **shape))
     write_model(tmp_path, model, None)
     batch = random_tokens(1, 33, vocab_size=2000)
     peaks = []
