@@ -17,7 +17,7 @@ from rich.terminal_theme import DEFAULT_TERMINAL_THEME, DIMMED_MONOKAI, Terminal
 import minigpt
 from minigpt.console import THEME, spans_to_text
 from minigpt.tracing.findings import Trace
-from minigpt.tracing.lines import TraceLayout
+from minigpt.tracing.lines import make_layout
 from minigpt.tracing.spans import Line
 from minigpt.tracing.summary import footer_lines, header_lines
 from minigpt.tracing.views import ViewOptions, heads, matrix, pictures, text
@@ -48,7 +48,7 @@ def draw(name: str, theme: TerminalTheme, lines: list[Line]) -> None:
 
 def streamed(trace: Trace) -> list[Line]:
     """Return what a terminal shows while the text is generated."""
-    layout = TraceLayout(
+    layout = make_layout(
         WIDTH,
         vocab_size=1 + max(token.id for token in trace.tokens),
         n_positions=len(trace.tokens),
@@ -58,7 +58,7 @@ def streamed(trace: Trace) -> list[Line]:
     lines = [*header_lines(trace.header, WIDTH), layout.heading()]
     for step in trace.steps:
         lines += layout.step(step, trace.joined.names)
-    return [*lines, *footer_lines(trace.footer, WIDTH)]
+    return [*lines, *footer_lines(trace.footer, trace.header, WIDTH)]
 
 
 def main() -> None:

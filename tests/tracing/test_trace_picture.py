@@ -1,5 +1,6 @@
 """Pictures of a trace show the rows as colours, and tokens as nothing but text."""
 
+import runpy
 import sys
 from dataclasses import replace
 from io import BytesIO
@@ -23,6 +24,7 @@ pictures = pytest.importorskip(
     "minigpt.tracing.views.pictures", reason="needs pip install 'minigpt-attention[plot]'"
 )
 
+ROOT = Path(__file__).resolve().parents[2]
 SVG = "{http://www.w3.org/2000/svg}"
 Picture = Literal["matrix", "strip"]
 PICTURES: tuple[Picture, ...] = ("matrix", "strip")
@@ -246,3 +248,11 @@ def test_signed_rows_are_drawn_in_colours_and_numbers_with_a_sign() -> None:
 def test_a_row_of_the_prompt_is_no_generated_token() -> None:
     axes = pictures.matrix_figure(small_trace(max_new_tokens=2, prompt_rows=True)).axes[0]
     assert axes.get_ylabel() == "token"
+
+
+def test_pictures_of_the_documentation_have_a_row_per_token() -> None:
+    streamed = runpy.run_path(str(ROOT / "docs" / "pictures.py"))["streamed"]
+    trace = small_trace(max_new_tokens=5)
+    lines = ["".join(text for text, _ in line) for line in streamed(trace)]
+    assert sum(line.lstrip().startswith(tuple("12345")) for line in lines) >= 5
+    assert any("5 tokens; the token limit was reached" in line for line in lines)
