@@ -11,7 +11,8 @@ from minigpt.errors import CheckpointError, MinigptError, install_extra
 from minigpt.files import read_json, resource_errors
 
 _WEIGHTS = "model.safetensors"
-_SMALL_FILES = ["config.json", INDEX, *CARRIED]
+# Code of strangers is not downloaded; in a folder on the disk it is carried over, and never run.
+_SMALL_FILES = ["config.json", INDEX, *(name for name in CARRIED if name != "*.py")]
 _LOG_IN = "log in with `hf auth login`"
 
 
