@@ -124,6 +124,7 @@ def main() -> None:
     )
     for name, shot in shots:
         text = shot.replace(str(ROOT), "https://.../minigpt").rstrip()
+        text = re.sub(r"file:///\S+/minigpt", "file:///.../minigpt", text)
         page += f"\n## After {name}\n\n```text\n{text}\n```\n"
     PAGE.write_text(page, encoding="utf-8")
 

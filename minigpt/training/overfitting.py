@@ -181,7 +181,7 @@ class EarlyStop:
         return self.evaluated_step - self.best_step >= max(LEAST_PATIENCE, n_steps)
 
     def event(self, run: Run) -> EarlyStopEvent:
-        """Return the event of the end of a run."""
+        """Return the event that reports early stopping."""
         return EarlyStopEvent(run.step, self.best_step, run.epochs(run.step - self.best_step))
 
 

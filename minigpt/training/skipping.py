@@ -34,7 +34,7 @@ class SkipEvent(Event):
 
 
 class Skipping:
-    """Counts the skipped steps of a run."""
+    """Counts skipped optimizer steps, and stops training after several in a row."""
 
     def __init__(self, run: Run, metrics: Metrics) -> None:
         self._run, self._metrics = run, metrics

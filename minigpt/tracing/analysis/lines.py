@@ -74,7 +74,7 @@ def lines_below(step: TraceStep, layout: TraceLayout, names: Sequence[str] = ())
 
 
 def candidate_lines(candidates: Sequence[Candidate], layout: TraceLayout) -> list[Line]:
-    """Return the most probable tokens in columns, below the token of a step."""
+    """Return lines with the most probable tokens, in columns below the generated token."""
     width = layout.token_width + SHARE_WIDTH + 2
     per_line = max(1, (layout.width - layout.left_width) // width)
     lines: list[Line] = []
