@@ -1,22 +1,51 @@
 """What is shown while a model is compiled."""
 
+import atexit
 import sys
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from minigpt.commands.output import note
 from minigpt.commands.progress import ProgressLine
+from minigpt.generation.forward import FAST, is_compiled
+from minigpt.model.language_model import LanguageModel
+from minigpt.rings import has_ring, ring
 
 _EVERY_S = 10
 
 
-def showing() -> AbstractContextManager[Any]:
-    """Show that the model is being compiled: on a terminal, or in a line now and then."""
+def showing(
+    model: LanguageModel, compiles: bool | None, n_rows: int
+) -> AbstractContextManager[Any]:
+    """Return the context of making a decoder, which shows that the model is being compiled.
+
+    On a terminal, a model that could be compiled but is not is compiled in the background when the
+    command ends, for later starts, if it was decoded for long enough.
+    Args: as for ``is_compiled``.
+    """
+    if not is_compiled(model, compiles, n_rows):
+        if compiles is None and n_rows == 1 and has_ring(FAST):
+            atexit.unregister(_compile_later)  # of an earlier decoder
+            atexit.register(_compile_later, model, time.monotonic())
+        return nullcontext()
+    if compiles is None and model.device.type == "cpu":
+        note("decoding through the compiled graph in the cache; --no-compile does without it")
+        return nullcontext()
     if not sys.stderr.isatty():
         return _saying("compiling the model, the first time for a minute or two")
     return ProgressLine("compiling the model")
+
+
+def _compile_later(model: LanguageModel, began_at: float) -> None:
+    background = ring(f"{FAST}.background")
+    if time.monotonic() - began_at >= background.compile_after() and background.start(model):
+        note(
+            "compiling the model in the background, for a minute or two: later starts will be "
+            f"faster. {background.VARIABLE}=never turns this off"
+        )
 
 
 @contextmanager

@@ -12,7 +12,6 @@ from minigpt.commands.options import Interventions, ModelSource, PromptForm
 from minigpt.commands.output import note
 from minigpt.errors import DataError
 from minigpt.generation import loading as models
-from minigpt.generation.forward import is_compiled
 from minigpt.model.language_model import LanguageModel
 from minigpt.rings import find_ring, ring
 from minigpt.text.tokenizer import Tokenizer
@@ -37,11 +36,11 @@ class Ready:
     """Conversation that the prompt begins, a ``text.chat.Chat``. None without a chat template."""
 
 
-def load(source: ModelSource, prompt: str | None, form: PromptForm) -> Ready:
+def load(source: ModelSource, prompt: str | None, form: PromptForm, *, n_rows: int = 1) -> Ready:
     """Load a model and encode a prompt for it; None is the start of a document.
 
+    Args: n_rows, the number of samples to decode together.
     A note says if a special token in the prompt is taken as plain text.
-
     Raises: DataError for a prompt that is empty, not text or far too long; CheckpointError for a
         model that is missing, damaged or without a tokenizer; ConfigError for a device that is not
         available, or a model without a chat template.
@@ -50,7 +49,7 @@ def load(source: ModelSource, prompt: str | None, form: PromptForm) -> Ready:
     templates = ring("text.chat") if form.chat else None
     if templates:  # before the model is loaded, which takes longer
         template = templates.read_chat_template(resolve_model(source.model), form.chat_template)
-    folder, loaded = load_model(source, decodes=True)
+    folder, loaded = load_model(source, decodes=True, n_rows=n_rows)
     tokenizer = models.tokenizer_of(loaded)
     if templates:
         tokenizer = templates.ending_turns(tokenizer, template)
@@ -88,8 +87,10 @@ def note_special(tokenizer: Tokenizer, text: str) -> bool:
     return bool(found)
 
 
-def load_model(source: ModelSource, *, decodes: bool = False) -> tuple[Path, LoadedModel]:
-    """Find and load a model, and return its folder too. Args: decodes, as for ``models.load``."""
+def load_model(
+    source: ModelSource, *, decodes: bool = False, n_rows: int = 1
+) -> tuple[Path, LoadedModel]:
+    """Find and load a model, and return its folder too. Args: as for ``models.load``."""
     use_threads(source.threads)
     folder = resolve_model(source.model)
     loaded = models.load(
@@ -99,6 +100,7 @@ def load_model(source: ModelSource, *, decodes: bool = False) -> tuple[Path, Loa
         quantize=source.quantize,
         decodes=decodes,
         compile=source.compile,
+        n_rows=n_rows,
     )
     return folder, loaded
 
@@ -116,10 +118,12 @@ def use_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def compiling(model: LanguageModel, compile: bool | None) -> AbstractContextManager[Any]:
-    """Return the context that shows that the model is compiled, if it is."""
-    shown = find_ring("commands.compiling") if is_compiled(model, compile) else None
-    return shown.showing() if shown else nullcontext()
+def compiling(
+    model: LanguageModel, compile: bool | None, n_rows: int = 1
+) -> AbstractContextManager[Any]:
+    """Return the context of making a decoder, which shows that the model is compiled, if it is."""
+    shown = find_ring("commands.compiling")
+    return shown.showing(model, compile, n_rows) if shown else nullcontext()
 
 
 def _read_prompt(prompt: str | None) -> str:

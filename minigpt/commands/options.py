@@ -331,7 +331,7 @@ class ModelSource:
     """Compute dtype."""
     quantize: Quantization | None = option(None, group="Model", shown="none")
     """Weight-only quantization."""
-    compile: bool | None = option(None, group="Model", shown="on CUDA only")
+    compile: bool | None = option(None, group="Model", shown="on CUDA, or once compiled")
     """Decode with one compiled graph, which starts more slowly."""
     threads: int | None = option(None, THREADS, group="Model", shown="one per core")
     """Number of CPU threads."""

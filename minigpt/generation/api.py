@@ -61,9 +61,9 @@ def generate(
         has the number i * num_samples + j, which is added to the seed. special,
         whether special tokens in a text are parsed. chat_template, device, dtype and quantize
         (int8), as for the command, for a model that is loaded. compile, whether to decode through
-        a compiled graph; None does on CUDA. sampling, fields of SamplingConfig: temperature,
-        top_k, stop=("text",), seed and so on; and of InterventionConfig, whose patch_from may be
-        text, token ids or messages.
+        a compiled graph; None does on CUDA, and on a CPU if one is in the cache. sampling, fields
+        of SamplingConfig: temperature, top_k, stop=("text",), seed and so on; and of
+        InterventionConfig, whose patch_from may be text, token ids or messages.
     Returns: the steps; those of several samples (``step.sample``) alternate.
         ``step.step.finish`` is why a sample's last step is the last.
     Raises: immediately, ConfigError for an invalid setting, CheckpointError for a model that is

@@ -70,7 +70,7 @@ def make_forward(
             f"{model.device.type}. Use --no-compile."
         )
     sizes = {"capacity": capacity, "n_rows": n_rows, "recorder": recorder}
-    if is_compiled(model, compiles):
+    if is_compiled(model, compiles, n_rows):
         try:
             forward: PlainForward = ring(FAST).make_forward(model, **sizes, compiles=True)
         except (ConfigError, ResourceError) as error:
@@ -86,13 +86,12 @@ def make_forward(
     return PlainForward(model, capacity=capacity, recorder=recorder)
 
 
-def is_compiled(model: LanguageModel, compiles: bool | None) -> bool:
+def is_compiled(model: LanguageModel, compiles: bool | None, n_rows: int = 1) -> bool:
     """Return whether to decode through a compiled graph.
 
-    Args: compiles, whether it is asked for; None for the default: on CUDA, if the model is
-        supported. If that fails, decoding continues without it, with a warning.
+    Args: compiles, whether it is asked for; None for the default of the fast ring. If that fails,
+        decoding continues without it, with a warning.
     """
     if compiles is not None:
         return compiles
-    is_cuda = model.device.type == "cuda"
-    return is_cuda and has_ring(FAST) and bool(ring(FAST).supports(model, compiles=True))
+    return has_ring(FAST) and bool(ring(FAST).compiles_by_default(model, n_rows))

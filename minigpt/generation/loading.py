@@ -26,11 +26,12 @@ def load(
     quantize: str | None = None,
     decodes: bool = False,
     compile: bool | None = None,
+    n_rows: int = 1,
 ) -> LoadedModel:
     """Load a model for inference.
 
     Args: decodes, whether to lay out the weights for fast decoding while they are read, without
-        changing any value; compile, as for ``make_decoder``.
+        changing any value; compile and n_rows, as for ``forward.is_compiled``.
     Raises: CheckpointError if it is damaged; ConfigError for a device that is not available or a
         quantization that is unknown or not available.
     """
@@ -44,12 +45,14 @@ def load(
     make_reader = None
     if quantize or has_ring(FAST):
         make_reader = partial(
-            ring(f"{FAST}.reading").WeightReader,
+            ring(f"{FAST}.reading").make_reader,
             device=place,
             dtype=resolved,
             activations=torch.float32 if is_slow and not quantize else resolved,
             quantizes=bool(quantize),
-            joins=decodes and not compile,
+            decodes=decodes,
+            compiles=compile,
+            n_rows=n_rows,
         )
     loaded = read_model(folder, device=place, dtype=resolved, make_reader=make_reader)
     loaded.model.requires_grad_(False)
@@ -142,7 +145,7 @@ def make_decoder(
 ) -> Decoder:
     """Return a decoder for as many samples at a time as fit into its memory.
 
-    Args: compile, whether to decode through a compiled graph; None does on CUDA.
+    Args: compile, as for ``forward.is_compiled``.
     Raises: DataError if the prompt is empty, or longer than the context and overflow is stop.
     """
     n_positions = len(prompt) + sampling.max_new_tokens

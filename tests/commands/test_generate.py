@@ -4,12 +4,18 @@ import json
 import math
 import re
 import signal
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 from calls import Run, error_line
 
+from minigpt.commands import compiling
 from minigpt.commands.generate import samples
+from minigpt.generation import fast
+from minigpt.generation.fast import background, compiled
+from minigpt.generation.fast.graph import GraphStep
 
 
 @pytest.fixture(autouse=True)
@@ -244,3 +250,57 @@ def test_ctrl_c_leaves_valid_json(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
     facts = json.loads(result.out)
     assert result.code == 130
     assert (facts["n_tokens"], facts["finish_reason"]) == (5, "interrupted")
+
+
+@pytest.mark.parametrize(
+    ("after", "flags", "is_started"),
+    [
+        ("0", [], True),
+        ("never", [], False),
+        (None, [], False),  # no terminal
+        ("3600", [], False),
+        ("0", ["--no-compile"], False),
+        ("0", ["--num-samples", "2"], False),
+    ],
+)
+def test_decoding_for_long_enough_compiles_in_the_background_and_says_so(
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    after: str | None,
+    flags: list[str],
+    is_started: bool,
+) -> None:
+    models: list[object] = []
+    at_exit: list[Callable[[], object]] = []
+    monkeypatch.setattr(background, "start", lambda model: models.append(model) or True)
+    monkeypatch.setattr(compiling.atexit, "register", lambda *call: at_exit.append(partial(*call)))
+    monkeypatch.delenv(background.VARIABLE, raising=False)
+    if after is not None:
+        monkeypatch.setenv(background.VARIABLE, after)
+    assert run("generate", "The", "--max-new-tokens", "4", *flags).code == 0
+    for call in at_exit:
+        call()
+    assert len(models) == is_started
+    said = "compiling the model in the background" in capfd.readouterr().err
+    assert said == is_started
+
+
+@pytest.mark.parametrize("command", ["generate", "attention-trace"])
+def test_a_graph_in_the_cache_is_used_and_named_without_a_flag(
+    run: Run, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    def uncompiled(step: GraphStep, **_: object) -> compiled.Run:
+        n = step.model.config.n_layer
+        return lambda tensors: list(step(*tensors[:3], tensors[3:-n], tensors[-n:]))
+
+    words = [command, "The", "--max-new-tokens", "20", "--temperature", "3", "--seed", "1"]
+    eager = run(*words)
+    assert "compiled graph" not in eager.err
+    monkeypatch.setattr(fast, "is_cached", lambda model: True)
+    monkeypatch.setattr(compiled, "load_step", uncompiled)
+    cached = run(*words)
+    assert "decoding through the compiled graph in the cache; --no-compile" in cached.err
+    assert cached.out == eager.out
+    assert "compiled graph" not in run(*words, "--no-compile").err
+    assert "compiled graph" not in run(*words, "--num-samples", "2").err or command != "generate"

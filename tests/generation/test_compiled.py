@@ -161,7 +161,7 @@ def test_context_and_capacity_limits_raise() -> None:
 
 def test_different_graphs_have_different_keys() -> None:
     def key(
-        layout: str = "llama", n_rows: int = 1, *, shown: Shown = "nothing", **changes: Any
+        layout: str = "llama", n_rows: int = 1, *, shown: Shown = "residual", **changes: Any
     ) -> str:
         model = small_model(layout, **changes)
         step = GraphStep(model, shown)
@@ -176,7 +176,7 @@ def test_different_graphs_have_different_keys() -> None:
         key(n_layer=1),
         key(norm_eps=1e-6),
         key(shown="attention"),
-        key(shown="residual"),
+        key(shown="nothing"),
     ]
     assert len(set(keys)) == len(keys)
 

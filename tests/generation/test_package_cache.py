@@ -8,7 +8,7 @@ import pytest
 
 from minigpt.errors import ResourceError
 from minigpt.files import CACHE_VARIABLE
-from minigpt.generation.fast.compiled import cached_package
+from minigpt.generation.fast.packages import cached_package
 
 
 @pytest.fixture(autouse=True)

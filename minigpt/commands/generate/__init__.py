@@ -92,7 +92,7 @@ def generate(
     is_plain = stream and not (as_json or interactive or sampling.logprobs)
     find = find_ring if is_plain and sampling.num_samples == 1 else ring
     samples = find("commands.generate.samples")
-    ready = load(source, prompt, form)
+    ready = load(source, prompt, form, n_rows=sampling.num_samples)
     if interventions.is_any:
         ready, _ = with_interventions(ready, interventions, special=form.special)
     forced = forced_ids(ready.tokenizer, sampling, ready.model, ready.prompt, special=form.special)
@@ -110,7 +110,7 @@ def generate(
                 special=form.special,
             )
         return
-    with compiling(ready.model, source.compile):
+    with compiling(ready.model, source.compile, sampling.num_samples):
         decoder = make_decoder(ready.model, ready.prompt, sampling, compile=source.compile)
     items = stream_samples(decoder, ready.tokenizer, sampling, seed=seed, forced=forced)
     if samples is None:

@@ -1,11 +1,12 @@
 """Fast decoding of a GPT: a step of few calls, compiled graphs, weight-only quantization."""
 
 from collections.abc import Iterator, Sequence
+from typing import TypeGuard
 
 import torch
 from torch import nn
 
-from minigpt.generation.fast.compiled import CompiledForward
+from minigpt.generation.fast.compiled import CompiledForward, is_cached
 from minigpt.generation.fast.decode_step import StepForward
 from minigpt.generation.fast.eager import EagerForward
 from minigpt.generation.fast.products import join_weights, max_table_rows
@@ -27,8 +28,33 @@ def supports(model: LanguageModel, *, compiles: bool = False) -> bool:
     if any(module._forward_pre_hooks or module._forward_hooks for module in model.modules()):
         return False
     if compiles:
-        return model.config.attention == "scaled_dot" and model.device.type in ("cpu", "cuda")
+        return model.config.attention == "scaled_dot" and model.device.type in (
+            "cpu",
+            "cuda",
+            "meta",
+        )
     return model.device.type == "cpu"
+
+
+def compiles_by_default(model: LanguageModel, n_rows: int) -> bool:
+    """Return whether to decode through a compiled graph without being asked to.
+
+    On CUDA, if the model is supported; on a CPU, for one row, if its graph is in the cache and
+    computes the same as the eager step up to float32 rounding.
+    """
+    if model.device.type == "cuda":
+        return supports(model, compiles=True)
+    return n_rows == 1 and agrees_compiled(model) and is_cached(model)
+
+
+def agrees_compiled(model: LanguageModel) -> TypeGuard[GPT]:
+    """Return whether the compiled step on a CPU rounds as the eager one does.
+
+    Activations must be float32. In bfloat16, the graph rounds less often than the eager step, so
+    the same seed could sample another text.
+    """
+    is_same = model.device.type in ("cpu", "meta") and model.dtype == torch.float32
+    return is_same and supports(model, compiles=True)
 
 
 @torch.no_grad()

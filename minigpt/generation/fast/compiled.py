@@ -5,10 +5,6 @@ the C++ compiler's time: every process would import the compiler and trace the m
 the loader of a package is already in torch. The weights stay outside the package, so it is small
 and serves every checkpoint of the same shape.
 
-A package is machine code that is loaded into this process. So it is only read from a folder and a
-file that are owned by the user and not writable by others, and only if its content has the SHA-256
-that ends its name. Anything else is compiled again.
-
 Shapes: B rows, S positions in view.
 """
 
@@ -16,8 +12,6 @@ import hashlib
 import inspect
 import json
 import os
-import stat
-import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -29,17 +23,10 @@ from torch import Tensor
 
 from minigpt.errors import ConfigError, ResourceError
 from minigpt.fields import round_up
-from minigpt.files import (
-    CACHE_VARIABLE,
-    OTHER_CACHE,
-    cache_folder,
-    make_folder,
-    resource_errors,
-    writing_aside,
-)
 from minigpt.generation.fast import decode_step, graph
 from minigpt.generation.fast.decode_step import StepForward
 from minigpt.generation.fast.graph import GraphStep
+from minigpt.generation.fast.packages import cached_package, find_package
 from minigpt.model import layers
 from minigpt.model.attention import Recorder
 from minigpt.model.gpt import GPT
@@ -82,8 +69,10 @@ class CompiledForward(StepForward):
         # Unfilled positions have weight 0, but 0 times NaN or inf would be NaN.
         self.cache.keys_LBGSD.zero_()
         self.cache.values_LBGSD.zero_()
+        # One graph serves with and without a trace; on CUDA, what is not needed would cost kernels.
+        shown = decode_step.shown_to(recorder) if model.device.type == "cuda" else "residual"
         self._run = load_step(
-            GraphStep(model, decode_step.shown_to(recorder)),
+            GraphStep(model, shown),
             cache_dtype=self.cache.keys_LBGSD.dtype,
             is_batch=n_rows > 1,
         )
@@ -146,21 +135,58 @@ class CompiledForward(StepForward):
         return cuda_graph, outputs
 
 
+def is_cached(model: GPT) -> bool:
+    """Return whether the package of a model's step is in the cache.
+
+    It is not for a model whose weights were prepared for eager decoding.
+    """
+    return find_package(package_key(model)) is not None
+
+
+def package_key(model: GPT) -> str:
+    """Return what identifies the package of a model's step for one row."""
+    step = GraphStep(model)
+    return _key(step, _tensors(step), model.dtype, is_batch=False)
+
+
+def compile_step(model: GPT) -> Path:
+    """Return the package of a model's step for one row, compiled if it is not in the cache.
+
+    Raises: as ``load_step``.
+    """
+    return _package(GraphStep(model), model.dtype, is_batch=False)
+
+
+def _package(step: GraphStep, cache_dtype: torch.dtype, *, is_batch: bool) -> Path:
+    key = _key(step, _tensors(step), cache_dtype, is_batch=is_batch)
+    return cached_package(
+        key, lambda path: _compile(step, path, cache_dtype=cache_dtype, is_batch=is_batch)
+    )
+
+
+def _tensors(step: GraphStep) -> dict[str, Tensor]:
+    # torch chooses one of the names of a tied tensor.
+    tensors: dict[str, Tensor] = dict(step.named_buffers(remove_duplicate=False))
+    return tensors | dict(step.named_parameters(remove_duplicate=False))
+
+
 def load_step(step: GraphStep, *, cache_dtype: torch.dtype, is_batch: bool) -> Run:
     """Return the compiled step, for one row or for any number from two on; cached on disk.
 
     Raises: ConfigError if there is no working C++ compiler; ResourceError if the cache folder
         cannot be used.
     """
-    # torch chooses one of the names of a tied tensor.
-    tensors: dict[str, Tensor] = dict(step.named_buffers(remove_duplicate=False))
-    tensors.update(step.named_parameters(remove_duplicate=False))
-    key = _key(step, tensors, cache_dtype, is_batch=is_batch)
-    path = cached_package(
-        key, lambda path: _compile(step, path, cache_dtype=cache_dtype, is_batch=is_batch)
-    )
+    path, tensors = _package(step, cache_dtype, is_batch=is_batch), _tensors(step)
     # torch._inductor.aoti_load_package is this and an import of the compiler.
-    loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)
+    try:
+        loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)
+    except RuntimeError as error:
+        path.unlink(missing_ok=True)
+        reason = str(error).strip().splitlines()[0]
+        raise ResourceError(
+            f"the compiled step {str(path)!r} cannot be loaded: {reason} It was deleted: start "
+            "again to compile it, or use --no-compile."
+        ) from error
     names = loader.get_constant_fqns()
     assert tensors.keys() >= set(names), "the weights were prepared for eager decoding"
     weights = {name: tensors[name].detach().contiguous() for name in names}
@@ -263,45 +289,3 @@ def _find_cuda_headers() -> None:
         if (folder / "include" / "cuda_runtime.h").is_file():
             cpp_extension.CUDA_HOME = os.environ["CUDA_HOME"] = str(folder)
             return
-
-
-def cached_package(key: str, compile_to: Callable[[Path], None]) -> Path:
-    """Return the package of a key, written by ``compile_to`` if there is none in the cache.
-
-    Raises: ResourceError if the cache folder cannot be written or others may write to it.
-    """
-    folder = cache_folder() / "compiled"
-    with resource_errors(folder, OTHER_CACHE):
-        make_folder(folder, 0o700)
-    if not _is_ours(folder):
-        raise ResourceError(
-            f"others may write to {str(folder)!r}, and what is there would be executed. Take their "
-            f"permission away, or set {CACHE_VARIABLE} to a folder of your own."
-        )
-    name = hashlib.sha256(key.encode()).hexdigest()[:32]
-    for path in folder.glob(f"{name}-*.pt2"):
-        if _is_ours(path) and path.stem == f"{name}-{_digest(path.read_bytes())}":
-            return path
-        path.unlink()  # damaged, or not ours
-    with tempfile.TemporaryDirectory() as aside:
-        compiled = Path(aside) / "model.pt2"
-        compile_to(compiled)
-        data = compiled.read_bytes()
-    path = folder / f"{name}-{_digest(data)}.pt2"
-    with resource_errors(folder, OTHER_CACHE), writing_aside(path) as file:
-        os.chmod(file.fileno(), 0o600)
-        file.write(data)
-    return path
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:32]
-
-
-def _is_ours(path: Path) -> bool:
-    """Return whether only this user can have written a file or folder."""
-    if os.name == "nt":  # user folders are private, and there are no permission bits
-        return True
-    status = path.lstat()
-    is_plain = stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)
-    return is_plain and status.st_uid == os.getuid() and not status.st_mode & 0o022

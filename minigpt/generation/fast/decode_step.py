@@ -146,13 +146,14 @@ class StepForward(PlainForward):
         self.cache.advance(1)
         if self.recorder is not None:
             weights_LBHS, context_LBHD, *residual = attention
+            has_residual = bool(residual) and self.recorder.needs_residual
             self.recorder.record(
                 AttentionPass(
                     weights_LBHS[:, :n_rows, :, :end],
                     context_LBHD[:, :n_rows],
                     self.cache.values_LBGSD[:, :n_rows, :, :end],
                     n_new=1,
-                    residual_NBC=residual[0][:, :n_rows] if residual else None,
+                    residual_NBC=residual[0][:, :n_rows] if has_residual else None,
                 )
             )
         return logits[:n_rows].float()

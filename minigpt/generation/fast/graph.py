@@ -26,7 +26,8 @@ _CPU_PARTS = 4
 class GraphStep(nn.Module):
     """The decode step as a function of tensors, which can be exported."""
 
-    def __init__(self, model: GPT, shown: Shown = "nothing") -> None:
+    def __init__(self, model: GPT, shown: Shown = "residual") -> None:
+        """Args: shown, what forward returns beside the logits: by default everything."""
         super().__init__()
         self.model, self.shown = model, shown
         self._step = DecodeStep(model, GraphKernels(model), shown)

@@ -7,6 +7,7 @@ soon as the last of them is read: only that product is in memory twice at any ti
 import ctypes
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from minigpt.generation.fast.quantize import (
     require_int8,
     to_int8,
 )
+from minigpt.generation.forward import is_compiled
 from minigpt.model.gpt import GPT
 from minigpt.model.language_model import LanguageModel, model_class
 
@@ -116,6 +118,42 @@ def _set_mmap_threshold(n_bytes: int) -> None:
     """
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
         mallopt(-3, n_bytes)  # M_MMAP_THRESHOLD
+
+
+def make_reader(
+    config: ModelConfig,
+    *,
+    device: torch.device,
+    decodes: bool,
+    compiles: bool | None,
+    n_rows: int,
+    **kinds: Any,
+) -> WeightReader:
+    """Return the reader of a model.
+
+    Args: decodes, whether to lay out the weights for the eager decode step, unless the model will
+        be decoded through a compiled graph; compiles and n_rows, as for ``forward.is_compiled``;
+        kinds, dtype, activations and quantizes, as for ``WeightReader``.
+    """
+    joins = decodes and device.type == "cpu" and model_class(config) is GPT
+    if joins:
+        alike = model_of_zeros(config, device=torch.device("meta"), **kinds)
+        joins = not is_compiled(alike, compiles, n_rows)
+    return WeightReader(config, device=device, joins=joins, **kinds)
+
+
+def model_of_zeros(config: ModelConfig, *, device: torch.device, **kinds: Any) -> LanguageModel:
+    """Return a model as a reader makes it for a compiled graph, with zeros for weights.
+
+    Args: device, on meta, tensors take no memory; kinds, as for ``WeightReader``.
+    """
+    reader = WeightReader(config, device=device, joins=False, **kinds)
+    kind = model_class(config)
+    shapes = kind.without_weights(config).state_dict()
+    tensors = {n: reader(n, torch.zeros(t.shape, device=device)) for n, t in shapes.items()}
+    model = kind.from_tensors(config, tensors).eval().requires_grad_(False)
+    reader.finish(model)
+    return model
 
 
 def _groups(model: LanguageModel, *, joins: bool) -> Iterator[list[str]]:

@@ -1,0 +1,173 @@
+"""Compiling in the background: for the next start, once, never by surprise."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_models import LAYOUTS, small_model
+
+from minigpt.errors import ConfigError
+from minigpt.files import CACHE_VARIABLE, locked
+from minigpt.generation.fast import background, compiled, compiles_by_default, prepare_for_decoding
+from minigpt.generation.fast.packages import failure_path, lock_path
+from minigpt.generation.fast.quantize import quantize_int8, use_float32_activations
+from minigpt.generation.forward import is_compiled
+from minigpt.model.gpt import GPT
+
+KINDS = ["float32", "int8", "bfloat16-weights"]
+
+
+@pytest.fixture(autouse=True)
+def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(background.shutil, "which", lambda name: name)  # it is never run
+    return tmp_path / "compiled"
+
+
+@pytest.fixture
+def fake_compiler(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    calls: list[Path] = []
+
+    def compile_to(step: Any, path: Path, **options: Any) -> None:
+        calls.append(path)
+        path.write_bytes(b"machine code")
+
+    monkeypatch.setattr(compiled, "_compile", compile_to)
+    return calls
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    words: list[list[str]] = []
+    monkeypatch.setattr(background.subprocess, "Popen", lambda args, **_: words.append(args))
+    return words
+
+
+def model_of(kind: str, layout: str = "llama", **changes: Any) -> GPT:
+    model = small_model(layout, **changes).requires_grad_(False)
+    if kind == "int8":
+        quantize_int8(model)
+    elif kind == "bfloat16-weights":
+        use_float32_activations(model.bfloat16())
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_next_start_finds_what_was_compiled_for_an_eager_model(
+    layout: str, kind: str, fake_compiler: list[Path], started: list[list[str]]
+) -> None:
+    eager = model_of(kind, layout)
+    assert not compiles_by_default(eager, 1)
+    prepare_for_decoding(eager)
+    assert background.start(eager)
+    [[_, _, module, work]] = started
+    assert module == background.__name__
+    background.compile_described(json.loads(work))
+    background.compile_described(json.loads(work))
+    assert len(fake_compiler) == 1
+    again = model_of(kind, layout)
+    assert compiles_by_default(again, 1)
+    assert is_compiled(again, None)
+    assert not is_compiled(again, False)
+    assert not is_compiled(again, None, n_rows=2)  # would need another graph
+    assert not background.start(again)
+    assert len(started) == 1
+    assert not compiles_by_default(model_of(kind, layout, n_layer=1), 1)
+
+
+def test_bfloat16_activations_stay_on_one_path(started: list[list[str]]) -> None:
+    model = small_model().bfloat16()
+    assert not background.start(model)
+    assert not compiles_by_default(model, 1)
+    assert started == []
+
+
+def test_only_one_process_compiles_a_step(
+    fake_compiler: list[Path], started: list[list[str]]
+) -> None:
+    model = small_model()
+    with locked(lock_path(compiled.package_key(model))):
+        assert not background.start(model)
+        background.compile_described(background.description(model))
+    assert fake_compiler == started == []
+    assert background.start(model)
+
+
+def test_a_failure_is_kept_and_not_tried_again(
+    monkeypatch: pytest.MonkeyPatch, started: list[list[str]], folder: Path
+) -> None:
+    def fail(step: Any, path: Path, **options: Any) -> None:
+        raise ConfigError("the compiler is broken")
+
+    monkeypatch.setattr(compiled, "_compile", fail)
+    model = small_model()
+    background.compile_described(background.description(model))
+    failure = failure_path(compiled.package_key(model))
+    assert failure.read_text() == "the compiler is broken\n"
+    assert list(folder.iterdir()) == [failure]
+    assert not background.start(model)
+    failure.unlink()
+    assert background.start(model)
+
+
+def test_nothing_starts_without_a_compiler(
+    monkeypatch: pytest.MonkeyPatch, started: list[list[str]]
+) -> None:
+    monkeypatch.setattr(background.shutil, "which", lambda name: None)
+    assert not background.start(small_model())
+    assert started == []
+
+
+@pytest.mark.parametrize(
+    ("is_terminal", "value", "seconds"),
+    [
+        (True, None, 5),
+        (False, None, torch.inf),  # a script, a test
+        (False, "20", 20),
+        (True, "never", torch.inf),
+        (True, "0", 0),
+        (True, "-1", 0),
+    ],
+)
+def test_only_a_terminal_or_the_variable_start_a_background_compilation(
+    monkeypatch: pytest.MonkeyPatch, is_terminal: bool, value: str | None, seconds: float
+) -> None:
+    monkeypatch.setattr(background.sys.stderr, "isatty", lambda: is_terminal)
+    monkeypatch.delenv(background.VARIABLE, raising=False)
+    if value is not None:
+        monkeypatch.setenv(background.VARIABLE, value)
+    assert background.compile_after() == seconds
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM handlers")
+def test_a_signal_ends_the_process_and_leaves_no_file(tmp_path: Path, folder: Path) -> None:
+    (tmp_path / "temporary").mkdir()
+    code = (
+        "import json, sys, time\n"
+        "from minigpt.generation.fast import background, compiled\n"
+        "def slow(step, path, **_):\n"
+        "    path.write_bytes(b'half')\n"
+        "    print(path, flush=True)\n"
+        "    time.sleep(60)\n"
+        "compiled._compile = slow\n"
+        "background.main()\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, json.dumps(background.description(small_model()))],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "TMPDIR": str(tmp_path / "temporary")},
+        text=True,
+    )
+    assert process.stdout is not None
+    assert "temporary" in process.stdout.readline()
+    process.terminate()
+    assert process.wait(timeout=30) == 143
+    process.stdout.close()
+    assert list((tmp_path / "temporary").iterdir()) == []
+    assert not list(folder.glob("*.pt2"))
