@@ -27,8 +27,9 @@ from minigpt.text.escape import printable
 
 _HALF = 1000  # of the longest message, in characters
 
+_pages = find_ring("commands.help_pages")
 app = typer.Typer(
-    cls=Commands,
+    cls=_pages.Program if _pages else Commands,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

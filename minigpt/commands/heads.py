@@ -3,7 +3,7 @@
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from minigpt.commands.options import Fields, Json, Mode, ModelSource, Option, command, modes
+from minigpt.commands.options import Fields, Json, ModelSource, Option, command
 from minigpt.rings import ring
 
 if TYPE_CHECKING:
@@ -16,7 +16,6 @@ _CELL_WIDTH = 14
 
 
 @command
-@modes(Mode(refuses={"--json": ("--view",)}))
 def heads(
     *,
     source: Annotated[ModelSource, Fields(without=("compile",))],

@@ -1,15 +1,86 @@
-"""Pages of --help: options under headings, in aligned columns that fit the terminal."""
+"""Pages of --help: options under headings, in aligned columns that fit the terminal.
+
+Its classes of commands check the words of a call, too, before typer parses them.
+"""
 
 import shutil
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from typer.core import TyperCommand, TyperGroup
+
+from minigpt.commands import usage
+from minigpt.commands.layout import COMMANDS, Commands
+from minigpt.errors import require_choice
+
 _NARROWEST = 18  # columns of text
 
 
-def fit(formatter: Any) -> None:
-    """Let a page of --help fit a terminal of any width; click assumes 50 columns or more."""
-    formatter.width = max(min(shutil.get_terminal_size().columns, 80), _NARROWEST)
+class _Page:
+    """A command whose --help is laid out here."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the page for a terminal of any width; click assumes 50 columns or more."""
+        formatter.width = max(min(shutil.get_terminal_size().columns, 80), _NARROWEST)
+        super().format_help(ctx, formatter)  # type: ignore[misc]
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write arguments and options."""
+        _write_options(ctx, formatter, ctx.command.get_params(ctx))
+
+
+class Command(_Page, TyperCommand):
+    """A command."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments.
+
+        Raises: ConfigError for an unknown option, or one that lacks its value.
+        """
+        usage.check_words(ctx, args)
+        return list(super().parse_args(ctx, args))
+
+
+class Group(_Page, TyperGroup):
+    """A command made of several, laid out like the program."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments; ``help COMMAND`` is ``COMMAND --help``.
+
+        Raises: ConfigError for an unknown option before the command.
+        """
+        usage.check_group(ctx, args)
+        asked = [*args[1:], "--help"] if args[:1] == ["help"] else args
+        return list(super().parse_args(ctx, asked))
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write arguments, options and commands."""
+        super().format_options(ctx, formatter)
+        _write_commands(formatter, self.lines(ctx))
+
+    def lines(self, ctx: Any) -> dict[str, str]:
+        """Return the names of its commands, and the line of each in --help."""
+        return {name: str(c.help).partition("\n")[0] for name, c in self.commands.items()}
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Return one of its commands, ready to run.
+
+        Raises: ConfigError if it does not exist.
+        """
+        require_choice("command", cmd_name, [*self.commands, "help"])
+        return self.commands[cmd_name]
+
+
+class Program(Group, Commands):
+    """The program, which imports no command for its page."""
+
+    def lines(self, ctx: Any) -> dict[str, str]:
+        """Return the commands of this installation, and the line of each in --help."""
+        return {name: COMMANDS[name] for name in self.list_commands(ctx)}
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Return a command, ready to run; see ``Commands``."""
+        return Commands.get_command(self, ctx, cmd_name)
 
 
 def _stack(formatter: Any, rows: Iterable[tuple[str, str]]) -> None:
@@ -20,7 +91,7 @@ def _stack(formatter: Any, rows: Iterable[tuple[str, str]]) -> None:
             formatter.write_text(text)
 
 
-def write_options(ctx: Any, formatter: Any, parameters: Iterable[Any]) -> None:
+def _write_options(ctx: Any, formatter: Any, parameters: Iterable[Any]) -> None:
     """Write arguments and options, each under its ``rich_help_panel``."""
     groups: dict[str, list[tuple[str, str]]] = {}
     for parameter in parameters:
@@ -53,7 +124,7 @@ def _left(parameter: Any) -> str:
     return names if parameter.is_flag else f"{names} {parameter.metavar}"
 
 
-def write_commands(formatter: Any, lines: Mapping[str, str]) -> None:
+def _write_commands(formatter: Any, lines: Mapping[str, str]) -> None:
     """Write commands and their lines."""
     with formatter.section("Commands"):
         if formatter.width < 2 * _NARROWEST:

@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 from minigpt.commands.options import (
     Fields,
     Json,
-    Mode,
     ModelSource,
     Option,
     Prompt,
     PromptForm,
     command,
-    modes,
 )
 from minigpt.config import SamplingConfig
 from minigpt.tracing.analysis_config import AnalysisConfig
@@ -41,7 +39,6 @@ _CELL_WIDTH = 20
 
 
 @command
-@modes(Mode(needs=PromptForm.NEEDS, refuses=PromptForm.REFUSES))
 def measures(
     prompt: Prompt = None,
     *,

@@ -13,8 +13,7 @@ A config dataclass becomes one option per field that is declared with ``fields.o
 the field, with its type, default and choices, and the first sentence of its docstring as help. The
 command gets the config, built and checked.
 
-A command that works in several ways declares a ``Mode`` for each of them. An option that has no
-effect in the chosen mode is refused by name.
+``commands.conditions`` says which options have no effect in the way that the command is called.
 """
 
 import ast
@@ -24,10 +23,10 @@ import itertools
 import re
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
@@ -106,41 +105,6 @@ class Fields:
     """Config whose values are the defaults. None for the dataclass's own."""
 
 
-@dataclass(frozen=True)
-class Mode:
-    """One way to call a command, and the options that have an effect in it.
-
-    A condition is an option, as in ``--out``, or an option and a value that it has or has not, as
-    in ``--view text`` and ``--view other than text``.
-    """
-
-    flag: str = ""
-    """Option that chooses this mode. Empty for the mode without any such option."""
-    takes: tuple[str, ...] | None = None
-    """Options that may be given with ``flag``. None for all of the command."""
-    why: str = ""
-    """Reason that there are no others, as a sentence."""
-    needs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Options that have no effect unless one of these conditions holds."""
-    refuses: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Conditions, and the options that have no effect where one holds."""
-    defaults: Mapping[str, str] = field(default_factory=dict)
-    """Values of options whose default is None."""
-
-
-def modes(*declared: Mode) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Return a decorator, to be put below ``@command``, that declares a command's modes.
-
-    The first mode whose flag is given is checked.
-    """
-
-    def declare(function: Callable[..., None]) -> Callable[..., None]:
-        function.modes = declared  # type: ignore[attr-defined]
-        return function
-
-    return declare
-
-
 def command(function: Callable[..., None]) -> Callable[..., None]:
     """Turn a function's parameters into the arguments and options of a command.
 
@@ -183,9 +147,9 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             given[name] = build(config, bases[name] | values)
             if usage:
                 usage.note_without_effect(given[name], values)
-        if usage:
+        if conditions := find_ring("commands.conditions"):
             typed = {name: value for name, value in typed.items() if value not in _NOT_GIVEN}
-            usage.check_modes(getattr(function, "modes", ()), options, typed, given)
+            conditions.check_modes(function.__name__, options, typed, given)
         function(**given)
 
     del run.__wrapped__
@@ -340,23 +304,9 @@ class ModelSource:
         check_fields(self)
 
 
-NOT_COMPILED: Mapping[str, tuple[str, ...]] = {
-    "--ablate": ("--compile",),
-    "--patch-from": ("--compile",),
-}
-"""Conditions of a ``Mode`` under which a model decodes by its own forward."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class PromptForm:
     """How a prompt becomes tokens."""
-
-    NEEDS: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "--system": ("--chat",),
-        "--chat-template": ("--chat",),
-    }
-    REFUSES: ClassVar[Mapping[str, tuple[str, ...]]] = {"--chat": ("--special",)}
-    """Conditions of a ``Mode`` that takes these options."""
 
     special: bool = option(False, group="Prompt")
     """Parse special tokens in the prompt, such as <|endoftext|>."""

@@ -1,21 +1,15 @@
 """What is wrong with the words of a command line: options that are unknown or have no effect."""
 
-import inspect
 import itertools
 import re
 import shlex
 import sys
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
-from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
+from typing import Any
 
 from minigpt.commands.layout import COMMANDS
 from minigpt.errors import ConfigError, cut, did_you_mean
-from minigpt.format import listed
-
-if TYPE_CHECKING:
-    from minigpt.commands.options import Mode
-
 
 _SYNONYMS = {"--learning-rate": "--lr"}
 """Common names of other programs for an option."""
@@ -118,76 +112,6 @@ def _setting(name: str) -> str:
 
 def _is_flag(parameter: Any) -> bool:
     return bool(getattr(parameter, "is_flag", False))
-
-
-def check_modes(
-    modes: Iterable["Mode"],
-    options: Iterable[inspect.Parameter],
-    typed: Mapping[str, Any],
-    given: Mapping[str, Any],
-) -> None:
-    """Check the options of a call by the first of the command's modes whose flag was given.
-
-    Args: options, as typer declares them; typed, those that were given; given, all arguments of
-        the command.
-    Raises: ConfigError for an option that would have no effect.
-    """
-    flags = {parameter.name: _flag(parameter) for parameter in options}
-    words = [
-        flags[name].replace("--", "--no-") if value is False else flags[name]
-        for name, value in typed.items()
-    ]
-    mode = next((mode for mode in modes if not mode.flag or mode.flag in words), None)
-    if mode:
-        check_mode(mode, words, {flag: _value(given, name) for name, flag in flags.items()})
-
-
-def _flag(parameter: inspect.Parameter) -> str:
-    """Return an option's name, or an argument's placeholder."""
-    about = parameter.default
-    if get_origin(parameter.annotation) is Annotated:  # declared as typer does
-        about = get_args(parameter.annotation)[1]
-        if isinstance(about.default, str):
-            return about.default
-    return str(about.param_decls[0].split("/")[0] if about.param_decls else about.metavar)
-
-
-def _value(given: Mapping[str, Any], name: str) -> Any:
-    """Return the value of an option, its default if it was not given."""
-    value: Any = given
-    for key in name.split("__"):
-        value = value.get(key) if isinstance(value, Mapping) else getattr(value, key, None)
-    return value
-
-
-def check_mode(mode: "Mode", given: Collection[str], values: Mapping[str, Any]) -> None:
-    """Check the options that were given in a mode.
-
-    Args: given, their names; values, the value of each option of the command.
-    Raises: ConfigError for an option that would have no effect.
-    """
-
-    def holds(condition: str) -> bool:
-        name, _, word = condition.partition(" ")
-        value = values.get(name)
-        value = mode.defaults.get(name) if value is None else value
-        other = word.removeprefix("other than ")
-        return (str(value) == other) == (other == word) if word else bool(value)
-
-    for name in given:
-        if mode.takes is not None and name not in (mode.flag, *mode.takes):
-            why = f"{mode.why} " if mode.why else ""
-            takes = f"It takes {listed(mode.takes, 'and')}" if mode.takes else "It takes none"
-            raise ConfigError(f"{name} cannot be used with {mode.flag}. {why}{takes}.")
-        conditions = mode.needs.get(name)
-        if conditions and not any(map(holds, conditions)):
-            raise ConfigError(
-                f"{name} is for {listed(conditions, 'or')}, and has no effect otherwise. Add "
-                f"that, or leave {name} out."
-            )
-        for condition, others in mode.refuses.items():
-            if name in others and holds(condition):
-                raise ConfigError(f"{name} has no effect with {condition}. Leave one of them out.")
 
 
 def without_effect(config: Any, given: Mapping[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from calls import ROOT, TINY, Run, error_line
 
+from minigpt.commands.conditions import MODES
 from minigpt.config import DataConfig, ModelConfig, SamplingConfig, TrainingConfig
 from minigpt.fields import choices_in, require_within
 
@@ -467,3 +469,17 @@ def test_a_trace_into_a_pipe_of_standard_output_is_its_json_lines(place: Path) -
 def test_the_help_of_attention_trace_does_not_offer_what_it_refuses(run: Run) -> None:
     assert "--overflow" in run("generate", "--help").out
     assert "--overflow" not in run("attention-trace", "--help").out
+
+
+def test_each_option_of_a_condition_is_an_option_of_its_command(run: Run) -> None:
+    sampling = {f"--{f.name.replace('_', '-')}" for f in fields(SamplingConfig)}
+    for name, modes in MODES.items():
+        command = ["checkpoints", "prune"] if name == "prune" else [name.replace("_", "-")]
+        page = run(*command, "--help").out.replace("--[no-]", "--")
+        for mode in modes:
+            named = {mode.flag, *(mode.takes or ()), *mode.needs, *mode.refuses, *mode.defaults}
+            named |= {other for others in mode.needs.values() for other in others}
+            named |= {other for others in mode.refuses.values() for other in others}
+            options = {words.split(" ")[0] for words in named if words} - sampling
+            for option in options:
+                assert re.search(rf"{option}\b(?!-)", page), (name, option)

@@ -16,11 +16,10 @@ from minigpt.commands.options import (
     Prompt,
     PromptForm,
     command,
-    modes,
 )
 from minigpt.config import SamplingConfig
 from minigpt.errors import ConfigError
-from minigpt.rings import find_ring, ring
+from minigpt.rings import ring
 from minigpt.tracing.config import N_SOURCES, SAMPLING, config_class
 
 if TYPE_CHECKING:
@@ -32,11 +31,9 @@ else:
 
 _FILES = "Files"
 _RECORDED = "commands.attention_trace.recorded"
-_conditions = find_ring("commands.attention_trace.conditions")
 
 
 @command
-@modes(*(_conditions.MODES if _conditions else ()))
 def attention_trace(
     prompt: Prompt = None,
     *,

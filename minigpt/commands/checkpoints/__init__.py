@@ -3,6 +3,9 @@
 from dataclasses import asdict
 from typing import Annotated
 
+import typer
+from typer.core import TyperGroup
+
 from minigpt.checkpoint.resolve import MAKE_ONE, ROOT, find_model, resolve_model
 from minigpt.checkpoint.tools.inventory import entry_of, inventory_of, take_inventory
 from minigpt.commands import output, tables
@@ -14,9 +17,10 @@ from minigpt.commands.checkpoints.views import (
     verdict_line,
 )
 from minigpt.commands.checkpoints.writing import average, prune
-from minigpt.commands.layout import group
+from minigpt.commands.layout import COMMANDS, add, show_help
 from minigpt.commands.options import Json, argument, command
 from minigpt.errors import CheckpointError
+from minigpt.rings import find_ring
 
 
 @command
@@ -105,16 +109,17 @@ def verify(
         )
 
 
-checkpoints = group(
-    "checkpoints",
-    {
-        "list": list_,
-        "show": show,
-        "verify": verify,
-        "prune": prune,
-        "average": average,
-        "export": export,
-        "import": import_,
-    },
+_pages = find_ring("commands.help_pages")
+checkpoints = typer.Typer(
+    cls=_pages.Group if _pages else TyperGroup,
+    help=COMMANDS["checkpoints"],
+    callback=show_help,
+    invoke_without_command=True,
+    rich_markup_mode=None,
+    add_completion=False,
 )
-"""The command, made of these."""
+"""The command, made of those below."""
+add(checkpoints, "list", list_)
+for function in (show, verify, prune, average, export):
+    add(checkpoints, function.__name__, function)
+add(checkpoints, "import", import_)

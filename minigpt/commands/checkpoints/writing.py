@@ -15,7 +15,7 @@ from minigpt.checkpoint.manifest import verify
 from minigpt.checkpoint.tools.inventory import Checkpoint, entry_of, run_named
 from minigpt.commands import output, tables
 from minigpt.commands.checkpoints.views import removal_lines, total
-from minigpt.commands.options import Json, Mode, Option, argument, command, modes
+from minigpt.commands.options import Json, Option, argument, command
 from minigpt.errors import CheckpointError, ConfigError, LockedError
 from minigpt.format import count
 from minigpt.rings import ring
@@ -23,7 +23,6 @@ from minigpt.run_config import SaveDtype
 
 
 @command
-@modes(Mode(refuses={"--dry-run": ("--yes",)}))
 def prune(
     run: Annotated[str, argument("RUN", "Name of a run, or its folder")],
     keep: Annotated[int, Option("Keep the newest N besides best and latest", "Run")] = 0,

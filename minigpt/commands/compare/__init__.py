@@ -10,11 +10,9 @@ from minigpt.commands.options import (
     Data,
     Fields,
     Json,
-    Mode,
     Preset,
     XAxis,
     command,
-    modes,
 )
 from minigpt.config import ARCHS, ATTENTIONS, RunConfig
 from minigpt.fields import check_fields, option
@@ -48,7 +46,6 @@ class ComparisonConfig:
 
 
 @command
-@modes(Mode(needs={"--x": ("--out",)}))
 def compare(
     data: Data = None,
     *,

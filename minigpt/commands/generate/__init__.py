@@ -5,16 +5,13 @@ from typing import Annotated
 import typer
 
 from minigpt.commands.options import (
-    NOT_COMPILED,
     Interventions,
     Json,
-    Mode,
     ModelSource,
     Option,
     Prompt,
     PromptForm,
     command,
-    modes,
 )
 from minigpt.config import SamplingConfig
 from minigpt.errors import ConfigError
@@ -22,21 +19,6 @@ from minigpt.rings import find_ring, ring
 
 
 @command
-@modes(
-    Mode(
-        needs=PromptForm.NEEDS,
-        refuses={
-            "--json": ("--stream",),
-            "--interactive": (
-                *("--num-samples", "--force"),
-                *("--ablate-mean", "--patch-from", "--patch", "--patch-position"),
-            ),
-            "--overflow slide": ("--patch-from",),
-            **NOT_COMPILED,
-            **PromptForm.REFUSES,
-        },
-    )
-)
 def generate(
     prompt: Prompt = None,
     *,

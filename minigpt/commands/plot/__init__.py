@@ -3,11 +3,10 @@
 from pathlib import Path
 from typing import Annotated
 
-from minigpt.commands.options import Json, Mode, Option, XAxis, argument, command, modes
+from minigpt.commands.options import Json, Option, XAxis, argument, command
 
 
 @command
-@modes(Mode("--out"), Mode(refuses={"--json": ("--x",)}))
 def plot(
     runs: Annotated[
         list[str] | None, argument("RUN", "Names of runs, or their folders [the newest run]")

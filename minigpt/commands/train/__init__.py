@@ -8,12 +8,10 @@ from minigpt.commands.options import (
     ConfigFile,
     Data,
     Fields,
-    Mode,
     Option,
     Preset,
     Threads,
     command,
-    modes,
 )
 from minigpt.config import RunConfig
 from minigpt.errors import ConfigError
@@ -25,12 +23,6 @@ _GROUP = "Run"
 
 
 @command
-@modes(
-    Mode(
-        needs={"--json": ("--dry-run",)},
-        refuses={"--resume": ("--from",), "--dry-run": ("--report-to",)},
-    )
-)
 def train(
     data: Data = None,
     *,
