@@ -57,6 +57,10 @@ class Source:
     """Number in the row: in [0, 1], unless the measure is signed."""
 
 
+_ROUNDING = 1e-6
+"""Largest error of float32 in what is left of a row."""
+
+
 @dataclass(frozen=True, eq=False)
 class Row:
     """The attention of one query by one measure, reduced over the chosen heads."""
@@ -105,7 +109,9 @@ class Row:
         rest = self.total - self.sink - sum(source.weight for source in self.sources)
         if self.is_signed:
             return rest
-        return max(0.0, rest) if self.sums_to_one else None
+        if not self.sums_to_one:
+            return None
+        return rest if rest > _ROUNDING else 0.0
 
 
 @dataclass(frozen=True)

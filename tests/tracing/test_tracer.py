@@ -102,6 +102,8 @@ def test_sink_sources_and_rest_of_a_row_sum_to_1() -> None:
             shares = [source.weight for source in row.sources]
             assert len(shares) == min(n_sources, step.token.position - 1)
             assert row.sink + sum(shares) + row.rest == pytest.approx(1, abs=1e-6)
+            if len(shares) == step.token.position - 1:
+                assert row.rest == 0  # exactly: nothing is left out, so no "<1%"
             assert row.prompt + row.generated == pytest.approx(1, abs=1e-6)
             assert shares == sorted(shares, reverse=True)
         assert footer.worst_row_sum_error is not None
