@@ -157,3 +157,24 @@ def layered(
     paths = {"data": {"paths": data}} if data else {}
     changes = map(parse_assignment, assignments or ())
     return merge(file, words, paths, given, *changes)
+
+
+def given(overrides: Mapping[str, Any], table: str, name: str) -> Any:
+    """Return the user's value of a setting; None if there is none."""
+    values = overrides.get(table)
+    return values.get(name) if isinstance(values, Mapping) else None
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by their dotted names, as in ``--set``."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        is_table = isinstance(value, Mapping)
+        result |= flat(value, f"{prefix}{key}.") if is_table else {f"{prefix}{key}": value}
+    return result
+
+
+def one_lr(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Use the user's learning rate for embeddings too, unless they have one."""
+    lr = given(overrides, "training", "lr")
+    return merge({} if lr is None else {"training": {"embedding_lr": lr}}, overrides)

@@ -6,7 +6,6 @@ from minigpt.commands.options import Data, Fields, Json, Option, command
 from minigpt.config import DataConfig
 from minigpt.errors import ConfigError
 from minigpt.presets import PRESETS
-from minigpt.rings import ring
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -56,21 +55,19 @@ def prepare(
     config = build(DataConfig, to_dict(_DEFAULTS) | ({"paths": data} if data else {}) | settings)
     note_without_effect(config, settings)
     folder = Path(out).expanduser()
-    tokenizer = base_folder = template = None
+    tokenizer = base_folder = None
     if from_ is not None:
         from minigpt.commands.train.finetune import read_base
 
         base = read_base(from_)
         tokenizer, base_folder = base.tokenizer, base.folder
-    if config.chat:
-        template = ring("text.chat").training_template(config.chat_template, base_folder)
     with ProgressLine("reading") as progress:
         prepared, work = prepare_folder(
             config,
             folder,
             on_progress=progress.preparing,
             tokenizer=tokenizer,
-            template=template,
+            chat_model=base_folder,
             n_workers=workers or 0,
         )
     for line in prepared.manifest.notes():

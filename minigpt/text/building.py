@@ -83,7 +83,7 @@ def opened_corpus(
     tokenizer: Tokenizer | None,
     cache_dir: Path | None,
     on_progress: Callable[[PrepareProgress], None] | None,
-    template: Any = None,
+    chat_model: Path | None = None,
 ) -> Iterator[Corpus]:
     """Find the files of a corpus; copies of streams exist until the context ends.
 
@@ -91,6 +91,9 @@ def opened_corpus(
     """
     report = on_progress or (lambda progress: None)
     kind = None if tokenizer else parse_spec(data.tokenizer)[0]  # before a download, not after
+    template: Any = None
+    if data.chat:
+        template = ring("text.chat").training_template(data.chat_template, chat_model)
     cache = cache_dir or cache_folder()
     with resource_errors(cache, OTHER_CACHE):
         make_folder(cache / "prepared")
@@ -117,7 +120,6 @@ def opened_corpus(
             if val_files:
                 what.append(content_hash(val_files))
             if data.chat:
-                assert template is not None, "conversations need a template"
                 what += [data.loss_on, template.source, sorted(template.tokens.items())]
             identity = hashlib.sha256("\n".join(map(str, what)).encode()).hexdigest()
             yield replace(corpus, identity=identity)

@@ -50,7 +50,7 @@ def prepare(
     on_progress: Callable[[PrepareProgress], None] | None = None,
     *,
     tokenizer: Tokenizer | None = None,
-    template: Any = None,
+    chat_model: Path | None = None,
     n_workers: int = 0,
 ) -> StoredData:
     """Turn a corpus into tokens on disk, or open the result of an earlier call.
@@ -60,8 +60,8 @@ def prepare(
     prepared is opened as it is.
 
     Args: cache_dir, instead of the user's cache; tokenizer, instead of the one that ``data``
-        names; template, a ``text.chat.ChatTemplate`` if the rows are conversations; n_workers,
-        threads, 0 for all cores.
+        names; chat_model, the model folder whose chat template conversations go through, None for
+        a plain template; n_workers, threads, 0 for all cores.
     Raises: ConfigError for an unknown tokenizer, or not the one that a folder was prepared with;
         DataError for a corpus that cannot be used; ResourceError if a file may not be read or the
         cache cannot be written.
@@ -69,7 +69,7 @@ def prepare(
     named = open_named(data, tokenizer)
     if named is not None:
         return named
-    with opened_corpus(data, tokenizer, cache_dir, on_progress, template) as corpus:
+    with opened_corpus(data, tokenizer, cache_dir, on_progress, chat_model) as corpus:
         folder = corpus.cache / "prepared" / corpus.identity[:32]
         with locked(Path(f"{folder}.lock")):
             try:
@@ -100,7 +100,7 @@ def prepare_folder(
     on_progress: Callable[[PrepareProgress], None] | None = None,
     *,
     tokenizer: Tokenizer | None = None,
-    template: Any = None,
+    chat_model: Path | None = None,
     n_workers: int = 0,
 ) -> tuple[StoredData, Work]:
     """Turn a corpus into tokens in a folder of the user, or resume an interrupted preparation.
@@ -124,7 +124,7 @@ def prepare_folder(
     busy = f"another process is preparing {str(folder)!r}. Wait, or name another --out."
     work = Work()
     with (
-        opened_corpus(data, tokenizer, cache_dir, on_progress, template) as corpus,
+        opened_corpus(data, tokenizer, cache_dir, on_progress, chat_model) as corpus,
         resource_errors(folder, "name another --out"),
     ):
         make_folder(folder)

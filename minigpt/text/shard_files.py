@@ -9,13 +9,14 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
+from minigpt.config import DataConfig
 from minigpt.errors import DataError
 from minigpt.files import WRITING, open_regular, read_bytes, sha256, sync_file, writing_aside
 from minigpt.text.tokenizer import Tokenizer
@@ -116,6 +117,11 @@ class Manifest(TextFacts, Counts):
             return super().validation(val_fraction)
         kind = "whole documents" if self.val_split == "documents" else "a text of their own"
         return f"{self.n_val_tokens:,} tokens, {kind}, validate"
+
+    def with_split(self, data: DataConfig) -> DataConfig:
+        if self.val_split == "own":
+            return data
+        return replace(data, val_split="documents" if self.val_split == "documents" else "tail")
 
     @property
     def n_skipped(self) -> int:

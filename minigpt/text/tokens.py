@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from minigpt.config import DataConfig
 from minigpt.errors import DataError
-from minigpt.rings import has_ring, ring
+from minigpt.rings import find_ring
 from minigpt.text.tokenizer import Tokenizer, make_tokenizer
 
 CONTEXT_ONLY = 2**31
@@ -50,6 +50,10 @@ class TextFacts:
     def notes(self) -> Iterator[str]:
         """Yield what a user should know about the text, in lines."""
         yield from ()
+
+    def with_split(self, data: DataConfig) -> DataConfig:
+        """Return the settings with the split of the text, so that a resumed run has the same."""
+        return data
 
 
 @dataclass(frozen=True)
@@ -176,16 +180,14 @@ def prepare(
 
     Args: cache_dir, instead of the user's cache; tokenizer, instead of the one that ``data``
         names; options, as of ``prepared_folders.prepare``.
-    Raises: ConfigError for an unknown tokenizer, or an option of the missing ring; DataError for a
-        text that cannot be used; as ``prepared_folders.prepare``.
+    Raises: ConfigError for an unknown tokenizer; DataError for a text that cannot be used; as
+        ``prepared_folders.prepare``.
     """
-    plain = DataConfig(paths=data.paths, tokenizer=data.tokenizer, val_fraction=data.val_fraction)
-    if has_ring(_FOLDERS) or data != plain:
-        prepared: PreparedData = ring(_FOLDERS).prepare(
-            data, cache_dir, tokenizer=tokenizer, **options
-        )
-        return prepared
-    return prepare_in_memory(data, tokenizer)
+    folders = find_ring(_FOLDERS)
+    if folders is None:
+        return prepare_in_memory(data, tokenizer)
+    prepared: PreparedData = folders.prepare(data, cache_dir, tokenizer=tokenizer, **options)
+    return prepared
 
 
 def prepare_in_memory(data: DataConfig, tokenizer: Tokenizer | None = None) -> PreparedData:
@@ -221,7 +223,5 @@ def prepared_settings(words: Sequence[str]) -> dict[str, Any]:
 
     Raises: DataError if the folder is unfinished, damaged, or not named alone.
     """
-    if not has_ring(_FOLDERS):
-        return {}
-    settings: dict[str, Any] = ring(_FOLDERS).prepared_settings(words)
-    return settings
+    folders = find_ring(_FOLDERS)
+    return dict(folders.prepared_settings(words)) if folders else {}

@@ -1,7 +1,7 @@
 """What is done against overfitting: settings by the size of the text, averages, early stopping."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +13,8 @@ from minigpt.config import RunConfig
 from minigpt.errors import MinigptError
 from minigpt.model.cost import parameter_count
 from minigpt.model.language_model import LanguageModel, model_class
+from minigpt.settings import build, given, merge, to_dict
+from minigpt.text.tokens import PreparedData
 from minigpt.training.events import EvalEvent, Event, SaveEvent
 from minigpt.training.run import Run
 from minigpt.training.world import to_local
@@ -34,10 +36,20 @@ LEAST_PATIENCE = 100
 """Fewest steps without a lower validation loss before a run stops early."""
 
 
-def for_run(config: RunConfig, n_train_tokens: int) -> dict[str, Any]:
-    """Return the settings of ``for_text`` for a run."""
+def suited_to_text(
+    config: RunConfig, overrides: Mapping[str, Any], data: PreparedData
+) -> RunConfig:
+    """Set what depends on the size of the text, such as dropout, where the user gives no value."""
+    n_train_tokens = len(data.tokens.split(config.data.val_fraction)[0])
     step_tokens = config.training.batch_size * config.sequence_length
-    return for_text(max(n_train_tokens, 1), parameter_count(config.model), step_tokens)
+    suited = for_text(max(n_train_tokens, 1), parameter_count(config.model), step_tokens)
+    if given(overrides, "model", "dropout") is not None:
+        suited["training"].pop("dropout_start", None)  # the user's dropout begins at once
+    own = {
+        table: {key: value for key, value in values.items() if given(overrides, table, key) is None}
+        for table, values in suited.items()
+    }
+    return build(RunConfig, merge(to_dict(config), own))
 
 
 def for_text(n_train_tokens: int, n_parameters: int, step_tokens: int) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import torch
 from calls import TINY, Run, error_line
 
 from minigpt.checkpoint.folder import RunFolder
-from minigpt.commands.train import run as run_module
+from minigpt.commands.train import stopping
 from minigpt.commands.train.display import TrainingDisplay
 from minigpt.presets import PRESETS
 from minigpt.settings import read_toml
@@ -243,7 +243,7 @@ def press_at(step: int, number: int, monkeypatch: pytest.MonkeyPatch, times: int
 
 
 def test_stop_signals_include_those_of_batch_systems() -> None:
-    signals = run_module._stop_signals()
+    signals = stopping._stop_signals()
     assert {signal.SIGTERM, signal.SIGUSR1} <= set(signals)
 
 
@@ -252,7 +252,7 @@ def test_a_signal_saves_and_the_resumed_run_equals_an_uninterrupted_one(
     run: Run, trained: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     number = signal.Signals[name]
-    monkeypatch.setattr(run_module, "_stop_signals", lambda: [number])  # even under nohup
+    monkeypatch.setattr(stopping, "_stop_signals", lambda: [number])  # even under nohup
     with monkeypatch.context() as patch:
         press_at(2, number, patch)
         stopped = run("train", "corpus.txt", "--name", "a", *TINY)

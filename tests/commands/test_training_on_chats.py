@@ -19,7 +19,6 @@ from minigpt.config import DataConfig, RunConfig
 from minigpt.settings import build, read_toml
 from minigpt.text.batches import NO_TARGET, batch
 from minigpt.text.byte_pairs import TiktokenTokenizer, make_encoding
-from minigpt.text.chat import training_template
 from minigpt.text.tokens import PreparedData, prepare
 from minigpt.training.trainer import Trainer
 from minigpt.training.world import ALONE, World
@@ -59,7 +58,7 @@ def base(workplace: Path) -> Path:
 
 def prepared(rows: Path, **about: Any) -> PreparedData:
     data = DataConfig(paths=(str(rows),), chat=True, val_split="tail", **about)
-    return prepare(data, template=training_template(None, None))
+    return prepare(data)
 
 
 def test_targets_are_the_answers_and_inputs_are_all_tokens(rows: Path) -> None:
@@ -146,8 +145,7 @@ def test_the_loss_and_gradient_are_the_means_over_counted_tokens(
     latest = RunFolder(Path("checkpoints/x")).latest()
     assert latest is not None
     loaded = read_model(base, dtype=torch.float32)
-    template = training_template(None, base)
-    data = prepare(config.data, tokenizer=loaded.tokenizer, template=template)
+    data = prepare(config.data, tokenizer=loaded.tokenizer, chat_model=base)
     trainer = trainer_of(config, data, base)
     losses = [trainer._accumulate_gradients()]
     inputs, targets = batch(trainer.train_tokens, 32, 8, seed=config.training.seed, step=0)

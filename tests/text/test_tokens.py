@@ -1,5 +1,6 @@
 """The plain way from a text to tokens, which the ring of corpora must equal."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 from minigpt.config import DataConfig
 from minigpt.errors import DataError
+from minigpt.run_config import PlainDataConfig
 from minigpt.text import tokens as module
 from minigpt.text.tokens import PreparedData, prepare, prepare_in_memory
 
@@ -35,7 +37,7 @@ def test_tokens_in_memory_are_those_on_the_disk(tmp_path: Path, tokenizer: str) 
 def test_without_the_ring_of_corpora_a_text_is_tokenized_in_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "has_ring", lambda name: False)
+    monkeypatch.setattr(module, "find_ring", lambda name: None)
     (tmp_path / "a.txt").write_text("The owl.")
     data = prepare(DataConfig(paths=(str(tmp_path / "a.txt"),)))
     assert all_tokens(data) == [256, *b"The owl."]
@@ -48,3 +50,12 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
             prepare_in_memory(DataConfig(paths=(str(tmp_path / name),)))
     with pytest.raises(DataError, match="missing"):
         prepare_in_memory(DataConfig(paths=("missing.txt",)))
+
+
+def test_the_plain_settings_of_a_text_are_those_of_the_ring_of_corpora() -> None:
+    # Without the ring, the text has these settings alone.
+    full = {f.name: f for f in fields(DataConfig)}
+    for plain in fields(PlainDataConfig):
+        other = full[plain.name]
+        assert (plain.type, plain.default) == (other.type, other.default)
+        assert plain.metadata == other.metadata

@@ -102,11 +102,12 @@ def model_card(
 
 def _validation(config: RunConfig, val_split: str | None) -> str:
     percent = f"{100 * config.data.val_fraction:.3g} %"
-    if config.data.val or val_split == "own":
+    split = val_split or ("own" if config.data.val else config.data.val_split)
+    if split == "own":
         return "another text for validation"
     if not config.data.val_fraction:
         return "nothing for validation"
-    if (val_split or config.data.val_split) == "documents":
+    if split == "documents":
         return f"whole documents, about {percent} of the whole, for validation"
     return f"the last {percent} of the whole for validation"
 

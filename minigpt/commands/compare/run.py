@@ -19,20 +19,13 @@ from minigpt.commands.tables import aligned, line_width, show, write_json
 from minigpt.commands.train.display import TrainingDisplay
 from minigpt.commands.train.job import Job, checked_name, fresh_names
 from minigpt.commands.train.run import train_job
-from minigpt.commands.train.settings import (
-    flat,
-    given,
-    settings_of,
-    suited_to_text,
-    with_split,
-    with_vocabulary,
-)
+from minigpt.commands.train.settings import settings_of, suited_to_text, with_vocabulary
 from minigpt.config import DataConfig, RunConfig
 from minigpt.errors import ConfigError, DivergedError
 from minigpt.format import short
 from minigpt.model.cost import parameter_count
 from minigpt.model.device import resolve_device
-from minigpt.settings import build, read_toml, to_dict
+from minigpt.settings import build, flat, given, read_toml, to_dict
 from minigpt.studies.compare import (
     Budget,
     ComparedRun,
@@ -126,7 +119,7 @@ def _planned(
     with TrainingDisplay() as display:
         data = prepare(data_config, on_progress=display.preparing)
     base = suited_to_text(with_vocabulary(settings, data.tokenizer.vocab_size), overrides, data)
-    base = with_split(base, data)
+    base = replace(base, data=data.manifest.with_split(base.data))
     base = replace(base, training=replace(base.training, patience=0.0))
     if not base.data.val_fraction:
         raise ConfigError("compare sorts by validation loss: val_fraction must not be 0.")

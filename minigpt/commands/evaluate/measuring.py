@@ -25,7 +25,6 @@ from minigpt.evaluation import evaluate
 from minigpt.format import duration, short
 from minigpt.generation.loading import load, tokenizer_of
 from minigpt.model.device import inference_dtype, resolve_device
-from minigpt.rings import ring
 from minigpt.settings import build, read_toml
 from minigpt.text.tokens import prepare
 
@@ -46,11 +45,8 @@ def measure(
     # As while training: weights in float32, and autocast to the dtype.
     loaded = load(folder, device=device.type, dtype="float32", quantize=source.quantize)
     model, tokenizer = loaded.model, tokenizer_of(loaded)
-    template = None
-    if text.chat:
-        template = ring("text.chat").training_template(text.chat_template, folder)
     with ProgressLine("reading", is_quiet=is_quiet) as progress:
-        data = prepare(text, on_progress=progress.preparing, tokenizer=tokenizer, template=template)
+        data = prepare(text, on_progress=progress.preparing, tokenizer=tokenizer, chat_model=folder)
         for line in data.manifest.notes():
             progress.note(f"text   {line}")
         span = span_to_evaluate(data, val_fraction)

@@ -62,7 +62,9 @@ def train(
 
     use_threads(threads)
     file = read_config_file(config)
-    overrides = layered(file, _for_its_model(settings, file, set_), data, preset, set_)
+    if "from" in layered(file, settings, assignments=set_):
+        settings = ring("commands.train.finetune").for_its_model(settings)
+    overrides = layered(file, settings, data, preset, set_)
     training = overrides.get("training")
     if isinstance(training, dict) and training.get("shard") and "WORLD_SIZE" not in os.environ:
         raise ConfigError(
@@ -77,15 +79,3 @@ def train(
     from minigpt.commands.train.run import run_training
 
     run_training(name, overrides, report_to, resume=resume)
-
-
-def _for_its_model(
-    settings: dict[str, Any], file: dict[str, Any], assignments: list[str] | None
-) -> dict[str, Any]:
-    """Take --context-length as the training sequences' length where the model is given."""
-    model = dict(settings.get("model", {}))
-    has_model = "from" in layered(file, settings, assignments=assignments)
-    if not has_model or "context_length" not in model:
-        return settings
-    length = {"sequence_length": model.pop("context_length")}
-    return settings | {"model": model, "training": settings.get("training", {}) | length}

@@ -10,13 +10,14 @@ import torch
 
 from minigpt.checkpoint.model_folder import read_model
 from minigpt.checkpoint.resolve import is_hub_name, resolve_model
-from minigpt.commands.train.settings import flat, given, one_budget, one_lr
+from minigpt.commands.train.settings import one_budget
 from minigpt.config import RunConfig
 from minigpt.errors import CheckpointError, ConfigError
 from minigpt.evaluation import LOGITS_AT_ONCE
 from minigpt.model.language_model import LanguageModel
-from minigpt.settings import build, merge, to_dict
+from minigpt.settings import build, flat, given, merge, one_lr, to_dict
 from minigpt.text.tokenizer import Tokenizer
+from minigpt.text.tokens import prepared_settings
 
 _LONGEST_SEQUENCE = 512  # default limit, because a large model's full context may not fit
 
@@ -40,6 +41,15 @@ class Base:
         path = Path(os.path.abspath(self.source))
         name = path.parent.name if path.name.startswith("step-") else path.name
         return name.partition("@")[0]
+
+
+def for_its_model(settings: dict[str, Any]) -> dict[str, Any]:
+    """Take --context-length as the length of the training sequences, because the model is given."""
+    model = dict(settings.get("model", {}))
+    if "context_length" not in model:
+        return settings
+    length = {"sequence_length": model.pop("context_length")}
+    return settings | {"model": model, "training": settings.get("training", {}) | length}
 
 
 def read_base(spec: str) -> Base:
@@ -74,11 +84,8 @@ def finetuning_config(overrides: Mapping[str, Any], base: Base) -> RunConfig:
 
     Raises: ConfigError for an invalid setting, or one that differs from the model's.
     """
-    own: dict[str, Any] = {
-        "preset": "",
-        "model": to_dict(base.model.config),
-        "data": {"tokenizer": base.tokenizer.name},
-    }
+    data = {"tokenizer": base.tokenizer.name}
+    own: dict[str, Any] = {"preset": "", "model": to_dict(base.model.config), "data": data}
     asked = flat(overrides)
     for name, value in flat(own).items():
         # Dropout has no weights.
@@ -103,7 +110,11 @@ def finetuning_config(overrides: Mapping[str, Any], base: Base) -> RunConfig:
         "save_every": 100,
     }
     wanted = one_lr(one_budget(overrides))
-    config = build(RunConfig, merge(own, {"training": defaults}, wanted, {"from": base.source}))
+    own |= {"training": defaults}
+    config = build(RunConfig, merge(own, wanted, {"from": base.source}))
+    # The settings of a prepared folder win over the defaults, but not over the model's tokenizer.
+    own["data"] = prepared_settings(config.data.paths) | data
+    config = build(RunConfig, merge(own, wanted, {"from": base.source}))
     if given(overrides, "training", "micro_batch_size"):
         return config
     # A micro-batch whose logits fit into a laptop's memory.

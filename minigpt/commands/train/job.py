@@ -3,21 +3,20 @@
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from minigpt.checkpoint.folder import RunFolder
 from minigpt.checkpoint.resolve import ROOT
-from minigpt.commands.train.settings import settings_of, suited_to_text, with_split, with_vocabulary
+from minigpt.commands.train.settings import settings_of, suited_to_text, with_vocabulary
 from minigpt.config import DataConfig, RunConfig
 from minigpt.errors import ConfigError, LockedError
 from minigpt.model.device import resolve_device, resolve_dtype
 from minigpt.model.language_model import LanguageModel
 from minigpt.rings import find_ring, ring
-from minigpt.settings import build, merge, to_dict
-from minigpt.text.tokens import PreparedData, PrepareProgress, prepare, prepared_settings
+from minigpt.text.tokens import PreparedData, PrepareProgress, prepare
 from minigpt.training.trainer import Trainer
 from minigpt.training.world import World
 
@@ -96,26 +95,22 @@ def _new_job(request: Request) -> Iterator[Job]:
         finetune = ring("commands.train.finetune")
         base = finetune.read_base(overrides["from"])
         config = finetune.finetuning_config(overrides, base)
-        own = prepared_settings(config.data.paths) | {"tokenizer": config.data.tokenizer}
-        own |= overrides.get("data", {})
-        config = build(RunConfig, merge(to_dict(config), {"data": own}))
     else:
         settings = settings_of(overrides)
         config = with_vocabulary(settings, 1)
     require_memory(config, request)  # before the text is read
-    tokenizer = base.tokenizer if base else None
     data = prepare(
         config.data,
         on_progress=request.on_progress,
-        tokenizer=tokenizer,
-        template=chat_template(config.data, base.folder if base else None),
+        tokenizer=base.tokenizer if base else None,
+        chat_model=base.folder if base else None,
     )
     if base is None:
         config = with_vocabulary(settings, data.tokenizer.vocab_size)
         config = suited_to_text(config, overrides, data)
         require_memory(config, request)
     notes = notes_on(config, overrides)
-    config = with_split(config, data)
+    config = replace(config, data=data.manifest.with_split(config.data))
     names = fresh_names(config.data, base.name if base else config.preset)
     with ExitStack() as held:
         while True:
@@ -137,16 +132,6 @@ def notes_on(config: RunConfig, overrides: dict[str, Any]) -> list[str]:
     """Return a line for each of the user's settings that others make void."""
     usage = find_ring("commands.usage")
     return list(usage.without_effect(config, overrides)) if usage else []
-
-
-def chat_template(data: DataConfig, folder: Path | None) -> Any:
-    """Return the template of conversations; None for other text.
-
-    Args: folder, of the model that brings it; None for a vocabulary of our own.
-    """
-    if not data.chat or prepared_settings(data.paths):
-        return None
-    return ring("text.chat").training_template(data.chat_template, folder)
 
 
 def _require_new(run: RunFolder) -> None:

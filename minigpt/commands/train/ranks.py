@@ -12,7 +12,8 @@ from rich.console import Console
 
 from minigpt.checkpoint.folder import RunFolder
 from minigpt.commands.train.job import Job
-from minigpt.commands.train.run import Display, resume_command, stopping_on_signals
+from minigpt.commands.train.run import Display
+from minigpt.commands.train.stopping import resume_command, stopping_on_signals
 from minigpt.config import RunConfig
 from minigpt.console import make_console
 from minigpt.errors import DivergedError, MinigptError

@@ -9,19 +9,12 @@ from minigpt.checkpoint.folder import CONFIG_FILE, Pointer, RunFolder
 from minigpt.checkpoint.manifest import verify
 from minigpt.checkpoint.model_folder import read_model
 from minigpt.checkpoint.resolve import ROOT, models_in, warn_of_damage
-from minigpt.commands.train.job import (
-    Job,
-    Request,
-    chat_template,
-    checked_name,
-    notes_on,
-    require_memory,
-)
-from minigpt.commands.train.settings import flat, one_budget, one_lr
-from minigpt.config import RunConfig
+from minigpt.commands.train.job import Job, Request, checked_name, notes_on, require_memory
+from minigpt.commands.train.settings import one_budget
+from minigpt.config import DataConfig, RunConfig
 from minigpt.errors import CheckpointError, ConfigError, DataError, cut, nearest
 from minigpt.rings import ring
-from minigpt.settings import build, merge, read_toml, to_dict
+from minigpt.settings import build, flat, merge, one_lr, read_toml, to_dict
 from minigpt.text.tokens import PreparedData, prepare
 from minigpt.training.schedule import lr_scale, with_max_steps
 from minigpt.training.state import LARGEST_RISE, computed_on, read_state
@@ -67,11 +60,13 @@ def resumed_job(request: Request) -> Iterator[Job]:
         is_tuned = saved.from_ is not None
         tokenizer = read_model(latest.folder).tokenizer if is_tuned else None
         carried = ring("checkpoint.carried").read_carried(latest.folder) if is_tuned else None
+        text = to_dict(config.data)
+        text.pop("chat_template", None)  # the checkpoint has it
         data = prepare(
-            config.data,
+            build(DataConfig, text),
             on_progress=request.on_progress,
             tokenizer=tokenizer,
-            template=chat_template(replace(config.data, chat_template=None), latest.folder),
+            chat_model=latest.folder,
         )
         if read_state(latest.folder).corpus != data.tokens.fingerprint:
             raise _other_text(saved, request.overrides)

@@ -1,19 +1,15 @@
-"""Training as the user sees it: signals, metrics, the display, and the next commands."""
+"""Training as the user sees it: metrics, the display, and the next commands."""
 
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from types import FrameType
 from typing import Any, Self
 
 import typer
 
 from minigpt.checkpoint.folder import CONFIG_FILE
 from minigpt.commands.output import note
-from minigpt.commands.process import command_line
 from minigpt.commands.train.job import Job, Request, open_job
 from minigpt.files import write_atomically
 from minigpt.rings import find_ring, ring
@@ -22,6 +18,8 @@ from minigpt.text.tokens import PrepareProgress
 from minigpt.training.events import Event
 from minigpt.training.trainer import Trainer
 from minigpt.training.world import ALONE, World, join
+
+_STOPPING = "commands.train.stopping"
 
 
 class Display:
@@ -97,10 +95,12 @@ def releasing_ranks(world: World) -> Iterator[None]:
 
 
 def _train(job: Job, display: Display, report_to: str | None, world: World) -> None:
-    if job.resume_from is None:  # the config keeps the command that started the run
-        command = launch_command(world, *sys.argv[1:])
-        job = replace(job, config=replace(job.config, command=command))
-    resume = resume_command(job, world)
+    resume = ""
+    if stopping := find_ring(_STOPPING):
+        if job.resume_from is None:  # the config keeps the command that started the run
+            command = stopping.launch_command(world, *sys.argv[1:])
+            job = replace(job, config=replace(job.config, command=command))
+        resume = stopping.resume_command(job, world)
     leading: AbstractContextManager[None] = nullcontext()
     if world.size > 1:
         leading = ring("commands.train.ranks").leading(job, world, resume, display)
@@ -130,62 +130,16 @@ def train_job(
         trainer.request_stop()
         display.stopping()
 
-    logs = find_ring("training.metrics")
     logging: AbstractContextManager[Any] = nullcontext(lambda event: None)
-    if logs:
+    if logs := find_ring("training.metrics"):
         logging = logs.logging_to(job.run.path, report_to, from_step=from_step)
+    signals: AbstractContextManager[list[int]] = nullcontext([])
+    if stopping := find_ring(_STOPPING):
+        signals = stopping.stopping_on_signals(stop)
     with logging as log:
         display.start(trainer)
-        with stopping_on_signals(stop) as received:
+        with signals as received:
             for event in trainer.run():
                 log(event)
                 display.show(event)
             return trainer, world.max(received[0] if received else 0)
-
-
-@contextmanager
-def stopping_on_signals(stop: Callable[[], None]) -> Iterator[list[int]]:
-    """Call ``stop``, which must be quick, on the first signal, and exit on the second.
-
-    Yields: the list of received signal numbers.
-    """
-    received: list[int] = []
-
-    def receive(number: int, frame: FrameType | None) -> None:
-        if received:
-            raise SystemExit(128 + number)
-        received.append(number)
-        stop()
-
-    is_main = threading.current_thread() is threading.main_thread()  # only it may set handlers
-    before = {number: signal.getsignal(number) for number in _stop_signals() if is_main}
-    for number in before:
-        signal.signal(number, receive)
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _stop_signals() -> list[int]:
-    """Return the signals that stop a run, without those that are ignored, as SIGHUP under nohup.
-
-    Batch systems send SIGUSR1 to a job before they preempt it.
-    """
-    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    return [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
-
-
-def launch_command(world: World, *words: str) -> str:
-    """Return a shell command that runs this program again, with torchrun if it was used."""
-    if world.size == 1:
-        return command_line(*words)
-    return str(ring("commands.train.ranks").torchrun_command(world, *words))
-
-
-def resume_command(job: Job, world: World) -> str:
-    """Return the shell command that resumes a run."""
-    command = launch_command(world, "train", "--resume", "--name", job.run.path.name)
-    return f"{command} < THE_SAME_TEXT" if "-" in job.config.data.paths else command

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from math import gcd
-from typing import Any, Literal
+from typing import Any
 
 from minigpt.checkpoint.families import OWN_TYPE
 from minigpt.config import HF_LAYOUTS, RunConfig
@@ -11,7 +11,7 @@ from minigpt.errors import ConfigError
 from minigpt.presets import DEFAULT_PRESET
 from minigpt.presets import preset as preset_settings
 from minigpt.rings import find_ring, ring
-from minigpt.settings import build, merge, to_dict
+from minigpt.settings import build, given, merge
 from minigpt.text.tokens import PreparedData, prepared_settings
 
 _LIMITS = {"max_steps": 0, "max_minutes": 0.0, "max_epochs": 0.0}
@@ -31,15 +31,6 @@ def settings_of(overrides: dict[str, Any]) -> dict[str, Any]:
     # The tokenizer and the split of a prepared folder win over those of the preset.
     own = prepared_settings(config.data.paths)
     return merge(settings, {"data": own}, {"data": overrides.get("data", {})})
-
-
-def with_split(config: RunConfig, data: PreparedData) -> RunConfig:
-    """Return the config with the split of the text, so that a resumed run has the same."""
-    kind = data.manifest.val_split
-    if kind == "own":
-        return config
-    split: Literal["documents", "tail"] = "documents" if kind == "documents" else "tail"
-    return replace(config, data=replace(config.data, val_split=split))
 
 
 def _adapted(preset: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -87,16 +78,7 @@ def suited_to_text(
 ) -> RunConfig:
     """Set what depends on the size of the text, such as dropout, where the user gives no value."""
     overfitting = find_ring("training.overfitting")
-    if overfitting is None:
-        return config
-    suited = overfitting.for_run(config, len(data.tokens.split(config.data.val_fraction)[0]))
-    if given(overrides, "model", "dropout") is not None:
-        suited["training"].pop("dropout_start", None)  # the user's dropout begins at once
-    own = {
-        table: {key: value for key, value in values.items() if given(overrides, table, key) is None}
-        for table, values in suited.items()
-    }
-    return build(RunConfig, merge(to_dict(config), own))
+    return overfitting.suited_to_text(config, overrides, data) if overfitting else config
 
 
 def one_budget(overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,24 +86,3 @@ def one_budget(overrides: Mapping[str, Any]) -> dict[str, Any]:
     if all(given(overrides, "training", name) is None for name in _LIMITS):
         return dict(overrides)
     return merge({"training": _LIMITS}, overrides)
-
-
-def one_lr(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Use the user's learning rate for embeddings too, unless they have one."""
-    lr = given(overrides, "training", "lr")
-    return merge({} if lr is None else {"training": {"embedding_lr": lr}}, overrides)
-
-
-def given(overrides: Mapping[str, Any], table: str, name: str) -> Any:
-    """Return the user's value of a setting; None if there is none."""
-    values = overrides.get(table)
-    return values.get(name) if isinstance(values, Mapping) else None
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings by their dotted names, as in ``--set``."""
-    result: dict[str, Any] = {}
-    for key, value in values.items():
-        is_table = isinstance(value, Mapping)
-        result |= flat(value, f"{prefix}{key}.") if is_table else {f"{prefix}{key}": value}
-    return result

@@ -1,0 +1,60 @@
+"""A training run that is stopped by a signal, and the shell commands that start and resume it."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from minigpt.commands.process import command_line
+from minigpt.commands.train.job import Job
+from minigpt.rings import ring
+from minigpt.training.world import World
+
+
+@contextmanager
+def stopping_on_signals(stop: Callable[[], None]) -> Iterator[list[int]]:
+    """Call ``stop``, which must be quick, on the first signal, and exit on the second.
+
+    Yields: the list of received signal numbers.
+    """
+    received: list[int] = []
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        if received:
+            raise SystemExit(128 + number)
+        received.append(number)
+        stop()
+
+    is_main = threading.current_thread() is threading.main_thread()  # only it may set handlers
+    before = {number: signal.getsignal(number) for number in _stop_signals() if is_main}
+    for number in before:
+        signal.signal(number, receive)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _stop_signals() -> list[int]:
+    """Return the signals that stop a run, without those that are ignored, as SIGHUP under nohup.
+
+    Batch systems send SIGUSR1 to a job before they preempt it.
+    """
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    return [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+
+
+def launch_command(world: World, *words: str) -> str:
+    """Return a shell command that runs this program again, with torchrun if it was used."""
+    if world.size == 1:
+        return command_line(*words)
+    return str(ring("commands.train.ranks").torchrun_command(world, *words))
+
+
+def resume_command(job: Job, world: World) -> str:
+    """Return the shell command that resumes a run."""
+    command = launch_command(world, "train", "--resume", "--name", job.run.path.name)
+    return f"{command} < THE_SAME_TEXT" if "-" in job.config.data.paths else command

@@ -1,0 +1,80 @@
+"""The settings of a run's text."""
+
+import codecs
+from dataclasses import dataclass
+from typing import Literal
+
+from minigpt.fields import check_fields, option, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The text to train on and its tokenizer."""
+
+    paths: tuple[str, ...] = ("builtin:tales",)
+    """Files, folders, globs, corpus names, or - for standard input. Empty, as in runs older than
+    the tales, is ``builtin:python``."""
+    tokenizer: str = option("bytes", metavar="NAME")
+    """Tokenizer: bytes, bpe, bpe:N, gpt2, cl100k_base or o200k_base. bpe is trained on the corpus,
+    which decides its size; bpe:N has N tokens in all. With ``from``, the name of the model's."""
+    special: bool = option(False)
+    """Parse special tokens in the text, such as <|endoftext|>, which then ends a document."""
+    skip_unencodable: bool = option(False)
+    """Skip and count characters that the vocabulary lacks."""
+    chat: bool = option(False)
+    """Read rows as conversations: messages, prompt and completion, or instruction and output."""
+    loss_on: Literal["completion", "all"] | None = option(None, shown="completion with --chat")
+    """Tokens of conversations that the loss is averaged over. completion: the assistant's."""
+    chat_template: str | None = option(None, metavar="FILE", shown="the model's, or a plain one")
+    """Jinja file of the chat template, or the name of one of several in the model folder."""
+    format: Literal["text", "jsonl", "json", "csv", "parquet"] | None = option(
+        None, shown="by suffix or content"
+    )
+    """Format of all files. None decides for each file, by its suffix or its first rows."""
+    field: str = option("text", metavar="NAME")
+    """Field or column that has the text of a row (JSONL, JSON, CSV, Parquet)."""
+    encoding: str = option("utf-8", metavar="NAME", void_if=(("format", "parquet"),))
+    """Character encoding of the files, by its name in Python: utf-16, cp1252, gb18030."""
+    skip_bad: bool = option(False)
+    """Leave out rows without text, broken or not in the encoding, and count them."""
+    val_fraction: float = option(0.1, "[0, 1)", metavar="F")
+    """Fraction of the text kept for validation; 0 to train on all. ``bpe`` learns no merges from
+    it."""
+    val_split: Literal["tail", "documents"] | None = option(
+        None, shown="documents if there are ten", void_if=(("val_fraction", 0),)
+    )
+    """Text kept for validation. documents: whole documents, chosen by a hash of their text; tail:
+    the last tokens. None derives documents if there are at least ten, else tail."""
+    val: tuple[str, ...] = option((), metavar="DATA")
+    """Validation text of its own, instead of a fraction; repeat for several."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not self.paths:
+            object.__setattr__(self, "paths", ("builtin:python",))
+        try:
+            is_text = codecs.lookup(self.encoding)._is_text_encoding
+            b"text".decode(self.encoding, "ignore")  # not those of host names
+        except (LookupError, ValueError):  # ValueError: a NUL in the name, UnicodeError
+            is_text = False
+        require(
+            is_text,
+            f"unknown encoding {self.encoding!r}. Use a name that Python knows, such as utf-8, "
+            "utf-16, cp1252, latin-1, gb18030, big5 or shift_jis.",
+        )
+        require(
+            self.chat or (self.loss_on is None and self.chat_template is None),
+            "loss_on and chat_template are for conversations. Give --chat too, or leave them out.",
+        )
+        require(
+            not self.chat or not (self.special or self.skip_unencodable or self.field != "text"),
+            "special, skip_unencodable and field have no effect on conversations. Leave them out, "
+            "or --chat.",
+        )
+        if self.chat and self.loss_on is None:
+            object.__setattr__(self, "loss_on", "completion")
+        require(
+            not self.val or (self.val_split is None and self.val_fraction == 0.1),
+            "val is the whole validation text, so val_split and val_fraction do not go with it. "
+            "Leave them out.",
+        )
