@@ -13,32 +13,16 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 from minigpt.errors import CheckpointError, LockedError, ResourceError
+from minigpt.rings import find_ring
 
 CACHE_VARIABLE = "MINIGPT_CACHE_DIR"
 OTHER_CACHE = f"set {CACHE_VARIABLE} to a folder that can be written"
 """Remedy where the cache cannot be written."""
 WRITING = ".writing-"
 """Prefix of the names of unfinished files and folders."""
+_remedies = find_ring("remedies")  # now, as no file can be opened when there are too many
 LARGEST_READ = 2**28
 """Most bytes of a file that is read at once. The largest tokenizer.json has 2**25."""
-
-_SPACE = "free some space there, or "
-_NAME = "choose another name or folder"
-_PERMISSION = "check the owner and the permissions, or "
-_REMEDIES = {
-    errno.ENOSPC: _SPACE,
-    errno.EDQUOT: _SPACE,
-    errno.EFBIG: "raise the limit on file sizes (ulimit -f), or ",
-    errno.EACCES: _PERMISSION,
-    errno.EPERM: _PERMISSION,
-    errno.EROFS: "mount it for writing, or ",
-    errno.EEXIST: _NAME,
-    errno.ENOTDIR: _NAME,
-    errno.ENAMETOOLONG: _NAME,
-    errno.EIO: "the disk may be failing: ",
-    errno.EMFILE: "raise the limit on open files (ulimit -n)",
-    errno.ENOMEM: "free some memory",
-}
 
 
 @contextmanager
@@ -53,21 +37,10 @@ def resource_errors(path: Path | None, remedy: str = "") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        advice = _REMEDIES.get(error.errno or 0, "")
-        if WRITING in str(error.filename):  # in /proc, there is no file that one may create
-            advice = advice or _NAME
-        if not advice:
+        message = _remedies and _remedies.disk_message(error, path, remedy, WRITING)
+        if message is None:
             raise
-        where = error.filename or path
-        if path and WRITING in str(where):  # the user knows the file, not its unfinished copy
-            where = str(path).replace(WRITING, "")
-        if advice.endswith(" "):
-            advice += remedy or "choose another folder or disk"
-        elif advice == _NAME:
-            advice = remedy or _NAME
-        advice = advice[0].upper() + advice[1:]
-        reason = f"{os.strerror(error.errno or 0)}. {advice}."
-        raise ResourceError(f"{str(where)!r}: {reason}" if where else reason) from error
+        raise ResourceError(message) from error
 
 
 def sync_folder(folder: Path) -> None:

@@ -30,13 +30,6 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def clock(seconds: float) -> str:
-    """Return a duration in few cells: 0:42, 3:05, 2:10:00."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
 def percent(share: float) -> str:
     """Return a share as whole percent, three cells wide: `` 7%``, ``<1%``, ``100``."""
     whole = round(round(share, 6) * 100)  # six digits, as in a trace file, so that a replay agrees

@@ -151,6 +151,8 @@ def _describe(error: BaseException) -> tuple[str, int]:
             return known
     if hasattr(error, "format_message"):  # a usage error of typer, or of click below it
         return str(error.format_message()), ConfigError.exit_code
+    if isinstance(error, OSError):
+        return f"{error}. Check the disk and the permissions.", ResourceError.exit_code
     if isinstance(error, ModuleNotFoundError):
         return f"this installation lacks {error.name}. Install all of minigpt to use it.", 2
     return f"{type(error).__name__}: {error}. This is a bug of minigpt; --debug shows more.", 1

@@ -2,13 +2,13 @@
 
 import sys
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from minigpt.checkpoint.model_folder import LoadedModel
 from minigpt.checkpoint.resolve import SHIPPED, is_shipped, resolve_model
-from minigpt.commands.options import Interventions, ModelSource, PromptForm
+from minigpt.commands.options import ModelSource, PromptForm
 from minigpt.commands.output import note
 from minigpt.errors import DataError
 from minigpt.generation import loading as models
@@ -60,23 +60,6 @@ def load(source: ModelSource, prompt: str | None, form: PromptForm, *, n_rows: i
     if not form.special:
         note_special(tokenizer, text)
     return Ready(loaded.model, tokenizer, folder, text, ids)
-
-
-def with_interventions(
-    ready: Ready, interventions: Interventions, *, special: bool
-) -> tuple[Ready, Interventions]:
-    """Return the model with interventions, and what they are; see tracing/interventions.py."""
-
-    def encode(text: str) -> list[int]:
-        if ready.chat is None:
-            return models.encode_prompt(ready.tokenizer, text, special=special)
-        ids: list[int] = ready.chat.ask(text)[0]
-        return ids
-
-    model, intervention = ring("tracing.interventions").intervene(
-        ready.model, interventions, ready.prompt, encode
-    )
-    return replace(ready, model=model), intervention
 
 
 def note_special(tokenizer: Tokenizer, text: str) -> bool:

@@ -1,22 +1,57 @@
-"""Byte-pair encodings that are trained on a corpus, with rustbpe."""
+"""Tokenizers by their specs, and byte-pair encodings trained on a corpus, with rustbpe."""
 
+import re
 from collections.abc import Iterable
 from itertools import chain
 
 import rustbpe
 
-from minigpt.errors import ConfigError
-from minigpt.text.byte_pairs import TiktokenTokenizer, make_encoding, split_whitespace
+from minigpt.errors import ConfigError, nearest
+from minigpt.text.byte_pairs import (
+    TiktokenTokenizer,
+    make_encoding,
+    named_tokenizer,
+    split_whitespace,
+)
 from minigpt.text.characters import character_tokens, frequent_characters, joined_ranks
-from minigpt.text.tokenizer import END_OF_TEXT, well_formed
+from minigpt.text.tokenizer import END_OF_TEXT, BytesTokenizer, Tokenizer, well_formed
 from minigpt.text.vocabulary_parts import BPE_PATTERN
 
+NAMED_ENCODINGS = ("gpt2", "cl100k_base", "o200k_base")
 BPE_TRAINING_BYTES = 64 * 2**20
 # The vocabulary size of the spec ``bpe``: docs/training.md has the losses.
 BYTES_PER_MERGE = 1000
 LARGEST_FITTING_BPE = 1024
 CHARACTER_COUNT_BYTES = BYTES_PER_MERGE * LARGEST_FITTING_BPE
 _MOST_CHARACTERS = 2**14
+
+
+def parse_spec(spec: str) -> tuple[str, int]:
+    """Split a tokenizer's spec into its kind and vocabulary size: ``bpe:1024`` -> (bpe, 1024).
+
+    The size is 0 if it is not part of the spec: for ``bpe``, it then depends on the corpus.
+
+    Raises: ConfigError for an unknown spec, naming the nearest one.
+    """
+    kind, colon, size = spec.partition(":")
+    if kind == "bpe" and colon:
+        if not re.fullmatch("[0-9]{1,9}", size):
+            raise ConfigError(
+                f"the tokenizer {spec!r} needs its vocabulary size in digits, as in bpe:1024."
+            )
+        return kind, int(size)
+    if spec not in ("bytes", "bpe", *NAMED_ENCODINGS):
+        choices = ("bytes", "bpe", "bpe:1024", *NAMED_ENCODINGS)
+        raise ConfigError(f"unknown tokenizer {spec!r}. {nearest(spec, choices)}")
+    return spec, 0
+
+
+def make_tokenizer(spec: str, texts: Iterable[str]) -> Tokenizer:
+    """Return the tokenizer of a spec, as ``text.tokenizer.make_tokenizer`` does."""
+    kind, vocab_size = parse_spec(spec)
+    if kind == "bytes":
+        return BytesTokenizer()
+    return trained_tokenizer(texts, vocab_size) if kind == "bpe" else named_tokenizer(kind)
 
 
 def trained_tokenizer(texts: Iterable[str], vocab_size: int) -> TiktokenTokenizer:

@@ -37,7 +37,7 @@ from minigpt.text.shard_files import (
 )
 from minigpt.text.sources import find_files
 from minigpt.text.splitting import split
-from minigpt.text.tokenizer import END_OF_TEXT, Tokenizer, make_tokenizer, parse_spec
+from minigpt.text.tokenizer import END_OF_TEXT, Tokenizer, make_tokenizer
 from minigpt.text.tokens import PrepareProgress
 
 BPE_VERSION = 2
@@ -90,7 +90,9 @@ def opened_corpus(
     Raises: ConfigError, DataError or ResourceError as ``prepare``.
     """
     report = on_progress or (lambda progress: None)
-    kind = None if tokenizer else parse_spec(data.tokenizer)[0]  # before a download, not after
+    is_trained = False
+    if tokenizer is None and data.tokenizer != "bytes":  # before a download, not after
+        is_trained = ring("text.bpe").parse_spec(data.tokenizer)[0] == "bpe"
     template: Any = None
     if data.chat:
         template = ring("text.chat").training_template(data.chat_template, chat_model)
@@ -115,7 +117,7 @@ def opened_corpus(
             what += [data.tokenizer, BPE_VERSION] if tokenizer is None else [tokenizer.fingerprint]
             what += [content_hash(files), data.special, data.skip_unencodable]
             what += [data.field, data.encoding, data.skip_bad]
-            if corpus.val_split == "documents" or (kind == "bpe" and corpus.val_split == "tail"):
+            if corpus.val_split == "documents" or (is_trained and corpus.val_split == "tail"):
                 what += [corpus.val_split, data.val_fraction]
             if val_files:
                 what.append(content_hash(val_files))
@@ -132,9 +134,7 @@ def begin(folder: Path, corpus: Corpus) -> Tokenizer:
             path.unlink()
     tokenizer = corpus.tokenizer
     if isinstance(tokenizer, str):
-        is_trained = parse_spec(tokenizer)[0] == "bpe"
-        texts = training_texts(corpus) if is_trained else ()
-        tokenizer = make_tokenizer(tokenizer, texts)
+        tokenizer = make_tokenizer(tokenizer, training_texts(corpus))
     write_json(folder / VOCABULARY, tokenizer.to_dict())
     return tokenizer
 

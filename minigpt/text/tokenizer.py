@@ -12,12 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from minigpt.errors import ConfigError, nearest
 from minigpt.rings import ring
 
 END_OF_TEXT = "<|endoftext|>"
-NAMED_ENCODINGS = ("gpt2", "cl100k_base", "o200k_base")
-
 BYTES_PATTERN = r"(?s:.)"
 
 
@@ -193,39 +190,14 @@ class BytesTokenizer(Tokenizer):
         return parts | {"specials": dict(self.special_ids)} | self.unusual_ends
 
 
-def parse_spec(spec: str) -> tuple[str, int]:
-    """Split a tokenizer's spec into its kind and vocabulary size: ``bpe:1024`` -> (bpe, 1024).
-
-    The size is 0 if it is not part of the spec: for ``bpe``, it then depends on the corpus.
-
-    Raises: ConfigError for an unknown spec, naming the nearest one.
-    """
-    kind, colon, size = spec.partition(":")
-    if kind == "bpe" and colon:
-        if not re.fullmatch("[0-9]{1,9}", size):
-            raise ConfigError(
-                f"the tokenizer {spec!r} needs its vocabulary size in digits, as in bpe:1024."
-            )
-        return kind, int(size)
-    if spec not in ("bytes", "bpe", *NAMED_ENCODINGS):
-        choices = ("bytes", "bpe", "bpe:1024", *NAMED_ENCODINGS)
-        raise ConfigError(f"unknown tokenizer {spec!r}. {nearest(spec, choices)}")
-    return spec, 0
-
-
 def make_tokenizer(spec: str, texts: Iterable[str]) -> Tokenizer:
     """Return the tokenizer of a spec; ``texts`` are only read to train one.
 
     Raises: ConfigError for an unknown spec; DataError if it cannot be made or downloaded.
     """
-    kind, vocab_size = parse_spec(spec)
-    if kind == "bytes":
+    if spec == "bytes":
         return BytesTokenizer()
-    tokenizer: Tokenizer
-    if kind == "bpe":
-        tokenizer = ring("text.bpe").trained_tokenizer(texts, vocab_size)
-    else:
-        tokenizer = ring("text.byte_pairs").named_tokenizer(kind)
+    tokenizer: Tokenizer = ring("text.bpe").make_tokenizer(spec, texts)
     return tokenizer
 
 

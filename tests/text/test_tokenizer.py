@@ -15,7 +15,7 @@ from minigpt.checkpoint.tokenizer_json import BYTES_TOKENIZER
 from minigpt.errors import ConfigError, DataError
 from minigpt.files import to_json
 from minigpt.text import bpe as module
-from minigpt.text.bpe import train_bpe
+from minigpt.text.bpe import parse_spec, train_bpe
 from minigpt.text.byte_pairs import TiktokenTokenizer, make_encoding, named_tokenizer
 from minigpt.text.tokenizer import (
     BYTES_PATTERN,
@@ -23,7 +23,6 @@ from minigpt.text.tokenizer import (
     BytesTokenizer,
     Tokenizer,
     make_tokenizer,
-    parse_spec,
 )
 from minigpt.text.vocabulary_parts import BPE_PATTERN
 

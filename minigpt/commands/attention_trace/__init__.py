@@ -104,7 +104,7 @@ def attention_trace(
     if form.chat and prompt is None:
         raise ConfigError("--chat answers a message. Give a PROMPT.")
     from minigpt.commands.attention_trace.output import TraceOutput
-    from minigpt.commands.loading import load, with_interventions
+    from minigpt.commands.loading import load
     from minigpt.commands.output import note
     from minigpt.console import make_console
     from minigpt.generation.decoder import fresh_seed
@@ -118,7 +118,8 @@ def attention_trace(
     ready = load(source, prompt, form)
     intervention = None
     if interventions.is_any:
-        ready, intervention = with_interventions(ready, interventions, special=form.special)
+        intervening = ring("commands.interventions").with_interventions
+        ready, intervention = intervening(ready, interventions, special=form.special)
     forced = forced_ids(ready.tokenizer, sampling, ready.model, ready.prompt, special=form.special)
     shape = ready.model.config
     layout = make_layout(

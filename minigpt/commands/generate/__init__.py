@@ -64,7 +64,7 @@ def generate(
         )
     if form.chat and prompt is None and not interactive:
         raise ConfigError("--chat answers a message. Give a PROMPT, or --interactive.")
-    from minigpt.commands.loading import compiling, load, with_interventions
+    from minigpt.commands.loading import compiling, load
     from minigpt.console import write_result
     from minigpt.generation.decoder import fresh_seed
     from minigpt.generation.loading import forced_ids, make_decoder, require_new_tokens
@@ -76,7 +76,8 @@ def generate(
     samples = find("commands.generate.samples")
     ready = load(source, prompt, form, n_rows=sampling.num_samples)
     if interventions.is_any:
-        ready, _ = with_interventions(ready, interventions, special=form.special)
+        intervening = ring("commands.interventions").with_interventions
+        ready, _ = intervening(ready, interventions, special=form.special)
     forced = forced_ids(ready.tokenizer, sampling, ready.model, ready.prompt, special=form.special)
     seed = fresh_seed() if sampling.seed is None else sampling.seed
     if interactive:

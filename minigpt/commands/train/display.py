@@ -8,7 +8,7 @@ from minigpt.commands.status_line import LiveLines
 from minigpt.commands.train import explanations, samples
 from minigpt.commands.train.run import Display
 from minigpt.console import spans_to_text
-from minigpt.format import clock, duration, short
+from minigpt.format import duration, short
 from minigpt.rings import has_ring, ring
 from minigpt.text.escape import printable
 from minigpt.training.events import EvalEvent, Event, SampleEvent, StepEvent
@@ -91,7 +91,7 @@ class TrainingDisplay(ProgressLine, Display):
 
     def _show_step(self, event: StepEvent) -> None:
         self._train_loss = event.train_loss
-        place, left = self._place(event.step), f"{clock(event.remaining_s)} left"
+        place, left = self._place(event.step), f"{_clock(event.remaining_s)} left"
         val = self._evaluation.val_loss if self._evaluation else None
         facts = [
             place,
@@ -144,3 +144,10 @@ class TrainingDisplay(ProgressLine, Display):
 
     def _print(self, text: str) -> None:
         self.console.print(printable(text))
+
+
+def _clock(seconds: float) -> str:
+    """Return a duration in few cells: 0:42, 3:05, 2:10:00."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,44 @@
+"""What to do about an error of disk space, memory, permissions or names."""
+
+import errno
+import os
+from pathlib import Path
+
+_SPACE = "free some space there, or "
+_NAME = "choose another name or folder"
+_PERMISSION = "check the owner and the permissions, or "
+_REMEDIES = {
+    errno.ENOSPC: _SPACE,
+    errno.EDQUOT: _SPACE,
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f), or ",
+    errno.EACCES: _PERMISSION,
+    errno.EPERM: _PERMISSION,
+    errno.EROFS: "mount it for writing, or ",
+    errno.EEXIST: _NAME,
+    errno.ENOTDIR: _NAME,
+    errno.ENAMETOOLONG: _NAME,
+    errno.EIO: "the disk may be failing: ",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.ENOMEM: "free some memory",
+}
+
+
+def disk_message(error: OSError, path: Path | None, remedy: str, writing: str) -> str | None:
+    """Return the message of an error and its remedy; None for any other error.
+
+    Args: path and remedy, as of ``files.resource_errors``; writing, ``files.WRITING``.
+    """
+    advice = _REMEDIES.get(error.errno or 0, "")
+    if writing in str(error.filename):  # in /proc, there is no file that one may create
+        advice = advice or _NAME
+    if not advice:
+        return None
+    where = error.filename or path
+    if path and writing in str(where):  # the user knows the file, not its unfinished copy
+        where = str(path).replace(writing, "")
+    if advice.endswith(" "):
+        advice += remedy or "choose another folder or disk"
+    elif advice == _NAME:
+        advice = remedy or _NAME
+    reason = f"{os.strerror(error.errno or 0)}. {advice[0].upper()}{advice[1:]}."
+    return f"{str(where)!r}: {reason}" if where else reason
