@@ -16,7 +16,7 @@ from minigpt.fields import (
     round_up,
     setting,
 )
-from minigpt.rings import has_ring
+from minigpt.rings import has_ring, ring
 from minigpt.run_config import DataConfig as DataConfig
 from minigpt.run_config import TrainingConfig as TrainingConfig
 
@@ -138,7 +138,8 @@ class ModelConfig:
             not self.hf_fields or self.model_type != "minigpt",
             "hf_fields needs a model_type of Hugging Face. Leave it out.",
         )
-        self._check_arch()
+        if "lstm" in self.arch or self.attention == "none":
+            ring("model.variants").check_lstm(self)
         require_divides("n_kv_head", self.n_kv_head, "n_head", self.n_head)
         if is_llama:
             require(
@@ -178,22 +179,6 @@ class ModelConfig:
         unit = self.n_head * (2 if self.family == "llama" and self.arch == "gpt" else 1)
         below, above = self.d_model // unit * unit, round_up(self.d_model + 1, unit)
         return f" Try d_model {above}.{f' The next smaller one is {below}.' if below else ''}"
-
-    def _check_arch(self) -> None:
-        has_none = self.arch == "lstm"
-        require(
-            has_none == (self.attention == "none"),
-            f"attention {self.attention} does not go with arch {self.arch}. Leave attention out, "
-            f"or choose arch {'lstm-attention' if has_none else 'lstm'}.",
-        )
-        fixed = {"family": "llama", "n_head": 1, "n_kv_head": 1, "d_head": self.d_model}
-        fixed |= {"d_mlp": 4 * self.d_model, "qk_norm": False, "attention_bias": "none"}
-        for name, only in (fixed | {"mlp_bias": False}).items():
-            require(
-                self.arch == "gpt" or getattr(self, name) == only,
-                f"with arch {self.arch}, {name} can only be {only}: it is {getattr(self, name)}. "
-                "Leave it out.",
-            )
 
     def _check_gpt2(self) -> None:
         require(

@@ -1,6 +1,4 @@
-"""Numbers as people read them: three digits, SI prefixes, durations, percentages."""
-
-from collections.abc import Sequence
+"""Numbers as people read them: three digits, SI prefixes, durations."""
 
 
 def short(number: float) -> str:
@@ -30,21 +28,6 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def percent(share: float) -> str:
-    """Return a share as whole percent, three cells wide: `` 7%``, ``<1%``, ``100``."""
-    whole = round(round(share, 6) * 100)  # six digits, as in a trace file, so that a replay agrees
-    if whole >= 100:
-        return "100"
-    if whole == 0 and share > 0:
-        return "<1%"
-    return f"{whole}%".rjust(3)
-
-
 def count(number: float, noun: str) -> str:
     """Return a number with its noun: 1 step, 12 steps."""
     return f"{number:g} {noun}" if number == 1 else f"{number:g} {noun}s"
-
-
-def listed(words: Sequence[str], last: str) -> str:
-    """Return words as a list in a sentence. Args: last, the word before the last one."""
-    return f" {last} ".join(filter(None, [", ".join(words[:-1]), words[-1]]))

@@ -9,14 +9,13 @@ import signal
 import sys
 import warnings
 from types import FrameType
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
 from minigpt.commands.layout import Commands, show_help
 from minigpt.commands.process import close_streams, open_streams
 from minigpt.errors import (
-    DISTRIBUTION,
     ConfigError,
     MinigptError,
     MinigptWarning,
@@ -39,12 +38,11 @@ app = typer.Typer(
 def _show_version(is_wanted: bool) -> None:
     if not is_wanted:
         return
-    from importlib.metadata import PackageNotFoundError, version
+    from importlib.metadata import version
 
-    try:
-        number = version(DISTRIBUTION)
-    except PackageNotFoundError:  # run by cli.py from the source tree
-        number = "of the source tree"
+    from minigpt import __version__
+
+    number = __version__.replace("0+source", "of the source tree")  # as cli.py runs it
     python = platform.python_version()
     typer.echo(f"minigpt {number} (torch {version('torch')}, Python {python})")
     raise typer.Exit
@@ -71,10 +69,11 @@ def main() -> NoReturn:
         signal.signal(signal.SIGINT, _on_ctrl_c)
     if openmp := find_ring("commands.openmp"):
         openmp.set_spin_count(sys.argv[1:])
-    warnings.showwarning = _show_warning
     warnings.filterwarnings("default", category=MinigptWarning)
+    failures = find_ring("commands.failures")
     try:
-        _require_working_directory()
+        if failures:
+            failures.prepare()
         status = app(prog_name="minigpt", standalone_mode=False)
         sys.stdout.flush()
     except SystemExit as error:
@@ -97,29 +96,6 @@ def main() -> NoReturn:
         close_streams()
         signal.signal(signal.SIGINT, on_ctrl_c)
     sys.exit(status if isinstance(status, int) else 0)
-
-
-def _show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: Any = None,
-    line: str | None = None,
-) -> None:
-    """Print a warning of ours as one line, and those of libraries with their place."""
-    text = str(message)
-    if not issubclass(category, MinigptWarning):
-        text = f"{category.__name__}: {text} ({filename}:{lineno})"
-    print(" ".join(printable(text).split()), file=sys.stderr)  # noqa: T201
-
-
-def _require_working_directory() -> None:
-    """Raise ResourceError if the working directory was deleted, from which torch cannot start."""
-    try:
-        os.getcwd()
-    except OSError:
-        raise ResourceError("the working directory was deleted. Change to another one.") from None
 
 
 def _on_ctrl_c(number: int, frame: FrameType | None) -> None:

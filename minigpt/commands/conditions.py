@@ -5,9 +5,9 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, get_args, get_origin
 
+from minigpt.commands.options import listed
 from minigpt.config import SamplingConfig
 from minigpt.errors import ConfigError
-from minigpt.format import listed
 
 _PROMPT_NEEDS = {"--system": ("--chat",), "--chat-template": ("--chat",)}
 _PROMPT_REFUSES = {"--chat": ("--special",)}

@@ -1,8 +1,41 @@
-"""What an exception that is no error of ours means to the user, and its exit code."""
+"""Warnings, and exceptions that are no errors of ours, as the user reads them."""
+
+import os
+import sys
+import warnings
+from typing import Any
 
 from minigpt.commands import usage
-from minigpt.errors import ConfigError, ResourceError
+from minigpt.errors import ConfigError, MinigptWarning, ResourceError
 from minigpt.files import resource_errors
+from minigpt.text.escape import printable
+
+
+def prepare() -> None:
+    """Show warnings in one line, and check the working directory, before a command runs.
+
+    Raises: ResourceError if that directory was deleted: torch cannot start from it.
+    """
+    warnings.showwarning = _show_warning
+    try:
+        os.getcwd()
+    except OSError:
+        raise ResourceError("the working directory was deleted. Change to another one.") from None
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: Any = None,
+    line: str | None = None,
+) -> None:
+    """Print a warning of ours as one line, and those of libraries with their place."""
+    text = str(message)
+    if not issubclass(category, MinigptWarning):
+        text = f"{category.__name__}: {text} ({filename}:{lineno})"
+    print(" ".join(printable(text).split()), file=sys.stderr)  # noqa: T201
 
 
 def describe(error: BaseException) -> tuple[str, int] | None:

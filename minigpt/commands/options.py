@@ -32,7 +32,6 @@ import typer
 
 from minigpt.errors import ConfigError, require_choice
 from minigpt.fields import check_fields, choices_in, option, parts_of, require_within
-from minigpt.format import listed
 from minigpt.presets import DEFAULT_PRESET, PRESETS
 from minigpt.rings import find_ring
 from minigpt.run_config import DEFAULT_TEXT, Device, Dtype, Quantization
@@ -266,6 +265,11 @@ def _help(about: Option, choices: Sequence[str], default: Any, kind: type) -> st
     if not shown and kind is not bool and isinstance(default, int | float | str):
         shown = f"{default:g}" if kind is float else str(default)
     return f"{text} [{shown}]" if shown else text
+
+
+def listed(words: Sequence[str], last: str) -> str:
+    """Return words as a list in a sentence. Args: last, the word before the last one."""
+    return f" {last} ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
 def _unescape(text: str) -> str:

@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from minigpt.format import percent
 from minigpt.rings import ring
 from minigpt.text.escape import visible
 from minigpt.tracing.events import Row, Source, Token, TraceStep
-from minigpt.tracing.spans import SHARE_WIDTH, Line, bar, fit, heat
+from minigpt.tracing.spans import SHARE_WIDTH, Line, bar, fit, heat, percent
 
 _STEP_WIDTH = 4
 _BYTE_WIDTH = 4  # \xe2

@@ -48,3 +48,13 @@ def fit(text: str, width: int) -> str:
         # a wide character that does not fit leaves a blank
         return text + " " * (width - 1 - cell_len(text)) + "…"
     return text + " " * (width - cell_len(text))
+
+
+def percent(share: float) -> str:
+    """Return a share as whole percent, three cells wide: `` 7%``, ``<1%``, ``100``."""
+    whole = round(round(share, 6) * 100)  # six digits, as in a trace file, so that a replay agrees
+    if whole >= 100:
+        return "100"
+    if whole == 0 and share > 0:
+        return "<1%"
+    return f"{whole}%".rjust(3)

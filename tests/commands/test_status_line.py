@@ -9,7 +9,8 @@ from rich.text import Text
 
 from minigpt.commands.status_line import FREE_CELLS, LiveLines, StatusLine
 from minigpt.commands.train.display import TrainingDisplay
-from minigpt.format import clock, duration, short
+from minigpt.commands.train.display import _clock as clock
+from minigpt.format import duration, short
 from minigpt.text.tokens import PrepareProgress
 
 FACTS = [

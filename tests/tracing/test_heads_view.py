@@ -8,9 +8,8 @@ import pytest
 from small_traces import cells, roles_of, small_trace, text_of
 
 from minigpt.errors import ConfigError
-from minigpt.format import percent
 from minigpt.tracing.findings import Roles, Trace
-from minigpt.tracing.spans import Line
+from minigpt.tracing.spans import Line, percent
 from minigpt.tracing.views import ViewOptions
 from minigpt.tracing.views.heads import roles_grid, roles_table, show
 

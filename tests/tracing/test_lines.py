@@ -10,13 +10,12 @@ import pytest
 from small_traces import HOSTILE, cells, header_of, roles_of, row_of, small_trace, step_of, text_of
 
 from minigpt.config import SamplingConfig
-from minigpt.format import percent
 from minigpt.tracing.analysis_config import MEASURES, Measure, facts_of
 from minigpt.tracing.events import Token, TraceFooter, TraceStep
 from minigpt.tracing.findings import CauseCheck, Effect
 from minigpt.tracing.lines import TraceLayout, make_layout
 from minigpt.tracing.selection import select_heads
-from minigpt.tracing.spans import Line, bar, fit, heat
+from minigpt.tracing.spans import Line, bar, fit, heat, percent
 from minigpt.tracing.summary import footer_lines, header_lines, legend
 from minigpt.tracing.wrapping import signed
 

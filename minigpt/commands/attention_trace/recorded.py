@@ -10,7 +10,6 @@ from minigpt.commands.attention_trace.files import FileOutput, check_files
 from minigpt.commands.attention_trace.targets import Targets
 from minigpt.console import make_console, print_lines, write_result
 from minigpt.errors import DataError
-from minigpt.format import percent
 from minigpt.tracing.analysis.dense import with_rows_of
 from minigpt.tracing.analysis.diff import StepDiff, diff_traces
 from minigpt.tracing.analysis.reader import read_traces
@@ -18,7 +17,7 @@ from minigpt.tracing.analysis_config import AnalysisConfig
 from minigpt.tracing.config import N_SOURCES
 from minigpt.tracing.findings import Trace
 from minigpt.tracing.lines import make_layout
-from minigpt.tracing.spans import Line, bar, fit, heat
+from minigpt.tracing.spans import Line, bar, fit, heat, percent
 from minigpt.tracing.summary import measured
 from minigpt.tracing.wrapping import fit_start, one_line, wrapped
 

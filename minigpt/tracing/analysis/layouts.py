@@ -10,11 +10,10 @@ heads that were not chosen), and what these sum to.
 from collections.abc import Sequence
 from typing import Any
 
-from minigpt.format import percent
 from minigpt.tracing.analysis_config import Measure, facts_of
 from minigpt.tracing.events import Row, Source
 from minigpt.tracing.lines import Form, TraceLayout, name_of
-from minigpt.tracing.spans import SHARE_WIDTH, Line, bar, fit, heat
+from minigpt.tracing.spans import SHARE_WIDTH, Line, bar, fit, heat, percent
 from minigpt.tracing.wrapping import SIGNED_WIDTH, signed, upright_bar
 
 _SUM = "sum"

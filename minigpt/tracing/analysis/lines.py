@@ -6,13 +6,12 @@
 import math
 from collections.abc import Sequence
 
-from minigpt.format import percent
 from minigpt.text.escape import visible
 from minigpt.tracing.analysis_config import KNOCKOUTS
 from minigpt.tracing.events import Candidate, TraceHeader, TraceStep
 from minigpt.tracing.findings import ROLE_SCORES, CauseCheck, Effect, Lens
 from minigpt.tracing.lines import TraceLayout, name_of
-from minigpt.tracing.spans import SHARE_WIDTH, Line, cell_len, fit, heat
+from minigpt.tracing.spans import SHARE_WIDTH, Line, cell_len, fit, heat, percent
 from minigpt.tracing.wrapping import SIGNED_WIDTH, fit_end, signed, upright_bar, wrapped
 
 _WITHOUT = "ln p without"

@@ -6,9 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minigpt.errors import ConfigError
-from minigpt.format import percent
 from minigpt.tracing.findings import ROLE_SCORES, Roles, Trace
-from minigpt.tracing.spans import SHARE_WIDTH, Line, bar, heat
+from minigpt.tracing.spans import SHARE_WIDTH, Line, bar, heat, percent
 from minigpt.tracing.views import DEFAULTS, ViewOptions
 from minigpt.tracing.wrapping import SIGNED_WIDTH, signed, wrapped
 

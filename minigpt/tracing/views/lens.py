@@ -1,10 +1,9 @@
 """The logit lens of a trace: the most probable token after each layer, token by token."""
 
 from minigpt.errors import ConfigError
-from minigpt.format import percent
 from minigpt.text.escape import visible
 from minigpt.tracing.findings import Trace
-from minigpt.tracing.spans import Line, fit, heat
+from minigpt.tracing.spans import Line, fit, heat, percent
 from minigpt.tracing.views import DEFAULTS, ViewOptions
 from minigpt.tracing.wrapping import upright_bar, wrapped
 

@@ -20,11 +20,10 @@ from matplotlib.font_manager import FontEntry, findfont, fontManager, get_font
 from matplotlib.patches import Rectangle
 
 from minigpt.figures import our_style, to_bytes
-from minigpt.format import percent
 from minigpt.tracing.analysis_config import facts_of
 from minigpt.tracing.events import Row, Token
 from minigpt.tracing.findings import Trace
-from minigpt.tracing.spans import cell_len
+from minigpt.tracing.spans import cell_len, percent
 from minigpt.tracing.summary import measured
 from minigpt.tracing.views import DEFAULTS, ViewOptions
 from minigpt.tracing.views.matrix import as_matrix, scale_end

@@ -8,12 +8,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from minigpt.format import percent
 from minigpt.text.escape import JoinedTokens, visible
 from minigpt.tracing.analysis_config import facts_of
 from minigpt.tracing.events import Row, Token, TraceStep
 from minigpt.tracing.findings import Trace
-from minigpt.tracing.spans import Line, bar, cell_len, eighths, fit, heat
+from minigpt.tracing.spans import Line, bar, cell_len, eighths, fit, heat, percent
 from minigpt.tracing.summary import measured
 from minigpt.tracing.views import DEFAULTS, ViewOptions
 from minigpt.tracing.views.matrix import scale_end
