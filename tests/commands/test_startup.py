@@ -52,6 +52,7 @@ def test_help_of_the_program_imports_no_command() -> None:
     assert "minigpt.config" not in imported
     assert {name for name in imported if name.startswith("minigpt.commands")} == {
         "minigpt.commands",
+        "minigpt.commands.failures",
         "minigpt.commands.help_pages",
         "minigpt.commands.layout",
         "minigpt.commands.openmp",
