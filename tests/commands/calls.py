@@ -1,5 +1,6 @@
 """Helpers that run the program and check its output."""
 
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,3 +38,11 @@ def error_line(result: Result) -> str:
     assert line.isprintable(), line  # no line break either
     assert "bug of minigpt" not in line, line
     return line
+
+
+def proposed(err: str, label: str) -> list[list[str]]:
+    """Return the commands below a label at the end of stderr, as words after the program's."""
+    lines = err[err.index(f"\n{label}") + 1 :].splitlines()
+    commands = [shlex.split(line[7:]) for line in lines]
+    assert all(command[0].endswith("minigpt") for command in commands), commands
+    return [command[1:] for command in commands]

@@ -1,6 +1,7 @@
 """One tiny trained run, and ways to call the program as a user would."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -39,6 +40,14 @@ def workplace(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(resolve, "shipped_model", lambda: None)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def at_trained(trained: Path, workplace: Path) -> Path:
+    """The working directory, with a copy of the tiny run and its text in it."""
+    shutil.copytree(trained / "checkpoints", workplace / "checkpoints")
+    shutil.copy(trained / "corpus.txt", workplace)
+    return workplace
 
 
 @pytest.fixture

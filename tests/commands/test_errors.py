@@ -1,29 +1,15 @@
 """Every user error ends in one line: what, the value, the remedy."""
 
 import json
-import os
-import resource
-import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-from calls import ROOT, TINY, Run, error_line
+from calls import TINY, Run, error_line
 
 from minigpt.checkpoint.folder import RunFolder
 
 LONG = "word " * 40
-
-
-@pytest.fixture
-def at_trained(trained: Path, workplace: Path) -> Path:
-    """The working directory, with a copy of the tiny run and its text in it."""
-    shutil.copytree(trained / "checkpoints", workplace / "checkpoints")
-    shutil.copy(trained / "corpus.txt", workplace)
-    return workplace
 
 
 @pytest.mark.parametrize(
@@ -370,132 +356,3 @@ def test_an_unavailable_device_is_refused(
         assert result.code == 2
         assert "cuda is not available" in line
         assert "cpu" in line
-
-
-def test_a_full_disk_is_an_error_and_keeps_the_last_checkpoint(run: Run, at_trained: Path) -> None:
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # the weights have more
-    try:
-        result = run("train", "--resume", "--name", "tiny", "--max-steps", "6")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert result.code == 6
-    assert "error: " in result.err.splitlines()[-1]
-    assert "File too large" in result.err.splitlines()[-1]
-    assert run("generate", "text", "--max-new-tokens", "1").code == 0
-
-
-def test_a_folder_without_write_permission_is_named(
-    run: Run, at_trained: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make = Path.mkdir
-
-    def refuse(path: Path, *words: Any, **more: Any) -> None:
-        if path.name == "new":  # root may write everywhere, so permissions alone are no test
-            raise PermissionError(13, "Permission denied", str(path))
-        make(path, *words, **more)
-
-    monkeypatch.setattr(Path, "mkdir", refuse)
-    result = run("train", "corpus.txt", "--name", "new", *TINY)
-    assert result.code == 6
-    assert "'checkpoints/new': Permission denied" in error_line(result)
-
-
-@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc, where nothing is made")
-def test_a_folder_that_cannot_be_made_is_out_of_permission_and_not_a_wrong_path(
-    run: Run, at_trained: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for words in (
-        ["prepare", "corpus.txt", "--out", "/proc/new"],
-        ["attention-trace", "text", "--html", "/proc/new.html"],
-        ["checkpoints", "export", "tiny", "--gguf", "/proc/new/a.gguf"],
-    ):
-        result = run(*words)
-        assert result.code == 6, result.err
-        assert "'/proc/new" in error_line(result)
-    corpus = str(at_trained / "corpus.txt")
-    monkeypatch.setenv("MINIGPT_CACHE_DIR", "/proc/cache")
-    result = run("train", corpus, "--name", "new", *TINY)
-    assert result.code == 6
-    assert "MINIGPT_CACHE_DIR" in error_line(result)
-    monkeypatch.delenv("MINIGPT_CACHE_DIR")
-    monkeypatch.chdir("/proc")
-    result = run("train", corpus, "--name", "new", *TINY)
-    assert result.code == 6
-    assert "'checkpoints/new'" in error_line(result)
-
-
-def test_a_working_directory_that_was_deleted_is_named(tmp_path: Path) -> None:
-    (tmp_path / "gone").mkdir()
-    call = f"cd gone && rmdir ../gone && exec {shlex.quote(sys.executable)} -m minigpt generate Hi"
-    done = subprocess.run(
-        ["sh", "-c", call],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 6
-    assert "error: the working directory was deleted." in done.stderr
-
-
-def test_a_file_named_checkpoints_is_a_one_line_error(run: Run, workplace: Path) -> None:
-    (workplace / "checkpoints").write_text("a file")
-    (workplace / "corpus.txt").write_text("Once upon a time.\n" * 100)
-    result = run("train", "corpus.txt", *TINY)
-    assert result.code == 6
-    assert "checkpoints" in error_line(result)
-
-
-@pytest.mark.parametrize(
-    ("error", "code", "said"),
-    [
-        (OSError(28, "No space left on device", "/a/\x1bb"), 6, ["'/a/\\x1bb'", "No space left"]),
-        (PermissionError(13, "Permission denied", "/a"), 6, ["'/a'", "Permission denied"]),
-        (OSError(5, "Input/output error"), 6, ["Input/output error", "disk"]),
-        (MemoryError(), 6, ["out of memory", "--batch-size"]),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 6, ["out of memory"]),
-        (ModuleNotFoundError("No module named 'rich'", name="rich"), 1, ["rich", "not installed"]),
-    ],
-)
-def test_system_errors_are_one_line(
-    run: Run,
-    monkeypatch: pytest.MonkeyPatch,
-    error: Exception,
-    code: int,
-    said: list[str],
-) -> None:
-    from minigpt.commands import loading
-
-    def fail(*words: Any) -> None:
-        raise error
-
-    monkeypatch.setattr(loading, "resolve_model", fail)
-    result = run("generate", "text")
-    line = error_line(result)
-    assert result.code == code
-    assert all(part in line for part in said), line
-
-
-def test_an_unexpected_error_is_one_line_and_debug_adds_the_traceback(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from minigpt.commands import loading
-
-    class PanicError(BaseException):
-        """As tiktoken's panics are: no Exception."""
-
-    def fail(*words: Any) -> None:
-        raise PanicError("line one\nline \x1b[31m two")
-
-    monkeypatch.setattr(loading, "resolve_model", fail)
-    plain = run("generate", "text")
-    assert plain.code == 1
-    expected = "error: PanicError: line one line \\x1b[31m two. This is a bug of minigpt; --debug"
-    assert plain.err.startswith(expected)
-    assert plain.err.count("\n") == 1
-    traced = run("generate", "text", "--debug")
-    assert traced.code == 1
-    assert "Traceback (most recent call last)" in traced.err
-    assert traced.err.splitlines()[-1] == plain.err.rstrip("\n")

@@ -1,0 +1,167 @@
+"""Files and streams of a trace: what is written where, and what Ctrl-C or an error leaves."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from calls import ROOT, Run, error_line
+
+TRACE = ["attention-trace", "The king", "--temperature", "0", "--max-new-tokens", "4"]
+
+
+@pytest.fixture
+def place(trained: Path, workplace: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the tiny run and the trace t.jsonl."""
+    (workplace / "checkpoints").symlink_to(trained / "checkpoints")
+    assert run(*TRACE, "--out", "t.jsonl", "--verify", "1").code == 0
+    return workplace
+
+
+def test_each_written_file_is_named_on_stderr(run: Run, place: Path) -> None:
+    names = {"out": "o.jsonl", "dense": "d", "html": "h.html", "svg": "s.svg", "png": "p.png"}
+    words = [word for name, path in names.items() for word in (f"--{name}", path)]
+    result = run(*TRACE, *words)
+    assert result.code == 0
+    for path in names.values():
+        assert f"wrote {path}\n" in result.err
+        assert (place / path).stat().st_size
+
+
+def test_a_replay_that_only_writes_files_prints_no_trace(run: Run, place: Path) -> None:
+    result = run("attention-trace", "--replay", "t.jsonl", "--svg", "s.svg", "--html", "h.html")
+    assert (result.code, result.out) == (0, "")
+    assert result.err == "wrote h.html\nwrote s.svg\n"
+    lines = run("attention-trace", "--replay", "t.jsonl")
+    again = run("attention-trace", "--replay", "t.jsonl", "--svg", "s.svg", "--view", "lines")
+    assert again.out == lines.out
+    assert run("attention-trace", "--replay", "t.jsonl", "--svg", "s.svg", "--json").out
+
+
+def broken(monkeypatch: pytest.MonkeyPatch, where: str, error: type[BaseException]) -> None:
+    """Raise an error where the tracer calls one of its functions."""
+    from minigpt.tracing import tracer
+
+    def fail(*words: Any, **more: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(tracer, where, fail)
+
+
+def test_ctrl_c_before_the_first_row_keeps_the_file_that_was_there(
+    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place / "o.jsonl").write_text("old")
+    for where in ("AttentionObserver", "Decoder"):
+        with monkeypatch.context() as patch:
+            broken(patch, where, KeyboardInterrupt)
+            result = run(*TRACE, "--out", "o.jsonl", "--html", "h.html")
+        assert (result.code, result.out, result.err) == (130, "", "interrupted\n")
+        assert (place / "o.jsonl").read_text() == "old"
+    assert not list(place.glob(".writing*"))
+
+
+def test_an_error_keeps_the_file_that_was_there(run: Run, place: Path) -> None:
+    (place / "o.jsonl").write_text("old")
+    for words in (["--layers", "9"], ["--heads", "9.9"], ["--sink", "99"], ["--overflow", "slide"]):
+        assert run(*TRACE, *words, "--out", "o.jsonl").code == 2
+        assert (place / "o.jsonl").read_text() == "old"
+    assert run(TRACE[0], "long " * 99, "--out", "o.jsonl").code == 3
+    assert (place / "o.jsonl").read_text() == "old"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_trace_cut_short_reports_its_knockouts_and_checks(
+    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    from minigpt.commands.attention_trace import files
+    from minigpt.tracing.analysis.reader import read_traces
+
+    shown = []
+    real = files.to_json_line
+
+    def press(event: Any) -> str:
+        shown.append(event)
+        if len(shown) == 4:
+            signal.raise_signal(number)
+        return real(event)
+
+    monkeypatch.setattr(files, "to_json_line", press)
+    result = run(*TRACE, "--verify", "1", "--out", "o.jsonl")
+    assert result.code == 128 + number
+    assert "interrupted" in result.out
+    assert "Checked: " in result.out
+    (trace,) = read_traces(place / "o.jsonl")
+    footer = trace.footer
+    assert footer.n_tokens == 3
+    assert footer.finish is None
+    assert footer.cause is not None
+    effects = [effect for step in shown[1:4] for effect in step.effects]
+    assert footer.cause.n_sources == sum(effect.control_of is None for effect in effects)
+    assert footer.worst_row_sum_error is not None
+    assert footer.worst_product_error is not None
+
+
+@pytest.mark.parametrize("name", ["html", "svg", "out", "dense"])
+def test_a_folder_that_cannot_be_written_is_named_before_any_token(
+    run: Run, place: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place / "locked").mkdir()
+    touch = Path.touch
+
+    def refuse(path: Path) -> None:  # root may write everywhere, so permissions alone are no test
+        if path.parent.name == "locked":
+            raise PermissionError(13, "Permission denied", str(path))
+        touch(path)
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    broken(monkeypatch, "AttentionObserver", AssertionError)
+    result = run(*TRACE, f"--{name}", "locked/t.svg")
+    assert result.code == 6
+    line = error_line(result)
+    assert "'locked/t.svg': Permission denied" in line
+    assert "space" not in line
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--out", "k.jsonl", "--html", "k.jsonl"],
+        ["--out", "k.jsonl", "--dense", "./k.jsonl"],
+        ["--replay", "k.jsonl", "--html", "k.jsonl"],
+    ],
+)
+def test_one_file_is_named_once(run: Run, trained: Path, words: list[str]) -> None:
+    model = [] if "--replay" in words else ["The", "--model", str(trained / "checkpoints/tiny")]
+    made = run("attention-trace", "The", "--model", str(trained / "checkpoints/tiny"), "--out", "k")
+    assert made.code == 0, made.err
+    Path("k").rename("k.jsonl")
+    before = Path("k.jsonl").read_bytes()
+    result = run("attention-trace", *model, *words)
+    assert result.code == 2
+    assert "name the same file" in result.err
+    assert Path("k.jsonl").read_bytes() == before
+
+
+def test_a_trace_into_standard_output_is_its_json_lines(run: Run, place: Path) -> None:
+    assert run(*TRACE, "--seed", "1", "--out", "t.jsonl").code == 0
+    result = run(*TRACE, "--seed", "1", "--out", "/dev/stdout")  # a pipe or a file
+    assert result.code == 0
+    lines, expected = result.out.splitlines(), Path("t.jsonl").read_text().splitlines()
+    assert all(isinstance(json.loads(line), dict) for line in lines)
+    assert lines[1:-1] == expected[1:-1]  # without the seconds of the header and the footer
+    for other in (["--json"], ["--view", "text"]):
+        refused = run(*TRACE, "--out", "/dev/stdout", *other)
+        assert refused.code == 2
+        assert "'/dev/stdout' is standard output" in error_line(refused)
+
+
+def test_a_trace_into_a_pipe_of_standard_output_is_its_json_lines(place: Path) -> None:
+    words = [sys.executable, "-m", "minigpt", *TRACE, "--out", "/dev/stdout"]
+    result = subprocess.run(words, capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert result.returncode == 0, result.stderr
+    assert [json.loads(line) for line in result.stdout.splitlines()]
