@@ -96,14 +96,54 @@ def test_the_readme_is_read_in_one_sitting() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) < 200
 
 
-@pytest.mark.parametrize(
-    "page", sorted((ROOT / "docs").glob("**/*.md")), ids=lambda path: path.name
-)
-def test_links_between_pages_lead_somewhere(page: Path) -> None:
-    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
-    for link in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):
+PAGES = [
+    *ROOT.glob("*.md"),
+    *sorted((ROOT / "docs").glob("**/*.md")),
+    ROOT / "checkpoints" / "storyteller" / "README.md",
+]
+OF_OTHERS = {"shutdown-timeout", "max-restarts", "logdir", "softcap"}
+"""Options of torchrun and TensorBoard, and of an example."""
+
+
+def prose(page: Path) -> str:
+    return re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def anchors(page: Path) -> list[str]:
+    """The anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_links_between_pages_lead_to_a_page_and_a_heading(page: Path) -> None:
+    for link, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)]*))?\)", prose(page)):
         if "://" not in link:
-            assert (page.parent / link).exists(), link
+            target = page.parent / link if link else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), f"{link}#{anchor}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_options_and_files_that_a_page_names_exist(page: Path) -> None:
+    if page.name == "CHANGELOG.md":
+        return  # it names those of earlier versions
+    help_pages = "".join(
+        path.read_text(encoding="utf-8")
+        for path in (ROOT / "tests" / "commands" / "help").iterdir()
+    )
+    scripts = [path for name in ("benchmarks", "docs") for path in (ROOT / name).glob("*.py")]
+    options = set(re.findall(r"--(?:\[no-\])?([a-z][\w-]*)", help_pages))
+    for script in scripts:
+        options |= set(re.findall(r'"--([a-z][\w-]*)', script.read_text(encoding="utf-8")))
+    named = re.findall(r"(?:`|minigpt [^`\n]*?)--(?:no-)?([a-z][\w-]*)", prose(page))
+    assert {*named} <= options | OF_OTHERS
+
+    folders = ("minigpt", "tests", "docs", "benchmarks", "examples")
+    files = {path.as_posix() for name in folders for path in (ROOT / name).rglob("*.py")}
+    files |= {path.as_posix() for path in ROOT.glob("*.py")}
+    for name in re.findall(r"(?:[\w-]+/)+[a-z_]+\.py\b", prose(page)):
+        assert any(path.endswith("/" + name) for path in files), name
 
 
 def test_the_pages_of_the_commands_are_their_help() -> None:
