@@ -257,7 +257,7 @@ class SamplingConfig:
     logprobs: int = option(0, "[0, inf)", group="Output")
     """Number of most probable tokens to report at each step."""
     overflow: Literal["stop", "slide"] = option("stop")
-    """Action when the context window is full. See generation/window.py."""
+    """Action when the context window is full. See generation/sliding.py."""
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -88,7 +88,7 @@ def test_an_attention_score_is_a_class_and_an_entry(copy: Path) -> None:
 def test_a_sampling_option_is_a_field_and_a_line(copy: Path) -> None:
     insert(
         copy / "minigpt/config.py",
-        '"""Action when the context window is full. See generation/window.py."""\n',
+        '"""Action when the context window is full. See generation/sliding.py."""\n',
         example("A sampling option"),
     )
     insert(

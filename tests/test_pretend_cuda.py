@@ -22,9 +22,9 @@ from minigpt.model.language_model import model_class
 from minigpt.tracing.analysis.recorder import MeasureRecorder
 from minigpt.tracing.analysis.rollout import Rollout
 from minigpt.tracing.analysis.sink import SinkFinder
+from minigpt.tracing.head_lists import select_heads
 from minigpt.tracing.recorder import RowRecorder
 from minigpt.tracing.rows import reduce_rows
-from minigpt.tracing.selection import select_heads
 from minigpt.training.optim import make_optimizers
 from minigpt.training.reports.memory import machine_bytes
 

@@ -1,10 +1,25 @@
-"""GPT-2 with another scale of its attention scores."""
+"""Attention scores with another scale, and GPT-2 with them."""
+
+from torch import Tensor
 
 from minigpt.checkpoint.families import hf_fields
 from minigpt.config import ModelConfig
 from minigpt.model.attention import Attention
 from minigpt.model.gpt import GPT
-from minigpt.model.scores import ScaledScore
+from minigpt.model.scores import Score
+
+
+class ScaledScore(Score):
+    """The dot product of queries and keys times a constant."""
+
+    changes_queries = True
+
+    def __init__(self, config: ModelConfig, scale: float) -> None:
+        super().__init__(config)
+        self.scale = scale
+
+    def fold(self, q_BHTD: Tensor) -> Tensor:
+        return q_BHTD * (self.scale * self.d_head**0.5)
 
 
 class RescaledAttention(Attention):

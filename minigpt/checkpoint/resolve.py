@@ -1,7 +1,6 @@
 """Find the model or run that a user names: by path, by name, or on the Hugging Face hub."""
 
 import os
-import re
 import warnings
 from collections.abc import Iterable
 from contextlib import suppress
@@ -12,7 +11,7 @@ from minigpt.checkpoint.folder import RunFolder
 from minigpt.checkpoint.manifest import MANIFEST, verify
 from minigpt.errors import CheckpointError, MinigptError, MinigptWarning, nearest
 from minigpt.files import WRITING, resource_errors
-from minigpt.rings import find_ring, ring
+from minigpt.rings import find_ring
 
 ROOT = Path("checkpoints")
 """Folder of runs, relative to the working directory."""
@@ -20,16 +19,6 @@ SHIPPED = "storyteller"
 """Name of the model that ships with minigpt."""
 MAKE_ONE = "Make one with `minigpt train`."
 """Remedy where there is no run or model at all."""
-HUB_NAME = re.compile(
-    r"(?P<repository>[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96})(@(?P<revision>[\w./-]{1,200}))?",
-    re.ASCII,
-)
-"""Repository of the Hugging Face hub: org/name or org/name@revision."""
-
-
-def is_hub_name(spec: str) -> bool:
-    """Return whether a text could name a repository: org/name or org/name@revision."""
-    return HUB_NAME.fullmatch(spec) is not None
 
 
 def resolve_model(spec: str | None, root: Path = ROOT) -> Path:
@@ -48,8 +37,9 @@ def resolve_model(spec: str | None, root: Path = ROOT) -> Path:
         return _model_in(place)
     places = _places(spec, root)
     is_there = any(map(os.path.exists, places))  # False for impossible names, unlike Path.exists
-    if is_hub_name(spec) and not is_there and not Path(spec).is_relative_to(root):
-        folder: Path = ring("checkpoint.tools.hub").download_model(spec)
+    hub = None if is_there or Path(spec).is_relative_to(root) else find_ring("checkpoint.tools.hub")
+    if hub and hub.is_hub_name(spec):
+        folder: Path = hub.download_model(spec)
         return folder
     if refusals := find_ring("checkpoint.tools.refusals"):
         raise refusals.no_model(spec, places, root)

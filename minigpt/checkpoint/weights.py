@@ -1,7 +1,6 @@
 """The weights of a model folder: Hugging Face's names and ours, checks of headers, reading."""
 
 import errno
-import hashlib
 import math
 import os
 import re
@@ -217,7 +216,8 @@ def check_header(path: Path) -> None:
             raise OSError(errno.EINVAL, reason, str(path))
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files of a folder's weights; raise CheckpointError if there are none."""
     if os.path.lexists(folder / WEIGHTS):
         return [folder / WEIGHTS]
     if files := find_ring("checkpoint.tools.weight_files"):
@@ -232,7 +232,7 @@ def stored_tensors(config: ModelConfig, folder: Path) -> dict[str, StoredTensor]
     Raises: CheckpointError naming the file or tensor, what is wrong with it and the remedy.
     """
     found: dict[str, StoredTensor] = {}
-    for path in _weight_files(folder):
+    for path in weight_files(folder):
         with _opened(path) as file:
             for name, stored in canonical_names(config, file.keys()).items():
                 header = file.get_slice(stored)
@@ -255,18 +255,6 @@ def stored_tensors(config: ModelConfig, folder: Path) -> dict[str, StoredTensor]
             "Take both from the same place."
         )
     return {name: found[name] for name in expected}
-
-
-def weights_sha256(folder: Path) -> str:
-    """Return the SHA-256 of a folder's weights, its files concatenated.
-
-    Raises: CheckpointError if there are none; ResourceError if they may not be read.
-    """
-    digest = hashlib.sha256()
-    for path in _weight_files(folder):
-        with resource_errors(path), open_regular(path) as file:
-            hashlib.file_digest(file, lambda: digest)
-    return digest.hexdigest()
 
 
 def _check_size(config: ModelConfig, n_tensors: int) -> None:

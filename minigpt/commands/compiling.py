@@ -10,9 +10,9 @@ from typing import Any
 
 from minigpt.commands.output import note
 from minigpt.commands.progress import ProgressLine
-from minigpt.generation.forward import FAST, is_compiled
+from minigpt.generation.forward import FAST
 from minigpt.model.language_model import LanguageModel
-from minigpt.rings import has_ring, ring
+from minigpt.rings import find_ring, ring
 
 _EVERY_S = 10
 
@@ -24,10 +24,13 @@ def showing(
 
     On a terminal, a model that could be compiled but is not is compiled in the background when the
     command ends, for later starts, if it was decoded for long enough.
-    Args: as for ``is_compiled``.
+    Args: as for ``fast.is_compiled``.
     """
-    if not is_compiled(model, compiles, n_rows):
-        if compiles is None and n_rows == 1 and has_ring(FAST):
+    fast = find_ring(FAST)
+    if fast is None:
+        return nullcontext()
+    if not fast.is_compiled(model, compiles, n_rows):
+        if compiles is None and n_rows == 1:
             atexit.unregister(_compile_later)  # of an earlier decoder
             atexit.register(_compile_later, model, time.monotonic())
         return nullcontext()

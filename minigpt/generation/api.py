@@ -9,9 +9,9 @@ from minigpt.checkpoint.resolve import resolve_model
 from minigpt.config import SamplingConfig
 from minigpt.errors import ConfigError, cut
 from minigpt.generation.decoder import Decoder, fresh_seed
+from minigpt.generation.forcing import forced_ids
 from minigpt.generation.loading import (
     encode_prompt,
-    forced_ids,
     load,
     make_decoder,
     require_new_tokens,

@@ -1,14 +1,14 @@
 """A decoder whose prompt grows or changes between its answers."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import takewhile
 
 from minigpt.errors import DataError
-from minigpt.generation.decoder import Decoder
-from minigpt.generation.window import Window
+from minigpt.generation.sliding import SlidingDecoder, Window
 
 
-class Conversation(Decoder):
+class Conversation(SlidingDecoder):
     """A decoder that keeps its cache from one answer to the next."""
 
     @property
@@ -26,10 +26,7 @@ class Conversation(Decoder):
         pairs = zip(self._window.rows[0], prompt, strict=False)
         n_same = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
         n_held = min(n_same, self.cache.length, len(prompt) - 1)
-        if self.cache.n_rows > 1:
-            self.forward.keep([0])
-        self._start = self._window = Window([prompt])
-        self._prefill(n_held)
+        self._continue(Window({0: list(prompt)}), n_held)
 
     def extend(self, tokens: Sequence[int], *, overflow: str = "stop") -> None:
         """Append the latest continuation to the prompt, without its end-of-text, and then tokens.
@@ -39,18 +36,23 @@ class Conversation(Decoder):
         Args: overflow, as in SamplingConfig.
         Raises: DataError if the context window is full and overflow is "stop".
         """
-        window = Window(self._window.rows[:1], self._window.n_slides, self._window.n_forgotten)
-        window.rows[0] += tokens
+        window = replace(self._window, rows={0: [*self._window.rows[0], *tokens]})
         n_held = min(self.cache.length, len(window) - 1)
         if len(window) > self.context_length:
             if overflow == "stop":
                 raise DataError(self._full(len(window)))
             window.slide(self.context_length)
             n_held = 0
+        self._continue(window, n_held)
+
+    def _continue(self, window: Window, n_held: int) -> None:
+        """Make a window the prompt, whose first ``n_held`` tokens are in the cache."""
         if self.cache.n_rows > 1:
             self.forward.keep([0])
         self._start = self._window = window
-        self._prefill(n_held)
+        self.prompt = window.rows[0]
+        self.n_prompt = window.n_forgotten + len(window)
+        self.prefill(n_held)
 
     def _full(self, n_tokens: int) -> str:
         return (

@@ -4,7 +4,6 @@ import math
 import secrets
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -14,7 +13,6 @@ from minigpt.config import ModelConfig, SamplingConfig
 from minigpt.errors import CheckpointError, DataError
 from minigpt.generation.forward import make_forward
 from minigpt.generation.sampling import Sampler
-from minigpt.generation.window import Window
 from minigpt.model.attention import Recorder
 from minigpt.model.cache import KVCache, cache_bytes_per_token
 from minigpt.model.device import widest_float
@@ -42,12 +40,12 @@ class Step:
     """Reason to stop after this token; None if generation continues."""
     best: tuple[tuple[int, float], ...] = ()
     """Most probable tokens with their log-probabilities, as many as ``logprobs``."""
+    is_forced: bool = False
+    """Whether the token was given, by ``forced`` or the prompt, instead of sampled."""
     n_slides: int = 0
     """Number of times that the window has slid."""
     n_forgotten: int = 0
     """Number of tokens that have left the window."""
-    is_forced: bool = False
-    """Whether the token was given, by ``forced`` or the prompt, instead of sampled."""
 
 
 def fresh_seed() -> int:
@@ -85,21 +83,17 @@ class Decoder:
             the cache; None for the full context. n_rows, the largest number of seeds that
             ``batch`` is called with. compiles, whether to decode with a compiled graph, which
             starts more slowly; None does on CUDA, where possible. overflow, as in SamplingConfig,
-            for a prompt that is longer than the context: slide keeps its first tokens and its end,
-            None refuses it without naming that option.
+            for the remedy for a prompt that is longer than the context; None does not name it.
         Raises: ConfigError if compiling is asked for and not possible; DataError if the prompt is
             empty, longer than the context, or has unknown token ids.
         """
         self.context_length = model.config.context_length
         if not prompt:
             raise DataError("the prompt is empty. Give at least one character of text.")
-        window = Window([prompt])
-        if len(prompt) > self.context_length and overflow != "slide":
-            slide = "use --overflow slide, " if overflow else ""
-            raise DataError(
-                f"the prompt has {len(prompt)} tokens, the model sees {self.context_length}. "
-                f"Shorten the prompt, {slide}or train with a larger --context-length."
-            )
+        self.prompt = self._in_view(prompt, overflow)
+        """Tokens in view that ``generate`` continues."""
+        self.n_prompt = len(prompt)
+        """Number of tokens of the prompt, including those that are not in view."""
         n_tokens = model.config.vocab_size
         if unknown := [token for token in prompt if not 0 <= token < n_tokens]:
             raise DataError(
@@ -117,20 +111,12 @@ class Decoder:
             recorder=recorder,
             compiles=compiles,
         )
-        if len(window) > self.context_length:
-            window.slide(self.context_length)
-        self._start = self._window = window
-        self._prefill()
+        self.prefill()
 
     @property
     def cache(self) -> KVCache:
         """The keys and values of every position so far."""
         return self.forward.cache
-
-    @property
-    def prompt(self) -> list[int]:
-        """The tokens in view that ``generate`` continues."""
-        return self._start.rows[0]
 
     def logits(self, tokens: Sequence[int]) -> Tensor:
         """Feed tokens and return the logits (V,), float32, of the one after them."""
@@ -154,24 +140,6 @@ class Decoder:
         for _, step in self.batch(config, seeds=[seed], end_of_text=end_of_text, forced=forced):
             yield step
 
-    def prompt_steps(self, n_best: int = 0) -> Iterator[Step]:
-        """Yield the tokens of the prompt from the second one on, as if they were generated.
-
-        They are fed one at a time, so that the recorder's latest pass is the one that predicted the
-        token of the Step. Then the prompt is fed again as a whole, so that ``generate`` samples the
-        same tokens as without these steps.
-
-        Args: n_best, number of most probable tokens to report at each step.
-        Raises: CheckpointError for NaN or inf in the logits.
-        """
-        self.cache.truncate(0)
-        for index, (token, following) in enumerate(pairwise(self.prompt)):
-            logits = self.logits([token])[None]
-            [result] = _to_host(logits, torch.tensor([following], device=logits.device), n_best)
-            _require_finite(result, index + 1)
-            yield Step(index, index + 1, following, result[1], None, result[2], is_forced=True)
-        self._prefill()
-
     def batch(
         self,
         config: SamplingConfig,
@@ -194,7 +162,7 @@ class Decoder:
         n_positions = min(self.context_length, len(self.prompt) + config.max_new_tokens)
         assert n_positions <= self.cache.capacity, "the decoder was made for less max_new_tokens"
         rows = list(range(len(seeds)))
-        window, logits = self._begin(len(rows))
+        logits = self._begin(len(rows))
         sampler = Sampler(
             config,
             seeds=seeds,
@@ -206,69 +174,75 @@ class Decoder:
         for index in range(config.max_new_tokens):
             is_forced = index < len(forced)
             tokens = sampler.draw(logits, forced[index] if is_forced else None)
-            position = window.n_forgotten + len(window)
+            position = self.n_prompt + index
             limit: FinishReason | None = None
             if index + 1 == config.max_new_tokens:
                 limit = "length"
-            elif config.overflow == "stop" and len(window) == self.context_length:
+            elif config.overflow == "stop" and self.cache.length == self.context_length:
                 limit = "context"
-            results = _to_host(logits, tokens, config.logprobs)
-            for row, view, result in zip(rows, window.rows, results, strict=True):
-                _require_finite(result, position)
+            results = to_host(logits, tokens, config.logprobs)
+            for row, result in zip(rows, results, strict=True):
+                require_finite(result, position)
                 token, log_probability, best = result
                 finish = "end_of_text" if token in end_of_text else limit
-                if finish != "end_of_text":
-                    view.append(token)
                 if finish:
                     finished.add(row)
-                state = window.n_slides, window.n_forgotten, is_forced
-                yield row, Step(index, position, token, log_probability, finish, best, *state)
+                yield (
+                    row,
+                    Step(index, position, token, log_probability, finish, best, is_forced),
+                )
             places = [i for i, row in enumerate(rows) if row not in finished | set(stopped)]
             if not places:
                 return
             if len(places) < len(rows):
                 rows = [rows[place] for place in places]
-                window.rows = [window.rows[place] for place in places]
                 tokens = tokens[torch.tensor(places, device=tokens.device)]
                 sampler.keep(places)
                 self.forward.keep(places)
-            logits = self._feed(window, tokens)
+            logits = self._feed(rows, tokens)
 
-    def _prefill(self, n_held: int = 0) -> None:
+    def prefill(self, n_held: int = 0) -> None:
         """Feed the prompt, except for its first ``n_held`` tokens, which are in the cache."""
         self.cache.truncate(n_held)
         # A copy, because the next forward pass may overwrite its output.
         self.prompt_logits = self.logits(self.prompt[n_held:]).clone()
 
-    def _begin(self, n_rows: int) -> tuple[Window, Tensor]:
-        """Rewind to the end of the prompt with n rows; return its window and logits (B, V)."""
+    def _in_view(self, prompt: Sequence[int], overflow: str | None) -> list[int]:
+        """Return the tokens of a prompt that the model sees: all, or raise DataError."""
+        if len(prompt) > self.context_length:
+            slide = "use --overflow slide, " if overflow else ""
+            raise DataError(
+                f"the prompt has {len(prompt)} tokens, the model sees {self.context_length}. "
+                f"Shorten the prompt, {slide}or train with a larger --context-length."
+            )
+        return list(prompt)
+
+    def _begin(self, n_rows: int) -> Tensor:
+        """Rewind to the end of the prompt with n rows; return its logits (B, V)."""
         assert self.recorder is None or n_rows == 1, "a recorder sees one row"
         if self.cache.n_rows > 1:
             self.forward.keep([0])
-        has_slid = self._window.n_slides > self._start.n_slides
-        if has_slid or (self.recorder is not None and self.cache.length > len(self.prompt)):
-            # The cache no longer holds the prompt, or the recorder's latest pass is not the
-            # prompt's, which predicts the first token.
-            self._prefill()
+        if not self._holds_prompt:
+            self.prefill()
         self.cache.truncate(len(self.prompt))
         if n_rows > 1:
             self.forward.keep([0] * n_rows)
-        self._window = self._start.copies(n_rows)
-        return self._window, self.prompt_logits.expand(n_rows, -1)
+        return self.prompt_logits.expand(n_rows, -1)
 
-    def _feed(self, window: Window, tokens: Tensor) -> Tensor:
-        """Feed the newest token of each row (B,), already in its window; return logits (B, V)."""
-        if len(window) <= self.context_length:
-            return self.forward.feed(tokens[:, None])
-        window.slide(self.context_length)
-        self.cache.truncate(0)
-        return self.forward.feed(torch.tensor(window.rows, device=self.forward.device))
+    @property
+    def _holds_prompt(self) -> bool:
+        """Whether the cache begins with the prompt, and the recorder's latest pass is its own."""
+        return self.recorder is None or self.cache.length <= len(self.prompt)
+
+    def _feed(self, rows: Sequence[int], tokens: Tensor) -> Tensor:
+        """Feed the newest token of each row (B,), and return the logits (B, V)."""
+        return self.forward.feed(tokens[:, None])
 
 
 _Result = tuple[int, float, tuple[tuple[int, float], ...]]
 
 
-def _require_finite(result: _Result, position: int) -> None:
+def require_finite(result: _Result, position: int) -> None:
     # One NaN or inf among the logits makes every log-probability NaN.
     if not math.isfinite(result[1]):
         raise CheckpointError(
@@ -278,7 +252,7 @@ def _require_finite(result: _Result, position: int) -> None:
 
 
 @torch.inference_mode()
-def _to_host(logits: Tensor, tokens: Tensor, n_best: int) -> list[_Result]:
+def to_host(logits: Tensor, tokens: Tensor, n_best: int) -> list[_Result]:
     """Return each row's token, its log-probability, and the best tokens with theirs."""
     log_probability = logits.log_softmax(dim=-1)
     ids = values = log_probability[:, :0]

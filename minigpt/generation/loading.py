@@ -8,7 +8,7 @@ import torch
 
 from minigpt.checkpoint.model_folder import LoadedModel, read_model
 from minigpt.config import SamplingConfig
-from minigpt.errors import CheckpointError, ConfigError, DataError, cut, require_choice
+from minigpt.errors import CheckpointError, ConfigError, DataError, require_choice
 from minigpt.generation.decoder import Decoder, max_rows_together
 from minigpt.generation.forward import FAST
 from minigpt.model.device import has_fast_bfloat16, inference_dtype, resolve_device
@@ -31,7 +31,7 @@ def load(
     """Load a model for inference.
 
     Args: decodes, whether to lay out the weights for fast decoding while they are read, without
-        changing any value; compile and n_rows, as for ``forward.is_compiled``.
+        changing any value; compile and n_rows, as for ``fast.is_compiled``.
     Raises: CheckpointError if it is damaged; ConfigError for a device that is not available or a
         quantization that is unknown or not available.
     """
@@ -90,52 +90,6 @@ def require_new_tokens(sampling: SamplingConfig) -> None:
         )
 
 
-def continuation_ids(
-    tokenizer: Tokenizer, text: str, option: str, *, special: bool = False
-) -> list[int]:
-    """Return the token ids of the text of an option, which continues another text.
-
-    Raises: ConfigError for characters that the vocabulary cannot represent.
-    """
-    if not special and (lacking := sorted(tokenizer.unencodable(text))):
-        raise ConfigError(
-            f"the vocabulary has no token for {cut(lacking[0])} in the text of {option}, "
-            f"{cut(text)}. Use other characters."
-        )
-    return list(tokenizer.encode(text, is_start=False, special=special))
-
-
-def forced_ids(
-    tokenizer: Tokenizer,
-    sampling: SamplingConfig,
-    model: LanguageModel,
-    prompt: Sequence[int],
-    *,
-    special: bool = False,
-) -> list[int]:
-    """Return the token ids of ``sampling.force``, which follow a prompt.
-
-    Raises: ConfigError if they are more than max_new_tokens, or do not fit into the context; as
-        ``encode_prompt``.
-    """
-    if sampling.force is None:
-        return []
-    ids = continuation_ids(tokenizer, sampling.force, "--force", special=special)
-    if len(ids) > sampling.max_new_tokens:
-        raise ConfigError(
-            f"the text of --force has {len(ids)} tokens, and max_new_tokens is "
-            f"{sampling.max_new_tokens}. Use --max-new-tokens {len(ids)} or more."
-        )
-    n_positions, context = len(prompt) + len(ids), model.config.context_length
-    # The last token is not fed, but a step beyond the context ends a text.
-    if n_positions > context + 1 and sampling.overflow == "stop":
-        raise ConfigError(
-            f"the prompt and the text of --force have {n_positions} tokens, the model sees "
-            f"{context}. Shorten one of them."
-        )
-    return ids
-
-
 def make_decoder(
     model: LanguageModel,
     prompt: Sequence[int],
@@ -145,11 +99,13 @@ def make_decoder(
 ) -> Decoder:
     """Return a decoder for as many samples at a time as fit into its memory.
 
-    Args: compile, as for ``forward.is_compiled``.
+    Args: compile, as for ``fast.is_compiled``.
     Raises: DataError if the prompt is empty, or longer than the context and overflow is stop.
     """
     n_positions = len(prompt) + sampling.max_new_tokens
-    return Decoder(
+    slides = sampling.overflow == "slide"
+    decoder_class = ring("generation.sliding").SlidingDecoder if slides else Decoder
+    decoder: Decoder = decoder_class(
         model,
         prompt,
         max_new_tokens=sampling.max_new_tokens,
@@ -157,3 +113,4 @@ def make_decoder(
         compiles=compile,
         overflow=sampling.overflow,
     )
+    return decoder

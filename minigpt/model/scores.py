@@ -49,17 +49,6 @@ class Score(nn.Module):
         self.window = 0
         """Sliding window: number of positions that a query attends to, up to its own; 0 for all."""
 
-    def parameter(self, *inputs: int) -> nn.Parameter:
-        """Return a parameter with D outputs for each head, stacked as in a projection: (H D, ...).
-
-        Muon treats matrices of this shape like the query projection.
-        """
-        return nn.Parameter(torch.zeros(self.n_head * self.d_head, *inputs))
-
-    def by_head(self, parameter: Tensor) -> Tensor:
-        """Return a parameter as (H, D, ...)."""
-        return parameter.unflatten(0, (self.n_head, -1))
-
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Draw initial weights in-place, for queries and keys with entries of about 1."""
 
@@ -106,19 +95,6 @@ class Score(nn.Module):
             enable_gqa=k_BGSD.shape[1] != q_BHTD.shape[1],
         )
         return context_BHTD
-
-
-class ScaledScore(Score):
-    """The dot product of queries and keys times a constant."""
-
-    changes_queries = True
-
-    def __init__(self, config: ModelConfig, scale: float) -> None:
-        super().__init__(config)
-        self.scale = scale
-
-    def fold(self, q_BHTD: Tensor) -> Tensor:
-        return q_BHTD * (self.scale * self.d_head**0.5)
 
 
 def make_score(config: ModelConfig) -> Score:

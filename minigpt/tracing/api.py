@@ -8,7 +8,7 @@ from minigpt.config import SamplingConfig
 from minigpt.errors import ConfigError
 from minigpt.generation import api
 from minigpt.generation.decoder import fresh_seed
-from minigpt.generation.loading import forced_ids
+from minigpt.generation.forcing import forced_ids
 from minigpt.model.language_model import LanguageModel
 from minigpt.settings import build
 from minigpt.text.tokenizer import Tokenizer

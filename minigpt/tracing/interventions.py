@@ -31,7 +31,8 @@ from minigpt.intervention_config import InterventionConfig
 from minigpt.model.attention import PassCollector
 from minigpt.model.gpt import GPT
 from minigpt.model.language_model import LanguageModel
-from minigpt.tracing.selection import HeadSelection, select_heads
+from minigpt.tracing.head_lists import select_heads
+from minigpt.tracing.selection import HeadSelection
 
 M = TypeVar("M", bound=nn.Module)
 

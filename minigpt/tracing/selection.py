@@ -1,12 +1,7 @@
-"""Selection of heads: ``0,2,4-6`` for layers, ``4.2,5.*`` for layer.head."""
+"""The heads of a model that a trace shows."""
 
-import re
 from dataclasses import dataclass
-from itertools import product
-
-from minigpt.errors import ConfigError
-
-_RANGE = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?")
+from typing import Self
 
 
 @dataclass(frozen=True)
@@ -17,6 +12,11 @@ class HeadSelection:
     """Chosen heads of each layer, in ascending order."""
     n_head: int
     """Number of heads per layer."""
+
+    @classmethod
+    def all(cls, n_layer: int, n_head: int) -> Self:
+        """Return every head of a model."""
+        return cls((tuple(range(n_head)),) * n_layer, n_head)
 
     @property
     def n_layer(self) -> int:
@@ -43,7 +43,7 @@ class HeadSelection:
         ]
 
     def as_text(self) -> str:
-        """Return the chosen heads as ``4.2,5.*``, the syntax that ``select_heads`` parses."""
+        """Return the chosen heads as ``4.2,5.*``, the syntax of ``head_lists.select_heads``."""
         parts = []
         for layer, heads in enumerate(self.heads_by_layer):
             if len(heads) == self.n_head:
@@ -51,55 +51,3 @@ class HeadSelection:
             else:
                 parts += [f"{layer}.{head}" for head in heads]
         return ",".join(parts)
-
-
-def select_heads(
-    n_layer: int,
-    n_head: int,
-    *,
-    layers: str | None = None,
-    heads: str | None = None,
-    options: tuple[str, str] = ("--layers", "--heads"),
-) -> HeadSelection:
-    """Return the heads that are in both ``layers`` and ``heads``. None selects all.
-
-    Args: options, names of the two options, for messages.
-    Raises: ConfigError for a syntax error, an index out of range, or an empty selection.
-    """
-    layers_name, name = options
-    chosen_layers = _numbers("*" if layers is None else layers, n_layer, layers_name, "layer")
-    chosen: set[tuple[int, int]] = set()
-    for part in ("*.*" if heads is None else heads).split(","):
-        layer, dot, head = part.strip().partition(".")
-        if not dot:
-            raise ConfigError(f"{name} takes layer.head, as in 4.2 or 5.*: it is {part!r}.")
-        layer_numbers = _numbers(layer, n_layer, name, "layer")
-        chosen |= {*product(layer_numbers, _numbers(head, n_head, name, "head"))}
-    selection = HeadSelection(
-        tuple(
-            tuple(h for h in range(n_head) if i in chosen_layers and (i, h) in chosen)
-            for i in range(n_layer)
-        ),
-        n_head,
-    )
-    if not selection.n_chosen:
-        raise ConfigError(f"{layers_name} {layers} and {name} {heads} have no head in common.")
-    return selection
-
-
-def _numbers(text: str, n: int, option: str, noun: str) -> set[int]:
-    """Parse ``*`` or a list of numbers and ranges, each below n."""
-    if text.strip() == "*":
-        return set(range(n))
-    numbers: set[int] = set()
-    for part in text.split(","):
-        match = _RANGE.fullmatch(part.strip())
-        if not match:
-            raise ConfigError(f"{option} takes numbers and ranges, as in 0,2,4-6: it is {text!r}.")
-        low, high = int(match[1]), int(match[2] or match[1])
-        if low > high or high >= n:
-            raise ConfigError(
-                f"{option} {part.strip()} is out of range: the model has {noun}s 0 to {n - 1}."
-            )
-        numbers.update(range(low, high + 1))
-    return numbers

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import chain, repeat
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,7 +29,7 @@ from minigpt.tracing.events import (
 )
 from minigpt.tracing.recorder import RowRecorder
 from minigpt.tracing.rows import RowReader, reduce_rows
-from minigpt.tracing.selection import select_heads
+from minigpt.tracing.selection import HeadSelection
 
 if TYPE_CHECKING:
     from minigpt.intervention_config import InterventionConfig
@@ -74,11 +74,9 @@ def trace(
         )
     sampling = replace(sampling, logprobs=max(sampling.logprobs, config.candidates))
     has_prompt_rows = config.prompt_rows or sampling.max_new_tokens == 0
-    if has_prompt_rows and len(prompt) == 1:
-        raise ConfigError(
-            "the prompt has one token, and rows are those of the tokens after it. Give a longer "
-            "prompt, or generate tokens without --prompt-rows."
-        )
+    prompt_rows = ring("tracing.analysis.prompt_rows") if has_prompt_rows else None
+    if prompt_rows:
+        prompt_rows.require_rows(prompt)
     if config.is_plain:
         observer = AttentionObserver(model, config, len(prompt))
     else:
@@ -110,8 +108,8 @@ def trace(
     end_of_text = tokenizer.end_of_text_ids if stop_at_end_of_text else ()
     steps = decoder.generate(sampling, seed=seed, end_of_text=end_of_text, forced=forced)
     items: Iterator[TextStep] = stream_text(steps, tokenizer, sampling.stop)
-    if has_prompt_rows:
-        items = chain(map(TextStep, decoder.prompt_steps(sampling.logprobs), repeat("")), items)
+    if prompt_rows:
+        items = chain(prompt_rows.prompt_steps(decoder, sampling.logprobs), items)
 
     def traced() -> Iterator[TraceStep]:
         for index, item in enumerate(items):
@@ -171,9 +169,11 @@ class AttentionObserver:
             )
         self.model, self.config, self.n_prompt = model, config, n_prompt
         shape = model.config
-        self.selection = select_heads(
-            shape.n_attention_layer, shape.n_head, layers=config.layers, heads=config.heads
-        )
+        size = shape.n_attention_layer, shape.n_head
+        self.selection = HeadSelection.all(*size)
+        if config.layers is not None or config.heads is not None:
+            lists = ring("tracing.head_lists")
+            self.selection = lists.select_heads(*size, layers=config.layers, heads=config.heads)
         self.reader: RowReader
         self._sum_error: float | None = None
         self._product_error: Tensor | None = None

@@ -25,8 +25,8 @@ import torch
 from layout_models import make_model
 
 from minigpt.checkpoint.model_folder import read_model, save_tensors, write_model
-from minigpt.checkpoint.resolve import is_hub_name, resolve_model
-from minigpt.checkpoint.tools.hub import download_model
+from minigpt.checkpoint.resolve import resolve_model
+from minigpt.checkpoint.tools.hub import download_model, is_hub_name
 from minigpt.checkpoint.weights import tensors_to_hf
 from minigpt.commands.loading import load
 from minigpt.commands.options import ModelSource, PromptForm

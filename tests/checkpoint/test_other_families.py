@@ -24,7 +24,7 @@ from minigpt.model.cost import parameter_count, training_flops_per_token
 from minigpt.model.language_model import LanguageModel, model_class
 from minigpt.tracing.analysis.recorder import MeasureRecorder
 from minigpt.tracing.analysis.rollout import Rollout
-from minigpt.tracing.selection import select_heads
+from minigpt.tracing.head_lists import select_heads
 
 SHAPE = {
     "vocab_size": 61,

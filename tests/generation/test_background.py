@@ -13,10 +13,15 @@ from small_models import LAYOUTS, small_model
 
 from minigpt.errors import ConfigError
 from minigpt.files import CACHE_VARIABLE, locked
-from minigpt.generation.fast import background, compiled, compiles_by_default, prepare_for_decoding
+from minigpt.generation.fast import (
+    background,
+    compiled,
+    compiles_by_default,
+    is_compiled,
+    prepare_for_decoding,
+)
 from minigpt.generation.fast.packages import failure_path, lock_path
 from minigpt.generation.fast.quantize import quantize_int8, use_float32_activations
-from minigpt.generation.forward import is_compiled
 from minigpt.model.gpt import GPT
 
 KINDS = ["float32", "int8", "bfloat16-weights"]

@@ -13,6 +13,7 @@ from minigpt.errors import DataError
 from minigpt.generation.conversation import Conversation
 from minigpt.generation.decoder import Decoder, Step, max_rows_together
 from minigpt.generation.sampling import Sampler
+from minigpt.generation.sliding import SlidingDecoder
 from minigpt.model.cache import cache_bytes_per_token
 from minigpt.model.gpt import GPT
 
@@ -171,7 +172,7 @@ def plain_sliding(
 def test_a_sliding_window_equals_a_plain_loop(layout: str) -> None:
     model = small_model(layout)
     config = SamplingConfig(max_new_tokens=60, overflow="slide", **ALL)
-    decoder = Decoder(model, PROMPT, n_rows=3)
+    decoder = SlidingDecoder(model, PROMPT, n_rows=3)
     for seed in (1, 2):
         steps = list(decoder.generate(config, seed=seed))
         assert [(s.token, s.position, s.n_slides, s.n_forgotten) for s in steps] == plain_sliding(
@@ -189,7 +190,7 @@ def test_a_sliding_window_equals_a_plain_loop(layout: str) -> None:
 def test_a_tiny_window_slides(context_length: int) -> None:
     model = small_model(context_length=context_length)
     config = SamplingConfig(max_new_tokens=20, overflow="slide", temperature=1.0)
-    steps = list(Decoder(model, [3]).generate(config, seed=1))
+    steps = list(SlidingDecoder(model, [3]).generate(config, seed=1))
     assert [(s.token, s.position, s.n_slides, s.n_forgotten) for s in steps] == plain_sliding(
         model, [3], config, 1
     )

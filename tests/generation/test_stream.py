@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import pytest
 
 from minigpt.generation.decoder import FinishReason, Step
-from minigpt.generation.stream import StopFinder, TextStep, stream_text
+from minigpt.generation.stops import StopFinder
+from minigpt.generation.stream import TextStep, stream_text
 from minigpt.text.byte_pairs import TiktokenTokenizer, make_encoding
 from minigpt.text.tokenizer import END_OF_TEXT, BytesTokenizer, Tokenizer
 

@@ -20,7 +20,7 @@ from minigpt.checkpoint.folder import RunFolder
 from minigpt.checkpoint.manifest import verify
 from minigpt.checkpoint.model_folder import read_model, save_tensors, write_model
 from minigpt.checkpoint.resolve import resolve_model
-from minigpt.checkpoint.weights import weights_sha256
+from minigpt.commands.attention_trace.files import weights_sha256
 from minigpt.config import DataConfig
 from minigpt.errors import CheckpointError, ConfigError, DataError, MinigptError, ResourceError
 from minigpt.settings import read_toml

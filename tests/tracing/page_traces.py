@@ -10,7 +10,7 @@ from small_traces import header_of
 from minigpt.tracing.analysis_config import Measure, facts_of
 from minigpt.tracing.events import Row, Source, Token, TraceFooter, TraceHeader, TraceStep
 from minigpt.tracing.findings import CauseCheck, Effect, HeadRows, Roles, Trace
-from minigpt.tracing.selection import select_heads
+from minigpt.tracing.head_lists import select_heads
 
 BOTH: tuple[Measure, ...] = ("weight", "norm")
 

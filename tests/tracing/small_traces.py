@@ -13,7 +13,7 @@ from minigpt.text.tokenizer import BytesTokenizer
 from minigpt.tracing.analysis_config import AnalysisConfig, facts_of
 from minigpt.tracing.events import Row, Source, Token, TraceFooter, TraceHeader, TraceStep
 from minigpt.tracing.findings import Roles, Trace
-from minigpt.tracing.selection import select_heads
+from minigpt.tracing.head_lists import select_heads
 from minigpt.tracing.spans import Line
 from minigpt.tracing.tracer import trace
 

@@ -27,7 +27,7 @@ from minigpt.tracing.analysis.tally import CauseTally, rank_correlation
 from minigpt.tracing.analysis_config import AnalysisConfig, Knockout
 from minigpt.tracing.events import Source, Token, TraceFooter, TraceStep
 from minigpt.tracing.findings import CauseCheck, Effect
-from minigpt.tracing.selection import select_heads
+from minigpt.tracing.head_lists import select_heads
 from minigpt.tracing.tracer import trace
 
 KINDS: tuple[Knockout, ...] = ("key", "value")

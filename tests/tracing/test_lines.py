@@ -13,8 +13,8 @@ from minigpt.config import SamplingConfig
 from minigpt.tracing.analysis_config import MEASURES, Measure, facts_of
 from minigpt.tracing.events import Token, TraceFooter, TraceStep
 from minigpt.tracing.findings import CauseCheck, Effect
+from minigpt.tracing.head_lists import select_heads
 from minigpt.tracing.lines import TraceLayout, make_layout
-from minigpt.tracing.selection import select_heads
 from minigpt.tracing.spans import Line, bar, fit, heat, percent
 from minigpt.tracing.summary import footer_lines, header_lines, legend
 from minigpt.tracing.wrapping import signed

@@ -8,7 +8,7 @@ from small_models import random_tokens, small_model
 from minigpt.model.cache import KVCache
 from minigpt.tracing.analysis.recorder import MeasureRecorder
 from minigpt.tracing.analysis.rollout import Rollout
-from minigpt.tracing.selection import select_heads
+from minigpt.tracing.head_lists import select_heads
 
 
 def test_two_layers_equal_a_rollout_by_hand() -> None:

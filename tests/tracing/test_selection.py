@@ -6,7 +6,8 @@ import random
 import pytest
 
 from minigpt.errors import ConfigError
-from minigpt.tracing.selection import HeadSelection, select_heads
+from minigpt.tracing.head_lists import select_heads
+from minigpt.tracing.selection import HeadSelection
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from minigpt.config import ATTENTIONS, ModelConfig, RunConfig, SamplingConfig
 from minigpt.errors import CheckpointError, ConfigError
 from minigpt.generation.decoder import Decoder
 from minigpt.generation.forward import make_forward
+from minigpt.generation.sliding import SlidingDecoder
 from minigpt.model.language_model import LanguageModel, model_class
 from minigpt.settings import build, to_dict, to_toml
 from minigpt.text.tokenizer import BytesTokenizer
@@ -142,7 +143,7 @@ def test_batched_lstm_samples_equal_single_ones_and_the_window_slides(name: str)
     model = other_model(name)
     prompt = random_tokens(9).tolist()
     sampling = SamplingConfig(max_new_tokens=30, overflow="slide", temperature=1)
-    decoder = Decoder(model, prompt, n_rows=2)
+    decoder = SlidingDecoder(model, prompt, n_rows=2)
     together: dict[int, list[int]] = {0: [], 1: []}
     for row, step in decoder.batch(sampling, seeds=[5, 6]):
         together[row].append(step.token)

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from minigpt.checkpoint.families import gemma, hf_fields, llama, unsupported
 from minigpt.checkpoint.families.gemma import GemmaBlock, GemmaGPT, GemmaNorm
+from minigpt.checkpoint.rescaled_attention import ScaledScore
 from minigpt.checkpoint.sliding_windows import read_windows, sliding_layers, window_of
 from minigpt.config import ModelConfig
 from minigpt.model.attention import Attention
-from minigpt.model.scores import ScaledScore, weighted_sum
+from minigpt.model.scores import weighted_sum
 
 NORMS = {
     "input_layernorm": "attention_norm",

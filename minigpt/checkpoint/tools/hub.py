@@ -5,15 +5,25 @@ from pathlib import Path
 from typing import Any
 
 from minigpt.checkpoint.carried import CARRIED
-from minigpt.checkpoint.resolve import HUB_NAME
 from minigpt.checkpoint.tools.weight_files import INDEX
 from minigpt.errors import CheckpointError, MinigptError, install_extra
 from minigpt.files import read_json, resource_errors
+
+HUB_NAME = re.compile(
+    r"(?P<repository>[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96})(@(?P<revision>[\w./-]{1,200}))?",
+    re.ASCII,
+)
+"""Repository of the Hugging Face hub: org/name or org/name@revision."""
 
 _WEIGHTS = "model.safetensors"
 # Code of strangers is not downloaded; in a folder on the disk it is carried over, and never run.
 _SMALL_FILES = ["config.json", INDEX, *(name for name in CARRIED if name != "*.py")]
 _LOG_IN = "log in with `hf auth login`"
+
+
+def is_hub_name(spec: str) -> bool:
+    """Return whether a text could name a repository: org/name or org/name@revision."""
+    return HUB_NAME.fullmatch(spec) is not None
 
 
 def download_model(spec: str) -> Path:

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from minigpt.checkpoint.families import OWN_TYPE
-from minigpt.checkpoint.resolve import is_hub_name
+from minigpt.checkpoint.tools.hub import is_hub_name
 from minigpt.config import ModelConfig, RunConfig
 from minigpt.model.cost import parameter_count
 from minigpt.text.escape import printable

@@ -6,7 +6,8 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from minigpt.checkpoint.resolve import HUB_NAME, names_in, remedy
+from minigpt.checkpoint.resolve import names_in, remedy
+from minigpt.checkpoint.tools.hub import HUB_NAME
 from minigpt.errors import CheckpointError
 from minigpt.files import resource_errors
 

@@ -1,13 +1,12 @@
 """minigpt attention-trace; the command's docstring is its --help."""
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from minigpt.commands.attention_trace.targets import Targets
 from minigpt.commands.options import (
     Fields,
     Interventions,
@@ -19,15 +18,26 @@ from minigpt.commands.options import (
 )
 from minigpt.config import SamplingConfig
 from minigpt.errors import ConfigError
-from minigpt.rings import ring
+from minigpt.rings import find_ring, ring
 from minigpt.tracing.config import N_SOURCES, SAMPLING, config_class
 
 if TYPE_CHECKING:
+    from minigpt.commands.attention_trace.targets import Targets
     from minigpt.commands.loading import Ready
     from minigpt.tracing.config import TraceConfig
     from minigpt.tracing.events import TraceEvent
 else:
     TraceConfig = config_class()
+    if _targets := find_ring("commands.attention_trace.targets"):
+        Targets = _targets.Targets
+    else:
+
+        @dataclass(frozen=True)
+        class Targets:
+            """Lines on stdout, without the ring of files and views."""
+
+            are_lines, has_heads, as_json = True, False, False
+
 
 _FILES = "Files"
 _RECORDED = "commands.attention_trace.recorded"
@@ -108,7 +118,6 @@ def attention_trace(
     from minigpt.commands.output import note
     from minigpt.console import make_console
     from minigpt.generation.decoder import fresh_seed
-    from minigpt.generation.loading import forced_ids
     from minigpt.tracing.lines import make_layout
     from minigpt.tracing.tracer import trace
 
@@ -120,7 +129,12 @@ def attention_trace(
     if interventions.is_any:
         intervening = ring("commands.interventions").with_interventions
         ready, intervention = intervening(ready, interventions, special=form.special)
-    forced = forced_ids(ready.tokenizer, sampling, ready.model, ready.prompt, special=form.special)
+    forced: list[int] = []
+    if sampling.force is not None:
+        forcing = ring("generation.forcing")
+        forced = forcing.forced_ids(
+            ready.tokenizer, sampling, ready.model, ready.prompt, special=form.special
+        )
     shape = ready.model.config
     layout = make_layout(
         make_console(is_stderr=False).width,

@@ -1,5 +1,6 @@
 """Traces as JSON, in any view, and in files (--json, --view, --out, --html, --dense and so on)."""
 
+import hashlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -11,13 +12,19 @@ from typing import Any, BinaryIO
 
 from torch import Tensor
 
-from minigpt.checkpoint.weights import weights_sha256
+from minigpt.checkpoint.weights import weight_files
 from minigpt.commands.attention_trace.output import TraceOutput
 from minigpt.commands.attention_trace.targets import LINES, Targets
 from minigpt.commands.output import note
 from minigpt.console import print_lines, write_result
 from minigpt.errors import ConfigError
-from minigpt.files import require_writable, resource_errors, write_atomically, writing_aside
+from minigpt.files import (
+    open_regular,
+    require_writable,
+    resource_errors,
+    write_atomically,
+    writing_aside,
+)
 from minigpt.rings import ring
 from minigpt.tracing.analysis_config import facts_of
 from minigpt.tracing.events import TraceEvent, TraceFooter, TraceHeader, TraceStep
@@ -89,6 +96,18 @@ def _is_stdout(targets: Targets) -> bool:
         return targets.out is not None and os.path.samestat(os.stat(targets.out), os.fstat(1))
     except OSError:
         return False
+
+
+def weights_sha256(folder: Path) -> str:
+    """Return the SHA-256 of a folder's weights, its files concatenated.
+
+    Raises: CheckpointError if there are none; ResourceError if they may not be read.
+    """
+    digest = hashlib.sha256()
+    for path in weight_files(folder):
+        with resource_errors(path), open_regular(path) as file:
+            hashlib.file_digest(file, lambda: digest)
+    return digest.hexdigest()
 
 
 class FileOutput(TraceOutput):

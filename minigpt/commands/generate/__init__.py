@@ -67,7 +67,7 @@ def generate(
     from minigpt.commands.loading import compiling, load
     from minigpt.console import write_result
     from minigpt.generation.decoder import fresh_seed
-    from minigpt.generation.loading import forced_ids, make_decoder, require_new_tokens
+    from minigpt.generation.loading import make_decoder, require_new_tokens
     from minigpt.generation.stream import stream_samples
 
     require_new_tokens(sampling)
@@ -78,7 +78,12 @@ def generate(
     if interventions.is_any:
         intervening = ring("commands.interventions").with_interventions
         ready, _ = intervening(ready, interventions, special=form.special)
-    forced = forced_ids(ready.tokenizer, sampling, ready.model, ready.prompt, special=form.special)
+    forced: list[int] = []
+    if sampling.force is not None:
+        forcing = ring("generation.forcing")
+        forced = forcing.forced_ids(
+            ready.tokenizer, sampling, ready.model, ready.prompt, special=form.special
+        )
     seed = fresh_seed() if sampling.seed is None else sampling.seed
     if interactive:
         interactive_ring = ring("commands.generate.interactive")

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 
 from minigpt.checkpoint.model_folder import read_model
-from minigpt.checkpoint.resolve import is_hub_name, resolve_model
+from minigpt.checkpoint.resolve import resolve_model
 from minigpt.commands.train.settings import one_budget
 from minigpt.config import RunConfig
 from minigpt.errors import CheckpointError, ConfigError
 from minigpt.evaluation import LOGITS_AT_ONCE
 from minigpt.model.language_model import LanguageModel
+from minigpt.rings import find_ring
 from minigpt.settings import build, flat, given, merge, one_lr, to_dict
 from minigpt.text.tokenizer import Tokenizer
 from minigpt.text.tokens import prepared_settings
@@ -61,7 +62,8 @@ def read_base(spec: str) -> Base:
     if not isinstance(spec, str):  # as a --config file may have it
         raise ConfigError(f"from must name a model: it is {spec!r}.")
     folder = resolve_model(spec)
-    is_remote = is_hub_name(spec) and not os.path.exists(spec)
+    hub = find_ring("checkpoint.tools.hub")
+    is_remote = hub is not None and hub.is_hub_name(spec) and not os.path.exists(spec)
     source = f"{spec.partition('@')[0]}@{folder.name}" if is_remote else str(folder)
     loaded = read_model(folder, dtype=torch.float32)
     for name, tensor in loaded.model.state_dict().items():

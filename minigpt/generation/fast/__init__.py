@@ -1,16 +1,18 @@
 """Fast decoding of a GPT: a step of few calls, compiled graphs, weight-only quantization."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import TypeGuard
 
 import torch
 from torch import nn
 
+from minigpt.errors import ConfigError, MinigptWarning, ResourceError
 from minigpt.generation.fast.compiled import CompiledForward, is_cached
-from minigpt.generation.fast.decode_step import StepForward
 from minigpt.generation.fast.eager import EagerForward
 from minigpt.generation.fast.products import join_weights, max_table_rows
 from minigpt.generation.fast.quantize import WeightOnlyEmbedding, hold_weights_apart
+from minigpt.generation.forward import PlainForward
 from minigpt.model.attention import Recorder
 from minigpt.model.gpt import GPT, Block
 from minigpt.model.language_model import LanguageModel
@@ -90,19 +92,44 @@ def joined_layers(model: LanguageModel) -> Iterator[Sequence[nn.Module]]:
         yield [mlp.down]
 
 
+def is_compiled(model: LanguageModel, compiles: bool | None, n_rows: int = 1) -> bool:
+    """Return whether to decode through a compiled graph.
+
+    Args: compiles, whether it is asked for; None for ``compiles_by_default``. If that fails,
+        decoding continues without it, with a warning.
+    """
+    return compiles_by_default(model, n_rows) if compiles is None else compiles
+
+
 def make_forward(
-    model: GPT,
+    model: LanguageModel,
     *,
     capacity: int,
     n_rows: int = 1,
     recorder: Recorder | None = None,
-    compiles: bool = False,
-) -> StepForward:
-    """Return the decode step of a model that is supported.
+    compiles: bool | None = False,
+) -> PlainForward | None:
+    """Return the decode step of a model; None if the model is not supported.
 
-    Args: capacity, the number of positions that the cache has room for; n_rows, the largest number
-        of rows.
+    Args: as for ``forward.make_forward``.
+    Raises: ConfigError if compiling is asked for and not possible.
     """
-    if compiles:
-        return CompiledForward(model, capacity=capacity, n_rows=n_rows, recorder=recorder)
+    if compiles and not supports(model, compiles=True):
+        raise ConfigError(
+            "--compile needs a GPT with scaled_dot attention and full context on cpu or cuda: this "
+            f"model is a {type(model).__name__} with {model.config.attention} on "
+            f"{model.device.type}. Use --no-compile."
+        )
+    if is_compiled(model, compiles, n_rows):
+        assert isinstance(model, GPT)
+        try:
+            return CompiledForward(model, capacity=capacity, n_rows=n_rows, recorder=recorder)
+        except (ConfigError, ResourceError) as error:
+            if compiles:
+                raise
+            note = f"decoding without a compiled graph: {error}"
+            warnings.warn(note, MinigptWarning, stacklevel=2)
+    if not supports(model):
+        return None
+    assert isinstance(model, GPT)
     return EagerForward(model, capacity=capacity, recorder=recorder)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from minigpt.checkpoint.weights import placed
 from minigpt.config import ModelConfig
-from minigpt.generation.fast import joined_layers
+from minigpt.generation.fast import is_compiled, joined_layers
 from minigpt.generation.fast.matvec import has_matvec_kernels
 from minigpt.generation.fast.products import join_weights, max_table_rows
 from minigpt.generation.fast.quantize import (
@@ -23,7 +23,6 @@ from minigpt.generation.fast.quantize import (
     require_int8,
     to_int8,
 )
-from minigpt.generation.forward import is_compiled
 from minigpt.model.gpt import GPT
 from minigpt.model.language_model import LanguageModel, model_class
 
@@ -132,7 +131,7 @@ def make_reader(
     """Return the reader of a model.
 
     Args: decodes, whether to lay out the weights for the eager decode step, unless the model will
-        be decoded through a compiled graph; compiles and n_rows, as for ``forward.is_compiled``;
+        be decoded through a compiled graph; compiles and n_rows, as for ``fast.is_compiled``;
         kinds, dtype, activations and quantizes, as for ``WeightReader``.
     """
     joins = decodes and device.type == "cpu" and model_class(config) is GPT

@@ -1,26 +1,43 @@
-"""Attention scores that are the dot product of the keys with changed queries.
+"""Attention scores that are the dot product of the keys with changed queries; learned scores.
 
 Shapes: B batch, H query heads, T queries, D head dim.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minigpt.config import ModelConfig
-from minigpt.model.scores import ScaledScore, Score
+from minigpt.model.scores import Score
 
 
-class DotScore(ScaledScore):
+class DotScore(Score):
     """The dot product, q . k.
 
     Source: Luong et al. 2015, arXiv:1508.04025, section 3.1.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config, 1.0)
+    changes_queries = True
+
+    def fold(self, q_BHTD: Tensor) -> Tensor:
+        return q_BHTD * self.d_head**0.5
 
 
-class GeneralScore(Score):
+class LearnedScore(Score):
+    """A score with parameters of each head."""
+
+    def parameter(self, *inputs: int) -> nn.Parameter:
+        """Return a parameter with D outputs for each head, stacked as in a projection: (H D, ...).
+
+        Muon treats matrices of this shape like the query projection.
+        """
+        return nn.Parameter(torch.zeros(self.n_head * self.d_head, *inputs))
+
+    def by_head(self, parameter: Tensor) -> Tensor:
+        """Return a parameter as (H, D, ...)."""
+        return parameter.unflatten(0, (self.n_head, -1))
+
+
+class GeneralScore(LearnedScore):
     """A learned bilinear form, q^T W k, with a matrix W for each head.
 
     Source: Luong et al. 2015, arXiv:1508.04025, section 3.1.

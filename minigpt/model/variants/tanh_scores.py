@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minigpt.config import ModelConfig
-from minigpt.model.scores import Score, causal_softmax, in_float32, weighted_sum
+from minigpt.model.scores import causal_softmax, in_float32, weighted_sum
+from minigpt.model.variants.products import LearnedScore
 
 _MAX_HIDDEN = 2**22
 """Hidden values computed together: the fastest of 2**18 to 2**24."""
@@ -24,7 +25,7 @@ _MAX_HIDDEN_ON_GPU = 2**26
 """A quarter of a GiB: few and large kernels."""
 
 
-class TanhScore(Score):
+class TanhScore(LearnedScore):
     """A score v . tanh(W q + U k), with W, U and v of each head."""
 
     is_dot_product = False

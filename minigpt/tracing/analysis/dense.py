@@ -22,8 +22,8 @@ from minigpt.files import resource_errors, writing_aside
 from minigpt.text.escape import printable
 from minigpt.tracing.analysis_config import AnalysisConfig
 from minigpt.tracing.findings import Trace
+from minigpt.tracing.head_lists import select_heads
 from minigpt.tracing.rows import RowReader, reduce_rows
-from minigpt.tracing.selection import select_heads
 
 _HEADER_BYTES = 4096
 _LARGEST_WEIGHT = 1.01

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from minigpt.errors import ConfigError
-from minigpt.generation.loading import continuation_ids
+from minigpt.generation.forcing import continuation_ids
 from minigpt.model.cache import KVCache
 from minigpt.model.language_model import LanguageModel
 from minigpt.text.tokenizer import Tokenizer

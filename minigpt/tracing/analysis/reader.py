@@ -26,7 +26,7 @@ from minigpt.settings import build
 from minigpt.tracing import analysis_config, events, findings
 from minigpt.tracing.analysis_config import MEASURES, facts_of
 from minigpt.tracing.file import HEAD_FIELDS, INTERRUPTED, ROW_FIELDS, SCHEMA, WORKING_ARRAYS
-from minigpt.tracing.selection import select_heads
+from minigpt.tracing.head_lists import select_heads
 
 T = TypeVar("T")
 _MOST_HEADS = 2**16

@@ -1,0 +1,61 @@
+"""Lists of heads in options: ``0,2,4-6`` for layers, ``4.2,5.*`` for layer.head."""
+
+import re
+from itertools import product
+
+from minigpt.errors import ConfigError
+from minigpt.tracing.selection import HeadSelection
+
+_RANGE = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?")
+
+
+def select_heads(
+    n_layer: int,
+    n_head: int,
+    *,
+    layers: str | None = None,
+    heads: str | None = None,
+    options: tuple[str, str] = ("--layers", "--heads"),
+) -> HeadSelection:
+    """Return the heads that are in both ``layers`` and ``heads``. None selects all.
+
+    Args: options, names of the two options, for messages.
+    Raises: ConfigError for a syntax error, an index out of range, or an empty selection.
+    """
+    layers_name, name = options
+    chosen_layers = _numbers("*" if layers is None else layers, n_layer, layers_name, "layer")
+    chosen: set[tuple[int, int]] = set()
+    for part in ("*.*" if heads is None else heads).split(","):
+        layer, dot, head = part.strip().partition(".")
+        if not dot:
+            raise ConfigError(f"{name} takes layer.head, as in 4.2 or 5.*: it is {part!r}.")
+        layer_numbers = _numbers(layer, n_layer, name, "layer")
+        chosen |= {*product(layer_numbers, _numbers(head, n_head, name, "head"))}
+    selection = HeadSelection(
+        tuple(
+            tuple(h for h in range(n_head) if i in chosen_layers and (i, h) in chosen)
+            for i in range(n_layer)
+        ),
+        n_head,
+    )
+    if not selection.n_chosen:
+        raise ConfigError(f"{layers_name} {layers} and {name} {heads} have no head in common.")
+    return selection
+
+
+def _numbers(text: str, n: int, option: str, noun: str) -> set[int]:
+    """Parse ``*`` or a list of numbers and ranges, each below n."""
+    if text.strip() == "*":
+        return set(range(n))
+    numbers: set[int] = set()
+    for part in text.split(","):
+        match = _RANGE.fullmatch(part.strip())
+        if not match:
+            raise ConfigError(f"{option} takes numbers and ranges, as in 0,2,4-6: it is {text!r}.")
+        low, high = int(match[1]), int(match[2] or match[1])
+        if low > high or high >= n:
+            raise ConfigError(
+                f"{option} {part.strip()} is out of range: the model has {noun}s 0 to {n - 1}."
+            )
+        numbers.update(range(low, high + 1))
+    return numbers
