@@ -114,7 +114,7 @@ def minigpt(contender: Contender, job: Job) -> Decode:
 
 def _traced(model: Any, contender: Contender) -> Decode:
     """minigpt with a row of attention per token, as in ``attention-trace``."""
-    from random_models import BYTES
+    from random_models import ENDLESS
 
     from minigpt.config import SamplingConfig
     from minigpt.tracing.events import TraceStep
@@ -124,11 +124,10 @@ def _traced(model: Any, contender: Contender) -> Decode:
         sampling = SamplingConfig(temperature=0, max_new_tokens=job.n_new)
         events = trace(
             model,
-            BYTES,
+            ENDLESS,
             job.prompt,
             sampling,
             seed=0,
-            stop_at_end_of_text=False,
             compiles=contender.is_compiled,
         )
         return _drain((e.token.id for e in events if isinstance(e, TraceStep)), first)

@@ -10,9 +10,11 @@ from minigpt.config import ModelConfig
 from minigpt.model.cost import parameter_count
 from minigpt.model.gpt import GPT
 from minigpt.presets import preset
-from minigpt.text.tokenizer import Tokenizer, make_tokenizer
+from minigpt.text.tokenizer import BytesTokenizer, Tokenizer, make_tokenizer
 
 BYTES = make_tokenizer("bytes", [])
+ENDLESS = BytesTokenizer("bytes", (2**30,))
+"""A tokenizer whose end-of-text token no model samples."""
 
 SHAPES = {
     "gpt2": ModelConfig(

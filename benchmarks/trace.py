@@ -34,7 +34,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "100000")
 
 import torch
 from machine import child_environment, machine_facts
-from random_models import BYTES, SHAPES, shape_of, write_random
+from random_models import BYTES, ENDLESS, SHAPES, shape_of, write_random
 from rich.console import Console
 
 from minigpt.config import SamplingConfig
@@ -80,12 +80,11 @@ def decoding(
         return
     events = trace(
         model,
-        BYTES,
+        ENDLESS,
         prompt,
         sampling,
         config,
         seed=0,
-        stop_at_end_of_text=False,
         compiles=compiles,
     )
     layout = make_layout(

@@ -44,7 +44,6 @@ def trace(
     *,
     seed: int,
     model_name: str = "",
-    stop_at_end_of_text: bool = True,
     compiles: bool | None = False,
     forced: Sequence[int] = (),
     intervention: "InterventionConfig | None" = None,
@@ -105,7 +104,7 @@ def trace(
         prompt=tuple(tokens),
         intervention=intervention,
     )
-    end_of_text = tokenizer.end_of_text_ids if stop_at_end_of_text else ()
+    end_of_text = tokenizer.end_of_text_ids
     steps = decoder.generate(sampling, seed=seed, end_of_text=end_of_text, forced=forced)
     items: Iterator[TextStep] = stream_text(steps, tokenizer, sampling.stop)
     if prompt_rows:

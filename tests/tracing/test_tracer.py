@@ -174,18 +174,14 @@ def test_the_probability_is_before_any_sampling_option() -> None:
         context.append(step.token.id)
 
 
-@pytest.mark.parametrize("stops_there", [True, False])
-def test_the_end_of_text_token_ends_a_trace_unless_disabled(stops_there: bool) -> None:
+def test_the_end_of_text_token_ends_a_trace() -> None:
     model = model_of("gpt2")
     with torch.no_grad():
         model.unembedding.weight[256] = model.final_norm.bias * 100  # <|endoftext|>, always
         model.final_norm.weight.zero_()
-    _, steps, footer = traced(
-        model, SamplingConfig(max_new_tokens=4), stop_at_end_of_text=stops_there
-    )
-    assert {step.token.id for step in steps} == {256}
-    assert len(steps) == (1 if stops_there else 4)
-    assert footer.finish == ("end_of_text" if stops_there else "length")
+    _, steps, footer = traced(model, SamplingConfig(max_new_tokens=4))
+    assert [step.token.id for step in steps] == [256]
+    assert footer.finish == "end_of_text"
 
 
 def test_any_of_several_end_of_text_tokens_ends_a_trace() -> None:
