@@ -49,6 +49,21 @@ def tensor_names(config: ModelConfig) -> Iterator[TensorName]:
             yield replace(name, theirs=family.prefix + name.theirs.format(i=i), ours=ours)
 
 
+def _shapes_in_hf(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of what ``tensors_to_hf`` returns."""
+    # Not from tensors on the meta device: torch.cat of some imports the compiler, 80 MB of memory.
+    state = model_class(config).without_weights(config).state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if config.model_type == OWN_TYPE:
+        return shapes
+    renamed = {}
+    for name in tensor_names(config):
+        parts = [shapes[part] for part in name.ours]
+        shape = (sum(part[0] for part in parts), *parts[0][1:])
+        renamed[name.theirs] = shape[::-1] if name.is_transposed else shape
+    return renamed
+
+
 def _head(config: ModelConfig) -> str:
     return family_of(config.model_type).head
 
@@ -243,9 +258,7 @@ def stored_tensors(config: ModelConfig, folder: Path) -> dict[str, StoredTensor]
                         f"{path.name!r}. Download the model again."
                     )
     _check_size(config, len(found))
-    with torch.device("meta"):
-        tensors = tensors_to_hf(config, model_class(config).without_weights(config).state_dict())
-    expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    expected = _shapes_in_hf(config)
     # Some files of others hold tied embeddings twice.
     if config.tie_embeddings and config.model_type != OWN_TYPE and _head(config) in found:
         expected[_head(config)] = next(iter(expected.values()))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from minigpt.config import RunConfig
 from minigpt.errors import ConfigError, MinigptWarning
+from minigpt.training.run import Run
 
 LONG_S = 600
 """Seconds of a run from which compiling, which takes about a minute, pays."""
@@ -42,6 +43,11 @@ NOTE = (
     "one takes about a minute (--no-compile trains without)"
 )
 """What a run says that is compiled by default."""
+FAILED_NOTE = (
+    "the training step is not compiled, because torch.compile failed before the checkpoint was "
+    "saved (--compile tries again)"
+)
+"""What a resumed run says that would be compiled by default."""
 
 
 class CompiledLoss:
@@ -51,13 +57,13 @@ class CompiledLoss:
     after the context warm-up has the kernels of one that was not stopped.
     """
 
-    def __init__(self, loss: nn.Module, replica: Any, *, is_required: bool) -> None:
-        """Args: replica, the loss or a wrapper that averages its gradients over ranks;
-        is_required, whether a failure is an error."""
+    def __init__(self, loss: nn.Module, replica: Any, run: Run) -> None:
+        """Args: replica, the loss or a wrapper that averages its gradients over ranks; run, which
+        is told if the compiler fails."""
         for module in loss.modules():
             if type(module) is nn.Embedding:
                 module.__class__ = Embedding
-        self._loss, self._is_required = loss, is_required
+        self._loss, self._run = loss, run
         self._compiled: Any = torch.compile(replica, dynamic=False)
         self._is_rehearsed = replica is loss  # a wrapper expects one backward pass per forward
         self._shapes: set[torch.Size] = set()
@@ -65,7 +71,7 @@ class CompiledLoss:
     def __call__(self, inputs: Tensor, targets: Tensor, **options: bool) -> Tensor:
         """Return the loss of a batch.
 
-        Raises: ConfigError if it cannot be compiled and ``is_required``.
+        Raises: ConfigError if it cannot be compiled and --compile was given.
         """
         if self._is_rehearsed and inputs.shape not in self._shapes:
             self._shapes.add(inputs.shape)
@@ -84,7 +90,7 @@ class CompiledLoss:
             raise
         except Exception as error:  # the compiler's own, the C++ compiler's, the linker's
             reason = " ".join(str(error).split())[:200]
-            if self._is_required:
+            if self._run.config.training.compile:
                 raise ConfigError(
                     f"--compile: torch.compile failed with {type(error).__name__}: {reason}. Use "
                     "--no-compile."
@@ -92,6 +98,7 @@ class CompiledLoss:
             note = f"training without torch.compile, which failed: {reason}"
             warnings.warn(note, MinigptWarning, stacklevel=2)
             self._compiled, self._is_rehearsed = self._loss, False
+            self._run.is_compiled, self._run.compile_failed = False, True
 
 
 class Embedding(nn.Embedding):

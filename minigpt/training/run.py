@@ -80,6 +80,8 @@ class Run:
             kernels.use_kernels(self.model, self.device, dtype)
         self.is_compiled = bool(training.compile)
         """Whether the training step is compiled."""
+        self.compile_failed = False
+        """Whether the compiler failed, so that the run continued uncompiled."""
         if compiling := find_ring("training.compiling"):
             n_parameters = sum(p.numel() for p in self.model.parameters())
             self.is_compiled = compiling.is_compiled(

@@ -88,6 +88,8 @@ class TrainingState:
     """Fingerprint of the tokenized corpus."""
     computed_on: str = ""
     """Hardware, dtype and torch version, from ``computed_on``."""
+    compile_failed: bool = False
+    """Whether the compiler failed, so that the run, compiled by default, continued uncompiled."""
     lr_scale: float | None = setting(None, "[0, inf)")
     """Learning rate of the last step as a fraction of the peak. None before the first step."""
     next_lr_scale: float | None = setting(None, "[0, inf)")
@@ -144,6 +146,7 @@ def training_state(run: Run) -> TrainingState:
         n_skipped=run.n_skipped,
         corpus=run.data.tokens.fingerprint,
         computed_on=computed_on(run.world, run.dtype, is_compiled=run.is_compiled),
+        compile_failed=run.compile_failed,
         lr_scale=run.last_lr_scale,
         next_lr_scale=run.lr_scale,
         is_warm=run.context_length == run.config.sequence_length,
@@ -167,6 +170,8 @@ def restore(run: Run, folder: Path) -> None:
         )
     run.step = run.saved_step = state.step
     run.elapsed_s, run.n_skipped = state.elapsed_s, state.n_skipped
+    if state.compile_failed and run.config.training.compile is None:
+        run.is_compiled, run.compile_failed = False, True
     now = computed_on(run.world, run.dtype, is_compiled=run.is_compiled)
     if state.computed_on not in ("", now):
         run.moved_from = state.computed_on

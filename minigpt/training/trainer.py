@@ -58,9 +58,7 @@ class Trainer(Run):
         self._loss_of: Any = self._replica
         if self.is_compiled:
             # Around DDP, which then averages some gradients while others are computed.
-            self._loss_of = ring("training.compiling").CompiledLoss(
-                loss, self._replica, is_required=bool(config.training.compile)
-            )
+            self._loss_of = ring("training.compiling").CompiledLoss(loss, self._replica, self)
         self._stop_is_requested = False
         self.metrics = Metrics(self)
         self.skipping: Any = None

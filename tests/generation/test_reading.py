@@ -1,5 +1,6 @@
 """Weights that are laid out while they are read: the same values, and no second copy."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -124,3 +125,27 @@ def test_peak_memory_is_at_most_the_weights_a_quarter_and_the_largest_tensor(
     assert int(peak) < 1.25 * n_bytes * n_weights + largest + room
     if n_bytes > 1:
         assert int(peak) < 2 * n_bytes * n_weights  # no second copy, even with the room
+
+
+_IMPORTS = """
+import sys
+from pathlib import Path
+
+from minigpt.generation.decoder import Decoder
+from minigpt.generation.loading import load
+
+for options in ({}, {"dtype": "bfloat16"}, {"quantize": "int8"}):
+    for folder in sys.argv[1:]:
+        model = load(Path(folder), device="cpu", decodes=True, **options).model
+        Decoder(model, [1, 2, 3], max_new_tokens=4).logits([4])
+        found = {"sympy", "torch._dynamo"} & set(sys.modules)
+        assert not found, (folder, options, found)
+"""
+
+
+def test_reading_and_decoding_a_model_imports_no_compiler(tmp_path: Path) -> None:
+    for layout in LAYOUTS:
+        write_model(tmp_path / layout, small_model(layout), None)
+    folders = [str(tmp_path / layout) for layout in LAYOUTS]
+    environment = os.environ | {"MINIGPT_CACHE_DIR": str(tmp_path / "cache")}
+    subprocess.run([sys.executable, "-c", _IMPORTS, *folders], env=environment, check=True)

@@ -167,6 +167,29 @@ def test_a_failure_of_the_compiler_continues_without_it_and_with_the_same_bits(
     assert differing(bits(found), bits(straight)) == []
 
 
+def test_a_resumed_run_is_not_compiled_if_the_compiler_failed_before(
+    data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight = run_of(data, tmp_path / "eager", compile=False)
+    monkeypatch.setattr(compiling, "LONG_S", 0)
+    config = replace(straight.config, training=replace(straight.config.training, compile=None))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "compile", lambda f, **_: Failing(f, "forward"))
+        first = trainer_of(config, data, tmp_path / "run")
+        with pytest.warns(MinigptWarning, match="without torch.compile"):
+            run_until(first, 4)
+    again = trainer_of(config, data, tmp_path / "run", resume=True)  # where the compiler works
+    assert again.moved_from is None
+    assert [fact for _, fact in opening(again) if "compile" in fact] == [compiling.FAILED_NOTE]
+    asked = replace(config, training=replace(config.training, compile=True))
+    moved_from = trainer_of(asked, data, tmp_path / "run", resume=True).moved_from
+    assert moved_from is not None
+    assert "compiled" not in moved_from
+    list(again.run())
+    assert differing(bits(again), bits(straight)) == []
+    assert trainer_of(config, data, tmp_path / "run", resume=True).compile_failed
+
+
 def test_a_failure_is_an_error_if_compiling_was_asked_for(
     data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -45,8 +45,9 @@ def opening(trainer: Trainer) -> Iterator[tuple[str, str]]:
     if resume := find_ring("commands.train.resume"):
         for line in resume.resumed_notes(trainer):
             yield "note", line
-    if trainer.is_compiled and trainer.config.training.compile is None:
-        yield "note", ring("training.compiling").NOTE
+    if trainer.config.training.compile is None and (trainer.is_compiled or trainer.compile_failed):
+        compiling = ring("training.compiling")
+        yield "note", compiling.FAILED_NOTE if trainer.compile_failed else compiling.NOTE
     for line in _limits(trainer):
         yield "note", line
     if trainer.progress >= 1:

@@ -190,6 +190,10 @@ def put_embedding(model: LanguageModel, embedding: WeightOnlyLinear) -> None:
 
 
 def to_int8(weight: Tensor, bias: Tensor | None) -> WeightOnlyLinear:
+    if weight.is_meta:  # where a norm would import the compiler, 80 MB of memory
+        steps = weight.new_empty(weight.shape, dtype=torch.int8)
+        scale = weight.new_empty(len(weight))
+        return WeightOnlyLinear(steps, bias, scale, dtype=weight.dtype)
     largest = torch.linalg.vector_norm(weight, torch.inf, dim=1, dtype=torch.float32)
     largest.clamp_(min=torch.finfo(torch.float32).tiny)
     scale = (largest / _MAX_INT8).to(weight.dtype)  # round with the scale as it is stored
