@@ -77,7 +77,7 @@ def measures(
     from minigpt.generation.decoder import fresh_seed
     from minigpt.tracing.analysis.faithfulness import choose_measures, compare_measures
 
-    chosen = choose_measures(only)
+    chosen = None if only is None else choose_measures(only)
     if picture is not None:
         require_matplotlib(picture, what="--picture")
     ready = load(source, prompt, form)
@@ -95,6 +95,8 @@ def measures(
         )
     show_model(ready.folder)
     output.note(f"seed {seed}")
+    for name, why in comparison.left_out.items():
+        output.note(f"{name} is left out: {why}")
     if picture is not None:
         _draw(comparison, picture)
         output.note(f"wrote {picture}")

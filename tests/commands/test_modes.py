@@ -97,6 +97,7 @@ def test_replay_and_diff_refuse_every_option_of_a_live_trace(
         ("--measure gradient --heads 0.0", "--heads has no effect on --measure gradient"),
         ("--measure integrated --layers 0", "--layers has no effect on --measure integrated"),
         ("--measure gradient --view heads", "--view heads shows the rows of single heads"),
+        ("--view lens", "--view lens shows what --lens measures"),
         ("--max-new-tokens 0", "--temperature has no effect with --max-new-tokens 0"),
         ("--replay t.jsonl --position 9", "--position is for --view text"),
         ("--replay t.jsonl --picture strip", "--picture is for --svg or --png"),

@@ -18,6 +18,7 @@ from minigpt.config import SamplingConfig
 from minigpt.errors import ConfigError, DataError, ResourceError
 from minigpt.text.tokenizer import BytesTokenizer
 from minigpt.tracing.analysis.dense import with_rows_of, writing_rows
+from minigpt.tracing.analysis.tally import rank_correlation
 from minigpt.tracing.analysis_config import AnalysisConfig
 from minigpt.tracing.events import TraceFooter, TraceHeader, TraceStep
 from minigpt.tracing.findings import Trace
@@ -120,6 +121,25 @@ def test_rows_of_a_file_are_those_of_a_trace_with_other_options(
         assert one.row.heads is not None
         assert other.row.heads is not None
         np.testing.assert_allclose(one.row.heads.weights, other.row.heads.weights, atol=1e-7)
+
+
+@pytest.mark.parametrize("n_verified", [2, "all"])
+def test_knockouts_meet_the_weights_of_the_new_rows(tmp_path: Path, n_verified: Any) -> None:
+    made = traced_with_rows(tmp_path / "rows", measure="logit", against="a", n_verified=n_verified)
+    found = with_rows_of(made, tmp_path / "rows", AnalysisConfig(heads="1.2"), n_kept=8)
+    assert found.header.against is None  # weights do not depend on it
+    pairs = []
+    for one, other in zip(made.steps, found.steps, strict=True):
+        assert [e.change for e in one.effects] == [e.change for e in other.effects]
+        for effect in other.effects:
+            assert effect.source.weight == other.row.weights_S[effect.source.token.position]
+        if other.changes_S is not None:
+            pairs += list(zip(other.row.weights_S, abs(other.changes_S), strict=True))
+        else:
+            pairs += [(effect.source.weight, abs(effect.change)) for effect in other.effects]
+    assert found.footer.cause is not None
+    expected = rank_correlation(*zip(*pairs, strict=True))
+    assert found.footer.cause.rank_correlation == pytest.approx(expected, abs=1e-12)
 
 
 def test_whole_rows_of_heads_can_be_kept(tmp_path: Path) -> None:

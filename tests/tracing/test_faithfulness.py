@@ -10,10 +10,11 @@ import torch
 from copying import INDUCTION, copying_model, doubled
 from small_models import small_model
 from test_knockout import last_query_without
+from test_other_architectures import VARIANTS, model_of
 
 from minigpt.config import SamplingConfig
 from minigpt.errors import ConfigError, DataError
-from minigpt.model.gpt import GPT
+from minigpt.model.language_model import LanguageModel
 from minigpt.text.tokenizer import BytesTokenizer
 from minigpt.tracing.analysis import faithfulness
 from minigpt.tracing.analysis.faithfulness import (
@@ -35,10 +36,10 @@ TOKENIZER = BytesTokenizer()
 
 
 def compare(
-    model: GPT,
+    model: LanguageModel,
     prompt: list[int],
     *,
-    measures: tuple[str, ...],
+    measures: tuple[str, ...] | None,
     n_tokens: int = 8,
     n_samples: int = 1,
     config: AnalysisConfig = DEFAULTS,
@@ -133,10 +134,26 @@ def test_on_a_copying_model_measures_put_the_true_source_first_and_controls_do_n
 
 def test_samples_are_pooled_and_all_measures_of_the_installation_are_compared() -> None:
     model, prompt = small_model("gpt2", vocab_size=257), list(b"to be or not")
-    found = compare(model, prompt, measures=choose_measures(None), n_tokens=3, n_samples=2)
+    found = compare(model, prompt, measures=None, n_tokens=3, n_samples=2)
     assert [one.name for one in found.results] == [*measure_names(), *CONTROLS]
     assert {"weight", "norm", "rollout"} <= set(measure_names())
     assert found.n_tokens == 6
+
+
+def test_measures_that_a_model_or_a_long_text_does_not_allow_are_left_out_with_the_reason() -> None:
+    lstm = model_of(VARIANTS["lstm-attention"])
+    found = compare(lstm, list(range(12)), measures=None, n_tokens=3)
+    assert set(found.left_out) == {"logit"}
+    assert "no residual stream" in found.left_out["logit"]
+    assert [one.name for one in found.results] == [
+        *(name for name in measure_names() if name != "logit"),
+        *CONTROLS,
+    ]
+    with pytest.raises(ConfigError, match="measure logit is not possible"):
+        compare(lstm, list(range(12)), measures=("logit",), n_tokens=3)
+    long = small_model("gpt2", vocab_size=257, context_length=1100)
+    with pytest.raises(ConfigError, match="at most 1024"):  # not silently without it
+        compare(long, [1] * 1050, measures=("rollout",), n_tokens=1)
 
 
 def test_measures_that_do_not_exist_and_texts_that_are_too_short_are_refused() -> None:

@@ -50,8 +50,12 @@ def test_weights_recomputed_from_queries_and_keys_are_those_of_the_trace(layout:
             np.testing.assert_allclose(powers / powers.sum(), expected, atol=1e-5)
 
 
-def test_workings_survive_the_file(tmp_path: Path) -> None:
-    made = small_trace(explain="1.2", has_heads=True)
+@pytest.mark.parametrize("prompt", ["to be or not", "to be or not to be, ok?!"])
+def test_workings_survive_the_file(tmp_path: Path, prompt: str) -> None:
+    """Also where the context is full, so that the model never reads the last token."""
+    made = small_trace(prompt, explain="1.2", has_heads=True, context_length=24)
+    n_read = min(24, len(made.tokens))
+    assert made.footer.workings[0].keys_TD.shape == (n_read, made.header.d_head)
     path = tmp_path / "t.jsonl"
     events = (made.header, *made.steps, made.footer)
     path.write_text("".join(to_json_line(event) + "\n" for event in events))

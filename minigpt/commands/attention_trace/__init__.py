@@ -123,7 +123,8 @@ def attention_trace(
 
     files = None if targets.are_lines else ring("commands.attention_trace.files")
     if files:
-        files.check_files(targets, sampling.num_samples, config.measures)
+        has_lens = getattr(config, "lens", False)  # a field of the ring of the analysis
+        files.check_files(targets, sampling.num_samples, config.measures, has_lens=has_lens)
     ready = load(source, prompt, form)
     intervention = None
     if interventions.is_any:

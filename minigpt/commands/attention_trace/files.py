@@ -41,15 +41,19 @@ def check_files(
     n_samples: int,
     measures: Sequence[str] = (),
     *,
+    has_lens: bool = True,
     replayed: Path | None = None,
 ) -> None:
     """Check the view and the files before anything long begins.
 
-    Args: replayed, the file that is shown, which must not be replaced.
-    Raises: ConfigError for a view of heads by a measure that has none, a file without a folder, a
-        picture without matplotlib, one file for several traces, or several options that name one
-        file; ResourceError for a file that cannot be written.
+    Args: has_lens, whether the trace will have one; replayed, the file that is shown, which must
+        not be replaced.
+    Raises: ConfigError for a view of heads by a measure that has none, one of a lens that is not
+        there, a file without a folder, a picture without matplotlib, one file for several traces,
+        or several options that name one file; ResourceError for a file that cannot be written.
     """
+    if targets.view == "lens" and not has_lens:
+        raise ConfigError("--view lens shows what --lens measures. Add --lens.")
     if targets.view == "heads" and measures and not facts_of(measures[0]).has_heads:
         raise ConfigError(
             f"--view heads shows the rows of single heads, and --measure {measures[0]} goes "

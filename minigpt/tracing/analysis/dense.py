@@ -20,8 +20,10 @@ from minigpt.checkpoint.weights import check_header
 from minigpt.errors import ConfigError, DataError
 from minigpt.files import resource_errors, writing_aside
 from minigpt.text.escape import printable
+from minigpt.tracing.analysis.tally import CauseTally
 from minigpt.tracing.analysis_config import AnalysisConfig
-from minigpt.tracing.findings import Trace
+from minigpt.tracing.events import Row
+from minigpt.tracing.findings import Effect, Trace
 from minigpt.tracing.head_lists import select_heads
 from minigpt.tracing.rows import RowReader, reduce_rows
 
@@ -90,15 +92,26 @@ def with_rows_of(trace: Trace, path: Path, config: AnalysisConfig, *, n_kept: in
     offsets = [0, *accumulate(len(step.row.weights_S) for step in trace.steps)]
     rows_NLH = _read_rows(path, (offsets[-1], *shape), offsets)
     reader = RowReader(sink=header.sink, n_prompt=len(header.prompt), n_sources=n_kept)
-    steps = []
+    steps, tally = [], CauseTally()
     for step, (start, end) in zip(trace.steps, pairwise(offsets), strict=True):
         rows_LHS = torch.from_numpy(np.ascontiguousarray(rows_NLH[start:end].transpose(1, 2, 0)))
         reduced_S = reduce_rows(rows_LHS, selection, is_max=config.reduce == "max")
         rows_RS = torch.cat((reduced_S[None], rows_LHS.flatten(0, 1)))
         row = reader.row(rows_RS, trace.tokens[: end - start], header.n_layer)
-        steps.append(replace(step, rows=(row,)))
-    changed = replace(header, selection=selection, measures=("weight",), reduce=config.reduce)
-    return replace(trace, header=changed, steps=tuple(steps))
+        # The knockouts are those of before, and meet the weights of these rows.
+        effects = tuple(_with_weight(effect, row) for effect in step.effects)
+        steps.append(replace(step, rows=(row,), effects=effects))
+        tally.add(steps[-1])
+    changed = replace(
+        header, selection=selection, measures=("weight",), reduce=config.reduce, against=None
+    )
+    footer = replace(trace.footer, cause=tally.check())
+    return replace(trace, header=changed, steps=tuple(steps), footer=footer)
+
+
+def _with_weight(effect: Effect, row: Row) -> Effect:
+    weight = float(row.weights_S[effect.source.token.position])
+    return replace(effect, source=replace(effect.source, weight=weight))
 
 
 def _read_rows(path: Path, shape: tuple[int, int, int], offsets: list[int]) -> NDArray[np.float32]:

@@ -20,10 +20,12 @@ from minigpt.generation.decoder import Decoder
 from minigpt.model.language_model import LanguageModel
 from minigpt.text.tokenizer import Tokenizer
 from minigpt.tracing.analysis.knockout import Knockouts, Query
-from minigpt.tracing.analysis.rollout import MAX_POSITIONS
+from minigpt.tracing.analysis.measures import find
+from minigpt.tracing.analysis.rollout import Rollout
 from minigpt.tracing.analysis.tally import rank_correlation
 from minigpt.tracing.analysis_config import MEASURES, AnalysisConfig
 from minigpt.tracing.events import TraceFooter, TraceHeader, TraceStep
+from minigpt.tracing.head_lists import select_heads
 from minigpt.tracing.tracer import trace
 
 ROLLOUT, DISTANCE, RANDOM, EXACT = "rollout", "distance", "random", "exact"
@@ -80,6 +82,8 @@ class Comparison:
     """Mean number of positions that were ranked."""
     text: str
     """Generated text of the first sample."""
+    left_out: dict[str, str]
+    """Measures that the model or the length of the text does not allow, with the reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,14 +102,12 @@ def measure_names() -> tuple[str, ...]:
     return (*MEASURES, ROLLOUT)
 
 
-def choose_measures(text: str | None) -> tuple[str, ...]:
-    """Return the measures of a list such as ``weight,norm``; None chooses all.
+def choose_measures(text: str) -> tuple[str, ...]:
+    """Return the measures of a list such as ``weight,norm``.
 
     Raises: ConfigError for one that does not exist.
     """
     names = measure_names()
-    if text is None:
-        return names
     chosen = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
     for name in chosen:
         if name not in names:
@@ -120,7 +122,7 @@ def compare_measures(
     sampling: SamplingConfig,
     config: AnalysisConfig,
     *,
-    measures: Sequence[str],
+    measures: Sequence[str] | None = None,
     seed: int,
     progress: Progress = lambda share, what: None,
 ) -> Comparison:
@@ -130,12 +132,15 @@ def compare_measures(
     tokens. Then every position is knocked out, and for each ranking its strongest positions
     together.
 
-    Args: config, its ``knockout`` and ``sink``, as for a trace; seed, of the first sample.
+    Args: config, its ``knockout`` and ``sink``, as for a trace; measures, None for all that are
+        possible; seed, of the first sample.
     Raises: as ``trace``; DataError if no token has MIN_POSITIONS positions besides the sink.
     """
-    n_positions = len(prompt) + sampling.max_new_tokens
-    if ROLLOUT in measures and min(n_positions, model.config.context_length) > MAX_POSITIONS:
-        measures = [name for name in measures if name != ROLLOUT]
+    left_out: dict[str, str] = {}
+    if measures is None:
+        n_positions = min(len(prompt) + sampling.max_new_tokens, model.config.context_length)
+        left_out = _impossible(model, config, n_positions)
+        measures = [name for name in measure_names() if name not in left_out]
     plain = tuple(name for name in measures if name != ROLLOUT)
     knockouts = Knockouts(model, config.knockout)
     found: dict[str, list[list[float]]] = {name: [] for name in (*measures, *CONTROLS)}
@@ -218,7 +223,22 @@ def compare_measures(
         n_knockouts=n_knockouts,
         mean_positions=float(np.mean(counts)),
         text=first_text,
+        left_out=left_out,
     )
+
+
+def _impossible(model: LanguageModel, config: AnalysisConfig, n_positions: int) -> dict[str, str]:
+    """Return the measures that cannot be taken, with the reason."""
+    reasons: dict[str, str] = {}
+    for name in measure_names():
+        try:
+            if name == ROLLOUT:
+                Rollout(select_heads(1, 1), n_positions)
+            elif name != "weight":
+                find(name).make(model, config)
+        except ConfigError as error:
+            reasons[name] = str(error)
+    return reasons
 
 
 def _numbers(

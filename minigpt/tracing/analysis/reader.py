@@ -236,13 +236,17 @@ class _Reader:
         return findings.Trace(self.header, tuple(self.steps), end)
 
     def _working(self, value: dict[str, Any]) -> findings.HeadWorking:
-        shape = (len(self.tokens), self.header.d_head)
+        n_tokens, d_head = len(self.tokens), self.header.d_head
         arrays = {}
         for name, field in WORKING_ARRAYS.items():
             numbers = np.frombuffer(_bytes(value, name), "<f4")
-            if numbers.size != shape[0] * shape[1] or not np.isfinite(numbers).all():
-                raise ValueError(f"workings.{name} must be {shape[0]} x {shape[1]} numbers")
-            arrays[field] = numbers.reshape(shape).astype(np.float32)
+            # The last token may be past the end of the context.
+            sizes = (n_tokens * d_head, (n_tokens - 1) * d_head)
+            if numbers.size not in sizes or not np.isfinite(numbers).all():
+                raise ValueError(f"workings.{name} must be {n_tokens} x {d_head} numbers")
+            arrays[field] = numbers.reshape(-1, d_head).astype(np.float32)
+        if len({len(array) for array in arrays.values()}) > 1:
+            raise ValueError("workings must have as many keys and values as queries")
         working = _read(findings.HeadWorking, value, **arrays)
         if working.layer >= self.header.n_layer or working.head >= self.header.n_head:
             raise ValueError(f"workings has head {working.layer}.{working.head}, which is not one")

@@ -39,7 +39,12 @@ def explained_heads(model: LanguageModel, heads: str) -> HeadSelection:
 def head_workings(
     model: LanguageModel, tokens: Sequence[int], selection: HeadSelection
 ) -> tuple[HeadWorking, ...]:
-    """Return the workings of the chosen heads, by one forward pass over a text."""
+    """Return the workings of the chosen heads, by one forward pass over a text.
+
+    Args: tokens, of the text. The last one, which no row is about, is left out where it is past the
+        end of the context.
+    """
+    tokens = tokens[: model.config.context_length]
     if len(tokens) < 2:
         return ()
     recorder = RowRecorder(model)

@@ -42,8 +42,8 @@ def logit(model: LanguageModel, config: AnalysisConfig) -> Rows:
     """Attribute the token's logit to what each head brought from each position."""
     if why := why_not_linear(model):
         raise ConfigError(
-            f"--measure logit is not possible with this model ({type(model).__name__}): {why}. "
-            "Use --measure gradient."
+            f"measure logit is not possible with this model ({type(model).__name__}): {why}. "
+            "Use measure gradient."
         )
     assert isinstance(model, GPT)
     directions, n_group = HeadDirections(model), model.config.n_kv_head
