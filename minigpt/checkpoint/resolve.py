@@ -1,7 +1,6 @@
 """Find the model or run that a user names: by path, by name, or on the Hugging Face hub."""
 
 import os
-import warnings
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import minigpt
 from minigpt.checkpoint.folder import RunFolder
 from minigpt.checkpoint.manifest import MANIFEST, verify
-from minigpt.errors import CheckpointError, MinigptError, MinigptWarning, nearest
+from minigpt.errors import CheckpointError, MinigptError, nearest
 from minigpt.files import WRITING, resource_errors
 from minigpt.rings import find_ring
 
@@ -112,20 +111,9 @@ def _model_in(place: Path) -> Path:
     if pointer is None:
         verify(run.step_folder(run.steps()[-1]))  # raises, naming the damage
         raise AssertionError("a step that verifies was not found")
-    warn_of_damage(run, pointer.step)
+    if refusals := find_ring("checkpoint.tools.refusals"):
+        refusals.warn_of_damage(run, pointer.step)
     return pointer.folder
-
-
-def warn_of_damage(run: RunFolder, chosen: int) -> None:
-    """Warn of a damaged step that is newer than the chosen one."""
-    for step in reversed(run.steps()):
-        if step <= chosen:
-            return
-        try:
-            verify(run.step_folder(step))
-        except CheckpointError as error:
-            warnings.warn(f"{error} Step {chosen} is used.", MinigptWarning, stacklevel=2)
-            return
 
 
 def _newest(root: Path) -> Path:

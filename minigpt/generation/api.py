@@ -17,7 +17,8 @@ from minigpt.generation.loading import (
     require_new_tokens,
     tokenizer_of,
 )
-from minigpt.generation.stream import TextStep, stream_samples
+from minigpt.generation.samples import stream_samples
+from minigpt.generation.stream import TextStep
 from minigpt.model.language_model import LanguageModel
 from minigpt.rings import find_ring, ring
 from minigpt.settings import build

@@ -9,20 +9,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from minigpt.config import ModelConfig, SamplingConfig
+from minigpt.config import SamplingConfig
 from minigpt.errors import CheckpointError, DataError
 from minigpt.generation.forward import make_forward
 from minigpt.generation.sampling import Sampler
 from minigpt.model.attention import Recorder
-from minigpt.model.cache import KVCache, cache_bytes_per_token
+from minigpt.model.cache import KVCache
 from minigpt.model.device import widest_float
 from minigpt.model.language_model import LanguageModel
 
 FinishReason = Literal["length", "stop", "end_of_text", "context"]
 """max_new_tokens reached, stop string found, end-of-text token sampled, or context window full."""
-
-_MAX_CACHE_BYTES = 2**30
-_MAX_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -51,12 +48,6 @@ class Step:
 def fresh_seed() -> int:
     """Return a random seed that is short enough to type."""
     return secrets.randbelow(2**32)
-
-
-def max_rows_together(config: ModelConfig, n_rows: int, n_positions: int) -> int:
-    """Return how many of n rows to decode together: at least 1, and at most a GiB of cache."""
-    row_bytes = min(n_positions, config.context_length) * cache_bytes_per_token(config)
-    return max(1, min(n_rows, _MAX_ROWS, _MAX_CACHE_BYTES // row_bytes))
 
 
 class Decoder:

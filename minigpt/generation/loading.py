@@ -9,7 +9,7 @@ import torch
 from minigpt.checkpoint.model_folder import LoadedModel, read_model
 from minigpt.config import SamplingConfig
 from minigpt.errors import CheckpointError, ConfigError, DataError, require_choice
-from minigpt.generation.decoder import Decoder, max_rows_together
+from minigpt.generation.decoder import Decoder
 from minigpt.generation.forward import FAST
 from minigpt.model.device import has_fast_bfloat16, inference_dtype, resolve_device
 from minigpt.model.language_model import LanguageModel
@@ -102,14 +102,18 @@ def make_decoder(
     Args: compile, as for ``fast.is_compiled``.
     Raises: DataError if the prompt is empty, or longer than the context and overflow is stop.
     """
-    n_positions = len(prompt) + sampling.max_new_tokens
+    n_rows = 1
+    if sampling.num_samples > 1:
+        n_positions = len(prompt) + sampling.max_new_tokens
+        most = ring("generation.samples").max_rows_together
+        n_rows = most(model.config, sampling.num_samples, n_positions)
     slides = sampling.overflow == "slide"
     decoder_class = ring("generation.sliding").SlidingDecoder if slides else Decoder
     decoder: Decoder = decoder_class(
         model,
         prompt,
         max_new_tokens=sampling.max_new_tokens,
-        n_rows=max_rows_together(model.config, sampling.num_samples, n_positions),
+        n_rows=n_rows,
         compiles=compile,
         overflow=sampling.overflow,
     )

@@ -4,8 +4,7 @@ import codecs
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from minigpt.config import SamplingConfig
-from minigpt.generation.decoder import Decoder, Step
+from minigpt.generation.decoder import Step
 from minigpt.rings import ring
 from minigpt.text.tokenizer import Tokenizer
 
@@ -53,35 +52,3 @@ def stream_text(
         yield item
         if item.step.finish:
             return
-
-
-def stream_samples(
-    decoder: Decoder,
-    tokenizer: Tokenizer,
-    sampling: SamplingConfig,
-    *,
-    seed: int,
-    forced: Sequence[int] = (),
-) -> Iterator[TextStep]:
-    """Yield the steps of all samples, decoded in batches of ``decoder.n_rows``.
-
-    Sample i has the seed ``seed + i``.
-
-    Args: forced, the token ids of ``sampling.force``.
-    Raises: CheckpointError for NaN or inf in the logits.
-    """
-    for first in range(0, sampling.num_samples, decoder.n_rows):
-        numbers = range(first, min(first + decoder.n_rows, sampling.num_samples))
-        streams = [TextStream(tokenizer, sampling.stop, number) for number in numbers]
-        stopped: set[int] = set()
-        for row, step in decoder.batch(
-            sampling,
-            seeds=[seed + number for number in numbers],
-            end_of_text=tokenizer.end_of_text_ids,
-            stopped=stopped,
-            forced=forced,
-        ):
-            item = streams[row].push(step)
-            if item.step.finish:
-                stopped.add(row)
-            yield item

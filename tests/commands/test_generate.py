@@ -235,9 +235,9 @@ def test_ctrl_c_while_loading_is_one_line(run: Run, monkeypatch: pytest.MonkeyPa
 
 
 def test_ctrl_c_leaves_valid_json(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from minigpt.generation import stream
+    from minigpt.generation import samples
 
-    real = stream.stream_samples
+    real = samples.stream_samples
 
     def press_after_five(*words: object, **more: object) -> object:
         for number, item in enumerate(real(*words, **more)):  # type: ignore[arg-type]
@@ -245,7 +245,7 @@ def test_ctrl_c_leaves_valid_json(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
             if number == 4:
                 signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(stream, "stream_samples", press_after_five)
+    monkeypatch.setattr(samples, "stream_samples", press_after_five)
     result = run("generate", "The", "--json", "--temperature", "0")
     facts = json.loads(result.out)
     assert result.code == 130

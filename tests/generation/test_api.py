@@ -14,7 +14,8 @@ from minigpt.checkpoint.model_folder import write_model
 from minigpt.config import SamplingConfig
 from minigpt.errors import CheckpointError, ConfigError, DataError, MinigptError
 from minigpt.generation.decoder import Decoder
-from minigpt.generation.stream import TextStep, stream_samples, stream_text
+from minigpt.generation.samples import stream_samples
+from minigpt.generation.stream import TextStep, stream_text
 from minigpt.text.tokenizer import BytesTokenizer
 
 BYTES = BytesTokenizer()

@@ -11,7 +11,8 @@ from small_models import LAYOUTS, random_tokens, small_config, small_model
 from minigpt.config import SamplingConfig
 from minigpt.errors import DataError
 from minigpt.generation.conversation import Conversation
-from minigpt.generation.decoder import Decoder, Step, max_rows_together
+from minigpt.generation.decoder import Decoder, Step
+from minigpt.generation.samples import max_rows_together
 from minigpt.generation.sampling import Sampler
 from minigpt.generation.sliding import SlidingDecoder
 from minigpt.model.cache import cache_bytes_per_token

@@ -1,14 +1,17 @@
-"""What to say of a name that is no model: a URL, a pickle, a folder without a checkpoint."""
+"""What to say of names that are no model, such as URLs and pickles, and of damaged checkpoints."""
 
 import os
 import re
 import shlex
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from minigpt.checkpoint.folder import RunFolder
+from minigpt.checkpoint.manifest import verify
 from minigpt.checkpoint.resolve import names_in, remedy
 from minigpt.checkpoint.tools.hub import HUB_NAME
-from minigpt.errors import CheckpointError
+from minigpt.errors import CheckpointError, MinigptWarning
 from minigpt.files import resource_errors
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://(?P<host>[^/]*)/?")
@@ -52,3 +55,15 @@ def _refuse_pickle(place: Path) -> None:
             f"it, which runs none: `minigpt checkpoints import {shlex.quote(str(pickles[0]))} "
             "NEW_FOLDER`."
         )
+
+
+def warn_of_damage(run: RunFolder, chosen: int) -> None:
+    """Warn of a damaged step that is newer than the chosen one."""
+    for step in reversed(run.steps()):
+        if step <= chosen:
+            return
+        try:
+            verify(run.step_folder(step))
+        except CheckpointError as error:
+            warnings.warn(f"{error} Step {chosen} is used.", MinigptWarning, stacklevel=2)
+            return

@@ -68,7 +68,7 @@ def generate(
     from minigpt.console import write_result
     from minigpt.generation.decoder import fresh_seed
     from minigpt.generation.loading import make_decoder, require_new_tokens
-    from minigpt.generation.stream import stream_samples
+    from minigpt.generation.stream import stream_text
 
     require_new_tokens(sampling)
     is_plain = stream and not (as_json or interactive or sampling.logprobs)
@@ -100,12 +100,16 @@ def generate(
         return
     with compiling(ready.model, source.compile, sampling.num_samples):
         decoder = make_decoder(ready.model, ready.prompt, sampling, compile=source.compile)
-    items = stream_samples(decoder, ready.tokenizer, sampling, seed=seed, forced=forced)
     if samples is None:
-        for item in items:
+        ends = ready.tokenizer.end_of_text_ids
+        steps = decoder.generate(sampling, seed=seed, end_of_text=ends, forced=forced)
+        for item in stream_text(steps, ready.tokenizer, sampling.stop):
             write_result(item.text)
         write_result("\n")
         return
+    items = ring("generation.samples").stream_samples(
+        decoder, ready.tokenizer, sampling, seed=seed, forced=forced
+    )
     display = samples.SampleDisplay(ready, sampling, as_json=as_json, streams=stream)
     is_whole = display.show(
         items,

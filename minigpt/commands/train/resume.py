@@ -8,12 +8,12 @@ from typing import Any
 from minigpt.checkpoint.folder import CONFIG_FILE, Pointer, RunFolder
 from minigpt.checkpoint.manifest import verify
 from minigpt.checkpoint.model_folder import read_model
-from minigpt.checkpoint.resolve import ROOT, models_in, warn_of_damage
+from minigpt.checkpoint.resolve import ROOT, models_in
 from minigpt.commands.train.job import Job, Request, checked_name, notes_on, require_memory
 from minigpt.commands.train.settings import one_budget
 from minigpt.config import DataConfig, RunConfig
 from minigpt.errors import CheckpointError, ConfigError, DataError, cut, nearest
-from minigpt.rings import ring
+from minigpt.rings import find_ring, ring
 from minigpt.settings import build, flat, merge, one_lr, read_toml, to_dict
 from minigpt.text.tokens import PreparedData, prepare
 from minigpt.training.schedule import lr_scale, with_max_steps
@@ -92,7 +92,8 @@ def _require_checkpoint(run: RunFolder) -> Pointer:
             f"the run {run.path.name!r} has no checkpoint to resume from. "
             f"{nearest(run.path.name, names) if names else 'Start one without --resume.'}"
         )
-    warn_of_damage(run, latest.step)
+    if refusals := find_ring("checkpoint.tools.refusals"):
+        refusals.warn_of_damage(run, latest.step)
     return latest
 
 
