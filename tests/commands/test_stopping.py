@@ -77,6 +77,17 @@ def test_a_second_ctrl_c_exits_immediately_and_keeps_the_checkpoints(
     assert run("train", "--resume", "--name", "a").code == 0
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1"])
+def test_a_signal_that_is_sent_several_times_saves_all_the_same(
+    run: Run, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    number = signal.Signals[name]
+    monkeypatch.setattr(stopping, "_stop_signals", lambda: [number])  # even under nohup
+    press_at(3, number, monkeypatch, times=3)
+    assert run("train", "corpus.txt", "--name", "a", *TINY).code == 128 + number
+    assert RunFolder(Path("checkpoints/a")).steps() == [3]
+
+
 def metrics(name: str) -> list[dict[str, Any]]:
     text = Path("checkpoints", name, "metrics.jsonl").read_text()
     return [json.loads(line) for line in text.splitlines()]

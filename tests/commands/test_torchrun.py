@@ -222,8 +222,25 @@ def test_a_signal_to_one_process_saves_and_stops_all(launch: Launch) -> None:
     assert resume_command(err)[:2] == ["train", "--resume"]
     latest = RUN.latest()
     assert latest is not None
-    last = Path("checkpoints/a/metrics.jsonl").read_text().splitlines()[-1]
-    assert json.loads(last)["step"] == latest.step
+    assert last_logged_step() == latest.step
+
+
+def test_ctrl_c_in_a_terminal_which_reaches_ranks_twice_saves(launch: Launch) -> None:
+    process = launch("train", "corpus.txt", "--name", "a", *LONG)
+    wait_for_checkpoint(process)
+    for pid in [process.pid, *children_of(process)]:  # torchrun passes it on to its ranks
+        os.kill(pid, signal.SIGINT)
+    _, out, err = end_of(process)
+    assert out == ""
+    latest = RUN.latest()
+    assert latest is not None
+    assert last_logged_step() == latest.step
+    assert resume_command(err)[:2] == ["train", "--resume"]
+
+
+def last_logged_step() -> int:
+    events = map(json.loads, Path("checkpoints/a/metrics.jsonl").read_text().splitlines())
+    return max(event["step"] for event in events)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux tells a process of its parent's end")
@@ -233,32 +250,39 @@ def test_ranks_end_when_their_torchrun_is_killed(
 ) -> None:
     process = launch("train", "corpus.txt", "--name", "a", *LONG, *words)
     wait_for_checkpoint(process)
-    kill_torchrun_alone(process)
+    kill_torchrun_alone(process)  # Linux tells each rank several times
     latest = RUN.latest()
     assert latest is not None
+    assert latest.step == last_logged_step(), "no step is lost"
     verify(latest.folder, hashes=True)
     more = ["--resume", "--name", "a", "--max-steps", str(latest.step + 1)]
     assert run("train", *more).code == 0, "its lock is free"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux tells a process of its parent's end")
-@pytest.mark.parametrize("seconds", [0, 2, 4])
+@pytest.mark.parametrize("moment", ["started", "torch is loaded", "the run has a folder"])
 def test_ranks_end_when_their_torchrun_is_killed_while_they_start(
-    seconds: int, launch: Launch
+    moment: str, launch: Launch
 ) -> None:
     process = launch("train", "corpus.txt", "--name", "a", *LONG)
-    while len(children_of(process)) < 2:
+    while len(ranks := children_of(process)) < 2 or not has_come(moment, ranks[0]):
         assert process.poll() is None
         time.sleep(0.01)
-    time.sleep(seconds)
     kill_torchrun_alone(process)
+
+
+def has_come(moment: str, rank: int) -> bool:
+    """Return whether a rank has come to a moment of its start."""
+    if moment == "torch is loaded":
+        return "libtorch_cpu" in Path(f"/proc/{rank}/maps").read_text()
+    return moment == "started" or RUN.path.is_dir()
 
 
 def kill_torchrun_alone(process: "Popen[bytes]") -> None:
     """Kill torchrun, and wait until its ranks have ended."""
     ranks = children_of(process)
     process.kill()
-    process.wait(10)
+    process.wait()
     deadline = time.monotonic() + 300
     try:
         while any(is_alive(rank) for rank in ranks):

@@ -59,7 +59,7 @@ def follow(world: DistributedWorld) -> None:
         resume = resume_command(job, world)
         with _explaining_lost_process(job.run, world, resume, make_console(is_stderr=True)):
             trainer = job.trainer(world)
-            with stopping_on_signals(trainer.request_stop) as received:
+            with stopping_on_signals(trainer.request_stop, world) as received:
                 for _ in trainer.run():
                     pass
                 world.max(received[0] if received else 0)

@@ -135,7 +135,7 @@ def train_job(
         logging = logs.logging_to(job.run.path, report_to, from_step=from_step)
     signals: AbstractContextManager[list[int]] = nullcontext([])
     if stopping := find_ring(_STOPPING):
-        signals = stopping.stopping_on_signals(stop)
+        signals = stopping.stopping_on_signals(stop, world)
     with logging as log:
         display.start(trainer)
         with signals as received:

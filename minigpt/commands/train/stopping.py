@@ -13,15 +13,19 @@ from minigpt.training.world import World
 
 
 @contextmanager
-def stopping_on_signals(stop: Callable[[], None]) -> Iterator[list[int]]:
-    """Call ``stop``, which must be quick, on the first signal, and exit on the second.
+def stopping_on_signals(stop: Callable[[], None], world: World) -> Iterator[list[int]]:
+    """Call ``stop``, which must be quick, on the first signal; a Ctrl-C after it exits.
+
+    Other signals are sent more than once for one wish: SIGHUP by the shell and by the terminal,
+    SIGTERM by timeout, and by Linux for each thread of a parent that was killed. torchrun passes
+    on a Ctrl-C that its ranks get from the terminal too, so that they do not exit on the second.
 
     Yields: the list of received signal numbers.
     """
     received: list[int] = []
 
     def receive(number: int, frame: FrameType | None) -> None:
-        if received:
+        if received and number == signal.SIGINT and world.size == 1:
             raise SystemExit(128 + number)
         received.append(number)
         stop()
