@@ -32,7 +32,8 @@ class DataConfig:
     )
     """Format of all files. None decides for each file, by its suffix or its first rows."""
     field: str = option("text", metavar="NAME")
-    """Field or column that has the text of a row (JSONL, JSON, CSV, Parquet)."""
+    """Field or column that has the text of a row (JSONL, JSON, CSV, Parquet); in an object of it,
+    as in data.text."""
     encoding: str = option("utf-8", metavar="NAME", void_if=(("format", "parquet"),))
     """Character encoding of the files, by its name in Python: utf-16, cp1252, gb18030."""
     skip_bad: bool = option(False)
@@ -61,6 +62,10 @@ class DataConfig:
             is_text,
             f"unknown encoding {self.encoding!r}. Use a name that Python knows, such as utf-8, "
             "utf-16, cp1252, latin-1, gb18030, big5 or shift_jis.",
+        )
+        require(
+            [*self.paths, *self.val].count("-") < 2,
+            "standard input, -, can be read only once. Name a file for the other text.",
         )
         require(
             self.chat or (self.loss_on is None and self.chat_template is None),

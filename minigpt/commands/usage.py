@@ -45,7 +45,8 @@ def check_words(ctx: Any, args: list[str]) -> None:
             raise ConfigError(f"unknown option {word!r}. {_advice(ctx, word)}")
         n_values = 0 if option is None or equals or _is_flag(option) else option.nargs
         for value in itertools.islice(words, n_values):
-            if value in options or re.match(r"--[a-z]", value):
+            is_option = value in options and value[0] == "-"  # not the name of an argument
+            if is_option or re.match(r"--[a-z]", value):
                 also = f", or write {word}={value}" if n_values == 1 else ""
                 raise ConfigError(
                     f"{word} needs a value, and {value!r} is an option. Give a value{also}."

@@ -37,8 +37,17 @@ def unpacked(packed: BinaryIO, packing: str, name: str) -> Iterator[BinaryIO]:
     """
     try:
         yield _OPENERS[packing](packed)
-    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
-        raise DataError(f"{name!r} cannot be unpacked: {error}. Fetch it again.") from None
+    except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+        if getattr(error, "errno", None):  # the disk's, not the format's
+            raise
+        packed.seek(0)
+        remedy = "Fetch it again."
+        if packing_of(packed.read(6)) != packing:
+            remedy = (
+                f"It does not begin as a {packing} file: fetch it again, or rename it if it is "
+            )
+            remedy += "not packed."
+        raise DataError(f"{name!r} cannot be unpacked: {error}. {remedy}") from None
 
 
 class _ZstdFile(io.RawIOBase):

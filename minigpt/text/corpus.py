@@ -3,6 +3,7 @@
 import codecs
 import hashlib
 import json
+import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from minigpt.config import DataConfig
-from minigpt.errors import DataError, ResourceError
+from minigpt.errors import DataError, ResourceError, cut
 from minigpt.text import compressed, encodings, records
 from minigpt.text.tokenizer import END_OF_TEXT, Tokenizer
 from minigpt.text.tokens import PrepareProgress
@@ -232,9 +233,12 @@ def reading(name: str) -> Iterator[None]:
             f"{name!r} may not be read: permission denied. Change its permissions."
         ) from None
     except OSError as error:
-        raise DataError(
-            f"{name!r} cannot be read: {error.strerror or error}. Check the disk."
-        ) from None
+        is_special = os.path.realpath(name).startswith(("/proc/", "/sys/", "/dev/"))
+        remedy = "Check the path and the disk."
+        if is_special:
+            remedy = "It is a special file of the system: name a file of text."
+        reason = error.strerror or str(error)
+        raise DataError(f"{cut(name, 200)} cannot be read: {reason}. {remedy}") from None
 
 
 def _texts(

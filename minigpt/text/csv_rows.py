@@ -24,6 +24,9 @@ def _rows(stream: TextIO, data: DataConfig) -> Iterator[tuple[int, object]]:
     first = lines.peek()
     head = re.sub(r'"[^"]*"?', "", first)
     delimiter = max(",\t;|", key=head.count)
+    if named := re.fullmatch(r"\ufeff?sep=(.)\r?\n?", first):  # the first line, as of Excel
+        delimiter = named[1]
+        next(lines)
     header: list[str] = []
     number = 0
     csv.field_size_limit(LONGEST_CELL)
@@ -36,7 +39,8 @@ def _rows(stream: TextIO, data: DataConfig) -> Iterator[tuple[int, object]]:
         except StopIteration:
             return
         except csv.Error as error:
-            row = BadRow(f"(line {lines.first}) is not CSV: {lines.reason(error)}")
+            reason = f"(line {lines.first}) is not CSV: {lines.reason(error)}"
+            row = BadRow(reason, 'In a text in quotes, write a quote twice: "".')
         else:
             if not cells:
                 continue

@@ -25,6 +25,8 @@ _NOT_CP1252 = re.compile(
     rb"[\x81\x8d\x8f\x90\x9d]|[a-z][\x80\x82-\x87\x89\x8b\x8e\x91\x93-\x95\x98\x99\x9b\xd5][a-z]"
 )
 _OTHER_KINDS = {
+    b"\x1f\x8b": "packed twice. Unpack it once",
+    b"PAR1": "a Parquet file. Give --format parquet",
     b"%PDF": "a PDF. Extract its text: pdftotext OLD NEW",
     b"PK\x03\x04": "a ZIP archive, as .docx and .epub are. Unpack it, or save it as plain text",
     b"\xd0\xcf\x11\xe0": "an Office document. Save it as plain text",
@@ -36,6 +38,7 @@ _OTHER_KINDS = {
     b"GGUF": "the weights of a model. Pass text files",
 }
 """First bytes of files that are no text, whatever their encoding: what they are, and the remedy."""
+_NUL = r"Pass text files, or leave its NUL bytes out: tr -d '\000' < OLD > NEW"
 _TAR = slice(257, 262)
 _CONTROLS = re.compile(r"[\0-\x08\x0e-\x1f\ud800-\udfff]")
 
@@ -84,7 +87,7 @@ def refusal(file: BinaryIO, name: str, encoding: str, block_bytes: int) -> DataE
                 position = n_before + index
                 if wide_encoding(block):
                     return _not_utf8(name, position, advice(block, position))
-                return DataError(f"{name!r} looks binary: byte {position} is NUL. Pass text files.")
+                return DataError(f"{name!r} looks binary: byte {position} is NUL. {_NUL}")
             text = decoder.decode(block, final=is_last)
         except UnicodeDecodeError as error:
             waiting = len(error.object) - len(block)

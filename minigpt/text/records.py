@@ -2,7 +2,9 @@
 
 import json
 import re
+import shlex
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any, BinaryIO
 
 from minigpt.config import DataConfig
@@ -21,6 +23,7 @@ _N_FIELDS_SHOWN = 12
 _LONGEST_LABEL = (
     80  # characters of a text that is not what a row is about, as a version or a source
 )
+_MISSING = object()
 _UNITS = {"jsonl": "line", "json": "item", "csv": "row", "parquet": "row"}
 
 
@@ -55,12 +58,22 @@ def row_text(row: object, field: str) -> str:
     """
     if not isinstance(row, Mapping):
         raise BadRow(f'is not an object with a "{field}" string')
-    text = row.get(field)
+    text = _value(row, field)
+    if isinstance(text, bytes):  # some programs write the texts of Parquet so
+        with suppress(UnicodeDecodeError):
+            text = text.decode()
     if isinstance(text, str):
         return well_formed(text)
-    if field in row:
+    if text is not _MISSING:
         found = "null" if text is None else f"of type {type(text).__name__}"
-        raise BadRow(f'has no "{field}" string: it is {found}')
+        remedy = ""
+        if isinstance(text, list):
+            remedy = "Write a row for each of its texts, or join them."
+        elif isinstance(text, Mapping):
+            remedy = (
+                f"Name a field of it, as in --field {shlex.quote(_names_of({field: text})[0])}."
+            )
+        raise BadRow(f'has no "{field}" string: it is {found}', remedy)
     remedy = "Name another one with --field."
     pairs = ({"messages"}, {"prompt", "completion"}, {"instruction", "output"})
     if any(names <= row.keys() for names in pairs):
@@ -111,12 +124,30 @@ def _conversation(row: object) -> str:
     return text
 
 
+def _value(row: Mapping[Any, Any], field: str) -> object:
+    """Return the value of a field, or of a dotted one in an object; _MISSING for none."""
+    if field in row:
+        return row[field]
+    first, _, rest = field.partition(".")
+    inner = row.get(first)
+    return _value(inner, rest) if rest and isinstance(inner, Mapping) else _MISSING
+
+
+def _names_of(row: Mapping[Any, Any]) -> list[str]:
+    """Return the names of a row's fields; those of an object in it are dotted."""
+    names = []
+    for name, value in list(row.items())[: _N_FIELDS_SHOWN + 1]:
+        inner = list(value)[:_N_FIELDS_SHOWN] if isinstance(value, Mapping) else []
+        names += [f"{str(name)[:60]}.{str(key)[:60]}" for key in inner] or [str(name)[:60]]
+    return names
+
+
 def _fields_of(row: Mapping[Any, Any]) -> str:
-    names = [repr(str(name)[:60]) for name in list(row)[:_N_FIELDS_SHOWN]]
+    names = _names_of(row)
     if not names:
         return "it has no fields"
-    more = ", ..." if len(row) > _N_FIELDS_SHOWN else ""
-    return f"its fields are {', '.join(names)}{more}"
+    more = ", ..." if len(names) > _N_FIELDS_SHOWN else ""
+    return f"its fields are {', '.join(map(repr, names[:_N_FIELDS_SHOWN]))}{more}"
 
 
 def has_field(file: BinaryIO, kind: str, name: str, data: DataConfig) -> bool:
@@ -126,7 +157,7 @@ def has_field(file: BinaryIO, kind: str, name: str, data: DataConfig) -> bool:
     except DataError:
         return True
     names = ("messages", "prompt", "instruction") if data.chat else (data.field,)
-    return not isinstance(row, Mapping) or any(name in row for name in names)
+    return not isinstance(row, Mapping) or any(_value(row, n) is not _MISSING for n in names)
 
 
 def _parquet_rows(file: BinaryIO, name: str, data: DataConfig) -> Iterator[tuple[int, object]]:

@@ -225,7 +225,14 @@ def test_a_missing_path_names_the_nearest_existing_one(folder: Path) -> None:
 
 
 def test_a_text_given_as_a_path_is_a_data_error(folder: Path) -> None:
-    assert "cannot be read: File name too long" in str(error("once upon a time " * 100))
+    message = str(error("once upon a time " * 100))
+    assert "cannot be read: File name too long" in message
+    assert len(message) < 400
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="needs Linux's /proc")
+def test_a_special_file_that_cannot_be_read_is_named_as_one(folder: Path) -> None:
+    assert "special file of the system: name a file of text" in str(error("/proc/self/mem"))
 
 
 def test_control_bytes_of_file_names_do_not_reach_the_message(folder: Path) -> None:

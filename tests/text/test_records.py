@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from minigpt.config import DataConfig
-from minigpt.errors import DataError
+from minigpt.errors import ConfigError, DataError
 from minigpt.text import json_rows
 from minigpt.text.corpus import iter_documents
 from minigpt.text.sources import find_files
@@ -397,3 +397,66 @@ def test_an_object_that_nests_its_rows_is_called_one(
     assert f"holds lists in {keys}; rows are expected in a list or one a line" in message
     assert "JSONL" not in message
     assert find_files(["a.json"], Path("c"), Path("s"), DataConfig())[0].format == "json"
+
+
+def test_a_field_may_be_in_an_object_and_the_message_names_it() -> None:
+    rows = [{"id": n, "data": {"text": text}} for n, text in enumerate(TEXTS)]
+    Path("a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert "its fields are 'id', 'data.text'. Name another" in refusal("a.jsonl")
+    assert "as in --field data.text." in refusal("a.jsonl", field="data")
+    assert Reading("a.jsonl", field="data.text").texts == TEXTS
+    Path("d").mkdir()
+    Path("a.jsonl").rename("d/a.jsonl")
+    assert Reading("d", field="data.text").texts == TEXTS
+    rows = [{"a.b": text, "a": {"b": "other"}} for text in TEXTS]
+    Path("b.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert Reading("b.jsonl", field="a.b").texts == TEXTS
+
+
+def test_bytes_and_structs_of_parquet_are_texts() -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="writes the Parquet file")
+    from pyarrow import parquet as files
+
+    files.write_table(pyarrow.table({"text": [text.encode() for text in TEXTS]}), "a.parquet")
+    assert Reading("a.parquet").texts == TEXTS
+    files.write_table(pyarrow.table({"text": [b"\xff\xfe"]}), "b.parquet")
+    assert "it is of type bytes" in refusal("b.parquet")
+    files.write_table(pyarrow.table({"d": [{"text": text} for text in TEXTS]}), "c.parquet")
+    assert Reading("c.parquet", field="d.text").texts == TEXTS
+
+
+@pytest.mark.parametrize("start", ["sep=;\r\n", "\ufeffsep=;\n"])
+def test_the_delimiter_that_excel_writes_in_the_first_line_is_used(start: str) -> None:
+    Path("a.csv").write_text(start + "n;text\n1;one, or two\n2;three\n", newline="")
+    assert Reading("a.csv").texts == ["one, or two", "three"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "remedy"),
+    [
+        ("a.jsonl", b'{"text": ["a", "b"]}', "Write a row for each of its texts, or join them."),
+        ("a.tsv", b'n\ttext\n1\t"so" she said\n', 'write a quote twice: "".'),
+        ("a.gz", b"Once upon a time", "does not begin as a .gz file"),
+        ("a.zst", b"Once upon a time", "does not begin as a .zst file"),
+        ("a.xz", b"Once upon a time", "does not begin as a .xz file"),
+        ("a.bz2", b"Once upon a time", "does not begin as a .bz2 file"),
+        ("a.txt.gz", gzip.compress(gzip.compress(b"Once")), "is packed twice. Unpack it once."),
+        ("a.txt", b"On\0ce", r"leave its NUL bytes out: tr -d '\000' < OLD > NEW"),
+    ],
+)
+def test_the_message_of_a_file_that_cannot_be_read_has_its_remedy(
+    name: str, content: bytes, remedy: str
+) -> None:
+    Path(name).write_bytes(content)
+    assert remedy in refusal(name)
+
+
+def test_parquet_that_is_called_text_is_named_as_what_it_is() -> None:
+    Path("a.parquet").write_bytes(b"PAR1" + b"\0" * 50)
+    assert "is a Parquet file. Give --format parquet" in refusal("a.parquet", format="text")
+
+
+def test_standard_input_cannot_be_read_twice() -> None:
+    for paths, val in ((("-", "-"), ()), (("-",), ("-",))):
+        with pytest.raises(ConfigError, match="can be read only once"):
+            DataConfig(paths=paths, val=val)
