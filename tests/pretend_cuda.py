@@ -518,16 +518,18 @@ class _Functions(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.Tensor.backward:  # what is recomputed in it counts too
+        is_grad = func is torch.autograd.grad
+        if is_grad or func is torch.Tensor.backward:  # what is recomputed in it counts too
+            (output,), inputs = args[:2] if is_grad else (args[:1], ())
             with self:
                 return torch.autograd.graph._engine_run_backward(
-                    (args[0],),
-                    (torch.ones_like(args[0]),),
+                    (output,),
+                    (torch.ones_like(output),),
                     False,
                     False,
-                    (),
-                    allow_unreachable=True,
-                    accumulate_grad=True,
+                    inputs,
+                    allow_unreachable=not is_grad,
+                    accumulate_grad=not is_grad,
                 )
         wanted = kwargs.get("device")
         is_ours = is_here(wanted)

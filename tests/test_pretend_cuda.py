@@ -16,15 +16,19 @@ from minigpt.evaluation import evaluate
 from minigpt.generation.decoder import Decoder
 from minigpt.generation.fast import compiled
 from minigpt.generation.fast.quantize import quantize_int8
+from minigpt.intervention_config import InterventionConfig
 from minigpt.model.cost import peak_flops
 from minigpt.model.device import autocast
 from minigpt.model.language_model import model_class
 from minigpt.tracing.analysis.recorder import MeasureRecorder
 from minigpt.tracing.analysis.rollout import Rollout
 from minigpt.tracing.analysis.sink import SinkFinder
+from minigpt.tracing.analysis_config import AnalysisConfig
 from minigpt.tracing.head_lists import select_heads
+from minigpt.tracing.interventions import intervene
 from minigpt.tracing.recorder import RowRecorder
 from minigpt.tracing.rows import reduce_rows
+from minigpt.tracing.tracer import trace
 from minigpt.training.optim import make_optimizers
 from minigpt.training.reports.memory import machine_bytes
 
@@ -205,6 +209,51 @@ def test_compiled_step_is_captured_once_per_number_of_positions(
         assert sum(syncs.values()) == 1
         assert not copies
         assert sum(seen.captures.values()) == 1
+
+
+class Letters:
+    """A tokenizer whose tokens are single letters."""
+
+    end_of_text_ids = ()
+
+    def token_bytes(self, token: int) -> bytes:
+        """Return a letter."""
+        return bytes([65 + token % 26])
+
+
+@pytest.mark.parametrize(
+    ("options", "changes", "n_copies"),
+    [
+        ({"measure": "logit"}, {}, 0),
+        ({"measure": "norm", "lens": True}, {}, 0),
+        ({"measure": "gradient"}, {}, 1),
+        ({"measure": "integrated", "n_steps": 3}, {}, 1),
+        ({"n_verified": "all", "verify_heads": "1.1"}, {}, 1),
+        ({}, {"ablate": "0.*,1.1"}, 0),
+        ({"measure": "logit"}, {"ablate": "1.1,0.2", "ablate_mean": True}, 0),
+        ({"measure": "logit"}, {"patch_from": "", "patch": "0,1.1", "patch_position": 2}, 0),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["llama", "additive"])
+def test_a_traced_token_is_copied_to_the_device_once_at_most(
+    name: str, options: dict[str, Any], changes: dict[str, Any], n_copies: int
+) -> None:
+    with PretendCuda() as seen:
+        model = make(name).to("cuda").eval().requires_grad_(False)
+        if changes:
+            config = InterventionConfig(**changes)
+            model, _ = intervene(model, config, [5, 6, 7], lambda text: [8, 9, 10])
+        sampling = SamplingConfig(max_new_tokens=8, temperature=0.0)
+        tokenizer: Any = Letters()
+        analysis = AnalysisConfig(**options)
+        events = trace(model, tokenizer, [5, 6, 7], sampling, analysis, seed=1)
+        for _ in range(3):  # the header and two tokens
+            next(events)
+        seen.clear()
+        for _ in range(5):
+            next(events)
+        assert sum(seen.copies.values()) == 5 * n_copies, seen.copies
 
 
 def test_rollout_copies_nothing_to_the_device() -> None:

@@ -35,7 +35,7 @@ _TITLES = {
     "top_5": "share of all effects, top 5",
     "deletion": "deletion: mean drop of p",
 }
-_CELL_WIDTH = 20
+_CELL_WIDTH = 22  # as "-0.28 [-0.48, -0.08]", and a gap
 
 
 @command

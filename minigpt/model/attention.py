@@ -41,9 +41,9 @@ class AttentionPass:
     residual_NBC: Tensor | None = None
     """Residual stream of the last position: the embedding, then after each layer's attention branch
     and after its MLP branch. None unless the recorder needs it."""
-    replaced: Mapping[int, tuple[Sequence[int], Tensor]] = field(default_factory=dict)
-    """Layers in which an intervention replaced the outputs of heads at the last position: these
-    heads, and what the output projection was given (B, H, D)."""
+    replaced: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Layers in which an intervention replaced the outputs of heads at the last position: true for
+    these heads (H, 1), and what the output projection was given (B, H, D)."""
     first_state: int = 0
     """Index in ``residual_NBC`` of the last state that an intervention put in, from which on the
     stream is a sum. 0 for the embedding."""
@@ -77,7 +77,7 @@ class PassCollector:
         self._recorder, self._n_new = recorder, n_new
         self._has_queries = recorder.needs_queries and n_new > 1
         self.residual_BC: list[Tensor] = []
-        self.replaced: dict[int, tuple[Sequence[int], Tensor]] = {}
+        self.replaced: dict[int, tuple[Tensor, Tensor]] = {}
         self.first_state = 0
         self._weights_BHS: list[Tensor] = []
         self._context_BHD: list[Tensor] = []

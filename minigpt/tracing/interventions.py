@@ -134,8 +134,9 @@ def residual_streams(model: GPT, tokens: Sequence[int]) -> list[Tensor]:
 
 
 def _ablate(model: GPT, selection: HeadSelection, means: Sequence[Tensor] | None) -> None:
-    def put(x_BTHD: Tensor, layer: int, heads: list[int]) -> bool:
-        x_BTHD[:, :, heads] = 0.0 if means is None else means[layer][heads].to(x_BTHD)
+    def put(x_BTHD: Tensor, layer: int, is_chosen_H1: Tensor) -> bool:
+        value = torch.zeros_like(x_BTHD[0, 0]) if means is None else means[layer].to(x_BTHD)
+        x_BTHD.copy_(torch.where(is_chosen_H1, value, x_BTHD))
         return True
 
     _on_heads(model, selection, put)
@@ -156,19 +157,21 @@ class _Place:
         """Return whether the last position of the pass that is running is patched."""
         return self._first + x_BTX.shape[1] - 1 in self._positions
 
-    def put(self, x_BTX: Tensor, source_PX: Tensor, chosen: Any = ...) -> None:
+    def put(self, x_BTX: Tensor, source_PX: Tensor, is_chosen: Tensor | None = None) -> None:
         """Replace what a pass has at the positions, of the chosen heads or of all."""
         for position in self._positions:
             if self._first <= position < self._first + x_BTX.shape[1]:
-                place = position - self._first
-                x_BTX[:, place, chosen] = source_PX[position, chosen].to(x_BTX)
+                x_BX, source_X = x_BTX[:, position - self._first], source_PX[position].to(x_BTX)
+                x_BX.copy_(
+                    source_X if is_chosen is None else torch.where(is_chosen, source_X, x_BX)
+                )
 
 
 def _patch_heads(
     model: GPT, selection: HeadSelection, outputs: Sequence[Tensor], place: _Place
 ) -> None:
-    def put(x_BTHD: Tensor, layer: int, heads: list[int]) -> bool:
-        place.put(x_BTHD, outputs[layer], heads)
+    def put(x_BTHD: Tensor, layer: int, is_chosen_H1: Tensor) -> bool:
+        place.put(x_BTHD, outputs[layer], is_chosen_H1)
         return place.has_last(x_BTHD)
 
     _on_heads(model, selection, put)
@@ -197,7 +200,7 @@ def _patch_layers(
 
 
 def _on_heads(
-    model: GPT, selection: HeadSelection, put: Callable[[Tensor, int, list[int]], bool]
+    model: GPT, selection: HeadSelection, put: Callable[[Tensor, int, Tensor], bool]
 ) -> None:
     """Let ``put`` change the outputs of the heads (B, T, H, D) of each chosen layer, on a copy.
 
@@ -206,6 +209,9 @@ def _on_heads(
 
     def change_in(layer: int, heads: list[int]) -> None:
         attention = model.attentions[layer]
+        # A mask, made once: an index would be copied to a GPU at every token, which waits for it.
+        is_chosen = [[head in heads] for head in range(model.config.n_head)]
+        is_chosen_H1 = torch.tensor(is_chosen, device=model.device)
         collectors: list[PassCollector | None] = [None]
 
         def note(_: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -213,11 +219,12 @@ def _on_heads(
 
         def change(_: nn.Module, inputs: tuple[Tensor]) -> Tensor:
             x_BTHD = inputs[0].unflatten(-1, (model.config.n_head, -1)).clone()
-            is_last, collector = put(x_BTHD, layer, heads), collectors[0]
+            is_last, collector = put(x_BTHD, layer, is_chosen_H1), collectors[0]
             if collector is not None and is_last:
-                before, _ = collector.replaced.get(layer, ((), x_BTHD))
-                both = sorted({*before, *heads})  # of an ablation and a patch
-                collector.replaced[layer] = both, x_BTHD[:, -1].detach()
+                are_replaced_H1 = is_chosen_H1
+                if layer in collector.replaced:  # by an ablation, and now by a patch
+                    are_replaced_H1 = is_chosen_H1 | collector.replaced[layer][0]
+                collector.replaced[layer] = are_replaced_H1, x_BTHD[:, -1].detach()
             return x_BTHD.flatten(2)
 
         attention.register_forward_pre_hook(note)

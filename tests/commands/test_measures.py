@@ -8,7 +8,9 @@ from calls import Run, error_line
 from small_models import small_model
 
 from minigpt.checkpoint.model_folder import write_model
+from minigpt.commands.measures import _table
 from minigpt.text.tokenizer import BytesTokenizer
+from minigpt.tracing.analysis.faithfulness import METRICS, Comparison, Faithfulness, Interval
 
 WORDS = ("--max-new-tokens", "3", "--seed", "5", "--only", "weight,norm", "to be or not to")
 
@@ -36,6 +38,15 @@ def test_json_and_table_have_the_same_means(run: Run, folder: Path) -> None:
             assert cell in shown.out
     exact = facts["results"][-1]["metrics"]
     assert exact["rank_correlation"]["mean"] == pytest.approx(1)
+
+
+def test_the_widest_interval_is_apart_from_the_next_column() -> None:
+    widest = Interval(-0.28, -0.48, -0.08, 9)
+    results = (Faithfulness("weight", dict.fromkeys(METRICS, widest)),)
+    lines = _table(Comparison(results, 9, 9, 9.0, "", {}), 130)
+    rows = ["".join(text for text, _ in line) for line in lines]
+    [row] = [row for row in rows if row.startswith("weight")]
+    assert row.split("  ")[-5:] == ["-0.28 [-0.48, -0.08]"] * 5
 
 
 def test_a_picture_is_written(run: Run, folder: Path) -> None:

@@ -26,8 +26,8 @@ def logit_at(model: LanguageModel, x_BSC: Tensor, prediction: Prediction) -> Ten
     """
     hook = model.embedding.register_forward_hook(lambda *call: x_BSC)
     try:
-        tokens = torch.tensor([prediction.tokens], device=model.device)
-        logits_BV = model(tokens.expand(len(x_BSC), -1), logits_to_keep=1)[:, -1].float()
+        tokens_BS = torch.zeros(x_BSC.shape[:2], dtype=torch.long, device=model.device)  # replaced
+        logits_BV = model(tokens_BS, logits_to_keep=1)[:, -1].float()
     finally:
         hook.remove()
     logit_B: Tensor = logits_BV[:, prediction.target]

@@ -47,14 +47,16 @@ def logit(model: LanguageModel, config: AnalysisConfig) -> Rows:
         )
     assert isinstance(model, GPT)
     directions, n_group = HeadDirections(model), model.config.n_kv_head
+    # An id that is made for each token would be copied to a GPU, which waits for it.
+    ids_V = torch.arange(model.config.vocab_size, device=model.device)
 
     def rows(prediction: Prediction) -> Measured:
         attention = prediction.attention
         assert attention.residual_NBC is not None
         x_NC = attention.residual_NBC[:, 0].float()
-        ids = [id_ for id_ in (prediction.target, prediction.against) if id_ is not None]
-        w_NC = logit_weights(model, torch.tensor(ids, device=model.device))
-        w_C = w_NC[0] if prediction.against is None else w_NC[0] - w_NC[1]
+        w_C = logit_weights(model, ids_V[prediction.target])
+        if prediction.against is not None:
+            w_C = w_C - logit_weights(model, ids_V[prediction.against])
         u_C, bias = frozen_norm(model.final_norm, x_NC[-1], w_C)
         given_LX = _given_to_outputs(attention)
         u_LX, bias_L = directions(u_C, given_LX.unbind())
@@ -69,10 +71,10 @@ def logit(model: LanguageModel, config: AnalysisConfig) -> Rows:
             rows_LHS[:n_gone] = 0
             bias_L[:n_gone] = 0
             by_head_LH = (u_LX * given_LX.float()).unflatten(1, (-1, model.config.d_head)).sum(2)
-            for layer, (heads, _) in attention.replaced.items():
-                rows_LHS[layer, heads] = 0
+            for layer, (are_replaced_H1, _) in attention.replaced.items():
+                rows_LHS[layer].masked_fill_(are_replaced_H1, 0)
                 if layer >= n_gone:
-                    of_heads = of_heads + by_head_LH[layer, heads].sum()
+                    of_heads = of_heads + (by_head_LH[layer] * are_replaced_H1[:, 0]).sum()
             put_in = states_N.new_zeros(()) + of_heads
             if n_gone:
                 states_N = states_N[attention.first_state :]

@@ -67,3 +67,8 @@ function levelOf(value, scale) {
   const part = Math.min(1, Math.abs(value) / (scale ?? 1));
   return Math.sign(value) * Math.sqrt(part);
 }
+
+// A name as one unit, so that a number beside Arabic or Hebrew stays where it is.
+function isolated(name) {
+  return `\u2068${name}\u2069`;
+}

@@ -118,7 +118,7 @@ function drawLabels(context, { trace, place }) {
   const every = hasNames ? 1 : niceStep(14 / cell);
   for (let step = 0; step < nRows; step += every) {
     const position = trace.firstRow + step;
-    const name = hasNames ? `${shortened(trace.names[position])} ${position}` : String(position);
+    const name = hasNames ? `${isolated(shortened(trace.names[position]))} ${position}` : String(position);
     context.fillText(name, left - 5, (step + 0.5) * cell, left - 6);
   }
   context.font = '11px ui-monospace, "DejaVu Sans Mono", monospace';

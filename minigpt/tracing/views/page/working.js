@@ -72,7 +72,7 @@ function chosenSource(trace, { first, query, weights }) {
   const select = document.getElementById("working-source");
   const wanted = Number(select.dataset.chosen ?? -1);
   const options = weights.map((weight, i) =>
-    element("option", { value: first + i }, `${first + i} ${trace.names[first + i]} (${percent(weight)})`));
+    element("option", { value: first + i }, `${first + i} ${isolated(trace.names[first + i])} (${percent(weight)})`));
   select.replaceChildren(...options);
   let strongest = query;
   for (const [i, weight] of weights.entries()) {
