@@ -12,8 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import published_vocabularies as vocabularies
 import pytest
-import test_published_tokenizers as published_tokenizers
 import torch
 from fuzzed_texts import SAMPLE
 from layout_models import FOREIGN, LAYOUTS
@@ -254,7 +254,7 @@ def test_split_names_are_those_of_the_vocabulary(tmp_path: Path) -> None:
     names = {"gpt2": "gpt-2", "smollm": "smollm", "llama3": "llama-bpe", "qwen3": "qwen2"}
     names |= {"gpt4": "dbrx", "unordered": "gpt-2"}
     for kind, name in names.items():
-        data, _ = published_tokenizers.published(getattr(published_tokenizers, kind))
+        data, _ = vocabularies.published(getattr(vocabularies, kind))
         tokenizer = tokenizer_from_json(data, kind, end_of_text_ids=(300,))
         assert vocabulary(tmp_path / kind, tokenizer)["pre"] == name
     facts = vocabulary(tmp_path / "model", tokenizer_from_json(published_llama3(), "x"))
@@ -263,12 +263,12 @@ def test_split_names_are_those_of_the_vocabulary(tmp_path: Path) -> None:
 
 
 def published_llama3() -> dict[str, Any]:
-    data, _ = published_tokenizers.published(published_tokenizers.llama3)
+    data, _ = vocabularies.published(vocabularies.llama3)
     return json.loads(json.dumps(data).replace("<|eot_id|>", "<|endoftext|>"))
 
 
 def test_sentencepiece_vocabulary_has_scores_bytes_and_a_space_prefix(tmp_path: Path) -> None:
-    data, _ = published_tokenizers.published(published_tokenizers.llama2)
+    data, _ = vocabularies.published(vocabularies.llama2)
     facts = vocabulary(tmp_path / "model", tokenizer_from_json(data, "x", end_of_text_ids=(2,)))
     assert (facts["model"], facts["add_space_prefix"]) == ("llama", True)
     assert facts["token_type"][:4] == [2, 3, 3, 6]
@@ -393,38 +393,42 @@ def test_models_that_llama_cpp_computes_otherwise_are_refused(kind: str, tmp_pat
 
 
 def changed(make: Callable[[], dict[str, Any]], change: Callable[[Any], Any]) -> dict[str, Any]:
-    data = json.loads(json.dumps(published_tokenizers.published(make)[0]))
+    data = json.loads(json.dumps(vocabularies.published(make)[0]))
     change(data)
     return data
 
 
 VOCABULARIES = {
-    "bert": (published_tokenizers.bert, lambda data: None, "kind WordPiece"),
-    "unigram": (published_tokenizers.unigram, lambda data: None, "kind Unigram"),
-    "nemo": (published_tokenizers.nemo, lambda data: None, "split pattern is not one of"),
-    "prefixed": (published_tokenizers.prefixed, lambda data: None, "(strips|space before a text)"),
+    "bert": (vocabularies.bert, lambda data: None, "kind WordPiece"),
+    "unigram": (vocabularies.unigram, lambda data: None, "kind Unigram"),
+    "nemo": (vocabularies.nemo, lambda data: None, "split pattern is not one of"),
+    "prefixed": (
+        vocabularies.prefixed,
+        lambda data: None,
+        "(strips|space before a text)",
+    ),
     "lowercase": (
-        published_tokenizers.qwen3,
+        vocabularies.qwen3,
         lambda data: data.update(normalizer={"type": "Lowercase"}),
         "normalizer is Lowercase",
     ),
     "kept words": (
-        published_tokenizers.smollm,
+        vocabularies.smollm,
         lambda data: data["model"].update(ignore_merges=True),
         "split pattern",
     ),
     "words": (
-        published_tokenizers.mistral,
+        vocabularies.mistral,
         lambda data: data["pre_tokenizer"].update(split=True),
         "splits a text into words",
     ),
     "no bytes": (
-        published_tokenizers.llama2,
+        vocabularies.llama2,
         lambda data: data["model"].update(byte_fallback=False),
         "no byte fallback",
     ),
     "merges": (
-        published_tokenizers.llama2,
+        vocabularies.llama2,
         lambda data: data["model"]["merges"].pop(),
         "it never merges",
     ),

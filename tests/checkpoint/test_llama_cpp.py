@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import published_vocabularies as vocabularies
 import pytest
-import test_published_tokenizers as published_tokenizers
 import torch
 from fuzzed_texts import SAMPLE, fuzzed_texts
 from layout_models import FOREIGN, LAYOUTS
@@ -104,7 +104,7 @@ def test_logits_and_greedy_ids_equal_ours(
     assert greedy == ids
 
 
-TEXTS = fuzzed_texts(400, published_tokenizers.WORDS)
+TEXTS = fuzzed_texts(400, vocabularies.WORDS)
 OWN = {
     "bytes": BytesTokenizer,
     "bpe": lambda: train_bpe([SAMPLE * 3], 600),
@@ -152,7 +152,7 @@ def test_ids_of_fuzzed_texts_equal_ours(
 def test_ids_of_other_vocabularies_equal_ours(
     name: str, tmp_path: Path, exported: Callable[..., Any]
 ) -> None:
-    data, _ = published_tokenizers.published(getattr(published_tokenizers, name))
+    data, _ = vocabularies.published(getattr(vocabularies, name))
     end = max(token["id"] for token in data["added_tokens"] or [{"id": 5}])
     tokenizer = tokenizer_from_json(data, name, end_of_text_ids=(end,))
     llama = exported(small_folder(tmp_path / name, tokenizer, "llama-grouped"))
