@@ -144,6 +144,10 @@ def test_options_and_files_that_a_page_names_exist(page: Path) -> None:
     files |= {path.as_posix() for path in ROOT.glob("*.py")}
     for name in re.findall(r"(?:[\w-]+/)+[a-z_]+\.py\b", prose(page)):
         assert any(path.endswith("/" + name) for path in files), name
+    for test, words in re.findall(r"pytest[^`]*? (tests/\S+\.py) -k \"?([\w ]+)", prose(page)):
+        source = (ROOT / test).read_text(encoding="utf-8")
+        for word in words.split(" or "):
+            assert re.search(rf"def test_\w*{word}", source), f"{test} -k {word}"
 
 
 def test_the_pages_of_the_commands_are_their_help() -> None:
