@@ -3,13 +3,15 @@
 import sys
 import time
 from collections.abc import Sequence
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from minigpt.commands.output import one_line
 from minigpt.commands.status_line import LiveLines, StatusLine
 from minigpt.console import make_console, spans_to_text
 from minigpt.text.escape import printable
-from minigpt.text.tokens import PrepareProgress
+
+if TYPE_CHECKING:  # progress is shown without the ring of corpora too
+    from minigpt.text.corpus import PrepareProgress
 
 PLAIN_EVERY_S = 5.0
 """Seconds between lines where stderr is not a terminal."""
@@ -62,7 +64,7 @@ class ProgressLine:
             self._last_line_at = time.monotonic()
             self.console.print(printable("  ".join([label, *facts])))
 
-    def preparing(self, progress: PrepareProgress) -> None:
+    def preparing(self, progress: "PrepareProgress") -> None:
         """Show the progress of preparing a text, and its speed since the stage began."""
         if progress.note:
             line = spans_to_text([("text   ", "dim"), (progress.note, "plain")])

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from minigpt.config import DataConfig
 from minigpt.files import OTHER_CACHE, cache_folder, make_folder, resource_errors
 from minigpt.rings import ring
-from minigpt.text.corpus import Corpus, Document, content_hash, reporter
+from minigpt.text.corpus import Corpus, Document, PrepareProgress, content_hash, reporter
 from minigpt.text.shard_files import (
     MANIFEST,
     SCHEMA_VERSION,
@@ -38,7 +38,6 @@ from minigpt.text.shard_files import (
 from minigpt.text.sources import find_files
 from minigpt.text.splitting import split
 from minigpt.text.tokenizer import END_OF_TEXT, Tokenizer, make_tokenizer
-from minigpt.text.tokens import PrepareProgress
 
 BPE_VERSION = 2
 """Changes with what ``text.bpe`` learns from a text, so that caches are made again."""

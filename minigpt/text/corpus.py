@@ -16,7 +16,6 @@ from minigpt.config import DataConfig
 from minigpt.errors import DataError, ResourceError, cut
 from minigpt.text import compressed, encodings, records
 from minigpt.text.tokenizer import END_OF_TEXT, Tokenizer
-from minigpt.text.tokens import PrepareProgress
 
 PROGRESS_BYTES = 2**20
 PIECE_CHARS = 2**20
@@ -115,6 +114,20 @@ def split_documents(documents: Iterable[Document], end: str) -> Iterator[Documen
             if text:
                 yield replace(document, text=text, is_start=is_start)
             is_start = True
+
+
+@dataclass(frozen=True)
+class PrepareProgress:
+    """Progress of a preparation."""
+
+    stage: str
+    """download, split, train tokenizer, or encode."""
+    done: int
+    """Bytes of the files read in this stage."""
+    total: int
+    """Bytes of all files."""
+    note: str = ""
+    """A line about the text that is read. Empty for progress only."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from minigpt.text.building import (
     build,
     opened_corpus,
 )
-from minigpt.text.corpus import Corpus
+from minigpt.text.corpus import Corpus, PrepareProgress
 from minigpt.text.shard_files import (
     MANIFEST,
     SCHEMA_VERSION,
@@ -39,7 +39,6 @@ from minigpt.text.shard_files import (
     write_json,
 )
 from minigpt.text.tokenizer import Tokenizer
-from minigpt.text.tokens import PrepareProgress
 
 _LOCK = ".lock"
 

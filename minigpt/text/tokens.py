@@ -68,20 +68,6 @@ class PreparedData:
     """Facts about the text; of tokens on the disk, their manifest."""
 
 
-@dataclass(frozen=True)
-class PrepareProgress:
-    """Progress of a preparation."""
-
-    stage: str
-    """download, split, train tokenizer, or encode."""
-    done: int
-    """Bytes of the files read in this stage."""
-    total: int
-    """Bytes of all files."""
-    note: str = ""
-    """A line about the text that is read. Empty for progress only."""
-
-
 class TokenDataset:
     """All tokens of a corpus, in one array or in memory-mapped shards."""
 

@@ -17,7 +17,7 @@ from minigpt.checkpoint.model_folder import write_model
 from minigpt.settings import read_toml
 from minigpt.text import shard_files
 from minigpt.text.bpe import train_bpe
-from minigpt.text.tokens import PrepareProgress
+from minigpt.text.corpus import PrepareProgress
 
 TEXT = "The king said: né, once upon a time.\n" * 90
 

@@ -11,7 +11,7 @@ from minigpt.commands.status_line import FREE_CELLS, LiveLines, StatusLine
 from minigpt.commands.train.display import TrainingDisplay
 from minigpt.commands.train.display import _clock as clock
 from minigpt.format import duration, short
-from minigpt.text.tokens import PrepareProgress
+from minigpt.text.corpus import PrepareProgress
 
 FACTS = [
     "20000/20000",

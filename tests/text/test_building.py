@@ -25,9 +25,9 @@ from minigpt.text import bpe, building, corpus, prepared_folders, shard_files
 from minigpt.text.bpe import train_bpe
 from minigpt.text.building import Encoded, Work
 from minigpt.text.byte_pairs import TiktokenTokenizer
-from minigpt.text.corpus import Document
+from minigpt.text.corpus import Document, PrepareProgress
 from minigpt.text.prepared_folders import prepare_folder
-from minigpt.text.tokens import PreparedData, PrepareProgress, TokenSpan, prepare
+from minigpt.text.tokens import PreparedData, TokenSpan, prepare
 
 Prepare = Callable[..., tuple[PreparedData, Work]]
 

@@ -23,9 +23,10 @@ from minigpt.text import corpus, prepared_folders, shard_files
 from minigpt.text.batches import window_starts
 from minigpt.text.building import Work
 from minigpt.text.byte_pairs import TiktokenTokenizer, make_encoding
+from minigpt.text.corpus import PrepareProgress
 from minigpt.text.shard_files import open_prepared
 from minigpt.text.tokenizer import Tokenizer
-from minigpt.text.tokens import PreparedData, PrepareProgress, TokenSpan, prepare
+from minigpt.text.tokens import PreparedData, TokenSpan, prepare
 
 Prepare = Callable[..., PreparedData]
 

@@ -16,7 +16,7 @@ from minigpt.errors import ConfigError, LockedError
 from minigpt.model.device import resolve_device, resolve_dtype
 from minigpt.model.language_model import LanguageModel
 from minigpt.rings import find_ring, ring
-from minigpt.text.tokens import PreparedData, PrepareProgress, prepare
+from minigpt.text.tokens import PreparedData, prepare
 from minigpt.training.trainer import Trainer
 from minigpt.training.world import World
 
@@ -33,8 +33,8 @@ class Request:
     """Settings from options, --config and --set, nested as in RunConfig."""
     n_ranks: int
     """Number of processes."""
-    on_progress: Callable[[PrepareProgress], None]
-    """Callback for the preparation of the text."""
+    on_progress: Callable[[Any], None]
+    """Called with each ``text.corpus.PrepareProgress`` while the text is read."""
     is_dry_run: bool = False
     """Whether nothing may be written, so that the run is not locked either."""
 

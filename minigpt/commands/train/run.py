@@ -14,7 +14,6 @@ from minigpt.commands.train.job import Job, Request, open_job
 from minigpt.files import write_atomically
 from minigpt.rings import find_ring, ring
 from minigpt.settings import to_toml
-from minigpt.text.tokens import PrepareProgress
 from minigpt.training.events import Event
 from minigpt.training.trainer import Trainer
 from minigpt.training.world import ALONE, World, join
@@ -31,8 +30,8 @@ class Display:
     def __exit__(self, *error: object) -> None:
         """End the display."""
 
-    def preparing(self, progress: PrepareProgress) -> None:
-        """Take the progress of preparing the text."""
+    def preparing(self, progress: Any) -> None:
+        """Take the progress of preparing the text, a ``text.corpus.PrepareProgress``."""
 
     def note(self, text: str) -> None:
         """Print a note."""
