@@ -6,12 +6,15 @@ from typing import Literal
 
 from minigpt.fields import check_fields, option, require
 
+DEFAULT_TEXT = "builtin:tales"
+"""Name of the text that is read where none is given."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """The text to train on and its tokenizer."""
 
-    paths: tuple[str, ...] = ("builtin:tales",)
+    paths: tuple[str, ...] = (DEFAULT_TEXT,)
     """Files, folders, globs, corpus names, or - for standard input. Empty, as in runs older than
     the tales, is ``builtin:python``."""
     tokenizer: str = option("bytes", metavar="NAME")

@@ -6,8 +6,6 @@ from typing import TYPE_CHECKING, Literal, get_args
 from minigpt.fields import check_fields, option, require, require_divides, setting
 from minigpt.rings import find_ring
 
-DEFAULT_TEXT = "builtin:tales"
-"""Name of the text that is read where none is given."""
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Dtype = Literal["auto", "float32", "tf32", "bfloat16"]
 SaveDtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -25,7 +23,7 @@ _NO_VALIDATION = (("data.val_fraction", 0),)
 class PlainDataConfig:
     """The text to train on and its tokenizer, where the ring of corpora is missing."""
 
-    paths: tuple[str, ...] = (DEFAULT_TEXT,)
+    paths: tuple[str, ...] = ()
     """Text files, each a document."""
     tokenizer: str = option("bytes", metavar="NAME")
     """Tokenizer: bytes, bpe, bpe:N, gpt2, cl100k_base or o200k_base."""

@@ -34,7 +34,7 @@ from minigpt.errors import ConfigError, require_choice
 from minigpt.fields import check_fields, choices_in, option, parts_of, require_within
 from minigpt.presets import DEFAULT_PRESET, PRESETS
 from minigpt.rings import find_ring
-from minigpt.run_config import DEFAULT_TEXT, Device, Dtype, Quantization
+from minigpt.run_config import DataConfig, Device, Dtype, Quantization
 from minigpt.settings import (
     build,
     merge,
@@ -328,12 +328,13 @@ class PromptForm:
 Prompt = Annotated[
     str | None, argument("PROMPT", "Text to continue, or - for standard input [empty]")
 ]
+(_DEFAULT_TEXT,) = DataConfig().paths or ("none",)
 CORPORA = "builtin:tales, builtin:python, shakespeare"
 Data = Annotated[
     list[str] | None,
     argument(
         "DATA",
-        f"Files, folders, globs, - for standard input, or {CORPORA} [{DEFAULT_TEXT}]",
+        f"Files, folders, globs, - for standard input, or {CORPORA} [{_DEFAULT_TEXT}]",
     ),
 ]
 Json = Annotated[bool, Option("Print JSON, one object per line", "Output", name="json")]

@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from minigpt.data_config import DEFAULT_TEXT
 from minigpt.errors import DataError
 from minigpt.files import OTHER_CACHE, resource_errors, sha256, writing_aside
-from minigpt.run_config import DEFAULT_TEXT
 from minigpt.text.tokenizer import END_OF_TEXT
 
 BLOCK_BYTES = 2**16
