@@ -15,10 +15,10 @@ HOW_TO_READ = """
 How to read this:
   A line is a new token; prob is the probability that the model gave it.
   The rest of the line is where its attention heads looked, 100 % in all.
-  sink is the first position. Heads put there what they have no use for.
+  sink is the first position, where heads look when nothing else matches.
   Then the tokens with the most attention, each with its position and share.
   Few bits: the attention is on few tokens. Many bits: it is spread out.
-  A look is not a reason: --n-verified 2 shows what changes without a token."""
+  Attention is no cause: --n-verified 2 shows what changes without a token."""
 
 
 def main() -> None:

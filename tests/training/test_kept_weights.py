@@ -31,7 +31,7 @@ from minigpt.training.trainer import Trainer
 
 @pytest.fixture(scope="module")
 def short(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
-    """A text that is soon learned by heart: random letters."""
+    """A text that a model soon overfits: random letters."""
     content = "".join(chr(97 + int(i)) for i in torch.randint(26, (900,), generator=seeded()))
     return data_of(content, tmp_path_factory.mktemp("short"))
 
@@ -60,7 +60,7 @@ def test_best_is_the_best_of_all_evaluations_not_only_of_the_checkpoints(
     losses = {event.step: event.val_loss for event in events if isinstance(event, EvalEvent)}
     best = RunFolder(tmp_path).best()
     assert best is not None
-    assert losses[120] > min(losses.values()) + 0.5  # the text was learned by heart
+    assert losses[120] > min(losses.values()) + 0.5  # overfitted
     assert losses[best.step] == min(losses.values()) == best.facts["val_loss"]
     assert best.step not in (50, 100, 120)
     assert json.loads((tmp_path / "best.json").read_text())["step"] == best.step

@@ -14,8 +14,8 @@ from minigpt.training.events import EvalEvent
 from minigpt.training.schedule import with_max_steps
 from minigpt.training.trainer import Trainer
 
-_BY_HEART = 0.6
-"""Ratio of training to validation loss below which a text counts as learned by heart."""
+_OVERFITTED = 0.6
+"""Ratio of training to validation loss below which a model counts as overfitted."""
 _PROMPT = "Once upon a time"
 
 
@@ -105,14 +105,17 @@ def _ends_by_epochs(trainer: Trainer) -> bool:
 def meaning(
     trainer: Trainer, best: Pointer, evaluation: EvalEvent | None, train_loss: float | None
 ) -> Iterator[tuple[str, str]]:
-    """Yield what the loss of the best checkpoint means, and whether the text was learned by heart.
+    """Yield what the loss of the best checkpoint means, and whether the model is overfitted.
 
     Args: evaluation and train_loss, the last ones.
     """
     n_tokens, val_loss = trainer.config.model.vocab_size, best.facts["val_loss"]
-    sure = "averaged weights; " if best.facts.get("is_averaged") else ""
-    sure += f"as unsure as between {math.exp(min(val_loss, 700)):.3g} tokens"
-    yield "", f"{sure}; guessing among all {n_tokens:,} is {math.log(n_tokens):.2f} nats/token"
+    weights = "averaged weights; " if best.facts.get("is_averaged") else ""
+    yield (
+        "",
+        f"{weights}perplexity {math.exp(min(val_loss, 700)):.3g}; of a uniform prediction "
+        f"{n_tokens:,}, {math.log(n_tokens):.2f} nats/token",
+    )
     n_val = len(trainer.val_tokens) - 1
     if evaluation and evaluation.n_tokens < n_val:
         yield (
@@ -121,10 +124,10 @@ def meaning(
             "evaluate measures all",
         )
     last = evaluation.val_loss if evaluation else val_loss
-    if train_loss is not None and train_loss < _BY_HEART * last:
+    if train_loss is not None and train_loss < _OVERFITTED * last:
         yield (
             "note",
-            f"the text was learned by heart: at the end the training loss was {train_loss:.2f} "
+            f"the model overfitted: at the end the training loss was {train_loss:.2f} "
             f"and the validation loss {last:.2f} nats/token. More text, more dropout or fewer "
             "epochs help",
         )

@@ -15,7 +15,7 @@ from minigpt.tracing.spans import SHARE_WIDTH, Line, cell_len, fit, heat, percen
 from minigpt.tracing.wrapping import SIGNED_WIDTH, fit_end, signed, upright_bar, wrapped
 
 _WITHOUT = "ln p without"
-_ALONE = "  kept alone "
+_ALONE = "kept alone"
 
 
 def header_lines(header: TraceHeader, width: int) -> list[Line]:
@@ -135,10 +135,11 @@ def effect_lines(step: TraceStep, layout: TraceLayout, names: Sequence[str] = ()
         line[-1] = (line[-1][0].rstrip(), "dim")
         lines.append(line)
     if step.kept is not None:
-        alone: Line = [(_ALONE, "dim"), (signed(step.kept.change), _effect_heat(step.kept.change))]
-        if not lines or _width(lines[-1]) + _width(alone) > layout.width:
-            lines.append([])
-        lines[-1] += alone
+        kept: Line = [(f" {signed(step.kept.change)}", _effect_heat(step.kept.change))]
+        if lines and _width(lines[-1]) + len(f"  {_ALONE}") + _width(kept) <= layout.width:
+            lines[-1] += [(f"  {_ALONE}", "dim"), *kept]
+        else:
+            lines.append([(_ALONE.rjust(layout.left_width), "dim"), *kept])
     return lines
 
 
