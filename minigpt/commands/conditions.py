@@ -73,6 +73,8 @@ _LIVE = Mode(
         "--max-new-tokens 0": _SAMPLING,
         **_PROMPT_REFUSES,
         **_NOT_COMPILED,
+        # Roles are measured on other tokens, which have no position to patch.
+        "--patch-from": ("--compile", "--roles"),
     },
     defaults={"--view": "lines"},
 )

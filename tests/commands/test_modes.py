@@ -85,6 +85,7 @@ def test_replay_and_diff_refuse_every_option_of_a_live_trace(
         ("--view matrix --verify 1", "--n-verified is for --view lines"),
         ("--view text --n-sources 3", "--n-sources is for --view lines"),
         ("--view matrix --roles", "--roles is for --view lines, --view heads"),
+        ("--patch-from A --patch 0.0 --roles", "--roles has no effect with --patch-from"),
         ("--view heads --heads 0.0", "--heads is for --view other than heads"),
         ("--view heads --layers 0", "--layers is for"),
         ("--view heads --reduce max", "--reduce is for"),
