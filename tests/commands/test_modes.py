@@ -206,6 +206,13 @@ def test_an_option_is_never_taken_as_the_text_of_another(
     assert not list(workplace.iterdir())
 
 
+def test_the_name_of_an_argument_is_a_value_like_any_other(run: Run, workplace: Path) -> None:
+    Path("a.jsonl").write_text('{"data": "Once upon a time."}\n')
+    assert (
+        run("prepare", "a.jsonl", "--out", "o", "--field", "data", "--tokenizer", "bytes").code == 0
+    )
+
+
 def test_a_text_that_looks_like_an_option_can_be_given_with_an_equals_sign(
     run: Run, place: Path
 ) -> None:
