@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minigpt.model.gpt import GPT, Block
@@ -49,7 +50,8 @@ def frozen_norm(norm: nn.Module, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
 def logit_weights(model: LanguageModel, tokens: Tensor) -> Tensor:
     """Return the rows of the output projection for tokens (...): (..., C), float32."""
     if isinstance(model.unembedding, nn.Linear):
-        return model.unembedding.weight[tokens].float()
+        # Not weight[tokens]: for one token, a GPU would wait for its number.
+        return F.embedding(tokens, model.unembedding.weight).float()
     # A quantized output projection has a method of this name.
     rows: Any = model.embedding if model.unembedding is None else model.unembedding.rows
     found: Tensor = rows(tokens)
