@@ -1,5 +1,6 @@
 """Published models: fields of their config.json without effect, and new models of their types."""
 
+import re
 from dataclasses import fields
 
 from minigpt.checkpoint.families import (
@@ -11,28 +12,34 @@ from minigpt.checkpoint.families import (
 from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError, ConfigError
 
-# Of training, of generation, and of other tasks.
+# Parts of the names of what a model computes. Sizes are not among them: a size that is not read
+# cannot be wrong, since the shapes of all tensors are checked.
+_COMPUTATION = re.compile(
+    r"""(?:^|[_.])(?:
+    act(?:_|$)|activation|alibi|attend|attention|attn|bidirectional|cap|causal|clamp|clip|conv|embed|embedding|eps|
+    epsilon|expert|factor|fourier|gate|gelu|global|glu|interpolat|kv_shar|layernorm|local|logit|
+    loop|mamba|mask|memory|mix|moe|mrope|multipl|mup|nope|norm|ntk|parallel|position|qk|quant|
+    recurren|relu|residual|rmsnorm|rop|rotar|router|scal|shar|silu|sink|sliding|soft|sparse|
+    sparsity|ssm|swiglu|temperature|theta|window|yarn)""",
+    re.VERBOSE | re.IGNORECASE,
+)
+# Of training, of generation, and of other tasks, although their names are like the above.
 _WORDS = """
-    assistant_confidence_threshold attn_implementation auto_map bad_words_ids
-    begin_suppress_tokens cache_implementation chunk_size_feed_forward classifier_dropout
-    cls_token_id decoder_start_token_id diversity_penalty do_sample early_stopping
-    encoder_no_repeat_ngram_size encoder_repetition_penalty epsilon_cutoff eta_cutoff
-    experts_implementation exponential_decay_length_penalty finetuning_task force_words_ids
-    forced_bos_token_id forced_eos_token_id gradient_checkpointing guidance_scale id2label
-    is_decoder is_llama_config keys_to_ignore_at_inference label2id length_penalty license
-    low_memory mask_token_id max_length max_new_tokens max_sequence_length max_time min_length
-    min_new_tokens min_p model_max_length name_or_path neftune_noise_alpha no_repeat_ngram_size
-    num_assistant_tokens num_beam_groups num_beams num_labels num_logits_to_keep
-    num_return_sequences output_attentions output_hidden_states output_logits output_past
-    output_router_logits output_scores penalty_alpha prefix problem_type
-    prompt_lookup_num_tokens remove_invalid_values renormalize_logits repetition_penalty
-    return_dict return_dict_in_generate sep_token_id sequence_bias stop_strings suppress_tokens
-    task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k
-    top_p torchscript transformers.js_config typical_p unk_token_id unsloth_fixed
-    unsloth_version use_bfloat16 use_return_dict vocab_file watermarking_config
+    attn_implementation encoder_no_repeat_ngram_size epsilon_cutoff eta_cutoff
+    experts_implementation gradient_checkpointing mask_token_id num_logits_to_keep
+    output_attentions output_hidden_states output_logits output_router_logits temperature
+    renormalize_logits router_aux_loss_coef use_flash_attention use_flash_attn
 """
-NO_EFFECT = frozenset(_WORDS.split())
-"""Fields of config.json that change no logits."""
+_NO_EFFECT = frozenset(_WORDS.split())
+
+
+def is_ignored(name: str) -> bool:
+    """Return whether a field of config.json that its family does not read changes no logits.
+
+    transformers ignores such fields too. By its name, one may still be read by code of the model's
+    own, or by a later version: then it is not ignored.
+    """
+    return name in _NO_EFFECT or not _COMPUTATION.search(name)
 
 
 def canonical(config: ModelConfig) -> ModelConfig:

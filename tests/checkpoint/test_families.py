@@ -285,6 +285,9 @@ HARMLESS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     (QWEN3, {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 28}),
     (QWEN3, {"layer_types": ["full_attention"] * 28}),
     (LLAMA3, {"output_router_logits": False, "neftune_noise_alpha": None, "stop_strings": None}),
+    (LLAMA3, {"training_data": {"mix": [1, 2]}, "tags": ["a"], "n_ctx": 5, "is_mine": True}),
+    (GPT2, {"num_key_value_heads": 4, "head_dim": 7, "rlhf": {"kl": 0.1}}),
+    (QWEN3, {"router_aux_loss_coef": 0.01, "output_attentions": True, "activity": "chat"}),
 ]
 
 
@@ -320,7 +323,11 @@ UNSUPPORTED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (QWEN3, {"use_mrope": True}, "use_mrope is True"),
     (LLAMA3, {"rope_interleaved": True}, "rope_interleaved is True"),
     (LLAMA3, {"logit_scale": 0.5}, "unknown field 'logit_scale' with value 0.5"),
-    (GPT2, {"n_embd\x1b": 5}, r"'n_embd\\x1b' with value 5"),
+    (GPT2, {"n_norm\x1b": 5}, r"'n_norm\\x1b' with value 5"),
+    (GPT2, {"alibi": True}, "unknown field 'alibi' with value True"),
+    (LLAMA3, {"new_rope_rule": {"a": 1}}, "unknown field 'new_rope_rule' with value {'a': 1}"),
+    (MISTRAL, {"attn_temperature_tuning": 4}, "unknown field 'attn_temperature_tuning'"),
+    (QWEN2, {"embedding_multiplier": 12.0}, "unknown field 'embedding_multiplier'"),
     (LLAMA3, {"rms_norm_eps": None, "num_hidden_layers": None}, "num_hidden_layers is missing"),
     (LLAMA3, {"attention_bias": 1}, "attention_bias is 1"),
     (LLAMA3, {"attention_bias": True, "mlp_bias": "x"}, "mlp_bias must be of type bool"),

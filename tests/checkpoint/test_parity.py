@@ -296,6 +296,8 @@ def test_shards_of_transformers_are_read(open_both: Callable[[str], Pair], tmp_p
 
 WINDOW = {"sliding_window": 7}
 OTHER_FIELDS = [
+    ("neox", {"num_key_value_heads": 2, "training": {"data": ["a"]}}),
+    ("olmo2", {"rotary_dims": None, "n_ctx": 5, "tags": ["a"], "head_count": 3}),
     ("llama-2", WINDOW),
     ("llama-2", WINDOW | {"use_sliding_window": True, "max_window_layers": 1}),
     ("olmo2", WINDOW | {"use_sliding_window": True, "max_window_layers": 0}),
@@ -308,7 +310,7 @@ OTHER_FIELDS = [
 
 @torch.no_grad()
 @pytest.mark.parametrize(("kind", "change"), OTHER_FIELDS)
-def test_a_field_of_windows_is_read_where_transformers_reads_it_and_ignored_elsewhere(
+def test_a_field_is_read_where_transformers_reads_it_and_ignored_elsewhere(
     kind: str, change: dict[str, Any], open_both: Callable[[str], Pair], tmp_path: Path
 ) -> None:
     folder = tmp_path / kind

@@ -1,7 +1,7 @@
 """Hugging Face model families: one file for each model_type, found by its name.
 
 A family maps config.json to ModelConfig and Hugging Face's tensor names to ours, both ways. Each
-field of a config.json is used, is known to have no effect, or is refused. To add a family, add
+field of a config.json is used or has no effect, or is refused. To add a family, add
 MODEL_TYPE.py with a ``FAMILY`` to this folder; a model that GPT cannot compute brings a subclass.
 """
 
@@ -179,9 +179,11 @@ def _built(values: Mapping[str, Any]) -> ModelConfig:
 
 def _check_known(config: Mapping[str, Any], known: set[str]) -> None:
     published = find_ring("checkpoint.published_models")
-    known = known.union(_NO_EFFECT.split(), published.NO_EFFECT if published else ())
+    known = known.union(_NO_EFFECT.split())
     for name, value in config.items():
-        if name not in known and not name.startswith("_") and value is not None:
+        if name in known or name.startswith("_") or value is None:
+            continue
+        if config.get("model_type") == OWN_TYPE or not published or not published.is_ignored(name):
             raise CheckpointError(
                 f"config.json: unknown field {name[:80]!r} with value {repr(value)[:80]}. "
                 "If it does not change what the model computes, remove it."
@@ -203,7 +205,7 @@ def unsupported(name: str, value: Any, supported: Any) -> CheckpointError:
     """Return the error for a field of config.json whose value we do not implement."""
     return CheckpointError(
         f"config.json: {name} is {repr(value)[:80]}, but only {supported!r} is supported. "
-        "Choose another model."
+        "Use transformers for this model."
     )
 
 
