@@ -1,8 +1,10 @@
 """An error of the system is one line with the right exit code, and costs no checkpoint."""
 
+import errno
 import os
 import resource
 import shlex
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -139,3 +141,20 @@ def test_an_unexpected_error_is_one_line_and_debug_adds_the_traceback(
     assert traced.code == 1
     assert "Traceback (most recent call last)" in traced.err
     assert traced.err.splitlines()[-1] == plain.err.rstrip("\n")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows syncs no folders")
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+def test_a_file_system_that_does_not_sync_folders_keeps_checkpoints(
+    run: Run, at_trained: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    sync = os.fsync
+
+    def refuse_folders(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    assert run("train", "corpus.txt", "--name", "mounted", *TINY).code == 0
+    assert run("generate", "text", "--model", "mounted", "--max-new-tokens", "1").code == 0
