@@ -1,6 +1,7 @@
 """Weights that are laid out while they are read: the same values, and no second copy."""
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -149,3 +150,28 @@ def test_reading_and_decoding_a_model_imports_no_compiler(tmp_path: Path) -> Non
     folders = [str(tmp_path / layout) for layout in LAYOUTS]
     environment = os.environ | {"MINIGPT_CACHE_DIR": str(tmp_path / "cache")}
     subprocess.run([sys.executable, "-c", _IMPORTS, *folders], env=environment, check=True)
+
+
+_FAULTS = """
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+from minigpt.generation.loading import load
+
+load(Path(sys.argv[1]), device="cpu", quantize="int8", decodes=True)
+torch.ones(2**21)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    torch.ones(2**21)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="tunes glibc's allocator")
+def test_temporary_tensors_reuse_memory_after_a_model_was_read(tmp_path: Path) -> None:
+    write_model(tmp_path, small_model("gpt2"), None)
+    faulted = subprocess.check_output([sys.executable, "-c", _FAULTS, str(tmp_path)], text=True)
+    assert int(faulted) < 2**25  # ten tensors of 2**23 bytes if each is returned at once
