@@ -48,6 +48,7 @@ def run(command: str, folder: Path) -> list[str]:
     given = shlex.split(before)[1] + "\n" if before else None
     words = [sys.executable, "-m", *shlex.split(ours)]
     environment = os.environ | {"COLUMNS": "80", "NO_COLOR": "1", "PYTHONPATH": str(ROOT)}
+    environment["MINIGPT_CACHE_DIR"] = str(folder / ".cache")  # without compiled graphs of others
     print(f"$ {command}", file=sys.stderr, flush=True)
     done = subprocess.run(
         words,
