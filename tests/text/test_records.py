@@ -440,7 +440,11 @@ def test_the_delimiter_that_excel_writes_in_the_first_line_is_used(start: str) -
         ("a.zst", b"Once upon a time", "does not begin as a .zst file"),
         ("a.xz", b"Once upon a time", "does not begin as a .xz file"),
         ("a.bz2", b"Once upon a time", "does not begin as a .bz2 file"),
-        ("a.txt.gz", gzip.compress(gzip.compress(b"Once")), "is packed twice. Unpack it once."),
+        (
+            "a.txt.gz",
+            gzip.compress(gzip.compress(b"Once", mtime=0), mtime=0),
+            "is packed twice. Unpack it once.",
+        ),
         ("a.txt", b"On\0ce", r"leave its NUL bytes out: tr -d '\000' < OLD > NEW"),
     ],
 )
