@@ -26,7 +26,8 @@ _COMPUTATION = re.compile(
 # Of training, of generation, and of other tasks, although their names are like the above.
 _WORDS = """
     attn_implementation encoder_no_repeat_ngram_size epsilon_cutoff eta_cutoff
-    experts_implementation gradient_checkpointing mask_token_id num_logits_to_keep
+    experts_implementation gradient_checkpointing guidance_scale low_memory mask_token_id
+    num_logits_to_keep
     output_attentions output_hidden_states output_logits output_router_logits temperature
     renormalize_logits router_aux_loss_coef use_flash_attention use_flash_attn
 """

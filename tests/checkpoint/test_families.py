@@ -287,6 +287,7 @@ HARMLESS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     (LLAMA3, {"output_router_logits": False, "neftune_noise_alpha": None, "stop_strings": None}),
     (LLAMA3, {"training_data": {"mix": [1, 2]}, "tags": ["a"], "n_ctx": 5, "is_mine": True}),
     (GPT2, {"num_key_value_heads": 4, "head_dim": 7, "rlhf": {"kl": 0.1}}),
+    (GPT2, {"guidance_scale": 1.5, "low_memory": False, "temperature": 0.7}),
     (QWEN3, {"router_aux_loss_coef": 0.01, "output_attentions": True, "activity": "chat"}),
 ]
 
