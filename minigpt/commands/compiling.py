@@ -24,6 +24,7 @@ def showing(
 
     On a terminal, a model that could be compiled but is not is compiled in the background when the
     command ends, for later starts, if it was decoded for long enough.
+
     Args: as for ``fast.is_compiled``.
     """
     fast = find_ring(FAST)

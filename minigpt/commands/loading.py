@@ -39,8 +39,9 @@ class Ready:
 def load(source: ModelSource, prompt: str | None, form: PromptForm, *, n_rows: int = 1) -> Ready:
     """Load a model and encode a prompt for it; None is the start of a document.
 
-    Args: n_rows, the number of samples to decode together.
     A note says if a special token in the prompt is taken as plain text.
+
+    Args: n_rows, the number of samples to decode together.
     Raises: DataError for a prompt that is empty, not text or far too long; CheckpointError for a
         model that is missing, damaged or without a tokenizer; ConfigError for a device that is not
         available, or a model without a chat template.

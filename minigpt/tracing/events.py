@@ -58,7 +58,7 @@ class Source:
 
 
 _ROUNDING = 1e-6
-"""Largest error of float32 in what is left of a row."""
+"""Largest float32 rounding error of the sum of a row."""
 
 
 @dataclass(frozen=True, eq=False)

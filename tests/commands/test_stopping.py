@@ -163,7 +163,7 @@ def test_ctrl_c_on_a_real_process_saves_and_prints_how_to_resume(run: Run, start
 
 
 def spoil_step(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the loss of a step be no number."""
+    """Make the loss of a step NaN."""
     loss = Trainer._loss
 
     def spoilt(trainer: Trainer, *batch: torch.Tensor) -> torch.Tensor:

@@ -100,7 +100,7 @@ def test_a_stop_of_a_diverged_run_saves_nothing(data: PreparedData, tmp_path: Pa
 
 
 def spoil_losses(trainer: Trainer, *steps: int, micro_batch: int = 0) -> None:
-    """Let the logits of a micro-batch of these steps be no numbers; weights stay what they are."""
+    """Make the logits of a micro-batch of these steps NaN; the weights do not change."""
     n_seen: dict[int, int] = {}
 
     def hook(module: Any, inputs: Any, logits: torch.Tensor) -> torch.Tensor:

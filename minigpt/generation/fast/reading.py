@@ -117,7 +117,7 @@ def _set_mmap_threshold(n_bytes: int) -> None:
     """
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
         mallopt(-3, n_bytes)  # M_MMAP_THRESHOLD
-        # M_TRIM_THRESHOLD, as glibc's own: otherwise each step faults its pages in again.
+        # M_TRIM_THRESHOLD; if it stayed at 128 KB, each step would fault its pages in again.
         mallopt(-1, 2 * n_bytes)
 
 
