@@ -75,9 +75,8 @@ class DataConfig:
             "loss_on and chat_template are for conversations. Give --chat too, or leave them out.",
         )
         require(
-            not self.chat or not (self.special or self.skip_unencodable or self.field != "text"),
-            "special, skip_unencodable and field have no effect on conversations. Leave them out, "
-            "or --chat.",
+            not self.chat or not (self.special or self.field != "text"),
+            "special and field have no effect on conversations. Leave them out, or --chat.",
         )
         if self.chat and self.loss_on is None:
             object.__setattr__(self, "loss_on", "completion")

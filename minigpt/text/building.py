@@ -294,15 +294,23 @@ def _encode(chunk: list[Document], corpus: Corpus, tokenizer: Tokenizer, dtype: 
         else:
             unparsed.update(tokenizer.special_pattern.findall(piece.text))
         for i, part in list(enumerate(parts))[::2] if data.skip_unencodable else ():
-            if lacking := tokenizer.unencodable(part):
-                skipped.update(filter(lacking.__contains__, part))
-                parts[i] = part.translate({ord(character): None for character in lacking})
+            parts[i], dropped = without_unencodable(part, tokenizer)
+            skipped.update(dropped)
         n_bytes += sum(len(part.encode()) for part in parts[::2])
         text = "".join(parts)
         arrays.append(tokenizer.encode_array(text, is_start=piece.is_start, special=data.special))
     tokens = np.concatenate(arrays, dtype=dtype, casting="unsafe")
     counts = counts_of(chunk, tokens, n_bytes=n_bytes, unparsed=unparsed, skipped=skipped)
     return Encoded(chunk, tokens, counts)
+
+
+def without_unencodable(text: str, tokenizer: Tokenizer) -> tuple[str, str]:
+    """Return a text without the characters that the vocabulary lacks, and those."""
+    lacking = tokenizer.unencodable(text)
+    if not lacking:
+        return text, ""
+    kept = text.translate({ord(character): None for character in lacking})
+    return kept, "".join(filter(lacking.__contains__, text))
 
 
 def counts_of(chunk: list[Document], tokens: npt.NDArray[Any], **others: Any) -> Counts:

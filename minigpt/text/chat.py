@@ -7,7 +7,7 @@ special tokens that a message contains as text stay plain text, so that no messa
 import copy
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -86,7 +86,8 @@ class ChatTemplate:
         """Return the ids of a whole conversation, and which of them are the assistant's.
 
         Those are the tokens that a model has to generate: an answer and the special token after it,
-        or what the template has in its ``{% generation %}`` blocks.
+        or what the template has in its ``{% generation %}`` blocks. A token that is only partly in
+        there counts.
 
         Raises: as ``render``, and DataError if the template changes the text around an answer.
         """
@@ -102,7 +103,8 @@ class ChatTemplate:
         ids = _encode(tokenizer, text)
         is_answer = [False] * len(ids)
         for start, stop in spans:
-            first, last = (_n_common(ids, _encode(tokenizer, text[:n])) for n in (start, stop))
+            first, _ = _around(tokenizer, ids, text[:start])
+            _, last = _around(tokenizer, ids, text[:stop])
             is_answer[first:last] = [True] * (last - first)
         return ids, is_answer
 
@@ -315,15 +317,24 @@ def _plain(message: Message) -> dict[str, Any]:
     return {"thinking": reasoning, **kept, "reasoning_content": reasoning}
 
 
+def map_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """Return messages or tools with every text in them changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: map_texts(item, change) for key, item in value.items()}
+    is_list = isinstance(value, list | tuple)
+    return [map_texts(item, change) for item in value] if is_list else value
+
+
 def _marked(value: Any, tokenizer: Tokenizer) -> Any:
     """Mark special tokens in the texts of messages or tools, which then stay plain text."""
-    if isinstance(value, str):
-        value = _NONCHARACTERS.sub("", well_formed(value))
-        return tokenizer.special_pattern.sub(f"{_BEGIN}\\1{_END}", value)
-    if isinstance(value, Mapping):
-        return {key: _marked(item, tokenizer) for key, item in value.items()}
-    is_list = isinstance(value, list | tuple)
-    return [_marked(item, tokenizer) for item in value] if is_list else value
+
+    def mark(text: str) -> str:
+        plain = _NONCHARACTERS.sub("", well_formed(text))
+        return tokenizer.special_pattern.sub(f"{_BEGIN}\\1{_END}", plain)
+
+    return map_texts(value, mark)
 
 
 def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -366,7 +377,16 @@ def _take_spans(text: str) -> tuple[str, list[tuple[int, int]]]:
     return "".join(parts), spans
 
 
-def _n_common(first: Sequence[int], second: Sequence[int]) -> int:
-    n = min(len(first), len(second))
-    differs = np.array(first[:n]) != np.array(second[:n])
-    return int(differs.argmax()) if differs.any() else n
+def _around(tokenizer: Tokenizer, ids: Sequence[int], before: str) -> tuple[int, int]:
+    """Return the number of a text's ids before a position, without and with the one across it.
+
+    Args: ids, of the whole text; before, the text before the position.
+    """
+    part = _encode(tokenizer, before)
+    n = min(len(ids), len(part))
+    differs = np.array(ids[:n]) != np.array(part[:n])
+    n = int(differs.argmax()) if differs.any() else n
+    n_bytes = len(tokenizer.decode_bytes(part[n:]))  # the same text in other tokens
+    while n_bytes and n_bytes >= (size := len(tokenizer.token_bytes(ids[n]))):
+        n, n_bytes = n + 1, n_bytes - size
+    return n, n + bool(n_bytes)

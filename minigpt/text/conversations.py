@@ -1,6 +1,7 @@
 """Rows that are conversations -> token ids to train on, through a chat template."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -10,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from minigpt.errors import DataError
-from minigpt.text.building import Encoded, counts_of
-from minigpt.text.chat import ChatTemplate
+from minigpt.text.building import Encoded, counts_of, without_unencodable
+from minigpt.text.chat import ChatTemplate, map_texts
 from minigpt.text.corpus import Corpus, Document
 from minigpt.text.tokenizer import Tokenizer, well_formed
 from minigpt.text.tokens import CONTEXT_ONLY
@@ -92,9 +93,14 @@ def encode_rows(chunk: list[Document], corpus: Corpus, tokenizer: Tokenizer, dty
     """
     data, arrays, n_bytes = corpus.data, [np.array([], np.uint32)], 0
     refused: list[str] = []
+    skipped = Counter[str]()
     for piece in chunk:
+        text = piece.text
+        if data.skip_unencodable:
+            text, dropped = _without_unencodable(text, tokenizer)
+            skipped.update(dropped)
         try:
-            tokens = encode_row(piece.text, corpus.template, tokenizer, data.loss_on or "all")
+            tokens = encode_row(text, corpus.template, tokenizer, data.loss_on or "all")
         except DataError as error:
             if not data.skip_bad:
                 raise
@@ -103,10 +109,22 @@ def encode_rows(chunk: list[Document], corpus: Corpus, tokenizer: Tokenizer, dty
             arrays.append(tokens)
             n_bytes += int(tokenizer.token_byte_lengths[tokens % CONTEXT_ONLY].sum())
     tokens = np.concatenate(arrays, dtype=dtype, casting="unsafe")
-    counts = counts_of(chunk, tokens, n_bytes=n_bytes, n_bad_rows=len(refused))
+    counts = counts_of(chunk, tokens, n_bytes=n_bytes, n_bad_rows=len(refused), skipped=skipped)
     n_documents = counts.n_documents - len(refused)
     first = next(iter(refused), "")
     return Encoded(chunk, tokens, replace(counts, n_documents=n_documents, bad_row=first))
+
+
+def _without_unencodable(text: str, tokenizer: Tokenizer) -> tuple[str, str]:
+    """Return a conversation without the characters that the vocabulary lacks, and those."""
+    dropped: list[str] = []
+
+    def encodable(value: str) -> str:
+        kept, lacking = without_unencodable(value, tokenizer)
+        dropped.append(lacking)
+        return kept
+
+    return json.dumps(map_texts(json.loads(text), encodable), ensure_ascii=False), "".join(dropped)
 
 
 def encode_row(

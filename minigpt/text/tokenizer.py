@@ -115,10 +115,12 @@ class Tokenizer(ABC):
     def encode_parsed(self, text: str) -> npt.NDArray[np.uint32]:
         """Return the ids of a text in which the texts of special tokens become their ids."""
         parts = self.special_pattern.split(text)
-        arrays = [self.encode_array(part) for part in parts]
-        # The odd parts are the special tokens.
-        arrays[1::2] = [np.array([self.special_ids[t]], np.uint32) for t in parts[1::2]]
-        return np.concatenate(arrays)
+        return np.concatenate(
+            [  # the odd parts are the special tokens
+                np.array([self.special_ids[part]], np.uint32) if i % 2 else self.encode_array(part)
+                for i, part in enumerate(parts)
+            ]
+        )
 
     @property
     def unusual_ends(self) -> dict[str, list[int]]:

@@ -3,12 +3,14 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from calls import TINY, Run, error_line
 from small_models import small_model
 
 from minigpt.checkpoint.model_folder import write_model
 from minigpt.text.byte_pairs import TiktokenTokenizer, make_encoding
+from minigpt.text.tokens import CONTEXT_ONLY
 
 END = "<|endoftext|>"
 MARKED = f"once upon a time {END} there was " * 30
@@ -95,3 +97,24 @@ def test_a_byte_that_a_vocabulary_lacks_is_refused_with_the_option_or_skipped(
         assert result.code == 0
         assert json.loads(result.out)["n_skipped"] == 27
         assert result.err.count("skipped 27 characters that the vocabulary lacks") == 1
+
+
+def test_characters_that_a_vocabulary_lacks_are_skipped_in_conversations_too(
+    run: Run, tmp_path: Path
+) -> None:
+    letters = b"abcdefghijklmnopqrstuvwxyzUA: \n"  # without those of <|endoftext|>
+    ranks = {bytes([b]): i for i, b in enumerate(letters)}
+    encoding = make_encoding("few", ".|\n", ranks, {END: len(ranks)})
+    write_model(tmp_path / "few", small_model(), TiktokenTokenizer("few", encoding))
+    row = {"prompt": 'what is "\u4e2d" {', "completion": "caf\u00e9\u4e2d"}
+    path = tmp_path / "chats.jsonl"
+    path.write_text(9 * (json.dumps(row) + "\n"))
+    words = ["prepare", str(path), "--chat", "--from", str(tmp_path / "few"), "--out", "tokens"]
+    assert "--skip-unencodable" in error_line(run(*words))
+    result = run(*words, "--skip-unencodable", "--json")
+    assert result.code == 0
+    assert json.loads(result.out)["n_skipped"] == 9 * 6
+    assert "'\u4e2d' 18 times" in result.err
+    tokens = np.fromfile("tokens/tokens-00000.bin", "<u4") % CONTEXT_ONLY
+    ids = encoding.encode("User:\nwhat is\n\nAssistant:\ncaf")
+    assert tokens.tolist() == 9 * [len(ranks), *ids, len(ranks)]

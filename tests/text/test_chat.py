@@ -222,6 +222,28 @@ def test_answers_are_what_a_model_has_to_generate(
     assert "{{ c }}" not in text
 
 
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+def test_a_token_across_the_border_of_an_answer_counts_as_in_transformers(
+    vocabulary: str, tmp_path: Path
+) -> None:
+    source = (
+        "{% for m in messages %}{{ m.role }} {% generation %}{{ m.content[:5] }}"
+        "{% endgeneration %}{{ m.content[5:] }}{% endfor %}"
+    )
+    folder = folder_with(tmp_path, vocabulary, chat_template=source)
+    template, tokenizer = read_chat_template(folder), tokenizer_of(folder)
+    theirs = AutoTokenizer.from_pretrained(folder)
+    words = ["the", " owl", "said:", " user", "system ", "\n", "assistant", " the", "a", "nd"]
+    for at in range(len(words)):
+        texts = ("".join(words[at:]), "".join(words[-at:] + words[:2]))
+        messages = [turn("user", texts[0]), turn("assistant", texts[1])]
+        found = theirs.apply_chat_template(
+            messages, return_assistant_tokens_mask=True, return_dict=True
+        )
+        ids, is_answer = template.encode_answers(tokenizer, messages)
+        assert (ids, list(map(int, is_answer))) == (found["input_ids"], found["assistant_masks"])
+
+
 def test_the_plain_template_ends_answers_with_the_end_of_text() -> None:
     tokenizer = BytesTokenizer()
     template = training_template(None, None)
