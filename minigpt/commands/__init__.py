@@ -63,10 +63,10 @@ def minigpt(
 def main() -> NoReturn:
     """Run the command line and exit with its code; an error is one line on stderr."""
     open_streams()
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, _interrupt)
     on_ctrl_c = signal.getsignal(signal.SIGINT)
     if on_ctrl_c != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, _on_ctrl_c)
+        signal.signal(signal.SIGINT, _interrupt)
     if openmp := find_ring("commands.openmp"):
         openmp.set_spin_count(sys.argv[1:])
     warnings.filterwarnings("default", category=MinigptWarning)
@@ -98,17 +98,18 @@ def main() -> NoReturn:
     sys.exit(status if isinstance(status, int) else 0)
 
 
-def _on_ctrl_c(number: int, frame: FrameType | None) -> None:
-    """Raise KeyboardInterrupt, or exit at once while torch is imported, which swallows it."""
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    """Raise an exception, so that unfinished work is cleaned up.
+
+    Exit at once while torch is imported: its C++ code swallows exceptions, or aborts.
+    """
     torch = sys.modules.get("torch")
     if torch is not None and getattr(torch.__spec__, "_initializing", False):
-        os.write(2, b"interrupted\n")
+        if number == signal.SIGINT:
+            os.write(2, b"interrupted\n")
         os._exit(128 + number)
-    raise KeyboardInterrupt
-
-
-def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    """Exit by an exception, so that unfinished work is cleaned up."""
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
     sys.exit(128 + number)
 
 

@@ -16,11 +16,11 @@ LONGEST_CELL = 2**27
 
 def csv_rows(file: BinaryIO, name: str, data: DataConfig) -> Iterator[tuple[int, object]]:
     with as_text(file, name, data) as stream:
-        yield from _rows(stream, data)
+        yield from _rows(stream, name, data)
 
 
-def _rows(stream: TextIO, data: DataConfig) -> Iterator[tuple[int, object]]:
-    lines = _Lines(stream)
+def _rows(stream: TextIO, name: str, data: DataConfig) -> Iterator[tuple[int, object]]:
+    lines = _Lines(stream, name)
     first = lines.peek()
     head = re.sub(r'"[^"]*"?', "", first)
     delimiter = max(",\t;|", key=head.count)
@@ -62,8 +62,8 @@ def _rows(stream: TextIO, data: DataConfig) -> Iterator[tuple[int, object]]:
 class _Lines:
     """The lines of a stream. Those of a row after its first line can be put back."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+    def __init__(self, stream: TextIO, name: str) -> None:
+        self._stream, self._name = stream, name
         self._waiting: deque[str] = deque()
         self._row: list[str] = []
         self._n_read = 0
@@ -72,7 +72,7 @@ class _Lines:
 
     def peek(self) -> str:
         """Return the first line."""
-        self._waiting.append(read_line(self._stream, 1))
+        self._waiting.append(read_line(self._stream, 1, self._name))
         return self._waiting[0]
 
     def begin_row(self) -> None:
@@ -93,9 +93,10 @@ class _Lines:
         return self
 
     def __next__(self) -> str:
-        line = (
-            self._waiting.popleft() if self._waiting else read_line(self._stream, self._n_read + 1)
-        )
+        if self._waiting:
+            line = self._waiting.popleft()
+        else:
+            line = read_line(self._stream, self._n_read + 1, self._name)
         if not line:
             raise StopIteration
         self._n_read += 1

@@ -14,12 +14,21 @@ from minigpt.text.rows import BadRow, as_text, read_line, require_short, undecod
 READ_CHARS = 2**20
 _BETWEEN = re.compile(r"[\s,\[\]]*")
 _LITERAL_CHARS = 64  # more than the longest literal of JSON has
+_LONGEST_INT = 4300  # digits that int() takes, as more take it long
+
+
+def _integer(digits: str) -> float:
+    return int(digits) if len(digits) < _LONGEST_INT else float(digits)
+
+
+DECODER = json.JSONDecoder(parse_int=_integer)
+"""Reads any JSON; an integer of thousands of digits as a float."""
 
 
 def json_lines(file: BinaryIO, name: str, data: DataConfig) -> Iterator[tuple[int, object]]:
     with as_text(file, name, data) as stream:
         for number in count(1):
-            line = read_line(stream, number)
+            line = read_line(stream, number, name)
             if not line:
                 break
             if not line.isspace():
@@ -30,7 +39,7 @@ def _json_line(line: str, data: DataConfig) -> object:
     if bad := undecodable(line, data):
         return bad
     try:
-        return json.loads(line)
+        return DECODER.decode(line)
     except (ValueError, RecursionError) as error:
         remedy = "JSONL has one object a line; give --format text if it is plain text."
         return BadRow(f"is not JSON: {error}", remedy)
@@ -43,7 +52,6 @@ def json_values(file: BinaryIO, name: str, data: DataConfig) -> Iterator[tuple[i
 
 
 def _items(stream: TextIO, name: str, data: DataConfig) -> Iterator[tuple[int, object]]:
-    decoder = json.JSONDecoder()
     text, n_open, number, is_end = "", 0, 0, False
     while not is_end:
         block = stream.read(max(READ_CHARS, len(text)))
@@ -58,7 +66,7 @@ def _items(stream: TextIO, name: str, data: DataConfig) -> Iterator[tuple[int, o
             if at == len(text):
                 break
             try:
-                row, end = decoder.raw_decode(text, at)
+                row, end = DECODER.raw_decode(text, at)
             except (ValueError, RecursionError) as error:
                 if not is_end and _is_cut(error, text):
                     break
@@ -77,7 +85,7 @@ def _items(stream: TextIO, name: str, data: DataConfig) -> Iterator[tuple[int, o
                 break
             number += 1
             bad = undecodable(text[at:end], data)
-            yield number, bad or ({data.field: row} if isinstance(row, str) else row)
+            yield number, bad or row
             at = end
         text = text[at:]
     if n_open:
@@ -95,7 +103,7 @@ def _from_next_item(text: str, at: int, stream: TextIO) -> tuple[str, bool]:
     while True:
         for match in border.finditer(rest):
             with suppress(ValueError, RecursionError):
-                json.JSONDecoder().raw_decode(rest, match.end())
+                DECODER.raw_decode(rest, match.end())
                 return rest[match.end() :], False
         block = stream.read(READ_CHARS)
         if not block:
@@ -109,7 +117,7 @@ def begins_with_json(text: str, *, is_whole: bool) -> bool:
     if text[at] == "]":
         return True
     try:
-        _, end = json.JSONDecoder().raw_decode(text, at)
+        _, end = DECODER.raw_decode(text, at)
     except json.JSONDecodeError as error:
         return not is_whole and _is_cut(error, text)
     except RecursionError:

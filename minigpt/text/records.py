@@ -3,7 +3,7 @@
 import json
 import re
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, BinaryIO
 
@@ -12,7 +12,7 @@ from minigpt.errors import DataError, install_extra
 from minigpt.rings import ring
 from minigpt.text.csv_rows import csv_rows, is_table
 from minigpt.text.escape import printable
-from minigpt.text.json_rows import begins_with_json, json_lines, json_values
+from minigpt.text.json_rows import DECODER, begins_with_json, json_lines, json_values
 from minigpt.text.rows import BadRow
 from minigpt.text.tokenizer import well_formed
 
@@ -56,6 +56,8 @@ def row_text(row: object, field: str) -> str:
 
     Raises: BadRow if it has none.
     """
+    if isinstance(row, str):
+        return well_formed(row)
     if not isinstance(row, Mapping):
         raise BadRow(f'is not an object with a "{field}" string')
     text = _value(row, field)
@@ -70,9 +72,8 @@ def row_text(row: object, field: str) -> str:
         if isinstance(text, list):
             remedy = "Write a row for each of its texts, or join them."
         elif isinstance(text, Mapping):
-            remedy = (
-                f"Name a field of it, as in --field {shlex.quote(_names_of({field: text})[0])}."
-            )
+            name = shlex.quote(_names_of({field: text})[0])
+            remedy = f"Name a field of it, as in --field {name}.{_if_rows(field.split('.'))}"
         raise BadRow(f'has no "{field}" string: it is {found}', remedy)
     remedy = "Name another one with --field."
     pairs = ({"messages"}, {"prompt", "completion"}, {"instruction", "output"})
@@ -80,7 +81,28 @@ def row_text(row: object, field: str) -> str:
         remedy = "Give --chat to read conversations."
     elif nested := _nested_lists(row):
         raise _a_nest(nested, field)
+    else:
+        keys = next(([key] for key, value in row.items() if _is_table(value)), [])
+        remedy += _if_rows(keys) if keys or _is_table(row) else ""
     raise BadRow(f'has no "{field}" string: {_fields_of(row)}', remedy)
+
+
+def _is_table(value: object) -> bool:
+    """Return whether a value is an object of objects with the same fields, which may be rows."""
+    rows = list(value.values()) if isinstance(value, Mapping) else []
+    return len(rows) > 1 and all(
+        isinstance(r, Mapping) and r.keys() == rows[0].keys() for r in rows
+    )
+
+
+def _if_rows(keys: Sequence[str]) -> str:
+    """Return what to do if the values of an object are the rows. Args: keys, where it is."""
+    program = shlex.quote(f"[{_jq(keys)}[]]")
+    return f" If its values are the rows, write them in a list: jq {program} OLD > NEW."
+
+
+def _jq(keys: Sequence[str]) -> str:
+    return printable("." + ".".join(map(json.dumps, keys)))
 
 
 def _nested_lists(row: Mapping[Any, Any], prefix: str = "") -> list[str]:
@@ -91,10 +113,11 @@ def _nested_lists(row: Mapping[Any, Any], prefix: str = "") -> list[str]:
     texts_of_row = [value for value in row.values() if isinstance(value, str)]
     if any(len(text) > _LONGEST_LABEL for text in texts_of_row):
         return []
-    wanted = Mapping if texts_of_row else (Mapping, str)
+    wanted = Mapping if texts_of_row else (Mapping, str, list)
     found = []
-    for key, value in row.items():
-        name = f"{prefix}{str(key)[:60]}"
+    n_items = {key: len(value) if isinstance(value, list) else 0 for key, value in row.items()}
+    for key in sorted(row, key=lambda key: -n_items[key]):
+        name, value = f"{prefix}{str(key)[:60]}", row[key]
         if isinstance(value, list) and value and isinstance(value[0], wanted):
             found.append(name)
         elif isinstance(value, Mapping) and not prefix:
@@ -103,12 +126,11 @@ def _nested_lists(row: Mapping[Any, Any], prefix: str = "") -> list[str]:
 
 
 def _a_nest(keys: list[str], field: str) -> BadRow:
-    first = ".".join(f'"{key}"' for key in keys[0].split("."))
     names = ", ".join(map(repr, keys[:_N_FIELDS_SHOWN]))
     return BadRow(
         f'is a JSON object without "{field}" that holds lists in {names}; rows are expected in a '
         "list or one a line",
-        f"Write the list to a file of its own, as with jq '.{printable(first)}'.",
+        f"Write the list to a file of its own, as with jq {shlex.quote(_jq(keys[0].split('.')))}.",
     )
 
 
@@ -204,7 +226,7 @@ def sniffed(head: bytes, encoding: str, *, is_whole: bool) -> str:
         del lines[-1]
     lines = lines[:_N_SNIFFED]
     n_objects = sum(isinstance(_parsed(line), dict) for line in lines)
-    if is_whole and len(lines) == 1 and n_objects and _nested_lists(json.loads(lines[0])):
+    if is_whole and len(lines) == 1 and n_objects and _nested_lists(DECODER.decode(lines[0])):
         return "json"  # an object that holds the rows
     if 2 * n_objects >= len(lines) and n_objects >= (1 if text.startswith("{") else 2):
         return "jsonl"  # some of its rows may be bad, the first one too
@@ -217,6 +239,6 @@ def sniffed(head: bytes, encoding: str, *, is_whole: bool) -> str:
 
 def _parsed(line: str) -> object:
     try:
-        return json.loads(line)
+        return DECODER.decode(line)
     except (ValueError, RecursionError):
         return None

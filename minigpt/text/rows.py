@@ -44,10 +44,10 @@ def _is_utf8(encoding: str) -> bool:
     return encoding.lower().replace("_", "-") in ("utf-8", "utf8", "utf-8-sig")
 
 
-def read_line(stream: TextIO, number: int) -> str:
+def read_line(stream: TextIO, number: int, name: str) -> str:
     """Read a line; "" at the end. Raises: DataError, as ``require_short``."""
     line = stream.readline(LONGEST_ROW + 1)
-    require_short(line, f"line {number}")
+    require_short(line, f"line {number} of {name!r}")
     return line
 
 
@@ -68,5 +68,7 @@ def undecodable(text: str, data: DataConfig) -> BadRow | None:
         if "\udc80" <= text[error.start] <= "\udcff":  # from surrogateescape
             if not _is_utf8(data.encoding):
                 return BadRow(f"is not {data.encoding}")
-            return BadRow("is not UTF-8", advice(text.encode(errors="surrogateescape"), 0))
+            return BadRow(
+                "is not UTF-8", f"{advice(text.encode(errors='surrogateescape'), 0).rstrip('.')}."
+            )
     return None

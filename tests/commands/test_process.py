@@ -1,7 +1,8 @@
-"""How long OpenMP threads spin, and how the program suggests commands that call it again."""
+"""Threads that spin, signals during the import of torch, and commands that call the program."""
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,31 @@ def test_the_environment_takes_precedence(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("GOMP_SPINCOUNT", "7")
     openmp.set_spin_count(["generate"])
     assert os.environ["GOMP_SPINCOUNT"] == "7"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends signals of POSIX")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_while_torch_is_imported_exits_at_once(name: str, tmp_path: Path) -> None:
+    # As C++ code does that calls Python, this one aborts on an exception.
+    lines = [
+        "import os, signal, time",
+        "try:",
+        f"    os.kill(os.getpid(), signal.{name})",
+        "    time.sleep(1)",
+        "except BaseException:",
+        "    os.abort()",
+    ]
+    (tmp_path / "torch.py").write_text("\n".join(lines))
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    result = subprocess.run(
+        [sys.executable, "-m", "minigpt", "generate", "Hello"],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 128 + signal.Signals[name]
+    assert result.stderr == ("interrupted\n" if name == "SIGINT" else "")
 
 
 @pytest.fixture

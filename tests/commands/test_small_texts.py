@@ -90,6 +90,15 @@ def test_overfitting_and_stopping_early_are_said(run: Run) -> None:
     assert "the model overfitted: at the end the training loss was" in result.err
 
 
+def test_a_model_of_a_text_that_repeats_itself_is_not_called_overfitted(run: Run) -> None:
+    Path("corpus.txt").write_text("one, two, three, four.\n" * 100)
+    rates = ["--set", "training.lr=0.02", "--set", "training.embedding_lr=0.02"]
+    words = ["--max-steps", "60", "--dropout", "0", *SHAPE, *rates]
+    result = run("train", "corpus.txt", "--name", "same", *words)
+    assert best_of("same")["val_loss"] < 0.1
+    assert "overfitted" not in result.err
+
+
 def test_a_budget_that_lifts_the_limit_of_epochs_of_a_resumed_run_is_said(run: Run) -> None:
     assert run("train", "corpus.txt", "--name", "lifted", "--max-steps", "9", *SHAPE).code == 0
     resume = ["train", "--resume", "--name", "lifted", "--dry-run", "--json"]

@@ -6,6 +6,8 @@ import gzip
 import importlib.util
 import io
 import json
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -397,6 +399,65 @@ def test_an_object_that_nests_its_rows_is_called_one(
     assert f"holds lists in {keys}; rows are expected in a list or one a line" in message
     assert "JSONL" not in message
     assert find_files(["a.json"], Path("c"), Path("s"), DataConfig())[0].format == "json"
+
+
+@pytest.mark.parametrize(
+    ("value", "program"),
+    [
+        ({"0": {"text": "a"}, "1": {"text": "b"}}, "[.[]]"),
+        ({"x": {"text": "a", "n": 1}, "it's": {"text": "b", "n": 2}}, "[.[]]"),
+        ({"version": 1, "rows": {"7": {"text": "a"}, "8": {"text": "b"}}}, '[."rows"[]]'),
+        ({"text": {"0": "a", "1": "b"}}, '[."text"[]]'),
+        ({"columns": ["text"], "index": [0, 1], "data": [["a"], ["b"]]}, '."data"'),
+    ],
+)
+@pytest.mark.parametrize("indent", [None, 1])
+def test_rows_in_an_object_are_refused_with_the_command_that_lists_them(
+    value: object, program: str, indent: int | None
+) -> None:
+    Path("a.json").write_text(json.dumps(value, indent=indent))
+    assert f"jq '{program}'" in refusal("a.json")
+    if jq := shutil.which("jq"):
+        listed = subprocess.run([jq, program, "a.json"], capture_output=True, check=True)
+        Path("b.json").write_bytes(listed.stdout)
+        assert Reading("b.json").texts == ["a", "b"]
+
+
+def test_a_row_whose_objects_differ_is_not_called_a_table() -> None:
+    Path("a.jsonl").write_text('{"a": {"text": "one"}, "b": {"title": "two"}}\n')
+    message = refusal("a.jsonl")
+    assert "its fields are 'a.text', 'b.title'" in message
+    assert "jq" not in message
+
+
+def test_strings_are_rows_of_jsonl_as_of_a_json_array() -> None:
+    lines = "\n".join(map(json.dumps, TEXTS))
+    for name, content in (("a.jsonl", lines), ("a.json", json.dumps(TEXTS))):
+        Path(name).write_text(content)
+        assert Reading(name).texts == TEXTS
+
+
+@pytest.mark.parametrize("sign", ["", "-"])
+def test_an_integer_of_thousands_of_digits_beside_the_text_is_read(sign: str) -> None:
+    row = f'{{"text": "one", "n": {sign}{"9" * 10_000}}}'
+    for stdin in (row, f"[{row}]", f"{row}\n{row}"):
+        assert set(Reading("-", stdin=stdin.encode()).texts) == {"one"}
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
+def test_a_line_that_is_too_long_is_named_with_its_file(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minigpt.text.rows.LONGEST_ROW", 100)
+    Path(name).write_text("text,n\n" if name == "a.csv" else "")
+    with Path(name).open("a") as file:
+        file.write("x" * 200)
+    assert f"of '{name}' has more than 100 characters. Split it" in refusal(name)
+
+
+def test_the_remedy_for_a_row_in_another_encoding_ends_before_that_of_skipping_it() -> None:
+    Path("a.jsonl").write_bytes('{"text": "né"}\n'.encode("latin-1"))
+    assert "iconv -f LATIN1 -t UTF-8 OLD > NEW. Leave such rows out" in refusal("a.jsonl")
 
 
 def test_a_field_may_be_in_an_object_and_the_message_names_it() -> None:

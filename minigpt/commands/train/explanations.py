@@ -16,6 +16,8 @@ from minigpt.training.trainer import Trainer
 
 _OVERFITTED = 0.6
 """Ratio of training to validation loss below which a model counts as overfitted."""
+_LEAST_GAP = 0.1
+"""Difference of these losses, in nats/token, from which it does."""
 _PROMPT = "Once upon a time"
 
 
@@ -124,7 +126,7 @@ def meaning(
             "evaluate measures all",
         )
     last = evaluation.val_loss if evaluation else val_loss
-    if train_loss is not None and train_loss < _OVERFITTED * last:
+    if train_loss is not None and train_loss < min(_OVERFITTED * last, last - _LEAST_GAP):
         yield (
             "note",
             f"the model overfitted: at the end the training loss was {train_loss:.2f} "
