@@ -57,13 +57,13 @@ class CompiledLoss:
     after the context warm-up has the kernels of one that was not stopped.
     """
 
-    def __init__(self, loss: nn.Module, replica: Any, run: Run) -> None:
-        """Args: replica, the loss or a wrapper that averages its gradients over ranks; run, which
-        is told if the compiler fails."""
+    def __init__(self, loss: nn.Module, replica: Any, eager: Any, run: Run) -> None:
+        """Args: replica, the loss or a wrapper that averages its gradients over ranks; eager, the
+        loss of an uncompiled run; run, which is told if the compiler fails."""
         for module in loss.modules():
             if type(module) is nn.Embedding:
                 module.__class__ = Embedding
-        self._loss, self._run = loss, run
+        self._loss, self._eager, self._run = loss, eager, run
         self._compiled: Any = torch.compile(replica, dynamic=False)
         self._is_rehearsed = replica is loss  # a wrapper expects one backward pass per forward
         self._shapes: set[torch.Size] = set()
@@ -80,7 +80,7 @@ class CompiledLoss:
         return loss
 
     def _rehearse(self, inputs: Tensor, targets: Tensor, options: dict[str, bool]) -> None:
-        """Compile the passes for a shape; if that fails, use the plain loss from now on."""
+        """Compile the passes for a shape; if that fails, use the eager loss from now on."""
         parameters = [p for p in self._loss.parameters() if p.requires_grad]
         try:
             with torch.random.fork_rng():
@@ -97,7 +97,7 @@ class CompiledLoss:
                 ) from error
             note = f"training without torch.compile, which failed: {reason}"
             warnings.warn(note, MinigptWarning, stacklevel=2)
-            self._compiled, self._is_rehearsed = self._loss, False
+            self._compiled, self._is_rehearsed = self._eager, False
             self._run.is_compiled, self._run.compile_failed = False, True
 
 

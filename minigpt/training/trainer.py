@@ -14,7 +14,7 @@ from minigpt.checkpoint.folder import RunFolder
 from minigpt.config import RunConfig
 from minigpt.model.device import autocast, to_device
 from minigpt.model.language_model import LanguageModel
-from minigpt.rings import ring
+from minigpt.rings import find_ring, ring
 from minigpt.text.batches import NO_TARGET, batch
 from minigpt.text.tokens import PreparedData
 from minigpt.training.checkpoints import Checkpoints
@@ -55,10 +55,12 @@ class Trainer(Run):
         super().__init__(config, data, folder, **start)
         loss = TrainingLoss(self.model)
         self._replica = self.world.replicate(loss)
-        self._loss_of: Any = self._replica
+        fused = find_ring("training.fused")
+        self._loss_of: Any = (fused and fused.fused_loss(self, loss)) or self._replica
         if self.is_compiled:
             # Around DDP, which then averages some gradients while others are computed.
-            self._loss_of = ring("training.compiling").CompiledLoss(loss, self._replica, self)
+            compiled = ring("training.compiling").CompiledLoss
+            self._loss_of = compiled(loss, self._replica, self._loss_of, self)
         self._stop_is_requested = False
         self.metrics = Metrics(self)
         self.skipping: Any = None

@@ -1,0 +1,130 @@
+"""The fused loss of training: the numbers of the model's modules, forward and backward."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_models import random_tokens, small_model
+from small_runs import config_of, trainer_of
+from torch import Tensor
+
+from minigpt.model.gpt import GPT
+from minigpt.text.batches import NO_TARGET
+from minigpt.text.tokens import PreparedData
+from minigpt.training import fused
+from minigpt.training.events import StepEvent
+from minigpt.training.trainer import TrainingLoss
+
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": ("gpt2", {}),
+    "gpt2-tied": ("gpt2-tied", {}),
+    "llama": ("llama", {"activation": "silu"}),
+    "llama-relu2": ("llama", {}),
+    "llama-grouped": ("llama-grouped", {"activation": "silu"}),
+    "llama-biases": ("llama", {"attention_bias": "all", "mlp_bias": True}),
+    "qwen2": ("llama-grouped", {"attention_bias": "qkv", "activation": "gelu"}),
+    "qwen3": ("qwen3", {"activation": "silu"}),
+    "one-layer": ("qwen3", {"n_layer": 1}),
+    "dropout": ("qwen3", {"dropout": 0.3}),
+    "yarn": ("llama", {"rope_scaling": "yarn", "rope_scaling_factor": 4.0}),
+}
+
+
+def loss_and_gradients(
+    loss_of: Any, model: GPT, dtype: torch.dtype, *, is_sum: bool
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Return the loss of a batch with ignored targets, and the gradient of every parameter."""
+    tokens, targets = random_tokens(3, 17), random_tokens(3, 17, seed=4)
+    targets[1, 9:] = NO_TARGET
+    torch.manual_seed(5)  # of dropout
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        loss = loss_of(tokens, targets, is_sum=is_sum)
+    (loss * 0.5).backward()  # as that of one of two micro-batches
+    gradients = [parameter.grad for parameter in model.parameters()]
+    model.zero_grad(set_to_none=True)
+    return loss.detach(), gradients
+
+
+@pytest.mark.parametrize("is_sum", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_loss_and_gradients_equal_those_of_the_modules(
+    shape: str, is_sum: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused, "BLOCK", 61 * 7)  # blocks of 7 rows, the last one shorter
+    layout, changes = SHAPES[shape]
+    model = small_model(layout, **changes).train()
+    plain = TrainingLoss(model)
+    expected = loss_and_gradients(plain, model, torch.float32, is_sum=is_sum)
+    own = fused.FusedLoss(model, torch.float32, plain)
+    monkeypatch.setattr(plain, "forward", None)
+    actual = loss_and_gradients(own, model, torch.float32, is_sum=is_sum)
+    # Rounding of float32. The gradient of GPT-2's key biases is only that: it is 0 in exact numbers.
+    noise = 1e-6 * torch.cat([gradient.flatten() for gradient in expected[1]]).norm()
+    torch.testing.assert_close(actual[0], expected[0])
+    for mine, right in zip(actual[1], expected[1], strict=True):
+        assert (mine - right).norm() <= 1e-5 * right.norm() + noise
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bfloat16_gradients_are_as_near_to_float32_as_those_of_the_modules(shape: str) -> None:
+    layout, changes = SHAPES[shape]
+    model = small_model(layout, **changes | {"dropout": 0.0}).train()
+    plain = TrainingLoss(model)
+    own = fused.FusedLoss(model, torch.bfloat16, plain)
+    right = loss_and_gradients(plain, model, torch.float32, is_sum=False)
+    theirs = loss_and_gradients(plain, model, torch.bfloat16, is_sum=False)
+    ours = loss_and_gradients(own, model, torch.bfloat16, is_sum=False)
+    joined = [
+        torch.cat([x.flatten() for x in (loss, *grads)]) for loss, grads in (right, theirs, ours)
+    ]
+    assert joined[2].dtype == torch.float32
+    assert (joined[2] - joined[0]).norm() < 1.5 * (joined[1] - joined[0]).norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cross_entropy_of_large_logits_is_finite_and_that_of_nan_is_not(dtype: torch.dtype) -> None:
+    logits = torch.tensor([[500.0, -500.0, 0.0], [-3e4, 3e4, 3e4]], dtype=dtype)
+    targets = torch.tensor([1, 0])
+    expected = torch.nn.functional.cross_entropy(logits.float(), targets)
+    torch.testing.assert_close(fused._CrossEntropy.apply(logits, targets, False), expected)
+    logits[0, 0] = torch.nan
+    assert fused._CrossEntropy.apply(logits, targets, False).isnan()
+
+
+def test_a_run_uses_it_and_its_losses_are_those_of_the_modules(
+    data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def losses(name: str) -> list[float]:
+        trainer = trainer_of(config_of("qwen3", max_steps=12), data, tmp_path / name)
+        assert isinstance(trainer._loss_of, fused.FusedLoss) == (name == "fused")
+        return [event.train_loss for event in trainer.run() if isinstance(event, StepEvent)]
+
+    ours = losses("fused")
+    monkeypatch.setattr(fused, "fused_loss", lambda *run: None)
+    torch.testing.assert_close(ours, losses("modules"), rtol=1e-4, atol=1e-5)
+
+
+def test_hooks_of_inner_modules_are_called(data: PreparedData, tmp_path: Path) -> None:
+    called = []
+    trainers = [trainer_of(config_of("llama", max_steps=2), data, tmp_path / n) for n in "ab"]
+    trainers[0].model.blocks[1].mlp.down.register_forward_hook(lambda *call: called.append("down"))
+    trainers[0].model.register_forward_hook(lambda *call: called.append("model"))
+    trainers[0].take_step()
+    assert called == ["down", "model"]
+    trainers[1].model.register_forward_hook(lambda *call: called.append("model"))
+    trainers[1].take_step()
+    assert called == ["down", "model", "model"]
+    assert "forward" not in vars(trainers[1].model)
+
+
+def test_other_scores_and_activation_checkpointing_use_the_modules(
+    data: PreparedData, tmp_path: Path
+) -> None:
+    config = config_of("llama", max_steps=1)
+    general = replace(config, model=replace(config.model, attention="general", model_type=""))
+    for name, other in (("score", general), ("recompute", config_of("llama", recompute=True))):
+        trainer = trainer_of(other, data, tmp_path / name)
+        assert isinstance(trainer._loss_of, TrainingLoss)
+        trainer.take_step()
