@@ -23,7 +23,7 @@ from minigpt.text.batches import NO_TARGET
 from minigpt.training.run import Run
 
 BLOCK = 1 << 17
-"""Logits whose loss is computed at a time: few enough for the cache of a core."""
+"""Logits whose loss is computed at a time, few enough for the cache of a core; at least 32 rows."""
 
 
 def fused_loss(run: Run, loss: nn.Module) -> Any:
@@ -280,7 +280,7 @@ class _CrossEntropy(torch.autograd.Function):
         targets = targets_N[:, None].where(is_counted, 0)
         weights = is_counted.float() if is_sum else is_counted / is_counted.sum()
         gradient, losses = torch.empty_like(logits_NV), []
-        n_rows = max(1, BLOCK // logits_NV.shape[1])
+        n_rows = max(32, BLOCK // logits_NV.shape[1])
         parts = (part.split(n_rows) for part in (logits_NV, targets, weights, gradient))
         for logits, target, weight, out in zip(*parts, strict=True):
             x = logits.to(torch.float32, copy=True)
