@@ -159,7 +159,7 @@ def locked(path: Path, message: str = "") -> Iterator[None]:
     """Hold a lock file against every other process; its folder is created if needed.
 
     Args: message, of the error if another process holds the lock; empty to wait for it.
-    Raises: LockedError; ResourceError if the folder cannot be written.
+    Raises: LockedError; ResourceError if the folder cannot be written, or has no locks.
     """
     from filelock import FileLock, Timeout  # slow to import, and --help does without
 
@@ -170,6 +170,13 @@ def locked(path: Path, message: str = "") -> Iterator[None]:
             lock.acquire()
         except Timeout:
             raise LockedError(message) from None
+        except OSError as error:
+            if error.filename:  # it could not be opened
+                raise
+            raise ResourceError(
+                f"{str(path)!r} cannot be locked: {error.strerror}. Choose a folder on another "
+                f"disk; for the cache, {OTHER_CACHE}."
+            ) from None
     try:
         yield
     finally:

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
@@ -172,3 +172,12 @@ def test_step_pruned_meanwhile_is_left_out(
     assert [c.step for c in take_inventory(tmp_path)[0].checkpoints] == [3, 2]
     monkeypatch.setattr(inventory, "verify", removing(run.path, inventory.verify))
     assert take_inventory(tmp_path) == []
+
+
+@pytest.mark.parametrize("seconds", [-1e12, -5e9, 0.0, 253402300800.0, 1e15])
+def test_a_file_of_any_time_has_a_date_in_every_time_zone(seconds: float) -> None:
+    date = inventory._date(seconds)
+    for hours in (-14, 14):
+        assert f"{date.astimezone(timezone(timedelta(hours=hours))):%Y-%m-%d %H:%M}"
+    if -6e10 < seconds < 2.5e11:
+        assert date.timestamp() == seconds

@@ -158,3 +158,25 @@ def test_a_file_system_that_does_not_sync_folders_keeps_checkpoints(
     monkeypatch.setattr(os, "fsync", refuse_folders)
     assert run("train", "corpus.txt", "--name", "mounted", *TINY).code == 0
     assert run("generate", "text", "--model", "mounted", "--max-new-tokens", "1").code == 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="reads /proc")
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ESTALE])
+def test_a_file_system_without_locks_is_named_with_the_remedy(
+    run: Run, at_trained: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    import fcntl
+
+    flock = fcntl.flock
+
+    def refuse(descriptor: int, operation: int) -> None:
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith("tiny/.lock"):
+            raise OSError(number, os.strerror(number))
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    result = run("train", "--resume", "--name", "tiny", "--max-steps", "6")
+    assert result.code == 6
+    line = error_line(result)
+    assert f"'checkpoints/tiny/.lock' cannot be locked: {os.strerror(number)}. Choose" in line
+    assert run("generate", "text", "--model", "tiny", "--max-new-tokens", "1").code == 0

@@ -132,10 +132,16 @@ def _seen(folder: Path, **facts: Any) -> Iterator[Checkpoint]:
             folder=folder,
             layout=layout,
             n_bytes=sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
-            written_at=datetime.fromtimestamp(last.stat().st_mtime, UTC),
+            written_at=_date(last.stat().st_mtime),
             damage=damage,
             **facts,
         )
+
+
+def _date(seconds: float) -> datetime:
+    """Return the date of a file's time, or the nearest that Python has in every time zone."""
+    first, last = (datetime(*day, tzinfo=UTC) for day in ((1, 1, 3), (9999, 12, 29)))
+    return datetime.fromtimestamp(min(max(seconds, first.timestamp()), last.timestamp()), UTC)
 
 
 def _losses(run: RunFolder) -> dict[int, dict[str, float]]:
