@@ -47,6 +47,10 @@ class DistributedWorld(World):
     """Key-value store through which rank 0 sends its plan."""
 
     def on(self, device: torch.device, *, shard: bool) -> Self:
+        """Return this world on a device.
+
+        Raises: ConfigError if there are fewer GPUs than processes.
+        """
         if device.type == "cuda":
             n_gpus = torch.cuda.device_count()
             if self.local_rank >= n_gpus:
@@ -64,7 +68,20 @@ class DistributedWorld(World):
         mesh = init_device_mesh(device.type, (self.size,))
         return replace(self, device=device, mesh=mesh, is_sharded=shard)
 
+    def micro_batch_size(self, batch_size: int, largest: int) -> int:
+        """Return the sequences per forward pass of a rank.
+
+        Raises: ConfigError if the batch cannot be divided equally among the ranks.
+        """
+        if batch_size % self.size:
+            raise ConfigError(
+                f"--batch-size {batch_size} cannot be divided among {self.size} processes. Use a "
+                f"multiple of {self.size}."
+            )
+        return super().micro_batch_size(batch_size, largest)
+
     def send_plan(self, plan: dict[str, Any]) -> None:
+        """Send the plan of a run from rank 0 to the others. An empty plan tells them to exit."""
         self.store.set(_PLAN, json.dumps(plan))
 
     def receive_plan(self) -> dict[str, Any]:
@@ -143,16 +160,16 @@ class DistributedWorld(World):
         for name, tensor in tensors:
             # One at a time to the CPU: all full tensors together may not fit on the device.
             full = self.full_tensor(tensor).cpu() if self.is_sharded else tensor
-            if self.is_first:
+            if self.rank == 0:
                 gathered[name] = full
         return gathered
 
     def full_model(self, model: LanguageModel) -> LanguageModel | None:
         if self.is_sharded:
             tensors = self.gather(model.state_dict().items())
-            if self.is_first:
+            if self.rank == 0:
                 return model_class(model.config).from_tensors(model.config, tensors)
-        return model if self.is_first else None
+        return model if self.rank == 0 else None
 
     def full_tensor(self, tensor: Tensor) -> Tensor:
         return cast("Any", tensor).full_tensor() if is_sharded(tensor) else tensor
@@ -181,6 +198,7 @@ class DistributedWorld(World):
         return cast("Tensor", stack(result, Shard(0)).redistribute(placements=[held]).to_local())
 
     def close(self) -> None:
+        """Leave the process group at the end of a run."""
         dist.destroy_process_group()
 
 

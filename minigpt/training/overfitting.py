@@ -224,7 +224,7 @@ class BestWeights:
         self._kept = None
         if latest and latest.val_loss < self.loss:
             self.loss, kept = latest.val_loss, None
-        if not kept or (latest and kept[0].step == run.step) or not run.world.is_first:
+        if not kept or (latest and kept[0].step == run.step) or run.world.rank:
             return None
         config = run.config.model
         return write(model_class(config).from_tensors(config, kept[1]), kept[0])

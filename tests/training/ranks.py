@@ -25,14 +25,14 @@ from minigpt.text.shard_files import open_prepared
 from minigpt.text.tokens import PreparedData
 from minigpt.training import run as run_module
 from minigpt.training import trainer as trainer_module
+from minigpt.training.distributed import join
 from minigpt.training.events import EvalEvent, SaveEvent, StepEvent
 from minigpt.training.skipping import SkipEvent
-from minigpt.training.world import join
 
 
 def live(run: dict[str, Any], rank: int, data: PreparedData, folder: Path) -> dict[str, Any]:
     """Be one rank of a run; return what it saw."""
-    evaluation._TOKENS_AT_ONCE = {"cpu": 32}  # so that there is something to share
+    evaluation._TOKENS_AT_ONCE_ON_CPU = 32  # so that there is something to share
     # Muon in bfloat16 would amplify the rounding of sums in another order.
     run_module.has_fast_bfloat16 = lambda device: False
     if "clock" in run:

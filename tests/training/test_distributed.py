@@ -19,6 +19,7 @@ from minigpt.checkpoint.model_folder import read_model
 from minigpt.errors import ConfigError
 from minigpt.text.tokens import PreparedData
 from minigpt.training.state import STATE_FOLDER
+from minigpt.training.distributed import DistributedWorld
 from minigpt.training.world import World
 
 pytestmark = [
@@ -258,7 +259,7 @@ def test_micro_batches_are_equal_and_at_most_the_requested_size(
 
 def test_a_batch_that_ranks_cannot_divide_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match=r"--batch-size 12 cannot be divided among 5 processes\."):
-        World(size=5).micro_batch_size(12, 3)
+        DistributedWorld(size=5).micro_batch_size(12, 3)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

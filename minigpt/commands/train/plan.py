@@ -7,13 +7,12 @@ from rich.text import Text
 
 from minigpt.commands.tables import aligned, line_width, show, write_json
 from minigpt.commands.train.job import Request, open_job
-from minigpt.commands.train.run import make_display, releasing_ranks
+from minigpt.commands.train.run import joined, make_display
 from minigpt.config import RunConfig
 from minigpt.format import duration, short, with_unit
 from minigpt.rings import ring
 from minigpt.training.reports.plan import make_plan
 from minigpt.training.state import read_state
-from minigpt.training.world import join
 
 _POINTERS = 2  # the best and the latest checkpoint are kept as well
 
@@ -25,11 +24,7 @@ def plan_training(
 
     Raises: as ``open_job``.
     """
-    world = join()
-    if not world.is_first:
-        ring("commands.train.ranks").follow(world)
-        return
-    with releasing_ranks(world):
+    with joined() as world:
         with make_display() as display:
             request = Request(name, overrides, world.size, display.preparing, is_dry_run=True)
             with open_job(request, resume=resume) as job:
@@ -42,7 +37,8 @@ def plan_training(
         else:
             rows = [[Text(cell) for cell in row] for row in _rows(plan, job.config)]
             show(aligned(rows, ["left", "right", "left"], line_width()))
-        world.send_plan({})
+        if world.size > 1:
+            ring("commands.train.ranks").release(world)
 
 
 def _rows(plan: dict[str, Any], config: RunConfig) -> Iterator[tuple[str, str, str]]:

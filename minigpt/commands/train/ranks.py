@@ -21,7 +21,26 @@ from minigpt.rings import ring
 from minigpt.settings import build, to_dict
 from minigpt.text.escape import printable
 from minigpt.text.shard_files import StoredData, open_prepared
-from minigpt.training.distributed import DistributedWorld, is_lost_process
+from minigpt.training.distributed import DistributedWorld, is_lost_process, join
+
+
+@contextmanager
+def joined() -> Iterator[DistributedWorld]:
+    """Join the processes of a run, and yield on rank 0; another rank follows it, and exits."""
+    world = join()
+    if world.rank:
+        follow(world)
+        raise typer.Exit
+    try:
+        yield world
+    except BaseException:
+        release(world)
+        raise
+
+
+def release(world: DistributedWorld) -> None:
+    """Tell the other ranks to exit, if they wait for a plan."""
+    world.send_plan({})
 
 
 @contextmanager
@@ -36,6 +55,7 @@ def leading(job: Job, world: DistributedWorld, resume: str, display: Display) ->
     world.send_plan(plan | ({"resume_from": str(job.resume_from)} if job.resume_from else {}))
     with _explaining_lost_process(job.run, world, resume, make_console(is_stderr=True)):
         yield
+    world.close()
 
 
 def follow(world: DistributedWorld) -> None:

@@ -1,8 +1,8 @@
 """Training as the user sees it: metrics, the display, and the next commands."""
 
+import os
 import sys
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, Self
 
@@ -16,7 +16,7 @@ from minigpt.rings import find_ring, ring
 from minigpt.settings import to_toml
 from minigpt.training.events import Event
 from minigpt.training.trainer import Trainer
-from minigpt.training.world import ALONE, World, join
+from minigpt.training.world import ALONE, World
 
 _STOPPING = "commands.train.stopping"
 
@@ -71,11 +71,7 @@ def run_training(
 
     Raises: as ``open_job`` and ``Trainer.run``.
     """
-    world = join()
-    if not world.is_first:
-        ring("commands.train.ranks").follow(world)
-        return
-    with releasing_ranks(world), make_display() as display:
+    with joined() as world, make_display() as display:
         request = Request(name, overrides, world.size, display.preparing)
         with open_job(request, resume=resume) as job:
             for line in job.notes:
@@ -83,14 +79,15 @@ def run_training(
             _train(job, display, report_to, world)
 
 
-@contextmanager
-def releasing_ranks(world: World) -> Iterator[None]:
-    """Tell the other ranks to exit if rank 0 fails before it has sent a plan."""
-    try:
-        yield
-    except BaseException:
-        world.send_plan({})
-        raise
+def joined() -> AbstractContextManager[World]:
+    """Return the context of the processes that torchrun started, or of this one alone.
+
+    Only rank 0 enters it; another rank follows until the end of the run, and exits.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return nullcontext(ALONE)
+    several: AbstractContextManager[World] = ring("commands.train.ranks").joined()
+    return several
 
 
 def _train(job: Job, display: Display, report_to: str | None, world: World) -> None:
@@ -105,7 +102,6 @@ def _train(job: Job, display: Display, report_to: str | None, world: World) -> N
         leading = ring("commands.train.ranks").leading(job, world, resume, display)
     with leading:
         trainer, signal_number = train_job(job, display, report_to, world)
-    world.close()
     display.finish()
     display.propose(resume if trainer.was_stopped else None)
     if trainer.was_stopped:
