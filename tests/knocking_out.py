@@ -6,7 +6,7 @@ from minigpt.model.cache import KVCache
 from minigpt.model.language_model import LanguageModel
 from minigpt.tracing.analysis.knockout import Knockouts, Query
 from minigpt.tracing.analysis_config import Knockout
-from minigpt.tracing.selection import HeadSelection
+from minigpt.tracing.head_lists import HeadSelection
 
 
 def knock_out(

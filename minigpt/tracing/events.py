@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from minigpt.config import SamplingConfig
 from minigpt.generation.decoder import FinishReason
-from minigpt.tracing.selection import HeadSelection
 
 if TYPE_CHECKING:
     from minigpt.intervention_config import InterventionConfig
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
         Lens,
         Roles,
     )
+    from minigpt.tracing.head_lists import HeadSelection
 
 CONVENTION = (
     "The attention of a generated token is the row of the query that produced it, at the position "
@@ -146,7 +146,8 @@ class TraceHeader:
     """Implementation that computed the model's attention."""
     score: str
     """Attention score, as in ``ModelConfig.attention``."""
-    selection: HeadSelection
+    selection: "HeadSelection"
+    """Chosen heads. None for all, without the ring of lists of heads."""
     measures: tuple[str, ...]
     reduce: "Reduce"
     sink: int
@@ -161,7 +162,7 @@ class TraceHeader:
     knockout: "Knockout" = "key"
     against: "Alternative | None" = None
     """Token that each generated token is compared with. None for no comparison."""
-    verified_heads: HeadSelection | None = None
+    verified_heads: "HeadSelection | None" = None
     """Heads in which positions are knocked out. None for all."""
     roles: "tuple[tuple[Roles, ...], ...] | None" = None
     """Roles of the heads of each layer. None if they were not requested."""

@@ -27,6 +27,7 @@ from minigpt.tracing.events import (
     TraceStep,
 )
 from minigpt.tracing.findings import Alternative, HeadRows, HeadWorking, Lens
+from minigpt.tracing.head_lists import HeadSelection
 
 SCHEMA = "minigpt-trace/1"
 INTERRUPTED = "interrupted"
@@ -76,13 +77,14 @@ def _chance(log_probability: float) -> dict[str, float]:
 
 
 def _header(header: TraceHeader) -> dict[str, Any]:
+    selection: HeadSelection = header.selection
     return {
         "type": "header",
         "schema": SCHEMA,
         "model": header.model,
         "model_sha256": header.model_sha256,
         **{name: getattr(header, name) for name in _MODEL_FIELDS},
-        "heads": header.selection.as_text(),
+        "heads": selection.as_text(),
         "reduce": header.reduce,
         "measures": list(header.measures),
         "units": [facts_of(measure).unit for measure in header.measures],

@@ -1,12 +1,65 @@
 """Lists of heads in options: ``0,2,4-6`` for layers, ``4.2,5.*`` for layer.head."""
 
 import re
+from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 
+import torch
+from torch import Tensor
+
 from minigpt.errors import ConfigError
-from minigpt.tracing.selection import HeadSelection
 
 _RANGE = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?")
+
+
+@dataclass(frozen=True)
+class HeadSelection:
+    """The chosen heads of each layer."""
+
+    heads_by_layer: tuple[tuple[int, ...], ...]
+    """Chosen heads of each layer, in ascending order."""
+    n_head: int
+    """Number of heads per layer."""
+
+    @property
+    def n_layer(self) -> int:
+        """Number of layers."""
+        return len(self.heads_by_layer)
+
+    @property
+    def n_chosen(self) -> int:
+        """Number of chosen heads, over all layers."""
+        return sum(len(heads) for heads in self.heads_by_layer)
+
+    @property
+    def is_all(self) -> bool:
+        """Whether every head is chosen."""
+        return self.n_chosen == self.n_head * self.n_layer
+
+    def indices(self, device: torch.device) -> Tensor:
+        """Return layer * n_head + head of the chosen heads, copied to a device once."""
+        return _indices(self, device)
+
+    def as_text(self) -> str:
+        """Return the chosen heads as ``4.2,5.*``, the syntax of ``select_heads``."""
+        parts = []
+        for layer, heads in enumerate(self.heads_by_layer):
+            if len(heads) == self.n_head:
+                parts.append(f"{layer}.*")
+            else:
+                parts += [f"{layer}.{head}" for head in heads]
+        return ",".join(parts)
+
+
+@lru_cache(maxsize=8)
+def _indices(selection: HeadSelection, device: torch.device) -> Tensor:
+    rows = [
+        layer * selection.n_head + head
+        for layer, heads in enumerate(selection.heads_by_layer)
+        for head in heads
+    ]
+    return torch.tensor(rows, device=device)
 
 
 def select_heads(

@@ -31,8 +31,7 @@ from minigpt.intervention_config import InterventionConfig
 from minigpt.model.attention import PassCollector
 from minigpt.model.gpt import GPT
 from minigpt.model.language_model import LanguageModel
-from minigpt.tracing.head_lists import select_heads
-from minigpt.tracing.selection import HeadSelection
+from minigpt.tracing.head_lists import HeadSelection, select_heads
 
 M = TypeVar("M", bound=nn.Module)
 

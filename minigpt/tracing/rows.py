@@ -5,8 +5,7 @@ Shapes: L layers, H query heads, S positions in view, R rows, K sources.
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,24 +14,25 @@ from torch import Tensor
 
 from minigpt.rings import ring
 from minigpt.tracing.events import Row, Source, Token
-from minigpt.tracing.selection import HeadSelection
+
+if TYPE_CHECKING:
+    from minigpt.tracing.head_lists import HeadSelection
 
 _LEAST = 1e-30
 _SUMMARIES = ("sink", "own", "prompt", "entropy", "distance")
 
 
-def reduce_rows(rows_LHS: Tensor, selection: HeadSelection, *, is_max: bool = False) -> Tensor:
-    """Return the mean of the chosen heads' rows, or the maximum at each position: (S,)."""
+def reduce_rows(
+    rows_LHS: Tensor, selection: "HeadSelection | None", *, is_max: bool = False
+) -> Tensor:
+    """Return the mean of the heads' rows, or the maximum at each position: (S,).
+
+    Args: selection, the heads to reduce over; None for all.
+    """
     rows_RS = rows_LHS.flatten(0, 1)
-    if not selection.is_all:
-        rows_RS = rows_RS.index_select(0, _chosen(selection, rows_RS.device))
+    if selection is not None and not selection.is_all:
+        rows_RS = rows_RS.index_select(0, selection.indices(rows_RS.device))
     return rows_RS.amax(dim=0) if is_max else rows_RS.mean(dim=0)
-
-
-@lru_cache(maxsize=8)
-def _chosen(selection: HeadSelection, device: torch.device) -> Tensor:
-    """Return the indices of the chosen heads: copied once, because each copy waits for the GPU."""
-    return torch.tensor(selection.flat_indices, device=device)
 
 
 class RowReader:

@@ -6,6 +6,7 @@ from minigpt.rings import ring
 from minigpt.text.escape import JoinedTokens, visible
 from minigpt.tracing.analysis_config import Measure, facts_of
 from minigpt.tracing.events import Token, TraceFooter, TraceHeader
+from minigpt.tracing.head_lists import HeadSelection
 from minigpt.tracing.lines import TraceLayout
 from minigpt.tracing.spans import Line, cell_len, fit
 from minigpt.tracing.wrapping import fit_end, fit_start, one_line, wrapped
@@ -150,7 +151,8 @@ def measured(header: TraceHeader, measures: Sequence[Measure] | None = None) -> 
     names = " and ".join(header.measures if measures is None else measures)
     if header.against is not None:
         names += f" against {visible(header.against.data)}"
-    selection, facts = header.selection, facts_of(header.measures[0])
+    selection: HeadSelection = header.selection
+    facts = facts_of(header.measures[0])
     if not facts.has_heads:
         return f"{names} in {facts.unit}, through the whole model"
     if facts.is_signed:

@@ -15,7 +15,7 @@ from minigpt.generation.decoder import Decoder, FinishReason
 from minigpt.generation.stream import TextStep, stream_text
 from minigpt.model.cache import KVCache
 from minigpt.model.language_model import LanguageModel
-from minigpt.rings import ring
+from minigpt.rings import find_ring, ring
 from minigpt.text.tokenizer import Tokenizer
 from minigpt.tracing.config import DEFAULTS, N_SOURCES, TraceConfig
 from minigpt.tracing.events import (
@@ -29,7 +29,6 @@ from minigpt.tracing.events import (
 )
 from minigpt.tracing.recorder import RowRecorder
 from minigpt.tracing.rows import RowReader, reduce_rows
-from minigpt.tracing.selection import HeadSelection
 
 if TYPE_CHECKING:
     from minigpt.intervention_config import InterventionConfig
@@ -167,12 +166,15 @@ class AttentionObserver:
                 f"has {n_prompt} tokens."
             )
         self.model, self.config, self.n_prompt = model, config, n_prompt
-        shape = model.config
-        size = shape.n_attention_layer, shape.n_head
-        self.selection = HeadSelection.all(*size)
-        if config.layers is not None or config.heads is not None:
-            lists = ring("tracing.head_lists")
-            self.selection = lists.select_heads(*size, layers=config.layers, heads=config.heads)
+        self.selection: Any = None
+        find = find_ring if config.layers is None and config.heads is None else ring
+        if lists := find("tracing.head_lists"):
+            self.selection = lists.select_heads(
+                model.config.n_attention_layer,
+                model.config.n_head,
+                layers=config.layers,
+                heads=config.heads,
+            )
         self.reader: RowReader
         self._sum_error: float | None = None
         self._product_error: Tensor | None = None
@@ -215,7 +217,7 @@ class AttentionObserver:
         weights_LHS = self.recorder.weights_LHS
         reduced_S = reduce_rows(weights_LHS, self.selection, is_max=self.config.reduce == "max")
         rows_RS = self.with_heads(reduced_S, weights_LHS)
-        row = self.reader.row(rows_RS, tokens, self.selection.n_layer)
+        row = self.reader.row(rows_RS, tokens, self.model.config.n_attention_layer)
         self.check(row)
         return {"rows": (row,)}
 

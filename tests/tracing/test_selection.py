@@ -6,8 +6,7 @@ import random
 import pytest
 
 from minigpt.errors import ConfigError
-from minigpt.tracing.head_lists import select_heads
-from minigpt.tracing.selection import HeadSelection
+from minigpt.tracing.head_lists import HeadSelection, select_heads
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,9 @@ from minigpt.text.tokenizer import BytesTokenizer
 from minigpt.tracing import tracer
 from minigpt.tracing.analysis_config import AnalysisConfig
 from minigpt.tracing.events import TraceEvent, TraceFooter, TraceHeader, TraceStep
-from minigpt.tracing.head_lists import select_heads
+from minigpt.tracing.head_lists import HeadSelection, select_heads
 from minigpt.tracing.recorder import RowRecorder
 from minigpt.tracing.rows import reduce_rows
-from minigpt.tracing.selection import HeadSelection
 from minigpt.tracing.tracer import trace
 
 TOKENIZER = BytesTokenizer()

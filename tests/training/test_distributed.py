@@ -18,8 +18,8 @@ from minigpt.checkpoint.folder import RunFolder
 from minigpt.checkpoint.model_folder import read_model
 from minigpt.errors import ConfigError
 from minigpt.text.tokens import PreparedData
-from minigpt.training.state import STATE_FOLDER
 from minigpt.training.distributed import DistributedWorld
+from minigpt.training.state import STATE_FOLDER
 from minigpt.training.world import World
 
 pytestmark = [

@@ -26,8 +26,7 @@ from minigpt.tracing.analysis_config import AnalysisConfig, Knockout
 from minigpt.tracing.config import N_SOURCES
 from minigpt.tracing.events import Source, Token, TraceStep
 from minigpt.tracing.findings import Effect, Kept
-from minigpt.tracing.head_lists import select_heads
-from minigpt.tracing.selection import HeadSelection
+from minigpt.tracing.head_lists import HeadSelection, select_heads
 
 _MAX_CACHE_BYTES = 2**28  # of all rows of a batch, where each needs a copy of the cache
 _MAX_BYTES = 2**27  # of the weights of a layer and of the logits of a batch, where none does

@@ -21,8 +21,8 @@ from minigpt.tracing.analysis.workings import explained_heads, head_workings
 from minigpt.tracing.analysis_config import AnalysisConfig, Measure, facts_of
 from minigpt.tracing.events import Row, Token, TraceHeader, TraceStep
 from minigpt.tracing.findings import Alternative, HeadWorking
+from minigpt.tracing.head_lists import HeadSelection
 from minigpt.tracing.rows import reduce_rows
-from minigpt.tracing.selection import HeadSelection
 from minigpt.tracing.tracer import AttentionObserver
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from minigpt.errors import ConfigError
-from minigpt.tracing.selection import HeadSelection
+from minigpt.tracing.head_lists import HeadSelection
 
 MAX_POSITIONS = 1024
 """Longest sequence: each layer keeps a matrix of positions x positions in float32."""

@@ -13,9 +13,8 @@ from torch import Tensor
 from minigpt.errors import ConfigError
 from minigpt.model.language_model import LanguageModel
 from minigpt.tracing.findings import HeadWorking
-from minigpt.tracing.head_lists import select_heads
+from minigpt.tracing.head_lists import HeadSelection, select_heads
 from minigpt.tracing.recorder import RowRecorder
-from minigpt.tracing.selection import HeadSelection
 
 
 def explained_heads(model: LanguageModel, heads: str) -> HeadSelection:
