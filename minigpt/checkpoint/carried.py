@@ -9,7 +9,7 @@ import torch
 
 from minigpt.checkpoint.families import model_config_from_hf
 from minigpt.checkpoint.model_folder import CONFIG, name_of
-from minigpt.checkpoint.weights import stored_tensors
+from minigpt.checkpoint.weights import DTYPES, stored_tensors
 from minigpt.config import ModelConfig
 from minigpt.files import read_bytes, read_json, resource_errors
 
@@ -81,4 +81,4 @@ def read_carried(folder: Path) -> Carried:
     with resource_errors(folder):
         paths = [path for pattern in CARRIED for path in sorted(folder.glob(pattern))]
         files = {path.relative_to(folder).as_posix(): read_bytes(path) for path in paths}
-    return Carried(settings, files, {name: tensor.torch_dtype for name, tensor in stored.items()})
+    return Carried(settings, files, {name: DTYPES[tensor.dtype] for name, tensor in stored.items()})

@@ -94,25 +94,13 @@ class RunFolder:
 
     @contextmanager
     def writing_step(self, step: int, **facts: Any) -> Iterator[Path]:
-        """Yield an empty folder that becomes the checkpoint of a step if the block succeeds.
-
-        After an exception it is removed, and the earlier checkpoints are unchanged.
-
-        Args: facts of the step, JSON values.
-        Raises: ResourceError if the disk is full or the folder cannot be written.
-        """
-        self._require_in_place()
+        """Yield an empty folder that becomes the checkpoint of a step; see ``writing_folder``."""
+        # If the folder was moved since it was locked, do not make another.
+        is_there = os.path.exists(self.path)
+        if self._locked and not (is_there and os.path.samestat(self._locked, os.stat(self.path))):
+            raise moved(self.path)
         with writing_folder(self.step_folder(step), facts) as folder:
             yield folder
-
-    def _require_in_place(self) -> None:
-        """Raise ResourceError if the folder was moved since it was locked: do not make another."""
-        try:
-            is_same = self._locked is None or os.path.samestat(self._locked, os.stat(self.path))
-        except FileNotFoundError:
-            is_same = False
-        if not is_same:
-            raise moved(self.path)
 
     def point(self, name: Literal["best", "latest"], step: int, **facts: Any) -> None:
         """Write best.json or latest.json: a complete step and facts about it, JSON values.
@@ -197,9 +185,8 @@ def moved(run: Path) -> ResourceError:
 def writing_folder(final: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
     """Yield an empty folder that becomes ``final``, with a manifest, if the block succeeds.
 
-    After an exception it is removed, and an older folder in its place is unchanged.
+    Else it is removed, and an older folder in its place is unchanged. Args: facts, JSON values.
 
-    Args: facts, JSON values.
     Raises: ResourceError if the disk is full or the folder cannot be written.
     """
     aside = final.with_name(f"{WRITING}{final.name}")

@@ -13,21 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from minigpt.checkpoint import tokenizer_json, weights
 from minigpt.checkpoint.families import model_config_from_hf, model_config_to_hf
-from minigpt.checkpoint.tokenizer_json import (
-    TOKENIZER,
-    TOKENIZER_CONFIG,
-    read_tokenizer,
-    tokenizer_config,
-    tokenizer_to_json,
-)
-from minigpt.checkpoint.weights import (
-    WEIGHTS,
-    LazyTensors,
-    stored_tensors,
-    tensors_from_hf,
-    tensors_to_hf,
-)
+from minigpt.checkpoint.tokenizer_json import TOKENIZER, TOKENIZER_CONFIG
+from minigpt.checkpoint.weights import WEIGHTS
 from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError
 from minigpt.files import make_folder, read_json, resource_errors, to_json
@@ -66,10 +55,9 @@ def write_model(
 ) -> bool:
     """Write a folder that transformers and read_model can read, without syncing it to the disk.
 
-    Args: carried, a ``checkpoint.carried.Carried`` of the folder that the model was trained from:
-        its files are written again as they were, and its config.json with no change but those of
-        training; dtype, of the stored weights. None for that of ``carried``, else the model's. A
-        tensor with values that overflow float16 is stored in its own dtype.
+    Args: carried, a ``checkpoint.carried.Carried`` of the folder that the model was trained from,
+        whose files are written again; dtype, of the stored weights, None for that of ``carried``,
+        else the model's. A tensor that overflows float16 is stored in its own dtype.
     Returns: whether any weight was rounded.
     Raises: ResourceError if the disk is full or the folder cannot be written.
     """
@@ -85,8 +73,8 @@ def write_model(
         files, dtypes = dict(carried.files), carried.dtypes
     has_vocabulary = TOKENIZER in files or {"vocab.json", "merges.txt"} <= files.keys()
     if tokenizer is not None and not has_vocabulary:
-        files[TOKENIZER] = to_json(tokenizer_to_json(tokenizer))
-        own = tokenizer_config(tokenizer, model.config.context_length)
+        files[TOKENIZER] = to_json(tokenizer_json.tokenizer_to_json(tokenizer))
+        own = tokenizer_json.tokenizer_config(tokenizer, model.config.context_length)
         classes = find_ring("text.tokenizer_classes")
         if classes and config["model_type"] == "qwen2" and carried is None:
             own |= classes.PLAIN_CLASS
@@ -109,7 +97,7 @@ def write_model(
 def weights_to_hf(model: LanguageModel) -> dict[str, Tensor]:
     """Return the weights of a model on the CPU, by Hugging Face's names."""
     tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    return tensors_to_hf(model.config, tensors)
+    return weights.tensors_to_hf(model.config, tensors)
 
 
 def _rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -168,12 +156,12 @@ def read_model(
     config = read_config(folder)
     exact = folder / STATE_FOLDER
     has_exact = is_exact and os.path.lexists(exact / WEIGHTS)
-    weights = LazyTensors(stored_tensors(config, exact if has_exact else folder), dtype)
+    stored = weights.stored_tensors(config, exact if has_exact else folder)
+    tensors = weights.LazyTensors(stored, dtype)
     tokenizer = read_vocabulary(folder, config.vocab_size)
     reader = make_reader(config) if make_reader else None
-    model = model_class(config).from_tensors(
-        config, tensors_from_hf(config, weights, device=device, dtype=dtype, place=reader)
-    )
+    ours = weights.tensors_from_hf(config, tensors, device=device, dtype=dtype, place=reader)
+    model = model_class(config).from_tensors(config, ours)
     if reader:
         reader.finish(model)
     return LoadedModel(model.eval(), tokenizer, folder)
@@ -186,16 +174,16 @@ def read_vocabulary(folder: Path, n_rows: int) -> Tokenizer | None:
     Raises: CheckpointError if a file is damaged, or the vocabulary has more tokens than the model.
     """
     ends = _end_of_text_ids(folder, read_json(folder / CONFIG))
-    tokenizer = read_tokenizer(folder, ends, n_rows=n_rows)
+    tokenizer = tokenizer_json.read_tokenizer(folder, ends, n_rows=n_rows)
+    problem = ""
     if tokenizer is not None and tokenizer.vocab_size > n_rows:
+        problem = f"has {tokenizer.vocab_size} tokens, and the model only {n_rows}"
+    elif tokenizer is not None and any(id_ >= n_rows for id_ in tokenizer.prefix):
+        first = tokenizer.prefix[0]
+        problem = f"begins each text with the id {first}, and the model's are 0 to {n_rows - 1}"
+    if problem:
         raise CheckpointError(
-            f"the vocabulary in {str(folder)!r} has {tokenizer.vocab_size} tokens, and the model "
-            f"only {n_rows}. Take both from the same place."
-        )
-    if tokenizer is not None and any(id_ >= n_rows for id_ in tokenizer.prefix):
-        raise CheckpointError(
-            f"the tokenizer in {str(folder)!r} begins each text with the id {tokenizer.prefix[0]}, "
-            f"and the model's are 0 to {n_rows - 1}. Take both from the same place."
+            f"the vocabulary in {str(folder)!r} {problem}. Take both from the same place."
         )
     return tokenizer
 

@@ -24,11 +24,11 @@ def resolve_model(spec: str | None, root: Path = ROOT) -> Path:
     """Return the model folder that a user names, ready for ``read_model``.
 
     Args: spec, a run folder (its best step, else its latest), a step folder, any Hugging Face
-        folder, the name of one of these under root, or, if there is no such path, a model of the
-        Hugging Face hub (org/name or org/name@revision), which is downloaded. None: the newest run
-        under root that has a checkpoint, else a model folder there, else the model that ships.
-    Raises: CheckpointError if there is no such model, or it is incomplete, damaged or cannot be
-        downloaded; ConfigError if this installation cannot download; ResourceError.
+        folder, the name of one of these under root, or a model of the Hugging Face hub (org/name or
+        org/name@revision), which is downloaded. None: the newest run under root, else a model
+        folder there, else the model that ships.
+    Raises: CheckpointError if there is no such model, or it is damaged or cannot be downloaded;
+        ConfigError if this installation cannot download; ResourceError.
     """
     if spec is None:
         return _newest(root)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from minigpt.checkpoint.families import hf_fields, unsupported
+from minigpt.checkpoint.families import check_fixed, hf_fields, unsupported
 from minigpt.config import ModelConfig
 from minigpt.model.attention import Attention
 from minigpt.model.gpt import GPT
@@ -73,6 +73,12 @@ def read_fields(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str
     Args: given, the fields that the family reads, with its defaults.
     Raises: as ``read_windows``.
     """
+    if "layer_types" not in given and config.get("layer_types") is not None:
+        kind = _FULL if given.get("sliding_window") is None else SLIDING
+        alike = [kind] * int(config.get("num_hidden_layers") or 0)
+        check_fixed("layer_types", config["layer_types"], alike)
+    if not given:
+        return {}
     window, types = given["sliding_window"], given.get("layer_types")
     if "use_sliding_window" not in given:  # as in Mistral, where every layer has the window
         return read_windows(config, window, None)

@@ -49,15 +49,11 @@ def read_tokenizer(
 
 
 def tokenizer_from_json(
-    data: Mapping[str, Any],
-    name: str,
-    *,
-    end_of_text_ids: tuple[int, ...] = (),
+    data: Mapping[str, Any], name: str, *, end_of_text_ids: tuple[int, ...] = ()
 ) -> Tokenizer:
     """Read a tokenizer.json: that of single bytes, or another with the ring of vocabularies.
 
-    Args: data, the parsed file; name, for the Tokenizer; end_of_text_ids, () for
-        ``<|endoftext|>``.
+    Args: name, for the Tokenizer; end_of_text_ids, () for ``<|endoftext|>``.
     Raises: CheckpointError naming the part that is damaged or cannot be used.
     """
     if data == read_json(BYTES_TOKENIZER):
@@ -67,9 +63,7 @@ def tokenizer_from_json(
 
 
 def tokenizer_to_json(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return tokenizer.json: the tokenizers library gives every text the same ids.
-
-    As always there, special tokens in a text are found unless it is told not to look for them.
+    """Return tokenizer.json, by which the tokenizers library gives every text the same ids.
 
     Raises: CheckpointError if the library's regex dialect cannot express the split pattern.
     """

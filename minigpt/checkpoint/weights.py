@@ -3,8 +3,7 @@
 import errno
 import math
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,18 +21,9 @@ from minigpt.model.language_model import model_class
 from minigpt.rings import find_ring
 
 WEIGHTS = "model.safetensors"
-# Tensors of old files that are not weights: causal masks, RoPE tables.
-_IGNORED = re.compile(
-    r"(.*\.)?(attn\.(bias|masked_bias)|attention\.(bias|masked_bias)|rotary_emb\.inv_freq)"
-)
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
-_LARGEST_WIDTH = 2**28
-_LARGEST_CONTEXT = 2**20  # RoPE tables of all positions are computed
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Dtypes that are read, by their names in a file."""
+_PUBLISHED = "checkpoint.published_models"
 _LARGEST_HEADER = 2**22  # room for 40,000 tensors; reading it takes up to forty times the memory
 
 
@@ -64,38 +54,8 @@ def _shapes_in_hf(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return renamed
 
 
-def _head(config: ModelConfig) -> str:
-    return family_of(config.model_type).head
-
-
-def canonical_names(config: ModelConfig, names: Iterable[str]) -> dict[str, str]:
-    """Return the names that ``tensors_from_hf`` takes -> the names in a file.
-
-    Adds the prefix that files of the bare model lack, removes those of torch.compile, and drops
-    tensors that are not weights.
-    Raises: CheckpointError if a tensor is there with the prefix and without.
-    """
-    prefix = head = ""
-    if config.model_type != OWN_TYPE:
-        prefix, head = family_of(config.model_type).prefix, _head(config)
-    canonical: dict[str, str] = {}
-    for name in names:
-        plain = name.replace("_orig_mod.", "")  # torch.compile's
-        full = plain if plain.startswith(prefix) or plain == head else prefix + plain
-        if prefix and _IGNORED.fullmatch(full):
-            continue
-        if canonical.setdefault(full, name) != name:
-            raise CheckpointError(
-                f"the tensor {cut(full)} is there twice. Download the model again."
-            )
-    return canonical
-
-
 def tensors_to_hf(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename, concatenate and transpose a state_dict to Hugging Face's tensors.
-
-    Models of OWN_TYPE, which Hugging Face does not have, keep our names.
-    """
+    """Rename, concatenate and transpose a state_dict to Hugging Face's, except for OWN_TYPE."""
     if config.model_type == OWN_TYPE:
         return {name: tensor.contiguous() for name, tensor in tensors.items()}
     renamed = {}
@@ -114,15 +74,15 @@ def tensors_from_hf(
     dtype: torch.dtype | None = None,
     place: Callable[[str, Tensor], Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Rename, transpose and split tensors of canonical names to a state_dict.
+    """Rename, transpose and split Hugging Face's tensors to a state_dict.
 
-    Each is asked for once and released before the next one: with ``LazyTensors``, only one is in
-    memory twice at any time.
+    Each is released before the next one is asked for, so that with ``LazyTensors`` only one is in
+    memory twice.
 
-    Args: device and dtype, of the result; None keeps them. place, a function that takes our name
-        and a tensor, which may be a view, and returns it as it is to be kept, instead of these.
+    Args: device and dtype, of the result, None to keep them; place, which takes our name and a
+        tensor or view and returns what is kept, instead of these.
     Raises: CheckpointError if tied embeddings are stored as two different tensors; KeyError if a
-        name is missing (``stored_tensors`` checks names and shapes first).
+        name is missing.
     """
     place = place or (lambda _, tensor: placed(tensor, device, dtype))
     if config.model_type == OWN_TYPE:
@@ -136,20 +96,9 @@ def tensors_from_hf(
         parts = zip(name.ours, groups.split(sizes, dim=1), strict=True)
         renamed |= {ours: place(ours, part.flatten(0, 1)) for ours, part in parts}
         del tensor, groups, parts
-    check_tied(config, tensors)
+    if published := find_ring(_PUBLISHED):
+        published.check_tied(config, tensors)
     return renamed
-
-
-def check_tied(config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError if tied embeddings are stored as two different tensors."""
-    head = _head(config)
-    if config.tie_embeddings and head in tensors:  # some files have both
-        embedding = next(tensor_names(config)).theirs
-        if not torch.equal(tensors[head], tensors[embedding]):
-            raise CheckpointError(
-                f"config.json: tie_word_embeddings is true, but {head} is not the embedding. Set "
-                "it to false there."
-            )
 
 
 def placed(part: Tensor, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
@@ -175,12 +124,13 @@ class StoredTensor:
     @property
     def n_bytes(self) -> int:
         """Bytes of its values."""
-        return math.prod(self.shape) * self.torch_dtype.itemsize
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """Dtype as torch's."""
-        return _DTYPES[self.dtype]
+    def read(self) -> Tensor:
+        """Read its values."""
+        with _opened(self.path) as file:
+            tensor: Tensor = file.get_tensor(self.name)
+        return tensor
 
 
 class LazyTensors(Mapping[str, Tensor]):
@@ -193,9 +143,7 @@ class LazyTensors(Mapping[str, Tensor]):
         self._stored, self._dtype = stored, dtype
 
     def __getitem__(self, name: str) -> Tensor:
-        stored = self._stored[name]
-        with _opened(stored.path) as file:
-            tensor: Tensor = file.get_tensor(stored.name)
+        tensor = self._stored[name].read()
         is_wider = self._dtype is not None and tensor.itemsize > self._dtype.itemsize
         return tensor.to(self._dtype) if is_wider else tensor
 
@@ -247,9 +195,12 @@ def stored_tensors(config: ModelConfig, folder: Path) -> dict[str, StoredTensor]
     Raises: CheckpointError naming the file or tensor, what is wrong with it and the remedy.
     """
     found: dict[str, StoredTensor] = {}
+    published = find_ring(_PUBLISHED)
     for path in weight_files(folder):
         with _opened(path) as file:
-            for name, stored in canonical_names(config, file.keys()).items():
+            names = file.keys()
+            canonical = published.canonical_names(config, names) if published else {}
+            for name, stored in (canonical or dict(zip(names, names, strict=True))).items():
                 header = file.get_slice(stored)
                 shape, dtype = tuple(header.get_shape()), header.get_dtype()
                 if found.setdefault(name, StoredTensor(path, stored, shape, dtype)).path != path:
@@ -257,35 +208,17 @@ def stored_tensors(config: ModelConfig, folder: Path) -> dict[str, StoredTensor]
                         f"the tensor {cut(name)} is in {str(found[name].path)!r} and in "
                         f"{path.name!r}. Download the model again."
                     )
-    _check_size(config, len(found))
+    if published:
+        published.check_size(config, len(found))
     expected = _shapes_in_hf(config)
-    # Some files of others hold tied embeddings twice.
-    if config.tie_embeddings and config.model_type != OWN_TYPE and _head(config) in found:
-        expected[_head(config)] = next(iter(expected.values()))
+    if published and (head := published.tied_head(config)) in found:
+        expected[head] = next(iter(expected.values()))
     if problem := _first_problem(expected, found):
         raise CheckpointError(
             f"the weights in {str(folder)!r} do not fit config.json: {problem}. "
             "Take both from the same place."
         )
     return {name: found[name] for name in expected}
-
-
-def _check_size(config: ModelConfig, n_tensors: int) -> None:
-    """Refuse sizes that no model has, before anything is allocated."""
-    sizes = {
-        "vocabulary": (config.vocab_size, _LARGEST_WIDTH),
-        "width": (config.d_model, _LARGEST_WIDTH),
-        "width of the MLP": (config.d_mlp, _LARGEST_WIDTH),
-        "width of all heads": (config.n_head * config.d_head, _LARGEST_WIDTH),
-        "context": (config.context_length, _LARGEST_CONTEXT),
-        "number of layers": (config.n_layer, n_tensors),
-    }
-    for what, (size, largest) in sizes.items():
-        if size > largest:
-            raise CheckpointError(
-                f"config.json asks for a {what} of {size}, and at most {largest} is possible here. "
-                "Download it again."
-            )
 
 
 def _first_problem(
@@ -298,7 +231,7 @@ def _first_problem(
     for name, stored in found.items():
         if stored.shape != expected[name]:
             return f"{name!r} has shape {list(stored.shape)}, not {list(expected[name])}"
-        if stored.dtype not in _DTYPES:
-            readable = ", ".join(sorted(_DTYPES))
+        if stored.dtype not in DTYPES:
+            readable = ", ".join(sorted(DTYPES))
             return f"{name!r} is stored as {stored.dtype}, and only {readable} are read"
     return None

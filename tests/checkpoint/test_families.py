@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from minigpt.checkpoint.families import model_config_from_hf, model_config_to_hf
-from minigpt.checkpoint.weights import canonical_names, tensors_from_hf, tensors_to_hf
+from minigpt.checkpoint.published_models import canonical_names
+from minigpt.checkpoint.weights import tensors_from_hf, tensors_to_hf
 from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError
 from minigpt.model.gpt import GPT

@@ -1,8 +1,7 @@
-"""Hugging Face model families: one file for each model_type, found by its name.
+"""Hugging Face model families: MODEL_TYPE.py in this folder has the ``FAMILY`` of a model_type.
 
-A family maps config.json to ModelConfig and Hugging Face's tensor names to ours, both ways. Each
-field of a config.json is used or has no effect, or is refused. To add a family, add
-MODEL_TYPE.py with a ``FAMILY`` to this folder; a model that GPT cannot compute brings a subclass.
+It maps config.json to ModelConfig and Hugging Face's tensor names to ours, both ways. Each field of
+a config.json is used or has no effect, or is refused.
 """
 
 import json
@@ -101,7 +100,7 @@ class Family:
     def read(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Return ModelConfig values of config.json fields that need more than a new name.
 
-        ``hf_fields`` are the fields that the model class reads; they are written again as read.
+        ``hf_fields`` are those that the model class reads; they are written again as read.
         """
         return {}
 

@@ -13,9 +13,9 @@ from minigpt.checkpoint.families import (
     unsupported,
 )
 from minigpt.config import ModelConfig
-from minigpt.rings import has_ring, ring
+from minigpt.rings import find_ring, ring
 
-_WINDOWS, _SCALING = "checkpoint.sliding_windows", "checkpoint.rope_scaling"
+_SCALING = "checkpoint.rope_scaling"
 NORMS = {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"}
 """Norms of a block: Hugging Face's name -> ours."""
 NO_BIASES = {"attention_bias": False, "mlp_bias": False}
@@ -88,12 +88,8 @@ class LlamaFamily(Family):
     def read_fields(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Return the config.json fields that the model class reads: those of sliding windows."""
         given = {name: config.get(name, self.defaults.get(name)) for name in self.windows}
-        if "layer_types" not in given and config.get("layer_types") is not None:
-            kind = "full" if given.get("sliding_window") is None else "sliding"
-            types = [f"{kind}_attention"] * int(config.get("num_hidden_layers") or 0)
-            check_fixed("layer_types", config["layer_types"], types)
-        if given and has_ring(_WINDOWS):
-            fields: dict[str, Any] = ring(_WINDOWS).read_fields(config, given)
+        if windows := find_ring("checkpoint.sliding_windows"):
+            fields: dict[str, Any] = windows.read_fields(config, given)
             return fields
         if given.get("sliding_window") is not None and given.get("use_sliding_window", True):
             raise unsupported("sliding_window", given["sliding_window"], None)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from minigpt.checkpoint.model_folder import read_config, read_vocabulary
+from minigpt.checkpoint.published_models import check_tied
 from minigpt.checkpoint.tools.gguf_architectures import (
     add_facts,
     architecture_of,
@@ -27,7 +28,7 @@ from minigpt.checkpoint.tools.gguf_architectures import (
     notes_of,
 )
 from minigpt.checkpoint.tools.gguf_vocabulary import chat_template, gguf_vocabulary
-from minigpt.checkpoint.weights import LazyTensors, check_tied, stored_tensors, tensor_names
+from minigpt.checkpoint.weights import LazyTensors, stored_tensors, tensor_names
 from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError, ConfigError, install_extra
 from minigpt.files import resource_errors, writing_aside
