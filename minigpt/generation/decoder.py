@@ -51,11 +51,7 @@ def fresh_seed() -> int:
 
 
 class Decoder:
-    """A model and its cache, which continue a prompt.
-
-    The constructor fills the cache with the prompt. ``generate`` and ``batch`` may be called any
-    number of times and start at the end of the prompt, which ``extend`` moves.
-    """
+    """A model and its cache, filled with a prompt that ``generate`` and ``batch`` continue."""
 
     def __init__(
         self,
@@ -70,11 +66,10 @@ class Decoder:
     ) -> None:
         """Prefill.
 
-        Args: max_new_tokens, the largest that ``generate`` is called with, which sets the size of
-            the cache; None for the full context. n_rows, the largest number of seeds that
-            ``batch`` is called with. compiles, whether to decode with a compiled graph, which
-            starts more slowly; None does on CUDA, where possible. overflow, as in SamplingConfig,
-            for the remedy for a prompt that is longer than the context; None does not name it.
+        Args: max_new_tokens, the largest that ``generate`` is called with, None for the full
+            context; n_rows, the largest number of seeds of ``batch``; compiles, as for
+            ``fast.is_compiled``; overflow, as in SamplingConfig, for the remedy for a prompt that
+            is longer than the context.
         Raises: ConfigError if compiling is asked for and not possible; DataError if the prompt is
             empty, longer than the context, or has unknown token ids.
         """
@@ -140,11 +135,10 @@ class Decoder:
         stopped: Collection[int] = (),
         forced: Sequence[int] = (),
     ) -> Iterator[tuple[int, Step]]:
-        """Yield (row, Step) of one continuation per seed, decoded as a batch.
+        """Yield (row, Step) of one continuation per seed, decoded as a batch, rows in order.
 
-        Each step of the batch yields its rows in order. Each row samples from its own generator, so
-        it equals the row decoded alone, up to rounding, because matrix products of another shape
-        may round differently. Finished rows are removed.
+        Each row samples from its own generator, so it equals the row decoded alone, up to the
+        rounding of matrix products of another shape. Finished rows are removed.
 
         Args: stopped, a set to which the caller adds the rows whose stop string was found; forced,
             the first tokens of every row, which are taken instead of sampled ones.
@@ -178,10 +172,8 @@ class Decoder:
                 finish = "end_of_text" if token in end_of_text else limit
                 if finish:
                     finished.add(row)
-                yield (
-                    row,
-                    Step(index, position, token, log_probability, finish, best, is_forced),
-                )
+                step = Step(index, position, token, log_probability, finish, best, is_forced)
+                yield row, step
             places = [i for i, row in enumerate(rows) if row not in finished | set(stopped)]
             if not places:
                 return

@@ -1,6 +1,6 @@
 """A model with its KV cache: tokens in, logits of the next token out.
 
-Shapes: B rows (sequences of one length that share a prompt), T new tokens, V vocabulary.
+Shapes: B rows, T new tokens, V vocabulary.
 """
 
 from collections.abc import Sequence

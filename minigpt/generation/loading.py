@@ -30,10 +30,10 @@ def load(
 ) -> LoadedModel:
     """Load a model for inference.
 
-    Args: decodes, whether to lay out the weights for fast decoding while they are read, without
-        changing any value; compile and n_rows, as for ``fast.is_compiled``.
-    Raises: CheckpointError if it is damaged; ConfigError for a device that is not available or a
-        quantization that is unknown or not available.
+    Args: decodes, whether to lay out the weights for fast decoding while they are read; compile
+        and n_rows, as for ``fast.is_compiled``.
+    Raises: CheckpointError if it is damaged; ConfigError for a device or quantization that is
+        unknown or not available.
     """
     require_choice("device", device, DEVICES)
     require_choice("dtype", dtype, DTYPES)

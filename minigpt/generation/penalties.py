@@ -1,16 +1,38 @@
 """Penalties for tokens that a text has already, on logits (B, V) and tokens (B, N)."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from minigpt.config import SamplingConfig
 
 
-def penalize(logits: Tensor, tokens: Tensor, n_prompt: int, config: SamplingConfig) -> Tensor:
-    """Apply all penalties. Args: tokens, those of the prompt (n_prompt) first."""
-    logits = penalize_repetition(logits, tokens, config.repetition_penalty)
-    logits = penalize_presence(logits, tokens[:, n_prompt:], config.presence_penalty)
-    return penalize_frequency(logits, tokens[:, n_prompt:], config.frequency_penalty)
+class Penalties:
+    """The penalties of a sampler, and the tokens of its rows, also those out of the window."""
+
+    def __init__(
+        self, config: SamplingConfig, prompt: Sequence[int], n_rows: int, device: torch.device | str
+    ) -> None:
+        """Args: prompt, token ids that every row begins with."""
+        self._config, self._n_prompt = config, len(prompt)
+        tokens = torch.tensor([list(prompt)] * n_rows, dtype=torch.int64, device=device)
+        self._tokens = tokens  # (B, N)
+
+    def add(self, tokens: Tensor) -> None:
+        """Add the next token of each row (B,)."""
+        self._tokens = torch.cat((self._tokens, tokens[:, None]), dim=1)
+
+    def keep(self, rows: Tensor) -> None:
+        """Keep only these rows, in this order."""
+        self._tokens = self._tokens[rows]
+
+    def penalized(self, logits: Tensor) -> Tensor:
+        """Apply all penalties to logits (B, V)."""
+        config, output = self._config, self._tokens[:, self._n_prompt :]
+        logits = penalize_repetition(logits, self._tokens, config.repetition_penalty)
+        logits = penalize_presence(logits, output, config.presence_penalty)
+        return penalize_frequency(logits, output, config.frequency_penalty)
 
 
 def penalize_repetition(logits: Tensor, tokens: Tensor, penalty: float) -> Tensor:

@@ -18,6 +18,7 @@ Shapes: B rows, V vocabulary, K candidates, N tokens.
 
 import math
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,16 +53,10 @@ class Sampler:
         self._uniforms = torch.empty(0)  # (N, B, 1), those not used yet
         never = sorted(end_of_text) if config.ignore_eos else []
         self._never = torch.tensor(never, dtype=torch.int64, device=device)
-        self._penalizes = (
-            config.repetition_penalty != 1
-            or config.presence_penalty != 0
-            or config.frequency_penalty != 0
-        )
-        self._n_prompt = len(prompt) if self._penalizes else 0
-        begin = [list(prompt[: self._n_prompt]) for _ in seeds]
-        # Prompt (for the repetition penalty) and output, including tokens that have left the
-        # window: (B, N).
-        self._tokens = torch.tensor(begin, dtype=torch.int64, device=device)
+        self._penalties: Any = None
+        if config.repetition_penalty != 1 or config.presence_penalty or config.frequency_penalty:
+            penalties = ring("generation.penalties").Penalties
+            self._penalties = penalties(config, prompt, len(seeds), device)
         self._cumulative = torch.empty(0, dtype=widest_float(device), device=device)
 
     @torch.inference_mode()
@@ -80,14 +75,15 @@ class Sampler:
             tokens = (places if ids is None else ids.gather(1, places))[:, 0]
         if forced is not None:
             tokens = torch.full_like(tokens, forced)
-        if self._penalizes:
-            self._tokens = torch.cat((self._tokens, tokens[:, None]), dim=1)
+        if self._penalties:
+            self._penalties.add(tokens)
         return tokens
 
     def keep(self, rows: Sequence[int]) -> None:
         """Keep only these rows, in this order."""
         index = torch.tensor(rows, device=self._device)
-        self._tokens = self._tokens[index]
+        if self._penalties:
+            self._penalties.keep(index)
         self._generators = [self._generators[row] for row in rows]
         if len(self._uniforms):
             self._uniforms = self._uniforms[:, index]
@@ -115,10 +111,8 @@ class Sampler:
         """Apply options 1 to 3."""
         if len(self._never):
             logits = logits.index_fill(1, self._never, -torch.inf)
-        if self._penalizes:
-            penalize = ring("generation.penalties").penalize
-            logits = penalize(logits, self._tokens, self._n_prompt, self.config)
-        return logits
+        penalties: Any = self._penalties
+        return penalties.penalized(logits) if penalties else logits
 
     def _places(self, probability: Tensor) -> Tensor:
         """Sample by inversion: return the index (B, 1) where the cumulative sum passes a uniform.

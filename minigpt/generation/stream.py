@@ -15,8 +15,7 @@ class TextStep:
 
     step: Step
     text: str
-    """Text completed by this token: without a partial character, or the possible start of a stop
-    string."""
+    """Text completed by this token: no partial character, no possible start of a stop string."""
     sample: int = 0
     """Index of the sample."""
 

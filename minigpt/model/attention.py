@@ -34,8 +34,8 @@ class AttentionPass:
     n_new: int
     """Number of positions that this pass added, T."""
     queries: Sequence[Tensor] | None = None
-    """All queries of each layer (B, H, T, D), after ``Score.fold``. None unless the recorder needs
-    them and T is above 1."""
+    """All queries of each layer (B, H, T, D), after ``Score.fold``; None unless needed, and for a
+    single one."""
     keys: Sequence[Tensor] | None = None
     """Keys in view of each layer (B, G, S, D). None if ``queries`` is None."""
     residual_NBC: Tensor | None = None
@@ -45,8 +45,7 @@ class AttentionPass:
     """Layers in which an intervention replaced the outputs of heads at the last position: true for
     these heads (H, 1), and what the output projection was given (B, H, D)."""
     first_state: int = 0
-    """Index in ``residual_NBC`` of the last state that an intervention put in, from which on the
-    stream is a sum. 0 for the embedding."""
+    """Index in ``residual_NBC`` of the last state that an intervention put in; 0 for none."""
 
 
 class Recorder(Protocol):
@@ -62,12 +61,10 @@ class Recorder(Protocol):
 
 
 class AttentionLayer(Protocol):
-    """A layer of attention, as recorders and analyses see it."""
+    """A layer of attention, as recorders and analyses see it: score and output projection W_O."""
 
     score: Score
-    """The score, which turns queries and keys into weights."""
     output: nn.Linear
-    """The output projection W_O."""
 
 
 class PassCollector:
@@ -108,8 +105,6 @@ class PassCollector:
         Args: values_LBGSD, the values of all layers, if a cache holds them in one tensor.
         Raises: ConfigError if the recorder needs the residual stream of a model that has none.
         """
-        if values_LBGSD is None:
-            values_LBGSD = torch.stack(self._values_BGSD)
         residual_NBC = None
         if self._recorder.needs_residual:
             if len(self.residual_BC) != 2 * len(self._weights_BHS) + 1:
@@ -122,7 +117,9 @@ class PassCollector:
             AttentionPass(
                 weights_LBHS=torch.stack(self._weights_BHS),
                 context_LBHD=torch.stack(self._context_BHD),
-                values_LBGSD=values_LBGSD,
+                values_LBGSD=torch.stack(self._values_BGSD)
+                if values_LBGSD is None
+                else values_LBGSD,
                 n_new=self._n_new,
                 queries=self._queries if self._has_queries else None,
                 keys=self._keys if self._has_queries else None,
@@ -144,16 +141,17 @@ def attend(
     """Return each head's output (B, H, T, D) for folded queries, and add it to the collector.
 
     For a single query, the weights are computed explicitly, and the collector gets the same tensor.
-    For more queries the fused kernel is faster, and the weights of the last query are computed
-    separately if there is a collector.
+    For more queries the fused kernel is faster, and the weights of the last one are computed again
+    for the collector.
     """
+    weights_BHTS = None
     if q_BHTD.shape[2] == 1:
         weights_BHTS = score.weights(q_BHTD, k_BGSD, visible_BS)
         context_BHTD = weighted_sum(weights_BHTS, v_BGSD)
     else:
         context_BHTD = score.attend(q_BHTD, k_BGSD, v_BGSD, visible_BS)
     if collector is not None:
-        if q_BHTD.shape[2] > 1:
+        if weights_BHTS is None:
             with torch.no_grad():
                 weights_BHTS = score.weights(q_BHTD[:, :, -1:], k_BGSD, visible_BS)
         collector.add(q_BHTD, k_BGSD, v_BGSD, context_BHTD, weights_BHTS)
@@ -194,10 +192,10 @@ class Attention(nn.Module):
         collector: PassCollector | None = None,
         visible_BS: Tensor | None = None,
     ) -> Tensor:
-        """Attend; with a cache, also to the positions that it holds, and add these to it.
+        """Attend to these positions and those in the cache, to which they are added.
 
-        Args: x (B, T, C), normed; rotary, cos and sin of these positions, each (T, D / 2).
-            visible_BS, false for keys that are masked in a sequence; None masks none.
+        Args: x (B, T, C), normed; rotary, cos and sin of these positions, each (T, D / 2);
+            visible_BS, false for keys that are masked in a sequence.
         """
         q_BHTD = self.query_norm(self._split_heads(self.query(x)))
         k_BGSD = self.key_norm(self._split_heads(self.key(x)))

@@ -12,11 +12,9 @@ from minigpt.config import ModelConfig
 
 
 class KVCache:
-    """One tensor pair for the whole model, filled from the left.
+    """One tensor pair for the whole model, whose first ``length`` positions are filled.
 
-    ``length`` positions are filled. It is a Python int, so that slicing to what is filled costs
-    no synchronisation with the device. ``write`` is called by each layer, ``advance`` once per
-    forward pass by the model.
+    Each layer calls ``write``, and the model ``advance`` once per forward pass.
     """
 
     def __init__(
@@ -30,7 +28,7 @@ class KVCache:
     ) -> None:
         """Allocate for ``capacity`` positions (default: the model's context_length)."""
         self.capacity = capacity or config.context_length
-        self.length = 0
+        self.length = 0  # a Python int: slicing by it never waits for the device
         shape = (config.n_layer, batch_size, config.n_kv_head, self.capacity, config.d_head)
         self.keys_LBGSD = torch.empty(shape, device=device, dtype=dtype)
         self.values_LBGSD = torch.empty(shape, device=device, dtype=dtype)

@@ -28,10 +28,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
-    """Return whether the hardware multiplies bfloat16 faster than float32.
-
-    Without the instructions, a CPU is several times slower in bfloat16 than in float32.
-    """
+    """Return whether the hardware multiplies bfloat16 faster than float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":
@@ -43,7 +40,7 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """Return the dtype of a name: auto (bfloat16 if it is fast), float32, tf32 or bfloat16.
 
-    tf32 is float32 with products in TF32, which torch turns on or off for the process.
+    tf32, float32 with products in TF32, is turned on or off for the whole process.
 
     Raises: ConfigError for tf32 without CUDA.
     """
@@ -74,8 +71,7 @@ def inference_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def save_dtype(name: str) -> torch.dtype | None:
     """Return the dtype of saved weights of a name; None for auto."""
-    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    return names.get(name)
+    return None if name == "auto" else getattr(torch, name)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
@@ -84,10 +80,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 
 
 def to_device(tensors: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
-    """Return tensors of one dtype on a device, without waiting for it if it is a GPU.
-
-    They travel as one copy from pinned memory.
-    """
+    """Return tensors of one dtype on a device; to a GPU, as one copy that is not waited for."""
     if device.type != "cuda":
         return [tensor.to(device) for tensor in tensors]
     sizes = [tensor.numel() for tensor in tensors]

@@ -21,8 +21,8 @@ from minigpt.model.scores import Score
 class Block(nn.Module):
     """Pre-norm attention and MLP with residual connections: (B, T, C) -> (B, T, C).
 
-    A family's subclass may have other norms, before or after attention and MLP. One with a forward
-    of its own tells the collector the residual stream after both branches.
+    A family's subclass may have other norms, or a forward of its own, which tells the collector the
+    residual stream after both branches.
     """
 
     is_parallel = False
@@ -127,11 +127,11 @@ class GPT(LanguageModel):
     ) -> Tensor:
         """Return the logits of the token after each position.
 
-        Args: tokens (B, T), ids below V; they follow the positions in the cache, and are added to
-            it. recorder receives the attention of all layers. visible_BS, false for positions in
-            view that no query of a sequence may attend to. logits_to_keep, number of last
-            positions to return logits for; 0 for all. recompute, activation checkpointing of each
-            block (Chen et al. 2016, arXiv:1604.06174).
+        Args: tokens (B, T), ids below V, which follow the positions in the cache and are added to
+            it; recorder receives the attention of all layers; visible_BS, false for positions in
+            view that no query may attend to; logits_to_keep, number of last positions to return
+            logits for, 0 for all; recompute, activation checkpointing of each block (Chen et al.
+            2016, arXiv:1604.06174).
         Returns: (B, T, V), or (B, logits_to_keep, V).
         Raises: ValueError if more than context_length positions would be in view.
         """

@@ -76,10 +76,7 @@ class GatedMLP(nn.Module):
 
 
 def dense_weight(linear: nn.Module) -> Tensor:
-    """Return the weight of a linear layer, (O, I), float32.
-
-    A quantized layer, which is not an ``nn.Linear``, has a method of this name.
-    """
+    """Return the weight of a linear layer (O, I), float32; a quantized one has such a method."""
     dense: Any = linear
     weight: Tensor = dense.weight if isinstance(linear, nn.Linear) else dense.dense_weight()
     return weight.float()
@@ -88,10 +85,7 @@ def dense_weight(linear: nn.Module) -> Tensor:
 def rotary_table(config: ModelConfig, divisor: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return cos and sin of position x frequency, each (context_length, D / 2), float32.
 
-    With YaRN, both are multiplied by its attention factor.
-
     Args: divisor, of each frequency (D / 2,).
-
     Source: Su et al. 2021, arXiv:2104.09864, section 3.2.2.
     """
     # Always computed on the CPU, so that all devices use the same angles.
@@ -103,9 +97,8 @@ def rotary_table(config: ModelConfig, divisor: Tensor | None = None) -> tuple[Te
         frequency = frequency / divisor
     position = torch.arange(config.context_length, device="cpu", dtype=torch.float32)
     angle = torch.outer(position, frequency)  # (T, D / 2)
-    if config.rope_scaling != "yarn":
-        return angle.cos(), angle.sin()
-    return angle.cos() * config.rope_attention_factor, angle.sin() * config.rope_attention_factor
+    factor = config.rope_attention_factor if config.rope_scaling == "yarn" else 1.0
+    return angle.cos() * factor, angle.sin() * factor
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

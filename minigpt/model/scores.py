@@ -8,6 +8,7 @@ Shapes: B batch, H query heads, G key/value heads, T queries, S keys, D head dim
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,12 +34,10 @@ class Score(nn.Module):
     changes_queries = False
     """Whether ``fold`` does anything."""
     flops_per_weight = 12
-    """FLOPs per attention weight and head dimension, forward and backward: 2 for the score and 2
-    for the weighted sum, and twice that backward."""
-
+    """FLOPs per attention weight and head dimension: 2 for the score, 2 for the weighted sum, and
+    twice that backward."""
     kept_per_weight = 0
     """Float32 values that the backward pass keeps for each attention weight."""
-
     fused: Callable[..., Tensor] | None = None
     """Fused kernel of ``attend``, with a faster backward pass than torch's. None for torch's."""
 
@@ -61,10 +60,7 @@ class Score(nn.Module):
         return scaled_dot_score(q_BHTD, k_BGSD)
 
     def weights(self, q_BHTD: Tensor, k_BGSD: Tensor, visible_BS: Tensor | None = None) -> Tensor:
-        """Return the causal attention weights: (B, H, T, S), float32.
-
-        Args: visible_BS, false for keys that no query of a sequence may attend to.
-        """
+        """Return the causal attention weights: (B, H, T, S), float32. Args: as of ``attend``."""
         # Autocast would round scores to bfloat16, as the fused kernel does not.
         with torch.autocast(q_BHTD.device.type, enabled=False):
             return causal_softmax(self.score(q_BHTD, k_BGSD), visible_BS, self.window)
@@ -77,23 +73,17 @@ class Score(nn.Module):
         Args: visible_BS, false for keys that no query of a sequence may attend to.
         """
         n_query, n_key = q_BHTD.shape[2], k_BGSD.shape[2]
-        # A constant in each branch: if computed from n_query, which torch.compile makes symbolic
-        # when the context grows, it would be no bool, and break the graph.
+        # Constants: computed from n_query, symbolic under torch.compile, they would be no bools.
         mask, is_causal = None, True
         # SDPA's own causal mask is aligned upper-left; after a cached prefix it must be
         # lower-right, so that the last query sees every key.
         if visible_BS is not None or n_query != n_key or 0 < self.window < n_key:
             mask = visibility(n_query, n_key, q_BHTD.device, visible_BS, self.window)
             is_causal = False
-        kernel = self.fused or F.scaled_dot_product_attention
-        context_BHTD: Tensor = kernel(
-            q_BHTD,
-            k_BGSD,
-            v_BGSD,
-            attn_mask=mask,
-            is_causal=is_causal,
-            enable_gqa=k_BGSD.shape[1] != q_BHTD.shape[1],
-        )
+        is_grouped = k_BGSD.shape[1] != q_BHTD.shape[1]
+        kernel: Any = self.fused or F.scaled_dot_product_attention
+        options = {"attn_mask": mask, "is_causal": is_causal, "enable_gqa": is_grouped}
+        context_BHTD: Tensor = kernel(q_BHTD, k_BGSD, v_BGSD, **options)
         return context_BHTD
 
 

@@ -57,9 +57,8 @@ class Checkpoints:
             is_averaged=is_averaged,
         )
         config = run.config.training
-        if run.early_stop and any(
-            is_due(run.step, n) for n in (config.eval_every, config.save_every)
-        ):
+        due = is_due(run.step, config.eval_every) or is_due(run.step, config.save_every)
+        if run.early_stop and due:
             run.early_stop.add(run.step, result.nats_per_token)
         return self._evaluation
 

@@ -18,10 +18,7 @@ def is_muon_parameter(name: str, parameter: Tensor) -> bool:
 
 
 def make_optimizers(
-    model: nn.Module,
-    config: TrainingConfig,
-    product_dtype: torch.dtype,
-    world: World = ALONE,
+    model: nn.Module, config: TrainingConfig, product_dtype: torch.dtype, world: World = ALONE
 ) -> list[Optimizer]:
     """Return the optimizers, which together hold every parameter once.
 

@@ -96,6 +96,13 @@ def with_evaluations(config: RunConfig, n_train_tokens: int, n_val_tokens: int) 
     return replace(config, training=replace(training, eval_every=every, eval_tokens=n_tokens))
 
 
+def watch(run: Run) -> None:
+    """Have a run average its weights, stop early and keep its best weights, as its config says."""
+    if run.config.training.average:
+        run.average = WeightAverage(run.model, run.config.training.average)
+    run.early_stop, run.best = EarlyStop(), BestWeights(run)
+
+
 _SHARE_OF_LATEST = 8
 """Weight of the latest step in a short run's average, as a multiple of that in a plain mean."""
 

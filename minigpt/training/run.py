@@ -37,10 +37,7 @@ def with_text(config: RunConfig, data: PreparedData) -> tuple[RunConfig, TokenSp
 
 
 class Run:
-    """What a training step changes, and what it needs.
-
-    With several processes, each has a Run of its own (see world.py).
-    """
+    """What a training step changes, and what it needs; each process of a run has its own."""
 
     def __init__(
         self,
@@ -57,12 +54,11 @@ class Run:
     ) -> None:
         """Start a run, or resume it from a checkpoint.
 
-        Args: dtype of autocast (weights stay float32); start_from, a float32 model to fine-tune
-            (None for random weights); resume_from, a checkpoint folder; carried, from the folder of
-            the model to fine-tune or of the checkpoint; world, the process group.
+        Args: dtype of autocast (weights stay float32); start_from, a float32 model to fine-tune;
+            resume_from, a checkpoint folder; carried, from the folder of one of these.
         Raises: DataError if the corpus is too short, or differs from that of the checkpoint;
-            CheckpointError if the checkpoint is damaged or has another model; ConfigError if the
-            batch cannot be divided among the ranks, or there are fewer GPUs than ranks.
+            CheckpointError if the checkpoint is damaged or has another model; ConfigError for a
+            batch or GPUs that the ranks cannot share.
         """
         self.data, self.folder, self.carried = data, folder, carried
         self.world = world.on(device, shard=config.training.shard)
@@ -101,16 +97,13 @@ class Run:
         """Step of the latest checkpoint."""
         self.average: Any = None
         """Moving average of the weights, an ``overfitting.WeightAverage``. None without one."""
-        if training.average:
-            averages = ring("training.overfitting").WeightAverage
-            self.average = averages(self.model, training.average)
         self.early_stop: Any = None
         """End of the run without progress, an ``overfitting.EarlyStop``."""
         self.best: Any = None
         """Best weights since the last checkpoint, an ``overfitting.BestWeights``."""
-        if training.patience or find_ring("training.overfitting"):
-            self.early_stop = ring("training.overfitting").EarlyStop()
-            self.best = ring("training.overfitting").BestWeights(self)
+        find = ring if training.average or training.patience else find_ring
+        if overfitting := find("training.overfitting"):
+            overfitting.watch(self)
         self.seam: Any = None
         """Smoothed change of the schedule, a ``state.Seam``. None in a run that has none."""
         self.moved_from: str | None = None
@@ -150,8 +143,8 @@ class Run:
     def context_length(self) -> int:
         """Tokens per sequence of the next step.
 
-        Short sequences at the start give more, and more independent, gradients in the same time
-        (Li et al. 2021, arXiv:2108.06084).
+        Short sequences at the start give more gradients in the same time (Li et al. 2021,
+        arXiv:2108.06084).
         """
         config, full = self.config.training, self.config.sequence_length
         is_warm = self.progress >= config.context_warmup_fraction
@@ -173,10 +166,7 @@ class Run:
         return self.early_stop is not None and self.early_stop.is_due(self)
 
     def set_dropout(self) -> None:
-        """Set dropout, and the seed of its masks, for the next step.
-
-        The masks are a pure function of seed, step and rank, so that resume is exact.
-        """
+        """Set dropout for the next step; its masks are a pure function of seed, step and rank."""
         config, dropout = self.config.training, self.config.model.dropout
         if not dropout:
             return

@@ -1,7 +1,6 @@
 """Loss and gradient norm of the optimizer steps, and the divergence that they show.
 
-They are computed on the device, and reading them waits for it. They are read when a line of the log
-is due, for all steps since the last line, or at every step if ``on_nan`` is skip.
+They are computed on the device, and read, which waits for it, when a line of the log is due.
 """
 
 import math
@@ -39,10 +38,8 @@ class StepMetrics:
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
     def __str__(self) -> str:
-        return (
-            f"at step {self.step}: loss {self.loss:.4g}, gradient norm {self.grad_norm:.4g}, "
-            f"lr {self.lr:.3g}"
-        )
+        facts = f"loss {self.loss:.4g}, gradient norm {self.grad_norm:.4g}, lr {self.lr:.3g}"
+        return f"at step {self.step}: {facts}"
 
 
 class Metrics:
@@ -52,8 +49,8 @@ class Metrics:
         self._run = run
         self._pending: list[tuple[int, float, Tensor, Tensor]] = []
         self._last: StepMetrics | None = None
+        # Steps, seconds and progress when this process began, and at the last log line.
         self._begun = self._logged = (run.step, run.elapsed_s, run.progress)
-        """Steps, seconds and progress when this process began, and at the last log line."""
         self.before_divergence: Callable[[], None] = lambda: None
         """Called before the error of a divergence is made, which names the last checkpoint."""
 

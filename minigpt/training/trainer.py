@@ -10,13 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minigpt.checkpoint.folder import RunFolder
-from minigpt.config import RunConfig
 from minigpt.model.device import autocast, to_device
 from minigpt.model.language_model import LanguageModel
 from minigpt.rings import find_ring, ring
 from minigpt.text.batches import NO_TARGET, batch
-from minigpt.text.tokens import PreparedData
 from minigpt.training.checkpoints import Checkpoints
 from minigpt.training.events import Event, SampleEvent
 from minigpt.training.optim import scale_learning_rates
@@ -48,11 +45,9 @@ class TrainingLoss(nn.Module):
 class Trainer(Run):
     """Takes the steps of a run, and evaluates and saves it when that is due."""
 
-    def __init__(
-        self, config: RunConfig, data: PreparedData, folder: RunFolder, **start: Any
-    ) -> None:
+    def __init__(self, *args: Any, **options: Any) -> None:
         """Start a run, or resume it. Args: those of ``Run``, which raises the errors."""
-        super().__init__(config, data, folder, **start)
+        super().__init__(*args, **options)
         loss = TrainingLoss(self.model)
         self._replica = self.world.replicate(loss)
         fused = find_ring("training.fused")
@@ -64,7 +59,7 @@ class Trainer(Run):
         self._stop_is_requested = False
         self.metrics = Metrics(self)
         self.skipping: Any = None
-        if config.training.on_nan == "skip":
+        if self.config.training.on_nan == "skip":
             self.skipping = ring("training.skipping").Skipping(self, self.metrics)
         self.checkpoints = Checkpoints(self, self.metrics)
         self.metrics.before_divergence = self.checkpoints.save_best
