@@ -3,21 +3,20 @@
 from dataclasses import replace
 
 from minigpt.commands.loading import Ready
+from minigpt.commands.options import PromptForm
 from minigpt.generation.loading import encode_prompt
 from minigpt.intervention_config import InterventionConfig
 from minigpt.tracing.interventions import intervene
 
 
-def with_interventions(
-    ready: Ready, interventions: InterventionConfig, *, special: bool
-) -> tuple[Ready, InterventionConfig]:
-    """Return the model with interventions, and what they are; see tracing/interventions.py."""
+def with_interventions(ready: Ready, interventions: InterventionConfig, form: PromptForm) -> Ready:
+    """Return the model with interventions; see tracing/interventions.py."""
 
     def encode(text: str) -> list[int]:
         if ready.chat is None:
-            return encode_prompt(ready.tokenizer, text, special=special)
+            return encode_prompt(ready.tokenizer, text, special=form.special)
         ids: list[int] = ready.chat.ask(text)[0]
         return ids
 
     model, intervention = intervene(ready.model, interventions, ready.prompt, encode)
-    return replace(ready, model=model), intervention
+    return replace(ready, model=model, intervention=intervention)

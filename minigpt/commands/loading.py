@@ -1,15 +1,17 @@
 """Loading a model, its tokenizer and a prompt for a command."""
 
 import sys
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from minigpt.checkpoint.model_folder import LoadedModel
 from minigpt.checkpoint.resolve import SHIPPED, is_shipped, resolve_model
-from minigpt.commands.options import ModelSource, PromptForm
+from minigpt.commands.options import Interventions, ModelSource, PromptForm
 from minigpt.commands.output import note
+from minigpt.config import SamplingConfig
 from minigpt.errors import DataError
 from minigpt.generation import loading as models
 from minigpt.model.language_model import LanguageModel
@@ -34,6 +36,30 @@ class Ready:
     """Token ids of the prompt."""
     chat: Any = None
     """Conversation that the prompt begins, a ``text.chat.Chat``. None without a chat template."""
+    intervention: Any = None
+    """Interventions in the model, an ``InterventionConfig``. None for none."""
+    forced: Sequence[int] = ()
+    """Token ids that the continuation begins with."""
+
+
+def load_to_continue(
+    source: ModelSource,
+    prompt: str | None,
+    form: PromptForm,
+    sampling: SamplingConfig,
+    interventions: Interventions,
+    *,
+    n_rows: int = 1,
+) -> Ready:
+    """Load a model with interventions, and encode a prompt and the text that is forced after it."""
+    ready = load(source, prompt, form, n_rows=n_rows)
+    if interventions.is_any:
+        ready = ring("commands.interventions").with_interventions(ready, interventions, form)
+    if sampling.force is None:
+        return ready
+    forced = ring("generation.forcing").forced_ids
+    ids = forced(ready.tokenizer, sampling, ready.model, ready.prompt, special=form.special)
+    return replace(ready, forced=ids)
 
 
 def load(source: ModelSource, prompt: str | None, form: PromptForm, *, n_rows: int = 1) -> Ready:

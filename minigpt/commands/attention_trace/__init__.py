@@ -24,7 +24,7 @@ from minigpt.tracing.config import N_SOURCES, SAMPLING, config_class
 if TYPE_CHECKING:
     from minigpt.commands.attention_trace.targets import Targets
     from minigpt.commands.loading import Ready
-    from minigpt.tracing.config import TraceConfig
+    from minigpt.tracing.analysis_config import AnalysisConfig as TraceConfig
     from minigpt.tracing.events import TraceEvent
 else:
     TraceConfig = config_class()
@@ -114,7 +114,7 @@ def attention_trace(
     if form.chat and prompt is None:
         raise ConfigError("--chat answers a message. Give a PROMPT.")
     from minigpt.commands.attention_trace.output import TraceOutput
-    from minigpt.commands.loading import load
+    from minigpt.commands.loading import load_to_continue
     from minigpt.commands.output import note
     from minigpt.console import make_console
     from minigpt.generation.decoder import fresh_seed
@@ -125,17 +125,7 @@ def attention_trace(
     if files:
         has_lens = getattr(config, "lens", False)  # a field of the ring of the analysis
         files.check_files(targets, sampling.num_samples, config.measures, has_lens=has_lens)
-    ready = load(source, prompt, form)
-    intervention = None
-    if interventions.is_any:
-        intervening = ring("commands.interventions").with_interventions
-        ready, intervention = intervening(ready, interventions, special=form.special)
-    forced: list[int] = []
-    if sampling.force is not None:
-        forcing = ring("generation.forcing")
-        forced = forcing.forced_ids(
-            ready.tokenizer, sampling, ready.model, ready.prompt, special=form.special
-        )
+    ready = load_to_continue(source, prompt, form, sampling, interventions)
     shape = ready.model.config
     layout = make_layout(
         make_console(is_stderr=False).width,
@@ -146,7 +136,8 @@ def attention_trace(
     )
     if config.n_sources is None:
         config = replace(config, n_sources=max(N_SOURCES, layout.n_sources))
-    config = replace(config, has_heads=targets.has_heads)
+    if targets.has_heads:
+        config = replace(config, has_heads=True)
     output = (
         files.FileOutput(targets, layout, model=ready.folder)
         if files
@@ -165,8 +156,8 @@ def attention_trace(
                 seed=seed,
                 model_name=str(ready.folder),
                 compiles=source.compile,
-                forced=forced,
-                intervention=intervention,
+                forced=ready.forced,
+                intervention=ready.intervention,
                 special=form.special,
                 dense=output.dense,
             )

@@ -64,7 +64,7 @@ def generate(
         )
     if form.chat and prompt is None and not interactive:
         raise ConfigError("--chat answers a message. Give a PROMPT, or --interactive.")
-    from minigpt.commands.loading import compiling, load
+    from minigpt.commands.loading import compiling, load_to_continue
     from minigpt.console import write_result
     from minigpt.generation.decoder import fresh_seed
     from minigpt.generation.loading import make_decoder, require_new_tokens
@@ -74,16 +74,8 @@ def generate(
     is_plain = stream and not (as_json or interactive or sampling.logprobs)
     find = find_ring if is_plain and sampling.num_samples == 1 else ring
     samples = find("commands.generate.samples")
-    ready = load(source, prompt, form, n_rows=sampling.num_samples)
-    if interventions.is_any:
-        intervening = ring("commands.interventions").with_interventions
-        ready, _ = intervening(ready, interventions, special=form.special)
-    forced: list[int] = []
-    if sampling.force is not None:
-        forcing = ring("generation.forcing")
-        forced = forcing.forced_ids(
-            ready.tokenizer, sampling, ready.model, ready.prompt, special=form.special
-        )
+    n_rows = sampling.num_samples
+    ready = load_to_continue(source, prompt, form, sampling, interventions, n_rows=n_rows)
     seed = fresh_seed() if sampling.seed is None else sampling.seed
     if interactive:
         interactive_ring = ring("commands.generate.interactive")
@@ -102,13 +94,13 @@ def generate(
         decoder = make_decoder(ready.model, ready.prompt, sampling, compile=source.compile)
     if samples is None:
         ends = ready.tokenizer.end_of_text_ids
-        steps = decoder.generate(sampling, seed=seed, end_of_text=ends, forced=forced)
+        steps = decoder.generate(sampling, seed=seed, end_of_text=ends, forced=ready.forced)
         for item in stream_text(steps, ready.tokenizer, sampling.stop):
             write_result(item.text)
         write_result("\n")
         return
     items = ring("generation.samples").stream_samples(
-        decoder, ready.tokenizer, sampling, seed=seed, forced=forced
+        decoder, ready.tokenizer, sampling, seed=seed, forced=ready.forced
     )
     display = samples.SampleDisplay(ready, sampling, as_json=as_json, streams=stream)
     is_whole = display.show(

@@ -114,7 +114,6 @@ def train_job(
     """Train a job, and write its events to metrics.jsonl and to the display.
 
     Returns: the trainer, and the number of the signal that stopped it, or 0.
-    Raises: as ``Job.trainer`` and ``Trainer.run``.
     """
     trainer = job.trainer(world)
     config_toml = to_toml(trainer.config).encode(errors="replace")
