@@ -117,7 +117,7 @@ def _traced(model: Any, contender: Contender) -> Decode:
     from random_models import ENDLESS
 
     from minigpt.config import SamplingConfig
-    from minigpt.tracing.events import TraceStep
+    from minigpt.tracing.findings import TraceStep
     from minigpt.tracing.tracer import trace
 
     def decode(job: Job, first: Callable[[], None]) -> list[int]:

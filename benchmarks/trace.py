@@ -44,8 +44,8 @@ from minigpt.generation.loading import load
 from minigpt.generation.stream import stream_text
 from minigpt.model.gpt import GPT
 from minigpt.tracing.analysis_config import AnalysisConfig
-from minigpt.tracing.events import TraceStep
 from minigpt.tracing.file import to_json_line
+from minigpt.tracing.findings import TraceStep
 from minigpt.tracing.lines import make_layout
 from minigpt.tracing.tracer import trace
 

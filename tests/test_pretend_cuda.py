@@ -24,10 +24,9 @@ from minigpt.tracing.analysis.recorder import MeasureRecorder
 from minigpt.tracing.analysis.rollout import Rollout
 from minigpt.tracing.analysis.sink import SinkFinder
 from minigpt.tracing.analysis_config import AnalysisConfig
-from minigpt.tracing.head_lists import select_heads
+from minigpt.tracing.head_lists import reduce_rows, select_heads
 from minigpt.tracing.interventions import intervene
 from minigpt.tracing.recorder import RowRecorder
-from minigpt.tracing.rows import reduce_rows
 from minigpt.tracing.tracer import trace
 from minigpt.training.optim import make_optimizers
 from minigpt.training.reports.memory import machine_bytes

@@ -76,9 +76,20 @@ def facts_of(measure: Measure) -> MeasureFacts:
 class AnalysisConfig(TraceConfig):
     """Which attention a trace shows, and what is measured."""
 
-    reduce: Reduce = option("mean", group=GROUP)  # type: ignore[assignment]
-    sink: int | Literal["auto"] = option(0, "[0, inf)", group=GROUP)  # type: ignore[assignment]
+    layers: str | None = option(None, group=GROUP, metavar="LIST", shown="all")
+    """Layers to show, as in 0,2,4-6. None for all."""
+    heads: str | None = option(None, group=GROUP, metavar="LIST", shown="all")
+    """Heads to show, layer.head, as in 4.2,5.*. None for all."""
+    reduce: Reduce = option("mean", group=GROUP)
+    """Reduction over heads."""
+    sink: int | Literal["auto"] = option(0, "[0, inf)", group=GROUP)
     """Position of the sink, or auto to find it."""
+    candidates: int = option(0, "[0, inf)", group=GROUP)
+    """Number of most probable tokens to show at each step, before any sampling option."""
+    prompt_rows: bool = option(False, group=GROUP)
+    """Show the tokens of the prompt too, from the second one on."""
+    has_heads: bool = False
+    """Whether to keep a summary of each head's row."""
     measure: str = option("weight", choices=(*MEASURES, *_BOTH), group=GROUP)
     """Measure. both: weight and norm."""
     against: str | None = option(None, group=GROUP, metavar="TEXT")
@@ -107,11 +118,9 @@ class AnalysisConfig(TraceConfig):
 
     @property
     def is_plain(self) -> bool:
-        """Whether the trace has rows of attention weights, and nothing that an analysis adds."""
-        core = {f.name for f in fields(TraceConfig)}
-        added = (f for f in fields(self) if f.name not in core)
-        is_default = all(getattr(self, f.name) == f.default for f in added)
-        return is_default and self.reduce != "rollout" and self.sink != "auto"
+        """Whether there is nothing that an analysis adds."""
+        added = {f.name: f.default for f in fields(self) if f.name != "n_sources"}
+        return all(getattr(self, name) == default for name, default in added.items())
 
     @property
     def measures(self) -> tuple[Measure, ...]:

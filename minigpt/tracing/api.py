@@ -14,8 +14,7 @@ from minigpt.settings import build
 from minigpt.text.tokenizer import Tokenizer
 from minigpt.tracing import tracer
 from minigpt.tracing.config import SAMPLING, config_class
-from minigpt.tracing.events import TraceFooter, TraceHeader, TraceStep
-from minigpt.tracing.findings import Trace
+from minigpt.tracing.findings import Trace, TraceFooter, TraceHeader, TraceStep
 
 
 def trace(

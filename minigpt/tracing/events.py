@@ -1,6 +1,6 @@
 """The records of a trace: a header, a step per generated token, and a footer.
 
-What only an analysis adds to them is in ``tracing/findings.py``.
+``tracing/findings.py`` has subclasses with the fields that an analysis adds.
 
 Shapes: S positions in view.
 """
@@ -8,7 +8,7 @@ Shapes: S positions in view.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,23 +18,7 @@ from minigpt.generation.decoder import FinishReason
 
 if TYPE_CHECKING:
     from minigpt.intervention_config import InterventionConfig
-    from minigpt.tracing.analysis_config import Knockout, Reduce
-    from minigpt.tracing.findings import (
-        Alternative,
-        CauseCheck,
-        Effect,
-        HeadRows,
-        HeadWorking,
-        Kept,
-        Lens,
-        Roles,
-    )
-    from minigpt.tracing.head_lists import HeadSelection
-
-CONVENTION = (
-    "The attention of a generated token is the row of the query that produced it, at the position "
-    "before it; so a token is not among its own sources."
-)
+    from minigpt.tracing.findings import HeadRows
 
 
 @dataclass(frozen=True)
@@ -70,8 +54,8 @@ class Row:
     total: float
     """Sum of the row; 1 unless the reduction is max."""
     sink: float
-    """Weight on the sink, the position that heads attend to when nothing is relevant (Xiao et al.
-    2023, arXiv:2309.17453)."""
+    """Weight on the sink, attended to when nothing is relevant (Xiao et al. 2023,
+    arXiv:2309.17453)."""
     own: float
     """Weight on the query's own position."""
     prompt: float
@@ -89,8 +73,7 @@ class Row:
     heads: "HeadRows | None" = field(default=None, repr=False)
     """Rows of all heads by this measure. None if they were not kept."""
     whole: float | None = None
-    """What the row and its parts sum to, such as the logit of the token. None if the measure has no
-    such sum."""
+    """What the row and its parts sum to, such as the token's logit. None if there is no sum."""
     parts: Mapping[str, float] = field(default_factory=dict)
     """What belongs to the whole and to no position of the row, such as that of the MLPs."""
     is_signed: bool = False
@@ -103,31 +86,13 @@ class Row:
 
     @property
     def rest(self) -> float | None:
-        """Weight on positions other than the sink and the sources; None if the row is of shares and
-        need not sum to 1.
-        """
+        """Weight on all but the sink and the sources; None for shares that need not sum to 1."""
         rest = self.total - self.sink - sum(source.weight for source in self.sources)
         if self.is_signed:
             return rest
         if not self.sums_to_one:
             return None
         return rest if rest > _ROUNDING else 0.0
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A token that the model could have generated at a step."""
-
-    id: int
-    data: bytes
-    """Bytes of its text."""
-    log_probability: float
-    """ln p of the token, before any sampling option."""
-
-    @property
-    def probability(self) -> float:
-        """Probability of the token, before any sampling option."""
-        return math.exp(self.log_probability)
 
 
 @dataclass(frozen=True)
@@ -146,36 +111,19 @@ class TraceHeader:
     """Implementation that computed the model's attention."""
     score: str
     """Attention score, as in ``ModelConfig.attention``."""
-    selection: "HeadSelection"
-    """Chosen heads. None for all, without the ring of lists of heads."""
-    measures: tuple[str, ...]
-    reduce: "Reduce"
-    sink: int
-    """Position of the sink."""
-    sink_rule: str
-    """How the sink was chosen: first, given or detected."""
     seed: int
     sampling: SamplingConfig
     prompt: tuple[Token, ...]
-    n_verified: int | Literal["all"] = 0
-    """Number of sources per token that are knocked out, or all for every position in view."""
-    knockout: "Knockout" = "key"
-    against: "Alternative | None" = None
-    """Token that each generated token is compared with. None for no comparison."""
-    verified_heads: "HeadSelection | None" = None
-    """Heads in which positions are knocked out. None for all."""
-    roles: "tuple[tuple[Roles, ...], ...] | None" = None
-    """Roles of the heads of each layer. None if they were not requested."""
     intervention: "InterventionConfig | None" = None
     """Heads that were ablated or patched. None if there were none."""
-    model_sha256: str | None = None
-    """SHA-256 of the weights file. None if it was not requested."""
 
 
 @dataclass(frozen=True, eq=False)
 class TraceStep:
     """One token, generated or of the prompt, and the attention of the query that produced it."""
 
+    has_lines_below = False
+    """Whether more than a line shows it."""
     index: int
     """Index of the step, from 0; steps of the prompt's own tokens come first."""
     token: Token
@@ -186,20 +134,8 @@ class TraceStep:
     text: str
     """Text completed by this token."""
     finish: FinishReason | None
-    effects: "tuple[Effect, ...]" = ()
-    """Effects of the sources, largest weight first, then those of their controls. With
-    ``changes_S``, the largest effects."""
-    candidates: tuple[Candidate, ...] = ()
-    """Most probable tokens at this step, in descending order. Empty if they were not kept."""
-    lens: "Lens | None" = None
-    """Predictions after each layer. None if they were not requested."""
     is_given: bool = False
     """Whether the token was given, by the prompt or ``force``, instead of sampled."""
-    changes_S: NDArray[np.float32] | None = field(default=None, repr=False)
-    """Change of ln p(token) without each position in view, in nats. None unless all are knocked
-    out."""
-    kept: "Kept | None" = None
-    """Prediction from the sources and the sink alone. None unless sources are knocked out."""
 
     @property
     def probability(self) -> float:
@@ -224,11 +160,7 @@ class TraceFooter:
     worst_row_sum_error: float | None
     """Largest |sum of a row of weights - 1|. None if rows need not sum to 1."""
     worst_product_error: float | None = None
-    """Largest relative difference between a head's output and its row times the values, in one
-    layer per step. None if it was not measured."""
-    cause: "CauseCheck | None" = None
-    workings: "tuple[HeadWorking, ...]" = ()
-    """Queries, keys and values of the heads that are explained."""
+    """Largest relative difference between a head's output and its row times the values."""
 
 
 TraceEvent = TraceHeader | TraceStep | TraceFooter

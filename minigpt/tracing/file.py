@@ -15,18 +15,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minigpt.tracing.analysis_config import facts_of
-from minigpt.tracing.events import (
+from minigpt.tracing.events import Row, Source, Token
+from minigpt.tracing.findings import (
     CONVENTION,
+    Alternative,
     Candidate,
-    Row,
-    Source,
-    Token,
+    HeadRows,
+    HeadWorking,
+    Lens,
     TraceEvent,
     TraceFooter,
     TraceHeader,
     TraceStep,
 )
-from minigpt.tracing.findings import Alternative, HeadRows, HeadWorking, Lens
 from minigpt.tracing.head_lists import HeadSelection
 
 SCHEMA = "minigpt-trace/1"

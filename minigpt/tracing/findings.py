@@ -1,4 +1,4 @@
-"""Whole traces, and what the analysis adds to the records of ``tracing/events.py``.
+"""Whole traces, and the records of ``tracing/events.py`` with what an analysis adds.
 
 Shapes: L layers, H query heads, T positions, D head dim, K sources kept per row.
 """
@@ -6,9 +6,9 @@ Shapes: L layers, H query heads, T positions, D head dim, K sources kept per row
 import html
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,31 @@ from numpy.typing import NDArray
 from minigpt.errors import cut
 from minigpt.rings import ring
 from minigpt.text.escape import JoinedTokens
-from minigpt.tracing.events import Candidate, Source, Token, TraceFooter, TraceHeader, TraceStep
+from minigpt.tracing import events
+from minigpt.tracing.analysis_config import Knockout, Measure, Reduce
+from minigpt.tracing.events import Source, Token
+from minigpt.tracing.head_lists import HeadSelection, select_heads
+
+CONVENTION = (
+    "The attention of a generated token is the row of the query that produced it, at the position "
+    "before it; so a token is not among its own sources."
+)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A token that the model could have generated at a step."""
+
+    id: int
+    data: bytes
+    """Bytes of its text."""
+    log_probability: float
+    """ln p of the token, before any sampling option."""
+
+    @property
+    def probability(self) -> float:
+        """Probability of the token, before any sampling option."""
+        return math.exp(self.log_probability)
 
 
 @dataclass(frozen=True)
@@ -155,6 +179,69 @@ class HeadRows:
         rows = {f.name: facts[f.name][1:] for f in fields(cls)}
         shape = n_layer, len(rows["sink"]) // n_layer
         return cls(**{name: x.reshape(*shape, *x.shape[1:]) for name, x in rows.items()})
+
+
+@dataclass(frozen=True)
+class TraceHeader(events.TraceHeader):
+    """The model, the settings and the prompt of a trace."""
+
+    selection: HeadSelection = None  # type: ignore[assignment]
+    """Chosen heads. All, if None is given."""
+    measures: tuple[Measure, ...] = ("weight",)
+    reduce: Reduce = "mean"
+    sink: int = 0
+    """Position of the sink."""
+    sink_rule: str = "first"
+    """How the sink was chosen: first, given or detected."""
+    n_verified: int | Literal["all"] = 0
+    """Number of sources per token that are knocked out, or all for every position in view."""
+    knockout: Knockout = "key"
+    against: Alternative | None = None
+    """Token that each generated token is compared with. None for no comparison."""
+    verified_heads: HeadSelection | None = None
+    """Heads in which positions are knocked out. None for all."""
+    roles: tuple[tuple[Roles, ...], ...] | None = None
+    """Roles of the heads of each layer. None if they were not requested."""
+    model_sha256: str | None = None
+    """SHA-256 of the weights file. None if it was not requested."""
+
+    def __post_init__(self) -> None:
+        if self.selection is None:
+            object.__setattr__(self, "selection", select_heads(self.n_layer, self.n_head))
+
+
+@dataclass(frozen=True, eq=False)
+class TraceStep(events.TraceStep):
+    """One token, generated or of the prompt, and what explains it."""
+
+    candidates: tuple[Candidate, ...] = ()
+    """Most probable tokens at this step, in descending order. Empty if they were not kept."""
+    effects: tuple[Effect, ...] = ()
+    """Effects of the sources, largest weight first, then those of their controls. With
+    ``changes_S``, the largest effects."""
+    lens: Lens | None = None
+    """Predictions after each layer. None if they were not requested."""
+    changes_S: NDArray[np.float32] | None = field(default=None, repr=False)
+    """Change of ln p(token) without each position in view, in nats. None unless all are knocked
+    out."""
+    kept: Kept | None = None
+    """Prediction from the sources and the sink alone. None unless sources are knocked out."""
+
+    @property
+    def has_lines_below(self) -> bool:  # type: ignore[override]
+        return bool(self.candidates or self.lens is not None or self.effects)
+
+
+@dataclass(frozen=True)
+class TraceFooter(events.TraceFooter):
+    """How a trace ended, the results of its checks, and what all its steps show."""
+
+    cause: CauseCheck | None = None
+    workings: tuple[HeadWorking, ...] = ()
+    """Queries, keys and values of the heads that are explained."""
+
+
+TraceEvent = TraceHeader | TraceStep | TraceFooter
 
 
 @dataclass(frozen=True, eq=False, repr=False)

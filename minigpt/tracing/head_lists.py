@@ -1,4 +1,7 @@
-"""Lists of heads in options: ``0,2,4-6`` for layers, ``4.2,5.*`` for layer.head."""
+"""Chosen heads, as options list them: ``0,2,4-6`` for layers, ``4.2,5.*`` for layer.head.
+
+Shapes: L layers, H query heads, S positions in view, R rows.
+"""
 
 import re
 from dataclasses import dataclass
@@ -60,6 +63,14 @@ def _indices(selection: HeadSelection, device: torch.device) -> Tensor:
         for head in heads
     ]
     return torch.tensor(rows, device=device)
+
+
+def reduce_rows(rows_LHS: Tensor, selection: HeadSelection, *, is_max: bool = False) -> Tensor:
+    """Return the mean of the chosen heads' rows, or the maximum at each position: (S,)."""
+    rows_RS = rows_LHS.flatten(0, 1)
+    if not selection.is_all:
+        rows_RS = rows_RS.index_select(0, selection.indices(rows_RS.device))
+    return rows_RS.amax(dim=0) if is_max else rows_RS.mean(dim=0)
 
 
 def select_heads(

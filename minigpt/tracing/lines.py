@@ -1,8 +1,7 @@
 """A trace as lines for a terminal, step by step: text with style names, without escape codes.
 
-One line per generated token: step, token, its probability, the weight on the sink, the earlier
-tokens with the most weight, each with position, weight and a bar, the weight on all other
-positions, and the entropy of the row.
+One line per generated token: step, token, its probability, the weight on the sink, the tokens with
+the most weight, each with position, weight and a bar, the weight on the rest, and the entropy.
 """
 
 from collections.abc import Sequence
@@ -51,18 +50,13 @@ class TraceLayout:
     """Width of a number of a row, in cells."""
 
     def __init__(
-        self,
-        width: int,
-        *,
-        vocab_size: int,
-        n_positions: int,
-        n_sources: int | None = None,
+        self, width: int, *, vocab_size: int, n_positions: int, n_sources: int | None = None
     ) -> None:
         """Choose the widths of the columns.
 
-        Args: width, of the terminal in cells, 40 or more; vocab_size, small for byte tokens, which
-            need less room; n_positions, the largest number of positions; n_sources, sources per
-            token, wrapped if they do not fit, or None for one full line.
+        Args: width, of the terminal in cells, 40 or more; vocab_size, small for byte tokens;
+            n_positions, the largest number of positions; n_sources, per token, wrapped if they do
+            not fit, or None for one full line.
         """
         self.width = width
         self.position_width = max(3, len(str(n_positions - 1)))
@@ -118,26 +112,22 @@ class TraceLayout:
         Args: names, of all tokens by position; none to show each token by its bytes.
         """
         row = step.row
+        name = fit(name_of(step.token, names), self.token_width)
         first: Line = [
             (f"{step.index + 1:>{_STEP_WIDTH}} ", "dim"),
-            (
-                fit(name_of(step.token, names), self.token_width),
-                "plain" if step.is_given else "token",
-            ),
+            (name, "plain" if step.is_given else "token"),
             (f"  {percent(step.probability)}", "plain"),
             (f"  {self._sink(step.rows)}", "dim"),
         ]
-        parts = [
-            row.sources[i : i + self.per_line]
-            for i in range(0, max(1, len(row.sources)), self.per_line)
-        ]
+        begins = range(0, max(1, len(row.sources)), self.per_line)
+        parts = [row.sources[i : i + self.per_line] for i in begins]
         lines = [first] + [self._indent() for _ in parts[1:]]
         for line, sources in zip(lines, parts, strict=True):
             for source in sources:
                 line.extend(self._source(source, step.rows, names))
         lines[-1].append((" " * ((self.per_line - len(parts[-1])) * self.source_width), "plain"))
         lines[-1].extend(self._right(step.rows, row.sources))
-        if step.candidates or step.lens is not None or step.effects:
+        if step.has_lines_below:
             lines += ring("tracing.analysis.lines").lines_below(step, self, names)
         return lines
 

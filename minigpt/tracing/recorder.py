@@ -24,8 +24,8 @@ def require_attention(model: LanguageModel) -> None:
 class RowRecorder:
     """Keeps each head's attention row of the last query of the last forward pass.
 
-    In a decode step these are the weights that the model used. In a prefill, the model uses a fused
-    kernel, and the row is the softmax of the model's own score, computed separately in float32.
+    In a decode step these are the weights that the model used; in a prefill, which uses a fused
+    kernel, they are the softmax of the model's own score, in float32.
     """
 
     needs_queries = False
@@ -34,10 +34,7 @@ class RowRecorder:
     """Whether the model passes the residual stream."""
 
     def __init__(self, model: LanguageModel) -> None:
-        """Prepare to record forward passes of a model.
-
-        Raises: ConfigError if the model has no attention.
-        """
+        """Raises: ConfigError if the model has no attention."""
         require_attention(model)
         self._n_layer = len(model.attentions)
         self._n_passes = 0

@@ -1,11 +1,11 @@
-"""Rows of attention, reduced over heads and summarized in a few numbers.
+"""Rows of attention, summarized in a few numbers.
 
-Shapes: L layers, H query heads, S positions in view, R rows, K sources.
+Shapes: S positions in view, R rows, K sources.
 """
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,34 +15,16 @@ from torch import Tensor
 from minigpt.rings import ring
 from minigpt.tracing.events import Row, Source, Token
 
-if TYPE_CHECKING:
-    from minigpt.tracing.head_lists import HeadSelection
-
 _LEAST = 1e-30
 _SUMMARIES = ("sink", "own", "prompt", "entropy", "distance")
-
-
-def reduce_rows(
-    rows_LHS: Tensor, selection: "HeadSelection | None", *, is_max: bool = False
-) -> Tensor:
-    """Return the mean of the heads' rows, or the maximum at each position: (S,).
-
-    Args: selection, the heads to reduce over; None for all.
-    """
-    rows_RS = rows_LHS.flatten(0, 1)
-    if selection is not None and not selection.is_all:
-        rows_RS = rows_RS.index_select(0, selection.indices(rows_RS.device))
-    return rows_RS.amax(dim=0) if is_max else rows_RS.mean(dim=0)
 
 
 class RowReader:
     """Summarizes rows with a single copy from the device."""
 
     def __init__(self, *, sink: int, n_prompt: int, n_sources: int) -> None:
-        """Prepare to read the rows of one sequence.
-
-        Args: sink, the position that is not listed among the sources; n_prompt, the number of
-            positions of the prompt; n_sources, the maximum number of sources per row.
+        """Args: sink, position that is not among the sources; n_prompt, positions of the prompt;
+        n_sources, most sources per row.
         """
         self.sink, self._n_prompt, self._n_sources = sink, n_prompt, n_sources
         self._columns_P3 = torch.empty(0, 3)
@@ -51,7 +33,7 @@ class RowReader:
         self,
         rows_RS: Tensor,
         tokens: Sequence[Token],
-        n_layer: int,
+        n_layer: int = 1,
         *,
         measure: str = "weight",
         is_signed: bool = False,

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from minigpt.rings import ring
 from minigpt.text.escape import JoinedTokens, visible
 from minigpt.tracing.analysis_config import Measure, facts_of
-from minigpt.tracing.events import Token, TraceFooter, TraceHeader
+from minigpt.tracing.events import Token
+from minigpt.tracing.findings import TraceFooter, TraceHeader
 from minigpt.tracing.head_lists import HeadSelection
 from minigpt.tracing.lines import TraceLayout
 from minigpt.tracing.spans import Line, cell_len, fit

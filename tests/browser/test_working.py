@@ -15,8 +15,7 @@ from minigpt.config import SamplingConfig
 from minigpt.text.escape import visible
 from minigpt.text.tokenizer import BytesTokenizer
 from minigpt.tracing.analysis_config import AnalysisConfig
-from minigpt.tracing.events import TraceStep
-from minigpt.tracing.findings import Trace
+from minigpt.tracing.findings import Trace, TraceStep
 from minigpt.tracing.tracer import trace
 
 pytestmark = pytest.mark.browser

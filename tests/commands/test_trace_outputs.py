@@ -56,7 +56,7 @@ def test_ctrl_c_before_the_first_row_keeps_the_file_that_was_there(
     run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (place / "o.jsonl").write_text("old")
-    for where in ("AttentionObserver", "Decoder"):
+    for where in ("RowRecorder", "Decoder"):
         with monkeypatch.context() as patch:
             broken(patch, where, KeyboardInterrupt)
             result = run(*TRACE, "--out", "o.jsonl", "--html", "h.html")
@@ -119,7 +119,7 @@ def test_a_folder_that_cannot_be_written_is_named_before_any_token(
         touch(path)
 
     monkeypatch.setattr(Path, "touch", refuse)
-    broken(monkeypatch, "AttentionObserver", AssertionError)
+    broken(monkeypatch, "RowRecorder", AssertionError)
     result = run(*TRACE, f"--{name}", "locked/t.svg")
     assert result.code == 6
     line = error_line(result)

@@ -8,8 +8,17 @@ from numpy.typing import NDArray
 from small_traces import header_of
 
 from minigpt.tracing.analysis_config import Measure, facts_of
-from minigpt.tracing.events import Row, Source, Token, TraceFooter, TraceHeader, TraceStep
-from minigpt.tracing.findings import CauseCheck, Effect, HeadRows, Roles, Trace
+from minigpt.tracing.events import Row, Source, Token
+from minigpt.tracing.findings import (
+    CauseCheck,
+    Effect,
+    HeadRows,
+    Roles,
+    Trace,
+    TraceFooter,
+    TraceHeader,
+    TraceStep,
+)
 from minigpt.tracing.head_lists import select_heads
 
 BOTH: tuple[Measure, ...] = ("weight", "norm")

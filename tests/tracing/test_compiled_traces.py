@@ -16,8 +16,7 @@ from minigpt.generation.fast.quantize import quantize_int8
 from minigpt.intervention_config import InterventionConfig
 from minigpt.text.tokenizer import BytesTokenizer
 from minigpt.tracing.analysis_config import AnalysisConfig
-from minigpt.tracing.events import TraceFooter, TraceHeader, TraceStep
-from minigpt.tracing.findings import Trace
+from minigpt.tracing.findings import Trace, TraceFooter, TraceHeader, TraceStep
 from minigpt.tracing.interventions import intervene
 from minigpt.tracing.tracer import trace
 

@@ -20,8 +20,7 @@ from minigpt.text.tokenizer import BytesTokenizer
 from minigpt.tracing.analysis.dense import with_rows_of, writing_rows
 from minigpt.tracing.analysis.tally import rank_correlation
 from minigpt.tracing.analysis_config import AnalysisConfig
-from minigpt.tracing.events import TraceFooter, TraceHeader, TraceStep
-from minigpt.tracing.findings import Trace
+from minigpt.tracing.findings import Trace, TraceFooter, TraceHeader, TraceStep
 from minigpt.tracing.recorder import RowRecorder
 from minigpt.tracing.tracer import trace
 

@@ -29,7 +29,7 @@ from minigpt.tracing.analysis.faithfulness import (
 )
 from minigpt.tracing.analysis.tally import rank_correlation
 from minigpt.tracing.analysis_config import DEFAULTS, AnalysisConfig
-from minigpt.tracing.events import TraceStep
+from minigpt.tracing.findings import TraceStep
 from minigpt.tracing.tracer import trace
 
 TOKENIZER = BytesTokenizer()

@@ -16,9 +16,8 @@ from minigpt.generation.decoder import Decoder
 from minigpt.model.gpt import GPT
 from minigpt.text.tokenizer import BytesTokenizer
 from minigpt.tracing.analysis.reader import read_traces
-from minigpt.tracing.events import TraceStep
 from minigpt.tracing.file import to_json_line
-from minigpt.tracing.findings import Trace
+from minigpt.tracing.findings import Trace, TraceStep
 from minigpt.tracing.recorder import RowRecorder
 
 TOKENIZER = BytesTokenizer()

@@ -16,8 +16,7 @@ from small_traces import small_trace
 
 from minigpt.text.escape import visible
 from minigpt.tracing.analysis.lines import cause_in_words
-from minigpt.tracing.events import TraceFooter
-from minigpt.tracing.findings import Trace
+from minigpt.tracing.findings import Trace, TraceFooter
 from minigpt.tracing.views.page import embedded_json, to_html
 from minigpt.tracing.wrapping import one_line
 

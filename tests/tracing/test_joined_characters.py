@@ -9,8 +9,7 @@ from page_traces import made_trace
 from small_traces import small_trace, text_of, with_tokens
 
 from minigpt.commands.attention_trace.output import TraceOutput
-from minigpt.tracing.events import TraceEvent
-from minigpt.tracing.findings import Trace
+from minigpt.tracing.findings import Trace, TraceEvent
 from minigpt.tracing.lines import TraceLayout
 from minigpt.tracing.summary import header_lines
 from minigpt.tracing.views import ViewOptions, matrix, pictures, text

@@ -25,8 +25,8 @@ from minigpt.tracing.analysis.knockout import choose_controls
 from minigpt.tracing.analysis.roles import without_heads
 from minigpt.tracing.analysis.tally import CauseTally, rank_correlation
 from minigpt.tracing.analysis_config import AnalysisConfig, Knockout
-from minigpt.tracing.events import Source, Token, TraceFooter, TraceStep
-from minigpt.tracing.findings import CauseCheck, Effect
+from minigpt.tracing.events import Source, Token
+from minigpt.tracing.findings import CauseCheck, Effect, TraceFooter, TraceStep
 from minigpt.tracing.head_lists import select_heads
 from minigpt.tracing.tracer import trace
 
@@ -301,7 +301,7 @@ def effect(weight: float, change: float, control_of: int | None = None) -> Effec
 
 def check_cause(effects: Sequence[Effect]) -> CauseCheck | None:
     tally = CauseTally()
-    tally.add(TraceStep(0, Token(9, 9, b"b"), -1.0, (), "", None, tuple(effects)))
+    tally.add(TraceStep(0, Token(9, 9, b"b"), -1.0, (), "", None, effects=tuple(effects)))
     return tally.check()
 
 

@@ -11,8 +11,8 @@ from small_traces import HOSTILE, cells, header_of, roles_of, row_of, small_trac
 
 from minigpt.config import SamplingConfig
 from minigpt.tracing.analysis_config import MEASURES, Measure, facts_of
-from minigpt.tracing.events import Token, TraceFooter, TraceStep
-from minigpt.tracing.findings import CauseCheck, Effect
+from minigpt.tracing.events import Token
+from minigpt.tracing.findings import CauseCheck, Effect, TraceFooter, TraceStep
 from minigpt.tracing.head_lists import select_heads
 from minigpt.tracing.lines import TraceLayout, make_layout
 from minigpt.tracing.spans import Line, bar, fit, heat, percent

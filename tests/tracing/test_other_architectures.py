@@ -13,8 +13,7 @@ from minigpt.model.language_model import LanguageModel, model_class
 from minigpt.text.tokenizer import BytesTokenizer
 from minigpt.tracing.analysis.roles import head_effects, head_roles
 from minigpt.tracing.analysis_config import AnalysisConfig
-from minigpt.tracing.events import TraceFooter, TraceHeader, TraceStep
-from minigpt.tracing.findings import Trace
+from minigpt.tracing.findings import Trace, TraceFooter, TraceHeader, TraceStep
 from minigpt.tracing.tracer import trace
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -14,9 +14,8 @@ from minigpt.checkpoint.model_folder import read_model
 from minigpt.model.cache import KVCache
 from minigpt.model.gpt import GPT
 from minigpt.model.scores import causal_softmax, scaled_dot_score
-from minigpt.tracing.head_lists import select_heads
+from minigpt.tracing.head_lists import reduce_rows, select_heads
 from minigpt.tracing.recorder import RowRecorder
-from minigpt.tracing.rows import reduce_rows
 
 # The published numbers are float32 too, of another torch on another machine.
 CLOSE = {"rtol": 0, "atol": 1e-5}

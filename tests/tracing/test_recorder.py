@@ -15,9 +15,8 @@ from minigpt.generation.fast.quantize import quantize_int8
 from minigpt.model.cache import KVCache
 from minigpt.model.gpt import GPT
 from minigpt.tracing.analysis.recorder import MeasureRecorder
-from minigpt.tracing.head_lists import select_heads
+from minigpt.tracing.head_lists import reduce_rows, select_heads
 from minigpt.tracing.recorder import RowRecorder
-from minigpt.tracing.rows import reduce_rows
 
 EVERY_HEAD = select_heads(2, 4)
 

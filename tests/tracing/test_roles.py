@@ -23,8 +23,7 @@ from minigpt.tracing.analysis.roles import (
     role_tag,
 )
 from minigpt.tracing.analysis_config import AnalysisConfig
-from minigpt.tracing.events import TraceFooter, TraceHeader, TraceStep
-from minigpt.tracing.findings import ROLE_SCORES
+from minigpt.tracing.findings import ROLE_SCORES, TraceFooter, TraceHeader, TraceStep
 from minigpt.tracing.tracer import trace
 
 N_REPEATED = 16

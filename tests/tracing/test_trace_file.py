@@ -18,9 +18,9 @@ from small_traces import header_of, small_trace, step_of
 from minigpt.config import SamplingConfig
 from minigpt.errors import DataError
 from minigpt.tracing.analysis.reader import read_traces
-from minigpt.tracing.events import CONVENTION, Token, TraceEvent
+from minigpt.tracing.events import Token
 from minigpt.tracing.file import SCHEMA, to_json_line
-from minigpt.tracing.findings import Trace
+from minigpt.tracing.findings import CONVENTION, Trace, TraceEvent
 
 HOSTILE = [
     b"",

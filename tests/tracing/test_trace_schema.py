@@ -9,9 +9,8 @@ import pytest
 from jsonschema import Draft202012Validator
 from small_traces import small_trace
 
-from minigpt.tracing.events import TraceFooter
 from minigpt.tracing.file import SCHEMA, to_json_line
-from minigpt.tracing.findings import CauseCheck, Effect, Roles, Trace
+from minigpt.tracing.findings import CauseCheck, Effect, Roles, Trace, TraceFooter
 
 PATH = Path(__file__).resolve().parents[2] / "docs" / "trace.schema.json"
 VALIDATOR = Draft202012Validator(json.loads(PATH.read_text()))

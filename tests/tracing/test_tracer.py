@@ -16,12 +16,10 @@ from minigpt.generation.stream import stream_text
 from minigpt.model.cache import KVCache
 from minigpt.model.gpt import GPT
 from minigpt.text.tokenizer import BytesTokenizer
-from minigpt.tracing import tracer
 from minigpt.tracing.analysis_config import AnalysisConfig
-from minigpt.tracing.events import TraceEvent, TraceFooter, TraceHeader, TraceStep
-from minigpt.tracing.head_lists import HeadSelection, select_heads
+from minigpt.tracing.findings import TraceEvent, TraceFooter, TraceHeader, TraceStep
+from minigpt.tracing.head_lists import reduce_rows, select_heads
 from minigpt.tracing.recorder import RowRecorder
-from minigpt.tracing.rows import reduce_rows
 from minigpt.tracing.tracer import trace
 
 TOKENIZER = BytesTokenizer()
@@ -113,10 +111,10 @@ def test_sink_sources_and_rest_of_a_row_sum_to_1() -> None:
 def test_the_footer_reports_a_row_that_does_not_sum_to_1(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = iter(range(100))
 
-    def row(rows_LHS: Tensor, selection: HeadSelection, *, is_max: bool) -> Tensor:
-        return reduce_rows(rows_LHS, selection) * (1.5 if next(calls) == 2 else 1)
+    def weights_LHS(recorder: RowRecorder) -> Tensor:
+        return recorder.attention.weights_LBHS[:, 0] * (1.5 if next(calls) == 2 else 1)
 
-    monkeypatch.setattr(tracer, "reduce_rows", row)
+    monkeypatch.setattr(RowRecorder, "weights_LHS", property(weights_LHS))
     _, _, footer = traced(model_of(), SamplingConfig(max_new_tokens=5))
     assert footer.worst_row_sum_error == pytest.approx(0.5, abs=1e-6)
 

@@ -11,7 +11,7 @@ from minigpt.generation.decoder import Decoder
 from minigpt.model.gpt import GPT
 from minigpt.text.tokenizer import BytesTokenizer
 from minigpt.tracing.analysis_config import AnalysisConfig
-from minigpt.tracing.events import TraceStep
+from minigpt.tracing.findings import TraceStep
 from minigpt.tracing.tracer import trace
 
 EVERYTHING = AnalysisConfig(measure="both", has_heads=True, n_verified=2, roles=True, sink="auto")

@@ -14,8 +14,8 @@ from minigpt.errors import ConfigError, DataError
 from minigpt.text.tokenizer import BytesTokenizer
 from minigpt.tracing.analysis.reader import read_traces
 from minigpt.tracing.analysis_config import AnalysisConfig
-from minigpt.tracing.events import TraceFooter
 from minigpt.tracing.file import to_json_line
+from minigpt.tracing.findings import TraceFooter
 from minigpt.tracing.tracer import trace
 
 

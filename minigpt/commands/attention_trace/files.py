@@ -27,9 +27,8 @@ from minigpt.files import (
 )
 from minigpt.rings import ring
 from minigpt.tracing.analysis_config import facts_of
-from minigpt.tracing.events import TraceEvent, TraceFooter, TraceHeader, TraceStep
 from minigpt.tracing.file import to_json_line
-from minigpt.tracing.findings import Trace
+from minigpt.tracing.findings import Trace, TraceEvent, TraceFooter, TraceHeader, TraceStep
 from minigpt.tracing.lines import TraceLayout
 
 _PICTURES = ("svg", "png")
@@ -156,7 +155,7 @@ class FileOutput(TraceOutput):
         if is_kept:
             note(f"wrote {path}")
 
-    def show(self, events: Iterator[TraceEvent]) -> bool:
+    def show(self, events: Iterator[Any]) -> bool:
         """Show a trace as its events come; return whether it ended without Ctrl-C.
 
         Raises: as the base class; ConfigError if the trace lacks what a view needs; ResourceError
@@ -169,7 +168,7 @@ class FileOutput(TraceOutput):
             note(f"wrote {self._targets.dense}")
         return is_whole
 
-    def show_lines(self, event: TraceEvent) -> None:
+    def show_lines(self, event: Any) -> None:
         """Show an event as lines or JSON, if stdout shows that, and write it to --out."""
         if isinstance(event, TraceHeader):
             if self._digest is not None:

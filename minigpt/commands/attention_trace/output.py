@@ -16,6 +16,7 @@ from minigpt.rings import find_ring
 from minigpt.text.escape import JoinedTokens, visible
 from minigpt.tracing.events import TraceEvent, TraceFooter, TraceHeader, TraceStep
 from minigpt.tracing.lines import TraceLayout
+from minigpt.tracing.tracer import RECORDS
 
 
 class TraceOutput:
@@ -68,7 +69,8 @@ class TraceOutput:
                 try:
                     footer = events.throw(KeyboardInterrupt)
                 except KeyboardInterrupt:  # it had ended
-                    footer = TraceFooter(len(texts), None, time.perf_counter() - started, None)
+                    seconds = time.perf_counter() - started
+                    footer = RECORDS.TraceFooter(len(texts), None, seconds, None)
                 self.show_event(footer)
         self.end("".join(texts) if footer.n_tokens else None)
         if signal is not None:
@@ -80,7 +82,7 @@ class TraceOutput:
         if self._model is not None:
             show_model(self._model)
             self._model = None
-        against = event.against if isinstance(event, TraceHeader) else None
+        against = getattr(event, "against", None)  # of an analysis
         if against is not None and against.n_tokens > 1:
             first = f"{visible(against.data)}, the first of {against.n_tokens} tokens"
             note(f"--against {cut(against.text)}: compared with {first}")

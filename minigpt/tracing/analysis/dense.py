@@ -24,8 +24,8 @@ from minigpt.tracing.analysis.tally import CauseTally
 from minigpt.tracing.analysis_config import AnalysisConfig
 from minigpt.tracing.events import Row
 from minigpt.tracing.findings import Effect, Trace
-from minigpt.tracing.head_lists import select_heads
-from minigpt.tracing.rows import RowReader, reduce_rows
+from minigpt.tracing.head_lists import reduce_rows, select_heads
+from minigpt.tracing.rows import RowReader
 
 _HEADER_BYTES = 4096
 _LARGEST_WEIGHT = 1.01

@@ -24,7 +24,7 @@ from minigpt.tracing.analysis.measures import find
 from minigpt.tracing.analysis.rollout import Rollout
 from minigpt.tracing.analysis.tally import rank_correlation
 from minigpt.tracing.analysis_config import MEASURES, AnalysisConfig
-from minigpt.tracing.events import TraceFooter, TraceHeader, TraceStep
+from minigpt.tracing.findings import TraceFooter, TraceHeader, TraceStep
 from minigpt.tracing.head_lists import select_heads
 from minigpt.tracing.tracer import trace
 

@@ -24,8 +24,8 @@ from minigpt.rings import has_ring, ring
 from minigpt.tracing.analysis.tally import CauseTally
 from minigpt.tracing.analysis_config import AnalysisConfig, Knockout
 from minigpt.tracing.config import N_SOURCES
-from minigpt.tracing.events import Source, Token, TraceStep
-from minigpt.tracing.findings import Effect, Kept
+from minigpt.tracing.events import Source, Token
+from minigpt.tracing.findings import Effect, Kept, TraceStep
 from minigpt.tracing.head_lists import HeadSelection, select_heads
 
 _MAX_CACHE_BYTES = 2**28  # of all rows of a batch, where each needs a copy of the cache

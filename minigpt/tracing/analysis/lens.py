@@ -15,8 +15,7 @@ from torch import Tensor
 from minigpt.model.device import widest_float
 from minigpt.model.language_model import LanguageModel
 from minigpt.text.tokenizer import Tokenizer
-from minigpt.tracing.events import Candidate
-from minigpt.tracing.findings import Lens
+from minigpt.tracing.findings import Candidate, Lens
 
 _N_TOP = 3
 

@@ -8,8 +8,15 @@ from collections.abc import Sequence
 
 from minigpt.text.escape import visible
 from minigpt.tracing.analysis_config import KNOCKOUTS
-from minigpt.tracing.events import Candidate, TraceHeader, TraceStep
-from minigpt.tracing.findings import ROLE_SCORES, CauseCheck, Effect, Lens
+from minigpt.tracing.findings import (
+    ROLE_SCORES,
+    Candidate,
+    CauseCheck,
+    Effect,
+    Lens,
+    TraceHeader,
+    TraceStep,
+)
 from minigpt.tracing.lines import TraceLayout, name_of
 from minigpt.tracing.spans import SHARE_WIDTH, Line, cell_len, fit, heat, percent
 from minigpt.tracing.wrapping import SIGNED_WIDTH, fit_end, signed, upright_bar, wrapped

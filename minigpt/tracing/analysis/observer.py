@@ -2,27 +2,32 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
 
+from minigpt.config import SamplingConfig
 from minigpt.errors import ConfigError
+from minigpt.generation.decoder import Decoder, Step
 from minigpt.generation.forcing import continuation_ids
+from minigpt.generation.stream import TextStep
 from minigpt.model.cache import KVCache
 from minigpt.model.language_model import LanguageModel
 from minigpt.text.tokenizer import Tokenizer
+from minigpt.tracing import events
 from minigpt.tracing.analysis.knockout import Verifier
 from minigpt.tracing.analysis.lens import read_lens
+from minigpt.tracing.analysis.prompt_rows import prompt_steps, require_rows
 from minigpt.tracing.analysis.recorder import MeasureRecorder, require_measures
 from minigpt.tracing.analysis.roles import head_roles
 from minigpt.tracing.analysis.rollout import Rollout
 from minigpt.tracing.analysis.sink import SinkFinder
 from minigpt.tracing.analysis.workings import explained_heads, head_workings
 from minigpt.tracing.analysis_config import AnalysisConfig, Measure, facts_of
-from minigpt.tracing.events import Row, Token, TraceHeader, TraceStep
-from minigpt.tracing.findings import Alternative, HeadWorking
-from minigpt.tracing.head_lists import HeadSelection
-from minigpt.tracing.rows import reduce_rows
+from minigpt.tracing.events import Row, Token
+from minigpt.tracing.findings import Alternative, Candidate, HeadWorking, TraceStep
+from minigpt.tracing.head_lists import HeadSelection, reduce_rows, select_heads
 from minigpt.tracing.tracer import AttentionObserver
 
 
@@ -50,9 +55,9 @@ class AnalysisObserver(AttentionObserver):
         model: LanguageModel,
         config: AnalysisConfig,
         n_prompt: int,
+        sampling: SamplingConfig,
         *,
         tokenizer: Tokenizer,
-        max_new_tokens: int,
         special: bool = False,
     ) -> None:
         """Prepare to observe passes of a model; ``recorder`` must be given to all of them.
@@ -60,16 +65,27 @@ class AnalysisObserver(AttentionObserver):
         Args: as of ``tracer.trace``.
         Raises: ConfigError if the model cannot be traced with this config.
         """
+        self._has_prompt_rows = config.prompt_rows or sampling.max_new_tokens == 0
+        if self._has_prompt_rows:
+            require_rows(n_prompt)
+        sampling = replace(sampling, logprobs=max(sampling.logprobs, config.candidates))
         self._against: Alternative | None = None
         if config.against is not None:
             self._against = find_alternative(tokenizer, config.against, special=special)
-        super().__init__(model, config, n_prompt)
+        super().__init__(model, config, n_prompt, sampling)
+        if isinstance(config.sink, int) and config.sink >= max(n_prompt, 1):
+            raise ConfigError(
+                f"the sink must be a position of the prompt: it is {config.sink}, and the prompt "
+                f"has {n_prompt} tokens."
+            )
+        shape = model.config.n_attention_layer, model.config.n_head
+        self.selection = select_heads(*shape, layers=config.layers, heads=config.heads)
         require_measures(config)
         self._tokenizer = tokenizer
         self._verifier = Verifier(model, config) if config.n_verified else None
         self._rollout = self._sink_finder = None
         if config.reduce == "rollout":
-            n_positions = min(model.config.context_length, n_prompt + max_new_tokens)
+            n_positions = min(model.config.context_length, n_prompt + sampling.max_new_tokens)
             self._rollout = Rollout(self.selection, n_positions)
         if config.sink == "auto":
             self._sink_finder = SinkFinder(n_prompt)
@@ -85,9 +101,19 @@ class AnalysisObserver(AttentionObserver):
         if config.explain is not None:
             self._explained = explained_heads(model, config.explain)
 
-    def header(self, **facts: Any) -> TraceHeader:
+    def header(self, **facts: Any) -> events.TraceHeader:
         """Return the header; call it after the prefill."""
+        rule = "given" if self.config.sink else "first"
+        if self._sink_finder is not None:
+            self.sink, rule = self._sink_finder.sink(), "detected"
+        else:
+            self.sink = int(self.config.sink)
         return super().header(
+            selection=self.selection,
+            measures=self.config.measures,
+            reduce=self.config.reduce,
+            sink=self.sink,
+            sink_rule=rule,
             n_verified=self.config.n_verified,
             knockout=self.config.knockout,
             against=self._against,
@@ -96,26 +122,30 @@ class AnalysisObserver(AttentionObserver):
             **facts,
         )
 
-    def sink(self) -> tuple[int, str]:
-        """Return the position of the sink, and how it was chosen."""
-        if self._sink_finder is not None:
-            return self._sink_finder.sink(), "detected"
-        return super().sink()
+    def items(self, decoder: Decoder, generated: Iterator[TextStep]) -> Iterator[TextStep]:
+        """Return the steps to observe: those of the prompt's own tokens come first, if requested"""
+        if not self._has_prompt_rows:
+            return generated
+        return chain(prompt_steps(decoder, self.sampling.logprobs), generated)
 
     @torch.inference_mode()
-    def observe(self, tokens: Sequence[Token], target: int) -> dict[str, Any]:
-        """Return the last pass's row by each measure and, if requested, the logit lens."""
-        rows = tuple(self._row(measure, tokens, target) for measure in self.config.measures)
-        self.check(rows[0])
+    def observe(self, tokens: Sequence[Token], step: Step) -> dict[str, Any]:
+        """Return the last pass's row by each measure, the candidates, and the logit lens."""
+        tokenizer = self._tokenizer
+        rows = tuple(self._row(measure, tokens, step.token) for measure in self.config.measures)
+        is_weight = rows[0].measure == "weight"
+        self.check(rows[0], sums_to_one=is_weight and self.config.reduce != "max")
+        best = (Candidate(id_, tokenizer.token_bytes(id_), value) for id_, value in step.best)
+        observed = {"rows": rows, "candidates": tuple(best)}
         if not self.config.lens:
-            return {"rows": rows}
+            return observed
         residual_NC = self.recorder.residual_NC
-        return {"rows": rows, "lens": read_lens(self.model, residual_NC, target, self._tokenizer)}
+        return observed | {"lens": read_lens(self.model, residual_NC, step.token, tokenizer)}
 
     def _row(self, measure: Measure, tokens: Sequence[Token], target: int) -> Row:
         selection, facts = self.selection, facts_of(measure)
         against = None if self._against is None else self._against.id
-        ids = [token.id for token in tokens]
+        ids = [token.id for token in tokens] if "token" in facts.needs else []
         measured = self.recorder.measured(measure, ids, target, against)
         rows, parts = measured.rows, dict(measured.parts)
         if not facts.has_heads:
@@ -130,7 +160,9 @@ class AnalysisObserver(AttentionObserver):
                 reduced_S = reduced_S * selection.n_chosen  # summed
                 if not selection.is_all and parts:
                     parts["other_heads"] = rows.sum() - reduced_S.sum()
-            rows_RS = self.with_heads(reduced_S, rows)
+            rows_RS = reduced_S[None]
+            if self.config.has_heads:
+                rows_RS = torch.cat((rows_RS, rows.flatten(0, 1)))
         if measure != "weight" and facts.unit == "share":  # these need not sum to 1: normalize
             rows_RS = rows_RS / rows_RS.sum(dim=1, keepdim=True).clamp(min=1e-30)
         row = self.reader.row(
@@ -142,7 +174,7 @@ class AnalysisObserver(AttentionObserver):
         return replace(row, whole=whole, parts=dict(zip(parts, values, strict=True)))
 
     def verified(
-        self, steps: Iterator[TraceStep], tokens: Sequence[Token], cache: KVCache
+        self, steps: Iterator[Any], tokens: Sequence[Token], cache: KVCache
     ) -> Iterator[TraceStep]:
         """Yield steps with the effects of knockouts, which may wait for later steps."""
         if self._verifier is None:

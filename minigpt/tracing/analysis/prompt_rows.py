@@ -1,6 +1,6 @@
 """``--prompt-rows``: the tokens of the prompt as steps of a trace."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
@@ -10,9 +10,9 @@ from minigpt.generation.decoder import Decoder, Step, require_finite, to_host
 from minigpt.generation.stream import TextStep
 
 
-def require_rows(prompt: Sequence[int]) -> None:
+def require_rows(n_prompt: int) -> None:
     """Raise ConfigError if a prompt is too short to have a row."""
-    if len(prompt) == 1:
+    if n_prompt == 1:
         raise ConfigError(
             "the prompt has one token, and rows are those of the tokens after it. Give a longer "
             "prompt, or generate tokens without --prompt-rows."

@@ -98,7 +98,7 @@ class _Reader:
         if value["schema"] != SCHEMA:
             raise ValueError(f"its schema is {cut(value['schema'])}")
         self.tokens = [_token(token, i) for i, token in enumerate(_objects(value, "prompt"))]
-        self.steps: list[events.TraceStep] = []
+        self.steps: list[findings.TraceStep] = []
         n_layer, n_head = (_checked(value[name], int, name) for name in ("n_layer", "n_head"))
         if n_layer * n_head > _MOST_HEADS:
             raise ValueError(f"n_layer * n_head is {n_layer} * {n_head}, above {_MOST_HEADS}")
@@ -122,7 +122,7 @@ class _Reader:
         verified, all_ = value.get("verified_heads"), value["n_verified"] == "all"
         intervention = value.get("intervention")
         self.header = _read(
-            events.TraceHeader,
+            findings.TraceHeader,
             value,
             selection=select_heads(n_layer, n_head, heads=_checked(value["heads"], str, "heads")),
             measures=measures,
@@ -179,7 +179,7 @@ class _Reader:
             self.tokens.append(token)
         self.steps.append(
             _read(
-                events.TraceStep,
+                findings.TraceStep,
                 value | {"text": value["certain_text"], "finish": value["finish_reason"]},
                 index=len(self.steps),
                 token=token,
@@ -223,7 +223,7 @@ class _Reader:
 
     def trace(self, footer: dict[str, Any] | None) -> findings.Trace:
         """Return the whole trace; a footer of None means that it was interrupted."""
-        end = events.TraceFooter(len(self.tokens) - len(self.header.prompt), None, 0.0, None)
+        end = findings.TraceFooter(len(self.tokens) - len(self.header.prompt), None, 0.0, None)
         if footer is not None:
             reason = footer["finish_reason"]
             is_cut = reason == INTERRUPTED
@@ -232,7 +232,7 @@ class _Reader:
             if cause is not None:
                 cause = _read(findings.CauseCheck, _object(cause, "cause"))
             workings = tuple(map(self._working, _objects({"workings": []} | footer, "workings")))
-            end = _read(events.TraceFooter, footer, finish=finish, cause=cause, workings=workings)
+            end = _read(findings.TraceFooter, footer, finish=finish, cause=cause, workings=workings)
         return findings.Trace(self.header, tuple(self.steps), end)
 
     def _working(self, value: dict[str, Any]) -> findings.HeadWorking:
@@ -303,10 +303,10 @@ def _token(value: dict[str, Any], position: int) -> events.Token:
     return events.Token(position, _checked(value["token"], int, "token"), _bytes(value, "bytes"))
 
 
-def _candidates(value: dict[str, Any], name: str = "candidates") -> tuple[events.Candidate, ...]:
+def _candidates(value: dict[str, Any], name: str = "candidates") -> tuple[findings.Candidate, ...]:
     """Return a list of candidates; files before they existed have none."""
     return tuple(
-        events.Candidate(
+        findings.Candidate(
             _checked(one["token"], int, "token"),
             _bytes(one, "bytes"),
             _checked(one["log_probability"], float, "log_probability"),
@@ -344,7 +344,7 @@ def _objects(value: dict[str, Any], name: str) -> list[dict[str, Any]]:
 
 @cache
 def _type_hints(cls: type) -> dict[str, Any]:
-    others = {"InterventionConfig": Any}  # built by its own name
+    others = {"InterventionConfig": Any, "HeadSelection": Any}  # built by their own names
     return get_type_hints(cls, vars(events) | vars(findings) | vars(analysis_config) | others)
 
 

@@ -3,8 +3,7 @@
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from minigpt.tracing.events import TraceStep
-from minigpt.tracing.findings import CauseCheck
+from minigpt.tracing.findings import CauseCheck, TraceStep
 
 
 class CauseTally:

@@ -14,8 +14,8 @@ from minigpt.errors import ConfigError
 
 if TYPE_CHECKING:
     from minigpt.tracing.analysis_config import Measure
-    from minigpt.tracing.events import Row, TraceStep
-    from minigpt.tracing.findings import Trace
+    from minigpt.tracing.events import Row
+    from minigpt.tracing.findings import Trace, TraceStep
 
 FILE_VIEWS = ("page", "pictures")
 """Views that return the bytes of a file; every other one is for a terminal."""

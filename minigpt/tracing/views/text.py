@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from minigpt.text.escape import JoinedTokens, visible
 from minigpt.tracing.analysis_config import facts_of
-from minigpt.tracing.events import Row, Token, TraceStep
-from minigpt.tracing.findings import Trace
+from minigpt.tracing.events import Row, Token
+from minigpt.tracing.findings import Trace, TraceStep
 from minigpt.tracing.spans import Line, bar, cell_len, eighths, fit, heat, percent
 from minigpt.tracing.summary import measured
 from minigpt.tracing.views import DEFAULTS, ViewOptions

@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 from minigpt.config import SamplingConfig
 from minigpt.text.escape import JoinedTokens, printable, visible
 from minigpt.tracing.analysis_config import KNOCKOUTS, facts_of
-from minigpt.tracing.events import CONVENTION, Candidate, Row, TraceHeader, TraceStep
+from minigpt.tracing.events import Row
 from minigpt.tracing.file import ROW_FIELDS, WORKING_ARRAYS
-from minigpt.tracing.findings import Roles, Trace
+from minigpt.tracing.findings import CONVENTION, Candidate, Roles, Trace, TraceHeader, TraceStep
 from minigpt.tracing.summary import footer_lines, measured
 from minigpt.tracing.views import DEFAULTS, ViewOptions
 from minigpt.tracing.wrapping import one_line
