@@ -303,4 +303,5 @@ def test_a_graph_in_the_cache_is_used_and_named_without_a_flag(
     assert "decoding through the compiled graph in the cache; --no-compile" in cached.err
     assert cached.out == eager.out
     assert "compiled graph" not in run(*words, "--no-compile").err
-    assert "compiled graph" not in run(*words, "--num-samples", "2").err or command != "generate"
+    n_said = run(*words, "--num-samples", "2").err.count("compiled graph")
+    assert n_said == (command == "attention-trace")  # a batch has no compiled graph

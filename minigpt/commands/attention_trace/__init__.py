@@ -161,7 +161,9 @@ def attention_trace(
                 special=form.special,
                 dense=output.dense,
             )
-            is_whole = output.show(_after_compiling(events, ready, source.compile))
+            if seed == first_seed:
+                events = _after_compiling(events, ready, source.compile)
+            is_whole = output.show(events)
             note(f"seed {seed}")
             if not is_whole:
                 break
