@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minigpt.config import RunConfig
 from minigpt.model.gpt import GPT, Block
+from minigpt.model.language_model import model_class
 from minigpt.model.layers import MLP, GatedMLP
-from minigpt.model.scores import Score
 from minigpt.text.batches import NO_TARGET
 from minigpt.training.run import Run
 
@@ -26,19 +27,26 @@ BLOCK = 1 << 17
 """Logits whose loss is computed at a time, few enough for the cache of a core; at least 32 rows."""
 
 
+def is_fused(config: RunConfig, device_type: str, n_ranks: int) -> bool:
+    """Return whether a run's loss is computed here, if its step is not compiled.
+
+    It is not for other devices and models, with activation checkpointing, or on several ranks.
+    """
+    model = config.model
+    is_plain = model_class(model) is GPT and model.attention == "scaled_dot"
+    return is_plain and device_type == "cpu" and n_ranks == 1 and not config.training.recompute
+
+
 def fused_loss(run: Run, loss: nn.Module) -> Any:
     """Return what computes the loss of a run's model as its modules do, except for rounding.
 
-    None for other devices and models, with activation checkpointing, or on several ranks.
+    None if it is not fused.
 
     Args: loss, a ``TrainingLoss``.
     """
-    model = run.model
-    if run.device.type != "cpu" or run.world.size > 1 or run.config.training.recompute:
+    if type(run.model) is not GPT or not is_fused(run.config, run.device.type, run.world.size):
         return None
-    if type(model) is not GPT or any(type(each.score) is not Score for each in model.attentions):
-        return None
-    return FusedLoss(model, run.dtype, loss)
+    return FusedLoss(run.model, run.dtype, loss)
 
 
 class FusedLoss:

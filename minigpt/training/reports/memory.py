@@ -15,7 +15,7 @@ from minigpt.format import with_unit
 from minigpt.model.gpt import Block
 from minigpt.model.language_model import model_class
 from minigpt.model.layers import GatedMLP
-from minigpt.rings import load_class
+from minigpt.rings import find_ring, load_class
 from minigpt.training.optim import is_muon_parameter
 
 _FLOAT32 = 4
@@ -56,10 +56,16 @@ def estimate_memory(
     n_local = max(1, training.batch_size // n_ranks)
     n_tokens = min(training.micro_batch_size, n_local) * length
     stream = model.d_model * _FLOAT32
-    block = _block_bytes_per_token(model, dtype, length)
+    fused = find_ring("training.fused")
+    is_fused = bool(fused) and fused.is_fused(config, device_type, n_ranks)
+    block = _block_bytes_per_token(model, dtype, length, is_fused=is_fused)
     kept = n_tokens * model.n_layer * (stream if training.recompute else block)
-    # Log-probabilities, their gradients and those of the logits; then the final norm.
-    output = n_tokens * (model.vocab_size * (3 * _FLOAT32 + cast_bytes) + 3 * stream)
+    # Log-probabilities, their gradients and those of the logits, or fused, logits and their
+    # gradients; then the final norm.
+    per_logit = 2 * dtype.itemsize if is_fused else 3 * _FLOAT32 + cast_bytes
+    output = n_tokens * (model.vocab_size * per_logit + 3 * stream)
+    if is_fused:
+        output += _FLOAT32 * min(n_tokens * model.vocab_size, fused.BLOCK)
     hidden = 0
     if _has_hidden_values(model):
         n_hidden = n_tokens * length * model.n_head * model.d_head
@@ -90,14 +96,17 @@ def estimate_memory(
     return parts | {"total": sum(parts.values())}
 
 
-def _block_bytes_per_token(model: ModelConfig, dtype: torch.dtype, length: int) -> int:
+def _block_bytes_per_token(
+    model: ModelConfig, dtype: torch.dtype, length: int, *, is_fused: bool
+) -> int:
     """Return the bytes that one block keeps per token for its backward pass.
 
     Norms keep float32 values: input and output, RMSNorm the normalized input too, and a copy of
     the output in ``dtype``. The rest is in ``dtype``: queries, keys, values and context; with
     QK-norm, its inputs, normalized inputs and outputs; and the MLP's hidden values (gate, up,
     activation and product; not gated: up and activation). Some scores keep weights. An LSTM keeps
-    its gates and states.
+    its gates and states. A fused loss keeps of an RMSNorm the normalized input in float32 and the
+    output in ``dtype``, the inputs of queries, keys and values, and no activation of SwiGLU.
     """
     if model.arch != "gpt":
         n_values = _LSTM_VALUES + (_ATTENTION_VALUES if model.n_attention_layer else 0)
@@ -111,10 +120,15 @@ def _block_bytes_per_token(model: ModelConfig, dtype: torch.dtype, length: int) 
     per_norm += dtype.itemsize if dtype != torch.float32 else 0
     heads = (model.n_head + model.n_kv_head) * model.d_head
     attention = (5 if model.qk_norm else 2) * heads * dtype.itemsize
+    n_hidden = 4 if isinstance(block.mlp, GatedMLP) else 2
+    if is_fused and model.family == "llama":
+        per_norm = _FLOAT32 + dtype.itemsize
+        attention = heads * (3 * dtype.itemsize + _FLOAT32 * model.qk_norm)
+        n_hidden = {"silu": 3, "relu2": 5}.get(model.activation, n_hidden)
     if _has_hidden_values(model):
         attention += _ATTENTION_VALUES * model.n_head * model.d_head * _FLOAT32
     attention += block.attention.score.kept_per_weight * model.n_head * length * _FLOAT32
-    mlp = (4 if isinstance(block.mlp, GatedMLP) else 2) * model.d_mlp * dtype.itemsize
+    mlp = n_hidden * model.d_mlp * dtype.itemsize
     return n_norms * model.d_model * per_norm + attention + mlp
 
 
