@@ -108,6 +108,26 @@ def test_sink_sources_and_rest_of_a_row_sum_to_1() -> None:
         assert footer.worst_row_sum_error < 1e-6
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_plain_trace_and_the_analysis_give_the_same_rows(layout: str) -> None:
+    plain, analysed = (
+        traced(model_of(layout), SamplingConfig(max_new_tokens=6), has_heads=has_heads)
+        for has_heads in (False, True)
+    )
+    assert plain[0] == analysed[0]
+    for one, other in zip(plain[1], analysed[1], strict=True):
+        assert (one.row.heads, other.row.heads is None) == (None, False)
+        assert one.row.weights_S.tolist() == other.row.weights_S.tolist()
+        assert (one.row.sources, one.row.entropy) == (other.row.sources, other.row.entropy)
+
+
+def test_without_a_config_a_trace_of_no_new_tokens_has_rows_of_the_prompt() -> None:
+    sampling = SamplingConfig(max_new_tokens=0)
+    _, *steps, _ = trace(model_of(), TOKENIZER, PROMPT, sampling, seed=1)
+    tokens = [step.token.id for step in steps if isinstance(step, TraceStep)]
+    assert tokens == list(PROMPT[1:])
+
+
 def test_the_footer_reports_a_row_that_does_not_sum_to_1(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = iter(range(100))
 
