@@ -58,7 +58,7 @@ def tokenizer_from_json(
     if isinstance(added, list) and len(added) > _MOST_ADDED:
         raise CheckpointError(
             f"tokenizer.json has {len(added):,} added tokens, and at most {_MOST_ADDED:,} are "
-            "read. Choose another model."
+            "read. Remove from the file those that no text has."
         )
     if tokenizer := tiktoken_tokenizer(data, name, end_of_text_ids):
         return tokenizer

@@ -22,18 +22,19 @@ from minigpt.errors import CheckpointError, ConfigError, cut
 # cannot be wrong, since the shapes of all tensors are checked.
 _COMPUTATION = re.compile(
     r"""(?:^|[_.])(?:
-    act(?:_|$)|activation|alibi|attend|attention|attn|bidirectional|cap|causal|clamp|clip|conv|embed|embedding|eps|
+    act(?:_|$)|activation|alibi|attend|attention|attn|bidirectional|cap(?!tion)|causal|clamp|clip|conv(?!er)|embed|embedding|eps|
     epsilon|expert|factor|fourier|gate|gelu|global|glu|interpolat|kv_shar|layernorm|local|logit|
     loop|mamba|mask|memory|mix|moe|mrope|multipl|mup|nope|norm|ntk|parallel|position|qk|quant|
-    recurren|relu|residual|rmsnorm|rop|rotar|router|scal|shar|silu|sink|sliding|soft|sparse|
+    recurren|relu|residual|rmsnorm|rop|rotar|router|scal|shar(?!d)|silu|sink|sliding|soft|sparse|
     sparsity|ssm|swiglu|temperature|theta|window|yarn)""",
     re.VERBOSE | re.IGNORECASE,
 )
 # Of training, of generation, and of other tasks, although their names are like the above.
 _WORDS = """
-    attn_implementation encoder_no_repeat_ngram_size epsilon_cutoff eta_cutoff
-    experts_implementation gradient_checkpointing guidance_scale low_memory mask_token_id
-    num_logits_to_keep
+    attn_implementation clip_grad_norm encoder_no_repeat_ngram_size epsilon_cutoff eta_cutoff
+    experts_implementation gradient_checkpointing gradient_clip_norm guidance_scale
+    label_smoothing_factor local_dir local_files_only local_rank low_memory mask_token_id
+    max_grad_norm mixed_precision num_logits_to_keep
     output_attentions output_hidden_states output_logits output_router_logits temperature
     renormalize_logits router_aux_loss_coef use_flash_attention use_flash_attn
 """

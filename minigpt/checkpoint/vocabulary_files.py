@@ -10,6 +10,7 @@ from minigpt.checkpoint.byte_pair_json import tokenizer_file
 from minigpt.errors import CheckpointError
 from minigpt.files import read_bytes, read_json, resource_errors
 from minigpt.text.tokenizer_classes import (
+    beginning_with,
     class_parts,
     content,
     tokenizer_class,
@@ -103,7 +104,7 @@ def json_from_scores(data: Mapping[str, Any]) -> JSONValue:
             {"id": id_, "content": name, "special": True} | flags for id_, name in names.items()
         ],
         normalizer={"type": "Sequence", "normalizers": [prepend, replace]},
-        post_processor=_beginning_with("<s>", 1),
+        post_processor=beginning_with("<s>", 1),
         decoder={
             "type": "Sequence",
             "decoders": [
@@ -163,19 +164,6 @@ def json_from_merges(
             plain | {"special": True} | options[token] | {"id": ids[token], "content": token}
             for token in sorted(options, key=ids.__getitem__)
         ],
-        post_processor=_beginning_with(begin, ids[begin]) if begins else None,
-        **parts | {"model": model},
+        **parts
+        | {"model": model, "post_processor": beginning_with(begin, ids[begin]) if begins else None},
     )
-
-
-def _beginning_with(token: str, id_: int) -> JSONValue:
-    single = [
-        {"SpecialToken": {"id": token, "type_id": 0}},
-        {"Sequence": {"id": "A", "type_id": 0}},
-    ]
-    return {
-        "type": "TemplateProcessing",
-        "single": single,
-        "pair": [*single, {"Sequence": {"id": "B", "type_id": 1}}],
-        "special_tokens": {token: {"id": token, "ids": [id_], "tokens": [token]}},
-    }

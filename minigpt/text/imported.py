@@ -180,7 +180,7 @@ _NO_SPACE: Mapping[str, JSONValue] = {
 def _unsupported(what: str) -> CheckpointError:
     """Return the error for a tokenizer.json that cannot be used."""
     return CheckpointError(
-        f"tokenizer.json has {what}, which is not supported. Choose another model."
+        f"tokenizer.json has {what}, which is not supported. Remove that from the file."
     )
 
 

@@ -56,12 +56,14 @@ class PlainTokenizer(PreTrainedTokenizerFast):
 PLAIN_FILES = {f"{_PLAIN_MODULE}.py": _PLAIN_CODE}
 """The file with the class of PLAIN_CLASS, which runs with trust_remote_code only."""
 _END_OF_TEXT = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+_SENTENCEPIECE = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 _NAMED_TOKENS = {
     "GPT2Tokenizer": _END_OF_TEXT,
     "CodeGenTokenizer": _END_OF_TEXT,
     "GPTNeoXTokenizer": _END_OF_TEXT | {"pad_token": "<|padding|>"},
     "Qwen2Tokenizer": dict.fromkeys(("eos_token", "unk_token", "pad_token"), END_OF_TEXT),
-    "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+    "LlamaTokenizer": _SENTENCEPIECE,
+    "CodeLlamaTokenizer": _SENTENCEPIECE,
     "GemmaTokenizer": {
         f"{role}_token": f"<{role}>" for role in ("bos", "eos", "unk", "pad", "mask")
     },
@@ -172,9 +174,11 @@ def class_parts(name: str, config: Mapping[str, Any]) -> JSONValue | None:
             steps = [split, byte_level | {"use_regex": False}]
             splits = {"type": "Sequence", "pretokenizers": steps}
             return merged | {"normalizer": {"type": "NFC"}, "pre_tokenizer": splits}
-        case "LlamaTokenizer":
-            scheme = "always" if config.get("legacy") else "first"
+        case "LlamaTokenizer" | "CodeLlamaTokenizer":
+            is_code = name == "CodeLlamaTokenizer"
+            scheme = "always" if config.get("legacy") and not is_code else "first"
             is_prefixed = has_space is None or has_space
+            unknown = content(config.get("unk_token")) if is_code else None
             return {
                 "normalizer": None,
                 "pre_tokenizer": {
@@ -183,8 +187,8 @@ def class_parts(name: str, config: Mapping[str, Any]) -> JSONValue | None:
                     "prepend_scheme": scheme if is_prefixed else "never",
                     "split": False,
                 },
-                "decoder": _sequence([*decoders, strip] if is_prefixed else decoders),
-                "model": fallback,
+                "decoder": _sequence([*decoders, strip] if is_prefixed or is_code else decoders),
+                "model": fallback | {"unk_token": unknown},
             }
         case "GemmaTokenizer":
             space = {"String": " "}
@@ -216,14 +220,18 @@ def as_auto_tokenizer(folder: Path, data: Mapping[str, Any]) -> Mapping[str, Any
         if parts is None or model.get("type", "BPE") != "BPE" or "merges" not in model:
             return data
         changed = {**data, **parts, "model": model | parts["model"]}
+        ids = {token["content"]: token["id"] for token in data["added_tokens"]}
+        begin = content(config.get("bos_token"))
+        if name == "CodeLlamaTokenizer" and begin in ids:  # whatever add_bos_token is
+            changed["post_processor"] = beginning_with(begin, ids[begin])
         if _split(data) == _split(changed):
             return changed
     except (KeyError, TypeError, AttributeError):
         return data  # damaged: reading it raises the error
     by_file, by_class = _probed(data), _probed(changed)
-    if by_file is None or by_class is None or by_file == by_class:
+    if by_file is None or by_file == by_class:
         return changed
-    is_lossy = len(by_class[1]) > len(by_file[1])
+    is_lossy = by_class is None or len(by_class[1]) > len(by_file[1])
     what = (
         "loses characters of this vocabulary. tokenizer.json is followed instead"
         if is_lossy
@@ -271,6 +279,20 @@ def _with_named_tokens(data: Mapping[str, Any], config: Mapping[str, Any]) -> Ma
     if len(added) == len(known):
         return data
     return {**data, "added_tokens": sorted(added, key=lambda token: int(token["id"]))}
+
+
+def beginning_with(token: str, id_: int) -> JSONValue:
+    """Return the post-processor of a tokenizer.json that puts a token before each text."""
+    single = [
+        {"SpecialToken": {"id": token, "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+    ]
+    return {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": [*single, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {token: {"id": token, "ids": [id_], "tokens": [token]}},
+    }
 
 
 def content(token: Any) -> Any:

@@ -289,6 +289,8 @@ HARMLESS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     (LLAMA3, {"training_data": {"mix": [1, 2]}, "tags": ["a"], "n_ctx": 5, "is_mine": True}),
     (GPT2, {"num_key_value_heads": 4, "head_dim": 7, "rlhf": {"kl": 0.1}}),
     (GPT2, {"guidance_scale": 1.5, "low_memory": False, "temperature": 0.7}),
+    (GPT2, {"local_rank": 0, "caption": "x", "shard_size": 5, "converted_from": "y"}),
+    (LLAMA3, {"max_grad_norm": 1.0, "mixed_precision": "bf16", "label_smoothing_factor": 0.1}),
     (QWEN3, {"router_aux_loss_coef": 0.01, "output_attentions": True, "activity": "chat"}),
 ]
 
@@ -337,7 +339,9 @@ UNSUPPORTED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (QWEN3, {"layer_types": ["sliding_attention"] * 28}, "sliding_window is None"),
     (QWEN3, {"layer_types": ["chunked_attention"] * 28}, r"layer_types is \['chunked_attention'"),
     (QWEN3, {"layer_types": 5}, "layer_types is 5"),
-    (QWEN3, {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+    (QWEN3, {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5.* transformers too"),
+    (LLAMA3, {"shared_layers": 2}, "unknown field 'shared_layers'"),
+    (LLAMA3, {"logit_cap": 30.0}, "unknown field 'logit_cap'"),
     (QWEN3, {"rope_scaling": {"rope_type": "longrope"}}, "rope_scaling.rope_type is 'longrope'"),
     (QWEN3, {"rope_scaling": {"rope_type": ["yarn"]}}, "rope_scaling.rope_type is"),
     (QWEN3, {"rope_scaling": {"type": "default", "factor": 4.0}}, "rope_scaling.factor is 4.0"),

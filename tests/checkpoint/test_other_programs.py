@@ -102,6 +102,24 @@ def test_prompts_begin_as_those_of_auto_tokenizer_with_every_class_flag_and_post
         assert list(ours.separator) == begin, config
 
 
+@pytest.mark.parametrize("flags", [{}, {"add_bos_token": False}, {"bos_token": "</s>"}])
+@pytest.mark.parametrize("processor", ["none", "byte-level"])
+def test_code_llama_begins_with_its_token_whatever_the_folder_says(
+    transformers: Any, tmp_path: Path, processor: str, flags: dict[str, Any]
+) -> None:
+    data = FILES["llama2"]() | {"post_processor": PROCESSORS[processor]}
+    config = {"tokenizer_class": "CodeLlamaTokenizer", **flags}
+    for name, value in (("tokenizer", data), ("tokenizer_config", config)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(value))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    ours = read_tokenizer(tmp_path)
+    assert ours is not None
+    assert len(ours.prefix) == 1
+    for text in ("In 1984 we", "  x", "\u2581a"):
+        assert ours.encode_prompt(text) == theirs(text).input_ids
+
+
 def _byte_level_vocabulary(**changes: Any) -> dict[str, Any]:
     text = "In 1984 the king's I'LL de\u0301ja\u0300 vu 12345 3.14159 a  b   d <s>"
     encoding = train_bpe([text] * 9, 310).encoding
@@ -181,6 +199,7 @@ SPLITTING_CLASSES = [
     *(None, "PreTrainedTokenizerFast", "GPT2Tokenizer", "GPT2TokenizerFast", "LlamaTokenizer"),
     *("LlamaTokenizerFast", "Qwen2Tokenizer", "Qwen2TokenizerFast", "GemmaTokenizerFast"),
     *("GPTNeoXTokenizerFast", "CodeGenTokenizer", "CohereTokenizer", "UnknownTokenizer"),
+    "CodeLlamaTokenizer",
 ]
 MODEL_TYPES = [
     *("llama", "mistral", "gpt2", "qwen2", "qwen3", "gpt_neox", "gemma2", "gemma3_text"),
@@ -208,7 +227,8 @@ def test_text_is_split_as_the_class_that_auto_tokenizer_takes_does_it(
             config |= {"tokenizer_class": kind} if kind else {}
             (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
             theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
-            if not is_bytes and type(theirs).__name__ in _FOR_BYTES:
+            by_class = type(theirs).__name__
+            if by_class == "CodeLlamaTokenizer" if is_bytes else by_class in _FOR_BYTES:
                 continue  # it would lose characters: see the next test
             ours = read_tokenizer(tmp_path)
             assert ours is not None
@@ -221,7 +241,7 @@ def test_text_is_split_as_the_class_that_auto_tokenizer_takes_does_it(
 
 
 def test_a_class_that_splits_otherwise_is_named_and_one_that_loses_characters_is_not_followed(
-    transformers: Any, tmp_path: Path
+    transformers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def write(file: str, kind: str, model_type: str) -> Tokenizer:
         (tmp_path / "tokenizer.json").write_text(json.dumps(FILES[file]()))
@@ -239,6 +259,10 @@ def test_a_class_that_splits_otherwise_is_named_and_one_that_loses_characters_is
         str(tmp_path / "tokenizer.json")
     )
     assert tokenizer.encode("In 1984 we") == library.encode("In 1984 we").ids
+    text = json.dumps(FILES["own"]()).replace("<unk>", "<x>")
+    monkeypatch.setitem(FILES, "no-unk", lambda: json.loads(text))
+    with pytest.warns(MinigptWarning, match="GemmaTokenizer.*loses characters.*followed instead"):
+        write("no-unk", "GemmaTokenizer", "llama")  # transformers cannot encode any text
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         write("qwen2", "Qwen2Tokenizer", "qwen2")  # both say the same

@@ -38,6 +38,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "spaced": {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True},
     "padded": {"tokenizer_class": "GPT2TokenizerFast", "pad_token": "<pad>", "eos_token": "a"},
     "begun": {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True, "bos_token": "<s>"},
+    "neox": {"tokenizer_class": "GPTNeoXTokenizer"},
+    "neox-begun": {"tokenizer_class": "GPTNeoXTokenizerFast", "add_bos_token": True},
     "qwen2": {
         "tokenizer_class": "Qwen2Tokenizer",
         "eos_token": "<|im_end|>",

@@ -210,8 +210,14 @@ def unsupported(name: str, value: Any, supported: Any) -> CheckpointError:
 
 def check_fixed(name: str, value: Any, supported: Any) -> None:
     """Raise CheckpointError if a field of config.json is neither null nor the supported value."""
-    if value is not None and value != supported:
-        raise unsupported(name, value, supported)
+    if value is None or value == supported:
+        return
+    if name.endswith("partial_rotary_factor"):
+        raise CheckpointError(
+            f"config.json: {name} is {repr(value)[:80]}, but models of this type rotate whole "
+            "heads, in transformers too, which ignores it. Remove the field if that is meant."
+        )
+    raise unsupported(name, value, supported)
 
 
 def model_config_to_hf(config: ModelConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
