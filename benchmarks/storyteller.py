@@ -5,7 +5,8 @@
     python benchmarks/storyteller.py card ../shared/data        bits/byte, and twelve samples
 
 The card, checkpoints/storyteller/README.md, has the commands of the training itself. Every
-twentieth tale, every tenth of the short ones and four novels are held out whole. Hard-wrapped lines
+twentieth tale, every tenth of the short ones, four novels and the last 50 tales of the grammar are
+held out whole. Hard-wrapped lines
 are joined to paragraphs, so that the model does not learn to break lines.
 """
 
@@ -16,6 +17,8 @@ import re
 import sys
 import tempfile
 from pathlib import Path
+
+from tale_grammar import tell
 
 import minigpt
 
@@ -31,6 +34,8 @@ PIECE = 120
 """Paragraphs of a novel in one document, so that tales and novels alternate."""
 N_COPIED = 2_700_000
 """Letters of the texts that repeat themselves, 5 % of the mixture."""
+N_TOLD = 20_000
+"""Number of tales that tale_grammar.py tells, for the last run."""
 SAMPLES = [
     "Once upon a time",
     "There was once a king who",
@@ -118,15 +123,20 @@ def texts(data: Path) -> dict[str, list[str]]:
     others = other_pieces + ours + repeating[: len(repeating) // 2]
     draw.shuffle(others)
     short = read_tales()
-    simple = 8 * [tale for i, tale in enumerate(short) if i % 10 != 9]
-    simple += draw.sample(ours, 50) + repeating[-200:]
+    told = [tell(random.Random(i)) for i in range(N_TOLD)]
+    simple = told + 6 * [tale for i, tale in enumerate(short) if i % 10 != 9]
+    simple += ours + draw.sample(pieces, 150) + repeating[-200:]
     draw.shuffle(simple)
+    copied = told[:5000] + repeating[: len(repeating) // 2]
+    draw.shuffle(copied)
     return {
         "mixture": mixture,
         "with-copies": with_copies,
         "other-novels": others,
         "simple": simple,
+        "copied": copied,
         "short-tales-held-out": short[9::10],
+        "told-held-out": [tell(random.Random(N_TOLD + i)) for i in range(50)],
         "tales-held-out": tales[19::20],
         "novels-held-out": held_out,
     }
@@ -151,7 +161,7 @@ def card(data: Path) -> None:
     """Print the measurements and samples of the card in Markdown."""
     with tempfile.TemporaryDirectory() as folder:
         write_texts(data, Path(folder))
-        for name in ("tales-held-out", "novels-held-out", "short-tales-held-out"):
+        for name in ("tales-held-out", "novels-held-out", "short-tales-held-out", "told-held-out"):
             facts = minigpt.evaluate("storyteller", f"{folder}/{name}.jsonl")
             print(f"| {name} | {facts['bits_per_byte']:.3f} | {facts['n_tokens']:,} |")
     for seed, prompt in enumerate([*SAMPLES, *SAMPLES], 1):

@@ -1,5 +1,6 @@
 """The model that ships: its card, its size, and the numbers that it claims."""
 
+import random
 import re
 import runpy
 from pathlib import Path
@@ -12,6 +13,7 @@ from minigpt.generation.loading import load
 from minigpt.tracing.analysis.roles import head_roles
 
 ROOT = Path(__file__).resolve().parents[1]
+BENCHMARKS = ROOT / "benchmarks"
 MODEL = ROOT / "checkpoints" / "storyteller"
 CARD = (MODEL / "README.md").read_text(encoding="utf-8")
 
@@ -34,6 +36,24 @@ def test_it_tells_something() -> None:
     assert "".join(step.text for step in steps).strip()
 
 
+def test_a_name_of_its_prompt_comes_back() -> None:
+    prompt = "There was once a fox named Zilpo who lived in an old mill. One morning"
+    options = {"max_new_tokens": 60}
+    tales = [
+        "".join(step.text for step in minigpt.generate("storyteller", prompt, seed=seed, **options))
+        for seed in range(10)
+    ]
+    assert sum("Zilpo" in tale for tale in tales) >= 8
+
+
+def test_tales_of_the_grammar_are_whole_and_repeatable() -> None:
+    grammar = runpy.run_path(str(BENCHMARKS / "tale_grammar.py"))
+    tales = [grammar["tell"](random.Random(seed)) for seed in range(300)]
+    assert tales[0] == grammar["tell"](random.Random(0))
+    assert len(set(tales)) == len(tales)
+    assert not any(re.search(r"[\[\]{}|]|\b[Aa] [aeiou]|  ", tale) for tale in tales)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_it_has_an_induction_head(seed: int) -> None:
     layers = head_roles(load(MODEL).model, seed=seed)
@@ -42,9 +62,12 @@ def test_it_has_an_induction_head(seed: int) -> None:
     assert "head 4.1" in CARD
 
 
-def test_it_predicts_held_out_tales_as_its_card_says(shared: Path, tmp_path: Path) -> None:
-    script = runpy.run_path(str(ROOT / "benchmarks" / "storyteller.py"))
-    name = "short-tales-held-out"
+@pytest.mark.parametrize("name", ["short-tales-held-out", "told-held-out"])
+def test_it_predicts_held_out_tales_as_its_card_says(
+    name: str, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    script = runpy.run_path(str(BENCHMARKS / "storyteller.py"))
     claimed = re.search(rf"\| {name} \| ([\d.]+) \| ([\d,]+) \|", CARD)
     assert claimed
     script["write"](tmp_path, name, script["texts"](shared / "data")[name])
