@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 PROMPT = "Once upon a time"
+NAME = "There was once a fox named Zilpo. One morning"
 HOW_TO_READ = """
 How to read this:
   A line is a new token; prob is the probability that the model gave it.
@@ -24,7 +25,8 @@ How to read this:
 def main() -> None:
     name = time.strftime("demo-%Y%m%d-%H%M%S")
     page = f"{name}.html"
-    shipped = ["--model", "storyteller", "--seed", "4", "--temperature", "0.6", "--ignore-eos"]
+    shipped = ["--model", "storyteller", "--seed", "1", "--temperature", "0.6", "--ignore-eos"]
+    copying = ["--model", "storyteller", "--heads", "4.1", "--temperature", "0"]
     own = ["--model", name, "--seed", "1", "--temperature", "0.5", "--ignore-eos"]
 
     say("1. The model that ships tells a tale")
@@ -35,7 +37,10 @@ def main() -> None:
     print(HOW_TO_READ)
     print(f"The same, to click through, is {page}: open it in a browser.", flush=True)
 
-    say("3. A model of your own: one minute on 150 tales")
+    say("3. One head alone, which copies a name that it has never read")
+    minigpt("attention-trace", *copying, "--max-new-tokens", "5", NAME)
+
+    say("4. A model of your own: one minute on 150 tales")
     # With whole words in its vocabulary, the text is words even where a slow core does 40 steps.
     minigpt("train", "--name", name, "--tokenizer", "bpe:2048", "--max-minutes", "1")
     minigpt("generate", *own, "--max-new-tokens", "80", PROMPT)

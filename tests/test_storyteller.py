@@ -36,14 +36,35 @@ def test_it_tells_something() -> None:
     assert "".join(step.text for step in steps).strip()
 
 
-def test_a_name_of_its_prompt_comes_back() -> None:
-    prompt = "There was once a fox named Zilpo who lived in an old mill. One morning"
-    options = {"max_new_tokens": 60}
-    tales = [
-        "".join(step.text for step in minigpt.generate("storyteller", prompt, seed=seed, **options))
-        for seed in range(10)
-    ]
-    assert sum("Zilpo" in tale for tale in tales) >= 8
+# No text that it was trained on has these.
+NAMES = [
+    "Zilpo",
+    "Windundum",
+    "Jupuna",
+    "Querlo",
+    "Monuna",
+    "Gremapek",
+    "Winarbek",
+    "Soberuna",
+    "Jolobi",
+    "Piterlo",
+]
+
+
+def named(ablate: str | None) -> int:
+    """Return how many tales repeat the name in their prompt."""
+    n = 0
+    for name in NAMES:
+        prompt = f"There was once a fox named {name}. One morning"
+        options = {"temperature": 0, "max_new_tokens": 12, "ablate": ablate}
+        steps = minigpt.generate("storyteller", prompt, **options)
+        n += "".join(step.text for step in steps).startswith(f" {name}")
+    return n
+
+
+def test_it_repeats_names_that_it_has_never_read_unless_its_induction_head_is_ablated() -> None:
+    assert named(None) >= 7
+    assert named("4.1") <= 1
 
 
 def test_tales_of_the_grammar_are_whole_and_repeatable() -> None:
