@@ -9,6 +9,7 @@ N = B T, V vocabulary.
 """
 
 import itertools
+import warnings
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minigpt.config import RunConfig
+from minigpt.errors import MinigptWarning
 from minigpt.model.gpt import GPT, Block
 from minigpt.model.language_model import model_class
 from minigpt.model.layers import MLP, GatedMLP
@@ -40,13 +42,40 @@ def is_fused(config: RunConfig, device_type: str, n_ranks: int) -> bool:
 def fused_loss(run: Run, loss: nn.Module) -> Any:
     """Return what computes the loss of a run's model as its modules do, except for rounding.
 
-    None if it is not fused.
+    None if it is not fused; with a warning if the code of the model was changed.
 
     Args: loss, a ``TrainingLoss``.
     """
     if type(run.model) is not GPT or not is_fused(run.config, run.device.type, run.world.size):
         return None
+    if not _agrees(FusedLoss(run.model, torch.float32, loss), loss, run.model):
+        warnings.warn(
+            "the code of the model computes another loss than training/fused.py. Training takes "
+            "the model's, which is slower.",
+            MinigptWarning,
+            stacklevel=2,
+        )
+        return None
     return FusedLoss(run.model, run.dtype, loss)
+
+
+def _agrees(fused: "FusedLoss", loss: nn.Module, model: GPT) -> bool:
+    """Return whether two ways to a loss have the same gradients on a few tokens."""
+    length, n_vocab = min(8, model.config.context_length), model.config.vocab_size
+    tokens = torch.arange(length + 1)[None] % n_vocab
+    parameters, was_training = list(model.parameters()), model.training
+    model.eval()
+    found = []
+    with torch.autocast("cpu", enabled=False):
+        for loss_of in (fused, loss):
+            value = loss_of(tokens[:, :-1], tokens[:, 1:])
+            found.append(torch.autograd.grad(value, parameters, materialize_grads=True))
+    model.train(was_training)
+    rounding = 1e-4 * torch.stack([gradient.norm() for gradient in found[1]]).norm()
+    return not any(
+        (mine - right).norm() > 1e-3 * right.norm() + rounding
+        for mine, right in zip(*found, strict=True)
+    )
 
 
 class FusedLoss:

@@ -10,7 +10,8 @@ from small_models import random_tokens, small_model
 from small_runs import config_of, trainer_of
 from torch import Tensor
 
-from minigpt.model.gpt import GPT
+from minigpt.errors import MinigptWarning
+from minigpt.model.gpt import GPT, Block
 from minigpt.text.batches import NO_TARGET
 from minigpt.text.tokens import PreparedData
 from minigpt.training import fused
@@ -128,3 +129,20 @@ def test_other_scores_and_activation_checkpointing_use_the_modules(
         trainer = trainer_of(other, data, tmp_path / name)
         assert isinstance(trainer._loss_of, TrainingLoss)
         trainer.take_step()
+
+
+def halved(self: Block, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    return BLOCK_FORWARD(self, x * 0.5, *args, **kwargs)
+
+
+BLOCK_FORWARD = Block.forward
+
+
+def test_a_model_whose_code_was_changed_is_trained_by_its_modules(
+    data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert isinstance(trainer_of(config_of(), data, tmp_path / "same")._loss_of, fused.FusedLoss)
+    monkeypatch.setattr(Block, "forward", halved)
+    with pytest.warns(MinigptWarning, match="the code of the model computes another loss"):
+        trainer = trainer_of(config_of(), data, tmp_path / "changed")
+    assert not isinstance(trainer._loss_of, fused.FusedLoss)
