@@ -29,5 +29,6 @@ def duration(seconds: float) -> str:
 
 
 def count(number: float, noun: str) -> str:
-    """Return a number with its noun: 1 step, 12 steps."""
-    return f"{number:g} {noun}" if number == 1 else f"{number:g} {noun}s"
+    """Return a number with its noun: 1 step, 12 steps, 4,096 tokens."""
+    shown = f"{number:,}" if isinstance(number, int) else f"{number:g}"
+    return f"{shown} {noun}" if number == 1 else f"{shown} {noun}s"

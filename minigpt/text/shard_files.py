@@ -19,6 +19,7 @@ import numpy.typing as npt
 from minigpt.config import DataConfig
 from minigpt.errors import DataError
 from minigpt.files import WRITING, open_regular, read_bytes, sha256, sync_file, writing_aside
+from minigpt.format import count
 from minigpt.text.tokenizer import Tokenizer
 from minigpt.text.tokens import PreparedData, TextFacts, TokenDataset
 
@@ -140,7 +141,7 @@ class Manifest(TextFacts, Counts):
             )
         if self.skipped:
             yield (
-                f"skipped {self.n_skipped:,} characters that the vocabulary lacks "
+                f"skipped {count(self.n_skipped, 'character')} that the vocabulary lacks "
                 f"({_most_common({repr(c): n for c, n in self.skipped.items()})})"
             )
 
@@ -156,7 +157,7 @@ class StoredData(PreparedData):
 
 
 def _most_common(counts: Mapping[str, int]) -> str:
-    shown = [f"{text} {n:,} times" for text, n in Counter(counts).most_common(3)]
+    shown = [f"{text} {count(n, 'time')}" for text, n in Counter(counts).most_common(3)]
     return ", ".join(shown + (["..."] if len(counts) > len(shown) else []))
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from minigpt.format import count
 from minigpt.rings import ring
 from minigpt.text.escape import JoinedTokens, visible
 from minigpt.tracing.analysis_config import Measure, facts_of
@@ -82,9 +83,9 @@ def footer_lines(
     Args: n_rows, the number of steps. None for those of generated tokens alone.
     """
     n_given = 0 if n_rows is None else n_rows - footer.n_tokens
-    counts = [f"{footer.n_tokens} tokens"] if header.sampling.max_new_tokens else []
+    counts = [count(footer.n_tokens, "token")] if header.sampling.max_new_tokens else []
     if n_given:
-        counts.insert(0, f"{n_given} tokens of the prompt")
+        counts.insert(0, f"{count(n_given, 'token')} of the prompt")
     if header.sampling.max_new_tokens or footer.finish is None:
         counts.append(_ENDINGS[footer.finish])
     ending = f"{'; '.join(counts)}{_checks(footer)}."

@@ -339,7 +339,7 @@ UNSUPPORTED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (QWEN3, {"layer_types": ["sliding_attention"] * 28}, "sliding_window is None"),
     (QWEN3, {"layer_types": ["chunked_attention"] * 28}, r"layer_types is \['chunked_attention'"),
     (QWEN3, {"layer_types": 5}, "layer_types is 5"),
-    (QWEN3, {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5.* transformers too"),
+    (QWEN3, {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5.* transformers ignores"),
     (LLAMA3, {"shared_layers": 2}, "unknown field 'shared_layers'"),
     (LLAMA3, {"logit_cap": 30.0}, "unknown field 'logit_cap'"),
     (QWEN3, {"rope_scaling": {"rope_type": "longrope"}}, "rope_scaling.rope_type is 'longrope'"),

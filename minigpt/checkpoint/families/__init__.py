@@ -215,7 +215,7 @@ def check_fixed(name: str, value: Any, supported: Any) -> None:
     if name.endswith("partial_rotary_factor"):
         raise CheckpointError(
             f"config.json: {name} is {repr(value)[:80]}, but models of this type rotate whole "
-            "heads, in transformers too, which ignores it. Remove the field if that is meant."
+            "heads; transformers ignores it too, or fails. Remove the field if that is meant."
         )
     raise unsupported(name, value, supported)
 

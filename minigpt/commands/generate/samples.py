@@ -14,6 +14,7 @@ from minigpt.commands.loading import Ready, show_model
 from minigpt.commands.output import note
 from minigpt.config import SamplingConfig
 from minigpt.console import make_console, write_result
+from minigpt.format import count
 from minigpt.generation.decoder import Step
 from minigpt.generation.stream import TextStep
 from minigpt.text.escape import JoinedTokens, printable, visible
@@ -76,10 +77,10 @@ class Sample:
 
     def summary(self) -> str:
         """Return a line with its length, speed, seed and end."""
-        line = f"{len(self.steps)} tokens, {self.tokens_per_s:.4g} tok/s, seed {self.seed}"
+        line = f"{count(len(self.steps), 'token')}, {self.tokens_per_s:.4g} tok/s, seed {self.seed}"
         if forced := self._forced:
             log_probability = sum(step.log_probability for step in forced)
-            line += f"; ln p of the {len(forced)} forced tokens {log_probability:.2f}"
+            line += f"; ln p of the {count(len(forced), 'forced token')} {log_probability:.2f}"
         last = self.steps[-1].step if self.steps else None
         if last and last.n_slides:
             times = "once" if last.n_slides == 1 else f"{last.n_slides} times"
@@ -160,7 +161,7 @@ class SampleDisplay:
             return False
         if n_samples > 1:
             speed = n_tokens / (time.perf_counter() - began_at)
-            note(f"{n_samples} samples, {n_tokens} tokens, {speed:.4g} tok/s together")
+            note(f"{n_samples} samples, {count(n_tokens, 'token')}, {speed:.4g} tok/s together")
         return True
 
     def _begin(self, prompt: str, *, is_next: bool = False) -> None:

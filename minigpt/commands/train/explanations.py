@@ -71,7 +71,7 @@ def _saved(trainer: Trainer) -> Iterator[tuple[str, str]]:
 def _budget(trainer: Trainer) -> str:
     training, world = trainer.config.training, trainer.world
     epochs = f" ({count(training.max_epochs, 'epoch')})" if _ends_by_epochs(trainer) else ""
-    limits = [f"{training.max_steps} steps{epochs}"] if training.max_steps else []
+    limits = [count(training.max_steps, "step") + epochs] if training.max_steps else []
     limits += [duration(60 * training.max_minutes)] if training.max_minutes else []
     n_ranks = f"{world.size} x " if world.size > 1 else ""
     shards = ", weights in shards," if world.is_sharded else ""
@@ -119,7 +119,8 @@ def meaning(
         f"{n_tokens:,}, {math.log(n_tokens):.2f} nats/token",
     )
     n_val = len(trainer.val_tokens) - 1
-    if evaluation and evaluation.n_tokens < n_val:
+    is_chat = getattr(trainer.config.data, "chat", False)  # whose questions are not measured
+    if evaluation and evaluation.n_tokens < n_val and not is_chat:
         yield (
             "",
             f"measured on {evaluation.n_tokens:,} of {n_val:,} validation tokens; minigpt "
@@ -138,7 +139,8 @@ def meaning(
 def next_commands(trainer: Trainer) -> list[str]:
     """Return the shell commands that use a trained model."""
     config = trainer.config.model
-    words = ["--model", trainer.folder.path.name]
+    is_chat = getattr(trainer.config.data, "chat", False)  # a field of the ring of corpora
+    words = ["--model", trainer.folder.path.name, *(["--chat"] if is_chat else [])]
     try:
         if len(trainer.data.tokenizer.encode_prompt(_PROMPT)) <= config.context_length:
             words.append(_PROMPT)

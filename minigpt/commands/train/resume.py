@@ -13,6 +13,7 @@ from minigpt.commands.train.job import Job, Request, checked_name, notes_on, req
 from minigpt.commands.train.settings import one_budget
 from minigpt.config import DataConfig, RunConfig
 from minigpt.errors import CheckpointError, ConfigError, DataError, cut, nearest
+from minigpt.format import count
 from minigpt.rings import find_ring, ring
 from minigpt.settings import build, flat, merge, one_lr, read_toml, to_dict
 from minigpt.text.tokens import PreparedData, prepare
@@ -149,10 +150,8 @@ def _lifted_limit(saved: RunConfig, config: RunConfig, data: PreparedData) -> li
     if 0 < budget.max_steps <= n_steps:
         return []
     wanted = f"--max-steps {budget.max_steps}" if budget.max_steps else "--max-minutes"
-    return [
-        f"{wanted} lifts this run's limit of {epochs:.3g} epochs ({n_steps} steps): "
-        f"--max-epochs {epochs:.3g} keeps it"
-    ]
+    limits = f"{count(float(f'{epochs:.3g}'), 'epoch')} ({count(n_steps, 'step')})"
+    return [f"{wanted} lifts this run's limit of {limits}: --max-epochs {epochs:.3g} keeps it"]
 
 
 def resumed_notes(trainer: Trainer) -> Iterator[str]:
