@@ -36,10 +36,14 @@ def texts(
         each row that is skipped; None to refuse it.
     Raises: DataError for a row that is refused, or a file that is not of its format.
     """
+    has_objects = False
     for number, row in _ROWS[kind](file, name, data):
         try:
             if isinstance(row, BadRow):
                 raise row
+            if kind == "jsonl" and has_objects and isinstance(row, str):
+                raise _no_object(data.field)
+            has_objects = has_objects or isinstance(row, Mapping)
             text = _conversation(row) if data.chat else row_text(row, data.field)
         except BadRow as error:
             message = f"{_UNITS[kind]} {number} of {name!r} {error.reason}"
@@ -51,6 +55,10 @@ def texts(
             yield text
 
 
+def _no_object(field: str) -> BadRow:
+    return BadRow(f'is not an object with a "{field}" string')
+
+
 def row_text(row: object, field: str) -> str:
     """Return the text of a row.
 
@@ -59,7 +67,7 @@ def row_text(row: object, field: str) -> str:
     if isinstance(row, str):
         return well_formed(row)
     if not isinstance(row, Mapping):
-        raise BadRow(f'is not an object with a "{field}" string')
+        raise _no_object(field)
     text = _value(row, field)
     if isinstance(text, bytes):  # some programs write the texts of Parquet so
         with suppress(UnicodeDecodeError):
