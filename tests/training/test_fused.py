@@ -6,12 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from small_models import random_tokens, small_model
-from small_runs import config_of, trainer_of
+from small_runs import bits, config_of, differing, trainer_of
 from torch import Tensor
 
+from minigpt.config import ModelConfig
 from minigpt.errors import MinigptWarning
+from minigpt.model import gpt
+from minigpt.model.attention import Attention
 from minigpt.model.gpt import GPT, Block
+from minigpt.model.layers import GatedMLP, RMSNorm
+from minigpt.model.scores import Score
 from minigpt.text.batches import NO_TARGET
 from minigpt.text.tokens import PreparedData
 from minigpt.training import fused
@@ -131,18 +137,90 @@ def test_other_scores_and_activation_checkpointing_use_the_modules(
         trainer.take_step()
 
 
-def halved(self: Block, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    return BLOCK_FORWARD(self, x * 0.5, *args, **kwargs)
+def is_fused(layout: str, data: PreparedData, folder: Path) -> bool:
+    return isinstance(trainer_of(config_of(layout), data, folder)._loss_of, fused.FusedLoss)
 
 
-BLOCK_FORWARD = Block.forward
+BLOCK, ATTENTION, NORM = Block.forward, Attention.forward, RMSNorm.forward
+EDITS: dict[str, tuple[Any, str, Any]] = {
+    "block": (Block, "forward", lambda self, x, *args: BLOCK(self, x * 0.5, *args)),
+    "attention": (Attention, "forward", lambda self, x, *args: ATTENTION(self, x, *args) * 0.5),
+    "rotary": (Attention, "rotate", lambda self, x, rotary: x),
+    "queries": (Score, "fold", lambda self, q: q * 1.01),
+    "mlp": (GatedMLP, "forward", lambda self, x: self.down(self.gate(x).sigmoid() * self.up(x))),
+    "norm": (RMSNorm, "forward", lambda self, x: NORM(self, x) + 0.01),
+    "dropout": (Block, "forward", lambda self, x, *args: BLOCK(self, F.dropout(x, 0.1), *args)),
+    "embedding": (GPT, "embed", lambda self, tokens: self.embedding(tokens) * 5),
+    "loss": (
+        TrainingLoss,
+        "forward",
+        lambda self, inputs, targets, **options: F.cross_entropy(
+            self.model(inputs).flatten(0, 1), targets.flatten(), label_smoothing=0.01
+        ),
+    ),
+}
 
 
+@pytest.mark.parametrize("edit", EDITS)
 def test_a_model_whose_code_was_changed_is_trained_by_its_modules(
+    edit: str, data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first weights of a Llama hide all but the embedding: the outputs of branches are zero."""
+    monkeypatch.setattr(*EDITS[edit])
+    with pytest.warns(MinigptWarning, match="the code of the model computes another loss"):
+        assert not is_fused("llama", data, tmp_path)
+
+
+class Renamed(GatedMLP):
+    """An MLP with other names."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.w_1, self.w_2, self.w_3 = self.gate, self.up, self.down
+        del self.gate, self.up, self.down
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.w_3(self.activation(self.w_1(x)) * self.w_2(x))
+        return output
+
+
+def test_a_model_of_other_parts_is_trained_by_its_modules(
     data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert isinstance(trainer_of(config_of(), data, tmp_path / "same")._loss_of, fused.FusedLoss)
-    monkeypatch.setattr(Block, "forward", halved)
+    monkeypatch.setattr(gpt, "GatedMLP", Renamed)
     with pytest.warns(MinigptWarning, match="the code of the model computes another loss"):
-        trainer = trainer_of(config_of(), data, tmp_path / "changed")
-    assert not isinstance(trainer._loss_of, fused.FusedLoss)
+        assert not is_fused("llama", data, tmp_path)
+
+
+@pytest.mark.parametrize("layout", ["gpt2-tied", "qwen3"])
+def test_frozen_weights_stay_as_they_are(
+    layout: str, data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def frozen(self: Block, *args: Any) -> None:
+        build(self, *args)
+        self.mlp_norm.requires_grad_(False)
+        self.attention.key.weight.requires_grad_(False)
+
+    build = Block.__init__
+    monkeypatch.setattr(Block, "__init__", frozen)
+    trainer = trainer_of(config_of(layout, dropout=0.1), data, tmp_path)
+    assert isinstance(trainer._loss_of, fused.FusedLoss)
+    before = bits(trainer)
+    for _ in range(3):  # so that gradients reach all weights
+        trainer.take_step()
+    same = [name for name, value in trainer.model.named_parameters() if value.equal(before[name])]
+    assert same == [name for name in same if "mlp_norm" in name or "attention.key.weight" in name]
+    assert len(same) >= 4
+
+
+@pytest.mark.parametrize("layout", ["llama", "gpt2"])
+def test_the_check_of_the_code_changes_no_weight_and_no_random_number(
+    layout: str, data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(3)
+    before, state = bits(trainer_of(config_of(layout), data, tmp_path / "a")), torch.get_rng_state()
+    monkeypatch.setattr(fused, "fused_loss", lambda *run: None)
+    torch.manual_seed(3)
+    after = bits(trainer_of(config_of(layout), data, tmp_path / "b"))
+    assert not differing(before, after)
+    assert state.equal(torch.get_rng_state())
