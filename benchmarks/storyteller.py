@@ -2,12 +2,12 @@
 
     python benchmarks/storyteller.py texts ../shared/data OUT   the training texts, and the
                                                                 works that are held out
-    python benchmarks/storyteller.py card ../shared/data        bits/byte, and twelve samples
+    python benchmarks/storyteller.py card ../shared/data        bits/byte, repeated names, and
+                                                                twelve samples
 
 The card, checkpoints/storyteller/README.md, has the commands of the training itself. Every
-twentieth tale, every tenth of the short ones, four novels and the last 50 tales of the grammar are
-held out whole. Hard-wrapped lines
-are joined to paragraphs, so that the model does not learn to break lines.
+twentieth tale, every tenth of the short ones, four novels and 50 tales of the grammar are held out
+whole. Hard-wrapped lines are joined to paragraphs, so that the model does not learn to break lines.
 """
 
 import json
@@ -18,7 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tale_grammar import tell
+from tale_grammar import invented, tell
 
 import minigpt
 
@@ -35,7 +35,9 @@ PIECE = 120
 N_COPIED = 2_700_000
 """Letters of the texts that repeat themselves, 5 % of the mixture."""
 N_TOLD = 20_000
-"""Number of tales that tale_grammar.py tells, for the last run."""
+"""Number of tales of the grammar that the last three runs read from."""
+N_NAMES = 100
+"""Number of new names that the model is asked to repeat."""
 SAMPLES = [
     "Once upon a time",
     "There was once a king who",
@@ -157,10 +159,38 @@ def write_texts(data: Path, out: Path) -> None:
         write(out, name, documents)
 
 
+def new_names(documents: list[str]) -> list[str]:
+    """Return names of the kind that the grammar invents, none of which the documents have."""
+    known = {word for text in documents for word in re.findall(r"[A-Z][a-z]+", text)}
+    draw, names = random.Random(0), list[str]()
+    while len(names) < N_NAMES:
+        name = invented(draw, is_she=draw.random() < 0.5)
+        if name not in known | {*names}:
+            names.append(name)
+    return names
+
+
+def n_repeated(names: list[str], ablated: str | None) -> int:
+    """Return how many names the most probable continuation of a prompt begins with."""
+    n = 0
+    for name in names:
+        prompt = f"There was once a fox named {name}. One morning"
+        options = {"temperature": 0, "max_new_tokens": 12, "ablate": ablated}
+        steps = minigpt.generate("storyteller", prompt, **options)
+        n += "".join(step.text for step in steps).startswith(f" {name}")
+    return n
+
+
 def card(data: Path) -> None:
     """Print the measurements and samples of the card in Markdown."""
     with tempfile.TemporaryDirectory() as folder:
-        write_texts(data, Path(folder))
+        made = texts(data)
+        for name, documents in made.items():
+            write(Path(folder), name, documents)
+        read = (made[name] for name in made if not name.endswith("held-out"))
+        names = new_names([text for documents in read for text in documents])
+        for head in (None, "4.1", "3.2"):
+            print(f"without head {head}: {n_repeated(names, head)} of {N_NAMES} names repeated")
         for name in ("tales-held-out", "novels-held-out", "short-tales-held-out", "told-held-out"):
             facts = minigpt.evaluate("storyteller", f"{folder}/{name}.jsonl")
             print(f"| {name} | {facts['bits_per_byte']:.3f} | {facts['n_tokens']:,} |")

@@ -1,4 +1,4 @@
-"""Tell short tales by a grammar, and print some of them.
+"""Generate short tales from a grammar, and print some of them.
 
     python benchmarks/tale_grammar.py [N]
 
@@ -26,8 +26,7 @@ N_DRAWN = {
     "find": 1,
     "beast": 2,
 }
-"""Phrases of a tale by the list that they are drawn from; the second one of thing is thing2."""
-
+"""Number of phrases that a tale draws from each list; the second one of thing is ``{thing2}``."""
 
 BEGINNINGS = ("B", "D", "F", "G", "H", "K", "L", "M", "N", "P", "R", "S", "T", "V", "W", "Z")
 BEGINNINGS += ("Br", "Ch", "Fl", "Gr", "Pl", "Qu", "Sh", "Tr", "Y", "J", "")
