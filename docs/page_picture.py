@@ -23,8 +23,8 @@ from minigpt.tracing.views.page import to_html
 FOLDER = Path(__file__).parent
 SIZES = {"": (1280, 1130), "-phone": (390, 1600)}
 THEMES = ("", "-dark")
-N_TOKENS, SEED = 60, 4
-SHOWN = 18  # index of the generated token that is clicked
+N_TOKENS, SEED = 60, 2
+SHOWN = 7  # index of the generated token that is clicked
 N_COLOURS = 256
 
 

@@ -23,7 +23,7 @@ from minigpt.tracing.summary import footer_lines, header_lines
 from minigpt.tracing.views import ViewOptions, heads, matrix, pictures, text
 
 WIDTH, HEIGHT = 100, 40
-N_TOKENS, SEED = 24, 4
+N_TOKENS, SEED = 24, 2
 DOCS = Path(__file__).parent
 
 
