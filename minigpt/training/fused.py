@@ -334,19 +334,21 @@ class _CrossEntropy(torch.autograd.Function):
         is_counted = targets_N[:, None] != NO_TARGET
         targets = targets_N[:, None].where(is_counted, 0)
         weights = is_counted.float() if is_sum else is_counted / is_counted.sum()
-        gradient, losses = torch.empty_like(logits_NV), []
+        gradient, losses = torch.empty_like(logits_NV), torch.empty_like(weights)
         n_rows = max(32, BLOCK // logits_NV.shape[1])
-        parts = (part.split(n_rows) for part in (logits_NV, targets, weights, gradient))
-        for logits, target, weight, out in zip(*parts, strict=True):
-            x = logits.to(torch.float32, copy=True)
+        # One buffer: small tensors between those of each block would fragment the heap.
+        buffer = torch.empty_like(logits_NV[:n_rows], dtype=torch.float32)
+        parts = (part.split(n_rows) for part in (logits_NV, targets, weights, gradient, losses))
+        for logits, target, weight, out, loss in zip(*parts, strict=True):
+            x = buffer[: len(logits)].copy_(logits)
             x -= x.amax(1, keepdim=True)
             target_logit = x.gather(1, target)
             total = x.exp_().sum(1, keepdim=True)
-            losses.append((total.log() - target_logit) * weight)
+            torch.mul(total.log() - target_logit, weight, out=loss)
             x *= weight / total
             out.copy_(x.scatter_add_(1, target, -weight))
         ctx.save_for_backward(gradient)
-        return torch.cat(losses).sum()
+        return losses.sum()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from small_models import random_tokens, small_model
 from small_runs import bits, config_of, differing, trainer_of
 from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minigpt.config import ModelConfig
 from minigpt.errors import MinigptWarning
@@ -98,6 +100,33 @@ def test_cross_entropy_of_large_logits_is_finite_and_that_of_nan_is_not(dtype: t
     torch.testing.assert_close(fused._CrossEntropy.apply(logits, targets, False), expected)
     logits[0, 0] = torch.nan
     assert fused._CrossEntropy.apply(logits, targets, False).isnan()
+
+
+class LargeTensors(TorchDispatchMode):
+    """Keeps every large result, so that each has an address of its own."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.kept: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.kept += [x for x in pytree.tree_leaves(out) if isinstance(x, Tensor)]
+        return out
+
+    def count(self) -> int:
+        storages = [x.untyped_storage() for x in self.kept]
+        return len({x.data_ptr() for x in storages if x.nbytes() >= self.size})
+
+
+def test_cross_entropy_takes_one_buffer_for_all_blocks() -> None:
+    """A new one per block, between small tensors, takes as much memory as the logits."""
+    logits = torch.zeros(320, 5000)
+    with LargeTensors(32 * 5000 * 4) as large:
+        fused._CrossEntropy.apply(logits, torch.zeros(320).long(), False)
+    large.kept = [x for x in large.kept if x.untyped_storage().data_ptr() != logits.data_ptr()]
+    assert large.count() == 2  # with the gradient
 
 
 def test_a_run_uses_it_and_its_losses_are_those_of_the_modules(
