@@ -124,10 +124,11 @@ def main() -> None:
         after=", ".join(f"`{line}`" for line in AFTER),
     )
     for shot, same in itertools.groupby(shots, key=lambda named: named[1]):
-        names = " and ".join(name for name, _ in same)
+        *names, last = [name for name, _ in same]
+        names_in_words = f"{', '.join(names)} and {last}" if names else last
         text = shot.replace(str(ROOT), "https://.../minigpt").rstrip()
         text = re.sub(r"file:///\S+/minigpt", "file:///.../minigpt", text)
-        page += f"\n## After {names}\n\n```text\n{text}\n```\n"
+        page += f"\n## After {names_in_words}\n\n```text\n{text}\n```\n"
     PAGE.write_text(page, encoding="utf-8")
 
 
