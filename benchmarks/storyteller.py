@@ -160,7 +160,7 @@ def write_texts(data: Path, out: Path) -> None:
 
 
 def new_names(documents: list[str]) -> list[str]:
-    """Return names of the kind that the grammar invents, none of which the documents have."""
+    """Return invented names, as in the grammar's tales, that occur in none of the documents."""
     known = {word for text in documents for word in re.findall(r"[A-Z][a-z]+", text)}
     draw, names = random.Random(0), list[str]()
     while len(names) < N_NAMES:

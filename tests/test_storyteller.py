@@ -4,6 +4,7 @@ import random
 import re
 import runpy
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,20 +52,18 @@ NAMES = [
 ]
 
 
-def named(ablate: str | None) -> int:
-    """Return how many tales repeat the name in their prompt."""
-    n = 0
-    for name in NAMES:
-        prompt = f"There was once a fox named {name}. One morning"
-        options = {"temperature": 0, "max_new_tokens": 12, "ablate": ablate}
-        steps = minigpt.generate("storyteller", prompt, **options)
-        n += "".join(step.text for step in steps).startswith(f" {name}")
-    return n
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """benchmarks/storyteller.py, which made the texts and measures the model."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return runpy.run_path(str(BENCHMARKS / "storyteller.py"))
 
 
-def test_it_repeats_names_that_it_has_never_read_unless_its_induction_head_is_ablated() -> None:
-    assert named(None) >= 7
-    assert named("4.1") <= 1
+def test_it_repeats_names_that_it_has_never_read_unless_its_induction_head_is_ablated(
+    script: dict[str, Any],
+) -> None:
+    assert script["n_repeated"](NAMES, None) >= 7
+    assert script["n_repeated"](NAMES, "4.1") <= 1
 
 
 def test_tales_of_the_grammar_are_whole_and_repeatable() -> None:
@@ -85,10 +84,8 @@ def test_it_has_an_induction_head(seed: int) -> None:
 
 @pytest.mark.parametrize("name", ["short-tales-held-out", "told-held-out"])
 def test_it_predicts_held_out_tales_as_its_card_says(
-    name: str, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, script: dict[str, Any], shared: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    script = runpy.run_path(str(BENCHMARKS / "storyteller.py"))
     claimed = re.search(rf"\| {name} \| ([\d.]+) \| ([\d,]+) \|", CARD)
     assert claimed
     script["write"](tmp_path, name, script["texts"](shared / "data")[name])

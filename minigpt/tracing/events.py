@@ -42,7 +42,7 @@ class Source:
 
 
 _ROUNDING = 1e-6
-"""Largest float32 rounding error of the sum of a row."""
+"""A smaller ``Row.rest`` is float32 rounding, and is shown as 0."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -198,7 +198,7 @@ class DistributedWorld(World):
         return cast("Tensor", stack(result, Shard(0)).redistribute(placements=[held]).to_local())
 
     def close(self) -> None:
-        """Leave the process group at the end of a run."""
+        """Destroy the process group at the end of a run."""
         dist.destroy_process_group()
 
 

@@ -119,8 +119,8 @@ def meaning(
         f"{n_tokens:,}, {math.log(n_tokens):.2f} nats/token",
     )
     n_val = len(trainer.val_tokens) - 1
-    is_chat = getattr(trainer.config.data, "chat", False)  # whose questions are not measured
-    if evaluation and evaluation.n_tokens < n_val and not is_chat:
+    # The validation tokens of chats include questions, which are never measured.
+    if evaluation and evaluation.n_tokens < n_val and not _is_chat(trainer):
         yield (
             "",
             f"measured on {evaluation.n_tokens:,} of {n_val:,} validation tokens; minigpt "
@@ -136,11 +136,15 @@ def meaning(
         )
 
 
+def _is_chat(trainer: Trainer) -> bool:
+    """Return whether the text is conversations, a setting that the ring of corpora has."""
+    return getattr(trainer.config.data, "chat", False)
+
+
 def next_commands(trainer: Trainer) -> list[str]:
     """Return the shell commands that use a trained model."""
     config = trainer.config.model
-    is_chat = getattr(trainer.config.data, "chat", False)  # a field of the ring of corpora
-    words = ["--model", trainer.folder.path.name, *(["--chat"] if is_chat else [])]
+    words = ["--model", trainer.folder.path.name, *(["--chat"] if _is_chat(trainer) else [])]
     try:
         if len(trainer.data.tokenizer.encode_prompt(_PROMPT)) <= config.context_length:
             words.append(_PROMPT)
