@@ -22,16 +22,6 @@ from minigpt.text.sources import find_files
 from minigpt.text.tokenizer import BytesTokenizer
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working folder; cache and spool are beside it."""
-    work = tmp_path / "work"
-    for path in (work, tmp_path / "cache", tmp_path / "spool"):
-        path.mkdir()
-    monkeypatch.chdir(work)
-    return work
-
-
 def documents(*words: str, stdin: bytes = b"") -> list[Document]:
     beside = Path.cwd().parent
     files = find_files(

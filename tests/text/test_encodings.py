@@ -14,20 +14,13 @@ from minigpt.text.corpus import iter_documents
 from minigpt.text.sources import find_files
 from minigpt.text.tokens import prepare
 
+pytestmark = pytest.mark.usefixtures("folder")
+
 ENGLISH = "The king sat by the fire.\nHe had a daughter, and she had an owl.\n"
 FRENCH = "Le café était fermé, et la fille rêvait à côté.\nElle était là.\n" * 3
 QUOTED = "“The owl,” she said — “isn’t ours…”\nIt cost 5 €.\n"  # noqa: RUF001
 CHINESE = "世界上有一只猫头鹰。\n它住在树上。\n" * 20
 RUSSIAN = "Однажды жил король. У него была дочь.\n" * 20  # noqa: RUF001
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working folder; cache and spool are beside it."""
-    for name in ("work", "cache", "spool"):
-        (tmp_path / name).mkdir()
-    monkeypatch.chdir(tmp_path / "work")
-    return tmp_path
 
 
 def read(name: str, encoding: str = "utf-8") -> list[str]:

@@ -14,14 +14,7 @@ from minigpt.errors import DataError
 from minigpt.text.corpus import iter_documents
 from minigpt.text.sources import find_files
 
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working folder; cache and spool are beside it."""
-    for name in ("work", "cache", "spool"):
-        (tmp_path / name).mkdir()
-    monkeypatch.chdir(tmp_path / "work")
-    return tmp_path / "work"
+pytestmark = pytest.mark.usefixtures("folder")
 
 
 def read(*words: str, **options: object) -> tuple[list[str], str]:
