@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from copying import INDUCTION, copying_model, doubled
+from knocking_out import last_query_without
 from small_models import small_model
-from test_knockout import last_query_without
 from test_other_architectures import VARIANTS, model_of
 
 from minigpt.config import SamplingConfig

@@ -7,7 +7,7 @@ import pytest
 import torch
 from copying import CONTEXT, INDUCTION, PREVIOUS, copying_model, doubled
 from kept_attention import full_weights
-from small_models import LAYOUTS, small_model
+from small_models import LAYOUTS, random_tokens, small_model
 from torch import Tensor
 
 from minigpt.config import SamplingConfig
@@ -21,6 +21,7 @@ from minigpt.tracing.analysis.roles import (
     repeated_sequences,
     role_scores,
     role_tag,
+    without_heads,
 )
 from minigpt.tracing.analysis_config import AnalysisConfig
 from minigpt.tracing.findings import ROLE_SCORES, TraceFooter, TraceHeader, TraceStep
@@ -215,3 +216,18 @@ def test_a_copied_token_needs_its_source_and_not_the_controls(copier: GPT, kind:
             controls.append(control.change)
     assert np.mean(sources) < -10 * np.mean(np.abs(controls))
     assert max(sources) < -0.5, "every one of them"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
+def test_without_heads_equals_zeroed_columns_of_the_output_projection(layout: str) -> None:
+    model, planted = small_model(layout), small_model(layout)
+    tokens, d_head = random_tokens(2, 9), model.config.d_head
+    for layer, head in [(0, 1), (1, 0), (1, 3)]:
+        weight = planted.blocks[layer].attention.output.weight
+        weight[:, head * d_head : (head + 1) * d_head] = 0
+    before = model(tokens)
+    with without_heads(model, 0, [1]), without_heads(model, 1, [0, 3]):
+        torch.testing.assert_close(model(tokens), planted(tokens))
+        assert not torch.allclose(model(tokens), before)
+    assert torch.equal(model(tokens), before)

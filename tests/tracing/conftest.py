@@ -1,0 +1,13 @@
+"""Fixtures of the tests of knockouts."""
+
+import pytest
+
+from minigpt.tracing.analysis import knockout
+
+
+@pytest.fixture(params=["fast", "plain"])
+def knockout_step(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Compute knockouts through the decode step, or through the model's own forward."""
+    if request.param == "plain":
+        monkeypatch.setattr(knockout, "has_ring", lambda _: False)
+    return str(request.param)
