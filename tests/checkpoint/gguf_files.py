@@ -1,0 +1,34 @@
+"""Small models to write as GGUF files, and what gguf.GGUFReader reads of those."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from minigpt.checkpoint.model_folder import write_model
+from minigpt.config import ModelConfig
+from minigpt.model.language_model import model_class
+from minigpt.text.tokenizer import Tokenizer
+
+gguf = pytest.importorskip("gguf", reason="reads GGUF files with the package gguf")
+
+
+def folder_of(path: Path, tokenizer: Tokenizer | None = None, **shape: Any) -> Path:
+    small = {"context_length": 32, "n_layer": 2, "n_head": 4, "d_model": 64, "d_mlp": 40}
+    rows = {"vocab_size": tokenizer.vocab_size if tokenizer else 259}
+    config = ModelConfig(**(small | rows | shape))
+    model = model_class(config)(config)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.5, generator=generator)
+    write_model(path, model.eval(), tokenizer)
+    return path
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the metadata and the tensors of a GGUF file."""
+    reader = gguf.GGUFReader(path)
+    facts = {name: part.contents() for name, part in reader.fields.items()}
+    return facts, {tensor.name: tensor for tensor in reader.tensors}
