@@ -18,11 +18,20 @@ FILES = {"R": ["attention-trace", "--replay", "t.jsonl"]}
 FILES["D"] = ["attention-trace", "--diff", "t.jsonl", "t.jsonl"]
 
 
+@pytest.fixture(scope="module")
+def kept_trace() -> dict[str, bytes]:
+    """The file t.jsonl, once the first test has made it."""
+    return {}
+
+
 @pytest.fixture
-def place(trained: Path, workplace: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(trained: Path, workplace: Path, run: Run, kept_trace: dict[str, bytes]) -> Path:
     """A folder with the tiny run and the trace t.jsonl."""
     (workplace / "checkpoints").symlink_to(trained / "checkpoints")
-    assert run(*TRACE, "--out", "t.jsonl", "--verify", "1").code == 0
+    if not kept_trace:
+        assert run(*TRACE, "--out", "t.jsonl", "--verify", "1").code == 0
+        kept_trace["t.jsonl"] = Path("t.jsonl").read_bytes()
+    Path("t.jsonl").write_bytes(kept_trace["t.jsonl"])
     return workplace
 
 
