@@ -48,7 +48,11 @@ for line in sys.argv[1].replace("\\n  ", " ").strip().splitlines():
 
 
 @pytest.mark.parametrize(
-    "ring", [*(pytest.param(ring, marks=pytest.mark.slow) for ring in sorted(RINGS)), "all rings"]
+    "ring",
+    [
+        *(pytest.param(ring, marks=pytest.mark.slow) for ring in sorted(RINGS)),
+        pytest.param("all rings", marks=pytest.mark.integration),
+    ],
 )
 def test_the_three_jobs_work_without(ring: str, tmp_path: Path) -> None:
     paths = RINGS.get(ring) or [path for parts in RINGS.values() for path in parts]

@@ -59,6 +59,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return runpy.run_path(str(BENCHMARKS / "storyteller.py"))
 
 
+@pytest.mark.integration
 def test_it_repeats_names_that_it_has_never_read_unless_its_induction_head_is_ablated(
     script: dict[str, Any],
 ) -> None:
@@ -82,6 +83,7 @@ def test_it_has_an_induction_head(seed: int) -> None:
     assert "head 4.1" in CARD
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", ["short-tales-held-out", "told-held-out"])
 def test_it_predicts_held_out_tales_as_its_card_says(
     name: str, script: dict[str, Any], shared: Path, tmp_path: Path
