@@ -1,9 +1,11 @@
 """Print the core of minigpt in reading order, with line counts; --write puts it into the README.
 
 The core is every module that belongs to no ring; pyproject.toml, [tool.minigpt], names both the
-rings and the order of the core's parts.
+rings and the order of the core's parts. Lines of code are those that are not blank, and no comment
+or docstring.
 """
 
+import ast
 import sys
 import tomllib
 from pathlib import Path
@@ -26,7 +28,7 @@ def core_files() -> list[Path]:
 def table() -> str:
     """Return the reading order as a Markdown table."""
     left = core_files()
-    rows, total = [], 0
+    rows, total, total_code = [], 0, 0
     for part in _settings()["reading_order"]:
         files = [ROOT / "minigpt" / name for name in part["files"]]
         names = [f"`{name}`" for name in part["files"]]
@@ -35,18 +37,35 @@ def table() -> str:
         rest = [p for p in left if (p.parent == folder if is_top else folder in p.parents)]
         files += [path for path in rest if path not in files]
         left = [path for path in left if path not in files]
-        n_lines = sum(map(_n_lines, files))
-        total += n_lines
-        rows.append(f"| {part['what']} | {', '.join(names)} | {n_lines:,} |")
+        n_lines, n_code = sum(map(_n_lines, files)), sum(map(_n_code, files))
+        total, total_code = total + n_lines, total_code + n_code
+        rows.append(f"| {part['what']} | {', '.join(names)} | {n_lines:,} | {n_code:,} |")
     if left:
         names = ", ".join(str(path.relative_to(ROOT)) for path in left)
         raise SystemExit(f"[tool.minigpt] reading_order lacks {names}")
-    head = ["| read | files, most important first | lines |", "| --- | --- | ---: |"]
-    return "\n".join([*head, *rows, f"| the core | | {total:,} |"]) + "\n"
+    head = [
+        "| read | files, most important first | lines | of code |",
+        "| --- | --- | ---: | ---: |",
+    ]
+    return "\n".join([*head, *rows, f"| the core | | {total:,} | {total_code:,} |"]) + "\n"
 
 
 def _n_lines(path: Path) -> int:
     return len(path.read_text(encoding="utf-8").splitlines())
+
+
+def _n_code(path: Path) -> int:
+    text = path.read_text(encoding="utf-8")
+    docstrings = {
+        number
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+        for number in range(node.lineno, (node.end_lineno or node.lineno) + 1)
+    }
+    lines = enumerate(map(str.strip, text.splitlines()), 1)
+    return sum(bool(line) and not line.startswith("#") and n not in docstrings for n, line in lines)
 
 
 def _settings() -> dict:  # type: ignore[type-arg]
