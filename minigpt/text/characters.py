@@ -11,6 +11,8 @@ from itertools import pairwise
 
 COVERED = 0.995
 """Share of a text's characters that are whole tokens; those of ASCII always are."""
+LONGEST_LEARNED = 256
+"""Most bytes of a learned token: longer ones are repeats of one text, and take long to check."""
 
 
 def frequent_characters(texts: Iterable[str]) -> list[str]:
@@ -65,7 +67,7 @@ def joined_ranks(
         if len(ranks) == n_tokens:
             break
         is_new = token not in ranks and not _joins_parts_of_characters(token)
-        if is_new and len(_merged(token, ranks)) == 2:
+        if is_new and len(token) <= LONGEST_LEARNED and len(_merged(token, ranks)) == 2:
             ranks[token] = len(ranks)
     return ranks
 

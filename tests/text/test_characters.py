@@ -90,3 +90,10 @@ def test_a_learned_token_of_two_half_characters_is_left_out() -> None:
     ranks = joined_ranks(seeds, [b"\xa5\xe6", "\u65e5\u672c".encode(), b"ab"], 300)
     assert b"\xa5\xe6" not in ranks
     assert list(ranks)[-2:] == ["\u65e5\u672c".encode(), b"ab"]
+
+
+def test_repeated_characters_do_not_become_tokens_of_any_length() -> None:
+    # Each merge doubles the longest token of such a text, and its reach takes quadratic time.
+    tokenizer = make_tokenizer("bpe", ["─" * 5000 + "\n哈哈\n"])
+    lengths = [len(tokenizer.token_bytes(id_)) for id_ in range(tokenizer.vocab_size - 1)]
+    assert 64 < max(lengths) <= 256
