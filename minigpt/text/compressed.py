@@ -16,6 +16,7 @@ _MAGIC = {b"\x1f\x8b": ".gz", b"\xfd7zXZ\0": ".xz", b"BZh": ".bz2", b"\x28\xb5\x
 _OPENERS: dict[str, Callable[[BinaryIO], Any]] = {
     ".gz": gzip.open,
     ".xz": lzma.open,
+    ".lzma": lzma.open,
     ".bz2": bz2.open,
     ".zst": lambda file: io.BufferedReader(_ZstdFile(file)),
 }
@@ -41,13 +42,11 @@ def unpacked(packed: BinaryIO, packing: str, name: str) -> Iterator[BinaryIO]:
         if getattr(error, "errno", None):  # the disk's, not the format's
             raise
         packed.seek(0)
-        remedy = "Fetch it again."
+        remedy = "Get it again."
         if packing_of(packed.read(6)) != packing:
-            remedy = (
-                f"It does not begin as a {packing} file: fetch it again, or rename it if it is "
-            )
-            remedy += "not packed."
-        raise DataError(f"{name!r} cannot be unpacked: {error}. {remedy}") from None
+            remedy = f"It does not begin as a {packing} file: get it again, or rename it if it is "
+            remedy += "not compressed."
+        raise DataError(f"{name!r} cannot be decompressed: {error}. {remedy}") from None
 
 
 class _ZstdFile(io.RawIOBase):
@@ -64,7 +63,7 @@ class _ZstdFile(io.RawIOBase):
                 zstd = importlib.import_module("zstandard")
             except ImportError:
                 raise DataError(
-                    "files packed with Zstandard need Python 3.14 or zstandard: "
+                    "files compressed with Zstandard need Python 3.14 or zstandard: "
                     f"{install_extra('zstd')}"
                 ) from None
             self._new_frame = lambda: zstd.ZstdDecompressor().decompressobj()

@@ -17,6 +17,9 @@ from minigpt.text.corpus import Corpus, Document
 from minigpt.text.tokenizer import Tokenizer, well_formed
 from minigpt.text.tokens import CONTEXT_ONLY
 
+_ROLES = {"human": "user", "gpt": "assistant"}
+"""Roles of messages by the names that ShareGPT has for them."""
+
 
 def conversation_of_row(row: object) -> str:
     """Return the messages of a row of training data, as JSON: a list, or an object with tools too.
@@ -32,11 +35,14 @@ def conversation_of_row(row: object) -> str:
         for name, role in (("prompt", "user"), ("completion", "assistant")):
             value = row[name]
             if not isinstance(value, str | list):
-                raise DataError(f'has a "{name}" that is neither a text nor a list of messages')
+                raise DataError(f'has a "{name}" that is neither a string nor a list of messages')
             messages += [{"role": role, "content": value}] if isinstance(value, str) else value
+    if messages is None and isinstance(turns := row.get("conversations"), list):
+        messages = [_message(turn) for turn in turns]
     if not messages or not isinstance(messages, list):
         raise DataError(
-            'has no "messages", or "prompt" and "completion", or "instruction" and "output"'
+            'has no "messages", or "prompt" and "completion", or "instruction" and "output", or '
+            '"conversations"'
         )
     for message in messages:
         is_message = isinstance(message, Mapping) and isinstance(message.get("role"), str)
@@ -46,6 +52,13 @@ def conversation_of_row(row: object) -> str:
         raise DataError("has no message of the assistant")
     found = messages if tools is None else {"messages": messages, "tools": tools}
     return well_formed(json.dumps(found, ensure_ascii=False))
+
+
+def _message(turn: object) -> object:
+    """Return a turn of a list of "conversations" as a message; ShareGPT's have from and value."""
+    if not isinstance(turn, Mapping) or "role" in turn or not {"from", "value"} <= turn.keys():
+        return turn
+    return {"role": _ROLES.get(str(turn["from"]), turn["from"]), "content": turn["value"]}
 
 
 def _tools(tools: Any) -> Any:
@@ -64,7 +77,7 @@ def _instruction(row: Mapping[str, Any]) -> dict[str, str]:
     values = {name: row.get(name) for name in ("instruction", "input", "output")}
     for name, value in values.items():
         if not isinstance(value, str) and (name != "input" or value is not None):
-            raise DataError(f'has an "{name}" that is no text')
+            raise DataError(f'has an "{name}" that is not a string')
     parts = (values["instruction"], values["input"])
     prompt = "\n\n".join(part for part in parts if part)
     return {"prompt": prompt, "completion": str(values["output"])}

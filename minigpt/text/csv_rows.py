@@ -24,7 +24,7 @@ def _rows(stream: TextIO, name: str, data: DataConfig) -> Iterator[tuple[int, ob
     first = lines.peek()
     head = re.sub(r'"[^"]*"?', "", first)
     delimiter = max(",\t;|", key=head.count)
-    if named := re.fullmatch(r"\ufeff?sep=(.)\r?\n?", first):  # the first line, as of Excel
+    if named := re.fullmatch(r"\ufeff?sep=(.)\r?\n?", first):  # the first line, in files of Excel
         delimiter = named[1]
         next(lines)
     header: list[str] = []
@@ -45,7 +45,7 @@ def _rows(stream: TextIO, name: str, data: DataConfig) -> Iterator[tuple[int, ob
             if not cells:
                 continue
             if not header:
-                header = cells
+                header = [name.strip() for name in cells]
                 continue
             row = dict(zip(header, cells, strict=False))
             if len(cells) != len(header):

@@ -25,19 +25,23 @@ _NOT_CP1252 = re.compile(
     rb"[\x81\x8d\x8f\x90\x9d]|[a-z][\x80\x82-\x87\x89\x8b\x8e\x91\x93-\x95\x98\x99\x9b\xd5][a-z]"
 )
 _OTHER_KINDS = {
-    b"\x1f\x8b": "packed twice. Unpack it once",
+    b"\x1f\x8b": "compressed twice. Decompress it once",
     b"PAR1": "a Parquet file. Give --format parquet",
     b"%PDF": "a PDF. Extract its text: pdftotext OLD NEW",
     b"PK\x03\x04": "a ZIP archive, as .docx and .epub are. Unpack it, or save it as plain text",
     b"\xd0\xcf\x11\xe0": "an Office document. Save it as plain text",
     b"7z\xbc\xaf": "an archive. Unpack it",
+    b"PK\x05\x06": "an empty ZIP archive. Pass text files",
     b"Rar!": "an archive. Unpack it",
+    b"\x1f\x9d": "compressed by compress. Unpack it: uncompress OLD",
+    b"\x7fELF": "a program. Pass text files",
+    b"\x93NUMPY": "an array of NumPy. Pass text files",
     b"SQLite format 3": "a database. Export its text as CSV",
     b"\x89PNG": "a picture. Pass text files",
     b"\xff\xd8\xff": "a picture. Pass text files",
     b"GGUF": "the weights of a model. Pass text files",
 }
-"""First bytes of files that are no text, whatever their encoding: what they are, and the remedy."""
+"""First bytes of files that are not text in any encoding: what they are, and the remedy."""
 _NUL = r"Pass text files, or leave its NUL bytes out: tr -d '\000' < OLD > NEW"
 _TAR = slice(257, 262)
 _CONTROLS = re.compile(r"[\0-\x08\x0e-\x1f\ud800-\udfff]")
@@ -87,7 +91,8 @@ def refusal(file: BinaryIO, name: str, encoding: str, block_bytes: int) -> DataE
                 position = n_before + index
                 if wide_encoding(block):
                     return _not_utf8(name, position, advice(block, position))
-                return DataError(f"{name!r} looks binary: byte {position} is NUL. {_NUL}")
+                remedy = _NUL if _is_text_with_nul(block) else "Pass text files."
+                return DataError(f"{name!r} looks binary: byte {position} is NUL. {remedy}")
             text = decoder.decode(block, final=is_last)
         except UnicodeDecodeError as error:
             waiting = len(error.object) - len(block)
@@ -109,6 +114,16 @@ def refusal(file: BinaryIO, name: str, encoding: str, block_bytes: int) -> DataE
         n_before += len(block)
         n_chars += len(text)
     return DataError(f"{name!r} changed while it was read. Try again.")
+
+
+def _is_text_with_nul(data: bytes) -> bool:
+    """Return whether a part of a file without its NUL bytes is text in UTF-8."""
+    rest = data.replace(b"\0", b"")
+    try:  # the part may end in the middle of a character
+        text = codecs.getincrementaldecoder("utf-8")().decode(rest)
+    except UnicodeError:
+        return False
+    return len(rest) > len(data) / 2 and not _CONTROLS.search(text)
 
 
 def _other_kind(data: bytes) -> str:

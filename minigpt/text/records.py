@@ -20,9 +20,7 @@ LONGEST_CONVERSATION = 2**20
 """Most characters of a conversation, as JSON."""
 _N_SNIFFED = 10  # rows
 _N_FIELDS_SHOWN = 12
-_LONGEST_LABEL = (
-    80  # characters of a text that is not what a row is about, as a version or a source
-)
+_LONGEST_LABEL = 80  # characters of a string that is not what a row is about, such as a source
 _MISSING = object()
 _UNITS = {"jsonl": "line", "json": "item", "csv": "row", "parquet": "row"}
 
@@ -83,9 +81,9 @@ def row_text(row: object, field: str) -> str:
             name = shlex.quote(_names_of({field: text})[0])
             remedy = f"Name a field of it, as in --field {name}.{_if_rows(field.split('.'))}"
         raise BadRow(f'has no "{field}" string: it is {found}', remedy)
-    remedy = "Name another one with --field."
-    pairs = ({"messages"}, {"prompt", "completion"}, {"instruction", "output"})
-    if any(names <= row.keys() for names in pairs):
+    remedy = f"Name another one with --field{_longest_text(row)}."
+    pairs = ({"prompt", "completion"}, {"instruction", "output"})
+    if _has_messages(row) or any(names <= row.keys() for names in pairs):
         remedy = "Give --chat to read conversations."
     elif nested := _nested_lists(row):
         raise _a_nest(nested, field)
@@ -95,9 +93,33 @@ def row_text(row: object, field: str) -> str:
     raise BadRow(f'has no "{field}" string: {_fields_of(row)}', remedy)
 
 
+def _has_messages(row: Mapping[Any, Any]) -> bool:
+    """Return whether a row is a conversation: it has a list of messages with roles."""
+    return any(
+        isinstance(turns := row.get(name), list)
+        and turns
+        and isinstance(turns[0], Mapping)
+        and {role, content} <= turns[0].keys()
+        for name in ("messages", "conversations")
+        for role, content in (("role", "content"), ("from", "value"))
+    )
+
+
+def _longest_text(row: Mapping[Any, Any]) -> str:
+    """Return the field that may be the text, the longest string, as an example; else nothing."""
+    lengths = {key: len(value) for key, value in row.items() if isinstance(value, str)}
+    name = str(max(lengths, key=lambda key: lengths[key], default=""))
+    return f", as in --field {shlex.quote(name)}" if name and len(name) <= _LONGEST_LABEL else ""
+
+
 def _is_table(value: object) -> bool:
-    """Return whether a value is an object of objects with the same fields, which may be rows."""
+    """Return whether a value is an object whose values may be rows.
+
+    They are objects with the same fields, or more strings than a row has fields.
+    """
     rows = list(value.values()) if isinstance(value, Mapping) else []
+    if len(rows) > _N_FIELDS_SHOWN and all(isinstance(row, str) for row in rows):
+        return True
     return len(rows) > 1 and all(
         isinstance(r, Mapping) and r.keys() == rows[0].keys() for r in rows
     )
@@ -146,7 +168,8 @@ def _conversation(row: object) -> str:
     try:
         text: str = ring("text.conversations").conversation_of_row(row)
     except DataError as error:
-        if isinstance(row, Mapping) and "messages" not in row and (nested := _nested_lists(row)):
+        is_other = isinstance(row, Mapping) and not {"messages", "conversations"} & row.keys()
+        if is_other and (nested := _nested_lists(row)):
             raise _a_nest(nested, "messages") from None
         raise BadRow(str(error)) from None
     if len(text) > LONGEST_CONVERSATION:
@@ -186,7 +209,8 @@ def has_field(file: BinaryIO, kind: str, name: str, data: DataConfig) -> bool:
         _, row = next(_ROWS[kind](file, name, data), (0, None))
     except DataError:
         return True
-    names = ("messages", "prompt", "instruction") if data.chat else (data.field,)
+    chats = ("messages", "conversations", "prompt", "instruction")
+    names = chats if data.chat else (data.field,)
     return not isinstance(row, Mapping) or any(_value(row, n) is not _MISSING for n in names)
 
 

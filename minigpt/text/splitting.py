@@ -25,8 +25,8 @@ def split(corpus: Corpus) -> Corpus:
     for name, default in (("field", "text"), ("skip_bad", False)):
         if getattr(data, name) != default and not has_rows:
             raise ConfigError(
-                f"{name} is for files of rows, and {files[0].name!r} is text. Leave it out, or "
-                "name the format with --format."
+                f"--{name.replace('_', '-')} is for files of rows, and {files[0].name!r} is text. "
+                "Leave it out, or name the format with --format."
             )
     paths = [{file.path.resolve() for file in part} for part in (files, corpus.val_files)]
     if both := paths[0] & paths[1]:

@@ -247,7 +247,7 @@ def test_the_remedy_for_a_row_in_another_encoding_ends_before_that_of_skipping_i
         (
             "a.txt.gz",
             gzip.compress(gzip.compress(b"Once", mtime=0), mtime=0),
-            "is packed twice. Unpack it once.",
+            "is compressed twice. Decompress it once.",
         ),
         ("a.txt", b"On\0ce", r"leave its NUL bytes out: tr -d '\000' < OLD > NEW"),
     ],
@@ -262,3 +262,32 @@ def test_the_message_of_a_file_that_cannot_be_read_has_its_remedy(
 def test_parquet_that_is_called_text_is_named_as_what_it_is() -> None:
     Path("a.parquet").write_bytes(b"PAR1" + b"\0" * 50)
     assert "is a Parquet file. Give --format parquet" in refusal("a.parquet", format="text")
+
+
+def test_the_longest_string_of_a_row_is_proposed_as_its_text() -> None:
+    rows = [{"id": "a1", "body text": "It rained all day.", "n": 3}] * 3
+    Path("a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "--field 'body text'" in refusal("a.jsonl")
+    Path("b.jsonl").write_text('{"n": 3}\n' * 3)
+    assert "with --field." in refusal("b.jsonl")
+
+
+def test_messages_without_roles_are_not_told_to_be_a_chat() -> None:
+    rows = {"name": "Ann", "messages": [{"id": 1, "text": "hello"}, {"id": 2, "text": "bye"}]}
+    Path("chat.json").write_text(json.dumps(rows))
+    message = refusal("chat.json")
+    assert "--chat" not in message
+    assert "jq '.\"messages\"'" in message
+
+
+@pytest.mark.parametrize(
+    "turn", [{"from": "human", "value": "Hi"}, {"role": "user", "content": ""}]
+)
+def test_conversations_in_rows_are_told_to_be_a_chat(turn: dict[str, str]) -> None:
+    Path("chat.jsonl").write_text((json.dumps({"conversations": [turn]}) + "\n") * 3)
+    assert "--chat" in refusal("chat.jsonl")
+
+
+def test_an_object_of_many_strings_is_told_to_be_listed() -> None:
+    Path("a.json").write_text(json.dumps({str(i): f"Tale {i}." for i in range(20)}))
+    assert "jq '[.[]]'" in refusal("a.json")

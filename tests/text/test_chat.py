@@ -140,7 +140,7 @@ def test_a_row_of_instruction_and_output_is_one_of_prompt_and_completion(
     expected = conversation_of_row({"prompt": prompt, "completion": "3"})
     assert conversation_of_row(row) == expected
     for name in ("instruction", "output"):
-        with pytest.raises(DataError, match=f'"{name}" that is no text'):
+        with pytest.raises(DataError, match=f'"{name}" that is not a string'):
             conversation_of_row(row | {name: 3})
 
 
@@ -187,3 +187,20 @@ def test_tools_that_are_no_list_of_objects_are_refused() -> None:
     for tools in ("now", {"name": "now"}, [1], "[1"):
         with pytest.raises(DataError, match='has "tools" that are not a list of objects'):
             conversation_of_row({"messages": messages, "tools": tools})
+
+
+def test_turns_of_sharegpt_are_messages() -> None:
+    turns = [
+        {"from": "system", "value": "Be brief."},
+        {"from": "human", "value": "Hi"},
+        {"from": "gpt", "value": "Hello"},
+    ]
+    roles = ("system", "user", "assistant")
+    messages = [
+        {"role": role, "content": turn["value"]} for role, turn in zip(roles, turns, strict=True)
+    ]
+    expected = conversation_of_row({"messages": messages})
+    assert conversation_of_row({"conversations": turns}) == expected
+    assert conversation_of_row({"conversations": messages}) == expected
+    with pytest.raises(DataError, match="not an object with role and content"):
+        conversation_of_row({"conversations": ["Hi", "Hello"]})

@@ -298,7 +298,7 @@ def test_a_damaged_packed_file_is_a_data_error(folder: Path, name: str, pack) ->
     packed = pack(os.urandom(1000).hex().encode())
     for data in (packed[:-20], b"no " + packed):
         write(name, data)
-        assert f"'{name}' cannot be unpacked" in str(error(name))
+        assert f"'{name}' cannot be decompressed" in str(error(name))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")

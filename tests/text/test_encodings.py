@@ -121,7 +121,29 @@ def test_where_only_the_last_byte_is_not_ascii_both_readings_are_named() -> None
 
 def test_ascii_with_a_stray_nul_is_binary() -> None:
     Path("a.txt").write_bytes(ENGLISH.encode() + b"\0\0" + ENGLISH.encode())
-    assert "looks binary" in refusal("a.txt")
+    message = refusal("a.txt")
+    assert "looks binary" in message
+    assert "tr -d" in message
+
+
+def test_only_text_is_told_to_drop_its_nul_bytes() -> None:
+    for data in (bytes(5000), bytes(range(200)) * 20, b"RIFF" + bytes(range(256)) * 20):
+        Path("a.txt").write_bytes(data)
+        assert "tr -d" not in refusal("a.txt")
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (b"PK\x05\x06" + bytes(18), "an empty ZIP archive"),
+        (b"\x7fELF\x02\x01\x01" + bytes(99), "a program"),
+        (b"\x93NUMPY\x01\x00" + bytes(99), "an array of NumPy"),
+        (b"\x1f\x9d\x90" + bytes(99), "compressed by compress"),
+    ],
+)
+def test_other_files_are_named(data: bytes, kind: str) -> None:
+    Path("a.txt").write_bytes(data)
+    assert f"'a.txt' is {kind}" in refusal("a.txt")
 
 
 def test_a_utf8_file_with_one_damaged_byte_is_told_to_be_damaged() -> None:

@@ -4,6 +4,7 @@ import bz2
 import gzip
 import importlib.util
 import json
+import lzma
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -102,7 +103,7 @@ def test_zstandard_is_unpacked_by_suffix_and_content_and_a_cut_file_is_refused()
     assert Reading("a.jsonl.zst").texts == TEXTS
     assert Reading("-", stdin=packed).texts == TEXTS
     Path("cut.txt.zst").write_bytes(packed[:-3])
-    assert "'cut.txt.zst' cannot be unpacked" in refusal("cut.txt.zst")
+    assert "'cut.txt.zst' cannot be decompressed" in refusal("cut.txt.zst")
 
 
 def _zstd_compress() -> Callable[[bytes], bytes]:
@@ -193,3 +194,13 @@ def test_standard_input_cannot_be_read_twice() -> None:
     for paths, val in ((("-", "-"), ()), (("-",), ("-",))):
         with pytest.raises(ConfigError, match="can be read only once"):
             DataConfig(paths=paths, val=val)
+
+
+def test_lzma_files_are_read() -> None:
+    Path("a.txt.lzma").write_bytes(lzma.compress(b"One tale.", format=lzma.FORMAT_ALONE))
+    assert Reading("a.txt.lzma").texts == ["One tale."]
+
+
+def test_spaces_around_the_names_of_columns_are_dropped() -> None:
+    Path("a.csv").write_text("id, text \n1,One tale.\n2,Two tales.\n")
+    assert Reading("a.csv").texts == ["One tale.", "Two tales."]
