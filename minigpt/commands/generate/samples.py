@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.cells import cell_len
 
+from minigpt.commands.generate.wrapping import WrappedText
 from minigpt.commands.loading import Ready, show_model
 from minigpt.commands.output import note
 from minigpt.config import SamplingConfig
@@ -17,7 +18,7 @@ from minigpt.console import make_console, write_result
 from minigpt.format import count
 from minigpt.generation.decoder import Step
 from minigpt.generation.stream import TextStep
-from minigpt.text.escape import JoinedTokens, printable, visible
+from minigpt.text.escape import JoinedTokens, visible
 from minigpt.text.tokenizer import Tokenizer
 
 _SEPARATOR = "-" * 20
@@ -119,6 +120,7 @@ class SampleDisplay:
         self._ready, self._sampling = ready, sampling
         self._as_json, self._streams = as_json, streams and not as_json
         self._is_first = True
+        self._screen = WrappedText()
 
     def show(
         self,
@@ -148,14 +150,15 @@ class SampleDisplay:
                 sample.ended_at = time.perf_counter()
                 if item.step.index:  # the first tokens of one batch began at the same time
                     ready_at = time.perf_counter()
-                if item.sample == current:
+                if item.sample == current and self._streams:
                     self._write(item.text)
                 while current in samples and samples[current].finish:
                     self._end(samples.pop(current), about)
                     current += 1
                     if current < n_samples:
                         self._begin(shown_prompt, is_next=True)
-                        self._write(samples[current].text if current in samples else "")
+                        if current in samples and self._streams:
+                            self._write(samples[current].text)
         except KeyboardInterrupt:
             self._end(samples.get(current) or Sample(seed + current, began_at), about)
             return False
@@ -170,13 +173,20 @@ class SampleDisplay:
         if is_next:
             write_result(_SEPARATOR + "\n")
         # A terminal shows the prompt before the text; a pipe gets the text alone.
+        self._screen = WrappedText()
         if sys.stdout.isatty() and sys.stderr.isatty():
-            sys.stderr.write(printable(prompt))
+            self._screen.write(prompt, sys.stderr.write)
+            self._screen.flush(sys.stderr.write)
             sys.stderr.flush()
 
-    def _write(self, text: str) -> None:
-        if self._streams and text:
+    def _write(self, text: str, *, is_end: bool = False) -> None:
+        """Write generated text: as it is to a pipe, in lines of whole words to a terminal."""
+        if not sys.stdout.isatty():
             write_result(text)
+            return
+        self._screen.write(text, write_result)
+        if is_end:
+            self._screen.flush(write_result)
 
     def _end(self, sample: Sample, about: dict[str, Any]) -> None:
         tokenizer = self._ready.tokenizer
@@ -185,7 +195,8 @@ class SampleDisplay:
             facts |= {"sampling": asdict(self._sampling), "model": str(self._ready.folder)}
             write_result(json.dumps(facts) + "\n")
         else:
-            write_result(("" if self._streams else sample.text) + "\n")
+            self._write("" if self._streams else sample.text, is_end=True)
+            write_result("\n")
             for line in sample.probable(tokenizer):
                 make_console(is_stderr=True).print(line)
         note(sample.summary())
