@@ -5,6 +5,7 @@ python demo.py        in an environment that has minigpt (make demo, or install.
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -19,7 +20,11 @@ How to read this:
   sink is the first position, where heads look when nothing else matches.
   Then the tokens with the most attention, each with its position and share.
   Few bits: the attention is on few tokens. Many bits: it is spread out.
-  Attention is no cause: --n-verified 2 shows what changes without a token."""
+  Attention is not a cause: --n-verified 2 shows what changes without a token."""
+
+AFTER_A_MINUTE = """
+After a minute, the words are right, and there is no story yet. The model that
+ships had six hours and more text."""
 
 
 def main() -> None:
@@ -45,6 +50,7 @@ def main() -> None:
     minigpt("train", "--name", name, "--tokenizer", "bpe:2048", "--max-minutes", "1")
     minigpt("generate", *own, "--max-new-tokens", "80", PROMPT)
     minigpt("attention-trace", *own, "--max-new-tokens", "12", PROMPT)
+    print(AFTER_A_MINUTE, flush=True)
 
     activate = r".venv\Scripts\activate" if os.name == "nt" else ". .venv/bin/activate"
     say(f"Next, with a text of yours:\n  {activate}\n  minigpt train FILE")
@@ -52,11 +58,22 @@ def main() -> None:
 
 def minigpt(*words: str) -> None:
     """Show a command and run it."""
-    print(f"\n$ minigpt {shlex.join(words)}", flush=True)
+    print("\n$ " + " \\\n    ".join(shell_lines("minigpt", *words)), flush=True)
     program = Path(sys.executable).with_name("minigpt")  # Windows adds .exe itself
     ended = subprocess.run([program, *words]).returncode
     if ended:
         sys.exit(ended)
+
+
+def shell_lines(*words: str) -> list[str]:
+    """Return a command in lines that fit the terminal; the last two cells are for " \\"."""
+    room = shutil.get_terminal_size().columns - 6 if sys.stdout.isatty() else sys.maxsize
+    lines = [""]
+    for word in map(shlex.quote, words):
+        if lines[-1] and len(lines[-1]) + 1 + len(word) > room:
+            lines.append("")
+        lines[-1] += f" {word}" if lines[-1] else word
+    return lines
 
 
 def say(line: str) -> None:

@@ -3,15 +3,18 @@
     python install.py            what minigpt needs
     python install.py dev        what its tests need, too: the extras of pyproject.toml
 
-uv does it, since it chooses the build of PyTorch and shows its progress; with it goes what pip is
-configured for (mirrors, folders of wheels). Where uv cannot, pip does. Needs the standard library
-only.
+uv installs, since it can choose the build of PyTorch; it gets the settings of pip (mirrors, folders
+of wheels). If uv fails, pip installs. Needs the standard library only.
 """
 
 import os
+import queue
 import shlex
+import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -69,12 +72,50 @@ def main() -> None:
             )
         except FileNotFoundError:
             break
-        if tried.returncode == 0 and run(*install, env=environment).returncode == 0:
+        if tried.returncode == 0 and install_in_one_line(*install, env=environment):
             return
         if backend:
             say("  PyTorch's own index is out of reach; taking PyTorch from your package index")
     say("uv cannot install it, so pip does.")
     sys.exit(run(*pip, "install", *what).returncode)
+
+
+def install_in_one_line(*words, env: dict[str, str]) -> bool:
+    """Run uv, and show what it does in one line, not as a list of packages.
+
+    What it said is printed if it fails. Returns: whether it did its work.
+    """
+    said, doing, started = [], "", time.monotonic()
+    is_live, width = sys.stdout.isatty(), 0
+    command = [str(word) for word in words]
+    pipe = {"stderr": subprocess.PIPE, "text": True, "encoding": "utf-8", "errors": "replace"}
+    with subprocess.Popen(command, cwd=ROOT, env=env, **pipe) as process:
+        lines: queue.Queue[str] = queue.Queue()
+        reader = threading.Thread(target=lambda: [lines.put(line) for line in process.stderr])
+        reader.start()
+        while reader.is_alive() or not lines.empty():
+            try:
+                said.append(lines.get(timeout=0.25))
+                doing = current_task(said[-1]) or doing
+            except queue.Empty:
+                pass
+            if is_live:
+                width = max(shutil.get_terminal_size().columns - 1, 20)
+                line = f"  installing, {time.monotonic() - started:.0f} s: {doing}"
+                print(f"\r{line[:width]:<{width}}", end="", flush=True)
+    if is_live:
+        print(f"\r{'':<{width}}\r", end="")
+    if process.returncode:
+        say("".join(said))
+        return False
+    say(f"  installed in {time.monotonic() - started:.0f} s")
+    return True
+
+
+def current_task(line: str) -> str:
+    """Return a line of uv as what it is doing, empty for an entry of its list of packages."""
+    words = line.split()
+    return "" if not words or words[0] in "+-~" else " ".join(words)
 
 
 def run(*words, **options):

@@ -33,7 +33,7 @@ MARKS = {
 AFTER = [
     ". .venv/bin/activate",
     "minigpt attention-trace --model storyteller --seed 1 --n-verified 2 --max-new-tokens 6 "
-    "'The king'",
+    "'The king had three sons. The king'",
 ]
 HEAD = """# The first five minutes
 

@@ -159,6 +159,19 @@ def test_uv_gets_the_indexes_and_folders_that_pip_is_configured_for() -> None:
     assert uv_environment("") == {}
 
 
+@pytest.mark.parametrize("code", [0, 2])
+def test_installing_hides_the_list_of_packages_unless_it_fails(
+    code: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    install = runpy.run_path(str(ROOT / "install.py"))["install_in_one_line"]
+    program = "import sys; sys.stderr.write('Resolved 2 packages\\n + torch==2\\n'); sys.exit({})"
+    done = install(sys.executable, "-c", program.format(code), env=dict(os.environ))
+    shown = capfd.readouterr().out
+    assert done == (code == 0)
+    assert ("installed in" in shown) == done
+    assert ("+ torch==2" in shown) != done
+
+
 def test_install_and_demo_need_the_standard_library_only() -> None:
     for name in ("install.py", "demo.py"):
         imported = re.findall(r"^(?:from|import) (\w+)", (ROOT / name).read_text(), re.MULTILINE)
