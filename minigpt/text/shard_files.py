@@ -116,8 +116,8 @@ class Manifest(TextFacts, Counts):
     def validation(self, val_fraction: float) -> str:
         if not val_fraction or self.val_split not in ("documents", "own"):
             return super().validation(val_fraction)
-        kind = "whole documents" if self.val_split == "documents" else "a text of their own"
-        return f"{self.n_val_tokens:,} tokens, {kind}, validate"
+        kind = "in whole documents" if self.val_split == "documents" else "of a text of their own"
+        return f"validation on {self.n_val_tokens:,} tokens {kind}"
 
     def with_split(self, data: DataConfig) -> DataConfig:
         if self.val_split == "own":

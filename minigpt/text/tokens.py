@@ -39,8 +39,8 @@ class TextFacts:
 
     def validation(self, val_fraction: float) -> str:
         """Say which part of the text validates, for a run with this val_fraction."""
-        share = f"the last {val_fraction:.0%} validate"
-        return share if val_fraction else "all of it is trained on"
+        share = f"validation on the last {val_fraction:.0%}"
+        return share if val_fraction else "no validation"
 
     @property
     def n_skipped(self) -> int:
@@ -165,7 +165,7 @@ def prepare(
     and tokenized in memory, to the same tokens.
 
     Args: cache_dir, instead of the user's cache; tokenizer, instead of the one that ``data``
-        names; options, as of ``prepared_folders.prepare``.
+        names; options, as for ``prepared_folders.prepare``.
     Raises: ConfigError for an unknown tokenizer; DataError for a text that cannot be used; as
         ``prepared_folders.prepare``.
     """
@@ -177,7 +177,7 @@ def prepare(
 
 
 def prepare_in_memory(data: DataConfig, tokenizer: Tokenizer | None = None) -> PreparedData:
-    """Tokenize text files, each a document; the last tokens validate.
+    """Tokenize text files, each a document; the last tokens are for validation.
 
     Raises: DataError if a file cannot be read, is not UTF-8, or if all are empty.
     """

@@ -94,7 +94,7 @@ def test_evaluate_reads_what_training_reads(run: Run, trained: Path) -> None:
 
 def test_a_split_by_document_is_said_kept_by_resume_and_evaluated(run: Run) -> None:
     result = run("train", "good.jsonl", "--name", "split", *TINY)
-    assert "whole documents, validate" in result.err + result.out
+    assert "tokens in whole documents" in result.err + result.out
     best = RunFolder(Path("checkpoints/split")).best()
     assert best is not None
     assert "on; whole documents, about 10 %" in (best.folder / "README.md").read_text()
@@ -116,7 +116,7 @@ def test_a_split_by_document_is_said_kept_by_resume_and_evaluated(run: Run) -> N
 def test_without_validation_a_run_trains_on_all_and_evaluate_asks_for_data(run: Run) -> None:
     result = run("train", "good.jsonl", "--name", "all", "--val-fraction", "0", *TINY)
     assert result.code == 0
-    assert "all of it is trained on" in result.err + result.out
+    assert "no validation" in result.err + result.out
     refused = run("evaluate", "--model", "all")
     assert refused.code == 3
     assert "validates on none. Give DATA" in error_line(refused)
@@ -142,7 +142,7 @@ def test_a_prepared_folder_keeps_its_split_in_train_and_is_evaluated_whole(
     prepared(run, "good.jsonl", "--val-fraction", "0.3", "--out", "tokens")
     result = run("train", "tokens", "--name", "folder", *TINY)
     assert result.code == 0, result.err
-    assert "whole documents, validate" in result.err + result.out
+    assert "tokens in whole documents" in result.err + result.out
     refused = run("train", "tokens", "--name", "other", "--val-split", "tail", *TINY)
     assert refused.code == 2
     assert "was prepared to validate on documents of it, 0.3 of its bytes" in refused.err

@@ -4,6 +4,7 @@ import json
 import math
 import random
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -68,7 +69,7 @@ def test_a_larger_budget_leaves_the_same_model_once_the_text_is_learned(run: Run
 
 def test_the_last_lines_say_what_the_loss_means(run: Run) -> None:
     result = run("train", "corpus.txt", "--name", "said", "--max-steps", "20", *SHAPE)
-    said = re.search(r"perplexity ([\d.]+); of a uniform prediction (\d+),", result.err)
+    said = re.search(r"perplexity ([\d.]+): .*untrained: (\d+),", result.err)
     assert said
     assert float(said[1]) == pytest.approx(math.exp(best_of("said")["val_loss"]), rel=0.006)
 
@@ -109,3 +110,22 @@ def test_a_budget_that_lifts_the_limit_of_epochs_of_a_resumed_run_is_said(run: R
     )
     for words in ([], ["--max-steps", "12"], ["--max-steps", "90000", "--max-epochs", "2"]):
         assert "lifts" not in run(*resume, *words).err
+
+
+@pytest.mark.parametrize(
+    ("line", "starts"),
+    [
+        ("A shy hen went to the market. ", ("A shy hen went",)),
+        ("从前有一座山。山上有一座庙。庙里有个老和尚。", ("从前", "山上", "庙里")),
+        ("def area(w, h):\n    return w * h\n", ("def area(w, h):", "return w * h")),
+    ],
+)
+def test_the_proposed_prompt_is_an_opening_of_the_text(
+    run: Run, line: str, starts: tuple[str, ...]
+) -> None:
+    Path("mine.txt").write_text(line * 400)
+    result = run("train", "mine.txt", "--name", "mine", "--max-steps", "1", *SHAPE)
+    proposed = [line for line in result.err.splitlines() if " generate --model mine " in line]
+    text = shlex.split(proposed[0])[-1]
+    assert text.startswith(starts)
+    assert text in " ".join((line * 4).split())

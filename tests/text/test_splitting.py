@@ -105,7 +105,7 @@ def test_below_ten_documents_the_tail_validates(n: int, kind: str) -> None:
     train, val = data.tokens.split(0.1)
     if kind == "tail":
         assert len(train) == int(len(data.tokens) * 0.9)
-        assert data.manifest.validation(0.1) == "the last 10% validate"
+        assert data.manifest.validation(0.1) == "validation on the last 10%"
     else:
         assert len(val) == data.manifest.n_val_tokens
         assert "whole documents" in data.manifest.validation(0.1)
@@ -150,7 +150,7 @@ def test_val_in_data_or_with_a_fraction_is_refused() -> None:
 def test_fraction_0_trains_on_all() -> None:
     data = prepared(write("a.jsonl", TEXTS), val_fraction=0)
     assert parts(data, 0) == (TEXTS, [])
-    assert data.manifest.validation(0) == "all of it is trained on"
+    assert data.manifest.validation(0) == "no validation"
 
 
 def test_no_merge_is_learned_from_validation_documents() -> None:

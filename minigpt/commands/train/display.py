@@ -8,7 +8,7 @@ from minigpt.commands.status_line import LiveLines
 from minigpt.commands.train import explanations, samples
 from minigpt.commands.train.run import Display
 from minigpt.console import spans_to_text
-from minigpt.format import duration, short
+from minigpt.format import short
 from minigpt.rings import has_ring, ring
 from minigpt.text.escape import printable
 from minigpt.training.events import EvalEvent, Event, SampleEvent, StepEvent
@@ -75,7 +75,7 @@ class TrainingDisplay(ProgressLine, Display):
                 averaged = ", averaged" if event.is_averaged else ""
                 self._print(
                     f"step {event.step:>6}  val loss {event.val_loss:.4f} nats/token, "
-                    f"{event.bits_per_byte:.4f} bits/byte  after {duration(event.elapsed_s)}"
+                    f"{event.bits_per_byte:.4f} bits/byte  after {_clock(event.elapsed_s)}"
                     f"{averaged}"
                 )
                 if self.live:

@@ -1,8 +1,12 @@
 """What a training run is, what its numbers mean, and what to do with its model."""
 
 import math
+import re
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import replace
+
+import numpy as np
 
 from minigpt.checkpoint.folder import Pointer
 from minigpt.commands.process import command_line
@@ -18,7 +22,9 @@ _OVERFITTED = 0.6
 """Ratio of training to validation loss below which a model counts as overfitted."""
 _LEAST_GAP = 0.1
 """Difference of these losses, in nats/token, from which it does."""
-_PROMPT = "Once upon a time"
+_CHAT_PROMPT, _PROMPT = "Hello", "Once upon a time"
+_N_OPENING_TOKENS = 64
+_N_PROMPT_WORDS, _LONGEST_PROMPT = 4, 40
 
 
 def opening(trainer: Trainer) -> Iterator[tuple[str, str]]:
@@ -91,8 +97,8 @@ def _limits(trainer: Trainer) -> Iterator[str]:
         )
     if training.dropout_start and _ends_by_epochs(trainer) and not trainer.step:
         yield (
-            f"the text is read at most {training.max_epochs:.3g} times (--max-epochs): more did "
-            "not lower the validation loss of measured texts (docs/training.md)"
+            f"at most {count(training.max_epochs, 'epoch')} (--max-epochs): more did not lower the "
+            "validation loss of texts of this size (docs/training.md)"
         )
 
 
@@ -113,10 +119,11 @@ def meaning(
     """
     n_tokens, val_loss = trainer.config.model.vocab_size, best.facts["val_loss"]
     weights = "averaged weights; " if best.facts.get("is_averaged") else ""
+    perplexity = f"{math.exp(min(val_loss, 700)):.3g}"
     yield (
         "",
-        f"{weights}perplexity {math.exp(min(val_loss, 700)):.3g}; of a uniform prediction "
-        f"{n_tokens:,}, {math.log(n_tokens):.2f} nats/token",
+        f"{weights}perplexity {perplexity}: as uncertain as a choice between {perplexity} equally "
+        f"likely tokens (untrained: {n_tokens:,}, {math.log(n_tokens):.2f} nats/token)",
     )
     n_val = len(trainer.val_tokens) - 1
     # The validation tokens of chats include questions, which are never measured.
@@ -145,12 +152,37 @@ def next_commands(trainer: Trainer) -> list[str]:
     """Return the shell commands that use a trained model."""
     config = trainer.config.model
     words = ["--model", trainer.folder.path.name, *(["--chat"] if _is_chat(trainer) else [])]
+    prompt = _CHAT_PROMPT if _is_chat(trainer) else _opening_words(trainer) or _PROMPT
     try:
-        if len(trainer.data.tokenizer.encode_prompt(_PROMPT)) <= config.context_length:
-            words.append(_PROMPT)
+        if len(trainer.data.tokenizer.encode_prompt(prompt)) <= config.context_length:
+            words.append(prompt)
     except DataError:  # the vocabulary lacks a character of the prompt
         pass
     commands = [command_line("generate", *words)]
     if config.n_attention_layer:
         commands.append(command_line("attention-trace", *words))
     return commands
+
+
+def _opening_words(trainer: Trainer) -> str:
+    """Return the first words of a sentence or line of the held-out text, as a prompt; "" for none.
+
+    A model continues a text of its own kind best. Without a held-out text, they are the training
+    text's.
+    """
+    tokenizer = trainer.data.tokenizer
+    span = trainer.val_tokens if len(trainer.val_tokens) > 1 else trainer.train_tokens
+    n_tokens = min(_N_OPENING_TOKENS, len(span) - 1)
+    ids = span.windows(np.zeros(1, np.int64), n_tokens)[0].tolist()
+    text = tokenizer.decode(ids).strip("\ufffd")  # of characters that the window cuts
+    for special in tokenizer.special_ids:
+        text = text.replace(special, "\n")
+    if not text.startswith("\n"):  # in the middle of a document
+        text = re.split("\n|[.!?][\"'\u201d\u2019)]*\\s|[\u3002\uff01\uff1f]", text, maxsplit=1)[-1]
+    line = next(filter(str.strip, text.splitlines()), "")
+    words = line.split()[:_N_PROMPT_WORDS]
+    if words and unicodedata.east_asian_width(words[0][0]) in "WF":  # a script without spaces
+        words = [words[0][: 2 * _N_PROMPT_WORDS]]
+    prompt = " ".join(words)
+    is_plain = prompt.isprintable() and "\ufffd" not in prompt and not prompt.startswith("-")
+    return prompt if is_plain and len(prompt) <= _LONGEST_PROMPT else ""
