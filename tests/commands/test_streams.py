@@ -231,3 +231,12 @@ def test_a_full_device_and_closed_streams_give_no_traceback(workplace: Path) -> 
         full = shell("> /dev/full")
         assert full.returncode == 6
         assert re.fullmatch(r"error: No space left on device\. .*\n", full.stderr)
+
+
+def test_a_trace_names_its_model_once_on_a_terminal(
+    on_terminal: Callable[..., str], run: Run, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["attention-trace", "The king", "--temperature", "0", "--max-new-tokens", "2"]
+    monkeypatch.chdir(trained)
+    assert on_terminal(*words).count("step-000004") == 1
+    assert "step-000004" in run(*words).out  # which may be kept without stderr

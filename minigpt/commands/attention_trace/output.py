@@ -1,5 +1,6 @@
 """Traces on stdout: a line per token, as it is generated."""
 
+import sys
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
@@ -29,6 +30,7 @@ class TraceOutput:
         """Args: model, named on stderr when the first trace begins."""
         self.console = make_console(is_stderr=False)
         self._layout, self._model = layout, model
+        self._is_named = False  # the model, on stderr
         self._summary = find_ring("tracing.summary")
         self._joined = JoinedTokens()
         self._header: TraceHeader | None = None  # of the trace that is shown
@@ -81,7 +83,7 @@ class TraceOutput:
         """Show an event of a trace."""
         if self._model is not None:
             show_model(self._model)
-            self._model = None
+            self._model, self._is_named = None, True
         against = getattr(event, "against", None)  # of an analysis
         if against is not None and against.n_tokens > 1:
             first = f"{visible(against.data)}, the first of {against.n_tokens} tokens"
@@ -96,6 +98,8 @@ class TraceOutput:
             self._header, self._n_rows = event, 0
             if self._summary:
                 lines = self._summary.header_lines(event, width)
+                if self._is_named and sys.stdout.isatty() and sys.stderr.isatty():
+                    del lines[0]  # the model
                 lines += self._summary.legend(self._layout, event)
                 print_lines(self.console, [*lines, []])
             print_lines(self.console, [self._layout.heading()])
