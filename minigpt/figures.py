@@ -54,7 +54,7 @@ def our_style() -> AbstractContextManager[None]:
 def to_bytes(figure: "Figure", format: str, *, dpi: int = 150) -> bytes:
     """Return a figure as a file in a format such as ``svg``; equal figures give equal bytes."""
     picture = BytesIO()
-    # A fallback font without a bold face is no news.
+    # A fallback font may lack a bold face.
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
     with warnings.catch_warnings(), our_style():
         # Names and tokens may have characters that the font lacks.

@@ -148,7 +148,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or a folder as far as the system allows it; a missing one is no error."""
+    """Delete a file or a folder as far as the system allows it; a missing one is not an error."""
     shutil.rmtree(path, ignore_errors=True)
     with suppress(OSError):
         path.unlink(missing_ok=True)

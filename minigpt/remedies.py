@@ -26,7 +26,7 @@ _REMEDIES = {
 def disk_message(error: OSError, path: Path | None, remedy: str, writing: str) -> str | None:
     """Return the message of an error and its remedy; None for any other error.
 
-    Args: path and remedy, as of ``files.resource_errors``; writing, ``files.WRITING``.
+    Args: path and remedy, as for ``files.resource_errors``; writing, ``files.WRITING``.
     """
     advice = _REMEDIES.get(error.errno or 0, "")
     if writing in str(error.filename):  # in /proc, there is no file that one may create

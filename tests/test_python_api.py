@@ -92,8 +92,16 @@ def test_mistakes_are_refused_at_once(text: Path) -> None:
         (lambda: minigpt.train(text, resume=True), CheckpointError, "no run to resume"),
         (lambda: minigpt.evaluate("none", text), CheckpointError, "none"),
         (lambda: minigpt.evaluate("none", text, strid=3), ConfigError, "Did you mean stride?"),
-        (lambda: minigpt.generate(MODEL, ["a", 3], **OPTIONS), ConfigError, "all of one kind"),
-        (lambda: minigpt.trace(MODEL, ["a", [3]], **OPTIONS), ConfigError, "all of one kind"),
+        (
+            lambda: minigpt.generate(MODEL, ["a", 3], **OPTIONS),
+            ConfigError,
+            "all texts or all",
+        ),
+        (
+            lambda: minigpt.trace(MODEL, ["a", [3]], **OPTIONS),
+            ConfigError,
+            "all texts or all",
+        ),
         (lambda: minigpt.generate(MODEL, [], **OPTIONS), DataError, "empty"),
     ]
     for call, kind, message in cases:

@@ -166,3 +166,16 @@ def test_the_reading_order_names_the_core_with_its_line_counts() -> None:
     counts = [[int(n.replace(",", "")) for n in number.findall(text)] for text in (shown, now)]
     # Exact counts would make every change edit the README; `make format` writes them.
     assert counts[0] == pytest.approx(counts[1], rel=0.05), "run docs/reading_order.py --write"
+
+
+def test_options_that_the_pages_name_exist() -> None:
+    helps = "".join(p.read_text() for p in (ROOT / "tests" / "commands" / "help").glob("*.txt"))
+    known = set(re.findall(r"--[a-z][a-z-]+", helps.replace("--[no-]", "--")))
+    known |= {f"--no-{name}" for name in re.findall(r"--\[no-\]([a-z-]+)", helps)}
+    pages = ["README.md", *(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))]
+    for page in pages:
+        if page in ("docs/decoding.md", "docs/gpu.md", "docs/scaling.md", "docs/training.md"):
+            continue  # options of benchmarks and of other programs
+        text = re.sub(r".*(benchmarks/|tensorboard --).*", "", (ROOT / page).read_text())
+        named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
+        assert named <= known | {"--nproc-per-node"}, page

@@ -74,9 +74,7 @@ def canonical_names(config: ModelConfig, names: Iterable[str]) -> dict[str, str]
         if prefix and _IGNORED.fullmatch(full):
             continue
         if canonical.setdefault(full, name) != name:
-            raise CheckpointError(
-                f"the tensor {cut(full)} is there twice. Download the model again."
-            )
+            raise CheckpointError(f"the tensor {cut(full)} occurs twice. Download the model again.")
     return canonical
 
 
@@ -130,7 +128,7 @@ def canonical(config: ModelConfig) -> ModelConfig:
     try:
         again = model_config_from_hf(model_config_to_hf(config, None))
     except CheckpointError as error:
-        raise ConfigError(f"a model of type {kind} cannot be like this: {error}") from None
+        raise ConfigError(f"a model of type {kind} cannot have this config: {error}") from None
     for f in fields(ModelConfig):
         asked, has = getattr(config, f.name), getattr(again, f.name)
         if f.name != "hf_fields" and asked != has:

@@ -41,7 +41,7 @@ def read_windows(config: Mapping[str, Any], window: Any, types: Any) -> dict[str
     """Return the fields of config.json that ``window_of`` reads, none if no window hides anything.
 
     Args: window, in positions, or None; types, of each layer, or None if all slide.
-    Raises: CheckpointError if one of them is no window or no list of types.
+    Raises: CheckpointError if one of them is not a window or a list of types.
     """
     n_layer, context = config.get("num_hidden_layers"), config.get("max_position_embeddings")
     if types is not None:

@@ -1,4 +1,4 @@
-"""Warnings, and exceptions that are no errors of ours, as the user reads them."""
+"""Warnings, and exceptions of other packages, as the user reads them."""
 
 import os
 import sys

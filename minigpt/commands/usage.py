@@ -74,7 +74,7 @@ def _require_texts(ctx: Any, after: list[str], options: Mapping[str, Any]) -> No
 
 
 def _advice(ctx: Any, word: str) -> str:
-    """Return the remedy for a word that begins with a dash and is no option."""
+    """Return the remedy for a word that begins with a dash and is not an option."""
     parameters = ctx.command.get_params(ctx)
     has_argument = any(p.param_type_name == "argument" for p in parameters)
     if has_argument and (" " in word or not word.lstrip("-")[:1].isalpha()):
@@ -118,7 +118,7 @@ def _is_flag(parameter: Any) -> bool:
 def without_effect(config: Any, given: Mapping[str, Any]) -> list[str]:
     """Return a line for each given setting that other values of the config make void.
 
-    A field's own default, such as a limit of 0, is no wish.
+    A default of the field, such as a limit of 0, was not asked for.
 
     Args: given, what the user set, nested as the config is.
     """

@@ -116,7 +116,7 @@ def generate(
 def interventions_in(
     options: dict[str, Any],
 ) -> tuple["InterventionConfig | None", Prompt | None]:
-    """Take the interventions out of keyword arguments; second, a ``patch_from`` that is no text."""
+    """Take interventions out of keyword arguments; second, a ``patch_from`` that is not text."""
     configs = find_ring("intervention_config")
     if configs is None:
         return None, None
@@ -140,7 +140,7 @@ def intervened(
 ) -> tuple[LanguageModel, "InterventionConfig | None"]:
     """Return a model with interventions, and what they are; None if there are none.
 
-    Args: encode, which returns the tokens of a prompt; source, as of ``interventions_in``.
+    Args: encode, which returns the tokens of a prompt; source, as for ``interventions_in``.
     """
     if config is None or not config.is_any:
         return model, None
@@ -172,7 +172,7 @@ def prompts_of(prompt: Prompts) -> list[Prompt]:
         return list(prompt)  # type: ignore[arg-type]
     if any(is_text) or any(is_nested):
         raise ConfigError(
-            "a list of prompts holds texts, or lists of token ids, all of one kind. Pass the "
+            "a list of prompts must be all texts or all lists of token ids. Pass the "
             "others in another call."
         )
     return [prompt]  # type: ignore[list-item]
@@ -226,7 +226,7 @@ def prompt_ids(
         for token in prompt:
             if isinstance(token, bool) or not hasattr(token, "__index__"):
                 raise ConfigError(
-                    f"a token id is a whole number: the prompt has {cut(token)}, of type "
+                    f"token ids must be integers: the prompt has {cut(token)}, of type "
                     f"{type(token).__name__}."
                 )
         return [int(token) for token in prompt], tokenizer  # type: ignore[arg-type]

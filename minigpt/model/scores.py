@@ -22,7 +22,7 @@ class Score(nn.Module):
     """The scaled dot product of queries and keys, q . k / sqrt(D).
 
     Subclasses that change only the queries, in ``fold``, keep its fused kernel. Others override
-    ``score``, ``weights`` and ``attend`` and declare that they are no dot product. All methods
+    ``score``, ``weights`` and ``attend`` and declare that they are not dot products. All methods
     but ``fold`` take queries that went through ``fold``.
 
     Source: Vaswani et al. 2017, arXiv:1706.03762, equation 1; groups: Ainslie et al. 2023,
@@ -60,7 +60,7 @@ class Score(nn.Module):
         return scaled_dot_score(q_BHTD, k_BGSD)
 
     def weights(self, q_BHTD: Tensor, k_BGSD: Tensor, visible_BS: Tensor | None = None) -> Tensor:
-        """Return the causal attention weights: (B, H, T, S), float32. Args: as of ``attend``."""
+        """Return the causal attention weights: (B, H, T, S), float32. Args: as for ``attend``."""
         # Autocast would round scores to bfloat16, as the fused kernel does not.
         with torch.autocast(q_BHTD.device.type, enabled=False):
             return causal_softmax(self.score(q_BHTD, k_BGSD), visible_BS, self.window)
@@ -73,7 +73,7 @@ class Score(nn.Module):
         Args: visible_BS, false for keys that no query of a sequence may attend to.
         """
         n_query, n_key = q_BHTD.shape[2], k_BGSD.shape[2]
-        # Constants: computed from n_query, symbolic under torch.compile, they would be no bools.
+        # Constants: computed from n_query, symbolic under torch.compile, they would not be bools.
         mask, is_causal = None, True
         # SDPA's own causal mask is aligned upper-left; after a cached prefix it must be
         # lower-right, so that the last query sees every key.

@@ -81,7 +81,7 @@ def train_bpe(
     (see characters.py).
 
     Args: vocab_size, number of all tokens: 256 bytes, the merges, ``<|endoftext|>`` last; n_seeds,
-        the most tokens to spend on characters, by default half of those that are no bytes.
+        the most tokens to spend on characters, by default half of those that are not bytes.
     Raises: ConfigError if vocab_size leaves no room for a merge.
     Source: Sennrich et al. 2016, arXiv:1508.07909.
     """

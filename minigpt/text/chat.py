@@ -286,7 +286,7 @@ def templates_of(folder: Path) -> dict[str, str]:
     except (TypeError, KeyError):
         raise CheckpointError(
             f"the chat_template in {str(path)!r} is neither a text nor a list of objects with name "
-            "and template. Mend it, or give another with --chat-template FILE."
+            "and template. Correct it, or give another with --chat-template FILE."
         ) from None
     others = sorted((folder / "additional_chat_templates").glob("*.jinja"))
     files = {path.stem: _read(path, CheckpointError) for path in others}

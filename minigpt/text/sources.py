@@ -202,7 +202,7 @@ def _files_in(folder: Path, data: DataConfig, left_out: Counter[str]) -> list[Fo
 
 
 def _lacks_field(file: FoundFile, data: DataConfig) -> bool:
-    """Return whether a file of a folder has rows, but not the field of the text: it is no text."""
+    """Return whether a file of a folder has rows without the field of the text."""
     if file.format == "text":
         return False
     with file.opened() as (_, unpacked):

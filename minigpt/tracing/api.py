@@ -41,11 +41,11 @@ def trace(
 
     In a notebook, a trace is displayed as the page that ``--html`` writes.
 
-    Args: model, prompt, tokenizer, special, chat_template, device, dtype, quantize, compile: as of
+    Args: model, prompt, tokenizer, special, chat_template, device, dtype, quantize, compile: as for
         ``minigpt.generate``.
         options, fields of AnalysisConfig (heads="4.2,5.*", measure="both", n_verified=3, roles=True
         and so on; has_heads is True by default) and of SamplingConfig (temperature,
-        max_new_tokens, 40 by default, seed...), and interventions as of ``minigpt.generate``.
+        max_new_tokens, 40 by default, seed...), and interventions as for ``minigpt.generate``.
     Raises: as ``minigpt.generate``, and ConfigError for heads that the model does not have.
     """
     config_type = config_class()

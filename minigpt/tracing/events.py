@@ -75,7 +75,7 @@ class Row:
     whole: float | None = None
     """What the row and its parts sum to, such as the token's logit. None if there is no sum."""
     parts: Mapping[str, float] = field(default_factory=dict)
-    """What belongs to the whole and to no position of the row, such as that of the MLPs."""
+    """Parts of the total that come from no position of the row, such as that of the MLPs."""
     is_signed: bool = False
     """Whether its numbers may be negative."""
 

@@ -36,7 +36,7 @@ _ALL = (*_ROOMY, Form(5, 2), Form(4, 0), Form(4, 0, is_bare=True))
 
 
 def make_layout(width: int, *, measures: tuple[str, ...], **sizes: Any) -> "TraceLayout":
-    """Return the columns of a trace by these measures; arguments as of TraceLayout."""
+    """Return the columns of a trace by these measures; arguments as for TraceLayout."""
     if measures == ("weight",):
         return TraceLayout(width, **sizes)
     layout: TraceLayout = ring("tracing.analysis.layouts").make_layout(width, measures, **sizes)

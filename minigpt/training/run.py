@@ -1,4 +1,4 @@
-"""A training run: its model, optimizers and data, and how far it is."""
+"""A training run: its model, optimizers, data and progress."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -16,7 +16,7 @@ from minigpt.training.events import StepEvent
 from minigpt.training.run import Run
 
 DIVERGED_LOSS = 100
-"""Divergence threshold of the loss, as a multiple of ln(vocab_size), the loss of guessing."""
+"""Divergence threshold of the loss, as a multiple of ln(vocab_size), the untrained loss."""
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ class TrainingLoss(nn.Module):
     ) -> Tensor:
         """Return the cross-entropy in nats, its mean over tokens or its sum.
 
-        Args: inputs and targets (B, T); targets may be NO_TARGET, which count nothing; recompute,
+        Args: inputs and targets (B, T); targets may be NO_TARGET, which are ignored; recompute,
             activation checkpointing.
         """
         logits = self.model(inputs, recompute=recompute).float().flatten(0, 1)

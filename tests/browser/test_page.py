@@ -134,7 +134,7 @@ def test_several_heads_are_reduced_by_mean_or_max(
     assert_shaded(page, expected.tolist(), tolerance=0.01)
     page.choose("reduction", "traced")
     assert_shaded(page, whole_row(trace, 12))
-    assert "The whole row is listed" in page.text("#listed")
+    assert "All positions are shaded" in page.text("#listed")
 
 
 def test_a_token_of_the_prompt_shows_who_attended_to_it(opened: Opened) -> None:

@@ -326,7 +326,7 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
         f, weights(f) | {"extra": torch.zeros(1)}
     ),
     r"'transformer\.h\.1\.ln_1\.bias' has shape \[15\], not \[16\]": change_shape,
-    r"transformer\.wte\.weight' is there twice": lambda f: save(
+    r"transformer\.wte\.weight' occurs twice": lambda f: save(
         f, weights(f) | {"wte.weight": torch.zeros(1)}
     ),
     r"not a complete safetensors file .*invalid shape": write_false_shape,
@@ -346,7 +346,7 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
     r"index\.json' does not map tensors to fil": index_of([]),
     r"index\.json' does not map tensors to file": index_of({"a": ["outside.safetensors"]}),
     r"/\.\.' is not a complete safetensors file": index_of({"a": ".."}),
-    r"transformer\.wpe\.weight' is there twice, in '.*one|two": shard_twice,
+    r"transformer\.wpe\.weight' is in '.*one|two": shard_twice,
     r"two\.safetensors' is not a complete safetensors file .*No such file": lose_shard,
     r"two\.safetensors' is not a complete safetensors file": pickle_shard,
     r"not a complete safetensors file .*(incomplete|Invalid|offset)": claim_huge_tensors,

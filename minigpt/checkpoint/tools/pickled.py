@@ -133,7 +133,7 @@ def _load(path: Path) -> Any:
 def _state_dict(path: Path, value: Any) -> dict[str, Tensor]:
     """Return a state_dict under the names that it had before torch.compile and DDP.
 
-    Raises: CheckpointError if a value is not a tensor, or a name is there twice.
+    Raises: CheckpointError if a value is not a tensor, or a name occurs twice.
     """
     if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
         raise CheckpointError(
@@ -153,7 +153,7 @@ def _state_dict(path: Path, value: Any) -> dict[str, Tensor]:
 
 
 def _read_nanogpt(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the shape of nanoGPT's model, as of ModelConfig, and its state_dict."""
+    """Return the shape of nanoGPT's model, as fields of ModelConfig, and its state_dict."""
     if not path.exists():
         raise CheckpointError(
             f"there is no {str(path)!r}. Name nanoGPT's {_NANOGPT}, or a folder with config.json "
@@ -242,7 +242,7 @@ def _tokenizer(vocab_size: Any, spec: str | None, text: Path | None) -> Tokenize
         )
     kind = spec or "gpt2"
     if kind.partition(":")[0] == "bpe":
-        raise ConfigError(f"--tokenizer {kind} would be trained anew. Name a fixed one, as gpt2.")
+        raise ConfigError(f"--tokenizer {kind} would be trained again. Name another one: gpt2.")
     tokenizer = make_tokenizer(kind, ())
     if isinstance(vocab_size, int) and tokenizer.vocab_size > vocab_size:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""What to say of names that are no model, such as URLs and pickles, and of damaged checkpoints."""
+"""Errors for names that are not models, such as URLs and pickles, and of damaged checkpoints."""
 
 import os
 import re
@@ -18,7 +18,7 @@ _URL = re.compile(r"[a-z][a-z0-9+.-]*://(?P<host>[^/]*)/?")
 
 
 def no_model(spec: str, places: Sequence[Path], root: Path) -> CheckpointError:
-    """Return the error for a name that is no model.
+    """Return the error for a name that is not a model.
 
     Args: places, where it was looked for; root, the folder of runs.
     Raises: ResourceError if one of the places may not be read.

@@ -99,7 +99,7 @@ def attention_trace(
     --patch-from, which has as many tokens. --diff compares two such traces.
 
     With --chat, the prompt is a message of the user, through the model's chat template, whose
-    special tokens are sources as all others.
+    special tokens are sources like all others.
 
     In a token, ␣ is a space, \n a line break, and \xe2 a byte that is not valid text. Of the tokens
     that share a character, the first shows it, as 日, and the others continue it, as ⋯日; --json

@@ -46,7 +46,7 @@ class Display:
         note("  ".join(f"{name} {value}" for name, value in facts.items()))
 
     def stopping(self) -> None:
-        """Hear that a stop was requested; safe in a signal handler."""
+        """Take note that a stop was requested; safe in a signal handler."""
 
     def finish(self) -> None:
         """Take the end of the run."""

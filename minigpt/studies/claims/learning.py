@@ -111,7 +111,7 @@ def train_on_task(
     """Train a new model on a task; yield the progress and return the model.
 
     The stages are added one by one in the first half of the steps. The Trainer is not used: it
-    reads batches from a corpus, and these are drawn anew at each step.
+    reads batches from a corpus, and these are sampled at each step.
 
     Raises: DivergedError on a NaN or infinite loss.
     """

@@ -131,7 +131,7 @@ def _range(task: str, near: float, far: float) -> str:
 
 
 def table(curves: Sequence[AccuracyCurve]) -> list[list[str]]:
-    """Return a table for each task: a row per model, then the accuracy of guessing."""
+    """Return a table for each task: a row per model, then chance level."""
     rows = []
     for name in dict.fromkeys(curve.task for curve in curves):
         found = [curve for curve in curves if curve.task == name]

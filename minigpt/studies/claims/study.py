@@ -43,7 +43,7 @@ class Panel:
     lines: Sequence[tuple[str, Sequence[float], Sequence[float]]]
     """Architecture, x values and y values of each line."""
     guess: float | None = None
-    """Height of a dotted line for guessing; None draws no line."""
+    """Height of a dotted line for chance level; None draws no line."""
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ class TaskBatch:
 
 @dataclass(frozen=True)
 class Task:
-    """A task, and the accuracy of guessing in it."""
+    """A task and its chance level."""
 
     name: str
     draw: Callable[[Tensor, torch.Generator], TaskBatch]
@@ -62,9 +62,9 @@ class Task:
     n_exact: int
     """Number of positions, from the query on, whose source is at exactly the given distance."""
     chance: float
-    """Accuracy of guessing among all possible answers."""
+    """Chance level among all possible answers."""
     informed_chance: float
-    """Accuracy of guessing among the answers that occur in the sequence."""
+    """Chance level among the answers that occur in the sequence."""
 
     def batches(
         self, distance: int, n_sequences: int, generator: torch.Generator, *, batch_tokens: int

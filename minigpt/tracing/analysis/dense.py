@@ -73,7 +73,7 @@ def writing_rows(
 
 
 def with_rows_of(trace: Trace, path: Path, config: AnalysisConfig, *, n_kept: int) -> Trace:
-    """Return a trace whose rows are reduced anew, as if it had been traced with other options.
+    """Return a trace whose rows are reduced again, as if it had been traced with other options.
 
     Args: path, a file that ``writing_rows`` wrote for the same trace; config, whose layers, heads,
         reduce and n_sources are used; n_kept, the number of sources to keep of each head.

@@ -20,7 +20,7 @@ _SUM = "sum"
 
 
 def make_layout(width: int, measures: tuple[Measure, ...], **sizes: Any) -> TraceLayout:
-    """Return the columns of a trace by these measures; arguments as of TraceLayout."""
+    """Return the columns of a trace by these measures; arguments as for TraceLayout."""
     kind = SignedLayout if facts_of(measures[0]).is_signed else SharesLayout
     return kind(width, measures, **sizes)
 

@@ -62,7 +62,7 @@ class AnalysisObserver(AttentionObserver):
     ) -> None:
         """Prepare to observe passes of a model; ``recorder`` must be given to all of them.
 
-        Args: as of ``tracer.trace``.
+        Args: as for ``tracer.trace``.
         Raises: ConfigError if the model cannot be traced with this config.
         """
         self._has_prompt_rows = config.prompt_rows or sampling.max_new_tokens == 0

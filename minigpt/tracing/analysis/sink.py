@@ -22,7 +22,7 @@ class SinkFinder:
         """Add the weights of the newest queries of a layer; later tokens are ignored."""
         n_new, end = weights_HTS.shape[1:]
         if end <= self._n_prompt:
-            # Below the diagonal: a token that attends to itself is no sink.
+            # Below the diagonal: a token that attends to itself is not a sink.
             self._received_S = self._received_S.to(weights_HTS.device)
             self._received_S[:end] += weights_HTS.tril(end - n_new - 1).sum(dim=(0, 1))
 

@@ -20,7 +20,7 @@ from minigpt.tracing.recorder import RowRecorder
 def explained_heads(model: LanguageModel, heads: str) -> HeadSelection:
     """Return the heads to explain, written as ``4.2,5.*``.
 
-    Raises: ConfigError for heads that the model does not have, or a score that is no dot product.
+    Raises: ConfigError for heads that the model lacks, or a score that is not a dot product.
     """
     score = model.attentions[0].score
     if not score.is_dot_product:

@@ -85,7 +85,7 @@ def roles_table(
 ) -> list[Line]:
     """Return a line for each head: all of its scores in percent, its effect and its role.
 
-    Args: as of ``roles_grid``.
+    Args: as for ``roles_grid``.
     """
     is_wide = width >= 6 + len(ROLE_SCORES) * _COLUMN_WIDTH + 5 + _EFFECT_WIDTH
     column = _COLUMN_WIDTH if is_wide else _NARROW_COLUMN_WIDTH

@@ -28,7 +28,7 @@ def summary_writer() -> "type[SummaryWriter]":
     except ImportError:
         raise ConfigError(
             "--report-to tensorboard needs TensorBoard. Install it: "
-            f"{install_extra('tensorboard')}; or report to none."
+            f"{install_extra('tensorboard')}; or leave --report-to out."
         ) from None
     return SummaryWriter
 

@@ -318,7 +318,7 @@ function listedText(trace, view, row, step) {
   }
   const facts = factsOf(trace, view, step);
   const part = view.reduction === "traced"
-    ? "The whole row is listed."
+    ? "All positions are shaded; the table has the strongest."
     : `Listed: ${percent(row.listed)} of the row (the sink and the ${trace.nSources} strongest sources of each head, rounded).`;
   if (trace.scales[view.measure] !== null) return signedText(trace, view, step, facts, part);
   if (!sumsToOne(view, facts)) return part;
