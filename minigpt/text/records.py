@@ -168,8 +168,8 @@ def _conversation(row: object) -> str:
     try:
         text: str = ring("text.conversations").conversation_of_row(row)
     except DataError as error:
-        is_other = isinstance(row, Mapping) and not {"messages", "conversations"} & row.keys()
-        if is_other and (nested := _nested_lists(row)):
+        named = {"messages", "conversations"}
+        if isinstance(row, Mapping) and not named & row.keys() and (nested := _nested_lists(row)):
             raise _a_nest(nested, "messages") from None
         raise BadRow(str(error)) from None
     if len(text) > LONGEST_CONVERSATION:
