@@ -8,40 +8,46 @@ from minigpt.checkpoint.families import unsupported
 from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError
 
+_ORIGINAL = "original_max_position_embeddings"
 _ROPE_FIELDS = {
     "linear": {},
     "dynamic": {},
     "llama3": {
         "rope_low_freq_factor": "low_freq_factor",
         "rope_high_freq_factor": "high_freq_factor",
-        "rope_original_context": "original_max_position_embeddings",
+        "rope_original_context": _ORIGINAL,
     },
     "yarn": {
         "rope_beta_fast": "beta_fast",
         "rope_beta_slow": "beta_slow",
         "rope_attention_factor": "attention_factor",
-        "rope_original_context": "original_max_position_embeddings",
+        "rope_original_context": _ORIGINAL,
     },
 }
 """Method of RoPE scaling -> ModelConfig field -> key, besides the factor."""
 
 
 def read_scaling(
-    rope: Mapping[str, Any], name: str, kind: object, context_length: Any
+    rope: Mapping[str, Any], name: str, kind: object, config: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the ModelConfig fields of scaled RoPE, and the keys that may be given with them.
 
-    Args: rope, the field ``name`` of config.json; kind, its method; context_length, of the model.
+    Args: rope, the field ``name`` of config.json; kind, its method.
     Raises: CheckpointError for an unknown method, or a key that is missing.
     """
     if not isinstance(kind, str) or kind not in _ROPE_FIELDS:
-        raise unsupported(f"{name}.rope_type", kind, f"default, {', '.join(_ROPE_FIELDS)}")
-    given = {"original_max_position_embeddings": context_length, **rope}
+        raise unsupported(
+            f"{name}.rope_type", kind, f"default, longrope, {', '.join(_ROPE_FIELDS)}"
+        )
+    context = config.get("max_position_embeddings")
+    given = {_ORIGINAL: context, **rope}
+    # transformers takes the one beside the other parameters first.
+    given |= {_ORIGINAL: config[_ORIGINAL]} if config.get(_ORIGINAL) is not None else {}
     keys = {"rope_scaling_factor": "factor"} | _ROPE_FIELDS[kind]
     known = {key: rope.get(key) for key in keys.values()}
     values: dict[str, Any] = {"rope_scaling": kind}
     if kind == "dynamic":
-        known["original_max_position_embeddings"] = context_length
+        known[_ORIGINAL] = context
     if kind == "yarn":
         given = _yarn_defaults(name, given)
         values["rope_truncate"] = bool(rope.get("truncate", True))

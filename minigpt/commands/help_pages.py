@@ -11,7 +11,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from minigpt.commands import usage
 from minigpt.commands.layout import COMMANDS, Commands
-from minigpt.errors import require_choice
+from minigpt.errors import ConfigError, require_choice
 
 _NARROWEST = 18  # columns of text
 
@@ -39,6 +39,14 @@ class Command(_Page, TyperCommand):
         """
         usage.check_words(ctx, args)
         return list(super().parse_args(ctx, args))
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; the message of a ConfigError names options as they are typed."""
+        try:
+            return super().invoke(ctx)
+        except ConfigError as error:
+            error.args = (usage.with_options(str(error), ctx),)
+            raise
 
 
 class Group(_Page, TyperGroup):

@@ -158,6 +158,24 @@ def note_without_effect(config: Any, given: Mapping[str, Any]) -> None:
         note(line)
 
 
+def with_options(message: str, ctx: Any) -> str:
+    """Return a message with options as they are typed: ``--loss-on`` where it says ``loss_on``.
+
+    Configs name their fields, as Python and TOML files do. Beside ``--set`` and ``--config``, only
+    the fields whose options were typed are renamed.
+    """
+    options = {p.name: p.opts[0] for p in ctx.command.get_params(ctx) if p.opts[0][:2] == "--"}
+    sources = {option: ctx.get_parameter_source(name) for name, option in options.items()}
+    typed = {option for option, source in sources.items() if source.name == "COMMANDLINE"}
+    for option in typed if {"--set", "--config"} & typed else options.values():
+        name = option[2:].replace("-", "_")
+        if "_" in name:
+            message = re.sub(rf"(?<![\w.\-/='\"]){name}(?![\w\-/='\"(]|\.\w)", option, message)
+        elif option in typed:  # a word of prose, unless it is the subject
+            message = re.sub(rf"^([\w-]+ and )?{name}(?= )", rf"\1{option}", message)
+    return message
+
+
 def message(error: Any) -> str:
     """Return the message of a usage error of typer, and its remedy."""
     command = next((word for word in sys.argv[1:] if word in COMMANDS), None)

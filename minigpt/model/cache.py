@@ -29,6 +29,8 @@ class KVCache:
         """Allocate for ``capacity`` positions (default: the model's context_length)."""
         self.capacity = capacity or config.context_length
         self.length = 0  # a Python int: slicing by it never waits for the device
+        self.tokens_BS: Tensor | None = None  # kept for models with LongRoPE
+        self.is_long = False
         shape = (config.n_layer, batch_size, config.n_kv_head, self.capacity, config.d_head)
         self.keys_LBGSD = torch.empty(shape, device=device, dtype=dtype)
         self.values_LBGSD = torch.empty(shape, device=device, dtype=dtype)
@@ -67,6 +69,7 @@ class KVCache:
         index = torch.tensor(rows, device=self.keys_LBGSD.device)
         self.keys_LBGSD = self.keys_LBGSD.index_select(1, index)
         self.values_LBGSD = self.values_LBGSD.index_select(1, index)
+        self.tokens_BS = None if self.tokens_BS is None else self.tokens_BS[index]
 
     @property
     def n_rows(self) -> int:

@@ -111,9 +111,15 @@ class GPT(LanguageModel):
         x: Tensor = self.embedding(tokens)
         return x
 
-    def rotary_table(self) -> tuple[Tensor, Tensor]:
+    def rotary_table(
+        self, divisor: Tensor | None = None, scale: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
         """Return cos and sin of RoPE, whose first axis is the position."""
-        return rotary_table(self.config)
+        return rotary_table(self.config, divisor, scale)
+
+    def rotary(self, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """Return cos and sin of the last positions of a text."""
+        return self.rotary_cos[start:end], self.rotary_sin[start:end]
 
     def forward(
         self,
@@ -141,7 +147,7 @@ class GPT(LanguageModel):
         if self.config.family == "gpt2":
             x = x + self.positions(torch.arange(start, end, device=tokens.device))
         else:
-            rotary = self.rotary_cos[start:end], self.rotary_sin[start:end]
+            rotary = self.rotary(start, end)
         x = self.dropout(x)
         collector = None if recorder is None else PassCollector(recorder, tokens.shape[1])
         if collector is not None:

@@ -120,10 +120,10 @@ def model_class(config: ModelConfig) -> type[LanguageModel]:
 
     Raises: ConfigError if it is in a file that this installation does not have.
     """
+    found: type[LanguageModel] | str = ARCHS[config.arch]
     if config.hf_fields or config.model_type not in (*HF_LAYOUTS, "minigpt"):
         # Looked up by name: families are above this package.
-        own: type[LanguageModel] | str | None
-        own = ring(f"checkpoint.families.{config.model_type}").FAMILY.model
-        if own is not None:
-            return load_class(own) if isinstance(own, str) else own
-    return load_class(ARCHS[config.arch])
+        found = ring(f"checkpoint.families.{config.model_type}").FAMILY.model or found
+    base: type[LanguageModel] = load_class(found) if isinstance(found, str) else found
+    has_long_rope = any(field.startswith("rope_scaling=") for field in config.hf_fields)
+    return ring("checkpoint.long_rope").with_long_rope(base) if has_long_rope else base

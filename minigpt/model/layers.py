@@ -82,10 +82,12 @@ def dense_weight(linear: nn.Module) -> Tensor:
     return weight.float()
 
 
-def rotary_table(config: ModelConfig, divisor: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def rotary_table(
+    config: ModelConfig, divisor: Tensor | None = None, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """Return cos and sin of position x frequency, each (context_length, D / 2), float32.
 
-    Args: divisor, of each frequency (D / 2,).
+    Args: divisor, of each frequency (D / 2,); scale, of cos and sin.
     Source: Su et al. 2021, arXiv:2104.09864, section 3.2.2.
     """
     # Always computed on the CPU, so that all devices use the same angles.
@@ -97,7 +99,7 @@ def rotary_table(config: ModelConfig, divisor: Tensor | None = None) -> tuple[Te
         frequency = frequency / divisor
     position = torch.arange(config.context_length, device="cpu", dtype=torch.float32)
     angle = torch.outer(position, frequency)  # (T, D / 2)
-    factor = config.rope_attention_factor if config.rope_scaling == "yarn" else 1.0
+    factor = config.rope_attention_factor if config.rope_scaling == "yarn" else scale
     return angle.cos() * factor, angle.sin() * factor
 
 

@@ -121,6 +121,15 @@ FOREIGN = {
         "rope_scaling": {"rope_type": "linear", "factor": 2.0},
     },
     "llama-linear": _LLAMA | {"rope_scaling": {"type": "linear", "factor": 2.5}},
+    "llama-long": _LLAMA
+    | {
+        "rope_scaling": _LONG
+        | {
+            "short_factor": [1.0, 1.5, 2.0, 3.0],
+            "long_factor": [2.0, 3.0, 4.0, 5.0],
+            "original_max_position_embeddings": 100,
+        }
+    },
     "llama-yarn": _LLAMA | {"rope_scaling": _YARN | {"beta_fast": 4.0, "attention_factor": 1.3}},
     "llama-yarn-exact": _LLAMA | {"rope_scaling": _YARN | {"truncate": False, "factor": 8.0}},
     "qwen2-yarn": _SHAPE

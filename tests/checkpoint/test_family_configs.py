@@ -37,7 +37,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("phi3", {"rope_scaling": {"type": "su", "short_factor": [1.0]}}, r"short_factor is \[1.0\]"),
     ("phi3", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type is 'linear'"),
     ("phi3", {"rope_scaling": {"type": "su", "surprise": 2.0}}, "surprise"),
-    ("phi3", {"rope_scaling": 7}, "rope_parameters is 7"),
+    ("phi3", {"rope_scaling": 7}, "rope_scaling is 7"),
     ("olmo2", {"clip_qkv": 8.0}, "unknown field 'clip_qkv' with value 8.0"),
     ("mistral", {"layer_types": ["chunked_attention"] * 3}, "layer_types is"),
 ]

@@ -38,6 +38,13 @@ REFUSED = {
     "heads": ({"attention_bias": "qkv", "d_head": 6}, "4 heads of 6 with a width of 64"),
 }
 
+LONG_ROPE = {
+    "rope_scaling": {
+        "rope_type": "longrope",
+        "short_factor": [1.0, 1.0, 1.0, 1.5],
+        "long_factor": [2.0, 2.0, 2.0, 2.0],
+    }
+}
 REFUSED_FOREIGN = {
     "dynamic": ("llama-linear", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
     "truncate": (
@@ -52,6 +59,7 @@ REFUSED_FOREIGN = {
         },
         "yarn with truncate false",
     ),
+    "longrope": ("olmo2", LONG_ROPE, "rope_scaling longrope in the olmo2 layout"),
     "scale": ("gemma2", {"query_pre_attn_scalar": 20}, "query_pre_attn_scalar 20"),
     "softcap": ("gemma2", {"attn_logit_softcapping": None}, "without attn_logit_softcapping"),
     "untied": ("gemma", {"tie_word_embeddings": False}, "an output projection beside"),

@@ -40,10 +40,12 @@ class Gemma3GPT(Gemma2GPT):
 
     attention_class = Gemma3Attention
 
-    def rotary_table(self) -> tuple[Tensor, Tensor]:
+    def rotary_table(
+        self, divisor: Tensor | None = None, scale: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
         """Return cos and sin, each (context_length, 2, D / 2): of full and of sliding layers."""
         theta = hf_fields(self.config).get("rope_local_base_freq", _LOCAL_THETA)
-        full = rotary_table(self.config)
+        full = rotary_table(self.config, divisor, scale)
         unscaled = replace(self.config, rope_scaling_factor=1.0, rope_attention_factor=1.0)
         local = rotary_table(replace(unscaled, rope_theta=theta))
         cos, sin = (torch.stack(tables, dim=1) for tables in zip(full, local, strict=True))
@@ -74,8 +76,8 @@ class Gemma3Family(Gemma2Family):
         theta = config.get("rope_local_base_freq", _LOCAL_THETA)
         local = llama.read_rope(rope, name, config, theta)
         theta = local["rope_theta"]
-        if local.get("rope_scaling_factor", 1) != 1:
-            raise unsupported(f"{name}.rope_type", local["rope_scaling"], "default")
+        if local.get("rope_scaling_factor", 1) != 1 or "hf_fields" in local:
+            raise unsupported(f"{name}.rope_type", rope.get("rope_type"), "default")
         if isinstance(theta, bool) or not isinstance(theta, int | float) or not 0 < theta < 1e12:
             raise unsupported(f"{name}.rope_theta", theta, "a positive number")
         return super().read_fields(config) | {"rope_local_base_freq": float(theta)}

@@ -16,7 +16,8 @@ from minigpt.model.layers import MLP, rotary_table, rotate
 _BOTH = ("weight", "bias")
 _NO_EFFECT = """
     attention_bias attention_dropout attention_probs_dropout_prob embd_pdrop hidden_dropout_prob
-    rope_parameters rope_scaling rotary_emb_base rotary_pct use_parallel_residual
+    original_max_position_embeddings rope_parameters rope_scaling rotary_emb_base rotary_pct
+    use_parallel_residual
 """
 
 
@@ -30,16 +31,16 @@ class PartialRotaryAttention(Attention):
 
 
 def partial_rotary_table(
-    config: ModelConfig, divisor: Tensor | None = None
+    config: ModelConfig, divisor: Tensor | None = None, scale: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Return the RoPE table of the rotated part of each head.
 
-    Args: divisor, of each frequency.
+    Args: divisor, of each frequency; scale, of cos and sin.
     """
     fields = hf_fields(config)
     share = fields.get("rotary_pct", fields.get("partial_rotary_factor", 1.0))
     n_rotated = rotated_width("rotary_pct", config.d_head, share)
-    return rotary_table(replace(config, d_head=n_rotated), divisor)
+    return rotary_table(replace(config, d_head=n_rotated), divisor, scale)
 
 
 def rotated_width(name: str, d_head: Any, share: Any) -> int:
@@ -78,8 +79,10 @@ class NeoXGPT(GPT):
         super().__init__(config)
         self.final_norm = nn.LayerNorm(config.d_model, eps=config.norm_eps)
 
-    def rotary_table(self) -> tuple[Tensor, Tensor]:
-        return partial_rotary_table(self.config)
+    def rotary_table(
+        self, divisor: Tensor | None = None, scale: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        return partial_rotary_table(self.config, divisor, scale)
 
 
 class NeoXFamily(Family):
@@ -102,7 +105,7 @@ class NeoXFamily(Family):
         n_head, width = config.get("num_attention_heads"), config.get("hidden_size")
         if isinstance(n_head, int) and isinstance(width, int) and n_head > 0:
             rotated_width("rotary_pct", width // n_head, share)
-        return values | {"hf_fields": fields}
+        return values | {"hf_fields": values.get("hf_fields", {}) | fields}
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
         scaling, share = llama.write_rope(config), hf_fields(config).get("rotary_pct", 0.25)

@@ -9,13 +9,14 @@ from minigpt.checkpoint.families import (
     Family,
     TensorName,
     check_fixed,
+    hf_fields,
     same,
     unsupported,
 )
 from minigpt.config import ModelConfig
 from minigpt.rings import find_ring, ring
 
-_SCALING = "checkpoint.rope_scaling"
+_SCALING, _LONG = "checkpoint.rope_scaling", "checkpoint.long_rope"
 NORMS = {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"}
 """Norms of a block: Hugging Face's name -> ours."""
 NO_BIASES = {"attention_bias": False, "mlp_bias": False}
@@ -48,7 +49,7 @@ DEFAULTS = {
 # pretraining_tp: into how many parts products are split. The second and third lines: see ``read``.
 _NO_EFFECT = """
     attention_dropout embd_pdrop pretraining_tp
-    rope_theta rope_scaling rope_parameters
+    rope_theta rope_scaling rope_parameters original_max_position_embeddings
     sliding_window use_sliding_window layer_types max_window_layers
 """
 _ATTENTION = {
@@ -76,14 +77,14 @@ class LlamaFamily(Family):
             if not isinstance(bias, bool | None):
                 raise unsupported("attention_bias", bias, "true, false")
             values["attention_bias"] = "all" if bias else "none"
-        return values | {"hf_fields": self.read_fields(config)}
+        return values | {"hf_fields": values.get("hf_fields", {}) | self.read_fields(config)}
 
     def read_rope(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Return the ModelConfig fields of RoPE."""
         # transformers before 5 calls it rope_scaling, and has theta beside it.
         name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
         theta = config.get("rope_theta", self.defaults.get("rope_theta"))
-        return read_rope(config.get(name) or {}, name, config, theta)
+        return read_rope(config.get(name) or {}, name, {**self.defaults, **config}, theta)
 
     def read_fields(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Return the config.json fields that the model class reads: those of sliding windows."""
@@ -137,9 +138,11 @@ def read_rope(
     known = {"rope_type": kind, "type": kind, "partial_rotary_factor": partial, "rope_theta": theta}
     if kind == "default":
         known |= {"factor": 1.0}
+    elif kind == "longrope":
+        scaling = ring(_LONG).read_long_rope(rope, name, config, partial)
+        return values | {"hf_fields": {"rope_scaling": scaling}}
     else:
-        context = config.get("max_position_embeddings")
-        scaling, keys = ring(_SCALING).read_scaling(rope, name, kind, context)
+        scaling, keys = ring(_SCALING).read_scaling(rope, name, kind, config)
         values, known = values | scaling, known | keys
     for key, value in rope.items():
         check_fixed(f"{name}.{key}", value, known.get(key))
@@ -148,6 +151,8 @@ def read_rope(
 
 def write_rope(config: ModelConfig) -> dict[str, Any] | None:
     """Return rope_scaling of config.json, None if RoPE is not scaled."""
+    if long := hf_fields(config).get("rope_scaling"):
+        return dict(long)
     if config.rope_scaling_factor == 1 and config.rope_attention_factor == 1:
         return None
     scaling: dict[str, Any] = ring(_SCALING).write_scaling(config)

@@ -15,7 +15,6 @@ from minigpt.checkpoint.families import hf_fields
 from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError
 from minigpt.model.layers import rotary_table
-from minigpt.rings import ring
 
 _WRITTEN = """
     vocab_size context_length n_layer n_head d_model arch family n_kv_head d_head d_mlp activation
@@ -24,6 +23,7 @@ _WRITTEN = """
 """  # the others have the default value, but for those of RoPE
 _WINDOWS = ("sliding_window", "layer_types", "use_sliding_window")
 _SLIDING = "sliding_attention"
+_ORIGINAL = "original_max_position_embeddings"
 _GELU_ERROR = "llama.cpp computes the tanh form of GELU, which differs by up to 0.0005"
 
 
@@ -45,6 +45,8 @@ class Architecture:
     """Whether it computes sliding windows, by layer."""
     has_divisors: bool = False
     """Whether it reads divisors of the RoPE frequencies."""
+    has_long_rope: bool = False
+    """Whether it reads the factors of LongRoPE."""
     has_free_width: bool = True
     """Whether the heads together may be wider or narrower than the model."""
     rotates_neighbours: bool = False
@@ -108,6 +110,7 @@ _LLAMA = Architecture(
     biases=("none", "qkv", "all"),
     has_mlp_biases=True,
     has_divisors=True,
+    has_long_rope=True,
     rotates_neighbours=True,
 )
 _GEMMA = Architecture(name="gemma", activations=("gelu_tanh",), head="tied", norm_shift=1.0)
@@ -148,10 +151,8 @@ ARCHITECTURES = {
     "phi3": Architecture(
         name="phi3",
         has_free_width=False,
-        hf_fields=(
-            *("partial_rotary_factor", "rope_scaling", "max_position_embeddings"),
-            "original_max_position_embeddings",
-        ),
+        has_long_rope=True,
+        hf_fields=("partial_rotary_factor",),
     ),
     "smollm3": Architecture(
         name="smollm3",
@@ -186,7 +187,7 @@ def architecture_of(config: ModelConfig) -> Architecture:
             f"{f.name} {', '.join(value) if isinstance(value, tuple) else value} {layout}"
         )
     for name, value in hf_fields(config).items():
-        if name not in (*architecture.hf_fields, *_WINDOWS):
+        if name not in (*architecture.hf_fields, *_WINDOWS, "rope_scaling"):
             raise _refusal(f"config.json with {name}={value} {layout}")
     if not architecture.has_free_width and config.n_head * config.d_head != config.d_model:
         raise _refusal(
@@ -206,6 +207,8 @@ def architecture_of(config: ModelConfig) -> Architecture:
 def _check_rope(config: ModelConfig, architecture: Architecture) -> None:
     kind = config.rope_scaling
     layout = f"in the {architecture.name} layout"
+    if "rope_scaling" in hf_fields(config) and not architecture.has_long_rope:
+        raise _refusal(f"rope_scaling longrope {layout}", "llama.cpp reads no factors of it there")
     if config.family == "gpt2" or config.rope_scaling_factor == 1 or architecture.has_divisors:
         if kind == "dynamic" and config.rope_scaling_factor != 1:
             raise _refusal(
@@ -227,9 +230,11 @@ def context_of(config: ModelConfig, architecture: Architecture) -> tuple[int, st
     Without windows in llama.cpp, a window's length is the context: there, it hides nothing.
     """
     window = hf_fields(config).get("sliding_window") or config.context_length
+    original = hf_fields(config).get("rope_scaling", {}).get(_ORIGINAL, config.context_length)
+    longest = min(original, config.context_length)
     types = hf_fields(config).get("layer_types") or [_SLIDING]
-    if architecture.has_windows or _SLIDING not in types or window >= config.context_length:
-        return config.context_length, ""
+    if architecture.has_windows or _SLIDING not in types or window >= longest:
+        return longest, ""
     return window, (
         f"its context is {window} tokens, the length of its sliding window, since llama.cpp has no "
         f"windows in the {architecture.name} layout"
@@ -240,10 +245,11 @@ def notes_of(config: ModelConfig) -> Iterator[str]:
     """Yield what llama.cpp computes a little otherwise, or not at all."""
     if config.model_type == "gpt_neox" and config.activation == "gelu":
         yield _GELU_ERROR
-    if "rope_scaling" in hf_fields(config):
+    original = hf_fields(config).get("rope_scaling", {}).get(_ORIGINAL, config.context_length)
+    if original < config.context_length:
         yield (
-            f"its context is {config.context_length} tokens; with a larger -c, llama.cpp takes the "
-            "long factors of LongRoPE"
+            f"its context is {original} tokens, the original one; with a larger -c, llama.cpp has "
+            "the long factors of LongRoPE for short texts too"
         )
 
 
@@ -286,10 +292,8 @@ def _add_rope_scaling(writer: Any, config: ModelConfig) -> None:
     facts, factor = hf_fields(config), config.rope_scaling_factor
     if "rope_scaling" in facts:
         writer.add_rope_scaling_type(RopeScalingType.LONGROPE)
-        writer.add_rope_scaling_attn_factors(
-            ring("checkpoint.families.phi3").attention_factor(facts)
-        )
-        writer.add_rope_scaling_orig_ctx_len(facts["original_max_position_embeddings"])
+        writer.add_rope_scaling_attn_factors(facts["rope_scaling"]["attention_factor"])
+        writer.add_rope_scaling_orig_ctx_len(facts["rope_scaling"][_ORIGINAL])
     elif config.rope_scaling == "linear" and factor != 1:
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(factor)

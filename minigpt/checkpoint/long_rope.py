@@ -1,0 +1,139 @@
+"""LongRoPE: other RoPE frequencies for texts that are longer than the original context.
+
+A text of up to ``original_max_position_embeddings`` tokens has the frequencies of the short
+factors, and a longer one, at all of its positions, those of the long factors.
+
+Source: Ding et al. 2024, arXiv:2402.13753; transformers, modeling_rope_utils.py.
+"""
+
+import math
+from collections.abc import Mapping
+from functools import cache as cached
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minigpt.checkpoint.families import hf_fields, unsupported
+from minigpt.config import ModelConfig
+from minigpt.errors import CheckpointError
+from minigpt.model.attention import Recorder
+from minigpt.model.cache import KVCache
+from minigpt.model.gpt import GPT
+
+LONGROPE = "longrope"
+_LISTS = ("short_factor", "long_factor")
+_ORIGINAL = "original_max_position_embeddings"
+_KNOWN = {*_LISTS, _ORIGINAL, "factor", "attention_factor"}
+_ELSEWHERE = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+
+
+class LongRope(GPT):
+    """Mixin of a GPT whose frequencies depend on the length of the text."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.original_context = min(long_rope_of(config)[_ORIGINAL], config.context_length)
+        super().__init__(config)
+
+    def rotary_table(
+        self, divisor: Tensor | None = None, scale: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """Return cos and sin of the short factors in the original context, then of the long."""
+        scaling, n = long_rope_of(self.config), self.original_context
+        scale = scaling["attention_factor"]
+        short, long = (torch.tensor(scaling[name], device="cpu") for name in _LISTS)
+        tables = super().rotary_table(short, scale), super().rotary_table(long, scale)
+        cos, sin = (torch.cat((a[:n], b)) for a, b in zip(*tables, strict=True))
+        return cos, sin
+
+    def rotary(self, start: int, end: int) -> tuple[Tensor, Tensor]:
+        n = self.original_context
+        return super().rotary(start + n, end + n) if end > n else super().rotary(start, end)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        cache: KVCache | None = None,
+        recorder: Recorder | None = None,
+        *,
+        logits_to_keep: int = 0,
+        **options: Any,
+    ) -> Tensor:
+        """Return the logits, as GPT.
+
+        If the cache holds keys and values of the other frequencies, all tokens are computed again.
+        """
+        if cache is not None:
+            start, end = self.positions_of(tokens, cache)
+            held_BS = tokens[:, :0] if cache.tokens_BS is None else cache.tokens_BS[:, :start]
+            cache.tokens_BS = torch.cat((held_BS, tokens), dim=1)
+            is_long = end > self.original_context
+            if start and is_long != cache.is_long:
+                logits_to_keep = logits_to_keep or tokens.shape[1]
+                tokens = cache.tokens_BS
+                cache.truncate(0)
+            cache.is_long = is_long
+        return super().forward(tokens, cache, recorder, logits_to_keep=logits_to_keep, **options)
+
+
+@cached
+def with_long_rope(base: type[GPT]) -> type[GPT]:
+    """Return a family's class with LongRoPE."""
+    return type(f"LongRope{base.__name__}", (LongRope, base), {})
+
+
+def long_rope_of(config: ModelConfig) -> dict[str, Any]:
+    """Return the parameters of a model's LongRoPE, as ``read_long_rope``; {} if it has none."""
+    scaling: dict[str, Any] = hf_fields(config).get("rope_scaling", {})
+    return scaling
+
+
+def read_long_rope(
+    rope: Mapping[str, Any], name: str, config: Mapping[str, Any], share: Any
+) -> dict[str, Any]:
+    """Return the parameters of LongRoPE: those of config.json, and what transformers derives.
+
+    Args: rope, the field ``name`` of config.json; share, rotated part of each head.
+    Raises: CheckpointError for a parameter that is unknown or has the wrong type.
+    """
+    for key, value in rope.items():
+        if key not in _KNOWN | _ELSEWHERE and value is not None:
+            raise CheckpointError(
+                f"config.json: {name} has the unknown field {key[:80]!r}. If it does not change "
+                "what the model computes, remove it."
+            )
+    # transformers takes the one beside the other parameters first, as Phi-3 has it.
+    original = config.get(_ORIGINAL, rope.get(_ORIGINAL))
+    original = config.get("max_position_embeddings") if original is None else original
+    if type(original) is not int or original < 2:
+        raise unsupported(_ORIGINAL, original, "an integer of 2 or more")
+    n_rotated = _rotated_width(config, share)
+    for key in _LISTS:
+        factors = rope.get(key)
+        is_fitting = isinstance(factors, list) and len(factors) == n_rotated // 2
+        if not is_fitting or not all(map(_is_positive, factors or ())):
+            expected = f"a list of {n_rotated // 2} positive numbers"
+            raise unsupported(f"{name}.{key}", factors, expected)
+    given = {key: rope[key] for key in ("factor", "attention_factor") if rope.get(key) is not None}
+    for key, value in given.items():
+        if not _is_positive(value):
+            raise unsupported(f"{name}.{key}", value, "a positive number")
+    factor = given.get("factor") or config.get("max_position_embeddings", 0) / original
+    ratio = math.log(factor) / math.log(original) if factor > 1 else 0.0
+    derived = {"attention_factor": math.sqrt(1 + ratio)}
+    lists = {key: rope[key] for key in _LISTS}
+    return {"rope_type": LONGROPE, _ORIGINAL: original} | lists | derived | given
+
+
+def _rotated_width(config: Mapping[str, Any], share: Any) -> int:
+    width, n_head = config.get("hidden_size"), config.get("num_attention_heads")
+    d_head = config.get("head_dim")
+    if d_head is None and type(width) is int and type(n_head) is int and n_head > 0:
+        d_head = width // n_head
+    is_known = type(d_head) is int and isinstance(share, int | float)
+    return int(d_head * share) if is_known else 0
+
+
+def _is_positive(value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and 0 < value < 1e9
