@@ -127,8 +127,9 @@ FOREIGN = {
         | {
             "short_factor": [1.0, 1.5, 2.0, 3.0],
             "long_factor": [2.0, 3.0, 4.0, 5.0],
-            "original_max_position_embeddings": 100,
-        }
+            "original_max_position_embeddings": 256,  # llama.cpp rounds contexts up to 256
+        },
+        "max_position_embeddings": 1024,
     },
     "llama-yarn": _LLAMA | {"rope_scaling": _YARN | {"beta_fast": 4.0, "attention_factor": 1.3}},
     "llama-yarn-exact": _LLAMA | {"rope_scaling": _YARN | {"truncate": False, "factor": 8.0}},

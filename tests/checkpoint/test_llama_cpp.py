@@ -104,6 +104,39 @@ def test_logits_and_greedy_ids_equal_ours(
     assert greedy == ids
 
 
+def round_weights(model: torch.nn.Module) -> None:
+    """Round matrices as q8_0 does, and those whose rows are no multiple of 32 as f16."""
+    gguf = pytest.importorskip("gguf")
+    kind = gguf.GGMLQuantizationType.Q8_0
+    for parameter in {*model.parameters()}:
+        if parameter.dim() == 2 and parameter.shape[1] % 32 == 0:
+            rows = gguf.dequantize(gguf.quantize(parameter.numpy(), kind), kind)
+            parameter.copy_(torch.from_numpy(rows))
+        elif parameter.dim() == 2:
+            parameter.copy_(parameter.half())
+
+
+@torch.no_grad()
+def test_q8_0_gives_the_logits_and_the_greedy_tokens_of_weights_rounded_to_8_bits(
+    shared: Path, tmp_path: Path, exported: Callable[..., Any]
+) -> None:
+    folder = tmp_path / "stories"
+    shutil.copytree(shared / "weights" / "stories260K", folder)
+    loaded, llama = read_model(folder), exported(folder, "q8_0")
+    round_weights(loaded.model)
+    assert loaded.tokenizer is not None
+    prompt = loaded.tokenizer.encode_prompt("Once upon a time")
+    ids = list(prompt)
+    for _ in range(60):
+        ids.append(int(loaded.model(torch.tensor([ids]))[0, -1].argmax()))
+    theirs, ours = logits_of(llama, ids), loaded.model(torch.tensor([ids]))[0]
+    difference = (theirs - ours).square().mean().sqrt()
+    assert difference < 0.02 * ours.std(), (difference, ours.std())  # activations have 8 bits too
+    # Tokens that are nearly as probable as each other may change places.
+    chosen = theirs[len(prompt) - 1 : -1].gather(1, torch.tensor(ids[len(prompt) :])[:, None])
+    assert (chosen[:, 0] >= theirs[len(prompt) - 1 : -1].amax(1) - 0.1 * ours.std()).all()
+
+
 TEXTS = fuzzed_texts(400, vocabularies.WORDS)
 OWN = {
     "bytes": BytesTokenizer,
