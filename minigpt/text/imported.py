@@ -52,7 +52,9 @@ class ImportedTokenizer(Tokenizer):
             prefix=_prefix(self._library),
             end_of_text_ids=end_of_text_ids,
         )
-        self._added_bytes = {id_: token.content.encode() for id_, token in added.items()}
+        for id_ in added:  # a normalized one stands for its normalized text
+            self._tokens[id_] = self._library.id_to_token(id_) or ""
+        self._added_bytes = {id_: self._tokens[id_].encode() for id_ in added}
         self._known = _known_characters(self.data, vocab)
         decoders = _types(self.data.get("decoder")) or _types(self.data.get("pre_tokenizer"))
         self._is_byte_level = "ByteLevel" in decoders

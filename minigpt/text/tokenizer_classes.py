@@ -75,6 +75,7 @@ _NAMED_TOKENS = {
     | {f"{role}_token": f"<{role.upper()}>" for role in ("unk", "pad", "cls", "sep")},
 }
 """Class -> special tokens that it has where none are named."""
+_BY_FILE = "tokenizer.json is followed instead."
 _PROBE = "The 1984 I'LL x's de\u0301ja\u0300  vu,\n\n 3.14\t\u4e2d\u6587 A\u030a ... end "
 
 
@@ -205,8 +206,8 @@ def class_parts(name: str, config: Mapping[str, Any]) -> JSONValue | None:
 def as_auto_tokenizer(folder: Path, data: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a tokenizer.json with the parts that AutoTokenizer replaces, and the tokens it adds.
 
-    A warning says if that changes ids. A class that cannot encode characters that the file can,
-    being for another kind of vocabulary, is not followed.
+    A warning says if that changes ids. A class for another kind of vocabulary, which cannot encode
+    characters that the file can, is not followed.
 
     Args: data, the parsed tokenizer.json.
     Raises: CheckpointError if a file of the tokenizer's settings is damaged.
@@ -217,7 +218,10 @@ def as_auto_tokenizer(folder: Path, data: Mapping[str, Any]) -> Mapping[str, Any
         model = data["model"]
         name = tokenizer_class(folder, config, data)
         parts = class_parts(name, config)
-        if parts is None or model.get("type", "BPE") != "BPE" or "merges" not in model:
+        kind = model.get("type", "BPE")
+        if parts is not None and kind != "BPE":
+            _warn(folder, name, f"is for BPE, and this vocabulary is {kind}. {_BY_FILE}")
+        if parts is None or kind != "BPE" or "merges" not in model:
             return data
         changed = {**data, **parts, "model": model | parts["model"]}
         ids = {token["content"]: token["id"] for token in data["added_tokens"]}
@@ -232,18 +236,20 @@ def as_auto_tokenizer(folder: Path, data: Mapping[str, Any]) -> Mapping[str, Any
     if by_file is None or by_file == by_class:
         return changed
     is_lossy = by_class is None or len(by_class[1]) > len(by_file[1])
-    what = (
-        "loses characters of this vocabulary. tokenizer.json is followed instead"
-        if is_lossy
-        else "splits text otherwise than tokenizer.json, and is followed"
-    )
+    if is_lossy:
+        _warn(folder, name, f"loses characters of this vocabulary. {_BY_FILE}")
+        return data
+    _warn(folder, name, "splits text otherwise than tokenizer.json, and is followed.")
+    return changed
+
+
+def _warn(folder: Path, name: str, what: str) -> None:
     warnings.warn(
-        f"the tokenizer of {str(folder)!r}: {name}, which transformers 5 uses for it, {what}. "
+        f"the tokenizer of {str(folder)!r}: {name}, which transformers 5 uses for it, {what} "
         "docs/models.md says how to choose.",
         MinigptWarning,
-        stacklevel=2,
+        stacklevel=3,
     )
-    return data if is_lossy else changed
 
 
 def _probed(data: Mapping[str, Any]) -> tuple[list[int], set[str]] | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from layout_models import LAYOUTS, make_model
+from published_vocabularies import bert, unigram
 
 from minigpt.checkpoint.model_folder import read_model, write_model
 from minigpt.checkpoint.tokenizer_json import read_tokenizer, tokenizer_to_json
@@ -263,8 +264,15 @@ def test_a_class_that_splits_otherwise_is_named_and_one_that_loses_characters_is
     monkeypatch.setitem(FILES, "no-unk", lambda: json.loads(text))
     with pytest.warns(MinigptWarning, match="GemmaTokenizer.*loses characters.*followed instead"):
         write("no-unk", "GemmaTokenizer", "llama")  # transformers cannot encode any text
+    monkeypatch.setitem(FILES, "unigram", unigram)
+    monkeypatch.setitem(FILES, "wordpiece", bert)
+    with pytest.warns(MinigptWarning, match="is for BPE, .* is Unigram.*followed instead"):
+        write("unigram", "LlamaTokenizer", "llama")
+    with pytest.warns(MinigptWarning, match="is for BPE, .* is WordPiece.*followed instead"):
+        write("wordpiece", "PreTrainedTokenizerFast", "qwen2")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        write("unigram", "PreTrainedTokenizerFast", "llama")
         write("qwen2", "Qwen2Tokenizer", "qwen2")  # both say the same
         write("own", "PreTrainedTokenizerFast", "llama")
         write("llama2", "LlamaTokenizer", "llama")  # differs at leading spaces only

@@ -184,6 +184,16 @@ def word_level() -> dict[str, Any]:
     return changed(bert, model=model, pre_tokenizer={"type": "Whitespace"}, decoder=None)
 
 
+LOWERCASE = {"type": "Lowercase"}
+
+
+def with_word(data: dict[str, Any], word: str) -> dict[str, Any]:
+    """Add a token that stands for a normalized word, as transformers' add_tokens does."""
+    id_ = 1 + max([*data["model"]["vocab"].values(), *(t["id"] for t in data["added_tokens"])])
+    data["added_tokens"].append(special(id_, word, is_special=False) | {"normalized": True})
+    return data
+
+
 UNUSUAL: dict[str, Callable[[], dict[str, Any]]] = {
     **{
         f"normalizer {n}": functools.partial(changed, gpt2, normalizer=normalizer)
@@ -194,6 +204,8 @@ UNUSUAL: dict[str, Callable[[], dict[str, Any]]] = {
     **{name: functools.partial(found, **{name: True}) for name in ("lstrip", "rstrip")},
     "single_word": lambda: found(single_word=True),
     "normalized": lambda: found(normalized=True),
+    "normalized with a space": lambda: with_word(llama2(), "qzqz"),
+    "normalized in small letters": lambda: with_word(changed(gpt2, normalizer=LOWERCASE), "QZqz"),
     **{
         f"Metaspace {prepend} {splits}": functools.partial(scheme, prepend, splits=splits)
         for prepend in ("never", "first", "always")
