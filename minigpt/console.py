@@ -113,7 +113,7 @@ def print_lines(
         text = spans_to_text(spans)
         if is_cut and console.is_terminal and text.cell_len > console.width:
             text.truncate(console.width, overflow="ellipsis")
-        console.print(text)
+        console.print(text, soft_wrap=is_cut)  # else rich breaks it between words
     console.file.flush()
 
 

@@ -106,3 +106,14 @@ def test_bars_are_ascii_where_stdout_cannot_encode_blocks(
     assert (shown == line) == (encoding == "utf-8")
     if encoding == "cp1252":
         assert "…" in shown, "what the encoding has is kept"
+
+
+def test_text_that_is_not_cut_breaks_between_words_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    terminal = attach_terminal(monkeypatch)
+    monkeypatch.setenv("COLUMNS", "20")
+    text = [[(" could not tell which of them", "plain")]]
+    print_lines(make_console(is_stderr=False), text, is_cut=False)
+    lines = [line.rstrip() for line in terminal.getvalue().splitlines()]
+    assert lines == [" could not tell", "which of them"]
