@@ -89,7 +89,8 @@ def row_text(row: object, field: str) -> str:
         raise _a_nest(nested, field)
     else:
         keys = next(([key] for key, value in row.items() if _is_table(value)), [])
-        remedy += _if_rows(keys) if keys or _is_table(row) else ""
+        if keys or _is_table(row):
+            remedy = f"Name another one with --field.{_if_rows(keys)}"
     raise BadRow(f'has no "{field}" string: {_fields_of(row)}', remedy)
 
 
