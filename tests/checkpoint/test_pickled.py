@@ -245,6 +245,16 @@ def test_folder_of_pickles_becomes_one_of_safetensors(
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
 
+def test_a_folder_of_pickles_keeps_its_templates_and_licenses(tmp_path: Path) -> None:
+    save_bins(tmp_path / "old", "gpt2-tied", 1)
+    others = ("LICENSE", "additional_chat_templates/rag.jinja", "tokenizer.model", "qwen.tiktoken")
+    for name in others:
+        (tmp_path / "old" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "old" / name).write_text(name)
+    import_pickled(tmp_path / "old", tmp_path / "new")
+    assert all((tmp_path / "new" / name).read_text() == name for name in others)
+
+
 def test_pytorch_model_bin_that_transformers_wrote_gives_its_logits(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers", reason="compares with transformers")
     shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 32, "vocab_size": 50}

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from minigpt.checkpoint.byte_pair_json import tokenizer_file
+from minigpt.checkpoint.carried import CARRIED
 from minigpt.checkpoint.families import model_config_to_hf
 from minigpt.checkpoint.folder import writing_folder
 from minigpt.checkpoint.model_folder import (
@@ -289,10 +290,13 @@ def _write_hugging_face(folder: Path, source: Path, path: Path | None) -> None:
         if len(names) > 1:
             index = {"metadata": {}, "weight_map": weight_map}
             (folder / INDEX).write_bytes(to_json(index))
-        for other in source.iterdir():
-            is_index = other.name.endswith(".index.json")
-            if other.is_file() and other.suffix in _COPIED and not is_index:
-                shutil.copyfile(other, folder / other.name)
+        carried = (path for pattern in CARRIED for path in source.glob(pattern))
+        others = {path for path in source.iterdir() if path.suffix in _COPIED}.union(carried)
+        for other in others:
+            if other.is_file() and not other.name.endswith(".index.json"):
+                copy = folder / other.relative_to(source)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(other, copy)
 
 
 def _bin_names(folder: Path) -> list[str]:
