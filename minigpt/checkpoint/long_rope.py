@@ -76,6 +76,20 @@ class LongRope(GPT):
         return super().forward(tokens, cache, recorder, logits_to_keep=logits_to_keep, **options)
 
 
+def cache_of(model: LongRope, cache: KVCache, n_tokens: int) -> KVCache:
+    """Return a cache with the keys and values that a text had when it was ``n_tokens`` long.
+
+    Args: cache, of a longer text.
+    """
+    if cache.is_long == (n_tokens > model.original_context):
+        return cache
+    assert cache.tokens_BS is not None
+    keys = cache.keys_LBGSD
+    shorter = KVCache(model.config, capacity=n_tokens, device=keys.device, dtype=keys.dtype)
+    model(cache.tokens_BS[:1, :n_tokens], shorter)
+    return shorter
+
+
 @cached
 def with_long_rope(base: type[GPT]) -> type[GPT]:
     """Return a family's class with LongRoPE."""

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 from knocking_out import knock_out, last_query_without
-from small_models import LAYOUTS, random_tokens, small_model
+from small_models import LAYOUTS, any_model, random_tokens, small_model
 from torch import Tensor
 
 from minigpt.generation.fast.quantize import quantize_int8
 from minigpt.model.cache import KVCache
 from minigpt.model.gpt import GPT
 from minigpt.tracing.analysis import knockout
-from minigpt.tracing.analysis.knockout import choose_controls
+from minigpt.tracing.analysis.knockout import Knockouts, Query, choose_controls
 from minigpt.tracing.analysis_config import Knockout
 from minigpt.tracing.head_lists import select_heads
 
@@ -73,6 +73,23 @@ def test_int8_and_bfloat16_models_agree_within_rounding(kind: Knockout) -> None:
             model, cached(model, tokens), int(tokens[0, -1]), TARGET, range(11), kind
         )
         assert changes == pytest.approx(expected, abs=tolerance)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n_tokens", [6, 11])
+def test_a_change_has_the_frequencies_that_the_text_had_with_long_rope(
+    n_tokens: int, kind: Knockout
+) -> None:
+    factors = {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "attention_factor": 1.5}
+    scaling = factors | {"rope_type": "longrope", "original_max_position_embeddings": 7}
+    model = any_model("olmo2", rope_scaling=scaling)
+    tokens = random_tokens(1, 11)
+    cache = cached(model, tokens)  # of a text with the long factors
+    expected = expected_changes(model, tokens[:, :n_tokens], kind)
+    hidden = [(position,) for position in range(n_tokens)]
+    query = Query(n_tokens - 1, int(tokens[0, n_tokens - 1]), TARGET, hidden)
+    [changes] = Knockouts(model, kind, None).changes(cache, [query])
+    assert changes[:, 0].tolist() == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)

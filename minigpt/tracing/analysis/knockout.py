@@ -182,6 +182,8 @@ class Knockouts:
         model, n_rows, end = self._model, len(query.hidden), query.position + 1
         hidden_BS = _mask(queries, end).to(model.device)
         if isinstance(model, GPT):
+            if cache.tokens_BS is not None:
+                cache = ring("checkpoint.long_rope").cache_of(model, cache, end)
             prefix: KVCache = _SharedPrefix(
                 cache, end, hidden_BS if self._is_value else None, self._heads_LH
             )
@@ -245,6 +247,7 @@ class _SharedPrefix(KVCache):
         self.capacity, self.length = end, end - 1
         self.keys_LBGSD = cache.keys_LBGSD[:, :1, :, : self.length]
         self.values_LBGSD = cache.values_LBGSD[:, :1, :, : self.length]
+        self.tokens_BS, self.is_long = None, cache.is_long
         self._zeroed_BS, self._heads_LH = zeroed_BS, heads_LH
 
     def write(self, layer: int, k_BGTD: Tensor, v_BGTD: Tensor) -> tuple[Tensor, Tensor]:
