@@ -167,12 +167,14 @@ def with_options(message: str, ctx: Any) -> str:
     options = {p.name: p.opts[0] for p in ctx.command.get_params(ctx) if p.opts[0][:2] == "--"}
     sources = {option: ctx.get_parameter_source(name) for name, option in options.items()}
     typed = {option for option, source in sources.items() if source.name == "COMMANDLINE"}
-    for option in typed if {"--set", "--config"} & typed else options.values():
-        name = option[2:].replace("-", "_")
-        if "_" in name:
+    flags = {option[2:].replace("-", "_"): option for option in options.values()}
+    if subject := re.match(r"(\w+)(?: and (\w+))?(?= )", message):  # may be words of prose
+        named = [flags.get(word, "") for word in subject.groups() if word]
+        if all(named) and typed.intersection(named):
+            message = " and ".join(named) + message[subject.end() :]
+    for name, option in flags.items():
+        if "_" in name and (option in typed or not typed & {"--set", "--config"}):
             message = re.sub(rf"(?<![\w.\-/='\"]){name}(?![\w\-/='\"(]|\.\w)", option, message)
-        elif option in typed:  # a word of prose, unless it is the subject
-            message = re.sub(rf"^([\w-]+ and )?{name}(?= )", rf"\1{option}", message)
     return message
 
 

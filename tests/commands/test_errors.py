@@ -103,6 +103,7 @@ def test_sampling_values_out_of_range_are_refused(
         ("--set data.loss_on=all", ["loss_on and chat_template"]),
         ("--loss-on all", ["--loss-on and --chat-template are for", "Give --chat"]),
         ("--chat --special --field prose", ["--special and --field have no effect"]),
+        ("--chat --special", ["--special and --field have no effect"]),
         ("--val text.txt --val-fraction 0.2", ["--val is the", "--val-split and --val-fraction"]),
         ("--config missing.toml", ["missing.toml", "does not exist"]),
         ("--config .", ["cannot be read"]),

@@ -175,7 +175,7 @@ def test_each_suggested_width_is_valid(run: Run, trained: Path, words: list[str]
     result = run("train", *tiny, "--dry-run", *words)
     assert result.code == 2
     widths = re.search(
-        r"Try d_model (\d+)\.(?: The next smaller one is (\d+)\.)?", error_line(result)
+        r"Try --d-model (\d+)\.(?: The next smaller one is (\d+)\.)?", error_line(result)
     )
     assert widths
     for width in filter(None, widths.groups()):
