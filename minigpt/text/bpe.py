@@ -1,4 +1,4 @@
-"""Tokenizers by their specs, and byte-pair encodings trained on a corpus, with rustbpe."""
+"""Tokenizers by their specs, and byte-pair encodings that are trained on a corpus."""
 
 import re
 from collections.abc import Iterable
@@ -13,12 +13,18 @@ from minigpt.text.byte_pairs import (
     named_tokenizer,
     split_whitespace,
 )
-from minigpt.text.characters import character_tokens, frequent_characters, joined_ranks
+from minigpt.text.characters import (
+    LONGEST_LEARNED,
+    character_tokens,
+    frequent_characters,
+    joined_ranks,
+)
 from minigpt.text.tokenizer import END_OF_TEXT, BytesTokenizer, Tokenizer, well_formed
 from minigpt.text.vocabulary_parts import BPE_PATTERN
 
 NAMED_ENCODINGS = ("gpt2", "cl100k_base", "o200k_base")
 BPE_TRAINING_BYTES = 64 * 2**20
+CHARACTER_TRAINING_BYTES = 8 * 2**20  # of merges of characters, which take longer
 # The vocabulary size of the spec ``bpe``: docs/training.md has the losses.
 BYTES_PER_MERGE = 1000
 LARGEST_FITTING_BPE = 1024
@@ -74,7 +80,7 @@ def trained_tokenizer(texts: Iterable[str], vocab_size: int) -> TiktokenTokenize
 def train_bpe(
     texts: Iterable[str], vocab_size: int, *, n_seeds: int | None = None
 ) -> TiktokenTokenizer:
-    """Learn byte-pair merges from texts, with rustbpe.
+    """Learn byte-pair merges from texts: of bytes, or of characters where that gives fewer tokens.
 
     Only the first BPE_TRAINING_BYTES of text are read. A corpus with too few distinct pairs gives
     a smaller vocabulary than requested. Frequent characters outside of ASCII become tokens first
@@ -90,20 +96,57 @@ def train_bpe(
             f"bpe:{vocab_size} leaves no room for merges: 256 bytes and {END_OF_TEXT} are always "
             "included. Try bpe:1024, or the tokenizer bytes."
         )
-    trainer = rustbpe.Tokenizer()
     read = list(map(well_formed, first_texts(texts, BPE_TRAINING_BYTES)))
     characters = frequent_characters(first_texts(read, CHARACTER_COUNT_BYTES))
     seeds = character_tokens(characters, (vocab_size - 257) // 2 if n_seeds is None else n_seeds)
     parts = (part for text in read for part in split_whitespace(text))
+    trainer = rustbpe.Tokenizer()
     # Some of what is learned builds the same characters in other ways, and is left out.
     n_learned = vocab_size - 1 + 2 * len(seeds)
     trainer.train_from_iterator(parts, n_learned, pattern=BPE_PATTERN)
     ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
-    if seeds:
-        ranks = joined_ranks(seeds, sorted(ranks, key=ranks.__getitem__), vocab_size - 1)
     name = f"bpe:{vocab_size}"
+    if not seeds:
+        return _with_end(name, ranks)
+    texts = first_texts(read, CHARACTER_TRAINING_BYTES)
+    beginning = [part for text in texts for part in split_whitespace(text)]
+    learned = (sorted(ranks, key=ranks.__getitem__), merged_characters(beginning, vocab_size))
+    found = [_with_end(name, joined_ranks(seeds, each, vocab_size - 1)) for each in learned]
+    sample = first_texts(read, CHARACTER_COUNT_BYTES)
+    return min(found, key=lambda tokenizer: sum(map(len, map(tokenizer.encode_array, sample))))
+
+
+def _with_end(name: str, ranks: dict[bytes, int]) -> TiktokenTokenizer:
+    """Return the tokenizer of these ranks and an end-of-text token after them."""
     encoding = make_encoding(name, BPE_PATTERN, ranks, {END_OF_TEXT: len(ranks)})
     return TiktokenTokenizer(name, encoding)
+
+
+def merged_characters(texts: list[str], n_merges: int) -> list[bytes]:
+    """Learn merges of whole characters, with the tokenizers library; return what they make.
+
+    Merges of bytes join the end of one character with the beginning of the next where all begin
+    with the same two bytes, as in Devanagari. Where most characters are rare, as in Chinese, they
+    may be better, as they join parts of these.
+    """
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+
+    longest = LONGEST_LEARNED // 4
+    alphabet = sorted(set().union(*texts))
+    learner = Tokenizer(models.BPE())
+    # The library takes quadratic time for a long piece, as of a script without spaces.
+    patterns = (BPE_PATTERN, rf"[\s\S]{{1,{longest}}}")
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
+    learner.pre_tokenizer = pre_tokenizers.Sequence(splits)
+    trainer = trainers.BpeTrainer(
+        vocab_size=len(alphabet) + n_merges,
+        initial_alphabet=alphabet,
+        max_token_length=longest,
+        show_progress=False,
+    )
+    learner.train_from_iterator(texts, trainer)
+    ids = learner.get_vocab()
+    return [token.encode() for token in sorted(ids, key=ids.__getitem__)]
 
 
 def first_texts(texts: Iterable[str], n_bytes: float) -> list[str]:

@@ -97,3 +97,17 @@ def test_repeated_characters_do_not_become_tokens_of_any_length() -> None:
     tokenizer = make_tokenizer("bpe", ["─" * 5000 + "\n哈哈\n"])
     lengths = [len(tokenizer.token_bytes(id_)) for id_ in range(tokenizer.vocab_size - 1)]
     assert 64 < max(lengths) <= 256
+
+
+@pytest.mark.parametrize("alphabet", ["Devanagari", "Cyrillic", "Hangul"])
+def test_merges_join_characters_whose_bytes_begin_alike(alphabet: str) -> None:
+    # Every letter of Devanagari begins with the same two bytes: merges of bytes would join the end
+    # of one with the beginning of the next, and hardly any whole letters.
+    source = random.Random(5)
+    lexicon = ["".join(source.choices(ALPHABETS[alphabet][:40], k=5)) for _ in range(300)]
+    text = " ".join(source.choices(lexicon, k=9000))
+    tokenizer = make_tokenizer("bpe:1024", [text])
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.vocab_size == 1024
+    assert len(text) / len(ids) > 2.5
