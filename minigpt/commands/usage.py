@@ -168,13 +168,19 @@ def with_options(message: str, ctx: Any) -> str:
     sources = {option: ctx.get_parameter_source(name) for name, option in options.items()}
     typed = {option for option, source in sources.items() if source.name == "COMMANDLINE"}
     flags = {option[2:].replace("-", "_"): option for option in options.values()}
-    if subject := re.match(r"(\w+)(?: and (\w+))?(?= )", message):  # may be words of prose
+    if subject := re.match(
+        r"(?:\w+\.)?(\w+)(?: and (\w+))?(?= )", message
+    ):  # may be words of prose
         named = [flags.get(word, "") for word in subject.groups() if word]
         if all(named) and typed.intersection(named):
             message = " and ".join(named) + message[subject.end() :]
     for name, option in flags.items():
+        ending = r"(?![\w\-/='\"(]|\.\w)"
+        if option in typed:
+            dotted = rf"(?<![\w.\-/='\"])(?:model|training|data)\.{name}{ending}"
+            message = re.sub(dotted, option, message)
         if "_" in name and (option in typed or not typed & {"--set", "--config"}):
-            message = re.sub(rf"(?<![\w.\-/='\"]){name}(?![\w\-/='\"(]|\.\w)", option, message)
+            message = re.sub(rf"(?<![\w.\-/='\"]){name}{ending}", option, message)
     return message
 
 

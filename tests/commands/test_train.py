@@ -243,7 +243,7 @@ def test_another_score_works_from_the_option_to_the_trace(run: Run, trained: Pat
     assert run(*words, "--attention", "additive", "--max-steps", "2").code == 0
     assert 'attention = "additive"' in Path("checkpoints/other/config.toml").read_text()
     error = error_line(run("train", "--resume", "--attention", "dot"))
-    assert "--resume cannot change model.attention: it is 'additive' in this run" in error
+    assert "--resume cannot change --attention: it is 'additive' in this run" in error
     assert run("train", "--resume", "--max-steps", "3").code == 0
     ending = ["The king", "--temperature", "0", "--max-new-tokens", "5", "--json"]
     generated = json.loads(run("generate", *ending).out)
@@ -282,4 +282,4 @@ def test_an_lstm_works_from_the_option_to_the_generated_text(
         assert trace.code == 0
     assert arch in Path("checkpoints/other/step-000003/README.md").read_text()
     error = error_line(run("train", "--arch", arch, "--n-head", "2"))
-    assert "n_head can only be 1: it is 2. Leave it out" in error
+    assert "--n-head can only be 1: it is 2. Leave it out" in error
