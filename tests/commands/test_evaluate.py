@@ -198,7 +198,7 @@ def test_a_pipe_gets_a_plain_line_now_and_then(run: Run, monkeypatch: pytest.Mon
         ("--stride -3", 2, ["stride must be at least 1: it is -3"]),
         ("--stride 65", 2, ["stride must be between 1 and 64: it is 65"]),
         ("--stride 17 --context-length 16", 2, ["stride must be between 1 and 16: it is 17"]),
-        ("--context-length 65", 2, ["context_length must be between 1 and 64: it is 65"]),
+        ("--context-length 65", 2, ["--context-length must be between 1 and 64: it is 65"]),
         ("--context-length 0", 2, ["--context-length must be at least 1"]),
         ("--batch-size 0", 2, ["--batch-size must be at least 1"]),
         ("--eval-tokens 0", 2, ["--eval-tokens must be at least 1"]),
