@@ -14,10 +14,11 @@ It knows nothing of speed, memory, or rounding: float32 results are those of the
 """
 
 import contextlib
+import functools
 import sys
 import types
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,7 +28,6 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 
 import minigpt
 
@@ -403,7 +403,7 @@ class PretendCuda(TorchDispatchMode):
 
     def dispatch(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Run an operation on the CPU, count what it costs, and raise if CUDA would."""
-        flat, _ = tree_flatten((args, kwargs))
+        flat = list(_leaves((args, kwargs)))
         ours = [x for x in flat if isinstance(x, PretendTensor)]
         wanted = kwargs.get("device")
         to_cuda = is_here(wanted)
@@ -413,7 +413,7 @@ class PretendCuda(TorchDispatchMode):
             return func(*args, **kwargs)
         if func.namespace == "quantized":
             raise NotImplementedError(f"{func} has no kernel for {here().type} at {_line()}")
-        name = func._schema.name.split("::")[1]
+        name = _name(func)
         hosts = [
             x for x in flat if isinstance(x, torch.Tensor) and not isinstance(x, PretendTensor)
         ]
@@ -422,7 +422,7 @@ class PretendCuda(TorchDispatchMode):
             kwargs = kwargs | {"device": torch.device("cpu")}
             if kwargs.get("pin_memory"):
                 kwargs["pin_memory"] = False
-        plain_args, plain_kwargs = tree_map_only(PretendTensor, lambda x: x.elem, (args, kwargs))
+        plain_args, plain_kwargs = _mapped(_on_host, (args, kwargs))
         out = func(*plain_args, **plain_kwargs)
         if self.recording is not None:
             self.recording.append((func, plain_args, plain_kwargs, out))
@@ -430,14 +430,13 @@ class PretendCuda(TorchDispatchMode):
             return out
         if name == "copy_" and not isinstance(args[0], PretendTensor):
             return args[0]
-        for made in tree_flatten(out)[0]:
+        for made in _leaves(out):
             if isinstance(made, torch.Tensor):
                 self.require_dtype(made.dtype)
-        plain_types = (torch.Tensor, torch.nn.Parameter)
-        wrapped = tree_map(lambda x: PretendTensor(x) if type(x) in plain_types else x, out)
+        wrapped = _mapped(_on_device, out)
         if not ours:
             return wrapped
-        if func._schema.name in ("aten::set_", "aten::resize_"):
+        if name in ("set_", "resize_"):
             return args[0]
         return return_and_correct_aliasing(func, args, kwargs, wrapped)
 
@@ -494,6 +493,39 @@ class PretendMps(PretendCuda):
             raise TypeError(f"the MPS framework doesn't support float64, at {_line()}")
 
 
+# Arguments of operations are nested in lists, tuples and dicts alone, which torch's own functions
+# for trees, made for every class that can be registered, take a multiple of the time to walk.
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _leaves(part)
+    elif isinstance(value, dict):
+        yield from _leaves([*value.values()])
+    else:
+        yield value
+
+
+def _mapped(change: Callable[[Any], Any], value: Any) -> Any:
+    if isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
+        return type(value)([_mapped(change, part) for part in value])
+    if isinstance(value, dict):
+        return {key: _mapped(change, part) for key, part in value.items()}
+    return change(value)
+
+
+def _on_host(value: Any) -> Any:
+    return value.elem if isinstance(value, PretendTensor) else value
+
+
+def _on_device(value: Any) -> Any:
+    return PretendTensor(value) if type(value) in (torch.Tensor, torch.nn.Parameter) else value
+
+
+@functools.cache
+def _name(func: Any) -> str:
+    return str(func._schema.name.split("::")[1])
+
+
 def _line() -> str:
     """Return the innermost line of minigpt on the stack."""
     frame = sys._getframe(1)
@@ -545,7 +577,7 @@ class _Functions(TorchFunctionMode):
             and torch.is_autocast_enabled("cpu")
             and isinstance(args[0], PretendTensor)
         ):
-            args, kwargs = tree_map(  # float32 in CUDA's autocast, not in the CPU's
+            args, kwargs = _mapped(  # float32 in CUDA's autocast, not in the CPU's
                 lambda x: x.float() if isinstance(x, torch.Tensor) else x, (args, kwargs)
             )
         if func in (torch.rms_norm, F.rms_norm) and isinstance(args[0], PretendTensor):
@@ -586,7 +618,7 @@ class _Graph:
             again = func(*args, **kwargs)
             if any(result.alias_info is not None for result in func._schema.returns):
                 continue  # a view, or written in-place
-            for old, new in zip(tree_flatten(out)[0], tree_flatten(again)[0], strict=True):
+            for old, new in zip(_leaves(out), _leaves(again), strict=True):
                 if isinstance(old, torch.Tensor):
                     old.copy_(new)
 

@@ -111,14 +111,14 @@ def decode(decoder: Decoder, config: SamplingConfig, seen: PretendCuda, n_rows: 
 @pytest.mark.parametrize("name", [*SHAPES, "int8"])
 def test_token_waits_for_the_device_once(name: str, options: str, n_rows: int) -> None:
     found = {}
-    config = SamplingConfig(max_new_tokens=9, **SAMPLING[options])
+    config = SamplingConfig(max_new_tokens=6, **SAMPLING[options])
     for device in ("cpu", "cuda"):
         with PretendCuda() as seen:
             model = make("llama" if name == "int8" else name).to(device).eval()
             model.requires_grad_(False)
             if name == "int8":
                 quantize_int8(model)
-            decoder = Decoder(model, [5, 6, 7], max_new_tokens=9, n_rows=n_rows)
+            decoder = Decoder(model, [5, 6, 7], max_new_tokens=6, n_rows=n_rows)
             found[device], syncs, copies, _ = decode(decoder, config, seen, n_rows)
     assert found["cuda"] == found["cpu"]
     assert sum(syncs.values()) == 1, syncs
@@ -243,16 +243,16 @@ def test_a_traced_token_is_copied_to_the_device_once_at_most(
         if changes:
             config = InterventionConfig(**changes)
             model, _ = intervene(model, config, [5, 6, 7], lambda text: [8, 9, 10])
-        sampling = SamplingConfig(max_new_tokens=8, temperature=0.0)
+        sampling = SamplingConfig(max_new_tokens=6, temperature=0.0)
         tokenizer: Any = Letters()
         analysis = AnalysisConfig(**options)
         events = trace(model, tokenizer, [5, 6, 7], sampling, analysis, seed=1)
         for _ in range(3):  # the header and two tokens
             next(events)
         seen.clear()
-        for _ in range(5):
+        for _ in range(3):
             next(events)
-        assert sum(seen.copies.values()) == 5 * n_copies, seen.copies
+        assert sum(seen.copies.values()) == 3 * n_copies, seen.copies
 
 
 def test_rollout_copies_nothing_to_the_device() -> None:
