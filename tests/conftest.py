@@ -3,6 +3,7 @@
 import os
 import random
 import secrets
+import signal
 import tempfile
 from pathlib import Path
 
@@ -19,6 +20,10 @@ else:
     _cache = tempfile.TemporaryDirectory(prefix="minigpt-tests-")
     os.environ["MINIGPT_CACHE_DIR"] = _cache.name
 
+
+# A shell has the tests ignore Ctrl-C if it runs them in the background; the program would, too.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
