@@ -8,12 +8,29 @@ import sys
 from collections.abc import Callable, Iterator
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
+from typing import Any
 
 import pytest
 from calls import ROOT, TINY, Result, Run
 
 from minigpt.checkpoint import resolve
 from minigpt.commands import main
+from minigpt.commands.layout import Commands
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _commands_are_made_once() -> Iterator[None]:
+    """Make the options of a command once, not for each of a thousand calls in this process."""
+    make, made = Commands.get_command, {}
+
+    def get_command(program: Commands, ctx: Any, name: str) -> Any:
+        if name not in made:
+            made[name] = make(program, ctx, name)
+        return made[name]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Commands, "get_command", get_command)
+        yield
 
 
 @pytest.fixture(scope="session")
