@@ -39,8 +39,6 @@ LIES = {"a": "pytorch_model.bin", "b": "old/a.safetensors", "c": "../../a.safete
 RESOLVER = """
 import json, sys
 from minigpt.checkpoint.resolve import resolve_model
-from minigpt.commands.loading import load
-from minigpt.commands.options import ModelSource
 from minigpt.errors import MinigptError
 for spec in sys.argv[1:]:
     try:

@@ -87,9 +87,8 @@ def test_prompts_begin_as_those_of_auto_tokenizer_with_every_class_flag_and_post
         json.dumps(data | {"post_processor": PROCESSORS[processor]})
     )
     (tmp_path / "config.json").write_text(json.dumps({"model_type": CLASSES[kind]}))
-    for flags, bos in itertools.product(
-        FLAGS, ("<s>", {"__type": "AddedToken", "content": "<s>"}, None)
-    ):
+    added: dict[str, Any] = {"__type": "AddedToken", "content": "<s>"}
+    for flags, bos in [*itertools.product(FLAGS, ("<s>", None)), ({}, added)]:
         config: dict[str, Any] = {"bos_token": bos, "eos_token": "</s>", **flags}
         config |= {"tokenizer_class": kind} if kind else {}
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))

@@ -1,5 +1,6 @@
 """Plans of comparisons: parameter counts, budgets and statistics of the losses."""
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -42,6 +43,7 @@ def run_config(**training: Any) -> RunConfig:
     return RunConfig(model=model, training=TrainingConfig(**training))
 
 
+@functools.cache
 def built_parameters(config: ModelConfig) -> int:
     model = model_class(config).without_weights(config)
     return sum(parameter.numel() for parameter in model.parameters())

@@ -17,7 +17,11 @@ from minigpt.tracing.analysis.measures import Measured
 from minigpt.tracing.analysis.recorder import MeasureRecorder
 from minigpt.tracing.analysis_config import AnalysisConfig
 
-captum_attr = pytest.importorskip("captum.attr", reason="captum is not installed")
+
+@pytest.fixture
+def attribution() -> Any:
+    """The package captum.attr, imported where it is used: it takes a second."""
+    return pytest.importorskip("captum.attr", reason="captum is not installed")
 
 
 def measured(model: LanguageModel, tokens: Tensor, **config: Any) -> Measured:
@@ -43,21 +47,23 @@ def from_embeddings(model: LanguageModel, n: int, against: int | None) -> Callab
 
 @pytest.mark.parametrize("against", [None, 11])
 @pytest.mark.parametrize("layout", [*LAYOUTS, *FAMILIES, SOFTCAP])
-def test_gradient_times_input_equals_captum(layout: str, against: int | None) -> None:
+def test_gradient_times_input_equals_captum(
+    layout: str, against: int | None, attribution: Any
+) -> None:
     model, tokens = any_model(layout), random_tokens(1, 9)
     x_BSC = model.embedding(tokens).detach()
-    oracle = captum_attr.InputXGradient(from_embeddings(model, 9, against))
+    oracle = attribution.InputXGradient(from_embeddings(model, 9, against))
     expected = oracle.attribute(x_BSC.requires_grad_()).sum(dim=2)[0]
     row = measured(model, tokens, measure="gradient", against=None if against is None else "x")
     torch.testing.assert_close(row.rows, expected.detach(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, *FAMILIES, SOFTCAP])
-def test_integrated_gradients_equal_captum(layout: str) -> None:
+def test_integrated_gradients_equal_captum(layout: str, attribution: Any) -> None:
     model, tokens = any_model(layout), random_tokens(1, 9)
     x_BSC = model.embedding(tokens).detach()
     baseline = model.embedding.weight.detach().mean(dim=0).expand_as(x_BSC)
-    oracle = captum_attr.IntegratedGradients(from_embeddings(model, 9, None))
+    oracle = attribution.IntegratedGradients(from_embeddings(model, 9, None))
     expected = oracle.attribute(x_BSC, baseline, n_steps=20, method="gausslegendre")
     row = measured(model, tokens, measure="integrated", n_steps=20)
     # Gradients are large near the baseline, where the stream is small.
@@ -106,13 +112,13 @@ def test_quantized_models_have_the_gradients_of_their_dequantized_weights() -> N
     torch.testing.assert_close(row, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_an_lstm_with_attention_has_gradients_too() -> None:
+def test_an_lstm_with_attention_has_gradients_too(attribution: Any) -> None:
     shape: dict[str, Any] = {"vocab_size": 61, "context_length": 24, "n_layer": 2, "n_head": 1}
     torch.manual_seed(1)
     model = LSTM(ModelConfig(arch="lstm-attention", d_model=16, **shape)).eval()
     tokens = random_tokens(1, 9)
     x_BSC = model.embedding(tokens).detach()
-    oracle = captum_attr.InputXGradient(from_embeddings(model, 9, None))
+    oracle = attribution.InputXGradient(from_embeddings(model, 9, None))
     expected = oracle.attribute(x_BSC.requires_grad_()).sum(dim=2)[0]
     row = measured(model, tokens, measure="gradient").rows
     torch.testing.assert_close(row, expected.detach(), rtol=1e-4, atol=1e-6)

@@ -28,7 +28,7 @@ def model_of(layout: str) -> GPT:
 
 
 def traced(model: GPT, prompt: str = PROMPT, **options: Any) -> Trace:
-    options = {"max_new_tokens": 7, "temperature": 1.0, "prompt_rows": True} | options
+    options = {"max_new_tokens": 4, "temperature": 1.0, "prompt_rows": True} | options
     trace = minigpt.trace(model, prompt, tokenizer=TOKENIZER, seed=4, **options)
     assert isinstance(trace, Trace)
     return trace
@@ -219,7 +219,7 @@ def test_watching_a_changed_model_changes_nothing(options: dict[str, Any]) -> No
     trace = traced(model, n_verified=2, lens=True, measure="both", roles=False, **options)
     items = list(
         minigpt.generate(
-            model, PROMPT, tokenizer=TOKENIZER, seed=4, max_new_tokens=7, temperature=1.0, **options
+            model, PROMPT, tokenizer=TOKENIZER, seed=4, max_new_tokens=4, temperature=1.0, **options
         )
     )
     steps = [s for s in trace.steps if not s.is_given]
