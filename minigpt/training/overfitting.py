@@ -31,6 +31,10 @@ LEAST_EVAL_STEPS = 5
 """Fewest steps between evaluations by default, in a text of more than as many."""
 LEAST_EVAL_TOKENS = 8192
 """Fewest validation tokens of a pass by default, if the text has as many."""
+SHORT_RUN = 50
+"""Steps that any run is expected to have, and steps between evaluations of one that is short."""
+STEPS_PER_MINUTE = 1000
+"""Steps per minute of a run that ends by the clock, to plan evaluations; a CPU has fewer."""
 MOST_EPOCHS, LEAST_STEPS, LEAST_TOKENS = 10.0, 200, 4096
 LEAST_PATIENCE = 100
 """Fewest steps without a lower validation loss before a run stops early."""
@@ -78,21 +82,27 @@ def with_evaluations(config: RunConfig, n_train_tokens: int, n_val_tokens: int) 
     The best step is seen: there is an evaluation at least once an epoch (or a hundredth of the run,
     if that is longer), and more often if the validation text is short. Evaluations cost at most a
     tenth of the arithmetic of training, unless the windows are fewer than ``LEAST_EVAL_TOKENS``.
+    The clock may end a run long before its last step, so then a pass costs no more than in a run
+    of ``SHORT_RUN`` steps.
     """
     training = config.training
+    n_steps = training.max_steps
+    if training.max_minutes:
+        by_clock = math.ceil(STEPS_PER_MINUTE * training.max_minutes)
+        n_steps = min(n_steps, by_clock) if n_steps else by_clock
     # A forward pass is a third of a training step. The averaged weights need one too.
     share = 3 * EVAL_SHARE / (2 if training.average else 1)
     step_tokens = training.batch_size * config.sequence_length
     every, n_tokens = training.eval_every, training.eval_tokens
     if every is None:
-        often = min(math.ceil(n_train_tokens / step_tokens), max(50, training.max_steps // 20))
+        often = min(math.ceil(n_train_tokens / step_tokens), max(SHORT_RUN, n_steps // 20))
         if n_val_tokens:
             affordable = math.ceil(n_val_tokens / (share * step_tokens))
             often = min(often, max(LEAST_EVAL_STEPS, affordable))
-        every = max(1, often, training.max_steps // 100)
+        every = max(1, often, min(n_steps, training.max_steps) // 100)
     if n_tokens is None:
-        between = (every or training.max_steps) * step_tokens
-        n_tokens = max(LEAST_EVAL_TOKENS, int(share * between))
+        between = min(every or n_steps, SHORT_RUN if training.max_minutes else n_steps)
+        n_tokens = max(LEAST_EVAL_TOKENS, int(share * between * step_tokens))
     return replace(config, training=replace(training, eval_every=every, eval_tokens=n_tokens))
 
 

@@ -203,6 +203,24 @@ def test_a_short_validation_text_is_evaluated_more_often_than_once_an_epoch() ->
     assert every == [50, 7, 28, 50]
 
 
+@pytest.mark.parametrize("max_minutes", [0.5, 1.0, 10.0, 1e6])
+@pytest.mark.parametrize("max_steps", [0, 9000])
+def test_a_pass_of_a_run_that_the_clock_ends_costs_at_most_a_tenth_of_50_steps(
+    max_minutes: float, max_steps: int
+) -> None:
+    limits = {"max_steps": max_steps, "max_minutes": max_minutes, "average": 0.98}
+    config = config_of(eval_every=None, eval_tokens=None, batch_size=64, **limits)
+    training = with_evaluations(config, 1_000_000, 100_000).training
+    step_tokens = 64 * 16
+    assert training.eval_tokens is not None
+    assert training.eval_every is not None
+    # A step is three forward passes; the weights and their average take one pass each.
+    assert 2 / 3 * training.eval_tokens <= max(0.1 * 50 * step_tokens, 2 / 3 * LEAST_EVAL_TOKENS)
+    n_epoch = math.ceil(1_000_000 / step_tokens)
+    assert training.eval_every <= n_epoch
+    assert (training.eval_every == 50) == (max_minutes <= 1)
+
+
 def test_a_setting_for_evaluations_is_not_derived() -> None:
     training = with_evaluations(config_of(eval_every=0, eval_tokens=7), 1000, 100).training
     assert (training.eval_every, training.eval_tokens) == (0, 7)
