@@ -167,7 +167,7 @@ def test_fine_tuning_reads_and_writes_folders_of_transformers(
         )
     for proposed in result.err.splitlines()[-2:]:
         assert "--model a" in proposed
-        assert proposed.endswith("'Once upon a time'")
+        assert proposed.endswith("'The king said: once'")
     assert run("generate", "--model", "a", "--max-new-tokens", "3", "Once").code == 0
 
 

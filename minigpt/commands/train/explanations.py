@@ -177,10 +177,17 @@ def _opening_words(trainer: Trainer) -> str:
     text = tokenizer.decode(ids).strip("\ufffd")  # of characters that the window cuts
     for special in tokenizer.special_ids:
         text = text.replace(special, "\n")
+    parts = re.split("\n|[.!?][\"'\u201d\u2019)]*\\s|[\u3002\uff01\uff1f]", text)
     if not text.startswith("\n"):  # in the middle of a document
-        text = re.split("\n|[.!?][\"'\u201d\u2019)]*\\s|[\u3002\uff01\uff1f]", text, maxsplit=1)[-1]
-    line = next(filter(str.strip, text.splitlines()), "")
-    words = line.split()[:_N_PROMPT_WORDS]
+        parts = parts[1:] or parts
+    prompts = filter(None, map(_first_words, parts))
+    # Words that need no quoting beside the shell's own, from the beginning of a sentence.
+    return min(prompts, key=lambda prompt: ("'" in prompt, prompt[0].islower()), default="")
+
+
+def _first_words(text: str) -> str:
+    """Return the first words of a text, as a prompt; "" if they would not print as they are."""
+    words = text.split()[:_N_PROMPT_WORDS]
     if words and unicodedata.east_asian_width(words[0][0]) in "WF":  # a script without spaces
         words = [words[0][: 2 * _N_PROMPT_WORDS]]
     prompt = " ".join(words)
