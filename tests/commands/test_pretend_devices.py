@@ -150,7 +150,7 @@ def test_int8_generates_on_cuda_and_is_refused_on_mps(models: Path, run: Run) ->
     with PretendMps():
         refused = run(*words, "--quantize", "int8", "--device", "mps")
     assert refused.code == 2
-    assert error_line(refused).startswith("quantize int8 is not available on mps.")
+    assert error_line(refused).startswith("--quantize int8 is not available on mps.")
 
 
 def test_a_compiled_graph_is_refused_on_mps_by_name(models: Path, run: Run) -> None:
@@ -259,7 +259,7 @@ def test_tf32_is_refused_without_cuda(
     with DEVICES.get(device, PretendCuda)():
         refused = run(*words, "--dtype", "tf32", "--device", device)
     assert refused.code == 2
-    expected = f"dtype tf32 needs a CUDA device: this is {device}. Use float32."
+    expected = f"--dtype tf32 needs a CUDA device: this is {device}. Use float32."
     assert error_line(refused) == expected
 
 
