@@ -78,8 +78,9 @@ def row_text(row: object, field: str) -> str:
         if isinstance(text, list):
             remedy = "Write a row for each of its texts, or join them."
         elif isinstance(text, Mapping):
-            name = shlex.quote(_names_of({field: text})[0])
-            remedy = f"Name a field of it, as in --field {name}.{_if_rows(field.split('.'))}"
+            name = _names_of({field: text})[0]
+            example = f", as in --field {shlex.quote(name)}" if name.isprintable() else ""
+            remedy = f"Name a field of it{example}.{_if_rows(field.split('.'))}"
         raise BadRow(f'has no "{field}" string: it is {found}', remedy)
     remedy = f"Name another one with --field{_longest_text(row)}."
     pairs = ({"prompt", "completion"}, {"instruction", "output"})
@@ -110,7 +111,8 @@ def _longest_text(row: Mapping[Any, Any]) -> str:
     """Return the field that may be the text, the longest string, as an example; else nothing."""
     lengths = {key: len(value) for key, value in row.items() if isinstance(value, str)}
     name = str(max(lengths, key=lambda key: lengths[key], default=""))
-    return f", as in --field {shlex.quote(name)}" if name and len(name) <= _LONGEST_LABEL else ""
+    is_short = 0 < len(name) <= _LONGEST_LABEL and name.isprintable()
+    return f", as in --field {shlex.quote(name)}" if is_short else ""
 
 
 def _is_table(value: object) -> bool:

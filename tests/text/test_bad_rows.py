@@ -41,6 +41,14 @@ def test_a_missing_field_is_refused_with_the_fields_seen_and_another_is_read(
     assert Reading("b.jsonl", field="body").texts == ["one", "two"]
 
 
+@pytest.mark.parametrize("row", [{"\x1b[2J": "a"}, {"text": {"\x1b[2J": "a"}}, {"\u202ea": "a"}])
+def test_a_field_that_would_steer_a_terminal_is_not_proposed(row: object) -> None:
+    Path("a.jsonl").write_bytes(json.dumps(row).encode())
+    message = refusal("a.jsonl")
+    assert message.isprintable()
+    assert "as in" not in message
+
+
 BAD_LINES = [
     (b'{"text": null}', "it is null"),
     (b'{"text": 5}', "of type int"),
