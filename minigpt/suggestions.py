@@ -7,6 +7,8 @@ from collections.abc import Iterable
 _NEAR = 0.75
 _SHORTEST_PART = 3
 _MAX_SUGGESTIONS = 3
+_SYNONYMS = {"gpu": "cuda", "metal": "mps", "bf16": "bfloat16", "fp32": "float32"}
+"""Common names of a value that has few of its letters."""
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
@@ -17,6 +19,8 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     if these are few.
     """
     names = list(choices)
+    if (synonym := _SYNONYMS.get(word.lower())) in names:
+        return f"Did you mean {synonym}?"
     parts = [part.removesuffix("s") or part for part in _parts(word)]
     near = [name for name in names if _abbreviates(parts, _parts(name))]
     first = [name for name in near if _begin(name).startswith(parts[0])]

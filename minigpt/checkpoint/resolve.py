@@ -24,9 +24,9 @@ def resolve_model(spec: str | None, root: Path = ROOT) -> Path:
     """Return the model folder that a user names, ready for ``read_model``.
 
     Args: spec, a run folder (its best step, else its latest), a step folder, any Hugging Face
-        folder, the name of one of these under root, or a model of the Hugging Face hub (org/name or
-        org/name@revision), which is downloaded. None: the newest run under root, else a model
-        folder there, else the model that ships.
+        folder, the name of one of these under root, NAME/step-N too, or a model of the Hugging Face
+        hub (org/name or org/name@revision), which is downloaded. None: the newest run under root,
+        else a model folder there, else the model that ships.
     Raises: CheckpointError if there is no such model, or it is damaged or cannot be downloaded;
         ConfigError if this installation cannot download; ResourceError.
     """
@@ -86,8 +86,10 @@ def shipped_model() -> Path | None:
 
 
 def _places(spec: str, root: Path) -> list[Path]:
+    if not spec:  # an unset variable of the shell, which Path would take for this folder
+        return []
     if Path(spec).name != spec:
-        return [Path(spec)]
+        return [Path(spec)] if ".." in Path(spec).parts else [Path(spec), root / spec]
     shipped = shipped_model() if spec == SHIPPED else None
     return [Path(spec), root / spec, *([shipped] if shipped else [])]
 

@@ -11,7 +11,13 @@ from typing import Any
 from minigpt.commands.layout import COMMANDS
 from minigpt.errors import ConfigError, cut, did_you_mean
 
-_SYNONYMS = {"--learning-rate": "--lr"}
+_SYNONYMS = {
+    "--learning-rate": "--lr",
+    "--block-size": "--context-length",
+    "--max-iters": "--max-steps",
+    "--n-embd": "--d-model",
+    "--vocab-size": "--tokenizer bpe:N",
+}
 """Common names of other programs for an option."""
 
 
@@ -88,12 +94,15 @@ def _advice(ctx: Any, word: str) -> str:
             if parameter.param_type_name != "argument":
                 return f"Did you mean {parameter.opts[0]} {parameter.metavar}?"
             return f"Give it without a name: {ctx.command_path} {parameter.metavar}"
+    longs = [[n for n in names if n.startswith("--")][:1] for names in listed]  # no aliases
+    choices = list(itertools.chain(*longs))
+    plain = name.replace("_", "-")
+    synonym = _SYNONYMS.get(plain, plain)
+    if synonym.split()[0] in choices:
+        return f"Did you mean {synonym}?"
     if any("--set" in names for names in listed) and (setting := _setting(name)):
         return f"It is a setting: --set {setting}=VALUE"
-    longs = [[n for n in names if n.startswith("--")][:1] for names in listed]  # no aliases
-    synonym = _SYNONYMS.get(name, "")
-    near = did_you_mean(synonym or name, itertools.chain(*longs))
-    return near or f"See {ctx.command_path} --help."
+    return did_you_mean(name, choices) or f"See {ctx.command_path} --help."
 
 
 def _setting(name: str) -> str:
@@ -187,7 +196,8 @@ def with_options(message: str, ctx: Any) -> str:
 def message(error: Any) -> str:
     """Return the message of a usage error of typer, and its remedy."""
     command = next((word for word in sys.argv[1:] if word in COMMANDS), None)
-    page = f"See minigpt {command} --help." if command else "See minigpt --help."
+    path = error.ctx.command_path if getattr(error, "ctx", None) else "minigpt"
+    page = f"See {path} --help."
     takes_prompt = command in ("generate", "attention-trace")
     text = str(error.format_message()).splitlines()[0].rstrip(".")
     if type(error).__name__ == "NoSuchOption":

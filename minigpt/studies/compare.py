@@ -162,11 +162,19 @@ def with_budget(config: RunConfig, budget: Budget) -> RunConfig:
     """Return a run's config with the budget as its only limit.
 
     A budget of flops becomes the number of steps that fit into it, at least one.
+
+    Raises: ConfigError if these are too many to count.
     """
     n_steps = int(budget.amount) if budget.kind == "steps" else 0
     if budget.kind == "flops":
         # Every step costs at least as much as the first, whose sequences are short.
-        steps = range(1, int(budget.amount / flops_of_steps(config, 1, 1)) + 2)
+        n_most = int(budget.amount / flops_of_steps(config, 1, 1))
+        if n_most >= 2**53:
+            raise ConfigError(
+                f"--budget flops:{budget.amount:g} is up to {n_most:.0e} steps of this model, and "
+                "no run can take as many. Give fewer."
+            )
+        steps = range(1, n_most + 2)
         fitting = bisect_right(steps, budget.amount, key=lambda n: flops_of_steps(config, n, n))
         n_steps = max(1, fitting)
     minutes = budget.amount / 60 if budget.kind == "seconds" else 0.0

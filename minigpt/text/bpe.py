@@ -42,8 +42,10 @@ def parse_spec(spec: str) -> tuple[str, int]:
     kind, colon, size = spec.partition(":")
     if kind == "bpe" and colon:
         if not re.fullmatch("[0-9]{1,9}", size):
+            wrong = "can have at most 999,999,999 tokens" if size.isdecimal() else "is not a number"
             raise ConfigError(
-                f"the tokenizer {spec!r} needs its vocabulary size in digits, as in bpe:1024."
+                f"the vocabulary size of the tokenizer {spec!r} {wrong}. Give it in digits, as in "
+                "bpe:1024."
             )
         return kind, int(size)
     if spec not in ("bytes", "bpe", *NAMED_ENCODINGS):

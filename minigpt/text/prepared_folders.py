@@ -238,12 +238,12 @@ def _is_prepared(folder: Path) -> bool:
     return VOCABULARY in has and len(has) > 1
 
 
-def prepared_settings(words: Sequence[str]) -> dict[str, Any]:
-    """Return the data settings that a prepared folder was made with; {} if the words name text.
+def prepared_settings(data: DataConfig) -> dict[str, Any]:
+    """Return the data settings that a prepared folder was made with; {} if ``data`` names text.
 
     Raises: DataError as ``prepared_folder``, or if it is damaged.
     """
-    folder = prepared_folder(words)
+    folder = prepared_folder(data.paths)
     if folder is None:
         return {}
     with reading(folder):
@@ -253,7 +253,7 @@ def prepared_settings(words: Sequence[str]) -> dict[str, Any]:
         settings |= {"chat": True, "loss_on": manifest.loss_on}
     if manifest.val_split == "none":
         return settings | {"val_fraction": 0.0}
-    if manifest.val_split == "own":
+    if manifest.val_split == "own" or data.val:  # another text to validate on is refused later
         return settings
     return settings | {"val_split": manifest.val_split, "val_fraction": manifest.val_fraction}
 
@@ -294,7 +294,7 @@ def open_named(data: DataConfig, tokenizer: Tokenizer | None) -> StoredData | No
             f"({manifest.tokenizer!r}). Prepare the text with minigpt prepare --from."
         )
     default = DataConfig()
-    for name in ("format", "field", "encoding", "skip_bad"):
+    for name in ("format", "field", "encoding", "skip_bad", "skip_unencodable"):
         if getattr(data, name) != getattr(default, name):
             raise ConfigError(
                 f"{str(folder)!r} is prepared: {name} has no effect on it. Leave it out, or "

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from minigpt.config import DataConfig
-from minigpt.errors import DataError, did_you_mean
+from minigpt.errors import ConfigError, DataError, did_you_mean
 from minigpt.files import OTHER_CACHE, resource_errors
 from minigpt.text import compressed, datasets, records
 from minigpt.text.corpus import BLOCK_BYTES, CorpusFile, reading
@@ -72,7 +72,8 @@ def find_files(
         done and the total; on_note, called with a line about what is read and what is left out, for
         a folder or a glob, or if a file is not what its suffix says.
     Returns: each file once.
-    Raises: DataError if there are no files; ResourceError if a folder may not be read.
+    Raises: DataError if there are no files; ConfigError for another format of a named corpus;
+        ResourceError if a folder may not be read.
     """
     files: list[FoundFile] = []
     left_out: Counter[str] = Counter()
@@ -113,8 +114,13 @@ def find_files(
                 files += [_recognized(Path(name), name, data) for name in found]
             elif word.partition(":")[0] == "builtin" or word in datasets.NAMES:
                 path = datasets.dataset_path(word, cache, on_download)
-                is_jsonl = path.suffix == ".jsonl"
-                files.append(FoundFile(path, word, "jsonl" if is_jsonl else "text"))
+                format = "jsonl" if path.suffix == ".jsonl" else "text"
+                if data.format not in (None, format):
+                    raise ConfigError(
+                        f"--format {data.format} is for files, and {word!r} is {_NAMES[format]}. "
+                        "Leave it out."
+                    )
+                files.append(FoundFile(path, word, format))
             elif "://" in word:
                 raise DataError(f"{word!r} is a URL. Download the text first: curl -LO {word}")
             else:

@@ -204,10 +204,10 @@ def prepare_in_memory(data: DataConfig, tokenizer: Tokenizer | None = None) -> P
     return PreparedData(tokenizer, TokenDataset([tokens], digest.hexdigest()), facts)
 
 
-def prepared_settings(words: Sequence[str]) -> dict[str, Any]:
-    """Return the data settings that a prepared folder was made with; {} if the words name text.
+def prepared_settings(data: DataConfig) -> dict[str, Any]:
+    """Return the data settings that a prepared folder was made with; {} if ``data`` names text.
 
     Raises: DataError if the folder is unfinished, damaged, or not named alone.
     """
     folders = find_ring(_FOLDERS)
-    return dict(folders.prepared_settings(words)) if folders else {}
+    return dict(folders.prepared_settings(data)) if folders else {}

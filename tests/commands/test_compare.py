@@ -163,6 +163,20 @@ def test_after_ctrl_c_the_same_command_resumes_to_the_same_bits(
     assert losses[0] == losses[1]
 
 
+@pytest.mark.parametrize("budget", ["steps:2", "seconds:0.001"])
+def test_the_same_command_finds_its_runs_when_the_text_sets_how_they_are_evaluated(
+    run: Run, budget: str
+) -> None:
+    words = [*TINY[:3], *SETTINGS[: SETTINGS.index("training.eval_tokens=256") - 1]]
+    words += ["--variants", "scaled_dot", "--seeds", "1", "--budget", budget]
+    first, again = (run("compare", *words, "--json") for _ in range(2))
+    assert (first.code, again.code) == (0, 0), again.err
+    assert "run 1 of 1" in first.err
+    assert "run 1 of 1" not in again.err, "nothing is left to do"
+    losses = [json.loads(result.out)["variants"][0]["val_loss"] for result in (first, again)]
+    assert losses[0] == losses[1]
+
+
 def test_ctrl_c_in_the_first_run_prints_no_table(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     stop_at(monkeypatch, 2)
     result = run("compare", *TWO)
@@ -218,6 +232,7 @@ def test_another_text_under_the_same_name_is_an_error_but_a_moved_one_is_not(run
     ("words", "parts"),
     [
         (["--variants", "scaled_dott"], ["'scaled_dott'", "Did you mean scaled_dot?"]),
+        (["--budget", "flops:1e30"], ["--budget flops:1e+30 is up to", "Give fewer"]),
         (["--budget", "hours"], ["--budget 'hours'", "steps, seconds, flops"]),
         (["--seeds", "0"], ["seeds must be at least 1: it is 0"]),
         (["--name", "a/b"], ["--name 'a/b'", "is not a folder name"]),

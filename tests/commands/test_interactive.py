@@ -52,6 +52,14 @@ def test_a_prompt_comes_first_and_an_empty_line_starts_a_document(run: Run) -> N
     assert run(*WORDS).out == ""
 
 
+def test_a_line_after_a_prompt_that_is_too_long_is_like_any_other(run: Run) -> None:
+    given = run(*WORDS, "long " * 999, stdin=b"a<|endoftext|>b\n")
+    assert given.code == 0
+    too_long, special, *_ = given.err.splitlines()
+    assert "the prompt has" in too_long
+    assert special.startswith("<|endoftext|> in the prompt is plain text")
+
+
 def test_json_has_one_object_per_answer_with_its_own_seed(run: Run) -> None:
     result = run(*WORDS, "--json", "--seed", "7", stdin=b"The\nking\n")
     facts = [json.loads(line) for line in result.out.splitlines()]

@@ -18,6 +18,7 @@ from minigpt.settings import read_toml
 from minigpt.text import shard_files
 from minigpt.text.bpe import train_bpe
 from minigpt.text.corpus import PrepareProgress
+from minigpt.text.tokenizer import BytesTokenizer
 
 TEXT = "The king said: né, once upon a time.\n" * 90
 
@@ -99,6 +100,24 @@ def test_a_prepared_folder_trains_as_its_text_does(run: Run) -> None:
     assert losses[0] == losses[1]
 
 
+@pytest.mark.parametrize("command", ["train --dry-run", "evaluate --model m"])
+def test_what_a_prepared_folder_or_a_named_corpus_cannot_take_is_refused_by_its_name(
+    run: Run, workplace: Path, command: str
+) -> None:
+    write_model(workplace / "m", small_model(vocab_size=257), BytesTokenizer())
+    assert run("prepare", "corpus.txt", "--tokenizer", "bytes", "--out", "tokens").code == 0
+    for words in ("--encoding cp1252", "--skip-bad", "--skip-unencodable"):
+        line = error_line(run(*command.split(), "tokens", *words.split()))
+        option = words.split()[0][2:].replace("-", "_")
+        assert f"'tokens' is prepared: {option} has no effect on it" in line
+    result = run(*command.split(), "builtin:tales", "--format", "csv")
+    assert result.code == 2
+    assert error_line(result).startswith("error: --format csv is for files, and 'builtin:tales'")
+    if command.startswith("train"):
+        line = error_line(run("train", "tokens", "--val", "corpus.txt", "--dry-run"))
+        assert "'tokens' was prepared to validate on its tail. Leave --val" in line
+
+
 def test_prepare_from_a_model_uses_its_tokenizer(run: Run, workplace: Path) -> None:
     tokenizer = train_bpe([TEXT], 290)
     write_model(workplace / "m", small_model(vocab_size=tokenizer.vocab_size), tokenizer)
@@ -148,6 +167,7 @@ def test_interrupted_prepare_is_resumed(run: Run, monkeypatch: pytest.MonkeyPatc
     ("words", "code", "said"),
     [
         ("prepare corpus.txt", 2, ["missing option '--out'", "minigpt prepare --help"]),
+        ("checkpoints export m", 2, ["'--gguf'. See minigpt checkpoints export --help."]),
         ("prepare corpus.txt --out a --workers 0", 2, ["--workers must be at least 1"]),
         ("prepare corpus.txt --out a --tokenizer gpt3", 2, ["Did you mean gpt2?"]),
         ("prepare corpus.txt --out a --from m --tokenizer bytes", 2, ["--from brings its own"]),

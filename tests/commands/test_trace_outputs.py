@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -72,6 +73,51 @@ def test_an_error_keeps_the_file_that_was_there(run: Run, place: Path) -> None:
         assert (place / "o.jsonl").read_text() == "old"
     assert run(TRACE[0], "long " * 99, "--out", "o.jsonl").code == 3
     assert (place / "o.jsonl").read_text() == "old"
+
+
+def test_no_file_of_the_model_that_is_traced_is_replaced(
+    run: Run, place: Path, trained: Path
+) -> None:
+    model = place / "model"
+    shutil.copytree(trained / "checkpoints/tiny/step-000004", model)
+    (place / "link").symlink_to(model / "model.safetensors")
+    before = {path.name: path.read_bytes() for path in model.iterdir() if path.is_file()}
+    for words in (
+        ["--dense", "model/model.safetensors"],
+        ["--out", "link"],
+        ["--html", "./model/config.json"],
+    ):
+        result = run(*TRACE, "--model", "model", *words)
+        assert (result.code, result.out) == (2, "")
+        assert f"{words[0]}: {str(Path(words[1]))!r} is a file of the model" in error_line(result)
+    assert {path.name: path.read_bytes() for path in model.iterdir() if path.is_file()} == before
+
+
+@pytest.mark.parametrize("position", ["1", "2", "6", "99"])
+@pytest.mark.parametrize("view", [["--view", "text"], ["--svg", "s.svg", "--picture", "strip"]])
+def test_a_position_without_a_row_is_refused_at_the_first_token(
+    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch, view: list[str], position: str
+) -> None:
+    from minigpt.commands.attention_trace.files import FileOutput
+    from minigpt.tracing.events import TraceStep
+
+    shown: list[int] = []
+    show = FileOutput.show_lines
+
+    def counted(self: FileOutput, event: Any) -> None:
+        shown.extend([event.index] if isinstance(event, TraceStep) else [])
+        show(self, event)
+
+    monkeypatch.setattr(FileOutput, "show_lines", counted)
+    prompt = json.loads((place / "t.jsonl").read_text().splitlines()[0])["prompt"]
+    n_prompt = len(prompt)
+    result = run(*TRACE, *view, "--position", position)
+    if n_prompt <= int(position) < n_prompt + 4:
+        assert result.code == 0
+        return
+    assert result.code == 2
+    assert f"Choose a position from {n_prompt} to {n_prompt + 3}." in error_line(result)
+    assert len(shown) == 1, "and not after all tokens"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -158,6 +204,14 @@ def test_a_trace_into_standard_output_is_its_json_lines(run: Run, place: Path) -
         refused = run(*TRACE, "--out", "/dev/stdout", *other)
         assert refused.code == 2
         assert "'/dev/stdout' is standard output" in error_line(refused)
+
+
+@pytest.mark.parametrize("name", ["out", "dense", "html", "svg"])
+def test_a_dash_is_not_taken_for_a_file(run: Run, place: Path, name: str) -> None:
+    result = run(*TRACE, f"--{name}", "-")
+    assert result.code == 2
+    assert "Standard output is /dev/stdout" in error_line(result)
+    assert not Path("-").exists()
 
 
 def test_a_trace_into_a_pipe_of_standard_output_is_its_json_lines(place: Path) -> None:

@@ -177,7 +177,7 @@ def test_a_run_that_is_older_than_the_tales_resumes_with_the_prose_of_python(
     assert run("train", "--resume", "--max-steps", "5").code == 0
     assert "text builtin:python: the run's own" in run("evaluate").err
     result = run("train", "builtin:tales", "--resume", "--max-steps", "6")
-    assert "the corpus is not the one that this run started with" in error_line(result)
+    assert "the corpus is not the one that the run 'python-nano' started with" in error_line(result)
 
 
 def test_text_on_standard_input_is_trained_on_and_resumed_with(run: Run) -> None:
@@ -186,6 +186,16 @@ def test_text_on_standard_input_is_trained_on_and_resumed_with(run: Run) -> None
     assert Path("checkpoints/stdin-nano/step-000004").is_dir()
     assert run("train", "--resume", "--max-steps", "5", stdin=text).code == 0
     assert Path("checkpoints/stdin-nano/step-000005").is_dir()
+
+
+def test_a_remedy_that_a_resumed_run_refuses_is_not_given(run: Run, workplace: Path) -> None:
+    rows = [json.dumps({"text": f"Tale {i}. " + "The king went home. " * 40}) for i in range(12)]
+    Path("tales.jsonl").write_text("\n".join(rows))
+    assert run("train", "tales.jsonl", "--name", "a", *TINY).code == 0
+    assert 'val_split = "documents"' in Path("checkpoints/a/config.toml").read_text()
+    line = error_line(run("train", "corpus.txt", "--resume", "--max-steps", "6"))
+    assert "not the one that the run 'a' started with: data.paths is ['tales.jsonl']" in line
+    assert "--val-split" not in line, "--resume cannot change it"
 
 
 def test_a_budget_can_be_raised_and_a_moved_text_named_anew(run: Run) -> None:

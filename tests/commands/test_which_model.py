@@ -58,6 +58,43 @@ def test_evaluate_without_data_scores_what_the_run_validates_on(run: Run, place:
     assert whole["n_tokens"] > 4 * facts["n_tokens"]
 
 
+def test_evaluate_without_data_refuses_a_text_that_is_not_the_runs(
+    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["evaluate", "--eval-tokens", "64", "--model"]
+    elsewhere = place / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "corpus.txt").write_text("Another text of the same name. " * 99)
+    monkeypatch.chdir(elsewhere)
+    result = run(*words, f"../{STEP}")
+    assert (result.code, result.out) == (3, "")
+    line = result.err.splitlines()[-1]
+    assert "'corpus.txt' is not the text that '../checkpoints/tiny/step-000004' was" in line
+    shutil.copy(place / "corpus.txt", elsewhere)
+    assert run(*words, f"../{STEP}").code == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "code"), [("tiny/step-000004", 0), ("tiny/step-000009", 4), ("", 4)]
+)
+def test_a_step_is_named_under_its_run_and_an_empty_name_is_no_model(
+    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch, name: str, code: int
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    shutil.copy(place / STEP / "config.json", place)  # this folder looks like a model
+    result = run("generate", "The", "--max-new-tokens", "1", "--model", name)
+    assert result.code == code, result.err
+    if code == 0:
+        assert f"model {STEP}" in result.err.splitlines()
+    elif not name:
+        assert "the name of a model is empty. Choose from tiny" in error_line(result)
+
+
+def test_a_file_of_a_model_gets_its_folder_as_advice(run: Run, place: Path) -> None:
+    line = error_line(run("generate", "The", "--model", f"{STEP}/model.safetensors"))
+    assert line.endswith(f"is not a folder. Name the model's folder: '{STEP}'.")
+
+
 def test_evaluate_without_data_needs_a_run_and_its_text(run: Run, place: Path) -> None:
     shutil.copytree(STEP, "alone")
     alone = run("evaluate", "--model", "alone")

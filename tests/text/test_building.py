@@ -348,8 +348,8 @@ def test_prepared_folder_must_be_finished_alone_and_have_the_same_tokenizer(
         prepare(DataConfig(paths=(out,)))
     made, _ = prepared()
     settings = {"tokenizer": "bpe:300", "val_split": "documents", "val_fraction": 0.1}
-    assert prepared_folders.prepared_settings([out]) == settings
-    assert prepared_folders.prepared_settings(["a.jsonl"]) == {}
+    assert prepared_folders.prepared_settings(DataConfig(paths=(out,))) == settings
+    assert prepared_folders.prepared_settings(DataConfig(paths=("a.jsonl",))) == {}
     with pytest.raises(DataError, match="cannot be combined"):
         prepare(DataConfig(paths=("a.jsonl", out)))
     with pytest.raises(ConfigError, match=r"with the tokenizer 'bpe:300', not 'bytes'\. Leave"):

@@ -23,6 +23,8 @@ def no_model(spec: str, places: Sequence[Path], root: Path) -> CheckpointError:
     Args: places, where it was looked for; root, the folder of runs.
     Raises: ResourceError if one of the places may not be read.
     """
+    if not spec:
+        return CheckpointError(f"the name of a model is empty. {remedy('', names_in(root))}")
     if url := _URL.match(spec):
         name = spec[url.end() :]
         advice = "Download the model's files into a folder, and name that."
@@ -38,6 +40,10 @@ def no_model(spec: str, places: Sequence[Path], root: Path) -> CheckpointError:
                 with resource_errors(place):
                     os.listdir(place)
             _refuse_pickle(place)
+            if not os.path.isdir(place):
+                if (place.parent / "config.json").is_file():
+                    advice = f"Name the model's folder: {str(place.parent)!r}."
+                return CheckpointError(f"{str(place)!r} is not a folder. {advice}")
             return CheckpointError(
                 f"{str(place)!r} holds no checkpoint: no step folder, no config.json. {advice}"
             )

@@ -32,6 +32,7 @@ from minigpt.tracing.findings import Trace, TraceEvent, TraceFooter, TraceHeader
 from minigpt.tracing.lines import TraceLayout
 
 _PICTURES = ("svg", "png")
+_FILES = ("dense", "out", "html", *_PICTURES)
 _LINES_BELOW = 3  # the seed, and the shell's next prompt
 
 
@@ -61,7 +62,7 @@ def check_files(
     options: dict[str, str] = {}
     if replayed is not None:
         options[os.path.realpath(replayed)] = "--replay"
-    for name in ("dense", "out", "html", *_PICTURES):
+    for name in _FILES:
         path: Path | None = getattr(targets, name)
         if path is None:
             continue
@@ -69,6 +70,8 @@ def check_files(
             raise ConfigError(
                 f"--{name} shows one trace, and there are {n_samples}. Leave --num-samples out."
             )
+        if str(path) == "-":
+            raise ConfigError(f"--{name} takes the name of a file. Standard output is /dev/stdout.")
         if name == "dense" and replayed is not None:  # it is read
             options[os.path.realpath(path)] = "--dense"
             continue
@@ -101,6 +104,15 @@ def _is_stdout(targets: Targets) -> bool:
         return False
 
 
+def _require_not_of(model: Path, targets: Targets) -> None:
+    """Raise ConfigError for a file that would replace one of the model that is traced."""
+    its_own = {os.path.realpath(path) for path in model.iterdir()}
+    for name in _FILES:
+        path: Path | None = getattr(targets, name)
+        if path is not None and os.path.realpath(path) in its_own:
+            raise ConfigError(f"--{name}: {str(path)!r} is a file of the model. Choose another.")
+
+
 def weights_sha256(folder: Path) -> str:
     """Return the SHA-256 of a folder's weights, its files concatenated.
 
@@ -126,6 +138,8 @@ class FileOutput(TraceOutput):
     ) -> None:
         """Args: model, named on stderr when the first trace begins; is_quiet, for no stdout."""
         super().__init__(layout, model=model)
+        if model is not None:
+            _require_not_of(model, targets)
         is_quiet |= _is_stdout(targets)  # the lines of --out are the result
         self._targets = targets
         self._digest = weights_sha256(model) if model is not None and targets.out else None
@@ -133,6 +147,7 @@ class FileOutput(TraceOutput):
         self._drawn_files = [p for p in (targets.html, targets.svg, targets.png) if p is not None]
         self._is_kept = bool(self._drawn_files) or self._view not in ("", "json", LINES)
         self._events: list[TraceEvent] = []  # of the trace that is shown, if it is kept
+        self._end = 0  # of it: the position after that of the last token that there can be
         self._files = ExitStack()
         self._out: BinaryIO | None = None
         self._rows = ExitStack()
@@ -175,6 +190,11 @@ class FileOutput(TraceOutput):
                 event = replace(event, model_sha256=self._digest)
             if self.dense is not None:
                 self._open_rows(event)
+            self._end = len(event.prompt) + event.sampling.max_new_tokens
+        elif isinstance(event, TraceStep) and self._end and self._targets.position is not None:
+            views = ring("tracing.views")  # before the other tokens, which may take long
+            views.require_position(self._targets.position, event.token.position, self._end - 1)
+            self._end = 0
         if self._is_kept:
             self._events.append(event)
         if self._targets.out is not None:

@@ -39,6 +39,7 @@ from minigpt.studies.compare import (
 from minigpt.text.tokens import PreparedData, prepare
 from minigpt.training.reports.curves import LossCurves, read_curves
 from minigpt.training.reports.memory import require_memory
+from minigpt.training.run import with_text
 from minigpt.training.schedule import progress, with_max_steps
 from minigpt.training.state import read_state
 
@@ -128,6 +129,8 @@ def _planned(
     runs = compared_runs(base, variants, config.seeds, budget, name)
     if given(overrides, "training", "eval_every") is None:
         runs = [replace(run, config=_evaluated_often(run.config)) for run in runs]
+    # As the trainer saves it, so that the same command finds the settings that it wrote.
+    runs = [replace(run, config=with_text(run.config, data)[0]) for run in runs]
     for run in runs:
         checked_name(run.folder.path.name)
         require_memory(run.config, resolve_device(run.config.training.device))

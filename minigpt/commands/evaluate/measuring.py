@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,9 @@ from minigpt.evaluation import evaluate
 from minigpt.format import duration, short
 from minigpt.generation.loading import load, tokenizer_of
 from minigpt.model.device import inference_dtype, resolve_device
+from minigpt.rings import find_ring
 from minigpt.settings import build, read_toml
-from minigpt.text.tokens import prepare
+from minigpt.text.tokens import PreparedData, prepare
 
 
 def measure(
@@ -61,6 +63,8 @@ def measure(
         )
         progress.note(f"model {folder}")
         if not config.data:
+            if not _reading(config):
+                _require_same_text(data, folder, text.paths)
             progress.note(f"text {', '.join(text.paths)}: the run's own, as no DATA is given")
         started = time.perf_counter()
         batches = _shown(windows.batches(span), windows.n_tokens, progress)
@@ -97,14 +101,33 @@ def measure(
     }
 
 
+def _require_same_text(data: PreparedData, folder: Path, paths: Sequence[str]) -> None:
+    """Raise DataError if a run's text has changed, or a path names another one from here."""
+    states = find_ring("training.state")
+    if states is None:
+        return
+    with suppress(CheckpointError):  # weights only: there is nothing to compare with
+        if states.read_state(folder).corpus not in ("", data.tokens.fingerprint):
+            raise DataError(
+                f"{', '.join(map(repr, paths))} is not the text that {str(folder)!r} was trained "
+                "on: it has changed, or this is another folder. Give DATA, and --val-fraction for "
+                "its last part."
+            )
+
+
+def _reading(config: EvaluationConfig) -> dict[str, Any]:
+    """Return the options that change how a text is read, those that are given."""
+    words = "format field encoding skip_bad special skip_unencodable chat loss_on chat_template"
+    return {name: getattr(config, name) for name in words.split() if getattr(config, name)}
+
+
 def _text(config: EvaluationConfig, folder: Path) -> tuple[DataConfig, float | None]:
     """Return the text to evaluate on, and the share of it; without DATA, what the run validates on.
 
     Raises: DataError if there is no DATA and the model's folder does not say what it validates on.
     """
     share = config.val_fraction
-    words = "format field encoding skip_bad special skip_unencodable chat loss_on chat_template"
-    reading = {name: getattr(config, name) for name in words.split() if getattr(config, name)}
+    reading = _reading(config)
     if config.data:
         # A whole text is not split: its documents stay in their order.
         paths = {"paths": list(config.data), "val_fraction": share or 0.0}

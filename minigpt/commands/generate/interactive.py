@@ -68,7 +68,7 @@ def converse(
                 decoder.extend(ids, overflow=sampling.overflow)
         except DataError as error:  # too long; the next one may fit
             note(str(error))
-            text = _typed()
+            text, has_prompt = _typed(), False
             continue
         steps = decoder.generate(sampling, seed=seed, end_of_text=tokenizer.end_of_text_ids)
         display.show(

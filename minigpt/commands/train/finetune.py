@@ -115,7 +115,7 @@ def finetuning_config(overrides: Mapping[str, Any], base: Base) -> RunConfig:
     own |= {"training": defaults}
     config = build(RunConfig, merge(own, wanted, {"from": base.source}))
     # The settings of a prepared folder win over the defaults, but not over the model's tokenizer.
-    own["data"] = prepared_settings(config.data.paths) | data
+    own["data"] = prepared_settings(config.data) | data
     config = build(RunConfig, merge(own, wanted, {"from": base.source}))
     if given(overrides, "training", "micro_batch_size"):
         return config

@@ -63,14 +63,19 @@ def resumed_job(request: Request) -> Iterator[Job]:
         carried = ring("checkpoint.carried").read_carried(latest.folder) if is_tuned else None
         text = to_dict(config.data)
         text.pop("chat_template", None)  # the checkpoint has it
-        data = prepare(
-            build(DataConfig, text),
-            on_progress=request.on_progress,
-            tokenizer=tokenizer,
-            chat_model=latest.folder,
-        )
+        try:
+            data = prepare(
+                build(DataConfig, text),
+                on_progress=request.on_progress,
+                tokenizer=tokenizer,
+                chat_model=latest.folder,
+            )
+        except DataError as error:
+            if any(_option(fixed) in str(error) for fixed in _FIXED):  # a remedy that is refused
+                raise _other_text(run, saved, request.overrides) from error
+            raise
         if read_state(latest.folder).corpus != data.tokens.fingerprint:
-            raise _other_text(saved, request.overrides)
+            raise _other_text(run, saved, request.overrides)
         notes += _lifted_limit(saved, config, data)
         yield Job(config, data, run, resume_from=latest.folder, carried=carried, notes=notes)
 
@@ -122,20 +127,25 @@ def _require_same(saved: RunConfig, overrides: Mapping[str, Any]) -> None:
             )
 
 
-def _other_text(saved: RunConfig, overrides: Mapping[str, Any]) -> DataError:
+def _option(key: str) -> str:
+    return f"--{key.rpartition('.')[2].replace('_', '-')}"
+
+
+def _other_text(run: RunFolder, saved: RunConfig, overrides: Mapping[str, Any]) -> DataError:
     """Return the error for a text that is not the run's, with what reads it differently."""
     before = flat({"data": to_dict(saved.data)})
+    other = f"the corpus is not the one that the run {run.path.name!r} started with:"
     for key, value in flat({"data": overrides.get("data", {})}).items():
         if before.get(key) != value:
             was = "the default" if key not in before else cut(before[key])
             return DataError(
-                f"the corpus is not the one that this run started with: {key} is {was} in this "
-                f"run, not {cut(value)}. Leave it out, or start a new run under another --name."
+                f"{other} {key} is {was} in this run, not {cut(value)}. Leave it out, or start a "
+                "new run under another --name."
             )
+    text = ", ".join(map(repr, saved.data.paths)) or "the built-in corpus"
     return DataError(
-        "the corpus is not the one that this run started with: the text of "
-        f"{', '.join(map(repr, saved.data.paths)) or 'the built-in corpus'} has changed. Give the "
-        "same text as DATA, or start a new run under another --name."
+        f"{other} the text of {text} has changed. Give the same text as DATA, or start a new run "
+        "under another --name."
     )
 
 

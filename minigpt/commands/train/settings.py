@@ -29,7 +29,7 @@ def settings_of(overrides: dict[str, Any]) -> dict[str, Any]:
     settings = merge(preset, one_budget(overrides))
     config = build(RunConfig, merge({"model": {"vocab_size": 1}}, settings))
     # The tokenizer and the split of a prepared folder win over those of the preset.
-    own = prepared_settings(config.data.paths)
+    own = prepared_settings(config.data)
     return merge(settings, {"data": own}, {"data": overrides.get("data", {})})
 
 

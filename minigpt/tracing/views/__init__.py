@@ -48,11 +48,7 @@ class ViewOptions:
         _require_steps(trace)
         first, last = trace.steps[0].token.position, trace.steps[-1].token.position
         position = last if self.position is None else self.position
-        if not first <= position <= last:
-            raise ConfigError(
-                f"the trace has no row of position {position}. Choose a position from {first} to "
-                f"{last}."
-            )
+        require_position(position, first, last)
         return trace.steps[position - first]
 
     def rows(self, trace: "Trace") -> "list[Row]":
@@ -72,6 +68,15 @@ class ViewOptions:
 
 
 DEFAULTS = ViewOptions()
+
+
+def require_position(position: int, first: int, last: int) -> None:
+    """Raise ConfigError for a position before the first row or after the last one."""
+    if not first <= position <= last:
+        raise ConfigError(
+            f"the trace has no row of position {position}. Choose a position from {first} to "
+            f"{last}."
+        )
 
 
 def _require_steps(trace: "Trace") -> None:
