@@ -297,7 +297,7 @@ def open_named(data: DataConfig, tokenizer: Tokenizer | None) -> StoredData | No
     for name in ("format", "field", "encoding", "skip_bad", "skip_unencodable"):
         if getattr(data, name) != getattr(default, name):
             raise ConfigError(
-                f"{str(folder)!r} is prepared: {name} has no effect on it. Leave it out, or "
+                f"{name} has no effect on {str(folder)!r}, which is prepared. Leave it out, or "
                 "prepare the text again with it."
             )
     _require_same_split(folder, manifest, data)

@@ -116,7 +116,7 @@ def test_a_position_without_a_row_is_refused_at_the_first_token(
         assert result.code == 0
         return
     assert result.code == 2
-    assert f"Choose a position from {n_prompt} to {n_prompt + 3}." in error_line(result)
+    assert f"Choose a position from {n_prompt} to {n_prompt + 3}." in result.err.splitlines()[-1]
     assert len(shown) == 1, "and not after all tokens"
 
 

@@ -28,7 +28,7 @@ def summary_writer() -> "type[SummaryWriter]":
     except ImportError:
         raise ConfigError(
             "--report-to tensorboard needs TensorBoard. Install it: "
-            f"{install_extra('tensorboard')}; or leave --report-to out."
+            f"{install_extra('tensorboard')}; or give --report-to none."
         ) from None
     return SummaryWriter
 
