@@ -196,8 +196,10 @@ def with_options(message: str, ctx: Any) -> str:
 def message(error: Any) -> str:
     """Return the message of a usage error of typer, and its remedy."""
     command = next((word for word in sys.argv[1:] if word in COMMANDS), None)
-    path = error.ctx.command_path if getattr(error, "ctx", None) else "minigpt"
-    page = f"See {path} --help."
+    # The parser of a command that lacks a value knows the program only.
+    paths = [f"minigpt {command}" if command else "minigpt"]
+    paths += [error.ctx.command_path] if getattr(error, "ctx", None) else []
+    page = f"See {max(paths, key=len)} --help."
     takes_prompt = command in ("generate", "attention-trace")
     text = str(error.format_message()).splitlines()[0].rstrip(".")
     if type(error).__name__ == "NoSuchOption":
