@@ -91,7 +91,7 @@ def test_the_remedy_for_a_width_that_does_not_divide_is_a_config_that_works() ->
         ({"schedule": "cosin"}, "Did you mean cosine?"),
         ({"optimizer": "sgd"}, "Choose from muon, adamw."),
         ({"dtype": "float16"}, "unknown dtype 'float16'. Did you mean bfloat16?"),
-        ({"device": "gpu"}, "unknown device 'gpu'. Did you mean cpu?"),
+        ({"device": "gpu"}, "unknown device 'gpu'. Did you mean cuda?"),
         ({"seed": -1}, "seed must be in [0, 2**63)"),
         ({"seed": 2**63}, "seed must be in [0, 2**63)"),
         ({"log_every": 0}, "log_every must be at least 1: it is 0."),
