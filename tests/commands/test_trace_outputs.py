@@ -206,6 +206,16 @@ def test_a_trace_into_standard_output_is_its_json_lines(run: Run, place: Path) -
         assert "'/dev/stdout' is standard output" in error_line(refused)
 
 
+@pytest.mark.parametrize("words", ["--svg a.png", "--png b.SVG"])
+def test_a_picture_is_not_written_under_the_name_of_another_format(
+    run: Run, place: Path, words: str
+) -> None:
+    result = run(*TRACE, *words.split())
+    assert (result.code, result.out) == (2, "")
+    assert f"Give --{words[-3:].lower()}, or another name" in error_line(result)
+    assert not Path(words.split()[1]).exists()
+
+
 @pytest.mark.parametrize("name", ["out", "dense", "html", "svg"])
 def test_a_dash_is_not_taken_for_a_file(run: Run, place: Path, name: str) -> None:
     result = run(*TRACE, f"--{name}", "-")

@@ -49,8 +49,9 @@ def check_files(
     Args: has_lens, whether the trace will have one; replayed, the file that is shown, which must
         not be replaced.
     Raises: ConfigError for a view of heads by a measure that has none, one of a lens that is not
-        there, a file without a folder, a picture without matplotlib, one file for several traces,
-        or several options that name one file; ResourceError for a file that cannot be written.
+        there, a file without a folder or of another format's name, a picture without matplotlib,
+        one file for several traces, or several options that name one file; ResourceError for a file
+        that cannot be written.
     """
     if targets.view == "lens" and not has_lens:
         raise ConfigError("--view lens shows what --lens measures. Add --lens.")
@@ -72,6 +73,12 @@ def check_files(
             )
         if str(path) == "-":
             raise ConfigError(f"--{name} takes the name of a file. Standard output is /dev/stdout.")
+        suffix = path.suffix[1:].lower()
+        if name in _PICTURES and suffix in _PICTURES and suffix != name:
+            raise ConfigError(
+                f"--{name} writes {name.upper()}, not what {str(path)!r} is named for. Give "
+                f"--{suffix}, or another name."
+            )
         if name == "dense" and replayed is not None:  # it is read
             options[os.path.realpath(path)] = "--dense"
             continue
