@@ -54,7 +54,7 @@ def main() -> None:
 
     activate = r".venv\Scripts\activate" if os.name == "nt" else ". .venv/bin/activate"
     say(f"Next, with a text of yours:\n  {activate}\n  minigpt train FILE")
-    print("  minigpt train FILE --from storyteller   # in English, from the model that ships")
+    print("  minigpt train FILE --from storyteller   # English, from the model that ships")
 
 
 def minigpt(*words: str) -> None:
