@@ -1,8 +1,9 @@
 """Small models of every layout, with no weight left at a value that would hide a mistake."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from minigpt.checkpoint.families import model_config_from_hf
 from minigpt.config import ModelConfig
@@ -32,6 +33,9 @@ SOFTCAP = "gemma2-softcap"
 """A model whose logits and scores have a soft cap."""
 
 
+Model = TypeVar("Model", bound=nn.Module)
+
+
 def small_config(layout: str = "llama", **changes: Any) -> ModelConfig:
     """Two layers of four heads, 32 wide, 24 positions."""
     shape = {"vocab_size": 61, "context_length": 24, "n_layer": 2, "n_head": 4, "d_model": 32}
@@ -40,7 +44,7 @@ def small_config(layout: str = "llama", **changes: Any) -> ModelConfig:
 
 def small_model(layout: str = "llama", *, seed: int = 7, **changes: Any) -> GPT:
     """A model whose weights, biases and norms are all random, in evaluation mode."""
-    return _randomized(GPT(small_config(layout, **changes)), seed)
+    return randomized(GPT(small_config(layout, **changes)), seed=seed)
 
 
 def any_model(name: str, **changes: Any) -> GPT:
@@ -55,14 +59,15 @@ def any_model(name: str, **changes: Any) -> GPT:
     config = model_config_from_hf(values)
     model = model_class(config)(config)
     assert isinstance(model, GPT)
-    return _randomized(model, 7)
+    return randomized(model)
 
 
-def _randomized(model: GPT, seed: int) -> GPT:
+def randomized(model: Model, *, std: float = 0.3, seed: int = 7) -> Model:
+    """Make all weights, biases and norms of a model random; return it in evaluation mode."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.normal_(std=0.3, generator=generator)
+            parameter.normal_(std=std, generator=generator)
     return model.eval()
 
 

@@ -177,9 +177,8 @@ def with_options(message: str, ctx: Any) -> str:
     sources = {option: ctx.get_parameter_source(name) for name, option in options.items()}
     typed = {option for option, source in sources.items() if source.name == "COMMANDLINE"}
     flags = {option[2:].replace("-", "_"): option for option in options.values()}
-    if subject := re.match(
-        r"(?:\w+\.)?(\w+)(?: and (\w+))?(?= )", message
-    ):  # may be words of prose
+    # The first word of a message is its subject: a field, or a word of prose.
+    if subject := re.match(r"(?:\w+\.)?(\w+)(?: and (\w+))?(?= )", message):
         named = [flags.get(word, "") for word in subject.groups() if word]
         if all(named) and typed.intersection(named):
             message = " and ".join(named) + message[subject.end() :]

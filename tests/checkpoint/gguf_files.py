@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from small_models import randomized
 
 from minigpt.checkpoint.model_folder import write_model
 from minigpt.config import ModelConfig
@@ -19,10 +19,7 @@ def folder_of(path: Path, tokenizer: Tokenizer | None = None, **shape: Any) -> P
     rows = {"vocab_size": tokenizer.vocab_size if tokenizer else 259}
     config = ModelConfig(**(small | rows | shape))
     model = model_class(config)(config)
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.5, generator=generator)
+    randomized(model, std=0.5)
     write_model(path, model.eval(), tokenizer)
     return path
 

@@ -1,6 +1,6 @@
 """Small models of every layout, with no weight left at a value that would hide a mistake."""
 
-import torch
+from small_models import randomized
 
 from minigpt.config import ModelConfig
 from minigpt.model.gpt import GPT
@@ -35,11 +35,7 @@ def make_model(vocab_size: int, layout: str) -> GPT:
         **LAYOUTS[layout],
     )
     model = GPT(config)
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.5, generator=generator)
-    return model.eval()
+    return randomized(model, std=0.5)
 
 
 _SHAPE = {

@@ -17,6 +17,7 @@ import pytest
 import torch
 from fuzzed_texts import SAMPLE, fuzzed_texts
 from layout_models import FOREIGN, LAYOUTS
+from small_models import randomized
 
 from minigpt.checkpoint.families import model_config_from_hf
 from minigpt.checkpoint.model_folder import read_model, write_model
@@ -52,10 +53,7 @@ def small_folder(folder: Path, tokenizer: Tokenizer | None, layout: str, n_rows:
         shape = {"context_length": 128, "n_layer": 2, "n_head": 4, "d_model": 32}
         config = ModelConfig(vocab_size=vocab_size, **(shape | COMPUTED[layout]))
     model = model_class(config)(config)
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.3, generator=generator)
+    randomized(model)
     write_model(folder, model.eval(), tokenizer)
     return folder
 

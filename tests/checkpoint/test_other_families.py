@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from family_configs import CONFIGS
 from knocking_out import knock_out
+from small_models import randomized
 
 from minigpt.checkpoint.families import model_config_from_hf
 from minigpt.checkpoint.model_folder import read_model, write_model
@@ -34,11 +35,7 @@ def config(request: pytest.FixtureRequest) -> ModelConfig:
 @pytest.fixture
 def model(config: ModelConfig) -> LanguageModel:
     model = model_class(config)(config)
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.3, generator=generator)
-    return model.eval()
+    return randomized(model)
 
 
 def test_fast_decode_step_leaves_a_family_of_its_own_to_the_plain_one(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import small_config
+from small_models import randomized, small_config
 
 from minigpt.checkpoint import families
 from minigpt.checkpoint.model_folder import LoadedModel, read_model, write_model
@@ -87,10 +87,7 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, 
         attn_implementation="eager",
     )
     theirs = ToyForCausalLM(config).eval()
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            parameter.normal_(std=0.3, generator=generator)
+    randomized(theirs)
     theirs.save_pretrained(tmp_path / "model")
     (tmp_path / "families").mkdir()
     (tmp_path / "families" / "toy.py").write_text(FAMILY_FILE)

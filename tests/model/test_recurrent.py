@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from kept_attention import KeptAttention
-from small_models import random_tokens
+from small_models import random_tokens, randomized
 from torch import Tensor
 
 from minigpt.config import ARCHS, ModelConfig
@@ -37,11 +37,7 @@ def model_of(kind: str, **changes: Any) -> LanguageModel:
     """All weights random, in evaluation mode."""
     config = config_of(kind, **changes)
     model = model_class(config)(config)
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.5, generator=generator)
-    return model.eval()
+    return randomized(model, std=0.5)
 
 
 def plain_logits(model: LanguageModel, tokens: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import random_tokens
+from small_models import random_tokens, randomized
 
 from minigpt.config import ModelConfig, SamplingConfig
 from minigpt.errors import ConfigError
@@ -30,11 +30,7 @@ def model_of(variant: dict[str, Any], *, context_length: int = 24) -> LanguageMo
     shape = {"vocab_size": 257, "n_layer": 2, "n_head": 4, "d_model": 32}
     config = ModelConfig(context_length=context_length, **(shape | variant))
     model = model_class(config)(config)
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.3, generator=generator)
-    return model.eval()
+    return randomized(model)
 
 
 def traced(model: LanguageModel, **config: Any) -> Trace:
