@@ -71,9 +71,15 @@ def test_the_three_jobs_work_without(ring: str, tmp_path: Path) -> None:
     assert sum("%" in line for line in lines) >= 3, "a line of the trace for each token"
 
 
-def test_import_linter_protects_every_module_of_every_ring() -> None:
-    contracts = SETTINGS["importlinter"]["contracts"]
-    (protected,) = [c for c in contracts if c["type"] == "protected"]
-    modules = {p.removesuffix(".py").replace("/", ".") for paths in RINGS.values() for p in paths}
-    assert set(protected["protected_modules"]) == modules
-    assert set(protected["allowed_importers"]) == modules
+def test_import_linter_finds_an_import_of_a_ring_in_the_core(tmp_path: Path) -> None:
+    folder = without([], tmp_path)
+    (folder / "tests").mkdir()
+    shutil.copy(ROOT / "tests" / "ring_contract.py", folder / "tests")
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    with (folder / "minigpt" / "evaluation.py").open("a") as file:
+        file.write("\n\ndef plot() -> None:\n    import minigpt.training.reports\n")
+    done = subprocess.run(
+        [Path(sys.executable).with_name("lint-imports")], cwd=folder, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "minigpt.evaluation -> minigpt.training.reports" in done.stdout
