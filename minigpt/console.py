@@ -133,3 +133,13 @@ def write_result(text: str) -> None:
     """Write model text to stdout and flush: exact for a pipe, escaped for a terminal."""
     sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
+
+
+def one_line(text: str) -> str:
+    """Escape control characters and line breaks."""
+    return printable(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
+def note(text: str) -> None:
+    """Write a line to stderr that is not part of the result."""
+    make_console(is_stderr=True).print(one_line(text), style="dim")

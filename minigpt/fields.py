@@ -21,7 +21,7 @@ def setting(
 
     Args: bounds, the interval of valid values, as in ``[0, 1)`` or ``(0, inf)``; choices, the valid
         values where the type does not name them; void_if, values of other fields with which this
-        one has no effect (see ``commands.usage``).
+        one has no effect (see ``commands.help.usage``).
     """
     metadata = {"bounds": bounds, "choices": tuple(choices), "void_if": tuple(void_if)}
     return field(default=default, metadata=metadata)

@@ -26,7 +26,7 @@ from minigpt.text.escape import printable
 
 _HALF = 1000  # of the longest message, in characters
 
-_pages = find_ring("commands.help_pages")
+_pages = find_ring("commands.help.pages")
 app = typer.Typer(
     cls=_pages.Program if _pages else Commands,
     rich_markup_mode=None,
@@ -70,7 +70,7 @@ def main() -> NoReturn:
     if openmp := find_ring("commands.openmp"):
         openmp.set_spin_count(sys.argv[1:])
     warnings.filterwarnings("default", category=MinigptWarning)
-    failures = find_ring("commands.failures")
+    failures = find_ring("commands.help.failures")
     try:
         if failures:
             failures.prepare()
@@ -122,7 +122,7 @@ def _describe(error: BaseException) -> tuple[str, int]:
         cause = cause.__cause__ or cause.__context__
     if isinstance(error, MinigptError):
         return str(error), error.exit_code
-    if failures := find_ring("commands.failures"):
+    if failures := find_ring("commands.help.failures"):
         known: tuple[str, int] | None = failures.describe(error)
         if known:
             return known

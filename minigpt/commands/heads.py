@@ -44,8 +44,8 @@ def heads(
     and measures how much the loss on the second copy increases (nats/token).
     """
     from minigpt.commands import tables
+    from minigpt.commands.display.progress import ProgressLine
     from minigpt.commands.loading import load_model, show_model
-    from minigpt.commands.progress import ProgressLine
     from minigpt.console import make_console, print_lines
     from minigpt.tracing.analysis.roles import (
         head_effects,

@@ -69,6 +69,6 @@ def add(app: typer.Typer, name: str, function: Callable[..., None]) -> None:
     """Make a function a command of a program; its docstring is the help."""
     # A docstring's first line ends with a full stop, a line of --help does not.
     first, break_, rest = str(function.__doc__).partition("\n")
-    pages = find_ring("commands.help_pages")
+    pages = find_ring("commands.help.pages")
     cls = pages.Command if pages else TyperCommand
     app.command(name, cls=cls, help=first.rstrip(".") + break_ + rest)(function)

@@ -10,8 +10,8 @@ from typing import Any
 from minigpt.checkpoint.model_folder import LoadedModel
 from minigpt.checkpoint.resolve import SHIPPED, is_shipped, resolve_model
 from minigpt.commands.options import Interventions, ModelSource, PromptForm
-from minigpt.commands.output import note
 from minigpt.config import SamplingConfig
+from minigpt.console import note
 from minigpt.errors import DataError
 from minigpt.generation import loading as models
 from minigpt.model.language_model import LanguageModel
@@ -132,7 +132,7 @@ def compiling(
     model: LanguageModel, compile: bool | None, n_rows: int = 1
 ) -> AbstractContextManager[Any]:
     """Return the context of making a decoder, which shows that the model is compiled, if it is."""
-    shown = find_ring("commands.compiling")
+    shown = find_ring("commands.display.compiling")
     return shown.showing(model, compile, n_rows) if shown else nullcontext()
 
 

@@ -68,11 +68,10 @@ def measures(
     Numbers are means over tokens, with 95 % bootstrap intervals. Controls: distance ranks the
     nearest position first, random in a random order, exact by the exact effects themselves.
     """
-    from minigpt.commands import output
+    from minigpt.commands.display.progress import ProgressLine
     from minigpt.commands.loading import load, show_model
-    from minigpt.commands.progress import ProgressLine
     from minigpt.commands.tables import write_json
-    from minigpt.console import make_console, print_lines
+    from minigpt.console import make_console, note, print_lines
     from minigpt.figures import require_matplotlib
     from minigpt.generation.decoder import fresh_seed
     from minigpt.tracing.analysis.faithfulness import choose_measures, compare_measures
@@ -94,12 +93,12 @@ def measures(
             progress=lambda share, what: line.show_task(what, share, [f"{share:.0%}"]),
         )
     show_model(ready.folder)
-    output.note(f"seed {seed}")
+    note(f"seed {seed}")
     for name, why in comparison.left_out.items():
-        output.note(f"{name} is left out: {why}")
+        note(f"{name} is left out: {why}")
     if picture is not None:
         _draw(comparison, picture)
-        output.note(f"wrote {picture}")
+        note(f"wrote {picture}")
     if as_json:
         facts = asdict(comparison)
         write_json({"model": str(ready.folder), "seed": seed, **facts})

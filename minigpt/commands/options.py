@@ -13,7 +13,7 @@ A config dataclass becomes one option per field that is declared with ``fields.o
 the field, with its type, default and choices, and the first sentence of its docstring as help. The
 command gets the config, built and checked.
 
-``commands.conditions`` says which options have no effect in the way that the command is called.
+``commands.help.conditions`` says which options have no effect in the way a command is called.
 """
 
 import ast
@@ -140,13 +140,13 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     def run(**typed: Any) -> None:
         del typed["debug"]  # main looks for it
         given = defaults | _nested(typed)
-        usage = find_ring("commands.usage")
+        usage = find_ring("commands.help.usage")
         for name, config in configs.items():
             values = given[name]
             given[name] = build(config, bases[name] | values)
             if usage:
                 usage.note_without_effect(given[name], values)
-        if conditions := find_ring("commands.conditions"):
+        if conditions := find_ring("commands.help.conditions"):
             typed = {name: value for name, value in typed.items() if value not in _NOT_GIVEN}
             conditions.check_modes(function.__name__, options, typed, given)
         function(**given)

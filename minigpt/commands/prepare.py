@@ -45,10 +45,11 @@ def prepare(
         raise ConfigError("--from brings its own tokenizer. Leave --tokenizer out.")
     from pathlib import Path
 
-    from minigpt.commands import output, tables
+    from minigpt import console
+    from minigpt.commands import tables
+    from minigpt.commands.display.progress import ProgressLine
+    from minigpt.commands.help.usage import note_without_effect
     from minigpt.commands.process import command_line
-    from minigpt.commands.progress import ProgressLine
-    from minigpt.commands.usage import note_without_effect
     from minigpt.settings import build, to_dict
     from minigpt.text.prepared_folders import prepare_folder
 
@@ -71,12 +72,12 @@ def prepare(
             n_workers=workers or 0,
         )
     for line in prepared.manifest.notes():
-        output.note(f"text   {line}")
+        console.note(f"text   {line}")
     if as_json:
         tables.write_json(_record(folder, prepared.manifest, work))
     else:
         tables.show(_lines(folder, prepared.manifest, work))
-        output.note(f"next    {command_line('train', str(folder))}")
+        console.note(f"next    {command_line('train', str(folder))}")
 
 
 def _record(folder: "Path", manifest: "Manifest", work: "Work") -> dict[str, Any]:
@@ -96,8 +97,8 @@ def _record(folder: "Path", manifest: "Manifest", work: "Work") -> dict[str, Any
 
 
 def _lines(folder: "Path", manifest: "Manifest", work: "Work") -> "Iterator[Text]":
-    from minigpt.commands.output import one_line
     from minigpt.commands.tables import fact_lines
+    from minigpt.console import one_line
     from minigpt.format import with_unit
 
     documents = "1 document" if manifest.n_documents == 1 else f"{manifest.n_documents:,} documents"

@@ -15,7 +15,7 @@ from test_streams import Screen
 
 from minigpt.checkpoint.folder import RunFolder
 from minigpt.checkpoint.model_folder import read_model, write_model
-from minigpt.commands import progress
+from minigpt.commands.display import progress
 from minigpt.model.device import resolve_dtype
 from minigpt.text.bpe import train_bpe
 from minigpt.text.byte_pairs import TiktokenTokenizer, make_encoding

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from calls import Run, error_line
 
-from minigpt.commands import compiling
+from minigpt.commands.display import compiling
 from minigpt.commands.generate import samples
 from minigpt.generation import fast
 from minigpt.generation.fast import background, compiled

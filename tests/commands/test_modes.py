@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from calls import TINY, Run, error_line
 
-from minigpt.commands.conditions import MODES
+from minigpt.commands.help.conditions import MODES
 from minigpt.config import DataConfig, ModelConfig, SamplingConfig, TrainingConfig
 from minigpt.fields import choices_in, require_within
 

@@ -10,7 +10,7 @@ from calls import Run, error_line
 from typer.testing import CliRunner
 
 from minigpt.commands import app as program
-from minigpt.commands.help_pages import Command
+from minigpt.commands.help.pages import Command
 from minigpt.commands.layout import COMMANDS
 from minigpt.commands.options import Fields, Option, command
 from minigpt.errors import ConfigError

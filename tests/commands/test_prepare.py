@@ -138,7 +138,7 @@ def test_interrupted_prepare_is_resumed(run: Run, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(shard_files, "MAX_SHARD_TOKENS", 10_000)
     monkeypatch.setattr("minigpt.text.corpus.PROGRESS_BYTES", 1)
     monkeypatch.setattr("minigpt.text.building.CHUNK_CHARS", 1000)
-    from minigpt.commands.progress import ProgressLine
+    from minigpt.commands.display.progress import ProgressLine
 
     def interrupt(self: ProgressLine, progress: PrepareProgress) -> None:
         if progress.stage == "encode" and progress.done > progress.total / 2:

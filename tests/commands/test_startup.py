@@ -52,12 +52,13 @@ def test_help_of_the_program_imports_no_command() -> None:
     assert "minigpt.config" not in imported
     assert {name for name in imported if name.startswith("minigpt.commands")} == {
         "minigpt.commands",
-        "minigpt.commands.failures",
-        "minigpt.commands.help_pages",
+        "minigpt.commands.help",
+        "minigpt.commands.help.failures",
+        "minigpt.commands.help.pages",
+        "minigpt.commands.help.usage",
         "minigpt.commands.layout",
         "minigpt.commands.openmp",
         "minigpt.commands.process",
-        "minigpt.commands.usage",
     }
 
 

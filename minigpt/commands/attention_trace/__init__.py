@@ -115,8 +115,7 @@ def attention_trace(
         raise ConfigError("--chat answers a message. Give a PROMPT.")
     from minigpt.commands.attention_trace.output import TraceOutput
     from minigpt.commands.loading import load_to_continue
-    from minigpt.commands.output import note
-    from minigpt.console import make_console
+    from minigpt.console import make_console, note
     from minigpt.generation.decoder import fresh_seed
     from minigpt.tracing.lines import make_layout
     from minigpt.tracing.tracer import trace

@@ -15,8 +15,7 @@ from torch import Tensor
 from minigpt.checkpoint.weights import weight_files
 from minigpt.commands.attention_trace.output import TraceOutput
 from minigpt.commands.attention_trace.targets import LINES, Targets
-from minigpt.commands.output import note
-from minigpt.console import print_lines, write_result
+from minigpt.console import note, print_lines, write_result
 from minigpt.errors import ConfigError
 from minigpt.files import (
     open_regular,

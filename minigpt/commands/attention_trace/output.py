@@ -10,8 +10,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from minigpt.commands.loading import show_model
-from minigpt.commands.output import note
-from minigpt.console import make_console, print_lines
+from minigpt.console import make_console, note, print_lines
 from minigpt.errors import cut
 from minigpt.rings import find_ring
 from minigpt.text.escape import JoinedTokens, visible

@@ -6,9 +6,10 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
+from minigpt import console
 from minigpt.checkpoint.resolve import MAKE_ONE, ROOT, find_model, resolve_model
 from minigpt.checkpoint.tools.inventory import entry_of, inventory_of, take_inventory
-from minigpt.commands import output, tables
+from minigpt.commands import tables
 from minigpt.commands.checkpoints.converting import export, import_
 from minigpt.commands.checkpoints.views import (
     inventory_lines,
@@ -45,7 +46,7 @@ def list_(
     elif entries:
         tables.show(inventory_lines(entries, tables.line_width()))
     else:
-        output.note(f"there is no checkpoint here yet. {MAKE_ONE}")
+        console.note(f"there is no checkpoint here yet. {MAKE_ONE}")
 
 
 @command
@@ -109,7 +110,7 @@ def verify(
         )
 
 
-_pages = find_ring("commands.help_pages")
+_pages = find_ring("commands.help.pages")
 checkpoints = typer.Typer(
     cls=_pages.Group if _pages else TyperGroup,
     help=COMMANDS["checkpoints"],

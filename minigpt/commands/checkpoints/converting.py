@@ -7,8 +7,9 @@ from typing import Annotated
 
 from rich.text import Text
 
+from minigpt import console
 from minigpt.checkpoint.resolve import resolve_model
-from minigpt.commands import output, tables
+from minigpt.commands import tables
 from minigpt.commands.options import Json, Option, argument, command
 from minigpt.errors import ConfigError
 from minigpt.format import short, with_unit
@@ -41,7 +42,7 @@ def export(
         raise ConfigError(f"{str(gguf)!r} exists already. Choose another --gguf.")
     exported = export_gguf(resolve_model(model), gguf, type_)
     for note in exported.notes:
-        output.note(f"note: {note}")
+        console.note(f"note: {note}")
     words = "llama-cli" if exported.is_chat else "llama-completion -p 'Once upon a time'"
     run = f"{words} -m {shlex.quote(str(gguf))}"
     if as_json:
@@ -49,7 +50,7 @@ def export(
         tables.write_json(facts | {"notes": exported.notes})
         return
     size = with_unit(exported.n_bytes, "B")
-    line = f"{output.one_line(str(gguf))}: {size}, {type_}. Run it: {output.one_line(run)}"
+    line = f"{console.one_line(str(gguf))}: {size}, {type_}. Run it: {console.one_line(run)}"
     tables.show([Text(line)])
 
 
@@ -96,11 +97,11 @@ def import_(
         activation=activation,
     )
     if not imported.has_tokenizer:
-        output.note("note: the model has no vocabulary, which generate needs")
+        console.note("note: the model has no vocabulary, which generate needs")
     if as_json:
         facts = {"folder": folder, "source": imported.source}
         tables.write_json(facts | {"n_parameters": imported.n_parameters})
         return
-    run = output.one_line(f"minigpt generate --model {shlex.quote(folder)}")
+    run = console.one_line(f"minigpt generate --model {shlex.quote(folder)}")
     what = f"{short(imported.n_parameters)} parameters from {imported.source}"
-    tables.show([Text(f"{output.one_line(folder)}: {what}. Run it: {run}")])
+    tables.show([Text(f"{console.one_line(folder)}: {what}. Run it: {run}")])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 
 from minigpt.commands import tables
-from minigpt.commands.output import one_line
+from minigpt.console import one_line
 from minigpt.format import count, with_unit
 
 if TYPE_CHECKING:  # a list needs no torch, which these import

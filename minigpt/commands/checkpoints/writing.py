@@ -10,10 +10,11 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
+from minigpt import console
 from minigpt.checkpoint.folder import RunFolder, writing_folder
 from minigpt.checkpoint.manifest import verify
 from minigpt.checkpoint.tools.inventory import Checkpoint, entry_of, run_named
-from minigpt.commands import output, tables
+from minigpt.commands import tables
 from minigpt.commands.checkpoints.views import removal_lines, total
 from minigpt.commands.options import Json, Option, argument, command
 from minigpt.errors import CheckpointError, ConfigError, LockedError
@@ -54,7 +55,7 @@ def prune(
         return
     word = "would remove" if dry_run else "removed"
     tables.show(removal_lines(word, doomed))
-    output.note(f"{word} {total(doomed)}; {_stays(kept)}" if doomed else "nothing to remove")
+    console.note(f"{word} {total(doomed)}; {_stays(kept)}" if doomed else "nothing to remove")
 
 
 def _prune(run: RunFolder, keep: int, *, is_asked: bool) -> list[Checkpoint]:
@@ -90,12 +91,12 @@ def _doomed(run: RunFolder, keep: int) -> list[Checkpoint]:
 def _ask(run: RunFolder, doomed: Sequence[Checkpoint]) -> None:
     """List what would be removed, and end the program if the answer is no."""
     for line in removal_lines("to remove:", doomed):
-        output.note(line.plain)
-    output.note(_stays(_kept_steps(run, doomed)))
+        console.note(line.plain)
+    console.note(_stays(_kept_steps(run, doomed)))
     with redirect_stdout(sys.stderr):  # err=True would still put a space on stdout
         is_confirmed = typer.confirm(f"Remove {total(doomed)}?")
     if not is_confirmed:
-        output.note("nothing was removed")
+        console.note("nothing was removed")
         raise typer.Exit(1)
 
 
@@ -170,4 +171,4 @@ def average(
     else:
         what = f"the mean of {len(steps)} checkpoints, steps {steps[0]} to {steps[-1]}"
         what += "" if saved == "float32" else f", in {saved}"
-        tables.show([Text(f"{what}, is in {output.one_line(str(out))}")])
+        tables.show([Text(f"{what}, is in {console.one_line(str(out))}")])

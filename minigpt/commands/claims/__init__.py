@@ -38,10 +38,10 @@ def claims(
     wanted = list(dict.fromkeys(which or CLAIMS))
     for name in wanted:
         require_choice("claim", name, CLAIMS)
-    from minigpt.commands import output
+    from minigpt import console
     from minigpt.commands.claims.views import prepare_folder, show_finding, write_findings
+    from minigpt.commands.display.progress import ProgressLine
     from minigpt.commands.loading import use_threads
-    from minigpt.commands.progress import ProgressLine
 
     if out is not None:
         prepare_folder(out)
@@ -64,4 +64,4 @@ def claims(
         if out is not None:
             write_findings(out, findings)
     if out is not None:
-        output.note(f"wrote {out}")
+        console.note(f"wrote {out}")

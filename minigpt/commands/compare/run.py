@@ -12,7 +12,6 @@ from rich.text import Text
 
 from minigpt.checkpoint.folder import CONFIG_FILE
 from minigpt.commands.compare import ComparisonConfig
-from minigpt.commands.output import note
 from minigpt.commands.plot.curves import require_picture, validation_curves, write_picture
 from minigpt.commands.process import command_line
 from minigpt.commands.tables import aligned, line_width, show, write_json
@@ -21,6 +20,7 @@ from minigpt.commands.train.job import Job, checked_name, fresh_names
 from minigpt.commands.train.run import train_job
 from minigpt.commands.train.settings import settings_of, suited_to_text, with_vocabulary
 from minigpt.config import DataConfig, RunConfig
+from minigpt.console import note
 from minigpt.errors import ConfigError, DivergedError
 from minigpt.format import short
 from minigpt.model.cost import parameter_count

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from minigpt.checkpoint.folder import CONFIG_FILE
 from minigpt.checkpoint.resolve import resolve_model
+from minigpt.commands.display.progress import ProgressLine
 from minigpt.commands.evaluate import EvaluationConfig
 from minigpt.commands.evaluate.windows import Windows, span_to_evaluate, text_bytes
 from minigpt.commands.loading import use_threads
 from minigpt.commands.options import ModelSource
-from minigpt.commands.output import one_line
-from minigpt.commands.progress import ProgressLine
 from minigpt.commands.tables import fact_lines
 from minigpt.config import DataConfig, RunConfig
+from minigpt.console import one_line
 from minigpt.errors import CheckpointError, ConfigError, DataError
 from minigpt.evaluation import evaluate
 from minigpt.format import duration, short

@@ -9,8 +9,8 @@ from typing import Any
 
 from minigpt.commands.generate.samples import SampleDisplay
 from minigpt.commands.loading import LONGEST_PROMPT_BYTES, Ready, compiling, decoded, note_special
-from minigpt.commands.output import note
 from minigpt.config import SamplingConfig
+from minigpt.console import note
 from minigpt.errors import DataError
 from minigpt.files import cache_folder, make_folder
 from minigpt.generation.conversation import Conversation

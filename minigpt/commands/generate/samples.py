@@ -12,9 +12,8 @@ from rich.cells import cell_len
 
 from minigpt.commands.generate.wrapping import WrappedText
 from minigpt.commands.loading import Ready, show_model
-from minigpt.commands.output import note
 from minigpt.config import SamplingConfig
-from minigpt.console import make_console, write_result
+from minigpt.console import make_console, note, write_result
 from minigpt.format import count
 from minigpt.generation.decoder import Step
 from minigpt.generation.stream import TextStep

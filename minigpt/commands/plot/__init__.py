@@ -26,7 +26,8 @@ def plot(
 
     --out needs matplotlib (the extra plot). --json prints all points, one line per run.
     """
-    from minigpt.commands import output, tables
+    from minigpt import console
+    from minigpt.commands import tables
     from minigpt.commands.plot import curves
     from minigpt.training.reports.curves import find_run, read_curves
 
@@ -35,12 +36,12 @@ def plot(
     folders = [find_run(run) for run in runs] if runs else [find_run(None)]
     found = [read_curves(folder) for folder in dict.fromkeys(folders)]
     if len({one.tokenizer for one in found}) > 1:
-        output.note("the runs have different tokenizers: compare bits/byte, not nats/token.")
+        console.note("the runs have different tokenizers: compare bits/byte, not nats/token.")
     if as_json:
         for one in found:
             tables.write_json(curves.record(one))
     if out is not None:
         curves.write_picture(out, curves.plotted_runs(found, x), x_unit=x)
-        output.note(f"wrote {out}")
+        console.note(f"wrote {out}")
     elif not as_json:
         curves.show_chart(found, x)

@@ -8,10 +8,9 @@ from typing import Any
 from rich.text import Text
 
 from minigpt.checkpoint.resolve import ROOT
-from minigpt.commands.output import one_line
 from minigpt.commands.plot.chart import Point, Series, draw_chart, y_limits
 from minigpt.commands.tables import aligned, show
-from minigpt.console import make_console
+from minigpt.console import make_console, one_line
 from minigpt.errors import CheckpointError, ConfigError
 from minigpt.figures import require_matplotlib, write_figure
 from minigpt.training.reports.curves import LossCurves, LossPoint

@@ -3,8 +3,8 @@
 from textwrap import wrap
 from typing import Any
 
-from minigpt.commands.progress import ProgressLine
-from minigpt.commands.status_line import LiveLines
+from minigpt.commands.display.progress import ProgressLine
+from minigpt.commands.display.status_line import LiveLines
 from minigpt.commands.train import explanations, samples
 from minigpt.commands.train.run import Display
 from minigpt.console import spans_to_text

@@ -130,7 +130,7 @@ def _new_job(request: Request) -> Iterator[Job]:
 
 def notes_on(config: RunConfig, overrides: dict[str, Any]) -> list[str]:
     """Return a line for each of the user's settings that others make void."""
-    usage = find_ring("commands.usage")
+    usage = find_ring("commands.help.usage")
     return list(usage.without_effect(config, overrides)) if usage else []
 
 

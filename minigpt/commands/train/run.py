@@ -9,8 +9,8 @@ from typing import Any, Self
 import typer
 
 from minigpt.checkpoint.folder import CONFIG_FILE
-from minigpt.commands.output import note
 from minigpt.commands.train.job import Job, Request, open_job
+from minigpt.console import note
 from minigpt.files import write_atomically
 from minigpt.rings import find_ring, ring
 from minigpt.settings import to_toml

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 from rich.text import Text
 
-from minigpt.commands.status_line import FREE_CELLS
+from minigpt.commands.display.status_line import FREE_CELLS
 from minigpt.config import SamplingConfig
 from minigpt.errors import CheckpointError
 from minigpt.generation.decoder import Decoder

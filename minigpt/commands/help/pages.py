@@ -9,7 +9,7 @@ from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
 
-from minigpt.commands import usage
+from minigpt.commands.help import usage
 from minigpt.commands.layout import COMMANDS, Commands
 from minigpt.errors import ConfigError, require_choice
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-from minigpt.commands.output import note
-from minigpt.commands.progress import ProgressLine
+from minigpt.commands.display.progress import ProgressLine
+from minigpt.console import note
 from minigpt.generation.forward import FAST
 from minigpt.model.language_model import LanguageModel
 from minigpt.rings import find_ring, ring

@@ -162,7 +162,7 @@ def without_effect(config: Any, given: Mapping[str, Any]) -> list[str]:
 def note_without_effect(config: Any, given: Mapping[str, Any]) -> None:
     """Print a note for each line of ``without_effect``."""
     for line in without_effect(config, given):
-        from minigpt.commands.output import note  # rich takes a while to import
+        from minigpt.console import note  # rich takes a while to import
 
         note(line)
 

@@ -5,7 +5,7 @@ import sys
 import warnings
 from typing import Any
 
-from minigpt.commands import usage
+from minigpt.commands.help import usage
 from minigpt.errors import ConfigError, MinigptWarning, ResourceError
 from minigpt.files import resource_errors
 from minigpt.text.escape import printable

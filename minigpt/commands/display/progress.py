@@ -5,9 +5,8 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Self
 
-from minigpt.commands.output import one_line
-from minigpt.commands.status_line import LiveLines, StatusLine
-from minigpt.console import make_console, spans_to_text
+from minigpt.commands.display.status_line import LiveLines, StatusLine
+from minigpt.console import make_console, one_line, spans_to_text
 from minigpt.text.escape import printable
 
 if TYPE_CHECKING:  # progress is shown without the ring of corpora too
