@@ -24,7 +24,7 @@ from minigpt.config import SamplingConfig
 from minigpt.text.escape import JoinedTokens, printable, visible
 from minigpt.tracing.analysis_config import KNOCKOUTS, facts_of
 from minigpt.tracing.events import Row
-from minigpt.tracing.file import ROW_FIELDS, WORKING_ARRAYS
+from minigpt.tracing.file import ROW_NUMBERS, WORKING_ARRAYS
 from minigpt.tracing.findings import CONVENTION, Candidate, Roles, Trace, TraceHeader, TraceStep
 from minigpt.tracing.summary import footer_lines, measured
 from minigpt.tracing.views import DEFAULTS, ViewOptions
@@ -233,7 +233,7 @@ def _step(step: TraceStep) -> dict[str, Any]:
     ]
     rows = [
         {
-            **{name: round(float(getattr(row, name)), _DIGITS) for name in ROW_FIELDS.values()},
+            **{name: round(float(getattr(row, name)), _DIGITS) for name in ROW_NUMBERS},
             "whole": row.whole,
             "parts": [(name, round(value, _DIGITS)) for name, value in row.parts.items()],
         }
