@@ -63,8 +63,7 @@ def tokenizer_from_json(
     if tokenizer := tiktoken_tokenizer(data, name, end_of_text_ids):
         return tokenizer
     try:
-        imported: Tokenizer = ring("text.imported").ImportedTokenizer(name, data, end_of_text_ids)
-        return imported
+        return ring("text.imported").ImportedTokenizer(name, data, end_of_text_ids)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"tokenizer.json is damaged ({type(error).__name__}: {str(error)[:120]!r}). "
@@ -76,8 +75,7 @@ def tokenizer_to_json(tokenizer: Tokenizer) -> dict[str, Any]:
     """Return tokenizer.json: that of an imported vocabulary, or ``byte_pair_json``."""
     if isinstance(tokenizer, TiktokenTokenizer):
         return byte_pair_json(tokenizer)
-    data: dict[str, Any] = tokenizer.to_dict()["tokenizer_json"]
-    return data
+    return tokenizer.to_dict()["tokenizer_json"]
 
 
 def tiktoken_tokenizer(

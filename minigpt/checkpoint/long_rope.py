@@ -98,8 +98,7 @@ def with_long_rope(base: type[GPT]) -> type[GPT]:
 
 def long_rope_of(config: ModelConfig) -> dict[str, Any]:
     """Return the parameters of a model's LongRoPE, as ``read_long_rope``; {} if it has none."""
-    scaling: dict[str, Any] = hf_fields(config).get("rope_scaling", {})
-    return scaling
+    return hf_fields(config).get("rope_scaling", {})
 
 
 def read_long_rope(

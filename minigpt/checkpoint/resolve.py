@@ -38,8 +38,7 @@ def resolve_model(spec: str | None, root: Path = ROOT) -> Path:
     is_there = any(map(os.path.exists, places))  # False for impossible names, unlike Path.exists
     hub = None if is_there or Path(spec).is_relative_to(root) else find_ring("checkpoint.tools.hub")
     if hub and hub.is_hub_name(spec):
-        folder: Path = hub.download_model(spec)
-        return folder
+        return hub.download_model(spec)
     if refusals := find_ring("checkpoint.tools.refusals"):
         raise refusals.no_model(spec, places, root)
     raise CheckpointError(f"there is no model {spec!r}. {remedy(spec, names_in(root))}")

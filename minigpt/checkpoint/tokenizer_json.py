@@ -58,8 +58,7 @@ def tokenizer_from_json(
     """
     if data == read_json(BYTES_TOKENIZER):
         return BytesTokenizer(name, end_of_text_ids)
-    tokenizer: Tokenizer = ring(_VOCABULARIES).tokenizer_from_json(data, name, end_of_text_ids)
-    return tokenizer
+    return ring(_VOCABULARIES).tokenizer_from_json(data, name, end_of_text_ids)
 
 
 def tokenizer_to_json(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -69,8 +68,7 @@ def tokenizer_to_json(tokenizer: Tokenizer) -> dict[str, Any]:
     """
     if isinstance(tokenizer, BytesTokenizer):
         return read_json(BYTES_TOKENIZER)
-    data: dict[str, Any] = ring(_VOCABULARIES).tokenizer_to_json(tokenizer)
-    return data
+    return ring(_VOCABULARIES).tokenizer_to_json(tokenizer)
 
 
 def tokenizer_config(tokenizer: Tokenizer, context_length: int) -> dict[str, Any]:

@@ -14,13 +14,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from minigpt.commands.layout import Commands, show_help
-from minigpt.commands.process import close_streams, open_streams
-from minigpt.errors import (
-    ConfigError,
-    MinigptError,
-    MinigptWarning,
-    ResourceError,
-)
+from minigpt.errors import ConfigError, MinigptError, MinigptWarning, ResourceError
 from minigpt.rings import find_ring
 from minigpt.text.escape import printable
 
@@ -62,7 +56,7 @@ def minigpt(
 
 def main() -> NoReturn:
     """Run the command line and exit with its code; an error is one line on stderr."""
-    open_streams()
+    _open_streams()
     signal.signal(signal.SIGTERM, _interrupt)
     on_ctrl_c = signal.getsignal(signal.SIGINT)
     if on_ctrl_c != signal.SIG_IGN:
@@ -93,9 +87,30 @@ def main() -> NoReturn:
         is_interrupt = status == 128 + signal.SIGINT
         print(line if is_interrupt else f"error: {line}", file=sys.stderr)  # noqa: T201
     finally:
-        close_streams()
+        _close_streams()
         signal.signal(signal.SIGINT, on_ctrl_c)
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _open_streams() -> None:
+    """Make sure that stdin, stdout and stderr exist, and that no character makes them fail."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by the caller, as with >&-
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _close_streams() -> None:
+    """Silence streams that can no longer be written, so that Python's last flush does not fail."""
+    for stream in filter(None, (sys.stdout, sys.stderr, sys.__stdout__)):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            from minigpt.console import silence
+
+            silence(stream)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:

@@ -15,8 +15,7 @@ def with_interventions(ready: Ready, interventions: InterventionConfig, form: Pr
     def encode(text: str) -> list[int]:
         if ready.chat is None:
             return encode_prompt(ready.tokenizer, text, special=form.special)
-        ids: list[int] = ready.chat.ask(text)[0]
-        return ids
+        return ready.chat.ask(text)[0]
 
     model, intervention = intervene(ready.model, interventions, ready.prompt, encode)
     return replace(ready, model=model, intervention=intervention)

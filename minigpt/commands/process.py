@@ -1,31 +1,10 @@
-"""The process of a command: its streams, and how it was called."""
+"""The shell command that calls this program again."""
 
 import os
 import shlex
 import shutil
 import sys
 from pathlib import Path
-
-
-def open_streams() -> None:
-    """Make sure that stdin, stdout and stderr exist, and that no character makes them fail."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed by the caller, as with >&-
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-
-
-def close_streams() -> None:
-    """Silence streams that can no longer be written, so that Python's last flush does not fail."""
-    for stream in filter(None, (sys.stdout, sys.stderr, sys.__stdout__)):
-        try:
-            stream.flush()
-        except (OSError, ValueError):
-            from minigpt.console import silence
-
-            silence(stream)
 
 
 def command_line(*words: str) -> str:

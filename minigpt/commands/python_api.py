@@ -80,10 +80,7 @@ def evaluate(model: str | Path | None = None, data: Paths = (), **options: Any) 
     config = build(
         ring("commands.evaluate").EvaluationConfig, options | {"data": [str(p) for p in paths]}
     )
-    result: dict[str, Any] = ring("commands.evaluate.measuring").measure(
-        config, source, is_quiet=True
-    )
-    return result
+    return ring("commands.evaluate.measuring").measure(config, source, is_quiet=True)
 
 
 def _nested(settings: dict[str, Any]) -> dict[str, Any]:

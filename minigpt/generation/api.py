@@ -154,8 +154,7 @@ def intervened(
             )
         config = replace(config, patch_from=tokenizer.decode(ids))
         found = ring("tracing.interventions").intervene(model, config, prompt, lambda _: ids)
-    changed: tuple[LanguageModel, InterventionConfig | None] = found
-    return changed
+    return found
 
 
 def prompts_of(prompt: Prompts) -> list[Prompt]:

@@ -109,7 +109,7 @@ def make_decoder(
         n_rows = most(model.config, sampling.num_samples, n_positions)
     slides = sampling.overflow == "slide"
     decoder_class = ring("generation.sliding").SlidingDecoder if slides else Decoder
-    decoder: Decoder = decoder_class(
+    return decoder_class(
         model,
         prompt,
         max_new_tokens=sampling.max_new_tokens,
@@ -117,4 +117,3 @@ def make_decoder(
         compiles=compile,
         overflow=sampling.overflow,
     )
-    return decoder

@@ -207,8 +207,7 @@ class Attention(nn.Module):
         if cache is not None:
             k_BGSD, v_BGSD = cache.write(self.layer, k_BGSD, v_BGSD)
         context_BHTD = attend(self.score, q_BHTD, k_BGSD, v_BGSD, visible_BS, collector)
-        output: Tensor = self.output(context_BHTD.transpose(1, 2).flatten(2))  # (B, T, C)
-        return output
+        return self.output(context_BHTD.transpose(1, 2).flatten(2))  # (B, T, C)
 
     def rotate(self, x_BHTD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         """Apply RoPE to queries or keys; a subclass may rotate a part of them, or none."""

@@ -108,8 +108,7 @@ class GPT(LanguageModel):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Return the token embeddings (B, T, C); a subclass may scale them, for example."""
-        x: Tensor = self.embedding(tokens)
-        return x
+        return self.embedding(tokens)
 
     def rotary_table(
         self, divisor: Tensor | None = None, scale: float = 1.0

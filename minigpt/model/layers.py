@@ -53,8 +53,7 @@ class MLP(nn.Module):
         self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.down(self.activation(self.up(x)))
-        return output
+        return self.down(self.activation(self.up(x)))
 
 
 class GatedMLP(nn.Module):
@@ -71,8 +70,7 @@ class GatedMLP(nn.Module):
         self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.down(self.activation(self.gate(x)) * self.up(x))
-        return output
+        return self.down(self.activation(self.gate(x)) * self.up(x))
 
 
 def dense_weight(linear: nn.Module) -> Tensor:

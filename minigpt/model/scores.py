@@ -83,14 +83,12 @@ class Score(nn.Module):
         is_grouped = k_BGSD.shape[1] != q_BHTD.shape[1]
         kernel: Any = self.fused or F.scaled_dot_product_attention
         options = {"attn_mask": mask, "is_causal": is_causal, "enable_gqa": is_grouped}
-        context_BHTD: Tensor = kernel(q_BHTD, k_BGSD, v_BGSD, **options)
-        return context_BHTD
+        return kernel(q_BHTD, k_BGSD, v_BGSD, **options)
 
 
 def make_score(config: ModelConfig) -> Score:
     """Return the score that a config names, with initial weights."""
-    score: Score = load_class(ATTENTIONS[config.attention])(config)
-    return score
+    return load_class(ATTENTIONS[config.attention])(config)
 
 
 def scaled_dot_score(q_BHTD: Tensor, k_BGSD: Tensor) -> Tensor:

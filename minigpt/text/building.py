@@ -280,8 +280,7 @@ def _encode(chunk: list[Document], corpus: Corpus, tokenizer: Tokenizer, dtype: 
     Raises: DataError if the vocabulary lacks a character, unless such characters are skipped.
     """
     if corpus.template is not None:
-        encoded: Encoded = ring("text.conversations").encode_rows(chunk, corpus, tokenizer, dtype)
-        return encoded
+        return ring("text.conversations").encode_rows(chunk, corpus, tokenizer, dtype)
     data, separator = corpus.data, np.array(tokenizer.separator, np.uint32)
     arrays, n_bytes = [np.array([], np.uint32)], 0
     unparsed, skipped = Counter[str](), Counter[str]()

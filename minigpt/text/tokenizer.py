@@ -85,8 +85,7 @@ class Tokenizer(ABC):
         if {**parts, "name": plain.name} == plain.to_dict():
             return BytesTokenizer(str(parts.get("name")))
         kind = "imported" if "tokenizer_json" in parts else "byte_pairs"
-        tokenizer: Tokenizer = ring(f"text.{kind}").from_dict(parts)
-        return tokenizer
+        return ring(f"text.{kind}").from_dict(parts)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -130,8 +129,7 @@ class Tokenizer(ABC):
 
     def encode(self, text: str, *, is_start: bool = True, special: bool = False) -> list[int]:
         """Return the ids of a text as a list; see ``encode_array``."""
-        ids: list[int] = self.encode_array(text, is_start=is_start, special=special).tolist()
-        return ids
+        return self.encode_array(text, is_start=is_start, special=special).tolist()
 
     def encode_prompt(self, text: str, *, special: bool = False) -> list[int]:
         """Return the ids of a prompt: the prefix, then the text.
@@ -199,8 +197,7 @@ def make_tokenizer(spec: str, texts: Iterable[str]) -> Tokenizer:
     """
     if spec == "bytes":
         return BytesTokenizer()
-    tokenizer: Tokenizer = ring("text.bpe").make_tokenizer(spec, texts)
-    return tokenizer
+    return ring("text.bpe").make_tokenizer(spec, texts)
 
 
 def well_formed(text: str) -> str:

@@ -172,8 +172,7 @@ def prepare(
     folders = find_ring(_FOLDERS)
     if folders is None:
         return prepare_in_memory(data, tokenizer)
-    prepared: PreparedData = folders.prepare(data, cache_dir, tokenizer=tokenizer, **options)
-    return prepared
+    return folders.prepare(data, cache_dir, tokenizer=tokenizer, **options)
 
 
 def prepare_in_memory(data: DataConfig, tokenizer: Tokenizer | None = None) -> PreparedData:

@@ -76,8 +76,7 @@ class CompiledLoss:
         if self._is_rehearsed and inputs.shape not in self._shapes:
             self._shapes.add(inputs.shape)
             self._rehearse(inputs, targets, options)
-        loss: Tensor = self._compiled(inputs, targets, **options)
-        return loss
+        return self._compiled(inputs, targets, **options)
 
     def _rehearse(self, inputs: Tensor, targets: Tensor, options: dict[str, bool]) -> None:
         """Compile the passes for a shape; if that fails, use the eager loss from now on."""
@@ -108,8 +107,7 @@ class Embedding(nn.Embedding):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        rows: Tensor = _Embed.apply(input, self.weight)
-        return rows
+        return _Embed.apply(input, self.weight)
 
 
 class _Embed(torch.autograd.Function):

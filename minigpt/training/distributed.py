@@ -88,8 +88,7 @@ class DistributedWorld(World):
         """Wait for rank 0's plan, however long it takes."""
         while not self.store.check([_PLAN]):
             time.sleep(_POLL_S)  # store.wait would block signals
-        plan: dict[str, Any] = json.loads(self.store.get(_PLAN))
-        return plan
+        return json.loads(self.store.get(_PLAN))
 
     def broadcast(self, number: float) -> float:
         box = torch.tensor(number, dtype=torch.float64)

@@ -123,8 +123,7 @@ class FusedLoss:
     def __call__(self, inputs: Tensor, targets: Tensor, **options: bool) -> Tensor:
         """Return the loss of a batch. Args: those of ``TrainingLoss.forward``."""
         if any(map(_has_hooks, self._bypassed)):
-            plain: Tensor = self._loss(inputs, targets, **options)
-            return plain
+            return self._loss(inputs, targets, **options)
         with torch.autocast("cpu", enabled=False):
             self._model.__dict__["forward"] = self._logits  # so that hooks of the model are called
             try:

@@ -45,8 +45,7 @@ def attention(
     """
     q_BHTD, k_BGTD = q_BHTD.to(v_BGTD.dtype), k_BGTD.to(v_BGTD.dtype)
     if attn_mask is None and is_causal and v_BGTD.dtype == torch.bfloat16:
-        context_BHTD: Tensor = _CausalAttention.apply(q_BHTD, k_BGTD, v_BGTD)
-        return context_BHTD
+        return _CausalAttention.apply(q_BHTD, k_BGTD, v_BGTD)
     return F.scaled_dot_product_attention(
         q_BHTD, k_BGTD, v_BGTD, attn_mask, is_causal=is_causal, enable_gqa=enable_gqa
     )

@@ -99,5 +99,4 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def to_local(tensor: Any) -> Tensor:
     """Return this rank's shard of a tensor, for in-place updates."""
-    local: Tensor = tensor.to_local() if is_sharded(tensor) else tensor
-    return local
+    return tensor.to_local() if is_sharded(tensor) else tensor

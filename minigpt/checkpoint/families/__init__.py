@@ -126,8 +126,7 @@ def family_of(model_type: object) -> Family:
             f"config.json: unsupported model_type {str(model_type)[:80]!r}. "
             f"Choose a model of type {', '.join(known)}."
         )
-    family: Family = ring(f"checkpoint.families.{name}").FAMILY
-    return family
+    return ring(f"checkpoint.families.{name}").FAMILY
 
 
 def model_config_from_hf(config: Mapping[str, Any]) -> ModelConfig:

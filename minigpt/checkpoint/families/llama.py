@@ -90,8 +90,7 @@ class LlamaFamily(Family):
         """Return the config.json fields that the model class reads: those of sliding windows."""
         given = {name: config.get(name, self.defaults.get(name)) for name in self.windows}
         if windows := find_ring("checkpoint.sliding_windows"):
-            fields: dict[str, Any] = windows.read_fields(config, given)
-            return fields
+            return windows.read_fields(config, given)
         if given.get("sliding_window") is not None and given.get("use_sliding_window", True):
             raise unsupported("sliding_window", given["sliding_window"], None)
         return {}
@@ -155,8 +154,7 @@ def write_rope(config: ModelConfig) -> dict[str, Any] | None:
         return dict(long)
     if config.rope_scaling_factor == 1 and config.rope_attention_factor == 1:
         return None
-    scaling: dict[str, Any] = ring(_SCALING).write_scaling(config)
-    return scaling
+    return ring(_SCALING).write_scaling(config)
 
 
 FAMILY = LlamaFamily(

@@ -76,8 +76,7 @@ def open_job(request: Request, *, resume: bool) -> AbstractContextManager[Job]:
     """Return the context of a new, fine-tuning or resumed run, which holds its lock."""
     if not resume:
         return _new_job(request)
-    context: AbstractContextManager[Job] = ring("commands.train.resume").resumed_job(request)
-    return context
+    return ring("commands.train.resume").resumed_job(request)
 
 
 @contextmanager

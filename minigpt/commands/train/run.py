@@ -60,8 +60,7 @@ class Display:
 def make_display() -> Display:
     """Return the display of the ring if it is there, else the plain one."""
     displays = find_ring("commands.train.display")
-    display: Display = displays.TrainingDisplay() if displays else Display()
-    return display
+    return displays.TrainingDisplay() if displays else Display()
 
 
 def run_training(
@@ -86,8 +85,7 @@ def joined() -> AbstractContextManager[World]:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return nullcontext(ALONE)
-    several: AbstractContextManager[World] = ring("commands.train.ranks").joined()
-    return several
+    return ring("commands.train.ranks").joined()
 
 
 def _train(job: Job, display: Display, report_to: str | None, world: World) -> None:
