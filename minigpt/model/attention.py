@@ -105,29 +105,26 @@ class PassCollector:
         Args: values_LBGSD, the values of all layers, if a cache holds them in one tensor.
         Raises: ConfigError if the recorder needs the residual stream of a model that has none.
         """
-        residual_NBC = None
-        if self._recorder.needs_residual:
-            if len(self.residual_BC) != 2 * len(self._weights_BHS) + 1:
-                raise ConfigError(
-                    "this model's blocks do not report their residual stream (add_residual). "
-                    "Choose a measure that does not need it, or another model."
-                )
-            residual_NBC = torch.stack(self.residual_BC)
-        self._recorder.record(
-            AttentionPass(
-                weights_LBHS=torch.stack(self._weights_BHS),
-                context_LBHD=torch.stack(self._context_BHD),
-                values_LBGSD=torch.stack(self._values_BGSD)
-                if values_LBGSD is None
-                else values_LBGSD,
-                n_new=self._n_new,
-                queries=self._queries if self._has_queries else None,
-                keys=self._keys if self._has_queries else None,
-                residual_NBC=residual_NBC,
-                replaced=self.replaced,
-                first_state=self.first_state,
+        has_residual = self._recorder.needs_residual
+        if has_residual and len(self.residual_BC) != 2 * len(self._weights_BHS) + 1:
+            raise ConfigError(
+                "this model's blocks do not report their residual stream (add_residual). "
+                "Choose a measure that does not need it, or another model."
             )
+        if values_LBGSD is None:
+            values_LBGSD = torch.stack(self._values_BGSD)
+        attention = AttentionPass(
+            weights_LBHS=torch.stack(self._weights_BHS),
+            context_LBHD=torch.stack(self._context_BHD),
+            values_LBGSD=values_LBGSD,
+            n_new=self._n_new,
+            queries=self._queries or None,
+            keys=self._keys or None,
+            residual_NBC=torch.stack(self.residual_BC) if has_residual else None,
+            replaced=self.replaced,
+            first_state=self.first_state,
         )
+        self._recorder.record(attention)
 
 
 def attend(
@@ -144,16 +141,15 @@ def attend(
     For more queries the fused kernel is faster, and the weights of the last one are computed again
     for the collector.
     """
-    weights_BHTS = None
     if q_BHTD.shape[2] == 1:
         weights_BHTS = score.weights(q_BHTD, k_BGSD, visible_BS)
         context_BHTD = weighted_sum(weights_BHTS, v_BGSD)
     else:
         context_BHTD = score.attend(q_BHTD, k_BGSD, v_BGSD, visible_BS)
-    if collector is not None:
-        if weights_BHTS is None:
+        if collector is not None:
             with torch.no_grad():
                 weights_BHTS = score.weights(q_BHTD[:, :, -1:], k_BGSD, visible_BS)
+    if collector is not None:
         collector.add(q_BHTD, k_BGSD, v_BGSD, context_BHTD, weights_BHTS)
     return context_BHTD
 

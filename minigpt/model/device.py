@@ -14,17 +14,12 @@ def resolve_device(name: str) -> torch.device:
 
     Raises: ConfigError if it is not available.
     """
-    available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    if name == "auto":
-        return torch.device(next(kind for kind in available if available[kind]))
-    if not available[name]:
-        names = ", ".join(kind for kind in available if available[kind])
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    available = [*(["cuda"] if cuda else []), *(["mps"] if mps else []), "cpu"]
+    if name not in ("auto", *available):
+        names = ", ".join(available)
         raise ConfigError(f"device {name} is not available here. Use auto or one of: {names}.")
-    return torch.device(name)
+    return torch.device(available[0] if name == "auto" else name)
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:

@@ -3,7 +3,7 @@
 Shapes: B batch, T new tokens, C model dim, V vocabulary.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -20,13 +20,7 @@ from minigpt.rings import load_class, ring
 class _WithoutInit(TorchFunctionMode):
     """Skips the random initialization of torch's modules."""
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if getattr(func, "__module__", None) == "torch.nn.init":
             return kwargs["tensor"] if "tensor" in kwargs else args[0]
@@ -92,10 +86,7 @@ class LanguageModel(nn.Module):
         raise NotImplementedError
 
     def positions_of(self, tokens: Tensor, cache: KVCache | None) -> tuple[int, int]:
-        """Return the first position of new tokens, and one past the last.
-
-        Raises: ValueError if more than context_length positions would be in view.
-        """
+        """Return the first position of new tokens, and one past the last; see ``forward``."""
         start = cache.length if cache is not None else 0
         end = start + tokens.shape[1]
         if end > self.config.context_length:
@@ -107,10 +98,8 @@ class LanguageModel(nn.Module):
     def logits(self, x: Tensor, logits_to_keep: int) -> Tensor:
         """Return the logits of the last positions of x (B, T, C); 0 for all."""
         x = self.final_norm(x[:, -logits_to_keep:])  # [-0:] is all of them
-        if self.unembedding is None:
-            logits: Tensor = F.linear(x, self.embedding.weight)
-        else:
-            logits = self.unembedding(x)
+        head = self.unembedding
+        logits: Tensor = head(x) if head is not None else F.linear(x, self.embedding.weight)
         cap = self.logit_softcap
         return cap * (logits / cap).tanh() if cap else logits
 

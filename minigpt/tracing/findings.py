@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from minigpt.errors import cut
 from minigpt.rings import ring
-from minigpt.text.escape import JoinedTokens
+from minigpt.text.joined import JoinedTokens
 from minigpt.tracing import events
 from minigpt.tracing.analysis_config import Knockout, Measure, Reduce
 from minigpt.tracing.events import Source, Token

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from minigpt.format import count
 from minigpt.rings import ring
-from minigpt.text.escape import JoinedTokens, visible
+from minigpt.text.escape import visible
+from minigpt.text.joined import JoinedTokens
 from minigpt.tracing.analysis_config import Measure, facts_of
 from minigpt.tracing.events import Token
 from minigpt.tracing.findings import TraceFooter, TraceHeader

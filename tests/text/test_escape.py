@@ -5,7 +5,8 @@ import unicodedata
 
 import pytest
 
-from minigpt.text.escape import JoinedTokens, printable, visible
+from minigpt.text.escape import printable, visible
+from minigpt.text.joined import JoinedTokens
 
 # Unicode's Bidi_Control property (PropList.txt), and the terminal's own control characters.
 BIDI_CONTROLS = [0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)]

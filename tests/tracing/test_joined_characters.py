@@ -8,7 +8,7 @@ import pytest
 from page_traces import made_trace
 from small_traces import small_trace, text_of, with_tokens
 
-from minigpt.commands.attention_trace.output import TraceOutput
+from minigpt.commands.attention_trace.described import DescribedOutput
 from minigpt.tracing.findings import Trace, TraceEvent
 from minigpt.tracing.lines import TraceLayout
 from minigpt.tracing.summary import header_lines
@@ -39,7 +39,7 @@ def shown_live(trace: Trace, capsys: pytest.CaptureFixture[str]) -> tuple[str, l
             counts.append(len(re.findall(r"(?m)^ +\d+ .*%", out)))
 
     layout = TraceLayout(80, vocab_size=257, n_positions=30, n_sources=0)
-    with TraceOutput(layout) as output:
+    with DescribedOutput(layout) as output:
         output.show(events())
     return out + capsys.readouterr().out, counts
 

@@ -137,11 +137,11 @@ def attention_trace(
         config = replace(config, n_sources=max(N_SOURCES, layout.n_sources))
     if targets.has_heads:
         config = replace(config, has_heads=True)
-    output = (
-        files.FileOutput(targets, layout, model=ready.folder)
-        if files
-        else TraceOutput(layout, model=ready.folder)
-    )
+    output = TraceOutput(layout, model=ready.folder)
+    if files:
+        output = files.FileOutput(targets, layout, model=ready.folder)
+    elif described := find_ring("commands.attention_trace.described"):
+        output = described.DescribedOutput(layout, model=ready.folder)
     first_seed = fresh_seed() if sampling.seed is None else sampling.seed
     is_whole = True
     with output:

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 from torch import Tensor
 
 from minigpt.checkpoint.weights import weight_files
-from minigpt.commands.attention_trace.output import TraceOutput
+from minigpt.commands.attention_trace.described import DescribedOutput
 from minigpt.commands.attention_trace.targets import LINES, Targets
 from minigpt.console import note, print_lines, write_result
 from minigpt.errors import ConfigError
@@ -131,7 +131,7 @@ def weights_sha256(folder: Path) -> str:
     return digest.hexdigest()
 
 
-class FileOutput(TraceOutput):
+class FileOutput(DescribedOutput):
     """Shows traces as lines, as JSON or in a view, and writes their files."""
 
     def __init__(

@@ -17,7 +17,8 @@ from minigpt.console import make_console, note, write_result
 from minigpt.format import count
 from minigpt.generation.decoder import Step
 from minigpt.generation.stream import TextStep
-from minigpt.text.escape import JoinedTokens, visible
+from minigpt.text.escape import visible
+from minigpt.text.joined import JoinedTokens
 from minigpt.text.tokenizer import Tokenizer
 
 _SEPARATOR = "-" * 20

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from minigpt.text.escape import JoinedTokens, visible
+from minigpt.text.escape import visible
+from minigpt.text.joined import JoinedTokens
 from minigpt.tracing.analysis_config import facts_of
 from minigpt.tracing.events import Row, Token
 from minigpt.tracing.findings import Trace, TraceStep

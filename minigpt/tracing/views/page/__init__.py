@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minigpt.config import SamplingConfig
-from minigpt.text.escape import JoinedTokens, printable, visible
+from minigpt.text.escape import printable, visible
+from minigpt.text.joined import JoinedTokens
 from minigpt.tracing.analysis_config import KNOCKOUTS, facts_of
 from minigpt.tracing.events import Row
 from minigpt.tracing.file import ROW_NUMBERS, WORKING_ARRAYS

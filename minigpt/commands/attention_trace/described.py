@@ -1,0 +1,106 @@
+"""Traces on stdout with what stands above and below the rows, and whole characters."""
+
+import sys
+import time
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+from minigpt.commands.attention_trace.output import TraceOutput
+from minigpt.console import note, print_lines
+from minigpt.errors import cut
+from minigpt.text.escape import visible
+from minigpt.text.joined import JoinedTokens
+from minigpt.tracing.findings import TraceFooter, TraceHeader, TraceStep
+from minigpt.tracing.lines import TraceLayout
+from minigpt.tracing.summary import footer_lines, header_lines, legend
+
+
+class DescribedOutput(TraceOutput):
+    """Shows traces with a header and a footer, which Ctrl-C does not cut off."""
+
+    def __init__(self, layout: TraceLayout, *, model: Path | None = None) -> None:
+        super().__init__(layout, model=model)
+        self._is_named = False  # the model, on stderr
+        self._joined = JoinedTokens()
+        self._header: TraceHeader | None = None  # of the trace that is shown
+        self._n_rows = 0  # of it, so far
+        self._waiting: list[TraceStep] = []  # steps whose token may be part of a character
+
+    def show(self, events: Iterator[Any]) -> bool:
+        """Show a trace as its events come; return whether it ended without Ctrl-C.
+
+        Raises: KeyboardInterrupt for Ctrl-C before the header.
+        """
+        started = time.perf_counter()
+        header: TraceHeader | None = None
+        texts: list[str] = []
+        footer: TraceFooter | None = None
+        signal: SystemExit | None = None
+        while footer is None:
+            try:
+                event = next(events)
+                match event:
+                    case TraceHeader():
+                        header = event
+                    case TraceStep():
+                        texts.append(event.text)
+                    case TraceFooter():
+                        footer = event
+                self.show_event(event)
+            except (KeyboardInterrupt, SystemExit) as error:
+                if header is None or footer is not None or not isinstance(events, Generator):
+                    raise
+                signal = error if isinstance(error, SystemExit) else None
+                try:
+                    footer = events.throw(KeyboardInterrupt)
+                except KeyboardInterrupt:  # it had ended
+                    footer = TraceFooter(len(texts), None, time.perf_counter() - started, None)
+                self.show_event(footer)
+        self.end("".join(texts) if footer.n_tokens else None)
+        if signal is not None:
+            raise signal
+        return footer.finish is not None
+
+    def show_event(self, event: Any) -> None:
+        """Show an event of a trace, and name the token that it is compared with."""
+        self._is_named |= self._model is not None
+        self.name_model()
+        against = event.against if isinstance(event, TraceHeader) else None
+        if against is not None and against.n_tokens > 1:
+            first = f"{visible(against.data)}, the first of {against.n_tokens} tokens"
+            note(f"--against {cut(against.text)}: compared with {first}")
+        self.show_lines(event)
+
+    def show_lines(self, event: Any) -> None:
+        """Show an event as lines."""
+        width = self.console.width
+        if isinstance(event, TraceHeader):
+            self._joined = JoinedTokens(token.data for token in event.prompt)
+            self._header, self._n_rows = event, 0
+            lines = header_lines(event, width)
+            if self._is_named and sys.stdout.isatty() and sys.stderr.isatty():
+                del lines[0]  # the model
+            lines += legend(self._layout, event)
+            print_lines(self.console, [*lines, [], self._layout.heading()])
+        elif isinstance(event, TraceStep):
+            if event.token.position == len(self._joined.names):  # generated, not of the prompt
+                self._joined.add(event.token.data)
+            self._n_rows += 1
+            self._waiting.append(event)
+            if not self._joined.is_open:
+                self._show_waiting()
+        elif self._header is not None:
+            self._show_waiting()
+            lines = footer_lines(event, self._header, width, n_rows=self._n_rows)
+            print_lines(self.console, lines)
+
+    def end(self, text: str | None) -> None:
+        """End a trace. Args: text, what was generated; None if nothing was."""
+        if text is not None:
+            print_lines(self.console, [[], [(text, "token")]], is_cut=False)
+
+    def _show_waiting(self) -> None:
+        for step in self._waiting:
+            self.show_step(step, self._joined.names)
+        self._waiting = []
