@@ -14,7 +14,7 @@ from minigpt.settings import build
 from minigpt.text.tokenizer import Tokenizer
 from minigpt.tracing import tracer
 from minigpt.tracing.config import SAMPLING, config_class
-from minigpt.tracing.findings import Trace, TraceFooter, TraceHeader, TraceStep
+from minigpt.tracing.findings import Trace
 
 
 def trace(
@@ -76,7 +76,7 @@ def trace(
             source,
         )
         forced = forced_ids(ending, sampling, network, ids, special=special)
-        header, *steps, footer = tracer.trace(
+        events = tracer.trace(
             changed,
             ending,
             ids,
@@ -89,8 +89,6 @@ def trace(
             intervention=intervention,
             special=special,
         )
-        assert isinstance(header, TraceHeader)
-        assert isinstance(footer, TraceFooter)
-        traces.append(Trace(header, tuple(s for s in steps if isinstance(s, TraceStep)), footer))
+        traces.append(Trace.of(events))
     is_one = not prompt or isinstance(prompt, str) or api.prompts_of(prompt)[0] is prompt
     return traces[0] if is_one else traces

@@ -5,7 +5,7 @@ Shapes: L layers, H query heads, T positions, D head dim, K sources kept per row
 
 import html
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, Literal
@@ -251,6 +251,12 @@ class Trace:
     header: TraceHeader
     steps: tuple[TraceStep, ...]
     footer: TraceFooter
+
+    @classmethod
+    def of(cls, events: Iterable[Any]) -> "Trace":
+        """Return the trace of its events: a header, steps and a footer."""
+        header, *steps, footer = events
+        return cls(header, tuple(steps), footer)
 
     @property
     def tokens(self) -> tuple[Token, ...]:

@@ -27,7 +27,7 @@ from minigpt.files import (
 from minigpt.rings import ring
 from minigpt.tracing.analysis_config import facts_of
 from minigpt.tracing.file import to_json_line
-from minigpt.tracing.findings import Trace, TraceEvent, TraceFooter, TraceHeader, TraceStep
+from minigpt.tracing.findings import Trace, TraceEvent, TraceHeader, TraceStep
 from minigpt.tracing.lines import TraceLayout
 
 _PICTURES = ("svg", "png")
@@ -214,12 +214,8 @@ class FileOutput(DescribedOutput):
         """Show the view of a trace and write its page and pictures."""
         if self._view == LINES:
             super().end(text)
-        if not self._is_kept:
-            return
-        header, *steps, footer = self._events
-        assert isinstance(header, TraceHeader)
-        assert isinstance(footer, TraceFooter)
-        self._show_views(Trace(header, tuple(s for s in steps if isinstance(s, TraceStep)), footer))
+        if self._is_kept:
+            self._show_views(Trace.of(self._events))
 
     def _open_rows(self, header: TraceHeader) -> None:
         """Open the file of --dense for a trace."""

@@ -14,13 +14,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minigpt.model.attention import AttentionPass
 from minigpt.model.cache import KVCache
 from minigpt.model.language_model import LanguageModel
 from minigpt.studies.claims.learning import Progress
 from minigpt.studies.claims.long_range import TEST_SEED
 from minigpt.studies.claims.study import LEARNED, Judgement, Panel, Study, percent
 from minigpt.studies.claims.tasks import RECALL, TaskBatch
+from minigpt.tracing.recorder import RowRecorder
 
 POINTED = 0.8
 """Share of answers at which the most attended position counts as pointing to the source."""
@@ -73,18 +73,6 @@ class Answers(NamedTuple):
     """Whether the most probable answer was right, in the same four cases."""
     chance_B: Tensor
     """Share of the positions in view that one position is."""
-
-
-class _LastRows:
-    """Recorder of the last query's attention weights in all heads of all layers."""
-
-    needs_queries = False
-    needs_residual = False
-    weights_BNS: Tensor
-
-    def record(self, attention: AttentionPass) -> None:
-        """Take the weights; they are valid until the next forward pass."""
-        self.weights_BNS = attention.weights_LBHS.transpose(0, 1).flatten(1, 2)
 
 
 def measure(study: Study) -> Generator[Progress, None, tuple[Explanation, ...]]:
@@ -147,7 +135,7 @@ def answer(model: LanguageModel, batch: TaskBatch) -> Answers:
     n_batch, n_view = tokens_BT.shape
     cache = KVCache(model.config, batch_size=n_batch, capacity=n_view, device=model.device)
     model(tokens_BT[:, :-1], cache, logits_to_keep=1)
-    rows = _LastRows()
+    recorder = RowRecorder(model)
     all_visible = torch.ones(n_batch, n_view, dtype=torch.bool, device=model.device)
 
     def answer_without(*hidden_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,13 +143,14 @@ def answer(model: LanguageModel, batch: TaskBatch) -> Answers:
         for position_B in hidden_B:
             visible_BS.scatter_(1, position_B[:, None].to(model.device), False)
         cache.truncate(n_view - 1)
-        logits = model(tokens_BT[:, -1:], cache, rows, visible_BS=visible_BS)[:, -1].float()
+        logits = model(tokens_BT[:, -1:], cache, recorder, visible_BS=visible_BS)[:, -1].float()
         log_p = logits.log_softmax(dim=-1).gather(1, target_B[:, None])[:, 0]
         return log_p.cpu(), (logits.argmax(dim=-1) == target_B).cpu()
 
     results = [answer_without()]
-    mean_B1S = rows.weights_BNS.mean(dim=1, keepdim=True)
-    attended_BN = torch.cat((rows.weights_BNS, mean_B1S), dim=1).argmax(-1)
+    weights_BNS = recorder.attention.weights_LBHS.transpose(0, 1).flatten(1, 2)
+    mean_B1S = weights_BNS.mean(dim=1, keepdim=True)
+    attended_BN = torch.cat((weights_BNS, mean_B1S), dim=1).argmax(-1)
     for position_B in (batch.source_B, batch.other_B, attended_BN[:, -1]):
         results.append(answer_without(position_B))
     log_p_B4, right_B4 = (torch.stack(column, dim=1) for column in zip(*results, strict=True))

@@ -24,12 +24,9 @@ def logit_at(model: LanguageModel, x_BSC: Tensor, prediction: Prediction) -> Ten
 
     With an alternative, its logit is subtracted.
     """
-    hook = model.embedding.register_forward_hook(lambda *call: x_BSC)
-    try:
-        tokens_BS = torch.zeros(x_BSC.shape[:2], dtype=torch.long, device=model.device)  # replaced
+    tokens_BS = torch.zeros(x_BSC.shape[:2], dtype=torch.long, device=model.device)  # replaced
+    with model.embedding.register_forward_hook(lambda *call: x_BSC):
         logits_BV = model(tokens_BS, logits_to_keep=1)[:, -1].float()
-    finally:
-        hook.remove()
     logit_B: Tensor = logits_BV[:, prediction.target]
     if prediction.against is not None:
         logit_B = logit_B - logits_BV[:, prediction.against]

@@ -24,7 +24,7 @@ from minigpt.tracing.analysis.measures import find
 from minigpt.tracing.analysis.rollout import Rollout
 from minigpt.tracing.analysis.tally import rank_correlation
 from minigpt.tracing.analysis_config import MEASURES, AnalysisConfig
-from minigpt.tracing.findings import TraceFooter, TraceHeader, TraceStep
+from minigpt.tracing.findings import Trace
 from minigpt.tracing.head_lists import select_heads
 from minigpt.tracing.tracer import trace
 
@@ -160,32 +160,26 @@ def compare_measures(
             passes["rolling out"] = replace(config, measure="weight", reduce="rollout")
         for number, (what, one) in enumerate(passes.items()):
             show(0.5 * number / len(passes), what)
-            header, *steps, footer = trace(
-                model, tokenizer, prompt, sampling, one, seed=seed + sample
-            )
-            assert isinstance(header, TraceHeader)
-            assert isinstance(footer, TraceFooter)
-            if footer.finish is None:  # Ctrl-C ends a trace with a footer
+            traced = Trace.of(trace(model, tokenizer, prompt, sampling, one, seed=seed + sample))
+            if traced.footer.finish is None:  # Ctrl-C ends a trace with a footer
                 raise KeyboardInterrupt
-            taken = [step for step in steps if isinstance(step, TraceStep)]
             names = plain if isinstance(one, _Measures) else (ROLLOUT,)
             for i, name in enumerate(names):
-                rows[name] = [step.rows[i].weights_S for step in taken]
-            sink = header.sink
-        first_text = first_text or "".join(step.text for step in taken)
-        tokens = [*prompt, *(step.token.id for step in taken)]
+                rows[name] = [step.rows[i].weights_S for step in traced.steps]
+        sink, steps = traced.header.sink, traced.steps
+        first_text = first_text or traced.text
+        tokens = [*prompt, *(step.token.id for step in steps)]
         cache = Decoder(model, tokens[:-1] or tokens, max_new_tokens=1).cache
-        for number, step in enumerate(taken):
+        for number, step in enumerate(steps):
             candidates = np.delete(np.arange(step.token.position), sink)
             if len(candidates) < MIN_POSITIONS:
                 continue
-            show(0.5 + 0.5 * number / len(taken), "knocking out")
+            show(0.5 + 0.5 * number / len(steps), "knocking out")
             strengths = {name: abs(rows[name][number][candidates]) for name in measures}
             strengths[DISTANCE] = candidates.astype(np.float32)
             strengths[RANDOM] = generator.random(len(candidates), dtype=np.float32)
-            query = Query(
-                step.token.position - 1, tokens[step.token.position - 1], step.token.id, []
-            )
+            last = step.token.position - 1
+            query = Query(last, tokens[last], step.token.id, [])
             single = replace(query, hidden=[[position] for position in candidates.tolist()])
             [changes] = knockouts.changes(cache, [single])
             effects = strengths[EXACT] = abs(changes[:, 0])

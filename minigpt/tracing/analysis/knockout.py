@@ -46,15 +46,6 @@ class Query:
     """For each row, the positions that are hidden."""
 
 
-def require_knockout(model: LanguageModel, knockout: Knockout) -> None:
-    """Raise ConfigError if this kind of knockout is not possible with a model."""
-    if knockout == "value" and not isinstance(model, GPT):
-        raise ConfigError(
-            f"--knockout value is not possible with an {model.config.arch}: its states are keys "
-            "and values together, and later states depend on them. Use --knockout key."
-        )
-
-
 def choose_controls(
     weights_S: NDArray[np.float32], sources: Sequence[int], *, sink: int
 ) -> list[int | None]:
@@ -95,16 +86,17 @@ class Knockouts:
 
         Raises: ConfigError if this kind of knockout is not possible with the model.
         """
-        require_knockout(model, knockout)
+        if knockout == "value" and not isinstance(model, GPT):
+            raise ConfigError(
+                f"--knockout value is not possible with an {model.config.arch}: its states are "
+                "keys and values together, and later states depend on them. Use --knockout key."
+            )
         self._model, self._is_value = model, knockout == "value"
         self._heads_LH: Tensor | None = None
         if selection is not None and not selection.is_all:
-            self._heads_LH = torch.zeros(
-                len(selection.heads_by_layer), selection.n_head, dtype=torch.bool
-            )
-            for heads_H, chosen in zip(self._heads_LH, selection.heads_by_layer, strict=True):
-                heads_H[list(chosen)] = True
-            self._heads_LH = self._heads_LH.to(model.device)
+            heads = range(selection.n_head)
+            mask = [[head in chosen for head in heads] for chosen in selection.heads_by_layer]
+            self._heads_LH = torch.tensor(mask, device=model.device)
         self._fast = None
         is_fast = has_ring(FAST) and ring(FAST).supports(model)
         if is_fast and model.attentions[0].score.is_dot_product:
@@ -229,8 +221,7 @@ def _hiding(model: LanguageModel, hidden_BS: Tensor, heads_LH: Tensor) -> Iterat
     with ExitStack() as stack:
         for layer, heads_H in zip(model.attentions, heads_LH, strict=True):
             assert isinstance(layer, nn.Module)
-            hook = layer.register_forward_pre_hook(hide(heads_H))
-            stack.callback(hook.remove)
+            stack.enter_context(layer.register_forward_pre_hook(hide(heads_H)))
         yield
 
 

@@ -8,7 +8,7 @@ queries, S = 2 T keys, D head dim.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from minigpt.errors import CheckpointError, ConfigError
 from minigpt.fields import require_within
-from minigpt.model.attention import AttentionPass
 from minigpt.model.gpt import GPT
 from minigpt.model.language_model import LanguageModel
 from minigpt.tracing.analysis.frozen import (
@@ -28,7 +27,7 @@ from minigpt.tracing.analysis.frozen import (
     why_not_linear,
 )
 from minigpt.tracing.findings import ROLE_SCORES, Roles
-from minigpt.tracing.recorder import require_attention
+from minigpt.tracing.recorder import RowRecorder
 
 _MAX_REPEATED = 64  # T: uniform attention would give the induction position about 1 %
 _MIN_REPEATED = 3  # of two tokens, the one after the earlier occurrence is the previous token
@@ -45,11 +44,16 @@ def head_roles(model: LanguageModel, *, seed: int = 0) -> tuple[tuple[Roles, ...
     Raises: ConfigError if the model has no attention, or its context or vocabulary is too small for
         a repeated sequence; CheckpointError for NaN or inf in the attention weights.
     """
-    require_attention(model)
-    recorder = _RoleRecorder(model)
+    recorder = RowRecorder(model)
+    recorder.needs_queries = True
     with torch.inference_mode():
         model(repeated_sequences(model, seed=seed), recorder=recorder, logits_to_keep=1)
-    scores_LH5 = torch.stack(recorder.scores_H5)
+        attention = recorder.attention
+        assert attention.queries is not None
+        assert attention.keys is not None
+        heads = zip(model.attentions, attention.queries, attention.keys, strict=True)
+        # One layer at a time, so that only its weights are in memory.
+        scores_LH5 = torch.stack([role_scores(one.score.weights(q, k)) for one, q, k in heads])
     if not scores_LH5.isfinite().all():
         raise CheckpointError(
             "the model's attention has NaN or inf, so its weights are damaged. Use another "
@@ -123,24 +127,6 @@ def role_tag(previous: float, duplicate: float, induction: float, sink: float, l
     return tag if score >= _MIN_BROAD else ""
 
 
-class _RoleRecorder:
-    """Computes the scores of one layer at a time, so that only its weights are in memory."""
-
-    needs_queries = True
-    needs_residual = False
-
-    def __init__(self, model: LanguageModel) -> None:
-        self._attentions = model.attentions
-        self.scores_H5: list[Tensor] = []
-        """One (H, 5) for each layer."""
-
-    def record(self, attention: AttentionPass) -> None:
-        assert attention.queries is not None
-        assert attention.keys is not None
-        for layer, q, k in zip(self._attentions, attention.queries, attention.keys, strict=True):
-            self.scores_H5.append(role_scores(layer.score.weights(q, k)))
-
-
 @torch.inference_mode()
 def head_effects(
     model: LanguageModel, *, seed: int = 0, progress: Callable[[float], None] | None = None
@@ -192,12 +178,10 @@ def head_logits(model: LanguageModel, *, seed: int = 0) -> NDArray[np.float32] |
         inputs.append(args[0][:, -n_repeated:-1].float())
 
     outputs = [attention.output for attention in model.attentions]
-    hooks = [module.register_forward_pre_hook(keep) for module in (*outputs, model.final_norm)]
-    try:
+    with ExitStack() as hooks:
+        for module in (*outputs, model.final_norm):
+            hooks.enter_context(module.register_forward_pre_hook(keep))
         model(tokens, logits_to_keep=n_repeated)
-    finally:
-        for hook in hooks:
-            hook.remove()
     *contexts, x_BTC = inputs
     w_BTC = logit_weights(model, tokens[:, n_repeated + 1 :])
     u_LBTX, _ = HeadDirections(model)(frozen_norm(model.final_norm, x_BTC, w_BTC)[0], contexts)
@@ -215,8 +199,5 @@ def without_heads(model: LanguageModel, layer: int, heads: Sequence[int]) -> Ite
         x_BTHD[:, :, list(heads)] = 0
         return x_BTHD.flatten(2)
 
-    hook = model.attentions[layer].output.register_forward_pre_hook(zero_heads)
-    try:
+    with model.attentions[layer].output.register_forward_pre_hook(zero_heads):
         yield
-    finally:
-        hook.remove()
