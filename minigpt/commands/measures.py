@@ -22,19 +22,11 @@ if TYPE_CHECKING:
 
 _SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "num_samples")
 _COLUMNS = {
-    "rank_correlation": "rank corr.",
-    "top_1": "top 1",
-    "top_3": "top 3",
-    "top_5": "top 5",
-    "deletion": "deletion",
+    "rank_correlation": ("rank corr.", "rank correlation with the exact effects"),
+    **{f"top_{k}": (f"top {k}", f"share of all effects, top {k}") for k in (1, 3, 5)},
+    "deletion": ("deletion", "deletion: mean drop of p"),
 }
-_TITLES = {
-    "rank_correlation": "rank correlation with the exact effects",
-    "top_1": "share of all effects, top 1",
-    "top_3": "share of all effects, top 3",
-    "top_5": "share of all effects, top 5",
-    "deletion": "deletion: mean drop of p",
-}
+"""The title of each metric in the table and in the picture."""
 _CELL_WIDTH = 22  # as "-0.28 [-0.48, -0.08]", and a gap
 
 
@@ -118,7 +110,7 @@ def _table(comparison: "Comparison", width: int) -> "list[Line]":
     columns, lines = list(_COLUMNS), []
     for first in range(0, len(columns), per_part):
         part = columns[first : first + per_part]
-        title = " " * name_width + "".join(_COLUMNS[name].ljust(_CELL_WIDTH) for name in part)
+        title = " " * name_width + "".join(_COLUMNS[name][0].ljust(_CELL_WIDTH) for name in part)
         lines += [*([[]] if first else []), [(title.rstrip(), "dim")]]
         for result in comparison.results:
             cells = "".join(_cell(result.metrics[name]).ljust(_CELL_WIDTH) for name in part)
@@ -141,16 +133,15 @@ def _draw(comparison: "Comparison", path: Path) -> None:
     """Draw a panel for each column: a point and its interval for each ranking."""
     from matplotlib.figure import Figure
 
-    from minigpt.figures import our_style, to_bytes
-    from minigpt.files import write_atomically
+    from minigpt.figures import our_style, write_figure
     from minigpt.tracing.analysis.faithfulness import CONTROLS
 
     with our_style():
         height = 1 + 0.3 * len(comparison.results)
         figure = Figure(figsize=(14, height), layout="constrained")
-        panels = figure.subplots(1, len(_TITLES), sharey=True, squeeze=False)[0]
+        panels = figure.subplots(1, len(_COLUMNS), sharey=True, squeeze=False)[0]
         names = [result.name for result in comparison.results][::-1]
-        for panel, (metric, title) in zip(panels, _TITLES.items(), strict=True):
+        for panel, (metric, (_, title)) in zip(panels, _COLUMNS.items(), strict=True):
             for place, result in enumerate(comparison.results[::-1]):
                 interval = result.metrics[metric]
                 if interval is None:
@@ -161,5 +152,4 @@ def _draw(comparison: "Comparison", path: Path) -> None:
             panel.set_title(title, fontsize="small")
             panel.set_yticks(range(len(names)), names)
             panel.axvline(0, color="0.85", zorder=0)
-        data = to_bytes(figure, path.suffix.lower()[1:])
-    write_atomically(path, data)
+        write_figure(path, figure)

@@ -6,7 +6,7 @@ drawn with other installed fonts, and escaped if none has them, except in SVG, w
 fonts too.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -146,17 +146,13 @@ def strip_figure(trace: Trace, options: ViewOptions = DEFAULTS) -> Figure:
         axes.add_patch(box)
         if token.position >= len(trace.header.prompt):
             axes.plot((x + 0.03, x + width - 0.03), (y + 0.22, y + 0.22), color=ink, linewidth=0.6)
-        centred: dict[str, Any] = {
-            "horizontalalignment": "center",
-            "verticalalignment": "center",
-            "color": ink,
-        }
-        centred |= {"fontfamily": fonts, "fontweight": "bold" if is_chosen else "normal"}
-        _write(axes, x + width / 2, y + 0.12, name, _LARGE, **centred)
+        weight = "bold" if is_chosen else "normal"
+        style: dict[str, Any] = {"color": ink, "fontfamily": fonts, "fontweight": weight}
+        style |= {"ha": "center", "va": "center", "parse_math": False, "zorder": 3}
+        axes.text(x + width / 2, y + 0.12, name, fontsize=_LARGE, **style)
         if share is not None and abs(share) >= _MIN_SHARE:
-            text = percent(share).strip().removesuffix("%") + "%"
-            text = signed(share).strip() if row.is_signed else text
-            _write(axes, x + width / 2, y + 0.28, text, _SMALL, **centred)
+            text = signed(share) if row.is_signed else percent(share).removesuffix("%") + "%"
+            axes.text(x + width / 2, y + 0.28, text.strip(), fontsize=_SMALL, **style)
     bar = _axes(figure, _MARGIN, 0.42, 2, 0.1)
     _add_scale(bar, colours, [row], scale, orientation="horizontal")
     _add_title(figure, trace, row)
@@ -174,10 +170,6 @@ def _axes(figure: Figure, x: float, y: float, width: float, height: float) -> Ax
     whole_width, whole_height = figure.get_size_inches()
     box = (x / whole_width, y / whole_height, width / whole_width, height / whole_height)
     return figure.add_axes(box)
-
-
-def _write(axes: Axes, x: float, y: float, text: str, size: float, **style: Any) -> None:
-    axes.text(x, y, text, fontsize=size, parse_math=False, zorder=3, **style)
 
 
 def _name_cells(
@@ -252,12 +244,9 @@ def missing_characters(trace: Trace) -> str:
 
 
 def _fonts(trace: Trace) -> tuple[list[str], str]:
-    families, missing = fonts_for("".join(sorted({*one_line(trace.header.model), *_texts(trace)})))
+    characters = {*one_line(trace.header.model), *"".join(trace.joined.texts)}
+    families, missing = fonts_for("".join(sorted(characters)))
     return [*families, "monospace"], missing
-
-
-def _texts(trace: Trace) -> Iterable[str]:
-    return "".join(trace.joined.texts)
 
 
 @lru_cache(maxsize=8)

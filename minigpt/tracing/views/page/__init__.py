@@ -10,6 +10,7 @@ import base64
 import hashlib
 import html
 import json
+import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -39,6 +40,7 @@ _SCRIPTS = (
 _DIGITS = 5
 _EMPTY = "∅"
 _EFFECTS = "knockout"  # the exact effects of all positions, shown like one more measure
+_PLAIN = re.compile(rb"[ -~]*")  # bytes that the page need not show
 _NOISE = 1e-4  # a negative number smaller than this is rounding
 _HEAD_FACTS = ("sink", "own", "prompt", "entropy", "distance")
 _SIGNED_FACTS = ("sink", "own", "prompt")  # in the unit of the measure
@@ -107,8 +109,8 @@ def _page_data(trace: Trace) -> dict[str, Any]:
     header, tokens = trace.header, trace.tokens
     scales = _scales(trace)
     heads = [row.heads for step in trace.steps for row in step.rows]
-    n_kept = [rows.positions.shape[2] for rows in heads if rows is not None]
-    n_sources = max(n_kept) if n_kept and len(n_kept) == len(heads) else None
+    n_kept = [-1 if rows is None else rows.positions.shape[2] for rows in heads]
+    n_sources = max(n_kept) if n_kept and min(n_kept) >= 0 else None
     # One line each: the page breaks lines itself.
     ending = footer_lines(trace.footer, header, 10_000, n_rows=len(trace.steps))
     closing = ["".join(text for text, _ in line) for line in ending if line]
@@ -124,7 +126,7 @@ def _page_data(trace: Trace) -> dict[str, Any]:
             for text, token in zip(trace.joined.texts, tokens, strict=True)
         ],
         "plain": JoinedTokens((token.data for token in tokens), escape=_plain).texts,
-        "bytes": {t.position: t.data.hex(" ") for t in tokens if not _is_plain(t.data)},
+        "bytes": {t.position: t.data.hex(" ") for t in tokens if not _PLAIN.fullmatch(t.data)},
         "ids": [token.id for token in tokens],
         "lineEnds": [token.position for token in tokens if token.data.endswith(b"\n")],
         "nPrompt": len(header.prompt),
@@ -142,20 +144,15 @@ def _page_data(trace: Trace) -> dict[str, Any]:
         "roleMeanings": list(_ROLES.items()),
         "steps": [_step(step) for step in trace.steps],
         "nSources": n_sources,
-        "knockout": (
-            f"Without it: {_knocked_out(header)}. In brackets: the factor by which the token's "
-            "probability changes."
-            + (
-                ""
-                if header.n_verified == "all"
-                else " Its control is a position nearby that got less attention."
-            )
-        ),
+        "knockout": f"Without it: {_knocked_out(header)}. In brackets: the factor by which the "
+        "token's probability changes."
+        + " Its control is a position nearby that got less attention."
+        * (header.n_verified != "all"),
         "closing": closing,
         "scales": scales,
         "units": {measure: facts_of(measure).unit for measure in header.measures},
         "workings": [
-            {"layer": one.layer, "head": one.head, "scale": one.scale, "window": one.window}
+            {name: getattr(one, name) for name in ("layer", "head", "scale", "window")}
             for one in trace.footer.workings
         ],
         "dHead": header.d_head,
@@ -171,10 +168,6 @@ def _knocked_out(header: TraceHeader) -> str:
 def _plain(data: bytes) -> str:
     """Return the text of a token for the clipboard, whose reader may be a terminal."""
     return printable(data.decode("utf-8", errors="replace"))
-
-
-def _is_plain(data: bytes) -> bool:
-    return all(0x20 <= byte < 0x7F for byte in data)
 
 
 def _facts(trace: Trace) -> list[tuple[str, str]]:
@@ -221,7 +214,7 @@ def _role(role: Roles) -> dict[str, Any]:
 
 
 def _step(step: TraceStep) -> dict[str, Any]:
-    controls = {effect.control_of: effect for effect in step.effects}
+    lens, controls = step.lens, {effect.control_of: effect for effect in step.effects}
     sources = [effect for effect in step.effects if effect.control_of is None]
     effects = [
         {
@@ -247,7 +240,12 @@ def _step(step: TraceStep) -> dict[str, Any]:
         "effects": effects,
         "kept": step.kept and round(step.kept.change, _DIGITS),
         "candidates": [_candidate(one, step.token.id) for one in step.candidates],
-        "lens": _lens(getattr(step, "lens", None), step.token.id),
+        "lens": lens
+        and {
+            "layer": lens.layer,
+            "probabilities": [round(p, _DIGITS) for p in lens.probabilities],
+            "top": [[_candidate(one, step.token.id) for one in layer] for layer in lens.top],
+        },
     }
 
 
@@ -256,16 +254,6 @@ def _candidate(candidate: Candidate, chosen: int) -> dict[str, Any]:
         "name": visible(candidate.data) or _EMPTY,
         "probability": round(candidate.probability, _DIGITS),
         "isChosen": candidate.id == chosen,
-    }
-
-
-def _lens(lens: Any, chosen: int) -> dict[str, Any] | None:
-    if lens is None:
-        return None
-    return {
-        "layer": lens.layer,
-        "probabilities": [round(p, _DIGITS) for p in lens.probabilities],
-        "top": [[_candidate(one, chosen) for one in layer] for layer in lens.top],
     }
 
 
