@@ -39,6 +39,6 @@ def child_environment(threads: int) -> dict[str, str]:
     return os.environ | {
         "PYTHONPATH": os.pathsep.join(paths),
         "OMP_NUM_THREADS": str(threads),
-        # As `generate` sets it on an idle machine.
+        # The same for all contenders.
         "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "100000"),
     }

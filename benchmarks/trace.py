@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-# As the command line sets it on an idle machine; must precede the start of OpenMP in torch.
+# The same for all contenders; read when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "100000")
 
 import torch

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# As the command line sets it; must precede the start of OpenMP in torch.
+# The same for all contenders; read when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import nanogpt

@@ -61,8 +61,6 @@ def main() -> NoReturn:
     on_ctrl_c = signal.getsignal(signal.SIGINT)
     if on_ctrl_c != signal.SIG_IGN:
         signal.signal(signal.SIGINT, _interrupt)
-    if openmp := find_ring("commands.openmp"):
-        openmp.set_spin_count(sys.argv[1:])
     warnings.filterwarnings("default", category=MinigptWarning)
     failures = find_ring("commands.help.failures")
     try:

@@ -126,6 +126,8 @@ def use_threads(threads: int | None) -> None:
 
     if threads is not None:
         torch.set_num_threads(threads)
+    if openmp := find_ring("commands.openmp"):
+        openmp.share_cores(torch.get_num_threads())
 
 
 def compiling(

@@ -1,31 +1,115 @@
-"""How long the OpenMP threads of a command spin while they wait."""
+"""OpenMP threads that spin while they wait, and sleep while other processes need their cores.
+
+Threads wait for each other some fifty times per token. A spinning thread resumes immediately, but
+takes the core from other processes, and so from the thread that it waits for; a sleeping one needs
+0.1 ms or more to wake up. libgomp reads once, when torch is imported, how long a thread spins. But
+threads of a process that has more of them than there are cores sleep almost immediately (manual of
+libgomp, GOMP_SPINCOUNT). So while the machine is busy, this process has some more, which are idle.
+"""
 
 import os
-from collections.abc import Sequence
+import threading
+import time
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
-_SHORT, _LONG = 10_000, 100_000  # polls of a flag: about 0.1 and 1 ms
-_LOAD = Path("/proc/loadavg")
+STAT = Path("/proc/stat")
+_INTERVAL_S = 0.25
+_BUSY, _FREE = 0.4, 0.2  # cores taken from the threads: above and below, they sleep and spin
 
 
-def set_spin_count(words: Sequence[str]) -> None:
-    """Set how long OpenMP threads spin while they wait, unless the environment sets it.
+def share_cores(n_threads: int) -> None:
+    """Watch from now on whether other processes need the cores of this process's OpenMP threads.
 
-    A spinning thread resumes immediately, but takes the core from other work; a sleeping one needs
-    0.1 ms or more to wake up (measured in docs/decoding.md and docs/training.md). Training runs
-    for hours, and the machine may become busy: it spins briefly. Decoding is over soon, and its
-    products follow each other within that time: it spins long if nothing else is running.
-
-    It must be set before torch is imported.
+    Nothing is done if the environment says how long threads spin, or without /proc/stat (Linux).
+    Results stay the same in every bit, as the number of threads that compute does.
     """
-    is_decoding = words[:1] in (["generate"], ["attention-trace"])
-    count = _LONG if is_decoding and _is_alone() else _SHORT
-    os.environ.setdefault("GOMP_SPINCOUNT", str(count))
+    is_decided = "GOMP_SPINCOUNT" in os.environ or "OMP_WAIT_POLICY" in os.environ
+    if is_decided or not STAT.exists():
+        return
+    watch = the_watch()
+    watch.n_threads = n_threads
+    if n_threads > 1 and watch.ident is None:
+        with suppress(RuntimeError):  # no more threads can be had
+            watch.start()
 
 
-def _is_alone() -> bool:
-    """Tell whether no other process is running."""
-    try:
-        return _LOAD.read_text().split()[3].split("/")[0] == "1"
-    except (OSError, IndexError):
-        return False
+@cache
+def the_watch() -> "Watch":
+    """Return the watch of this process."""
+    return Watch(name="minigpt-cores", daemon=True)
+
+
+class Watch(threading.Thread):
+    """Looks several times a second whether the threads should sleep or spin."""
+
+    n_threads = 1
+    idle: "IdleThreads | None" = None
+
+    def run(self) -> None:
+        try:
+            before = CoreUse()
+            while True:
+                time.sleep(_INTERVAL_S)
+                now = CoreUse()
+                self.adapt(now.cores_of_others(before) + self.n_threads - now.n_cores)
+                before = now
+        except (OSError, RuntimeError):  # no more files or threads can be had
+            return
+
+    def adapt(self, n_taken: float) -> None:
+        """Let the threads sleep or spin. Args: n_taken, cores that others take from them."""
+        if self.idle is None and n_taken > _BUSY and self.n_threads > 1:
+            self.idle = IdleThreads(self.n_threads)
+        elif self.idle is not None and n_taken < _FREE:
+            self.idle.end()
+            self.idle = None
+
+
+class CoreUse:
+    """Seconds that cores have computed: for this process, and for all on the cores it may use."""
+
+    def __init__(self) -> None:
+        self.at_s, self.own_s = time.monotonic(), time.process_time()
+        cores = {f"cpu{core}" for core in os.sched_getaffinity(0)}
+        self.n_cores = len(cores)
+        # user, nice, system, idle, iowait, irq, softirq, steal. Processes of low priority (nice)
+        # take no core from this one, unless it is one of them.
+        fields = (1, 2, 3, 6, 7, 8) if os.nice(0) > 0 else (1, 3, 6, 7, 8)
+        rows = [line.split() for line in STAT.read_text().splitlines()]
+        ticks = sum(int(row[field]) for row in rows if row[0] in cores for field in fields)
+        self.all_s = ticks / os.sysconf("SC_CLK_TCK")
+
+    def cores_of_others(self, before: "CoreUse") -> float:
+        """Return how many cores other processes used since then, on average."""
+        others_s = self.all_s - before.all_s - (self.own_s - before.own_s)
+        return others_s / (self.at_s - before.at_s)
+
+
+class IdleThreads:
+    """OpenMP threads without work, so many that this process has more threads than cores."""
+
+    def __init__(self, n_threads: int) -> None:
+        """Args: n_threads, how many compute in parallel: more than one."""
+        self._has_ended = threading.Event()
+        n_missing = len(os.sched_getaffinity(0)) - n_threads + 1
+        self._holders = [
+            threading.Thread(target=self._hold, args=(n_threads,), daemon=True)
+            for _ in range(-(-n_missing // (n_threads - 1)))
+        ]
+        for holder in self._holders:
+            holder.start()
+
+    def _hold(self, n_threads: int) -> None:
+        import torch
+
+        # A thread that computes in parallel gets OpenMP threads of its own, until it ends.
+        torch.zeros(n_threads * 2**15, dtype=torch.uint8).add_(1)
+        self._has_ended.wait()
+
+    def end(self) -> None:
+        """End the threads."""
+        self._has_ended.set()
+        for holder in self._holders:
+            holder.join()

@@ -1,4 +1,4 @@
-"""Threads that spin, signals during the import of torch, and commands that call the program."""
+"""Threads that share cores, signals while torch is imported, and commands that call the program."""
 
 import os
 import shlex
@@ -12,37 +12,121 @@ import pytest
 from minigpt.commands import openmp
 from minigpt.commands.process import command_line
 
-ALONE, BESIDE_ANOTHER = "0.52 0.30 0.11 1/212 4711\n", "0.00 0.01 0.05 2/212 4711\n"
+linux = pytest.mark.skipif(sys.platform != "linux", reason="libgomp and /proc are Linux's")
 
 
-@pytest.mark.parametrize(
-    ("command", "load", "count"),
-    [
-        ("generate", ALONE, "100000"),
-        ("attention-trace", ALONE, "100000"),
-        ("generate", BESIDE_ANOTHER, "10000"),
-        ("generate", "", "10000"),
-        ("generate", None, "10000"),
-        ("train", ALONE, "10000"),
-        ("", ALONE, "10000"),
-    ],
-)
-def test_threads_spin_long_only_for_decoding_on_an_idle_machine(
-    command: str, load: str | None, count: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@linux
+@pytest.mark.parametrize(("niceness", "others"), [(0, 1.5), (10, 3.5)])
+def test_cores_of_others_are_all_time_but_idle_and_own_and_that_of_lower_priority(
+    niceness: int, others: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if load is not None:
-        (tmp_path / "loadavg").write_text(load)
-    monkeypatch.setattr(openmp, "_LOAD", tmp_path / "loadavg")
-    monkeypatch.setenv("GOMP_SPINCOUNT", "")  # so that it is restored
-    monkeypatch.delenv("GOMP_SPINCOUNT")
-    openmp.set_spin_count([*command.split(), "train"])
-    assert os.environ["GOMP_SPINCOUNT"] == count
+    def use(at_s: float, own_s: float, *rows: str) -> openmp.CoreUse:
+        (tmp_path / "stat").write_text("\n".join(rows) + "\nintr 7\n")
+        monkeypatch.setattr(openmp.time, "monotonic", lambda: at_s)
+        monkeypatch.setattr(openmp.time, "process_time", lambda: own_s)
+        return openmp.CoreUse()
+
+    monkeypatch.setattr(openmp, "STAT", tmp_path / "stat")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 12})
+    monkeypatch.setattr(os, "nice", lambda by: niceness)
+    monkeypatch.setattr(os, "sysconf", lambda name: 100)
+    # user, nice, system, idle, iowait, irq, softirq, steal, guest, guest_nice
+    before = use(10, 5, "cpu 9 9 9", "cpu0 100 0 0 0 0 0 0 0 0 0", "cpu12 0 0 0 0 0 0 0 0 0 0")
+    now = use(
+        11,
+        6,
+        "cpu 9 9 9",
+        "cpu0 150 200 30 400 500 5 5 10 700 800",  # 1 s
+        "cpu1 900 0 0 0 0 0 0 0 0 0",  # not a core of this process
+        "cpu12 150 0 0 0 0 0 0 0 0 0",  # 1.5 s
+    )
+    assert now.n_cores == 2
+    assert now.cores_of_others(before) == pytest.approx(others)
 
 
-def test_the_environment_takes_precedence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
-    openmp.set_spin_count(["generate"])
-    assert os.environ["GOMP_SPINCOUNT"] == "7"
+def test_threads_sleep_while_others_take_a_core_and_spin_again_afterwards(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made, ended = [], []
+
+    class Idle:
+        def __init__(self, n_threads: int) -> None:
+            made.append(n_threads)
+
+        def end(self) -> None:
+            ended.append(len(made))
+
+    monkeypatch.setattr(openmp, "IdleThreads", Idle)
+    watch = openmp.Watch()
+    for n_threads, n_taken in [(1, 1.0), (2, 0.1), (2, 0.3), (2, 0.9), (2, 0.9), (2, 0.3)]:
+        watch.n_threads = n_threads
+        watch.adapt(n_taken)
+    assert made == [2]
+    assert not ended
+    watch.adapt(0.0)
+    watch.adapt(0.0)
+    assert ended == [1]
+    watch.adapt(1.0)
+    assert made == [2, 2]
+
+
+COUNT_THREADS = """
+import os
+import sys
+import torch
+from minigpt.commands.openmp import IdleThreads
+
+def compute():
+    torch.manual_seed(0)
+    x = torch.randn(300, 300, requires_grad=True)
+    x.softmax(1).matmul(x).logsumexp(0).sum().backward()
+    return x.grad
+
+def count():
+    return len(os.listdir("/proc/self/task"))
+
+torch.set_num_threads(2)
+spinning = compute()
+before = count()
+idle = IdleThreads(2)
+while count() <= len(os.sched_getaffinity(0)):
+    pass  # they are being made
+assert compute().equal(spinning)
+idle.end()
+while count() > before:
+    pass
+assert compute().equal(spinning)
+"""
+
+
+@linux
+def test_idle_threads_outnumber_the_cores_until_they_end_and_change_no_bit() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", COUNT_THREADS], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("variable", ["GOMP_SPINCOUNT", "OMP_WAIT_POLICY"])
+def test_the_environment_takes_precedence(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = openmp.Watch()
+    monkeypatch.setattr(openmp, "the_watch", lambda: watch)
+    monkeypatch.setenv(variable, "7")
+    openmp.share_cores(2)
+    assert watch.ident is None
+
+
+@linux
+def test_only_more_than_one_thread_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = openmp.Watch()
+    started = []
+    monkeypatch.setattr(watch, "start", lambda: started.append(watch.n_threads))
+    monkeypatch.setattr(openmp, "the_watch", lambda: watch)
+    for variable in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(variable, raising=False)
+    openmp.share_cores(1)
+    openmp.share_cores(2)
+    assert started == [2]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends signals of POSIX")
