@@ -136,10 +136,9 @@ def answer(model: LanguageModel, batch: TaskBatch) -> Answers:
     cache = KVCache(model.config, batch_size=n_batch, capacity=n_view, device=model.device)
     model(tokens_BT[:, :-1], cache, logits_to_keep=1)
     recorder = RowRecorder(model)
-    all_visible = torch.ones(n_batch, n_view, dtype=torch.bool, device=model.device)
 
     def answer_without(*hidden_B: Tensor) -> tuple[Tensor, Tensor]:
-        visible_BS = all_visible.clone()
+        visible_BS = torch.ones(n_batch, n_view, dtype=torch.bool, device=model.device)
         for position_B in hidden_B:
             visible_BS.scatter_(1, position_B[:, None].to(model.device), False)
         cache.truncate(n_view - 1)

@@ -64,18 +64,18 @@ def _check_tokens(first: Trace, second: Trace) -> None:
                 "Trace the same prompt with --temperature 0 or the same --seed, or --force the "
                 "same text."
             )
-    n_prompt, both = len(first.header.prompt), (first, second)
-    n_given, n_generated = (
-        [sum((step.token.position < n_prompt) == is_prompt for step in t.steps) for t in both]
-        for is_prompt in (True, False)
-    )
-    for kind, counts, option in (
-        ("rows of the prompt", n_given, "--prompt-rows in both, or in none"),
-        ("generated tokens", n_generated, "the same --max-new-tokens"),
+    n_prompt = len(first.header.prompt)
+    for kind, is_prompt, option in (
+        ("rows of the prompt", True, "--prompt-rows in both, or in none"),
+        ("generated tokens", False, "the same --max-new-tokens"),
     ):
-        if counts[0] != counts[1]:
+        n_first, n_second = (
+            sum((step.token.position < n_prompt) == is_prompt for step in trace.steps)
+            for trace in (first, second)
+        )
+        if n_first != n_second:
             raise DataError(
-                f"the traces have {counts[0]} and {counts[1]} {kind}. Trace both with {option}."
+                f"the traces have {n_first} and {n_second} {kind}. Trace both with {option}."
             )
 
 

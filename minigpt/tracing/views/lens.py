@@ -20,38 +20,31 @@ def show(trace: Trace, options: ViewOptions = DEFAULTS) -> list[Line]:
     number_width = len(str(trace.steps[-1].token.position))
     left = number_width + _TOKEN_WIDTH + 7
     per_line = max(1, (options.width - left) // _CELL_WIDTH)
-    from_title = "from".rjust(left - number_width - _TOKEN_WIDTH - 2)
-    lines: list[Line] = []
-    n_layer = 0
+    titles: Line = [
+        (f"layer {layer}".ljust(_CELL_WIDTH), "dim") for layer in range(trace.header.n_layer)
+    ]
+    heading = f"{'':{number_width}} {'token':{_TOKEN_WIDTH}} from"
+    rows = [(heading, "dim", titles)]
     for step in trace.steps:
         lens = step.lens
         if lens is None:
             raise ConfigError("the trace has no lens. Trace again with --lens.")
-        n_layer = len(lens.top)
         name = fit(trace.joined.names[step.token.position], _TOKEN_WIDTH)
-        start = f"{step.token.position:>{number_width}} {name} "
         layer = "-" if lens.layer is None else str(lens.layer)
-        for first in range(0, n_layer, per_line):
-            begin = start + layer.rjust(4) + "  " if first == 0 else " " * left
-            line: Line = [(begin, "plain" if step.is_given else "token")]
-            for top, p in zip(
-                lens.top[first : first + per_line],
-                lens.probabilities[first : first + per_line],
-                strict=True,
-            ):
-                style = heat(p) if top[0].id == step.token.id else "dim"
-                text = fit(visible(top[0].data), _TOKEN_WIDTH)
-                line.append((f"{upright_bar(p)}{text} {percent(p)} ", style))
-            lines.append(line)
-    titles = [f"layer {layer}".ljust(_CELL_WIDTH) for layer in range(n_layer)]
-    heading: list[Line] = []
-    for first in range(0, n_layer, per_line):
-        begin = " " * (number_width + 1) + "token".ljust(_TOKEN_WIDTH + 1) + from_title.strip()
-        begin = begin.ljust(left) if first == 0 else " " * left
-        heading.append([(begin + "".join(titles[first : first + per_line]), "dim")])
+        cells: Line = []
+        for [first, *_], p in zip(lens.top, lens.probabilities, strict=True):
+            text = f"{upright_bar(p)}{fit(visible(first.data), _TOKEN_WIDTH)} {percent(p)} "
+            cells.append((text, heat(p) if first.id == step.token.id else "dim"))
+        start = f"{step.token.position:>{number_width}} {name} {layer:>4}"
+        rows.append((start, "plain" if step.is_given else "token", cells))
+    lines: list[Line] = [
+        [(("" if begin else start).ljust(left), style), *cells[begin : begin + per_line]]
+        for start, style, cells in rows
+        for begin in range(0, len(cells), per_line)
+    ]
     caption = (
         "Logit lens: the residual stream after each layer, through the final norm and the "
         "unembedding. Each cell: the first choice, and the probability of the token itself. "
         "from: the layer from which the token is the first choice; - if it is not at the end."
     )
-    return [*heading, *lines, [], *wrapped(caption, options.width)]
+    return [*lines, [], *wrapped(caption, options.width)]
