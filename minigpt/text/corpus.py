@@ -1,6 +1,5 @@
 """A corpus: files, and their documents, one piece at a time."""
 
-import codecs
 import hashlib
 import json
 import os
@@ -265,28 +264,10 @@ def _texts(
                 'whose lines have "messages", or "prompt" and "completion", or "instruction" and '
                 '"output".'
             )
-        yield _decoded(file, about, data.encoding)
+        yield encodings.decoded(file, about.name, data.encoding, BLOCK_BYTES)
         return
     for text in records.texts(file, about.format, about.name, data, on_skip):
         yield (text[i : i + PIECE_CHARS] for i in range(0, len(text), PIECE_CHARS))
-
-
-def _decoded(file: BinaryIO, about: CorpusFile, encoding: str) -> Iterator[str]:
-    """Decode a text file block by block."""
-    decoder = codecs.getincrementaldecoder(encoding)()
-    is_first, block = True, b"text"
-    while block:
-        block = file.read(BLOCK_BYTES)
-        try:
-            text = decoder.decode(block, final=not block)
-            is_text = "\0" not in text
-        except UnicodeError:
-            is_text = False
-        if not is_text:
-            with about.opened() as (_, again):
-                raise encodings.refusal(again, about.name, encoding, BLOCK_BYTES)
-        yield text.removeprefix("\ufeff") if is_first else text
-        is_first = False
 
 
 def _pieces(texts: Iterable[str]) -> Iterator[str]:

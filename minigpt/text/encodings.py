@@ -2,6 +2,7 @@
 
 import codecs
 import re
+from collections.abc import Iterator
 from typing import BinaryIO
 
 from minigpt.errors import DataError
@@ -72,48 +73,53 @@ def wide_encoding(data: bytes) -> str:
     return best if best and found[best] else ""
 
 
-def refusal(file: BinaryIO, name: str, encoding: str, block_bytes: int) -> DataError:
-    """Return the error for a file that is not text of an encoding, with a remedy that keeps it.
+def is_utf8(encoding: str) -> bool:
+    """Return whether this is a name of UTF-8, with a byte-order mark or without."""
+    return codecs.lookup(encoding).name in ("utf-8", "utf-8-sig")
 
-    Args: file, from its beginning; block_bytes, number of bytes that are decoded together.
+
+def decoded(file: BinaryIO, name: str, encoding: str, block_bytes: int) -> Iterator[str]:
+    """Decode a text file block by block, without its byte-order mark.
+
+    Raises: DataError if it is not text of this encoding, with a remedy that keeps the text.
     """
     decoder = codecs.getincrementaldecoder(encoding)()
-    is_utf8 = codecs.lookup(encoding).name in ("utf-8", "utf-8-sig")
-    n_before = n_chars = 0
-    is_last = False
-    while not is_last:
-        block = file.read(block_bytes)
-        is_last = not block
-        if not n_before and (kind := _other_kind(block)):
-            return DataError(f"{name!r} is {kind}.")
+    head = block = file.read(block_bytes)
+    n_bytes = n_chars = 0  # in the blocks before
+    while True:
+        error = None
         try:
-            if is_utf8 and (index := block.find(b"\0")) >= 0:
-                position = n_before + index
-                if wide_encoding(block):
-                    return _not_utf8(name, position, advice(block, position))
-                remedy = _NUL if _is_text_with_nul(block) else "Pass text files."
-                return DataError(f"{name!r} looks binary: byte {position} is NUL. {remedy}")
-            text = decoder.decode(block, final=is_last)
-        except UnicodeDecodeError as error:
-            waiting = len(error.object) - len(block)
-            position = n_before - waiting + error.start
-            if not is_utf8:
-                return DataError(
-                    f"{name!r} is not {encoding}: byte {position} does not fit. Give another "
-                    "--encoding."
-                )
-            n_multibyte = n_before - waiting - n_chars
-            is_end = is_last and error.reason == "unexpected end of data"
-            sample = error.object + file.read(_SAMPLE_BYTES)
-            remedy = advice(sample, position, n_multibyte=n_multibyte, is_end=is_end)
-            return _not_utf8(name, position, remedy)
-        except UnicodeError as error:  # no byte-order mark, or an encoding that is not for texts
-            return DataError(f"{name!r} is not {encoding}: {error}. Give another --encoding.")
-        if "\0" in text:
-            return DataError(f"{name!r} is not {encoding}, or binary: it has NUL characters.")
-        n_before += len(block)
-        n_chars += len(text)
-    return DataError(f"{name!r} changed while it was read. Try again.")
+            text = decoder.decode(block, final=not block)
+        except UnicodeError as raised:
+            error = raised
+        if error or "\0" in text:
+            break
+        yield text if n_bytes else text.removeprefix("\ufeff")
+        if not block:
+            return
+        n_bytes, n_chars = n_bytes + len(block), n_chars + len(text)
+        block = file.read(block_bytes)
+    if kind := _other_kind(head):
+        raise DataError(f"{name!r} is {kind}.")
+    if is_utf8(encoding) and (index := block.find(b"\0")) >= 0:
+        if wide_encoding(block):
+            raise _not_utf8(name, n_bytes + index, advice(block, n_bytes + index))
+        remedy = _NUL if _is_text_with_nul(block) else "Pass text files."
+        raise DataError(f"{name!r} looks binary: byte {n_bytes + index} is NUL. {remedy}")
+    if error is None:
+        raise DataError(f"{name!r} is not {encoding}, or binary: it has NUL characters.")
+    if not isinstance(error, UnicodeDecodeError):  # no byte-order mark, or an encoding of no text
+        raise DataError(f"{name!r} is not {encoding}: {error}. Give another --encoding.")
+    n_before = n_bytes + len(block) - len(error.object)  # it has what the decoder kept, too
+    position = n_before + error.start
+    if not is_utf8(encoding):
+        raise DataError(
+            f"{name!r} is not {encoding}: byte {position} does not fit. Give another --encoding."
+        )
+    is_end = not block and error.reason == "unexpected end of data"
+    sample = error.object + file.read(_SAMPLE_BYTES)
+    remedy = advice(sample, position, n_multibyte=n_before - n_chars, is_end=is_end)
+    raise _not_utf8(name, position, remedy)
 
 
 def _is_text_with_nul(data: bytes) -> bool:

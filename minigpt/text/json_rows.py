@@ -4,12 +4,11 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import suppress
-from itertools import count
-from typing import BinaryIO, TextIO
+from typing import TextIO
 
 from minigpt.config import DataConfig
 from minigpt.errors import DataError
-from minigpt.text.rows import BadRow, as_text, read_line, require_short, undecodable
+from minigpt.text.rows import BadRow, read_line, require_short, undecodable
 
 READ_CHARS = 2**20
 _BETWEEN = re.compile(r"[\s,\[\]]*")
@@ -25,14 +24,12 @@ DECODER = json.JSONDecoder(parse_int=_integer)
 """Reads any JSON; an integer of thousands of digits as a float."""
 
 
-def json_lines(file: BinaryIO, name: str, data: DataConfig) -> Iterator[tuple[int, object]]:
-    with as_text(file, name, data) as stream:
-        for number in count(1):
-            line = read_line(stream, number, name)
-            if not line:
-                break
-            if not line.isspace():
-                yield number, _json_line(line.removeprefix("\ufeff"), data)
+def json_lines(stream: TextIO, name: str, data: DataConfig) -> Iterator[tuple[int, object]]:
+    number = 1
+    while line := read_line(stream, number, name):
+        if not line.isspace():
+            yield number, _json_line(line.removeprefix("\ufeff"), data)
+        number += 1
 
 
 def _json_line(line: str, data: DataConfig) -> object:
@@ -45,13 +42,8 @@ def _json_line(line: str, data: DataConfig) -> object:
         return BadRow(f"is not JSON: {error}", remedy)
 
 
-def json_values(file: BinaryIO, name: str, data: DataConfig) -> Iterator[tuple[int, object]]:
+def json_values(stream: TextIO, name: str, data: DataConfig) -> Iterator[tuple[int, object]]:
     """Yield the items of a JSON array, or the objects of a file of several."""
-    with as_text(file, name, data) as stream:
-        yield from _items(stream, name, data)
-
-
-def _items(stream: TextIO, name: str, data: DataConfig) -> Iterator[tuple[int, object]]:
     text, n_open, number, is_end = "", 0, 0, False
     while not is_end:
         block = stream.read(max(READ_CHARS, len(text)))

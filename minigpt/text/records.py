@@ -13,7 +13,7 @@ from minigpt.rings import ring
 from minigpt.text.csv_rows import csv_rows, is_table
 from minigpt.text.escape import printable
 from minigpt.text.json_rows import DECODER, begins_with_json, json_lines, json_values
-from minigpt.text.rows import BadRow
+from minigpt.text.rows import BadRow, as_text
 from minigpt.text.tokenizer import well_formed
 
 LONGEST_CONVERSATION = 2**20
@@ -35,7 +35,7 @@ def texts(
     Raises: DataError for a row that is refused, or a file that is not of its format.
     """
     has_objects = False
-    for number, row in _ROWS[kind](file, name, data):
+    for number, row in _rows(file, kind, name, data):
         try:
             if isinstance(row, BadRow):
                 raise row
@@ -209,12 +209,22 @@ def _fields_of(row: Mapping[Any, Any]) -> str:
 def has_field(file: BinaryIO, kind: str, name: str, data: DataConfig) -> bool:
     """Return whether the first row has the field of the text, or cannot be read at all."""
     try:
-        _, row = next(_ROWS[kind](file, name, data), (0, None))
+        _, row = next(_rows(file, kind, name, data), (0, None))
     except DataError:
         return True
     chats = ("messages", "conversations", "prompt", "instruction")
     names = chats if data.chat else (data.field,)
     return not isinstance(row, Mapping) or any(_value(row, n) is not _MISSING for n in names)
+
+
+def _rows(file: BinaryIO, kind: str, name: str, data: DataConfig) -> Iterator[tuple[int, object]]:
+    """Yield the rows of a file and their numbers; a BadRow for one that cannot be read."""
+    if kind == "parquet":
+        yield from _parquet_rows(file, name, data)
+        return
+    rows = {"jsonl": json_lines, "json": json_values, "csv": csv_rows}[kind]
+    with as_text(file, name, data) as stream:
+        yield from rows(stream, name, data)
 
 
 def _parquet_rows(file: BinaryIO, name: str, data: DataConfig) -> Iterator[tuple[int, object]]:
@@ -240,14 +250,6 @@ def _parquet_rows(file: BinaryIO, name: str, data: DataConfig) -> Iterator[tuple
         ) from None
 
 
-_ROWS: Mapping[str, Callable[[BinaryIO, str, DataConfig], Iterator[tuple[int, object]]]] = {
-    "jsonl": json_lines,
-    "json": json_values,
-    "csv": csv_rows,
-    "parquet": _parquet_rows,
-}
-
-
 def sniffed(head: bytes, encoding: str, *, is_whole: bool) -> str:
     """Return the format that the beginning of a file looks like: text, jsonl, json, csv, parquet.
 
@@ -260,8 +262,9 @@ def sniffed(head: bytes, encoding: str, *, is_whole: bool) -> str:
     if not is_whole and len(lines) > 1:
         del lines[-1]
     lines = lines[:_N_SNIFFED]
-    n_objects = sum(isinstance(_parsed(line), dict) for line in lines)
-    if is_whole and len(lines) == 1 and n_objects and _nested_lists(DECODER.decode(lines[0])):
+    rows = list(map(_parsed, lines))
+    n_objects = sum(isinstance(row, dict) for row in rows)
+    if is_whole and len(lines) == 1 and isinstance(rows[0], dict) and _nested_lists(rows[0]):
         return "json"  # an object that holds the rows
     if 2 * n_objects >= len(lines) and n_objects >= (1 if text.startswith("{") else 2):
         return "jsonl"  # some of its rows may be bad, the first one too

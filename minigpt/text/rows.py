@@ -7,7 +7,7 @@ from typing import BinaryIO, TextIO
 
 from minigpt.config import DataConfig
 from minigpt.errors import DataError
-from minigpt.text.encodings import advice, wide_encoding
+from minigpt.text.encodings import advice, is_utf8, wide_encoding
 
 LONGEST_ROW = 2**27
 """Most characters of a line of JSON or CSV, or of an item of a JSON array."""
@@ -26,7 +26,7 @@ def as_text(file: BinaryIO, name: str, data: DataConfig) -> Iterator[TextIO]:
     """Read a file as text, in which an invalid byte is a lone surrogate."""
     buffered = io.BufferedReader(file)  # type: ignore[type-var]
     encoding = data.encoding
-    if _is_utf8(encoding):
+    if is_utf8(encoding):
         if wide := wide_encoding(buffered.peek(2**12)[: 2**12]):
             raise DataError(f"{name!r} is not UTF-8: it is {wide}. Give --encoding {wide}.")
         encoding = "utf-8-sig"
@@ -38,10 +38,6 @@ def as_text(file: BinaryIO, name: str, data: DataConfig) -> Iterator[TextIO]:
     finally:
         with suppress(ValueError):  # the file is closed already if an error ended the reading
             stream.detach().detach()
-
-
-def _is_utf8(encoding: str) -> bool:
-    return encoding.lower().replace("_", "-") in ("utf-8", "utf8", "utf-8-sig")
 
 
 def read_line(stream: TextIO, number: int, name: str) -> str:
@@ -66,7 +62,7 @@ def undecodable(text: str, data: DataConfig) -> BadRow | None:
         text.encode()
     except UnicodeEncodeError as error:
         if "\udc80" <= text[error.start] <= "\udcff":  # from surrogateescape
-            if not _is_utf8(data.encoding):
+            if not is_utf8(data.encoding):
                 return BadRow(f"is not {data.encoding}")
             return BadRow(
                 "is not UTF-8", f"{advice(text.encode(errors='surrogateescape'), 0).rstrip('.')}."
