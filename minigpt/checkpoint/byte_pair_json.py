@@ -6,12 +6,12 @@ alike, and is read with tiktoken; so is one in GPT-2's layout. The others are ke
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
 from minigpt.errors import CheckpointError, MinigptError
 from minigpt.rings import ring
 from minigpt.text.byte_pairs import TiktokenTokenizer, make_encoding
+from minigpt.text.characters import last_parts
 from minigpt.text.tokenizer import Tokenizer
 from minigpt.text.vocabulary_parts import BYTE_OF_CHARACTER
 
@@ -29,7 +29,6 @@ PLAIN_BPE = {
     "byte_fallback": False,
 }
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_NO_RANK = 2**32
 _MOST_ADDED = 2**16  # the libraries take seconds for more
 _MOST_STEPS = 2**25  # five times as many as cl100k_base takes
 
@@ -208,22 +207,11 @@ def to_characters(token: bytes) -> str:
 def merges_of(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
     """Return the merges that tiktoken's ranks stand for, in order.
 
-    tiktoken merges, of all adjacent parts whose union is a token, those of lowest rank; tokenizers
-    has an ordered list of pairs. The pair of a token is what remains of it, merged alone, before
-    the last merge. A token that merging never reaches has no pair.
+    tokenizers has an ordered list of pairs: for each token, its parts before the last merge. A
+    token that merging never reaches has no pair.
     """
-    merges = []
-    for token in sorted(ranks, key=ranks.__getitem__):
-        parts = [token[i : i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            unions = [ranks.get(left + right, _NO_RANK) for left, right in pairwise(parts)]
-            i = unions.index(min(unions))
-            if unions[i] == _NO_RANK:
-                break
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        if len(parts) == 2:
-            merges.append((parts[0], parts[1]))
-    return merges
+    parts = (last_parts(token, ranks) for token in sorted(ranks, key=ranks.__getitem__))
+    return [(pair[0], pair[1]) for pair in parts if len(pair) == 2]
 
 
 def _to_oniguruma(pattern: str) -> str:

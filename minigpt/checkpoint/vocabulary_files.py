@@ -10,9 +10,12 @@ from minigpt.checkpoint.byte_pair_json import tokenizer_file
 from minigpt.errors import CheckpointError
 from minigpt.files import read_bytes, read_json, resource_errors
 from minigpt.text.tokenizer_classes import (
+    PLAIN_TOKEN,
+    SPACE,
     beginning_with,
     class_parts,
     content,
+    decoder,
     tokenizer_class,
     tokenizer_settings,
 )
@@ -21,7 +24,6 @@ VOCAB, MERGES, ADDED = "vocab.json", "merges.txt", "added_tokens.json"
 SCORES = "sp_vocab.json"
 
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
-_VISIBLE_SPACE = "\u2581"
 
 JSONValue = dict[str, Any]
 
@@ -91,29 +93,21 @@ def json_from_scores(data: Mapping[str, Any]) -> JSONValue:
             "Download it again."
         ) from None
     names = dict(enumerate(("<unk>", "<s>", "</s>")))
-    vocab = {names.get(i, t.replace(" ", _VISIBLE_SPACE)): i for i, t in enumerate(tokens)}
+    vocab = {names.get(i, t.replace(" ", SPACE)): i for i, t in enumerate(tokens)}
     by_score = sorted(vocab.keys() - names.values(), key=lambda t: (-scores[vocab[t]], vocab[t]))
     splits = (
         (t[:i], t[i:]) for t in by_score if not _BYTE_TOKEN.fullmatch(t) for i in range(1, len(t))
     )
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    replace = {"type": "Replace", "pattern": {"String": " "}, "content": _VISIBLE_SPACE}
-    prepend = {"type": "Prepend", "prepend": _VISIBLE_SPACE}
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    prepend = {"type": "Prepend", "prepend": SPACE}
     return tokenizer_file(
         added_tokens=[
-            {"id": id_, "content": name, "special": True} | flags for id_, name in names.items()
+            {"id": id_, "content": name, "special": True} | PLAIN_TOKEN
+            for id_, name in names.items()
         ],
         normalizer={"type": "Sequence", "normalizers": [prepend, replace]},
         post_processor=beginning_with("<s>", 1),
-        decoder={
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": _VISIBLE_SPACE}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-            ],
-        },
+        decoder=decoder(strips=True),
         model={
             "type": "BPE",
             "unk_token": "<unk>",
@@ -155,13 +149,12 @@ def json_from_merges(
     ids = {str(token): int(id_) for token, id_ in vocab.items()}
     for token, option in options.items():
         ids.setdefault(token, option.get("id", 1 + max(ids.values(), default=-1)))
-    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     begin = content(config.get("bos_token"))
     begins = bool(config.get("add_bos_token")) and begin is not None
     model = parts["model"] | {"vocab": dict(vocab), "merges": [m.rstrip("\r") for m in lines]}
     return tokenizer_file(
         added_tokens=[
-            plain | {"special": True} | options[token] | {"id": ids[token], "content": token}
+            PLAIN_TOKEN | {"special": True} | options[token] | {"id": ids[token], "content": token}
             for token in sorted(options, key=ids.__getitem__)
         ],
         **parts

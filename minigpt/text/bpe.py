@@ -19,7 +19,7 @@ from minigpt.text.characters import (
     frequent_characters,
     joined_ranks,
 )
-from minigpt.text.tokenizer import END_OF_TEXT, BytesTokenizer, Tokenizer, well_formed
+from minigpt.text.tokenizer import END_OF_TEXT, Tokenizer, well_formed
 from minigpt.text.vocabulary_parts import BPE_PATTERN
 
 NAMED_ENCODINGS = ("gpt2", "cl100k_base", "o200k_base")
@@ -55,10 +55,8 @@ def parse_spec(spec: str) -> tuple[str, int]:
 
 
 def make_tokenizer(spec: str, texts: Iterable[str]) -> Tokenizer:
-    """Return the tokenizer of a spec, as ``text.tokenizer.make_tokenizer`` does."""
+    """Return the tokenizer of a spec other than bytes; see ``text.tokenizer.make_tokenizer``."""
     kind, vocab_size = parse_spec(spec)
-    if kind == "bytes":
-        return BytesTokenizer()
     return trained_tokenizer(texts, vocab_size) if kind == "bpe" else named_tokenizer(kind)
 
 

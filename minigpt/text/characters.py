@@ -6,13 +6,14 @@ inside of one.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 
 COVERED = 0.995
 """Share of a text's characters that are whole tokens; those of ASCII always are."""
 LONGEST_LEARNED = 256
 """Most bytes of a learned token: longer ones are repeats of one text, and take long to check."""
+_NO_RANK = 2**32
 
 
 def frequent_characters(texts: Iterable[str]) -> list[str]:
@@ -67,7 +68,7 @@ def joined_ranks(
         if len(ranks) == n_tokens:
             break
         is_new = token not in ranks and not _joins_parts_of_characters(token)
-        if is_new and len(token) <= LONGEST_LEARNED and len(_merged(token, ranks)) == 2:
+        if is_new and len(token) <= LONGEST_LEARNED and len(last_parts(token, ranks)) == 2:
             ranks[token] = len(ranks)
     return ranks
 
@@ -82,13 +83,16 @@ def _joins_parts_of_characters(token: bytes) -> bool:
     return False
 
 
-def _merged(data: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """Return the tokens of some bytes: the adjacent pair of lowest rank is joined first."""
-    parts = [bytes([byte]) for byte in data]
-    while len(parts) > 1:
-        pairs = [first + second for first, second in pairwise(parts)]
-        at = min(range(len(pairs)), key=lambda i: ranks.get(pairs[i], len(ranks)))
-        if pairs[at] not in ranks:
+def last_parts(token: bytes, ranks: Mapping[bytes, int]) -> list[bytes]:
+    """Return the two parts of a token before the last merge, more if merging does not reach it.
+
+    Of all adjacent parts whose union is a token, those of the lowest rank are merged first.
+    """
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        unions = [ranks.get(left + right, _NO_RANK) for left, right in pairwise(parts)]
+        i = unions.index(min(unions))
+        if unions[i] == _NO_RANK:
             break
-        parts[at : at + 2] = [pairs[at]]
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return parts

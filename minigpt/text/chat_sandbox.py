@@ -54,18 +54,16 @@ def rendered(source: str, where: str, **variables: Any) -> str:
             "or use another --chat-template."
         ) from None
     except Exception as error:  # a template is foreign code, which may raise anything
-        what = "is not valid Jinja"
+        what = "fails"
         if isinstance(error, _EndlessError | RecursionError | MemoryError):
             what = "does not end, or needs too much memory"
         elif isinstance(error, jinja2.exceptions.SecurityError):
             what = "does what the sandbox forbids"
-        elif not isinstance(error, jinja2.TemplateSyntaxError):
-            what = "fails"
-        is_syntax = isinstance(error, jinja2.TemplateSyntaxError)
-        line = f" in line {error.lineno}" if is_syntax else ""  # type: ignore[attr-defined]
+        elif isinstance(error, jinja2.TemplateSyntaxError):
+            what = f"is not valid Jinja in line {error.lineno}"
         raise CheckpointError(
-            f"{where} {what}{line} ({type(error).__name__}: {str(error)[:120]!r}). Give "
-            "another with --chat-template FILE."
+            f"{where} {what} ({type(error).__name__}: {str(error)[:120]!r}). Give another with "
+            "--chat-template FILE."
         ) from None
 
 
@@ -220,10 +218,5 @@ def _to_json(
     sort_keys: bool = False,
 ) -> str:
     """Without the escapes for HTML of Jinja's own filter, as in transformers."""
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
+    options = {"indent": indent, "separators": separators, "sort_keys": sort_keys}
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)  # type: ignore[arg-type]

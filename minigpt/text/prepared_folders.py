@@ -54,13 +54,11 @@ def prepare(
 ) -> StoredData:
     """Turn a corpus into tokens on disk, or open the result of an earlier call.
 
-    ``Tokenizer.separator`` comes before each document, the first too. Memory stays bounded for any
-    size of corpus. A killed preparation is resumed, or started again. A folder that the user
-    prepared is opened as it is.
+    Memory stays bounded for any size of corpus. A killed preparation is resumed, or started again.
+    A folder that the user prepared is opened as it is.
 
-    Args: cache_dir, instead of the user's cache; tokenizer, instead of the one that ``data``
-        names; chat_model, the model folder whose chat template conversations go through, None for
-        a plain template; n_workers, threads, 0 for all cores.
+    Args: chat_model, the model folder whose chat template conversations go through, None for a
+        plain template; n_workers, threads, 0 for all cores; the others as in ``tokens.prepare``.
     Raises: ConfigError for an unknown tokenizer, or not the one that a folder was prepared with;
         DataError for a corpus that cannot be used; ResourceError if a file may not be read or the
         cache cannot be written.

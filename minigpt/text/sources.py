@@ -45,7 +45,7 @@ class FoundFile(CorpusFile):
     @property
     def is_surprising(self) -> bool:
         """Whether the format is not that of the suffix, or the content suggests another one."""
-        by_suffix = FORMATS.get(_suffixes(self.path)[0], "text")
+        by_suffix = FORMATS.get(_suffixes(self.path)[0].lower(), "text")
         looks_like = self.looks_like if self.format == "text" else ""
         return bool(self.looks_like) and not self.format == by_suffix == (looks_like or by_suffix)
 
@@ -133,20 +133,14 @@ def find_files(
 
 
 def _suffixes(path: Path) -> tuple[str, str]:
-    """Return the suffixes of the format and of the compression, both in lower case."""
-    suffix, packing = _written_suffixes(path)
-    return suffix.lower(), packing.lower()
-
-
-def _written_suffixes(path: Path) -> tuple[str, str]:
-    """Return the suffixes of the format and of the compression as they are written."""
+    """Return the suffixes of the format and of the compression, as they are written."""
     is_packed = path.suffix.lower() in compressed.SUFFIXES
     return (path.with_suffix("").suffix, path.suffix) if is_packed else (path.suffix, "")
 
 
 def _recognized(path: Path, name: str, data: DataConfig) -> FoundFile:
     """Return a file with its format: as the user says, else by its suffix, else by its content."""
-    suffix, packing = _suffixes(path)
+    suffix, packing = map(str.lower, _suffixes(path))
     with reading(name), path.open("rb") as file:
         magic = file.read(6)
     packing = packing or compressed.packing_of(magic)
@@ -181,14 +175,14 @@ def _files_in(folder: Path, data: DataConfig, left_out: Counter[str]) -> list[Fo
     entries = [entry for _, entries in _folders(str(folder)) for entry in entries]
     for entry in sorted(entries, key=lambda entry: Path(entry.path)):
         path, is_file = Path(entry.path), os.path.isfile(entry.path)
-        suffix = _suffixes(path)[0]
+        suffix = _suffixes(path)[0].lower()
         if entry.name.startswith("."):
             left_out["hidden"] += 1
         elif not is_file:
             if not os.path.isdir(entry.path):
                 left_out["dangling link" if entry.is_symlink() else "not a file"] += 1
         elif suffix not in TEXT_SUFFIXES and suffix not in FORMATS:
-            left_out["".join(_written_suffixes(path)) or "without a suffix"] += 1
+            left_out["".join(_suffixes(path)) or "without a suffix"] += 1
         else:
             file = _recognized(path, str(path), data)
             if _lacks_field(file, data):

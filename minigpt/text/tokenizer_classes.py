@@ -31,7 +31,10 @@ _CLASS_OF_MODEL_TYPE = {
 }
 _ALWAYS_FROM_FILE = ("mistral", "olmo2", "phi3")  # whatever tokenizer_class says
 _QWEN2_PATTERN = BPE_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
-_SPACE = "\u2581"
+SPACE = "\u2581"
+"""The character that SentencePiece has for a space."""
+PLAIN_TOKEN = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+"""Options of an added token that has none."""
 _BPE = {
     "type": "BPE",
     "dropout": None,
@@ -152,12 +155,6 @@ def class_parts(name: str, config: Mapping[str, Any]) -> JSONValue | None:
         "use_regex": True,
     }
     merged = {"normalizer": None, "pre_tokenizer": byte_level, "decoder": byte_level, "model": _BPE}
-    decoders: list[JSONValue] = [
-        {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
-        {"type": "ByteFallback"},
-        {"type": "Fuse"},
-    ]
-    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
     fallback = _BPE | {"fuse_unk": True, "byte_fallback": True}
     match name:
         case "GPT2Tokenizer" | "CodeGenTokenizer":
@@ -184,20 +181,20 @@ def class_parts(name: str, config: Mapping[str, Any]) -> JSONValue | None:
                 "normalizer": None,
                 "pre_tokenizer": {
                     "type": "Metaspace",
-                    "replacement": _SPACE,
+                    "replacement": SPACE,
                     "prepend_scheme": scheme if is_prefixed else "never",
                     "split": False,
                 },
-                "decoder": _sequence([*decoders, strip] if is_prefixed or is_code else decoders),
+                "decoder": decoder(strips=is_prefixed or is_code),
                 "model": fallback | {"unk_token": unknown},
             }
         case "GemmaTokenizer":
             space = {"String": " "}
             behavior = {"behavior": "MergedWithPrevious", "invert": False}
             return {
-                "normalizer": {"type": "Replace", "pattern": space, "content": _SPACE},
+                "normalizer": {"type": "Replace", "pattern": space, "content": SPACE},
                 "pre_tokenizer": {"type": "Split", "pattern": space} | behavior,
-                "decoder": _sequence(decoders),
+                "decoder": decoder(strips=False),
                 "model": fallback | {"unk_token": content(config.get("unk_token", "<unk>"))},
             }
     return None
@@ -278,10 +275,9 @@ def _with_named_tokens(data: Mapping[str, Any], config: Mapping[str, Any]) -> Ma
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or ()
     texts = [*named_tokens(config).values(), *map(content, extra)]
     new = [text for text in dict.fromkeys(texts) if isinstance(text, str) and text not in known]
-    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     for text in new if isinstance(vocab, Mapping) else ():
         if text in vocab:
-            added.append({"id": vocab[text], "content": text, "special": True} | plain)
+            added.append({"id": vocab[text], "content": text, "special": True} | PLAIN_TOKEN)
     if len(added) == len(known):
         return data
     return {**data, "added_tokens": sorted(added, key=lambda token: int(token["id"]))}
@@ -306,5 +302,15 @@ def content(token: Any) -> Any:
     return token["content"] if isinstance(token, Mapping) else token
 
 
-def _sequence(steps: list[JSONValue]) -> JSONValue:
-    return {"type": "Sequence", "decoders": steps}
+def decoder(*, strips: bool) -> JSONValue:
+    """Return the decoder of SentencePiece's tokens.
+
+    Args: strips, whether it takes away the space that was put before a text.
+    """
+    steps: list[JSONValue] = [
+        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    return {"type": "Sequence", "decoders": [*steps, strip] if strips else steps}

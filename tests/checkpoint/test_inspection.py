@@ -99,7 +99,7 @@ def test_a_model_larger_than_memory_is_described_from_its_headers(
     facts = describe(tmp_path)
     assert facts.n_parameters == 8_030_261_248
     assert facts.n_bytes == 2 * 8_030_261_248
-    assert facts.cache_bytes_per_token(2) == 128 * 1024
+    assert facts.bfloat16_cache_bytes_per_token == 128 * 1024
     assert len(facts.tensors) == 32 * 9 + 3
     assert facts.training_flops_per_token == 3 * facts.forward_flops_per_token
     # Two FLOPs a weight that multiplies, and four per layer, width and half the context.

@@ -48,10 +48,6 @@ _ALIGNMENT = 32  # bytes; GGUF's default
 class Exported:
     """A GGUF file that was written."""
 
-    path: Path
-    """The file."""
-    type: str
-    """Type of its matrices."""
     n_bytes: int
     """Size of the file."""
     is_chat: bool
@@ -90,16 +86,14 @@ def export_gguf(folder: Path, path: Path, type_: str) -> Exported:
     template = chat_template(folder)
     if template:
         writer.add_chat_template(template)
-    kinds = {}
-    names = _names(gguf, architecture.name, config)
-    for name in tensor_names(config):
-        shape = stored[name.theirs].shape
-        shape = shape[::-1] if name.is_transposed else shape
-        kinds[name.theirs] = _add_tensor_info(writer, gguf, names[name.theirs], shape, type_)
-    embedding = next(tensor_names(config)).theirs
-    has_copy = architecture.head == "needed" and config.tie_embeddings
-    if has_copy:
-        _add_tensor_info(writer, gguf, "output.weight", stored[embedding].shape, type_)
+    names = {name.theirs: name for name in tensor_names(config)}
+    there = [(theirs, name) for name, theirs in _names(gguf, architecture.name, config).items()]
+    if architecture.head == "needed" and config.tie_embeddings:
+        there.append(("output.weight", next(iter(names))))
+    kinds = []
+    for name_there, name in there:
+        shape = stored[name].shape[:: -1 if names[name].is_transposed else 1]
+        kinds.append(_add_tensor_info(writer, gguf, name_there, shape, type_))
     extra = extra_tensors(config)
     for name_there, tensor in extra.items():
         _add_tensor_info(writer, gguf, name_there, tuple(tensor.shape), "f32")
@@ -111,18 +105,15 @@ def export_gguf(folder: Path, path: Path, type_: str) -> Exported:
         finally:
             writer.close()
         file.seek(0, 2)
-        for name in tensor_names(config):
-            tensor = tensors[name.theirs]
-            tensor = tensor.t() if name.is_transposed else tensor
-            tensor = converted(tensor, name.theirs, config, architecture)
-            _write_tensor(file, gguf, name.theirs, tensor, kinds[name.theirs])
-        if has_copy:
-            _write_tensor(file, gguf, embedding, tensors[embedding], kinds[embedding])
+        for (_, name), kind in zip(there, kinds, strict=True):
+            tensor = tensors[name].t() if names[name].is_transposed else tensors[name]
+            tensor = converted(tensor, name, config, architecture)
+            _write_tensor(file, gguf, name, tensor, kind)
         for name_there, tensor in extra.items():
             _write_tensor(file, gguf, name_there, tensor, gguf.GGMLQuantizationType.F32)
         _pad(file)
         n_bytes = file.tell()
-    return Exported(path, type_, n_bytes, template is not None, tuple(notes))
+    return Exported(n_bytes, template is not None, tuple(notes))
 
 
 def _add_shape(writer: Any, config: ModelConfig, context_length: int) -> None:

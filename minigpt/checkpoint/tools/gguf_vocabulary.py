@@ -16,7 +16,7 @@ from minigpt.errors import CheckpointError
 from minigpt.text.byte_pairs import TiktokenTokenizer
 from minigpt.text.chat import templates_of
 from minigpt.text.tokenizer import Tokenizer, well_formed
-from minigpt.text.tokenizer_classes import named_tokens, tokenizer_settings
+from minigpt.text.tokenizer_classes import SPACE, named_tokens, tokenizer_settings
 from minigpt.text.vocabulary_parts import BPE_PATTERN, BYTE_OF_CHARACTER, steps_of
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -40,9 +40,8 @@ _NAMES = {
     (_QWEN2,): ("qwen2", None),
     (_DIGITS, _GPT2): ("smollm", None),
 }
-_SPACE = "\u2581"
-_PREPEND = {"type": "Prepend", "prepend": _SPACE}
-_REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+_PREPEND = {"type": "Prepend", "prepend": SPACE}
+_REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 _SPLIT = {
     "type": "Split",
     "pattern": {"String": " "},
@@ -209,7 +208,7 @@ def _characters(
     if not splits and normalizers in ([_PREPEND, _REPLACE], [_REPLACE]):
         has_prefix = _PREPEND in normalizers
     elif not normalizers and [step["type"] for step in splits] == ["Metaspace"]:
-        if splits[0].get("split", True) or splits[0].get("replacement") != _SPACE:
+        if splits[0].get("split", True) or splits[0].get("replacement") != SPACE:
             raise _refusal("it splits a text into words before merging")
         has_prefix = splits[0].get("prepend_scheme", "always") != "never"
         if has_prefix:

@@ -9,7 +9,8 @@ from minigpt.checkpoint.weights import StoredTensor, stored_tensors
 from minigpt.config import ModelConfig
 from minigpt.errors import MinigptError
 from minigpt.files import resource_errors
-from minigpt.model import cache, cost
+from minigpt.model import cost
+from minigpt.model.cache import cache_bytes_per_token
 
 
 @dataclass(frozen=True)
@@ -18,32 +19,20 @@ class ModelFacts:
 
     folder: Path
     config: ModelConfig
+    n_parameters: int
+    """Number of parameters, each counted once."""
+    n_bytes: int
+    """Bytes of the stored weights."""
+    forward_flops_per_token: int
+    """FLOPs of a forward pass over one token of a full context: a third of training's."""
+    training_flops_per_token: int
+    """FLOPs of a forward and backward pass over one token of a full context."""
+    float32_cache_bytes_per_token: int
+    """Bytes of one position of one sequence in a float32 KV cache."""
+    bfloat16_cache_bytes_per_token: int
+    """The same in bfloat16."""
     tensors: tuple[StoredTensor, ...]
     """Tensors in the order of the model, from the embedding to the output projection."""
-
-    @property
-    def n_parameters(self) -> int:
-        """Number of parameters, each counted once."""
-        return cost.parameter_count(self.config)
-
-    @property
-    def n_bytes(self) -> int:
-        """Bytes of the stored weights."""
-        return sum(tensor.n_bytes for tensor in self.tensors)
-
-    @property
-    def training_flops_per_token(self) -> int:
-        """FLOPs of a forward and backward pass over one token of a full context."""
-        return cost.training_flops_per_token(self.config)
-
-    @property
-    def forward_flops_per_token(self) -> int:
-        """FLOPs of a forward pass over one token of a full context: a third of training's."""
-        return self.training_flops_per_token // 3
-
-    def cache_bytes_per_token(self, bytes_per_value: int) -> int:
-        """Return the KV cache bytes of one position of one sequence."""
-        return cache.cache_bytes_per_token(self.config, bytes_per_value)
 
 
 def describe(folder: Path) -> ModelFacts:
@@ -53,8 +42,19 @@ def describe(folder: Path) -> ModelFacts:
     """
     config = read_config(folder)
     tensors = stored_tensors(config, folder).values()
-    head_last = sorted(tensors, key=lambda tensor: tensor.name == "lm_head.weight")
-    return ModelFacts(folder, config, tuple(head_last))
+    training_flops = cost.training_flops_per_token(config)
+    return ModelFacts(
+        folder,
+        config,
+        n_parameters=cost.parameter_count(config),
+        n_bytes=sum(tensor.n_bytes for tensor in tensors),
+        forward_flops_per_token=training_flops // 3,
+        training_flops_per_token=training_flops,
+        float32_cache_bytes_per_token=cache_bytes_per_token(config, 4),
+        bfloat16_cache_bytes_per_token=cache_bytes_per_token(config, 2),
+        # The output projection, which comes first in the files, last.
+        tensors=tuple(sorted(tensors, key=lambda tensor: tensor.name == "lm_head.weight")),
+    )
 
 
 @dataclass(frozen=True)

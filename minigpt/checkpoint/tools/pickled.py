@@ -58,8 +58,6 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 class Imported:
     """A model folder made from pickles."""
 
-    folder: Path
-    """New model folder."""
     source: str
     """Kind of file it was made from."""
     n_parameters: int
@@ -108,7 +106,7 @@ def import_pickled(
         except (CheckpointError, DataError) as error:
             raise type(error)(str(error).replace(str(aside), str(source))) from None
     kind = f"{_NANOGPT} of nanoGPT" if is_nanogpt else _BIN
-    return Imported(out, kind, cost.parameter_count(config), has_tokenizer)
+    return Imported(kind, cost.parameter_count(config), has_tokenizer)
 
 
 def _load(path: Path) -> Any:

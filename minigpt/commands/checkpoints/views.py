@@ -86,21 +86,12 @@ def model_lines(facts: "ModelFacts", width: int | None) -> Iterator[Text]:
 
 def model_record(facts: "ModelFacts") -> dict[str, Any]:
     """Return the facts of a model, for JSON."""
-    return {
-        "folder": facts.folder,
-        "config": asdict(facts.config),
-        "n_parameters": facts.n_parameters,
-        "n_bytes": facts.n_bytes,
-        "forward_flops_per_token": facts.forward_flops_per_token,
-        "training_flops_per_token": facts.training_flops_per_token,
-        "float32_cache_bytes_per_token": facts.cache_bytes_per_token(4),
-        "bfloat16_cache_bytes_per_token": facts.cache_bytes_per_token(2),
-        "tensors": [
-            {name: getattr(tensor, name) for name in ("name", "dtype", "shape", "n_bytes")}
-            | {"file": tensor.path.name}
-            for tensor in facts.tensors
-        ],
-    }
+    tensors = [
+        {name: getattr(tensor, name) for name in ("name", "dtype", "shape", "n_bytes")}
+        | {"file": tensor.path.name}
+        for tensor in facts.tensors
+    ]
+    return asdict(facts) | {"tensors": tensors}
 
 
 def _facts(facts: "ModelFacts") -> dict[str, str]:
@@ -120,7 +111,7 @@ def _facts(facts: "ModelFacts") -> dict[str, str]:
         if config.rope_scaling_factor != 1:
             positions += f", stretched {config.rope_scaling_factor:g} times ({config.rope_scaling})"
     mlp = "gated" if any(".gate" in tensor.name for tensor in facts.tensors) else "two layers"
-    cache_bytes = facts.cache_bytes_per_token(4)
+    cache_bytes = facts.float32_cache_bytes_per_token
     shown = {
         "layout": config.model_type,
         "parameters": f"{facts.n_parameters:,}, stored in {with_unit(facts.n_bytes, 'B')} "
