@@ -12,6 +12,7 @@ import textwrap
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,7 +123,7 @@ def _python_prose(cache: Path) -> Path:
     for it. The same on every machine with the same version of Python.
     """
     path = cache / f"builtin-1-python-{platform.python_version()}.jsonl"
-    return _as_jsonl(_python_texts(), path)
+    return _as_jsonl(("\n\n".join(_prose(text)) for text in _python_texts()), path)
 
 
 _BUILTIN = {DEFAULT_TEXT: _tales, "builtin:python": _python_prose, "builtin": _tales}
@@ -141,30 +142,21 @@ def _as_jsonl(texts: Iterable[str], path: Path) -> Path:
 
 
 def _python_texts() -> Iterator[str]:
-    for text in _reference_topics() + _library_docstrings():
-        yield "\n\n".join(_prose(text))
-
-
-def _reference_topics() -> list[str]:
-    try:
+    with suppress(ImportError):  # some minimal systems leave the topics out
         from pydoc_data.topics import topics
-    except ImportError:  # some minimal systems leave it out
-        return []
-    return [topics[name] for name in sorted(topics)]
+
+        yield from (topics[name] for name in sorted(topics))
+    yield from _library_docstrings()
 
 
-def _library_docstrings() -> list[str]:
+def _library_docstrings() -> Iterator[str]:
     library = Path(sysconfig.get_path("stdlib"))
-    modules = sorted(sys.stdlib_module_names - OPTIONAL_MODULES)
-    texts = []
-    for module in modules:
+    for module in sorted(sys.stdlib_module_names - OPTIONAL_MODULES):
         folder = library / module
         files = sorted(folder.rglob("*.py")) if folder.is_dir() else [library / f"{module}.py"]
         for path in files:
             if path.is_file() and not {"test", "tests"} & set(path.relative_to(library).parts):
-                tree = ast.parse(path.read_bytes())
-                texts.append("\n\n".join(_docstrings(tree)))
-    return texts
+                yield "\n\n".join(_docstrings(ast.parse(path.read_bytes())))
 
 
 def _docstrings(

@@ -30,7 +30,7 @@ _CLASS_OF_MODEL_TYPE = {
     "qwen3": "Qwen2Tokenizer",
 }
 _ALWAYS_FROM_FILE = ("mistral", "olmo2", "phi3")  # whatever tokenizer_class says
-_QWEN2_PATTERN = BPE_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
+QWEN2_PATTERN = BPE_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
 SPACE = "\u2581"
 """The character that SentencePiece has for a space."""
 PLAIN_TOKEN = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
@@ -167,7 +167,7 @@ def class_parts(name: str, config: Mapping[str, Any]) -> JSONValue | None:
             splits = {"type": "Sequence", "pretokenizers": [digits, byte_level]}
             return merged | {"normalizer": {"type": "NFC"}, "pre_tokenizer": splits}
         case "Qwen2Tokenizer":
-            regex = {"Regex": _QWEN2_PATTERN}
+            regex = {"Regex": QWEN2_PATTERN}
             split = {"type": "Split", "pattern": regex, "behavior": "Isolated", "invert": False}
             steps = [split, byte_level | {"use_regex": False}]
             splits = {"type": "Sequence", "pretokenizers": steps}

@@ -196,7 +196,7 @@ def test_python_prose_does_not_depend_on_the_hash_seed(tmp_path: Path) -> None:
 def test_python_prose_imports_no_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "antigravity.py").write_text('"""Up."""\nraise SystemExit("imported")\n')
     monkeypatch.setattr(datasets.sysconfig, "get_path", lambda name: str(tmp_path))
-    assert datasets._library_docstrings() == ["Up."]
+    assert list(datasets._library_docstrings()) == ["Up."]
 
 
 def test_docstrings_are_in_source_order() -> None:

@@ -141,16 +141,9 @@ FAMILY = NeoXFamily(
     prefix="gpt_neox.",
     head="embed_out.weight",
     fields={
-        "vocab_size": "vocab_size",
-        "context_length": "max_position_embeddings",
-        "n_layer": "num_hidden_layers",
-        "n_head": "num_attention_heads",
-        "d_model": "hidden_size",
-        "d_mlp": "intermediate_size",
-        "activation": "hidden_act",
-        "norm_eps": "layer_norm_eps",
-        "tie_embeddings": "tie_word_embeddings",
-        "dropout": "hidden_dropout",
+        ours: {"norm_eps": "layer_norm_eps", "dropout": "hidden_dropout"}.get(ours, theirs)
+        for ours, theirs in llama.FIELDS.items()
+        if ours not in ("n_kv_head", "d_head")
     },
     activations={"gelu": "gelu", **llama.FAMILY.activations},
     defaults={

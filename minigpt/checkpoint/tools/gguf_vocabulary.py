@@ -16,29 +16,27 @@ from minigpt.errors import CheckpointError
 from minigpt.text.byte_pairs import TiktokenTokenizer
 from minigpt.text.chat import templates_of
 from minigpt.text.tokenizer import Tokenizer, well_formed
-from minigpt.text.tokenizer_classes import SPACE, named_tokens, tokenizer_settings
+from minigpt.text.tokenizer_classes import QWEN2_PATTERN, SPACE, named_tokens, tokenizer_settings
 from minigpt.text.vocabulary_parts import BPE_PATTERN, BYTE_OF_CHARACTER, steps_of
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """Types of tokens, as llama.cpp numbers them."""
 
-_GPT2 = GPT2_PATTERN
-_QWEN2 = BPE_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
 _DIGITS = r"\p{N}"
 # tiktoken's spellings. That of cl100k_base splits a line break from spaces after it, unless a text
 # ends there.
 _SPELLINGS = {
-    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s": _GPT2,
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s": GPT2_PATTERN,
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|(?>\p{N}{1,3})"
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s": BPE_PATTERN,
 }
 _CL100K = list(_SPELLINGS)[1]
 # Patterns -> llama.cpp's name where pieces are merged, and where a piece that is a token is one.
 _NAMES = {
-    (_GPT2,): ("gpt-2", None),
+    (GPT2_PATTERN,): ("gpt-2", None),
     (BPE_PATTERN,): ("dbrx", "llama-bpe"),
-    (_QWEN2,): ("qwen2", None),
-    (_DIGITS, _GPT2): ("smollm", None),
+    (QWEN2_PATTERN,): ("qwen2", None),
+    (_DIGITS, GPT2_PATTERN): ("smollm", None),
 }
 _PREPEND = {"type": "Prepend", "prepend": SPACE}
 _REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
@@ -187,7 +185,7 @@ def _patterns(data: Mapping[str, Any]) -> Iterator[str]:
                 yield _DIGITS
             case {"type": "ByteLevel"} if not step.get("add_prefix_space"):
                 if step.get("use_regex", True):
-                    yield _GPT2
+                    yield GPT2_PATTERN
             case {"type": "ByteLevel"}:
                 raise _refusal("it puts a space before a text")
             case _:
