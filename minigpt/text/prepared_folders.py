@@ -15,13 +15,7 @@ from typing import Any
 from minigpt.config import DataConfig
 from minigpt.errors import ConfigError, DataError
 from minigpt.files import WRITING, locked, make_folder, resource_errors
-from minigpt.text.building import (
-    Place,
-    Work,
-    begin,
-    build,
-    opened_corpus,
-)
+from minigpt.text.building import Place, Work, begin, build, opened_corpus
 from minigpt.text.corpus import Corpus, PrepareProgress
 from minigpt.text.shard_files import (
     MANIFEST,

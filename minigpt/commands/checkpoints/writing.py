@@ -133,9 +133,7 @@ def average(
 
     The mean is a model folder that `--model` can name. It cannot be resumed.
     """
-    from minigpt.checkpoint.model_folder import (  # imports torch; prune does not
-        write_model,
-    )
+    from minigpt.checkpoint.model_folder import write_model  # imports torch; prune does not
     from minigpt.checkpoint.tools.averaging import average
     from minigpt.model.device import save_dtype as dtype_of
 
