@@ -26,7 +26,8 @@ _DIGITS = r"\p{N}"
 # tiktoken's spellings. That of cl100k_base splits a line break from spaces after it, unless a text
 # ends there.
 _SPELLINGS = {
-    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s": GPT2_PATTERN,
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++"
+    r"| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s": GPT2_PATTERN,
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|(?>\p{N}{1,3})"
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s": BPE_PATTERN,
 }
