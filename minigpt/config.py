@@ -8,14 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from minigpt.errors import require_choice
-from minigpt.fields import (
-    check_fields,
-    option,
-    require,
-    require_divides,
-    round_up,
-    setting,
-)
+from minigpt.fields import check_fields, option, require, require_divides, round_up, setting
 from minigpt.rings import has_ring, ring
 from minigpt.run_config import DataConfig as DataConfig
 from minigpt.run_config import TrainingConfig as TrainingConfig

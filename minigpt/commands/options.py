@@ -31,15 +31,11 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import typer
 
 from minigpt.errors import ConfigError, require_choice
-from minigpt.fields import check_fields, choices_in, option, parts_of, require_within
+from minigpt.fields import choices_in, option, parts_of, require_within
 from minigpt.presets import DEFAULT_PRESET, PRESETS
 from minigpt.rings import find_ring
 from minigpt.run_config import DataConfig, Device, Dtype, Quantization
-from minigpt.settings import (
-    build,
-    merge,
-    plain_key,
-)
+from minigpt.settings import build, merge, plain_key
 
 if typing.TYPE_CHECKING:
     from minigpt.intervention_config import InterventionConfig
@@ -304,9 +300,6 @@ class ModelSource:
     threads: int | None = option(None, THREADS, group="Model", shown="one per core")
     """Number of CPU threads."""
 
-    def __post_init__(self) -> None:
-        check_fields(self)
-
 
 @dataclass(frozen=True, kw_only=True)
 class PromptForm:
@@ -320,9 +313,6 @@ class PromptForm:
     """System message that the chat begins with."""
     chat_template: str | None = option(None, group="Prompt", metavar="FILE", shown="the model's")
     """Jinja file of a chat template, or the name of one of several in the model folder."""
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
 
 Prompt = Annotated[

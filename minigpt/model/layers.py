@@ -1,7 +1,5 @@
 """Norms, MLPs and rotary positions: the parts of a block that are not attention."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -71,13 +69,6 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.activation(self.gate(x)) * self.up(x))
-
-
-def dense_weight(linear: nn.Module) -> Tensor:
-    """Return the weight of a linear layer (O, I), float32; a quantized one has such a method."""
-    dense: Any = linear
-    weight: Tensor = dense.weight if isinstance(linear, nn.Linear) else dense.dense_weight()
-    return weight.float()
 
 
 def rotary_table(

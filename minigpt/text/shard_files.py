@@ -20,7 +20,8 @@ from minigpt.config import DataConfig
 from minigpt.errors import DataError
 from minigpt.files import WRITING, open_regular, read_bytes, sha256, sync_file, writing_aside
 from minigpt.format import count
-from minigpt.text.tokenizer import Tokenizer
+from minigpt.rings import ring
+from minigpt.text.tokenizer import BytesTokenizer, Tokenizer
 from minigpt.text.tokens import PreparedData, TextFacts, TokenDataset
 
 # Part of every manifest and identity: raise it when the same text gives other tokens, or is cut
@@ -217,7 +218,19 @@ def read_record(path: Path) -> dict[str, Any]:
 
 def read_vocabulary(folder: Path) -> Tokenizer:
     """Read the tokenizer of a prepared folder; errors are those of ``reading``, or DataError."""
-    return Tokenizer.from_dict(json.loads(read_bytes(folder / VOCABULARY)))
+    return tokenizer_from_dict(json.loads(read_bytes(folder / VOCABULARY)))
+
+
+def tokenizer_from_dict(parts: Mapping[str, Any]) -> Tokenizer:
+    """Rebuild a tokenizer from ``Tokenizer.to_dict``.
+
+    Raises: DataError if a part is missing or damaged.
+    """
+    plain = BytesTokenizer()
+    if {**parts, "name": plain.name} == plain.to_dict():
+        return BytesTokenizer(str(parts.get("name")))
+    kind = "imported" if "tokenizer_json" in parts else "byte_pairs"
+    return ring(f"text.{kind}").from_dict(parts)
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

@@ -73,19 +73,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:
-        """Return the whole tokenizer as JSON values, for ``from_dict``."""
-
-    @staticmethod
-    def from_dict(parts: Mapping[str, Any]) -> "Tokenizer":
-        """Rebuild a tokenizer from ``to_dict``.
-
-        Raises: DataError if a part is missing or damaged.
-        """
-        plain = BytesTokenizer()
-        if {**parts, "name": plain.name} == plain.to_dict():
-            return BytesTokenizer(str(parts.get("name")))
-        kind = "imported" if "tokenizer_json" in parts else "byte_pairs"
-        return ring(f"text.{kind}").from_dict(parts)
+        """Return the whole tokenizer as JSON values, as a prepared folder has it."""
 
     @cached_property
     def fingerprint(self) -> str:
@@ -163,13 +151,9 @@ class BytesTokenizer(Tokenizer):
     """The bytes of UTF-8 as ids 0 to 255, and 256 for ``<|endoftext|>``."""
 
     def __init__(self, name: str = "bytes", end_of_text_ids: tuple[int, ...] = ()) -> None:
-        super().__init__(
-            name,
-            {END_OF_TEXT: 256},
-            vocab_size=257,
-            textless_ids=[256],
-            end_of_text_ids=end_of_text_ids,
-        )
+        specials = {END_OF_TEXT: 256}
+        ends = end_of_text_ids
+        super().__init__(name, specials, vocab_size=257, textless_ids=[256], end_of_text_ids=ends)
 
     def encode_array(
         self, text: str, *, is_start: bool = True, special: bool = False

@@ -28,12 +28,9 @@ def progress(config: TrainingConfig, step: int, elapsed_s: float) -> float:
     up, on any machine.
     """
     assert config.max_steps or config.max_minutes, "with_max_steps has not been called"
-    shares = [0.0]
-    if config.max_steps:
-        shares.append(step / config.max_steps)
-    if config.max_minutes:
-        shares.append(elapsed_s / (60 * config.max_minutes))
-    return min(1.0, max(shares))
+    of_steps = step / config.max_steps if config.max_steps else 0.0
+    of_minutes = elapsed_s / (60 * config.max_minutes) if config.max_minutes else 0.0
+    return min(1.0, max(of_steps, of_minutes))
 
 
 def lr_scale(config: TrainingConfig, progress: float) -> float:

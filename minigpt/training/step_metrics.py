@@ -5,7 +5,8 @@ They are computed on the device, and read, which waits for it, when a line of th
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,18 +20,13 @@ DIVERGED_LOSS = 100
 """Divergence threshold of the loss, as a multiple of ln(vocab_size), the untrained loss."""
 
 
-@dataclass(frozen=True)
-class StepMetrics:
-    """Loss and gradient norm of one step, the same on every rank."""
+class StepMetrics(NamedTuple):
+    """Loss and gradient norm of one step, the same on every rank; units as in ``StepEvent``."""
 
     step: int
-    """Number of steps taken, including this one."""
     lr: float
-    """Learning rate of the matrices."""
     loss: float
-    """Mean cross-entropy over the batch, in nats/token."""
     grad_norm: float
-    """Global gradient norm before clipping."""
 
     @property
     def is_finite(self) -> bool:

@@ -42,7 +42,8 @@ from minigpt.generation.decoder import Step
 from minigpt.generation.stream import stream_text
 from minigpt.text.byte_pairs import TiktokenTokenizer
 from minigpt.text.imported import ImportedTokenizer
-from minigpt.text.tokenizer import BytesTokenizer, Tokenizer
+from minigpt.text.shard_files import tokenizer_from_dict
+from minigpt.text.tokenizer import BytesTokenizer
 
 tokenizers = pytest.importorskip("tokenizers", reason="compares with the tokenizers library")
 
@@ -110,7 +111,7 @@ def test_imported_tokenizer_is_written_again_as_it_was_read(
     written = json.loads(json.dumps(tokenizer_to_json(ours)))
     assert written == json.loads(json.dumps(data))
     assert tokenizer_from_json(written, "again").fingerprint == ours.fingerprint
-    again = Tokenizer.from_dict(json.loads(json.dumps(ours.to_dict())))
+    again = tokenizer_from_dict(json.loads(json.dumps(ours.to_dict())))
     assert (again.name, again.fingerprint) == (ours.name, ours.fingerprint)
     assert again.encode(SAMPLE) == ours.encode(SAMPLE)
 
@@ -333,7 +334,7 @@ def test_end_of_text_ids_are_the_given_ones_or_the_usual_token() -> None:
     assert tokenizer_from_json(data, "x").end_of_text is None
     end = data["added_tokens"][1]["id"]
     ours = tokenizer_from_json(data, "x", end_of_text_ids=(end, 7))
-    again = Tokenizer.from_dict(json.loads(json.dumps(ours.to_dict())))
+    again = tokenizer_from_dict(json.loads(json.dumps(ours.to_dict())))
     assert again.end_of_text_ids == ours.end_of_text_ids == (end, 7)
     assert again.end_of_text == ours.end_of_text == end
     written = tokenizer_config(ours, 32)

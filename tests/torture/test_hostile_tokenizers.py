@@ -16,7 +16,7 @@ from minigpt.checkpoint.tokenizer_json import tokenizer_from_json, tokenizer_to_
 from minigpt.errors import CheckpointError, DataError, MinigptError
 from minigpt.text.bpe import train_bpe
 from minigpt.text.byte_pairs import make_encoding
-from minigpt.text.tokenizer import Tokenizer
+from minigpt.text.shard_files import tokenizer_from_dict
 from minigpt.text.vocabulary_parts import BPE_PATTERN
 
 TEXT = "the cat sat, and the dog ran 12 times\n\n  under\tthe mat q x é 日本 🙂. "
@@ -90,7 +90,7 @@ def use(data: dict[str, Any]) -> None:
         ids = tokenizer.encode(TEXT)
         assert max(ids, default=0) < tokenizer.vocab_size
         tokenizer.decode(ids)
-        Tokenizer.from_dict(tokenizer.to_dict())
+        tokenizer_from_dict(tokenizer.to_dict())
     except MinigptError as error:
         message = str(error)
     else:

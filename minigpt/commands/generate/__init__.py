@@ -77,22 +77,22 @@ def generate(
     n_rows = sampling.num_samples
     ready = load_to_continue(source, prompt, form, sampling, interventions, n_rows=n_rows)
     seed = fresh_seed() if sampling.seed is None else sampling.seed
+    if samples:
+        display = samples.SampleDisplay(ready, sampling, as_json=as_json, streams=stream)
     if interactive:
-        interactive_ring = ring("commands.generate.interactive")
-        with interactive_ring.editing_lines():
-            interactive_ring.converse(
-                ready,
-                sampling,
-                samples.SampleDisplay(ready, sampling, as_json=as_json, streams=stream),
-                seed=seed,
-                compile=source.compile,
-                has_prompt=prompt is not None,
-                special=form.special,
-            )
+        ring("commands.generate.interactive").converse(
+            ready,
+            sampling,
+            display,
+            seed=seed,
+            compile=source.compile,
+            has_prompt=prompt is not None,
+            special=form.special,
+        )
         return
     with compiling(ready.model, source.compile, sampling.num_samples):
         decoder = make_decoder(ready.model, ready.prompt, sampling, compile=source.compile)
-    if samples is None:
+    if not samples:
         ends = ready.tokenizer.end_of_text_ids
         steps = decoder.generate(sampling, seed=seed, end_of_text=ends, forced=ready.forced)
         for item in stream_text(steps, ready.tokenizer, sampling.stop):
@@ -102,7 +102,6 @@ def generate(
     items = ring("generation.samples").stream_samples(
         decoder, ready.tokenizer, sampling, seed=seed, forced=ready.forced
     )
-    display = samples.SampleDisplay(ready, sampling, as_json=as_json, streams=stream)
     is_whole = display.show(
         items,
         seed=seed,

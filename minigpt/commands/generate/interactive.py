@@ -21,6 +21,38 @@ _MARKER = "> "
 _HISTORY_LINES = 1000
 
 
+@contextmanager
+def editing_lines() -> Iterator[None]:
+    """Edit typed lines with readline, where there is one, and keep their history in the cache.
+
+    A paste of several lines is one line for readline, and so one text.
+    """
+    if not _has_editor():
+        yield
+        return
+    import readline
+
+    path = cache_folder() / "history"
+    readline.set_history_length(_HISTORY_LINES)
+    readline.set_auto_history(True)
+    readline.parse_and_bind("set enable-bracketed-paste on")
+    with suppress(OSError):
+        readline.read_history_file(path)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            make_folder(path.parent)
+            os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))  # what was typed is private
+            readline.write_history_file(path)
+
+
+def _has_editor() -> bool:
+    is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    return is_terminal and find_spec("readline") is not None
+
+
+@editing_lines()
 def converse(
     ready: Ready,
     sampling: SamplingConfig,
@@ -103,37 +135,6 @@ def _kept(items: Iterable[TextStep], texts: list[str]) -> Iterator[TextStep]:
     for item in items:
         texts.append(item.text)
         yield item
-
-
-@contextmanager
-def editing_lines() -> Iterator[None]:
-    """Edit typed lines with readline, where there is one, and keep their history in the cache.
-
-    A paste of several lines is one line for readline, and so one text.
-    """
-    if not _has_editor():
-        yield
-        return
-    import readline
-
-    path = cache_folder() / "history"
-    readline.set_history_length(_HISTORY_LINES)
-    readline.set_auto_history(True)
-    readline.parse_and_bind("set enable-bracketed-paste on")
-    with suppress(OSError):
-        readline.read_history_file(path)
-    try:
-        yield
-    finally:
-        with suppress(OSError):
-            make_folder(path.parent)
-            os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))  # what was typed is private
-            readline.write_history_file(path)
-
-
-def _has_editor() -> bool:
-    is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    return is_terminal and find_spec("readline") is not None
 
 
 def _read_line() -> str | None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from minigpt.model.gpt import GPT, Block
 from minigpt.model.language_model import LanguageModel
-from minigpt.model.layers import RMSNorm, dense_weight
+from minigpt.model.layers import RMSNorm
 
 _MAX_TOGETHER = 2**22
 """Weights of all layers that are copied side by side."""
@@ -45,6 +45,13 @@ def frozen_norm(norm: nn.Module, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     assert isinstance(norm, RMSNorm)
     scale = torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + (norm.eps or 0.0))
     return norm.gain * w * scale, w.new_zeros(w.shape[:-1])
+
+
+def dense_weight(linear: nn.Module) -> Tensor:
+    """Return the weight of a linear layer (O, I), float32; a quantized one has such a method."""
+    dense: Any = linear
+    weight: Tensor = dense.weight if isinstance(linear, nn.Linear) else dense.dense_weight()
+    return weight.float()
 
 
 def logit_weights(model: LanguageModel, tokens: Tensor) -> Tensor:
