@@ -40,6 +40,12 @@ _GREEDY = (("temperature", 0), ("top_k", 1))
 _ATTENTION_OF = {"gpt": "scaled_dot", "lstm": "none", "lstm-attention": "additive"}
 
 
+def has_family(model_type: str) -> bool:
+    """Return whether this installation has the file of a model type in checkpoint/families/."""
+    is_name = model_type.isidentifier() and not model_type.startswith("_")
+    return is_name and has_ring(f"checkpoint.families.{model_type}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The shape of a language model; enough to build it and to write its config.json."""
@@ -163,6 +169,11 @@ class ModelConfig:
         return self.family if self.attention == "scaled_dot" else f"{self.family}, {self.attention}"
 
     @property
+    def has_own_class(self) -> bool:
+        """Whether its family's class computes it, if there is one, instead of that of its arch."""
+        return bool(self.hf_fields) or self.model_type not in (*HF_LAYOUTS, "minigpt")
+
+    @property
     def n_attention_layer(self) -> int:
         """Number of layers with attention."""
         return {"gpt": self.n_layer, "lstm-attention": 1, "lstm": 0}[self.arch]
@@ -195,10 +206,7 @@ class ModelConfig:
         return "qwen3" if self.qk_norm else "qwen2" if self.attention_bias == "qkv" else "llama"
 
     def _check_layout(self) -> None:
-        name = self.model_type
-        is_file = name.isidentifier() and not name.startswith("_")
-        is_other = is_file and name not in (*HF_LAYOUTS, "minigpt")
-        if is_other and has_ring(f"checkpoint.families.{name}"):
+        if self.model_type not in (*HF_LAYOUTS, "minigpt") and has_family(self.model_type):
             return  # the family decides what it can compute
         require_choice("activation", self.activation, ACTIVATIONS)
         layout = self._layout()

@@ -78,9 +78,7 @@ def to_dict(config: Any) -> dict[str, Any]:
             return {plain_key(k): plain(v) for k, v in value.items() if v is not None}
         return list(value) if isinstance(value, tuple) else value
 
-    result = plain(dataclasses.asdict(config))
-    assert isinstance(result, dict)
-    return result
+    return plain(dataclasses.asdict(config))
 
 
 def to_toml(config: RunConfig) -> str:
@@ -115,13 +113,11 @@ def parse_assignment(text: str) -> dict[str, Any]:
     if not equals or not all(keys):
         raise ConfigError(f"--set takes name=value, as in model.n_layer=4: it is {text!r}.")
     try:
-        value: Any
         (value,) = tomllib.loads(f"value = {raw}").values()  # fails on a hidden second line
     except (ValueError, RecursionError):
         value = raw
     for key in reversed(keys):
         value = {key: value}
-    assert isinstance(value, dict)
     return value
 
 
@@ -172,9 +168,3 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         is_table = isinstance(value, Mapping)
         result |= flat(value, f"{prefix}{key}.") if is_table else {f"{prefix}{key}": value}
     return result
-
-
-def one_lr(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Use the user's learning rate for embeddings too, unless they have one."""
-    lr = given(overrides, "training", "lr")
-    return merge({} if lr is None else {"training": {"embedding_lr": lr}}, overrides)

@@ -178,16 +178,12 @@ def _fields(
         elif "option" in f.metadata and name in (chosen.only or {name} - set(chosen.without)):
             limits = {key: f.metadata[key] for key in ("bounds", "choices")}
             about = Option(**{"group": heading} | limits | f.metadata["option"])
-            text = next(filter(None, (_docstring(c, f.name) for c in config.__mro__)))
+            paths = ((inspect.getfile(c), c.__name__) for c in config.__mro__)
+            text = next(filter(None, (_docstrings(p).get((c, f.name)) for p, c in paths)))
             text = re.split(r"\.\s", " ".join(text.split()) + " ")[0]
             about = replace(about, text=about.text or text, group=chosen.group or about.group)
             about = replace(about, is_listed=name not in chosen.unlisted)
             yield _parameter(here, f.type, default, about, is_layered=chosen.config is not None)
-
-
-def _docstring(config: type, name: str) -> str:
-    """Return the docstring under a field; empty for a class that does not declare the field."""
-    return _docstrings(inspect.getfile(config)).get((config.__name__, name), "")
 
 
 @functools.cache

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from minigpt.config import ARCHS, HF_LAYOUTS, ModelConfig
+from minigpt.config import ARCHS, ModelConfig
 from minigpt.model.attention import AttentionLayer
 from minigpt.model.cache import KVCache
 from minigpt.rings import load_class, ring
@@ -110,7 +110,7 @@ def model_class(config: ModelConfig) -> type[LanguageModel]:
     Raises: ConfigError if it is in a file that this installation does not have.
     """
     found: type[LanguageModel] | str = ARCHS[config.arch]
-    if config.hf_fields or config.model_type not in (*HF_LAYOUTS, "minigpt"):
+    if config.has_own_class:
         # Looked up by name: families are above this package.
         found = ring(f"checkpoint.families.{config.model_type}").FAMILY.model or found
     base: type[LanguageModel] = load_class(found) if isinstance(found, str) else found

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field, fields
 from pkgutil import iter_modules
 from typing import Any
 
-from minigpt.config import ModelConfig
+from minigpt.config import ModelConfig, has_family
 from minigpt.errors import CheckpointError, ConfigError
 from minigpt.model.language_model import LanguageModel
-from minigpt.rings import find_ring, has_ring, ring
+from minigpt.rings import find_ring, ring
 from minigpt.settings import build, to_dict
 from minigpt.text.tokenizer import Tokenizer
 
@@ -118,15 +118,13 @@ def family_of(model_type: object) -> Family:
 
     Raises: CheckpointError if there is no file for it.
     """
-    name = model_type if isinstance(model_type, str) else ""
-    is_file = name.isidentifier() and not name.startswith("_")
-    if not is_file or not has_ring(f"checkpoint.families.{name}"):
+    if not isinstance(model_type, str) or not has_family(model_type):
         known = [*sorted(module.name for module in iter_modules(__path__)), OWN_TYPE]
         raise CheckpointError(
             f"config.json: unsupported model_type {str(model_type)[:80]!r}. "
             f"Choose a model of type {', '.join(known)}."
         )
-    return ring(f"checkpoint.families.{name}").FAMILY
+    return ring(f"checkpoint.families.{model_type}").FAMILY
 
 
 def model_config_from_hf(config: Mapping[str, Any]) -> ModelConfig:

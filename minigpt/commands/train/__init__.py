@@ -17,7 +17,7 @@ from minigpt.config import RunConfig
 from minigpt.errors import ConfigError
 from minigpt.presets import default_run
 from minigpt.rings import ring
-from minigpt.settings import layered, read_config_file
+from minigpt.settings import given, layered, read_config_file
 
 _GROUP = "Run"
 
@@ -65,8 +65,7 @@ def train(
     if "from" in layered(file, settings, assignments=set_):
         settings = ring("commands.train.finetune").for_its_model(settings)
     overrides = layered(file, settings, data, preset, set_)
-    training = overrides.get("training")
-    if isinstance(training, dict) and training.get("shard") and "WORLD_SIZE" not in os.environ:
+    if given(overrides, "training", "shard") and "WORLD_SIZE" not in os.environ:
         raise ConfigError(
             "--shard shards the model over several processes, and this is one. Start them with "
             "torchrun --nproc-per-node N -m minigpt train ..., or leave --shard out."

@@ -16,7 +16,7 @@ from minigpt.errors import CheckpointError, ConfigError
 from minigpt.evaluation import LOGITS_AT_ONCE
 from minigpt.model.language_model import LanguageModel
 from minigpt.rings import find_ring
-from minigpt.settings import build, flat, given, merge, one_lr, to_dict
+from minigpt.settings import build, flat, given, merge, to_dict
 from minigpt.text.tokenizer import Tokenizer
 from minigpt.text.tokens import prepared_settings
 
@@ -51,6 +51,12 @@ def for_its_model(settings: dict[str, Any]) -> dict[str, Any]:
         return settings
     length = {"sequence_length": model.pop("context_length")}
     return settings | {"model": model, "training": settings.get("training", {}) | length}
+
+
+def one_lr(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Use the user's learning rate for embeddings too, unless they have one."""
+    lr = given(overrides, "training", "lr")
+    return merge({} if lr is None else {"training": {"embedding_lr": lr}}, overrides)
 
 
 def read_base(spec: str) -> Base:

@@ -15,7 +15,7 @@ from minigpt.config import DataConfig, RunConfig
 from minigpt.errors import CheckpointError, ConfigError, DataError, cut, nearest
 from minigpt.format import count
 from minigpt.rings import find_ring, ring
-from minigpt.settings import build, flat, merge, one_lr, read_toml, to_dict
+from minigpt.settings import build, flat, merge, read_toml, to_dict
 from minigpt.text.tokens import PreparedData, prepare
 from minigpt.training.schedule import lr_scale, with_max_steps
 from minigpt.training.state import LARGEST_RISE, computed_on, read_state
@@ -52,13 +52,14 @@ def resumed_job(request: Request) -> Iterator[Job]:
             settings = merge(settings, {"data": {"val_split": "tail"}})
         saved = build(RunConfig, settings)
         _require_same(saved, request.overrides)  # before settings that depend on each other
-        overrides = request.overrides if saved.from_ is None else one_lr(request.overrides)
+        is_tuned, overrides = saved.from_ is not None, request.overrides
+        if is_tuned:
+            overrides = ring("commands.train.finetune").one_lr(overrides)
         config = build(RunConfig, merge(to_dict(saved), one_budget(overrides)))
         notes = notes_on(config, overrides)
         require_memory(config, request)
         latest = _require_checkpoint(run)
         # The model that a run was fine-tuned from may be gone; the checkpoint has its tokenizer.
-        is_tuned = saved.from_ is not None
         tokenizer = read_model(latest.folder).tokenizer if is_tuned else None
         carried = ring("checkpoint.carried").read_carried(latest.folder) if is_tuned else None
         text = to_dict(config.data)

@@ -5,8 +5,7 @@ from dataclasses import replace
 from math import gcd
 from typing import Any
 
-from minigpt.checkpoint.families import OWN_TYPE
-from minigpt.config import HF_LAYOUTS, RunConfig
+from minigpt.config import RunConfig
 from minigpt.errors import ConfigError
 from minigpt.presets import DEFAULT_PRESET
 from minigpt.presets import preset as preset_settings
@@ -67,10 +66,9 @@ def with_vocabulary(settings: dict[str, Any], vocab_size: int) -> RunConfig:
             f"model.vocab_size must be at least {vocab_size}, the size of the tokenizer: it is "
             f"{config.model.vocab_size}. Leave it out."
         )
-    model = config.model
-    if model.hf_fields or model.model_type not in (*HF_LAYOUTS, OWN_TYPE):
-        model = ring("checkpoint.published_models").canonical(model)
-    return replace(config, model=model)
+    if not config.model.has_own_class:
+        return config
+    return replace(config, model=ring("checkpoint.published_models").canonical(config.model))
 
 
 def suited_to_text(
