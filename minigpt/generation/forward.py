@@ -22,6 +22,8 @@ class PlainForward:
 
     is_compiled = False
     """Whether tokens are decoded through a compiled graph."""
+    keeps_passes = False
+    """Whether the tensors of a recorded pass stay valid until the cache is truncated."""
 
     def __init__(
         self, model: LanguageModel, *, capacity: int, recorder: Recorder | None = None

@@ -49,11 +49,13 @@ class RowRecorder:
         self._last = attention
         layer = self._n_passes % self._n_layer
         self._n_passes += 1
-        self.product_error = _product_error(
-            attention.weights_LBHS[layer, 0],
-            attention.values_LBGSD[layer, 0],
-            attention.context_LBHD[layer, 0],
-        )
+        v_GSD = attention.values_LBGSD[layer, 0].float()
+        rows_GRS = attention.weights_LBHS[layer, 0].view(len(v_GSD), -1, v_GSD.shape[1])
+        product_GRD = torch.bmm(rows_GRS, v_GSD)
+        context_GRD = attention.context_LBHD[layer, 0].float().view(product_GRD.shape)
+        largest = torch.linalg.vector_norm(context_GRD, ord=math.inf)
+        error = torch.dist(product_GRD, context_GRD, p=math.inf)
+        self.product_error = error / largest.clamp(min=1e-30)
 
     @property
     def attention(self) -> AttentionPass:
@@ -67,11 +69,16 @@ class RowRecorder:
         return self.attention.weights_LBHS[:, 0]
 
 
-def _product_error(weights_HS: Tensor, v_GSD: Tensor, context_HD: Tensor) -> Tensor:
-    rows_GRS = weights_HS.unflatten(0, (v_GSD.shape[0], -1))
-    product_HD = (rows_GRS @ v_GSD.float()).flatten(0, 1)
-    context_HD = context_HD.float()
-    error, largest = (
-        torch.linalg.vector_norm(x, ord=math.inf) for x in (product_HD - context_HD, context_HD)
-    )
-    return error / largest.clamp(min=1e-30)
+class PassQueue:
+    """A recorder that holds forward passes back from another one."""
+
+    def __init__(self, recorder: RowRecorder) -> None:
+        self.needs_queries, self.needs_residual = recorder.needs_queries, recorder.needs_residual
+        self._passes: list[AttentionPass] = []
+        self.record = self._passes.append
+
+    def take(self) -> list[AttentionPass]:
+        """Return the passes since the last call, in order."""
+        passes = self._passes.copy()
+        self._passes.clear()
+        return passes

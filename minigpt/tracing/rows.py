@@ -5,18 +5,19 @@ Shapes: S positions in view, R rows, K sources.
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from minigpt.rings import ring
 from minigpt.tracing.events import Row, Source, Token
 
 _LEAST = 1e-30
-_SUMMARIES = ("sink", "own", "prompt", "entropy", "distance")
+_N_SUMS = 10
+_NUMBERS = ("total", "prompt", "sink", "own", "entropy", "distance")
 
 
 class RowReader:
@@ -27,84 +28,109 @@ class RowReader:
         n_sources, most sources per row.
         """
         self.sink, self._n_prompt, self._n_sources = sink, n_prompt, n_sources
-        self._columns_P3 = torch.empty(0, 3)
+        self._columns_P3, self._hidden_P = torch.empty(0, 3), torch.empty(0)
 
-    def row(
+    def rows(
         self,
-        rows_RS: Tensor,
+        rows_NRS: Sequence[Tensor],
         tokens: Sequence[Token],
         n_layer: int = 1,
         *,
         measure: str = "weight",
         is_signed: bool = False,
-    ) -> Row:
-        """Summarize the first row; any further rows are those of all heads, for ``Row.heads``.
+    ) -> list[Row]:
+        """Summarize the first row of each step; any further ones are those of all heads, for
+        ``Row.heads``.
 
-        Args: tokens, those in view.
+        Args: rows_NRS, as for ``facts``; tokens, at least those in view.
         """
-        facts = self.facts(rows_RS, is_signed=is_signed)
-        numbers: dict[str, Any] = {name: float(facts[name][0]) for name in ("total", *_SUMMARIES)}
-        generated = numbers["total"] - numbers["prompt"]
-        sources = zip(facts["positions"][0].tolist(), facts["weights"][0].tolist(), strict=True)
-        has_heads = len(rows_RS) > 1
-        return Row(
-            measure=measure,
-            is_signed=is_signed,
-            generated=generated if is_signed else max(0.0, generated),
-            sources=tuple(Source(tokens[position], weight) for position, weight in sources),
-            weights_S=facts["first"],
-            heads=ring("tracing.findings").HeadRows.of(facts, n_layer) if has_heads else None,
-            **numbers,
-        )
+        facts = self.facts(rows_NRS, is_signed=is_signed)
+        has_heads = len(rows_NRS[0]) > 1
+        numbers = zip(*(facts[name][:, 0].tolist() for name in _NUMBERS), strict=True)
+        rows = []
+        for i, (total, prompt, *others) in enumerate(numbers):
+            positions, weights = facts["positions"][i][0], facts["weights"][i][0]
+            sources = zip(positions.tolist(), weights.tolist(), strict=True)
+            heads = None
+            if has_heads:
+                of_step = {name: values[i] for name, values in facts.items()}
+                heads = ring("tracing.findings").HeadRows.of(of_step, n_layer)
+            row = Row(
+                measure=measure,
+                is_signed=is_signed,
+                total=total,
+                prompt=prompt,
+                generated=total - prompt if is_signed else max(0.0, total - prompt),
+                sources=tuple(Source(tokens[position], weight) for position, weight in sources),
+                weights_S=facts["first"][i],
+                heads=heads,
+                **dict(zip(_NUMBERS[2:], others, strict=True)),
+            )
+            rows.append(row)
+        return rows
 
-    def facts(self, rows_RS: Tensor, *, is_signed: bool = False) -> dict[str, NDArray[Any]]:
+    def facts(self, rows_NRS: Sequence[Tensor], *, is_signed: bool = False) -> dict[str, Any]:
         """Return the total and the fields of ``HeadRows`` for each row, and the ``first`` row.
 
-        Args: is_signed, whether order, entropy and distance are those of the magnitudes.
+        Each is an array (N, R), or for what has another length in each step, a list of N arrays.
+
+        Args: rows_NRS, rows (R, S) of each step, S of any length; is_signed, whether order, entropy
+            and distance are those of the magnitudes.
         """
-        n_rows, n_view = rows_RS.shape
+        packed = [self._packed(rows_RS, is_signed=is_signed) for rows_RS in rows_NRS]
+        tensors = [*packed, *(rows_RS[0] for rows_RS in rows_NRS)]
+        flat = torch.cat([x.flatten() for x in tensors]).cpu().numpy()
+        parts = np.split(flat, list(accumulate(x.numel() for x in tensors))[:-1])
+        rows = [part.reshape(x.shape) for part, x in zip(parts, packed, strict=False)]
+        sums = np.stack([x[:, :_N_SUMS] for x in rows])  # (N, R, number of sums)
+        total, prompt, _, size, _, places, entropy, sink, last, own = np.moveaxis(sums, 2, 0)
+        size = np.maximum(size, _LEAST)
+        ends = [(_N_SUMS + x.shape[1]) // 2 for x in rows]  # of the weights, before the positions
+        return {
+            "total": total,
+            "prompt": prompt,
+            "distance": last - places / size,
+            # With p = r / t: -sum p ln p = -sum r ln r / t + ln t.
+            "entropy": np.maximum(entropy / size + np.log(size), 0) / math.log(2),
+            "sink": sink,
+            "own": own,
+            "weights": [x[:, _N_SUMS:end] for x, end in zip(rows, ends, strict=True)],
+            "positions": [x[:, end:].astype(np.int32) for x, end in zip(rows, ends, strict=True)],
+            "first": parts[len(rows) :],
+        }
+
+    def _packed(self, rows_RS: Tensor, *, is_signed: bool) -> Tensor:
+        """Return sums of rows, their largest numbers, and the positions of these, side by side."""
+        n_view = rows_RS.shape[1]
+        columns_S3, hidden_S = self._columns(n_view, rows_RS.device)
         size_RS = rows_RS.abs() if is_signed else rows_RS
-        others_RS = size_RS.clone()
-        others_RS[:, self.sink] = -1
-        top = others_RS.topk(min(self._n_sources, n_view - 1), dim=1)
-        n_top = top.values.shape[1]
-        columns_S3 = self._columns(n_view, rows_RS.device)
+        top = (size_RS - hidden_S).topk(min(self._n_sources, n_view - 1), dim=1)
         sums_R3 = rows_RS @ columns_S3
         # Few calls, because at this size each call costs more than its arithmetic.
-        packed = torch.cat(
+        return torch.cat(
             (
                 sums_R3,
-                torch.special.entr(size_RS).sum(dim=1, keepdim=True),
-                rows_RS[:, self.sink, None],
-                rows_RS[:, -1:],
                 size_RS @ columns_S3 if is_signed else sums_R3,
+                torch.special.entr(size_RS).sum(dim=1, keepdim=True),
+                rows_RS.narrow(1, self.sink, 1),
+                columns_S3[-1:, 2:].expand(len(rows_RS), 1),  # the query's position
+                rows_RS.narrow(1, n_view - 1, 1),
                 rows_RS.gather(1, top.indices) if is_signed else top.values,
                 top.indices.float(),  # exact below 2^24
             ),
             dim=1,
         )
-        flat = torch.cat((packed.flatten(), rows_RS[0])).cpu().numpy()
-        facts = flat[: packed.numel()].reshape(n_rows, -1)
-        total_R = np.maximum(facts[:, 6], _LEAST)  # of the magnitudes
-        return {
-            "total": facts[:, 0],
-            "prompt": facts[:, 1],
-            "distance": n_view - 1 - facts[:, 8] / total_R,
-            # With p = r / t: -sum p ln p = -sum r ln r / t + ln t.
-            "entropy": np.maximum(facts[:, 3] / total_R + np.log(total_R), 0) / math.log(2),
-            "sink": facts[:, 4],
-            "own": facts[:, 5],
-            "positions": facts[:, 9 + n_top :].astype(np.int32),
-            "weights": facts[:, 9 : 9 + n_top],
-            "first": flat[packed.numel() :],
-        }
 
-    def _columns(self, n_view: int, device: torch.device) -> Tensor:
-        """Return (S, 3); a row times it is the total, the prompt's weight, and the sum of weight x
-        position.
+    def _columns(self, n_view: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return (S, 3) and (S,).
+
+        A row times the first is the total, the prompt's weight, and the sum of weight x position.
+        The second is infinite at the sink.
         """
-        if len(self._columns_P3) < n_view:
+        if len(self._hidden_P) < n_view:
             place_P = torch.arange(2 * n_view, device=device)
             columns = (torch.ones_like(place_P), place_P < self._n_prompt, place_P)
             self._columns_P3 = torch.stack(columns, dim=1).float()
-        return self._columns_P3[:n_view]
+            self._hidden_P = torch.zeros(len(place_P), device=device)
+            self._hidden_P[self.sink] = math.inf
+        return self._columns_P3[:n_view], self._hidden_P[:n_view]

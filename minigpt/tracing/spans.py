@@ -1,6 +1,7 @@
 """Lines of styled text for a terminal: bars, colours, and text fitted to a width in cells."""
 
 import unicodedata
+from bisect import bisect
 from functools import lru_cache
 
 Span = tuple[str, str]
@@ -26,7 +27,7 @@ def eighths(share: float, width: int = 1) -> int:
 
 def heat(share: float) -> str:
     """Return the style of an attention weight."""
-    return f"heat{sum(share >= bound for bound in _HEAT_BOUNDS)}"
+    return f"heat{bisect(_HEAT_BOUNDS, share)}"
 
 
 @lru_cache(maxsize=4096)

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from minigpt.config import SamplingConfig
 from minigpt.errors import ConfigError
-from minigpt.generation.decoder import Decoder, FinishReason, Step
+from minigpt.generation.decoder import Decoder, FinishReason
 from minigpt.generation.stream import TextStep, stream_text
+from minigpt.model.attention import AttentionPass
 from minigpt.model.cache import KVCache
 from minigpt.model.language_model import LanguageModel
 from minigpt.rings import find_ring, ring
@@ -18,12 +19,16 @@ from minigpt.text.tokenizer import Tokenizer
 from minigpt.tracing import events
 from minigpt.tracing.config import N_SOURCES, TraceConfig, config_class
 from minigpt.tracing.events import Row, Token, TraceEvent, TraceHeader, TraceStep
-from minigpt.tracing.recorder import RowRecorder
+from minigpt.tracing.recorder import PassQueue, RowRecorder
 from minigpt.tracing.rows import RowReader
 
 if TYPE_CHECKING:
     from minigpt.intervention_config import InterventionConfig
 
+Held = tuple[TextStep, Sequence[AttentionPass]]
+"""A generated token, and the forward passes since the one before it."""
+_BURST_S = 0.04
+"""Time for which generated tokens are collected to be observed together; nobody notices it."""
 RECORDS: Any = find_ring("tracing.findings") or events
 """Module of the records of a trace: those of the analysis, if it is there."""
 
@@ -46,8 +51,9 @@ def trace(
     """Generate as ``Decoder`` does, and yield a header, a step per token, and a footer.
 
     The tokens are the same as without a trace. If no token is to be generated, the steps are those
-    of the prompt's own tokens. A KeyboardInterrupt after the header, here or thrown into this
-    generator, ends the trace with a footer.
+    of the prompt's own tokens. Those of a fast model come several at a time, but no later than
+    ``_BURST_S`` or when decoding ends or fails. A KeyboardInterrupt after the header, here or
+    thrown into this generator, ends the trace with a footer.
 
     Args: forced, the token ids of ``sampling.force``; intervention, that of ``model``, for the
         header; special, whether special tokens in ``config.against`` are parsed; dense, called with
@@ -71,13 +77,16 @@ def trace(
     sampling = observer.sampling
     tokens = [Token(i, token, tokenizer.token_bytes(token)) for i, token in enumerate(prompt)]
     started = time.perf_counter()
+    queue = PassQueue(observer.recorder)
     decoder = Decoder(
         model,
         prompt,
-        observer.recorder,
+        queue,
         max_new_tokens=sampling.max_new_tokens,
         compiles=compiles,
     )
+    for attention in queue.take():
+        observer.recorder.record(attention)
     yield observer.header(
         model=model_name,
         kernel=_kernel(model, is_compiled=decoder.forward.is_compiled),
@@ -90,23 +99,41 @@ def trace(
     steps = decoder.generate(sampling, seed=seed, end_of_text=end_of_text, forced=forced)
     items = observer.items(decoder, stream_text(steps, tokenizer, sampling.stop))
 
-    def traced() -> Iterator[TraceStep]:
-        for index, item in enumerate(items):
+    def observed() -> Iterator[tuple[Held, dict[str, Any]]]:
+        burst: list[Held] = []
+        due = 0.0  # the first token is shown at once
+        while True:
+            try:
+                item = next(items, None)
+            except BaseException:  # Ctrl-C, or NaN: what was decoded before is shown
+                if burst:
+                    yield from zip(burst, observer.observe(burst, tokens), strict=True)
+                raise
+            if item is None:
+                return
+            burst.append((item, queue.take()))
             step = item.step
-            observed = observer.observe(tokens[: step.position], step)
+            if step.position == len(tokens):
+                tokens.append(Token(step.position, step.token, tokenizer.token_bytes(step.token)))
+            is_new = step.position >= len(prompt)  # else the cache is about to be overwritten
+            may_wait = decoder.forward.keeps_passes and is_new and not step.finish and not dense
+            if not may_wait or time.perf_counter() > due:
+                yield from zip(burst, observer.observe(burst, tokens), strict=True)
+                burst, due = [], time.perf_counter() + _BURST_S
+
+    def traced() -> Iterator[TraceStep]:
+        for index, ((item, _), found) in enumerate(observed()):
+            step = item.step
             if dense is not None:
                 dense(observer.recorder.weights_LHS)
-            token = Token(step.position, step.token, tokenizer.token_bytes(step.token))
-            if step.position == len(tokens):
-                tokens.append(token)
             yield RECORDS.TraceStep(
                 index=index,
-                token=token,
+                token=tokens[step.position],
                 log_probability=step.log_probability,
                 text=item.text,
                 finish=step.finish,
                 is_given=step.is_forced,
-                **observed,
+                **found,
             )
 
     finish: FinishReason | None = None if sampling.max_new_tokens else "length"
@@ -119,7 +146,8 @@ def trace(
     except KeyboardInterrupt:
         finish = None
     seconds = time.perf_counter() - started
-    yield RECORDS.TraceFooter(n_generated, finish, seconds, **observer.results(tokens))
+    text = tokens[: len(prompt) + n_generated]
+    yield RECORDS.TraceFooter(n_generated, finish, seconds, **observer.results(text))
 
 
 def _kernel(model: LanguageModel, *, is_compiled: bool) -> str:
@@ -173,21 +201,33 @@ class AttentionObserver:
         """Return the steps to observe, given those that are generated."""
         return generated
 
-    @torch.inference_mode()
-    def observe(self, tokens: Sequence[Token], step: Step) -> dict[str, Any]:
-        """Return the row of the last pass, as a field of a step. Args: tokens, those in view."""
-        reduced_S = self.recorder.weights_LHS.flatten(0, 1).mean(dim=0)
-        row = self.reader.row(reduced_S[None], tokens)
-        self.check(row)
-        return {"rows": (row,)}
-
-    def check(self, row: Row, *, sums_to_one: bool = True) -> None:
-        """Take the errors of the last pass into account. Args: row, by the first measure."""
-        if sums_to_one:
-            self._sum_error = max(self._sum_error or 0.0, abs(row.total - 1))
+    def record(self, passes: Sequence[AttentionPass]) -> None:
+        """Hand passes to the recorder, and take the error of the last one into account."""
+        for attention in passes:
+            self.recorder.record(attention)
         error, so_far = self.recorder.product_error, self._product_error
         if error is not None:
             self._product_error = error if so_far is None else torch.maximum(so_far, error)
+
+    @torch.inference_mode()
+    def observe(self, burst: Sequence[Held], tokens: Sequence[Token]) -> list[dict[str, Any]]:
+        """Return the fields of each step that its attention gives.
+
+        Args: tokens, at least those in view.
+
+        Each kind of work is done for all steps before the next kind, because code that is not in
+        the CPU's caches takes three times as long.
+        """
+        rows_N1S = []
+        for _, passes in burst:
+            self.record(passes)
+            rows_N1S.append(self.recorder.weights_LHS.flatten(0, 1).mean(dim=0, keepdim=True))
+        return [{"rows": (row,)} for row in self.checked(self.reader.rows(rows_N1S, tokens))]
+
+    def checked(self, rows: list[Row]) -> list[Row]:
+        """Take the error of the sums of rows, which should be 1, into account."""
+        self._sum_error = max([self._sum_error or 0.0, *(abs(row.total - 1) for row in rows)])
+        return rows
 
     def verified(
         self, steps: Iterator[TraceStep], tokens: Sequence[Token], cache: KVCache

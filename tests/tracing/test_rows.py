@@ -19,7 +19,8 @@ def some_rows(n_rows: int, n: int) -> Tensor:
 def facts_of(
     rows: Tensor, *, sink: int = 0, n_prompt: int = 3, n_sources: int = 4
 ) -> dict[str, Any]:
-    return RowReader(sink=sink, n_prompt=n_prompt, n_sources=n_sources).facts(rows)
+    facts = RowReader(sink=sink, n_prompt=n_prompt, n_sources=n_sources).facts([rows])
+    return {name: values[0] for name, values in facts.items()}
 
 
 @pytest.mark.parametrize(
@@ -72,6 +73,6 @@ def test_a_reader_reads_rows_of_any_length() -> None:
     reader = RowReader(sink=0, n_prompt=3, n_sources=2)
     for n in (4, 5, 30, 7, 100):
         rows = some_rows(2, n)
-        facts, alone = reader.facts(rows), facts_of(rows, n_sources=2)
-        assert facts["prompt"].tolist() == alone["prompt"].tolist()
-        assert facts["distance"].tolist() == alone["distance"].tolist()
+        facts, alone = reader.facts([rows]), facts_of(rows, n_sources=2)
+        assert facts["prompt"][0].tolist() == alone["prompt"].tolist()
+        assert facts["distance"][0].tolist() == alone["distance"].tolist()

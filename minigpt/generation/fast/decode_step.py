@@ -123,6 +123,10 @@ class StepForward(PlainForward):
     min_rows = 1
     """Least number of rows that a step takes; the last row is repeated."""
 
+    @property
+    def keeps_passes(self) -> bool:  # type: ignore[override]
+        return self.device.type == "cpu"  # a CUDA graph overwrites its outputs
+
     def _bind(self) -> None:
         """Make the buffers for the rows that the cache now has."""
         raise NotImplementedError

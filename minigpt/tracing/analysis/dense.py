@@ -97,7 +97,7 @@ def with_rows_of(trace: Trace, path: Path, config: AnalysisConfig, *, n_kept: in
         rows_LHS = torch.from_numpy(np.ascontiguousarray(rows_NLH[start:end].transpose(1, 2, 0)))
         reduced_S = reduce_rows(rows_LHS, selection, is_max=config.reduce == "max")
         rows_RS = torch.cat((reduced_S[None], rows_LHS.flatten(0, 1)))
-        row = reader.row(rows_RS, trace.tokens[: end - start], header.n_layer)
+        [row] = reader.rows([rows_RS], trace.tokens, header.n_layer)
         # The knockouts are those of before, and meet the weights of these rows.
         effects = tuple(_with_weight(effect, row) for effect in step.effects)
         steps.append(replace(step, rows=(row,), effects=effects))

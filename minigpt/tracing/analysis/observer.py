@@ -6,10 +6,11 @@ from itertools import chain
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from minigpt.config import SamplingConfig
 from minigpt.errors import ConfigError
-from minigpt.generation.decoder import Decoder, Step
+from minigpt.generation.decoder import Decoder
 from minigpt.generation.forcing import continuation_ids
 from minigpt.generation.stream import TextStep
 from minigpt.model.cache import KVCache
@@ -28,7 +29,7 @@ from minigpt.tracing.analysis_config import AnalysisConfig, Measure, facts_of
 from minigpt.tracing.events import Row, Token
 from minigpt.tracing.findings import Alternative, Candidate, HeadWorking, TraceStep
 from minigpt.tracing.head_lists import HeadSelection, reduce_rows, select_heads
-from minigpt.tracing.tracer import AttentionObserver
+from minigpt.tracing.tracer import AttentionObserver, Held
 
 
 def find_alternative(tokenizer: Tokenizer, text: str, *, special: bool) -> Alternative:
@@ -42,6 +43,10 @@ def find_alternative(tokenizer: Tokenizer, text: str, *, special: bool) -> Alter
             "--against needs a token: the text is empty. Give at least one character."
         )
     return Alternative(text, ids[0], tokenizer.token_bytes(ids[0]), len(ids))
+
+
+_Draft = tuple[Tensor, dict[str, Tensor]]
+"""Rows (R, S) of a step, and their whole and its parts, if there are any; on the device."""
 
 
 class AnalysisObserver(AttentionObserver):
@@ -129,20 +134,31 @@ class AnalysisObserver(AttentionObserver):
         return chain(prompt_steps(decoder, self.sampling.logprobs), generated)
 
     @torch.inference_mode()
-    def observe(self, tokens: Sequence[Token], step: Step) -> dict[str, Any]:
-        """Return the last pass's row by each measure, the candidates, and the logit lens."""
-        tokenizer = self._tokenizer
-        rows = tuple(self._row(measure, tokens, step.token) for measure in self.config.measures)
-        is_weight = rows[0].measure == "weight"
-        self.check(rows[0], sums_to_one=is_weight and self.config.reduce != "max")
-        best = (Candidate(id_, tokenizer.token_bytes(id_), value) for id_, value in step.best)
-        observed = {"rows": rows, "candidates": tuple(best)}
-        if not self.config.lens:
-            return observed
-        residual_NC = self.recorder.residual_NC
-        return observed | {"lens": read_lens(self.model, residual_NC, step.token, tokenizer)}
+    def observe(self, burst: Sequence[Held], tokens: Sequence[Token]) -> list[dict[str, Any]]:
+        """Return each step's row by each measure, its candidates, and its logit lens."""
+        tokenizer, measures = self._tokenizer, self.config.measures
+        observed: list[dict[str, Any]] = []
+        drafts: list[list[_Draft]] = [[] for _ in measures]
+        for item, passes in burst:
+            step = item.step
+            self.record(passes)
+            for measure, of_measure in zip(measures, drafts, strict=True):
+                of_measure.append(self._draft(measure, tokens[: step.position], step.token))
+            best = (Candidate(id_, tokenizer.token_bytes(id_), value) for id_, value in step.best)
+            observed.append({"candidates": tuple(best)})
+            if self.config.lens:
+                residual_NC = self.recorder.residual_NC
+                observed[-1]["lens"] = read_lens(self.model, residual_NC, step.token, tokenizer)
+        rows = [self._rows(*pair, tokens) for pair in zip(measures, drafts, strict=True)]
+        if measures[0] == "weight" and self.config.reduce != "max":
+            self.checked(rows[0])
+        return [
+            {"rows": of_step, **others}
+            for of_step, others in zip(zip(*rows, strict=True), observed, strict=True)
+        ]
 
-    def _row(self, measure: Measure, tokens: Sequence[Token], target: int) -> Row:
+    def _draft(self, measure: Measure, tokens: Sequence[Token], target: int) -> _Draft:
+        """Return a step's row, followed by those of all heads if they are kept, and its parts."""
         selection, facts = self.selection, facts_of(measure)
         against = None if self._against is None else self._against.id
         ids = [token.id for token in tokens] if "token" in facts.needs else []
@@ -165,13 +181,30 @@ class AnalysisObserver(AttentionObserver):
                 rows_RS = torch.cat((rows_RS, rows.flatten(0, 1)))
         if measure != "weight" and facts.unit == "share":  # these need not sum to 1: normalize
             rows_RS = rows_RS / rows_RS.sum(dim=1, keepdim=True).clamp(min=1e-30)
-        row = self.reader.row(
-            rows_RS, tokens, selection.n_layer, measure=measure, is_signed=facts.is_signed
+        if measured.whole is not None:
+            parts = {"whole": measured.whole, **parts}
+        return rows_RS, parts
+
+    def _rows(
+        self, measure: Measure, drafts: Sequence[_Draft], tokens: Sequence[Token]
+    ) -> list[Row]:
+        rows = self.reader.rows(
+            [rows_RS for rows_RS, _ in drafts],
+            tokens,
+            self.selection.n_layer,
+            measure=measure,
+            is_signed=facts_of(measure).is_signed,
         )
-        if measured.whole is None:
-            return row
-        whole, *values = torch.stack([measured.whole, *parts.values()]).tolist()
-        return replace(row, whole=whole, parts=dict(zip(parts, values, strict=True)))
+        names = list(drafts[0][1])
+        if not names:
+            return rows
+        numbers = torch.stack([x for _, parts in drafts for x in parts.values()])
+        return [
+            replace(row, whole=whole, parts=dict(zip(names[1:], values, strict=True)))
+            for row, (whole, *values) in zip(
+                rows, numbers.view(len(rows), -1).tolist(), strict=True
+            )
+        ]
 
     def verified(
         self, steps: Iterator[Any], tokens: Sequence[Token], cache: KVCache
