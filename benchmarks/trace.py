@@ -1,14 +1,15 @@
 """Cost of tracing: decoding with an attention trace, relative to decoding without.
 
     python benchmarks/trace.py
-    python benchmarks/trace.py --shape mini --compile
+    python benchmarks/trace.py --shape mini --compile --only "lines" "lines, --measure logit"
     python benchmarks/trace.py --memory
     python benchmarks/trace.py --transformers
 
 A model with random weights continues one prompt in several variants in one process. The variants
-alternate, one token each, in shuffled order, so that other load affects all of them. The text of
-the trace goes to a file, as with `minigpt attention-trace > file`. A ratio is that of the sums of
-step times; the one in brackets is the median of the ratios of single steps.
+alternate, one whole text each, in shuffled order, so that other load affects all of them; not token
+by token, because a trace shows several tokens at a time. The text of the trace goes to a file, as
+with `minigpt attention-trace > file`. A ratio is the median over the rounds; the one in brackets is
+that of the sums. The prompt and the first token are not counted.
 
 --memory decodes a thousand tokens in a separate process per variant, and prints how far its peak
 resident memory is above that without a trace. --transformers does both for transformers with
@@ -123,15 +124,17 @@ def transformers_decoding(
         yield
 
 
-def timed(ways: dict[str, Iterator[None]], n_steps: int, n_warm: int) -> dict[str, list[float]]:
-    """Return the step times of each variant in seconds; the variants alternate."""
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
-    for step in range(n_steps):
-        for way in random.sample(list(ways), len(ways)):
+def timed(begins: dict[str, Callable[[], Iterator[None]]], n_rounds: int) -> dict[str, list[float]]:
+    """Return the seconds per token of each variant in each round; the variants alternate."""
+    seconds: dict[str, list[float]] = {way: [] for way in begins}
+    for number in range(n_rounds + 1):
+        for way in random.sample(list(begins), len(begins)):
+            tokens = begins[way]()
+            next(tokens)
             started = time.perf_counter()
-            next(ways[way])
-            if step >= n_warm:
-                seconds[way].append(time.perf_counter() - started)
+            n_tokens = sum(1 for _ in tokens)
+            if number:  # the first round warms up
+                seconds[way].append((time.perf_counter() - started) / n_tokens)
     return seconds
 
 
@@ -145,7 +148,7 @@ def table(seconds: dict[str, list[float]], bases: dict[str, str]) -> list[dict[s
         median = statistics.median(a / b for a, b in zip(times, base, strict=True))
         step_ms = 1000 * statistics.median(times)
         rows.append({"way": way, "step_ms": step_ms, "ratio": ratio, "median_ratio": median})
-        shown = "1" if way == bases[way] else f"**{ratio:.3f}** ({median:.3f})"
+        shown = "1" if way == bases[way] else f"**{median:.3f}** ({ratio:.3f})"
         print(f"| {way} | {step_ms:.2f} | {shown} |")
     return rows
 
@@ -181,8 +184,10 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="gpt2")
     parser.add_argument("--n-prompt", type=int, default=24)
     parser.add_argument(
-        "--n-new", type=int, default=None, help="new tokens [256; 1000 with --memory]"
+        "--n-new", type=int, default=None, help="new tokens [128; 1000 with --memory]"
     )
+    parser.add_argument("--rounds", type=int, default=5, help="texts of each variant")
+    parser.add_argument("--only", nargs="+", metavar="TRACE", help="time only these, and off")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--compile", action="store_true")
@@ -192,7 +197,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    arguments.n_new = arguments.n_new or (1000 if arguments.memory else 256)
+    arguments.n_new = arguments.n_new or (1000 if arguments.memory else 128)
     torch.set_num_threads(arguments.threads)
     facts = machine_facts("cpu", ["torch", "transformers"]) | {"threads": arguments.threads}
     if arguments.memory:
@@ -230,9 +235,10 @@ def run_in(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
         return []
     names = [OFF, *WAYS, *(SLOW_WAYS if arguments.gradients else ())]
     names += TRANSFORMERS if arguments.transformers else ()
-    ways = {way: begins[way]() for way in names}
+    if arguments.only:
+        names = [way for way in names if way in (OFF, *arguments.only)]
     bases = {way: TRANSFORMERS[0] if way in TRANSFORMERS else OFF for way in names}
-    return table(timed(ways, n_new, n_warm=8), bases)
+    return table(timed({way: begins[way] for way in names}, arguments.rounds), bases)
 
 
 if __name__ == "__main__":
