@@ -131,6 +131,6 @@ class RowReader:
             place_P = torch.arange(2 * n_view, device=device)
             columns = (torch.ones_like(place_P), place_P < self._n_prompt, place_P)
             self._columns_P3 = torch.stack(columns, dim=1).float()
-            self._hidden_P = torch.zeros(len(place_P), device=device)
-            self._hidden_P[self.sink] = math.inf
+            hidden_P = torch.zeros_like(place_P, dtype=torch.float32)
+            self._hidden_P = hidden_P.masked_fill(place_P == self.sink, math.inf)
         return self._columns_P3[:n_view], self._hidden_P[:n_view]
