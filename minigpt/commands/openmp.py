@@ -16,6 +16,7 @@ from pathlib import Path
 
 STAT = Path("/proc/stat")
 _INTERVAL_S = 0.25
+_N_SPARE = 16  # threads that are left for others
 _BUSY, _FREE = 0.4, 0.2  # cores taken from the threads: above and below, they sleep and spin
 
 
@@ -57,6 +58,8 @@ class Watch(threading.Thread):
                 before = now
         except (OSError, RuntimeError):  # no more files or threads can be had
             return
+        except (ValueError, IndexError):  # these are no counts of seconds: a container's /proc/stat
+            return
 
     def adapt(self, n_taken: float) -> None:
         """Let the threads sleep or spin. Args: n_taken, cores that others take from them."""
@@ -91,13 +94,17 @@ class IdleThreads:
     """OpenMP threads without work, so many that this process has more threads than cores."""
 
     def __init__(self, n_threads: int) -> None:
-        """Args: n_threads, how many compute in parallel: more than one."""
+        """Args: n_threads, how many compute in parallel: more than one.
+
+        Raises: RuntimeError if so many threads, and a few more, cannot be had.
+        """
         self._has_ended = threading.Event()
         n_missing = len(os.sched_getaffinity(0)) - n_threads + 1
         self._holders = [
             threading.Thread(target=self._hold, args=(n_threads,), daemon=True)
             for _ in range(-(-n_missing // (n_threads - 1)))
         ]
+        _try_threads(len(self._holders) * n_threads + _N_SPARE)
         for holder in self._holders:
             holder.start()
 
@@ -113,3 +120,21 @@ class IdleThreads:
         self._has_ended.set()
         for holder in self._holders:
             holder.join()
+
+
+def _try_threads(n_threads: int) -> None:
+    """Start threads and end them: libgomp ends the whole process if it cannot have one.
+
+    Raises: RuntimeError if so many cannot be had.
+    """
+    is_tried = threading.Event()
+    tried: list[threading.Thread] = []
+    try:
+        for _ in range(n_threads):
+            thread = threading.Thread(target=is_tried.wait, daemon=True)
+            thread.start()
+            tried.append(thread)
+    finally:
+        is_tried.set()
+        for thread in tried:
+            thread.join()

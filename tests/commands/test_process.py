@@ -107,6 +107,55 @@ def test_idle_threads_outnumber_the_cores_until_they_end_and_change_no_bit() -> 
     assert done.returncode == 0, done.stderr
 
 
+NO_MORE_THREADS = """
+import os
+import resource
+import sys
+import torch
+from minigpt.commands.openmp import IdleThreads
+
+torch.set_num_threads(2)
+torch.zeros(2**16, dtype=torch.uint8).add_(1)
+if os.getuid() == 0:  # whom no limit holds
+    os.setuid(54321)
+n_mine = sum(
+    len(os.listdir(f"/proc/{pid}/task"))
+    for pid in os.listdir("/proc")
+    if pid.isdecimal() and os.stat(f"/proc/{pid}").st_uid == os.getuid()
+)
+limit = n_mine + int(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_NPROC, (limit, limit))
+try:
+    IdleThreads(2)
+except RuntimeError as error:
+    print(error)
+"""
+
+
+@linux
+@pytest.mark.parametrize("n_more", [0, 1, 2])
+def test_a_process_that_may_have_no_more_threads_goes_on_without_idle_ones(n_more: int) -> None:
+    # A thread of libgomp that cannot be had would end the process.
+    done = subprocess.run(
+        [sys.executable, "-c", NO_MORE_THREADS, str(n_more)], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "can't start new thread\n"
+
+
+@linux
+@pytest.mark.parametrize("text", ["cpu0 a b c d e f g h", "cpu0 1 2 3\ncpu1 1 2 3", "\n", "\xff"])
+def test_the_watch_ends_if_proc_stat_has_another_form(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "stat").write_text(text, encoding="latin-1")
+    monkeypatch.setattr(openmp, "STAT", tmp_path / "stat")
+    monkeypatch.setattr(openmp.os, "sched_getaffinity", lambda _: {0, 1})
+    watch = openmp.Watch(daemon=True)
+    watch.start()
+    watch.join()  # an exception in it would be a warning, which is an error here
+
+
 @pytest.mark.parametrize("variable", ["GOMP_SPINCOUNT", "OMP_WAIT_POLICY"])
 def test_the_environment_takes_precedence(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
     watch = openmp.Watch()
