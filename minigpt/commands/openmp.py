@@ -7,6 +7,8 @@ threads of a process that has more of them than there are cores sleep almost imm
 libgomp, GOMP_SPINCOUNT). So while the machine is busy, this process has some more, which are idle.
 """
 
+import atexit
+import math
 import os
 import threading
 import time
@@ -34,12 +36,13 @@ def share_cores(n_threads: int) -> None:
     if n_threads > 1 and watch.ident is None:
         with suppress(RuntimeError):  # no more threads can be had
             watch.start()
+            atexit.register(watch.end)
 
 
 @cache
 def the_watch() -> "Watch":
     """Return the watch of this process."""
-    return Watch(name="minigpt-cores", daemon=True)
+    return Watch()
 
 
 class Watch(threading.Thread):
@@ -48,11 +51,14 @@ class Watch(threading.Thread):
     n_threads = 1
     idle: "IdleThreads | None" = None
 
+    def __init__(self) -> None:
+        super().__init__(name="minigpt-cores", daemon=True)
+        self._is_over = threading.Event()
+
     def run(self) -> None:
         try:
             before = CoreUse()
-            while True:
-                time.sleep(_INTERVAL_S)
+            while not self._is_over.wait(_INTERVAL_S):
                 now = CoreUse()
                 self.adapt(now.cores_of_others(before) + self.n_threads - now.n_cores)
                 before = now
@@ -60,6 +66,13 @@ class Watch(threading.Thread):
             return
         except (ValueError, IndexError):  # these are no counts of seconds: a container's /proc/stat
             return
+        finally:
+            self.adapt(-math.inf)
+
+    def end(self) -> None:
+        """End the threads: Python aborts at its exit if one of them is inside of torch."""
+        self._is_over.set()
+        self.join()
 
     def adapt(self, n_taken: float) -> None:
         """Let the threads sleep or spin. Args: n_taken, cores that others take from them."""

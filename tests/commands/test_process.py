@@ -5,6 +5,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,28 @@ def test_threads_sleep_while_others_take_a_core_and_spin_again_afterwards(
     assert ended == [1]
     watch.adapt(1.0)
     assert made == [2, 2]
+
+
+@linux
+def test_no_thread_is_left_when_python_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = []
+    monkeypatch.setattr(openmp.IdleThreads, "__init__", lambda self, n_threads: None)
+    monkeypatch.setattr(openmp.IdleThreads, "end", ended.append)
+    at_exit: list[Callable[[], None]] = []
+    monkeypatch.setattr(openmp.atexit, "register", at_exit.append)
+    for variable in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(variable, raising=False)
+    watch = openmp.Watch()
+    monkeypatch.setattr(openmp, "the_watch", lambda: watch)
+    watch.n_threads = 2
+    watch.adapt(2.0)
+    idle = watch.idle
+    openmp.share_cores(2)
+    assert watch.is_alive()
+    (end,) = at_exit
+    end()
+    assert not watch.is_alive()
+    assert ended == [idle]
 
 
 COUNT_THREADS = """
