@@ -75,7 +75,7 @@ def test_threads_sleep_while_others_take_a_core_and_spin_again_afterwards(
 def test_no_thread_is_left_when_python_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     ended = []
     monkeypatch.setattr(openmp.IdleThreads, "__init__", lambda self, n_threads: None)
-    monkeypatch.setattr(openmp.IdleThreads, "end", ended.append)
+    monkeypatch.setattr(openmp.IdleThreads, "end", lambda self: ended.append(self))
     at_exit: list[Callable[[], None]] = []
     monkeypatch.setattr(openmp.atexit, "register", at_exit.append)
     for variable in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
@@ -174,7 +174,7 @@ def test_the_watch_ends_if_proc_stat_has_another_form(
     (tmp_path / "stat").write_text(text, encoding="latin-1")
     monkeypatch.setattr(openmp, "STAT", tmp_path / "stat")
     monkeypatch.setattr(openmp.os, "sched_getaffinity", lambda _: {0, 1})
-    watch = openmp.Watch(daemon=True)
+    watch = openmp.Watch()
     watch.start()
     watch.join()  # an exception in it would be a warning, which is an error here
 
@@ -193,6 +193,7 @@ def test_only_more_than_one_thread_is_watched(monkeypatch: pytest.MonkeyPatch) -
     watch = openmp.Watch()
     started = []
     monkeypatch.setattr(watch, "start", lambda: started.append(watch.n_threads))
+    monkeypatch.setattr(openmp.atexit, "register", lambda end: None)
     monkeypatch.setattr(openmp, "the_watch", lambda: watch)
     for variable in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
         monkeypatch.delenv(variable, raising=False)

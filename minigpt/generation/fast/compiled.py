@@ -43,6 +43,8 @@ _OPTIONS = {
     "aot_inductor.precompile_headers": False,
     # a * b + c in one instruction, as in a library's product.
     "cpp.enable_floating_point_contract_flag": "fast",
+    # Loops that share only the position are fused: those that write a key and a value.
+    "score_fusion_memory_threshold": 1,
 }
 
 
