@@ -62,10 +62,10 @@ class Watch(threading.Thread):
                 now = CoreUse()
                 self.adapt(now.cores_of_others(before) + self.n_threads - now.n_cores)
                 before = now
-        except (OSError, RuntimeError):  # no more files or threads can be had
-            return
-        except (ValueError, IndexError):  # these are no counts of seconds: a container's /proc/stat
-            return
+        except (OSError, RuntimeError):
+            return  # no more files or threads can be had
+        except (ValueError, IndexError):
+            return  # /proc/stat has another form here, as in some containers
         finally:
             self.adapt(-math.inf)
 

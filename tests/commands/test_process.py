@@ -95,7 +95,7 @@ def test_no_thread_is_left_when_python_ends(monkeypatch: pytest.MonkeyPatch) -> 
 
 COUNT_THREADS = """
 import os
-import sys
+import time
 import torch
 from minigpt.commands.openmp import IdleThreads
 
@@ -113,11 +113,11 @@ spinning = compute()
 before = count()
 idle = IdleThreads(2)
 while count() <= len(os.sched_getaffinity(0)):
-    pass  # they are being made
+    time.sleep(0.01)
 assert compute().equal(spinning)
 idle.end()
 while count() > before:
-    pass
+    time.sleep(0.01)
 assert compute().equal(spinning)
 """
 
@@ -141,11 +141,13 @@ torch.set_num_threads(2)
 torch.zeros(2**16, dtype=torch.uint8).add_(1)
 if os.getuid() == 0:  # whom no limit holds
     os.setuid(54321)
-n_mine = sum(
-    len(os.listdir(f"/proc/{pid}/task"))
-    for pid in os.listdir("/proc")
-    if pid.isdecimal() and os.stat(f"/proc/{pid}").st_uid == os.getuid()
-)
+n_mine = 0
+for pid in filter(str.isdecimal, os.listdir("/proc")):
+    try:
+        if os.stat(f"/proc/{pid}").st_uid == os.getuid():
+            n_mine += len(os.listdir(f"/proc/{pid}/task"))
+    except OSError:  # it has ended
+        pass
 limit = n_mine + int(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_NPROC, (limit, limit))
 try:
