@@ -3,17 +3,14 @@
 stdout carries the result, stderr everything else.
 """
 
-import os
 import sys
 from collections.abc import Iterable
-from contextlib import suppress
-from functools import cache
-from typing import IO, Any, cast
 
 from rich.console import Console
 from rich.text import Text
 from rich.theme import Theme
 
+from minigpt.rings import find_ring
 from minigpt.text.escape import printable
 
 # Medium luminance, so that all colors are readable on dark and light backgrounds.
@@ -36,8 +33,7 @@ THEME = Theme(
 )
 """Colors of the style names of the trace."""
 _PIPE_WIDTH = 100
-_ASCII = dict(zip("█▉▊▋▌▍▎▏▇▆▅▄▃▂▁▀━─│┬┴┼·…␣⋯∅", "#===---.#==--..#--|+++.~_~0", strict=True))
-"""Characters of bars, charts and tokens in ASCII, for a stream that cannot encode them."""
+_streams = find_ring("streams")
 
 
 def make_console(*, is_stderr: bool) -> Console:
@@ -47,7 +43,8 @@ def make_console(*, is_stderr: bool) -> Console:
     """
     stream = sys.stderr if is_stderr else sys.stdout
     return Console(
-        file=cast("IO[str]", _Unfailing(stream)) if is_stderr else None,
+        file=_streams.Unfailing(stream) if is_stderr and _streams else None,
+        stderr=is_stderr,
         theme=THEME,
         highlight=False,
         emoji=False,
@@ -55,37 +52,6 @@ def make_console(*, is_stderr: bool) -> Console:
         soft_wrap=True,
         width=None if stream.isatty() else _PIPE_WIDTH,
     )
-
-
-class _Unfailing:
-    """A stream that drops its output once it cannot be written."""
-
-    def __init__(self, stream: IO[str]) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        try:
-            self._stream.write(text)
-        except OSError:
-            silence(self._stream)
-        return len(text)
-
-    def flush(self) -> None:
-        try:
-            self._stream.flush()
-        except OSError:
-            silence(self._stream)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-
-def silence(stream: IO[str]) -> None:
-    """Redirect a stream, and what it has buffered, to the null device."""
-    with suppress(OSError, ValueError):  # a stream without a descriptor
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, stream.fileno())
-        os.close(null)
 
 
 def spans_to_text(spans: Iterable[tuple[str, str]]) -> Text:
@@ -100,7 +66,7 @@ def print_lines(
 
     Args: is_cut, whether a terminal too narrow for a line gets its beginning, and does not wrap it.
     """
-    missing = _not_encodable(console.encoding) if is_cut else {}
+    missing = _streams.in_ascii(console.encoding) if is_cut and _streams else {}
     is_plain = console.color_system is None and not (is_cut and console.is_terminal)
     for line_spans in lines:
         if is_plain:
@@ -115,18 +81,6 @@ def print_lines(
             text.truncate(console.width, overflow="ellipsis")
         console.print(text, soft_wrap=is_cut)  # else rich breaks it between words
     console.file.flush()
-
-
-@cache
-def _not_encodable(encoding: str) -> dict[int, str]:
-    """Return the characters of _ASCII that an encoding lacks, for ``str.translate``."""
-    lacking = {}
-    for character, replacement in _ASCII.items():
-        try:
-            character.encode(encoding)
-        except UnicodeEncodeError:
-            lacking[ord(character)] = replacement
-    return lacking
 
 
 def write_result(text: str) -> None:

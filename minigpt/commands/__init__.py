@@ -3,13 +3,12 @@
 Nothing here imports torch before a command runs, so that --help is fast.
 """
 
-import os
 import platform
 import signal
 import sys
 import warnings
-from types import FrameType
-from typing import Annotated, NoReturn
+from contextlib import nullcontext
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -56,23 +55,25 @@ def minigpt(
 
 def main() -> NoReturn:
     """Run the command line and exit with its code; an error is one line on stderr."""
-    _open_streams()
-    signal.signal(signal.SIGTERM, _interrupt)
-    on_ctrl_c = signal.getsignal(signal.SIGINT)
-    if on_ctrl_c != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, _interrupt)
     warnings.filterwarnings("default", category=MinigptWarning)
     failures = find_ring("commands.help.failures")
+    with failures.handling_failures() if failures else nullcontext():
+        status = _run(failures)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _run(failures: Any) -> Any:
+    """Run the command line and return its exit code."""
     try:
         if failures:
-            failures.prepare()
+            failures.check_folder()
         status = app(prog_name="minigpt", standalone_mode=False)
         sys.stdout.flush()
     except SystemExit as error:
         # typer exits with 1 if the reader of a pipe is gone, as in `| head`: not a failure.
-        status = 0 if isinstance(error.__context__, BrokenPipeError) else error.code
+        return 0 if isinstance(error.__context__, BrokenPipeError) else error.code
     except BrokenPipeError:
-        status = 0
+        return 0
     except BaseException as error:
         if "--debug" in sys.argv:
             import traceback
@@ -84,46 +85,7 @@ def main() -> NoReturn:
         line = " ".join(printable(message).split())
         is_interrupt = status == 128 + signal.SIGINT
         print(line if is_interrupt else f"error: {line}", file=sys.stderr)  # noqa: T201
-    finally:
-        _close_streams()
-        signal.signal(signal.SIGINT, on_ctrl_c)
-    sys.exit(status if isinstance(status, int) else 0)
-
-
-def _open_streams() -> None:
-    """Make sure that stdin, stdout and stderr exist, and that no character makes them fail."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed by the caller, as with >&-
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-
-
-def _close_streams() -> None:
-    """Silence streams that can no longer be written, so that Python's last flush does not fail."""
-    for stream in filter(None, (sys.stdout, sys.stderr, sys.__stdout__)):
-        try:
-            stream.flush()
-        except (OSError, ValueError):
-            from minigpt.console import silence
-
-            silence(stream)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
-    """Raise an exception, so that unfinished work is cleaned up.
-
-    Exit at once while torch is imported: its C++ code swallows exceptions, or aborts.
-    """
-    torch = sys.modules.get("torch")
-    if torch is not None and getattr(torch.__spec__, "_initializing", False):
-        if number == signal.SIGINT:
-            os.write(2, b"interrupted\n")
-        os._exit(128 + number)
-    if number == signal.SIGINT:
-        raise KeyboardInterrupt
-    sys.exit(128 + number)
+    return status
 
 
 def _describe(error: BaseException) -> tuple[str, int]:

@@ -1,26 +1,58 @@
-"""Warnings, and exceptions of other packages, as the user reads them."""
+"""Signals, warnings, and exceptions of other packages, as the user reads them."""
 
 import os
+import signal
 import sys
 import warnings
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, NoReturn
 
 from minigpt.commands.help import usage
 from minigpt.errors import ConfigError, MinigptWarning, ResourceError
 from minigpt.files import resource_errors
+from minigpt.streams import close_streams, open_streams
 from minigpt.text.escape import printable
 
 
-def prepare() -> None:
-    """Show warnings in one line, and check the working directory, before a command runs.
-
-    Raises: ResourceError if that directory was deleted: torch cannot start from it.
-    """
+@contextmanager
+def handling_failures() -> Iterator[None]:
+    """Keep streams usable and clean up after signals in the block; show warnings in one line."""
+    open_streams()
+    signal.signal(signal.SIGTERM, _interrupt)
+    on_ctrl_c = signal.getsignal(signal.SIGINT)
+    if on_ctrl_c != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, _interrupt)
     warnings.showwarning = _show_warning
+    try:
+        yield
+    finally:
+        close_streams()
+        signal.signal(signal.SIGINT, on_ctrl_c)
+
+
+def check_folder() -> None:
+    """Raise ResourceError if the working directory was deleted: torch cannot start from it."""
     try:
         os.getcwd()
     except OSError:
         raise ResourceError("the working directory was deleted. Change to another one.") from None
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    """Raise an exception, so that unfinished work is cleaned up.
+
+    Exit at once while torch is imported: its C++ code swallows exceptions, or aborts.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and getattr(torch.__spec__, "_initializing", False):
+        if number == signal.SIGINT:
+            os.write(2, b"interrupted\n")
+        os._exit(128 + number)
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    sys.exit(128 + number)
 
 
 def _show_warning(
