@@ -1,9 +1,8 @@
-"""Validation passes, and the checkpoints of the latest and of the best weights."""
+"""Validation passes and checkpoints."""
 
 import math
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -18,7 +17,6 @@ from minigpt.rings import find_ring
 from minigpt.text.batches import validation_windows
 from minigpt.training.events import EvalEvent, Event, SaveEvent
 from minigpt.training.run import Run
-from minigpt.training.schedule import is_due
 from minigpt.training.step_metrics import Metrics
 
 
@@ -30,11 +28,11 @@ class Checkpoints:
         self._evaluation: EvalEvent | None = None
 
     def evaluate(self) -> EvalEvent:
-        """Compute the validation loss of the weights, or of their average if it is lower."""
+        """Compute the validation loss of the weights."""
         run = self._run
         self._metrics.check()  # report an earlier divergence with its own step
         started = time.perf_counter()
-        result, is_averaged = self.validation(), False
+        result = self.validation()
         if not result.n_tokens:
             raise DataError(
                 "no token of the validation text counts in the loss, as no answer of the assistant "
@@ -42,11 +40,6 @@ class Checkpoints:
             )
         if not math.isfinite(result.nats):
             raise self._metrics.diverged(f"validation loss {result.nats_per_token:.4g}")
-        if run.average:
-            with run.average.in_model():
-                averaged = self.validation()
-            if averaged.nats < result.nats:
-                result, is_averaged = averaged, True
         self._evaluation = EvalEvent(
             step=run.step,
             val_loss=result.nats_per_token,
@@ -54,12 +47,7 @@ class Checkpoints:
             n_tokens=result.n_tokens,
             elapsed_s=run.elapsed_s,
             eval_s=time.perf_counter() - started,
-            is_averaged=is_averaged,
         )
-        config = run.config.training
-        due = is_due(run.step, config.eval_every) or is_due(run.step, config.save_every)
-        if run.early_stop and due:
-            run.early_stop.add(run.step, result.nats_per_token)
         return self._evaluation
 
     def validation(self) -> Evaluation:
@@ -76,44 +64,26 @@ class Checkpoints:
             run.model, lambda part: evaluate(run.model, part, lengths, dtype=run.dtype), batches
         )
 
-    def evaluate_and_keep(self) -> EvalEvent:
-        """Evaluate, and keep the weights in memory until the next checkpoint if they are best."""
-        evaluation = self.evaluate()
-        if self._run.best:
-            self._run.best.keep(evaluation, self._weights_of(evaluation))
-        return evaluation
-
     def evaluate_and_save(self) -> Iterator[Event]:
-        """Save a checkpoint with its validation loss, and the best weights since the last one."""
+        """Save a checkpoint with its validation loss."""
         run, evaluation = self._run, self._evaluation
         if not len(run.val_tokens):
             evaluation = None
         elif evaluation is None or evaluation.step != run.step:
             yield (evaluation := self.evaluate())
-        # Before the latest checkpoint: if it is not written, resuming finds this step again.
-        if run.best and (saved := run.best.save(self._write, evaluation)):
-            yield saved
-        resume = find_ring("training.state")
-        with self._weights_of(evaluation):
-            is_averaged = evaluation is not None and evaluation.is_averaged
-            tensors = resume.training_tensors(run, is_exchanged=is_averaged) if resume else ()
-            state = run.world.gather(tensors)
-            model = run.world.full_model(run.model)
-            saved = self._write(model, evaluation, state) if model else None
-        if saved:
-            yield saved
+        yield from self.save(evaluation)
         run.world.max(0)  # wait for rank 0
         run.saved_step = run.step
 
-    def save_best(self) -> None:
-        """Save the best weights since the last checkpoint, of a run that fails, if possible."""
-        if self._run.best:
-            self._run.best.rescue(self._write)
+    def save(self, evaluation: EvalEvent | None) -> Iterator[SaveEvent]:
+        """Save a checkpoint; rank 0 yields its event. Args: evaluation, at this step."""
+        run, resume = self._run, find_ring("training.state")
+        state = run.world.gather(resume.training_tensors(run) if resume else ())
+        if model := run.world.full_model(run.model):
+            yield self._write(model, evaluation, state)
 
-    def _weights_of(self, evaluation: EvalEvent | None) -> AbstractContextManager[None]:
-        """Return the context in which the model has the weights of an evaluation at this step."""
-        is_averaged = evaluation is not None and evaluation.is_averaged
-        return self._run.average.in_model() if is_averaged else nullcontext()
+    def rescue(self) -> None:
+        """Save what a run that fails would lose; the ring of overfitting has such weights."""
 
     def _write(
         self,
@@ -141,15 +111,7 @@ class Checkpoints:
             if template := run.data.manifest.chat_template:
                 (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
             if cards := find_ring("checkpoint.tools.model_card"):
-                card = cards.model_card(
-                    config,
-                    name=run.folder.path.name,
-                    step=step,
-                    n_train_tokens=len(run.train_tokens),
-                    val_split=run.data.manifest.val_split,
-                    **losses,
-                )
-                (folder / "README.md").write_text(card, encoding="utf-8")
+                cards.write_card(folder, run, step, losses)
             resume = find_ring("training.state")
             if resume and state is not None:
                 exact = model if is_rounded else None

@@ -1,8 +1,9 @@
 """What is done against overfitting: settings by the size of the text, averages, early stopping."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,15 +13,16 @@ from torch import Tensor, nn
 from minigpt.config import RunConfig
 from minigpt.errors import MinigptError
 from minigpt.model.cost import parameter_count
-from minigpt.model.language_model import LanguageModel, model_class
+from minigpt.model.language_model import model_class
 from minigpt.settings import build, given, merge, to_dict
 from minigpt.text.tokens import PreparedData
+from minigpt.training.checkpoints import Checkpoints
 from minigpt.training.events import EvalEvent, Event, SaveEvent
 from minigpt.training.run import Run
+from minigpt.training.schedule import is_due
+from minigpt.training.step_metrics import Metrics
 from minigpt.training.world import to_local
 
-Write = Callable[[LanguageModel, EvalEvent], SaveEvent]
-"""Writes the weights of an evaluation at an earlier step."""
 LARGE_TEXT = 2.0
 """Training tokens per parameter from which a text counts as large."""
 SMALL_TEXT = 0.2
@@ -107,10 +109,10 @@ def with_evaluations(config: RunConfig, n_train_tokens: int, n_val_tokens: int) 
 
 
 def watch(run: Run) -> None:
-    """Have a run average its weights, stop early and keep its best weights, as its config says."""
+    """Have a run average its weights and stop early, as its config says."""
     if run.config.training.average:
         run.average = WeightAverage(run.model, run.config.training.average)
-    run.early_stop, run.best = EarlyStop(), BestWeights(run)
+    run.early_stop = EarlyStop()
 
 
 _SHARE_OF_LATEST = 8
@@ -133,6 +135,8 @@ class WeightAverage:
         self._decay = decay
         self.tensors = {p: p.detach().clone() for p in model.parameters()}
         """Average of each parameter, sharded as the parameter is."""
+        self.is_in_model = False
+        """Whether the model has the average now, and ``tensors`` its own weights."""
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -157,6 +161,7 @@ class WeightAverage:
             kept = weight.clone()
             weight.copy_(average)
             average.copy_(kept)
+        self.is_in_model = not self.is_in_model
 
     def _local(self) -> tuple[list[Tensor], list[Tensor]]:
         averages = [to_local(average) for average in self.tensors.values()]
@@ -214,39 +219,72 @@ class EarlyStop:
         return EarlyStopEvent(run.step, self.best_step, run.epochs(run.step - self.best_step))
 
 
-class BestWeights:
-    """The weights of the lowest validation loss since the last checkpoint, in memory."""
+class KeptCheckpoints(Checkpoints):
+    """Evaluates the averaged weights too, and saves the best weights between two checkpoints.
 
-    def __init__(self, run: Run) -> None:
-        self._run = run
-        self.loss = math.inf
-        """Lowest validation loss of a checkpoint, or of the weights kept."""
+    The weights of the lowest validation loss since the last checkpoint are kept in memory.
+    """
+
+    def __init__(self, run: Run, metrics: Metrics) -> None:
+        super().__init__(run, metrics)
+        best = run.folder.best() if run.saved_step is not None else None
+        loss = best.facts.get("val_loss") if best else None
+        self._lowest = run.world.broadcast(loss if isinstance(loss, float) else math.inf)
         self._kept: tuple[EvalEvent, dict[str, Tensor]] | None = None
         """An evaluation, and its weights, which only rank 0 has."""
 
-    def keep(self, evaluation: EvalEvent, weights: AbstractContextManager[None]) -> None:
-        """Keep the weights of an evaluation if they are best. Args: weights, puts them in place."""
-        run = self._run
-        if evaluation.val_loss >= self.loss:
-            return
-        self.loss = evaluation.val_loss
-        with weights:
-            gathered = run.world.gather(run.model.state_dict().items())
-            copies = {name: w.detach().to("cpu", copy=True) for name, w in gathered.items()}
-        self._kept = evaluation, copies
+    def evaluate(self) -> EvalEvent:
+        """Compute the validation loss of the weights, or of their average if it is lower.
 
-    def save(self, write: Write, latest: EvalEvent | None = None) -> SaveEvent | None:
+        Between checkpoints, the weights are kept if they are best.
+        """
+        run, config = self._run, self._run.config.training
+        event = super().evaluate()
+        if run.average:
+            started = time.perf_counter()
+            with run.average.in_model():
+                averaged = self.validation()
+            loss, bits = averaged.nats_per_token, averaged.bits_per_byte
+            if loss < event.val_loss:
+                event = replace(event, val_loss=loss, bits_per_byte=bits, is_averaged=True)
+            event = replace(event, eval_s=event.eval_s + time.perf_counter() - started)
+        self._evaluation = event
+        is_due_now = is_due(run.step, config.eval_every)
+        if is_due_now or is_due(run.step, config.save_every):
+            run.early_stop.add(run.step, event.val_loss)
+        if is_due_now and run.step and run.progress < 1 and event.val_loss < self._lowest:
+            self._lowest = event.val_loss
+            with self._weights_of(event):
+                gathered = run.world.gather(run.model.state_dict().items())
+                copies = {name: w.detach().to("cpu", copy=True) for name, w in gathered.items()}
+            self._kept = event, copies
+        return event
+
+    def save(self, evaluation: EvalEvent | None) -> Iterator[SaveEvent]:
+        """Save the best weights since the last checkpoint, and a checkpoint."""
+        # Before the latest checkpoint: if it is not written, resuming finds this step again.
+        yield from self._save_kept(evaluation)
+        with self._weights_of(evaluation):
+            saved = list(super().save(evaluation))
+        yield from saved
+
+    def rescue(self) -> None:
+        """Save the best weights if possible, as the run fails and has another error to report."""
+        with suppress(MinigptError, OSError):
+            self._save_kept(None)
+
+    def _save_kept(self, latest: EvalEvent | None) -> list[SaveEvent]:
         """Save what is kept, unless the latest evaluation, whose checkpoint follows, is as good."""
         run, kept = self._run, self._kept
         self._kept = None
-        if latest and latest.val_loss < self.loss:
-            self.loss, kept = latest.val_loss, None
+        if latest and latest.val_loss < self._lowest:
+            self._lowest, kept = latest.val_loss, None
         if not kept or (latest and kept[0].step == run.step) or run.world.rank:
-            return None
+            return []
         config = run.config.model
-        return write(model_class(config).from_tensors(config, kept[1]), kept[0])
+        return [self._write(model_class(config).from_tensors(config, kept[1]), kept[0])]
 
-    def rescue(self, write: Write) -> None:
-        """Save what is kept if possible, as the run fails and has another error to report."""
-        with suppress(MinigptError, OSError):
-            self.save(write)
+    def _weights_of(self, evaluation: EvalEvent | None) -> AbstractContextManager[None]:
+        """Return the context in which the model has the weights of an evaluation at this step."""
+        is_averaged = evaluation is not None and evaluation.is_averaged
+        return self._run.average.in_model() if is_averaged else nullcontext()

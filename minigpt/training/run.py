@@ -99,8 +99,6 @@ class Run:
         """Moving average of the weights, an ``overfitting.WeightAverage``. None without one."""
         self.early_stop: Any = None
         """End of the run without progress, an ``overfitting.EarlyStop``."""
-        self.best: Any = None
-        """Best weights since the last checkpoint, an ``overfitting.BestWeights``."""
         find = ring if training.average or training.patience else find_ring
         if overfitting := find("training.overfitting"):
             overfitting.watch(self)

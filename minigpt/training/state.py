@@ -5,7 +5,6 @@ saved.
 """
 
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -123,17 +122,17 @@ def computed_on(world: World, dtype: torch.dtype, *, is_compiled: bool = False) 
     return f"{ranks}{name}, {shards}{precision}, torch {torch.__version__}"
 
 
-def training_tensors(run: Run, *, is_exchanged: bool = False) -> Iterator[tuple[str, Tensor]]:
+def training_tensors(run: Run) -> Iterator[tuple[str, Tensor]]:
     """Yield the optimizers' tensors with names like ``blocks.0.mlp.up.weight/exp_avg``.
 
-    The average of the weights is ``.../average``. If it is in the model at the moment
-    (is_exchanged), the step's own weights are yielded instead, as ``.../step_weight``.
+    The average of the weights is ``.../average``. While it is in the model, the step's own weights
+    are yielded instead, as ``.../step_weight``.
     """
     for name, optimizer, parameter in _optimized(run.model, run.optimizers):
         for key, tensor in optimizer.state[parameter].items():
             yield f"{name}/{key}", tensor
         if run.average:
-            key = _STEP_KEY if is_exchanged else _AVERAGE_KEY
+            key = _STEP_KEY if run.average.is_in_model else _AVERAGE_KEY
             yield f"{name}/{key}", run.average.tensors[parameter]
 
 
@@ -175,11 +174,7 @@ def restore(run: Run, folder: Path) -> None:
     now = computed_on(run.world, run.dtype, is_compiled=run.is_compiled)
     if state.computed_on not in ("", now):
         run.moved_from = state.computed_on
-    best = run.folder.best()
-    best_loss = best.facts.get("val_loss") if best else None
-    best_loss = run.world.broadcast(best_loss if isinstance(best_loss, float) else math.inf)
     if run.early_stop:
-        run.best.loss = best_loss
         run.early_stop.best_step = state.lowest.step
         run.early_stop.val_loss = state.lowest.val_loss
         run.early_stop.evaluated_step = state.step

@@ -61,8 +61,9 @@ class Trainer(Run):
         self.skipping: Any = None
         if self.config.training.on_nan == "skip":
             self.skipping = ring("training.skipping").Skipping(self, self.metrics)
-        self.checkpoints = Checkpoints(self, self.metrics)
-        self.metrics.before_divergence = self.checkpoints.save_best
+        kept = find_ring("training.overfitting")
+        self.checkpoints = (kept.KeptCheckpoints if kept else Checkpoints)(self, self.metrics)
+        self.metrics.before_divergence = self.checkpoints.rescue
 
     def run(self) -> Iterator[Event]:
         """Train until the budget is used or a stop is requested, then save.
@@ -74,7 +75,7 @@ class Trainer(Run):
         try:
             yield from self._run()
         except Exception:
-            self.checkpoints.save_best()
+            self.checkpoints.rescue()
             raise
 
     def _run(self) -> Iterator[Event]:
@@ -90,7 +91,7 @@ class Trainer(Run):
             elif is_last or is_due(self.step, config.log_every):
                 yield self.metrics.step_event()
             if is_due(self.step, config.eval_every) and not is_last and len(self.val_tokens):
-                yield self.checkpoints.evaluate_and_keep()
+                yield self.checkpoints.evaluate()
             if is_due(self.step, config.save_every) and not is_last:
                 yield from self.checkpoints.evaluate_and_save()
             if is_due(self.step, config.sample_every) or (config.sample_every and is_last):

@@ -2,7 +2,9 @@
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from minigpt.checkpoint.families import OWN_TYPE
 from minigpt.checkpoint.tools.hub import is_hub_name
@@ -41,6 +43,19 @@ _LIMITS = """\
 It continues text in the manner of the text that it was trained on, with whatever is wrong or unfair
 in that. It follows no instructions, states what is false as readily as what is true, and may repeat
 its training text word for word. It was measured by the losses above and by nothing else."""
+
+
+def write_card(folder: Path, run: Any, step: int, losses: Mapping[str, float]) -> None:
+    """Write the README.md of a checkpoint. Args: run, the ``training.run.Run``."""
+    card = model_card(
+        run.config,
+        name=run.folder.path.name,
+        step=step,
+        n_train_tokens=len(run.train_tokens),
+        val_split=run.data.manifest.val_split,
+        **losses,
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def model_card(
