@@ -157,7 +157,7 @@ def read_model(
     exact = folder / STATE_FOLDER
     has_exact = is_exact and os.path.lexists(exact / WEIGHTS)
     stored = weights.stored_tensors(config, exact if has_exact else folder)
-    tensors = weights.LazyTensors(stored, dtype)
+    tensors = weights.LazyTensors(stored)
     tokenizer = read_vocabulary(folder, config.vocab_size)
     reader = make_reader(config) if make_reader else None
     ours = weights.tensors_from_hf(config, tensors, device=device, dtype=dtype, place=reader)

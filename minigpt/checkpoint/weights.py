@@ -136,16 +136,11 @@ class StoredTensor:
 class LazyTensors(Mapping[str, Tensor]):
     """Tensors by canonical name, each read from its file when it is asked for."""
 
-    def __init__(
-        self, stored: Mapping[str, StoredTensor], dtype: torch.dtype | None = None
-    ) -> None:
-        """Args: dtype, to convert tensors of a wider one to, before they are copied elsewhere."""
-        self._stored, self._dtype = stored, dtype
+    def __init__(self, stored: Mapping[str, StoredTensor]) -> None:
+        self._stored = stored
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor = self._stored[name].read()
-        is_wider = self._dtype is not None and tensor.itemsize > self._dtype.itemsize
-        return tensor.to(self._dtype) if is_wider else tensor
+        return self._stored[name].read()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._stored)

@@ -194,6 +194,20 @@ def test_int8_raises_where_it_is_not_available(monkeypatch: pytest.MonkeyPatch) 
         quantize_int8(model)
 
 
+def test_a_large_weight_is_rounded_in_parts_with_the_bits_of_one_conversion() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(1000, 12_000).t()  # not contiguous, as GPT-2's are stored
+    with LiveBytes() as live:
+        layer = quantize.to_int8(weight, None, dtype=torch.bfloat16)
+    at_once = quantize.to_int8(weight.bfloat16().contiguous(), None)
+    assert torch.equal(layer.weight, at_once.weight)
+    assert layer.scale is not None
+    assert at_once.scale is not None
+    assert torch.equal(layer.scale, at_once.scale)
+    assert torch.equal(layer.scale, (weight.bfloat16().abs().amax(1).float() / 127).bfloat16())
+    assert live.peak - weight.nbytes < 2 * layer.weight.nbytes  # no wider copy of the whole
+
+
 def test_quantizing_releases_each_block_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_model(n_layer=4)
     weights = [weakref.ref(m.weight) for m in model.modules() if isinstance(m, nn.Linear)]

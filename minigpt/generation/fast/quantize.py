@@ -20,6 +20,7 @@ from minigpt.model.language_model import LanguageModel
 
 _MAX_INT8 = 127  # symmetric, so that zero is exact
 _ROWS_AT_ONCE = 4096
+_VALUES_AT_ONCE = 2**20  # to round: a copy of a large embedding would set the peak memory
 _CACHED_ROWS = 128  # whose float32 copy stays in the cache: GPT-2's logits in a quarter of the time
 
 
@@ -193,18 +194,29 @@ def put_embedding(model: LanguageModel, embedding: WeightOnlyLinear) -> None:
     setattr(model, "embedding", WeightOnlyEmbedding(embedding))  # noqa: B010  another type
 
 
-def to_int8(weight: Tensor, bias: Tensor | None) -> WeightOnlyLinear:
+def to_int8(
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> WeightOnlyLinear:
+    """Return a layer with a weight (O, I) in int8.
+
+    Args: device and dtype, to convert the weight to before it is rounded, None to leave it.
+    """
+    device, dtype = device or weight.device, dtype or weight.dtype
+    steps = torch.empty(weight.shape, dtype=torch.int8, device=device)
+    scale = torch.empty(len(weight), dtype=dtype, device=device)
     if weight.is_meta:  # where a norm would import the compiler, 80 MB of memory
-        steps = weight.new_empty(weight.shape, dtype=torch.int8)
-        scale = weight.new_empty(len(weight))
-        return WeightOnlyLinear(steps, bias, scale, dtype=weight.dtype)
-    largest = torch.linalg.vector_norm(weight, torch.inf, dim=1, dtype=torch.float32)
-    largest.clamp_(min=torch.finfo(torch.float32).tiny)
-    scale = (largest / _MAX_INT8).to(weight.dtype)  # round with the scale as it is stored
-    steps = torch.empty_like(weight, dtype=torch.int8)
-    # In parts: of a large embedding, a temporary copy would set the peak memory.
-    for part in torch.arange(len(weight)).split(_ROWS_AT_ONCE):
-        rows = slice(int(part[0]), int(part[-1]) + 1)
-        exact = weight[rows] / scale[rows].float()[:, None]
-        steps[rows] = exact.round_().clamp_(-_MAX_INT8, _MAX_INT8)
-    return WeightOnlyLinear(steps, bias, scale, dtype=weight.dtype)
+        return WeightOnlyLinear(steps, bias, scale, dtype=dtype)
+    n_rows = max(1, _VALUES_AT_ONCE // weight.shape[1])
+    parts = (tensor.split(n_rows) for tensor in (weight, steps, scale))
+    for rows, rounded, unit in zip(*parts, strict=True):
+        exact = rows.to(device, dtype)
+        largest = torch.linalg.vector_norm(exact, torch.inf, dim=1, dtype=torch.float32)
+        largest.clamp_(min=torch.finfo(torch.float32).tiny)
+        unit.copy_(largest / _MAX_INT8)  # round with the scale as it is stored
+        exact = exact / unit.float()[:, None]
+        rounded.copy_(exact.round_().clamp_(-_MAX_INT8, _MAX_INT8))
+    return WeightOnlyLinear(steps, bias, scale, dtype=dtype)

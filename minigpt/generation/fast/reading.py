@@ -26,7 +26,7 @@ from minigpt.generation.fast.quantize import (
 from minigpt.model.gpt import GPT
 from minigpt.model.language_model import LanguageModel, model_class
 
-_MMAP_THRESHOLD = 2**20
+_MMAP_THRESHOLD = 2**18
 _LARGEST_MMAP_THRESHOLD = 2**25  # glibc's own, which it raises the threshold to
 
 
@@ -72,16 +72,16 @@ class WeightReader:
         layer, _, kind = name.rpartition(".")
         if kind != "weight" or layer not in self._groups:
             return placed(tensor, self._device, self._activations)
-        if self._joins:  # which copies it anyway
-            weight = tensor.to(self._device, self._dtype)
-        else:
-            weight = placed(tensor, self._device, self._dtype)
         if self._quantizes:
-            self._layers[layer] = to_int8(weight, None)
-        elif self._is_apart:
-            self._layers[layer] = WeightOnlyLinear(weight, dtype=self._activations)
+            kept = to_int8(tensor, None, device=self._device, dtype=self._dtype)
+            self._layers[layer] = kept
         else:
-            self._layers[layer] = nn.Embedding.from_pretrained(weight)  # holds it
+            place = Tensor.to if self._joins else placed  # joining copies it anyway
+            weight = place(tensor, self._device, self._dtype)
+            if self._is_apart:
+                self._layers[layer] = WeightOnlyLinear(weight, dtype=self._activations)
+            else:
+                self._layers[layer] = nn.Embedding.from_pretrained(weight)  # holds it
         self._last = layer
         placeholder = torch.empty(1, device=self._device, dtype=self._activations)
         return placeholder.expand(tensor.shape)
