@@ -202,7 +202,7 @@ class ModelConfig:
         if self.arch != "gpt" or self.attention != "scaled_dot":
             return "minigpt"
         if self.family == "gpt2":
-            return "gpt2"
+            return "gpt2" if has_family("gpt2") else "minigpt"
         return "qwen3" if self.qk_norm else "qwen2" if self.attention_bias == "qkv" else "llama"
 
     def _check_layout(self) -> None:
