@@ -6,7 +6,6 @@ Shapes: S positions in view.
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -18,7 +17,6 @@ from minigpt.generation.decoder import FinishReason
 
 if TYPE_CHECKING:
     from minigpt.intervention_config import InterventionConfig
-    from minigpt.tracing.findings import HeadRows
 
 
 @dataclass(frozen=True)
@@ -47,51 +45,24 @@ _ROUNDING = 1e-6
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """The attention of one query by one measure, reduced over the chosen heads."""
+    """The attention of one query, as the mean over heads."""
 
-    measure: str
-    """Name of the measure; weight for attention weights."""
     total: float
-    """Sum of the row; 1 unless the reduction is max."""
+    """Sum of the row."""
     sink: float
     """Weight on the sink, attended to when nothing is relevant (Xiao et al. 2023,
     arXiv:2309.17453)."""
-    own: float
-    """Weight on the query's own position."""
-    prompt: float
-    """Weight on the prompt, including the sink."""
-    generated: float
-    """Weight on generated tokens."""
     entropy: float
-    """Entropy in bits, in [0, log2 S]; of the magnitudes, if the measure is signed."""
-    distance: float
-    """Mean distance from the query to the positions, in tokens, weighted as the entropy."""
+    """Entropy in bits, in [0, log2 S]."""
     sources: tuple[Source, ...]
-    """Positions with the largest weights by magnitude, except the sink, in descending order."""
+    """Positions with the largest weights, except the sink, in descending order."""
     weights_S: NDArray[np.float32] = field(repr=False)
     """The whole row."""
-    heads: "HeadRows | None" = field(default=None, repr=False)
-    """Rows of all heads by this measure. None if they were not kept."""
-    whole: float | None = None
-    """What the row and its parts sum to, such as the token's logit. None if there is no sum."""
-    parts: Mapping[str, float] = field(default_factory=dict)
-    """Parts of the total that come from no position of the row, such as that of the MLPs."""
-    is_signed: bool = False
-    """Whether its numbers may be negative."""
-
-    @property
-    def sums_to_one(self) -> bool:
-        """Whether the row sums to 1."""
-        return not self.is_signed and abs(self.total - 1) < 1e-3
 
     @property
     def rest(self) -> float | None:
-        """Weight on all but the sink and the sources; None for shares that need not sum to 1."""
+        """Weight on all but the sink and the sources."""
         rest = self.total - self.sink - sum(source.weight for source in self.sources)
-        if self.is_signed:
-            return rest
-        if not self.sums_to_one:
-            return None
         return rest if rest > _ROUNDING else 0.0
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from minigpt.tracing.analysis_config import facts_of
-from minigpt.tracing.events import Row, Source, Token
+from minigpt.tracing.events import Source, Token
 from minigpt.tracing.findings import (
     CONVENTION,
     Alternative,
@@ -26,6 +26,7 @@ from minigpt.tracing.findings import (
     HeadWorking,
     Kept,
     Lens,
+    Row,
     TraceEvent,
     TraceFooter,
     TraceHeader,

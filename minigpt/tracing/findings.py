@@ -181,6 +181,42 @@ class HeadRows:
         return cls(**{name: x.reshape(*shape, *x.shape[1:]) for name, x in rows.items()})
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Row(events.Row):
+    """The attention of one query by one measure, reduced over the chosen heads."""
+
+    measure: str
+    """Name of the measure; weight for attention weights."""
+    own: float
+    """Weight on the query's own position."""
+    prompt: float
+    """Weight on the prompt, including the sink."""
+    generated: float
+    """Weight on generated tokens."""
+    distance: float
+    """Mean distance from the query to the positions, in tokens, weighted as the entropy."""
+    heads: HeadRows | None = field(default=None, repr=False)
+    """Rows of all heads by this measure. None if they were not kept."""
+    whole: float | None = None
+    """What the row and its parts sum to, such as the token's logit. None if there is no sum."""
+    parts: Mapping[str, float] = field(default_factory=dict)
+    """Parts of the total that come from no position of the row, such as that of the MLPs."""
+    is_signed: bool = False
+    """Whether its numbers may be negative. Entropy and order are then those of the magnitudes."""
+
+    @property
+    def sums_to_one(self) -> bool:
+        """Whether the row sums to 1."""
+        return not self.is_signed and abs(self.total - 1) < 1e-3
+
+    @property
+    def rest(self) -> float | None:
+        """Weight on all but the sink and the sources; None for shares that need not sum to 1."""
+        if self.is_signed:
+            return self.total - self.sink - sum(source.weight for source in self.sources)
+        return super().rest if self.sums_to_one else None
+
+
 @dataclass(frozen=True)
 class TraceHeader(events.TraceHeader):
     """The model, the settings and the prompt of a trace."""
@@ -214,6 +250,8 @@ class TraceHeader(events.TraceHeader):
 class TraceStep(events.TraceStep):
     """One token, generated or of the prompt, and what explains it."""
 
+    rows: tuple[Row, ...]
+    """One row per measure, in the order of the header."""
     candidates: tuple[Candidate, ...] = ()
     """Most probable tokens at this step, in descending order. Empty if they were not kept."""
     effects: tuple[Effect, ...] = ()
@@ -226,6 +264,11 @@ class TraceStep(events.TraceStep):
     out."""
     kept: Kept | None = None
     """Prediction from the sources and the sink alone. None unless sources are knocked out."""
+
+    @property
+    def row(self) -> Row:
+        """The row of the first measure."""
+        return self.rows[0]
 
     @property
     def has_lines_below(self) -> bool:  # type: ignore[override]

@@ -67,18 +67,3 @@ class RowRecorder:
     def weights_LHS(self) -> Tensor:
         """Attention weights of the last pass, float32, on the model's device; rows sum to 1."""
         return self.attention.weights_LBHS[:, 0]
-
-
-class PassQueue:
-    """A recorder that holds forward passes back from another one."""
-
-    def __init__(self, recorder: RowRecorder) -> None:
-        self.needs_queries, self.needs_residual = recorder.needs_queries, recorder.needs_residual
-        self._passes: list[AttentionPass] = []
-        self.record = self._passes.append
-
-    def take(self) -> list[AttentionPass]:
-        """Return the passes since the last call, in order."""
-        passes = self._passes.copy()
-        self._passes.clear()
-        return passes

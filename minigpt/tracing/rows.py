@@ -1,4 +1,4 @@
-"""Rows of attention, summarized in a few numbers.
+"""Rows of attention, summarized in a few numbers with a single copy from the device.
 
 Shapes: S positions in view, R rows, K sources.
 """
@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minigpt.rings import ring
-from minigpt.tracing.events import Row, Source, Token
+from minigpt.tracing.events import Source, Token
+from minigpt.tracing.findings import HeadRows, Row
 
 _LEAST = 1e-30
 _N_SUMS = 10
@@ -54,7 +54,7 @@ class RowReader:
             heads = None
             if has_heads:
                 of_step = {name: values[i] for name, values in facts.items()}
-                heads = ring("tracing.findings").HeadRows.of(of_step, n_layer)
+                heads = HeadRows.of(of_step, n_layer)
             row = Row(
                 measure=measure,
                 is_signed=is_signed,

@@ -1,7 +1,9 @@
 """Tracing: generation that yields, with each token, the earlier tokens it attended to."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,24 +13,18 @@ from minigpt.config import SamplingConfig
 from minigpt.errors import ConfigError
 from minigpt.generation.decoder import Decoder, FinishReason
 from minigpt.generation.stream import TextStep, stream_text
-from minigpt.model.attention import AttentionPass
-from minigpt.model.cache import KVCache
+from minigpt.model.attention import Recorder
 from minigpt.model.language_model import LanguageModel
 from minigpt.rings import find_ring, ring
 from minigpt.text.tokenizer import Tokenizer
 from minigpt.tracing import events
 from minigpt.tracing.config import N_SOURCES, TraceConfig, config_class
-from minigpt.tracing.events import Row, Token, TraceEvent, TraceHeader, TraceStep
-from minigpt.tracing.recorder import PassQueue, RowRecorder
-from minigpt.tracing.rows import RowReader
+from minigpt.tracing.events import Row, Source, Token, TraceEvent, TraceHeader, TraceStep
+from minigpt.tracing.recorder import RowRecorder
 
 if TYPE_CHECKING:
     from minigpt.intervention_config import InterventionConfig
 
-Held = tuple[TextStep, Sequence[AttentionPass]]
-"""A generated token, and the forward passes since the one before it."""
-_BURST_S = 0.04
-"""Time for which generated tokens are collected to be observed together; nobody notices it."""
 RECORDS: Any = find_ring("tracing.findings") or events
 """Module of the records of a trace: those of the analysis, if it is there."""
 
@@ -51,9 +47,8 @@ def trace(
     """Generate as ``Decoder`` does, and yield a header, a step per token, and a footer.
 
     The tokens are the same as without a trace. If no token is to be generated, the steps are those
-    of the prompt's own tokens. Those of a fast model come several at a time, but no later than
-    ``_BURST_S`` or when decoding ends or fails. A KeyboardInterrupt after the header, here or
-    thrown into this generator, ends the trace with a footer.
+    of the prompt's own tokens. A KeyboardInterrupt after the header, here or thrown into this
+    generator, ends the trace with a footer.
 
     Args: forced, the token ids of ``sampling.force``; intervention, that of ``model``, for the
         header; special, whether special tokens in ``config.against`` are parsed; dense, called with
@@ -68,25 +63,21 @@ def trace(
             "overflow slide would recompute rows that were already traced. Trace at most one "
             "context window, or generate without a trace."
         )
-    if config.is_plain and sampling.max_new_tokens:
-        observer = AttentionObserver(model, config, len(prompt), sampling)
-    else:
-        observer = ring("tracing.analysis.observer").AnalysisObserver(
-            model, config, len(prompt), sampling, tokenizer=tokenizer, special=special
-        )
+    make_observer: Callable[..., AttentionObserver] = AttentionObserver
+    find = find_ring if sampling.max_new_tokens and dense is None else ring
+    if observers := find("tracing.observers"):
+        make_observer = partial(observers.make_observer, special=special, dense=dense)
+    observer = make_observer(model, config, len(prompt), sampling, tokenizer)
     sampling = observer.sampling
     tokens = [Token(i, token, tokenizer.token_bytes(token)) for i, token in enumerate(prompt)]
     started = time.perf_counter()
-    queue = PassQueue(observer.recorder)
     decoder = Decoder(
         model,
         prompt,
-        queue,
+        observer.watcher,
         max_new_tokens=sampling.max_new_tokens,
         compiles=compiles,
     )
-    for attention in queue.take():
-        observer.recorder.record(attention)
     yield observer.header(
         model=model_name,
         kernel=_kernel(model, is_compiled=decoder.forward.is_compiled),
@@ -96,53 +87,15 @@ def trace(
         intervention=intervention,
     )
     end_of_text = tokenizer.end_of_text_ids
-    steps = decoder.generate(sampling, seed=seed, end_of_text=end_of_text, forced=forced)
-    items = observer.items(decoder, stream_text(steps, tokenizer, sampling.stop))
-
-    def observed() -> Iterator[tuple[Held, dict[str, Any]]]:
-        burst: list[Held] = []
-        due = 0.0  # the first token is shown at once
-        while True:
-            try:
-                item = next(items, None)
-            except BaseException:  # Ctrl-C, or NaN: what was decoded before is shown
-                if burst:
-                    yield from zip(burst, observer.observe(burst, tokens), strict=True)
-                raise
-            if item is None:
-                return
-            burst.append((item, queue.take()))
-            step = item.step
-            if step.position == len(tokens):
-                tokens.append(Token(step.position, step.token, tokenizer.token_bytes(step.token)))
-            is_new = step.position >= len(prompt)  # else the cache is about to be overwritten
-            may_wait = decoder.forward.keeps_passes and is_new and not step.finish and not dense
-            if not may_wait or time.perf_counter() > due:
-                yield from zip(burst, observer.observe(burst, tokens), strict=True)
-                burst, due = [], time.perf_counter() + _BURST_S
-
-    def traced() -> Iterator[TraceStep]:
-        for index, ((item, _), found) in enumerate(observed()):
-            step = item.step
-            if dense is not None:
-                dense(observer.recorder.weights_LHS)
-            yield RECORDS.TraceStep(
-                index=index,
-                token=tokens[step.position],
-                log_probability=step.log_probability,
-                text=item.text,
-                finish=step.finish,
-                is_given=step.is_forced,
-                **found,
-            )
-
+    generated = decoder.generate(sampling, seed=seed, end_of_text=end_of_text, forced=forced)
+    items = stream_text(generated, tokenizer, sampling.stop)
     finish: FinishReason | None = None if sampling.max_new_tokens else "length"
     n_generated = 0
     try:
-        for done in observer.verified(traced(), tokens, decoder.cache):
-            if done.token.position >= len(prompt):
-                finish, n_generated = done.finish, n_generated + 1
-            yield done
+        for step in observer.steps(items, tokens, decoder):
+            if step.token.position >= len(prompt):
+                finish, n_generated = step.finish, n_generated + 1
+            yield step
     except KeyboardInterrupt:
         finish = None
     seconds = time.perf_counter() - started
@@ -160,20 +113,23 @@ def _kernel(model: LanguageModel, *, is_compiled: bool) -> str:
 class AttentionObserver:
     """Turns the attention of each forward pass into a row of a trace, and checks it."""
 
-    sink = 0
-    """Position of the sink, which sources do not include."""
-
     def __init__(
-        self, model: LanguageModel, config: TraceConfig, n_prompt: int, sampling: SamplingConfig
+        self,
+        model: LanguageModel,
+        config: TraceConfig,
+        n_prompt: int,
+        sampling: SamplingConfig,
+        tokenizer: Tokenizer,
     ) -> None:
-        """Prepare to observe passes of a model; ``recorder`` must be given to all of them.
+        """Prepare to observe the passes that ``watcher`` gets from a decoder.
 
         Raises: ConfigError if the model cannot be traced with this config.
         """
         self.recorder = RowRecorder(model)
+        self.watcher: Recorder = self.recorder
         self.model, self.config = model, config
-        self.n_prompt, self.sampling = n_prompt, sampling
-        self.reader: RowReader
+        self.n_prompt, self.sampling, self.tokenizer = n_prompt, sampling, tokenizer
+        self.n_sources = N_SOURCES if config.n_sources is None else config.n_sources
         self._sum_error: float | None = None
         self._product_error: Tensor | None = None
 
@@ -182,9 +138,7 @@ class AttentionObserver:
 
         Args: facts, the fields of the header that do not follow from the model.
         """
-        shape, n_sources = self.model.config, self.config.n_sources
-        n_sources = N_SOURCES if n_sources is None else n_sources
-        self.reader = RowReader(sink=self.sink, n_prompt=self.n_prompt, n_sources=n_sources)
+        shape = self.model.config
         header: TraceHeader = RECORDS.TraceHeader(
             n_layer=shape.n_attention_layer,
             n_head=shape.n_head,
@@ -197,46 +151,64 @@ class AttentionObserver:
         )
         return header
 
-    def items(self, decoder: Decoder, generated: Iterator[TextStep]) -> Iterator[TextStep]:
-        """Return the steps to observe, given those that are generated."""
-        return generated
+    def steps(
+        self, items: Iterator[TextStep], tokens: list[Token], decoder: Decoder
+    ) -> Iterator[TraceStep]:
+        """Yield a step for each generated token.
 
-    def record(self, passes: Sequence[AttentionPass]) -> None:
-        """Hand passes to the recorder, and take the error of the last one into account."""
-        for attention in passes:
-            self.recorder.record(attention)
+        Args: tokens, those of the prompt, to which the generated ones are added.
+        """
+        for index, (item, found) in enumerate(self.observed(items, tokens, decoder)):
+            step = item.step
+            yield RECORDS.TraceStep(
+                index=index,
+                token=tokens[step.position],
+                log_probability=step.log_probability,
+                text=item.text,
+                finish=step.finish,
+                is_given=step.is_forced,
+                **found,
+            )
+
+    def observed(
+        self, items: Iterator[TextStep], tokens: list[Token], decoder: Decoder
+    ) -> Iterator[tuple[TextStep, dict[str, Any]]]:
+        """Yield each generated token with the fields of its step that its attention gives."""
+        for item in items:
+            self.add_token(item, tokens)
+            self.check_product()
+            row = self._row(tokens)
+            self.check_sums([row])
+            yield item, {"rows": (row,)}
+
+    def add_token(self, item: TextStep, tokens: list[Token]) -> None:
+        """Add a generated token to those of the text."""
+        step = item.step
+        tokens.append(Token(step.position, step.token, self.tokenizer.token_bytes(step.token)))
+
+    @torch.inference_mode()
+    def _row(self, tokens: Sequence[Token]) -> Row:
+        """Return the mean over all heads of the rows of the last pass."""
+        row_S = self.recorder.weights_LHS.flatten(0, 1).mean(dim=0).cpu()
+        top = row_S[1:].topk(min(self.n_sources, len(row_S) - 1))  # position 0 is the sink
+        largest = zip((top.indices + 1).tolist(), top.values.tolist(), strict=True)
+        return Row(
+            total=row_S.sum().item(),
+            sink=row_S[0].item(),
+            entropy=torch.special.entr(row_S).sum().item() / math.log(2),
+            sources=tuple(Source(tokens[position], weight) for position, weight in largest),
+            weights_S=row_S.numpy(),
+        )
+
+    def check_product(self) -> None:
+        """Take the error of the last pass's product of weights and values into account."""
         error, so_far = self.recorder.product_error, self._product_error
         if error is not None:
             self._product_error = error if so_far is None else torch.maximum(so_far, error)
 
-    @torch.inference_mode()
-    def observe(self, burst: Sequence[Held], tokens: Sequence[Token]) -> list[dict[str, Any]]:
-        """Return the fields of each step that its attention gives.
-
-        Args: tokens, at least those in view.
-
-        Each kind of work is done for all steps before the next kind, because code that is not in
-        the CPU's caches takes three times as long.
-        """
-        rows_N1S = []
-        for _, passes in burst:
-            self.record(passes)
-            rows_N1S.append(self.recorder.weights_LHS.flatten(0, 1).mean(dim=0, keepdim=True))
-        return [{"rows": (row,)} for row in self.checked(self.reader.rows(rows_N1S, tokens))]
-
-    def checked(self, rows: list[Row]) -> list[Row]:
+    def check_sums(self, rows: Sequence[Row]) -> None:
         """Take the error of the sums of rows, which should be 1, into account."""
         self._sum_error = max([self._sum_error or 0.0, *(abs(row.total - 1) for row in rows)])
-        return rows
-
-    def verified(
-        self, steps: Iterator[TraceStep], tokens: Sequence[Token], cache: KVCache
-    ) -> Iterator[TraceStep]:
-        """Yield steps with the effects of knockouts, if there are any.
-
-        Args: tokens, at least those in view of the newest step's query.
-        """
-        return steps
 
     def results(self, tokens: Sequence[Token]) -> dict[str, Any]:
         """Return the fields of the footer that hold results. Args: tokens, those of the text."""

@@ -10,8 +10,7 @@ from small_traces import small_trace, with_tokens
 from watched_pages import OpenPage
 
 from minigpt.text.escape import printable
-from minigpt.tracing.events import Row
-from minigpt.tracing.findings import Trace
+from minigpt.tracing.findings import Row, Trace
 
 pytestmark = pytest.mark.browser
 Opened = Callable[..., OpenPage]

@@ -17,8 +17,7 @@ from page_traces import HOSTILE, made_trace
 from watched_pages import OpenPage
 
 from minigpt.text.escape import visible
-from minigpt.tracing.events import Row
-from minigpt.tracing.findings import HeadRows, Trace
+from minigpt.tracing.findings import HeadRows, Row, Trace
 from minigpt.tracing.views.page import to_html
 from minigpt.tracing.wrapping import one_line
 

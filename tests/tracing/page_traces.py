@@ -8,12 +8,13 @@ from numpy.typing import NDArray
 from small_traces import header_of
 
 from minigpt.tracing.analysis_config import Measure, facts_of
-from minigpt.tracing.events import Row, Source, Token
+from minigpt.tracing.events import Source, Token
 from minigpt.tracing.findings import (
     CauseCheck,
     Effect,
     HeadRows,
     Roles,
+    Row,
     Trace,
     TraceFooter,
     TraceHeader,

@@ -11,8 +11,8 @@ from small_models import small_model
 from minigpt.config import SamplingConfig
 from minigpt.text.tokenizer import BytesTokenizer
 from minigpt.tracing.analysis_config import AnalysisConfig, facts_of
-from minigpt.tracing.events import Row, Source, Token
-from minigpt.tracing.findings import Roles, Trace, TraceFooter, TraceHeader, TraceStep
+from minigpt.tracing.events import Source, Token
+from minigpt.tracing.findings import Roles, Row, Trace, TraceFooter, TraceHeader, TraceStep
 from minigpt.tracing.head_lists import select_heads
 from minigpt.tracing.spans import Line
 from minigpt.tracing.tracer import trace

@@ -14,7 +14,7 @@ from minigpt.config import SamplingConfig
 from minigpt.errors import CheckpointError
 from minigpt.generation.decoder import Decoder
 from minigpt.text.tokenizer import BytesTokenizer
-from minigpt.tracing import tracer
+from minigpt.tracing import observers, tracer
 from minigpt.tracing.analysis_config import AnalysisConfig
 from minigpt.tracing.config import TraceConfig
 from minigpt.tracing.events import TraceEvent, TraceFooter, TraceStep
@@ -28,7 +28,7 @@ SAMPLING = SamplingConfig(max_new_tokens=10, temperature=0.8)
 def events_of(
     monkeypatch: pytest.MonkeyPatch, seconds: float, layout: str, **options: Any
 ) -> Iterator[TraceEvent]:
-    monkeypatch.setattr(tracer, "_BURST_S", seconds)
+    monkeypatch.setattr(observers, "_BURST_S", seconds)
     model = small_model(layout, vocab_size=257)
     config = AnalysisConfig(**options) if options else TraceConfig()
     return tracer.trace(model, BytesTokenizer(), PROMPT, SAMPLING, config, seed=3)

@@ -8,8 +8,8 @@ from small_traces import header_of, row_of, small_trace, step_of
 
 from minigpt.errors import DataError
 from minigpt.tracing.analysis.diff import diff_traces
-from minigpt.tracing.events import Row, Token
-from minigpt.tracing.findings import Trace, TraceFooter
+from minigpt.tracing.events import Token
+from minigpt.tracing.findings import Row, Trace, TraceFooter
 
 
 def trace_of(*weights: list[float], log_probability: float = -1.0, sink: int = 0) -> Trace:

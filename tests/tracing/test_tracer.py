@@ -16,7 +16,9 @@ from minigpt.generation.stream import stream_text
 from minigpt.model.cache import KVCache
 from minigpt.model.gpt import GPT
 from minigpt.text.tokenizer import BytesTokenizer
+from minigpt.tracing import events, tracer
 from minigpt.tracing.analysis_config import AnalysisConfig
+from minigpt.tracing.config import TraceConfig
 from minigpt.tracing.findings import TraceEvent, TraceFooter, TraceHeader, TraceStep
 from minigpt.tracing.head_lists import reduce_rows, select_heads
 from minigpt.tracing.recorder import RowRecorder
@@ -270,3 +272,28 @@ def test_an_empty_or_long_prompt_is_a_data_error() -> None:
         events = trace(model_of(), TOKENIZER, prompt, SamplingConfig(), seed=1)
         with pytest.raises(DataError):
             next(events)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_without_rings_a_trace_has_the_same_sources_sink_rest_and_entropy(
+    monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    def steps() -> list[Any]:
+        model = small_model(layout, vocab_size=257)
+        config = TraceConfig(n_sources=3)
+        sampling = SamplingConfig(max_new_tokens=12)
+        events = trace(model, BytesTokenizer(), list(b"to be"), sampling, config, seed=3)
+        return list(events)[1:-1]
+
+    in_bursts = steps()
+    monkeypatch.setattr(tracer, "find_ring", lambda name: None)
+    for plain, step in zip(steps(), in_bursts, strict=True):
+        assert type(plain.row) is events.Row
+        assert plain.token == step.token
+        assert [s.token for s in plain.row.sources] == [s.token for s in step.row.sources]
+        for numbers in (
+            lambda row: [row.sink, row.total, row.rest, row.entropy],
+            lambda row: [source.weight for source in row.sources],
+            lambda row: list(row.weights_S),
+        ):
+            assert numbers(plain.row) == pytest.approx(numbers(step.row), abs=1e-5)

@@ -22,8 +22,7 @@ from minigpt.files import resource_errors, writing_aside
 from minigpt.text.escape import printable
 from minigpt.tracing.analysis.tally import CauseTally
 from minigpt.tracing.analysis_config import AnalysisConfig
-from minigpt.tracing.events import Row
-from minigpt.tracing.findings import Effect, Trace
+from minigpt.tracing.findings import Effect, Row, Trace
 from minigpt.tracing.head_lists import reduce_rows, select_heads
 from minigpt.tracing.rows import RowReader
 

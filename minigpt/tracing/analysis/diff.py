@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minigpt.errors import DataError
-from minigpt.tracing.events import Row, Token
-from minigpt.tracing.findings import Trace
+from minigpt.tracing.events import Token
+from minigpt.tracing.findings import Row, Trace
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ class SignedLayout(_MeasuresLayout):
             (f"{token} {signed(source.weight)}{drawn}", heat(size)),
         ]
 
-    def _right(self, rows: Sequence[Row], sources: Sequence[Source]) -> Line:
+    def _right(self, rows: Sequence[Any], sources: Sequence[Source]) -> Line:
         [row] = rows
         numbers = [row.rest or 0.0]
         if self.has_whole and row.whole is not None:

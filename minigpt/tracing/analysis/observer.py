@@ -26,10 +26,10 @@ from minigpt.tracing.analysis.rollout import Rollout
 from minigpt.tracing.analysis.sink import SinkFinder
 from minigpt.tracing.analysis.workings import explained_heads, head_workings
 from minigpt.tracing.analysis_config import AnalysisConfig, Measure, facts_of
-from minigpt.tracing.events import Row, Token
-from minigpt.tracing.findings import Alternative, Candidate, HeadWorking, TraceStep
+from minigpt.tracing.events import Token
+from minigpt.tracing.findings import Alternative, Candidate, HeadWorking, Row, TraceStep
 from minigpt.tracing.head_lists import HeadSelection, reduce_rows, select_heads
-from minigpt.tracing.tracer import AttentionObserver, Held
+from minigpt.tracing.observers import BurstObserver, Held, PassQueue
 
 
 def find_alternative(tokenizer: Tokenizer, text: str, *, special: bool) -> Alternative:
@@ -49,7 +49,7 @@ _Draft = tuple[Tensor, dict[str, Tensor]]
 """Rows (R, S) of a step, and their whole and its parts, if there are any; on the device."""
 
 
-class AnalysisObserver(AttentionObserver):
+class AnalysisObserver(BurstObserver):
     """Turns forward passes into rows by any measure, with effects, roles and hidden states."""
 
     config: AnalysisConfig
@@ -61,9 +61,10 @@ class AnalysisObserver(AttentionObserver):
         config: AnalysisConfig,
         n_prompt: int,
         sampling: SamplingConfig,
-        *,
         tokenizer: Tokenizer,
+        *,
         special: bool = False,
+        **options: Any,
     ) -> None:
         """Prepare to observe passes of a model; ``recorder`` must be given to all of them.
 
@@ -77,7 +78,7 @@ class AnalysisObserver(AttentionObserver):
         self._against: Alternative | None = None
         if config.against is not None:
             self._against = find_alternative(tokenizer, config.against, special=special)
-        super().__init__(model, config, n_prompt, sampling)
+        super().__init__(model, config, n_prompt, sampling, tokenizer, **options)
         if isinstance(config.sink, int) and config.sink >= max(n_prompt, 1):
             raise ConfigError(
                 f"the sink must be a position of the prompt: it is {config.sink}, and the prompt "
@@ -86,7 +87,6 @@ class AnalysisObserver(AttentionObserver):
         shape = model.config.n_attention_layer, model.config.n_head
         self.selection = select_heads(*shape, layers=config.layers, heads=config.heads)
         require_measures(config)
-        self._tokenizer = tokenizer
         self._verifier = Verifier(model, config) if config.n_verified else None
         self._rollout = self._sink_finder = None
         if config.reduce == "rollout":
@@ -102,6 +102,7 @@ class AnalysisObserver(AttentionObserver):
             config=config,
             needs_residual=config.lens,
         )
+        self.watcher = PassQueue(self.recorder)
         self._explained: HeadSelection | None = None
         if config.explain is not None:
             self._explained = explained_heads(model, config.explain)
@@ -136,7 +137,7 @@ class AnalysisObserver(AttentionObserver):
     @torch.inference_mode()
     def observe(self, burst: Sequence[Held], tokens: Sequence[Token]) -> list[dict[str, Any]]:
         """Return each step's row by each measure, its candidates, and its logit lens."""
-        tokenizer, measures = self._tokenizer, self.config.measures
+        tokenizer, measures = self.tokenizer, self.config.measures
         observed: list[dict[str, Any]] = []
         drafts: list[list[_Draft]] = [[] for _ in measures]
         for item, passes in burst:
@@ -151,7 +152,7 @@ class AnalysisObserver(AttentionObserver):
                 observed[-1]["lens"] = read_lens(self.model, residual_NC, step.token, tokenizer)
         rows = [self._rows(*pair, tokens) for pair in zip(measures, drafts, strict=True)]
         if measures[0] == "weight" and self.config.reduce != "max":
-            self.checked(rows[0])
+            self.check_sums(rows[0])
         return [
             {"rows": of_step, **others}
             for of_step, others in zip(zip(*rows, strict=True), observed, strict=True)

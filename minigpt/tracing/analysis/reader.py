@@ -221,14 +221,14 @@ class _Reader:
             raise ValueError(f"position {position} is not one of {n_view} tokens")
         return _read(events.Source, value, token=self.tokens[position])
 
-    def _row(self, value: dict[str, Any], n_view: int) -> events.Row:
+    def _row(self, value: dict[str, Any], n_view: int) -> findings.Row:
         weights_S = _array(value, "weights")
         if len(weights_S) != n_view or not np.isfinite(weights_S).all():
             raise ValueError(f"weights must be a number for each of {n_view} tokens")
         heads = value["heads"]
         parts = _object(value.get("parts", {}), "parts")
         return _read(
-            events.Row,
+            findings.Row,
             value,
             is_signed=facts_of(value["measure"]).is_signed,
             parts={name[:80]: _checked(parts[name], float, "parts") for name in parts},

@@ -14,8 +14,7 @@ from minigpt.errors import ConfigError
 
 if TYPE_CHECKING:
     from minigpt.tracing.analysis_config import Measure
-    from minigpt.tracing.events import Row
-    from minigpt.tracing.findings import Trace, TraceStep
+    from minigpt.tracing.findings import Row, Trace, TraceStep
 
 FILE_VIEWS = ("page", "pictures")
 """Views that return the bytes of a file; every other one is for a terminal."""

@@ -9,8 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from minigpt.tracing.events import Row
-from minigpt.tracing.findings import Trace
+from minigpt.tracing.findings import Row, Trace
 from minigpt.tracing.spans import Line, cell_len, fit
 from minigpt.tracing.summary import measured
 from minigpt.tracing.views import DEFAULTS, ViewOptions

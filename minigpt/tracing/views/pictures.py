@@ -21,8 +21,8 @@ from matplotlib.patches import Rectangle
 
 from minigpt.figures import our_style, to_bytes
 from minigpt.tracing.analysis_config import facts_of
-from minigpt.tracing.events import Row, Token
-from minigpt.tracing.findings import Trace
+from minigpt.tracing.events import Token
+from minigpt.tracing.findings import Row, Trace
 from minigpt.tracing.spans import cell_len, percent
 from minigpt.tracing.summary import measured
 from minigpt.tracing.views import DEFAULTS, ViewOptions

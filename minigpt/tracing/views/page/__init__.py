@@ -25,9 +25,16 @@ from minigpt.config import SamplingConfig
 from minigpt.text.escape import printable, visible
 from minigpt.text.joined import JoinedTokens
 from minigpt.tracing.analysis_config import KNOCKOUTS, facts_of
-from minigpt.tracing.events import Row
 from minigpt.tracing.file import ROW_NUMBERS, WORKING_ARRAYS
-from minigpt.tracing.findings import CONVENTION, Candidate, Roles, Trace, TraceHeader, TraceStep
+from minigpt.tracing.findings import (
+    CONVENTION,
+    Candidate,
+    Roles,
+    Row,
+    Trace,
+    TraceHeader,
+    TraceStep,
+)
 from minigpt.tracing.summary import footer_lines, measured
 from minigpt.tracing.views import DEFAULTS, ViewOptions
 from minigpt.tracing.wrapping import one_line

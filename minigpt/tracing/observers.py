@@ -1,0 +1,159 @@
+"""Observing a model in bursts, with all numbers of each row."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minigpt.config import SamplingConfig
+from minigpt.generation.decoder import Decoder
+from minigpt.generation.stream import TextStep
+from minigpt.model.attention import AttentionPass
+from minigpt.model.cache import KVCache
+from minigpt.model.language_model import LanguageModel
+from minigpt.rings import ring
+from minigpt.text.tokenizer import Tokenizer
+from minigpt.tracing.config import TraceConfig
+from minigpt.tracing.events import Token, TraceHeader, TraceStep
+from minigpt.tracing.recorder import RowRecorder
+from minigpt.tracing.rows import RowReader
+from minigpt.tracing.tracer import AttentionObserver
+
+Held = tuple[TextStep, Sequence[AttentionPass]]
+"""A generated token, and the forward passes since the one before it."""
+_BURST_S = 0.04
+"""Time for which generated tokens are collected to be observed together; nobody notices it."""
+
+
+def make_observer(
+    model: LanguageModel,
+    config: TraceConfig,
+    n_prompt: int,
+    sampling: SamplingConfig,
+    tokenizer: Tokenizer,
+    **options: Any,
+) -> "BurstObserver":
+    """Return the observer for a config. Args: those of ``BurstObserver``."""
+    make: Callable[..., BurstObserver] = BurstObserver
+    if not (config.is_plain and sampling.max_new_tokens):
+        make = ring("tracing.analysis.observer").AnalysisObserver
+    return make(model, config, n_prompt, sampling, tokenizer, **options)
+
+
+class PassQueue:
+    """A recorder that holds forward passes back from another one."""
+
+    def __init__(self, recorder: RowRecorder) -> None:
+        self.needs_queries, self.needs_residual = recorder.needs_queries, recorder.needs_residual
+        self._passes: list[AttentionPass] = []
+        self.record = self._passes.append
+
+    def take(self) -> list[AttentionPass]:
+        """Return the passes since the last call, in order."""
+        passes = self._passes.copy()
+        self._passes.clear()
+        return passes
+
+
+class BurstObserver(AttentionObserver):
+    """Observes several tokens at a time, where their passes are kept until then.
+
+    Code that is not in the CPU's caches takes three times as long, so that a burst is faster. No
+    token waits longer than ``_BURST_S``, or until decoding ends or fails.
+    """
+
+    sink = 0
+    """Position of the sink, which sources do not include."""
+
+    def __init__(
+        self,
+        *model_to_tokenizer: Any,
+        special: bool = False,
+        dense: Callable[[Tensor], None] | None = None,
+    ) -> None:
+        """Args: those of ``AttentionObserver``; special and dense, as for ``tracer.trace``."""
+        super().__init__(*model_to_tokenizer)
+        self.watcher: PassQueue = PassQueue(self.recorder)
+        self._dense = dense
+        self.reader: RowReader
+
+    def header(self, **facts: Any) -> TraceHeader:
+        """Return the header; call it after the prefill."""
+        for attention in self.watcher.take():
+            self.recorder.record(attention)
+        self.reader = RowReader(sink=self.sink, n_prompt=self.n_prompt, n_sources=self.n_sources)
+        return super().header(**facts)
+
+    def steps(
+        self, items: Iterator[TextStep], tokens: list[Token], decoder: Decoder
+    ) -> Iterator[TraceStep]:
+        """Yield the steps of a trace. Args: as for ``AttentionObserver.steps``."""
+        steps = super().steps(self.items(decoder, items), tokens, decoder)
+        return self.verified(steps, tokens, decoder.cache)
+
+    def items(self, decoder: Decoder, generated: Iterator[TextStep]) -> Iterator[TextStep]:
+        """Return the steps to observe, given those that are generated."""
+        return generated
+
+    def verified(
+        self, steps: Iterator[TraceStep], tokens: Sequence[Token], cache: KVCache
+    ) -> Iterator[TraceStep]:
+        """Yield steps with the effects of knockouts, if there are any.
+
+        Args: tokens, at least those in view of the newest step's query.
+        """
+        return steps
+
+    def observed(
+        self, items: Iterator[TextStep], tokens: list[Token], decoder: Decoder
+    ) -> Iterator[tuple[TextStep, dict[str, Any]]]:
+        burst: list[Held] = []
+        due = 0.0  # the first token is shown at once
+        while True:
+            try:
+                item = next(items, None)
+            except BaseException:  # Ctrl-C, or NaN: what was decoded before is shown
+                if burst:
+                    yield from self._together(burst, tokens)
+                raise
+            if item is None:
+                return
+            burst.append((item, self.watcher.take()))
+            step = item.step
+            if step.position == len(tokens):
+                self.add_token(item, tokens)
+            is_new = step.position >= self.n_prompt  # else the cache is about to be overwritten
+            may_wait = decoder.forward.keeps_passes and is_new and not step.finish
+            if not may_wait or self._dense or time.perf_counter() > due:
+                yield from self._together(burst, tokens)
+                burst, due = [], time.perf_counter() + _BURST_S
+
+    def _together(
+        self, burst: Sequence[Held], tokens: Sequence[Token]
+    ) -> Iterator[tuple[TextStep, dict[str, Any]]]:
+        for (item, _), found in zip(burst, self.observe(burst, tokens), strict=True):
+            if self._dense:
+                self._dense(self.recorder.weights_LHS)
+            yield item, found
+
+    def record(self, passes: Sequence[AttentionPass]) -> None:
+        """Hand passes to the recorder, and take the error of the last one into account."""
+        for attention in passes:
+            self.recorder.record(attention)
+        self.check_product()
+
+    @torch.inference_mode()
+    def observe(self, burst: Sequence[Held], tokens: Sequence[Token]) -> list[dict[str, Any]]:
+        """Return the fields of each step that its attention gives.
+
+        Args: tokens, at least those in view.
+        """
+        rows_N1S = []
+        for _, passes in burst:
+            self.record(passes)
+            rows_N1S.append(self.recorder.weights_LHS.flatten(0, 1).mean(dim=0, keepdim=True))
+        rows = self.reader.rows(rows_N1S, tokens)
+        self.check_sums(rows)
+        return [{"rows": (row,)} for row in rows]
