@@ -55,6 +55,8 @@ class MeasureFacts:
     sums_to: str = ""
     """What a row and its parts sum to, in words. Empty if that has no meaning."""
     needs: tuple[Need, ...] = ()
+    takes_several: bool = False
+    """Whether its function takes the predictions of several tokens, and returns as many rows."""
     caveat: str = ""
     """What its numbers do not say, as a sentence."""
 

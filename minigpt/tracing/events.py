@@ -135,3 +135,7 @@ class TraceFooter:
 
 
 TraceEvent = TraceHeader | TraceStep | TraceFooter
+
+
+class EndTrace(KeyboardInterrupt):
+    """Ends a trace after the steps that are ready, if thrown into it: decodes no more tokens."""

@@ -129,6 +129,8 @@ class BurstObserver(AttentionObserver):
             if not may_wait or self._dense or time.perf_counter() > due:
                 yield from self._together(burst, tokens)
                 burst, due = [], time.perf_counter() + _BURST_S
+                if self.is_ended:
+                    return
 
     def _together(
         self, burst: Sequence[Held], tokens: Sequence[Token]

@@ -19,7 +19,7 @@ from minigpt.rings import find_ring, ring
 from minigpt.text.tokenizer import Tokenizer
 from minigpt.tracing import events
 from minigpt.tracing.config import N_SOURCES, TraceConfig, config_class
-from minigpt.tracing.events import Row, Source, Token, TraceEvent, TraceHeader, TraceStep
+from minigpt.tracing.events import EndTrace, Row, Source, Token, TraceEvent, TraceHeader, TraceStep
 from minigpt.tracing.recorder import RowRecorder
 
 if TYPE_CHECKING:
@@ -48,7 +48,8 @@ def trace(
 
     The tokens are the same as without a trace. If no token is to be generated, the steps are those
     of the prompt's own tokens. A KeyboardInterrupt after the header, here or thrown into this
-    generator, ends the trace with a footer.
+    generator, ends the trace with a footer; EndTrace, thrown into it, does so after the steps whose
+    tokens were observed.
 
     Args: forced, the token ids of ``sampling.force``; intervention, that of ``model``, for the
         header; special, whether special tokens in ``config.against`` are parsed; dense, called with
@@ -95,8 +96,13 @@ def trace(
         for step in observer.steps(items, tokens, decoder):
             if step.token.position >= len(prompt):
                 finish, n_generated = step.finish, n_generated + 1
-            yield step
+            try:
+                yield step
+            except EndTrace:
+                observer.is_ended = True
     except KeyboardInterrupt:
+        observer.is_ended = True
+    if observer.is_ended:
         finish = None
     seconds = time.perf_counter() - started
     text = tokens[: len(prompt) + n_generated]
@@ -112,6 +118,9 @@ def _kernel(model: LanguageModel, *, is_compiled: bool) -> str:
 
 class AttentionObserver:
     """Turns the attention of each forward pass into a row of a trace, and checks it."""
+
+    is_ended = False
+    """Whether to observe no more tokens than those that are ready."""
 
     def __init__(
         self,

@@ -1,14 +1,17 @@
 """minigpt attention-trace: lines, JSON, files and errors."""
 
 import json
+import os
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from calls import Result, Run
+from calls import ROOT, Result, Run
 from safetensors.numpy import load_file
 
 from minigpt.tracing.config import SAMPLING
@@ -85,6 +88,53 @@ def test_a_trace_interrupted_by_ctrl_c_has_a_footer(
     else:
         assert "3 tokens; interrupted" in result.out
         assert "Attention shows where a head looked" in result.out
+
+
+CTRL_C_IN_A_ROW = """
+import math, os, signal
+from minigpt.commands import main
+from minigpt.commands.attention_trace.described import DescribedOutput
+from minigpt.tracing import observers
+
+observers._BURST_S = math.inf  # all tokens after the first are observed together
+show_step = DescribedOutput.show_step
+
+def interrupted(self, step, names):
+    if step.index == 3:
+        os.kill(os.getpid(), signal.SIGNUMBER)
+    show_step(self, step, names)
+
+DescribedOutput.show_step = interrupted
+main()
+"""
+
+
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("more", [[], ["--n-verified", "2", "--measure", "logit"]])
+def test_a_signal_while_rows_are_shown_loses_none_that_was_observed(
+    trained: Path, tmp_path: Path, number: str, more: list[str]
+) -> None:
+    out = tmp_path / "t.jsonl"
+    words = [*WORDS, "--ignore-eos", *more, "--out", str(out)]
+    ended = subprocess.run(
+        [sys.executable, "-c", CTRL_C_IN_A_ROW.replace("SIGNUMBER", number), *words],
+        cwd=trained,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 128 + getattr(signal, number)
+    _, *steps, footer = map(json.loads, out.read_text().splitlines())
+    assert [step["step"] for step in steps] == [1, 2, 3, 4, 5, 6]
+    assert footer["finish_reason"] == "interrupted"
+    rows = [line for line in ended.stdout.splitlines() if re.match(r" {3}\d ", line)]
+    assert [int(row[:4]) for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert "6 tokens; interrupted" in ended.stdout
+    if more:
+        assert all(step["effects"] for step in steps)
+    assert "Traceback" not in ended.stderr
+    assert f"wrote {out}\n" in ended.stderr
 
 
 def test_out_writes_the_same_json_as_stdout_with_all_heads(run: Run, tmp_path: Path) -> None:

@@ -13,11 +13,13 @@ from torch import Tensor
 from minigpt.config import SamplingConfig
 from minigpt.errors import CheckpointError
 from minigpt.generation.decoder import Decoder
+from minigpt.model.layers import RMSNorm
 from minigpt.text.tokenizer import BytesTokenizer
 from minigpt.tracing import observers, tracer
+from minigpt.tracing.analysis.frozen import frozen_norm
 from minigpt.tracing.analysis_config import AnalysisConfig
 from minigpt.tracing.config import TraceConfig
-from minigpt.tracing.events import TraceEvent, TraceFooter, TraceStep
+from minigpt.tracing.events import EndTrace, TraceEvent, TraceFooter, TraceStep
 from minigpt.tracing.file import to_json_line
 from minigpt.tracing.rows import RowReader
 
@@ -108,6 +110,46 @@ def test_ctrl_c_while_decoding_shows_the_tokens_before_it(monkeypatch: pytest.Mo
     assert [step.index for step in steps if isinstance(step, TraceStep)] == [0, 1, 2, 3, 4]
     assert isinstance(footer, TraceFooter)
     assert (footer.n_tokens, footer.finish) == (5, None)
+
+
+def test_end_trace_yields_what_was_observed_and_decodes_no_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = decoding_that_fails_after(monkeypatch, 99, None)
+    events = events_of(monkeypatch, 0, "gpt2")
+    shown = [next(events), next(events)]
+    # The next token comes alone, and all others together.
+    monkeypatch.setattr(observers, "_BURST_S", math.inf)
+    shown += [next(events), next(events)]
+    n_decoded = len(calls)
+    shown += [events.throw(EndTrace), *events]
+    _, *steps, footer = shown
+    assert [step.index for step in steps if isinstance(step, TraceStep)] == [*range(10)]
+    assert isinstance(footer, TraceFooter)
+    assert (footer.n_tokens, footer.finish, len(calls)) == (10, None, n_decoded)
+
+
+def test_end_trace_between_two_bursts_decodes_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    events = events_of(monkeypatch, 0, "llama")
+    assert isinstance([next(events) for _ in range(3)][-1], TraceStep)
+    footer = events.throw(EndTrace)
+    assert isinstance(footer, TraceFooter)
+    assert (footer.n_tokens, footer.finish) == (2, None)
+
+
+@pytest.mark.parametrize("d_model", [5, 48, 768])
+@pytest.mark.parametrize("kind", [torch.nn.LayerNorm, RMSNorm])
+def test_a_frozen_norm_of_several_rows_has_the_bits_of_one_at_a_time(
+    kind: Any, d_model: int
+) -> None:
+    norm = kind(d_model)
+    for parameter in norm.parameters():
+        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
+    x_NC, w_NC = torch.randn(2, 11, d_model, generator=torch.Generator().manual_seed(2))
+    u_NC, b_N = frozen_norm(norm, x_NC, w_NC)
+    for x_C, w_C, u_C, b in zip(x_NC, w_NC, u_NC, b_N, strict=True):
+        alone = frozen_norm(norm, x_C, w_C)
+        assert (u_C.tolist(), b.item()) == (alone[0].tolist(), alone[1].item())
 
 
 def test_nan_while_decoding_shows_the_tokens_before_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,13 @@
 """Traces on stdout with what stands above and below the rows, and whole characters."""
 
+import signal
 import sys
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from minigpt.commands.attention_trace.output import TraceOutput
@@ -11,9 +15,34 @@ from minigpt.console import note, print_lines
 from minigpt.errors import cut
 from minigpt.text.escape import visible
 from minigpt.text.joined import JoinedTokens
+from minigpt.tracing.events import EndTrace
 from minigpt.tracing.findings import TraceFooter, TraceHeader, TraceStep
 from minigpt.tracing.lines import TraceLayout
 from minigpt.tracing.summary import footer_lines, header_lines, legend
+
+
+@contextmanager
+def _signals_later() -> Iterator[None]:
+    """Let Ctrl-C or SIGTERM wait for the end of a block; a second one does not wait."""
+    waiting: list[int] = []
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        waiting.append(number)
+        if len(waiting) > 1:
+            restore()
+            signal.raise_signal(number)
+
+    def restore() -> None:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+    handlers = {n: signal.signal(n, receive) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        restore()
+    if waiting:
+        signal.raise_signal(waiting[0])
 
 
 class DescribedOutput(TraceOutput):
@@ -36,10 +65,11 @@ class DescribedOutput(TraceOutput):
         header: TraceHeader | None = None
         texts: list[str] = []
         footer: TraceFooter | None = None
-        signal: SystemExit | None = None
+        exit: SystemExit | None = None
+        proceed: Callable[[], Any] = partial(next, events)
         while footer is None:
             try:
-                event = next(events)
+                event, proceed = proceed(), partial(next, events)
                 match event:
                     case TraceHeader():
                         header = event
@@ -47,19 +77,19 @@ class DescribedOutput(TraceOutput):
                         texts.append(event.text)
                     case TraceFooter():
                         footer = event
-                self.show_event(event)
+                with _signals_later():  # a row is shown as a whole, and once
+                    self.show_event(event)
+            except EndTrace:  # thrown into a generator that had ended
+                footer = TraceFooter(len(texts), None, time.perf_counter() - started, None)
+                self.show_event(footer)
             except (KeyboardInterrupt, SystemExit) as error:
                 if header is None or footer is not None or not isinstance(events, Generator):
                     raise
-                signal = error if isinstance(error, SystemExit) else None
-                try:
-                    footer = events.throw(KeyboardInterrupt)
-                except KeyboardInterrupt:  # it had ended
-                    footer = TraceFooter(len(texts), None, time.perf_counter() - started, None)
-                self.show_event(footer)
+                exit = error if isinstance(error, SystemExit) else exit
+                proceed = partial(events.throw, EndTrace)
         self.end("".join(texts) if footer.n_tokens else None)
-        if signal is not None:
-            raise signal
+        if exit is not None:
+            raise exit
         return footer.finish is not None
 
     def show_event(self, event: Any) -> None:

@@ -41,7 +41,9 @@ def frozen_norm(norm: nn.Module, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     if isinstance(norm, nn.LayerNorm):
         gain = norm.weight.float() * w
         scale = torch.rsqrt(x.var(dim=-1, correction=0, keepdim=True) + norm.eps)
-        return (gain - gain.mean(dim=-1, keepdim=True)) * scale, w @ norm.bias.float()
+        # A sum and not a product with w, whose bits would depend on how many rows w has.
+        bias = (w * norm.bias.float()).sum(dim=-1)
+        return (gain - gain.mean(dim=-1, keepdim=True)) * scale, bias
     assert isinstance(norm, RMSNorm)
     scale = torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + (norm.eps or 0.0))
     return norm.gain * w * scale, w.new_zeros(w.shape[:-1])
@@ -77,34 +79,56 @@ class HeadDirections:
         self._bias_LC = torch.stack(
             [zero_C if o.bias is None else o.bias.detach().float() for o in outputs]
         )
-        self._together_CY: Tensor | None = None
-        if sum(weight.numel() for weight in self._weights_CX) <= _MAX_TOGETHER:
-            self._together_CY = torch.cat(self._weights_CX, dim=1)  # one call instead of L
+        self._has_biases = any(output.bias is not None for output in outputs)
+        is_small = sum(weight.numel() for weight in self._weights_CX) <= _MAX_TOGETHER
+        # Side by side: one product instead of L.
+        self._factors = [torch.cat(self._weights_CX, dim=1)] if is_small else self._weights_CX
         self._has_norms = any(norm is not None for norm in self._norms)
 
-    def __call__(self, u: Tensor, contexts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return W_O^T u of each layer (L, ..., X), and what its biases add along u (L, ...).
+    def __call__(
+        self, us: Sequence[Tensor], contexts: Sequence[Sequence[Tensor]]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Return, for each u, W_O^T u of all layers (L, ..., X), and what its biases add (L, ...).
 
-        Args: u (..., C); contexts, the heads' outputs of each layer (..., X), at which the norms
-            after the attention, if there are any, have their scale.
+        Each product is of one u, so its bits do not depend on the others; but all products with a
+        weight come together, so that it is read from memory once.
+
+        Args: us, each (..., C); contexts, for each u the heads' outputs of each layer (..., X), at
+            which the norms after the attention, if there are any, have their scale.
         """
-        if not self._has_norms:
-            if self._together_CY is not None:
-                by_layer = (u @ self._together_CY).unflatten(-1, (len(self._weights_CX), -1))
-                directions = by_layer.movedim(-2, 0)
-            else:
-                directions = torch.stack([u @ weight for weight in self._weights_CX])
-            return directions, (u @ self._bias_LC.T).movedim(-1, 0)
-        layers = []
-        for norm, weight_CX, bias_C, context in zip(
-            self._norms, self._weights_CX, self._bias_LC, contexts, strict=True
-        ):
-            own, bias = u, u.new_zeros(u.shape[:-1])
-            if norm is not None:
-                own, bias = frozen_norm(norm, context.float() @ weight_CX.T + bias_C, u)
-            layers.append((own @ weight_CX, bias + own @ bias_C))
-        directions_, biases = zip(*layers, strict=True)
-        return torch.stack(directions_), torch.stack(biases)
+        if self._has_norms:
+            by_layer = zip(*contexts, strict=True)
+            layers = zip(self._norms, self._weights_CX, self._bias_LC, by_layer, strict=True)
+            directions = [
+                [_direction(norm, weight, bias, u, x) for u, x in zip(us, of_layer, strict=True)]
+                for norm, weight, bias, of_layer in layers
+            ]
+            by_u = (zip(*of_u, strict=True) for of_u in zip(*directions, strict=True))
+            return [(torch.stack(products), torch.stack(biases)) for products, biases in by_u]
+        products = [[u @ factor for u in us] for factor in self._factors]
+        n_layer = len(self._bias_LC)
+        return [
+            (
+                torch.cat(of_u, dim=-1).unflatten(-1, (n_layer, -1)).movedim(-2, 0),
+                self._added_by_biases(u),
+            )
+            for u, of_u in zip(us, zip(*products, strict=True), strict=True)
+        ]
+
+    def _added_by_biases(self, u: Tensor) -> Tensor:
+        if not self._has_biases:
+            return u.new_zeros(len(self._bias_LC), *u.shape[:-1])
+        return (u @ self._bias_LC.T).movedim(-1, 0)
+
+
+def _direction(
+    norm: nn.Module | None, weight_CX: Tensor, bias_C: Tensor, u: Tensor, context: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return W_O^T u (..., X) of one layer, and what its bias adds along u (...)."""
+    bias = u.new_zeros(u.shape[:-1])
+    if norm is not None:
+        u, bias = frozen_norm(norm, context.float() @ weight_CX.T + bias_C, u)
+    return u @ weight_CX, bias + u @ bias_C
 
 
 def _branch_norms(model: GPT) -> list[nn.Module | None]:

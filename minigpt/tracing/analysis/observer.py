@@ -19,6 +19,7 @@ from minigpt.text.tokenizer import Tokenizer
 from minigpt.tracing import events
 from minigpt.tracing.analysis.knockout import Verifier
 from minigpt.tracing.analysis.lens import read_lens
+from minigpt.tracing.analysis.measures import Measured, Prediction
 from minigpt.tracing.analysis.prompt_rows import prompt_steps, require_rows
 from minigpt.tracing.analysis.recorder import MeasureRecorder, require_measures
 from minigpt.tracing.analysis.roles import head_roles
@@ -138,19 +139,31 @@ class AnalysisObserver(BurstObserver):
     def observe(self, burst: Sequence[Held], tokens: Sequence[Token]) -> list[dict[str, Any]]:
         """Return each step's row by each measure, its candidates, and its logit lens."""
         tokenizer, measures = self.tokenizer, self.config.measures
+        against = None if self._against is None else self._against.id
+        needs = set().union(*(facts_of(measure).needs for measure in measures))
+        ids = [token.id for token in tokens] if "token" in needs else []
+        predictions: list[Prediction] = []
         observed: list[dict[str, Any]] = []
-        drafts: list[list[_Draft]] = [[] for _ in measures]
+        drafts: dict[Measure, list[_Draft]] = {measure: [] for measure in measures}
         for item, passes in burst:
             step = item.step
             self.record(passes)
-            for measure, of_measure in zip(measures, drafts, strict=True):
-                of_measure.append(self._draft(measure, tokens[: step.position], step.token))
+            in_view, attention = ids[: step.position], self.recorder.attention
+            predictions.append(Prediction(attention, in_view, step.token, against))
+            for measure in measures:
+                if "token" not in facts_of(measure).needs:
+                    measured = self.recorder.measured(measure, (), -1)
+                    drafts[measure].append(self._draft(measure, measured))
             best = (Candidate(id_, tokenizer.token_bytes(id_), value) for id_, value in step.best)
             observed.append({"candidates": tuple(best)})
             if self.config.lens:
                 residual_NC = self.recorder.residual_NC
                 observed[-1]["lens"] = read_lens(self.model, residual_NC, step.token, tokenizer)
-        rows = [self._rows(*pair, tokens) for pair in zip(measures, drafts, strict=True)]
+        for measure in measures:
+            if "token" in facts_of(measure).needs:
+                found = self.recorder.measured_late(measure, predictions)
+                drafts[measure] = [self._draft(measure, measured) for measured in found]
+        rows = [self._rows(measure, of_measure, tokens) for measure, of_measure in drafts.items()]
         if measures[0] == "weight" and self.config.reduce != "max":
             self.check_sums(rows[0])
         return [
@@ -158,12 +171,9 @@ class AnalysisObserver(BurstObserver):
             for of_step, others in zip(zip(*rows, strict=True), observed, strict=True)
         ]
 
-    def _draft(self, measure: Measure, tokens: Sequence[Token], target: int) -> _Draft:
+    def _draft(self, measure: Measure, measured: Measured) -> _Draft:
         """Return a step's row, followed by those of all heads if they are kept, and its parts."""
         selection, facts = self.selection, facts_of(measure)
-        against = None if self._against is None else self._against.id
-        ids = [token.id for token in tokens] if "token" in facts.needs else []
-        measured = self.recorder.measured(measure, ids, target, against)
         rows, parts = measured.rows, dict(measured.parts)
         if not facts.has_heads:
             rows_RS = rows[None]

@@ -4,7 +4,7 @@ Shapes: L layers, B batch, H query heads, G key/value heads, T queries, S keys, 
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -75,7 +75,9 @@ class MeasureRecorder(RowRecorder):
         self.needs_queries = bool(watchers)
         facts = {name: facts_of(name) for name in measures if name != "weight"}
         self.needs_residual = needs_residual or any("residual" in f.needs for f in facts.values())
-        self._measures = {name: find(name).make(model, config) for name in facts}
+        self._measures: dict[Measure, Any] = {
+            name: find(name).make(model, config) for name in facts
+        }
         self._waiting = {name for name, f in facts.items() if "token" in f.needs}
         self._rows: dict[Measure, Tensor | Measured] = {}
 
@@ -116,10 +118,14 @@ class MeasureRecorder(RowRecorder):
         """
         if measure in self._waiting:
             prediction = Prediction(self.attention, tokens, target, against)
-            rows = self._measures[measure](prediction)
-        else:
-            rows = self.weights_LHS if measure == "weight" else self._rows[measure]
-        return rows if isinstance(rows, Measured) else Measured(rows)
+            return self.measured_late(measure, [prediction])[0]
+        return _as_measured(self.weights_LHS if measure == "weight" else self._rows[measure])
+
+    def measured_late(self, measure: Measure, predictions: Sequence[Prediction]) -> list[Measured]:
+        """Return the rows of several predictions by a measure that needs the token."""
+        rows = self._measures[measure]
+        found = rows(predictions) if facts_of(measure).takes_several else map(rows, predictions)
+        return [_as_measured(one) for one in found]
 
     def rows_LHS(self, measure: Measure) -> Tensor:
         """Return the rows of the last pass by a measure that does not need the token."""
@@ -131,3 +137,7 @@ class MeasureRecorder(RowRecorder):
         residual_NBC = self.attention.residual_NBC
         assert residual_NBC is not None
         return residual_NBC[:, 0]
+
+
+def _as_measured(rows: Tensor | Measured) -> Measured:
+    return rows if isinstance(rows, Measured) else Measured(rows)

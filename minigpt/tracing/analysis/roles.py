@@ -184,7 +184,8 @@ def head_logits(model: LanguageModel, *, seed: int = 0) -> NDArray[np.float32] |
         model(tokens, logits_to_keep=n_repeated)
     *contexts, x_BTC = inputs
     w_BTC = logit_weights(model, tokens[:, n_repeated + 1 :])
-    u_LBTX, _ = HeadDirections(model)(frozen_norm(model.final_norm, x_BTC, w_BTC)[0], contexts)
+    u_BTC, _ = frozen_norm(model.final_norm, x_BTC, w_BTC)
+    [(u_LBTX, _)] = HeadDirections(model)([u_BTC], [contexts])
     by_head = (u_LBTX * torch.stack(contexts)).unflatten(3, (model.config.n_head, -1))
     effects_LH: NDArray[np.float32] = by_head.sum(dim=4).mean(dim=(1, 2)).cpu().numpy()
     return effects_LH

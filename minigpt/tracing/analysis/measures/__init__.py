@@ -8,6 +8,7 @@ A measure is a function in a module of its own name, which registers itself:
 It is called once per trace, and returns a function from a prediction to rows: of every head
 (L, H, S), or one row (S,) if the measure has no heads; or these as ``Measured``, with what else the
 row sums to. A measure that does not need the token is asked after every forward pass, in order.
+One that is registered with ``takes_several`` is asked for those of several predictions in one call.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -47,7 +48,9 @@ class Measured:
     """What the rows of all heads and the parts sum to, of shape ()."""
 
 
-Rows = Callable[[Prediction], Tensor | Measured]
+Rows = (
+    Callable[[Prediction], Tensor | Measured] | Callable[[Sequence[Prediction]], Sequence[Measured]]
+)
 Make = Callable[[LanguageModel, AnalysisConfig], Rows]
 
 

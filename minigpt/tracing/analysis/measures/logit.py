@@ -10,6 +10,7 @@ Shapes: L layers, N = 2 L + 1 states of the residual stream, H query heads, G ke
 R = H / G, S positions in view, D head dim, C model dim, X all heads' outputs side by side.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -36,6 +37,7 @@ from minigpt.tracing.analysis_config import AnalysisConfig
     is_signed=True,
     sums_to="the token's logit",
     needs=("residual", "token"),
+    takes_several=True,
     caveat="Only what heads brought directly counts, not what later layers made of it.",
 )
 def logit(model: LanguageModel, config: AnalysisConfig) -> Rows:
@@ -50,57 +52,84 @@ def logit(model: LanguageModel, config: AnalysisConfig) -> Rows:
     # An id that is made for each token would be copied to a GPU, which waits for it.
     ids_V = torch.arange(model.config.vocab_size, device=model.device)
 
-    def rows(prediction: Prediction) -> Measured:
-        attention = prediction.attention
-        assert attention.residual_NBC is not None
-        x_NC = attention.residual_NBC[:, 0].float()
-        w_C = logit_weights(model, ids_V[prediction.target])
-        if prediction.against is not None:
-            w_C = w_C - logit_weights(model, ids_V[prediction.against])
-        u_C, bias = frozen_norm(model.final_norm, x_NC[-1], w_C)
-        given_LX = _given_to_outputs(attention)
-        u_LX, bias_L = directions(u_C, given_LX.unbind())
+    def rows(predictions: Sequence[Prediction]) -> list[Measured]:
+        given = [_given_to_outputs(prediction.attention) for prediction in predictions]
+        us_C, biases = directions_of_logits(predictions)
+        at_heads = directions(us_C, [given_LX.unbind() for given_LX in given])
+        return [
+            attributed(prediction.attention, given_LX, u_C, bias, *of_heads)
+            for prediction, given_LX, u_C, bias, of_heads in zip(
+                predictions, given, us_C, biases, at_heads, strict=True
+            )
+        ]
+
+    def directions_of_logits(
+        predictions: Sequence[Prediction],
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Return u_y and the part of the final norm's bias, for each prediction."""
+        w_TC = logit_weights(model, torch.stack([ids_V[one.target] for one in predictions]))
+        if (against := predictions[0].against) is not None:
+            w_TC = w_TC - logit_weights(model, ids_V[against])
+        last_TC = torch.stack([residual_of(one.attention)[-1] for one in predictions]).float()
+        u_TC, bias_T = frozen_norm(model.final_norm, last_TC, w_TC)
+        # Copies, because the bits of a product may depend on where in memory a vector begins.
+        return [u_C.clone() for u_C in u_TC], bias_T.unbind()
+
+    def attributed(
+        attention: AttentionPass,
+        given_LX: Tensor,
+        u_C: Tensor,
+        bias: Tensor,
+        u_LX: Tensor,
+        bias_L: Tensor,
+    ) -> Measured:
         u_LGRD = u_LX.unflatten(1, (n_group, -1, model.config.d_head))
         brought_LGRS = u_LGRD @ attention.values_LBGSD[:, 0].float().mT
         rows_LHS = attention.weights_LBHS[:, 0] * brought_LGRS.flatten(1, 2)
-        states_N = x_NC @ u_C
-        whole, parts = states_N[-1] + bias, {"embedding": states_N[0]}
-        of_heads = 0.0  # what other values than those of the positions brought
-        if attention.replaced or attention.first_state:
-            n_gone = attention.first_state // 2  # layers whose outputs are no longer in the stream
+        # States before the one that an intervention put in are no longer in the stream.
+        states_N = residual_of(attention)[attention.first_state :].float() @ u_C
+        n_gone = attention.first_state // 2  # layers
+        whole, first, of_mlps, of_attention = (_sums(len(states_N), u_C.device) @ states_N).unbind()
+        parts = {"embedding": first}
+        if attention.replaced or n_gone:
+            put_in = first if n_gone else torch.zeros_like(first)
+            parts = {"embedding": torch.zeros_like(first) if n_gone else first}
             rows_LHS[:n_gone] = 0
             bias_L[:n_gone] = 0
             by_head_LH = (u_LX * given_LX.float()).unflatten(1, (-1, model.config.d_head)).sum(2)
             for layer, (are_replaced_H1, _) in attention.replaced.items():
                 rows_LHS[layer].masked_fill_(are_replaced_H1, 0)
                 if layer >= n_gone:
-                    of_heads = of_heads + (by_head_LH[layer] * are_replaced_H1[:, 0]).sum()
-            put_in = states_N.new_zeros(()) + of_heads
-            if n_gone:
-                states_N = states_N[attention.first_state :]
-                put_in = put_in + states_N[0]
-                parts["embedding"] = states_N.new_zeros(())
+                    of_heads = (by_head_LH[layer] * are_replaced_H1[:, 0]).sum()
+                    put_in, of_attention = put_in + of_heads, of_attention - of_heads
             parts["intervention"] = put_in
-        of_mlps, of_attention = _branch_sums(len(states_N), states_N.device) @ states_N
         of_biases = bias_L.sum()
         parts |= {
             "mlp": of_mlps,
             "bias": of_biases + bias,
             # What kernels of a low precision lost.
-            "rounding": of_attention - rows_LHS.sum() - of_biases - of_heads,
+            "rounding": of_attention - rows_LHS.sum() - of_biases,
         }
-        return Measured(rows_LHS, parts, whole=whole)
+        return Measured(rows_LHS, parts, whole=whole + bias)
 
     return rows
 
 
+def residual_of(attention: AttentionPass) -> Tensor:
+    """Return the residual stream of the first sequence: (N, C)."""
+    assert attention.residual_NBC is not None
+    return attention.residual_NBC[:, 0]
+
+
 @lru_cache(maxsize=8)
-def _branch_sums(n_states: int, device: torch.device) -> Tensor:
-    """Return (2, N), which times the states gives what all MLPs and all attentions added."""
-    sums_2N = torch.zeros(2, n_states)
-    sums_2N[0, 2::2] = sums_2N[1, 1::2] = 1
-    sums_2N[0, 1::2] = sums_2N[1, :-1:2] = -1
-    return sums_2N.to(device)
+def _sums(n_states: int, device: torch.device) -> Tensor:
+    """Return (4, N); times the states, that is the last and the first one, and what all MLPs and
+    all attentions added.
+    """
+    sums_4N = torch.zeros(4, n_states)
+    sums_4N[0, -1] = sums_4N[1, 0] = sums_4N[2, 2::2] = sums_4N[3, 1::2] = 1
+    sums_4N[2, 1::2] = sums_4N[3, :-1:2] = -1
+    return sums_4N.to(device)
 
 
 def _given_to_outputs(attention: AttentionPass) -> Tensor:
