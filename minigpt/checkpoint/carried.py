@@ -9,7 +9,7 @@ import torch
 
 from minigpt.checkpoint.families import model_config_from_hf
 from minigpt.checkpoint.model_folder import CONFIG, name_of
-from minigpt.checkpoint.weights import DTYPES, stored_tensors
+from minigpt.checkpoint.stored_tensors import DTYPES, stored_tensors
 from minigpt.config import ModelConfig
 from minigpt.files import read_bytes, read_json, resource_errors
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minigpt.checkpoint import tokenizer_json, weights
@@ -156,8 +156,7 @@ def read_model(
     config = read_config(folder)
     exact = folder / STATE_FOLDER
     has_exact = is_exact and os.path.lexists(exact / WEIGHTS)
-    stored = weights.stored_tensors(config, exact if has_exact else folder)
-    tensors = weights.LazyTensors(stored)
+    tensors = _tensors(config, exact if has_exact else folder)
     tokenizer = read_vocabulary(folder, config.vocab_size)
     reader = make_reader(config) if make_reader else None
     ours = weights.tensors_from_hf(config, tensors, device=device, dtype=dtype, place=reader)
@@ -165,6 +164,17 @@ def read_model(
     if reader:
         reader.finish(model)
     return LoadedModel(model.eval(), tokenizer, folder)
+
+
+def _tensors(config: ModelConfig, folder: Path) -> Mapping[str, Tensor]:
+    if stored := find_ring("checkpoint.stored_tensors"):
+        return stored.LazyTensors(stored.stored_tensors(config, folder))
+    try:
+        return load_file(folder / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{str(folder / WEIGHTS)!r} cannot be read ({error}). Write or download it again."
+        ) from None
 
 
 def read_vocabulary(folder: Path, n_rows: int) -> Tokenizer | None:

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from minigpt.checkpoint import weights
+from minigpt.checkpoint import stored_tensors
 from minigpt.checkpoint.folder import RunFolder
 from minigpt.checkpoint.model_folder import write_model
 from minigpt.checkpoint.tools.inspection import check, describe
@@ -95,7 +95,7 @@ def test_a_model_larger_than_memory_is_described_from_its_headers(
 ) -> None:
     """8,030,261,248 parameters: meta-llama/Meta-Llama-3-8B; 128 KiB of cache a token in BF16."""
     write_hollow_8b(tmp_path)
-    monkeypatch.setattr(weights, "safe_open", Headers)
+    monkeypatch.setattr(stored_tensors, "safe_open", Headers)
     facts = describe(tmp_path)
     assert facts.n_parameters == 8_030_261_248
     assert facts.n_bytes == 2 * 8_030_261_248

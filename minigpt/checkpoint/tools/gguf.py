@@ -19,6 +19,7 @@ from torch import Tensor
 
 from minigpt.checkpoint.model_folder import read_config, read_vocabulary
 from minigpt.checkpoint.published_models import check_tied
+from minigpt.checkpoint.stored_tensors import LazyTensors, stored_tensors
 from minigpt.checkpoint.tools.gguf_architectures import (
     add_facts,
     architecture_of,
@@ -28,7 +29,7 @@ from minigpt.checkpoint.tools.gguf_architectures import (
     notes_of,
 )
 from minigpt.checkpoint.tools.gguf_vocabulary import chat_template, gguf_vocabulary
-from minigpt.checkpoint.weights import LazyTensors, stored_tensors, tensor_names
+from minigpt.checkpoint.weights import tensor_names
 from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError, ConfigError, install_extra
 from minigpt.files import resource_errors, writing_aside

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from minigpt.checkpoint.manifest import MANIFEST, verify
 from minigpt.checkpoint.model_folder import read_config
-from minigpt.checkpoint.weights import StoredTensor, stored_tensors
+from minigpt.checkpoint.stored_tensors import StoredTensor, stored_tensors
 from minigpt.config import ModelConfig
 from minigpt.errors import MinigptError
 from minigpt.files import resource_errors

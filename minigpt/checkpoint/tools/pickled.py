@@ -27,9 +27,10 @@ from minigpt.checkpoint.model_folder import (
     write_model,
 )
 from minigpt.checkpoint.published_models import canonical_names
+from minigpt.checkpoint.stored_tensors import stored_tensors
 from minigpt.checkpoint.tokenizer_json import tokenizer_from_json
 from minigpt.checkpoint.tools.weight_files import INDEX, shard_names
-from minigpt.checkpoint.weights import WEIGHTS, stored_tensors
+from minigpt.checkpoint.weights import WEIGHTS
 from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError, ConfigError, DataError, cut
 from minigpt.files import open_regular, read_bytes, resource_errors, to_json

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 from torch import Tensor
 
-from minigpt.checkpoint.weights import weight_files
+from minigpt.checkpoint.stored_tensors import weight_files
 from minigpt.commands.attention_trace.described import DescribedOutput
 from minigpt.commands.attention_trace.targets import LINES, Targets
 from minigpt.console import note, print_lines, write_result

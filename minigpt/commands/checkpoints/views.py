@@ -13,9 +13,9 @@ from minigpt.console import one_line
 from minigpt.format import count, with_unit
 
 if TYPE_CHECKING:  # a list needs no torch, which these import
+    from minigpt.checkpoint.stored_tensors import StoredTensor
     from minigpt.checkpoint.tools.inspection import Check, ModelFacts
     from minigpt.checkpoint.tools.inventory import Checkpoint, Entry
-    from minigpt.checkpoint.weights import StoredTensor
 
 _UNKNOWN = "-"
 _INDENT = "  "

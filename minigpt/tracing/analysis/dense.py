@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from minigpt.checkpoint.weights import check_header
+from minigpt.checkpoint.stored_tensors import check_header
 from minigpt.errors import ConfigError, DataError
 from minigpt.files import resource_errors, writing_aside
 from minigpt.text.escape import printable

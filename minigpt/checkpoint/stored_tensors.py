@@ -1,0 +1,164 @@
+"""Weights that are checked before any is read, and read one at a time."""
+
+import errno
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from minigpt.checkpoint.families import OWN_TYPE
+from minigpt.checkpoint.weights import WEIGHTS, tensor_names
+from minigpt.config import ModelConfig
+from minigpt.errors import CheckpointError, cut
+from minigpt.files import open_regular, resource_errors
+from minigpt.model.language_model import model_class
+from minigpt.rings import find_ring
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Dtypes that are read, by their names in a file."""
+_LARGEST_HEADER = 2**22  # room for 40,000 tensors; reading it takes up to forty times the memory
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a safetensors file, as its header describes it."""
+
+    path: Path
+    """File that holds it."""
+    name: str
+    """Name in the file."""
+    shape: tuple[int, ...]
+    dtype: str
+    """Dtype in the words of safetensors, such as BF16."""
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of its values."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    def read(self) -> Tensor:
+        """Read its values."""
+        with _opened(self.path) as file:
+            tensor: Tensor = file.get_tensor(self.name)
+        return tensor
+
+
+class LazyTensors(Mapping[str, Tensor]):
+    """Tensors by canonical name, each read from its file when it is asked for."""
+
+    def __init__(self, stored: Mapping[str, StoredTensor]) -> None:
+        self._stored = stored
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._stored[name].read()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        # Read, not mapped: a file that shrinks under a mapping kills the process (SIGBUS).
+        with resource_errors(path):
+            check_header(path)
+            with safe_open(path, framework="pt", backend="pread") as file:
+                yield file
+    except (SafetensorError, OSError) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or str(error)
+        raise CheckpointError(
+            f"{str(path)!r} is not a complete safetensors file ({reason[:120]!r}). "
+            "Write or download it again."
+        ) from None
+
+
+def check_header(path: Path) -> None:
+    """Refuse what is not a regular file, or may not be read, or has a header that fills memory."""
+    with open_regular(path) as file:
+        n_bytes = int.from_bytes(file.read(8), "little")
+        if _LARGEST_HEADER < n_bytes < os.fstat(file.fileno()).st_size:
+            reason = f"its header has {n_bytes:,} bytes, and at most {_LARGEST_HEADER:,} are read"
+            raise OSError(errno.EINVAL, reason, str(path))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files of a folder's weights; raise CheckpointError if there are none."""
+    if os.path.lexists(folder / WEIGHTS):
+        return [folder / WEIGHTS]
+    if files := find_ring("checkpoint.tools.weight_files"):
+        return [folder / name for name in files.shards_in(folder)]
+    raise CheckpointError(f"{WEIGHTS} is missing in {str(folder)!r}. Write or download it again.")
+
+
+def stored_tensors(config: ModelConfig, folder: Path) -> dict[str, StoredTensor]:
+    """Check names, shapes and dtypes in the headers against the config; no weight is read.
+
+    Returns: the tensors by the names that ``tensors_from_hf`` takes, in the model's order.
+    Raises: CheckpointError naming the file or tensor, what is wrong with it and the remedy.
+    """
+    found: dict[str, StoredTensor] = {}
+    published = find_ring("checkpoint.published_models")
+    for path in weight_files(folder):
+        with _opened(path) as file:
+            names = file.keys()
+            canonical = published.canonical_names(config, names) if published else {}
+            for name, stored in (canonical or dict(zip(names, names, strict=True))).items():
+                header = file.get_slice(stored)
+                shape, dtype = tuple(header.get_shape()), header.get_dtype()
+                if found.setdefault(name, StoredTensor(path, stored, shape, dtype)).path != path:
+                    raise CheckpointError(
+                        f"the tensor {cut(name)} is in {str(found[name].path)!r} and in "
+                        f"{path.name!r}. Download the model again."
+                    )
+    if published:
+        published.check_size(config, len(found))
+    expected = _shapes_in_hf(config)
+    if published and (head := published.tied_head(config)) in found:
+        expected[head] = next(iter(expected.values()))
+    if problem := _first_problem(expected, found):
+        raise CheckpointError(
+            f"the weights in {str(folder)!r} do not fit config.json: {problem}. "
+            "Take both from the same place."
+        )
+    return {name: found[name] for name in expected}
+
+
+def _first_problem(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, StoredTensor]
+) -> str | None:
+    if missing := [name for name in expected if name not in found]:
+        return f"{missing[0]!r} is missing ({len(missing)} of {len(expected)} are)"
+    if extra := [name for name in found if name not in expected]:
+        return f"{cut(extra[0])} is not in the model ({len(extra)} are not)"
+    for name, stored in found.items():
+        if stored.shape != expected[name]:
+            return f"{name!r} has shape {list(stored.shape)}, not {list(expected[name])}"
+        if stored.dtype not in DTYPES:
+            readable = ", ".join(sorted(DTYPES))
+            return f"{name!r} is stored as {stored.dtype}, and only {readable} are read"
+    return None
+
+
+def _shapes_in_hf(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of what ``tensors_to_hf`` returns."""
+    # Not from tensors on the meta device: torch.cat of some imports the compiler, 80 MB of memory.
+    state = model_class(config).without_weights(config).state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if config.model_type == OWN_TYPE:
+        return shapes
+    renamed = {}
+    for name in tensor_names(config):
+        parts = [shapes[part] for part in name.ours]
+        shape = (sum(part[0] for part in parts), *parts[0][1:])
+        renamed[name.theirs] = shape[::-1] if name.is_transposed else shape
+    return renamed
