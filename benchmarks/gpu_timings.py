@@ -197,7 +197,7 @@ def launches_per_token(setup: Setup, decode: Callable[[], Any], n_new: int) -> f
     activities = [ProfilerActivity.CPU]
     if ProfilerActivity.CUDA in torch.profiler.supported_activities():
         activities.append(ProfilerActivity.CUDA)
-    with profile(activities=activities) as profiler:
+    with profile(activities=activities, acc_events=True) as profiler:
         decode()
         setup.wait()
     events = profiler.key_averages()

@@ -9,16 +9,19 @@ import torch
 import torch.nn.functional as F
 from knocking_out import knock_out
 from pretend_cuda import CUDA, PretendCuda
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minigpt.config import ModelConfig, SamplingConfig, TrainingConfig
 from minigpt.errors import ConfigError, MinigptWarning
 from minigpt.evaluation import evaluate
 from minigpt.generation.decoder import Decoder
 from minigpt.generation.fast import compiled
+from minigpt.generation.fast.graph import GraphStep
 from minigpt.generation.fast.quantize import quantize_int8
 from minigpt.intervention_config import InterventionConfig
 from minigpt.model.cost import peak_flops
 from minigpt.model.device import autocast
+from minigpt.model.gpt import GPT
 from minigpt.model.language_model import model_class
 from minigpt.tracing.analysis.recorder import MeasureRecorder
 from minigpt.tracing.analysis.rollout import Rollout
@@ -208,6 +211,45 @@ def test_compiled_step_is_captured_once_per_number_of_positions(
         assert sum(syncs.values()) == 1
         assert not copies
         assert sum(seen.captures.values()) == 1
+
+
+class Sums(TorchDispatchMode):
+    """Notes the number of outputs of each product of the graph step, a sum over (O, B, C)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.sum.dim_IntList and args[0].ndim == 3:
+            self.sizes.append(len(args[0]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("n_head", [4, 8, 16])
+@pytest.mark.parametrize("way", ["float32", "int8"])
+def test_queries_keys_and_values_are_products_of_one_size(n_head: int, way: str) -> None:
+    """On CUDA, the compiler makes one kernel of products with equally many outputs."""
+    config = ModelConfig(**BASE | {"n_head": n_head, "n_kv_head": 4, "d_head": 8})
+    with PretendCuda():
+        logits = []
+        for device in ("cpu", "cuda"):
+            model = GPT(config)
+            model.init_weights(torch.Generator().manual_seed(0))
+            model = model.to(device).eval().requires_grad_(False)
+            if way == "int8":
+                quantize_int8(model)
+            caches = [torch.zeros(1, 4, 32, 8, device=device) for _ in range(4)]
+            tokens = torch.full((1,), 5, device=device)
+            position, view = torch.zeros_like(tokens), torch.empty(16, device=device)
+            with Sums() as seen:
+                step = GraphStep(model, "attention")
+                logits.append(step(tokens, position, view, caches[:2], caches[2:])[0].cpu())
+        # 32 keys, 32 values, and as many queries as there are in each part.
+        n_parts = n_head // 4 + 2
+        assert seen.sizes[:n_parts] == [32] * n_parts
+        assert seen.sizes[n_parts] == BASE["d_model"]
+        torch.testing.assert_close(*logits)
 
 
 class Letters:

@@ -185,11 +185,83 @@ def test_a_missing_compiler_is_one_line_with_the_remedy(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    import torch._inductor.config
+
     message = r"working C\+\+ compiler.*--no-compile\.$"
-    with pytest.raises(ConfigError, match=message) as caught:
+    no_compiler = torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)})
+    with no_compiler, pytest.raises(ConfigError, match=message) as caught:
         CompiledForward(small_model(), capacity=24)
     assert "\n" not in str(caught.value)
+
+
+def test_a_compiler_that_fails_is_one_line_with_what_it_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from torch._inductor.exc import CppCompileError, InductorError
+
+    said = "x.cpp:1:1: note: here\nx.cpp:3:10: fatal error: omp.h: No such file or directory\n"
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise InductorError(CppCompileError(["g++", "x.cpp"], said), None)  # type: ignore[arg-type]
+
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setattr("torch._inductor.aoti_compile_and_package", fail)
+    message = r"working C\+\+ compiler: x.cpp:3:10: fatal error: omp.h: No such.*--no-compile\.$"
+    with pytest.raises(ConfigError, match=message):
+        CompiledForward(small_model(), capacity=24)
+
+
+@pytest.mark.parametrize("version", ["13.0", "12.8"])
+def test_headers_of_wheels_serve_if_they_are_complete(
+    version: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """pip installs with torch only some of the headers that cuda_runtime.h includes."""
+    from torch.utils import cpp_extension
+
+    folder = tmp_path / f"nvidia/cu{version[:2]}"
+    (folder / "include").mkdir(parents=True)
+    (folder / "include/cuda_runtime.h").touch()
+    monkeypatch.setattr(torch, "__file__", str(tmp_path / "torch/__init__.py"))
+    monkeypatch.setattr(torch.version, "cuda", version)
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
+    monkeypatch.setenv("CUDA_HOME", "")
+    with pytest.raises(
+        ConfigError, match=r"crt/host_defines\.h.* or use --no-compile\.$"
+    ) as caught:
+        compiled._find_cuda_headers()
+    assert ("cuda-toolkit[crt,cccl]==13.0.*" in str(caught.value)) == (version == "13.0")
+    for name in ("crt/host_defines.h", "nv/target"):
+        (folder / "include" / name).parent.mkdir()
+        (folder / "include" / name).touch()
+    compiled._find_cuda_headers()
+    assert str(folder) == os.environ["CUDA_HOME"] == cpp_extension.CUDA_HOME
+
+
+@pytest.mark.integration  # imports the compiler and lowers the graph
+def test_cache_writes_of_a_layer_are_one_loop(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Counted where the compiler writes its code: nothing is compiled."""
+    from torch._inductor.scheduler import Scheduler
+
+    writers: list[str] = []
+
+    class Stopped(BaseException):
+        pass
+
+    def stop(scheduler: Any, *_: Any) -> None:
+        caches = set(scheduler.mutation_real_name.values())
+        for node in scheduler.nodes:
+            written = {scheduler.mutation_real_name.get(b, b) for b in node.get_buffer_names()}
+            writers.extend([node.get_name()] if written & caches else [])
+        raise Stopped
+
+    method = "_codegen" if hasattr(Scheduler, "_codegen") else "codegen"
+    monkeypatch.setattr(Scheduler, method, stop)
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    with pytest.raises(Stopped):
+        CompiledForward(small_model("llama-grouped", n_layer=1), capacity=24)
+    assert len(writers) == 1
 
 
 @pytest.mark.slow  # compiles: half a minute

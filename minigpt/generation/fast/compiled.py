@@ -45,7 +45,14 @@ _OPTIONS = {
     "cpp.enable_floating_point_contract_flag": "fast",
     # Loops that share only the position are fused: those that write a key and a value.
     "score_fusion_memory_threshold": 1,
+    # On CUDA, the compiler would not see that biases and cache writes read what products wrote.
+    "loop_ordering_after_fusion": False,
 }
+
+
+_CUDA_HEADERS = ("cuda_runtime.h", "crt/host_defines.h", "nv/target")
+_FIRST_CUDA_OF_ONE_FOLDER = 13
+"""Version from which on all wheels of NVIDIA install their headers into one folder."""
 
 
 class CompiledForward(StepForward):
@@ -260,34 +267,52 @@ def _compile(step: GraphStep, path: Path, *, cache_dtype: torch.dtype, is_batch:
             torch._inductor.aoti_compile_and_package(
                 program, package_path=str(path), inductor_configs=_OPTIONS
             )
-    except (InvalidCxxCompiler, CppCompileError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, RuntimeError) as error:
+        cause = getattr(error, "inner_exception", error)  # the compiler wraps its own errors
+        reason = _error_line(cause)
+        if device.type == "cuda":
+            raise ConfigError(f"compiling for CUDA failed: {reason}. {_cuda_remedy()}") from error
+        if not isinstance(cause, (InvalidCxxCompiler, CppCompileError)):
+            raise
         raise ConfigError(
             f"compiling needs a working C++ compiler: {reason}. Install g++, or name another in "
             "the variable CXX, or use --no-compile."
         ) from error
-    except (OSError, RuntimeError) as error:
-        if device.type != "cuda":
-            raise
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(
-            f"compiling for CUDA failed: {reason} Install the CUDA toolkit of torch's version "
-            f"({torch.version.cuda}) and set CUDA_HOME to its folder, or use --no-compile."
-        ) from error
+
+
+def _error_line(error: BaseException) -> str:
+    """Return the first line that names an error, of a compiler that also prints its command."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
+    named = (line for line in lines if "error:" in line or "cannot find" in line)
+    return next(named, lines[0]).rstrip(".")
+
+
+def _cuda_remedy() -> str:
+    version = torch.version.cuda or "12"
+    wheels = f", or: pip install 'cuda-toolkit[crt,cccl]=={version}.*'"
+    return (
+        f"Install the CUDA toolkit {version} and set CUDA_HOME to its folder"
+        f"{wheels if int(version.split('.')[0]) >= _FIRST_CUDA_OF_ONE_FOLDER else ''}, or use "
+        "--no-compile."
+    )
 
 
 def _find_cuda_headers() -> None:
     """Point torch at the CUDA headers of NVIDIA's wheels, if no toolkit is installed.
 
-    pip installs them with torch, where torch itself does not look.
+    torch itself does not look there. pip installs some of these wheels with torch; those of the
+    headers that cuda_runtime.h includes have to be asked for.
+    Raises: ConfigError if headers are missing, which the compiler would say after a minute.
     """
     from torch.utils import cpp_extension
 
     if cpp_extension.CUDA_HOME is not None or torch.version.cuda is None:
         return
-    wheels = Path(torch.__file__).parents[1] / "nvidia"
-    major = torch.version.cuda.split(".")[0]
-    for folder in (wheels / f"cu{major}", wheels / "cuda_runtime"):
-        if (folder / "include" / "cuda_runtime.h").is_file():
-            cpp_extension.CUDA_HOME = os.environ["CUDA_HOME"] = str(folder)
-            return
+    folder = Path(torch.__file__).parents[1] / f"nvidia/cu{torch.version.cuda.split('.')[0]}"
+    missing = [name for name in _CUDA_HEADERS if not (folder / "include" / name).is_file()]
+    if missing:
+        raise ConfigError(
+            f"compiling for CUDA needs the header {missing[0]}, and CUDA_HOME is not set. "
+            f"{_cuda_remedy()}"
+        )
+    cpp_extension.CUDA_HOME = os.environ["CUDA_HOME"] = str(folder)

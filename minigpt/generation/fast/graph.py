@@ -20,7 +20,10 @@ from minigpt.model.layers import MLP, GatedMLP, rotate
 
 _CPU_PARTS = 4
 """Parts of a weight that a CPU reads alternately, of 1, 2, 4 and 8 the fastest: a fifth faster than
-1 for float32 and bfloat16, by half for int8. On CUDA each part would be a kernel of its own."""
+1 for float32 and bfloat16, by half for int8."""
+_MAX_CUDA_PARTS = 8
+"""Most parts of a weight on CUDA. Products with equally many outputs become one kernel, so queries
+are cut into parts of as many outputs as the keys and values have."""
 
 
 class GraphStep(nn.Module):
@@ -79,8 +82,11 @@ class GraphKernels:
         return lambda x: _stored(_norm(module, x))
 
     def attention(self, module: Attention) -> Attend:
-        def heads(projection: nn.Linear, norm: nn.Module, x: Tensor) -> Tensor:
-            projected = _product(projection, x).unflatten(-1, (-1, 1, module.d_head))
+        n_shared = module.query.out_features // module.key.out_features
+        n_parts = n_shared if n_shared <= _MAX_CUDA_PARTS else 1
+
+        def heads(projection: nn.Linear, norm: nn.Module, x: Tensor, n_parts: int = 1) -> Tensor:
+            projected = _product(projection, x, n_parts).unflatten(-1, (-1, 1, module.d_head))
             return _norm(norm, projected)  # (B, H or G, 1, D)
 
         def attend(
@@ -90,7 +96,7 @@ class GraphKernels:
             cache: tuple[Tensor, Tensor, Tensor],
         ) -> tuple[Tensor, Tensor]:
             keys_BGPD, values_BGPD, is_filled_S = cache
-            q_BHTD = heads(module.query, module.query_norm, normed_BC)
+            q_BHTD = heads(module.query, module.query_norm, normed_BC, n_parts)
             k_BGTD = heads(module.key, module.key_norm, normed_BC)
             v_BGTD = heads(module.value, nn.Identity(), normed_BC)
             if rotary is not None:
@@ -105,7 +111,11 @@ class GraphKernels:
             weights_BGRS = _stored(masked_BGRS.softmax(-1))
             values_BGTSD = values_BGPD[:, :, None, :n_view].float()
             context_BGRD = (weights_BGRS[..., None] * values_BGTSD).sum(-2)
-            return _stored(context_BGRD.flatten(1)), weights_BGRS.flatten(1, 2)
+            # flatten(1, 2) of a view of dynamic size cannot be exported by torch 2.11.
+            n_rows, n_shared = weights_BGRS.shape[0], weights_BGRS.shape[2]
+            size_BHS = n_rows, n_group * n_shared, n_view
+            weights_BHS = weights_BGRS.as_strided(size_BHS, (weights_BGRS.stride(0), n_view, 1))
+            return _stored(context_BGRD.flatten(1)), weights_BHS
 
         return attend
 
@@ -125,7 +135,7 @@ class GraphKernels:
         return lambda normed_BC: _product(module, normed_BC)
 
 
-def _product(linear: nn.Module, x_BI: Tensor) -> Tensor:
+def _product(linear: nn.Module, x_BI: Tensor, n_cuda_parts: int = 1) -> Tensor:
     """Return the output (B, O) of a linear layer, or of a transposed embedding.
 
     A sum of products fuses, with the conversion of the weight before it and the bias and residual
@@ -135,7 +145,7 @@ def _product(linear: nn.Module, x_BI: Tensor) -> Tensor:
     """
     weight = linear.weight
     assert isinstance(weight, Tensor)
-    n_parts = _CPU_PARTS if weight.device.type == "cpu" else 1
+    n_parts = _CPU_PARTS if weight.device.type == "cpu" else n_cuda_parts
     n_even = len(weight) // n_parts * n_parts
     parts = [*weight[:n_even].chunk(n_parts), weight[n_even:]]
     sums = [(part.float()[:, None] * x_BI).sum(-1) for part in parts if len(part)]
