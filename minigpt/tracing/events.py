@@ -93,8 +93,6 @@ class TraceHeader:
 class TraceStep:
     """One token, generated or of the prompt, and the attention of the query that produced it."""
 
-    has_lines_below = False
-    """Whether more than a line shows it."""
     index: int
     """Index of the step, from 0; steps of the prompt's own tokens come first."""
     token: Token

@@ -271,7 +271,8 @@ class TraceStep(events.TraceStep):
         return self.rows[0]
 
     @property
-    def has_lines_below(self) -> bool:  # type: ignore[override]
+    def has_lines_below(self) -> bool:
+        """Whether more than a line shows it."""
         return bool(self.candidates or self.lens is not None or self.effects)
 
 

@@ -115,9 +115,8 @@ def attention_trace(
         raise ConfigError("--chat answers a message. Give a PROMPT.")
     from minigpt.commands.attention_trace.output import TraceOutput
     from minigpt.commands.loading import load_to_continue
-    from minigpt.console import make_console, note
+    from minigpt.console import note
     from minigpt.generation.decoder import fresh_seed
-    from minigpt.tracing.lines import make_layout
     from minigpt.tracing.tracer import trace
 
     files = None if targets.are_lines else ring("commands.attention_trace.files")
@@ -125,23 +124,17 @@ def attention_trace(
         has_lens = getattr(config, "lens", False)  # a field of the ring of the analysis
         files.check_files(targets, sampling.num_samples, config.measures, has_lens=has_lens)
     ready = load_to_continue(source, prompt, form, sampling, interventions)
-    shape = ready.model.config
-    layout = make_layout(
-        make_console(is_stderr=False).width,
-        vocab_size=shape.vocab_size,
-        n_positions=min(shape.context_length, len(ready.prompt) + sampling.max_new_tokens),
-        n_sources=config.n_sources,
-        measures=config.measures,
-    )
-    if config.n_sources is None:
-        config = replace(config, n_sources=max(N_SOURCES, layout.n_sources))
+    output = TraceOutput(model=ready.folder)
+    if described := find_ring("commands.attention_trace.described"):
+        layout = described.layout_for(ready, sampling, config)
+        if config.n_sources is None:
+            config = replace(config, n_sources=max(N_SOURCES, layout.n_sources))
+        if files:
+            output = files.FileOutput(targets, layout, model=ready.folder)
+        else:
+            output = described.DescribedOutput(layout, model=ready.folder)
     if targets.has_heads:
         config = replace(config, has_heads=True)
-    output = TraceOutput(layout, model=ready.folder)
-    if files:
-        output = files.FileOutput(targets, layout, model=ready.folder)
-    elif described := find_ring("commands.attention_trace.described"):
-        output = described.DescribedOutput(layout, model=ready.folder)
     first_seed = fresh_seed() if sampling.seed is None else sampling.seed
     is_whole = True
     with output:

@@ -3,21 +3,25 @@
 import signal
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from minigpt.commands.attention_trace.output import TraceOutput
-from minigpt.console import note, print_lines
+from minigpt.commands.loading import Ready
+from minigpt.config import SamplingConfig
+from minigpt.console import make_console, note, print_lines
 from minigpt.errors import cut
 from minigpt.text.escape import visible
 from minigpt.text.joined import JoinedTokens
+from minigpt.tracing.config import TraceConfig
 from minigpt.tracing.events import EndTrace
 from minigpt.tracing.findings import TraceFooter, TraceHeader, TraceStep
-from minigpt.tracing.lines import TraceLayout
+from minigpt.tracing.lines import TraceLayout, make_layout
 from minigpt.tracing.summary import footer_lines, header_lines, legend
 
 
@@ -45,11 +49,24 @@ def _signals_later() -> Iterator[None]:
         signal.raise_signal(waiting[0])
 
 
+def layout_for(ready: Ready, sampling: SamplingConfig, config: TraceConfig) -> TraceLayout:
+    """Return the columns of the traces of a prompt on this terminal."""
+    shape = ready.model.config
+    return make_layout(
+        make_console(is_stderr=False).width,
+        vocab_size=shape.vocab_size,
+        n_positions=min(shape.context_length, len(ready.prompt) + sampling.max_new_tokens),
+        n_sources=config.n_sources,
+        measures=config.measures,
+    )
+
+
 class DescribedOutput(TraceOutput):
     """Shows traces with a header and a footer, which Ctrl-C does not cut off."""
 
     def __init__(self, layout: TraceLayout, *, model: Path | None = None) -> None:
-        super().__init__(layout, model=model)
+        super().__init__(model=model)
+        self._layout = layout
         self._is_named = False  # the model, on stderr
         self._joined = JoinedTokens()
         self._header: TraceHeader | None = None  # of the trace that is shown
@@ -134,3 +151,8 @@ class DescribedOutput(TraceOutput):
         for step in self._waiting:
             self.show_step(step, self._joined.names)
         self._waiting = []
+
+    def show_step(self, step: TraceStep, names: Sequence[str]) -> None:
+        """Show a step. Args: names, of all tokens so far."""
+        rows = (replace(r, sources=r.sources[: self._layout.n_sources]) for r in step.rows)
+        print_lines(self.console, self._layout.step(replace(step, rows=tuple(rows)), names))

@@ -1,7 +1,6 @@
 """Traces on stdout: a line per token, as it is generated."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -10,8 +9,7 @@ from torch import Tensor
 from minigpt.commands.loading import show_model
 from minigpt.console import make_console, print_lines
 from minigpt.text.escape import visible
-from minigpt.tracing.events import TraceEvent, TraceHeader, TraceStep
-from minigpt.tracing.lines import TraceLayout
+from minigpt.tracing.events import TraceEvent, TraceStep
 
 
 class TraceOutput:
@@ -20,11 +18,10 @@ class TraceOutput:
     dense: Callable[[Tensor], None] | None = None
     """Function that takes the weights of all heads at each step. None if nothing needs them."""
 
-    def __init__(self, layout: TraceLayout, *, model: Path | None = None) -> None:
+    def __init__(self, *, model: Path | None = None) -> None:
         """Args: model, named on stderr when the first trace begins."""
         self.console = make_console(is_stderr=False)
-        self._layout, self._model = layout, model
-        self._names: list[str] = []  # of the tokens so far
+        self._model = model
 
     def __enter__(self) -> Self:
         return self
@@ -50,16 +47,11 @@ class TraceOutput:
             self._model = None
 
     def show_lines(self, event: TraceEvent) -> None:
-        """Show an event as lines."""
-        if isinstance(event, TraceHeader):
-            self._names = [visible(token.data) for token in event.prompt]
-            print_lines(self.console, [self._layout.heading()])
-        elif isinstance(event, TraceStep):
-            if event.token.position == len(self._names):  # generated, not of the prompt
-                self._names.append(visible(event.token.data))
-            self.show_step(event, self._names)
-
-    def show_step(self, step: TraceStep, names: list[str]) -> None:
-        """Show a step. Args: names, of all tokens so far."""
-        rows = (replace(r, sources=r.sources[: self._layout.n_sources]) for r in step.rows)
-        print_lines(self.console, self._layout.step(replace(step, rows=tuple(rows)), names))
+        """Show an event as lines: of a step, the token and what it attended to."""
+        if isinstance(event, TraceStep):
+            row = event.row
+            parts = [f"sink {row.sink:.0%}"]
+            parts += [f"{visible(source.token.data)} {source.weight:.0%}" for source in row.sources]
+            parts += [f"rest {row.rest:.0%}", f"{row.entropy:.1f} bits"]
+            left = f"{visible(event.token.data):<9} {event.probability:>4.0%}"
+            print_lines(self.console, [[(f"{left}  {', '.join(parts)}", "plain")]])
