@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 from calls import ROOT, TINY, Run, error_line
 
 
@@ -90,6 +92,10 @@ def test_a_file_named_checkpoints_is_a_one_line_error(run: Run, workplace: Path)
     assert "checkpoints" in error_line(result)
 
 
+def cuda_error(text: str) -> RuntimeError:
+    return RuntimeError(f"CUDA error: {text}")
+
+
 @pytest.mark.parametrize(
     ("error", "code", "said"),
     [
@@ -98,6 +104,18 @@ def test_a_file_named_checkpoints_is_a_one_line_error(run: Run, workplace: Path)
         (OSError(5, "Input/output error"), 6, ["Input/output error", "disk"]),
         (MemoryError(), 6, ["out of memory", "--batch-size"]),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 6, ["out of memory"]),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), 6, ["out of memory."]),
+        (torch.AcceleratorError("CUDA error: out of memory\nCUDA ke"), 6, ["out of memory."]),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), 6, ["out of memory."]),
+        (cuda_error("CUBLAS_STATUS_ALLOC_FAILED when calling"), 6, ["out of memory."]),
+        (cuda_error("CUBLAS_STATUS_NOT_INITIALIZED when calling"), 6, ["out of memory."]),
+        (cuda_error("CUBLAS_STATUS_EXECUTION_FAILED when\nat"), 1, ["FAILED when. Start again"]),
+        (cuda_error("no kernel image is available"), 1, ["no kernel image", "--device cpu."]),
+        (cuda_error("all CUDA-capable devices are busy or unavailable"), 1, ["--device cpu."]),
+        (cuda_error("CUDA driver version is insufficient"), 1, ["driver or install an older"]),
+        (cuda_error("device-side assert triggered"), 1, ["CUDA_LAUNCH_BLOCKING=1"]),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR"), 1, ["cuDNN", "--debug"]),
+        (dist.DistBackendError("NCCL error in: x.cpp:94, unhandled"), 1, ["NCCL_DEBUG=INFO"]),
         (ModuleNotFoundError("No module named 'rich'", name="rich"), 1, ["rich", "not installed"]),
     ],
 )

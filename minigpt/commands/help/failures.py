@@ -15,6 +15,23 @@ from minigpt.files import resource_errors
 from minigpt.streams import close_streams, open_streams
 from minigpt.text.escape import printable
 
+_OUT_OF_MEMORY = (
+    "can't allocate memory",  # the CPU's allocator
+    "CUDA error: out of memory",  # what torch's allocator does not serve: contexts, graphs, kernels
+    "_STATUS_ALLOC_FAILED",  # cuBLAS and cuDNN allocate by themselves,
+    "CUBLAS_STATUS_NOT_INITIALIZED",  # and cannot start without memory
+    "MPS backend out of memory",
+)
+_ACCELERATOR_REMEDIES = {
+    "no kernel image": "Install a torch that was built for this GPU, or use --device cpu.",
+    "busy or unavailable": "Wait for the process that uses the GPU, or use --device cpu.",
+    "driver version": "Update the GPU's driver or install an older torch, or use --device cpu.",
+    "NCCL error": "Check that all processes run and reach each other; NCCL_DEBUG=INFO says more.",
+    "CUDA error": "Start again; if it recurs, CUDA_LAUNCH_BLOCKING=1 and --debug show where.",
+    "cuDNN error": "Start again; if it recurs, --debug shows where.",
+}
+"""What to do about an error of a GPU that has one of these words; the first counts."""
+
 
 @contextmanager
 def handling_failures() -> Iterator[None]:
@@ -82,13 +99,14 @@ def describe(error: BaseException) -> tuple[str, int] | None:
             text = f"this installation lacks {error.name}. Install all of minigpt to use it."
             return text, ConfigError.exit_code
         return f"{error.name} is not installed. Install minigpt again with its dependencies.", 1
-    # The CPU's allocator, and cuBLAS, which allocates by itself.
-    is_torch = isinstance(error, RuntimeError) and (
-        "can't allocate memory" in str(error) or "_STATUS_ALLOC_FAILED" in str(error)
-    )
-    if is_torch or isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__:
+    if isinstance(error, MemoryError) or _is_out_of_memory(error):
         remedy = "Try a smaller model, --batch-size or --context-length."
         return f"out of memory. {remedy}", ResourceError.exit_code
+    if isinstance(error, RuntimeError):
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        for name, remedy in _ACCELERATOR_REMEDIES.items():
+            if name in reason:
+                return f"{reason}. {remedy}", 1
     if isinstance(error, OSError):
         try:
             with resource_errors(None):
@@ -102,3 +120,10 @@ def describe(error: BaseException) -> tuple[str, int] | None:
             check = "Check the path" + ("." if is_missing else ", its permissions and the disk.")
             return f"{where}{reason}. {check}", 1
     return None
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an allocation failed: torch's, or that of a library of CUDA."""
+    return "OutOfMemory" in type(error).__name__ or (
+        isinstance(error, RuntimeError) and any(name in str(error) for name in _OUT_OF_MEMORY)
+    )
