@@ -460,6 +460,8 @@ class PretendCuda(TorchDispatchMode):
             else:
                 self.count("launches", name)
             return
+        if name == "_weight_int8pack_mm" and not args[0].is_contiguous():
+            raise RuntimeError(f"CUDA's {name} would read other rows, at {_line()}")  # silently
         if name in _SYNCHRONIZES or overload in _SYNCHRONIZES:
             self.count("syncs", name)
         if name in _TAKES_CPU_INDEX:

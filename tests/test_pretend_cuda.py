@@ -17,7 +17,7 @@ from minigpt.evaluation import evaluate
 from minigpt.generation.decoder import Decoder
 from minigpt.generation.fast import compiled
 from minigpt.generation.fast.graph import GraphStep
-from minigpt.generation.fast.quantize import quantize_int8
+from minigpt.generation.fast.quantize import quantize_int8, to_int8
 from minigpt.intervention_config import InterventionConfig
 from minigpt.model.cost import peak_flops
 from minigpt.model.device import autocast
@@ -163,6 +163,17 @@ def test_int8_weight_is_not_widened_for_each_token() -> None:
     assert sum(n for what, n in products.items() if what.startswith("_weight_int8pack_mm")) == 15
     # The embedding of the token, a row.
     assert sum(n for what, n in products.items() if what.startswith("_to_copy")) == 1
+
+
+def test_int8_products_of_rows_that_are_not_adjacent() -> None:
+    """CUDA's kernel would read others without an error."""
+    x = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(0))
+    with PretendCuda():
+        results = []
+        for device in ("cpu", "cuda"):
+            linear = to_int8(x[0].repeat(2, 1).to(device), None)
+            results.append(linear(x.to(device)[:, -1:]).cpu())
+    torch.testing.assert_close(*results)
 
 
 STEP_LAUNCHES = {"gpt2": 270, "llama": 480, "additive": 510, "lstm": 110}

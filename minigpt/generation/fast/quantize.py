@@ -81,8 +81,10 @@ class WeightOnlyLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cuda" and self.scale is not None and _is_few(x):
-            # The kernel reads the weight once for each row, and widens it in registers.
-            product = torch._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scale)
+            # The kernel reads the weight once for each row, and widens it in registers. It takes
+            # rows of float32 for adjacent, whatever their strides are.
+            x_BI = x.flatten(0, -2).contiguous()
+            product = torch._weight_int8pack_mm(x_BI, self.weight, self.scale)
             product = product.unflatten(0, x.shape[:-1])
             return product if self.bias is None else product + self.bias
         if self.table is None:
