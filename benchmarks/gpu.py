@@ -6,22 +6,28 @@
 
 The parts run in the order below, what is right before what is fast. Each writes OUT/PART.json as
 soon as it ends, and the command stops at the first part that fails (--keep-going: goes on). At the
-end, one Markdown table has all results. Nothing begins after --minutes: what is left then is "not
-run". The exit code is 1 if a part failed.
+end, also after Ctrl-C, one Markdown table has all results. Nothing begins after --minutes: what is
+left then is "not run", and what still runs a minute later is "not finished". The exit code is 1 if
+a part failed.
 """
 
 import argparse
 import json
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import gpu_checks as checks
 import gpu_timings as timings
-from gpu_setup import Facts, FailedError, Setup, SkippedError, free
+import torch
+from gpu_setup import Facts, OutOfTimeError, Setup, SkippedError, described, free
 
+from minigpt.errors import MinigptError
 from minigpt.model.device import resolve_device
 
 PARTS: dict[str, Callable[[Setup], Facts]] = {
@@ -41,36 +47,57 @@ PARTS: dict[str, Callable[[Setup], Facts]] = {
 }
 
 
+GRACE_MINUTES = 1
+"""Time that a part which began in time has to end."""
+
+
 def run_part(name: str, setup: Setup) -> Facts:
     """Run a part and return its result: facts, and the status ok, FAILED, skipped or not run."""
     started = time.monotonic()
     print(f"{name} ...", file=sys.stderr, flush=True)
-    if started > setup.deadline:
+    if setup.is_late:
         return {"part": name, "status": "not run: out of time", "facts": {}, "seconds": 0.0}
-    facts: Facts = {}
+    setup.facts.clear()
+    setup.faults.clear()
+    torch.set_float32_matmul_precision("highest")  # a part before may have used TF32
     try:
-        facts, status = PARTS[name](setup), "ok"
+        setup.facts.update(PARTS[name](setup))
+        status = f"FAILED: {'; '.join(setup.faults)}" if setup.faults else "ok"
     except SkippedError as reason:
         status = f"skipped: {reason}"
-    except Exception as error:
-        words = str(error).strip().splitlines() or [""]
-        kind = "" if isinstance(error, FailedError) else f"{type(error).__name__}: "
-        status = f"FAILED: {kind}{words[0]}"
+    except OutOfTimeError:
+        status = "not finished: out of time"
+    except (Exception, SystemExit) as error:
+        status = f"FAILED: {'; '.join([described(error), *setup.faults])}"
     free(setup)
     seconds = round(time.monotonic() - started, 1)
     print(f"{name}: {status}, {seconds} s", file=sys.stderr, flush=True)
-    return {"part": name, "status": status, "facts": facts, "seconds": seconds}
+    return {"part": name, "status": status, "facts": dict(setup.facts), "seconds": seconds}
 
 
 def table(results: list[Facts]) -> str:
     """Return all results as one Markdown table."""
-    rows = ["| part | what | result |", "| --- | --- | --- |"]
+    rows = [("part", "what", "result"), ("---", "---", "---")]
     for result in results:
-        rows.append(f"| {result['part']} | {result['seconds']} s | {result['status']} |")
-        rows += [
-            f"| {result['part']} | {what} | {value} |" for what, value in result["facts"].items()
-        ]
-    return "\n".join(rows)
+        rows.append((result["part"], f"{result['seconds']} s", result["status"]))
+        rows += [(result["part"], what, str(value)) for what, value in result["facts"].items()]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows)
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise OutOfTimeError in what still runs after this time."""
+
+    def stop(*_: Any) -> None:
+        raise OutOfTimeError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def parse_arguments(words: list[str] | None) -> argparse.Namespace:
@@ -91,13 +118,17 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
 
 def main(words: list[str] | None = None) -> int:
     args = parse_arguments(words)
-    device = resolve_device(args.device)
-    deadline = time.monotonic() + 60 * args.minutes
+    try:
+        device = resolve_device(args.device)
+    except MinigptError as error:
+        print(f"{error} --device cpu --quick rehearses every part.", file=sys.stderr)
+        return error.exit_code
+    started, results, is_interrupted = time.monotonic(), [], False
     args.out.mkdir(parents=True, exist_ok=True)
-    results = []
     with tempfile.TemporaryDirectory(prefix="minigpt-gpu-") as temporary:
         folder, data = Path(temporary), args.data.resolve()
-        if args.quick or not data.exists():
+        has_tinyshakespeare = data.exists()
+        if args.quick or not has_tinyshakespeare:
             data = folder / "text.txt"
             data.write_text("To be, or not to be, that is the question.\n" * 200)
         setup = Setup(
@@ -105,19 +136,26 @@ def main(words: list[str] | None = None) -> int:
             is_quick=args.quick,
             folder=folder,
             data=data,
+            has_tinyshakespeare=has_tinyshakespeare,
             nanogpt_checkout=args.nanogpt_checkout,
             gpt_fast=args.gpt_fast,
             with_transformers=not args.without_transformers,
-            deadline=deadline,
+            deadline=started + 60 * args.minutes,
         )
-        for name in args.parts:
-            results.append(run_part(name, setup))
-            text = json.dumps(results[-1], indent=2, default=str) + "\n"
-            (args.out / f"{name}.json").write_text(text)
-            if results[-1]["status"].startswith("FAILED") and not args.keep_going:
-                break
+        try:
+            for name in args.parts:
+                end = started + 60 * (args.minutes + GRACE_MINUTES)
+                with time_limit(end - time.monotonic()):
+                    results.append(run_part(name, setup))
+                text = json.dumps(results[-1], indent=2, default=str) + "\n"
+                (args.out / f"{name}.json").write_text(text)
+                if results[-1]["status"].startswith("FAILED") and not args.keep_going:
+                    break
+        except (KeyboardInterrupt, OutOfTimeError) as error:
+            is_interrupted = isinstance(error, KeyboardInterrupt)
     print(table(results))
-    return int(any(result["status"].startswith("FAILED") for result in results))
+    is_failed = any(result["status"].startswith("FAILED") for result in results)
+    return 130 if is_interrupted else int(is_failed)
 
 
 if __name__ == "__main__":

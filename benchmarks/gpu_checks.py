@@ -28,27 +28,33 @@ from minigpt.training.world import is_sharded
 
 def parity(setup: Setup) -> Facts:
     """Logits and greedy tokens of the CPU and of the device, in float32, bfloat16 and int8."""
-    n_new, prompt, facts = setup.pick(32, 4), [5, 6, 7], {}
-    sampling = SamplingConfig(max_new_tokens=n_new, temperature=0.0)
     ways = [(kind, "float32") for kind in KINDS]
     ways += [("llama", "bfloat16"), ("llama", "int8"), ("gpt2", "int8")]
     for kind, way in ways:
-        logits, tokens = [], []
-        for device in (torch.device("cpu"), setup.device):
-            model = model_of(KINDS[kind], device, way if way == "bfloat16" else "float32")
-            if way == "int8":
-                quantize_int8(model)
-            decoder = Decoder(model, prompt, max_new_tokens=n_new)
-            logits.append(decoder.prompt_logits.cpu())
-            tokens.append([step.token for step in decoder.generate(sampling, seed=0)])
-        error = float((logits[0] - logits[1]).abs().max() / logits[0].abs().max())
-        n_agreed = n_same(*tokens)
-        limit = 0.05 if way == "bfloat16" else 1e-4  # 8 bits of mantissa, and 24
-        require(error < limit, f"{kind}, {way}: logits differ by {error:.2g} of the largest")
-        is_exact = way == "bfloat16" or n_agreed == n_new
-        require(is_exact, f"{kind}, {way}: {n_agreed} of {n_new} greedy tokens are the CPU's")
-        facts[f"{kind}, {way}"] = f"error {error:.1e}, {n_agreed} of {n_new} tokens"
-    return facts
+        with setup.attempt(f"{kind}, {way}"):
+            setup.facts[f"{kind}, {way}"] = compared(setup, kind, way)
+    return {}
+
+
+def compared(setup: Setup, kind: str, way: str) -> str:
+    """Compare a model on the CPU and on the device."""
+    n_new, prompt = setup.pick(32, 4), [5, 6, 7]
+    sampling = SamplingConfig(max_new_tokens=n_new, temperature=0.0)
+    logits, tokens = [], []
+    for device in (torch.device("cpu"), setup.device):
+        model = model_of(KINDS[kind], device, way if way == "bfloat16" else "float32")
+        if way == "int8":
+            quantize_int8(model)
+        decoder = Decoder(model, prompt, max_new_tokens=n_new)
+        logits.append(decoder.prompt_logits.cpu())
+        tokens.append([step.token for step in decoder.generate(sampling, seed=0)])
+    error = float((logits[0] - logits[1]).abs().max() / logits[0].abs().max())
+    n_agreed = n_same(*tokens)
+    limit = 0.05 if way == "bfloat16" else 1e-4  # 8 bits of mantissa, and 24
+    require(error < limit, f"logits differ by {error:.2g} of the largest")
+    is_exact = way == "bfloat16" or n_agreed == n_new
+    require(is_exact, f"{n_agreed} of {n_new} greedy tokens are the CPU's")
+    return f"error {error:.1e}, {n_agreed} of {n_new} tokens"
 
 
 def losses(trainer: Trainer, n_steps: int) -> list[float]:
@@ -126,22 +132,27 @@ def waiting(setup: Setup) -> Facts:
     """A decode step, sampling, and a training step that is not logged never wait for the GPU."""
     model = model_of(LLAMA, setup.device)
     sampling = SamplingConfig(top_k=20, top_p=0.9, repetition_penalty=1.1)
-    for compiles in (False, True):
-        decoder = Decoder(model, [5, 6, 7], max_new_tokens=9, compiles=compiles)
-        sampler = Sampler(sampling, seeds=[0], device=setup.device, prompt=[5, 6, 7])
-        tokens = sampler.draw(decoder.prompt_logits[None])  # draws uniforms for the next ones, too
-        tokens = sampler.draw(decoder.forward.feed(tokens[:, None]))
+    run = {"max_steps": 9, "batch_size": 4, "device": setup.device.type}
+    way = "torch.cuda.set_sync_debug_mode" if setup.is_cuda else "not checked on this device"
+    with setup.attempt("training step"):
+        trainer = trainer_of(setup, "waiting", {"model": SHAPE | LLAMA, "training": run})
+        trainer.take_step()
         with sync_is_an_error(setup):
             for _ in range(3):
-                tokens = sampler.draw(decoder.forward.feed(tokens[:, None]))
-    run = {"max_steps": 9, "batch_size": 4, "device": setup.device.type}
-    trainer = trainer_of(setup, "waiting", {"model": SHAPE | LLAMA, "training": run})
-    trainer.take_step()
-    with sync_is_an_error(setup):
-        for _ in range(3):
-            trainer.take_step()
-    way = "torch.cuda.set_sync_debug_mode" if setup.is_cuda else "not checked on this device"
-    return {"decoding and sampling, eager and compiled": way, "training step": way}
+                trainer.take_step()
+        setup.facts["training step"] = way
+    for name, compiles in {"eager": False, "compiled": True}.items():
+        with setup.attempt(f"decoding and sampling, {name}"):
+            decoder = Decoder(model, [5, 6, 7], max_new_tokens=9, compiles=compiles)
+            sampler = Sampler(sampling, seeds=[0], device=setup.device, prompt=[5, 6, 7])
+            # Also draws uniforms for the next tokens.
+            tokens = sampler.draw(decoder.prompt_logits[None])
+            tokens = sampler.draw(decoder.forward.feed(tokens[:, None]))
+            with sync_is_an_error(setup):
+                for _ in range(3):
+                    tokens = sampler.draw(decoder.forward.feed(tokens[:, None]))
+            setup.facts[f"decoding and sampling, {name}"] = way
+    return {}
 
 
 _LIMITS = {

@@ -4,8 +4,9 @@ import gc
 import random
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,16 @@ class Setup:
     """For files of the parts, which are deleted at the end."""
     data: Path
     """tinyshakespeare.txt, or a stand-in for it."""
+    has_tinyshakespeare: bool
     nanogpt_checkout: Path | None
     gpt_fast: str
     with_transformers: bool
     deadline: float
     """Time of the clock after which nothing begins."""
+    facts: Facts = field(default_factory=dict)
+    """What the running part has found; kept if it fails."""
+    faults: list[str] = field(default_factory=list)
+    """What the running part found wrong, and went on."""
 
     @property
     def is_cuda(self) -> bool:
@@ -45,6 +51,30 @@ class Setup:
     def pick(self, full: Any, quick: Any) -> Any:
         """Return the value for a measurement, or for its rehearsal."""
         return quick if self.is_quick else full
+
+    @property
+    def is_late(self) -> bool:
+        """Return whether nothing may begin anymore."""
+        return time.monotonic() > self.deadline
+
+    @contextmanager
+    def attempt(self, name: str) -> Iterator[None]:
+        """Note a failure of one of several measurements, or that there is no time for it."""
+        try:
+            yield
+        except SkippedError as reason:
+            self.facts[name] = f"not run: {reason}"
+        except OutOfTimeError:
+            self.facts[name] = "not finished: out of time"
+            raise
+        except Exception as error:
+            self.facts[name] = f"FAILED: {described(error)}"
+            self.faults.append(f"{name}: {described(error)}")
+
+    def require_time(self) -> None:
+        """Raise SkippedError if nothing may begin anymore."""
+        if self.is_late:
+            raise SkippedError("out of time")
 
     def wait(self) -> None:
         """Wait for the device."""
@@ -70,6 +100,17 @@ class FailedError(Exception):
 
 class SkippedError(Exception):
     """Why a part cannot run here."""
+
+
+class OutOfTimeError(Exception):
+    """The time for all parts is over."""
+
+
+def described(error: BaseException) -> str:
+    """Return the kind of an error and the first line of its message."""
+    words = str(error).strip().splitlines() or [""]
+    kind = "" if isinstance(error, FailedError) else f"{type(error).__name__}: "
+    return f"{kind}{words[0]}"
 
 
 def require(condition: bool, what: str) -> None:

@@ -3,7 +3,6 @@
 import random
 import re
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -12,9 +11,9 @@ import decoders
 import throughput
 import torch
 import training
-from decoders import Contender, Job, UnavailableError
+from decoders import Contender, Job, Turn, UnavailableError
 from decoding_report import Measured, bandwidth_share
-from gpu_setup import LLAMA, SHAPE, Facts, Setup, free, require, trainer_of
+from gpu_setup import LLAMA, SHAPE, Facts, Setup, SkippedError, free, require, trainer_of
 from machine import machine_facts
 from random_models import SHAPES, weights_read, write_random
 
@@ -55,37 +54,43 @@ def bandwidth(setup: Setup) -> float:
 
 def small(setup: Setup) -> Facts:
     """Training the preset small: tokens/s, MFU, and peak memory beside the estimate."""
-    facts: Facts = {}
-    shape = setup.pick({"vocab_size": 50257}, SHAPE | {"n_head": 4})
-    n_steps = setup.pick(10, 1)
-    for name, options in {
+    ways: dict[str, Facts] = {
         "eager": {},
         "compiled": {"compile": True},
         "float32": {"dtype": "float32"},
         "tf32": {"dtype": "tf32"},
-    }.items():
+    }
+    for name, options in ways.items():
         if name == "tf32" and not setup.is_cuda:
             continue
-        run = {"device": setup.device.type, "batch_size": setup.pick(16, 2), "micro_batch_size": 0}
-        settings = merge(preset("small"), {"model": shape, "training": run | options})
-        trainer = trainer_of(setup, f"small-{name}", settings)
-        if setup.is_cuda:
-            torch.cuda.reset_peak_memory_stats()
-        speed = trainer.step_tokens / setup.seconds(trainer.take_step, n_steps)
-        peak = peak_flops(setup.device, trainer.dtype)
-        config = trainer.config
-        estimate = estimate_memory(config, 0, trainer.dtype)["total"]
-        facts |= {f"{name}, tokens/s": round(speed), f"{name}, dtype": str(trainer.dtype)}
-        if peak:
-            used = speed * training_flops_per_token(config.model) / peak
-            facts[f"{name}, MFU"] = f"{used:.1%}"
-        if setup.is_cuda:
-            measured = torch.cuda.max_memory_allocated() / 1e9
-            about = f"{measured:.2f} GB, estimated {estimate / 1e9:.2f} GB"
-            facts[f"{name}, peak memory"] = about
-        del trainer
+        with setup.attempt(name):
+            setup.require_time()
+            small_one_way(setup, name, options)
         free(setup)
-    return facts
+    return {}
+
+
+def small_one_way(setup: Setup, name: str, options: Facts) -> None:
+    """Train the preset small with these settings."""
+    shape = setup.pick({"vocab_size": 50257}, SHAPE | {"n_head": 4})
+    run = {"device": setup.device.type, "batch_size": setup.pick(16, 2), "micro_batch_size": 0}
+    settings = merge(preset("small"), {"model": shape, "training": run | options})
+    trainer = trainer_of(setup, f"small-{name}", settings)
+    if setup.is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+    speed = trainer.step_tokens / setup.seconds(trainer.take_step, setup.pick(10, 1))
+    peak = peak_flops(setup.device, trainer.dtype)
+    config = trainer.config
+    setup.facts[f"{name}, tokens/s"] = round(speed)
+    setup.facts[f"{name}, dtype"] = str(trainer.dtype)
+    if peak:
+        used = speed * training_flops_per_token(config.model) / peak
+        setup.facts[f"{name}, MFU"] = f"{used:.1%}"
+    if setup.is_cuda:
+        estimate = estimate_memory(config, 0, trainer.dtype)["total"]
+        measured = torch.cuda.max_memory_allocated() / 1e9
+        about = f"{measured:.2f} GB, estimated {estimate / 1e9:.2f} GB"
+        setup.facts[f"{name}, peak memory"] = about
 
 
 def nanogpts(setup: Setup) -> Facts:
@@ -94,24 +99,27 @@ def nanogpts(setup: Setup) -> Facts:
     n_steps, batch = setup.pick(20, 1), setup.pick(shape["batch"], 2)
     dtype = resolve_dtype("auto", setup.device)
     tokens = torch.randint(throughput.VOCABULARY, (2, batch, shape["context"]), device=setup.device)
-    facts = {}
+    theirs = "nanoGPT" if setup.nanogpt_checkout else "stand-in of nanoGPT"
     for compiled in (False, True):
-        arguments = (shape, setup.device, dtype, compiled)
-        steps = {
-            "minigpt": throughput.ours(*arguments),
-            "nanoGPT" if setup.nanogpt_checkout else "stand-in of nanoGPT": throughput.theirs(
-                *arguments, setup.nanogpt_checkout
-            ),
-        }
-        for name, step in steps.items():
-            seconds = setup.seconds(lambda step=step: step(tokens[0], tokens[1]), n_steps)
-            way = "compiled" if compiled else "eager"
-            facts[f"{name}, {way}, tokens/s"] = round(tokens[0].numel() / seconds)
-    return facts
+        for name in ("minigpt", theirs):
+            what = f"{name}, {'compiled' if compiled else 'eager'}, tokens/s"
+            with setup.attempt(what):
+                setup.require_time()
+                arguments = (shape, setup.device, dtype, compiled)
+                if name == "minigpt":
+                    step = throughput.ours(*arguments)
+                else:
+                    step = throughput.theirs(*arguments, setup.nanogpt_checkout)
+                seconds = setup.seconds(lambda step=step: step(tokens[0], tokens[1]), n_steps)
+                setup.facts[what] = round(tokens[0].numel() / seconds)
+            free(setup)
+    return {}
 
 
 def mini(setup: Setup) -> Facts:
     """Seconds of training the preset mini to nanoGPT's loss on tinyshakespeare."""
+    if not (setup.is_quick or setup.has_tinyshakespeare):
+        raise SkippedError("needs tinyshakespeare.txt: --data FILE")
     base = merge(preset("mini"), {"data": {"paths": [str(setup.data)]}, "preset": "mini"})
     run = {"device": setup.device.type, "eval_every": 100, "save_every": 0}
     run |= {"max_steps": setup.pick(2000, 2), "batch_size": setup.pick(32, 2)}
@@ -159,35 +167,39 @@ def decoding(setup: Setup) -> Facts:
     prompt = random.Random(0).choices(range(config.vocab_size), k=setup.pick(32, 4))
     n_new, n_threads = setup.pick(200, 4), torch.get_num_threads()
     job = Job(str(folder), prompt, n_new, n_threads, setup.device.type, setup.gpt_fast)
-    facts: Facts = {}
     tokens: dict[str, list[int]] = {}
     for contender in contenders(setup):
-        if time.monotonic() > setup.deadline:
-            facts[contender.name] = "not run: out of time"
-            continue
         free(setup)
-        try:
-            decode = decoders.ENGINES[contender.engine](contender, job)
-        except UnavailableError as error:
-            facts[contender.name] = f"not run: {error}"
-            continue
-        decoders.take_turn(decode, job)  # compiles, and captures graphs
-        turns = [decoders.take_turn(decode, job) for _ in range(setup.pick(3, 1))]
-        measured = Measured(contender, turns)
-        tokens[contender.name] = turns[0].tokens
-        launches = launches_per_token(setup, lambda decode=decode: decode(job, lambda: None), n_new)
-        share = bandwidth_share(measured, n_weights, bytes_per_s)
-        facts[contender.name] = (
-            f"{measured.tokens_per_s:,.0f} tokens/s, {launches:.1f} launches a token, "
-            f"{share:.0%} of the bandwidth"
-        )
-        print(f"  {contender.name}: {facts[contender.name]}", file=sys.stderr, flush=True)
-    theirs = tokens.get("transformers fp32 loop")
-    is_same = theirs is None or tokens["minigpt fp32"] == theirs
-    require(is_same, "minigpt and transformers, both float32, decode other tokens")
-    watched, plain = tokens.get("minigpt bf16 trace"), tokens.get("minigpt bf16")
-    require(watched == plain, "the tokens change when they are traced")
-    return facts
+        with setup.attempt(contender.name):
+            setup.require_time()
+            turns, launches = turns_of(setup, contender, job)
+            tokens[contender.name] = turns[0].tokens
+            measured = Measured(contender, turns)
+            share = bandwidth_share(measured, n_weights, bytes_per_s)
+            setup.facts[contender.name] = (
+                f"{measured.tokens_per_s:,.0f} tokens/s, {launches:.1f} launches a token, "
+                f"{share:.0%} of the bandwidth"
+            )
+            print(f"  {contender.name}: {setup.facts[contender.name]}", file=sys.stderr, flush=True)
+    for ours, other in (
+        ("minigpt fp32", "transformers fp32 loop"),
+        ("minigpt bf16", "minigpt bf16 trace"),
+    ):
+        if ours in tokens and other in tokens:
+            is_same = tokens[ours] == tokens[other]
+            require(is_same, f"{ours} and {other} decode other tokens")
+    return {}
+
+
+def turns_of(setup: Setup, contender: Contender, job: Job) -> tuple[list[Turn], float]:
+    """Return what some turns measured, and the launches for a token."""
+    try:
+        decode = decoders.ENGINES[contender.engine](contender, job)
+    except (UnavailableError, ImportError) as error:
+        raise SkippedError(str(error)) from error
+    decoders.take_turn(decode, job)  # compiles, and captures graphs
+    turns = [decoders.take_turn(decode, job) for _ in range(setup.pick(3, 1))]
+    return turns, launches_per_token(setup, lambda: decode(job, lambda: None), job.n_new)
 
 
 def launches_per_token(setup: Setup, decode: Callable[[], Any], n_new: int) -> float:

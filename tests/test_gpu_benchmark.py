@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ import torch
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import gpu
+from gpu_setup import FailedError, Setup
 from machine import child_environment
 from pretend_cuda import PretendCuda
 from test_pretend_cuda import run_eagerly
 
+from minigpt.errors import ConfigError
 from minigpt.generation.fast import compiled
 
 QUICK = ["--quick", "--keep-going"]
@@ -89,7 +92,7 @@ def test_command_stops_at_the_first_part_that_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(_: Any) -> Any:
-        raise gpu.FailedError("3 graph breaks")
+        raise FailedError("3 graph breaks")
 
     monkeypatch.setitem(gpu.PARTS, "parity", fail)
     words = ["--device", "cpu", "--quick", "--out", str(tmp_path), "--parts"]
@@ -104,6 +107,94 @@ def test_nothing_begins_after_the_time_limit(
     words = ["--device", "cpu", "--quick", "--minutes", "0", "--parts", "parity", "mini"]
     assert gpu.main([*words, "--out", str(tmp_path)]) == 0
     assert capsys.readouterr().out.count("not run: out of time |") == 2
+
+
+REHEARSED = ["--device", "cpu", "--quick", "--without-transformers"]
+
+
+def test_a_part_that_fails_keeps_what_it_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(setup: Setup) -> Any:
+        setup.facts["one"] = "a | b"
+        with setup.attempt("two"):
+            raise ValueError("no kernel image\nis available")
+        with setup.attempt("three"):
+            setup.facts["three"] = 3
+        return {"four": 4}
+
+    def leave(_: Setup) -> Any:
+        raise SystemExit("the library left")
+
+    monkeypatch.setitem(gpu.PARTS, "parity", fail)
+    monkeypatch.setitem(gpu.PARTS, "resume", leave)
+    words = [*REHEARSED, "--keep-going", "--out", str(tmp_path), "--parts"]
+    assert gpu.main([*words, "parity", "resume", "machine"]) == 1
+    found = results(tmp_path)
+    assert found["parity"]["status"] == "FAILED: two: ValueError: no kernel image"
+    failed = "FAILED: ValueError: no kernel image"
+    assert found["parity"]["facts"] == {"one": "a | b", "two": failed, "three": 3, "four": 4}
+    assert found["resume"]["status"] == "FAILED: SystemExit: the library left"
+    assert found["machine"]["status"] == "ok"
+    assert "| parity | one | a / b |" in capsys.readouterr().out
+
+
+def test_what_takes_too_long_and_what_is_interrupted_are_in_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def hang(setup: Setup) -> Any:
+        setup.facts["one"] = 1
+        with setup.attempt("two"):
+            while True:
+                time.sleep(0.01)
+
+    def interrupt(_: Setup) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(gpu.PARTS, "parity", hang)
+    monkeypatch.setitem(gpu.PARTS, "resume", interrupt)
+    monkeypatch.setattr(gpu, "GRACE_MINUTES", -0.99)  # ends while parity still may begin
+    words = [*REHEARSED, "--minutes", "1", "--out", str(tmp_path), "--parts"]
+    assert gpu.main([*words, "parity", "resume", "machine"]) == 130
+    assert results(tmp_path)["parity"]["facts"] == {"one": 1, "two": "not finished: out of time"}
+    printed = capsys.readouterr().out
+    assert "| not finished: out of time |" in printed
+    assert "machine" not in printed
+
+
+@pytest.mark.integration
+def test_measurements_that_cannot_be_compiled_leave_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise ConfigError("compiling for CUDA needs the header nv/target.")
+
+    monkeypatch.setattr(compiled, "load_step", fail)
+    words = [*REHEARSED, "--keep-going", "--out", str(tmp_path), "--parts", "waiting", "decoding"]
+    assert gpu.main(words) == 1
+    for found in results(tmp_path).values():
+        for what, value in found["facts"].items():
+            assert ("header nv/target" in value) == ("minigpt" in what and "compiled" in what) or (
+                what == "decoding and sampling, compiled"
+            )
+
+
+def test_seconds_to_a_loss_are_of_its_text_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--device", "cpu", "--data", str(tmp_path / "none.txt"), "--out", str(tmp_path)]
+    assert gpu.main([*words, "--parts", "mini"]) == 0
+    assert "| skipped: needs tinyshakespeare.txt: --data FILE |" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_message_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert gpu.main(["--out", str(tmp_path)]) == 2
+    printed = capsys.readouterr()
+    assert not printed.out
+    assert printed.err.count("\n") == 1
 
 
 @pytest.mark.slow
