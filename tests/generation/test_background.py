@@ -9,22 +9,24 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import LAYOUTS, small_model
+from small_models import LAYOUTS, random_tokens, small_model
 
 from minigpt.errors import ConfigError
 from minigpt.files import CACHE_VARIABLE, locked
 from minigpt.generation.fast import (
+    agrees_compiled,
     background,
     compiled,
     compiles_by_default,
     is_compiled,
     prepare_for_decoding,
 )
+from minigpt.generation.fast.eager import EagerForward
 from minigpt.generation.fast.packages import failure_path, lock_path
 from minigpt.generation.fast.quantize import quantize_int8, use_float32_activations
 from minigpt.model.gpt import GPT
 
-KINDS = ["float32", "int8", "bfloat16-weights"]
+KINDS = ["float32", "int8"]
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +59,8 @@ def model_of(kind: str, layout: str = "llama", **changes: Any) -> GPT:
     model = small_model(layout, **changes).requires_grad_(False)
     if kind == "int8":
         quantize_int8(model)
+    elif kind == "bfloat16":
+        model.bfloat16()
     elif kind == "bfloat16-weights":
         use_float32_activations(model.bfloat16())
     return model
@@ -86,11 +90,29 @@ def test_the_next_start_finds_what_was_compiled_for_an_eager_model(
     assert not compiles_by_default(model_of(kind, layout, n_layer=1), 1)
 
 
-def test_bfloat16_activations_stay_on_one_path(started: list[list[str]]) -> None:
-    model = small_model().bfloat16()
+@pytest.mark.parametrize("kind", ["bfloat16", "bfloat16-weights"])
+def test_a_model_in_bfloat16_stays_on_one_path(kind: str, started: list[list[str]]) -> None:
+    model = model_of(kind)
     assert not background.start(model)
     assert not compiles_by_default(model, 1)
     assert started == []
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "bfloat16", "bfloat16-weights"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_graph_replaces_only_an_eager_step_that_rounds_like_float32(
+    layout: str, kind: str
+) -> None:
+    model, tokens = model_of(kind, layout), random_tokens(1, 12)
+    exact = model_of(kind, layout).float() if kind == "bfloat16" else model_of(kind, layout)
+    prepare_for_decoding(model)
+    eager = EagerForward(model, capacity=12)
+    eager.feed(tokens[:, :4])
+    steps = torch.cat([eager.feed(tokens[:, i : i + 1]).clone() for i in range(4, 12)])
+    with torch.no_grad():
+        error = (steps - exact(tokens)[0, 4:]).abs().max()
+    assert agrees_compiled(model) == (kind in KINDS)
+    assert error < 1e-4 or not agrees_compiled(model)
 
 
 def test_only_one_process_compiles_a_step(

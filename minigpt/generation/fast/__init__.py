@@ -52,11 +52,20 @@ def compiles_by_default(model: LanguageModel, n_rows: int) -> bool:
 def agrees_compiled(model: LanguageModel) -> TypeGuard[GPT]:
     """Return whether the compiled step on a CPU rounds as the eager one does.
 
-    Activations must be float32. In bfloat16, the graph rounds less often than the eager step, so
-    the same seed could sample another text.
+    Weights must be float32 or int8, and activations float32. With bfloat16, the graph rounds less
+    often than the eager step and its tables, so the same seed could sample another text.
     """
-    is_same = model.device.type in ("cpu", "meta") and model.dtype == torch.float32
+    kinds = {model.dtype, stored_dtype(model)}
+    is_same = model.device.type in ("cpu", "meta") and kinds <= {torch.float32, torch.int8}
     return is_same and supports(model, compiles=True)
+
+
+def stored_dtype(model: LanguageModel) -> torch.dtype:
+    """Return the dtype of a model's weights in memory."""
+    embedding = model.embedding
+    if isinstance(embedding, WeightOnlyEmbedding):
+        return embedding.linear.stored_dtype
+    return model.dtype
 
 
 @torch.no_grad()

@@ -21,10 +21,9 @@ import torch
 from minigpt.config import ModelConfig
 from minigpt.errors import LockedError, MinigptError
 from minigpt.files import locked, resource_errors, write_atomically
-from minigpt.generation.fast import agrees_compiled
+from minigpt.generation.fast import agrees_compiled, stored_dtype
 from minigpt.generation.fast.compiled import compile_step, is_cached, package_key
 from minigpt.generation.fast.packages import failure_path, lock_path
-from minigpt.generation.fast.quantize import WeightOnlyEmbedding
 from minigpt.generation.fast.reading import model_of_zeros
 from minigpt.model.gpt import GPT
 from minigpt.model.language_model import LanguageModel
@@ -79,13 +78,9 @@ def start(model: LanguageModel) -> bool:
 
 def description(model: GPT) -> dict[str, Any]:
     """Return what the compiled step depends on: all but the values of the weights."""
-    embedding: Any = model.embedding
-    is_apart = isinstance(embedding, WeightOnlyEmbedding)
-    stored = embedding.linear.stored_dtype if is_apart else model.dtype
     return {
         "config": asdict(model.config),
-        "is_int8": stored == torch.int8,
-        "is_bfloat16": stored == torch.bfloat16,
+        "is_int8": stored_dtype(model) == torch.int8,
         "n_threads": torch.get_num_threads(),
     }
 
@@ -95,7 +90,7 @@ def described(work: dict[str, Any], device: str) -> GPT:
     model = model_of_zeros(
         ModelConfig(**work["config"]),
         device=torch.device(device),
-        dtype=torch.bfloat16 if work["is_bfloat16"] else torch.float32,
+        dtype=torch.float32,
         activations=torch.float32,
         quantizes=work["is_int8"],
     )
