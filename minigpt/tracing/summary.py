@@ -93,7 +93,8 @@ def footer_lines(
     cause = facts_of(header.measures[0]).caveat
     if footer.cause is not None:
         is_all = header.n_verified == "all"
-        cause = ring("tracing.analysis.lines").cause_in_words(footer.cause, is_all=is_all)
+        lines = ring("tracing.analysis.lines")
+        cause = lines.cause_in_words(footer.cause, header.measures[0], is_all=is_all)
     return [[], *wrapped(ending, width), *(wrapped(cause, width) if cause else [])]
 
 

@@ -223,6 +223,21 @@ def test_the_footer_counts_positions_where_every_position_is_knocked_out() -> No
     assert not re.search("source|control", text)
 
 
+def test_the_footer_names_the_measure_that_ranked_the_sources() -> None:
+    def said(correlation: float | None) -> str:
+        cause = CauseCheck(60, 58, 0.3121, 0.0213, correlation)
+        footer = TraceFooter(9, "length", 1.0, None, 3e-6, cause)
+        return words_of(footer_lines(footer, header_of(measures=("logit",)), 80))
+
+    assert "Only what heads brought directly counts" in said(0.8)
+    assert (
+        "Rank correlation of measure logit and effect: 0.80, so here measure logit says much"
+        in (said(0.8))
+    )
+    assert "too few to rank measure logit against effects" in said(None)
+    assert not re.search("weight", said(0.8) + said(None), re.IGNORECASE)
+
+
 @pytest.mark.parametrize(
     ("cause", "said"),
     [

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 
 from minigpt.text.escape import visible
-from minigpt.tracing.analysis_config import KNOCKOUTS
+from minigpt.tracing.analysis_config import KNOCKOUTS, Measure, facts_of
 from minigpt.tracing.findings import (
     ROLE_SCORES,
     Candidate,
@@ -175,16 +175,17 @@ def _effect_heat(change: float) -> str:
     return heat(1 - math.exp(-abs(change)))
 
 
-def cause_in_words(check: CauseCheck, *, is_all: bool = False) -> str:
+def cause_in_words(check: CauseCheck, measure: Measure = "weight", *, is_all: bool = False) -> str:
     """Describe the result of the knockouts of a trace.
 
-    Args: is_all, whether every position in view was knocked out, which needs no controls.
+    Args: measure, by which the sources were ranked; is_all, whether every position in view was
+        knocked out, which needs no controls.
     """
+    is_weight = measure == "weight"
+    name = "weight" if is_weight else f"measure {measure}"
+    limit = "Weight is not influence." if is_weight else facts_of(measure).caveat
     sources = _without(check.n_sources, "position" if is_all else "source")
-    found = (
-        f"Weight is not influence. Checked: {sources} ln p changed by {check.mean_effect:.3f} on "
-        "average"
-    )
+    found = f"{limit} Checked: {sources} ln p changed by {check.mean_effect:.3f} on average"
     if check.n_controls:
         controls = _without(check.n_controls, "control")
         found += f", {controls} by {check.mean_control_effect:.3f}"
@@ -196,11 +197,12 @@ def cause_in_words(check: CauseCheck, *, is_all: bool = False) -> str:
         found += f" The sources {hardly}mattered more than their controls."
     correlation = check.rank_correlation
     if correlation is None:
-        return f"{found} These are too few to rank weights against effects."
+        ranked = "weights" if is_weight else name
+        return f"{found} These are too few to rank {ranked} against effects."
     told = "little" if correlation < 0.3 else "something" if correlation < 0.7 else "much"
     return (
-        f"{found} Rank correlation of weight and effect: {correlation:.2f}, so here the weights "
-        f"say {told} about what mattered."
+        f"{found} Rank correlation of {name} and effect: {correlation:.2f}, so here "
+        f"{'the weights say' if is_weight else f'{name} says'} {told} about what mattered."
     )
 
 
