@@ -39,8 +39,8 @@ class Source:
     """Number in the row: in [0, 1], unless the measure is signed."""
 
 
-_ROUNDING = 1e-6
-"""A smaller ``Row.rest`` is float32 rounding, and is shown as 0."""
+ROUNDING = 1e-5
+"""A smaller ``Row.rest`` is the rounding of float32 and of a trace file, and is shown as 0."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +63,7 @@ class Row:
     def rest(self) -> float | None:
         """Weight on all but the sink and the sources."""
         rest = self.total - self.sink - sum(source.weight for source in self.sources)
-        return rest if rest > _ROUNDING else 0.0
+        return rest if rest > ROUNDING else 0.0
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class TraceStep:
     @property
     def probability(self) -> float:
         """Probability of the token, before any sampling option."""
-        return math.exp(self.log_probability)
+        return math.exp(round(self.log_probability, 6))  # as in a trace file, as all that is shown
 
     @property
     def row(self) -> Row:

@@ -19,6 +19,7 @@ from minigpt.tracing.analysis_config import facts_of
 from minigpt.tracing.events import Source, Token
 from minigpt.tracing.findings import (
     CONVENTION,
+    HEAD_DIGITS,
     Alternative,
     Candidate,
     Effect,
@@ -38,7 +39,6 @@ SCHEMA = "minigpt-trace/1"
 INTERRUPTED = "interrupted"
 """The finish_reason of a trace that was interrupted."""
 _DIGITS = 6
-_HEAD_DIGITS = 4
 _EXACT = {"scale", "worst_row_sum_error", "worst_product_error"}
 """Fields that are not rounded."""
 WORKING_ARRAYS = {"queries": "queries_TD", "keys": "keys_TD", "values": "values_TD"}
@@ -127,7 +127,7 @@ TABLES: Mapping[type, Mapping[str, str | Callable[[Any], Any]]] = {
         "heads": "heads",
     },
     Source: {"*": "token"} | _named("weight"),
-    HeadRows: {key: _rounded(name, _HEAD_DIGITS) for key, name in HEAD_ARRAYS.items()}
+    HeadRows: {key: _rounded(name, HEAD_DIGITS) for key, name in HEAD_ARRAYS.items()}
     | {"positions": lambda heads: heads.positions.tolist()},
     Effect: {"*": "source"} | _named("change", "control_of"),
     Candidate: _TEXT | _CHANCE,

@@ -27,6 +27,10 @@ CONVENTION = (
 )
 
 
+def _probability(log_probability: float) -> float:
+    return math.exp(round(log_probability, 6))  # as in a trace file, as ``TraceStep.probability``
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A token that the model could have generated at a step."""
@@ -40,7 +44,7 @@ class Candidate:
     @property
     def probability(self) -> float:
         """Probability of the token, before any sampling option."""
-        return math.exp(self.log_probability)
+        return _probability(self.log_probability)
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ class Lens:
     @property
     def probabilities(self) -> tuple[float, ...]:
         """Probability of the token after each layer."""
-        return tuple(map(math.exp, self.log_probabilities))
+        return tuple(map(_probability, self.log_probabilities))
 
 
 @dataclass(frozen=True)
@@ -154,6 +158,10 @@ class HeadWorking:
     values_TD: NDArray[np.float32]
 
 
+HEAD_DIGITS = 4
+"""Digits of the numbers of ``HeadRows``."""
+
+
 @dataclass(frozen=True, eq=False)
 class HeadRows:
     """Summaries of the rows of all heads at one step; each array is [layer, head]."""
@@ -175,8 +183,11 @@ class HeadRows:
 
     @classmethod
     def of(cls, facts: Mapping[str, NDArray[Any]], n_layer: int) -> "HeadRows":
-        """Return the summaries in ``RowReader.facts`` of the rows after the first."""
-        rows = {f.name: facts[f.name][1:] for f in fields(cls)}
+        """Return the summaries in ``RowReader.facts`` of the rows after the first.
+
+        They are rounded as in a trace file, so that a replay shows the same.
+        """
+        rows = {f.name: facts[f.name][1:].round(HEAD_DIGITS) for f in fields(cls)}
         shape = n_layer, len(rows["sink"]) // n_layer
         return cls(**{name: x.reshape(*shape, *x.shape[1:]) for name, x in rows.items()})
 

@@ -152,7 +152,7 @@ class TraceLayout:
         if self.rest_width and rows[0].rest is not None:
             spans = [(f" {self._rest(rows, sources)}", "dim")]
         if self.form.has_entropy:
-            spans.append((f"{rows[0].entropy:{_ENTROPY_WIDTH}.1f}", "dim"))
+            spans.append((f"{round(rows[0].entropy, 6):{_ENTROPY_WIDTH}.1f}", "dim"))
         return spans
 
     def _rest(self, rows: Sequence[Row], sources: Sequence[Source]) -> str:

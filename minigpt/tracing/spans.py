@@ -1,4 +1,7 @@
-"""Lines of styled text for a terminal: bars, colours, and text fitted to a width in cells."""
+"""Lines of styled text for a terminal: bars, colours, and text fitted to a width in cells.
+
+Numbers are first rounded to six digits, as in a trace file, so that a replay shows the same.
+"""
 
 import unicodedata
 from bisect import bisect
@@ -22,12 +25,12 @@ def bar(share: float, width: int = BAR_WIDTH) -> str:
 
 def eighths(share: float, width: int = 1) -> int:
     """Return the number of eighths of a cell that a share of ``width`` cells fills."""
-    return round(min(max(share, 0.0), 1.0) * width * 8)
+    return round(min(max(round(share, 6), 0.0), 1.0) * width * 8)
 
 
 def heat(share: float) -> str:
     """Return the style of an attention weight."""
-    return f"heat{bisect(_HEAT_BOUNDS, share)}"
+    return f"heat{bisect(_HEAT_BOUNDS, round(share, 6))}"
 
 
 @lru_cache(maxsize=4096)
@@ -53,7 +56,7 @@ def fit(text: str, width: int) -> str:
 
 def percent(share: float) -> str:
     """Return a share as whole percent, three cells wide: `` 7%``, ``<1%``, ``100``."""
-    whole = round(round(share, 6) * 100)  # six digits, as in a trace file, so that a replay agrees
+    whole = round(round(share, 6) * 100)
     if whole >= 100:
         return "100"
     if whole == 0 and share > 0:

@@ -17,6 +17,7 @@ def upright_bar(share: float) -> str:
 
 def signed(number: float) -> str:
     """Format a number with its sign in five cells."""
+    number = round(number, 6)  # as in a trace file
     digits = 2 if abs(number) < 9.995 else 1 if abs(number) < 99.95 else 0
     rounded = round(min(max(number, -9999), 9999), digits) + 0.0  # no negative zero
     return f"{rounded:+{SIGNED_WIDTH}.{digits}f}"

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from calls import ROOT, Result, Run
 from safetensors.numpy import load_file
 
 from minigpt.tracing.config import SAMPLING
+from minigpt.tracing.spans import bar, heat, percent
+from minigpt.tracing.wrapping import signed
 
 WORDS = ["attention-trace", "The king", "--temperature", "0", "--max-new-tokens", "6"]
 
@@ -160,6 +163,26 @@ def test_replay_shows_a_file_as_the_trace_was_shown(run: Run, tmp_path: Path) ->
         assert again.out == live.out
         assert (again.code, again.err) == (0, "")
     assert run("attention-trace", "--replay", path, "--json").out == Path(path).read_text()
+
+
+@pytest.mark.parametrize("show", [percent, bar, heat, signed])
+def test_a_number_is_shown_as_that_of_the_file(show: Callable[[float], str]) -> None:
+    near = (0.005, 0.0149999996, 0.0150000004, 0.4500000004, 2.2499999997, 0.0499999998, 0.125)
+    for number in (*near, *(-x for x in near)):
+        assert show(number) == show(round(number, 6)), number
+
+
+def test_a_replay_shows_no_rest_where_all_positions_are_shown(run: Run, tmp_path: Path) -> None:
+    path = str(tmp_path / "t.jsonl")
+    for prompt in ("a", "ab", "abc"):
+        for measure in ("weight", "both"):
+            words = [prompt, "--max-new-tokens", "3", "--measure", measure, "--view"]
+            for view in ("lines", "heads"):
+                more = [view, "--seed", "1", "--out", path]
+                live = run("attention-trace", *words, *more)
+                assert live.code == 0
+                again = run("attention-trace", "--replay", path, "--view", view)
+                assert again.out == live.out
 
 
 def test_a_replay_with_dense_rows_chooses_heads_without_the_model(run: Run, tmp_path: Path) -> None:

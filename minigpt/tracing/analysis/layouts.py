@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from minigpt.tracing.analysis_config import Measure, facts_of
-from minigpt.tracing.events import Row, Source
+from minigpt.tracing.events import ROUNDING, Row, Source
 from minigpt.tracing.lines import Form, TraceLayout, name_of
 from minigpt.tracing.spans import SHARE_WIDTH, Line, bar, fit, heat, percent
 from minigpt.tracing.wrapping import SIGNED_WIDTH, signed, upright_bar
@@ -72,7 +72,7 @@ class SharesLayout(_MeasuresLayout):
         positions = [source.token.position for source in sources]
         for row in rows[1:]:
             rest = row.total - row.sink - sum(float(row.weights_S[p]) for p in positions)
-            rests.append(max(0.0, rest))
+            rests.append(rest if rest > ROUNDING else 0.0)
         return " ".join(map(percent, rests))
 
 
@@ -118,7 +118,8 @@ class SignedLayout(_MeasuresLayout):
 
 def _relative_size(number: float, row: Row) -> float:
     """Return the magnitude of a number relative to the largest of its row, in [0, 1]."""
-    largest = abs(row.sink)
+    number, largest = round(number, 6), abs(row.sink)
     if row.sources:  # in descending order, the sink left out
         largest = max(largest, abs(row.sources[0].weight))
+    largest = round(largest, 6)
     return min(abs(number) / largest, 1.0) if largest else 0.0

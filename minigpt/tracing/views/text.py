@@ -148,18 +148,19 @@ def _pieces(text: str, width: int) -> list[str]:
 
 
 def _legend(row: Row, scale: float, sink: int) -> str:
+    of_sink, prompt, generated = (round(x, 6) for x in (row.sink, row.prompt, row.generated))
     if row.is_signed:
         unit = facts_of(row.measure).unit
-        beyond = " or more" if abs(row.sink) > scale else ""
+        beyond = " or more" if abs(of_sink) > scale else ""
         return (
             f"█ is a magnitude of {scale:.3g} {unit}{beyond}, orange where it lowered "
-            f"the token; {_MARK} the token itself; sink (position {sink}) {row.sink:+.2f}; prompt "
-            f"{row.prompt:+.2f}, generated {row.generated:+.2f}."
+            f"the token; {_MARK} the token itself; sink (position {sink}) {of_sink:+.2f}; prompt "
+            f"{prompt:+.2f}, generated {generated:+.2f}."
         )
-    more = " or more" if row.sink > scale else ""
+    more = " or more" if of_sink > scale else ""
     return (
-        f"█ is {scale:.1%}{more}, {_MARK} the token itself; sink (position {sink}) {row.sink:.1%}; "
-        f"prompt {row.prompt:.0%}, generated {row.generated:.0%}; entropy {row.entropy:.1f} bits."
+        f"█ is {scale:.1%}{more}, {_MARK} the token itself; sink (position {sink}) {of_sink:.1%}; "
+        f"prompt {prompt:.0%}, generated {generated:.0%}; entropy {round(row.entropy, 6):.1f} bits."
     )
 
 
