@@ -52,7 +52,7 @@ def fused_loss(run: Run, loss: nn.Module) -> Any:
     if not _agrees(loss):
         warnings.warn(
             "the code of the model computes another loss than training/fused.py. Training takes "
-            "the model's, which is slower.",
+            "the model's, which is slower unless it is compiled.",
             MinigptWarning,
             stacklevel=2,
         )
