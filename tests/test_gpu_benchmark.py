@@ -21,7 +21,7 @@ from test_pretend_cuda import run_eagerly
 from minigpt.errors import ConfigError
 from minigpt.generation.fast import compiled
 
-QUICK = ["--quick", "--keep-going"]
+QUICK = ["--quick", "--keep-going", "--minutes", "60"]
 ON_PRETEND_GPU = ["machine", "parity", "resume", "dropout", "waiting", "nanogpts", "decoding"]
 ON_CPU = ["warm_up", "small", "mini", "memory_limit"]
 IN_GROUPS = ["ranks", "shards"]

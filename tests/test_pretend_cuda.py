@@ -1,6 +1,7 @@
 """The CUDA paths on a machine without a GPU: no devices are mixed, and the host rarely waits."""
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,8 @@ from knocking_out import knock_out
 from pretend_cuda import CUDA, PretendCuda
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minigpt.config import ModelConfig, SamplingConfig, TrainingConfig
+from minigpt.checkpoint.folder import RunFolder
+from minigpt.config import DataConfig, ModelConfig, RunConfig, SamplingConfig, TrainingConfig
 from minigpt.errors import ConfigError, MinigptWarning
 from minigpt.evaluation import evaluate
 from minigpt.generation.decoder import Decoder
@@ -20,9 +22,10 @@ from minigpt.generation.fast.graph import GraphStep
 from minigpt.generation.fast.quantize import quantize_int8, to_int8
 from minigpt.intervention_config import InterventionConfig
 from minigpt.model.cost import peak_flops
-from minigpt.model.device import autocast
+from minigpt.model.device import autocast, resolve_dtype
 from minigpt.model.gpt import GPT
 from minigpt.model.language_model import model_class
+from minigpt.text.tokens import prepare
 from minigpt.tracing.analysis.recorder import MeasureRecorder
 from minigpt.tracing.analysis.rollout import Rollout
 from minigpt.tracing.analysis.sink import SinkFinder
@@ -33,6 +36,7 @@ from minigpt.tracing.recorder import RowRecorder
 from minigpt.tracing.tracer import trace
 from minigpt.training.optim import make_optimizers
 from minigpt.training.reports.memory import machine_bytes
+from minigpt.training.trainer import Trainer
 
 BASE: dict[str, Any] = {"n_layer": 2, "d_model": 32, "vocab_size": 97, "context_length": 64}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -422,3 +426,47 @@ def test_peak_is_of_the_device_with_the_whole_name(name: str, peak: float) -> No
 def test_memory_that_other_processes_hold_is_not_available() -> None:
     with PretendCuda(free_memory=3 * 2**30):
         assert machine_bytes(CUDA) == 3 * 2**30
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"optimizer": "adamw"},
+        {"dtype": "bfloat16"},
+        {"average": 0.9},
+        {"micro_batch_size": 2},
+        {"on_nan": "skip"},
+        {"recompute": True},
+    ],
+    ids=str,
+)
+def test_a_trained_step_and_an_evaluated_batch_are_one_copy_that_is_not_waited_for(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
+    shape = BASE | SHAPES["llama"] | {"vocab_size": 257, "context_length": 32}
+    run: dict[str, Any] = {"max_steps": 9, "batch_size": 4, "log_every": 100, "device": "cuda"}
+    training = TrainingConfig(**run | changes)
+    (tmp_path / "text.txt").write_text("to be, or not to be\n" * 200)
+    with PretendCuda() as seen:
+        trainer = Trainer(
+            RunConfig(model=ModelConfig(**shape), training=training),
+            prepare(DataConfig(paths=(str(tmp_path / "text.txt"),)), cache_dir=tmp_path / "cache"),
+            RunFolder(tmp_path / "run"),
+            device=CUDA,
+            dtype=resolve_dtype(training.dtype, CUDA),
+        )
+        trainer.take_step()  # is logged
+        seen.clear()
+        for _ in range(3):
+            trainer.take_step()
+        # Whether a step is skipped has to be known before the next one.
+        assert sum(seen.syncs.values()) == 3 * (changes == {"on_nan": "skip"})
+        assert not seen.copies
+        assert sum(seen.async_copies.values()) == 3
+        seen.clear()
+        tokens = torch.zeros(4, 32, dtype=torch.int64)
+        evaluate(trainer.model, [(tokens, tokens)] * 3, np.ones(257, int))
+        assert not seen.copies
+        assert sum(seen.async_copies.values()) == 3
+        assert sum(seen.syncs.values()) == 1
