@@ -27,6 +27,7 @@ from minigpt.generation.fast import decode_step, graph
 from minigpt.generation.fast.decode_step import StepForward
 from minigpt.generation.fast.graph import GraphStep
 from minigpt.generation.fast.packages import cached_package, find_package
+from minigpt.generation.fast.toolchain import overlapped, without_collecting
 from minigpt.model import layers
 from minigpt.model.attention import Recorder
 from minigpt.model.gpt import GPT
@@ -261,7 +262,13 @@ def _compile(step: GraphStep, path: Path, *, cache_dtype: torch.dtype, is_batch:
     try:
         get_cpp_compiler()  # fail before the work, not after it
         # The compiler's own cache has a guessable name in the system's temporary folder.
-        with warnings.catch_warnings(), fresh_cache(), torch.no_grad():
+        with (
+            warnings.catch_warnings(),
+            fresh_cache(),
+            torch.no_grad(),
+            without_collecting(),
+            overlapped(),
+        ):
             warnings.simplefilter("ignore")  # the compiler warns about its own code
             program = torch.export.export(step, inputs, dynamic_shapes=dynamic, strict=False)
             torch._inductor.aoti_compile_and_package(

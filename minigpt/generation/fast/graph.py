@@ -63,19 +63,19 @@ class GraphKernels:
 
     def embed(self, tokens: Tensor, position: Tensor) -> Tensor:
         model = self._model
-        x = model.embedding.weight[tokens].float()  # (B, C)
+        x = _float32(model.embedding.weight[tokens])  # (B, C)
         scale = getattr(model.embedding, "scale", None)
         if scale is not None:
-            x = x * scale[tokens].float()[:, None]
+            x = x * _float32(scale[tokens])[:, None]
         if model.config.family == "gpt2":
-            x = x + model.positions.weight[position].float()
+            x = x + _float32(model.positions.weight[position])
         return x
 
     def rotary(self, position: Tensor) -> Sequence[tuple[Tensor, Tensor] | None]:
         model = self._model
         if model.config.family == "gpt2":
             return [None] * model.config.n_layer
-        rotary = model.rotary_cos[position].float(), model.rotary_sin[position].float()
+        rotary = _float32(model.rotary_cos[position]), _float32(model.rotary_sin[position])
         return [rotary] * model.config.n_layer
 
     def norm(self, module: nn.Module) -> Function:
@@ -106,10 +106,10 @@ class GraphKernels:
             n_group, n_view = keys_BGPD.shape[1], is_filled_S.shape[0]
             # Sums of products and no matmul: see _product.
             q_BGRTD = _stored(q_BHTD * module.d_head**-0.5).unflatten(1, (n_group, -1))
-            score_BGRS = (q_BGRTD * keys_BGPD[:, :, None, :n_view].float()).sum(-1)
+            score_BGRS = (q_BGRTD * _float32(keys_BGPD[:, :, None, :n_view])).sum(-1)
             masked_BGRS = torch.where(is_filled_S, score_BGRS, -torch.inf)
             weights_BGRS = _stored(masked_BGRS.softmax(-1))
-            values_BGTSD = values_BGPD[:, :, None, :n_view].float()
+            values_BGTSD = _float32(values_BGPD[:, :, None, :n_view])
             context_BGRD = (weights_BGRS[..., None] * values_BGTSD).sum(-2)
             # flatten(1, 2) of a view of dynamic size cannot be exported by torch 2.11.
             n_rows, n_shared = weights_BGRS.shape[0], weights_BGRS.shape[2]
@@ -146,24 +146,30 @@ def _product(linear: nn.Module, x_BI: Tensor, n_cuda_parts: int = 1) -> Tensor:
     weight = linear.weight
     assert isinstance(weight, Tensor)
     n_parts = _CPU_PARTS if weight.device.type == "cpu" else n_cuda_parts
-    n_even = len(weight) // n_parts * n_parts
-    parts = [*weight[:n_even].chunk(n_parts), weight[n_even:]]
-    sums = [(part.float()[:, None] * x_BI).sum(-1) for part in parts if len(part)]
+    n_each, n_rest = divmod(len(weight), n_parts)
+    sizes = [n_each] * n_parts if n_each else []
+    parts = weight[:, None].split([*sizes, n_rest] if n_rest else sizes)
+    sums = [(_float32(part) * x_BI).sum(-1) for part in parts]
     y_OB = torch.cat(sums) if len(sums) > 1 else sums[0]
     y_BO = y_OB.mT
     if (scale := getattr(linear, "scale", None)) is not None:
-        y_BO = y_BO * scale.float()
+        y_BO = y_BO * _float32(scale)
     if (bias := getattr(linear, "bias", None)) is not None:
-        y_BO = y_BO + bias.float()
+        y_BO = y_BO + _float32(bias)
     return y_BO
+
+
+def _float32(x: Tensor) -> Tensor:
+    """Return x in float32; if it is, without a node, of which a third would be conversions."""
+    return x if x.dtype == torch.float32 else x.float()
 
 
 def _norm(norm: nn.Module, x: Tensor) -> Tensor:
     if isinstance(norm, nn.LayerNorm):
-        weight, bias = norm.weight.float(), norm.bias.float()
+        weight, bias = _float32(norm.weight), _float32(norm.bias)
         return F.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
     if isinstance(norm, nn.RMSNorm):
-        return F.rms_norm(x, norm.normalized_shape, norm.weight.float(), norm.eps)
+        return F.rms_norm(x, norm.normalized_shape, _float32(norm.weight), norm.eps)
     return x
 
 

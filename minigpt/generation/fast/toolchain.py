@@ -1,0 +1,82 @@
+"""Running the C++ compiler of a graph beside Python, on another core.
+
+torch's compiler is one thread that waits for each run of the C++ compiler: first for small programs
+that show which vector instructions it knows, then for the two files that it generated. None of them
+needs another's result. The commands stay the same, so the machine code does too.
+"""
+
+import gc
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+
+@contextmanager
+def overlapped() -> Iterator[None]:
+    """Overlap runs of the C++ compiler with each other and with Python.
+
+    Where a version of torch has no such functions, they run one after another.
+    """
+    from torch._inductor import cpp_builder, cpu_vec_isa
+
+    probe = getattr(cpu_vec_isa, "valid_vec_isa_list", None)
+    run = getattr(cpp_builder, "_run_compile_cmd", None)
+    if probe is None or run is None:
+        yield
+        return
+    with ThreadPoolExecutor(2) as pool:
+        # In one thread: a probe changes the flags of its object for a while.
+        isas = pool.submit(_best_isa, probe)
+        with (
+            patch.object(cpu_vec_isa, "valid_vec_isa_list", isas.result),
+            patch.object(cpp_builder, "_run_compile_cmd", _deferring_wrapper(run, pool)),
+        ):
+            yield
+
+
+def _best_isa(probe: Any) -> list[Any]:
+    """Return the widest vector instructions that work; torch probes all and uses the first."""
+    from torch._inductor import cpu_vec_isa
+
+    if "ATEN_CPU_CAPABILITY" in os.environ:  # asks for others
+        return list(probe())
+    for isa in cpu_vec_isa.supported_vec_isa_list:
+        with patch.object(cpu_vec_isa, "supported_vec_isa_list", [isa]):
+            if found := probe.__wrapped__():
+                return list(found)
+    return []
+
+
+def _deferring_wrapper(
+    run: Callable[[str, str], None], pool: ThreadPoolExecutor
+) -> Callable[[str, str], None]:
+    """Return ``run`` without waiting for the first file, the wrapper, until files are linked."""
+    running: list[Future[None]] = []
+
+    def start(command: str, folder: str) -> None:
+        if " -c " in command and ".wrapper.cpp" in command:
+            # The folder itself is removed when this returns; paths in the command are absolute.
+            running.append(pool.submit(run, command, str(Path(folder).parent)))
+            return
+        if " -c " not in command:
+            while running:
+                running.pop().result()
+        run(command, folder)
+
+    return start
+
+
+@contextmanager
+def without_collecting() -> Iterator[None]:
+    """Stop the cyclic garbage collector, which walks the graph's objects again and again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

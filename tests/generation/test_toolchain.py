@@ -1,0 +1,95 @@
+"""The C++ compiler runs beside Python and beside itself, with the same commands and errors."""
+
+import gc
+import threading
+from pathlib import Path
+
+import pytest
+from torch._inductor import cpp_builder, cpu_vec_isa
+
+from minigpt.generation.fast.toolchain import overlapped, without_collecting
+
+WRAPPER, KERNEL = "g++ a.wrapper.cpp -c -o a.o", "g++ b.kernel.cpp -c -o b.o"
+LINK = "g++ a.o b.o -shared -o c.so"
+PATIENCE_S = 60
+
+
+@pytest.fixture(autouse=True)
+def probes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The instruction sets that are probed; only the second works."""
+    probed: list[str] = []
+
+    def valid() -> list[str]:
+        probed.extend(cpu_vec_isa.supported_vec_isa_list)  # type: ignore[arg-type]
+        return [isa for isa in cpu_vec_isa.supported_vec_isa_list if isa != "avx512"]  # type: ignore[comparison-overlap,misc]
+
+    valid.__wrapped__ = valid  # type: ignore[attr-defined]
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
+    monkeypatch.setattr(cpu_vec_isa, "supported_vec_isa_list", ["avx512", "avx2", "none"])
+    monkeypatch.setattr(cpu_vec_isa, "valid_vec_isa_list", valid)
+    return probed
+
+
+def test_both_files_compile_at_once_and_are_linked_last(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    done: list[str] = []
+    kernel_runs = threading.Event()
+
+    def run(command: str, folder: str) -> None:
+        if command == WRAPPER:
+            assert kernel_runs.wait(PATIENCE_S)
+            assert Path(folder).is_dir()
+        if command == KERNEL:
+            kernel_runs.set()
+        done.append(command)
+
+    monkeypatch.setattr(cpp_builder, "_run_compile_cmd", run)
+    with overlapped():
+        for command in (WRAPPER, KERNEL, LINK):
+            cpp_builder.run_compile_cmd(command, cwd=str(tmp_path / "removed"))
+    assert sorted(done[:2]) == [WRAPPER, KERNEL]
+    assert done[2:] == [LINK]
+    assert cpp_builder._run_compile_cmd is run
+
+
+def test_an_error_in_the_first_file_is_raised_before_linking(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def run(command: str, folder: str) -> None:
+        assert command != LINK
+        if command == WRAPPER:
+            raise OSError("no space left")
+
+    monkeypatch.setattr(cpp_builder, "_run_compile_cmd", run)
+    with overlapped():
+        cpp_builder.run_compile_cmd(WRAPPER, cwd=str(tmp_path))
+        cpp_builder.run_compile_cmd(KERNEL, cwd=str(tmp_path))
+        with pytest.raises(OSError, match="no space"):
+            cpp_builder.run_compile_cmd(LINK, cwd=str(tmp_path))
+
+
+def test_probing_stops_at_the_first_instructions_that_work(probes: list[str]) -> None:
+    with overlapped():
+        assert cpu_vec_isa.valid_vec_isa_list() == ["avx2"]
+    assert probes == ["avx512", "avx2"]
+
+
+def test_a_chosen_capability_is_looked_for_among_all(
+    probes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+    with overlapped():
+        assert cpu_vec_isa.valid_vec_isa_list() == ["avx2", "none"]
+    assert probes == ["avx512", "avx2", "none"]
+
+
+def test_the_garbage_collector_runs_again_after_a_failure() -> None:
+    def fail() -> None:
+        assert not gc.isenabled()
+        raise OSError("failed")
+
+    assert gc.isenabled()
+    with pytest.raises(OSError, match="failed"), without_collecting():
+        fail()
+    assert gc.isenabled()
