@@ -65,10 +65,10 @@ def run_part(name: str, setup: Setup) -> Facts:
         status = f"FAILED: {'; '.join(setup.faults)}" if setup.faults else "ok"
     except SkippedError as reason:
         status = f"skipped: {reason}"
-    except OutOfTimeError:
-        status = "not finished: out of time"
     except (Exception, SystemExit) as error:
         status = f"FAILED: {'; '.join([described(error), *setup.faults])}"
+        if setup.is_over:
+            status = "not finished: out of time"
     free(setup)
     seconds = round(time.monotonic() - started, 1)
     print(f"{name}: {status}, {seconds} s", file=sys.stderr, flush=True)
@@ -141,11 +141,11 @@ def main(words: list[str] | None = None) -> int:
             gpt_fast=args.gpt_fast,
             with_transformers=not args.without_transformers,
             deadline=started + 60 * args.minutes,
+            end=started + 60 * (args.minutes + GRACE_MINUTES),
         )
         try:
             for name in args.parts:
-                end = started + 60 * (args.minutes + GRACE_MINUTES)
-                with time_limit(end - time.monotonic()):
+                with time_limit(setup.end - time.monotonic()):
                     results.append(run_part(name, setup))
                 text = json.dumps(results[-1], indent=2, default=str) + "\n"
                 (args.out / f"{name}.json").write_text(text)
