@@ -119,17 +119,13 @@ class TraceStep:
 
 @dataclass(frozen=True)
 class TraceFooter:
-    """How a trace ended, and the results of its checks."""
+    """How a trace ended."""
 
     n_tokens: int
     finish: FinishReason | None
     """Reason to stop. None if interrupted."""
     seconds: float
     """Time from the start of the prefill to the last token."""
-    worst_row_sum_error: float | None
-    """Largest |sum of a row of weights - 1|. None if rows need not sum to 1."""
-    worst_product_error: float | None = None
-    """Largest relative difference between a head's output and its row times the values."""
 
 
 TraceEvent = TraceHeader | TraceStep | TraceFooter

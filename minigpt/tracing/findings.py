@@ -291,6 +291,10 @@ class TraceStep(events.TraceStep):
 class TraceFooter(events.TraceFooter):
     """How a trace ended, the results of its checks, and what all its steps show."""
 
+    worst_row_sum_error: float | None = None
+    """Largest |sum of a row of weights - 1|. None if rows need not sum to 1."""
+    worst_product_error: float | None = None
+    """Largest relative difference between a head's output and its row times the values."""
     cause: CauseCheck | None = None
     workings: tuple[HeadWorking, ...] = ()
     """Queries, keys and values of the heads that are explained."""

@@ -1,5 +1,6 @@
 """Observing a model in bursts, with all numbers of each row."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from minigpt.model.language_model import LanguageModel
 from minigpt.rings import ring
 from minigpt.text.tokenizer import Tokenizer
 from minigpt.tracing.config import TraceConfig
-from minigpt.tracing.events import Token, TraceHeader, TraceStep
+from minigpt.tracing.events import Row, Token, TraceHeader, TraceStep
 from minigpt.tracing.recorder import RowRecorder
 from minigpt.tracing.rows import RowReader
 from minigpt.tracing.tracer import AttentionObserver
@@ -40,6 +41,32 @@ def make_observer(
     if not (config.is_plain and sampling.max_new_tokens):
         make = ring("tracing.analysis.observer").AnalysisObserver
     return make(model, config, n_prompt, sampling, tokenizer, **options)
+
+
+class CheckedRecorder(RowRecorder):
+    """Checks the rows of each pass in one of the layers, each pass in the next one."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__(model)
+        self._n_layer = len(model.attentions)
+        self._n_passes = 0
+        self.product_error: Tensor | None = None
+        """Largest difference between a row times the values and the head's output, relative to the
+        largest output; of the last pass, in one layer."""
+
+    @torch.no_grad()
+    def record(self, attention: AttentionPass) -> None:
+        """Take a forward pass, and check the rows of the first sequence of the batch."""
+        super().record(attention)
+        layer = self._n_passes % self._n_layer
+        self._n_passes += 1
+        v_GSD = attention.values_LBGSD[layer, 0].float()
+        rows_GRS = attention.weights_LBHS[layer, 0].view(len(v_GSD), -1, v_GSD.shape[1])
+        product_GRD = torch.bmm(rows_GRS, v_GSD)
+        context_GRD = attention.context_LBHD[layer, 0].float().view(product_GRD.shape)
+        largest = torch.linalg.vector_norm(context_GRD, ord=math.inf)
+        error = torch.dist(product_GRD, context_GRD, p=math.inf)
+        self.product_error = error / largest.clamp(min=1e-30)
 
 
 class PassQueue:
@@ -75,6 +102,9 @@ class BurstObserver(AttentionObserver):
     ) -> None:
         """Args: those of ``AttentionObserver``; special and dense, as for ``tracer.trace``."""
         super().__init__(*model_to_tokenizer)
+        self.recorder: CheckedRecorder = CheckedRecorder(self.model)
+        self._sum_error: float | None = None
+        self._product_error: Tensor | None = None
         self.watcher: PassQueue = PassQueue(self.recorder)
         self._dense = dense
         self.reader: RowReader
@@ -144,7 +174,9 @@ class BurstObserver(AttentionObserver):
         """Hand passes to the recorder, and take the error of the last one into account."""
         for attention in passes:
             self.recorder.record(attention)
-        self.check_product()
+        error, so_far = self.recorder.product_error, self._product_error
+        if error is not None:
+            self._product_error = error if so_far is None else torch.maximum(so_far, error)
 
     @torch.inference_mode()
     def observe(self, burst: Sequence[Held], tokens: Sequence[Token]) -> list[dict[str, Any]]:
@@ -159,3 +191,15 @@ class BurstObserver(AttentionObserver):
         rows = self.reader.rows(rows_N1S, tokens)
         self.check_sums(rows)
         return [{"rows": (row,)} for row in rows]
+
+    def check_sums(self, rows: Sequence[Row]) -> None:
+        """Take the error of the sums of rows, which should be 1, into account."""
+        self._sum_error = max([self._sum_error or 0.0, *(abs(row.total - 1) for row in rows)])
+
+    def results(self, tokens: Sequence[Token]) -> dict[str, Any]:
+        """Return the fields of the footer that hold results. Args: tokens, those of the text."""
+        error = self._product_error
+        return {
+            "worst_row_sum_error": self._sum_error,
+            "worst_product_error": None if error is None else error.item(),
+        }

@@ -3,9 +3,6 @@
 Shapes: L layers, B batch, H query heads, G key/value heads, S keys, D head dim.
 """
 
-import math
-
-import torch
 from torch import Tensor
 
 from minigpt.errors import ConfigError
@@ -36,26 +33,11 @@ class RowRecorder:
     def __init__(self, model: LanguageModel) -> None:
         """Raises: ConfigError if the model has no attention."""
         require_attention(model)
-        self._n_layer = len(model.attentions)
-        self._n_passes = 0
         self._last: AttentionPass | None = None
-        self.product_error: Tensor | None = None
-        """Largest difference between a row times the values and the head's output, relative to the
-        largest output; of the last pass, in one layer (each pass checks the next layer)."""
 
-    @torch.no_grad()
     def record(self, attention: AttentionPass) -> None:
-        """Take the rows of the first sequence of the batch."""
+        """Take a forward pass."""
         self._last = attention
-        layer = self._n_passes % self._n_layer
-        self._n_passes += 1
-        v_GSD = attention.values_LBGSD[layer, 0].float()
-        rows_GRS = attention.weights_LBHS[layer, 0].view(len(v_GSD), -1, v_GSD.shape[1])
-        product_GRD = torch.bmm(rows_GRS, v_GSD)
-        context_GRD = attention.context_LBHD[layer, 0].float().view(product_GRD.shape)
-        largest = torch.linalg.vector_norm(context_GRD, ord=math.inf)
-        error = torch.dist(product_GRD, context_GRD, p=math.inf)
-        self.product_error = error / largest.clamp(min=1e-30)
 
     @property
     def attention(self) -> AttentionPass:

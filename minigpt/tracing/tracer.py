@@ -117,7 +117,7 @@ def _kernel(model: LanguageModel, *, is_compiled: bool) -> str:
 
 
 class AttentionObserver:
-    """Turns the attention of each forward pass into a row of a trace, and checks it."""
+    """Turns the attention of each forward pass into a row of a trace."""
 
     is_ended = False
     """Whether to observe no more tokens than those that are ready."""
@@ -139,8 +139,6 @@ class AttentionObserver:
         self.model, self.config = model, config
         self.n_prompt, self.sampling, self.tokenizer = n_prompt, sampling, tokenizer
         self.n_sources = N_SOURCES if config.n_sources is None else config.n_sources
-        self._sum_error: float | None = None
-        self._product_error: Tensor | None = None
 
     def header(self, **facts: Any) -> TraceHeader:
         """Return the header; call it after the prefill.
@@ -185,10 +183,7 @@ class AttentionObserver:
         """Yield each generated token with the fields of its step that its attention gives."""
         for item in items:
             self.add_token(item, tokens)
-            self.check_product()
-            row = self._row(tokens)
-            self.check_sums([row])
-            yield item, {"rows": (row,)}
+            yield item, {"rows": (self._row(tokens),)}
 
     def add_token(self, item: TextStep, tokens: list[Token]) -> None:
         """Add a generated token to those of the text."""
@@ -209,20 +204,6 @@ class AttentionObserver:
             weights_S=row_S.numpy(),
         )
 
-    def check_product(self) -> None:
-        """Take the error of the last pass's product of weights and values into account."""
-        error, so_far = self.recorder.product_error, self._product_error
-        if error is not None:
-            self._product_error = error if so_far is None else torch.maximum(so_far, error)
-
-    def check_sums(self, rows: Sequence[Row]) -> None:
-        """Take the error of the sums of rows, which should be 1, into account."""
-        self._sum_error = max([self._sum_error or 0.0, *(abs(row.total - 1) for row in rows)])
-
     def results(self, tokens: Sequence[Token]) -> dict[str, Any]:
         """Return the fields of the footer that hold results. Args: tokens, those of the text."""
-        error = self._product_error
-        return {
-            "worst_row_sum_error": self._sum_error,
-            "worst_product_error": None if error is None else error.item(),
-        }
+        return {}

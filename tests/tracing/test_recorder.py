@@ -16,6 +16,7 @@ from minigpt.model.cache import KVCache
 from minigpt.model.gpt import GPT
 from minigpt.tracing.analysis.recorder import MeasureRecorder
 from minigpt.tracing.head_lists import reduce_rows, select_heads
+from minigpt.tracing.observers import CheckedRecorder
 from minigpt.tracing.recorder import RowRecorder
 
 EVERY_HEAD = select_heads(2, 4)
@@ -239,7 +240,7 @@ def test_norms_of_int8_weights_use_dequantized_values() -> None:
 @torch.no_grad()
 def test_a_row_that_differs_from_the_kernel_has_a_product_error() -> None:
     model = small_model()
-    recorder, kept = RowRecorder(model), KeptAttention()
+    recorder, kept = CheckedRecorder(model), KeptAttention()
     for n_tokens in (5, 9, 14):
         model(random_tokens(1, n_tokens), recorder=recorder)
         assert recorder.product_error is not None

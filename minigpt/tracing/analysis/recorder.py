@@ -14,7 +14,7 @@ from minigpt.model.attention import AttentionPass
 from minigpt.model.language_model import LanguageModel
 from minigpt.tracing.analysis.measures import Measured, Prediction, find
 from minigpt.tracing.analysis_config import DEFAULTS, MEASURES, AnalysisConfig, Measure, facts_of
-from minigpt.tracing.recorder import RowRecorder
+from minigpt.tracing.observers import CheckedRecorder
 
 _CHUNK = 64  # queries of a prompt whose weights are in memory together
 
@@ -49,7 +49,7 @@ class Watcher(Protocol):
         """Take the weights of the newest queries of a layer; queries come in order."""
 
 
-class MeasureRecorder(RowRecorder):
+class MeasureRecorder(CheckedRecorder):
     """Keeps the rows of the last query by any measure, and passes those of all queries on."""
 
     def __init__(
