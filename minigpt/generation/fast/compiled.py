@@ -272,7 +272,9 @@ def _compile(step: GraphStep, path: Path, *, cache_dtype: torch.dtype, is_batch:
             warnings.simplefilter("ignore")  # the compiler warns about its own code
             program = torch.export.export(step, inputs, dynamic_shapes=dynamic, strict=False)
             torch._inductor.aoti_compile_and_package(
-                program, package_path=str(path), inductor_configs=_OPTIONS
+                program,
+                package_path=str(path),
+                inductor_configs=dict(_OPTIONS),  # it adds some
             )
     except (OSError, RuntimeError) as error:
         cause = getattr(error, "inner_exception", error)  # the compiler wraps its own errors
