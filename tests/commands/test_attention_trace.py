@@ -185,6 +185,23 @@ def test_a_replay_shows_no_rest_where_all_positions_are_shown(run: Run, tmp_path
                 assert again.out == live.out
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--measure", "both", "--candidates", "3", "--lens"],
+        ["--n-verified", "all"],
+        ["--measure", "logit"],
+    ],
+    ids=" ".join,
+)
+def test_a_replay_writes_the_same_page(run: Run, tmp_path: Path, words: list[str]) -> None:
+    trace, live, again = (str(tmp_path / name) for name in ("t.jsonl", "live.html", "again.html"))
+    words = [*words, "--max-new-tokens", "8", "--seed", "1", "--out", trace, "--html", live]
+    assert run("attention-trace", "abcab", *words).code == 0
+    assert run("attention-trace", "--replay", trace, "--html", again).code == 0
+    assert Path(again).read_bytes() == Path(live).read_bytes()
+
+
 def test_a_replay_with_dense_rows_chooses_heads_without_the_model(run: Run, tmp_path: Path) -> None:
     path, rows = str(tmp_path / "t.jsonl"), str(tmp_path / "t.rows")
     run(*WORDS, "--out", path, "--dense", rows, "--seed", "3")

@@ -44,7 +44,7 @@ _SCRIPTS = (
     *("data.js", "rows.js", "strip.js", "copy.js", "map.js", "grid.js", "table.js"),
     *("choices.js", "working.js", "picture.js", "page.js"),
 )
-_DIGITS = 5
+_DIGITS = 6  # as in a trace file
 _EMPTY = "∅"
 _EFFECTS = "knockout"  # the exact effects of all positions, shown like one more measure
 _PLAIN = re.compile(rb"[ -~]*")  # bytes that the page need not show
@@ -235,7 +235,7 @@ def _step(step: TraceStep) -> dict[str, Any]:
     rows = [
         {
             **{name: round(float(getattr(row, name)), _DIGITS) for name in ROW_NUMBERS},
-            "whole": row.whole,
+            "whole": None if row.whole is None else round(row.whole, _DIGITS),
             "parts": [(name, round(value, _DIGITS)) for name, value in row.parts.items()],
         }
         for row in step.rows
@@ -298,10 +298,11 @@ def _scales(trace: Trace) -> dict[str, float | None]:
         facts = ("weights", *_SIGNED_FACTS)
         parts += [getattr(h, name) for h in heads if h is not None for name in facts]
         numbers = np.concatenate([np.zeros(1, np.float32), *(part.ravel() for part in parts)])
+        numbers = _as_in_a_file(numbers)
         is_signed = facts_of(measure).is_signed or numbers.min() < -_NOISE
         scales[measure] = max(1e-9, float(np.abs(numbers).max())) if is_signed else None
     if (changes := _changes(trace)).size:
-        scales[_EFFECTS] = max(1e-9, float(np.abs(changes).max()))
+        scales[_EFFECTS] = max(1e-9, float(np.abs(_as_in_a_file(changes)).max()))
     return scales
 
 
@@ -344,7 +345,13 @@ def _head_arrays(
 
 def _codes(values: NDArray[Any], dtype: str, scale: float | None) -> NDArray[Any]:
     """Return numbers as unsigned integers: shares, or if there is a scale, signed numbers."""
+    values = _as_in_a_file(values)
     return share_codes(values, dtype) if scale is None else signed_codes(values / scale, dtype)
+
+
+def _as_in_a_file(values: NDArray[Any]) -> NDArray[Any]:
+    """Return numbers with the digits of a trace file, so that a replay gives the same page."""
+    return np.round(values.astype(np.float64), _DIGITS)
 
 
 def signed_codes(values: NDArray[Any], dtype: str) -> NDArray[Any]:
