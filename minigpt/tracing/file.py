@@ -7,7 +7,6 @@ invalid UTF-8 (a token may be half a character) is replaced by U+FFFD; ``bytes``
 
 import base64
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from types import NoneType
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from minigpt.tracing.analysis_config import facts_of
-from minigpt.tracing.events import Source, Token
+from minigpt.tracing.events import Source, Token, shown_probability
 from minigpt.tracing.findings import (
     CONVENTION,
     HEAD_DIGITS,
@@ -56,13 +55,9 @@ HEAD_ARRAYS = _named(*(f.name for f in fields(HeadRows)))
 """Keys in the file, and the fields of HeadRows."""
 
 
-def _chance(log_probability: float) -> float:
+def _rest(row: Row) -> float | None:
     # Derived numbers are derived from the rounded ones, so that a trace that is read and written
     # again has the same bytes.
-    return round(math.exp(round(log_probability, _DIGITS)), _DIGITS)
-
-
-def _rest(row: Row) -> float | None:
     sources = sum(round(source.weight, _DIGITS) for source in row.sources)
     rest = round(round(row.total, _DIGITS) - round(row.sink, _DIGITS) - sources, _DIGITS)
     if row.is_signed:
@@ -89,7 +84,7 @@ _TEXT: Any = {
 }
 _CHANCE: Any = {
     "log_probability": "log_probability",
-    "probability": lambda record: _chance(record.log_probability),
+    "probability": lambda record: shown_probability(record.log_probability),
 }
 TABLES: Mapping[type, Mapping[str, str | Callable[[Any], Any]]] = {
     TraceHeader: {
@@ -134,7 +129,7 @@ TABLES: Mapping[type, Mapping[str, str | Callable[[Any], Any]]] = {
     Kept: _named("change", "logit_change"),
     Lens: {
         **_named("layer", "log_probabilities"),
-        "probabilities": lambda lens: [*map(_chance, lens.log_probabilities)],
+        "probabilities": lambda lens: [*map(shown_probability, lens.log_probabilities)],
         "top": "top",
     },
     TraceFooter: {

@@ -27,10 +27,6 @@ CONVENTION = (
 )
 
 
-def _probability(log_probability: float) -> float:
-    return math.exp(round(log_probability, 6))  # as in a trace file, as ``TraceStep.probability``
-
-
 @dataclass(frozen=True)
 class Candidate:
     """A token that the model could have generated at a step."""
@@ -44,7 +40,7 @@ class Candidate:
     @property
     def probability(self) -> float:
         """Probability of the token, before any sampling option."""
-        return _probability(self.log_probability)
+        return math.exp(self.log_probability)
 
 
 @dataclass(frozen=True)
@@ -96,7 +92,7 @@ class Lens:
     @property
     def probabilities(self) -> tuple[float, ...]:
         """Probability of the token after each layer."""
-        return tuple(map(_probability, self.log_probabilities))
+        return tuple(map(math.exp, self.log_probabilities))
 
 
 @dataclass(frozen=True)
@@ -159,7 +155,7 @@ class HeadWorking:
 
 
 HEAD_DIGITS = 4
-"""Digits of the numbers of ``HeadRows``."""
+"""Digits of the numbers of ``HeadRows`` in a trace file."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,13 +179,14 @@ class HeadRows:
 
     @classmethod
     def of(cls, facts: Mapping[str, NDArray[Any]], n_layer: int) -> "HeadRows":
-        """Return the summaries in ``RowReader.facts`` of the rows after the first.
-
-        They are rounded as in a trace file, so that a replay shows the same.
-        """
-        rows = {f.name: facts[f.name][1:].round(HEAD_DIGITS) for f in fields(cls)}
+        """Return the summaries in ``RowReader.facts`` of the rows after the first."""
+        rows = {f.name: facts[f.name][1:] for f in fields(cls)}
         shape = n_layer, len(rows["sink"]) // n_layer
         return cls(**{name: x.reshape(*shape, *x.shape[1:]) for name, x in rows.items()})
+
+    def shown(self) -> "HeadRows":
+        """Return them with the digits of a trace file, so that a replay shows the same."""
+        return HeadRows(**{f.name: getattr(self, f.name).round(HEAD_DIGITS) for f in fields(self)})
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from minigpt.rings import ring
 from minigpt.text.escape import visible
-from minigpt.tracing.events import Row, Source, Token
+from minigpt.tracing.events import Row, Source, Token, shown_probability
 from minigpt.tracing.findings import TraceStep
 from minigpt.tracing.spans import SHARE_WIDTH, Line, bar, fit, heat, percent
 
@@ -117,7 +117,7 @@ class TraceLayout:
         first: Line = [
             (f"{step.index + 1:>{_STEP_WIDTH}} ", "dim"),
             (name, "plain" if step.is_given else "token"),
-            (f"  {percent(step.probability)}", "plain"),
+            (f"  {percent(shown_probability(step.log_probability))}", "plain"),
             (f"  {self._sink(step.rows)}", "dim"),
         ]
         begins = range(0, max(1, len(row.sources)), self.per_line)

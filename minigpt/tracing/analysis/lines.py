@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from minigpt.text.escape import visible
 from minigpt.tracing.analysis_config import KNOCKOUTS, Measure, facts_of
+from minigpt.tracing.events import shown_probability
 from minigpt.tracing.findings import (
     ROLE_SCORES,
     Candidate,
@@ -89,7 +90,8 @@ def candidate_lines(candidates: Sequence[Candidate], layout: TraceLayout) -> lis
         lines.append([(fit(label.rjust(layout.left_width), layout.left_width), "dim")])
         for one in candidates[first : first + per_line]:
             token = fit(visible(one.data), layout.token_width)
-            lines[-1].append((f" {token} {percent(one.probability)}", heat(one.probability)))
+            p = shown_probability(one.log_probability)
+            lines[-1].append((f" {token} {percent(p)}", heat(p)))
     return lines
 
 
@@ -99,12 +101,13 @@ def lens_lines(lens: Lens, layout: TraceLayout) -> list[Line]:
     last = lens.top[-1][0]
     told = f" first choice from layer {lens.layer} on"
     if lens.layer is None:
-        told = f" not the first choice, which is {visible(last.data)} {percent(last.probability)}"
+        p = shown_probability(last.log_probability)
+        told = f" not the first choice, which is {visible(last.data)} {percent(p)}"
     lines: list[Line] = []
     for first in range(0, len(lens.top), room):
         label = "" if first else "lens"
         lines.append([(fit(label.rjust(layout.left_width), layout.left_width) + " ", "dim")])
-        for p in lens.probabilities[first : first + room]:
+        for p in map(shown_probability, lens.log_probabilities[first : first + room]):
             lines[-1].append((upright_bar(p) if p >= 1 / 16 else "▁", heat(p)))
     used = layout.left_width + 1 + (len(lens.top) - 1) % room + 1
     lines[-1].append((fit_end(told, max(layout.width - used, 1)), "dim"))

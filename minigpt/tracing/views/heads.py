@@ -26,7 +26,7 @@ def show(trace: Trace, options: ViewOptions = DEFAULTS) -> list[Line]:
     Raises: ConfigError if the trace did not keep the rows of single heads, or lacks the measure.
     """
     header, rows = trace.header, options.rows(trace)
-    kept = [row.heads for row in rows if row.heads is not None]
+    kept = [row.heads.shown() for row in rows if row.heads is not None]
     if len(kept) < len(rows):
         raise ConfigError(
             "the trace has no rows of single heads. Trace again with --view heads, --out or --html."

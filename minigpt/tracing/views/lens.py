@@ -2,6 +2,7 @@
 
 from minigpt.errors import ConfigError
 from minigpt.text.escape import visible
+from minigpt.tracing.events import shown_probability
 from minigpt.tracing.findings import Trace
 from minigpt.tracing.spans import Line, fit, heat, percent
 from minigpt.tracing.views import DEFAULTS, ViewOptions
@@ -32,7 +33,9 @@ def show(trace: Trace, options: ViewOptions = DEFAULTS) -> list[Line]:
         name = fit(trace.joined.names[step.token.position], _TOKEN_WIDTH)
         layer = "-" if lens.layer is None else str(lens.layer)
         cells: Line = []
-        for [first, *_], p in zip(lens.top, lens.probabilities, strict=True):
+        for [first, *_], p in zip(
+            lens.top, map(shown_probability, lens.log_probabilities), strict=True
+        ):
             text = f"{upright_bar(p)}{fit(visible(first.data), _TOKEN_WIDTH)} {percent(p)} "
             cells.append((text, heat(p) if first.id == step.token.id else "dim"))
         start = f"{step.token.position:>{number_width}} {name} {layer:>4}"

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from minigpt.text.escape import visible
 from minigpt.text.joined import JoinedTokens
 from minigpt.tracing.analysis_config import facts_of
-from minigpt.tracing.events import Token
+from minigpt.tracing.events import Token, shown_probability
 from minigpt.tracing.findings import Row, Trace, TraceStep
 from minigpt.tracing.spans import Line, bar, cell_len, eighths, fit, heat, percent
 from minigpt.tracing.summary import measured
@@ -166,7 +166,10 @@ def _legend(row: Row, scale: float, sink: int) -> str:
 
 def _candidates(step: TraceStep, width: int) -> list[Line]:
     """Return the most probable tokens at a step, if they were kept."""
-    parts = [f"{visible(one.data)} {percent(one.probability).strip()}" for one in step.candidates]
+    parts = [
+        f"{visible(one.data)} {percent(shown_probability(one.log_probability)).strip()}"
+        for one in step.candidates
+    ]
     return wrapped(", ".join(parts), width, "plain", label="candidates ") if parts else []
 
 

@@ -25,6 +25,7 @@ from minigpt.config import SamplingConfig
 from minigpt.text.escape import printable, visible
 from minigpt.text.joined import JoinedTokens
 from minigpt.tracing.analysis_config import KNOCKOUTS, facts_of
+from minigpt.tracing.events import shown_probability
 from minigpt.tracing.file import ROW_NUMBERS, WORKING_ARRAYS
 from minigpt.tracing.findings import (
     CONVENTION,
@@ -250,7 +251,7 @@ def _step(step: TraceStep) -> dict[str, Any]:
         "lens": lens
         and {
             "layer": lens.layer,
-            "probabilities": [round(p, _DIGITS) for p in lens.probabilities],
+            "probabilities": [*map(shown_probability, lens.log_probabilities)],
             "top": [[_candidate(one, step.token.id) for one in layer] for layer in lens.top],
         },
     }
@@ -259,7 +260,7 @@ def _step(step: TraceStep) -> dict[str, Any]:
 def _candidate(candidate: Candidate, chosen: int) -> dict[str, Any]:
     return {
         "name": visible(candidate.data) or _EMPTY,
-        "probability": round(candidate.probability, _DIGITS),
+        "probability": shown_probability(candidate.log_probability),
         "isChosen": candidate.id == chosen,
     }
 
@@ -294,7 +295,7 @@ def _scales(trace: Trace) -> dict[str, float | None]:
     scales: dict[str, float | None] = {}
     for i, measure in enumerate(trace.header.measures):
         parts = [step.rows[i].weights_S for step in trace.steps]
-        heads = [step.rows[i].heads for step in trace.steps]
+        heads = [heads and heads.shown() for heads in (step.rows[i].heads for step in trace.steps)]
         facts = ("weights", *_SIGNED_FACTS)
         parts += [getattr(h, name) for h in heads if h is not None for name in facts]
         numbers = np.concatenate([np.zeros(1, np.float32), *(part.ravel() for part in parts)])
@@ -318,7 +319,7 @@ def _working_arrays(trace: Trace) -> dict[str, NDArray[Any]]:
 def _head_arrays(
     rows: Sequence[Row], n_sources: int, scale: float | None
 ) -> dict[str, NDArray[Any]]:
-    heads = [row.heads for row in rows if row.heads is not None]
+    heads = [row.heads.shown() for row in rows if row.heads is not None]
 
     def padded(name: str) -> NDArray[Any]:
         """Return one array of all steps: early steps have fewer than K sources."""
