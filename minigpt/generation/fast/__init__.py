@@ -10,6 +10,7 @@ from torch import nn
 from minigpt.errors import ConfigError, MinigptWarning, ResourceError
 from minigpt.generation.fast.compiled import CompiledForward, is_cached
 from minigpt.generation.fast.eager import EagerForward
+from minigpt.generation.fast.matvec import use_prompt_linears
 from minigpt.generation.fast.products import join_weights, max_table_rows
 from minigpt.generation.fast.quantize import WeightOnlyEmbedding, hold_weights_apart
 from minigpt.generation.forward import PlainForward
@@ -80,6 +81,7 @@ def prepare_for_decoding(model: LanguageModel, *, compiles: bool = False) -> Non
     if compiles:
         for weight in model.parameters():
             weight.data = weight.data.contiguous()
+        use_prompt_linears(model)
         return
     if max_table_rows(model.dtype) and not isinstance(model.embedding, WeightOnlyEmbedding):
         hold_weights_apart(model)

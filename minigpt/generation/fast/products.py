@@ -9,7 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minigpt.generation.fast.matvec import MAX_ROWS, MatvecTable, has_matvec_kernels
+from minigpt.generation.fast.matvec import (
+    MAX_ROWS,
+    MatvecTable,
+    has_matvec_kernels,
+    has_slow_matvec,
+)
 from minigpt.generation.fast.quantize import WeightOnlyLinear
 from minigpt.model.device import has_fast_bfloat16
 
@@ -184,14 +189,3 @@ class TableProduct(Product):
         out_BO.addcmul_(self.table.product(x_BI), self._scale_O)
         if self._has_bias:
             out_BO.add_(self._bias_O)
-
-
-def has_slow_matvec(device: torch.device) -> bool:
-    """Return whether float32 matrix-vector products are slow: MKL's on CPUs not made by Intel.
-
-    Measured with GPT-2's matrices: a third of the memory bandwidth on an AMD CPU with AVX512, nine
-    tenths on Intel.
-    """
-    if device.type != "cpu" or not torch.backends.mkl.is_available():
-        return False
-    return "Intel" not in str(torch.cpu.get_capabilities().get("cpu_name", ""))

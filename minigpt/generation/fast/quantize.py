@@ -10,12 +10,11 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minigpt.config import ModelConfig
 from minigpt.errors import ConfigError
-from minigpt.generation.fast.matvec import MAX_ROWS, MatvecTable
+from minigpt.generation.fast.matvec import MAX_ROWS, MatvecTable, linear
 from minigpt.model.language_model import LanguageModel
 
 _MAX_INT8 = 127  # symmetric, so that zero is exact
@@ -92,7 +91,7 @@ class WeightOnlyLinear(nn.Module):
             # weight is converted in parts: at once, it would set the peak memory, and take longer.
             is_large = len(self.weight) > _ROWS_AT_ONCE
             parts = self.weight.split(_CACHED_ROWS if is_large else _ROWS_AT_ONCE)
-            product = torch.cat([F.linear(x, part.to(x.dtype)) for part in parts], dim=-1)
+            product = torch.cat([linear(x, part.to(x.dtype)) for part in parts], dim=-1)
         else:
             product = self._from_table(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
         if self.scale is not None:

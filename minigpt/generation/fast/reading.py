@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from minigpt.checkpoint.weights import placed
 from minigpt.config import ModelConfig
 from minigpt.generation.fast import is_compiled, joined_layers
-from minigpt.generation.fast.matvec import has_matvec_kernels
+from minigpt.generation.fast.matvec import has_matvec_kernels, use_prompt_linears
 from minigpt.generation.fast.products import join_weights, max_table_rows
 from minigpt.generation.fast.quantize import (
     WeightOnlyLinear,
@@ -42,9 +42,11 @@ class WeightReader:
         activations: torch.dtype,
         quantizes: bool,
         joins: bool,
+        compiles: bool = False,
     ) -> None:
         """Args: dtype, of the weights; quantizes, whether to quantize them to int8; joins, whether
-        to lay them out for the eager decode step, if it supports the model.
+        to lay them out for the eager decode step, if it supports the model; compiles, whether the
+        model will be decoded through a compiled graph.
 
         Raises: ConfigError if int8 is not available.
         """
@@ -52,7 +54,7 @@ class WeightReader:
             require_int8(config, device)
         model = model_class(config).without_weights(config)
         self._device, self._dtype, self._activations = device, dtype, activations
-        self._quantizes = quantizes
+        self._quantizes, self._compiles = quantizes, compiles
         joins = joins and type(model) is GPT and device.type == "cpu"
         self._is_apart = quantizes or dtype != activations or (joins and max_table_rows(dtype) > 0)
         self._joins = joins and (has_matvec_kernels(device) or not self._is_apart)
@@ -97,6 +99,8 @@ class WeightReader:
         """Put the weights into the model."""
         self._join()
         _set_mmap_threshold(_LARGEST_MMAP_THRESHOLD)
+        if self._compiles:
+            use_prompt_linears(model)
         for name, kept in self._layers.items():
             layer = model.get_submodule(name)
             if not isinstance(kept, WeightOnlyLinear):
@@ -136,11 +140,13 @@ def make_reader(
         be decoded through a compiled graph; compiles and n_rows, as for ``fast.is_compiled``;
         kinds, dtype, activations and quantizes, as for ``WeightReader``.
     """
-    joins = decodes and device.type == "cpu" and model_class(config) is GPT
-    if joins:
+    decodes = decodes and device.type == "cpu" and model_class(config) is GPT
+    compiled = False
+    if decodes:
         alike = model_of_zeros(config, device=torch.device("meta"), **kinds)
-        joins = not is_compiled(alike, compiles, n_rows)
-    return WeightReader(config, device=device, joins=joins, **kinds)
+        compiled = is_compiled(alike, compiles, n_rows)
+    joins = decodes and not compiled
+    return WeightReader(config, device=device, joins=joins, compiles=compiled, **kinds)
 
 
 def model_of_zeros(config: ModelConfig, *, device: torch.device, **kinds: Any) -> LanguageModel:
