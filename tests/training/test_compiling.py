@@ -8,13 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from small_runs import bits, config_of, differing, run_until, trainer_of
+from torch import nn
 
 from minigpt.commands.train.explanations import opening
 from minigpt.config import ModelConfig
 from minigpt.errors import ConfigError, MinigptWarning
 from minigpt.text.tokens import PreparedData
 from minigpt.training import compiling, fused
-from minigpt.training.trainer import Trainer
+from minigpt.training.trainer import Trainer, TrainingLoss
+from minigpt.training.world import World
 
 CPU = torch.device("cpu")
 N_PARAMETERS = 1_000_000
@@ -99,6 +101,24 @@ def test_compiling_leaves_no_trace_in_gradients_and_masks(
     compiled = run_of(data, tmp_path / "compiled", compile=True)
     assert shapes == [{"dynamic": False}]  # kernels do not depend on the shapes seen before
     assert differing(bits(compiled), bits(straight)) == []
+
+
+def test_the_wrapper_that_averages_gradients_is_compiled_with_the_loss(
+    data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrappers: list[nn.Module] = []
+
+    def replicate(world: World, loss: nn.Module) -> nn.Module:
+        wrappers.append(nn.Sequential(loss))
+        return wrappers[-1]
+
+    compiled: list[Any] = []
+    monkeypatch.setattr(World, "replicate", replicate)
+    monkeypatch.setattr(torch, "compile", lambda module, **_: compiled.append(module) or module)
+    trainer_of(config_of(compile=True), data, tmp_path)
+    assert len(wrappers) == 1
+    assert compiled == wrappers
+    assert type(wrappers[0][0]) is TrainingLoss  # whose graph has the logits and their loss
 
 
 def test_a_compiled_run_that_is_stopped_and_resumed_ends_with_the_same_bits(
