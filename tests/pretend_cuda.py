@@ -318,6 +318,8 @@ class PretendCuda(TorchDispatchMode):
         stack.enter_context(
             mock.patch.object(torch.backends.mps, "is_available", return_value=has_mps)
         )
+        wait = answers["synchronize"]
+        stack.enter_context(mock.patch.object(torch.mps, "synchronize", wait))
         group = torch.nn.utils.clip_grad._group_tensors_by_device_and_dtype
 
         def grouped(tensors: Any, with_indices: bool = False) -> Any:

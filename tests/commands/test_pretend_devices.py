@@ -16,6 +16,7 @@ from minigpt.checkpoint.families import model_config_from_hf
 from minigpt.checkpoint.model_folder import write_model
 from minigpt.config import ModelConfig
 from minigpt.model.language_model import model_class
+from minigpt.studies.claims import learning
 from minigpt.text.tokenizer import BytesTokenizer
 
 DEVICES = {"cuda": PretendCuda, "mps": PretendMps}
@@ -281,3 +282,120 @@ def test_tf32_computes_in_float32_and_says_so_when_resumed(trained: Path, run: R
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def facts_of(device: str, run: Run, *words: str, stdin: bytes = b"") -> Any:
+    """Return the facts that a command prints as JSON, without what depends on time and device."""
+    with DEVICES.get(device, PretendCuda)():
+        result = run(*words, "--json", "--device", device, stdin=stdin)
+    assert result.code == 0, result.err
+    return [without_speed(json.loads(line)) for line in result.out.splitlines()]
+
+
+def without_speed(value: Any) -> Any:
+    if isinstance(value, list):
+        return [without_speed(one) for one in value]
+    if not isinstance(value, dict):
+        return value
+    left_out = ("device", "batch_size", "seed", "seconds", "tokens_per_s")
+    return {key: without_speed(one) for key, one in value.items() if key not in left_out}
+
+
+TEXT = "--max-new-tokens 0 --prompt-rows --no-compile --lens --candidates 3 --n-verified all"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "words",
+    [
+        "heads --ablate",
+        f"attention-trace Once {TEXT} --verify-layers 1 --roles --sink auto --measure both",
+        f"attention-trace Once {TEXT} --verify-heads 0.1 --measure integrated --n-steps 3",
+        "attention-trace Once --max-new-tokens 2 --patch-from Ante --patch 0,1.1 "
+        "--patch-position all --no-compile --temperature 0 --measure gradient",
+        "generate Once --interactive --no-compile --temperature 0 --max-new-tokens 4",
+        "generate Once --interactive --chat --chat-template t.jinja --no-compile --temperature 0 "
+        "--max-new-tokens 4",
+        "evaluate corpus.txt --stride 5 --context-length 16 --eval-tokens 200",
+    ],
+)
+def test_a_command_prints_the_numbers_of_the_cpu(
+    words: str, device: str, models: Path, at_trained: Path, run: Run
+) -> None:
+    Path("t.jinja").write_text("{% for m in messages %}{{ m.content }}\n{% endfor %}")
+    given = [*words.split(), "--model", str(models / "llama"), "--dtype", "float32"]
+    stdin = b"a b\nc\n" if "--interactive" in words else b""
+    expected, found = (facts_of(one, run, *given, stdin=stdin) for one in ("cpu", device))
+    assert expected
+    require_close(found, expected)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", ["llama", "lstm"])
+def test_measures_are_compared_as_on_the_cpu(
+    kind: str, device: str, models: Path, run: Run
+) -> None:
+    words = [
+        "measures",
+        "Once upon a time",
+        "--model",
+        str(models / kind),
+        *TOKENS,
+        "--max-new-tokens",
+        "2",
+    ]
+    expected, found = (facts_of(one, run, *words) for one in ("cpu", device))
+    require_close(found, expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_model_is_fine_tuned_with_its_tokenizer_as_on_the_cpu(
+    device: str, models: Path, at_trained: Path, run: Run
+) -> None:
+    losses = {}
+    for where in ("cpu", device):
+        words = ["train", "corpus.txt", "--from", str(models / "gpt2"), "--name", where]
+        words += ["--max-steps", "2", "--batch-size", "2", "--context-length", "16"]
+        words += ["--set", "training.eval_tokens=64", "--set", "training.log_every=1"]
+        run_on(where, run, *words, "--dtype", "float32")
+        lines = Path("checkpoints", where, "metrics.jsonl").read_text().splitlines()
+        events = map(json.loads, lines)
+        losses[where] = [event["train_loss"] for event in events if "train_loss" in event]
+    assert len(losses["cpu"]) == 2
+    assert losses[device] == pytest.approx(losses["cpu"], rel=1e-4)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("device", DEVICES)
+def test_variants_are_compared_on_the_device(device: str, at_trained: Path, run: Run) -> None:
+    words = ["compare", "corpus.txt", "--variants", "additive,lstm-attention", "--seeds", "1"]
+    words += ["--tokenizer", "bytes", "--budget", "steps:1", "--dtype", "float32"]
+    sizes = {"model.context_length": 32, "model.n_layer": 1, "model.n_head": 2}
+    sizes |= {"model.d_model": 32, "model.d_mlp": 48, "training.batch_size": 2}
+    sizes |= {"training.eval_tokens": 256}
+    words += [word for name, n in sizes.items() for word in ("--set", f"{name}={n}")]
+    run_on(device, run, *words)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("device", DEVICES)
+def test_claims_are_measured_on_the_device(
+    device: str, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = learning.Size(
+        n_steps=1,
+        batch_tokens=64,
+        stages=(8,),
+        d_model=16,
+        distances=(8,),
+        n_sequences=2,
+        lengths=(8,),
+        step_tokens=16,
+        n_repeats=1,
+        timed_d_model=16,
+    )
+    monkeypatch.setattr(learning, "QUICK", size)
+    result, _ = run_on(device, run, "claims", "--quick", "--json")
+    timed = [json.loads(line)["measured"] for line in result.out.splitlines()][-1]
+    assert {one["device"] for one in timed} == {"cpu", device}
