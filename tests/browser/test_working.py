@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from types import SimpleNamespace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from minigpt.config import SamplingConfig
 from minigpt.text.escape import visible
 from minigpt.text.tokenizer import BytesTokenizer
 from minigpt.tracing.analysis_config import AnalysisConfig
-from minigpt.tracing.findings import Trace, TraceStep
+from minigpt.tracing.findings import Candidate, Lens, Trace, TraceStep
 from minigpt.tracing.tracer import trace
 
 pytestmark = pytest.mark.browser
@@ -91,15 +91,14 @@ def test_without_an_explained_head_there_is_no_working(opened: Opened) -> None:
 def with_choices(made: Trace, texts: list[str]) -> Trace:
     """The same trace with candidates and a lens at its third step."""
 
-    def candidate(i: int) -> SimpleNamespace:
-        data = texts[i % len(texts)].encode()
-        return SimpleNamespace(id=i, data=data, probability=0.5 / (i + 1))
+    def candidate(i: int) -> Candidate:
+        return Candidate(i, texts[i % len(texts)].encode(), math.log(0.5 / (i + 1)))
 
     step = made.steps[2]
     candidates = [candidate(i) for i in range(len(texts))]
-    candidates[1].id = step.token.id
-    top = [[candidate(i), candidate(i + 1)] for i in range(3)]
-    lens = SimpleNamespace(layer=1, probabilities=[0.01, 0.3, 0.5], top=top)
+    candidates[1] = replace(candidates[1], id=step.token.id)
+    top = tuple((candidate(i), candidate(i + 1)) for i in range(3))
+    lens = Lens(1, tuple(map(math.log, (0.01, 0.3, 0.5))), top)
     object.__setattr__(step, "candidates", tuple(candidates))
     object.__setattr__(step, "lens", lens)
     return made
