@@ -1,12 +1,9 @@
-"""Products over tables, and those of oneDNN, equal plain matrix products."""
-
-import copy
+"""Matrix-vector products over tables equal plain matrix products."""
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from minigpt.generation.fast import matvec
 from minigpt.generation.fast.matvec import MatvecTable, has_matvec_kernels, split_into_blocks
 
 pytestmark = pytest.mark.skipif(
@@ -92,34 +89,3 @@ def test_blocks_hold_all_outputs_with_little_padding(n_outputs: int, n_threads: 
     assert width <= 256
     if n_outputs >= 256 * n_threads:
         assert n_blocks % n_threads == 0
-
-
-@pytest.mark.parametrize("is_slow", [True, False])
-@pytest.mark.parametrize("has_bias", [True, False])
-def test_a_linear_layer_of_a_prompt_computes_what_torch_does(
-    has_bias: bool, is_slow: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(matvec, "has_slow_matvec", lambda _: is_slow)
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(48, 80, bias=has_bias), nn.Linear(80, 7, bias=has_bias))
-    x = torch.randn(2, 5, 48)
-    expected = copy.deepcopy(model).double()(x.double())
-    matvec.use_prompt_linears(model)
-    assert all(type(layer) is matvec.PromptLinear for layer in model)
-    with torch.no_grad():
-        torch.testing.assert_close(model(x).double(), expected, rtol=1e-5, atol=1e-5)
-        strided = matvec.linear(x, model[0].weight.t().contiguous().t(), model[0].bias)
-        torch.testing.assert_close(strided, model[0](x))
-        narrow = matvec.linear(x.bfloat16(), model[0].weight.bfloat16())
-        assert narrow.dtype == torch.bfloat16
-
-
-def test_a_linear_layer_of_a_prompt_has_the_gradient_of_its_input(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(matvec, "has_slow_matvec", lambda _: True)
-    layer, x = nn.Linear(16, 8).requires_grad_(False), torch.randn(3, 16, requires_grad=True)
-    [expected] = torch.autograd.grad(layer(x).square().sum(), x)
-    matvec.use_prompt_linears(layer)
-    [gradient] = torch.autograd.grad(layer(x).square().sum(), x)
-    assert torch.equal(gradient, expected)

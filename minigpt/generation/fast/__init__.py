@@ -10,8 +10,8 @@ from torch import nn
 from minigpt.errors import ConfigError, MinigptWarning, ResourceError
 from minigpt.generation.fast.compiled import CompiledForward, is_cached
 from minigpt.generation.fast.eager import EagerForward
-from minigpt.generation.fast.matvec import use_prompt_linears
 from minigpt.generation.fast.products import join_weights, max_table_rows
+from minigpt.generation.fast.prompts import use_prompt_linears
 from minigpt.generation.fast.quantize import WeightOnlyEmbedding, hold_weights_apart
 from minigpt.generation.forward import PlainForward
 from minigpt.model.attention import Recorder

@@ -160,7 +160,7 @@ def _product(linear: nn.Module, x_BI: Tensor, n_cuda_parts: int = 1) -> Tensor:
 
 
 def _float32(x: Tensor) -> Tensor:
-    """Return x in float32; if it is, without a node, of which a third would be conversions."""
+    """Return x in float32, without a conversion if it is: a third of the nodes would be those."""
     return x if x.dtype == torch.float32 else x.float()
 
 

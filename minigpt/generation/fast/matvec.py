@@ -1,4 +1,4 @@
-"""Products that are faster than torch's own choice: a few rows by embedding_bag, more by oneDNN.
+"""Matrix-vector products by embedding_bag, for a few rows at a time.
 
 y = sum_i x_i W[:, i] is a weighted sum of the rows of a table. torch's embedding_bag kernels on x86
 (FBGEMM) convert bfloat16 and int8 as they read, prefetch, and sum in float32: they read at the
@@ -8,8 +8,7 @@ Shapes: B rows, I inputs, O outputs; N blocks of W outputs each.
 """
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 MAX_ROWS = 16
 """Number of rows up to which a table, read once per row, is no slower than converting it for a
@@ -34,31 +33,6 @@ def has_slow_matvec(device: torch.device) -> bool:
     if device.type != "cpu" or not torch.backends.mkl.is_available():
         return False
     return "Intel" not in str(torch.cpu.get_capabilities().get("cpu_name", ""))
-
-
-def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """Return ``F.linear``, by oneDNN where MKL is slow: 32 rows of GPT-2 take 39 ms, not 53."""
-    by_onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-    is_served = x.dtype == weight_OI.dtype == torch.float32 and weight_OI.is_contiguous()
-    # It has no gradient.
-    if not is_served or x.requires_grad or by_onednn is None or not has_slow_matvec(x.device):
-        return F.linear(x, weight_OI, bias_O)
-    product: Tensor = by_onednn(x, weight_OI, bias_O, "none", [], "")
-    return product
-
-
-class PromptLinear(nn.Linear):
-    """A linear layer of a model that decodes through a compiled graph, for the prompt's tokens."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
-
-
-def use_prompt_linears(model: nn.Module) -> None:
-    """Make the linear layers of a model PromptLinear ones, with their weights as they are."""
-    for module in model.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = PromptLinear
 
 
 class MatvecTable:

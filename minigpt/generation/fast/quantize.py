@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from minigpt.config import ModelConfig
 from minigpt.errors import ConfigError
-from minigpt.generation.fast.matvec import MAX_ROWS, MatvecTable, linear
+from minigpt.generation.fast.matvec import MAX_ROWS, MatvecTable
+from minigpt.generation.fast.prompts import linear
 from minigpt.model.language_model import LanguageModel
 
 _MAX_INT8 = 127  # symmetric, so that zero is exact

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from minigpt.checkpoint.weights import placed
 from minigpt.config import ModelConfig
 from minigpt.generation.fast import is_compiled, joined_layers
-from minigpt.generation.fast.matvec import has_matvec_kernels, use_prompt_linears
+from minigpt.generation.fast.matvec import has_matvec_kernels
 from minigpt.generation.fast.products import join_weights, max_table_rows
+from minigpt.generation.fast.prompts import use_prompt_linears
 from minigpt.generation.fast.quantize import (
     WeightOnlyLinear,
     put_embedding,
