@@ -72,6 +72,13 @@ def check_fields(config: Any) -> None:
             require_within(f.name, value, bounds)
 
 
+class Checked:
+    """Base of config dataclasses whose fields are checked when one is made."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
 def require_within(name: str, value: float, bounds: str) -> None:
     """Raise ConfigError if a value is outside an interval."""
     low, high = _ends(bounds)

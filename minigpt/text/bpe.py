@@ -57,16 +57,11 @@ def parse_spec(spec: str) -> tuple[str, int]:
 def make_tokenizer(spec: str, texts: Iterable[str]) -> Tokenizer:
     """Return the tokenizer of a spec other than bytes; see ``text.tokenizer.make_tokenizer``."""
     kind, vocab_size = parse_spec(spec)
-    return trained_tokenizer(texts, vocab_size) if kind == "bpe" else named_tokenizer(kind)
-
-
-def trained_tokenizer(texts: Iterable[str], vocab_size: int) -> TiktokenTokenizer:
-    """Learn a vocabulary of a size from texts; size 0 for one that fits their length.
-
-    Raises: as ``train_bpe``.
-    """
+    if kind != "bpe":
+        return named_tokenizer(kind)
     if vocab_size:
         return train_bpe(texts, vocab_size)
+    # A size that fits the length of the texts.
     texts = iter(texts)
     read = first_texts(texts, BYTES_PER_MERGE * LARGEST_FITTING_BPE)
     n_merges = sum(len(text.encode("utf-8", "replace")) for text in read) // BYTES_PER_MERGE

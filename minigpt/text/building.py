@@ -8,12 +8,12 @@ import os
 import tempfile
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +21,22 @@ import numpy as np
 import numpy.typing as npt
 
 from minigpt.config import DataConfig
+from minigpt.errors import DataError
 from minigpt.files import OTHER_CACHE, cache_folder, make_folder, resource_errors
 from minigpt.rings import ring
 from minigpt.text.corpus import Corpus, Document, PrepareProgress, content_hash, reporter
 from minigpt.text.shard_files import (
     MANIFEST,
     SCHEMA_VERSION,
+    UNFINISHED,
     VOCABULARY,
     Counts,
     Manifest,
     Shard,
     is_ours,
+    read_record,
+    read_vocabulary,
+    reading,
     write_json,
     write_shards,
 )
@@ -59,11 +64,9 @@ class Encoded:
     """Some pieces of a corpus and their tokens."""
 
     pieces: list[Document]
-    """Pieces in order."""
     tokens: npt.NDArray[Any]
     """Tokens of all of them, separators included."""
     counts: Counts
-    """Counts of these pieces."""
 
 
 @dataclass(frozen=True)
@@ -84,10 +87,7 @@ def opened_corpus(
     on_progress: Callable[[PrepareProgress], None] | None,
     chat_model: Path | None = None,
 ) -> Iterator[Corpus]:
-    """Find the files of a corpus; copies of streams exist until the context ends.
-
-    Raises: ConfigError, DataError or ResourceError as ``prepare``.
-    """
+    """Find the files of a corpus; copies of streams exist until the context ends."""
     report = on_progress or (lambda progress: None)
     is_trained = False
     if tokenizer is None and data.tokenizer != "bytes":  # before a download, not after
@@ -158,31 +158,52 @@ def training_texts(corpus: Corpus) -> Iterator[str]:
         yield data.decode(errors="ignore")
 
 
-def build(
-    folder: Path,
-    corpus: Corpus,
-    tokenizer: Tokenizer,
-    n_workers: int = 0,
-    *,
-    shards: Sequence[Shard] = (),
-    place: Place = Place(),
-    on_shard: Callable[[Shard, Place], None] | None = None,
-) -> Work:
-    """Write the shards and the manifest of a corpus into the folder of ``begin``.
+def _resumed(folder: Path, corpus: Corpus) -> tuple[Tokenizer, list[Shard], list[Place]]:
+    """Read the vocabulary, intact shards and their ends of an earlier call for the same corpus.
+
+    Raises: errors of ``reading``, or DataError, if there was none.
+    """
+    record, tokenizer = read_record(folder / UNFINISHED), read_vocabulary(folder)
+    found = (record["identity"], record["tokenizer_fingerprint"])
+    if found != (corpus.identity, tokenizer.fingerprint):
+        raise ValueError("it is of another corpus")
+    shards = list(takewhile(lambda shard: shard.is_intact(folder), record["shards"]))
+    return tokenizer, shards, [Place(**place) for place in record["places"][: len(shards)]]
+
+
+def build_resumable(folder: Path, corpus: Corpus, n_workers: int = 0) -> Work:
+    """Write the shards and the manifest of a corpus, after the intact shards of an earlier call.
 
     The files are the same for any number of workers, and any start.
 
-    Args: n_workers, threads, 0 for all cores; shards, those that are already complete, and place,
-        their end; on_shard, called with each shard and its end.
+    Args: n_workers, threads, 0 for all cores.
     Raises: DataError for a corpus that cannot be used; OSError if the folder cannot be written.
     """
+    try:
+        with reading(folder):
+            tokenizer, shards, places = _resumed(folder, corpus)
+    except DataError:
+        tokenizer, shards, places = begin(folder, corpus), [], []
+
+    def write_record() -> None:
+        record = {
+            "schema_version": SCHEMA_VERSION,
+            "identity": corpus.identity,
+            "tokenizer_fingerprint": tokenizer.fingerprint,
+            "shards": list(map(asdict, shards)),
+            "places": list(map(asdict, places)),
+        }
+        write_json(folder / UNFINISHED, record)
+
+    write_record()
+    place = places[-1] if places else Place()
     n_bytes_before = place.n_bytes
     report = reporter([*corpus.files, *corpus.val_files], "encode", corpus.report)
-    n_bad_rows, bad_row = 0, ""
+    bad_rows = Counts()
 
     def on_skip(message: str) -> None:
-        nonlocal n_bad_rows, bad_row
-        n_bad_rows, bad_row = n_bad_rows + 1, bad_row or message
+        nonlocal bad_rows
+        bad_rows = bad_rows.plus(Counts(n_bad_rows=1, bad_row=message))
 
     pieces = corpus.documents(on_skip=on_skip)
     for piece in islice(pieces, place.n_pieces):
@@ -202,14 +223,13 @@ def build(
             place = place.plus(part.counts)
             report(part.pieces[-1])
 
-    shards = list(shards)
     with closing(encoded):
         for shard, n_written in write_shards(folder, dtype, new_tokens(), len(shards)):
             shards.append(shard)
-            if on_shard:
-                on_shard(shard, replace(place, n_tokens=place.n_tokens + n_written))
+            places.append(replace(place, n_tokens=place.n_tokens + n_written))
+            write_record()
     manifest = Manifest(
-        **vars(Counts(n_bad_rows=n_bad_rows, bad_row=bad_row).plus(place)),
+        **vars(bad_rows.plus(place)),
         schema_version=SCHEMA_VERSION,
         identity=corpus.identity,
         dtype=dtype,
@@ -225,6 +245,7 @@ def build(
         val_fraction=corpus.data.val_fraction,
     )
     write_json(folder / MANIFEST, asdict(manifest))
+    (folder / UNFINISHED).unlink(missing_ok=True)
     return Work(place.n_bytes - n_bytes_before, time.perf_counter() - started)
 
 
@@ -241,8 +262,6 @@ def encode_pieces(
     """Encode documents in threads, and yield them in chunks, in order.
 
     Memory holds about CHUNK_CHARS characters and their tokens, twice for each worker.
-
-    Raises: what ``encode`` and reading ``pieces`` raise.
     """
     pool = ThreadPoolExecutor(n_workers, thread_name_prefix="encode")
     waiting: deque[Future[Encoded]] = deque()
@@ -262,14 +281,11 @@ def _chunks(pieces: Iterable[Document]) -> Iterator[list[Document]]:
     chunk: list[Document] = []
     n_chars = 0
     for piece in pieces:
-        if chunk and chunk[-1].is_validation != piece.is_validation:
+        if chunk and (n_chars >= CHUNK_CHARS or chunk[-1].is_validation != piece.is_validation):
             yield chunk
             chunk, n_chars = [], 0
         chunk.append(piece)
         n_chars += len(piece.text)
-        if n_chars >= CHUNK_CHARS:
-            yield chunk
-            chunk, n_chars = [], 0
     if chunk:
         yield chunk
 

@@ -96,10 +96,7 @@ class TiktokenTokenizer(Tokenizer):
 
 
 def from_dict(parts: Mapping[str, Any]) -> TiktokenTokenizer:
-    """Rebuild a tokenizer from ``TiktokenTokenizer.to_dict``.
-
-    Raises: DataError if a part is missing or damaged.
-    """
+    """Rebuild a tokenizer from ``TiktokenTokenizer.to_dict``."""
     try:
         name, pattern = str(parts["name"]), str(parts["pattern"])
         ranks = {base64.b64decode(t, validate=True): int(r) for t, r in parts["ranks"].items()}

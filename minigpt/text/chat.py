@@ -247,10 +247,8 @@ def ending_turns(tokenizer: Tokenizer, template: ChatTemplate) -> Tokenizer:
         ends.add(template.end_of_turn(tokenizer))
     changed = copy.copy(tokenizer)
     known = tokenizer.end_of_text_ids
-    changed.end_of_text_ids = (
-        *known,
-        *sorted(end for end in ends if end is not None and end not in known),
-    )
+    new = sorted(end for end in ends if end is not None and end not in known)
+    changed.end_of_text_ids = (*known, *new)
     return changed
 
 
@@ -352,15 +350,12 @@ def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
             token, at = match[1], match.end()
     segments.append((token, text[at:]))
     for token, segment in segments:
-        is_start = token is None or _begins_again(tokenizer, token)
-        ids += [] if token is None else [tokenizer.special_ids[token]]
+        is_start = True
+        if token is not None:  # some vocabularies encode what follows as the start of a text
+            is_start = tokenizer.encode(f"{token}a", special=True)[1:] == tokenizer.encode("a")
+            ids.append(tokenizer.special_ids[token])
         ids += tokenizer.encode(re.sub(f"[{_BEGIN}{_END}]", "", segment), is_start=is_start)
     return ids
-
-
-def _begins_again(tokenizer: Tokenizer, special: str) -> bool:
-    """Return whether text after a special token is encoded as the start of a text is."""
-    return tokenizer.encode(f"{special}a", special=True)[1:] == tokenizer.encode("a")
 
 
 def _take_spans(text: str) -> tuple[str, list[tuple[int, int]]]:

@@ -128,7 +128,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         self.filters = {name: self._limited(filter_) for name, filter_ in self.filters.items()}
         self.filters |= {"_counted": self._counted, "_sized": self._sized}
         self.globals.pop("lipsum")
-        self.globals |= {"raise_exception": _refuse, "strftime_now": _now}
+        now: Callable[[str], str] = lambda format: datetime.now().strftime(format)  # noqa: E731
+        self.globals |= {"raise_exception": _refuse, "strftime_now": now}
 
     def _parse(self, *args: Any) -> nodes.Template:
         tree = super()._parse(*args)
@@ -204,10 +205,6 @@ def _compiled(source: str) -> jinja2.Template:
 
 def _refuse(message: str) -> None:
     raise _RefusedError(message)
-
-
-def _now(format: str) -> str:
-    return datetime.now().strftime(format)
 
 
 def _to_json(

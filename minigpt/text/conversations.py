@@ -100,10 +100,7 @@ def row_text(text: str, template: ChatTemplate) -> str:
 
 
 def encode_rows(chunk: list[Document], corpus: Corpus, tokenizer: Tokenizer, dtype: str) -> Encoded:
-    """Encode documents that are conversations, as ``encode_row`` does each.
-
-    Raises: as ``encode_row``, unless bad rows are skipped.
-    """
+    """Encode documents that are conversations, as ``encode_row`` does each."""
     data, arrays, n_bytes = corpus.data, [np.array([], np.uint32)], 0
     refused: list[str] = []
     skipped = Counter[str]()
@@ -146,7 +143,6 @@ def encode_row(
     """Return the tokens of a conversation, given as JSON, after the separator of documents.
 
     Args: loss_on, completion to add CONTEXT_ONLY to tokens that are not the assistant's.
-    Raises: as ``ChatTemplate.encode_answers``.
     """
     messages, template = _parsed(text, template)
     try:

@@ -134,7 +134,6 @@ class Corpus:
     """Files, and how they become tokens."""
 
     files: Sequence[CorpusFile]
-    """Files in order."""
     val_files: Sequence[CorpusFile]
     """Files of a validation text of its own."""
     data: DataConfig

@@ -36,7 +36,6 @@ class Download:
     """A corpus on the web, with its expected size and hash."""
 
     url: str
-    """Address."""
     size: int
     """Size in bytes."""
     sha256: str
@@ -48,7 +47,7 @@ DOWNLOADS = {
         url="https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
         size=1_115_394,
         sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
-    ),
+    )
 }
 
 
@@ -77,10 +76,10 @@ def dataset_path(
             n_bytes += len(block)
             if on_progress:
                 on_progress(n_bytes, wanted.size)
-        if n_bytes != wanted.size or digest.hexdigest() != wanted.sha256:
-            is_complete = n_bytes == wanted.size
-            reason = f"{n_bytes} of {wanted.size} bytes arrived"
-            raise _failed(name, "its SHA-256 is not the expected one" if is_complete else reason)
+        if n_bytes != wanted.size:
+            raise _failed(name, f"{n_bytes} of {wanted.size} bytes arrived")
+        if digest.hexdigest() != wanted.sha256:
+            raise _failed(name, "its SHA-256 is not the expected one")
     return path
 
 

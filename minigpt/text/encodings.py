@@ -62,15 +62,20 @@ def wide_encoding(data: bytes) -> str:
         return ""
     found: dict[str, int] = {}
     for name in _WIDE:
-        try:  # the part may end in the middle of a character
-            text = codecs.getincrementaldecoder(name)().decode(data)
-        except UnicodeError:
-            continue
-        if not _CONTROLS.search(text):
+        text = _decoded_part(data, name)
+        if text is not None and not _CONTROLS.search(text):
             found[name] = sum(c < "\x7f" for c in text)
     # With its bytes in the wrong order, a text has no space and no line break.
     best = max(found, key=lambda name: found[name], default="")
     return best if best and found[best] else ""
+
+
+def _decoded_part(data: bytes, encoding: str) -> str | None:
+    """Decode a part of a file, which may end inside a character; None if that fails."""
+    try:
+        return codecs.getincrementaldecoder(encoding)().decode(data)
+    except UnicodeError:
+        return None
 
 
 def is_utf8(encoding: str) -> bool:
@@ -99,7 +104,10 @@ def decoded(file: BinaryIO, name: str, encoding: str, block_bytes: int) -> Itera
             return
         n_bytes, n_chars = n_bytes + len(block), n_chars + len(text)
         block = file.read(block_bytes)
-    if kind := _other_kind(head):
+    kind = next((kind for mark, kind in _OTHER_KINDS.items() if head.startswith(mark)), "")
+    if head[_TAR] == b"ustar":
+        kind = "a tar archive. Unpack it"
+    if kind:
         raise DataError(f"{name!r} is {kind}.")
     if is_utf8(encoding) and (index := block.find(b"\0")) >= 0:
         if wide_encoding(block):
@@ -125,18 +133,8 @@ def decoded(file: BinaryIO, name: str, encoding: str, block_bytes: int) -> Itera
 def _is_text_with_nul(data: bytes) -> bool:
     """Return whether a part of a file without its NUL bytes is text in UTF-8."""
     rest = data.replace(b"\0", b"")
-    try:  # the part may end in the middle of a character
-        text = codecs.getincrementaldecoder("utf-8")().decode(rest)
-    except UnicodeError:
-        return False
-    return len(rest) > len(data) / 2 and not _CONTROLS.search(text)
-
-
-def _other_kind(data: bytes) -> str:
-    """Return what a file is by its first bytes, with the remedy; empty if it may be text."""
-    if data[_TAR] == b"ustar":
-        return "a tar archive. Unpack it"
-    return next((kind for mark, kind in _OTHER_KINDS.items() if data.startswith(mark)), "")
+    text = _decoded_part(rest, "utf-8")
+    return text is not None and len(rest) > len(data) / 2 and not _CONTROLS.search(text)
 
 
 def _not_utf8(name: str, position: int, remedy: str) -> DataError:
@@ -168,7 +166,8 @@ def advice(data: bytes, position: int, *, n_multibyte: int = 0, is_end: bool = F
         )
     n_high = sum(byte > 0x7F for byte in data)
     if n_high > 8 and n_high > 0.25 * len(b"".join(data.split())):
-        names = ", ".join([*(name for name in _EASTERN if _fits(data, name)), "cp1251"])
+        fitting = [name for name in _EASTERN if _decoded_part(data, name) is not None]
+        names = ", ".join([*fitting, "cp1251"])
         return f"Name its encoding with --encoding, which may be {names} or koi8-r."
     if _NOT_CP1252.search(data):
         return "Name its encoding with --encoding, as in --encoding cp437, mac-roman or gb18030."
@@ -181,11 +180,3 @@ def _convert(name: str, about: str = "") -> str:
         f"Give --encoding {name}{about}, or convert it: "
         f"iconv -f {_ICONV_NAMES[name]} -t UTF-8 OLD > NEW"
     )
-
-
-def _fits(data: bytes, name: str) -> bool:
-    try:
-        codecs.getincrementaldecoder(name)().decode(data)
-    except UnicodeDecodeError:
-        return False
-    return True

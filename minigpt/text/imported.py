@@ -162,10 +162,7 @@ class ImportedTokenizer(Tokenizer):
 
 
 def from_dict(parts: Mapping[str, Any]) -> ImportedTokenizer:
-    """Rebuild a tokenizer from ``ImportedTokenizer.to_dict``.
-
-    Raises: DataError if a part is missing or damaged.
-    """
+    """Rebuild a tokenizer from ``ImportedTokenizer.to_dict``."""
     try:
         ends = tuple(map(int, parts["end_of_text"]))
         return ImportedTokenizer(str(parts["name"]), parts["tokenizer_json"], ends)

@@ -3,34 +3,29 @@
 An interrupted preparation is resumed.
 """
 
-import dataclasses
 import os
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from itertools import takewhile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from minigpt.config import DataConfig
 from minigpt.errors import ConfigError, DataError
 from minigpt.files import WRITING, locked, make_folder, resource_errors
-from minigpt.text.building import Place, Work, begin, build, opened_corpus
-from minigpt.text.corpus import Corpus, PrepareProgress
+from minigpt.text.building import Work, build_resumable, opened_corpus
+from minigpt.text.corpus import PrepareProgress
 from minigpt.text.shard_files import (
     MANIFEST,
-    SCHEMA_VERSION,
     UNFINISHED,
     VOCABULARY,
     Manifest,
-    Shard,
     StoredData,
     is_ours,
     open_prepared,
     read_record,
-    read_vocabulary,
     reading,
-    write_json,
 )
 from minigpt.text.tokenizer import Tokenizer
 
@@ -66,22 +61,17 @@ def prepare(
             try:
                 prepared = open_prepared(folder)
             except DataError:
-                _replace(folder, corpus, n_workers)
+                aside = folder.with_name(f"{WRITING}{folder.name}")
+                shutil.rmtree(folder, ignore_errors=True)
+                aside.mkdir(exist_ok=True)
+                try:
+                    build_resumable(aside, corpus, n_workers)
+                    aside.rename(folder)
+                finally:
+                    shutil.rmtree(aside, ignore_errors=True)
                 prepared = open_prepared(folder)
     # Two vocabularies may differ in nothing but their name: return the one that was given.
-    return prepared if tokenizer is None else dataclasses.replace(prepared, tokenizer=tokenizer)
-
-
-def _replace(folder: Path, corpus: Corpus, n_workers: int) -> None:
-    """Build a corpus under another name and rename it; an unusable one is deleted first."""
-    aside = folder.with_name(f"{WRITING}{folder.name}")
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.mkdir(exist_ok=True)
-    try:
-        build_resumable(aside, corpus, n_workers)
-        aside.rename(folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    return prepared if tokenizer is None else replace(prepared, tokenizer=tokenizer)
 
 
 def prepare_folder(
@@ -129,51 +119,6 @@ def prepare_folder(
     return open_prepared(folder), work
 
 
-def build_resumable(folder: Path, corpus: Corpus, n_workers: int = 0) -> Work:
-    """Build a corpus as ``build`` does, from the last intact shard of an interrupted call."""
-    try:
-        with reading(folder):
-            tokenizer, shards, places = _resumed(folder, corpus)
-    except DataError:
-        tokenizer, shards, places = begin(folder, corpus), [], []
-
-    def write_record() -> None:
-        record = {
-            "schema_version": SCHEMA_VERSION,
-            "identity": corpus.identity,
-            "tokenizer_fingerprint": tokenizer.fingerprint,
-            "shards": list(map(dataclasses.asdict, shards)),
-            "places": list(map(dataclasses.asdict, places)),
-        }
-        write_json(folder / UNFINISHED, record)
-
-    def on_shard(shard: Shard, place: Place) -> None:
-        shards.append(shard)
-        places.append(place)
-        write_record()
-
-    write_record()
-    place = places[-1] if places else Place()
-    work = build(
-        folder, corpus, tokenizer, n_workers, shards=shards, place=place, on_shard=on_shard
-    )
-    (folder / UNFINISHED).unlink(missing_ok=True)
-    return work
-
-
-def _resumed(folder: Path, corpus: Corpus) -> tuple[Tokenizer, list[Shard], list[Place]]:
-    """Read the vocabulary, intact shards and their ends of an earlier call for the same corpus.
-
-    Raises: errors of ``reading``, or DataError, if there was none.
-    """
-    record, tokenizer = read_record(folder / UNFINISHED), read_vocabulary(folder)
-    found = (record["identity"], record["tokenizer_fingerprint"])
-    if found != (corpus.identity, tokenizer.fingerprint):
-        raise ValueError("it is of another corpus")
-    shards = list(takewhile(lambda shard: shard.is_intact(folder), record["shards"]))
-    return tokenizer, shards, [Place(**place) for place in record["places"][: len(shards)]]
-
-
 def tidy(folder: Path) -> None:
     """Delete the files of an interrupted build that cannot be resumed."""
     if (folder / MANIFEST).exists():  # interrupted when everything was done
@@ -211,7 +156,13 @@ def prepared_folder(words: Sequence[str]) -> Path | None:
     Raises: DataError if its preparation is unfinished, or other texts are named too.
     """
     paths = [Path(os.path.expanduser(word)) for word in words]
-    folders = [path for path in paths if _is_prepared(path)]
+    # os.path returns False for a name that no file can have, where Path raises.
+    folders = [
+        path
+        for path in paths
+        if os.path.isfile(path / VOCABULARY)
+        and any(os.path.isfile(path / name) for name in (MANIFEST, UNFINISHED))
+    ]
     if not folders:
         return None
     name = repr(str(folders[0]))
@@ -222,12 +173,6 @@ def prepared_folder(words: Sequence[str]) -> Path | None:
     if not os.path.isfile(folders[0] / MANIFEST):
         raise DataError(f"the preparation of {name} is unfinished. Call minigpt prepare again.")
     return folders[0]
-
-
-def _is_prepared(folder: Path) -> bool:
-    # os.path returns False for a name that no file can have, where Path raises.
-    has = {name for name in (MANIFEST, UNFINISHED, VOCABULARY) if os.path.isfile(folder / name)}
-    return VOCABULARY in has and len(has) > 1
 
 
 def prepared_settings(data: DataConfig) -> dict[str, Any]:
@@ -293,7 +238,7 @@ def open_named(data: DataConfig, tokenizer: Tokenizer | None) -> StoredData | No
                 "prepare the text again with it."
             )
     _require_same_split(folder, manifest, data)
-    return prepared if tokenizer is None else dataclasses.replace(prepared, tokenizer=tokenizer)
+    return prepared if tokenizer is None else replace(prepared, tokenizer=tokenizer)
 
 
 def _require_same_split(folder: Path, manifest: Manifest, data: DataConfig) -> None:

@@ -10,10 +10,17 @@ from typing import Any, BinaryIO
 from minigpt.config import DataConfig
 from minigpt.errors import DataError, install_extra
 from minigpt.rings import ring
-from minigpt.text.csv_rows import csv_rows, is_table
 from minigpt.text.escape import printable
-from minigpt.text.json_rows import DECODER, begins_with_json, json_lines, json_values
-from minigpt.text.rows import BadRow, as_text
+from minigpt.text.rows import (
+    DECODER,
+    BadRow,
+    as_text,
+    begins_with_json,
+    csv_rows,
+    is_table,
+    json_lines,
+    json_values,
+)
 from minigpt.text.tokenizer import well_formed
 
 LONGEST_CONVERSATION = 2**20

@@ -43,7 +43,6 @@ class Shard:
     name: str
     """File name in the prepared folder."""
     n_tokens: int
-    """Number of its tokens."""
     sha256: str
     """sha256 of the file, in hex."""
     mtime_ns: int
@@ -63,7 +62,6 @@ class Counts:
     """Counts over pieces of a corpus, which are read in order."""
 
     n_pieces: int = 0
-    """Number of pieces."""
     n_documents: int = 0
     """Number of documents that begin in them."""
     n_bytes: int = 0
@@ -104,9 +102,7 @@ class Manifest(TextFacts, Counts):
     dtype: str
     """Data type of the tokens: <u2 or <u4."""
     tokenizer_fingerprint: str
-    """Fingerprint of the tokenizer."""
     shards: tuple[Shard, ...]
-    """Shards in order."""
     sources: tuple[str, ...]
     """Names of the files, as the user first gave them."""
     special: bool = False
@@ -152,7 +148,6 @@ class StoredData(PreparedData):
     """A corpus whose tokens are on the disk."""
 
     manifest: Manifest
-    """Counts and hashes."""
     folder: Path
     """Folder of its files, for ``open_prepared``."""
 

@@ -107,7 +107,10 @@ def find_files(
                     "that file, or name another."
                 )
             elif glob.has_magic(word):
-                found = _matching(str(path), left_out)
+                names = _expanded(str(path))
+                lost = (name for name in names if os.path.islink(name) and not os.path.exists(name))
+                left_out["dangling link"] += len(list(lost))
+                found = sorted(filter(os.path.isfile, names))
                 is_folder |= len(found) > 1
                 if not found:
                     raise DataError(f"no file matches {word!r}. Check the pattern, and quote it.")
@@ -216,13 +219,6 @@ def _other_files(folder: Path, left_out: Counter[str]) -> str:
         if kind in ("hidden", "without a suffix") or (kind[0] == "." and " " not in kind):
             return os.path.join(glob.escape(str(folder)), "**", last)
     return ""
-
-
-def _matching(pattern: str, left_out: Counter[str]) -> list[str]:
-    """Return the files that match a glob, sorted."""
-    names = _expanded(pattern)
-    left_out["dangling link"] += sum(os.path.islink(n) and not os.path.exists(n) for n in names)
-    return sorted(filter(os.path.isfile, names))
 
 
 def _expanded(pattern: str) -> set[str]:

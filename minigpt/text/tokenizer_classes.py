@@ -33,6 +33,14 @@ _ALWAYS_FROM_FILE = ("mistral", "olmo2", "phi3")  # whatever tokenizer_class say
 QWEN2_PATTERN = BPE_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
 SPACE = "\u2581"
 """The character that SentencePiece has for a space."""
+PREPEND_SPACE = {"type": "Prepend", "prepend": SPACE}
+REPLACE_SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+SPLIT_AT_SPACES = {
+    "type": "Split",
+    "pattern": {"String": " "},
+    "behavior": "MergedWithPrevious",
+    "invert": False,
+}
 PLAIN_TOKEN = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
 """Options of an added token that has none."""
 _BPE = {
@@ -189,11 +197,9 @@ def class_parts(name: str, config: Mapping[str, Any]) -> JSONValue | None:
                 "model": fallback | {"unk_token": unknown},
             }
         case "GemmaTokenizer":
-            space = {"String": " "}
-            behavior = {"behavior": "MergedWithPrevious", "invert": False}
             return {
-                "normalizer": {"type": "Replace", "pattern": space, "content": SPACE},
-                "pre_tokenizer": {"type": "Split", "pattern": space} | behavior,
+                "normalizer": REPLACE_SPACES,
+                "pre_tokenizer": SPLIT_AT_SPACES,
                 "decoder": decoder(strips=False),
                 "model": fallback | {"unk_token": content(config.get("unk_token", "<unk>"))},
             }

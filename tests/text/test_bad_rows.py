@@ -12,7 +12,7 @@ import pytest
 from row_files import FORMATS, TEXTS, Reading, jsonl, refusal
 
 from minigpt.config import DataConfig
-from minigpt.text import json_rows
+from minigpt.text import rows as rows_of
 from minigpt.text.sources import find_files
 
 pytestmark = pytest.mark.usefixtures("folder")
@@ -164,7 +164,7 @@ def test_an_unclosed_quote_is_named_by_its_row_and_costs_only_its_own_line() -> 
 def test_a_broken_item_of_an_array_is_left_out_with_skip_bad(
     broken: str, n_lost: int, indent: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(json_rows, "READ_CHARS", 64)
+    monkeypatch.setattr(rows_of, "READ_CHARS", 64)
     items = [json.dumps({"text": f"text {i}", "n": {"m": i}}, indent=indent) for i in range(9)]
     items[4] = broken
     Path("a.json").write_text("[" + ",\n".join(items) + "]")

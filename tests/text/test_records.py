@@ -118,7 +118,7 @@ def test_a_table_whose_names_have_spaces_is_recognized() -> None:
 
 
 def test_a_long_json_array_is_read_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minigpt.text.json_rows.READ_CHARS", 7)
+    monkeypatch.setattr("minigpt.text.rows.READ_CHARS", 7)
     for content in (json_array(TEXTS), json.dumps(TEXTS).encode(), b'["a", "b\\n", "\\u00e9"]'):
         Path("a.json").write_bytes(content)
         expected = json.loads(content)
