@@ -101,7 +101,8 @@ def tiktoken_tokenizer(
         implied = {"use_regex": True} | splits | {"trim_offsets": False}
         if implied == BYTE_LEVEL | {"use_regex": True}:
             splits = splits_by(GPT2_PATTERN)
-        pattern = _from_oniguruma(splits["pretokenizers"][0]["pattern"]["Regex"])
+        pattern = splits["pretokenizers"][0]["pattern"]["Regex"].replace(ANY_CHARACTER, "(?s:.)")
+        pattern = _ATOMIC.sub(r"\g<atom>\g<interval>+", pattern)  # of Oniguruma's dialect
         processor = data["post_processor"] or {"type": "ByteLevel"}
         around = [] if processor["type"] == "ByteLevel" else processor["single"]
         changes_text = data["normalizer"] is not None or data["decoder"]["type"] != "ByteLevel"
@@ -222,7 +223,3 @@ def _to_oniguruma(pattern: str) -> str:
             "Write the pattern without it."
         )
     return pattern
-
-
-def _from_oniguruma(pattern: str) -> str:
-    return _ATOMIC.sub(r"\g<atom>\g<interval>+", pattern.replace(ANY_CHARACTER, "(?s:.)"))

@@ -71,7 +71,6 @@ def read_fields(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str
     """Return the fields of a Llama-like config.json that ``window_of`` reads.
 
     Args: given, the fields that the family reads, with its defaults.
-    Raises: as ``read_windows``.
     """
     if "layer_types" not in given and config.get("layer_types") is not None:
         kind = _FULL if given.get("sliding_window") is None else SLIDING

@@ -31,9 +31,7 @@ class StoredTensor:
     """A tensor in a safetensors file, as its header describes it."""
 
     path: Path
-    """File that holds it."""
     name: str
-    """Name in the file."""
     shape: tuple[int, ...]
     dtype: str
     """Dtype in the words of safetensors, such as BF16."""

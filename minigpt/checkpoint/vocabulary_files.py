@@ -11,6 +11,8 @@ from minigpt.errors import CheckpointError
 from minigpt.files import read_bytes, read_json, resource_errors
 from minigpt.text.tokenizer_classes import (
     PLAIN_TOKEN,
+    PREPEND_SPACE,
+    REPLACE_SPACES,
     SPACE,
     beginning_with,
     class_parts,
@@ -33,14 +35,9 @@ def read_vocabulary_files(folder: Path) -> JSONValue | None:
 
     Raises: CheckpointError if a file is damaged, or of a kind that is not read.
     """
-    if os.path.lexists(folder / VOCAB) and os.path.lexists(folder / MERGES):
-        return _json_from_merges(folder)
-    if os.path.lexists(folder / SCORES):
-        return json_from_scores(read_json(folder / SCORES))
-    return None
-
-
-def _json_from_merges(folder: Path) -> JSONValue:
+    if not (os.path.lexists(folder / VOCAB) and os.path.lexists(folder / MERGES)):
+        has_scores = os.path.lexists(folder / SCORES)
+        return json_from_scores(read_json(folder / SCORES)) if has_scores else None
     config = tokenizer_settings(folder)
     kind = tokenizer_class(folder, config)
     added = read_json(folder / ADDED) if os.path.lexists(folder / ADDED) else {}
@@ -98,14 +95,12 @@ def json_from_scores(data: Mapping[str, Any]) -> JSONValue:
     splits = (
         (t[:i], t[i:]) for t in by_score if not _BYTE_TOKEN.fullmatch(t) for i in range(1, len(t))
     )
-    replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-    prepend = {"type": "Prepend", "prepend": SPACE}
     return tokenizer_file(
         added_tokens=[
             {"id": id_, "content": name, "special": True} | PLAIN_TOKEN
             for id_, name in names.items()
         ],
-        normalizer={"type": "Sequence", "normalizers": [prepend, replace]},
+        normalizer={"type": "Sequence", "normalizers": [PREPEND_SPACE, REPLACE_SPACES]},
         post_processor=beginning_with("<s>", 1),
         decoder=decoder(strips=True),
         model={

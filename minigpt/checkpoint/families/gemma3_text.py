@@ -62,10 +62,7 @@ class Gemma3Family(Gemma2Family):
         if nested is None:
             rope = config.get("rope_scaling") or {}
             return llama.read_rope(rope, "rope_scaling", config, theta)
-        if not isinstance(nested, Mapping) or not nested.keys() <= {
-            "full_attention",
-            SLIDING,
-        }:
+        if not isinstance(nested, Mapping) or not nested.keys() <= {"full_attention", SLIDING}:
             raise unsupported("rope_parameters", nested, f"full_attention and {SLIDING}")
         rope = (nested.get("full_attention") or {}) | (config.get("rope_scaling") or {})
         return llama.read_rope(rope, "rope_parameters.full_attention", config, theta)

@@ -30,17 +30,18 @@ class PartialRotaryAttention(Attention):
         return torch.cat((rotate(rotated, *rotary), rest), dim=-1)
 
 
-def partial_rotary_table(
-    config: ModelConfig, divisor: Tensor | None = None, scale: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """Return the RoPE table of the rotated part of each head.
+class PartialRotaryGPT(GPT):
+    """GPT with RoPE on a part of each head."""
 
-    Args: divisor, of each frequency; scale, of cos and sin.
-    """
-    fields = hf_fields(config)
-    share = fields.get("rotary_pct", fields.get("partial_rotary_factor", 1.0))
-    n_rotated = rotated_width("rotary_pct", config.d_head, share)
-    return rotary_table(replace(config, d_head=n_rotated), divisor, scale)
+    attention_class: type[Attention] = PartialRotaryAttention
+
+    def rotary_table(
+        self, divisor: Tensor | None = None, scale: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        fields = hf_fields(self.config)
+        share = fields.get("rotary_pct", fields.get("partial_rotary_factor", 1.0))
+        n_rotated = rotated_width("rotary_pct", self.config.d_head, share)
+        return rotary_table(replace(self.config, d_head=n_rotated), divisor, scale)
 
 
 def rotated_width(name: str, d_head: Any, share: Any) -> int:
@@ -66,23 +67,17 @@ class NeoXBlock(Block):
         self.is_parallel = hf_fields(config).get("use_parallel_residual", True)
 
 
-class NeoXGPT(GPT):
+class NeoXGPT(PartialRotaryGPT):
     """GPT-NeoX.
 
     Source: Black et al. 2022, arXiv:2204.06745, section 2.1.
     """
 
     block_class = NeoXBlock
-    attention_class = PartialRotaryAttention
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         self.final_norm = nn.LayerNorm(config.d_model, eps=config.norm_eps)
-
-    def rotary_table(
-        self, divisor: Tensor | None = None, scale: float = 1.0
-    ) -> tuple[Tensor, Tensor]:
-        return partial_rotary_table(self.config, divisor, scale)
 
 
 class NeoXFamily(Family):

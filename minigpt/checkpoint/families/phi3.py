@@ -4,18 +4,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from minigpt.checkpoint.families import TensorName, hf_fields, llama, same, unsupported
 from minigpt.checkpoint.families.gpt_neox import (
     PartialRotaryAttention,
-    partial_rotary_table,
+    PartialRotaryGPT,
     rotated_width,
 )
 from minigpt.checkpoint.families.llama import LlamaFamily
 from minigpt.checkpoint.sliding_windows import window_of
 from minigpt.config import ModelConfig
-from minigpt.model.gpt import GPT
 
 _OLD_NAMES = ("su", "yarn")  # of LongRoPE
 _ORIGINAL = "original_max_position_embeddings"
@@ -29,18 +26,13 @@ class Phi3Attention(PartialRotaryAttention):
         self.score.window = window_of(config, layer)
 
 
-class Phi3GPT(GPT):
+class Phi3GPT(PartialRotaryGPT):
     """Phi-3.
 
     Source: Abdin et al. 2024, arXiv:2404.14219.
     """
 
     attention_class = Phi3Attention
-
-    def rotary_table(
-        self, divisor: Tensor | None = None, scale: float = 1.0
-    ) -> tuple[Tensor, Tensor]:
-        return partial_rotary_table(self.config, divisor, scale)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,9 +14,6 @@ from minigpt.errors import CheckpointError
 def average(folders: Sequence[Path]) -> LoadedModel:
     """Return a model whose weights are the mean, in float32, of those of these checkpoints.
 
-    Near its end, training oscillates around weights that are better than those of any single step.
-    The mean of the last checkpoints is closer to them.
-
     Args: folders, at least one; two models are in memory at a time.
     Returns: the mean, with the tokenizer of the first.
     Raises: CheckpointError if one is damaged, or its config differs from the first.

@@ -26,7 +26,6 @@ from minigpt.checkpoint.tools.gguf_architectures import (
     context_of,
     converted,
     extra_tensors,
-    notes_of,
 )
 from minigpt.checkpoint.tools.gguf_vocabulary import chat_template, gguf_vocabulary
 from minigpt.checkpoint.weights import tensor_names
@@ -50,7 +49,6 @@ class Exported:
     """A GGUF file that was written."""
 
     n_bytes: int
-    """Size of the file."""
     is_chat: bool
     """Whether it has a chat template."""
     notes: tuple[str, ...]
@@ -80,15 +78,24 @@ def export_gguf(folder: Path, path: Path, type_: str) -> Exported:
     all_of = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
     writer.add_file_type(gguf.LlamaFileType[all_of[type_]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    context_length, note = context_of(config, architecture)
-    _add_shape(writer, config, context_length)
+    context_length, notes = context_of(config, architecture)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(context_length)
+    writer.add_embedding_length(config.d_model)
+    writer.add_block_count(config.n_layer)
+    writer.add_feed_forward_length(config.d_mlp)
+    writer.add_head_count(config.n_head)
+    writer.add_head_count_kv(config.n_kv_head)
     add_facts(writer, config, architecture)
-    notes = [*filter(None, [note]), *notes_of(config), *_add_vocabulary(writer, folder, config)]
+    notes += _add_vocabulary(writer, folder, config)
     template = chat_template(folder)
     if template:
         writer.add_chat_template(template)
     names = {name.theirs: name for name in tensor_names(config)}
-    there = [(theirs, name) for name, theirs in _names(gguf, architecture.name, config).items()]
+    numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    known = gguf.get_tensor_name_map(numbers[architecture.name], config.n_layer)
+    there: list[tuple[Any, str]] = []
+    there += [(known.get_name(name, (".weight", ".bias")), name) for name in names]
     if architecture.head == "needed" and config.tie_embeddings:
         there.append(("output.weight", next(iter(names))))
     kinds = []
@@ -115,16 +122,6 @@ def export_gguf(folder: Path, path: Path, type_: str) -> Exported:
         _pad(file)
         n_bytes = file.tell()
     return Exported(n_bytes, template is not None, tuple(notes))
-
-
-def _add_shape(writer: Any, config: ModelConfig, context_length: int) -> None:
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(context_length)
-    writer.add_embedding_length(config.d_model)
-    writer.add_block_count(config.n_layer)
-    writer.add_feed_forward_length(config.d_mlp)
-    writer.add_head_count(config.n_head)
-    writer.add_head_count_kv(config.n_kv_head)
 
 
 def _add_vocabulary(writer: Any, folder: Path, config: ModelConfig) -> list[str]:
@@ -160,14 +157,6 @@ def _add_vocabulary(writer: Any, folder: Path, config: ModelConfig) -> list[str]
     return vocabulary.notes
 
 
-def _names(gguf: ModuleType, architecture: str, config: ModelConfig) -> dict[str, str]:
-    """Return Hugging Face's names of tensors -> those of GGUF."""
-    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
-    known = gguf.get_tensor_name_map(kinds[architecture], config.n_layer)
-    theirs = [name.theirs for name in tensor_names(config)]
-    return {name: known.get_name(name, try_suffixes=(".weight", ".bias")) for name in theirs}
-
-
 def _add_tensor_info(
     writer: Any, gguf: ModuleType, name: str, shape: tuple[int, ...], type_: str
 ) -> Any:
@@ -188,11 +177,12 @@ def _write_tensor(file: Any, gguf: ModuleType, name: str, tensor: Tensor, kind: 
         largest = np.abs(rows).max(initial=0)
         limit = _LARGEST.get(kind.name.lower(), np.finfo(np.float32).max)
         if not largest <= limit:
-            what = f"the value {largest:g}" if np.isfinite(largest) else "NaN or inf"
-            remedy = "" if not np.isfinite(largest) else "Use --type bf16 or f32."
+            what, remedy = "NaN or inf", "Choose another checkpoint."
+            if np.isfinite(largest):
+                what, remedy = f"the value {largest:g}", "Use --type bf16 or f32."
             raise CheckpointError(
                 f"the tensor {name!r} holds {what}, which {kind.name.lower()} cannot represent. "
-                f"{remedy or 'Choose another checkpoint.'}"
+                f"{remedy}"
             )
         file.write(gguf.quantize(rows, kind).tobytes())
 
@@ -203,6 +193,6 @@ def _pad(file: Any) -> None:
 
 def _rows(tensor: Tensor) -> Iterator[npt.NDArray[np.float32]]:
     """Yield the rows of a tensor in float32, some at a time."""
-    n_rows = max(_VALUES_AT_ONCE // max(tensor.shape[-1], 1), 1) if tensor.dim() > 1 else 1
+    n_rows = max(_VALUES_AT_ONCE // max(tensor.shape[-1], 1), 1)
     for rows in tensor.split(n_rows) if tensor.dim() > 1 else [tensor]:
         yield rows.to(torch.float32).contiguous().numpy()

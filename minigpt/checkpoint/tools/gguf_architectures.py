@@ -4,7 +4,7 @@ Whatever llama.cpp would compute otherwise is refused by name.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -24,7 +24,6 @@ _WRITTEN = """
 _WINDOWS = ("sliding_window", "layer_types", "use_sliding_window")
 _SLIDING = "sliding_attention"
 _ORIGINAL = "original_max_position_embeddings"
-_GELU_ERROR = "llama.cpp computes the tanh form of GELU, which differs by up to 0.0005"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,13 +31,11 @@ class Architecture:
     """One architecture of llama.cpp as it computes a model type."""
 
     name: str
-    """Its name in GGUF files."""
     activations: tuple[str, ...] = ("silu",)
     """ModelConfig's activations that it computes."""
     biases: tuple[str, ...] = ("none",)
     """ModelConfig.attention_bias that it reads."""
     has_mlp_biases: bool = False
-    """Whether it reads biases of the MLP."""
     hf_fields: tuple[str, ...] = ()
     """Fields of the family that it computes, besides those of windows."""
     has_windows: bool = False
@@ -68,7 +65,7 @@ def _refusal(what: str, why: str = "") -> CheckpointError:
 
 
 def _check_gemma2(config: ModelConfig) -> None:
-    _check_scale(config, n_layer_of_27b=46)
+    _check_scale(config)
     if _SLIDING not in hf_fields(config)["layer_types"]:
         raise _refusal("a gemma2 layout without sliding layers", "llama.cpp always has some there")
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
@@ -77,16 +74,16 @@ def _check_gemma2(config: ModelConfig) -> None:
 
 
 def _check_gemma3(config: ModelConfig) -> None:
-    _check_scale(config, n_layer_of_27b=62)
+    _check_scale(config)
     if config.rope_scaling == "yarn" and config.rope_scaling_factor != 1:
         raise _refusal(
             "rope_scaling yarn in the gemma3 layout", "llama.cpp would scale windows with it too"
         )
 
 
-def _check_scale(config: ModelConfig, *, n_layer_of_27b: int) -> None:
+def _check_scale(config: ModelConfig) -> None:
     """Check the scale of the scores, which llama.cpp has from the shape of a model."""
-    is_27b = config.n_layer == n_layer_of_27b
+    is_27b = config.n_layer == (46 if config.model_type == "gemma2" else 62)
     expected = config.d_model // config.n_head if is_27b else config.d_head
     found = hf_fields(config).get("query_pre_attn_scalar", 256)
     if found != expected:
@@ -117,10 +114,7 @@ _GEMMA = Architecture(name="gemma", activations=("gelu_tanh",), head="tied", nor
 _GEMMA_FIELDS = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
 ARCHITECTURES = {
     "gpt2": Architecture(
-        name="gpt2",
-        activations=("gelu_tanh",),
-        biases=("none", "qkv", "all"),
-        has_mlp_biases=True,
+        name="gpt2", activations=("gelu_tanh",), biases=("none", "qkv", "all"), has_mlp_biases=True
     ),
     "llama": _LLAMA,
     "mistral": _LLAMA,
@@ -149,16 +143,10 @@ ARCHITECTURES = {
     ),
     "olmo2": Architecture(name="olmo2", has_free_width=False, head="needed"),
     "phi3": Architecture(
-        name="phi3",
-        has_free_width=False,
-        has_long_rope=True,
-        hf_fields=("partial_rotary_factor",),
+        name="phi3", has_free_width=False, has_long_rope=True, hf_fields=("partial_rotary_factor",)
     ),
     "smollm3": Architecture(
-        name="smollm3",
-        rotates_neighbours=True,
-        hf_fields=("no_rope_layers",),
-        check=_check_smollm3,
+        name="smollm3", rotates_neighbours=True, hf_fields=("no_rope_layers",), check=_check_smollm3
     ),
 }
 """Model type -> architecture."""
@@ -224,33 +212,30 @@ def _check_rope(config: ModelConfig, architecture: Architecture) -> None:
         )
 
 
-def context_of(config: ModelConfig, architecture: Architecture) -> tuple[int, str]:
-    """Return the context length to write, and a note if it is shorter than the model's.
+def context_of(config: ModelConfig, architecture: Architecture) -> tuple[int, list[str]]:
+    """Return the context length to write, and notes on what llama.cpp computes otherwise.
 
     Without windows in llama.cpp, a window's length is the context: there, it hides nothing.
     """
-    window = hf_fields(config).get("sliding_window") or config.context_length
-    original = hf_fields(config).get("rope_scaling", {}).get(_ORIGINAL, config.context_length)
-    longest = min(original, config.context_length)
-    types = hf_fields(config).get("layer_types") or [_SLIDING]
-    if architecture.has_windows or _SLIDING not in types or window >= longest:
-        return longest, ""
-    return window, (
-        f"its context is {window} tokens, the length of its sliding window, since llama.cpp has no "
-        f"windows in the {architecture.name} layout"
-    )
-
-
-def notes_of(config: ModelConfig) -> Iterator[str]:
-    """Yield what llama.cpp computes a little otherwise, or not at all."""
+    facts, notes = hf_fields(config), []
+    window = facts.get("sliding_window") or config.context_length
+    original = facts.get("rope_scaling", {}).get(_ORIGINAL, config.context_length)
+    length = min(original, config.context_length)
+    types = facts.get("layer_types") or [_SLIDING]
+    if not architecture.has_windows and _SLIDING in types and window < length:
+        length = window
+        notes.append(
+            f"its context is {window} tokens, the length of its sliding window, since llama.cpp "
+            f"has no windows in the {architecture.name} layout"
+        )
     if config.model_type == "gpt_neox" and config.activation == "gelu":
-        yield _GELU_ERROR
-    original = hf_fields(config).get("rope_scaling", {}).get(_ORIGINAL, config.context_length)
+        notes.append("llama.cpp computes the tanh form of GELU, which differs by up to 0.0005")
     if original < config.context_length:
-        yield (
+        notes.append(
             f"its context is {original} tokens, the original one; with a larger -c, llama.cpp has "
             "the long factors of LongRoPE for short texts too"
         )
+    return length, notes
 
 
 def add_facts(writer: Any, config: ModelConfig, architecture: Architecture) -> None:
@@ -264,7 +249,8 @@ def add_facts(writer: Any, config: ModelConfig, architecture: Architecture) -> N
         return
     writer.add_key_length(config.d_head)
     writer.add_value_length(config.d_head)
-    writer.add_rope_dimension_count(_n_rotated(config))
+    share = facts.get("rotary_pct", facts.get("partial_rotary_factor", 1.0))
+    writer.add_rope_dimension_count(int(config.d_head * share))
     writer.add_rope_freq_base(config.rope_theta)
     _add_rope_scaling(writer, config)
     if config.model_type == "gpt_neox":
@@ -279,11 +265,6 @@ def add_facts(writer: Any, config: ModelConfig, architecture: Architecture) -> N
         writer.add_sliding_window_pattern([kind == _SLIDING for kind in types])
     if "rope_local_base_freq" in facts:
         writer.add_rope_freq_base_swa(facts["rope_local_base_freq"])
-
-
-def _n_rotated(config: ModelConfig) -> int:
-    facts = hf_fields(config)
-    return int(config.d_head * facts.get("rotary_pct", facts.get("partial_rotary_factor", 1.0)))
 
 
 def _add_rope_scaling(writer: Any, config: ModelConfig) -> None:

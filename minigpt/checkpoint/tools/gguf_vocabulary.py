@@ -16,7 +16,15 @@ from minigpt.errors import CheckpointError
 from minigpt.text.byte_pairs import TiktokenTokenizer
 from minigpt.text.chat import templates_of
 from minigpt.text.tokenizer import Tokenizer, well_formed
-from minigpt.text.tokenizer_classes import QWEN2_PATTERN, SPACE, named_tokens, tokenizer_settings
+from minigpt.text.tokenizer_classes import (
+    PREPEND_SPACE,
+    QWEN2_PATTERN,
+    REPLACE_SPACES,
+    SPACE,
+    SPLIT_AT_SPACES,
+    named_tokens,
+    tokenizer_settings,
+)
 from minigpt.text.vocabulary_parts import BPE_PATTERN, BYTE_OF_CHARACTER, steps_of
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -39,14 +47,6 @@ _NAMES = {
     (QWEN2_PATTERN,): ("qwen2", None),
     (_DIGITS, GPT2_PATTERN): ("smollm", None),
 }
-_PREPEND = {"type": "Prepend", "prepend": SPACE}
-_REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-_SPLIT = {
-    "type": "Split",
-    "pattern": {"String": " "},
-    "behavior": "MergedWithPrevious",
-    "invert": False,
-}
 _BYTE_TOKENS = {f"<0x{byte:02X}>" for byte in range(256)}
 # llama.cpp takes no empty list of merges. This one never applies: parts of a word begin as single
 # characters.
@@ -62,7 +62,6 @@ class GGUFVocabulary:
     tokens: list[str]
     """Text of each id, one for each row of the embedding."""
     types: list[int]
-    """Type of each id."""
     pre: str = "default"
     """Name of the split pattern."""
     merges: list[str] = field(default_factory=list)
@@ -202,10 +201,10 @@ def _characters(
         raise _refusal("its characters have no byte fallback")
     normalizers, splits = steps_of(data.get("normalizer")), steps_of(data.get("pre_tokenizer"))
     notes = []
-    if normalizers == [_REPLACE] and splits == [_SPLIT]:
+    if normalizers == [REPLACE_SPACES] and splits == [SPLIT_AT_SPACES]:
         splits = []  # no space is left to split at
-    if not splits and normalizers in ([_PREPEND, _REPLACE], [_REPLACE]):
-        has_prefix = _PREPEND in normalizers
+    if not splits and normalizers in ([PREPEND_SPACE, REPLACE_SPACES], [REPLACE_SPACES]):
+        has_prefix = PREPEND_SPACE in normalizers
     elif not normalizers and [step["type"] for step in splits] == ["Metaspace"]:
         if splits[0].get("split", True) or splits[0].get("replacement") != SPACE:
             raise _refusal("it splits a text into words before merging")

@@ -170,10 +170,7 @@ def _losses(run: RunFolder) -> dict[int, dict[str, float]]:
 
 
 def _require_model(spec: str, root: Path = ROOT) -> Path:
-    """Return the run folder or model folder at a path, or of that name under root.
-
-    Raises: CheckpointError if there is none.
-    """
+    """Return the run folder or model folder at a path, or of that name under root."""
     if place := find_model(spec, root):
         return place
     raise CheckpointError(

@@ -62,9 +62,7 @@ class Imported:
     source: str
     """Kind of file it was made from."""
     n_parameters: int
-    """Number of parameters, each counted once."""
     has_tokenizer: bool
-    """Whether the folder has a vocabulary."""
 
 
 def import_pickled(

@@ -39,7 +39,13 @@ def no_model(spec: str, places: Sequence[Path], root: Path) -> CheckpointError:
             if os.path.isdir(place):
                 with resource_errors(place):
                     os.listdir(place)
-            _refuse_pickle(place)
+            pickles = [place] if place.is_file() else sorted(place.glob("*.pt"))
+            if pickles and pickles[0].suffix in (".pt", ".pth", ".bin", ".ckpt", ".pkl"):
+                return CheckpointError(
+                    f"{str(pickles[0])!r} is a pickle, which can run any code. Make a model folder "
+                    "from it, which runs none: `minigpt checkpoints import "
+                    f"{shlex.quote(str(pickles[0]))} NEW_FOLDER`."
+                )
             if not os.path.isdir(place):
                 if (place.parent / "config.json").is_file():
                     advice = f"Name the model's folder: {str(place.parent)!r}."
@@ -50,17 +56,6 @@ def no_model(spec: str, places: Sequence[Path], root: Path) -> CheckpointError:
     where = f" in {str(root)!r}" if Path(spec).name == spec else ""
     shown = spec if len(spec) <= 120 else f"{spec[:120]}..."
     return CheckpointError(f"there is no model {shown!r}{where}. {advice}")
-
-
-def _refuse_pickle(place: Path) -> None:
-    """Raise CheckpointError for a pickle, or a folder of nanoGPT, naming the command for it."""
-    pickles = [place] if place.is_file() else sorted(place.glob("*.pt"))
-    if pickles and pickles[0].suffix in (".pt", ".pth", ".bin", ".ckpt", ".pkl"):
-        raise CheckpointError(
-            f"{str(pickles[0])!r} is a pickle, which can run any code. Make a model folder from "
-            f"it, which runs none: `minigpt checkpoints import {shlex.quote(str(pickles[0]))} "
-            "NEW_FOLDER`."
-        )
 
 
 def warn_of_damage(run: RunFolder, chosen: int) -> None:
