@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
-from minigpt.fields import check_fields, option, require, require_divides, setting
+from minigpt.fields import Checked, check_fields, option, require, require_divides, setting
 from minigpt.rings import find_ring
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
@@ -20,7 +20,7 @@ _NO_VALIDATION = (("data.val_fraction", 0),)
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlainDataConfig:
+class PlainDataConfig(Checked):
     """The text to train on and its tokenizer, where the ring of corpora is missing."""
 
     paths: tuple[str, ...] = ()
@@ -29,9 +29,6 @@ class PlainDataConfig:
     """Tokenizer: bytes, bpe, bpe:N, gpt2, cl100k_base or o200k_base."""
     val_fraction: float = option(0.1, "[0, 1)", metavar="F")
     """Fraction of the text kept for validation, its last tokens; 0 to train on all."""
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
 
 if TYPE_CHECKING:

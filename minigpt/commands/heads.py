@@ -1,7 +1,7 @@
 """minigpt heads; the command's docstring is its --help."""
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from minigpt.commands.options import Fields, Json, ModelSource, Option, command
 from minigpt.rings import ring
@@ -70,15 +70,13 @@ def heads(
     n_repeated = repeated_sequences(loaded.model, seed=seed).shape[1] // 2
     show_model(folder)
     if as_json:
-        records: list[dict[str, Any]] = [
+        measured = {"logit_effect": logits_LH, "loss_effect": effects_LH}
+        records = [
             {"layer": layer, "head": head, **asdict(role)}
+            | {n: float(f_LH[layer, head]) for n, f_LH in measured.items() if f_LH is not None}
             for layer, roles_H in enumerate(roles)
             for head, role in enumerate(roles_H)
         ]
-        for name, found_LH in (("logit_effect", logits_LH), ("loss_effect", effects_LH)):
-            if found_LH is not None:
-                for record, effect in zip(records, found_LH.flat, strict=True):
-                    record[name] = float(effect)
         facts = {"model": str(folder), "seed": seed, "n_repeated": n_repeated, "heads": records}
         tables.write_json(facts)
         return

@@ -4,15 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from minigpt.commands.options import (
-    Fields,
-    Json,
-    ModelSource,
-    Option,
-    Prompt,
-    PromptForm,
-    command,
-)
+from minigpt.commands.options import Fields, Json, ModelSource, Option, Prompt, PromptForm, command
 from minigpt.config import SamplingConfig
 from minigpt.tracing.analysis_config import AnalysisConfig
 
@@ -92,11 +84,10 @@ def measures(
         _draw(comparison, picture)
         note(f"wrote {picture}")
     if as_json:
-        facts = asdict(comparison)
-        write_json({"model": str(ready.folder), "seed": seed, **facts})
-        return
-    console = make_console(is_stderr=False)
-    print_lines(console, _table(comparison, console.width))
+        write_json({"model": str(ready.folder), "seed": seed, **asdict(comparison)})
+    else:
+        console = make_console(is_stderr=False)
+        print_lines(console, _table(comparison, console.width))
 
 
 def _table(comparison: "Comparison", width: int) -> "list[Line]":
@@ -143,12 +134,10 @@ def _draw(comparison: "Comparison", path: Path) -> None:
         names = [result.name for result in comparison.results][::-1]
         for panel, (metric, (_, title)) in zip(panels, _COLUMNS.items(), strict=True):
             for place, result in enumerate(comparison.results[::-1]):
-                interval = result.metrics[metric]
-                if interval is None:
-                    continue
                 color = "0.6" if result.name in CONTROLS else "C0"
-                panel.plot([interval.low, interval.high], [place, place], color=color)
-                panel.plot([interval.mean], [place], "o", color=color)
+                if interval := result.metrics[metric]:
+                    panel.plot([interval.low, interval.high], [place, place], color=color)
+                    panel.plot([interval.mean], [place], "o", color=color)
             panel.set_title(title, fontsize="small")
             panel.set_yticks(range(len(names)), names)
             panel.axvline(0, color="0.85", zorder=0)

@@ -99,18 +99,17 @@ def _record(folder: "Path", manifest: "Manifest", work: "Work") -> dict[str, Any
 def _lines(folder: "Path", manifest: "Manifest", work: "Work") -> "Iterator[Text]":
     from minigpt.commands.tables import fact_lines
     from minigpt.console import one_line
-    from minigpt.format import with_unit
+    from minigpt.format import count, with_unit
 
-    documents = "1 document" if manifest.n_documents == 1 else f"{manifest.n_documents:,} documents"
     speed = "all of it was there"
     if work.seconds:
+        rest = "; the rest was there" if work.n_bytes < manifest.n_bytes else ""
         speed = f"{work.n_bytes / 1e6 / work.seconds:.3g} MB/s: {with_unit(work.n_bytes, 'B')} in "
-        speed += f"{work.seconds:.1f} s"
-        speed += "; the rest was there" if work.n_bytes < manifest.n_bytes else ""
+        speed += f"{work.seconds:.1f} s{rest}"
     return fact_lines(
         {
             "folder": one_line(str(folder)),
-            "text": f"{manifest.n_bytes:,} bytes, {documents}",
+            "text": f"{manifest.n_bytes:,} bytes, {count(manifest.n_documents, 'document')}",
             "tokens": f"{manifest.n_tokens:,} ({one_line(manifest.tokenizer)}), "
             f"{manifest.n_bytes / manifest.n_tokens:.3f} bytes/token",
             "speed": speed,

@@ -49,8 +49,8 @@ def train(
         raise ConfigError(
             "minigpt.train is one process. Use the command minigpt train in torchrun."
         )
-    paths = [data] if isinstance(data, str | Path) else list(data)
-    given = {"data": {"paths": [str(path) for path in paths]}} if paths else {}
+    paths = _texts(data)
+    given = {"data": {"paths": paths}} if paths else {}
     request = Request(name, merge(given, _nested(settings)), 1, lambda progress: None)
     with open_job(request, resume=resume) as job:
         trainer, signal = train_job(job, _Listener(on_event))
@@ -73,14 +73,15 @@ def evaluate(model: str | Path | None = None, data: Paths = (), **options: Any) 
     Returns: what ``--json`` prints: nats_per_token, bits_per_byte, perplexity, n_tokens and so on.
     Raises: ConfigError, CheckpointError and DataError as the command.
     """
-    paths = [data] if isinstance(data, str | Path) else list(data)
     sources = {f.name for f in fields(ModelSource)} - {"dtype", "compile"}
     about = {key: options.pop(key) for key in sources & options.keys()}
     source = build(ModelSource, about | {"model": None if model is None else str(model)})
-    config = build(
-        ring("commands.evaluate").EvaluationConfig, options | {"data": [str(p) for p in paths]}
-    )
+    config = build(ring("commands.evaluate").EvaluationConfig, options | {"data": _texts(data)})
     return ring("commands.evaluate.measuring").measure(config, source, is_quiet=True)
+
+
+def _texts(data: Paths) -> list[str]:
+    return [str(path) for path in ([data] if isinstance(data, str | Path) else data)]
 
 
 def _nested(settings: dict[str, Any]) -> dict[str, Any]:

@@ -59,7 +59,6 @@ class Budget:
     kind: str
     """Unit: steps, seconds of training, or flops of forward and backward passes."""
     amount: float
-    """Number of units."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,6 @@ class RunResult:
     """Result of one run."""
 
     name: str
-    """Name of the run's folder."""
     seed: int
     steps: int
     seconds: float

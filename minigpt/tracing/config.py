@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from minigpt.config import SamplingConfig
-from minigpt.fields import check_fields, option
+from minigpt.fields import Checked, option
 from minigpt.rings import find_ring
 
 N_SOURCES = 8
@@ -13,7 +13,7 @@ GROUP = "Attention"
 
 
 @dataclass(frozen=True, kw_only=True)
-class TraceConfig:
+class TraceConfig(Checked):
     """What a trace shows of the attention, which is the mean over all heads."""
 
     n_sources: int | None = option(
@@ -24,9 +24,6 @@ class TraceConfig:
         aliases=("--sources",),
     )
     """Number of sources to show per token. None for N_SOURCES."""
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
     @property
     def is_plain(self) -> bool:

@@ -184,8 +184,8 @@ class FusedLoss:
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    hooks = (module._forward_hooks, module._forward_pre_hooks)
-    return any(hooks) or any((module._backward_hooks, module._backward_pre_hooks))
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, kind) for kind in kinds)
 
 
 def _hidden(mlp: MLP | GatedMLP, x: Tensor) -> Tensor:

@@ -190,13 +190,12 @@ class EarlyStopEvent(Event):
 class EarlyStop:
     """Ends a run whose validation loss has not fallen for the epochs of ``patience``.
 
-    Only the evaluations that are due count.
+    Only the evaluations that are due count; the best is that of the lowest validation loss.
     """
 
     best_step: int = 0
-    """Step of the lowest validation loss."""
     val_loss: float | None = None
-    """That loss, in nats/token. None before the first evaluation."""
+    """Its loss, in nats/token. None before the first evaluation."""
     evaluated_step: int = 0
     """Step of the latest evaluation."""
 

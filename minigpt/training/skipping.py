@@ -12,19 +12,15 @@ MAX_SKIPPED_IN_A_ROW = 10
 
 @dataclass(frozen=True)
 class SkipEvent(Event):
-    """The update of a step was skipped; its batch is not repeated."""
+    """The update of a step was skipped; its batch is not repeated. Fields as in StepEvent."""
 
     kind = "skip"
     train_loss: float
-    """Mean cross-entropy over the step's batch, in nats/token."""
     lr: float
-    """Learning rate of the matrices."""
     grad_norm: float
-    """Global gradient norm before clipping."""
     n_skipped: int
     """Number of steps skipped in this run so far."""
     elapsed_s: float
-    """Seconds of training, without evaluation and saving."""
 
     def describe(self) -> str:
         return (

@@ -20,7 +20,7 @@ from minigpt.checkpoint.model_folder import STATE_FOLDER, save_tensors, weights_
 from minigpt.checkpoint.stored_tensors import check_header
 from minigpt.checkpoint.weights import WEIGHTS
 from minigpt.errors import CheckpointError, ConfigError, DataError
-from minigpt.fields import check_fields, setting
+from minigpt.fields import Checked, setting
 from minigpt.files import read_bytes
 from minigpt.model.language_model import LanguageModel
 from minigpt.settings import build
@@ -37,7 +37,7 @@ _ADAMW_KEYS, _MUON_KEYS = {"step", "exp_avg", "exp_avg_sq"}, {"momentum_buffer"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seam:
+class Seam(Checked):
     """A step at which a resumed run got another schedule, for example by a larger budget.
 
     The learning rate continues from where it was: it rises by at most ``LARGEST_RISE`` a step until
@@ -52,9 +52,6 @@ class Seam:
     is_warm: bool
     """Whether the context warm-up was over."""
 
-    def __post_init__(self) -> None:
-        check_fields(self)
-
     def limit(self, lr_scale: float, step: int) -> float:
         """Return the learning rate of a step after the seam: that of the new schedule, limited."""
         n_rises = min(step + 1 - self.step, _MOST_RISES)
@@ -62,20 +59,16 @@ class Seam:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lowest:
+class Lowest(Checked):
     """The lowest validation loss of the evaluations that were due."""
 
     step: int = setting(0, "[0, inf)")
-    """Step of the loss."""
     val_loss: float | None = setting(None, "[0, inf)")
     """Loss in nats/token. None before the first evaluation."""
 
-    def __post_init__(self) -> None:
-        check_fields(self)
-
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingState:
+class TrainingState(Checked):
     """Counters of a run at a checkpoint."""
 
     step: int = setting(0, "[0, inf)")
@@ -100,9 +93,6 @@ class TrainingState:
     """Lowest validation loss of the evaluations that were due."""
     seam: Seam | None = None
     """Where a change of the schedule was last smoothed."""
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
 
 def computed_on(world: World, dtype: torch.dtype, *, is_compiled: bool = False) -> str:
@@ -231,10 +221,7 @@ def _not_resumable(path: Path, error: Exception) -> CheckpointError:
 
 
 def restore_state(
-    folder: Path,
-    model: nn.Module,
-    optimizers: list[Optimizer],
-    average: Any = None,
+    folder: Path, model: nn.Module, optimizers: list[Optimizer], average: Any = None
 ) -> TrainingState:
     """Load the optimizers' state from a checkpoint, and return its counters.
 

@@ -14,7 +14,7 @@ from calls import TINY, Result, Run
 from screens import HOSTILE, OURS, Screen, steering
 
 from minigpt.checkpoint.model_folder import read_model
-from minigpt.commands.train import samples
+from minigpt.commands.train import display
 from minigpt.config import SamplingConfig
 from minigpt.generation.decoder import Decoder
 from minigpt.generation.stream import stream_text
@@ -91,7 +91,7 @@ def test_a_sample_during_training_is_escaped_and_marked(
     on_terminal: Callable[..., str], trained: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        samples, "draw_sample", lambda *_: f"{HOSTILE}\nbest   fake\x0bnext\u2028fake"
+        display, "draw_sample", lambda *_: f"{HOSTILE}\nbest   fake\x0bnext\u2028fake"
     )
     text = str(trained / "corpus.txt")
     shown = on_terminal("train", text, *TINY, "--sample-every", "4", cwd=workplace)
@@ -115,7 +115,7 @@ def test_a_terminal_shows_one_line_of_a_sample_at_each_evaluation(
         drawn.append(config)
         return f"{HOSTILE}\nbest   fake\x0bnext\u2028fake {'long ' * 90}"
 
-    monkeypatch.setattr(samples, "draw_sample", sample)
+    monkeypatch.setattr(display, "draw_sample", sample)
     words = ["train", str(trained / "corpus.txt"), *TINY, "--eval-every", "2"]
     shown = on_terminal(*words, cwd=workplace)
     assert not steering(shown)

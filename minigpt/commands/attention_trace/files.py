@@ -10,8 +10,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from torch import Tensor
-
 from minigpt.checkpoint.stored_tensors import weight_files
 from minigpt.commands.attention_trace.described import DescribedOutput
 from minigpt.commands.attention_trace.targets import LINES, Targets
@@ -110,15 +108,6 @@ def _is_stdout(targets: Targets) -> bool:
         return False
 
 
-def _require_not_of(model: Path, targets: Targets) -> None:
-    """Raise ConfigError for a file that would replace one of the model that is traced."""
-    its_own = {os.path.realpath(path) for path in model.iterdir()}
-    for name in _FILES:
-        path: Path | None = getattr(targets, name)
-        if path is not None and os.path.realpath(path) in its_own:
-            raise ConfigError(f"--{name}: {str(path)!r} is a file of the model. Choose another.")
-
-
 def weights_sha256(folder: Path) -> str:
     """Return the SHA-256 of a folder's weights, its files concatenated.
 
@@ -142,10 +131,18 @@ class FileOutput(DescribedOutput):
         model: Path | None = None,
         is_quiet: bool = False,
     ) -> None:
-        """Args: model, named on stderr when the first trace begins; is_quiet, for no stdout."""
+        """Args: model, named on stderr when the first trace begins; is_quiet, for no stdout.
+
+        Raises: ConfigError for a file that would replace one of the model.
+        """
         super().__init__(layout, model=model)
-        if model is not None:
-            _require_not_of(model, targets)
+        its_own = {os.path.realpath(path) for path in model.iterdir()} if model else {}
+        for name in _FILES:
+            path: Path | None = getattr(targets, name)
+            if path is not None and os.path.realpath(path) in its_own:
+                raise ConfigError(
+                    f"--{name}: {str(path)!r} is a file of the model. Choose another."
+                )
         is_quiet |= _is_stdout(targets)  # the lines of --out are the result
         self._targets = targets
         self._digest = weights_sha256(model) if model is not None and targets.out else None
@@ -158,7 +155,7 @@ class FileOutput(DescribedOutput):
         self._out: BinaryIO | None = None
         self._rows = ExitStack()
         if targets.dense is not None:
-            self.dense = self._add_rows
+            self.dense = lambda weights_LHS: self._add(weights_LHS)
 
     def __exit__(
         self,
@@ -194,8 +191,14 @@ class FileOutput(DescribedOutput):
         if isinstance(event, TraceHeader):
             if self._digest is not None:
                 event = replace(event, model_sha256=self._digest)
-            if self.dense is not None:
-                self._open_rows(event)
+            if self._targets.dense is not None:
+                writing = ring("tracing.analysis.dense").writing_rows(
+                    self._targets.dense,
+                    n_layer=event.n_layer,
+                    n_head=event.n_head,
+                    metadata={"model": event.model[-1000:], "seed": str(event.seed)},
+                )
+                self._add = self._rows.enter_context(writing)
             self._end = len(event.prompt) + event.sampling.max_new_tokens
         elif isinstance(event, TraceStep) and self._end and self._targets.position is not None:
             views = ring("tracing.views")  # before the other tokens, which may take long
@@ -216,20 +219,6 @@ class FileOutput(DescribedOutput):
             super().end(text)
         if self._is_kept:
             self._show_views(Trace.of(self._events))
-
-    def _open_rows(self, header: TraceHeader) -> None:
-        """Open the file of --dense for a trace."""
-        assert self._targets.dense is not None
-        writing = ring("tracing.analysis.dense").writing_rows(
-            self._targets.dense,
-            n_layer=header.n_layer,
-            n_head=header.n_head,
-            metadata={"model": header.model[-1000:], "seed": str(header.seed)},
-        )
-        self._add = self._rows.enter_context(writing)
-
-    def _add_rows(self, weights_LHS: Tensor) -> None:
-        self._add(weights_LHS)
 
     def _write(self, line: str, path: Path) -> None:
         """Write a line of --out: aside, to be renamed at the end; or to a device or a pipe."""
@@ -256,8 +245,13 @@ class FileOutput(DescribedOutput):
             else:
                 format = path.suffix.lower().removeprefix(".")
                 data = self._drawn("pictures", trace, format=format)
-                if format == "png":
-                    _note_missing(ring("tracing.views.pictures").missing_characters(trace))
+                pictures = ring("tracing.views.pictures")
+                if format == "png" and (missing := pictures.missing_characters(trace)):
+                    shown = " ".join(missing[:8]) + (" ..." if len(missing) > 8 else "")
+                    note(
+                        f"no installed font has {shown}: the picture has escapes instead. Install "
+                        "a font that has them, such as Noto, or write --svg"
+                    )
             write_atomically(path, data)
             note(f"wrote {path}")
 
@@ -272,13 +266,3 @@ class FileOutput(DescribedOutput):
             **more,
         )
         return ring(f"tracing.views.{view}").show(trace, options)
-
-
-def _note_missing(characters: str) -> None:
-    """Say once which characters a picture has only as escapes."""
-    if characters:
-        shown = " ".join(characters[:8]) + (" ..." if len(characters) > 8 else "")
-        note(
-            f"no installed font has {shown}: the picture has escapes instead. Install a font that "
-            "has them, such as Noto, or write --svg"
-        )

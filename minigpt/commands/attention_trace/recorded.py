@@ -36,7 +36,11 @@ def replay(path: Path, targets: Targets, config: AnalysisConfig) -> None:
     n_sources = config.n_sources
     check_files(targets, len(traces), replayed=path)
     if targets.dense is not None:
-        traces = [_with_rows_of(traces[0], targets, config)]
+        header, n_kept = traces[0].header, N_SOURCES
+        if targets.html is not None:  # whole rows of heads, if they fit
+            n_rows = max(1, len(traces[0].steps)) * header.n_layer * header.n_head
+            n_kept = max(N_SOURCES, min(len(traces[0].tokens), _MOST_ON_PAGE // n_rows))
+        traces = [with_rows_of(traces[0], targets.dense, config, n_kept=n_kept)]
     for trace in traces:
         layout = make_layout(
             make_console(is_stderr=False).width,
@@ -49,17 +53,6 @@ def replay(path: Path, targets: Targets, config: AnalysisConfig) -> None:
         is_quiet = is_file and targets.view is None and n_sources is None and not targets.as_json
         with FileOutput(replace(targets, dense=None), layout, is_quiet=is_quiet) as output:
             output.show(iter([trace.header, *trace.steps, trace.footer]))
-
-
-def _with_rows_of(trace: Trace, targets: Targets, config: AnalysisConfig) -> Trace:
-    """Return a trace with the rows of --dense; for a page, whole rows of heads if they fit."""
-    assert targets.dense is not None
-    header = trace.header
-    n_kept = N_SOURCES
-    if targets.html is not None:
-        n_rows = max(1, len(trace.steps)) * header.n_layer * header.n_head
-        n_kept = max(N_SOURCES, min(len(trace.tokens), _MOST_ON_PAGE // n_rows))
-    return with_rows_of(trace, targets.dense, config, n_kept=n_kept)
 
 
 def show_diff(first: Path, second: Path, *, as_json: bool) -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from minigpt.fields import check_fields, option
+from minigpt.fields import Checked, option
 from minigpt.rings import has_ring, ring
 
 LINES = "lines"
@@ -13,7 +13,7 @@ _FILES = "Files"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Targets:
+class Targets(Checked):
     """What stdout shows of a trace, and the files that it is written to."""
 
     view: str | None = option(None, choices=_VIEWS, group="Output", shown=LINES)
@@ -34,9 +34,6 @@ class Targets:
     """Write a picture as PNG."""
     picture: Literal["matrix", "strip"] = option("matrix", group=_FILES)
     """Picture."""
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
     @property
     def are_lines(self) -> bool:

@@ -27,8 +27,7 @@ from minigpt.rings import find_ring
 @command
 def list_(
     folder: Annotated[
-        str | None,
-        argument("FOLDER", "Folder of runs and models, or one of them [checkpoints]"),
+        str | None, argument("FOLDER", "Folder of runs and models, or one of them [checkpoints]")
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -11,8 +11,7 @@ from minigpt.studies.claims import CLAIMS
 @command
 def claims(
     which: Annotated[
-        list[str] | None,
-        argument("CLAIM", f"{', '.join(CLAIMS[:-1])} or {CLAIMS[-1]} [all]"),
+        list[str] | None, argument("CLAIM", f"{', '.join(CLAIMS[:-1])} or {CLAIMS[-1]} [all]")
     ] = None,
     *,
     quick: Annotated[bool, Option("Train smaller models for about a minute", "Size")] = False,

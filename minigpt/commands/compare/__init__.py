@@ -15,7 +15,7 @@ from minigpt.commands.options import (
     command,
 )
 from minigpt.config import ARCHS, ATTENTIONS, RunConfig
-from minigpt.fields import check_fields, option
+from minigpt.fields import Checked, option
 from minigpt.presets import default_run
 from minigpt.settings import layered, read_config_file
 
@@ -23,7 +23,7 @@ _VARIANTS = ", ".join([*ATTENTIONS, *list(ARCHS)[1:]])
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComparisonConfig:
+class ComparisonConfig(Checked):
     """The variants and seeds of a comparison, and what is shown of it."""
 
     variants: str = option(
@@ -40,9 +40,6 @@ class ComparisonConfig:
     """Unit of the x axis."""
     out: Path | None = option(None, group="Output")
     """Draw the validation losses, .svg or .png."""
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
 
 @command

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from minigpt.checkpoint.folder import CONFIG_FILE
 from minigpt.commands.compare import ComparisonConfig
-from minigpt.commands.plot.curves import require_picture, validation_curves, write_picture
+from minigpt.commands.plot.curves import PICTURES, validation_curves, write_picture
 from minigpt.commands.process import command_line
 from minigpt.commands.tables import aligned, line_width, show, write_json
 from minigpt.commands.train.display import TrainingDisplay
@@ -22,6 +22,7 @@ from minigpt.commands.train.settings import settings_of, suited_to_text, with_vo
 from minigpt.config import DataConfig, RunConfig
 from minigpt.console import note
 from minigpt.errors import ConfigError, DivergedError
+from minigpt.figures import require_matplotlib
 from minigpt.format import short
 from minigpt.model.cost import parameter_count
 from minigpt.model.device import resolve_device
@@ -64,7 +65,7 @@ def run_comparison(config: ComparisonConfig, overrides: dict[str, Any], *, is_js
         ``train_job``.
     """
     if config.out is not None:
-        require_picture(config.out)
+        require_matplotlib(config.out, PICTURES, what="--out")
     base, budget, runs, data = _planned(config, overrides)
     signal_number = _train(runs, data)
     finished = [run for run in runs if _is_finished(run)]
@@ -91,7 +92,13 @@ def run_comparison(config: ComparisonConfig, overrides: dict[str, Any], *, is_js
             show([Text(line, "dim") for line in _TITLE])
             show(aligned(rows, sides, line_width()))
         if config.out is not None:
-            _draw(config.out, finished, config.x)
+            groups: dict[str, list[LossCurves]] = {}
+            for run in finished:
+                groups.setdefault(run.variant, []).append(read_curves(run.folder.path))
+            label = "validation loss, nats/token (a line for each run)"
+            curves = validation_curves(groups, config.x)
+            write_picture(config.out, curves, x_unit=config.x, y_label=label)
+            note(f"wrote {config.out}")
     if signal_number:
         note(f"{len(finished)} of {len(runs)} runs are finished. Resume with:")
         note(command_line(*sys.argv[1:]))
@@ -101,10 +108,7 @@ def run_comparison(config: ComparisonConfig, overrides: dict[str, Any], *, is_js
 def _planned(
     config: ComparisonConfig, overrides: dict[str, Any]
 ) -> tuple[RunConfig, Budget, list[ComparedRun], PreparedData]:
-    """Return the base model's settings, the budget of a run, the runs and the text.
-
-    Raises: ConfigError if a run exists with other settings.
-    """
+    """Return the base model's settings, the budget of a run, the runs and the text."""
     asked = flat(overrides)
     for setting, reason in _NOT_SETTINGS.items():
         if asked.get(setting) is not None:
@@ -228,12 +232,3 @@ def _cells(result: VariantResult) -> Iterator[str]:
     yield short(result.train_tokens_per_s)
     yield "-" if decode is None else short(decode)
     yield f"{result.cache_bytes_per_token:,}"
-
-
-def _draw(out: Path, finished: Sequence[ComparedRun], x_axis: str) -> None:
-    groups: dict[str, list[LossCurves]] = {}
-    for run in finished:
-        groups.setdefault(run.variant, []).append(read_curves(run.folder.path))
-    label = "validation loss, nats/token (a line for each run)"
-    write_picture(out, validation_curves(groups, x_axis), x_unit=x_axis, y_label=label)
-    note(f"wrote {out}")

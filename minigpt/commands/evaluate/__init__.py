@@ -5,12 +5,12 @@ from math import isfinite
 from typing import Annotated, Literal
 
 from minigpt.commands.options import CORPORA, Fields, Json, ModelSource, argument, command
-from minigpt.fields import check_fields, option
+from minigpt.fields import Checked, option
 from minigpt.run_config import Dtype
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
+class EvaluationConfig(Checked):
     """The text to evaluate on, and how it is cut into windows."""
 
     data: tuple[str, ...] = option((), group="Text", metavar="PATH")
@@ -51,9 +51,6 @@ class EvaluationConfig:
     """Windows per forward pass."""
     dtype: Dtype = option("auto", group="Model", shown="auto, float32 on a CPU")
     """Compute dtype, by autocast."""
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
 
 @command

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.text import Text
 from torch import Tensor
 
@@ -15,20 +16,22 @@ from minigpt.checkpoint.folder import CONFIG_FILE
 from minigpt.checkpoint.resolve import resolve_model
 from minigpt.commands.display.progress import ProgressLine
 from minigpt.commands.evaluate import EvaluationConfig
-from minigpt.commands.evaluate.windows import Windows, span_to_evaluate, text_bytes
 from minigpt.commands.loading import use_threads
 from minigpt.commands.options import ModelSource
 from minigpt.commands.tables import fact_lines
-from minigpt.config import DataConfig, RunConfig
+from minigpt.config import DataConfig, ModelConfig, RunConfig
 from minigpt.console import one_line
 from minigpt.errors import CheckpointError, ConfigError, DataError
-from minigpt.evaluation import evaluate
+from minigpt.evaluation import evaluate, windows_at_once
 from minigpt.format import duration, short
 from minigpt.generation.loading import load, tokenizer_of
 from minigpt.model.device import inference_dtype, resolve_device
 from minigpt.rings import find_ring
 from minigpt.settings import build, read_toml
-from minigpt.text.tokens import PreparedData, prepare
+from minigpt.text.batches import validation_windows
+from minigpt.text.tokens import PreparedData, TokenSpan, prepare
+
+_LONGEST_WINDOW = 1024  # by default: the full context of some models needs too much memory
 
 
 def measure(
@@ -51,23 +54,17 @@ def measure(
         data = prepare(text, on_progress=progress.preparing, tokenizer=tokenizer, chat_model=folder)
         for line in data.manifest.notes():
             progress.note(f"text   {line}")
-        span = span_to_evaluate(data, val_fraction)
-        windows = Windows.fitting(
-            model.config,
-            len(span),
-            device.type,
-            context_length=config.context_length,
-            stride=config.stride,
-            batch_size=config.batch_size,
-            eval_tokens=config.eval_tokens,
-        )
+        span = _span(data, val_fraction)
+        windows = _windows(config, model.config, len(span), device.type)
+        n_predicted = min(config.eval_tokens or len(span), len(span) - 1)
         progress.note(f"model {folder}")
         if not config.data:
             if not _reading(config):
                 _require_same_text(data, folder, text.paths)
             progress.note(f"text {', '.join(text.paths)}: the run's own, as no DATA is given")
         started = time.perf_counter()
-        batches = _shown(windows.batches(span), windows.n_tokens, progress)
+        batches = validation_windows(span, max_tokens=n_predicted, **windows)
+        batches = _shown(batches, n_predicted, progress)
         result = evaluate(model, batches, tokenizer.token_byte_lengths, dtype=dtype)
         seconds = time.perf_counter() - started
     if not result.n_tokens:
@@ -78,7 +75,7 @@ def measure(
             "another checkpoint, or download it again."
         )
     if val_fraction is None and result.n_tokens == len(span) - 1:
-        result = replace(result, n_bytes=text_bytes(data, span))
+        result = replace(result, n_bytes=_text_bytes(data, span))
     return {
         "model": folder,
         "data": list(text.paths),
@@ -92,9 +89,7 @@ def measure(
         "n_tokens": result.n_tokens,
         "n_bytes": result.n_bytes,
         "n_skipped": data.manifest.n_skipped,
-        "context_length": windows.context_length,
-        "stride": windows.stride,
-        "batch_size": windows.batch_size,
+        **windows,
         "device": device.type,
         "dtype": str(dtype).removeprefix("torch."),
         "quantize": source.quantize,
@@ -122,10 +117,7 @@ def _reading(config: EvaluationConfig) -> dict[str, Any]:
 
 
 def _text(config: EvaluationConfig, folder: Path) -> tuple[DataConfig, float | None]:
-    """Return the text to evaluate on, and the share of it; without DATA, what the run validates on.
-
-    Raises: DataError if there is no DATA and the model's folder does not say what it validates on.
-    """
+    """Return the text to evaluate on and its share; without DATA, what the run validates on."""
     share = config.val_fraction
     reading = _reading(config)
     if config.data:
@@ -144,6 +136,58 @@ def _text(config: EvaluationConfig, folder: Path) -> tuple[DataConfig, float | N
         raise DataError("the run trained on all of its text and validates on none. Give DATA.")
     data = replace(data, val_fraction=share or data.val_fraction, **reading)
     return data, data.val_fraction
+
+
+def _windows(
+    config: EvaluationConfig, model: ModelConfig, n_tokens: int, device_type: str
+) -> dict[str, int]:
+    """Return how a text of n_tokens is cut into windows, with defaults for what is None.
+
+    Raises: ConfigError for a window longer than the context, or a stride longer than a window.
+    """
+    longest = config.context_length or min(model.context_length, _LONGEST_WINDOW)
+    limits = {"context_length": (longest, model.context_length), "stride": (config.stride, longest)}
+    for name, (value, most) in limits.items():
+        if value and value > most:
+            raise ConfigError(f"{name} must be between 1 and {most}: it is {value}.")
+    length = min(longest, n_tokens - 1)  # a short text is one short window
+    n_fitting = windows_at_once(model.vocab_size, length, device_type)
+    return {
+        "context_length": length,
+        "stride": min(config.stride or length, length),
+        "batch_size": config.batch_size or n_fitting,
+    }
+
+
+def _span(data: PreparedData, val_fraction: float | None) -> TokenSpan:
+    """Return the tokens of a text, or of its last fraction as training splits it.
+
+    Raises: DataError if it is too short to predict a token.
+    """
+    if val_fraction is not None:
+        span = data.tokens.split(val_fraction)[1]
+    else:
+        # If several tokens separate documents, only the token after the last one is predicted.
+        first = max(len(data.tokenizer.separator) - 1, 0)
+        span = TokenSpan(data.tokens, first, len(data.tokens), "whole")
+    if len(span) < 2:
+        raise DataError(
+            f"too little text: the first of its tokens ({len(span)} here) is not predicted. Give "
+            "more text."
+        )
+    return span
+
+
+def _text_bytes(data: PreparedData, span: TokenSpan) -> int:
+    """Return the number of bytes of a text, without its first token if that is not predicted.
+
+    The byte lengths of its tokens may have another sum: some tokenizers add a space before a text,
+    or normalize characters.
+    """
+    if data.tokenizer.separator:
+        return data.manifest.n_bytes
+    first = span.windows(np.zeros(1, np.int64), 1)[0, 0]
+    return data.manifest.n_bytes - int(data.tokenizer.token_byte_lengths[first])
 
 
 def _shown(

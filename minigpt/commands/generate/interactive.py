@@ -138,7 +138,10 @@ def _kept(items: Iterable[TextStep], texts: list[str]) -> Iterator[TextStep]:
 
 
 def _read_line() -> str | None:
-    """Return the next line, with a marker before it on a terminal; None at the end of input."""
+    """Return the next line, with a marker before it on a terminal; None at the end of input.
+
+    Raises: DataError if it is not UTF-8, or is too long for any context.
+    """
     if _has_editor():
         sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
         try:
@@ -148,7 +151,8 @@ def _read_line() -> str | None:
     if sys.stdin.isatty():
         sys.stderr.write(_MARKER)
         sys.stderr.flush()
-    return _read_next_line()
+    data = sys.stdin.buffer.readline(LONGEST_PROMPT_BYTES + 1)
+    return _decoded_line(data) if data else None
 
 
 def _typed() -> str | None:
@@ -179,15 +183,5 @@ def _break_line() -> None:
         sys.stderr.write("\n")
 
 
-def _read_next_line() -> str | None:
-    """Return the next line of standard input without its line break; None at the end of input.
-
-    Raises: DataError if it is not UTF-8, or is too long for any context.
-    """
-    data = sys.stdin.buffer.readline(LONGEST_PROMPT_BYTES + 1)
-    return _decoded_line(data) if data else None
-
-
 def _decoded_line(data: bytes) -> str:
-    """Return the text of a line without its line break; raise as ``_read_next_line``."""
     return decoded(data, "a line on standard input").removesuffix("\n").removesuffix("\r")

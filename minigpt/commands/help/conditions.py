@@ -37,10 +37,7 @@ class Mode:
     """Values of options whose default is None."""
 
 
-_PICTURE_NEEDS = {
-    "--picture": ("--svg", "--png"),
-    "--position": ("--view text", "--picture strip"),
-}
+_PICTURE_NEEDS = {"--picture": ("--svg", "--png"), "--position": ("--view text", "--picture strip")}
 _EXPLAINING = ("logit", "gradient", "integrated")  # measures of the generated token, in logits
 _SAMPLING = tuple(  # options of sampled tokens
     f"--{f.name.replace('_', '-')}"
@@ -176,7 +173,6 @@ def check_mode(mode: Mode, given: Collection[str], values: Mapping[str, Any]) ->
     """Check the options that were given in a mode.
 
     Args: given, their names; values, the value of each option of the command.
-    Raises: ConfigError for an option that would have no effect.
     """
 
     def holds(condition: str) -> bool:

@@ -99,10 +99,15 @@ def describe(error: BaseException) -> tuple[str, int] | None:
             text = f"this installation lacks {error.name}. Install all of minigpt to use it."
             return text, ConfigError.exit_code
         return f"{error.name} is not installed. Install minigpt again with its dependencies.", 1
-    if isinstance(error, MemoryError) or _is_out_of_memory(error):
+    is_runtime_error = isinstance(error, RuntimeError)
+    if (
+        isinstance(error, MemoryError)
+        or "OutOfMemory" in type(error).__name__
+        or (is_runtime_error and any(name in str(error) for name in _OUT_OF_MEMORY))
+    ):
         remedy = "Try a smaller model, --batch-size or --context-length."
         return f"out of memory. {remedy}", ResourceError.exit_code
-    if isinstance(error, RuntimeError):
+    if is_runtime_error:
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         for name, remedy in _ACCELERATOR_REMEDIES.items():
             if name in reason:
@@ -120,10 +125,3 @@ def describe(error: BaseException) -> tuple[str, int] | None:
             check = "Check the path" + ("." if is_missing else ", its permissions and the disk.")
             return f"{where}{reason}. {check}", 1
     return None
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an allocation failed: torch's, or that of a library of CUDA."""
-    return "OutOfMemory" in type(error).__name__ or (
-        isinstance(error, RuntimeError) and any(name in str(error) for name in _OUT_OF_MEMORY)
-    )

@@ -4,7 +4,7 @@ Its classes of commands check the words of a call, too, before typer parses them
 """
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
@@ -64,31 +64,29 @@ class Group(_Page, TyperGroup):
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write arguments, options and commands."""
         super().format_options(ctx, formatter)
-        _write_commands(formatter, self.lines(ctx))
+        rows = list(self.lines(ctx).items())
+        with formatter.section("Commands"):
+            if formatter.width < 2 * _NARROWEST:
+                _stack(formatter, rows)
+            else:
+                formatter.write_dl(rows)
 
     def lines(self, ctx: Any) -> dict[str, str]:
         """Return the names of its commands, and the line of each in --help."""
         return {name: str(c.help).partition("\n")[0] for name, c in self.commands.items()}
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """Return one of its commands, ready to run.
-
-        Raises: ConfigError if it does not exist.
-        """
+        """Return one of its commands, ready to run."""
         require_choice("command", cmd_name, [*self.commands, "help"])
         return self.commands[cmd_name]
 
 
-class Program(Group, Commands):
+class Program(Commands, Group):
     """The program, which imports no command for its page."""
 
     def lines(self, ctx: Any) -> dict[str, str]:
         """Return the commands of this installation, and the line of each in --help."""
         return {name: COMMANDS[name] for name in self.list_commands(ctx)}
-
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """Return a command, ready to run; see ``Commands``."""
-        return Commands.get_command(self, ctx, cmd_name)
 
 
 def _stack(formatter: Any, rows: Iterable[tuple[str, str]]) -> None:
@@ -130,12 +128,3 @@ def _left(parameter: Any) -> str:
     if parameter.secondary_opts:
         return names.replace("--", "--[no-]")
     return names if parameter.is_flag else f"{names} {parameter.metavar}"
-
-
-def _write_commands(formatter: Any, lines: Mapping[str, str]) -> None:
-    """Write commands and their lines."""
-    with formatter.section("Commands"):
-        if formatter.width < 2 * _NARROWEST:
-            _stack(formatter, lines.items())
-        else:
-            formatter.write_dl(list(lines.items()))

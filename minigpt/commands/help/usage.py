@@ -110,14 +110,9 @@ def _setting(name: str) -> str:
     from minigpt.config import DataConfig, ModelConfig, TrainingConfig
 
     plain = name[2:].replace("-", "_")
-    for table, config in (
-        ("training", TrainingConfig),
-        ("model", ModelConfig),
-        ("data", DataConfig),
-    ):
-        if any(f.name == plain for f in fields(config)):
-            return f"{table}.{plain}"
-    return ""
+    tables = {"training": TrainingConfig, "model": ModelConfig, "data": DataConfig}
+    found = [table for table, c in tables.items() if any(f.name == plain for f in fields(c))]
+    return f"{found[0]}.{plain}" if found else ""
 
 
 def _is_flag(parameter: Any) -> bool:

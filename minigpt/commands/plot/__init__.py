@@ -29,10 +29,11 @@ def plot(
     from minigpt import console
     from minigpt.commands import tables
     from minigpt.commands.plot import curves
+    from minigpt.figures import require_matplotlib
     from minigpt.training.reports.curves import find_run, read_curves
 
     if out is not None:
-        curves.require_picture(out)
+        require_matplotlib(out, curves.PICTURES, what="--out")
     folders = [find_run(run) for run in runs] if runs else [find_run(None)]
     found = [read_curves(folder) for folder in dict.fromkeys(folders)]
     if len({one.tokenizer for one in found}) > 1:

@@ -12,13 +12,15 @@ from minigpt.commands.plot.chart import Point, Series, draw_chart, y_limits
 from minigpt.commands.tables import aligned, show
 from minigpt.console import make_console, one_line
 from minigpt.errors import CheckpointError, ConfigError
-from minigpt.figures import require_matplotlib, write_figure
+from minigpt.figures import write_figure
 from minigpt.training.reports.curves import LossCurves, LossPoint
 
 # Of medium luminance, so that each is legible on dark and on light backgrounds.
 _COLOURS = ("#4c9bc6", "#e0561f", "#2aa198", "#b05cc6", "#cb8b16", "#6a9a3a", "#8a8f98")
 _MARKS, _ASCII_MARKS = "●■▲◆○□△◇", "*#+xo%@&"
 _CHART_LINES, _FEWEST_LINES = 20, 6
+PICTURES = (".png", ".svg")
+"""Suffixes of the pictures of curves."""
 _PICTURE_INCHES = (8.0, 4.5)
 _UNKNOWN = "-"
 _TITLE = "nats/token: a line for training batches, marks for the validation text"
@@ -67,8 +69,6 @@ def validation_curves(groups: Mapping[str, Sequence[LossCurves]], axis: str) -> 
     """Return the validation losses of groups of runs, with a line through them.
 
     The runs of a group share a colour and a legend entry.
-
-    Raises: ConfigError as ``plotted_runs``.
     """
     plotted = []
     for number, (name, runs) in enumerate(groups.items()):
@@ -97,10 +97,7 @@ def record(run: LossCurves) -> dict[str, Any]:
 
 
 def show_chart(runs: Sequence[LossCurves], axis: str) -> None:
-    """Write a chart of the runs and a table to stdout.
-
-    Raises: as ``plotted_runs``.
-    """
+    """Write a chart of the runs and a table to stdout."""
     console = make_console(is_stderr=False)
     is_ascii = console.options.ascii_only
     marks = _ASCII_MARKS if is_ascii else _MARKS
@@ -128,14 +125,6 @@ def _summary(run: LossCurves) -> Iterator[str]:
     yield f"{best.loss:.4f}" if best else _UNKNOWN
     yield f"{best.bits_per_byte:.4f}" if best and best.bits_per_byte is not None else _UNKNOWN
     yield f"{best.steps:,}" if best else _UNKNOWN
-
-
-def require_picture(path: Path) -> None:
-    """Check that a picture can be written to a path, before any long computation.
-
-    Raises: ConfigError if it is not an .svg or .png file, or matplotlib is not installed.
-    """
-    require_matplotlib(path, (".png", ".svg"), what="--out")
 
 
 def write_picture(

@@ -1,14 +1,23 @@
 """A training run on stderr: live on a terminal, plain lines elsewhere."""
 
+from dataclasses import replace
 from textwrap import wrap
 from typing import Any
 
+import numpy as np
+from rich.text import Text
+
 from minigpt.commands.display.progress import ProgressLine
-from minigpt.commands.display.status_line import LiveLines
-from minigpt.commands.train import explanations, samples
+from minigpt.commands.display.status_line import FREE_CELLS, LiveLines
+from minigpt.commands.train import explanations
 from minigpt.commands.train.run import Display
+from minigpt.config import SamplingConfig
 from minigpt.console import spans_to_text
+from minigpt.errors import CheckpointError
 from minigpt.format import short
+from minigpt.generation.decoder import Decoder
+from minigpt.generation.stream import stream_text
+from minigpt.model.language_model import LanguageModel
 from minigpt.rings import has_ring, ring
 from minigpt.text.escape import printable
 from minigpt.training.events import EvalEvent, Event, SampleEvent, StepEvent
@@ -18,6 +27,10 @@ from minigpt.training.trainer import Trainer
 _WRAPPING: dict[str, Any] = dict.fromkeys(
     ("break_long_words", "break_on_hyphens", "replace_whitespace", "expand_tabs"), False
 )
+_SAMPLE = SamplingConfig(max_new_tokens=200, temperature=0.8)
+_GLIMPSE = replace(_SAMPLE, max_new_tokens=80)
+_WIDEST_GLIMPSE = 100
+_BAR = "  | "  # before each line, so that model text cannot pass for our own
 _LOSSES = {"val_loss": "nats/token", "bits_per_byte": "bits/byte"}
 
 
@@ -79,15 +92,25 @@ class TrainingDisplay(ProgressLine, Display):
                     f"{averaged}"
                 )
                 if self.live:
-                    for text in samples.glimpse(self._run, self.console.width):
-                        self.console.print(text)
+                    self._glimpse()
             case SampleEvent():
                 self._print(f"step {event.step:>6}  sample")
-                for line in samples.sample_lines(event.model, self._run):
-                    self._print(line)
+                for line in draw_sample(event.model, self._run).splitlines():
+                    self._print(f"{_BAR}{line}")
             case _:
                 if what := event.describe():
                     self._print(f"step {event.step:>6}  {what}")
+
+    def _glimpse(self) -> None:
+        """Print one line of sampled text, unless ``sample_every`` gives whole samples."""
+        run = self._run
+        # One rank cannot sample from sharded parameters. With sample_every, SampleEvents do it.
+        if run.world.is_sharded or run.config.training.sample_every is not None:
+            return
+        text = " ".join(draw_sample(run.model, run, _GLIMPSE).split())
+        line = Text(f"{_BAR}{printable(text)}", "dim", no_wrap=True)
+        line.truncate(min(self.console.width - FREE_CELLS, _WIDEST_GLIMPSE), overflow="ellipsis")
+        self.console.print(line)
 
     def _show_step(self, event: StepEvent) -> None:
         self._train_loss = event.train_loss
@@ -151,3 +174,20 @@ def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def draw_sample(model: LanguageModel, trainer: Trainer, config: SamplingConfig = _SAMPLE) -> str:
+    """Return text sampled from a run's current model, with the run's seed."""
+    tokenizer = trainer.data.tokenizer
+    model.eval()
+    # Without a token that begins a text, begin as the validation text does.
+    first = trainer.val_tokens.windows(np.zeros(1, np.int64), 1)[0].tolist()
+    prompt = tokenizer.encode_prompt("") or first
+    decoder = Decoder(model, prompt, max_new_tokens=config.max_new_tokens)
+    steps = decoder.generate(config, seed=trainer.config.training.seed)
+    try:
+        text = "".join(item.text for item in stream_text(steps, tokenizer))
+    except CheckpointError:  # NaN or inf in the logits
+        raise trainer.metrics.diverged("a sample's logits are NaN or inf") from None
+    model.train()
+    return text

@@ -32,7 +32,6 @@ class Base:
     model: LanguageModel
     """Model in float32."""
     tokenizer: Tokenizer
-    """Tokenizer of the model."""
     folder: Path = Path()
     """Folder of the model, on the disk."""
 

@@ -20,10 +20,7 @@ _POINTERS = 2  # the best and the latest checkpoint are kept as well
 def plan_training(
     name: str | None, overrides: dict[str, Any], *, resume: bool, is_json: bool
 ) -> None:
-    """Print the plan of the run that ``run_training`` would train; write nothing.
-
-    Raises: as ``open_job``.
-    """
+    """Print the plan of the run that ``run_training`` would train; write nothing."""
     with joined() as world:
         with make_display() as display:
             request = Request(name, overrides, world.size, display.preparing, is_dry_run=True)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from rich.console import Console
 
 from minigpt.checkpoint.folder import RunFolder
 from minigpt.commands.train.job import Job
@@ -53,7 +52,7 @@ def leading(job: Job, world: DistributedWorld, resume: str, display: Display) ->
     assert isinstance(job.data, StoredData), "tokens that every rank can open"
     plan = {"config": to_dict(job.config), "data": str(job.data.folder), "run": str(job.run.path)}
     world.send_plan(plan | ({"resume_from": str(job.resume_from)} if job.resume_from else {}))
-    with _explaining_lost_process(job.run, world, resume, make_console(is_stderr=True)):
+    with _explaining_lost_process(job.run, world, resume):
         yield
     world.close()
 
@@ -77,7 +76,7 @@ def follow(world: DistributedWorld) -> None:
         data, run = open_prepared(Path(plan["data"])), RunFolder(Path(plan["run"]))
         job = Job(config, data, run, **start)
         resume = resume_command(job, world)
-        with _explaining_lost_process(job.run, world, resume, make_console(is_stderr=True)):
+        with _explaining_lost_process(job.run, world, resume):
             trainer = job.trainer(world)
             with stopping_on_signals(trainer.request_stop, world) as received:
                 for _ in trainer.run():
@@ -92,7 +91,7 @@ def follow(world: DistributedWorld) -> None:
 
 @contextmanager
 def _explaining_lost_process(
-    run: RunFolder, world: DistributedWorld, resume: str, console: Console
+    run: RunFolder, world: DistributedWorld, resume: str
 ) -> Iterator[None]:
     try:
         yield
@@ -110,7 +109,7 @@ def _explaining_lost_process(
                 "error: another process of this run has ended, so this one ends too. Its own "
                 f"message, or torchrun's report, has the reason. {remedy}"
             )
-            console.print(printable(text))
+            make_console(is_stderr=True).print(printable(text))
         raise typer.Exit(1) from error
 
 

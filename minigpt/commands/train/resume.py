@@ -72,7 +72,8 @@ def resumed_job(request: Request) -> Iterator[Job]:
                 chat_model=latest.folder,
             )
         except DataError as error:
-            if any(_option(fixed) in str(error) for fixed in _FIXED):  # a remedy that is refused
+            names = (fixed.rpartition(".")[2].replace("_", "-") for fixed in _FIXED)
+            if any(f"--{name}" in str(error) for name in names):  # a remedy that is refused
                 raise _other_text(run, saved, request.overrides) from error
             raise
         if read_state(latest.folder).corpus != data.tokens.fingerprint:
@@ -126,10 +127,6 @@ def _require_same(saved: RunConfig, overrides: Mapping[str, Any]) -> None:
                 f"--resume cannot change {key}: it is {cut(before.get(key))} in this run, not "
                 f"{cut(value)}. Leave it out, or start a new run under another --name."
             )
-
-
-def _option(key: str) -> str:
-    return f"--{key.rpartition('.')[2].replace('_', '-')}"
 
 
 def _other_text(run: RunFolder, saved: RunConfig, overrides: Mapping[str, Any]) -> DataError:

@@ -38,7 +38,6 @@ class AccuracyCurve:
     n_answers: tuple[int, ...]
     """Number of answers at each distance."""
     train_s: float
-    """Training time in seconds."""
 
 
 def measure(study: Study) -> Generator[Progress, None, tuple[AccuracyCurve, ...]]:

@@ -64,7 +64,12 @@ def _measure_on(device: torch.device, size: Size) -> Generator[Progress, None, t
         shape = max(1, size.step_tokens // length), length
         generator = torch.Generator().manual_seed(length)
         tokens = torch.randint(_VOCAB_SIZE, shape, generator=generator).to(device)
-        seconds[arch, length].append(_step_s(models[arch], tokens))
+        _wait(device)
+        started_at = time.perf_counter()
+        F.cross_entropy(models[arch](tokens).flatten(0, 1), tokens.flatten()).backward()
+        _wait(device)
+        seconds[arch, length].append(time.perf_counter() - started_at)
+        models[arch].zero_grad()
     timings = []
     for (arch, length), found in seconds.items():
         batch_size = max(1, size.step_tokens // length)
@@ -81,17 +86,6 @@ def _measure_on(device: torch.device, size: Size) -> Generator[Progress, None, t
             )
         )
     return tuple(timings)
-
-
-def _step_s(model: LanguageModel, tokens: torch.Tensor) -> float:
-    """Take a forward and backward pass and return its seconds."""
-    _wait(model.device)
-    started_at = time.perf_counter()
-    F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()).backward()
-    _wait(model.device)
-    elapsed_s = time.perf_counter() - started_at
-    model.zero_grad()
-    return elapsed_s
 
 
 def _wait(device: torch.device) -> None:

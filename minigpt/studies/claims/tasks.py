@@ -37,7 +37,6 @@ class TaskBatch:
     """Sequences of a task and their answers."""
 
     tokens_BT: Tensor
-    """Token ids."""
     targets_BT: Tensor
     """Token to predict at each position; -100 where there is no answer."""
     query_B: Tensor
@@ -56,7 +55,6 @@ class Task:
     draw: Callable[[Tensor, torch.Generator], TaskBatch]
     """Draws a sequence for each distance (B,), all as long as the largest needs, on the CPU."""
     least_distance: int
-    """Smallest possible distance."""
     n_asked: int
     """Number of positions from the query to the end."""
     n_exact: int

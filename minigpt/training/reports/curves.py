@@ -2,10 +2,9 @@
 
 import json
 import math
-from contextlib import suppress
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from minigpt.checkpoint.folder import CONFIG_FILE, METRICS_FILE
 from minigpt.checkpoint.resolve import MAKE_ONE, ROOT, remedy
@@ -22,7 +21,6 @@ class LossPoint:
     """A loss, with the training steps, tokens and seconds before it."""
 
     steps: int
-    """Number of optimizer steps."""
     tokens: int | None
     """Number of training tokens. None if config.toml cannot be read."""
     seconds: float
@@ -38,14 +36,12 @@ class LossCurves:
     """The losses of a run, by step."""
 
     folder: Path
-    """Folder of the run."""
     tokenizer: str | None
     """Name of the tokenizer, or None if config.toml cannot be read. Losses per token cannot be
     compared between tokenizers."""
     train: tuple[LossPoint, ...]
-    """Training losses, each of one batch."""
+    """Losses of a batch each."""
     val: tuple[LossPoint, ...]
-    """Validation losses."""
 
 
 def find_run(spec: str | None, root: Path = ROOT) -> Path:
@@ -60,12 +56,9 @@ def find_run(spec: str | None, root: Path = ROOT) -> Path:
             raise CheckpointError(f"there is no run in {str(root)!r} yet. {MAKE_ONE}")
         return max(known, key=lambda folder: known[folder])
     for folder in (Path(spec), root / spec):
-        # A path that is too long or has a NUL cannot exist.
-        with suppress(OSError, ValueError):
-            if (folder / METRICS_FILE).is_file():
-                return folder
-    names = sorted(folder.name for folder in known)
-    advice = remedy(Path(spec).name, names)
+        if os.path.isfile(folder / METRICS_FILE):  # False for impossible names
+            return folder
+    advice = remedy(Path(spec).name, sorted(folder.name for folder in known))
     raise CheckpointError(f"there is no run with a {METRICS_FILE} at {spec[:120]!r}. {advice}")
 
 
@@ -87,24 +80,21 @@ def read_curves(run: Path) -> LossCurves:
         try:
             event = json.loads(line)
             name = _LOSSES.get(event["event"])
-            if name is not None:
-                point = _point(event, name, step_tokens)
-                if math.isfinite(point.loss) and math.isfinite(point.seconds):
-                    curves[name].append(point)
+            if name is None:
+                continue
+            steps, bits = int(event["step"]), event.get("bits_per_byte")
+            point = LossPoint(
+                steps,
+                tokens=None if step_tokens is None else steps * step_tokens,
+                seconds=float(event["elapsed_s"]),
+                loss=float(event[name]),
+                bits_per_byte=None if bits is None else float(bits),
+            )
+            if math.isfinite(point.loss) and math.isfinite(point.seconds):
+                curves[name].append(point)
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             raise CheckpointError(
                 f"line {number} of {str(path)!r} is not a line of metrics. Delete it."
             ) from None
     train, val = map(tuple, curves.values())
     return LossCurves(run, config.data.tokenizer if config else None, train, val)
-
-
-def _point(event: dict[str, Any], name: str, step_tokens: int | None) -> LossPoint:
-    step, bits = int(event["step"]), event.get("bits_per_byte")
-    return LossPoint(
-        steps=step,
-        tokens=None if step_tokens is None else step * step_tokens,
-        seconds=float(event["elapsed_s"]),
-        loss=float(event[name]),
-        bits_per_byte=None if bits is None else float(bits),
-    )

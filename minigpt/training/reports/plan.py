@@ -75,6 +75,9 @@ def make_plan(
     peak = peak * world.size if peak else None
     n_parameters = parameter_count(config.model)
     training_s = flop_s * flops / world.size + (max_steps - done.step) * update_s
+    is_compiled = bool(training.compile)
+    if compiling := find_ring("training.compiling"):
+        is_compiled = compiling.is_compiled(config, n_parameters, device, world.size)
     return {
         "parameters": parameters_by_part(config.model),
         "n_train_tokens": len(train_tokens),
@@ -91,7 +94,7 @@ def make_plan(
         * (n_parameters * (2 if training.average else 1) + optimizer_values(config)),
         "step_s": step_s,
         "training_s": training_s,  # of the steps left, without evaluation and saving
-        "is_compiled": _is_compiled(config, n_parameters, device, world.size),
+        "is_compiled": is_compiled,
         "device": device.type,
         "dtype": str(dtype).removeprefix("torch."),
         "n_ranks": world.size,
@@ -99,13 +102,6 @@ def make_plan(
         "n_parameters": n_parameters,
         "mfu": flops / training_s / peak if peak and training_s else None,
     }
-
-
-def _is_compiled(config: RunConfig, n_parameters: int, device: torch.device, n_ranks: int) -> bool:
-    compiling = find_ring("training.compiling")
-    if compiling is None:
-        return bool(config.training.compile)
-    return bool(compiling.is_compiled(config, n_parameters, device, n_ranks))
 
 
 def parameters_by_part(config: ModelConfig) -> dict[str, int]:

@@ -40,7 +40,6 @@ class TensorBoardLog:
         """Begin an event file.
 
         Args: from_step, the step that the run resumes from; None for a new run.
-        Raises: ConfigError if TensorBoard is not installed.
         """
         # TensorBoard drops the points of earlier files from purge_step on.
         purge_step = 0 if from_step is None else from_step + 1
