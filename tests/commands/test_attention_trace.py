@@ -112,6 +112,7 @@ main()
 """
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
 @pytest.mark.parametrize("more", [[], ["--n-verified", "2", "--measure", "logit"]])
 def test_a_signal_while_rows_are_shown_loses_none_that_was_observed(
