@@ -126,7 +126,7 @@ CTRL_C_PLACES = {
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
 @pytest.mark.parametrize(
     ("place", "more"),
-    [(place, more) for place in CTRL_C_PLACES for more in VERIFIED if more or "verified" not in place],
+    [(p, more) for p in CTRL_C_PLACES for more in VERIFIED if more or "verified" not in p],
 )
 def test_a_signal_loses_no_row_that_was_observed(
     trained: Path, tmp_path: Path, number: str, place: str, more: list[str]
