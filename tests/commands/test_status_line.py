@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
-from minigpt.commands.display.status_line import FREE_CELLS, LiveLines, StatusLine
+from minigpt.commands.display.progress import FREE_CELLS, LiveLines, StatusLine
 from minigpt.commands.train.display import TrainingDisplay
 from minigpt.commands.train.display import _clock as clock
 from minigpt.format import duration, short

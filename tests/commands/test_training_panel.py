@@ -6,7 +6,7 @@ import statistics
 import pytest
 from rich.console import Console
 
-from minigpt.commands.display.status_line import FREE_CELLS, StatusLine
+from minigpt.commands.display.progress import FREE_CELLS, StatusLine
 from minigpt.commands.train.display import TrainingDisplay
 from minigpt.commands.train.panel import TRAIN_LOSS, VAL_LOSS, ThinnedCurve, TrainingPanel
 from minigpt.console import THEME

@@ -6,7 +6,7 @@ import textwrap
 import pytest
 from rich.cells import cell_len
 
-from minigpt.commands.generate.wrapping import WrappedText
+from minigpt.commands.generate.samples import WrappedText
 
 STORY = "The old queen said: do not open the (very heavy) door, and nobody did. " * 6
 

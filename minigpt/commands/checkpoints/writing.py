@@ -26,7 +26,9 @@ from minigpt.run_config import SaveDtype
 @command
 def prune(
     run: Annotated[str, argument("RUN", "Name of a run, or its folder")],
-    keep: Annotated[int, Option("Keep the newest N besides best and latest", "Run")] = 0,
+    keep: Annotated[
+        int, Option("Keep the newest N besides best and latest", "Run", bounds="[0, inf)")
+    ] = 0,
     dry_run: Annotated[bool, Option("Only list what would be removed", "Run")] = False,
     yes: Annotated[bool, Option("Remove without asking", "Run")] = False,
     as_json: Json = False,
@@ -36,8 +38,6 @@ def prune(
     Lists what would be removed, and asks. Damaged steps stay, as parts of them may be recovered by
     hand. Nothing is removed while the run is training, or if a step to keep is damaged.
     """
-    if keep < 0:
-        raise ConfigError(f"--keep must be at least 0: it is {keep}.")
     if not (yes or dry_run or sys.stdin.isatty()):
         raise ConfigError(
             "prune asks before it removes, and standard input is not a terminal. Pass --yes "
@@ -112,7 +112,7 @@ def _stays(steps: Sequence[int]) -> str:
 @command
 def average(
     run: Annotated[str, argument("RUN", "Name of a run, or its folder")],
-    last: Annotated[int, Option("Average the newest N checkpoints", "Run")] = 5,
+    last: Annotated[int, Option("Average the newest N checkpoints", "Run", bounds="[2, inf)")] = 5,
     until: Annotated[
         int | None, Option("Leave out checkpoints after step N", "Run", shown="the latest")
     ] = None,
@@ -137,8 +137,6 @@ def average(
     from minigpt.checkpoint.tools.averaging import average
     from minigpt.model.device import save_dtype as dtype_of
 
-    if last < 2:
-        raise ConfigError(f"--last must be at least 2: it is {last}.")
     entry = run_named(run)
     source = RunFolder(entry.folder)
     steps = [step for step in source.steps() if until is None or step <= until][-last:]

@@ -117,10 +117,8 @@ def _planned(
     settings = settings_of(overrides)
     data_config = build(DataConfig, settings.get("data", {}), "data.")
     # The prefix itself is not the name of a run, so the derived prefix is always the same.
-    is_named = config.name is not None
-    name = (
-        checked_name(config.name or "") if is_named else next(fresh_names(data_config, "compare"))
-    )
+    name = config.name
+    name = next(fresh_names(data_config, "compare")) if name is None else checked_name(name)
     with TrainingDisplay() as display:
         data = prepare(data_config, on_progress=display.preparing)
     base = suited_to_text(with_vocabulary(settings, data.tokenizer.vocab_size), overrides, data)

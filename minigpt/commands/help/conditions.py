@@ -148,7 +148,7 @@ def check_modes(
     modes = MODES.get(function, ())
     mode = next((mode for mode in modes if not mode.flag or mode.flag in words), None)
     if mode:
-        check_mode(mode, words, {flag: _value(given, name) for name, flag in flags.items()})
+        _check_mode(mode, words, {flag: _value(given, name) for name, flag in flags.items()})
 
 
 def _flag(parameter: inspect.Parameter) -> str:
@@ -169,11 +169,8 @@ def _value(given: Mapping[str, Any], name: str) -> Any:
     return value
 
 
-def check_mode(mode: Mode, given: Collection[str], values: Mapping[str, Any]) -> None:
-    """Check the options that were given in a mode.
-
-    Args: given, their names; values, the value of each option of the command.
-    """
+def _check_mode(mode: Mode, given: Collection[str], values: Mapping[str, Any]) -> None:
+    """Check the names of the options that were given, by the values of all options."""
 
     def holds(condition: str) -> bool:
         name, _, word = condition.partition(" ")
@@ -184,15 +181,14 @@ def check_mode(mode: Mode, given: Collection[str], values: Mapping[str, Any]) ->
 
     for name in given:
         if mode.takes is not None and name not in (mode.flag, *mode.takes):
-            why = f"{mode.why} " if mode.why else ""
-            takes = f"It takes {listed(mode.takes, 'and')}" if mode.takes else "It takes none"
-            raise ConfigError(f"{name} cannot be used with {mode.flag}. {why}{takes}.")
+            others = f"It takes {listed(mode.takes, 'and')}."
+            raise ConfigError(f"{name} cannot be used with {mode.flag}. {mode.why} {others}")
         conditions = mode.needs.get(name)
         if conditions and not any(map(holds, conditions)):
             raise ConfigError(
                 f"{name} is for {listed(conditions, 'or')}, and has no effect otherwise. Add "
                 f"that, or leave {name} out."
             )
-        for condition, others in mode.refuses.items():
-            if name in others and holds(condition):
+        for condition, refused in mode.refuses.items():
+            if name in refused and holds(condition):
                 raise ConfigError(f"{name} has no effect with {condition}. Leave one of them out.")

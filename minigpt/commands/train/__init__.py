@@ -71,7 +71,7 @@ def train(
             "torchrun --nproc-per-node N -m minigpt train ..., or leave --shard out."
         )
     if report_to == "tensorboard":
-        ring("training.reports.tensorboard").summary_writer()  # before anything long begins
+        ring("training.metrics").summary_writer()  # before anything long begins
     if dry_run:
         ring("commands.train.plan").plan_training(name, overrides, resume=resume, is_json=as_json)
         return

@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 from rich.text import Text
 
-from minigpt.commands.display.progress import ProgressLine
-from minigpt.commands.display.status_line import FREE_CELLS, LiveLines
+from minigpt.commands.display.progress import FREE_CELLS, LiveLines, ProgressLine
 from minigpt.commands.train import explanations
 from minigpt.commands.train.run import Display
 from minigpt.config import SamplingConfig

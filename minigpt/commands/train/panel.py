@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
-from minigpt.commands.display.status_line import FREE_CELLS, StatusLine
+from minigpt.commands.display.progress import FREE_CELLS, StatusLine
 from minigpt.commands.plot.chart import Point, Series, draw_chart
 from minigpt.commands.tables import aligned
 from minigpt.format import short

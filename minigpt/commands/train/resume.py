@@ -43,8 +43,8 @@ def resumed_job(request: Request) -> Iterator[Job]:
 
     Raises: CheckpointError if there is none; ConfigError for a setting that cannot change.
     """
-    is_named = request.name is not None
-    run = RunFolder(ROOT / checked_name(request.name or "")) if is_named else _newest_run()
+    name = request.name
+    run = _newest_run() if name is None else RunFolder(ROOT / checked_name(name))
     _require_checkpoint(run)
     with request.lock(run):
         settings = read_toml(run.path / CONFIG_FILE)
