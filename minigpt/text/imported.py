@@ -21,7 +21,6 @@ from minigpt.text.vocabulary_parts import BYTE_OF_CHARACTER, steps_of, unencodab
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 _MARK = "\x01"
 _LARGEST_GAP = 2**20
-JSONValue = dict[str, Any]
 
 
 class ImportedTokenizer(Tokenizer):
@@ -170,7 +169,7 @@ def from_dict(parts: Mapping[str, Any]) -> ImportedTokenizer:
         raise DataError(f"the saved vocabulary is damaged: {error!r}.") from None
 
 
-_NO_SPACE: Mapping[str, JSONValue] = {
+_NO_SPACE: Mapping[str, dict[str, Any]] = {
     "Metaspace": {"prepend_scheme": "never", "add_prefix_space": False},
     "ByteLevel": {"add_prefix_space": False},
 }

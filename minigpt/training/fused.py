@@ -26,6 +26,7 @@ from minigpt.model.layers import MLP, GatedMLP
 from minigpt.text.batches import NO_TARGET
 from minigpt.training.run import Run
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 BLOCK = 1 << 17
 """Logits whose loss is computed at a time, few enough for the cache of a core; at least 32 rows."""
 
@@ -122,7 +123,7 @@ class FusedLoss:
 
     def __call__(self, inputs: Tensor, targets: Tensor, **options: bool) -> Tensor:
         """Return the loss of a batch. Args: those of ``TrainingLoss.forward``."""
-        if any(map(_has_hooks, self._bypassed)):
+        if any(getattr(module, kind) for module in self._bypassed for kind in _HOOKS):
             return self._loss(inputs, targets, **options)
         with torch.autocast("cpu", enabled=False):
             self._model.__dict__["forward"] = self._logits  # so that hooks of the model are called
@@ -181,11 +182,6 @@ class FusedLoss:
             return pair[0], pair[1]
         x = x if branch is None else x + branch
         return x, norm(x).to(self._dtype)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, kind) for kind in kinds)
 
 
 def _hidden(mlp: MLP | GatedMLP, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""metrics.jsonl: the events of a run, one JSON object per line."""
+"""The events of a run: one JSON object per line in metrics.jsonl, and scalars for TensorBoard."""
 
 import json
 import math
@@ -7,14 +7,22 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from minigpt.checkpoint.folder import METRICS_FILE, moved
+from minigpt.errors import ConfigError, install_extra
 from minigpt.files import read_bytes, resource_errors, write_atomically
-from minigpt.rings import ring
 from minigpt.training.events import Event
 
 TENSORBOARD_FOLDER = "tensorboard"
 """Folder of TensorBoard's event files inside a run."""
+_FLUSH_S = 10
+_TAGS: dict[str, dict[str, str]] = {
+    "step": {"train_loss": "loss/train"}
+    | {name: name for name in ("lr", "grad_norm", "tokens_per_s", "mfu")},
+    "skip": {"n_skipped": "skipped_steps"},
+    "eval": {"val_loss": "loss/val", "bits_per_byte": "bits_per_byte/val"},
+}
 
 
 class MetricsLog:
@@ -51,6 +59,39 @@ def _in_json(fact: object) -> object:
     return None if isinstance(fact, float) and not math.isfinite(fact) else fact
 
 
+def summary_writer() -> Any:
+    """Import and return TensorBoard's writer of event files.
+
+    Raises: ConfigError if TensorBoard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ConfigError(
+            "--report-to tensorboard needs TensorBoard. Install it: "
+            f"{install_extra('tensorboard')}; or give --report-to none."
+        ) from None
+    return SummaryWriter
+
+
+@contextmanager
+def _logging_scalars(folder: Path, from_step: int | None) -> Iterator[Callable[[Event], None]]:
+    """Yield a function that adds the scalars of an event, and flushes at each checkpoint."""
+    # TensorBoard drops the points of earlier files from purge_step on.
+    purge_step = 0 if from_step is None else from_step + 1
+    with summary_writer()(str(folder), purge_step=purge_step, flush_secs=_FLUSH_S) as writer:
+
+        def write(event: Event) -> None:
+            for name, tag in _TAGS.get(event.kind, {}).items():
+                value = getattr(event, name)
+                if value is not None:
+                    writer.add_scalar(tag, value, event.step)
+            if event.kind == "save":
+                writer.flush()
+
+        yield write
+
+
 @contextmanager
 def logging_to(
     run: Path, report_to: str | None, *, from_step: int | None
@@ -65,12 +106,10 @@ def logging_to(
     has_board = from_step is not None and board.is_dir()
     with ExitStack() as stack:
         with resource_errors(run):
-            writes = [MetricsLog(run / METRICS_FILE, from_step=from_step).write]
+            writes: list[Callable[[Event], None]] = []
+            writes.append(MetricsLog(run / METRICS_FILE, from_step=from_step).write)
             if report_to == "tensorboard" or (report_to is None and has_board):
-                log_class = ring("training.reports.tensorboard").TensorBoardLog
-                scalars = log_class(board, from_step=from_step)
-                stack.callback(scalars.close)
-                writes.append(scalars.write)
+                writes.append(stack.enter_context(_logging_scalars(board, from_step)))
 
         def write(event: Event) -> None:
             try:

@@ -27,7 +27,7 @@ from minigpt.checkpoint.model_folder import (
     write_model,
 )
 from minigpt.checkpoint.published_models import canonical_names
-from minigpt.checkpoint.stored_tensors import stored_tensors
+from minigpt.checkpoint.stored_tensors import DTYPES, stored_tensors
 from minigpt.checkpoint.tokenizer_json import tokenizer_from_json
 from minigpt.checkpoint.tools.weight_files import INDEX, shard_names
 from minigpt.checkpoint.weights import WEIGHTS
@@ -52,7 +52,6 @@ _SHAPE = {
 """nanoGPT's model_args -> ModelConfig fields."""
 _GPT2_TOKENS = range(50257, 50305)  # nanoGPT pads the vocabulary of GPT-2 to a multiple of 64
 _COPIED = (".json", ".txt", ".jinja", ".md", ".model")
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -215,7 +214,7 @@ def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
     kept: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():
-        if tensor.dtype not in _DTYPES:
+        if tensor.dtype not in DTYPES.values():
             raise CheckpointError(
                 f"the tensor {cut(name)} in {str(path.parent)!r} is {tensor.dtype}, and only "
                 "floating-point weights are read. Save the model in float32 or bfloat16."
