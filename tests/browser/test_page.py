@@ -1,25 +1,19 @@
-"""The page in a real browser: it shows the trace, runs only its own script and loads nothing.
+"""The page in a real browser: what it shows of a trace, and how it is used.
 
 pip install playwright; python -m pytest -m browser
 """
 
 import math
 import re
-import time
-import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
-from page_traces import HOSTILE, made_trace
-from watched_pages import OpenPage
+from page_traces import made_trace
+from watched_pages import OpenPage, assert_shaded, row_of, whole_row
 
-from minigpt.text.escape import visible
 from minigpt.tracing.findings import HeadRows, Row, Trace
-from minigpt.tracing.views.page import to_html
-from minigpt.tracing.wrapping import one_line
 
 pytestmark = pytest.mark.browser
 Opened = Callable[..., OpenPage]
@@ -27,19 +21,9 @@ Opened = Callable[..., OpenPage]
 N_PROMPT = 6
 
 
-def row_of(trace: Trace, position: int, measure: int = 0) -> Row:
-    return trace.steps[position - len(trace.header.prompt)].rows[measure]
-
-
 def heads_of(row: Row) -> HeadRows:
     assert row.heads is not None
     return row.heads
-
-
-def whole_row(trace: Trace, position: int, measure: int = 0) -> list[float]:
-    """The row of a generated token, with zeros from its position on."""
-    shares = row_of(trace, position, measure).weights_S.tolist()
-    return shares + [0.0] * (len(trace.tokens) - len(shares))
 
 
 def head_row(trace: Trace, position: int, layer: int, head: int) -> list[float]:
@@ -55,19 +39,6 @@ def head_row(trace: Trace, position: int, layer: int, head: int) -> list[float]:
     for source, weight in kept:
         shares[source] += weight
     return shares
-
-
-def assert_shaded(page: OpenPage, shares: Sequence[float], *, tolerance: float = 0.004) -> None:
-    """Shade and bar show the root of the share, which single heads store in 255 steps."""
-    pinned = set(page.pinned())
-    levels = page.levels()
-    assert len(levels) == len(shares)
-    for position, ((alpha, height), share) in enumerate(zip(levels, shares, strict=True)):
-        level = math.sqrt(share)
-        # The bar is laid out in 64ths of a pixel.
-        assert height == pytest.approx(12 * level, abs=12 * tolerance + 0.04), position
-        if position not in pinned:
-            assert alpha == pytest.approx(0.95 * level, abs=tolerance + 0.004), position
 
 
 def test_clicking_a_token_shades_what_it_attended_to(opened: Opened) -> None:
@@ -353,177 +324,3 @@ def test_a_trace_interrupted_before_its_first_token_opens(opened: Opened) -> Non
     page.click(2)
     assert_shaded(page, [0.0] * N_PROMPT)
     assert opened(made_trace(1, 1)).current() == 1
-
-
-def exercise(page: OpenPage) -> str:
-    """Use every control; return the downloaded picture."""
-    page.click(0)
-    page.click(4)
-    page.press("ArrowLeft", "?", "Escape")
-    page.page.locator("#about summary").click()
-    page.page.locator("#grid [role=gridcell]").first.click()
-    page.choose("direction", "readers")
-    page.choose("reduction", "max")
-    with page.page.expect_download() as download:
-        page.page.locator("#download").click()
-    page.drawn()
-    return Path(download.value.path()).read_text(encoding="utf-8")
-
-
-def test_hostile_tokens_are_shown_and_never_run(opened: Opened) -> None:
-    trace = made_trace(
-        len(HOSTILE) // 2, len(HOSTILE) - len(HOSTILE) // 2, texts=HOSTILE, model=" ".join(HOSTILE)
-    )
-    page = opened(trace)
-    assert_inert(exercise(page))
-    shown = page.page.locator("#strip .text").all_text_contents()
-    assert shown == [visible(text.encode()) for text in HOSTILE]
-    page.choose("direction", "sources")
-    for position, text in enumerate(shown):
-        page.page.evaluate("(id) => document.getElementById(id).click()", f"token-{position}")
-        page.drawn()
-        assert text in page.page.locator("#token-title").text_content()
-    assert_nothing_ran(page)
-
-
-@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
-def test_hostile_names_are_shown_and_never_run(text: str, opened: Opened) -> None:
-    names = {"model": text, "dtype": text, "kernel": text, "model_sha256": text}
-    trace = made_trace(1, 1, texts=[text], **names)
-    roles = tuple(
-        tuple(replace(role, tag=text) for role in row) for row in trace.header.roles or ()
-    )
-    page = opened(Trace(replace(trace.header, roles=roles), trace.steps, trace.footer))
-    page.page.locator("#about summary").click()
-    page.page.locator("#grid [role=gridcell]").first.click()
-    page.drawn()
-    assert page.page.locator("#model").text_content() == one_line(text)
-    assert one_line(text) in page.page.locator("#facts").text_content()
-    assert page.page.locator("#grid .tag").first.text_content() == one_line(text)
-    assert_nothing_ran(page)
-
-
-def assert_nothing_ran(page: OpenPage) -> None:
-    assert page.page.evaluate("window.pwned") is None
-    assert page.page.url == page.url
-    assert page.page.locator("script").count() == 2
-    assert page.page.locator("img, iframe, svg, object, embed, form, a, link, base").count() == 0
-
-
-def test_the_policy_stops_markup_that_escaping_missed(opened: Opened) -> None:
-    """A page with an attack in it: harmless with the policy, and detected without it."""
-    attack = "<img src=x: onerror=window.pwned=1><script>window.pwned=1</script>"
-    page = to_html(made_trace()).replace("<main>", f"<main>{attack}")
-    guarded = opened(page, is_quiet=False)
-    assert guarded.page.evaluate("window.pwned") is None
-    assert len(guarded.page.evaluate("window.violations")) >= 2
-    bare = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page)
-    assert opened(bare, is_quiet=False).page.evaluate("window.pwned") == 1
-
-
-def test_the_policy_refuses_html_from_text(opened: Opened) -> None:
-    page = opened(made_trace(), is_quiet=False)
-    with pytest.raises(Exception, match="TrustedHTML"):
-        page.page.evaluate("() => { document.body.innerHTML = '<b>x</b>'; }")
-
-
-def assert_inert(picture: str) -> None:
-    """It is well-formed and has only shapes and texts."""
-    root = ElementTree.fromstring(picture)
-    for node in root.iter():
-        assert node.tag.removeprefix("{http://www.w3.org/2000/svg}") in {
-            "svg",
-            "title",
-            "rect",
-            "text",
-        }
-        assert not any(name.startswith("on") or "href" in name for name in node.attrib)
-
-
-def test_the_downloaded_picture_shows_the_view(opened: Opened) -> None:
-    trace = made_trace(texts=[" a<b", "&amp;", "\n"])
-    page = opened(trace)
-    page.click(12)
-    with page.page.expect_download() as download:
-        page.page.locator("#download").click()
-    assert download.value.suggested_filename == "attention.svg"
-    picture = Path(download.value.path()).read_text(encoding="utf-8")
-    assert_inert(picture)
-    svg = "{http://www.w3.org/2000/svg}"
-    root = ElementTree.fromstring(picture)
-    texts = [node.text for node in root.iter(f"{svg}text")]
-    assert texts[0].startswith("runs/small. token 12 ")
-    assert texts[1:] == [visible(token.data) for token in trace.tokens]
-    boxes = list(root.iter(f"{svg}rect"))[1::2]
-    for position, share in enumerate(whole_row(trace, 12)):
-        if position != 12:
-            opacity = float(boxes[position].get("fill-opacity"))
-            assert opacity == pytest.approx(0.95 * math.sqrt(share), abs=0.008)
-
-
-def luminance(colour: Sequence[float]) -> float:
-    """Relative luminance of WCAG 2."""
-    parts = [c / 255 / 12.92 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in colour]
-    return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
-
-
-def contrast(one: Sequence[float], other: Sequence[float]) -> float:
-    light, dark = sorted((luminance(one), luminance(other)), reverse=True)
-    return (light + 0.05) / (dark + 0.05)
-
-
-COLOURS = """(selector) => {
-  const numbers = (text) => text.match(/[\\d.]+/g).map(Number);
-  const style = getComputedStyle(document.querySelector(selector));
-  return [numbers(style.color), [...numbers(style.backgroundColor), 1].slice(0, 4),
-          numbers(getComputedStyle(document.body).backgroundColor)];
-}"""
-
-
-def test_dark_and_light_themes_have_enough_contrast(opened: Opened) -> None:
-    papers = []
-    for scheme in ("light", "dark"):
-        page = opened(made_trace(), color_scheme=scheme)
-        page.click(12)
-        for selector in ("body", "#legend .sample:last-of-type", "#listed", "th", ".pinned"):
-            ink, (*shade, alpha), paper = page.page.evaluate(COLOURS, selector)
-            behind = [alpha * a + (1 - alpha) * b for a, b in zip(shade, paper, strict=True)]
-            assert contrast(ink, behind) >= 4.5, (scheme, selector)  # WCAG 2, level AA
-        papers.append(luminance(paper))
-    assert papers[0] > 0.8
-    assert papers[1] < 0.05
-
-
-@pytest.mark.parametrize("width", [420, 1000, 1400])
-def test_the_page_fits_its_window(width: int, opened: Opened) -> None:
-    page = opened(
-        made_trace(n_layer=12, n_head=12, texts=["x" * 300, "short"]),
-        viewport={"width": width, "height": 800},
-    )
-    page.click(12)
-    assert page.page.evaluate("document.documentElement.scrollWidth") <= width
-
-
-def test_a_thousand_tokens_stay_responsive(opened: Opened) -> None:
-    trace = made_trace(24, 1000, n_layer=12, n_head=12, n_sources=8)
-    started = time.perf_counter()
-    page = opened(trace)
-    assert time.perf_counter() - started < 15
-    page.choose("reduction", "mean")
-    milliseconds = page.page.evaluate(
-        """async () => {
-          const times = [];
-          for (const position of [1023, 500, 1000, 3, 700]) {
-            const start = performance.now();
-            document.getElementById(`token-${position}`).click();
-            await new Promise((r) => requestAnimationFrame(() => setTimeout(r)));
-            times.push(performance.now() - start);
-          }
-          return times;
-        }"""
-    )
-    # Fast enough to feel immediate, with a margin for a busy machine.
-    assert sorted(milliseconds)[2] < 500
-    page.choose("reduction", "traced")
-    page.click(1000)
-    assert_shaded(page, whole_row(trace, 1000))

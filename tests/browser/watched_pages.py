@@ -1,7 +1,14 @@
 """A page in a browser: what tests do with it, and what it shows."""
 
+import math
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import pytest
+
+from minigpt.tracing.findings import Row, Trace
 
 
 @dataclass
@@ -51,3 +58,39 @@ class OpenPage:
     def pinned(self) -> list[int]:
         cells = self.page.locator("#strip .token.pinned").all()
         return [int(cell.get_attribute("id").removeprefix("token-")) for cell in cells]
+
+
+def row_of(trace: Trace, position: int, measure: int = 0) -> Row:
+    return trace.steps[position - len(trace.header.prompt)].rows[measure]
+
+
+def whole_row(trace: Trace, position: int, measure: int = 0) -> list[float]:
+    """The row of a generated token, with zeros from its position on."""
+    shares = row_of(trace, position, measure).weights_S.tolist()
+    return shares + [0.0] * (len(trace.tokens) - len(shares))
+
+
+def assert_shaded(page: OpenPage, shares: Sequence[float], *, tolerance: float = 0.004) -> None:
+    """Shade and bar show the root of the share, which single heads store in 255 steps."""
+    pinned = set(page.pinned())
+    levels = page.levels()
+    assert len(levels) == len(shares)
+    for position, ((alpha, height), share) in enumerate(zip(levels, shares, strict=True)):
+        level = math.sqrt(share)
+        # The bar is laid out in 64ths of a pixel.
+        assert height == pytest.approx(12 * level, abs=12 * tolerance + 0.04), position
+        if position not in pinned:
+            assert alpha == pytest.approx(0.95 * level, abs=tolerance + 0.004), position
+
+
+def assert_inert(picture: str) -> None:
+    """It is well-formed and has only shapes and texts."""
+    root = ElementTree.fromstring(picture)
+    for node in root.iter():
+        assert node.tag.removeprefix("{http://www.w3.org/2000/svg}") in {
+            "svg",
+            "title",
+            "rect",
+            "text",
+        }
+        assert not any(name.startswith("on") or "href" in name for name in node.attrib)

@@ -1,0 +1,105 @@
+"""The picture, the colours and the sizes of the page in a real browser."""
+
+import math
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+from page_traces import made_trace
+from watched_pages import OpenPage, assert_inert, assert_shaded, whole_row
+
+from minigpt.text.escape import visible
+
+pytestmark = pytest.mark.browser
+Opened = Callable[..., OpenPage]
+
+
+def test_the_downloaded_picture_shows_the_view(opened: Opened) -> None:
+    trace = made_trace(texts=[" a<b", "&amp;", "\n"])
+    page = opened(trace)
+    page.click(12)
+    with page.page.expect_download() as download:
+        page.page.locator("#download").click()
+    assert download.value.suggested_filename == "attention.svg"
+    picture = Path(download.value.path()).read_text(encoding="utf-8")
+    assert_inert(picture)
+    svg = "{http://www.w3.org/2000/svg}"
+    root = ElementTree.fromstring(picture)
+    texts = [node.text for node in root.iter(f"{svg}text")]
+    assert texts[0].startswith("runs/small. token 12 ")
+    assert texts[1:] == [visible(token.data) for token in trace.tokens]
+    boxes = list(root.iter(f"{svg}rect"))[1::2]
+    for position, share in enumerate(whole_row(trace, 12)):
+        if position != 12:
+            opacity = float(boxes[position].get("fill-opacity"))
+            assert opacity == pytest.approx(0.95 * math.sqrt(share), abs=0.008)
+
+
+def luminance(colour: Sequence[float]) -> float:
+    """Relative luminance of WCAG 2."""
+    parts = [c / 255 / 12.92 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in colour]
+    return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
+
+
+def contrast(one: Sequence[float], other: Sequence[float]) -> float:
+    light, dark = sorted((luminance(one), luminance(other)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+COLOURS = """(selector) => {
+  const numbers = (text) => text.match(/[\\d.]+/g).map(Number);
+  const style = getComputedStyle(document.querySelector(selector));
+  return [numbers(style.color), [...numbers(style.backgroundColor), 1].slice(0, 4),
+          numbers(getComputedStyle(document.body).backgroundColor)];
+}"""
+
+
+def test_dark_and_light_themes_have_enough_contrast(opened: Opened) -> None:
+    papers = []
+    for scheme in ("light", "dark"):
+        page = opened(made_trace(), color_scheme=scheme)
+        page.click(12)
+        for selector in ("body", "#legend .sample:last-of-type", "#listed", "th", ".pinned"):
+            ink, (*shade, alpha), paper = page.page.evaluate(COLOURS, selector)
+            behind = [alpha * a + (1 - alpha) * b for a, b in zip(shade, paper, strict=True)]
+            assert contrast(ink, behind) >= 4.5, (scheme, selector)  # WCAG 2, level AA
+        papers.append(luminance(paper))
+    assert papers[0] > 0.8
+    assert papers[1] < 0.05
+
+
+@pytest.mark.parametrize("width", [420, 1000, 1400])
+def test_the_page_fits_its_window(width: int, opened: Opened) -> None:
+    page = opened(
+        made_trace(n_layer=12, n_head=12, texts=["x" * 300, "short"]),
+        viewport={"width": width, "height": 800},
+    )
+    page.click(12)
+    assert page.page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_a_thousand_tokens_stay_responsive(opened: Opened) -> None:
+    trace = made_trace(24, 1000, n_layer=12, n_head=12, n_sources=8)
+    started = time.perf_counter()
+    page = opened(trace)
+    assert time.perf_counter() - started < 15
+    page.choose("reduction", "mean")
+    milliseconds = page.page.evaluate(
+        """async () => {
+          const times = [];
+          for (const position of [1023, 500, 1000, 3, 700]) {
+            const start = performance.now();
+            document.getElementById(`token-${position}`).click();
+            await new Promise((r) => requestAnimationFrame(() => setTimeout(r)));
+            times.push(performance.now() - start);
+          }
+          return times;
+        }"""
+    )
+    # Fast enough to feel immediate, with a margin for a busy machine.
+    assert sorted(milliseconds)[2] < 500
+    page.choose("reduction", "traced")
+    page.click(1000)
+    assert_shaded(page, whole_row(trace, 1000))
