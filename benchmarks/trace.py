@@ -39,11 +39,11 @@ from random_models import BYTES, ENDLESS, SHAPES, shape_of, write_random
 from rich.console import Console
 
 from minigpt.config import SamplingConfig
-from minigpt.console import THEME, print_lines
 from minigpt.generation.decoder import Decoder
 from minigpt.generation.loading import load
 from minigpt.generation.stream import stream_text
 from minigpt.model.gpt import GPT
+from minigpt.styles import THEME, print_lines
 from minigpt.tracing.analysis_config import AnalysisConfig
 from minigpt.tracing.file import to_json_line
 from minigpt.tracing.findings import TraceStep

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.terminal_theme import DEFAULT_TERMINAL_THEME, DIMMED_MONOKAI, TerminalTheme
 
 import minigpt
-from minigpt.console import THEME, spans_to_text
+from minigpt.styles import THEME, spans_to_text
 from minigpt.tracing.findings import Trace
 from minigpt.tracing.lines import make_layout
 from minigpt.tracing.spans import Line

@@ -30,13 +30,6 @@ ATTENTIONS = {
     "additive": "model.variants.tanh_scores:AdditiveScore",
 }
 """Attention scores, and the class of each."""
-_RECURRENT = (("arch", "lstm"), ("arch", "lstm-attention"))
-_NO_ROPE = (("family", "gpt2"), *_RECURRENT)
-_NO_SCALING = (*_NO_ROPE, ("rope_scaling_factor", 1))
-_NOT_LLAMA3 = (*_NO_SCALING, *(("rope_scaling", kind) for kind in ("linear", "dynamic", "yarn")))
-_NOT_YARN = (*_NO_ROPE, *(("rope_scaling", kind) for kind in ("llama3", "linear", "dynamic")))
-_GREEDY = (("temperature", 0), ("top_k", 1))
-
 _ATTENTION_OF = {"gpt": "scaled_dot", "lstm": "none", "lstm-attention": "additive"}
 
 
@@ -71,7 +64,7 @@ class ModelConfig:
     d_mlp: int = setting(0, "[0, 2**28]")
     """Hidden width of the MLP. 0 derives 4 d_model (gpt2) or 8/3 d_model, rounded up to a multiple
     of 32 (llama). An LSTM has 4 d_model gates."""
-    activation: str = setting("", void_if=_RECURRENT)
+    activation: str = ""
     """Activation function of the MLP. Empty derives silu (llama) or gelu_tanh (gpt2)."""
     attention: str = option("", choices=(*ATTENTIONS, "none"))
     """Attention score. Empty derives scaled_dot (gpt), additive (lstm-attention) or none (lstm).
@@ -82,27 +75,27 @@ class ModelConfig:
     """Biases of the attention projections (llama). all includes the output projection."""
     mlp_bias: bool = False
     """Biases of the MLP projections (llama). The gpt2 family always has all biases."""
-    rope_theta: float = setting(10_000.0, "(0, inf)", void_if=_NO_ROPE)
+    rope_theta: float = setting(10_000.0, "(0, inf)")
     """Base of the RoPE frequencies (llama)."""
     rope_scaling: Literal["llama3", "linear", "dynamic", "yarn"] = "llama3"
     """Method of RoPE scaling: llama3 and yarn stretch long wavelengths, linear all; dynamic none
     within context_length."""
-    rope_scaling_factor: float = setting(1.0, "(0, inf)", void_if=_NO_ROPE)
+    rope_scaling_factor: float = setting(1.0, "(0, inf)")
     """Factor by which RoPE wavelengths are stretched. 1 stretches none."""
-    rope_low_freq_factor: float = setting(1.0, "(0, inf)", void_if=_NOT_LLAMA3)
+    rope_low_freq_factor: float = setting(1.0, "(0, inf)")
     """Divisor of rope_original_context; longer wavelengths are stretched in full (llama3)."""
-    rope_high_freq_factor: float = setting(4.0, "(0, inf)", void_if=_NOT_LLAMA3)
+    rope_high_freq_factor: float = setting(4.0, "(0, inf)")
     """Divisor of rope_original_context; shorter wavelengths are not stretched, and those between
     the two limits in part (llama3)."""
-    rope_beta_fast: float = setting(32.0, "(0, inf)", void_if=_NOT_YARN)
+    rope_beta_fast: float = setting(32.0, "(0, inf)")
     """Turns in rope_original_context; wavelengths with more are not stretched (yarn)."""
-    rope_beta_slow: float = setting(1.0, "(0, inf)", void_if=_NOT_YARN)
+    rope_beta_slow: float = setting(1.0, "(0, inf)")
     """Turns in rope_original_context; wavelengths with fewer are stretched in full (yarn)."""
-    rope_attention_factor: float = setting(1.0, "(0, inf)", void_if=_NOT_YARN)
+    rope_attention_factor: float = setting(1.0, "(0, inf)")
     """Factor of rotated queries and keys (yarn)."""
-    rope_truncate: bool = setting(True, void_if=_NOT_YARN)
+    rope_truncate: bool = True
     """Whether the dimensions of the two limits are rounded outwards to whole ones (yarn)."""
-    rope_original_context: int = setting(8192, "[1, inf)", void_if=_NO_SCALING)
+    rope_original_context: int = setting(8192, "[1, inf)")
     """Context length before RoPE scaling, in tokens."""
     norm_eps: float = setting(1e-5, "(0, inf)")
     """Epsilon added under the square root of every norm."""
@@ -232,13 +225,13 @@ class SamplingConfig:
     force: str | None = option(None, metavar="TEXT", shown="none", has_escapes=True)
     r"""Text that the continuation begins with (\n for a line break). Its tokens count as generated;
     sampling goes on after them."""
-    temperature: float = option(0.8, "[0, inf)", void_if=(("top_k", 1),))
+    temperature: float = option(0.8, "[0, inf)")
     """Divisor of the logits; 0 for greedy decoding."""
-    top_k: int = option(0, "[0, inf)", void_if=(("temperature", 0),))
+    top_k: int = option(0, "[0, inf)")
     """Number of most probable tokens to sample from; 0 for all."""
-    top_p: float = option(1.0, "(0, 1]", void_if=_GREEDY)
+    top_p: float = option(1.0, "(0, 1]")
     """Nucleus sampling: cumulative probability to sample from, in (0, 1]."""
-    min_p: float = option(0.0, "[0, 1]", void_if=_GREEDY)
+    min_p: float = option(0.0, "[0, 1]")
     """Minimum probability relative to the most probable token, in [0, 1]."""
     repetition_penalty: float = option(1.0, "(0, inf)")
     """Penalty for tokens in the prompt or the output; 1 for none. Positive logits are divided by

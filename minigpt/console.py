@@ -4,36 +4,14 @@ stdout carries the result, stderr everything else.
 """
 
 import sys
-from collections.abc import Iterable
 
 from rich.console import Console
-from rich.text import Text
-from rich.theme import Theme
 
 from minigpt.rings import find_ring
 from minigpt.text.escape import printable
 
-# Medium luminance, so that all colors are readable on dark and light backgrounds.
-THEME = Theme(
-    {
-        "plain": "none",
-        "token": "bold",
-        "heat0": "dim",
-        "heat1": "#4c9bc6",
-        "heat2": "#2aa198",
-        "heat3": "#cb8b16",
-        "heat4": "bold #e0561f",
-        # The same as backgrounds; black text is readable on all of them.
-        "shade1": "#000000 on #4c9bc6",
-        "shade2": "#000000 on #2aa198",
-        "shade3": "#000000 on #cb8b16",
-        "shade4": "bold #000000 on #e0561f",
-        "chosen": "bold reverse",
-    }
-)
-"""Colors of the style names of the trace."""
 _PIPE_WIDTH = 100
-_streams = find_ring("streams")
+_streams, _styles = find_ring("streams"), find_ring("styles")
 
 
 def make_console(*, is_stderr: bool) -> Console:
@@ -45,42 +23,13 @@ def make_console(*, is_stderr: bool) -> Console:
     return Console(
         file=_streams.Unfailing(stream) if is_stderr and _streams else None,
         stderr=is_stderr,
-        theme=THEME,
+        theme=_styles.THEME if _styles else None,
         highlight=False,
         emoji=False,
         markup=False,
         soft_wrap=True,
         width=None if stream.isatty() else _PIPE_WIDTH,
     )
-
-
-def spans_to_text(spans: Iterable[tuple[str, str]]) -> Text:
-    """Turn (text, style name) pairs into a rich Text, with control characters escaped."""
-    return Text.assemble(*((printable(text), style) for text, style in spans))
-
-
-def print_lines(
-    console: Console, lines: Iterable[Iterable[tuple[str, str]]], *, is_cut: bool = True
-) -> None:
-    """Print lines of (text, style name) pairs, with control characters escaped.
-
-    Args: is_cut, whether a terminal too narrow for a line gets its beginning, and does not wrap it.
-    """
-    missing = _streams.in_ascii(console.encoding) if is_cut and _streams else {}
-    is_plain = console.color_system is None and not (is_cut and console.is_terminal)
-    for line_spans in lines:
-        if is_plain:
-            # The same output, without rich's 0.5 ms per line.
-            line = "".join([text for text, _ in line_spans])
-            line = printable(line.translate(missing) if missing else line).expandtabs()
-            console.file.write(line + "\n")
-            continue
-        spans = [(text.translate(missing), style) for text, style in line_spans]
-        text = spans_to_text(spans)
-        if is_cut and console.is_terminal and text.cell_len > console.width:
-            text.truncate(console.width, overflow="ellipsis")
-        console.print(text, soft_wrap=is_cut)  # else rich breaks it between words
-    console.file.flush()
 
 
 def write_result(text: str) -> None:

@@ -37,7 +37,7 @@ class DataConfig:
     field: str = option("text", metavar="NAME")
     """Field or column that has the text of a row (JSONL, JSON, CSV, Parquet); in an object of it,
     as in data.text."""
-    encoding: str = option("utf-8", metavar="NAME", void_if=(("format", "parquet"),))
+    encoding: str = option("utf-8", metavar="NAME")
     """Character encoding of the files, by its name in Python: utf-16, cp1252, gb18030."""
     skip_bad: bool = option(False)
     """Leave out rows without text, broken or not in the encoding, and count them."""
@@ -45,7 +45,7 @@ class DataConfig:
     """Fraction of the text kept for validation; 0 to train on all. ``bpe`` learns no merges from
     it."""
     val_split: Literal["tail", "documents"] | None = option(
-        None, shown="documents if there are ten", void_if=(("val_fraction", 0),)
+        None, shown="documents if there are ten"
     )
     """Text kept for validation. documents: whole documents, chosen by a hash of their text; tail:
     the last tokens. None derives documents if there are at least ten, else tail."""

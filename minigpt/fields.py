@@ -10,38 +10,29 @@ from typing import Any, Literal, Union, get_args, get_origin
 from minigpt.errors import ConfigError, cut, require_choice
 
 _LARGEST_FLOAT = 1e30  # float32 holds it, and its square root's square
-Conditions = Iterable[tuple[str, Any]]
-"""Names of other fields, those of another table dotted as in ``--set``, and a value of each."""
 
 
 def setting(
-    default: Any = MISSING, bounds: str = "", choices: Iterable[str] = (), void_if: Conditions = ()
+    default: Any = MISSING, bounds: str = "", choices: Iterable[str] = (), **more: Any
 ) -> Any:
     """Declare a field that a TOML file and ``--set`` can give.
 
     Args: bounds, the interval of valid values, as in ``[0, 1)`` or ``(0, inf)``; choices, the valid
-        values where the type does not name them; void_if, values of other fields with which this
-        one has no effect (see ``commands.help.usage``).
+        values where the type does not name them; more, of the field's metadata.
     """
-    metadata = {"bounds": bounds, "choices": tuple(choices), "void_if": tuple(void_if)}
-    return field(default=default, metadata=metadata)
+    metadata = {"bounds": bounds, "choices": tuple(choices)}
+    return field(default=default, metadata=metadata | more)
 
 
 def option(
-    default: Any = MISSING,
-    bounds: str = "",
-    choices: Iterable[str] = (),
-    void_if: Conditions = (),
-    **about: Any,
+    default: Any = MISSING, bounds: str = "", choices: Iterable[str] = (), **about: Any
 ) -> Any:
     """Declare a field that is a command-line option too, named as the field.
 
-    Args: bounds, choices and void_if, as in ``setting``; about, fields of
-        ``commands.options.Option``: what --help shows beside the field's type, default and
-        docstring.
+    Args: bounds and choices, as in ``setting``; about, fields of ``commands.options.Option``: what
+        --help shows beside the field's type, default and docstring.
     """
-    metadata = {"bounds": bounds, "choices": tuple(choices), "void_if": tuple(void_if)}
-    return field(default=default, metadata=metadata | {"option": about})
+    return setting(default, bounds, choices, option=about)
 
 
 def choices_in(hint: Any) -> tuple[str, ...]:

@@ -14,10 +14,6 @@ DEVICES = get_args(Device)
 DTYPES = get_args(Dtype)
 QUANTIZATIONS = get_args(Quantization)
 
-_NOT_WSD = (("schedule", "cosine"), ("schedule", "linear"), ("schedule", "constant"))
-_ADAMW = (("optimizer", "adamw"),)
-_NO_VALIDATION = (("data.val_fraction", 0),)
-
 
 @dataclass(frozen=True, kw_only=True)
 class PlainDataConfig(Checked):
@@ -57,7 +53,7 @@ class TrainingConfig:
     context_warmup_length: int = setting(0, "[0, inf)")
     """Tokens per sequence during context warm-up; 0 for none. It divides the later length, and a
     batch has as many more sequences."""
-    context_warmup_fraction: float = setting(0.5, "[0, 1]", void_if=(("context_warmup_length", 0),))
+    context_warmup_fraction: float = setting(0.5, "[0, 1]")
     """Fraction of the budget spent in context warm-up, in [0, 1]."""
     optimizer: Literal["muon", "adamw"] = "muon"
     """Optimizer. muon: Muon for matrices and AdamW for the rest; adamw: AdamW for all."""
@@ -67,9 +63,9 @@ class TrainingConfig:
     """Peak learning rate of embeddings, output projection, norms and biases (AdamW)."""
     weight_decay: float = setting(0.0, "[0, inf)")
     """Decoupled weight decay of the matrices, multiplied by the learning rate."""
-    momentum: float = setting(0.95, "[0, 1)", void_if=_ADAMW)
+    momentum: float = setting(0.95, "[0, 1)")
     """Nesterov momentum of Muon, in [0, 1)."""
-    newton_schulz_steps: int = setting(5, "[1, 100]", void_if=_ADAMW)
+    newton_schulz_steps: int = setting(5, "[1, 100]")
     """Newton-Schulz iterations of Muon's orthogonalization."""
     beta1: float = setting(0.9, "[0, 1)")
     """Decay rate of AdamW's first moment, in [0, 1)."""
@@ -84,9 +80,9 @@ class TrainingConfig:
     """Learning rate schedule. wsd: warm-up, stable, decay."""
     warmup_fraction: float = setting(0.02, "[0, 1]")
     """Fraction of the budget over which the learning rate rises, in [0, 1]."""
-    decay_fraction: float = setting(0.6, "[0, 1]", void_if=_NOT_WSD)
+    decay_fraction: float = setting(0.6, "[0, 1]")
     """Fraction of the budget, at its end, over which wsd lowers the learning rate, in [0, 1]."""
-    final_lr_fraction: float = setting(0.0, "[0, 1]", void_if=(("schedule", "constant"),))
+    final_lr_fraction: float = setting(0.0, "[0, 1]")
     """Final learning rate as a fraction of the peak, in [0, 1]."""
     log_every: int = setting(10, "[1, inf)")
     """Steps between lines of metrics.jsonl, when the loss is read from the device."""
@@ -95,19 +91,18 @@ class TrainingConfig:
         "[0, inf)",
         group="Reports",
         shown="an epoch, or a twentieth of the run",
-        void_if=_NO_VALIDATION,
     )
     """Steps between validation passes; 0 for one at the end. None derives an epoch, at most a
     twentieth of the run, or 50 steps if that is more."""
-    eval_tokens: int | None = setting(None, "[1, inf)", void_if=_NO_VALIDATION)
+    eval_tokens: int | None = setting(None, "[1, inf)")
     """Most validation tokens per pass. A longer text is sampled in evenly spaced windows, the same
     in every pass. None derives a tenth of the arithmetic of training, and at least 8,192 tokens."""
-    patience: float = option(0.0, "[0, inf)", shown="4", void_if=_NO_VALIDATION)
+    patience: float = option(0.0, "[0, inf)", shown="4")
     """Epochs without a lower validation loss after which training stops; 0 for no limit."""
-    average: float = setting(0.0, "[0, 1)", void_if=_NO_VALIDATION)
+    average: float = setting(0.0, "[0, 1)")
     """Decay per step of a moving average of the weights; 0 for none. A checkpoint holds the average
     if its validation loss is lower."""
-    dropout_start: float = setting(0.0, "[0, inf)", void_if=(("model.dropout", 0),))
+    dropout_start: float = setting(0.0, "[0, inf)")
     """Epochs before dropout begins."""
     save_every: int = option(250, "[0, inf)", group="Reports")
     """Steps between checkpoints; 0 for one at the end. Each has its validation loss."""

@@ -6,8 +6,9 @@ from io import BytesIO, StringIO, TextIOWrapper
 
 import pytest
 
-from minigpt.console import make_console, print_lines, spans_to_text, write_result
+from minigpt.console import make_console, write_result
 from minigpt.streams import silence
+from minigpt.styles import print_lines, spans_to_text
 
 HOSTILE = "\x1b[31mred\x07\u202e\x9b2J\x00 end\n"
 

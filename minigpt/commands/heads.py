@@ -46,7 +46,8 @@ def heads(
     from minigpt.commands import tables
     from minigpt.commands.display.progress import ProgressLine
     from minigpt.commands.loading import load_model, show_model
-    from minigpt.console import make_console, print_lines
+    from minigpt.console import make_console
+    from minigpt.styles import print_lines
     from minigpt.tracing.analysis.roles import (
         head_effects,
         head_logits,

@@ -55,9 +55,10 @@ def measures(
     from minigpt.commands.display.progress import ProgressLine
     from minigpt.commands.loading import load, show_model
     from minigpt.commands.tables import write_json
-    from minigpt.console import make_console, note, print_lines
+    from minigpt.console import make_console, note
     from minigpt.figures import require_matplotlib
     from minigpt.generation.decoder import fresh_seed
+    from minigpt.styles import print_lines
     from minigpt.tracing.analysis.faithfulness import choose_measures, compare_measures
 
     chosen = None if only is None else choose_measures(only)

@@ -23,7 +23,7 @@ import itertools
 import re
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, make_dataclass, replace
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -44,13 +44,7 @@ if typing.TYPE_CHECKING:
 elif _configs := find_ring("intervention_config"):
     Interventions = _configs.InterventionConfig
 else:
-
-    @dataclass(frozen=True)
-    class Interventions:
-        """No interventions, without the ring of them."""
-
-        is_any = False
-
+    Interventions = make_dataclass("Interventions", (), namespace={"is_any": False})
 
 _NOT_GIVEN: tuple[Any, ...] = (None, [], ())
 _METAVARS = {bool: None, int: "N", float: "N", Path: "FILE"}
@@ -108,23 +102,21 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     """
     signature = inspect.signature(function)
     shown: list[inspect.Parameter] = []
-    configs: dict[str, type] = {}
+    configs: dict[str, Any] = {}
     bases: dict[str, dict[str, Any]] = {}
     defaults: dict[str, Any] = {}
-    for name, hint in typing.get_type_hints(function, include_extras=True).items():
-        if name == "return":
-            continue
+    hints = typing.get_type_hints(function, include_extras=True)
+    for name, parameter in signature.parameters.items():
+        hint = hints[name]
         kind, about = get_args(hint)[:2] if get_origin(hint) is Annotated else (hint, None)
-        parameter = signature.parameters[name]
         defaults[name] = parameter.default
-        if is_dataclass(kind):
-            configs[name] = typing.cast("type", kind)
-            base = about.defaults if isinstance(about, Fields) else None
-            bases[name] = {} if base is None else vars(base)
         if is_dataclass(kind) or isinstance(about, Fields):
-            defaults[name] = {}
             chosen = about or Fields()
             shown += _fields(chosen.config or kind, (name,), chosen, chosen.defaults)
+            defaults[name] = {}
+            if is_dataclass(kind):
+                configs[name] = kind
+                bases[name] = vars(chosen.defaults) if chosen.defaults else {}
         elif isinstance(about, Option):
             shown.append(_parameter((name,), kind, parameter.default, about))
         else:

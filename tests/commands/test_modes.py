@@ -10,6 +10,7 @@ import pytest
 from calls import TINY, Run, error_line
 
 from minigpt.commands.help.conditions import MODES
+from minigpt.commands.help.usage import VOID_IF
 from minigpt.config import DataConfig, ModelConfig, SamplingConfig, TrainingConfig
 from minigpt.fields import choices_in, require_within
 
@@ -323,7 +324,7 @@ def test_each_condition_of_a_void_setting_is_a_valid_value_of_another() -> None:
     n_conditions = 0
     for table, config in tables.items():
         for f in fields(config):
-            for other, value in f.metadata.get("void_if", ()):
+            for other, value in VOID_IF.get(f.name, ()):
                 place, _, name = other.rpartition(".")
                 (field,) = (o for o in fields(tables[place or table]) if o.name == name)
                 choices = choices_in(field.type) or field.metadata["choices"]

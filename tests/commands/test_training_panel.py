@@ -9,7 +9,7 @@ from rich.console import Console
 from minigpt.commands.display.progress import FREE_CELLS, StatusLine
 from minigpt.commands.train.display import TrainingDisplay
 from minigpt.commands.train.panel import TRAIN_LOSS, VAL_LOSS, ThinnedCurve, TrainingPanel
-from minigpt.console import THEME
+from minigpt.styles import THEME
 from minigpt.training.events import EvalEvent, StepEvent
 
 NUMBERS = {

@@ -1,7 +1,7 @@
 """minigpt attention-trace; the command's docstring is its --help."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,7 +19,7 @@ from minigpt.commands.options import (
 from minigpt.config import SamplingConfig
 from minigpt.errors import ConfigError
 from minigpt.rings import find_ring, ring
-from minigpt.tracing.config import N_SOURCES, SAMPLING, config_class
+from minigpt.tracing.config import SAMPLING, config_class
 
 if TYPE_CHECKING:
     from minigpt.commands.attention_trace.targets import Targets
@@ -31,13 +31,8 @@ else:
     if _targets := find_ring("commands.attention_trace.targets"):
         Targets = _targets.Targets
     else:
-
-        @dataclass(frozen=True)
-        class Targets:
-            """Lines on stdout, without the ring of files and views."""
-
-            are_lines, has_heads, as_json = True, False, False
-
+        only_lines = {"are_lines": True, "has_heads": False, "as_json": False}
+        Targets = make_dataclass("Targets", (), namespace=only_lines)
 
 _FILES = "Files"
 _RECORDED = "commands.attention_trace.recorded"
@@ -119,22 +114,12 @@ def attention_trace(
     from minigpt.generation.decoder import fresh_seed
     from minigpt.tracing.tracer import trace
 
-    files = None if targets.are_lines else ring("commands.attention_trace.files")
-    if files:
-        has_lens = getattr(config, "lens", False)  # a field of the ring of the analysis
-        files.check_files(targets, sampling.num_samples, config.measures, has_lens=has_lens)
+    if not targets.are_lines:
+        ring("commands.attention_trace.files").check_files(targets, sampling.num_samples, config)
     ready = load_to_continue(source, prompt, form, sampling, interventions)
     output = TraceOutput(model=ready.folder)
     if described := find_ring("commands.attention_trace.described"):
-        layout = described.layout_for(ready, sampling, config)
-        if config.n_sources is None:
-            config = replace(config, n_sources=max(N_SOURCES, layout.n_sources))
-        if files:
-            output = files.FileOutput(targets, layout, model=ready.folder)
-        else:
-            output = described.DescribedOutput(layout, model=ready.folder)
-    if targets.has_heads:
-        config = replace(config, has_heads=True)
+        output, config = described.output_for(ready, sampling, config, targets)
     first_seed = fresh_seed() if sampling.seed is None else sampling.seed
     is_whole = True
     with output:

@@ -14,11 +14,13 @@ from typing import Any
 from minigpt.commands.attention_trace.output import TraceOutput
 from minigpt.commands.loading import Ready
 from minigpt.config import SamplingConfig
-from minigpt.console import make_console, note, print_lines
+from minigpt.console import make_console, note
 from minigpt.errors import cut
+from minigpt.rings import ring
+from minigpt.styles import print_lines
 from minigpt.text.escape import visible
 from minigpt.text.joined import JoinedTokens
-from minigpt.tracing.config import TraceConfig
+from minigpt.tracing.config import N_SOURCES, TraceConfig
 from minigpt.tracing.events import EndTrace
 from minigpt.tracing.findings import TraceFooter, TraceHeader, TraceStep
 from minigpt.tracing.lines import TraceLayout, make_layout
@@ -49,23 +51,12 @@ def _signals_later() -> Iterator[None]:
         signal.raise_signal(waiting[0])
 
 
-def layout_for(ready: Ready, sampling: SamplingConfig, config: TraceConfig) -> TraceLayout:
-    """Return the columns of the traces of a prompt on this terminal."""
-    shape = ready.model.config
-    return make_layout(
-        make_console(is_stderr=False).width,
-        vocab_size=shape.vocab_size,
-        n_positions=min(shape.context_length, len(ready.prompt) + sampling.max_new_tokens),
-        n_sources=config.n_sources,
-        measures=config.measures,
-    )
-
-
 class DescribedOutput(TraceOutput):
     """Shows traces with a header and a footer, which Ctrl-C does not cut off."""
 
     def __init__(self, layout: TraceLayout, *, model: Path | None = None) -> None:
         super().__init__(model=model)
+        self.console = make_console(is_stderr=False)
         self._layout = layout
         self._is_named = False  # the model, on stderr
         self._joined = JoinedTokens()
@@ -153,3 +144,25 @@ class DescribedOutput(TraceOutput):
             step = replace(step, rows=tuple(rows))
             print_lines(self.console, self._layout.step(step, self._joined.names))
         self._waiting = []
+
+
+def output_for(
+    ready: Ready, sampling: SamplingConfig, config: TraceConfig, targets: Any
+) -> tuple[DescribedOutput, TraceConfig]:
+    """Return the output of the traces of a prompt, and their config with what it shows."""
+    shape = ready.model.config
+    layout = make_layout(
+        make_console(is_stderr=False).width,
+        vocab_size=shape.vocab_size,
+        n_positions=min(shape.context_length, len(ready.prompt) + sampling.max_new_tokens),
+        n_sources=config.n_sources,
+        measures=config.measures,
+    )
+    if config.n_sources is None:
+        config = replace(config, n_sources=max(N_SOURCES, layout.n_sources))
+    if targets.has_heads:
+        config = replace(config, has_heads=True)  # type: ignore[call-arg]  # of the analysis
+    if targets.are_lines:
+        return DescribedOutput(layout, model=ready.folder), config
+    files = ring("commands.attention_trace.files")
+    return files.FileOutput(targets, layout, model=ready.folder), config

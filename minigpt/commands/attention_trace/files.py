@@ -3,7 +3,7 @@
 import hashlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 from minigpt.checkpoint.stored_tensors import weight_files
 from minigpt.commands.attention_trace.described import DescribedOutput
 from minigpt.commands.attention_trace.targets import LINES, Targets
-from minigpt.console import note, print_lines, write_result
+from minigpt.console import note, write_result
 from minigpt.errors import ConfigError
 from minigpt.files import (
     open_regular,
@@ -23,7 +23,9 @@ from minigpt.files import (
     writing_aside,
 )
 from minigpt.rings import ring
+from minigpt.styles import print_lines
 from minigpt.tracing.analysis_config import facts_of
+from minigpt.tracing.config import TraceConfig
 from minigpt.tracing.file import to_json_line
 from minigpt.tracing.findings import Trace, TraceEvent, TraceHeader, TraceStep
 from minigpt.tracing.lines import TraceLayout
@@ -36,21 +38,20 @@ _LINES_BELOW = 3  # the seed, and the shell's next prompt
 def check_files(
     targets: Targets,
     n_samples: int,
-    measures: Sequence[str] = (),
+    config: TraceConfig | None = None,
     *,
-    has_lens: bool = True,
     replayed: Path | None = None,
 ) -> None:
     """Check the view and the files before anything long begins.
 
-    Args: has_lens, whether the trace will have one; replayed, the file that is shown, which must
-        not be replaced.
+    Args: config, of a trace to come; replayed, the file that is shown, which must not be replaced.
     Raises: ConfigError for a view of heads by a measure that has none, one of a lens that is not
         there, a file without a folder or of another format's name, a picture without matplotlib,
         one file for several traces, or several options that name one file; ResourceError for a file
         that cannot be written.
     """
-    if targets.view == "lens" and not has_lens:
+    measures = config.measures if config else ()
+    if targets.view == "lens" and config and not getattr(config, "lens", False):
         raise ConfigError("--view lens shows what --lens measures. Add --lens.")
     if targets.view == "heads" and measures and not facts_of(measures[0]).has_heads:
         raise ConfigError(

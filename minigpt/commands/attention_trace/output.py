@@ -7,7 +7,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from minigpt.commands.loading import show_model
-from minigpt.console import make_console, print_lines
+from minigpt.console import write_result
 from minigpt.text.escape import visible
 from minigpt.tracing.events import TraceEvent, TraceStep
 
@@ -20,7 +20,6 @@ class TraceOutput:
 
     def __init__(self, *, model: Path | None = None) -> None:
         """Args: model, named on stderr when the first trace begins."""
-        self.console = make_console(is_stderr=False)
         self._model = model
 
     def __enter__(self) -> Self:
@@ -54,4 +53,4 @@ class TraceOutput:
             parts += [f"{visible(source.token.data)} {source.weight:.0%}" for source in row.sources]
             parts += [f"rest {row.rest:.0%}", f"{row.entropy:.1f} bits"]
             left = f"{visible(event.token.data):<9} {event.probability:>4.0%}"
-            print_lines(self.console, [[(f"{left}  {', '.join(parts)}", "plain")]])
+            write_result(f"{left}  {', '.join(parts)}\n")

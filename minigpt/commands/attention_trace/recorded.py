@@ -8,8 +8,9 @@ from statistics import fmean
 
 from minigpt.commands.attention_trace.files import FileOutput, check_files
 from minigpt.commands.attention_trace.targets import Targets
-from minigpt.console import make_console, print_lines, write_result
+from minigpt.console import make_console, write_result
 from minigpt.errors import DataError
+from minigpt.styles import print_lines
 from minigpt.tracing.analysis.dense import with_rows_of
 from minigpt.tracing.analysis.diff import StepDiff, diff_traces
 from minigpt.tracing.analysis.reader import read_traces

@@ -18,7 +18,7 @@ from minigpt.commands.tables import aligned, line_width, show, write_json
 from minigpt.commands.train.display import TrainingDisplay
 from minigpt.commands.train.job import Job, checked_name, fresh_names
 from minigpt.commands.train.run import train_job
-from minigpt.commands.train.settings import settings_of, suited_to_text, with_vocabulary
+from minigpt.commands.train.settings import settings_of, with_vocabulary
 from minigpt.config import DataConfig, RunConfig
 from minigpt.console import note
 from minigpt.errors import ConfigError, DivergedError
@@ -26,6 +26,7 @@ from minigpt.figures import require_matplotlib
 from minigpt.format import short
 from minigpt.model.cost import parameter_count
 from minigpt.model.device import resolve_device
+from minigpt.rings import find_ring
 from minigpt.settings import build, flat, given, read_toml, to_dict
 from minigpt.studies.compare import (
     Budget,
@@ -121,7 +122,9 @@ def _planned(
     name = next(fresh_names(data_config, "compare")) if name is None else checked_name(name)
     with TrainingDisplay() as display:
         data = prepare(data_config, on_progress=display.preparing)
-    base = suited_to_text(with_vocabulary(settings, data.tokenizer.vocab_size), overrides, data)
+    base = with_vocabulary(settings, data.tokenizer.vocab_size)
+    if overfitting := find_ring("training.overfitting"):
+        base = overfitting.suited_to_text(base, overrides, data)
     base = replace(base, data=data.manifest.with_split(base.data))
     base = replace(base, training=replace(base.training, patience=0.0))
     if not base.data.val_fraction:

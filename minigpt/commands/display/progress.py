@@ -12,7 +12,8 @@ from rich.live import Live
 from rich.segment import ControlType, Segment
 from rich.text import Text
 
-from minigpt.console import make_console, one_line, spans_to_text
+from minigpt.console import make_console, one_line
+from minigpt.styles import spans_to_text
 from minigpt.text.escape import printable
 
 if TYPE_CHECKING:  # progress is shown without the ring of corpora too

@@ -2,8 +2,6 @@
 
 from typing import Annotated
 
-import typer
-
 from minigpt.commands.options import (
     Interventions,
     Json,
@@ -77,38 +75,19 @@ def generate(
     n_rows = sampling.num_samples
     ready = load_to_continue(source, prompt, form, sampling, interventions, n_rows=n_rows)
     seed = fresh_seed() if sampling.seed is None else sampling.seed
-    if samples:
-        display = samples.SampleDisplay(ready, sampling, as_json=as_json, streams=stream)
+    display = samples and samples.SampleDisplay(ready, sampling, as_json=as_json, streams=stream)
     if interactive:
-        ring("commands.generate.interactive").converse(
-            ready,
-            sampling,
-            display,
-            seed=seed,
-            compile=source.compile,
-            has_prompt=prompt is not None,
-            special=form.special,
-        )
+        is_first = prompt is not None
+        converse = ring("commands.generate.interactive").converse
+        converse(ready, sampling, display, source, seed, has_prompt=is_first, special=form.special)
         return
-    with compiling(ready.model, source.compile, sampling.num_samples):
+    with compiling(ready.model, source.compile, n_rows):
         decoder = make_decoder(ready.model, ready.prompt, sampling, compile=source.compile)
-    if not samples:
-        ends = ready.tokenizer.end_of_text_ids
-        steps = decoder.generate(sampling, seed=seed, end_of_text=ends, forced=ready.forced)
-        for item in stream_text(steps, ready.tokenizer, sampling.stop):
-            write_result(item.text)
-        write_result("\n")
+    if display:
+        display.show_samples(decoder, seed)
         return
-    items = ring("generation.samples").stream_samples(
-        decoder, ready.tokenizer, sampling, seed=seed, forced=ready.forced
-    )
-    is_whole = display.show(
-        items,
-        seed=seed,
-        prompt=ready.text,
-        n_prompt_tokens=len(ready.prompt),
-        is_prompt_shown=ready.chat is None,
-        n_samples=sampling.num_samples,
-    )
-    if not is_whole:
-        raise typer.Exit(130)
+    ends = ready.tokenizer.end_of_text_ids
+    steps = decoder.generate(sampling, seed=seed, end_of_text=ends, forced=ready.forced)
+    for item in stream_text(steps, ready.tokenizer, sampling.stop):
+        write_result(item.text)
+    write_result("\n")

@@ -9,6 +9,7 @@ from typing import Any
 
 from minigpt.commands.generate.samples import SampleDisplay
 from minigpt.commands.loading import LONGEST_PROMPT_BYTES, Ready, compiling, decoded, note_special
+from minigpt.commands.options import ModelSource
 from minigpt.config import SamplingConfig
 from minigpt.console import note
 from minigpt.errors import DataError
@@ -57,9 +58,9 @@ def converse(
     ready: Ready,
     sampling: SamplingConfig,
     display: SampleDisplay,
-    *,
+    source: ModelSource,
     seed: int,
-    compile: bool | None,
+    *,
     has_prompt: bool,
     special: bool = False,
 ) -> None:
@@ -92,8 +93,9 @@ def converse(
                 ids = tokenizer.encode(text, is_start=False, special=special)
             if decoder is None:
                 slides = None if chat else sampling.overflow  # a message is not cut
-                with compiling(ready.model, compile):
-                    decoder = Conversation(ready.model, ids, compiles=compile, overflow=slides)
+                compiles = source.compile
+                with compiling(ready.model, compiles):
+                    decoder = Conversation(ready.model, ids, compiles=compiles, overflow=slides)
             elif chat is not None:
                 decoder.replace(ids)
             else:

@@ -10,13 +10,15 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
 
+import typer
 from rich.cells import cell_len
 
 from minigpt.commands.loading import Ready, show_model
 from minigpt.config import SamplingConfig
 from minigpt.console import make_console, note, write_result
 from minigpt.format import count
-from minigpt.generation.decoder import Step
+from minigpt.generation.decoder import Decoder, Step
+from minigpt.generation.samples import stream_samples
 from minigpt.generation.stream import TextStep
 from minigpt.text.escape import printable, visible
 from minigpt.text.joined import JoinedTokens
@@ -176,6 +178,20 @@ class SampleDisplay:
         self._as_json, self._streams = as_json, streams and not as_json
         self._is_first = True
         self._screen = WrappedText()
+
+    def show_samples(self, decoder: Decoder, seed: int) -> None:
+        """Generate and show the samples; Ctrl-C ends the command with its exit code."""
+        ready, config = self._ready, self._sampling
+        is_whole = self.show(
+            stream_samples(decoder, ready.tokenizer, config, seed=seed, forced=ready.forced),
+            seed=seed,
+            prompt=ready.text,
+            n_prompt_tokens=len(ready.prompt),
+            is_prompt_shown=ready.chat is None,
+            n_samples=config.num_samples,
+        )
+        if not is_whole:
+            raise typer.Exit(130)
 
     def show(
         self,

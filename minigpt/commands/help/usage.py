@@ -20,6 +20,37 @@ _SYNONYMS = {
 }
 """Common names of other programs for an option."""
 
+_RECURRENT = (("arch", "lstm"), ("arch", "lstm-attention"))
+_NO_ROPE = (("family", "gpt2"), *_RECURRENT)
+_NO_SCALING = (*_NO_ROPE, ("rope_scaling_factor", 1))
+_NO_VALIDATION = (("data.val_fraction", 0),)
+VOID_IF: dict[str, tuple[tuple[str, Any], ...]] = {
+    "activation": _RECURRENT,
+    **dict.fromkeys(("rope_theta", "rope_scaling_factor"), _NO_ROPE),
+    **dict.fromkeys(
+        ("rope_low_freq_factor", "rope_high_freq_factor"),
+        (*_NO_SCALING, *(("rope_scaling", kind) for kind in ("linear", "dynamic", "yarn"))),
+    ),
+    **dict.fromkeys(
+        ("rope_beta_fast", "rope_beta_slow", "rope_attention_factor", "rope_truncate"),
+        (*_NO_ROPE, *(("rope_scaling", kind) for kind in ("llama3", "linear", "dynamic"))),
+    ),
+    "rope_original_context": _NO_SCALING,
+    "encoding": (("format", "parquet"),),
+    "val_split": (("val_fraction", 0),),
+    "context_warmup_fraction": (("context_warmup_length", 0),),
+    **dict.fromkeys(("momentum", "newton_schulz_steps"), (("optimizer", "adamw"),)),
+    "decay_fraction": tuple(("schedule", kind) for kind in ("cosine", "linear", "constant")),
+    "final_lr_fraction": (("schedule", "constant"),),
+    **dict.fromkeys(("eval_every", "eval_tokens", "patience", "average"), _NO_VALIDATION),
+    "dropout_start": (("model.dropout", 0),),
+    "temperature": (("top_k", 1),),
+    "top_k": (("temperature", 0),),
+    **dict.fromkeys(("top_p", "min_p"), (("temperature", 0), ("top_k", 1))),
+}
+"""Field -> other fields, those of another table dotted as in ``--set``, and a value of each with
+which the field has no effect."""
+
 
 def check_group(ctx: Any, args: list[str]) -> None:
     """Raise ConfigError for an unknown option before the name of a command."""
@@ -140,7 +171,7 @@ def without_effect(config: Any, given: Mapping[str, Any]) -> list[str]:
             if is_dataclass(own) and isinstance(value, Mapping):
                 walk(own, value, f"{f.name}.")
             elif value is not None and own != f.default:
-                for other, void in f.metadata.get("void_if", ()):
+                for other, void in VOID_IF.get(f.name, ()):
                     place, _, name = other.rpartition(".")
                     holder = getattr(config, place, None) if place else part
                     if holder is not None and getattr(holder, name) == void:

@@ -11,13 +11,13 @@ from minigpt.commands.display.progress import FREE_CELLS, LiveLines, ProgressLin
 from minigpt.commands.train import explanations
 from minigpt.commands.train.run import Display
 from minigpt.config import SamplingConfig
-from minigpt.console import spans_to_text
 from minigpt.errors import CheckpointError
 from minigpt.format import short
 from minigpt.generation.decoder import Decoder
 from minigpt.generation.stream import stream_text
 from minigpt.model.language_model import LanguageModel
 from minigpt.rings import has_ring, ring
+from minigpt.styles import spans_to_text
 from minigpt.text.escape import printable
 from minigpt.training.events import EvalEvent, Event, SampleEvent, StepEvent
 from minigpt.training.trainer import Trainer

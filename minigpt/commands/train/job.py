@@ -10,7 +10,7 @@ from typing import Any
 
 from minigpt.checkpoint.folder import RunFolder
 from minigpt.checkpoint.resolve import ROOT
-from minigpt.commands.train.settings import settings_of, suited_to_text, with_vocabulary
+from minigpt.commands.train.settings import settings_of, with_vocabulary
 from minigpt.config import DataConfig, RunConfig
 from minigpt.errors import ConfigError, LockedError
 from minigpt.model.device import resolve_device, resolve_dtype
@@ -106,7 +106,8 @@ def _new_job(request: Request) -> Iterator[Job]:
     )
     if base is None:
         config = with_vocabulary(settings, data.tokenizer.vocab_size)
-        config = suited_to_text(config, overrides, data)
+        if overfitting := find_ring("training.overfitting"):
+            config = overfitting.suited_to_text(config, overrides, data)
         require_memory(config, request)
     notes = notes_on(config, overrides)
     config = replace(config, data=data.manifest.with_split(config.data))
@@ -116,12 +117,12 @@ def _new_job(request: Request) -> Iterator[Job]:
             run = RunFolder(ROOT / (name or next(names)))
             try:
                 held.enter_context(request.lock(run))
-                _require_new(run)  # another process may have created it meanwhile
+                _require_new(run)
                 break
-            except (LockedError, ConfigError):
+            except (LockedError, ConfigError):  # another run took the name meanwhile
                 if name:
                     raise
-                held.close()  # another run took the name that was free: take the next one
+                held.close()
         carried = ring("checkpoint.carried").read_carried(base.folder) if base else None
         start = base.model if base else None
         yield Job(config, data, run, start_from=start, carried=carried, notes=notes)

@@ -1,9 +1,7 @@
 """Training as the user sees it: metrics, the display, and the next commands."""
 
 import os
-import sys
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any, Self
 
 import typer
@@ -31,7 +29,7 @@ class Display:
         """End the display."""
 
     def preparing(self, progress: Any) -> None:
-        """Take the progress of preparing the text, a ``text.corpus.PrepareProgress``."""
+        """Take a ``text.corpus.PrepareProgress`` while the text is prepared."""
 
     def note(self, text: str) -> None:
         """Print a note."""
@@ -75,7 +73,18 @@ def run_training(
         with open_job(request, resume=resume) as job:
             for line in job.notes:
                 display.note(line)
-            _train(job, display, report_to, world)
+            again = ""
+            if stopping := find_ring(_STOPPING):
+                job, again = stopping.with_commands(job, world)
+            leading: AbstractContextManager[None] = nullcontext()
+            if world.size > 1:
+                leading = ring("commands.train.ranks").leading(job, world, again, display)
+            with leading:
+                trainer, signal_number = train_job(job, display, report_to, world)
+            display.finish()
+            display.propose(again if trainer.was_stopped else None)
+            if trainer.was_stopped:
+                raise typer.Exit(128 + signal_number)
 
 
 def joined() -> AbstractContextManager[World]:
@@ -86,24 +95,6 @@ def joined() -> AbstractContextManager[World]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return nullcontext(ALONE)
     return ring("commands.train.ranks").joined()
-
-
-def _train(job: Job, display: Display, report_to: str | None, world: World) -> None:
-    resume = ""
-    if stopping := find_ring(_STOPPING):
-        if job.resume_from is None:  # the config keeps the command that started the run
-            command = stopping.launch_command(world, *sys.argv[1:])
-            job = replace(job, config=replace(job.config, command=command))
-        resume = stopping.resume_command(job, world)
-    leading: AbstractContextManager[None] = nullcontext()
-    if world.size > 1:
-        leading = ring("commands.train.ranks").leading(job, world, resume, display)
-    with leading:
-        trainer, signal_number = train_job(job, display, report_to, world)
-    display.finish()
-    display.propose(resume if trainer.was_stopped else None)
-    if trainer.was_stopped:
-        raise typer.Exit(128 + signal_number)
 
 
 def train_job(

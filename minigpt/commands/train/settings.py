@@ -9,9 +9,9 @@ from minigpt.config import RunConfig
 from minigpt.errors import ConfigError
 from minigpt.presets import DEFAULT_PRESET
 from minigpt.presets import preset as preset_settings
-from minigpt.rings import find_ring, ring
+from minigpt.rings import ring
 from minigpt.settings import build, given, merge
-from minigpt.text.tokens import PreparedData, prepared_settings
+from minigpt.text.tokens import prepared_settings
 
 _LIMITS = {"max_steps": 0, "max_minutes": 0.0, "max_epochs": 0.0}
 
@@ -69,14 +69,6 @@ def with_vocabulary(settings: dict[str, Any], vocab_size: int) -> RunConfig:
     if not config.model.has_own_class:
         return config
     return replace(config, model=ring("checkpoint.published_models").canonical(config.model))
-
-
-def suited_to_text(
-    config: RunConfig, overrides: Mapping[str, Any], data: PreparedData
-) -> RunConfig:
-    """Set what depends on the size of the text, such as dropout, where the user gives no value."""
-    overfitting = find_ring("training.overfitting")
-    return overfitting.suited_to_text(config, overrides, data) if overfitting else config
 
 
 def one_budget(overrides: Mapping[str, Any]) -> dict[str, Any]:

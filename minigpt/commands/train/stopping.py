@@ -1,9 +1,11 @@
 """A training run that is stopped by a signal, and the shell commands that start and resume it."""
 
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import FrameType
 
 from minigpt.commands.process import command_line
@@ -62,3 +64,11 @@ def resume_command(job: Job, world: World) -> str:
     """Return the shell command that resumes a run."""
     command = launch_command(world, "train", "--resume", "--name", job.run.path.name)
     return f"{command} < THE_SAME_TEXT" if "-" in job.config.data.paths else command
+
+
+def with_commands(job: Job, world: World) -> tuple[Job, str]:
+    """Return a job that keeps the command that started it, and the command that resumes it."""
+    if job.resume_from is None:
+        command = launch_command(world, *sys.argv[1:])
+        job = replace(job, config=replace(job.config, command=command))
+    return job, resume_command(job, world)
