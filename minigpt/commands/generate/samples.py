@@ -17,8 +17,8 @@ from minigpt.commands.loading import Ready, show_model
 from minigpt.config import SamplingConfig
 from minigpt.console import make_console, note, write_result
 from minigpt.format import count
+from minigpt.generation import samples as batches
 from minigpt.generation.decoder import Decoder, Step
-from minigpt.generation.samples import stream_samples
 from minigpt.generation.stream import TextStep
 from minigpt.text.escape import printable, visible
 from minigpt.text.joined import JoinedTokens
@@ -182,8 +182,11 @@ class SampleDisplay:
     def show_samples(self, decoder: Decoder, seed: int) -> None:
         """Generate and show the samples; Ctrl-C ends the command with its exit code."""
         ready, config = self._ready, self._sampling
+        items = batches.stream_samples(
+            decoder, ready.tokenizer, config, seed=seed, forced=ready.forced
+        )
         is_whole = self.show(
-            stream_samples(decoder, ready.tokenizer, config, seed=seed, forced=ready.forced),
+            items,
             seed=seed,
             prompt=ready.text,
             n_prompt_tokens=len(ready.prompt),
