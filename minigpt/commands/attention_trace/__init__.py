@@ -72,33 +72,6 @@ def attention_trace(
     A row sums to 100 %. It is the mean over --heads and --layers; --reduce max takes the maximum
     at each position, which does not sum to 100 %, and rollout multiplies the mean attention of the
     layers, over at most 1024 positions.
-
-    --measure norm weighs a source by the norm of what the heads added from it. logit, gradient and
-    integrated explain the logit of the token, in logits with a sign: what the heads brought to it
-    directly from each position, gradient x input, and integrated gradients.
-
-    The attention of a token is the row of the query that produced it, at the position before it,
-    so a token is not among its own sources. Attention weight is not influence: it shows where a
-    head looked, not why the token was generated. --n-verified measures influence: it hides the key
-    of a source from that query in all layers, so that the other weights are renormalized, or with
-    --knockout value zeroes its value and keeps the weights; and does the same at a nearby position
-    as a control.
-
-    --prompt-rows shows the tokens of the prompt too, from the second one on, with the probability
-    of the token that follows, and --max-new-tokens 0 shows nothing else. The text of --force comes
-    first, as if it had been sampled, and counts toward --max-new-tokens. The probabilities of
-    --candidates are the model's own, before any sampling option.
-
-    --ablate sets the output of heads, before W_O, to 0 or with --ablate-mean to their mean over the
-    prompt; --patch replaces it, at --patch-position, by what it is in a run on the prompt of
-    --patch-from, which has as many tokens. --diff compares two such traces.
-
-    With --chat, the prompt is a message of the user, through the model's chat template, whose
-    special tokens are sources like all others.
-
-    In a token, ␣ is a space, \n a line break, and \xe2 a byte that is not valid text. Of the tokens
-    that share a character, the first shows it, as 日, and the others continue it, as ⋯日; --json
-    has the bytes of each.
     """
     if diff is not None:
         ring(_RECORDED).show_diff(*diff, as_json=targets.as_json)

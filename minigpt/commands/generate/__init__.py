@@ -40,21 +40,6 @@ def generate(
     Sampling applies these in order: ignore-eos, repetition penalty, presence and frequency
     penalties, temperature, top-k, top-p, min-p. The logprobs are those of the model, before all
     of them.
-
-    Several samples are decoded as a batch; sample i equals the one that --seed SEED+i gives alone.
-
-    The text of --force comes first, as if it had been sampled: its tokens count toward
-    --max-new-tokens, and --logprobs shows their probabilities. Sampling goes on after it.
-
-    With --interactive, the text continues from each typed line. A line that ends with \ continues
-    on the next one, and pasted lines are one text; an empty line lets the model continue. Ctrl-C
-    stops an answer. On a terminal, lines are edited with readline, and their history is kept in the
-    cache folder.
-
-    With --chat, the prompt and each typed line are messages of the user to an instruction-tuned
-    model, through the chat template of its folder, and an answer ends with the model's end-of-turn
-    token. Special tokens in a message are plain text. With --overflow slide, the oldest turns
-    leave a full context window.
     """
     if interactive and prompt == "-":
         raise ConfigError(

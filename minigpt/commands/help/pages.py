@@ -10,6 +10,7 @@ from typing import Any
 from typer.core import TyperCommand, TyperGroup
 
 from minigpt.commands.help import usage
+from minigpt.commands.help.texts import TEXTS
 from minigpt.commands.layout import COMMANDS, Commands
 from minigpt.errors import ConfigError, require_choice
 
@@ -31,6 +32,10 @@ class _Page:
 
 class Command(_Page, TyperCommand):
     """A command."""
+
+    def __init__(self, name: str | None, **options: Any) -> None:
+        super().__init__(name, **options)
+        self.help = f"{self.help}\n{TEXTS.get(name or '', '')}"
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the arguments.

@@ -50,13 +50,6 @@ def train(
 
     Later settings win: preset, --config, options, --set. With --resume, the model, the text, the
     seed, the batch size and the optimizer stay as they are; everything else may change.
-
-    With --from, model and tokenizer stay as they are, --context-length sets the length of training
-    sequences only, and the defaults suit fine-tuning: AdamW, low learning rates, few steps.
-
-    On several GPUs: torchrun --nproc-per-node N -m minigpt train ...
-
-    Defaults in brackets are those of the preset nano.
     """
     from minigpt.commands.loading import use_threads
 
