@@ -194,9 +194,9 @@ class ModelConfig:
     def _layout(self) -> str:
         if self.arch != "gpt" or self.attention != "scaled_dot":
             return "minigpt"
-        if self.family == "gpt2":
-            return "gpt2" if has_family("gpt2") else "minigpt"
-        return "qwen3" if self.qk_norm else "qwen2" if self.attention_bias == "qkv" else "llama"
+        name = "qwen3" if self.qk_norm else "qwen2" if self.attention_bias == "qkv" else "llama"
+        name = "gpt2" if self.family == "gpt2" else name
+        return name if has_family(name) else "minigpt"
 
     def _check_layout(self) -> None:
         if self.model_type not in (*HF_LAYOUTS, "minigpt") and has_family(self.model_type):

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from minigpt.checkpoint.families import unsupported
+from minigpt.checkpoint.long_rope import LONGROPE, read_long_rope
 from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError
 
@@ -28,13 +29,17 @@ _ROPE_FIELDS = {
 
 
 def read_scaling(
-    rope: Mapping[str, Any], name: str, kind: object, config: Mapping[str, Any]
+    rope: Mapping[str, Any], name: str, config: Mapping[str, Any], share: Any
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the ModelConfig fields of scaled RoPE, and the keys that may be given with them.
 
-    Args: rope, the field ``name`` of config.json; kind, its method.
+    Args: rope, the field ``name`` of config.json; share, rotated part of each head.
     Raises: CheckpointError for an unknown method, or a key that is missing.
     """
+    kind = rope.get("rope_type", rope.get("type"))
+    if kind == LONGROPE:
+        scaling = read_long_rope(rope, name, config, share)
+        return {"hf_fields": {"rope_scaling": scaling}}, dict(rope)
     if not isinstance(kind, str) or kind not in _ROPE_FIELDS:
         raise unsupported(
             f"{name}.rope_type", kind, f"default, longrope, {', '.join(_ROPE_FIELDS)}"

@@ -60,9 +60,9 @@ class Tokenizer(ABC):
         Raises: DataError if the vocabulary cannot represent the text.
         """
 
-    @abstractmethod
     def unencodable(self, text: str) -> set[str]:
         """Return the characters of a text that the vocabulary cannot represent."""
+        return set()
 
     @abstractmethod
     def token_bytes(self, token: int) -> bytes:
@@ -161,9 +161,6 @@ class BytesTokenizer(Tokenizer):
         if special:
             return self.encode_parsed(text)
         return np.frombuffer(well_formed(text).encode(), np.uint8).astype(np.uint32)
-
-    def unencodable(self, text: str) -> set[str]:
-        return set()
 
     def token_bytes(self, token: int) -> bytes:
         return bytes([int(token)]) if 0 <= token < 256 else END_OF_TEXT.encode() * (token == 256)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from minigpt.config import RunConfig
 from minigpt.errors import ConfigError, MinigptWarning
+from minigpt.training import fused, kernels
 from minigpt.training.run import Run
 
 LONG_S = 600
@@ -36,6 +37,23 @@ def is_compiled(
     tokens = training.max_steps * training.batch_size * config.sequence_length
     limits.append(6 * n_parameters * tokens / (THREAD_FLOP_S * torch.get_num_threads()))
     return min(limit for limit in limits if limit) >= LONG_S
+
+
+def use_kernels(run: Run) -> None:
+    """Use the kernels of ``kernels.py`` in a run, and decide whether it is compiled."""
+    kernels.use_kernels(run.model, run.device, run.dtype)
+    n_parameters = sum(p.numel() for p in run.model.parameters())
+    run.is_compiled = is_compiled(run.config, n_parameters, run.device, run.world.size)
+
+
+def loss_of(run: Run, loss: nn.Module, replica: Any) -> Any:
+    """Return what computes the loss of a run: fused, compiled, or its own modules.
+
+    Args: as for ``CompiledLoss``.
+    """
+    eager = fused.fused_loss(run, loss) or replica
+    # Around DDP, which then averages some gradients while others are computed.
+    return CompiledLoss(loss, replica, eager, run) if run.is_compiled else eager
 
 
 NOTE = (

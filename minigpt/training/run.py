@@ -72,17 +72,13 @@ class Run:
         if resume_from:
             start_from = read_model(resume_from, dtype=torch.float32, is_exact=True).model
         self.model = self.world.place(self._make_model(start_from, resume_from))
-        if kernels := find_ring("training.kernels"):
-            kernels.use_kernels(self.model, self.device, dtype)
-        self.is_compiled = bool(training.compile)
+        self.is_compiled = False
         """Whether the training step is compiled."""
         self.compile_failed = False
         """Whether the compiler failed, so that the run continued uncompiled."""
-        if compiling := find_ring("training.compiling"):
-            n_parameters = sum(p.numel() for p in self.model.parameters())
-            self.is_compiled = compiling.is_compiled(
-                self.config, n_parameters, self.device, self.world.size
-            )
+        find = ring if training.compile else find_ring
+        if compiling := find("training.compiling"):
+            compiling.use_kernels(self)
         product_dtype = torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
         self.optimizers = make_optimizers(self.model, training, product_dtype, self.world)
         self.step = 0

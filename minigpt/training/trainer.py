@@ -50,12 +50,9 @@ class Trainer(Run):
         super().__init__(*args, **options)
         loss = TrainingLoss(self.model)
         self._replica = self.world.replicate(loss)
-        fused = find_ring("training.fused")
-        self._loss_of: Any = (fused and fused.fused_loss(self, loss)) or self._replica
-        if self.is_compiled:
-            # Around DDP, which then averages some gradients while others are computed.
-            compiled = ring("training.compiling").CompiledLoss
-            self._loss_of = compiled(loss, self._replica, self._loss_of, self)
+        self._loss_of: Any = self._replica
+        if compiling := find_ring("training.compiling"):
+            self._loss_of = compiling.loss_of(self, loss, self._replica)
         self._stop_is_requested = False
         self.metrics = Metrics(self)
         self.skipping: Any = None

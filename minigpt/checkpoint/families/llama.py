@@ -16,7 +16,7 @@ from minigpt.checkpoint.families import (
 from minigpt.config import ModelConfig
 from minigpt.rings import find_ring, ring
 
-_SCALING, _LONG = "checkpoint.rope_scaling", "checkpoint.long_rope"
+_SCALING = "checkpoint.rope_scaling"
 NORMS = {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"}
 """Norms of a block: Hugging Face's name -> ours."""
 NO_BIASES = {"attention_bias": False, "mlp_bias": False}
@@ -136,12 +136,9 @@ def read_rope(
     kind = rope.get("rope_type", rope.get("type", "default"))
     known = {"rope_type": kind, "type": kind, "partial_rotary_factor": partial, "rope_theta": theta}
     if kind == "default":
-        known |= {"factor": 1.0}
-    elif kind == "longrope":
-        scaling = ring(_LONG).read_long_rope(rope, name, config, partial)
-        return values | {"hf_fields": {"rope_scaling": scaling}}
+        known["factor"] = 1.0
     else:
-        scaling, keys = ring(_SCALING).read_scaling(rope, name, kind, config)
+        scaling, keys = ring(_SCALING).read_scaling(rope, name, config, partial)
         values, known = values | scaling, known | keys
     for key, value in rope.items():
         check_fixed(f"{name}.{key}", value, known.get(key))
