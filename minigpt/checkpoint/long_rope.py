@@ -20,6 +20,7 @@ from minigpt.errors import CheckpointError
 from minigpt.model.attention import Recorder
 from minigpt.model.cache import KVCache
 from minigpt.model.gpt import GPT
+from minigpt.model.layers import Rotary
 
 LONGROPE = "longrope"
 _LISTS = ("short_factor", "long_factor")
@@ -35,9 +36,7 @@ class LongRope(GPT):
         self.original_context = min(long_rope_of(config)[_ORIGINAL], config.context_length)
         super().__init__(config)
 
-    def rotary_table(
-        self, divisor: Tensor | None = None, scale: float = 1.0
-    ) -> tuple[Tensor, Tensor]:
+    def rotary_table(self, divisor: Tensor | None = None, scale: float = 1.0) -> Rotary:
         """Return cos and sin of the short factors in the original context, then of the long."""
         scaling, n = long_rope_of(self.config), self.original_context
         scale = scaling["attention_factor"]
@@ -46,7 +45,7 @@ class LongRope(GPT):
         cos, sin = (torch.cat((a[:n], b)) for a, b in zip(*tables, strict=True))
         return cos, sin
 
-    def rotary(self, start: int, end: int) -> tuple[Tensor, Tensor]:
+    def rotary(self, start: int, end: int) -> Rotary:
         n = self.original_context
         return super().rotary(start + n, end + n) if end > n else super().rotary(start, end)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from minigpt.config import ModelConfig
 from minigpt.errors import ConfigError
 from minigpt.model.cache import KVCache
-from minigpt.model.layers import RMSNorm, rotate
+from minigpt.model.layers import RMSNorm, Rotary, rotate
 from minigpt.model.scores import Score, make_score, weighted_sum
 
 
@@ -183,7 +183,7 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rotary: tuple[Tensor, Tensor] | None,
+        rotary: Rotary | None,
         cache: KVCache | None = None,
         collector: PassCollector | None = None,
         visible_BS: Tensor | None = None,
@@ -205,7 +205,7 @@ class Attention(nn.Module):
         context_BHTD = attend(self.score, q_BHTD, k_BGSD, v_BGSD, visible_BS, collector)
         return self.output(context_BHTD.transpose(1, 2).flatten(2))  # (B, T, C)
 
-    def rotate(self, x_BHTD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    def rotate(self, x_BHTD: Tensor, rotary: Rotary) -> Tensor:
         """Apply RoPE to queries or keys; a subclass may rotate a part of them, or none."""
         return rotate(x_BHTD, *rotary)
 

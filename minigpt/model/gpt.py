@@ -14,7 +14,7 @@ from minigpt.config import ModelConfig
 from minigpt.model.attention import Attention, PassCollector, Recorder
 from minigpt.model.cache import KVCache
 from minigpt.model.language_model import LanguageModel
-from minigpt.model.layers import MLP, GatedMLP, make_norm, rotary_table
+from minigpt.model.layers import MLP, GatedMLP, Rotary, make_norm, rotary_table
 from minigpt.model.scores import Score
 
 
@@ -41,7 +41,7 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rotary: tuple[Tensor, Tensor] | None,
+        rotary: Rotary | None,
         cache: KVCache | None = None,
         collector: PassCollector | None = None,
         visible_BS: Tensor | None = None,
@@ -110,13 +110,11 @@ class GPT(LanguageModel):
         """Return the token embeddings (B, T, C); a subclass may scale them, for example."""
         return self.embedding(tokens)
 
-    def rotary_table(
-        self, divisor: Tensor | None = None, scale: float = 1.0
-    ) -> tuple[Tensor, Tensor]:
+    def rotary_table(self, divisor: Tensor | None = None, scale: float = 1.0) -> Rotary:
         """Return cos and sin of RoPE, whose first axis is the position."""
         return rotary_table(self.config, divisor, scale)
 
-    def rotary(self, start: int, end: int) -> tuple[Tensor, Tensor]:
+    def rotary(self, start: int, end: int) -> Rotary:
         """Return cos and sin of the last positions of a text."""
         return self.rotary_cos[start:end], self.rotary_sin[start:end]
 

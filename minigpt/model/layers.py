@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from minigpt.config import ModelConfig
 from minigpt.rings import ring
 
+Rotary = tuple[Tensor, Tensor]
+"""Cos and sin of RoPE, whose first axis is the position."""
 ACTIVATIONS = {
     "silu": F.silu,
     "relu": F.relu,
@@ -71,9 +73,7 @@ class GatedMLP(nn.Module):
         return self.down(self.activation(self.gate(x)) * self.up(x))
 
 
-def rotary_table(
-    config: ModelConfig, divisor: Tensor | None = None, scale: float = 1.0
-) -> tuple[Tensor, Tensor]:
+def rotary_table(config: ModelConfig, divisor: Tensor | None = None, scale: float = 1.0) -> Rotary:
     """Return cos and sin of position x frequency, each (context_length, D / 2), float32.
 
     Args: divisor, of each frequency (D / 2,); scale, of cos and sin.

@@ -12,7 +12,7 @@ from minigpt.checkpoint.families.gemma import GemmaNorm
 from minigpt.checkpoint.families.gemma2 import Gemma2Attention, Gemma2Family, Gemma2GPT
 from minigpt.checkpoint.sliding_windows import SLIDING, sliding_layers
 from minigpt.config import ModelConfig
-from minigpt.model.layers import rotary_table, rotate
+from minigpt.model.layers import Rotary, rotary_table, rotate
 
 _LOCAL_THETA = 10_000.0
 
@@ -27,7 +27,7 @@ class Gemma3Attention(Gemma2Attention):
         types = hf_fields(config).get("layer_types") or [SLIDING]
         self.is_local = types[layer % len(types)] == SLIDING
 
-    def rotate(self, x_BHTD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    def rotate(self, x_BHTD: Tensor, rotary: Rotary) -> Tensor:
         cos, sin = (table[:, int(self.is_local)] for table in rotary)
         return rotate(x_BHTD, cos, sin)
 
@@ -40,9 +40,7 @@ class Gemma3GPT(Gemma2GPT):
 
     attention_class = Gemma3Attention
 
-    def rotary_table(
-        self, divisor: Tensor | None = None, scale: float = 1.0
-    ) -> tuple[Tensor, Tensor]:
+    def rotary_table(self, divisor: Tensor | None = None, scale: float = 1.0) -> Rotary:
         """Return cos and sin, each (context_length, 2, D / 2): of full and of sliding layers."""
         theta = hf_fields(self.config).get("rope_local_base_freq", _LOCAL_THETA)
         full = rotary_table(self.config, divisor, scale)

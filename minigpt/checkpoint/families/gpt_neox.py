@@ -11,7 +11,7 @@ from minigpt.checkpoint.families import Family, TensorName, hf_fields, llama, sa
 from minigpt.config import ModelConfig
 from minigpt.model.attention import Attention
 from minigpt.model.gpt import GPT, Block
-from minigpt.model.layers import MLP, rotary_table, rotate
+from minigpt.model.layers import MLP, Rotary, rotary_table, rotate
 
 _BOTH = ("weight", "bias")
 _NO_EFFECT = """
@@ -24,7 +24,7 @@ _NO_EFFECT = """
 class PartialRotaryAttention(Attention):
     """Attention that rotates the first dimensions of each head, as many as the table has."""
 
-    def rotate(self, x_BHTD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    def rotate(self, x_BHTD: Tensor, rotary: Rotary) -> Tensor:
         n_rotated = 2 * rotary[0].shape[-1]
         rotated, rest = x_BHTD.tensor_split([n_rotated], dim=-1)
         return torch.cat((rotate(rotated, *rotary), rest), dim=-1)
@@ -35,9 +35,7 @@ class PartialRotaryGPT(GPT):
 
     attention_class: type[Attention] = PartialRotaryAttention
 
-    def rotary_table(
-        self, divisor: Tensor | None = None, scale: float = 1.0
-    ) -> tuple[Tensor, Tensor]:
+    def rotary_table(self, divisor: Tensor | None = None, scale: float = 1.0) -> Rotary:
         fields = hf_fields(self.config)
         share = fields.get("rotary_pct", fields.get("partial_rotary_factor", 1.0))
         n_rotated = rotated_width("rotary_pct", self.config.d_head, share)

@@ -16,7 +16,7 @@ from minigpt.checkpoint.sliding_windows import (
 )
 from minigpt.config import ModelConfig
 from minigpt.model.gpt import GPT
-from minigpt.model.layers import rotate
+from minigpt.model.layers import Rotary, rotate
 
 
 class SmolLM3Attention(WindowedAttention):
@@ -30,7 +30,7 @@ class SmolLM3Attention(WindowedAttention):
         has_rope = hf_fields(config).get("no_rope_layers") or [1]
         self.has_rope = bool(has_rope[layer % len(has_rope)])
 
-    def rotate(self, x_BHTD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    def rotate(self, x_BHTD: Tensor, rotary: Rotary) -> Tensor:
         return rotate(x_BHTD, *rotary) if self.has_rope else x_BHTD
 
 
