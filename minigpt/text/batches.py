@@ -17,6 +17,9 @@ from minigpt.text.tokens import CONTEXT_ONLY, TokenSpan
 if TYPE_CHECKING:
     import torch
 
+    Batch = tuple[torch.Tensor, torch.Tensor]
+UInts = npt.NDArray[np.uint64]
+
 N_ROUNDS = 3
 NO_TARGET = -100
 """Target without a loss: the default ``ignore_index`` of cross_entropy."""
@@ -68,9 +71,7 @@ def window_starts(
     return (window * np.uint64(context_length) + phase).astype(np.int64)
 
 
-def batch(
-    span: TokenSpan, context_length: int, batch_size: int, **order: int
-) -> tuple["torch.Tensor", "torch.Tensor"]:
+def batch(span: TokenSpan, context_length: int, batch_size: int, **order: int) -> "Batch":
     """Return the inputs of one step and the tokens that follow them.
 
     Args: order, as for ``window_starts``: seed and step, rank and world_size.
@@ -90,7 +91,7 @@ def validation_windows(
     batch_size: int,
     *,
     stride: int | None = None,
-) -> Iterator[tuple["torch.Tensor", "torch.Tensor"]]:
+) -> Iterator["Batch"]:
     """Yield one pass over a span: every token but the first is a target exactly once.
 
     Each window begins stride tokens after the previous one, and has targets for its last stride
@@ -127,9 +128,7 @@ def validation_windows(
         yield _inputs_and_targets(span.marked_windows(starts, n_overlap + n_rest + 1), n_rest)
 
 
-def _inputs_and_targets(
-    windows: npt.NDArray[np.int64], n_targets: int
-) -> tuple["torch.Tensor", "torch.Tensor"]:
+def _inputs_and_targets(windows: npt.NDArray[np.int64], n_targets: int) -> "Batch":
     import torch
 
     tokens = torch.from_numpy(windows % CONTEXT_ONLY)
@@ -137,7 +136,7 @@ def _inputs_and_targets(
     return tokens[:, :-1].contiguous(), targets[:, -n_targets:].contiguous()
 
 
-def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+def _mix(x: UInts) -> UInts:
     """Hash 64-bit numbers, one to one.
 
     Source: splitmix64, Steele et al. 2014, doi:10.1145/2660193.2660195.
@@ -148,9 +147,7 @@ def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return x ^ (x >> np.uint64(31))
 
 
-def _permute(
-    index: npt.NDArray[np.uint64], n: int, key: npt.NDArray[np.uint64]
-) -> npt.NDArray[np.uint64]:
+def _permute(index: UInts, n: int, key: UInts) -> UInts:
     """Map each index in [0, n) to another, one to one for each key.
 
     A Feistel network (Luby and Rackoff 1988, doi:10.1137/0217022) over pairs left < n_left,
@@ -160,7 +157,7 @@ def _permute(
     n_left = np.uint64(math.isqrt(n - 1) + 1)
     n_right = np.uint64(-(-n // int(n_left)))
 
-    def encrypt(x: npt.NDArray[np.uint64], key: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    def encrypt(x: UInts, key: UInts) -> UInts:
         left, right = np.divmod(x, n_right)
         for _ in range(N_ROUNDS):
             key = _mix(key)

@@ -10,14 +10,6 @@ from minigpt.model.attention import AttentionPass
 from minigpt.model.language_model import LanguageModel
 
 
-def require_attention(model: LanguageModel) -> None:
-    """Raise ConfigError if a model has no attention."""
-    if not model.attentions:
-        raise ConfigError(
-            f"a model of arch {model.config.arch} has no attention to show. Choose another one."
-        )
-
-
 class RowRecorder:
     """Keeps each head's attention row of the last query of the last forward pass.
 
@@ -30,20 +22,19 @@ class RowRecorder:
     needs_residual = False
     """Whether the model passes the residual stream."""
 
+    attention: AttentionPass
+    """The last forward pass."""
+
     def __init__(self, model: LanguageModel) -> None:
         """Raises: ConfigError if the model has no attention."""
-        require_attention(model)
-        self._last: AttentionPass | None = None
+        if not model.attentions:
+            raise ConfigError(
+                f"a model of arch {model.config.arch} has no attention to show. Choose another one."
+            )
 
     def record(self, attention: AttentionPass) -> None:
         """Take a forward pass."""
-        self._last = attention
-
-    @property
-    def attention(self) -> AttentionPass:
-        """The last forward pass."""
-        assert self._last is not None, "no forward pass was recorded"
-        return self._last
+        self.attention = attention
 
     @property
     def weights_LHS(self) -> Tensor:
