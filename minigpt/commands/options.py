@@ -22,7 +22,7 @@ import inspect
 import itertools
 import re
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, make_dataclass, replace
 from pathlib import Path
 from types import NoneType
@@ -46,7 +46,6 @@ elif _configs := find_ring("intervention_config"):
 else:
     Interventions = make_dataclass("Interventions", (), namespace={"is_any": False})
 
-_NOT_GIVEN: tuple[Any, ...] = (None, [], ())
 _METAVARS = {bool: None, int: "N", float: "N", Path: "FILE"}
 
 
@@ -102,8 +101,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     """
     signature = inspect.signature(function)
     shown: list[inspect.Parameter] = []
-    configs: dict[str, Any] = {}
-    bases: dict[str, dict[str, Any]] = {}
+    configs: dict[str, tuple[Any, dict[str, Any]]] = {}
     defaults: dict[str, Any] = {}
     hints = typing.get_type_hints(function, include_extras=True)
     for name, parameter in signature.parameters.items():
@@ -115,8 +113,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             shown += _fields(chosen.config or kind, (name,), chosen, chosen.defaults)
             defaults[name] = {}
             if is_dataclass(kind):
-                configs[name] = kind
-                bases[name] = vars(chosen.defaults) if chosen.defaults else {}
+                configs[name] = kind, vars(chosen.defaults) if chosen.defaults else {}
         elif isinstance(about, Option):
             shown.append(_parameter((name,), kind, parameter.default, about))
         else:
@@ -127,15 +124,19 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(function)
     def run(**typed: Any) -> None:
         del typed["debug"]  # main looks for it
-        given = defaults | _nested(typed)
+        typed = {name: value for name, value in typed.items() if value not in (None, [], ())}
+        given = dict(defaults)
+        for name, value in typed.items():
+            for key in reversed(name.split("__")):
+                value = {key: value}
+            given = merge(given, value)
         usage = find_ring("commands.help.usage")
-        for name, config in configs.items():
+        for name, (config, base) in configs.items():
             values = given[name]
-            given[name] = build(config, bases[name] | values)
+            given[name] = build(config, base | values)
             if usage:
                 usage.note_without_effect(given[name], values)
         if conditions := find_ring("commands.help.conditions"):
-            typed = {name: value for name, value in typed.items() if value not in _NOT_GIVEN}
             conditions.check_modes(function.__name__, options, typed, given)
         function(**given)
 
@@ -143,17 +144,6 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     run.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in shown}
     return run
-
-
-def _nested(typed: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that were given, those of configs as nested settings."""
-    given: dict[str, Any] = {}
-    for name, value in typed.items():
-        if value not in _NOT_GIVEN:
-            for key in reversed(name.split("__")):
-                value = {key: value}
-            given = merge(given, value)
-    return given
 
 
 def _fields(

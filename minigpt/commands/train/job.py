@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -35,12 +35,8 @@ class Request:
     """Number of processes."""
     on_progress: Callable[[Any], None]
     """Called with each ``text.corpus.PrepareProgress`` while the text is read."""
-    is_dry_run: bool = False
-    """Whether nothing may be written, so that the run is not locked either."""
-
-    def lock(self, run: RunFolder) -> AbstractContextManager[None]:
-        """Return the lock to hold while the run is trained."""
-        return nullcontext() if self.is_dry_run else run.lock()
+    lock: Callable[[RunFolder], AbstractContextManager[Any]] = RunFolder.lock
+    """Returns the lock to hold while a run is trained."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """minigpt train --dry-run: print the plan of a run as a table or as JSON."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 from rich.text import Text
@@ -23,7 +24,7 @@ def plan_training(
     """Print the plan of the run that ``run_training`` would train; write nothing."""
     with joined() as world:
         with make_display() as display:
-            request = Request(name, overrides, world.size, display.preparing, is_dry_run=True)
+            request = Request(name, overrides, world.size, display.preparing, nullcontext)
             with open_job(request, resume=resume) as job:
                 done = read_state(job.resume_from) if job.resume_from else None
                 for line in (*job.notes, *job.data.manifest.notes()):

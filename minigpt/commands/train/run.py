@@ -1,7 +1,7 @@
 """Training as the user sees it: metrics, the display, and the next commands."""
 
 import os
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, Self
 
 import typer
@@ -76,10 +76,8 @@ def run_training(
             again = ""
             if stopping := find_ring(_STOPPING):
                 job, again = stopping.with_commands(job, world)
-            leading: AbstractContextManager[None] = nullcontext()
-            if world.size > 1:
-                leading = ring("commands.train.ranks").leading(job, world, again, display)
-            with leading:
+            ranks = ring("commands.train.ranks") if world.size > 1 else None
+            with ranks.leading(job, world, again, display) if ranks else nullcontext():
                 trainer, signal_number = train_job(job, display, report_to, world)
             display.finish()
             display.propose(again if trainer.was_stopped else None)
@@ -113,16 +111,15 @@ def train_job(
         trainer.request_stop()
         display.stopping()
 
-    logging: AbstractContextManager[Any] = nullcontext(lambda event: None)
-    if logs := find_ring("training.metrics"):
-        logging = logs.logging_to(job.run.path, report_to, from_step=from_step)
-    signals: AbstractContextManager[list[int]] = nullcontext([])
-    if stopping := find_ring(_STOPPING):
-        signals = stopping.stopping_on_signals(stop, world)
-    with logging as log:
+    listeners, received = [display.show], []
+    with ExitStack() as opened:
+        if logs := find_ring("training.metrics"):
+            log = logs.logging_to(job.run.path, report_to, from_step=from_step)
+            listeners.insert(0, opened.enter_context(log))
         display.start(trainer)
-        with signals as received:
-            for event in trainer.run():
-                log(event)
-                display.show(event)
-            return trainer, world.max(received[0] if received else 0)
+        if stopping := find_ring(_STOPPING):
+            received = opened.enter_context(stopping.stopping_on_signals(stop, world))
+        for event in trainer.run():
+            for listen in listeners:
+                listen(event)
+        return trainer, world.max(received[0] if received else 0)
