@@ -31,12 +31,12 @@ import torch
 
 from minigpt.checkpoint.folder import RunFolder
 from minigpt.checkpoint.model_folder import read_model
-from minigpt.commands.train.settings import settings_of, suited_to_text, with_vocabulary
+from minigpt.commands.train.job import settings_of, with_vocabulary
 from minigpt.evaluation import evaluate
 from minigpt.text.batches import validation_windows
 from minigpt.text.tokens import prepare
 from minigpt.training.events import EvalEvent, StepEvent
-from minigpt.training.overfitting import EarlyStopEvent
+from minigpt.training.overfitting import EarlyStopEvent, suited_to_text
 from minigpt.training.trainer import Trainer
 
 HEAD = ["text", "budget", "steps", "epochs", "dropout", "left", "any step", "worse", "budget +"]

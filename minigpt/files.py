@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import shutil
-import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from io import BufferedReader
@@ -65,19 +64,12 @@ def sync_file(file: IO[Any]) -> None:
 
 
 def open_regular(path: Path, *, may_be_pipe: bool = False) -> BufferedReader:
-    """Open a regular file for reading.
+    """Open a regular file for reading, or a FIFO that the user named if it may be a pipe.
 
-    Reading a FIFO could wait forever, and a device never end.
-
-    Args: may_be_pipe, whether a FIFO is read too, as the user named it.
     Raises: OSError, whose strerror says what the path is instead.
     """
-    mode = os.stat(path).st_mode
-    if stat.S_ISDIR(mode):
-        raise IsADirectoryError(errno.EISDIR, "it is a folder, not a file", str(path))
-    if not (stat.S_ISREG(mode) or (may_be_pipe and stat.S_ISFIFO(mode))):
-        kind = {stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}.get(stat.S_IFMT(mode), "device")
-        raise OSError(errno.EINVAL, f"it is a {kind}, not a regular file", str(path))
+    if _remedies:
+        _remedies.require_regular(path, may_be_pipe=may_be_pipe)
     return open(path, "rb")
 
 

@@ -1,7 +1,8 @@
-"""What to do about an error of disk space, memory, permissions or names."""
+"""What to do about an error of disk space, memory, permissions or names; what is not a file."""
 
 import errno
 import os
+import stat
 from pathlib import Path
 
 _SPACE = "free some space there, or "
@@ -42,3 +43,16 @@ def disk_message(error: OSError, path: Path | None, remedy: str, writing: str) -
         advice = remedy or _NAME
     reason = f"{os.strerror(error.errno or 0)}. {advice[0].upper()}{advice[1:]}."
     return f"{str(where)!r}: {reason}" if where else reason
+
+
+def require_regular(path: Path, *, may_be_pipe: bool) -> None:
+    """Raise OSError for what is not a file: reading a FIFO could wait forever, a device never end.
+
+    Args: may_be_pipe, whether a FIFO is read too.
+    """
+    mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, "it is a folder, not a file", str(path))
+    if not (stat.S_ISREG(mode) or (may_be_pipe and stat.S_ISFIFO(mode))):
+        kind = {stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}.get(stat.S_IFMT(mode), "device")
+        raise OSError(errno.EINVAL, f"it is a {kind}, not a regular file", str(path))

@@ -16,9 +16,8 @@ from minigpt.commands.plot.curves import PICTURES, validation_curves, write_pict
 from minigpt.commands.process import command_line
 from minigpt.commands.tables import aligned, line_width, show, write_json
 from minigpt.commands.train.display import TrainingDisplay
-from minigpt.commands.train.job import Job, checked_name, fresh_names
+from minigpt.commands.train.job import Job, checked_name, fresh_names, settings_of, with_vocabulary
 from minigpt.commands.train.run import train_job
-from minigpt.commands.train.settings import settings_of, with_vocabulary
 from minigpt.config import DataConfig, RunConfig
 from minigpt.console import note
 from minigpt.errors import ConfigError, DivergedError

@@ -10,7 +10,7 @@ import torch
 
 from minigpt.checkpoint.model_folder import read_model
 from minigpt.checkpoint.resolve import resolve_model
-from minigpt.commands.train.settings import one_budget
+from minigpt.commands.train.job import one_budget
 from minigpt.config import RunConfig
 from minigpt.errors import CheckpointError, ConfigError
 from minigpt.evaluation import LOGITS_AT_ONCE

@@ -9,8 +9,14 @@ from minigpt.checkpoint.folder import CONFIG_FILE, Pointer, RunFolder
 from minigpt.checkpoint.manifest import verify
 from minigpt.checkpoint.model_folder import read_model
 from minigpt.checkpoint.resolve import ROOT, models_in
-from minigpt.commands.train.job import Job, Request, checked_name, notes_on, require_memory
-from minigpt.commands.train.settings import one_budget
+from minigpt.commands.train.job import (
+    Job,
+    Request,
+    checked_name,
+    notes_on,
+    one_budget,
+    require_memory,
+)
 from minigpt.config import DataConfig, RunConfig
 from minigpt.errors import CheckpointError, ConfigError, DataError, cut, nearest
 from minigpt.format import count
