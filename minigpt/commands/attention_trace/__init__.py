@@ -1,6 +1,5 @@
 """minigpt attention-trace; the command's docstring is its --help."""
 
-from collections.abc import Iterator
 from dataclasses import make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -23,9 +22,7 @@ from minigpt.tracing.config import SAMPLING, config_class
 
 if TYPE_CHECKING:
     from minigpt.commands.attention_trace.targets import Targets
-    from minigpt.commands.loading import Ready
     from minigpt.tracing.analysis_config import AnalysisConfig as TraceConfig
-    from minigpt.tracing.events import TraceEvent
 else:
     TraceConfig = config_class()
     if _targets := find_ring("commands.attention_trace.targets"):
@@ -111,22 +108,11 @@ def attention_trace(
                 special=form.special,
                 dense=output.dense,
             )
-            if seed == first_seed:
-                events = _after_compiling(events, ready, source.compile)
+            if seed == first_seed and (shown := find_ring("commands.display.compiling")):
+                events = shown.showing_start(events, ready.model, source.compile)
             is_whole = output.show(events)
             note(f"seed {seed}")
             if not is_whole:
                 break
     if not is_whole:
         raise typer.Exit(130)
-
-
-def _after_compiling(
-    events: "Iterator[TraceEvent]", ready: "Ready", compile: bool | None
-) -> "Iterator[TraceEvent]":
-    from minigpt.commands.loading import compiling
-
-    with compiling(ready.model, compile):
-        header = next(events)
-    yield header
-    yield from events

@@ -31,26 +31,18 @@ class TraceOutput:
     def show(self, events: Iterator[TraceEvent]) -> bool:
         """Show a trace as its events come; return whether it ended without Ctrl-C."""
         for event in events:
-            self.show_event(event)
+            self.name_model()
+            if isinstance(event, TraceStep):  # the token and what it attended to
+                row = event.row
+                parts = [f"sink {row.sink:.0%}"]
+                parts += [f"{visible(one.token.data)} {one.weight:.0%}" for one in row.sources]
+                parts += [f"rest {row.rest:.0%}", f"{row.entropy:.1f} bits"]
+                left = f"{visible(event.token.data):<9} {event.probability:>4.0%}"
+                write_result(f"{left}  {', '.join(parts)}\n")
         return True
-
-    def show_event(self, event: TraceEvent) -> None:
-        """Show an event of a trace."""
-        self.name_model()
-        self.show_lines(event)
 
     def name_model(self) -> None:
         """Name the model on stderr, once."""
         if self._model is not None:
             show_model(self._model)
             self._model = None
-
-    def show_lines(self, event: TraceEvent) -> None:
-        """Show an event as lines: of a step, the token and what it attended to."""
-        if isinstance(event, TraceStep):
-            row = event.row
-            parts = [f"sink {row.sink:.0%}"]
-            parts += [f"{visible(source.token.data)} {source.weight:.0%}" for source in row.sources]
-            parts += [f"rest {row.rest:.0%}", f"{row.entropy:.1f} bits"]
-            left = f"{visible(event.token.data):<9} {event.probability:>4.0%}"
-            write_result(f"{left}  {', '.join(parts)}\n")

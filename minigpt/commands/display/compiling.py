@@ -43,6 +43,16 @@ def showing(
     return ProgressLine("compiling the model")
 
 
+def showing_start(
+    events: Iterator[Any], model: LanguageModel, compiles: bool | None
+) -> Iterator[Any]:
+    """Yield the events of a trace, the first of which comes after the model was compiled."""
+    with showing(model, compiles, 1):
+        first = next(events)
+    yield first
+    yield from events
+
+
 def _compile_later(model: LanguageModel, began_at: float) -> None:
     background = ring(f"{FAST}.background")
     if time.monotonic() - began_at >= background.compile_after() and background.start(model):
