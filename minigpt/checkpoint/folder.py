@@ -52,7 +52,6 @@ class Pointer:
     step: int
     """Optimizer steps done."""
     folder: Path
-    """Folder of the checkpoint."""
     facts: dict[str, Any] = field(default_factory=dict)
     """Facts about this step, such as its validation loss."""
 

@@ -42,7 +42,6 @@ class LoadedModel:
     tokenizer: Tokenizer | None
     """Tokenizer; None if the folder has none."""
     folder: Path
-    """Folder that was read."""
 
 
 def write_model(

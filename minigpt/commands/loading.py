@@ -29,7 +29,6 @@ class Ready:
     """Model in evaluation mode."""
     tokenizer: Tokenizer
     folder: Path
-    """Model folder."""
     text: str
     """Prompt as given. Empty for the start of a new document."""
     prompt: list[int]

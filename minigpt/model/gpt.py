@@ -67,9 +67,7 @@ class GPT(LanguageModel):
     """
 
     block_class: type[Block] = Block
-    """Class of the blocks."""
     attention_class: type[Attention] = Attention
-    """Class of the blocks' attention."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)

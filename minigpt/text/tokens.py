@@ -63,7 +63,6 @@ class PreparedData:
     tokenizer: Tokenizer
     """Tokenizer that made the tokens."""
     tokens: "TokenDataset"
-    """All tokens."""
     manifest: TextFacts
     """Facts about the text; of tokens on the disk, their manifest."""
 
@@ -122,7 +121,6 @@ class TokenSpan:
     """A contiguous part of a dataset."""
 
     dataset: TokenDataset
-    """Dataset that it is part of."""
     start: int
     """Index of its first token."""
     stop: int

@@ -69,7 +69,6 @@ class SaveEvent(Event):
 
     kind = "save"
     folder: Path
-    """Folder of the checkpoint."""
     val_loss: float | None
     """Validation loss of the checkpoint, in nats/token. None without a validation text."""
     is_best: bool
