@@ -158,7 +158,8 @@ def read_model(
     tensors = _tensors(config, exact if has_exact else folder)
     tokenizer = read_vocabulary(folder, config.vocab_size)
     reader = make_reader(config) if make_reader else None
-    ours = weights.tensors_from_hf(config, tensors, device=device, dtype=dtype, place=reader)
+    place = reader or (lambda name, tensor: weights.placed(tensor, device, dtype))
+    ours = weights.tensors_from_hf(config, tensors, place)
     model = model_class(config).from_tensors(config, ours)
     if reader:
         reader.finish(model)

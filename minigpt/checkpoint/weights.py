@@ -40,22 +40,17 @@ def tensors_to_hf(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[st
 def tensors_from_hf(
     config: ModelConfig,
     tensors: Mapping[str, Tensor],
-    *,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-    place: Callable[[str, Tensor], Tensor] | None = None,
+    place: Callable[[str, Tensor], Tensor] = lambda name, tensor: placed(tensor),
 ) -> dict[str, Tensor]:
     """Rename, transpose and split Hugging Face's tensors to a state_dict.
 
     Each is released before the next one is asked for, so that with tensors that are
     read when they are asked for, only one is in memory twice.
 
-    Args: device and dtype, of the result, None to keep them; place, which takes our name and a
-        tensor or view and returns what is kept, instead of these.
+    Args: place, which takes our name and a tensor or view and returns what is kept.
     Raises: CheckpointError if tied embeddings are stored as two different tensors; KeyError if a
         name is missing.
     """
-    place = place or (lambda _, tensor: placed(tensor, device, dtype))
     if config.model_type == OWN_TYPE:
         return {name: place(name, tensors[name]) for name in tensors}
     renamed: dict[str, Tensor] = {}
@@ -72,7 +67,9 @@ def tensors_from_hf(
     return renamed
 
 
-def placed(part: Tensor, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
+def placed(
+    part: Tensor, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
     """Return a tensor of this device and dtype that shares no memory with others."""
     if part.is_contiguous() and part.nbytes == part.untyped_storage().nbytes():
         return part.to(device, dtype)

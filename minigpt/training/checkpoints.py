@@ -25,6 +25,7 @@ class Checkpoints:
 
     def __init__(self, run: Run, metrics: Metrics) -> None:
         self._run, self._metrics = run, metrics
+        self._resume = find_ring("training.state")
         self._evaluation: EvalEvent | None = None
 
     def evaluate(self) -> EvalEvent:
@@ -77,7 +78,7 @@ class Checkpoints:
 
     def save(self, evaluation: EvalEvent | None) -> Iterator[SaveEvent]:
         """Save a checkpoint; rank 0 yields its event. Args: evaluation, at this step."""
-        run, resume = self._run, find_ring("training.state")
+        run, resume = self._run, self._resume
         state = run.world.gather(resume.training_tensors(run) if resume else ())
         if model := run.world.full_model(run.model):
             yield self._write(model, evaluation, state)
@@ -112,10 +113,9 @@ class Checkpoints:
                 (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
             if cards := find_ring("checkpoint.tools.model_card"):
                 cards.write_card(folder, run, step, losses)
-            resume = find_ring("training.state")
-            if resume and state is not None:
+            if self._resume and state is not None:
                 exact = model if is_rounded else None
-                resume.write_state(folder, state, resume.training_state(run), exact)
+                self._resume.write_state(folder, state, self._resume.training_state(run), exact)
         if state is not None:
             run.folder.point("latest", step, **losses, **facts)
         if not evaluation:  # without a validation text, the latest checkpoint counts as the best
