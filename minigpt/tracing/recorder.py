@@ -22,19 +22,23 @@ class RowRecorder:
     needs_residual = False
     """Whether the model passes the residual stream."""
 
-    attention: AttentionPass
-    """The last forward pass."""
-
     def __init__(self, model: LanguageModel) -> None:
         """Raises: ConfigError if the model has no attention."""
         if not model.attentions:
             raise ConfigError(
                 f"a model of arch {model.config.arch} has no attention to show. Choose another one."
             )
+        self._last: AttentionPass | None = None
 
     def record(self, attention: AttentionPass) -> None:
         """Take a forward pass."""
-        self.attention = attention
+        self._last = attention
+
+    @property
+    def attention(self) -> AttentionPass:
+        """The last forward pass."""
+        assert self._last is not None, "no forward pass was recorded"
+        return self._last
 
     @property
     def weights_LHS(self) -> Tensor:

@@ -3,7 +3,7 @@
 import signal
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -140,10 +140,13 @@ class DescribedOutput(TraceOutput):
 
     def _show_waiting(self) -> None:
         for step in self._waiting:
-            rows = (replace(r, sources=r.sources[: self._layout.n_sources]) for r in step.rows)
-            step = replace(step, rows=tuple(rows))
-            print_lines(self.console, self._layout.step(step, self._joined.names))
+            self.show_step(step, self._joined.names)
         self._waiting = []
+
+    def show_step(self, step: TraceStep, names: Sequence[str]) -> None:
+        """Show a step. Args: names, of all tokens so far."""
+        rows = (replace(r, sources=r.sources[: self._layout.n_sources]) for r in step.rows)
+        print_lines(self.console, self._layout.step(replace(step, rows=tuple(rows)), names))
 
 
 def output_for(
