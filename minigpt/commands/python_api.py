@@ -109,6 +109,5 @@ class _Listener(Display):
         self._on_event = on_event
 
     def show(self, event: Event) -> None:
-        """Pass an event on."""
         if self._on_event is not None:
             self._on_event(event)

@@ -111,7 +111,6 @@ class DescribedOutput(TraceOutput):
         self.show_lines(event)
 
     def show_lines(self, event: Any) -> None:
-        """Show an event as lines."""
         width = self.console.width
         if isinstance(event, TraceHeader):
             self._joined = JoinedTokens(token.data for token in event.prompt)

@@ -26,7 +26,6 @@ class _Page:
         super().format_help(ctx, formatter)  # type: ignore[misc]
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write arguments and options."""
         _write_options(ctx, formatter, ctx.command.get_params(ctx))
 
 
@@ -38,10 +37,7 @@ class Command(_Page, TyperCommand):
         self.help = f"{self.help}\n{TEXTS.get(name or '', '')}"
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the arguments.
-
-        Raises: ConfigError for an unknown option, or one that lacks its value.
-        """
+        """Check the words as ``usage.check_words``, and parse them."""
         usage.check_words(ctx, args)
         return list(super().parse_args(ctx, args))
 
@@ -58,10 +54,7 @@ class Group(_Page, TyperGroup):
     """A command made of several, laid out like the program."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the arguments; ``help COMMAND`` is ``COMMAND --help``.
-
-        Raises: ConfigError for an unknown option before the command.
-        """
+        """Check and parse the arguments; ``help COMMAND`` is ``COMMAND --help``."""
         usage.check_group(ctx, args)
         asked = [*args[1:], "--help"] if args[:1] == ["help"] else args
         return list(super().parse_args(ctx, asked))

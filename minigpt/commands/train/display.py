@@ -68,7 +68,6 @@ class TrainingDisplay(ProgressLine, Display):
         return f"{step:>{len(str(max_steps))}}/{max_steps}" if max_steps else f"step {step}"
 
     def note(self, text: str) -> None:
-        """Print a note."""
         self._print_fact("note", text)
 
     def stopping(self) -> None:
@@ -76,7 +75,6 @@ class TrainingDisplay(ProgressLine, Display):
         self.line.label = "saving"
 
     def show(self, event: Event) -> None:
-        """Show one event."""
         match event:
             case StepEvent():
                 self._show_step(event)
