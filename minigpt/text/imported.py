@@ -56,6 +56,8 @@ class ImportedTokenizer(Tokenizer):
         self._added_bytes = {id_: self._tokens[id_].encode() for id_ in added}
         self._known = _known_characters(self.data, vocab)
         decoders = _types(self.data.get("decoder")) or _types(self.data.get("pre_tokenizer"))
+        self._parsing: dict[bool, tokenizers.Tokenizer] = {}
+        """Tokenizers that find special tokens in the beginning of a text, and in later pieces."""
         self._is_byte_level = "ByteLevel" in decoders
         self._has_byte_tokens = "ByteFallback" in decoders
 
@@ -67,7 +69,9 @@ class ImportedTokenizer(Tokenizer):
         for plain in self.special_pattern.split(text)[::2] if special else [text]:
             self._check_characters(library, plain)
         if special:
-            library = self._parsing if is_start else self._parsing_continuing
+            if is_start not in self._parsing:
+                self._parsing[is_start] = _parsing(library)
+            library = self._parsing[is_start]
         try:
             # The fast variant leaves out offsets; it encodes alike.
             [encoding] = library.encode_batch_fast([text], add_special_tokens=False)
@@ -115,16 +119,6 @@ class ImportedTokenizer(Tokenizer):
             except DataError:
                 lacking.add(character)
         return lacking
-
-    @cached_property
-    def _parsing(self) -> tokenizers.Tokenizer:
-        """The library's tokenizer that finds special tokens in a text."""
-        return _parsing(self._library)
-
-    @cached_property
-    def _parsing_continuing(self) -> tokenizers.Tokenizer:
-        """As ``_parsing``, for later pieces of a text."""
-        return _parsing(self._continuing)
 
     @cached_property
     def _continuing(self) -> tokenizers.Tokenizer:
