@@ -52,24 +52,25 @@ def prepare(
         DataError for a corpus that cannot be used; ResourceError if a file may not be read or the
         cache cannot be written.
     """
-    named = open_named(data, tokenizer)
-    if named is not None:
-        return named
-    with opened_corpus(data, tokenizer, cache_dir, on_progress, chat_model) as corpus:
-        folder = corpus.cache / "prepared" / corpus.identity[:32]
-        with locked(Path(f"{folder}.lock")):
-            try:
-                prepared = open_prepared(folder)
-            except DataError:
-                aside = folder.with_name(f"{WRITING}{folder.name}")
-                shutil.rmtree(folder, ignore_errors=True)
-                aside.mkdir(exist_ok=True)
+    if named := prepared_folder(data.paths):
+        prepared = open_prepared(named)
+        _require_prepared_for(data, tokenizer, named, prepared.manifest)
+    else:
+        with opened_corpus(data, tokenizer, cache_dir, on_progress, chat_model) as corpus:
+            folder = corpus.cache / "prepared" / corpus.identity[:32]
+            with locked(Path(f"{folder}.lock")):
                 try:
-                    build_resumable(aside, corpus, n_workers)
-                    aside.rename(folder)
-                finally:
-                    shutil.rmtree(aside, ignore_errors=True)
-                prepared = open_prepared(folder)
+                    prepared = open_prepared(folder)
+                except DataError:
+                    aside = folder.with_name(f"{WRITING}{folder.name}")
+                    shutil.rmtree(folder, ignore_errors=True)
+                    aside.mkdir(exist_ok=True)
+                    try:
+                        build_resumable(aside, corpus, n_workers)
+                        aside.rename(folder)
+                    finally:
+                        shutil.rmtree(aside, ignore_errors=True)
+                    prepared = open_prepared(folder)
     # Two vocabularies may differ in nothing but their name: return the one that was given.
     return prepared if tokenizer is None else replace(prepared, tokenizer=tokenizer)
 
@@ -195,17 +196,10 @@ def prepared_settings(data: DataConfig) -> dict[str, Any]:
     return settings | {"val_split": manifest.val_split, "val_fraction": manifest.val_fraction}
 
 
-def open_named(data: DataConfig, tokenizer: Tokenizer | None) -> StoredData | None:
-    """Open the prepared folder that ``data`` names; None if it names text.
-
-    Raises: ConfigError if its tokenizer is not the requested one; DataError as ``prepared_folder``
-        and ``open_prepared``.
-    """
-    folder = prepared_folder(data.paths)
-    if folder is None:
-        return None
-    prepared = open_prepared(folder)
-    manifest = prepared.manifest
+def _require_prepared_for(
+    data: DataConfig, tokenizer: Tokenizer | None, folder: Path, manifest: Manifest
+) -> None:
+    """Raise ConfigError if a folder was prepared with other settings or another tokenizer."""
     if data.special and not manifest.special:
         raise ConfigError(
             f"{str(folder)!r} was prepared without --special. Prepare the text again with it, or "
@@ -237,12 +231,7 @@ def open_named(data: DataConfig, tokenizer: Tokenizer | None) -> StoredData | No
                 f"{name} has no effect on {str(folder)!r}, which is prepared. Leave it out, or "
                 "prepare the text again with it."
             )
-    _require_same_split(folder, manifest, data)
-    return prepared if tokenizer is None else replace(prepared, tokenizer=tokenizer)
-
-
-def _require_same_split(folder: Path, manifest: Manifest, data: DataConfig) -> None:
-    """Raise ConfigError if other documents are to validate than the folder was prepared for."""
+    # Other documents to validate on than it was prepared for.
     kind = "tail" if manifest.val_split == "none" else manifest.val_split
     purpose = {"tail": "its tail", "documents": "documents of it", "own": "a text of its own"}[kind]
     is_other = bool(data.val) or (data.val_split or kind) != kind
