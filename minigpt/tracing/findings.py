@@ -22,8 +22,8 @@ from minigpt.tracing.events import Source, Token
 from minigpt.tracing.head_lists import HeadSelection, select_heads
 
 CONVENTION = (
-    "The attention of a generated token is the row of the query that produced it, at the position "
-    "before it; so a token is not among its own sources."
+    "The row of a generated token is that of the query that produced it, at the position before "
+    "it; so a token is not among its own sources."
 )
 
 

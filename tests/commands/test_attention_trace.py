@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -434,3 +435,37 @@ def test_each_source_can_be_looked_up_among_the_tokens_of_the_prompt(run: Run) -
             sources = line[line.index("%") + 1 :]
             for position, name in re.findall(r" (\d+) (\S+) +\d+%", sources):
                 assert listed.get(position, name) == name
+
+
+WORDS_OF_WEIGHTS = re.compile(r"attend|attention|moved|\bshares?\b|looked|weight")
+
+
+@pytest.mark.parametrize(
+    ("measure", "view"),
+    [*product(["logit", "gradient"], ["lines", "text", "matrix"]), ("logit", "heads")],
+)
+def test_no_view_of_a_signed_measure_uses_a_word_of_weights(
+    run: Run, measure: str, view: str
+) -> None:
+    shown = run(*WORDS, "--measure", measure, "--view", view, "--n-verified", "all").out
+    knockout = "the other weights grow to sum to 1"  # which a hidden key does to them
+    assert not WORDS_OF_WEIGHTS.findall(" ".join(shown.split()).replace(knockout, ""))
+
+
+def test_a_diff_says_that_attention_moved_of_weights_only(run: Run, tmp_path: Path) -> None:
+    for measure in ("weight", "norm", "logit"):
+        path = str(tmp_path / measure)
+        run(*WORDS, "--force", "abc", "--measure", measure, "--out", path, "--temperature", "0")
+
+    def diff(first: str, second: str) -> str:
+        return run("attention-trace", "--diff", str(tmp_path / first), str(tmp_path / second)).out
+
+    assert "moved       bits" in diff("weight", "weight")
+    assert "0% of the attention moved and the Jensen" in " ".join(diff("weight", "weight").split())
+    for other in ("norm", "logit"):
+        for first in ("weight", other):
+            out = " ".join(diff(first, other).split())
+            assert "the rows differ by" in out
+            assert "token differ bits ln p" in out
+            assert "moved" not in out
+            assert "attention" not in out

@@ -6,6 +6,7 @@ import json
 import re
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from typing import Any
 
@@ -251,3 +252,22 @@ def test_embedded_json_cannot_end_its_script_element() -> None:
         assert json.loads(embedded) == value
         assert embedded.isascii()
         assert not set("<>&") & set(embedded)
+
+
+def test_a_page_of_logits_says_what_they_do_not_say_and_names_no_attention() -> None:
+    weights = small_trace()
+    header = replace(weights.header, measures=("logit",), n_verified=2)
+    steps = [
+        replace(step, rows=tuple(replace(r, measure="logit", is_signed=True) for r in step.rows))
+        for step in weights.steps
+    ]
+    for trace, word in (
+        (weights, "where a head looked"),
+        (replace(weights, header=header, steps=tuple(steps)), "only what heads brought directly"),
+    ):
+        page = to_html(trace)
+        how = page[page.index('id="how"') : page.index("</details>")]
+        assert word in how.lower()
+        is_weight = trace is weights
+        assert ("attention" in how.lower()) == is_weight
+    assert "has a smaller number" in Page(page).data["knockout"]

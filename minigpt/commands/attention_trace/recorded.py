@@ -75,10 +75,12 @@ def show_diff(first: Path, second: Path, *, as_json: bool) -> None:
             name += f"; {one_line(str(trace.header.intervention))}"
         lines.append([(label, "dim"), (fit_start(name, console.width - len(label)), "plain")])
     source = "top of first".ljust(5 + _TOKEN_WIDTH)
-    title = f"step {'token':<{_TOKEN_WIDTH}} moved       bits   ln p  {source}  top of second"
+    is_weight = {one.header.measures[0], other.header.measures[0]} == {"weight"}
+    differ = "moved" if is_weight else "differ"  # only attention weights move
+    title = f"step {'token':<{_TOKEN_WIDTH}} {differ:<11} bits   ln p  {source}  top of second"
     lines += [[], [(title, "dim")]]
     lines += [_line(number, diff, one.joined.names) for number, diff in enumerate(diffs, start=1)]
-    print_lines(console, [*lines, [], *wrapped(_summary(diffs), console.width)])
+    print_lines(console, [*lines, [], *wrapped(_summary(diffs, is_weight), console.width)])
 
 
 def _read(path: Path) -> Trace:
@@ -110,14 +112,15 @@ def _line(number: int, diff: StepDiff, names: Sequence[str]) -> Line:
     ]
 
 
-def _summary(diffs: list[StepDiff]) -> str:
+def _summary(diffs: list[StepDiff], is_weight: bool) -> str:
     if not diffs:
         return "No token was generated."
-    moved = fmean(diff.moved for diff in diffs)
+    moved = percent(fmean(diff.moved for diff in diffs)).strip()
     divergence = fmean(diff.divergence for diff in diffs)
     n_changed = sum(diff.first_token != diff.second_token for diff in diffs)
+    differ = f"{moved} of the attention moved" if is_weight else f"the rows differ by {moved}"
     return (
-        f"{len(diffs)} tokens: on average, {percent(moved).strip()} of the attention moved and the "
+        f"{len(diffs)} tokens: on average, {differ} and the "
         f"Jensen-Shannon divergence is {divergence:.3f} bits; {n_changed} tokens have another "
         "strongest source."
     )

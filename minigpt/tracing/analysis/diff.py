@@ -20,7 +20,8 @@ class StepDiff:
     """Jensen-Shannon divergence of the rows as shares, in bits: 0 for equal rows, 1 for rows that
     have no position in common (Lin 1991, 10.1109/18.61115)."""
     moved: float
-    """Total variation distance of the rows as shares, 0 to 1: the share of attention that moved."""
+    """Total variation distance of the rows as shares, 0 to 1: of weights, the share of attention
+    that moved."""
     first_token: Token
     """Strongest source in the first trace, except the sink."""
     second_token: Token

@@ -66,7 +66,8 @@ def show(trace: Trace, options: ViewOptions = DEFAULTS) -> list[Line]:
         names = _column_names(trace.joined.names[:n_positions], cell_width)
     n_lines = n_rows
     if height is not None:
-        caption = wrapped(_caption(trace, n_rows, n_pooled, is_halved=True), width)
+        how = {"is_signed": rows[0].is_signed, "is_halved": True}
+        caption = wrapped(_caption(trace, n_rows, n_pooled, **how), width)
         n_lines = max(_MIN_LINES, height - len(title) - len(names) - len(caption) - 3)
     is_halved = has_colour and n_lines < n_rows
     per_line = 2 if is_halved else 1
@@ -90,7 +91,9 @@ def show(trace: Trace, options: ViewOptions = DEFAULTS) -> list[Line]:
         [(indent + _ticks(columns.shape[1], n_pooled, cell_width), "dim")],
         [],
         _legend(scale, is_exceeded, paint if has_colour else None, is_signed),
-        *wrapped(_caption(trace, n_shown, n_pooled, is_halved=is_halved), width),
+        *wrapped(
+            _caption(trace, n_shown, n_pooled, is_signed=is_signed, is_halved=is_halved), width
+        ),
     ]
 
 
@@ -201,14 +204,14 @@ def _legend(
     return [*spans, (f" {scale:.1%}{' or more' if is_exceeded else ''}", "dim")]
 
 
-def _caption(trace: Trace, n_shown: int, n_pooled: int, *, is_halved: bool) -> str:
+def _caption(trace: Trace, n_shown: int, n_pooled: int, *, is_signed: bool, is_halved: bool) -> str:
     """Return how to read the map, and which tokens are left out."""
     n = len(trace.steps)
     what = "tokens" if trace.has_prompt_rows else "generated tokens"
     rows = f"rows: {what}" if n_shown == n else f"rows: the newest {n_shown} of {n}"
     if is_halved:
         rows += ", two per line, labelled by the upper"
-    columns = "columns: positions attended to"
+    columns = "columns: " + ("earlier positions" if is_signed else "positions attended to")
     if n_pooled > 1:
         columns += f", each the mean of {n_pooled}"
     return f"{rows}; {columns}; sink: position {trace.header.sink}."

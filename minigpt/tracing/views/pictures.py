@@ -90,7 +90,8 @@ def matrix_figure(trace: Trace, options: ViewOptions = DEFAULTS) -> Figure:
     axes.invert_yaxis()
     _name_cells(axes.xaxis, column_names, width / n_columns, fonts, rotation=90)
     _name_cells(axes.yaxis, row_names, height / n_rows, fonts, rotation=0)
-    axes.set_xlabel("position attended to", fontsize=_LARGE)
+    column = "earlier position" if rows[0].is_signed else "position attended to"
+    axes.set_xlabel(column, fontsize=_LARGE)
     axes.set_ylabel("token" if trace.has_prompt_rows else "generated token", fontsize=_LARGE)
     axes.spines[["top", "right"]].set_visible(False)
     bar = _axes(figure, left + width + 0.15, below, 0.12, min(height, 2.5))

@@ -40,7 +40,8 @@ def show(trace: Trace, options: ViewOptions = DEFAULTS) -> list[Line]:
     scale = scale_end(shares_S, trace.header.sink)
     legend = _legend(row, scale, trace.header.sink)
     if any(i != first for i, first in enumerate(firsts)):
-        legend += " A character of several tokens has the sum of their shares."
+        numbers = "numbers" if row.is_signed else "shares"
+        legend += f" A character of several tokens has the sum of their {numbers}."
     chosen = firsts[token.position]
     what = f"What position {token.position} attended to"
     if row.is_signed:

@@ -50,6 +50,7 @@ _EMPTY = "∅"
 _EFFECTS = "knockout"  # the exact effects of all positions, shown like one more measure
 _PLAIN = re.compile(rb"[ -~]*")  # bytes that the page need not show
 _NOISE = 1e-4  # a negative number smaller than this is rounding
+_SMALLER = ("has a smaller number", "got less attention")
 _HEAD_FACTS = ("sink", "own", "prompt", "entropy", "distance")
 _SIGNED_FACTS = ("sink", "own", "prompt")  # in the unit of the measure
 _REDUCTIONS = {
@@ -92,6 +93,7 @@ def to_html(trace: Trace) -> str:
         title=html.escape(f"Attention trace of {one_line(trace.header.model)}"),
         style=style,
         script=script,
+        caveat=html.escape(facts_of(trace.header.measures[0]).caveat),
         data=embedded_json(_page_data(trace)),
     )
 
@@ -154,7 +156,7 @@ def _page_data(trace: Trace) -> dict[str, Any]:
         "nSources": n_sources,
         "knockout": f"Without it: {_knocked_out(header)}. In brackets: the factor by which the "
         "token's probability changes."
-        + " Its control is a position nearby that got less attention."
+        + f" Its control is a position nearby that {_SMALLER[header.measures[0] == 'weight']}."
         * (header.n_verified != "all"),
         "closing": closing,
         "scales": scales,

@@ -149,7 +149,8 @@ class Page {
     const shares = mapValues(rows, (row) => row.shares);
     shadeStrip(trace, this.strip, shares[view.measure], this.scale);
     this.caption = `${tokenName(trace, position)}: ${this.viewText()}`;
-    setText("token-title", `What ${tokenName(trace, position)} attended to`);
+    const name = tokenName(trace, position);
+    setText("token-title", this.scale === null ? `What ${name} attended to` : `What raised or lowered ${name}`);
     setText("token-facts", stepText(trace, step));
     const effects = effectsOf(trace, step);
     setText("knockout", effects ? `${trace.knockout}${keptText(trace.steps[step])}` : "");
@@ -161,12 +162,14 @@ class Page {
     const { trace, view } = this;
     const shares = this.byMeasure((one) => columnOf(trace, one, position));
     shadeStrip(trace, this.strip, shares[view.measure], this.scale);
-    this.caption = `Who attended to ${tokenName(trace, position)}: ${this.viewText()}`;
-    setText("token-title", `Who attended to ${tokenName(trace, position)}`);
+    const name = tokenName(trace, position);
+    const title = this.scale === null ? `Who attended to ${name}` : `What ${name} raised or lowered`;
+    this.caption = `${title}: ${this.viewText()}`;
+    setText("token-title", title);
     const isPrompt = position < trace.firstRow;
     setText("knockout", "");
     setText("token-facts", isPrompt ? rowlessText(trace) : "");
-    setText("listed", `${this.viewText()}: each share is from the row of that later token.`);
+    setText("listed", `${this.viewText()}: each number is from the row of that later token.`);
     fillTable(trace, { shares, measure: view.measure, own: null, effects: null });
   }
 
@@ -347,7 +350,7 @@ function sumsToOne(view, facts) {
 
 function gridText(position, most) {
   const where = position === null ? "mean over all generated tokens" : `at token ${position}`;
-  return `Entropy in bits, ${where}: 0 if all attention is on one token, ${most.toFixed(1)} (strongest shade) if it is uniform. Click a head to see its row.`;
+  return `Entropy in bits, ${where}: 0 if all of the row is on one token, ${most.toFixed(1)} (strongest shade) if it is uniform. Click a head to see its row.`;
 }
 
 // Texts that do not change.
