@@ -20,6 +20,7 @@ from minigpt.tracing.config import TraceConfig
 from minigpt.tracing.events import Row, Token, TraceHeader, TraceStep
 from minigpt.tracing.recorder import RowRecorder
 from minigpt.tracing.rows import RowReader
+from minigpt.tracing.signals import signals_later
 from minigpt.tracing.tracer import AttentionObserver
 
 Held = tuple[TextStep, Sequence[AttentionPass]]
@@ -165,10 +166,15 @@ class BurstObserver(AttentionObserver):
     def _together(
         self, burst: Sequence[Held], tokens: Sequence[Token]
     ) -> Iterator[tuple[TextStep, dict[str, Any]]]:
-        for (item, _), found in zip(burst, self.observe(burst, tokens), strict=True):
-            if self._dense:
-                self._dense(self.recorder.weights_LHS)
-            yield item, found
+        found: list[dict[str, Any]] = []
+        try:
+            with signals_later():
+                found = self.observe(burst, tokens)
+        finally:
+            for (item, _), fields in zip(burst, found, strict=False):
+                if self._dense:
+                    self._dense(self.recorder.weights_LHS)
+                yield item, fields
 
     def record(self, passes: Sequence[AttentionPass]) -> None:
         """Hand passes to the recorder, and take the error of the last one into account."""

@@ -99,29 +99,48 @@ import math, os, signal
 from minigpt.commands import main
 from minigpt.commands.attention_trace.described import DescribedOutput
 from minigpt.tracing import observers
+from minigpt.tracing.analysis import knockout
+from minigpt.tracing.rows import RowReader
 
 observers._BURST_S = math.inf  # all tokens after the first are observed together
-show_step = DescribedOutput.show_step
+owner, name, turn = PLACE
+real, calls = getattr(owner, name), []
 
-def interrupted(self, step, names):
-    if step.index == 3:
+def interrupted(*words, **more):
+    calls.append(1)
+    if len(calls) == turn:
         os.kill(os.getpid(), signal.SIGNUMBER)
-    show_step(self, step, names)
+    return real(*words, **more)
 
-DescribedOutput.show_step = interrupted
+setattr(owner, name, interrupted)
 main()
 """
+VERIFIED: list[list[str]] = [[], ["--n-verified", "2", "--measure", "logit"]]
+CTRL_C_PLACES = {
+    "while a row is shown": "DescribedOutput, 'show_step', 4",
+    "while rows are computed": "RowReader, 'facts', 2",
+    "while rows are verified": "knockout.Knockouts, 'changes', 2",
+}
 
 
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
-@pytest.mark.parametrize("more", [[], ["--n-verified", "2", "--measure", "logit"]])
-def test_a_signal_while_rows_are_shown_loses_none_that_was_observed(
-    trained: Path, tmp_path: Path, number: str, more: list[str]
+@pytest.mark.parametrize(
+    ("place", "more"),
+    [
+        (place, more)
+        for place in CTRL_C_PLACES
+        for more in VERIFIED
+        if more or "verified" not in place
+    ],
+)
+def test_a_signal_loses_no_row_that_was_observed(
+    trained: Path, tmp_path: Path, number: str, place: str, more: list[str]
 ) -> None:
     out = tmp_path / "t.jsonl"
     words = [*WORDS, "--ignore-eos", *more, "--out", str(out)]
+    program = CTRL_C_IN_A_ROW.replace("SIGNUMBER", number).replace("PLACE", CTRL_C_PLACES[place])
     ended = subprocess.run(
-        [sys.executable, "-c", CTRL_C_IN_A_ROW.replace("SIGNUMBER", number), *words],
+        [sys.executable, "-c", program, *words],
         cwd=trained,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from minigpt.generation.decoder import Decoder
 from minigpt.model.layers import RMSNorm
 from minigpt.text.tokenizer import BytesTokenizer
 from minigpt.tracing import observers, tracer
+from minigpt.tracing.analysis import knockout
 from minigpt.tracing.analysis.frozen import frozen_norm
 from minigpt.tracing.analysis_config import AnalysisConfig
 from minigpt.tracing.config import TraceConfig
@@ -158,3 +160,81 @@ def test_nan_while_decoding_shows_the_tokens_before_it(monkeypatch: pytest.Monke
     with pytest.raises(CheckpointError, match="NaN"):
         shown.extend(events_of(monkeypatch, math.inf, "llama"))
     assert len(shown) == 1 + 5
+
+
+def test_a_verified_token_of_a_slow_model_is_shown_before_the_next_one_is_decoded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = decoding_that_fails_after(monkeypatch, 99, None)
+    monkeypatch.setattr(knockout, "_WAIT_S", 0)
+    events = events_of(monkeypatch, 0, "gpt2", n_verified=2)
+    next(events)
+    for n_decoded in range(SAMPLING.max_new_tokens):
+        step = next(events)
+        assert isinstance(step, TraceStep)
+        assert (step.index, len(calls)) == (n_decoded, n_decoded)
+
+
+@pytest.mark.parametrize("n_verified", [2, "all"])
+def test_effects_do_not_depend_on_how_many_tokens_are_verified_together(
+    monkeypatch: pytest.MonkeyPatch, n_verified: Any
+) -> None:
+    def changes(seconds: float) -> list[float]:
+        monkeypatch.setattr(knockout, "_WAIT_S", seconds)
+        steps = list(events_of(monkeypatch, 0, "llama-grouped", n_verified=n_verified))[1:-1]
+        return [effect.change for step in steps for effect in step.effects]  # type: ignore[union-attr]
+
+    alone, together = changes(0), changes(math.inf)
+    # Float32 rounding: not all CPUs have kernels whose bits are the same for any number of rows.
+    assert alone == pytest.approx(together, abs=1e-5)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), None])
+def test_an_end_while_decoding_shows_the_tokens_that_were_to_be_verified(
+    monkeypatch: pytest.MonkeyPatch, error: BaseException | None
+) -> None:
+    decoding_that_fails_after(monkeypatch, 4, error)
+    monkeypatch.setattr(knockout, "_WAIT_S", math.inf)
+    shown: list[TraceEvent] = []
+    try:
+        shown.extend(event for event in events_of(monkeypatch, 0, "llama", n_verified=2))
+        assert isinstance(shown.pop(), TraceFooter)
+    except CheckpointError:
+        assert error is None
+    assert [step.index for step in shown[1:] if step.effects] == [0, 1, 2, 3, 4]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("where", [(RowReader, "facts"), (knockout.Knockouts, "changes")], ids=str)
+def test_ctrl_c_while_a_burst_is_computed_loses_no_observed_token(
+    monkeypatch: pytest.MonkeyPatch, where: tuple[type, str]
+) -> None:
+    monkeypatch.setattr(knockout, "_WAIT_S", math.inf)
+    real, bursts = getattr(*where), []
+
+    def interrupted(*words: Any, **more: Any) -> Any:
+        bursts.append(1)
+        if len(bursts) == 2:  # all tokens after the first one
+            signal.raise_signal(signal.SIGINT)
+        return real(*words, **more)
+
+    monkeypatch.setattr(*where, interrupted)
+    _, *steps, footer = events_of(monkeypatch, math.inf, "gpt2", n_verified=2)
+    assert [step.index for step in steps if isinstance(step, TraceStep)] == [*range(10)]
+    assert isinstance(footer, TraceFooter)
+    assert (footer.n_tokens, footer.finish) == (10, None)
+
+
+def test_a_second_ctrl_c_ends_the_computation_of_a_burst(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, bursts = RowReader.facts, []
+
+    def interrupted(*words: Any, **more: Any) -> Any:
+        bursts.append(1)
+        if len(bursts) == 2:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return real(*words, **more)
+
+    monkeypatch.setattr(RowReader, "facts", interrupted)
+    _, *steps, footer = events_of(monkeypatch, math.inf, "gpt2")
+    assert (len(steps), len(bursts)) == (1, 2)
+    assert isinstance(footer, TraceFooter)

@@ -1,14 +1,11 @@
 """Traces on stdout with what stands above and below the rows, and whole characters."""
 
-import signal
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from minigpt.commands.attention_trace.output import TraceOutput
@@ -24,31 +21,8 @@ from minigpt.tracing.config import N_SOURCES, TraceConfig
 from minigpt.tracing.events import EndTrace
 from minigpt.tracing.findings import TraceFooter, TraceHeader, TraceStep
 from minigpt.tracing.lines import TraceLayout, make_layout
+from minigpt.tracing.signals import signals_later
 from minigpt.tracing.summary import footer_lines, header_lines, legend
-
-
-@contextmanager
-def _signals_later() -> Iterator[None]:
-    """Let Ctrl-C or SIGTERM wait for the end of a block; a second one does not wait."""
-    waiting: list[int] = []
-
-    def receive(number: int, frame: FrameType | None) -> None:
-        waiting.append(number)
-        if len(waiting) > 1:
-            restore()
-            signal.raise_signal(number)
-
-    def restore() -> None:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-    handlers = {n: signal.signal(n, receive) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        restore()
-    if waiting:
-        signal.raise_signal(waiting[0])
 
 
 class DescribedOutput(TraceOutput):
@@ -78,14 +52,14 @@ class DescribedOutput(TraceOutput):
         while footer is None:
             try:
                 event, proceed = proceed(), partial(next, events)
-                match event:
-                    case TraceHeader():
-                        header = event
-                    case TraceStep():
-                        texts.append(event.text)
-                    case TraceFooter():
-                        footer = event
-                with _signals_later():  # a row is shown as a whole, and once
+                with signals_later():  # a row is shown as a whole, and once
+                    match event:
+                        case TraceHeader():
+                            header = event
+                        case TraceStep():
+                            texts.append(event.text)
+                        case TraceFooter():
+                            footer = event
                     self.show_event(event)
             except EndTrace:  # thrown into a generator that had ended
                 footer = TraceFooter(len(texts), None, time.perf_counter() - started, None)

@@ -3,7 +3,7 @@
 A query is a token at its position. All queries share the cache, which is not changed, and each has
 its own key and value, because those of higher layers depend on what was hidden below. So the
 queries of several tokens are rows of the same products: on a CPU, 64 rows of a product cost three
-to four times as much as one.
+to four times as much as one, and 128 rows a sixth less per row than 64.
 
 Shapes: B queries, S positions in view of the last query, C model dim, V vocabulary, H query heads,
 G key/value heads, R = H / G, D head dim.
@@ -11,16 +11,23 @@ G key/value heads, R = H / G, D head dim.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from minigpt.generation.fast.decode_step import Attend, DecodeStep
+from minigpt.generation.fast.decode_step import Attend, DecodeStep, Function
 from minigpt.generation.fast.eager import EagerKernels
+from minigpt.generation.fast.matvec import MAX_ROWS
 from minigpt.generation.fast.products import Product
+from minigpt.generation.fast.prompts import linear
 from minigpt.model.attention import Attention
 from minigpt.model.cache import KVCache
 from minigpt.model.gpt import GPT
+
+MIN_ROWS = MAX_ROWS + 1
+"""Number of rows from which on each has the same bits whatever the others are, where products of
+fewer rows have kernels of their own."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,21 +43,29 @@ class Hidden:
     is_value: bool
     """Whether values are hidden and the weights stay, instead of keys."""
 
-    def layers(self, cache: KVCache) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Return each layer's keys and values (G, S, D), and what is hidden: (G, B, R, S)."""
+    def layers(self, cache: KVCache) -> list[tuple[Tensor, Tensor, "_Masks"]]:
+        """Return each layer's keys and values (G, S, D), and its masks."""
         end = self.hidden_BS.shape[1]
+        later = (torch.arange(end) > self.positions_B[:, None])[None, :, None]
         hidden = self.hidden_BS[None, :, None]
-        heads = [None] * len(cache.keys_LBGSD) if self.heads_LGR is None else self.heads_LGR
-        return [
-            (
-                keys_BGSD[0, :, :end],
-                values_BGSD[0, :, :end],
-                hidden if heads_GR is None else hidden & heads_GR[:, None, :, None],
-            )
-            for keys_BGSD, values_BGSD, heads_GR in zip(
-                cache.keys_LBGSD, cache.values_LBGSD, heads, strict=True
-            )
-        ]
+        if self.heads_LGR is None:
+            masks = [self._masks(later, hidden)] * len(cache.keys_LBGSD)
+        else:
+            heads_LGBR = self.heads_LGR[:, :, None, :, None]
+            masks = [self._masks(later, hidden & heads) for heads in heads_LGBR]
+        keys, values = cache.keys_LBGSD[:, 0, :, :end], cache.values_LBGSD[:, 0, :, :end]
+        return list(zip(keys, values, masks, strict=True))
+
+    def _masks(self, later: Tensor, hidden: Tensor) -> "_Masks":
+        if self.is_value:
+            return later, hidden
+        masked = later | hidden
+        is_blind = masked.all(dim=-1, keepdim=True)  # the softmax of nothing is NaN
+        return masked, is_blind if is_blind.any() else None
+
+
+_Masks = tuple[Tensor, Tensor | None]
+"""What the softmax leaves out, and the weights that are set to 0 after it; (G, B, R, S)."""
 
 
 class QueryStep:
@@ -75,11 +90,23 @@ class QueryStep:
         return logits.float()
 
 
+class LayerProduct(Product):
+    """Linear layers of the same input, by their own forward or oneDNN's product."""
+
+    def apply(self, layer: nn.Module, x_BI: Tensor) -> Tensor:
+        """Return the output of one of the layers."""
+        if isinstance(layer, nn.Linear | nn.Embedding):
+            return linear(x_BI, layer.weight, getattr(layer, "bias", None))
+        return super()._apply(layer, x_BI)
+
+    _apply = apply
+
+
 class QueryKernels(EagerKernels):
     """Eager kernels for queries that share keys and values."""
 
     # With many rows, a layer's own product is the fastest, and needs no copy of its weights.
-    product = staticmethod(Product)
+    product = staticmethod(LayerProduct)
 
     def embed(self, tokens: Tensor, position: Hidden) -> Tensor:  # type: ignore[override]
         return super().embed(tokens, position.positions_B)  # type: ignore[arg-type]
@@ -95,6 +122,10 @@ class QueryKernels(EagerKernels):
         own, crossed = self._qk_weights
         return [(a * cos_B1D, b * sin_B1D) for a, b in zip(own, crossed, strict=True)]
 
+    def unembed(self, module: nn.Module) -> Function:
+        # The logits of many rows are the largest tensor of all: they are not copied to a buffer.
+        return partial(LayerProduct([module]).apply, module)
+
     def attention(self, module: Attention) -> Attend:
         project, scale = self.projection(module), module.d_head**-0.5
 
@@ -102,9 +133,9 @@ class QueryKernels(EagerKernels):
             normed_BC: Tensor,
             position: Hidden,
             rotary: tuple[Tensor, Tensor] | None,
-            cache: tuple[Tensor, Tensor, Tensor],
+            cache: tuple[Tensor, Tensor, _Masks],
         ) -> tuple[Tensor, Tensor]:
-            k_GSD, v_GSD, hidden = cache
+            k_GSD, v_GSD, (masked, zeroed) = cache
             project(normed_BC, rotary)
             q_GBRD = self._q_BGRD.transpose(0, 1).float()
             own_k_GB1D = self._k_BGD.transpose(0, 1)[:, :, None].float()
@@ -116,15 +147,9 @@ class QueryKernels(EagerKernels):
             own = position.positions_B[None, :, None, None].expand(*q_GBRD.shape[:3], 1)
             own_score_GBR1 = (q_GBRD * own_k_GB1D).sum(dim=-1, keepdim=True) * scale
             score_GBRS.scatter_(3, own, own_score_GBR1)
-            places_S = torch.arange(k_GSD.shape[1])
-            masked = (places_S > position.positions_B[:, None])[None, :, None]
-            if not position.is_value:
-                masked = masked | hidden
             weights_GBRS = score_GBRS.masked_fill_(masked, -torch.inf).softmax(dim=-1)
-            if position.is_value:
-                weights_GBRS.masked_fill_(hidden, 0)
-            elif (is_blind := masked.all(dim=-1, keepdim=True)).any():
-                weights_GBRS.masked_fill_(is_blind, 0)  # the softmax of nothing is NaN
+            if zeroed is not None:
+                weights_GBRS.masked_fill_(zeroed, 0)
             own_weight_GBR1 = weights_GBRS.gather(3, own)
             weights_GBRS.scatter_(3, own, 0)
             context_GND = torch.bmm(weights_GBRS.flatten(1, 2), v_GSD.float())

@@ -4,6 +4,7 @@ Shapes: L layers, B rows, H query heads, G key/value heads, S positions in view,
 head dim.
 """
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
@@ -27,10 +28,13 @@ from minigpt.tracing.config import N_SOURCES
 from minigpt.tracing.events import Source, Token
 from minigpt.tracing.findings import Effect, Kept, TraceStep
 from minigpt.tracing.head_lists import HeadSelection, select_heads
+from minigpt.tracing.signals import signals_later
 
 _MAX_CACHE_BYTES = 2**28  # of all rows of a batch, where each needs a copy of the cache
 _MAX_BYTES = 2**27  # of the weights of a layer and of the logits of a batch, where none does
-_MAX_ROWS = 64
+_MAX_ROWS = 128
+_WAIT_S = 0.25
+"""Time for which a token waits for others to be verified with; a slow model's token does not."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +159,10 @@ class Knockouts:
     def _fast_rows(self, cache: KVCache, queries: Sequence[Query]) -> Tensor:
         """Return ln p and the logit of the target of every row, (B, 2); the cache is shared."""
         assert self._fast is not None
+        # Products of few rows have other last bits, and how many there are depends on the clock.
+        n_rows, last = sum(len(query.hidden) for query in queries), queries[-1]
+        filling = [()] * (self._fast.MIN_ROWS - n_rows)
+        queries = [*queries[:-1], replace(last, hidden=[*last.hidden, *filling])]
         counts = torch.tensor([len(query.hidden) for query in queries])
 
         def repeated(name: str) -> Tensor:
@@ -166,7 +174,7 @@ class Knockouts:
             heads_LGR = heads_LGR.unflatten(1, (self._model.config.n_kv_head, -1))
         hidden = self._fast.Hidden(repeated("position"), hidden_BS, heads_LGR, self._is_value)
         logits = self._step(repeated("token"), hidden, cache)
-        return _scores(logits, repeated("target"))
+        return _scores(logits, repeated("target"))[:n_rows]
 
     def _plain_rows(self, cache: KVCache, queries: Sequence[Query]) -> Tensor:
         """Return what ``_fast_rows`` does, by the model's own forward."""
@@ -286,34 +294,47 @@ class Verifier:
     ) -> Iterator[TraceStep]:
         """Yield the steps with their effects, in order.
 
-        A step is held until the knockouts of the steps since the last batch fill one.
+        A step is held until the knockouts of the steps since the last batch fill one, but not much
+        longer than ``_WAIT_S``, or until the steps end or fail.
 
         Args: tokens, at least those in view of the newest step's query; cache, which holds at least
             those; sink, a position that is never a source or a control.
         """
-        held: list[tuple[TraceStep, _Plan]] = []
-        n_rows = 0
-        for step in steps:
-            held.append((step, _plan(abs(step.row.weights_S), self._n_verified, sink)))
-            n_rows += 1 + len(held[-1][1].hidden)
-            if n_rows >= self._knockouts.batch_rows:
-                yield from self._with_effects(held, tokens, cache)
-                held, n_rows = [], 0
-        yield from self._with_effects(held, tokens, cache)
+        held: list[TraceStep] = []
+        n_rows, due = 0, 0.0  # the first token is shown at once
+        try:
+            for step in steps:
+                held.append(step)
+                n_view, n_verified = step.token.position, self._n_verified
+                n_rows += 1 + (n_view if n_verified == "all" else min(n_view, 2 * n_verified + 1))
+                if n_rows >= self._knockouts.batch_rows or time.perf_counter() > due:
+                    batch, held, n_rows = held, [], 0
+                    yield from self._with_effects(batch, tokens, cache, sink)
+                    due = time.perf_counter() + _WAIT_S
+        finally:
+            yield from self._with_effects(held, tokens, cache, sink)
 
     def _with_effects(
-        self, held: Sequence[tuple[TraceStep, "_Plan"]], tokens: Sequence[Token], cache: KVCache
+        self, held: Sequence[TraceStep], tokens: Sequence[Token], cache: KVCache, sink: int
     ) -> Iterator[TraceStep]:
-        places = [step.token.position - 1 for step, _ in held]
-        queries = [
-            Query(place, tokens[place].id, step.token.id, plan.hidden)
-            for place, (step, plan) in zip(places, held, strict=True)
-        ]
-        found = self._knockouts.changes(cache, queries)
-        for (step, plan), changes in zip(held, found, strict=True):
-            verified = self._verified(step, tokens, plan, changes)
-            self.tally.add(verified)
-            yield verified
+        verified: list[TraceStep] = []
+        try:
+            with signals_later():
+                plans = [_plan(abs(step.row.weights_S), self._n_verified, sink) for step in held]
+                places = [step.token.position - 1 for step in held]
+                queries = [
+                    Query(place, tokens[place].id, step.token.id, plan.hidden)
+                    for place, step, plan in zip(places, held, plans, strict=True)
+                ]
+                changes = self._knockouts.changes(cache, queries)
+                verified = [
+                    self._verified(step, tokens, plan, of_step)
+                    for step, plan, of_step in zip(held, plans, changes, strict=True)
+                ]
+        finally:
+            for step in verified:
+                self.tally.add(step)
+                yield step
 
     def _verified(
         self,
