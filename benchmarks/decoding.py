@@ -1,9 +1,10 @@
-"""Decoding throughput compared with transformers, llama.cpp and gpt-fast, in one run.
+"""Decoding throughput compared with transformers, llama.cpp, gpt-fast and others, in one run.
 
     python benchmarks/decoding.py
     python benchmarks/decoding.py --quick --prefill 32 128 512
     python benchmarks/decoding.py --shape mini --only minigpt "transformers fp32" --without trace
     python benchmarks/decoding.py --gpt-fast DIR --llama-cpp-python DIR/bin/python --static
+    python benchmarks/decoding.py --quick --peers-python DIR/bin/python
 
 All have the same random weights (gpt-fast: the same number), the same prompt of random ids, and
 decode greedily; nothing is downloaded. minigpt runs the code of its commands. transformers runs its
@@ -17,13 +18,15 @@ ratio is the median over rounds of the ratio in the same round. Before the timin
 decodes once, and minigpt's float32 tokens must equal those of transformers.
 
 llama.cpp is measured where a Python has llama-cpp-python, gguf and safetensors (by default this
-one), and gpt-fast from a checkout of it. --device cuda has not been run yet.
+one), CTranslate2 and ONNX Runtime where one has ctranslate2 or onnxruntime-genai, onnx-ir, torch
+and transformers, and gpt-fast from a checkout of it. --device cuda has not been run yet.
 """
 
 import argparse
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -33,12 +36,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from decoders import Contender, Job, Turn
+from contender import Contender, Job, Turn
 from decoding_report import MEMORY, Measured, bandwidth, bars, n_same, prefill_table, table
 from machine import child_environment, machine_facts
+from peers import peer_folder
 from random_models import SHAPES, shape_of, weights_read, write_random
 
 HERE = Path(__file__).parent
+CONVERTED = ("CTranslate2", "ONNX")
+"""Engines that have formats of their own; ONNX is ONNX Runtime's generate()."""
 GGUF_TYPES = {"fp32": "F32", "bf16": "BF16", "int8": "Q8_0"}
 
 
@@ -46,7 +52,8 @@ def quick_contenders(precisions: list[str]) -> list[Contender]:
     """Return those that start without compiling: ours and its main peers."""
     found = [Contender("minigpt", precision) for precision in precisions]
     found += [Contender("transformers", p, "loop") for p in precisions if p != "int8"]
-    return found + [Contender("llama.cpp", precision) for precision in precisions]
+    engines = ("llama.cpp", *CONVERTED)
+    return found + [Contender(engine, p) for engine in engines for p in precisions]
 
 
 def contenders(precisions: list[str], batches: list[int], *, with_static: bool) -> list[Contender]:
@@ -67,7 +74,8 @@ def contenders(precisions: list[str], batches: list[int], *, with_static: bool) 
                 if with_static and n_rows == 1:
                     found.append(Contender("transformers", precision, "static", is_compiled=True))
         if n_rows == 1:
-            found += [Contender("llama.cpp", precision) for precision in precisions]
+            engines = ("llama.cpp", *CONVERTED)
+            found += [Contender(engine, p) for engine in engines for p in precisions]
             fast = [precision for precision in precisions if precision != "int8"]
             found += [Contender("gpt-fast", precision, is_compiled=True) for precision in fast]
     return found
@@ -113,11 +121,12 @@ class Worker:
 
 
 def measure(
-    chosen: list[Contender], job: Job, rounds: int, llama_python: str, prefill: list[int]
+    chosen: list[Contender], job: Job, rounds: int, pythons: dict[str, str], prefill: list[int]
 ) -> tuple[dict[Contender, Measured], dict[Contender, str], list[int]]:
     """Time the contenders in rounds.
 
-    Args: prefill, lengths of prompts to time the first token after, in each round.
+    Args: pythons, of engines that need not be in this Python; prefill, lengths of prompts to time
+        the first token after, in each round.
     Returns: the measurements, the reasons of failures, and the float32 tokens.
     """
     prefills: dict[Contender, dict[int, list[float]]] = {}
@@ -126,7 +135,10 @@ def measure(
     with ExitStack() as stack:
         for contender in [MEMORY, *chosen]:
             note(f"starting {contender.name}")
-            python = llama_python if contender.engine == "llama.cpp" else sys.executable
+            python = pythons.get(contender.engine, sys.executable)
+            if contender.engine in CONVERTED and (why := convert(contender, job.folder, python)):
+                failed[contender] = why
+                continue
             worker = Worker(contender, job, python)
             stack.callback(worker.close)
             turn = worker.turn(is_first=True)
@@ -189,6 +201,19 @@ def write_ggufs(folder: Path, precisions: list[str], python: str) -> None:
             note(f"no {precision}.gguf: {done.stderr.strip().splitlines()[-1]}")
 
 
+def convert(contender: Contender, folder: str, python: str) -> str:
+    """Write the folder's model in a peer's format; return why it failed, else ""."""
+    out = str(peer_folder(folder, contender))
+    words = [contender.engine, folder, out, contender.precision]
+    done = subprocess.run(
+        [python, str(HERE / "peer_models.py"), *words], capture_output=True, text=True
+    )
+    if not done.returncode:
+        return ""
+    errors = [line for line in done.stderr.splitlines() if re.match(r"\w*Error: ", line)]
+    return errors[0] if errors else "it could not be converted"
+
+
 def report(shape: str, args: argparse.Namespace) -> dict[str, Any]:
     """Measure one shape and print the results."""
     longest = max([args.prompt, *args.prefill])
@@ -199,6 +224,8 @@ def report(shape: str, args: argparse.Namespace) -> dict[str, Any]:
         found = contenders(args.precision, args.batch, with_static=args.static)
     chosen = [one for one in found if is_chosen(one, args.only, args.without)]
     prompt = random.Random(0).choices(range(config.vocab_size), k=longest)
+    pythons = {"llama.cpp": args.llama_cpp_python}
+    pythons |= dict.fromkeys(CONVERTED, args.peers_python)
     with tempfile.TemporaryDirectory() as folder:
         write_random(Path(folder), config)
         if any(one.engine == "llama.cpp" for one in chosen):
@@ -212,9 +239,7 @@ def report(shape: str, args: argparse.Namespace) -> dict[str, Any]:
             args.gpt_fast,
             prompt,
         )
-        results, failed, reference = measure(
-            chosen, job, args.rounds, args.llama_cpp_python, args.prefill
-        )
+        results, failed, reference = measure(chosen, job, args.rounds, pythons, args.prefill)
     n_weights = weights_read(config)
     bytes_per_s = bandwidth(results)
     verdicts = {str(bar): bar.verdict(results) for bar in bars(shape, args.device)}
@@ -273,6 +298,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--llama-cpp-python", default=sys.executable, help="Python with llama-cpp-python"
+    )
+    parser.add_argument(
+        "--peers-python", default=sys.executable, help="Python with CTranslate2 or ONNX Runtime"
     )
     parser.add_argument("--gpt-fast", default="", help="path of a gpt-fast checkout")
     parser.add_argument(

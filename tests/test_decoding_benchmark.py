@@ -11,8 +11,9 @@ from small_models import LAYOUTS, random_tokens, small_config, small_model
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
-from decoders import ENGINES, Contender, Job, Turn, UnavailableError
-from decoding import quick_contenders
+from contender import Contender, Job, Turn, UnavailableError
+from decoders import ENGINES
+from decoding import convert, quick_contenders
 from decoding_report import Bar, Measured, bandwidth_share, n_same, prefill_table, table
 from random_models import weights_read
 
@@ -85,7 +86,7 @@ def test_quick_runs_nothing_that_compiles_for_each_precision() -> None:
     assert not any(contender.is_compiled for contender in found)
     assert {(one.engine, one.precision) for one in found} >= {
         (engine, precision)
-        for engine in ("minigpt", "llama.cpp")
+        for engine in ("minigpt", "llama.cpp", "CTranslate2", "ONNX")
         for precision in ("fp32", "bf16", "int8")
     }
 
@@ -131,6 +132,28 @@ def test_each_decodes_the_most_probable_tokens(contender: Contender, job: Job) -
     with torch.inference_mode():
         [after_two] = model(torch.tensor([shorter.prompt]))[:, -1].argmax(-1).tolist()
     assert decode(shorter, lambda: None) == [after_two]
+
+
+@pytest.mark.parametrize(
+    ("engine", "module"), [("CTranslate2", "ctranslate2"), ("ONNX", "onnxruntime_genai")]
+)
+def test_a_converted_model_decodes_the_same_tokens(engine: str, module: str, job: Job) -> None:
+    pytest.importorskip(module, reason=f"needs {engine}, a contender of the benchmark")
+    contender = Contender(engine, "fp32")
+    # A kernel of ONNX Runtime takes heads of multiples of 8.
+    write_model(Path(job.folder), small_model("qwen3", d_head=16), None)
+    assert convert(contender, job.folder, sys.executable) == ""
+    expected = ENGINES["minigpt"](OURS, job)(job, lambda: None)
+    assert ENGINES[engine](contender, job)(job, lambda: None) == expected
+
+
+def test_a_model_that_cannot_be_converted_is_not_measured_for_that_reason(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    lines = ["Traceback (most recent call last):", "ValueError: no such layout", "note: more"]
+    python.write_text("\n".join(["#!/bin/sh", *[f"echo '{line}' >&2" for line in lines], "exit 1"]))
+    python.chmod(0o700)
+    why = convert(Contender("ONNX", "fp32"), str(tmp_path), str(python))
+    assert why == "ValueError: no such layout"
 
 
 def test_contender_with_a_missing_dependency_names_it(job: Job) -> None:

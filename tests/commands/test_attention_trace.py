@@ -123,6 +123,7 @@ CTRL_C_PLACES = {
 }
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
 @pytest.mark.parametrize(
     ("place", "more"),

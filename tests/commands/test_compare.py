@@ -133,6 +133,7 @@ def test_all_variants_of_a_seed_see_the_same_tokens_in_the_same_order(
     assert seen["cmp-lstm-s1337"] != seen["cmp-lstm-s1338"]
 
 
+@pytest.mark.integration
 def test_after_ctrl_c_the_same_command_resumes_to_the_same_bits(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -140,6 +140,7 @@ def read_until(descriptor: int, ending: bytes, part: bytes = b"") -> bytes:
     return data
 
 
+@pytest.mark.integration
 def test_a_terminal_gets_an_input_marker_on_stderr_only(trained: Path, run: Run) -> None:
     first = answer(run, "The king")
     ours, theirs = pty.openpty()
@@ -172,6 +173,7 @@ def test_a_terminal_gets_an_input_marker_on_stderr_only(trained: Path, run: Run)
     assert b"5 tokens" in shown
 
 
+@pytest.mark.integration
 def test_a_terminal_edits_lines_and_takes_a_paste_as_one_text(
     trained: Path, run: Run, tmp_path: Path
 ) -> None:

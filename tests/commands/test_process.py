@@ -157,6 +157,7 @@ except RuntimeError as error:
 """
 
 
+@pytest.mark.integration
 @linux
 @pytest.mark.parametrize("n_more", [0, 1, 2])
 def test_a_process_that_may_have_no_more_threads_goes_on_without_idle_ones(n_more: int) -> None:

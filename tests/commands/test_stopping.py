@@ -142,6 +142,7 @@ def test_a_moved_run_continues_with_the_same_windows_and_notes_the_rounding(
     assert "note " in again.err  # the last checkpoint is of other threads
 
 
+@pytest.mark.integration
 def test_ctrl_c_on_a_real_process_saves_and_prints_how_to_resume(run: Run, start: Start) -> None:
     process = start("train", "corpus.txt", "--name", "a", *TINY, "--max-steps", "100000")
     metrics = Path("checkpoints/a/metrics.jsonl")

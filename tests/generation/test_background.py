@@ -172,6 +172,7 @@ def test_only_a_terminal_or_the_variable_start_a_background_compilation(
     assert background.compile_after() == seconds
 
 
+@pytest.mark.integration
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM handlers")
 def test_a_signal_ends_the_process_and_leaves_no_file(tmp_path: Path, folder: Path) -> None:
     (tmp_path / "temporary").mkdir()

@@ -194,6 +194,7 @@ def test_a_missing_compiler_is_one_line_with_the_remedy(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.integration
 def test_a_compiler_that_fails_is_one_line_with_what_it_said(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

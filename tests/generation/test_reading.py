@@ -144,6 +144,7 @@ for options in ({}, {"dtype": "bfloat16"}, {"quantize": "int8"}):
 """
 
 
+@pytest.mark.integration
 def test_reading_and_decoding_a_model_imports_no_compiler(tmp_path: Path) -> None:
     for layout in LAYOUTS:
         write_model(tmp_path / layout, small_model(layout), None)

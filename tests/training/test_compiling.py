@@ -60,6 +60,7 @@ def test_other_devices_several_processes_and_lstms_are_not_compiled_by_default()
     assert not compiling.is_compiled(replace(config, model=lstm), N_PARAMETERS, CPU)
 
 
+@pytest.mark.integration
 def test_a_run_says_that_it_is_compiled_by_default_before_it_begins(
     data: PreparedData, tmp_path: Path
 ) -> None:
@@ -92,6 +93,7 @@ def shapes(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return seen
 
 
+@pytest.mark.integration
 def test_compiling_leaves_no_trace_in_gradients_and_masks(
     shapes: list[Any], data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,6 +123,7 @@ def test_the_wrapper_that_averages_gradients_is_compiled_with_the_loss(
     assert type(wrappers[0][0]) is TrainingLoss  # whose graph has the logits and their loss
 
 
+@pytest.mark.integration
 def test_a_compiled_run_that_is_stopped_and_resumed_ends_with_the_same_bits(
     shapes: list[Any], data: PreparedData, tmp_path: Path
 ) -> None:
