@@ -1,7 +1,7 @@
 """Looking up a ring: a part of the package that the core works without."""
 
 from importlib import import_module
-from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 
@@ -26,11 +26,9 @@ def find_ring(module: str) -> Any:
 
 
 def has_ring(module: str) -> bool:
-    """Return whether this installation has a ring, without importing it."""
-    try:
-        return find_spec(f"minigpt.{module}") is not None
-    except ModuleNotFoundError:  # not even the folder above it
-        return False
+    """Return whether this installation has a ring, without importing it or the package above it."""
+    path = Path(__file__).parent.joinpath(*module.split("."))
+    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
 
 
 def load_class(entry: str) -> Any:
