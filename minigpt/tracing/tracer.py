@@ -47,9 +47,9 @@ def trace(
     """Generate as ``Decoder`` does, and yield a header, a step per token, and a footer.
 
     The tokens are the same as without a trace. If no token is to be generated, the steps are those
-    of the prompt's own tokens. A KeyboardInterrupt after the header, here or thrown into this
-    generator, ends the trace with a footer; EndTrace, thrown into it, does so after the steps whose
-    tokens were observed.
+    of the prompt's own tokens. A KeyboardInterrupt or SystemExit after the header, here or thrown
+    into this generator, ends the trace with a footer, after which SystemExit is raised; EndTrace,
+    thrown into it, does so after the steps whose tokens were observed.
 
     Args: forced, the token ids of ``sampling.force``; intervention, that of ``model``, for the
         header; special, whether special tokens in ``config.against`` are parsed; dense, called with
@@ -92,6 +92,7 @@ def trace(
     items = stream_text(generated, tokenizer, sampling.stop)
     finish: FinishReason | None = None if sampling.max_new_tokens else "length"
     n_generated = 0
+    exit: BaseException | None = None
     try:
         for step in observer.steps(items, tokens, decoder):
             if step.token.position >= len(prompt):
@@ -100,13 +101,15 @@ def trace(
                 yield step
             except EndTrace:
                 observer.is_ended = True
-    except KeyboardInterrupt:
-        observer.is_ended = True
+    except (KeyboardInterrupt, SystemExit) as error:  # SIGTERM is an exit with a code
+        observer.is_ended, exit = True, error
     if observer.is_ended:
         finish = None
     seconds = time.perf_counter() - started
     text = tokens[: len(prompt) + n_generated]
     yield RECORDS.TraceFooter(n_generated, finish, seconds, **observer.results(text))
+    if isinstance(exit, SystemExit):
+        raise exit
 
 
 def _kernel(model: LanguageModel, *, is_compiled: bool) -> str:

@@ -98,6 +98,7 @@ CTRL_C_IN_A_ROW = """
 import math, os, signal
 from minigpt.commands import main
 from minigpt.commands.attention_trace.described import DescribedOutput
+from minigpt.generation.decoder import Decoder
 from minigpt.tracing import observers
 from minigpt.tracing.analysis import knockout
 from minigpt.tracing.rows import RowReader
@@ -117,10 +118,12 @@ main()
 """
 VERIFIED: list[list[str]] = [[], ["--n-verified", "2", "--measure", "logit"]]
 CTRL_C_PLACES = {
-    "while a row is shown": "DescribedOutput, 'show_step', 4",
-    "while rows are computed": "RowReader, 'facts', 2",
-    "while rows are verified": "knockout.Knockouts, 'changes', 2",
+    "while a row is shown": ("DescribedOutput, 'show_step', 4", 6),
+    "while rows are computed": ("RowReader, 'facts', 2", 6),
+    "while rows are verified": ("knockout.Knockouts, 'changes', 2", 6),
+    "while a token is decoded": ("Decoder, '_feed', 4", 4),
 }
+"""Name of a place -> a function and which of its calls a signal interrupts; rows observed."""
 
 
 @pytest.mark.integration
@@ -139,7 +142,8 @@ def test_a_signal_loses_no_row_that_was_observed(
 ) -> None:
     out = tmp_path / "t.jsonl"
     words = [*WORDS, "--ignore-eos", *more, "--out", str(out)]
-    program = CTRL_C_IN_A_ROW.replace("SIGNUMBER", number).replace("PLACE", CTRL_C_PLACES[place])
+    function, n_rows = CTRL_C_PLACES[place]
+    program = CTRL_C_IN_A_ROW.replace("SIGNUMBER", number).replace("PLACE", function)
     ended = subprocess.run(
         [sys.executable, "-c", program, *words],
         cwd=trained,
@@ -150,13 +154,16 @@ def test_a_signal_loses_no_row_that_was_observed(
     )
     assert ended.returncode == 128 + getattr(signal, number)
     _, *steps, footer = map(json.loads, out.read_text().splitlines())
-    assert [step["step"] for step in steps] == [1, 2, 3, 4, 5, 6]
+    assert [step["step"] for step in steps] == list(range(1, n_rows + 1))
     assert footer["finish_reason"] == "interrupted"
     rows = [line for line in ended.stdout.splitlines() if re.match(r" {3}\d ", line)]
-    assert [int(row[:4]) for row in rows] == [1, 2, 3, 4, 5, 6]
-    assert "6 tokens; interrupted" in ended.stdout
+    assert [int(row[:4]) for row in rows] == list(range(1, n_rows + 1))
+    assert f"{n_rows} tokens; interrupted" in ended.stdout
     if more:
         assert all(step["effects"] for step in steps)
+        assert footer["cause"]
+    else:
+        assert footer["worst_row_sum_error"] < 1e-5
     assert "Traceback" not in ended.stderr
     assert f"wrote {out}\n" in ended.stderr
 
