@@ -174,7 +174,8 @@ def without_effect(config: Any, given: Mapping[str, Any]) -> list[str]:
                 for other, void in VOID_IF.get(f.name, ()):
                     place, _, name = other.rpartition(".")
                     holder = getattr(config, place, None) if place else part
-                    if holder is not None and getattr(holder, name) == void:
+                    # Another command may have a field of the same name, but not the other one.
+                    if is_dataclass(holder) and getattr(holder, name, None) == void:
                         with_ = spelled(holder, f"{place}." if place else table, name)
                         lines.append(
                             f"{spelled(part, table, f.name)} has no effect with {with_} {void}"
