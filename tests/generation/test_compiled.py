@@ -296,3 +296,42 @@ def test_a_transposed_weight_is_made_contiguous_for_the_graph() -> None:
     prepare_for_decoding(model, compiles=True)
     assert up.weight.is_contiguous()
     assert torch.equal(up.weight, before)
+
+
+class Loader:
+    """Stands for a loaded package: returns the first of its weights."""
+
+    n_made = 0
+
+    def __init__(self, path: Path) -> None:
+        Loader.n_made += 1
+
+    def get_constant_fqns(self) -> list[str]:
+        return ["model.final_norm.weight"]
+
+    def load_constants(self, weights: dict[str, torch.Tensor], *options: bool) -> None:
+        [self.weight] = weights.values()
+
+    def run(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [self.weight]
+
+
+def test_a_loaded_package_serves_the_next_decoder_with_its_own_weights(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(compiled, "_loader", Loader)
+    monkeypatch.setattr(compiled, "_package", lambda *step, **kind: tmp_path)
+    models = [small_model(seed=seed) for seed in range(3)]
+
+    def load(model: GPT) -> compiled.Run:
+        step = GraphStep(model)
+        return compiled.load_step(step, cache_dtype=torch.float32, is_batch=False)
+
+    first, second = load(models[0]), load(models[1])
+    for run, model in zip((first, second), models, strict=False):
+        assert run([])[0].equal(model.final_norm.weight), "each has its own while both are used"
+    del first
+    third = load(models[2])
+    assert Loader.n_made == 2
+    assert third([])[0].equal(models[2].final_norm.weight)
+    assert second([])[0].equal(models[1].final_norm.weight)

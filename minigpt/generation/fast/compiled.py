@@ -13,8 +13,11 @@ import inspect
 import json
 import os
 import warnings
+import weakref
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +53,8 @@ _OPTIONS = {
     "loop_ordering_after_fusion": False,
 }
 
-
+_idle_loaders: defaultdict[Path, list[Any]] = defaultdict(list)
+"""Loaded packages that no decoder uses now: checking and loading one takes longer than a token."""
 _CUDA_HEADERS = ("cuda_runtime.h", "crt/host_defines.h", "nv/target")
 _FIRST_CUDA_OF_ONE_FOLDER = 13
 """Version from which on all wheels of NVIDIA install their headers into one folder."""
@@ -187,16 +191,8 @@ def load_step(step: GraphStep, *, cache_dtype: torch.dtype, is_batch: bool) -> R
         cannot be used.
     """
     path, tensors = _package(step, cache_dtype, is_batch=is_batch), _tensors(step)
-    # torch._inductor.aoti_load_package is this and an import of the compiler.
-    try:
-        loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)
-    except RuntimeError as error:
-        path.unlink(missing_ok=True)
-        reason = str(error).strip().splitlines()[0]
-        raise ResourceError(
-            f"the compiled step {str(path)!r} cannot be loaded: {reason} It was deleted: start "
-            "again to compile it, or use --no-compile."
-        ) from error
+    idle = _idle_loaders[path]
+    loader = idle.pop() if idle else _loader(path)
     names = loader.get_constant_fqns()
     assert tensors.keys() >= set(names), "the weights were prepared for eager decoding"
     weights = {name: tensors[name].detach().contiguous() for name in names}
@@ -206,7 +202,21 @@ def load_step(step: GraphStep, *, cache_dtype: torch.dtype, is_batch: bool) -> R
         assert weights  # the loader only points at them
         return loader.run(inputs)
 
+    weakref.finalize(run, idle.append, loader).atexit = False
     return run
+
+
+def _loader(path: Path) -> Any:
+    # torch._inductor.aoti_load_package is this and an import of the compiler.
+    try:
+        return torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)
+    except RuntimeError as error:
+        path.unlink(missing_ok=True)
+        reason = str(error).strip().splitlines()[0]
+        raise ResourceError(
+            f"the compiled step {str(path)!r} cannot be loaded: {reason} It was deleted: start "
+            "again to compile it, or use --no-compile."
+        ) from error
 
 
 def _key(
@@ -220,10 +230,7 @@ def _key(
     return json.dumps(
         {
             "torch": [torch.__version__, torch.version.git_version],
-            "code": [
-                hashlib.sha256(inspect.getsource(s).encode()).hexdigest()
-                for s in (decode_step, graph, layers)
-            ],
+            "code": _code_digests(),
             "options": _OPTIONS,
             "config": asdict(step.model.config),
             "tensors": {n: [str(t.dtype), t.shape] for n, t in tensors.items()},
@@ -233,6 +240,12 @@ def _key(
         },
         sort_keys=True,
     )
+
+
+@cache
+def _code_digests() -> list[str]:
+    sources = map(inspect.getsource, (decode_step, graph, layers))
+    return [hashlib.sha256(source.encode()).hexdigest() for source in sources]
 
 
 def _compile(step: GraphStep, path: Path, *, cache_dtype: torch.dtype, is_batch: bool) -> None:
