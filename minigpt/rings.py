@@ -1,6 +1,8 @@
 """Looking up a ring: a part of the package that the core works without."""
 
+import sys
 from importlib import import_module
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,10 @@ def find_ring(module: str) -> Any:
 
 def has_ring(module: str) -> bool:
     """Return whether this installation has a ring, without importing it or the package above it."""
-    path = Path(__file__).parent.joinpath(*module.split("."))
-    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
+    name = f"minigpt.{module}"
+    above = sys.modules.get(name.rpartition(".")[0])
+    folder = Path(__file__).parent.joinpath(*module.split(".")[:-1])
+    return PathFinder.find_spec(name, above.__path__ if above else [str(folder)]) is not None
 
 
 def load_class(entry: str) -> Any:

@@ -87,14 +87,17 @@ class GPT(LanguageModel):
             self.unembedding = nn.Linear(config.d_model, config.vocab_size, bias=False)
 
     def _make_rotary(self) -> None:
-        for name, table in zip(("rotary_cos", "rotary_sin"), self.rotary_table(), strict=True):
-            self.register_buffer(name, table.to(self.device, self.dtype), persistent=False)
+        cos, sin = self.rotary_table()
+        self.register_buffer("rotary_cos", cos, persistent=False)
+        self.register_buffer("rotary_sin", sin, persistent=False)
 
     @classmethod
     def from_tensors(cls, config: ModelConfig, tensors: Mapping[str, Tensor]) -> Self:
         model = super().from_tensors(config, tensors)
         if config.family == "llama":
             model._make_rotary()
+            model.rotary_cos = model.rotary_cos.to(model.device, model.dtype)
+            model.rotary_sin = model.rotary_sin.to(model.device, model.dtype)
         return model
 
     @property

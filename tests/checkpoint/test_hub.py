@@ -282,6 +282,7 @@ def test_only_the_files_of_the_model_are_downloaded(
     assert sum(data == PICKLE for data in stored) == 2  # tiny/bad's: the blob and the link to it
 
 
+@pytest.mark.integration
 def test_a_revision_is_a_branch_a_tag_or_a_commit(downloads: Downloads) -> None:
     default, *_, main, tagged, proposed, by_commit = downloads.folders.values()
     assert default == main
@@ -291,6 +292,7 @@ def test_a_revision_is_a_branch_a_tag_or_a_commit(downloads: Downloads) -> None:
     assert [t.end_of_text_ids for t in tokenizers if t] == [(256,), (7, 8)]
 
 
+@pytest.mark.integration
 def test_ctrl_c_ends_a_download_at_once(hub: Hub, tmp_path: Path) -> None:
     hub.asked.clear()
     started = subprocess.Popen(
@@ -338,6 +340,7 @@ def test_each_failed_download_has_a_one_line_error(hub: Hub, tmp_path: Path) -> 
         assert answer["error"].isprintable()
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("is_offline", [True, False], ids=["HF_HUB_OFFLINE", "no network"])
 def test_offline_uses_the_cache_and_a_missing_file_is_a_one_line_error(
     hub: Hub, downloads: Downloads, is_offline: bool

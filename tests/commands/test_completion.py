@@ -22,6 +22,7 @@ ASK = {
 }
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("shell", ASK)
 def test_the_line_in_the_guide_makes_a_shell_complete(shell: str, tmp_path: Path) -> None:
     if os.name == "nt" or shutil.which(shell) is None:

@@ -39,6 +39,7 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(run: Run) -> None:
     assert "MFU unknown" in shown["device"]
 
 
+@pytest.mark.integration
 def test_a_dry_run_says_whether_the_run_is_compiled(run: Run) -> None:
     words = ["train", "corpus.txt", *TINY, "--set", "training.max_epochs=0", "--dry-run"]
     long = [*words, "--set", "training.max_steps=100000000"]

@@ -267,6 +267,7 @@ def test_tf32_is_refused_without_cuda(
     assert error_line(refused) == expected
 
 
+@pytest.mark.integration
 def test_tf32_computes_in_float32_and_says_so_when_resumed(trained: Path, run: Run) -> None:
     words = ["train", str(trained / "corpus.txt"), "--name", "a", *TINY, "--dtype", "tf32"]
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32

@@ -122,6 +122,7 @@ assert compute().equal(spinning)
 """
 
 
+@pytest.mark.integration
 @linux
 def test_idle_threads_outnumber_the_cores_until_they_end_and_change_no_bit() -> None:
     done = subprocess.run(

@@ -225,6 +225,7 @@ def test_a_dash_is_not_taken_for_a_file(run: Run, place: Path, name: str) -> Non
     assert not Path("-").exists()
 
 
+@pytest.mark.integration
 def test_a_trace_into_a_pipe_of_standard_output_is_its_json_lines(place: Path) -> None:
     words = [sys.executable, "-m", "minigpt", *TRACE, "--out", "/dev/stdout"]
     result = subprocess.run(words, capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)})

@@ -171,6 +171,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.g
 """
 
 
+@pytest.mark.integration
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="tunes glibc's allocator")
 def test_temporary_tensors_reuse_memory_after_a_model_was_read(tmp_path: Path) -> None:
     write_model(tmp_path, small_model("gpt2"), None)

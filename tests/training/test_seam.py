@@ -19,6 +19,7 @@ def rates(trainer: Trainer) -> list[float]:
     return [event.lr for event in trainer.run() if isinstance(event, StepEvent)]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("schedule", ["wsd", "cosine", "linear", "constant"])
 @pytest.mark.parametrize("longer", [12, 30])
 def test_a_larger_budget_never_raises_the_learning_rate_by_more_than_a_fifth_a_step(

@@ -72,7 +72,8 @@ class DescribedOutput(TraceOutput):
         self.end("".join(texts) if footer.n_tokens else None)
         if exit is not None:
             raise exit
-        next(events, None)  # raises the SystemExit that ended the trace
+        if footer.finish is None:
+            next(events, None)  # raises the SystemExit that ended the trace
         return footer.finish is not None
 
     def show_event(self, event: Any) -> None:
