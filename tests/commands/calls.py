@@ -1,9 +1,11 @@
 """Helpers that run the program and check its output."""
 
+import json
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 """The project's own folder."""
@@ -46,3 +48,12 @@ def proposed(err: str, label: str) -> list[list[str]]:
     commands = [shlex.split(line[7:]) for line in lines]
     assert all(command[0].endswith("minigpt") for command in commands), commands
     return [command[1:] for command in commands]
+
+
+TRACE = ["attention-trace", "The king", "--temperature", "0", "--max-new-tokens", "6"]
+"""Words of a trace of six tokens."""
+
+
+def objects(result: Result) -> list[dict[str, Any]]:
+    """Return the JSON lines on stdout."""
+    return [json.loads(line) for line in result.out.splitlines()]

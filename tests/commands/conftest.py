@@ -60,6 +60,12 @@ def workplace(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.fixture
+def in_trained(trained: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work where the tiny run is, with commands that write nothing."""
+    monkeypatch.chdir(trained)
+
+
+@pytest.fixture
 def at_trained(trained: Path, workplace: Path) -> Path:
     """The working directory, with a copy of the tiny run and its text in it."""
     shutil.copytree(trained / "checkpoints", workplace / "checkpoints")

@@ -21,17 +21,13 @@ from minigpt.text.bpe import train_bpe
 from minigpt.text.byte_pairs import TiktokenTokenizer, make_encoding
 from minigpt.text.tokenizer import BytesTokenizer
 
+pytestmark = pytest.mark.usefixtures("in_trained")
+
 TEXT = "The king said: né, once upon a time.\n" * 12
 
 
 AS_TRAINED = ["--dtype", str(resolve_dtype("auto", torch.device("cpu"))).removeprefix("torch.")]
 """The dtype of a run's own validation passes; by default, evaluate computes in float32."""
-
-
-@pytest.fixture(autouse=True)
-def at_trained(trained: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Work where the tiny run is; evaluate writes nothing beside it."""
-    monkeypatch.chdir(trained)
 
 
 def evaluated(run: Run, *words: str, stdin: bytes = b"") -> dict[str, Any]:

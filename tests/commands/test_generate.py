@@ -6,7 +6,6 @@ import re
 import signal
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import pytest
 from calls import Run, error_line
@@ -17,11 +16,7 @@ from minigpt.generation import fast
 from minigpt.generation.fast import background, compiled
 from minigpt.generation.fast.graph import GraphStep
 
-
-@pytest.fixture(autouse=True)
-def at_trained(trained: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Work where the tiny run is; generate writes nothing."""
-    monkeypatch.chdir(trained)
+pytestmark = pytest.mark.usefixtures("in_trained")
 
 
 def test_stdout_is_the_text_of_the_json_and_a_line_break(run: Run) -> None:

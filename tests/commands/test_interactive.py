@@ -15,13 +15,9 @@ from calls import ROOT, Run, error_line
 
 from minigpt.commands.generate import samples
 
+pytestmark = pytest.mark.usefixtures("in_trained")
+
 WORDS = ["generate", "--interactive", "--temperature", "0", "--max-new-tokens", "5"]
-
-
-@pytest.fixture(autouse=True)
-def at_trained(trained: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Work where the tiny run is; generate writes nothing."""
-    monkeypatch.chdir(trained)
 
 
 def answer(run: Run, said: str) -> str:

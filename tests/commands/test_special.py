@@ -12,14 +12,10 @@ from minigpt.checkpoint.model_folder import write_model
 from minigpt.text.byte_pairs import TiktokenTokenizer, make_encoding
 from minigpt.text.tokens import CONTEXT_ONLY
 
+pytestmark = pytest.mark.usefixtures("in_trained")
+
 END = "<|endoftext|>"
 MARKED = f"once upon a time {END} there was " * 30
-
-
-@pytest.fixture(autouse=True)
-def at_trained(trained: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Work where the tiny run is."""
-    monkeypatch.chdir(trained)
 
 
 @pytest.mark.parametrize("command", ["generate", "attention-trace"])

@@ -1,0 +1,113 @@
+"""minigpt attention-trace that Ctrl-C or SIGTERM ends: no observed row is lost."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from calls import ROOT, TRACE, Run, objects
+
+pytestmark = pytest.mark.usefixtures("in_trained")
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_a_trace_interrupted_by_ctrl_c_has_a_footer(
+    run: Run, monkeypatch: pytest.MonkeyPatch, as_json: bool
+) -> None:
+    from minigpt.tracing import tracer
+
+    real = tracer.trace
+
+    def press_after_three(*words: object, **more: object) -> object:
+        for number, event in enumerate(real(*words, **more)):  # type: ignore[arg-type]
+            yield event
+            if number == 3:  # the header is number 0
+                signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(tracer, "trace", press_after_three)
+    result = run(*TRACE, "--num-samples", "2", *(["--json"] if as_json else []))
+    assert result.code == 130
+    if as_json:
+        assert [o["type"] for o in objects(result)] == ["header", *["step"] * 3, "footer"]
+        assert objects(result)[-1]["finish_reason"] == "interrupted"
+    else:
+        assert "3 tokens; interrupted" in result.out
+        assert "Attention shows where a head looked" in result.out
+
+
+CTRL_C_IN_A_ROW = """
+import math, os, signal
+from minigpt.commands import main
+from minigpt.commands.attention_trace.described import DescribedOutput
+from minigpt.generation.decoder import Decoder
+from minigpt.tracing import observers
+from minigpt.tracing.analysis import knockout
+from minigpt.tracing.rows import RowReader
+
+observers._BURST_S = math.inf  # all tokens after the first are observed together
+owner, name, turn = PLACE
+real, calls = getattr(owner, name), []
+
+def interrupted(*words, **more):
+    calls.append(1)
+    if len(calls) == turn:
+        os.kill(os.getpid(), signal.SIGNUMBER)
+    return real(*words, **more)
+
+setattr(owner, name, interrupted)
+main()
+"""
+VERIFIED: list[list[str]] = [[], ["--n-verified", "2", "--measure", "logit"]]
+CTRL_C_PLACES = {
+    "while a row is shown": ("DescribedOutput, 'show_step', 4", 6),
+    "while rows are computed": ("RowReader, 'facts', 2", 6),
+    "while rows are verified": ("knockout.Knockouts, 'changes', 2", 6),
+    "while a token is decoded": ("Decoder, '_feed', 4", 4),
+}
+"""Name of a place -> a function and which of its calls a signal interrupts; rows observed."""
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize(
+    ("place", "more"),
+    [
+        (place, more)
+        for place in CTRL_C_PLACES
+        for more in VERIFIED
+        if more or "verified" not in place
+    ],
+)
+def test_a_signal_loses_no_row_that_was_observed(
+    trained: Path, tmp_path: Path, number: str, place: str, more: list[str]
+) -> None:
+    out = tmp_path / "t.jsonl"
+    words = [*TRACE, "--ignore-eos", *more, "--out", str(out)]
+    function, n_rows = CTRL_C_PLACES[place]
+    program = CTRL_C_IN_A_ROW.replace("SIGNUMBER", number).replace("PLACE", function)
+    ended = subprocess.run(
+        [sys.executable, "-c", program, *words],
+        cwd=trained,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 128 + getattr(signal, number)
+    _, *steps, footer = map(json.loads, out.read_text().splitlines())
+    assert [step["step"] for step in steps] == list(range(1, n_rows + 1))
+    assert footer["finish_reason"] == "interrupted"
+    rows = [line for line in ended.stdout.splitlines() if re.match(r" {3}\d ", line)]
+    assert [int(row[:4]) for row in rows] == list(range(1, n_rows + 1))
+    assert f"{n_rows} tokens; interrupted" in ended.stdout
+    if more:
+        assert all(step["effects"] for step in steps)
+        assert footer["cause"]
+    else:
+        assert footer["worst_row_sum_error"] < 1e-5
+    assert "Traceback" not in ended.stderr
+    assert f"wrote {out}\n" in ended.stderr
