@@ -1,4 +1,4 @@
-"""minigpt attention-trace; the command's docstring is its --help."""
+"""minigpt attention-trace; --help is the command's docstring, and what help/texts.py adds."""
 
 from dataclasses import make_dataclass
 from pathlib import Path

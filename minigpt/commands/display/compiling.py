@@ -46,7 +46,7 @@ def showing(
 def showing_start(
     events: Iterator[Any], model: LanguageModel, compiles: bool | None
 ) -> Iterator[Any]:
-    """Yield the events of a trace, the first of which comes after the model was compiled."""
+    """Yield the events of a trace; the progress of compiling is shown until the first one."""
     with showing(model, compiles, 1):
         first = next(events)
     yield first

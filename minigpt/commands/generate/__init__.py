@@ -1,4 +1,4 @@
-"""minigpt generate; the command's docstring is its --help."""
+"""minigpt generate; --help is the command's docstring, and what help/texts.py adds."""
 
 from typing import Annotated
 

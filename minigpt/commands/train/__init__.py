@@ -1,4 +1,4 @@
-"""minigpt train; the command's docstring is its --help."""
+"""minigpt train; --help is the command's docstring, and what help/texts.py adds."""
 
 import os
 from typing import Annotated, Any, Literal
