@@ -27,8 +27,8 @@ Knockout = Literal["key", "value"]
 """Part of a source that a knockout removes. key: hidden from the query, so that the softmax
 renormalizes the other weights. value: set to 0, with the weights unchanged."""
 KNOCKOUTS = {
-    "key": "its key is hidden from that query, and the other weights grow to sum to 1",
-    "value": "its value is set to 0 for that query, and its weight is kept",
+    "key": "its key is hidden from the query of the token, and the other weights grow to sum to 1",
+    "value": "its value is set to 0 for the query of the token, and its weight is kept",
 }
 """Descriptions of the kinds of knockout."""
 

@@ -57,12 +57,12 @@ def legend(layout: TraceLayout, header: TraceHeader) -> list[Line]:
     """Return lines that explain the columns of a layout that are shown."""
     measures = header.measures
     by, facts = " and ".join(measures), facts_of(measures[0])
-    what = f"share by {by} of"
+    what = f"share of position {header.sink} by {by}"
     if facts.is_signed:
-        what = f"{facts.unit} by {by} of"
+        what = f"contribution of position {header.sink}, in {facts.unit}"
     elif by == "weight":
-        what = "attention on"
-    sink = f"sink: {what} position {header.sink}"
+        what = f"attention on position {header.sink}"
+    sink = f"sink: {what}"
     if measures[0] == "weight":
         sink += ", where heads look when nothing else matches"
     parts = ["prob: probability of the token", sink]
@@ -70,7 +70,8 @@ def legend(layout: TraceLayout, header: TraceHeader) -> list[Line]:
         parts.append("rest: all positions not shown")
     if facts.is_signed:
         if facts.sums_to and not layout.form.is_bare:
-            parts.append("other: what no position brought; sum: all of them")
+            logit = "logit" if header.against is None else "difference of logits"
+            parts.append(f"other: parts from no position; sum: the {logit}")
     elif layout.form.has_entropy:
         parts.append("bits: entropy of the row (3: as if spread evenly over 8)")
     return wrapped("; ".join(parts), layout.width, label="columns  ")

@@ -172,6 +172,26 @@ def copied(page: OpenPage) -> str:
     )
 
 
+def test_numbers_with_a_sign_are_summed_over_heads_and_called_so(opened: Opened) -> None:
+    page = opened(made_trace(measures=("logit",)))
+    page.click(13)
+    rows = page.page.locator("#reduction option").all_inner_texts()
+    assert rows == ["as traced", "sum of the heads"]
+    page.choose("layer", "1")
+    listed = page.text("#listed")
+    assert "logit, sum of the heads of layer 1:" in listed
+    assert "Listed: the sink and the 5 strongest sources of each head" in listed
+    assert "%" not in listed, "logits are no shares of a row"
+
+
+def test_whole_rows_of_heads_are_not_called_a_part(opened: Opened) -> None:
+    page = opened(made_trace(6, 9, n_sources=13))
+    page.click(13)
+    page.choose("head", "1")
+    assert "All positions are shaded" in page.text("#listed")
+    assert "Only the sink" not in page.text("#map-note")
+
+
 def test_copying_the_strip_gives_the_text(opened: Opened) -> None:
     texts = ["Once", " upon", "\n", "今日", "\t", "</script>", "\u202e", "\x00", "\x1b[31m"]
     trace = made_trace(4, 5, texts=texts)

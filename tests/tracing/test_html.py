@@ -19,6 +19,7 @@ from minigpt.text.escape import visible
 from minigpt.tracing.analysis.lines import cause_in_words
 from minigpt.tracing.findings import Trace, TraceFooter
 from minigpt.tracing.views.page import embedded_json, to_html
+from minigpt.tracing.views.page.facts import facts_about
 from minigpt.tracing.wrapping import one_line
 
 
@@ -271,3 +272,33 @@ def test_a_page_of_logits_says_what_they_do_not_say_and_names_no_attention() -> 
         is_weight = trace is weights
         assert ("attention" in how.lower()) == is_weight
     assert "has a smaller number" in Page(page).data["knockout"]
+
+
+@pytest.mark.parametrize(
+    ("measure", "name", "words"),
+    [
+        ("weight", "mean", "the mean of the heads"),
+        ("logit", "sum", "the sum of the heads"),
+        ("gradient", None, ""),
+    ],
+)
+def test_the_facts_of_a_page_say_how_the_heads_became_one_row(
+    measure: str, name: str | None, words: str
+) -> None:
+    facts = dict(facts_about(made_trace(measures=(measure,))))
+    found = {key for key in ("mean", "sum", "max") if key in facts}
+    assert found == ({name} if name else set())
+    assert name is None or words in facts[name]
+
+
+def test_the_page_of_knockouts_does_not_ask_for_knockouts() -> None:
+    trace = made_trace()
+    for n_verified in (0, 2, "all"):
+        shown = replace(trace, header=replace(trace.header, n_verified=n_verified))
+        page = to_html(shown)
+        how = page[page.index('id="how"') : page.index("</details>")]
+        assert ("--n-verified" in how) == (n_verified == 0)
+        knockouts = dict(facts_about(shown)).get("knockouts", "")
+        assert knockouts.partition(":")[0] == {
+            0: "", 2: "2 sources per token, and a control for each", "all": "every position",
+        }[n_verified]  # fmt: skip

@@ -219,7 +219,7 @@ def test_the_header_shows_options_that_are_not_the_default() -> None:
 def test_the_footer_counts_positions_where_every_position_is_knocked_out() -> None:
     footer = TraceFooter(9, "length", 1.0, 1.2e-7, 3e-6, CauseCheck(60, 0, 0.3, 0.0, 0.8))
     text = words_of(footer_lines(footer, header_of(n_verified="all"), 80))
-    assert "without any of 60 positions ln p changed by 0.300 on average. Rank" in text
+    assert "a position changed ln p by 0.300 on average (60 positions). Rank" in text
     assert not re.search("source|control", text)
 
 
@@ -247,8 +247,9 @@ def test_the_footer_names_the_measure_that_ranked_the_sources() -> None:
             ["Weight is not influence", "60 sources", "0.312", "58 controls", "0.021",
              "mattered more than", "0.12", "say little"],
         ),
-        (CauseCheck(60, 58, 0.3, 0.2, 0.8), ["hardly mattered more", "0.80", "say much"]),
-        (CauseCheck(1, 0, 0.3, 0.0, None), ["without the one source ln p", "too few to rank"]),
+        (CauseCheck(60, 58, 0.3, 0.2, 0.8), ["mattered little more than", "0.80", "say much"]),
+        (CauseCheck(60, 58, 0.2, 0.3, 0.1), ["mattered no more than", "say little"]),
+        (CauseCheck(1, 0, 0.3, 0.0, None), ["(1 source); there were no controls", "too few to"]),
     ],
 )  # fmt: skip
 def test_the_footer_shows_the_results_of_the_checks(

@@ -6,13 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_models import small_model
+from small_models import SOFTCAP, any_model, small_model
 from small_traces import small_trace
 
 from minigpt.config import SamplingConfig
 from minigpt.errors import ConfigError, DataError
 from minigpt.text.tokenizer import BytesTokenizer
 from minigpt.tracing.analysis.reader import read_traces
+from minigpt.tracing.analysis.workings import explained_heads
 from minigpt.tracing.analysis_config import AnalysisConfig
 from minigpt.tracing.file import to_json_line
 from minigpt.tracing.findings import TraceFooter
@@ -83,3 +84,8 @@ def test_workings_survive_the_file(tmp_path: Path, prompt: str) -> None:
 def test_heads_to_explain_must_exist(heads: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         small_trace(explain=heads)
+
+
+def test_a_softcapped_score_is_named_as_what_cannot_be_explained() -> None:
+    with pytest.raises(ConfigError, match="not: it has a SoftcappedScore"):
+        explained_heads(any_model(SOFTCAP, attn_logit_softcapping=5.0), "0.0")

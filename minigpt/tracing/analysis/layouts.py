@@ -87,9 +87,9 @@ class SignedLayout(_MeasuresLayout):
         self.right_width = self.rest_width * (3 if self.has_whole else 1)
 
     def _titles(self) -> list[str]:
-        [measure] = self.measures
-        unit = facts_of(measure).unit
-        return [f"the earlier token, {measure} in {unit}", f"token, {unit}", unit]
+        unit = facts_of(self.measures[0]).unit
+        contribution = f"contribution in {unit}"
+        return [f"the earlier token, {contribution}", f"token, {contribution}", unit]
 
     def _right_heading(self) -> str:
         names = ("rest", "other", _SUM) if self.has_whole else ("rest",)

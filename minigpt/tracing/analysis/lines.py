@@ -6,6 +6,7 @@
 import math
 from collections.abc import Sequence
 
+from minigpt.format import count
 from minigpt.text.escape import visible
 from minigpt.tracing.analysis_config import KNOCKOUTS, Measure, facts_of
 from minigpt.tracing.events import shown_probability
@@ -102,7 +103,7 @@ def lens_lines(lens: Lens, layout: TraceLayout) -> list[Line]:
     told = f" first choice from layer {lens.layer} on"
     if lens.layer is None:
         p = shown_probability(last.log_probability)
-        told = f" not the first choice, which is {visible(last.data)} {percent(p)}"
+        told = f" not the first choice, which is {visible(last.data)} ({percent(p).strip()})"
     lines: list[Line] = []
     for first in range(0, len(lens.top), room):
         label = "" if first else "lens"
@@ -187,17 +188,21 @@ def cause_in_words(check: CauseCheck, measure: Measure = "weight", *, is_all: bo
     is_weight = measure == "weight"
     name = "weight" if is_weight else f"measure {measure}"
     limit = "Weight is not influence." if is_weight else facts_of(measure).caveat
-    sources = _without(check.n_sources, "position" if is_all else "source")
-    found = f"{limit} Checked: {sources} ln p changed by {check.mean_effect:.3f} on average"
+    one = "position" if is_all else "source"
+    found = (
+        f"{limit} Checked: knocking out a {one} changed ln p by {check.mean_effect:.3f} on average "
+        f"({count(check.n_sources, one)})"
+    )
     if check.n_controls:
-        controls = _without(check.n_controls, "control")
-        found += f", {controls} by {check.mean_control_effect:.3f}"
+        controls = count(check.n_controls, "control")
+        found += f", a control by {check.mean_control_effect:.3f} ({controls})"
     elif not is_all:
-        found += ", no controls"
+        found += "; there were no controls"
     found += "."
     if check.n_controls:
-        hardly = "" if check.mean_effect > 2 * check.mean_control_effect else "hardly "
-        found += f" The sources {hardly}mattered more than their controls."
+        times = check.mean_effect / max(check.mean_control_effect, 1e-12)
+        how = "more" if times > 2 else "little more" if times > 1 else "no more"
+        found += f" The sources mattered {how} than their controls."
     correlation = check.rank_correlation
     if correlation is None:
         ranked = "weights" if is_weight else name
@@ -207,7 +212,3 @@ def cause_in_words(check: CauseCheck, measure: Measure = "weight", *, is_all: bo
         f"{found} Rank correlation of {name} and effect: {correlation:.2f}, so here "
         f"{'the weights say' if is_weight else f'{name} says'} {told} about what mattered."
     )
-
-
-def _without(n: int, what: str) -> str:
-    return f"without the one {what}" if n == 1 else f"without any of {n} {what}s"

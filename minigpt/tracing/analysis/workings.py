@@ -25,8 +25,8 @@ def explained_heads(model: LanguageModel, heads: str) -> HeadSelection:
     score = model.attentions[0].score
     if not score.is_dot_product:
         raise ConfigError(
-            f"--explain shows products of queries and keys, and the score {score.name} has none. "
-            "Leave it out."
+            "--explain works for scores that are scaled dot products, and this model's are not: it "
+            f"has a {type(score).__name__}. Leave it out."
         )
     shape = model.config
     return select_heads(

@@ -21,23 +21,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from minigpt.config import SamplingConfig
 from minigpt.text.escape import printable, visible
 from minigpt.text.joined import JoinedTokens
-from minigpt.tracing.analysis_config import KNOCKOUTS, facts_of
+from minigpt.tracing.analysis_config import facts_of
 from minigpt.tracing.events import shown_probability
 from minigpt.tracing.file import ROW_NUMBERS, WORKING_ARRAYS
 from minigpt.tracing.findings import (
-    CONVENTION,
     Candidate,
     Roles,
     Row,
     Trace,
-    TraceHeader,
     TraceStep,
 )
 from minigpt.tracing.summary import footer_lines, measured
 from minigpt.tracing.views import DEFAULTS, ViewOptions
+from minigpt.tracing.views.page.facts import facts_about, knocked_out
 from minigpt.tracing.wrapping import one_line
 
 # Concatenated in this order into one script.
@@ -47,17 +45,14 @@ _SCRIPTS = (
 )
 _DIGITS = 6  # as in a trace file
 _EMPTY = "∅"
+_NOT_KNOCKED_OUT = "<code>--n-verified 2</code> shows what happens without a source."
+_KNOCKED_OUT = "The column “without it” shows what happens without a source."
 _EFFECTS = "knockout"  # the exact effects of all positions, shown like one more measure
 _PLAIN = re.compile(rb"[ -~]*")  # bytes that the page need not show
 _NOISE = 1e-4  # a negative number smaller than this is rounding
 _SMALLER = ("has a smaller number", "got less attention")
 _HEAD_FACTS = ("sink", "own", "prompt", "entropy", "distance")
 _SIGNED_FACTS = ("sink", "own", "prompt")  # in the unit of the measure
-_REDUCTIONS = {
-    "mean": "at each position, the mean of the heads",
-    "max": "at each position, the largest of the heads: a row does not sum to 1",
-    "rollout": "attention multiplied through the layers (Abnar & Zuidema 2020)",
-}
 _ROLES = {
     "previous": "attends to the previous token;",
     "duplicate": "to an earlier occurrence of the same token;",
@@ -94,6 +89,7 @@ def to_html(trace: Trace) -> str:
         style=style,
         script=script,
         caveat=html.escape(facts_of(trace.header.measures[0]).caveat),
+        knockouts=_KNOCKED_OUT if trace.header.n_verified else _NOT_KNOCKED_OUT,
         data=embedded_json(_page_data(trace)),
     )
 
@@ -128,7 +124,7 @@ def _page_data(trace: Trace) -> dict[str, Any]:
         closing.append("Nothing was knocked out in this trace: it says nothing about cause.")
     return {
         "model": one_line(header.model),
-        "facts": [(name, one_line(text)) for name, text in _facts(trace)],
+        "facts": [(name, one_line(text)) for name, text in facts_about(trace)],
         "names": [name or _EMPTY for name in trace.joined.names],
         # Within the text, a token that continues a character has no text of its own.
         "texts": [
@@ -154,7 +150,7 @@ def _page_data(trace: Trace) -> dict[str, Any]:
         "roleMeanings": list(_ROLES.items()),
         "steps": [_step(step) for step in trace.steps],
         "nSources": n_sources,
-        "knockout": f"Without it: {_knocked_out(header)}. In brackets: the factor by which the "
+        "knockout": f"Without it: {knocked_out(header)}. In brackets: the factor by which the "
         "token's probability changes."
         + f" Its control is a position nearby that {_SMALLER[header.measures[0] == 'weight']}."
         * (header.n_verified != "all"),
@@ -170,47 +166,9 @@ def _page_data(trace: Trace) -> dict[str, Any]:
     }
 
 
-def _knocked_out(header: TraceHeader) -> str:
-    heads = header.verified_heads
-    return KNOCKOUTS[header.knockout] + ("" if heads is None else f" in {heads.as_text()}")
-
-
 def _plain(data: bytes) -> str:
     """Return the text of a token for the clipboard, whose reader may be a terminal."""
     return printable(data.decode("utf-8", errors="replace"))
-
-
-def _facts(trace: Trace) -> list[tuple[str, str]]:
-    header = trace.header
-    kv_heads = "" if header.n_kv_head == header.n_head else f" ({header.n_kv_head} key/value heads)"
-    size = f"{header.n_layer} layers x {header.n_head} heads{kv_heads}, {header.d_model} wide"
-    usual = asdict(SamplingConfig(seed=header.sampling.seed))
-    sampling = ", ".join(
-        f"{name} {value}"
-        for name, value in asdict(header.sampling).items()
-        if name == "temperature" or value != usual[name]
-    )
-    facts = [
-        ("model", header.model),
-        ("size", size),
-        ("rows", measured(header)),
-        *((measure, facts_of(measure).about) for measure in header.measures),
-        (header.reduce, _REDUCTIONS[header.reduce]),
-        ("sink", f"position {header.sink}, {header.sink_rule}"),
-        ("tokens", f"{len(header.prompt)} of the prompt, {trace.footer.n_tokens} generated"),
-        ("seed", str(header.seed)),
-        ("sampling", sampling),
-        ("dtype", header.dtype),
-        ("kernel", header.kernel),
-        ("convention", CONVENTION),
-    ]
-    if header.against is not None:
-        facts.append(("against", f"minus the logit of {visible(header.against.data)}"))
-    if header.n_verified:
-        facts.append(("knockouts", f"{header.n_verified} per token: {_knocked_out(header)}"))
-    if header.intervention is not None:
-        facts.append(("changed", str(header.intervention)))
-    return facts if header.model_sha256 is None else [*facts, ("sha256", header.model_sha256)]
 
 
 def _role(role: Roles) -> dict[str, Any]:

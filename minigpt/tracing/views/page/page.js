@@ -132,7 +132,7 @@ class Page {
     if (this.mapped !== key) {
       this.mapped = key;
       fillMap(this.map, rowsOf(trace, view), this.scale);
-      const isWhole = view.reduction === "traced";
+      const isWhole = view.reduction === "traced" || hasWholeHeads(trace);
       const kept = isWhole ? "" : ` Only the sink and the ${trace.nSources} strongest sources of each head are known.`;
       setText("map-note", `${this.viewText()}: a line for each ${trace.firstRow < trace.nPrompt ? "token" : "generated token"}, a column for each earlier position.${kept}`);
       this.map.canvas.setAttribute("aria-label", `Map of ${this.viewText()}`);
@@ -209,7 +209,9 @@ class Page {
     addOptions("measure", trace.choices.map((measure) => [measure, measure === EFFECTS ? "change of ln p" : measure]));
     addOptions("layer", numbered(trace.nLayer));
     addOptions("head", numbered(trace.nHead));
-    const reductions = [["traced", "as traced"], ["mean", "mean of the heads"], ["max", "max of the heads"]];
+    const isSigned = trace.scales[trace.measures[0]] !== null;
+    const ofHeads = isSigned ? [["mean", "sum of the heads"]] : [["mean", "mean of the heads"], ["max", "max of the heads"]];
+    const reductions = [["traced", "as traced"], ...ofHeads];
     addOptions("reduction", reductions);
     document.getElementById("measure-label").hidden = trace.choices.length < 2;
     document.getElementById("no-heads").hidden = this.hasHeads;
@@ -320,10 +322,12 @@ function listedText(trace, view, row, step) {
     return "in nats, for each position hidden alone. A plus says that it raised the token, a minus that it lowered it.";
   }
   const facts = factsOf(trace, view, step);
-  const part = view.reduction === "traced"
+  const isSigned = trace.scales[view.measure] !== null;
+  const kept = `the sink and the ${trace.nSources} strongest sources of each head, rounded`;
+  const part = view.reduction === "traced" || hasWholeHeads(trace)
     ? "All positions are shaded; the table has the strongest."
-    : `Listed: ${percent(row.listed)} of the row (the sink and the ${trace.nSources} strongest sources of each head, rounded).`;
-  if (trace.scales[view.measure] !== null) return signedText(trace, view, step, facts, part);
+    : isSigned ? `Listed: ${kept}.` : `Listed: ${percent(row.listed)} of the row (${kept}).`;
+  if (isSigned) return signedText(trace, view, step, facts, part);
   if (!sumsToOne(view, facts)) return part;
   return (
     `${percent(facts.sink)} on the sink, ${percent(facts.own)} on the query's own position, ` +
@@ -336,10 +340,10 @@ function signedText(trace, view, step, facts, part) {
   const row = trace.steps[step].rows[trace.measures.indexOf(view.measure)];
   const parts = view.reduction === "traced" ? row.parts : [];
   const accounts = parts.map(([name, value]) => `${name} ${signed(value)}`).join(", ");
-  const whole = accounts && row.whole !== null ? ` Beside the row: ${accounts}; in all ${signed(row.whole)}.` : "";
+  const whole = accounts && row.whole !== null ? ` From no position: ${accounts}; sum ${signed(row.whole)}.` : "";
   return (
-    `In ${trace.units[view.measure]}: ${signed(facts.sink)} by the sink, ${signed(facts.own)} by the query's ` +
-    `own position, ${signed(facts.prompt)} by the prompt.${whole} ${part}`
+    `${signed(facts.sink)} ${trace.units[view.measure]} from the sink, ${signed(facts.own)} from the query's own ` +
+    `position, ${signed(facts.prompt)} from the prompt.${whole} ${part}`
   );
 }
 

@@ -1,6 +1,7 @@
 // The rows that a view shows. A view is {measure, reduction, layer, head}. The reduction "traced" is
 // that of the trace, whose rows are complete; "mean" and "max" combine the heads selected by layer
-// and head (null selects all), of which only the sink and the strongest sources are known.
+// and head (null selects all), of which only the sink and the strongest sources may be known. Numbers
+// with a sign are summed.
 
 // The row of every step, as arrays of numbers.
 function rowsOf(trace, view) {
@@ -25,8 +26,9 @@ function headsRow(trace, view, step) {
   const heads = headsOf(trace, view);
   const shares = new Float32Array(trace.firstRow + step);
   // Signed numbers add up over heads; shares are averaged, or their maximum is taken.
-  const part = trace.scales[view.measure] === null ? 1 / heads.length : 1;
-  const isMax = view.reduction === "max" && part !== 1;
+  const isSigned = trace.scales[view.measure] !== null;
+  const part = isSigned ? 1 : 1 / heads.length;
+  const isMax = view.reduction === "max" && !isSigned;
   let listed = 0;
   for (const head of heads) {
     eachKept(trace, view.measure, step, head, (position, share) => {
@@ -48,6 +50,11 @@ function headsOf(trace, view) {
     }
   }
   return heads;
+}
+
+// Whether the rows of single heads have every position, as those of a short text or a dense file.
+function hasWholeHeads(trace) {
+  return trace.nSources + 1 >= trace.firstRow + trace.steps.length - 1;
 }
 
 function eachKept(trace, measure, step, head, take) {
