@@ -105,7 +105,7 @@ def _costs(effects_LH: "NDArray[np.float32]", width: int) -> "list[Line]":
     """Return each head with the increase of the loss without it, largest first."""
     n_head = effects_LH.shape[1]
     cells = [
-        f"{f'{i // n_head}.{i % n_head}':<5} {effects_LH.flat[i]:+.3f}".ljust(_CELL_WIDTH)
+        f"{f'{i // n_head}.{i % n_head}':<5} {effects_LH.flat[i]:+z.3f}".ljust(_CELL_WIDTH)
         for i in effects_LH.argsort(axis=None)[::-1]
     ]
     per_line = max(1, (width + 2) // _CELL_WIDTH)

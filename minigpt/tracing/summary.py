@@ -85,7 +85,8 @@ def footer_lines(
     Args: n_rows, the number of steps. None for those of generated tokens alone.
     """
     n_given = 0 if n_rows is None else n_rows - footer.n_tokens
-    counts = [count(footer.n_tokens, "token")] if header.sampling.max_new_tokens else []
+    noun = "generated token" if n_given else "token"
+    counts = [count(footer.n_tokens, noun)] if header.sampling.max_new_tokens else []
     if n_given:
         counts.insert(0, f"{count(n_given, 'token')} of the prompt")
     if header.sampling.max_new_tokens or footer.finish is None:

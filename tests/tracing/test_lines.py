@@ -362,7 +362,7 @@ def test_the_footer_says_what_the_measure_does_not(measure: Measure) -> None:
     ("n_new", "n_rows", "finish", "says"),
     [
         (5, 5, "length", "5 tokens; the token limit was reached"),
-        (5, 16, "length", "11 tokens of the prompt; 5 tokens; the token limit was reached"),
+        (5, 16, "length", "11 tokens of the prompt; 5 generated tokens; the token limit was"),
         (0, 11, "length", "11 tokens of the prompt."),
         (0, 4, None, "4 tokens of the prompt; interrupted."),
     ],

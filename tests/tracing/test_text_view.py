@@ -8,7 +8,7 @@ import pytest
 from small_traces import HOSTILE, cells, small_trace, text_of, with_tokens
 
 from minigpt.errors import ConfigError
-from minigpt.tracing.findings import Trace
+from minigpt.tracing.findings import Candidate, Trace
 from minigpt.tracing.spans import Line
 from minigpt.tracing.views import ViewOptions
 from minigpt.tracing.views.text import readable, show
@@ -156,3 +156,18 @@ def test_sources_of_small_logits_are_listed_too() -> None:
     small = replace(trace, steps=(trace.steps[0], replace(step, rows=(row,))))
     listed = [len(re.findall(r"\d+ \S+ +[+-]0\.", parts(show(t))[2])) for t in (trace, small)]
     assert listed[1] >= 5
+
+
+def test_small_logits_of_the_legend_have_no_negative_zero() -> None:
+    trace = small_trace(measure="logit")
+    steps = [replace(s, rows=(replace(s.row, sink=-0.001, prompt=-0.004),)) for s in trace.steps]
+    legend = " ".join(text_of(line) for line in show(replace(trace, steps=tuple(steps))))
+    assert "sink (position 0) +0.00; prompt +0.00" in legend
+
+
+def test_a_candidate_that_is_a_comma_is_told_from_a_separator() -> None:
+    trace = small_trace(candidates=2)
+    best = (Candidate(1, b",", -0.5), Candidate(2, b" a", -1.5))
+    steps = tuple(replace(step, candidates=best) for step in trace.steps)
+    texts = [text_of(line) for line in show(replace(trace, steps=steps))]
+    assert "candidates , 61% | ␣a 22%" in texts

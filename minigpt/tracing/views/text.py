@@ -155,8 +155,8 @@ def _legend(row: Row, scale: float, sink: int) -> str:
         beyond = " or more" if abs(of_sink) > scale else ""
         return (
             f"█ is a magnitude of {scale:.3g} {unit}{beyond}, orange where it lowered "
-            f"the token; {_MARK} the token itself; sink (position {sink}) {of_sink:+.2f}; prompt "
-            f"{prompt:+.2f}, generated {generated:+.2f}."
+            f"the token; {_MARK} the token itself; sink (position {sink}) {of_sink:+z.2f}; prompt "
+            f"{prompt:+z.2f}, generated {generated:+z.2f}."
         )
     more = " or more" if of_sink > scale else ""
     return (
@@ -171,7 +171,7 @@ def _candidates(step: TraceStep, width: int) -> list[Line]:
         f"{visible(one.data)} {percent(shown_probability(one.log_probability)).strip()}"
         for one in step.candidates
     ]
-    return wrapped(", ".join(parts), width, "plain", label="candidates ") if parts else []
+    return wrapped(" | ".join(parts), width, "plain", label="candidates ") if parts else []
 
 
 def _sources(trace: Trace, row: Row, width: int) -> list[Line]:
