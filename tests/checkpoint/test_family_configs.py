@@ -13,6 +13,7 @@ from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError, ConfigError
 from minigpt.model.cost import parameter_count
 
+SCALED = {"rope_type": "yarn", "factor": 1.0, "attention_factor": 0.5}
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("gpt_neox", {"rotary_pct": 0.4}, "rotary_pct is 0.4, .* even part of the 8 dimensions"),
     ("gpt_neox", {"rotary_pct": "x"}, "rotary_pct is 'x'"),
@@ -31,6 +32,16 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
         "sliding_attention.rope_type is 'linear'",
     ),
+    (
+        "gemma3_text",
+        {"rope_parameters": {"sliding_attention": SCALED}},
+        "sliding_attention.rope_type is 'yarn'",
+    ),
+    ("gemma3_text", {"rope_parameters": {"full_attention": 3}}, "full_attention is 3"),
+    ("gemma3_text", {"rope_scaling": 2.0}, "rope_scaling is 2.0"),
+    ("gemma3_text", {"rope_scaling": 2.0, "rope_parameters": {}}, "full_attention is 2.0"),
+    ("gpt_neox", {"rotary_emb_base": 500, "rope_theta": 10_000.0}, "rope_theta is 10000.0"),
+    ("gpt_neox", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, but only 0.25"),
     ("smollm3", {"no_rope_layers": [1]}, r"no_rope_layers is \[1\]"),
     ("smollm3", {"no_rope_layer_interval": 0}, "no_rope_layer_interval is 0"),
     ("phi3", {"rope_scaling": {"type": "longrope"}}, "short_factor is None"),

@@ -346,6 +346,8 @@ def test_shards_of_transformers_are_read(open_both: Callable[[str], Pair], tmp_p
 WINDOW = {"sliding_window": 7}
 OTHER_FIELDS = [
     ("neox", {"num_key_value_heads": 2, "training": {"data": ["a"]}}),
+    # As transformers 4.46 to 4.57 writes a Pythia.
+    ("neox", {"rotary_emb_base": 10000, "rope_theta": 10000, "partial_rotary_factor": 0.25}),
     ("olmo2", {"rotary_dims": None, "n_ctx": 5, "tags": ["a"], "head_count": 3}),
     ("llama-2", WINDOW),
     ("llama-2", WINDOW | {"use_sliding_window": True, "max_window_layers": 1}),

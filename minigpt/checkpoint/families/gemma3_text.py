@@ -56,14 +56,16 @@ class Gemma3Family(Gemma2Family):
 
     def read_rope(self, config: Mapping[str, Any]) -> dict[str, Any]:
         theta = config.get("rope_theta", 1_000_000.0)
-        nested = config.get("rope_parameters")
+        nested, scaling = config.get("rope_parameters"), config.get("rope_scaling") or {}
         if nested is None:
-            rope = config.get("rope_scaling") or {}
-            return llama.read_rope(rope, "rope_scaling", config, theta)
+            return llama.read_rope(scaling, "rope_scaling", config, theta)
         if not isinstance(nested, Mapping) or not nested.keys() <= {"full_attention", SLIDING}:
             raise unsupported("rope_parameters", nested, f"full_attention and {SLIDING}")
-        rope = (nested.get("full_attention") or {}) | (config.get("rope_scaling") or {})
-        return llama.read_rope(rope, "rope_parameters.full_attention", config, theta)
+        name, full = "rope_parameters.full_attention", nested.get("full_attention") or {}
+        for table in (scaling, full):
+            if not isinstance(table, Mapping):
+                raise unsupported(name, table, {"rope_type": "default"})
+        return llama.read_rope({**full, **scaling}, name, config, theta)
 
     def read_fields(self, config: Mapping[str, Any]) -> dict[str, Any]:
         name = f"rope_parameters.{SLIDING}"
@@ -71,7 +73,8 @@ class Gemma3Family(Gemma2Family):
         theta = config.get("rope_local_base_freq", _LOCAL_THETA)
         local = llama.read_rope(rope, name, config, theta)
         theta = local["rope_theta"]
-        if local.get("rope_scaling_factor", 1) != 1 or "hf_fields" in local:
+        factors = (local.get(f"rope_{what}_factor", 1) for what in ("scaling", "attention"))
+        if any(factor != 1 for factor in factors) or "hf_fields" in local:
             raise unsupported(f"{name}.rope_type", rope.get("rope_type"), "default")
         if isinstance(theta, bool) or not isinstance(theta, int | float) or not 0 < theta < 1e12:
             raise unsupported(f"{name}.rope_theta", theta, "a positive number")

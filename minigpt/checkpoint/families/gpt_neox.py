@@ -16,8 +16,8 @@ from minigpt.model.layers import MLP, Rotary, rotary_table, rotate
 _BOTH = ("weight", "bias")
 _NO_EFFECT = """
     attention_bias attention_dropout attention_probs_dropout_prob embd_pdrop hidden_dropout_prob
-    original_max_position_embeddings rope_parameters rope_scaling rotary_emb_base rotary_pct
-    use_parallel_residual
+    original_max_position_embeddings partial_rotary_factor rope_parameters rope_scaling rope_theta
+    rotary_emb_base rotary_pct use_parallel_residual
 """
 
 
@@ -88,6 +88,11 @@ class NeoXFamily(Family):
         share = config.get("rotary_pct") if own is None else own
         share = 0.25 if share is None else share
         values = llama.read_rope(rope, name, config, config.get("rotary_emb_base"), partial=share)
+        # transformers 4.46 to 4.57 writes both under these names too.
+        repeated = {"rope_theta": values["rope_theta"], "partial_rotary_factor": share}
+        for name, value in repeated.items():
+            if config.get(name) not in (None, value):
+                raise unsupported(name, config[name], value)
         fields = {"rotary_pct": share}
         for flag in ("use_parallel_residual", "attention_bias"):
             value = config.get(flag)
