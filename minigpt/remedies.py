@@ -5,6 +5,8 @@ import os
 import stat
 from pathlib import Path
 
+_LFS = b"version https://git-lfs.github.com/spec/"
+_LARGEST_POINTER = 1024  # as Git LFS has it
 _SPACE = "free some space there, or "
 _NAME = "choose another name or folder"
 _PERMISSION = "check the owner and the permissions, or "
@@ -48,11 +50,19 @@ def disk_message(error: OSError, path: Path | None, remedy: str, writing: str) -
 def require_regular(path: Path, *, may_be_pipe: bool) -> None:
     """Raise OSError for what is not a file: reading a FIFO could wait forever, a device never end.
 
+    So it does for what Git LFS leaves in place of a file that was not fetched.
+
     Args: may_be_pipe, whether a FIFO is read too.
     """
-    mode = os.stat(path).st_mode
+    status = os.stat(path)
+    mode = status.st_mode
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, "it is a folder, not a file", str(path))
     if not (stat.S_ISREG(mode) or (may_be_pipe and stat.S_ISFIFO(mode))):
         kind = {stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}.get(stat.S_IFMT(mode), "device")
         raise OSError(errno.EINVAL, f"it is a {kind}, not a regular file", str(path))
+    if stat.S_ISREG(mode) and 0 < status.st_size < _LARGEST_POINTER:
+        with open(path, "rb") as file:
+            if file.read(len(_LFS)) == _LFS:
+                reason = "it is a Git LFS pointer: run `git lfs pull` in its repository"
+                raise OSError(errno.EINVAL, reason, str(path))

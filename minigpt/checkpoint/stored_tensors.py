@@ -123,6 +123,13 @@ def stored_tensors(config: ModelConfig, folder: Path) -> dict[str, StoredTensor]
     expected = _shapes_in_hf(config)
     if published and (head := published.tied_head(config)) in found:
         expected[head] = next(iter(expected.values()))
+    for tensor in found.values():
+        if tensor.dtype not in DTYPES:
+            raise CheckpointError(
+                f"{str(tensor.path)!r} cannot be used: {cut(tensor.name)} is stored as "
+                f"{tensor.dtype}, and only {', '.join(sorted(DTYPES))} are read. Use the model as "
+                "it was before it was quantized, or transformers."
+            )
     if problem := _first_problem(expected, found):
         raise CheckpointError(
             f"the weights in {str(folder)!r} do not fit config.json: {problem}. "
@@ -141,9 +148,6 @@ def _first_problem(
     for name, stored in found.items():
         if stored.shape != expected[name]:
             return f"{name!r} has shape {list(stored.shape)}, not {list(expected[name])}"
-        if stored.dtype not in DTYPES:
-            readable = ", ".join(sorted(DTYPES))
-            return f"{name!r} is stored as {stored.dtype}, and only {readable} are read"
     return None
 
 

@@ -31,10 +31,11 @@ def require_length(span: TokenSpan, context_length: int) -> None:
     Raises: DataError if it is shorter than context_length + 1 tokens.
     """
     if len(span) < context_length + 1:
+        longest = f" (at most {len(span) - 1})" if len(span) > 1 else ""
         raise DataError(
             f"too little text: the {span.name} part has {len(span)} tokens, and a context of "
             f"{context_length} needs at least {context_length + 1}. Use a shorter "
-            "--context-length or more text."
+            f"--context-length{longest} or more text."
         )
 
 

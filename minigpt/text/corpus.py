@@ -1,5 +1,6 @@
 """A corpus: files, and their documents, one piece at a time."""
 
+import errno
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ from typing import Any, BinaryIO
 
 from minigpt.config import DataConfig
 from minigpt.errors import DataError, ResourceError, cut
+from minigpt.files import open_regular
 from minigpt.text import compressed, encodings, records
 from minigpt.text.tokenizer import END_OF_TEXT, Tokenizer
 
@@ -42,7 +44,7 @@ class CorpusFile:
     @contextmanager
     def opened(self) -> Iterator[tuple[BinaryIO, BinaryIO]]:
         """Open the file; yield its bytes as they are on the disk, and unpacked."""
-        with reading(self.name), self.path.open("rb") as packed:
+        with reading(self.name), open_regular(self.path, may_be_pipe=True) as packed:
             if not self.packing:
                 yield packed, packed
             else:
@@ -245,11 +247,13 @@ def reading(name: str) -> Iterator[None]:
         ) from None
     except OSError as error:
         is_special = os.path.realpath(name).startswith(("/proc/", "/sys/", "/dev/"))
-        remedy = "Check the path and the disk."
+        remedy = " Check the path and the disk."
         if is_special:
-            remedy = "It is a special file of the system: name a file of text."
+            remedy = " It is a special file of the system: name a file of text."
+        elif error.errno == errno.EINVAL:  # of open_regular, which says it
+            remedy = ""
         reason = error.strerror or str(error)
-        raise DataError(f"{cut(name, 200)} cannot be read: {reason}. {remedy}") from None
+        raise DataError(f"{cut(name, 200)} cannot be read: {reason}.{remedy}") from None
 
 
 def _texts(

@@ -308,6 +308,15 @@ def pickle_weights(folder: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
 
 
+def leave_pointer(name: str) -> Callable[[Path], Any]:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 1234\n"
+    return lambda folder: (folder / name).write_text(pointer)
+
+
+def rename_weights(name: str) -> Callable[[Path], Any]:
+    return lambda folder: (folder / "model.safetensors").rename(folder / name)
+
+
 DAMAGES: dict[str, Callable[[Path], Any]] = {
     r"config\.json is missing in .*`minigpt train`": lambda f: (f / "config.json").unlink(),
     r"config\.json' is not JSON": lambda f: (f / "config.json").write_text("{"),
@@ -330,7 +339,19 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
         f, weights(f) | {"wte.weight": torch.zeros(1)}
     ),
     r"not a complete safetensors file .*invalid shape": write_false_shape,
-    r"is stored as I32": lambda f: save(f, {n: t.int() for n, t in weights(f).items()}),
+    r"is stored as I32.* before it was quantized": lambda f: save(
+        f, {n: t.int() for n, t in weights(f).items()}
+    ),
+    r"model\.safetensors' is not a .* Git LFS pointer: run `git lfs pull`": leave_pointer(
+        "model.safetensors"
+    ),
+    r"tokenizer\.json' cannot be read: it is a Git LFS": leave_pointer("tokenizer.json"),
+    r"its weights are in 'model\.fp16\.safetensors'\. Rename that": rename_weights(
+        "model.fp16.safetensors"
+    ),
+    r"parts such as 'model-00001-of-00002\.safetensors'\. Write or download": rename_weights(
+        "model-00001-of-00002.safetensors"
+    ),
     r"'transformer\.wpe\.weight' has shape \[32, 16\], not \[64, 16\]": lambda f: change_config(
         f, n_positions=64
     ),

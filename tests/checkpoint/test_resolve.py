@@ -53,12 +53,15 @@ def test_default_model_is_the_newest_run_else_the_one_that_ships(
 def test_error_for_an_unknown_name_suggests_the_nearest_run(run: RunFolder, tmp_path: Path) -> None:
     root = run.path.parent
     (root / "empty").mkdir()
+    (root / "lora").mkdir()
+    (root / "lora" / "adapter_config.json").write_text("{}")
     (root / "\x1b[31mtails").mkdir()
     (root / "\x1b[31mtails" / "config.json").write_text("{}")
     for spec, says in {
         "tails": "there is no model 'tails' in .*Did you mean tales",
         str(tmp_path / "tals"): "there is no model .*Did you mean tales",
         "empty": "holds no checkpoint.*Choose from tales",
+        "lora": "lora' is an adapter .LoRA. of another model. .* merge_and_unload",
         "\x1b[31m" + "x" * 5000: r"there is no model '\\x1b\[31mxx",
         "nul\0": r"there is no model 'nul\\x00'",
     }.items():

@@ -225,6 +225,14 @@ def test_a_special_file_that_cannot_be_read_is_named_as_one(folder: Path) -> Non
     assert "special file of the system: name a file of text" in str(error("/proc/self/mem"))
 
 
+@pytest.mark.parametrize("name", ["tale.txt", "tales.jsonl", "tales.csv", "rows.parquet"])
+def test_a_pointer_of_git_lfs_is_not_taken_for_the_text(folder: Path, name: str) -> None:
+    write(name, "version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 1234\n")
+    assert str(error(name)) == (
+        f"'{name}' cannot be read: it is a Git LFS pointer: run `git lfs pull` in its repository."
+    )
+
+
 def test_control_bytes_of_file_names_do_not_reach_the_message(folder: Path) -> None:
     write("evil\x1b[31m.txt", "x")
     assert "\x1b" not in str(error("evil\x1b[3m.txt"))

@@ -50,6 +50,11 @@ def no_model(spec: str, places: Sequence[Path], root: Path) -> CheckpointError:
                 if (place.parent / "config.json").is_file():
                     advice = f"Name the model's folder: {str(place.parent)!r}."
                 return CheckpointError(f"{str(place)!r} is not a folder. {advice}")
+            if (place / "adapter_config.json").is_file():
+                return CheckpointError(
+                    f"{str(place)!r} is an adapter (LoRA) of another model. Merge the two with "
+                    "PEFT's merge_and_unload, save the result, and name that."
+                )
             return CheckpointError(
                 f"{str(place)!r} holds no checkpoint: no step folder, no config.json. {advice}"
             )

@@ -26,7 +26,14 @@ def shards_in(folder: Path) -> list[str]:
             "code. Make a model folder from it, which runs none: `minigpt checkpoints import "
             f"{shlex.quote(str(folder))} NEW_FOLDER`."
         )
-    raise CheckpointError(f"{WEIGHTS} is missing in {str(folder)!r}. Write or download it again.")
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    why, remedy = "", "Write or download it again."
+    if others and "-of-" in others[0]:
+        why = f", and {INDEX}, which names the parts such as {others[0]!r}"
+    elif others:
+        why = f": its weights are in {others[0]!r}"
+        remedy = f"Rename that file to {WEIGHTS}."
+    raise CheckpointError(f"{WEIGHTS} is missing in {str(folder)!r}{why}. {remedy}")
 
 
 def shard_names(index: Path) -> list[str]:
