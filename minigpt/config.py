@@ -5,16 +5,16 @@ is documented as derived is filled in at that moment, so that a saved config is 
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from minigpt.errors import require_choice
 from minigpt.fields import check_fields, option, require, require_divides, round_up, setting
-from minigpt.rings import has_ring, ring
+from minigpt.rings import find_ring, ring
 from minigpt.run_config import DataConfig as DataConfig
 from minigpt.run_config import TrainingConfig as TrainingConfig
 
-HF_LAYOUTS = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
-"""Hugging Face model types that GPT computes; other files in checkpoint/families/ add more."""
+OWN_TYPE = "minigpt"
+"""Model type of a model that Hugging Face does not have: other attention scores, LSTMs."""
 ACTIVATIONS = ("silu", "relu", "relu2", "gelu_tanh", "gelu", "gelu_sigmoid")
 ARCHS = {
     "gpt": "model.gpt:GPT",
@@ -33,14 +33,8 @@ ATTENTIONS = {
 _ATTENTION_OF = {"gpt": "scaled_dot", "lstm": "none", "lstm-attention": "additive"}
 
 
-def has_family(model_type: str) -> bool:
-    """Return whether this installation has the file of a model type in checkpoint/families/."""
-    is_name = model_type.isidentifier() and not model_type.startswith("_")
-    return is_name and has_ring(f"checkpoint.families.{model_type}")
-
-
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class PlainModelConfig:
     """The shape of a language model; enough to build it and to write its config.json."""
 
     vocab_size: int = setting(bounds="[1, 2**28]")
@@ -77,26 +71,6 @@ class ModelConfig:
     """Biases of the MLP projections (llama). The gpt2 family always has all biases."""
     rope_theta: float = setting(10_000.0, "(0, inf)")
     """Base of the RoPE frequencies (llama)."""
-    rope_scaling: Literal["llama3", "linear", "dynamic", "yarn"] = "llama3"
-    """Method of RoPE scaling: llama3 and yarn stretch long wavelengths, linear all; dynamic none
-    within context_length."""
-    rope_scaling_factor: float = setting(1.0, "(0, inf)")
-    """Factor by which RoPE wavelengths are stretched. 1 stretches none."""
-    rope_low_freq_factor: float = setting(1.0, "(0, inf)")
-    """Divisor of rope_original_context; longer wavelengths are stretched in full (llama3)."""
-    rope_high_freq_factor: float = setting(4.0, "(0, inf)")
-    """Divisor of rope_original_context; shorter wavelengths are not stretched, and those between
-    the two limits in part (llama3)."""
-    rope_beta_fast: float = setting(32.0, "(0, inf)")
-    """Turns in rope_original_context; wavelengths with more are not stretched (yarn)."""
-    rope_beta_slow: float = setting(1.0, "(0, inf)")
-    """Turns in rope_original_context; wavelengths with fewer are stretched in full (yarn)."""
-    rope_attention_factor: float = setting(1.0, "(0, inf)")
-    """Factor of rotated queries and keys (yarn)."""
-    rope_truncate: bool = True
-    """Whether the dimensions of the two limits are rounded outwards to whole ones (yarn)."""
-    rope_original_context: int = setting(8192, "[1, inf)")
-    """Context length before RoPE scaling, in tokens."""
     norm_eps: float = setting(1e-5, "(0, inf)")
     """Epsilon added under the square root of every norm."""
     tie_embeddings: bool = False
@@ -106,8 +80,6 @@ class ModelConfig:
     model_type: str = ""
     """Hugging Face model type. Empty derives gpt2, llama, qwen2 or qwen3, or minigpt for a model
     that Hugging Face does not have."""
-    hf_fields: tuple[str, ...] = ()
-    """Fields of config.json that only the model type's own class reads, each as NAME=JSON."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -126,10 +98,6 @@ class ModelConfig:
         for name, value in derived.items():
             object.__setattr__(self, name, getattr(self, name) or value)
         object.__setattr__(self, "model_type", self.model_type or self._layout())
-        require(
-            not self.hf_fields or self.model_type != "minigpt",
-            "hf_fields needs a model_type of Hugging Face. Leave it out.",
-        )
         if "lstm" in self.arch or self.attention == "none":
             ring("model.variants").check_lstm(self)
         require_divides("n_kv_head", self.n_kv_head, "n_head", self.n_head)
@@ -142,17 +110,6 @@ class ModelConfig:
         else:
             self._check_gpt2()
         self._check_layout()
-        require(
-            self.rope_low_freq_factor < self.rope_high_freq_factor,
-            f"rope_high_freq_factor must be above rope_low_freq_factor: it is "
-            f"{self.rope_high_freq_factor}, not above {self.rope_low_freq_factor}.",
-        )
-        require(
-            self.rope_scaling != "yarn"
-            or (self.rope_beta_slow < self.rope_beta_fast and self.rope_theta > 1),
-            "rope_scaling yarn needs rope_beta_fast above rope_beta_slow and rope_theta above 1: "
-            f"they are {self.rope_beta_fast}, {self.rope_beta_slow} and {self.rope_theta}.",
-        )
 
     @property
     def kind(self) -> str:
@@ -160,11 +117,6 @@ class ModelConfig:
         if self.arch != "gpt":
             return self.arch
         return self.family if self.attention == "scaled_dot" else f"{self.family}, {self.attention}"
-
-    @property
-    def has_own_class(self) -> bool:
-        """Whether its family's class computes it, if there is one, instead of that of its arch."""
-        return bool(self.hf_fields) or self.model_type not in (*HF_LAYOUTS, "minigpt")
 
     @property
     def n_attention_layer(self) -> int:
@@ -192,28 +144,20 @@ class ModelConfig:
         )
 
     def _layout(self) -> str:
-        if self.arch != "gpt" or self.attention != "scaled_dot":
-            return "minigpt"
-        name = "qwen3" if self.qk_norm else "qwen2" if self.attention_bias == "qkv" else "llama"
-        name = "gpt2" if self.family == "gpt2" else name
-        return name if has_family(name) else "minigpt"
+        """Return the model type of this shape."""
+        return OWN_TYPE
 
     def _check_layout(self) -> None:
-        if self.model_type not in (*HF_LAYOUTS, "minigpt") and has_family(self.model_type):
-            return  # the family decides what it can compute
+        """Raise ConfigError for what a model of this type cannot have."""
         require_choice("activation", self.activation, ACTIVATIONS)
-        layout = self._layout()
-        known = {"llama": ("llama", "mistral")}.get(layout, (layout,))
-        require_choice("model_type", self.model_type, known)
-        # No Hugging Face model type has these, so other programs could not open the model.
-        require(
-            not (self.qk_norm and self.attention_bias == "qkv"),
-            "no published layout has qk_norm and biases of qkv only. Use attention_bias all.",
-        )
-        require(
-            not self.mlp_bias or self.model_type in ("llama", "minigpt"),
-            f"the layout {self.model_type} has no MLP biases. Set mlp_bias to false.",
-        )
+        require_choice("model_type", self.model_type, (OWN_TYPE,))
+
+
+if TYPE_CHECKING:
+    from minigpt.hf_config import ModelConfig as ModelConfig
+else:
+    _types = find_ring("hf_config")
+    ModelConfig = _types.ModelConfig if _types else PlainModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)

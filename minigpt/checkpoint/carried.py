@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from minigpt.checkpoint.families import model_config_from_hf
+from minigpt.checkpoint.config_json import read_config_json
 from minigpt.checkpoint.model_folder import CONFIG, name_of
 from minigpt.checkpoint.stored_tensors import DTYPES, stored_tensors
 from minigpt.config import ModelConfig
@@ -62,7 +62,7 @@ class Carried:
         Args: ours, the config.json of the model if it were new.
         """
         config = dict(self.config)
-        if model_config_from_hf(config).dropout != model.dropout:
+        if read_config_json(config).dropout != model.dropout:
             names = ("resid_pdrop", "embd_pdrop", "dropout")
             config |= {name: ours[name] for name in names if name in ours}
         if dtype is not None:
@@ -77,7 +77,7 @@ def read_carried(folder: Path) -> Carried:
     Raises: CheckpointError as ``read_model``; ResourceError if a file cannot be read.
     """
     settings = read_json(folder / CONFIG)
-    stored = stored_tensors(model_config_from_hf(settings), folder)
+    stored = stored_tensors(read_config_json(settings), folder)
     with resource_errors(folder):
         paths = [path for pattern in CARRIED for path in sorted(folder.glob(pattern))]
         files = {path.relative_to(folder).as_posix(): read_bytes(path) for path in paths}

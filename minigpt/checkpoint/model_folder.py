@@ -13,18 +13,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from minigpt.checkpoint import tokenizer_json, weights
-from minigpt.checkpoint.families import model_config_from_hf, model_config_to_hf
+from minigpt.checkpoint import tokenizer_json
+from minigpt.checkpoint.config_json import config_json, read_config_json
 from minigpt.checkpoint.tokenizer_json import TOKENIZER, TOKENIZER_CONFIG
-from minigpt.checkpoint.weights import WEIGHTS
-from minigpt.config import ModelConfig
+from minigpt.config import OWN_TYPE, ModelConfig
 from minigpt.errors import CheckpointError
 from minigpt.files import make_folder, read_json, resource_errors, to_json
 from minigpt.model.language_model import LanguageModel, model_class
-from minigpt.rings import find_ring
+from minigpt.rings import find_ring, ring
 from minigpt.text.tokenizer import Tokenizer
 
 CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
 
 STATE_FOLDER = "training_state"
 """Folder of a checkpoint with what only a resumed run needs."""
@@ -60,7 +60,7 @@ def write_model(
     Returns: whether any weight was rounded.
     Raises: ResourceError if the disk is full or the folder cannot be written.
     """
-    config = model_config_to_hf(model.config, tokenizer)
+    config = config_json(model.config, tokenizer)
     config["torch_dtype"] = name_of(dtype or model.embedding.weight.dtype)
     ids = {name: config[name] for name in _TOKEN_IDS}
     files: dict[str, bytes] = {}
@@ -96,7 +96,9 @@ def write_model(
 def weights_to_hf(model: LanguageModel) -> dict[str, Tensor]:
     """Return the weights of a model on the CPU, by Hugging Face's names."""
     tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    return weights.tensors_to_hf(model.config, tensors)
+    if model.config.model_type != OWN_TYPE:
+        return ring("checkpoint.weights").tensors_to_hf(model.config, tensors)
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
 def _rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -134,7 +136,7 @@ def read_config(folder: Path) -> ModelConfig:
 
     Raises: CheckpointError if it is missing, not JSON, or of a model that we cannot compute.
     """
-    return model_config_from_hf(read_json(folder / CONFIG))
+    return read_config_json(read_json(folder / CONFIG))
 
 
 def read_model(
@@ -158,8 +160,11 @@ def read_model(
     tensors = _tensors(config, exact if has_exact else folder)
     tokenizer = read_vocabulary(folder, config.vocab_size)
     reader = make_reader(config) if make_reader else None
-    place = reader or (lambda name, tensor: weights.placed(tensor, device, dtype))
-    ours = weights.tensors_from_hf(config, tensors, place)
+    place = reader or (lambda name, tensor: placed(tensor, device, dtype))
+    if config.model_type == OWN_TYPE:
+        ours = {name: place(name, tensors[name]) for name in tensors}
+    else:
+        ours = ring("checkpoint.weights").tensors_from_hf(config, tensors, place)
     model = model_class(config).from_tensors(config, ours)
     if reader:
         reader.finish(model)
@@ -175,6 +180,16 @@ def _tensors(config: ModelConfig, folder: Path) -> Mapping[str, Tensor]:
         raise CheckpointError(
             f"{str(folder / WEIGHTS)!r} cannot be read ({error}). Write or download it again."
         ) from None
+
+
+def placed(
+    part: Tensor, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Return a tensor of this device and dtype that shares no memory with others."""
+    if part.is_contiguous() and part.nbytes == part.untyped_storage().nbytes():
+        return part.to(device, dtype)
+    place = torch.empty(part.shape, device=device or part.device, dtype=dtype or part.dtype)
+    return place.copy_(part)
 
 
 def read_vocabulary(folder: Path, n_rows: int) -> Tokenizer | None:

@@ -13,13 +13,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from minigpt.checkpoint.families import OWN_TYPE
-from minigpt.checkpoint.weights import WEIGHTS, tensor_names
-from minigpt.config import ModelConfig
+from minigpt.checkpoint.model_folder import WEIGHTS
+from minigpt.config import OWN_TYPE, ModelConfig
 from minigpt.errors import CheckpointError, cut
 from minigpt.files import open_regular, resource_errors
 from minigpt.model.language_model import model_class
-from minigpt.rings import find_ring
+from minigpt.rings import find_ring, ring
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Dtypes that are read, by their names in a file."""
@@ -120,9 +119,14 @@ def stored_tensors(config: ModelConfig, folder: Path) -> dict[str, StoredTensor]
                     )
     if published:
         published.check_size(config, len(found))
-    expected = _shapes_in_hf(config)
-    if published and (head := published.tied_head(config)) in found:
-        expected[head] = next(iter(expected.values()))
+    # Not from tensors on the meta device: torch.cat of some imports the compiler, 80 MB of memory.
+    state = model_class(config).without_weights(config).state_dict()
+    expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if config.model_type != OWN_TYPE:
+        weights = ring("checkpoint.weights")
+        expected = weights.shapes_to_hf(config, expected)
+        if (head := weights.tied_head(config)) in found:
+            expected[head] = next(iter(expected.values()))
     for tensor in found.values():
         if tensor.dtype not in DTYPES:
             raise CheckpointError(
@@ -149,18 +153,3 @@ def _first_problem(
         if stored.shape != expected[name]:
             return f"{name!r} has shape {list(stored.shape)}, not {list(expected[name])}"
     return None
-
-
-def _shapes_in_hf(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of what ``tensors_to_hf`` returns."""
-    # Not from tensors on the meta device: torch.cat of some imports the compiler, 80 MB of memory.
-    state = model_class(config).without_weights(config).state_dict()
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    if config.model_type == OWN_TYPE:
-        return shapes
-    renamed = {}
-    for name in tensor_names(config):
-        parts = [shapes[part] for part in name.ours]
-        shape = (sum(part[0] for part in parts), *parts[0][1:])
-        renamed[name.theirs] = shape[::-1] if name.is_transposed else shape
-    return renamed

@@ -6,11 +6,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from minigpt.checkpoint.families import OWN_TYPE, TensorName, family_of
+from minigpt.checkpoint.families import TensorName, family_of
+from minigpt.checkpoint.model_folder import placed
 from minigpt.config import ModelConfig
-from minigpt.rings import find_ring
-
-WEIGHTS = "model.safetensors"
+from minigpt.errors import CheckpointError
 
 
 def tensor_names(config: ModelConfig) -> Iterator[TensorName]:
@@ -26,14 +25,24 @@ def tensor_names(config: ModelConfig) -> Iterator[TensorName]:
 
 
 def tensors_to_hf(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename, concatenate and transpose a state_dict to Hugging Face's, except for OWN_TYPE."""
-    if config.model_type == OWN_TYPE:
-        return {name: tensor.contiguous() for name, tensor in tensors.items()}
+    """Rename, concatenate and transpose a state_dict to Hugging Face's tensors."""
     renamed = {}
     for name in tensor_names(config):
         parts = [tensors[part].unflatten(0, (name.n_groups, -1)) for part in name.ours]
         tensor = torch.cat(parts, dim=1).flatten(0, 1) if len(parts) > 1 else tensors[name.ours[0]]
         renamed[name.theirs] = (tensor.t() if name.is_transposed else tensor).contiguous()
+    return renamed
+
+
+def shapes_to_hf(
+    config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of what ``tensors_to_hf`` returns."""
+    renamed = {}
+    for name in tensor_names(config):
+        parts = [shapes[part] for part in name.ours]
+        shape = (sum(part[0] for part in parts), *parts[0][1:])
+        renamed[name.theirs] = shape[::-1] if name.is_transposed else shape
     return renamed
 
 
@@ -51,8 +60,6 @@ def tensors_from_hf(
     Raises: CheckpointError if tied embeddings are stored as two different tensors; KeyError if a
         name is missing.
     """
-    if config.model_type == OWN_TYPE:
-        return {name: place(name, tensors[name]) for name in tensors}
     renamed: dict[str, Tensor] = {}
     for name in tensor_names(config):
         tensor = tensors[name.theirs]
@@ -62,16 +69,21 @@ def tensors_from_hf(
         parts = zip(name.ours, groups.split(sizes, dim=1), strict=True)
         renamed |= {ours: place(ours, part.flatten(0, 1)) for ours, part in parts}
         del tensor, groups, parts
-    if published := find_ring("checkpoint.published_models"):
-        published.check_tied(config, tensors)
+    check_tied(config, tensors)
     return renamed
 
 
-def placed(
-    part: Tensor, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-) -> Tensor:
-    """Return a tensor of this device and dtype that shares no memory with others."""
-    if part.is_contiguous() and part.nbytes == part.untyped_storage().nbytes():
-        return part.to(device, dtype)
-    place = torch.empty(part.shape, device=device or part.device, dtype=dtype or part.dtype)
-    return place.copy_(part)
+def tied_head(config: ModelConfig) -> str:
+    """Return the name of an output projection that only some files of tied embeddings have."""
+    return family_of(config.model_type).head if config.tie_embeddings else ""
+
+
+def check_tied(config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError if tied embeddings are stored as two different tensors."""
+    if (head := tied_head(config)) in tensors:
+        embedding = next(tensor_names(config)).theirs
+        if not torch.equal(tensors[head], tensors[embedding]):
+            raise CheckpointError(
+                f"config.json: tie_word_embeddings is true, but {head} is not the embedding. Set "
+                "it to false there."
+            )

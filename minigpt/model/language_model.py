@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from minigpt.config import ARCHS, ModelConfig
+from minigpt.config import ARCHS, OWN_TYPE, ModelConfig
 from minigpt.model.attention import AttentionLayer
 from minigpt.model.cache import KVCache
 from minigpt.rings import load_class, ring
@@ -105,14 +105,11 @@ class LanguageModel(nn.Module):
 
 
 def model_class(config: ModelConfig) -> type[LanguageModel]:
-    """Return the class that builds a model of this config: its family's own, or that of its arch.
+    """Return the class that builds a model of this config.
 
-    Raises: ConfigError if it is in a file that this installation does not have.
+    Raises: ModuleNotFoundError if it is in a file that this installation does not have.
     """
-    found: type[LanguageModel] | str = ARCHS[config.arch]
-    if config.has_own_class:
-        # Looked up by name: families are above this package.
-        found = ring(f"checkpoint.families.{config.model_type}").FAMILY.model or found
-    base: type[LanguageModel] = load_class(found) if isinstance(found, str) else found
-    has_long_rope = any(field.startswith("rope_scaling=") for field in config.hf_fields)
-    return ring("checkpoint.long_rope").with_long_rope(base) if has_long_rope else base
+    if config.model_type == OWN_TYPE:
+        return load_class(ARCHS[config.arch])
+    # Looked up by name: families are above this package.
+    return ring("checkpoint.families").model_class(config)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minigpt.config import ModelConfig
-from minigpt.rings import ring
+from minigpt.rings import find_ring
 
 Rotary = tuple[Tensor, Tensor]
 """Cos and sin of RoPE, whose first axis is the position."""
@@ -82,14 +82,13 @@ def rotary_table(config: ModelConfig, divisor: Tensor | None = None, scale: floa
     # Always computed on the CPU, so that all devices use the same angles.
     exponent = torch.arange(0, config.d_head, 2, device="cpu", dtype=torch.float32) / config.d_head
     frequency = 1.0 / config.rope_theta**exponent
-    if config.rope_scaling_factor != 1:
-        frequency = ring("model.rope_scaling").scaled(frequency, config)
+    if scaling := find_ring("model.rope_scaling"):
+        frequency, scale = scaling.scaled(frequency, scale, config)
     if divisor is not None:
         frequency = frequency / divisor
     position = torch.arange(config.context_length, device="cpu", dtype=torch.float32)
     angle = torch.outer(position, frequency)  # (T, D / 2)
-    factor = config.rope_attention_factor if config.rope_scaling == "yarn" else scale
-    return angle.cos() * factor, angle.sin() * factor
+    return angle.cos() * scale, angle.sin() * scale
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ from torch import Tensor
 from minigpt.config import ModelConfig
 
 
-def scaled(frequency: Tensor, config: ModelConfig) -> Tensor:
-    """Scale RoPE frequencies (D / 2,) for a longer context than the original one.
+def scaled(frequency: Tensor, scale: float, config: ModelConfig) -> tuple[Tensor, float]:
+    """Scale RoPE frequencies (D / 2,), and cos and sin, for a longer context than the original one.
 
     llama3 and yarn divide low frequencies by the factor, keep high ones and interpolate between;
     linear divides all. dynamic changes only what is longer than the context, so it does nothing.
@@ -18,7 +18,13 @@ def scaled(frequency: Tensor, config: ModelConfig) -> Tensor:
         arXiv:2407.21783. yarn: Peng et al. 2023, arXiv:2309.00071, section 3.2. linear: Chen et
         al. 2023, arXiv:2306.15595.
     """
-    if config.rope_scaling == "dynamic":
+    if config.rope_scaling == "yarn":
+        scale = config.rope_attention_factor
+    return _scaled_frequency(frequency, config), scale
+
+
+def _scaled_frequency(frequency: Tensor, config: ModelConfig) -> Tensor:
+    if config.rope_scaling_factor == 1 or config.rope_scaling == "dynamic":
         return frequency
     stretched = frequency / config.rope_scaling_factor
     if config.rope_scaling == "linear":

@@ -16,9 +16,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Muon, Optimizer
 
-from minigpt.checkpoint.model_folder import STATE_FOLDER, save_tensors, weights_to_hf
+from minigpt.checkpoint.model_folder import (
+    STATE_FOLDER,
+    WEIGHTS,
+    save_tensors,
+    weights_to_hf,
+)
 from minigpt.checkpoint.stored_tensors import check_header
-from minigpt.checkpoint.weights import WEIGHTS
 from minigpt.errors import CheckpointError, ConfigError, DataError
 from minigpt.fields import Checked, setting
 from minigpt.files import read_bytes

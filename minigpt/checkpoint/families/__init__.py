@@ -6,15 +6,17 @@ a config.json is used or has no effect, or is refused.
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pkgutil import iter_modules
 from typing import Any
 
-from minigpt.config import ModelConfig, has_family
+from minigpt.checkpoint.config_json import built, check_known, common_fields
+from minigpt.checkpoint.ignored_fields import is_ignored
+from minigpt.config import ARCHS, OWN_TYPE, ModelConfig
 from minigpt.errors import CheckpointError, ConfigError
+from minigpt.hf_config import has_family
 from minigpt.model.language_model import LanguageModel
-from minigpt.rings import find_ring, ring
-from minigpt.settings import build, to_dict
+from minigpt.rings import load_class, ring
 from minigpt.text.tokenizer import Tokenizer
 
 ACTIVATIONS = {
@@ -30,14 +32,6 @@ ACTIVATIONS = {
     "quick_gelu": "gelu_sigmoid",
 }
 """Activation in config.json -> ModelConfig's. The first name of a function is written."""
-OWN_TYPE = "minigpt"
-"""Model type of models that Hugging Face does not have: other attention scores, LSTMs."""
-
-# What we and transformers write into every config.json.
-_NO_EFFECT = """
-    architectures bos_token_id dtype eos_token_id initializer_range model_type pad_token_id
-    torch_dtype transformers_version use_cache
-"""
 _FIXED = {
     "add_cross_attention": False,
     "is_encoder_decoder": False,
@@ -128,18 +122,11 @@ def family_of(model_type: object) -> Family:
 
 
 def model_config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
-    """Read a parsed config.json.
-
-    Raises: CheckpointError naming the field, if it is missing, of the wrong type, unknown, or if
-        it changes the computation in a way that we do not implement.
-    """
-    if config.get("model_type") == OWN_TYPE:
-        ours = {f.name for f in fields(ModelConfig)}
-        _check_known(config, ours)
-        return _built({name: value for name, value in config.items() if name in ours})
+    """Read a parsed config.json of a Hugging Face model type; see ``read_config_json``."""
     family = family_of(config.get("model_type"))
     fixed = {**family.fixed, **_FIXED}
-    _check_known(config, {*family.fields.values(), *fixed, *family.no_effect})
+    known = {*family.fields.values(), *fixed, *family.no_effect}
+    check_known(config, known.union(filter(is_ignored, config)))
     for name, value in fixed.items():
         check_fixed(name, config.get(name), value)
     values = {ours: _value(config, family, theirs) for ours, theirs in family.fields.items()}
@@ -151,7 +138,7 @@ def model_config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
     values |= family.read(config)
     own = values.get("hf_fields", {})
     values["hf_fields"] = [f"{name}={json.dumps(own[name])}" for name in sorted(own)]
-    return _built({**values, "model_type": config["model_type"], **family.constants})
+    return built({**values, "model_type": config["model_type"], **family.constants})
 
 
 def hf_fields(config: ModelConfig) -> dict[str, Any]:
@@ -164,26 +151,6 @@ def hf_fields(config: ModelConfig) -> dict[str, Any]:
         return {name: json.loads(value) for name, value in pairs}
     except ValueError as error:
         raise ConfigError(f"hf_fields must be a list of NAME=JSON: {str(error)[:80]}.") from None
-
-
-def _built(values: Mapping[str, Any]) -> ModelConfig:
-    try:
-        return build(ModelConfig, values)
-    except ConfigError as error:
-        raise CheckpointError(f"config.json: {str(error)[:200]}") from None
-
-
-def _check_known(config: Mapping[str, Any], known: set[str]) -> None:
-    published = find_ring("checkpoint.published_models")
-    known = known.union(_NO_EFFECT.split())
-    for name, value in config.items():
-        if name in known or name.startswith("_") or value is None:
-            continue
-        if config.get("model_type") == OWN_TYPE or not published or not published.is_ignored(name):
-            raise CheckpointError(
-                f"config.json: unknown field {name[:80]!r} with value {repr(value)[:80]}. "
-                "If it does not change what the model computes, remove it."
-            )
 
 
 def _value(config: Mapping[str, Any], family: Family, name: str) -> Any:
@@ -218,25 +185,25 @@ def check_fixed(name: str, value: Any, supported: Any) -> None:
 
 
 def model_config_to_hf(config: ModelConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """Return config.json as transformers 4 and 5 read it; only minigpt reads that of OWN_TYPE."""
-    ends = () if tokenizer is None else tokenizer.end_of_text_ids
-    prefix = () if tokenizer is None else tokenizer.prefix
-    begin = prefix[0] if prefix else None if tokenizer is None else tokenizer.end_of_text
-    written: dict[str, Any] = {
-        "model_type": config.model_type,
-        "bos_token_id": begin,
-        "eos_token_id": ends[0] if len(ends) == 1 else list(ends) or None,
-        "pad_token_id": None if tokenizer is None else tokenizer.end_of_text,
-        "initializer_range": 0.02,
-        "use_cache": True,
-    }
-    if config.model_type == OWN_TYPE:
-        return {"architectures": ["MinigptForCausalLM"]} | written | to_dict(config)
+    """Return config.json of a Hugging Face model type; see ``config_json``."""
     family = family_of(config.model_type)
-    written = {"architectures": [family.architecture]} | written
+    written = {"architectures": [family.architecture], **common_fields(config, tokenizer)}
     written |= {theirs: getattr(config, ours) for ours, theirs in family.fields.items()}
     written[family.fields["activation"]] = next(
         theirs for theirs, ours in family.activations.items() if ours == config.activation
     )
     written |= {**family.write(config), **family.written, "embd_pdrop": config.dropout}
     return written | hf_fields(config)
+
+
+def model_class(config: ModelConfig) -> type[LanguageModel]:
+    """Return the class of a model: its family's own, or that of its architecture.
+
+    Raises: ModuleNotFoundError if it is in a file that this installation does not have.
+    """
+    found: type[LanguageModel] | str = ARCHS[config.arch]
+    if config.has_own_class:
+        found = ring(f"checkpoint.families.{config.model_type}").FAMILY.model or found
+    base: type[LanguageModel] = load_class(found) if isinstance(found, str) else found
+    has_long_rope = any(field.startswith("rope_scaling=") for field in config.hf_fields)
+    return ring("checkpoint.long_rope").with_long_rope(base) if has_long_rope else base

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from minigpt.checkpoint import sliding_windows
 from minigpt.checkpoint.families import (
     ACTIVATIONS,
     Family,
@@ -13,10 +14,9 @@ from minigpt.checkpoint.families import (
     same,
     unsupported,
 )
+from minigpt.checkpoint.rope_scaling import read_scaling, write_scaling
 from minigpt.config import ModelConfig
-from minigpt.rings import find_ring, ring
 
-_SCALING = "checkpoint.rope_scaling"
 NORMS = {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"}
 """Norms of a block: Hugging Face's name -> ours."""
 NO_BIASES = {"attention_bias": False, "mlp_bias": False}
@@ -89,11 +89,7 @@ class LlamaFamily(Family):
     def read_fields(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Return the config.json fields that the model class reads: those of sliding windows."""
         given = {name: config.get(name, self.defaults.get(name)) for name in self.windows}
-        if windows := find_ring("checkpoint.sliding_windows"):
-            return windows.read_fields(config, given)
-        if given.get("sliding_window") is not None and given.get("use_sliding_window", True):
-            raise unsupported("sliding_window", given["sliding_window"], None)
-        return {}
+        return sliding_windows.read_fields(config, given)
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
         has_field = "attention_bias" in self.fields
@@ -138,7 +134,7 @@ def read_rope(
     if kind == "default":
         known["factor"] = 1.0
     else:
-        scaling, keys = ring(_SCALING).read_scaling(rope, name, config, partial)
+        scaling, keys = read_scaling(rope, name, config, partial)
         values, known = values | scaling, known | keys
     for key, value in rope.items():
         check_fixed(f"{name}.{key}", value, known.get(key))
@@ -151,7 +147,7 @@ def write_rope(config: ModelConfig) -> dict[str, Any] | None:
         return dict(long)
     if config.rope_scaling_factor == 1 and config.rope_attention_factor == 1:
         return None
-    return ring(_SCALING).write_scaling(config)
+    return write_scaling(config)
 
 
 FAMILY = LlamaFamily(

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from minigpt.checkpoint.model_folder import read_config, read_vocabulary
-from minigpt.checkpoint.published_models import check_tied
 from minigpt.checkpoint.stored_tensors import LazyTensors, stored_tensors
 from minigpt.checkpoint.tools.gguf_architectures import (
     add_facts,
@@ -28,7 +27,7 @@ from minigpt.checkpoint.tools.gguf_architectures import (
     extra_tensors,
 )
 from minigpt.checkpoint.tools.gguf_vocabulary import chat_template, gguf_vocabulary
-from minigpt.checkpoint.weights import tensor_names
+from minigpt.checkpoint.weights import check_tied, tensor_names
 from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError, ConfigError, install_extra
 from minigpt.files import resource_errors, writing_aside

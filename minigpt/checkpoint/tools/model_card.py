@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from minigpt.checkpoint.families import OWN_TYPE
 from minigpt.checkpoint.tools.hub import is_hub_name
-from minigpt.config import ModelConfig, RunConfig
+from minigpt.config import OWN_TYPE, ModelConfig, RunConfig
 from minigpt.model.cost import parameter_count
 from minigpt.text.escape import printable
 

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from minigpt.checkpoint.byte_pair_json import tokenizer_file
 from minigpt.checkpoint.carried import CARRIED
-from minigpt.checkpoint.families import model_config_to_hf
+from minigpt.checkpoint.config_json import config_json
 from minigpt.checkpoint.folder import writing_folder
 from minigpt.checkpoint.model_folder import (
     CONFIG,
+    WEIGHTS,
     read_config,
     read_model,
     read_vocabulary,
@@ -30,7 +31,6 @@ from minigpt.checkpoint.published_models import canonical_names
 from minigpt.checkpoint.stored_tensors import DTYPES, stored_tensors
 from minigpt.checkpoint.tokenizer_json import tokenizer_from_json
 from minigpt.checkpoint.tools.weight_files import INDEX, shard_names
-from minigpt.checkpoint.weights import WEIGHTS
 from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError, ConfigError, DataError, cut
 from minigpt.files import open_regular, read_bytes, resource_errors, to_json
@@ -205,7 +205,7 @@ def _write_nanogpt(
         written[name] = tensor.t() if ".c_" in name and tensor.dim() == 2 else tensor
     _save(folder / WEIGHTS, written)
     with resource_errors(folder):
-        (folder / CONFIG).write_bytes(to_json(model_config_to_hf(config, tokenizer)))
+        (folder / CONFIG).write_bytes(to_json(config_json(config, tokenizer)))
     write_model(folder, read_model(folder).model, tokenizer)
 
 

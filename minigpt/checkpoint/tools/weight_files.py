@@ -5,7 +5,7 @@ import re
 import shlex
 from pathlib import Path
 
-from minigpt.checkpoint.weights import WEIGHTS
+from minigpt.checkpoint.model_folder import WEIGHTS
 from minigpt.errors import CheckpointError
 from minigpt.files import read_json
 

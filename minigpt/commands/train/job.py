@@ -11,7 +11,7 @@ from typing import Any
 
 from minigpt.checkpoint.folder import RunFolder
 from minigpt.checkpoint.resolve import ROOT
-from minigpt.config import DataConfig, RunConfig
+from minigpt.config import OWN_TYPE, DataConfig, RunConfig
 from minigpt.errors import ConfigError, LockedError
 from minigpt.model.device import resolve_device, resolve_dtype
 from minigpt.model.language_model import LanguageModel
@@ -223,7 +223,7 @@ def with_vocabulary(settings: dict[str, Any], vocab_size: int) -> RunConfig:
             f"model.vocab_size must be at least {vocab_size}, the size of the tokenizer: it is "
             f"{config.model.vocab_size}. Leave it out."
         )
-    if not config.model.has_own_class:
+    if config.model.model_type == OWN_TYPE:
         return config
     return replace(config, model=ring("checkpoint.published_models").canonical(config.model))
 

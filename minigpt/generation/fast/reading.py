@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minigpt.checkpoint.weights import placed
+from minigpt.checkpoint.model_folder import placed
 from minigpt.config import ModelConfig
 from minigpt.generation.fast import is_compiled, joined_layers
 from minigpt.generation.fast.matvec import has_matvec_kernels

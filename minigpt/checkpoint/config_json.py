@@ -1,0 +1,72 @@
+"""config.json <-> ModelConfig: our own model type here, Hugging Face's in a ring."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from minigpt.config import OWN_TYPE, ModelConfig
+from minigpt.errors import CheckpointError, ConfigError
+from minigpt.rings import ring
+from minigpt.settings import build, to_dict
+from minigpt.text.tokenizer import Tokenizer
+
+# What we and transformers write into every config.json.
+_NO_EFFECT = """
+    architectures bos_token_id dtype eos_token_id initializer_range model_type pad_token_id
+    torch_dtype transformers_version use_cache
+"""
+
+
+def read_config_json(config: Mapping[str, Any]) -> ModelConfig:
+    """Read a parsed config.json.
+
+    Raises: CheckpointError naming the field, if it is missing, of the wrong type, unknown, or if
+        it changes the computation in a way that we do not implement.
+    """
+    if config.get("model_type") != OWN_TYPE:
+        return ring("checkpoint.families").model_config_from_hf(config)
+    ours = {f.name for f in fields(ModelConfig)}
+    check_known(config, ours)
+    return built({name: value for name, value in config.items() if name in ours})
+
+
+def built(values: Mapping[str, Any]) -> ModelConfig:
+    """Build the config of a config.json; raise CheckpointError for a value that it cannot have."""
+    try:
+        return build(ModelConfig, values)
+    except ConfigError as error:
+        raise CheckpointError(f"config.json: {str(error)[:200]}") from None
+
+
+def check_known(config: Mapping[str, Any], known: set[str]) -> None:
+    """Raise CheckpointError for a field of a config.json that is not known."""
+    known = known.union(_NO_EFFECT.split())
+    for name, value in config.items():
+        if name not in known and not name.startswith("_") and value is not None:
+            raise CheckpointError(
+                f"config.json: unknown field {name[:80]!r} with value {repr(value)[:80]}. "
+                "If it does not change what the model computes, remove it."
+            )
+
+
+def config_json(config: ModelConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """Return config.json as transformers 4 and 5 read it; only minigpt reads that of OWN_TYPE."""
+    if config.model_type != OWN_TYPE:
+        return ring("checkpoint.families").model_config_to_hf(config, tokenizer)
+    own = {"architectures": ["MinigptForCausalLM"]}
+    return own | common_fields(config, tokenizer) | to_dict(config)
+
+
+def common_fields(config: ModelConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """Return the fields that every config.json has."""
+    ends = () if tokenizer is None else tokenizer.end_of_text_ids
+    prefix = () if tokenizer is None else tokenizer.prefix
+    begin = prefix[0] if prefix else None if tokenizer is None else tokenizer.end_of_text
+    return {
+        "model_type": config.model_type,
+        "bos_token_id": begin,
+        "eos_token_id": ends[0] if len(ends) == 1 else list(ends) or None,
+        "pad_token_id": None if tokenizer is None else tokenizer.end_of_text,
+        "initializer_range": 0.02,
+        "use_cache": True,
+    }
