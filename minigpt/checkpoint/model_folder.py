@@ -13,15 +13,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from minigpt.checkpoint import tokenizer_json
 from minigpt.checkpoint.config_json import config_json, read_config_json
-from minigpt.checkpoint.tokenizer_json import TOKENIZER, TOKENIZER_CONFIG
 from minigpt.config import OWN_TYPE, ModelConfig
 from minigpt.errors import CheckpointError
 from minigpt.files import make_folder, read_json, resource_errors, to_json
 from minigpt.model.language_model import LanguageModel, model_class
 from minigpt.rings import find_ring, ring
-from minigpt.text.tokenizer import Tokenizer
+from minigpt.text.tokenizer import BytesTokenizer, Tokenizer
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -29,7 +27,11 @@ WEIGHTS = "model.safetensors"
 STATE_FOLDER = "training_state"
 """Folder of a checkpoint with what only a resumed run needs."""
 
-_GENERATION_CONFIG = "generation_config.json"
+TOKENIZER = "tokenizer.json"
+BYTES_TOKENIZER = Path(__file__).with_name("bytes_tokenizer.json")
+"""The tokenizer.json of single bytes, as the tokenizers library reads it."""
+GENERATION_CONFIG = "generation_config.json"
+_VOCABULARIES = "checkpoint.tokenizer_json"
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -66,19 +68,16 @@ def write_model(
     files: dict[str, bytes] = {}
     dtypes: Mapping[str, torch.dtype] = {}
     if carried is None:
-        files[_GENERATION_CONFIG] = to_json({"_from_model_config": True} | ids)
+        files[GENERATION_CONFIG] = to_json({"_from_model_config": True} | ids)
     else:
         config = carried.config_with(config, model.config, dtype)
         files, dtypes = dict(carried.files), carried.dtypes
     has_vocabulary = TOKENIZER in files or {"vocab.json", "merges.txt"} <= files.keys()
     if tokenizer is not None and not has_vocabulary:
-        files[TOKENIZER] = to_json(tokenizer_json.tokenizer_to_json(tokenizer))
-        own = tokenizer_json.tokenizer_config(tokenizer, model.config.context_length)
-        classes = find_ring("text.tokenizer_classes")
-        if classes and config["model_type"] == "qwen2" and carried is None:
-            own |= classes.PLAIN_CLASS
-            files |= classes.PLAIN_FILES
-        files.setdefault(TOKENIZER_CONFIG, to_json(own))
+        own = {TOKENIZER: BYTES_TOKENIZER.read_bytes()}
+        if vocabularies := find_ring(_VOCABULARIES):
+            own = vocabularies.tokenizer_files(tokenizer, model.config, is_new=carried is None)
+        files = own | files
         config |= {name: id_ for name, id_ in ids.items() if config.get(name) is None}
     with resource_errors(folder):
         make_folder(folder)
@@ -198,30 +197,13 @@ def read_vocabulary(folder: Path, n_rows: int) -> Tokenizer | None:
     Args: n_rows, number of the model's embeddings.
     Raises: CheckpointError if a file is damaged, or the vocabulary has more tokens than the model.
     """
-    ends = _end_of_text_ids(folder, read_json(folder / CONFIG))
-    tokenizer = tokenizer_json.read_tokenizer(folder, ends, n_rows=n_rows)
-    problem = ""
-    if tokenizer is not None and tokenizer.vocab_size > n_rows:
-        problem = f"has {tokenizer.vocab_size} tokens, and the model only {n_rows}"
-    elif tokenizer is not None and any(id_ >= n_rows for id_ in tokenizer.prefix):
-        first = tokenizer.prefix[0]
-        problem = f"begins each text with the id {first}, and the model's are 0 to {n_rows - 1}"
-    if problem:
+    if vocabularies := find_ring(_VOCABULARIES):
+        return vocabularies.read_vocabulary(folder, n_rows)
+    if not os.path.lexists(folder / TOKENIZER):
+        return None
+    if read_json(folder / TOKENIZER) != read_json(BYTES_TOKENIZER):
         raise CheckpointError(
-            f"the vocabulary in {str(folder)!r} {problem}. Take both from the same place."
+            f"the vocabulary in {str(folder)!r} is not that of single bytes. Install all of "
+            "minigpt to use it."
         )
-    return tokenizer
-
-
-def _end_of_text_ids(folder: Path, settings: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return the end-of-text token ids in generation_config.json, else in config.json."""
-    path = folder / _GENERATION_CONFIG
-    ends = read_json(path).get("eos_token_id") if os.path.lexists(path) else None
-    ends = settings.get("eos_token_id") if ends is None else ends
-    ids = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    if not all(type(id_) is int for id_ in ids):
-        raise CheckpointError(
-            f"the eos_token_id of {str(folder)!r} is {str(ends)[:80]!r}, and not an id or a list "
-            "of ids. Download its JSON files again."
-        )
-    return tuple(id_ for id_ in ids if id_ >= 0)  # -1 is none
+    return BytesTokenizer()

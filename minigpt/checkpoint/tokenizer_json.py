@@ -5,18 +5,58 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from minigpt.files import read_json
-from minigpt.rings import find_ring, ring
+from minigpt.checkpoint import byte_pair_json
+from minigpt.checkpoint.model_folder import BYTES_TOKENIZER as BYTES_TOKENIZER
+from minigpt.checkpoint.model_folder import CONFIG, GENERATION_CONFIG, TOKENIZER
+from minigpt.checkpoint.vocabulary_files import read_vocabulary_files, with_rows
+from minigpt.config import ModelConfig
+from minigpt.errors import CheckpointError
+from minigpt.files import read_json, to_json
 from minigpt.text.tokenizer import BytesTokenizer, Tokenizer
+from minigpt.text.tokenizer_classes import (
+    PLAIN_CLASS,
+    PLAIN_FILES,
+    TOKENIZER_CONFIG,
+    as_auto_tokenizer,
+)
 
-TOKENIZER = "tokenizer.json"
-TOKENIZER_CONFIG = "tokenizer_config.json"
 NAME_FIELD = "name_or_path"
 """Where tokenizer_config.json keeps Tokenizer.name."""
 
-BYTES_TOKENIZER = Path(__file__).with_name("bytes_tokenizer.json")
-"""The tokenizer.json of single bytes, as the tokenizers library reads it."""
-_VOCABULARIES = "checkpoint.byte_pair_json"
+
+def read_vocabulary(folder: Path, n_rows: int) -> Tokenizer | None:
+    """Read the tokenizer of a model folder, None if it has none.
+
+    Args: n_rows, number of the model's embeddings.
+    Raises: CheckpointError if a file is damaged, or the vocabulary has more tokens than the model.
+    """
+    ends = _end_of_text_ids(folder, read_json(folder / CONFIG))
+    tokenizer = read_tokenizer(folder, ends, n_rows=n_rows)
+    problem = ""
+    if tokenizer is not None and tokenizer.vocab_size > n_rows:
+        problem = f"has {tokenizer.vocab_size} tokens, and the model only {n_rows}"
+    elif tokenizer is not None and any(id_ >= n_rows for id_ in tokenizer.prefix):
+        first = tokenizer.prefix[0]
+        problem = f"begins each text with the id {first}, and the model's are 0 to {n_rows - 1}"
+    if problem:
+        raise CheckpointError(
+            f"the vocabulary in {str(folder)!r} {problem}. Take both from the same place."
+        )
+    return tokenizer
+
+
+def _end_of_text_ids(folder: Path, settings: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the end-of-text token ids in generation_config.json, else in config.json."""
+    path = folder / GENERATION_CONFIG
+    ends = read_json(path).get("eos_token_id") if os.path.lexists(path) else None
+    ends = settings.get("eos_token_id") if ends is None else ends
+    ids = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if not all(type(id_) is int for id_ in ids):
+        raise CheckpointError(
+            f"the eos_token_id of {str(folder)!r} is {str(ends)[:80]!r}, and not an id or a list "
+            "of ids. Download its JSON files again."
+        )
+    return tuple(id_ for id_ in ids if id_ >= 0)  # -1 is none
 
 
 def read_tokenizer(
@@ -30,17 +70,15 @@ def read_tokenizer(
     """
     path = folder / TOKENIZER_CONFIG
     config = read_json(path) if os.path.lexists(path) else {}
-    files, data = find_ring("checkpoint.vocabulary_files"), None
+    data: Mapping[str, Any] | None = None
     if os.path.lexists(folder / TOKENIZER):
-        data = read_json(folder / TOKENIZER)
-        if classes := find_ring("text.tokenizer_classes"):
-            data = classes.as_auto_tokenizer(folder, data)
-    elif files:
-        data = files.read_vocabulary_files(folder)
+        data = as_auto_tokenizer(folder, read_json(folder / TOKENIZER))
+    else:
+        data = read_vocabulary_files(folder)
     if data is None:
         return None
     if n_rows is not None:
-        data = files.with_rows(data, n_rows) if files else data
+        data = with_rows(data, n_rows)
         end_of_text_ids = tuple(id_ for id_ in end_of_text_ids if id_ < n_rows)
     named = config.get(NAME_FIELD)
     place = folder.parent if folder.name.startswith("step-") else folder
@@ -51,14 +89,14 @@ def read_tokenizer(
 def tokenizer_from_json(
     data: Mapping[str, Any], name: str, *, end_of_text_ids: tuple[int, ...] = ()
 ) -> Tokenizer:
-    """Read a tokenizer.json: that of single bytes, or another with the ring of vocabularies.
+    """Read a tokenizer.json: that of single bytes, or another vocabulary.
 
     Args: name, for the Tokenizer; end_of_text_ids, () for ``<|endoftext|>``.
     Raises: CheckpointError naming the part that is damaged or cannot be used.
     """
     if data == read_json(BYTES_TOKENIZER):
         return BytesTokenizer(name, end_of_text_ids)
-    return ring(_VOCABULARIES).tokenizer_from_json(data, name, end_of_text_ids)
+    return byte_pair_json.tokenizer_from_json(data, name, end_of_text_ids)
 
 
 def tokenizer_to_json(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -68,7 +106,17 @@ def tokenizer_to_json(tokenizer: Tokenizer) -> dict[str, Any]:
     """
     if isinstance(tokenizer, BytesTokenizer):
         return read_json(BYTES_TOKENIZER)
-    return ring(_VOCABULARIES).tokenizer_to_json(tokenizer)
+    return byte_pair_json.tokenizer_to_json(tokenizer)
+
+
+def tokenizer_files(tokenizer: Tokenizer, config: ModelConfig, *, is_new: bool) -> dict[str, bytes]:
+    """Return the files of a tokenizer. Args: is_new, False for that of a model of others."""
+    files = {TOKENIZER: to_json(tokenizer_to_json(tokenizer))}
+    settings = tokenizer_config(tokenizer, config.context_length)
+    if config.model_type == "qwen2" and is_new:
+        settings |= PLAIN_CLASS
+        files |= PLAIN_FILES
+    return files | {TOKENIZER_CONFIG: to_json(settings)}
 
 
 def tokenizer_config(tokenizer: Tokenizer, context_length: int) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def read_vocabulary_files(folder: Path) -> JSONValue | None:
         ) from None
 
 
-def with_rows(data: dict[str, Any], n_rows: int) -> dict[str, Any]:
+def with_rows(data: Mapping[str, Any], n_rows: int) -> Mapping[str, Any]:
     """Return a tokenizer.json without its added tokens that the model has no embedding for.
 
     Such a token, often one for padding, cannot occur in a model's text.
@@ -66,7 +66,7 @@ def with_rows(data: dict[str, Any], n_rows: int) -> dict[str, Any]:
         if isinstance(vocab, dict):
             vocab = {token: id_ for token, id_ in vocab.items() if token not in without}
             model = model | {"vocab": vocab}
-        return data | {"added_tokens": added, "model": model}
+        return {**data, "added_tokens": added, "model": model}
     except (KeyError, TypeError, AttributeError):
         return data  # damaged: reading it raises the error
 
