@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from bfloat16_weights import use_float32_activations
 from small_models import LAYOUTS, random_tokens, small_model
 
 from minigpt.errors import ConfigError
@@ -23,7 +24,7 @@ from minigpt.generation.fast import (
 )
 from minigpt.generation.fast.eager import EagerForward
 from minigpt.generation.fast.packages import failure_path, lock_path
-from minigpt.generation.fast.quantize import quantize_int8, use_float32_activations
+from minigpt.generation.fast.quantize import quantize_int8
 from minigpt.model.gpt import GPT
 
 KINDS = ["float32", "int8"]

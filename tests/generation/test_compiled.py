@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from bfloat16_weights import use_float32_activations
 from small_models import LAYOUTS, random_tokens, small_model
 from torch import Tensor
 
@@ -22,7 +23,7 @@ from minigpt.generation.fast import compiled, prepare_for_decoding
 from minigpt.generation.fast.compiled import CompiledForward
 from minigpt.generation.fast.decode_step import Shown
 from minigpt.generation.fast.graph import GraphStep
-from minigpt.generation.fast.quantize import quantize_int8, use_float32_activations
+from minigpt.generation.fast.quantize import quantize_int8
 from minigpt.model.gpt import GPT
 from minigpt.tracing.analysis.recorder import MeasureRecorder
 

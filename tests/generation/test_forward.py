@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from bfloat16_weights import use_float32_activations
 from kept_attention import KeptAttention
 from small_models import LAYOUTS, random_tokens, small_model
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from minigpt.errors import ConfigError
 from minigpt.generation.decoder import Decoder
 from minigpt.generation.fast import prepare_for_decoding, products, supports
 from minigpt.generation.fast.eager import EagerForward
-from minigpt.generation.fast.quantize import quantize_int8, use_float32_activations
+from minigpt.generation.fast.quantize import quantize_int8
 from minigpt.generation.forward import PlainForward, make_forward
 from minigpt.model.gpt import GPT
 

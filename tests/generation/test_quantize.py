@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bfloat16_weights import use_float32_activations
 from live_bytes import LiveBytes
 from small_models import LAYOUTS, random_tokens, small_model
 from torch import nn
@@ -23,7 +24,6 @@ from minigpt.generation.fast.quantize import (
     WeightOnlyEmbedding,
     WeightOnlyLinear,
     quantize_int8,
-    use_float32_activations,
 )
 from minigpt.model.gpt import GPT
 

@@ -160,19 +160,6 @@ def require_int8(config: ModelConfig, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def use_float32_activations(model: LanguageModel) -> None:
-    """Make a bfloat16 model compute in float32, with bfloat16 weights, in-place.
-
-    For a CPU without bfloat16 instructions, which computes several times faster in float32 and
-    converts as fast as it reads. The model can decode and be evaluated, but not be trained or
-    saved.
-    """
-    _replace_layers(model, WeightOnlyLinear)
-    for tensor in (*model.parameters(), *model.buffers(recurse=False)):
-        tensor.data = tensor.data.float()
-
-
-@torch.no_grad()
 def hold_weights_apart(model: LanguageModel) -> None:
     """Make all linear layers and the embedding WeightOnly ones, with their weights as they are."""
     _replace_layers(model, partial(WeightOnlyLinear, dtype=model.dtype))
