@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_pretend_cuda import SAMPLING, SHAPES, make
+from pretend_cuda_models import SHAPES, make
+from test_pretend_cuda import SAMPLING
 
 from minigpt.config import SamplingConfig
 from minigpt.generation.decoder import Decoder

@@ -9,7 +9,9 @@ from layout_models import LAYOUTS, make_model
 from run_steps import write_step
 
 from minigpt.checkpoint.folder import RunFolder
+from minigpt.checkpoint.model_folder import write_model
 from minigpt.model.gpt import GPT
+from minigpt.text.tokenizer import BytesTokenizer
 
 
 @pytest.fixture(params=LAYOUTS)
@@ -20,6 +22,13 @@ def model(request: pytest.FixtureRequest) -> GPT:
 @pytest.fixture
 def make() -> Callable[[int, str], GPT]:
     return make_model
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The model folder of an untied GPT-2 of bytes."""
+    write_model(tmp_path, make_model(257, "gpt2-untied"), BytesTokenizer())
+    return tmp_path
 
 
 @pytest.fixture

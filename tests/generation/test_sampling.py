@@ -1,161 +1,23 @@
-"""Sampling options against plain Python and transformers, and draws against their distribution."""
+"""Sampling options against plain Python and transformers."""
 
-import itertools
-import math
-from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from sampling_reference import (
+    ALL,
+    GENERATED,
+    OPTIONS,
+    PROMPT,
+    distribution,
+    drawn,
+    reference,
+    sampler,
+    some_logits,
+)
 
 from minigpt.config import SamplingConfig
 from minigpt.generation.sampling import Sampler
-
-PROMPT = [3, 3, 17, 42, 0]
-GENERATED = [17, 5, 5, 9, 5]
-
-OPTIONS: list[dict[str, Any]] = [
-    {},
-    {"temperature": 0.3},
-    {"temperature": 2.5},
-    {"top_k": 1},
-    {"top_k": 7},
-    {"top_k": 40},
-    {"top_k": 10_000},
-    {"top_p": 0.05},
-    {"top_p": 0.5},
-    {"top_p": 0.97},
-    {"min_p": 0.02},
-    {"min_p": 0.4},
-    {"min_p": 1.0},
-    {"repetition_penalty": 1.7},
-    {"repetition_penalty": 0.6},
-    {"presence_penalty": 1.5},
-    {"presence_penalty": -1.0},
-    {"frequency_penalty": 0.7},
-    {"frequency_penalty": -0.5},
-    {"ignore_eos": True},
-    {"temperature": 0.7, "top_k": 12, "top_p": 0.8},
-    {"temperature": 1.6, "top_k": 30, "top_p": 0.9, "min_p": 0.03, "repetition_penalty": 1.3},
-    {"temperature": 0.4, "top_p": 0.9, "min_p": 0.1},
-    {
-        "temperature": 1.2,
-        "top_k": 30,
-        "top_p": 0.95,
-        "min_p": 0.02,
-        "repetition_penalty": 1.3,
-        "presence_penalty": 0.4,
-        "frequency_penalty": 0.3,
-        "ignore_eos": True,
-    },
-]
-ALL = OPTIONS[-1]
-ENDS = [7, 30]
-
-
-def shares(values: list[float]) -> list[float]:
-    total = sum(values)
-    return [value / total for value in values]
-
-
-def softmax(logits: list[float]) -> list[float]:
-    largest = max(logits)
-    return shares([math.exp(logit - largest) for logit in logits])
-
-
-def reference(
-    logits: list[float], prompt: list[int], generated: list[int], config: SamplingConfig
-) -> list[float]:
-    """Return the probabilities of a draw, option by option, in plain Python."""
-    logits = list(logits)
-    if config.ignore_eos:
-        for token in ENDS:
-            logits[token] = -math.inf
-    penalty = config.repetition_penalty
-    for token in {*prompt, *generated}:
-        logits[token] *= 1 / penalty if logits[token] > 0 else penalty
-    for token, count in Counter(generated).items():
-        logits[token] -= config.presence_penalty + count * config.frequency_penalty
-    p = softmax([logit / config.temperature for logit in logits])
-    if config.top_k:
-        lowest = sorted(p, reverse=True)[: config.top_k][-1]
-        p = shares([x if x >= lowest else 0.0 for x in p])
-    if config.top_p < 1:
-        kept, total = set(), 0.0
-        for token in sorted(range(len(p)), key=lambda token: -p[token]):
-            if total >= config.top_p:
-                break
-            kept.add(token)
-            total += p[token]
-        p = shares([x if token in kept else 0.0 for token, x in enumerate(p)])
-    lowest = config.min_p * max(p)
-    return shares([x if x >= lowest else 0.0 for x in p])
-
-
-def some_logits(seed: int = 0, n: int = 50, n_rows: int = 1) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n_rows, n, generator=generator) * 3
-
-
-def forced(*logits_of: int, n: int = 50) -> Tensor:
-    """Logits (B, V) with which each row draws the token that is named for it."""
-    logits = torch.full((len(logits_of), n), -1e9)
-    logits[range(len(logits_of)), list(logits_of)] = 1e9
-    return logits
-
-
-def sampler(
-    *seeds: int, generated: Sequence[int] = (), prompt: Sequence[int] = (), **options: Any
-) -> Sampler:
-    """Return a sampler that has already drawn ``generated`` in every row."""
-    config = SamplingConfig(**{"temperature": 1.0, **options})
-    seeds = seeds or (1,)
-    source = Sampler(config, seeds=seeds, device="cpu", prompt=prompt, end_of_text=ENDS)
-    for token in generated:
-        assert source.draw(forced(*[token] * len(seeds))).tolist() == [token] * len(seeds)
-    return source
-
-
-def distribution(source: Sampler, logits: Tensor) -> Tensor:
-    """Return the probabilities (B, V) that a draw is made from, in the order of the ids."""
-    probability, ids = source.candidates(logits)
-    if ids is None:
-        return probability
-    return torch.zeros_like(logits).scatter(1, ids, probability)
-
-
-def drawn(source: Sampler, logits: Tensor, n: int) -> list[int]:
-    """Return n draws of one row, all of the same logits."""
-    return [source.draw(logits).item() for _ in range(n)]
-
-
-def chi_squared_is_plausible(draws: list[int], p: list[float]) -> bool:
-    """Whether these may be draws from p: Pearson's test, wrong for one right program in 10,000."""
-    n = len(draws)
-    counts = torch.bincount(torch.tensor(draws), minlength=len(p)).tolist()
-    if any(count > 0 for count, x in zip(counts, p, strict=True) if x == 0):
-        return False
-    # Cells of fewer than five expected draws are taken together.
-    cells = [(count, n * x) for count, x in zip(counts, p, strict=True) if n * x >= 5]
-    rest = n - sum(c for c, _ in cells), n - sum(e for _, e in cells)
-    if rest[1] > 0.5:
-        cells.append(rest)
-    statistic = sum((count - expected) ** 2 / expected for count, expected in cells)
-    return len(cells) == 1 or chance_of_more(statistic, len(cells) - 1) > 1e-4
-
-
-def chance_of_more(statistic: float, freedom: int) -> float:
-    """How often chi squared of so many degrees of freedom is larger: 1 - its distribution."""
-    half = torch.tensor([freedom, statistic], dtype=torch.float64) / 2
-    return torch.special.gammaincc(half[0], half[1]).item()
-
-
-def test_chi_squared_p_values_equal_the_table() -> None:
-    """Abramowitz and Stegun 1964, table 26.8, at 0.0001 and 0.05."""
-    for statistic, freedom, chance in ((21.1075, 3, 1e-4), (35.5640, 10, 1e-4), (43.773, 30, 0.05)):
-        assert chance_of_more(statistic, freedom) == pytest.approx(chance, rel=1e-3)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -243,63 +105,6 @@ def test_presence_and_frequency_penalties_ignore_the_prompt() -> None:
     assert not torch.allclose(distribution(counted, logits), logits.softmax(dim=-1))
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_samples_follow_the_distribution(options: dict[str, Any]) -> None:
-    logits, n_rows = some_logits(5) / 3, 4000
-    # A draw in each of many rows, so that no draw's penalty falls on the next.
-    seeds = range(100_000, 100_000 + n_rows)
-    source = sampler(*seeds, prompt=PROMPT, generated=GENERATED, **options)
-    draws = source.draw(logits.expand(n_rows, -1)).tolist()
-    config = SamplingConfig(**{"temperature": 1.0, **options})
-    assert chi_squared_is_plausible(draws, reference(logits[0].tolist(), PROMPT, GENERATED, config))
-    if any(name.endswith("penalty") for name in options):
-        assert not chi_squared_is_plausible(draws, reference(logits[0].tolist(), [], [], config))
-
-
-def test_samples_of_one_generator_follow_the_distribution() -> None:
-    logits = some_logits(4)
-    assert chi_squared_is_plausible(
-        drawn(sampler(), logits, 3000), logits[0].softmax(dim=0).tolist()
-    )
-
-
-def test_successive_samples_are_independent() -> None:
-    logits = some_logits(4, n=6) / 3
-    draws = drawn(sampler(), logits, 6001)
-    p = logits[0].softmax(dim=0)
-    pairs = [6 * a + b for a, b in itertools.pairwise(draws)][::2]
-    assert chi_squared_is_plausible(pairs, torch.outer(p, p).flatten().tolist())
-
-
-def test_first_samples_of_consecutive_seeds_follow_the_distribution() -> None:
-    """Samples 1, 2, 3 of a prompt take neighbouring seeds."""
-    logits = some_logits(4)
-    draws = [sampler(seed).draw(logits).item() for seed in range(3000)]
-    assert chi_squared_is_plausible(draws, logits[0].softmax(dim=0).tolist())
-    neighbours = sum(a == b for a, b in itertools.pairwise(draws))
-    chance = logits[0].softmax(dim=0).square().sum().item()
-    assert abs(neighbours / 2999 - chance) < 4 * math.sqrt(chance / 2999)
-
-
-@pytest.mark.parametrize(
-    "other", [{"temperature": 1.15}, {"top_p": 0.97}, {"min_p": 0.02}, {"top_k": 14}], ids=str
-)
-def test_the_chi_squared_test_notices_another_option(other: dict[str, Any]) -> None:
-    logits = some_logits(4)
-    draws = drawn(sampler(**other), logits, 3000)
-    assert not chi_squared_is_plausible(draws, logits[0].softmax(dim=0).tolist())
-
-
-def test_samples_follow_the_softmax_of_a_large_vocabulary() -> None:
-    logits = torch.zeros(1, 50_000)
-    logits[0, 123] = math.log(50_000)  # half of all
-    draws = sampler(*range(400)).draw(logits.expand(400, -1)).tolist()
-    n_hits = sum(draw == 123 for draw in draws)
-    assert abs(n_hits - 200) < 4 * 10
-    others = [draw for draw in draws if draw != 123]
-    assert abs(sum(others) / len(others) - 25_000) < 4 * 50_000 / math.sqrt(12 * len(others))
-
-
 def test_temperature_zero_takes_the_most_probable_token() -> None:
     for seed in range(20):
         logits = some_logits(seed)
@@ -382,37 +187,3 @@ def test_the_logits_are_not_modified() -> None:
     sampler(prompt=PROMPT, generated=GENERATED, **ALL).draw(logits)
     sampler(temperature=0.0, repetition_penalty=2.0, prompt=PROMPT).draw(logits)
     assert torch.equal(logits, before)
-
-
-@pytest.mark.parametrize("options", [{}, ALL], ids=["plain", "all"])
-def test_a_row_samples_the_same_tokens_when_others_are_removed(options: dict[str, Any]) -> None:
-    """Its seed and its own tokens decide: 70 draws, more than are drawn ahead at once."""
-    logits = some_logits(3, n=50, n_rows=70)
-    alone = [sampler(seed, prompt=PROMPT, **options) for seed in (5, 6, 7)]
-    expected = [[one.draw(row[None]).item() for row in logits] for one in alone]
-    together = sampler(5, 6, 7, prompt=PROMPT, **options)
-    rows, drawn_of = [0, 1, 2], [[], [], []]  # type: ignore[var-annotated]
-    for n, row_logits in enumerate(logits):
-        if n in (10, 66):
-            together.keep(kept := [1, 0] if n == 66 else [0, 2])
-            rows = [rows[place] for place in kept]
-        tokens = together.draw(row_logits.expand(len(rows), -1)).tolist()
-        for row, token in zip(rows, tokens, strict=True):
-            drawn_of[row].append(token)
-    assert drawn_of == [expected[0], expected[1][:10], expected[2]]
-
-
-def test_samples_depend_on_the_seed_and_not_on_global_state() -> None:
-    logits = some_logits(4)
-
-    def draws(seed: int) -> list[int]:
-        return drawn(sampler(seed), logits, 40)
-
-    torch.manual_seed(0)
-    state = torch.random.get_rng_state()
-    one = draws(5)
-    assert torch.equal(torch.random.get_rng_state(), state)
-    torch.manual_seed(99)
-    assert draws(5) == one
-    assert draws(6) != one
-    assert draws(2**63 - 1) != one

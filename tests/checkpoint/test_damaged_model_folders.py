@@ -1,0 +1,227 @@
+"""Damaged model folders, and writes that fail: an error names what is wrong."""
+
+import json
+import os
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from folder_files import change_config, save, shard, weights, write_index
+from safetensors.torch import save_file
+
+from minigpt.checkpoint.model_folder import read_model, write_model
+from minigpt.errors import CheckpointError, ResourceError
+from minigpt.model.gpt import GPT
+from minigpt.text.bpe import train_bpe
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os._exit, (99,)
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def drop_tensor(folder: Path) -> None:
+    tensors = weights(folder)
+    del tensors["transformer.h.1.ln_1.bias"]
+    save(folder, tensors)
+
+
+def change_shape(folder: Path) -> None:
+    tensors = weights(folder)
+    tensors["transformer.h.1.ln_1.bias"] = torch.zeros(15)
+    save(folder, tensors)
+
+
+def index_of(weight_map: Any) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        (folder / "model.safetensors").rename(folder.parent / "outside.safetensors")
+        write_index(folder, weight_map)
+
+    return damage
+
+
+def shard_twice(folder: Path) -> None:
+    tensors = weights(folder)
+    shard(folder, lambda name: "one.safetensors" if "wte" in name else "two.safetensors")
+    save_file(tensors, folder / "two.safetensors")
+
+
+def lose_shard(folder: Path) -> None:
+    shard(folder, lambda name: "one.safetensors" if "wte" in name else "two.safetensors")
+    (folder / "two.safetensors").unlink()
+
+
+def pickle_shard(folder: Path) -> None:
+    lose_shard(folder)
+    (folder / "two.safetensors").write_bytes(pickle.dumps(Bomb()))
+
+
+def claim_huge_tensors(folder: Path) -> None:
+    """A header of a petabyte, in a file of a few bytes."""
+    entry = {"dtype": "F32", "shape": [2**24, 2**24], "data_offsets": [0, 2**50]}
+    header = json.dumps({"transformer.wte.weight": entry}).encode()
+    data = len(header).to_bytes(8, "little") + header + bytes(4)
+    (folder / "model.safetensors").write_bytes(data)
+
+
+def write_false_shape(folder: Path) -> None:
+    entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}
+    header = json.dumps({"\x1b[31m\n": entry}).encode()
+    data = len(header).to_bytes(8, "little") + header + bytes(4)
+    (folder / "model.safetensors").write_bytes(data)
+
+
+def pickle_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
+
+
+def leave_pointer(name: str) -> Callable[[Path], Any]:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 1234\n"
+    return lambda folder: (folder / name).write_text(pointer)
+
+
+def rename_weights(name: str) -> Callable[[Path], Any]:
+    return lambda folder: (folder / "model.safetensors").rename(folder / name)
+
+
+DAMAGES: dict[str, Callable[[Path], Any]] = {
+    r"config\.json is missing in .*`minigpt train`": lambda f: (f / "config.json").unlink(),
+    r"config\.json' is not JSON": lambda f: (f / "config.json").write_text("{"),
+    r"config\.json' must hold a JSON object": lambda f: (f / "config.json").write_text("[]"),
+    r"config\.json' is not JSON: ": lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"),
+    r"config\.json' is not JSON: \w": lambda f: (f / "config.json").write_text("[" * 10**5),
+    r"model\.safetensors is missing": lambda f: (f / "model.safetensors").unlink(),
+    r"not a complete safetensors file .*incomplete": truncate,
+    r"not a complete safetensors file": lambda f: (f / "model.safetensors").write_bytes(
+        pickle.dumps(Bomb())
+    ),
+    r"safetensors' is not a complete": lambda f: (f / "model.safetensors").write_bytes(b""),
+    r"in 'pytorch_model\.bin', a pickle": pickle_weights,
+    r"'transformer\.h\.1\.ln_1\.bias' is missing \(1 of 29": drop_tensor,
+    r"'transformer\.extra' is not in the model": lambda f: save(
+        f, weights(f) | {"extra": torch.zeros(1)}
+    ),
+    r"'transformer\.h\.1\.ln_1\.bias' has shape \[15\], not \[16\]": change_shape,
+    r"transformer\.wte\.weight' occurs twice": lambda f: save(
+        f, weights(f) | {"wte.weight": torch.zeros(1)}
+    ),
+    r"not a complete safetensors file .*invalid shape": write_false_shape,
+    r"is stored as I32.* before it was quantized": lambda f: save(
+        f, {n: t.int() for n, t in weights(f).items()}
+    ),
+    r"model\.safetensors' is not a .* Git LFS pointer: run `git lfs pull`": leave_pointer(
+        "model.safetensors"
+    ),
+    r"tokenizer\.json' cannot be read: it is a Git LFS": leave_pointer("tokenizer.json"),
+    r"its weights are in 'model\.fp16\.safetensors'\. Rename that": rename_weights(
+        "model.fp16.safetensors"
+    ),
+    r"parts such as 'model-00001-of-00002\.safetensors'\. Write or download": rename_weights(
+        "model-00001-of-00002.safetensors"
+    ),
+    r"'transformer\.wpe\.weight' has shape \[32, 16\], not \[64, 16\]": lambda f: change_config(
+        f, n_positions=64
+    ),
+    r"tie_word_embeddings is true, but lm_head": lambda f: change_config(
+        f, tie_word_embeddings=True
+    ),
+    r"unknown field 'logit_scale' with value 2": lambda f: change_config(f, logit_scale=2),
+    r"has shape \[257, 16\], not \[257, 268435456\]": lambda f: change_config(f, n_embd=2**28),
+    r"index\.json' does not map tensors": index_of({"a": "../outside.safetensors"}),
+    r"index\.json' does not map tensors to": index_of({"a": "/etc/outside.safetensors"}),
+    r"index\.json' does not map tensors to f": index_of({"a": "..\\outside.safetensors"}),
+    r"index\.json' does not map tensors to fi": index_of({"a": 5}),
+    r"index\.json' does not map tensors to fil": index_of([]),
+    r"index\.json' does not map tensors to file": index_of({"a": ["outside.safetensors"]}),
+    r"/\.\.' is not a complete safetensors file": index_of({"a": ".."}),
+    r"transformer\.wpe\.weight' is in '.*one|two": shard_twice,
+    r"two\.safetensors' is not a complete safetensors file .*No such file": lose_shard,
+    r"two\.safetensors' is not a complete safetensors file": pickle_shard,
+    r"not a complete safetensors file .*(incomplete|Invalid|offset)": claim_huge_tensors,
+    r"the eos_token_id of .* is '\[True\]', and not an id": lambda f: (
+        f / "generation_config.json"
+    ).write_text('{"eos_token_id": [true]}'),
+    r"n_layer must be in .* it is 1000000000": lambda f: change_config(f, n_layer=10**9),
+    r"vocab_size must be in .* it is 1000000000000": lambda f: change_config(f, vocab_size=10**12),
+    r"context_length must be in .* it is 1000000000000": lambda f: change_config(
+        f, n_positions=10**12
+    ),
+    r"tokenizer\.json is damaged": lambda f: (f / "tokenizer.json").write_text(
+        '{"decoder": {"type": "WordPiece"}}'
+    ),
+    r"tokenizer\.json' is not JSON": lambda f: (f / "tokenizer.json").write_text(""),
+}
+
+
+@pytest.fixture
+def little_memory() -> Iterator[None]:
+    """Limit further allocations to 256 MiB."""
+    resource = pytest.importorskip("resource", reason="needs the limits of a POSIX system")
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0]) if os.path.exists("/proc") else 0
+    if not pages:
+        pytest.skip("reads its memory from /proc")
+    resource.setrlimit(resource.RLIMIT_AS, (pages * os.sysconf("SC_PAGE_SIZE") + 2**28, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+@pytest.mark.usefixtures("little_memory")
+@pytest.mark.parametrize("says", DAMAGES)
+def test_damaged_folder_is_a_one_line_error(folder: Path, says: str) -> None:
+    DAMAGES[says](folder)
+    with pytest.raises(CheckpointError, match=says) as caught:
+        read_model(folder)
+    assert caught.value.exit_code == 4
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.usefixtures("little_memory")
+def test_config_with_wrong_sizes_allocates_little_memory(
+    make: Callable[[int, str], GPT], tmp_path: Path
+) -> None:
+    write_model(tmp_path, make(50, "llama-grouped"), None)
+    change_config(tmp_path, head_dim=2**20, max_position_embeddings=2**20)
+    with pytest.raises(CheckpointError, match=r"has shape \[8, 16\], not \[2097152, 16\]"):
+        read_model(tmp_path)
+
+
+def test_tokenizer_larger_than_the_model_is_refused(
+    make: Callable[[int, str], GPT], tmp_path: Path
+) -> None:
+    write_model(tmp_path, make(256, "llama-tied"), train_bpe(["the owl and the nest " * 9], 262))
+    with pytest.raises(CheckpointError, match="and the model only 256"):
+        read_model(tmp_path)
+
+
+@contextmanager
+def file_size_limit(n_bytes: int) -> Iterator[None]:
+    resource = pytest.importorskip("resource", reason="needs the limits of a POSIX system")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("n_bytes", [100, 20_000])  # stops config.json, then the weights
+def test_failed_write_is_a_resource_error(
+    make: Callable[[int, str], GPT], tmp_path: Path, n_bytes: int
+) -> None:
+    with (
+        pytest.raises(ResourceError, match=r"File too large\. Raise the limit") as caught,
+        file_size_limit(n_bytes),
+    ):
+        write_model(tmp_path, make(257, "gpt2-untied"), None)
+    assert caught.value.exit_code == 6
