@@ -75,7 +75,8 @@ def write_model(
     has_vocabulary = TOKENIZER in files or {"vocab.json", "merges.txt"} <= files.keys()
     if tokenizer is not None and not has_vocabulary:
         own = {TOKENIZER: BYTES_TOKENIZER.read_bytes()}
-        if vocabularies := find_ring(_VOCABULARIES):
+        find = find_ring if isinstance(tokenizer, BytesTokenizer) else ring
+        if vocabularies := find(_VOCABULARIES):
             own = vocabularies.tokenizer_files(tokenizer, model.config, is_new=carried is None)
         files = own | files
         config |= {name: id_ for name, id_ in ids.items() if config.get(name) is None}
@@ -93,7 +94,7 @@ def write_model(
 
 
 def weights_to_hf(model: LanguageModel) -> dict[str, Tensor]:
-    """Return the weights of a model on the CPU, by Hugging Face's names."""
+    """Return the weights of a model on the CPU, by the names of its file."""
     tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     if model.config.model_type != OWN_TYPE:
         return ring("checkpoint.weights").tensors_to_hf(model.config, tensors)

@@ -108,8 +108,9 @@ def _facts(facts: "ModelFacts") -> dict[str, str]:
     positions = "learned"
     if config.family != "gpt2":
         positions = f"rotary, theta {config.rope_theta:,.0f}"
-        if config.rope_scaling_factor != 1:
-            positions += f", stretched {config.rope_scaling_factor:g} times ({config.rope_scaling})"
+        # Without the ring of families, a config has neither this field nor the one below.
+        if (factor := getattr(config, "rope_scaling_factor", 1)) != 1:
+            positions += f", stretched {factor:g} times ({config.rope_scaling})"
     mlp = "gated" if any(".gate" in tensor.name for tensor in facts.tensors) else "two layers"
     cache_bytes = facts.float32_cache_bytes_per_token
     shown = {
@@ -128,8 +129,8 @@ def _facts(facts: "ModelFacts") -> dict[str, str]:
         f"{with_unit(cache_bytes * config.context_length, 'B')} for a full context (float32; "
         "bfloat16: half)",
     }
-    if config.hf_fields:  # what only the family's class computes
-        own = (field if len(field) < 40 else f"{field[:36]}..." for field in config.hf_fields)
+    if fields := getattr(config, "hf_fields", ()):  # what only the family's class computes
+        own = (field if len(field) < 40 else f"{field[:36]}..." for field in fields)
         shown["its fields"] = one_line(", ".join(own))
     if config.arch != "gpt":
         shown["layout"] = f"{config.model_type}, {config.arch}"
