@@ -39,11 +39,6 @@ class Source:
     """Number in the row: in [0, 1], unless the measure is signed."""
 
 
-def shown_probability(log_probability: float) -> float:
-    """Return a probability with the digits of a trace file, so that a replay shows the same."""
-    return round(math.exp(round(log_probability, 6)), 6)
-
-
 ROUNDING = 1e-5
 """A smaller ``Row.rest`` is the rounding of float32 and of a trace file, and is shown as 0."""
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from minigpt.tracing.analysis_config import facts_of
-from minigpt.tracing.events import Source, Token, shown_probability
+from minigpt.tracing.events import Source, Token
 from minigpt.tracing.findings import (
     CONVENTION,
     HEAD_DIGITS,
@@ -31,6 +31,7 @@ from minigpt.tracing.findings import (
     TraceFooter,
     TraceHeader,
     TraceStep,
+    shown_probability,
 )
 from minigpt.tracing.head_lists import HeadSelection
 

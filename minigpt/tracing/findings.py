@@ -27,6 +27,11 @@ CONVENTION = (
 )
 
 
+def shown_probability(log_probability: float) -> float:
+    """Return a probability with the digits of a trace file, so that a replay shows the same."""
+    return round(math.exp(round(log_probability, 6)), 6)
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A token that the model could have generated at a step."""

@@ -10,8 +10,8 @@ from typing import Any
 
 from minigpt.rings import ring
 from minigpt.text.escape import visible
-from minigpt.tracing.events import Row, Source, Token, shown_probability
-from minigpt.tracing.findings import TraceStep
+from minigpt.tracing.events import Row, Source, Token
+from minigpt.tracing.findings import TraceStep, shown_probability
 from minigpt.tracing.spans import SHARE_WIDTH, Line, bar, fit, heat, percent
 
 _STEP_WIDTH = 4

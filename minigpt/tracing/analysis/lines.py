@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from minigpt.format import count
 from minigpt.text.escape import visible
 from minigpt.tracing.analysis_config import KNOCKOUTS, Measure, facts_of
-from minigpt.tracing.events import shown_probability
 from minigpt.tracing.findings import (
     ROLE_SCORES,
     Candidate,
@@ -18,6 +17,7 @@ from minigpt.tracing.findings import (
     Lens,
     TraceHeader,
     TraceStep,
+    shown_probability,
 )
 from minigpt.tracing.lines import TraceLayout, name_of
 from minigpt.tracing.spans import SHARE_WIDTH, Line, cell_len, fit, heat, percent

@@ -2,8 +2,7 @@
 
 from minigpt.errors import ConfigError
 from minigpt.text.escape import visible
-from minigpt.tracing.events import shown_probability
-from minigpt.tracing.findings import Trace
+from minigpt.tracing.findings import Trace, shown_probability
 from minigpt.tracing.spans import Line, fit, heat, percent
 from minigpt.tracing.views import DEFAULTS, ViewOptions
 from minigpt.tracing.wrapping import upright_bar, wrapped

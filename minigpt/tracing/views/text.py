@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from minigpt.text.escape import visible
 from minigpt.text.joined import JoinedTokens
 from minigpt.tracing.analysis_config import facts_of
-from minigpt.tracing.events import Token, shown_probability
-from minigpt.tracing.findings import Row, Trace, TraceStep
+from minigpt.tracing.events import Token
+from minigpt.tracing.findings import Row, Trace, TraceStep, shown_probability
 from minigpt.tracing.spans import Line, bar, cell_len, eighths, fit, heat, percent
 from minigpt.tracing.summary import measured
 from minigpt.tracing.views import DEFAULTS, ViewOptions

@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 from minigpt.text.escape import printable, visible
 from minigpt.text.joined import JoinedTokens
 from minigpt.tracing.analysis_config import facts_of
-from minigpt.tracing.events import shown_probability
 from minigpt.tracing.file import ROW_NUMBERS, WORKING_ARRAYS
 from minigpt.tracing.findings import (
     Candidate,
@@ -32,6 +31,7 @@ from minigpt.tracing.findings import (
     Row,
     Trace,
     TraceStep,
+    shown_probability,
 )
 from minigpt.tracing.summary import footer_lines, measured
 from minigpt.tracing.views import DEFAULTS, ViewOptions
