@@ -1,6 +1,7 @@
-"""The shape of a model with what only Hugging Face's model types have; ``config`` imports it.
+"""The shape of a model with what only Hugging Face's model types have.
 
-Imports no torch, so that --help may import it.
+Take ModelConfig from ``config``, which finds it here. Imports no torch, so that --help may import
+it.
 """
 
 from dataclasses import dataclass
