@@ -165,6 +165,14 @@ def test_small_logits_of_the_legend_have_no_negative_zero() -> None:
     assert "sink (position 0) +0.00; prompt +0.00" in legend
 
 
+def test_without_colours_the_legend_names_none() -> None:
+    trace = small_trace(measure="logit")
+    for has_colour in (True, False):
+        legend = parts(show(trace, ViewOptions(has_colour=has_colour)))[2]
+        assert ("orange" in legend) == has_colour
+        assert ("sign in the list" in legend) != has_colour
+
+
 def test_a_candidate_that_is_a_comma_is_told_from_a_separator() -> None:
     trace = small_trace(candidates=2)
     best = (Candidate(1, b",", -0.5), Candidate(2, b" a", -1.5))

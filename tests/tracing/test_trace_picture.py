@@ -77,6 +77,17 @@ def test_the_title_names_the_model_and_the_measure_escaped(trace: Trace, picture
     assert "share of the value-weighted norm" in texts
 
 
+@pytest.mark.parametrize("picture", PICTURES)
+def test_a_narrow_picture_has_its_whole_seed(picture: Picture) -> None:
+    trace = small_trace(max_new_tokens=1)
+    other = replace(trace, header=replace(trace.header, seed=4294967295))
+    small = replace(other, steps=other.steps[:1])
+    assert any(
+        text.endswith("; seed 4294967295")
+        for text in texts_of(pictures.show(small, ViewOptions(picture=picture)))
+    )
+
+
 @pytest.mark.parametrize("measure", ["weight", "norm"])
 def test_a_png_has_each_weight_as_its_colour(trace: Trace, measure: Measure) -> None:
     from matplotlib import colormaps

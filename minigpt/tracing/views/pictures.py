@@ -207,9 +207,11 @@ def _add_title(figure: Figure, trace: Trace, row: Row) -> None:
     width, height = figure.get_size_inches()
     fonts, missing = _fonts(trace)
     room = int((width - 2 * _MARGIN) * 72 / (_LARGE * _EM))
+    seed = f"; seed {trace.header.seed}"
     lines = (
         _escaped(fit_start(one_line(trace.header.model), room), missing),
-        fit_end(f"{measured(trace.header, (row.measure,))}; seed {trace.header.seed}", room),
+        # A seed that is cut off would be another seed.
+        fit_end(measured(trace.header, (row.measure,)), max(room - len(seed), 1)) + seed,
     )
     for i, line in enumerate(lines):
         figure.text(

@@ -38,7 +38,7 @@ def show(trace: Trace, options: ViewOptions = DEFAULTS) -> list[Line]:
     shares_S = np.zeros_like(row.weights_S)
     np.add.at(shares_S, firsts[: len(shares_S)], row.weights_S)
     scale = scale_end(shares_S, trace.header.sink)
-    legend = _legend(row, scale, trace.header.sink)
+    legend = _legend(row, scale, trace.header.sink, has_colour=options.has_colour)
     if any(i != first for i, first in enumerate(firsts)):
         numbers = "numbers" if row.is_signed else "shares"
         legend += f" A character of several tokens has the sum of their {numbers}."
@@ -148,15 +148,16 @@ def _pieces(text: str, width: int) -> list[str]:
     return pieces
 
 
-def _legend(row: Row, scale: float, sink: int) -> str:
+def _legend(row: Row, scale: float, sink: int, *, has_colour: bool) -> str:
     of_sink, prompt, generated = (round(x, 6) for x in (row.sink, row.prompt, row.generated))
     if row.is_signed:
         unit = facts_of(row.measure).unit
         beyond = " or more" if abs(of_sink) > scale else ""
+        signs = "orange where it lowered the token" if has_colour else "with its sign in the list"
         return (
-            f"█ is a magnitude of {scale:.3g} {unit}{beyond}, orange where it lowered "
-            f"the token; {_MARK} the token itself; sink (position {sink}) {of_sink:+z.2f}; prompt "
-            f"{prompt:+z.2f}, generated {generated:+z.2f}."
+            f"█ is a magnitude of {scale:.3g} {unit}{beyond}, {signs}; {_MARK} the token itself; "
+            f"sink (position {sink}) {of_sink:+z.2f}; prompt {prompt:+z.2f}, generated "
+            f"{generated:+z.2f}."
         )
     more = " or more" if of_sink > scale else ""
     return (
