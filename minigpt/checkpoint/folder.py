@@ -116,10 +116,13 @@ class RunFolder:
         matches = (_STEP.fullmatch(path.name) for path in self.path.iterdir() if path.is_dir())
         return sorted(int(match[1]) for match in matches if match)
 
-    def latest(self) -> Pointer | None:
-        """Return the newest intact checkpoint that a run can resume from; None if there is none."""
+    def latest(self, *, hashes: bool = False) -> Pointer | None:
+        """Return the newest intact checkpoint that a run can resume from; None if there is none.
+
+        Args: hashes, whether to read all of its files and compare their hashes.
+        """
         for step in reversed(self.steps()):
-            pointer = self._pointer(step, "latest")
+            pointer = self._pointer(step, "latest", hashes=hashes)
             if pointer and not pointer.facts.get(WEIGHTS_ONLY):
                 return pointer
         return None
@@ -141,10 +144,10 @@ class RunFolder:
         except CheckpointError:
             return {}
 
-    def _pointer(self, step: int, name: str) -> Pointer | None:
+    def _pointer(self, step: int, name: str, *, hashes: bool = False) -> Pointer | None:
         folder = self.step_folder(step)
         try:
-            verify(folder)
+            verify(folder, hashes=hashes)
             own = read_json(folder / MANIFEST).get("facts")
         except CheckpointError:
             return None

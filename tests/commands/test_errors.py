@@ -341,6 +341,24 @@ def test_resume_says_what_is_damaged_and_does_not_suggest_the_run_itself(
     assert "Did you mean" not in line
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "training_state/optimizer.safetensors"])
+def test_resume_does_not_train_on_a_changed_byte(run: Run, at_trained: Path, name: str) -> None:
+    (first,) = Path("checkpoints/tiny").glob("step-*")
+    resume = ("train", "--resume", "--name", "tiny", "--max-steps")
+    assert run(*resume, "6").code == 0
+    for folder in (Path("checkpoints/tiny/step-000006"), first):
+        data = bytearray((folder / name).read_bytes())
+        data[-101] ^= 0x40
+        (folder / name).write_bytes(data)
+        result = run(*resume, "8", "--dry-run")
+        assert f"'{name}' has changed (its SHA-256 differs)" in result.err
+        if folder != first:
+            assert result.code == 0
+            assert f"Step {int(first.name[5:])} is used" in result.err
+    assert result.code == 4
+    assert "another --name" in error_line(result)
+
+
 @pytest.mark.parametrize(
     ("name", "said"), [("tinny", "Did you mean tiny?"), (None, "Start one")], ids=["name", "newest"]
 )

@@ -63,13 +63,13 @@ def no_model(spec: str, places: Sequence[Path], root: Path) -> CheckpointError:
     return CheckpointError(f"there is no model {shown!r}{where}. {advice}")
 
 
-def warn_of_damage(run: RunFolder, chosen: int) -> None:
-    """Warn of a damaged step that is newer than the chosen one."""
+def warn_of_damage(run: RunFolder, chosen: int, *, hashes: bool = False) -> None:
+    """Warn of a damaged step that is newer than the chosen one; see ``manifest.verify``."""
     for step in reversed(run.steps()):
         if step <= chosen:
             return
         try:
-            verify(run.step_folder(step))
+            verify(run.step_folder(step), hashes=hashes)
         except CheckpointError as error:
             warnings.warn(f"{error} Step {chosen} is used.", MinigptWarning, stacklevel=2)
             return

@@ -187,7 +187,7 @@ def _train(runs: Sequence[ComparedRun], data: PreparedData) -> int:
         with run.folder.lock():
             if _is_finished(run):
                 continue
-            latest = run.folder.latest()
+            latest = run.folder.latest(hashes=True)
             command = _saved(run).command if latest else command_line(*sys.argv[1:])
             config = replace(run.config, command=command)
             job = Job(config, data, run.folder, resume_from=latest.folder if latest else None)

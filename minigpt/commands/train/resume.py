@@ -51,7 +51,7 @@ def resumed_job(request: Request) -> Iterator[Job]:
     """
     name = request.name
     run = _newest_run() if name is None else RunFolder(ROOT / checked_name(name))
-    _require_checkpoint(run)
+    _require_checkpoint(run, hashes=False)
     with request.lock(run):
         settings = read_toml(run.path / CONFIG_FILE)
         if "val" not in settings.get("data", {}):  # saved before there were other splits
@@ -64,7 +64,8 @@ def resumed_job(request: Request) -> Iterator[Job]:
         config = build(RunConfig, merge(to_dict(saved), one_budget(overrides)))
         notes = notes_on(config, overrides)
         require_memory(config, request)
-        latest = _require_checkpoint(run)
+        # A changed byte would be trained on, and the run would not end with the same bits.
+        latest = _require_checkpoint(run, hashes=True)
         # The model that a run was fine-tuned from may be gone; the checkpoint has its tokenizer.
         tokenizer = read_model(latest.folder).tokenizer if is_tuned else None
         carried = ring("checkpoint.carried").read_carried(latest.folder) if is_tuned else None
@@ -88,12 +89,12 @@ def resumed_job(request: Request) -> Iterator[Job]:
         yield Job(config, data, run, resume_from=latest.folder, carried=carried, notes=notes)
 
 
-def _require_checkpoint(run: RunFolder) -> Pointer:
-    latest = run.latest()
+def _require_checkpoint(run: RunFolder, *, hashes: bool) -> Pointer:
+    latest = run.latest(hashes=hashes)
     if latest is None and (steps := run.steps()):
         reason = "its checkpoints have weights only."
         try:
-            verify(run.step_folder(steps[-1]))
+            verify(run.step_folder(steps[-1]), hashes=hashes)
         except CheckpointError as error:
             reason = str(error).replace(" Use another step; if", " If")
         raise CheckpointError(
@@ -107,7 +108,7 @@ def _require_checkpoint(run: RunFolder) -> Pointer:
             f"{nearest(run.path.name, names) if names else 'Start one without --resume.'}"
         )
     if refusals := find_ring("checkpoint.tools.refusals"):
-        refusals.warn_of_damage(run, latest.step)
+        refusals.warn_of_damage(run, latest.step, hashes=hashes)
     return latest
 
 
