@@ -39,6 +39,17 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(run: Run) -> None:
     assert "MFU unknown" in shown["device"]
 
 
+def test_the_plan_names_the_model_and_the_tokenizer_as_the_run_does(run: Run) -> None:
+    words = ["train", "corpus.txt", "--name", "a", *TINY, "--tokenizer", "bpe"]
+    shown = plan_lines(run(*words, "--dry-run").out)
+    said = run(*words).err
+    kind = shown["parameters"].split()[1]
+    tokenizer = shown["training tokens"].split()[1]
+    assert (kind, tokenizer[:4]) == ("llama", "bpe:")
+    assert f"({kind}): " in said
+    assert f" tokens ({tokenizer}) of " in said
+
+
 @pytest.mark.integration
 def test_a_dry_run_says_whether_the_run_is_compiled(run: Run) -> None:
     words = ["train", "corpus.txt", *TINY, "--set", "training.max_epochs=0", "--dry-run"]
