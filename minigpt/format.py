@@ -29,6 +29,7 @@ def duration(seconds: float) -> str:
 
 
 def count(number: float, noun: str) -> str:
-    """Return a number with its noun: 1 step, 12 steps, 4,096 tokens."""
-    shown = f"{number:,}" if isinstance(number, int) else f"{number:g}"
+    """Return a number with its noun: 1 step, 4,096 tokens, 14.7 epochs."""
+    is_whole = isinstance(number, int) or number >= 100
+    shown = f"{number:,.0f}" if is_whole else f"{number:.3g}"
     return f"{shown} {noun}" if number == 1 else f"{shown} {noun}s"

@@ -10,7 +10,7 @@ from rich.text import Text
 from minigpt.commands.display.progress import FREE_CELLS, LiveLines, StatusLine
 from minigpt.commands.train.display import TrainingDisplay
 from minigpt.commands.train.display import _clock as clock
-from minigpt.format import duration, short
+from minigpt.format import count, duration, short
 from minigpt.text.corpus import PrepareProgress
 
 FACTS = [
@@ -58,6 +58,11 @@ def test_numbers_have_three_digits_and_durations_few_cells() -> None:
     assert [clock(s) for s in (0.4, 42, 185, 7800)] == ["0:00", "0:42", "3:05", "2:10:00"]
     times = ["42 s", "3 min 05 s", "2 h 10 min"]
     assert [duration(s) for s in (42, 185, 7800)] == times
+    numbers = (1, 1.0, 0.2, 14.73814, 12345678.0, 4096)
+    assert [count(n, "epoch").split()[0] for n in numbers] == [
+        *("1", "1", "0.2", "14.7"),
+        *("12,345,678", "4,096"),
+    ]
 
 
 def test_a_download_shows_its_progress() -> None:

@@ -165,7 +165,7 @@ def _lifted_limit(saved: RunConfig, config: RunConfig, data: PreparedData) -> li
     if 0 < budget.max_steps <= n_steps:
         return []
     wanted = f"--max-steps {budget.max_steps}" if budget.max_steps else "--max-minutes"
-    limits = f"{count(float(f'{epochs:.3g}'), 'epoch')} ({count(n_steps, 'step')})"
+    limits = f"{count(epochs, 'epoch')} ({count(n_steps, 'step')})"
     return [f"{wanted} lifts this run's limit of {limits}: --max-epochs {epochs:.3g} keeps it"]
 
 
