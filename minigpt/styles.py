@@ -50,7 +50,7 @@ def print_lines(
             # The same output, without rich's 0.5 ms per line.
             line = "".join([text for text, _ in line_spans])
             line = printable(line.translate(missing) if missing else line).expandtabs()
-            console.file.write(line + "\n")
+            console.file.write((line.rstrip(" ") if is_cut else line) + "\n")
             continue
         spans = [(text.translate(missing), style) for text, style in line_spans]
         text = spans_to_text(spans)

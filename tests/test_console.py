@@ -119,3 +119,14 @@ def test_text_that_is_not_cut_breaks_between_words_on_a_terminal(
     print_lines(make_console(is_stderr=False), text, is_cut=False)
     lines = [line.rstrip() for line in terminal.getvalue().splitlines()]
     assert lines == [" could not tell", "which of them"]
+
+
+def test_lines_in_a_pipe_have_no_blanks_at_their_end_and_text_keeps_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stream = StringIO()
+    monkeypatch.setattr(sys, "stdout", stream)
+    spans = [[("a cell  ", "plain"), ("  ", "dim")]]
+    print_lines(make_console(is_stderr=False), spans)
+    print_lines(make_console(is_stderr=False), spans, is_cut=False)
+    assert stream.getvalue() == "a cell\na cell    \n"

@@ -45,6 +45,11 @@ def test_each_sample_has_its_own_header_and_seed(run: Run) -> None:
     assert result.err == "model checkpoints/tiny/step-000004\nseed 7\nseed 8\n"
 
 
+def test_the_token_that_samples_are_compared_with_is_named_once(run: Run) -> None:
+    result = run(*TRACE, "--measure", "logit", "--against", "be", "--num-samples", "3")
+    assert result.err.count("compared with b, the first of 2 tokens") == 1
+
+
 def test_lines_in_a_pipe_have_no_control_bytes(run: Run) -> None:
     out = run("attention-trace", "a\x1b[31m\tb", "--temperature", "50", "--num-samples", "3").out
     assert all(line.isprintable() for line in out.split("\n"))

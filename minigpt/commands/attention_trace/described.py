@@ -33,6 +33,7 @@ class DescribedOutput(TraceOutput):
         self.console = make_console(is_stderr=False)
         self._layout = layout
         self._is_named = False  # the model, on stderr
+        self._compared: int | None = None  # the alternative that was named on stderr
         self._joined = JoinedTokens()
         self._header: TraceHeader | None = None  # of the trace that is shown
         self._n_rows = 0  # of it, so far
@@ -81,7 +82,8 @@ class DescribedOutput(TraceOutput):
         self._is_named |= self._model is not None
         self.name_model()
         against = event.against if isinstance(event, TraceHeader) else None
-        if against is not None and against.n_tokens > 1:
+        if against is not None and against.n_tokens > 1 and against.id != self._compared:
+            self._compared = against.id  # once for several samples
             first = f"{visible(against.data)}, the first of {against.n_tokens} tokens"
             note(f"--against {cut(against.text)}: compared with {first}")
         self.show_lines(event)
