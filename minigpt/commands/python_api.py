@@ -45,7 +45,7 @@ def train(
     Raises: ConfigError for an invalid setting, or if the run exists; DataError, CheckpointError,
         DivergedError, ResourceError and LockedError as the command; KeyboardInterrupt after Ctrl-C.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if os.environ.get("WORLD_SIZE", "") not in ("", "1"):
         raise ConfigError(
             "minigpt.train is one process. Use the command minigpt train in torchrun."
         )

@@ -204,8 +204,9 @@ class DistributedWorld(World):
 def join() -> DistributedWorld:
     """Join the process group that torchrun's environment variables describe.
 
-    Raises: ResourceError if torchrun has ended already.
+    Raises: ResourceError if torchrun has ended already; ConfigError if they are not its own.
     """
+    _require_environment()
     timeout = _TIMEOUT
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         timeout = _CONNECT_TIMEOUT
@@ -233,6 +234,22 @@ def join() -> DistributedWorld:
         local_size=local_size,
         store=store,
     )
+
+
+def _require_environment() -> None:
+    """Raise ConfigError if WORLD_SIZE was set by something else than torchrun."""
+    numbers = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")
+    values = {name: os.environ.get(name, "") for name in (*numbers, "MASTER_ADDR")}
+    bad = next((name for name in numbers if not values[name].isdecimal()), None)
+    if not bad and int(values["RANK"]) >= int(values["WORLD_SIZE"]):
+        bad = "RANK"
+    if bad or not values["MASTER_ADDR"]:
+        bad = bad or "MASTER_ADDR"
+        raise ConfigError(
+            f"the environment has WORLD_SIZE={values['WORLD_SIZE'][:40]}, as if torchrun had "
+            f"started this process, but {bad} is {values[bad][:40]!r}. Use torchrun "
+            "--nproc-per-node N -m minigpt train ..., or unset WORLD_SIZE to train in one process."
+        )
 
 
 def _end_with_torchrun() -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import resource
 import shlex
 import stat
@@ -27,6 +28,42 @@ def test_a_full_disk_is_an_error_and_keeps_the_last_checkpoint(run: Run, at_trai
     assert "error: " in result.err.splitlines()[-1]
     assert "File too large" in result.err.splitlines()[-1]
     assert run("generate", "text", "--max-new-tokens", "1").code == 0
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"WORLD_SIZE": "many"}, "WORLD_SIZE=many.*, but WORLD_SIZE is 'many'"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2.*, but RANK is ''"),
+        ({"WORLD_SIZE": "0", "RANK": "0"}, "but LOCAL_RANK is ''"),
+        (
+            {name: "2" for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")},
+            "but RANK is '2'",
+        ),
+    ],
+)
+def test_variables_that_torchrun_did_not_set_are_refused(
+    variables: dict[str, str],
+    says: str,
+    run: Run,
+    at_trained: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    result = run("train", "corpus.txt", "--name", "new", *TINY)
+    assert result.code == 2
+    assert re.search(f"{says}.*unset WORLD_SIZE", error_line(result))
+
+
+def test_an_empty_world_size_is_one_process(
+    run: Run, at_trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "")
+    assert run("train", "corpus.txt", "--name", "new", *TINY, "--dry-run").code == 0
+    result = run("train", "corpus.txt", "--name", "new", *TINY, "--shard")
+    assert result.code == 2
+    assert "Start them with torchrun" in error_line(result)
 
 
 def test_a_folder_without_write_permission_is_named(

@@ -58,7 +58,7 @@ def train(
     if "from" in layered(file, settings, assignments=set_):
         settings = ring("commands.train.finetune").for_its_model(settings)
     overrides = layered(file, settings, data, preset, set_)
-    if given(overrides, "training", "shard") and "WORLD_SIZE" not in os.environ:
+    if given(overrides, "training", "shard") and not os.environ.get("WORLD_SIZE"):
         raise ConfigError(
             "--shard shards the model over several processes, and this is one. Start them with "
             "torchrun --nproc-per-node N -m minigpt train ..., or leave --shard out."

@@ -90,7 +90,7 @@ def joined() -> AbstractContextManager[World]:
 
     Only rank 0 enters it; another rank follows until the end of the run, and exits.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if os.environ.get("WORLD_SIZE", "") in ("", "1"):
         return nullcontext(ALONE)
     return ring("commands.train.ranks").joined()
 
