@@ -117,13 +117,18 @@ def _model_in(place: Path) -> Path:
     return pointer.folder
 
 
-def _newest(root: Path) -> Path:
+def newest_run(root: Path = ROOT) -> Path | None:
+    """Return the run under root whose latest checkpoint was written last; None if there is none."""
     runs = {}
     for place in models_in(root):
         if not (place / "config.json").is_file() and (pointer := RunFolder(place).latest()):
             runs[place] = (pointer.folder / MANIFEST).stat().st_mtime_ns
-    if runs:
-        return _model_in(max(runs, key=lambda place: (runs[place], place.name)))
+    return max(runs, key=lambda place: (runs[place], place.name), default=None)
+
+
+def _newest(root: Path) -> Path:
+    if run := newest_run(root):
+        return _model_in(run)
     for place in [*models_in(root), *([shipped] if (shipped := shipped_model()) else [])]:
         with suppress(MinigptError):
             return _model_in(place)

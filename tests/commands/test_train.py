@@ -227,6 +227,15 @@ def test_a_closed_stderr_does_not_end_the_run(run: Run, monkeypatch: pytest.Monk
     assert RunFolder(Path("checkpoints/a")).steps() == [4]
 
 
+def test_resume_without_a_name_takes_the_run_that_generate_takes(run: Run) -> None:
+    for name in ("older", "newer"):
+        assert run("train", "corpus.txt", "--name", name, *TINY).code == 0
+    (step,) = Path("checkpoints/older").glob("step-*")
+    (step / "notes.txt").write_text("a file of the user's, which changes the folder's time")
+    assert "checkpoints/newer" in run("generate", "text", "--max-new-tokens", "1").err
+    assert "checkpoints/newer" in run("train", "--resume").err
+
+
 def test_epochs_become_steps_and_resume_as_steps(run: Run) -> None:
     n_train = int(2971 * 0.9)
     at = TINY.index("--max-steps")

@@ -8,7 +8,7 @@ from typing import Any
 from minigpt.checkpoint.folder import CONFIG_FILE, Pointer, RunFolder
 from minigpt.checkpoint.manifest import verify
 from minigpt.checkpoint.model_folder import read_model
-from minigpt.checkpoint.resolve import ROOT, models_in
+from minigpt.checkpoint.resolve import ROOT, models_in, newest_run
 from minigpt.commands.train.job import (
     Job,
     Request,
@@ -113,13 +113,11 @@ def _require_checkpoint(run: RunFolder, *, hashes: bool) -> Pointer:
 
 
 def _newest_run() -> RunFolder:
-    runs = [RunFolder(path) for path in models_in(ROOT)]
-    latest = {run: pointer for run in runs if (pointer := run.latest())}
-    if not latest:
-        raise CheckpointError(
-            f"there is no run to resume in {str(ROOT)!r}. Start one without --resume."
-        )
-    return max(latest, key=lambda run: latest[run].folder.stat().st_mtime_ns)
+    if run := newest_run():
+        return RunFolder(run)
+    raise CheckpointError(
+        f"there is no run to resume in {str(ROOT)!r}. Start one without --resume."
+    )
 
 
 def _require_same(saved: RunConfig, overrides: Mapping[str, Any]) -> None:
