@@ -80,6 +80,14 @@ def test_the_page_fits_its_window(width: int, opened: Opened) -> None:
     assert page.page.evaluate("document.documentElement.scrollWidth") <= width
 
 
+@pytest.mark.parametrize("width", [390, 1280])
+def test_long_tokens_push_no_column_out_of_the_table(width: int, opened: Opened) -> None:
+    page = opened(made_trace(texts=["token-" * 9]), viewport={"width": width, "height": 800})
+    page.click(12)
+    panel = page.page.locator("#panel")
+    assert panel.evaluate("(panel) => panel.scrollWidth <= panel.clientWidth")
+
+
 def test_a_thousand_tokens_stay_responsive(opened: Opened) -> None:
     trace = made_trace(24, 1000, n_layer=12, n_head=12, n_sources=8)
     started = time.perf_counter()
