@@ -2,13 +2,15 @@
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 from rich.text import Text
 
 from minigpt.commands.tables import aligned, line_width, show, write_json
-from minigpt.commands.train.job import Job, Request, open_job
+from minigpt.commands.train.job import Request, open_job
 from minigpt.commands.train.run import joined, make_display
+from minigpt.config import RunConfig
 from minigpt.format import duration, short, with_unit
 from minigpt.rings import ring
 from minigpt.training.reports.plan import make_plan
@@ -32,19 +34,21 @@ def plan_training(
         if is_json:
             write_json(plan)
         else:
-            rows = [[Text(cell) for cell in row] for row in _rows(plan, job)]
+            # With the size that bpe got, as the run names it.
+            data = replace(job.config.data, tokenizer=job.data.manifest.tokenizer)
+            lines = _rows(plan, replace(job.config, data=data))
+            rows = [[Text(cell) for cell in line] for line in lines]
             show(aligned(rows, ["left", "right", "left"], line_width()))
         if world.size > 1:
             ring("commands.train.ranks").release(world)
 
 
-def _rows(plan: dict[str, Any], job: Job) -> Iterator[tuple[str, str, str]]:
-    config = job.config
+def _rows(plan: dict[str, Any], config: RunConfig) -> Iterator[tuple[str, str, str]]:
     model, training = config.model, config.training
     yield "parameters", f"{plan['n_parameters']:,}", model.kind
     for part, count in plan["parameters"].items():
         yield f"  {part}", f"{count:,}", ""
-    yield "training tokens", f"{plan['n_train_tokens']:,}", job.data.manifest.tokenizer
+    yield "training tokens", f"{plan['n_train_tokens']:,}", config.data.tokenizer
     yield "validation tokens", f"{plan['n_val_tokens']:,}", ""
     ranks = f" on each of {plan['n_ranks']} processes" if plan["n_ranks"] > 1 else ""
     shape = f"{training.batch_size} x {config.sequence_length}"
