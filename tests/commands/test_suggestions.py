@@ -293,3 +293,13 @@ def test_a_slow_step_of_the_plan_is_in_seconds() -> None:
         "1.07 s",
         "1,234 s",
     ]
+
+
+def test_a_file_whose_name_begins_with_a_dash_is_named_with_its_folder(
+    run: Run, workplace: Path
+) -> None:
+    Path("-my text.txt").write_text("Once upon a time.")
+    for command in ("train", "evaluate", "prepare"):
+        result = run(command, "-my text.txt")
+        assert result.code == 2
+        assert error_line(result).endswith("To name the file, write './-my text.txt'.")

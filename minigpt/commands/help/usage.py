@@ -1,6 +1,7 @@
 """What is wrong with the words of a command line: options that are unknown or have no effect."""
 
 import itertools
+import os
 import re
 import shlex
 import sys
@@ -114,6 +115,8 @@ def _advice(ctx: Any, word: str) -> str:
     """Return the remedy for a word that begins with a dash and is not an option."""
     parameters = ctx.command.get_params(ctx)
     has_argument = any(p.param_type_name == "argument" for p in parameters)
+    if any(p.name == "data" for p in parameters) and os.path.lexists(word):
+        return f"To name the file, write {shlex.quote(f'./{word}')}."
     if has_argument and (" " in word or not word.lstrip("-")[:1].isalpha()):
         call = f"{ctx.command_path} -- {shlex.quote(word)}"
         return f"Put -- before a text that begins with a dash, after all options: {call}"
