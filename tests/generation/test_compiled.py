@@ -266,6 +266,45 @@ def test_cache_writes_of_a_layer_are_one_loop(
     assert len(writers) == 1
 
 
+@pytest.mark.integration  # imports the compiler and lowers graphs
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_equal_layers_are_compiled_once_and_without_checks(
+    layout: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Counted in the C++ code: nothing is compiled."""
+    from torch._inductor.codecache import AotCodeCompiler
+
+    class Stopped(BaseException):
+        pass
+
+    def stop(graph: Any, wrapper: str, kernels: str, *_: Any, **__: Any) -> None:
+        assert "unmatched dtype" not in wrapper
+        assert "assert_size_stride(" not in wrapper
+        n_kernels.append(kernels.count('extern "C"'))
+        raise Stopped
+
+    n_kernels: list[int] = []
+    monkeypatch.setattr(AotCodeCompiler, "compile", stop)
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    for n_layer in (4, 8):
+        with pytest.raises(Stopped):
+            CompiledForward(small_model(layout, n_layer=n_layer), capacity=24)
+    # Not one more for each layer; those of the last layer may be cut elsewhere.
+    assert n_kernels[1] <= n_kernels[0] + 2
+
+
+@pytest.mark.integration  # imports the exporter
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_linear_layer_is_one_node_of_the_exported_graph(layout: str) -> None:
+    model = small_model(layout, n_layer=2)
+    with torch.no_grad():
+        program = compiled._export(GraphStep(model), model.dtype, is_batch=False)
+    products = torch.ops.minigpt.sum_of_products.default
+    n_products = sum(node.target is products for node in program.graph.nodes)
+    n_linear = sum(isinstance(module, torch.nn.Linear) for module in model.modules())
+    assert n_products == n_linear + (model.unembedding is None)
+
+
 @pytest.mark.slow  # compiles: half a minute
 @pytest.mark.parametrize("way", ["compiled"], indirect=True)
 def test_greedy_tokens_equal_gpt_forward_and_the_graph_is_compiled_once(

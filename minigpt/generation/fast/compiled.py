@@ -26,11 +26,10 @@ from torch import Tensor
 
 from minigpt.errors import ConfigError, ResourceError
 from minigpt.fields import round_up
-from minigpt.generation.fast import decode_step, graph
+from minigpt.generation.fast import decode_step, graph, nodes, toolchain
 from minigpt.generation.fast.decode_step import StepForward
 from minigpt.generation.fast.graph import GraphStep
 from minigpt.generation.fast.packages import cached_package, find_package
-from minigpt.generation.fast.toolchain import overlapped, without_collecting
 from minigpt.model import layers
 from minigpt.model.attention import Recorder
 from minigpt.model.gpt import GPT
@@ -45,6 +44,7 @@ _OPTIONS = {
     "aot_inductor.package_constants_in_so": False,
     # Would only speed up later compilations.
     "aot_inductor.precompile_headers": False,
+    "size_asserts": False,
     # a * b + c in one instruction, as in a library's product.
     "cpp.enable_floating_point_contract_flag": "fast",
     # Loops that share only the position are fused: those that write a key and a value.
@@ -244,18 +244,14 @@ def _key(
 
 @cache
 def _code_digests() -> list[str]:
-    sources = map(inspect.getsource, (decode_step, graph, layers))
+    sources = map(inspect.getsource, (decode_step, graph, layers, nodes, toolchain))
     return [hashlib.sha256(source.encode()).hexdigest() for source in sources]
 
 
-def _compile(step: GraphStep, path: Path, *, cache_dtype: torch.dtype, is_batch: bool) -> None:
-    """Compile GraphStep.forward, with a dynamic number of positions, and of rows in a batch."""
-    # Imported here because it takes a second, which only the first run needs.
-    import torch._inductor
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
-    from torch._inductor.utils import fresh_cache
-
+def _export(
+    step: GraphStep, cache_dtype: torch.dtype, *, is_batch: bool
+) -> torch.export.ExportedProgram:
+    """Return GraphStep.forward with a dynamic number of positions, and of rows in a batch."""
     config, device = step.model.config, step.model.device
     n_rows, n_view, n_room = 1 + is_batch, 16, 32
     shape = (n_rows, config.n_kv_head, n_room, config.d_head)
@@ -270,6 +266,18 @@ def _compile(step: GraphStep, path: Path, *, cache_dtype: torch.dtype, is_batch:
     in_view, room = torch.export.Dim("n_view", min=2), torch.export.Dim("n_room", min=2)
     free = [{**rows, 2: room}] * config.n_layer
     dynamic: Any = (rows, {}, {0: in_view}, free, free)
+    return torch.export.export(step, inputs, dynamic_shapes=dynamic, strict=False)
+
+
+def _compile(step: GraphStep, path: Path, *, cache_dtype: torch.dtype, is_batch: bool) -> None:
+    """Write the package of a step's graph."""
+    # Imported here because it takes a second, which only the first run needs.
+    import torch._inductor
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+    from torch._inductor.utils import fresh_cache
+
+    device = step.model.device
     if device.type == "cuda":
         _find_cuda_headers()
     try:
@@ -279,13 +287,14 @@ def _compile(step: GraphStep, path: Path, *, cache_dtype: torch.dtype, is_batch:
             warnings.catch_warnings(),
             fresh_cache(),
             torch.no_grad(),
-            without_collecting(),
-            overlapped(),
+            toolchain.without_collecting(),
+            toolchain.little_code(),
+            toolchain.overlapped(),
         ):
             warnings.simplefilter("ignore")  # the compiler warns about its own code
-            program = torch.export.export(step, inputs, dynamic_shapes=dynamic, strict=False)
+            nodes.teach_compiler()
             torch._inductor.aoti_compile_and_package(
-                program,
+                _export(step, cache_dtype, is_batch=is_batch),
                 package_path=str(path),
                 inductor_configs=dict(_OPTIONS),  # it adds some
             )

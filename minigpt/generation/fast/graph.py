@@ -8,12 +8,14 @@ head dim, S positions in view, P positions that the caches have room for, I inpu
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minigpt.generation.fast.decode_step import Add, Attend, DecodeStep, Function, Shown
+from minigpt.generation.fast.nodes import as_one_node
 from minigpt.model.attention import Attention
 from minigpt.model.gpt import GPT
 from minigpt.model.layers import MLP, GatedMLP, rotate
@@ -103,19 +105,10 @@ class GraphKernels:
                 q_BHTD, k_BGTD = rotate(q_BHTD, *rotary), rotate(k_BGTD, *rotary)
             keys_BGPD.index_copy_(2, position, k_BGTD.to(keys_BGPD.dtype))
             values_BGPD.index_copy_(2, position, v_BGTD.to(values_BGPD.dtype))
-            n_group, n_view = keys_BGPD.shape[1], is_filled_S.shape[0]
-            # Sums of products and no matmul: see _product.
-            q_BGRTD = _stored(q_BHTD * module.d_head**-0.5).unflatten(1, (n_group, -1))
-            score_BGRS = (q_BGRTD * _float32(keys_BGPD[:, :, None, :n_view])).sum(-1)
-            masked_BGRS = torch.where(is_filled_S, score_BGRS, -torch.inf)
-            weights_BGRS = _stored(masked_BGRS.softmax(-1))
-            values_BGTSD = _float32(values_BGPD[:, :, None, :n_view])
-            context_BGRD = (weights_BGRS[..., None] * values_BGTSD).sum(-2)
-            # flatten(1, 2) of a view of dynamic size cannot be exported by torch 2.11.
-            n_rows, n_shared = weights_BGRS.shape[0], weights_BGRS.shape[2]
-            size_BHS = n_rows, n_group * n_shared, n_view
-            weights_BHS = weights_BGRS.as_strided(size_BHS, (weights_BGRS.stride(0), n_view, 1))
-            return _stored(context_BGRD.flatten(1)), weights_BHS
+            weights_BHS, context_BX = _attended(
+                q_BHTD * module.d_head**-0.5, keys_BGPD, values_BGPD, is_filled_S
+            )
+            return _stored(context_BX), weights_BHS
 
         return attend
 
@@ -135,26 +128,67 @@ class GraphKernels:
         return lambda normed_BC: _product(module, normed_BC)
 
 
+def _empty_attended(
+    q_BHTD: Tensor, keys_BGPD: Tensor, values_BGPD: Tensor, is_filled_S: Tensor
+) -> tuple[Tensor, Tensor]:
+    n_rows, n_head, _, d_head = q_BHTD.shape
+    new = q_BHTD.new_empty
+    return new((n_rows, n_head, is_filled_S.shape[0])), new((n_rows, n_head * d_head))
+
+
+@as_one_node(_empty_attended)
+def _attended(
+    q_BHTD: Tensor, keys_BGPD: Tensor, values_BGPD: Tensor, is_filled_S: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the weights (B, H, S) of scaled queries and the heads' outputs (B, X)."""
+    n_group, n_view = keys_BGPD.shape[1], is_filled_S.shape[0]
+    # Sums of products and no matmul: see _sum_of_products.
+    q_BGRTD = _stored(q_BHTD).unflatten(1, (n_group, -1))
+    score_BGRS = (q_BGRTD * _float32(keys_BGPD[:, :, None, :n_view])).sum(-1)
+    masked_BGRS = torch.where(is_filled_S, score_BGRS, -torch.inf)
+    weights_BGRS = _stored(masked_BGRS.softmax(-1))
+    values_BGTSD = _float32(values_BGPD[:, :, None, :n_view])
+    context_BGRD = (weights_BGRS[..., None] * values_BGTSD).sum(-2)
+    # flatten(1, 2) of a view of dynamic size cannot be exported by torch 2.11.
+    n_rows, n_shared = weights_BGRS.shape[0], weights_BGRS.shape[2]
+    size_BHS = n_rows, n_group * n_shared, n_view
+    weights_BHS = weights_BGRS.as_strided(size_BHS, (weights_BGRS.stride(0), n_view, 1))
+    return weights_BHS, context_BGRD.flatten(1)
+
+
 def _product(linear: nn.Module, x_BI: Tensor, n_cuda_parts: int = 1) -> Tensor:
-    """Return the output (B, O) of a linear layer, or of a transposed embedding.
+    """Return the output (B, O) of a linear layer, or of a transposed embedding."""
+    weight = linear.weight
+    assert isinstance(weight, Tensor)
+    n_parts = _CPU_PARTS if weight.device.type == "cpu" else n_cuda_parts
+    scale, bias = getattr(linear, "scale", None), getattr(linear, "bias", None)
+    return _sum_of_products(x_BI, weight, scale, bias, n_parts)
+
+
+def _empty_product(x_BI: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    return x_BI.new_empty((len(weight), x_BI.shape[0])).mT
+
+
+@as_one_node(_empty_product)
+def _sum_of_products(
+    x_BI: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, n_parts: int
+) -> Tensor:
+    """Return a product (B, O) that fuses into one loop.
 
     A sum of products fuses, with the conversion of the weight before it and the bias and residual
     after it, into one loop that reads each weight once for all rows; a matmul is a library call,
     made for many rows. The weight is read at several places alternately: one sum alone would wait
     for its own last addition, and less would be in flight from memory.
     """
-    weight = linear.weight
-    assert isinstance(weight, Tensor)
-    n_parts = _CPU_PARTS if weight.device.type == "cpu" else n_cuda_parts
     n_each, n_rest = divmod(len(weight), n_parts)
     sizes = [n_each] * n_parts if n_each else []
     parts = weight[:, None].split([*sizes, n_rest] if n_rest else sizes)
     sums = [(_float32(part) * x_BI).sum(-1) for part in parts]
     y_OB = torch.cat(sums) if len(sums) > 1 else sums[0]
     y_BO = y_OB.mT
-    if (scale := getattr(linear, "scale", None)) is not None:
+    if scale is not None:
         y_BO = y_BO * _float32(scale)
-    if (bias := getattr(linear, "bias", None)) is not None:
+    if bias is not None:
         y_BO = y_BO + _float32(bias)
     return y_BO
 
@@ -165,12 +199,17 @@ def _float32(x: Tensor) -> Tensor:
 
 
 def _norm(norm: nn.Module, x: Tensor) -> Tensor:
-    if isinstance(norm, nn.LayerNorm):
-        weight, bias = _float32(norm.weight), _float32(norm.bias)
-        return F.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
-    if isinstance(norm, nn.RMSNorm):
-        return F.rms_norm(x, norm.normalized_shape, _float32(norm.weight), norm.eps)
-    return x
+    if not isinstance(norm, nn.LayerNorm | nn.RMSNorm):
+        return x
+    return _normed(x, norm.weight, getattr(norm, "bias", None), norm.eps)
+
+
+@as_one_node(lambda x, *_: torch.empty_like(x))
+def _normed(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float | None) -> Tensor:
+    """Return LayerNorm where there is a bias, else RMSNorm."""
+    if bias is None:
+        return F.rms_norm(x, weight.shape, _float32(weight), eps)
+    return F.layer_norm(x, weight.shape, _float32(weight), _float32(bias), eps or 0)
 
 
 def _stored(x: Tensor) -> Tensor:

@@ -1,18 +1,47 @@
-"""Running the C++ compiler of a graph beside Python, on another core.
+"""Compiling a graph fast: less code, and the C++ compiler beside Python on another core.
 
 torch's compiler is one thread that waits for each run of the C++ compiler: first for small programs
 that show which vector instructions it knows, then for the two files that it generated. None of them
-needs another's result. The commands stay the same, so the machine code does too.
+needs another's result.
 """
 
 import gc
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
+
+_MAX_KERNEL_TENSORS = 32
+"""Tensors from which on a kernel takes no more loops. Few, so that layers have equal kernels, which
+are compiled once, and run faster: with torch's 500, a model is one or two functions."""
+
+
+@contextmanager
+def little_code() -> Iterator[None]:
+    """Generate code for a CPU that repeats nothing and has no checks that only a variable turns on.
+
+    Where a version of torch has no such names, there is more to compile.
+    """
+    from torch._inductor.codegen.cpp import CppScheduling
+    from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
+    from torch._inductor.virtualized import V
+
+    size, checks = "MAX_FUSED_KERNEL_ARGS_NUM", "generate_input_output_runtime_checks"
+    generate: Callable[[Any], None] | None = getattr(CppWrapperCpu, checks, None)
+    with ExitStack() as patches:
+        if hasattr(CppScheduling, size):
+            patches.enter_context(patch.object(CppScheduling, size, _MAX_KERNEL_TENSORS))
+        if generate is not None:
+
+            def generate_none(wrapper: Any) -> None:
+                with patch.object(V.graph, "graph_inputs", {}):
+                    generate(wrapper)
+
+            patches.enter_context(patch.object(CppWrapperCpu, checks, generate_none))
+        yield
 
 
 @contextmanager

@@ -1,0 +1,99 @@
+"""Functions that stay one node of a graph until the compiler makes loops of them.
+
+Python traces a graph twice and then reads it in a dozen passes, each in time per node. A layer in
+PyTorch's own operations has 190 nodes; one whose functions are nodes has 35. What a function
+computes is traced once for all layers.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+Function = Callable[..., Any]
+"""Takes tensors and numbers, the first a tensor; returns new tensors. Its annotations are of types
+that torch.library.infer_schema knows."""
+
+_functions: dict[Any, Function] = {}
+"""The operations that stand for functions."""
+
+
+def as_one_node(like: Function) -> Callable[[Function], Function]:
+    """Make a function one node of the graphs of a CPU; on other devices it stays a function.
+
+    Args: like, takes the same arguments and returns empty tensors like the function's results.
+    """
+
+    def decorate(function: Function) -> Function:
+        name = function.__name__.lstrip("_")
+        # Not torch.library.custom_op, whose first call imports the compiler.
+        schema = torch.library.infer_schema(function, mutates_args=())
+        torch.library.define(f"minigpt::{name}", schema)
+        torch.library.impl(f"minigpt::{name}", "CompositeExplicitAutograd", function)
+        torch.library.register_fake(f"minigpt::{name}", like)
+        node = getattr(torch.ops.minigpt, name).default
+        _functions[node] = function
+
+        def call(first: Tensor, *rest: Any) -> Any:
+            return (node if first.device.type == "cpu" else function)(first, *rest)
+
+        return call
+
+    return decorate
+
+
+def teach_compiler() -> None:
+    """Tell Inductor what the nodes of the next graph stand for."""
+    from torch._inductor.lowering import register_lowering
+
+    for node, function in _functions.items():
+        register_lowering(node, type_promotion_kind=None)(_lowering(function))
+
+
+def _lowering(function: Function) -> Function:
+    """Return what lowers a function's node: its graph, each node lowered in the node's place."""
+    from torch._inductor.virtualized import V
+
+    graphs: dict[str, fx.Graph] = {}
+
+    def kind(arg: Any) -> Any:
+        if not isinstance(arg, fx.Node):
+            return arg
+        tensor = arg.meta["val"]
+        return tensor.dtype, tensor.shape, tensor.stride()
+
+    def lower(*inputs: Any) -> Any:
+        args = V.graph.current_node.args
+        key = str([kind(arg) for arg in args])
+        if key not in graphs:
+            graphs[key] = _trace(function, args)
+        given = iter(x for x, arg in zip(inputs, args, strict=True) if isinstance(arg, fx.Node))
+        env, node_in_place = V.graph.env, V.graph.current_node
+        for node in graphs[key].nodes:
+            if node.op == "output":
+                output = fx.map_arg(node.args[0], env.__getitem__)
+            elif node.op == "placeholder":
+                env[node] = next(given)
+            else:
+                V.graph.current_node = node
+                env[node] = V.graph.run_node(node)
+        V.graph.current_node = node_in_place
+        for node in graphs[key].nodes:  # the next layer has other inputs
+            env.pop(node, None)
+        return output
+
+    return lower
+
+
+def _trace(function: Function, args: Sequence[Any]) -> fx.Graph:
+    """Return the graph of a call, in the operations that Inductor knows."""
+    from torch._inductor.decomposition import select_decomp_table
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def call(*tensors: Tensor) -> Any:
+        given = iter(tensors)
+        return function(*(next(given) if isinstance(arg, fx.Node) else arg for arg in args))
+
+    tensors = [arg.meta["val"] for arg in args if isinstance(arg, fx.Node)]
+    return make_fx(call, decomposition_table=select_decomp_table())(*tensors).graph
