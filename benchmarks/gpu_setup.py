@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from minigpt.checkpoint.folder import RunFolder
-from minigpt.config import ATTENTIONS, DataConfig, ModelConfig, RunConfig
+from minigpt.config import DataConfig, ModelConfig, RunConfig
 from minigpt.model.device import resolve_device, resolve_dtype
 from minigpt.model.language_model import model_class
+from minigpt.model_config import ATTENTIONS
 from minigpt.settings import build, merge
 from minigpt.text.tokens import prepare
 from minigpt.training.trainer import Trainer

@@ -7,9 +7,9 @@ it.
 from dataclasses import dataclass
 from typing import Literal
 
-from minigpt.config import ACTIVATIONS, OWN_TYPE, PlainModelConfig
 from minigpt.errors import require_choice
 from minigpt.fields import require, setting
+from minigpt.model_config import ACTIVATIONS, OWN_TYPE, PlainModelConfig
 from minigpt.rings import has_ring
 
 HF_LAYOUTS = ("gpt2", "llama", "mistral", "qwen2", "qwen3")

@@ -78,7 +78,7 @@ def test_an_attention_score_is_a_class_and_an_entry(copy: Path) -> None:
     scores = copy / "minigpt/model/scores.py"
     scores.write_text(scores.read_text() + "\n\n" + example("An attention score"))
     entry = next(line for line in example("An attention score", 1).splitlines() if "cosine" in line)
-    insert(copy / "minigpt/config.py", "ATTENTIONS = {\n", entry + "\n")
+    insert(copy / "minigpt/model_config.py", "ATTENTIONS = {\n", entry + "\n")
     train = ["train", "corpus.txt", "--name", "a", "--attention", "cosine", *TINY]
     out = run(copy, train, GENERATE, TRACE)
     assert "sink" in out

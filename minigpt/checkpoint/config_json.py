@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from minigpt.config import OWN_TYPE, ModelConfig
+from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError, ConfigError
+from minigpt.model_config import OWN_TYPE
 from minigpt.rings import ring
 from minigpt.settings import build, to_dict
 from minigpt.text.tokenizer import Tokenizer

@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minigpt.checkpoint.config_json import config_json, read_config_json
-from minigpt.config import OWN_TYPE, ModelConfig
+from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError
 from minigpt.files import make_folder, read_json, resource_errors, to_json
 from minigpt.model.language_model import LanguageModel, model_class
+from minigpt.model_config import OWN_TYPE
 from minigpt.rings import find_ring, ring
 from minigpt.text.tokenizer import BytesTokenizer, Tokenizer
 

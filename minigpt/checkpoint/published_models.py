@@ -6,8 +6,9 @@ from dataclasses import fields
 
 from minigpt.checkpoint.config_json import config_json, read_config_json
 from minigpt.checkpoint.families import family_of, hf_fields
-from minigpt.config import OWN_TYPE, ModelConfig
+from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError, ConfigError, cut
+from minigpt.model_config import OWN_TYPE
 
 # Tensors of old files that are not weights: causal masks, RoPE tables.
 _IGNORED = re.compile(

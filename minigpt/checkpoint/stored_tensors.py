@@ -14,10 +14,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from minigpt.checkpoint.model_folder import WEIGHTS
-from minigpt.config import OWN_TYPE, ModelConfig
+from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError, cut
 from minigpt.files import open_regular, resource_errors
 from minigpt.model.language_model import model_class
+from minigpt.model_config import OWN_TYPE
 from minigpt.rings import find_ring, ring
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from minigpt.config import ARCHS, OWN_TYPE, ModelConfig
+from minigpt.config import ModelConfig
 from minigpt.model.attention import AttentionLayer
 from minigpt.model.cache import KVCache
+from minigpt.model_config import ARCHS, OWN_TYPE
 from minigpt.rings import load_class, ring
 
 

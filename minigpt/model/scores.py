@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minigpt.config import ATTENTIONS, ModelConfig
+from minigpt.config import ModelConfig
+from minigpt.model_config import ATTENTIONS
 from minigpt.rings import load_class
 
 

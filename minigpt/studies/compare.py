@@ -15,12 +15,13 @@ from typing import Any
 
 from minigpt.checkpoint.folder import RunFolder
 from minigpt.checkpoint.resolve import ROOT
-from minigpt.config import ARCHS, ATTENTIONS, ModelConfig, RunConfig, SamplingConfig
+from minigpt.config import ModelConfig, RunConfig, SamplingConfig
 from minigpt.errors import CheckpointError, ConfigError, require_choice
 from minigpt.generation.decoder import Decoder
 from minigpt.generation.loading import load
 from minigpt.model.cache import cache_bytes_per_token
 from minigpt.model.cost import parameter_count
+from minigpt.model_config import ARCHS, ATTENTIONS
 from minigpt.studies.matching import closest_in_size
 from minigpt.training.reports.curves import read_curves
 from minigpt.training.reports.plan import flops_of_steps

@@ -5,9 +5,9 @@ import torch
 from small_models import LAYOUTS, random_tokens, small_config, small_model
 from torch import Tensor
 
-from minigpt.config import ATTENTIONS
 from minigpt.model.cache import KVCache
 from minigpt.model.gpt import GPT
+from minigpt.model_config import ATTENTIONS
 
 # float32 sums over at most 24 keys and 32 channels, in another order than the full forward's.
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}

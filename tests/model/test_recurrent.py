@@ -8,12 +8,13 @@ from kept_attention import KeptAttention
 from small_models import random_tokens, randomized
 from torch import Tensor
 
-from minigpt.config import ARCHS, ModelConfig
+from minigpt.config import ModelConfig
 from minigpt.errors import ConfigError
 from minigpt.generation.fast.quantize import quantize_int8
 from minigpt.model.cache import KVCache, cache_bytes_per_token
 from minigpt.model.cost import parameter_count, training_flops_per_token
 from minigpt.model.language_model import LanguageModel, model_class
+from minigpt.model_config import ARCHS
 
 RECURRENT = tuple(arch for arch in ARCHS if arch != "gpt")
 KINDS: dict[str, dict[str, Any]] = {

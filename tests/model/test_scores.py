@@ -10,13 +10,13 @@ from live_bytes import LiveBytes
 from small_models import random_tokens, small_config, small_model
 from torch import Tensor, nn
 
-from minigpt.config import ATTENTIONS
 from minigpt.errors import ConfigError
 from minigpt.model.cache import KVCache
 from minigpt.model.cost import parameter_count, training_flops_per_token
 from minigpt.model.gpt import GPT
 from minigpt.model.scores import Score, causal_softmax, make_score, scaled_dot_score
 from minigpt.model.variants import tanh_scores
+from minigpt.model_config import ATTENTIONS
 
 TANH = ("concat", "additive")
 OTHERS = tuple(name for name in ATTENTIONS if name != "scaled_dot")

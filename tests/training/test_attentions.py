@@ -12,12 +12,13 @@ from small_runs import bits, config_of, differing, run_until, trainer_of
 from test_memory import allocated
 
 from minigpt.checkpoint.model_folder import read_config, read_model, write_model
-from minigpt.config import ATTENTIONS, ModelConfig, RunConfig, SamplingConfig
+from minigpt.config import ModelConfig, RunConfig, SamplingConfig
 from minigpt.errors import CheckpointError, ConfigError
 from minigpt.generation.decoder import Decoder
 from minigpt.generation.forward import make_forward
 from minigpt.generation.sliding import SlidingDecoder
 from minigpt.model.language_model import LanguageModel, model_class
+from minigpt.model_config import ATTENTIONS
 from minigpt.settings import build, to_dict, to_toml
 from minigpt.text.tokenizer import BytesTokenizer
 from minigpt.text.tokens import PreparedData

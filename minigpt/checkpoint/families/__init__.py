@@ -12,10 +12,11 @@ from typing import Any
 
 from minigpt.checkpoint.config_json import built, check_known, common_fields
 from minigpt.checkpoint.ignored_fields import is_ignored
-from minigpt.config import ARCHS, OWN_TYPE, ModelConfig
+from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError, ConfigError
 from minigpt.hf_config import has_family
 from minigpt.model.language_model import LanguageModel
+from minigpt.model_config import ARCHS, OWN_TYPE
 from minigpt.rings import load_class, ring
 from minigpt.text.tokenizer import Tokenizer
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from minigpt.checkpoint.tools.hub import is_hub_name
-from minigpt.config import OWN_TYPE, ModelConfig, RunConfig
+from minigpt.config import ModelConfig, RunConfig
 from minigpt.model.cost import parameter_count
+from minigpt.model_config import OWN_TYPE
 from minigpt.text.escape import printable
 
 _MOST_NAMES = 20

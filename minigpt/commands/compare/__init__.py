@@ -14,8 +14,9 @@ from minigpt.commands.options import (
     XAxis,
     command,
 )
-from minigpt.config import ARCHS, ATTENTIONS, RunConfig
+from minigpt.config import RunConfig
 from minigpt.fields import Checked, option
+from minigpt.model_config import ARCHS, ATTENTIONS
 from minigpt.presets import default_run
 from minigpt.settings import layered, read_config_file
 

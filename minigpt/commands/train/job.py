@@ -11,10 +11,11 @@ from typing import Any
 
 from minigpt.checkpoint.folder import RunFolder
 from minigpt.checkpoint.resolve import ROOT
-from minigpt.config import OWN_TYPE, DataConfig, RunConfig
+from minigpt.config import DataConfig, RunConfig
 from minigpt.errors import ConfigError, LockedError
 from minigpt.model.device import resolve_device, resolve_dtype
 from minigpt.model.language_model import LanguageModel
+from minigpt.model_config import OWN_TYPE
 from minigpt.presets import DEFAULT_PRESET
 from minigpt.presets import preset as preset_settings
 from minigpt.rings import find_ring, ring

@@ -8,13 +8,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from minigpt.config import ATTENTIONS, ModelConfig, RunConfig
+from minigpt.config import ModelConfig, RunConfig
 from minigpt.errors import ResourceError
 from minigpt.evaluation import windows_at_once
 from minigpt.format import with_unit
 from minigpt.model.gpt import Block
 from minigpt.model.language_model import model_class
 from minigpt.model.layers import GatedMLP
+from minigpt.model_config import ATTENTIONS
 from minigpt.rings import find_ring, load_class
 from minigpt.training.optim import is_muon_parameter
 
