@@ -1,7 +1,6 @@
 """The picture, the colours and the sizes of the page in a real browser."""
 
 import math
-import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -88,26 +87,17 @@ def test_long_tokens_push_no_column_out_of_the_table(width: int, opened: Opened)
     assert panel.evaluate("(panel) => panel.scrollWidth <= panel.clientWidth")
 
 
-def test_a_thousand_tokens_stay_responsive(opened: Opened) -> None:
+def test_a_thousand_tokens_stay_a_small_page(opened: Opened) -> None:
     trace = made_trace(24, 1000, n_layer=12, n_head=12, n_sources=8)
-    started = time.perf_counter()
     page = opened(trace)
-    assert time.perf_counter() - started < 15
     page.choose("reduction", "mean")
-    milliseconds = page.page.evaluate(
-        """async () => {
-          const times = [];
-          for (const position of [1023, 500, 1000, 3, 700]) {
-            const start = performance.now();
-            document.getElementById(`token-${position}`).click();
-            await new Promise((r) => requestAnimationFrame(() => setTimeout(r)));
-            times.push(performance.now() - start);
-          }
-          return times;
-        }"""
-    )
-    # Fast enough to feel immediate, with a margin for a busy machine.
-    assert sorted(milliseconds)[2] < 500
+    elements = "document.getElementsByTagName('*').length"
+    n_elements = []
+    for position in (1023, 500, 1000, 3, 700):
+        page.click(position)
+        n_elements.append(page.page.evaluate(elements))
+    # What a click shows replaces what the click before it showed.
+    assert max(n_elements) < 5 * 1024
     page.choose("reduction", "traced")
     page.click(1000)
     assert_shaded(page, whole_row(trace, 1000))

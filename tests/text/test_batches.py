@@ -1,7 +1,5 @@
 """The order of data: every window once an epoch, whatever the number of ranks."""
 
-import time
-
 import numpy as np
 import pytest
 import torch
@@ -97,16 +95,8 @@ def test_the_order_is_that_of_every_release() -> None:
     assert window_starts(1_003_855, 256, 6, seed=1337, step=10**6).tolist() == GOLDEN_LATE
 
 
-def test_finding_a_window_takes_the_same_time_in_a_corpus_of_any_size() -> None:
-    def seconds(n_tokens: int) -> float:
-        def once() -> float:
-            start = time.perf_counter()
-            window_starts(n_tokens, 1024, 64, seed=1, step=10**9)
-            return time.perf_counter() - start
-
-        return min(once() for _ in range(20))
-
-    assert seconds(10**15) < 10 * seconds(10**5)
+def test_windows_are_found_without_a_list_of_all() -> None:
+    """Which would have a trillion windows here."""
     starts = window_starts(10**15, 1024, 64, seed=1, step=10**9)
     assert starts.max() > 9 * 10**14
 
