@@ -82,11 +82,9 @@ class Gemma2GPT(GemmaGPT):
     block_class = Gemma2Block
     attention_class: type[Attention] = Gemma2Attention
 
-    def logits(self, x: Tensor, logits_to_keep: int) -> Tensor:
-        """Return the logits, with a smooth bound if the model has one."""
-        logits = super().logits(x, logits_to_keep)
-        cap = hf_fields(self.config).get("final_logit_softcapping")
-        return cap * (logits / cap).tanh() if cap else logits
+    @property
+    def logit_softcap(self) -> float:
+        return hf_fields(self.config).get("final_logit_softcapping") or 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
