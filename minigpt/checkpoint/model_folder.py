@@ -33,7 +33,7 @@ BYTES_TOKENIZER = Path(__file__).with_name("bytes_tokenizer.json")
 """The tokenizer.json of single bytes, as the tokenizers library reads it."""
 GENERATION_CONFIG = "generation_config.json"
 _VOCABULARIES = "checkpoint.tokenizer_json"
-_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True)
@@ -47,51 +47,44 @@ class LoadedModel:
     folder: Path
 
 
-def write_model(
-    folder: Path,
-    model: LanguageModel,
-    tokenizer: Tokenizer | None,
-    *,
-    carried: Any = None,
-    dtype: torch.dtype | None = None,
-) -> bool:
+def write_model(folder: Path, model: LanguageModel, tokenizer: Tokenizer | None) -> None:
     """Write a folder that transformers and read_model can read, without syncing it to the disk.
 
-    Args: carried, a ``checkpoint.carried.Carried`` of the folder that the model was trained from,
-        whose files are written again; dtype, of the stored weights, None for that of ``carried``,
-        else the model's. A tensor that overflows float16 is stored in its own dtype.
-    Returns: whether any weight was rounded.
     Raises: ResourceError if the disk is full or the folder cannot be written.
     """
+    config, files = new_files(model, tokenizer)
+    write_parts(folder, config, files, weights_to_hf(model))
+
+
+def new_files(
+    model: LanguageModel, tokenizer: Tokenizer | None
+) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Return config.json of a new model, and the other files of its folder but for the weights."""
     config = config_json(model.config, tokenizer)
-    config["torch_dtype"] = name_of(dtype or model.embedding.weight.dtype)
-    ids = {name: config[name] for name in _TOKEN_IDS}
-    files: dict[str, bytes] = {}
-    dtypes: Mapping[str, torch.dtype] = {}
-    if carried is None:
-        files[GENERATION_CONFIG] = to_json({"_from_model_config": True} | ids)
-    else:
-        config = carried.config_with(config, model.config, dtype)
-        files, dtypes = dict(carried.files), carried.dtypes
-    has_vocabulary = TOKENIZER in files or {"vocab.json", "merges.txt"} <= files.keys()
-    if tokenizer is not None and not has_vocabulary:
-        own = {TOKENIZER: BYTES_TOKENIZER.read_bytes()}
+    config["torch_dtype"] = name_of(model.embedding.weight.dtype)
+    generation = {"_from_model_config": True} | {name: config[name] for name in TOKEN_IDS}
+    files = {GENERATION_CONFIG: to_json(generation)}
+    if tokenizer is not None:
+        files[TOKENIZER] = BYTES_TOKENIZER.read_bytes()
         find = find_ring if isinstance(tokenizer, BytesTokenizer) else ring
         if vocabularies := find(_VOCABULARIES):
-            own = vocabularies.tokenizer_files(tokenizer, model.config, is_new=carried is None)
-        files = own | files
-        config |= {name: id_ for name, id_ in ids.items() if config.get(name) is None}
+            files |= vocabularies.tokenizer_files(tokenizer, model.config, is_new=True)
+    return config, files
+
+
+def write_parts(
+    folder: Path,
+    config: Mapping[str, Any],
+    files: Mapping[str, bytes],
+    tensors: dict[str, Tensor],
+) -> None:
+    """Write config.json, other files and the weights, by the names that they have in the folder."""
     with resource_errors(folder):
         make_folder(folder)
         for name, data in {CONFIG: to_json(config), **files}.items():
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(data)
-    tensors = weights_to_hf(model)
-    stored = {n: _rounded(t, dtype or dtypes.get(n, t.dtype)) for n, t in tensors.items()}
-    save_tensors(folder / WEIGHTS, stored, {"format": "pt"})
-    return any(
-        stored[name].dtype.itemsize < tensor.dtype.itemsize for name, tensor in tensors.items()
-    )
+    save_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
 
 
 def weights_to_hf(model: LanguageModel) -> dict[str, Tensor]:
@@ -100,12 +93,6 @@ def weights_to_hf(model: LanguageModel) -> dict[str, Tensor]:
     if model.config.model_type != OWN_TYPE:
         return ring("checkpoint.weights").tensors_to_hf(model.config, tensors)
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
-
-
-def _rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    rounded = tensor.to(dtype)
-    is_overflow = dtype == torch.float16 and not torch.equal(rounded.isinf(), tensor.isinf())
-    return tensor if is_overflow else rounded
 
 
 def name_of(dtype: torch.dtype) -> str:

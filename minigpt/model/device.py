@@ -64,11 +64,6 @@ def inference_dtype(name: str, device: torch.device) -> torch.dtype:
     return resolve_dtype("float32" if is_default else name, device)
 
 
-def save_dtype(name: str) -> torch.dtype | None:
-    """Return the dtype of saved weights of a name; None for auto."""
-    return None if name == "auto" else getattr(torch, name)
-
-
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
     """Return the context in which float32 weights compute in ``dtype``."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)

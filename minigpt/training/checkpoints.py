@@ -11,9 +11,8 @@ from minigpt.checkpoint.folder import WEIGHTS_ONLY
 from minigpt.checkpoint.model_folder import write_model
 from minigpt.errors import DataError
 from minigpt.evaluation import Evaluation, evaluate, windows_at_once
-from minigpt.model.device import save_dtype
 from minigpt.model.language_model import LanguageModel
-from minigpt.rings import find_ring
+from minigpt.rings import find_ring, ring
 from minigpt.text.batches import validation_windows
 from minigpt.training.events import EvalEvent, Event, SaveEvent
 from minigpt.training.run import Run
@@ -105,10 +104,12 @@ class Checkpoints:
         if evaluation and evaluation.is_averaged:
             facts["is_averaged"] = True
         with run.folder.writing_step(step, **losses, **facts) as folder:
-            dtype = save_dtype(config.training.save_dtype)
-            is_rounded = write_model(
-                folder, model, run.data.tokenizer, carried=run.carried, dtype=dtype
-            )
+            tokenizer, dtype, is_rounded = run.data.tokenizer, config.training.save_dtype, False
+            if run.carried or dtype != "auto":
+                write_as = ring("checkpoint.rewriting").write_as
+                is_rounded = write_as(folder, model, tokenizer, run.carried, dtype)
+            else:
+                write_model(folder, model, tokenizer)
             if template := run.data.manifest.chat_template:
                 (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
             if cards := find_ring("checkpoint.tools.model_card"):

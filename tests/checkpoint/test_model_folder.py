@@ -12,6 +12,7 @@ import torch
 from folder_files import save, shard, weights
 
 from minigpt.checkpoint.model_folder import read_config, read_model, write_model
+from minigpt.checkpoint.rewriting import write_as
 from minigpt.config import ModelConfig, SamplingConfig
 from minigpt.errors import CheckpointError
 from minigpt.generation.decoder import Decoder
@@ -196,7 +197,7 @@ def test_weights_that_overflow_float16_are_saved_in_float32(
     model = make(50, "llama-tied")
     with torch.no_grad():
         model.final_norm.weight[0] = 70_000
-    assert write_model(tmp_path, model, None, dtype=torch.float16)
+    assert write_as(tmp_path, model, None, None, "float16")
     tensors = weights(tmp_path)
     assert tensors["model.norm.weight"].equal(model.final_norm.weight)
     assert tensors["model.embed_tokens.weight"].dtype == torch.float16

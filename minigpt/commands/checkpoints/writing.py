@@ -133,9 +133,7 @@ def average(
 
     The mean is a model folder that `--model` can name. It cannot be resumed.
     """
-    from minigpt.checkpoint.model_folder import write_model  # imports torch; prune does not
-    from minigpt.checkpoint.tools.averaging import average
-    from minigpt.model.device import save_dtype as dtype_of
+    from minigpt.checkpoint.tools.averaging import average  # imports torch; prune does not
 
     entry = run_named(run)
     source = RunFolder(entry.folder)
@@ -159,8 +157,9 @@ def average(
         verify(folder, hashes=True)
     mean = average(folders)
     with writing_folder(out, {"mean_of_steps": steps}) as folder:
-        carried, dtype = ring("checkpoint.carried").read_carried(folders[-1]), dtype_of(save_dtype)
-        write_model(folder, mean.model, mean.tokenizer, carried=carried, dtype=dtype)
+        carried = ring("checkpoint.carried").read_carried(folders[-1])
+        write_as = ring("checkpoint.rewriting").write_as
+        write_as(folder, mean.model, mean.tokenizer, carried, save_dtype)
     saved = carried.dtype if save_dtype == "auto" else save_dtype
     if as_json:
         tables.write_json({"run": source.path, "steps": steps, "folder": out})
