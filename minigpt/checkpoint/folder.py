@@ -1,7 +1,7 @@
 """The run folder: checkpoints that survive any crash.
 
     NAME/step-000500/       one checkpoint: a Hugging Face folder, training_state/, manifest.json
-    NAME/.writing-step-...  unfinished checkpoint; after a kill, the next lock removes it
+    NAME/.writing-step-...  unfinished or half deleted checkpoint; the next lock removes it
     NAME/latest.json        newest step, and the facts known when it was written
     NAME/best.json          the same for the step with the lowest validation loss, which may have
                             no training_state/
@@ -42,7 +42,7 @@ WEIGHTS_ONLY = "weights_only"
 """Fact of a step without training_state/: the best one between two checkpoints."""
 
 _STEP = re.compile(r"step-(\d{6,})")
-_REPLACED, _DELETING = ".replaced-", ".deleting-"
+_REPLACED = ".replaced-"
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class RunFolder:
                     final = self.path / path.name.removeprefix(_REPLACED)
                     if not final.exists():  # killed between the two renames of _put_in_place
                         os.rename(path, final)
-                for prefix in (WRITING, _REPLACED, _DELETING):
+                for prefix in (WRITING, _REPLACED):
                     for path in self.path.glob(f"{prefix}*"):
                         remove(path)
                 self._locked = os.stat(self.path)
@@ -154,25 +154,6 @@ class RunFolder:
         facts = self._pointed(name)
         facts = facts if facts.pop("step", None) == step else {}
         return Pointer(step, folder, facts | (own if isinstance(own, dict) else {}))
-
-    def prunable(self, keep: int) -> list[int]:
-        """Return the intact steps except best, latest and the newest ``keep`` others.
-
-        Damaged ones stay, as parts of them may be recovered by hand.
-        """
-        protected = {pointer.step for pointer in (self.best(), self.latest()) if pointer}
-        others = [step for step in self.steps() if step not in protected]
-        intact = [step for step in others if self._pointer(step, "latest")]
-        return intact[: max(len(intact) - keep, 0)]
-
-    def prune(self, keep: int) -> None:
-        """Delete the ``prunable`` checkpoints."""
-        with resource_errors(self.path):
-            for step in self.prunable(keep):
-                folder = self.step_folder(step)
-                doomed = self.path / f"{_DELETING}{folder.name}"
-                os.rename(folder, doomed)  # a partly deleted step must not look like one
-                remove(doomed)
 
 
 def moved(run: Path) -> ResourceError:

@@ -124,8 +124,8 @@ class Checkpoints:
         best = run.folder.best()
         assert best is not None
         run.folder.point("best", best.step, **best.facts)
-        if state is not None:
-            run.folder.prune(config.training.keep)
+        if state is not None and (pruning := find_ring("checkpoint.tools.pruning")):
+            pruning.prune(run.folder, config.training.keep)
         return SaveEvent(
             step=step,
             folder=run.folder.step_folder(step),

@@ -16,6 +16,7 @@ from run_steps import assert_holds, write_step
 from minigpt.checkpoint.folder import RunFolder
 from minigpt.checkpoint.manifest import verify
 from minigpt.checkpoint.resolve import resolve_model
+from minigpt.checkpoint.tools.pruning import prunable, prune
 from minigpt.errors import LockedError, ResourceError
 
 
@@ -96,6 +97,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from minigpt.checkpoint.folder import RunFolder
+from minigpt.checkpoint.tools.pruning import prune
 
 def write(run, step):
     with run.writing_step(step) as folder:
@@ -129,7 +131,7 @@ for n in range(1, 300):
             count, deadline = 0, n
             write(run, 3)
             write(run, 3)
-            run.prune(0)
+            prune(run, 0)
         os._exit(0)
     if os.waitpid(child, 0)[1] == 0:
         break
@@ -258,7 +260,7 @@ def test_prune_keeps_best_latest_and_the_newest_others(
     for step in (3, 4, 5, 6):
         write_step(run, step)
     run.point("best", 2)
-    assert run.prunable(keep) == sorted({1, 2, 3, 4, 5, 6} - {*left})
-    run.prune(keep)
+    assert prunable(run, keep) == sorted({1, 2, 3, 4, 5, 6} - {*left})
+    prune(run, keep)
     assert run.steps() == left
     assert_holds(run, 6)

@@ -14,6 +14,8 @@ from minigpt import console
 from minigpt.checkpoint.folder import RunFolder, writing_folder
 from minigpt.checkpoint.manifest import verify
 from minigpt.checkpoint.tools.inventory import Checkpoint, entry_of, run_named
+from minigpt.checkpoint.tools.pruning import prunable
+from minigpt.checkpoint.tools.pruning import prune as delete_old
 from minigpt.commands import tables
 from minigpt.commands.checkpoints.views import removal_lines, total
 from minigpt.commands.options import Json, Option, argument, command
@@ -65,7 +67,7 @@ def _prune(run: RunFolder, keep: int, *, is_asked: bool) -> list[Checkpoint]:
             doomed = _doomed(run, keep)
             if doomed and is_asked:
                 _ask(run, doomed)
-            run.prune(keep)
+            delete_old(run, keep)
             return doomed
     except LockedError:
         raise LockedError(
@@ -75,7 +77,7 @@ def _prune(run: RunFolder, keep: int, *, is_asked: bool) -> list[Checkpoint]:
 
 def _doomed(run: RunFolder, keep: int) -> list[Checkpoint]:
     """Return the checkpoints to remove, once every byte of best and latest is verified."""
-    steps = run.prunable(keep)
+    steps = prunable(run, keep)
     checkpoints = entry_of(run.path).checkpoints
     for checkpoint in checkpoints:
         if steps and (checkpoint.is_best or checkpoint.is_latest):

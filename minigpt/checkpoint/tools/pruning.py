@@ -1,0 +1,38 @@
+"""Deleting the older checkpoints of a run."""
+
+import os
+from pathlib import Path
+
+from minigpt.checkpoint.folder import RunFolder
+from minigpt.checkpoint.manifest import verify
+from minigpt.errors import CheckpointError
+from minigpt.files import WRITING, remove, resource_errors
+
+
+def prunable(run: RunFolder, keep: int) -> list[int]:
+    """Return the intact steps except best, latest and the newest ``keep`` others.
+
+    Damaged ones stay, as parts of them may be recovered by hand.
+    """
+    protected = {pointer.step for pointer in (run.best(), run.latest()) if pointer}
+    others = [step for step in run.steps() if step not in protected]
+    intact = [step for step in others if _is_intact(run.step_folder(step))]
+    return intact[: max(len(intact) - keep, 0)]
+
+
+def prune(run: RunFolder, keep: int) -> None:
+    """Delete the ``prunable`` checkpoints of a run, which is locked."""
+    with resource_errors(run.path):
+        for step in prunable(run, keep):
+            folder = run.step_folder(step)
+            doomed = folder.with_name(f"{WRITING}{folder.name}")
+            os.rename(folder, doomed)  # a partly deleted step must not look like one
+            remove(doomed)
+
+
+def _is_intact(folder: Path) -> bool:
+    try:
+        verify(folder)
+    except CheckpointError:
+        return False
+    return True
