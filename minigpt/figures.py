@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minigpt.errors import ConfigError, install_extra
-from minigpt.files import require_writable, write_atomically
+from minigpt.files import write_atomically
+from minigpt.places import require_writable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""Files: atomic writes, fsync, locks, disk and permission errors, JSON, and the cache folder."""
+"""Files: atomic writes, fsync, locks, disk and permission errors, and JSON."""
 
 import errno
 import hashlib
@@ -14,9 +14,6 @@ from typing import IO, Any, BinaryIO
 from minigpt.errors import CheckpointError, LockedError, ResourceError
 from minigpt.rings import find_ring
 
-CACHE_VARIABLE = "MINIGPT_CACHE_DIR"
-OTHER_CACHE = f"set {CACHE_VARIABLE} to a folder that can be written"
-"""Remedy where the cache cannot be written."""
 WRITING = ".writing-"
 """Prefix of the names of unfinished files and folders."""
 _remedies = find_ring("remedies")  # now, as no file can be opened when there are too many
@@ -116,20 +113,6 @@ def writing_aside(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
-def require_writable(path: Path) -> None:
-    """Check that a file can be written, before long work whose result it takes.
-
-    Raises: ResourceError if it, or its folder, cannot be written.
-    """
-    with resource_errors(path):
-        if path.exists() and not os.access(path, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-        if not path.exists() or path.is_file():
-            aside = path.with_name(f"{WRITING}{path.name}.{os.getpid()}")
-            aside.touch()
-            aside.unlink()
-
-
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file so that a reader, or a crash, sees the old bytes or the new, never a mixture.
 
@@ -163,12 +146,10 @@ def locked(path: Path, message: str = "") -> Iterator[None]:
         except Timeout:
             raise LockedError(message) from None
         except OSError as error:
-            if error.filename:  # it could not be opened
+            places = find_ring("places")
+            if error.filename or not places:  # with a name, it could not be opened
                 raise
-            raise ResourceError(
-                f"{str(path)!r} cannot be locked: {error.strerror}. Choose a folder on another "
-                f"disk; for the cache, {OTHER_CACHE}."
-            ) from None
+            raise places.no_lock(path, error) from None
     try:
         yield
     finally:
@@ -210,11 +191,3 @@ def sha256(path: Path) -> str:
     """Return a file's SHA-256 in hexadecimal, read in chunks."""
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def cache_folder() -> Path:
-    """Return MINIGPT_CACHE_DIR if it is set, else the user's cache folder of this system."""
-    import platformdirs
-
-    chosen = os.environ.get(CACHE_VARIABLE)
-    return Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("minigpt")

@@ -22,7 +22,8 @@ import numpy.typing as npt
 
 from minigpt.config import DataConfig
 from minigpt.errors import DataError
-from minigpt.files import OTHER_CACHE, cache_folder, make_folder, resource_errors
+from minigpt.files import make_folder, resource_errors
+from minigpt.places import OTHER_CACHE, cache_folder
 from minigpt.rings import ring
 from minigpt.text.corpus import Corpus, Document, PrepareProgress, content_hash, reporter
 from minigpt.text.shard_files import (

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from minigpt.data_config import DEFAULT_TEXT
 from minigpt.errors import DataError
-from minigpt.files import OTHER_CACHE, resource_errors, sha256, writing_aside
+from minigpt.files import resource_errors, sha256, writing_aside
+from minigpt.places import OTHER_CACHE
 from minigpt.text.tokenizer import END_OF_TEXT
 
 BLOCK_BYTES = 2**16

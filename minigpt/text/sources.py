@@ -16,7 +16,8 @@ from typing import BinaryIO
 
 from minigpt.config import DataConfig
 from minigpt.errors import ConfigError, DataError, did_you_mean
-from minigpt.files import OTHER_CACHE, resource_errors
+from minigpt.files import resource_errors
+from minigpt.places import OTHER_CACHE
 from minigpt.text import compressed, datasets, records
 from minigpt.text.corpus import BLOCK_BYTES, CorpusFile, reading
 

@@ -13,7 +13,7 @@ from bfloat16_weights import use_float32_activations
 from small_models import LAYOUTS, random_tokens, small_model
 
 from minigpt.errors import ConfigError
-from minigpt.files import CACHE_VARIABLE, locked
+from minigpt.files import locked
 from minigpt.generation.fast import (
     agrees_compiled,
     background,
@@ -26,6 +26,7 @@ from minigpt.generation.fast.eager import EagerForward
 from minigpt.generation.fast.packages import failure_path, lock_path
 from minigpt.generation.fast.quantize import quantize_int8
 from minigpt.model.gpt import GPT
+from minigpt.places import CACHE_VARIABLE
 
 KINDS = ["float32", "int8"]
 

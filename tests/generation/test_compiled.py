@@ -17,7 +17,6 @@ from torch import Tensor
 
 from minigpt.config import SamplingConfig
 from minigpt.errors import ConfigError
-from minigpt.files import CACHE_VARIABLE
 from minigpt.generation.decoder import Decoder
 from minigpt.generation.fast import compiled, prepare_for_decoding
 from minigpt.generation.fast.compiled import CompiledForward
@@ -25,6 +24,7 @@ from minigpt.generation.fast.decode_step import Shown
 from minigpt.generation.fast.graph import GraphStep
 from minigpt.generation.fast.quantize import quantize_int8
 from minigpt.model.gpt import GPT
+from minigpt.places import CACHE_VARIABLE
 from minigpt.tracing.analysis.recorder import MeasureRecorder
 
 # float32 sums in another order; bfloat16: what the graph rounds less than GPT.forward, which

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from minigpt.errors import ResourceError
-from minigpt.files import CACHE_VARIABLE
 from minigpt.generation.fast.packages import cached_package
+from minigpt.places import CACHE_VARIABLE
 
 
 @pytest.fixture(autouse=True)

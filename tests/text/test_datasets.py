@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from minigpt.errors import DataError, ResourceError
-from minigpt.files import cache_folder
+from minigpt.places import cache_folder
 from minigpt.text import datasets
 from minigpt.text.datasets import DOWNLOADS, Download, dataset_path
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from minigpt.config import ModelConfig
 from minigpt.errors import ConfigError
-from minigpt.files import CACHE_VARIABLE
 from minigpt.generation.fast import compiled
 from minigpt.generation.fast.compiled import CompiledForward
 from minigpt.generation.fast.eager import EagerForward
@@ -21,6 +20,7 @@ from minigpt.generation.fast.graph import GraphStep
 from minigpt.generation.forward import PlainForward
 from minigpt.model.gpt import GPT
 from minigpt.model.variants.lstm import LSTM
+from minigpt.places import CACHE_VARIABLE
 from minigpt.tracing.analysis.recorder import MeasureRecorder
 
 FORWARDS = {"plain": PlainForward, "eager": EagerForward, "graph": CompiledForward}

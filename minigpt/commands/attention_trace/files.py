@@ -15,13 +15,8 @@ from minigpt.commands.attention_trace.described import DescribedOutput
 from minigpt.commands.attention_trace.targets import LINES, Targets
 from minigpt.console import note, write_result
 from minigpt.errors import ConfigError
-from minigpt.files import (
-    open_regular,
-    require_writable,
-    resource_errors,
-    write_atomically,
-    writing_aside,
-)
+from minigpt.files import open_regular, resource_errors, write_atomically, writing_aside
+from minigpt.places import require_writable
 from minigpt.rings import ring
 from minigpt.styles import print_lines
 from minigpt.tracing.analysis_config import facts_of

@@ -13,10 +13,11 @@ from minigpt.commands.options import ModelSource
 from minigpt.config import SamplingConfig
 from minigpt.console import note
 from minigpt.errors import DataError
-from minigpt.files import cache_folder, make_folder
+from minigpt.files import make_folder
 from minigpt.generation.conversation import Conversation
 from minigpt.generation.loading import encode_prompt
 from minigpt.generation.stream import TextStep, stream_text
+from minigpt.places import cache_folder
 
 _MARKER = "> "
 _HISTORY_LINES = 1000

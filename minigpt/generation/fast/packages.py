@@ -14,14 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from minigpt.errors import ResourceError
-from minigpt.files import (
-    CACHE_VARIABLE,
-    OTHER_CACHE,
-    cache_folder,
-    make_folder,
-    resource_errors,
-    writing_aside,
-)
+from minigpt.files import make_folder, resource_errors, writing_aside
+from minigpt.places import CACHE_VARIABLE, OTHER_CACHE, cache_folder
 
 _MAX_PACKAGES = 32  # of some MB each
 
