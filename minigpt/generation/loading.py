@@ -13,7 +13,7 @@ from minigpt.generation.decoder import Decoder
 from minigpt.generation.forward import FAST
 from minigpt.model.device import has_fast_bfloat16, inference_dtype, resolve_device
 from minigpt.model.language_model import LanguageModel
-from minigpt.rings import has_ring, ring
+from minigpt.rings import find_ring, ring
 from minigpt.run_config import DEVICES, DTYPES, QUANTIZATIONS
 from minigpt.text.tokenizer import Tokenizer
 
@@ -43,9 +43,10 @@ def load(
     resolved = inference_dtype(dtype, place)
     is_slow = place.type == "cpu" and resolved == torch.bfloat16 and not has_fast_bfloat16(place)
     make_reader = None
-    if quantize or has_ring(FAST):
+    find = ring if quantize else find_ring
+    if reading := find(f"{FAST}.reading"):
         make_reader = partial(
-            ring(f"{FAST}.reading").make_reader,
+            reading.make_reader,
             device=place,
             dtype=resolved,
             activations=torch.float32 if is_slow and not quantize else resolved,

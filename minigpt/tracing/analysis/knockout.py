@@ -21,7 +21,7 @@ from minigpt.generation.forward import FAST
 from minigpt.model.cache import KVCache
 from minigpt.model.gpt import GPT
 from minigpt.model.language_model import LanguageModel
-from minigpt.rings import has_ring, ring
+from minigpt.rings import find_ring, ring
 from minigpt.tracing.analysis.tally import CauseTally
 from minigpt.tracing.analysis_config import AnalysisConfig, Knockout
 from minigpt.tracing.config import N_SOURCES
@@ -102,7 +102,7 @@ class Knockouts:
             mask = [[head in chosen for head in heads] for chosen in selection.heads_by_layer]
             self._heads_LH = torch.tensor(mask, device=model.device)
         self._fast = None
-        is_fast = has_ring(FAST) and ring(FAST).supports(model)
+        is_fast = (fast := find_ring(FAST)) and fast.supports(model)
         if is_fast and model.attentions[0].score.is_dot_product:
             self._fast = ring(f"{FAST}.queries")
             self._step = self._fast.QueryStep(model)
