@@ -9,5 +9,5 @@ from minigpt.tracing.analysis import knockout
 def knockout_step(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Compute knockouts through the decode step, or through the model's own forward."""
     if request.param == "plain":
-        monkeypatch.setattr(knockout, "has_ring", lambda _: False)
+        monkeypatch.setattr(knockout, "find_ring", lambda _: None)
     return str(request.param)

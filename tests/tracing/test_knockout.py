@@ -150,7 +150,7 @@ def test_the_decode_step_and_the_plain_forward_agree_for_queries_of_several_toke
         fast = knockout.Knockouts(model, kind, selection or None)
         assert fast.batch_rows > 1
         with monkeypatch.context() as patch:
-            patch.setattr(knockout, "has_ring", lambda _: False)
+            patch.setattr(knockout, "find_ring", lambda _: None)
             plain = knockout.Knockouts(model, kind, selection or None)
         assert plain.batch_rows == 1
         for ours, theirs in zip(
@@ -199,7 +199,7 @@ def test_batches_are_bounded_and_each_has_a_row_that_hides_nothing(
 
 
 def test_knockouts_of_a_long_cache_are_split_into_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(knockout, "has_ring", lambda _: False)
+    monkeypatch.setattr(knockout, "find_ring", lambda _: None)
     model, tokens = small_model(), random_tokens(1, 11)
     cache, query = cached(model, tokens), int(tokens[0, -1])
     at_once = knock_out(model, cache, query, TARGET, range(11))
