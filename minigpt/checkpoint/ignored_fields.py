@@ -6,11 +6,11 @@ import re
 # cannot be wrong, since the shapes of all tensors are checked.
 _COMPUTATION = re.compile(
     r"""(?:^|[_.])(?:
-    act(?:_|$)|activation|alibi|attend|attention|attn|bidirectional|cap(?!tion)|causal|clamp|clip|conv(?!er)|embed|embedding|eps|
-    epsilon|expert|factor|fourier|gate|gelu|global|glu|interpolat|kv_shar|layernorm|local|logit|
-    loop|mamba|mask|memory|mix|moe|mrope|multipl|mup|nope|norm|ntk|parallel|position|qk|quant|
-    recurren|relu|residual|rmsnorm|rop|rotar|router|scal|shar(?!d)|silu|sink|sliding|soft|sparse|
-    sparsity|ssm|swiglu|temperature|theta|window|yarn)""",
+    act(?:_|$)|activation|alibi|attend|attention|attn|bidirectional|cap(?!tion)|causal|clamp|clip|
+    conv(?!er)|embed|embedding|eps|epsilon|expert|factor|fourier|gate|gelu|global|glu|interpolat|
+    kv_shar|layernorm|local|logit|loop|mamba|mask|memory|mix|moe|mrope|multipl|mup|nope|norm|ntk|
+    parallel|position|qk|quant|recurren|relu|residual|rmsnorm|rop|rotar|router|scal|shar(?!d)|silu|
+    sink|sliding|soft|sparse|sparsity|ssm|swiglu|temperature|theta|window|yarn)""",
     re.VERBOSE | re.IGNORECASE,
 )
 # Of training, of generation, and of other tasks, although their names are like the above.
