@@ -1,8 +1,7 @@
 """Functions that stay one node of a graph until the compiler makes loops of them.
 
-Python traces a graph twice and then reads it in a dozen passes, each in time per node. A layer in
-PyTorch's own operations has 190 nodes; one whose functions are nodes has 35. What a function
-computes is traced once for all layers.
+Python traces a graph twice and then reads it in a dozen passes, each in time per node: 652 for
+GPT-2 instead of 2,239. What a function computes is traced once for all layers.
 """
 
 from collections.abc import Callable, Sequence
