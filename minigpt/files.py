@@ -146,8 +146,8 @@ def locked(path: Path, message: str = "") -> Iterator[None]:
         except Timeout:
             raise LockedError(message) from None
         except OSError as error:
-            places = find_ring("places")
-            if error.filename or not places:  # with a name, it could not be opened
+            # With a name, it could not be opened: perhaps nothing can be, a ring neither.
+            if error.filename or not (places := find_ring("places")):
                 raise
             raise places.no_lock(path, error) from None
     try:

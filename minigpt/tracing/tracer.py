@@ -92,7 +92,7 @@ def trace(
     items = stream_text(generated, tokenizer, sampling.stop)
     finish: FinishReason | None = None if sampling.max_new_tokens else "length"
     n_generated = 0
-    exit: BaseException | None = None
+    interrupt: BaseException | None = None
     try:
         for step in observer.steps(items, tokens, decoder):
             if step.token.position >= len(prompt):
@@ -102,14 +102,14 @@ def trace(
             except EndTrace:
                 observer.is_ended = True
     except (KeyboardInterrupt, SystemExit) as error:  # SIGTERM is an exit with a code
-        observer.is_ended, exit = True, error
+        observer.is_ended, interrupt = True, error
     if observer.is_ended:
         finish = None
     seconds = time.perf_counter() - started
     text = tokens[: len(prompt) + n_generated]
     yield RECORDS.TraceFooter(n_generated, finish, seconds, **observer.results(text))
-    if isinstance(exit, SystemExit):
-        raise exit
+    if isinstance(interrupt, SystemExit):
+        raise interrupt
 
 
 def _kernel(model: LanguageModel, *, is_compiled: bool) -> str:

@@ -5,13 +5,13 @@ a config.json is used or has no effect, or is refused.
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pkgutil import iter_modules
 from typing import Any
 
 from minigpt.checkpoint.config_json import built, check_known, common_fields
-from minigpt.checkpoint.ignored_fields import is_ignored
 from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError, ConfigError
 from minigpt.hf_config import has_family
@@ -33,6 +33,27 @@ ACTIVATIONS = {
     "quick_gelu": "gelu_sigmoid",
 }
 """Activation in config.json -> ModelConfig's. The first name of a function is written."""
+# Parts of the names of what a model computes. Sizes are not among them: a size that is not read
+# cannot be wrong, since the shapes of all tensors are checked.
+_COMPUTATION = re.compile(
+    r"""(?:^|[_.])(?:
+    act(?:_|$)|activation|alibi|attend|attention|attn|bidirectional|cap(?!tion)|causal|clamp|clip|
+    conv(?!er)|embed|embedding|eps|epsilon|expert|factor|fourier|gate|gelu|global|glu|interpolat|
+    kv_shar|layernorm|local|logit|loop|mamba|mask|memory|mix|moe|mrope|multipl|mup|nope|norm|ntk|
+    parallel|position|qk|quant|recurren|relu|residual|rmsnorm|rop|rotar|router|scal|shar(?!d)|silu|
+    sink|sliding|soft|sparse|sparsity|ssm|swiglu|temperature|theta|window|yarn)""",
+    re.VERBOSE | re.IGNORECASE,
+)
+# Of training, of generation, and of other tasks, although their names are like the above.
+_WORDS = """
+    attn_implementation clip_grad_norm encoder_no_repeat_ngram_size epsilon_cutoff eta_cutoff
+    experts_implementation gradient_checkpointing gradient_clip_norm guidance_scale
+    label_smoothing_factor local_dir local_files_only local_rank low_memory mask_token_id
+    max_grad_norm mixed_precision num_logits_to_keep
+    output_attentions output_hidden_states output_logits output_router_logits temperature
+    renormalize_logits router_aux_loss_coef use_flash_attention use_flash_attn
+"""
+_NOT_COMPUTED = frozenset(_WORDS.split())
 _FIXED = {
     "add_cross_attention": False,
     "is_encoder_decoder": False,
@@ -127,7 +148,7 @@ def model_config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
     family = family_of(config.get("model_type"))
     fixed = {**family.fixed, **_FIXED}
     known = {*family.fields.values(), *fixed, *family.no_effect}
-    check_known(config, known.union(filter(is_ignored, config)))
+    check_known(config, known.union(filter(_is_ignored, config)))
     for name, value in fixed.items():
         check_fixed(name, config.get(name), value)
     values = {ours: _value(config, family, theirs) for ours, theirs in family.fields.items()}
@@ -140,6 +161,15 @@ def model_config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
     own = values.get("hf_fields", {})
     values["hf_fields"] = [f"{name}={json.dumps(own[name])}" for name in sorted(own)]
     return built({**values, "model_type": config["model_type"], **family.constants})
+
+
+def _is_ignored(name: str) -> bool:
+    """Return whether a field of config.json that its family does not read changes no logits.
+
+    transformers ignores such fields too. By its name, one may still be read by code of the model's
+    own, or by a later version: then it is not ignored.
+    """
+    return name in _NOT_COMPUTED or not _COMPUTATION.search(name)
 
 
 def hf_fields(config: ModelConfig) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Deleting the older checkpoints of a run."""
+"""Pruning the checkpoints of a run: ``--keep`` and ``checkpoints prune``."""
 
 import os
 from pathlib import Path

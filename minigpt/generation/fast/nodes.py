@@ -10,21 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-Function = Callable[..., Any]
+TensorFunction = Callable[..., Any]
 """Takes tensors and numbers, the first a tensor; returns new tensors. Its annotations are of types
 that torch.library.infer_schema knows."""
 
-_functions: dict[Any, Function] = {}
+_functions: dict[Any, TensorFunction] = {}
 """The operations that stand for functions."""
 
 
-def as_one_node(like: Function) -> Callable[[Function], Function]:
+def as_one_node(like: TensorFunction) -> Callable[[TensorFunction], TensorFunction]:
     """Make a function one node of the graphs of a CPU; on other devices it stays a function.
 
     Args: like, takes the same arguments and returns empty tensors like the function's results.
     """
 
-    def decorate(function: Function) -> Function:
+    def decorate(function: TensorFunction) -> TensorFunction:
         name = function.__name__.lstrip("_")
         # Not torch.library.custom_op, whose first call imports the compiler.
         schema = torch.library.infer_schema(function, mutates_args=())
@@ -50,7 +50,7 @@ def teach_compiler() -> None:
         register_lowering(node, type_promotion_kind=None)(_lowering(function))
 
 
-def _lowering(function: Function) -> Function:
+def _lowering(function: TensorFunction) -> TensorFunction:
     """Return what lowers a function's node: its graph, each node lowered in the node's place."""
     from torch._inductor.virtualized import V
 
@@ -85,7 +85,7 @@ def _lowering(function: Function) -> Function:
     return lower
 
 
-def _trace(function: Function, args: Sequence[Any]) -> fx.Graph:
+def _trace(function: TensorFunction, args: Sequence[Any]) -> fx.Graph:
     """Return the graph of a call, in the operations that Inductor knows."""
     from torch._inductor.decomposition import select_decomp_table
     from torch.fx.experimental.proxy_tensor import make_fx

@@ -21,9 +21,10 @@ are compiled once, and run faster: with torch's 500, a model is one or two funct
 
 @contextmanager
 def little_code() -> Iterator[None]:
-    """Generate code for a CPU that repeats nothing and has no checks that only a variable turns on.
+    """Generate code for a CPU without repeated kernels, and without checks of the inputs.
 
-    Where a version of torch has no such names, there is more to compile.
+    The checks would run only if the variable AOTI_RUNTIME_CHECK_INPUTS is set. Where a version of
+    torch has no such names, there is more to compile.
     """
     from torch._inductor.codegen.cpp import CppScheduling
     from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
