@@ -32,7 +32,8 @@ TOKENIZER = "tokenizer.json"
 BYTES_TOKENIZER = Path(__file__).with_name("bytes_tokenizer.json")
 """The tokenizer.json of single bytes, as the tokenizers library reads it."""
 GENERATION_CONFIG = "generation_config.json"
-_VOCABULARIES = "checkpoint.tokenizer_json"
+VOCABULARIES = "checkpoint.tokenizer_json"
+"""Ring of vocabularies other than single bytes."""
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -67,7 +68,7 @@ def new_files(
     if tokenizer is not None:
         files[TOKENIZER] = BYTES_TOKENIZER.read_bytes()
         find = find_ring if isinstance(tokenizer, BytesTokenizer) else ring
-        if vocabularies := find(_VOCABULARIES):
+        if vocabularies := find(VOCABULARIES):
             files |= vocabularies.tokenizer_files(tokenizer, model.config, is_new=True)
     return config, files
 
@@ -186,7 +187,7 @@ def read_vocabulary(folder: Path, n_rows: int) -> Tokenizer | None:
     Args: n_rows, number of the model's embeddings.
     Raises: CheckpointError if a file is damaged, or the vocabulary has more tokens than the model.
     """
-    if vocabularies := find_ring(_VOCABULARIES):
+    if vocabularies := find_ring(VOCABULARIES):
         return vocabularies.read_vocabulary(folder, n_rows)
     if not os.path.lexists(folder / TOKENIZER):
         return None

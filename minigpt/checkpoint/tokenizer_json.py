@@ -12,6 +12,7 @@ from minigpt.checkpoint.vocabulary_files import read_vocabulary_files, with_rows
 from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError
 from minigpt.files import read_json, to_json
+from minigpt.text.token_ids import TokenIdTokenizer
 from minigpt.text.tokenizer import BytesTokenizer, Tokenizer
 from minigpt.text.tokenizer_classes import (
     PLAIN_CLASS,
@@ -30,8 +31,7 @@ def read_vocabulary(folder: Path, n_rows: int) -> Tokenizer | None:
     Args: n_rows, number of the model's embeddings.
     Raises: CheckpointError if a file is damaged, or the vocabulary has more tokens than the model.
     """
-    ends = _end_of_text_ids(folder, read_json(folder / CONFIG))
-    tokenizer = read_tokenizer(folder, ends, n_rows=n_rows)
+    tokenizer = read_tokenizer(folder, _end_of_text_ids(folder), n_rows=n_rows)
     problem = ""
     if tokenizer is not None and tokenizer.vocab_size > n_rows:
         problem = f"has {tokenizer.vocab_size} tokens, and the model only {n_rows}"
@@ -45,9 +45,15 @@ def read_vocabulary(folder: Path, n_rows: int) -> Tokenizer | None:
     return tokenizer
 
 
-def _end_of_text_ids(folder: Path, settings: Mapping[str, Any]) -> tuple[int, ...]:
+def token_ids(folder: Path, n_rows: int) -> Tokenizer:
+    """Return what stands for the tokenizer of a model folder that has none: numbers as its text."""
+    ends = tuple(id_ for id_ in _end_of_text_ids(folder) if id_ < n_rows)
+    return TokenIdTokenizer(folder, n_rows, ends)
+
+
+def _end_of_text_ids(folder: Path) -> tuple[int, ...]:
     """Return the end-of-text token ids in generation_config.json, else in config.json."""
-    path = folder / GENERATION_CONFIG
+    settings, path = read_json(folder / CONFIG), folder / GENERATION_CONFIG
     ends = read_json(path).get("eos_token_id") if os.path.lexists(path) else None
     ends = settings.get("eos_token_id") if ends is None else ends
     ids = ends if isinstance(ends, list) else [] if ends is None else [ends]

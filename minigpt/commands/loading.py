@@ -83,6 +83,8 @@ def load(source: ModelSource, prompt: str | None, form: PromptForm, *, n_rows: i
         ids = chat.ask(text)[0] if prompt is not None else []
         return Ready(loaded.model, tokenizer, folder, text, ids, chat)
     ids = models.encode_prompt(tokenizer, text, special=form.special)
+    if loaded.tokenizer is None:
+        note(f"{folder} has no tokenizer: texts are token ids, as in '5 9 40'")
     if not form.special:
         note_special(tokenizer, text)
     return Ready(loaded.model, tokenizer, folder, text, ids)

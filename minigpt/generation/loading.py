@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from minigpt.checkpoint.model_folder import LoadedModel, read_model
+from minigpt.checkpoint.model_folder import VOCABULARIES, LoadedModel, read_model
 from minigpt.config import SamplingConfig
-from minigpt.errors import CheckpointError, ConfigError, DataError, require_choice
+from minigpt.errors import ConfigError, DataError, require_choice
 from minigpt.generation.decoder import Decoder
 from minigpt.generation.forward import FAST
 from minigpt.model.device import has_fast_bfloat16, inference_dtype, resolve_device
@@ -61,13 +61,9 @@ def load(
 
 
 def tokenizer_of(loaded: LoadedModel) -> Tokenizer:
-    """Return the tokenizer of a model; raise CheckpointError if it has none."""
-    if loaded.tokenizer is None:
-        raise CheckpointError(
-            f"{str(loaded.folder)!r} has neither tokenizer.json nor sp_vocab.json. "
-            "Add the one that the model was trained with."
-        )
-    return loaded.tokenizer
+    """Return the tokenizer of a model; if it has none, one whose text is token ids."""
+    vocab_size = loaded.model.config.vocab_size
+    return loaded.tokenizer or ring(VOCABULARIES).token_ids(loaded.folder, vocab_size)
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str, *, special: bool = False) -> list[int]:

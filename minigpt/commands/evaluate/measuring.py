@@ -24,7 +24,7 @@ from minigpt.console import one_line
 from minigpt.errors import CheckpointError, ConfigError, DataError
 from minigpt.evaluation import evaluate, windows_at_once
 from minigpt.format import duration, short
-from minigpt.generation.loading import load, tokenizer_of
+from minigpt.generation.loading import load
 from minigpt.model.device import inference_dtype, resolve_device
 from minigpt.rings import find_ring
 from minigpt.settings import build, read_toml
@@ -49,7 +49,12 @@ def measure(
     text, val_fraction = _text(config, folder)
     # As while training: weights in float32, and autocast to the dtype.
     loaded = load(folder, device=device.type, dtype="float32", quantize=source.quantize)
-    model, tokenizer = loaded.model, tokenizer_of(loaded)
+    model, tokenizer = loaded.model, loaded.tokenizer
+    if tokenizer is None:
+        raise CheckpointError(
+            f"{str(folder)!r} has neither tokenizer.json nor sp_vocab.json. Add the one that the "
+            "model was trained with."
+        )
     with ProgressLine("reading", is_quiet=is_quiet) as progress:
         data = prepare(text, on_progress=progress.preparing, tokenizer=tokenizer, chat_model=folder)
         for line in data.manifest.notes():

@@ -1,0 +1,77 @@
+"""A model folder without a tokenizer: texts are token ids, and the ids are the model's own."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from calls import Run, error_line
+from small_models import small_model
+
+import minigpt
+from minigpt.checkpoint.model_folder import write_model
+from minigpt.errors import DataError
+from minigpt.generation.loading import load, tokenizer_of
+
+MODEL = small_model("llama", vocab_size=61)
+PROMPT = [5, 9, 40]
+
+
+@pytest.fixture
+def mute(tmp_path: Path) -> Path:
+    """A model folder without a tokenizer."""
+    write_model(tmp_path / "mute", MODEL, None)
+    return tmp_path / "mute"
+
+
+def greedy(ids: list[int], n_new: int) -> list[int]:
+    """Return the most probable continuation, by a loop over full passes."""
+    for _ in range(n_new):
+        ids = [*ids, int(MODEL(torch.tensor([ids]))[0, -1].argmax())]
+    return ids
+
+
+@pytest.mark.parametrize("prompt", ["5 9 40", "[5, 9, 40]", " 5,9\n40 "])
+def test_ids_in_and_ids_out(run: Run, mute: Path, prompt: str) -> None:
+    result = run(
+        "generate", prompt, "--model", str(mute), "--temperature", "0", "--max-new-tokens", "6"
+    )
+    assert result.code == 0
+    assert [*map(int, result.out.split())] == greedy(PROMPT, 6)[3:]
+    assert "has no tokenizer: texts are token ids" in result.err
+
+
+def test_python_takes_ids_and_traces_them(mute: Path) -> None:
+    options = {"temperature": 0, "max_new_tokens": 6, "compile": False}
+    traced = minigpt.trace(mute, PROMPT, **options)
+    assert [token.id for token in traced.tokens] == greedy(PROMPT, 6)
+    assert "".join(step.text for step in minigpt.generate(mute, PROMPT, **options)) == traced.text
+    assert [*map(int, traced.text.split())] == greedy(PROMPT, 6)[3:]
+
+
+@pytest.mark.parametrize("word", ["hello", "61", "-1", "1.5", "²", "٣", "1_0", "9" * 5000])
+def test_a_text_that_is_no_ids_names_the_word_and_both_remedies(
+    run: Run, mute: Path, word: str
+) -> None:
+    result = run("generate", f"5 {word}", "--model", str(mute))
+    assert result.code == 3
+    line = error_line(result)
+    assert "token ids from 0 to 60" in line
+    assert "Add the tokenizer.json" in line
+    assert len(line) < 500
+
+
+def test_generation_ends_at_the_models_end_of_text(mute: Path) -> None:
+    end = greedy(PROMPT, 1)[-1]
+    path = mute / "generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": [end, 10**6]}))
+    (step,) = minigpt.generate(mute, PROMPT, temperature=0, compile=False)
+    assert (step.step.token, step.step.finish) == (end, "end_of_text")
+    tokenizer = tokenizer_of(load(mute, device="cpu"))
+    assert tokenizer.end_of_text_ids == (end,)
+    assert tokenizer.token_bytes(61) == b""
+
+
+def test_without_an_end_of_text_an_empty_prompt_is_refused(mute: Path) -> None:
+    with pytest.raises(DataError, match="no token that begins a document"):
+        minigpt.generate(mute, "")
