@@ -44,6 +44,7 @@ _OTHER_KINDS = {
 }
 """First bytes of files that are not text in any encoding: what they are, and the remedy."""
 _NUL = r"Pass text files, or leave its NUL bytes out: tr -d '\000' < OLD > NEW"
+_LETTERS = b" abcdefghijklmnopqrstuvwxyz"
 _TAR = slice(257, 262)
 _CONTROLS = re.compile(r"[\0-\x08\x0e-\x1f\ud800-\udfff]")
 
@@ -56,9 +57,12 @@ def wide_encoding(data: bytes) -> str:
     for mark, name in _MARKS.items():
         if data.startswith(mark):
             return name
-    # In ASCII bytes, a quarter has to be the upper half of a character: 0 to 7 (Latin to Arabic).
+    # Of UTF-8 and mostly Latin letters, a quarter has to be the upper half of a character, 0 to 7
+    # (Latin to Arabic): a text with fewer of them has stray NUL bytes.
     n_upper = len(data) - len(data.translate(None, bytes(range(8))))
-    if not data.count(0) or (data.isascii() and n_upper < 0.25 * len(data)):
+    n_letters = len(data) - len(data.translate(None, _LETTERS))
+    is_narrow = n_letters > 0.5 * len(data) or _utf8_part(data) is not None
+    if not data.count(0) or (is_narrow and n_upper < 0.25 * len(data)):
         return ""
     found: dict[str, int] = {}
     for name in _WIDE:
@@ -76,6 +80,11 @@ def _decoded_part(data: bytes, encoding: str) -> str | None:
         return codecs.getincrementaldecoder(encoding)().decode(data)
     except UnicodeError:
         return None
+
+
+def _utf8_part(data: bytes) -> str | None:
+    """Decode a part of a file that is UTF-8, which may begin or end inside a character."""
+    return _decoded_part(data.lstrip(bytes(range(0x80, 0xC0))), "utf-8")
 
 
 def is_utf8(encoding: str) -> bool:
@@ -133,7 +142,7 @@ def decoded(file: BinaryIO, name: str, encoding: str, block_bytes: int) -> Itera
 def _is_text_with_nul(data: bytes) -> bool:
     """Return whether a part of a file without its NUL bytes is text in UTF-8."""
     rest = data.replace(b"\0", b"")
-    text = _decoded_part(rest, "utf-8")
+    text = _utf8_part(rest)
     return text is not None and len(rest) > len(data) / 2 and not _CONTROLS.search(text)
 
 

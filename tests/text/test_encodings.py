@@ -119,6 +119,22 @@ def test_where_only_the_last_byte_is_not_ascii_both_readings_are_named() -> None
     assert read("a.txt", advised_encoding(message)) == ["né"]
 
 
+@pytest.mark.parametrize("text", [FRENCH, QUOTED, CHINESE, RUSSIAN, "word " * 2**18 + FRENCH])
+@pytest.mark.parametrize("place", [0.1, 0.5, 0.999])
+def test_utf8_with_a_stray_nul_is_not_taken_for_utf16(text: str, place: float) -> None:
+    border = int(place * len(text))
+    Path("a.txt").write_text(f"{text[:border]}\0{text[border:]}", encoding="utf-8")
+    message = refusal("a.txt")
+    assert "looks binary" in message
+    assert "tr -d '\\000'" in message
+    assert "utf-16" not in message
+
+
+def test_a_row_of_latin_text_may_have_a_nul() -> None:
+    Path("a.csv").write_text(f'id,text\n1,"{FRENCH[:20]}\0"\n2,two\n', encoding="utf-8")
+    assert read("a.csv") == [f"{FRENCH[:20]}\0", "two"]
+
+
 def test_ascii_with_a_stray_nul_is_binary() -> None:
     Path("a.txt").write_bytes(ENGLISH.encode() + b"\0\0" + ENGLISH.encode())
     message = refusal("a.txt")
