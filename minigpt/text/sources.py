@@ -3,6 +3,7 @@
 Each file is recognized by its suffix or its content.
 """
 
+import codecs
 import glob
 import os
 import shutil
@@ -42,6 +43,8 @@ class FoundFile(CorpusFile):
 
     looks_like: str = ""
     """Format that the content suggests, if the user names none. Empty if it was not looked at."""
+    is_empty: bool = False
+    """Whether it has no bytes, or only a byte-order mark."""
 
     @property
     def is_surprising(self) -> bool:
@@ -130,9 +133,11 @@ def find_files(
             else:
                 raise DataError(_missing(path))
     files = list({corpus_file.path.resolve(): corpus_file for corpus_file in files}.values())
-    is_told = is_folder or left_out.total() or any(file.is_surprising for file in files)
+    read = [file for file in files if not file.is_empty] or files
+    left_out["empty"] += len(files) - len(read)
+    is_told = is_folder or left_out.total() or any(file.is_surprising for file in read)
     if on_note and is_told:
-        on_note(_summary(files, left_out, glob_of_rest, data))
+        on_note(_summary(read, left_out, glob_of_rest, data))
     return files
 
 
@@ -149,7 +154,8 @@ def _recognized(path: Path, name: str, data: DataConfig) -> FoundFile:
         magic = file.read(6)
     packing = packing or compressed.packing_of(magic)
     by_suffix = FORMATS.get(suffix, "text")
-    found = FoundFile(path, name, data.format or by_suffix, packing)
+    is_empty = magic in (b"", codecs.BOM_UTF8)
+    found = FoundFile(path, name, data.format or by_suffix, packing, is_empty=is_empty)
     if data.format:
         return found
     with found.opened() as (_, unpacked):

@@ -75,6 +75,14 @@ def test_hidden_files_are_left_out_and_said() -> None:
     assert "d/.b.txt" in read(advised_glob(note))[0]
 
 
+@pytest.mark.parametrize("words", [("d",), ("d/*",), ("d/a.txt", "d/b.txt", "d/c.jsonl")])
+def test_empty_files_beside_others_are_left_out_and_said(words: tuple[str, ...]) -> None:
+    write("d/a.txt")
+    Path("d/b.txt").write_bytes(b"")
+    Path("d/c.jsonl").write_bytes(b"\xef\xbb\xbf")
+    assert read(*words) == (["d/a.txt"], "'d/a.txt' is read as text; left out: 2 empty")
+
+
 def test_a_folder_of_other_files_only_is_refused_with_a_glob_that_takes_them() -> None:
     write("d/x.py", "d/e/y.py")
     message = refusal("d")
