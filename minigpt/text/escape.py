@@ -53,3 +53,8 @@ def visible(data: bytes) -> str:
         else:
             shown.append(character)
     return "".join(shown)
+
+
+def token_name(data: bytes) -> str:
+    """Show a token by itself: as ``visible``, and an id that has no text as ``∅``."""
+    return visible(data) or "∅"

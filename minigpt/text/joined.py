@@ -3,7 +3,7 @@
 import codecs
 from collections.abc import Callable, Iterable
 
-from minigpt.text.escape import visible
+from minigpt.text.escape import token_name, visible
 
 CONTINUATION = "⋯"
 """Mark of a token that continues the character that an earlier one began."""
@@ -47,7 +47,7 @@ class JoinedTokens:
             data = data[len(first) - len(begun) :]
             mark = self._complete(self._escape(first))
         self.texts.append(self._escape(data))
-        self.names.append(mark + self.texts[-1])
+        self.names.append(mark + self.texts[-1] or token_name(data))
         if not pending:
             self._open = []
         elif begun and not decoded:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from minigpt.rings import ring
-from minigpt.text.escape import visible
+from minigpt.text.escape import token_name
 from minigpt.tracing.events import Row, Source, Token
 from minigpt.tracing.findings import TraceStep, shown_probability
 from minigpt.tracing.spans import SHARE_WIDTH, Line, bar, fit, heat, percent
@@ -161,4 +161,4 @@ class TraceLayout:
 
 def name_of(token: Token, names: Sequence[str]) -> str:
     """Return what to show of a token: its name, or its bytes if there are no names."""
-    return names[token.position] if names else visible(token.data)
+    return names[token.position] if names else token_name(token.data)

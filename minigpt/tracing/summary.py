@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from minigpt.format import count
 from minigpt.rings import ring
-from minigpt.text.escape import visible
+from minigpt.text.escape import token_name
 from minigpt.text.joined import JoinedTokens
 from minigpt.tracing.analysis_config import Measure, facts_of
 from minigpt.tracing.events import Token
@@ -156,7 +156,7 @@ def measured(header: TraceHeader, measures: Sequence[Measure] | None = None) -> 
     """Describe the rows, as in ``weight, mean of all 8 heads (2 layers x 4)``."""
     names = " and ".join(header.measures if measures is None else measures)
     if header.against is not None:
-        names += f" against {visible(header.against.data)}"
+        names += f" against {token_name(header.against.data)}"
     selection: HeadSelection = header.selection
     facts = facts_of(header.measures[0])
     if not facts.has_heads:

@@ -5,7 +5,7 @@ import unicodedata
 
 import pytest
 
-from minigpt.text.escape import printable, visible
+from minigpt.text.escape import printable, token_name, visible
 from minigpt.text.joined import JoinedTokens
 
 # Unicode's Bidi_Control property (PropList.txt), and the terminal's own control characters.
@@ -98,7 +98,7 @@ def test_the_first_token_of_a_character_shows_it_and_later_ones_continue_it() ->
     assert joined.texts == ["a日", "", "本", "!", "b"]
     assert joined.names == ["a日", "⋯日", "⋯日本", "⋯本!", "b"]
     empty = JoinedTokens([b"\xe6", b"", b"\x97\xa5"])
-    assert empty.names == ["日", "", "⋯日"]
+    assert empty.names == ["日", "∅", "⋯日"]
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,8 @@ def test_the_first_token_of_a_character_shows_it_and_later_ones_continue_it() ->
 )
 def test_bytes_that_are_no_character_stay_escaped_token_by_token(tokens: list[bytes]) -> None:
     joined = JoinedTokens(tokens)
-    assert joined.texts == joined.names == [visible(token) for token in tokens]
+    assert joined.texts == [visible(token) for token in tokens]
+    assert joined.names == [token_name(token) for token in tokens]
 
 
 def test_a_character_is_open_until_its_last_byte() -> None:
@@ -125,3 +126,7 @@ def test_a_character_is_open_until_its_last_byte() -> None:
         joined.add(bytes([byte]))
         opened.append(joined.is_open)
     assert opened == [True, False, True, True, True, False]
+
+
+def test_a_token_without_text_has_a_name_by_itself() -> None:
+    assert [token_name(data) for data in (b"", b" a", "∅".encode())] == ["∅", "␣a", "∅"]

@@ -90,6 +90,29 @@ def test_every_script_is_drawn_and_not_escaped(picture: str, format: str, square
         assert JAPANESE.encode() in data
 
 
+@pytest.mark.parametrize("text", ["مر", "שם", "⋯ن", "␣ش"])
+def test_a_number_stands_between_its_cell_and_a_name_that_runs_to_the_left(text: str) -> None:
+    from matplotlib.text import Text
+
+    figure = pictures.matrix_figure(traced(text), ViewOptions(picture="matrix", format="png"))
+    figure.canvas.draw()
+    axes = figure.axes[0]
+    shown = [one for one in axes.findobj(Text) if one.get_text()]
+    # In one text, Unicode's bidirectional algorithm puts the number on the other side.
+    assert not [one for one in shown if text in one.get_text() and one.get_text() != text]
+    names = [one.get_window_extent() for one in shown if one.get_text() == text]
+    assert len(names) == 4 + 9  # rows and columns
+    for row, label in enumerate(axes.get_yticklabels()):
+        number, place = label.get_window_extent(), axes.transData.transform((0, row + 0.5))[1]
+        (name,) = [box for box in names if box.x1 < axes.bbox.x0 and box.y0 < place < box.y1]
+        assert name.x1 < number.x0 < number.x1 < axes.bbox.x0
+        assert number.x0 - name.x1 < number.height
+    for column, label in enumerate(axes.get_xticklabels()):
+        number, place = label.get_window_extent(), axes.transData.transform((column + 0.5, 0))[0]
+        (name,) = [box for box in names if box.y1 < axes.bbox.y0 and box.x0 < place < box.x1]
+        assert name.y1 < number.y0 < number.y1 < axes.bbox.y0
+
+
 def test_a_png_escapes_what_no_font_has_and_one_line_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,7 +15,7 @@ from minigpt.console import make_console, note
 from minigpt.errors import cut
 from minigpt.rings import ring
 from minigpt.styles import print_lines
-from minigpt.text.escape import visible
+from minigpt.text.escape import token_name
 from minigpt.text.joined import JoinedTokens
 from minigpt.tracing.config import N_SOURCES, TraceConfig
 from minigpt.tracing.events import EndTrace
@@ -84,7 +84,7 @@ class DescribedOutput(TraceOutput):
         against = event.against if isinstance(event, TraceHeader) else None
         if against is not None and against.n_tokens > 1 and against.id != self._compared:
             self._compared = against.id  # once for several samples
-            first = f"{visible(against.data)}, the first of {against.n_tokens} tokens"
+            first = f"{token_name(against.data)}, the first of {against.n_tokens} tokens"
             note(f"--against {cut(against.text)}: compared with {first}")
         self.show_lines(event)
 

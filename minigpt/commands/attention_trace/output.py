@@ -8,7 +8,7 @@ from torch import Tensor
 
 from minigpt.commands.loading import show_model
 from minigpt.console import write_result
-from minigpt.text.escape import visible
+from minigpt.text.escape import token_name
 from minigpt.tracing.events import TraceEvent, TraceStep
 
 
@@ -35,9 +35,9 @@ class TraceOutput:
             if isinstance(event, TraceStep):  # the token and what it attended to
                 row = event.row
                 parts = [f"sink {row.sink:.0%}"]
-                parts += [f"{visible(one.token.data)} {one.weight:.0%}" for one in row.sources]
+                parts += [f"{token_name(one.token.data)} {one.weight:.0%}" for one in row.sources]
                 parts += [f"rest {row.rest:.0%}", f"{row.entropy:.1f} bits"]
-                left = f"{visible(event.token.data):<9} {event.probability:>4.0%}"
+                left = f"{token_name(event.token.data):<9} {event.probability:>4.0%}"
                 write_result(f"{left}  {', '.join(parts)}\n")
         return True
 

@@ -20,7 +20,7 @@ from minigpt.format import count
 from minigpt.generation import samples as batches
 from minigpt.generation.decoder import Decoder, Step
 from minigpt.generation.stream import TextStep
-from minigpt.text.escape import printable, visible
+from minigpt.text.escape import printable, token_name
 from minigpt.text.joined import JoinedTokens
 from minigpt.text.tokenizer import Tokenizer
 
@@ -109,7 +109,7 @@ class Sample:
             if not step.best:
                 continue
             best = ", ".join(
-                f"{visible(tokenizer.token_bytes(token))} {math.exp(value):.2%}"
+                f"{token_name(tokenizer.token_bytes(token))} {math.exp(value):.2%}"
                 for token, value in step.best
             )
             indent = " " * (_TOKEN_CELLS - cell_len(token))  # cells of the terminal, not characters

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 
 from minigpt.format import count
-from minigpt.text.escape import visible
+from minigpt.text.escape import token_name
 from minigpt.tracing.analysis_config import KNOCKOUTS, Measure, facts_of
 from minigpt.tracing.findings import (
     ROLE_SCORES,
@@ -31,7 +31,7 @@ def header_lines(header: TraceHeader, width: int) -> list[Line]:
     """Return the lines of a header about alternatives, roles and knockouts."""
     lines: list[Line] = []
     if header.against is not None:
-        text = f"the logit of each token minus that of {visible(header.against.data)}"
+        text = f"the logit of each token minus that of {token_name(header.against.data)}"
         lines += wrapped(text, width, label="against  ")
     if header.roles is not None:
         label = "role     " if header.selection.n_chosen == 1 else "roles    "
@@ -90,7 +90,7 @@ def candidate_lines(candidates: Sequence[Candidate], layout: TraceLayout) -> lis
         label = "" if first else "candidates"
         lines.append([(fit(label.rjust(layout.left_width), layout.left_width), "dim")])
         for one in candidates[first : first + per_line]:
-            token = fit(visible(one.data), layout.token_width)
+            token = fit(token_name(one.data), layout.token_width)
             p = shown_probability(one.log_probability)
             lines[-1].append((f" {token} {percent(p)}", heat(p)))
     return lines
@@ -103,7 +103,7 @@ def lens_lines(lens: Lens, layout: TraceLayout) -> list[Line]:
     told = f" first choice from layer {lens.layer} on"
     if lens.layer is None:
         p = shown_probability(last.log_probability)
-        told = f" not the first choice, which is {visible(last.data)} ({percent(p).strip()})"
+        told = f" not the first choice, which is {token_name(last.data)} ({percent(p).strip()})"
     lines: list[Line] = []
     for first in range(0, len(lens.top), room):
         label = "" if first else "lens"

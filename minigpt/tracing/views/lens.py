@@ -1,7 +1,7 @@
 """The logit lens of a trace: the most probable token after each layer, token by token."""
 
 from minigpt.errors import ConfigError
-from minigpt.text.escape import visible
+from minigpt.text.escape import token_name
 from minigpt.tracing.findings import Trace, shown_probability
 from minigpt.tracing.spans import Line, fit, heat, percent
 from minigpt.tracing.views import DEFAULTS, ViewOptions
@@ -35,7 +35,7 @@ def show(trace: Trace, options: ViewOptions = DEFAULTS) -> list[Line]:
         for [first, *_], p in zip(
             lens.top, map(shown_probability, lens.log_probabilities), strict=True
         ):
-            text = f"{upright_bar(p)}{fit(visible(first.data), _TOKEN_WIDTH)} {percent(p)} "
+            text = f"{upright_bar(p)}{fit(token_name(first.data), _TOKEN_WIDTH)} {percent(p)} "
             cells.append((text, heat(p) if first.id == step.token.id else "dim"))
         start = f"{step.token.position:>{number_width}} {name} {layer:>4}"
         rows.append((start, "plain" if step.is_given else "token", cells))

@@ -9,6 +9,7 @@ fonts too.
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
+from unicodedata import bidirectional
 
 import numpy as np
 from matplotlib import colormaps
@@ -42,6 +43,7 @@ _LABEL_CELLS = 14
 _CELL = 0.16
 _MAP_SIZE = 9.0
 _MIN_MAP_SIZE = 2.5
+_TICK = 2  # length in points, and distance of a label from it
 _LABEL_PITCH = 0.11  # of labels that do not touch
 _MAX_VECTOR_CELLS = 10_000
 
@@ -178,15 +180,29 @@ def _name_cells(
 ) -> None:
     """Label every column or row, or every few of them if the labels would touch."""
     places = range(0, len(names), max(1, int(np.ceil(_LABEL_PITCH / pitch))))
-    axis.set_ticks(
-        [place + 0.5 for place in places],
-        [names[place] for place in places],
-        rotation=rotation,
-        fontsize=_MEDIUM,
-        fontfamily=fonts,
-        parse_math=False,
-    )
-    axis.set_tick_params(length=2, pad=2)
+    style: dict[str, Any] = {"fontsize": _MEDIUM, "fontfamily": fonts, "parse_math": False}
+    is_row = rotation == 0
+    across = axis.axes.get_yaxis_transform() if is_row else axis.axes.get_xaxis_transform()
+    labels = []
+    for place in places:
+        name, _, number = names[place].rpartition(" ")
+        runs_left = any(bidirectional(c) in ("R", "AL") for c in name)
+        labels.append(number if runs_left else names[place])
+        if runs_left:  # in one text, the number would stand on the other side of the name
+            offset = -2 * _TICK - 72 * _text_width(f" {number}", _MEDIUM)
+            axis.axes.annotate(
+                name,
+                (0, place + 0.5) if is_row else (place + 0.5, 0),
+                (offset, 0) if is_row else (0, offset),
+                xycoords=across,
+                textcoords="offset points",
+                ha="right" if is_row else "center",
+                va="center" if is_row else "top",
+                rotation=rotation,
+                **style,
+            )
+    axis.set_ticks([place + 0.5 for place in places], labels, rotation=rotation, **style)
+    axis.set_tick_params(length=_TICK, pad=_TICK)
 
 
 def _add_scale(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from minigpt.text.escape import visible
+from minigpt.text.escape import token_name, visible
 from minigpt.text.joined import JoinedTokens
 from minigpt.tracing.analysis_config import facts_of
 from minigpt.tracing.events import Token
@@ -169,7 +169,7 @@ def _legend(row: Row, scale: float, sink: int, *, has_colour: bool) -> str:
 def _candidates(step: TraceStep, width: int) -> list[Line]:
     """Return the most probable tokens at a step, if they were kept."""
     parts = [
-        f"{visible(one.data)} {percent(shown_probability(one.log_probability)).strip()}"
+        f"{token_name(one.data)} {percent(shown_probability(one.log_probability)).strip()}"
         for one in step.candidates
     ]
     return wrapped(" | ".join(parts), width, "plain", label="candidates ") if parts else []

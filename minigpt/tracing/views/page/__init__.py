@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from minigpt.text.escape import printable, visible
+from minigpt.text.escape import printable, token_name
 from minigpt.text.joined import JoinedTokens
 from minigpt.tracing.analysis_config import facts_of
 from minigpt.tracing.file import ROW_NUMBERS, WORKING_ARRAYS
@@ -44,7 +44,6 @@ _SCRIPTS = (
     *("choices.js", "working.js", "picture.js", "page.js"),
 )
 _DIGITS = 6  # as in a trace file
-_EMPTY = "∅"
 _NOT_KNOCKED_OUT = "<code>--n-verified 2</code> shows what happens without a source."
 _KNOCKED_OUT = "The column “without it” shows what happens without a source."
 _EFFECTS = "knockout"  # the exact effects of all positions, shown like one more measure
@@ -125,10 +124,10 @@ def _page_data(trace: Trace) -> dict[str, Any]:
     return {
         "model": one_line(header.model),
         "facts": [(name, one_line(text)) for name, text in facts_about(trace)],
-        "names": [name or _EMPTY for name in trace.joined.names],
+        "names": trace.joined.names,
         # Within the text, a token that continues a character has no text of its own.
         "texts": [
-            text or (_EMPTY if not token.data else "")
+            text or ("" if token.data else token_name(b""))
             for text, token in zip(trace.joined.texts, tokens, strict=True)
         ],
         "plain": JoinedTokens((token.data for token in tokens), escape=_plain).texts,
@@ -219,7 +218,7 @@ def _step(step: TraceStep) -> dict[str, Any]:
 
 def _candidate(candidate: Candidate, chosen: int) -> dict[str, Any]:
     return {
-        "name": visible(candidate.data) or _EMPTY,
+        "name": token_name(candidate.data),
         "probability": shown_probability(candidate.log_probability),
         "isChosen": candidate.id == chosen,
     }

@@ -4,7 +4,7 @@ from dataclasses import asdict
 
 from minigpt.config import SamplingConfig
 from minigpt.format import count
-from minigpt.text.escape import visible
+from minigpt.text.escape import token_name
 from minigpt.tracing.analysis_config import KNOCKOUTS, facts_of
 from minigpt.tracing.findings import CONVENTION, Trace, TraceHeader
 from minigpt.tracing.summary import measured
@@ -42,7 +42,7 @@ def facts_about(trace: Trace) -> list[tuple[str, str]]:
         ("convention", CONVENTION),
     ]
     if header.against is not None:
-        facts.append(("against", f"minus the logit of {visible(header.against.data)}"))
+        facts.append(("against", f"minus the logit of {token_name(header.against.data)}"))
     if header.n_verified:
         which = "every position"
         if header.n_verified != "all":
