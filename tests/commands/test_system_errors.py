@@ -129,6 +129,18 @@ def test_a_file_named_checkpoints_is_a_one_line_error(run: Run, workplace: Path)
     assert "checkpoints" in error_line(result)
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", ".lock"])
+def test_a_folder_in_the_place_of_a_file_of_a_run_is_named(
+    run: Run, at_trained: Path, name: str
+) -> None:
+    path = at_trained / "checkpoints/tiny" / name
+    path.unlink(missing_ok=True)
+    path.mkdir()
+    result = run("train", "--resume", "--name", "tiny", "--max-steps", "6")
+    assert result.code == 6
+    assert f"checkpoints/tiny/{name}'" in error_line(result)
+
+
 def cuda_error(text: str) -> RuntimeError:
     return RuntimeError(f"CUDA error: {text}")
 

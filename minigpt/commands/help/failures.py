@@ -120,6 +120,9 @@ def describe(error: BaseException) -> tuple[str, int] | None:
             return str(resource), resource.exit_code
         except OSError:
             where = f"{error.filename!r}: " if error.filename else ""
+            if isinstance(error, IsADirectoryError):
+                text = f"{where}it is a folder, not a file. Rename it, or choose another name."
+                return text, ResourceError.exit_code
             reason = error.strerror or str(error) or type(error).__name__
             is_missing = isinstance(error, FileNotFoundError)
             check = "Check the path" + ("." if is_missing else ", its permissions and the disk.")
