@@ -30,9 +30,8 @@ def with_text(config: RunConfig, data: PreparedData) -> tuple[RunConfig, TokenSp
     config = with_max_steps(config, len(train_tokens))
     if overfitting := find_ring("training.overfitting"):
         config = overfitting.with_evaluations(config, len(train_tokens), len(val_tokens))
-    for tokens in (train_tokens, val_tokens):
-        if len(tokens) or tokens is train_tokens:  # there may be no validation text
-            require_length(tokens, config.sequence_length)
+    parts = (train_tokens, val_tokens or train_tokens)  # there may be no validation text
+    require_length(min(parts, key=len), config.sequence_length)  # it says what both can have
     return config, train_tokens, val_tokens
 
 

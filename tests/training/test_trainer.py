@@ -1,6 +1,7 @@
 """The training loop, compared with a plain loop, and its events and checkpoints."""
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -188,13 +189,30 @@ def test_the_first_and_last_seeds_work(seed: int, data: PreparedData, tmp_path: 
     assert isinstance(list(trainer.run())[-1], SaveEvent)
 
 
-@pytest.mark.parametrize(("n_words", "part"), [(2, "training"), (30, "validation")])
+@pytest.mark.parametrize(
+    ("n_words", "val_fraction", "part"),
+    [(2, 0.9, "training"), (2, 0.0, "training"), (2, 0.1, "validation"), (30, 0.1, "validation")],
+)
 def test_too_little_text_is_refused_before_the_first_step(
-    n_words: int, part: str, tmp_path: Path
+    n_words: int, val_fraction: float, part: str, tmp_path: Path
 ) -> None:
     data = data_of(text(n_words), tmp_path / "corpus")
+    config = replace(config_of(), data=DataConfig(val_fraction=val_fraction))
     with pytest.raises(DataError, match=f"too little text: the {part} part has"):
+        trainer_of(config, data, tmp_path / "run")
+
+
+@pytest.mark.parametrize("n_words", [4, 10, 30])
+def test_the_context_length_that_is_advised_for_too_little_text_is_accepted(
+    n_words: int, tmp_path: Path
+) -> None:
+    data = data_of(text(n_words), tmp_path / "corpus")
+    with pytest.raises(DataError) as caught:
         trainer_of(config_of(), data, tmp_path / "run")
+    found = re.search(r"at most (\d+)", str(caught.value))
+    assert found
+    config = config_of(sequence_length=int(found[1]), max_steps=1)
+    assert list(trainer_of(config, data, tmp_path / "run").run())
 
 
 def test_a_trained_tokenizer_goes_into_the_checkpoint(tmp_path: Path) -> None:
