@@ -27,6 +27,8 @@ Message = Mapping[str, Any]
 TEMPLATE_FILE = "chat_template.jinja"
 PLAIN_TEMPLATE = (
     "{% for message in messages %}"
+    "{% if message['content'] is not string or message['tool_calls'] %}"
+    "{{ raise_exception('it renders texts only, not tool calls or lists of parts') }}{% endif %}"
     "{{ message['role'] | capitalize }}:\n{{ message['content'] | trim }}"
     "{{ eos_token if message['role'] == 'assistant' else '\n\n' }}"
     "{% endfor %}"

@@ -270,3 +270,25 @@ def test_a_conversation_that_the_template_refuses_is_named_or_left_out(
     assert result.code == 0
     assert json.loads(result.out)["n_documents"] == 80
     assert "1 row was left out" in result.err
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"content": [{"type": "text", "text": "yes"}]},
+        {"content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]},
+        {"content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]},
+        {},
+    ],
+)
+def test_the_plain_template_refuses_what_it_would_leave_out_of_an_answer(
+    run: Run, rows: Path, answer: dict[str, Any]
+) -> None:
+    row = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", **answer}]}
+    with rows.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    refused = run("prepare", str(rows), "--chat", "--out", "folder")
+    assert refused.code == 3
+    assert "texts only" in error_line(refused)
+    result = run("prepare", str(rows), "--chat", "--out", "folder", "--skip-bad", "--json")
+    assert json.loads(result.out)["n_documents"] == 80
