@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from minigpt.errors import ConfigError
+from minigpt.errors import ConfigError, DataError
 from minigpt.intervention_config import InterventionConfig
 from minigpt.model.attention import PassCollector
 from minigpt.model.gpt import GPT
@@ -46,7 +46,7 @@ def intervene(
 
     Args: prompt, the tokens that will be continued; encode, which returns the tokens of a prompt.
     Raises: ConfigError for heads or a position that do not exist, prompts of different lengths, or
-        a model that is not a GPT.
+        a model that is not a GPT; DataError for a prompt that is too long to run.
     """
     if not isinstance(model, GPT):
         raise ConfigError(
@@ -117,8 +117,23 @@ def head_outputs(model: GPT, tokens: Sequence[int]) -> list[Tensor]:
 
     for attention in watched.attentions:
         attention.output.register_forward_pre_hook(see)
-    watched(torch.tensor([list(tokens)], device=model.device), logits_to_keep=1)
+    _run(watched, tokens)
     return [x.clone() for x in seen]
+
+
+def _run(model: GPT, tokens: Sequence[int]) -> None:
+    """Run a prompt through a model; raise DataError if it does not fit."""
+    if len(tokens) > model.config.context_length:
+        raise DataError(
+            f"the prompt has {len(tokens)} tokens, the model sees {model.config.context_length}: "
+            "it cannot be run as a whole, which this intervention needs. Shorten the prompt."
+        )
+    if unknown := [token for token in tokens if not 0 <= token < model.config.vocab_size]:
+        raise DataError(
+            f"the prompt has the token id {unknown[0]}, the model's are 0 to "
+            f"{model.config.vocab_size - 1}. Encode the prompt with the model's own tokenizer."
+        )
+    model(torch.tensor([list(tokens)], device=model.device), logits_to_keep=1)
 
 
 @torch.inference_mode()
@@ -128,7 +143,7 @@ def residual_streams(model: GPT, tokens: Sequence[int]) -> list[Tensor]:
     watched = shallow_copy(model)
     for block in watched.blocks:
         block.register_forward_hook(lambda _, inputs, x_BTC: seen.append(x_BTC[0].clone()))
-    watched(torch.tensor([list(tokens)], device=model.device), logits_to_keep=1)
+    _run(watched, tokens)
     return seen
 
 

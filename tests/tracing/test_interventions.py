@@ -9,7 +9,7 @@ import torch
 from small_models import FAMILIES, LAYOUTS, SOFTCAP, any_model
 
 import minigpt
-from minigpt.errors import ConfigError
+from minigpt.errors import ConfigError, DataError
 from minigpt.intervention_config import InterventionConfig
 from minigpt.model.gpt import GPT
 from minigpt.text.tokenizer import BytesTokenizer
@@ -185,6 +185,19 @@ def test_a_patched_layer_equals_a_plain_loop_over_blocks(
 def test_an_intervention_names_what_it_patches(patch: str, says: str) -> None:
     config = InterventionConfig(patch_from=OTHER, patch=patch, patch_position=2)
     assert says in str(config)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "says"),
+    [([1] * 25, "the prompt has 25 tokens, the model sees 24"), ([257], "the token id 257")],
+)
+def test_a_prompt_that_an_intervention_cannot_run_is_refused(tokens: list[int], says: str) -> None:
+    model = model_of("llama")
+    plans = [{"ablate": "0.0", "ablate_mean": True}]
+    plans += [{"patch_from": "x", "patch": patch} for patch in ("0.0", "0")]
+    for plan in plans:
+        with pytest.raises(DataError, match=says):
+            intervene(model, InterventionConfig(**plan), tokens, lambda _: tokens)
 
 
 def test_in_python_a_patch_may_come_from_token_ids() -> None:
