@@ -22,6 +22,7 @@ PROGRESS_BYTES = 2**20
 PIECE_CHARS = 2**20
 LOOKAHEAD_CHARS = 2**16
 BLOCK_BYTES = 2**20
+SPECIAL_CHARS = 64  # more than special tokens have
 
 # Places where cutting a text does not change its tokens: the split patterns of gpt2, cl100k_base,
 # o200k_base and ours end a token there.
@@ -280,7 +281,10 @@ def _pieces(texts: Iterable[str]) -> Iterator[str]:
         waiting += text
         while len(waiting) >= (longest := PIECE_CHARS + LOOKAHEAD_CHARS):
             matches = (border.search(waiting, PIECE_CHARS, longest) for border in _BORDERS)
-            cut = next((match.end() for match in matches if match), longest)
+            # Without a border, cut before what may be the beginning of a special token.
+            begin = max(waiting.rfind(c, longest - SPECIAL_CHARS, longest) for c in "<[")
+            forced = begin if begin > 0 else longest
+            cut = next((match.end() for match in matches if match), forced)
             yield waiting[:cut]
             waiting = waiting[cut:]
     if waiting:

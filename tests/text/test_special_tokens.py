@@ -132,6 +132,18 @@ def test_special_splits_a_corpus_into_documents(corpus: Callable[[str], DataConf
     assert not list(parsed.manifest.notes())
 
 
+@pytest.mark.parametrize("n_before", range(285, 301))
+def test_a_special_token_in_text_without_spaces_is_not_cut(
+    n_before: int, corpus: Callable[[str], DataConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minigpt.text.corpus.PIECE_CHARS", 200)
+    monkeypatch.setattr("minigpt.text.corpus.LOOKAHEAD_CHARS", 100)
+    text = "\u6625" * n_before + "<|endoftext|>" + "\u7720" * 400
+    data = prepare(replace(corpus(text), special=True))
+    assert data.manifest.n_documents == 2
+    assert data.manifest.n_bytes == 3 * (n_before + 400)
+
+
 def test_the_tales_are_278_documents(shared: Path, tmp_path: Path) -> None:
     path = shared / "data" / "fairytales.txt"
     if not path.exists():
