@@ -67,9 +67,9 @@ def find_files(
     """Find the files that the user names, in their order, and the format of each.
 
     A path is a file (with any suffix), a folder (its files with one of TEXT_SUFFIXES or FORMATS,
-    packed or not, at any depth, sorted, without hidden ones), a glob (``**`` too), a named corpus,
-    or ``-`` for standard input. Links are followed; each folder is entered once. Files on the disk
-    take precedence over named corpora.
+    packed or not, at any depth, sorted, without hidden ones, runs and models), a glob (``**`` too),
+    a named corpus, or ``-`` for standard input. Links are followed; each folder is entered once.
+    Files on the disk take precedence over named corpora.
 
     Args: cache, folder of downloads; spool, a folder for the copies of streams, deleted by the
         caller; data, how files are read; stdin, read for ``-``; on_download, called with the bytes
@@ -166,8 +166,12 @@ def _recognized(path: Path, name: str, data: DataConfig) -> FoundFile:
     return replace(found, format=content if is_json or is_open else by_suffix, looks_like=content)
 
 
-def _folders(top: str) -> Iterator[tuple[str, list["os.DirEntry[str]"]]]:
-    """Yield each folder from ``top`` down and its entries; links are followed, each folder once."""
+def _folders(top: str, left_out: Counter[str]) -> Iterator[tuple[str, list["os.DirEntry[str]"]]]:
+    """Yield each folder from ``top`` down and its entries; links are followed, each folder once.
+
+    Runs and models are left out: training on the folder that it is started in would add their
+    model cards to the text, and the run could not be resumed.
+    """
     waiting, seen = [top], set()
     while waiting:
         folder = waiting.pop()
@@ -176,13 +180,22 @@ def _folders(top: str) -> Iterator[tuple[str, list["os.DirEntry[str]"]]]:
             seen.add(real)
             with os.scandir(folder) as entries:
                 found = list(entries)
+            if folder != top and _is_run_or_model({entry.name for entry in found}):
+                left_out["run or model"] += 1
+                continue
             yield folder, found
             waiting += [e.path for e in found if e.name[0] != "." and os.path.isdir(e.path)]
 
 
+def _is_run_or_model(names: set[str]) -> bool:
+    """Return whether a folder that has these names is one that training wrote, or a model."""
+    has_weights = any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names)
+    return {"config.toml", "metrics.jsonl"} <= names or ("config.json" in names and has_weights)
+
+
 def _files_in(folder: Path, data: DataConfig, left_out: Counter[str]) -> list[FoundFile]:
     found, fieldless = [], ""
-    entries = [entry for _, entries in _folders(str(folder)) for entry in entries]
+    entries = [entry for _, entries in _folders(str(folder), left_out) for entry in entries]
     for entry in sorted(entries, key=lambda entry: Path(entry.path)):
         path, is_file = Path(entry.path), os.path.isfile(entry.path)
         suffix = _suffixes(path)[0].lower()
@@ -236,14 +249,14 @@ def _expanded(pattern: str) -> set[str]:
     at = parts.index("**")
     rest = parts[at + 1 :] or ("*",)
     tops = filter(os.path.isdir, glob.glob(os.path.join(*parts[:at])) if at else ["."])
-    folders = (folder for top in tops for folder, _ in _folders(top))
+    folders = (folder for top in tops for folder, _ in _folders(top, Counter()))
     patterns = (os.path.join(glob.escape(folder), *rest) for folder in folders)
     return {os.path.normpath(name) for pattern in patterns for name in _expanded(pattern)}
 
 
 def _counted(counts: Counter[str]) -> str:
-    links = {"dangling link": "dangling links"}
-    names = {kind: links.get(kind, kind) if n > 1 else kind for kind, n in counts.items()}
+    plurals = {"dangling link": "dangling links", "run or model": "runs or models"}
+    names = {kind: plurals.get(kind, kind) if n > 1 else kind for kind, n in counts.items()}
     return ", ".join(f"{n:,} {names[kind]}" for kind, n in counts.most_common(6) if n)
 
 

@@ -188,6 +188,13 @@ def test_text_on_standard_input_is_trained_on_and_resumed_with(run: Run) -> None
     assert Path("checkpoints/stdin-nano/step-000005").is_dir()
 
 
+def test_a_run_on_the_folder_that_it_is_written_to_can_be_resumed(run: Run) -> None:
+    words = ["--name", "here", *TINY]
+    assert run("train", ".", *words).code == 0
+    assert run("train", "--resume", "--name", "here", "--max-steps", "6").code == 0
+    assert run("evaluate", "--model", "here").code == 0
+
+
 def test_a_remedy_that_a_resumed_run_refuses_is_not_given(run: Run, workplace: Path) -> None:
     rows = [json.dumps({"text": f"Tale {i}. " + "The king went home. " * 40}) for i in range(12)]
     Path("tales.jsonl").write_text("\n".join(rows))

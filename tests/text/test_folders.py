@@ -75,6 +75,19 @@ def test_hidden_files_are_left_out_and_said() -> None:
     assert "d/.b.txt" in read(advised_glob(note))[0]
 
 
+RUN = ("config.toml", "metrics.jsonl", "step-000005/README.md", "step-000005/config.json")
+
+
+@pytest.mark.parametrize("names", [RUN, ("config.json", "model.safetensors", "README.md")])
+@pytest.mark.parametrize("word", ["d", ".", "**/*.*"])
+def test_runs_and_models_in_a_folder_are_left_out(names: tuple[str, ...], word: str) -> None:
+    write("d/a.txt", "d/e/b.md", *(f"d/checkpoints/one/{name}" for name in names))
+    texts, note = read(word)
+    assert [text[-4:] for text in texts] == [".txt", "b.md"]
+    assert word == "**/*.*" or "left out: 1 run or model" in note
+    assert f"d/checkpoints/one/{names[2]}" in read(f"d/checkpoints/one/{names[2]}")[0]
+
+
 @pytest.mark.parametrize("words", [("d",), ("d/*",), ("d/a.txt", "d/b.txt", "d/c.jsonl")])
 def test_empty_files_beside_others_are_left_out_and_said(words: tuple[str, ...]) -> None:
     write("d/a.txt")
