@@ -27,7 +27,8 @@ from torch import Tensor
 from minigpt.errors import ConfigError, ResourceError
 from minigpt.fields import round_up
 from minigpt.generation.fast import decode_step, graph, nodes, toolchain
-from minigpt.generation.fast.decode_step import StepForward
+from minigpt.generation.fast.decode_step import DecodeStep, StepForward
+from minigpt.generation.fast.eager import EagerKernels, PromptStep
 from minigpt.generation.fast.graph import GraphStep
 from minigpt.generation.fast.packages import cached_package, find_package
 from minigpt.model import layers
@@ -90,6 +91,11 @@ class CompiledForward(StepForward):
             cache_dtype=self.cache.keys_LBGSD.dtype,
             is_batch=n_rows > 1,
         )
+        if model.device.type == "cpu":
+            with torch.no_grad():
+                kernels = EagerKernels(model, copies=False)
+                step = DecodeStep(model, kernels, "nothing")
+            self._prompt = PromptStep(model, kernels, step)
         self._bind()
 
     def _bind(self) -> None:

@@ -7,7 +7,7 @@ Shapes: B rows, C model dim, V vocabulary, L layers, N = 2 L + 1 states of the r
 query heads, D head dim, S positions in view, X all heads' values side by side.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from minigpt.generation.forward import PlainForward
 from minigpt.model.attention import Attention, AttentionPass, Recorder
+from minigpt.model.cache import KVCache
 from minigpt.model.gpt import GPT, Block
 from minigpt.model.layers import MLP, GatedMLP
 
@@ -33,7 +34,7 @@ class Kernels(Protocol):
     def embed(self, tokens: Tensor, position: Any) -> Tensor:
         """Return the residual stream (B, C) of tokens (B,)."""
 
-    def rotary(self, position: Any) -> Sequence[Any]:
+    def rotary(self, position: Any) -> Iterable[Any]:
         """Return the rotation of queries and keys for each layer."""
 
     def norm(self, module: nn.Module) -> Function:
@@ -80,48 +81,59 @@ class DecodeStep:
         self._final_norm = kernels.norm(model.final_norm)
         self._unembed = kernels.unembed(model.unembedding or model.embedding)
 
-    def __call__(self, tokens: Tensor, position: Any, caches: Sequence[Any]) -> tuple[Tensor, ...]:
+    def __call__(
+        self,
+        tokens: Tensor,
+        position: Any,
+        caches: Sequence[Any],
+        keep: Callable[[Tensor], None] | None = None,
+    ) -> tuple[Tensor, ...]:
         """Write the new keys and values into the caches, and attend to all positions up to them.
 
-        Args: tokens (B,); position, the index of the new tokens; caches, one for each layer.
+        Args: tokens (B,); position, the index of the new tokens; caches, one for each layer; keep,
+            called with each state of the residual stream, if nothing but logits is to be returned.
         Returns: logits (B, V); if it shows attention, also the weights (L, B, H, S) and the heads'
             outputs (L, B, H, D); if it shows the residual stream, also that (N, B, C).
         """
         x = self._kernels.embed(tokens, position)
         weights, contexts, residual = [], [], []
+        shown: Shown = "nothing" if keep else self._shown
 
-        def keep(x: Tensor) -> None:
-            if self._shown == "residual":
+        def keep_copy(x: Tensor) -> None:
+            if shown == "residual":
                 residual.append(x.clone())  # kernels may change x in-place
 
+        keep = keep or keep_copy
         keep(x)
         for layer, rotary, cache in zip(
             self._layers, self._kernels.rotary(position), caches, strict=True
         ):
             attention_norm, attend, output, mlp_norm, hidden, down = layer
             context_BX, weights_BHS = attend(attention_norm(x), position, rotary, cache)
-            weights.append(weights_BHS)
-            contexts.append(context_BX)
+            if shown != "nothing":
+                weights.append(weights_BHS)
+                contexts.append(context_BX)
             x = output(x, context_BX)
             keep(x)
             x = down(x, hidden(mlp_norm(x)))
             keep(x)
         logits = self._unembed(self._final_norm(x))
-        if self._shown == "nothing":
+        if shown == "nothing":
             return (logits,)
         context_LBHD = torch.stack(contexts).unflatten(2, (-1, self._d_head))
-        shown = logits, torch.stack(weights), context_LBHD
-        return shown if self._shown == "attention" else (*shown, torch.stack(residual))
+        results = logits, torch.stack(weights), context_LBHD
+        return results if shown == "attention" else (*results, torch.stack(residual))
 
 
 class StepForward(PlainForward):
-    """Runs ``_decode`` for one new token per row, and GPT.forward for more, on the same cache.
-
-    A prompt is one pass over the weights for all its tokens, where libraries are fast already.
+    """Runs ``_decode`` for one new token per row, ``_prompt`` for several of one row, and
+    GPT.forward for several of more rows, on the same cache.
     """
 
     min_rows = 1
     """Least number of rows that a step takes; the last row is repeated."""
+    _prompt: Callable[[Tensor, KVCache, Recorder | None], Tensor] | None = None
+    """Appends tokens (T,) to the cache and returns the logits (1, V). None for GPT.forward."""
 
     @property
     def keeps_passes(self) -> bool:  # type: ignore[override]
@@ -143,7 +155,9 @@ class StepForward(PlainForward):
         if n_rows < self.cache.n_rows:  # the cache repeats the last row
             tokens = torch.cat((tokens, tokens[-1:].expand(self.cache.n_rows - n_rows, -1)))
         if n_new > 1:
-            return super().feed(tokens)[:n_rows]
+            if self._prompt is None or self.cache.n_rows > 1:
+                return super().feed(tokens)[:n_rows]
+            return self._prompt(tokens[0], self.cache, self.recorder).float()
         start, end = self.model.positions_of(tokens, self.cache)
         self.cache.require_room(end)
         logits, *attention = self._decode(tokens[:, 0], start)

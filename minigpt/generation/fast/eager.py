@@ -7,7 +7,9 @@ Shapes: B rows, C model dim, H query heads, G key/value heads, R = H / G, D head
 view, L layers, P positions of the context, X all heads' values side by side.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,11 +23,12 @@ from minigpt.generation.fast.decode_step import (
     StepForward,
     shown_to,
 )
-from minigpt.generation.fast.products import Product, make_product
-from minigpt.model.attention import Attention, Recorder
+from minigpt.generation.fast.products import make_product
+from minigpt.model.attention import Attention, PassCollector, Recorder, attend
 from minigpt.model.cache import KVCache
 from minigpt.model.gpt import GPT
 from minigpt.model.layers import MLP, GatedMLP
+from minigpt.model.scores import weighted_sum
 
 
 class EagerForward(StepForward):
@@ -37,6 +40,7 @@ class EagerForward(StepForward):
         with torch.no_grad():
             self._kernels = EagerKernels(model)
             self._step = DecodeStep(model, self._kernels, shown_to(recorder))
+        self._prompt = PromptStep(model, self._kernels, self._step)
 
     def _bind(self) -> None:
         self._kernels.bind(self.cache.n_rows)
@@ -48,11 +52,10 @@ class EagerForward(StepForward):
 class EagerKernels:
     """Kernels that write into buffers, which the next step overwrites."""
 
-    product: Callable[[Sequence[nn.Module]], Product] = staticmethod(make_product)
-    """Makes the product of some layers."""
-
-    def __init__(self, model: GPT) -> None:
+    def __init__(self, model: GPT, *, copies: bool = True) -> None:
+        """Args: copies, as for ``make_product``."""
         self._model, config = model, model.config
+        self.product = partial(make_product, copies=copies)
         self._zero = torch.zeros(1, 1, 1)
         self._signs = torch.tensor([-1.0, 1.0], dtype=model.dtype)[:, None]
         self._qk_weights: tuple[Tensor, Tensor] | None = None
@@ -72,7 +75,6 @@ class EagerKernels:
         # The residual stream x, with room for -x beside it.
         self._both_B2C = torch.empty(n_rows, 2 * config.d_model, dtype=dtype)
         self._x_BC, self._minus_x_BC = self._both_B2C.chunk(2, dim=1)
-        self._logits = torch.empty(n_rows, config.vocab_size, dtype=dtype)
         is_gated = config.family == "llama"
         self._hidden = torch.empty(n_rows, config.d_mlp * (1 + is_gated), dtype=dtype)
         self._gate_and_up = self._hidden.chunk(2, dim=1)
@@ -85,13 +87,13 @@ class EagerKernels:
         self._qk = heads[:, : n_query + n_key]
         self._both_qk = torch.empty(n_rows, n_query + n_key, 2, d_head, dtype=dtype)  # -x, x
 
-    def embed(self, tokens: Tensor, position: int) -> Tensor:
+    def embed(self, tokens: Tensor, position: int | slice | Tensor) -> Tensor:
         embedded = self._model.embedding(tokens)
         if self._model.config.family == "gpt2":
             return torch.add(embedded, self._model.positions.weight[position], out=self._x_BC)
         return self._x_BC.copy_(embedded)
 
-    def rotary(self, position: int) -> Sequence[tuple[Tensor, Tensor] | None]:
+    def rotary(self, position: int | slice | Tensor) -> Iterable[tuple[Tensor, Tensor] | None]:
         """Return cos and sin for each layer, multiplied by the weights of the norms of q and k.
 
         sin is for the second half of -x and the first half of x.
@@ -100,10 +102,14 @@ class EagerKernels:
         if self._model.config.family == "gpt2":
             return [None] * n_layer
         cos, sin = self._cos_PD[position], self._sin_PD[position]
+        if not isinstance(position, int):  # for all heads of each row
+            cos, sin = cos[:, None], sin[:, None]
         if self._qk_weights is None:
             return [(cos, sin)] * n_layer
         own, crossed = self._qk_weights
-        return list(zip((own * cos).unbind(), (crossed * sin).unbind(), strict=True))
+        if not isinstance(position, int):
+            return ((a * cos, b * sin) for a, b in zip(own, crossed, strict=True))
+        return zip((own * cos).unbind(), (crossed * sin).unbind(), strict=True)
 
     def norm(self, module: nn.Module) -> Function:
         if isinstance(module, nn.LayerNorm):
@@ -164,10 +170,12 @@ class EagerKernels:
             normed_BC: Tensor,
             position: int,
             rotary: tuple[Tensor, Tensor] | None,
-            cache: tuple[Tensor, Tensor, Tensor, Tensor],
+            cache: "tuple[Tensor, Tensor, Tensor, Tensor] | Prompt",
         ) -> tuple[Tensor, Tensor]:
-            new_k_BGD, new_v_BGD, k_BGSD, v_BGSD = cache
             project(normed_BC, rotary)
+            if isinstance(cache, Prompt):
+                return self._attend_in_prompt(module, cache), self._zero
+            new_k_BGD, new_v_BGD, k_BGSD, v_BGSD = cache
             new_k_BGD.copy_(self._k_BGD)
             new_v_BGD.copy_(self._v_BGD)
             k_NSD, v_NSD = k_BGSD.flatten(0, 1), v_BGSD.flatten(0, 1)  # N = B G; views
@@ -185,6 +193,30 @@ class EagerKernels:
             return context_BX, weights_NRS.view(len(normed_BC), -1, weights_NRS.shape[2])
 
         return attend
+
+    def _attend_in_prompt(self, module: Attention, prompt: "Prompt") -> Tensor:
+        """Return the context (T, X) of the tokens; in the last layer that of the last token."""
+        q_BHTD = self._q_BHTD[:, :, 0].transpose(0, 1)[None]
+        new_k_BGTD, new_v_BGTD = (x.transpose(0, 1)[None] for x in (self._k_BGD, self._v_BGD))
+        k_BGSD, v_BGSD = prompt.cache.write(module.layer, new_k_BGTD, new_v_BGTD)
+        collector = prompt.collector
+        if collector is not None:
+            q_BHTD = q_BHTD.clone()  # it may keep them, and the next layer overwrites the buffer
+        if module.layer < self._model.config.n_layer - 1:
+            context_BHTD = attend(module.score, q_BHTD, k_BGSD, v_BGSD, None, collector)
+        else:
+            weights_BHTS = module.score.weights(q_BHTD[:, :, -1:], k_BGSD)
+            context_BHTD = weighted_sum(weights_BHTS, v_BGSD)
+            if collector is not None:
+                collector.add(q_BHTD, k_BGSD, v_BGSD, context_BHTD, weights_BHTS)
+        return context_BHTD[0].transpose(0, 1).flatten(1)
+
+    def _keep_last(self) -> Tensor:
+        """Go on with the last row; return its residual stream."""
+        self._both_B2C, self._hidden = self._both_B2C[-1:], self._hidden[-1:]
+        self._x_BC, self._minus_x_BC = self._both_B2C.chunk(2, dim=1)
+        self._gate_and_up = self._hidden.chunk(2, dim=1)
+        return self._x_BC
 
     def hidden(self, module: MLP | GatedMLP) -> Function:
         activation, is_gated = module.activation, isinstance(module, GatedMLP)
@@ -204,6 +236,8 @@ class EagerKernels:
         product = self.product([module])
 
         def add(x_BC: Tensor, branch: Tensor) -> Tensor:
+            if len(branch) < len(x_BC):
+                x_BC = self._keep_last()
             product.add(branch, x_BC)
             return x_BC
 
@@ -212,11 +246,54 @@ class EagerKernels:
     def unembed(self, module: nn.Module) -> Function:
         product = self.product([module])
 
+        logits = torch.empty(0)
+
         def unembed(normed_BC: Tensor) -> Tensor:
-            product.write(normed_BC, self._logits)
-            return self._logits
+            nonlocal logits
+            if len(logits) != len(normed_BC):
+                logits = normed_BC.new_empty(len(normed_BC), self._model.config.vocab_size)
+            product.write(normed_BC, logits)
+            return logits
 
         return unembed
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """What the tokens of a prompt attend to, and are added to."""
+
+    cache: KVCache
+    """That of one row."""
+    collector: PassCollector | None
+
+
+class PromptStep:
+    """A decode step for several new tokens of one row, which are the rows of its products.
+
+    In the last layer, only the last token's attention and MLP are computed.
+    """
+
+    def __init__(self, model: GPT, kernels: EagerKernels, step: DecodeStep) -> None:
+        """Args: kernels, bound to one row, and step, made of them."""
+        self._model, self._kernels, self._step = model, kernels, step
+
+    def __call__(self, tokens_T: Tensor, cache: KVCache, recorder: Recorder | None) -> Tensor:
+        """Append tokens (T,) to a cache of one row; return the logits (1, V) after them."""
+        start, end = self._model.positions_of(tokens_T[None], cache)
+        collector = None if recorder is None else PassCollector(recorder, len(tokens_T))
+
+        def keep(x_TC: Tensor) -> None:
+            if collector is not None:
+                collector.add_residual(x_TC[None])
+
+        self._kernels.bind(len(tokens_T))
+        prompt = [Prompt(cache, collector)] * self._model.config.n_layer
+        (logits,) = self._step(tokens_T, slice(start, end), prompt, keep)
+        self._kernels.bind(1)
+        cache.advance(len(tokens_T))
+        if collector is not None:
+            collector.finish(cache.values_LBGSD[:, :, :, :end])
+        return logits
 
 
 def _qk_weight(attention: Attention) -> Tensor:

@@ -98,13 +98,22 @@ class MatvecTable:
     def matmul(self, x_BI: Tensor, start: int, end: int) -> Tensor:
         """Return x W^T for the outputs from start to end, (B, end - start), for many rows."""
         first, last = start // self._width, -(-end // self._width)
+        product = self._products(x_BI, first, last).flatten(1)
+        return product[:, start - first * self._width :][:, : end - start]
+
+    def blocks(self, x_BI: Tensor) -> Tensor:
+        """Return x W^T for many rows as a view (B, N, W), or (B, 1, O) if blocks are padded."""
+        product_BNW = self._products(x_BI, 0, self._n_blocks)
+        if self._is_padded:
+            return product_BNW.flatten(1)[:, None, : self.n_outputs]
+        return product_BNW
+
+    def _products(self, x_BI: Tensor, first: int, last: int) -> Tensor:
         rows = self._table[first * self.n_inputs : last * self.n_inputs]
         if self.dtype == torch.int8:
             rows = torch.ops.quantized.embedding_bag_byte_unpack.default(rows)
         table_NIW = rows.to(x_BI.dtype).unflatten(0, (-1, self.n_inputs))
-        product_NBW = torch.matmul(x_BI, table_NIW)
-        product = product_NBW.transpose(0, 1).flatten(1)
-        return product[:, start - first * self._width :][:, : end - start]
+        return torch.matmul(x_BI, table_NIW).transpose(0, 1)
 
     def product(self, x_BI: Tensor) -> Tensor:
         """Return x W^T, (B, O), for few rows, in the dtype of the table; float32 for int8."""

@@ -6,7 +6,6 @@ Shapes: B rows, I inputs, O outputs.
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minigpt.generation.fast.matvec import (
@@ -15,6 +14,7 @@ from minigpt.generation.fast.matvec import (
     has_matvec_kernels,
     has_slow_matvec,
 )
+from minigpt.generation.fast.prompts import linear
 from minigpt.generation.fast.quantize import WeightOnlyLinear
 from minigpt.model.device import has_fast_bfloat16
 
@@ -22,27 +22,30 @@ _MAX_ROWS_OF_FAST_MATMUL = 4  # where a matmul is slow for very few rows only
 
 
 class Product:
-    """Linear layers of the same input, with their outputs side by side: by their own forward."""
+    """Linear layers of the same input, with their outputs side by side: each by itself."""
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         self._layers = layers
 
     def write(self, x_BI: Tensor, out_BO: Tensor) -> None:
         """Write the outputs."""
-        torch.cat([self._apply(layer, x_BI) for layer in self._layers], dim=1, out=out_BO)
+        torch.cat([self.apply(layer, x_BI) for layer in self._layers], dim=1, out=out_BO)
 
     def add(self, x_BI: Tensor, out_BO: Tensor) -> None:
         """Add the outputs."""
         for layer in self._layers:
-            out_BO.add_(self._apply(layer, x_BI))
+            out_BO.add_(self.apply(layer, x_BI))
 
-    def _apply(self, layer: nn.Module, x_BI: Tensor) -> Tensor:
-        product: Tensor
-        product = F.linear(x_BI, layer.weight) if isinstance(layer, nn.Embedding) else layer(x_BI)
+    @staticmethod
+    def apply(layer: nn.Module, x_BI: Tensor) -> Tensor:
+        """Return the output of a layer."""
+        if isinstance(layer, nn.Linear | nn.Embedding):
+            return linear(x_BI, layer.weight, getattr(layer, "bias", None))
+        product: Tensor = layer(x_BI)
         return product
 
 
-def make_product(layers: Sequence[nn.Module]) -> Product:
+def make_product(layers: Sequence[nn.Module], *, copies: bool = True) -> Product:
     """Return the fastest product of these layers for a few rows on this CPU.
 
     Where embedding_bag has fast kernels (x86), tables serve int8, bfloat16, and float32 if MKL is
@@ -50,26 +53,29 @@ def make_product(layers: Sequence[nn.Module]) -> Product:
     could let the same seed sample other tokens on a busy machine.
 
     Args: layers, all nn.Linear or all WeightOnlyLinear; or one nn.Embedding, which is transposed
-        (tied embeddings).
+        (tied embeddings); copies, whether to copy weights that were not laid out by
+        ``join_weights``.
     """
     bias_O = _concatenated([getattr(layer, "bias", None) for layer in layers])
     quantized = [layer for layer in layers if isinstance(layer, WeightOnlyLinear)]
     if quantized:
         table = quantized[0].table
         if table is None:
-            if not has_matvec_kernels(quantized[0].weight.device):
+            if not copies or not has_matvec_kernels(quantized[0].weight.device):
                 return Product(quantized)
             table = MatvecTable(*[layer.weight for layer in quantized])
         scale_O = _concatenated([layer.scale for layer in quantized])
         is_as_wide = table.dtype == quantized[0].dtype
         max_rows = max_table_rows(table.dtype) if is_as_wide else MAX_ROWS
-        return TableProduct(table, quantized, scale_O, bias_O, max_rows)
+        return TableProduct(table, scale_O, bias_O, max_rows)
     weights = _weights(layers)
     max_rows = max_table_rows(weights[0].dtype)
-    if max_rows:
-        return TableProduct(MatvecTable(*weights), layers, bias_O=bias_O, max_rows=max_rows)
+    if max_rows and copies:
+        return TableProduct(MatvecTable(*weights), bias_O=bias_O, max_rows=max_rows)
     weight_IO = _transposed_view(weights)
     if weight_IO is None:
+        if not copies:
+            return Product(layers)
         weight_IO = torch.cat([weight.detach().t() for weight in weights], dim=1)
     return MatrixProduct(weight_IO, bias_O)
 
@@ -156,36 +162,37 @@ class MatrixProduct(Product):
 
 
 class TableProduct(Product):
-    """A table for few rows, and the layers themselves for many.
-
-    Layers share the table, and have no other copy of their weights, once they are prepared.
-    """
+    """A table, read once per row for few rows, and multiplied block by block for many."""
 
     def __init__(
         self,
         table: MatvecTable,
-        layers: Sequence[nn.Module],
         scale_O: Tensor | None = None,
         bias_O: Tensor | None = None,
         max_rows: int = MAX_ROWS,
     ) -> None:
-        super().__init__(layers)
         self.table, self.max_rows = table, max_rows
-        # A product is always bias + sums * scale, in one call.
-        self._scale_O = torch.ones(1, dtype=table.dtype) if scale_O is None else scale_O
-        self._bias_O = self._scale_O.new_zeros(1) if bias_O is None else bias_O
+        # A product is always bias + sums * scale, in one call, which is slow for two scalars.
+        no_scale = torch.ones(table.n_outputs, dtype=table.dtype)
+        self._scale_O = no_scale if scale_O is None else scale_O
+        self._bias_O = torch.zeros_like(self._scale_O) if bias_O is None else bias_O
         self._has_bias = bias_O is not None
 
     def write(self, x_BI: Tensor, out_BO: Tensor) -> None:
-        if len(x_BI) > self.max_rows:
-            super().write(x_BI, out_BO)
-        else:
-            torch.addcmul(self._bias_O, self.table.product(x_BI), self._scale_O, out=out_BO)
+        bias, sums, scale, out = self._terms(x_BI, out_BO)
+        torch.addcmul(bias, sums, scale, out=out)
 
     def add(self, x_BI: Tensor, out_BO: Tensor) -> None:
-        if len(x_BI) > self.max_rows:
-            super().add(x_BI, out_BO)
-            return
-        out_BO.addcmul_(self.table.product(x_BI), self._scale_O)
+        _, sums, scale, out = self._terms(x_BI, out_BO)
+        out.addcmul_(sums, scale)
         if self._has_bias:
             out_BO.add_(self._bias_O)
+
+    def _terms(self, x_BI: Tensor, out_BO: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return bias, sums, scale and a view of the outputs, in shapes that fit each other."""
+        if len(x_BI) <= self.max_rows:
+            return self._bias_O, self.table.product(x_BI), self._scale_O, out_BO
+        sums = self.table.blocks(x_BI)
+        shape = sums.shape[1:]
+        bias, scale = self._bias_O.view(shape), self._scale_O.view(shape)
+        return bias, sums, scale, out_BO.unflatten(1, shape)

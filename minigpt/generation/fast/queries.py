@@ -9,9 +9,8 @@ Shapes: B queries, S positions in view of the last query, C model dim, V vocabul
 G key/value heads, R = H / G, D head dim.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,6 @@ from minigpt.generation.fast.decode_step import Attend, DecodeStep, Function
 from minigpt.generation.fast.eager import EagerKernels
 from minigpt.generation.fast.matvec import MAX_ROWS
 from minigpt.generation.fast.products import Product
-from minigpt.generation.fast.prompts import linear
 from minigpt.model.attention import Attention
 from minigpt.model.cache import KVCache
 from minigpt.model.gpt import GPT
@@ -73,7 +71,7 @@ class QueryStep:
 
     def __init__(self, model: GPT) -> None:
         """Args: model, supported by the fast ring, whose score is a dot product."""
-        self._kernels = QueryKernels(model)
+        self._kernels = QueryKernels(model, copies=False)
         self._step = DecodeStep(model, self._kernels, "nothing")
         self._n_rows = 1
 
@@ -90,41 +88,18 @@ class QueryStep:
         return logits.float()
 
 
-class LayerProduct(Product):
-    """Linear layers of the same input, by their own forward or oneDNN's product."""
-
-    def apply(self, layer: nn.Module, x_BI: Tensor) -> Tensor:
-        """Return the output of one of the layers."""
-        if isinstance(layer, nn.Linear | nn.Embedding):
-            return linear(x_BI, layer.weight, getattr(layer, "bias", None))
-        return super()._apply(layer, x_BI)
-
-    _apply = apply
-
-
 class QueryKernels(EagerKernels):
     """Eager kernels for queries that share keys and values."""
 
-    # With many rows, a layer's own product is the fastest, and needs no copy of its weights.
-    product = staticmethod(LayerProduct)
-
     def embed(self, tokens: Tensor, position: Hidden) -> Tensor:  # type: ignore[override]
-        return super().embed(tokens, position.positions_B)  # type: ignore[arg-type]
+        return super().embed(tokens, position.positions_B)
 
-    def rotary(self, position: Hidden) -> Sequence[tuple[Tensor, Tensor] | None]:  # type: ignore[override]
-        n_layer = self._model.config.n_layer
-        if self._model.config.family == "gpt2":
-            return [None] * n_layer
-        cos, sin = self._cos_PD[position.positions_B], self._sin_PD[position.positions_B]
-        cos_B1D, sin_B1D = cos[:, None], sin[:, None]
-        if self._qk_weights is None:
-            return [(cos_B1D, sin_B1D)] * n_layer
-        own, crossed = self._qk_weights
-        return [(a * cos_B1D, b * sin_B1D) for a, b in zip(own, crossed, strict=True)]
+    def rotary(self, position: Hidden) -> Iterable[tuple[Tensor, Tensor] | None]:  # type: ignore[override]
+        return super().rotary(position.positions_B)
 
     def unembed(self, module: nn.Module) -> Function:
         # The logits of many rows are the largest tensor of all: they are not copied to a buffer.
-        return partial(LayerProduct([module]).apply, module)
+        return lambda normed_BC: Product.apply(module, normed_BC)
 
     def attention(self, module: Attention) -> Attend:
         project, scale = self.projection(module), module.d_head**-0.5
