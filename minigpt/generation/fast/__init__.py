@@ -10,6 +10,7 @@ from torch import nn
 from minigpt.errors import ConfigError, MinigptWarning, ResourceError
 from minigpt.generation.fast.compiled import CompiledForward, is_cached
 from minigpt.generation.fast.eager import EagerForward
+from minigpt.generation.fast.idle import allow_idle_steps
 from minigpt.generation.fast.products import join_weights, max_table_rows
 from minigpt.generation.fast.prompts import use_prompt_linears
 from minigpt.generation.fast.quantize import WeightOnlyEmbedding, hold_weights_apart
@@ -78,6 +79,7 @@ def prepare_for_decoding(model: LanguageModel, *, compiles: bool = False) -> Non
     """
     if not supports(model, compiles=compiles):
         return
+    allow_idle_steps(model)
     if compiles:
         for weight in model.parameters():
             weight.data = weight.data.contiguous()

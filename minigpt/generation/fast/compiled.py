@@ -17,7 +17,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,10 @@ from torch import Tensor
 from minigpt.errors import ConfigError, ResourceError
 from minigpt.fields import round_up
 from minigpt.generation.fast import decode_step, graph, nodes, toolchain
-from minigpt.generation.fast.decode_step import DecodeStep, StepForward
+from minigpt.generation.fast.decode_step import Shown, StepForward
 from minigpt.generation.fast.eager import EagerKernels, PromptStep
 from minigpt.generation.fast.graph import GraphStep
+from minigpt.generation.fast.idle import borrow, was_made
 from minigpt.generation.fast.packages import cached_package, find_package
 from minigpt.model import layers
 from minigpt.model.attention import Recorder
@@ -86,16 +87,9 @@ class CompiledForward(StepForward):
         self.cache.values_LBGSD.zero_()
         # One graph serves with and without a trace; on CUDA, what is not needed would cost kernels.
         shown = decode_step.shown_to(recorder) if model.device.type == "cuda" else "residual"
-        self._run = load_step(
-            GraphStep(model, shown),
-            cache_dtype=self.cache.keys_LBGSD.dtype,
-            is_batch=n_rows > 1,
-        )
-        if model.device.type == "cpu":
-            with torch.no_grad():
-                kernels = EagerKernels(model, copies=False)
-                step = DecodeStep(model, kernels, "nothing")
-            self._prompt = PromptStep(model, kernels, step)
+        kind = _kind(shown, is_batch=n_rows > 1)
+        make = partial(_make_step, model, shown, is_batch=n_rows > 1)
+        self._run, self._prompt = borrow(self, model, kind, make)
         self._bind()
 
     def _bind(self) -> None:
@@ -155,11 +149,24 @@ class CompiledForward(StepForward):
         return cuda_graph, outputs
 
 
+def _kind(shown: Shown = "residual", *, is_batch: bool = False) -> tuple[Any, ...]:
+    return "graph", shown, is_batch, torch.get_num_threads()
+
+
+def _make_step(model: GPT, shown: Shown, *, is_batch: bool) -> tuple[Run, PromptStep | None]:
+    run = load_step(GraphStep(model, shown), cache_dtype=model.dtype, is_batch=is_batch)
+    if model.device.type != "cpu":
+        return run, None
+    return run, PromptStep(model, EagerKernels(model, copies=False), "nothing")
+
+
 def is_cached(model: GPT) -> bool:
-    """Return whether the package of a model's step is in the cache.
+    """Return whether the package of a model's step is loaded or in the cache.
 
     It is not for a model whose weights were prepared for eager decoding.
     """
+    if was_made(model, _kind()):
+        return True
     return find_package(package_key(model)) is not None
 
 

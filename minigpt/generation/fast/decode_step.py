@@ -154,11 +154,11 @@ class StepForward(PlainForward):
             self.keep([0])
         if n_rows < self.cache.n_rows:  # the cache repeats the last row
             tokens = torch.cat((tokens, tokens[-1:].expand(self.cache.n_rows - n_rows, -1)))
+        start, end = self.model.positions_of(tokens, self.cache)
         if n_new > 1:
             if self._prompt is None or self.cache.n_rows > 1:
                 return super().feed(tokens)[:n_rows]
             return self._prompt(tokens[0], self.cache, self.recorder).float()
-        start, end = self.model.positions_of(tokens, self.cache)
         self.cache.require_room(end)
         logits, *attention = self._decode(tokens[:, 0], start)
         self.cache.advance(1)

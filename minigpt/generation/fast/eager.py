@@ -20,9 +20,11 @@ from minigpt.generation.fast.decode_step import (
     Attend,
     DecodeStep,
     Function,
+    Shown,
     StepForward,
     shown_to,
 )
+from minigpt.generation.fast.idle import borrow
 from minigpt.generation.fast.products import make_product
 from minigpt.model.attention import Attention, PassCollector, Recorder, attend
 from minigpt.model.cache import KVCache
@@ -37,10 +39,11 @@ class EagerForward(StepForward):
     def __init__(self, model: GPT, *, capacity: int, recorder: Recorder | None = None) -> None:
         """Args: capacity, the number of positions that the cache has room for."""
         super().__init__(model, capacity=capacity, recorder=recorder)
-        with torch.no_grad():
-            self._kernels = EagerKernels(model)
-            self._step = DecodeStep(model, self._kernels, shown_to(recorder))
-        self._prompt = PromptStep(model, self._kernels, self._step)
+        shown = shown_to(recorder)
+        self._prompt = borrow(
+            self, model, ("eager", shown), lambda: PromptStep(model, EagerKernels(model), shown)
+        )
+        self._step, self._kernels = self._prompt.step, self._prompt.kernels
 
     def _bind(self) -> None:
         self._kernels.bind(self.cache.n_rows)
@@ -54,12 +57,15 @@ class EagerKernels:
 
     def __init__(self, model: GPT, *, copies: bool = True) -> None:
         """Args: copies, as for ``make_product``."""
-        self._model, config = model, model.config
+        self._config = config = model.config
+        self._dtype, self._embedding = model.dtype, model.embedding
         self.product = partial(make_product, copies=copies)
         self._zero = torch.zeros(1, 1, 1)
         self._signs = torch.tensor([-1.0, 1.0], dtype=model.dtype)[:, None]
         self._qk_weights: tuple[Tensor, Tensor] | None = None
-        if config.family == "llama":
+        if config.family == "gpt2":
+            self._positions = model.positions
+        else:
             self._cos_PD = torch.cat((model.rotary_cos, model.rotary_cos), dim=1)
             self._sin_PD = torch.cat((model.rotary_sin, model.rotary_sin), dim=1)
         if config.qk_norm:
@@ -70,7 +76,7 @@ class EagerKernels:
 
     def bind(self, n_rows: int) -> None:
         """Make the buffers for a number of rows."""
-        config, dtype = self._model.config, self._model.dtype
+        self.n_rows, config, dtype = n_rows, self._config, self._dtype
         n_query, n_key, d_head = config.n_head, config.n_kv_head, config.d_head
         # The residual stream x, with room for -x beside it.
         self._both_B2C = torch.empty(n_rows, 2 * config.d_model, dtype=dtype)
@@ -88,9 +94,9 @@ class EagerKernels:
         self._both_qk = torch.empty(n_rows, n_query + n_key, 2, d_head, dtype=dtype)  # -x, x
 
     def embed(self, tokens: Tensor, position: int | slice | Tensor) -> Tensor:
-        embedded = self._model.embedding(tokens)
-        if self._model.config.family == "gpt2":
-            return torch.add(embedded, self._model.positions.weight[position], out=self._x_BC)
+        embedded = self._embedding(tokens)
+        if self._config.family == "gpt2":
+            return torch.add(embedded, self._positions.weight[position], out=self._x_BC)
         return self._x_BC.copy_(embedded)
 
     def rotary(self, position: int | slice | Tensor) -> Iterable[tuple[Tensor, Tensor] | None]:
@@ -98,8 +104,8 @@ class EagerKernels:
 
         sin is for the second half of -x and the first half of x.
         """
-        n_layer = self._model.config.n_layer
-        if self._model.config.family == "gpt2":
+        n_layer = self._config.n_layer
+        if self._config.family == "gpt2":
             return [None] * n_layer
         cos, sin = self._cos_PD[position], self._sin_PD[position]
         if not isinstance(position, int):  # for all heads of each row
@@ -202,7 +208,7 @@ class EagerKernels:
         collector = prompt.collector
         if collector is not None:
             q_BHTD = q_BHTD.clone()  # it may keep them, and the next layer overwrites the buffer
-        if module.layer < self._model.config.n_layer - 1:
+        if module.layer < self._config.n_layer - 1:
             context_BHTD = attend(module.score, q_BHTD, k_BGSD, v_BGSD, None, collector)
         else:
             weights_BHTS = module.score.weights(q_BHTD[:, :, -1:], k_BGSD)
@@ -251,7 +257,7 @@ class EagerKernels:
         def unembed(normed_BC: Tensor) -> Tensor:
             nonlocal logits
             if len(logits) != len(normed_BC):
-                logits = normed_BC.new_empty(len(normed_BC), self._model.config.vocab_size)
+                logits = normed_BC.new_empty(len(normed_BC), self._config.vocab_size)
             product.write(normed_BC, logits)
             return logits
 
@@ -268,28 +274,32 @@ class Prompt:
 
 
 class PromptStep:
-    """A decode step for several new tokens of one row, which are the rows of its products.
+    """A decode step that also takes several new tokens of one row, as rows of its products.
 
     In the last layer, only the last token's attention and MLP are computed.
     """
 
-    def __init__(self, model: GPT, kernels: EagerKernels, step: DecodeStep) -> None:
-        """Args: kernels, bound to one row, and step, made of them."""
-        self._model, self._kernels, self._step = model, kernels, step
+    def __init__(self, model: GPT, kernels: EagerKernels, shown: Shown) -> None:
+        """Args: kernels, bound to one row."""
+        with torch.no_grad():
+            self.step = DecodeStep(model, kernels, shown)
+        self.kernels, self._n_layer = kernels, model.config.n_layer
 
     def __call__(self, tokens_T: Tensor, cache: KVCache, recorder: Recorder | None) -> Tensor:
         """Append tokens (T,) to a cache of one row; return the logits (1, V) after them."""
-        start, end = self._model.positions_of(tokens_T[None], cache)
+        start, end = cache.length, cache.length + len(tokens_T)
         collector = None if recorder is None else PassCollector(recorder, len(tokens_T))
 
         def keep(x_TC: Tensor) -> None:
             if collector is not None:
                 collector.add_residual(x_TC[None])
 
-        self._kernels.bind(len(tokens_T))
-        prompt = [Prompt(cache, collector)] * self._model.config.n_layer
-        (logits,) = self._step(tokens_T, slice(start, end), prompt, keep)
-        self._kernels.bind(1)
+        self.kernels.bind(len(tokens_T))
+        try:
+            prompt = [Prompt(cache, collector)] * self._n_layer
+            (logits,) = self.step(tokens_T, slice(start, end), prompt, keep)
+        finally:
+            self.kernels.bind(1)
         cache.advance(len(tokens_T))
         if collector is not None:
             collector.finish(cache.values_LBGSD[:, :, :, :end])

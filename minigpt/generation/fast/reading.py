@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from minigpt.checkpoint.model_folder import placed
 from minigpt.config import ModelConfig
 from minigpt.generation.fast import is_compiled, joined_layers
+from minigpt.generation.fast.idle import allow_idle_steps
 from minigpt.generation.fast.matvec import has_matvec_kernels
 from minigpt.generation.fast.products import join_weights, max_table_rows
 from minigpt.generation.fast.prompts import use_prompt_linears
@@ -102,6 +103,8 @@ class WeightReader:
         _set_mmap_threshold(_LARGEST_MMAP_THRESHOLD)
         if self._compiles:
             use_prompt_linears(model)
+        if self._joins or self._compiles:
+            allow_idle_steps(model)
         for name, kept in self._layers.items():
             layer = model.get_submodule(name)
             if not isinstance(kept, WeightOnlyLinear):
