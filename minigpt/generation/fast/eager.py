@@ -44,6 +44,8 @@ class EagerForward(StepForward):
             self, model, ("eager", shown), lambda: PromptStep(model, EagerKernels(model), shown)
         )
         self._step, self._kernels = self._prompt.step, self._prompt.kernels
+        if self._kernels.n_rows > 1:  # of the decoder before
+            self._bind()
 
     def _bind(self) -> None:
         self._kernels.bind(self.cache.n_rows)
