@@ -213,18 +213,18 @@ class EagerKernels:
         if module.layer < self._config.n_layer - 1:
             context_BHTD = attend(module.score, q_BHTD, k_BGSD, v_BGSD, None, collector)
         else:
+            self._keep_last()
             weights_BHTS = module.score.weights(q_BHTD[:, :, -1:], k_BGSD)
             context_BHTD = weighted_sum(weights_BHTS, v_BGSD)
             if collector is not None:
                 collector.add(q_BHTD, k_BGSD, v_BGSD, context_BHTD, weights_BHTS)
         return context_BHTD[0].transpose(0, 1).flatten(1)
 
-    def _keep_last(self) -> Tensor:
-        """Go on with the last row; return its residual stream."""
+    def _keep_last(self) -> None:
+        """Go on with the residual stream of the last row."""
         self._both_B2C, self._hidden = self._both_B2C[-1:], self._hidden[-1:]
         self._x_BC, self._minus_x_BC = self._both_B2C.chunk(2, dim=1)
         self._gate_and_up = self._hidden.chunk(2, dim=1)
-        return self._x_BC
 
     def hidden(self, module: MLP | GatedMLP) -> Function:
         activation, is_gated = module.activation, isinstance(module, GatedMLP)
@@ -243,11 +243,9 @@ class EagerKernels:
     def add(self, module: nn.Module) -> Add:
         product = self.product([module])
 
-        def add(x_BC: Tensor, branch: Tensor) -> Tensor:
-            if len(branch) < len(x_BC):
-                x_BC = self._keep_last()
-            product.add(branch, x_BC)
-            return x_BC
+        def add(_: Tensor, branch: Tensor) -> Tensor:
+            product.add(branch, self._x_BC)
+            return self._x_BC
 
         return add
 
