@@ -40,14 +40,15 @@ def test_the_step_of_a_decoder_that_is_gone_serves_the_next_one() -> None:
         assert torch.equal(beside.feed(part), logits)
 
 
-def test_a_model_that_was_not_prepared_may_change_between_decoders() -> None:
-    model, tokens = small_model("qwen3"), random_tokens(1, 7)
+@pytest.mark.parametrize("is_prepared", [False, True])
+def test_parameters_may_change_between_decoders(is_prepared: bool) -> None:
+    model, tokens = prepared() if is_prepared else small_model("qwen3"), random_tokens(1, 7)
     EagerForward(model, capacity=9).feed(tokens)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.5)
     expected = PlainForward(model, capacity=9).feed(tokens)
-    torch.testing.assert_close(EagerForward(model, capacity=9).feed(tokens), expected)
+    assert_near(EagerForward(model, capacity=9).feed(tokens), expected)
 
 
 def test_idle_steps_do_not_keep_their_model() -> None:

@@ -30,7 +30,7 @@ from minigpt.generation.fast import decode_step, graph, nodes, toolchain
 from minigpt.generation.fast.decode_step import Shown, StepForward
 from minigpt.generation.fast.eager import EagerKernels, PromptStep
 from minigpt.generation.fast.graph import GraphStep
-from minigpt.generation.fast.idle import borrow, was_made
+from minigpt.generation.fast.idle import borrow, has_idle_step
 from minigpt.generation.fast.packages import cached_package, find_package
 from minigpt.model import layers
 from minigpt.model.attention import Recorder
@@ -161,13 +161,11 @@ def _make_step(model: GPT, shown: Shown, *, is_batch: bool) -> tuple[Run, Prompt
 
 
 def is_cached(model: GPT) -> bool:
-    """Return whether the package of a model's step is loaded or in the cache.
+    """Return whether the package of a model's step is idle or in the cache.
 
     It is not for a model whose weights were prepared for eager decoding.
     """
-    if was_made(model, _kind()):
-        return True
-    return find_package(package_key(model)) is not None
+    return has_idle_step(model, _kind()) or find_package(package_key(model)) is not None
 
 
 def package_key(model: GPT) -> str:

@@ -3,20 +3,33 @@
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
+
+from torch import Tensor
 
 from minigpt.model.language_model import LanguageModel
 
 Step = TypeVar("Step")
 
-_idle: weakref.WeakKeyDictionary[LanguageModel, defaultdict[Hashable, list[Any]]] = (
-    weakref.WeakKeyDictionary()
-)
+
+@dataclass(frozen=True)
+class _Idle:
+    parameters: list[Tensor]
+    steps: defaultdict[Hashable, list[Any]] = field(default_factory=lambda: defaultdict(list))
+
+    def of(self, kind: Hashable) -> list[Any]:
+        """Return the steps of a kind that were made for the parameters as they are now."""
+        versions = tuple(0 if p.is_inference() else p._version for p in self.parameters)
+        return self.steps[kind, versions]
+
+
+_idle: weakref.WeakKeyDictionary[LanguageModel, _Idle] = weakref.WeakKeyDictionary()
 
 
 def allow_idle_steps(model: LanguageModel) -> None:
-    """Keep the decode steps of a model, whose weights no longer change, for its next decoder."""
-    _idle[model] = defaultdict(list)
+    """Keep the decode steps of a model that was prepared for decoding for its next decoder."""
+    _idle[model] = _Idle(list(model.parameters()))
 
 
 def borrow(user: object, model: LanguageModel, kind: Hashable, make: Callable[[], Step]) -> Step:
@@ -26,12 +39,12 @@ def borrow(user: object, model: LanguageModel, kind: Hashable, make: Callable[[]
     """
     if model not in _idle:
         return make()
-    steps = _idle[model][kind]
+    steps = _idle[model].of(kind)
     step: Step = steps.pop() if steps else make()
     weakref.finalize(user, steps.append, step).atexit = False
     return step
 
 
-def was_made(model: LanguageModel, kind: Hashable) -> bool:
-    """Return whether a step of this kind was made and kept."""
-    return kind in _idle.get(model, {})
+def has_idle_step(model: LanguageModel, kind: Hashable) -> bool:
+    """Return whether a step of this kind is idle."""
+    return model in _idle and bool(_idle[model].of(kind))
