@@ -246,6 +246,21 @@ def test_a_model_without_tokenizer_or_with_a_nan_loss_is_refused(run: Run, tmp_p
     assert re.match(r"error: .* is nan: its weights are damaged", error)
 
 
+def test_a_changed_byte_of_the_weights_is_refused(run: Run, tmp_path: Path) -> None:
+    best = RunFolder(Path("checkpoints/tiny")).best()
+    assert best is not None
+    folder = shutil.copytree(best.folder, tmp_path / "copy")
+    assert evaluated(run, "corpus.txt", "--model", str(folder))["nats_per_token"] > 0
+    with (folder / "model.safetensors").open("rb+") as file:
+        file.seek(-3, 2)
+        byte = file.read(1)[0]
+        file.seek(-3, 2)
+        file.write(bytes([byte ^ 1]))
+    refused = run("evaluate", "corpus.txt", "--model", str(folder))
+    assert refused.code == 4
+    assert "'model.safetensors' has changed" in error_line(refused)
+
+
 def test_a_hostile_name_cannot_steer_a_terminal(run: Run, tmp_path: Path) -> None:
     name = str(tmp_path / "a\x1b[2J\nb.txt")
     shutil.copy("corpus.txt", name)

@@ -13,6 +13,7 @@ from rich.text import Text
 from torch import Tensor
 
 from minigpt.checkpoint.folder import CONFIG_FILE
+from minigpt.checkpoint.manifest import MANIFEST, verify
 from minigpt.checkpoint.resolve import resolve_model
 from minigpt.commands.display.progress import ProgressLine
 from minigpt.commands.evaluate import EvaluationConfig
@@ -46,6 +47,8 @@ def measure(
     device = resolve_device(source.device)
     dtype = inference_dtype(config.dtype, device)
     folder = resolve_model(source.model)
+    if (folder / MANIFEST).is_file():  # a number is to be of the weights that were saved
+        verify(folder, hashes=True)
     text, val_fraction = _text(config, folder)
     # As while training: weights in float32, and autocast to the dtype.
     loaded = load(folder, device=device.type, dtype="float32", quantize=source.quantize)
