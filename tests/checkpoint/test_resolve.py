@@ -4,7 +4,9 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from run_steps import assert_holds, write_step
+from safetensors.torch import save_file
 
 from minigpt.checkpoint import resolve
 from minigpt.checkpoint.folder import RunFolder
@@ -71,6 +73,32 @@ def test_error_for_an_unknown_name_suggests_the_nearest_run(run: RunFolder, tmp_
         assert len(str(caught.value)) < 400
     with pytest.raises(CheckpointError, match=r"there is no model 'x' .*`minigpt train`"):
         resolve_model("x", tmp_path / "nowhere")
+
+
+def test_a_file_of_another_format_is_named_with_a_remedy(tmp_path: Path) -> None:
+    save_file({"x": torch.zeros(2)}, tmp_path / "alone.safetensors")
+    files = {
+        "m.gguf": b"GGUF\3\0\0\0",
+        "blob": b"GGUF",
+        "tf_model.h5": b"\x89HDF",
+        "a.txt": b"hello",
+    }
+    (tmp_path / "folder").mkdir()
+    for name, data in (files | {"folder/m.gguf": b"GGUF"}).items():
+        (tmp_path / name).write_bytes(data)
+    for name, says in {
+        "m.gguf": "m.gguf' is a GGUF file, .* gguf_file=",
+        "blob": "blob' is a GGUF file",
+        "folder": "folder/m.gguf' is a GGUF file",
+        "alone.safetensors": "alone.safetensors' is a file of weights alone. .*config.json",
+        "tf_model.h5": "tf_model.h5' has weights of another framework",
+        "a.txt": "a.txt' is not a folder",
+    }.items():
+        with pytest.raises(CheckpointError, match=says):
+            resolve_model(str(tmp_path / name), tmp_path / "nowhere")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="Name the model's folder"):
+        resolve_model(str(tmp_path / "alone.safetensors"), tmp_path / "nowhere")
 
 
 def test_unfinished_model_is_not_listed(run: RunFolder) -> None:

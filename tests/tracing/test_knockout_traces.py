@@ -7,6 +7,7 @@ import pytest
 import torch
 from knocking_out import check_cause, last_query_without
 from small_models import small_model
+from small_traces import small_trace
 
 from minigpt.config import SamplingConfig
 from minigpt.generation.fast import compiled
@@ -14,6 +15,7 @@ from minigpt.generation.fast.quantize import quantize_int8
 from minigpt.model.gpt import GPT
 from minigpt.text.tokenizer import BytesTokenizer
 from minigpt.tracing.analysis.knockout import choose_controls
+from minigpt.tracing.analysis.lines import header_lines
 from minigpt.tracing.analysis.tally import rank_correlation
 from minigpt.tracing.analysis_config import AnalysisConfig, Knockout
 from minigpt.tracing.findings import TraceFooter, TraceStep
@@ -200,3 +202,16 @@ def test_positions_are_knocked_out_of_the_queries_of_the_prompt_too(n_tokens: in
                 with last_query_without(position, "key"):
                     without = model(seen)[0, -1].log_softmax(dim=0)[step.token.id]
                 assert change == pytest.approx((without - whole).item(), abs=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("n", "says"),
+    [
+        (1, "the strongest source of each token is knocked out, and a control near it ("),
+        (2, "the 2 strongest sources of each token are knocked out, and a control near each ("),
+    ],
+)
+def test_the_header_says_how_many_sources_are_knocked_out(n: int, says: str) -> None:
+    header = small_trace("abcd", max_new_tokens=1, n_verified=n).header
+    lines = header_lines(header, 200)
+    assert says in "".join(part for line in lines for part, _ in line)

@@ -30,6 +30,7 @@ from minigpt.checkpoint.model_folder import (
 from minigpt.checkpoint.published_models import canonical_names
 from minigpt.checkpoint.stored_tensors import DTYPES, stored_tensors
 from minigpt.checkpoint.tokenizer_json import tokenizer_from_json
+from minigpt.checkpoint.tools.refusals import other_format
 from minigpt.checkpoint.tools.weight_files import INDEX, shard_names
 from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError, ConfigError, DataError, cut
@@ -121,6 +122,8 @@ def _load(path: Path) -> Any:
                 f"{str(path)!r} asks to run {cut(asked[1])} when it is opened. Nothing was run: "
                 "only tensors and plain values are read. Save the state_dict of the model alone."
             ) from None
+        if what := other_format(path):
+            raise CheckpointError(f"{str(path)!r} {what}") from None
         raise CheckpointError(
             f"{str(path)!r} is not a complete file of torch.save ({type(error).__name__}). "
             "Write or download it again."

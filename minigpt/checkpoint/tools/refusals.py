@@ -12,9 +12,35 @@ from minigpt.checkpoint.manifest import verify
 from minigpt.checkpoint.resolve import names_in, remedy
 from minigpt.checkpoint.tools.hub import HUB_NAME
 from minigpt.errors import CheckpointError, MinigptWarning
-from minigpt.files import resource_errors
+from minigpt.files import open_regular, resource_errors
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://(?P<host>[^/]*)/?")
+
+
+def other_format(path: Path) -> str:
+    """Return what a file of weights in another format is, and the remedy; "" if it is none."""
+    try:
+        with open_regular(path) as file:
+            start = file.read(9)
+    except OSError:
+        return ""
+    if start.startswith(b"GGUF"):
+        return (
+            "is a GGUF file, which minigpt writes and does not read. Take the Hugging Face folder "
+            "that it was made from, or make one with transformers: from_pretrained(FOLDER, "
+            "gguf_file=NAME) of AutoModelForCausalLM and AutoTokenizer, then save_pretrained."
+        )
+    if path.suffix == ".safetensors" and start[8:] == b"{":
+        return (
+            "is a file of weights alone. Name a folder that has it as model.safetensors, with its "
+            "config.json and tokenizer.json."
+        )
+    if path.suffix in (".h5", ".msgpack", ".onnx", ".tflite"):
+        return (
+            "has weights of another framework. Download the model.safetensors of this model, or "
+            "save it with transformers."
+        )
+    return ""
 
 
 def no_model(spec: str, places: Sequence[Path], root: Path) -> CheckpointError:
@@ -46,9 +72,13 @@ def no_model(spec: str, places: Sequence[Path], root: Path) -> CheckpointError:
                     "from it, which runs none: `minigpt checkpoints import "
                     f"{shlex.quote(str(pickles[0]))} NEW_FOLDER`."
                 )
+            if place.is_file() and (place.parent / "config.json").is_file():
+                advice = f"Name the model's folder: {str(place.parent)!r}."
+                return CheckpointError(f"{str(place)!r} is not a folder. {advice}")
+            others = sorted(place.glob("*.gguf")) if os.path.isdir(place) else [place]
+            if others and (what := other_format(others[0])):
+                return CheckpointError(f"{str(others[0])!r} {what}")
             if not os.path.isdir(place):
-                if (place.parent / "config.json").is_file():
-                    advice = f"Name the model's folder: {str(place.parent)!r}."
                 return CheckpointError(f"{str(place)!r} is not a folder. {advice}")
             if (place / "adapter_config.json").is_file():
                 return CheckpointError(

@@ -10,6 +10,7 @@ from minigpt.commands.attention_trace.files import FileOutput, check_files
 from minigpt.commands.attention_trace.targets import Targets
 from minigpt.console import make_console, write_result
 from minigpt.errors import DataError
+from minigpt.format import count
 from minigpt.styles import print_lines
 from minigpt.tracing.analysis.dense import with_rows_of
 from minigpt.tracing.analysis.diff import StepDiff, diff_traces
@@ -120,8 +121,8 @@ def _summary(diffs: list[StepDiff], is_weight: bool) -> str:
     n_changed = sum(diff.first_token != diff.second_token for diff in diffs)
     differ = f"{moved} of the attention moved" if is_weight else f"the rows differ by {moved}"
     return (
-        f"{len(diffs)} tokens: on average, {differ} and the "
-        f"Jensen-Shannon divergence is {divergence:.3f} bits; {n_changed} tokens have another "
+        f"{count(len(diffs), 'token')}: on average, {differ} and the "
+        f"Jensen-Shannon divergence is {divergence:.3f} bits; {n_changed} changed their "
         "strongest source."
     )
 

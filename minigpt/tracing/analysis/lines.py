@@ -45,10 +45,14 @@ def header_lines(header: TraceHeader, width: int) -> list[Line]:
                 "largest changes of its ln p"
             )
         else:
+            n = header.n_verified
+            sources, near = f"the {n} strongest sources of each token are", "each"
+            if n == 1:
+                sources, near = "the strongest source of each token is", "it"
             text = (
-                f"the {header.n_verified} strongest sources of each token are {how}, and a control "
-                f"near each ({KNOCKOUTS[header.knockout]}); below a token, the change of ln p "
-                "without a source vs without its control, and with the sources and the sink alone"
+                f"{sources} {how}, and a control near {near} ({KNOCKOUTS[header.knockout]}); below "
+                "a token, the change of ln p without a source vs without its control, and with "
+                "the sources and the sink alone"
             )
         lines += wrapped(text, width, label="verify   ")
     return lines

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from minigpt.config import SamplingConfig
 from minigpt.errors import ConfigError
+from minigpt.format import count
 from minigpt.generation.decoder import Decoder
 from minigpt.generation.forcing import continuation_ids
 from minigpt.generation.stream import TextStep
@@ -83,7 +84,7 @@ class AnalysisObserver(BurstObserver):
         if isinstance(config.sink, int) and config.sink >= max(n_prompt, 1):
             raise ConfigError(
                 f"the sink must be a position of the prompt: it is {config.sink}, and the prompt "
-                f"has {n_prompt} tokens."
+                f"has {count(n_prompt, 'token')}."
             )
         shape = model.config.n_attention_layer, model.config.n_head
         self.selection = select_heads(*shape, layers=config.layers, heads=config.heads)

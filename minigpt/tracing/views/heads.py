@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minigpt.errors import ConfigError
+from minigpt.format import count
 from minigpt.tracing.findings import ROLE_SCORES, Roles, Trace
 from minigpt.tracing.spans import SHARE_WIDTH, Line, bar, heat, percent
 from minigpt.tracing.views import DEFAULTS, ViewOptions
@@ -51,7 +52,7 @@ def show(trace: Trace, options: ViewOptions = DEFAULTS) -> list[Line]:
     caption = (
         f"Each head: {role}mean entropy in bits (0: all on one position; {max_bits:.1f}: uniform), "
         f"mean {'number' if is_signed else 'share'} on the sink (position {header.sink}), over "
-        f"{len(rows)} tokens by {rows[0].measure}."
+        f"{count(len(rows), 'token')} by {rows[0].measure}."
     )
     return [*_blocks(grid, options.width, width), [], *wrapped(caption, options.width)]
 
