@@ -156,6 +156,7 @@ def test_config_survives_the_round_trip(model: GPT) -> None:
 
 
 UNSUPPORTED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    (GPT2, {"model_type": None}, "the field model_type is missing"),
     (GPT2, {"model_type": "mamba"}, "unsupported model_type 'mamba'"),
     (GPT2, {"model_type": ["gpt2"]}, "unsupported model_type"),
     (GPT2, {"model_type": "__init__"}, "unsupported model_type '__init__'"),

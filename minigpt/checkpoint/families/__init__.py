@@ -134,6 +134,11 @@ def family_of(model_type: object) -> Family:
 
     Raises: CheckpointError if there is no file for it.
     """
+    if model_type is None:
+        raise CheckpointError(
+            "config.json: the field model_type is missing, so this may be another program's file. "
+            "Download the config.json of the model in Hugging Face's format."
+        )
     if not isinstance(model_type, str) or not has_family(model_type):
         known = [*sorted(module.name for module in iter_modules(__path__)), OWN_TYPE]
         raise CheckpointError(
