@@ -33,7 +33,6 @@ BYTES_TOKENIZER = Path(__file__).with_name("bytes_tokenizer.json")
 """The tokenizer.json of single bytes, as the tokenizers library reads it."""
 GENERATION_CONFIG = "generation_config.json"
 VOCABULARIES = "checkpoint.tokenizer_json"
-"""Ring of vocabularies other than single bytes."""
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 

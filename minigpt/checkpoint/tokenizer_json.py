@@ -45,10 +45,10 @@ def read_vocabulary(folder: Path, n_rows: int) -> Tokenizer | None:
     return tokenizer
 
 
-def token_ids(folder: Path, n_rows: int) -> Tokenizer:
+def token_ids(folder: Path, config: ModelConfig) -> Tokenizer:
     """Return what stands for the tokenizer of a model folder that has none: numbers as its text."""
-    ends = tuple(id_ for id_ in _end_of_text_ids(folder) if id_ < n_rows)
-    return TokenIdTokenizer(folder, n_rows, ends)
+    ends = tuple(id_ for id_ in _end_of_text_ids(folder) if id_ < config.vocab_size)
+    return TokenIdTokenizer(folder, config.vocab_size, ends)
 
 
 def _end_of_text_ids(folder: Path) -> tuple[int, ...]:

@@ -68,8 +68,7 @@ def load(source: ModelSource, prompt: str | None, form: PromptForm, *, n_rows: i
 
     Args: n_rows, the number of samples to decode together.
     Raises: DataError for a prompt that is empty, not text or far too long; CheckpointError for a
-        model that is missing, damaged or without a tokenizer; ConfigError for a device that is not
-        available, or a model without a chat template.
+        model that is missing or damaged; ConfigError for a device or template that is not there.
     """
     text = _read_prompt(prompt)
     templates = ring("text.chat") if form.chat else None
