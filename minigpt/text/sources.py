@@ -34,6 +34,7 @@ FORMATS = {
 """Suffixes of files whose rows are documents. A folder gives these files and TEXT_SUFFIXES."""
 
 _HEAD_BYTES = 2**16  # by which a format is recognized
+_RTF = b"{\\rtf"  # ASCII, so that nothing else refuses it
 _NAMES = {"text": "text", "jsonl": "JSONL", "json": "JSON", "csv": "CSV", "parquet": "Parquet"}
 
 
@@ -160,6 +161,11 @@ def _recognized(path: Path, name: str, data: DataConfig) -> FoundFile:
         return found
     with found.opened() as (_, unpacked):
         head = unpacked.read(_HEAD_BYTES)
+    if head.startswith(_RTF):
+        raise DataError(
+            f"{name!r} is RTF, a text with formatting codes. Save it as plain text, or give "
+            "--format text to train on the codes too."
+        )
     content = records.sniffed(head, data.encoding, is_whole=len(head) < _HEAD_BYTES)
     is_json = by_suffix in ("json", "jsonl") and content in ("json", "jsonl")
     is_open = suffix not in (*FORMATS, *TEXT_SUFFIXES)

@@ -75,6 +75,14 @@ def test_hidden_files_are_left_out_and_said() -> None:
     assert "d/.b.txt" in read(advised_glob(note))[0]
 
 
+@pytest.mark.parametrize("word", ["a.rtf", "a.txt", "*"])
+def test_rtf_is_refused_unless_its_codes_are_wanted(word: str) -> None:
+    name = "a.rtf" if word == "*" else word
+    Path(name).write_text("{\\rtf1\\ansi The owl.\\par}")
+    assert f"'{name}' is RTF" in refusal(word)
+    assert read(word, format="text")[0] == ["{\\rtf1\\ansi The owl.\\par}"]
+
+
 RUN = ("config.toml", "metrics.jsonl", "step-000005/README.md", "step-000005/config.json")
 
 
