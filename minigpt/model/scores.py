@@ -2,7 +2,7 @@
 
 A score compares queries (B, H, T, D) with keys (B, G, S, D): (B, H, T, S), float32 (float64 for
 float64 inputs), before mask and softmax. Neighbouring query heads share a key head, in groups of
-H / G. To add a score, write a subclass of ``Score`` and name it in ``config.ATTENTIONS``.
+H / G. To add a score, write a subclass of ``Score`` and name it in ``model_config.ATTENTIONS``.
 
 Shapes: B batch, H query heads, G key/value heads, T queries, S keys, D head dim.
 """
