@@ -25,7 +25,7 @@ from minigpt.training.world import to_local
 
 LARGE_TEXT = 2.0
 """Training tokens per parameter from which a text counts as large."""
-SMALL_TEXT = 0.2
+SMALL_TEXT = 0.015
 """Training tokens per parameter below which a text counts as small."""
 EVAL_SHARE = 0.1
 """Share of the arithmetic of training that evaluation may add."""
@@ -37,7 +37,7 @@ SHORT_RUN = 50
 """Steps that any run is expected to have, and steps between evaluations of one that is short."""
 STEPS_PER_MINUTE = 1000
 """Steps per minute of a run that ends by the clock, to plan evaluations; a CPU has fewer."""
-MOST_EPOCHS, LEAST_STEPS, LEAST_TOKENS = 10.0, 200, 4096
+MOST_EPOCHS, LEAST_STEPS, LEAST_TOKENS = 6.0, 200, 4096
 LEAST_PATIENCE = 100
 """Fewest steps without a lower validation loss before a run stops early."""
 
