@@ -79,16 +79,16 @@ def prepare_for_decoding(model: LanguageModel, *, compiles: bool = False) -> Non
     """
     if not supports(model, compiles=compiles):
         return
-    allow_idle_steps(model)
     if compiles:
         for weight in model.parameters():
             weight.data = weight.data.contiguous()
         use_prompt_linears(model)
-        return
-    if max_table_rows(model.dtype) and not isinstance(model.embedding, WeightOnlyEmbedding):
-        hold_weights_apart(model)
-    for layers in joined_layers(model):
-        join_weights(layers)
+    else:
+        if max_table_rows(model.dtype) and not isinstance(model.embedding, WeightOnlyEmbedding):
+            hold_weights_apart(model)
+        for layers in joined_layers(model):
+            join_weights(layers)
+    allow_idle_steps(model)
 
 
 def joined_layers(model: LanguageModel) -> Iterator[Sequence[nn.Module]]:

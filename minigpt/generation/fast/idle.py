@@ -28,7 +28,7 @@ _idle: weakref.WeakKeyDictionary[LanguageModel, _Idle] = weakref.WeakKeyDictiona
 
 
 def allow_idle_steps(model: LanguageModel) -> None:
-    """Keep the decode steps of a model that was prepared for decoding for its next decoder."""
+    """Keep the decode steps of a model for its next decoder; call it once its weights are laid out."""
     _idle[model] = _Idle(list(model.parameters()))
 
 

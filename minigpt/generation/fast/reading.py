@@ -103,8 +103,6 @@ class WeightReader:
         _set_mmap_threshold(_LARGEST_MMAP_THRESHOLD)
         if self._compiles:
             use_prompt_linears(model)
-        if self._joins or self._compiles:
-            allow_idle_steps(model)
         for name, kept in self._layers.items():
             layer = model.get_submodule(name)
             if not isinstance(kept, WeightOnlyLinear):
@@ -116,6 +114,8 @@ class WeightReader:
                 setattr(model.get_submodule(parent), child, kept)
             else:
                 put_embedding(model, kept)
+        if self._joins or self._compiles:
+            allow_idle_steps(model)
 
 
 def _set_mmap_threshold(n_bytes: int) -> None:
