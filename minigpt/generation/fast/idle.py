@@ -28,7 +28,7 @@ _idle: weakref.WeakKeyDictionary[LanguageModel, _Idle] = weakref.WeakKeyDictiona
 
 
 def allow_idle_steps(model: LanguageModel) -> None:
-    """Keep the decode steps of a model for its next decoder; call it once its weights are laid out."""
+    """Keep the decode steps of a model, whose weights are laid out, for its next decoder."""
     _idle[model] = _Idle(list(model.parameters()))
 
 
