@@ -32,7 +32,7 @@ class TokenIdTokenizer(Tokenizer):
             if not is_id or int(word) >= self.vocab_size:
                 raise DataError(
                     f"{str(self.folder)!r} has no tokenizer, so a text is token ids from 0 to "
-                    f"{self.vocab_size - 1}, as in '5 9 40': {cut(word)} is none. Add the "
+                    f"{self.vocab_size - 1}, as in '5 9 40': {cut(word)} is not one. Add the "
                     "tokenizer.json that the model was trained with, or give ids."
                 )
         return np.array(words, np.uint32)
