@@ -133,8 +133,8 @@ class CauseCheck:
     n_controls: int
     mean_effect: float
     """Mean |change| of the sources, in nats."""
-    mean_control_effect: float
-    """Mean |change| of the controls, in nats."""
+    mean_control_effect: float | None
+    """Mean |change| of the controls, in nats. None without controls."""
     rank_correlation: float | None
     """Spearman correlation of weight and |change|. None if there are too few values."""
 

@@ -52,4 +52,4 @@ def test_the_cause_check_covers_all_sources_and_controls() -> None:
     assert check.rank_correlation == pytest.approx(1)
     alone = check_cause([effect(0.5, -2.0)])
     assert alone is not None
-    assert (alone.n_controls, alone.mean_control_effect, alone.rank_correlation) == (0, 0.0, None)
+    assert (alone.n_controls, alone.mean_control_effect, alone.rank_correlation) == (0, None, None)

@@ -197,16 +197,17 @@ def cause_in_words(check: CauseCheck, measure: Measure = "weight", *, is_all: bo
         f"{limit} Checked: knocking out a {one} changed ln p by {check.mean_effect:.3f} on average "
         f"({count(check.n_sources, one)})"
     )
-    if check.n_controls:
-        controls = count(check.n_controls, "control")
-        found += f", a control by {check.mean_control_effect:.3f} ({controls})"
-    elif not is_all:
-        found += "; there were no controls"
-    found += "."
-    if check.n_controls:
-        times = check.mean_effect / max(check.mean_control_effect, 1e-12)
+    # Trace files of earlier versions have 0 without controls.
+    control_effect = check.mean_control_effect if check.n_controls else None
+    if control_effect is not None:
+        times = check.mean_effect / max(control_effect, 1e-12)
         how = "more" if times > 2 else "little more" if times > 1 else "no more"
-        found += f" The sources mattered {how} than their controls."
+        found += (
+            f", a control by {control_effect:.3f} ({count(check.n_controls, 'control')}). The "
+            f"sources mattered {how} than their controls."
+        )
+    else:
+        found += "." if is_all else "; there were no controls."
     correlation = check.rank_correlation
     if correlation is None:
         ranked = "weights" if is_weight else name

@@ -1,5 +1,7 @@
 """What the knockouts of a trace say together: do larger weights come with larger effects?"""
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -32,10 +34,14 @@ class CauseTally:
         return CauseCheck(
             n_sources=len(sources),
             n_controls=len(controls),
-            mean_effect=float(np.mean([effect for _, effect in sources])),
-            mean_control_effect=float(np.mean([effect for _, effect in controls] or [0.0])),
+            mean_effect=_mean_effect(sources),
+            mean_control_effect=_mean_effect(controls) if controls else None,
             rank_correlation=rank_correlation(*zip(*sources, *controls, strict=True)),
         )
+
+
+def _mean_effect(pairs: Sequence[tuple[float, float]]) -> float:
+    return float(np.mean([effect for _, effect in pairs]))
 
 
 def rank_correlation(x: ArrayLike, y: ArrayLike) -> float | None:
