@@ -87,7 +87,8 @@ def heads(
     legend = (
         f"Shares of the attention, on {n_repeated} random tokens and a copy of them. prev: to the "
         "previous token; dup: to the same token in the first copy; induc: to the token after that; "
-        "sink: to position 0; local: to the token itself and the few before it."
+        "sink: to position 0; local: to the token itself and the few before it. ·: no role; "
+        "the share is the largest of these five."
     )
     if logits_LH is not None:
         legend += (

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 UInts = npt.NDArray[np.uint64]
 
 N_ROUNDS = 3
+LEAST_CONTEXT = 8
+"""Fewest tokens of context that are advised for a short text."""
 NO_TARGET = -100
 """Target without a loss: the default ``ignore_index`` of cross_entropy."""
 
@@ -31,11 +33,12 @@ def require_length(span: TokenSpan, context_length: int) -> None:
     Raises: DataError if it is shorter than context_length + 1 tokens.
     """
     if len(span) < context_length + 1:
-        longest = f" (at most {len(span) - 1})" if len(span) > 1 else ""
+        longest = len(span) - 1
+        shorter = f"Use a --context-length of at most {longest}, or more text."
         raise DataError(
             f"too little text: the {span.name} part has {len(span)} tokens, and a context of "
-            f"{context_length} needs at least {context_length + 1}. Use a shorter "
-            f"--context-length{longest} or more text."
+            f"{context_length} needs at least {context_length + 1}. "
+            f"{shorter if longest >= LEAST_CONTEXT else 'Give more text.'}"
         )
 
 

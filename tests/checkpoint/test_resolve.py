@@ -52,6 +52,17 @@ def test_default_model_is_the_newest_run_else_the_one_that_ships(
     assert resolve_model(None, tmp_path) == tmp_path / "newest" / "step-000005"
 
 
+def test_error_for_an_unknown_name_suggests_a_folder_here_and_the_model_that_ships(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("letters").mkdir()
+    Path("letters/config.json").write_text("{}")
+    for spec, meant in {"lettres": "letters", "storyteler": "storyteller"}.items():
+        with pytest.raises(CheckpointError, match=rf"Did you mean {meant}\?"):
+            resolve_model(spec, tmp_path / "nowhere")
+
+
 def test_error_for_an_unknown_name_suggests_the_nearest_run(run: RunFolder, tmp_path: Path) -> None:
     root = run.path.parent
     (root / "empty").mkdir()

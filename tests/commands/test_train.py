@@ -132,11 +132,12 @@ def test_a_preset_adapts_to_the_batch_and_context_of_the_user(run: Run) -> None:
 
 
 def test_one_limit_replaces_the_other(run: Run) -> None:
-    assert run("train", "corpus.txt", "--name", "a", *TINY, "--max-steps", "3").code == 0
-    result = run("train", "--resume", "--name", "a", "--max-minutes", "0.0001")
-    assert result.code == 0
+    assert run("train", "corpus.txt", "--name", "a", *TINY, "--max-minutes", "0.0001").code == 0
     training = read_toml(Path("checkpoints/a/config.toml"))["training"]
-    assert (training["max_steps"], training["max_minutes"]) == (0, 0.0001)
+    assert (training["max_steps"], training["max_minutes"]) == (4, 0.0001)
+    assert run("train", "--resume", "--name", "a", "--max-steps", "50").code == 0
+    training = read_toml(Path("checkpoints/a/config.toml"))["training"]
+    assert (training["max_steps"], training["max_minutes"]) == (50, 0.0)
 
 
 def test_derived_names_contain_text_and_preset_and_never_collide(run: Run) -> None:
@@ -222,7 +223,17 @@ def test_resuming_a_complete_run_changes_nothing(run: Run) -> None:
     result = run("train", "--resume", "--name", "a")
     assert result.code == 0
     assert "already complete" in result.err
+    config = Path("checkpoints/a/config.toml").read_bytes()
+    assert "already complete" in run("train", "--resume", "--max-steps", "2").err
+    assert config == Path("checkpoints/a/config.toml").read_bytes(), "nothing was trained with it"
     assert before == (weights.read_bytes(), weights.stat().st_mtime_ns)
+
+
+def test_a_run_that_is_named_where_a_text_belongs_is_told_apart(run: Run) -> None:
+    assert run("train", "corpus.txt", "--name", "a", *TINY).code == 0
+    result = run("train", "--resume", "a")
+    assert result.code == 2
+    assert error_line(result) == "'a' is a run, not a text. Resume it with --name a."
 
 
 def test_a_closed_stderr_does_not_end_the_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

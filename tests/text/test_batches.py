@@ -119,12 +119,14 @@ def test_a_span_that_is_just_long_enough_gives_its_only_window() -> None:
     assert targets[:, -1].tolist() == [16, 16]
 
 
-@pytest.mark.parametrize("n_tokens", [0, 1, 16])
+@pytest.mark.parametrize("n_tokens", [0, 1, 8, 16])
 def test_too_few_tokens_is_a_data_error_with_both_numbers(n_tokens: int) -> None:
-    longest = " (at most 15)" if n_tokens == 16 else ""
+    remedy = "Use a --context-length of at most 15, or more text."
+    if n_tokens < 9:
+        remedy = "Give more text."
     message = (
         f"too little text: the validation part has {n_tokens} tokens, and a context of 16 needs "
-        f"at least 17. Use a shorter --context-length{longest} or more text."
+        f"at least 17. {remedy}"
     )
     span = span_of(n_tokens, "validation")
     with pytest.raises(DataError) as caught:

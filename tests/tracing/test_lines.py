@@ -235,6 +235,8 @@ def test_the_footer_names_the_measure_that_ranked_the_sources() -> None:
         in (said(0.8))
     )
     assert "too few to rank measure logit against effects" in said(None)
+    assert "effect: 0.18, which may be chance with 118 knockouts." in said(0.18)
+    assert "effect: -0.20, so here measure logit says little" in said(-0.2)
     assert not re.search("weight", said(0.8) + said(None), re.IGNORECASE)
 
 

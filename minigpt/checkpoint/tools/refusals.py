@@ -9,9 +9,9 @@ from pathlib import Path
 
 from minigpt.checkpoint.folder import RunFolder
 from minigpt.checkpoint.manifest import verify
-from minigpt.checkpoint.resolve import names_in, remedy
+from minigpt.checkpoint.resolve import SHIPPED, names_in, remedy, shipped_model
 from minigpt.checkpoint.tools.hub import HUB_NAME
-from minigpt.errors import CheckpointError, MinigptWarning
+from minigpt.errors import CheckpointError, MinigptWarning, did_you_mean
 from minigpt.files import open_regular, resource_errors
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://(?P<host>[^/]*)/?")
@@ -57,7 +57,11 @@ def no_model(spec: str, places: Sequence[Path], root: Path) -> CheckpointError:
         if url["host"] == "huggingface.co" and (found := HUB_NAME.match(name)):
             advice = f"Name the model as the Hub does: {found['repository']}."
         return CheckpointError(f"{spec[:120]!r} is a URL, not a folder or a name. {advice}")
-    advice = remedy(Path(spec).name, names_in(root))
+    advice = ""
+    if Path(spec).name == spec:
+        nearby = [*names_in(Path()), *([SHIPPED] if shipped_model() else [])]
+        advice = did_you_mean(spec, [*names_in(root), *nearby])
+    advice = advice or remedy(Path(spec).name, names_in(root))
     if Path(spec).name == spec and not advice.startswith("Did"):
         advice += " A model of the Hugging Face Hub is named org/name, as openai-community/gpt2."
     for place in places:

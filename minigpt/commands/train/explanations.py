@@ -138,8 +138,8 @@ def meaning(
         yield (
             "note",
             f"the model overfitted: at the end the training loss was {train_loss:.2f} "
-            f"and the validation loss {last:.2f} nats/token. More text, more dropout or fewer "
-            "epochs help",
+            f"and the validation loss {last:.2f} nats/token. The best checkpoint is from before "
+            "that; more text would make it better",
         )
 
 

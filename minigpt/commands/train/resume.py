@@ -1,5 +1,6 @@
 """minigpt train --resume: continue a run from its latest checkpoint."""
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -8,7 +9,7 @@ from typing import Any
 from minigpt.checkpoint.folder import CONFIG_FILE, Pointer, RunFolder
 from minigpt.checkpoint.manifest import verify
 from minigpt.checkpoint.model_folder import read_model
-from minigpt.checkpoint.resolve import ROOT, models_in, newest_run
+from minigpt.checkpoint.resolve import ROOT, models_in, names_in, newest_run
 from minigpt.commands.train.job import (
     Job,
     Request,
@@ -21,7 +22,7 @@ from minigpt.config import DataConfig, RunConfig
 from minigpt.errors import CheckpointError, ConfigError, DataError, cut, nearest
 from minigpt.format import count
 from minigpt.rings import find_ring, ring
-from minigpt.settings import build, flat, merge, read_toml, to_dict
+from minigpt.settings import build, flat, given, merge, read_toml, to_dict
 from minigpt.text.tokens import PreparedData, prepare
 from minigpt.training.schedule import lr_scale, with_max_steps
 from minigpt.training.state import LARGEST_RISE, computed_on, read_state
@@ -50,6 +51,9 @@ def resumed_job(request: Request) -> Iterator[Job]:
     Raises: CheckpointError if there is none; ConfigError for a setting that cannot change.
     """
     name = request.name
+    for path in given(request.overrides, "data", "paths") or ():
+        if path in names_in(ROOT) and not os.path.lexists(path):
+            raise ConfigError(f"{path!r} is a run, not a text. Resume it with --name {path}.")
     run = _newest_run() if name is None else RunFolder(ROOT / checked_name(name))
     _require_checkpoint(run, hashes=False)
     with request.lock(run):

@@ -103,8 +103,9 @@ def train_job(
     Returns: the trainer, and the number of the signal that stopped it, or 0.
     """
     trainer = job.trainer(world)
-    config_toml = to_toml(trainer.config).encode(errors="replace")
-    write_atomically(job.run.path / CONFIG_FILE, config_toml)
+    if trainer.progress < 1:  # else nothing is trained with these settings
+        config_toml = to_toml(trainer.config).encode(errors="replace")
+        write_atomically(job.run.path / CONFIG_FILE, config_toml)
     from_step = trainer.step if job.resume_from else None
 
     def stop() -> None:

@@ -212,8 +212,12 @@ def cause_in_words(check: CauseCheck, measure: Measure = "weight", *, is_all: bo
     if correlation is None:
         ranked = "weights" if is_weight else name
         return f"{found} These are too few to rank {ranked} against effects."
+    found += f" Rank correlation of {name} and effect: {correlation:.2f}"
+    n_pairs = check.n_sources + check.n_controls
+    if abs(correlation) < 2 / math.sqrt(n_pairs - 1):  # two standard deviations without a relation
+        return f"{found}, which may be chance with {n_pairs} knockouts."
     told = "little" if correlation < 0.3 else "something" if correlation < 0.7 else "much"
     return (
-        f"{found} Rank correlation of {name} and effect: {correlation:.2f}, so here "
-        f"{'the weights say' if is_weight else f'{name} says'} {told} about what mattered."
+        f"{found}, so here {'the weights say' if is_weight else f'{name} says'} {told} about what "
+        "mattered."
     )
