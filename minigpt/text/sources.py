@@ -275,7 +275,8 @@ def _summary(
     if len(files) == 1:
         line = f"{files[0].name!r} is read as {min(kinds)}{rows}"
     else:
-        line = f"{len(files):,} files are read: {_counted(kinds)}{rows}"
+        of = f" as {min(kinds)}" if len(kinds) == 1 else f": {_counted(kinds)}"
+        line = f"{len(files):,} files are read{of}{rows}"
     odd = next((file for file in files if file.is_surprising), None)
     name = repr(odd.name) if odd and len(files) > 1 else "it"
     if odd and odd.format == "text":

@@ -264,7 +264,10 @@ def test_a_page_of_logits_says_what_they_do_not_say_and_names_no_attention() -> 
     ]
     for trace, word in (
         (weights, "where a head looked"),
-        (replace(weights, header=header, steps=tuple(steps)), "only what heads brought directly"),
+        (
+            replace(weights, header=header, steps=tuple(steps)),
+            "it counts what heads add to the logit directly",
+        ),
     ):
         page = to_html(trace)
         how = page[page.index('id="how"') : page.index("</details>")]

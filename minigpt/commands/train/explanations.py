@@ -92,8 +92,8 @@ def _limits(trainer: Trainer) -> Iterator[str]:
     model, training = trainer.config.model, trainer.config.training
     if model.dropout and training.dropout_start:
         yield (
-            f"dropout {model.dropout:g} after {training.dropout_start:g} epochs, for a text of "
-            "this size (--dropout)"
+            f"no dropout in the first {training.dropout_start:g} epochs, then {model.dropout:g}, "
+            "for a text of this size (--dropout)"
         )
     if training.dropout_start and _ends_by_epochs(trainer) and not trainer.step:
         yield (

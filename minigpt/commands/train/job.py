@@ -164,7 +164,7 @@ def checked_name(name: str) -> str:
 def fresh_names(data: DataConfig, start: str) -> Iterator[str]:
     """Yield unused names for a run. Args: start, the preset or the model it starts from."""
     first = data.paths[0].removeprefix("builtin:")
-    corpus = "stdin" if first == "-" else Path(first).name.split(".")[0]
+    corpus = "stdin" if first == "-" else Path(first).absolute().name.split(".")[0]
     stem = f"{_plain(corpus) or 'text'}-{_plain(start) or 'model'}"
     names = (stem if number == 1 else f"{stem}-{number}" for number in count(1))
     return (name for name in names if not RunFolder(ROOT / name).steps())

@@ -25,6 +25,8 @@ from minigpt.tracing.wrapping import SIGNED_WIDTH, fit_end, signed, upright_bar,
 
 _WITHOUT = "ln p without"
 _ALONE = "kept alone"
+_LITTLE = 0.3
+"""Rank correlation below which a measure says little about effects."""
 
 
 def header_lines(header: TraceHeader, width: int) -> list[Line]:
@@ -214,9 +216,10 @@ def cause_in_words(check: CauseCheck, measure: Measure = "weight", *, is_all: bo
         return f"{found} These are too few to rank {ranked} against effects."
     found += f" Rank correlation of {name} and effect: {correlation:.2f}"
     n_pairs = check.n_sources + check.n_controls
-    if abs(correlation) < 2 / math.sqrt(n_pairs - 1):  # two standard deviations without a relation
+    chance = 2 / math.sqrt(n_pairs - 1)  # two standard deviations, if there is no relation
+    if abs(correlation) < chance and chance > _LITTLE:
         return f"{found}, which may be chance with {n_pairs} knockouts."
-    told = "little" if correlation < 0.3 else "something" if correlation < 0.7 else "much"
+    told = "little" if correlation < _LITTLE else "something" if correlation < 0.7 else "much"
     return (
         f"{found}, so here {'the weights say' if is_weight else f'{name} says'} {told} about what "
         "mattered."

@@ -38,7 +38,7 @@ from minigpt.tracing.analysis_config import AnalysisConfig
     sums_to="the token's logit",
     needs=("residual", "token"),
     takes_several=True,
-    caveat="Only what heads brought directly counts, not what later layers made of it.",
+    caveat="It counts what heads add to the logit directly, not through later layers.",
 )
 def logit(model: LanguageModel, config: AnalysisConfig) -> Rows:
     """Attribute the token's logit to what each head brought from each position."""
