@@ -45,7 +45,7 @@ def main() -> None:
     say("3. One head alone, which copies a name that it has never read")
     minigpt("attention-trace", *copying, "--max-new-tokens", "5", NAME)
 
-    say("4. A model of your own: one minute on 150 tales")
+    say("4. A model of your own: at most one minute on 150 tales")
     # With whole words in its vocabulary, the text is words even where a slow core does 40 steps.
     minigpt("train", "--name", name, "--tokenizer", "bpe:2048", "--max-minutes", "1")
     minigpt("generate", *own, "--max-new-tokens", "80", PROMPT)
