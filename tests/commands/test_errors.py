@@ -150,7 +150,7 @@ def test_a_config_file_is_read_strictly(
         ("empty.txt", b"", ["empty", "empty.txt"]),
         ("blob.txt", b"text\0" * 900, ["binary", "byte 4"]),
         ("latin.txt", "café ".encode("latin1") * 900, ["not UTF-8", "byte 3", "iconv"]),
-        ("short.txt", b"too short", ["too little text", "--context-length"]),
+        ("short.txt", b"too short", ["too little text", "Give more text"]),
         ("lines.jsonl", b'{"txt": "a"}\n', ["line 1", '"text"']),
         ("missing*.txt", None, ["'missing*.txt'", "no file matches"]),
         ("gone\x1b[2J/a.txt", None, ["\\x1b[2J"]),

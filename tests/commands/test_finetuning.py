@@ -412,7 +412,7 @@ def test_stories260k_is_fine_tuned_from_text(run: Run, workplace: Path, shared: 
         ("--from gpt2 --set training=2", 2, ["training must be a table"]),
         ("--set from=3", 2, ["from must name a model: it is 3"]),
         ("--from gpt2 --name a/b", 2, ["'a/b'"]),
-        ("--from gpt2 few.txt", 3, ["too little text", "--context-length"]),
+        ("--from gpt2 few.txt", 3, ["too little text", "Give more text"]),
     ],
 )
 def test_an_unusable_base_model_is_refused_in_one_line(
