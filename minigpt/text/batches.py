@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 UInts = npt.NDArray[np.uint64]
 
 N_ROUNDS = 3
-LEAST_CONTEXT = 8
-"""Fewest tokens of context that are advised for a short text."""
+_LEAST_CONTEXT = 8  # tokens that are worth advising for a short text
 NO_TARGET = -100
 """Target without a loss: the default ``ignore_index`` of cross_entropy."""
 
@@ -32,13 +31,13 @@ def require_length(span: TokenSpan, context_length: int) -> None:
 
     Raises: DataError if it is shorter than context_length + 1 tokens.
     """
-    if len(span) < context_length + 1:
-        longest = len(span) - 1
+    longest = len(span) - 1
+    if longest < context_length:
         shorter = f"Use a --context-length of at most {longest}, or more text."
         raise DataError(
             f"too little text: the {span.name} part has {len(span)} tokens, and a context of "
             f"{context_length} needs at least {context_length + 1}. "
-            f"{shorter if longest >= LEAST_CONTEXT else 'Give more text.'}"
+            f"{shorter if longest >= _LEAST_CONTEXT else 'Give more text.'}"
         )
 
 
