@@ -52,7 +52,7 @@ def resumed_job(request: Request) -> Iterator[Job]:
     """
     name = request.name
     for path in given(request.overrides, "data", "paths") or ():
-        if path in names_in(ROOT) and not os.path.lexists(path):
+        if not os.path.lexists(path) and path in names_in(ROOT):
             raise ConfigError(f"{path!r} is a run, not a text. Resume it with --name {path}.")
     run = _newest_run() if name is None else RunFolder(ROOT / checked_name(name))
     _require_checkpoint(run, hashes=False)

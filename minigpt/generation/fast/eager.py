@@ -174,7 +174,7 @@ class EagerKernels:
         project = self.projection(module)
         score, scale = module.score, module.d_head**-0.5
 
-        def attend(
+        def attend_step(
             normed_BC: Tensor,
             position: int,
             rotary: tuple[Tensor, Tensor] | None,
@@ -200,7 +200,7 @@ class EagerKernels:
             context_BX = context_NRD.view(len(normed_BC), -1).to(normed_BC.dtype)
             return context_BX, weights_NRS.view(len(normed_BC), -1, weights_NRS.shape[2])
 
-        return attend
+        return attend_step
 
     def _attend_in_prompt(self, module: Attention, prompt: "Prompt") -> Tensor:
         """Return the context (T, X) of the tokens; in the last layer that of the last token."""

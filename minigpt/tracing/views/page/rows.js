@@ -1,7 +1,7 @@
 // The rows that a view shows. A view is {measure, reduction, layer, head}. The reduction "traced" is
-// that of the trace, whose rows are complete; "mean" and "max" reduce over the heads selected by
-// layer and head (null selects all), of which the trace may hold only the sink and the strongest
-// sources. A signed measure is summed over heads, never averaged.
+// that of the trace, whose rows are complete. "mean" and "max" reduce over the heads that layer and
+// head select (null selects all). Of one head, the trace may hold the sink and the strongest sources
+// only. A signed measure is summed over heads, never averaged.
 
 // The row of every step, as arrays of numbers.
 function rowsOf(trace, view) {
