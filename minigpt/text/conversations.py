@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from minigpt.errors import DataError
+from minigpt.errors import DataError, cut
 from minigpt.text.building import Encoded, counts_of, without_unencodable
 from minigpt.text.chat import ChatTemplate, map_texts
 from minigpt.text.corpus import Corpus, Document
@@ -48,8 +48,9 @@ def conversation_of_row(row: object) -> str:
         is_message = isinstance(message, Mapping) and isinstance(message.get("role"), str)
         if not is_message or not isinstance(message.get("content", ""), str | list | None):
             raise DataError("has a message that is not an object with role and content")
-    if not any(message["role"] == "assistant" for message in messages):
-        raise DataError("has no message of the assistant")
+    roles = dict.fromkeys(message["role"] for message in messages)
+    if "assistant" not in roles:
+        raise DataError(f"has no message of the assistant: its roles are {cut([*roles])[1:-1]}")
     found = messages if tools is None else {"messages": messages, "tools": tools}
     return well_formed(json.dumps(found, ensure_ascii=False))
 

@@ -5,6 +5,7 @@ import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from itertools import islice
 from typing import Any, BinaryIO
 
 from minigpt.config import DataConfig
@@ -26,6 +27,7 @@ from minigpt.text.tokenizer import well_formed
 LONGEST_CONVERSATION = 2**20
 """Most characters of a conversation, as JSON."""
 _N_SNIFFED = 10  # rows
+_N_TRIED = 1000  # rows after a bad one, of which one has to be good to advise leaving it out
 _N_FIELDS_SHOWN = 12
 _LONGEST_LABEL = 80  # characters of a string that is not what a row is about, such as a source
 _MISSING = object()
@@ -41,8 +43,18 @@ def texts(
         each row that is skipped; None to refuse it.
     Raises: DataError for a row that is refused, or a file that is not of its format.
     """
-    has_objects = False
-    for number, row in _rows(file, kind, name, data):
+    yield from _texts(_rows(file, kind, name, data), kind, name, data, on_skip)
+
+
+def _texts(
+    rows: Iterator[tuple[int, object]],
+    kind: str,
+    name: str,
+    data: DataConfig,
+    on_skip: Callable[[str], None] | None,
+) -> Iterator[str]:
+    has_objects, has_texts = False, False
+    for number, row in rows:
         try:
             if isinstance(row, BadRow):
                 raise row
@@ -53,11 +65,29 @@ def texts(
         except BadRow as error:
             message = f"{_UNITS[kind]} {number} of {name!r} {error.reason}"
             if on_skip is None:
-                remedies = f"{error.remedy} Leave such rows out with --skip-bad."
-                raise DataError(f"{message}. {remedies.strip()}") from None
+                others = _texts(islice(rows, _N_TRIED), kind, name, data, lambda _: None)
+                with suppress(DataError):  # of the rows that follow
+                    has_texts = has_texts or any(others)
+                remedies = [error.remedy or ("" if has_texts else _of_all(row, data))]
+                remedies += ["Leave such rows out with --skip-bad."] * has_texts
+                raise DataError(f"{message}. {' '.join(filter(None, remedies))}") from None
             on_skip(message)
         else:
+            has_texts = has_texts or bool(text)
             yield text
+
+
+def _of_all(row: object, data: DataConfig) -> str:
+    """Return what to do about rows of which none has a text. Args: row, one of them."""
+    fields = (
+        f"{_fields_of(row)}. " if isinstance(row, Mapping) and row.keys() - {data.field} else ""
+    )
+    if data.chat:
+        remedy = 'Each row needs a list of "messages", one of them with the role "assistant".'
+        return f"{fields[:1].upper()}{fields[1:]}{remedy}"
+    if isinstance(row, Mapping) and fields:
+        return f"No row has one; {fields}Name another one with --field{_longest_text(row)}."
+    return f"Write each row as {json.dumps({data.field: '...'})}."
 
 
 def _no_object(field: str) -> BadRow:

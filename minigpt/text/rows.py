@@ -71,7 +71,7 @@ def undecodable(text: str, data: DataConfig) -> BadRow | None:
     except UnicodeEncodeError as error:
         if "\udc80" <= text[error.start] <= "\udcff":  # from surrogateescape
             if not is_utf8(data.encoding):
-                return BadRow(f"is not {data.encoding}")
+                return BadRow(f"is not {data.encoding}", "Give another --encoding.")
             return BadRow(
                 "is not UTF-8", f"{advice(text.encode(errors='surrogateescape'), 0).rstrip('.')}."
             )
@@ -124,13 +124,9 @@ def json_values(stream: TextIO, name: str, data: DataConfig) -> Iterator[tuple[i
             except (ValueError, RecursionError) as error:
                 if not is_end and _is_cut(error, text):
                     break
-                if not data.skip_bad:
-                    raise DataError(
-                        f"{name!r} is not JSON after item {number}: {error}. Get it again, leave "
-                        "such items out with --skip-bad, or give --format text if it is plain text."
-                    ) from None
                 number += 1
-                yield number, BadRow(f"is not JSON: {error}")
+                remedy = "Get the file again, or give --format text if it is plain text."
+                yield number, BadRow(f"is not JSON: {error}", remedy)
                 text, is_end = _from_next_item(text, at, stream)
                 at = 0
                 n_open = n_open if text else 0

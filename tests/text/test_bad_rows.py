@@ -78,6 +78,49 @@ def test_a_bad_line_is_refused_with_its_number_or_skipped_and_counted(
     assert why in reading.skipped[0]
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "remedy"),
+    [
+        ("a.jsonl", b'{"body": "a", "n": 1}\n' * 9, "'body', 'n'. Name another one with --field"),
+        ("a.jsonl", b'{"text": 5, "body": "a"}\n' * 9, "'text', 'body'. Name another one"),
+        ("a.jsonl", b'{"text": null, "body": "a"}\n' * 9, "as in --field body"),
+        ("a.jsonl", b'{"text": 5}\n' * 9, 'Write each row as {"text": "..."}.'),
+        ("a.jsonl", b"5\n" * 9, 'Write each row as {"text": "..."}.'),
+        ("a.jsonl", b"Once upon a time\n" * 9, "give --format text"),
+        ("a.jsonl", b'{"text": "\xff"}\n' * 9, "Give --encoding latin-1"),
+        ("a.json", b'[{"body": "a"}, {"body": "b"}]', "as in --field body"),
+        ("a.json", b"[{'text': 'a'}, {'text': 'b'}]", "give --format text"),
+        ("a.csv", b"n,body\n1,one\n2,two\n", "'n', 'body'. Name another one with --field"),
+        ("a.csv", b"n,text\n1,a, b\n2,c, d\n", "Quote a text that has commas"),
+    ],
+)
+def test_leaving_out_bad_rows_is_advised_only_if_another_row_has_a_text(
+    name: str, content: bytes, remedy: str
+) -> None:
+    Path(name).write_bytes(content)
+    message = refusal(name)
+    assert remedy in message
+    assert "--skip-bad" not in message
+    assert refusal(name, skip_bad=True).startswith("the corpus is empty")
+
+
+@pytest.mark.parametrize(
+    ("row", "seen"),
+    [
+        ({"q": "a", "a": "b"}, "Its fields are 'q', 'a'."),
+        ({"messages": [{"role": "bot", "content": "a"}]}, "its roles are 'bot'."),
+        (5, 'Each row needs a list of "messages"'),
+    ],
+)
+def test_rows_of_which_none_is_a_conversation_are_refused_with_what_they_have(
+    row: object, seen: str
+) -> None:
+    Path("a.jsonl").write_text(f"{json.dumps(row)}\n" * 9)
+    message = refusal("a.jsonl", chat=True)
+    assert seen in message
+    assert "--skip-bad" not in message
+
+
 @pytest.mark.parametrize("line", [b"null", b"[]", b'{"text": "a"', b"5"])
 def test_a_pipe_whose_first_row_is_bad_is_jsonl_too(line: bytes) -> None:
     content = line + b"\n" + jsonl(TEXTS)
@@ -130,11 +173,16 @@ def test_rows_of_which_none_has_a_text_are_an_empty_corpus_that_says_why(name: s
 
 
 @pytest.mark.parametrize(
-    "content", [b'[{"text": "a"}', b'[{"text": "a"}, {"te', b'[{"text": "a"} x]']
+    ("content", "where"),
+    [
+        (b'[{"text": "a"}', "ends within its array, after item 1"),
+        (b'[{"text": "a"}, {"te', "item 2 of 'a.json' is not JSON"),
+        (b'[{"text": "a"} x]', "item 2 of 'a.json' is not JSON"),
+    ],
 )
-def test_a_json_array_that_is_cut_or_broken_is_refused(content: bytes) -> None:
+def test_a_json_array_that_is_cut_or_broken_is_refused(content: bytes, where: str) -> None:
     Path("a.json").write_bytes(content)
-    assert "item 1" in refusal("a.json", format="json")
+    assert where in refusal("a.json", format="json")
 
 
 def test_an_unclosed_quote_is_named_by_its_row_and_costs_only_its_own_line() -> None:
@@ -168,7 +216,9 @@ def test_a_broken_item_of_an_array_is_left_out_with_skip_bad(
     items = [json.dumps({"text": f"text {i}", "n": {"m": i}}, indent=indent) for i in range(9)]
     items[4] = broken
     Path("a.json").write_text("[" + ",\n".join(items) + "]")
-    assert "is not JSON after item 4" in refusal("a.json")
+    message = refusal("a.json")
+    assert message.startswith("item 5 of 'a.json' is not JSON")
+    assert "--skip-bad" in message
     found = Reading("a.json", skip_bad=True)
     assert found.texts == [f"text {i}" for i in range(9) if i != 4]
     assert len(found.skipped) == n_lost
@@ -239,7 +289,7 @@ def test_a_line_that_is_too_long_is_named_with_its_file(
 
 
 def test_the_remedy_for_a_row_in_another_encoding_ends_before_that_of_skipping_it() -> None:
-    Path("a.jsonl").write_bytes('{"text": "né"}\n'.encode("latin-1"))
+    Path("a.jsonl").write_bytes('{"text": "né"}\n{"text": "a"}\n'.encode("latin-1"))
     assert "iconv -f LATIN1 -t UTF-8 OLD > NEW. Leave such rows out" in refusal("a.jsonl")
 
 
