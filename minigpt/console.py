@@ -45,4 +45,5 @@ def one_line(text: str) -> str:
 
 def note(text: str) -> None:
     """Write a line to stderr that is not part of the result."""
-    make_console(is_stderr=True).print(one_line(text), style="dim")
+    lines = _streams.wrapped(one_line(text)) if _streams else [one_line(text)]
+    make_console(is_stderr=True).print(*lines, sep="\n", style="dim")

@@ -1,13 +1,25 @@
-"""Standard streams that are closed, break, or cannot encode a character."""
+"""Standard streams that are closed, break, are narrow, or cannot encode a character."""
 
 import os
+import re
 import sys
+import unicodedata
 from contextlib import suppress
 from functools import cache
 from typing import IO, Any
 
 _ASCII = dict(zip("█▉▊▋▌▍▎▏▇▆▅▄▃▂▁▀━─│┬┴┼·…␣⋯∅", "#===---.#==--..#--|+++.~_~0", strict=True))
 """Characters of bars, charts and tokens in ASCII, for a stream that cannot encode them."""
+_WORDS = re.compile(
+    r"""(\s*)((?:
+        (?:^|(?<=[ :]\ ))(?:\S*python\S*|(?:\S*/)?minigpt|curl|git|iconv|jq|pip|torchrun|tr)\ .*?
+            (?=;\ |\.\ [A-Z]|\.?$)  # a command, up to the end of its sentence
+        |(?:--[\w-]+[ ])?(?:(?<!\w)'[^']*'(?!\w)|(?<!\w)"[^"]*"(?!\w)|`[^`]*`)
+        |\S
+    )+)""",
+    re.VERBOSE,
+)
+"""The blanks before a word and the word, which may be a command or a text in quotes."""
 
 
 def open_streams() -> None:
@@ -27,6 +39,38 @@ def close_streams() -> None:
             stream.flush()
         except (OSError, ValueError):
             silence(stream)
+
+
+def wrapped(text: str, indent: int = 0) -> list[str]:
+    """Break a line for stderr at blanks, if that is a terminal.
+
+    Commands and texts in quotes stay in one piece, to be copied: what is wider than the terminal is
+    left to it.
+
+    Args: indent, width of what the caller puts before each line.
+    """
+    if not sys.stderr.isatty():
+        return [text]
+    width = max(_columns() - indent, 20)
+    lines = [""]
+    for blanks, word in _WORDS.findall(text):
+        if lines[-1] and _width(lines[-1] + blanks + word) > width:
+            lines.append(word)
+        else:
+            lines[-1] += blanks + word
+    return lines
+
+
+def _columns() -> int:
+    if os.environ.get("COLUMNS", "").isdigit():
+        return int(os.environ["COLUMNS"])
+    with suppress(OSError, ValueError):  # a stream without a descriptor
+        return os.get_terminal_size(sys.stderr.fileno()).columns
+    return 80
+
+
+def _width(text: str) -> int:
+    return sum(1 + (unicodedata.east_asian_width(character) in "WF") for character in text)
 
 
 def silence(stream: IO[str]) -> None:

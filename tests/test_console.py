@@ -1,12 +1,14 @@
 """The streams: what reaches a terminal, what reaches a pipe, and what a closed one does."""
 
+import itertools
 import os
+import re
 import sys
 from io import BytesIO, StringIO, TextIOWrapper
 
 import pytest
 
-from minigpt.console import make_console, write_result
+from minigpt.console import make_console, note, write_result
 from minigpt.streams import silence
 from minigpt.styles import print_lines, spans_to_text
 
@@ -119,6 +121,41 @@ def test_text_that_is_not_cut_breaks_between_words_on_a_terminal(
     print_lines(make_console(is_stderr=False), text, is_cut=False)
     lines = [line.rstrip() for line in terminal.getvalue().splitlines()]
     assert lines == [" could not tell", "which of them"]
+
+
+MESSAGES = [
+    "line 1 of 'a.jsonl' is not UTF-8. Give --encoding latin-1 (Western European), or convert it: "
+    "iconv -f LATIN1 -t UTF-8 OLD > NEW. Leave such rows out with --skip-bad.",
+    "there is no file or folder '/home/ann/a folder of mine/b.txt'. Give --data 'a b.txt'.",
+    "the prompt's end is wrong. Put -- before it: minigpt generate --model m -- '-a long prompt'",
+    "/srv/a-very-long-path-without-any-blank/that-is-wider/than-forty-columns/file.txt is damaged.",
+]
+
+
+@pytest.mark.parametrize("message", MESSAGES)
+@pytest.mark.parametrize("width", [40, 80])
+def test_messages_on_a_terminal_break_between_words_and_not_in_commands_or_quotes(
+    message: str, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wholes = ["iconv -f LATIN1 -t UTF-8 OLD > NEW", "'/home/ann/a folder of mine/b.txt'"]
+    wholes += ["--data 'a b.txt'", "minigpt generate --model m -- '-a long prompt'"]
+    terminal = attach_terminal(monkeypatch)
+    monkeypatch.setenv("COLUMNS", str(width))
+    note(message)
+    shown = re.sub(r"\x1b\[\d*m", "", terminal.getvalue())
+    lines = shown.splitlines()
+    assert " ".join(lines) == message
+    words = [*message.split(), *filter(message.__contains__, wholes)]
+    assert all(any(word in line for line in lines) for word in words)
+    for line, after in itertools.pairwise(lines):
+        assert len(line) <= width or any(line in word for word in (*wholes, *message.split()))
+        first = next((word for word in wholes if after.startswith(word)), after.split()[0])
+        assert len(f"{line} {first}") > width, "a line is as long as it may be"
+
+
+def test_messages_in_a_pipe_stay_one_line(capfd: pytest.CaptureFixture[str]) -> None:
+    note(MESSAGES[0])
+    assert capfd.readouterr().err == f"{MESSAGES[0]}\n"
 
 
 def test_lines_in_a_pipe_have_no_blanks_at_their_end_and_text_keeps_its_own(

@@ -83,8 +83,8 @@ def _run(failures: Any) -> Any:
         if len(message) > 2 * _HALF:  # a name in a file can have megabytes
             message = f"{message[:_HALF]} ... {message[-_HALF:]}"
         line = " ".join(printable(message).split())
-        is_interrupt = status == 128 + signal.SIGINT
-        print(line if is_interrupt else f"error: {line}", file=sys.stderr)  # noqa: T201
+        line = line if status == 128 + signal.SIGINT else f"error: {line}"
+        print(*failures.wrapped(line) if failures else [line], sep="\n", file=sys.stderr)  # noqa: T201
     return status
 
 

@@ -165,3 +165,18 @@ def test_the_line_that_training_redraws_fits_20_columns(
     notes = ("text ", "model ", "run ", "note ", "step ", "best ", "  ", "next ", "seed ")
     lines = [CODES.sub("", part) for part in redrawn]
     assert max(cell_len(line) for line in lines if not line.startswith(notes)) <= 20
+
+
+@pytest.mark.parametrize(("width", "is_wrapped"), [(40, True), (200, False)])
+def test_an_error_on_a_terminal_breaks_between_words(
+    width: int, is_wrapped: bool, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        screen = Screen(patch, width=width)
+        result = run("train", "--special", "--chat", "--dry-run")
+    _, error, text = screen.text().partition("error: ")
+    lines = f"{error}{text}".splitlines()
+    assert result.code == 2
+    assert " ".join(lines).startswith("error: --special ")
+    assert (len(lines) > 1) == is_wrapped
+    assert max(map(len, lines)) <= width

@@ -1,15 +1,16 @@
 """The live panel of a training run: it fits any terminal and is cheap to draw."""
 
 import io
+import re
 import statistics
 
 import pytest
 from rich.console import Console
+from screens import Screen
 
 from minigpt.commands.display.progress import FREE_CELLS, StatusLine
 from minigpt.commands.train.display import TrainingDisplay
 from minigpt.commands.train.panel import TRAIN_LOSS, VAL_LOSS, ThinnedCurve, TrainingPanel
-from minigpt.styles import THEME
 from minigpt.training.events import EvalEvent, StepEvent
 
 NUMBERS = {
@@ -109,15 +110,17 @@ def test_a_long_curve_keeps_its_shape_in_few_points(n: int) -> None:
     assert statistics.mean(xs) == pytest.approx((n + 1) / 2, abs=n_each)
 
 
-def test_facts_wrap_under_themselves_and_commands_stay_whole() -> None:
-    display, out = TrainingDisplay(), io.StringIO()
-    display.console = Console(
-        file=out, width=40, force_terminal=True, color_system=None, theme=THEME, soft_wrap=True
-    )
-    display.note("the text is read at most 10 times (--max-epochs): more did not help")
+def test_facts_wrap_under_themselves_and_commands_stay_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     command = "minigpt train --resume --name a-run-with-a-long-name"
-    display.propose(command)
-    *fact, last = out.getvalue().splitlines()
+    with monkeypatch.context() as patch:
+        patch.setenv("NO_COLOR", "1")
+        screen = Screen(patch, width=40)
+        display = TrainingDisplay()
+        display.note("the text is read at most 10 times (--max-epochs): more did not help")
+        display.propose(command)
+    *fact, last = re.sub(r"\x1b\[\d*m", "", screen.text()).splitlines()
     assert fact == [
         "note   the text is read at most 10 times",
         "       (--max-epochs): more did not help",

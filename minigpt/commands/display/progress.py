@@ -13,6 +13,7 @@ from rich.segment import ControlType, Segment
 from rich.text import Text
 
 from minigpt.console import make_console, one_line
+from minigpt.streams import wrapped
 from minigpt.styles import spans_to_text
 from minigpt.text.escape import printable
 
@@ -142,7 +143,13 @@ class ProgressLine:
 
     def note(self, text: str) -> None:
         """Print a line."""
-        self.console.print(one_line(text), style="dim")
+        self.console.print(*wrapped(one_line(text)), sep="\n", style="dim")
+
+    def print_fact(self, name: str, fact: str) -> None:
+        """Print a fact after its name, wrapped beside it."""
+        for line in wrapped(fact, indent=7):
+            self.console.print(spans_to_text([(f"{name:<7}", "dim"), (line, "plain")]))
+            name = ""
 
     def show_task(
         self, label: str, share: float, facts: Sequence[str], *, is_due: bool = False
@@ -160,8 +167,7 @@ class ProgressLine:
     def preparing(self, progress: "PrepareProgress") -> None:
         """Show the progress of preparing a text, and its speed since the stage began."""
         if progress.note:
-            line = spans_to_text([("text   ", "dim"), (progress.note, "plain")])
-            self.console.print(line, soft_wrap=True)
+            self.print_fact("text", progress.note)
             return
         if self._stage is None or self._stage.stage != progress.stage:
             self._stage, self._stage_began_at = progress, time.monotonic()

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from minigpt.commands.help import usage
 from minigpt.errors import ConfigError, MinigptWarning, ResourceError
 from minigpt.files import resource_errors
-from minigpt.streams import close_streams, open_streams
+from minigpt.streams import close_streams, open_streams, wrapped
 from minigpt.text.escape import printable
 
 _OUT_OF_MEMORY = (
@@ -84,7 +84,7 @@ def _show_warning(
     text = str(message)
     if not issubclass(category, MinigptWarning):
         text = f"{category.__name__}: {text} ({filename}:{lineno})"
-    print(" ".join(printable(text).split()), file=sys.stderr)  # noqa: T201
+    print(*wrapped(" ".join(printable(text).split())), sep="\n", file=sys.stderr)  # noqa: T201
 
 
 def describe(error: BaseException) -> tuple[str, int] | None:

@@ -1,7 +1,6 @@
 """A training run on stderr: live on a terminal, plain lines elsewhere."""
 
 from dataclasses import replace
-from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -17,15 +16,10 @@ from minigpt.generation.decoder import Decoder
 from minigpt.generation.stream import stream_text
 from minigpt.model.language_model import LanguageModel
 from minigpt.rings import has_ring, ring
-from minigpt.styles import spans_to_text
 from minigpt.text.escape import printable
 from minigpt.training.events import EvalEvent, Event, SampleEvent, StepEvent
 from minigpt.training.trainer import Trainer
 
-# Paths and options stay whole, and what is escaped stays as it is.
-_WRAPPING: dict[str, Any] = dict.fromkeys(
-    ("break_long_words", "break_on_hyphens", "replace_whitespace", "expand_tabs"), False
-)
 _SAMPLE = SamplingConfig(max_new_tokens=200, temperature=0.8)
 _GLIMPSE = replace(_SAMPLE, max_new_tokens=80)
 _WIDEST_GLIMPSE = 100
@@ -52,7 +46,7 @@ class TrainingDisplay(ProgressLine, Display):
         """Print the text, the model and the run, before the first step."""
         self._trainer = trainer
         for name, fact in explanations.opening(trainer):
-            self._print_fact(name, fact)
+            self.print_fact(name, fact)
         if trainer.step and self.panel:
             self.panel.resume(trainer.folder.path)
         self.line.label, self.line.share = "train", trainer.progress
@@ -68,7 +62,7 @@ class TrainingDisplay(ProgressLine, Display):
         return f"{step:>{len(str(max_steps))}}/{max_steps}" if max_steps else f"step {step}"
 
     def note(self, text: str) -> None:
-        self._print_fact("note", text)
+        self.print_fact("note", text)
 
     def stopping(self) -> None:
         """Show that a stop was requested; safe in a signal handler."""
@@ -139,28 +133,19 @@ class TrainingDisplay(ProgressLine, Display):
             f"{best.facts[key]:.4f} {unit}" for key, unit in _LOSSES.items() if key in best.facts
         ]
         loss = f": val loss {', '.join(losses)}" if losses else ""
-        self._print_fact("best", f"{best.folder}{loss}")
+        self.print_fact("best", f"{best.folder}{loss}")
         if "val_loss" in best.facts:
             facts = explanations.meaning(self._run, best, self._evaluation, self._train_loss)
             for name, fact in facts:
-                self._print_fact(name, fact)
+                self.print_fact(name, fact)
 
     def propose(self, resume: str | None) -> None:
         """Print the command that resumes a run that was stopped, else those to run next."""
         if resume is not None:
-            self._print_line("resume", resume)  # in one piece, to be copied
+            self.print_fact("resume", resume)
             return
         for number, command in enumerate(explanations.next_commands(self._run)):
-            self._print_line("" if number else "next", command)
-
-    def _print_fact(self, name: str, fact: str) -> None:
-        width = max(20, self.console.width - 7) if self.console.is_terminal else len(fact) + 1
-        for line in wrap(fact, width, **_WRAPPING):
-            self._print_line(name, line)
-            name = ""
-
-    def _print_line(self, name: str, text: str) -> None:
-        self.console.print(spans_to_text([(f"{name:<7}", "dim"), (text, "plain")]))
+            self.print_fact("" if number else "next", command)
 
     def _print(self, text: str) -> None:
         self.console.print(printable(text))
