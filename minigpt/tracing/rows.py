@@ -104,7 +104,8 @@ class RowReader:
         n_view = rows_RS.shape[1]
         columns_S3, hidden_S = self._columns(n_view, rows_RS.device)
         size_RS = rows_RS.abs() if is_signed else rows_RS
-        top = (size_RS - hidden_S).topk(min(self._n_sources, n_view - 1), dim=1)
+        has_sink = self.sink < n_view  # else the row is of a query before it
+        top = (size_RS - hidden_S).topk(min(self._n_sources, n_view - has_sink), dim=1)
         sums_R3 = rows_RS @ columns_S3
         # Few calls, because at this size each call costs more than its arithmetic.
         return torch.cat(
@@ -112,7 +113,7 @@ class RowReader:
                 sums_R3,
                 size_RS @ columns_S3 if is_signed else sums_R3,
                 torch.special.entr(size_RS).sum(dim=1, keepdim=True),
-                rows_RS.narrow(1, self.sink, 1),
+                rows_RS.narrow(1, self.sink, 1) if has_sink else rows_RS.new_zeros(len(rows_RS), 1),
                 columns_S3[-1:, 2:].expand(len(rows_RS), 1),  # the query's position
                 rows_RS.narrow(1, n_view - 1, 1),
                 rows_RS.gather(1, top.indices) if is_signed else top.values,

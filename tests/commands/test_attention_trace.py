@@ -142,6 +142,28 @@ def test_the_rows_of_a_given_text_alone(run: Run) -> None:
     assert (footer["n_tokens"], footer["finish_reason"]) == (0, "length")
 
 
+@pytest.mark.parametrize("measure", ["weight", "both", "logit"])
+@pytest.mark.parametrize("view", ["lines", "text", "matrix", "heads"])
+def test_rows_of_queries_before_the_sink_have_nothing_on_it(
+    run: Run, view: str, measure: str, workplace: Path
+) -> None:
+    words = ("attention-trace", "The king", "--prompt-rows", "--sink", "2", "--measure", measure)
+    words += ("--max-new-tokens", "2", "--n-verified", "1")
+    _, *steps, _ = objects(run(*words, "--json"))
+    one, two, three, *_ = [step["rows"][0] for step in steps]
+    assert (one["sink"], two["sink"]) == (0, 0)
+    assert [source["position"] for source in one["sources"]] == [0]
+    assert {source["position"] for source in two["sources"]} == {0, 1}
+    assert {source["position"] for source in three["sources"]} == {0, 1}, "position 2 is the sink"
+    out = workplace / "o.jsonl"
+    shown = run(*words, "--view", view, "--out", str(out), "--html", str(workplace / "h.html"))
+    assert shown.code == 0, shown.err
+    assert run("attention-trace", "--replay", str(out), "--view", view).out == shown.out
+    assert run("attention-trace", "--diff", str(out), str(out)).code == 0
+    if view == "text":
+        assert run(*words[:-2], "--view", view, "--position", "1").code == 0
+
+
 @pytest.mark.parametrize("view", ["text", "matrix", "heads"])
 def test_every_view_and_file_shows_the_rows_of_a_given_text(
     run: Run, view: str, workplace: Path

@@ -94,30 +94,30 @@ def test_no_file_of_the_model_that_is_traced_is_replaced(
 
 
 @pytest.mark.parametrize("position", ["1", "2", "6", "99"])
+@pytest.mark.parametrize("rows", [[], ["--prompt-rows"]])
 @pytest.mark.parametrize("view", [["--view", "text"], ["--svg", "s.svg", "--picture", "strip"]])
-def test_a_position_without_a_row_is_refused_at_the_first_token(
-    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch, view: list[str], position: str
+def test_a_position_without_a_row_is_refused_before_the_first_token(
+    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch, view: Any, rows: Any, position: str
 ) -> None:
     from minigpt.commands.attention_trace.files import FileOutput
-    from minigpt.tracing.events import TraceStep
 
-    shown: list[int] = []
+    shown: list[Any] = []
     show = FileOutput.show_lines
 
     def counted(self: FileOutput, event: Any) -> None:
-        shown.extend([event.index] if isinstance(event, TraceStep) else [])
+        shown.append(event)
         show(self, event)
 
     monkeypatch.setattr(FileOutput, "show_lines", counted)
     prompt = json.loads((place / "t.jsonl").read_text().splitlines()[0])["prompt"]
-    n_prompt = len(prompt)
-    result = run(*TRACE, *view, "--position", position)
-    if n_prompt <= int(position) < n_prompt + 4:
+    first, last = 1 if rows else len(prompt), len(prompt) + 3
+    result = run(*TRACE, *view, *rows, "--position", position)
+    if first <= int(position) <= last:
         assert result.code == 0
         return
     assert result.code == 2
-    assert f"Choose a position from {n_prompt} to {n_prompt + 3}." in result.err.splitlines()[-1]
-    assert len(shown) == 1, "and not after all tokens"
+    assert f"Choose a position from {first} to {last}." in error_line(result)
+    assert shown == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -131,10 +131,16 @@ def output_for(
 ) -> tuple[DescribedOutput, TraceConfig]:
     """Return the output of the traces of a prompt, and their config with what it shows."""
     shape = ready.model.config
+    end = len(ready.prompt) + sampling.max_new_tokens
+    if targets.position is not None:  # before the first row is shown
+        has_prompt_rows = getattr(config, "prompt_rows", False) or not sampling.max_new_tokens
+        first = 1 if has_prompt_rows else len(ready.prompt)
+        last = min(shape.context_length, end - 1)
+        ring("tracing.views").require_position(targets.position, first, last)
     layout = make_layout(
         make_console(is_stderr=False).width,
         vocab_size=shape.vocab_size,
-        n_positions=min(shape.context_length, len(ready.prompt) + sampling.max_new_tokens),
+        n_positions=min(shape.context_length, end),
         n_sources=config.n_sources,
         measures=config.measures,
     )

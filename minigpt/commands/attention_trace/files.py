@@ -22,7 +22,7 @@ from minigpt.styles import print_lines
 from minigpt.tracing.analysis_config import facts_of
 from minigpt.tracing.config import TraceConfig
 from minigpt.tracing.file import to_json_line
-from minigpt.tracing.findings import Trace, TraceEvent, TraceHeader, TraceStep
+from minigpt.tracing.findings import Trace, TraceEvent, TraceHeader
 from minigpt.tracing.lines import TraceLayout
 
 _PICTURES = ("svg", "png")
@@ -146,7 +146,6 @@ class FileOutput(DescribedOutput):
         self._drawn_files = [p for p in (targets.html, targets.svg, targets.png) if p is not None]
         self._is_kept = bool(self._drawn_files) or self._view not in ("", "json", LINES)
         self._events: list[TraceEvent] = []  # of the trace that is shown, if it is kept
-        self._end = 0  # of it: the position after that of the last token that there can be
         self._files = ExitStack()
         self._out: BinaryIO | None = None
         self._rows = ExitStack()
@@ -195,11 +194,6 @@ class FileOutput(DescribedOutput):
                     metadata={"model": event.model[-1000:], "seed": str(event.seed)},
                 )
                 self._add = self._rows.enter_context(writing)
-            self._end = len(event.prompt) + event.sampling.max_new_tokens
-        elif isinstance(event, TraceStep) and self._end and self._targets.position is not None:
-            views = ring("tracing.views")  # before the other tokens, which may take long
-            views.require_position(self._targets.position, event.token.position, self._end - 1)
-            self._end = 0
         if self._is_kept:
             self._events.append(event)
         if self._targets.out is not None:

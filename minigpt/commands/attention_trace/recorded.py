@@ -11,6 +11,7 @@ from minigpt.commands.attention_trace.targets import Targets
 from minigpt.console import make_console, write_result
 from minigpt.errors import DataError
 from minigpt.format import count
+from minigpt.rings import ring
 from minigpt.styles import print_lines
 from minigpt.tracing.analysis.dense import with_rows_of
 from minigpt.tracing.analysis.diff import StepDiff, diff_traces
@@ -44,6 +45,8 @@ def replay(path: Path, targets: Targets, config: AnalysisConfig) -> None:
             n_kept = max(N_SOURCES, min(len(traces[0].tokens), _MOST_ON_PAGE // n_rows))
         traces = [with_rows_of(traces[0], targets.dense, config, n_kept=n_kept)]
     for trace in traces:
+        if targets.position is not None:  # before a line is shown
+            ring("tracing.views").ViewOptions(position=targets.position).step(trace)
         layout = make_layout(
             make_console(is_stderr=False).width,
             vocab_size=1 + max(token.id for token in trace.tokens),

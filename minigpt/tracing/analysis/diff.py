@@ -101,5 +101,5 @@ def _strongest(trace: Trace, row: Row) -> Token:
     """Return the token with the largest weight except the sink, unless the sink is alone."""
     weights = np.abs(row.weights_S)
     if len(weights) > 1:
-        weights[trace.header.sink] = -1
+        weights[trace.header.sink : trace.header.sink + 1] = -1  # it may come after the query
     return trace.tokens[int(weights.argmax())]

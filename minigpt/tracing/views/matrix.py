@@ -107,7 +107,8 @@ def as_matrix(rows: Sequence[Row]) -> NDArray[np.float32]:
 
 def scale_end(rows: NDArray[np.float32], sink: int) -> float:
     """Return the end of a colour scale: the largest magnitude outside the sink's column."""
-    largest = float(np.nanmax(np.abs(np.delete(rows, sink, axis=-1)), initial=0.0))
+    others = np.concatenate((rows[..., :sink], rows[..., sink + 1 :]), axis=-1)
+    largest = float(np.nanmax(np.abs(others), initial=0.0))
     return largest if largest > 0 else 1.0
 
 
