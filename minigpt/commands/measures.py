@@ -51,6 +51,8 @@ def measures(
 
     Numbers are means over tokens, with 95 % bootstrap intervals. Controls: distance ranks the
     nearest position first, random in a random order, exact by the exact effects themselves.
+
+    --picture needs matplotlib: pip install 'minigpt-attention[plot]'.
     """
     from minigpt.commands.display.progress import ProgressLine
     from minigpt.commands.loading import load, show_model

@@ -82,6 +82,15 @@ def test_help_of_attention_trace_states_its_convention_and_escapes() -> None:
     assert r"␣ is a space, \n a line break, and \xe2 a byte that is not valid text." in text
 
 
+@pytest.mark.parametrize("words", CALLS, ids=" ".join)
+def test_the_help_of_a_command_that_draws_pictures_says_how_to_install_matplotlib(
+    words: list[str],
+) -> None:
+    text = help_of(*words)
+    draws = re.search(r"\.svg|--svg|[Pp]icture", text) is not None
+    assert ("pip install 'minigpt-attention[plot]'" in " ".join(text.split())) == draws
+
+
 def test_the_program_lists_its_commands(run: Run) -> None:
     result = run("--help")
     assert (result.code, result.err) == (0, "")

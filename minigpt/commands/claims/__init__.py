@@ -32,7 +32,7 @@ def claims(
     Each ends with a verdict: whether the numbers support the claim, and where they do not. All
     three take a quarter of an hour on two CPU cores.
 
-    Pictures need matplotlib (the extra plot).
+    Pictures need matplotlib: pip install 'minigpt-attention[plot]'.
     """
     wanted = list(dict.fromkeys(which or CLAIMS))
     for name in wanted:

@@ -79,6 +79,8 @@ def compare(
 
     Each run is a training run in checkpoints/NAME-VARIANT-sSEED. Ctrl-C saves; the same command
     resumes, and with more seeds or variants adds their runs.
+
+    --out needs matplotlib: pip install 'minigpt-attention[plot]'.
     """
     from minigpt.commands.compare.run import run_comparison
 

@@ -49,6 +49,8 @@ prompt; --patch replaces it, at --patch-position, by what it is in a run on the 
 With --chat, the prompt is a message of the user, through the model's chat template, whose
 special tokens are sources like all others.
 
+--svg and --png need matplotlib: pip install 'minigpt-attention[plot]'.
+
 In a token, ␣ is a space, \n a line break, and \xe2 a byte that is not valid text. Of the tokens
 that share a character, the first shows it, as 日, and the others continue it, as ⋯日; --json
 has the bytes of each.

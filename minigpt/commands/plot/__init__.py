@@ -24,7 +24,8 @@ def plot(
     steps, tokens or seconds of training. The first twentieth of a curve may be cut off at the top.
     A run that is still training is drawn up to now.
 
-    --out needs matplotlib (the extra plot). --json prints all points, one line per run.
+    --out needs matplotlib: pip install 'minigpt-attention[plot]'. --json prints all points, one
+    line per run.
     """
     from minigpt import console
     from minigpt.commands import tables
