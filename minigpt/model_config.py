@@ -111,10 +111,10 @@ class PlainModelConfig:
 
     @property
     def kind(self) -> str:
-        """Architecture, or block layout and attention score, in a word or two."""
-        if self.arch != "gpt":
-            return self.arch
-        return self.family if self.attention == "scaled_dot" else f"{self.family}, {self.attention}"
+        """Model type of config.json, or what a model of minigpt's own is, in a word or two."""
+        if self.model_type != OWN_TYPE:
+            return self.model_type
+        return f"{self.family}, {self.attention}" if self.arch == "gpt" else self.arch
 
     @property
     def n_attention_layer(self) -> int:

@@ -45,7 +45,8 @@ def test_the_plan_names_the_model_and_the_tokenizer_as_the_run_does(run: Run) ->
     said = run(*words).err
     kind = shown["parameters"].split()[1]
     tokenizer = shown["training tokens"].split()[1]
-    assert (kind, tokenizer[:4]) == ("llama", "bpe:")
+    config = json.loads(Path("checkpoints/a/step-000004/config.json").read_text())
+    assert (kind, tokenizer[:4]) == (config["model_type"], "bpe:")
     assert f"({kind}): " in said
     assert f" tokens ({tokenizer}) of " in said
 

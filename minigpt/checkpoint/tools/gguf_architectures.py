@@ -158,8 +158,7 @@ def architecture_of(config: ModelConfig) -> Architecture:
     Raises: CheckpointError if there is none.
     """
     if config.model_type not in ARCHITECTURES:
-        kind = config.kind if config.model_type == "minigpt" else config.model_type
-        raise _refusal(f"models of the kind {kind!r}")
+        raise _refusal(f"models of the kind {config.kind!r}")
     architecture = ARCHITECTURES[config.model_type]
     layout = f"in the {architecture.name} layout"
     if config.activation not in architecture.activations:
