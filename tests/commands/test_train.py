@@ -85,6 +85,13 @@ def test_proposed_commands_fit_a_short_context(run: Run) -> None:
     assert all(run(*words).code == 0 for words in proposed(result.err, "next"))
 
 
+def test_samples_without_held_out_text_begin_as_the_training_text_does(run: Run) -> None:
+    words = (*TINY, "--tokenizer", "bytes", "--val-fraction", "0", "--sample-every", "2")
+    result = run("train", "corpus.txt", *words)
+    assert result.code == 0, result.err
+    assert result.err.count("sample") == 2
+
+
 def test_a_pipe_gets_the_facts_without_control_bytes(run: Run) -> None:
     err = run("train", "corpus.txt", "--sample-every", "2", *TINY).err
     assert all(line.isprintable() for line in err.split("\n"))

@@ -162,8 +162,9 @@ def draw_sample(model: LanguageModel, trainer: Trainer, config: SamplingConfig =
     """Return text sampled from a run's current model, with the run's seed."""
     tokenizer = trainer.data.tokenizer
     model.eval()
-    # Without a token that begins a text, begin as the validation text does.
-    first = trainer.val_tokens.windows(np.zeros(1, np.int64), 1)[0].tolist()
+    # Without a token that begins a text, begin as the held-out text does, or that for training.
+    span = trainer.val_tokens or trainer.train_tokens
+    first = span.windows(np.zeros(1, np.int64), 1)[0].tolist()
     prompt = tokenizer.encode_prompt("") or first
     decoder = Decoder(model, prompt, max_new_tokens=config.max_new_tokens)
     steps = decoder.generate(config, seed=trainer.config.training.seed)
