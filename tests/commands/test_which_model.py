@@ -74,6 +74,16 @@ def test_evaluate_without_data_refuses_a_text_that_is_not_the_runs(
     assert run(*words, f"../{STEP}").code == 0
 
 
+def test_a_run_whose_text_has_moved_asks_for_it(run: Run, at_trained: Path) -> None:
+    (at_trained / "corpus.txt").rename(at_trained / "moved.txt")
+    for words in (["evaluate", "--model", "tiny"], ["train", "--resume", "--name", "tiny"]):
+        line = error_line(run(*words))
+        assert line.startswith("the run's own text: there is no file or folder 'corpus.txt'.")
+        assert line.endswith("If it has moved, give DATA.")
+        assert run(words[0], "moved.txt", *words[1:]).code == 0
+        assert "run's own" not in error_line(run(words[0], "no.txt", *words[1:]))
+
+
 @pytest.mark.parametrize(
     ("name", "code"), [("tiny/step-000004", 0), ("tiny/step-000009", 4), ("", 4)]
 )

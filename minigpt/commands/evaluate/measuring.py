@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -59,7 +59,12 @@ def measure(
             "model was trained with."
         )
     with ProgressLine("reading", is_quiet=is_quiet) as progress:
-        data = prepare(text, on_progress=progress.preparing, tokenizer=tokenizer, chat_model=folder)
+        reading: dict[str, Any] = {"on_progress": progress.preparing, "tokenizer": tokenizer}
+        reading["chat_model"] = folder
+        if config.data:
+            data = prepare(text, **reading)
+        else:
+            data = _own_text(text, folder, is_as_trained=not _reading(config), **reading)
         for line in data.manifest.notes():
             progress.note(f"text   {line}")
         span = _span(data, val_fraction)
@@ -67,8 +72,6 @@ def measure(
         n_predicted = min(config.eval_tokens or len(span), len(span) - 1)
         progress.note(f"model {folder}")
         if not config.data:
-            if not _reading(config):
-                _require_same_text(data, folder, text.paths)
             progress.note(f"text {', '.join(text.paths)}: the run's own, as no DATA is given")
         started = time.perf_counter()
         batches = validation_windows(span, max_tokens=n_predicted, **windows)
@@ -104,18 +107,29 @@ def measure(
     }
 
 
-def _require_same_text(data: PreparedData, folder: Path, paths: Sequence[str]) -> None:
-    """Raise DataError if a run's text has changed, or a path names another one from here."""
+def _own_text(
+    text: DataConfig, folder: Path, *, is_as_trained: bool, **reading: Any
+) -> PreparedData:
+    """Read the text that a run was trained on.
+
+    Args: is_as_trained, whether it is read as for training, so that the tokens are the same.
+    Raises: DataError if it cannot be read, has changed, or a path names another one from here.
+    """
+    try:
+        data = prepare(text, **reading)
+    except DataError as error:
+        raise DataError(f"the run's own text: {error} If it has moved, give DATA.") from None
     states = find_ring("training.state")
-    if states is None:
-        return
+    if states is None or not is_as_trained:
+        return data
     with suppress(CheckpointError):  # weights only: there is nothing to compare with
         if states.read_state(folder).corpus not in ("", data.tokens.fingerprint):
             raise DataError(
-                f"{', '.join(map(repr, paths))} is not the text that {str(folder)!r} was trained "
-                "on: it has changed, or this is another folder. Give DATA, and --val-fraction for "
-                "its last part."
+                f"{', '.join(map(repr, text.paths))} is not the text that {str(folder)!r} was "
+                "trained on: it has changed, or this is another folder. Give DATA, and "
+                "--val-fraction for its last part."
             )
+    return data
 
 
 def _reading(config: EvaluationConfig) -> dict[str, Any]:

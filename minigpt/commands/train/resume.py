@@ -86,7 +86,9 @@ def resumed_job(request: Request) -> Iterator[Job]:
             names = (fixed.rpartition(".")[2].replace("_", "-") for fixed in _FIXED)
             if any(f"--{name}" in str(error) for name in names):  # a remedy that is refused
                 raise _other_text(run, saved, request.overrides) from error
-            raise
+            if given(request.overrides, "data", "paths"):
+                raise
+            raise DataError(f"the run's own text: {error} If it has moved, give DATA.") from None
         if read_state(latest.folder).corpus != data.tokens.fingerprint:
             raise _other_text(run, saved, request.overrides)
         notes += _lifted_limit(saved, config, data)
