@@ -158,6 +158,14 @@ def test_the_sources_and_the_sink_alone_equal_a_full_forward_without_all_else(
         tokens.append(target)
 
 
+@pytest.mark.usefixtures("knockout_step")
+def test_sources_and_a_sink_that_are_all_positions_are_not_shown_alone() -> None:
+    model = small_model("llama", vocab_size=257)
+    steps, _ = steps_of(model, list(b"to b"), n_verified=3)
+    assert [step.kept is None for step in steps[:3]] == [True, False, False]
+    assert len(steps[0].effects) == 3
+
+
 def test_an_interrupted_trace_ends_with_a_footer_about_the_steps_so_far() -> None:
     model = small_model("llama", vocab_size=257)
     events = trace(

@@ -359,7 +359,7 @@ class Verifier:
             effect(position, change, control_of)
             for (position, control_of), change in zip(plan.chosen, changes[:, 0], strict=False)
         )
-        kept = Kept(*map(float, changes[-1])) if effects else None
+        kept = Kept(*map(float, changes[-1])) if len(changes) > len(effects) else None
         return replace(step, effects=effects, kept=kept)
 
 
@@ -374,7 +374,7 @@ class _Plan:
 
 
 def _plan(weights_S: NDArray[np.float32], n_verified: int | Literal["all"], sink: int) -> _Plan:
-    """Return what to hide: each source, each control, and all but the sources and the sink."""
+    """Return what to hide: each source, each control, and what else is not the sink, if any is."""
     if n_verified == "all":
         return _Plan([[position] for position in range(len(weights_S))])
     order = np.argsort(-weights_S, kind="stable").tolist()
@@ -383,7 +383,6 @@ def _plan(weights_S: NDArray[np.float32], n_verified: int | Literal["all"], sink
     chosen: list[tuple[int, int | None]] = [(position, None) for position in sources]
     chosen += [(position, i) for i, position in enumerate(controls) if position is not None]
     hidden = [[position] for position, _ in chosen]
-    if sources:
-        kept = {sink, *sources}
-        hidden.append([p for p in range(len(weights_S)) if p not in kept])
+    others = [p for p in range(len(weights_S)) if p not in (sink, *sources)]
+    hidden += [others] if sources and others else []
     return _Plan(hidden, chosen)

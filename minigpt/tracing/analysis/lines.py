@@ -143,11 +143,13 @@ def effect_lines(step: TraceStep, layout: TraceLayout, names: Sequence[str] = ()
             line = [(_WITHOUT.rjust(layout.left_width), "dim")]
         for i, effect in enumerate(sources[start : start + per_line], start):
             change = signed(effect.change)
-            control = signed(controls[i].change) if i in controls else "-"
+            room = cell_width - layout.position_width - 7
+            control = f"{versus}{signed(controls[i].change)}" if i in controls else " no control"
+            control = control if i in controls or len(control) <= room else ""
             line += [
                 (f" {effect.source.token.position:>{layout.position_width}} ", "dim"),
                 (change, _effect_heat(effect.change)),
-                (f"{versus}{control}".ljust(cell_width - layout.position_width - 7), "dim"),
+                (control.ljust(room), "dim"),
             ]
         line[-1] = (line[-1][0].rstrip(), "dim")
         lines.append(line)
