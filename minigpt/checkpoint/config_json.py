@@ -18,25 +18,20 @@ _NO_EFFECT = """
 """
 
 
-def read_config_json(config: Mapping[str, Any]) -> ModelConfig:
+def read_config_json(config: Mapping[str, Any], path: str = "config.json") -> ModelConfig:
     """Read a parsed config.json.
 
-    Raises: CheckpointError naming the field, if it is missing, of the wrong type, unknown, or if
-        it changes the computation in a way that we do not implement.
+    Raises: CheckpointError naming the path and the field, if it is missing, of the wrong type,
+        unknown, or if it changes the computation in a way that we do not implement.
     """
-    if config.get("model_type") != OWN_TYPE:
-        return ring("checkpoint.families").model_config_from_hf(config)
-    ours = {f.name for f in fields(ModelConfig)}
-    check_known(config, ours)
-    return built({name: value for name, value in config.items() if name in ours})
-
-
-def built(values: Mapping[str, Any]) -> ModelConfig:
-    """Build the config of a config.json; raise CheckpointError for a value that it cannot have."""
     try:
-        return build(ModelConfig, values)
-    except ConfigError as error:
-        raise CheckpointError(f"config.json: {str(error)[:200]}") from None
+        if config.get("model_type") != OWN_TYPE:
+            return ring("checkpoint.families").model_config_from_hf(config)
+        ours = {f.name for f in fields(ModelConfig)}
+        check_known(config, ours)
+        return build(ModelConfig, {name: config[name] for name in config if name in ours})
+    except (CheckpointError, ConfigError) as error:
+        raise CheckpointError(f"{path}: {str(error)[:400]}") from None
 
 
 def check_known(config: Mapping[str, Any], known: set[str]) -> None:
@@ -45,7 +40,7 @@ def check_known(config: Mapping[str, Any], known: set[str]) -> None:
     for name, value in config.items():
         if name not in known and not name.startswith("_") and value is not None:
             raise CheckpointError(
-                f"config.json: unknown field {name[:80]!r} with value {repr(value)[:80]}. "
+                f"unknown field {name[:80]!r} with value {repr(value)[:80]}. "
                 "If it does not change what the model computes, remove it."
             )
 

@@ -111,7 +111,7 @@ def read_long_rope(
     for key, value in rope.items():
         if key not in _KNOWN | _ELSEWHERE and value is not None:
             raise CheckpointError(
-                f"config.json: {name} has the unknown field {key[:80]!r}. If it does not change "
+                f"{name} has the unknown field {key[:80]!r}. If it does not change "
                 "what the model computes, remove it."
             )
     # transformers takes the one beside the other parameters first, as Phi-3 has it.

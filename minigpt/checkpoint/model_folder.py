@@ -124,7 +124,7 @@ def read_config(folder: Path) -> ModelConfig:
 
     Raises: CheckpointError if it is missing, not JSON, or of a model that we cannot compute.
     """
-    return read_config_json(read_json(folder / CONFIG))
+    return read_config_json(read_json(folder / CONFIG), repr(str(folder / CONFIG)))
 
 
 def read_model(

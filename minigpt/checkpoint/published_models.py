@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable
 from dataclasses import fields
+from pathlib import Path
 
 from minigpt.checkpoint.config_json import config_json, read_config_json
 from minigpt.checkpoint.families import family_of, hf_fields
@@ -40,7 +41,7 @@ def canonical_names(config: ModelConfig, names: Iterable[str]) -> dict[str, str]
     return canonical
 
 
-def check_size(config: ModelConfig, n_tensors: int) -> None:
+def check_size(config: ModelConfig, n_tensors: int, folder: Path) -> None:
     """Refuse sizes that no model has, before anything is allocated."""
     sizes = {
         "vocabulary": (config.vocab_size, _LARGEST_WIDTH),
@@ -53,8 +54,8 @@ def check_size(config: ModelConfig, n_tensors: int) -> None:
     for what, (size, largest) in sizes.items():
         if size > largest:
             raise CheckpointError(
-                f"config.json asks for a {what} of {size}, and at most {largest} is possible here. "
-                "Download it again."
+                f"config.json in {str(folder)!r} asks for a {what} of {size}, and at most "
+                f"{largest} is possible here. Download it again."
             )
 
 

@@ -60,7 +60,7 @@ def read_scaling(
         known |= {"truncate": values["rope_truncate"]}
     for ours, theirs in keys.items():
         if given.get(theirs) is None:
-            raise CheckpointError(f"config.json: {name}.{theirs} is missing. Download it again.")
+            raise CheckpointError(f"{name}.{theirs} is missing. Download it again.")
         values[ours] = given[theirs]
     return values, known
 

@@ -119,7 +119,7 @@ def stored_tensors(config: ModelConfig, folder: Path) -> dict[str, StoredTensor]
                         f"{path.name!r}. Download the model again."
                     )
     if published:
-        published.check_size(config, len(found))
+        published.check_size(config, len(found), folder)
     # Not from tensors on the meta device: torch.cat of some imports the compiler, 80 MB of memory.
     state = model_class(config).without_weights(config).state_dict()
     expected = {name: tuple(tensor.shape) for name, tensor in state.items()}

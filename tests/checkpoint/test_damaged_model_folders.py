@@ -186,6 +186,29 @@ def test_damaged_folder_is_a_one_line_error(folder: Path, says: str) -> None:
     assert str(caught.value).isprintable()
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model_type": "mamba"},
+        {"model_type": None},
+        {"hidden_size": None},
+        {"hidden_size": "wide"},
+        {"hidden_size": 2**40},
+        {"hidden_act": "relu6"},
+        {"rope_scaling": {"rope_type": "linear"}},
+        {"norm_scale": 2},
+    ],
+)
+def test_an_error_about_config_json_names_its_folder(
+    change: dict[str, Any], make: Callable[[int, str], GPT], tmp_path: Path
+) -> None:
+    write_model(tmp_path, make(50, "llama-grouped"), None)
+    change_config(tmp_path, **change)
+    with pytest.raises(CheckpointError) as caught:
+        read_model(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
 @pytest.mark.usefixtures("little_memory")
 def test_config_with_wrong_sizes_allocates_little_memory(
     make: Callable[[int, str], GPT], tmp_path: Path

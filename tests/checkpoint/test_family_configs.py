@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from family_configs import CONFIGS
 
-from minigpt.checkpoint.families import model_config_from_hf
+from minigpt.checkpoint.config_json import read_config_json
 from minigpt.checkpoint.published_models import canonical
 from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError, ConfigError
@@ -59,7 +59,7 @@ def test_field_that_a_family_does_not_compute_is_refused_by_name(
     kind: str, change: dict[str, Any], says: str
 ) -> None:
     with pytest.raises(CheckpointError, match=says) as caught:
-        model_config_from_hf(CONFIGS[kind] | change)
+        read_config_json(CONFIGS[kind] | change)
     assert len(str(caught.value)) < 300
 
 
@@ -235,7 +235,7 @@ PUBLISHED: list[tuple[int, dict[str, Any]]] = [
 def test_published_config_has_the_published_number_of_parameters(
     n_parameters: int, config: dict[str, Any]
 ) -> None:
-    assert parameter_count(model_config_from_hf(config)) == n_parameters
+    assert parameter_count(read_config_json(config)) == n_parameters
 
 
 def test_published_configs_are_read() -> None:
@@ -260,7 +260,7 @@ def test_published_configs_are_read() -> None:
         "use_parallel_residual": True,
         "vocab_size": 50304,
     }
-    assert parameter_count(model_config_from_hf(pythia)) == 70_426_624
+    assert parameter_count(read_config_json(pythia)) == 70_426_624
     gemma3 = {
         "architectures": ["Gemma3ForCausalLM"],
         "attention_bias": False,
@@ -285,7 +285,7 @@ def test_published_configs_are_read() -> None:
         "sliding_window_pattern": 6,
         "vocab_size": 262144,
     }
-    config = model_config_from_hf(gemma3)
+    config = read_config_json(gemma3)
     assert parameter_count(config) == 999_885_952
     types = json.loads(config.hf_fields[1].removeprefix("layer_types="))
     assert [i for i, kind in enumerate(types) if kind == "full_attention"] == [5, 11, 17, 23]

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from small_models import LAYOUTS, small_config
 from small_runs import trainer_of
 
-from minigpt.checkpoint.families import model_config_from_hf, model_config_to_hf
+from minigpt.checkpoint.config_json import read_config_json
+from minigpt.checkpoint.families import model_config_to_hf
 from minigpt.checkpoint.folder import RunFolder
 from minigpt.checkpoint.manifest import MANIFEST, verify, write_manifest
 from minigpt.checkpoint.model_folder import STATE_FOLDER, read_config, read_model
@@ -41,7 +42,7 @@ def refusal(error: pytest.ExceptionInfo[Exception] | None) -> None:
 
 def read_or_refuse(config: Any) -> None:
     try:
-        model_config_from_hf(config)
+        read_config_json(config)
     except CheckpointError as error:
         message = str(error)
     else:
@@ -56,7 +57,7 @@ def test_a_config_with_400_digits_is_refused_by_name(layout: str) -> None:
         if type(value) is int and not name.endswith("token_id") and name != "n_ctx":
             for hostile in (10**400, -(10**400), 2**63, 2**31):
                 with pytest.raises(CheckpointError, match=r"config\.json: "):
-                    model_config_from_hf(CONFIGS[layout] | {name: hostile})
+                    read_config_json(CONFIGS[layout] | {name: hostile})
         else:
             read_or_refuse(CONFIGS[layout] | {name: 10**400})
 

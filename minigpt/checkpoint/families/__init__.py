@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 from pkgutil import iter_modules
 from typing import Any
 
-from minigpt.checkpoint.config_json import built, check_known, common_fields
+from minigpt.checkpoint.config_json import check_known, common_fields
 from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError, ConfigError
 from minigpt.hf_config import has_family
 from minigpt.model.language_model import LanguageModel
 from minigpt.model_config import ARCHS, OWN_TYPE
 from minigpt.rings import load_class, ring
+from minigpt.settings import build
 from minigpt.text.tokenizer import Tokenizer
 
 ACTIVATIONS = {
@@ -136,13 +137,13 @@ def family_of(model_type: object) -> Family:
     """
     if model_type is None:
         raise CheckpointError(
-            "config.json: the field model_type is missing, so this may be another program's file. "
+            "the field model_type is missing, so this may be another program's file. "
             "Download the config.json of the model in Hugging Face's format."
         )
     if not isinstance(model_type, str) or not has_family(model_type):
         known = [*sorted(module.name for module in iter_modules(__path__)), OWN_TYPE]
         raise CheckpointError(
-            f"config.json: unsupported model_type {str(model_type)[:80]!r}. "
+            f"unsupported model_type {str(model_type)[:80]!r}. "
             f"Choose a model of type {', '.join(known)}."
         )
     return ring(f"checkpoint.families.{model_type}").FAMILY
@@ -165,7 +166,7 @@ def model_config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
     values |= family.read(config)
     own = values.get("hf_fields", {})
     values["hf_fields"] = [f"{name}={json.dumps(own[name])}" for name in sorted(own)]
-    return built({**values, "model_type": config["model_type"], **family.constants})
+    return build(ModelConfig, {**values, "model_type": config["model_type"], **family.constants})
 
 
 def _is_ignored(name: str) -> bool:
@@ -194,16 +195,14 @@ def _value(config: Mapping[str, Any], family: Family, name: str) -> Any:
     if value is None and name not in _DERIVED:
         value = family.defaults.get(name)
         if value is None:
-            raise CheckpointError(
-                f"config.json: the field {name} is missing. Download config.json again."
-            )
+            raise CheckpointError(f"the field {name} is missing. Download config.json again.")
     return value
 
 
 def unsupported(name: str, value: Any, supported: Any) -> CheckpointError:
     """Return the error for a field of config.json whose value we do not implement."""
     return CheckpointError(
-        f"config.json: {name} is {repr(value)[:80]}, but only {supported!r} is supported. "
+        f"{name} is {repr(value)[:80]}, but only {supported!r} is supported. "
         "Use transformers for this model."
     )
 
@@ -214,7 +213,7 @@ def check_fixed(name: str, value: Any, supported: Any) -> None:
         return
     if name.endswith("partial_rotary_factor"):
         raise CheckpointError(
-            f"config.json: {name} is {repr(value)[:80]}, but models of this type rotate whole "
+            f"{name} is {repr(value)[:80]}, but models of this type rotate whole "
             "heads; transformers ignores it too, or fails. Remove the field if that is meant."
         )
     raise unsupported(name, value, supported)
