@@ -71,8 +71,11 @@ def prepare(
                     finally:
                         shutil.rmtree(aside, ignore_errors=True)
                     prepared = open_prepared(folder)
-    # Two vocabularies may differ in nothing but their name: return the one that was given.
-    return prepared if tokenizer is None else replace(prepared, tokenizer=tokenizer)
+    if tokenizer is None:
+        return prepared
+    # The tokens may be those of a vocabulary with another name: return the one that was given.
+    manifest = replace(prepared.manifest, tokenizer=tokenizer.name)
+    return replace(prepared, tokenizer=tokenizer, manifest=manifest)
 
 
 def prepare_folder(

@@ -113,7 +113,7 @@ class Manifest(TextFacts, Counts):
     def validation(self, val_fraction: float) -> str:
         if not val_fraction or self.val_split not in ("documents", "own"):
             return super().validation(val_fraction)
-        kind = "in whole documents" if self.val_split == "documents" else "of a text of their own"
+        kind = "in whole documents" if self.val_split == "documents" else "of the --val text"
         return f"validation on {self.n_val_tokens:,} tokens {kind}"
 
     def with_split(self, data: DataConfig) -> DataConfig:

@@ -70,6 +70,26 @@ def test_so_has_a_run_with_documents_bpe_dropout_and_short_sequences(
     assert facts["bits_per_byte"] == pytest.approx(best.facts["bits_per_byte"], rel=1e-6)
 
 
+def test_without_data_a_run_with_val_is_evaluated_on_that_text_and_says_so(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("train.txt").write_text(TEXT)
+    Path("other.txt").write_text(TEXT[::-1])
+    words = ["--name", "r", *TINY, "--tokenizer", "bytes"]
+    trained = run("train", "train.txt", "--val", "other.txt", *words)
+    assert trained.code == 0, trained.err
+    n_bytes = len(TEXT.encode())
+    assert f"validation on {n_bytes + 1} tokens of the --val text" in trained.err
+    facts = evaluated(run, "--model", "r")
+    assert (facts["data"], facts["n_bytes"]) == (["other.txt"], n_bytes)
+    given = evaluated(run, "other.txt", "--model", "r")
+    assert facts["nats_per_token"] == given["nats_per_token"]
+    shown = run("evaluate", "--model", "r")
+    assert "text other.txt: the run's own, as no DATA is given" in shown.err
+    assert re.search(r"^text +other.txt, the validation text$", shown.out, re.MULTILINE)
+
+
 @torch.no_grad()
 def test_the_loss_equals_a_plain_loop_over_the_text(run: Run, tmp_path: Path) -> None:
     tokenizer = train_bpe([TEXT], 290)

@@ -127,7 +127,7 @@ def test_without_validation_a_run_trains_on_all_and_evaluate_asks_for_data(run: 
 def test_val_validates_on_a_text_of_its_own(run: Run) -> None:
     result = run("train", "good.jsonl", "--name", "own", "--val", "val.txt", *TINY)
     assert result.code == 0
-    assert "a text of their own" in result.err + result.out
+    assert "tokens of the --val text" in result.err + result.out
     facts = evaluated(run, "--model", "own", "--eval-tokens", "256")
     assert facts["val_split"] == "own"
     best = RunFolder(Path("checkpoints/own")).best()

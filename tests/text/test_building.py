@@ -20,7 +20,7 @@ from filelock import FileLock
 from minigpt import files
 from minigpt.config import DataConfig
 from minigpt.errors import ConfigError, DataError, LockedError, ResourceError
-from minigpt.text import bpe, building, corpus, prepared_folders, shard_files
+from minigpt.text import bpe, building, byte_pairs, corpus, prepared_folders, shard_files
 from minigpt.text.bpe import train_bpe
 from minigpt.text.building import Encoded, Work
 from minigpt.text.byte_pairs import TiktokenTokenizer
@@ -333,6 +333,17 @@ def test_folder_that_another_process_prepares_is_refused(prepared: Prepare, tmp_
         pytest.raises(LockedError, match="another process is preparing"),
     ):
         prepared()
+
+
+def test_kept_tokens_are_reported_with_the_tokenizer_that_was_given(data: DataConfig) -> None:
+    first = train_bpe(["the owl, the nest"], 260)
+    again = byte_pairs.from_dict(first.to_dict() | {"name": "other"})
+    assert (again.fingerprint, again.name) == (first.fingerprint, "other")
+    made = prepare(data, tokenizer=first)
+    kept = prepare(data, tokenizer=again)
+    assert kept.tokens.fingerprint == made.tokens.fingerprint
+    assert (kept.tokenizer.name, kept.manifest.tokenizer) == ("other", "other")
+    assert made.manifest.tokenizer == first.name
 
 
 def test_prepared_folder_must_be_finished_alone_and_have_the_same_tokenizer(

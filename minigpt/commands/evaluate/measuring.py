@@ -71,8 +71,9 @@ def measure(
         windows = _windows(config, model.config, len(span), device.type)
         n_predicted = min(config.eval_tokens or len(span), len(span) - 1)
         progress.note(f"model {folder}")
+        paths = text.val or text.paths  # a run with --val does not validate on what it trains on
         if not config.data:
-            progress.note(f"text {', '.join(text.paths)}: the run's own, as no DATA is given")
+            progress.note(f"text {', '.join(paths)}: the run's own, as no DATA is given")
         started = time.perf_counter()
         batches = validation_windows(span, max_tokens=n_predicted, **windows)
         batches = _shown(batches, n_predicted, progress)
@@ -89,7 +90,7 @@ def measure(
         result = replace(result, n_bytes=_text_bytes(data, span))
     return {
         "model": folder,
-        "data": list(text.paths),
+        "data": list(paths),
         "val_fraction": val_fraction,
         "val_split": None if val_fraction is None else data.manifest.val_split,
         "nats_per_token": result.nats_per_token,
@@ -232,8 +233,8 @@ def lines(result: dict[str, Any]) -> Iterator[Text]:
     part = ""
     if share:
         part = f", the last {100 * share:.3g}%"
-        if result["val_split"] in ("documents", "own"):
-            part = ", the documents for validation"
+        kinds = {"documents": ", the documents for validation", "own": ", the validation text"}
+        part = kinds.get(result["val_split"], part)
     time_ = f"{seconds:.1f} s" if seconds < 60 else duration(seconds)
     return fact_lines(
         {
