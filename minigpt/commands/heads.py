@@ -59,6 +59,7 @@ def heads(
     folder, loaded = load_model(source)
     roles = head_roles(loaded.model, seed=seed)
     logits_LH = head_logits(loaded.model, seed=seed)
+    show_model(folder)
     effects_LH = None
     if ablate:
         n_heads = sum(map(len, roles))
@@ -69,7 +70,6 @@ def heads(
 
             effects_LH = head_effects(loaded.model, seed=seed, progress=show)
     n_repeated = repeated_sequences(loaded.model, seed=seed).shape[1] // 2
-    show_model(folder)
     if as_json:
         measured = {"logit_effect": logits_LH, "loss_effect": effects_LH}
         records = [

@@ -69,6 +69,13 @@ def measures(
     ready = load(source, prompt, form)
     seed = fresh_seed() if sampling.seed is None else sampling.seed
     with ProgressLine() as line:
+
+        def show(share: float, what: str) -> None:
+            if not line.line.label:  # before minutes of work on another model than was meant
+                show_model(ready.folder)
+                note(f"seed {seed}")
+            line.show_task(what, share, [f"{share:.0%}"])
+
         comparison = compare_measures(
             ready.model,
             ready.tokenizer,
@@ -77,10 +84,8 @@ def measures(
             config,
             measures=chosen,
             seed=seed,
-            progress=lambda share, what: line.show_task(what, share, [f"{share:.0%}"]),
+            progress=show,
         )
-    show_model(ready.folder)
-    note(f"seed {seed}")
     for name, why in comparison.left_out.items():
         note(f"{name} is left out: {why}")
     if picture is not None:

@@ -68,7 +68,6 @@ def test_bad_input_is_one_line(run: Run, folder: Path) -> None:
         (("--only", "weight,vibes"), 2, "there is no measure 'vibes'"),
         (("--only", ""), 2, "there is no measure ''"),
         (("--sink", "40", "to be or not to"), 2, "the sink must be a position of the prompt"),
-        (("to be",), 3, "no generated token has 10 positions"),
         (("--knockout", "head", "x"), 2, "--knockout"),
         (("--system", "x", "y"), 2, "--system is for --chat"),
     ):
@@ -76,3 +75,8 @@ def test_bad_input_is_one_line(run: Run, folder: Path) -> None:
         assert refused.code == code, refused.err
         assert message in error_line(refused)
         assert not refused.out
+    short = run(*words, "--seed", "5", "to be")
+    assert short.code == 3
+    # The model is named before it works, not after.
+    named = f"model {folder}\nseed 5\nerror: no generated token has 10 positions"
+    assert short.err.startswith(named)

@@ -140,6 +140,29 @@ def test_samples_are_pooled_and_all_measures_of_the_installation_are_compared() 
     assert found.n_tokens == 6
 
 
+def test_progress_grows_within_each_pass() -> None:
+    model, prompt = small_model("gpt2", vocab_size=257), list(b"to be or not")
+    reports: list[tuple[float, str]] = []
+    sampling = SamplingConfig(max_new_tokens=4, temperature=0)
+    compare_measures(
+        model,
+        TOKENIZER,
+        prompt,
+        sampling,
+        DEFAULTS,
+        measures=("weight", "rollout"),
+        seed=3,
+        progress=lambda *report: reports.append(report),
+    )
+    shares = [share for share, _ in reports]
+    assert shares == sorted(set(shares))
+    assert 0 <= shares[0]
+    assert shares[-1] < 1
+    stages = Counter(what for _, what in reports)
+    assert list(stages) == ["measuring", "rolling out", "knocking out"]
+    assert min(stages.values()) >= 4, "at least one report per token"
+
+
 def test_measures_that_a_model_or_a_long_text_does_not_allow_are_left_out_with_the_reason() -> None:
     lstm = model_of(VARIANTS["lstm-attention"])
     found = compare(lstm, list(range(12)), measures=None, n_tokens=3)

@@ -159,8 +159,12 @@ def compare_measures(
         if ROLLOUT in measures:
             passes["rolling out"] = replace(config, measure="weight", reduce="rollout")
         for number, (what, one) in enumerate(passes.items()):
-            show(0.5 * number / len(passes), what)
-            traced = Trace.of(trace(model, tokenizer, prompt, sampling, one, seed=seed + sample))
+            events = []
+            for event in trace(model, tokenizer, prompt, sampling, one, seed=seed + sample):
+                done = min(len(events) / (sampling.max_new_tokens + 2), 1)  # header and footer
+                show(0.5 * (number + done) / len(passes), what)
+                events.append(event)
+            traced = Trace.of(events)
             if traced.footer.finish is None:  # Ctrl-C ends a trace with a footer
                 raise KeyboardInterrupt
             names = plain if isinstance(one, _Measures) else (ROLLOUT,)
