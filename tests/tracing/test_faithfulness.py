@@ -156,7 +156,7 @@ def test_progress_grows_within_each_pass() -> None:
     )
     shares = [share for share, _ in reports]
     assert shares == sorted(set(shares))
-    assert 0 <= shares[0]
+    assert shares[0] >= 0
     assert shares[-1] < 1
     stages = Counter(what for _, what in reports)
     assert list(stages) == ["measuring", "rolling out", "knocking out"]
