@@ -5,6 +5,7 @@ Each file is recognized by its suffix or its content.
 
 import codecs
 import glob
+import mimetypes
 import os
 import shutil
 import stat
@@ -239,10 +240,12 @@ def _lacks_field(file: FoundFile, data: DataConfig) -> bool:
 
 
 def _other_files(folder: Path, left_out: Counter[str]) -> str:
-    """Return a glob for the files of a folder that are left out most; empty for none."""
+    """Return a glob for the text files of a folder that are left out most; empty for none."""
     for kind, _ in left_out.most_common():
-        last = {"hidden": ".*", "without a suffix": "*"}.get(kind, f"*{glob.escape(kind)}")
-        if kind in ("hidden", "without a suffix") or (kind[0] == "." and " " not in kind):
+        medium = (mimetypes.guess_type(f"x{kind}")[0] or "").partition("/")[0]
+        is_suffix = kind[0] == "." and " " not in kind and medium not in ("image", "audio")
+        if is_suffix or kind == "without a suffix":
+            last = f"*{glob.escape(kind)}" if is_suffix else "*"
             return os.path.join(glob.escape(str(folder)), "**", last)
     return ""
 
@@ -287,7 +290,7 @@ def _summary(
     if left_out.total():
         line += f"; left out: {_counted(left_out)}"
         if glob_of_rest:
-            line += f" (a glob takes them: {glob_of_rest!r})"
+            line += f" (to read those, name them with a glob, as in {glob_of_rest!r})"
     return line
 
 

@@ -43,7 +43,7 @@ def write(*names: str) -> None:
 
 
 def advised_glob(note: str) -> str:
-    found = re.search(r"a glob takes them: '([^']+)'", note) or re.search(r"as in '([^']+)'", note)
+    found = re.search(r"with a glob, as in '([^']+)'", note)
     assert found, note
     return found[1]
 
@@ -67,12 +67,21 @@ def test_the_glob_is_for_the_folder_that_has_the_rest() -> None:
     assert read(advised_glob(note))[0] == ["d/x.PY"]
 
 
+def test_no_glob_is_proposed_for_hidden_files_and_pictures() -> None:
+    write("d/a.md", "d/.DS_Store", "d/.git/x", "d/1.png", "d/2.jpg", "d/3.mp3")
+    note = read("d")[1]
+    assert "1 .png" in note
+    assert "glob" not in note
+    write("d/x.tex")
+    assert advised_glob(read("d")[1]) == "d/**/*.tex"
+
+
 def test_hidden_files_are_left_out_and_said() -> None:
     write("d/a.txt", "d/.b.txt", "d/.git/c.txt")
     texts, note = read("d")
     assert texts == ["d/a.txt"]
     assert "hidden" in note
-    assert "d/.b.txt" in read(advised_glob(note))[0]
+    assert "d/.b.txt" in read("d/**/.*")[0]
 
 
 @pytest.mark.parametrize("word", ["a.rtf", "a.txt", "*"])
@@ -146,7 +155,7 @@ def test_a_dangling_link_is_named_as_one(folder: Path) -> None:
         texts, note = read(word)
         assert texts == ["d/a.txt"]
         assert "1 dangling link" in note
-        assert "a glob takes them" not in note
+        assert "glob" not in note
 
 
 def test_a_link_to_itself_is_refused_in_one_line() -> None:

@@ -10,6 +10,7 @@ Shapes: N generated tokens, S positions in view.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -159,7 +160,7 @@ def compare_measures(
         if ROLLOUT in measures:
             passes["rolling out"] = replace(config, measure="weight", reduce="rollout")
         for number, (what, one) in enumerate(passes.items()):
-            events = []
+            events: list[Any] = []
             for event in trace(model, tokenizer, prompt, sampling, one, seed=seed + sample):
                 done = min(len(events) / (sampling.max_new_tokens + 2), 1)  # header and footer
                 show(0.5 * (number + done) / len(passes), what)
