@@ -188,3 +188,24 @@ def test_an_ascii_stdout_gets_an_ascii_chart(run: Run, monkeypatch: pytest.Monke
     text = out.getvalue().decode("ascii")
     assert "\\u" not in text
     assert "# other" in text
+
+
+@pytest.mark.parametrize("spec", ["tiny", "checkpoints/tiny"])
+@pytest.mark.parametrize("kind", ["a folder", "a link to nothing", "a pointer"])
+def test_metrics_that_cannot_be_read_are_named_with_what_is_wrong(
+    kind: str, spec: str, run: Run, runs: Path
+) -> None:
+    path = runs / "tiny/metrics.jsonl"
+    path.unlink()
+    if kind == "a folder":
+        path.mkdir()
+    elif kind == "a link to nothing":
+        path.symlink_to("nowhere")
+    else:
+        path.write_text("version https://git-lfs.github.com/spec/v1\n")
+    result = run("plot", spec)
+    said = {"a folder": "it is a folder", "a pointer": "it is a Git LFS"}.get(kind, "No such file")
+    line = error_line(result)
+    assert result.code == 4
+    assert line.startswith(f"'checkpoints/tiny/metrics.jsonl' cannot be read: {said}")
+    assert "Did you mean" not in line

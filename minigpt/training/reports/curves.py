@@ -50,13 +50,13 @@ def find_run(spec: str | None, root: Path = ROOT) -> Path:
     Args: spec, the folder, or a name under root; None is the newest run under root.
     Raises: CheckpointError if there is none.
     """
-    known = {path.parent: path.stat().st_mtime_ns for path in root.glob(f"*/{METRICS_FILE}")}
+    known = {path.parent: path.lstat().st_mtime_ns for path in root.glob(f"*/{METRICS_FILE}")}
     if spec is None:
         if not known:
             raise CheckpointError(f"there is no run in {str(root)!r} yet. {MAKE_ONE}")
         return max(known, key=lambda folder: known[folder])
     for folder in (Path(spec), root / spec):
-        if os.path.isfile(folder / METRICS_FILE):  # False for impossible names
+        if os.path.lexists(folder / METRICS_FILE):  # False for impossible names
             return folder
     advice = remedy(Path(spec).name, sorted(folder.name for folder in known))
     raise CheckpointError(f"there is no run with a {METRICS_FILE} at {spec[:120]!r}. {advice}")
@@ -65,7 +65,8 @@ def find_run(spec: str | None, root: Path = ROOT) -> Path:
 def read_curves(run: Path) -> LossCurves:
     """Read the losses of a run, without a last line that is only half written.
 
-    Raises: CheckpointError if another line is not an event with numeric losses.
+    Raises: CheckpointError if another line is not an event with numeric losses, or the file cannot
+        be read; ResourceError if it may not be read.
     """
     try:
         config = build(RunConfig, read_toml(run / CONFIG_FILE))
@@ -74,8 +75,14 @@ def read_curves(run: Path) -> LossCurves:
     step_tokens = config.training.batch_size * config.sequence_length if config else None
     curves: dict[str, list[LossPoint]] = {name: [] for name in _LOSSES.values()}
     path = run / METRICS_FILE
-    with resource_errors(path):
-        *lines, _ = read_bytes(path).decode("utf-8", errors="replace").split("\n")
+    try:
+        with resource_errors(path):
+            *lines, _ = read_bytes(path).decode("utf-8", errors="replace").split("\n")
+    except OSError as error:
+        raise CheckpointError(
+            f"{str(path)!r} cannot be read: {error.strerror}. Rename or remove it: train --resume "
+            "writes a new one."
+        ) from None
     for number, line in enumerate(lines, start=1):
         try:
             event = json.loads(line)
