@@ -54,6 +54,8 @@ class MeasureFacts:
     """Whether each head has a row of its own."""
     sums_to: str = ""
     """What a row and its parts sum to, in words. Empty if that has no meaning."""
+    others: str = "parts from no position"
+    """What the sum of the parts that no position brought has, in words."""
     needs: tuple[Need, ...] = ()
     takes_several: bool = False
     """Whether its function takes the predictions of several tokens, and returns as many rows."""

@@ -100,7 +100,7 @@ class TraceLayout:
     def _titles(self) -> list[str]:
         """Return titles of the columns of sources, the longest first."""
         share = "share of the attention"
-        return [f"the earlier token, {share}", f"token, {share}", "by weight", "token"]
+        return [f"the earlier token, {share}", f"token, {share}", "token, share", "token"]
 
     def _right_heading(self) -> str:
         # "rest" is one cell wider than its column, and takes the blank before it.

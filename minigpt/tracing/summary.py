@@ -71,7 +71,8 @@ def legend(layout: TraceLayout, header: TraceHeader) -> list[Line]:
     if facts.is_signed:
         if facts.sums_to and not layout.form.is_bare:
             logit = "logit" if header.against is None else "difference of logits"
-            parts.append(f"other: parts from no position; sum: the {logit}")
+            heads = ", other heads" if facts.has_heads and not header.selection.is_all else ""
+            parts.append(f"other: {facts.others}{heads}; sum: the {logit}")
     elif layout.form.has_entropy:
         parts.append("bits: entropy of the row (3: as if spread evenly over 8)")
     return wrapped("; ".join(parts), layout.width, label="columns  ")

@@ -300,6 +300,35 @@ def test_the_columns_are_explained_once_above_them(width: int, measure: Measure)
     assert "position 3" in words_of(lines)
 
 
+@pytest.mark.parametrize("width", range(40, 121, 4))
+@pytest.mark.parametrize(
+    "measures", [("weight",), ("norm",), ("weight", "norm"), ("logit",), ("gradient",)]
+)
+def test_the_title_of_the_sources_names_their_token(
+    width: int, measures: tuple[Measure, ...]
+) -> None:
+    layout = make_layout(width, vocab_size=4096, n_positions=200, measures=measures)
+    assert re.search("  at (the earlier )?token[ ,]", text_of(layout.heading()))
+
+
+@pytest.mark.parametrize(
+    ("measure", "heads", "says"),
+    [
+        ("logit", None, "other: MLPs, embedding, biases; sum"),
+        ("logit", "0.1", "other: MLPs, embedding, biases, other heads; sum"),
+        ("integrated", None, "other: logit of the baseline, error; sum"),
+    ],
+)
+def test_the_legend_says_what_other_is_made_of(
+    measure: Measure, heads: str | None, says: str
+) -> None:
+    layout = make_layout(80, vocab_size=4096, n_positions=200, measures=(measure,))
+    header = header_of(measures=(measure,))
+    if heads:
+        header = replace(header, selection=select_heads(2, 2, heads=heads))
+    assert says in words_of(legend(layout, header))
+
+
 def test_a_check_that_failed_is_shown_with_its_number() -> None:
     footer = TraceFooter(9, "length", 1.0, 0.5, 4e-3)
     text = words_of(footer_lines(footer, header_of(), 80))

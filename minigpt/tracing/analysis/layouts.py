@@ -50,8 +50,8 @@ class SharesLayout(_MeasuresLayout):
     def _titles(self) -> list[str]:
         by = " and ".join(self.measures)
         initials = "/".join(measure[0] for measure in self.measures)
-        last = "token" if len(self.measures) == 1 else initials
-        return [f"the earlier token, share by {by}", f"token, share by {by}", f"by {by}", last]
+        names = [f"token, share by {by}", f"token, {by}", f"token, {initials}", "token"]
+        return [f"the earlier {names[0]}", *names]
 
     def _sink(self, rows: Sequence[Row]) -> str:
         return " ".join(percent(row.sink) for row in (rows[:1] if self.form.is_bare else rows))
@@ -89,7 +89,8 @@ class SignedLayout(_MeasuresLayout):
     def _titles(self) -> list[str]:
         unit = facts_of(self.measures[0]).unit
         contribution = f"contribution in {unit}"
-        return [f"the earlier token, {contribution}", f"token, {contribution}", unit]
+        names = [f"token, {contribution}", f"token, {unit}", "token"]
+        return [f"the earlier {names[0]}", *names]
 
     def _right_heading(self) -> str:
         names = ("rest", "other", _SUM) if self.has_whole else ("rest",)

@@ -31,6 +31,7 @@ _MAX_POSITIONS = 2**12
     is_signed=True,
     has_heads=False,
     sums_to="the token's logit minus that of the baseline",
+    others="logit of the baseline, error",
     needs=("token", "gradients"),
     caveat="A path from the mean embedding passes inputs that the model never saw in training.",
 )

@@ -36,6 +36,7 @@ from minigpt.tracing.analysis_config import AnalysisConfig
     unit="logits",
     is_signed=True,
     sums_to="the token's logit",
+    others="MLPs, embedding, biases",
     needs=("residual", "token"),
     takes_several=True,
     caveat="It counts what heads add to the logit directly, not through later layers.",
