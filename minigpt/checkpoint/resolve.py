@@ -71,10 +71,11 @@ def remedy(word: str, names: Iterable[str]) -> str:
     return nearest(word, known) if (known := list(names)) else MAKE_ONE
 
 
-def is_shipped(folder: Path) -> bool:
-    """Return whether a model folder is that of the model that ships."""
+def shown_name(folder: Path) -> str:
+    """Return the path of a model folder, or the name of the model that ships."""
     shipped = shipped_model()
-    return shipped is not None and folder.exists() and folder.samefile(shipped)
+    is_shipped = shipped is not None and folder.exists() and folder.samefile(shipped)
+    return SHIPPED if is_shipped else str(folder)
 
 
 def shipped_model() -> Path | None:

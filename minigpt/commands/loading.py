@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from minigpt.checkpoint.model_folder import LoadedModel
-from minigpt.checkpoint.resolve import SHIPPED, is_shipped, resolve_model
+from minigpt.checkpoint.resolve import resolve_model, shown_name
 from minigpt.commands.options import Interventions, ModelSource, PromptForm
 from minigpt.config import SamplingConfig
 from minigpt.console import note
@@ -117,7 +117,8 @@ def load_model(
 
 def show_model(folder: Path) -> None:
     """Name the model on stderr: its folder, and so the run and the step; or that it ships."""
-    note(f"model {SHIPPED}, which ships with minigpt" if is_shipped(folder) else f"model {folder}")
+    name = shown_name(folder)
+    note(f"model {name}" if name == str(folder) else f"model {name}, which ships with minigpt")
 
 
 def use_threads(threads: int | None) -> None:

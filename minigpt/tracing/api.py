@@ -4,6 +4,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from minigpt.checkpoint.resolve import shown_name
 from minigpt.config import SamplingConfig
 from minigpt.errors import ConfigError
 from minigpt.generation import api
@@ -83,7 +84,7 @@ def trace(
             sampling,
             config,
             seed=seed + number,
-            model_name=name,
+            model_name=name and shown_name(Path(name)),
             compiles=compile,
             forced=forced,
             intervention=intervention,

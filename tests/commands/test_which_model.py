@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from calls import TINY, Run, error_line
+from calls import TINY, TRACE, Run, error_line
 
 from minigpt.checkpoint import resolve
 from minigpt.checkpoint.folder import RunFolder
@@ -184,6 +184,15 @@ def test_the_model_that_ships_is_used_where_there_is_no_run(
         result = run(command, *words, *model)
         assert result.code == 0, result.err
         assert "model storyteller, which ships with minigpt" in result.err.splitlines()
+
+
+def test_a_trace_and_its_files_name_the_model_that_ships_without_its_folder(
+    run: Run, shipped: Path
+) -> None:
+    result = run(*TRACE, "--out", "a.jsonl", "--html", "a.html", "--view", "lines")
+    assert result.out.splitlines()[0].split() == ["model", "storyteller"]
+    assert json.loads(Path("a.jsonl").read_text().splitlines()[0])["model"] == "storyteller"
+    assert str(shipped) not in Path("a.html").read_text()
 
 
 def test_a_run_of_ones_own_goes_before_the_model_that_ships(

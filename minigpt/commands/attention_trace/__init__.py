@@ -78,6 +78,7 @@ def attention_trace(
         return
     if form.chat and prompt is None:
         raise ConfigError("--chat answers a message. Give a PROMPT.")
+    from minigpt.checkpoint.resolve import shown_name
     from minigpt.commands.attention_trace.output import TraceOutput
     from minigpt.commands.loading import load_to_continue
     from minigpt.console import note
@@ -101,7 +102,7 @@ def attention_trace(
                 sampling,
                 config,
                 seed=seed,
-                model_name=str(ready.folder),
+                model_name=shown_name(ready.folder),
                 compiles=source.compile,
                 forced=ready.forced,
                 intervention=ready.intervention,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from minigpt.checkpoint.folder import CONFIG_FILE
 from minigpt.checkpoint.manifest import MANIFEST, verify
-from minigpt.checkpoint.resolve import resolve_model
+from minigpt.checkpoint.resolve import resolve_model, shown_name
 from minigpt.commands.display.progress import ProgressLine
 from minigpt.commands.evaluate import EvaluationConfig
 from minigpt.commands.loading import use_threads
@@ -70,7 +70,7 @@ def measure(
         span = _span(data, val_fraction)
         windows = _windows(config, model.config, len(span), device.type)
         n_predicted = min(config.eval_tokens or len(span), len(span) - 1)
-        progress.note(f"model {folder}")
+        progress.note(f"model {shown_name(folder)}")
         paths = text.val or text.paths  # a run with --val does not validate on what it trains on
         if not config.data:
             progress.note(f"text {', '.join(paths)}: the run's own, as no DATA is given")
