@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import minigpt
-from minigpt.checkpoint.resolve import is_shipped, resolve_model
+from minigpt.checkpoint.resolve import resolve_model, shown_name
 from minigpt.generation.loading import load
 from minigpt.tracing.analysis.roles import head_roles
 
@@ -22,7 +22,7 @@ CARD = (MODEL / "README.md").read_text(encoding="utf-8")
 def test_it_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert resolve_model(None) == resolve_model("storyteller") == MODEL
-    assert is_shipped(MODEL)
+    assert shown_name(MODEL) == "storyteller"
 
 
 def test_it_fits_into_a_repository() -> None:

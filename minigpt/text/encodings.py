@@ -29,8 +29,8 @@ _OTHER_KINDS = {
     b"\x1f\x8b": "compressed twice. Decompress it once",
     b"PAR1": "a Parquet file. Give --format parquet",
     b"%PDF": "a PDF. Extract its text: pdftotext OLD NEW",
-    b"PK\x03\x04": "a ZIP archive, as .docx and .epub are. Unpack it, or save it as plain text",
-    b"\xd0\xcf\x11\xe0": "an Office document. Save it as plain text",
+    b"PK\x03\x04": "a ZIP archive. Unpack it",
+    b"\xd0\xcf\x11\xe0": "an Office document. Save it as plain text (.txt) in its program",
     b"7z\xbc\xaf": "an archive. Unpack it",
     b"PK\x05\x06": "an empty ZIP archive. Pass text files",
     b"Rar!": "an archive. Unpack it",
@@ -45,6 +45,16 @@ _OTHER_KINDS = {
 """First bytes of files that are not text in any encoding: what they are, and the remedy."""
 _NUL = r"Pass text files, or leave its NUL bytes out: tr -d '\000' < OLD > NEW"
 _LETTERS = b" abcdefghijklmnopqrstuvwxyz"
+_IN_ZIP = {
+    rb"application/epub\+zip": (
+        "an e-book. Convert it to plain text: ebook-convert OLD.epub NEW.txt (of Calibre)"
+    ),
+    rb"xl/(work|_rels)|opendocument\.spreadsheet": "a spreadsheet. Save it as CSV in its program",
+    rb"word/\w+\.xml|\[Content_Types\]\.xml|opendocument\.": (
+        "an Office document. Save it as plain text (.txt) in its program"
+    ),
+}
+"""Pattern of a name in a ZIP archive -> what the archive is; the first counts."""
 _TAR = slice(257, 262)
 _CONTROLS = re.compile(r"[\0-\x08\x0e-\x1f\ud800-\udfff]")
 
@@ -114,6 +124,8 @@ def decoded(file: BinaryIO, name: str, encoding: str, block_bytes: int) -> Itera
         n_bytes, n_chars = n_bytes + len(block), n_chars + len(text)
         block = file.read(block_bytes)
     kind = next((kind for mark, kind in _OTHER_KINDS.items() if head.startswith(mark)), "")
+    if head.startswith(b"PK\x03\x04"):
+        kind = next((what for name, what in _IN_ZIP.items() if re.search(name, head)), kind)
     if head[_TAR] == b"ustar":
         kind = "a tar archive. Unpack it"
     if kind:

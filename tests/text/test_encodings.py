@@ -3,6 +3,7 @@
 import codecs
 import re
 import subprocess
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -252,10 +253,37 @@ def test_an_encoding_that_does_not_fit_is_a_data_error(encoding: str, tmp_path: 
 
 
 @pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (["[Content_Types].xml", "word/document.xml"], "Save it as plain text (.txt)"),
+        (["_rels/.rels", "word/document.xml"], "Save it as plain text (.txt)"),
+        (["mimetype=application/vnd.oasis.opendocument.text"], "Save it as plain text (.txt)"),
+        (["_rels/.rels", "xl/workbook.xml"], "Save it as CSV"),
+        (["[Content_Types].xml", "xl/workbook.xml"], "Save it as CSV"),
+        (["mimetype=application/vnd.oasis.opendocument.spreadsheet"], "Save it as CSV"),
+        (["mimetype=application/epub+zip", "a.html"], "ebook-convert"),
+        (["a.txt", "b.txt"], "Unpack it"),
+    ],
+)
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_document_in_a_zip_archive_is_to_be_saved_as_text(
+    names: list[str], says: str, compression: int
+) -> None:
+    with zipfile.ZipFile("a.docx", "w") as archive:
+        for entry in names:
+            name, _, content = entry.partition("=")
+            how = zipfile.ZIP_STORED if content else compression
+            archive.writestr(name, content or "\u00e9 and more " * 90, how)
+    message = refusal("a.docx")
+    assert says in message
+    assert ("Unpack" in message) == (says == "Unpack it")
+
+
+@pytest.mark.parametrize(
     ("head", "says"),
     [
         (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", "is a PDF. Extract its text: pdftotext OLD NEW"),
-        (b"PK\x03\x04\x14\x00\x06\x00", "is a ZIP archive, as .docx and .epub are. Unpack it"),
+        (b"PK\x03\x04\x14\x00\x06\x00", "is a ZIP archive. Unpack it"),
         (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "is an Office document. Save it as plain text"),
         (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "is a picture"),
         (b"\xff\xd8\xff\xe0\0\x10JFIF", "is a picture"),
