@@ -93,8 +93,8 @@ def select_heads(
         layer, dot, head = part.strip().partition(".")
         if not dot:
             raise ConfigError(f"{name} takes layer.head, as in 4.2 or 5.*: it is {part!r}.")
-        layer_numbers = _numbers(layer, n_layer, name, "layer")
-        chosen |= {*product(layer_numbers, _numbers(head, n_head, name, "head"))}
+        layer_numbers = _numbers(layer, n_layer, name, "layer", part)
+        chosen |= {*product(layer_numbers, _numbers(head, n_head, name, "head", part))}
     selection = HeadSelection(
         tuple(
             tuple(h for h in range(n_head) if i in chosen_layers and (i, h) in chosen)
@@ -107,8 +107,11 @@ def select_heads(
     return selection
 
 
-def _numbers(text: str, n: int, option: str, noun: str) -> set[int]:
-    """Parse ``*`` or a list of numbers and ranges, each below n."""
+def _numbers(text: str, n: int, option: str, noun: str, shown: str = "") -> set[int]:
+    """Parse ``*`` or a list of numbers and ranges, each below n.
+
+    Args: shown, the layer.head that the text is a part of, for messages.
+    """
     if text.strip() == "*":
         return set(range(n))
     numbers: set[int] = set()
@@ -119,7 +122,8 @@ def _numbers(text: str, n: int, option: str, noun: str) -> set[int]:
         low, high = int(match[1]), int(match[2] or match[1])
         if low > high or high >= n:
             raise ConfigError(
-                f"{option} {part.strip()} is out of range: the model has {noun}s 0 to {n - 1}."
+                f"{option} {(shown or part).strip()} is out of range: the model has {noun}s 0 to "
+                f"{n - 1}."
             )
         numbers.update(range(low, high + 1))
     return numbers

@@ -211,7 +211,7 @@ def test_an_unusable_prompt_is_refused(
         ("--layers x", ["--layers", "'x'"]),
         ("--layers 1-0", ["--layers", "1-0"]),
         ("--heads 3", ["--heads", "'3'", "layer.head"]),
-        ("--heads 0.7", ["--heads 7", "0 to 1"]),
+        ("--heads 0.7", ["--heads 0.7", "0 to 1"]),
         ("--layers 0 --heads 1.*", ["no head in common"]),
         ("--n-sources -1", ["--n-sources", "-1"]),
         ("--sources few", ["--n-sources", "'few'"]),

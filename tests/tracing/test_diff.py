@@ -75,7 +75,7 @@ def test_two_heads_of_one_model_can_be_compared() -> None:
     ("first", "second", "message"),
     [
         (small_trace("abc"), small_trace("abcd"), "prompts have 3 and 4 tokens"),
-        (small_trace("abc"), small_trace("abd"), r"position 2: b'c' and b'd'"),
+        (small_trace("abc"), small_trace("abd"), "position 2: c and d. Trace"),
         (
             trace_of([1, 0, 0], [1, 0, 0, 0]),
             trace_of([1, 0, 0]),

@@ -52,8 +52,8 @@ def test_a_selection_is_parsed(options: dict[str, str], expected: list[tuple[int
         ({"heads": "1."}, "--heads takes numbers and ranges, as in 0,2,4-6: it is ''."),
         ({"heads": ".1"}, "--heads takes numbers and ranges, as in 0,2,4-6: it is ''."),
         ({"heads": "1.2.0"}, "--heads takes numbers and ranges, as in 0,2,4-6: it is '2.0'."),
-        ({"heads": "7.0"}, "--heads 7 is out of range: the model has layers 0 to 6."),
-        ({"heads": "0.3"}, "--heads 3 is out of range: the model has heads 0 to 2."),
+        ({"heads": "7.0"}, "--heads 7.0 is out of range: the model has layers 0 to 6."),
+        ({"heads": "0.3"}, "--heads 0.3 is out of range: the model has heads 0 to 2."),
         ({"heads": "\x1b[31m.0"}, "--heads takes numbers and ranges, as in 0,2,4-6: it is '\\x1b"),
         ({"layers": "0", "heads": "1.*"}, "--layers 0 and --heads 1.* have no head in common."),
     ],
@@ -70,7 +70,7 @@ def test_messages_name_the_option_that_was_given() -> None:
     for given, message in (
         ({"layers": "7"}, "--verify-layers 7 is out of range: the model has layers 0 to 6."),
         ({"heads": "3"}, "--verify-heads takes layer.head, as in 4.2 or 5.*: it is '3'."),
-        ({"heads": "0.3"}, "--verify-heads 3 is out of range: the model has heads 0 to 2."),
+        ({"heads": "0.3"}, "--verify-heads 0.3 is out of range: the model has heads 0 to 2."),
         ({"layers": "0", "heads": "1.*"}, "--verify-layers 0 and --verify-heads 1.* have no head"),
     ):
         with pytest.raises(ConfigError) as caught:

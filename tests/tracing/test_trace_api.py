@@ -75,7 +75,7 @@ def test_a_notebook_shows_the_page_in_a_frame(folder: Path) -> None:
     ("options", "error", "message"),
     [
         ({"measure": "score"}, ConfigError, "unknown measure 'score'"),
-        ({"heads": "9.9"}, ConfigError, "--heads 9 is out of range"),
+        ({"heads": "9.9"}, ConfigError, "--heads 9.9 is out of range"),
         ({"num_samples": 2}, ConfigError, "a trace is of one sample"),
         ({"colour": 1}, ConfigError, "colour"),
         ({"n_sources": -1}, ConfigError, "n_sources must be at least 0"),

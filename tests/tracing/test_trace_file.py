@@ -251,6 +251,8 @@ def test_a_file_that_is_not_a_trace_is_a_data_error(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(data)
         with pytest.raises(DataError, match=name):
             read_traces(tmp_path / name)
+    with pytest.raises(DataError, match=r"it is not JSON\. Name a file written by --out\."):
+        read_traces(tmp_path / "text")
     for name in ("none", "."):
         with pytest.raises(DataError):
             read_traces(tmp_path / name)

@@ -79,7 +79,7 @@ def test_workings_survive_the_file(tmp_path: Path, prompt: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("heads", "message"), [("2.0", "--explain 2 .* layers 0 to 1"), ("x", "layer.head")]
+    ("heads", "message"), [("2.0", "--explain 2.0 .* layers 0 to 1"), ("x", "layer.head")]
 )
 def test_heads_to_explain_must_exist(heads: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):

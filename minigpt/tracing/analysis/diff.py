@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minigpt.errors import DataError
+from minigpt.text.escape import token_name
 from minigpt.tracing.events import Token
 from minigpt.tracing.findings import Row, Trace
 
@@ -61,7 +62,8 @@ def _check_tokens(first: Trace, second: Trace) -> None:
     for one, other in zip(first.tokens, second.tokens, strict=False):
         if one.data != other.data:
             raise DataError(
-                f"the traces differ at position {one.position}: {one.data!r} and {other.data!r}. "
+                f"the traces differ at position {one.position}: {token_name(one.data)} and "
+                f"{token_name(other.data)}. "
                 "Trace the same prompt with --temperature 0 or the same --seed, or --force the "
                 "same text."
             )

@@ -86,10 +86,13 @@ def _traces(path: Path, lines: Iterable[str]) -> Iterator[findings.Trace]:
             if reader is not None and not line.endswith("\n"):
                 break
             reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+            reason = "it is not JSON" if isinstance(error, json.JSONDecodeError) else reason
             reason = reason if len(reason) <= 200 else f"{reason[:200]}..."
+            # Without a header, it may be any other file.
+            remedy = "Write the file again with --out" if reader else "Name a file written by --out"
             raise DataError(
                 f"line {number} of {str(path)!r} is not valid in a trace ({SCHEMA}): {reason}. "
-                "Write the file again with --out."
+                f"{remedy}."
             ) from None
     if reader is not None:
         yield reader.trace(None)
