@@ -107,6 +107,17 @@ def test_several_heads_are_reduced_by_mean_or_max(
     assert "All positions are shaded" in page.text("#listed")
 
 
+def test_the_table_names_the_sink_and_the_position_whose_query_it_is(opened: Opened) -> None:
+    trace = made_trace()
+    page = opened(trace)
+    page.click(N_PROMPT)
+    kinds = page.page.evaluate(
+        """() => Object.fromEntries(Array.from(document.querySelectorAll("#sources .kind"),
+          (kind) => [kind.closest("tr").dataset.position, kind.textContent]))"""
+    )
+    assert kinds == {str(trace.header.sink): "sink", str(N_PROMPT - 1): "query"}
+
+
 def test_a_token_of_the_prompt_shows_who_attended_to_it(opened: Opened) -> None:
     trace = made_trace()
     page = opened(trace)

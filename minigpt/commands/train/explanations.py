@@ -5,10 +5,12 @@ import re
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
 from minigpt.checkpoint.folder import Pointer
+from minigpt.checkpoint.resolve import shown_name
 from minigpt.commands.process import command_line
 from minigpt.errors import DataError
 from minigpt.format import count, duration, short
@@ -32,7 +34,7 @@ def opening(trainer: Trainer) -> Iterator[tuple[str, str]]:
     config, manifest = trainer.config, trainer.data.manifest
     model = config.model
     if config.from_ is not None and not trainer.step:
-        yield "from", config.from_
+        yield "from", shown_name(Path(config.from_))
     yield from _saved(trainer)
     yield (
         "text",

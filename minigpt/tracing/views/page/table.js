@@ -1,6 +1,7 @@
 // The table of the strongest sources of a token, or of the tokens that attended to it most.
 
 const MOST_ROWS = 12;
+const QUERY_HINT = "The position whose query predicted the token: the row is what this position attended to.";
 
 // The effects of a step: a list, or a function of the position if all were knocked out; or null.
 function effectsOf(trace, step) {
@@ -50,7 +51,7 @@ function nameCell(trace, position, own) {
   const cell = element("td", { class: isPrompt ? "name prompt" : "name generated" });
   cell.append(element("span", { class: "text", title: bytesText(trace, position) }, trace.names[position]));
   if (position === trace.sink) cell.append(element("span", { class: "kind" }, "sink"));
-  if (position === own) cell.append(element("span", { class: "kind" }, "itself"));
+  if (position === own) cell.append(element("span", { class: "kind", title: QUERY_HINT }, "query"));
   return cell;
 }
 
