@@ -322,6 +322,19 @@ def test_fine_tuning_starts_from_a_run_by_its_name(run: Run, at_text: Path, trai
     assert Path("checkpoints/text-tiny-2/step-000006").is_dir()
 
 
+def test_the_default_length_of_fine_tuning_is_explained(
+    run: Run, at_text: Path, trained: Path
+) -> None:
+    shutil.copytree(trained / "checkpoints", "checkpoints")
+    words = ["train", "text.txt", "--from", "tiny", "--dry-run"]
+    plan = run(*words)
+    [epochs] = (line.split()[1] for line in plan.out.splitlines() if line.startswith("epochs"))
+    assert f"300 steps are the default of --from, here {epochs} epochs" in plan.err
+    assert "(--patience)" in plan.err
+    for limit in (["--max-steps", "4"], ["--max-epochs", "2"], ["--max-minutes", "1"]):
+        assert "default of --from" not in run(*words, *limit).err
+
+
 def test_user_settings_win_over_the_fine_tuning_defaults(run: Run, at_text: Path) -> None:
     words = ["--lr", "0.25", "--set", "training.schedule=linear", "--set", "model.dropout=0.25"]
     assert run("train", "text.txt", "--from", "llama", "--name", "a", *SHORT, *words).code == 0

@@ -10,7 +10,7 @@ import torch
 
 from minigpt.checkpoint.model_folder import read_model
 from minigpt.checkpoint.resolve import resolve_model
-from minigpt.commands.train.job import one_budget
+from minigpt.commands.train.job import LIMITS, one_budget
 from minigpt.config import RunConfig
 from minigpt.errors import CheckpointError, ConfigError
 from minigpt.evaluation import LOGITS_AT_ONCE
@@ -18,7 +18,7 @@ from minigpt.model.language_model import LanguageModel
 from minigpt.rings import find_ring
 from minigpt.settings import build, flat, given, merge, to_dict
 from minigpt.text.tokenizer import Tokenizer
-from minigpt.text.tokens import prepared_settings
+from minigpt.text.tokens import PreparedData, prepared_settings
 
 _LONGEST_SEQUENCE = 512  # default limit, because a large model's full context may not fit
 
@@ -129,3 +129,24 @@ def finetuning_config(overrides: Mapping[str, Any], base: Base) -> RunConfig:
     batch = config.training.batch_size
     size = max(n for n in range(1, min(batch, n_fitting) + 1) if batch % n == 0)
     return replace(config, training=replace(config.training, micro_batch_size=size))
+
+
+def notes(config: RunConfig, overrides: Mapping[str, Any], data: PreparedData) -> list[str]:
+    """Return a line about the length of a run whose budget is the default for fine-tuning."""
+    training = config.training
+    is_limited = any(given(overrides, "training", name) is not None for name in LIMITS)
+    n_tokens = [len(part) for part in data.tokens.split(config.data.val_fraction)]
+    # Of too little text, there will be an error.
+    if is_limited or any(0 < n <= config.sequence_length for n in n_tokens):
+        return []
+    epochs = training.max_steps * training.batch_size * config.sequence_length / max(n_tokens[0], 1)
+    line = (
+        f"{training.max_steps} steps are the default of --from, here {epochs:.3g} epochs "
+        "(--max-steps, --max-epochs)"
+    )
+    if training.patience and config.data.val_fraction:
+        line += (
+            f"; the run ends after {training.patience:g} epochs without a lower validation loss "
+            "(--patience), and its best checkpoint counts"
+        )
+    return [line]

@@ -24,7 +24,7 @@ from minigpt.text.tokens import PreparedData, prepare, prepared_settings
 from minigpt.training.trainer import Trainer
 from minigpt.training.world import World
 
-_LIMITS = {"max_steps": 0, "max_minutes": 0.0, "max_epochs": 0.0}
+LIMITS = {"max_steps": 0, "max_minutes": 0.0, "max_epochs": 0.0}
 _NAME = re.compile(r"\w[\w.-]{0,99}")
 
 
@@ -110,7 +110,7 @@ def _new_job(request: Request) -> Iterator[Job]:
         if overfitting := find_ring("training.overfitting"):
             config = overfitting.suited_to_text(config, overrides, data)
         require_memory(config, request)
-    notes = notes_on(config, overrides)
+    notes = notes_on(config, overrides) + (finetune.notes(config, overrides, data) if base else [])
     config = replace(config, data=data.manifest.with_split(config.data))
     names = fresh_names(config.data, base.name if base else config.preset)
     with ExitStack() as held:
@@ -231,6 +231,6 @@ def with_vocabulary(settings: dict[str, Any], vocab_size: int) -> RunConfig:
 
 def one_budget(overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Drop the preset's or run's limits if the user gives any limit."""
-    if all(given(overrides, "training", name) is None for name in _LIMITS):
+    if all(given(overrides, "training", name) is None for name in LIMITS):
         return dict(overrides)
-    return merge({"training": _LIMITS}, overrides)
+    return merge({"training": LIMITS}, overrides)
