@@ -93,6 +93,10 @@ def test_new_numbers_are_drawn_immediately() -> None:
     after = drawn(shown, 80, 24)
     assert after[:-3] != before[:-3]
     assert after[-1].endswith("501/1000  9:58 left")
+    # A validation loss is in the table as soon as it is in the chart, not at the next step.
+    shown.show_evaluation(EvalEvent(52, 8.765, 12.345, 1000, 1.0, 1.0))
+    numbers = drawn(shown, 80, 24)[-2].split()
+    assert numbers[:3] == ["9.000", "8.765", "12.345"]
 
 
 @pytest.mark.parametrize("n", [1, 199, 200, 201, 1000, 12_345])

@@ -61,7 +61,7 @@ class TrainingPanel:
         self.line = line
         self.train = ThinnedCurve()
         self.val = ThinnedCurve()
-        self._evaluation: EvalEvent | None = None
+        self._validation = {VAL_LOSS: "-", "bits/byte": "-"}
         self._numbers: dict[str, str] = {}
         self._bar_facts: Sequence[str] = ()
         self._chart: tuple[object, list[Text]] | None = None
@@ -77,11 +77,9 @@ class TrainingPanel:
         """Add a step. Args: bar_facts, texts beside the progress bar."""
         self.train.add(event.step, event.train_loss)
         self._bar_facts = bar_facts
-        evaluation = self._evaluation
         self._numbers = {
             TRAIN_LOSS: f"{event.train_loss:.3f}",
-            VAL_LOSS: f"{evaluation.val_loss:.3f}" if evaluation else "-",
-            "bits/byte": f"{evaluation.bits_per_byte:.3f}" if evaluation else "-",
+            **self._validation,
             "lr": f"{event.lr:.1e}",
             "grad norm": f"{event.grad_norm:.2f}",
             "tokens/s": short(event.tokens_per_s),
@@ -91,7 +89,10 @@ class TrainingPanel:
 
     def show_evaluation(self, event: EvalEvent) -> None:
         """Add a validation loss."""
-        self._evaluation = event
+        self._validation[VAL_LOSS] = f"{event.val_loss:.3f}"
+        self._validation["bits/byte"] = f"{event.bits_per_byte:.3f}"
+        if self._numbers:  # the table says what the chart and the line above say
+            self._numbers |= self._validation
         self.val.add(event.step, event.val_loss)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
