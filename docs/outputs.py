@@ -62,12 +62,7 @@ def run(command: str, folder: Path) -> list[str]:
     if done.returncode:
         raise SystemExit(f"exit code {done.returncode}: {command}\n{done.stdout}")
     shown = done.stdout.replace(f"{sys.executable} -m minigpt", "minigpt").replace(f"{ROOT}/", "")
-    lines = [line.rstrip() for line in shown.splitlines()]
-    # On a terminal, attention-trace does not repeat the model that it has named on stderr.
-    named = {i + 1 for i, line in enumerate(lines) if re.match(r"model \S", line)}
-    return [
-        line for i, line in enumerate(lines) if not (i in named and line.startswith("model    "))
-    ]
+    return [line.rstrip() for line in shown.splitlines()]
 
 
 def command_pages() -> dict[str, str]:

@@ -240,3 +240,9 @@ def test_a_trace_names_its_model_once_on_a_terminal(
     monkeypatch.chdir(trained)
     assert on_terminal(*words).count("step-000004") == 1
     assert "step-000004" in run(*words).out  # which may be kept without stderr
+    with Path("both.txt").open("w+") as both, monkeypatch.context() as patch:  # as with 2>&1
+        for name in ("stdout", "stderr"):
+            patch.setattr(sys, name, both)
+        run(*words)
+        both.seek(0)
+        assert both.read().count("step-000004") == 1

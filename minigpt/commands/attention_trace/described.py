@@ -1,12 +1,14 @@
 """Traces on stdout with what stands above and below the rows, and whole characters."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from minigpt.commands.attention_trace.output import TraceOutput
 from minigpt.commands.loading import Ready
@@ -94,7 +96,7 @@ class DescribedOutput(TraceOutput):
             self._joined = JoinedTokens(token.data for token in event.prompt)
             self._header, self._n_rows = event, 0
             lines = header_lines(event, width)
-            if self._is_named and sys.stdout.isatty() and sys.stderr.isatty():
+            if self._is_named and _are_one(sys.stdout, sys.stderr):
                 del lines[0]  # the model
             lines += legend(self._layout, event)
             print_lines(self.console, [*lines, [], self._layout.heading()])
@@ -152,3 +154,10 @@ def output_for(
         return DescribedOutput(layout, model=ready.folder), config
     files = ring("commands.attention_trace.files")
     return files.FileOutput(targets, layout, model=ready.folder), config
+
+
+def _are_one(out: TextIO, err: TextIO) -> bool:
+    """Return whether two streams go to the same terminal, pipe or file, as with 2>&1."""
+    with suppress(OSError, ValueError):  # a stream without a descriptor
+        return os.path.sameopenfile(out.fileno(), err.fileno())
+    return False
