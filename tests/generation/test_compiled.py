@@ -268,7 +268,7 @@ def test_cache_writes_of_a_layer_are_one_loop(
 
 @pytest.mark.integration  # imports the compiler and lowers graphs
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_equal_layers_are_compiled_once_and_without_checks(
+def test_equal_layers_are_compiled_once_without_checks_or_tensors_of_parts(
     layout: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Counted in the C++ code: nothing is compiled."""
@@ -280,6 +280,8 @@ def test_equal_layers_are_compiled_once_and_without_checks(
     def stop(graph: Any, wrapper: str, kernels: str, *_: Any, **__: Any) -> None:
         assert "unmatched dtype" not in wrapper
         assert "assert_size_stride(" not in wrapper
+        assert "Part buf" in wrapper
+        assert "// alias" not in wrapper
         n_kernels.append(kernels.count('extern "C"'))
         raise Stopped
 
