@@ -222,6 +222,11 @@ def _files_in(folder: Path, data: DataConfig, left_out: Counter[str]) -> list[Fo
                 found.append(file)
     if found:
         return found
+    if _is_run_or_model(set(os.listdir(folder))):
+        raise DataError(
+            f"{str(folder)!r} is the folder of a run or a model, and has no text. Name a text; "
+            "--from fine-tunes a model, and --resume continues a run."
+        )
     if fieldless:  # one error that names its fields
         return [_recognized(Path(fieldless), fieldless, data)]
     there = f" ({_counted(left_out)})" if left_out.total() else ""

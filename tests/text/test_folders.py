@@ -67,6 +67,16 @@ def test_the_glob_is_for_the_folder_that_has_the_rest() -> None:
     assert read(advised_glob(note))[0] == ["d/x.PY"]
 
 
+def test_the_folder_of_a_run_or_a_model_is_named_as_one_when_given_as_text() -> None:
+    write("run/config.toml", "run/metrics.jsonl", "run/best.json", "m/config.json")
+    write("m/model.safetensors")
+    Path("run/best.json").write_text('{"step": 3}')
+    Path("run/metrics.jsonl").write_text('{"step": 3}')
+    Path("m/config.json").write_text('{"n_layer": 3}')
+    for name in ("run", "m"):
+        assert f"'{name}' is the folder of a run or a model, and has no text" in refusal(name)
+
+
 def test_no_glob_is_proposed_for_hidden_files_and_pictures() -> None:
     write("d/a.md", "d/.DS_Store", "d/.git/x", "d/1.png", "d/2.jpg", "d/3.mp3")
     note = read("d")[1]
