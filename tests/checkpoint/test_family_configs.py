@@ -51,6 +51,16 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("phi3", {"rope_scaling": 7}, "rope_scaling is 7"),
     ("olmo2", {"clip_qkv": 8.0}, "unknown field 'clip_qkv' with value 8.0"),
     ("mistral", {"layer_types": ["chunked_attention"] * 3}, "layer_types is"),
+    ("gpt_neo", {"attention_types": [[["global"], 2]]}, "attention_types is .*3 layers"),
+    ("gpt_neo", {"attention_types": [[["sparse"], 3]]}, "attention_types is"),
+    ("gpt_neo", {"attention_types": [[["global"], -3]]}, "attention_types is"),
+    ("gpt_neo", {"attention_types": ["global"] * 3}, "attention_types is"),
+    ("gpt_neo", {"attention_types": "global"}, "attention_types is 'global'"),
+    ("gpt_neo", {"window_size": 0}, "window_size is 0"),
+    ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before is False"),
+    ("opt", {"word_embed_proj_dim": 16}, "word_embed_proj_dim is 16, but only 32"),
+    ("opt", {"enable_bias": False}, "enable_bias is False"),
+    ("opt", {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine is False"),
 ]
 
 
@@ -107,6 +117,51 @@ PHI3 = USUAL | {
 }
 
 PUBLISHED: list[tuple[int, dict[str, Any]]] = [
+    (
+        125_198_592,  # GPT-Neo 125M
+        {
+            "activation_function": "gelu_new",
+            "architectures": ["GPTNeoForCausalLM"],
+            "attention_dropout": 0,
+            "attention_layers": ["global", "local"] * 6,
+            "attention_types": [[["global", "local"], 6]],
+            "embed_dropout": 0,
+            "hidden_size": 768,
+            "intermediate_size": None,
+            "layer_norm_epsilon": 1e-05,
+            "max_position_embeddings": 2048,
+            "model_type": "gpt_neo",
+            "num_heads": 12,
+            "num_layers": 12,
+            "resid_dropout": 0,
+            "summary_first_dropout": 0.1,
+            "vocab_size": 50257,
+            "window_size": 256,
+        },
+    ),
+    (
+        125_239_296,  # OPT-125M
+        {
+            "_remove_final_layer_norm": False,
+            "activation_dropout": 0.0,
+            "activation_function": "relu",
+            "architectures": ["OPTForCausalLM"],
+            "attention_dropout": 0.0,
+            "do_layer_norm_before": True,
+            "dropout": 0.1,
+            "ffn_dim": 3072,
+            "hidden_size": 768,
+            "init_std": 0.02,
+            "layerdrop": 0.0,
+            "max_position_embeddings": 2048,
+            "model_type": "opt",
+            "num_attention_heads": 12,
+            "num_hidden_layers": 12,
+            "prefix": "</s>",
+            "vocab_size": 50272,
+            "word_embed_proj_dim": 768,
+        },
+    ),
     (
         3_821_079_552,  # Phi-3-mini-4k-instruct
         PHI3

@@ -203,7 +203,7 @@ SPLITTING_CLASSES = [
 ]
 MODEL_TYPES = [
     *("llama", "mistral", "gpt2", "qwen2", "qwen3", "gpt_neox", "gemma2", "gemma3_text"),
-    *("olmo2", "phi3", "smollm3"),
+    *("olmo2", "phi3", "smollm3", "gpt_neo", "opt"),
 ]
 _FOR_BYTES = (
     *("GPT2Tokenizer", "Qwen2Tokenizer", "GPTNeoXTokenizer", "CodeGenTokenizer"),

@@ -85,6 +85,24 @@ GEMMA3 = GEMMA2 | {"model_type": "gemma3_text"}
 SMOLLM3 = DEEP | {"model_type": "smollm3", "num_key_value_heads": 2}
 PHI3 = DEEP | {"model_type": "phi3", "num_key_value_heads": 2}
 OLMO2 = DEEP | {"model_type": "olmo2", "num_key_value_heads": 2}
+OPT = {
+    "model_type": "opt",
+    "hidden_size": 32,
+    "ffn_dim": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": CONTEXT,
+    "pad_token_id": 0,
+}
+NEO = {
+    "model_type": "gpt_neo",
+    "hidden_size": 32,
+    "num_layers": 3,
+    "num_heads": 4,
+    "max_position_embeddings": CONTEXT,
+    "attention_types": [[["global", "local"], 1], [["local"], 1]],
+    "window_size": 9,
+}
 AT = {"original_max_position_embeddings": CONTEXT // 2}
 LONG = {"rope_type": "longrope", "short_factor": [1.1, 2.0], "long_factor": [3.0, 9.0]}
 KINDS |= {
@@ -147,6 +165,11 @@ KINDS |= {
         },
     },
     "neox-long": NEOX | {"rotary_pct": 0.5, "rope_parameters": LONG | AT},
+    "neo": NEO,
+    "neo-local": NEO | {"attention_types": [[["local"], 3]], "tie_word_embeddings": False},
+    "neo-wide": NEO | {"intermediate_size": 40, "activation_function": "relu", "window_size": 1},
+    "opt": OPT,
+    "opt-untied": OPT | {"tie_word_embeddings": False, "activation_function": "gelu"},
     "olmo2": OLMO2,
     "olmo2-biased": OLMO2 | {"attention_bias": True, "tie_word_embeddings": True},
 }
@@ -313,8 +336,9 @@ def test_rewritten_config_is_equal(pair: Pair, tmp_path: Path) -> None:
         given |= written | {k: given[k] for k in given if "mscale" not in k}
         for key in [key for key in given if "mscale" in key]:
             del given[key]
-    if expected.get("n_inner", 0) is None:
-        expected["n_inner"] = 4 * expected["n_embd"]
+    for width, of in (("n_inner", "n_embd"), ("intermediate_size", "hidden_size")):
+        if expected.get(width, 0) is None:
+            expected[width] = 4 * expected[of]
     different = {key for key in expected if expected[key] != again.get(key)}
     assert different <= UNWRITTEN
 
