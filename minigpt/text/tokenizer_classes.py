@@ -88,7 +88,7 @@ _NAMED_TOKENS = {
     | {f"{role}_token": f"<{role.upper()}>" for role in ("unk", "pad", "cls", "sep")},
 }
 """Class -> special tokens that it has where none are named."""
-_BY_FILE = "tokenizer.json is followed instead."
+_BY_FILE = "minigpt uses tokenizer.json as it is."
 _PROBE = "The 1984 I'LL x's de\u0301ja\u0300  vu,\n\n 3.14\t\u4e2d\u6587 A\u030a ... end "
 
 
@@ -225,7 +225,7 @@ def as_auto_tokenizer(folder: Path, data: Mapping[str, Any]) -> Mapping[str, Any
         parts = class_parts(name, config)
         kind = model.get("type", "BPE")
         if parts is not None and kind != "BPE":
-            _warn(folder, name, f"is for BPE, and this vocabulary is {kind}. {_BY_FILE}")
+            _warn(folder, name, f"is for BPE, and this vocabulary is {kind}: {_BY_FILE}")
         if parts is None or kind != "BPE" or "merges" not in model:
             return data
         changed = {**data, **parts, "model": model | parts["model"]}
@@ -242,15 +242,15 @@ def as_auto_tokenizer(folder: Path, data: Mapping[str, Any]) -> Mapping[str, Any
         return changed
     is_lossy = by_class is None or len(by_class[1]) > len(by_file[1])
     if is_lossy:
-        _warn(folder, name, f"loses characters of this vocabulary. {_BY_FILE}")
+        _warn(folder, name, f"loses characters of this vocabulary: {_BY_FILE}")
         return data
-    _warn(folder, name, "splits text otherwise than tokenizer.json, and is followed.")
+    _warn(folder, name, "splits text differently from tokenizer.json. minigpt does the same.")
     return changed
 
 
 def _warn(folder: Path, name: str, what: str) -> None:
     warnings.warn(
-        f"the tokenizer of {str(folder)!r}: {name}, which transformers 5 uses for it, {what} "
+        f"the tokenizer of {str(folder)!r}: transformers 5 uses {name} for it, which {what} "
         "docs/models.md says how to choose.",
         MinigptWarning,
         stacklevel=3,

@@ -251,9 +251,9 @@ def test_a_class_that_splits_otherwise_is_named_and_one_that_loses_characters_is
         assert tokenizer is not None
         return tokenizer
 
-    with pytest.warns(MinigptWarning, match="Qwen2Tokenizer.* splits text otherwise"):
+    with pytest.warns(MinigptWarning, match="Qwen2Tokenizer.* splits text differently"):
         write("own", "PreTrainedTokenizerFast", "qwen2")
-    with pytest.warns(MinigptWarning, match="loses characters.*followed instead"):
+    with pytest.warns(MinigptWarning, match="loses characters.*uses tokenizer.json as it is"):
         tokenizer = write("llama2", "LlamaTokenizer", "qwen2")
     library = pytest.importorskip("tokenizers").Tokenizer.from_file(
         str(tmp_path / "tokenizer.json")
@@ -261,13 +261,19 @@ def test_a_class_that_splits_otherwise_is_named_and_one_that_loses_characters_is
     assert tokenizer.encode("In 1984 we") == library.encode("In 1984 we").ids
     text = json.dumps(FILES["own"]()).replace("<unk>", "<x>")
     monkeypatch.setitem(FILES, "no-unk", lambda: json.loads(text))
-    with pytest.warns(MinigptWarning, match="GemmaTokenizer.*loses characters.*followed instead"):
+    with pytest.warns(
+        MinigptWarning, match="GemmaTokenizer.*loses characters.*uses tokenizer.json as it is"
+    ):
         write("no-unk", "GemmaTokenizer", "llama")  # transformers cannot encode any text
     monkeypatch.setitem(FILES, "unigram", unigram)
     monkeypatch.setitem(FILES, "wordpiece", bert)
-    with pytest.warns(MinigptWarning, match="is for BPE, .* is Unigram.*followed instead"):
+    with pytest.warns(
+        MinigptWarning, match="is for BPE, .* is Unigram.*uses tokenizer.json as it is"
+    ):
         write("unigram", "LlamaTokenizer", "llama")
-    with pytest.warns(MinigptWarning, match="is for BPE, .* is WordPiece.*followed instead"):
+    with pytest.warns(
+        MinigptWarning, match="is for BPE, .* is WordPiece.*uses tokenizer.json as it is"
+    ):
         write("wordpiece", "PreTrainedTokenizerFast", "qwen2")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
