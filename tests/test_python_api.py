@@ -103,6 +103,17 @@ def test_mistakes_are_refused_at_once(text: Path) -> None:
             "all texts or all",
         ),
         (lambda: minigpt.generate(MODEL, [], **OPTIONS), DataError, "empty"),
+        (lambda: minigpt.generate(MODEL, "a", temp=1), ConfigError, "Did you mean temperature?"),
+        (lambda: minigpt.generate(MODEL, "a", n_sources=1), ConfigError, "unknown setting"),
+        (lambda: minigpt.trace(MODEL, "a", sources=1), ConfigError, "Did you mean n_sources?"),
+        (lambda: minigpt.trace(MODEL, "a", ablates="0.0"), ConfigError, "Did you mean ablate"),
+        (
+            lambda: minigpt.trace(MODEL, "a", heads=[(0, 1, 2)], **OPTIONS),
+            ConfigError,
+            "it is '1.2'",
+        ),
+        (lambda: minigpt.trace(MODEL, "a", layers=[0.5], **OPTIONS), ConfigError, "0.5"),
+        (lambda: minigpt.trace(MODEL, "a", layers=2), ConfigError, "must be of type str"),
     ]
     for call, kind, message in cases:
         with pytest.raises(kind, match=re.escape(message)):
@@ -148,6 +159,18 @@ def test_a_list_of_prompts_is_as_one_call_each(prompts: list[Any]) -> None:
     for number, prompt in enumerate(prompts):
         alone_trace = minigpt.trace(MODEL, prompt, seed=5 + number, **OPTIONS)
         assert traces[number].tokens == alone_trace.tokens
+
+
+def test_lists_of_heads_and_layers_are_as_the_texts_of_the_command() -> None:
+    def tokens_and_rows(**lists: Any) -> list[Any]:
+        trace = minigpt.trace(MODEL, "Once upon", n_verified=1, **lists, **OPTIONS)
+        return [(s.token.id, s.row.weights_S.tolist(), s.effects) for s in trace.steps]
+
+    lists = {"heads": [(1, 2), [0, 0], "0.*"], "verify_layers": [0, 1], "ablate": [(0, 1)]}
+    texts = {"heads": "1.2,0.0,0.*", "verify_layers": "0,1", "ablate": "0.1"}
+    assert tokens_and_rows(**lists) == tokens_and_rows(**texts)
+    assert tokens_and_rows(layers=(0, 1)) == tokens_and_rows(layers="0,1")
+    assert tokens_and_rows(layers=[1]) != tokens_and_rows(layers=[0])
 
 
 def test_the_repr_of_a_trace_is_a_short_line() -> None:

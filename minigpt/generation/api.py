@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from minigpt.checkpoint.resolve import resolve_model
 from minigpt.config import SamplingConfig
-from minigpt.errors import ConfigError, cut
+from minigpt.errors import ConfigError, cut, nearest
 from minigpt.generation.decoder import Decoder, fresh_seed
 from minigpt.generation.forcing import forced_ids
 from minigpt.generation.loading import (
@@ -26,6 +26,8 @@ from minigpt.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from minigpt.intervention_config import InterventionConfig
+
+_LISTS = ("ablate", "explain", "heads", "layers", "patch", "verify_heads", "verify_layers")
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """Text, token ids, or the messages of a chat."""
@@ -64,15 +66,17 @@ def generate(
         (int8), as for the command, for a model that is loaded. compile, whether to decode through
         a compiled graph; None does on CUDA, and on a CPU if one is in the cache. sampling, fields
         of SamplingConfig: temperature, top_k, stop=("text",), seed and so on; and of
-        InterventionConfig, whose patch_from may be text, token ids or messages.
+        InterventionConfig, whose patch_from may be text, token ids or messages. Heads are
+        "1.3,0.*" as for the command, or [(1, 3), "0.*"], and layers "0,2" or [0, 2].
     Returns: the steps; those of several samples (``step.sample``) alternate.
         ``step.step.finish`` is why a sample's last step is the last.
     Raises: immediately, ConfigError for an invalid setting, CheckpointError for a model that is
         missing or damaged, DataError for a prompt that is empty or too long; while it yields,
         CheckpointError for NaN or inf in the logits.
     """
-    interventions, source = interventions_in(sampling)
-    config = build(SamplingConfig, sampling)
+    options = checked_options(sampling, SamplingConfig)
+    interventions, source = interventions_in(options)
+    config = build(SamplingConfig, options)
     require_new_tokens(config)
     network, tokenizer, folder = model_and_tokenizer(
         model, tokenizer, device=device, dtype=dtype, quantize=quantize, compile=compile
@@ -111,6 +115,25 @@ def generate(
                 yield replace(item, sample=first + item.sample)
 
     return steps()
+
+
+def checked_options(options: Mapping[str, Any], *configs: type) -> dict[str, Any]:
+    """Return keyword arguments, with lists of heads and layers as the command has them.
+
+    Args: configs, dataclasses whose fields the arguments are, beside those of interventions.
+    Raises: ConfigError for an argument that is none of them.
+    """
+    changes = find_ring("intervention_config")
+    types = (*configs, changes.InterventionConfig) if changes else configs
+    names = [f.name for config in types for f in fields(config)]
+    checked = dict(options)
+    for name, value in options.items():
+        if name not in names:
+            raise ConfigError(f"unknown setting {name}. {nearest(name, names)}")
+        if name in _LISTS and isinstance(value, list | tuple):
+            parts = (part if isinstance(part, list | tuple) else [part] for part in value)
+            checked[name] = ",".join(".".join(map(str, part)) for part in parts)
+    return checked
 
 
 def interventions_in(

@@ -44,12 +44,14 @@ def trace(
 
     Args: model, prompt, tokenizer, special, chat_template, device, dtype, quantize, compile: as for
         ``minigpt.generate``.
-        options, fields of AnalysisConfig (heads="4.2,5.*", measure="both", n_verified=3, roles=True
-        and so on; has_heads is True by default) and of SamplingConfig (temperature,
-        max_new_tokens, 40 by default, seed...), and interventions as for ``minigpt.generate``.
+        options, fields of AnalysisConfig (heads="4.2,5.*" or [(4, 2), "5.*"], layers=[0, 2],
+        measure="both", n_verified=3, roles=True and so on; has_heads is True by default) and of
+        SamplingConfig (temperature, max_new_tokens, 40 by default, seed...), and interventions as
+        for ``minigpt.generate``.
     Raises: as ``minigpt.generate``, and ConfigError for heads that the model does not have.
     """
     config_type = config_class()
+    options = api.checked_options(options, config_type, SamplingConfig)
     names = {f.name for f in fields(config_type)}
     chosen = {name: options.pop(name) for name in names & options.keys()}
     interventions, source = api.interventions_in(options)
