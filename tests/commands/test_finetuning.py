@@ -1,6 +1,8 @@
 """minigpt train --from: what it starts from, what it writes, and what it refuses."""
 
 import json
+import math
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -309,7 +311,12 @@ def test_a_fine_tuning_run_can_be_repeated_from_its_own_config(run: Run, at_text
 
 def test_fine_tuning_starts_from_a_run_by_its_name(run: Run, at_text: Path, trained: Path) -> None:
     shutil.copytree(trained / "checkpoints", "checkpoints")
-    assert run("train", "text.txt", "--from", "tiny", "--max-steps", "2").code == 0
+    result = run("train", "text.txt", "--from", "tiny", "--max-steps", "2")
+    assert result.code == 0
+    first = re.search(r"step +0  val loss ([\d.]+) nats/token", result.err)
+    assert first
+    loss = float(first[1])
+    assert f"(before fine-tuning: {math.exp(loss):.3g}, {loss:.2f} nats/token)" in result.err
     config = read_toml(Path("checkpoints/text-tiny/config.toml"))
     before = read_toml(Path("checkpoints/tiny/config.toml"))
     assert config["from"] == "checkpoints/tiny/step-000004"

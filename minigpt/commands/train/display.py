@@ -39,7 +39,7 @@ class TrainingDisplay(ProgressLine, Display):
             self.panel = panels.TrainingPanel(self.line)
             self.live = LiveLines(self.panel, self.console)
         self._trainer: Trainer | None = None
-        self._evaluation: EvalEvent | None = None
+        self._evaluations: list[EvalEvent] = []
         self._train_loss: float | None = None
 
     def start(self, trainer: Trainer) -> None:
@@ -73,7 +73,7 @@ class TrainingDisplay(ProgressLine, Display):
             case StepEvent():
                 self._show_step(event)
             case EvalEvent():
-                self._evaluation = event
+                self._evaluations.append(event)
                 if self.panel:
                     self.panel.show_evaluation(event)
                 averaged = ", averaged" if event.is_averaged else ""
@@ -106,7 +106,7 @@ class TrainingDisplay(ProgressLine, Display):
     def _show_step(self, event: StepEvent) -> None:
         self._train_loss = event.train_loss
         place, left = self._place(event.step), f"{_clock(event.remaining_s)} left"
-        val = self._evaluation.val_loss if self._evaluation else None
+        val = self._evaluations[-1].val_loss if self._evaluations else None
         facts = [
             place,
             f"loss {event.train_loss:.3f}",
@@ -135,7 +135,7 @@ class TrainingDisplay(ProgressLine, Display):
         loss = f": val loss {', '.join(losses)}" if losses else ""
         self.print_fact("best", f"{best.folder}{loss}")
         if "val_loss" in best.facts:
-            facts = explanations.meaning(self._run, best, self._evaluation, self._train_loss)
+            facts = explanations.meaning(self._run, best, self._evaluations, self._train_loss)
             for name, fact in facts:
                 self.print_fact(name, fact)
 

@@ -3,7 +3,7 @@
 import math
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -112,20 +112,32 @@ def _ends_by_epochs(trainer: Trainer) -> bool:
     return bool(training.max_epochs) and limit == training.max_steps
 
 
+def _perplexity(loss: float) -> str:
+    perplexity = math.exp(min(loss, 700))
+    return f"{perplexity:,.0f}" if 1000 <= perplexity < 1e6 else f"{perplexity:.3g}"
+
+
 def meaning(
-    trainer: Trainer, best: Pointer, evaluation: EvalEvent | None, train_loss: float | None
+    trainer: Trainer,
+    best: Pointer,
+    evaluations: Sequence[EvalEvent],
+    train_loss: float | None,
 ) -> Iterator[tuple[str, str]]:
     """Yield what the loss of the best checkpoint means, and whether the model is overfitted.
 
-    Args: evaluation and train_loss, the last ones.
+    Args: evaluations, all of this process; train_loss, the last one.
     """
-    n_tokens, val_loss = trainer.config.model.vocab_size, best.facts["val_loss"]
+    evaluation = evaluations[-1] if evaluations else None
+    before, loss = "untrained", math.log(trainer.config.model.vocab_size)
+    if evaluations and not evaluations[0].step:
+        before, loss = "before fine-tuning", evaluations[0].val_loss
+    val_loss = best.facts["val_loss"]
     weights = "averaged weights; " if best.facts.get("is_averaged") else ""
-    perplexity = f"{math.exp(min(val_loss, 700)):.3g}"
+    perplexity = _perplexity(val_loss)
     yield (
         "",
         f"{weights}perplexity {perplexity}: as uncertain as a choice between {perplexity} equally "
-        f"likely tokens (untrained: {n_tokens:,}, {math.log(n_tokens):.2f} nats/token)",
+        f"likely tokens ({before}: {_perplexity(loss)}, {loss:.2f} nats/token)",
     )
     n_val = len(trainer.val_tokens) - 1
     # The validation tokens of chats include questions, which are never measured.
