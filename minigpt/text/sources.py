@@ -7,6 +7,7 @@ import codecs
 import glob
 import mimetypes
 import os
+import re
 import shutil
 import stat
 import sys
@@ -36,6 +37,8 @@ FORMATS = {
 
 _HEAD_BYTES = 2**16  # by which a format is recognized
 _RTF = b"{\\rtf"  # ASCII, so that nothing else refuses it
+_HTML = re.compile(rb"(?:\xef\xbb\xbf)?\s*<(?:!doctype\s+html|html)\b", re.IGNORECASE)
+_TAGGED = "html"
 _NAMES = {"text": "text", "jsonl": "JSONL", "json": "JSON", "csv": "CSV", "parquet": "Parquet"}
 
 
@@ -44,7 +47,8 @@ class FoundFile(CorpusFile):
     """A file of a corpus, and what its content looks like."""
 
     looks_like: str = ""
-    """Format that the content suggests, if the user names none. Empty if it was not looked at."""
+    """Format that the content suggests, or html, if the user names none. Empty if it was not looked
+    at."""
     is_empty: bool = False
     """Whether it has no bytes, or only a byte-order mark."""
 
@@ -167,6 +171,8 @@ def _recognized(path: Path, name: str, data: DataConfig) -> FoundFile:
             f"{name!r} is RTF, a text with formatting codes. Save it as plain text, or give "
             "--format text to train on the codes too."
         )
+    if by_suffix == "text" and _HTML.match(head):
+        return replace(found, looks_like=_TAGGED)
     content = records.sniffed(head, data.encoding, is_whole=len(head) < _HEAD_BYTES)
     is_json = by_suffix in ("json", "jsonl") and content in ("json", "jsonl")
     is_open = suffix not in (*FORMATS, *TEXT_SUFFIXES)
@@ -287,7 +293,9 @@ def _summary(
         line = f"{len(files):,} files are read{of}{rows}"
     odd = next((file for file in files if file.is_surprising), None)
     name = repr(odd.name) if odd and len(files) > 1 else "it"
-    if odd and odd.format == "text":
+    if odd and odd.looks_like == _TAGGED:
+        line += f"; {name} is HTML, and its tags are a part of the text"
+    elif odd and odd.format == "text":
         other = _NAMES[odd.looks_like]
         line += f"; {name} looks like {other}: --format {odd.looks_like} reads its rows"
     elif odd:

@@ -102,6 +102,20 @@ def test_rtf_is_refused_unless_its_codes_are_wanted(word: str) -> None:
     assert read(word, format="text")[0] == ["{\\rtf1\\ansi The owl.\\par}"]
 
 
+@pytest.mark.parametrize("start", ["<!DOCTYPE html>\n<p>", " <html lang='en'>", "\ufeff\n<HTML>"])
+@pytest.mark.parametrize("name", ["a.html", "a.txt", "page"])
+def test_html_is_read_as_it_is_with_a_note(name: str, start: str) -> None:
+    Path(name).write_text(f"{start}The owl.")
+    texts, note = read(name)
+    assert texts == [f"{start}The owl.".removeprefix("\ufeff")]
+    assert note.endswith("; it is HTML, and its tags are a part of the text")
+    write("b.txt")
+    assert f"; {name!r} is HTML," in read(name, "b.txt")[1]
+    assert read(name, format="text")[1] == "", "it was asked for"
+    Path(name).write_text(f"The owl {start}.")
+    assert "HTML" not in read(name)[1]
+
+
 RUN = ("config.toml", "metrics.jsonl", "step-000005/README.md", "step-000005/config.json")
 
 
