@@ -296,7 +296,7 @@ def test_another_score_works_from_the_option_to_the_trace(run: Run, trained: Pat
     assert header["n_layer"] == 2
     assert footer["worst_row_sum_error"] < 1e-5
     error = error_line(run("generate", "The king", "--compile"))
-    assert "class is GPT, its attention additive and its device cpu. Use --no-compile" in error
+    assert "this model is of class GPT, with additive on cpu. Use --no-compile" in error
     card = Path("checkpoints/other/step-000003/README.md").read_text()
     assert "only minigpt reads this folder" in card
     assert "library_name: minigpt" in card

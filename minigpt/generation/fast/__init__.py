@@ -130,8 +130,8 @@ def make_forward(
     if compiles and not supports(model, compiles=True):
         raise ConfigError(
             "--compile needs a GPT with scaled_dot attention and full context on cpu or cuda: this "
-            f"model's class is {type(model).__name__}, its attention {model.config.attention} and "
-            f"its device {model.device.type}. Use --no-compile."
+            f"model is of class {type(model).__name__}, with {model.config.attention} on "
+            f"{model.device.type}. Use --no-compile."
         )
     if is_compiled(model, compiles, n_rows):
         assert isinstance(model, GPT)
