@@ -3,8 +3,8 @@
 A step of a small model is bound by calls (2 to 5 us each), one of a large model by reading its
 weights. So: no modules, projections of the same input in one product, in-place where possible.
 
-Shapes: B rows, C model dim, H query heads, G key/value heads, R = H / G, D head dim, S positions in
-view, L layers, P positions of the context, X all heads' values side by side.
+Shapes: B rows, C model dim, H query heads, G key/value heads, N = B G, R = H / G, D head dim, S
+positions in view, L layers, P positions of the context, X all heads' values side by side.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -93,7 +93,9 @@ class EagerKernels:
         self._q_BHTD = q_BHD[:, :, None]
         self._q_BGRD = q_BHD.unflatten(1, (n_key, -1))
         self._qk = heads[:, : n_query + n_key]
+        self._qk_twice = self._qk[:, :, None].expand(-1, -1, 2, -1)
         self._both_qk = torch.empty(n_rows, n_query + n_key, 2, d_head, dtype=dtype)  # -x, x
+        self._both_flat = self._both_qk.flatten(2)
 
     def embed(self, tokens: Tensor, position: int | slice | Tensor) -> Tensor:
         embedded = self._embedding(tokens)
@@ -146,8 +148,8 @@ class EagerKernels:
 
         The norms' weights are in cos and sin; -x beside x makes the RMSNorm a LayerNorm.
         """
-        torch.mul(self._qk[:, :, None], self._signs, out=self._both_qk)
-        both = self._both_qk.flatten(2)
+        torch.mul(self._qk_twice, self._signs, out=self._both_qk)
+        both = self._both_flat
         if norm_eps is not None:
             both = torch.layer_norm(both, both.shape[2:], eps=norm_eps)
         d_head = self._qk.shape[2]
@@ -173,6 +175,7 @@ class EagerKernels:
     def attention(self, module: Attention) -> Attend:
         project = self.projection(module)
         score, scale = module.score, module.d_head**-0.5
+        widen, restore = _casts(self._dtype)
 
         def attend_step(
             normed_BC: Tensor,
@@ -183,22 +186,21 @@ class EagerKernels:
             project(normed_BC, rotary)
             if isinstance(cache, Prompt):
                 return self._attend_in_prompt(module, cache), self._zero
-            new_k_BGD, new_v_BGD, k_BGSD, v_BGSD = cache
+            new_k_BGD, new_v_BGD, k_NDS, v_NSD = cache
             new_k_BGD.copy_(self._k_BGD)
             new_v_BGD.copy_(self._v_BGD)
-            k_NSD, v_NSD = k_BGSD.flatten(0, 1), v_BGSD.flatten(0, 1)  # N = B G; views
+            n_rows = len(normed_BC)
             if score.is_dot_product:
                 q_NRD = self._q_BGRD.flatten(0, 1)
                 score_NRS = torch.baddbmm(
-                    self._zero, q_NRD.float(), k_NSD.float().mT, beta=0, alpha=scale
+                    self._zero, widen(q_NRD), widen(k_NDS), beta=0, alpha=scale
                 )
                 weights_NRS = score_NRS.softmax(-1)
             else:
-                weights_BHTS = score.weights(self._q_BHTD, k_BGSD)
-                weights_NRS = weights_BHTS.reshape(len(k_NSD), -1, k_NSD.shape[1])
-            context_NRD = torch.bmm(weights_NRS, v_NSD.float())
-            context_BX = context_NRD.view(len(normed_BC), -1).to(normed_BC.dtype)
-            return context_BX, weights_NRS.view(len(normed_BC), -1, weights_NRS.shape[2])
+                weights_BHTS = score.weights(self._q_BHTD, k_NDS.mT.unflatten(0, (n_rows, -1)))
+                weights_NRS = weights_BHTS.reshape(len(v_NSD), -1, v_NSD.shape[1])
+            context_BX = torch.bmm(weights_NRS, widen(v_NSD)).view(n_rows, -1)
+            return restore(context_BX), weights_NRS.view(n_rows, -1, v_NSD.shape[1])
 
         return attend_step
 
@@ -306,6 +308,13 @@ class PromptStep:
         return logits
 
 
+def _casts(dtype: torch.dtype) -> tuple[Function, Function]:
+    """Return the casts to float32 and back, which are not called if there is nothing to do."""
+    if dtype == torch.float32:
+        return (lambda x: x), (lambda x: x)
+    return Tensor.float, lambda x: x.to(dtype)
+
+
 def _qk_weight(attention: Attention) -> Tensor:
     """Return the norms' weights of every query and key head: (H + G, D)."""
     query, key = attention.query_norm.weight, attention.key_norm.weight
@@ -319,12 +328,14 @@ def _qk_weight(attention: Attention) -> Tensor:
 def append_views(cache: KVCache) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Yield views for one more position of each layer, which the caller must write.
 
-    Returns: its key and its value, each (B, G, D), and keys and values of all positions
-        including it, each (B, G, length + 1, D).
+    Returns: its key and its value, each (B, G, D), and keys (N, D, S) and values (N, S, D) of all
+        positions including it.
     Raises: ValueError if it does not fit.
     """
     end = cache.length + 1
     cache.require_room(end)
     new = [kind.select(3, cache.length).unbind() for kind in (cache.keys_LBGSD, cache.values_LBGSD)]
-    all_ = [kind.narrow(3, 0, end).unbind() for kind in (cache.keys_LBGSD, cache.values_LBGSD)]
-    return zip(*new, *all_, strict=True)
+    k_LNSD, v_LNSD = (
+        kind.narrow(3, 0, end).flatten(1, 2) for kind in (cache.keys_LBGSD, cache.values_LBGSD)
+    )
+    return zip(*new, k_LNSD.mT.unbind(), v_LNSD.unbind(), strict=True)
