@@ -57,3 +57,10 @@ TRACE = ["attention-trace", "The king", "--temperature", "0", "--max-new-tokens"
 def objects(result: Result) -> list[dict[str, Any]]:
     """Return the JSON lines on stdout."""
     return [json.loads(line) for line in result.out.splitlines()]
+
+
+def evaluations(name: str) -> list[tuple[int, float]]:
+    """Return the step and the validation loss of each evaluation of a run."""
+    lines = Path("checkpoints", name, "metrics.jsonl").read_text().splitlines()
+    facts = [json.loads(line) for line in lines]
+    return [(fact["step"], fact["val_loss"]) for fact in facts if fact["event"] == "eval"]

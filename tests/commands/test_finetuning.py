@@ -1,8 +1,6 @@
 """minigpt train --from: what it starts from, what it writes, and what it refuses."""
 
 import json
-import math
-import re
 import shutil
 import warnings
 from pathlib import Path
@@ -11,17 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from calls import TINY, Run, error_line
+from calls import TINY, Run, error_line, evaluations
 from safetensors.torch import load_file
 
 from minigpt.checkpoint.model_folder import read_model
 from minigpt.checkpoint.tools import hub
-from minigpt.commands.train.finetune import Base, finetuning_config, read_base
-from minigpt.config import DataConfig, ModelConfig
-from minigpt.model.gpt import GPT
+from minigpt.commands.train.finetune import read_base
 from minigpt.settings import read_toml
-from minigpt.text.tokenizer import BytesTokenizer
-from minigpt.text.tokens import prepare
 
 TEXT = "The king said: once upon a time there was a book of 12 tales, déjà vu.\n" * 60
 SHORT = ["--max-steps", "6", "--context-length", "32", "--batch-size", "2", "--save-every", "3"]
@@ -106,12 +100,6 @@ def at_text(folders: Path, workplace: Path) -> Path:
     (workplace / "text.txt").write_text(TEXT)
     shutil.copytree(folders, workplace, dirs_exist_ok=True)
     return workplace
-
-
-def evaluations(name: str) -> list[tuple[int, float]]:
-    lines = Path("checkpoints", name, "metrics.jsonl").read_text().splitlines()
-    facts = [json.loads(line) for line in lines]
-    return [(fact["step"], fact["val_loss"]) for fact in facts if fact["event"] == "eval"]
 
 
 @torch.no_grad()
@@ -309,39 +297,6 @@ def test_a_fine_tuning_run_can_be_repeated_from_its_own_config(run: Run, at_text
     assert read_toml(Path("checkpoints/c/config.toml"))["training"]["sequence_length"] == 16
 
 
-def test_fine_tuning_starts_from_a_run_by_its_name(run: Run, at_text: Path, trained: Path) -> None:
-    shutil.copytree(trained / "checkpoints", "checkpoints")
-    result = run("train", "text.txt", "--from", "tiny", "--max-steps", "2")
-    assert result.code == 0
-    first = re.search(r"step +0  val loss ([\d.]+) nats/token", result.err)
-    assert first
-    loss = float(first[1])
-    assert f"(before fine-tuning: {math.exp(loss):.3g}, {loss:.2f} nats/token)" in result.err
-    config = read_toml(Path("checkpoints/text-tiny/config.toml"))
-    before = read_toml(Path("checkpoints/tiny/config.toml"))
-    assert config["from"] == "checkpoints/tiny/step-000004"
-    assert config["model"] == before["model"]
-    assert config["data"]["tokenizer"] == "bytes"
-    assert config["training"]["sequence_length"] == config["model"]["context_length"] == 64
-    assert config["training"]["optimizer"] == "adamw"
-    assert config["training"]["lr"] < before["training"]["lr"]
-    assert run("train", "text.txt", "--from", "checkpoints/tiny/step-000004", *SHORT).code == 0
-    assert Path("checkpoints/text-tiny-2/step-000006").is_dir()
-
-
-def test_the_default_length_of_fine_tuning_is_explained(
-    run: Run, at_text: Path, trained: Path
-) -> None:
-    shutil.copytree(trained / "checkpoints", "checkpoints")
-    words = ["train", "text.txt", "--from", "tiny", "--dry-run"]
-    plan = run(*words)
-    [epochs] = (line.split()[1] for line in plan.out.splitlines() if line.startswith("epochs"))
-    assert f"300 steps are the default of --from, here {epochs} epochs" in plan.err
-    assert "(--patience)" in plan.err
-    for limit in (["--max-steps", "4"], ["--max-epochs", "2"], ["--max-minutes", "1"]):
-        assert "default of --from" not in run(*words, *limit).err
-
-
 def test_user_settings_win_over_the_fine_tuning_defaults(run: Run, at_text: Path) -> None:
     words = ["--lr", "0.25", "--set", "training.schedule=linear", "--set", "model.dropout=0.25"]
     assert run("train", "text.txt", "--from", "llama", "--name", "a", *SHORT, *words).code == 0
@@ -356,33 +311,6 @@ def test_user_settings_win_over_the_fine_tuning_defaults(run: Run, at_text: Path
     assert (training["lr"], training["embedding_lr"]) == (0.125, 0.5)
 
 
-def shape(**changes: Any) -> ModelConfig:
-    gpt2 = {"vocab_size": 50257, "context_length": 1024, "n_layer": 12, "n_head": 12}
-    return ModelConfig(**(gpt2 | {"d_model": 768} | changes))
-
-
-@pytest.mark.parametrize(
-    ("model", "length", "micro", "lr"),
-    [
-        (shape(family="gpt2"), 512, 4, (5e-5, 3e-4)),
-        (shape(vocab_size=128_256, d_model=3072, context_length=131_072), 512, 2, (1e-5, 1e-4)),
-        (shape(vocab_size=512, d_model=64, n_head=8, context_length=256), 256, 4, (1e-3, 3e-3)),
-        (shape(vocab_size=2**20), 512, 1, (5e-5, 3e-4)),
-    ],
-    ids=["GPT-2", "Llama 3.2 3B", "stories260K", "a million tokens"],
-)
-def test_the_fine_tuning_defaults_fit_a_laptop_and_the_width(
-    model: ModelConfig, length: int, micro: int, lr: tuple[float, float]
-) -> None:
-    base = Base("somewhere", GPT.without_weights(model), BytesTokenizer())
-    config = finetuning_config({}, base)
-    training = config.training
-    assert (config.model, config.sequence_length) == (model, length)
-    assert (training.batch_size, training.micro_batch_size) == (4, micro)
-    assert lr[0] <= training.lr == training.embedding_lr <= lr[1]
-    assert micro == 1 or micro * length * model.vocab_size * 4 <= 2**29  # half a GiB of logits
-
-
 def test_a_hub_model_is_recorded_with_its_commit(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -391,27 +319,6 @@ def test_a_hub_model_is_recorded_with_its_commit(
     for spec in ("org/some-model", "org/some-model@main"):
         base = read_base(spec)
         assert (base.source, base.name) == ("org/some-model@0a1b2c", "some-model")
-
-
-def test_stories260k_is_fine_tuned_from_text(run: Run, workplace: Path, shared: Path) -> None:
-    folder = shared / "weights/stories260K"
-    text = (shared / "data/tinyshakespeare.txt").read_text()[:30_000]
-    (workplace / "play.txt").write_text(text)
-    words = ["--max-steps", "8", "--context-length", "128", "--set", "training.eval_tokens=1024"]
-    result = run("train", "play.txt", "--from", str(folder), *words)
-    assert result.code == 0, result.err
-    (_, before), (_, after) = evaluations("play-stories260K")
-    assert 4 < before < 6  # it knows English, and no plays
-    assert after < before - 0.3
-    step = Path("checkpoints/play-stories260K/step-000008")
-    tokenizers = [read_base(str(place)).tokenizer for place in (folder, step)]
-    assert tokenizers[0].fingerprint == tokenizers[1].fingerprint
-    data = prepare(DataConfig(paths=("play.txt",)), tokenizer=tokenizers[0])
-    tokens = data.tokens.split(0.1)[0].windows(torch.zeros(1, dtype=torch.int64).numpy(), 9)[0]
-    # </s> <s> before a document, as before a prompt; the oracle is llama2.c's own table of tokens.
-    names = json.loads((folder / "sp_vocab.json").read_text(encoding="utf-8"))["tokens"]
-    assert tokens[:2].tolist() == [2, 1]
-    assert "".join(names[token] for token in tokens[2:]).startswith(" F")
 
 
 @pytest.mark.parametrize(
