@@ -17,6 +17,8 @@ from minigpt.tracing.head_lists import select_heads
 from minigpt.tracing.spans import Line
 from minigpt.tracing.tracer import trace
 
+WIDTHS = [40, 60, 80, 140]
+"""Widths of terminals."""
 HOSTILE = [
     b"",
     b" ",
