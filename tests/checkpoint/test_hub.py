@@ -231,7 +231,7 @@ ERRORS = {
     "tiny/gated": "its repository is gated. Accept the terms at http://127.0.0.1:",
     "tiny/down": "answered 503. Try again later",
     "tiny/a--b": "not a valid name of a repository",
-    "tiny/pickled": "its repository has no model.safetensors, or not all of its parts. Weights in",
+    "tiny/pickled": "convert them with `hf download tiny/pickled --local-dir OLD` and `minigpt",
     "tiny/half": "its repository has no model.safetensors, or not all of its parts. Weights in",
 }
 

@@ -109,8 +109,9 @@ def _problem(error: Exception, repository: str, revision: str | None) -> str:
     if isinstance(error, errors.EntryNotFoundError) and not is_local:
         return (
             f"its repository has no {_WEIGHTS}, or not all of its parts. Weights in pickles (.bin, "
-            ".pt) can run any code and are never downloaded: choose another repository, or "
-            "download this one otherwise and convert it with `minigpt checkpoints import`."
+            ".pt) can run any code and are not downloaded: choose another repository, or convert "
+            f"them with `hf download {repository} --local-dir OLD` and `minigpt checkpoints import "
+            "OLD NEW`."
         )
     if isinstance(cause, errors.OfflineModeIsEnabled):
         return (
