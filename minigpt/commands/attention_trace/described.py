@@ -134,11 +134,6 @@ def output_for(
     """Return the output of the traces of a prompt, and their config with what it shows."""
     shape = ready.model.config
     end = len(ready.prompt) + sampling.max_new_tokens
-    if targets.position is not None:  # before the first row is shown
-        has_prompt_rows = getattr(config, "prompt_rows", False) or not sampling.max_new_tokens
-        first = 1 if has_prompt_rows else len(ready.prompt)
-        last = min(shape.context_length, end - 1)
-        ring("tracing.views").require_position(targets.position, first, last)
     layout = make_layout(
         make_console(is_stderr=False).width,
         vocab_size=shape.vocab_size,
@@ -152,6 +147,11 @@ def output_for(
         config = replace(config, has_heads=True)  # type: ignore[call-arg]  # of the analysis
     if targets.are_lines:
         return DescribedOutput(layout, model=ready.folder), config
+    if targets.position is not None:  # before the first row is shown
+        has_prompt_rows = getattr(config, "prompt_rows", False) or not sampling.max_new_tokens
+        first = 1 if has_prompt_rows else len(ready.prompt)
+        last = min(shape.context_length, end - 1)
+        ring("tracing.views").require_position(targets.position, first, last)
     files = ring("commands.attention_trace.files")
     return files.FileOutput(targets, layout, model=ready.folder), config
 
