@@ -1,4 +1,4 @@
-"""Standard streams that are closed, break, are narrow, or cannot encode a character."""
+"""Standard streams that are closed, break or cannot encode a character; wrapping for stderr."""
 
 import os
 import re
@@ -19,7 +19,7 @@ _WORDS = re.compile(
     )+)""",
     re.VERBOSE,
 )
-"""The blanks before a word and the word, which may be a command or a text in quotes."""
+"""Whitespace, and what follows it: a word, a whole command, or a text in quotes."""
 
 
 def open_streams() -> None:
@@ -42,10 +42,10 @@ def close_streams() -> None:
 
 
 def wrapped(text: str, indent: int = 0) -> list[str]:
-    """Break a line for stderr at blanks, if that is a terminal.
+    """Wrap a line at spaces to the width of stderr, if that is a terminal.
 
-    Commands and texts in quotes stay in one piece, to be copied: what is wider than the terminal is
-    left to it.
+    Commands and texts in quotes stay in one piece, so that they can be copied, even if they are
+    wider than the terminal.
 
     Args: indent, width of what the caller puts before each line.
     """
@@ -62,6 +62,7 @@ def wrapped(text: str, indent: int = 0) -> list[str]:
 
 
 def _columns() -> int:
+    # shutil.get_terminal_size asks stdout, which may be a pipe.
     if os.environ.get("COLUMNS", "").isdigit():
         return int(os.environ["COLUMNS"])
     with suppress(OSError, ValueError):  # a stream without a descriptor

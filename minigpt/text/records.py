@@ -27,7 +27,7 @@ from minigpt.text.tokenizer import well_formed
 LONGEST_CONVERSATION = 2**20
 """Most characters of a conversation, as JSON."""
 _N_SNIFFED = 10  # rows
-_N_TRIED = 1000  # rows after a bad one, of which one has to be good to advise leaving it out
+_N_TRIED = 1000  # rows read after a bad one; if none has a text, --skip-bad is not advised
 _N_FIELDS_SHOWN = 12
 _LONGEST_LABEL = 80  # characters of a string that is not what a row is about, such as a source
 _MISSING = object()
@@ -68,7 +68,7 @@ def _texts(
                 others = _texts(islice(rows, _N_TRIED), kind, name, data, lambda _: None)
                 with suppress(DataError):  # of the rows that follow
                     has_texts = has_texts or any(others)
-                remedies = [error.remedy or ("" if has_texts else _of_all(row, data))]
+                remedies = [error.remedy or ("" if has_texts else _remedy_without_texts(row, data))]
                 remedies += ["Leave such rows out with --skip-bad."] * has_texts
                 raise DataError(f"{message}. {' '.join(filter(None, remedies))}") from None
             on_skip(message)
@@ -77,8 +77,8 @@ def _texts(
             yield text
 
 
-def _of_all(row: object, data: DataConfig) -> str:
-    """Return what to do about rows of which none has a text. Args: row, one of them."""
+def _remedy_without_texts(row: object, data: DataConfig) -> str:
+    """Return the remedy for a file in which no row has a text. Args: row, one of the file's."""
     fields = (
         f"{_fields_of(row)}. " if isinstance(row, Mapping) and row.keys() - {data.field} else ""
     )

@@ -60,7 +60,7 @@ def objects(result: Result) -> list[dict[str, Any]]:
 
 
 def evaluations(name: str) -> list[tuple[int, float]]:
-    """Return the step and the validation loss of each evaluation of a run."""
+    """Return the steps and validation losses in a run's metrics.jsonl."""
     lines = Path("checkpoints", name, "metrics.jsonl").read_text().splitlines()
     facts = [json.loads(line) for line in lines]
     return [(fact["step"], fact["val_loss"]) for fact in facts if fact["event"] == "eval"]

@@ -1,4 +1,4 @@
-"""GPT-Neo, as TinyStories: GPT-2 with windows in some layers, and scores without a scale."""
+"""GPT-Neo, as TinyStories: GPT-2 with sliding windows in some layers and unscaled scores."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,13 +15,14 @@ _NO_EFFECT = """
     intermediate_size window_size
 """
 GLOBAL, LOCAL = KINDS = ("global", "local")
+_WINDOW = 256  # transformers' default
 _MANY_LAYERS = 10_000
 
 
 def layer_kinds(types: Any) -> list[str]:
-    """Return the kind of each layer, global or local.
+    """Return the kind of each layer, global or local (a sliding window).
 
-    Args: types, pairs of kinds and the number of times that they repeat, as in
+    Args: types, pairs of a list of kinds and its number of repetitions, as in
         ``[[["global", "local"], 6]]``.
     Raises: CheckpointError if it is something else.
     """
@@ -36,7 +37,7 @@ def layer_kinds(types: Any) -> list[str]:
 
 
 class NeoAttention(Attention):
-    """Attention whose scores are q . k, with a window in local layers."""
+    """Attention with the score q . k, without biases of q, k and v, and local in some layers."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__(config, layer)
@@ -44,8 +45,9 @@ class NeoAttention(Attention):
             projection.register_parameter("bias", None)
         self.score = ScaledScore(config, 1.0)
         fields = hf_fields(config)
-        if layer_kinds(fields.get("attention_types", []))[layer : layer + 1] == [LOCAL]:
-            self.score.window = fields.get("window_size", 256)
+        kinds = layer_kinds(fields.get("attention_types", [[[GLOBAL], 1]]))
+        if kinds[layer % len(kinds)] == LOCAL:
+            self.score.window = fields.get("window_size", _WINDOW)
 
 
 class NeoGPT(GPT):
@@ -63,7 +65,7 @@ class NeoFamily(Family):
     def read(self, config: Mapping[str, Any]) -> dict[str, Any]:
         types = config.get("attention_types")
         types = [[[*KINDS], 12]] if types is None else types
-        window = config.get("window_size", 256)
+        window = config.get("window_size", _WINDOW)
         if type(window) is not int or window < 1:
             raise unsupported("window_size", window, "a positive integer")
         n_layer = config.get("num_layers")
@@ -77,7 +79,7 @@ class NeoFamily(Family):
         return {
             "intermediate_size": config.d_mlp,
             "attention_types": [[[GLOBAL], config.n_layer]],
-            "window_size": 256,
+            "window_size": _WINDOW,
         }
 
     def tensors(self, config: ModelConfig) -> Iterator[TensorName]:

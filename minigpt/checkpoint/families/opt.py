@@ -1,4 +1,4 @@
-"""OPT: GPT-2 with ReLU, whose positions begin at the third row of their table."""
+"""OPT: GPT-2 with ReLU, and an offset of 2 in its position embeddings."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -10,26 +10,26 @@ from minigpt.config import ModelConfig
 from minigpt.model.gpt import GPT
 
 _BOTH = ("weight", "bias")
-_DROPOUTS = "activation_dropout attention_dropout embd_pdrop layerdrop"
-_N_PADDING = 2
+_NO_EFFECT = "activation_dropout attention_dropout embd_pdrop layerdrop word_embed_proj_dim"
+_OFFSET = 2  # the rows before are for padding
 
 
 class OffsetEmbedding(nn.Embedding):
-    """Embeddings of positions, after rows for padding."""
+    """Position embeddings whose first rows are not used."""
 
     def forward(self, positions: Tensor) -> Tensor:
-        return super().forward(positions + _N_PADDING)
+        return super().forward(positions + _OFFSET)
 
 
-class OPTModel(GPT):
-    """OPT, except the 350M model, whose norms follow the branches.
+class OPTGPT(GPT):
+    """OPT, except the 350M model, which is post-norm.
 
     Source: Zhang et al. 2022, arXiv:2205.01068.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
-        self.positions = OffsetEmbedding(config.context_length + _N_PADDING, config.d_model)
+        self.positions = OffsetEmbedding(config.context_length + _OFFSET, config.d_model)
 
 
 class OPTFamily(Family):
@@ -86,8 +86,8 @@ FAMILY = OPTFamily(
         "enable_bias": True,
         "layer_norm_elementwise_affine": True,
     },
-    no_effect=frozenset(["word_embed_proj_dim", *_DROPOUTS.split()]),
+    no_effect=frozenset(_NO_EFFECT.split()),
     constants={"family": "gpt2", "norm_eps": 1e-5},
     written={"attention_dropout": 0.0},
-    model=OPTModel,
+    model=OPTGPT,
 )

@@ -71,7 +71,8 @@ def measure(
         windows = _windows(config, model.config, len(span), device.type)
         n_predicted = min(config.eval_tokens or len(span), len(span) - 1)
         progress.note(f"model {shown_name(folder)}")
-        paths = text.val or text.paths  # a run with --val does not validate on what it trains on
+        # A run with --val does not validate on what it trains on; without corpora, no run has it.
+        paths = getattr(text, "val", ()) or text.paths
         if not config.data:
             progress.note(f"text {', '.join(paths)}: the run's own, as no DATA is given")
         started = time.perf_counter()

@@ -136,7 +136,7 @@ def notes(config: RunConfig, overrides: Mapping[str, Any], data: PreparedData) -
     training = config.training
     is_limited = any(given(overrides, "training", name) is not None for name in LIMITS)
     n_tokens = [len(part) for part in data.tokens.split(config.data.val_fraction)]
-    # Of too little text, there will be an error.
+    # Too little text is refused later, with its own error.
     if is_limited or any(0 < n <= config.sequence_length for n in n_tokens):
         return []
     epochs = training.max_steps * training.batch_size * config.sequence_length / max(n_tokens[0], 1)
