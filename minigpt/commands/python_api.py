@@ -75,8 +75,12 @@ def evaluate(model: str | Path | None = None, data: Paths = (), **options: Any) 
     """
     sources = {f.name for f in fields(ModelSource)} - {"dtype", "compile"}
     about = {key: options.pop(key) for key in sources & options.keys()}
+    config_class = ring("commands.evaluate").EvaluationConfig
+    names = [f.name for f in fields(config_class)]
+    if unknown := next(iter(options.keys() - names), None):
+        raise ConfigError(f"unknown setting {unknown}. {nearest(unknown, [*names, *sources])}")
     source = build(ModelSource, about | {"model": None if model is None else str(model)})
-    config = build(ring("commands.evaluate").EvaluationConfig, options | {"data": _texts(data)})
+    config = build(config_class, options | {"data": _texts(data)})
     return ring("commands.evaluate.measuring").measure(config, source, is_quiet=True)
 
 
@@ -98,7 +102,8 @@ def _nested(settings: dict[str, Any]) -> dict[str, Any]:
         elif name in tables:
             nested = merge(nested, {tables[name]: {name: value}})
         else:
-            raise ConfigError(f"unknown setting {name}. {nearest(name, [*tables, *tops])}")
+            names = [*tables, *tops, *(train.__kwdefaults__ or ())]
+            raise ConfigError(f"unknown setting {name}. {nearest(name, names)}")
     return nested
 
 

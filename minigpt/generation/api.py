@@ -74,7 +74,7 @@ def generate(
         missing or damaged, DataError for a prompt that is empty or too long; while it yields,
         CheckpointError for NaN or inf in the logits.
     """
-    options = checked_options(sampling, SamplingConfig)
+    options = checked_options(generate, sampling, SamplingConfig)
     interventions, source = interventions_in(options)
     config = build(SamplingConfig, options)
     require_new_tokens(config)
@@ -117,10 +117,10 @@ def generate(
     return steps()
 
 
-def checked_options(options: Mapping[str, Any], *configs: type) -> dict[str, Any]:
-    """Return keyword arguments, with lists of heads and layers as the command has them.
+def checked_options(function: Any, options: Mapping[str, Any], *configs: type) -> dict[str, Any]:
+    """Return a function's further keyword arguments, with lists of heads and layers as text.
 
-    Args: configs, dataclasses whose fields the arguments are, beside those of interventions.
+    Args: configs, dataclasses whose fields the arguments are, as are those of interventions.
     Raises: ConfigError for an argument that is none of them.
     """
     changes = find_ring("intervention_config")
@@ -129,6 +129,7 @@ def checked_options(options: Mapping[str, Any], *configs: type) -> dict[str, Any
     checked = dict(options)
     for name, value in options.items():
         if name not in names:
+            names += function.__kwdefaults__
             raise ConfigError(f"unknown setting {name}. {nearest(name, names)}")
         if name in _LISTS and isinstance(value, list | tuple):
             parts = (part if isinstance(part, list | tuple) else [part] for part in value)

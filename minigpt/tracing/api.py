@@ -1,8 +1,14 @@
 """The Python API of tracing: ``minigpt.trace``."""
 
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from minigpt.checkpoint.resolve import shown_name
 from minigpt.config import SamplingConfig
@@ -24,6 +30,7 @@ def trace(
     *,
     tokenizer: Tokenizer | None = None,
     special: bool = False,
+    dense: bool = False,
     chat_template: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
@@ -39,11 +46,15 @@ def trace(
         trace.steps[0].row.sources[0].token.data
 
     Returns a ``Trace``; for a list of prompts a list of them, prompt i with the seed ``seed + i``.
+    With ``dense=True``, ``trace.weights_LHTS`` has the weights of every head, whatever heads the
+    rows are reduced from; ``max_new_tokens=0`` traces the prompt itself.
 
     In a notebook, a trace is displayed as the page that ``--html`` writes.
 
     Args: model, prompt, tokenizer, special, chat_template, device, dtype, quantize, compile: as for
         ``minigpt.generate``.
+        dense, whether to keep the weights of every head: 4 x layers x heads x positions bytes for
+        each token.
         options, fields of AnalysisConfig (heads="4.2,5.*" or [(4, 2), "5.*"], layers=[0, 2],
         measure="both", n_verified=3, roles=True and so on; has_heads is True by default) and of
         SamplingConfig (temperature, max_new_tokens, 40 by default, seed...), and interventions as
@@ -51,7 +62,7 @@ def trace(
     Raises: as ``minigpt.generate``, and ConfigError for heads that the model does not have.
     """
     config_type = config_class()
-    options = api.checked_options(options, config_type, SamplingConfig)
+    options = api.checked_options(trace, options, config_type, SamplingConfig)
     names = {f.name for f in fields(config_type)}
     chosen = {name: options.pop(name) for name in names & options.keys()}
     interventions, source = api.interventions_in(options)
@@ -79,6 +90,7 @@ def trace(
             source,
         )
         forced = forced_ids(ending, sampling, network, ids, special=special)
+        kept: list[NDArray[np.float32]] = []
         events = tracer.trace(
             changed,
             ending,
@@ -91,7 +103,12 @@ def trace(
             forced=forced,
             intervention=intervention,
             special=special,
+            dense=partial(_keep, kept) if dense else None,
         )
-        traces.append(Trace.of(events))
+        traces.append(Trace.of(events, kept))
     is_one = not prompt or isinstance(prompt, str) or api.prompts_of(prompt)[0] is prompt
     return traces[0] if is_one else traces
+
+
+def _keep(kept: list[NDArray[np.float32]], weights_LHS: Tensor) -> None:
+    kept.append(weights_LHS.to("cpu", torch.float32, copy=True).numpy())

@@ -5,7 +5,7 @@ Shapes: L layers, H query heads, T positions, D head dim, K sources kept per row
 
 import html
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, Literal
@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from minigpt.errors import cut
+from minigpt.errors import ConfigError, cut
 from minigpt.rings import ring
 from minigpt.text.joined import JoinedTokens
 from minigpt.tracing import events
@@ -312,12 +312,31 @@ class Trace:
     header: TraceHeader
     steps: tuple[TraceStep, ...]
     footer: TraceFooter
+    dense: tuple[NDArray[np.float32], ...] = ()
+    """Attention weights of each step in every head, (L, H, S). Empty unless requested."""
 
     @classmethod
-    def of(cls, events: Iterable[Any]) -> "Trace":
+    def of(cls, events: Iterable[Any], dense: Sequence[NDArray[np.float32]] = ()) -> "Trace":
         """Return the trace of its events: a header, steps and a footer."""
         header, *steps, footer = events
-        return cls(header, tuple(steps), footer)
+        return cls(header, tuple(steps), footer, tuple(dense))
+
+    @property
+    def weights_LHTS(self) -> NDArray[np.float32]:
+        """Attention weights of all T steps in every head, (L, H, T, S), 0 for later positions.
+
+        Row t belongs to the query that predicted ``steps[t].token``, whose position is one less.
+
+        Raises: ConfigError if the trace was made without ``dense=True``.
+        """
+        if len(self.dense) != len(self.steps):
+            raise ConfigError("this trace has no weights of single heads. Trace with dense=True.")
+        n_view = max((weights_LHS.shape[2] for weights_LHS in self.dense), default=0)
+        shape = (self.header.n_layer, self.header.n_head, len(self.dense), n_view)
+        weights_LHTS = np.zeros(shape, np.float32)
+        for t, weights_LHS in enumerate(self.dense):
+            weights_LHTS[:, :, t, : weights_LHS.shape[2]] = weights_LHS
+        return weights_LHTS
 
     @property
     def tokens(self) -> tuple[Token, ...]:
@@ -350,9 +369,20 @@ class Trace:
             f"finish={finish!r}, text={cut(self.text)})"
         )
 
+    def to_html(self) -> str:
+        """Return the page that ``--html`` writes."""
+        page: str = ring("tracing.views.page").to_html(self)
+        return page
+
+    def to_jsonl(self) -> str:
+        """Return the JSON lines that ``--out`` writes, without the hash of the weights."""
+        file = ring("tracing.file")
+        events = (self.header, *self.steps, self.footer)
+        return "".join(file.to_json_line(event) + "\n" for event in events)
+
     def _repr_html_(self) -> str:
         """Return the page of the trace in a frame, for notebooks."""
-        page = html.escape(ring("tracing.views.page").to_html(self), quote=True)
+        page = html.escape(self.to_html(), quote=True)
         return (
             f'<iframe srcdoc="{page}" sandbox="allow-scripts allow-downloads" '
             'style="width: 100%; height: 40rem; border: 0"></iframe>'

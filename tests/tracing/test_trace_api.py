@@ -5,14 +5,21 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from kept_attention import full_weights
+from numpy.testing import assert_allclose
+from numpy.typing import NDArray
 from small_models import small_model
 
 import minigpt
 from minigpt.checkpoint.model_folder import write_model
 from minigpt.config import SamplingConfig
 from minigpt.errors import ConfigError, DataError
+from minigpt.model.language_model import LanguageModel
 from minigpt.text.tokenizer import BytesTokenizer
+from minigpt.tracing.analysis.reader import read_traces
 from minigpt.tracing.analysis_config import AnalysisConfig
 from minigpt.tracing.findings import Trace
 from minigpt.tracing.tracer import trace
@@ -26,6 +33,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     write_model(folder, small_model("llama-grouped", vocab_size=257), BytesTokenizer())
     return folder
+
+
+def weights_of(model: LanguageModel, ids: list[int]) -> NDArray[np.float32]:
+    """Attention weights of a full forward pass, (L, H, T, S)."""
+    with torch.no_grad():
+        return full_weights(model, torch.tensor([ids]))[:, 0].numpy()
 
 
 def test_minigpt_trace_returns_what_the_tracer_yields(folder: Path) -> None:
@@ -69,6 +82,45 @@ def test_a_notebook_shows_the_page_in_a_frame(folder: Path) -> None:
     found = re.fullmatch(r'<iframe srcdoc="([^"]*)" sandbox="allow-scripts [^>]*></iframe>', frame)
     assert found is not None
     assert html.unescape(found[1]) == to_html(shown)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_dense_weights_are_those_of_a_full_forward(compile: bool) -> None:
+    model, tokenizer = small_model("llama-grouped", vocab_size=257), BytesTokenizer()
+    options: dict[str, Any] = {"tokenizer": tokenizer, "max_new_tokens": 5, "seed": 1}
+    dense = minigpt.trace(model, PROMPT, dense=True, compile=compile, **options)
+    expected = weights_of(model, [token.id for token in dense.tokens[:-1]])
+    first = len(PROMPT) - 1  # position of the first query
+    assert_allclose(dense.weights_LHTS, expected[:, :, first:], rtol=1e-4, atol=1e-6)
+    mean_TS = dense.weights_LHTS.mean(axis=(0, 1))
+    for step, row_S in zip(dense.steps, mean_TS, strict=True):
+        assert_allclose(step.row.weights_S, row_S[: step.token.position], rtol=1e-4, atol=1e-6)
+    alone = minigpt.trace(model, PROMPT, compile=compile, **options)
+    assert [step.token for step in alone.steps] == [step.token for step in dense.steps]
+    assert alone.dense == ()
+    with pytest.raises(ConfigError, match="Trace with dense=True"):
+        _ = alone.weights_LHTS
+
+
+def test_dense_weights_of_a_prompt_are_its_lower_triangle() -> None:
+    model, tokenizer = small_model("gpt2", vocab_size=257), BytesTokenizer()
+    prompts = [PROMPT, PROMPT[:3]]
+    options: dict[str, Any] = {"tokenizer": tokenizer, "dense": True, "heads": "1.0"}
+    traces = minigpt.trace(model, prompts, max_new_tokens=0, **options)
+    for dense, prompt in zip(traces, prompts, strict=True):
+        n = len(prompt) - 1  # the last token predicts none of them
+        expected = weights_of(model, list(prompt.encode()))[:, :, :n, :n]
+        assert_allclose(dense.weights_LHTS, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_trace_can_be_saved_and_read_again(tmp_path: Path) -> None:
+    model, tokenizer = small_model("gpt2", vocab_size=257), BytesTokenizer()
+    ours = minigpt.trace(model, PROMPT, tokenizer=tokenizer, max_new_tokens=3, seed=1)
+    path = tmp_path / "trace.jsonl"
+    path.write_text(ours.to_jsonl())
+    [read] = read_traces(path)
+    assert read.to_jsonl() == ours.to_jsonl()
+    assert read.text == ours.text
 
 
 @pytest.mark.parametrize(
