@@ -19,7 +19,7 @@ SHAPE: dict[str, Any] = {
 }
 
 
-def test_missing_values_are_derived_when_the_config_is_made() -> None:
+def test_missing_values_are_derived_when_the_config_is_created() -> None:
     llama, gpt2 = ModelConfig(**SHAPE), ModelConfig(**SHAPE, family="gpt2")
     assert (llama.n_kv_head, llama.d_head, llama.d_mlp) == (4, 12, 128)
     assert (gpt2.n_kv_head, gpt2.d_head, gpt2.d_mlp) == (4, 12, 192)
@@ -146,7 +146,7 @@ def test_val_fraction_is_at_least_0_and_below_1(fraction: float) -> None:
         ({"context_warmup_length": 32, "sequence_length": 48}, "32 does not divide 48."),
     ],
 )
-def test_sequence_lengths_fit_the_model_and_the_warm_up(
+def test_sequence_lengths_must_fit_the_model_and_the_warm_up(
     changes: dict[str, int], message: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:

@@ -49,7 +49,7 @@ def test_results_reach_a_terminal_without_control_bytes(monkeypatch: pytest.Monk
     assert terminal.getvalue() == "\\x1b[31mred\\x07\\u202e\\x9b2J\\x00 end\n"
 
 
-def test_spans_cannot_steer_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_styled_spans_cannot_control_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = attach_terminal(monkeypatch)
     make_console(is_stderr=False).print(spans_to_text([(HOSTILE, "plain")]), end="")
     assert terminal.getvalue() == "\\x1b[31mred\\x07\\u202e\\x9b2J\\x00 end\n"
@@ -112,7 +112,7 @@ def test_bars_are_ascii_where_stdout_cannot_encode_blocks(
         assert "…" in shown, "what the encoding has is kept"
 
 
-def test_text_that_is_not_cut_breaks_between_words_on_a_terminal(
+def test_long_text_wraps_between_words_on_a_terminal(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     terminal = attach_terminal(monkeypatch)
@@ -134,7 +134,7 @@ MESSAGES = [
 
 @pytest.mark.parametrize("message", MESSAGES)
 @pytest.mark.parametrize("width", [40, 80])
-def test_messages_on_a_terminal_break_between_words_and_not_in_commands_or_quotes(
+def test_messages_on_a_terminal_wrap_between_words_but_not_in_commands_or_quotes(
     message: str, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wholes = ["iconv -f LATIN1 -t UTF-8 OLD > NEW", "'/home/ann/a folder of mine/b.txt'"]
@@ -158,7 +158,7 @@ def test_messages_in_a_pipe_stay_one_line(capfd: pytest.CaptureFixture[str]) -> 
     assert capfd.readouterr().err == f"{MESSAGES[0]}\n"
 
 
-def test_lines_in_a_pipe_have_no_blanks_at_their_end_and_text_keeps_its_own(
+def test_lines_in_a_pipe_have_no_trailing_spaces_except_those_of_the_text(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     stream = StringIO()

@@ -74,7 +74,7 @@ TRACE = ["attention-trace", *GENERATE[1:]]
 
 
 @pytest.mark.integration
-def test_an_attention_score_is_a_class_and_an_entry(copy: Path) -> None:
+def test_an_attention_score_can_be_added_as_a_class_and_an_entry(copy: Path) -> None:
     scores = copy / "minigpt/model/scores.py"
     scores.write_text(scores.read_text() + "\n\n" + example("An attention score"))
     entry = next(line for line in example("An attention score", 1).splitlines() if "cosine" in line)
@@ -85,7 +85,7 @@ def test_an_attention_score_is_a_class_and_an_entry(copy: Path) -> None:
 
 
 @pytest.mark.integration
-def test_a_sampling_option_is_a_field_and_a_line(copy: Path) -> None:
+def test_a_sampling_option_can_be_added_as_a_field_and_a_line(copy: Path) -> None:
     insert(
         copy / "minigpt/config.py",
         '"""Action when the context window is full. See generation/sliding.py."""\n',
@@ -105,14 +105,14 @@ def test_a_sampling_option_is_a_field_and_a_line(copy: Path) -> None:
 
 
 @pytest.mark.integration
-def test_a_view_is_one_file(copy: Path) -> None:
+def test_a_view_can_be_added_in_one_file(copy: Path) -> None:
     (copy / "minigpt/tracing/views/sinks.py").write_text(example("A view of a trace"))
     out = run(copy, ["train", "corpus.txt", "--name", "a", *TINY], [*TRACE, "--view", "sinks"])
     assert "##" in out
 
 
 @pytest.mark.integration
-def test_a_measure_of_a_row_is_one_file(copy: Path) -> None:
+def test_a_measure_of_a_row_can_be_added_in_one_file(copy: Path) -> None:
     (copy / "minigpt/tracing/analysis/measures/length.py").write_text(example("A measure of a row"))
     train = ["train", "corpus.txt", "--name", "a", *TINY]
     out = run(copy, train, [*TRACE, "--measure", "length", "--json"])

@@ -28,19 +28,19 @@ def measured(contender: Contender, *rest_s: float) -> Measured:
     return Measured(contender, [Turn(0.5, seconds, [7] * 5, 10**6) for seconds in rest_s])
 
 
-def test_speed_leaves_the_first_token_out_and_counts_every_row() -> None:
+def test_speed_excludes_the_first_token_and_counts_every_row() -> None:
     sixteen = Contender("minigpt", "fp32", n_rows=16)
     assert measured(OURS, 1.0, 2.0, 9.0).tokens_per_s == 4 / 2
     assert measured(sixteen, 2.0).tokens_per_s == 16 * 4 / 2
     assert measured(sixteen, 2.0).step_ms == 2000 / 4
 
 
-def test_ratio_is_of_turns_of_the_same_round() -> None:
+def test_speed_ratio_compares_runs_of_the_same_round() -> None:
     # The medians of both are 4; in two of three rounds ours was the faster.
     assert measured(OURS, 1, 4, 10).times_faster(measured(THEIRS, 3, 4, 11)) == 1.1
 
 
-def test_bar_says_by_how_much_or_who_is_missing() -> None:
+def test_verdict_names_the_margin_or_the_missing_contender() -> None:
     bar = Bar(OURS, (THEIRS, Contender("transformers", "fp32", "loop")), 2.0)
     results = {OURS: measured(OURS, 1.0), THEIRS: measured(THEIRS, 2.2)}
     assert bar.verdict(results) == "reached: 2.20 x transformers fp32, 10% above"
@@ -51,7 +51,7 @@ def test_bar_says_by_how_much_or_who_is_missing() -> None:
     assert bar.verdict({OURS: results[OURS]}) == "not measured: transformers fp32"
 
 
-def test_share_of_the_bandwidth_is_bytes_of_weights_by_time() -> None:
+def test_bandwidth_share_is_weight_bytes_per_second_over_the_bandwidth() -> None:
     # 4 steps in 2 s, each reading a million weights.
     for engine, precision, n_bytes in [
         ("minigpt", "fp32", 4e6),
@@ -63,7 +63,7 @@ def test_share_of_the_bandwidth_is_bytes_of_weights_by_time() -> None:
         assert share == pytest.approx(n_bytes * 2 / 1e8)
 
 
-def test_table_shows_where_a_text_leaves_the_reference() -> None:
+def test_table_counts_the_tokens_that_agree_with_the_reference() -> None:
     assert n_same([1, 2, 3], [1, 2, 4]) == 2
     assert n_same([1, 2], [1, 2]) == 2
     last = table({OURS: measured(OURS, 1.0)}, 10, [7, 7, 1, 7, 7]).splitlines()[-1]
@@ -81,7 +81,7 @@ def test_prefill_table_shows_the_median_of_each_length() -> None:
     ]
 
 
-def test_quick_runs_nothing_that_compiles_for_each_precision() -> None:
+def test_quick_mode_has_every_engine_and_precision_but_nothing_compiled() -> None:
     found = quick_contenders(["fp32", "bf16", "int8"])
     assert not any(contender.is_compiled for contender in found)
     assert {(one.engine, one.precision) for one in found} >= {
@@ -92,7 +92,7 @@ def test_quick_runs_nothing_that_compiles_for_each_precision() -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_weights_read_are_those_that_are_not_looked_up(layout: str) -> None:
+def test_weights_read_per_token_exclude_embedding_lookups(layout: str) -> None:
     model = GPT(small_config(layout))
     looked_up = ["positions.weight"]
     if not model.config.tie_embeddings:
@@ -119,7 +119,7 @@ def job(tmp_path: Path) -> Job:
     ],
     ids=lambda contender: contender.name,
 )
-def test_each_decodes_the_most_probable_tokens(contender: Contender, job: Job) -> None:
+def test_each_contender_decodes_the_greedy_tokens(contender: Contender, job: Job) -> None:
     model, tokens = small_model("qwen3"), list(job.prompt)
     with torch.inference_mode():
         for _ in range(N_NEW):
@@ -147,7 +147,7 @@ def test_a_converted_model_decodes_the_same_tokens(engine: str, module: str, job
     assert ENGINES[engine](contender, job)(job, lambda: None) == expected
 
 
-def test_a_model_that_cannot_be_converted_is_not_measured_for_that_reason(tmp_path: Path) -> None:
+def test_a_failed_conversion_returns_the_error_of_the_converter(tmp_path: Path) -> None:
     python = tmp_path / "python"
     lines = ["Traceback (most recent call last):", "ValueError: no such layout", "note: more"]
     python.write_text("\n".join(["#!/bin/sh", *[f"echo '{line}' >&2" for line in lines], "exit 1"]))

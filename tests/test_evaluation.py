@@ -70,7 +70,7 @@ def test_a_strided_loss_equals_a_plain_loop_with_each_token_in_its_window(stride
 
 
 @torch.no_grad()
-def test_a_thinned_pass_counts_whole_windows_only() -> None:
+def test_a_subsampled_pass_counts_only_complete_windows() -> None:
     model = small_model()
     tokens = random_tokens(10 * CONTEXT + 5).tolist()
     windows = list(validation_windows(span_of(tokens), CONTEXT, 3 * CONTEXT, 2))
@@ -85,7 +85,7 @@ def test_a_thinned_pass_counts_whole_windows_only() -> None:
 
 
 @pytest.mark.parametrize("is_training", [True, False])
-def test_a_pass_draws_no_random_number_and_leaves_the_model_as_it_was(is_training: bool) -> None:
+def test_evaluation_uses_no_random_numbers_and_restores_the_model_mode(is_training: bool) -> None:
     model = small_model("gpt2", dropout=0.5)
     model.train(is_training)
     tokens = random_tokens(60).tolist()
@@ -118,13 +118,13 @@ def test_bfloat16_is_close_to_float32() -> None:
     assert close != exact
 
 
-def test_tokens_that_stand_for_no_byte_have_no_bits_per_byte() -> None:
+def test_bits_per_byte_is_nan_without_bytes() -> None:
     assert math.isnan(Evaluation(nats=1.0, n_tokens=2, n_bytes=0).bits_per_byte)
     assert Evaluation(nats=math.log(2) * 6, n_tokens=3, n_bytes=4).bits_per_byte == 1.5
 
 
 @torch.no_grad()
-def test_an_untrained_even_model_has_a_loss_of_ln_v() -> None:
+def test_a_model_with_uniform_predictions_has_a_loss_of_ln_v() -> None:
     model = small_model("llama")
     model.unembedding.weight.zero_()
     windows = validation_windows(span_of(random_tokens(500).tolist()), CONTEXT, 10**6, 8)
@@ -136,7 +136,7 @@ def test_an_untrained_even_model_has_a_loss_of_ln_v() -> None:
 @pytest.mark.parametrize("vocab_size", [257, 50_257, 2**28])
 @pytest.mark.parametrize("length", [1, 64, 1024, 100_000])
 @pytest.mark.parametrize(("device", "most"), [("cuda", 16_384), ("cpu", 4096)])
-def test_windows_at_once_fit_into_memory_and_are_one_at_least(
+def test_windows_at_once_fit_into_memory_and_are_at_least_one(
     vocab_size: int, length: int, device: str, most: int
 ) -> None:
     n_windows = windows_at_once(vocab_size, length, device)
@@ -147,5 +147,5 @@ def test_windows_at_once_fit_into_memory_and_are_one_at_least(
     )
 
 
-def test_a_perplexity_beyond_all_numbers_is_infinite() -> None:
+def test_a_perplexity_that_overflows_is_infinite() -> None:
     assert Evaluation(nats=1e6, n_tokens=1, n_bytes=1).perplexity == math.inf

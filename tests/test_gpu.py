@@ -41,14 +41,14 @@ def tokens_of(model: Any, options: dict[str, Any], **decoder: Any) -> list[int]:
 
 @pytest.mark.parametrize("options", SAMPLING)
 @pytest.mark.parametrize("name", SHAPES)
-def test_generation_has_the_tokens_of_the_cpu(name: str, options: str) -> None:
+def test_generated_tokens_equal_those_of_the_cpu(name: str, options: str) -> None:
     expected = tokens_of(model_on("cpu", name), SAMPLING[options])
     assert tokens_of(model_on("cuda", name), SAMPLING[options]) == expected
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("way", ["float32", "int8"])
-def test_compiled_graph_has_the_tokens_of_the_cpu(name: str, way: str) -> None:
+def test_tokens_of_the_compiled_graph_equal_those_of_the_cpu(name: str, way: str) -> None:
     models = [model_on(device, name) for device in ("cpu", "cuda")]
     if way == "int8":
         for model in models:
@@ -80,7 +80,7 @@ def test_bfloat16_logits_are_close_to_float32() -> None:
     ],
 )
 @pytest.mark.parametrize("compiles", [False, True])
-def test_trace_has_the_rows_of_the_cpu(options: dict[str, Any], compiles: bool) -> None:
+def test_traced_rows_equal_those_of_the_cpu(options: dict[str, Any], compiles: bool) -> None:
     found = []
     for device in ("cpu", "cuda"):
         model = wide_model(device)
@@ -99,7 +99,7 @@ def wide_model(device: str) -> Any:
     return gpu_setup.model_of(gpu_setup.LLAMA, torch.device(device))
 
 
-def test_ablation_and_patching_have_the_tokens_of_the_cpu() -> None:
+def test_ablated_and_patched_models_generate_the_tokens_of_the_cpu() -> None:
     for config in (
         InterventionConfig(ablate="1.1"),
         InterventionConfig(ablate="1.1", ablate_mean=True),
@@ -113,7 +113,7 @@ def test_ablation_and_patching_have_the_tokens_of_the_cpu() -> None:
 
 
 @pytest.mark.parametrize("part", [part for part in gpu.PARTS if part != "machine"])
-def test_part_of_the_benchmark_finds_no_fault(part: str, tmp_path: Path) -> None:
+def test_each_part_of_the_benchmark_passes(part: str, tmp_path: Path) -> None:
     """Resume, dropout, waiting, out of memory, FSDP, two GPUs, graph breaks, and the others."""
     words = ["--quick", "--out", str(tmp_path), "--parts", part]
     assert gpu.main(words) == 0

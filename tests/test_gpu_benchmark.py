@@ -71,7 +71,7 @@ def test_parts_are_rehearsed_on_a_pretend_gpu(
 
 @pytest.mark.integration
 @pytest.mark.usefixtures("without_compiler")
-def test_other_parts_are_rehearsed_on_the_cpu(
+def test_the_remaining_parts_are_rehearsed_on_the_cpu(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--device", "cpu", *QUICK, "--out", str(tmp_path), "--parts", *ON_CPU]
@@ -101,7 +101,7 @@ def test_command_stops_at_the_first_part_that_fails(
     assert "FAILED: 3 graph breaks |" in capsys.readouterr().out
 
 
-def test_nothing_begins_after_the_time_limit(
+def test_no_part_starts_after_the_time_limit(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--device", "cpu", "--quick", "--minutes", "0", "--parts", "parity", "mini"]
@@ -112,7 +112,7 @@ def test_nothing_begins_after_the_time_limit(
 REHEARSED = ["--device", "cpu", "--quick", "--without-transformers"]
 
 
-def test_a_part_that_fails_keeps_what_it_found(
+def test_a_failed_part_keeps_its_results_so_far(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(setup: Setup) -> Any:
@@ -139,7 +139,7 @@ def test_a_part_that_fails_keeps_what_it_found(
     assert "| parity | one | a / b |" in capsys.readouterr().out
 
 
-def test_what_takes_too_long_and_what_is_interrupted_are_in_the_table(
+def test_parts_out_of_time_or_interrupted_are_reported_in_the_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def hang(setup: Setup) -> Any:
@@ -166,7 +166,7 @@ def test_what_takes_too_long_and_what_is_interrupted_are_in_the_table(
 
 
 @pytest.mark.integration
-def test_measurements_that_cannot_be_compiled_leave_the_others(
+def test_a_failed_compilation_does_not_stop_the_other_measurements(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any, **__: Any) -> Any:
@@ -182,7 +182,7 @@ def test_measurements_that_cannot_be_compiled_leave_the_others(
             )
 
 
-def test_seconds_to_a_loss_are_of_its_text_alone(
+def test_the_time_to_a_loss_is_measured_only_on_tinyshakespeare(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--device", "cpu", "--data", str(tmp_path / "none.txt"), "--out", str(tmp_path)]
@@ -191,7 +191,7 @@ def test_seconds_to_a_loss_are_of_its_text_alone(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_the_message_is_one_line(
+def test_without_a_gpu_the_benchmark_exits_with_a_one_line_message(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert gpu.main(["--out", str(tmp_path)]) == 2

@@ -41,19 +41,19 @@ def cloned(folder: Path) -> Path:
     return clone
 
 
-def test_the_distribution_is_not_named_as_the_stranger_on_pypi() -> None:
+def test_the_distribution_does_not_use_the_name_taken_on_pypi() -> None:
     assert PROJECT["name"] == DISTRIBUTION != "minigpt"
     assert PROJECT["scripts"].keys() == {"minigpt"}
 
 
-def test_messages_install_extras_that_exist() -> None:
+def test_install_hints_name_extras_that_exist() -> None:
     sources = "".join(path.read_text() for path in (ROOT / "minigpt").rglob("*.py"))
     extras = set(re.findall(r"install_extra\([\"'](\w+)", sources))
     assert {"plot", "hub", "tensorboard"} <= extras <= PROJECT["optional-dependencies"].keys()
     assert install_extra("plot") == f"pip install '{DISTRIBUTION}[plot]'"
 
 
-def test_no_file_recommends_the_stranger_on_pypi() -> None:
+def test_no_file_recommends_the_unrelated_package_on_pypi() -> None:
     # A string literal may go on in the next line.
     stranger = re.compile(
         r"pip\s+install[\s\"'f\\]+(-\S+\s+)*minigpt(?![\w-])|[\"'\s]minigpt\[[a-z,]+\]"
@@ -97,7 +97,7 @@ def test_an_editable_install_is_found_from_the_folder_of_the_clone(tmp_path: Pat
 
 
 @pytest.mark.integration
-def test_sdist_and_wheel_carry_the_model_and_the_tales(tmp_path: Path) -> None:
+def test_sdist_and_wheel_contain_the_model_and_the_tales(tmp_path: Path) -> None:
     build_meta = pytest.importorskip("setuptools.build_meta", reason="needs setuptools to build")
     clone = cloned(tmp_path)
     model = clone / "checkpoints/storyteller"
@@ -126,7 +126,7 @@ def test_sdist_and_wheel_carry_the_model_and_the_tales(tmp_path: Path) -> None:
     assert not any("mine" in name for name in names)
 
 
-def test_the_workflows_run_what_ci_runs() -> None:
+def test_the_workflows_run_the_make_targets_of_ci() -> None:
     targets = re.findall(r"^make ([\w-]+)$", (ROOT / ".ci/run").read_text(), re.MULTILINE)
     assert targets
     workflow = (ROOT / ".github/workflows/test.yml").read_text()
@@ -160,7 +160,7 @@ def test_uv_gets_the_indexes_and_folders_that_pip_is_configured_for() -> None:
 
 
 @pytest.mark.parametrize("code", [0, 2])
-def test_installing_hides_the_list_of_packages_unless_it_fails(
+def test_pip_output_is_shown_only_if_the_installation_fails(
     code: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
     install = runpy.run_path(str(ROOT / "install.py"))["install_in_one_line"]

@@ -55,7 +55,7 @@ def decode(decoder: Decoder, config: SamplingConfig, seen: PretendCuda, n_rows: 
 @pytest.mark.parametrize("n_rows", [1, 3])
 @pytest.mark.parametrize("options", SAMPLING)
 @pytest.mark.parametrize("name", [*SHAPES, "int8"])
-def test_token_waits_for_the_device_once(name: str, options: str, n_rows: int) -> None:
+def test_a_decoded_token_waits_for_the_device_once(name: str, options: str, n_rows: int) -> None:
     found = {}
     config = SamplingConfig(max_new_tokens=6, **SAMPLING[options])
     for device in ("cpu", "cuda"):
@@ -83,7 +83,7 @@ LAUNCHES = {
 
 
 @pytest.mark.parametrize("name", LAUNCHES)
-def test_token_launches_few_kernels(name: str) -> None:
+def test_a_decoded_token_launches_few_kernels(name: str) -> None:
     per_layer, others = LAUNCHES[name]
     config = SamplingConfig(max_new_tokens=9, temperature=0.0)
     with PretendCuda() as seen:
@@ -95,7 +95,7 @@ def test_token_launches_few_kernels(name: str) -> None:
     assert sum(launches.values()) <= 2 * per_layer + others, launches
 
 
-def test_int8_weight_is_not_widened_for_each_token() -> None:
+def test_int8_weights_are_not_dequantized_for_each_token() -> None:
     config = SamplingConfig(max_new_tokens=9, temperature=0.0)
     with PretendCuda() as seen:
         model = make("llama").to("cuda").eval().requires_grad_(False)
@@ -108,7 +108,7 @@ def test_int8_weight_is_not_widened_for_each_token() -> None:
     assert sum(n for what, n in products.items() if what.startswith("_to_copy")) == 1
 
 
-def test_int8_products_of_rows_that_are_not_adjacent() -> None:
+def test_int8_products_accept_noncontiguous_rows() -> None:
     """CUDA's kernel would read others without an error."""
     x = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(0))
     with PretendCuda():
@@ -126,7 +126,7 @@ def run_eagerly(step: Any, **_: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_compiled_step_is_captured_once_per_number_of_positions(
+def test_a_compiled_step_is_captured_once_per_cache_length_bucket(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compiled, "load_step", run_eagerly)
@@ -159,7 +159,7 @@ class Sums(TorchDispatchMode):
 
 @pytest.mark.parametrize("n_head", [4, 8, 16])
 @pytest.mark.parametrize("way", ["float32", "int8"])
-def test_queries_keys_and_values_are_products_of_one_size(n_head: int, way: str) -> None:
+def test_the_query_key_and_value_products_have_equal_sizes(n_head: int, way: str) -> None:
     """On CUDA, the compiler makes one kernel of products with equally many outputs."""
     config = ModelConfig(**BASE | {"n_head": n_head, "n_kv_head": 4, "d_head": 8})
     with PretendCuda():
@@ -208,7 +208,7 @@ class Letters:
     ids=str,
 )
 @pytest.mark.parametrize("name", ["llama", "additive"])
-def test_a_traced_token_is_copied_to_the_device_once_at_most(
+def test_a_traced_token_needs_at_most_one_copy_to_the_device(
     name: str, options: dict[str, Any], changes: dict[str, Any], n_copies: int
 ) -> None:
     with PretendCuda() as seen:
@@ -275,7 +275,9 @@ def test_pretend_device_refuses_what_cuda_refuses() -> None:
             model(torch.ones(1, 4, dtype=torch.int64, device="cuda"))
 
 
-def test_failed_default_compilation_decodes_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_default_compilation_falls_back_to_the_eager_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def fail(*_: Any, **__: Any) -> Any:
         raise ConfigError("compiling for CUDA failed: CUDA_HOME is not set.")
 
@@ -291,7 +293,7 @@ def test_failed_default_compilation_decodes_without_it(monkeypatch: pytest.Monke
             Decoder(model, [5, 6, 7], compiles=True)
 
 
-def test_rows_that_end_cost_few_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_finish_cause_few_new_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "load_step", run_eagerly)
     config = SamplingConfig(max_new_tokens=12)
     tokens: dict[str, dict[int, list[int]]] = {}
@@ -311,7 +313,7 @@ def test_rows_that_end_cost_few_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> 
     assert [len(row) for row in tokens["cuda"].values()] == [2, 3, 4, 5, 6, 7, 8, 9]
 
 
-def test_decode_step_needs_no_fused_attention() -> None:
+def test_the_decode_step_does_not_call_fused_attention() -> None:
     """cuDNN's kernel, which torch prefers on Hopper, plans anew for every number of keys."""
     with PretendCuda() as seen:
         model = make("llama").to("cuda").eval().requires_grad_(False)

@@ -73,12 +73,12 @@ def test_training_step_launches_few_kernels(name: str, optimizer: str) -> None:
 @pytest.mark.parametrize(
     ("name", "peak"), [("NVIDIA L4", 121e12), ("NVIDIA L40", 181e12), ("NVIDIA L40S", 362e12)]
 )
-def test_peak_is_of_the_device_with_the_whole_name(name: str, peak: float) -> None:
+def test_peak_flops_are_found_by_the_full_device_name(name: str, peak: float) -> None:
     with PretendCuda(name=name):
         assert peak_flops(CUDA, torch.bfloat16) == peak
 
 
-def test_memory_that_other_processes_hold_is_not_available() -> None:
+def test_memory_used_by_other_processes_is_not_available() -> None:
     with PretendCuda(free_memory=3 * 2**30):
         assert machine_bytes(CUDA) == 3 * 2**30
 
@@ -96,7 +96,7 @@ def test_memory_that_other_processes_hold_is_not_available() -> None:
     ],
     ids=str,
 )
-def test_a_trained_step_and_an_evaluated_batch_are_one_copy_that_is_not_waited_for(
+def test_a_training_step_or_evaluated_batch_needs_one_asynchronous_copy(
     changes: dict[str, Any], tmp_path: Path
 ) -> None:
     shape = BASE | SHAPES["llama"] | {"vocab_size": 257, "context_length": 32}

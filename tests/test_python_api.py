@@ -46,7 +46,7 @@ def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def test_train_returns_a_run_that_the_other_functions_take(
+def test_train_returns_a_run_that_evaluate_generate_and_trace_accept(
     text: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     events: list[Any] = []
@@ -74,7 +74,7 @@ def test_train_works_in_a_thread(text: Path) -> None:
     assert runs == [Path("checkpoints/a")]
 
 
-def test_evaluate_gives_what_the_command_measures(text: Path) -> None:
+def test_evaluate_returns_the_numbers_of_the_command(text: Path) -> None:
     run = minigpt.train(text, name="book", **TINY)
     config = EvaluationConfig(data=("book.txt",), stride=32)
     expected = measure(config, ModelSource(model="book"), is_quiet=True)
@@ -84,7 +84,7 @@ def test_evaluate_gives_what_the_command_measures(text: Path) -> None:
     assert minigpt.evaluate(data=[text], threads=1)["n_tokens"] == found["n_tokens"]
 
 
-def test_mistakes_are_refused_at_once(text: Path) -> None:
+def test_invalid_arguments_raise_before_any_work(text: Path) -> None:
     cases: list[tuple[Any, type[Exception], str]] = [
         (lambda: minigpt.train(text, max_step=3), ConfigError, "Did you mean max_steps?"),
         (lambda: minigpt.train(text, n_layer="two"), ConfigError, "model.n_layer"),
@@ -144,13 +144,15 @@ def test_mistakes_are_refused_at_once(text: Path) -> None:
     ids=str,
 )
 @pytest.mark.parametrize("call", [minigpt.generate, minigpt.trace])
-def test_what_is_no_prompt_is_refused_by_name(call: Any, prompt: Any, said: str) -> None:
+def test_a_prompt_of_a_wrong_type_is_refused_with_its_type(
+    call: Any, prompt: Any, said: str
+) -> None:
     with pytest.raises(ConfigError, match=re.escape(said)):
         list(call(MODEL, prompt, **OPTIONS))
 
 
 @pytest.mark.parametrize("prompts", [["The king", "a"], [list(b"The king"), list(b"a")]])
-def test_a_list_of_prompts_is_as_one_call_each(prompts: list[Any]) -> None:
+def test_a_list_of_prompts_equals_one_call_per_prompt(prompts: list[Any]) -> None:
     items = list(minigpt.generate(MODEL, prompts, num_samples=2, seed=5, **OPTIONS))
     for number, prompt in enumerate(prompts):
         for sample in range(2):
@@ -165,7 +167,7 @@ def test_a_list_of_prompts_is_as_one_call_each(prompts: list[Any]) -> None:
         assert traces[number].tokens == alone_trace.tokens
 
 
-def test_lists_of_heads_and_layers_are_as_the_texts_of_the_command() -> None:
+def test_lists_of_heads_and_layers_equal_the_strings_of_the_command() -> None:
     def tokens_and_rows(**lists: Any) -> list[Any]:
         trace = minigpt.trace(MODEL, "Once upon", n_verified=1, seed=1, **lists, **OPTIONS)
         return [(s.token.id, s.row.weights_S.tolist(), s.effects) for s in trace.steps]
@@ -185,7 +187,7 @@ def test_the_repr_of_a_trace_is_a_short_line() -> None:
     assert "\n" not in repr(trace)
 
 
-def test_the_version_is_that_of_the_distribution() -> None:
+def test_the_version_is_that_of_the_installed_distribution() -> None:
     try:
         assert minigpt.__version__ == version(DISTRIBUTION)
     except PackageNotFoundError:

@@ -92,7 +92,7 @@ def test_the_first_two_commands_are_demo_and_test() -> None:
     assert "\ntest: $(INSTALLED)" in makefile
 
 
-def test_the_readme_is_read_in_one_sitting() -> None:
+def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) < 200
 
 
@@ -150,7 +150,7 @@ def test_options_and_files_that_a_page_names_exist(page: Path) -> None:
             assert re.search(rf"def test_\w*{word}", source), f"{test} -k {word}"
 
 
-def test_the_pages_of_the_commands_are_their_help() -> None:
+def test_the_pages_of_the_commands_equal_their_help() -> None:
     module = runpy.run_path(str(ROOT / "docs" / "outputs.py"))
     shown = {path.name: path.read_text() for path in (ROOT / "docs" / "commands").iterdir()}
     assert shown == module["command_pages"](), "run make docs, or docs/outputs.py --commands"

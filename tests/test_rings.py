@@ -56,7 +56,7 @@ for line in sys.argv[1].replace("\\n  ", " ").strip().splitlines():
         pytest.param("all rings", marks=pytest.mark.integration),
     ],
 )
-def test_the_three_jobs_work_without(ring: str, tmp_path: Path) -> None:
+def test_training_generating_and_tracing_work_without_a_ring(ring: str, tmp_path: Path) -> None:
     paths = RINGS.get(ring) or [path for parts in RINGS.values() for path in parts]
     folder = without(paths, tmp_path)
     done = subprocess.run(

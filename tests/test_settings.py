@@ -31,7 +31,9 @@ def run_config(**model: Any) -> RunConfig:
 @pytest.mark.parametrize(
     "model", [{}, {"family": "gpt2", "dropout": 0.1}, {"qk_norm": True, "rope_theta": 1e6}]
 )
-def test_a_run_goes_through_toml_unchanged(model: dict[str, Any], tmp_path: Path) -> None:
+def test_a_run_config_survives_a_round_trip_through_toml(
+    model: dict[str, Any], tmp_path: Path
+) -> None:
     config = run_config(**model)
     path = tmp_path / "config.toml"
     path.write_text(to_toml(config), encoding="utf-8")
@@ -61,7 +63,7 @@ def test_values_of_another_type_are_refused(values: dict[str, Any], message: str
     assert message in str(caught.value)
 
 
-def test_the_field_from_is_named_from_in_toml(tmp_path: Path) -> None:
+def test_the_field_from_underscore_is_written_as_from_in_toml(tmp_path: Path) -> None:
     config = replace(run_config(), from_="a/b")
     path = tmp_path / "config.toml"
     path.write_text(to_toml(config), encoding="utf-8")
@@ -126,7 +128,7 @@ def test_assignments_are_parsed_as_toml_values_or_text(text: str, expected: dict
 
 
 @pytest.mark.parametrize("text", ["model.n_layer", "=4", "model.=4", ".n_layer=4", ""])
-def test_an_assignment_without_a_name_or_a_sign_is_refused(text: str) -> None:
+def test_an_assignment_without_a_name_or_an_equals_sign_is_refused(text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_assignment(text)
     assert str(caught.value) == f"--set takes name=value, as in model.n_layer=4: it is {text!r}."

@@ -19,17 +19,19 @@ MODEL = ROOT / "checkpoints" / "storyteller"
 CARD = (MODEL / "README.md").read_text(encoding="utf-8")
 
 
-def test_it_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bundled_model_is_found_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert resolve_model(None) == resolve_model("storyteller") == MODEL
     assert shown_name(MODEL) == "storyteller"
 
 
-def test_it_fits_into_a_repository() -> None:
+def test_the_bundled_model_is_smaller_than_24_mb() -> None:
     assert sum(path.stat().st_size for path in MODEL.iterdir()) < 24e6
 
 
-def test_it_tells_something() -> None:
+def test_the_bundled_model_generates_text() -> None:
     options = {"seed": 6, "temperature": 0.7, "top_p": 0.95, "max_new_tokens": 100}
     prompt = "Far away, by the sea, there lived"
     steps = list(minigpt.generate("storyteller", prompt, **options))
@@ -60,14 +62,14 @@ def script(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 @pytest.mark.integration
-def test_it_repeats_names_that_it_has_never_read_unless_its_induction_head_is_ablated(
+def test_unseen_names_are_repeated_unless_the_induction_head_is_ablated(
     script: dict[str, Any],
 ) -> None:
     assert script["n_repeated"](NAMES, None) >= 7
     assert script["n_repeated"](NAMES, "4.1") <= 1
 
 
-def test_tales_of_the_grammar_are_whole_and_repeatable() -> None:
+def test_grammar_tales_are_complete_distinct_and_reproducible() -> None:
     grammar = runpy.run_path(str(BENCHMARKS / "tale_grammar.py"))
     tales = [grammar["tell"](random.Random(seed)) for seed in range(300)]
     assert tales[0] == grammar["tell"](random.Random(0))
@@ -76,7 +78,7 @@ def test_tales_of_the_grammar_are_whole_and_repeatable() -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_it_has_an_induction_head(seed: int) -> None:
+def test_the_bundled_model_has_an_induction_head(seed: int) -> None:
     layers = head_roles(load(MODEL).model, seed=seed)
     roles = {f"{i}.{j}": role.tag for i, row in enumerate(layers) for j, role in enumerate(row)}
     assert roles["4.1"] == "induc"
@@ -85,7 +87,7 @@ def test_it_has_an_induction_head(seed: int) -> None:
 
 @pytest.mark.integration
 @pytest.mark.parametrize("name", ["short-tales-held-out", "told-held-out"])
-def test_it_predicts_held_out_tales_as_its_card_says(
+def test_the_model_card_states_the_measured_loss_on_held_out_tales(
     name: str, script: dict[str, Any], shared: Path, tmp_path: Path
 ) -> None:
     claimed = re.search(rf"\| {name} \| ([\d.]+) \| ([\d,]+) \|", CARD)

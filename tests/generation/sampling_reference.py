@@ -1,4 +1,4 @@
-"""Sampling in plain Python, and a test that draws come from a distribution."""
+"""Sampling in plain Python, and a chi-squared test of draws against a distribution."""
 
 import math
 from collections import Counter
@@ -66,7 +66,7 @@ def softmax(logits: list[float]) -> list[float]:
 def reference(
     logits: list[float], prompt: list[int], generated: list[int], config: SamplingConfig
 ) -> list[float]:
-    """Return the probabilities of a draw, option by option, in plain Python."""
+    """Return the sampling probabilities, computed option by option in plain Python."""
     logits = list(logits)
     if config.ignore_eos:
         for token in ENDS:
@@ -97,8 +97,8 @@ def some_logits(seed: int = 0, n: int = 50, n_rows: int = 1) -> Tensor:
     return torch.randn(n_rows, n, generator=generator) * 3
 
 
-def forced(*logits_of: int, n: int = 50) -> Tensor:
-    """Logits (B, V) with which each row draws the token that is named for it."""
+def certain_logits(*logits_of: int, n: int = 50) -> Tensor:
+    """Return logits (B, V) with which each row is sure to draw its given token."""
     logits = torch.full((len(logits_of), n), -1e9)
     logits[range(len(logits_of)), list(logits_of)] = 1e9
     return logits
@@ -112,12 +112,12 @@ def sampler(
     seeds = seeds or (1,)
     source = Sampler(config, seeds=seeds, device="cpu", prompt=prompt, end_of_text=ENDS)
     for token in generated:
-        assert source.draw(forced(*[token] * len(seeds))).tolist() == [token] * len(seeds)
+        assert source.draw(certain_logits(*[token] * len(seeds))).tolist() == [token] * len(seeds)
     return source
 
 
 def distribution(source: Sampler, logits: Tensor) -> Tensor:
-    """Return the probabilities (B, V) that a draw is made from, in the order of the ids."""
+    """Return the probabilities (B, V) that the sampler draws from, ordered by token id."""
     probability, ids = source.candidates(logits)
     if ids is None:
         return probability
@@ -125,26 +125,26 @@ def distribution(source: Sampler, logits: Tensor) -> Tensor:
 
 
 def drawn(source: Sampler, logits: Tensor, n: int) -> list[int]:
-    """Return n draws of one row, all of the same logits."""
+    """Return n draws of one row, all from the same logits."""
     return [source.draw(logits).item() for _ in range(n)]
 
 
 def chi_squared_is_plausible(draws: list[int], p: list[float]) -> bool:
-    """Whether these may be draws from p: Pearson's test, wrong for one right program in 10,000."""
+    """Whether the draws are consistent with p: Pearson's test, with 1 false alarm in 10,000."""
     n = len(draws)
     counts = torch.bincount(torch.tensor(draws), minlength=len(p)).tolist()
     if any(count > 0 for count, x in zip(counts, p, strict=True) if x == 0):
         return False
-    # Cells of fewer than five expected draws are taken together.
+    # Cells with fewer than five expected draws are merged.
     cells = [(count, n * x) for count, x in zip(counts, p, strict=True) if n * x >= 5]
     rest = n - sum(c for c, _ in cells), n - sum(e for _, e in cells)
     if rest[1] > 0.5:
         cells.append(rest)
     statistic = sum((count - expected) ** 2 / expected for count, expected in cells)
-    return len(cells) == 1 or chance_of_more(statistic, len(cells) - 1) > 1e-4
+    return len(cells) == 1 or p_value(statistic, len(cells) - 1) > 1e-4
 
 
-def chance_of_more(statistic: float, freedom: int) -> float:
-    """How often chi squared of so many degrees of freedom is larger: 1 - its distribution."""
+def p_value(statistic: float, freedom: int) -> float:
+    """Return the probability of a larger chi squared with these degrees of freedom."""
     half = torch.tensor([freedom, statistic], dtype=torch.float64) / 2
     return torch.special.gammaincc(half[0], half[1]).item()

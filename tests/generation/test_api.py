@@ -1,4 +1,4 @@
-"""minigpt.generate: what it yields is what Decoder and the text stream give; it fails at once."""
+"""minigpt.generate yields the steps of Decoder and stream_text, and rejects bad arguments early."""
 
 import subprocess
 import sys
@@ -34,7 +34,7 @@ def texts(items: list[TextStep]) -> list[str]:
     return ["".join(i.text for i in items if i.sample == sample) for sample in range(n)]
 
 
-def test_steps_are_those_of_the_decoder_and_the_text_stream(folder: Path) -> None:
+def test_generate_yields_the_steps_and_text_of_decoder_and_stream_text(folder: Path) -> None:
     config = SamplingConfig(max_new_tokens=20, temperature=1.2, stop=("a",), seed=4)
     steps = Decoder(MODEL, list(b"The king")).generate(config, seed=4, end_of_text=[256])
     expected = list(stream_text(steps, BYTES, ("a",)))
@@ -53,7 +53,7 @@ def test_an_empty_prompt_starts_a_document() -> None:
     )
 
 
-def test_each_sample_equals_the_generation_of_its_seed() -> None:
+def test_each_of_several_samples_equals_a_single_sample_with_its_seed() -> None:
     options: dict[str, Any] = {"tokenizer": BYTES, "max_new_tokens": 30, "temperature": 9.0}
     stops = list("aeiou .")
     items = list(minigpt.generate(MODEL, "x", num_samples=6, seed=10, stop=stops, **options))

@@ -1,4 +1,4 @@
-"""Compiling in the background: for the next start, once, never by surprise."""
+"""Compilation in the background: once, for the next start, and only where it is wanted."""
 
 import json
 import os
@@ -34,7 +34,7 @@ KINDS = ["float32", "int8"]
 @pytest.fixture(autouse=True)
 def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
-    monkeypatch.setattr(background.shutil, "which", lambda name: name)  # it is never run
+    monkeypatch.setattr(background.shutil, "which", lambda name: name)  # the compiler is never run
     return tmp_path / "compiled"
 
 
@@ -70,7 +70,7 @@ def model_of(kind: str, layout: str = "llama", **changes: Any) -> GPT:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_next_start_finds_what_was_compiled_for_an_eager_model(
+def test_a_graph_compiled_in_the_background_is_used_at_the_next_start(
     layout: str, kind: str, fake_compiler: list[Path], started: list[list[str]]
 ) -> None:
     eager = model_of(kind, layout)
@@ -93,7 +93,7 @@ def test_the_next_start_finds_what_was_compiled_for_an_eager_model(
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "bfloat16-weights"])
-def test_a_model_in_bfloat16_stays_on_one_path(kind: str, started: list[list[str]]) -> None:
+def test_bfloat16_models_are_never_compiled_by_default(kind: str, started: list[list[str]]) -> None:
     model = model_of(kind)
     assert not background.start(model)
     assert not compiles_by_default(model, 1)
@@ -102,7 +102,7 @@ def test_a_model_in_bfloat16_stays_on_one_path(kind: str, started: list[list[str
 
 @pytest.mark.parametrize("kind", [*KINDS, "bfloat16", "bfloat16-weights"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_graph_replaces_only_an_eager_step_that_rounds_like_float32(
+def test_a_graph_replaces_an_eager_step_only_if_both_round_like_float32(
     layout: str, kind: str
 ) -> None:
     model, tokens = model_of(kind, layout), random_tokens(1, 12)
@@ -128,7 +128,7 @@ def test_only_one_process_compiles_a_step(
     assert background.start(model)
 
 
-def test_a_failure_is_kept_and_not_tried_again(
+def test_a_failed_compilation_is_recorded_and_not_retried(
     monkeypatch: pytest.MonkeyPatch, started: list[list[str]], folder: Path
 ) -> None:
     def fail(step: Any, path: Path, **options: Any) -> None:
@@ -176,7 +176,9 @@ def test_only_a_terminal_or_the_variable_start_a_background_compilation(
 
 @pytest.mark.integration
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM handlers")
-def test_a_signal_ends_the_process_and_leaves_no_file(tmp_path: Path, folder: Path) -> None:
+def test_sigterm_ends_the_background_process_and_leaves_no_file(
+    tmp_path: Path, folder: Path
+) -> None:
     (tmp_path / "temporary").mkdir()
     code = (
         "import json, sys, time\n"

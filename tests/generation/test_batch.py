@@ -1,5 +1,5 @@
-"""Several rows from one prefill, a window that slides, and a prompt that grows, each against one
-row alone or a plain loop."""
+"""Batches from one prefill, sliding windows and growing prompts, each compared with a single row
+or a plain loop."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -43,7 +43,7 @@ def together(
     stops: Sequence[tuple[int, int]] = (),
     **options: Any,
 ) -> list[list[Step]]:
-    """Decode rows together; ``stops`` are (row, index) after which it is stopped."""
+    """Decode rows together; ``stops`` lists (row, step index) after which a row is stopped."""
     config = SamplingConfig(**options)
     decoder = Decoder(model, PROMPT, max_new_tokens=config.max_new_tokens, n_rows=len(seeds))
     rows: list[list[Step]] = [[] for _ in seeds]
@@ -55,19 +55,21 @@ def together(
     return rows
 
 
-def facts(steps: Sequence[Step]) -> list[tuple[Any, ...]]:
+def step_facts(steps: Sequence[Step]) -> list[tuple[Any, ...]]:
     return [(s.index, s.position, s.token, s.finish, s.n_slides, s.n_forgotten) for s in steps]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("options", [{"temperature": 1.0}, ALL], ids=["plain", "all"])
-def test_each_row_equals_the_generation_of_its_seed(layout: str, options: dict[str, Any]) -> None:
+def test_each_row_of_a_batch_equals_a_single_row_with_the_same_seed(
+    layout: str, options: dict[str, Any]
+) -> None:
     model = small_model(layout)
     rows = together(model, [4, 5, 6, 7], max_new_tokens=12, **options)
     for seed, row in zip([4, 5, 6, 7], rows, strict=True):
         expected = alone(model, seed, max_new_tokens=12, **options)
-        assert facts(row) == facts(expected)
-        # Products of another shape add up in another order.
+        assert step_facts(row) == step_facts(expected)
+        # Matrix products of another shape sum in another order.
         assert [s.log_probability for s in row] == pytest.approx(
             [s.log_probability for s in expected], abs=1e-4
         )
@@ -75,7 +77,7 @@ def test_each_row_equals_the_generation_of_its_seed(layout: str, options: dict[s
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_finished_rows_do_not_change_the_others(layout: str) -> None:
-    """By an end of text, each at another place, and by being dropped."""
+    """Rows finish at an end of text, each at another step, or because they are stopped."""
     model, seeds = small_model(layout), list(range(8))
     free = together(model, seeds, max_new_tokens=15, temperature=1.2)
     ends = [free[2][3].token, free[5][9].token]
@@ -87,21 +89,21 @@ def test_finished_rows_do_not_change_the_others(layout: str) -> None:
         assert [step.token for step in row] == tokens[:n]
         is_end = tokens[n - 1] in ends
         assert row[-1].finish == ("end_of_text" if is_end else "length" if n == 15 else None)
-    assert len({len(row) for row in ended}) >= 4, "they ended at different places"
+    assert len({len(row) for row in ended}) >= 4, "rows must end at different steps"
 
 
 def test_a_row_does_not_depend_on_the_other_rows() -> None:
     model = small_model()
     for others in ([1, 2, 3], [9, 9, 9], [100, 200, 300]):
         rows = together(model, [others[0], 5, *others[1:]], max_new_tokens=12, **ALL)
-        assert facts(rows[1]) == facts(alone(model, 5, max_new_tokens=12, **ALL))
+        assert step_facts(rows[1]) == step_facts(alone(model, 5, max_new_tokens=12, **ALL))
 
 
 def test_a_decoder_generates_one_row_or_several_in_any_order() -> None:
     model, options = small_model(), {"max_new_tokens": 9, "temperature": 1.0}
     config = SamplingConfig(**options)
     decoder = Decoder(model, PROMPT, max_new_tokens=9, n_rows=4)
-    expected = {seed: facts(alone(model, seed, **options)) for seed in range(4)}
+    expected = {seed: step_facts(alone(model, seed, **options)) for seed in range(4)}
     for seeds in ([0], [1, 2, 3, 0], [2], [3, 1]):
         rows: list[list[Step]] = [[] for _ in seeds]
         stopped: set[int] = set()
@@ -110,7 +112,7 @@ def test_a_decoder_generates_one_row_or_several_in_any_order() -> None:
             if len(seeds) == 4 and step.index == row:
                 stopped.add(row)
         for seed, row_steps in zip(seeds, rows, strict=True):
-            assert facts(row_steps) == expected[seed][: len(row_steps)]
+            assert step_facts(row_steps) == expected[seed][: len(row_steps)]
 
 
 def test_max_rows_together_fit_into_a_gibibyte() -> None:
@@ -153,7 +155,7 @@ def test_an_ignored_end_of_text_is_never_sampled() -> None:
 def plain_sliding(
     model: GPT, prompt: Sequence[int], config: SamplingConfig, seed: int
 ) -> list[tuple[int, int, int, int]]:
-    """No cache: all in view goes through the model for each token; (token, position, ...)."""
+    """Generate without a cache: the model reads the whole window for each token."""
     sampler = Sampler(config, seeds=[seed], device="cpu", prompt=prompt)
     n_window = model.config.context_length
     said, view, result, n_slides = list(prompt), list(prompt), [], 0
@@ -184,7 +186,7 @@ def test_a_sliding_window_equals_a_plain_loop(layout: str) -> None:
     for row, step in decoder.batch(config, seeds=[1, 2, 3]):
         rows[row].append(step)
     for seed, row_steps in zip((1, 2, 3), rows, strict=True):
-        assert facts(row_steps) == facts(list(decoder.generate(config, seed=seed)))
+        assert step_facts(row_steps) == step_facts(list(decoder.generate(config, seed=seed)))
 
 
 @pytest.mark.parametrize("context_length", [1, 2, 3, 4, 7])
@@ -203,7 +205,7 @@ def test_a_window_that_is_not_full_does_not_slide() -> None:
     assert slid == alone(model, 1, max_new_tokens=20, temperature=1.0)
 
 
-class Fed:
+class FedTokenCounter:
     """Counts the tokens that a decoder feeds."""
 
     def __init__(self, decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,27 +220,27 @@ class Fed:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("n_seen", [0, 1, 4, 6])
-def test_an_extended_prompt_continues_like_the_whole_text(
+def test_an_extended_prompt_continues_like_the_concatenated_text(
     layout: str, n_seen: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After a whole answer of six tokens, after one that was left, and with no answer at all."""
+    """After a complete answer of six tokens, after an abandoned one, and without any answer."""
     model, typed = small_model(layout), [7, 8, 9]
     config = SamplingConfig(max_new_tokens=6, temperature=1.0)
     decoder = Conversation(model, PROMPT)
     steps = decoder.generate(config, seed=1)
     said = [next(steps).token for _ in range(n_seen)]
-    fed = Fed(decoder, monkeypatch)
+    fed = FedTokenCounter(decoder, monkeypatch)
     decoder.extend(typed)
-    # The last token of an answer was not fed yet: its logits were not asked for.
+    # The last token of an answer was not fed yet, because its logits were not needed.
     assert fed.n_tokens == len(typed) + (n_seen > 0)
     whole = PROMPT + said + typed
     assert decoder.prompt == whole
-    assert facts(list(decoder.generate(config, seed=2))) == facts(
+    assert step_facts(list(decoder.generate(config, seed=2))) == step_facts(
         list(Conversation(model, whole).generate(config, seed=2))
     )
 
 
-def test_extending_keeps_the_continuation_without_its_end_of_text() -> None:
+def test_extending_keeps_generated_tokens_but_drops_the_end_of_text() -> None:
     model, config = small_model(), SamplingConfig(max_new_tokens=6, temperature=1.0)
     decoder = Conversation(model, PROMPT)
     free = [step.token for step in decoder.generate(config, seed=1)]
@@ -259,7 +261,7 @@ def test_extending_keeps_the_continuation_without_its_end_of_text() -> None:
 
 
 def test_a_prompt_too_long_for_the_window_raises_or_slides() -> None:
-    model = small_model()  # of 24 positions
+    model = small_model()  # 24 positions
     decoder = Conversation(model, random_tokens(20).tolist())
     config = SamplingConfig(max_new_tokens=30, temperature=1.0)
     steps = list(decoder.generate(config, seed=1))
@@ -283,7 +285,7 @@ def test_a_prompt_too_long_for_the_window_raises_or_slides() -> None:
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
 def test_greedy_text_equals_transformers(penalty: float) -> None:
-    """200 tokens in float32, of GPT-2's layout and of Llama's with grouped heads."""
+    """200 tokens in float32, with GPT-2's layout and Llama's layout with grouped heads."""
     import transformers
 
     shape = {"vocab_size": 300, "n_layer": 2, "n_head": 4, "d_model": 32, "context_length": 256}

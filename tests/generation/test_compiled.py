@@ -1,6 +1,6 @@
-"""One graph for a token decodes as GPT.forward does, whatever was done with the cache before.
+"""The compiled decode graph equals GPT.forward, whatever was done with the cache before.
 
-Uncompiled, the graph's operations run one by one; what a compiler makes of them is slow to get.
+By default the graph's operations run one by one, because compiling them is slow.
 """
 
 import os
@@ -27,8 +27,8 @@ from minigpt.model.gpt import GPT
 from minigpt.places import CACHE_VARIABLE
 from minigpt.tracing.analysis.recorder import MeasureRecorder
 
-# float32 sums in another order; bfloat16: what the graph rounds less than GPT.forward, which
-# rounds every activation, over logits of about 10.
+# float32 sums in another order. In bfloat16, GPT.forward rounds every activation and the graph
+# only some; the logits are about 10.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.3}
 
 
@@ -45,17 +45,17 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(
     params=[
         "uncompiled",
-        pytest.param("compiled", marks=pytest.mark.slow),  # half a minute a graph
+        pytest.param("compiled", marks=pytest.mark.slow),  # half a minute per graph
     ]
 )
-def way(
+def graph_mode(
     request: pytest.FixtureRequest, packages: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[str]:
-    """Everything below as the operations are written, and as the compiler translates them."""
+    """Run each test with the uncompiled operations and with the compiled graph."""
     if request.param == "uncompiled":
         monkeypatch.setattr(compiled, "load_step", uncompiled)
     elif not shutil.which(os.environ.get("CXX", "g++")):
-        pytest.skip("there is no C++ compiler")
+        pytest.skip("needs a C++ compiler")
     monkeypatch.setenv(CACHE_VARIABLE, str(packages))
     return request.param
 
@@ -70,7 +70,7 @@ def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype = torch.fl
     torch.testing.assert_close(actual, expected, rtol=0, atol=TOLERANCE[dtype])
 
 
-@pytest.mark.usefixtures("way")
+@pytest.mark.usefixtures("graph_mode")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_logits_equal_a_full_float32_forward_at_every_position(
@@ -90,10 +90,10 @@ def test_logits_equal_a_full_float32_forward_at_every_position(
     assert forward.cache.length == 24
 
 
-@pytest.mark.usefixtures("way")
+@pytest.mark.usefixtures("graph_mode")
 @pytest.mark.parametrize("kind", ["int8", "bfloat16"])
 @pytest.mark.parametrize("layout", ["gpt2", "llama-grouped"])
-def test_quantized_weights_compute_what_the_quantized_model_does(layout: str, kind: str) -> None:
+def test_the_graph_uses_the_quantized_weights_of_a_model(layout: str, kind: str) -> None:
     model = small_model(layout)
     if kind == "int8":
         quantize_int8(model)
@@ -106,9 +106,9 @@ def test_quantized_weights_compute_what_the_quantized_model_does(layout: str, ki
         assert_close(forward.feed(tokens[:, end - 1 : end]), fed(model, tokens[:, :end]))
 
 
-@pytest.mark.usefixtures("way")
+@pytest.mark.usefixtures("graph_mode")
 @pytest.mark.parametrize("layout", ["gpt2", "llama-grouped"])
-def test_rows_are_repeated_kept_and_truncated(layout: str) -> None:
+def test_cache_rows_can_be_repeated_selected_and_truncated(layout: str) -> None:
     model = small_model(layout)
     forward = CompiledForward(model, capacity=24, n_rows=3)
     tokens = random_tokens(3, 24)
@@ -125,14 +125,14 @@ def test_rows_are_repeated_kept_and_truncated(layout: str) -> None:
             rows = [rows[i] for i in kept]
     assert rows == [0]
     forward.cache.truncate(5)
-    forward.keep([0] * 3)  # again, after fewer
+    forward.keep([0] * 3)  # three rows again, after fewer
     again = random_tokens(3, 4, seed=8)
     logits = [forward.feed(part) for part in again.split([1, 2, 1], dim=1)][-1]
     assert_close(logits, fed(model, torch.cat((tokens[:, :5], again), dim=1)))
 
 
-@pytest.mark.usefixtures("way")
-def test_rows_from_the_graph_equal_recomputed_rows_and_change_no_token() -> None:
+@pytest.mark.usefixtures("graph_mode")
+def test_attention_rows_of_the_graph_equal_recomputed_rows_and_change_no_token() -> None:
     model = small_model("llama-grouped")
     inside, beside = (MeasureRecorder(model, measures=("norm",)) for _ in range(2))
     forward = CompiledForward(model, capacity=24, recorder=inside)
@@ -149,7 +149,7 @@ def test_rows_from_the_graph_equal_recomputed_rows_and_change_no_token() -> None
         )
 
 
-@pytest.mark.usefixtures("way")
+@pytest.mark.usefixtures("graph_mode")
 def test_context_and_capacity_limits_raise() -> None:
     model = small_model()
     for capacity, message in ((24, "the model sees 24"), (16, "the cache holds 16")):
@@ -169,7 +169,7 @@ def test_different_graphs_have_different_keys() -> None:
         tensors = dict(step.named_parameters())
         return compiled._key(step, tensors, torch.float32, is_batch=n_rows > 1)
 
-    assert key() == key(seed=8)  # the weights are no part of it
+    assert key() == key(seed=8)  # the values of the weights are not part of the key
     keys = [
         key(),
         key("qwen3"),
@@ -182,7 +182,7 @@ def test_different_graphs_have_different_keys() -> None:
     assert len(set(keys)) == len(keys)
 
 
-def test_a_missing_compiler_is_one_line_with_the_remedy(
+def test_a_missing_compiler_is_reported_in_one_line_with_the_remedy(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
@@ -196,7 +196,7 @@ def test_a_missing_compiler_is_one_line_with_the_remedy(
 
 
 @pytest.mark.integration
-def test_a_compiler_that_fails_is_one_line_with_what_it_said(
+def test_a_failing_compiler_is_reported_in_one_line_with_its_own_error(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from torch._inductor.exc import CppCompileError, InductorError
@@ -214,10 +214,10 @@ def test_a_compiler_that_fails_is_one_line_with_what_it_said(
 
 
 @pytest.mark.parametrize("version", ["13.0", "12.8"])
-def test_headers_of_wheels_serve_if_they_are_complete(
+def test_cuda_headers_from_pip_wheels_are_used_only_if_complete(
     version: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """pip installs with torch only some of the headers that cuda_runtime.h includes."""
+    """The wheels of torch bring only some of the headers that cuda_runtime.h includes."""
     from torch.utils import cpp_extension
 
     folder = tmp_path / f"nvidia/cu{version[:2]}"
@@ -240,10 +240,10 @@ def test_headers_of_wheels_serve_if_they_are_complete(
 
 
 @pytest.mark.integration  # imports the compiler and lowers the graph
-def test_cache_writes_of_a_layer_are_one_loop(
+def test_the_cache_writes_of_a_layer_are_fused_into_one_loop(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Counted where the compiler writes its code: nothing is compiled."""
+    """Count the loops in the compiler's scheduler; nothing is compiled."""
     from torch._inductor.scheduler import Scheduler
 
     writers: list[str] = []
@@ -268,10 +268,10 @@ def test_cache_writes_of_a_layer_are_one_loop(
 
 @pytest.mark.integration  # imports the compiler and lowers graphs
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_equal_layers_are_compiled_once_without_checks_or_tensors_of_parts(
+def test_identical_layers_share_kernels_without_size_checks_or_aliases(
     layout: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Counted in the C++ code: nothing is compiled."""
+    """Count the kernels in the generated C++ code; nothing is compiled."""
     from torch._inductor.codecache import AotCodeCompiler
 
     class Stopped(BaseException):
@@ -291,7 +291,7 @@ def test_equal_layers_are_compiled_once_without_checks_or_tensors_of_parts(
     for n_layer in (4, 8):
         with pytest.raises(Stopped):
             CompiledForward(small_model(layout, n_layer=n_layer), capacity=24)
-    # Not one more for each layer; those of the last layer may be cut elsewhere.
+    # More layers need no more kernels; those of the last layer may be fused differently.
     assert n_kernels[1] <= n_kernels[0] + 2
 
 
@@ -308,9 +308,9 @@ def test_a_linear_layer_is_one_node_of_the_exported_graph(layout: str) -> None:
 
 
 @pytest.mark.slow  # compiles: half a minute
-@pytest.mark.parametrize("way", ["compiled"], indirect=True)
+@pytest.mark.parametrize("graph_mode", ["compiled"], indirect=True)
 def test_greedy_tokens_equal_gpt_forward_and_the_graph_is_compiled_once(
-    way: str, monkeypatch: pytest.MonkeyPatch
+    graph_mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = small_model("qwen3").requires_grad_(False)
     prompt = random_tokens(5).tolist()
@@ -341,7 +341,7 @@ def test_a_transposed_weight_is_made_contiguous_for_the_graph() -> None:
 
 
 class Loader:
-    """Stands for a loaded package: returns the first of its weights."""
+    """A fake loaded package that returns the first of its weights."""
 
     n_made = 0
 
@@ -358,7 +358,7 @@ class Loader:
         return [self.weight]
 
 
-def test_a_loaded_package_serves_the_next_decoder_with_its_own_weights(
+def test_a_loaded_package_is_reused_with_the_weights_of_the_next_model(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(compiled, "_loader", Loader)
@@ -371,7 +371,9 @@ def test_a_loaded_package_serves_the_next_decoder_with_its_own_weights(
 
     first, second = load(models[0]), load(models[1])
     for run, model in zip((first, second), models, strict=False):
-        assert run([])[0].equal(model.final_norm.weight), "each has its own while both are used"
+        assert run([])[0].equal(model.final_norm.weight), (
+            "two decoders in use must not share a package"
+        )
     del first
     third = load(models[2])
     assert Loader.n_made == 2

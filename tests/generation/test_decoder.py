@@ -21,7 +21,7 @@ PROMPT = random_tokens(5).tolist()
 def plain_generation(
     model: GPT, prompt: list[int], config: SamplingConfig, seed: int
 ) -> list[tuple[int, float]]:
-    """No cache: all tokens so far go through the model for each new one."""
+    """Generate without a cache: the model reads all tokens so far for each new one."""
     sampler = Sampler(config, seeds=[seed], device="cpu", prompt=prompt)
     context, result = list(prompt), []
     while len(result) < config.max_new_tokens and len(context) <= model.config.context_length:
@@ -69,7 +69,7 @@ def test_generation_with_the_cache_equals_full_forward_passes(
             model, prompt, SamplingConfig(max_new_tokens=8, **options), seed
         )
         assert [step.token for step in steps] == [token for token, _ in expected]
-        # The model's own probability, whatever the options; float32 in another order.
+        # The model's own probability before sampling options; float32 sums in another order.
         assert [step.log_probability for step in steps] == pytest.approx(
             [log_probability for _, log_probability in expected], abs=1e-3
         )
@@ -79,7 +79,7 @@ def test_generation_with_the_cache_equals_full_forward_passes(
 
 @pytest.mark.parametrize("n_prompt", [1, 5, 23, 24])
 def test_generation_ends_when_the_context_is_full(n_prompt: int) -> None:
-    """The last query stands on the last position, and its token is generated still."""
+    """The query at the last position still generates a token."""
     model = small_model("gpt2")
     steps = generated(model, random_tokens(n_prompt).tolist(), max_new_tokens=1000)
     assert len(steps) == 24 - n_prompt + 1
@@ -123,12 +123,12 @@ def test_a_cache_of_limited_capacity_gives_the_same_tokens(
     bytes_per_token = cache_bytes_per_token(model.config)
     assert tight.cache.n_bytes == (5 + 9) * bytes_per_token
     assert whole.cache.n_bytes == 2000 * bytes_per_token
-    # The log-probabilities too, to their last bit.
+    # The log-probabilities are equal too, bit for bit.
     assert list(tight.generate(config, seed=3)) == list(whole.generate(config, seed=3))
     assert Decoder(model, PROMPT, max_new_tokens=10**9).cache.capacity == 2000
 
 
-def test_a_smaller_max_new_tokens_than_the_decoders_is_respected() -> None:
+def test_a_call_may_ask_for_fewer_new_tokens_than_the_decoder_allows() -> None:
     decoder = Decoder(small_model(), PROMPT, max_new_tokens=8)
     for n in (8, 3):
         steps = list(decoder.generate(SamplingConfig(max_new_tokens=n), seed=1))
@@ -137,7 +137,7 @@ def test_a_smaller_max_new_tokens_than_the_decoders_is_respected() -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("options", [{"temperature": 0.0}, {"temperature": 0.8, "top_p": 0.9}])
-def test_nan_or_inf_logits_are_a_checkpoint_error(value: float, options: dict[str, Any]) -> None:
+def test_nan_or_inf_logits_raise_a_checkpoint_error(value: float, options: dict[str, Any]) -> None:
     for name in ("unembedding", "blocks.1.mlp.down", "blocks.0.attention.value"):
         model = small_model()
         with torch.no_grad():
@@ -158,7 +158,7 @@ def test_tokens_are_determined_by_the_seed() -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_repeated_generations_equal_those_of_a_new_decoder(layout: str) -> None:
+def test_a_reused_decoder_generates_the_tokens_of_a_new_one(layout: str) -> None:
     model = small_model(layout)
     decoder = Decoder(model, PROMPT)
     config = SamplingConfig(max_new_tokens=10, temperature=1.0)
@@ -167,7 +167,7 @@ def test_repeated_generations_equal_those_of_a_new_decoder(layout: str) -> None:
         assert steps == list(Decoder(model, PROMPT).generate(config, seed=seed))
     partial = decoder.generate(config, seed=5)
     next(partial)
-    next(partial)  # left in the middle
+    next(partial)  # abandoned halfway
     assert list(decoder.generate(config, seed=1)) == generated(
         model, PROMPT, seed=1, max_new_tokens=10, temperature=1.0
     )
@@ -186,12 +186,12 @@ def test_the_recorders_latest_pass_predicted_the_token() -> None:
     assert torch.equal(first_rows[0], first_rows[2])
 
 
-def test_an_empty_prompt_is_a_data_error() -> None:
+def test_an_empty_prompt_raises_a_data_error() -> None:
     with pytest.raises(DataError, match=r"^the prompt is empty\. Give at least one character"):
         Decoder(small_model(), [])
 
 
-def test_a_prompt_longer_than_the_context_is_a_data_error_with_both_lengths() -> None:
+def test_a_prompt_longer_than_the_context_raises_a_data_error_with_both_lengths() -> None:
     with pytest.raises(DataError) as caught:
         Decoder(small_model(), random_tokens(25).tolist())
     assert str(caught.value) == (

@@ -1,4 +1,4 @@
-"""Draws follow their distribution, and depend on their own seed only."""
+"""Draws follow their distribution and depend only on their own seed."""
 
 import itertools
 import math
@@ -11,9 +11,9 @@ from sampling_reference import (
     GENERATED,
     OPTIONS,
     PROMPT,
-    chance_of_more,
     chi_squared_is_plausible,
     drawn,
+    p_value,
     reference,
     sampler,
     some_logits,
@@ -25,13 +25,13 @@ from minigpt.config import SamplingConfig
 def test_chi_squared_p_values_equal_the_table() -> None:
     """Abramowitz and Stegun 1964, table 26.8, at 0.0001 and 0.05."""
     for statistic, freedom, chance in ((21.1075, 3, 1e-4), (35.5640, 10, 1e-4), (43.773, 30, 0.05)):
-        assert chance_of_more(statistic, freedom) == pytest.approx(chance, rel=1e-3)
+        assert p_value(statistic, freedom) == pytest.approx(chance, rel=1e-3)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_samples_follow_the_distribution(options: dict[str, Any]) -> None:
     logits, n_rows = some_logits(5) / 3, 4000
-    # A draw in each of many rows, so that no draw's penalty falls on the next.
+    # One draw in each of many rows, so that no draw penalizes the next.
     seeds = range(100_000, 100_000 + n_rows)
     source = sampler(*seeds, prompt=PROMPT, generated=GENERATED, **options)
     draws = source.draw(logits.expand(n_rows, -1)).tolist()
@@ -57,7 +57,7 @@ def test_successive_samples_are_independent() -> None:
 
 
 def test_first_samples_of_consecutive_seeds_follow_the_distribution() -> None:
-    """Samples 1, 2, 3 of a prompt take neighbouring seeds."""
+    """Samples 1, 2, 3 of a prompt use consecutive seeds."""
     logits = some_logits(4)
     draws = [sampler(seed).draw(logits).item() for seed in range(3000)]
     assert chi_squared_is_plausible(draws, logits[0].softmax(dim=0).tolist())
@@ -69,7 +69,7 @@ def test_first_samples_of_consecutive_seeds_follow_the_distribution() -> None:
 @pytest.mark.parametrize(
     "other", [{"temperature": 1.15}, {"top_p": 0.97}, {"min_p": 0.02}, {"top_k": 14}], ids=str
 )
-def test_the_chi_squared_test_notices_another_option(other: dict[str, Any]) -> None:
+def test_the_chi_squared_test_detects_different_sampling_options(other: dict[str, Any]) -> None:
     logits = some_logits(4)
     draws = drawn(sampler(**other), logits, 3000)
     assert not chi_squared_is_plausible(draws, logits[0].softmax(dim=0).tolist())
@@ -77,7 +77,7 @@ def test_the_chi_squared_test_notices_another_option(other: dict[str, Any]) -> N
 
 def test_samples_follow_the_softmax_of_a_large_vocabulary() -> None:
     logits = torch.zeros(1, 50_000)
-    logits[0, 123] = math.log(50_000)  # half of all
+    logits[0, 123] = math.log(50_000)  # half of the probability mass
     draws = sampler(*range(400)).draw(logits.expand(400, -1)).tolist()
     n_hits = sum(draw == 123 for draw in draws)
     assert abs(n_hits - 200) < 4 * 10
@@ -86,8 +86,8 @@ def test_samples_follow_the_softmax_of_a_large_vocabulary() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, ALL], ids=["plain", "all"])
-def test_a_row_samples_the_same_tokens_when_others_are_removed(options: dict[str, Any]) -> None:
-    """Its seed and its own tokens decide: 70 draws, more than are drawn ahead at once."""
+def test_a_row_samples_the_same_tokens_when_other_rows_are_removed(options: dict[str, Any]) -> None:
+    """Only its seed and tokens matter; 70 draws need more than one block of random numbers."""
     logits = some_logits(3, n=50, n_rows=70)
     alone = [sampler(seed, prompt=PROMPT, **options) for seed in (5, 6, 7)]
     expected = [[one.draw(row[None]).item() for row in logits] for one in alone]

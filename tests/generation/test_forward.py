@@ -29,8 +29,9 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in LA
     "qwen3-biased": ("qwen3", {"attention_bias": "all", "n_kv_head": 4, "tie_embeddings": True}),
 }
 KINDS = ["float32", "bfloat16", "widened-bfloat16", "int8", "int8-bfloat16"]
-# Of the logits' size, summed over the vocabulary. float32 sums in another order; bfloat16 rounds
-# each activation to 1 part in 256, some tens of times; its table only what goes in and comes out.
+# Relative error of the logits, as a norm over the vocabulary. float32 sums in another order;
+# bfloat16 rounds each activation to 1 part in 256, some tens of times; widened weights round only
+# the inputs and outputs of a table.
 TOLERANCE = {
     "float32": 2e-5,
     "bfloat16": 0.06,
@@ -42,7 +43,7 @@ CHUNKS = [5, 1, 1, 1, 4, 1, 1, 2, 1, 1, 1, 1, 1, 1, 1, 1]
 
 
 def pair(kind: str, shape: str = "qwen3") -> tuple[GPT, GPT]:
-    """A model, and in float32 the one that has the same weights once they are rounded."""
+    """Return a model, and a float32 model that has its weights after rounding."""
     layout, changes = SHAPES[shape]
     model = small_model(layout, **changes)
     if "bfloat16" in kind:
@@ -52,12 +53,12 @@ def pair(kind: str, shape: str = "qwen3") -> tuple[GPT, GPT]:
         use_float32_activations(model)
     if "int8" in kind:
         quantize_int8(model)
-        put_rounded(model, plain)
+        copy_rounded_weights(model, plain)
     return model, plain
 
 
 @torch.no_grad()
-def put_rounded(model: GPT, plain: GPT) -> None:
+def copy_rounded_weights(model: GPT, plain: GPT) -> None:
     modules = dict(model.named_modules())
     for name, module in plain.named_modules():
         if isinstance(module, nn.Linear) or name == "embedding":
@@ -92,11 +93,11 @@ def test_eager_logits_equal_a_plain_float32_forward_at_every_position(
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_float32_tables_compute_the_same_where_mkl_is_slow(
+def test_float32_weight_tables_give_the_same_logits_on_cpus_with_a_slow_mkl(
     shape: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(products, "has_slow_matvec", lambda device: True)
-    monkeypatch.setattr(products, "MatrixProduct", None)  # no matmul is left
+    monkeypatch.setattr(products, "MatrixProduct", None)  # a matmul would fail
     model, plain = pair("float32", shape)
     tokens = random_tokens(1, 8)
     fused = EagerForward(model, capacity=24)
@@ -142,7 +143,7 @@ def test_rows_of_a_batch_equal_single_rows(n_rows: int, shape: str, kind: str) -
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_recorder_gets_what_plain_forward_records_and_changes_no_bit(
+def test_recording_in_the_fast_step_equals_recording_in_plain_forward(
     shape: str, kind: str
 ) -> None:
     model, plain = pair(kind, shape)
@@ -162,8 +163,8 @@ def test_a_recorder_gets_what_plain_forward_records_and_changes_no_bit(
             assert (ours.float() - theirs).norm() < TOLERANCE[kind] * theirs.norm()
 
 
-def storages(model: GPT) -> int:
-    """Bytes that the parameters hold on to."""
+def storage_bytes(model: GPT) -> int:
+    """Return the bytes of all parameter storage_bytes, each counted once."""
     kept = {
         p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()
     }
@@ -171,17 +172,19 @@ def storages(model: GPT) -> int:
 
 
 @pytest.mark.parametrize("shape", ["gpt2", "llama", "qwen2"])
-def test_prepared_weights_are_stored_once_and_keep_their_values(
+def test_preparing_for_decoding_keeps_one_copy_of_each_weight_and_its_values(
     shape: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(products, "has_slow_matvec", lambda device: False)
     model, plain = pair("float32", shape)
-    before, values = storages(model), copy.deepcopy(model.state_dict())
+    before, values = storage_bytes(model), copy.deepcopy(model.state_dict())
     prepare_for_decoding(model)
-    places = {name: (p.data_ptr(), p.stride()) for name, p in model.named_parameters()}
+    storage_layout = {name: (p.data_ptr(), p.stride()) for name, p in model.named_parameters()}
     prepare_for_decoding(model)
-    assert places == {name: (p.data_ptr(), p.stride()) for name, p in model.named_parameters()}
-    assert storages(model) == before
+    assert storage_layout == {
+        name: (p.data_ptr(), p.stride()) for name, p in model.named_parameters()
+    }
+    assert storage_bytes(model) == before
     for name, value in model.state_dict().items():
         assert torch.equal(value, values[name])
     for block in model.blocks:
@@ -194,19 +197,19 @@ def test_prepared_weights_are_stored_once_and_keep_their_values(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", ["gpt2", "llama", "qwen2", "qwen3"])
-def test_a_prepared_model_packs_no_weight_again_and_keeps_no_second_copy(
+def test_a_prepared_model_is_not_repacked_and_keeps_no_second_copy(
     shape: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(products, "has_slow_matvec", lambda device: True)
     if not products.max_table_rows(dtype):
-        pytest.skip("this CPU has no kernels for tables")
+        pytest.skip("needs a CPU with kernels for weight tables")
     layout, changes = SHAPES[shape]
     model = small_model(layout, **changes).to(dtype)
     plain, tokens = copy.deepcopy(model), random_tokens(1, 9)
     linears = [weakref.ref(m.weight) for m in model.modules() if isinstance(m, nn.Linear)]
     prepare_for_decoding(model)
     assert not any(weight() is not None for weight in linears)
-    monkeypatch.setattr(products, "MatvecTable", None)  # a decoder that packs would fail
+    monkeypatch.setattr(products, "MatvecTable", None)  # packing again would fail
     fused = EagerForward(model, capacity=24)
     for part in tokens.split([6, 1, 1, 1], dim=1):
         expected = plain_logits(plain.float(), tokens[:, : fused.cache.length + part.shape[1]])
@@ -218,17 +221,17 @@ def test_a_prepared_model_packs_no_weight_again_and_keeps_no_second_copy(
 def test_the_constructor_does_not_change_the_weights_layout(kind: str) -> None:
     model, _ = pair(kind, "llama")
 
-    def places() -> list[tuple[str, int, tuple[int, ...]]]:
+    def storage_layout() -> list[tuple[str, int, tuple[int, ...]]]:
         tensors = [*model.named_parameters(), *model.named_buffers()]
         return [(name, t.data_ptr(), t.stride()) for name, t in tensors]
 
-    before = places()
+    before = storage_layout()
     EagerForward(model, capacity=24)
-    assert places() == before
+    assert storage_layout() == before
 
 
 class Subclass(GPT):
-    """What a family that computes something else would bring."""
+    """A stand-in for a model family with another forward pass."""
 
 
 def test_only_gpt_itself_is_supported() -> None:
@@ -285,8 +288,10 @@ def test_200_greedy_tokens_equal_transformers(settings: dict[str, Any], tmp_path
     from minigpt.checkpoint.model_folder import read_model
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of its imports
-        transformers = pytest.importorskip("transformers", reason="compares with Hugging Face's")
+        warnings.simplefilter("ignore")  # raised by its imports
+        transformers = pytest.importorskip(
+            "transformers", reason="compares with Hugging Face transformers"
+        )
         config = transformers.AutoConfig.for_model(
             **settings, vocab_size=61, bos_token_id=None, eos_token_id=None
         )
@@ -294,7 +299,7 @@ def test_200_greedy_tokens_equal_transformers(settings: dict[str, Any], tmp_path
         generator = torch.Generator().manual_seed(5)
         with torch.no_grad():
             for name, parameter in theirs.named_parameters():
-                # Larger biases would make every next token the same.
+                # Larger biases would make all generated tokens the same.
                 std = 0.1 if name.endswith("bias") else 1.0
                 parameter.normal_(std=std, generator=generator)
         theirs.save_pretrained(tmp_path)
@@ -306,7 +311,7 @@ def test_200_greedy_tokens_equal_transformers(settings: dict[str, Any], tmp_path
             do_sample=False,
             pad_token_id=0,
         )[0, 8:].tolist()
-    assert len(set(expected)) > 10  # no loop of a few tokens, which any model could fall into
+    assert len(set(expected)) > 10  # any model could fall into a loop of a few tokens
     decoder = Decoder(read_model(tmp_path).model, prompt[0].tolist())
     assert isinstance(decoder.forward, EagerForward)
     sampling = SamplingConfig(temperature=0.0, max_new_tokens=200)

@@ -1,4 +1,4 @@
-"""The steps of a prepared model serve its next decoder, and nothing keeps the model alive."""
+"""The steps of a prepared model are reused by its next decoder without keeping the model alive."""
 
 import gc
 import weakref
@@ -14,7 +14,7 @@ from minigpt.generation.fast.eager import EagerForward
 from minigpt.generation.forward import PlainForward
 from minigpt.model.gpt import GPT
 
-# Sums in another order, in float32.
+# float32 sums in another order.
 assert_near = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)
 
 
@@ -24,7 +24,7 @@ def prepared(layout: str = "qwen3") -> GPT:
     return model
 
 
-def test_the_step_of_a_decoder_that_is_gone_serves_the_next_one() -> None:
+def test_the_step_of_a_deleted_decoder_is_reused_by_the_next_one() -> None:
     model, tokens = prepared(), random_tokens(1, 7)
     first = EagerForward(model, capacity=9)
     expected = [first.feed(part).clone() for part in (tokens[:, :1], tokens)]
@@ -51,7 +51,7 @@ def test_parameters_may_change_between_decoders(is_prepared: bool) -> None:
     assert_near(EagerForward(model, capacity=9).feed(tokens), expected)
 
 
-def test_idle_steps_do_not_keep_their_model() -> None:
+def test_idle_steps_do_not_keep_their_model_alive() -> None:
     model = prepared()
     EagerForward(model, capacity=9).feed(random_tokens(1, 7))
     alive = weakref.ref(model)
@@ -64,7 +64,7 @@ def test_idle_steps_do_not_keep_their_model() -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_recorder_gets_all_of_a_prompt_and_changes_no_bit(layout: str) -> None:
+def test_a_recorder_receives_every_prompt_position_and_changes_no_bit(layout: str) -> None:
     model, tokens = prepared(layout), random_tokens(1, 9)
     kept, expected = KeptAttention(needs_residual=True), KeptAttention(needs_residual=True)
     watched = EagerForward(model, capacity=9, recorder=kept)

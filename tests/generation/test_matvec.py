@@ -1,4 +1,4 @@
-"""Matrix-vector products over tables equal plain matrix products."""
+"""Matrix-vector products over weight tables equal plain matrix products."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torch import Tensor
 from minigpt.generation.fast.matvec import MatvecTable, has_matvec_kernels, split_into_blocks
 
 pytestmark = pytest.mark.skipif(
-    not has_matvec_kernels(torch.device("cpu")), reason="embedding_bag has no fast kernels here"
+    not has_matvec_kernels(torch.device("cpu")), reason="needs fast embedding_bag kernels"
 )
 
 SHAPES = [(61, 10), (1, 3), (384, 32), (1000, 7), (257, 64)]
@@ -24,7 +24,7 @@ def factors(n_rows: int, n_inputs: int) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_table_returns_its_matrix_and_its_rows(
+def test_a_table_returns_the_matrix_and_rows_that_it_was_built_from(
     shape: tuple[int, int], dtype: torch.dtype
 ) -> None:
     weight = matrix(shape, dtype)
@@ -39,10 +39,10 @@ def test_a_table_returns_its_matrix_and_its_rows(
 
 @pytest.mark.parametrize("n_rows", [1, 2, 4])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_product_equals_the_matmul(shape: tuple[int, int], n_rows: int) -> None:
+def test_a_table_product_equals_the_matmul(shape: tuple[int, int], n_rows: int) -> None:
     x = factors(n_rows, shape[1])
     weight = matrix(shape, torch.int8)
-    for _ in range(2):  # its buffers are used again
+    for _ in range(2):  # the second call reuses the buffers
         product = MatvecTable(weight).product(x)
         assert product.dtype == torch.float32
         expected = (x.double() @ weight.double().T).float()
@@ -55,7 +55,7 @@ def test_a_product_equals_the_matmul(shape: tuple[int, int], n_rows: int) -> Non
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_matmul_of_some_outputs_equals_those_of_the_matrix(
+def test_a_matmul_restricted_to_some_outputs_equals_those_of_the_full_matmul(
     shape: tuple[int, int], dtype: torch.dtype
 ) -> None:
     weight = matrix(shape, dtype)
@@ -67,7 +67,7 @@ def test_a_matmul_of_some_outputs_equals_those_of_the_matrix(
     )
 
 
-def test_a_product_is_bitwise_independent_of_threads_and_rows() -> None:
+def test_a_table_product_is_bitwise_independent_of_threads_and_rows() -> None:
     weight, x = matrix((1000, 96), torch.int8), factors(4, 96)
     n_threads = torch.get_num_threads()
     try:
@@ -83,7 +83,7 @@ def test_a_product_is_bitwise_independent_of_threads_and_rows() -> None:
 
 @pytest.mark.parametrize("n_threads", [1, 2, 6, 16])
 @pytest.mark.parametrize("n_outputs", [1, 32, 257, 384, 2304, 50257])
-def test_blocks_hold_all_outputs_with_little_padding(n_outputs: int, n_threads: int) -> None:
+def test_table_blocks_cover_all_outputs_with_little_padding(n_outputs: int, n_threads: int) -> None:
     n_blocks, width = split_into_blocks(n_outputs, n_threads)
     assert n_outputs <= n_blocks * width <= n_outputs + 16 * n_blocks
     assert width <= 256

@@ -1,4 +1,4 @@
-"""Machine code from the disk is executed only if it is the user's own and whole."""
+"""Compiled code in the cache is executed only if it is complete and owned by the user."""
 
 import os
 from collections.abc import Callable
@@ -51,7 +51,7 @@ def test_a_symlink_is_not_followed(folder: Path, tmp_path: Path) -> None:
     assert foreign.read_bytes() == b"code"
 
 
-@pytest.mark.skipif(os.name == "nt", reason="permissions of others are no bits on Windows")
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no permission bits for others")
 def test_packages_writable_by_others_are_not_executed(folder: Path) -> None:
     path = cached_package("a key", writer(b"code"))
     assert path.stat().st_mode & 0o777 == 0o600
@@ -63,7 +63,9 @@ def test_packages_writable_by_others_are_not_executed(folder: Path) -> None:
         cached_package("a key", never)
 
 
-@pytest.mark.skipif(os.name == "nt" or os.getuid() != 0, reason="only root gives files away")
+@pytest.mark.skipif(
+    os.name == "nt" or os.getuid() != 0, reason="only root can change the owner of a file"
+)
 def test_packages_of_another_user_are_not_executed(folder: Path) -> None:
     os.chown(cached_package("a key", writer(b"code")), 12345, 12345)
     with pytest.raises(AssertionError, match="compiled again"):

@@ -1,4 +1,4 @@
-"""Linear layers for a prompt compute what torch's own do."""
+"""Linear layers for prompts compute the same as torch's own."""
 
 import copy
 
@@ -11,7 +11,7 @@ from minigpt.generation.fast import prompts
 
 @pytest.mark.parametrize("is_slow", [True, False])
 @pytest.mark.parametrize("has_bias", [True, False])
-def test_a_linear_layer_of_a_prompt_computes_what_torch_does(
+def test_a_prompt_linear_layer_computes_the_same_as_torch(
     has_bias: bool, is_slow: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prompts, "has_slow_matvec", lambda _: is_slow)
@@ -29,7 +29,7 @@ def test_a_linear_layer_of_a_prompt_computes_what_torch_does(
         assert narrow.dtype == torch.bfloat16
 
 
-def test_a_linear_layer_of_a_prompt_has_the_gradient_of_its_input(
+def test_a_prompt_linear_layer_propagates_the_gradient_to_its_input(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(prompts, "has_slow_matvec", lambda _: True)

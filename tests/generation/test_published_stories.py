@@ -12,7 +12,7 @@ BEGIN_OF_TEXT = 1
 
 
 def sentencepiece_ids(text: str, tokens: list[str], scores: list[float]) -> list[int]:
-    """Merge the pair of neighbours with the best score until none is left (SentencePiece BPE)."""
+    """Merge the adjacent pair with the best score until none is left (SentencePiece BPE)."""
     pieces = list(" " + text)
     known = dict(zip(tokens, scores, strict=True))
     while True:
@@ -24,7 +24,7 @@ def sentencepiece_ids(text: str, tokens: list[str], scores: list[float]) -> list
         pieces[i : i + 2] = [pairs[i]]
 
 
-def test_stories260k_tells_its_story(shared: Path) -> None:
+def test_stories260k_generates_its_published_story(shared: Path) -> None:
     folder = shared / "weights" / "stories260K"
     vocabulary = json.loads((folder / "sp_vocab.json").read_text(encoding="utf-8"))
     tokens, scores = vocabulary["tokens"], vocabulary["scores"]

@@ -53,13 +53,13 @@ def test_int8_weights_are_rounded_to_the_nearest_of_255_steps_per_output(
             assert math.isclose(float(scale[output]), largest / 127, rel_tol=2**-8)
             assert int(rounded.weight[output].abs().max()) == 127
         off = (rounded.weight.float() * scale[:, None] - weight).abs()
-        # half a step; the largest weight a little more where the scale is bfloat16
+        # half a step; slightly more for the largest weight where the scale is bfloat16
         assert (off <= scale[:, None] * (0.501 if dtype == torch.float32 else 1)).all()
 
 
-@pytest.mark.parametrize("n_outputs", [24, 4096 + 7])  # more are converted in parts
+@pytest.mark.parametrize("n_outputs", [24, 4096 + 7])  # larger layers are converted in parts
 @torch.no_grad()
-def test_an_int8_layer_computes_with_its_rounded_weight(n_outputs: int) -> None:
+def test_an_int8_layer_equals_a_linear_layer_with_the_rounded_weight(n_outputs: int) -> None:
     linear = nn.Linear(40, n_outputs)
     weight = torch.randint(-127, 128, (n_outputs, 40), dtype=torch.int8)
     scale = torch.rand(n_outputs) / 100
@@ -82,7 +82,7 @@ def test_float32_activations_use_the_bfloat16_weights(layout: str) -> None:
     torch.testing.assert_close(model(tokens), plain(tokens), rtol=1e-4, atol=1e-4)
 
 
-def narrowed(kind: str, layout: str, **changes: Any) -> GPT:
+def quantized(kind: str, layout: str, **changes: Any) -> GPT:
     model = small_model(layout, **changes)
     if kind == "int8":
         quantize_int8(model)
@@ -94,15 +94,15 @@ def narrowed(kind: str, layout: str, **changes: Any) -> GPT:
 @pytest.mark.parametrize("kind", ["int8", "bfloat16"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
-def test_a_quantized_model_is_unchanged_after_its_weights_move_into_tables(
+def test_moving_quantized_weights_into_tables_keeps_logits_and_weights(
     layout: str, kind: str
 ) -> None:
-    model = narrowed(kind, layout)
+    model = quantized(kind, layout)
     before = copy.deepcopy(model)
     prepare_for_decoding(model)
     tokens = random_tokens(2, 20)
     torch.testing.assert_close(model(tokens), before(tokens), rtol=1e-4, atol=1e-4)
-    one = tokens[:, :1]  # few enough for the tables, which round to their dtype
+    one = tokens[:, :1]  # short enough to use the tables, which round to their dtype
     tolerance = 1e-4 if kind == "int8" else 0.1
     torch.testing.assert_close(model(one), before(one), rtol=tolerance, atol=tolerance)
     for (name, moved), kept in zip(model.named_modules(), before.modules(), strict=True):
@@ -112,7 +112,7 @@ def test_a_quantized_model_is_unchanged_after_its_weights_move_into_tables(
 
 
 def n_bytes(model: GPT) -> int:
-    """Bytes of all tensors that the model holds, tables among them, each storage once."""
+    """Return the bytes of all tensors of the model, including tables, each storage once."""
     seen: dict[int, int] = {}
     for module in model.modules():
         tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
@@ -131,14 +131,14 @@ def test_quantized_weights_take_a_fraction_of_float32_memory(
 ) -> None:
     shape = {"d_model": 256, "vocab_size": 512, "context_length": 8}
     before = n_bytes(small_model(layout, **shape))
-    model = narrowed(kind, layout, **shape)
+    model = quantized(kind, layout, **shape)
     assert n_bytes(model) < (share + 0.03) * before
     prepare_for_decoding(model)
-    assert n_bytes(model) < (share + 0.07) * before  # of int8, 8 bytes more a row of a table
+    assert n_bytes(model) < (share + 0.07) * before  # int8 tables need 8 more bytes per row
 
 
 @pytest.mark.parametrize("has_instructions", [False, True])
-def test_bfloat16_is_weight_only_on_a_cpu_without_the_instructions(
+def test_bfloat16_is_weight_only_on_cpus_without_bfloat16_instructions(
     has_instructions: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loading, "has_fast_bfloat16", lambda device: has_instructions)
@@ -162,7 +162,7 @@ def test_int8_loses_less_than_half_a_percent_on_a_published_model(shared: Path) 
     before = evaluate(loaded.model, batches, lengths).nats
     quantize_int8(loaded.model)
     after = evaluate(loaded.model, batches, lengths).nats
-    assert before / tokens.numel() < 1.5  # it knows such stories
+    assert before / tokens.numel() < 1.5  # the model was trained on such stories
     assert after != before
     assert abs(after - before) < 0.005 * before
 
@@ -183,20 +183,20 @@ def test_loading_and_evaluating_in_int8_peaks_below_float32(
             evaluate(loaded, [(batch[:, :-1], batch[:, 1:])], np.ones(2000, np.int64))
         peaks.append(live.peak)
     n_bytes = sum(parameter.nbytes for parameter in model.parameters())
-    assert n_bytes < peaks[0] < 2 * n_bytes  # so the weights are counted
+    assert n_bytes < peaks[0] < 2 * n_bytes  # checks that the weights are counted
     assert peaks[1] < peaks[0]
 
 
-def test_int8_raises_where_it_is_not_available(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_int8_raises_on_devices_without_int8_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(GPT, "device", torch.device("mps"))
     model = small_model()
     with pytest.raises(ConfigError, match="int8 is not available on mps"):
         quantize_int8(model)
 
 
-def test_a_large_weight_is_rounded_in_parts_with_the_bits_of_one_conversion() -> None:
+def test_quantizing_a_large_weight_in_parts_gives_the_same_bits() -> None:
     torch.manual_seed(0)
-    weight = torch.randn(1000, 12_000).t()  # not contiguous, as GPT-2's are stored
+    weight = torch.randn(1000, 12_000).t()  # not contiguous, as GPT-2 stores its weights
     with LiveBytes() as live:
         layer = quantize.to_int8(weight, None, dtype=torch.bfloat16)
     at_once = quantize.to_int8(weight.bfloat16().contiguous(), None)
@@ -205,7 +205,9 @@ def test_a_large_weight_is_rounded_in_parts_with_the_bits_of_one_conversion() ->
     assert at_once.scale is not None
     assert torch.equal(layer.scale, at_once.scale)
     assert torch.equal(layer.scale, (weight.bfloat16().abs().amax(1).float() / 127).bfloat16())
-    assert live.peak - weight.nbytes < 2 * layer.weight.nbytes  # no wider copy of the whole
+    assert (
+        live.peak - weight.nbytes < 2 * layer.weight.nbytes
+    )  # no float32 copy of the whole weight
 
 
 def test_quantizing_releases_each_block_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:

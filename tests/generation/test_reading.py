@@ -1,4 +1,4 @@
-"""Weights that are laid out while they are read: the same values, and no second copy."""
+"""Weights prepared while loading have the same values and no second copy."""
 
 import os
 import platform
@@ -37,21 +37,21 @@ def options(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return OPTIONS[request.param]
 
 
-def shown(model: Any, tokens: torch.Tensor) -> list[torch.Tensor]:
+def outputs_of(model: Any, tokens: torch.Tensor) -> list[torch.Tensor]:
     decoder = Decoder(model, tokens[0, :6].tolist(), compiles=False)
     return [decoder.prompt_logits, *(decoder.logits([int(t)]).clone() for t in tokens[0, 6:])]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_model_laid_out_while_it_is_read_computes_the_same_bits(
+def test_a_model_prepared_while_loading_computes_the_same_bits(
     layout: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_model(tmp_path, small_model(layout), None)
     later = load(tmp_path, device="cpu", **options).model
     prepare_for_decoding(later)
     read = load(tmp_path, device="cpu", decodes=True, **options).model
-    if later.dtype == torch.float32:  # MatvecTable is a name in join_weights, too
-        monkeypatch.setattr(products.torch.Tensor, "t", None)  # nothing is laid out again
+    if later.dtype == torch.float32:  # join_weights also refers to MatvecTable
+        monkeypatch.setattr(products.torch.Tensor, "t", None)  # preparing again would fail
         monkeypatch.setattr(products, "MatvecTable", None)
     prepare_for_decoding(read)
     monkeypatch.undo()
@@ -60,11 +60,11 @@ def test_a_model_laid_out_while_it_is_read_computes_the_same_bits(
         n: type(m) for n, m in later.named_modules()
     }
     tokens = random_tokens(1, 9)
-    for ours, theirs in zip(shown(read, tokens), shown(later, tokens), strict=True):
+    for ours, theirs in zip(outputs_of(read, tokens), outputs_of(later, tokens), strict=True):
         assert torch.equal(ours, theirs)
 
 
-def test_a_model_read_for_a_compiled_step_keeps_each_weight_contiguous(tmp_path: Path) -> None:
+def test_a_model_loaded_for_a_compiled_step_keeps_each_weight_contiguous(tmp_path: Path) -> None:
     write_model(tmp_path, small_model("gpt2"), None)
     for options in ({"compile": True}, {"compile": True, "quantize": "int8"}):
         model = load(tmp_path, device="cpu", decodes=True, **options).model  # type: ignore[arg-type]
@@ -109,7 +109,7 @@ print(status("VmHWM") - before)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's peak memory")
 @pytest.mark.parametrize(("kind", "n_bytes"), [("float32", 4), ("bfloat16", 2), ("int8", 1)])
 @pytest.mark.parametrize("layout", ["gpt2-tied", "llama"])
-def test_peak_memory_is_at_most_the_weights_a_quarter_and_the_largest_tensor(
+def test_peak_memory_of_loading_is_bounded_by_the_weights_and_one_tensor(
     layout: str, kind: str, n_bytes: int, tmp_path: Path
 ) -> None:
     shape = {"d_model": 512, "d_head": 64, "n_head": 8, "vocab_size": 8192, "n_layer": 8}
@@ -121,11 +121,13 @@ def test_peak_memory_is_at_most_the_weights_a_quarter_and_the_largest_tensor(
     write_model(tmp_path / "small", small_model(layout), None)
     words = [kind, str(tmp_path / "small"), str(tmp_path / "large")]
     peak = subprocess.check_output([sys.executable, "-c", _PEAK, *words], text=True)
-    largest = 4 * max(parameter.numel() for parameter in large.parameters())  # as it is stored
-    room = 16e6  # of the allocator, and buffers of the libraries
+    largest = 4 * max(
+        parameter.numel() for parameter in large.parameters()
+    )  # in the file's float32
+    room = 16e6  # for the allocator and buffers of the libraries
     assert int(peak) < 1.25 * n_bytes * n_weights + largest + room
     if n_bytes > 1:
-        assert int(peak) < 2 * n_bytes * n_weights  # no second copy, even with the room
+        assert int(peak) < 2 * n_bytes * n_weights  # no second copy, even with this allowance
 
 
 _IMPORTS = """
@@ -145,7 +147,7 @@ for options in ({}, {"dtype": "bfloat16"}, {"quantize": "int8"}):
 
 
 @pytest.mark.integration
-def test_reading_and_decoding_a_model_imports_no_compiler(tmp_path: Path) -> None:
+def test_loading_and_decoding_a_model_imports_no_compiler(tmp_path: Path) -> None:
     for layout in LAYOUTS:
         write_model(tmp_path / layout, small_model(layout), None)
     folders = [str(tmp_path / layout) for layout in LAYOUTS]
@@ -172,8 +174,8 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.g
 
 
 @pytest.mark.integration
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="tunes glibc's allocator")
-def test_temporary_tensors_reuse_memory_after_a_model_was_read(tmp_path: Path) -> None:
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc's allocator")
+def test_temporary_tensors_reuse_memory_after_a_model_is_loaded(tmp_path: Path) -> None:
     write_model(tmp_path, small_model("gpt2"), None)
     faulted = subprocess.check_output([sys.executable, "-c", _FAULTS, str(tmp_path)], text=True)
     assert int(faulted) < 2**25  # ten tensors of 2**23 bytes if each is returned at once

@@ -37,13 +37,15 @@ def test_the_distribution_equals_plain_python(options: dict[str, Any]) -> None:
     ids=str,
 )
 @pytest.mark.parametrize("scale", [0.1, 4.0])
-def test_a_large_vocabulary_is_filtered_like_a_sort(options: dict[str, Any], scale: float) -> None:
-    """Whether few candidates are left or nearly all."""
+def test_filtering_a_large_vocabulary_equals_a_full_sort(
+    options: dict[str, Any], scale: float
+) -> None:
+    """The options keep few of the candidates or nearly all."""
     logits = some_logits(1, n=6000) * scale
     config = SamplingConfig(**{"temperature": 1.0, **options})
     expected = reference(logits[0].tolist(), PROMPT, [], config)
     actual = distribution(sampler(prompt=PROMPT, **options), logits)[0]
-    # Tokens at the border may fall on the other side by rounding.
+    # Rounding may move tokens across the cut-off.
     assert sum((x > 0) != (y > 0) for x, y in zip(actual.tolist(), expected, strict=True)) <= 2
     torch.testing.assert_close(actual, torch.tensor(expected), rtol=1e-3, atol=1e-3 / 6000)
 
@@ -88,7 +90,7 @@ def test_all_options_of_transformers_apply_in_its_order() -> None:
     torch.testing.assert_close(distribution(source, logits), expected.softmax(dim=-1))
 
 
-def test_neutral_options_leave_the_softmax_of_the_model() -> None:
+def test_neutral_sampling_options_give_the_softmax_of_the_logits() -> None:
     logits, config = some_logits(), SamplingConfig(temperature=1.0)
     assert (config.top_k, config.top_p, config.min_p, config.repetition_penalty) == (0, 1, 0, 1)
     assert (config.presence_penalty, config.frequency_penalty, config.ignore_eos) == (0, 0, False)
@@ -97,7 +99,7 @@ def test_neutral_options_leave_the_softmax_of_the_model() -> None:
 
 
 def test_presence_and_frequency_penalties_ignore_the_prompt() -> None:
-    """As OpenAI and vLLM count; transformers' repetition penalty counts the prompt's as well."""
+    """As in OpenAI and vLLM; transformers' repetition penalty also counts tokens of the prompt."""
     logits = some_logits()
     spared = sampler(prompt=PROMPT, presence_penalty=1.0, frequency_penalty=1.0)
     torch.testing.assert_close(distribution(spared, logits), logits.softmax(dim=-1))
@@ -145,14 +147,14 @@ def test_a_huge_temperature_is_uniform(temperature: float) -> None:
     torch.testing.assert_close(actual, torch.full((1, 50), 0.02))
 
 
-def test_ties_with_the_kth_token_are_kept() -> None:
+def test_top_k_keeps_ties_with_the_kth_token() -> None:
     logits = torch.tensor([[1.0, 3.0, 2.0, 2.0, 0.0]])
     kept = distribution(sampler(top_k=2), logits)[0] > 0
     assert kept.tolist() == [False, True, True, True, False]
 
 
-def test_many_ties_with_the_kth_token_are_kept() -> None:
-    """More of them than a first look at a large vocabulary takes in."""
+def test_top_k_keeps_many_ties_in_a_large_vocabulary() -> None:
+    """More ties than the candidates of the first pass over a large vocabulary."""
     logits = torch.zeros(1, 6000)
     logits[0, ::2] = 2.0
     logits[0, 17] = 3.0
@@ -170,7 +172,7 @@ def test_top_p_takes_the_fewest_tokens_that_reach_it() -> None:
     assert kept(0.49) == [1]
     assert kept(0.51) == [0, 1]
     assert kept(0.74) == [0, 1]
-    assert kept(0.76) == [0, 1, 2]  # of two equal ones, the first
+    assert kept(0.76) == [0, 1, 2]  # the first of two equal tokens
     assert kept(0.9) == [0, 1, 2, 3]
 
 

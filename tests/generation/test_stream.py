@@ -46,7 +46,7 @@ def joined(items: list[TextStep]) -> str:
 
 
 def cut(text: str, stops: Sequence[str]) -> tuple[str, bool]:
-    """Cut before the stop text that is complete first, the longest of those: a plain search."""
+    """Cut before the stop string completed first, or the longest of several: a plain search."""
     for end in range(len(text) + 1):
         endings = [stop for stop in stops if text[:end].endswith(stop)]
         if endings:
@@ -55,7 +55,7 @@ def cut(text: str, stops: Sequence[str]) -> tuple[str, bool]:
 
 
 def unfinished_bytes(data: bytes) -> int:
-    """Return how many bytes at the end begin a character that more bytes could complete."""
+    """Return how many bytes at the end are the start of an incomplete character."""
     for n in (1, 2, 3):
         for more in (b"\x80", b"\x80\x80", b"\x80\x80\x80"):
             try:
@@ -84,7 +84,7 @@ def test_streamed_text_equals_the_decoded_text_up_to_the_stop_string(tokenizer: 
         assert joined(items) == expected, (tokens, stops)
         assert items[-1].step.finish == ("stop" if is_found else "length")
         n_found += is_found
-    assert 300 < n_found < 1900  # both ends were tried
+    assert 300 < n_found < 1900  # both outcomes occurred
 
 
 @pytest.mark.parametrize(
@@ -93,8 +93,8 @@ def test_streamed_text_equals_the_decoded_text_up_to_the_stop_string(tokenizer: 
         ("one. two", (".",), "one"),
         ("aaab", ("aab",), "a"),
         ("ababac", ("abac",), "ab"),
-        ("xabcd", ("abcd", "bc"), "xa"),  # bc is complete first
-        ("xabc", ("bc", "abc"), "x"),  # complete together: all of the longer one is kept back
+        ("xabcd", ("abcd", "bc"), "xa"),  # bc is completed first
+        ("xabc", ("bc", "abc"), "x"),  # completed together: the longer one is cut
         ("abab", ("abc",), "abab"),
         ("", ("a",), ""),
         ("stop", ("stop",), ""),
@@ -116,7 +116,7 @@ def test_stop_strings_do_not_depend_on_token_boundaries(
         assert finder.is_found == (expected != text)
 
 
-def test_a_stop_ends_the_stream_at_its_step() -> None:
+def test_a_stop_string_ends_the_stream_at_the_step_that_completes_it() -> None:
     items = streamed(b"one two three", stops=("two",))
     assert len(items) == 7
     assert items[-1].step.finish == "stop"
@@ -149,11 +149,13 @@ def test_held_back_text_is_yielded_with_the_last_step() -> None:
 
 @pytest.mark.parametrize("finish", ["length", "context"])
 @pytest.mark.parametrize("part", [b"\xe6", b"\xe6\x97", b"\xf0\x9f\x99", b"\xc3"])
-def test_a_limit_inside_a_character_leaves_it_out(finish: FinishReason, part: bytes) -> None:
+def test_a_length_limit_inside_a_character_drops_its_bytes(
+    finish: FinishReason, part: bytes
+) -> None:
     assert joined(streamed("a日".encode() + part, finish=finish)) == "a日"
 
 
-def test_an_end_of_text_inside_a_character_is_an_invalid_one() -> None:
+def test_an_end_of_text_inside_a_character_gives_a_replacement_character() -> None:
     assert joined(streamed([*b"a\xe6", 256], finish="end_of_text")) == "a\ufffd"
 
 
@@ -170,7 +172,7 @@ def test_an_end_of_text_has_no_text_and_releases_held_back_text() -> None:
     assert items[-1].text == "s"
 
 
-def test_a_special_token_that_ends_nothing_is_shown() -> None:
+def test_an_end_of_text_token_that_does_not_end_the_text_is_shown() -> None:
     assert joined(streamed([*b"a", 256, *b"b"])) == f"a{END_OF_TEXT}b"
 
 
@@ -178,5 +180,5 @@ def test_ids_outside_the_vocabulary_have_no_text() -> None:
     assert joined(streamed([97, 299, 98], tokenizer=WIDE)) == "ab"
 
 
-def test_no_steps_give_no_text() -> None:
+def test_an_empty_stream_yields_nothing() -> None:
     assert list(stream_text([], BYTES, ("a",))) == []

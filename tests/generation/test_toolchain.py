@@ -1,4 +1,4 @@
-"""The C++ compiler runs beside Python and beside itself, with the same commands and errors."""
+"""Parallel C++ compilations run the same commands and raise the same errors as sequential ones."""
 
 import gc
 import threading
@@ -16,7 +16,7 @@ PATIENCE_S = 60
 
 @pytest.fixture(autouse=True)
 def probes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The instruction sets that are probed; only the second works."""
+    """Record the probed instruction sets; only the second one works."""
     probed: list[str] = []
 
     def valid() -> list[str]:
@@ -30,7 +30,7 @@ def probes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return probed
 
 
-def test_both_files_compile_at_once_and_are_linked_last(
+def test_wrapper_and_kernels_compile_in_parallel_before_linking(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     done: list[str] = []
@@ -53,7 +53,7 @@ def test_both_files_compile_at_once_and_are_linked_last(
     assert cpp_builder._run_compile_cmd is run
 
 
-def test_an_error_in_the_first_file_is_raised_before_linking(
+def test_a_compilation_error_in_either_file_is_raised_before_linking(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def run(command: str, folder: str) -> None:
@@ -69,13 +69,13 @@ def test_an_error_in_the_first_file_is_raised_before_linking(
             cpp_builder.run_compile_cmd(LINK, cwd=str(tmp_path))
 
 
-def test_probing_stops_at_the_first_instructions_that_work(probes: list[str]) -> None:
+def test_probing_stops_at_the_first_working_instruction_set(probes: list[str]) -> None:
     with overlapped():
         assert cpu_vec_isa.valid_vec_isa_list() == ["avx2"]
     assert probes == ["avx512", "avx2"]
 
 
-def test_a_chosen_capability_is_looked_for_among_all(
+def test_a_chosen_instruction_set_is_searched_among_all(
     probes: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")

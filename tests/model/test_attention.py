@@ -14,7 +14,7 @@ from minigpt.model.gpt import GPT
 from minigpt.model.scores import causal_mask, causal_softmax, scaled_dot_score
 
 
-def turned(vector: list[float], position: int, theta: float) -> list[float]:
+def rotated(vector: list[float], position: int, theta: float) -> list[float]:
     """Multiply each pair (x_i, x_{i + D/2}), as a complex number, by e^(i position frequency)."""
     half = len(vector) // 2
     result = [0.0] * len(vector)
@@ -47,7 +47,7 @@ def plain_attention(attention: Attention, x: Tensor, model: GPT) -> tuple[Tensor
     def positioned(vector: list[float], t: int, norm: torch.nn.Module) -> list[float]:
         if config.qk_norm:
             vector = rms_normed(vector, norm.weight.tolist(), config.norm_eps)
-        return turned(vector, t, config.rope_theta) if config.family == "llama" else vector
+        return rotated(vector, t, config.rope_theta) if config.family == "llama" else vector
 
     contexts = torch.zeros(n, config.n_head * d, dtype=torch.float64)
     weights = torch.zeros(config.n_head, n, n, dtype=torch.float64)
@@ -73,7 +73,7 @@ def plain_attention(attention: Attention, x: Tensor, model: GPT) -> tuple[Tensor
 
 
 def attend(attention: Attention, x: Tensor, rotary: Any) -> tuple[Tensor, AttentionPass]:
-    """The output of one layer, and what it shows."""
+    """Return the output of one layer and its recorded pass."""
     kept = KeptAttention()
     collector = PassCollector(kept, x.shape[1])
     output = attention(x, rotary, collector=collector)
@@ -96,14 +96,14 @@ def test_attention_equals_plain_loops(layout: str) -> None:
     torch.testing.assert_close(shown.weights_LBHS[0], weights[:, :, -1])
     for i in range(2):
         expected_output, expected_weights = plain_attention(attention, x[i], model)
-        # float32 against float64, sums of some ten terms of order 1.
+        # float32 against float64, with sums of about ten terms of order 1.
         torch.testing.assert_close(output[i].double(), expected_output, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(weights[i].double(), expected_weights, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
-def test_a_token_does_not_change_earlier_logits(layout: str) -> None:
+def test_changing_a_token_does_not_change_earlier_logits(layout: str) -> None:
     model = small_model(layout)
     tokens = random_tokens(1, 24)
     before = model(tokens)
@@ -111,7 +111,7 @@ def test_a_token_does_not_change_earlier_logits(layout: str) -> None:
         other = tokens.clone()
         other[0, changed] = (other[0, changed] + 1) % 61
         after = model(other)
-        # The same kernels on the same numbers: nothing may differ, not even in the last bit.
+        # The same kernels on the same numbers must give the same bits.
         assert torch.equal(after[:, :changed], before[:, :changed])
         is_changed = (after[0, changed:] != before[0, changed:]).any(dim=-1)
         assert is_changed.all()
@@ -151,7 +151,7 @@ def test_huge_scores_give_weights_without_nan() -> None:
     torch.testing.assert_close(weights[0, 0], expected)
 
 
-def test_grouped_heads_share_their_keys_with_neighbours() -> None:
+def test_neighbouring_query_heads_share_a_key_head() -> None:
     """Heads 0 and 1 use key head 0, 2 and 3 use key head 1, as in Hugging Face's repeat_kv."""
     model = small_model("llama-grouped")
     attention = model.blocks[0].attention

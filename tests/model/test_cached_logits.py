@@ -44,7 +44,7 @@ def test_cached_logits_equal_a_full_forward_at_every_position(
 
 @torch.no_grad()
 def test_cached_logits_equal_those_of_every_prefix_alone(model: GPT) -> None:
-    """An oracle without any mask: the last position of each prefix, computed afresh."""
+    """An oracle without a mask: the last position of each prefix, recomputed without a cache."""
     tokens = random_tokens(2, 24)
     cache = KVCache(model.config, batch_size=2)
     logits = cached_logits(model, tokens, [9] + [1] * 15, cache)

@@ -1,4 +1,4 @@
-"""Costs counted from a config against what torch counts on the model itself."""
+"""Costs computed from a config equal the costs that torch counts on the model."""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ def test_parameter_counts_equal_the_model(layout: str, shape: dict[str, Any]) ->
     assert parameter_count(config) == sum(p.numel() for p in model.parameters())
 
 
-def test_the_small_gpt2_has_its_published_size() -> None:
+def test_gpt2_small_has_its_published_parameter_count() -> None:
     """124,439,808: openai-community/gpt2, whose output projection is the embedding."""
     config = small_config(
         "gpt2-tied", vocab_size=50257, context_length=1024, n_layer=12, n_head=12, d_model=768
@@ -49,27 +49,27 @@ def test_presets_have_about_their_documented_size(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_training_flops_agree_with_torchs_counter(layout: str) -> None:
+def test_training_flops_agree_with_torchs_flop_counter(layout: str) -> None:
     config = small_config(layout, context_length=64)
     model = GPT(config)
     tokens = random_tokens(1, 64)
-    # The counter takes attention for a full square, and does not know torch's CPU kernel at all:
-    # it is added here as the causal half that ours counts, in three products as one plus two.
+    # The counter counts attention as a full square, or not at all in torch's CPU kernel, so
+    # attention is added here as the causal half, with one forward and two backward products.
     with FlopCounterMode(display=False) as counter:
         model(tokens).sum().backward()
     counts = counter.get_flop_counts()["Global"]
     products = sum(n for op, n in counts.items() if "attention" not in str(op))
     n_pairs = 64 * 64 // 2
     attention = config.n_layer * config.n_head * n_pairs * config.d_head * 2 * 2 * 3
-    # Ours adds six for each norm's weight and bias, under 4 % here, which are no products.
+    # Ours also counts six FLOPs per weight and bias of a norm, which add under 4 % here.
     assert training_flops_per_token(config) * 64 == pytest.approx(products + attention, rel=0.04)
     assert training_flops_per_token(config) * 64 >= products + attention
 
 
-def test_training_flops_of_a_tiny_model_worked_out_by_hand() -> None:
+def test_training_flops_of_a_tiny_model_equal_a_calculation_by_hand() -> None:
     config = small_config("llama", vocab_size=10, n_layer=1, n_head=1, d_model=4, d_mlp=8)
     # four 4 x 4 projections, three 4 x 8 matrices, three norms of 4, a 4 x 10 output projection;
-    # the 10 x 4 embedding only looks up
+    # the 10 x 4 embedding is only a lookup
     weights = 4 * 16 + 3 * 32 + 3 * 4 + 40
     # a query sees 12 of 24 keys: 2 products of 2 * 4 FLOPs a key, three times (forward, backward)
     attention = 12 * 2 * 2 * 4 * 3
@@ -77,7 +77,7 @@ def test_training_flops_of_a_tiny_model_worked_out_by_hand() -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_cache_bytes_equal_what_the_cache_allocates(layout: str) -> None:
+def test_cache_bytes_equal_the_allocated_size_of_the_cache(layout: str) -> None:
     config = small_config(layout)
     cache = KVCache(config, batch_size=3, capacity=5)
     assert cache.n_bytes == cache_bytes_per_token(config) * 3 * 5

@@ -1,4 +1,4 @@
-"""Devices and dtypes: the requested one, or an error that names those available."""
+"""The requested device and dtype, or an error that names the available ones."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def test_an_unavailable_device_is_an_error_that_names_the_available_ones(
     ("abilities", "is_fast"),
     [({"avx512_bf16": True}, True), ({"bf16": True}, True), ({"avx2": True}, False), ({}, False)],
 )
-def test_auto_selects_bfloat16_on_a_cpu_with_the_instructions(
+def test_auto_selects_bfloat16_on_a_cpu_with_bfloat16_instructions(
     monkeypatch: pytest.MonkeyPatch, abilities: dict[str, bool], is_fast: bool
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: abilities)
@@ -46,7 +46,7 @@ def test_auto_selects_bfloat16_on_a_cpu_with_the_instructions(
     assert resolve_dtype("float32", CPU) == torch.float32
 
 
-def test_autocast_computes_products_in_the_dtype_asked_for() -> None:
+def test_autocast_computes_products_in_the_requested_dtype() -> None:
     x = torch.ones(2, 2)
     with autocast(CPU, torch.bfloat16):
         assert (x @ x).dtype == torch.bfloat16
@@ -66,7 +66,7 @@ def test_autocast_computes_products_in_the_dtype_asked_for() -> None:
         ("NVIDIA GeForce GTX 1080", None),
     ],
 )
-def test_peak_flops_equal_the_datasheet_or_are_unknown(
+def test_peak_flops_are_those_of_the_datasheet_or_unknown(
     monkeypatch: pytest.MonkeyPatch, name: str, peak: float | None
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)

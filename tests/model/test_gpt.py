@@ -29,18 +29,20 @@ def test_llama_blocks_are_initialized_as_the_identity() -> None:
 
 @pytest.mark.parametrize(
     ("layout", "tolerance"),
-    # Exactly even where the output projection is zero; near it where logits are small but random.
+    # Exactly uniform where the output projection is zero, nearly where logits are small and random.
     [("llama", 1e-6), ("qwen3", 1e-6), ("gpt2", 0.05), ("gpt2-tied", 0.05)],
 )
 @torch.no_grad()
-def test_a_new_models_loss_is_that_of_a_uniform_distribution(layout: str, tolerance: float) -> None:
+def test_the_loss_of_a_new_model_is_that_of_a_uniform_distribution(
+    layout: str, tolerance: float
+) -> None:
     model = initialised(layout)
     tokens = random_tokens(16, 24)
     loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
     assert loss.item() == pytest.approx(math.log(61), abs=tolerance)
 
 
-def test_initial_weights_have_the_documented_deviations() -> None:
+def test_initial_weights_have_the_documented_standard_deviations() -> None:
     wide = {"d_model": 128, "vocab_size": 500}
     gpt2 = dict(initialised("gpt2", **wide).named_parameters())
     llama = dict(initialised("llama", **wide).named_parameters())
@@ -54,7 +56,7 @@ def test_initial_weights_have_the_documented_deviations() -> None:
         "unembedding.weight": 0.02,
     }
     for name, std in expected.items():
-        # At least 3,072 draws: their deviation is known to 1 / sqrt(2 n), 1.3 %.
+        # With at least 3,072 draws, the standard deviation is known to 1 / sqrt(2 n), 1.3 %.
         assert gpt2[name].std().item() == pytest.approx(std, rel=0.06), name
     for name in ("blocks.0.attention.query.weight", "blocks.1.mlp.gate.weight"):
         assert llama[name].std().item() == pytest.approx(128**-0.5, rel=0.06), name
@@ -79,7 +81,7 @@ def test_initial_weights_are_determined_by_the_seed(layout: str) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
-def test_a_model_from_tensors_equals_the_one_they_came_from(layout: str) -> None:
+def test_a_model_built_from_the_tensors_of_another_equals_it(layout: str) -> None:
     model = small_model(layout)
     tensors = model.state_dict()
     again = GPT.from_tensors(model.config, tensors).eval()
@@ -87,7 +89,7 @@ def test_a_model_from_tensors_equals_the_one_they_came_from(layout: str) -> None
     assert torch.equal(again(tokens), model(tokens))
     assert not any(t.is_meta for t in (*again.parameters(), *again.buffers()))
     assert all(p.requires_grad for p in again.parameters())
-    # No second copy of the weights was made.
+    # The weights are not copied.
     assert again.embedding.weight.data_ptr() == tensors["embedding.weight"].data_ptr()
 
 
@@ -107,7 +109,7 @@ def test_tensors_that_do_not_fit_raise(change: str) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
-def test_logits_to_keep_equals_the_last_of_all_logits(layout: str) -> None:
+def test_logits_to_keep_returns_the_last_positions_of_the_full_logits(layout: str) -> None:
     model = small_model(layout)
     tokens = random_tokens(2, 10)
     everything = model(tokens)
@@ -115,7 +117,7 @@ def test_logits_to_keep_equals_the_last_of_all_logits(layout: str) -> None:
     for n in (1, 3, 10):
         kept = model(tokens, logits_to_keep=n)
         assert kept.shape == (2, n, 61)
-        # The same products in a matrix of another height.
+        # The same products, computed with another number of rows.
         torch.testing.assert_close(kept, everything[:, -n:], rtol=1e-5, atol=1e-5)
 
 
@@ -134,16 +136,16 @@ def test_every_weight_of_a_tied_or_untied_model_gets_a_gradient() -> None:
         model = small_model(layout)
         model(random_tokens(2, 24)).logsumexp(dim=-1).sum().backward()
         for name, parameter in model.named_parameters():
-            # A constant added to every key changes no softmax: its gradient is zero but for noise.
+            # A constant added to every key leaves the softmax unchanged: its gradient is noise.
             assert parameter.grad is not None, name
             assert (parameter.grad != 0).any(), name
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
-def test_bfloat16_stays_close_to_float32(layout: str) -> None:
+def test_bfloat16_logits_are_close_to_float32(layout: str) -> None:
     model = small_model(layout)
-    for parameter in model.parameters():  # of a size at which rounding does not pile up
+    for parameter in model.parameters():  # small enough that rounding errors do not grow
         parameter.mul_(0.5)
     tensors = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
     half = GPT.from_tensors(model.config, tensors).eval()
@@ -152,17 +154,17 @@ def test_bfloat16_stays_close_to_float32(layout: str) -> None:
     exact, close = model(tokens), half(tokens)
     cached = torch.cat([half(part, cache) for part in tokens.split([20, 1, 1, 2], dim=1)], dim=1)
     assert close.dtype == cached.dtype == torch.bfloat16
-    # bfloat16 rounds to 1 in 256, some thirty times on the way through two blocks.
+    # bfloat16 rounds to 1 part in 256, about thirty times in two blocks.
     scale = exact.abs().max().item()
     torch.testing.assert_close(close.float(), exact, rtol=0, atol=0.06 * scale)
     torch.testing.assert_close(cached.float(), exact, rtol=0, atol=0.06 * scale)
-    # ... and it is not float32 in disguise.
+    # The logits were not computed in float32.
     assert not torch.allclose(close.float(), exact, rtol=0, atol=1e-5 * scale)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
-def test_autocast_stays_close_and_returns_to_float32_weights(layout: str) -> None:
+def test_autocast_logits_are_close_and_weights_stay_float32(layout: str) -> None:
     model = small_model(layout)
     for parameter in model.parameters():
         parameter.mul_(0.5)

@@ -29,13 +29,13 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 def test_the_llama_norm_divides_by_the_root_mean_square() -> None:
     norm = make_norm(small_config("llama", norm_eps=0.1), 32)
     norm.weight.copy_(normal(32))
-    x = normal(5, 32, seed=1) * 3 + 1  # a mean that LayerNorm would take away
+    x = normal(5, 32, seed=1) * 3 + 1  # a nonzero mean, which LayerNorm would subtract
     expected = x / (x.square().mean(dim=-1, keepdim=True) + 0.1).sqrt() * norm.weight
     torch.testing.assert_close(norm(x), expected)
 
 
 @torch.no_grad()
-def test_the_gpt2_norm_takes_the_mean_away_and_divides_by_the_deviation() -> None:
+def test_the_gpt2_norm_subtracts_the_mean_and_divides_by_the_deviation() -> None:
     norm = make_norm(small_config("gpt2", norm_eps=0.1), 32)
     norm.weight.copy_(normal(32))
     norm.bias.copy_(normal(32, seed=2))
@@ -84,10 +84,10 @@ def test_rotary_scores_depend_only_on_the_distance() -> None:
         return (at_t * at_s).sum().item()
 
     scores = [score(distance, 0) for distance in (0, 1, 7, 300)]
-    assert len({round(s, 3) for s in scores}) == 4  # the distance does matter
+    assert len({round(s, 3) for s in scores}) == 4  # different distances give different scores
     for start in (1, 10, 1500):
         shifted = [score(start + distance, start) for distance in (0, 1, 7, 300)]
-        # A table in float32 has angles of a thousand to 6e-5.
+        # A float32 table represents angles near a thousand to 6e-5.
         torch.testing.assert_close(shifted, scores, rtol=0, atol=1e-3)
 
 
@@ -125,7 +125,7 @@ def test_qk_norm_is_per_head_and_before_the_rotation() -> None:
     normed = F.normalize(heads, dim=-1) * 10**0.5 * attention.query_norm.weight
     torch.testing.assert_close(
         kept.last.queries[0], rotate(normed.transpose(1, 2), *rotary), rtol=1e-3, atol=1e-4
-    )  # the epsilon under our root
+    )  # accounts for the epsilon under the root
     heads = attention.key(x).view(1, 6, 2, 10)
     normed = F.normalize(heads, dim=-1) * 10**0.5 * attention.key_norm.weight
     torch.testing.assert_close(

@@ -1,4 +1,4 @@
-"""The LSTMs against plain loops over the cell's equations, with a cache and without."""
+"""The LSTMs against plain loops over the cell equations, with and without a cache."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "lstm": {"arch": "lstm"},
     "lstm-tied": {"arch": "lstm", "tie_embeddings": True},
     "lstm-attention": {"arch": "lstm-attention"},
-    # Luong's own, which attended by products.
+    # Luong et al. attended with multiplicative scores.
     "lstm-general": {"arch": "lstm-attention", "attention": "general"},
     "lstm-concat": {"arch": "lstm-attention", "attention": "concat", "tie_embeddings": True},
 }
@@ -35,14 +35,14 @@ def config_of(kind: str, **changes: Any) -> ModelConfig:
 
 
 def model_of(kind: str, **changes: Any) -> LanguageModel:
-    """All weights random, in evaluation mode."""
+    """Return a model in evaluation mode whose weights are all random."""
     config = config_of(kind, **changes)
     model = model_class(config)(config)
     return randomized(model, std=0.5)
 
 
 def plain_logits(model: LanguageModel, tokens: Tensor) -> Tensor:
-    """Return logits (T, V) of one sequence: the equations of the papers, a position at a time."""
+    """Return logits (T, V) of one sequence from the papers' equations, one position at a time."""
     p = dict(model.named_parameters())
     width = model.config.d_model
     states = [torch.zeros(2, width, dtype=p["embedding.weight"].dtype) for _ in model.blocks]
@@ -63,14 +63,14 @@ def plain_logits(model: LanguageModel, tokens: Tensor) -> Tensor:
             x = h
         earlier.append(x)
         if model.config.arch == "lstm-attention":
-            x = attentional(model, p, x, earlier)
+            x = attentional_state(model, p, x, earlier)
         x = x / (x.square().mean() + model.config.norm_eps).sqrt() * p["final_norm.weight"]
         unembedding = "embedding" if model.config.tie_embeddings else "unembedding"
         rows.append(p[f"{unembedding}.weight"] @ x)
     return torch.stack(rows)
 
 
-def attentional(
+def attentional_state(
     model: LanguageModel, p: dict[str, Tensor], h: Tensor, earlier: list[Tensor]
 ) -> Tensor:
     w = {name.rpartition(".")[2]: t for name, t in p.items() if ".score." in name}
@@ -111,7 +111,7 @@ def test_cached_logits_equal_a_full_forward_at_every_position(kind: str, chunks:
     cache = KVCache(model.config, batch_size=3)
     logits = torch.cat([model(part, cache) for part in tokens.split(chunks, dim=1)], dim=1)
     torch.testing.assert_close(logits, model(tokens), **TOLERANCE)
-    for length in (1, 8, 23):  # without what comes after
+    for length in (1, 8, 23):  # without the tokens that follow
         alone = model(tokens[:, :length])[:, -1]
         torch.testing.assert_close(logits[:, length - 1], alone, **TOLERANCE)
 
@@ -142,7 +142,7 @@ def test_rows_of_the_cache_can_be_selected() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_a_token_does_not_change_earlier_logits(kind: str) -> None:
+def test_changing_a_token_does_not_change_earlier_logits(kind: str) -> None:
     model = model_of(kind)
     tokens = random_tokens(1, 24)
     other = tokens.clone()
@@ -172,7 +172,7 @@ def test_masked_states_get_no_attention_and_an_lstm_without_attention_raises() -
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_checkpointing_and_loading_change_no_bit(kind: str) -> None:
+def test_activation_checkpointing_and_reloading_change_no_bit(kind: str) -> None:
     model = model_of(kind)
     tokens = random_tokens(2, 24)
     again = type(model).from_tensors(model.config, model.state_dict()).eval()
@@ -186,7 +186,7 @@ def test_checkpointing_and_loading_change_no_bit(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_cost_of_an_lstm_is_counted(kind: str) -> None:
+def test_the_counted_cost_of_an_lstm_equals_the_model(kind: str) -> None:
     config = config_of(kind)
     model = model_class(config).without_weights(config)
     assert parameter_count(config) == sum(p.numel() for p in model.parameters())
@@ -199,11 +199,11 @@ def test_flops_grow_with_the_context_only_with_attention() -> None:
         return training_flops_per_token(config_of(kind, context_length=length))
 
     assert flops("lstm", 24) == flops("lstm", 240)
-    # one head of 12, and on average 108 more keys in view
+    # one head of 12, and on average 108 more visible keys
     assert flops("lstm-attention", 240) - flops("lstm-attention", 24) == 18 * 12 * 108
 
 
-def test_new_lstms_have_a_uniform_loss_and_keep_their_states() -> None:
+def test_a_new_lstm_has_a_uniform_loss_and_a_forget_bias_of_one() -> None:
     model = model_of("lstm-attention")
     model.init_weights(torch.Generator().manual_seed(1))
     assert (model(random_tokens(1, 24)) == 0).all()

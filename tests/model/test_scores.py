@@ -42,7 +42,7 @@ def parameters_of(name: str, n_head: int, d_head: int, n_hidden: int) -> dict[st
 
 
 def score_with(name: str, parameters: dict[str, Tensor], n_head: int, d_head: int) -> Score:
-    """A score with these parameters, each (H, A, ...), and as many hidden units as they have."""
+    """Build a score with these parameters, each of shape (H, A, ...)."""
     shape = {"n_head": n_head, "d_head": d_head, "n_kv_head": 1, "family": "llama"}
     score = make_score(small_config("llama", **shape | {"attention": name, "d_head": 2 * d_head}))
     score.d_head = d_head
@@ -64,7 +64,7 @@ def dot(one: list[float], other: list[float]) -> float:
 
 
 def plain_score(name: str, q: list[float], k: list[float], p: dict[str, Any]) -> float:
-    """Return the score of one query and one key, as the papers write it."""
+    """Return the score of one query and one key from the formula in its paper."""
     match name:
         case "scaled_dot":
             return dot(q, k) / math.sqrt(len(q))
@@ -91,7 +91,7 @@ def test_each_score_equals_a_plain_loop(name: str, n_group: int) -> None:
         of_head = {key: p[h].tolist() for key, p in parameters.items()}
         key = k[b, h // (4 // n_group), s].tolist()
         expected[b, h, t, s] = plain_score(name, q[b, h, t].tolist(), key, of_head)
-    # float32 sums of at most ten products, the last of seven tanh.
+    # float32 sums of at most ten products, or of seven tanh terms.
     torch.testing.assert_close(score.double(), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -124,7 +124,7 @@ def test_concat_with_concatenated_matrices_is_additive() -> None:
     torch.testing.assert_close(scored(concat, q, k), scored(additive, q, k))
 
 
-def test_general_with_the_identity_is_dot_and_dot_is_scaled_dot_unscaled() -> None:
+def test_general_with_an_identity_matrix_is_dot_and_dot_is_unscaled_scaled_dot() -> None:
     q, k = drawn(2, 4, 3, 5), drawn(2, 2, 6, 5, seed=1)
     identity = torch.eye(5, dtype=torch.float64).expand(4, 5, 5)
     general, dotted = score_with("general", {"w": identity}, 4, 5), score_with("dot", {}, 4, 5)
@@ -132,7 +132,7 @@ def test_general_with_the_identity_is_dot_and_dot_is_scaled_dot_unscaled() -> No
     torch.testing.assert_close(scaled_dot_score(q, k) * 5**0.5, scored(dotted, q, k))
 
 
-def test_orthogonal_vectors_have_no_dot_product_and_an_additive_score() -> None:
+def test_orthogonal_vectors_have_a_zero_dot_product_but_an_additive_score() -> None:
     q, k = torch.tensor([1.0, 0.0]).view(1, 1, 1, 2), torch.tensor([0.0, 1.0]).view(1, 1, 1, 2)
     identity = torch.eye(2)[None]
     parameters = {"w_q": identity, "w_k": identity, "v": torch.ones(1, 2)}
@@ -142,7 +142,7 @@ def test_orthogonal_vectors_have_no_dot_product_and_an_additive_score() -> None:
 
 
 def score_of(name: str, *, dtype: torch.dtype = torch.float64) -> Score:
-    """Four heads of eight, in two groups."""
+    """Build a random score for four heads of width eight in two groups."""
     score = make_score(small_config("llama-grouped", attention=name)).to(dtype)
     with torch.no_grad():
         for i, parameter in enumerate(score.parameters()):
@@ -151,7 +151,7 @@ def score_of(name: str, *, dtype: torch.dtype = torch.float64) -> Score:
 
 
 @pytest.mark.parametrize("name", ["scaled_dot", "dot", "general"])
-def test_the_scaled_dot_product_of_folded_queries_is_the_score(name: str) -> None:
+def test_folding_a_score_into_the_queries_gives_a_scaled_dot_product(name: str) -> None:
     score = score_of(name)
     q, k = drawn(2, 4, 3, 8), drawn(2, 2, 6, 8, seed=1)
     torch.testing.assert_close(scaled_dot_score(score.fold(q), k), scored(score, q, k))
@@ -159,10 +159,10 @@ def test_the_scaled_dot_product_of_folded_queries_is_the_score(name: str) -> Non
     assert score.changes_queries == (not torch.equal(score.fold(q), q))
 
 
-def whole_attention(
+def unchunked_attention(
     score: Score, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Return outputs and weights, from the score of all queries and keys at once."""
+    """Return outputs and weights, computed from all queries and keys at once."""
     n_query, n_key = q.shape[2], k.shape[2]
     may_look = torch.ones(n_query, n_key, dtype=torch.bool).tril(n_key - n_query)
     if visible is not None:
@@ -177,11 +177,11 @@ def whole_attention(
 def test_chunked_attention_equals_unchunked_forward_and_backward(
     name: str, n_query: int, n_key: int, hides: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Two queries at a time: 9 keys x 8 hidden values x 4 heads x 2 sequences each.
+    # Two queries per chunk: 9 keys x 8 hidden values x 4 heads x 2 sequences each.
     monkeypatch.setattr(tanh_scores, "_MAX_HIDDEN", 2 * 9 * 8 * 4 * 2)
     score = score_of(name)
     visible = torch.ones(2, n_key, dtype=torch.bool)
-    visible[0, :2] = visible[1, 3] = False  # the first query of one sequence sees nothing at all
+    visible[0, :2] = visible[1, 3] = False  # the first query of one sequence sees no key
     visible_or_none = visible if hides else None
     gradients = []
     for is_whole in (True, False):
@@ -190,7 +190,7 @@ def test_chunked_attention_equals_unchunked_forward_and_backward(
         )
         leaves = [leaf.requires_grad_() for leaf in (q, k, v)] + list(score.parameters())
         if is_whole:
-            context, weights = whole_attention(score, q, k, v, visible_or_none)
+            context, weights = unchunked_attention(score, q, k, v, visible_or_none)
         else:
             context = score.attend(score.fold(q), k, v, visible_or_none)
         gradients.append((context, *torch.autograd.grad((context**2).sum(), leaves)))
@@ -220,7 +220,7 @@ def test_chunked_gradients_equal_finite_differences(
 def test_the_memory_of_tanh_scores_does_not_grow_with_queries_times_keys(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Measured by every tensor that is made, forward and backward, and counted by those kept."""
+    """Measure all live tensors, forward and backward, and those saved for the backward pass."""
     monkeypatch.setattr(tanh_scores, "_MAX_HIDDEN", 2**14)
     score = score_of(name, dtype=torch.float32)
     peaks, kept = [], []
@@ -240,8 +240,8 @@ def test_the_memory_of_tanh_scores_does_not_grow_with_queries_times_keys(
             score.attend(q, k, v).sum().backward()
         peaks.append(live.peak)
         assert context.shape == (1, 4, n, 8)
-    # All hidden values of 256 queries are 8 MiB; a chunk's are 64 KiB, of which a backward pass has
-    # a few. What else there is grows as the queries do: fourfold, not sixteenfold.
+    # All hidden values of 256 queries take 8 MiB; a chunk takes 64 KiB, and a backward pass holds a
+    # few chunks. All other memory grows with the number of queries: fourfold, not sixteenfold.
     assert peaks[1] < 2**20 < 4 * 256 * 256 * 8 * 4
     assert peaks[1] < 4 * peaks[0]
     assert kept[1] <= 4 * kept[0] < 2**20
@@ -249,8 +249,8 @@ def test_the_memory_of_tanh_scores_does_not_grow_with_queries_times_keys(
 
 @pytest.mark.parametrize("name", OTHERS)
 @torch.no_grad()
-def test_recorded_rows_equal_the_models_in_every_layer(name: str) -> None:
-    """Rows sum to 1, and rows times the values are what the heads gave."""
+def test_recorded_rows_times_values_equal_the_head_outputs_in_every_layer(name: str) -> None:
+    """Rows sum to 1, and rows times the values equal the head outputs."""
     model = small_model("qwen3", attention=name)
     cache = KVCache(model.config, batch_size=2)
     kept, contexts = KeptAttention(), []
@@ -289,7 +289,7 @@ def initialised(name: str, seed: int = 1) -> GPT:
 
 
 @torch.no_grad()
-def test_general_is_initialized_as_the_scaled_dot_product() -> None:
+def test_general_is_initialized_to_equal_the_scaled_dot_product() -> None:
     general, scaled = initialised("general"), initialised("scaled_dot")
     score, plain = general.blocks[0].attention.score, scaled.blocks[0].attention.score
     q, k = drawn(1, 4, 5, 16, dtype=torch.float32), drawn(1, 1, 5, 16, seed=1, dtype=torch.float32)
@@ -304,15 +304,15 @@ def test_initial_tanh_scores_have_about_the_size_of_scaled_dot_scores(name: str)
     for seed in range(8):
         score = initialised(name, seed).blocks[0].attention.score
         sizes.append(scored(score, q, k).std())
-    # Queries and keys of unit entries have scaled dot products of deviation 1; a tanh is smaller
-    # than what it is of, and 64 draws of v are known to a tenth.
+    # Queries and keys of unit variance have scaled dot products of standard deviation 1; a tanh is
+    # smaller than its argument, and 64 draws of v are known to a tenth.
     assert 0.4 < torch.stack(sizes).mean() < 1
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_every_score_parameter_gets_a_gradient_in_the_first_step(name: str) -> None:
     model = initialised(name)
-    for block in model.blocks:  # llama's branches begin at zero, and let nothing through
+    for block in model.blocks:  # llama's branches start at zero and would block gradients
         torch.nn.init.normal_(block.attention.output.weight, std=0.1)
     torch.nn.init.normal_(model.unembedding.weight, std=0.1)
     model(random_tokens(2, 24)).logsumexp(dim=-1).sum().backward()
@@ -331,10 +331,10 @@ def test_score_parameters_are_counted(name: str) -> None:
 
 def test_tanh_score_flops_include_hidden_values_and_matrices() -> None:
     scaled, additive = (small_config(attention=name) for name in ("scaled_dot", "additive"))
-    # 2 layers of 4 heads of 8: W and U are (8, 8), v (8,); 12 keys in view on average
+    # 2 layers of 4 heads of 8: W and U are (8, 8), v (8,); 12 visible keys on average
     matrices, hidden = 2 * 4 * (2 * 64 + 8), 2 * 4 * 12 * 8
     more = training_flops_per_token(additive) - training_flops_per_token(scaled)
-    # a sum and a tanh forward, and twice that backward
+    # a sum and a tanh forward, and twice as much backward
     assert more == 6 * matrices + 6 * hidden
 
 

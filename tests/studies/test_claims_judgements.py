@@ -37,7 +37,7 @@ def curves(**ends: tuple[float, float]) -> list[AccuracyCurve]:
         ((0.99, 0.30), (1.0, 0.4), "not borne out", "it loses what is far away"),
     ],
 )
-def test_long_range_is_borne_out_if_attention_answers_from_far_away_and_the_lstm_only_nearby(
+def test_long_range_is_borne_out_if_only_attention_answers_from_far_away(
     lstm: tuple[float, float], gpt: tuple[float, float], outcome: str, reason: str
 ) -> None:
     judgement = long_range.judge(curves(lstm=lstm, lstm_attention=(1.0, 1.0), gpt=gpt))
@@ -123,6 +123,6 @@ def test_parallel_is_borne_out_if_the_transformer_is_faster_on_longer_sequences(
     assert reason in " ".join(judgement.reasons)
 
 
-def test_parallel_on_one_device_of_two_is_borne_out_in_part() -> None:
+def test_parallel_is_borne_out_in_part_if_faster_on_one_device_of_two() -> None:
     both = timings("cpu", (100, 60), (100, 90)) + timings("cuda", (100, 10), (900, 900))
     assert parallel.judge(both).outcome == "borne out in part"

@@ -33,7 +33,7 @@ def finished(work: Generator[Progress, None, Result]) -> Result:
 
 @pytest.mark.parametrize("arch", ["lstm", "lstm-attention"])
 @pytest.mark.parametrize("d_model", [32, 64, 128])
-def test_compared_models_are_of_equal_size(arch: str, d_model: int) -> None:
+def test_compared_models_have_equal_parameter_counts(arch: str, d_model: int) -> None:
     wanted = parameter_count(equal_size_config("gpt", d_model, context_length=64))
     found = parameter_count(equal_size_config(arch, d_model, context_length=64))
     assert abs(found / wanted - 1) < 0.03
@@ -91,7 +91,7 @@ def test_accuracy_is_1_for_a_lookup_and_near_chance_for_random_weights() -> None
 
 
 @pytest.mark.parametrize("arch", ["gpt", "lstm-attention"])
-def test_hiding_a_position_equals_a_forward_pass_that_masks_it(arch: str) -> None:
+def test_hiding_a_position_equals_a_forward_pass_with_a_mask(arch: str) -> None:
     config = equal_size_config(arch, 16, context_length=128)
     model = model_class(config)(config).eval()
     batch = RECALL.draw(torch.full((6,), 20), torch.Generator().manual_seed(0))

@@ -29,7 +29,7 @@ def distances(n: int, least: int = 8, greatest: int = 40) -> torch.Tensor:
 
 
 @EACH_TASK
-def test_the_source_holds_the_answer_at_the_exact_distance(task: Task) -> None:
+def test_the_source_contains_the_answer_at_the_exact_distance(task: Task) -> None:
     distance_B = distances(200)
     batch = task.draw(distance_B, generator())
     for i, distance in enumerate(distance_B.tolist()):
@@ -104,7 +104,7 @@ def test_answers_are_balanced_and_independent_of_their_positions(task: Task) -> 
 
 
 @EACH_TASK
-def test_draws_are_deterministic_and_test_sequences_are_new(task: Task) -> None:
+def test_batches_are_deterministic_and_test_sequences_are_unseen(task: Task) -> None:
     distance_B = distances(500)
     ours = task.draw(distance_B, generator(3)).tokens_BT
     assert torch.equal(ours, task.draw(distance_B, generator(3)).tokens_BT)
