@@ -1,4 +1,4 @@
-"""A recorder that keeps everything, for tests."""
+"""A recorder that keeps every attention pass, for tests."""
 
 from dataclasses import replace
 
@@ -10,7 +10,7 @@ from minigpt.model.language_model import LanguageModel
 
 
 class KeptAttention:
-    """Keeps a copy of every pass."""
+    """Records a copy of every attention pass."""
 
     needs_queries = True
 
@@ -33,7 +33,7 @@ class KeptAttention:
         return self.passes[-1]
 
     def weights(self, model: LanguageModel) -> Tensor:
-        """The whole matrices of the last pass: (L, B, H, T, S)."""
+        """Return the full attention matrices of the last pass: (L, B, H, T, S)."""
         if self.last.n_new == 1:
             return self.last.weights_LBHS[:, :, :, None]
         assert self.last.queries is not None
@@ -43,7 +43,7 @@ class KeptAttention:
 
 
 def full_weights(model: LanguageModel, tokens: Tensor) -> Tensor:
-    """(L, B, H, T, S) of a forward pass without a cache."""
+    """Return the attention matrices (L, B, H, T, S) of a forward pass without a cache."""
     kept = KeptAttention()
     model(tokens, recorder=kept)
     return kept.weights(model)

@@ -1,4 +1,4 @@
-"""The effects of single positions, and their oracle: a forward pass that lacks them."""
+"""Knockout effects of single positions, and their oracle: a forward pass without the positions."""
 
 import itertools
 import math
@@ -30,10 +30,10 @@ def knock_out(
     knockout: Knockout = "key",
     selection: HeadSelection | None = None,
 ) -> list[float]:
-    """Return for each position the change of ln p(target) if the newest query lacks it.
+    """Return the change of ln p(target) for each position hidden from the newest query.
 
-    Args: cache, of one sequence, which is not changed and ends with ``query``; positions, all in
-        view; selection, the heads in which a position is hidden, None for all.
+    Args: cache, one sequence that ends with ``query``, left unchanged; positions, visible to the
+        query; selection, the heads in which a position is hidden, None for all.
     """
     hidden = [(position,) for position in positions]
     knockouts = Knockouts(model, knockout, selection)
@@ -45,9 +45,9 @@ def knock_out(
 def last_query_without(
     hidden: int | Sequence[int], kind: Knockout, heads: Sequence[Sequence[int]] | None = None
 ) -> Iterator[None]:
-    """The oracle: plain attention in which the last query lacks positions.
+    """Replace attention by a plain one that hides positions from the last query (the oracle).
 
-    Args: heads, those of each layer that lack them; None for all.
+    Args: heads, for each layer the heads that hide the positions; None for all.
     """
     positions = [hidden] if isinstance(hidden, int) else list(hidden)
     calls = itertools.count()
@@ -67,7 +67,7 @@ def last_query_without(
         weight = score.softmax(dim=-1)
         for head, position in itertools.product(chosen, positions):
             if kind == "value":
-                weight[:, head, n - 1, position] = 0  # the others do not grow
+                weight[:, head, n - 1, position] = 0  # the other weights are not renormalized
         return (weight @ v).to(q.dtype)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -76,7 +76,7 @@ def last_query_without(
 
 
 def check_cause(effects: Sequence[Effect]) -> CauseCheck | None:
-    """Return what a footer says of a trace that has these effects."""
+    """Return the cause check in the footer of a trace with these effects."""
     tally = CauseTally()
     tally.add(TraceStep(0, Token(9, 9, b"b"), -1.0, (), "", None, effects=tuple(effects)))
     return tally.check()

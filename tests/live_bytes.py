@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_map_only
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all live tensors that were created inside this context."""
+    """Counts the bytes of live tensors created inside this context."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -3,14 +3,14 @@
 Tensors report the device cuda:0 (or mps:0) and are computed on the CPU. An operation that the real
 device would refuse, because its operands are on two devices, or because it is float64 on MPS,
 raises. Synchronizations, copies and kernel launches are counted, each with the line of minigpt that
-caused it, and CUDA graphs are captured and replayed.
+caused it. CUDA graphs are captured and replayed.
 
     with PretendCuda() as device:
         model.to("cuda")
         ...
     device.syncs, device.launches, device.copies
 
-It knows nothing of speed, memory, or rounding: float32 results are those of the CPU.
+It does not simulate speed, memory or rounding: float32 results are those of the CPU.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ import minigpt
 CUDA = torch.device("cuda", 0)
 _PACKAGE = str(Path(minigpt.__file__).parent)
 
-# Views, allocations, and operations that only look at the shape: no kernel.
+# Views, allocations and operations that only read the shape launch no kernel.
 _NO_KERNEL = frozenset(
     (
         "detach",
@@ -81,7 +81,7 @@ _NO_KERNEL = frozenset(
         "copy_",
     )
 )
-# The host needs the result, or the size of the result.
+# These wait: the host needs the result or its size.
 _SYNCHRONIZES = frozenset(
     (
         "_local_scalar_dense",
@@ -97,14 +97,14 @@ _SYNCHRONIZES = frozenset(
         "linalg_eigvals",
     )
 )
-# Accept CPU indices beside a CUDA tensor, and copy them, which waits.
+# These accept CPU indices with a CUDA tensor, and wait while copying them.
 _TAKES_CPU_INDEX = frozenset(
     ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index")
 )
 
 
 class PretendCuda(TorchDispatchMode):
-    """The device; see the module."""
+    """A pretend CUDA device; see the module."""
 
     where = CUDA
 
@@ -123,9 +123,9 @@ class PretendCuda(TorchDispatchMode):
         self.async_copies: Counter[str] = Counter()
         """Copies to the device from pinned memory, which do not wait."""
         self.sdpa: Counter[str] = Counter()
-        """Calls of scaled_dot_product_attention with what they asked for."""
+        """Calls of scaled_dot_product_attention, by their options."""
         self.captures: Counter[str] = Counter()
-        """CUDA graphs."""
+        """Captured CUDA graphs."""
         self.name, self.free_memory = name, free_memory
         self.recording: list[tuple[Any, Any, Any, Any]] | None = None
         """Operations of the CUDA graph that is being captured."""
@@ -133,7 +133,7 @@ class PretendCuda(TorchDispatchMode):
         self._stack = contextlib.ExitStack()
 
     def set_sync_debug_mode(self, mode: str) -> None:
-        """Raise from now on where the host waits, as torch.cuda.set_sync_debug_mode("error")."""
+        """Raise whenever the host waits, as torch.cuda.set_sync_debug_mode("error") does."""
         self.sync_is_an_error = mode == "error"
 
     def __enter__(self) -> "PretendCuda":
@@ -160,7 +160,7 @@ class PretendCuda(TorchDispatchMode):
             counter.clear()
 
     def count(self, kind: str, what: str) -> None:
-        """Count an event of a kind; raise if a CUDA graph that is captured does not permit it."""
+        """Count an event; raise if it is not permitted while a CUDA graph is captured."""
         if self.recording is not None and kind in ("syncs", "copies", "async_copies"):
             raise RuntimeError(f"not permitted when stream is capturing: {what} {_line()}")
         if self.sync_is_an_error and kind in ("syncs", "copies"):
@@ -170,7 +170,7 @@ class PretendCuda(TorchDispatchMode):
 
     @contextlib.contextmanager
     def as_one_kernel(self, name: str) -> Iterator[None]:
-        """Count the operations inside as one launch, as CUDA has one kernel for them."""
+        """Count the operations inside as one launch, because CUDA has one kernel for them."""
         self.is_one_kernel = True
         try:
             yield
@@ -179,18 +179,18 @@ class PretendCuda(TorchDispatchMode):
         self.count("launches", name)
 
     def require_dtype(self, dtype: torch.dtype) -> None:
-        """Raise as torch does for a tensor of a dtype that the device does not have."""
+        """Raise as torch does for a dtype that the device does not support."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self.dispatch(func, args, kwargs or {})
 
     def dispatch(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Run an operation on the CPU, count what it costs, and raise if CUDA would."""
+        """Run an operation on the CPU, count its costs, and raise if CUDA would."""
         flat = list(leaves((args, kwargs)))
         ours = [x for x in flat if isinstance(x, PretendTensor)]
         wanted = kwargs.get("device")
         to_cuda = is_here(wanted)
-        # "cpu" beside a pretend tensor is what C++ believes; Tensor.to is _move.
+        # With a pretend tensor, "cpu" is only what C++ assumes; Tensor.to is handled by _move.
         to_cpu = wanted is not None and torch.device(wanted).type == "cpu" and not ours
         if not ours and not to_cuda:
             return func(*args, **kwargs)
@@ -200,7 +200,7 @@ class PretendCuda(TorchDispatchMode):
         hosts = [
             x for x in flat if isinstance(x, torch.Tensor) and not isinstance(x, PretendTensor)
         ]
-        self._judge(func, name, args, ours, hosts, to_cuda=to_cuda, to_cpu=to_cpu)
+        self._check_and_count(func, name, args, ours, hosts, to_cuda=to_cuda, to_cpu=to_cpu)
         if wanted is not None:
             kwargs = kwargs | {"device": torch.device("cpu")}
             if kwargs.get("pin_memory"):
@@ -223,7 +223,7 @@ class PretendCuda(TorchDispatchMode):
             return args[0]
         return return_and_correct_aliasing(func, args, kwargs, wrapped)
 
-    def _judge(
+    def _check_and_count(
         self, func: Any, name: str, args: Any, ours: Any, hosts: Any, *, to_cuda: bool, to_cpu: bool
     ) -> None:
         overload = f"{name}.{func._overloadname}"
@@ -244,7 +244,9 @@ class PretendCuda(TorchDispatchMode):
                 self.count("launches", name)
             return
         if name == "_weight_int8pack_mm" and not args[0].is_contiguous():
-            raise RuntimeError(f"CUDA's {name} would read other rows, at {_line()}")  # silently
+            raise RuntimeError(
+                f"CUDA's {name} would read other rows, at {_line()}"
+            )  # CUDA would not raise
         if name in _SYNCHRONIZES or overload in _SYNCHRONIZES:
             self.count("syncs", name)
         if name in _TAKES_CPU_INDEX:
@@ -269,7 +271,7 @@ class PretendCuda(TorchDispatchMode):
 
 
 class PretendMps(PretendCuda):
-    """A pretend MPS device, which has no float64."""
+    """A pretend MPS device, without float64."""
 
     where = torch.device("mps", 0)
 

@@ -19,7 +19,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def make(name: str, dtype: torch.dtype = torch.float32) -> Any:
-    """A model without any weight of zero, so that every weight matters."""
+    """Return a model whose weights are all nonzero, so that every weight matters."""
     config = ModelConfig(**BASE, **SHAPES[name])
     model = model_class(config)(config)
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""What torch answers on a device of ``pretend_cuda.py``: torch.cuda, streams and CUDA graphs."""
+"""The torch.cuda functions, streams and CUDA graphs of the devices of ``pretend_cuda.py``."""
 
 import contextlib
 import types
@@ -25,7 +25,7 @@ _NORMS = (torch.layer_norm, torch.rms_norm, F.layer_norm, F.rms_norm)
 
 
 def patches(device: Any) -> Iterator[Any]:
-    """Yield the context managers in which torch answers as on a ``PretendCuda``."""
+    """Yield the patches that make torch behave as on a ``PretendCuda``."""
     cuda = torch.cuda
     properties = types.SimpleNamespace(
         name=device.name, total_memory=TOTAL_MEMORY, major=9, minor=0, multi_processor_count=132
@@ -77,7 +77,7 @@ def patches(device: Any) -> Iterator[Any]:
     name = "_group_tensors_by_device_and_dtype"
     yield mock.patch.object(clip_grad, name, grouped)
 
-    # Inference tensors have no version counter, which a view of a wrapper would be given.
+    # A view of a wrapper needs a version counter, which inference tensors do not have.
     def enter(self: Any) -> None:
         self._instead = torch.no_grad()
         self._instead.__enter__()
@@ -87,7 +87,7 @@ def patches(device: Any) -> Iterator[Any]:
 
     yield mock.patch.object(torch.inference_mode, "__enter__", enter)
     yield mock.patch.object(torch.inference_mode, "__exit__", leave)
-    # The default check runs inside an operation, where C++ answers for the device.
+    # The default check runs inside an operation, where C++ reports the wrong device.
     checks = torch.utils.checkpoint._allowed_determinism_checks_to_fns
     by_shape = {"default": lambda x: {"shape": x.shape, "dtype": x.dtype}}
     yield mock.patch.dict(checks, by_shape)
@@ -98,7 +98,7 @@ def patches(device: Any) -> Iterator[Any]:
 
     yield mock.patch.object(torch, "autocast", autocast_on_cpu)
     yield mock.patch.object(torch.Tensor, "pin_memory", _pinned)
-    # Asked for each LSTM; without it, torch computes the same with its own kernels.
+    # Called for each LSTM; without cuDNN, torch computes the same with its own kernels.
     cudnn = torch.backends.cudnn
     yield mock.patch.object(cudnn, "is_acceptable", return_value=False)
     yield _Functions(device)
@@ -111,7 +111,7 @@ def _pinned(tensor: torch.Tensor, *args: Any) -> torch.Tensor:
 
 
 class _Functions(TorchFunctionMode):
-    """Answers what C++ would decide by the device, and notes calls of attention."""
+    """Handles functions in which C++ branches on the device, and records attention calls."""
 
     def __init__(self, device: Any) -> None:
         self.device = device
@@ -119,7 +119,7 @@ class _Functions(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         is_grad = func is torch.autograd.grad
-        if is_grad or func is torch.Tensor.backward:  # what is recomputed in it counts too
+        if is_grad or func is torch.Tensor.backward:  # recomputed operations are counted, too
             (output,), inputs = args[:2] if is_grad else (args[:1], ())
             with self:
                 return torch.autograd.graph._engine_run_backward(
@@ -135,7 +135,7 @@ class _Functions(TorchFunctionMode):
         is_ours = is_here(wanted)
         if (
             func in (torch.tensor, torch.as_tensor) and is_ours
-        ):  # as in C++: on the host, then a copy
+        ):  # as in C++: created on the host, then copied
             made = func(*args, **{**kwargs, "device": "cpu"})
             return ToDevice.apply(made, kwargs.get("dtype") or made.dtype, False)  # type: ignore[no-untyped-call]
         if func in (torch.Tensor.to, torch.Tensor.cuda) and not isinstance(args[0], PretendTensor):
@@ -145,17 +145,17 @@ class _Functions(TorchFunctionMode):
             and torch.is_autocast_enabled("cpu")
             and isinstance(args[0], PretendTensor)
         ):
-            args, kwargs = mapped(  # float32 in CUDA's autocast, not in the CPU's
+            args, kwargs = mapped(  # CUDA's autocast uses float32 here, the CPU's does not
                 lambda x: x.float() if isinstance(x, torch.Tensor) else x, (args, kwargs)
             )
         if func in (torch.rms_norm, F.rms_norm) and isinstance(args[0], PretendTensor):
             with self.device.as_one_kernel("rms_norm"):
                 return func(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
-            self._note_attention(*args, **kwargs)
+            self._record_attention(*args, **kwargs)
         return func(*args, **kwargs)
 
-    def _note_attention(self, q: torch.Tensor, k: torch.Tensor, *_: Any, **options: Any) -> None:
+    def _record_attention(self, q: torch.Tensor, k: torch.Tensor, *_: Any, **options: Any) -> None:
         if not isinstance(q, PretendTensor):
             return
         mask = options.get("attn_mask")
@@ -174,7 +174,7 @@ class _Stream:
 
 
 class _Graph:
-    """A CUDA graph: the operations of its capture, computed again into the same tensors."""
+    """A CUDA graph: replaying recomputes the captured operations into the same tensors."""
 
     def __init__(self) -> None:
         self.ops: list[tuple[Any, Any, Any, Any]] = []

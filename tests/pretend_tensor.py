@@ -1,4 +1,4 @@
-"""Tensors of a device of ``pretend_cuda.py``: computed on the CPU, and said to be elsewhere."""
+"""Tensors that are computed on the CPU but report a device of ``pretend_cuda.py``."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -10,14 +10,14 @@ _devices: list[Any] = []
 
 
 def current() -> Any:
-    """Return the ``PretendCuda`` that is pretended."""
-    assert _devices, "a pretend tensor outside of its device"
+    """Return the active ``PretendCuda``."""
+    assert _devices, "pretend tensor used outside its device context"
     return _devices[-1]
 
 
 @contextlib.contextmanager
 def pretending(device: Any) -> Iterator[None]:
-    """Make a device the current one."""
+    """Make a device the active one."""
     _devices.append(device)
     try:
         yield
@@ -26,24 +26,24 @@ def pretending(device: Any) -> Iterator[None]:
 
 
 def here() -> torch.device:
-    """Return the device that is pretended."""
+    """Return the torch device of the active ``PretendCuda``."""
     return current().where  # type: ignore[no-any-return]
 
 
 def is_here(device: Any) -> bool:
-    """Return whether a device, or None, is the one that is pretended."""
+    """Return whether a device is the pretend one; False for None."""
     return device is not None and torch.device(device).type == here().type
 
 
 class PretendTensor(torch.Tensor):
-    """A tensor on cuda:0 whose numbers are in a CPU tensor."""
+    """A tensor that reports the pretend device and stores its data in a CPU tensor."""
 
     elem: torch.Tensor
 
     @staticmethod
     def __new__(cls, elem: torch.Tensor) -> "PretendTensor":
-        # C++ believes that the tensor is on the CPU, where autograd works; Python is told otherwise
-        # in __torch_function__.
+        # For C++ the tensor is on the CPU, so that autograd works; __torch_function__ reports the
+        # pretend device to Python.
         made: Any = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls,
             elem.size(),
@@ -89,7 +89,7 @@ class PretendTensor(torch.Tensor):
         if func is torch.Tensor.tolist:
             return args[0].to("cpu").tolist()
         if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
-            # A list becomes an index tensor in C++, on the tensor's device: a copy that waits.
+            # C++ copies a list to an index tensor on the tensor's device, which waits.
             where = args[1] if isinstance(args[1], tuple) else (args[1],)
             where = tuple(torch.tensor(i).to(here()) if isinstance(i, list) else i for i in where)
             args = (args[0], where, *args[2:])
@@ -102,7 +102,7 @@ class PretendTensor(torch.Tensor):
 
 
 def _move(func: Any, args: Any, kwargs: dict[str, Any]) -> torch.Tensor:
-    """Tensor.to of a pretend tensor; C++ would find that there is nothing to do."""
+    """Implement Tensor.to for a pretend tensor; C++ would not see a change of device."""
     tensor, options = args[0], dict(kwargs)
     if func is torch.Tensor.cpu:
         options["device"] = "cpu"
@@ -125,7 +125,7 @@ def _move(func: Any, args: Any, kwargs: dict[str, Any]) -> torch.Tensor:
 
 
 def move_from_host(func: Any, args: Any, kwargs: dict[str, Any]) -> torch.Tensor:
-    """Tensor.to of a tensor on the host."""
+    """Implement Tensor.to for a tensor on the host."""
     values = [*args[1:], *kwargs.values()]
     devices = [
         value.device if isinstance(value, torch.Tensor) else torch.device(value)
@@ -167,8 +167,8 @@ class ToDevice(torch.autograd.Function):
         return gradient.cpu(), None, None
 
 
-# Arguments of operations are nested in lists, tuples and dicts alone, which torch's own functions
-# for trees, made for every class that can be registered, take a multiple of the time to walk.
+# Operations nest their arguments only in lists, tuples and dicts; these loops are several times
+# faster than torch's pytree functions.
 def leaves(value: Any) -> Iterator[Any]:
     if isinstance(value, (list, tuple)):
         for part in value:

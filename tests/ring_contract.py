@@ -1,4 +1,4 @@
-"""The contract of import-linter that the core imports no ring."""
+"""An import-linter contract: the core imports no ring."""
 
 import tomllib
 from pathlib import Path
@@ -8,7 +8,7 @@ from importlinter.contracts.protected import ProtectedContract
 
 
 class RingContract(ProtectedContract):
-    """Only rings import rings; pyproject.toml lists them once, in [tool.minigpt.rings]."""
+    """Only rings import rings, which are listed in [tool.minigpt.rings] of pyproject.toml."""
 
     type_name = "rings"
 

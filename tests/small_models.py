@@ -1,4 +1,4 @@
-"""Small models of every layout, with no weight left at a value that would hide a mistake."""
+"""Small models of every layout, with random weights so that no initial value hides a bug."""
 
 from typing import Any, TypeVar
 
@@ -25,30 +25,30 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_neox": {
         "num_key_value_heads": None,
         "head_dim": None,
-    },  # biases, an MLP beside the attention
+    },  # biases, MLP parallel to attention
     "llama-biases": {"attention_bias": True},
 }
-"""Families of Hugging Face whose blocks differ from those of LAYOUTS, with linear logits."""
+"""Hugging Face families with other blocks than LAYOUTS and logits without a soft cap."""
 SOFTCAP = "gemma2-softcap"
-"""A model whose logits and scores have a soft cap."""
+"""A model with soft caps on logits and scores."""
 
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def small_config(layout: str = "llama", **changes: Any) -> ModelConfig:
-    """Two layers of four heads, 32 wide, 24 positions."""
+    """Return a config of two layers, four heads, width 32 and 24 positions."""
     shape = {"vocab_size": 61, "context_length": 24, "n_layer": 2, "n_head": 4, "d_model": 32}
     return ModelConfig(**(shape | LAYOUTS[layout] | changes))
 
 
 def small_model(layout: str = "llama", *, seed: int = 7, **changes: Any) -> GPT:
-    """A model whose weights, biases and norms are all random, in evaluation mode."""
+    """Return a model in evaluation mode whose weights, biases and norms are all random."""
     return randomized(GPT(small_config(layout, **changes)), seed=seed)
 
 
 def any_model(name: str, **changes: Any) -> GPT:
-    """A ``small_model`` of LAYOUTS, or one of the same shape of FAMILIES or SOFTCAP."""
+    """Return a ``small_model`` of LAYOUTS, FAMILIES or SOFTCAP, all of one shape."""
     if name in LAYOUTS:
         return small_model(name, **changes)
     shape = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -63,7 +63,7 @@ def any_model(name: str, **changes: Any) -> GPT:
 
 
 def randomized(model: Model, *, std: float = 0.3, seed: int = 7) -> Model:
-    """Make all weights, biases and norms of a model random; return it in evaluation mode."""
+    """Randomize all weights, biases and norms of a model; return it in evaluation mode."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -72,5 +72,5 @@ def randomized(model: Model, *, std: float = 0.3, seed: int = 7) -> Model:
 
 
 def random_tokens(*shape: int, vocab_size: int = 61, seed: int = 3) -> torch.Tensor:
-    """Token ids drawn evenly."""
+    """Return token ids drawn uniformly."""
     return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))

@@ -1,4 +1,4 @@
-"""Configs check their values and name what is wrong."""
+"""Configs validate their values and name invalid settings."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""The streams: what reaches a terminal, what reaches a pipe, and what a closed one does."""
+"""Output on terminals, in pipes and to closed streams."""
 
 import itertools
 import os
@@ -16,7 +16,7 @@ HOSTILE = "\x1b[31mred\x07\u202e\x9b2J\x00 end\n"
 
 
 class Terminal(StringIO):
-    """A stream that says it is a terminal."""
+    """A stream that reports to be a terminal."""
 
     encoding = "utf-8"
 
@@ -25,9 +25,9 @@ class Terminal(StringIO):
 
 
 def attach_terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
-    """Put a terminal in the place of stdout and stderr.
+    """Replace stdout and stderr by a terminal.
 
-    In the test itself: between a fixture and its test, pytest puts back its own streams.
+    To be called in the test itself: pytest restores its own streams between fixture and test.
     """
     for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "COLUMNS"):
         monkeypatch.delenv(name, raising=False)
@@ -109,7 +109,7 @@ def test_bars_are_ascii_where_stdout_cannot_encode_blocks(
     assert len(shown) == len(line)
     assert (shown == line) == (encoding == "utf-8")
     if encoding == "cp1252":
-        assert "…" in shown, "what the encoding has is kept"
+        assert "…" in shown, "characters of the encoding must be kept"
 
 
 def test_long_text_wraps_between_words_on_a_terminal(
@@ -150,7 +150,7 @@ def test_messages_on_a_terminal_wrap_between_words_but_not_in_commands_or_quotes
     for line, after in itertools.pairwise(lines):
         assert len(line) <= width or any(line in word for word in (*wholes, *message.split()))
         first = next((word for word in wholes if after.startswith(word)), after.split()[0])
-        assert len(f"{line} {first}") > width, "a line is as long as it may be"
+        assert len(f"{line} {first}") > width, "a line must be as long as possible"
 
 
 def test_messages_in_a_pipe_stay_one_line(capfd: pytest.CaptureFixture[str]) -> None:

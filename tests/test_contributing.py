@@ -1,4 +1,4 @@
-"""The worked examples of CONTRIBUTING.md work as they are written there."""
+"""The worked examples of CONTRIBUTING.md work exactly as written."""
 
 import re
 import shutil
@@ -32,7 +32,7 @@ TINY = [
 
 
 def example(heading: str, number: int = 0) -> str:
-    """Return a block of Python below a heading of CONTRIBUTING.md."""
+    """Return a Python code block below a heading of CONTRIBUTING.md."""
     text = (ROOT / "CONTRIBUTING.md").read_text()
     section = text.split(f"### {heading}\n")[1].split("\n### ")[0]
     return re.findall(r"```python\n(.*?)```", section, re.DOTALL)[number]
@@ -40,7 +40,7 @@ def example(heading: str, number: int = 0) -> str:
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """A copy of the package, to be changed."""
+    """Return the path of a copy of the package that a test may change."""
     ignored = shutil.ignore_patterns("*.pyc")
     shutil.copytree(ROOT / "minigpt", tmp_path / "minigpt", ignore=ignored)
     (tmp_path / "corpus.txt").write_text("The king said: once upon a time.\n" * 90)
@@ -54,7 +54,7 @@ def insert(path: Path, after: str, text: str) -> None:
 
 
 def run(copy: Path, *commands: list[str]) -> str:
-    """Run several commands of the changed copy in one process."""
+    """Run commands of the changed copy in one process; return the output."""
     code = (
         "import os, sys\nimport torch\nfrom minigpt.commands import main\n"
         f"for words in {list(commands)!r}:\n"

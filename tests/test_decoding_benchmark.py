@@ -1,4 +1,4 @@
-"""benchmarks/decoding.py: its report, and that its contenders decode the same text."""
+"""Tests for benchmarks/decoding.py: its report, and contenders that decode the same text."""
 
 import sys
 from dataclasses import replace
@@ -36,7 +36,7 @@ def test_speed_excludes_the_first_token_and_counts_every_row() -> None:
 
 
 def test_speed_ratio_compares_runs_of_the_same_round() -> None:
-    # The medians of both are 4; in two of three rounds ours was the faster.
+    # Both medians are 4, but ours was faster in two of three rounds.
     assert measured(OURS, 1, 4, 10).times_faster(measured(THEIRS, 3, 4, 11)) == 1.1
 
 
@@ -44,7 +44,7 @@ def test_verdict_names_the_margin_or_the_missing_contender() -> None:
     bar = Bar(OURS, (THEIRS, Contender("transformers", "fp32", "loop")), 2.0)
     results = {OURS: measured(OURS, 1.0), THEIRS: measured(THEIRS, 2.2)}
     assert bar.verdict(results) == "reached: 2.20 x transformers fp32, 10% above"
-    # The faster way of the other side is the one that counts.
+    # The fastest mode of the other engine is compared.
     loop = measured(bar.theirs[1], 1.5)
     expected = "not reached: 1.50 x transformers fp32 loop, 25% below"
     assert bar.verdict(results | {loop.contender: loop}) == expected
@@ -52,7 +52,7 @@ def test_verdict_names_the_margin_or_the_missing_contender() -> None:
 
 
 def test_bandwidth_share_is_weight_bytes_per_second_over_the_bandwidth() -> None:
-    # 4 steps in 2 s, each reading a million weights.
+    # 4 steps in 2 s, each of which reads a million weights.
     for engine, precision, n_bytes in [
         ("minigpt", "fp32", 4e6),
         ("minigpt", "bf16", 2e6),
@@ -127,7 +127,7 @@ def test_each_contender_decodes_the_greedy_tokens(contender: Contender, job: Job
     calls: list[Any] = []
     decode = ENGINES[contender.engine](contender, job)
     assert decode(job, lambda: calls.append(None)) == tokens[len(job.prompt) :]
-    assert len(calls) == 1, "one first token"
+    assert len(calls) == 1, "the first token must be reported once"
     shorter = replace(job, prompt=job.prompt[:2], n_new=1)
     with torch.inference_mode():
         [after_two] = model(torch.tensor([shorter.prompt]))[:, -1].argmax(-1).tolist()
@@ -140,7 +140,7 @@ def test_each_contender_decodes_the_greedy_tokens(contender: Contender, job: Job
 def test_a_converted_model_decodes_the_same_tokens(engine: str, module: str, job: Job) -> None:
     pytest.importorskip(module, reason=f"needs {engine}, a contender of the benchmark")
     contender = Contender(engine, "fp32")
-    # A kernel of ONNX Runtime takes heads of multiples of 8.
+    # A kernel of ONNX Runtime requires head sizes that are multiples of 8.
     write_model(Path(job.folder), small_model("qwen3", d_head=16), None)
     assert convert(contender, job.folder, sys.executable) == ""
     expected = ENGINES["minigpt"](OURS, job)(job, lambda: None)

@@ -22,10 +22,10 @@ def span_of(tokens: list[int]) -> TokenSpan:
 
 
 def plain_nats(model: GPT, tokens: list[int], stride: int = CONTEXT) -> list[float]:
-    """-ln p of each token but the first, one at a time: no batch, no cross_entropy."""
+    """Return -ln p of each token but the first, one at a time, without batches or cross_entropy."""
     nats = []
     for target in range(1, len(tokens)):
-        # The first of the windows at 0, stride, 2 stride, ... that has the target.
+        # The first window at 0, stride, 2 stride, ... that contains the target.
         start = -(-max(target - CONTEXT, 0) // stride) * stride
         logits = model(torch.tensor([tokens[start:target]]))[0, -1].double().tolist()
         total = sum(math.exp(logit - max(logits)) for logit in logits)
@@ -37,15 +37,15 @@ def plain_nats(model: GPT, tokens: list[int], stride: int = CONTEXT) -> list[flo
 @torch.no_grad()
 def test_the_loss_equals_a_plain_loop_with_every_token_counted_once(layout: str) -> None:
     model = small_model(layout)
-    tokens = random_tokens(2 * CONTEXT + 12).tolist()  # the last window is a part of one
-    lengths = np.arange(61, dtype=np.int32) % 4  # some tokens stand for no byte
+    tokens = random_tokens(2 * CONTEXT + 12).tolist()  # the last window is incomplete
+    lengths = np.arange(61, dtype=np.int32) % 4  # some tokens have no bytes
     expected = plain_nats(model, tokens)
     for batch_size in (1, 2, 100):
         windows = validation_windows(span_of(tokens), CONTEXT, 10**6, batch_size)
         result = evaluate(model, windows, lengths)
         assert result.n_tokens == len(tokens) - 1
         assert result.n_bytes == sum(token % 4 for token in tokens[1:])
-        # float32 logits of order ten, softmaxed.
+        # softmax of float32 logits of order ten
         assert result.nats == pytest.approx(sum(expected), rel=1e-5)
         assert result.nats_per_token == pytest.approx(sum(expected) / len(expected), rel=1e-5)
         bits = sum(expected) / math.log(2)
@@ -114,7 +114,7 @@ def test_bfloat16_is_close_to_float32() -> None:
         ).nats_per_token
         for dtype in (torch.float32, torch.bfloat16)
     )
-    assert close == pytest.approx(exact, rel=0.02)  # logits rounded to 1 in 256
+    assert close == pytest.approx(exact, rel=0.02)  # logits rounded to 1 part in 256
     assert close != exact
 
 
@@ -143,7 +143,7 @@ def test_windows_at_once_fit_into_memory_and_are_at_least_one(
     assert n_windows == 1 or n_windows * length * vocab_size * 4 <= 2**29  # bytes of logits
     assert n_windows == 1 or n_windows * length <= most
     assert (n_windows + 1) * length * max(vocab_size, 2**27 // most) > 2**27, (
-        "and no fewer than fit"
+        "one more window must not fit"
     )
 
 

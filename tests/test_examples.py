@@ -30,8 +30,8 @@ def _env(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a text and the run checkpoints/book."""
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a text and the run checkpoints/book."""
     folder = tmp_path_factory.mktemp("examples")
     (folder / "my-book.txt").write_text("The king said: once upon a time.\n" * 90)
     tiny = "--tokenizer bytes --max-steps 4 --context-length 64 --batch-size 2 --n-layer 2"
@@ -42,10 +42,10 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.integration
-def test_a_trace_file_is_read_with_the_standard_library(workplace: Path) -> None:
+def test_a_trace_file_is_read_with_the_standard_library(workspace: Path) -> None:
     words = ["--model", "book", "--max-new-tokens", "5", "--temperature", "0", "The king"]
-    minigpt("attention-trace", "--out", "king.jsonl", *words, cwd=workplace)
-    out = run(str(EXAMPLES / "read_a_trace.py"), "king.jsonl", cwd=workplace)
+    minigpt("attention-trace", "--out", "king.jsonl", *words, cwd=workspace)
+    out = run(str(EXAMPLES / "read_a_trace.py"), "king.jsonl", cwd=workspace)
     assert len(out.splitlines()) == 1 + 5 + 1
     assert "most from" in out
 
@@ -53,24 +53,24 @@ def test_a_trace_file_is_read_with_the_standard_library(workplace: Path) -> None
 @pytest.mark.integration
 @pytest.mark.parametrize("model", ["storyteller", "book"])
 def test_the_notebook_runs_from_top_to_bottom(
-    workplace: Path, model: str, monkeypatch: pytest.MonkeyPatch
+    workspace: Path, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MINIGPT_MODEL", raising=False)
-    if model != "storyteller":  # the model that ships is what it takes by itself
+    if model != "storyteller":  # the bundled model is the default
         monkeypatch.setenv("MINIGPT_MODEL", model)
     notebook = json.loads((EXAMPLES / "look_inside.ipynb").read_text(encoding="utf-8"))
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    assert all(not cell["outputs"] for cell in cells), "outputs are not committed"
+    assert all(not cell["outputs"] for cell in cells), "outputs must not be committed"
     source = "\n".join("".join(cell["source"]) for cell in cells)
-    out = run("-c", source, cwd=workplace)
+    out = run("-c", source, cwd=workspace)
     assert "sink" in out
     assert "control" in out
 
 
 @pytest.mark.integration
-def test_fine_tuning_in_plain_pytorch_lowers_the_loss(workplace: Path) -> None:
+def test_fine_tuning_in_plain_pytorch_lowers_the_loss(workspace: Path) -> None:
     words = ["book", "my-book.txt", "letters"]
-    out = run(str(EXAMPLES / "finetune.py"), *words, cwd=workplace)
+    out = run(str(EXAMPLES / "finetune.py"), *words, cwd=workspace)
     losses = [float(line.split()[3]) for line in out.splitlines() if line.startswith("step")]
     assert losses[-1] < losses[0] - 0.1
-    assert (workplace / "letters" / "model.safetensors").is_file()
+    assert (workspace / "letters" / "model.safetensors").is_file()

@@ -1,4 +1,4 @@
-"""On a real CUDA device: generation, traces, graphs, int8, bfloat16, training and resume."""
+"""Generation, traces, graphs, int8, bfloat16, training and resuming on a real CUDA device."""
 
 import sys
 from pathlib import Path
@@ -61,7 +61,7 @@ def test_tokens_of_the_compiled_graph_equal_those_of_the_cpu(name: str, way: str
 def test_bfloat16_logits_are_close_to_float32() -> None:
     expected = Decoder(model_on("cpu", "llama"), PROMPT).prompt_logits
     found = Decoder(model_on("cuda", "llama", torch.bfloat16), PROMPT).prompt_logits.cpu()
-    # 8 bits of mantissa, over two layers.
+    # an 8-bit mantissa, through two layers
     assert (found - expected).abs().max() < 0.05 * expected.abs().max()
 
 
@@ -91,11 +91,11 @@ def test_traced_rows_equal_those_of_the_cpu(options: dict[str, Any], compiles: b
     assert [s.token.id for s in found[0].steps] == [s.token.id for s in found[1].steps]
     for here, there in zip(found[0].steps, found[1].steps, strict=True):
         rows = [torch.from_numpy(step.row.weights_S.copy()) for step in (here, there)]
-        torch.testing.assert_close(*rows, rtol=1e-3, atol=1e-4)  # float32, in another order
+        torch.testing.assert_close(*rows, rtol=1e-3, atol=1e-4)  # float32 sums in another order
 
 
 def wide_model(device: str) -> Any:
-    """A model whose vocabulary is that of bytes."""
+    """Return a model with a byte vocabulary."""
     return gpu_setup.model_of(gpu_setup.LLAMA, torch.device(device))
 
 

@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py, rehearsed: each part runs with tiny sizes, on the CPU and on a pretend GPU."""
+"""Rehearsals of benchmarks/gpu.py: each part runs with tiny sizes on the CPU or a pretend GPU."""
 
 import json
 import subprocess
@@ -25,12 +25,12 @@ QUICK = ["--quick", "--keep-going", "--minutes", "60"]
 ON_PRETEND_GPU = ["machine", "parity", "resume", "dropout", "waiting", "nanogpts", "decoding"]
 ON_CPU = ["warm_up", "small", "mini", "memory_limit"]
 IN_GROUPS = ["ranks", "shards"]
-"""Rehearsed in process groups on the CPU."""
+"""Parts rehearsed in process groups on the CPU."""
 
 
 @pytest.fixture
 def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compile by tracing alone: the compiler itself takes a minute."""
+    """Skip code generation after tracing, because compiling takes a minute."""
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **options: compile_(f, backend="eager"))
     monkeypatch.setattr(compiled, "load_step", run_eagerly)
@@ -156,7 +156,7 @@ def test_parts_out_of_time_or_interrupted_are_reported_in_the_table(
 
     monkeypatch.setitem(gpu.PARTS, "parity", hang)
     monkeypatch.setitem(gpu.PARTS, "resume", interrupt)
-    monkeypatch.setattr(gpu, "GRACE_MINUTES", -0.99)  # ends while parity still may begin
+    monkeypatch.setattr(gpu, "GRACE_MINUTES", -0.99)  # time runs out after parity has started
     words = [*REHEARSED, "--minutes", "1", "--out", str(tmp_path), "--parts"]
     assert gpu.main([*words, "parity", "resume", "machine"]) == 130
     assert results(tmp_path)["parity"]["facts"] == {"one": 1, "two": "not finished: out of time"}
@@ -190,7 +190,7 @@ def test_the_time_to_a_loss_is_measured_only_on_tinyshakespeare(
     assert "| skipped: needs tinyshakespeare.txt: --data FILE |" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests the message without a GPU")
 def test_without_a_gpu_the_benchmark_exits_with_a_one_line_message(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,4 +1,4 @@
-"""The distribution: its name in every message and page, and its editable install."""
+"""The distribution: its name in messages and pages, its contents and its installation."""
 
 import os
 import re
@@ -30,8 +30,8 @@ def our_texts() -> dict[str, str]:
     return {str(path): (ROOT / path).read_text() for path in paths if path.suffix in TEXTS}
 
 
-def cloned(folder: Path) -> Path:
-    """Copy what a distribution is built from."""
+def clone_sources(folder: Path) -> Path:
+    """Copy the files from which the distribution is built."""
     clone = folder / "minigpt"
     shutil.copytree(
         ROOT / "minigpt", clone / "minigpt", ignore=shutil.ignore_patterns("__pycache__")
@@ -54,7 +54,7 @@ def test_install_hints_name_extras_that_exist() -> None:
 
 
 def test_no_file_recommends_the_unrelated_package_on_pypi() -> None:
-    # A string literal may go on in the next line.
+    # A string literal may continue on the next line.
     stranger = re.compile(
         r"pip\s+install[\s\"'f\\]+(-\S+\s+)*minigpt(?![\w-])|[\"'\s]minigpt\[[a-z,]+\]"
     )
@@ -70,7 +70,7 @@ def test_no_file_recommends_the_unrelated_package_on_pypi() -> None:
 @pytest.mark.integration
 def test_an_editable_install_is_found_from_the_folder_of_the_clone(tmp_path: Path) -> None:
     pytest.importorskip("setuptools", reason="needs setuptools to build without a network")
-    clone = cloned(tmp_path)
+    clone = clone_sources(tmp_path)
     venv = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
     python = venv / ("Scripts" if os.name == "nt" else "bin") / "python"
@@ -99,7 +99,7 @@ def test_an_editable_install_is_found_from_the_folder_of_the_clone(tmp_path: Pat
 @pytest.mark.integration
 def test_sdist_and_wheel_contain_the_model_and_the_tales(tmp_path: Path) -> None:
     build_meta = pytest.importorskip("setuptools.build_meta", reason="needs setuptools to build")
-    clone = cloned(tmp_path)
+    clone = clone_sources(tmp_path)
     model = clone / "checkpoints/storyteller"
     model.mkdir(parents=True)
     (model / "config.json").write_text("{}")

@@ -1,4 +1,4 @@
-"""The CUDA paths on a machine without a GPU: no devices are mixed, and the host rarely waits."""
+"""The CUDA paths on a pretend GPU: tensors stay on one device, and the host rarely waits."""
 
 from collections import Counter
 from typing import Any
@@ -43,7 +43,7 @@ SAMPLING: dict[str, dict[str, Any]] = {
 
 
 def decode(decoder: Decoder, config: SamplingConfig, seen: PretendCuda, n_rows: int = 1) -> Any:
-    """Return the first row's tokens, and the waits and copies of a token in the middle."""
+    """Return the first row's tokens, and the waits, copies and launches of one token."""
     found, marks = [], []
     for row, step in decoder.batch(config, seeds=range(n_rows), end_of_text=[3]):
         if row == 0:
@@ -72,14 +72,14 @@ def test_a_decoded_token_waits_for_the_device_once(name: str, options: str, n_ro
 
 
 LAUNCHES = {
-    # For each layer, and for embedding, final norm, unembedding, sampling and reading.
+    # Per layer, and for embedding, final norm, unembedding, sampling and the copy to the host.
     "gpt2": (19, 12),
     "llama": (36, 12),
     "int8": (36, 13),
     "general": (36, 12),
     "additive": (40, 12),
 }
-"""Most kernels that a greedy token may launch without a compiled graph."""
+"""Maximum kernel launches of a greedy token without a compiled graph."""
 
 
 @pytest.mark.parametrize("name", LAUNCHES)
@@ -104,12 +104,12 @@ def test_int8_weights_are_not_dequantized_for_each_token() -> None:
         *_, launches = decode(decoder, config, seen)
     products = {what: n for what, n in launches.items() if "fast/quantize.py" in what}
     assert sum(n for what, n in products.items() if what.startswith("_weight_int8pack_mm")) == 15
-    # The embedding of the token, a row.
+    # The token's row of the embedding.
     assert sum(n for what, n in products.items() if what.startswith("_to_copy")) == 1
 
 
 def test_int8_products_accept_noncontiguous_rows() -> None:
-    """CUDA's kernel would read others without an error."""
+    """CUDA's kernel would silently read the wrong rows."""
     x = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(0))
     with PretendCuda():
         results = []
@@ -120,7 +120,7 @@ def test_int8_products_accept_noncontiguous_rows() -> None:
 
 
 def run_eagerly(step: Any, **_: Any) -> Any:
-    """Stands in for the compiler: the graph step as it is."""
+    """Replace compilation: run the graph step as it is."""
     n = step.model.config.n_layer
     return lambda x: list(step(*x[:3], x[3 : 3 + n], x[3 + n :]))
 
@@ -144,8 +144,8 @@ def test_a_compiled_step_is_captured_once_per_cache_length_bucket(
         assert sum(seen.captures.values()) == 1
 
 
-class Sums(TorchDispatchMode):
-    """Notes the number of outputs of each product of the graph step, a sum over (O, B, C)."""
+class ProductSizes(TorchDispatchMode):
+    """Records the number of outputs of each product of the graph step, a sum over (O, B, C)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -160,7 +160,7 @@ class Sums(TorchDispatchMode):
 @pytest.mark.parametrize("n_head", [4, 8, 16])
 @pytest.mark.parametrize("way", ["float32", "int8"])
 def test_the_query_key_and_value_products_have_equal_sizes(n_head: int, way: str) -> None:
-    """On CUDA, the compiler makes one kernel of products with equally many outputs."""
+    """On CUDA, the compiler fuses products with equal numbers of outputs into one kernel."""
     config = ModelConfig(**BASE | {"n_head": n_head, "n_kv_head": 4, "d_head": 8})
     with PretendCuda():
         logits = []
@@ -173,10 +173,10 @@ def test_the_query_key_and_value_products_have_equal_sizes(n_head: int, way: str
             caches = [torch.zeros(1, 4, 32, 8, device=device) for _ in range(4)]
             tokens = torch.full((1,), 5, device=device)
             position, view = torch.zeros_like(tokens), torch.empty(16, device=device)
-            with Sums() as seen:
+            with ProductSizes() as seen:
                 step = GraphStep(model, "attention")
                 logits.append(step(tokens, position, view, caches[:2], caches[2:])[0].cpu())
-        # 32 keys, 32 values, and as many queries as there are in each part.
+        # 32 keys, 32 values, and the queries in parts of the same size.
         n_parts = n_head // 4 + 2
         assert seen.sizes[:n_parts] == [32] * n_parts
         assert seen.sizes[n_parts] == BASE["d_model"]
@@ -189,7 +189,7 @@ class Letters:
     end_of_text_ids = ()
 
     def token_bytes(self, token: int) -> bytes:
-        """Return a letter."""
+        """Return the letter of a token."""
         return bytes([65 + token % 26])
 
 
@@ -270,7 +270,7 @@ def test_pretend_device_refuses_what_cuda_refuses() -> None:
         bool(x.any()), x.tolist(), x[x > 0], x.nonzero()
         assert sum(seen.syncs.values()) >= 4
         model = make("llama").to("cuda")
-        model.rotary_cos = model.rotary_cos.to("cpu")  # a table that was forgotten
+        model.rotary_cos = model.rotary_cos.to("cpu")  # a table that was not moved
         with pytest.raises(RuntimeError, match="same device"):
             model(torch.ones(1, 4, dtype=torch.int64, device="cuda"))
 
@@ -305,7 +305,7 @@ def test_rows_that_finish_cause_few_new_cuda_graphs(monkeypatch: pytest.MonkeyPa
             stopped: set[int] = set()
             for row, step in decoder.batch(config, seeds=range(8), stopped=stopped):
                 rows[row].append(step.token)
-                if step.index >= row + 1:  # the rows end one after the other
+                if step.index >= row + 1:  # one row finishes after the other
                     stopped.add(row)
             tokens[device] = rows
             assert sum(seen.captures.values()) <= 3  # for 8, 4 and 2 rows
@@ -314,7 +314,7 @@ def test_rows_that_finish_cause_few_new_cuda_graphs(monkeypatch: pytest.MonkeyPa
 
 
 def test_the_decode_step_does_not_call_fused_attention() -> None:
-    """cuDNN's kernel, which torch prefers on Hopper, plans anew for every number of keys."""
+    """cuDNN's kernel, torch's choice on Hopper, creates a new plan for every number of keys."""
     with PretendCuda() as seen:
         model = make("llama").to("cuda").eval().requires_grad_(False)
         decoder = Decoder(model, [5, 6, 7], max_new_tokens=9)

@@ -1,4 +1,4 @@
-"""What a training step asks of a GPU, on a pretend one."""
+"""Waits, copies and kernel launches of a training step on a pretend GPU."""
 
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ def test_training_step_never_waits_for_the_device(name: str, recompute: bool) ->
 
 
 STEP_LAUNCHES = {"gpt2": 270, "llama": 480, "additive": 510, "lstm": 110}
-"""Most kernels that a training step of two layers may launch: forward, backward, update."""
+"""Maximum kernel launches of a training step of two layers: forward, backward and update."""
 
 
 @pytest.mark.parametrize("name", STEP_LAUNCHES)
@@ -115,7 +115,7 @@ def test_a_training_step_or_evaluated_batch_needs_one_asynchronous_copy(
         seen.clear()
         for _ in range(3):
             trainer.take_step()
-        # Whether a step is skipped has to be known before the next one.
+        # Whether to skip a step must be known before the next one.
         assert sum(seen.syncs.values()) == 3 * (changes == {"on_nan": "skip"})
         assert not seen.copies
         assert sum(seen.async_copies.values()) == 3

@@ -30,7 +30,7 @@ TINY: dict[str, Any] = {
     "d_model": 16,
     "d_mlp": 16,
     "log_every": 1,
-    "dtype": "float32",  # as evaluate computes, on any CPU
+    "dtype": "float32",  # evaluate uses float32 on any CPU
 }
 MODEL = small_model("gpt2", vocab_size=257, context_length=64)
 OPTIONS: dict[str, Any] = {"tokenizer": BytesTokenizer(), "max_new_tokens": 6}
@@ -38,7 +38,7 @@ OPTIONS: dict[str, Any] = {"tokenizer": BytesTokenizer(), "max_new_tokens": 6}
 
 @pytest.fixture
 def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A text in an empty working directory."""
+    """Return a text file in an empty working directory."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MINIGPT_CACHE_DIR", str(tmp_path / "cache"))
     path = tmp_path / "book.txt"
@@ -63,7 +63,7 @@ def test_train_returns_a_run_that_evaluate_generate_and_trace_accept(
     assert RunFolder(run).steps()[-1] == 6
     tuned = minigpt.train([text], name="tuned", from_=str(run), max_steps=1)
     assert RunFolder(tuned).steps() == [1]
-    assert capfd.readouterr() == ("", ""), "nothing is printed"
+    assert capfd.readouterr() == ("", ""), "library functions must not print"
 
 
 def test_train_works_in_a_thread(text: Path) -> None:

@@ -1,4 +1,4 @@
-"""README, guide and tutorial tell the truth: each command that they show runs, in their order."""
+"""README, guide and tutorial are correct: every command that they show runs, in order."""
 
 import re
 import runpy
@@ -14,7 +14,7 @@ from minigpt.commands import app
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# The same commands on a model that trains in a second: only the size is another.
+# The same commands with a model small enough to train in a second.
 TINY = shlex.split(
     "--max-steps 2 --context-length 32 --batch-size 2 --set model.d_model=16 "
     "--set model.n_head=4 --set model.d_mlp=16 --set training.micro_batch_size=2"
@@ -30,7 +30,7 @@ def shown_commands(page: str) -> list[str]:
     blocks = re.findall(r"```console\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     lines = []
     for block in blocks:
-        # A block with outputs marks its commands with a prompt.
+        # In a block with outputs, commands follow a shell prompt.
         commands = re.findall(r"^\$ (.*)$", block, re.MULTILINE) or block.splitlines()
         lines += [line for line in commands if "minigpt " in line]
     return lines
@@ -88,7 +88,7 @@ def test_the_first_two_commands_are_demo_and_test() -> None:
     targets = [line.split("#")[0].strip() for line in first_block[1].splitlines()]
     assert targets == ["make demo", "make test"]
     makefile = (ROOT / "Makefile").read_text()
-    assert "\ndemo: $(RUNTIME)" in makefile, "make demo installs no more than it needs"
+    assert "\ndemo: $(RUNTIME)" in makefile, "make demo must not install more than it needs"
     assert "\ntest: $(INSTALLED)" in makefile
 
 
@@ -102,7 +102,7 @@ PAGES = [
     ROOT / "checkpoints" / "storyteller" / "README.md",
 ]
 OF_OTHERS = {"shutdown-timeout", "max-restarts", "logdir", "softcap"}
-"""Options of torchrun and TensorBoard, and of an example."""
+"""Options of torchrun, TensorBoard and an example."""
 
 
 def prose(page: Path) -> str:
@@ -110,7 +110,7 @@ def prose(page: Path) -> str:
 
 
 def anchors(page: Path) -> list[str]:
-    """The anchors that GitHub gives to the headings of a page."""
+    """Return the anchors that GitHub generates for the headings of a page."""
     headings = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
     return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
 
@@ -127,7 +127,7 @@ def test_links_between_pages_lead_to_a_page_and_a_heading(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_options_and_files_that_a_page_names_exist(page: Path) -> None:
     if page.name == "CHANGELOG.md":
-        return  # it names those of earlier versions
+        return  # the changelog names options of earlier versions
     help_pages = "".join(
         path.read_text(encoding="utf-8")
         for path in (ROOT / "tests" / "commands" / "help").iterdir()

@@ -1,4 +1,4 @@
-"""Each ring can be deleted, with its commands, and the three jobs still work."""
+"""Training, generating and tracing still work after deleting a ring and its commands."""
 
 import shutil
 import subprocess
@@ -19,11 +19,11 @@ generate --model tiny --max-new-tokens 3 --temperature 0 "The king"
 attention-trace --model tiny --max-new-tokens 3 --temperature 0 "The king"
 """
 ALSO = {"views": "heads --model tiny --json", "corpora": "evaluate --model tiny --json"}
-"""Commands of other rings that work without a ring too."""
+"""Commands of other rings that must still work without a ring."""
 
 
 def without(paths: list[str], folder: Path) -> Path:
-    """Copy the package to a folder, without some of its files."""
+    """Copy the package to a folder without some of its files."""
     shutil.copytree(ROOT / "minigpt", folder / "minigpt", ignore=shutil.ignore_patterns("*.pyc"))
     for path in paths:
         target = folder / path
@@ -69,7 +69,7 @@ def test_training_generating_and_tracing_work_without_a_ring(ring: str, tmp_path
     assert done.returncode == 0, done.stderr
     text, *lines = done.stdout.splitlines()
     assert text
-    assert sum("%" in line for line in lines) >= 3, "a line of the trace for each token"
+    assert sum("%" in line for line in lines) >= 3, "the trace must have a line for each token"
 
 
 def test_import_linter_finds_an_import_of_a_ring_in_the_core(tmp_path: Path) -> None:

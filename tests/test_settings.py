@@ -1,4 +1,4 @@
-"""Settings are strict, and configs survive TOML unchanged."""
+"""Settings are read strictly, and configs survive a round trip through TOML."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -135,7 +135,7 @@ def test_an_assignment_without_a_name_or_an_equals_sign_is_refused(text: str) ->
 
 
 def test_an_assignment_sets_only_its_name() -> None:
-    """A line break in the value could smuggle in a second line of TOML."""
+    """A line break in the value must not inject a second line of TOML."""
     assert parse_assignment("a.b=1\nvalue2 = 3") == {"a": {"b": "1\nvalue2 = 3"}}
 
 

@@ -1,4 +1,4 @@
-"""The model that ships: its card, its size, and the numbers that it claims."""
+"""The bundled model: its card, its size, and the numbers that the card states."""
 
 import random
 import re
@@ -39,7 +39,7 @@ def test_the_bundled_model_generates_text() -> None:
     assert "".join(step.text for step in steps).strip()
 
 
-# No text that it was trained on has these.
+# Names that occur in none of its training texts.
 NAMES = [
     "Zilpo",
     "Windundum",
@@ -56,7 +56,7 @@ NAMES = [
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """benchmarks/storyteller.py, which made the texts and measures the model."""
+    """Return the namespace of benchmarks/storyteller.py, which built and measures the model."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     return runpy.run_path(str(BENCHMARKS / "storyteller.py"))
 

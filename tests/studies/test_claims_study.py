@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 Result = TypeVar("Result")
 
 
-def finished(work: Generator[Progress, None, Result]) -> Result:
+def run_to_end(work: Generator[Progress, None, Result]) -> Result:
     """Run a generator to its end and return its result."""
     while True:
         try:
@@ -56,7 +56,7 @@ TINY = Size(
 def test_training_with_one_seed_is_deterministic_and_reports_rising_progress() -> None:
     config = equal_size_config("lstm", 16, context_length=128)
     first, second = (
-        finished(train_on_task(config, RECALL, TINY, seed=3, device=CPU)).state_dict()
+        run_to_end(train_on_task(config, RECALL, TINY, seed=3, device=CPU)).state_dict()
         for _ in range(2)
     )
     for name, tensor in first.items():
@@ -67,7 +67,7 @@ def test_training_with_one_seed_is_deterministic_and_reports_rising_progress() -
 
 
 class _Lookup(torch.nn.Module):
-    """A model that answers a recall by a lookup."""
+    """A model that solves the recall task by lookup."""
 
     device = CPU
 
@@ -100,7 +100,7 @@ def test_hiding_a_position_equals_a_forward_pass_with_a_mask(arch: str) -> None:
     tokens = batch.tokens_BT[:, : query + 1]
     target = batch.targets_BT[:, query]
     log_p = model(tokens)[:, -1].log_softmax(-1).gather(1, target[:, None])[:, 0]
-    # Two kernels, in float32.
+    # Two different float32 kernels.
     torch.testing.assert_close(answers.log_p_B4[:, 0], log_p, atol=1e-4, rtol=1e-4)
     n_heads = config.n_head * config.n_attention_layer
     assert answers.hits_BN.shape == (6, n_heads + 1)
@@ -138,7 +138,7 @@ def test_chance_is_averaged_over_answers_and_not_over_batches(
     size = replace(TINY, distances=(8, 64), n_sequences=3)
     *_, finding = Study(size, seeds=(0,), device=CPU).measure("explainable")
     assert isinstance(finding, Finding)
-    # A recall of distance d has d + 4 positions before its query, which sees itself too.
+    # A recall at distance d has d + 4 positions before its query, which also attends to itself.
     assert finding.measured[0].chance == pytest.approx((1 / 13 + 1 / 69) / 2)
 
 
@@ -148,11 +148,11 @@ def test_an_lstm_recalls_worse_than_a_transformer_of_equal_size() -> None:
     right = {}
     for arch in ("lstm", "gpt"):
         config = equal_size_config(arch, size.d_model, context_length=128)
-        model = finished(train_on_task(config, RECALL, size, seed=0, device=CPU))
+        model = run_to_end(train_on_task(config, RECALL, size, seed=0, device=CPU))
         right[arch] = [
             accuracy(model, RECALL, distance, n_sequences=200, seed=0)[0]
             for distance in (8, 12, 16)
         ]
-    # Attention finds the pair; the LSTM still guesses among the four after three times the steps.
+    # Attention finds the pair; after three times the steps, the LSTM still guesses among four.
     assert min(right["gpt"]) > 0.9
     assert max(right["lstm"]) < 0.6

@@ -94,10 +94,10 @@ def test_answers_are_balanced_and_independent_of_their_positions(task: Task) -> 
     shares = answers.bincount()[FIRST_VALUE:].double() / len(answers)
     n_answers = round(1 / task.chance)
     assert len(shares) == n_answers
-    # Five standard deviations of a share of so many draws.
+    # Five standard deviations of a frequency over this many draws.
     allowed = 5 * (task.chance * (1 - task.chance) / len(answers)) ** 0.5
     assert (shares - task.chance).abs().max() < allowed
-    if task is RECALL:  # which of the pairs is asked for
+    if task is RECALL:  # the position of the queried pair
         first_pair = (batch.tokens_BT < FIRST_KEY).int().argmax(dim=1)
         place = batch.source_B - first_pair
         assert place.bincount().double().sub(2000).abs().max() < 5 * (8000 * 0.25 * 0.75) ** 0.5
