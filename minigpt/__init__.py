@@ -5,16 +5,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from minigpt.commands.python_api import evaluate, train
-    from minigpt.generation.api import generate
+    from minigpt.generation.api import generate, load
     from minigpt.tracing.api import trace
 
     __version__: str
 
-__all__ = ["__version__", "evaluate", "generate", "trace", "train"]
+__all__ = ["__version__", "evaluate", "generate", "load", "trace", "train"]
 
 _HOMES = {
     "evaluate": "minigpt.commands.python_api",
     "generate": "minigpt.generation.api",
+    "load": "minigpt.generation.api",
     "trace": "minigpt.tracing.api",
     "train": "minigpt.commands.python_api",
 }

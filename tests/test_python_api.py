@@ -8,11 +8,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from small_models import small_model
 
 import minigpt
 from minigpt.checkpoint.folder import RunFolder
+from minigpt.checkpoint.model_folder import read_model
 from minigpt.commands.evaluate import EvaluationConfig
 from minigpt.commands.evaluate.measuring import measure
 from minigpt.commands.options import ModelSource
@@ -200,3 +203,41 @@ def test_importing_minigpt_and_its_version_import_no_torch() -> None:
     assert out.stdout.startswith("False")
     for name in minigpt.__all__:
         assert getattr(minigpt, name)
+
+
+def test_the_code_of_the_page_about_python_runs(text: Path) -> None:
+    page = Path(__file__).resolve().parents[1] / "docs/python.md"
+    text.rename("my-book.txt")
+    names: dict[str, Any] = {}
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 6
+    for block in blocks:
+        exec(block.replace("max_steps=300", "max_steps=2"), names)
+    assert names["again"].text == names["trace"].text
+    weights = names["trace"].weights_LHTS
+    np.testing.assert_allclose(weights.sum(axis=-1), np.ones(weights.shape[:-1]), atol=1e-5)
+
+
+def test_a_loaded_model_gives_the_same_text_and_trace() -> None:
+    loaded = minigpt.load("storyteller")
+    options: dict[str, Any] = {"seed": 1, "max_new_tokens": 6}
+    ours, expected = (
+        "".join(step.text for step in minigpt.generate(model, "The", **options))
+        for model in (loaded, "storyteller")
+    )
+    assert ours == expected
+    trace = minigpt.trace(loaded, "The", **options)
+    assert trace.text == expected
+    assert trace.header.model == "storyteller"
+    assert loaded.tokenizer is not None
+    tokens = torch.tensor([loaded.tokenizer.encode("The king")])
+    seen: list[torch.Tensor] = []
+    with loaded.model.blocks[0].register_forward_hook(lambda *args: seen.append(args[2])):
+        logits = loaded.model(tokens)
+    plain = read_model(loaded.folder, dtype=torch.float32).model(tokens)
+    torch.testing.assert_close(logits, plain, rtol=1e-4, atol=1e-4)
+    assert len(seen) == 1
+    with pytest.raises(ConfigError, match="device is chosen when a model is loaded"):
+        minigpt.generate(loaded, "The", device="cpu")
+    with pytest.raises(ConfigError, match="quantize is chosen when a model is loaded"):
+        minigpt.trace(loaded.model, "The", tokenizer=loaded.tokenizer, quantize="int8")

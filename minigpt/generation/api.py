@@ -1,22 +1,18 @@
-"""The Python API of generation: ``minigpt.generate``."""
+"""The Python API of generation: ``minigpt.load`` and ``minigpt.generate``."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minigpt.checkpoint.model_folder import LoadedModel
 from minigpt.checkpoint.resolve import resolve_model
 from minigpt.config import SamplingConfig
 from minigpt.errors import ConfigError, cut, nearest
+from minigpt.generation import loading
 from minigpt.generation.decoder import Decoder, fresh_seed
 from minigpt.generation.forcing import forced_ids
-from minigpt.generation.loading import (
-    encode_prompt,
-    load,
-    make_decoder,
-    require_new_tokens,
-    tokenizer_of,
-)
+from minigpt.generation.loading import encode_prompt, make_decoder, require_new_tokens, tokenizer_of
 from minigpt.generation.samples import stream_samples
 from minigpt.generation.stream import TextStep
 from minigpt.model.language_model import LanguageModel
@@ -35,8 +31,47 @@ Prompts = Prompt | Sequence[str] | Sequence[Sequence[int]]
 """A prompt, or a list of texts or of lists of token ids."""
 
 
+Models = str | Path | LoadedModel | LanguageModel
+"""A model as ``--model`` names it, or one in memory."""
+
+
+def load(
+    model: str | Path | None = None,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    quantize: str | None = None,
+    compile: bool | None = None,
+) -> LoadedModel:
+    """Load a model once, for several calls of ``minigpt.generate`` and ``minigpt.trace``.
+
+        import minigpt
+
+        book = minigpt.load("book")
+        ids = book.tokenizer.encode("Once upon a time")
+        logits = book.model(torch.tensor([ids]))  # (B, T, V)
+
+    ``book.model`` is an ``nn.Module`` in evaluation mode, without gradients; ``book.folder`` is its
+    folder.
+
+    Args: model, as for ``--model``; None for the newest run. device, dtype, quantize (int8) and
+        compile, as for the command.
+    Raises: CheckpointError for a model that is missing or damaged; ConfigError for a device or
+        quantization that is unknown or not available.
+    """
+    loaded = loading.load(
+        resolve_model(None if model is None else str(model)),
+        device=device,
+        dtype=dtype,
+        quantize=quantize,
+        decodes=True,
+        compile=compile,
+    )
+    return replace(loaded, tokenizer=tokenizer_of(loaded))
+
+
 def generate(
-    model: str | Path | LanguageModel,
+    model: Models,
     prompt: Prompts = "",
     *,
     tokenizer: Tokenizer | None = None,
@@ -57,7 +92,8 @@ def generate(
 
     The same settings give the same text as ``minigpt generate``.
 
-    Args: model, as for ``--model``, or a LanguageModel in evaluation mode with its tokenizer.
+    Args: model, as for ``--model``; or what ``minigpt.load`` returned; or a LanguageModel in
+        evaluation mode, with its tokenizer.
         prompt, text or token ids; empty text starts a new document; or the messages of a chat, as
         in ``[{"role": "user", "content": "Hi"}]``, for a model that is loaded here; or a list of
         texts or of lists of token ids, which are continued one after another: sample j of prompt i
@@ -209,7 +245,7 @@ def _require_prompt(prompt: object) -> None:
 
 
 def model_and_tokenizer(
-    model: str | Path | LanguageModel,
+    model: Models,
     tokenizer: Tokenizer | None,
     *,
     device: str,
@@ -217,16 +253,22 @@ def model_and_tokenizer(
     quantize: str | None,
     compile: bool | None,
 ) -> tuple[LanguageModel, Tokenizer, str]:
-    """Return a model, its tokenizer and its name ("" unless loaded here); raise as ``generate``."""
+    """Return a model, its tokenizer and its folder ("" for a LanguageModel); see ``generate``."""
+    if isinstance(model, LanguageModel | LoadedModel):
+        given = {"device": device, "dtype": dtype, "quantize": quantize}
+        for name, value in given.items():
+            if value not in ("auto", None):
+                raise ConfigError(
+                    f"{name} is chosen when a model is loaded, and this one is in memory. Pass "
+                    f"{name} to minigpt.load."
+                )
     if isinstance(model, LanguageModel):
         if tokenizer is None:
             raise ConfigError("a LanguageModel has no tokenizer. Pass tokenizer, too.")
         return model, tokenizer, ""
-    folder = resolve_model(str(model))
-    loaded = load(
-        folder, device=device, dtype=dtype, quantize=quantize, decodes=True, compile=compile
-    )
-    return loaded.model, tokenizer or tokenizer_of(loaded), str(folder)
+    if not isinstance(model, LoadedModel):
+        model = load(model, device=device, dtype=dtype, quantize=quantize, compile=compile)
+    return model.model, tokenizer or tokenizer_of(model), str(model.folder)
 
 
 def prompt_ids(

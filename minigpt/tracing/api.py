@@ -16,7 +16,6 @@ from minigpt.errors import ConfigError
 from minigpt.generation import api
 from minigpt.generation.decoder import fresh_seed
 from minigpt.generation.forcing import forced_ids
-from minigpt.model.language_model import LanguageModel
 from minigpt.settings import build
 from minigpt.text.tokenizer import Tokenizer
 from minigpt.tracing import tracer
@@ -25,7 +24,7 @@ from minigpt.tracing.findings import Trace
 
 
 def trace(
-    model: str | Path | LanguageModel,
+    model: api.Models,
     prompt: api.Prompts = "",
     *,
     tokenizer: Tokenizer | None = None,

@@ -84,18 +84,17 @@ def test_a_notebook_shows_the_page_in_a_frame(folder: Path) -> None:
     assert html.unescape(found[1]) == to_html(shown)
 
 
-@pytest.mark.parametrize("compile", [False, True])
-def test_dense_weights_are_those_of_a_full_forward(compile: bool) -> None:
+def test_dense_weights_are_those_of_a_full_forward() -> None:
     model, tokenizer = small_model("llama-grouped", vocab_size=257), BytesTokenizer()
     options: dict[str, Any] = {"tokenizer": tokenizer, "max_new_tokens": 5, "seed": 1}
-    dense = minigpt.trace(model, PROMPT, dense=True, compile=compile, **options)
+    dense = minigpt.trace(model, PROMPT, dense=True, **options)
     expected = weights_of(model, [token.id for token in dense.tokens[:-1]])
     first = len(PROMPT) - 1  # position of the first query
     assert_allclose(dense.weights_LHTS, expected[:, :, first:], rtol=1e-4, atol=1e-6)
     mean_TS = dense.weights_LHTS.mean(axis=(0, 1))
     for step, row_S in zip(dense.steps, mean_TS, strict=True):
         assert_allclose(step.row.weights_S, row_S[: step.token.position], rtol=1e-4, atol=1e-6)
-    alone = minigpt.trace(model, PROMPT, compile=compile, **options)
+    alone = minigpt.trace(model, PROMPT, **options)
     assert [step.token for step in alone.steps] == [step.token for step in dense.steps]
     assert alone.dense == ()
     with pytest.raises(ConfigError, match="Trace with dense=True"):
