@@ -22,7 +22,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    # Imported when it is first used: torch takes seconds, and --help needs none of it.
+    # Imported on first use: importing torch takes seconds, and --help does not need it.
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     if name == "__version__":

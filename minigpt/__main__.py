@@ -1,4 +1,4 @@
-"""python -m minigpt, and the command that is installed."""
+"""Entry point of ``python -m minigpt`` and of the installed command."""
 
 import os
 import signal
@@ -7,7 +7,7 @@ from typing import NoReturn
 
 
 def run() -> NoReturn:
-    """Run the command line; Ctrl-C ends it with one line, also while modules are imported."""
+    """Run the command line; Ctrl-C exits with one line, even while modules are being imported."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)  # main replaces it while a command runs
     from minigpt.commands import main
@@ -16,8 +16,8 @@ def run() -> NoReturn:
         main()
     except SystemExit as ended:
         if "WORLD_SIZE" in os.environ and isinstance(ended.code, int):
-            # Under torchrun. Everything is saved and flushed, and the threads of torch.distributed
-            # may still hold tensors: one that is released while Python finalizes ends in SIGABRT.
+            # Under torchrun. Everything is saved and flushed, but torch.distributed's threads may
+            # still hold tensors: releasing one while Python finalizes aborts the process.
             os._exit(ended.code)
         raise
 

@@ -1,7 +1,7 @@
-"""Every setting of a model and a run, as frozen dataclasses that check themselves.
+"""All settings of a model and a run, as frozen dataclasses that validate themselves.
 
-A config that exists is valid: a bad value raises ConfigError when it is made. A field whose default
-is documented as derived is filled in at that moment, so that a saved config is complete.
+Creating a config validates it: a bad value raises ConfigError. Defaults that are documented as
+derived are filled in at the same time, so that a saved config is complete.
 """
 
 from dataclasses import dataclass, field
@@ -28,7 +28,7 @@ class SamplingConfig:
     """Maximum number of generated tokens."""
     force: str | None = option(None, metavar="TEXT", shown="none", has_escapes=True)
     r"""Text that the continuation begins with (\n for a line break). Its tokens count as generated;
-    sampling goes on after them."""
+    sampling continues after them."""
     temperature: float = option(0.8, "[0, inf)")
     """Divisor of the logits; 0 for greedy decoding."""
     top_k: int = option(0, "[0, inf)")
@@ -47,9 +47,9 @@ class SamplingConfig:
     ignore_eos: bool = option(False)
     """Never sample the end-of-text token."""
     seed: int | None = option(None, "[0, 2**63)", shown="random, printed")
-    """Seed of the sampling RNG. Sample i of several has seed + i; None for a random seed."""
+    """Seed of the sampling RNG. Sample i uses seed + i; None for a random seed."""
     stop: tuple[str, ...] = option((), metavar="TEXT", has_escapes=True)
-    r"""Stop string (\n for a line break); repeat for several. It is not part of the output."""
+    r"""Stop string (\n for a line break); repeat for several. The output does not contain it."""
     num_samples: int = option(1, "[1, 2**16]")
     """Number of samples, generated in parallel."""
     logprobs: int = option(0, "[0, inf)", group="Output")
@@ -65,7 +65,7 @@ class SamplingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """All settings of one training run, as in the config.toml of its folder."""
+    """All settings of one training run, as saved in config.toml in its folder."""
 
     model: ModelConfig
     training: TrainingConfig

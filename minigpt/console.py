@@ -15,7 +15,7 @@ _streams, _styles = find_ring("streams"), find_ring("styles")
 
 
 def make_console(*, is_stderr: bool) -> Console:
-    """Return a console on the current stdout or stderr, plain if that is not a terminal.
+    """Return a console for the current stdout or stderr, plain if that is not a terminal.
 
     Writing to stderr never fails: a closed terminal or pipe must not end a training run.
     """
@@ -33,7 +33,7 @@ def make_console(*, is_stderr: bool) -> Console:
 
 
 def write_result(text: str) -> None:
-    """Write model text to stdout and flush: exact for a pipe, escaped for a terminal."""
+    """Write model text to stdout and flush: verbatim to a pipe or file, escaped on a terminal."""
     sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
@@ -44,6 +44,6 @@ def one_line(text: str) -> str:
 
 
 def note(text: str) -> None:
-    """Write a line to stderr that is not part of the result."""
+    """Print a one-line note to stderr, wrapped if that is a terminal."""
     lines = _streams.wrapped(one_line(text)) if _streams else [one_line(text)]
     make_console(is_stderr=True).print(*lines, sep="\n", style="dim")

@@ -1,4 +1,4 @@
-"""The settings of a run's text."""
+"""Settings of the text that a run trains on."""
 
 import codecs
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Literal
 from minigpt.fields import check_fields, option, require
 
 DEFAULT_TEXT = "builtin:tales"
-"""Name of the text that is read where none is given."""
+"""Text used if none is given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,42 +15,42 @@ class DataConfig:
     """The text to train on and its tokenizer."""
 
     paths: tuple[str, ...] = (DEFAULT_TEXT,)
-    """Files, folders, globs, corpus names, or - for standard input. Empty, as in runs older than
-    the tales, is ``builtin:python``."""
+    """Files, folders, globs, corpus names, or - for standard input. Empty, as in the config.toml of
+    old runs, means ``builtin:python``."""
     tokenizer: str = option("bytes", metavar="NAME")
     """Tokenizer: bytes, bpe, bpe:N, gpt2, cl100k_base or o200k_base. bpe is trained on the corpus,
-    which decides its size; bpe:N has N tokens in all. With ``from``, the name of the model's."""
+    with a vocabulary size that depends on it, or of N tokens. With ``from``, the model's."""
     special: bool = option(False)
     """Parse special tokens in the text, such as <|endoftext|>, which then ends a document."""
     skip_unencodable: bool = option(False)
-    """Skip and count characters that the vocabulary lacks."""
+    """Skip and count characters that are not in the vocabulary."""
     chat: bool = option(False)
     """Read rows as conversations: messages, prompt and completion, or instruction and output."""
     loss_on: Literal["completion", "all"] | None = option(None, shown="completion with --chat")
-    """Tokens of conversations that the loss is averaged over. completion: the assistant's."""
+    """Conversation tokens that the loss is averaged over. completion: the assistant's."""
     chat_template: str | None = option(None, metavar="FILE", shown="the model's, or a plain one")
-    """Jinja file of the chat template, or the name of one of several in the model folder."""
+    """Chat template: a Jinja file, or the name of one of several in the model folder."""
     format: Literal["text", "jsonl", "json", "csv", "parquet"] | None = option(
         None, shown="by suffix or content"
     )
-    """Format of all files. None decides for each file, by its suffix or its first rows."""
+    """Format of all files. None detects it for each file, from its suffix or first rows."""
     field: str = option("text", metavar="NAME")
-    """Field or column that has the text of a row (JSONL, JSON, CSV, Parquet); in an object of it,
-    as in data.text."""
+    """Field or column with the text of each row (JSONL, JSON, CSV, Parquet); data.text for a nested
+    field."""
     encoding: str = option("utf-8", metavar="NAME")
-    """Character encoding of the files, by its name in Python: utf-16, cp1252, gb18030."""
+    """Character encoding of the files, as named in Python: utf-16, cp1252, gb18030."""
     skip_bad: bool = option(False)
-    """Leave out rows without text, broken or not in the encoding, and count them."""
+    """Skip and count rows that have no text, are malformed or cannot be decoded."""
     val_fraction: float = option(0.1, "[0, 1)", metavar="F")
-    """Fraction of the text kept for validation; 0 to train on all. ``bpe`` learns no merges from
+    """Fraction of the text held out for validation; 0 to train on all. ``bpe`` is not trained on
     it."""
     val_split: Literal["tail", "documents"] | None = option(
-        None, shown="documents if there are ten"
+        None, shown="documents if there are at least ten"
     )
-    """Text kept for validation. documents: whole documents, chosen by a hash of their text; tail:
-    the last tokens. None derives documents if there are at least ten, else tail."""
+    """Part of the text held out for validation. documents: those chosen by a hash of their text;
+    tail: the last tokens. None derives documents if there are at least ten, else tail."""
     val: tuple[str, ...] = option((), metavar="DATA")
-    """Validation text of its own, instead of a fraction; repeat for several."""
+    """Separate validation text, instead of a fraction; repeat for several."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -58,8 +58,8 @@ class DataConfig:
             object.__setattr__(self, "paths", ("builtin:python",))
         try:
             is_text = codecs.lookup(self.encoding)._is_text_encoding
-            b"text".decode(self.encoding, "ignore")  # not those of host names
-        except (LookupError, ValueError):  # ValueError: a NUL in the name, UnicodeError
+            b"text".decode(self.encoding, "ignore")  # fails for codecs of host names
+        except (LookupError, ValueError):  # ValueError: NUL in the name, or UnicodeError
             is_text = False
         require(
             is_text,

@@ -9,7 +9,7 @@ from typing import ClassVar
 from minigpt.rings import find_ring
 
 DISTRIBUTION = "minigpt-attention"
-"""Name of the distribution on PyPI, where minigpt is another program."""
+"""Name of the distribution on PyPI, where ``minigpt`` is an unrelated package."""
 
 
 class MinigptError(Exception):
@@ -49,23 +49,23 @@ class ResourceError(MinigptError):
 
 
 class LockedError(MinigptError):
-    """Another process writes to the same run folder; exit code 7."""
+    """Another process is writing to the same run folder; exit code 7."""
 
     exit_code = 7
 
 
 class MinigptWarning(UserWarning):
-    """Something that was not asked for could not be done, and the work continues without it."""
+    """Something not explicitly requested could not be done, and the work continues without it."""
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
-    """Return the remedy for a misspelled name: what it may have meant, or all choices."""
+    """Return the remedy for a misspelled name: similar choices, or all if none is similar."""
     names = list(choices)
     return did_you_mean(word, names) or f"Choose from {', '.join(names)}."
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
-    """Return a question that names the choices near a misspelled name; empty if none is near."""
+    """Return "Did you mean ...?" with the choices similar to a name; empty if there are none."""
     suggestions = find_ring("suggestions")
     return str(suggestions.did_you_mean(word, choices)) if suggestions else ""
 
@@ -78,7 +78,7 @@ def require_choice(name: str, value: object, choices: Iterable[str]) -> None:
 
 
 def cut(value: object, most: int = 80) -> str:
-    """Return the repr of a value of a file or a command, with its middle left out if it is long."""
+    """Return the repr of a value for an error message, with the middle of a long one left out."""
     text = repr(value)
     return text if len(text) <= most else f"{text[: most - 23]}...{text[-20:]}"
 

@@ -1,4 +1,4 @@
-"""Loss of a model over a text: one deterministic pass."""
+"""Compute the loss of a model over a text in one deterministic pass."""
 
 import math
 from collections.abc import Iterable
@@ -14,11 +14,11 @@ from minigpt.model.language_model import LanguageModel
 from minigpt.text.batches import NO_TARGET
 
 _TOKENS_AT_ONCE = 16_384
-"""Most tokens of one forward pass."""
+"""Maximum number of tokens per forward pass."""
 _TOKENS_AT_ONCE_ON_CPU = 4096
-"""The same on a CPU, where a third more time was measured with four times as many."""
+"""The same on a CPU, where evaluating four times as many at once took a third longer."""
 LOGITS_AT_ONCE = 2**27
-"""Most logits of one forward pass by default: half a GiB in float32."""
+"""Default maximum number of logits per forward pass: half a GiB in float32."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Evaluation:
     """The loss over a text."""
 
     nats: float
-    """Sum of -ln p(token | those before it in its window)."""
+    """Sum of -ln p(token | previous tokens in its window)."""
     n_tokens: int
-    """Tokens predicted."""
+    """Number of tokens predicted."""
     n_bytes: int
     """UTF-8 bytes of these tokens."""
 
@@ -52,7 +52,7 @@ class Evaluation:
 
 
 def windows_at_once(vocab_size: int, window_length: int, device_type: str) -> int:
-    """Return the batch size at which the logits of a forward pass stay small."""
+    """Return the number of windows per forward pass that keeps its logits small."""
     most = _TOKENS_AT_ONCE_ON_CPU if device_type == "cpu" else _TOKENS_AT_ONCE
     n_tokens = min(most, LOGITS_AT_ONCE // vocab_size)
     return max(1, n_tokens // window_length)

@@ -1,4 +1,4 @@
-"""How the fields of a config dataclass are declared and checked."""
+"""Declare and check the fields of config dataclasses."""
 
 import math
 from collections.abc import Iterable
@@ -9,16 +9,16 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from minigpt.errors import ConfigError, cut, require_choice
 
-_LARGEST_FLOAT = 1e30  # float32 holds it, and its square root's square
+_LARGEST_FLOAT = 1e30  # well below float32's maximum
 
 
 def setting(
     default: Any = MISSING, bounds: str = "", choices: Iterable[str] = (), **more: Any
 ) -> Any:
-    """Declare a field that a TOML file and ``--set`` can give.
+    """Declare a field that can be set in a TOML file or with ``--set``.
 
-    Args: bounds, the interval of valid values, as in ``[0, 1)`` or ``(0, inf)``; choices, the valid
-        values where the type does not name them; more, of the field's metadata.
+    Args: bounds, the interval of valid values, such as ``[0, 1)`` or ``(0, inf)``; choices, the
+        valid values if the type does not list them; more, further metadata of the field.
     """
     metadata = {"bounds": bounds, "choices": tuple(choices)}
     return field(default=default, metadata=metadata | more)
@@ -27,16 +27,16 @@ def setting(
 def option(
     default: Any = MISSING, bounds: str = "", choices: Iterable[str] = (), **about: Any
 ) -> Any:
-    """Declare a field that is a command-line option too, named as the field.
+    """Declare a field that is also a command-line option of the same name.
 
-    Args: bounds and choices, as in ``setting``; about, fields of ``commands.options.Option``: what
-        --help shows beside the field's type, default and docstring.
+    Args: bounds and choices, as in ``setting``; about, fields of ``commands.options.Option`` that
+        --help shows in addition to the field's type, default and docstring.
     """
     return setting(default, bounds, choices, option=about)
 
 
 def choices_in(hint: Any) -> tuple[str, ...]:
-    """Return the choices of a type that allows nothing but a few words, or None; else ()."""
+    """Return the words of a type that allows only certain words (and None); else ()."""
     words, kinds = parts_of(hint)
     return tuple(word for word in words if word) if set(kinds) <= {NoneType} else ()
 
@@ -64,7 +64,7 @@ def check_fields(config: Any) -> None:
 
 
 class Checked:
-    """Base of config dataclasses whose fields are checked when one is made."""
+    """Base class of config dataclasses that check their fields when created."""
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -1,4 +1,4 @@
-"""Figures of matplotlib, an optional extra: checked for beforehand, drawn by its own defaults."""
+"""Write figures in matplotlib's default style; matplotlib is an optional extra."""
 
 import logging
 import os
@@ -24,8 +24,8 @@ def require_matplotlib(
 ) -> None:
     """Check that a picture can be written to a path, before any long computation.
 
-    Args: suffixes, of the allowed formats; what, the option or file that error messages name.
-    Raises: ConfigError if the path has another suffix, is a folder or is in no folder, or if
+    Args: suffixes, those of the allowed formats; what, option or file named in error messages.
+    Raises: ConfigError if the path has another suffix or is a folder, its folder does not exist, or
         matplotlib is not installed; ResourceError if it cannot be written.
     """
     if path.suffix.lower() not in suffixes:
@@ -45,7 +45,7 @@ def require_matplotlib(
 
 
 def our_style() -> AbstractContextManager[None]:
-    """Use matplotlib's defaults instead of the user's settings: TeX would run what a label says."""
+    """Use matplotlib's defaults, not the user's settings: with usetex, labels would run as TeX."""
     from matplotlib import style
 
     own = {"svg.hashsalt": "minigpt", "svg.fonttype": "none"}
@@ -53,12 +53,12 @@ def our_style() -> AbstractContextManager[None]:
 
 
 def to_bytes(figure: "Figure", format: str, *, dpi: int = 150) -> bytes:
-    """Return a figure as a file in a format such as ``svg``; equal figures give equal bytes."""
+    """Return the bytes of a figure in a format such as ``svg``; equal figures give equal bytes."""
     picture = BytesIO()
-    # A fallback font may lack a bold face.
+    # Silences the message that a fallback font has no bold face.
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
     with warnings.catch_warnings(), our_style():
-        # Names and tokens may have characters that the font lacks.
+        # Names and tokens may contain characters that are missing from the font.
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
         figure.savefig(picture, format=format, dpi=dpi, metadata=_NO_DATE.get(format, {}))
     return picture.getvalue()

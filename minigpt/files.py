@@ -16,19 +16,19 @@ from minigpt.rings import find_ring
 
 WRITING = ".writing-"
 """Prefix of the names of unfinished files and folders."""
-_remedies = find_ring("remedies")  # now, as no file can be opened when there are too many
+_remedies = find_ring("remedies")  # imported early: it reports too many open files
 LARGEST_READ = 2**28
-"""Most bytes of a file that is read at once. The largest tokenizer.json has 2**25."""
+"""Maximum size in bytes of a file that is read at once. The largest tokenizer.json has 2**25."""
 
 
 @contextmanager
 def resource_errors(path: Path | None, remedy: str = "") -> Iterator[None]:
-    """Turn errors of disk space, memory, permissions and names into ResourceError.
+    """Convert OSErrors about disk space, memory, permissions or file names to ResourceError.
 
     Any other OSError passes through.
 
-    Args: path, named in the message if the error names no file; None to name none. remedy, what to
-        do if space or permissions cannot be had there, as the end of a sentence.
+    Args: path, named in the message if the error names no file; None to name none. remedy, the
+        alternative to freeing space or changing permissions there, as the end of a sentence.
     """
     try:
         yield
@@ -40,7 +40,7 @@ def resource_errors(path: Path | None, remedy: str = "") -> Iterator[None]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk, where the system can open a folder."""
+    """Flush the entries of a folder to disk; does nothing on Windows, which cannot open folders."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -55,15 +55,15 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_file(file: IO[Any]) -> None:
-    """Wait until all bytes of an open file are on the disk."""
+    """Flush an open file to disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def open_regular(path: Path, *, may_be_pipe: bool = False) -> BufferedReader:
-    """Open a regular file for reading, or a FIFO that the user named if it may be a pipe.
+    """Open a regular file for reading, or also a FIFO if ``may_be_pipe``.
 
-    Raises: OSError, whose strerror says what the path is instead.
+    Raises: OSError whose strerror says what the path is instead.
     """
     if _remedies:
         _remedies.require_regular(path, may_be_pipe=may_be_pipe)
@@ -85,8 +85,8 @@ def read_bytes(path: Path, *, may_be_pipe: bool = False) -> bytes:
 def make_folder(path: Path, mode: int = 0o777) -> None:
     """Create a folder and its parents, unless it exists.
 
-    Raises: OSError; EPERM, not ENOENT, where no folder can be created, as in /proc or in a working
-        directory that was deleted.
+    Raises: OSError; EPERM, not ENOENT, where no folder can be created, as in /proc or in a deleted
+        working directory.
     """
     try:
         path.mkdir(mode, parents=True, exist_ok=True)
@@ -98,7 +98,7 @@ def make_folder(path: Path, mode: int = 0o777) -> None:
 def writing_aside(path: Path) -> Iterator[BinaryIO]:
     """Yield a file that is renamed to ``path`` when the block ends without an exception.
 
-    A reader, or a crash, sees the old file or the whole new one. The folder is created if needed.
+    Readers see the old file or the complete new one, even after a crash. Creates the folder.
     """
     make_folder(path.parent)
     aside = path.with_name(f"{WRITING}{path.name}.{os.getpid()}")
@@ -114,7 +114,7 @@ def writing_aside(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that a reader, or a crash, sees the old bytes or the new, never a mixture.
+    """Write a file atomically: readers see the old bytes or the new, even after a crash.
 
     Raises: ResourceError if the disk is full or the folder cannot be written.
     """
@@ -123,7 +123,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or a folder as far as the system allows it; a missing one is not an error."""
+    """Delete a file or folder if possible; it may be missing, and errors are ignored."""
     shutil.rmtree(path, ignore_errors=True)
     with suppress(OSError):
         path.unlink(missing_ok=True)
@@ -131,12 +131,12 @@ def remove(path: Path) -> None:
 
 @contextmanager
 def locked(path: Path, message: str = "") -> Iterator[None]:
-    """Hold a lock file against every other process; its folder is created if needed.
+    """Hold a lock file that excludes other processes; its folder is created if needed.
 
     Args: message, of the error if another process holds the lock; empty to wait for it.
-    Raises: LockedError; ResourceError if the folder cannot be written, or has no locks.
+    Raises: LockedError; ResourceError if the folder cannot be written, or does not support locks.
     """
-    from filelock import FileLock, Timeout  # slow to import, and --help does without
+    from filelock import FileLock, Timeout  # slow to import, and not needed for --help
 
     lock = FileLock(path, timeout=0 if message else -1)
     with resource_errors(path.parent):
@@ -146,7 +146,7 @@ def locked(path: Path, message: str = "") -> Iterator[None]:
         except Timeout:
             raise LockedError(message) from None
         except OSError as error:
-            # With a name, it could not be opened: perhaps nothing can be, a ring neither.
+            # With a file name, opening failed, and importing a ring could fail in the same way.
             if error.filename or not (places := find_ring("places")):
                 raise
             raise places.no_lock(path, error) from None
@@ -166,15 +166,15 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises: CheckpointError if the file is missing, unreadable, or not a JSON object; ResourceError
-        if it may not be read.
+        if permission to read it is denied.
     """
     try:
         with resource_errors(path):
             value = json.loads(read_bytes(path))
     except FileNotFoundError:
         raise CheckpointError(
-            f"{path.name} is missing in {str(path.parent)!r}. A model folder is as `minigpt train` "
-            "or Hugging Face's save_pretrained writes it."
+            f"{path.name} is missing in {str(path.parent)!r}. A model folder has the files that "
+            "`minigpt train` or Hugging Face's save_pretrained writes."
         ) from None
     except OSError as error:
         raise CheckpointError(f"{str(path)!r} cannot be read: {error.strerror}.") from None

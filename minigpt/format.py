@@ -1,8 +1,8 @@
-"""Numbers as people read them: three digits, SI prefixes, durations."""
+"""Format numbers for people: three digits, SI prefixes, durations."""
 
 
 def short(number: float) -> str:
-    """Return a number in three digits: 987, 12.3k, 1.05M."""
+    """Return a number with three digits: 987, 12.3k, 1.05M."""
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= 0.9995 * size:
             digits = f"{number / size:.3g}"
@@ -11,7 +11,7 @@ def short(number: float) -> str:
 
 
 def with_unit(number: float, unit: str) -> str:
-    """Return a number in three digits with an SI prefix: 10.4 MB, 987 B."""
+    """Return a number with three digits, an SI prefix and a unit: 10.4 MB, 987 B."""
     for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= 0.9995 * size:
             return f"{number / size:#.3g}".rstrip(".") + f" {prefix}{unit}"

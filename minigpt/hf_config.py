@@ -1,7 +1,7 @@
-"""The shape of a model with what only Hugging Face's model types have.
+"""Model configuration with the settings that only Hugging Face model types use.
 
-Take ModelConfig from ``config``, which finds it here. Imports no torch, so that --help may import
-it.
+Import ModelConfig from ``config``, which finds it here. This module does not import torch, because
+--help needs it.
 """
 
 from dataclasses import dataclass
@@ -13,37 +13,37 @@ from minigpt.model_config import ACTIVATIONS, OWN_TYPE, PlainModelConfig
 from minigpt.rings import has_ring
 
 HF_LAYOUTS = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
-"""Hugging Face model types that GPT computes; other files in checkpoint/families/ add more."""
+"""Hugging Face model types that GPT implements; files in checkpoint/families/ add more."""
 
 
 def has_family(model_type: str) -> bool:
-    """Return whether this installation has the file of a model type in checkpoint/families/."""
+    """Return whether checkpoint/families/ of this installation has a file for a model type."""
     is_name = model_type.isidentifier() and not model_type.startswith("_")
     return is_name and has_ring(f"checkpoint.families.{model_type}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(PlainModelConfig):
-    """The shape of a language model; enough to build it and to write its config.json."""
+    """Architecture of a language model: enough to build it and to write its config.json."""
 
     rope_scaling: Literal["llama3", "linear", "dynamic", "yarn"] = "llama3"
-    """Method of RoPE scaling: llama3 and yarn stretch long wavelengths, linear all; dynamic none
-    within context_length."""
+    """RoPE scaling method: llama3 and yarn stretch long wavelengths, linear stretches all, dynamic
+    none within context_length."""
     rope_scaling_factor: float = setting(1.0, "(0, inf)")
-    """Factor by which RoPE wavelengths are stretched. 1 stretches none."""
+    """Factor by which RoPE wavelengths are stretched. 1 for no scaling."""
     rope_low_freq_factor: float = setting(1.0, "(0, inf)")
-    """Divisor of rope_original_context; longer wavelengths are stretched in full (llama3)."""
+    """Divisor of rope_original_context: longer wavelengths are fully stretched (llama3)."""
     rope_high_freq_factor: float = setting(4.0, "(0, inf)")
-    """Divisor of rope_original_context; shorter wavelengths are not stretched, and those between
-    the two limits in part (llama3)."""
+    """Divisor of rope_original_context: shorter wavelengths are not stretched, and those between
+    the two limits partly (llama3)."""
     rope_beta_fast: float = setting(32.0, "(0, inf)")
-    """Turns in rope_original_context; wavelengths with more are not stretched (yarn)."""
+    """Turns in rope_original_context above which a wavelength is not stretched (yarn)."""
     rope_beta_slow: float = setting(1.0, "(0, inf)")
-    """Turns in rope_original_context; wavelengths with fewer are stretched in full (yarn)."""
+    """Turns in rope_original_context below which a wavelength is fully stretched (yarn)."""
     rope_attention_factor: float = setting(1.0, "(0, inf)")
-    """Factor of rotated queries and keys (yarn)."""
+    """Factor that multiplies rotated queries and keys (yarn)."""
     rope_truncate: bool = True
-    """Whether the dimensions of the two limits are rounded outwards to whole ones (yarn)."""
+    """Whether the dimensions at the two limits are rounded outwards to integers (yarn)."""
     rope_original_context: int = setting(8192, "[1, inf)")
     """Context length before RoPE scaling, in tokens."""
     hf_fields: tuple[str, ...] = ()
@@ -51,7 +51,7 @@ class ModelConfig(PlainModelConfig):
 
     @property
     def has_own_class(self) -> bool:
-        """Whether its family's class computes it, if there is one, instead of that of its arch."""
+        """Whether the class of its family, if there is one, builds the model, not that of arch."""
         return bool(self.hf_fields) or self.model_type not in (*HF_LAYOUTS, OWN_TYPE)
 
     def _layout(self) -> str:
@@ -67,7 +67,7 @@ class ModelConfig(PlainModelConfig):
             "hf_fields needs a model_type of Hugging Face. Leave it out.",
         )
         is_known = self.model_type in (*HF_LAYOUTS, OWN_TYPE) or not has_family(self.model_type)
-        if is_known:  # else the family decides what it can compute
+        if is_known:  # else the family checks whether it supports the settings
             self._check_known_layout()
         require(
             self.rope_low_freq_factor < self.rope_high_freq_factor,

@@ -1,4 +1,4 @@
-"""The options of interventions: heads to ablate, and heads or layers to patch."""
+"""Options of interventions: heads to ablate, and heads or layers to patch."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,17 +11,17 @@ class InterventionConfig:
     """Heads that are ablated, and heads or layers patched from a run on another prompt."""
 
     ablate: str | None = option(None, group="Interventions", metavar="LIST", shown="none")
-    """Heads whose output is set to 0, layer.head, as in 1.3,0.*. None for none."""
+    """Heads whose output is set to 0, as layer.head: 1.3,0.*. None for no ablation."""
     ablate_mean: bool = option(False, group="Interventions")
-    """Set it to its mean over the prompt instead."""
+    """Set the output of ablated heads to its mean over the prompt, not to 0."""
     patch_from: str | None = option(None, group="Interventions", metavar="PROMPT", shown="none")
-    """Prompt of as many tokens, from which heads or layers are patched. None for none."""
+    """Prompt with as many tokens, whose activations are patched in. None for none."""
     patch: str | None = option(None, group="Interventions", metavar="LIST", shown="none")
-    """Heads to patch, layer.head, or layers (residual stream), as in 3.1,2.*,4. None for none."""
+    """Heads to patch, as layer.head, or layers (residual stream): 3.1,2.*,4. None for none."""
     patch_position: int | Literal["all"] | None = option(
         None, "[0, inf)", group="Interventions", shown="the last of the prompt"
     )
-    """Position of the prompt to patch, or all. None for the last."""
+    """Prompt position to patch, or all. None for the last."""
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -1,7 +1,7 @@
-"""The shape of a model, and the names of what it can be made of.
+"""Model configuration, and the names of architectures, activations and attention scores.
 
-With the ring of Hugging Face's model types, a ModelConfig has their settings too: take it from
-``config``.
+Import ModelConfig from ``config``: with the ring hf_config, it also has the settings of Hugging
+Face model types.
 """
 
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ from minigpt.fields import check_fields, option, require, require_divides, round
 from minigpt.rings import ring
 
 OWN_TYPE = "minigpt"
-"""Model type of a model that Hugging Face does not have: other attention scores, LSTMs."""
+"""Model type of models without a Hugging Face equivalent: other attention scores, LSTMs."""
 ACTIVATIONS = ("silu", "relu", "relu2", "gelu_tanh", "gelu", "gelu_sigmoid")
 ARCHS = {
     "gpt": "model.gpt:GPT",
     "lstm": "model.variants.lstm:LSTM",
     "lstm-attention": "model.variants.lstm:LSTM",
 }
-"""Architectures, and the class of each: module and name below ``minigpt``."""
+"""Architecture -> its class, as module:name below ``minigpt``."""
 ATTENTIONS = {
     "scaled_dot": "model.scores:Score",
     "dot": "model.variants.products:DotScore",
@@ -27,13 +27,13 @@ ATTENTIONS = {
     "concat": "model.variants.tanh_scores:ConcatScore",
     "additive": "model.variants.tanh_scores:AdditiveScore",
 }
-"""Attention scores, and the class of each."""
+"""Attention score -> its class."""
 _ATTENTION_OF = {"gpt": "scaled_dot", "lstm": "none", "lstm-attention": "additive"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlainModelConfig:
-    """The shape of a language model; enough to build it and to write its config.json."""
+    """Architecture of a language model: enough to build it and to write its config.json."""
 
     vocab_size: int = setting(bounds="[1, 2**28]")
     """Number of tokens in the vocabulary, V."""
@@ -50,9 +50,9 @@ class PlainModelConfig:
     family: Literal["llama", "gpt2"] = option("llama")
     """Block layout. llama: RMSNorm, RoPE, gated MLP; gpt2: LayerNorm, learned positions."""
     n_kv_head: int = setting(0, "[0, 2**16]")
-    """Key/value heads per block, G, which divides n_head. 0 derives n_head."""
+    """Key/value heads per block, G, a divisor of n_head. 0 derives n_head."""
     d_head: int = setting(0, "[0, 2**28]")
-    """Width of one head, D, even for llama. 0 derives d_model / n_head."""
+    """Width of each head, D; even for llama. 0 derives d_model / n_head."""
     d_mlp: int = setting(0, "[0, 2**28]")
     """Hidden width of the MLP. 0 derives 4 d_model (gpt2) or 8/3 d_model, rounded up to a multiple
     of 32 (llama). An LSTM has 4 d_model gates."""
@@ -72,12 +72,12 @@ class PlainModelConfig:
     norm_eps: float = setting(1e-5, "(0, inf)")
     """Epsilon added under the square root of every norm."""
     tie_embeddings: bool = False
-    """Whether the token embedding is the output projection too."""
+    """Whether the token embedding and the output projection share one matrix."""
     dropout: float = option(0.0, "[0, 1)", shown="by the size of the text")
     """Dropout probability of embeddings and residual branches, in [0, 1)."""
     model_type: str = ""
     """Hugging Face model type. Empty derives gpt2, llama, qwen2 or qwen3, or minigpt for a model
-    that Hugging Face does not have."""
+    without a Hugging Face equivalent."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -111,7 +111,7 @@ class PlainModelConfig:
 
     @property
     def kind(self) -> str:
-        """Model type of config.json, or what a model of minigpt's own is, in a word or two."""
+        """Model type of config.json; for minigpt's own models, a description of a word or two."""
         if self.model_type != OWN_TYPE:
             return self.model_type
         return f"{self.family}, {self.attention}" if self.arch == "gpt" else self.arch
@@ -122,7 +122,7 @@ class PlainModelConfig:
         return {"gpt": self.n_layer, "lstm-attention": 1, "lstm": 0}[self.arch]
 
     def _widths(self) -> str:
-        """Return the remedy for a width that the heads do not divide: those that fit next to it."""
+        """Return the remedy for a d_model that does not fit the heads: the nearest that do."""
         unit = self.n_head * (2 if self.family == "llama" and self.arch == "gpt" else 1)
         below, above = self.d_model // unit * unit, round_up(self.d_model + 1, unit)
         return f" Try d_model {above}.{f' The next smaller one is {below}.' if below else ''}"
@@ -146,6 +146,6 @@ class PlainModelConfig:
         return OWN_TYPE
 
     def _check_layout(self) -> None:
-        """Raise ConfigError for what a model of this type cannot have."""
+        """Raise ConfigError for a setting that this model type does not support."""
         require_choice("activation", self.activation, ACTIVATIONS)
         require_choice("model_type", self.model_type, (OWN_TYPE,))

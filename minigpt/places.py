@@ -1,4 +1,4 @@
-"""Places to write: the cache folder, and what is not one, told before long work."""
+"""The cache folder, and checks before long work that files can be written."""
 
 import errno
 import os
@@ -11,7 +11,7 @@ from minigpt.files import WRITING, resource_errors
 
 CACHE_VARIABLE = "MINIGPT_CACHE_DIR"
 OTHER_CACHE = f"set {CACHE_VARIABLE} to a folder that can be written"
-"""Remedy where the cache cannot be written."""
+"""Remedy if the cache cannot be written."""
 
 
 def cache_folder() -> Path:
@@ -21,7 +21,7 @@ def cache_folder() -> Path:
 
 
 def require_writable(path: Path) -> None:
-    """Check that a file can be written, before long work whose result it takes.
+    """Check that a file can be written, before the long computation of its content.
 
     Raises: ResourceError if it, or its folder, cannot be written.
     """
@@ -35,7 +35,7 @@ def require_writable(path: Path) -> None:
 
 
 def no_lock(path: Path, error: OSError) -> ResourceError:
-    """Return the error for a file on a disk that has no locks."""
+    """Return the error for a file on a disk that does not support locks."""
     return ResourceError(
         f"{str(path)!r} cannot be locked: {error.strerror}. Choose a folder on another disk; for "
         f"the cache, {OTHER_CACHE}."

@@ -1,4 +1,4 @@
-"""Named starting points for a run: shape, budget and settings that fit each other.
+"""Named starting points for a run: architecture, budget and settings that fit each other.
 
 Every value can be changed by an option, a TOML file or --set.
 """
@@ -21,12 +21,12 @@ PRESETS: dict[str, dict[str, Any]] = tomllib.loads(
 def preset(name: str) -> dict[str, Any]:
     """Return a preset's settings, nested as in RunConfig.
 
-    Raises: ConfigError for an unknown name, with the nearest one.
+    Raises: ConfigError for an unknown name, with the nearest known one.
     """
     require_choice("preset", name, PRESETS)
     return merge(PRESETS[name])
 
 
 def default_run() -> RunConfig:
-    """Return the settings of a run of the default preset, whose vocabulary is not known yet."""
+    """Return the settings of the default preset, with a placeholder for the vocabulary size."""
     return build(RunConfig, merge(preset(DEFAULT_PRESET), {"model": {"vocab_size": 257}}))

@@ -1,4 +1,4 @@
-"""What to do about an error of disk space, memory, permissions or names; what is not a file."""
+"""Messages and remedies for OS errors, and the check that a path is a regular file."""
 
 import errno
 import os
@@ -6,7 +6,7 @@ import stat
 from pathlib import Path
 
 _LFS = b"version https://git-lfs.github.com/spec/"
-_LARGEST_POINTER = 1024  # as Git LFS has it
+_LARGEST_POINTER = 1024  # in bytes, the limit of Git LFS
 _SPACE = "free some space there, or "
 _NAME = "choose another name or folder"
 _PERMISSION = "check the owner and the permissions, or "
@@ -27,12 +27,12 @@ _REMEDIES = {
 
 
 def disk_message(error: OSError, path: Path | None, remedy: str, writing: str) -> str | None:
-    """Return the message of an error and its remedy; None for any other error.
+    """Return the message and remedy for an OSError; None if no remedy is known.
 
     Args: path and remedy, as for ``files.resource_errors``; writing, ``files.WRITING``.
     """
     advice = _REMEDIES.get(error.errno or 0, "")
-    if writing in str(error.filename):  # in /proc, there is no file that one may create
+    if writing in str(error.filename):  # in /proc, no file can be created
         advice = advice or _NAME
     if not advice:
         return None
@@ -48,11 +48,11 @@ def disk_message(error: OSError, path: Path | None, remedy: str, writing: str) -
 
 
 def require_regular(path: Path, *, may_be_pipe: bool) -> None:
-    """Raise OSError for what is not a file: reading a FIFO could wait forever, a device never end.
+    """Raise OSError if a path is not a regular file: a FIFO may block, a device may never end.
 
-    So it does for what Git LFS leaves in place of a file that was not fetched.
+    A Git LFS pointer, which stands in for a file that was not fetched, is refused too.
 
-    Args: may_be_pipe, whether a FIFO is read too.
+    Args: may_be_pipe, whether a FIFO is also allowed.
     """
     status = os.stat(path)
     mode = status.st_mode

@@ -1,4 +1,4 @@
-"""Looking up a ring: a part of the package that the core works without."""
+"""Look up rings: parts of the package that the core works without."""
 
 import sys
 from importlib import import_module
@@ -12,13 +12,13 @@ def ring(module: str) -> Any:
 
     The core never imports a ring with an import statement, so that a ring can be deleted.
 
-    Raises: ModuleNotFoundError if this installation does not have that ring.
+    Raises: ModuleNotFoundError if that ring is not installed.
     """
     return import_module(f"minigpt.{module}")
 
 
 def find_ring(module: str) -> Any:
-    """Import a module of a ring; None if this installation lacks it, or a ring that it needs."""
+    """Import a module of a ring; None if it, or a ring that it needs, is not installed."""
     try:
         return ring(module)
     except ModuleNotFoundError as error:
@@ -38,7 +38,7 @@ def has_ring(module: str) -> bool:
 def load_class(entry: str) -> Any:
     """Import the class that a registry names as ``"module:Class"`` below ``minigpt``.
 
-    Raises: ModuleNotFoundError if it is in a ring that this installation does not have.
+    Raises: ModuleNotFoundError if it is in a ring that is not installed.
     """
     module, _, name = entry.partition(":")
     return getattr(ring(module), name)

@@ -1,4 +1,4 @@
-"""Configs to and from plain values: TOML files, ``--set``, and merging settings."""
+"""Convert configs to and from plain values, parse TOML files and ``--set``, and merge settings."""
 
 import dataclasses
 import tomllib
@@ -22,7 +22,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
 
     Args: values, field name -> value, nested for nested dataclasses; where, a prefix for messages.
     Raises: ConfigError for an unknown key (naming the nearest known one), a missing one, or a
-        value of another type.
+        value of the wrong type.
     """
     hints = typing.get_type_hints(cls)
     fields = {plain_key(f.name): f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
@@ -40,7 +40,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
 
 
 def plain_key(name: str) -> str:
-    """Return a field's name as settings have it: ``from_`` is ``from``, a keyword of Python."""
+    """Return the setting's name for a field: ``from`` for ``from_``, which avoids the keyword."""
     return name.removesuffix("_")
 
 
@@ -89,8 +89,8 @@ def to_toml(config: RunConfig) -> str:
 def read_toml(path: Path, *, may_be_pipe: bool = False) -> dict[str, Any]:
     """Read a TOML file as plain nested values.
 
-    Raises: ConfigError if it is missing, unreadable or not TOML; ResourceError if it may not be
-        read.
+    Raises: ConfigError if it is missing, unreadable or not TOML; ResourceError if permission to
+        read it is denied.
     """
     try:
         with resource_errors(path):
@@ -113,7 +113,7 @@ def parse_assignment(text: str) -> dict[str, Any]:
     if not equals or not all(keys):
         raise ConfigError(f"--set takes name=value, as in model.n_layer=4: it is {text!r}.")
     try:
-        (value,) = tomllib.loads(f"value = {raw}").values()  # fails on a hidden second line
+        (value,) = tomllib.loads(f"value = {raw}").values()  # fails if raw has a second assignment
     except (ValueError, RecursionError):
         value = raw
     for key in reversed(keys):
@@ -134,7 +134,7 @@ def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_config_file(path: Path | None) -> dict[str, Any]:
-    """Read the file of ``--config``, once, as it may be a pipe; {} if there is none."""
+    """Read the ``--config`` file; {} if there is none. Call it only once: it may be a pipe."""
     return read_toml(path, may_be_pipe=True) if path else {}
 
 
@@ -145,9 +145,9 @@ def layered(
     preset: str | None = None,
     assignments: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """Return the settings of a config file, of options and of ``--set``; later ones win.
+    """Merge the settings of a config file, the options and ``--set``; later ones win.
 
-    Args: file, as from ``read_config_file``; given, the options as nested settings.
+    Args: file, from ``read_config_file``; given, the options as nested settings.
     """
     words = {"preset": preset} if preset else {}
     paths = {"data": {"paths": data}} if data else {}
@@ -156,13 +156,13 @@ def layered(
 
 
 def given(overrides: Mapping[str, Any], table: str, name: str) -> Any:
-    """Return the user's value of a setting; None if there is none."""
+    """Return the user's value of a setting; None if the user did not set it."""
     values = overrides.get(table)
     return values.get(name) if isinstance(values, Mapping) else None
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings by their dotted names, as in ``--set``."""
+    """Flatten nested settings to dotted names, as in ``--set``."""
     result: dict[str, Any] = {}
     for key, value in values.items():
         is_table = isinstance(value, Mapping)

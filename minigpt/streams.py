@@ -1,4 +1,4 @@
-"""Standard streams that are closed, break or cannot encode a character; wrapping for stderr."""
+"""Handle standard streams that are closed, broken or limited in encoding; wrap lines for stderr."""
 
 import os
 import re
@@ -9,7 +9,7 @@ from functools import cache
 from typing import IO, Any
 
 _ASCII = dict(zip("█▉▊▋▌▍▎▏▇▆▅▄▃▂▁▀━─│┬┴┼·…␣⋯∅", "#===---.#==--..#--|+++.~_~0", strict=True))
-"""Characters of bars, charts and tokens in ASCII, for a stream that cannot encode them."""
+"""ASCII replacements of characters in bars, charts and tokens that a stream cannot encode."""
 _WORDS = re.compile(
     r"""(\s*)((?:
         (?:^|(?<=[ :]\ ))(?:\S*python\S*|(?:\S*/)?minigpt|curl|git|iconv|jq|pip|torchrun|tr)\ .*?
@@ -19,11 +19,11 @@ _WORDS = re.compile(
     )+)""",
     re.VERBOSE,
 )
-"""Whitespace, and what follows it: a word, a whole command, or a text in quotes."""
+"""Whitespace followed by a word, a complete command or quoted text."""
 
 
 def open_streams() -> None:
-    """Make sure that stdin, stdout and stderr exist, and that no character makes them fail."""
+    """Open standard streams that are closed; escape characters that the others cannot encode."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by the caller, as with >&-
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
@@ -33,7 +33,7 @@ def open_streams() -> None:
 
 
 def close_streams() -> None:
-    """Silence streams that can no longer be written, so that Python's last flush does not fail."""
+    """Silence streams that can no longer be written, so that Python's flush at exit cannot fail."""
     for stream in filter(None, (sys.stdout, sys.stderr, sys.__stdout__)):
         try:
             stream.flush()
@@ -44,10 +44,10 @@ def close_streams() -> None:
 def wrapped(text: str, indent: int = 0) -> list[str]:
     """Wrap a line at spaces to the width of stderr, if that is a terminal.
 
-    Commands and texts in quotes stay in one piece, so that they can be copied, even if they are
-    wider than the terminal.
+    Commands and quoted texts are not broken, so that they can be copied, even if they are wider
+    than the terminal.
 
-    Args: indent, width of what the caller puts before each line.
+    Args: indent, width of the prefix that the caller adds to each line.
     """
     if not sys.stderr.isatty():
         return [text]
@@ -75,7 +75,7 @@ def _width(text: str) -> int:
 
 
 def silence(stream: IO[str]) -> None:
-    """Redirect a stream, and what it has buffered, to the null device."""
+    """Redirect a stream, including its buffered output, to the null device."""
     with suppress(OSError, ValueError):  # a stream without a descriptor
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())
@@ -83,7 +83,7 @@ def silence(stream: IO[str]) -> None:
 
 
 class Unfailing:
-    """A stream that drops its output once it cannot be written."""
+    """Wrapper of a stream that drops all output once a write has failed."""
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
@@ -107,11 +107,11 @@ class Unfailing:
 
 @cache
 def in_ascii(encoding: str) -> dict[int, str]:
-    """Return what stands for the characters that an encoding lacks, for ``str.translate``."""
-    lacking = {}
+    """Return the ``str.translate`` table that replaces characters an encoding cannot represent."""
+    table = {}
     for character, replacement in _ASCII.items():
         try:
             character.encode(encoding)
         except UnicodeEncodeError:
-            lacking[ord(character)] = replacement
-    return lacking
+            table[ord(character)] = replacement
+    return table

@@ -1,4 +1,4 @@
-"""Styled lines: their colors, and how they are printed."""
+"""Define the colors of styled lines, and print the lines."""
 
 from collections.abc import Iterable
 
@@ -19,7 +19,7 @@ THEME = Theme(
         "heat2": "#2aa198",
         "heat3": "#cb8b16",
         "heat4": "bold #e0561f",
-        # The same as backgrounds; black text is readable on all of them.
+        # The same colors as backgrounds; black text is readable on all of them.
         "shade1": "#000000 on #4c9bc6",
         "shade2": "#000000 on #2aa198",
         "shade3": "#000000 on #cb8b16",
@@ -27,7 +27,7 @@ THEME = Theme(
         "chosen": "bold reverse",
     }
 )
-"""Colors of the style names of the trace."""
+"""Color of each style name used in traces."""
 _streams = find_ring("streams")
 
 
@@ -41,7 +41,7 @@ def print_lines(
 ) -> None:
     """Print lines of (text, style name) pairs, with control characters escaped.
 
-    Args: is_cut, whether a terminal too narrow for a line gets its beginning, and does not wrap it.
+    Args: is_cut, whether lines too wide for the terminal are truncated instead of wrapped.
     """
     missing = _streams.in_ascii(console.encoding) if is_cut and _streams else {}
     is_plain = console.color_system is None and not (is_cut and console.is_terminal)
@@ -56,5 +56,5 @@ def print_lines(
         text = spans_to_text(spans)
         if is_cut and console.is_terminal and text.cell_len > console.width:
             text.truncate(console.width, overflow="ellipsis")
-        console.print(text, soft_wrap=is_cut)  # else rich breaks it between words
+        console.print(text, soft_wrap=is_cut)  # without it, rich wraps at words
     console.file.flush()
