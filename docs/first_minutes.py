@@ -1,10 +1,10 @@
-"""Film the first minutes with a fresh clone in a terminal, and write docs/first-minutes.md.
+"""Record the first minutes with a fresh clone in a terminal, and write docs/first-minutes.md.
 
     python docs/first_minutes.py
 
 Clones this repository, as it is committed, into a new folder and runs make demo in a tmux of 80
-columns. Then it types what the demo proposes next. Needs git, make and tmux; packages come from the
-caches of pip and uv if they have them.
+columns. Then it types the commands that the demo suggests next. Needs git, make and tmux; packages
+come from the caches of pip and uv if they are there.
 """
 
 import itertools
@@ -20,15 +20,15 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "first-minutes.md"
 COLUMNS, ROWS = 80, 40
 CAPTURES = {20: "20 s", 40: "40 s", 60: "60 s", 120: "2 minutes"}
-# What the stopwatch waits for, in this order.
+# Name and pattern of each timed event, in this order.
 MARKS = {
-    "make begins to install": r"^Installing minigpt",
-    "the packages are there": r"^1\. The model that ships",
-    "the tale is told": r"^120 tokens",
-    "its trace and the page are there": r"^The same, to click through",
+    "make starts the installation": r"^Installing minigpt",
+    "the packages are installed": r"^1\. The model that ships",
+    "the tale is generated": r"^120 tokens",
+    "its trace and the page are written": r"^The same, to click through",
     "training begins": r"^run    checkpoints/",
     "the model is trained": r"^best   checkpoints/",
-    "its text and its trace are there": r"^Next, with a text of yours",
+    "the trained model's text and trace are shown": r"^Next, with a text of yours",
 }
 AFTER = [
     ". .venv/bin/activate",
@@ -37,10 +37,10 @@ AFTER = [
 ]
 HEAD = """# The first minutes
 
-What a terminal of {columns} columns shows after `git clone` and `make demo` in a new folder, by
-`python docs/first_minutes.py` on {machine}. Packages were in the cache of uv.
+What a terminal of {columns} columns shows in the first minutes after `git clone` and `make demo` in a new folder. Recorded
+by `python docs/first_minutes.py` on {machine}, with the packages in uv's cache.
 
-| after | |
+| after | event |
 | --- | --- |
 {marks}
 
@@ -49,7 +49,7 @@ After the demo, these lines were typed: {after}.
 
 
 class Terminal:
-    """A terminal that is filmed."""
+    """A tmux terminal whose screen can be read."""
 
     def __init__(self, folder: Path) -> None:
         self.tmux = ["tmux", "-L", f"first-minutes-{os.getpid()}", "-f", os.devnull]
@@ -79,7 +79,7 @@ class Terminal:
 
 
 def film(terminal: Terminal, marks: dict[str, float]) -> Iterator[tuple[str, str]]:
-    """Yield the name and the screen of each capture; note when each mark appears."""
+    """Yield the name and the screen of each capture; record when each mark appears."""
     started = time.monotonic()
     captures = list(CAPTURES.items())
     typed = False
