@@ -37,8 +37,9 @@ AFTER = [
 ]
 HEAD = """# The first minutes
 
-What a terminal of {columns} columns shows in the first minutes after `git clone` and `make demo` in a new folder. Recorded
-by `python docs/first_minutes.py` on {machine}, with the packages in uv's cache.
+What a terminal of {columns} columns shows in the first minutes after `git clone` and `make demo`
+in a new folder. Recorded by `python docs/first_minutes.py` on {machine}, with the
+packages in uv's cache.
 
 | after | event |
 | --- | --- |
