@@ -1,4 +1,4 @@
-"""Folders with a chat template and a vocabulary, which minigpt and transformers read."""
+"""Folders with a chat template and a vocabulary that minigpt and transformers can read."""
 
 import json
 from collections.abc import Callable
@@ -47,7 +47,7 @@ MISTRAL = """{%- set ns = namespace(system='') -%}
     {%- else -%}{{- ' ' + m.content + eos_token -}}{%- endif -%}
 {%- endfor -%}"""
 
-# Earlier answers lose their thoughts, the last one gets empty thoughts, as in Qwen 3.
+# Thoughts are removed from earlier answers and left empty in the last one, as in Qwen 3.
 THINKING = """{%- for m in messages %}
 {%- set content = m.content.split('</think>')[-1].lstrip('\\n') %}
 {%- set thought = '<think>\\n\\n</think>\\n\\n' if m.role == 'assistant' and loop.last else '' %}

@@ -1,4 +1,4 @@
-"""A folder to read files from."""
+"""Fixture with a folder to read files from."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working folder; cache and spool are beside it."""
+    """Return an empty working folder; the cache and the spool are outside it."""
     for name in ("work", "cache", "spool"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path / "work")

@@ -1,4 +1,4 @@
-"""Files of rows in each format, and what reading them gives."""
+"""Files of rows in each format, and the results of reading them."""
 
 import csv
 import io
@@ -17,7 +17,7 @@ TEXTS = ["The owl, at night.", 'She said "né".', "two\nlines", "世界"]
 
 
 class Reading:
-    """The texts of some files, the line about them, and the messages of skipped rows."""
+    """The texts of some files, the notes about them, and the messages for skipped rows."""
 
     def __init__(self, *words: str, stdin: bytes = b"", **options: object) -> None:
         data = DataConfig(**options)  # type: ignore[arg-type]

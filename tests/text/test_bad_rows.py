@@ -1,4 +1,4 @@
-"""What is said of rows and files that cannot be read, and what is skipped."""
+"""Errors for rows and files that cannot be read, and skipping of bad rows."""
 
 import gzip
 import json
@@ -18,7 +18,9 @@ from minigpt.text.sources import find_files
 pytestmark = pytest.mark.usefixtures("folder")
 
 
-def test_without_the_extra_parquet_and_zstandard_name_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parquet_and_zstandard_errors_name_the_missing_extra(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     Path("a.parquet").write_bytes(b"PAR1 and so on")
     Path("a.zst").write_bytes(b"\x28\xb5\x2f\xfd")
     for name in ("pyarrow", "compression.zstd", "zstandard"):
@@ -29,7 +31,7 @@ def test_without_the_extra_parquet_and_zstandard_name_it(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(("suffix", "kind", "pack"), FORMATS)
-def test_a_missing_field_is_refused_with_the_fields_seen_and_another_is_read(
+def test_a_missing_field_is_refused_with_the_fields_found_and_field_selects_another(
     suffix: str, kind: str, pack: Callable[[list[str]], bytes]
 ) -> None:
     Path(f"a{suffix}").write_bytes(pack(TEXTS))
@@ -42,7 +44,7 @@ def test_a_missing_field_is_refused_with_the_fields_seen_and_another_is_read(
 
 
 @pytest.mark.parametrize("row", [{"\x1b[2J": "a"}, {"text": {"\x1b[2J": "a"}}, {"\u202ea": "a"}])
-def test_a_field_that_would_steer_a_terminal_is_not_proposed(row: object) -> None:
+def test_a_field_name_with_control_characters_is_not_suggested(row: object) -> None:
     Path("a.jsonl").write_bytes(json.dumps(row).encode())
     message = refusal("a.jsonl")
     assert message.isprintable()
@@ -94,7 +96,7 @@ def test_a_bad_line_is_refused_with_its_number_or_skipped_and_counted(
         ("a.csv", b"n,text\n1,a, b\n2,c, d\n", "Quote a text that has commas"),
     ],
 )
-def test_leaving_out_bad_rows_is_advised_only_if_another_row_has_a_text(
+def test_skip_bad_is_suggested_only_if_another_row_has_a_text(
     name: str, content: bytes, remedy: str
 ) -> None:
     Path(name).write_bytes(content)
@@ -112,7 +114,7 @@ def test_leaving_out_bad_rows_is_advised_only_if_another_row_has_a_text(
         (5, 'Each row needs a list of "messages"'),
     ],
 )
-def test_rows_of_which_none_is_a_conversation_are_refused_with_what_they_have(
+def test_rows_without_any_conversation_are_refused_with_their_fields_or_roles(
     row: object, seen: str
 ) -> None:
     Path("a.jsonl").write_text(f"{json.dumps(row)}\n" * 9)
@@ -122,7 +124,7 @@ def test_rows_of_which_none_is_a_conversation_are_refused_with_what_they_have(
 
 
 @pytest.mark.parametrize("line", [b"null", b"[]", b'{"text": "a"', b"5"])
-def test_a_pipe_whose_first_row_is_bad_is_jsonl_too(line: bytes) -> None:
+def test_a_pipe_whose_first_row_is_bad_is_still_recognized_as_jsonl(line: bytes) -> None:
     content = line + b"\n" + jsonl(TEXTS)
     reading = Reading("-", stdin=content, skip_bad=True)
     assert (reading.texts, len(reading.skipped)) == (TEXTS, 1)
@@ -152,7 +154,7 @@ def test_a_bad_item_or_row_is_refused_with_its_number_or_skipped(
     assert (reading.texts, len(reading.skipped)) == (["one", "two"], 1)
 
 
-def test_a_null_of_parquet_is_refused_with_its_number_or_skipped() -> None:
+def test_a_null_in_parquet_is_refused_with_its_row_number_or_skipped() -> None:
     pyarrow = pytest.importorskip("pyarrow", reason="writes the Parquet file")
     from pyarrow import parquet as files
 
@@ -164,12 +166,12 @@ def test_a_null_of_parquet_is_refused_with_its_number_or_skipped() -> None:
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.csv", "a.jsonl"])
-def test_rows_of_which_none_has_a_text_are_an_empty_corpus_that_says_why(name: str) -> None:
+def test_rows_without_any_text_are_an_empty_corpus_with_the_reason(name: str) -> None:
     rows = {"a.json": "[{}, {}]", "a.csv": "n,text\n1\n", "a.jsonl": '{"text": null}\n'}
     Path(name).write_text(rows[name])
     message = refusal(name, skip_bad=True)
     assert message.startswith("the corpus is empty")
-    assert " 1 of " in message  # the first of the rows that were left out
+    assert " 1 of " in message  # the first of the skipped rows
 
 
 @pytest.mark.parametrize(
@@ -180,12 +182,12 @@ def test_rows_of_which_none_has_a_text_are_an_empty_corpus_that_says_why(name: s
         (b'[{"text": "a"} x]', "item 2 of 'a.json' is not JSON"),
     ],
 )
-def test_a_json_array_that_is_cut_or_broken_is_refused(content: bytes, where: str) -> None:
+def test_a_truncated_or_malformed_json_array_is_refused(content: bytes, where: str) -> None:
     Path("a.json").write_bytes(content)
     assert where in refusal("a.json", format="json")
 
 
-def test_an_unclosed_quote_is_named_by_its_row_and_costs_only_its_own_line() -> None:
+def test_an_unclosed_quote_is_reported_by_row_and_skips_only_its_own_line() -> None:
     rows = [f"{i},text {i}" for i in range(8)]
     rows[3] = '3,"text 3'
     Path("a.csv").write_text("\n".join(["n,text", *rows, ""]))
@@ -194,7 +196,7 @@ def test_an_unclosed_quote_is_named_by_its_row_and_costs_only_its_own_line() -> 
     assert found.texts == [f"text {i}" for i in range(8) if i != 3]
     assert len(found.skipped) == 1
     Path("a.csv").write_text("\n".join(["n,text", *rows, '8,"text, 8"', "9,text 9"]))
-    found = Reading("a.csv", skip_bad=True)  # the next quote seems to close it
+    found = Reading("a.csv", skip_bad=True)  # the next quote appears to close the first one
     assert found.texts == [f"text {i}" for i in range(8) if i != 3] + ["text, 8", "text 9"]
 
 
@@ -205,11 +207,11 @@ def test_an_unclosed_quote_is_named_by_its_row_and_costs_only_its_own_line() -> 
         ('{"text": "b" "n": 1}', 1),
         ('{"text": nul}', 1),
         ('{"text": "b"', 1),
-        ('{"text": {"a": 1}, {"x": 2}}', 3),  # what follows the error may look like items
+        ('{"text": {"a": 1}, {"x": 2}}', 3),  # text after the error may look like items
     ],
 )
 @pytest.mark.parametrize("indent", [None, 1])
-def test_a_broken_item_of_an_array_is_left_out_with_skip_bad(
+def test_skip_bad_skips_a_malformed_item_of_a_json_array(
     broken: str, n_lost: int, indent: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rows_of, "READ_CHARS", 64)
@@ -237,7 +239,7 @@ def test_a_broken_item_of_an_array_is_left_out_with_skip_bad(
     ],
 )
 @pytest.mark.parametrize("indent", [None, 2])
-def test_an_object_that_nests_its_rows_is_called_one(
+def test_an_object_with_nested_lists_of_rows_is_refused_with_their_keys(
     value: object, keys: str, indent: int | None
 ) -> None:
     Path("a.json").write_text(json.dumps(value, indent=indent))
@@ -259,7 +261,7 @@ def test_an_object_that_nests_its_rows_is_called_one(
     ],
 )
 @pytest.mark.parametrize("indent", [None, 1])
-def test_rows_in_an_object_are_refused_with_the_command_that_lists_them(
+def test_rows_in_an_object_are_refused_with_the_jq_command_that_extracts_them(
     value: object, program: str, indent: int | None
 ) -> None:
     Path("a.json").write_text(json.dumps(value, indent=indent))
@@ -270,7 +272,7 @@ def test_rows_in_an_object_are_refused_with_the_command_that_lists_them(
         assert Reading("b.json").texts == ["a", "b"]
 
 
-def test_a_row_whose_objects_differ_is_not_called_a_table() -> None:
+def test_a_row_whose_nested_objects_differ_gets_no_jq_command() -> None:
     Path("a.jsonl").write_text('{"a": {"text": "one"}, "b": {"title": "two"}}\n')
     message = refusal("a.jsonl")
     assert "its fields are 'a.text', 'b.title'" in message
@@ -278,7 +280,7 @@ def test_a_row_whose_objects_differ_is_not_called_a_table() -> None:
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
-def test_a_line_that_is_too_long_is_named_with_its_file(
+def test_a_row_that_is_too_long_is_refused_with_its_file(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("minigpt.text.rows.LONGEST_ROW", 100)
@@ -288,7 +290,7 @@ def test_a_line_that_is_too_long_is_named_with_its_file(
     assert f"of '{name}' has more than 100 characters. Split it" in refusal(name)
 
 
-def test_the_remedy_for_a_row_in_another_encoding_ends_before_that_of_skipping_it() -> None:
+def test_a_row_in_another_encoding_gets_two_separate_remedies() -> None:
     Path("a.jsonl").write_bytes('{"text": "né"}\n{"text": "a"}\n'.encode("latin-1"))
     assert "iconv -f LATIN1 -t UTF-8 OLD > NEW. Leave such rows out" in refusal("a.jsonl")
 
@@ -310,19 +312,19 @@ def test_the_remedy_for_a_row_in_another_encoding_ends_before_that_of_skipping_i
         ("a.txt", b"On\0ce", r"leave its NUL bytes out: tr -d '\000' < OLD > NEW"),
     ],
 )
-def test_the_message_of_a_file_that_cannot_be_read_has_its_remedy(
+def test_the_error_for_an_unreadable_file_has_a_remedy(
     name: str, content: bytes, remedy: str
 ) -> None:
     Path(name).write_bytes(content)
     assert remedy in refusal(name)
 
 
-def test_parquet_that_is_called_text_is_named_as_what_it_is() -> None:
+def test_parquet_given_as_text_is_recognized_in_the_error() -> None:
     Path("a.parquet").write_bytes(b"PAR1" + b"\0" * 50)
     assert "is a Parquet file. Give --format parquet" in refusal("a.parquet", format="text")
 
 
-def test_the_longest_string_of_a_row_is_proposed_as_its_text() -> None:
+def test_the_field_with_the_longest_string_is_suggested_as_the_text() -> None:
     rows = [{"id": "a1", "body text": "It rained all day.", "n": 3}] * 3
     Path("a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert "--field 'body text'" in refusal("a.jsonl")
@@ -330,7 +332,7 @@ def test_the_longest_string_of_a_row_is_proposed_as_its_text() -> None:
     assert "with --field." in refusal("b.jsonl")
 
 
-def test_messages_without_roles_are_not_told_to_be_a_chat() -> None:
+def test_chat_is_not_suggested_for_messages_without_roles() -> None:
     rows = {"name": "Ann", "messages": [{"id": 1, "text": "hello"}, {"id": 2, "text": "bye"}]}
     Path("chat.json").write_text(json.dumps(rows))
     message = refusal("chat.json")
@@ -341,11 +343,11 @@ def test_messages_without_roles_are_not_told_to_be_a_chat() -> None:
 @pytest.mark.parametrize(
     "turn", [{"from": "human", "value": "Hi"}, {"role": "user", "content": ""}]
 )
-def test_conversations_in_rows_are_told_to_be_a_chat(turn: dict[str, str]) -> None:
+def test_chat_is_suggested_for_rows_with_conversations(turn: dict[str, str]) -> None:
     Path("chat.jsonl").write_text((json.dumps({"conversations": [turn]}) + "\n") * 3)
     assert "--chat" in refusal("chat.jsonl")
 
 
-def test_an_object_of_many_strings_is_told_to_be_listed() -> None:
+def test_a_jq_command_is_suggested_for_an_object_of_many_strings() -> None:
     Path("a.json").write_text(json.dumps({str(i): f"Tale {i}." for i in range(20)}))
     assert "jq '[.[]]'" in refusal("a.json")

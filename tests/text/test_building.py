@@ -1,4 +1,4 @@
-"""Prepared folders: the same bytes for any number of workers, and after any interruption."""
+"""Prepared folders have the same bytes for any number of workers and after any interruption."""
 
 import errno
 import json
@@ -34,12 +34,12 @@ WORDS = ["the owl ", "a nest, ", "né ", "世界 ", "tree\n", "<|endoftext|> ", 
 
 
 class Killed(BaseException):
-    """Ends a preparation as SIGKILL would: no file is deleted."""
+    """Ends a preparation like SIGKILL: no cleanup runs."""
 
 
 @pytest.fixture(scope="module")
 def texts() -> list[str]:
-    """Documents of one word to 2,000 words."""
+    """Return documents of 1 to 2,000 words."""
     draw = random.Random(5)
     lengths = [draw.choice([1, 3, 20, 100]) for _ in range(120)] + [2000, 1, 700]
     return ["".join(draw.choices(WORDS, k=length)) for length in lengths]
@@ -47,7 +47,7 @@ def texts() -> list[str]:
 
 @pytest.fixture
 def data(texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DataConfig:
-    """The documents in two files; pieces, chunks and shards are small."""
+    """Return a config for the documents in two files, with small pieces, chunks and shards."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(corpus, "PIECE_CHARS", 900)
     monkeypatch.setattr(corpus, "LOOKAHEAD_CHARS", 400)
@@ -62,7 +62,7 @@ def data(texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> D
 
 @pytest.fixture
 def prepared(data: DataConfig, tmp_path: Path) -> Prepare:
-    """Prepare the documents in a folder."""
+    """Return a function that prepares the documents in a folder."""
 
     def run(out: str = "out", **changes: object) -> tuple[PreparedData, Work]:
         return prepare_folder(data, tmp_path / out, tmp_path / "cache", **changes)  # type: ignore[arg-type]
@@ -71,7 +71,7 @@ def prepared(data: DataConfig, tmp_path: Path) -> Prepare:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All files but the lock; the times in the manifest are left out."""
+    """Return all files except the lock, without the times in the manifest."""
     files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
     if "manifest.json" in files:
         manifest = json.loads(files["manifest.json"])
@@ -92,7 +92,7 @@ def test_tokens_equal_a_plain_loop_for_any_number_of_workers(
     encode, draw = building._encode, random.Random(1)
 
     def encode_sometime(chunk: list[Document], **about: Any) -> Encoded:
-        time.sleep(draw.random() / 500)  # so that later chunks are often ready before
+        time.sleep(draw.random() / 500)  # so that later chunks often finish first
         return encode(chunk, **about)
 
     monkeypatch.setattr(building, "_encode", encode_sometime)
@@ -123,7 +123,7 @@ def test_no_merge_is_learned_from_validation_text(
     made = prepare(config).tokenizer
     assert made.fingerprint == train_bpe(first, 300).fingerprint
     assert made.fingerprint != train_bpe(texts, 300).fingerprint
-    # Of a long corpus, only the beginning is read.
+    # Only the beginning of a long corpus is read.
     monkeypatch.setattr(bpe, "BPE_TRAINING_BYTES", 1000)
     made = prepare(config, cache_dir=Path("another")).tokenizer
     assert made.fingerprint == train_bpe(texts, 300).fingerprint
@@ -142,7 +142,7 @@ def test_prepared_folder_equals_prepared_cache(
 
 
 def kill_at_sync(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """End the process at its n-th fsync of a file, and so at any place between two files."""
+    """End the process at its n-th fsync, which covers every point between two files."""
     sync, calls = os.fsync, []
 
     def sync_or_die(descriptor: int) -> None:
@@ -157,13 +157,13 @@ def kill_at_sync(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.integration
-def test_preparation_killed_anywhere_resumes_and_gives_the_same_bytes(
+def test_preparation_killed_at_any_fsync_resumes_with_the_same_bytes(
     prepared: Prepare, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, _ = prepared("whole")
     n_shards = len(whole.manifest.shards)
     n_encoded = []
-    for number in range(1, 2 * n_shards + 4):  # vocabulary, record, two for each shard, manifest
+    for number in range(1, 2 * n_shards + 4):  # vocabulary, record, two per shard, manifest
         out = f"out-{number}"
         with monkeypatch.context() as patch:
             kill_at_sync(number, patch)
@@ -237,7 +237,7 @@ def test_resumed_preparation_keeps_only_intact_shards(
     ]
 
 
-def test_interrupted_preparation_with_another_vocabulary_starts_again(
+def test_an_interrupted_preparation_with_another_vocabulary_starts_over(
     prepared: Prepare, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, _ = prepared("whole")
@@ -252,7 +252,7 @@ def test_interrupted_preparation_with_another_vocabulary_starts_again(
     assert contents(again.folder) == contents(whole.folder)
 
 
-def test_error_leaves_complete_shards_or_nothing(
+def test_a_failed_preparation_leaves_only_complete_shards(
     prepared: Prepare, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(descriptor: int) -> None:
@@ -279,7 +279,7 @@ def test_error_leaves_complete_shards_or_nothing(
     assert contents(again.folder) == contents(prepared("whole")[0].folder)
 
 
-def test_killed_preparation_in_the_cache_is_resumed(
+def test_a_killed_preparation_in_the_cache_is_resumed(
     data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = prepare(data, tmp_path / "other")
@@ -301,7 +301,7 @@ def test_killed_preparation_in_the_cache_is_resumed(
     assert not list((tmp_path / "cache").rglob(".writing-*"))
 
 
-def test_folder_with_other_contents_is_refused_and_unchanged(
+def test_a_folder_with_other_contents_is_refused_and_left_unchanged(
     prepared: Prepare, data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refused(message: str, **changes: object) -> None:
@@ -326,7 +326,9 @@ def test_folder_with_other_contents_is_refused_and_unchanged(
     refused("another text, or tokens of another tokenizer")
 
 
-def test_folder_that_another_process_prepares_is_refused(prepared: Prepare, tmp_path: Path) -> None:
+def test_a_folder_being_prepared_by_another_process_is_refused(
+    prepared: Prepare, tmp_path: Path
+) -> None:
     (tmp_path / "out").mkdir()
     with (
         FileLock(tmp_path / "out/.lock"),
@@ -335,7 +337,7 @@ def test_folder_that_another_process_prepares_is_refused(prepared: Prepare, tmp_
         prepared()
 
 
-def test_kept_tokens_are_reported_with_the_tokenizer_that_was_given(data: DataConfig) -> None:
+def test_reused_tokens_are_returned_with_the_given_tokenizer(data: DataConfig) -> None:
     first = train_bpe(["the owl, the nest"], 260)
     again = byte_pairs.from_dict(first.to_dict() | {"name": "other"})
     assert (again.fingerprint, again.name) == (first.fingerprint, "other")
@@ -346,7 +348,7 @@ def test_kept_tokens_are_reported_with_the_tokenizer_that_was_given(data: DataCo
     assert made.manifest.tokenizer == first.name
 
 
-def test_prepared_folder_must_be_finished_alone_and_have_the_same_tokenizer(
+def test_a_prepared_folder_must_be_complete_and_match_the_tokenizer(
     prepared: Prepare, data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -373,7 +375,9 @@ def test_prepared_folder_must_be_finished_alone_and_have_the_same_tokenizer(
         prepare_folder(DataConfig(paths=(out,)), tmp_path / "again", tmp_path / "cache")
 
 
-def test_a_damaged_folder_is_an_error_and_not_made_again(prepared: Prepare, tmp_path: Path) -> None:
+def test_a_damaged_prepared_folder_is_an_error_and_is_not_rebuilt(
+    prepared: Prepare, tmp_path: Path
+) -> None:
     prepared()
     path = tmp_path / "out/tokens-00001.bin"
     path.write_bytes(path.read_bytes()[:-2])

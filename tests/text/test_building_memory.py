@@ -1,4 +1,4 @@
-"""Prepared folders: how much memory making them takes."""
+"""Memory used while preparing folders."""
 
 import json
 import subprocess
@@ -12,8 +12,8 @@ from minigpt.config import DataConfig
 from minigpt.text.prepared_folders import prepare_folder
 
 
-def test_many_workers_hold_a_bounded_part_of_a_long_jsonl(tmp_path: Path) -> None:
-    """32 MB of documents of 8 kB, 64 MB as tokens."""
+def test_memory_of_many_workers_on_a_long_jsonl_is_bounded(tmp_path: Path) -> None:
+    """Prepare 32 MB of documents of 8 kB each, 64 MB as tokens."""
     line = json.dumps({"text": "the owl and the nest and the tree\n" * 240}) + "\n"
     (tmp_path / "a.jsonl").write_text(line * 4000)
     data = DataConfig(paths=(str(tmp_path / "a.jsonl"),))
@@ -26,10 +26,10 @@ def test_many_workers_hold_a_bounded_part_of_a_long_jsonl(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads peak memory from /proc")
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe:512"])
 def test_a_jsonl_of_256_mb_takes_less_than_500_mb_of_memory(tmp_path: Path, tokenizer: str) -> None:
-    """All memory of the process, the imports included; BPE holds the text it learns from."""
+    """Limit the memory of the whole process, including imports; BPE holds its training text."""
     with (tmp_path / "a.jsonl").open("w") as file:
         for number in range(33_000):
             text = f"chapter {number}: the owl and the nest and the tree\n" * 160

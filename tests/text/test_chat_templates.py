@@ -1,4 +1,4 @@
-"""Chat templates are found and rendered as transformers does, and foreign ones do no harm."""
+"""Chat templates are found and rendered as in transformers, and untrusted ones do no harm."""
 
 import itertools
 import json
@@ -34,7 +34,7 @@ from minigpt.text.tokenizer import BytesTokenizer
         ({}, {"additional_chat_templates/t.jinja": "t", "chat_template.jinja": "d"}, None, "d"),
     ],
 )
-def test_a_template_is_found_where_transformers_finds_it(
+def test_chat_templates_are_found_in_the_same_places_as_in_transformers(
     config: dict[str, Any],
     files: dict[str, str],
     named: str | None,
@@ -79,7 +79,7 @@ OLD_MAP = {"bos_token": "[INST]", "eos_token": {"content": "[/INST]", "lstrip": 
     ],
     ids=str,
 )
-def test_the_special_tokens_of_a_template_are_those_of_transformers(
+def test_templates_get_the_same_special_tokens_as_in_transformers(
     config: dict[str, Any], vocabulary: str, tmp_path: Path
 ) -> None:
     folder = folder_with(tmp_path, vocabulary, chat_template=NAMES, **config)
@@ -169,7 +169,7 @@ def test_a_harmful_or_broken_template_is_refused_in_one_line(source: str, says: 
     assert len(str(caught.value)) < 400
 
 
-def test_long_conversations_stay_below_the_limit_of_steps() -> None:
+def test_long_conversations_stay_below_the_step_limit_of_templates() -> None:
     messages = [turn("user", "word " * 2000), turn("assistant", "more " * 2000)] * 100
     text = ChatTemplate(CHATML, {}, "x").render(messages)
     assert len(text) > 2_000_000
@@ -234,7 +234,9 @@ ODD_CONVERSATIONS = [
 
 
 @pytest.mark.parametrize("feature", FEATURES)
-def test_what_templates_use_renders_as_in_transformers(feature: str, tmp_path: Path) -> None:
+def test_jinja_features_of_templates_render_as_in_transformers(
+    feature: str, tmp_path: Path
+) -> None:
     folder = folder_with(tmp_path, "bytes", chat_template=FEATURES[feature])
     theirs, ours = AutoTokenizer.from_pretrained(folder), read_chat_template(folder)
     for messages, prompts in itertools.product(ODD_CONVERSATIONS, (True, False)):
@@ -242,7 +244,7 @@ def test_what_templates_use_renders_as_in_transformers(feature: str, tmp_path: P
             text = theirs.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=prompts
             )
-        except Exception:  # of Jinja, of Python or of the template
+        except Exception:  # raised by Jinja, Python or the template
             with pytest.raises((DataError, CheckpointError)):
                 ours.render(messages, add_generation_prompt=prompts)
         else:

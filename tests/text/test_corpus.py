@@ -53,7 +53,7 @@ def test_files_with_any_suffix_are_read_in_the_given_order(folder: Path) -> None
     assert texts("b.txt", "a.py") == ["b", "a"]
 
 
-def test_a_folder_gives_its_text_files_sorted_at_any_depth_without_hidden_ones(
+def test_a_folder_yields_its_text_files_sorted_without_hidden_ones(
     folder: Path,
 ) -> None:
     names = ["z.txt", "b/c.md", "b/a.txt", "b.txt", "x.jsonl", "A.TXT"]
@@ -64,7 +64,7 @@ def test_a_folder_gives_its_text_files_sorted_at_any_depth_without_hidden_ones(
     assert texts("d") == ["A.TXT", "b/a.txt", "b/c.md", "b.txt", "x.jsonl", "z.txt"]
 
 
-def test_a_glob_gives_its_files_sorted_and_each_file_comes_once(folder: Path) -> None:
+def test_a_glob_yields_its_files_sorted_and_each_file_once(folder: Path) -> None:
     for name in ("d/b.py", "d/e/a.py", "d/e/t.txt"):
         write(name, name)
     assert texts("d/**/*.py") == ["d/b.py", "d/e/a.py"]
@@ -76,7 +76,7 @@ def test_a_file_with_glob_characters_in_its_name_is_that_file(folder: Path) -> N
     assert texts("a[1].txt") == ["here"]
 
 
-def test_jsonl_gives_one_document_a_line(folder: Path) -> None:
+def test_each_jsonl_line_is_a_document(folder: Path) -> None:
     write("a.jsonl", '\ufeff{"text": "one\\n", "n": 1}\n\n  \n{"text": ""}\n{"text": "t\\u00e9"}')
     found = documents("a.jsonl")
     assert [d.text for d in found] == ["one\n", "té"]
@@ -89,13 +89,13 @@ def test_lone_surrogates_in_jsonl_become_the_replacement_character(folder: Path)
 
 
 @pytest.mark.parametrize(("suffix", "module"), [(".gz", gzip), (".xz", lzma)])
-def test_packed_files_are_unpacked(folder: Path, suffix: str, module) -> None:  # type: ignore[no-untyped-def]
+def test_compressed_files_are_decompressed(folder: Path, suffix: str, module) -> None:  # type: ignore[no-untyped-def]
     write(f"d/a.txt{suffix}", module.compress("café".encode()))
     write(f"d/b.jsonl{suffix}", module.compress(b'{"text": "one"}\n{"text": "two"}\n'))
     assert texts("d") == ["café", "one", "two"]
 
 
-def test_a_byte_order_mark_is_dropped_and_line_ends_are_kept(folder: Path) -> None:
+def test_a_byte_order_mark_is_dropped_and_line_endings_are_kept(folder: Path) -> None:
     write("a.txt", codecs.BOM_UTF8 + b"a\r\nb\rc\n\xef\xbb\xbf")
     assert texts("a.txt") == ["a\r\nb\rc\n\ufeff"]
 
@@ -117,7 +117,9 @@ def test_a_pipe_is_read_like_a_file(folder: Path) -> None:
     writer.join()
 
 
-def test_names_of_corpora_are_looked_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_corpus_name_is_resolved_to_its_file(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(datasets, "dataset_path", lambda name, *_: Path(f"{name}.txt"))
     write("builtin:python.txt", "prose")
     write("shakespeare.txt", "verse")
@@ -136,7 +138,7 @@ def test_path_takes_precedence_over_a_corpus_name(folder: Path) -> None:
     assert texts("shakespeare") == ["mine"]
 
 
-def test_pieces_join_to_the_document_and_only_the_first_is_its_start(
+def test_pieces_join_to_the_document_and_only_the_first_is_marked_as_start(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(corpus, "PIECE_CHARS", 50)
@@ -221,12 +223,12 @@ def test_a_text_given_as_a_path_is_a_data_error(folder: Path) -> None:
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="needs Linux's /proc")
-def test_a_special_file_that_cannot_be_read_is_named_as_one(folder: Path) -> None:
+def test_an_unreadable_special_file_is_reported_as_a_special_file(folder: Path) -> None:
     assert "special file of the system: name a file of text" in str(error("/proc/self/mem"))
 
 
 @pytest.mark.parametrize("name", ["tale.txt", "tales.jsonl", "tales.csv", "rows.parquet"])
-def test_a_pointer_of_git_lfs_is_not_taken_for_the_text(folder: Path, name: str) -> None:
+def test_a_git_lfs_pointer_is_not_read_as_text(folder: Path, name: str) -> None:
     write(name, "version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 1234\n")
     assert str(error(name)) == (
         f"'{name}' cannot be read: it is a Git LFS pointer: run `git lfs pull` in its repository."
@@ -246,14 +248,14 @@ def test_an_empty_corpus_is_a_data_error(folder: Path) -> None:
         documents("-", stdin=b"")
 
 
-def test_a_folder_or_glob_without_text_files_says_how_to_name_others(folder: Path) -> None:
+def test_without_text_files_the_error_says_how_to_select_other_files(folder: Path) -> None:
     write("d/a.py", "x")
     assert "has no .txt" in str(error("d"))
     assert "'d/**/*.py'" in str(error("d"))
     assert "no file matches 'd/*.txt'" in str(error("d/*.txt"))
 
 
-def test_error_of_a_binary_file_names_the_position_of_its_nul_byte(
+def test_the_error_for_a_binary_file_has_the_position_of_its_nul_byte(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(corpus, "BLOCK_BYTES", 8)
@@ -262,7 +264,7 @@ def test_error_of_a_binary_file_names_the_position_of_its_nul_byte(
 
 
 @pytest.mark.parametrize("block_bytes", [1, 4, 100])
-def test_error_of_a_file_that_is_not_utf8_names_the_position_and_the_remedy(
+def test_the_error_for_a_file_that_is_not_utf8_has_the_position_and_a_remedy(
     folder: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int
 ) -> None:
     monkeypatch.setattr(corpus, "BLOCK_BYTES", block_bytes)
@@ -278,7 +280,7 @@ def test_error_of_a_file_that_is_not_utf8_names_the_position_and_the_remedy(
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
-def test_error_of_a_utf16_file_shows_how_to_convert_it(folder: Path, encoding: str) -> None:
+def test_the_error_for_a_utf16_file_shows_how_to_convert_it(folder: Path, encoding: str) -> None:
     write("a.txt", "\ufeff".encode(encoding) * (encoding != "utf-16") + "text".encode(encoding))
     assert "iconv -f UTF-16 -t UTF-8" in str(error("a.txt"))
 
@@ -295,21 +297,23 @@ def test_error_of_a_utf16_file_shows_how_to_convert_it(folder: Path, encoding: s
         ("[" * 100_000, "is not JSON"),
     ],
 )
-def test_a_bad_jsonl_line_is_named(folder: Path, line: str | bytes, message: str) -> None:
+def test_a_malformed_jsonl_line_is_refused_with_its_number(
+    folder: Path, line: str | bytes, message: str
+) -> None:
     data = line if isinstance(line, bytes) else line.encode()
     write("a.jsonl", b'{"text": "fine"}\n' + data + b"\n")
     assert message in str(error("a.jsonl"))
 
 
 @pytest.mark.parametrize(("name", "pack"), [("a.txt.gz", gzip.compress), ("a.xz", lzma.compress)])
-def test_a_damaged_packed_file_is_a_data_error(folder: Path, name: str, pack) -> None:  # type: ignore[no-untyped-def]
+def test_a_damaged_compressed_file_is_a_data_error(folder: Path, name: str, pack) -> None:  # type: ignore[no-untyped-def]
     packed = pack(os.urandom(1000).hex().encode())
     for data in (packed[:-20], b"no " + packed):
         write(name, data)
         assert f"'{name}' cannot be decompressed" in str(error(name))
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can read every file")
 def test_a_file_without_permission_is_a_resource_error(folder: Path) -> None:
     write("a.txt", "x")
     Path("a.txt").chmod(0)
@@ -318,7 +322,7 @@ def test_a_file_without_permission_is_a_resource_error(folder: Path) -> None:
     assert "permission denied" in str(refused)
 
 
-def test_a_refused_file_or_folder_is_a_resource_error(
+def test_permission_denied_on_a_file_or_folder_is_a_resource_error(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*args: object, **kwargs: object) -> None:

@@ -1,4 +1,4 @@
-"""Named corpora: failing downloads, and the built-in corpus."""
+"""Named corpora: downloads, their failures, and the built-in corpora."""
 
 import ast
 import hashlib
@@ -22,8 +22,8 @@ from minigpt.text.datasets import DOWNLOADS, Download, dataset_path
 BODY = bytes(range(256)) * 1000
 
 
-class Answer(BaseHTTPRequestHandler):
-    """Answers as the path asks: /good, /truncated, /wrong, /endless, /missing, /silent."""
+class Responder(BaseHTTPRequestHandler):
+    """Responds as the path says: /good, /truncated, /wrong, /endless, /missing, /silent."""
 
     requests: list[str]
 
@@ -51,12 +51,14 @@ class Answer(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The address of a local server; no proxy is in its way."""
+    """Start a local server that no proxy hides, and yield its address."""
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(Answer, "requests", [], raising=False)
-    monkeypatch.setattr(ThreadingHTTPServer, "daemon_threads", False)  # its end waits for them
-    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as http:
+    monkeypatch.setattr(Responder, "requests", [], raising=False)
+    monkeypatch.setattr(
+        ThreadingHTTPServer, "daemon_threads", False
+    )  # shutdown waits for the threads
+    with ThreadingHTTPServer(("127.0.0.1", 0), Responder) as http:
         thread = threading.Thread(target=http.serve_forever, args=(0.01,))
         thread.start()
         yield f"http://127.0.0.1:{http.server_address[1]}"
@@ -65,8 +67,8 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 @pytest.fixture
-def offer(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
-    """Make a corpus named "sample" that lies at an address."""
+def register_sample(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
+    """Return a function that registers a corpus named "sample" at an address."""
 
     def add(url: str) -> None:
         sha256 = hashlib.sha256(BODY).hexdigest()
@@ -75,20 +77,22 @@ def offer(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
     return add
 
 
-def test_download_is_verified_and_cached(server: str, offer, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    offer(f"{server}/good")
+def test_download_is_verified_and_cached(server: str, register_sample, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    register_sample(f"{server}/good")
     progress: list[tuple[int, int]] = []
     path = dataset_path("sample", tmp_path, lambda *n: progress.append(n))
     assert path.read_bytes() == BODY
     assert progress[-1] == (len(BODY), len(BODY))
     assert [done for done, _ in progress] == sorted({done for done, _ in progress})
     assert dataset_path("sample", tmp_path) == path
-    assert Answer.requests == ["/good"]
+    assert Responder.requests == ["/good"]
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_damaged_cached_download_is_fetched_again(server: str, offer, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    offer(f"{server}/good")
+def test_a_damaged_cached_download_is_fetched_again(
+    server: str, register_sample, tmp_path: Path
+) -> None:  # type: ignore[no-untyped-def]
+    register_sample(f"{server}/good")
     path = dataset_path("sample", tmp_path)
     path.write_bytes(BODY[::-1])
     assert dataset_path("sample", tmp_path).read_bytes() == BODY
@@ -104,16 +108,16 @@ def test_a_damaged_cached_download_is_fetched_again(server: str, offer, tmp_path
         ("silent", "timed out"),
     ],
 )
-def test_failed_download_names_its_cause_and_leaves_no_file(
+def test_a_failed_download_reports_its_cause_and_leaves_no_file(
     server: str,
-    offer,
+    register_sample,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     page: str,
     reason: str,  # type: ignore[no-untyped-def]
 ) -> None:
     monkeypatch.setattr(datasets, "TIMEOUT_S", 0.2)
-    offer(f"{server}/{page}")
+    register_sample(f"{server}/{page}")
     with pytest.raises(DataError) as caught:
         dataset_path("sample", tmp_path)
     message = str(caught.value)
@@ -123,38 +127,42 @@ def test_failed_download_names_its_cause_and_leaves_no_file(
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-def test_download_stops_after_the_expected_size(server: str, offer, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    offer(f"{server}/endless")
+def test_download_stops_after_the_expected_size(
+    server: str, register_sample, tmp_path: Path
+) -> None:  # type: ignore[no-untyped-def]
+    register_sample(f"{server}/endless")
     done = []
     with pytest.raises(DataError):
         dataset_path("sample", tmp_path, lambda n, _: done.append(n))
     assert max(done) <= len(BODY) + datasets.BLOCK_BYTES
 
 
-def test_no_network_is_a_data_error(offer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+def test_no_network_is_a_data_error(
+    register_sample, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setenv("no_proxy", "*")
     with socket.create_server(("127.0.0.1", 0)) as unused:
         port = unused.getsockname()[1]
-    offer(f"http://127.0.0.1:{port}/")
+    register_sample(f"http://127.0.0.1:{port}/")
     with pytest.raises(DataError, match="Connection refused"):
         dataset_path("sample", tmp_path)
 
 
 def test_a_cache_that_cannot_be_written_is_a_resource_error(
-    server: str, offer, tmp_path: Path
+    server: str, register_sample, tmp_path: Path
 ) -> None:  # type: ignore[no-untyped-def]
-    offer(f"{server}/good")
+    register_sample(f"{server}/good")
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ResourceError, match="MINIGPT_CACHE_DIR"):
         dataset_path("sample", tmp_path / "file")
 
 
-def test_an_unknown_corpus_names_the_choices(tmp_path: Path) -> None:
+def test_an_unknown_corpus_is_refused_with_the_known_names(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"Choose from builtin:tales, .*, shakespeare\."):
         dataset_path("shakspeare", tmp_path)
 
 
-def test_shakespeare_is_nanogpts_file(shared: Path) -> None:
+def test_the_shakespeare_corpus_equals_the_file_of_nanogpt(shared: Path) -> None:
     data = (shared / "data" / "tinyshakespeare.txt").read_bytes()
     wanted = DOWNLOADS["shakespeare"]
     assert wanted.size == len(data)
@@ -169,7 +177,7 @@ def test_the_cache_folder_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.integration
-def test_python_prose_is_a_megabyte_of_sentences(tmp_path: Path) -> None:
+def test_the_python_corpus_is_a_megabyte_of_sentences(tmp_path: Path) -> None:
     path = dataset_path("builtin:python", tmp_path)
     prose = "\n".join(json.loads(line)["text"] for line in path.read_bytes().splitlines())
     assert 700_000 < len(prose) < 3_000_000
@@ -181,7 +189,7 @@ def test_python_prose_is_a_megabyte_of_sentences(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_python_prose_does_not_depend_on_the_hash_seed(tmp_path: Path) -> None:
+def test_the_python_corpus_does_not_depend_on_the_hash_seed(tmp_path: Path) -> None:
     code = "import sys, pathlib, minigpt.text.datasets as d\n"
     code += "d.dataset_path('builtin:python', pathlib.Path(sys.argv[1]))"
     made = []
@@ -193,7 +201,9 @@ def test_python_prose_does_not_depend_on_the_hash_seed(tmp_path: Path) -> None:
     assert made[0] == made[1]
 
 
-def test_python_prose_imports_no_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_building_the_python_corpus_imports_no_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "antigravity.py").write_text('"""Up."""\nraise SystemExit("imported")\n')
     monkeypatch.setattr(datasets.sysconfig, "get_path", lambda name: str(tmp_path))
     assert list(datasets._library_docstrings()) == ["Up."]

@@ -1,4 +1,4 @@
-"""Texts in other encodings: the advice of each refusal, followed, gives the right text."""
+"""Texts in other encodings: following the advice in an error gives the right text."""
 
 import codecs
 import re
@@ -46,7 +46,7 @@ def advised_encoding(message: str) -> str:
 
 
 def advised_command(message: str) -> str:
-    """Return the text that the command in a message makes of a.txt."""
+    """Run the command suggested in a message on a.txt and return its output."""
     found = re.search(r"((?:iconv|head) .*) OLD > NEW$", message)
     assert found, message
     done = subprocess.run(f"{found[1]} a.txt", shell=True, capture_output=True)
@@ -59,7 +59,7 @@ WIDE += [(f"utf-{n}-{order}", mark) for n in (16, 32) for order in ("le", "be") 
 
 @pytest.mark.parametrize(("encoding", "has_mark"), WIDE)
 @pytest.mark.parametrize("text", [ENGLISH, FRENCH, QUOTED, CHINESE, RUSSIAN])
-def test_advice_for_a_wide_encoding_gives_the_text(
+def test_following_the_advice_for_utf16_or_utf32_gives_the_text(
     encoding: str, has_mark: bool, text: str
 ) -> None:
     marked = "\ufeff" + text if has_mark and encoding[-1] == "e" else text
@@ -73,7 +73,9 @@ def test_advice_for_a_wide_encoding_gives_the_text(
     ("encoding", "text"),
     [("latin-1", FRENCH), ("cp1252", QUOTED), ("cp1252", FRENCH + QUOTED)],
 )
-def test_advice_for_a_western_encoding_gives_the_text(encoding: str, text: str) -> None:
+def test_following_the_advice_for_a_western_encoding_gives_the_text(
+    encoding: str, text: str
+) -> None:
     Path("a.txt").write_bytes(text.encode(encoding))
     message = refusal("a.txt")
     assert read("a.txt", advised_encoding(message)) == [text]
@@ -92,9 +94,7 @@ def test_advice_for_a_western_encoding_gives_the_text(encoding: str, text: str) 
         ("koi8-r", RUSSIAN),
     ],
 )
-def test_advice_for_other_scripts_names_their_encoding_among_others(
-    encoding: str, text: str
-) -> None:
+def test_advice_for_other_scripts_lists_the_right_encoding(encoding: str, text: str) -> None:
     Path("a.txt").write_bytes(text.encode(encoding))
     message = refusal("a.txt")
     assert encoding in message
@@ -105,7 +105,7 @@ def test_advice_for_other_scripts_names_their_encoding_among_others(
 @pytest.mark.parametrize(
     "text", [CHINESE, FRENCH + "é", RUSSIAN + "я", ENGLISH + "é", ENGLISH + "😀"]
 )
-def test_a_file_cut_in_its_last_character_is_told_to_be_cut_and_loses_only_that(text: str) -> None:
+def test_a_file_cut_inside_its_last_character_is_reported_and_loses_only_it(text: str) -> None:
     text = text.rstrip()
     Path("a.txt").write_bytes(text.encode()[:-1])
     message = refusal("a.txt")
@@ -113,7 +113,7 @@ def test_a_file_cut_in_its_last_character_is_told_to_be_cut_and_loses_only_that(
     assert advised_command(message) == text[:-1]
 
 
-def test_where_only_the_last_byte_is_not_ascii_both_readings_are_named() -> None:
+def test_a_non_ascii_last_byte_is_reported_as_truncation_or_another_encoding() -> None:
     Path("a.txt").write_bytes("né".encode("latin-1"))
     message = refusal("a.txt")
     assert "so it was cut" in message
@@ -122,7 +122,7 @@ def test_where_only_the_last_byte_is_not_ascii_both_readings_are_named() -> None
 
 @pytest.mark.parametrize("text", [FRENCH, QUOTED, CHINESE, RUSSIAN, "word " * 2**18 + FRENCH])
 @pytest.mark.parametrize("place", [0.1, 0.5, 0.999])
-def test_utf8_with_a_stray_nul_is_not_taken_for_utf16(text: str, place: float) -> None:
+def test_utf8_with_a_stray_nul_is_not_mistaken_for_utf16(text: str, place: float) -> None:
     border = int(place * len(text))
     Path("a.txt").write_text(f"{text[:border]}\0{text[border:]}", encoding="utf-8")
     message = refusal("a.txt")
@@ -131,19 +131,19 @@ def test_utf8_with_a_stray_nul_is_not_taken_for_utf16(text: str, place: float) -
     assert "utf-16" not in message
 
 
-def test_a_row_of_latin_text_may_have_a_nul() -> None:
+def test_a_row_may_contain_a_nul_character() -> None:
     Path("a.csv").write_text(f'id,text\n1,"{FRENCH[:20]}\0"\n2,two\n', encoding="utf-8")
     assert read("a.csv") == [f"{FRENCH[:20]}\0", "two"]
 
 
-def test_ascii_with_a_stray_nul_is_binary() -> None:
+def test_ascii_with_a_stray_nul_is_reported_as_binary() -> None:
     Path("a.txt").write_bytes(ENGLISH.encode() + b"\0\0" + ENGLISH.encode())
     message = refusal("a.txt")
     assert "looks binary" in message
     assert "tr -d" in message
 
 
-def test_only_text_is_told_to_drop_its_nul_bytes() -> None:
+def test_removing_nul_bytes_is_suggested_only_for_text() -> None:
     for data in (bytes(5000), bytes(range(200)) * 20, b"RIFF" + bytes(range(256)) * 20):
         Path("a.txt").write_bytes(data)
         assert "tr -d" not in refusal("a.txt")
@@ -158,12 +158,12 @@ def test_only_text_is_told_to_drop_its_nul_bytes() -> None:
         (b"\x1f\x9d\x90" + bytes(99), "compressed by compress"),
     ],
 )
-def test_other_files_are_named(data: bytes, kind: str) -> None:
+def test_files_of_known_binary_formats_are_named(data: bytes, kind: str) -> None:
     Path("a.txt").write_bytes(data)
     assert f"'a.txt' is {kind}" in refusal("a.txt")
 
 
-def test_a_utf8_file_with_one_damaged_byte_is_told_to_be_damaged() -> None:
+def test_a_utf8_file_with_one_invalid_byte_is_reported_as_damaged() -> None:
     data = CHINESE.encode()
     Path("a.txt").write_bytes(data[:50] + b"\xff" + data[50:])
     message = refusal("a.txt")
@@ -172,7 +172,7 @@ def test_a_utf8_file_with_one_damaged_byte_is_told_to_be_damaged() -> None:
     assert advised_command(message) == CHINESE
 
 
-def test_the_position_is_that_in_the_file_after_the_first_block(
+def test_error_positions_after_the_first_block_count_from_the_start_of_the_file(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("minigpt.text.corpus.BLOCK_BYTES", 64)
@@ -213,7 +213,7 @@ def test_a_byte_order_mark_in_toml_is_dropped() -> None:
         ("a.json", '["né “q”", "b"]'),
     ],
 )
-def test_rows_in_another_encoding_are_read_with_it(encoding: str, name: str, content: str) -> None:
+def test_rows_are_read_in_the_given_encoding(encoding: str, name: str, content: str) -> None:
     Path(name).write_bytes(content.encode(encoding))
     assert read(name, encoding) == ["né “q”", "b"]
     message = refusal(name)
@@ -233,19 +233,21 @@ def test_text_that_is_not_in_the_named_encoding_is_refused_with_its_position() -
 
 
 @pytest.mark.parametrize("encoding", ["klingon", "", "base64", "rot13", "utf-8\0", "hex"])
-def test_an_unknown_encoding_is_refused_with_known_ones(encoding: str) -> None:
+def test_an_unknown_encoding_is_refused_with_known_names(encoding: str) -> None:
     with pytest.raises(ConfigError, match=r"unknown encoding .* Use a name that Python knows"):
         DataConfig(encoding=encoding)
 
 
 @pytest.mark.parametrize("encoding", ["idna", "undefined", "hex", "no-such"])
-def test_an_encoding_that_is_not_for_texts_is_refused(encoding: str) -> None:
+def test_a_codec_that_is_not_a_text_encoding_is_refused(encoding: str) -> None:
     with pytest.raises(ConfigError, match="unknown encoding"):
         DataConfig(encoding=encoding)
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "punycode"])
-def test_an_encoding_that_does_not_fit_is_a_data_error(encoding: str, tmp_path: Path) -> None:
+def test_text_in_another_encoding_than_the_given_one_is_a_data_error(
+    encoding: str, tmp_path: Path
+) -> None:
     (tmp_path / "a.txt").write_text("The owl in the tree. " * 50)
     data = DataConfig(paths=(str(tmp_path / "a.txt"),), encoding=encoding)
     with pytest.raises(DataError, match=f"is not {encoding}"):
@@ -266,7 +268,7 @@ def test_an_encoding_that_does_not_fit_is_a_data_error(encoding: str, tmp_path: 
     ],
 )
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
-def test_a_document_in_a_zip_archive_is_to_be_saved_as_text(
+def test_office_documents_and_archives_are_refused_with_how_to_convert_them(
     names: list[str], says: str, compression: int
 ) -> None:
     with zipfile.ZipFile("a.docx", "w") as archive:
@@ -291,7 +293,7 @@ def test_a_document_in_a_zip_archive_is_to_be_saved_as_text(
         (b"a.txt".ljust(257, b"\0") + b"ustar\x0000", "is a tar archive. Unpack it"),
     ],
 )
-def test_a_file_of_another_kind_is_named_and_no_encoding_is_advised(head: bytes, says: str) -> None:
+def test_binary_formats_are_named_and_no_encoding_is_suggested(head: bytes, says: str) -> None:
     for rest in (bytes(range(128, 256)) * 40, b"\0" * 300, FRENCH.encode("latin-1")):
         Path("a.txt").write_bytes(head + rest)
         message = refusal("a.txt")

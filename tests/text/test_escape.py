@@ -1,4 +1,4 @@
-"""Escaping of untrusted text, against Unicode's and terminals' control characters."""
+"""Escaping of untrusted text with control characters of Unicode and terminals."""
 
 import sys
 import unicodedata
@@ -38,7 +38,7 @@ def test_harmless_text_is_unchanged(text: str) -> None:
     assert printable(text) == text
 
 
-def test_only_characters_that_steer_hide_or_join_are_escaped() -> None:
+def test_only_control_invisible_and_combining_characters_are_escaped() -> None:
     unsafe = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
     for code in range(sys.maxunicode + 1):
         character = chr(code)
@@ -59,7 +59,9 @@ def test_visible_shows_spaces_line_breaks_and_partial_characters() -> None:
 
 
 def test_visible_is_one_line_without_hidden_or_combining_characters() -> None:
-    assert visible("\u0301a".encode()) == r"\u0301a"  # a mark that would join the column before it
+    assert (
+        visible("\u0301a".encode()) == r"\u0301a"
+    )  # a mark that would combine with the preceding column
     assert visible("\u00a0\u3000\u200d".encode()) == r"\xa0\u3000\u200d"
 
 
@@ -86,7 +88,7 @@ SEQUENCES = [
 
 @pytest.mark.parametrize("text", SEQUENCES)
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
-def test_joined_tokens_have_the_whole_characters_of_a_text(text: str, size: int) -> None:
+def test_joined_tokens_show_each_character_of_a_text_once(text: str, size: int) -> None:
     data = text.encode()
     joined = JoinedTokens(data[i : i + size] for i in range(0, len(data), size))
     assert "".join(joined.texts) == visible(data)
@@ -113,13 +115,13 @@ def test_the_first_token_of_a_character_shows_it_and_later_ones_continue_it() ->
         [b"\xff", b"", b"\xfe"],
     ],
 )
-def test_bytes_that_are_no_character_stay_escaped_token_by_token(tokens: list[bytes]) -> None:
+def test_invalid_bytes_stay_escaped_token_by_token(tokens: list[bytes]) -> None:
     joined = JoinedTokens(tokens)
     assert joined.texts == [visible(token) for token in tokens]
     assert joined.names == [token_name(token) for token in tokens]
 
 
-def test_a_character_is_open_until_its_last_byte() -> None:
+def test_a_character_is_incomplete_until_its_last_byte() -> None:
     joined = JoinedTokens()
     opened = []
     for byte in "é🙂".encode():
@@ -128,5 +130,5 @@ def test_a_character_is_open_until_its_last_byte() -> None:
     assert opened == [True, False, True, True, True, False]
 
 
-def test_a_token_without_text_has_a_name_by_itself() -> None:
+def test_a_token_without_text_is_shown_by_its_name() -> None:
     assert [token_name(data) for data in (b"", b" a", "∅".encode())] == ["∅", "␣a", "∅"]

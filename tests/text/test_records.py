@@ -1,4 +1,4 @@
-"""Files of rows: which format is recognized, and which texts they hold."""
+"""Files of rows: recognized formats and extracted texts."""
 
 import bz2
 import gzip
@@ -19,12 +19,12 @@ pytestmark = pytest.mark.usefixtures("folder")
 
 needs_zstd = pytest.mark.skipif(
     sys.version_info < (3, 14) and not importlib.util.find_spec("zstandard"),
-    reason="needs Python 3.14 or zstandard",
+    reason="needs Python 3.14 or the package zstandard",
 )
 
 
 @pytest.mark.parametrize(("suffix", "kind", "pack"), FORMATS)
-def test_the_suffix_names_the_format(
+def test_the_suffix_determines_the_format(
     suffix: str, kind: str, pack: Callable[[list[str]], bytes]
 ) -> None:
     Path(f"a{suffix}").write_bytes(pack(TEXTS))
@@ -34,7 +34,7 @@ def test_the_suffix_names_the_format(
 
 
 @pytest.mark.parametrize(("suffix", "kind", "pack"), FORMATS)
-def test_a_pipe_and_an_unknown_suffix_are_recognized_by_content_and_said(
+def test_pipes_and_unknown_suffixes_are_recognized_by_content_and_reported(
     suffix: str, kind: str, pack: Callable[[list[str]], bytes]
 ) -> None:
     Path("a.data").write_bytes(pack(TEXTS))
@@ -66,7 +66,7 @@ def test_prose_that_resembles_rows_stays_text(text: str) -> None:
     assert Reading("-", stdin=text.encode()).texts == [text]
 
 
-def test_a_text_file_that_looks_like_rows_is_text_and_the_option_is_named() -> None:
+def test_a_text_file_that_looks_like_rows_is_text_with_a_hint_at_format() -> None:
     Path("a.txt").write_bytes(jsonl(TEXTS))
     reading = Reading("a.txt")
     assert reading.texts == [jsonl(TEXTS).decode()]
@@ -74,7 +74,7 @@ def test_a_text_file_that_looks_like_rows_is_text_and_the_option_is_named() -> N
     assert Reading("a.txt", format="jsonl").texts == TEXTS
 
 
-def test_format_text_reads_rows_as_they_are() -> None:
+def test_format_text_reads_files_of_rows_as_plain_text() -> None:
     Path("a.jsonl").write_bytes(jsonl(TEXTS))
     assert Reading("a.jsonl", format="text").texts == [jsonl(TEXTS).decode()]
 
@@ -83,7 +83,7 @@ def test_format_text_reads_rows_as_they_are() -> None:
     ("suffix", "pack"), [(".GZ", gzip.compress), (".gz", gzip.compress), (".bz2", bz2.compress)]
 )
 @pytest.mark.parametrize(("inner", "kind", "rows"), FORMATS[:6])
-def test_packed_rows_are_recognized_by_suffix_and_content(
+def test_compressed_rows_are_recognized_by_suffix_and_content(
     suffix: str,
     pack: Callable[[bytes], bytes],
     inner: str,
@@ -96,7 +96,7 @@ def test_packed_rows_are_recognized_by_suffix_and_content(
 
 
 @needs_zstd
-def test_zstandard_is_unpacked_by_suffix_and_content_and_a_cut_file_is_refused() -> None:
+def test_zstandard_is_recognized_and_a_truncated_file_is_refused() -> None:
     compress = _zstd_compress()
     packed = compress(jsonl(TEXTS[:2])) + compress(jsonl(TEXTS[2:]))
     Path("a.jsonl.zst").write_bytes(packed)
@@ -112,7 +112,7 @@ def _zstd_compress() -> Callable[[bytes], bytes]:
     return importlib.import_module("zstandard").compress  # type: ignore[no-any-return]
 
 
-def test_a_table_whose_names_have_spaces_is_recognized() -> None:
+def test_a_table_with_spaces_in_its_column_names_is_recognized() -> None:
     content = b"Row ID,Full Text\n1,one\n2,two\n"
     assert Reading("-", stdin=content, field="Full Text").texts == ["one", "two"]
 
@@ -135,7 +135,7 @@ def test_csv_keeps_quoted_delimiters_quotes_and_line_breaks_and_needs_a_column()
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
-def test_lines_of_rows_may_end_as_on_any_system(end: str) -> None:
+def test_rows_may_have_the_line_endings_of_any_system(end: str) -> None:
     cells = ["n,text", "1,one", '2,"two\rlines"', "3,three"]
     Path("a.csv").write_bytes(end.join([*cells, ""]).encode())
     Path("b.jsonl").write_bytes(end.join(json.dumps({"text": t}) for t in "xyz").encode())
@@ -144,7 +144,7 @@ def test_lines_of_rows_may_end_as_on_any_system(end: str) -> None:
     assert Reading("-", stdin=Path("a.csv").read_bytes()).files[0].format == "csv"
 
 
-def test_strings_are_rows_of_jsonl_as_of_a_json_array() -> None:
+def test_bare_strings_are_rows_in_jsonl_and_json_arrays() -> None:
     lines = "\n".join(map(json.dumps, TEXTS))
     for name, content in (("a.jsonl", lines), ("a.json", json.dumps(TEXTS))):
         Path(name).write_text(content)
@@ -152,13 +152,13 @@ def test_strings_are_rows_of_jsonl_as_of_a_json_array() -> None:
 
 
 @pytest.mark.parametrize("sign", ["", "-"])
-def test_an_integer_of_thousands_of_digits_beside_the_text_is_read(sign: str) -> None:
+def test_a_row_with_an_integer_of_thousands_of_digits_is_read(sign: str) -> None:
     row = f'{{"text": "one", "n": {sign}{"9" * 10_000}}}'
     for stdin in (row, f"[{row}]", f"{row}\n{row}"):
         assert set(Reading("-", stdin=stdin.encode()).texts) == {"one"}
 
 
-def test_a_field_may_be_in_an_object_and_the_message_names_it() -> None:
+def test_a_nested_field_can_be_read_and_is_suggested_by_its_path() -> None:
     rows = [{"id": n, "data": {"text": text}} for n, text in enumerate(TEXTS)]
     Path("a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert "its fields are 'id', 'data.text'. Name another" in refusal("a.jsonl")
@@ -172,7 +172,7 @@ def test_a_field_may_be_in_an_object_and_the_message_names_it() -> None:
     assert Reading("b.jsonl", field="a.b").texts == TEXTS
 
 
-def test_bytes_and_structs_of_parquet_are_texts() -> None:
+def test_binary_and_struct_columns_of_parquet_are_read_as_text() -> None:
     pyarrow = pytest.importorskip("pyarrow", reason="writes the Parquet file")
     from pyarrow import parquet as files
 
@@ -185,7 +185,7 @@ def test_bytes_and_structs_of_parquet_are_texts() -> None:
 
 
 @pytest.mark.parametrize("start", ["sep=;\r\n", "\ufeffsep=;\n"])
-def test_the_delimiter_that_excel_writes_in_the_first_line_is_used(start: str) -> None:
+def test_the_sep_line_of_excel_sets_the_delimiter(start: str) -> None:
     Path("a.csv").write_text(start + "n;text\n1;one, or two\n2;three\n", newline="")
     assert Reading("a.csv").texts == ["one, or two", "three"]
 
@@ -201,6 +201,6 @@ def test_lzma_files_are_read() -> None:
     assert Reading("a.txt.lzma").texts == ["One tale."]
 
 
-def test_spaces_around_the_names_of_columns_are_dropped() -> None:
+def test_spaces_around_column_names_are_dropped() -> None:
     Path("a.csv").write_text("id, text \n1,One tale.\n2,Two tales.\n")
     assert Reading("a.csv").texts == ["One tale.", "Two tales."]

@@ -21,21 +21,21 @@ STORIES = Path(__file__).parents[3] / "shared" / "weights" / "stories260K" / "sp
 
 
 def imported() -> Tokenizer:
-    """A byte-level vocabulary that the tokenizers library encodes."""
+    """Return a byte-level vocabulary that is encoded by the tokenizers library."""
     data = tokenizer_to_json(train_bpe([SAMPLE], 280))
     data["normalizer"] = {"type": "Sequence", "normalizers": []}
     return tokenizer_from_json(data, "imported")
 
 
 def stories() -> Tokenizer:
-    """SentencePiece with byte fallback."""
+    """Return a SentencePiece vocabulary with byte fallback."""
     if not STORIES.exists():
         pytest.skip("needs ../shared/weights/stories260K")
     return tokenizer_from_json(json_from_scores(json.loads(STORIES.read_text())), "stories")
 
 
 @functools.cache
-def made(make: Callable[[], Tokenizer]) -> Tokenizer:
+def cached_tokenizer(make: Callable[[], Tokenizer]) -> Tokenizer:
     return make()
 
 
@@ -54,9 +54,9 @@ TEXTS = st.text(
 @given(text=TEXTS)
 @settings(max_examples=150, deadline=None)
 def test_decoding_undoes_encoding(make: Callable[[], Tokenizer], text: str) -> None:
-    tokenizer = made(make)
+    tokenizer = cached_tokenizer(make)
     expected = text
-    if make is stories:  # it puts a space before a text, and reads U+2581 as a space
+    if make is stories:  # it adds a space before a text and decodes U+2581 as a space
         expected = f" {text}".replace("\u2581", " ") if text else ""
     assert tokenizer.decode(tokenizer.encode(text)) == expected
     assert tokenizer.token_byte_lengths[tokenizer.encode(text)].sum() == len(expected.encode())
@@ -68,18 +68,18 @@ def test_decoding_undoes_encoding(make: Callable[[], Tokenizer], text: str) -> N
 def test_streamed_text_equals_text_decoded_in_one_call(
     make: Callable[[], Tokenizer], data: st.DataObject
 ) -> None:
-    tokenizer = made(make)
+    tokenizer = cached_tokenizer(make)
     ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size + 3), min_size=1))
     stream = TextStream(tokenizer)
     steps = [Step(i, i, token, -1.0, None) for i, token in enumerate(ids)]
-    # An end of text, and no limit, which leaves out a character that it cuts.
+    # Finish by an end of text, because a length limit drops an incomplete character.
     end = Step(len(ids), len(ids), 0, -1.0, "end_of_text")
     text = "".join(stream.push(step).text for step in (*steps, end))
     assert text == tokenizer.decode(ids)
 
 
 @pytest.mark.parametrize("text", ["é", "€", "😀"])
-def test_a_character_appears_with_its_last_byte(text: str) -> None:
+def test_a_character_is_streamed_when_its_last_byte_arrives(text: str) -> None:
     stream = TextStream(BytesTokenizer())
     shown = [stream.push(Step(i, i, b, -1.0, None)).text for i, b in enumerate(text.encode())]
     assert shown == [""] * (len(text.encode()) - 1) + [text]

@@ -1,4 +1,4 @@
-"""Prepared corpora: exact tokens, whole or not at all, and memory that stays bounded."""
+"""Prepared corpora: exact tokens, atomic writes and bounded memory."""
 
 import errno
 import io
@@ -33,7 +33,7 @@ Prepare = Callable[..., PreparedData]
 
 @pytest.fixture
 def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Prepare:
-    """Write texts into the working folder and prepare them."""
+    """Return a function that writes texts into the working folder and prepares them."""
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
 
@@ -81,14 +81,14 @@ SEQUENCE = {"id": "A", "type_id": 0}
 
 
 def vocabulary(specials: dict[str, int], end_of_text_ids: tuple[int, ...] = ()) -> Tokenizer:
-    """Bytes in another order than ``bytes``, so that no shortcut for those is taken."""
+    """Return a byte vocabulary in reverse order, so that no shortcut for ``bytes`` applies."""
     ranks = {bytes([b]): 255 - b for b in range(256)}
     encoding = make_encoding("book", r"(?s:.)", ranks, specials)
     return TiktokenTokenizer("book", encoding, end_of_text_ids)
 
 
 def imported(specials: dict[str, int], end_of_text_ids: tuple[int, ...] = ()) -> Tokenizer:
-    """The same as another model's, whose texts begin with <s>."""
+    """Return the same vocabulary as an imported one whose texts begin with <s>."""
     data = tokenizer_to_json(vocabulary(specials))
     data["post_processor"] = {
         "type": "TemplateProcessing",
@@ -108,9 +108,9 @@ def imported(specials: dict[str, int], end_of_text_ids: tuple[int, ...] = ()) ->
         (imported({"<s>": 256}), [256]),
         (imported({"<s>": 256}, (256,)), [256]),
     ],
-    ids=["neither", "end", "end and begin", "begin", "one for both"],
+    ids=["neither", "end", "end and begin", "begin", "same for both"],
 )
-def test_given_vocabulary_is_used_and_its_tokens_separate_documents(
+def test_a_given_vocabulary_is_used_and_its_special_tokens_separate_documents(
     prepared: Prepare, tokenizer: Tokenizer, separator: list[int]
 ) -> None:
     texts = ["the owl <s> <|endoftext|>\n", "né"]
@@ -121,7 +121,7 @@ def test_given_vocabulary_is_used_and_its_tokens_separate_documents(
     assert (data.manifest.n_documents, data.manifest.n_bytes) == (2, 29)
 
 
-def test_vocabularies_of_one_name_do_not_share_a_preparation(prepared: Prepare) -> None:
+def test_different_vocabularies_of_one_name_do_not_share_a_preparation(prepared: Prepare) -> None:
     one, other = vocabulary({}), vocabulary({"<|endoftext|>": 256})
     ours = prepared("a text", tokenizer="book", vocabulary=one)
     assert prepared("a text", tokenizer="book", vocabulary=other).folder != ours.folder
@@ -134,7 +134,7 @@ def test_vocabularies_of_one_name_do_not_share_a_preparation(prepared: Prepare) 
 def test_tokens_of_pieces_equal_tokens_of_the_whole_document(
     prepared: Prepare, shared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SentencePiece puts a space before a text, and none before its later pieces."""
+    """SentencePiece adds a space before a text, but not before its later pieces."""
     from minigpt.checkpoint.model_folder import read_model
 
     tokenizer = read_model(shared / "weights/stories260K").tokenizer
@@ -147,7 +147,7 @@ def test_tokens_of_pieces_equal_tokens_of_the_whole_document(
 
 
 @pytest.mark.integration
-def test_large_vocabularies_are_stored_as_four_bytes(
+def test_tokens_of_large_vocabularies_are_stored_in_four_bytes(
     prepared: Prepare, shared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared / "tiktoken"))
@@ -195,7 +195,7 @@ def test_a_corpus_is_prepared_once(prepared: Prepare, tmp_path: Path) -> None:
     assert tokens_of(open_prepared(first.folder)) == tokens_of(first)
 
 
-def test_ranks_that_prepare_together_share_one_preparation(
+def test_ranks_that_start_together_share_one_preparation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "a.txt").write_text("a text " * 1000)
@@ -214,7 +214,7 @@ def test_ranks_that_prepare_together_share_one_preparation(
     assert len({prepared.tokens.fingerprint for prepared in made}) == 1
 
 
-def test_another_text_or_tokenizer_is_another_corpus(prepared: Prepare) -> None:
+def test_another_text_or_tokenizer_gets_its_own_cache_folder(prepared: Prepare) -> None:
     made = [
         prepared("one"),
         prepared("two"),
@@ -238,7 +238,7 @@ def test_a_damaged_cache_is_prepared_again(prepared: Prepare, name: str, damage:
         content[len(content) // 2] ^= 1
         kept = {"cut": len(content) // 2, "empty": 0, "flipped": len(content)}[damage]
         path.write_bytes(content[:kept])
-        os.utime(path, (1, 1))  # the clock of some file systems is coarse
+        os.utime(path, (1, 1))  # some file systems have coarse time stamps
     if damage != "flipped" or name != "manifest.json":
         with pytest.raises(DataError, match="prepared corpus"):
             open_prepared(data.folder)
@@ -307,7 +307,7 @@ def test_an_empty_corpus_leaves_no_cache(prepared: Prepare, tmp_path: Path) -> N
     assert [name for name in files(tmp_path / "cache") if not name.endswith(".lock")] == []
 
 
-def test_standard_input_is_prepared_and_its_copy_deleted(
+def test_standard_input_is_prepared_and_its_temporary_copy_deleted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for _ in range(2):
@@ -331,7 +331,7 @@ def test_progress_ends_with_all_bytes_in_every_stage(prepared: Prepare) -> None:
     assert {progress.total for progress in seen} == {total}
 
 
-def test_cache_contains_only_json_and_tokens(prepared: Prepare) -> None:
+def test_the_cache_contains_only_json_and_token_files(prepared: Prepare) -> None:
     data = prepared("a text", tokenizer="bpe:300")
     json.loads((data.folder / "manifest.json").read_text())
     vocabulary = json.loads((data.folder / "vocabulary.json").read_text())
@@ -352,7 +352,7 @@ def test_preparing_and_reading_use_bounded_memory(prepared: Prepare) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(data.tokens) == n_bytes + 1
-    assert peak < 32 * 2**20  # half of what the tokens take
+    assert peak < 32 * 2**20  # half the size of the tokens
 
 
 @pytest.mark.slow
@@ -360,7 +360,7 @@ def test_preparing_and_reading_use_bounded_memory(prepared: Prepare) -> None:
 def test_a_corpus_of_128_mb_is_prepared_and_read_in_bounded_memory(
     tmp_path: Path, tokenizer: str, limit_mib: int
 ) -> None:
-    """The limit of BPE holds the text it is trained on, which is bounded too."""
+    """The limit for BPE includes its training text, which is bounded, too."""
     corpus = tmp_path / "a.txt"
     with corpus.open("w") as file:
         for i in range(128):

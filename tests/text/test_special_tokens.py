@@ -1,4 +1,4 @@
-"""Special tokens in a text: plain text by default, ids when parsed; characters left out."""
+"""Special tokens in a text: plain text by default, ids if parsed; skipped characters."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -36,7 +36,7 @@ def bytes_of_tiktoken() -> TiktokenTokenizer:
 
 
 def own(make: Callable[[], TiktokenTokenizer]) -> Callable[[], Tokenizer]:
-    """One of our vocabularies, with more special tokens."""
+    """Return a function that creates one of our vocabularies with more special tokens."""
 
     def made() -> Tokenizer:
         ranks = make().encoding._mergeable_ranks
@@ -47,7 +47,7 @@ def own(make: Callable[[], TiktokenTokenizer]) -> Callable[[], Tokenizer]:
 
 
 def imported(pre_tokenizer: Any, normalizer: Any = None) -> Callable[[], Tokenizer]:
-    """A vocabulary of characters, which the tokenizers library reads."""
+    """Return a function that creates a character vocabulary for the tokenizers library."""
 
     def made() -> Tokenizer:
         characters = ["<unk>", "\u2581", *map(chr, range(32, 127)), "\n"]
@@ -97,7 +97,9 @@ def test_parsed_ids_are_those_of_the_tokenizers_library(tokenizer: Tokenizer, te
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_without_special_no_text_gives_a_special_id(tokenizer: Tokenizer, text: str) -> None:
+def test_text_never_encodes_to_special_ids_unless_special_is_set(
+    tokenizer: Tokenizer, text: str
+) -> None:
     assert not {*tokenizer.encode(text)} & {*tokenizer.textless_ids} - {0}
     if not tokenizer.special_pattern.search(text):
         assert tokenizer.encode(text) == tokenizer.encode(text, special=True)
@@ -110,7 +112,7 @@ def ids(data: PreparedData) -> list[int]:
 
 @pytest.fixture
 def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], DataConfig]:
-    """Write a text, and return the config that reads it."""
+    """Return a function that writes a text and returns the config that reads it."""
     monkeypatch.setenv("MINIGPT_CACHE_DIR", str(tmp_path / "cache"))
 
     def write(text: str) -> DataConfig:
@@ -120,7 +122,9 @@ def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], D
     return write
 
 
-def test_special_splits_a_corpus_into_documents(corpus: Callable[[str], DataConfig]) -> None:
+def test_parsed_end_of_text_tokens_split_a_corpus_into_documents(
+    corpus: Callable[[str], DataConfig],
+) -> None:
     data = corpus("<|endoftext|>one\n<|endoftext|>\ntwo<|endoftext|><|endoftext|>three")
     plain, parsed = prepare(data), prepare(replace(data, special=True))
     assert ids(parsed) == [256, *b"one\n", 256, *b"\ntwo", 256, *b"three"]
@@ -133,7 +137,7 @@ def test_special_splits_a_corpus_into_documents(corpus: Callable[[str], DataConf
 
 
 @pytest.mark.parametrize("n_before", range(285, 301))
-def test_a_special_token_in_text_without_spaces_is_not_cut(
+def test_a_special_token_in_text_without_spaces_is_not_split_between_pieces(
     n_before: int, corpus: Callable[[str], DataConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("minigpt.text.corpus.PIECE_CHARS", 200)
@@ -144,10 +148,10 @@ def test_a_special_token_in_text_without_spaces_is_not_cut(
     assert data.manifest.n_bytes == 3 * (n_before + 400)
 
 
-def test_the_tales_are_278_documents(shared: Path, tmp_path: Path) -> None:
+def test_special_splits_the_fairy_tales_into_278_documents(shared: Path, tmp_path: Path) -> None:
     path = shared / "data" / "fairytales.txt"
     if not path.exists():
-        pytest.skip(f"{path} is not there")
+        pytest.skip(f"needs {path}")
     data = DataConfig(paths=(str(path),), special=True, val_split="tail")
     parsed = prepare(data, tmp_path)
     assert parsed.manifest.n_documents == 278
@@ -187,7 +191,7 @@ def imported_abc() -> Tokenizer:
 
 
 @pytest.mark.parametrize("make", [abc, imported_abc])
-def test_characters_that_a_vocabulary_lacks_are_counted_and_skipped(
+def test_characters_missing_in_a_vocabulary_are_counted_and_skipped(
     make: Callable[[], Tokenizer], corpus: Callable[[str], DataConfig], tmp_path: Path
 ) -> None:
     made = make()

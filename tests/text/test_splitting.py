@@ -1,4 +1,4 @@
-"""Which documents are kept for validation, and who keeps that choice."""
+"""Documents held out for validation, and prepared folders that record the choice."""
 
 import json
 import random
@@ -21,7 +21,7 @@ TEXTS = [f"{i:03d}" + "abcdefghij"[i % 10] * DRAW.randrange(5, 60) for i in rang
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working folder with a cache of its own."""
+    """Return an empty working folder with its own cache."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MINIGPT_CACHE_DIR", str(tmp_path / "cache"))
     return tmp_path
@@ -50,16 +50,16 @@ def parts(data: PreparedData, val_fraction: float = 0.1) -> tuple[list[str], lis
 
 
 @pytest.mark.parametrize("val_fraction", [0.05, 0.1, 0.3, 0.5])
-def test_documents_are_kept_whole_up_to_their_share_of_the_bytes(val_fraction: float) -> None:
+def test_whole_documents_are_held_out_up_to_the_fraction_of_bytes(val_fraction: float) -> None:
     data = prepared(write("a.jsonl", TEXTS), val_fraction=val_fraction)
     train, val = parts(data, val_fraction)
     assert sorted(train + val) == sorted(TEXTS)
-    assert train == [text for text in TEXTS if text in set(train)]  # in the order of the file
+    assert train == [text for text in TEXTS if text in set(train)]  # in file order
     share = sum(map(len, val)) / sum(map(len, TEXTS))
     assert val_fraction <= share <= 1.5 * val_fraction
 
 
-def test_the_choice_does_not_depend_on_the_order_of_files_and_rows() -> None:
+def test_held_out_documents_do_not_depend_on_the_order_of_files_and_rows() -> None:
     one = parts(prepared(write("a.jsonl", TEXTS)))[1]
     shuffled = random.Random(0).sample(TEXTS, len(TEXTS))
     write("x.jsonl", shuffled[:30])
@@ -68,13 +68,13 @@ def test_the_choice_does_not_depend_on_the_order_of_files_and_rows() -> None:
         assert sorted(parts(prepared(*names))[1]) == sorted(one)
 
 
-def test_equal_texts_are_on_the_same_side() -> None:
+def test_identical_texts_are_on_the_same_side_of_the_split() -> None:
     train, val = parts(prepared(write("a.jsonl", [*TEXTS, *TEXTS[::2], *TEXTS[::2]])))
     assert not set(train) & set(val)
     assert len(train) + len(val) == 2 * len(TEXTS)
 
 
-def test_a_large_document_is_not_kept_and_one_always_is() -> None:
+def test_a_large_document_is_never_held_out_but_one_document_always_is() -> None:
     large = "x" * 100_000
     train, val = parts(prepared(write("a.jsonl", [large, *TEXTS])))
     assert large in train
@@ -83,14 +83,16 @@ def test_a_large_document_is_not_kept_and_one_always_is() -> None:
     assert len(same[1]) >= 1
 
 
-def test_many_documents_are_kept_by_their_hash(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_beyond_a_limit_documents_are_held_out_by_their_hash(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(splitting, "MAX_MEASURED", 50)
     texts = [f"document {i} of many" for i in range(1000)]
     choose = splitting.choose((Document(text, True, 0) for text in texts), 0.1)
     assert 70 < sum(map(choose, texts)) < 130
 
 
-def test_text_files_are_documents_too_and_each_kind_validates() -> None:
+def test_text_files_are_split_as_documents_too() -> None:
     for i in range(30):
         Path(f"{i:02d}.txt").write_text(TEXTS[i])
     data = prepared("*.txt")
@@ -99,7 +101,7 @@ def test_text_files_are_documents_too_and_each_kind_validates() -> None:
 
 
 @pytest.mark.parametrize(("n", "kind"), [(9, "tail"), (10, "documents")])
-def test_below_ten_documents_the_tail_validates(n: int, kind: str) -> None:
+def test_with_fewer_than_ten_documents_the_tail_is_held_out(n: int, kind: str) -> None:
     data = prepared(write("a.jsonl", TEXTS[:n]))
     assert data.manifest.val_split == kind
     train, val = data.tokens.split(0.1)
@@ -111,7 +113,7 @@ def test_below_ten_documents_the_tail_validates(n: int, kind: str) -> None:
         assert "whole documents" in data.manifest.validation(0.1)
 
 
-def test_the_option_decides_whatever_the_number_of_documents() -> None:
+def test_val_split_overrides_the_number_of_documents() -> None:
     few, many = write("few.jsonl", TEXTS[:3]), write("many.jsonl", TEXTS)
     assert prepared(few, val_split="documents").manifest.val_split == "documents"
     tail = prepared(many, val_split="tail")
@@ -121,7 +123,7 @@ def test_the_option_decides_whatever_the_number_of_documents() -> None:
     assert len(val) == len(tail.tokens) - len(train)
 
 
-def test_val_is_the_whole_validation_text_and_data_the_training_text() -> None:
+def test_with_val_all_of_data_is_training_text() -> None:
     Path("val.txt").write_text("a text of its own")
     for words in ({}, {"tokenizer": "bpe:300"}):
         data = prepared(write("a.jsonl", TEXTS), val=("val.txt",), **words)
@@ -129,7 +131,7 @@ def test_val_is_the_whole_validation_text_and_data_the_training_text() -> None:
         assert data.manifest.val_split == "own"
 
 
-def test_val_may_be_rows_folders_and_several() -> None:
+def test_val_accepts_rows_folders_and_several_paths() -> None:
     Path("d").mkdir()
     write("d/b.jsonl", ["one", "two"])
     Path("c.txt").write_text("three")
@@ -137,7 +139,7 @@ def test_val_may_be_rows_folders_and_several() -> None:
     assert parts(data) == (TEXTS, ["one", "two", "three"])
 
 
-def test_val_in_data_or_with_a_fraction_is_refused() -> None:
+def test_val_that_is_also_in_data_or_has_a_fraction_is_refused() -> None:
     write("a.jsonl", TEXTS)
     with pytest.raises(DataError, match=r"is in both DATA and --val\. Leave it out of one"):
         prepared("a.jsonl", val=("./a.jsonl",))
@@ -147,7 +149,7 @@ def test_val_in_data_or_with_a_fraction_is_refused() -> None:
         prepared("a.jsonl", val=("missing.txt",))
 
 
-def test_fraction_0_trains_on_all() -> None:
+def test_val_fraction_0_trains_on_everything() -> None:
     data = prepared(write("a.jsonl", TEXTS), val_fraction=0)
     assert parts(data, 0) == (TEXTS, [])
     assert data.manifest.validation(0) == "no validation"

@@ -1,4 +1,4 @@
-"""The collection of tales that comes with the package."""
+"""The collection of tales included in the package."""
 
 import json
 import re
@@ -28,7 +28,7 @@ def names_in(tale: str) -> Counter[str]:
     return Counter(word for word in re.findall(r"[A-Z][a-z]+", tale) if word in CAST)
 
 
-def test_there_are_150_short_tales_of_plain_ascii_lines() -> None:
+def test_there_are_150_short_tales_in_plain_ascii() -> None:
     assert len(TALES) == len(set(TALES)) >= 150
     assert 130_000 < FILE.stat().st_size < 200_000
     text = FILE.read_bytes()
@@ -38,16 +38,18 @@ def test_there_are_150_short_tales_of_plain_ascii_lines() -> None:
     assert all(500 < len(tale) < 2200 for tale in TALES)
 
 
-def test_every_tale_is_about_characters_that_come_back() -> None:
+def test_every_tale_has_recurring_characters() -> None:
     for tale in TALES:
         assert names_in(tale).most_common(1)[0][1] >= 2, tale
     n_tales = Counter(name for tale in TALES for name in names_in(tale))
     assert min(n_tales[name] for name in CAST) >= 5, n_tales
     n_names = sum(sum(names_in(tale).values()) for tale in TALES)
-    assert n_names > 8 * len(TALES), "a name recurs within its tale, so that it can be attended to"
+    assert n_names > 8 * len(TALES), (
+        "names must recur in a tale, so that a model can attend to them"
+    )
 
 
-def test_no_long_sentence_and_no_opening_is_repeated() -> None:
+def test_long_sentences_and_openings_are_not_repeated() -> None:
     sentences = Counter(
         sentence
         for tale in TALES
@@ -64,7 +66,7 @@ def test_no_long_sentence_and_no_opening_is_repeated() -> None:
 def test_quotation_marks_are_closed_in_every_paragraph() -> None:
     for tale in TALES:
         for paragraph in tale.split("\n\n"):
-            assert "\n" not in paragraph, "no hard wraps"
+            assert "\n" not in paragraph, "paragraphs must not be hard-wrapped"
             assert paragraph.count('"') % 2 == 0, paragraph
             assert paragraph[-1] in '.!?":', paragraph
 
@@ -77,7 +79,7 @@ def test_each_tale_is_a_document(name: str, tmp_path: Path) -> None:
     assert all(document.is_start for document in documents)
 
 
-def test_the_cached_tales_follow_the_packages_file(
+def test_the_cached_tales_are_updated_when_the_package_file_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = content_hash(find_files(["builtin:tales"], tmp_path, tmp_path, DataConfig()))

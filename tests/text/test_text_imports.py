@@ -1,4 +1,4 @@
-"""Imports of minigpt.text."""
+"""The import cost of minigpt.text."""
 
 import subprocess
 import sys

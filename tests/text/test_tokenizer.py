@@ -40,7 +40,7 @@ def bpe() -> TiktokenTokenizer:
 
 
 def learn_merges(text: str, n_merges: int) -> list[bytes]:
-    """Byte-pair encoding as the paper has it: join the most frequent pair, the smallest of ties."""
+    """Byte-pair encoding as in the paper: join the most frequent pair, or the smallest of ties."""
     words = [list(piece.encode()) for piece in regex.findall(BPE_PATTERN, text)]
     tokens = [bytes([b]) for b in range(256)]
     for _ in range(n_merges):
@@ -62,12 +62,12 @@ def test_bpe_learns_the_merges_of_a_plain_loop() -> None:
     assert [bpe.token_bytes(i) for i in range(299)] == expected
 
 
-def test_bpe_ids_are_all_in_a_vocabulary_that_ends_with_end_of_text(bpe: TiktokenTokenizer) -> None:
+def test_end_of_text_is_the_last_id_of_a_bpe_vocabulary(bpe: TiktokenTokenizer) -> None:
     assert (bpe.vocab_size, bpe.end_of_text, bpe.name) == (300, 299, "bpe:300")
     assert bpe.token_bytes(299) == END_OF_TEXT.encode()
 
 
-def test_bpe_of_a_text_with_few_pairs_is_smaller_than_asked_for() -> None:
+def test_a_bpe_vocabulary_of_a_text_with_few_pairs_is_smaller_than_requested() -> None:
     tiny = train_bpe(["ab ab"], 1000)
     assert tiny.vocab_size == 256 + 2 + 1  # ab, " ab" and the end of text
     assert tiny.decode(tiny.encode("ab ab xyz")) == "ab ab xyz"
@@ -77,7 +77,7 @@ def test_bpe_of_a_text_with_few_pairs_is_smaller_than_asked_for() -> None:
 @pytest.mark.parametrize(
     ("n_bytes", "vocab_size"), [(10, 258), (50_000, 307), (767_000, 1024), (1_100_000, 1024)]
 )
-def test_bpe_without_a_size_depends_on_the_size_of_the_corpus(
+def test_the_default_bpe_size_depends_on_the_size_of_the_corpus(
     n_bytes: int, vocab_size: int
 ) -> None:
     letters = "".join(np.random.default_rng(0).choice(list("abcdefg "), size=n_bytes))
@@ -88,7 +88,7 @@ def test_bpe_without_a_size_depends_on_the_size_of_the_corpus(
     assert tokenizer.fingerprint == same.fingerprint
 
 
-def test_bpe_reads_no_more_text_than_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bpe_training_reads_at_most_its_limit_of_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "BPE_TRAINING_BYTES", 100)
     n_read = 0
 
@@ -103,18 +103,18 @@ def test_bpe_reads_no_more_text_than_its_limit(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("vocab_size", [0, 256, 257])
-def test_bpe_without_room_for_a_merge_is_a_config_error(vocab_size: int) -> None:
+def test_a_bpe_size_without_room_for_a_merge_is_a_config_error(vocab_size: int) -> None:
     with pytest.raises(ConfigError, match=f"bpe:{vocab_size} leaves no room"):
         train_bpe(["text"], vocab_size)
 
 
-def test_the_tokenizer_json_of_bytes_is_that_of_a_vocabulary_without_merges() -> None:
+def test_the_tokenizer_json_of_the_byte_tokenizer_has_no_merges() -> None:
     ranks = {bytes([byte]): byte for byte in range(256)}
     expected = byte_level_json(ranks, (), {END_OF_TEXT: 256}, r"[\s\S]")
     assert BYTES_TOKENIZER.read_bytes() == to_json(expected)
 
 
-def test_byte_ids_are_the_bytes_and_equal_those_of_the_encoding() -> None:
+def test_byte_tokenizer_ids_are_the_bytes_of_the_text() -> None:
     tokenizer = BytesTokenizer()
     text = PROSE + UNICODE + END_OF_TEXT
     assert tokenizer.encode(text) == list(text.encode())
@@ -126,7 +126,7 @@ def test_byte_ids_are_the_bytes_and_equal_those_of_the_encoding() -> None:
 
 
 @pytest.mark.parametrize("spec", ["bytes", "bpe:300", "gpt2", "cl100k_base"])
-def test_decoding_gives_back_any_text(
+def test_decoding_restores_any_text(
     spec: str, shared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared / "tiktoken"))
@@ -152,14 +152,16 @@ def test_lone_surrogates_become_the_replacement_character(bpe: TiktokenTokenizer
         assert tokenizer.encode_array("\ud83d\ude00").tolist() == tokenizer.encode("😀")
 
 
-def test_a_named_tokenizer_is_tiktokens(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_named_tokenizer_equals_the_one_of_tiktoken(
+    shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared / "tiktoken"))
     gpt2 = named_tokenizer("gpt2")
     assert gpt2.encode("hello world") == [31373, 995]  # tiktoken's own documentation
     assert (gpt2.vocab_size, gpt2.end_of_text) == (50257, 50256)
 
 
-def test_unused_ids_and_special_tokens_have_no_bytes_of_text(
+def test_unused_ids_and_special_tokens_count_no_text_bytes(
     shared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared / "tiktoken"))
@@ -167,11 +169,11 @@ def test_unused_ids_and_special_tokens_have_no_bytes_of_text(
     lengths = cl100k.token_byte_lengths
     assert lengths.shape == (cl100k.vocab_size,) == (100277,)
     assert np.flatnonzero(lengths == 0).tolist() == list(range(100256, 100277))
-    assert cl100k.token_bytes(100256) == b""  # a hole
+    assert cl100k.token_bytes(100256) == b""  # an unused id
     assert cl100k.token_bytes(100257) == END_OF_TEXT.encode()
 
 
-def test_an_id_that_the_vocabulary_does_not_use_has_no_text(bpe: TiktokenTokenizer) -> None:
+def test_unused_ids_decode_to_no_text(bpe: TiktokenTokenizer) -> None:
     assert bpe.decode([*bpe.encode("a"), 300, 10**12, -1, *bpe.encode("b")]) == "ab"
 
 
@@ -181,7 +183,7 @@ def test_a_named_tokenizer_without_network_names_the_cache_variable(
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     monkeypatch.delitem(tiktoken.registry.ENCODINGS, "o200k_base", raising=False)
     for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # no server listens on this port
     with pytest.raises(DataError, match=r"o200k_base could not be downloaded.*TIKTOKEN_CACHE_DIR"):
         named_tokenizer("o200k_base")
 
@@ -199,13 +201,13 @@ def test_a_named_tokenizer_without_network_names_the_cache_variable(
         ("", "Choose from bytes"),
     ],
 )
-def test_an_unknown_spec_names_the_nearest_one(spec: str, message: str) -> None:
+def test_an_unknown_tokenizer_spec_gets_the_nearest_suggestion(spec: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_spec(spec)
     assert message in str(caught.value)
 
 
-def test_a_saved_tokenizer_is_rebuilt_whole(bpe: TiktokenTokenizer) -> None:
+def test_a_saved_tokenizer_is_restored_completely(bpe: TiktokenTokenizer) -> None:
     again = tokenizer_from_dict(json.loads(json.dumps(bpe.to_dict())))
     assert again.name == bpe.name
     assert again.fingerprint == bpe.fingerprint
@@ -229,7 +231,7 @@ def test_a_damaged_vocabulary_is_a_data_error(bpe: Tokenizer, damage: dict[str, 
         tokenizer_from_dict({"name": "bpe:300"})
 
 
-def test_the_fingerprint_tells_pattern_ranks_and_specials_apart_but_not_names() -> None:
+def test_the_fingerprint_depends_on_pattern_ranks_and_specials_but_not_the_name() -> None:
     ranks = {b"a": 0, b"b": 1}
 
     def fingerprint(name="n", pattern=".", ranks=ranks, specials=None):  # type: ignore[no-untyped-def]
@@ -247,7 +249,7 @@ def test_the_fingerprint_tells_pattern_ranks_and_specials_apart_but_not_names() 
     assert fingerprint(name="m") == fingerprint()
 
 
-def test_a_byte_that_the_vocabulary_lacks_is_a_data_error_not_a_panic() -> None:
+def test_a_byte_missing_in_the_vocabulary_is_a_data_error_not_a_panic() -> None:
     tokenizer = TiktokenTokenizer("abc", make_encoding("abc", ".", {b"a": 0, b"b": 1}, {}))
     assert tokenizer.encode("abba") == [0, 1, 1, 0]
     with pytest.raises(DataError, match=r"'abc' has no token for the byte b'c'"):
@@ -257,16 +259,18 @@ def test_a_byte_that_the_vocabulary_lacks_is_a_data_error_not_a_panic() -> None:
 
 
 @pytest.mark.parametrize("blank", [" ", "\r\n"])
-def test_a_million_blanks_are_encoded_without_a_panic(bpe: Tokenizer, blank: str) -> None:
+def test_a_million_spaces_or_line_breaks_are_encoded_without_a_panic(
+    bpe: Tokenizer, blank: str
+) -> None:
     text = "owl" + blank * 1_100_000 + "nest"
     assert bpe.decode(bpe.encode(text)) == text
 
 
-def test_bpe_trains_on_a_million_blanks_without_a_panic() -> None:
+def test_bpe_trains_on_a_million_spaces_without_a_panic() -> None:
     assert train_bpe(["owl owl" + " " * 1_100_000 + "nest"], 260).vocab_size == 260
 
 
-def test_a_pattern_that_overflows_loses_no_text() -> None:
+def test_a_pattern_that_overflows_its_stack_loses_no_text() -> None:
     ranks = {bytes([b]): b for b in range(256)}
     tokenizer = TiktokenTokenizer("odd", make_encoding("odd", r"x+(?!x)$|.", ranks, {}))
     text = "x" * 1_100_000 + "y"

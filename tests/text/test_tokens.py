@@ -1,4 +1,4 @@
-"""The plain way from a text to tokens, which the ring of corpora must equal."""
+"""In-memory tokenization of plain texts, which the corpora ring must equal."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -19,7 +19,7 @@ def all_tokens(data: PreparedData) -> list[int]:
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe:300"])
-def test_tokens_in_memory_are_those_on_the_disk(tmp_path: Path, tokenizer: str) -> None:
+def test_tokens_prepared_in_memory_equal_those_on_disk(tmp_path: Path, tokenizer: str) -> None:
     texts = ("The owl né <|endoftext|> \U0001f642.\n" * 40, "", "The nest.\r\n")
     for i, text in enumerate(texts):
         (tmp_path / f"{i}.txt").write_bytes(b"\xef\xbb\xbf" * (i == 2) + text.encode())
@@ -43,7 +43,7 @@ def test_without_the_ring_of_corpora_a_text_is_tokenized_in_memory(
     assert all_tokens(data) == [256, *b"The owl."]
 
 
-def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
     for name, content in (("a.txt", b"\xff"), ("b.txt", b"")):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(DataError, match=name):
@@ -52,8 +52,8 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
         prepare_in_memory(DataConfig(paths=("missing.txt",)))
 
 
-def test_the_plain_settings_of_a_text_are_those_of_the_ring_of_corpora() -> None:
-    # Without the ring, the text has these settings alone.
+def test_plain_data_settings_match_those_of_the_corpora_ring() -> None:
+    # Without the ring, only these settings exist.
     full = {f.name: f for f in fields(DataConfig)}
     for plain in fields(PlainDataConfig):
         other = full[plain.name]
